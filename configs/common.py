@@ -1,0 +1,41 @@
+"""What the config files share. No config imports jax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDict:
+  """The part of `--config=FILE.py:arg` behind the colon, such as `runlocal,fusion=False,gamma=0.3`.
+
+  Args:
+    arg: comma-separated `key=value`; a bare `key` means True. None or empty takes all defaults.
+    **defaults: the known keys; a value is read as the type of its default.
+
+  Raises:
+    ValueError: an unknown or repeated key, or a value of another type.
+  """
+  values = ConfigDict(defaults)
+  seen = set()
+  for entry in filter(None, (arg or "").split(",")):
+    key, equals, text = entry.partition("=")
+    if key not in defaults:
+      raise ValueError(f"unknown argument {key!r}; known: {', '.join(sorted(defaults)) or 'none'}")
+    if key in seen:
+      raise ValueError(f"argument {key!r} is given twice")
+    seen.add(key)
+    values[key] = _read(key, text if equals else "True", type(defaults[key]))
+  return values
+
+
+def _read(key: str, text: str, kind: type) -> Any:
+  if kind is bool and text.lower() in ("true", "1", "false", "0"):
+    return text.lower() in ("true", "1")
+  try:
+    if kind is not bool:
+      return kind(text)
+  except ValueError:
+    pass
+  raise ValueError(f"argument {key}={text} should be of type {kind.__name__}")

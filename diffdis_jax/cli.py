@@ -1,0 +1,147 @@
+"""What every command line shares: flags, one-line errors, logging, compilation cache.
+
+A verb ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr, a bug
+with its traceback and code 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging as python_logging
+import os
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from diffdis_jax.structs import UserError
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+
+
+def run(main: Callable[[list[str]], Any]) -> NoReturn:
+  """Parses the flags and calls `main(argv)`; never returns.
+
+  With several processes an error ends this process at once: waiting for the others in Python's clean-up would hang
+  all of them for minutes.
+  """
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  sys.excepthook = _excepthook
+  logging.get_absl_handler().addFilter(_is_ours)
+
+  def guarded(argv: list[str]) -> Any:
+    try:
+      if argv[1:]:
+        raise UserError(f"unexpected argument {argv[1]!r}; every argument is a flag, --name=value")
+      return main(argv)
+    except UserError as error:
+      _stop(error)
+
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def config_flag() -> flags.FlagHolder[ConfigDict]:
+  """Defines the required flag --config=FILE.py[:args], with --config.a.b=value for single fields."""
+  holder = config_flags.DEFINE_config_file("config", None, "configuration: FILE.py[:args]")
+  flags.FLAGS["config"].parser = _ConfigFile()
+  flags.mark_flag_as_required("config")
+  return holder
+
+
+def compilation_cache() -> None:
+  """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or else in the user's cache directory."""
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "diffdis_jax", "xla"))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """'did you mean X?' for the nearest of the known names, or else the list of them all."""
+  known = sorted(known)
+  nearest = difflib.get_close_matches(name, known, n=1)
+  return f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known) or 'none'}"
+
+
+class _ConfigFile(flags.ArgumentParser):
+  """Loads a config file; every mistake in the path, the file or the overrides is a UserError."""
+
+  def parse(self, path: str) -> ConfigDict:
+    file, colon, argument = path.partition(":")
+    if not os.path.isfile(file):
+      folder = pathlib.Path(file).parent
+      raise UserError(f"no config file {file}; {did_you_mean(file, map(str, folder.glob('*.py')))}")
+    try:
+      spec = importlib.util.spec_from_file_location("config_file", file)
+      module = importlib.util.module_from_spec(spec)
+      spec.loader.exec_module(module)
+      config = ConfigDict(module.get_config(*([argument] if colon else [])))
+    except ValueError as error:
+      raise UserError(f"--config={path}: {error}") from error
+    except Exception as error:
+      lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+      where = f" (line {lines[-1]})" if lines else ""
+      raise UserError(f"--config={path}: {type(error).__name__}: {error}{where}") from error
+    for override in filter(None, map(_OVERRIDE.match, sys.argv[1:])):
+      _check_key(config, override[1])
+    return config.lock()
+
+
+def _check_key(config: ConfigDict, key: str) -> None:
+  """Raises UserError unless `key` is a field or a section of the config; `a.b[0]` is an element of field `a.b`."""
+  known = dict(_leaves(config))
+  sections = {".".join(path.split(".")[:i]) for path in known for i in range(1, path.count(".") + 1)}
+  if key.split("[")[0] in known.keys() | sections:
+    return
+  same_leaf = [path for path in known if path.split(".")[-1] == key.split(".")[-1]]
+  hint = f"did you mean {same_leaf[0]}?" if len(same_leaf) == 1 else did_you_mean(key, known)
+  raise UserError(f"unknown config key {key}; {hint}")
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for key, value in config.items():
+    if isinstance(value, ConfigDict) and len(value):
+      yield from _leaves(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", value
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    nearest = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
+    _stop(UserError(f"unknown flag --{error.flagname}; {f'did you mean --{nearest[0]}?' if nearest else 'see --help'}"))
+  except (UserError, flags.Error, KeyError, TypeError, ValueError) as error:
+    _stop(error)
+
+
+def _stop(error: Exception) -> NoReturn:
+  sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+  _exit_at_once_if_distributed(2)
+  sys.exit(2)
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+  sys.__excepthook__(kind, error, trace)
+  _exit_at_once_if_distributed(1)
+
+
+def _exit_at_once_if_distributed(code: int) -> None:
+  if jax.distributed.is_initialized():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _is_ours(record: python_logging.LogRecord) -> bool:
+  """Lets our own progress through, of the libraries only warnings; with --verbosity=1 everything."""
+  return record.levelno >= python_logging.WARNING or record.pathname.startswith(_PACKAGE) or logging.get_verbosity() > 0

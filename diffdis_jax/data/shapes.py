@@ -1,0 +1,212 @@
+"""Procedural captioned images: one coloured shape on a plain background, each made from its index alone.
+
+8 colours x 8 shapes are 64 classes. Eight of them, one for each colour and one for each shape, are never in training:
+red triangle, brown ring, yellow circle, green star, cyan heart, blue square, purple cross and pink crescent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw
+
+COLOURS = {
+  "red": (222, 36, 36),
+  "brown": (150, 88, 34),
+  "yellow": (248, 222, 40),
+  "green": (40, 166, 62),
+  "cyan": (52, 208, 222),
+  "blue": (40, 76, 228),
+  "purple": (136, 48, 186),
+  "pink": (250, 142, 198),
+}
+BACKGROUNDS = {
+  "white": (250, 250, 250),
+  "beige": (232, 220, 196),
+  "light grey": (198, 200, 204),
+  "dark grey": (84, 84, 88),
+  "navy": (16, 24, 52),
+  "black": (10, 10, 10),
+}
+COLOUR_JITTER = 8  # of 255, uniform either way, one draw a channel, for shape and background
+RADIUS = (0.20, 0.40)  # of the image's side, to the outermost point of a shape
+SMALL, LARGE = 0.26, 0.33  # radii below and above which a caption may say so
+OFF_CENTRE = 0.08  # of the image's side: a caption may name the side; within a third of it, the middle
+MAX_ROTATION = 25.0  # degrees either way: a cross stays a cross and a square no diamond
+SUPERSAMPLING = 4
+
+TEMPLATES = ("{}", "a {}", "a picture of a {}", "a drawing of a {}", "an image of a {}")
+SPLITS = {"train": 65536, "test": 1792, "unseen": 256, "all": 2048}
+
+Points = list[tuple[float, float]]
+
+
+def _regular(n: int, *, inner: float = 1.0) -> Points:
+  """A regular polygon's corners, the first on top; with `inner` < 1 every second one is drawn in to that radius."""
+  radii = [inner if i % 2 and inner < 1 else 1.0 for i in range(n)]
+  return [(r * math.sin(2 * math.pi * i / n), -r * math.cos(2 * math.pi * i / n)) for i, r in enumerate(radii)]
+
+
+def _square() -> Points:
+  side = math.sqrt(0.5)
+  return [(-side, -side), (side, -side), (side, side), (-side, side)]
+
+
+def _cross(arm: float = 0.3, reach: float = 0.95) -> Points:
+  quarter = [(-arm, -reach), (arm, -reach), (arm, -arm)]
+  turned = quarter
+  points: Points = []
+  for _ in range(4):
+    points += turned
+    turned = [(-y, x) for x, y in turned]
+  return points
+
+
+def _heart(n: int = 48) -> Points:
+  """The parametric curve x = 16 sin³t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, moved and scaled to radius 1."""
+  t = np.linspace(0, 2 * np.pi, n, endpoint=False)
+  x = 16 * np.sin(t) ** 3
+  y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+  return list(zip((x / 16.5).tolist(), ((-y - 2.5) / 16.5).tolist(), strict=True))
+
+
+def _arc(radius: float, centre: float, start: float, stop: float, n: int = 32) -> Points:
+  """Points on a circle around (centre, 0), from angle `start` to `stop` in radians."""
+  angles = np.linspace(start, stop, n)
+  return [(centre + radius * math.cos(a), radius * math.sin(a)) for a in angles]
+
+
+def _crescent(depth: float = 0.45) -> Points:
+  """A unit disc without the disc of radius 0.8 around (depth, 0)."""
+  bite = 0.8
+  x = (1 - bite**2 + depth**2) / (2 * depth)
+  outer, inner = math.acos(x), math.atan2(math.sqrt(1 - x**2), x - depth)
+  return _arc(1.0, 0.0, outer, 2 * math.pi - outer) + _arc(bite, depth, 2 * math.pi - inner, inner)
+
+
+_CIRCLE = _regular(48)
+OUTLINES: dict[str, tuple[Points, ...]] = {  # filled outline, then holes, within the unit circle, y downwards
+  "circle": (_CIRCLE,),
+  "square": (_square(),),
+  "triangle": (_regular(3),),
+  "star": (_regular(10, inner=0.42),),
+  "cross": (_cross(),),
+  "ring": (_CIRCLE, [(0.58 * x, 0.58 * y) for x, y in _CIRCLE]),
+  "heart": (_heart(),),
+  "crescent": (_crescent(),),
+}
+SHAPES = tuple(OUTLINES)
+PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+CLASSNAMES = tuple(f"{colour} {shape}" for colour, shape in PAIRS)
+UNSEEN = tuple((colour, SHAPES[(3 * i + 2) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """What an image shows. Lengths are fractions of the image's side, x and y from its middle, y downwards."""
+
+  colour: str
+  shape: str
+  background: str
+  x: float
+  y: float
+  radius: float
+  rotation: float  # degrees
+
+
+def make_scene(rng: np.random.Generator, *, colour: str, shape: str) -> Scene:
+  """Draws background, size, rotation and a position that keeps the whole shape inside."""
+  radius = rng.uniform(*RADIUS)
+  room = 0.49 - radius
+  x, y, rotation = rng.uniform(-1, 1, 3)
+  background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+  return Scene(colour, shape, background, x * room, y * room, radius, rotation * MAX_ROTATION)
+
+
+def position(scene: Scene) -> str:
+  """The side on which the shape clearly is, "in the middle", or "" where neither is plain."""
+  distance = max(abs(scene.x), abs(scene.y))
+  if distance < OFF_CENTRE / 3:
+    return "in the middle"
+  if distance < OFF_CENTRE:
+    return ""
+  if abs(scene.x) > abs(scene.y):
+    return "on the left" if scene.x < 0 else "on the right"
+  return "at the top" if scene.y < 0 else "at the bottom"
+
+
+def size(scene: Scene) -> str:
+  """ "small", "large", or "" in between."""
+  return "small" if scene.radius < SMALL else "large" if scene.radius > LARGE else ""
+
+
+def tone(background: str) -> str:
+  """ "light" or "dark"."""
+  return "light" if sum(BACKGROUNDS[background]) > 384 else "dark"
+
+
+def caption(rng: np.random.Generator, scene: Scene) -> str:
+  """One of the templates; size, position and background are each named half of the time, and always truly."""
+  sized, placed, on_ground, by_tone = rng.random(4) < 0.5
+  words = [size(scene) if sized else "", scene.colour, scene.shape, position(scene) if placed else ""]
+  if on_ground:
+    words.append(f"on a {tone(scene.background) if by_tone else scene.background} background")
+  return TEMPLATES[rng.integers(len(TEMPLATES))].format(" ".join(filter(None, words)))
+
+
+def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
+  """Draws the scene with antialiased edges; `rng` gives the slight jitter of both colours."""
+  side = image_size * SUPERSAMPLING
+  angle = math.radians(scene.rotation)
+  cos, sin = math.cos(angle) * scene.radius * side, math.sin(angle) * scene.radius * side
+  x0, y0 = (0.5 + scene.x) * side, (0.5 + scene.y) * side
+  mask = Image.new("L", (side, side), 0)
+  draw = ImageDraw.Draw(mask)
+  for fill, outline in zip((255, 0), OUTLINES[scene.shape], strict=False):
+    draw.polygon([(x0 + x * cos - y * sin, y0 + x * sin + y * cos) for x, y in outline], fill=fill)
+  coverage = np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[:, :, None] / 255
+  jitter = rng.integers(-COLOUR_JITTER, COLOUR_JITTER, (2, 3), endpoint=True)
+  back, front = np.clip(np.array((BACKGROUNDS[scene.background], COLOURS[scene.colour])) + jitter, 0, 255)
+  return (back + (front - back) * coverage + 0.5).astype(np.uint8)
+
+
+def _pairs_of(split: str) -> tuple[tuple[str, str], ...]:
+  return {"train": SEEN, "test": SEEN, "unseen": UNSEEN, "all": PAIRS}[split]
+
+
+class Shapes:
+  """Random access source of `num_images` records, classes in turn, each a function of (seed, split, index) alone.
+
+  A record is {image: u8[h w 3], caption, label: "red star", colour, shape, seen: bool, key}. Splits: `train` (the 56 seen
+  classes), `test` (the same classes, other images), `unseen` (the 8 held out), `all` (all 64, other images again).
+  """
+
+  def __init__(self, *, split: str, image_size: int, seed: int = 0, num_images: int | None = None):
+    self._pairs = _pairs_of(split)
+    self._seed = (seed, tuple(SPLITS).index(split))
+    self._image_size = image_size
+    self._num_images = SPLITS[split] if num_images is None else num_images
+
+  def __len__(self) -> int:
+    return self._num_images
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    if not 0 <= index < self._num_images:
+      raise IndexError(f"index {index} outside of {self._num_images} images")
+    colour, shape = self._pairs[index % len(self._pairs)]
+    rng = np.random.default_rng((*self._seed, index))
+    scene = make_scene(rng, colour=colour, shape=shape)
+    return {
+      "image": render(scene, image_size=self._image_size, rng=rng),
+      "caption": caption(rng, scene),
+      "label": f"{colour} {shape}",
+      "colour": colour,
+      "shape": shape,
+      "seen": (colour, shape) in SEEN,
+      "key": f"{index:09d}",
+    }

@@ -1,0 +1,81 @@
+"""CLIP's byte-pair tokenizer, built from the merges shipped with the package."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import html
+import importlib.resources
+import json
+import pathlib
+from collections.abc import Sequence
+
+import ftfy
+import numpy as np
+from jaxtyping import Int
+from transformers import CLIPTokenizer
+
+START = "<|startoftext|>"
+END = "<|endoftext|>"
+END_ID = 49407
+VOCAB_SIZE = 49408
+
+
+def clean(caption: str) -> str:
+  """Repairs mojibake, unescapes HTML twice, collapses white space, lowers: open_clip's default cleaning."""
+  unescaped = html.unescape(html.unescape(ftfy.fix_text(caption)))
+  return " ".join(unescaped.split()).lower()
+
+
+@functools.cache
+def load_merges() -> tuple[tuple[str, str], ...]:
+  """The 48,894 merges that CLIP uses, in order of rank."""
+  data = importlib.resources.files("diffdis_jax.data").joinpath("clip_merges.txt.gz").read_bytes()
+  return tuple(tuple(line.split(" ")) for line in gzip.decompress(data).decode().splitlines())
+
+
+def byte_alphabet() -> list[str]:
+  """One printable character for each of the 256 bytes, printable bytes first, as GPT-2 and CLIP order them."""
+  printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+  return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+def make_vocab(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+  """Token -> id: the bytes, the bytes that end a word, the merges, start and end of text."""
+  alphabet = byte_alphabet()
+  tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges), START, END]
+  return {token: i for i, token in enumerate(tokens)}
+
+
+class Tokenizer:
+  """Captions -> ids: start, tokens, end, then padding by the end token (49407), as Stable Diffusion pads.
+
+  A caption longer than `max_length` is cut, and the end token stays last.
+  """
+
+  def __init__(self, max_length: int = 77):
+    self.max_length = max_length
+    self.merges = load_merges()
+    self.vocab = make_vocab(self.merges)
+    self._clip = CLIPTokenizer(vocab=self.vocab, merges=list(self.merges), model_max_length=max_length)
+
+  def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "n l"]:
+    if not captions:
+      return np.zeros((0, self.max_length), np.int32)
+    encoded = self._clip([clean(c) for c in captions], padding="max_length", truncation=True, max_length=self.max_length)
+    return np.asarray(encoded["input_ids"], np.int32)
+
+  def __reduce__(self):
+    return Tokenizer, (self.max_length,)
+
+  def decode(self, tokens: Int[np.ndarray, " l"]) -> str:
+    """Ids -> cleaned caption, without start, end and padding."""
+    return self._clip.decode(tokens, skip_special_tokens=True)
+
+  def save(self, folder: str | pathlib.Path) -> None:
+    """Writes what `CLIPTokenizer.from_pretrained(folder)` reads, vocab.json and merges.txt of older readers included."""
+    folder = pathlib.Path(folder)
+    self._clip.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,139 @@
+"""Images on the host: decoding, resizing, augmentation. Pure functions of (image, numpy generator)."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageEnhance, ImageOps
+
+WHITE = (255, 255, 255)
+
+
+def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
+  """Encoded bytes or an RGB array -> RGB image, upright by EXIF, transparency composited on white.
+
+  Palettes, grey, 16 bit grey and CMYK are converted.
+
+  Raises:
+    OSError, SyntaxError, ValueError: the bytes are no image that PIL can read to its end.
+  """
+  if isinstance(image, np.ndarray):
+    return Image.fromarray(image)
+  with Image.open(io.BytesIO(image)) as opened:
+    upright = ImageOps.exif_transpose(opened)
+  if upright.mode.startswith("I") or upright.mode == "F":
+    return _sixteen_bit_grey(upright)
+  if not upright.has_transparency_data:
+    return upright.convert("RGB")
+  layer = upright.convert("RGBA")
+  return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
+
+
+def _sixteen_bit_grey(image: Image.Image) -> Image.Image:
+  values = np.clip(np.asarray(image).astype(np.float64) / 257, 0, 255)
+  return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+
+
+def resize(image: Image.Image, size: int) -> Image.Image:
+  """Short side to `size` (bicubic, antialiased), then the central square."""
+  if image.size == (size, size):
+    return image
+  side = min(image.size)
+  left, top = (image.width - side) / 2, (image.height - side) / 2
+  return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augmentation:
+  """How training images vary. The defaults change nothing but the size. None of it is stated by the paper.
+
+  Attributes:
+    crop: "centre", or "random" for a random resized crop.
+    crop_scale: range of the random crop's area, as a fraction of the image's.
+    crop_ratio: range of its width over height.
+    flip: mirror left and right half of the time. Wrong where captions tell left from right.
+    shift: largest move, as a fraction of the side.
+    zoom: largest relative change of size, so that 0.1 means 1/1.1 to 1.1.
+    rotation: largest turn, degrees. Shift, zoom and turn uncover white.
+    brightness, contrast, saturation: largest relative change of each, so that 0.2 means a factor of 0.8 to 1.2.
+    hue: largest turn of the colour circle, as a fraction of it, at most 0.5.
+  """
+
+  crop: str = "centre"
+  crop_scale: tuple[float, float] = (0.5, 1.0)
+  crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  flip: bool = False
+  shift: float = 0.0
+  zoom: float = 0.0
+  rotation: float = 0.0
+  brightness: float = 0.0
+  contrast: float = 0.0
+  saturation: float = 0.0
+  hue: float = 0.0
+
+  def __post_init__(self):
+    if self.crop not in ("centre", "random"):
+      raise ValueError(f"augment.crop is 'centre' or 'random', not {self.crop!r}")
+
+
+def augment(
+  image: Image.Image, rng: np.random.Generator, *, size: int, how: Augmentation
+) -> UInt8[np.ndarray, "size size 3"]:
+  """A varied view of the image, `size` pixels square."""
+  if how.crop == "random":
+    image = random_crop(image, rng, size=size, scale=how.crop_scale, ratio=how.crop_ratio)
+  else:
+    image = resize(image, size)
+  if how.flip and rng.random() < 0.5:
+    image = ImageOps.mirror(image)
+  if how.shift or how.zoom or how.rotation:
+    image = random_affine(image, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
+  return np.asarray(jitter_colour(image, rng, how=how))
+
+
+def random_crop(
+  image: Image.Image, rng: np.random.Generator, *, size: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Image.Image:
+  """Random resized crop: area uniform in `scale`, log of the ratio uniform, cut to the image where it does not fit."""
+  area = image.width * image.height * rng.uniform(*scale)
+  aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+  width = min(math.sqrt(area * aspect), image.width)
+  height = min(math.sqrt(area / aspect), image.height)
+  left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
+  return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+
+
+def random_affine(
+  image: Image.Image, rng: np.random.Generator, *, shift: float, zoom: float, rotation: float
+) -> Image.Image:
+  """Turns and scales about the middle, then moves; log of the scale uniform, uncovered pixels white."""
+  angle = math.radians(rng.uniform(-rotation, rotation))
+  log_zoom = math.log1p(zoom)
+  factor = math.exp(rng.uniform(-log_zoom, log_zoom))
+  dx, dy = rng.uniform(-shift, shift, 2) * image.size
+  cos, sin = math.cos(angle) / factor, math.sin(angle) / factor
+  x, y = image.width / 2, image.height / 2
+  inverse = (cos, sin, x - cos * (x + dx) - sin * (y + dy), -sin, cos, y + sin * (x + dx) - cos * (y + dy))
+  return image.transform(image.size, Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC, fillcolor=WHITE)
+
+
+def jitter_colour(image: Image.Image, rng: np.random.Generator, *, how: Augmentation) -> Image.Image:
+  """Brightness, contrast and saturation by random factors, then hue by a random turn."""
+  enhancers = (
+    (ImageEnhance.Brightness, how.brightness),
+    (ImageEnhance.Contrast, how.contrast),
+    (ImageEnhance.Color, how.saturation),
+  )
+  for enhancer, strength in enhancers:
+    if strength:
+      image = enhancer(image).enhance(rng.uniform(1 - strength, 1 + strength))
+  if how.hue:
+    turn = round(256 * rng.uniform(-how.hue, how.hue))
+    hue, saturation, value = image.convert("HSV").split()
+    turned = hue.point([(h + turn) % 256 for h in range(256)])
+    image = Image.merge("HSV", (turned, saturation, value)).convert("RGB")
+  return image

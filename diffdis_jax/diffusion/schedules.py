@@ -1,0 +1,172 @@
+"""Noise schedules, the forward process and its inverses, and which timesteps a sampler visits.
+
+Both processes have one form, with the text query's feature scaling γ (appendix, Tables 2 and 3; γ = 1 for images):
+
+    x_t = γ √ᾱ(t) x_0 + √(1 − ᾱ(t)) ε,     ᾱ(t) = Π_{s ≤ t} (1 − β(s)),     t = 0 ... T-1
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from diffdis_jax.structs import UserError
+
+Target = Literal["data", "noise"]
+TARGETS = ("data", "noise")
+BETA_START, BETA_END, BETA_MAX = 0.00085, 0.012, 0.999
+DATA = -1  # the timestep, one before the first, at which ᾱ = 1: the data itself
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+  """A constant of the program (not a pytree: close over it), in float64 so that a sampler's coefficients are exact."""
+
+  name: str
+  betas: Float[np.ndarray, "T"]
+  alpha_bar: Float[np.ndarray, "T"]
+
+  @property
+  def num_timesteps(self) -> int:
+    return len(self.betas)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Timesteps:
+  """The steps of a sampler, noisiest first: step i takes x at t[i] to x at t_prev[i], and t_prev[i] = t[i+1].
+
+  The last t_prev is where the process ends: `DATA`, or 0 for Stable Diffusion's final alpha, ᾱ(0).
+  """
+
+  t: Int[np.ndarray, "s"]
+  t_prev: Int[np.ndarray, "s"]
+
+
+def _scaled_linear(n: int) -> Float[np.ndarray, "T"]:
+  return np.linspace(BETA_START**0.5, BETA_END**0.5, n) ** 2
+
+
+def _linear(n: int) -> Float[np.ndarray, "T"]:
+  return np.linspace(BETA_START, BETA_END, n)
+
+
+def _cosine(n: int) -> Float[np.ndarray, "T"]:
+  """Nichol and Dhariwal 2021, eq. 17, s = 0.008."""
+  alpha_bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+  return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], BETA_MAX)
+
+
+_BETAS = {"scaled_linear": _scaled_linear, "linear": _linear, "cosine": _cosine}
+
+
+def make(name: str, num_timesteps: int = 1000) -> Schedule:
+  """The schedule of that name. `scaled_linear` is what Stable Diffusion's code and the paper's appendix call "linear".
+
+  Raises:
+    UserError: no schedule has that name.
+  """
+  if name not in _BETAS:
+    raise UserError(f"unknown noise schedule {name!r}; use one of {', '.join(_BETAS)}")
+  betas = _BETAS[name](num_timesteps)
+  return Schedule(name=name, betas=betas, alpha_bar=np.cumprod(1 - betas))
+
+
+def leading(num_steps: int, num_timesteps: int = 1000) -> Timesteps:
+  """Stable Diffusion's steps: multiples of T // n, offset by 1, ending at ᾱ(0). For n = 50: 981, 961, ..., 1.
+
+  Raises:
+    UserError: not 1 ... T-1 steps.
+  """
+  if not 1 <= num_steps < num_timesteps:
+    raise UserError(f"{num_steps} sampling steps; leading spacing takes 1 to {num_timesteps - 1}")
+  t = np.arange(num_steps)[::-1] * (num_timesteps // num_steps) + 1
+  return Timesteps(t=t.astype(np.int32), t_prev=np.append(t[1:], 0).astype(np.int32))
+
+
+def trailing(num_steps: int, num_timesteps: int = 1000) -> Timesteps:
+  """Steps from T-1, where the marginal is N(0, I), to the data. For n = 1: the single evaluation at T-1.
+
+  The discrimination side's spacing (the spacing for n > 1 is not stated by the paper). Where the step count does not
+  divide T, t_prev is still the next t.
+
+  Raises:
+    UserError: not 1 ... T steps.
+  """
+  if not 1 <= num_steps <= num_timesteps:
+    raise UserError(f"{num_steps} sampling steps; trailing spacing takes 1 to {num_timesteps}")
+  t = np.round(np.arange(num_timesteps, 0, -num_timesteps / num_steps))[:num_steps] - 1  # arange may give one too many
+  return Timesteps(t=t.astype(np.int32), t_prev=np.append(t[1:], DATA).astype(np.int32))
+
+
+def _rates(schedule: Schedule, t: Int[Array, "b"], ndim: int) -> tuple[Array, Array]:
+  """√ᾱ(t) and √(1 − ᾱ(t)), f32, with as many trailing axes of size 1 as broadcast over rank `ndim`."""
+  shape = t.shape + (1,) * (ndim - t.ndim)
+  signal, noise = np.sqrt(schedule.alpha_bar), np.sqrt(1 - schedule.alpha_bar)
+  return tuple(jnp.asarray(table, jnp.float32)[t].reshape(shape) for table in (signal, noise))
+
+
+def add_noise(
+  schedule: Schedule,
+  x0: Float[Array, "b ..."],
+  *,
+  noise: Float[Array, "b ..."],
+  t: Int[Array, "b"],
+  gamma: float = 1.0,
+) -> Float[Array, "b ..."]:
+  """x_t = γ √ᾱ x_0 + √(1 − ᾱ) ε, in f32."""
+  a, s = _rates(schedule, t, x0.ndim)
+  return gamma * a * x0 + s * noise
+
+
+def predict_data(
+  schedule: Schedule,
+  x_t: Float[Array, "b ..."],
+  *,
+  noise: Float[Array, "b ..."],
+  t: Int[Array, "b"],
+  gamma: float = 1.0,
+) -> Float[Array, "b ..."]:
+  """x_0 = (x_t − √(1 − ᾱ) ε) / (γ √ᾱ), in f32."""
+  a, s = _rates(schedule, t, x_t.ndim)
+  return (x_t - s * noise) / (gamma * a)
+
+
+def predict_noise(
+  schedule: Schedule,
+  x_t: Float[Array, "b ..."],
+  *,
+  data: Float[Array, "b ..."],
+  t: Int[Array, "b"],
+  gamma: float = 1.0,
+) -> Float[Array, "b ..."]:
+  """ε = (x_t − γ √ᾱ x_0) / √(1 − ᾱ), in f32."""
+  a, s = _rates(schedule, t, x_t.ndim)
+  return (x_t - gamma * a * data) / s
+
+
+def check_target(target: str) -> None:
+  """Raises UserError unless `target` is one of TARGETS."""
+  if target not in TARGETS:
+    raise UserError(f"unknown target {target!r}; the network predicts one of {', '.join(TARGETS)}")
+
+
+def to_data(
+  schedule: Schedule,
+  x_t: Float[Array, "b ..."],
+  *,
+  prediction: Float[Array, "b ..."],
+  target: Target,
+  t: Int[Array, "b"],
+  gamma: float = 1.0,
+) -> Float[Array, "b ..."]:
+  """x_0 from what the network predicts, the data or the noise (appendix, Table 2).
+
+  Raises:
+    UserError: unknown target.
+  """
+  check_target(target)
+  return prediction if target == "data" else predict_data(schedule, x_t, noise=prediction, t=t, gamma=gamma)

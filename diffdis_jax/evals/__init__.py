@@ -1,0 +1,24 @@
+"""Evaluations by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffdis_jax.evals.agreement import Agreement
+from diffdis_jax.evals.base import Eval
+from diffdis_jax.evals.retrieval import Retrieval
+from diffdis_jax.evals.zero_shot import ZeroShot
+from diffdis_jax.structs import UserError
+
+EVALS = {"zero_shot": ZeroShot, "retrieval": Retrieval, "agreement": Agreement}
+
+
+def make(task: str, **section: Any) -> Eval:
+  """The evaluation of this name, with the rest of its config section as settings.
+
+  Raises:
+    UserError: no such evaluation, or settings or data that it refuses.
+  """
+  if task not in EVALS:
+    raise UserError(f"unknown evaluation {task!r}; there are {', '.join(EVALS)}")
+  return EVALS[task](**section)

@@ -1,0 +1,151 @@
+"""What every evaluation has in common: the protocol, reading images, ranks, and the result's record.
+
+An evaluation is constructed from its own config section, where bad settings and bad data fail, and measures when `run`
+is called; when to run it is the caller's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from diffdis_jax.data import transforms
+from diffdis_jax.structs import UserError
+
+CHUNK = 1024  # images in host memory at a time; the noise of an image depends on it, not on the device's batch size
+BLOCK = 1024  # rows of a score matrix in memory at a time
+
+
+class Eval(Protocol):
+  """`task` names the kind of measurement, in CLIP_benchmark's words where it has one."""
+
+  task: str
+
+  def protocol(self, inference: Any) -> dict[str, Any]:
+    """How `run` measures with this inference: steps, draws, guidance, seed, number of images, ..."""
+
+  def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics of the model that `inference` runs with `params`."""
+
+
+def spread(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:
+  """Indices of `num_images` records evenly spread over a source of `length`; of all of them for None.
+
+  Raises:
+    UserError: the source is empty, or fewer than one image is asked for.
+  """
+  if length < 1:
+    raise UserError("the data set has no records; an evaluation needs at least one")
+  if num_images is not None and num_images < 1:
+    raise UserError(f"num_images is {num_images}; it should be at least 1, or None for all")
+  count = length if num_images is None else min(num_images, length)
+  return np.arange(count) * length // count
+
+
+def get_field(record: Mapping[str, Any], field: str) -> Any:
+  """A field of a record.
+
+  Raises:
+    UserError: the record has no such field; the message lists those it has.
+  """
+  if field not in record:
+    raise UserError(f"records have no field {field!r}; they have {', '.join(sorted(record))}")
+  return record[field]
+
+
+def to_square(image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int) -> UInt8[np.ndarray, "s s 3"]:
+  """The image's central square, resized."""
+  return np.asarray(transforms.resize(transforms.decode(image), image_size))
+
+
+def chunks(source: Any, indices: Int[np.ndarray, " n"], *, image_size: int) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
+  """The images of `indices` in order, as squares of `image_size`, at most `CHUNK` at a time."""
+  for start in range(0, len(indices), CHUNK):
+    part = indices[start : start + CHUNK]
+    yield np.stack([to_square(source[int(index)]["image"], image_size) for index in part])
+
+
+def embed_images(
+  inference: Any, params: Mapping[str, Any], source: Any, indices: Int[np.ndarray, " n"], *, seed: int
+) -> Float[np.ndarray, "n d"]:
+  """ê_0 of each image, L2-normalised, in the order of `indices`. Each chunk has a seed of its own."""
+  parts = chunks(source, indices, image_size=inference.image_size)
+  return np.concatenate(
+    [inference.embed_images(params, images, seed=seed + i * CHUNK) for i, images in enumerate(parts)]
+  )
+
+
+def ranks(
+  queries: Float[np.ndarray, "q d"],
+  keys: Float[np.ndarray, "k d"],
+  *,
+  query_groups: Int[np.ndarray, " q"],
+  key_groups: Int[np.ndarray, " k"],
+) -> Int[np.ndarray, " q"]:
+  """How many keys of other groups come before each query's best key of its own group, by inner product; 0 is right.
+
+  A tie counts against the query, and so does a NaN: a model that maps everything to one point ranks last, not first.
+  """
+  found = []
+  for start in range(0, len(queries), BLOCK):
+    rows = slice(start, start + BLOCK)
+    scores = queries[rows] @ keys.T
+    own = query_groups[rows, None] == key_groups[None]
+    best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True)
+    found.append((~own & ~(scores < best)).sum(axis=1))
+  return np.concatenate(found)
+
+
+def make_record(
+  *,
+  dataset: str,
+  model: str,
+  pretrained: str,
+  task: str,
+  metrics: Mapping[str, float],
+  protocol: Mapping[str, Any],
+) -> dict[str, Any]:
+  """One result in CLIP_benchmark's schema, which users' tools read, and our `protocol` beside it."""
+  return {
+    "dataset": dataset,
+    "model": model,
+    "pretrained": pretrained,
+    "task": task,
+    "metrics": dict(metrics),
+    "language": "en",
+    "protocol": dict(protocol),
+  }
+
+
+def normalise(vectors: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
+  """Vectors of length 1."""
+  return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def shuffled(indices: Int[np.ndarray, " n"], *, seed: int) -> Int[np.ndarray, " n"]:
+  """A random order of `indices`: the leak test shows the image of one record in the place of another's."""
+  return np.random.default_rng(seed).permutation(indices)
+
+
+def as_names(labels: Sequence[Any], classnames: Sequence[str] | None, *, field: str) -> list[str]:
+  """Labels as class names; a whole number counts into `classnames`.
+
+  Raises:
+    UserError: a number without class names or outside of them, or a label that is neither number nor text.
+  """
+  names = []
+  for label in labels:
+    if isinstance(label, str):
+      names.append(label)
+    elif isinstance(label, (int, np.integer)) and not isinstance(label, bool) and classnames is not None:
+      if not 0 <= label < len(classnames):
+        raise UserError(f"field {field!r} holds {label}, but there are {len(classnames)} class names")
+      names.append(classnames[label])
+    elif isinstance(label, (int, np.integer)):
+      raise UserError(f"field {field!r} holds numbers such as {label}; give the class names that they count into")
+    else:
+      raise UserError(f"field {field!r} holds {label!r}; a label should be a class name or its number")
+  return names

@@ -1,0 +1,72 @@
+"""Class names and prompt templates: the defaults, and reading them from JSON."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+
+from diffdis_jax.structs import UserError
+
+# CLIP's plain prompt first: it is the "single template". The others are the seven that forward selection picked from
+# eighty in OpenAI's notebook Prompt_Engineering_for_ImageNet.ipynb.
+TEMPLATES = (
+  "a photo of a {}.",
+  "itap of a {}.",
+  "a bad photo of the {}.",
+  "a origami {}.",
+  "a photo of the large {}.",
+  "a {} in a video game.",
+  "art of the {}.",
+  "a photo of the small {}.",
+)
+_SLOT = re.compile(r"\{c?\}")
+
+
+def fill(template: str, classname: str) -> str:
+  """Puts the class name wherever the template says `{}` or `{c}`, as CLIP_benchmark's files do."""
+  return _SLOT.sub(lambda _: classname, template)
+
+
+def read_strings(path: str, *, what: str) -> tuple[str, ...]:
+  """A JSON file with one list of strings.
+
+  Raises:
+    UserError: no such file, not JSON, not a list of strings, or an empty list.
+  """
+  try:
+    values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f'cannot read {what} from {path}: {error}; it should be JSON, such as ["cat", "dog"]') from error
+  if not isinstance(values, list) or not values or not all(isinstance(value, str) and value for value in values):
+    raise UserError(f'{path} should hold {what} as one JSON list of strings, such as ["cat", "dog"]')
+  return tuple(values)
+
+
+def resolve_classnames(classnames: Sequence[str] | str) -> tuple[str, ...]:
+  """Class names given as such or as a JSON file's path, each checked to occur once.
+
+  Raises:
+    UserError: the file is unreadable, or a name occurs twice.
+  """
+  names = read_strings(classnames, what="class names") if isinstance(classnames, str) else tuple(classnames)
+  repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+  if repeated:
+    shown = ", ".join(map(repr, repeated[:10])) + (", ..." if len(repeated) > 10 else "")
+    raise UserError(f"class list with duplicates: {shown}; each class name should occur once")
+  return names
+
+
+def resolve_templates(templates: Sequence[str] | str) -> tuple[str, ...]:
+  """Templates given as such or as a JSON file's path; empty means `TEMPLATES`.
+
+  Raises:
+    UserError: the file is unreadable, or a template has no place for the class name.
+  """
+  found = read_strings(templates, what="templates") if templates and isinstance(templates, str) else tuple(templates)
+  for template in found:
+    if not _SLOT.search(template):
+      raise UserError(f"template {template!r} has no place for the class name; write {{}} or {{c}} where it goes")
+  return found or TEMPLATES

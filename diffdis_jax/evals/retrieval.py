@@ -1,0 +1,92 @@
+"""Image-text retrieval: recall at 1, 5 and 10 both ways, counted as CLIP_benchmark counts it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from diffdis_jax.data import sources
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.evals import base
+from diffdis_jax.structs import UserError
+
+RECALL_AT = (1, 5, 10)
+
+
+class Retrieval:
+  """The share of queries with at least one right answer among the first k.
+
+  Args:
+    data: section of a data source, as `data.sources.make` takes it.
+    caption_field: the record's field with the caption, or with several captions of the same image.
+    equal_captions: images that have the same captions are one target: right is whatever bears the query's caption.
+      CLIP_benchmark, and we by default, count only the query's own image or own captions.
+    num_images: this many images spread over the data; None for all.
+    seed: of the query's noise, and of the shuffle.
+    shuffle_labels: the leak test. Each record keeps its place and its captions but shows another one's image, so recall
+      must fall to chance.
+
+  Raises:
+    UserError: a record has no caption.
+  """
+
+  task = "zeroshot_retrieval"
+
+  def __init__(
+    self,
+    *,
+    data: Mapping[str, Any],
+    caption_field: str = "caption",
+    equal_captions: bool = False,
+    num_images: int | None = None,
+    seed: int = 0,
+    shuffle_labels: bool = False,
+  ):
+    self._source = sources.make(**data)
+    self._indices = base.spread(len(self._source), num_images)
+    self._equal_captions = equal_captions
+    self._seed = seed
+    self._shuffle_labels = shuffle_labels
+    captions = [
+      _as_captions(base.get_field(self._source[int(i)], caption_field), caption_field) for i in self._indices
+    ]
+    self.texts = [text for texts in captions for text in texts]
+    self.image_groups = _group(captions) if equal_captions else np.arange(len(captions))
+    self.text_groups = np.repeat(self.image_groups, [len(texts) for texts in captions])
+
+  def protocol(self, inference: Any) -> dict[str, Any]:
+    """How `run` measures with this inference."""
+    return {
+      **inference.protocol,
+      "seed": self._seed,
+      "num_images": len(self._indices),
+      "num_texts": len(self.texts),
+      "equal_captions": self._equal_captions,
+      "shuffle_labels": self._shuffle_labels,
+    }
+
+  def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
+    """image_retrieval_recall@k, a text finds its image; text_retrieval_recall@k, an image finds one of its texts."""
+    order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
+    images = base.embed_images(inference, params, self._source, order, seed=self._seed)
+    texts = inference.embed_texts(params, Tokenizer(inference.max_length)(self.texts))
+    found = {
+      "image": base.ranks(texts, images, query_groups=self.text_groups, key_groups=self.image_groups),
+      "text": base.ranks(images, texts, query_groups=self.image_groups, key_groups=self.text_groups),
+    }
+    return {f"{way}_retrieval_recall@{k}": float((found[way] < k).mean()) for k in RECALL_AT for way in found}
+
+
+def _as_captions(value: Any, field: str) -> tuple[str, ...]:
+  captions = (value,) if isinstance(value, str) else value
+  if not isinstance(captions, (list, tuple)) or not captions or not all(isinstance(c, str) and c for c in captions):
+    raise UserError(f"field {field!r} holds {value!r}; it should be a caption or a list of captions")
+  return tuple(captions)
+
+
+def _group(captions: Sequence[tuple[str, ...]]) -> np.ndarray:
+  """The same number for images whose captions are the same."""
+  numbers: dict[tuple[str, ...], int] = {}
+  return np.array([numbers.setdefault(texts, len(numbers)) for texts in captions])

@@ -1,0 +1,78 @@
+"""A grid of images with their captions underneath."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+TILE = 128  # pixels: smaller images are enlarged by a whole factor until they are about as wide
+FONT_SIZE = 13
+LINE_HEIGHT = 16
+MAX_LINES = 3
+GAP = 8
+
+
+def save_grid(
+  images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], path: str | os.PathLike, *, columns: int = 8
+) -> None:
+  """Writes a PNG, row by row, whole or not at all. Small images are enlarged without smoothing.
+
+  Raises:
+    ValueError: not one caption an image, or no image.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.name}.tmp")
+  draw_grid(images, captions, columns=columns).save(temporary, format="PNG")
+  os.replace(temporary, path)
+
+
+def draw_grid(images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], *, columns: int) -> Image.Image:
+  """The picture that `save_grid` writes. Raises as it does."""
+  if not len(images) or len(images) != len(captions):
+    raise ValueError(f"{len(images)} images and {len(captions)} captions; each image needs one")
+  count, height, width, _ = images.shape
+  factor = max(1, round(TILE / width))
+  font = ImageFont.load_default(FONT_SIZE)
+  lines = [wrap(caption, font, width * factor) for caption in captions]
+  text_height = LINE_HEIGHT * max(map(len, lines))
+  step_x, step_y = width * factor + GAP, height * factor + text_height + GAP
+
+  columns = min(columns, count)
+  rows = -(-count // columns)
+  grid = Image.new("RGB", (columns * step_x + GAP, rows * step_y + GAP), "white")
+  draw = ImageDraw.Draw(grid)
+  for i, (image, text) in enumerate(zip(images, lines, strict=True)):
+    x, y = GAP + i % columns * step_x, GAP + i // columns * step_y
+    tile = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+    grid.paste(tile, (x, y))
+    for j, line in enumerate(text):
+      draw.text((x, y + height * factor + j * LINE_HEIGHT), line, fill="black", font=font)
+  return grid
+
+
+def wrap(caption: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+  """Lines no wider than `width` pixels, at most `MAX_LINES`, the last one cut off with dots where that is too few."""
+  lines: list[str] = []
+  for word in caption.split():
+    joined = f"{lines[-1]} {word}" if lines else word
+    if lines and font.getlength(joined) <= width:
+      lines[-1] = joined
+    else:
+      lines.append(word)
+  if len(lines) > MAX_LINES:
+    lines = [*lines[: MAX_LINES - 1], " ".join(lines[MAX_LINES - 1 :])]
+  return [_cut(line, font, width) for line in lines]
+
+
+def _cut(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+  if font.getlength(line) <= width:
+    return line
+  kept = line
+  while kept and font.getlength(kept + "...") > width:
+    kept = kept[:-1]
+  return kept.rstrip() + "..."

@@ -1,0 +1,135 @@
+"""Zero-shot classification: class names in prompt templates against each image's denoised query."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from diffdis_jax.data import sources
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.evals import base, prompts
+from diffdis_jax.structs import UserError
+
+
+class ZeroShot:
+  """Top-1, top-5 and mean per-class recall over a class list.
+
+  Args:
+    data: section of a data source, as `data.sources.make` takes it.
+    classnames: names, or a JSON file's path; empty for the labels that occur in the data, sorted.
+    templates: prompt templates, or a JSON file's path; empty for `prompts.TEMPLATES`.
+    label_field: the record's field with the class name, or with its number in `classnames`.
+    only_classes_present: leave out the class names that no record has.
+    seen_classes: classes of the training set; acc1 is then also given on these and on the others apart, each of them
+      against the whole class list.
+    seen_split: the split of the same data whose labels are `seen_classes`.
+    num_images: this many images spread over the data; None for all.
+    seed: of the query's noise, and of the shuffle.
+    shuffle_labels: the leak test. Each record keeps its place and its label but shows another one's image, so accuracy
+      must fall to chance; where it does not, something other than the pixels gives the label away.
+
+  Raises:
+    UserError: a class name occurs twice, a label is not in the class list, a template has no place for the name.
+  """
+
+  task = "zeroshot_classification"
+
+  def __init__(
+    self,
+    *,
+    data: Mapping[str, Any],
+    classnames: Sequence[str] | str = "",
+    templates: Sequence[str] | str = "",
+    label_field: str = "label",
+    only_classes_present: bool = False,
+    seen_classes: Sequence[str] | str = "",
+    seen_split: str = "",
+    num_images: int | None = None,
+    seed: int = 0,
+    shuffle_labels: bool = False,
+  ):
+    self._source = sources.make(**data)
+    self._indices = base.spread(len(self._source), num_images)
+    self._seed = seed
+    self._shuffle_labels = shuffle_labels
+    self.templates = prompts.resolve_templates(templates)
+
+    given = prompts.resolve_classnames(classnames) if classnames else None
+    labels = _read_labels(self._source, self._indices, label_field, given)
+    self.classnames = _select(given, labels, only_classes_present=only_classes_present)
+    index = {name: i for i, name in enumerate(self.classnames)}
+    self.labels = np.array([index[label] for label in labels])
+
+    if seen_split and seen_classes:
+      raise UserError("seen_split and seen_classes are both set; give one of them")
+    seen = prompts.resolve_classnames(seen_classes) if seen_classes else ()
+    if seen_split:
+      train = sources.make(**{**data, "split": seen_split})
+      seen = _read_labels(train, np.arange(len(train)), label_field, given)
+    self._seen = np.isin(self.classnames, list(set(seen))) if len(seen) else None
+
+  def protocol(self, inference: Any) -> dict[str, Any]:
+    """How `run` measures with this inference."""
+    return {
+      **inference.protocol,
+      "seed": self._seed,
+      "num_images": len(self._indices),
+      "num_classes": len(self.classnames),
+      "templates": list(self.templates),
+      "shuffle_labels": self._shuffle_labels,
+    }
+
+  def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
+    """acc1, acc5 and mean_per_class_recall with all templates averaged, and the same of the first template alone."""
+    order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
+    images = base.embed_images(inference, params, self._source, order, seed=self._seed)
+    by_template = self._embed_classes(inference, params)
+    ensemble = base.normalise(by_template.mean(axis=0))
+    metrics = self._measure(images, ensemble)
+    return metrics | {f"{name}_single_template": v for name, v in self._measure(images, by_template[0]).items()}
+
+  def _embed_classes(self, inference: Any, params: Mapping[str, Any]) -> Float[np.ndarray, "t k d"]:
+    tokenizer = Tokenizer(inference.max_length)
+    filled = [[prompts.fill(template, name) for name in self.classnames] for template in self.templates]
+    embedded = inference.embed_texts(params, tokenizer([text for texts in filled for text in texts]))
+    return embedded.reshape(len(self.templates), len(self.classnames), -1)
+
+  def _measure(self, images: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "k d"]) -> dict[str, float]:
+    ranks = base.ranks(images, classes, query_groups=self.labels, key_groups=np.arange(len(classes)))
+    right = ranks == 0
+    metrics = {"acc1": float(right.mean()), "mean_per_class_recall": mean_per_class(right, self.labels)}
+    if len(classes) >= 5:
+      metrics["acc5"] = float((ranks < 5).mean())
+    if self._seen is not None:
+      seen = self._seen[self.labels]
+      metrics |= {
+        name: float(right[which].mean())
+        for name, which in (("acc1_seen", seen), ("acc1_unseen", ~seen))
+        if which.any()
+      }
+    return metrics
+
+
+def mean_per_class(right: np.ndarray, labels: Int[np.ndarray, " n"]) -> float:
+  """Each class's share of right answers, averaged over the classes that occur."""
+  counts = np.bincount(labels)
+  hits = np.bincount(labels, weights=right)
+  return float((hits[counts > 0] / counts[counts > 0]).mean())
+
+
+def _read_labels(source: Any, indices: np.ndarray, field: str, classnames: Sequence[str] | None) -> list[str]:
+  return base.as_names([base.get_field(source[int(i)], field) for i in indices], classnames, field=field)
+
+
+def _select(given: Sequence[str] | None, labels: Sequence[str], *, only_classes_present: bool) -> tuple[str, ...]:
+  present = set(labels)
+  if given is None:
+    return tuple(sorted(present))
+  missing = sorted(present - set(given))
+  if missing:
+    shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
+    raise UserError(f"{len(missing)} labels of the data are not in the class list: {shown}; add them to the class list")
+  return tuple(name for name in given if name in present) if only_classes_present else tuple(given)

@@ -1,0 +1,178 @@
+"""What a trained model does, compiled: text queries, image queries by denoising, images by denoising.
+
+Evaluation and generation call it with numpy arrays of any length; rows are padded to one batch shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from diffdis_jax import checkpoint, losses, tree, workdir
+from diffdis_jax.diffusion import guidance, samplers, schedules
+from diffdis_jax.models import build
+from diffdis_jax.structs import UserError
+from diffdis_jax.tree import Params
+
+
+class Inference:
+  """A config's network with a protocol for its two kinds of sampling.
+
+  Args:
+    config: of the run.
+    batch_size: rows a compiled call.
+    generation_steps, generation_guidance: DDIM steps and s = 1 + w of image generation.
+    steps, draws, guidance: denoising steps of the text query, draws of its noise to average, and its guidance. One step
+      from noise is the paper's norm (METHOD: Algorithm 3, Table 6).
+  """
+
+  def __init__(
+      self,
+      config: ConfigDict,
+      *,
+      batch_size: int = 64,
+      generation_steps: int = 50,
+      generation_guidance: float = 7.5,
+      steps: int = 1,
+      draws: int = 1,
+      guidance: float = 1.0,
+  ):
+    build.check(config.model, objectives=config.objectives, image_size=config.image_size)
+    if draws < 1:
+      raise UserError(f"{draws} draws of the text query's noise; take at least 1")
+    self.config = config
+    self.batch_size = batch_size
+    self.image_size = config.image_size
+    self.max_length = config.data.max_length
+    self.protocol = dict(steps=steps, draws=draws, guidance=guidance)
+    self.generation_protocol = dict(steps=generation_steps, guidance=generation_guidance)
+    self.graphdef, self.abstract = build.abstract(build.make(config.model, objectives=config.objectives))
+    self._embed_texts = jax.jit(self._texts)
+    self._embed_images = jax.jit(self._images)
+    self._generate = jax.jit(self._sample)
+    self._reconstruct = jax.jit(lambda params, image: self._model(params).decode_image(self._model(params).encode_image(image)))
+
+  def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
+    """Text queries e, L2-normalised."""
+    return self._batched(functools.partial(self._embed_texts, params), tokens)
+
+  def embed_images(self, params: Params, images: UInt8[np.ndarray, "n H W 3"], *, seed: int) -> Float[np.ndarray, "n d"]:
+    """Denoised text queries ê_0 from e_T ~ N(0, I), averaged over the draws, L2-normalised (the paper's Algorithm 3).
+
+    No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size.
+    """
+    self._require("discrimination")
+    places = np.arange(len(images), dtype=np.int32)
+    return self._batched(functools.partial(self._embed_images, params, jax.random.key(seed)), images, places)
+
+  def generate(
+      self, params: Params, tokens: Int[np.ndarray, "n l"], noise: Float[np.ndarray, "n h w c"]
+  ) -> UInt8[np.ndarray, "n H W 3"]:
+    """Images by DDIM with η = 0 from the given initial noise, the whole loop one program."""
+    self._require("generation")
+    return self._batched(functools.partial(self._generate, params), tokens, noise)
+
+  def reconstruct(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n H W 3"]:
+    """Images through the autoencoder, by the posterior's mode."""
+    return self._batched(functools.partial(self._reconstruct, params), images)
+
+  def noise_shape(self) -> tuple[int, int, int]:
+    """[h, w, c] of one image's initial noise."""
+    side = self.image_size // build.latent_factor(self.config.model)
+    return side, side, self.config.model.autoencoder.latent_channels
+
+  def noise(self, n: int, seed: int) -> Float[np.ndarray, "n h w c"]:
+    """Initial noise of images; image i's depends on the seed and i alone."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(n))
+    return np.asarray(jax.vmap(lambda key: jax.random.normal(key, self.noise_shape()))(keys))
+
+  def _require(self, objective: str) -> None:
+    if objective not in self.config.objectives:
+      trained = ", ".join(self.config.objectives)
+      raise UserError(f"this run was not trained for {objective}; its objectives are {trained}")
+
+  def _batched(self, f: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:
+    """f over rows in chunks of one shape, the last one padded by repeating its last row."""
+    n, size = len(arrays[0]), self.batch_size
+    outputs = []
+    for start in range(0, n, size):
+      rows = np.minimum(np.arange(start, start + size), n - 1)
+      outputs.append(np.asarray(f(*(array[rows] for array in arrays))))
+    if not outputs:
+      raise UserError("nothing to run on: give at least one row")
+    return np.concatenate(outputs)[:n]
+
+  def _model(self, params: Params) -> Any:
+    return tree.merge(self.graphdef, self.abstract, params)
+
+  def _texts(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b d"]:
+    return self._model(params).encode_text(tokens).e
+
+  def _images(
+      self, params: Params, key: jax.Array, images: UInt8[Array, "b H W 3"], places: Int[Array, "b"]
+  ) -> Float[Array, "b d"]:
+    model, text = self._model(params), self.config.text_diffusion
+    z = model.encode_image(images)
+    c_null = model.encode_text(model.text_encoder.null_tokens(self.max_length)).c
+    schedule = schedules.make(text.schedule)
+    timesteps = schedules.trailing(self.protocol["steps"])
+
+    def denoise(e_t: Float[Array, "b d"], t_e: Int[Array, "b"], z: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
+      t_z = jnp.full(t_e.shape, self.config.condition_timestep, jnp.int32)
+      c = jnp.broadcast_to(c_null, (len(e_t), *c_null.shape[1:]))
+      return model.discrimination(e_t=e_t, t_e=t_e, z=z, t_z=t_z, c_null=c)
+
+    guided = guidance.guided(denoise, condition=z, null=jnp.zeros_like(z), scale=self.protocol["guidance"])
+
+    def draw(index: Int[Array, ""]) -> Float[Array, "b d"]:
+      keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, index)))(places)
+      e_T = jax.vmap(lambda key: jax.random.normal(key, (build.query_width(self.config.model),)))(keys)
+      query = samplers.sample(
+          guided, e_T, schedule=schedule, timesteps=timesteps, target=text.target, gamma=text.gamma
+      )
+      return losses.unit_norm(query)
+
+    return losses.unit_norm(jax.lax.map(draw, jnp.arange(self.protocol["draws"])).mean(axis=0))
+
+  def _sample(
+      self, params: Params, tokens: Int[Array, "b l"], noise: Float[Array, "b h w c"]
+  ) -> UInt8[Array, "b H W 3"]:
+    model = self._model(params)
+    denoise = lambda z_t, t_z, c: model.generation(z_t=z_t, t_z=t_z, c=c)
+    guided = guidance.guided(
+        denoise,
+        condition=model.encode_text(tokens).c,
+        null=model.encode_text(model.text_encoder.null_tokens(tokens.shape[1])).c,
+        scale=self.generation_protocol["guidance"],
+    )
+    z = samplers.sample(
+        guided,
+        noise,
+        schedule=schedules.make(self.config.image_diffusion.schedule),
+        timesteps=schedules.leading(self.generation_protocol["steps"]),
+        target="noise",
+    )
+    return model.decode_image(z)
+
+
+def load(path: str, *, step: int | None = None, ema: bool = True, **protocol: Any) -> tuple[Inference, Params]:
+  """A run's model and parameters from its workdir; `protocol` as Inference takes it.
+
+  Raises:
+    UserError: no run or no checkpoint there, or one that does not fit its config.
+  """
+  inference = Inference(workdir.load_config(path), **protocol)
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  abstract = {
+      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+      for name, x in tree.flatten(inference.abstract).items()
+  }
+  return inference, checkpoint.restore_params(path, step=step, ema=ema, abstract=abstract)

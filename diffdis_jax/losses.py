@@ -1,0 +1,152 @@
+"""Losses: arrays to one number a sample, all in f32. Means over the batch are taken by the step, except inside
+`contrastive`, whose two directions have different anchors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+MAX_LOGIT_SCALE = float(np.log(100.0))
+_MIN_SQUARE = 1e-24
+_HASH_MULTIPLIER = 2654435761  # odd, near 2^32 over the golden ratio
+
+
+@struct.dataclass
+class Contrastive:
+  """What `contrastive` gives. A row that is no anchor of a direction has 0 there."""
+
+  loss: Float[Array, ""]
+  query_to_text: Float[Array, "b"]
+  text_to_query: Float[Array, "b"]
+  accuracy: Float[Array, ""]
+
+
+@struct.dataclass
+class Reconstruction:
+  """What `reconstruction` gives: loss = l1 + kl_weight · kl."""
+
+  loss: Float[Array, "b"]
+  l1: Float[Array, "b"]
+  kl: Float[Array, "b"]
+
+
+class Quarters(NamedTuple):
+  """Sums and counts of samples by quarter of the timesteps; sums over hosts and steps add up."""
+
+  sum: Float[Array, "4"]
+  count: Float[Array, "4"]
+
+
+def _sample_mean(x: Float[Array, "b ..."]) -> Float[Array, "b"]:
+  return x.mean(axis=tuple(range(1, x.ndim)))
+
+
+def denoising(noise: Float[Array, "b ..."], prediction: Float[Array, "b ..."]) -> Float[Array, "b"]:
+  """L_IG, mean ‖ε − ε̂‖² over the elements of each sample (DDPM, eq. 14)."""
+  return _sample_mean(jnp.square(prediction.astype(jnp.float32) - noise.astype(jnp.float32)))
+
+
+def unit_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+  """x / ‖x‖₂ over the last axis, in f32. Vectors shorter than 1e-12 give 0, and gradient 0."""
+  x = x.astype(jnp.float32)
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  usable = square > _MIN_SQUARE
+  return jnp.where(usable, x * jax.lax.rsqrt(jnp.where(usable, square, 1.0)), 0.0)
+
+
+def temperature(logit_scale: Float[Array, ""]) -> Float[Array, ""]:
+  """τ = min(exp(logit_scale), 100). The limit passes gradients, so that τ can come down again."""
+  logit_scale = logit_scale.astype(jnp.float32)
+  excess = jnp.maximum(logit_scale - MAX_LOGIT_SCALE, 0.0)
+  return jnp.exp(logit_scale - jax.lax.stop_gradient(excess))
+
+
+def _cross_entropy(logits: Float[Array, "b b"], candidates: Bool[Array, "b b"]) -> Float[Array, "b"]:
+  """−log softmax at the diagonal, over each row's candidates and the diagonal itself."""
+  diagonal = jnp.eye(len(logits), dtype=bool)
+  positive = jnp.where(diagonal, logits, 0.0).sum(axis=1)  # stays local where rows are sharded
+  return jax.nn.logsumexp(logits, axis=1, where=candidates | diagonal) - positive
+
+
+def _mean_over(per_sample: Float[Array, "b"], rows: Bool[Array, "b"]) -> Float[Array, ""]:
+  return jnp.where(rows, per_sample, 0.0).sum() / jnp.maximum(rows.sum(dtype=jnp.float32), 1.0)
+
+
+def contrastive(
+  query: Float[Array, "b d"],
+  e: Float[Array, "b d"],
+  logit_scale: Float[Array, ""],
+  *,
+  same_caption: Bool[Array, "b b"] | None = None,
+  dropped: Bool[Array, "b"] | None = None,
+) -> Contrastive:
+  """L_ITA, symmetric InfoNCE over the global batch on s_ij = τ ⟨norm(ê_i), e_j⟩.
+
+  Args:
+    query: ê_0, the denoised text queries, of any length.
+    e: the captions' text queries, L2-normalised.
+    logit_scale: τ = min(exp(logit_scale), 100).
+    same_caption: pairs that are not negatives of each other, since their captions agree (not stated by the paper). They
+      leave both softmaxes, off the diagonal.
+    dropped: rows whose image was replaced by zeros for guidance. How they count is not stated by the paper. Here they
+      are anchors from ê to e, which trains the unconditional prediction; from e to ê, where no image stands behind
+      their ê, they are neither anchors nor candidates. Each direction's mean is over its own anchors.
+
+  Returns:
+    loss, the mean of both directions; the directions' losses by sample; accuracy, the share of rows with an image whose
+    ê is nearest to its own e, among the same candidates.
+  """
+  b = len(query)
+  kept = jnp.ones(b, bool) if dropped is None else ~dropped
+  distinct = jnp.ones((b, b), bool) if same_caption is None else ~same_caption
+  similarity = jnp.einsum("id,jd->ij", unit_norm(query), e.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+  logits = temperature(logit_scale) * similarity
+
+  query_to_text = _cross_entropy(logits, distinct)
+  text_to_query = jnp.where(kept, _cross_entropy(logits.T, distinct.T & kept[None, :]), 0.0)
+  loss = 0.5 * (query_to_text.mean() + _mean_over(text_to_query, kept))
+
+  rivals = jnp.where(distinct | jnp.eye(b, dtype=bool), logits, -jnp.inf)
+  hits = (jnp.argmax(rivals, axis=1) == jnp.arange(b)).astype(jnp.float32)
+  return Contrastive(
+    loss=loss, query_to_text=query_to_text, text_to_query=text_to_query, accuracy=_mean_over(hits, kept)
+  )
+
+
+def caption_ids(tokens: Int[Array, "b l"]) -> UInt32[Array, "b"]:
+  """A 32-bit polynomial hash of each caption: `ids[:, None] == ids[None, :]` is `same_caption` without [b, b, l].
+
+  Captions that differ in one token never collide, others with probability near 2^-32 a pair.
+  """
+  powers = np.array([pow(_HASH_MULTIPLIER, i, 2**32) for i in range(tokens.shape[1])], np.uint32)
+  return jnp.sum(tokens.astype(jnp.uint32) * powers, axis=1, dtype=jnp.uint32)
+
+
+def by_timestep_quarter(per_sample: Float[Array, "b"], t: Int[Array, "b"], num_timesteps: int = 1000) -> Quarters:
+  """Sums and counts of a per-sample loss by the quarter of 0 ... T-1 that its timestep lies in."""
+  quarter = jax.nn.one_hot(t * 4 // num_timesteps, 4, dtype=jnp.float32)
+  return Quarters(sum=jnp.sum(per_sample[:, None] * quarter, axis=0), count=quarter.sum(axis=0))
+
+
+def reconstruction(
+  x: Float[Array, "b h w c"],
+  x_hat: Float[Array, "b h w c"],
+  *,
+  mean: Float[Array, "b ..."],
+  log_variance: Float[Array, "b ..."],
+  kl_weight: float,
+) -> Reconstruction:
+  """The autoencoder's objective: L1 over pixels + kl_weight · KL(N(mean, exp(log_variance)) ‖ N(0, I)).
+
+  L1 is the mean over a sample's pixels and channels, and KL the mean over its latent elements (Stable Diffusion's sums
+  both), so that kl_weight does not depend on the sizes. Not stated by the paper, which trains no autoencoder.
+  """
+  x, x_hat, mean, log_variance = (a.astype(jnp.float32) for a in (x, x_hat, mean, log_variance))
+  l1 = _sample_mean(jnp.abs(x_hat - x))
+  kl = _sample_mean(0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance))
+  return Reconstruction(loss=l1 + kl_weight * kl, l1=l1, kl=kl)

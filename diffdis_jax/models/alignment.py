@@ -1,0 +1,51 @@
+"""The alignment transformer: from the fused text query and the middle feature map to the predicted text query."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear
+
+
+class AlignmentTransformer(nnx.Module):
+  """Transformer over [text token, middle feature map], and a linear predictor on the text token.
+
+  Args:
+    query_width: width of the text query, in and out.
+    image_width: channels of the middle feature map.
+    width, depth, num_heads: 768, 6 and 12 in the paper. No position embedding, a final LayerNorm and a GELU MLP of
+      ratio 4 are not stated by the paper.
+  """
+
+  def __init__(
+      self,
+      *,
+      query_width: int,
+      image_width: int,
+      width: int,
+      depth: int,
+      num_heads: int,
+      dtype: jnp.dtype,
+      rngs: nnx.Rngs,
+  ):
+    self.text_in = linear(query_width, width, dtype=dtype, rngs=rngs)
+    self.image_in = linear(image_width, width, dtype=dtype, rngs=rngs)
+    self.layers = nnx.List(
+        TransformerLayer(
+            width, num_heads=num_heads, mlp_width=4 * width, activation="gelu", dtype=dtype, rngs=rngs
+        )
+        for _ in range(depth)
+    )
+    self.norm = LayerNorm(width, rngs=rngs)
+    self.predictor = linear(width, query_width, dtype=dtype, rngs=rngs)
+
+  def __call__(self, h_e: Float[Array, "b d"], features: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
+    """ê_0 or ε̂_e, f32."""
+    image = self.image_in(rearrange(features, "b h w c -> b (h w) c"))
+    h = jnp.concatenate([self.text_in(h_e)[:, None], image], axis=1)
+    for layer in self.layers:
+      h = layer(h)
+    return self.predictor(self.norm(h[:, :1]))[:, 0].astype(jnp.float32)

@@ -1,0 +1,164 @@
+"""Stable Diffusion's KL autoencoder (AutoencoderKL), every width and depth by config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float
+
+from diffdis_jax.models.layers import Attention, GroupNorm, conv
+from diffdis_jax.models.unet_blocks import Downsample, ResnetBlock, Upsample
+from diffdis_jax.structs import Posterior
+
+EPS = 1e-6
+
+
+class LatentStatistic(nnx.Variable):
+  """Shift and scale of latents to unit variance: measured while the autoencoder trains, never a trained parameter."""
+
+
+class MiddleAttention(nnx.Module):
+  """One self-attention over all positions, single head, with residual."""
+
+  def __init__(self, width: int, *, groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    self.norm = GroupNorm(width, groups=groups, eps=EPS, rngs=rngs)
+    self.attn = Attention(width, num_heads=1, qkv_bias=True, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    tokens = rearrange(self.norm(x), "b h w c -> b (h w) c")
+    return x + rearrange(self.attn(tokens), "b (h w) c -> b h w c", h=x.shape[1])
+
+
+class Middle(nnx.Module):
+  """Residual block, attention (optional), residual block."""
+
+  def __init__(self, width: int, *, attention: bool, groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    resnet = dict(time_width=None, groups=groups, eps=EPS, dtype=dtype, rngs=rngs)
+    self.resnet1 = ResnetBlock(width, width, **resnet)
+    self.attention = MiddleAttention(width, groups=groups, dtype=dtype, rngs=rngs) if attention else None
+    self.resnet2 = ResnetBlock(width, width, **resnet)
+
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    x = self.resnet1(x)
+    if self.attention is not None:
+      x = self.attention(x)
+    return self.resnet2(x)
+
+
+class Level(nnx.Module):
+  """Residual blocks of one resolution, then a change of resolution or none."""
+
+  def __init__(
+      self, din: int, dout: int, depth: int, *, resample: nnx.Module | None, groups: int, dtype: jnp.dtype, rngs: nnx.Rngs
+  ):
+    widths = [din] + [dout] * depth
+    self.resnets = nnx.List(
+        ResnetBlock(a, b, time_width=None, groups=groups, eps=EPS, dtype=dtype, rngs=rngs)
+        for a, b in zip(widths[:-1], widths[1:], strict=True)
+    )
+    self.resample = resample
+
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 e"]:
+    for resnet in self.resnets:
+      x = resnet(x)
+    return x if self.resample is None else self.resample(x)
+
+
+class Autoencoder(nnx.Module):
+  """KL autoencoder between images in [-1, 1] and latents.
+
+  Args:
+    widths: channels of each level, from the image down; each level but the last halves the resolution.
+    depth: residual blocks a level in the encoder; the decoder has one more.
+    latent_channels: channels of a latent.
+    groups: groups of the GroupNorms.
+    attention: whether the middle has a self-attention.
+    shift, scale: z = (latent - shift) * scale, one value for all channels. Stable Diffusion v1: 0, 0.18215. They are
+      the starting point only when the autoencoder is trained, where the latents' own mean and deviation take over.
+  """
+
+  def __init__(
+      self,
+      *,
+      widths: Sequence[int],
+      depth: int,
+      latent_channels: int,
+      groups: int,
+      attention: bool,
+      shift: float,
+      scale: float,
+      dtype: jnp.dtype,
+      rngs: nnx.Rngs,
+  ):
+    self.factor = 2 ** (len(widths) - 1)
+    common = dict(groups=groups, dtype=dtype, rngs=rngs)
+    new_conv = lambda din, dout, size: conv(din, dout, size, dtype=dtype, rngs=rngs)
+    last = len(widths) - 1
+
+    self.conv_in = new_conv(3, widths[0], 3)
+    self.down = nnx.List(
+        Level(
+            widths[max(i - 1, 0)],
+            width,
+            depth,
+            resample=Downsample(width, asymmetric=True, dtype=dtype, rngs=rngs) if i < last else None,
+            **common,
+        )
+        for i, width in enumerate(widths)
+    )
+    self.encoder_middle = Middle(widths[-1], attention=attention, **common)
+    self.encoder_norm = GroupNorm(widths[-1], groups=groups, eps=EPS, rngs=rngs)
+    self.encoder_out = new_conv(widths[-1], 2 * latent_channels, 3)
+    self.quant = new_conv(2 * latent_channels, 2 * latent_channels, 1)
+
+    self.post_quant = new_conv(latent_channels, latent_channels, 1)
+    self.decoder_in = new_conv(latent_channels, widths[-1], 3)
+    self.decoder_middle = Middle(widths[-1], attention=attention, **common)
+    self.up = nnx.List(
+        Level(
+            widths[min(i + 1, last)],
+            widths[i],
+            depth + 1,
+            resample=Upsample(widths[i], dtype=dtype, rngs=rngs) if i > 0 else None,
+            **common,
+        )
+        for i in reversed(range(len(widths)))
+    )
+    self.decoder_norm = GroupNorm(widths[0], groups=groups, eps=EPS, rngs=rngs)
+    self.conv_out = new_conv(widths[0], 3, 3)
+    self.shift = LatentStatistic(jnp.full((latent_channels,), shift, jnp.float32))
+    self.scale = LatentStatistic(jnp.full((latent_channels,), scale, jnp.float32))
+
+  def encode(self, x: Float[Array, "b H W 3"]) -> Posterior:
+    """Posterior over latents, f32. Log-variances are clipped to [-30, 20] as in Stable Diffusion."""
+    h = self.conv_in(x)
+    for level in self.down:
+      h = level(h)
+    h = jax.nn.silu(self.encoder_norm(self.encoder_middle(h)))
+    mean, log_variance = jnp.split(self.quant(self.encoder_out(h)).astype(jnp.float32), 2, axis=-1)
+    return Posterior(mean=mean, log_variance=jnp.clip(log_variance, -30.0, 20.0))
+
+  def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+    """Image from an unscaled latent, f32, not clipped."""
+    h = self.decoder_middle(self.decoder_in(self.post_quant(latent)))
+    for level in self.up:
+      h = level(h)
+    return self.conv_out(jax.nn.silu(self.decoder_norm(h))).astype(jnp.float32)
+
+  def to_z(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    return (latent - self.shift[...]) * self.scale[...]
+
+  def from_z(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    return z / self.scale[...] + self.shift[...]
+
+
+def sample_posterior(posterior: Posterior, key: jax.Array | None) -> Float[Array, "b h w c"]:
+  """A draw from the posterior, or its mode where `key` is None."""
+  if key is None:
+    return posterior.mean
+  noise = jax.random.normal(key, posterior.mean.shape, jnp.float32)
+  return posterior.mean + jnp.exp(0.5 * posterior.log_variance) * noise

@@ -1,0 +1,70 @@
+"""CLIP's text tower: causal pre-norm transformer over BPE tokens."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear
+from diffdis_jax.structs import TextCondition
+
+
+class TextEncoder(nnx.Module):
+  """Tokens to the text condition c and the text query e.
+
+  c is the last hidden states after the final LayerNorm (METHOD: SD v1's condition). e is c at the end-of-text token,
+  optionally through CLIP's text projection, L2-normalised; which vector the paper takes is not stated by the paper.
+
+  Args:
+    projection: width of CLIP's text projection applied to the query, 0 for none.
+  """
+
+  def __init__(
+      self,
+      *,
+      vocab_size: int,
+      max_length: int,
+      width: int,
+      depth: int,
+      num_heads: int,
+      mlp_width: int,
+      activation: str,
+      bos_id: int,
+      eos_id: int,
+      projection: int,
+      dtype: jnp.dtype,
+      rngs: nnx.Rngs,
+  ):
+    self.bos_id, self.eos_id, self.dtype = bos_id, eos_id, dtype
+    init = nnx.initializers.normal(0.02)
+    self.tokens = nnx.Embed(vocab_size, width, embedding_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+    self.positions = nnx.Param(0.5 * init(rngs.params(), (max_length, width), jnp.float32))
+    self.layers = nnx.List(
+        TransformerLayer(
+            width, num_heads=num_heads, mlp_width=mlp_width, activation=activation, dtype=dtype, rngs=rngs
+        )
+        for _ in range(depth)
+    )
+    self.norm = LayerNorm(width, rngs=rngs)
+    self.projection = linear(width, projection, use_bias=False, dtype=dtype, rngs=rngs) if projection else None
+
+  def null_tokens(self, length: int) -> Int[Array, "1 l"]:
+    """The empty prompt: start of text, end of text, padding (which is the end-of-text token)."""
+    return jnp.asarray([[self.bos_id] + [self.eos_id] * (length - 1)], jnp.int32)
+
+  def __call__(self, tokens: Int[Array, "b l"]) -> TextCondition:
+    length = tokens.shape[1]
+    h = self.tokens(tokens) + self.positions[:length].astype(self.dtype)
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    for layer in self.layers:
+      h = layer(h, mask=causal)
+    c = self.norm(h)
+    # Padding is the end-of-text token too, so the first one counts.
+    end = jnp.argmax(tokens == self.eos_id, axis=1)
+    query = jnp.take_along_axis(c, end[:, None, None], axis=1)[:, 0]
+    if self.projection is not None:
+      query = self.projection(query)
+    query = query.astype(jnp.float32)
+    return TextCondition(c=c, e=query * jax.lax.rsqrt(jnp.sum(query**2, axis=-1, keepdims=True) + 1e-12))

@@ -1,0 +1,218 @@
+"""Stable Diffusion v1's UNet (UNet2DConditionModel), every width, depth and head count by config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int
+
+from diffdis_jax.models.layers import GroupNorm, TimestepEmbedder, conv
+from diffdis_jax.models.unet_blocks import Downsample, ResnetBlock, SpatialTransformer, Upsample
+
+EPS = 1e-5
+
+# What the backward pass keeps of a block: everything; nothing but its input; matrix products; those without a batch.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+# (index of the attention block, block, image features, text condition, carry) -> (image features, carry).
+AttentionFn = Callable[[int, SpatialTransformer, Array, Array, Any], tuple[Array, Any]]
+
+
+def image_only(index: int, block: SpatialTransformer, x: Array, c: Array, carry: Any) -> tuple[Array, Any]:
+  """Stable Diffusion's own attention: there is no second stream."""
+  del index
+  return block(x, c), carry
+
+
+class DownLevel(nnx.Module):
+  """Residual blocks, each followed by attention where the level has it, then halving of the resolution."""
+
+  def __init__(
+      self, din: int, dout: int, depth: int, *, attention: bool, downsample: bool, make: BlockMaker
+  ):
+    widths = [din] + [dout] * depth
+    self.resnets = nnx.List(make.resnet(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+    self.attentions = nnx.List(make.attention(dout) for _ in range(depth if attention else 0))
+    self.downsample = Downsample(dout, dtype=make.dtype, rngs=make.rngs) if downsample else None
+
+
+class UpLevel(nnx.Module):
+  """As DownLevel, one block deeper, each residual block fed with a skip, then doubling of the resolution."""
+
+  def __init__(
+      self, din: int, dout: int, skips: Sequence[int], *, attention: bool, upsample: bool, make: BlockMaker
+  ):
+    widths = [din] + [dout] * len(skips)
+    self.resnets = nnx.List(make.resnet(a + skip, dout) for a, skip in zip(widths[:-1], skips, strict=True))
+    self.attentions = nnx.List(make.attention(dout) for _ in skips if attention)
+    self.upsample = Upsample(dout, dtype=make.dtype, rngs=make.rngs) if upsample else None
+
+
+class Middle(nnx.Module):
+
+  def __init__(self, width: int, *, make: BlockMaker):
+    self.resnet1 = make.resnet(width, width)
+    self.attention = make.attention(width)
+    self.resnet2 = make.resnet(width, width)
+
+
+@struct.dataclass
+class BlockMaker:
+  """What all blocks of one UNet have in common."""
+
+  num_heads: int
+  context_width: int
+  groups: int
+  time_width: int
+  dtype: Any
+  rngs: nnx.Rngs
+
+  def resnet(self, din: int, dout: int) -> ResnetBlock:
+    return ResnetBlock(
+        din, dout, time_width=self.time_width, groups=self.groups, eps=EPS, dtype=self.dtype, rngs=self.rngs
+    )
+
+  def attention(self, width: int) -> SpatialTransformer:
+    return SpatialTransformer(
+        width,
+        num_heads=self.num_heads,
+        context_width=self.context_width,
+        groups=self.groups,
+        dtype=self.dtype,
+        rngs=self.rngs,
+    )
+
+
+@struct.dataclass
+class DownOutput:
+  """Result of the down path and the middle block: what the up path needs, and the attention's carry."""
+
+  h: Float[Array, "b h w c"]
+  skips: tuple[Array, ...]
+  temb: Float[Array, "b d"]
+  carry: Any
+
+
+class UNet(nnx.Module):
+  """ε = UNet(z_t, t_z, c).
+
+  Args:
+    widths: channels of each level; each level but the last halves the resolution.
+    attention: for each level, whether it has attention blocks. The middle always has one.
+    depth: residual blocks a level on the way down; one more on the way up.
+    num_heads: attention heads at every level (SD v1: 8).
+    context_width: width of the text condition c.
+    latent_channels: channels of z, in and out.
+    groups: groups of every GroupNorm.
+    remat: a key of REMAT_POLICIES, applied to each block.
+  """
+
+  def __init__(
+      self,
+      *,
+      widths: Sequence[int],
+      attention: Sequence[bool],
+      depth: int,
+      num_heads: int,
+      context_width: int,
+      latent_channels: int,
+      groups: int,
+      remat: str,
+      dtype: jnp.dtype,
+      rngs: nnx.Rngs,
+  ):
+    self.remat = remat
+    time_width = 4 * widths[0]
+    make = BlockMaker(num_heads, context_width, groups, time_width, dtype, rngs)
+    last = len(widths) - 1
+
+    self.conv_in = conv(latent_channels, widths[0], 3, dtype=dtype, rngs=rngs)
+    self.time = TimestepEmbedder(widths[0], time_width, dtype=dtype, rngs=rngs)
+    self.down = nnx.List(
+        DownLevel(widths[max(i - 1, 0)], width, depth, attention=attention[i], downsample=i < last, make=make)
+        for i, width in enumerate(widths)
+    )
+    self.middle = Middle(widths[-1], make=make)
+
+    skips = [widths[0]]
+    for i, width in enumerate(widths):
+      skips += [width] * depth + ([width] if i < last else [])
+    self.up = nnx.List()
+    din = widths[-1]
+    for i in reversed(range(len(widths))):
+      level_skips = [skips.pop() for _ in range(depth + 1)]
+      self.up.append(UpLevel(din, widths[i], level_skips, attention=attention[i], upsample=i > 0, make=make))
+      din = widths[i]
+    self.norm_out = GroupNorm(widths[0], groups=groups, eps=EPS, rngs=rngs)
+    self.conv_out = conv(widths[0], latent_channels, 3, dtype=dtype, rngs=rngs)
+
+  @property
+  def fused_widths(self) -> list[int]:
+    """Width of each attention block of the down path and the middle, in the order of use (SD v1: 6 + 1)."""
+    blocks = [block for level in self.down for block in level.attentions] + [self.middle.attention]
+    return [block.proj_in.out_features for block in blocks]
+
+  def _run(self, f: Callable, *args: Any) -> Any:
+    if self.remat == "none":
+      return f(*args)
+    return nnx.remat(f, policy=REMAT_POLICIES[self.remat])(*args)
+
+  def down_and_middle(
+      self,
+      x: Float[Array, "b h w c"],
+      t: Int[Array, "b"],
+      c: Float[Array, "b l d"],
+      *,
+      attention: AttentionFn = image_only,
+      carry: Any = None,
+  ) -> DownOutput:
+    """The first half. `attention` runs each attention block and hands `carry` from one to the next."""
+    temb = self.time(t)
+    resnet = lambda block, x: self._run(lambda block, x, temb: block(x, temb), block, x, temb)
+
+    def attend(index: int, block: SpatialTransformer, x: Array, carry: Any) -> tuple[Array, Any]:
+      return self._run(lambda block, x, c, carry: attention(index, block, x, c, carry), block, x, c, carry)
+
+    h = self.conv_in(x)
+    skips, index = [h], 0
+    for level in self.down:
+      for i, block in enumerate(level.resnets):
+        h = resnet(block, h)
+        if level.attentions:
+          h, carry = attend(index, level.attentions[i], h, carry)
+          index += 1
+        skips.append(h)
+      if level.downsample is not None:
+        h = level.downsample(h)
+        skips.append(h)
+    h = resnet(self.middle.resnet1, h)
+    h, carry = attend(index, self.middle.attention, h, carry)
+    h = resnet(self.middle.resnet2, h)
+    return DownOutput(h=h, skips=tuple(skips), temb=temb, carry=carry)
+
+  def up_path(self, down: DownOutput, c: Float[Array, "b l d"]) -> Float[Array, "b h w c"]:
+    """The second half. Returns f32."""
+    h, skips = down.h, list(down.skips)
+    for level in self.up:
+      for i, block in enumerate(level.resnets):
+        h = jnp.concatenate([h, skips.pop()], axis=-1)
+        h = self._run(lambda block, x, temb: block(x, temb), block, h, down.temb)
+        if level.attentions:
+          h = self._run(lambda block, x, c: block(x, c), level.attentions[i], h, c)
+      if level.upsample is not None:
+        h = level.upsample(h)
+    return self.conv_out(jax.nn.silu(self.norm_out(h))).astype(jnp.float32)
+
+  def __call__(
+      self, x: Float[Array, "b h w c"], t: Int[Array, "b"], c: Float[Array, "b l d"]
+  ) -> Float[Array, "b h w c"]:
+    return self.up_path(self.down_and_middle(x, t, c), c)

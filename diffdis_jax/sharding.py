@@ -1,0 +1,95 @@
+"""The mesh, and which axis each parameter is split along. The only file that names a mesh axis.
+
+Axes: `data` replicates parameters and splits the batch; `fsdp` splits both; `tensor` splits widths within a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from diffdis_jax import tree
+from diffdis_jax.structs import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+REPLICATED = PartitionSpec()
+
+# Shapes: convolution [h, w, in, out], linear [in, out], embedding [tokens, width]. First match wins.
+RULES = (
+    (r"^autoencoder\.(shift|scale)$|^logit_scale$", REPLICATED),
+    (r"\.(bias|scale)$", REPLICATED),
+    (r"conv|shortcut|proj_in|proj_out|quant|encoder_out|decoder_in", PartitionSpec(None, None, "fsdp", "tensor")),
+    (r"tokens\.embedding$|positions$", PartitionSpec("tensor", "fsdp")),
+    (r"\.(out|fc2|fc_out|predictor)\.kernel$", PartitionSpec("tensor", "fsdp")),
+    (r"\.(q|k|v|proj|fc1|fc_in|text_in|image_in|time|projection)\.kernel$", PartitionSpec("fsdp", "tensor")),
+)
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[jax.Device] | None = None) -> Mesh:
+  """Mesh of all devices; an axis of -1 takes what the others leave.
+
+  Raises:
+    UserError: the axes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+  shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+  if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise UserError(f"mesh {shown}: axes are positive, and at most one is -1")
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
+    raise UserError(f"mesh {shown} takes a multiple of {fixed} devices, but there are {len(devices)}; their product must be the number of devices")
+  shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+  """Raises UserError for a global batch that the mesh cannot split evenly."""
+  parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+  if batch_size < 1 or batch_size % parts:
+    near = max(1, round(batch_size / parts)) * parts
+    raise UserError(
+        f"batch_size is {batch_size}; data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} x accumulate={accumulate}"
+        f" split it into {parts} parts, so it must be a multiple of {parts}, such as {near}"
+    )
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """Partition of one parameter; an axis that does not divide its dimension is left out.
+
+  Raises:
+    UserError: no rule matches.
+  """
+  wanted = tree.first_match(path, RULES, "sharding.RULES")
+  return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(wanted, shape)))
+
+
+def shardings(abstract: Any, mesh: Mesh, parameters: Mapping[str, Any]) -> Any:
+  """NamedSharding of every leaf. A leaf whose key and shape are a parameter's, in the optimizer's state too, is split as
+  that parameter; anything else is on every device."""
+
+  def of(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    for key in reversed(key_path):
+      path = key.key if isinstance(key, jax.tree_util.DictKey) else None
+      if path in parameters and parameters[path].shape == leaf.shape:
+        return NamedSharding(mesh, spec(path, leaf.shape, mesh))
+    return NamedSharding(mesh, REPLICATED)
+
+  return jax.tree_util.tree_map_with_path(of, abstract)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Of arrays whose first axis is the batch."""
+  return NamedSharding(mesh, BATCH)
+
+
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This process's rows of a batch to global arrays on the mesh."""
+  place = batch_sharding(mesh)
+  return {name: jax.make_array_from_process_local_data(place, array) for name, array in batch.items()}

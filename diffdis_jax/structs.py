@@ -1,0 +1,44 @@
+"""Everything that crosses a file border, and the one glossary of dimensions.
+
+| letter | dimension |
+|---|---|
+| b | batch (global in the compiled step, per host in the loader) |
+| h w c | height, width, channels, of an image or of a latent |
+| n | tokens of an attention sequence |
+| l | text tokens |
+| d | width of a text embedding or of a stream |
+| s | sampling steps |
+"""
+
+from __future__ import annotations
+
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt8
+
+
+class UserError(Exception):
+  """Bad input. Its message is one line: what is wrong, and what would be right. Verbs exit with code 2."""
+
+
+@struct.dataclass
+class Batch:
+  """One batch of captioned images. The loader gives numpy arrays per host, the step sees global arrays."""
+
+  image: UInt8[Array, "b h w 3"]
+  tokens: Int[Array, "b l"]
+
+
+@struct.dataclass
+class TextCondition:
+  """What the text encoder gives: c, the condition of every token, and e, the L2-normalised text query."""
+
+  c: Float[Array, "b l d"]
+  e: Float[Array, "b d"]
+
+
+@struct.dataclass
+class Posterior:
+  """The autoencoder's Gaussian over latents, before shift and scale."""
+
+  mean: Float[Array, "b h w c"]
+  log_variance: Float[Array, "b h w c"]
