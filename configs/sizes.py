@@ -52,5 +52,5 @@ def small() -> ConfigDict:
   model.unet.update(widths=(48, 96), attention=(True, True), depth=1, num_heads=4, groups=8)
   model.alignment.update(width=96, depth=2, num_heads=4)
   model.text_encoder.update(max_length=16, width=96, depth=2, num_heads=4, mlp_width=384)
-  model.autoencoder.update(widths=(32, 64, 64), depth=1, groups=8, attention=False, shift=0.0, scale=1.0)
+  model.autoencoder.update(widths=(16, 32, 64), depth=1, groups=8, attention=False, shift=0.0, scale=1.0)
   return model

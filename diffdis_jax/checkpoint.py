@@ -155,6 +155,16 @@ def restore_params(
   return {**params, **_read_tree(path / "ema", averaged)}
 
 
+def saved_params(workdir: str, *, step: int | None = None) -> Params:
+  """Shapes and dtypes of a run's parameters, as jax.ShapeDtypeStruct.
+
+  Raises:
+    UserError: no such checkpoint.
+  """
+  saved = _saved(find(workdir, step) / "params")
+  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in saved.items()}
+
+
 def latest_step(workdir: str) -> int | None:
   """The newest committed step of a run, or None."""
   return max(_committed(_folder(workdir)), default=None)

@@ -5,6 +5,7 @@ Evaluation and generation call it with numpy arrays of any length; rows are padd
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -23,42 +24,52 @@ from diffdis_jax.structs import UserError
 from diffdis_jax.tree import Params
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+  """How to sample; a config's `inference` section.
+
+  Attributes:
+    steps: denoising steps of the text query. One, from noise, is the paper's norm (Algorithm 3, Table 6).
+    draws: draws of the text query's noise to average (not stated by the paper).
+    guidance: s of the text query's guidance, where the null condition is the image z = 0; 1 is none.
+    generation_steps: DDIM steps of an image.
+    generation_guidance: s = 1 + w of an image's guidance.
+  """
+
+  steps: int = 1
+  draws: int = 1
+  guidance: float = 1.0
+  generation_steps: int = 50
+  generation_guidance: float = 7.5
+
+  def __post_init__(self):
+    if self.draws < 1:
+      raise UserError(f"inference.draws is {self.draws}; it must be at least 1")
+
+
 class Inference:
   """A config's network with a protocol for its two kinds of sampling.
 
   Args:
     config: of the run.
     batch_size: rows a compiled call.
-    generation_steps, generation_guidance: DDIM steps and s = 1 + w of image generation.
-    steps, draws, guidance: denoising steps of the text query, draws of its noise to average, and its guidance. One step
-      from noise is the paper's norm (METHOD: Algorithm 3, Table 6).
+    protocol: fields of Protocol that replace those of `config.inference`.
   """
 
-  def __init__(
-      self,
-      config: ConfigDict,
-      *,
-      batch_size: int = 64,
-      generation_steps: int = 50,
-      generation_guidance: float = 7.5,
-      steps: int = 1,
-      draws: int = 1,
-      guidance: float = 1.0,
-  ):
+  def __init__(self, config: ConfigDict, *, batch_size: int = 64, **protocol: Any):
     build.check(config.model, objectives=config.objectives, image_size=config.image_size)
-    if draws < 1:
-      raise UserError(f"{draws} draws of the text query's noise; take at least 1")
     self.config = config
     self.batch_size = batch_size
     self.image_size = config.image_size
     self.max_length = config.data.max_length
-    self.protocol = dict(steps=steps, draws=draws, guidance=guidance)
-    self.generation_protocol = dict(steps=generation_steps, guidance=generation_guidance)
+    how = Protocol(**{**config.inference, **protocol})
+    self.protocol = dict(steps=how.steps, draws=how.draws, guidance=how.guidance)
+    self.generation_protocol = dict(steps=how.generation_steps, guidance=how.generation_guidance)
     self.graphdef, self.abstract = build.abstract(build.make(config.model, objectives=config.objectives))
     self._embed_texts = jax.jit(self._texts)
     self._embed_images = jax.jit(self._images)
     self._generate = jax.jit(self._sample)
-    self._reconstruct = jax.jit(lambda params, image: self._model(params).decode_image(self._model(params).encode_image(image)))
+    self._reconstruct = jax.jit(self._through_autoencoder)
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Text queries e, L2-normalised."""
@@ -112,6 +123,10 @@ class Inference:
 
   def _model(self, params: Params) -> Any:
     return tree.merge(self.graphdef, self.abstract, params)
+
+  def _through_autoencoder(self, params: Params, images: UInt8[Array, "b H W 3"]) -> UInt8[Array, "b H W 3"]:
+    model = self._model(params)
+    return model.decode_image(model.encode_image(images))
 
   def _texts(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b d"]:
     return self._model(params).encode_text(tokens).e

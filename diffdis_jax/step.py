@@ -75,7 +75,7 @@ class Step:
     self._tx = optim.make(self.trainable, num_steps=config.num_steps, **settings)
     self._loss = make_loss(config, self.graphdef, self.abstract)
 
-    abstract_state = jax.eval_shape(self._init, jax.random.key(0))
+    abstract_state = jax.eval_shape(self._around, self.shapes)
     self.state_shardings = sharding.shardings(abstract_state, mesh, self.shapes)
     self.abstract_state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, self.state_shardings
@@ -87,16 +87,14 @@ class Step:
         out_shardings=(self.state_shardings, None),
     )
 
-  def init(self, key: jax.Array) -> TrainState:
-    """A fresh state, its parameters born sharded."""
-    return jax.jit(self._init, out_shardings=self.state_shardings)(key)
+  def init_params(self, key: jax.Array) -> Params:
+    """Fresh parameters, born sharded."""
+    init = lambda key: tree.flatten(build.initialise(self._build, key))
+    return jax.jit(init, out_shardings=self.state_shardings.params)(key)
 
   def with_params(self, params: Params) -> TrainState:
-    """A fresh state around given parameters; donates them."""
+    """The state of step 0 around these parameters; donates them."""
     return jax.jit(self._around, donate_argnums=0, out_shardings=self.state_shardings)(params)
-
-  def _init(self, key: jax.Array) -> TrainState:
-    return self._around(tree.flatten(build.initialise(self._build, key)))
 
   def _around(self, params: Params) -> TrainState:
     trainable = {path: params[path] for path in self.trainable}

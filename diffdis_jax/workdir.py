@@ -13,9 +13,10 @@ from diffdis_jax.structs import UserError
 
 MAY_CHANGE = (
   r"^(log|save|eval|sample)_every$",
+  r"^(train_evals|sample_prompts|inference)(\.|$)",
   r"^keep",
   r"^(checkpoint|evals|mesh|profile)(\.|$)",
-  r"^data\.(num_threads|num_workers|prefetch)",
+  r"^data\.loader\.",
 )
 """Fields (dotted paths) that may differ when a run goes on: they leave the numbers of the training alone."""
 

@@ -1,12 +1,15 @@
-"""TFDS builder that turns webdataset tars of image-caption pairs into ArrayRecord shards."""
+"""Webdataset tars of image-caption pairs -> a TFDS folder of ArrayRecord shards."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +18,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from diffdis_jax.data.transforms import decode
-from diffdis_jax.data.webdataset import RawPair, TarReader
+from diffdis_jax.data.webdataset import RawPair, TarReader, split_of
+from diffdis_jax.structs import UserError
 
 _CHUNK = 256  # pairs decoded at a time to check them
 _FIRST = 10  # skipped pairs named in the report, of each reason
@@ -26,15 +30,66 @@ class SplitReport:
   """What became of the tars of one split. A reason is one of those that `defect` gives."""
 
   pairs: int = 0
-  skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+  skipped: dict[str, int] = dataclasses.field(default_factory=dict)
   first_skipped: dict[str, list[str]] = dataclasses.field(default_factory=dict)
   truncated_tars: list[str] = dataclasses.field(default_factory=list)
 
   def skip(self, key: str, reason: str) -> None:
-    self.skipped[reason] += 1
+    self.skipped[reason] = self.skipped.get(reason, 0) + 1
     first = self.first_skipped.setdefault(reason, [])
     if len(first) < _FIRST:
       first.append(key)
+
+  def reasons(self) -> str:
+    """ "2 with corrupt image, 1 with missing caption"; empty if none was skipped."""
+    return ", ".join(f"{count} with {reason}" for reason, count in self.skipped.items())
+
+
+def prepare(source: pathlib.Path, out: pathlib.Path) -> dict[str, SplitReport]:
+  """Writes folder `out`, whole or not at all.
+
+  Returns:
+    What became of the tars of each split; `out/report.json` says the same.
+
+  Raises:
+    UserError: no tars, a tar of unknown split, `out` not an empty folder, or a split without one usable pair.
+  """
+  tars = find_tars(source)
+  out = out.resolve()
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise UserError(f"--out={out} exists and is not an empty folder; name a new one")
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"cannot make the folder of --out={out}: {error.strerror}; name one that can be written") from error
+  with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+    builder = Pairs(tars=tars, data_dir=temporary)
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download there
+      builder.download_and_prepare()
+    folder = pathlib.Path(builder.data_dir)
+    report = {split: dataclasses.asdict(report) for split, report in builder.reports.items()}
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    folder.replace(out)
+  return builder.reports
+
+
+def find_tars(source: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+  """Split -> its tars, by name.
+
+  Raises:
+    UserError: no folder, no tars in it, or a tar whose name gives no split.
+  """
+  if not source.is_dir():
+    raise UserError(f"no folder {source}; --source is a folder of webdataset tars")
+  tars = collections.defaultdict(list)
+  for path in sorted(source.glob("*.tar")):
+    split = split_of(path)
+    if split is None or split == "all":
+      raise UserError(f"cannot tell the split of {path.name}; name tars SPLIT-00000.tar, SPLIT not 'all', or 00000.tar")
+    tars[split].append(path)
+  if not tars:
+    raise UserError(f"no .tar files in {source}; --source is a folder of webdataset tars, such as img2dataset writes")
+  return dict(tars)
 
 
 def defect(pair: RawPair) -> str | None:
@@ -46,10 +101,10 @@ def defect(pair: RawPair) -> str | None:
   try:
     pair.caption.decode()
   except UnicodeDecodeError:
-    return "caption is not UTF-8"
+    return "caption that is not UTF-8"
   try:
     if not isinstance(json.loads(pair.metadata or b"{}"), dict):
-      return "json is not an object"
+      return "json that is no object"
   except ValueError:
     return "corrupt json"
   try:
@@ -113,7 +168,9 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         report.pairs += 1
       if reader.truncated:
         report.truncated_tars.append(tar.name)
-      logging.info("%s: %d pairs of %s so far, %d skipped", tar.name, report.pairs, split, report.skipped.total())
+      logging.info("%s: %d pairs of %s so far, %d skipped", tar.name, report.pairs, split, sum(report.skipped.values()))
+    if not report.pairs:
+      raise UserError(f"no usable pair in the tars of split {split}: {report.reasons() or 'no files of pairs in them'}")
     self.info.metadata[split] = dataclasses.asdict(report)
 
 

@@ -34,6 +34,7 @@ BACKGROUNDS = {
 }
 COLOUR_JITTER = 8  # of 255, uniform either way, one draw a channel, for shape and background
 RADIUS = (0.20, 0.40)  # of the image's side, to the outermost point of a shape
+MARGIN = 0.03  # of the image's side, left free around a shape
 SMALL, LARGE = 0.26, 0.33  # radii below and above which a caption may say so
 OFF_CENTRE = 0.08  # of the image's side: a caption may name the side; within a third of it, the middle
 MAX_ROTATION = 25.0  # degrees either way: a cross stays a cross and a square no diamond
@@ -122,7 +123,7 @@ class Scene:
 def make_scene(rng: np.random.Generator, *, colour: str, shape: str) -> Scene:
   """Draws background, size, rotation and a position that keeps the whole shape inside."""
   radius = rng.uniform(*RADIUS)
-  room = 0.49 - radius
+  room = 0.5 - MARGIN - radius
   x, y, rotation = rng.uniform(-1, 1, 3)
   background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
   return Scene(colour, shape, background, x * room, y * room, radius, rotation * MAX_ROTATION)

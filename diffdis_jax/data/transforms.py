@@ -84,14 +84,14 @@ def augment(
   image: Image.Image, rng: np.random.Generator, *, size: int, how: Augmentation
 ) -> UInt8[np.ndarray, "size size 3"]:
   """A varied view of the image, `size` pixels square."""
+  if how.shift or how.zoom or how.rotation:
+    image = random_affine(image, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
   if how.crop == "random":
     image = random_crop(image, rng, size=size, scale=how.crop_scale, ratio=how.crop_ratio)
   else:
     image = resize(image, size)
   if how.flip and rng.random() < 0.5:
     image = ImageOps.mirror(image)
-  if how.shift or how.zoom or how.rotation:
-    image = random_affine(image, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
   return np.asarray(jitter_colour(image, rng, how=how))
 
 

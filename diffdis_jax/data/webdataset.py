@@ -15,7 +15,7 @@ FIELDS = {
   "json": "metadata",
 }
 _BLOCK = 512  # of a tar; two blocks of zeros end it
-_SPLIT = re.compile(r"(?:(?:.*-)?([A-Za-z]\w*)-)?\d+(?:-of-\d+)?\.tar")
+_SPLIT = re.compile(r"(?:(?:.*?-)?([A-Za-z]\w*)-)?\d+(?:-of-\d+)?\.tar")
 
 
 @dataclasses.dataclass

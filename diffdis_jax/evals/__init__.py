@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from diffdis_jax.evals.agreement import Agreement
@@ -21,4 +22,9 @@ def make(task: str, **section: Any) -> Eval:
   """
   if task not in EVALS:
     raise UserError(f"unknown evaluation {task!r}; there are {', '.join(EVALS)}")
+  signature = inspect.signature(EVALS[task])
+  try:
+    signature.bind(**section)
+  except TypeError as error:
+    raise UserError(f"evaluation {task}: {error}; it takes {', '.join(signature.parameters)}") from error
   return EVALS[task](**section)

@@ -1,4 +1,4 @@
-"""Do generated shapes show what the prompt asked for? An independent classifier, trained on real renders only, judges."""
+"""Do generated shapes show what was asked for? An independent classifier, trained on real renders only, judges."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ class Classifier(nnx.Module):
 
   def __init__(self, *, rngs: nnx.Rngs, widths: tuple[int, int, int] = (24, 48, 96)):
     first, second, third = widths
-    self.convs = nnx.List([
-      nnx.Conv(4, first, (5, 5), strides=2, rngs=rngs),
-      nnx.Conv(first, second, (3, 3), strides=2, rngs=rngs),
-      nnx.Conv(second, third, (3, 3), rngs=rngs),
-    ])
+    self.convs = nnx.List(
+      [
+        nnx.Conv(4, first, (5, 5), strides=2, rngs=rngs),
+        nnx.Conv(first, second, (3, 3), strides=2, rngs=rngs),
+        nnx.Conv(second, third, (3, 3), rngs=rngs),
+      ]
+    )
     self.norms = nnx.List([nnx.GroupNorm(width, num_groups=8, rngs=rngs) for width in widths])
     self.colour = nnx.Linear(2 * third, len(COLOURS), rngs=rngs)
     self.shape = nnx.Linear(2 * third, len(shapes.SHAPES), rngs=rngs)

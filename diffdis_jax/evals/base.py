@@ -6,7 +6,7 @@ is called; when to run it is the caller's affair.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -120,32 +120,6 @@ def make_record(
   }
 
 
-def normalise(vectors: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
-  """Vectors of length 1."""
-  return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
-
-
 def shuffled(indices: Int[np.ndarray, " n"], *, seed: int) -> Int[np.ndarray, " n"]:
   """A random order of `indices`: the leak test shows the image of one record in the place of another's."""
   return np.random.default_rng(seed).permutation(indices)
-
-
-def as_names(labels: Sequence[Any], classnames: Sequence[str] | None, *, field: str) -> list[str]:
-  """Labels as class names; a whole number counts into `classnames`.
-
-  Raises:
-    UserError: a number without class names or outside of them, or a label that is neither number nor text.
-  """
-  names = []
-  for label in labels:
-    if isinstance(label, str):
-      names.append(label)
-    elif isinstance(label, (int, np.integer)) and not isinstance(label, bool) and classnames is not None:
-      if not 0 <= label < len(classnames):
-        raise UserError(f"field {field!r} holds {label}, but there are {len(classnames)} class names")
-      names.append(classnames[label])
-    elif isinstance(label, (int, np.integer)):
-      raise UserError(f"field {field!r} holds numbers such as {label}; give the class names that they count into")
-    else:
-      raise UserError(f"field {field!r} holds {label!r}; a label should be a class name or its number")
-  return names

@@ -49,9 +49,7 @@ class Retrieval:
     self._equal_captions = equal_captions
     self._seed = seed
     self._shuffle_labels = shuffle_labels
-    captions = [
-      _as_captions(base.get_field(self._source[int(i)], caption_field), caption_field) for i in self._indices
-    ]
+    captions = [_as_captions(base.get_field(self._source[int(i)], caption_field), caption_field) for i in self._indices]
     self.texts = [text for texts in captions for text in texts]
     self.image_groups = _group(captions) if equal_captions else np.arange(len(captions))
     self.text_groups = np.repeat(self.image_groups, [len(texts) for texts in captions])

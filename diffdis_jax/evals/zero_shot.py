@@ -58,18 +58,17 @@ class ZeroShot:
     self.templates = prompts.resolve_templates(templates)
 
     given = prompts.resolve_classnames(classnames) if classnames else None
-    labels = _read_labels(self._source, self._indices, label_field, given)
+    labels = _read_labels(self._source, label_field, given)
     self.classnames = _select(given, labels, only_classes_present=only_classes_present)
     index = {name: i for i, name in enumerate(self.classnames)}
-    self.labels = np.array([index[label] for label in labels])
+    self.labels = np.array([index[labels[i]] for i in self._indices])
 
     if seen_split and seen_classes:
       raise UserError("seen_split and seen_classes are both set; give one of them")
     seen = prompts.resolve_classnames(seen_classes) if seen_classes else ()
     if seen_split:
-      train = sources.make(**{**data, "split": seen_split})
-      seen = _read_labels(train, np.arange(len(train)), label_field, given)
-    self._seen = np.isin(self.classnames, list(set(seen))) if len(seen) else None
+      seen = _read_labels(sources.make(**{**data, "split": seen_split}), label_field, given)
+    self._seen = np.isin(self.classnames, sorted(set(seen))) if seen else None
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""
@@ -87,7 +86,8 @@ class ZeroShot:
     order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
     images = base.embed_images(inference, params, self._source, order, seed=self._seed)
     by_template = self._embed_classes(inference, params)
-    ensemble = base.normalise(by_template.mean(axis=0))
+    mean = by_template.mean(axis=0)
+    ensemble = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
     metrics = self._measure(images, ensemble)
     return metrics | {f"{name}_single_template": v for name, v in self._measure(images, by_template[0]).items()}
 
@@ -106,9 +106,7 @@ class ZeroShot:
     if self._seen is not None:
       seen = self._seen[self.labels]
       metrics |= {
-        name: float(right[which].mean())
-        for name, which in (("acc1_seen", seen), ("acc1_unseen", ~seen))
-        if which.any()
+        name: float(right[which].mean()) for name, which in (("acc1_seen", seen), ("acc1_unseen", ~seen)) if which.any()
       }
     return metrics
 
@@ -120,8 +118,21 @@ def mean_per_class(right: np.ndarray, labels: Int[np.ndarray, " n"]) -> float:
   return float((hits[counts > 0] / counts[counts > 0]).mean())
 
 
-def _read_labels(source: Any, indices: np.ndarray, field: str, classnames: Sequence[str] | None) -> list[str]:
-  return base.as_names([base.get_field(source[int(i)], field) for i in indices], classnames, field=field)
+def _read_labels(source: sources.Source, field: str, classnames: Sequence[str] | None) -> list[str]:
+  return [_as_name(base.get_field(source[i], field), field, classnames) for i in range(len(source))]
+
+
+def _as_name(label: Any, field: str, classnames: Sequence[str] | None) -> str:
+  """The class name itself, or the one that a number counts to."""
+  if isinstance(label, str):
+    return label
+  if not isinstance(label, (int, np.integer)) or isinstance(label, bool):
+    raise UserError(f"field {field!r} holds {label!r}; a label should be a class name or its number")
+  if classnames is None:
+    raise UserError(f"field {field!r} holds numbers such as {label}; give the class names that they count into")
+  if not 0 <= label < len(classnames):
+    raise UserError(f"field {field!r} holds {label}, but there are {len(classnames)} class names, from 0")
+  return classnames[label]
 
 
 def _select(given: Sequence[str] | None, labels: Sequence[str], *, only_classes_present: bool) -> tuple[str, ...]:

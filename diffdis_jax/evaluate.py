@@ -1,0 +1,166 @@
+"""Measures a trained run.
+
+  python -m diffdis_jax.evaluate --workdir=DIR --tasks=zero_shot,retrieval --out=F.json
+    [--data=PREPARED_DIR --split=S --classnames=F.json --templates=F.json --label_field=FIELD]
+
+Without --data it measures on the sets that the run's config names under `evals`. F.json holds
+{task: {data set: record}}, each record in CLIP_benchmark's schema with the protocol beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from absl import flags, logging
+from etils import epath
+
+from diffdis_jax import checkpoint, cli, evals, inference, workdir
+from diffdis_jax.evals import base
+from diffdis_jax.structs import UserError
+
+FLAGS = flags.FLAGS
+Section = tuple[str, dict[str, Any]]  # data set, and {task, what that evaluation takes}
+SETTINGS = {  # of an evaluation, that a flag of the same name may set
+  "zero_shot": ("seed", "num_images", "shuffle_labels", "classnames", "templates", "label_field", "seen_split"),
+  "retrieval": ("seed", "num_images", "shuffle_labels"),
+  "agreement": ("seed",),
+}
+PROTOCOL = ("steps", "draws", "guidance", "generation_steps", "generation_guidance", "batch_size")
+
+
+def define_flags() -> None:
+  """The command line. Defined on call, so that two verbs can be imported side by side."""
+  flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+  flags.DEFINE_string("out", None, "JSON file to write", required=True)
+  flags.DEFINE_list("tasks", ["zero_shot", "retrieval"], f"any of {', '.join(SETTINGS)}")
+  flags.DEFINE_string("data", None, "folder written by prepare_data; by default the sets of the run's config")
+  flags.DEFINE_string("split", None, "split of --data")
+  flags.DEFINE_string("classnames", None, "JSON list of class names; by default the labels in the data")
+  flags.DEFINE_string("templates", None, "JSON list of prompt templates, {} for the class name")
+  flags.DEFINE_string("label_field", None, "field of a record with its class name")
+  flags.DEFINE_string("seen_split", None, "split whose classes count as seen; accuracy is given on the others apart")
+  flags.DEFINE_integer("num_images", None, "this many images spread over the data; by default all", lower_bound=1)
+  flags.DEFINE_boolean("shuffle_labels", None, "leak test: images shuffled against labels; accuracy must be chance")
+  flags.DEFINE_integer("seed", None, "of the noise")
+  flags.DEFINE_integer("steps", None, "denoising steps of the text query", lower_bound=1, upper_bound=1000)
+  flags.DEFINE_integer("draws", None, "draws of the query's noise to average", lower_bound=1)
+  flags.DEFINE_float("guidance", None, "guidance scale of the text query; 1 is none")
+  flags.DEFINE_integer("generation_steps", None, "sampling steps of images", lower_bound=1, upper_bound=1000)
+  flags.DEFINE_float("generation_guidance", None, "guidance scale of images; 1 is none")
+  flags.DEFINE_integer("batch_size", None, "rows a compiled call", lower_bound=1)
+  flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
+  flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  cli.compilation_cache()
+  out = pathlib.Path(FLAGS.out)
+  if out.is_dir():
+    raise UserError(f"--out={out} is a folder; it should name the JSON file to write")
+  config = workdir.load_config(FLAGS.workdir)
+  if FLAGS.data:
+    sections = sections_of_folder(FLAGS.data, FLAGS.split, tasks=FLAGS.tasks, image_size=config.image_size)
+  elif FLAGS.split:
+    raise UserError("--split is a split of --data; give --data too")
+  else:
+    sections = sections_of_config(config.to_dict(), tasks=FLAGS.tasks)
+  settings = _given(name for names in SETTINGS.values() for name in names)
+  results = evaluate(FLAGS.workdir, override(sections, settings), step=FLAGS.step, ema=FLAGS.ema, **_given(PROTOCOL))
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    workdir.write_whole(epath.Path(out), (json.dumps(results, indent=2) + "\n").encode())
+  except OSError as error:
+    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+
+
+def evaluate(
+  run: str, sections: Sequence[Section], *, step: int | None = None, ema: bool = True, **protocol: Any
+) -> dict[str, dict[str, Any]]:
+  """{task: {data set: record}} of a run.
+
+  Args:
+    run: its workdir.
+    sections: what to measure.
+    step: which checkpoint; None takes the newest.
+    ema: averaged weights, where the run keeps them.
+    protocol: as `inference.Inference` takes it.
+
+  Raises:
+    UserError: bad settings, data or checkpoint; before anything is measured.
+  """
+  made = [(dataset, section["task"], evals.make(**section)) for dataset, section in sections]
+  saved = checkpoint.find(run, step)
+  step, ema = int(saved.name), ema and (saved / "ema").exists()
+  model, params = inference.load(run, step=step, ema=ema, **protocol)
+  results: dict[str, dict[str, Any]] = {}
+  for dataset, task, evaluation in made:
+    metrics = evaluation.run(model, params)
+    logging.info("%s, %s: %s", task, dataset, ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+    results.setdefault(task, {})[dataset] = base.make_record(
+      dataset=dataset,
+      model="diffdis_jax",
+      pretrained=run,
+      task=evaluation.task,
+      metrics=metrics,
+      protocol={**evaluation.protocol(model), "checkpoint": step, "ema": ema},
+    )
+  return results
+
+
+def sections_of_folder(folder: str, split: str | None, *, tasks: Sequence[str], image_size: int) -> list[Section]:
+  """Each task on one split of a prepared folder.
+
+  Raises:
+    UserError: no split, or a task that takes no data.
+  """
+  if not split:
+    raise UserError("--data needs --split, the name of one of its splits")
+  if "agreement" in tasks:
+    raise UserError("agreement judges generated shapes and takes no --data; leave one of the two out")
+  data = {"name": "pairs", "path": folder, "split": split, "image_size": image_size}
+  return [(f"{pathlib.Path(folder).name}/{split}", {"task": task, "data": data}) for task in tasks]
+
+
+def sections_of_config(config: Mapping[str, Any], *, tasks: Sequence[str]) -> list[Section]:
+  """The sets that a run's config names under `evals`, of these tasks.
+
+  Raises:
+    UserError: there is none for one of the tasks.
+  """
+  sections = list(config.get("evals", {}).items())
+  for task in tasks:
+    if not any(section["task"] == task for _, section in sections):
+      named = ", ".join(sorted({section["task"] for _, section in sections})) or "none"
+      raise UserError(f"the run's config names no data set for {task} (its tasks: {named}); give --data and --split")
+  return [(dataset, section) for dataset, section in sections if section["task"] in tasks]
+
+
+def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[Section]:
+  """Sections with these settings in place, wherever the task has them.
+
+  Raises:
+    UserError: a task is unknown, or a setting has no effect on any section.
+  """
+  for _, section in sections:
+    if section["task"] not in SETTINGS:
+      raise UserError(f"unknown task {section['task']!r}; {cli.did_you_mean(section['task'], SETTINGS)}")
+  for name in settings:
+    if not any(name in SETTINGS[section["task"]] for _, section in sections):
+      raise UserError(f"--{name} has no effect on these tasks; leave it out")
+  return [
+    (dataset, section | {name: value for name, value in settings.items() if name in SETTINGS[section["task"]]})
+    for dataset, section in sections
+  ]
+
+
+def _given(names: Iterable[str]) -> dict[str, Any]:
+  return {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)

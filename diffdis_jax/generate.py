@@ -1,0 +1,168 @@
+"""Draws what it is asked to.
+
+  python -m diffdis_jax.generate --workdir=DIR --prompt="a red star" [--prompt=...] --out=DIR2
+
+Writes 00000.png, 00001.png, ... (all the images of the first prompt first), grid.png, and prompts.json with the
+prompt of each file and the protocol.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags, logging
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from diffdis_jax import checkpoint, cli, inference
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.evals import samples
+from diffdis_jax.structs import UserError
+
+FLAGS = flags.FLAGS
+BATCH_SIZE = 16
+COLUMNS = 8
+
+
+def define_flags() -> None:
+  """The command line. Defined on call, so that two verbs can be imported side by side."""
+  flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+  flags.DEFINE_string("out", None, "folder to write; absent or empty", required=True)
+  flags.DEFINE_multi_string("prompt", [], "what to draw; may be repeated")
+  flags.DEFINE_string("prompts_file", None, "text file with one prompt a line, instead of --prompt")
+  flags.DEFINE_integer("num_images", 1, "images of each prompt", lower_bound=1)
+  flags.DEFINE_integer("seed", 0, "of the initial noise")
+  flags.DEFINE_string("noise", None, "initial noise instead of --seed: .npy file, [n, h, w, c]")
+  flags.DEFINE_integer("steps", None, "sampling steps", lower_bound=1, upper_bound=1000)
+  flags.DEFINE_float("guidance", None, "guidance scale; 1 is none")
+  flags.DEFINE_integer("batch_size", BATCH_SIZE, "images a compiled call", lower_bound=1)
+  flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
+  flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  cli.compilation_cache()
+  out = pathlib.Path(FLAGS.out)
+  check_empty(out)
+  prompts = read_prompts(FLAGS.prompt, FLAGS.prompts_file)
+  prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_images)]
+  noise = read_noise(FLAGS.noise) if FLAGS.noise else None
+
+  saved = checkpoint.find(FLAGS.workdir, FLAGS.step)
+  step, ema = int(saved.name), FLAGS.ema and (saved / "ema").exists()
+  given = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
+  model, params = inference.load(
+    FLAGS.workdir,
+    step=step,
+    ema=ema,
+    batch_size=min(FLAGS.batch_size, len(prompts)),
+    **{name: value for name, value in given.items() if value is not None},
+  )
+  if noise is None:
+    noise = model.noise(len(prompts), FLAGS.seed)
+  check_noise(noise, expected=(len(prompts), *model.noise_shape()))
+  images = model.generate(params, Tokenizer(model.max_length)(prompts), noise)
+  source = {"noise": FLAGS.noise} if FLAGS.noise else {"seed": FLAGS.seed}
+  protocol = {**model.generation_protocol, **source, "checkpoint": step, "ema": ema}
+  columns = FLAGS.num_images if FLAGS.num_images > 1 else COLUMNS
+  write(out, images, prompts, protocol=protocol, columns=columns)
+  logging.info("%d images in %s", len(images), out)
+
+
+def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
+  """The prompts of the command line, or of a file, where blank lines do not count.
+
+  Raises:
+    UserError: no prompt, both kinds at once, or an unreadable file.
+  """
+  if prompts and file:
+    raise UserError("--prompt and --prompts_file are both given; give one of them")
+  if not file:
+    if not prompts:
+      raise UserError('nothing to draw; give --prompt="a red star" (may be repeated) or --prompts_file')
+    return list(prompts)
+  try:
+    lines = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"cannot read --prompts_file={file}: {error}; it should be text with one prompt a line") from error
+  found = [line.strip() for line in lines if line.strip()]
+  if not found:
+    raise UserError(f"no prompt in --prompts_file={file}; it should hold one a line")
+  return found
+
+
+def read_noise(file: str) -> np.ndarray:
+  """An .npy file as f32.
+
+  Raises:
+    UserError: unreadable, or not of real numbers.
+  """
+  try:
+    noise = np.load(file, allow_pickle=False)
+    return noise.astype(np.float32, casting="same_kind")
+  except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+    raise UserError(f"cannot read --noise={file}: {error}; it should be an .npy file, [n, h, w, c]") from error
+
+
+def check_noise(noise: Float[np.ndarray, "n h w c"], *, expected: tuple[int, ...]) -> None:
+  """Raises UserError unless the noise is finite and has the expected shape."""
+  if noise.shape != expected:
+    raise UserError(f"--noise has shape {noise.shape}; this run and these prompts need {expected}, [n, h, w, c]")
+  if not np.isfinite(noise).all():
+    raise UserError("--noise holds values that are not finite; it should be drawn from a standard normal")
+
+
+def check_empty(out: pathlib.Path) -> None:
+  """Raises UserError if the folder exists with something in it, or is no folder."""
+  if out.exists() and not out.is_dir():
+    raise UserError(f"--out={out} is a file; it should be a folder, absent or empty")
+  if out.is_dir() and any(out.iterdir()):
+    raise UserError(f"--out={out} is not empty; give a new folder")
+
+
+def write(
+  out: pathlib.Path,
+  images: UInt8[np.ndarray, "n h w 3"],
+  prompts: Sequence[str],
+  *,
+  protocol: dict[str, Any],
+  columns: int = COLUMNS,
+) -> None:
+  """Writes the folder under another name beside it, then renames it: it is there whole or not at all.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  files = [f"{i:05d}.png" for i in range(len(images))]
+  manifest = {
+    "protocol": protocol,
+    "images": [{"file": file, "prompt": prompt} for file, prompt in zip(files, prompts, strict=True)],
+  }
+  temporary = None
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    temporary.chmod(0o755)
+    for file, image in zip(files, images, strict=True):
+      Image.fromarray(image).save(temporary / file)
+    samples.save_grid(images, prompts, temporary / "grid.png", columns=columns)
+    (temporary / "prompts.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, out)
+  except OSError as error:
+    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+  finally:
+    if temporary is not None:
+      shutil.rmtree(temporary, ignore_errors=True)
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)

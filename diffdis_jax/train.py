@@ -1,0 +1,221 @@
+"""Trains a config.
+
+  python -m diffdis_jax.train --config=configs/NAME.py[:args] --workdir=DIR [--config.a.b=v ...]
+
+Run again with the same workdir, it goes on from the last checkpoint to the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+from diffdis_jax import checkpoint, cli, evals, sharding, workdir, writers
+from diffdis_jax.data import loader, sources
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.data.transforms import Augmentation
+from diffdis_jax.evals import samples
+from diffdis_jax.inference import Inference
+from diffdis_jax.step import Metrics, Step, TrainState
+from diffdis_jax.structs import Batch, UserError
+from diffdis_jax.tree import Params
+
+
+def train_and_evaluate(config: ConfigDict, path: str) -> None:
+  """Trains to `config.num_steps`, from the last checkpoint in the workdir `path` if there is one.
+
+  Raises:
+    UserError: bad config, data or workdir, or a loss that is no longer finite.
+  """
+  mesh = sharding.make_mesh(**config.mesh)
+  trainer = Step(config, mesh)
+  iterator = make_loader(config)
+  watch = Watch(config)
+  is_writer = jax.process_index() == 0
+  log_start(config, trainer)
+  workdir.open_for_training(path, config, is_writer=is_writer)
+
+  with checkpoint.Checkpointer(path, **config.checkpoint) as checkpointer:
+    state = restore_or_init(config, trainer, checkpointer, iterator)
+    start = int(state.step)
+    writer = writers.make(path, start_step=start, is_writer=is_writer)
+    progress = writers.Progress(start_step=start, num_steps=config.num_steps, batch_size=config.batch_size)
+    totals: Metrics | None = None
+
+    for step in range(start + 1, config.num_steps + 1):
+      with progress.waiting_for_data():
+        batch = Batch(**sharding.to_global(next(iterator), mesh))
+      if step == start + 1:
+        with progress.paused():
+          state, metrics = jax.block_until_ready(trainer.train_step(state, batch))
+      else:
+        state, metrics = trainer.train_step(state, batch)
+      totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
+
+      last = step == config.num_steps
+      if last or step % config.save_every == 0:
+        check_finite(totals, step, path)
+        with progress.paused():
+          checkpointer.save(step, state, iterator)
+      if last or step % config.log_every == 0:
+        means = check_finite(totals, step, path)
+        writer.scalars(step, means | progress.report(step, means))
+        totals = None
+      with progress.paused():
+        watch.after_step(step, state, writer, last=last)
+    checkpointer.wait()
+    writer.close()
+
+
+def make_loader(config: ConfigDict) -> grain.DatasetIterator:
+  """This process's endless batches."""
+  data = config.data.to_dict()
+  max_length, augment, threads = data.pop("max_length"), data.pop("augment"), data.pop("loader")
+  try:
+    augmentation = Augmentation(**augment)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"data.augment: {error}") from error
+  return loader.train_loader(
+      sources.make(**data, image_size=config.image_size),
+      tokenizer=Tokenizer(max_length),
+      batch_size=config.batch_size,
+      image_size=config.image_size,
+      seed=config.seed,
+      augmentation=augmentation,
+      shard_index=jax.process_index(),
+      shard_count=jax.process_count(),
+      **threads,
+  )
+
+
+def restore_or_init(
+    config: ConfigDict, trainer: Step, checkpointer: checkpoint.Checkpointer, iterator: grain.DatasetIterator
+) -> TrainState:
+  """The last checkpoint's state, with the data iterator set to its next batch; or that of step 0."""
+  step = checkpointer.latest_step()
+  if step is not None:
+    restored = checkpointer.restore(step, trainer.abstract_state, iterator)
+    logging.info("going on from step %d", step)
+    return TrainState(
+        step=jnp.asarray(step, jnp.int32), params=restored.params, ema=restored.ema, opt_state=restored.opt_state
+    )
+  params = trainer.init_params(jax.random.key(config.seed))
+  if config.init_from:
+    params |= load_initial(config.init_from, trainer)
+  return trainer.with_params(params)
+
+
+def load_initial(path: str, trainer: Step) -> Params:
+  """Parameters of another run that this network has too; averaged ones where that run keeps them.
+
+  Raises:
+    UserError: no run there, nothing in common, or a parameter of another shape.
+  """
+  saved = checkpoint.saved_params(path)
+  abstract = jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      saved,
+      sharding.shardings(saved, trainer.mesh, saved),
+  )
+  for name in saved.keys() & trainer.shapes.keys():
+    if saved[name].shape != trainer.shapes[name].shape:
+      raise UserError(
+          f"init_from={path}: {name} has shape {saved[name].shape} there and {trainer.shapes[name].shape} in this"
+          " config; use the same model section"
+      )
+  params = checkpoint.restore_params(path, abstract=abstract)
+  loaded = {name: value for name, value in params.items() if name in trainer.shapes}
+  if not loaded:
+    raise UserError(f"init_from={path} has no parameter of this network; it holds {parts_of(saved)}")
+  logging.info("init_from %s: loaded %s", path, parts_of(loaded))
+  logging.info("initialised: %s", parts_of(trainer.shapes.keys() - loaded.keys()) or "nothing")
+  logging.info("ignored: %s", parts_of(saved.keys() - loaded.keys()) or "nothing")
+  return loaded
+
+
+def parts_of(paths: Sequence[str]) -> str:
+  """`unet 686, autoencoder 250`: how many of these parameters each part has."""
+  return ", ".join(f"{part} {n}" for part, n in sorted(Counter(path.split(".")[0] for path in paths).items()))
+
+
+def check_finite(totals: Metrics, step: int, path: str) -> dict[str, float]:
+  """Mean of each metric since the last report; fetching them waits for the step.
+
+  Raises:
+    UserError: the loss or the gradient is not finite.
+  """
+  means = {name: float(total) / float(count) if count else math.nan for name, (total, count) in jax.device_get(totals).items()}
+  if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
+    kept = checkpoint.latest_step(path)
+    raise UserError(
+        f"loss {means['loss']} or gradient norm {means['grad_norm']} is not finite by step {step}; the last good"
+        f" checkpoint is {'none' if kept is None else f'step {kept}'}; lower optim.rates, or set optim.clip_norm or"
+        " model.dtype='float32', in a new workdir"
+    )
+  return means
+
+
+class Watch:
+  """Evaluations and sample images during training. Everything that can be wrong with them is found at construction."""
+
+  def __init__(self, config: ConfigDict):
+    self._config = config
+    missing = set(config.train_evals) - set(config.evals)
+    if missing:
+      raise UserError(f"train_evals names {', '.join(sorted(missing))}; evals has {', '.join(config.evals) or 'none'}")
+    self._evals = {name: evals.make(**config.evals[name].to_dict()) for name in config.train_evals}
+    self._inference = Inference(config, batch_size=min(config.batch_size, 64))
+    self._prompts = list(config.sample_prompts) if "generation" in config.objectives else []
+
+  def after_step(self, step: int, state: TrainState, writer: writers.Writer, *, last: bool) -> None:
+    config = self._config
+    params = {**state.params, **state.ema}
+    if self._evals and (last or step % config.eval_every == 0):
+      for name, evaluation in self._evals.items():
+        metrics = evaluation.run(self._inference, params)
+        logging.info("step %d  %s  %s", step, name, "  ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
+        writer.scalars(step, {f"{name}/{key}": value for key, value in metrics.items()})
+    if self._prompts and (last or step % config.sample_every == 0):
+      writer.image(step, "samples", self._grid(params))
+
+  def _grid(self, params: Params) -> np.ndarray:
+    tokens = Tokenizer(self._inference.max_length)(self._prompts)
+    noise = self._inference.noise(len(tokens), self._config.seed)
+    images = self._inference.generate(params, tokens, noise)
+    return np.asarray(samples.draw_grid(images, self._prompts, columns=8))
+
+
+def log_start(config: ConfigDict, trainer: Step) -> None:
+  """Devices, mesh and parameters by group, so that a wrong regex shows before the first step."""
+  sizes: Mapping[str, Any] = Counter()
+  for path, group in trainer.groups.items():
+    sizes[group] += math.prod(trainer.shapes[path].shape)
+  logging.info(
+      "host %d of %d, %d devices (%s), mesh %s",
+      jax.process_index(), jax.process_count(), jax.device_count(), jax.devices()[0].device_kind, dict(trainer.mesh.shape),
+  )
+  logging.info("objectives %s; parameters: %s", ", ".join(config.objectives), ", ".join(f"{g} {n:,}" for g, n in sizes.items()))
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  cli.compilation_cache()
+  jax.config.update("jax_numpy_dtype_promotion", "strict")
+  train_and_evaluate(FLAGS.config, FLAGS.workdir)
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  cli.config_flag()
+  flags.DEFINE_string("workdir", None, "folder of the run: created, or gone on with", required=True)
+  cli.run(main)

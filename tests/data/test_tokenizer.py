@@ -1,0 +1,104 @@
+"""The tokenizer against open_clip's, id by id, and against what transformers reads back."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from diffdis_jax.data.tokenizer import END_ID, VOCAB_SIZE, Tokenizer, clean, load_merges
+
+SENTENCES = (
+  "a small red star on the left",
+  "A Photo of a DOG.",
+  "",
+  "   \t\n ",
+  "it's, they're, I'd, we'll, I've, I'm, don't",
+  "IT’S “curly” ‘quotes’ — and dashes…",
+  "Tom &amp; Jerry",
+  "Tom &amp;amp; Jerry &lt;3",
+  "caf\u00e9 cafe\u0301 na\u00efve",
+  "ï¬\x81ancÃ© mojibake",
+  "😀 grinning face 👨‍👩‍👧‍👦 family 🇨🇭",
+  "❤️ red heart",
+  "a bear searching for food near the river",
+  "A large bed sitting next to a small Christmas Tree surrounded by pictures",
+  "12345 numbers 3.14 1,000,000 ½",
+  "snow ☃ and ☂",
+  "日本語のキャプション",
+  "русский текст",
+  "مرحبا بالعالم",
+  "한국어 설명",
+  "ελληνικά",
+  "tabs\tand\nnew\r\nlines   and    spaces\u00a0hard",
+  "a_b-c/d\\e (f) [g] {h} <i> #hashtag @user",
+  "pneumonoultramicroscopicsilicovolcanoconiosis",
+  "!!! ??? ... ---",
+  "ﬁnal ligature, ｆｕｌｌｗｉｄｔｈ",
+  "x" * 300,
+  "a river with boats docked and houses in the background " * 12,
+  "https://example.com/path?query=1&other=2",
+  "<person> walking in <city>, 2019",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+  return Tokenizer()
+
+
+def test_ids_equal_open_clip(tokenizer):
+  oracle = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer(clean="lower")
+  expected = oracle(list(SENTENCES), context_length=77).numpy()
+  padded_by_end = np.where(np.cumsum(expected == END_ID, axis=1) > 0, END_ID, expected)
+  np.testing.assert_array_equal(tokenizer(SENTENCES), padded_by_end)
+
+
+@pytest.mark.parametrize("length", [3, 16, 77])
+def test_long_captions_keep_their_end(length):
+  tokens = Tokenizer(length)(["word " * 100, "a"])
+  assert tokens.shape == (2, length) and tokens.dtype == np.int32
+  assert tokens[0, -1] == END_ID and END_ID not in tokens[0, :-1]
+  assert tokens[1].tolist() == [49406, 320] + [END_ID] * (length - 2)
+
+
+def test_vocabulary(tokenizer):
+  assert len(load_merges()) == 48894
+  assert sorted(tokenizer.vocab.values()) == list(range(VOCAB_SIZE))
+  assert tokenizer.vocab["<|startoftext|>"] == 49406 and tokenizer.vocab["<|endoftext|>"] == END_ID
+  assert tokenizer([]).shape == (0, 77)
+
+
+def test_clean_and_decode(tokenizer):
+  assert clean(" Tom &amp;amp;\n JERRY’s ") == "tom & jerry's"
+  assert tokenizer.decode(tokenizer(["A small  RED star"])[0]) == "a small red star"
+
+
+def test_pickle(tokenizer):
+  again = pickle.loads(pickle.dumps(Tokenizer(12)))
+  np.testing.assert_array_equal(again(SENTENCES), Tokenizer(12)(SENTENCES))
+
+
+def test_saved_folder_is_read_by_transformers(tokenizer, tmp_path):
+  from transformers import CLIPTokenizer
+
+  tokenizer.save(tmp_path / "all")
+  (tmp_path / "old").mkdir()
+  for name in ("vocab.json", "merges.txt"):
+    (tmp_path / "old" / name).write_bytes((tmp_path / "all" / name).read_bytes())
+  captions = [clean(s) for s in SENTENCES]
+  for folder in ("all", "old"):
+    read = CLIPTokenizer.from_pretrained(tmp_path / folder)
+    ids = read(captions, padding="max_length", truncation=True, max_length=77)["input_ids"]
+    np.testing.assert_array_equal(ids, tokenizer(SENTENCES))
+
+
+def test_workers_import_no_framework():
+  code = (
+    "import sys; from diffdis_jax.data import shapes, sources, tokenizer, transforms, webdataset\n"
+    "tokenizer.Tokenizer(8)(['a']); sources.make(name='shapes', image_size=8)[0]\n"
+    "sys.exit(str({'jax', 'flax', 'torch', 'tensorflow'} & sys.modules.keys() or ''))"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.stderr.strip() == "", done.stderr

@@ -1,0 +1,163 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffdis_jax.data.transforms import Augmentation, augment, decode, random_affine, random_crop, resize
+
+
+def encode(image: Image.Image, kind: str = "PNG", **kwargs) -> bytes:
+  file = io.BytesIO()
+  image.save(file, kind, **kwargs)
+  return file.getvalue()
+
+
+def noise(height: int = 24, width: int = 24, channels: int = 3) -> np.ndarray:
+  return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def test_decode_rgb_exactly():
+  pixels = noise()
+  np.testing.assert_array_equal(np.asarray(decode(encode(Image.fromarray(pixels)))), pixels)
+  np.testing.assert_array_equal(np.asarray(decode(encode(Image.fromarray(pixels), "WEBP", lossless=True))), pixels)
+  np.testing.assert_array_equal(np.asarray(decode(pixels)), pixels)
+
+
+def test_decode_composites_transparency_on_white():
+  pixels = noise(channels=4)
+  alpha = pixels[..., 3:].astype(float) / 255
+  expected = pixels[..., :3] * alpha + 255 * (1 - alpha)
+  result = np.asarray(decode(encode(Image.fromarray(pixels))))
+  assert result.shape == (24, 24, 3)
+  np.testing.assert_allclose(result, expected, atol=1.01)
+
+
+def test_decode_palette_with_transparency():
+  image = Image.new("P", (2, 1))
+  image.putpalette([255, 0, 0, 0, 0, 255])
+  image.putpixel((1, 0), 1)
+  assert np.asarray(decode(encode(image))).tolist() == [[[255, 0, 0], [0, 0, 255]]]
+  assert np.asarray(decode(encode(image, transparency=0))).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+
+
+def test_decode_grey():
+  grey = noise()[..., 0]
+  for pixels in (grey, grey.astype(np.uint16) * 257):
+    result = np.asarray(decode(encode(Image.fromarray(pixels))))
+    np.testing.assert_array_equal(result, np.repeat(grey[..., None], 3, -1))
+  transparent = Image.merge("LA", (Image.new("L", (1, 1), 10), Image.new("L", (1, 1), 0)))
+  assert np.asarray(decode(encode(transparent))).tolist() == [[[255] * 3]]
+
+
+def test_decode_cmyk_and_exif():
+  red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+  np.testing.assert_allclose(np.asarray(decode(encode(red, "JPEG")))[8, 8], (255, 0, 0), atol=3)
+  exif = Image.Exif()
+  exif[0x0112] = 6  # to be shown turned clockwise by a quarter
+  pixels = noise(16, 24)
+  turned = np.asarray(decode(encode(Image.fromarray(pixels), exif=exif)))
+  np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("broken", [b"", b"not an image", encode(Image.fromarray(noise()))[:-400]])
+def test_decode_refuses_broken_bytes(broken):
+  with pytest.raises((OSError, SyntaxError, ValueError)):
+    decode(broken)
+
+
+def test_resize_takes_the_central_square():
+  pixels = np.zeros((20, 40, 3), np.uint8)
+  pixels[:, 10:30] = 200
+  assert (np.asarray(resize(Image.fromarray(pixels), 10))[:, 2:-2] == 200).all()
+  same = noise()
+  np.testing.assert_array_equal(np.asarray(resize(Image.fromarray(same), 24)), same)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 48), (48, 64), (37, 53)])
+def test_resize_equals_resize_then_crop(height, width):
+  from torchvision.transforms import functional
+
+  ramp = np.stack(np.broadcast_arrays(np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width), 99), -1)
+  image = Image.fromarray(ramp.astype(np.uint8))
+  oracle = functional.center_crop(functional.resize(image, 16, functional.InterpolationMode.BICUBIC), [16, 16])
+  difference = np.abs(np.asarray(resize(image, 16)).astype(int) - np.asarray(oracle))
+  assert difference.max() <= 0.5 * 255 / 16 + 2  # their crop starts at a whole pixel, up to half a pixel away
+
+
+def test_resize_is_antialiased():
+  checkerboard = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+  result = np.asarray(resize(Image.fromarray(checkerboard).convert("RGB"), 8)).astype(int)
+  assert np.abs(result - 127).max() <= 2
+
+
+def test_default_augmentation_only_resizes():
+  image = Image.fromarray(noise(40, 30))
+  result = augment(image, np.random.default_rng(0), size=16, how=Augmentation())
+  np.testing.assert_array_equal(result, np.asarray(resize(image, 16)))
+
+
+@pytest.mark.parametrize(
+  "field",
+  [
+    {"crop": "random"},
+    {"flip": True},
+    {"shift": 0.2},
+    {"zoom": 0.3},
+    {"rotation": 20.0},
+    {"brightness": 0.4},
+    {"contrast": 0.4},
+    {"saturation": 0.9},
+    {"hue": 0.3},
+  ],
+)
+def test_each_field_varies_the_image_and_only_by_its_generator(field):
+  image, how = Image.fromarray(noise(40, 30)), Augmentation(**field)
+  views = [augment(image, np.random.default_rng(seed), size=16, how=how) for seed in [*range(8), 0]]
+  assert all(view.shape == (16, 16, 3) and view.dtype == np.uint8 for view in views)
+  assert len({view.tobytes() for view in views[:8]}) > 1
+  np.testing.assert_array_equal(views[0], views[8])
+
+
+def test_flip_mirrors_half_of_the_images():
+  image, rng = Image.fromarray(noise()), np.random.default_rng(0)
+  pixels = np.asarray(image)
+  views = [augment(image, rng, size=24, how=Augmentation(flip=True)) for _ in range(200)]
+  flipped = sum(np.array_equal(view, pixels[:, ::-1]) for view in views)
+  assert 70 < flipped < 130
+  assert flipped + sum(np.array_equal(view, pixels) for view in views) == 200
+
+
+def test_random_crop_takes_the_area_it_is_told():
+  """On a picture of its own coordinates, a crop's corners tell its area."""
+  columns, rows = np.meshgrid(np.arange(200), np.arange(200))
+  image = Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8))
+  rng, areas = np.random.default_rng(0), []
+  for _ in range(200):
+    crop = np.asarray(random_crop(image, rng, size=50, scale=(0.3, 0.6), ratio=(0.8, 1.25))).astype(float)
+    width, height = crop[..., 0].max() - crop[..., 0].min(), crop[..., 1].max() - crop[..., 1].min()
+    areas.append(width * height / 200**2 * (50 / 49) ** 2)
+  assert 0.27 < min(areas) < 0.33 and 0.57 < max(areas) < 0.63
+
+
+def test_affine_fills_white_and_moves_without_distortion():
+  image = Image.new("RGB", (32, 32), (0, 0, 0))
+  result = np.asarray(random_affine(image, np.random.default_rng(3), shift=0.25, zoom=0.0, rotation=0.0))
+  assert set(np.unique(result)) == {0, 255} or result[16, 16].max() == 0
+  black = (result.max(-1) < 128).sum() / 32**2
+  assert 0.75**2 - 0.05 < black < 1
+  shrunk = [random_affine(image, np.random.default_rng(i), shift=0.0, zoom=0.5, rotation=0.0) for i in range(50)]
+  smallest = min((np.asarray(view).max(-1) < 128).mean() for view in shrunk)
+  assert 1 / 1.5**2 - 0.05 < smallest < 0.6
+
+
+def test_hue_turns_the_colour_circle():
+  red, rng = Image.new("RGB", (2, 2), (255, 0, 0)), np.random.default_rng(0)
+  seen = {tuple(augment(red, rng, size=2, how=Augmentation(hue=0.5))[0, 0] // 128) for _ in range(100)}
+  assert seen >= {(1, 0, 0), (0, 1, 0), (0, 0, 1)}
+  assert (0, 0, 0) not in seen and (1, 1, 1) not in seen
+
+
+def test_unknown_crop():
+  with pytest.raises(ValueError, match="'centre' or 'random'"):
+    Augmentation(crop="center")

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+
+from diffdis_jax import evals
+from diffdis_jax.evals import base
+from diffdis_jax.structs import UserError
+
+
+def slow_ranks(queries, keys, query_groups, key_groups):
+  """By definition: keys of other groups that score at least as much as the best key of the own group."""
+  found = []
+  for query, group in zip(queries.astype(np.float64), query_groups, strict=True):
+    scores = keys.astype(np.float64) @ query
+    best = max(scores[key_groups == group])
+    found.append(sum(s >= best for s, g in zip(scores, key_groups, strict=True) if g != group))
+  return found
+
+
+def test_ranks_by_definition_and_in_blocks(monkeypatch):
+  rng = np.random.default_rng(0)
+  queries, keys = rng.normal(size=(37, 5)).astype(np.float32), rng.normal(size=(23, 5)).astype(np.float32)
+  query_groups, key_groups = rng.integers(0, 6, 37), np.arange(23) % 6
+  expected = slow_ranks(queries, keys, query_groups, key_groups)
+  for block in (1024, 10):
+    monkeypatch.setattr(base, "BLOCK", block)
+    np.testing.assert_array_equal(
+      base.ranks(queries, keys, query_groups=query_groups, key_groups=key_groups), expected
+    )
+
+
+@pytest.mark.parametrize("value", [1.0, np.nan])
+def test_a_collapsed_model_ranks_last(value):
+  same = np.full((4, 3), value, np.float32)
+  found = base.ranks(same, same, query_groups=np.arange(4), key_groups=np.arange(4))
+  np.testing.assert_array_equal(found, 3)
+
+
+def test_spread():
+  np.testing.assert_array_equal(base.spread(6, None), np.arange(6))
+  np.testing.assert_array_equal(base.spread(10, 4), [0, 2, 5, 7])
+  assert len(base.spread(3, 10)) == 3
+  with pytest.raises(UserError, match="no records"):
+    base.spread(0, None)
+  with pytest.raises(UserError, match="num_images is 0"):
+    base.spread(5, 0)
+
+
+def test_images_come_in_order_in_chunks_with_a_seed_each(monkeypatch, fakes):
+  labels = ["cat", "dog", "cat", "fox", "dog"]
+  monkeypatch.setattr(base, "CHUNK", 2)
+  inference = fakes.Inference(labels, noise=0.1)
+  found = base.embed_images(inference, {}, fakes.Source(labels), np.arange(5), seed=7)
+  assert inference.seeds == [7, 9, 11]
+  exact = fakes.Inference(labels).embed_images({}, np.stack([r["image"] for r in fakes.Source(labels).records]), seed=0)
+  assert [labels[i] for i in (found @ exact.T).argmax(1)] == labels
+
+
+def test_squares_are_the_middle_of_the_image():
+  image = np.zeros((8, 16, 3), np.uint8)
+  image[:, 4:12] = 200
+  np.testing.assert_array_equal(base.to_square(image, 8), np.full((8, 8, 3), 200))
+
+
+def test_unknown_evaluation_and_unknown_setting():
+  with pytest.raises(UserError, match="unknown evaluation 'zeroshot'; there are zero_shot, retrieval"):
+    evals.make("zeroshot")
+  with pytest.raises(UserError, match="zero_shot: .*'label_fields'.*; it takes data, classnames"):
+    evals.make("zero_shot", data={}, label_fields="concept")

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diffdis_jax import evals
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.structs import UserError
+
+DATA = {"split": "test"}
+NAMES = [f"{colour} {animal}" for colour in ("red", "grey", "black", "white") for animal in ("fox", "cat", "dog", "owl")]
+SEVERAL = [[f"a {name}", f"one {name}.", *(["photo"] if i % 3 == 0 else [])] for i, name in enumerate(NAMES)]
+
+
+def recall_as_clip_benchmark(texts, images, text_image, k):
+  """The positive pair matrix, and the share of rows with a positive among the k highest."""
+  scores = texts.astype(np.float64) @ images.astype(np.float64).T
+  positive = np.zeros_like(scores, bool)
+  positive[np.arange(len(scores)), text_image] = True
+  ways = {}
+  for way, s, p in (("image", scores, positive), ("text", scores.T, positive.T)):
+    ways[way] = np.mean([p[i, np.argsort(-s[i])[:k]].any() for i in range(len(s))])
+  return ways
+
+
+def test_recall_by_definition(use, fakes):
+  use(test=fakes.Source(NAMES, SEVERAL))
+  inference = fakes.Inference(NAMES, noise=0.25)
+  metrics = evals.make("retrieval", data=DATA, seed=4).run(inference, {})
+  flat = [text for texts in SEVERAL for text in texts]
+  text_image = [i for i, texts in enumerate(SEVERAL) for _ in texts]
+  texts = inference.embed_texts({}, Tokenizer(16)(flat))
+  shown = np.stack([record["image"] for record in fakes.Source(NAMES).records])
+  images = inference.embed_images({}, shown, seed=4)
+  for k in (1, 5, 10):
+    for way, expected in recall_as_clip_benchmark(texts, images, text_image, k).items():
+      # "photo" is the caption of several images: its ties count against it here and at random there
+      assert abs(metrics[f"{way}_retrieval_recall@{k}"] - expected) <= (5 / len(flat) if way == "image" else 0)
+  assert 0.2 < metrics["text_retrieval_recall@1"] < metrics["text_retrieval_recall@5"]
+
+
+def test_recall_as_clip_benchmark_computes_it(use, fakes):
+  theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
+  torch = pytest.importorskip("torch")
+  captions = [[f"a {name}", f"one {name}."] for name in NAMES]
+  use(test=fakes.Source(NAMES, captions))
+  inference = fakes.Inference(NAMES, noise=0.25)
+  metrics = evals.make("retrieval", data=DATA, seed=4).run(inference, {})
+
+  class Model:
+    def encode_image(self, images):
+      return torch.from_numpy(inference.embed_images({}, images.numpy(), seed=4))
+
+    def encode_text(self, tokens):
+      return torch.from_numpy(inference.embed_texts({}, tokens.numpy()))
+
+  shown = torch.from_numpy(np.stack([record["image"] for record in fakes.Source(NAMES).records]))
+  tokenize = lambda texts: torch.from_numpy(Tokenizer(16)(texts))
+  expected = theirs.evaluate(Model(), [(shown, captions)], tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10])
+  assert metrics == pytest.approx(expected)
+  assert metrics["image_retrieval_recall@1"] < 1
+
+
+def test_leak_test_passes_an_honest_model_and_catches_a_cheat(use, fakes):
+  names = [f"{a} {b}" for a in "abcdefgh" for b in "stuvwxyz"]
+  use(test=fakes.Source(names))
+  shuffled = evals.make("retrieval", data=DATA, shuffle_labels=True)
+  honest = shuffled.run(fakes.Inference(names), {})
+  assert evals.make("retrieval", data=DATA).run(fakes.Inference(names), {})["text_retrieval_recall@1"] == 1
+  assert honest["text_retrieval_recall@1"] < 0.1 and honest["image_retrieval_recall@1"] < 0.1
+  assert shuffled.run(fakes.Cheat(names, names), {})["text_retrieval_recall@1"] == 1
+
+
+def test_equal_captions_are_one_target_on_request(use, fakes):
+  labels = ["cat", "dog", "cat", "fox"]
+  use(test=fakes.Source(labels))
+  inference = fakes.Inference(labels)
+  strict = evals.make("retrieval", data=DATA).run(inference, {})
+  merged = evals.make("retrieval", data=DATA, equal_captions=True).run(inference, {})
+  assert strict["text_retrieval_recall@1"] == strict["image_retrieval_recall@1"] == 0.5
+  assert merged["text_retrieval_recall@1"] == merged["image_retrieval_recall@1"] == 1
+
+
+@pytest.mark.parametrize("caption", ["", [], 3, ["a", 3]])
+def test_missing_captions(use, fakes, caption):
+  use(test=fakes.Source(["cat"], [caption]))
+  with pytest.raises(UserError, match="it should be a caption"):
+    evals.make("retrieval", data=DATA)

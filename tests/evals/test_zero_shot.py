@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diffdis_jax import evals
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.evals import base
+from diffdis_jax.structs import UserError
+
+NAMES = ("red fox", "grey cat", "brown dog", "black crow", "white swan", "green frog", "blue whale")
+LABELS = [NAMES[i] for i in np.random.default_rng(3).integers(0, 7, 400) % 6]  # the last one has no image
+TEMPLATES = ("a photo of a {}.", "art of the {c}", "itap of {}")
+DATA = {"split": "test"}
+
+
+def make(use, fakes, labels=LABELS, **settings):
+  use(test=fakes.Source(labels))
+  return evals.make("zero_shot", data=DATA, classnames=NAMES, templates=TEMPLATES, **settings)
+
+
+def reference(inference, templates):
+  """Logits in float64, each class by itself, as CLIP_benchmark's zero_shot_classifier says."""
+  classes = []
+  for name in NAMES:
+    texts = [template.replace("{c}", "{}").format(name) for template in templates]
+    embedded = inference.embed_texts({}, Tokenizer(16)(texts)).astype(np.float64)
+    mean = (embedded / np.linalg.norm(embedded, axis=1, keepdims=True)).mean(axis=0)
+    classes.append(mean / np.linalg.norm(mean))
+  images = np.stack([np.full((8, 8, 3), sorted(set(LABELS)).index(label), np.uint8) for label in LABELS])
+  return inference.embed_images({}, images, seed=5).astype(np.float64) @ np.stack(classes).T
+
+
+def measure(logits):
+  target = np.array([NAMES.index(label) for label in LABELS])
+  first = np.argsort(-logits, axis=1)
+  right = first[:, 0] == target
+  return {
+    "acc1": right.mean(),
+    "acc5": (first[:, :5] == target[:, None]).any(1).mean(),
+    "mean_per_class_recall": np.mean([right[target == k].mean() for k in range(len(NAMES)) if (target == k).any()]),
+  }
+
+
+def test_accuracy_by_definition(use, fakes):
+  inference = fakes.Inference(LABELS, noise=0.25)
+  metrics = make(use, fakes, seed=5).run(inference, {})
+  ensemble, single = measure(reference(inference, TEMPLATES)), measure(reference(inference, TEMPLATES[:1]))
+  expected = ensemble | {f"{name}_single_template": value for name, value in single.items()}
+  assert metrics == pytest.approx(expected)
+  assert 0.3 < metrics["acc1"] < metrics["acc5"] < 1 and metrics["acc1"] != metrics["acc1_single_template"]
+
+
+def test_accuracy_as_clip_benchmark_counts_it(use, fakes):
+  theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+  torch = pytest.importorskip("torch")
+  inference = fakes.Inference(LABELS, noise=0.25)
+  target = torch.tensor([NAMES.index(label) for label in LABELS])
+  acc1, acc5 = theirs.accuracy(torch.from_numpy(reference(inference, TEMPLATES)), target, topk=(1, 5))
+  metrics = make(use, fakes, seed=5).run(inference, {})
+  assert (metrics["acc1"], metrics["acc5"]) == pytest.approx((acc1, acc5))
+
+
+def leaks(evaluation, inference):
+  """Whether accuracy with shuffled images is above what chance gives in all but one of a thousand runs."""
+  shares = np.unique(LABELS, return_counts=True)[1] / len(LABELS)
+  chance = float((shares**2).sum())
+  bound = chance + 3.1 * (chance * (1 - chance) / len(LABELS)) ** 0.5
+  metrics = evaluation.run(inference, {})
+  assert metrics["mean_per_class_recall"] > 0.05
+  return metrics["acc1"] > bound
+
+
+@pytest.mark.parametrize("chunk", [1024, 64])
+def test_leak_test_passes_an_honest_model_and_catches_a_cheat(use, fakes, monkeypatch, chunk):
+  honest = fakes.Inference(LABELS)
+  assert make(use, fakes).run(honest, {})["acc1"] == 1
+  monkeypatch.setattr(base, "CHUNK", chunk)
+  assert not leaks(make(use, fakes, shuffle_labels=True), honest)
+  monkeypatch.setattr(base, "CHUNK", 1024)
+  assert leaks(make(use, fakes, shuffle_labels=True), fakes.Cheat(LABELS, LABELS))
+
+
+def test_seen_and_unseen_apart(use, fakes):
+  inference = fakes.Inference(LABELS, noise=0.25)
+  seen = NAMES[:4]
+  use(test=fakes.Source(LABELS), train=fakes.Source([*seen, *seen]))
+  settings = {"data": DATA, "classnames": NAMES, "seed": 5, "templates": TEMPLATES}
+  metrics = evals.make("zero_shot", seen_split="train", **settings).run(inference, {})
+  assert metrics == evals.make("zero_shot", seen_classes=seen, **settings).run(inference, {})
+  right = reference(inference, TEMPLATES).argmax(1) == [NAMES.index(label) for label in LABELS]
+  is_seen = np.isin(LABELS, seen)
+  assert metrics["acc1_seen"] == pytest.approx(right[is_seen].mean())
+  assert metrics["acc1_unseen"] == pytest.approx(right[~is_seen].mean())
+  all_seen = evals.make("zero_shot", seen_classes=NAMES, **settings).run(inference, {})
+  assert all_seen["acc1_seen"] == metrics["acc1"] and "acc1_unseen" not in all_seen
+
+
+def test_class_list(use, fakes):
+  use(test=fakes.Source(LABELS))
+  present = tuple(sorted(set(LABELS)))
+  assert evals.make("zero_shot", data=DATA).classnames == present
+  assert evals.make("zero_shot", data=DATA, num_images=2).classnames == present
+  assert make(use, fakes).classnames == NAMES
+  assert make(use, fakes, only_classes_present=True).classnames == tuple(n for n in NAMES if n in present)
+
+
+def test_numbers_count_into_the_class_names(use, fakes):
+  use(test=fakes.Source(["cat", "dog", "cat"], number=[0, 1, 0], wrong=[0, 1, 2], other=[0.5, 1, 0]))
+  numbered = evals.make("zero_shot", data=DATA, label_field="number", classnames=("cat", "dog"))
+  np.testing.assert_array_equal(numbered.labels, [0, 1, 0])
+  for field, names, message in (
+    ("wrong", ("cat", "dog"), "'wrong' holds 2, but there are 2 class names"),
+    ("number", "", "numbers such as 0; give the class names"),
+    ("other", ("cat", "dog"), "holds 0.5; a label should be"),
+    ("absent", "", "no field 'absent'; they have caption, image, label, number"),
+  ):
+    with pytest.raises(UserError, match=message):
+      evals.make("zero_shot", data=DATA, label_field=field, classnames=names)
+
+
+def test_bad_class_lists(use, fakes):
+  use(test=fakes.Source(LABELS))
+  with pytest.raises(UserError, match="duplicates: 'red fox'"):
+    evals.make("zero_shot", data=DATA, classnames=(*NAMES, "red fox"))
+  with pytest.raises(UserError, match="2 labels of the data are not in the class list: 'green frog', 'white swan'"):
+    evals.make("zero_shot", data=DATA, classnames=NAMES[:4])
+  with pytest.raises(UserError, match="give one of them"):
+    evals.make("zero_shot", data=DATA, seen_split="train", seen_classes=NAMES)
+
+
+def test_few_classes_have_no_top_5_and_the_protocol_says_all(use, fakes):
+  use(test=fakes.Source(["cat", "dog"]))
+  evaluation = evals.make("zero_shot", data=DATA, seed=3)
+  inference = fakes.Inference(["cat", "dog"])
+  assert not any("acc5" in name for name in evaluation.run(inference, {}))
+  protocol = evaluation.protocol(inference)
+  expected = {"steps": 1, "draws": 1, "guidance": 1.0, "seed": 3, "num_images": 2, "num_classes": 2}
+  assert expected.items() <= protocol.items() and protocol["templates"][0] == "a photo of a {}."

@@ -1,0 +1,58 @@
+"""The verb as a user runs it."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+
+import pytest
+from PIL import Image
+
+
+def run(*arguments):
+  command = [sys.executable, "-m", "diffdis_jax.prepare_data", *map(str, arguments)]
+  return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def raw(tmp_path):
+  folder = tmp_path / "raw"
+  folder.mkdir()
+  file = io.BytesIO()
+  Image.new("RGB", (4, 4), "red").save(file, "PNG")
+  with tarfile.open(folder / "00000.tar", "w") as tar:
+    for name, data in {"0.png": file.getvalue(), "0.txt": b"red", "1.png": b"broken", "1.txt": b"x"}.items():
+      member = tarfile.TarInfo(name)
+      member.size = len(data)
+      tar.addfile(member, io.BytesIO(data))
+  return folder
+
+
+def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
+  done = run("pairs", f"--source={raw}", f"--out={tmp_path / 'out'}")
+  assert done.returncode == 0, done.stderr
+  assert "train: 1 pairs, skipped: 1 with corrupt image" in done.stderr
+  assert json.loads((tmp_path / "out" / "report.json").read_text())["train"]["pairs"] == 1
+  again = run("pairs", f"--source={raw}", f"--out={tmp_path / 'out'}")
+  assert again.returncode == 2
+  assert again.stderr == f"error: --out={tmp_path / 'out'} exists and is not an empty folder; name a new one\n"
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("--source=raw", "--out=out"), "takes one name, pairs, not none"),
+    (("laion", "--source=raw", "--out=out"), "takes one name, pairs, not laion"),
+    (("pairs", "--source=nowhere", "--out=out"), "no folder nowhere"),
+    (("pairs", "--source=.", "--out=out"), "no .tar files in ."),
+    (("pairs", "--source=raw"), "--out"),
+    (("pairs", "--source=raw", "--output=out"), "unknown flag --output; did you mean --out?"),
+  ],
+)
+def test_bad_input_is_one_line_and_exit_2(raw, tmp_path, monkeypatch, arguments, message):
+  monkeypatch.chdir(tmp_path)
+  done = run(*arguments)
+  assert done.returncode == 2, done.stderr
+  assert message in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
+  assert [path.name for path in tmp_path.iterdir()] == ["raw"]
