@@ -54,3 +54,13 @@ def small() -> ConfigDict:
   model.text_encoder.update(max_length=16, width=96, depth=2, num_heads=4, mlp_width=384)
   model.autoencoder.update(widths=(16, 32, 64), depth=1, groups=8, attention=False, shift=0.0, scale=1.0)
   return model
+
+
+def medium() -> ConfigDict:
+  """For 32 px images with detail, still on a CPU: finer latents (16 x 16) and a third level."""
+  model = small()
+  model.unet.update(widths=(32, 64, 128), attention=(False, True, True))
+  model.alignment.update(width=128, depth=2)
+  model.text_encoder.update(max_length=24, width=128, mlp_width=512)
+  model.autoencoder.update(widths=(24, 48), depth=1)
+  return model

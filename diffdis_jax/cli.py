@@ -27,8 +27,8 @@ _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
 
-def run(main: Callable[[list[str]], Any]) -> NoReturn:
-  """Parses the flags and calls `main(argv)`; never returns.
+def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
+  """Parses the flags and calls `main(argv)`, where up to `positional` arguments follow the program's name; never returns.
 
   With several processes an error ends this process at once: waiting for the others in Python's clean-up would hang
   all of them for minutes.
@@ -40,8 +40,8 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
   def guarded(argv: list[str]) -> Any:
     try:
-      if argv[1:]:
-        raise UserError(f"unexpected argument {argv[1]!r}; every argument is a flag, --name=value")
+      if extra := argv[1 + positional :]:
+        raise UserError(f"unexpected argument {extra[0]!r}; every argument is a flag, --name=value")
       return main(argv)
     except UserError as error:
       _stop(error)

@@ -1,7 +1,7 @@
 """Measures a trained run.
 
   python -m diffdis_jax.evaluate --workdir=DIR --tasks=zero_shot,retrieval --out=F.json
-    [--data=PREPARED_DIR --split=S --classnames=F.json --templates=F.json --label_field=FIELD]
+      [--data=PREPARED_DIR --split=S --classnames=F.json --templates=F.json --label_field=FIELD]
 
 Without --data it measures on the sets that the run's config names under `evals`. F.json holds
 {task: {data set: record}}, each record in CLIP_benchmark's schema with the protocol beside it.
@@ -35,14 +35,14 @@ def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
   flags.DEFINE_string("out", None, "JSON file to write", required=True)
-  flags.DEFINE_list("tasks", ["zero_shot", "retrieval"], f"any of {', '.join(SETTINGS)}")
+  flags.DEFINE_list("tasks", None, f"any of {', '.join(SETTINGS)}; by default those of the config's sets")
   flags.DEFINE_string("data", None, "folder written by prepare_data; by default the sets of the run's config")
   flags.DEFINE_string("split", None, "split of --data")
   flags.DEFINE_string("classnames", None, "JSON list of class names; by default the labels in the data")
   flags.DEFINE_string("templates", None, "JSON list of prompt templates, {} for the class name")
   flags.DEFINE_string("label_field", None, "field of a record with its class name")
   flags.DEFINE_string("seen_split", None, "split whose classes count as seen; accuracy is given on the others apart")
-  flags.DEFINE_integer("num_images", None, "this many images spread over the data; by default all", lower_bound=1)
+  flags.DEFINE_integer("num_images", None, "measure on this many images; by default on all", lower_bound=1)
   flags.DEFINE_boolean("shuffle_labels", None, "leak test: images shuffled against labels; accuracy must be chance")
   flags.DEFINE_integer("seed", None, "of the noise")
   flags.DEFINE_integer("steps", None, "denoising steps of the text query", lower_bound=1, upper_bound=1000)
@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"--out={out} is a folder; it should name the JSON file to write")
   config = workdir.load_config(FLAGS.workdir)
   if FLAGS.data:
-    sections = sections_of_folder(FLAGS.data, FLAGS.split, tasks=FLAGS.tasks, image_size=config.image_size)
+    tasks = FLAGS.tasks or ["zero_shot", "retrieval"]
+    sections = sections_of_folder(FLAGS.data, FLAGS.split, tasks=tasks, image_size=config.image_size)
   elif FLAGS.split:
     raise UserError("--split is a split of --data; give --data too")
   else:
@@ -125,18 +126,20 @@ def sections_of_folder(folder: str, split: str | None, *, tasks: Sequence[str], 
   return [(f"{pathlib.Path(folder).name}/{split}", {"task": task, "data": data}) for task in tasks]
 
 
-def sections_of_config(config: Mapping[str, Any], *, tasks: Sequence[str]) -> list[Section]:
-  """The sets that a run's config names under `evals`, of these tasks.
+def sections_of_config(config: Mapping[str, Any], *, tasks: Sequence[str] | None) -> list[Section]:
+  """The sets that a run's config names under `evals`: those of `tasks`, or all.
 
   Raises:
-    UserError: there is none for one of the tasks.
+    UserError: there is none, or none for one of the tasks.
   """
-  sections = list(config.get("evals", {}).items())
-  for task in tasks:
-    if not any(section["task"] == task for _, section in sections):
-      named = ", ".join(sorted({section["task"] for _, section in sections})) or "none"
-      raise UserError(f"the run's config names no data set for {task} (its tasks: {named}); give --data and --split")
-  return [(dataset, section) for dataset, section in sections if section["task"] in tasks]
+  sections = list(config["evals"].items())
+  named = sorted({section["task"] for _, section in sections})
+  if not sections:
+    raise UserError("the run's config names no data set to measure on; give --data and --split")
+  for task in tasks or named:
+    if task not in named:
+      raise UserError(f"the run's config has no data set for {task}, only for {', '.join(named)}; give --data, --split")
+  return [(dataset, section) for dataset, section in sections if section["task"] in (tasks or named)]
 
 
 def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[Section]:

@@ -50,30 +50,70 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   cli.compilation_cache()
-  out = pathlib.Path(FLAGS.out)
-  check_empty(out)
-  prompts = read_prompts(FLAGS.prompt, FLAGS.prompts_file)
-  prompts = [prompt for prompt in prompts for _ in range(FLAGS.num_images)]
-  noise = read_noise(FLAGS.noise) if FLAGS.noise else None
-
-  saved = checkpoint.find(FLAGS.workdir, FLAGS.step)
-  step, ema = int(saved.name), FLAGS.ema and (saved / "ema").exists()
   given = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
-  model, params = inference.load(
+  generate(
     FLAGS.workdir,
-    step=step,
-    ema=ema,
-    batch_size=min(FLAGS.batch_size, len(prompts)),
+    read_prompts(FLAGS.prompt, FLAGS.prompts_file),
+    FLAGS.out,
+    num_images=FLAGS.num_images,
+    seed=FLAGS.seed,
+    noise=FLAGS.noise,
+    step=FLAGS.step,
+    ema=FLAGS.ema,
+    batch_size=FLAGS.batch_size,
     **{name: value for name, value in given.items() if value is not None},
   )
-  if noise is None:
-    noise = model.noise(len(prompts), FLAGS.seed)
-  check_noise(noise, expected=(len(prompts), *model.noise_shape()))
-  images = model.generate(params, Tokenizer(model.max_length)(prompts), noise)
-  source = {"noise": FLAGS.noise} if FLAGS.noise else {"seed": FLAGS.seed}
-  protocol = {**model.generation_protocol, **source, "checkpoint": step, "ema": ema}
-  columns = FLAGS.num_images if FLAGS.num_images > 1 else COLUMNS
-  write(out, images, prompts, protocol=protocol, columns=columns)
+
+
+def generate(
+  run: str,
+  prompts: Sequence[str],
+  out: str,
+  *,
+  num_images: int = 1,
+  seed: int = 0,
+  noise: str | None = None,
+  step: int | None = None,
+  ema: bool = True,
+  batch_size: int = BATCH_SIZE,
+  **protocol: Any,
+) -> None:
+  """Draws the prompts and writes the folder `out`.
+
+  Args:
+    run: a workdir.
+    prompts: what to draw.
+    out: folder, absent or empty.
+    num_images: images of each prompt.
+    seed: of the initial noise.
+    noise: .npy file with the initial noise, [n, h, w, c], instead of `seed`.
+    step: which checkpoint; None takes the newest.
+    ema: averaged weights, where the run keeps them.
+    batch_size: images a compiled call, at most.
+    protocol: as `inference.Inference` takes it.
+
+  Raises:
+    UserError: bad settings, noise or checkpoint, or `out` cannot be written.
+  """
+  folder = pathlib.Path(out)
+  check_empty(folder)
+  prompts = [prompt for prompt in prompts for _ in range(num_images)]
+  z_T = read_noise(noise) if noise else None
+  saved = checkpoint.find(run, step)
+  step, ema = int(saved.name), ema and (saved / "ema").exists()
+  model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
+  if z_T is None:
+    z_T = model.noise(len(prompts), seed)
+  check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
+  images = model.generate(params, Tokenizer(model.max_length)(prompts), z_T)
+  start = {"noise": noise} if noise else {"seed": seed}
+  write(
+    folder,
+    images,
+    prompts,
+    protocol={**model.generation_protocol, **start, "checkpoint": step, "ema": ema},
+    columns=num_images if num_images > 1 else COLUMNS,
+  )
   logging.info("%d images in %s", len(images), out)
 
 

@@ -13,6 +13,8 @@ from jaxtyping import Int, UInt8
 from diffdis_jax.data.sources import Source
 from diffdis_jax.data.transforms import Augmentation, augment, decode, resize
 
+_AS_STORED = Augmentation()
+
 
 def train_loader(
   source: Source,
@@ -21,7 +23,7 @@ def train_loader(
   batch_size: int,
   image_size: int,
   seed: int,
-  augmentation: Augmentation = Augmentation(),
+  augmentation: Augmentation = _AS_STORED,
   shard_index: int = 0,
   shard_count: int = 1,
   num_threads: int = 16,

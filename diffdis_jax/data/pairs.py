@@ -117,8 +117,8 @@ def defect(pair: RawPair) -> str | None:
 class Pairs(tfds.core.GeneratorBasedBuilder):
   """Image-caption pairs, every image's bytes unchanged.
 
-  A record is {image: encoded bytes, caption, key: "TAR/KEY", metadata: the json beside the image, as text}. Order is that
-  of the tars. A pair that cannot be used is skipped and counted.
+  A record is {image: encoded bytes, caption, key: "TAR/KEY", metadata: the json beside the image, as text}. Their order
+  is that of the tars. A pair that cannot be used is skipped and counted.
 
   Attributes:
     reports: split -> SplitReport, complete once the data set is written.
@@ -163,8 +163,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         if reason:
           report.skip(key, reason)
           continue
-        metadata = (pair.metadata or b"{}").decode()
-        yield report.pairs, {"image": pair.image, "caption": pair.caption.decode().strip(), "key": key, "metadata": metadata}
+        caption, metadata = pair.caption.decode().strip(), (pair.metadata or b"{}").decode()
+        yield report.pairs, {"image": pair.image, "caption": caption, "key": key, "metadata": metadata}
         report.pairs += 1
       if reader.truncated:
         report.truncated_tars.append(tar.name)

@@ -183,8 +183,8 @@ def _pairs_of(split: str) -> tuple[tuple[str, str], ...]:
 class Shapes:
   """Random access source of `num_images` records, classes in turn, each a function of (seed, split, index) alone.
 
-  A record is {image: u8[h w 3], caption, label: "red star", colour, shape, seen: bool, key}. Splits: `train` (the 56 seen
-  classes), `test` (the same classes, other images), `unseen` (the 8 held out), `all` (all 64, other images again).
+  A record is {image: u8[h w 3], caption, label: "red star", colour, shape, seen: bool, key}. Splits: `train` (the 56
+  seen classes), `test` (the same classes, other images), `unseen` (the 8 held out), `all` (all 64, other images again).
   """
 
   def __init__(self, *, split: str, image_size: int, seed: int = 0, num_images: int | None = None):

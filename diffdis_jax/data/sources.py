@@ -37,7 +37,7 @@ def make(
 
   Args:
     name: `shapes`, rendered by index, or `pairs`, a folder written by prepare_data.
-    image_size: side in pixels at which shapes are rendered. Stored images keep their size until the loader resizes them.
+    image_size: side in pixels at which shapes are rendered. Stored images keep theirs until the loader resizes them.
     split: of `shapes`: train, test, unseen, all. Of `pairs`: what the folder has.
     path: the prepared folder; unused by `shapes`.
     seed: of the rendered shapes.

@@ -7,13 +7,13 @@ import gzip
 import html
 import importlib.resources
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 
 import ftfy
 import numpy as np
 from jaxtyping import Int
-from transformers import CLIPTokenizer
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"
@@ -54,6 +54,9 @@ class Tokenizer:
   """
 
   def __init__(self, max_length: int = 77):
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch when imported
+    from transformers import CLIPTokenizer
+
     self.max_length = max_length
     self.merges = load_merges()
     self.vocab = make_vocab(self.merges)
@@ -62,7 +65,8 @@ class Tokenizer:
   def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "n l"]:
     if not captions:
       return np.zeros((0, self.max_length), np.int32)
-    encoded = self._clip([clean(c) for c in captions], padding="max_length", truncation=True, max_length=self.max_length)
+    cleaned = [clean(caption) for caption in captions]
+    encoded = self._clip(cleaned, padding="max_length", truncation=True, max_length=self.max_length)
     return np.asarray(encoded["input_ids"], np.int32)
 
   def __reduce__(self):
@@ -73,7 +77,7 @@ class Tokenizer:
     return self._clip.decode(tokens, skip_special_tokens=True)
 
   def save(self, folder: str | pathlib.Path) -> None:
-    """Writes what `CLIPTokenizer.from_pretrained(folder)` reads, vocab.json and merges.txt of older readers included."""
+    """Writes what `CLIPTokenizer.from_pretrained(folder)` reads, vocab.json and merges.txt of older versions too."""
     folder = pathlib.Path(folder)
     self._clip.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")

@@ -15,7 +15,7 @@ FIELDS = {
   "json": "metadata",
 }
 _BLOCK = 512  # of a tar; two blocks of zeros end it
-_SPLIT = re.compile(r"(?:(?:.*?-)?([A-Za-z]\w*)-)?\d+(?:-of-\d+)?\.tar")
+_SPLIT = re.compile(r"(?:(?:.*?-)??([A-Za-z]\w*)-)?\d+(?:-of-\d+)?\.tar")
 
 
 @dataclasses.dataclass
@@ -32,8 +32,8 @@ class TarReader:
   """Iterates over the pairs of one tar, one in memory at a time.
 
   Attributes:
-    truncated: known after iteration: the file ends, or is damaged, before the tar's end mark. A pair that was being read
-      there is left out unless it has image and caption.
+    truncated: known after iteration: the file ends, or is damaged, before the tar's end mark. A pair that was being
+      read there is left out unless it has image and caption.
   """
 
   def __init__(self, path: str | os.PathLike[str]):

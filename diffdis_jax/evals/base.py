@@ -31,18 +31,21 @@ class Eval(Protocol):
     """Metrics of the model that `inference` runs with `params`."""
 
 
-def spread(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:
-  """Indices of `num_images` records evenly spread over a source of `length`; of all of them for None.
+def subset(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:
+  """Indices, in order, of `num_images` records of a source of `length`; of all of them for None.
+
+  They are drawn at random, since sources often have their classes in turn, but always the same ones.
 
   Raises:
     UserError: the source is empty, or fewer than one image is asked for.
   """
   if length < 1:
     raise UserError("the data set has no records; an evaluation needs at least one")
-  if num_images is not None and num_images < 1:
+  if num_images is None:
+    return np.arange(length)
+  if num_images < 1:
     raise UserError(f"num_images is {num_images}; it should be at least 1, or None for all")
-  count = length if num_images is None else min(num_images, length)
-  return np.arange(count) * length // count
+  return np.sort(np.random.default_rng(0).permutation(length)[:num_images])
 
 
 def get_field(record: Mapping[str, Any], field: str) -> Any:

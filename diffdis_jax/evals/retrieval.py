@@ -23,7 +23,7 @@ class Retrieval:
     caption_field: the record's field with the caption, or with several captions of the same image.
     equal_captions: images that have the same captions are one target: right is whatever bears the query's caption.
       CLIP_benchmark, and we by default, count only the query's own image or own captions.
-    num_images: this many images spread over the data; None for all.
+    num_images: this many images, the same ones each time; None for all.
     seed: of the query's noise, and of the shuffle.
     shuffle_labels: the leak test. Each record keeps its place and its captions but shows another one's image, so recall
       must fall to chance.
@@ -45,7 +45,7 @@ class Retrieval:
     shuffle_labels: bool = False,
   ):
     self._source = sources.make(**data)
-    self._indices = base.spread(len(self._source), num_images)
+    self._indices = base.subset(len(self._source), num_images)
     self._equal_captions = equal_captions
     self._seed = seed
     self._shuffle_labels = shuffle_labels

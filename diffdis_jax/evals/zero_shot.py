@@ -26,7 +26,7 @@ class ZeroShot:
     seen_classes: classes of the training set; acc1 is then also given on these and on the others apart, each of them
       against the whole class list.
     seen_split: the split of the same data whose labels are `seen_classes`.
-    num_images: this many images spread over the data; None for all.
+    num_images: this many images, the same ones each time; None for all.
     seed: of the query's noise, and of the shuffle.
     shuffle_labels: the leak test. Each record keeps its place and its label but shows another one's image, so accuracy
       must fall to chance; where it does not, something other than the pixels gives the label away.
@@ -52,7 +52,7 @@ class ZeroShot:
     shuffle_labels: bool = False,
   ):
     self._source = sources.make(**data)
-    self._indices = base.spread(len(self._source), num_images)
+    self._indices = base.subset(len(self._source), num_images)
     self._seed = seed
     self._shuffle_labels = shuffle_labels
     self.templates = prompts.resolve_templates(templates)

@@ -38,7 +38,9 @@ def raw(tmp_path):
   first |= {"6.png": picture(6), "6.txt": b"x", "6.json": b"[1]", "7.png": picture(7), "7.txt": b"\xff\xfe"}
   first |= {"8.png": picture(8), "8.txt": b"x", "8.json": b'{"a": '}
   write_tar(folder / "train-00000.tar", first)
-  write_tar(folder / "00001.tar", {"0.webp": picture(9, "WEBP"), "0.txt": b"third", "1.png": picture(10), "1.txt": b"y"})
+  write_tar(
+    folder / "00001.tar", {"0.webp": picture(9, "WEBP"), "0.txt": b"third", "1.png": picture(10), "1.txt": b"y"}
+  )
   whole = (folder / "00001.tar").read_bytes()
   (folder / "00001.tar").write_bytes(whole[: whole.index(b"1.png") + 600])
   write_tar(folder / "val-00000.tar", {"0.png": picture(11), "0.txt": b"val"})

@@ -26,7 +26,9 @@ def test_held_out_pairs_take_each_colour_and_shape_once():
 @pytest.mark.parametrize(("split", "classes"), [("train", 56), ("test", 56), ("unseen", 8), ("all", 64)])
 def test_splits_are_balanced_and_keep_the_held_out_pairs_apart(split, classes):
   source = make(split, num_images=3 * classes)
-  counts = collections.Counter((r["colour"], r["shape"], r["seen"]) for r in map(source.__getitem__, range(len(source))))
+  counts = collections.Counter(
+    (r["colour"], r["shape"], r["seen"]) for r in map(source.__getitem__, range(len(source)))
+  )
   assert len(counts) == classes and set(counts.values()) == {3}
   for colour, shape, seen in counts:
     assert seen == ((colour, shape) not in shapes.UNSEEN)

@@ -30,9 +30,8 @@ def test_groups_by_key(tmp_path):
 
 
 def test_extensions_keys_and_strangers(tmp_path):
-  files = {
-    "sub/x.JPG": b"1", "sub/x.txt": b"t", "sub/x.cls": b"9", "y.seg.png": b"no", "y.webp": b"2", "z.jpeg": b"3", "README": b""
-  }  # fmt: skip
+  files = {"sub/x.JPG": b"1", "sub/x.txt": b"t", "sub/x.cls": b"9", "y.seg.png": b"no", "README": b""}
+  files |= {"y.webp": b"2", "z.jpeg": b"3"}
   pairs, _ = read(write_tar(tmp_path / "0.tar", files))
   assert pairs == [RawPair("sub/x", b"1", b"t"), RawPair("y", b"2"), RawPair("z", b"3")]
 

@@ -35,14 +35,17 @@ def test_a_collapsed_model_ranks_last(value):
   np.testing.assert_array_equal(found, 3)
 
 
-def test_spread():
-  np.testing.assert_array_equal(base.spread(6, None), np.arange(6))
-  np.testing.assert_array_equal(base.spread(10, 4), [0, 2, 5, 7])
-  assert len(base.spread(3, 10)) == 3
+def test_subset_is_in_order_repeatable_and_does_not_beat_with_classes_in_turn():
+  np.testing.assert_array_equal(base.subset(6, None), np.arange(6))
+  np.testing.assert_array_equal(base.subset(3, 10), np.arange(3))
+  found = base.subset(896, 112)
+  np.testing.assert_array_equal(found, base.subset(896, 112))
+  assert len(found) == 112 and (np.diff(found) > 0).all()
+  assert len(set(found % 56)) > 40
   with pytest.raises(UserError, match="no records"):
-    base.spread(0, None)
+    base.subset(0, None)
   with pytest.raises(UserError, match="num_images is 0"):
-    base.spread(5, 0)
+    base.subset(5, 0)
 
 
 def test_images_come_in_order_in_chunks_with_a_seed_each(monkeypatch, fakes):

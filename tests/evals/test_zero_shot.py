@@ -43,22 +43,12 @@ def measure(logits):
 
 
 def test_accuracy_by_definition(use, fakes):
-  inference = fakes.Inference(LABELS, noise=0.25)
+  inference = fakes.Inference(LABELS, noise=0.7)
   metrics = make(use, fakes, seed=5).run(inference, {})
   ensemble, single = measure(reference(inference, TEMPLATES)), measure(reference(inference, TEMPLATES[:1]))
   expected = ensemble | {f"{name}_single_template": value for name, value in single.items()}
   assert metrics == pytest.approx(expected)
   assert 0.3 < metrics["acc1"] < metrics["acc5"] < 1 and metrics["acc1"] != metrics["acc1_single_template"]
-
-
-def test_accuracy_as_clip_benchmark_counts_it(use, fakes):
-  theirs = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
-  torch = pytest.importorskip("torch")
-  inference = fakes.Inference(LABELS, noise=0.25)
-  target = torch.tensor([NAMES.index(label) for label in LABELS])
-  acc1, acc5 = theirs.accuracy(torch.from_numpy(reference(inference, TEMPLATES)), target, topk=(1, 5))
-  metrics = make(use, fakes, seed=5).run(inference, {})
-  assert (metrics["acc1"], metrics["acc5"]) == pytest.approx((acc1, acc5))
 
 
 def leaks(evaluation, inference):
@@ -82,7 +72,7 @@ def test_leak_test_passes_an_honest_model_and_catches_a_cheat(use, fakes, monkey
 
 
 def test_seen_and_unseen_apart(use, fakes):
-  inference = fakes.Inference(LABELS, noise=0.25)
+  inference = fakes.Inference(LABELS, noise=0.7)
   seen = NAMES[:4]
   use(test=fakes.Source(LABELS), train=fakes.Source([*seen, *seen]))
   settings = {"data": DATA, "classnames": NAMES, "seed": 5, "templates": TEMPLATES}

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diffdis_jax import evals
+from diffdis_jax.data import shapes
+from diffdis_jax.evals import agreement
+
+
+class Renderer:
+  """A generator that draws really what the prompt says, or what `instead` makes of it."""
+
+  image_size = 32
+  max_length = 16
+  generation_protocol = {"steps": 30, "guidance": 2.0}
+
+  def __init__(self, instead=lambda colour, shape: (colour, shape)):
+    self.instead = instead
+
+  def noise(self, n, seed):
+    return np.full((n, 4, 4, 4), seed, np.float32)
+
+  def generate(self, params, tokens, noise):
+    assert len(tokens) == len(noise)
+    decode = agreement.Tokenizer(self.max_length).decode
+    return np.stack([self.draw(decode(row), np.random.default_rng([99, i])) for i, row in enumerate(tokens)])
+
+  def draw(self, text, rng):
+    pair = next((c, s) for c, s in shapes.PAIRS if c in text and s in text)
+    colour, shape = self.instead(*pair)
+    return shapes.render(shapes.make_scene(rng, colour=colour, shape=shape), image_size=32, rng=rng)
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+  return evals.make("agreement", per_class=2)
+
+
+def test_real_renders_agree(evaluation):
+  metrics = evaluation.run(Renderer(), {})
+  assert metrics["classifier_accuracy"] >= 0.99
+  assert metrics["agreement"] >= 0.97 and metrics["agreement_unseen"] >= 0.9
+  expected = {"steps": 30, "guidance": 2.0, "num_images": 128, "num_classes": 64, "templates": ["a {}"]}
+  assert expected.items() <= evaluation.protocol(Renderer()).items()
+
+
+def test_wrong_shapes_wrong_colours_and_unseen_pairs_show(evaluation):
+  colours = list(shapes.COLOURS)
+  wrong_shape = evaluation.run(Renderer(lambda c, s: (c, "star" if s == "circle" else "circle")), {})
+  assert wrong_shape["agreement"] <= 0.03 and wrong_shape["agreement_colour"] >= 0.98
+  wrong_colour = evaluation.run(Renderer(lambda c, s: (colours[colours.index(c) - 1], s)), {})
+  assert wrong_colour["agreement"] <= 0.03 and wrong_colour["agreement_shape"] >= 0.97
+  wrong_unseen = evaluation.run(
+    Renderer(lambda c, s: (c, "star" if s != "star" else "ring") if (c, s) in shapes.UNSEEN else (c, s)), {}
+  )
+  assert wrong_unseen["agreement_seen"] >= 0.97 and wrong_unseen["agreement_unseen"] <= 0.1
+
+
+def test_a_bad_classifier_is_no_judge():
+  with pytest.raises(RuntimeError, match="of real renders, below 98%"):
+    evals.make("agreement", classifier_steps=2).run(Renderer(), {})
+
+
+def test_other_sizes_come_to_the_judge_at_its_own():
+  assert agreement.render(image_size=64, num_images=3, seed=0).shape == (3, 32, 32, 3)

@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffdis_jax.evals import samples
+
+
+def checkers(n, size=8):
+  images = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
+  return images, [f"image number {i}" for i in range(n)]
+
+
+@pytest.mark.parametrize("size", [8, 32, 64, 200])
+def test_every_pixel_of_every_image_is_in_the_grid(tmp_path, size):
+  images, captions = checkers(5, size)
+  samples.save_grid(images, captions, tmp_path / "grid.png", columns=3)
+  with Image.open(tmp_path / "grid.png") as opened:
+    grid = np.asarray(opened)
+  factor = max(1, round(samples.TILE / size))
+  step = size * factor + samples.GAP
+  assert grid.shape[1] == 3 * step + samples.GAP
+  row_height = (grid.shape[0] - samples.GAP) // 2
+  for i, image in enumerate(images):
+    y, x = samples.GAP + i // 3 * row_height, samples.GAP + i % 3 * step
+    tile = grid[y : y + size * factor, x : x + size * factor]
+    np.testing.assert_array_equal(tile, image.repeat(factor, 0).repeat(factor, 1))
+    below = grid[y + size * factor : y + row_height - samples.GAP, x : x + size * factor]
+    assert (below < 128).any() and below.shape[0] >= samples.LINE_HEIGHT
+
+
+def test_captions_wrap_within_their_tile_and_are_cut_with_dots():
+  font = samples.ImageFont.load_default(samples.FONT_SIZE)
+  for caption in ("a red star", "a small purple crescent on the left on a light grey background, " * 3, "w" * 100):
+    lines = samples.wrap(caption, font, 128)
+    assert len(lines) <= samples.MAX_LINES and all(font.getlength(line) <= 128 for line in lines)
+    shown = " ".join(lines).removesuffix("...").strip()
+    assert caption.startswith(shown) and (shown == caption or lines[-1].endswith("..."))
+  assert samples.wrap("a red star", font, 128) == ["a red star"]
+
+
+def test_an_empty_caption_and_few_images():
+  images, _ = checkers(2)
+  assert samples.draw_grid(images, ["", ""], columns=8).width == 2 * (128 + samples.GAP) + samples.GAP
+
+
+def test_counts_must_agree(tmp_path):
+  images, captions = checkers(3)
+  with pytest.raises(ValueError, match="3 images and 2 captions"):
+    samples.save_grid(images, captions[:2], tmp_path / "grid.png")
+  with pytest.raises(ValueError, match="0 images"):
+    samples.save_grid(images[:0], [], tmp_path / "grid.png")
+  assert not list(tmp_path.iterdir())
