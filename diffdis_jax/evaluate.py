@@ -58,6 +58,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   cli.compilation_cache()
+  cli.use_all_cores()
   out = pathlib.Path(FLAGS.out)
   if out.is_dir():
     raise UserError(f"--out={out} is a folder; it should name the JSON file to write")

@@ -50,6 +50,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   cli.compilation_cache()
+  cli.use_all_cores()
   given = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
   generate(
     FLAGS.workdir,

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from diffdis_jax import checkpoint, losses, tree, workdir
+from diffdis_jax import checkpoint, losses, sharding, tree, workdir
 from diffdis_jax.diffusion import guidance, samplers, schedules
 from diffdis_jax.models import build
 from diffdis_jax.structs import UserError
@@ -52,14 +52,16 @@ class Inference:
 
   Args:
     config: of the run.
-    batch_size: rows a compiled call.
+    mesh: devices that share the rows of a call; all of them by default.
+    batch_size: rows a compiled call; rounded up to a multiple of the devices.
     protocol: fields of Protocol that replace those of `config.inference`.
   """
 
-  def __init__(self, config: ConfigDict, *, batch_size: int = 64, **protocol: Any):
+  def __init__(self, config: ConfigDict, *, mesh: Mesh | None = None, batch_size: int = 64, **protocol: Any):
     build.check(config.model, objectives=config.objectives, image_size=config.image_size)
     self.config = config
-    self.batch_size = batch_size
+    self.mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
+    self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
     self.image_size = config.image_size
     self.max_length = config.data.max_length
     how = Protocol(**{**config.inference, **protocol})
@@ -113,10 +115,11 @@ class Inference:
   def _batched(self, f: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:
     """f over rows in chunks of one shape, the last one padded by repeating its last row."""
     n, size = len(arrays[0]), self.batch_size
+    place = sharding.batch_sharding(self.mesh)
     outputs = []
     for start in range(0, n, size):
       rows = np.minimum(np.arange(start, start + size), n - 1)
-      outputs.append(np.asarray(f(*(array[rows] for array in arrays))))
+      outputs.append(np.asarray(f(*(jax.device_put(array[rows], place) for array in arrays))))
     if not outputs:
       raise UserError("nothing to run on: give at least one row")
     return np.concatenate(outputs)[:n]
@@ -185,9 +188,10 @@ def load(path: str, *, step: int | None = None, ema: bool = True, **protocol: An
     UserError: no run or no checkpoint there, or one that does not fit its config.
   """
   inference = Inference(workdir.load_config(path), **protocol)
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  abstract = {
-      name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-      for name, x in tree.flatten(inference.abstract).items()
-  }
+  shapes = tree.flatten(inference.abstract)
+  abstract = jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      shapes,
+      sharding.shardings(shapes, inference.mesh, shapes),
+  )
   return inference, checkpoint.restore_params(path, step=step, ema=ema, abstract=abstract)

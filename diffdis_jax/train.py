@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffdis_jax import checkpoint, cli, evals, sharding, workdir, writers
@@ -39,7 +40,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
   mesh = sharding.make_mesh(**config.mesh)
   trainer = Step(config, mesh)
   iterator = make_loader(config)
-  watch = Watch(config)
+  watch = Watch(config, mesh)
   is_writer = jax.process_index() == 0
   log_start(config, trainer)
   workdir.open_for_training(path, config, is_writer=is_writer)
@@ -167,13 +168,13 @@ def check_finite(totals: Metrics, step: int, path: str) -> dict[str, float]:
 class Watch:
   """Evaluations and sample images during training. Everything that can be wrong with them is found at construction."""
 
-  def __init__(self, config: ConfigDict):
+  def __init__(self, config: ConfigDict, mesh: Mesh):
     self._config = config
     missing = set(config.train_evals) - set(config.evals)
     if missing:
       raise UserError(f"train_evals names {', '.join(sorted(missing))}; evals has {', '.join(config.evals) or 'none'}")
     self._evals = {name: evals.make(**config.evals[name].to_dict()) for name in config.train_evals}
-    self._inference = Inference(config, batch_size=min(config.batch_size, 64))
+    self._inference = Inference(config, mesh=mesh)
     self._prompts = list(config.sample_prompts) if "generation" in config.objectives else []
 
   def after_step(self, step: int, state: TrainState, writer: writers.Writer, *, last: bool) -> None:
@@ -209,6 +210,7 @@ def log_start(config: ConfigDict, trainer: Step) -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   cli.compilation_cache()
+  cli.use_all_cores()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   train_and_evaluate(FLAGS.config, FLAGS.workdir)
 

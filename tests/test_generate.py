@@ -6,19 +6,45 @@ import sys
 
 import numpy as np
 import pytest
-import untrained
 from PIL import Image
 
-from diffdis_jax import generate, inference
+from diffdis_jax import generate
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.structs import UserError
 
+pytest_plugins = ("untrained",)
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-  path = str(tmp_path_factory.mktemp("run"))
-  untrained.make_run(path)
-  return path
+
+class Inference:
+  """Paints each image in the mean of its noise, and remembers what it was asked."""
+
+  max_length = 16
+  generation_protocol = {"steps": 2, "guidance": 2.0}
+
+  def noise_shape(self):
+    return 8, 8, 4
+
+  def noise(self, n, seed):
+    return np.arange(n, dtype=np.float32)[:, None, None, None] * 10 + np.full((n, 8, 8, 4), seed, np.float32)
+
+  def generate(self, params, tokens, noise):
+    self.asked = [Tokenizer(16).decode(row) for row in tokens]
+    return np.stack([np.full((32, 32, 3), z.mean(), np.uint8) for z in noise])
+
+
+@pytest.fixture
+def model(tmp_path_factory, monkeypatch):
+  """An Inference for every workdir, at step 7, with averaged weights."""
+  model, saved = Inference(), tmp_path_factory.mktemp("saved") / "7"
+  (saved / "ema").mkdir(parents=True)
+
+  def load(path, **settings):
+    model.settings = settings
+    return model, {}
+
+  monkeypatch.setattr(generate.inference, "load", load)
+  monkeypatch.setattr(generate.checkpoint, "find", lambda workdir, step: saved)
+  return model
 
 
 def pixels(path):
@@ -26,49 +52,41 @@ def pixels(path):
     return np.asarray(image)
 
 
-def test_images_grid_and_manifest(run, tmp_path):
+def test_images_grid_and_manifest(model, tmp_path):
   prompts = ["a red star", "ein blauer Würfel"]
-  generate.generate(run, prompts, str(tmp_path / "new" / "out"), num_images=2, seed=5, ema=False, batch_size=3)
   out = tmp_path / "new" / "out"
+  generate.generate("run", prompts, str(out), num_images=2, seed=5, batch_size=3, generation_steps=2)
   files = [f"0000{i}.png" for i in range(4)]
   assert sorted(p.name for p in out.iterdir()) == [*files, "grid.png", "prompts.json"]
   assert [p.name for p in out.parent.iterdir()] == ["out"]
-
-  model, params = inference.load(run, ema=False)
-  asked = [prompts[0]] * 2 + [prompts[1]] * 2
-  expected = model.generate(params, Tokenizer(16)(asked), model.noise(4, 5))
-  found = np.stack([pixels(out / file) for file in files])
-  assert np.abs(found.astype(int) - expected).max() <= 1 and found.std() > 10
+  assert model.settings == {"step": 7, "ema": True, "batch_size": 3, "generation_steps": 2}
+  for text, word in zip(model.asked, ("star", "star", "würfel", "würfel"), strict=True):
+    assert word in text
+  for i, file in enumerate(files):
+    np.testing.assert_array_equal(pixels(out / file), np.full((32, 32, 3), 10 * i + 5))
   manifest = json.loads((out / "prompts.json").read_text(encoding="utf-8"))
-  assert [(entry["file"], entry["prompt"]) for entry in manifest["images"]] == list(zip(files, asked, strict=True))
-  assert manifest["protocol"] == {"steps": 2, "guidance": 2.0, "seed": 5, "checkpoint": 3, "ema": False}
-  np.testing.assert_array_equal(pixels(out / "grid.png")[8:136, 8:136], found[0].repeat(4, 0).repeat(4, 1))
+  asked = [(file, prompts[i // 2]) for i, file in enumerate(files)]
+  assert [(entry["file"], entry["prompt"]) for entry in manifest["images"]] == asked
+  assert manifest["protocol"] == {"steps": 2, "guidance": 2.0, "seed": 5, "checkpoint": 7, "ema": True}
+  grid = pixels(out / "grid.png")
+  assert (grid[8:136, 8:136] == 5).all() and (grid[8:136, 144:272] == 15).all() and grid.shape[1] == 280
 
 
-def test_noise_from_a_file_gives_the_same_as_its_seed(run, tmp_path):
-  model, _ = inference.load(run)
-  np.save(tmp_path / "noise.npy", model.noise(2, 9))
-  prompts = ["a red star", "a blue ring"]
-  generate.generate(run, prompts, str(tmp_path / "seed"), seed=9, ema=False)
-  (tmp_path / "noise").mkdir()
-  generate.generate(run, prompts, str(tmp_path / "noise"), noise=str(tmp_path / "noise.npy"), ema=False)
-  for file in ("00000.png", "00001.png"):
-    np.testing.assert_array_equal(pixels(tmp_path / "seed" / file), pixels(tmp_path / "noise" / file))
-
-
-def test_averaged_weights_are_the_default(run, tmp_path):
-  for name, settings in (("average", {}), ("raw", {"ema": False})):
-    generate.generate(run, ["a red star"], str(tmp_path / name), **settings)
-  average, raw = (pixels(tmp_path / name / "00000.png") for name in ("average", "raw"))
-  assert average.std() < 1 < raw.std()  # the averages of this run are zeros
-  assert json.loads((tmp_path / "average" / "prompts.json").read_text())["protocol"]["ema"] is True
+def test_noise_from_a_file(model, tmp_path):
+  np.save(tmp_path / "noise.npy", np.stack([np.full((8, 8, 4), value) for value in (40, 30)]))
+  (tmp_path / "out").mkdir()
+  generate.generate("run", ["a star", "a ring"], str(tmp_path / "out"), noise=str(tmp_path / "noise.npy"))
+  assert [pixels(tmp_path / "out" / file)[0, 0, 0] for file in ("00000.png", "00001.png")] == [40, 30]
+  protocol = json.loads((tmp_path / "out" / "prompts.json").read_text())["protocol"]
+  assert protocol["noise"].endswith("noise.npy") and "seed" not in protocol
+  assert model.settings["batch_size"] == 2
 
 
 @pytest.mark.parametrize("shape, shown", [((1, 8, 8, 3), "(1, 8, 8, 3)"), ((8, 8, 4), "(8, 8, 4)")])
-def test_noise_of_another_shape_names_both(run, tmp_path, shape, shown):
+def test_noise_of_another_shape_names_both(model, tmp_path, shape, shown):
   np.save(tmp_path / "noise.npy", np.zeros(shape))
   with pytest.raises(UserError) as error:
-    generate.generate(run, ["a star"], str(tmp_path / "out"), noise=str(tmp_path / "noise.npy"))
+    generate.generate("run", ["a star"], str(tmp_path / "out"), noise=str(tmp_path / "noise.npy"))
   assert shown in str(error.value) and "(1, 8, 8, 4)" in str(error.value)
   assert not (tmp_path / "out").exists()
 
@@ -106,12 +124,12 @@ def test_prompts(tmp_path):
       generate.read_prompts(prompts, name and str(tmp_path / name))
 
 
-def test_a_folder_in_use_is_left_alone(run, tmp_path):
+def test_a_folder_in_use_is_left_alone(model, tmp_path):
   (tmp_path / "kept.txt").write_text("kept")
   with pytest.raises(UserError, match="is not empty"):
-    generate.generate(run, ["a star"], str(tmp_path))
+    generate.generate("run", ["a star"], str(tmp_path))
   with pytest.raises(UserError, match="is a file"):
-    generate.generate(run, ["a star"], str(tmp_path / "kept.txt"))
+    generate.generate("run", ["a star"], str(tmp_path / "kept.txt"))
   assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
 
 
@@ -130,6 +148,11 @@ def test_command_line(run, tmp_path):
   bad = subprocess.run(command, capture_output=True, text=True)
   assert bad.returncode == 2 and not (tmp_path / "out").exists()
   assert bad.stderr == 'error: nothing to draw; give --prompt="a red star" (may be repeated) or --prompts_file\n'
-  good = subprocess.run([*command, "--prompt=a red star", "--prompt=a ring, blue"], capture_output=True, text=True)
+  flags = ["--prompt=a red star", "--prompt=a ring, blue", "--steps=3", "--seed=4", "--noema"]
+  good = subprocess.run([*command, *flags], capture_output=True, text=True)
   assert good.returncode == 0, good.stderr
-  assert len(json.loads((tmp_path / "out" / "prompts.json").read_text())["images"]) == 2
+  written = json.loads((tmp_path / "out" / "prompts.json").read_text())
+  assert [entry["prompt"] for entry in written["images"]] == ["a red star", "a ring, blue"]
+  assert written["protocol"] == {"steps": 3, "guidance": 2.0, "seed": 4, "checkpoint": 3, "ema": False}
+  image = pixels(tmp_path / "out" / "00000.png")
+  assert image.shape == (32, 32, 3) and image.std() > 0

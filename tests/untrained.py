@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+import pytest
 from configs import shapes
-from flax import nnx
 
-from diffdis_jax import checkpoint, tree, workdir
-from diffdis_jax.models import build
+from diffdis_jax import checkpoint, inference, tree, workdir
 
 STEP = 3
 
@@ -21,18 +21,26 @@ class State:
   opt_state: Any
 
 
-def make_run(path: str) -> None:
-  """Writes config.json and a checkpoint of step 3, whose averaged weights are zeros."""
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+  """Workdir of a run with a checkpoint of step 3, made once for all the test files."""
+  path = tmp_path_factory.getbasetemp() / "untrained"
+  if not path.exists():
+    _make_run(str(path))
+  return str(path)
+
+
+def _make_run(path: str) -> None:
   config = shapes.get_config()
-  model = config.model
-  model.unet.update(widths=(16, 16), num_heads=2, groups=4)
-  model.alignment.update(width=16, depth=1, num_heads=2)
-  model.text_encoder.update(width=16, depth=1, num_heads=2, mlp_width=16)
-  model.autoencoder.update(widths=(8, 8, 8), groups=4)
+  config.model.unet.update(widths=(16, 16), num_heads=2, groups=4)
+  config.model.alignment.update(width=16, depth=1, num_heads=2)
+  config.model.text_encoder.update(width=16, depth=1, num_heads=2, mlp_width=16)
+  config.model.autoencoder.update(widths=(8, 8, 8), groups=4)
   config.inference.update(generation_steps=2)
   config.evals = {"few": {"task": "zero_shot", "data": config.evals["test"].data.to_dict() | {"num_images": 128}}}
   workdir.open_for_training(path, config)
-  module = build.make(model, objectives=config.objectives)(nnx.Rngs(0))
-  params = tree.flatten(nnx.state(module))
+  rng = np.random.default_rng(0)
+  abstract = tree.flatten(inference.Inference(config).abstract)
+  params = {name: rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype) for name, leaf in abstract.items()}
   with checkpoint.Checkpointer(path) as checkpointer:
-    checkpointer.save(STEP, State(params, {name: 0 * value for name, value in params.items()}, {}))
+    checkpointer.save(STEP, State(params, params, {}))

@@ -23,9 +23,7 @@ def test_ranks_by_definition_and_in_blocks(monkeypatch):
   expected = slow_ranks(queries, keys, query_groups, key_groups)
   for block in (1024, 10):
     monkeypatch.setattr(base, "BLOCK", block)
-    np.testing.assert_array_equal(
-      base.ranks(queries, keys, query_groups=query_groups, key_groups=key_groups), expected
-    )
+    np.testing.assert_array_equal(base.ranks(queries, keys, query_groups=query_groups, key_groups=key_groups), expected)
 
 
 @pytest.mark.parametrize("value", [1.0, np.nan])

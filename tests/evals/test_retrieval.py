@@ -8,7 +8,9 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.structs import UserError
 
 DATA = {"split": "test"}
-NAMES = [f"{colour} {animal}" for colour in ("red", "grey", "black", "white") for animal in ("fox", "cat", "dog", "owl")]
+NAMES = [
+  f"{colour} {animal}" for colour in ("red", "grey", "black", "white") for animal in ("fox", "cat", "dog", "owl")
+]
 SEVERAL = [[f"a {name}", f"one {name}.", f"the {name}, again"][: 1 + i % 3] for i, name in enumerate(NAMES)]
 
 

@@ -1,0 +1,60 @@
+"""DiffDis on real image-caption pairs, 64 px icons of about 1,200 concepts in several drawing styles, at 32 px.
+
+  python -m diffdis_jax.prepare_data pairs --source=DIR_OF_TARS --out=data/emoji
+  python -m diffdis_jax.train --config=configs/emoji.py:autoencoder --workdir=runs/emoji/autoencoder \
+      --config.data.path=data/emoji
+  python -m diffdis_jax.train --config=configs/emoji.py:path=data/emoji --workdir=runs/emoji/diffdis \
+      --config.init_from=runs/emoji/autoencoder
+  python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --tasks=zero_shot,retrieval --out=emoji.json
+
+Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, concepts not in train. Records have a
+field `concept`. On a GPU: --config.batch_size=512 --config.model.dtype=bfloat16 and more steps.
+"""
+
+from configs import common
+from configs.sizes import medium
+from ml_collections import ConfigDict
+
+TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
+PROMPTS = (
+    "red apple", "cat face", "pizza", "rocket", "green heart", "sunflower", "soccer ball", "house", "snowman", "bicycle",
+    "crying face", "octopus", "guitar", "airplane", "hot beverage", "rainbow", "fire", "tiger face", "clown face", "cactus",
+    "strawberry", "umbrella", "owl", "crown", "fish", "birthday cake", "key", "skull", "watermelon", "police car",
+    "blue book", "panda",
+)  # fmt: skip
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  args = common.parse_arg(arg, autoencoder=False, path="")
+  config = common.base(medium(), image_size=32)
+  config.data.update(name="pairs", path=args.path, max_length=24)
+  config.data.augment = dict(
+      shift=0.06, zoom=0.12, rotation=10.0, brightness=0.15, contrast=0.15, saturation=0.2, hue=0.03
+  )
+  config.optim.update(schedule_kind="cosine", weight_decay=0.05, b2=0.99)
+  if args.autoencoder:
+    config.objectives = ("reconstruction",)
+    config.num_steps, config.batch_size = 1500, 32
+    config.optim.update(groups=((".*", "new"),), rates=dict(new=2e-3), warmup_steps=50, ema_decay=0.998)
+    config.save_every = 500
+    return config
+
+  config.num_steps, config.batch_size = 6000, 64
+  config.optim.update(rates=dict(new=1.5e-3), warmup_steps=200, ema_decay=0.999)
+  config.text_diffusion.schedule = "scaled_linear"
+  config.save_every = config.eval_every = config.sample_every = 1000
+  data = lambda split: dict(name="pairs", path=args.path, split=split, image_size=32)
+  zero_shot = lambda split, **settings: dict(
+      task="zero_shot", data=data(split), label_field="concept", templates=TEMPLATES, **settings
+  )
+  config.evals = {
+      "val_vendor": zero_shot("val_vendor"),
+      "val_concepts": zero_shot("val_concepts"),
+      "test_vendor": zero_shot("test_vendor", seen_split="train"),
+      "test_vendor_retrieval": dict(task="retrieval", data=data("test_vendor")),
+      "val_vendor_retrieval": dict(task="retrieval", data=data("val_vendor")),
+  }
+  config.train_evals = ("val_vendor", "val_concepts")
+  config.sample_prompts = PROMPTS
+  config.inference.update(draws=4, generation_steps=50, generation_guidance=3.0)
+  return config

@@ -1,0 +1,29 @@
+"""configs/shapes.py, shrunk until a step compiles and runs in seconds: the same code with smaller numbers.
+
+Also a config file for command lines: --config=tests/tiny.py[:autoencoder]
+"""
+
+from configs import shapes
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  config = shapes.get_config(arg)
+  config.image_size = 16
+  config.batch_size = 16
+  config.num_steps = 8
+  config.log_every = config.save_every = config.eval_every = config.sample_every = 4
+  model = config.model
+  model.unet.update(widths=(8, 16), depth=1, num_heads=2, groups=4)
+  model.alignment.update(width=16, depth=1, num_heads=2)
+  model.text_encoder.update(max_length=8, width=16, depth=1, num_heads=2, mlp_width=32)
+  model.autoencoder.update(widths=(8, 8), depth=1, groups=4)
+  config.data.max_length = 8
+  config.data.loader.update(num_threads=1, prefetch=2)
+  for section in config.evals.values():
+    if "data" in section:
+      section.data.update(image_size=16, num_images=64)
+  config.train_evals = ()
+  config.sample_prompts = ()
+  config.inference.update(generation_steps=4)
+  return config
