@@ -39,10 +39,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.save_every = 500
     return config
 
-  config.num_steps, config.batch_size = 6000, 64
-  config.optim.update(rates=dict(new=1.5e-3), warmup_steps=200, ema_decay=0.999)
+  config.num_steps, config.batch_size = 2500, 64
+  config.optim.update(rates=dict(new=1.5e-3), warmup_steps=200, ema_decay=0.998)
   config.text_diffusion.schedule = "scaled_linear"
-  config.save_every = config.eval_every = config.sample_every = 1000
+  config.save_every = config.eval_every = config.sample_every = 500
   data = lambda split: dict(name="pairs", path=args.path, split=split, image_size=32)
   zero_shot = lambda split, **settings: dict(
       task="zero_shot", data=data(split), label_field="concept", templates=TEMPLATES, **settings

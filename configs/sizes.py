@@ -35,6 +35,7 @@ def sd_v1() -> ConfigDict:
           autoencoder=dict(
               widths=(128, 256, 512, 512),
               depth=2,
+              patch=1,
               latent_channels=4,
               groups=32,
               attention=True,
@@ -52,7 +53,7 @@ def small() -> ConfigDict:
   model.unet.update(widths=(48, 96), attention=(True, True), depth=1, num_heads=4, groups=8)
   model.alignment.update(width=96, depth=2, num_heads=4)
   model.text_encoder.update(max_length=16, width=96, depth=2, num_heads=4, mlp_width=384)
-  model.autoencoder.update(widths=(16, 32, 64), depth=1, groups=8, attention=False, shift=0.0, scale=1.0)
+  model.autoencoder.update(widths=(32, 64), depth=1, patch=2, groups=8, attention=False, shift=0.0, scale=1.0)
   return model
 
 
@@ -62,5 +63,5 @@ def medium() -> ConfigDict:
   model.unet.update(widths=(32, 64, 128), attention=(False, True, True))
   model.alignment.update(width=128, depth=2)
   model.text_encoder.update(max_length=24, width=128, mlp_width=512)
-  model.autoencoder.update(widths=(24, 48), depth=1)
+  model.autoencoder.update(widths=(24, 48), patch=1)
   return model

@@ -1,0 +1,20 @@
+"""Stable Diffusion v1's network at half its widths, 128 px: arithmetic dominates, and three training states fit a laptop.
+
+  python -m diffdis_jax.benchmark --config=configs/benchmark.py --out=benchmark.json
+"""
+
+from configs import diffdis_cc3m
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  config = diffdis_cc3m.get_config(arg)
+  model = config.model
+  model.update(dtype="float32", remat="none")
+  model.unet.widths = tuple(width // 2 for width in model.unet.widths)
+  model.autoencoder.widths = tuple(width // 2 for width in model.autoencoder.widths)
+  model.text_encoder.update(width=384, num_heads=6, mlp_width=1536)
+  model.alignment.update(width=384, num_heads=6)
+  config.image_size = 128
+  config.batch_size = 4
+  return config
