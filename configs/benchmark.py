@@ -1,10 +1,11 @@
 """Stable Diffusion v1's network at half its widths, 128 px: arithmetic dominates, and three training states fit a laptop.
 
-  python -m diffdis_jax.benchmark --config=configs/benchmark.py --out=benchmark.json
+python -m diffdis_jax.benchmark --config=configs/benchmark.py --out=benchmark.json
 """
 
-from configs import diffdis_cc3m
 from ml_collections import ConfigDict
+
+from configs import diffdis_cc3m
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -15,9 +15,10 @@ The paper's figures for the model itself: FID 9.80, zero-shot ImageNet 25.92 %, 
 rates are not stated by the paper for DiffDis; its CLIP baseline has batch 1024.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 from configs.sizes import sd_v1
-from ml_collections import ConfigDict
 
 CC3M_PAIRS = 2_905_954
 BATCH = 1024
@@ -26,16 +27,16 @@ EPOCHS = 6
 
 def get_config(arg: str = "") -> ConfigDict:
   args = common.parse_arg(
-      arg,
-      path="",
-      objectives="both",
-      schedule="cosine",
-      target="data",
-      gamma=0.3,
-      fusion=True,
-      share_attention=True,
-      modality_ffn=True,
-      condition_timestep=1000,
+    arg,
+    path="",
+    objectives="both",
+    schedule="cosine",
+    target="data",
+    gamma=0.3,
+    fusion=True,
+    share_attention=True,
+    modality_ffn=True,
+    condition_timestep=1000,
   )
   config = common.base(sd_v1(), image_size=256)
   config.model.update(fusion=args.fusion, share_attention=args.share_attention, modality_ffn=args.modality_ffn)
@@ -51,11 +52,11 @@ def get_config(arg: str = "") -> ConfigDict:
   config.num_steps = EPOCHS * CC3M_PAIRS // BATCH
   config.model.remat = "full"
   config.optim.update(
-      groups=(("^autoencoder|^text_encoder", "frozen"), ("^unet", "pretrained"), (".*", "new")),
-      rates=dict(pretrained=1e-5, new=1e-4),
-      warmup_steps=1000,
-      weight_decay=1e-4,
-      ema_decay=0.9999,
+    groups=(("^autoencoder|^text_encoder", "frozen"), ("^unet", "pretrained"), (".*", "new")),
+    rates=dict(pretrained=1e-5, new=1e-4),
+    warmup_steps=1000,
+    weight_decay=1e-4,
+    ema_decay=0.9999,
   )
   config.save_every = config.sample_every = config.eval_every = 2000
   config.checkpoint.keep_every = 10_000

@@ -11,9 +11,10 @@ Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, co
 field `concept`. On a GPU: --config.batch_size=512 --config.model.dtype=bfloat16 and more steps.
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 from configs.sizes import medium
-from ml_collections import ConfigDict
 
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
 PROMPTS = (
@@ -29,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config = common.base(medium(), image_size=32)
   config.data.update(name="pairs", path=args.path, max_length=24)
   config.data.augment = dict(
-      shift=0.06, zoom=0.12, rotation=10.0, brightness=0.15, contrast=0.15, saturation=0.2, hue=0.03
+    shift=0.06, zoom=0.12, rotation=10.0, brightness=0.15, contrast=0.15, saturation=0.2, hue=0.03
   )
   config.optim.update(schedule_kind="cosine", weight_decay=0.05, b2=0.99)
   if args.autoencoder:
@@ -45,14 +46,14 @@ def get_config(arg: str = "") -> ConfigDict:
   config.save_every = config.eval_every = config.sample_every = 500
   data = lambda split: dict(name="pairs", path=args.path, split=split, image_size=32)
   zero_shot = lambda split, **settings: dict(
-      task="zero_shot", data=data(split), label_field="concept", templates=TEMPLATES, **settings
+    task="zero_shot", data=data(split), label_field="concept", templates=TEMPLATES, **settings
   )
   config.evals = {
-      "val_vendor": zero_shot("val_vendor"),
-      "val_concepts": zero_shot("val_concepts"),
-      "test_vendor": zero_shot("test_vendor", seen_split="train"),
-      "test_vendor_retrieval": dict(task="retrieval", data=data("test_vendor")),
-      "val_vendor_retrieval": dict(task="retrieval", data=data("val_vendor")),
+    "val_vendor": zero_shot("val_vendor"),
+    "val_concepts": zero_shot("val_concepts"),
+    "test_vendor": zero_shot("test_vendor", seen_split="train"),
+    "test_vendor_retrieval": dict(task="retrieval", data=data("test_vendor")),
+    "val_vendor_retrieval": dict(task="retrieval", data=data("val_vendor")),
   }
   config.train_evals = ("val_vendor", "val_concepts")
   config.sample_prompts = PROMPTS

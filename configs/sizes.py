@@ -6,43 +6,43 @@ from ml_collections import ConfigDict
 def sd_v1() -> ConfigDict:
   """Stable Diffusion v1 with CLIP ViT-L/14's text tower: 859,520,964 + 83,653,863 + 123,060,480 parameters."""
   return ConfigDict(
-      dict(
-          fusion=True,
-          share_attention=True,
-          modality_ffn=True,
-          dtype="bfloat16",
-          remat="none",
-          unet=dict(
-              widths=(320, 640, 1280, 1280),
-              attention=(True, True, True, False),
-              depth=2,
-              num_heads=8,
-              groups=32,
-          ),
-          alignment=dict(width=768, depth=6, num_heads=12),
-          text_encoder=dict(
-              vocab_size=49408,
-              max_length=77,
-              width=768,
-              depth=12,
-              num_heads=12,
-              mlp_width=3072,
-              activation="quick_gelu",
-              bos_id=49406,
-              eos_id=49407,
-              projection=0,
-          ),
-          autoencoder=dict(
-              widths=(128, 256, 512, 512),
-              depth=2,
-              patch=1,
-              latent_channels=4,
-              groups=32,
-              attention=True,
-              shift=0.0,
-              scale=0.18215,
-          ),
-      )
+    dict(
+      fusion=True,
+      share_attention=True,
+      modality_ffn=True,
+      dtype="bfloat16",
+      remat="none",
+      unet=dict(
+        widths=(320, 640, 1280, 1280),
+        attention=(True, True, True, False),
+        depth=2,
+        num_heads=8,
+        groups=32,
+      ),
+      alignment=dict(width=768, depth=6, num_heads=12),
+      text_encoder=dict(
+        vocab_size=49408,
+        max_length=77,
+        width=768,
+        depth=12,
+        num_heads=12,
+        mlp_width=3072,
+        activation="quick_gelu",
+        bos_id=49406,
+        eos_id=49407,
+        projection=0,
+      ),
+      autoencoder=dict(
+        widths=(128, 256, 512, 512),
+        depth=2,
+        patch=1,
+        latent_channels=4,
+        groups=32,
+        attention=True,
+        shift=0.0,
+        scale=0.18215,
+      ),
+    )
   )
 
 
@@ -53,7 +53,9 @@ def small() -> ConfigDict:
   model.unet.update(widths=(48, 96), attention=(True, True), depth=1, num_heads=4, groups=8)
   model.alignment.update(width=96, depth=2, num_heads=4)
   model.text_encoder.update(max_length=16, width=96, depth=2, num_heads=4, mlp_width=384)
-  model.autoencoder.update(widths=(32, 64), depth=1, patch=2, groups=8, attention=False, shift=0.0, scale=1.0)
+  model.autoencoder.update(
+    widths=(96,), depth=1, patch=4, latent_channels=8, groups=8, attention=False, shift=0.0, scale=1.0
+  )
   return model
 
 
@@ -63,5 +65,5 @@ def medium() -> ConfigDict:
   model.unet.update(widths=(32, 64, 128), attention=(False, True, True))
   model.alignment.update(width=128, depth=2)
   model.text_encoder.update(max_length=24, width=128, mlp_width=512)
-  model.autoencoder.update(widths=(24, 48), patch=1)
+  model.autoencoder.update(widths=(24, 48), patch=1, latent_channels=4)
   return model

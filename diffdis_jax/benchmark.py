@@ -24,9 +24,9 @@ from diffdis_jax.step import Step
 from diffdis_jax.structs import Batch
 
 OBJECTIVES = {
-    "joint": ("generation", "discrimination"),
-    "generation": ("generation",),
-    "discrimination": ("discrimination",),
+  "joint": ("generation", "discrimination"),
+  "generation": ("generation",),
+  "discrimination": ("discrimination",),
 }
 
 
@@ -59,15 +59,15 @@ def benchmark_step(config: ConfigDict, *, rounds: int) -> dict[str, Any]:
 
   median = {name: statistics.median(values) for name, values in seconds.items()}
   return dict(
-      device=f"{mesh.size} x {jax.devices()[0].device_kind}",
-      batch_size=config.batch_size,
-      image_size=config.image_size,
-      seconds=median,
-      rounds=seconds,
-      gigaflop={name: value / 1e9 for name, value in operations.items()},
-      joint_over_generation=median["joint"] / median["generation"],
-      joint_over_sum=median["joint"] / (median["generation"] + median["discrimination"]),
-      joint_over_generation_flop=operations["joint"] / operations["generation"],
+    device=f"{mesh.size} x {jax.devices()[0].device_kind}",
+    batch_size=config.batch_size,
+    image_size=config.image_size,
+    seconds=median,
+    rounds=seconds,
+    gigaflop={name: value / 1e9 for name, value in operations.items()},
+    joint_over_generation=median["joint"] / median["generation"],
+    joint_over_sum=median["joint"] / (median["generation"] + median["discrimination"]),
+    joint_over_generation_flop=operations["joint"] / operations["generation"],
   )
 
 
@@ -77,10 +77,10 @@ def main(argv: Sequence[str]) -> None:
   cli.use_all_cores()
   results = benchmark_step(FLAGS.config, rounds=FLAGS.rounds)
   logging.info(
-      "joint / generation %.3f, joint / (generation + discrimination) %.3f, operations joint / generation %.3f",
-      results["joint_over_generation"],
-      results["joint_over_sum"],
-      results["joint_over_generation_flop"],
+    "joint / generation %.3f, joint / (generation + discrimination) %.3f, operations joint / generation %.3f",
+    results["joint_over_generation"],
+    results["joint_over_sum"],
+    results["joint_over_generation_flop"],
   )
   workdir.write_whole(epath.Path(FLAGS.out), (json.dumps(results, indent=2) + "\n").encode())
 

@@ -43,12 +43,12 @@ def main(argv: Sequence[str]) -> None:
   metrics = {name: record["metrics"] for records in found.values() for name, record in records.items()}
   draw_classes(run, out / "grid.png")
   results = dict(
-      zero_shot_top1=metrics["test"]["acc1"],
-      zero_shot_unseen_top1=metrics["unseen"]["acc1"],
-      generation_agreement=metrics["generated"]["agreement_seen"],
-      generation_agreement_unseen=metrics["generated"]["agreement_unseen"],
-      classifier_accuracy=metrics["generated"]["classifier_accuracy"],
-      seconds=time.monotonic() - begin,
+    zero_shot_top1=metrics["test"]["acc1"],
+    zero_shot_unseen_top1=metrics["unseen"]["acc1"],
+    generation_agreement=metrics["generated"]["agreement_seen"],
+    generation_agreement_unseen=metrics["generated"]["agreement_unseen"],
+    classifier_accuracy=metrics["generated"]["classifier_accuracy"],
+    seconds=time.monotonic() - begin,
   )
   workdir.write_whole(epath.Path(out / "results.json"), (json.dumps(results, indent=2) + "\n").encode())
   logging.info("%s", "  ".join(f"{name} {value:.3f}" for name, value in results.items()))

@@ -77,7 +77,9 @@ class Inference:
     """Text queries e, L2-normalised."""
     return self._batched(functools.partial(self._embed_texts, params), tokens)
 
-  def embed_images(self, params: Params, images: UInt8[np.ndarray, "n H W 3"], *, seed: int) -> Float[np.ndarray, "n d"]:
+  def embed_images(
+    self, params: Params, images: UInt8[np.ndarray, "n H W 3"], *, seed: int
+  ) -> Float[np.ndarray, "n d"]:
     """Denoised text queries ê_0 from e_T ~ N(0, I), averaged over the draws, L2-normalised (the paper's Algorithm 3).
 
     No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size.
@@ -87,7 +89,7 @@ class Inference:
     return self._batched(functools.partial(self._embed_images, params, jax.random.key(seed)), images, places)
 
   def generate(
-      self, params: Params, tokens: Int[np.ndarray, "n l"], noise: Float[np.ndarray, "n h w c"]
+    self, params: Params, tokens: Int[np.ndarray, "n l"], noise: Float[np.ndarray, "n h w c"]
   ) -> UInt8[np.ndarray, "n H W 3"]:
     """Images by DDIM with η = 0 from the given initial noise, the whole loop one program."""
     self._require("generation")
@@ -135,7 +137,7 @@ class Inference:
     return self._model(params).encode_text(tokens).e
 
   def _images(
-      self, params: Params, key: jax.Array, images: UInt8[Array, "b H W 3"], places: Int[Array, "b"]
+    self, params: Params, key: jax.Array, images: UInt8[Array, "b H W 3"], places: Int[Array, "b"]
   ) -> Float[Array, "b d"]:
     model, text = self._model(params), self.config.text_diffusion
     z = model.encode_image(images)
@@ -153,30 +155,28 @@ class Inference:
     def draw(index: Int[Array, ""]) -> Float[Array, "b d"]:
       keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, index)))(places)
       e_T = jax.vmap(lambda key: jax.random.normal(key, (build.query_width(self.config.model),)))(keys)
-      query = samplers.sample(
-          guided, e_T, schedule=schedule, timesteps=timesteps, target=text.target, gamma=text.gamma
-      )
+      query = samplers.sample(guided, e_T, schedule=schedule, timesteps=timesteps, target=text.target, gamma=text.gamma)
       return losses.unit_norm(query)
 
     return losses.unit_norm(jax.lax.map(draw, jnp.arange(self.protocol["draws"])).mean(axis=0))
 
   def _sample(
-      self, params: Params, tokens: Int[Array, "b l"], noise: Float[Array, "b h w c"]
+    self, params: Params, tokens: Int[Array, "b l"], noise: Float[Array, "b h w c"]
   ) -> UInt8[Array, "b H W 3"]:
     model = self._model(params)
     denoise = lambda z_t, t_z, c: model.generation(z_t=z_t, t_z=t_z, c=c)
     guided = guidance.guided(
-        denoise,
-        condition=model.encode_text(tokens).c,
-        null=model.encode_text(model.text_encoder.null_tokens(tokens.shape[1])).c,
-        scale=self.generation_protocol["guidance"],
+      denoise,
+      condition=model.encode_text(tokens).c,
+      null=model.encode_text(model.text_encoder.null_tokens(tokens.shape[1])).c,
+      scale=self.generation_protocol["guidance"],
     )
     z = samplers.sample(
-        guided,
-        noise,
-        schedule=schedules.make(self.config.image_diffusion.schedule),
-        timesteps=schedules.leading(self.generation_protocol["steps"]),
-        target="noise",
+      guided,
+      noise,
+      schedule=schedules.make(self.config.image_diffusion.schedule),
+      timesteps=schedules.leading(self.generation_protocol["steps"]),
+      target="noise",
     )
     return model.decode_image(z)
 
@@ -190,8 +190,8 @@ def load(path: str, *, step: int | None = None, ema: bool = True, **protocol: An
   inference = Inference(workdir.load_config(path), **protocol)
   shapes = tree.flatten(inference.abstract)
   abstract = jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-      shapes,
-      sharding.shardings(shapes, inference.mesh, shapes),
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    shapes,
+    sharding.shardings(shapes, inference.mesh, shapes),
   )
   return inference, checkpoint.restore_params(path, step=step, ema=ema, abstract=abstract)

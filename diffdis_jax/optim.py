@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
@@ -29,14 +28,14 @@ def groups_of(paths: Iterable[str], groups: Sequence[tuple[str, str]]) -> dict[s
 
 
 def schedule(
-    peak: float, *, kind: str, warmup_steps: int, num_steps: int, final_fraction: float = 0.0
+  peak: float, *, kind: str, warmup_steps: int, num_steps: int, final_fraction: float = 0.0
 ) -> optax.Schedule:
   """Linear warm-up from 0 to `peak`, then `constant`, or `cosine` or `linear` decay to `final_fraction` of it."""
   rest = max(num_steps - warmup_steps, 1)
   after = {
-      "constant": lambda: optax.constant_schedule(peak),
-      "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=final_fraction),
-      "linear": lambda: optax.linear_schedule(peak, peak * final_fraction, rest),
+    "constant": lambda: optax.constant_schedule(peak),
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=final_fraction),
+    "linear": lambda: optax.linear_schedule(peak, peak * final_fraction, rest),
   }
   if kind not in after:
     raise UserError(f"optim.schedule is {kind!r}; it must be one of {', '.join(after)}")
@@ -44,20 +43,20 @@ def schedule(
 
 
 def make(
-    paths: Iterable[str],
-    *,
-    num_steps: int,
-    groups: Sequence[tuple[str, str]],
-    rates: Mapping[str, float],
-    schedule_kind: str,
-    warmup_steps: int,
-    final_fraction: float,
-    weight_decay: float,
-    no_decay: str,
-    b1: float,
-    b2: float,
-    eps: float,
-    clip_norm: float,
+  paths: Iterable[str],
+  *,
+  num_steps: int,
+  groups: Sequence[tuple[str, str]],
+  rates: Mapping[str, float],
+  schedule_kind: str,
+  warmup_steps: int,
+  final_fraction: float,
+  weight_decay: float,
+  no_decay: str,
+  b1: float,
+  b2: float,
+  eps: float,
+  clip_norm: float,
 ) -> optax.GradientTransformation:
   """AdamW over the trainable parameters, one learning rate a group, clipped by their global norm.
 
@@ -80,11 +79,11 @@ def make(
 
   def adamw(group: str) -> optax.GradientTransformation:
     rate = schedule(
-        rates[group],
-        kind=schedule_kind,
-        warmup_steps=warmup_steps,
-        num_steps=num_steps,
-        final_fraction=final_fraction,
+      rates[group],
+      kind=schedule_kind,
+      warmup_steps=warmup_steps,
+      num_steps=num_steps,
+      final_fraction=final_fraction,
     )
     # Parameters of other groups arrive as empty nodes, and stay so.
     mask = lambda params: {path: decayed[path] if labels[path] == group else node for path, node in params.items()}

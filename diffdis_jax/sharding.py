@@ -22,12 +22,12 @@ REPLICATED = PartitionSpec()
 
 # Shapes: convolution [h, w, in, out], linear [in, out], embedding [tokens, width]. First match wins.
 RULES = (
-    (r"^autoencoder\.(shift|scale)$|^logit_scale$", REPLICATED),
-    (r"\.(bias|scale)$", REPLICATED),
-    (r"conv|shortcut|proj_in|proj_out|quant|encoder_out|decoder_in", PartitionSpec(None, None, "fsdp", "tensor")),
-    (r"tokens\.embedding$|positions$", PartitionSpec("tensor", "fsdp")),
-    (r"\.(out|fc2|fc_out|predictor)\.kernel$", PartitionSpec("tensor", "fsdp")),
-    (r"\.(q|k|v|proj|fc1|fc_in|text_in|image_in|time|projection)\.kernel$", PartitionSpec("fsdp", "tensor")),
+  (r"^autoencoder\.(shift|scale)$|^logit_scale$", REPLICATED),
+  (r"\.(bias|scale)$", REPLICATED),
+  (r"conv|shortcut|proj_in|proj_out|quant|encoder_out|decoder_in", PartitionSpec(None, None, "fsdp", "tensor")),
+  (r"tokens\.embedding$|positions$", PartitionSpec("tensor", "fsdp")),
+  (r"\.(out|fc2|fc_out|predictor)\.kernel$", PartitionSpec("tensor", "fsdp")),
+  (r"\.(q|k|v|proj|fc1|fc_in|text_in|image_in|time|projection)\.kernel$", PartitionSpec("fsdp", "tensor")),
 )
 
 
@@ -44,7 +44,9 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[jax.Device] | 
     raise UserError(f"mesh {shown}: axes are positive, and at most one is -1")
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
-    raise UserError(f"mesh {shown} takes a multiple of {fixed} devices, but there are {len(devices)}; their product must be the number of devices")
+    raise UserError(
+      f"mesh {shown} takes a multiple of {fixed} devices, but there are {len(devices)}; their product must be the number of devices"
+    )
   shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -55,8 +57,8 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
   if batch_size < 1 or batch_size % parts:
     near = max(1, round(batch_size / parts)) * parts
     raise UserError(
-        f"batch_size is {batch_size}; data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} x accumulate={accumulate}"
-        f" split it into {parts} parts, so it must be a multiple of {parts}, such as {near}"
+      f"batch_size is {batch_size}; data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} x accumulate={accumulate}"
+      f" split it into {parts} parts, so it must be a multiple of {parts}, such as {near}"
     )
 
 

@@ -78,13 +78,13 @@ class Step:
     abstract_state = jax.eval_shape(self._around, self.shapes)
     self.state_shardings = sharding.shardings(abstract_state, mesh, self.shapes)
     self.abstract_state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, self.state_shardings
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, self.state_shardings
     )
     self.train_step = jax.jit(
-        self._train_step,
-        donate_argnums=0,
-        in_shardings=(self.state_shardings, sharding.batch_sharding(mesh)),
-        out_shardings=(self.state_shardings, None),
+      self._train_step,
+      donate_argnums=0,
+      in_shardings=(self.state_shardings, sharding.batch_sharding(mesh)),
+      out_shardings=(self.state_shardings, None),
     )
 
   def init_params(self, key: jax.Array) -> Params:
@@ -99,7 +99,7 @@ class Step:
   def _around(self, params: Params) -> TrainState:
     trainable = {path: params[path] for path in self.trainable}
     return TrainState(
-        step=jnp.zeros((), jnp.int32), params=params, ema=dict(trainable), opt_state=self._tx.init(trainable)
+      step=jnp.zeros((), jnp.int32), params=params, ema=dict(trainable), opt_state=self._tx.init(trainable)
     )
 
   def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -111,17 +111,17 @@ class Step:
     trainable = optax.apply_updates(trainable, updates)
     metrics["grad_norm"] = (optax.global_norm(gradient), jnp.ones(()))
     return (
-        TrainState(
-            step=state.step + 1,
-            params={**fixed, **trainable, **statistics},
-            ema=optim.ema(trainable, state.ema, decay=self._ema_decay, step=state.step),
-            opt_state=opt_state,
-        ),
-        metrics,
+      TrainState(
+        step=state.step + 1,
+        params={**fixed, **trainable, **statistics},
+        ema=optim.ema(trainable, state.ema, decay=self._ema_decay, step=state.step),
+        opt_state=opt_state,
+      ),
+      metrics,
     )
 
   def _gradient(
-      self, trainable: Params, fixed: Params, batch: Batch, step: Int[Array, ""]
+    self, trainable: Params, fixed: Params, batch: Batch, step: Int[Array, ""]
   ) -> tuple[Params, Metrics, Params]:
     """Mean gradient over the microbatches, their metrics added up, and the new latent statistics."""
     value_and_grad = jax.value_and_grad(self._loss, has_aux=True)
@@ -149,8 +149,8 @@ def _check_trainable(config: ConfigDict, trainable: list[str]) -> None:
     raise UserError("optim.groups freezes every parameter; give at least one group a rate")
   if "reconstruction" not in config.objectives and any(path.startswith("autoencoder.") for path in trainable):
     raise UserError(
-        "optim.groups trains the autoencoder, whose latents are the data of generation and discrimination; freeze it"
-        " ('^autoencoder', 'frozen'), and train it first with objectives=('reconstruction',)"
+      "optim.groups trains the autoencoder, whose latents are the data of generation and discrimination; freeze it"
+      " ('^autoencoder', 'frozen'), and train it first with objectives=('reconstruction',)"
     )
 
 
@@ -161,7 +161,7 @@ def make_loss(config: ConfigDict, graphdef: nnx.GraphDef, abstract: nnx.State) -
   """(trainable, fixed, batch, keys) -> loss, (metrics, new latent statistics), for the config's objectives."""
 
   def loss(
-      trainable: Params, fixed: Params, batch: Batch, keys: dict[str, jax.Array]
+    trainable: Params, fixed: Params, batch: Batch, keys: dict[str, jax.Array]
   ) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:
     model = tree.merge(graphdef, abstract, {**fixed, **trainable})
     if "reconstruction" in config.objectives:
@@ -185,7 +185,7 @@ def quarters_of(name: str, per_sample: Float[Array, "b"], t: Int[Array, "b"]) ->
 
 
 def diffusion_loss(
-    model: DiffDis, batch: Batch, keys: dict[str, jax.Array], config: ConfigDict
+  model: DiffDis, batch: Batch, keys: dict[str, jax.Array], config: ConfigDict
 ) -> tuple[Float[Array, ""], Metrics]:
   """L = L_IG + λ L_ITA on the same (x, y) (the paper's Algorithm 1), or one of the two."""
   z = model.encode_image(batch.image, keys["posterior"] if config.sample_posterior else None)
@@ -204,12 +204,12 @@ def diffusion_loss(
 
 
 def generation_loss(
-    model: DiffDis,
-    z: Float[Array, "b h w c"],
-    c: Float[Array, "b l d"],
-    c_null: Float[Array, "b l d"],
-    keys: dict[str, jax.Array],
-    config: ConfigDict,
+  model: DiffDis,
+  z: Float[Array, "b h w c"],
+  c: Float[Array, "b l d"],
+  c_null: Float[Array, "b l d"],
+  keys: dict[str, jax.Array],
+  config: ConfigDict,
 ) -> tuple[Float[Array, ""], Metrics]:
   """L_IG = mean ‖ε_z − Φ_u(z_t, t_z, c)‖², with c replaced by the null condition for some of the samples."""
   schedule = schedules.make(config.image_diffusion.schedule)
@@ -225,13 +225,13 @@ def generation_loss(
 
 
 def discrimination_loss(
-    model: DiffDis,
-    z: Float[Array, "b h w c"],
-    e: Float[Array, "b d"],
-    c_null: Float[Array, "b l d"],
-    tokens: Int[Array, "b l"],
-    keys: dict[str, jax.Array],
-    config: ConfigDict,
+  model: DiffDis,
+  z: Float[Array, "b h w c"],
+  e: Float[Array, "b d"],
+  c_null: Float[Array, "b l d"],
+  tokens: Int[Array, "b l"],
+  keys: dict[str, jax.Array],
+  config: ConfigDict,
 ) -> tuple[Float[Array, ""], Metrics]:
   """L_ITA: InfoNCE between the denoised text query ê_0 and the batch's text queries e.
 
@@ -245,39 +245,39 @@ def discrimination_loss(
   e_t = schedules.add_noise(schedule, jax.lax.stop_gradient(e), noise=noise_e, t=t_e, gamma=text.gamma)
   dropped = jax.random.bernoulli(keys["drop_image"], config.loss.image_dropout, (b,))
   prediction = model.discrimination(
-      e_t=e_t,
-      t_e=t_e,
-      z=jnp.where(dropped[:, None, None, None], 0.0, z),
-      t_z=jnp.full((b,), config.condition_timestep, jnp.int32),
-      c_null=c_null,
+    e_t=e_t,
+    t_e=t_e,
+    z=jnp.where(dropped[:, None, None, None], 0.0, z),
+    t_z=jnp.full((b,), config.condition_timestep, jnp.int32),
+    c_null=c_null,
   )
   query = schedules.to_data(schedule, e_t, prediction=prediction, target=text.target, t=t_e, gamma=text.gamma)
   ids = losses.caption_ids(tokens)
   result = losses.contrastive(
-      query, e, model.logit_scale[...], same_caption=ids[:, None] == ids[None, :], dropped=dropped
+    query, e, model.logit_scale[...], same_caption=ids[:, None] == ids[None, :], dropped=dropped
   )
   metrics = {
-      "loss_discrimination": mean_of(result.loss[None]),
-      "alignment_accuracy": mean_of(result.accuracy[None]),
-      "temperature": mean_of(losses.temperature(model.logit_scale[...])[None]),
-      **quarters_of("loss_discrimination", result.query_to_text, t_e),
+    "loss_discrimination": mean_of(result.loss[None]),
+    "alignment_accuracy": mean_of(result.accuracy[None]),
+    "temperature": mean_of(losses.temperature(model.logit_scale[...])[None]),
+    **quarters_of("loss_discrimination", result.query_to_text, t_e),
   }
   return result.loss, metrics
 
 
 def reconstruction_loss(
-    model: DiffDis, batch: Batch, keys: dict[str, jax.Array], *, kl_weight: float
+  model: DiffDis, batch: Batch, keys: dict[str, jax.Array], *, kl_weight: float
 ) -> tuple[Float[Array, ""], Metrics, Params]:
   """L1 + KL of the autoencoder, and its latents' running shift and scale to zero mean and unit variance."""
   x = to_signed(batch.image)
   posterior = model.autoencoder.encode(x)
   latent = autoencoders.sample_posterior(posterior, keys["posterior"])
   result = losses.reconstruction(
-      x,
-      model.autoencoder.decode(latent),
-      mean=posterior.mean,
-      log_variance=posterior.log_variance,
-      kl_weight=kl_weight,
+    x,
+    model.autoencoder.decode(latent),
+    mean=posterior.mean,
+    log_variance=posterior.log_variance,
+    kl_weight=kl_weight,
   )
   metrics = {name: mean_of(value) for name, value in (("loss_l1", result.l1), ("loss_kl", result.kl))}
 
@@ -285,7 +285,7 @@ def reconstruction_loss(
   keep, shift, scale = STATISTICS_DECAY, model.autoencoder.shift[...], model.autoencoder.scale[...]
   mean, deviation = latent.mean(axis=(0, 1, 2)), latent.std(axis=(0, 1, 2))
   statistics = {
-      "autoencoder.shift": keep * shift + (1.0 - keep) * mean,
-      "autoencoder.scale": 1.0 / (keep / scale + (1.0 - keep) * jnp.maximum(deviation, 1e-6)),
+    "autoencoder.shift": keep * shift + (1.0 - keep) * mean,
+    "autoencoder.scale": 1.0 / (keep / scale + (1.0 - keep) * jnp.maximum(deviation, 1e-6)),
   }
   return result.loss.mean(), metrics, statistics

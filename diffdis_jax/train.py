@@ -86,20 +86,20 @@ def make_loader(config: ConfigDict) -> grain.DatasetIterator:
   except (TypeError, ValueError) as error:
     raise UserError(f"data.augment: {error}") from error
   return loader.train_loader(
-      sources.make(**data, image_size=config.image_size),
-      tokenizer=Tokenizer(max_length),
-      batch_size=config.batch_size,
-      image_size=config.image_size,
-      seed=config.seed,
-      augmentation=augmentation,
-      shard_index=jax.process_index(),
-      shard_count=jax.process_count(),
-      **threads,
+    sources.make(**data, image_size=config.image_size),
+    tokenizer=Tokenizer(max_length),
+    batch_size=config.batch_size,
+    image_size=config.image_size,
+    seed=config.seed,
+    augmentation=augmentation,
+    shard_index=jax.process_index(),
+    shard_count=jax.process_count(),
+    **threads,
   )
 
 
 def restore_or_init(
-    config: ConfigDict, trainer: Step, checkpointer: checkpoint.Checkpointer, iterator: grain.DatasetIterator
+  config: ConfigDict, trainer: Step, checkpointer: checkpoint.Checkpointer, iterator: grain.DatasetIterator
 ) -> TrainState:
   """The last checkpoint's state, with the data iterator set to its next batch; or that of step 0."""
   step = checkpointer.latest_step()
@@ -107,7 +107,7 @@ def restore_or_init(
     restored = checkpointer.restore(step, trainer.abstract_state, iterator)
     logging.info("going on from step %d", step)
     return TrainState(
-        step=jnp.asarray(step, jnp.int32), params=restored.params, ema=restored.ema, opt_state=restored.opt_state
+      step=jnp.asarray(step, jnp.int32), params=restored.params, ema=restored.ema, opt_state=restored.opt_state
     )
   params = trainer.init_params(jax.random.key(config.seed))
   if config.init_from:
@@ -123,15 +123,15 @@ def load_initial(path: str, trainer: Step) -> Params:
   """
   saved = checkpoint.saved_params(path)
   abstract = jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-      saved,
-      sharding.shardings(saved, trainer.mesh, saved),
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    saved,
+    sharding.shardings(saved, trainer.mesh, saved),
   )
   for name in saved.keys() & trainer.shapes.keys():
     if saved[name].shape != trainer.shapes[name].shape:
       raise UserError(
-          f"init_from={path}: {name} has shape {saved[name].shape} there and {trainer.shapes[name].shape} in this"
-          " config; use the same model section"
+        f"init_from={path}: {name} has shape {saved[name].shape} there and {trainer.shapes[name].shape} in this"
+        " config; use the same model section"
       )
   params = checkpoint.restore_params(path, abstract=abstract)
   loaded = {name: value for name, value in params.items() if name in trainer.shapes}
@@ -154,13 +154,15 @@ def check_finite(totals: Metrics, step: int, path: str) -> dict[str, float]:
   Raises:
     UserError: the loss or the gradient is not finite.
   """
-  means = {name: float(total) / float(count) if count else math.nan for name, (total, count) in jax.device_get(totals).items()}
+  means = {
+    name: float(total) / float(count) if count else math.nan for name, (total, count) in jax.device_get(totals).items()
+  }
   if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
     kept = checkpoint.latest_step(path)
     raise UserError(
-        f"loss {means['loss']} or gradient norm {means['grad_norm']} is not finite by step {step}; the last good"
-        f" checkpoint is {'none' if kept is None else f'step {kept}'}; lower optim.rates, or set optim.clip_norm or"
-        " model.dtype='float32', in a new workdir"
+      f"loss {means['loss']} or gradient norm {means['grad_norm']} is not finite by step {step}; the last good"
+      f" checkpoint is {'none' if kept is None else f'step {kept}'}; lower optim.rates, or set optim.clip_norm or"
+      " model.dtype='float32', in a new workdir"
     )
   return means
 
@@ -201,10 +203,16 @@ def log_start(config: ConfigDict, trainer: Step) -> None:
   for path, group in trainer.groups.items():
     sizes[group] += math.prod(trainer.shapes[path].shape)
   logging.info(
-      "host %d of %d, %d devices (%s), mesh %s",
-      jax.process_index(), jax.process_count(), jax.device_count(), jax.devices()[0].device_kind, dict(trainer.mesh.shape),
+    "host %d of %d, %d devices (%s), mesh %s",
+    jax.process_index(),
+    jax.process_count(),
+    jax.device_count(),
+    jax.devices()[0].device_kind,
+    dict(trainer.mesh.shape),
   )
-  logging.info("objectives %s; parameters: %s", ", ".join(config.objectives), ", ".join(f"{g} {n:,}" for g, n in sizes.items()))
+  logging.info(
+    "objectives %s; parameters: %s", ", ".join(config.objectives), ", ".join(f"{g} {n:,}" for g, n in sizes.items())
+  )
 
 
 def main(argv: Sequence[str]) -> None:

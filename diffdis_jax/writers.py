@@ -172,11 +172,13 @@ class Progress:
   def _line(self, step: int, metrics: Mapping[str, Any], speeds: Mapping[str, float]) -> str:
     losses = {name: float(x) for name, x in metrics.items() if name == "loss" or name.startswith("loss_")}
     eta = datetime.timedelta(seconds=round((self._num_steps - step) / speeds["steps_per_sec"]))
-    return "  ".join([
-      f"step {step}/{self._num_steps}",
-      *(f"{name.removeprefix('loss_')} {x:.4f}" for name, x in losses.items()),
-      f"{speeds['steps_per_sec']:.3g} steps/s",
-      f"{speeds['images_per_sec']:.3g} images/s",
-      f"waiting for data {speeds['data_wait']:.0%}",
-      f"ETA {eta}",
-    ])
+    return "  ".join(
+      [
+        f"step {step}/{self._num_steps}",
+        *(f"{name.removeprefix('loss_')} {x:.4f}" for name, x in losses.items()),
+        f"{speeds['steps_per_sec']:.3g} steps/s",
+        f"{speeds['images_per_sec']:.3g} images/s",
+        f"waiting for data {speeds['data_wait']:.0%}",
+        f"ETA {eta}",
+      ]
+    )

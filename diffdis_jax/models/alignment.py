@@ -21,23 +21,21 @@ class AlignmentTransformer(nnx.Module):
   """
 
   def __init__(
-      self,
-      *,
-      query_width: int,
-      image_width: int,
-      width: int,
-      depth: int,
-      num_heads: int,
-      dtype: jnp.dtype,
-      rngs: nnx.Rngs,
+    self,
+    *,
+    query_width: int,
+    image_width: int,
+    width: int,
+    depth: int,
+    num_heads: int,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
   ):
     self.text_in = linear(query_width, width, dtype=dtype, rngs=rngs)
     self.image_in = linear(image_width, width, dtype=dtype, rngs=rngs)
     self.layers = nnx.List(
-        TransformerLayer(
-            width, num_heads=num_heads, mlp_width=4 * width, activation="gelu", dtype=dtype, rngs=rngs
-        )
-        for _ in range(depth)
+      TransformerLayer(width, num_heads=num_heads, mlp_width=4 * width, activation="gelu", dtype=dtype, rngs=rngs)
+      for _ in range(depth)
     )
     self.norm = LayerNorm(width, rngs=rngs)
     self.predictor = linear(width, query_width, dtype=dtype, rngs=rngs)

@@ -15,6 +15,7 @@ from diffdis_jax.models.unet_blocks import Downsample, ResnetBlock, Upsample
 from diffdis_jax.structs import Posterior
 
 EPS = 1e-6
+START_LOG_VARIANCE = -6.0
 
 
 class LatentStatistic(nnx.Variable):
@@ -53,12 +54,12 @@ class Level(nnx.Module):
   """Residual blocks of one resolution, then a change of resolution or none."""
 
   def __init__(
-      self, din: int, dout: int, depth: int, *, resample: nnx.Module | None, groups: int, dtype: jnp.dtype, rngs: nnx.Rngs
+    self, din: int, dout: int, depth: int, *, resample: nnx.Module | None, groups: int, dtype: jnp.dtype, rngs: nnx.Rngs
   ):
     widths = [din] + [dout] * depth
     self.resnets = nnx.List(
-        ResnetBlock(a, b, time_width=None, groups=groups, eps=EPS, dtype=dtype, rngs=rngs)
-        for a, b in zip(widths[:-1], widths[1:], strict=True)
+      ResnetBlock(a, b, time_width=None, groups=groups, eps=EPS, dtype=dtype, rngs=rngs)
+      for a, b in zip(widths[:-1], widths[1:], strict=True)
     )
     self.resample = resample
 
@@ -84,18 +85,18 @@ class Autoencoder(nnx.Module):
   """
 
   def __init__(
-      self,
-      *,
-      widths: Sequence[int],
-      depth: int,
-      patch: int,
-      latent_channels: int,
-      groups: int,
-      attention: bool,
-      shift: float,
-      scale: float,
-      dtype: jnp.dtype,
-      rngs: nnx.Rngs,
+    self,
+    *,
+    widths: Sequence[int],
+    depth: int,
+    patch: int,
+    latent_channels: int,
+    groups: int,
+    attention: bool,
+    shift: float,
+    scale: float,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
   ):
     self.patch = patch
     common = dict(groups=groups, dtype=dtype, rngs=rngs)
@@ -104,32 +105,34 @@ class Autoencoder(nnx.Module):
 
     self.conv_in = new_conv(3 * patch**2, widths[0], 3)
     self.down = nnx.List(
-        Level(
-            widths[max(i - 1, 0)],
-            width,
-            depth,
-            resample=Downsample(width, asymmetric=True, dtype=dtype, rngs=rngs) if i < last else None,
-            **common,
-        )
-        for i, width in enumerate(widths)
+      Level(
+        widths[max(i - 1, 0)],
+        width,
+        depth,
+        resample=Downsample(width, asymmetric=True, dtype=dtype, rngs=rngs) if i < last else None,
+        **common,
+      )
+      for i, width in enumerate(widths)
     )
     self.encoder_middle = Middle(widths[-1], attention=attention, **common)
     self.encoder_norm = GroupNorm(widths[-1], groups=groups, eps=EPS, rngs=rngs)
     self.encoder_out = new_conv(widths[-1], 2 * latent_channels, 3)
     self.quant = new_conv(2 * latent_channels, 2 * latent_channels, 1)
+    # Training starts with little noise on the latents: at unit variance it hides the image from the decoder at first.
+    self.quant.bias[...] = jnp.repeat(jnp.asarray([0.0, START_LOG_VARIANCE]), latent_channels)
 
     self.post_quant = new_conv(latent_channels, latent_channels, 1)
     self.decoder_in = new_conv(latent_channels, widths[-1], 3)
     self.decoder_middle = Middle(widths[-1], attention=attention, **common)
     self.up = nnx.List(
-        Level(
-            widths[min(i + 1, last)],
-            widths[i],
-            depth + 1,
-            resample=Upsample(widths[i], dtype=dtype, rngs=rngs) if i > 0 else None,
-            **common,
-        )
-        for i in reversed(range(len(widths)))
+      Level(
+        widths[min(i + 1, last)],
+        widths[i],
+        depth + 1,
+        resample=Upsample(widths[i], dtype=dtype, rngs=rngs) if i > 0 else None,
+        **common,
+      )
+      for i in reversed(range(len(widths)))
     )
     self.decoder_norm = GroupNorm(widths[0], groups=groups, eps=EPS, rngs=rngs)
     self.conv_out = new_conv(widths[0], 3 * patch**2, 3)

@@ -43,20 +43,20 @@ def check(model: Mapping[str, Any], *, objectives: Collection[str], image_size: 
   stride = factor if "reconstruction" in objectives else factor * 2 ** (len(model["unet"]["widths"]) - 1)
   if image_size % stride:
     raise UserError(
-        f"image_size is {image_size}; autoencoder and UNet together halve it down by {stride}, so it must be a"
-        f" multiple of {stride}, such as {max(1, round(image_size / stride)) * stride}"
+      f"image_size is {image_size}; autoencoder and UNet together halve it down by {stride}, so it must be a"
+      f" multiple of {stride}, such as {max(1, round(image_size / stride)) * stride}"
     )
   unet = model["unet"]
   if len(unet["attention"]) != len(unet["widths"]):
     raise UserError(
-        f"model.unet.attention has {len(unet['attention'])} entries and model.unet.widths {len(unet['widths'])};"
-        " give one for each level"
+      f"model.unet.attention has {len(unet['attention'])} entries and model.unet.widths {len(unet['widths'])};"
+      " give one for each level"
     )
   for width in unet["widths"]:
     if width % unet["num_heads"] or width % unet["groups"]:
       raise UserError(
-          f"model.unet.widths has {width}; each must be a multiple of num_heads={unet['num_heads']} and"
-          f" groups={unet['groups']}"
+        f"model.unet.widths has {width}; each must be a multiple of num_heads={unet['num_heads']} and"
+        f" groups={unet['groups']}"
       )
 
 
@@ -87,26 +87,26 @@ def make(model: Mapping[str, Any], *, objectives: Collection[str]) -> Callable[[
     if diffusion:
       text_encoder = TextEncoder(**model["text_encoder"], **args)
       unet = UNet(
-          **model["unet"],
-          context_width=model["text_encoder"]["width"],
-          latent_channels=model["autoencoder"]["latent_channels"],
-          remat=model["remat"],
-          **args,
+        **model["unet"],
+        context_width=model["text_encoder"]["width"],
+        latent_channels=model["autoencoder"]["latent_channels"],
+        remat=model["remat"],
+        **args,
       )
     if discrimination:
       text_stream = TextStream(
-          unet.fused_widths if model["fusion"] else (),
-          query_width=query_width(model),
-          num_heads=model["unet"]["num_heads"],
-          share_attention=model["share_attention"],
-          modality_ffn=model["modality_ffn"],
-          **args,
+        unet.fused_widths if model["fusion"] else (),
+        query_width=query_width(model),
+        num_heads=model["unet"]["num_heads"],
+        share_attention=model["share_attention"],
+        modality_ffn=model["modality_ffn"],
+        **args,
       )
       alignment = AlignmentTransformer(
-          query_width=query_width(model), image_width=model["unet"]["widths"][-1], **model["alignment"], **args
+        query_width=query_width(model), image_width=model["unet"]["widths"][-1], **model["alignment"], **args
       )
     return DiffDis(
-        autoencoder=autoencoder, text_encoder=text_encoder, unet=unet, text_stream=text_stream, alignment=alignment
+      autoencoder=autoencoder, text_encoder=text_encoder, unet=unet, text_stream=text_stream, alignment=alignment
     )
 
   return build

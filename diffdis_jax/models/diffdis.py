@@ -31,13 +31,13 @@ class DiffDis(nnx.Module):
   """The parts that a run's objectives need; the others are None (models/build.py)."""
 
   def __init__(
-      self,
-      *,
-      autoencoder: Autoencoder,
-      text_encoder: TextEncoder | None,
-      unet: UNet | None,
-      text_stream: TextStream | None,
-      alignment: AlignmentTransformer | None,
+    self,
+    *,
+    autoencoder: Autoencoder,
+    text_encoder: TextEncoder | None,
+    unet: UNet | None,
+    text_stream: TextStream | None,
+    alignment: AlignmentTransformer | None,
   ):
     self.autoencoder = autoencoder
     self.text_encoder = text_encoder
@@ -58,19 +58,19 @@ class DiffDis(nnx.Module):
     return self.text_encoder(tokens)
 
   def generation(
-      self, *, z_t: Float[Array, "b h w c"], t_z: Int[Array, "b"], c: Float[Array, "b l d"]
+    self, *, z_t: Float[Array, "b h w c"], t_z: Int[Array, "b"], c: Float[Array, "b l d"]
   ) -> Float[Array, "b h w c"]:
     """ε̂_z = Φ_u(z_t, t_z, c). The text query is masked: its token is absent, so this is Stable Diffusion's UNet."""
     return self.unet(z_t, t_z, c)
 
   def discrimination(
-      self,
-      *,
-      e_t: Float[Array, "b d"],
-      t_e: Int[Array, "b"],
-      z: Float[Array, "b h w c"],
-      t_z: Int[Array, "b"],
-      c_null: Float[Array, "b l d"],
+    self,
+    *,
+    e_t: Float[Array, "b d"],
+    t_e: Int[Array, "b"],
+    z: Float[Array, "b h w c"],
+    t_z: Int[Array, "b"],
+    c_null: Float[Array, "b l d"],
   ) -> Float[Array, "b d"]:
     """ê_0 or ε̂_e = Φ_θ(e_t, t_e, z): down path, middle and alignment transformer; the up path does not run.
 

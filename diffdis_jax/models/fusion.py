@@ -25,15 +25,15 @@ class FusionBlock(nnx.Module):
   """
 
   def __init__(
-      self,
-      width: int,
-      *,
-      query_width: int,
-      num_heads: int,
-      share_attention: bool,
-      modality_ffn: bool,
-      dtype: jnp.dtype,
-      rngs: nnx.Rngs,
+    self,
+    width: int,
+    *,
+    query_width: int,
+    num_heads: int,
+    share_attention: bool,
+    modality_ffn: bool,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
   ):
     self.fc_in = linear(query_width, width, dtype=dtype, rngs=rngs)
     self.attn = None if share_attention else Attention(width, num_heads=num_heads, dtype=dtype, rngs=rngs)
@@ -42,12 +42,12 @@ class FusionBlock(nnx.Module):
     self.fc_out = linear(width, query_width, dtype=dtype, rngs=rngs)
 
   def __call__(
-      self,
-      image_block: SpatialTransformer,
-      x: Float[Array, "b h w c"],
-      c: Float[Array, "b l d"],
-      h_e: Float[Array, "b d"],
-      e_t: Float[Array, "b d"],
+    self,
+    image_block: SpatialTransformer,
+    x: Float[Array, "b h w c"],
+    c: Float[Array, "b l d"],
+    h_e: Float[Array, "b d"],
+    e_t: Float[Array, "b d"],
   ) -> tuple[Float[Array, "b h w c"], Float[Array, "b d"]]:
     """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added anew here."""
     block = image_block.block
@@ -79,29 +79,29 @@ class TextStream(nnx.Module):
   """
 
   def __init__(
-      self,
-      widths: Sequence[int],
-      *,
-      query_width: int,
-      num_heads: int,
-      share_attention: bool,
-      modality_ffn: bool,
-      dtype: jnp.dtype,
-      rngs: nnx.Rngs,
+    self,
+    widths: Sequence[int],
+    *,
+    query_width: int,
+    num_heads: int,
+    share_attention: bool,
+    modality_ffn: bool,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
   ):
     # The width of the sinusoid is not stated by the paper; the query's own keeps one number fewer.
     self.embedder = TimestepEmbedder(query_width, query_width, dtype=dtype, rngs=rngs)
     self.blocks = nnx.List(
-        FusionBlock(
-            width,
-            query_width=query_width,
-            num_heads=num_heads,
-            share_attention=share_attention,
-            modality_ffn=modality_ffn,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        for width in widths
+      FusionBlock(
+        width,
+        query_width=query_width,
+        num_heads=num_heads,
+        share_attention=share_attention,
+        modality_ffn=modality_ffn,
+        dtype=dtype,
+        rngs=rngs,
+      )
+      for width in widths
     )
 
   def time_conditioned(self, e_t: Float[Array, "b d"], t_e: Int[Array, "b"]) -> Float[Array, "b d"]:

@@ -23,14 +23,12 @@ def linear(din: int, dout: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, use_bias: b
 
 
 def conv(
-    din: int, dout: int, size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, stride: int = 1, padding: str | tuple = "SAME"
+  din: int, dout: int, size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, stride: int = 1, padding: str | tuple = "SAME"
 ) -> nnx.Conv:
   """Convolution with PyTorch's symmetric padding: (size - 1) / 2 on either side, whatever the stride."""
   if padding == "SAME":
     padding = ((size // 2, size // 2),) * 2
-  return nnx.Conv(
-      din, dout, (size, size), strides=stride, padding=padding, dtype=dtype, param_dtype=F32, rngs=rngs
-  )
+  return nnx.Conv(din, dout, (size, size), strides=stride, padding=padding, dtype=dtype, param_dtype=F32, rngs=rngs)
 
 
 class GroupNorm(nnx.Module):
@@ -38,7 +36,7 @@ class GroupNorm(nnx.Module):
 
   def __init__(self, width: int, *, groups: int, eps: float, rngs: nnx.Rngs):
     self.norm = nnx.GroupNorm(
-        width, num_groups=groups, epsilon=eps, dtype=F32, param_dtype=F32, use_fast_variance=False, rngs=rngs
+      width, num_groups=groups, epsilon=eps, dtype=F32, param_dtype=F32, use_fast_variance=False, rngs=rngs
     )
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -49,20 +47,18 @@ class LayerNorm(nnx.Module):
   """Layer normalisation computed in f32, returned in the input's dtype."""
 
   def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
-    self.norm = nnx.LayerNorm(
-        width, epsilon=eps, dtype=F32, param_dtype=F32, use_fast_variance=False, rngs=rngs
-    )
+    self.norm = nnx.LayerNorm(width, epsilon=eps, dtype=F32, param_dtype=F32, use_fast_variance=False, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     return self.norm(x.astype(F32)).astype(x.dtype)
 
 
 def attend(
-    q: Float[Array, "b n h d"],
-    k: Float[Array, "b m h d"],
-    v: Float[Array, "b m h d"],
-    *,
-    mask: Bool[Array, "n m"] | None = None,
+  q: Float[Array, "b n h d"],
+  k: Float[Array, "b m h d"],
+  v: Float[Array, "b m h d"],
+  *,
+  mask: Bool[Array, "n m"] | None = None,
 ) -> Float[Array, "b n h d"]:
   """Softmax attention, softmax in f32, scaled by 1/√d. `mask` is True where a query may look.
 
@@ -71,7 +67,8 @@ def attend(
   """
   if jax.default_backend() == "cpu" and q.shape[1] * k.shape[1] >= 128 * 128:
     return _attend_by_head(q, k, v, mask=mask)
-  return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[None, None])
+  with jax.numpy_dtype_promotion("standard"):  # it promotes bf16 to f32 for its softmax
+    return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[None, None])
 
 
 def _attend_by_head(q: Array, k: Array, v: Array, *, mask: Array | None) -> Array:
@@ -101,14 +98,14 @@ class Attention(nnx.Module):
   """
 
   def __init__(
-      self,
-      width: int,
-      *,
-      num_heads: int,
-      dtype: jnp.dtype,
-      rngs: nnx.Rngs,
-      context_width: int | None = None,
-      qkv_bias: bool = False,
+    self,
+    width: int,
+    *,
+    num_heads: int,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    context_width: int | None = None,
+    qkv_bias: bool = False,
   ):
     context_width = width if context_width is None else context_width
     self.num_heads = num_heads
@@ -117,7 +114,9 @@ class Attention(nnx.Module):
     self.v = linear(context_width, width, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
     self.out = linear(width, width, dtype=dtype, rngs=rngs)
 
-  def project(self, x: Float[Array, "b n d"], context: Float[Array, "b m c"] | None = None) -> tuple[Array, Array, Array]:
+  def project(
+    self, x: Float[Array, "b n d"], context: Float[Array, "b m c"] | None = None
+  ) -> tuple[Array, Array, Array]:
     """q, k and v, each [b, n, heads, d / heads]."""
     context = x if context is None else context
     heads = functools.partial(rearrange, pattern="b n (h d) -> b n h d", h=self.num_heads)
@@ -127,11 +126,11 @@ class Attention(nnx.Module):
     return self.out(rearrange(attended, "b n h d -> b n (h d)"))
 
   def __call__(
-      self,
-      x: Float[Array, "b n d"],
-      context: Float[Array, "b m c"] | None = None,
-      *,
-      mask: Bool[Array, "n m"] | None = None,
+    self,
+    x: Float[Array, "b n d"],
+    context: Float[Array, "b m c"] | None = None,
+    *,
+    mask: Bool[Array, "n m"] | None = None,
   ) -> Float[Array, "b n d"]:
     return self.output(attend(*self.project(x, context), mask=mask))
 
@@ -171,9 +170,7 @@ class MLP(nnx.Module):
 class TransformerLayer(nnx.Module):
   """Pre-norm transformer layer, as in CLIP: x + attention(norm(x)), then x + MLP(norm(x))."""
 
-  def __init__(
-      self, width: int, *, num_heads: int, mlp_width: int, activation: str, dtype: jnp.dtype, rngs: nnx.Rngs
-  ):
+  def __init__(self, width: int, *, num_heads: int, mlp_width: int, activation: str, dtype: jnp.dtype, rngs: nnx.Rngs):
     self.norm1 = LayerNorm(width, rngs=rngs)
     self.attn = Attention(width, num_heads=num_heads, qkv_bias=True, dtype=dtype, rngs=rngs)
     self.norm2 = LayerNorm(width, rngs=rngs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear
 from diffdis_jax.structs import TextCondition
@@ -22,30 +22,28 @@ class TextEncoder(nnx.Module):
   """
 
   def __init__(
-      self,
-      *,
-      vocab_size: int,
-      max_length: int,
-      width: int,
-      depth: int,
-      num_heads: int,
-      mlp_width: int,
-      activation: str,
-      bos_id: int,
-      eos_id: int,
-      projection: int,
-      dtype: jnp.dtype,
-      rngs: nnx.Rngs,
+    self,
+    *,
+    vocab_size: int,
+    max_length: int,
+    width: int,
+    depth: int,
+    num_heads: int,
+    mlp_width: int,
+    activation: str,
+    bos_id: int,
+    eos_id: int,
+    projection: int,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
   ):
     self.bos_id, self.eos_id, self.dtype = bos_id, eos_id, dtype
     init = nnx.initializers.normal(0.02)
     self.tokens = nnx.Embed(vocab_size, width, embedding_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
     self.positions = nnx.Param(0.5 * init(rngs.params(), (max_length, width), jnp.float32))
     self.layers = nnx.List(
-        TransformerLayer(
-            width, num_heads=num_heads, mlp_width=mlp_width, activation=activation, dtype=dtype, rngs=rngs
-        )
-        for _ in range(depth)
+      TransformerLayer(width, num_heads=num_heads, mlp_width=mlp_width, activation=activation, dtype=dtype, rngs=rngs)
+      for _ in range(depth)
     )
     self.norm = LayerNorm(width, rngs=rngs)
     self.projection = linear(width, projection, use_bias=False, dtype=dtype, rngs=rngs) if projection else None

@@ -17,10 +17,10 @@ EPS = 1e-5
 
 # What the backward pass keeps of a block: everything; nothing but its input; matrix products; those without a batch.
 REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 # (index of the attention block, block, image features, text condition, carry) -> (image features, carry).
@@ -36,9 +36,7 @@ def image_only(index: int, block: SpatialTransformer, x: Array, c: Array, carry:
 class DownLevel(nnx.Module):
   """Residual blocks, each followed by attention where the level has it, then halving of the resolution."""
 
-  def __init__(
-      self, din: int, dout: int, depth: int, *, attention: bool, downsample: bool, make: BlockMaker
-  ):
+  def __init__(self, din: int, dout: int, depth: int, *, attention: bool, downsample: bool, make: BlockMaker):
     widths = [din] + [dout] * depth
     self.resnets = nnx.List(make.resnet(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
     self.attentions = nnx.List(make.attention(dout) for _ in range(depth if attention else 0))
@@ -48,9 +46,7 @@ class DownLevel(nnx.Module):
 class UpLevel(nnx.Module):
   """As DownLevel, one block deeper, each residual block fed with a skip, then doubling of the resolution."""
 
-  def __init__(
-      self, din: int, dout: int, skips: Sequence[int], *, attention: bool, upsample: bool, make: BlockMaker
-  ):
+  def __init__(self, din: int, dout: int, skips: Sequence[int], *, attention: bool, upsample: bool, make: BlockMaker):
     widths = [din] + [dout] * len(skips)
     self.resnets = nnx.List(make.resnet(a + skip, dout) for a, skip in zip(widths[:-1], skips, strict=True))
     self.attentions = nnx.List(make.attention(dout) for _ in skips if attention)
@@ -58,7 +54,6 @@ class UpLevel(nnx.Module):
 
 
 class Middle(nnx.Module):
-
   def __init__(self, width: int, *, make: BlockMaker):
     self.resnet1 = make.resnet(width, width)
     self.attention = make.attention(width)
@@ -78,17 +73,17 @@ class BlockMaker:
 
   def resnet(self, din: int, dout: int) -> ResnetBlock:
     return ResnetBlock(
-        din, dout, time_width=self.time_width, groups=self.groups, eps=EPS, dtype=self.dtype, rngs=self.rngs
+      din, dout, time_width=self.time_width, groups=self.groups, eps=EPS, dtype=self.dtype, rngs=self.rngs
     )
 
   def attention(self, width: int) -> SpatialTransformer:
     return SpatialTransformer(
-        width,
-        num_heads=self.num_heads,
-        context_width=self.context_width,
-        groups=self.groups,
-        dtype=self.dtype,
-        rngs=self.rngs,
+      width,
+      num_heads=self.num_heads,
+      context_width=self.context_width,
+      groups=self.groups,
+      dtype=self.dtype,
+      rngs=self.rngs,
     )
 
 
@@ -117,18 +112,18 @@ class UNet(nnx.Module):
   """
 
   def __init__(
-      self,
-      *,
-      widths: Sequence[int],
-      attention: Sequence[bool],
-      depth: int,
-      num_heads: int,
-      context_width: int,
-      latent_channels: int,
-      groups: int,
-      remat: str,
-      dtype: jnp.dtype,
-      rngs: nnx.Rngs,
+    self,
+    *,
+    widths: Sequence[int],
+    attention: Sequence[bool],
+    depth: int,
+    num_heads: int,
+    context_width: int,
+    latent_channels: int,
+    groups: int,
+    remat: str,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
   ):
     self.remat = remat
     time_width = 4 * widths[0]
@@ -138,8 +133,8 @@ class UNet(nnx.Module):
     self.conv_in = conv(latent_channels, widths[0], 3, dtype=dtype, rngs=rngs)
     self.time = TimestepEmbedder(widths[0], time_width, dtype=dtype, rngs=rngs)
     self.down = nnx.List(
-        DownLevel(widths[max(i - 1, 0)], width, depth, attention=attention[i], downsample=i < last, make=make)
-        for i, width in enumerate(widths)
+      DownLevel(widths[max(i - 1, 0)], width, depth, attention=attention[i], downsample=i < last, make=make)
+      for i, width in enumerate(widths)
     )
     self.middle = Middle(widths[-1], make=make)
 
@@ -167,13 +162,13 @@ class UNet(nnx.Module):
     return nnx.remat(f, policy=REMAT_POLICIES[self.remat])(*args)
 
   def down_and_middle(
-      self,
-      x: Float[Array, "b h w c"],
-      t: Int[Array, "b"],
-      c: Float[Array, "b l d"],
-      *,
-      attention: AttentionFn = image_only,
-      carry: Any = None,
+    self,
+    x: Float[Array, "b h w c"],
+    t: Int[Array, "b"],
+    c: Float[Array, "b l d"],
+    *,
+    attention: AttentionFn = image_only,
+    carry: Any = None,
   ) -> DownOutput:
     """The first half. `attention` runs each attention block and hands `carry` from one to the next."""
     temb = self.time(t)
@@ -213,6 +208,6 @@ class UNet(nnx.Module):
     return self.conv_out(jax.nn.silu(self.norm_out(h))).astype(jnp.float32)
 
   def __call__(
-      self, x: Float[Array, "b h w c"], t: Int[Array, "b"], c: Float[Array, "b l d"]
+    self, x: Float[Array, "b h w c"], t: Int[Array, "b"], c: Float[Array, "b l d"]
   ) -> Float[Array, "b h w c"]:
     return self.up_path(self.down_and_middle(x, t, c), c)

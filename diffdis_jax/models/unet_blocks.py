@@ -18,15 +18,15 @@ class ResnetBlock(nnx.Module):
   """
 
   def __init__(
-      self,
-      din: int,
-      dout: int,
-      *,
-      time_width: int | None,
-      groups: int,
-      eps: float,
-      dtype: jnp.dtype,
-      rngs: nnx.Rngs,
+    self,
+    din: int,
+    dout: int,
+    *,
+    time_width: int | None,
+    groups: int,
+    eps: float,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
   ):
     self.norm1 = GroupNorm(din, groups=groups, eps=eps, rngs=rngs)
     self.conv1 = conv(din, dout, 3, dtype=dtype, rngs=rngs)
@@ -66,14 +66,10 @@ class BasicTransformerBlock(nnx.Module):
 class SpatialTransformer(nnx.Module):
   """Stable Diffusion's attention block: image to tokens, one transformer block, back, residual."""
 
-  def __init__(
-      self, width: int, *, num_heads: int, context_width: int, groups: int, dtype: jnp.dtype, rngs: nnx.Rngs
-  ):
+  def __init__(self, width: int, *, num_heads: int, context_width: int, groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
     self.norm = GroupNorm(width, groups=groups, eps=1e-6, rngs=rngs)
     self.proj_in = conv(width, width, 1, dtype=dtype, rngs=rngs)
-    self.block = BasicTransformerBlock(
-        width, num_heads=num_heads, context_width=context_width, dtype=dtype, rngs=rngs
-    )
+    self.block = BasicTransformerBlock(width, num_heads=num_heads, context_width=context_width, dtype=dtype, rngs=rngs)
     self.proj_out = conv(width, width, 1, dtype=dtype, rngs=rngs)
 
   def to_tokens(self, x: Float[Array, "b h w c"]) -> Float[Array, "b n c"]:

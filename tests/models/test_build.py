@@ -1,0 +1,83 @@
+"""Sizes that the paper's network must have, and models that cannot be built."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from configs import sizes
+from flax import nnx
+
+from diffdis_jax import tree
+from diffdis_jax.models import build
+from diffdis_jax.models.alignment import AlignmentTransformer
+from diffdis_jax.structs import UserError
+from tests.models import networks
+from tests.models.networks import BOTH
+
+
+def test_sd_v1_has_its_exact_number_of_parameters():
+  shapes = tree.flatten(build.abstract(build.make(sizes.sd_v1(), objectives=BOTH))[1])
+  count = lambda *prefixes: sum(math.prod(leaf.shape) for path, leaf in shapes.items() if path.startswith(prefixes))
+  statistics = count("autoencoder.shift", "autoencoder.scale")
+  assert statistics == 2 * 4
+  assert count("unet.") == 859_520_964
+  assert count("autoencoder.") - statistics == 83_653_863
+  assert count("text_encoder.") == 123_060_480
+  new = count("text_stream.", "alignment.", "logit_scale")
+  assert new == count("") - count("unet.", "autoencoder.", "text_encoder.")
+  assert abs(new / 125_000_000 - 1) < 0.01
+
+
+def test_fused_blocks_of_sd_v1_are_six_on_the_way_down_and_one_in_the_middle():
+  net = networks.diffdis(unet=dict(widths=(8, 16, 24, 24), attention=(True, True, True, False), depth=2, num_heads=2, groups=4))  # fmt: skip
+  fc_in = {path: leaf.shape[1] for path, leaf in net.shapes.items() if path.endswith("fc_in.kernel")}
+  assert list(fc_in.values()) == [8, 8, 16, 16, 24, 24, 24]
+
+
+def test_initial_parameters_are_those_of_nnx_rngs():
+  sizes = dict(query_width=8, image_width=8, width=8, depth=1, num_heads=2, dtype=np.float32)
+  make = lambda rngs: AlignmentTransformer(**sizes, rngs=rngs)
+  key = jax.random.key(3)
+  ours, expected = tree.flatten(build.initialise(make, key)), tree.flatten(nnx.state(make(nnx.Rngs(key))))
+  assert ours.keys() == expected.keys()
+  for path in ours:
+    np.testing.assert_array_equal(ours[path], expected[path])
+  kernels = [np.asarray(value).ravel()[:4].tolist() for path, value in ours.items() if path.endswith("kernel")]
+  assert len({tuple(kernel) for kernel in kernels}) == len(kernels), "each parameter draws with a key of its own"
+
+
+def broken(section: str | None, **changes: Any) -> dict[str, Any]:
+  model = networks.tiny_model()
+  (model if section is None else model[section]).update(changes)
+  return model
+
+
+@pytest.mark.parametrize(
+    "model, objectives, image_size, message",
+    [
+        (broken(None), (), 16, "objectives is empty; choose among generation, discrimination, reconstruction"),
+        (broken(None), ("generate",), 16, "objectives is 'generate'; it must be one of generation"),
+        (broken(None), ("reconstruction", "generation"), 16, "reconstruction trains the autoencoder alone"),
+        (broken(None, dtype="float16"), BOTH, 16, "model.dtype is 'float16'; it must be one of float32, bfloat16"),
+        (broken(None, remat="all"), BOTH, 16, "model.remat is 'all'; it must be one of none, full, dots"),
+        (broken("text_encoder", activation="relu"), BOTH, 16, "model.text_encoder.activation is 'relu'; .*quick_gelu"),
+        (broken(None), BOTH, 20, "image_size is 20; .* must be a multiple of 8, such as 16"),
+        (broken(None), ("reconstruction",), 15, "image_size is 15; .* must be a multiple of 2, such as 16"),
+        (broken("unet", attention=(True,)), BOTH, 16, "model.unet.attention has 1 entries and model.unet.widths 3"),
+        (broken("unet", widths=(8, 15, 24)), BOTH, 16, "model.unet.widths has 15; .*num_heads=2 and groups=4"),
+        (broken("unet", groups=16), BOTH, 16, "model.unet.widths has 8; .*groups=16"),
+    ],
+)
+def test_models_that_cannot_be_built_are_named(model, objectives, image_size, message):
+  with pytest.raises(UserError, match=message) as error:
+    build.check(model, objectives=objectives, image_size=image_size)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("objectives", [("generation",), ("discrimination",), BOTH, ("reconstruction",)])
+def test_models_that_can_be_built_pass(objectives):
+  build.check(networks.tiny_model(), objectives=objectives, image_size=16)

@@ -1,0 +1,139 @@
+"""Every shipped config resolves to the parameters, optimizer groups and partitions of its golden listing.
+
+After a deliberate change, write the listings anew, and read their difference:
+
+  python -m tests.test_configs
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+import configs
+from diffdis_jax import sharding
+from diffdis_jax.diffusion import schedules
+from diffdis_jax.step import Step
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+FRAGMENTS = {"__init__", "common", "sizes"}
+NAMES = sorted(path.stem for path in pathlib.Path(configs.__path__[0]).glob("*.py") if path.stem not in FRAGMENTS)
+# Arguments that change parameters, groups or partitions, for each config beside its default.
+ARGS = {
+    "benchmark": (),
+    "diffdis_cc3m": (
+        "objectives=generation",
+        "objectives=discrimination",
+        "fusion=False",
+        "share_attention=False",
+        "modality_ffn=False",
+    ),
+    "emoji": ("autoencoder",),
+    "shapes": ("autoencoder",),
+}
+CASES = [(name, arg) for name in NAMES for arg in ("", *ARGS.get(name, ()))]
+
+
+def get_config(name: str, arg: str = "") -> ConfigDict:
+  return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+@functools.cache
+def listing(name: str, arg: str) -> list[str]:
+  """A line for each parameter: path dtype[shape] group (axes), on a mesh of two devices a side."""
+  step = Step(get_config(name, arg), sharding.make_mesh(data=2, fsdp=2, tensor=2))
+  axes = lambda path: ",".join(axis or "-" for axis in step.state_shardings.params[path].spec)
+  return [
+      f"{path} {leaf.dtype.name}[{','.join(map(str, leaf.shape))}] {step.groups[path]} ({axes(path)})"
+      for path, leaf in step.shapes.items()
+  ]
+
+
+def golden_text(name: str, arg: str) -> str:
+  """The default's whole listing; with an argument, the lines that it removes and adds."""
+  lines = listing(name, arg)
+  if arg:
+    default = listing(name, "")
+    removed = [f"- {line}" for line in default if line not in set(lines)]
+    lines = removed + [f"+ {line}" for line in lines if line not in set(default)]
+  return "\n".join(lines) + "\n"
+
+
+def golden_file(name: str, arg: str) -> pathlib.Path:
+  return GOLDEN / f"{name}{':' if arg else ''}{arg}.txt"
+
+
+def test_every_config_is_listed():
+  assert NAMES == sorted(ARGS)
+  assert {golden_file(*case) for case in CASES} == set(GOLDEN.iterdir())
+
+
+@pytest.mark.parametrize("name, arg", CASES)
+def test_parameters_equal_the_golden_listing(name, arg):
+  expected = golden_file(name, arg).read_text().splitlines()
+  actual = golden_text(name, arg).splitlines()
+  differing = sorted(set(expected) ^ set(actual))
+  assert not differing, f"{len(differing)} lines differ; if they should, run python -m tests.test_configs"
+  assert actual == expected
+
+
+# The ablations that leave every parameter as it is, and the one field that each is about.
+@pytest.mark.parametrize(
+    "arg, changes",
+    [
+        ("gamma=1.0,target=noise", {"text_diffusion.gamma": 1.0, "text_diffusion.target": "noise"}),
+        ("gamma=1.0,target=data", {"text_diffusion.gamma": 1.0}),
+        ("gamma=1.0,schedule=cosine", {"text_diffusion.gamma": 1.0}),
+        (
+            "gamma=1.0,schedule=scaled_linear",
+            {"text_diffusion.gamma": 1.0, "text_diffusion.schedule": "scaled_linear"},
+        ),
+        ("fusion=False", {"model.fusion": False}),
+        ("share_attention=False", {"model.share_attention": False}),
+        ("modality_ffn=False", {"model.modality_ffn": False}),
+        ("condition_timestep=0", {"condition_timestep": 0}),
+        ("condition_timestep=999", {"condition_timestep": 999}),
+        ("objectives=generation", {"objectives": ("generation",)}),
+        ("objectives=discrimination", {"objectives": ("discrimination",)}),
+        ("path=somewhere", {"data.path": "somewhere"}),
+    ],
+)
+def test_an_ablation_changes_its_own_field_alone(arg, changes):
+  default, ablation = flat(get_config("diffdis_cc3m")), flat(get_config("diffdis_cc3m", arg))
+  assert default.keys() == ablation.keys()
+  assert {key: value for key, value in ablation.items() if value != default[key]} == changes
+  schedules.make(ablation["text_diffusion.schedule"])
+
+
+def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+  leaves = {}
+  for key, value in config.items():
+    leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
+  return leaves
+
+
+def test_configs_do_not_import_jax():
+  code = "; ".join(["import sys", *(f"import configs.{name} as c; c.get_config()" for name in NAMES)])
+  assert subprocess.run([sys.executable, "-c", f"{code}; sys.exit('jax' in sys.modules)"]).returncode == 0
+
+
+def write() -> None:
+  GOLDEN.mkdir(exist_ok=True)
+  for path in GOLDEN.iterdir():
+    path.unlink()
+  for case in CASES:
+    golden_file(*case).write_text(golden_text(*case))
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", 8)
+  write()
