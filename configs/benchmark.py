@@ -1,4 +1,4 @@
-"""Stable Diffusion v1's network at half its widths, 128 px: arithmetic dominates, and three training states fit a laptop.
+"""Stable Diffusion v1's network at half its widths, 128 px: arithmetic dominates, three training states fit a laptop.
 
 python -m diffdis_jax.benchmark --config=configs/benchmark.py --out=benchmark.json
 """

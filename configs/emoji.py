@@ -17,12 +17,16 @@ from configs import common
 from configs.sizes import medium
 
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
-PROMPTS = (
-    "red apple", "cat face", "pizza", "rocket", "green heart", "sunflower", "soccer ball", "house", "snowman", "bicycle",
-    "crying face", "octopus", "guitar", "airplane", "hot beverage", "rainbow", "fire", "tiger face", "clown face", "cactus",
-    "strawberry", "umbrella", "owl", "crown", "fish", "birthday cake", "key", "skull", "watermelon", "police car",
-    "blue book", "panda",
-)  # fmt: skip
+PROMPTS = tuple(
+  (
+    "red apple, cat face, pizza, rocket, green heart, sunflower, soccer ball, house, snowman, bicycle, crying face, "
+    "octopus, guitar, airplane, hot beverage, rainbow, fire, tiger face, clown face, cactus, strawberry, umbrella, "
+    "owl, crown, fish, birthday cake, key, skull, watermelon, police car, blue book, panda, banana, dog face, "
+    "hamburger, sailboat, red heart, tulip, basketball, castle, snowflake, bus, grinning face, crab, trumpet, "
+    "helicopter, wine glass, star, volcano, lion, alien, deciduous tree, lemon, scissors, penguin, ring, turtle, "
+    "cookie, hammer, ghost, carrot, taxi, green book, pig face"
+  ).split(", ")
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:

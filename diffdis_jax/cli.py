@@ -28,7 +28,8 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
 
 def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
-  """Parses the flags and calls `main(argv)`, where up to `positional` arguments follow the program's name; never returns.
+  """Parses the flags and calls `main(argv)`; never returns. `positional`: how many arguments may follow the program's
+  name.
 
   With several processes an error ends this process at once: waiting for the others in Python's clean-up would hang
   all of them for minutes.

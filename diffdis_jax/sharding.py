@@ -45,7 +45,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[jax.Device] | 
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
     raise UserError(
-      f"mesh {shown} takes a multiple of {fixed} devices, but there are {len(devices)}; their product must be the number of devices"
+      f"mesh {shown} takes {fixed} devices or, with an axis of -1, a multiple of them, but there are {len(devices)}"
     )
   shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -73,8 +73,8 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def shardings(abstract: Any, mesh: Mesh, parameters: Mapping[str, Any]) -> Any:
-  """NamedSharding of every leaf. A leaf whose key and shape are a parameter's, in the optimizer's state too, is split as
-  that parameter; anything else is on every device."""
+  """NamedSharding of every leaf: of one that has a parameter's key and shape, in the optimizer's state too, that
+  parameter's; of anything else, on every device."""
 
   def of(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
     for key in reversed(key_path):

@@ -64,11 +64,11 @@ def golden_text(name: str, arg: str) -> str:
     default = listing(name, "")
     removed = [f"- {line}" for line in default if line not in set(lines)]
     lines = removed + [f"+ {line}" for line in lines if line not in set(default)]
-  return "\n".join(lines) + "\n"
+  return "".join(f"{line}\n" for line in lines)
 
 
 def golden_file(name: str, arg: str) -> pathlib.Path:
-  return GOLDEN / f"{name}{':' if arg else ''}{arg}.txt"
+  return GOLDEN / (f"{name}.{arg}.txt" if arg else f"{name}.txt")
 
 
 def test_every_config_is_listed():
