@@ -17,7 +17,9 @@ from diffdis_jax import tree
 from diffdis_jax.structs import UserError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
+# `fsdp` before `data`: in the other order, where data, fsdp and tensor all exceed 1, XLA's partitioner (jaxlib 0.10) moves
+# rows of a residual u + f(u) to other devices and adds them to the wrong ones.
+BATCH = PartitionSpec(("fsdp", "data"))
 REPLICATED = PartitionSpec()
 
 # Shapes: convolution [h, w, in, out], linear [in, out], embedding [tokens, width]. First match wins.

@@ -28,16 +28,16 @@ FRAGMENTS = {"__init__", "common", "sizes"}
 NAMES = sorted(path.stem for path in pathlib.Path(configs.__path__[0]).glob("*.py") if path.stem not in FRAGMENTS)
 # Arguments that change parameters, groups or partitions, for each config beside its default.
 ARGS = {
-    "benchmark": (),
-    "diffdis_cc3m": (
-        "objectives=generation",
-        "objectives=discrimination",
-        "fusion=False",
-        "share_attention=False",
-        "modality_ffn=False",
-    ),
-    "emoji": ("autoencoder",),
-    "shapes": ("autoencoder",),
+  "benchmark": (),
+  "diffdis_cc3m": (
+    "objectives=generation",
+    "objectives=discrimination",
+    "fusion=False",
+    "share_attention=False",
+    "modality_ffn=False",
+  ),
+  "emoji": ("autoencoder",),
+  "shapes": ("autoencoder",),
 }
 CASES = [(name, arg) for name in NAMES for arg in ("", *ARGS.get(name, ()))]
 
@@ -52,8 +52,8 @@ def listing(name: str, arg: str) -> list[str]:
   step = Step(get_config(name, arg), sharding.make_mesh(data=2, fsdp=2, tensor=2))
   axes = lambda path: ",".join(axis or "-" for axis in step.state_shardings.params[path].spec)
   return [
-      f"{path} {leaf.dtype.name}[{','.join(map(str, leaf.shape))}] {step.groups[path]} ({axes(path)})"
-      for path, leaf in step.shapes.items()
+    f"{path} {leaf.dtype.name}[{','.join(map(str, leaf.shape))}] {step.groups[path]} ({axes(path)})"
+    for path, leaf in step.shapes.items()
   ]
 
 
@@ -87,24 +87,24 @@ def test_parameters_equal_the_golden_listing(name, arg):
 
 # The ablations that leave every parameter as it is, and the one field that each is about.
 @pytest.mark.parametrize(
-    "arg, changes",
-    [
-        ("gamma=1.0,target=noise", {"text_diffusion.gamma": 1.0, "text_diffusion.target": "noise"}),
-        ("gamma=1.0,target=data", {"text_diffusion.gamma": 1.0}),
-        ("gamma=1.0,schedule=cosine", {"text_diffusion.gamma": 1.0}),
-        (
-            "gamma=1.0,schedule=scaled_linear",
-            {"text_diffusion.gamma": 1.0, "text_diffusion.schedule": "scaled_linear"},
-        ),
-        ("fusion=False", {"model.fusion": False}),
-        ("share_attention=False", {"model.share_attention": False}),
-        ("modality_ffn=False", {"model.modality_ffn": False}),
-        ("condition_timestep=0", {"condition_timestep": 0}),
-        ("condition_timestep=999", {"condition_timestep": 999}),
-        ("objectives=generation", {"objectives": ("generation",)}),
-        ("objectives=discrimination", {"objectives": ("discrimination",)}),
-        ("path=somewhere", {"data.path": "somewhere"}),
-    ],
+  "arg, changes",
+  [
+    ("gamma=1.0,target=noise", {"text_diffusion.gamma": 1.0, "text_diffusion.target": "noise"}),
+    ("gamma=1.0,target=data", {"text_diffusion.gamma": 1.0}),
+    ("gamma=1.0,schedule=cosine", {"text_diffusion.gamma": 1.0}),
+    (
+      "gamma=1.0,schedule=scaled_linear",
+      {"text_diffusion.gamma": 1.0, "text_diffusion.schedule": "scaled_linear"},
+    ),
+    ("fusion=False", {"model.fusion": False}),
+    ("share_attention=False", {"model.share_attention": False}),
+    ("modality_ffn=False", {"model.modality_ffn": False}),
+    ("condition_timestep=0", {"condition_timestep": 0}),
+    ("condition_timestep=999", {"condition_timestep": 999}),
+    ("objectives=generation", {"objectives": ("generation",)}),
+    ("objectives=discrimination", {"objectives": ("discrimination",)}),
+    ("path=somewhere", {"data.path": "somewhere"}),
+  ],
 )
 def test_an_ablation_changes_its_own_field_alone(arg, changes):
   default, ablation = flat(get_config("diffdis_cc3m")), flat(get_config("diffdis_cc3m", arg))

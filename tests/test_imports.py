@@ -13,14 +13,14 @@ import diffdis_jax
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # A part is a file or a folder of the package. It may import itself and the parts of earlier layers.
 LAYERS = (
-    {"structs"},
-    {"tree", "cli", "workdir"},
-    {"losses", "diffusion", "models", "data", "optim", "sharding", "checkpoint", "writers"},
-    {"step"},
-    {"inference"},
-    {"evals"},
-    {"train", "evaluate", "generate", "prepare_data", "benchmark"},
-    {"demo"},  # a verb that runs others
+  {"structs"},
+  {"tree", "cli", "workdir"},
+  {"losses", "diffusion", "models", "data", "optim", "sharding", "checkpoint", "writers"},
+  {"step"},
+  {"inference"},
+  {"evals"},
+  {"train", "evaluate", "generate", "prepare_data", "benchmark"},
+  {"demo"},  # a verb that runs others
 )
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -14,10 +14,10 @@ def get_config(arg: str = "") -> ConfigDict:
   config.num_steps = 8
   config.log_every = config.save_every = config.eval_every = config.sample_every = 4
   model = config.model
-  model.unet.update(widths=(8, 16), depth=1, num_heads=2, groups=4)
+  model.unet.update(widths=(8,), attention=(True,), depth=1, num_heads=2, groups=4)
   model.alignment.update(width=16, depth=1, num_heads=2)
   model.text_encoder.update(max_length=8, width=16, depth=1, num_heads=2, mlp_width=32)
-  model.autoencoder.update(widths=(8, 8), patch=2, latent_channels=4, groups=4)
+  model.autoencoder.update(widths=(8,), patch=4, latent_channels=4, groups=4)
   config.data.max_length = 8
   config.data.loader.update(num_threads=1, prefetch=2)
   for section in config.evals.values():

@@ -36,15 +36,15 @@ class Weights:
 
 
 def fused_block(
-    image_block: torch.nn.Module,
-    text: Weights,
-    *,
-    x: Tensor,
-    c: Tensor,
-    u: Tensor,
-    num_heads: int,
-    share_attention: bool,
-    modality_ffn: bool,
+  image_block: torch.nn.Module,
+  text: Weights,
+  *,
+  x: Tensor,
+  c: Tensor,
+  u: Tensor,
+  num_heads: int,
+  share_attention: bool,
+  modality_ffn: bool,
 ) -> tuple[Tensor, Tensor]:
   """Image features [b c h w] and h_e after one block. `u` is h_e + e_t + Embedder(t_e)."""
   block = image_block.transformer_blocks[0]
@@ -81,8 +81,8 @@ def alignment(weights: Weights, *, h_e: Tensor, features: Tensor, depth: int, nu
   width = tokens.shape[-1]
   for i in range(depth):
     layer = torch.nn.TransformerEncoderLayer(
-        width, num_heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True, dtype=torch.double
-    )
+      width, num_heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    ).double()
     get = lambda name, i=i: weights.values[f"layers.{i}.{name}"]
     layer.load_state_dict({
         "self_attn.in_proj_weight": torch.cat([get(f"attn.{name}.kernel").T for name in "qkv"]),
@@ -103,20 +103,20 @@ def alignment(weights: Weights, *, h_e: Tensor, features: Tensor, depth: int, nu
 
 
 def discrimination(
-    unet: UNet2DConditionModel,
-    params: Mapping[str, np.ndarray],
-    *,
-    e_t: Tensor,
-    t_e: Tensor,
-    z: Tensor,
-    t_z: Tensor,
-    c_null: Tensor,
-    num_heads: int,
-    fusion: bool,
-    share_attention: bool,
-    modality_ffn: bool,
-    alignment_depth: int,
-    alignment_heads: int,
+  unet: UNet2DConditionModel,
+  params: Mapping[str, np.ndarray],
+  *,
+  e_t: Tensor,
+  t_e: Tensor,
+  z: Tensor,
+  t_z: Tensor,
+  c_null: Tensor,
+  num_heads: int,
+  fusion: bool,
+  share_attention: bool,
+  modality_ffn: bool,
+  alignment_depth: int,
+  alignment_heads: int,
 ) -> Tensor:
   """Down path and middle, the text token beside the image from the first attention block on, then the alignment."""
   time = Weights(params, "text_stream.").embed_time(t_e)
@@ -127,14 +127,14 @@ def discrimination(
     if not fusion:
       return block(h, encoder_hidden_states=c_null, return_dict=False)[0], h_e
     return fused_block(
-        block,
-        Weights(params, f"text_stream.blocks.{index}."),
-        x=h,
-        c=c_null,
-        u=h_e + e_t + time,
-        num_heads=num_heads,
-        share_attention=share_attention,
-        modality_ffn=modality_ffn,
+      block,
+      Weights(params, f"text_stream.blocks.{index}."),
+      x=h,
+      c=c_null,
+      u=h_e + e_t + time,
+      num_heads=num_heads,
+      share_attention=share_attention,
+      modality_ffn=modality_ffn,
     )
 
   for level in unet.down_blocks:

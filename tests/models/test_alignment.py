@@ -18,10 +18,10 @@ def test_alignment_equals_pytorch():
   features = rng.standard_normal((3, 2, 5, 8)).astype(np.float32)
   ours = network.jit(lambda model, h_e, features: model(h_e, features))(params, h_e, features)
   expected = oracle.alignment(
-      oracle.Weights(params, ""),
-      h_e=torch.from_numpy(h_e).double(),
-      features=from_torch.nchw(features).double(),
-      depth=2,
-      num_heads=4,
+    oracle.Weights(params, ""),
+    h_e=torch.from_numpy(h_e).double(),
+    features=from_torch.nchw(features).double(),
+    depth=2,
+    num_heads=4,
   )
   assert networks.relative_error(ours, expected.detach()) < 1e-5

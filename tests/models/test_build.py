@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from configs import sizes
 from flax import nnx
 
+from configs import sizes
 from diffdis_jax import tree
 from diffdis_jax.models import build
 from diffdis_jax.models.alignment import AlignmentTransformer
@@ -33,7 +33,8 @@ def test_sd_v1_has_its_exact_number_of_parameters():
 
 
 def test_fused_blocks_of_sd_v1_are_six_on_the_way_down_and_one_in_the_middle():
-  net = networks.diffdis(unet=dict(widths=(8, 16, 24, 24), attention=(True, True, True, False), depth=2, num_heads=2, groups=4))  # fmt: skip
+  unet = dict(sizes.sd_v1().unet, widths=(8, 16, 24, 24), num_heads=2, groups=4)
+  net = networks.diffdis(unet=unet)
   fc_in = {path: leaf.shape[1] for path, leaf in net.shapes.items() if path.endswith("fc_in.kernel")}
   assert list(fc_in.values()) == [8, 8, 16, 16, 24, 24, 24]
 
@@ -57,20 +58,20 @@ def broken(section: str | None, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "model, objectives, image_size, message",
-    [
-        (broken(None), (), 16, "objectives is empty; choose among generation, discrimination, reconstruction"),
-        (broken(None), ("generate",), 16, "objectives is 'generate'; it must be one of generation"),
-        (broken(None), ("reconstruction", "generation"), 16, "reconstruction trains the autoencoder alone"),
-        (broken(None, dtype="float16"), BOTH, 16, "model.dtype is 'float16'; it must be one of float32, bfloat16"),
-        (broken(None, remat="all"), BOTH, 16, "model.remat is 'all'; it must be one of none, full, dots"),
-        (broken("text_encoder", activation="relu"), BOTH, 16, "model.text_encoder.activation is 'relu'; .*quick_gelu"),
-        (broken(None), BOTH, 20, "image_size is 20; .* must be a multiple of 8, such as 16"),
-        (broken(None), ("reconstruction",), 15, "image_size is 15; .* must be a multiple of 2, such as 16"),
-        (broken("unet", attention=(True,)), BOTH, 16, "model.unet.attention has 1 entries and model.unet.widths 3"),
-        (broken("unet", widths=(8, 15, 24)), BOTH, 16, "model.unet.widths has 15; .*num_heads=2 and groups=4"),
-        (broken("unet", groups=16), BOTH, 16, "model.unet.widths has 8; .*groups=16"),
-    ],
+  "model, objectives, image_size, message",
+  [
+    (broken(None), (), 16, "objectives is empty; choose among generation, discrimination, reconstruction"),
+    (broken(None), ("generate",), 16, "objectives is 'generate'; it must be one of generation"),
+    (broken(None), ("reconstruction", "generation"), 16, "reconstruction trains the autoencoder alone"),
+    (broken(None, dtype="float16"), BOTH, 16, "model.dtype is 'float16'; it must be one of float32, bfloat16"),
+    (broken(None, remat="all"), BOTH, 16, "model.remat is 'all'; it must be one of none, full, dots"),
+    (broken("text_encoder", activation="relu"), BOTH, 16, "model.text_encoder.activation is 'relu'; .*quick_gelu"),
+    (broken(None), BOTH, 20, "image_size is 20; .* must be a multiple of 8, such as 16"),
+    (broken(None), ("reconstruction",), 15, "image_size is 15; .* must be a multiple of 2, such as 16"),
+    (broken("unet", attention=(True,)), BOTH, 16, "model.unet.attention has 1 entries and model.unet.widths 3"),
+    (broken("unet", widths=(8, 15, 24)), BOTH, 16, "model.unet.widths has 15; .*num_heads=2 and groups=4"),
+    (broken("unet", groups=16), BOTH, 16, "model.unet.widths has 8; .*groups=16"),
+  ],
 )
 def test_models_that_cannot_be_built_are_named(model, objectives, image_size, message):
   with pytest.raises(UserError, match=message) as error:

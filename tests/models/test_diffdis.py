@@ -58,11 +58,11 @@ def params() -> dict[str, np.ndarray]:
 def make_inputs() -> dict[str, np.ndarray]:
   rng = np.random.default_rng(3)
   return dict(
-      e_t=rng.standard_normal((4, QUERY_WIDTH)).astype(np.float32),
-      t_e=np.array([0, 1, 500, 999], np.int32),
-      z=rng.standard_normal((4, 8, 12, 4)).astype(np.float32),
-      t_z=np.full(4, 1000, np.int32),
-      c_null=rng.standard_normal((4, 7, 16)).astype(np.float32),
+    e_t=rng.standard_normal((4, QUERY_WIDTH)).astype(np.float32),
+    t_e=np.array([0, 1, 500, 999], np.int32),
+    z=rng.standard_normal((4, 8, 12, 4)).astype(np.float32),
+    t_z=np.full(4, 1000, np.int32),
+    c_null=rng.standard_normal((4, 7, 16)).astype(np.float32),
   )
 
 
@@ -87,16 +87,16 @@ def test_discrimination_equals_the_papers(switches, inputs):
   model = networks.tiny_model()
   with torch.no_grad():
     expected = oracle.discrimination(
-        theirs.double(),
-        weights,
-        **double,
-        z=from_torch.nchw(inputs["z"]).double(),
-        t_e=torch.from_numpy(inputs["t_e"]),
-        t_z=torch.from_numpy(inputs["t_z"]),
-        num_heads=model["unet"]["num_heads"],
-        alignment_depth=model["alignment"]["depth"],
-        alignment_heads=model["alignment"]["num_heads"],
-        **DEFAULT | switches,
+      theirs.double(),
+      weights,
+      **double,
+      z=from_torch.nchw(inputs["z"]).double(),
+      t_e=torch.from_numpy(inputs["t_e"]),
+      t_z=torch.from_numpy(inputs["t_z"]),
+      num_heads=model["unet"]["num_heads"],
+      alignment_depth=model["alignment"]["depth"],
+      alignment_heads=model["alignment"]["num_heads"],
+      **DEFAULT | switches,
     )
   assert networks.relative_error(ours, expected) < 1e-5
 
@@ -190,7 +190,9 @@ def test_bfloat16_computes_between_float32_borders(inputs):
   args = dict(z_t=inputs["z"], t_z=inputs["t_z"], c=inputs["c_null"])
   out = jax.eval_shape(net.pure(generate), net.shapes, **args)
   assert (out.shape, out.dtype) == (inputs["z"].shape, jnp.float32)
-  text = jax.eval_shape(net.pure(lambda model, tokens: model.encode_text(tokens)), net.shapes, np.zeros((2, 8), np.int32))
+  text = jax.eval_shape(
+    net.pure(lambda model, tokens: model.encode_text(tokens)), net.shapes, np.zeros((2, 8), np.int32)
+  )
   assert (text.c.dtype, text.e.dtype) == (jnp.bfloat16, jnp.float32)
   image = np.zeros((2, 16, 24, 3), np.uint8)
   z = jax.eval_shape(net.pure(lambda model, image: model.encode_image(image)), net.shapes, image)

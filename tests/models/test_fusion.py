@@ -18,8 +18,8 @@ WIDTH, QUERY_WIDTH, CONTEXT_WIDTH, HEADS = 8, 12, 16, 2
 SWITCHES = [(True, True), (True, False), (False, True), (False, False)]
 OWN_ATTENTION = {f"attn.{name}.kernel" for name in ("q", "k", "v", "out")} | {"attn.out.bias"}
 OWN_FFN = {f"ff.{name}.{kind}" for name in ("proj", "out") for kind in ("kernel", "bias")} | {
-    "norm.norm.scale",
-    "norm.norm.bias",
+  "norm.norm.scale",
+  "norm.norm.bias",
 }
 PROJECTIONS = {f"{name}.{kind}" for name in ("fc_in", "fc_out") for kind in ("kernel", "bias")}
 
@@ -29,11 +29,10 @@ class Both(nnx.Module):
 
   def __init__(self, *, share_attention: bool, modality_ffn: bool, rngs: nnx.Rngs):
     common = dict(num_heads=HEADS, dtype=jnp.float32, rngs=rngs)
-    self.unet = nnx.Dict(middle=nnx.Dict(attention=SpatialTransformer(
-        WIDTH, context_width=CONTEXT_WIDTH, groups=4, **common
-    )))  # fmt: skip
+    attention = SpatialTransformer(WIDTH, context_width=CONTEXT_WIDTH, groups=4, **common)
+    self.unet = nnx.Dict(middle=nnx.Dict(attention=attention))
     self.text = FusionBlock(
-        WIDTH, query_width=QUERY_WIDTH, share_attention=share_attention, modality_ffn=modality_ffn, **common
+      WIDTH, query_width=QUERY_WIDTH, share_attention=share_attention, modality_ffn=modality_ffn, **common
     )
 
   def __call__(self, x, c, h_e, e_t):
@@ -44,11 +43,11 @@ class MidBlock(torch.nn.Module):
   def __init__(self):
     super().__init__()
     block = Transformer2DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=WIDTH // HEADS,
-        in_channels=WIDTH,
-        cross_attention_dim=CONTEXT_WIDTH,
-        norm_num_groups=4,
+      num_attention_heads=HEADS,
+      attention_head_dim=WIDTH // HEADS,
+      in_channels=WIDTH,
+      cross_attention_dim=CONTEXT_WIDTH,
+      norm_num_groups=4,
     )
     self.mid_block = torch.nn.ModuleDict({"attentions": torch.nn.ModuleList([block])})
 
@@ -77,14 +76,14 @@ def test_block_equals_the_papers(share_attention, modality_ffn, inputs):
   ours = network.jit(lambda block, **inputs: block(**inputs))(params, **inputs)
 
   expected = oracle.fused_block(
-      image_block,
-      oracle.Weights(params, "text."),
-      x=from_torch.nchw(inputs["x"]).double(),
-      c=torch.from_numpy(inputs["c"]).double(),
-      u=torch.from_numpy(inputs["h_e"] + inputs["e_t"]).double(),
-      num_heads=HEADS,
-      share_attention=share_attention,
-      modality_ffn=modality_ffn,
+    image_block,
+    oracle.Weights(params, "text."),
+    x=from_torch.nchw(inputs["x"]).double(),
+    c=torch.from_numpy(inputs["c"]).double(),
+    u=torch.from_numpy(inputs["h_e"] + inputs["e_t"]).double(),
+    num_heads=HEADS,
+    share_attention=share_attention,
+    modality_ffn=modality_ffn,
   )
   assert networks.relative_error(ours[0], from_torch.nhwc(expected[0])) < 1e-5
   assert networks.relative_error(ours[1], expected[1].detach()) < 1e-5

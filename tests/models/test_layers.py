@@ -55,9 +55,7 @@ def test_both_paths_have_the_same_gradient():
   mask = jnp.asarray(np.tril(np.ones((9, 9), bool)))
   # Its private name, since a public call of this size takes the other path.
   paths = (layers.attend, layers._attend_by_head)
-  one, other = (
-      jax.jit(jax.grad(lambda qkv, f=f: jnp.sum(jnp.sin(f(*qkv, mask=mask)))))((q, k, v)) for f in paths
-  )
+  one, other = (jax.jit(jax.grad(lambda qkv, f=f: jnp.sum(jnp.sin(f(*qkv, mask=mask)))))((q, k, v)) for f in paths)
   for a, b in zip(one, other, strict=True):
     assert networks.relative_error(a, b) < 1e-5
 

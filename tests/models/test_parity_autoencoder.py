@@ -23,14 +23,14 @@ def ours(*, patch: int) -> networks.Network:
 
 def diffusers_autoencoder(*, patch: int) -> AutoencoderKL:
   return AutoencoderKL(
-      in_channels=3 * patch**2,
-      out_channels=3 * patch**2,
-      block_out_channels=(8, 16, 24),
-      down_block_types=("DownEncoderBlock2D",) * 3,
-      up_block_types=("UpDecoderBlock2D",) * 3,
-      layers_per_block=2,
-      latent_channels=4,
-      norm_num_groups=4,
+    in_channels=3 * patch**2,
+    out_channels=3 * patch**2,
+    block_out_channels=(8, 16, 24),
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+    layers_per_block=2,
+    latent_channels=4,
+    norm_num_groups=4,
   )
 
 
@@ -66,7 +66,9 @@ def test_log_variance_is_clipped():
   with torch.no_grad():
     theirs.quant_conv.bias[4:6], theirs.quant_conv.bias[6:] = 1000.0, -1000.0
   network = ours(patch=1)
-  posterior = network.jit(lambda model, x: model.encode(x))(to_ours(theirs, network), np.zeros((1, 8, 8, 3), np.float32))
+  posterior = network.jit(lambda model, x: model.encode(x))(
+    to_ours(theirs, network), np.zeros((1, 8, 8, 3), np.float32)
+  )
   assert np.asarray(posterior.log_variance)[..., :2].min() == 20.0
   assert np.asarray(posterior.log_variance)[..., 2:].max() == -30.0
 

@@ -15,7 +15,7 @@ from tests.models import from_torch, networks
 BOS, EOS = 97, 98
 # End of text at position 3, at the very end, and right after the start; the rest is padding, which is EOS too.
 TOKENS = np.array(
-    [[BOS, 5, 6, EOS, EOS, EOS, EOS], [BOS, 1, 2, 3, 4, 5, EOS], [BOS, EOS, EOS, EOS, EOS, EOS, EOS]], np.int32
+  [[BOS, 5, 6, EOS, EOS, EOS, EOS], [BOS, 1, 2, 3, 4, 5, EOS], [BOS, EOS, EOS, EOS, EOS, EOS, EOS]], np.int32
 )
 
 
@@ -26,15 +26,15 @@ def ours(**changes: Any) -> networks.Network:
 
 def clip_config(**changes: Any) -> CLIPTextConfig:
   return CLIPTextConfig(
-      vocab_size=99,
-      hidden_size=16,
-      intermediate_size=32,
-      num_hidden_layers=2,
-      num_attention_heads=2,
-      max_position_embeddings=8,
-      bos_token_id=BOS,
-      eos_token_id=EOS,
-      **changes,
+    vocab_size=99,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=8,
+    bos_token_id=BOS,
+    eos_token_id=EOS,
+    **changes,
   )
 
 

@@ -16,23 +16,23 @@ CONTEXT_WIDTH = 16
 def diffusers_unet(*, widths: tuple[int, ...], attention: tuple[bool, ...], depth: int) -> UNet2DConditionModel:
   down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention)
   return UNet2DConditionModel(
-      block_out_channels=widths,
-      down_block_types=down,
-      up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
-      layers_per_block=depth,
-      attention_head_dim=2,  # for Stable Diffusion v1's configs, diffusers means the number of heads
-      cross_attention_dim=CONTEXT_WIDTH,
-      norm_num_groups=4,
+    block_out_channels=widths,
+    down_block_types=down,
+    up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+    layers_per_block=depth,
+    attention_head_dim=2,  # for Stable Diffusion v1's configs, diffusers means the number of heads
+    cross_attention_dim=CONTEXT_WIDTH,
+    norm_num_groups=4,
   )
 
 
 @pytest.mark.parametrize(
-    "size, widths, attention, depth",
-    [
-        ((8, 12), (8, 16, 24), (True, True, False), 1),
-        # 144 tokens, so attention goes head by head on a CPU.
-        ((12, 12), (8, 16), (True, False), 2),
-    ],
+  "size, widths, attention, depth",
+  [
+    ((8, 12), (8, 16, 24), (True, True, False), 1),
+    # 144 tokens, so attention goes head by head on a CPU.
+    ((12, 12), (8, 16), (True, False), 2),
+  ],
 )
 def test_unet_equals_diffusers(size, widths, attention, depth):
   arrangement = dict(widths=widths, attention=attention, depth=depth)

@@ -1,0 +1,77 @@
+"""Training steps of the tiny config with random parameters, compiled in seconds, for the tests of step and mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from diffdis_jax import sharding
+from diffdis_jax.step import Metrics, Step, TrainState
+from diffdis_jax.structs import Batch
+from tests import tiny
+from tests.models.networks import COMPILER_OPTIONS, random_params
+
+BOS, EOS = 97, 98
+
+
+def make_config(*objectives: str, **changes: Any) -> ConfigDict:
+  """The tiny config with 99 words; `changes` are fields by their dotted path."""
+  config = tiny.get_config()
+  config.model.text_encoder.update(vocab_size=99, bos_id=BOS, eos_id=EOS)
+  config.objectives = objectives or ("generation", "discrimination")
+  if "reconstruction" in config.objectives:
+    config.optim.groups = ((".*", "new"),)
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  devices = jax.devices()[: data * fsdp * tensor]
+  return sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
+
+
+def make_batch(config: ConfigDict, seed: int = 0) -> Batch:
+  """Images of smooth noise and captions of two to five words; the last two rows have the same caption."""
+  rng = np.random.default_rng(seed)
+  n, side = config.batch_size, config.image_size
+  coarse = rng.integers(0, 256, (n, side // 4, side // 4, 3), np.uint8)
+  tokens = np.full((n, config.data.max_length), EOS, np.int32)
+  tokens[:, 0] = BOS
+  for row in tokens:
+    length = rng.integers(2, 6)
+    row[1 : 1 + length] = rng.integers(0, BOS, length)
+  tokens[-1] = tokens[-2]
+  return Batch(image=coarse.repeat(4, axis=1).repeat(4, axis=2), tokens=tokens)
+
+
+class Trainer:
+  """A compiled Step, and the state around its random parameters."""
+
+  def __init__(self, config: ConfigDict, mesh: Mesh | None = None):
+    self.config, self.mesh = config, make_mesh() if mesh is None else mesh
+    self.step = Step(config, self.mesh)
+    self.params = random_params(self.step.shapes, seed=0)
+    lowered = self.step.train_step.lower(self.step.abstract_state, self.place(make_batch(config)))
+    self._train_step = lowered.compile(compiler_options=COMPILER_OPTIONS)
+
+  def place(self, batch: Batch) -> Batch:
+    return Batch(**sharding.to_global(vars(batch), self.mesh))
+
+  def initial(self) -> TrainState:
+    return self.step.with_params(jax.device_put(self.params, self.step.state_shardings.params))
+
+  def run(self, state: TrainState, *batches: Batch) -> tuple[TrainState, list[Metrics]]:
+    """The state after a step on each of the batches, and each step's metrics, on the host."""
+    metrics = []
+    for batch in batches:
+      state, now = self._train_step(state, self.place(batch))
+      metrics.append(jax.device_get(now))
+    return state, metrics
+
+
+def means(metrics: Metrics) -> dict[str, float]:
+  return {name: float(total) / float(count) if count else np.nan for name, (total, count) in metrics.items()}
