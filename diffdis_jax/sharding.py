@@ -54,8 +54,14 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[jax.Device] | 
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
-  """Raises UserError for a global batch that the mesh cannot split evenly."""
-  parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+  """Raises UserError for a global batch that the mesh cannot split evenly, over devices and over processes."""
+  replicas, processes = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
+  if replicas % processes:
+    raise UserError(
+      f"mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} must be a multiple of the {processes} processes, each of"
+      " which reads rows of its own; take a smaller tensor axis"
+    )
+  parts = replicas * accumulate
   if batch_size < 1 or batch_size % parts:
     near = max(1, round(batch_size / parts)) * parts
     raise UserError(

@@ -90,7 +90,9 @@ class Step:
   def init_params(self, key: jax.Array) -> Params:
     """Fresh parameters, born sharded."""
     init = lambda key: tree.flatten(build.initialise(self._build, key))
-    return jax.jit(init, out_shardings=self.state_shardings.params)(key)
+    # It runs once, so on a CPU, where compiling costs more than running, the compiler need not try hard.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, out_shardings=self.state_shardings.params, compiler_options=options)(key)
 
   def with_params(self, params: Params) -> TrainState:
     """The state of step 0 around these parameters; donates them."""
@@ -109,7 +111,7 @@ class Step:
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
       updates, opt_state = self._tx.update(gradient, state.opt_state, trainable)
     trainable = optax.apply_updates(trainable, updates)
-    metrics["grad_norm"] = (optax.global_norm(gradient), jnp.ones(()))
+    metrics["grad_norm"] = (optax.tree.norm(gradient), jnp.ones(()))
     return (
       TrainState(
         step=state.step + 1,

@@ -91,6 +91,7 @@ def make(model: Mapping[str, Any], *, objectives: Collection[str]) -> Callable[[
         context_width=model["text_encoder"]["width"],
         latent_channels=model["autoencoder"]["latent_channels"],
         remat=model["remat"],
+        up_path="generation" in objectives,
         **args,
       )
     if discrimination:

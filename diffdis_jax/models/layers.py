@@ -67,8 +67,11 @@ def attend(
   """
   if jax.default_backend() == "cpu" and q.shape[1] * k.shape[1] >= 128 * 128:
     return _attend_by_head(q, k, v, mask=mask)
-  with jax.numpy_dtype_promotion("standard"):  # it promotes bf16 to f32 for its softmax
-    return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[None, None])
+  # Not jax.nn.dot_product_attention, whose gradient in bf16 needs implicit promotion.
+  scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=F32) / math.sqrt(q.shape[-1])
+  if mask is not None:
+    scores = jnp.where(mask, scores, jnp.finfo(F32).min)
+  return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
 def _attend_by_head(q: Array, k: Array, v: Array, *, mask: Array | None) -> Array:

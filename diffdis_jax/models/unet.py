@@ -109,6 +109,7 @@ class UNet(nnx.Module):
     latent_channels: channels of z, in and out.
     groups: groups of every GroupNorm.
     remat: a key of REMAT_POLICIES, applied to each block.
+    up_path: whether there is a second half; discrimination alone does without.
   """
 
   def __init__(
@@ -122,6 +123,7 @@ class UNet(nnx.Module):
     latent_channels: int,
     groups: int,
     remat: str,
+    up_path: bool,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
   ):
@@ -138,6 +140,8 @@ class UNet(nnx.Module):
     )
     self.middle = Middle(widths[-1], make=make)
 
+    if not up_path:
+      return
     skips = [widths[0]]
     for i, width in enumerate(widths):
       skips += [width] * depth + ([width] if i < last else [])
