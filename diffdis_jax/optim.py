@@ -38,7 +38,7 @@ def schedule(
     "linear": lambda: optax.linear_schedule(peak, peak * final_fraction, rest),
   }
   if kind not in after:
-    raise UserError(f"optim.schedule is {kind!r}; it must be one of {', '.join(after)}")
+    raise UserError(f"optim.schedule_kind is {kind!r}; it must be one of {', '.join(after)}")
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after[kind]()], [warmup_steps])
 
 

@@ -36,7 +36,8 @@ def losses_on(*shapes: tuple[int, int, int], **changes) -> list[np.ndarray]:
 
 
 def test_five_joint_steps_on_eight_devices_equal_those_on_one():
-  expected, *found = losses_on((1, 1, 1), *IN_CI)
+  # Attention in the middle alone: the compiler's time is what this test costs.
+  expected, *found = losses_on((1, 1, 1), *IN_CI, **{"model.unet.attention": (False,)})
   assert len(set(expected[:, 0])) == STEPS
   for shape, values in zip(IN_CI, found, strict=True):
     np.testing.assert_allclose(values[:, :3], expected[:, :3], rtol=1e-5, err_msg=str(shape))
@@ -47,9 +48,8 @@ def test_five_joint_steps_on_eight_devices_equal_those_on_one():
 def test_every_mesh_shape_with_two_levels_and_accumulation():
   changes = {"model.unet.widths": (8, 16), "model.unet.attention": (True, True), "image_size": 32}
   changes |= {"optim.accumulate": 2}
-  shapes = [shape for shape in SHAPES if shape[0] * shape[1] <= 8]
-  expected, *found = losses_on((1, 1, 1), *shapes, **changes)
-  for shape, values in zip(shapes, found, strict=True):
+  expected, *found = losses_on((1, 1, 1), *SHAPES, **changes)
+  for shape, values in zip(SHAPES, found, strict=True):
     np.testing.assert_allclose(values[:, :3], expected[:, :3], rtol=1e-5, err_msg=str(shape))
 
 
@@ -105,7 +105,13 @@ def test_initial_parameters_do_not_depend_on_the_mesh():
 
 @pytest.mark.parametrize(
   "axes, shape",
-  [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 2, -1), (1, 2, 4)), ((8, 1, -1), (8, 1, 1)), ((2, 4, 1), (2, 4, 1))],
+  [
+    ((-1, 1, 1), (8, 1, 1)),
+    ((2, -1, 2), (2, 2, 2)),
+    ((1, 2, -1), (1, 2, 4)),
+    ((8, 1, -1), (8, 1, 1)),
+    ((2, 4, 1), (2, 4, 1)),
+  ],
 )
 def test_an_axis_of_minus_one_takes_what_is_left(axes, shape):
   mesh = sharding.make_mesh(data=axes[0], fsdp=axes[1], tensor=axes[2])
@@ -123,7 +129,9 @@ def test_a_batch_that_the_mesh_does_not_divide():
   sharding.check_batch(mesh, 8, 2)
   sharding.check_batch(mesh, 4, 1)
   for batch_size, accumulate, parts in ((6, 1, 4), (0, 1, 4), (12, 2, 8), (-4, 1, 4)):
-    with pytest.raises(UserError, match=f"batch_size is {batch_size}; .*must be a multiple of {parts}, such as") as error:
+    with pytest.raises(
+      UserError, match=f"batch_size is {batch_size}; .*must be a multiple of {parts}, such as"
+    ) as error:
       sharding.check_batch(mesh, batch_size, accumulate)
     suggested = int(str(error.value).rpartition(" ")[2])
     sharding.check_batch(mesh, suggested, accumulate)
@@ -140,7 +148,7 @@ def test_axes_that_do_not_divide_a_dimension_are_left_out():
   mesh = steps.make_mesh(2, 2, 2)
   assert sharding.spec("unet.time.fc1.kernel", (8, 32), mesh) == PartitionSpec("fsdp", "tensor")
   assert sharding.spec("unet.time.fc1.kernel", (7, 32), mesh) == PartitionSpec(None, "tensor")
-  assert sharding.spec("unet.time.fc1.bias", (32,), mesh) == PartitionSpec(None)
+  assert sharding.spec("unet.time.fc1.bias", (32,), mesh) == PartitionSpec()
   assert sharding.spec("autoencoder.conv_in.kernel", (3, 3, 3, 8), mesh) == PartitionSpec(None, None, None, "tensor")
 
 

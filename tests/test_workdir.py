@@ -10,18 +10,20 @@ from diffdis_jax.structs import UserError
 
 
 def make_config(**changes) -> ConfigDict:
-  config = ConfigDict({
-    "seed": 0,
-    "batch_size": 64,
-    "log_every": 10,
-    "num_steps": 100,
-    "optim": {"betas": (0.9, 0.99), "rules": (("unet.*", 1.0), (".*", None))},
-    "data": {"name": "shapes", "num_threads": 2},
-    "evals": {"zero_shot": {"steps": 5}},
-    "mesh": {"data": 8},
-    "init_from": config_dict.placeholder(str),
-    "empty": {},
-  })
+  config = ConfigDict(
+    {
+      "seed": 0,
+      "batch_size": 64,
+      "log_every": 10,
+      "num_steps": 100,
+      "optim": {"betas": (0.9, 0.99), "rules": (("unet.*", 1.0), (".*", None))},
+      "data": {"name": "shapes", "loader": {"num_threads": 2}},
+      "evals": {"zero_shot": {"steps": 5}},
+      "mesh": {"data": 8},
+      "init_from": config_dict.placeholder(str),
+      "empty": {},
+    }
+  )
   config.update_from_flattened_dict(changes)
   return config
 
@@ -42,7 +44,7 @@ def test_same_config_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "field, value", [("log_every", 1), ("data.num_threads", 8), ("evals.zero_shot.steps", 9), ("mesh.data", 1)]
+  "field, value", [("log_every", 1), ("data.loader.num_threads", 8), ("evals.zero_shot.steps", 9), ("mesh.data", 1)]
 )
 def test_fields_that_may_change_are_taken_over(tmp_path, field, value):
   workdir.open_for_training(tmp_path, make_config())

@@ -3,8 +3,9 @@
 Also a config file for command lines: --config=tests/tiny.py[:autoencoder]
 """
 
-from configs import shapes
 from ml_collections import ConfigDict
+
+from configs import shapes
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from configs import shapes
 
+from configs import shapes
 from diffdis_jax import checkpoint, inference, tree, workdir
 
 STEP = 3
