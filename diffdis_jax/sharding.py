@@ -17,8 +17,8 @@ from diffdis_jax import tree
 from diffdis_jax.structs import UserError
 
 AXES = ("data", "fsdp", "tensor")
-# `fsdp` before `data`: in the other order, on a mesh where all three axes exceed 1, XLA's partitioner (jaxlib 0.10 to 0.12)
-# moves rows of a residual u + f(u) to other devices and adds them to the wrong ones.
+# `fsdp` before `data`: in the other order, where all three axes exceed 1, XLA's partitioner (jaxlib 0.10 to 0.12) moves
+# rows of a residual u + f(u) to other devices and adds them to the wrong ones.
 BATCH = PartitionSpec(("fsdp", "data"))
 REPLICATED = PartitionSpec()
 
@@ -58,8 +58,8 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
   replicas, processes = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
   if replicas % processes:
     raise UserError(
-      f"mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} must be a multiple of the {processes} processes, each"
-      " of which reads rows of its own; take a smaller tensor axis"
+      f"mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} must be a multiple of the {processes} processes,"
+      " each of which reads rows of its own; take a smaller tensor axis"
     )
   parts = replicas * accumulate
   if batch_size < 1 or batch_size % parts:

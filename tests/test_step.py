@@ -184,7 +184,7 @@ GOLDEN_KEYS = {
 }
 
 
-# Of seed 3, step 5, microbatch 1. Another order of step.KEYS, or another derivation, would change runs that are resumed.
+# Of seed 3, step 5, microbatch 1. Another order of step.KEYS, or another derivation, would change resumed runs.
 def test_keys_depend_on_seed_step_and_microbatch_alone():
   raw = lambda *place: {name: jax.random.key_data(key) for name, key in step.step_keys(*place).items()}
   places = [(seed, n, micro) for seed in (0, 1, 2**31) for n in (0, 1, 2) for micro in (0, 1, 2)]
@@ -264,7 +264,7 @@ def test_accumulation_applies_the_mean_gradient_of_the_microbatches():
 
   loss = Loss(config, trained=trained)
   gradient_of = compiled(jax.value_and_grad(loss, has_aux=True))
-  parts = [gradient_of(loss.trained, jax.tree.map(lambda x: x[i::2], batch), make_keys(i)) for i in range(2)]
+  parts = [gradient_of(loss.trained, jax.tree.map(lambda x, i=i: x[i::2], batch), make_keys(i)) for i in range(2)]
   assert abs(parts[0][0][0] - parts[1][0][0]) > 1e-3
   gradient = jax.tree.map(lambda a, b: (a + b) / 2, *(part[1] for part in parts))
   optimizer = optax.adamw(
