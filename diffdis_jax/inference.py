@@ -34,6 +34,9 @@ class Protocol:
     guidance: s of the text query's guidance, where the null condition is the image z = 0; 1 is none.
     generation_steps: DDIM steps of an image.
     generation_guidance: s = 1 + w of an image's guidance.
+
+  Raises:
+    UserError: a number of steps or draws out of range.
   """
 
   steps: int = 1
@@ -45,6 +48,8 @@ class Protocol:
   def __post_init__(self):
     if self.draws < 1:
       raise UserError(f"inference.draws is {self.draws}; it must be at least 1")
+    schedules.trailing(self.steps)
+    schedules.leading(self.generation_steps)
 
 
 class Inference:

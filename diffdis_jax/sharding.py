@@ -55,6 +55,8 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[jax.Device] | 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
   """Raises UserError for a global batch that the mesh cannot split evenly, over devices and over processes."""
+  if accumulate < 1:
+    raise UserError(f"optim.accumulate is {accumulate}; it must be at least 1")
   replicas, processes = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
   if replicas % processes:
     raise UserError(

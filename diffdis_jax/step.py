@@ -160,7 +160,13 @@ LossFn = Callable[[Params, Params, Batch, dict[str, jax.Array]], tuple[Float[Arr
 
 
 def make_loss(config: ConfigDict, graphdef: nnx.GraphDef, abstract: nnx.State) -> LossFn:
-  """(trainable, fixed, batch, keys) -> loss, (metrics, new latent statistics), for the config's objectives."""
+  """(trainable, fixed, batch, keys) -> loss, (metrics, new latent statistics), for the config's objectives.
+
+  Raises UserError for an unknown noise schedule or target.
+  """
+  for process in (config.image_diffusion, config.text_diffusion):
+    schedules.make(process.schedule)
+  schedules.check_target(config.text_diffusion.target)
 
   def loss(
     trainable: Params, fixed: Params, batch: Batch, keys: dict[str, jax.Array]

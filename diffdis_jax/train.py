@@ -37,12 +37,15 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
   Raises:
     UserError: bad config, data or workdir, or a loss that is no longer finite.
   """
+  check_intervals(config)
   mesh = sharding.make_mesh(**config.mesh)
   trainer = Step(config, mesh)
   iterator = make_loader(config)
   watch = Watch(config, mesh)
   is_writer = jax.process_index() == 0
   log_start(config, trainer)
+  if config.init_from and checkpoint.latest_step(path) is None:
+    find_initial(config.init_from, trainer)
   workdir.open_for_training(path, config, is_writer=is_writer)
 
   with checkpoint.Checkpointer(path, **config.checkpoint) as checkpointer:
@@ -64,17 +67,24 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
 
       last = step == config.num_steps
       if last or step % config.save_every == 0:
-        check_finite(totals, step, path)
+        check_finite(totals, step, checkpointer)
         with progress.paused():
           checkpointer.save(step, state, iterator)
       if last or step % config.log_every == 0:
-        means = check_finite(totals, step, path)
+        means = check_finite(totals, step, checkpointer)
         writer.scalars(step, means | progress.report(step, means))
         totals = None
       with progress.paused():
         watch.after_step(step, state, writer, last=last)
     checkpointer.wait()
     writer.close()
+
+
+def check_intervals(config: ConfigDict) -> None:
+  """Raises UserError for a number of steps below one."""
+  for name in ("num_steps", "log_every", "save_every", "eval_every", "sample_every"):
+    if config[name] < 1:
+      raise UserError(f"{name} is {config[name]}; it must be at least 1")
 
 
 def make_loader(config: ConfigDict) -> grain.DatasetIterator:
@@ -115,28 +125,39 @@ def restore_or_init(
   return trainer.with_params(params)
 
 
-def load_initial(path: str, trainer: Step) -> Params:
-  """Parameters of another run that this network has too; averaged ones where that run keeps them.
+def find_initial(path: str, trainer: Step) -> Params:
+  """Shapes of another run's parameters, some of which this network has too.
 
   Raises:
     UserError: no run there, nothing in common, or a parameter of another shape.
   """
   saved = checkpoint.saved_params(path)
-  abstract = jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    saved,
-    sharding.shardings(saved, trainer.mesh, saved),
-  )
-  for name in saved.keys() & trainer.shapes.keys():
+  common = saved.keys() & trainer.shapes.keys()
+  if not common:
+    raise UserError(f"init_from={path} has no parameter of this network; it holds {parts_of(saved)}")
+  for name in sorted(common):
     if saved[name].shape != trainer.shapes[name].shape:
       raise UserError(
         f"init_from={path}: {name} has shape {saved[name].shape} there and {trainer.shapes[name].shape} in this"
         " config; use the same model section"
       )
+  return saved
+
+
+def load_initial(path: str, trainer: Step) -> Params:
+  """Parameters of another run that this network has too; averaged ones where that run keeps them.
+
+  Raises:
+    UserError: as `find_initial`.
+  """
+  saved = find_initial(path, trainer)
+  abstract = jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    saved,
+    sharding.shardings(saved, trainer.mesh, saved),
+  )
   params = checkpoint.restore_params(path, abstract=abstract)
   loaded = {name: value for name, value in params.items() if name in trainer.shapes}
-  if not loaded:
-    raise UserError(f"init_from={path} has no parameter of this network; it holds {parts_of(saved)}")
   logging.info("init_from %s: loaded %s", path, parts_of(loaded))
   logging.info("initialised: %s", parts_of(trainer.shapes.keys() - loaded.keys()) or "nothing")
   logging.info("ignored: %s", parts_of(saved.keys() - loaded.keys()) or "nothing")
@@ -148,7 +169,7 @@ def parts_of(paths: Sequence[str]) -> str:
   return ", ".join(f"{part} {n}" for part, n in sorted(Counter(path.split(".")[0] for path in paths).items()))
 
 
-def check_finite(totals: Metrics, step: int, path: str) -> dict[str, float]:
+def check_finite(totals: Metrics, step: int, checkpointer: checkpoint.Checkpointer) -> dict[str, float]:
   """Mean of each metric since the last report; fetching them waits for the step.
 
   Raises:
@@ -158,7 +179,8 @@ def check_finite(totals: Metrics, step: int, path: str) -> dict[str, float]:
     name: float(total) / float(count) if count else math.nan for name, (total, count) in jax.device_get(totals).items()
   }
   if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
-    kept = checkpoint.latest_step(path)
+    checkpointer.wait()
+    kept = checkpointer.latest_step()
     raise UserError(
       f"loss {means['loss']} or gradient norm {means['grad_norm']} is not finite by step {step}; the last good"
       f" checkpoint is {'none' if kept is None else f'step {kept}'}; lower optim.rates, or set optim.clip_norm or"

@@ -17,6 +17,15 @@ from tests.models.networks import COMPILER_OPTIONS, random_params
 
 BOS, EOS = 97, 98
 
+NUM_TIMESTEPS = 1000
+_COSINE = np.cos((np.arange(NUM_TIMESTEPS + 1) / NUM_TIMESTEPS + 0.008) / 1.008 * np.pi / 2) ** 2
+_BETAS = {
+  "scaled_linear": np.linspace(0.00085**0.5, 0.012**0.5, NUM_TIMESTEPS) ** 2,
+  "linear": np.linspace(0.00085, 0.012, NUM_TIMESTEPS),
+  "cosine": np.minimum(1 - _COSINE[1:] / _COSINE[:-1], 0.999),
+}
+ALPHA_BAR = {name: np.cumprod(1 - betas) for name, betas in _BETAS.items()}
+
 
 def make_config(*objectives: str, **changes: Any) -> ConfigDict:
   """The tiny config with 99 words; `changes` are fields by their dotted path."""

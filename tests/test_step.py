@@ -18,13 +18,7 @@ from diffdis_jax.structs import Batch, UserError
 from tests import steps
 from tests.models.networks import compiled, random_params
 
-T = 1000
-ALPHA_BAR = {
-  "scaled_linear": np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, T) ** 2),
-  "linear": np.cumprod(1 - np.linspace(0.00085, 0.012, T)),
-}
-_COSINE = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
-ALPHA_BAR["cosine"] = np.cumprod(1 - np.minimum(1 - _COSINE[1:] / _COSINE[:-1], 0.999))
+T = steps.NUM_TIMESTEPS
 
 
 def make_keys(microbatch: int = 0) -> dict[str, jax.Array]:
@@ -119,7 +113,7 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
   no_image = np.asarray(jax.random.bernoulli(keys["drop_image"], config.loss.image_dropout, (b,)))
   assert no_condition.any() == no_image.any() == (variant == "data") and not no_image.all()
 
-  alpha_bar = ALPHA_BAR[config.image_diffusion.schedule][t_z][:, None, None, None]
+  alpha_bar = steps.ALPHA_BAR[config.image_diffusion.schedule][t_z][:, None, None, None]
   noise_z = np.asarray(jax.random.normal(keys["noise_z"], z.shape), np.float64)
   generation = passes["generation"]
   np.testing.assert_array_equal(generation["t_z"], t_z)
@@ -129,7 +123,7 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
   np.testing.assert_allclose(means["loss_generation"], by_sample.mean(), rtol=1e-5)
 
   gamma = config.text_diffusion.gamma
-  alpha_bar = ALPHA_BAR[config.text_diffusion.schedule][t_e][:, None]
+  alpha_bar = steps.ALPHA_BAR[config.text_diffusion.schedule][t_e][:, None]
   noise_e = np.asarray(jax.random.normal(keys["noise_e"], text.e.shape), np.float64)
   e_t = gamma * np.sqrt(alpha_bar) * text.e + np.sqrt(1 - alpha_bar) * noise_e
   discrimination = passes["discrimination"]

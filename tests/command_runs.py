@@ -1,0 +1,52 @@
+"""Runs of the tiny config through the command line, as a user types it, shared by the test files that look at them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS, SAVE_EVERY = 16, 4
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+  """Of the commands: what one of them compiled, quickly rather than well, the others find."""
+  cache = str(tmp_path_factory.getbasetemp() / "xla")
+  quick = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  kept = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+  return {**os.environ, **quick, **kept}
+
+
+def call(verb: str, environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
+  command = [sys.executable, "-m", f"diffdis_jax.{verb}", *flags]
+  return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def joint_flags(autoencoder: str) -> list[str]:
+  """Of the joint run, but for its workdir."""
+  fields = {"num_steps": STEPS, "save_every": SAVE_EVERY, "log_every": 1, "init_from": autoencoder}
+  return ["--config=tests/tiny.py", *(f"--config.{name}={value}" for name, value in fields.items())]
+
+
+@pytest.fixture(scope="session")
+def autoencoder_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> str:
+  """Workdir of a finished run of the autoencoder."""
+  workdir = str(tmp_path_factory.getbasetemp() / "autoencoder")
+  done = call("train", environment, "--config=tests/tiny.py:autoencoder", f"--workdir={workdir}")
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+@pytest.fixture(scope="session")
+def joint_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], autoencoder_run: str) -> str:
+  """Workdir of a finished joint run on that autoencoder, with sample images."""
+  workdir = str(tmp_path_factory.getbasetemp() / "joint")
+  prompts = "--config.sample_prompts=('a red star', 'a blue ring')"
+  done = call("train", environment, *joint_flags(autoencoder_run), f"--workdir={workdir}", prompts)
+  assert done.returncode == 0, done.stderr
+  return workdir

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffdis_jax import checkpoint, tree, workdir
+from diffdis_jax.inference import Inference, load
+from diffdis_jax.models.diffdis import DiffDis
+from diffdis_jax.step import TrainState
+from diffdis_jax.structs import UserError
+from tests import steps
+from tests.models.networks import compiled, random_params
+
+BATCH = steps.make_batch(steps.make_config())
+WIDTH = 16  # of a text query
+
+
+def make(*objectives: str, changes: dict | None = None, **protocol) -> Inference:
+  protocol = {"batch_size": 4, **protocol}
+  return Inference(steps.make_config(*objectives, **(changes or {})), mesh=steps.make_mesh(), **protocol)
+
+
+def params_of(inference: Inference) -> tree.Params:
+  return random_params(tree.flatten(inference.abstract), seed=0)
+
+
+def model_of(inference: Inference) -> DiffDis:
+  return tree.merge(inference.graphdef, inference.abstract, params_of(inference))
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def query_noise(n: int, *, seed: int, draw: int = 0) -> np.ndarray:
+  """e_T of n images: a function of seed, draw and place alone."""
+  key = jax.random.fold_in(jax.random.key(seed), draw)
+  return np.stack([jax.random.normal(jax.random.fold_in(key, i), (WIDTH,)) for i in range(n)])
+
+
+@pytest.fixture(scope="module")
+def inference() -> Inference:
+  return make(generation_steps=3, generation_guidance=2.0)
+
+
+def test_the_query_starts_from_pure_noise_whatever_captions_there_are(monkeypatch):
+  def first_query(self, *, e_t, t_e, z, t_z, c_null):
+    null = self.encode_text(jnp.asarray([[steps.BOS] + [steps.EOS] * 7])).c
+    as_promised = (t_e == 999) & (t_z == 1000) & (jnp.abs(c_null - null) < 1e-5).all(axis=(1, 2))
+    return jnp.where(as_promised[:, None], e_t, jnp.nan)
+
+  monkeypatch.setattr(DiffDis, "discrimination", first_query)
+  inference = make(batch_size=64)
+  images = np.tile(BATCH.image, (24, 1, 1, 1))
+  found = inference.embed_images(params_of(inference), images, seed=5)
+  noise = query_noise(len(images), seed=5)
+  np.testing.assert_allclose(found, unit(noise), atol=1e-6)
+  assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+  covariance = np.cov(noise.T)
+  assert np.abs(covariance - np.eye(WIDTH)).max() < 0.3
+
+
+def test_image_queries_depend_on_seed_and_place_but_not_on_the_batch(inference):
+  params, images = params_of(inference), BATCH.image[:10]
+  embed = functools.partial(inference.embed_images, params)
+  found = embed(images, seed=3)
+  assert found.shape == (10, WIDTH) and found.dtype == np.float32
+  np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+  np.testing.assert_allclose(make(batch_size=7).embed_images(params, images, seed=3), found, atol=1e-5)
+  np.testing.assert_array_equal(embed(images[:5], seed=3), found[:5])
+  np.testing.assert_array_equal(embed(images, seed=3), found)
+  assert np.abs(embed(images, seed=4) - found).max(axis=1).min() > 1e-4
+  twice = embed(np.repeat(images[:1], 2, axis=0), seed=3)
+  assert np.abs(twice[0] - twice[1]).max() > 1e-4, "each place has noise of its own"
+  other = embed(images[::-1], seed=3)
+  assert np.abs(other[:5] - found[:5]).max(axis=1).min() > 1e-4, "each image has a query of its own"
+
+
+def test_several_steps_draws_and_guidance_are_ddim_by_hand():
+  s, gamma, schedule = 2.5, 0.4, "cosine"
+  changes = {"text_diffusion.target": "noise", "text_diffusion.gamma": gamma, "text_diffusion.schedule": schedule}
+  inference = make("discrimination", changes=changes, steps=3, draws=2, guidance=s)
+  images, n = BATCH.image[:3], 3
+  model = model_of(inference)
+  z = compiled(model.encode_image)(images)
+  c_null = np.repeat(compiled(model.encode_text)(model.text_encoder.null_tokens(8)).c, n, axis=0)
+  t_z = np.full(n, 1000, np.int32)
+  predict = compiled(lambda e_t, t_e, z: model.discrimination(e_t=e_t, t_e=t_e, z=z, t_z=t_z, c_null=c_null))
+
+  alpha_bar = steps.ALPHA_BAR[schedule]
+  draws = []
+  for draw in range(2):
+    e_t = query_noise(n, seed=9, draw=draw)
+    for t, t_prev in ((999, 666), (666, 332), (332, None)):
+      t_e = np.full(n, t, np.int32)
+      unconditional, conditional = (np.asarray(predict(e_t, t_e, latent)) for latent in (np.zeros_like(z), z))
+      epsilon = unconditional + s * (conditional - unconditional)
+      data = (e_t - np.sqrt(1 - alpha_bar[t]) * epsilon) / (gamma * np.sqrt(alpha_bar[t]))
+      prev = 1.0 if t_prev is None else alpha_bar[t_prev]
+      e_t = (gamma * np.sqrt(prev) * data + np.sqrt(1 - prev) * epsilon).astype(np.float32)
+    draws.append(unit(data))
+  found = inference.embed_images(params_of(inference), images, seed=9)
+  np.testing.assert_allclose(found, unit(np.mean(draws, axis=0)), atol=2e-4)
+
+
+def test_generation_is_ddim_with_guidance_by_hand(inference):
+  s, n = 2.0, 3
+  tokens, noise = BATCH.tokens[:n], inference.noise(n, seed=1)
+  model = model_of(inference)
+  encode_text = compiled(lambda tokens: model.encode_text(tokens).c)
+  c, c_null = encode_text(tokens), np.repeat(encode_text(model.text_encoder.null_tokens(8)), n, axis=0)
+  predict = compiled(lambda z_t, t_z, c: model.generation(z_t=z_t, t_z=t_z, c=c))
+  alpha_bar = steps.ALPHA_BAR["scaled_linear"]
+  z_t = noise
+  for t, t_prev in ((667, 334), (334, 1), (1, 0)):
+    t_z = np.full(n, t, np.int32)
+    unconditional, conditional = (np.asarray(predict(z_t, t_z, condition)) for condition in (c_null, c))
+    epsilon = unconditional + s * (conditional - unconditional)
+    data = (z_t - np.sqrt(1 - alpha_bar[t]) * epsilon) / np.sqrt(alpha_bar[t])
+    z_t = (np.sqrt(alpha_bar[t_prev]) * data + np.sqrt(1 - alpha_bar[t_prev]) * epsilon).astype(np.float32)
+  expected = np.asarray(compiled(model.decode_image)(z_t)).astype(int)
+
+  found = inference.generate(params_of(inference), tokens, noise)
+  assert found.shape == (n, 16, 16, 3) and found.dtype == np.uint8 and found.std() > 1
+  assert np.abs(found - expected).max() <= 1
+
+  more = inference.generate(params_of(inference), BATCH.tokens[:6], inference.noise(6, seed=1))
+  np.testing.assert_array_equal(more[:n], found)
+  assert (more[-1] != more[-2]).any()
+
+
+def test_noise_of_an_image_depends_on_seed_and_index_alone(inference):
+  noise = inference.noise(64, seed=2)
+  assert noise.shape == (64, *inference.noise_shape()) == (64, 4, 4, 4)
+  np.testing.assert_array_equal(inference.noise(3, seed=2), noise[:3])
+  assert (inference.noise(3, seed=3) != noise[:3]).all()
+  assert len(np.unique(noise, axis=0)) == 64
+  assert abs(noise.mean()) < 0.06 and abs(noise.std() - 1) < 0.06
+
+
+def test_text_queries_have_unit_length_on_any_mesh(inference):
+  params = params_of(inference)
+  found = inference.embed_texts(params, BATCH.tokens)
+  expected = model_of(inference).encode_text(BATCH.tokens).e
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+  np.testing.assert_array_equal(found[-1], found[-2])
+  on_eight = Inference(steps.make_config(), mesh=steps.make_mesh(2, 2, 2), batch_size=3)
+  assert on_eight.batch_size == 8
+  np.testing.assert_allclose(on_eight.embed_texts(params, BATCH.tokens[:11]), found[:11], atol=1e-5)
+
+
+def test_reconstruction_is_by_the_mode_and_pads(inference):
+  model = model_of(inference)
+  expected = model.decode_image(model.encode_image(BATCH.image[:5]))
+  found = inference.reconstruct(params_of(inference), BATCH.image[:5])
+  assert np.abs(found.astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_what_a_run_was_not_trained_for_is_refused():
+  generating, discriminating = make("generation"), make("discrimination")
+  with pytest.raises(UserError, match="not trained for discrimination; its objectives are generation"):
+    generating.embed_images({}, BATCH.image, seed=0)
+  with pytest.raises(UserError, match="not trained for generation; its objectives are discrimination"):
+    discriminating.generate({}, BATCH.tokens, generating.noise(16, seed=0))
+  with pytest.raises(UserError, match="at least one row"):
+    generating.embed_texts({}, BATCH.tokens[:0])
+
+
+@pytest.mark.parametrize("protocol", [{"draws": 0}, {"steps": 0}, {"steps": 1001}, {"generation_steps": 0}])
+def test_a_protocol_out_of_range_is_refused_at_once(protocol):
+  with pytest.raises(UserError, match="draws is 0|sampling steps"):
+    make(**protocol)
+
+
+def test_load_takes_averaged_parameters_where_there_are_some(tmp_path):
+  config = steps.make_config("reconstruction")
+  workdir.open_for_training(str(tmp_path), config)
+  params = params_of(Inference(config))
+  averaged = {name: value + 1 for name, value in params.items() if not name.endswith("bias")}
+  with checkpoint.Checkpointer(str(tmp_path)) as checkpointer:
+    checkpointer.save(7, TrainState(step=7, params=params, ema=averaged, opt_state=()))
+  inference, loaded = load(str(tmp_path), draws=3)
+  assert inference.protocol == {"steps": 1, "draws": 3, "guidance": 1.0}
+  for name, value in {**params, **averaged}.items():
+    np.testing.assert_array_equal(loaded[name], value, err_msg=name)
+  _, loaded = load(str(tmp_path), ema=False)
+  for name, value in params.items():
+    np.testing.assert_array_equal(loaded[name], value, err_msg=name)

@@ -1,0 +1,89 @@
+"""A run that is killed, twice, and goes on ends in the same bits as one left alone."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from diffdis_jax import checkpoint, train, workdir
+from diffdis_jax.step import Step, TrainState
+from tests import steps
+from tests.command_runs import ROOT, SAVE_EVERY, STEPS, joint_flags
+
+pytest_plugins = ("command_runs",)
+
+
+def kill_when(command: list[str], environment: dict[str, str], ready: Callable[[], bool]) -> None:
+  """Starts the run, and kills it with its threads in whatever state as soon as `ready()`."""
+  process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+  try:
+    deadline = time.monotonic() + 300
+    while not ready():
+      assert process.poll() is None, "the run ended before it could be killed"
+      assert time.monotonic() < deadline
+      time.sleep(0.001)
+  finally:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def steps_logged(run: pathlib.Path) -> list[int]:
+  path = run / "metrics.jsonl"
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def metrics(run: pathlib.Path) -> list[dict[str, float]]:
+  """Every line but for its speeds."""
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  speeds = {"steps_per_sec", "images_per_sec", "data_wait"}
+  return [{name: value for name, value in line.items() if name not in speeds} for line in lines]
+
+
+def restore(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
+  """The last state, and the images of the batch after it."""
+  config = workdir.load_config(str(run))
+  trainer = Step(config, steps.make_mesh())
+  iterator = train.make_loader(config)
+  with checkpoint.Checkpointer(str(run)) as checkpointer:
+    state = train.restore_or_init(config, trainer, checkpointer, iterator)
+  return jax.device_get(state), next(iterator)["image"]
+
+
+def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(tmp_path, joint_run, autoencoder_run, environment):
+  whole, killed = pathlib.Path(joint_run), tmp_path / "killed"
+  command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), f"--workdir={killed}"]
+
+  chosen = random.randint(SAVE_EVERY - 1, 2 * SAVE_EVERY - 1)
+  kill_when(command, environment, lambda: chosen in steps_logged(killed))
+  first = checkpoint.latest_step(str(killed)) or 0
+  assert first < STEPS, f"killed after step {chosen}, too late"
+
+  unfinished = lambda: {path.name for path in (killed / "checkpoints").glob("*.orbax-checkpoint-tmp*")}
+  left_behind = unfinished()
+  new = lambda: [int(name.split(".")[0]) for name in unfinished() - left_behind]
+  kill_when(command, environment, lambda: any(step > first + SAVE_EVERY for step in new()))
+  assert new(), "the save was finished before the kill"
+  assert first < checkpoint.latest_step(str(killed)) < STEPS
+
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert not unfinished()
+  assert steps_logged(killed) == list(range(1, STEPS + 1))
+  assert metrics(killed) == metrics(whole)
+
+  (expected, next_batch), (found, next_found) = restore(whole), restore(killed)
+  np.testing.assert_array_equal(next_found, next_batch)
+  assert int(found.step) == STEPS
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
+    assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from diffdis_jax import checkpoint, evals, inference, train
+from diffdis_jax.data import shapes, sources
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.structs import Batch, UserError
+from tests import steps, tiny
+from tests.command_runs import STEPS, call
+
+pytest_plugins = ("command_runs",)
+
+
+def lines_of(run: str) -> list[dict[str, float]]:
+  return [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def pixels(path: pathlib.Path) -> np.ndarray:
+  with Image.open(path) as image:
+    return np.asarray(image)
+
+
+def files_of(folder: pathlib.Path) -> dict[str, bytes]:
+  return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(config: ConfigDict, path: pathlib.Path, message: str) -> None:
+  """The run is refused in one line, and leaves what was there, or was not there, as it was."""
+  before = files_of(path) if path.exists() else None
+  with pytest.raises(UserError, match=message) as error:
+    train.train_and_evaluate(config, str(path))
+  assert "\n" not in str(error.value)
+  assert (files_of(path) if path.exists() else None) == before
+
+
+def test_a_run_holds_what_the_readme_says(joint_run):
+  run = pathlib.Path(joint_run)
+  lines = lines_of(joint_run)
+  assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+  quarters = {f"loss_{name}_q{i}" for name in ("generation", "discrimination") for i in (1, 2, 3, 4)}
+  losses = {"loss", "loss_generation", "loss_discrimination"}
+  others = {"grad_norm", "alignment_accuracy", "temperature", "steps_per_sec", "images_per_sec", "data_wait"}
+  for line in lines:
+    assert line.keys() == {"step"} | losses | quarters | others
+    assert all(math.isfinite(line[name]) for name in losses | others)
+    assert 0 <= line["data_wait"] <= 1 and line["steps_per_sec"] > 0
+    assert math.isclose(line["loss"], line["loss_generation"] + line["loss_discrimination"], rel_tol=1e-5)
+  assert np.mean([line["loss"] for line in lines[-4:]]) < np.mean([line["loss"] for line in lines[:4]])
+  assert json.loads((run / "config.json").read_text())["num_steps"] == STEPS
+  assert list(run.glob("events.out.tfevents.*"))
+  assert checkpoint.latest_step(joint_run) == STEPS
+  assert pixels(run / "samples" / f"samples_{STEPS:08d}.png").std() > 0
+  assert not list(run.rglob("*tmp*"))
+
+
+def test_a_joint_run_starts_from_the_autoencoder_and_keeps_it(joint_run, autoencoder_run):
+  expected = checkpoint.restore_params(autoencoder_run)
+  raw = checkpoint.restore_params(autoencoder_run, ema=False)
+  found = checkpoint.restore_params(joint_run, ema=False)
+  for name, value in expected.items():
+    np.testing.assert_array_equal(found[name], value, err_msg=name)
+  kernel = "autoencoder.conv_in.kernel"
+  assert (np.asarray(expected[kernel]) != np.asarray(raw[kernel])).any(), "the averaged ones are taken"
+  assert (np.asarray(found["autoencoder.scale"]) != 1).all()
+  assert {line["loss_l1"] > 0 for line in lines_of(autoencoder_run)} == {True}
+
+
+def test_the_run_is_evaluated_and_generates_through_the_command_line(joint_run, environment, tmp_path):
+  out = tmp_path / "results.json"
+  done = call("evaluate", environment, f"--workdir={joint_run}", "--tasks=zero_shot", f"--out={out}")
+  assert done.returncode == 0, done.stderr
+  results = json.loads(out.read_text())["zero_shot"]
+  assert results.keys() == {"test", "unseen"}
+  for record in results.values():
+    assert 0 <= record["metrics"]["acc1"] <= record["metrics"]["acc5"] <= 1
+    assert record["protocol"]["checkpoint"] == STEPS and record["protocol"]["ema"] is True
+
+  images = tmp_path / "images"
+  prompts = ("--prompt=a red star", "--prompt=a blue ring")
+  done = call("generate", environment, f"--workdir={joint_run}", *prompts, f"--out={images}", "--seed=1")
+  assert done.returncode == 0, done.stderr
+  assert {path.name for path in images.iterdir()} == {"00000.png", "00001.png", "grid.png", "prompts.json"}
+  first, second = (pixels(images / f"0000{i}.png") for i in range(2))
+  assert first.shape == second.shape == (16, 16, 3) and (first != second).any()
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--config=tests/tiny.py", "--config.batchsize=3"], "unknown config key batchsize; did you mean batch_size?"),
+    (["--config=tests/tiny.py:autoencodr"], "unknown argument 'autoencodr'; known: autoencoder"),
+    (["--config=tests/tiny.py", "--config.image_size=18"], "image_size is 18"),
+    (["--config=tests/tiny.py"], "flag --workdir=None"),
+  ],
+)
+def test_bad_command_lines_are_one_line_and_leave_nothing(environment, tmp_path, flags, message):
+  workdir = [] if "workdir" in message else [f"--workdir={tmp_path / 'run'}"]
+  done = call("train", environment, *flags, *workdir)
+  assert done.returncode == 2, done.stderr
+  line = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+  assert len(line) == 1 and message in line[0]
+  assert "Traceback" not in done.stderr
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"batch_size": 12}, "batch_size is 12; .* multiple of 8, such as"),
+    ({"image_size": 18}, "image_size is 18; .* multiple of 4, such as"),
+    ({"mesh.fsdp": 3}, "mesh data=-1, fsdp=3, tensor=1 takes 3 devices .* but there are 8"),
+    ({"model.dtype": "float8"}, "model.dtype is 'float8'; it must be one of float32, bfloat16"),
+    ({"data.name": "shape"}, "unknown data source 'shape'; there are shapes, pairs"),
+    ({"data.split": "training"}, "shapes has no split 'training'"),
+    ({"data.name": "pairs", "data.path": "nowhere"}, "no prepared data set in 'nowhere'"),
+    ({"train_evals": ("tset",)}, "train_evals names tset; evals has generated, test, unseen"),
+    ({"image_diffusion.schedule": "cosin"}, "unknown noise schedule 'cosin'"),
+    ({"text_diffusion.schedule": "cosin"}, "unknown noise schedule 'cosin'"),
+    ({"text_diffusion.target": "date"}, "unknown target 'date'"),
+    ({"inference.draws": 0}, "inference.draws is 0"),
+    ({"inference.steps": 0}, "0 sampling steps"),
+    ({"inference.generation_steps": 1000}, "1000 sampling steps"),
+    ({"optim.accumulate": 0}, "optim.accumulate is 0"),
+    ({"save_every": 0}, "save_every is 0; it must be at least 1"),
+  ],
+)
+def test_bad_configs_are_refused_before_the_workdir_is_made(tmp_path, changes, message):
+  config = tiny.get_config()
+  config.update_from_flattened_dict(changes)
+  refused(config, tmp_path / "run", message)
+
+
+def test_a_workdir_of_another_config_names_every_field_and_both_values(joint_run):
+  config = train.workdir.load_config(joint_run).copy_and_resolve_references().unlock()
+  config.batch_size, config.optim.rates.new = 32, 0.5
+  message = r"batch_size is 16 there and 32 here, optim\.rates\.new is 0\.002 there and 0\.5 here"
+  refused(config, pathlib.Path(joint_run), message)
+
+
+def test_a_checkpoint_without_its_commit_mark(joint_run, tmp_path):
+  copy = tmp_path / "run"
+  shutil.copytree(joint_run, copy)
+  (copy / "checkpoints" / str(STEPS) / "commit_success.txt").unlink()
+  with pytest.raises(UserError, match=f"checkpoint {STEPS} in .* was never committed"):
+    inference.load(str(copy), step=STEPS)
+  earlier = [path for path in (copy / "checkpoints").iterdir() if path.name.isdigit() and path.name != str(STEPS)]
+  for path in earlier:
+    shutil.rmtree(path)
+  config = tiny.get_config()
+  config.init_from = str(copy)
+  refused(config, tmp_path / "other", "no checkpoint in .*; train first")
+
+
+@pytest.mark.parametrize("case", ["nothing there", "nothing in common", "other shapes"])
+def test_init_from_that_does_not_fit(tmp_path, autoencoder_run, joint_run, case):
+  config = tiny.get_config("autoencoder")
+  config.init_from, message = autoencoder_run, ""
+  if case == "nothing there":
+    config.init_from, message = str(tmp_path), "no checkpoint in"
+  elif case == "other shapes":
+    config.model.autoencoder.widths = (16,)
+    message = r"autoencoder\.\S+ has shape .*8.* there and .*16.* in this config; use the same model section"
+  else:
+    config.init_from = str(without_autoencoder(joint_run, tmp_path / "text_only"))
+    message = "has no parameter of this network; it holds text_encoder"
+  refused(config, tmp_path / "run", message)
+
+
+def without_autoencoder(run: str, copy: pathlib.Path) -> pathlib.Path:
+  params = checkpoint.restore_params(run)
+  text = {name: value for name, value in params.items() if name.startswith("text_encoder.")}
+  with checkpoint.Checkpointer(str(copy)) as checkpointer:
+    checkpointer.save(1, steps.TrainState(step=1, params=text, ema={}, opt_state=()))
+  return copy
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+  config = tiny.get_config("autoencoder")
+  config.optim.update(clip_norm=0.0, warmup_steps=0, rates=dict(new=1e30))
+  config.update(save_every=1, log_every=1, num_steps=6)
+  with pytest.raises(UserError, match="is not finite by step 2; the last good checkpoint is step 1; lower optim.rates"):
+    train.train_and_evaluate(config, str(tmp_path))
+  assert checkpoint.latest_step(str(tmp_path)) == 1
+  assert all(np.isfinite(x).all() for x in checkpoint.restore_params(str(tmp_path), ema=False).values())
+  assert [line["step"] for line in lines_of(str(tmp_path))] == [1]
+  assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+def test_accuracy_falls_to_chance_with_images_shuffled_against_labels():
+  """The leak test: whatever else than an image's pixels tells its label would keep accuracy up.
+
+  The smallest network that learns anything: colours of shapes against eight fixed text queries.
+  """
+  changes = {"batch_size": 64, "num_steps": 100, "loss.image_dropout": 0.0, "optim.rates.new": 5e-3}
+  changes |= {"optim.warmup_steps": 10, "optim.groups": (("^autoencoder|^text_encoder", "frozen"), (".*", "new"))}
+  changes |= {"model.unet.widths": (16,), "model.alignment.width": 32, "model.text_encoder.width": 64}
+  config = tiny.get_config()
+  config.objectives = ("discrimination",)
+  config.update_from_flattened_dict(changes)
+  trainer = steps.Trainer(config)
+  source = sources.make(name="shapes", split="train", image_size=config.image_size)
+  tokenizer, rng = Tokenizer(config.data.max_length), np.random.default_rng(0)
+  text = {name: value for name, value in trainer.initial().params.items() if name.startswith("text_encoder.")}
+  state = trainer.step.with_params({**trainer.step.init_params(jax.random.key(0)), **text})
+  for _ in range(config.num_steps):
+    records = [source[int(i)] for i in rng.integers(0, len(source), config.batch_size)]
+    tokens = tokenizer([record["colour"] for record in records])
+    state, _ = trainer.run(state, Batch(image=np.stack([record["image"] for record in records]), tokens=tokens))
+
+  n = 224
+  data = {"name": "shapes", "split": "test", "image_size": config.image_size, "num_images": n}
+  section = {"task": "zero_shot", "data": data, "label_field": "colour", "templates": ("{}",)}
+  section["classnames"] = tuple(shapes.COLOURS)
+  model = inference.Inference(config, mesh=trainer.mesh)
+  accuracy = lambda **settings: evals.make(**section, **settings).run(model, state.params)
+  chance = 1 / len(shapes.COLOURS)
+  bound = chance + 4 * math.sqrt(chance * (1 - chance) / n)
+  assert accuracy()["acc1"] > 0.3 > bound
+  for seed in range(3):
+    assert accuracy(shuffle_labels=True, seed=seed)["acc1"] < bound
