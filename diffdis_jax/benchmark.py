@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from diffdis_jax import cli, sharding, workdir
 from diffdis_jax.step import Step
-from diffdis_jax.structs import Batch
+from diffdis_jax.structs import Batch, UserError
 
 OBJECTIVES = {
   "joint": ("generation", "discrimination"),
@@ -75,6 +75,8 @@ def main(argv: Sequence[str]) -> None:
   del argv
   cli.compilation_cache()
   cli.use_all_cores()
+  if not epath.Path(FLAGS.out).parent.is_dir():
+    raise UserError(f"--out={FLAGS.out} lies in no folder that exists; create it first")
   results = benchmark_step(FLAGS.config, rounds=FLAGS.rounds)
   logging.info(
     "joint / generation %.3f, joint / (generation + discrimination) %.3f, operations joint / generation %.3f",
