@@ -67,3 +67,31 @@ def medium() -> ConfigDict:
   model.text_encoder.update(max_length=24, width=128, mlp_width=512)
   model.autoencoder.update(widths=(24, 48), patch=1, latent_channels=4)
   return model
+
+
+def clip_vit_l14() -> ConfigDict:
+  """The CLIP baseline of the paper's Table 1, ViT-L/14: 303,966,208 + 123,650,304 + 1 parameters, as OpenAI's."""
+  return ConfigDict(
+    dict(
+      dtype="bfloat16",
+      text_encoder=dict(sd_v1().text_encoder, projection=768),
+      vision_encoder=dict(
+        image_size=224,
+        patch=14,
+        width=1024,
+        depth=24,
+        num_heads=16,
+        mlp_width=4096,
+        activation="quick_gelu",
+        projection=768,
+      ),
+    )
+  )
+
+
+def clip_vit_b32() -> ConfigDict:
+  """The smaller CLIP baseline of Table 1, ViT-B/32: 87,849,216 + 63,428,096 + 1 parameters."""
+  model = clip_vit_l14()
+  model.text_encoder.update(width=512, num_heads=8, mlp_width=2048, projection=512)
+  model.vision_encoder.update(patch=32, width=768, depth=12, num_heads=12, mlp_width=3072, projection=512)
+  return model

@@ -1,0 +1,170 @@
+"""Turns a run into a folder that PyTorch users load: a StableDiffusionPipeline, and what DiffDis adds beside it.
+
+  python -m diffdis_jax.export_weights --workdir=RUN --out=DIR
+
+DIR holds what `diffusers.StableDiffusionPipeline.from_pretrained` reads; where the run was trained for discrimination,
+diffdis.safetensors and diffdis_config.json for the PyTorch twin, interop/torch_diffdis.py; and README.md, a model card.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags, logging
+
+from diffdis_jax import checkpoint, cli, folders, workdir
+from diffdis_jax.data.tokenizer import END, START, Tokenizer
+from diffdis_jax.interop import to_torch
+
+FLAGS = flags.FLAGS
+# Fields of a run's config that say what its weights mean.
+OWN_FIELDS = (
+  "model",
+  "image_size",
+  "objectives",
+  "image_diffusion",
+  "text_diffusion",
+  "condition_timestep",
+  "inference",
+)
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# DiffDis
+
+One UNet that draws images from text and aligns images with text, by denoising a text embedding under the condition of
+an image (*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discrimination Capability*, ICCV 2023).
+Written by diffdis_jax: checkpoint of step {step}, {weights} weights, {dtype}.
+
+```python
+from diffusers import StableDiffusionPipeline
+image = StableDiffusionPipeline.from_pretrained(FOLDER)("a bear searching for food near the river").images[0]
+```
+{twin}
+## Figures
+
+{figures}
+
+## Known failures
+
+- Watermarks: trained on CC3M, whose photographs often carry them, the paper's model draws them too.
+- People and animals are its weakest subjects.
+- No safety checker comes with it, and the biases of its training data are in it.
+
+## Config
+
+```json
+{config}
+```
+"""
+TWIN = """
+For alignment, `diffdis.safetensors` and `diffdis_config.json` are read by the PyTorch twin,
+`diffdis_jax/interop/torch_diffdis.py`.
+"""
+
+
+def define_flags() -> None:
+  """The command line. Defined on call, so that two verbs can be imported side by side."""
+  flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+  flags.DEFINE_string("out", None, "folder to write; absent or empty", required=True)
+  flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
+  flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
+  flags.DEFINE_enum("dtype", "float32", list(to_torch.DTYPES), "of the written weights")
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator
+  export_weights(FLAGS.workdir, FLAGS.out, step=FLAGS.step, ema=FLAGS.ema, dtype=FLAGS.dtype)
+
+
+def export_weights(run: str, out: str, *, step: int | None = None, ema: bool = True, dtype: str = "float32") -> None:
+  """Writes a run's weights for PyTorch.
+
+  Args:
+    run: a workdir.
+    out: folder, absent or empty.
+    step: which checkpoint; None takes the newest.
+    ema: averaged weights, where the run keeps them.
+    dtype: of the files, a key of to_torch.DTYPES.
+
+  Raises:
+    UserError: no such checkpoint, a run that no pipeline can hold, or `out` cannot be written.
+  """
+  folder = pathlib.Path(out)
+  folders.check_empty(folder)
+  config = workdir.load_config(run)
+  to_torch.check(config.model, config.objectives)
+  saved = checkpoint.find(run, step)
+  step, ema = int(saved.name), ema and (saved / "ema").exists()
+  params = checkpoint.restore_params(run, step=step, ema=ema)
+  fields = config.to_dict()
+  own = {name: fields[name] for name in OWN_FIELDS} | {"max_length": config.data.max_length}
+  with folders.whole(folder) as temporary:
+    to_torch.write(
+      temporary,
+      params,
+      model=config.model,
+      image_size=config.image_size,
+      schedule=config.image_diffusion.schedule,
+      diffdis=own,
+      dtype=dtype,
+    )
+    write_tokenizer(temporary / "tokenizer", config.data.max_length)
+    has_twin = (temporary / to_torch.FILES["diffdis"]).exists()
+    card = CARD.format(
+      step=step,
+      weights="averaged" if ema else "raw",
+      dtype=dtype,
+      twin=TWIN if has_twin else "",
+      figures="\n".join(f"- {name}: {value}" for name, value in figures(pathlib.Path(run))) or "None were measured.",
+      config=json.dumps(own, indent=2, sort_keys=True),
+    )
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+  logging.info("step %d in %s%s", step, out, "" if has_twin else "; it was not trained for discrimination")
+
+
+def write_tokenizer(folder: pathlib.Path, max_length: int) -> None:
+  """CLIP's tokenizer, in the files of older and newer transformers."""
+  folder.mkdir()
+  Tokenizer(max_length).save(folder)
+  special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
+  (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+
+
+def figures(run: pathlib.Path) -> Iterator[tuple[str, str]]:
+  """What the workdir says of the run: the last line of metrics.jsonl, and the results of evaluations left there."""
+  metrics = run / "metrics.jsonl"
+  lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+  if last := [line for line in map(_parse, lines) if line][-1:]:
+    yield "training", _shown(last[0])
+  for path in sorted(run.glob("*.json")):
+    for task, records in _parse(path.read_text(encoding="utf-8")).items():
+      for dataset, record in records.items() if isinstance(records, dict) else ():
+        if isinstance(record, dict) and isinstance(record.get("metrics"), dict):
+          yield f"{task}, {dataset} ({path.name})", _shown(record["metrics"])
+
+
+def _parse(text: str) -> dict[str, Any]:
+  """A JSON object; anything else, such as a line that a killed run left unfinished, is an empty one."""
+  try:
+    content = json.loads(text)
+  except ValueError:
+    return {}
+  return content if isinstance(content, dict) else {}
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+  numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+  return ", ".join(f"{name} {value:.6g}" for name, value in numbers.items())
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)

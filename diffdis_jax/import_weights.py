@@ -1,0 +1,172 @@
+"""Turns a PyTorch checkpoint into a workdir, from which `generate` draws and `train --config.init_from=DIR` starts.
+
+  python -m diffdis_jax.import_weights --source=DIR_or_FILE --out=DIR
+
+Sources: a folder of Stable Diffusion v1 as diffusers has it, or a single file of it (.safetensors, .ckpt) in the names
+of CompVis; a folder of transformers' CLIPModel; open_clip's weights. What DiffDis adds is initialised at random.
+import.json says where each parameter came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+from absl import flags, logging
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import common, diffdis_cc3m, sizes
+from diffdis_jax import checkpoint, cli, folders, tree, workdir
+from diffdis_jax.data.tokenizer import VOCAB_SIZE, load_merges, make_vocab
+from diffdis_jax.interop import from_torch, mapping
+from diffdis_jax.interop.from_torch import Loaded, Source
+from diffdis_jax.interop.tensor_files import read_json
+from diffdis_jax.models import build
+from diffdis_jax.models.clip import Clip, VisionEncoder
+from diffdis_jax.models.text_encoder import TextEncoder
+from diffdis_jax.structs import UserError
+from diffdis_jax.tree import Params
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+  """What a checkpoint of step 0 holds."""
+
+  params: Params
+  ema: Params = dataclasses.field(default_factory=dict)
+  opt_state: Any = dataclasses.field(default_factory=dict)
+
+
+def define_flags() -> None:
+  """The command line. Defined on call, so that two verbs can be imported side by side."""
+  flags.DEFINE_string("source", None, "checkpoint to read: a folder or a file", required=True)
+  flags.DEFINE_string("out", None, "workdir to write; absent or empty", required=True)
+  flags.DEFINE_integer("seed", 0, "of the parameters that the source does not have")
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator
+  cli.compilation_cache()
+  import_weights(FLAGS.source, FLAGS.out, seed=FLAGS.seed)
+
+
+def import_weights(source: str, out: str, *, seed: int = 0) -> None:
+  """Reads a checkpoint and writes a workdir.
+
+  Args:
+    source: folder or file.
+    out: folder, absent or empty.
+    seed: of the parameters that are initialised.
+
+  Raises:
+    UserError: a source that cannot be read or is of another kind, or `out` cannot be written.
+  """
+  folder = pathlib.Path(out)
+  folders.check_empty(folder)
+  found = from_torch.open_source(pathlib.Path(source))
+  config = make_config(found)
+  if found.tokenizer:
+    check_tokenizer(found.tokenizer)
+  make = make_clip(config.model) if found.is_clip else make_diffdis(config)
+  network = tree.flatten(build.abstract(make)[1])
+  loaded = from_torch.load(found, network)
+  params = loaded.params | initialise(make, network.keys() - loaded.params.keys(), seed=seed)
+  report(loaded, network)
+
+  with folders.whole(folder) as temporary:
+    workdir.open_for_training(str(temporary), config)
+    origin = {"source": source, "loaded": loaded.names, "ignored": loaded.ignored}
+    origin["initialised"] = sorted(network.keys() - loaded.names.keys())
+    (temporary / "import.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    with checkpoint.Checkpointer(str(temporary)) as checkpointer:
+      checkpointer.save(0, State(params), meta={"source": source})
+  logging.info("%d parameters in %s", len(params), out)
+
+
+def make_config(source: Source) -> ConfigDict:
+  """The paper's config around the source's network, computing in f32 as PyTorch does. CLIP has its two towers alone.
+
+  Raises:
+    UserError: a network that cannot be built, or whose token ids are not CLIP's.
+  """
+  if source.is_clip:
+    config = common.base(sizes.clip_vit_l14(), image_size=source.fields["image_size"])
+    config.objectives = ("contrastive",)
+  else:
+    config = diffdis_cc3m.get_config()
+    text = source.model["text_encoder"]
+    # 768 and 12 in the paper, as in its text tower.
+    config.model.alignment.update(width=text["width"], num_heads=text["num_heads"])
+    config.model.remat = "none"
+  config.model.update(source.model)
+  config.model.dtype = "float32"
+  config.update_from_flattened_dict(source.fields)
+  if not source.is_clip:
+    build.check(config.model, objectives=config.objectives, image_size=config.image_size)
+  if config.model.text_encoder.vocab_size < VOCAB_SIZE:
+    raise UserError(
+      f"the text tower has {config.model.text_encoder.vocab_size} tokens; only CLIP's vocabulary of {VOCAB_SIZE} is"
+      " supported"
+    )
+  return config
+
+
+def check_tokenizer(folder: pathlib.Path) -> None:
+  """Raises UserError unless the tokenizer's vocabulary is CLIP's, in files of older or newer transformers."""
+  files = [path for name in ("vocab.json", "tokenizer.json") if (path := folder / name).exists()]
+  if not files:
+    raise UserError(f"{folder} has neither vocab.json nor tokenizer.json")
+  vocab = read_json(files[0])
+  if files[0].name == "tokenizer.json":
+    added = {token["content"]: token["id"] for token in vocab.get("added_tokens", ())}
+    vocab = vocab.get("model", {}).get("vocab", {}) | added
+  if vocab != make_vocab(load_merges()):
+    raise UserError(f"{files[0]} is not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
+
+
+def make_diffdis(config: ConfigDict) -> Callable[[nnx.Rngs], nnx.Module]:
+  return build.make(config.model, objectives=config.objectives)
+
+
+def make_clip(model: ConfigDict) -> Callable[[nnx.Rngs], Clip]:
+  dtype = build.DTYPES[model.dtype]
+  return lambda rngs: Clip(
+    text_encoder=TextEncoder(**model.text_encoder, dtype=dtype, rngs=rngs),
+    vision_encoder=VisionEncoder(**model.vision_encoder, dtype=dtype, rngs=rngs),
+  )
+
+
+def initialise(make: Callable[[nnx.Rngs], nnx.Module], paths: Collection[str], *, seed: int) -> Params:
+  """Fresh parameters of these paths; the others are never computed."""
+  if not paths:
+    return {}
+
+  def some(key: jax.Array) -> Params:
+    params = tree.flatten(build.initialise(make, key))
+    return {path: params[path] for path in paths}
+
+  # It runs once, so the compiler need not try hard.
+  return jax.jit(some, compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(seed))
+
+
+def report(loaded: Loaded, network: Collection[str]) -> None:
+  """Counts what was loaded, initialised and ignored by component; import.json has every name."""
+  new = [path for path in network if path not in loaded.names and path not in mapping.STATISTICS]
+  for what, names in (("loaded", loaded.names.values()), ("initialised", new), ("ignored", loaded.ignored)):
+    parts = Counter(re.split(r"[/.]", name)[0] for name in names)
+    logging.info("%s %d: %s", what, len(names), ", ".join(f"{part} {n}" for part, n in parts.items()) or "nothing")
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)

@@ -1,0 +1,249 @@
+"""PyTorch users' checkpoints to our parameters: Stable Diffusion v1 and CLIP, in every form in which they are shared.
+
+`open_source` finds out what a path holds and what network it makes; `load` then reads the tensors one by one, so that
+no more than one of them is in memory twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jaxtyping import Array, Float
+
+from diffdis_jax.interop import compvis, mapping, openclip, sections, shapes, tensor_files
+from diffdis_jax.interop.tensor_files import Tensor, Tensors, read_json
+from diffdis_jax.structs import UserError
+from diffdis_jax.tree import Params
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer")
+V1 = "version 1 is supported, such as CompVis/stable-diffusion-v1-1"
+# Stable Diffusion's images and its autoencoder's scale, where a checkpoint has no config.json.
+IMAGE_SIZE, SCALE = 512, 0.18215
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """What a path holds.
+
+  Attributes:
+    components: unread tensors by component and name, as mapping.py has them.
+    model: our config's `model` section as far as the checkpoint decides it, by part.
+    fields: other fields of a run's config, by their dotted paths.
+    tokenizer: folder of its tokenizer, if it has one.
+    others: names of tensors that belong to no component.
+  """
+
+  components: dict[str, Tensors]
+  model: dict[str, Any]
+  fields: dict[str, Any]
+  tokenizer: pathlib.Path | None = None
+  others: list[str] = dataclasses.field(default_factory=list)
+
+  @property
+  def is_clip(self) -> bool:
+    return "clip" in self.components
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """Parameters in f32, the name of each in the checkpoint, and what of the checkpoint has no place here."""
+
+  params: Params
+  names: dict[str, str]
+  ignored: list[str]
+
+
+def open_source(path: pathlib.Path) -> Source:
+  """Finds out what there is; reads no more than config files and headers.
+
+  Args:
+    path: a folder of diffusers, of transformers' CLIPModel or of open_clip, or a file of Stable Diffusion in CompVis'
+      names or of open_clip.
+
+  Raises:
+    UserError: nothing that this package can read, or not all of it.
+  """
+  if path.is_file():
+    return _open_single_file(path)
+  if not path.is_dir():
+    raise UserError(f"no file or folder {path}; --source names a checkpoint")
+  if (path / "model_index.json").exists() or any((path / part).is_dir() for part in PARTS):
+    return _open_diffusers(path)
+  if (path / "config.json").exists() and read_json(path / "config.json").get("model_type") == "clip":
+    return _open_clip_model(path)
+  if (path / "open_clip_config.json").exists():
+    return _open_openclip(tensor_files.open_folder(path), path / "open_clip_config.json")
+  raise UserError(f"{path} has neither a model_index.json of Stable Diffusion nor a config.json of CLIP")
+
+
+def load(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Loaded:
+  """Reads the parameters that the network has, and closes the source's files.
+
+  Args:
+    source: its components are emptied.
+    network: shapes by path.
+
+  Raises:
+    UserError: one that is missing, or of another shape.
+  """
+  params, names, ignored = {}, {}, list(source.others)
+  for component, tensors in source.components.items():
+    for name in list(tensors):
+      tensor, entry = tensors.pop(name), mapping.from_name(component, name)
+      if entry is None or entry.path not in network:
+        ignored.append(f"{component}/{name}")
+        continue
+      params[entry.path] = _read(tensor, entry, network[entry.path].shape)
+      names[entry.path] = f"{component}/{name}"
+
+  known = mapping.CLIP if source.is_clip else mapping.DIFFDIS
+  entries = [mapping.from_path(path, known) for path in network if path not in mapping.STATISTICS]
+  missing = [entry for entry in entries if entry.component in source.components and entry.path not in params]
+  if missing:
+    raise UserError(
+      f"{missing[0].component} lacks {len(missing)} of its model's parameters, such as {missing[0].name}; its config"
+      " and its weights should be of one model"
+    )
+  return Loaded(params, names, ignored)
+
+
+def _read(tensor: Tensor, entry: mapping.Entry, shape: tuple[int, ...]) -> Float[Array, "..."]:
+  """The parameter in f32. Where one side has a 1x1 convolution and the other a matrix, they are the same numbers."""
+  expected = entry.shape_in_theirs(shape)
+  squeezed = lambda shape: [n for n in shape if n != 1]
+  if squeezed(tensor.shape) != squeezed(expected):
+    raise UserError(
+      f"{entry.component} parameter {entry.name} has shape {tensor.shape} in the checkpoint; its model has {expected}"
+    )
+  return jnp.asarray(np.array(entry.to_ours(tensor.read().reshape(expected)), np.float32, order="C"))
+
+
+def _open_diffusers(folder: pathlib.Path) -> Source:
+  index = read_json(folder / "model_index.json")
+  unet = read_json(folder / "unet" / "config.json") if (folder / "unet").is_dir() else {}
+  _check_version(folder, index, unet)
+  for part in PARTS:
+    if not (folder / part).is_dir():
+      raise UserError(f"{folder} has no folder {part}; a Stable Diffusion of diffusers has {', '.join(PARTS)}")
+
+  where = lambda part: str(folder / part / "config.json")
+  config = {part: read_json(folder / part / "config.json") for part in ("vae", "text_encoder")}
+  model = {
+    "unet": sections.read_unet(unet, where("unet")),
+    "autoencoder": sections.read_vae(config["vae"], where("vae")),
+    "text_encoder": sections.read_text(config["text_encoder"], where("text_encoder")),
+  }
+  sections.check_widths(unet, model, where("unet"))
+  factor = 2 ** (len(model["autoencoder"]["widths"]) - 1)
+  sample_size = unet.get("sample_size")
+  fields = {"image_size": sample_size * factor if isinstance(sample_size, int) else IMAGE_SIZE}
+  fields["data.max_length"] = _token_length(folder / "tokenizer", model["text_encoder"]["max_length"])
+  scheduler = folder / "scheduler" / "scheduler_config.json"
+  if scheduler.exists():
+    fields["image_diffusion.schedule"] = sections.read_scheduler(read_json(scheduler), str(scheduler))
+
+  components = {
+    part: {_canonical(part, name): tensor for name, tensor in tensor_files.open_folder(folder / part).items()}
+    for part in ("unet", "vae", "text_encoder")
+  }
+  if (folder / "diffdis.safetensors").exists():  # what export_weights wrote
+    components["diffdis"] = tensor_files.open_file(folder / "diffdis.safetensors")
+    own = read_json(folder / "diffdis_config.json")
+    model |= {name: own["model"][name] for name in ("fusion", "share_attention", "modality_ffn", "alignment")}
+    model["text_encoder"]["projection"] = own["model"]["text_encoder"]["projection"]
+    fields |= {f"text_diffusion.{name}": value for name, value in own["text_diffusion"].items()}
+    fields["condition_timestep"] = own["condition_timestep"]
+  return Source(components, model, fields, tokenizer=folder / "tokenizer")
+
+
+def _check_version(folder: pathlib.Path, index: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+  context, name = unet.get("cross_attention_dim"), index.get("_class_name")
+  if context == 2048 or unet.get("addition_embed_type") or "text_encoder_2" in index:
+    raise UserError(f"{folder} is a Stable Diffusion XL checkpoint ({name}, text condition of width {context}); {V1}")
+  if context == 1024 or isinstance(unet.get("attention_head_dim"), list):
+    raise UserError(f"{folder} is a Stable Diffusion 2 checkpoint (text condition of width {context}); {V1}")
+  if "unet" not in index:
+    raise UserError(f"{folder} is a {name}, whose model_index.json names no unet; {V1}")
+
+
+def _token_length(tokenizer: pathlib.Path, positions: int) -> int:
+  config = tokenizer / "tokenizer_config.json"
+  length = read_json(config).get("model_max_length", positions) if config.exists() else positions
+  return min(int(length), positions)
+
+
+def _canonical(part: str, name: str) -> str:
+  """The name that mapping.py has, for what older and newer libraries write differently."""
+  if part == "text_encoder" and not name.startswith(("text_model.", "text_projection.")):
+    return f"text_model.{name}"  # transformers 5 writes it without
+  if part == "vae":  # diffusers before 0.13
+    name = re.sub(r"attentions\.0\.(query|key|value)\.", lambda match: f"attentions.0.to_{match[1][0]}.", name)
+    name = name.replace("attentions.0.proj_attn.", "attentions.0.to_out.0.")
+  return name
+
+
+def _open_single_file(path: pathlib.Path) -> Source:
+  tensors = tensor_files.open_file(path)
+  has = lambda prefix: any(name.startswith(prefix) for name in tensors)
+  if openclip.MARK in tensors:
+    return _open_openclip(tensors, path.parent / "open_clip_config.json")
+  if has("conditioner."):
+    raise UserError(f"{path} is a Stable Diffusion XL checkpoint (it has conditioner.*); {V1}")
+  if has("cond_stage_model.model."):
+    raise UserError(f"{path} is a Stable Diffusion 2 checkpoint (it has cond_stage_model.model.*); {V1}")
+  if not has("model.diffusion_model.input_blocks."):
+    examples = ", ".join(list(tensors)[:3]) or "none"
+    raise UserError(f"{path} is neither a Stable Diffusion v1 nor an open_clip checkpoint; its tensors: {examples}")
+  for prefix in compvis.PREFIXES.values():
+    if not has(prefix):
+      raise UserError(
+        f"{path} has no {prefix}*; a whole Stable Diffusion v1 has {', '.join(compvis.PREFIXES.values())}"
+      )
+
+  components, others = compvis.split(tensors)
+  components["text_encoder"] = {
+    _canonical("text_encoder", name): tensor for name, tensor in components["text_encoder"].items()
+  }
+  where = str(path)
+  model = {
+    "unet": shapes.unet(components["unet"], where),
+    "autoencoder": dict(shapes.vae(components["vae"], where), scale=SCALE),
+    "text_encoder": dict(shapes.text(components["text_encoder"], where), activation="quick_gelu"),
+  }
+  fields = {"image_size": IMAGE_SIZE, "data.max_length": model["text_encoder"]["max_length"]}
+  return Source(components, model, fields, others=others)
+
+
+def _open_clip_model(folder: pathlib.Path) -> Source:
+  where, config = str(folder / "config.json"), read_json(folder / "config.json")
+  projection = config.get("projection_dim", 512)
+  text = sections.read_text(config.get("text_config") or {}, where)
+  vision = sections.read_vision(config.get("vision_config") or {}, where)
+  return _clip(tensor_files.open_folder(folder), text | {"projection": projection}, vision | {"projection": projection})
+
+
+def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
+  tensors, where = openclip.convert(tensors), "open_clip checkpoint"
+  said = read_json(config).get("model_cfg", {}) if config.exists() else {}
+  activation = {"activation": "quick_gelu" if said.get("quick_gelu") else "gelu"}
+  if not said:
+    logging.warning(
+      "no %s, so the activation is gelu, open_clip's default; OpenAI's weights need one with"
+      ' {"model_cfg": {"quick_gelu": true}}',
+      config,
+    )
+  vision = shapes.vision(tensors, where) | activation
+  return _clip(tensors, shapes.text(tensors, where) | activation | {"projection": vision["projection"]}, vision)
+
+
+def _clip(tensors: Tensors, text: dict[str, Any], vision: dict[str, Any]) -> Source:
+  fields = {"image_size": vision["image_size"], "data.max_length": text["max_length"]}
+  return Source({"clip": tensors}, {"text_encoder": text, "vision_encoder": vision}, fields)

@@ -1,0 +1,258 @@
+"""The one table of parameter names: ours, theirs, and the axes between them. Import and export both read it.
+
+Theirs are those of PyTorch's state dicts, by component:
+
+  unet, vae     diffusers' UNet2DConditionModel and AutoencoderKL
+  text_encoder  transformers' CLIPTextModel, with the prefix `text_model.` of published checkpoints
+  diffdis       the PyTorch twin's own parameters, torch_diffdis.py
+  clip          transformers' CLIPModel, both towers
+
+A row is (our path, their name, axes), and `#` in it stands for an index. Rows nest: `under` puts a sub-table below a
+prefix, down to those of single layers (LINEAR, CONV, NORM, EMBEDDING).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped
+
+Axes = tuple[int, ...]
+DIFFDIS = ("unet", "vae", "text_encoder", "diffdis")
+CLIP = ("clip",)
+
+# The mean and deviation of latents. Diffusers has no parameters for them: one number, `scaling_factor`, is in the
+# autoencoder's config.
+STATISTICS = ("autoencoder.shift", "autoencoder.scale")
+
+
+class Row(NamedTuple):
+  """One parameter, or one pattern of them.
+
+  Attributes:
+    ours: dotted path.
+    theirs: name in the state dict.
+    axes: theirs = ours.transpose(axes); empty where both are laid out alike.
+  """
+
+  ours: str
+  theirs: str
+  axes: Axes = ()
+
+
+Rows = tuple[Row, ...]
+
+
+class Entry(NamedTuple):
+  """A row with its indices filled in, and the component that it belongs to."""
+
+  component: str
+  path: str
+  name: str
+  axes: Axes
+
+  def to_theirs(self, ours: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    return ours.transpose(self.axes) if self.axes else ours
+
+  def to_ours(self, theirs: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    return theirs.transpose(np.argsort(self.axes)) if self.axes else theirs
+
+  def shape_in_ours(self, theirs: Sequence[int]) -> tuple[int, ...]:
+    """Shape that an array of this shape on their side has on ours."""
+    return tuple(theirs[i] for i in np.argsort(self.axes)) if self.axes else tuple(theirs)
+
+  def shape_in_theirs(self, ours: Sequence[int]) -> tuple[int, ...]:
+    """Shape that an array of this shape on our side has on theirs."""
+    return tuple(ours[i] for i in self.axes) if self.axes else tuple(ours)
+
+
+def from_path(path: str, components: Sequence[str] = DIFFDIS) -> Entry:
+  """Where our parameter goes.
+
+  Args:
+    path: ours; none of STATISTICS.
+    components: DIFFDIS, or CLIP for the CLIP baseline's parameters, some of which have the same paths.
+
+  Raises:
+    KeyError: the table has no such path.
+  """
+  for component in components:
+    for row in TABLE[component]:
+      if indices := _match(row.ours, path):
+        return Entry(component, path, _fill(row.theirs, indices), row.axes)
+  raise KeyError(f"interop/mapping.py has no row for parameter {path}")
+
+
+def from_name(component: str, name: str) -> Entry | None:
+  """Where their parameter goes, or None: their files hold things that we have no use for."""
+  for row in TABLE[component]:
+    if indices := _match(row.theirs, name):
+      return Entry(component, _fill(row.ours, indices), name, row.axes)
+  return None
+
+
+def under(ours: str, theirs: str, rows: Sequence[Row]) -> Rows:
+  """The rows below a prefix on each side; an empty prefix adds nothing."""
+  below = lambda prefix, name: f"{prefix}.{name}" if prefix else name
+  return tuple(Row(below(ours, row.ours), below(theirs, row.theirs), row.axes) for row in rows)
+
+
+def _same(rows: Rows, *names: str) -> Rows:
+  """The sub-table below each of these names, which both sides share."""
+  return tuple(row for name in names for row in under(name, name, rows))
+
+
+@functools.cache
+def _regex(pattern: str) -> re.Pattern[str]:
+  # The first group is there for patterns without an index: a match is never an empty tuple.
+  return re.compile("()" + re.escape(pattern).replace(r"\#", r"(\d+)"))
+
+
+def _match(pattern: str, name: str) -> tuple[str, ...] | None:
+  match = _regex(pattern).fullmatch(name)
+  return match and match.groups()
+
+
+def _fill(pattern: str, indices: tuple[str, ...]) -> str:
+  return "".join(part + index for part, index in zip(pattern.split("#"), (*indices[1:], ""), strict=True))
+
+
+# Single layers. Kernels are [in, out] and [h, w, in, out] here, [out, in] and [out, in, h, w] there.
+LINEAR = (Row("kernel", "weight", (1, 0)), Row("bias", "bias"))
+CONV = (Row("kernel", "weight", (3, 2, 0, 1)), Row("bias", "bias"))
+NORM = (Row("norm.scale", "weight"), Row("norm.bias", "bias"))
+EMBEDDING = (Row("embedding", "weight"),)
+
+# Stable Diffusion.
+RESNET = (
+  *_same(NORM, "norm1", "norm2"),
+  *_same(CONV, "conv1", "conv2"),
+  *under("time", "time_emb_proj", LINEAR),
+  *under("shortcut", "conv_shortcut", CONV),
+)
+ATTENTION = (
+  *under("q", "to_q", LINEAR),
+  *under("k", "to_k", LINEAR),
+  *under("v", "to_v", LINEAR),
+  *under("out", "to_out.0", LINEAR),
+)
+SPATIAL_TRANSFORMER = (
+  *_same(NORM, "norm"),
+  *_same(CONV, "proj_in", "proj_out"),
+  *under(
+    "block",
+    "transformer_blocks.0",
+    (
+      *_same(NORM, "norm1", "norm2", "norm3"),
+      *_same(ATTENTION, "attn1", "attn2"),
+      *under("ff.proj", "ff.net.0.proj", LINEAR),
+      *under("ff.out", "ff.net.2", LINEAR),
+    ),
+  ),
+)
+UNET_LEVEL = (
+  *_same(RESNET, "resnets.#"),
+  *_same(SPATIAL_TRANSFORMER, "attentions.#"),
+)
+UNET = (
+  *_same(CONV, "conv_in", "conv_out"),
+  *under("time.fc1", "time_embedding.linear_1", LINEAR),
+  *under("time.fc2", "time_embedding.linear_2", LINEAR),
+  *under("down.#", "down_blocks.#", (*UNET_LEVEL, *under("downsample.conv", "downsamplers.0.conv", CONV))),
+  *under("middle.resnet1", "mid_block.resnets.0", RESNET),
+  *under("middle.attention", "mid_block.attentions.0", SPATIAL_TRANSFORMER),
+  *under("middle.resnet2", "mid_block.resnets.1", RESNET),
+  *under("up.#", "up_blocks.#", (*UNET_LEVEL, *under("upsample.conv", "upsamplers.0.conv", CONV))),
+  *under("norm_out", "conv_norm_out", NORM),
+)
+VAE_MIDDLE = (
+  *under("resnet1", "resnets.0", RESNET),
+  *under("attention.norm", "attentions.0.group_norm", NORM),
+  *under("attention.attn", "attentions.0", ATTENTION),
+  *under("resnet2", "resnets.1", RESNET),
+)
+VAE = (
+  *under("conv_in", "encoder.conv_in", CONV),
+  *under("down.#.resnets.#", "encoder.down_blocks.#.resnets.#", RESNET),
+  *under("down.#.resample.conv", "encoder.down_blocks.#.downsamplers.0.conv", CONV),
+  *under("encoder_middle", "encoder.mid_block", VAE_MIDDLE),
+  *under("encoder_norm", "encoder.conv_norm_out", NORM),
+  *under("encoder_out", "encoder.conv_out", CONV),
+  *under("quant", "quant_conv", CONV),
+  *under("post_quant", "post_quant_conv", CONV),
+  *under("decoder_in", "decoder.conv_in", CONV),
+  *under("decoder_middle", "decoder.mid_block", VAE_MIDDLE),
+  *under("up.#.resnets.#", "decoder.up_blocks.#.resnets.#", RESNET),
+  *under("up.#.resample.conv", "decoder.up_blocks.#.upsamplers.0.conv", CONV),
+  *under("decoder_norm", "decoder.conv_norm_out", NORM),
+  *under("conv_out", "decoder.conv_out", CONV),
+)
+
+# CLIP.
+CLIP_LAYERS = under(
+  "layers.#",
+  "encoder.layers.#",
+  (
+    *under("norm1", "layer_norm1", NORM),
+    *under("attn.q", "self_attn.q_proj", LINEAR),
+    *under("attn.k", "self_attn.k_proj", LINEAR),
+    *under("attn.v", "self_attn.v_proj", LINEAR),
+    *under("attn.out", "self_attn.out_proj", LINEAR),
+    *under("norm2", "layer_norm2", NORM),
+    *_same(LINEAR, "mlp.fc1", "mlp.fc2"),
+  ),
+)
+TEXT_TOWER = (
+  *under("tokens", "embeddings.token_embedding", EMBEDDING),
+  Row("positions", "embeddings.position_embedding.weight"),
+  *CLIP_LAYERS,
+  *under("norm", "final_layer_norm", NORM),
+)
+VISION_TOWER = (
+  *under("patch", "embeddings.patch_embedding", CONV),
+  Row("class_token", "embeddings.class_embedding"),
+  Row("positions", "embeddings.position_embedding.weight"),
+  *under("pre_norm", "pre_layrnorm", NORM),
+  *CLIP_LAYERS,
+  *under("norm", "post_layernorm", NORM),
+)
+
+# DiffDis' own.
+OWN_ATTENTION = _same(LINEAR, "q", "k", "v", "out")
+FUSION_BLOCK = (
+  *_same(LINEAR, "fc_in", "fc_out", "ff.proj", "ff.out"),
+  *_same(OWN_ATTENTION, "attn"),
+  *_same(NORM, "norm"),
+)
+ALIGNMENT = (
+  *_same(LINEAR, "text_in", "image_in", "predictor"),
+  *_same(
+    (*_same(NORM, "norm1", "norm2"), *_same(OWN_ATTENTION, "attn"), *_same(LINEAR, "mlp.fc1", "mlp.fc2")), "layers.#"
+  ),
+  *_same(NORM, "norm"),
+)
+
+TABLE: dict[str, Rows] = {
+  "unet": under("unet", "", UNET),
+  "vae": under("autoencoder", "", VAE),
+  "text_encoder": under("text_encoder", "text_model", TEXT_TOWER),
+  "diffdis": (
+    *_same(LINEAR, "text_stream.embedder.fc1", "text_stream.embedder.fc2"),
+    *_same(FUSION_BLOCK, "text_stream.blocks.#"),
+    *_same(ALIGNMENT, "alignment"),
+    *under("text_encoder.projection", "text_projection", LINEAR),
+    Row("logit_scale", "logit_scale"),
+  ),
+  "clip": (
+    *under("text_encoder", "text_model", TEXT_TOWER),
+    *under("text_encoder.projection", "text_projection", LINEAR),
+    *under("vision_encoder", "vision_model", VISION_TOWER),
+    *under("vision_encoder.projection", "visual_projection", LINEAR),
+    Row("logit_scale", "logit_scale"),
+  ),
+}
+"""Component -> its rows."""

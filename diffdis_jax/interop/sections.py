@@ -1,0 +1,210 @@
+"""The config.json of diffusers' and transformers' models, and our `model` section: one table of fields, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffdis_jax.structs import UserError
+
+Config = Mapping[str, Any]
+
+# (our field, their field, their library's default for a config.json without it). `attention_head_dim` is diffusers'
+# name for the number of heads of Stable Diffusion v1.
+Fields = tuple[tuple[str, str, Any], ...]
+UNET: Fields = (
+  ("widths", "block_out_channels", (320, 640, 1280, 1280)),
+  ("depth", "layers_per_block", 2),
+  ("num_heads", "attention_head_dim", 8),
+  ("groups", "norm_num_groups", 32),
+)
+VAE: Fields = (
+  ("widths", "block_out_channels", (64,)),
+  ("depth", "layers_per_block", 1),
+  ("latent_channels", "latent_channels", 4),
+  ("groups", "norm_num_groups", 32),
+  ("attention", "mid_block_add_attention", True),
+  ("scale", "scaling_factor", 0.18215),
+)
+TEXT: Fields = (
+  ("vocab_size", "vocab_size", 49408),
+  ("max_length", "max_position_embeddings", 77),
+  ("width", "hidden_size", 512),
+  ("depth", "num_hidden_layers", 12),
+  ("num_heads", "num_attention_heads", 8),
+  ("mlp_width", "intermediate_size", 2048),
+  ("activation", "hidden_act", "quick_gelu"),
+)
+VISION: Fields = (
+  ("image_size", "image_size", 224),
+  ("patch", "patch_size", 32),
+  ("width", "hidden_size", 768),
+  ("depth", "num_hidden_layers", 12),
+  ("num_heads", "num_attention_heads", 12),
+  ("mlp_width", "intermediate_size", 3072),
+  ("activation", "hidden_act", "quick_gelu"),
+)
+
+# What has one value in Stable Diffusion v1 and here, in their names.
+FIXED_UNET = dict(
+  act_fn="silu",
+  center_input_sample=False,
+  flip_sin_to_cos=True,
+  freq_shift=0,
+  downsample_padding=1,
+  mid_block_scale_factor=1,
+  mid_block_type="UNetMidBlock2DCrossAttn",
+  norm_eps=1e-5,
+  only_cross_attention=False,
+  dual_cross_attention=False,
+  transformer_layers_per_block=1,
+  resnet_time_scale_shift="default",
+  class_embed_type=None,
+  num_class_embeds=None,
+  addition_embed_type=None,
+  encoder_hid_dim=None,
+  time_cond_proj_dim=None,
+)
+FIXED_VAE = dict(
+  act_fn="silu",
+  in_channels=3,
+  out_channels=3,
+  shift_factor=None,
+  latents_mean=None,
+  latents_std=None,
+  use_quant_conv=True,
+  use_post_quant_conv=True,
+)
+FIXED_TEXT = dict(layer_norm_eps=1e-5)
+FIXED_VISION = dict(layer_norm_eps=1e-5, num_channels=3)
+FIXED_SCHEDULER = dict(num_train_timesteps=1000, prediction_type="epsilon", trained_betas=None)
+
+ACTIVATIONS = ("quick_gelu", "gelu")
+# Our noise schedule -> theirs. The betas' range is fixed, and means nothing to the cosine schedule.
+SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
+BETAS = dict(beta_start=0.00085, beta_end=0.012)
+# Stable Diffusion's DDIM steps: multiples of T / n, offset by one, down to ᾱ(0).
+SAMPLER = dict(steps_offset=1, set_alpha_to_one=False, clip_sample=False, timestep_spacing="leading")
+
+
+def read_unet(config: Config, where: str) -> dict[str, Any]:
+  """`model.unet`. Each of these functions raises a UserError that starts with `where` for what is not supported."""
+  section = _read(config, UNET, FIXED_UNET, where)
+  attention = tuple(
+    block == "CrossAttnDownBlock2D" for block in config.get("down_block_types", _unet_blocks((True, True, True, False)))
+  )
+  _require(
+    config, dict(down_block_types=_unet_blocks(attention), up_block_types=_unet_blocks(attention, up=True)), where
+  )
+  return dict(section, attention=attention)
+
+
+def write_unet(section: Config, *, latent_channels: int, context_width: int, sample_size: int) -> dict[str, Any]:
+  return dict(
+    _class_name="UNet2DConditionModel",
+    **_write(section, UNET, FIXED_UNET),
+    in_channels=latent_channels,
+    out_channels=latent_channels,
+    cross_attention_dim=context_width,
+    sample_size=sample_size,
+    down_block_types=_unet_blocks(section["attention"]),
+    up_block_types=_unet_blocks(section["attention"], up=True),
+  )
+
+
+def read_vae(config: Config, where: str) -> dict[str, Any]:
+  """`model.autoencoder`."""
+  section = _read(config, VAE, FIXED_VAE, where)
+  _require(config, _vae_blocks(section), where)
+  return dict(section, patch=1, shift=0.0)
+
+
+def write_vae(section: Config, *, scaling_factor: float, sample_size: int) -> dict[str, Any]:
+  return dict(
+    _class_name="AutoencoderKL",
+    **_write(dict(section, scale=scaling_factor), VAE, FIXED_VAE),
+    **_vae_blocks(section),
+    sample_size=sample_size,
+  )
+
+
+def read_text(config: Config, where: str) -> dict[str, Any]:
+  """`model.text_encoder`, but for its ids of start and end, which old config.json files have wrong."""
+  return _activation(_read(config, TEXT, FIXED_TEXT, where), where)
+
+
+def write_text(section: Config) -> dict[str, Any]:
+  return dict(
+    architectures=["CLIPTextModel"],
+    model_type="clip_text_model",
+    **_write(section, TEXT, FIXED_TEXT),
+    bos_token_id=section["bos_id"],
+    eos_token_id=section["eos_id"],
+    pad_token_id=section["eos_id"],
+  )
+
+
+def read_vision(config: Config, where: str) -> dict[str, Any]:
+  """`model.vision_encoder`, but for its projection."""
+  return _activation(_read(config, VISION, FIXED_VISION, where), where)
+
+
+def check_widths(unet: Config, model: Config, where: str) -> None:
+  """Raises UserError unless the UNet takes the autoencoder's latents and the text tower's condition, and no more."""
+  channels, width = model["autoencoder"]["latent_channels"], model["text_encoder"]["width"]
+  _require(unet, dict(in_channels=channels, out_channels=channels, cross_attention_dim=width), where)
+
+
+def read_scheduler(config: Config, where: str) -> str:
+  """`image_diffusion.schedule`."""
+  _require(config, FIXED_SCHEDULER, where)
+  theirs = config.get("beta_schedule", "linear")
+  names = {name: ours for ours, name in SCHEDULES.items()}
+  if theirs not in names:
+    raise UserError(f"{where}: beta_schedule is {theirs!r}; it must be one of {', '.join(names)}")
+  if names[theirs] != "cosine":
+    _require(config, BETAS, where)
+  return names[theirs]
+
+
+def write_scheduler(schedule: str) -> dict[str, Any]:
+  return dict(_class_name="DDIMScheduler", **FIXED_SCHEDULER, **BETAS, **SAMPLER, beta_schedule=SCHEDULES[schedule])
+
+
+def _read(config: Config, fields: Fields, fixed: Config, where: str) -> dict[str, Any]:
+  _require(config, fixed, where)
+  section = {}
+  for ours, theirs, default in fields:
+    value = config.get(theirs, default)
+    value = tuple(value) if isinstance(value, list) else value
+    if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+      raise UserError(f"{where}: {theirs} is {value!r}; it should be a value such as {default!r}")
+    section[ours] = value
+  return section
+
+
+def _write(section: Config, fields: Fields, fixed: Config) -> dict[str, Any]:
+  return {**fixed, **{theirs: section[ours] for ours, theirs, _ in fields}}
+
+
+def _require(config: Config, expected: Config, where: str) -> None:
+  for field, value in expected.items():
+    found = config.get(field, value)
+    if (tuple(found) if isinstance(found, list) else found) != value:
+      raise UserError(f"{where}: {field} is {found!r}; Stable Diffusion v1 and this package have {value!r}")
+
+
+def _activation(section: dict[str, Any], where: str) -> dict[str, Any]:
+  if section["activation"] not in ACTIVATIONS:
+    raise UserError(f"{where}: hidden_act is {section['activation']!r}; it must be one of {', '.join(ACTIVATIONS)}")
+  return section
+
+
+def _unet_blocks(attention: Sequence[bool], *, up: bool = False) -> tuple[str, ...]:
+  names = tuple(f"{'CrossAttn' * has}{'Up' if up else 'Down'}Block2D" for has in attention)
+  return names[::-1] if up else names
+
+
+def _vae_blocks(section: Config) -> dict[str, Any]:
+  levels = len(section["widths"])
+  return dict(down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels)

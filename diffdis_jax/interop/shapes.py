@@ -1,0 +1,84 @@
+"""The `model` section of a checkpoint without config.json, from the shapes of its tensors.
+
+Head counts, groups and activations leave no trace there: they are Stable Diffusion v1's and CLIP's.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from diffdis_jax.interop.tensor_files import Tensors
+from diffdis_jax.structs import UserError
+
+UNET_HEADS, GROUPS = 8, 32
+CLIP_HEAD_WIDTH = 64
+
+
+def unet(tensors: Tensors, where: str) -> dict[str, Any]:
+  """`model.unet`, from diffusers' names."""
+  levels, depth = _count(tensors, "down_blocks.#."), _count(tensors, "down_blocks.0.resnets.#.")
+  return dict(
+    widths=tuple(_shape(tensors, f"down_blocks.{i}.resnets.0.conv1.weight", where)[0] for i in range(levels)),
+    attention=tuple(f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in range(levels)),
+    depth=depth,
+    num_heads=UNET_HEADS,
+    groups=GROUPS,
+  )
+
+
+def vae(tensors: Tensors, where: str) -> dict[str, Any]:
+  """`model.autoencoder` but for its scale, from diffusers' names."""
+  levels = _count(tensors, "encoder.down_blocks.#.")
+  return dict(
+    widths=tuple(_shape(tensors, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", where)[0] for i in range(levels)),
+    depth=_count(tensors, "encoder.down_blocks.0.resnets.#."),
+    latent_channels=_shape(tensors, "post_quant_conv.weight", where)[0],
+    groups=GROUPS,
+    attention="encoder.mid_block.attentions.0.to_q.weight" in tensors,
+    patch=1,
+    shift=0.0,
+  )
+
+
+def text(tensors: Tensors, where: str) -> dict[str, Any]:
+  """`model.text_encoder` but for its activation and projection, from transformers' names."""
+  vocab_size, width = _shape(tensors, "text_model.embeddings.token_embedding.weight", where)
+  return dict(
+    vocab_size=vocab_size,
+    max_length=_shape(tensors, "text_model.embeddings.position_embedding.weight", where)[0],
+    **_transformer(tensors, "text_model", width, where),
+  )
+
+
+def vision(tensors: Tensors, where: str) -> dict[str, Any]:
+  """`model.vision_encoder` but for its activation, from transformers' names."""
+  width, _, patch, _ = _shape(tensors, "vision_model.embeddings.patch_embedding.weight", where)
+  positions = _shape(tensors, "vision_model.embeddings.position_embedding.weight", where)[0]
+  return dict(
+    image_size=patch * round((positions - 1) ** 0.5),
+    patch=patch,
+    projection=_shape(tensors, "visual_projection.weight", where)[0],
+    **_transformer(tensors, "vision_model", width, where),
+  )
+
+
+def _transformer(tensors: Tensors, tower: str, width: int, where: str) -> dict[str, Any]:
+  return dict(
+    width=width,
+    depth=_count(tensors, f"{tower}.encoder.layers.#."),
+    num_heads=max(width // CLIP_HEAD_WIDTH, 1),
+    mlp_width=_shape(tensors, f"{tower}.encoder.layers.0.mlp.fc1.weight", where)[0],
+  )
+
+
+def _count(tensors: Tensors, pattern: str) -> int:
+  """How many indices there are in the place of `#`."""
+  regex = re.compile(re.escape(pattern).replace(r"\#", r"(\d+)"))
+  return len({match[1] for match in map(regex.match, tensors) if match})
+
+
+def _shape(tensors: Tensors, name: str, where: str) -> tuple[int, ...]:
+  if name not in tensors:
+    raise UserError(f"{where} lacks parameter {name}; it is no whole checkpoint")
+  return tensors[name].shape

@@ -1,0 +1,165 @@
+"""Tensors of PyTorch users' weight files, read one by one: safetensors, .bin and .ckpt, whole or in shards.
+
+A pickle is never executed: .bin and .ckpt go through PyTorch's weights-only reader, which takes torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+
+from diffdis_jax.structs import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor in a file. `read` loads it, in the file's dtype or in f32."""
+
+  shape: tuple[int, ...]
+  read: Callable[[], Shaped[np.ndarray, "..."]]
+
+  def map(self, f: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> Tensor:
+    """f of this tensor, of the given shape, still unread."""
+    return Tensor(shape, lambda: f(self.read()))
+
+
+Tensors = dict[str, Tensor]
+
+# A folder's file of weights, or the index of its shards: diffusion_pytorch_model.fp16.safetensors, model.safetensors,
+# pytorch_model.bin.index.json, open_clip_pytorch_model.bin.
+_ENTRY = re.compile(
+  r"(?:diffusion_pytorch_model|open_clip_pytorch_model|open_clip_model|pytorch_model|model)"
+  r"(?P<variant>\.\w+)?\.(?P<kind>safetensors|bin)(?P<index>\.index(?P<variant2>\.\w+)?\.json)?"
+)
+
+# What training frameworks leave in a checkpoint beside its tensors, Stable Diffusion's own included. The reader takes
+# these names for `_Discarded`: nothing of theirs is imported or called.
+_DISCARDED = (
+  "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+  "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+  "numpy.core.multiarray.scalar",
+  "numpy._core.multiarray.scalar",
+  "numpy.dtype",
+  "_codecs.encode",
+)
+
+
+class _Discarded:
+  """Stands for a value that is not a tensor."""
+
+  def __init__(self, *args: Any):
+    del args
+
+  def __setstate__(self, state: Any) -> None:
+    del state
+
+
+def is_weights(path: pathlib.Path) -> bool:
+  """Whether a file in a folder is one that `open_folder` would read, or the index of such files."""
+  return _ENTRY.fullmatch(path.name) is not None
+
+
+def open_folder(folder: pathlib.Path) -> Tensors:
+  """The tensors of one model's folder: safetensors rather than .bin, full precision rather than a variant.
+
+  Raises:
+    UserError: no weights there, a shard missing, or a file that `open_file` refuses.
+  """
+
+  def rank(path: pathlib.Path) -> tuple[bool, bool, str]:
+    entry = _ENTRY.fullmatch(path.name)
+    return entry["kind"] != "safetensors", bool(entry["variant"] or entry["variant2"]), path.name
+
+  found = sorted(filter(is_weights, folder.iterdir()), key=rank)
+  if not found:
+    raise UserError(f"no weights in {folder}; it should hold a file such as diffusion_pytorch_model.safetensors")
+  if found[0].suffix != ".json":
+    return open_file(found[0])
+  tensors: Tensors = {}
+  for name in sorted(set(_read_index(found[0]).values())):
+    tensors |= open_file(folder / pathlib.Path(name).name)
+  return tensors
+
+
+def open_file(path: pathlib.Path) -> Tensors:
+  """The tensors of a .safetensors, .bin or .ckpt file, unread.
+
+  Raises:
+    UserError: no such file, one that is cut short or otherwise broken, or a pickle that would need code execution.
+  """
+  if not path.is_file():
+    raise UserError(f"no file {path}")
+  return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object.
+
+  Raises:
+    UserError: no such file, or another content.
+  """
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"cannot read {path}: {error}; it should be a JSON object") from error
+  if not isinstance(content, dict):
+    raise UserError(f"{path} should be a JSON object, and holds a {type(content).__name__}")
+  return content
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+  files = read_json(path).get("weight_map")
+  if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+    raise UserError(f"{path} has no weight_map from tensors to files")
+  return files
+
+
+def _open_safetensors(path: pathlib.Path) -> Tensors:
+  try:
+    file = safe_open(path, framework="numpy")
+    return {
+      name: Tensor(tuple(file.get_slice(name).get_shape()), functools.partial(file.get_tensor, name))
+      for name in file.keys()
+    }
+  except (SafetensorError, OSError) as error:
+    raise UserError(f"{path} is no whole safetensors file: {error}; copy it again") from error
+
+
+def _open_pickle(path: pathlib.Path) -> Tensors:
+  try:
+    import torch
+  except ImportError as error:
+    raise UserError(f"{path.suffix} files need torch: pip install torch, or convert {path} to safetensors") from error
+
+  load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
+  try:
+    with torch.serialization.safe_globals([(_Discarded, name) for name in _DISCARDED]):
+      try:
+        content = load(mmap=True)
+      except RuntimeError:  # a file from before PyTorch 1.6, which cannot be mapped, or a broken one
+        content = load()
+  except pickle.UnpicklingError as error:
+    reason = re.search(r"GLOBAL ([\w.]+)", str(error))
+    what = f"it would call {reason[1]}" if reason else "it is more than tensors"
+    raise UserError(f"{path} needs code execution to be read: {what}; pickles are never executed here") from error
+  except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    raise UserError(f"{path} cannot be read as a PyTorch file: {str(error)[:200]}; copy it again") from error
+  state = content.get("state_dict", content) if isinstance(content, dict) else None
+  if not isinstance(state, dict):
+    raise UserError(f"{path} holds no state dict, but a {type(content).__name__}")
+  to_numpy = lambda tensor: tensor.detach().float().numpy()
+  return {
+    name: Tensor(tuple(tensor.shape), functools.partial(to_numpy, tensor))
+    for name, tensor in state.items()
+    if isinstance(tensor, torch.Tensor)
+  }

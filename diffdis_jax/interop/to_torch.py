@@ -1,0 +1,146 @@
+"""Our parameters to a folder that diffusers' StableDiffusionPipeline loads, without PyTorch.
+
+Beside the pipeline stands what DiffDis adds, in the names of the PyTorch twin (torch_diffdis.py).
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float
+from safetensors.numpy import save_file
+
+from diffdis_jax.interop import mapping, sections
+from diffdis_jax.structs import UserError
+from diffdis_jax.tree import Params
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+# Of the library whose layout this is; every later version reads it.
+VERSION = {"_diffusers_version": "0.35.0"}
+FILES = {
+  "unet": "unet/diffusion_pytorch_model.safetensors",
+  "vae": "vae/diffusion_pytorch_model.safetensors",
+  "text_encoder": "text_encoder/model.safetensors",
+  "diffdis": "diffdis.safetensors",
+}
+INDEX = dict(
+  _class_name="StableDiffusionPipeline",
+  **VERSION,
+  feature_extractor=(None, None),
+  image_encoder=(None, None),
+  requires_safety_checker=False,
+  safety_checker=(None, None),
+  scheduler=("diffusers", "DDIMScheduler"),
+  text_encoder=("transformers", "CLIPTextModel"),
+  tokenizer=("transformers", "CLIPTokenizer"),
+  unet=("diffusers", "UNet2DConditionModel"),
+  vae=("diffusers", "AutoencoderKL"),
+)
+
+
+def check(model: Mapping[str, Any], objectives: tuple[str, ...]) -> None:
+  """Raises UserError for a run that no diffusers pipeline can hold."""
+  if "generation" not in objectives:
+    trained = ", ".join(objectives)
+    raise UserError(f"objectives is {trained}; a diffusers pipeline needs generation, whose UNet has an up path")
+  patch = model["autoencoder"]["patch"]
+  if patch != 1:
+    raise UserError(
+      f"model.autoencoder.patch is {patch}; diffusers' AutoencoderKL folds no patches of pixels into channels, so this"
+      " run cannot be a diffusers pipeline"
+    )
+
+
+def write(
+  folder: pathlib.Path,
+  params: Params,
+  *,
+  model: Mapping[str, Any],
+  image_size: int,
+  schedule: str,
+  diffdis: Mapping[str, Any],
+  dtype: str = "float32",
+) -> None:
+  """Writes weights and configs of the pipeline, its tokenizer excepted.
+
+  Args:
+    folder: empty.
+    params: all of a run's parameters; used up, so that they are in memory once.
+    model: the config's section.
+    image_size: of the run's images.
+    schedule: of the image process.
+    diffdis: content of diffdis_config.json, written if the run has the parameters that it is about.
+    dtype: of the files, a key of DTYPES.
+
+  Raises:
+    UserError: a run that no pipeline can hold, or values beyond the dtype's range.
+  """
+  sample_size = image_size // 2 ** (len(model["autoencoder"]["widths"]) - 1)
+  scaling_factor = fold_statistics(params)
+  configs = {
+    "model_index.json": INDEX,
+    "scheduler/scheduler_config.json": sections.write_scheduler(schedule) | VERSION,
+    "unet/config.json": VERSION
+    | sections.write_unet(
+      model["unet"],
+      latent_channels=model["autoencoder"]["latent_channels"],
+      context_width=model["text_encoder"]["width"],
+      sample_size=sample_size,
+    ),
+    "vae/config.json": VERSION
+    | sections.write_vae(model["autoencoder"], scaling_factor=scaling_factor, sample_size=image_size),
+    "text_encoder/config.json": sections.write_text(model["text_encoder"]),
+  }
+  entries = [mapping.from_path(path) for path in params]
+  for component, file in FILES.items():
+    (folder / file).parent.mkdir(exist_ok=True)
+    own = [entry for entry in entries if entry.component == component]
+    if own:
+      arrays = {entry.name: _convert(entry, params.pop(entry.path), dtype) for entry in own}
+      save_file(arrays, folder / file, metadata={"format": "pt"})
+      if component == "diffdis":
+        configs["diffdis_config.json"] = diffdis
+  for file, content in configs.items():
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def fold_statistics(params: Params) -> float:
+  """Takes the latents' shift and scale out of the parameters, and returns diffusers' scaling factor in their place.
+
+  Ours are z = (latent - shift) · scale, by channel. Diffusers has z = latent' · s with one s for all, so that
+  latent' = (latent - shift) · r, r = scale / s: both 1x1 convolutions beside the latent take that in, exactly, and
+  log-variances grow by 2 log r. Nothing changes where the shift is 0 and all scales are equal, as in Stable Diffusion.
+  """
+  shift, scale = (np.asarray(params.pop(path), np.float64) for path in mapping.STATISTICS)
+  if (scale == scale[0]).all() and (shift == 0).all():
+    return float(str(np.float32(scale[0])))
+  factor = float(np.exp(np.log(scale).mean()))
+  r = scale / factor
+  f64 = lambda path: np.asarray(params[path], np.float64)
+  f32 = lambda x: x.astype(np.float32)
+
+  ones, zeros = np.ones_like(r), np.zeros_like(r)
+  kernel, bias = f64("autoencoder.quant.kernel"), f64("autoencoder.quant.bias")
+  params["autoencoder.quant.kernel"] = f32(kernel * np.concatenate([r, ones]))
+  params["autoencoder.quant.bias"] = f32(
+    (bias - np.concatenate([shift, zeros])) * np.concatenate([r, ones]) + np.concatenate([zeros, 2 * np.log(r)])
+  )
+  kernel, bias = f64("autoencoder.post_quant.kernel"), f64("autoencoder.post_quant.bias")
+  params["autoencoder.post_quant.kernel"] = f32(kernel / r[:, None])
+  params["autoencoder.post_quant.bias"] = f32(bias + shift @ kernel[0, 0])
+  return factor
+
+
+def _convert(entry: mapping.Entry, value: Float[np.ndarray, "..."], dtype: str) -> np.ndarray:
+  """Their layout and dtype, a copy."""
+  with np.errstate(over="ignore"):
+    array = np.array(entry.to_theirs(np.asarray(value)), DTYPES[dtype], order="C")
+  if not np.isfinite(array.astype(np.float32)).all():
+    raise UserError(f"parameter {entry.path} is beyond the range of {dtype}, or not finite; take another --dtype")
+  return array

@@ -1,0 +1,86 @@
+"""config.json of diffusers and transformers, read and written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig
+
+from configs import sizes
+from diffdis_jax.interop import sections
+from diffdis_jax.structs import UserError
+from tests import pipelines
+
+SD = sizes.sd_v1().to_dict()
+
+
+def through_json(config: dict) -> dict:
+  return json.loads(json.dumps(config))
+
+
+def test_what_is_written_is_read_back():
+  unet = sections.write_unet(SD["unet"], latent_channels=4, context_width=768, sample_size=64)
+  assert sections.read_unet(through_json(unet), "here") == SD["unet"]
+  vae = sections.write_vae(SD["autoencoder"], scaling_factor=0.18215, sample_size=512)
+  assert sections.read_vae(through_json(vae), "here") == SD["autoencoder"]
+  ids = ("bos_id", "eos_id", "projection")
+  expected = {name: value for name, value in SD["text_encoder"].items() if name not in ids}
+  assert sections.read_text(through_json(sections.write_text(SD["text_encoder"])), "here") == expected
+  for schedule in sections.SCHEDULES:
+    assert sections.read_scheduler(sections.write_scheduler(schedule), "here") == schedule
+
+
+def test_libraries_read_what_is_written(tmp_path):
+  """Every field is one that they know, and means there what it means here."""
+  config = sections.write_unet(SD["unet"], latent_channels=4, context_width=768, sample_size=64)
+  known = set(dict(UNet2DConditionModel(**pipelines.UNET).config))
+  assert set(config) - known == {"_class_name"}
+  config = sections.write_vae(SD["autoencoder"], scaling_factor=0.18215, sample_size=512)
+  assert set(config) - set(dict(AutoencoderKL(**pipelines.VAE).config)) == {"_class_name"}
+  scheduler = DDIMScheduler.from_config(sections.write_scheduler("linear"))
+  assert (scheduler.config.steps_offset, scheduler.config.set_alpha_to_one) == (1, False)
+  text = CLIPTextConfig(**sections.write_text(SD["text_encoder"]))
+  assert (text.hidden_size, text.num_hidden_layers, text.eos_token_id) == (768, 12, 49407)
+
+
+def test_the_files_of_stable_diffusion_1_lack_some_fields():
+  """The autoencoder's, as published in 2022."""
+  config = dict(
+    act_fn="silu",
+    block_out_channels=[128, 256, 512, 512],
+    down_block_types=["DownEncoderBlock2D"] * 4,
+    in_channels=3,
+    latent_channels=4,
+    layers_per_block=2,
+    out_channels=3,
+    sample_size=512,
+    up_block_types=["UpDecoderBlock2D"] * 4,
+  )
+  assert sections.read_vae(config, "here") == SD["autoencoder"]
+
+
+@pytest.mark.parametrize(
+  "read, changes, message",
+  [
+    (sections.read_unet, {"act_fn": "mish"}, "act_fn is 'mish'; .* have 'silu'"),
+    (sections.read_unet, {"block_out_channels": 320}, "block_out_channels is 320; it should be a value such as"),
+    (sections.read_unet, {"layers_per_block": [1, 2]}, r"layers_per_block is \(1, 2\)"),
+    (sections.read_unet, {"time_cond_proj_dim": 256}, "time_cond_proj_dim is 256"),
+    (sections.read_unet, {"up_block_types": ["UpBlock2D"]}, "up_block_types is"),
+    (sections.read_unet, {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 4}, "down_block_types is"),
+    (sections.read_vae, {"latents_mean": [0.0]}, "latents_mean is"),
+    (sections.read_vae, {"up_block_types": ["AttnUpDecoderBlock2D"]}, "up_block_types is"),
+    (sections.read_text, {"hidden_act": "relu"}, "hidden_act is 'relu'; it must be one of quick_gelu, gelu"),
+    (sections.read_text, {"layer_norm_eps": 1e-3}, "layer_norm_eps is 0.001"),
+    (sections.read_vision, {"num_channels": 1}, "num_channels is 1"),
+    (sections.read_vision, {"hidden_act": "swish"}, "hidden_act is 'swish'"),
+    (sections.read_scheduler, {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
+    (sections.read_scheduler, {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
+    (sections.read_scheduler, {"beta_schedule": "linear", "beta_end": 0.02}, "beta_end is 0.02"),
+  ],
+)
+def test_what_is_not_supported(read, changes, message):
+  with pytest.raises(UserError, match=f"^x/config.json: {message}"):
+    read(changes, "x/config.json")

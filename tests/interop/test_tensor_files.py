@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from diffdis_jax.interop import tensor_files
+from diffdis_jax.interop.tensor_files import Tensors
+from diffdis_jax.structs import UserError
+
+VALUES = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.asarray(2.5, np.float32)}
+
+
+def assert_values(tensors: Tensors, names: tuple[str, ...] = ("a.weight", "b")) -> None:
+  assert sorted(tensors) == sorted(names)
+  for name in names:
+    assert tensors[name].shape == VALUES[name].shape
+    np.testing.assert_array_equal(tensors[name].read().astype(np.float32), VALUES[name])
+
+
+def as_torch() -> dict[str, torch.Tensor]:
+  return {name: torch.from_numpy(np.array(value)) for name, value in VALUES.items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_safetensors(tmp_path, dtype):
+  save_file({name: value.astype(dtype) for name, value in VALUES.items()}, tmp_path / "x.safetensors")
+  tensors = tensor_files.open_file(tmp_path / "x.safetensors")
+  assert tensors["a.weight"].read().dtype == dtype
+  assert_values(tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_pickles_of_tensors(tmp_path, dtype, zipped, nested):
+  state = {name: tensor.to(dtype) for name, tensor in as_torch().items()}
+  content = {"state_dict": state, "epoch": 3} if nested else {**state, "step": 7}
+  torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
+  assert_values(tensor_files.open_file(tmp_path / "x.ckpt"))
+
+
+class ModelCheckpoint:
+  """A stand-in for PyTorch Lightning's class, under its name."""
+
+
+def test_what_lightning_leaves_beside_the_tensors_is_passed_over(tmp_path, monkeypatch):
+  module = type(sys)("pytorch_lightning.callbacks.model_checkpoint")
+  module.ModelCheckpoint = ModelCheckpoint
+  monkeypatch.setattr(ModelCheckpoint, "__module__", module.__name__)
+  for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
+    monkeypatch.setitem(sys.modules, name, type(sys)(name))
+  monkeypatch.setitem(sys.modules, module.__name__, module)
+  score = {"best_model_score": np.float64(0.5), "best_model_path": "x"}
+  torch.save({"state_dict": as_torch(), "callbacks": {ModelCheckpoint: score}}, tmp_path / "x.ckpt")
+  monkeypatch.undo()
+  assert_values(tensor_files.open_file(tmp_path / "x.ckpt"))
+
+
+class Malicious:
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+
+  def __reduce__(self):
+    return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_is_never_executed(tmp_path, zipped):
+  state = {**as_torch(), "x": Malicious(tmp_path / "made")}
+  torch.save(state, tmp_path / "x.ckpt", _use_new_zipfile_serialization=zipped)
+  with pytest.raises(UserError, match=r"needs code execution .* it would call \w+\.mkdir;") as error:
+    tensor_files.open_file(tmp_path / "x.ckpt")
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps([1, 2], protocol=2)])
+def test_other_files(tmp_path, content):
+  (tmp_path / "x.bin").write_bytes(content)
+  with pytest.raises(UserError, match=r"x\.bin"):
+    tensor_files.open_file(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt"])
+@pytest.mark.parametrize("left", [0.1, 0.9])
+def test_files_cut_short(tmp_path, name, left):
+  path = tmp_path / name
+  big = np.zeros((100, 100), np.float32)
+  save_file({"a": big}, path) if name == "x.safetensors" else torch.save({"a": torch.from_numpy(big)}, path)
+  content = path.read_bytes()
+  path.write_bytes(content[: int(left * len(content))])
+  with pytest.raises(UserError, match=rf"{name} (is no whole|cannot be read).*; copy it again"):
+    tensor_files.open_file(path)
+
+
+def test_no_file(tmp_path):
+  with pytest.raises(UserError, match="no file"):
+    tensor_files.open_file(tmp_path / "x.safetensors")
+
+
+def test_without_torch_a_pickle_asks_for_it(tmp_path):
+  torch.save(as_torch(), tmp_path / "x.bin")
+  code = (
+    "import sys, pathlib; sys.modules['torch'] = None; from diffdis_jax.interop import tensor_files\n"
+    f"tensor_files.open_file(pathlib.Path({str(tmp_path / 'x.bin')!r}))"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert "UserError: .bin files need torch: pip install torch, or convert" in done.stderr
+
+
+def write(folder: pathlib.Path, *names: str, content: dict[str, np.ndarray] = VALUES) -> None:
+  for name in names:
+    if name.endswith(".safetensors"):
+      save_file(content, folder / name)
+    else:
+      torch.save({key: torch.from_numpy(np.array(value)) for key, value in content.items()}, folder / name)
+
+
+@pytest.mark.parametrize(
+  "right, others",
+  [
+    (
+      "diffusion_pytorch_model.safetensors",
+      ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"),
+    ),
+    ("model.fp16.safetensors", ("pytorch_model.bin",)),
+    ("diffusion_pytorch_model.safetensors", ("diffusion_pytorch_model.non_ema.safetensors",)),
+    ("pytorch_model.bin", ("pytorch_model.fp16.bin",)),
+    ("open_clip_model.safetensors", ("other.safetensors",)),
+  ],
+)
+def test_the_best_file_of_a_folder(tmp_path, right, others):
+  write(tmp_path, right)
+  write(tmp_path, *others, content={"wrong": np.zeros(1, np.float32)})
+  assert_values(tensor_files.open_folder(tmp_path))
+
+
+@pytest.mark.parametrize(
+  "index, shards",
+  [
+    ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-0000{}-of-00002.safetensors"),
+    ("diffusion_pytorch_model.safetensors.index.fp16.json", "diffusion_pytorch_model.fp16-0000{}-of-00002.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model-0000{}-of-00002.bin"),
+  ],
+)
+def test_shards(tmp_path, index, shards):
+  for i, (name, value) in enumerate(VALUES.items(), start=1):
+    write(tmp_path, shards.format(i), content={name: value})
+  files = {name: shards.format(i) for i, name in enumerate(VALUES, start=1)}
+  (tmp_path / index).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+  assert_values(tensor_files.open_folder(tmp_path))
+  (tmp_path / shards.format(2)).unlink()
+  with pytest.raises(UserError, match="no file .*00002-of-00002"):
+    tensor_files.open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_a_broken_index(tmp_path, content):
+  (tmp_path / "model.safetensors.index.json").write_text(content)
+  with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+    tensor_files.open_folder(tmp_path)
+
+
+def test_a_folder_without_weights(tmp_path):
+  with pytest.raises(UserError, match="no weights in .*diffusion_pytorch_model.safetensors"):
+    tensor_files.open_folder(tmp_path)

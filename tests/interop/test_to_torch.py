@@ -1,0 +1,114 @@
+"""Latents' shift and scale in a diffusers autoencoder, which has no place for them; and what cannot be exported."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.numpy import load_file
+
+from diffdis_jax.interop import mapping, to_torch
+from diffdis_jax.models import build
+from diffdis_jax.structs import UserError
+from tests.models import from_torch, networks
+
+SHIFT, SCALE = np.float32([0.5, -1.0, 0.0, 2.0]), np.float32([0.2, 1.0, 3.0, 0.7])
+
+
+def export(tmp_path, objectives=networks.BOTH, dtype="float32", shift=SHIFT, scale=SCALE):
+  """Writes random parameters, and returns them."""
+  model = networks.tiny_model()
+  network = networks.Network.of(build.make(model, objectives=objectives))
+  params = networks.random_params(network.shapes, seed=0)
+  params |= {"autoencoder.shift": shift, "autoencoder.scale": scale}
+  to_torch.write(
+    tmp_path, dict(params), model=model, image_size=16, schedule="scaled_linear", diffdis={"a": 1}, dtype=dtype
+  )
+  return params
+
+
+@pytest.fixture(scope="module")
+def autoencode():
+  """(params, images, z) -> mean in units of z, log-variance of the latent, image of z."""
+
+  def run(model, x, z):
+    ours = model.autoencoder
+    posterior = ours.encode(x)
+    return ours.to_z(posterior.mean), posterior.log_variance, ours.decode(ours.from_z(z))
+
+  return networks.diffdis().jit(run)
+
+
+@pytest.mark.parametrize("shift, scale", [(SHIFT, SCALE), (SHIFT, np.full(4, 0.3, np.float32)), (0 * SHIFT, SCALE)])
+def test_shift_and_scale_are_folded_into_the_convolutions(autoencode, tmp_path, shift, scale):
+  params = export(tmp_path, shift=shift, scale=scale)
+  theirs = AutoencoderKL.from_pretrained(tmp_path / "vae").eval()
+  rng = np.random.default_rng(0)
+  x = rng.uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+  z = rng.standard_normal((2, 8, 8, 4)).astype(np.float32)
+
+  mean, log_variance, image = autoencode(params, x, z)
+  with torch.no_grad():
+    posterior = theirs.encode(from_torch.nchw(x)).latent_dist
+    decoded = theirs.decode(from_torch.nchw(z) / theirs.config.scaling_factor).sample
+  assert networks.relative_error(mean, theirs.config.scaling_factor * from_torch.nhwc(posterior.mean)) < 1e-5
+  # In units of z: the log-variance of scale · latent is 2 log scale larger.
+  there = from_torch.nhwc(posterior.logvar) + 2 * np.log(theirs.config.scaling_factor)
+  assert np.abs(there - (log_variance + 2 * np.log(scale))).max() < 1e-4
+  assert networks.relative_error(image, from_torch.nhwc(decoded)) < 1e-5
+
+
+def test_equal_scales_without_a_shift_change_no_weight(tmp_path):
+  params = export(tmp_path, shift=np.zeros(4, np.float32), scale=np.full(4, 0.18215, np.float32))
+  weights = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+  for path in (path for path in params if path.startswith("autoencoder.") and path not in mapping.STATISTICS):
+    entry = mapping.from_path(path)
+    np.testing.assert_array_equal(entry.to_ours(weights[entry.name]), params[path])
+  assert AutoencoderKL.load_config(tmp_path / "vae")["scaling_factor"] == 0.18215
+
+
+def test_parameters_are_used_up_and_all_are_written(tmp_path):
+  network = networks.diffdis()
+  params = networks.random_params(network.shapes, seed=0) | {"autoencoder.scale": np.ones(4, np.float32)}
+  to_torch.write(tmp_path, params, model=networks.tiny_model(), image_size=16, schedule="cosine", diffdis={})
+  assert not params
+  written = {
+    mapping.from_name(component, name).path
+    for component, file in to_torch.FILES.items()
+    for name in load_file(tmp_path / file)
+  }
+  assert written == network.shapes.keys() - set(mapping.STATISTICS)
+
+
+def test_half_precision(tmp_path):
+  export(tmp_path, dtype="bfloat16")
+  assert {str(array.dtype) for file in to_torch.FILES.values() for array in load_file(tmp_path / file).values()} == {
+    "bfloat16"
+  }
+
+
+def test_values_beyond_the_range_of_a_dtype(tmp_path):
+  with pytest.raises(UserError, match="parameter autoencoder.(post_)?quant.bias is beyond the range of float16"):
+    export(tmp_path, dtype="float16", shift=np.full(4, 1e6, np.float32))
+
+
+def test_a_run_of_generation_alone_has_nothing_for_the_twin(tmp_path):
+  export(tmp_path, objectives=("generation",))
+  assert (tmp_path / "unet" / "config.json").exists()
+  assert not list(tmp_path.glob("diffdis*"))
+
+
+@pytest.mark.parametrize(
+  "objectives, patch, message",
+  [
+    (("discrimination",), 1, "objectives is discrimination; a diffusers pipeline needs generation"),
+    (("reconstruction",), 1, "objectives is reconstruction; a diffusers pipeline needs generation"),
+    (("generation",), 4, "model.autoencoder.patch is 4; .* cannot be a diffusers pipeline"),
+  ],
+)
+def test_runs_that_no_pipeline_can_hold(objectives, patch, message):
+  model = networks.tiny_model()
+  model["autoencoder"]["patch"] = patch
+  with pytest.raises(UserError, match=message):
+    to_torch.check(model, objectives)

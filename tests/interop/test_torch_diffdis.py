@@ -1,0 +1,267 @@
+"""The PyTorch twin, loaded from an exported folder, against our model: every ablation, one and several steps."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from ml_collections import ConfigDict
+from safetensors.torch import load_file, save_file
+
+from configs import diffdis_cc3m
+from diffdis_jax import checkpoint, tree, workdir
+from diffdis_jax.diffusion import schedules
+from diffdis_jax.export_weights import export_weights
+from diffdis_jax.inference import Inference
+from diffdis_jax.interop import mapping, to_torch, torch_diffdis
+from diffdis_jax.models import build
+from diffdis_jax.models.diffdis import DiffDis, to_signed
+from tests import steps
+from tests.models import from_torch, networks
+from tests.test_imports import FILES, imported_modules
+from tests.test_inference import query_noise
+from tests.untrained import STEP, State
+
+T_E = np.array([0, 1, 500, 999], np.int32)
+
+
+def tiny_config(**changes: Any) -> ConfigDict:
+  """A run that a diffusers pipeline can hold; `changes` are fields by their dotted path."""
+  config = steps.make_config()
+  config.model = networks.tiny_model()
+  config.model.unet.update(widths=(8, 16), attention=(True, False), depth=1)
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def twin_config(config: ConfigDict) -> dict[str, Any]:
+  fields = config.to_dict()
+  own = {name: fields[name] for name in ("model", "text_diffusion", "condition_timestep")}
+  return own | {"max_length": config.data.max_length}
+
+
+def make_twin(config: ConfigDict, params: tree.Params, folder: pathlib.Path) -> torch_diffdis.DiffDis:
+  """Through the files of an export; `params` is used up."""
+  to_torch.write(
+    folder,
+    params,
+    model=config.model,
+    image_size=config.image_size,
+    schedule=config.image_diffusion.schedule,
+    diffdis=twin_config(config),
+  )
+  return torch_diffdis.DiffDis.from_pretrained(folder)
+
+
+def network_of(config: ConfigDict) -> networks.Network:
+  return networks.Network.of(build.make(config.model, objectives=config.objectives))
+
+
+def predict(model: DiffDis, e_t: Any, t_e: Any, z: Any, t_z: Any, *, length: int) -> jax.Array:
+  c_null = model.encode_text(model.text_encoder.null_tokens(length)).c
+  c_null = jnp.broadcast_to(c_null, (len(z), *c_null.shape[1:]))
+  return model.discrimination(e_t=e_t, t_e=t_e, z=z, t_z=t_z, c_null=c_null)
+
+
+@functools.cache
+def tiny_network(**switches: Any) -> tuple[tree.Params, Callable[..., jax.Array]]:
+  """Parameters, and their prediction as a function of (e_t, t_e, z, t_z), compiled once."""
+  config = tiny_config(**switches)
+  network = network_of(config)
+  params = networks.random_params(network.shapes, seed=0)
+  return params, functools.partial(network.jit(functools.partial(predict, length=config.data.max_length)), params)
+
+
+def inputs(config: ConfigDict, size: tuple[int, int]) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(3)
+  n, width = len(T_E), build.query_width(config.model)
+  return dict(
+    e_t=rng.standard_normal((n, width)).astype(np.float32),
+    t_e=T_E,
+    z=rng.standard_normal((n, *size, config.model.autoencoder.latent_channels)).astype(np.float32),
+  )
+
+
+def to_data(config: ConfigDict, prediction: jax.Array, *, e_t: np.ndarray, t_e: np.ndarray) -> jax.Array:
+  text = config.text_diffusion
+  schedule = schedules.make(text.schedule)
+  return schedules.to_data(schedule, e_t, prediction=prediction, target=text.target, t=t_e, gamma=text.gamma)
+
+
+def assert_same_query(twin: torch_diffdis.DiffDis, expected: Any, given: dict[str, np.ndarray], tolerance: float):
+  e_t, t_e = torch.from_numpy(given["e_t"]), torch.from_numpy(given["t_e"])
+  with torch.no_grad():
+    query = twin.predict_query(from_torch.nchw(given["z"]), e_t, t_e)
+  for row, expected_row in zip(query, expected, strict=True):
+    assert networks.relative_error(row, expected_row) < tolerance
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"model.fusion": False},
+    {"model.share_attention": False},
+    {"model.modality_ffn": False},
+    {"model.text_encoder.projection": 12},
+    {"condition_timestep": 0},
+    {"text_diffusion.target": "noise"},
+    {"text_diffusion.target": "noise", "text_diffusion.schedule": "linear", "text_diffusion.gamma": 1.0},
+    {"text_diffusion.target": "noise", "text_diffusion.schedule": "cosine"},
+  ],
+)
+def test_predicted_query_equals_ours(changes, tmp_path):
+  config = tiny_config(**changes)
+  params, run = tiny_network(**{name: value for name, value in changes.items() if name.startswith("model.")})
+  given = inputs(config, size=(8, 12))
+  prediction = run(**given, t_z=np.full(len(T_E), config.condition_timestep, np.int32))
+  expected = to_data(config, prediction, e_t=given["e_t"], t_e=T_E)
+  assert_same_query(make_twin(config, dict(params), tmp_path), expected, given, tolerance=1e-5)
+
+
+def test_new_parameters_at_full_size_are_ours():
+  config = diffdis_cc3m.get_config()
+  with torch.device("meta"):
+    unet = UNet2DConditionModel(cross_attention_dim=768)  # Stable Diffusion v1's but for this
+    twin = torch_diffdis.DiffDis(twin_config(config), unet=unet, vae=None, text_encoder=None)
+  new = {name: tuple(x.shape) for name, x in twin.named_parameters() if not name.startswith("unet.")}
+  entries = {name: mapping.from_name("diffdis", name) for name in new}
+  found = {entries[name].path: entries[name].shape_in_ours(shape) for name, shape in new.items()}
+  ours = {path: leaf.shape for path, leaf in network_of(config).shapes.items()}
+  assert found == {path: ours[path] for path in ours if path.startswith(("text_stream.", "alignment.", "logit_scale"))}
+  assert sum(math.prod(shape) for shape in found.values()) == 126_067_201
+
+
+@pytest.mark.slow
+def test_predicted_query_equals_ours_at_full_size(tmp_path):
+  config = diffdis_cc3m.get_config()
+  config.model.dtype = "float32"
+  network = network_of(config)
+  params = networks.random_params(network.shapes, seed=0)
+  run = jax.jit(network.pure(functools.partial(predict, length=config.data.max_length)))
+  given = inputs(config, size=(32, 32))
+  expected = np.asarray(run(params, **given, t_z=np.full(len(T_E), config.condition_timestep, np.int32)))
+  assert_same_query(make_twin(config, params, tmp_path), expected, given, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("num_steps, target", [(1, "data"), (3, "noise")])
+def test_embeddings_equal_ours(num_steps, target, tmp_path):
+  config = tiny_config(**{"text_diffusion.target": target, "text_diffusion.schedule": "cosine"})
+  inference = Inference(config, mesh=steps.make_mesh(), batch_size=4, steps=num_steps)
+  params, _ = tiny_network()
+  batch = steps.make_batch(config)
+  images, tokens = batch.image[:3], batch.tokens[:3]
+  image, text = inference.embed_images(params, images, seed=7), inference.embed_texts(params, tokens)
+
+  twin = make_twin(config, dict(params), tmp_path)
+  with torch.no_grad():
+    z = twin.encode_image(from_torch.nchw(np.asarray(to_signed(images))))
+  their_image = twin.embed_image(z, num_steps, torch.from_numpy(query_noise(3, seed=7)))
+  their_text = twin.embed_text(torch.from_numpy(tokens).long())
+  assert networks.relative_error(image, their_image) < 1e-5
+  assert networks.relative_error(text, their_text) < 1e-5
+  assert np.abs(np.diff(image, axis=0)).max(axis=1).min() > 1e-3, "the images' queries should differ"
+
+
+def test_text_query_through_the_projection(tmp_path):
+  changes = {"model.text_encoder.projection": 12}
+  config = tiny_config(**changes)
+  params, _ = tiny_network(**changes)
+  tokens = steps.make_batch(config).tokens[:3]
+  encode = network_of(config).jit(lambda model, tokens: model.encode_text(tokens).e)
+  theirs = make_twin(config, dict(params), tmp_path).embed_text(torch.from_numpy(tokens).long())
+  assert networks.relative_error(encode(params, tokens), theirs) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> str:
+  """Workdir of a run with a checkpoint, never trained."""
+  path, (params, _) = str(tmp_path_factory.mktemp("run")), tiny_network()
+  workdir.open_for_training(path, tiny_config())
+  with checkpoint.Checkpointer(path) as checkpointer:
+    checkpointer.save(STEP, State(params, params, {}))
+  return path
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory) -> pathlib.Path:
+  path = tmp_path_factory.mktemp("export")
+  export_weights(run, str(path))
+  return path
+
+
+def test_an_exported_run_predicts_as_before(folder):
+  given = inputs(tiny_config(), size=(8, 8))
+  expected = tiny_network()[1](**given, t_z=np.full(len(T_E), 1000, np.int32))
+  assert_same_query(torch_diffdis.DiffDis.from_pretrained(folder), expected, given, tolerance=1e-5)
+
+
+def test_a_run_exported_in_float16_computes_in_float32(run, tmp_path):
+  export_weights(run, str(tmp_path / "export"), dtype="float16")
+  twin = torch_diffdis.DiffDis.from_pretrained(tmp_path / "export")
+  assert {parameter.dtype for parameter in twin.parameters()} == {torch.float32}
+  given = inputs(tiny_config(), size=(8, 8))
+  expected = tiny_network()[1](**given, t_z=np.full(len(T_E), 1000, np.int32))
+  assert_same_query(twin, expected, given, tolerance=1e-2)
+
+
+def test_similarity_is_scaled_cosine_with_a_limit(folder):
+  twin = torch_diffdis.DiffDis.from_pretrained(folder)
+  image, text = torch.eye(16)[:2], torch.eye(16)[1:4]
+  for scale, expected in ((2.0, np.exp(2.0)), (9.0, 100.0)):
+    twin.logit_scale.data.fill_(scale)
+    np.testing.assert_allclose(twin.similarity(image, text).detach(), [[0, 0, 0], [expected, 0, 0]], rtol=1e-6)
+
+
+def test_bfloat16_computes_between_float32_borders(folder):
+  twin = torch_diffdis.DiffDis.from_pretrained(folder)
+  given = inputs(tiny_config(), size=(8, 8))
+  z, noise = from_torch.nchw(given["z"]), torch.from_numpy(given["e_t"])
+  expected = twin.embed_image(z, 2, noise)
+  found = twin.to(torch.bfloat16).embed_image(z, 2, noise)
+  assert found.dtype == torch.float32
+  assert (found * expected).sum(dim=1).min() > 0.99
+
+
+def test_parameters_that_do_not_fit_the_config_are_refused(folder, tmp_path):
+  for file in folder.iterdir():
+    (tmp_path / file.name).symlink_to(file)
+  weights = load_file(folder / "diffdis.safetensors")
+  (tmp_path / "diffdis.safetensors").unlink()
+  weights["text_stream.blocks.9.fc_in.bias"] = weights.pop("text_stream.blocks.0.fc_in.bias")
+  save_file(weights, tmp_path / "diffdis.safetensors")
+  with pytest.raises(ValueError, match=r"lacks .*blocks\.0\.fc_in\.bias.* unknown .*blocks\.9"):
+    torch_diffdis.DiffDis.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "cosine"])
+def test_schedule_equals_ours(schedule):
+  np.testing.assert_allclose(torch_diffdis.alpha_bar(schedule)[:-1], schedules.make(schedule).alpha_bar, rtol=1e-9)
+
+
+def test_timesteps_equal_ours():
+  for n in (1, 2, 3, 7, 50, 999, 1000):
+    ours = schedules.trailing(n)
+    assert torch_diffdis.trailing(n) == [*ours.t, ours.t_prev[-1]]
+  for n in (0, 1001):
+    with pytest.raises(ValueError, match=f"steps is {n}"):
+      torch_diffdis.trailing(n)
+
+
+def test_nothing_else_imports_the_twin_and_it_imports_nothing_of_ours():
+  for path in FILES:
+    modules = set(imported_modules(ast.parse(path.read_text())))
+    if path.name == "torch_diffdis.py":
+      assert not [module for module in modules if module.startswith(("diffdis_jax", "jax.", "flax"))]
+    else:
+      assert not [module for module in modules if "torch_diffdis" in module]

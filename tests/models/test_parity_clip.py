@@ -1,0 +1,157 @@
+"""Our CLIP against transformers' CLIPModel, same weights: tiny in CI, OpenAI's sizes with -m slow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import CLIPConfig, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from configs import sizes
+from diffdis_jax.interop import mapping
+from diffdis_jax.models.clip import Clip, VisionEncoder
+from diffdis_jax.models.text_encoder import TextEncoder
+from diffdis_jax.structs import TextCondition, UserError
+from tests.models import from_torch, networks
+from tests.models.test_parity_text_encoder import TOKENS, clip_config
+
+PROJECTION = 12
+# Our section of a model's config; what OpenAI released under that name, as transformers' config; and its parameters.
+RELEASED = [
+  pytest.param(sizes.clip_vit_b32(), CLIPConfig(), 151_277_313, id="ViT-B/32"),
+  pytest.param(
+    sizes.clip_vit_l14(),
+    CLIPConfig(
+      text_config=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
+      vision_config=dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+      ),
+      projection_dim=768,
+    ),
+    427_616_513,
+    id="ViT-L/14",
+  ),
+]
+
+
+def ours(section: Mapping[str, Any], *, dtype: Any = jnp.float32) -> networks.Network:
+  def make(rngs: nnx.Rngs) -> Clip:
+    args = dict(dtype=dtype, rngs=rngs)
+    return Clip(
+      text_encoder=TextEncoder(**section["text_encoder"], **args),
+      vision_encoder=VisionEncoder(**section["vision_encoder"], **args),
+    )
+
+  return networks.Network.of(make)
+
+
+def encode(model: Clip, image: np.ndarray, tokens: np.ndarray) -> tuple[jax.Array, TextCondition]:
+  return model.encode_image(image), model.encode_text(tokens)
+
+
+def tiny(*, dtype: Any = jnp.float32, **changes: Any) -> networks.Network:
+  vision = dict(image_size=8, patch=4, width=24, depth=2, num_heads=3, mlp_width=32, activation="quick_gelu")
+  vision |= dict(projection=PROJECTION) | changes
+  text = networks.tiny_model()["text_encoder"] | dict(projection=PROJECTION, activation=vision["activation"])
+  return ours(dict(text_encoder=text, vision_encoder=vision), dtype=dtype)
+
+
+def tiny_theirs(*, image_size: int, patch: int, activation: str) -> CLIPModel:
+  vision = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3)
+  vision |= dict(image_size=image_size, patch_size=patch, hidden_act=activation)
+  text = clip_config(hidden_act=activation).to_dict()
+  return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION))
+
+
+def to_ours(theirs: CLIPModel, network: networks.Network) -> dict[str, np.ndarray]:
+  """Every parameter of `theirs`, which are all that `network` has."""
+  entries = {name: mapping.from_name("clip", name) for name, _ in theirs.named_parameters()}
+  params = {entries[name].path: entries[name].to_ours(x.detach().numpy()) for name, x in theirs.named_parameters()}
+  assert {path: x.shape for path, x in params.items()} == {path: leaf.shape for path, leaf in network.shapes.items()}
+  return params
+
+
+def assert_equal_embeddings(
+  network: networks.Network, theirs: CLIPModel, image: np.ndarray, tokens: np.ndarray, *, tolerance: float
+) -> None:
+  image_query, text = jax.jit(network.pure(encode))(to_ours(theirs, network), image, tokens)
+  pixels = ((image / 255 - OPENAI_CLIP_MEAN) / OPENAI_CLIP_STD).astype(np.float32)
+  with torch.no_grad():
+    expected = theirs(input_ids=torch.from_numpy(tokens).long(), pixel_values=from_torch.nchw(pixels))
+  assert image_query.dtype == np.float32
+  assert networks.relative_error(image_query, expected.image_embeds) < tolerance
+  assert networks.relative_error(text.e, expected.text_embeds) < tolerance
+  differences = np.abs(np.diff(image_query, axis=0)).max(axis=1)
+  assert differences.min() > 100 * tolerance * np.abs(image_query).max(), "the images' embeddings should differ"
+
+
+def images(n: int, size: int) -> np.ndarray:
+  """Each darker than the one before it."""
+  pixels = np.random.default_rng(4).integers(0, 256, (n, size, size, 3), np.uint8)
+  return pixels // np.arange(1, n + 1, dtype=np.uint8)[:, None, None, None]
+
+
+@pytest.mark.parametrize(
+  "image_size, patch, activation",
+  [
+    (8, 4, "quick_gelu"),
+    (9, 3, "gelu"),
+    # 145 tokens, so attention goes head by head on a CPU.
+    (24, 2, "quick_gelu"),
+  ],
+)
+def test_clip_equals_transformers(image_size, patch, activation):
+  arrangement = dict(image_size=image_size, patch=patch, activation=activation)
+  theirs = from_torch.randomise(tiny_theirs(**arrangement), seed=0)
+  assert_equal_embeddings(tiny(**arrangement), theirs, images(3, image_size), TOKENS, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (12, 12), (4, 4)])
+def test_images_of_another_size_are_refused(shape):
+  network = tiny()
+  with pytest.raises(UserError, match=f"{shape[0]} x {shape[1]} px; .* 8 x 8"):
+    jax.eval_shape(network.pure(encode), network.shapes, np.zeros((1, *shape, 3), np.uint8), TOKENS)
+
+
+def test_patches_that_do_not_tile_the_image_are_refused():
+  with pytest.raises(UserError, match="patches of 3 px do not tile an image of 8 px"):
+    tiny(patch=3)
+
+
+def test_bfloat16_computes_between_float32_borders():
+  network = tiny(dtype=jnp.bfloat16)
+  assert all(leaf.dtype == np.float32 for leaf in network.shapes.values())
+  image, text = jax.eval_shape(network.pure(encode), network.shapes, images(2, 8), TOKENS)
+  assert (image.shape, image.dtype) == ((2, PROJECTION), np.float32)
+  assert (text.c.dtype, text.e.dtype) == (jnp.bfloat16, np.float32)
+
+
+@pytest.mark.parametrize("section, config, count", RELEASED)
+def test_a_released_size_has_transformers_parameters(section, config, count):
+  with torch.device("meta"):
+    theirs = CLIPModel(config)
+  shapes = {mapping.from_name("clip", name): tuple(x.shape) for name, x in theirs.named_parameters()}
+  expected = {entry.path: entry.shape_in_ours(shape) for entry, shape in shapes.items()}
+  found = {path: leaf.shape for path, leaf in ours(section).shapes.items()}
+  assert found == expected
+  assert sum(math.prod(shape) for shape in found.values()) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section, config, count", RELEASED)
+def test_a_released_size_equals_transformers(section, config, count):
+  theirs = from_torch.randomise(CLIPModel(config), seed=0)
+  rng = np.random.default_rng(1)
+  tokens = np.full((3, 77), 49407, np.int32)
+  tokens[:, 0] = 49406
+  for row, length in zip(tokens, (1, 10, 75), strict=True):
+    row[1 : 1 + length] = rng.integers(0, 49406, length)
+  assert_equal_embeddings(ours(section), theirs, images(3, 224), tokens, tolerance=1e-4)

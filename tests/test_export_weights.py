@@ -1,0 +1,208 @@
+"""Runs for PyTorch users through the verb: what diffusers draws from the folder, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusionPipeline
+from safetensors.numpy import load_file
+from transformers import CLIPTokenizer
+
+from diffdis_jax import checkpoint, export_weights, import_weights, inference, tree, workdir
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.interop import from_torch, mapping, to_torch
+from diffdis_jax.models import build
+from diffdis_jax.structs import UserError
+from tests import pipelines
+from tests.command_runs import ROOT, call
+from tests.models.networks import random_params
+from tests.untrained import State
+
+pytest_plugins = ("command_runs", "pipelines")
+
+STEPS = 3
+METRICS = {"step": 5, "loss": 0.123456789, "loss_generation": 0.1}
+RESULTS = {"zero_shot": {"emoji": {"dataset": "emoji", "metrics": {"acc1": 0.5, "acc5": 0.75}, "protocol": {}}}}
+
+
+def make_run(folder: pathlib.Path, imported: str, **changes: object) -> str:
+  """A run of the imported network with other random parameters and averages, and latents of uneven statistics."""
+  config = workdir.load_config(imported).copy_and_resolve_references().unlock()
+  config.update_from_flattened_dict(changes)
+  workdir.open_for_training(str(folder), config)
+  shapes = tree.flatten(build.abstract(build.make(config.model, objectives=config.objectives))[1])
+  statistics = {
+    "autoencoder.shift": np.float32([0.5, -0.5, 0.1, 0.0]),
+    "autoencoder.scale": np.float32([0.2, 0.3, 0.5, 1.0]),
+  }
+  params, ema = (random_params(shapes, seed=seed) | statistics for seed in (1, 2))
+  for values in (params, ema):
+    values["autoencoder.conv_out.kernel"] *= 0.3  # images neither black nor white
+  averaged = {path: value for path, value in ema.items() if not path.startswith("autoencoder.")}
+  with checkpoint.Checkpointer(str(folder)) as checkpointer:
+    checkpointer.save(5, State(params, averaged, {}))
+  (folder / "metrics.jsonl").write_text(f"{json.dumps({'step': 4})}\n{json.dumps(METRICS)}\n" + '{"step": 6, "lo')
+  (folder / "results.json").write_text(json.dumps(RESULTS))
+  return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, imported) -> str:
+  return make_run(tmp_path_factory.mktemp("export") / "run", imported)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, run) -> pathlib.Path:
+  """What the command writes, in a process that says at the end whether it imported torch."""
+  out = tmp_path_factory.mktemp("export") / "out"
+  code = (
+    "import sys; from absl import flags; from diffdis_jax import export_weights as verb\n"
+    "verb.define_flags(); flags.FLAGS(sys.argv); verb.main([])\n"
+    "roots = {name.split('.')[0] for name in sys.modules}\n"
+    "assert not roots & {'torch', 'diffusers'}, roots"
+  )
+  command = [sys.executable, "-c", code, f"--workdir={run}", f"--out={out}"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return out
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+  return np.random.default_rng(0).standard_normal((2, 16, 16, 4)).astype(np.float32)
+
+
+def test_diffusers_draws_what_the_run_draws(run, exported, noise):
+  model, params = inference.load(run, batch_size=8, generation_steps=STEPS)
+  images = model.generate(params, Tokenizer(model.max_length)(pipelines.PROMPTS), noise)
+  drawn = pipelines.draw(StableDiffusionPipeline.from_pretrained(exported), noise, steps=STEPS)
+  assert pipelines.psnr(drawn, images) >= 60
+  assert drawn.std() > 10 and pipelines.psnr(drawn[:1], drawn[1:]) < 30
+
+
+def test_what_was_imported_comes_back_bit_for_bit(sd, imported, tmp_path):
+  export_weights.export_weights(imported, str(tmp_path / "out"))
+  for part in ("unet", "vae", "text_encoder"):
+    (before,), (after,) = ((folder / part).glob("*.safetensors") for folder in (sd, tmp_path / "out"))
+    # transformers 5 leaves the prefix out that published checkpoints have.
+    there = {name.removeprefix("text_model."): value for name, value in load_file(after).items()}
+    expected = load_file(before)
+    assert there.keys() == expected.keys()
+    for name, value in expected.items():
+      np.testing.assert_array_equal(there[name], value, err_msg=name)
+
+
+def test_an_export_is_imported_back_with_what_diffdis_adds(run, exported):
+  found = from_torch.open_source(exported)
+  config, expected = import_weights.make_config(found), workdir.load_config(run)
+  for field in ("image_size", "text_diffusion", "image_diffusion", "condition_timestep", "objectives"):
+    assert config[field] == expected[field]
+  loaded = from_torch.load(found, tree.flatten(build.abstract(import_weights.make_diffdis(config))[1]))
+  params = checkpoint.restore_params(run)
+  assert loaded.params.keys() == params.keys() - set(mapping.STATISTICS) and not loaded.ignored
+  for path, value in loaded.params.items():
+    if "quant." not in path:  # which have taken in the latents' shift and scale
+      np.testing.assert_array_equal(value, params[path], err_msg=path)
+
+
+def test_the_folder_is_whole(run, exported):
+  files = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
+  tokenizer = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+  configs = ("model_index.json", "scheduler/scheduler_config.json", "diffdis_config.json")
+  parts = {f"{part}/config.json" for part in ("unet", "vae", "text_encoder")}
+  expected = {*configs, *parts, *to_torch.FILES.values(), *(f"tokenizer/{name}" for name in tokenizer), "README.md"}
+  assert files == expected
+  own, config = json.loads((exported / "diffdis_config.json").read_text()), workdir.load_config(run)
+  assert own["model"]["alignment"] == config.model.alignment.to_dict()
+  assert own["text_diffusion"] == config.text_diffusion.to_dict()
+  assert (own["max_length"], own["condition_timestep"]) == (pipelines.LENGTH, 1000)
+
+
+def test_the_tokenizer_gives_the_runs_tokens(exported):
+  theirs = CLIPTokenizer.from_pretrained(exported / "tokenizer")
+  assert theirs.model_max_length == pipelines.LENGTH
+  given = theirs(pipelines.PROMPTS, padding="max_length", truncation=True)["input_ids"]
+  np.testing.assert_array_equal(given, Tokenizer(pipelines.LENGTH)(pipelines.PROMPTS))
+
+
+def test_the_model_card(exported):
+  card = (exported / "README.md").read_text()
+  for text in (
+    "checkpoint of step 5, averaged weights, float32",
+    "- training: step 5, loss 0.123457, loss_generation 0.1\n",
+    "- zero_shot, emoji (results.json): acc1 0.5, acc5 0.75\n",
+    "Watermarks",
+    "People and animals",
+    '"condition_timestep": 1000',
+    "torch_diffdis.py",
+  ):
+    assert text in card
+
+
+@pytest.mark.parametrize("ema, dtype", [(True, "float32"), (False, "float32"), (False, "bfloat16"), (True, "float16")])
+def test_averaged_or_raw_weights_in_any_dtype(run, tmp_path, ema, dtype):
+  export_weights.export_weights(run, str(tmp_path / "out"), ema=ema, dtype=dtype)
+  params = checkpoint.restore_params(run, ema=ema)
+  for component in ("unet", "text_encoder", "diffdis"):
+    for name, value in load_file(tmp_path / "out" / to_torch.FILES[component]).items():
+      entry = mapping.from_name(component, name)
+      expected = np.asarray(params[entry.path]).astype(to_torch.DTYPES[dtype])
+      np.testing.assert_array_equal(entry.to_ours(value), expected, err_msg=name)
+  assert f"{'averaged' if ema else 'raw'} weights, {dtype}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_generation_alone_is_a_pipeline_without_a_twin(imported, tmp_path):
+  run = make_run(tmp_path / "run", imported, objectives=("generation",))
+  export_weights.export_weights(run, str(tmp_path / "out"))
+  assert not list((tmp_path / "out").glob("diffdis*"))
+  assert "twin" not in (tmp_path / "out" / "README.md").read_text()
+  StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+
+
+def refused(run: str, out: pathlib.Path, message: str, **settings: object) -> None:
+  before = sorted(out.parent.iterdir())
+  with pytest.raises(UserError, match=message) as error:
+    export_weights.export_weights(run, str(out), **settings)
+  assert "\n" not in str(error.value)
+  assert sorted(out.parent.iterdir()) == before
+
+
+def test_runs_that_cannot_be_exported(imported, tmp_path):
+  out = tmp_path / "out"
+  for objective in ("discrimination", "reconstruction"):
+    run = make_run(tmp_path / objective, imported, objectives=(objective,))
+    refused(run, out, f"objectives is {objective}; a diffusers pipeline needs generation")
+  run = make_run(tmp_path / "patch", imported, **{"model.autoencoder.patch": 2})
+  refused(run, out, "model.autoencoder.patch is 2; .* cannot be a diffusers pipeline")
+
+
+def test_bad_arguments(run, tmp_path):
+  refused(str(tmp_path / "nowhere"), tmp_path / "out", "no folder .*nowhere")
+  refused(run, tmp_path / "out", "no checkpoint 7 in", step=7)
+  kept = tmp_path / "kept"
+  kept.mkdir()
+  (kept / "file").write_text("kept")
+  refused(run, kept, "is not empty; give a new folder")
+  refused(run, kept / "file", "is a file; it should be a folder")
+
+
+def test_values_that_do_not_fit_leave_nothing(imported, tmp_path):
+  run = make_run(tmp_path / "run", imported)
+  params = dict(checkpoint.restore_params(run, ema=False))
+  params["unet.conv_in.bias"] = np.full(params["unet.conv_in.bias"].shape, 1e6, np.float32)
+  with checkpoint.Checkpointer(run) as checkpointer:
+    checkpointer.save(6, State(params, {}, {}))
+  message = "parameter unet.conv_in.bias is beyond the range of float16, or not finite; take another --dtype"
+  refused(run, tmp_path / "out", message, dtype="float16")
+
+
+def test_command_line(run, environment, tmp_path):
+  done = call("export_weights", environment, f"--workdir={run}", f"--out={tmp_path / 'out'}", "--dtype=float8")
+  assert done.returncode == 2
+  assert "value should be one of <float32|float16|bfloat16>" in done.stderr
+  assert not list(tmp_path.iterdir())

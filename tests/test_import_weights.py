@@ -1,0 +1,356 @@
+"""Checkpoints of PyTorch users through the verb: the images that come out, what is counted, what is refused."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from ml_collections import ConfigDict
+from open_clip.model import CLIP as OpenClip
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
+from transformers import CLIPConfig, CLIPModel
+
+from diffdis_jax import checkpoint, import_weights, inference, train, tree, workdir
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.interop import from_torch, mapping
+from diffdis_jax.models import build
+from diffdis_jax.step import Step
+from diffdis_jax.structs import UserError
+from tests import compvis_names, pipelines
+from tests.command_runs import call
+from tests.models import networks
+from tests.models.from_torch import nchw, randomise
+from tests.steps import make_mesh
+
+pytest_plugins = ("command_runs", "pipelines")
+
+STEPS = 3
+CLIP_SIZES = dict(image_size=32, patch_size=8)
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+  return np.random.default_rng(0).standard_normal((2, 16, 16, 4)).astype(np.float32)
+
+
+def generate(run: str, noise: np.ndarray) -> np.ndarray:
+  model, params = inference.load(run, batch_size=8, generation_steps=STEPS)
+  return model.generate(params, Tokenizer(model.max_length)(pipelines.PROMPTS), noise)
+
+
+def load(source: pathlib.Path) -> tuple[ConfigDict, from_torch.Loaded]:
+  """The verb's reading half: the config, and the parameters that the source has."""
+  found = from_torch.open_source(source)
+  config = import_weights.make_config(found)
+  return config, from_torch.load(found, tree.flatten(build.abstract(import_weights.make_diffdis(config))[1]))
+
+
+def assert_same_params(loaded: from_torch.Loaded, run: str, rtol: float = 0.0) -> None:
+  """All of Stable Diffusion's in the run's checkpoint, and no others."""
+  expected = checkpoint.restore_params(run)
+  origin = json.loads((pathlib.Path(run) / "import.json").read_text())
+  assert loaded.params.keys() == origin["loaded"].keys()
+  for path, value in loaded.params.items():
+    assert value.dtype == np.float32
+    np.testing.assert_allclose(value, expected[path], rtol=rtol, atol=rtol * 1e-3, err_msg=path)
+
+
+def copied(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+  shutil.copytree(source, folder)
+  return folder
+
+
+def edit_json(path: pathlib.Path, **changes: object) -> None:
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_an_imported_workdir_draws_what_stable_diffusion_draws(sd, imported, noise):
+  expected = pipelines.draw(StableDiffusionPipeline.from_pretrained(sd), noise, steps=STEPS)
+  images = generate(imported, noise)
+  assert pipelines.psnr(images, expected) >= 60
+  assert expected.std() > 10 and pipelines.psnr(expected[:1], expected[1:]) < 30
+
+
+def test_a_workdir_says_where_everything_came_from(sd, imported):
+  config, origin = workdir.load_config(imported), json.loads((pathlib.Path(imported) / "import.json").read_text())
+  params = checkpoint.restore_params(imported)
+  assert params.keys() == origin["loaded"].keys() | set(origin["initialised"])
+  names = [
+    entry.name
+    for path in origin["initialised"]
+    if path not in mapping.STATISTICS
+    for entry in [mapping.from_path(path)]
+  ]
+  assert {name.split(".")[0] for name in names} == {"text_stream", "alignment", "logit_scale"}
+  assert origin["ignored"] == [] and origin["source"] == str(sd)
+  assert {value.dtype for value in params.values()} == {np.dtype(np.float32)}
+  assert (config.image_size, config.data.max_length) == (32, pipelines.LENGTH)
+  assert config.model.unet.to_dict() == dict(widths=(32, 64), attention=(True, False), depth=1, num_heads=8, groups=32)
+  np.testing.assert_array_equal(params["autoencoder.scale"], np.full(4, 0.18215, np.float32))
+  assert checkpoint.latest_step(imported) == 0
+
+
+def test_training_starts_from_it(imported):
+  """As `train --config.init_from` does, discrimination alone included."""
+  config = workdir.load_config(imported).copy_and_resolve_references().unlock()
+  config.batch_size, config.objectives, config.init_from = 8, ("discrimination",), imported
+  step = Step(config, make_mesh())
+  loaded = train.load_initial(imported, step)
+  assert loaded.keys() == step.shapes.keys()
+  assert not any(path.startswith("unet.up.") for path in loaded)
+
+
+@pytest.mark.parametrize("case", ["bin", "fp16 variant", "shards", "names of older libraries"])
+def test_other_forms_of_a_folder(sd, imported, tmp_path, case):
+  folder, tolerance = copied(sd, tmp_path / "sd"), 0.0
+  unet, vae, text = (next((folder / part).glob("*.safetensors")) for part in ("unet", "vae", "text_encoder"))
+  values = {path: load_file(path) for path in (unet, vae, text)}
+  if case == "bin":
+    for path in values:
+      torch.save({name: torch.from_numpy(x) for name, x in values[path].items()}, path.with_suffix(".bin"))
+      path.unlink()
+    text.with_suffix(".bin").rename(text.with_name("pytorch_model.bin"))
+  elif case == "fp16 variant":
+    tolerance = 1e-3
+    for path in values:
+      halved = {name: x.astype(np.float16) for name, x in values[path].items()}
+      save_file(halved, path.with_name(f"{path.stem}.fp16.safetensors"))
+      path.unlink()
+  elif case == "shards":
+    names = sorted(values[unet])
+    shards = {f"{unet.stem}-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for file, own in shards.items():
+      save_file({name: values[unet][name] for name in own}, unet.with_name(file))
+    weight_map = {name: file for file, own in shards.items() for name in own}
+    unet.with_name(f"{unet.name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    unet.unlink()
+  else:
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, value in values[vae].items():
+      for new, old in older.items():
+        name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+      renamed[name] = value
+    save_file(renamed, vae)
+    positions = {"text_model.embeddings.position_ids": np.arange(12)[None]}
+    save_file({f"text_model.{name}": x for name, x in values[text].items()} | positions, text)
+  config, loaded = load(folder)
+  assert config.to_dict() == workdir.load_config(imported).to_dict()
+  assert_same_params(loaded, imported, rtol=tolerance)
+  assert len(loaded.ignored) == (case == "names of older libraries")
+
+
+def compvis_file(sd: pathlib.Path) -> dict[str, torch.Tensor]:
+  pipeline = StableDiffusionPipeline.from_pretrained(sd)
+  states = {part: getattr(pipeline, part).state_dict() for part in ("unet", "vae", "text_encoder")}
+  states["text_encoder"] = {f"text_model.{name}": x for name, x in states["text_encoder"].items()}
+  return compvis_names.single_file(states, depth=1, levels=2)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_single_files(sd, imported, tmp_path, suffix):
+  state = compvis_file(sd)
+  path = tmp_path / f"v1.{suffix}"
+  if suffix == "ckpt":
+    ema = {f"model_ema.{name.replace('.', '')}": x for name, x in state.items() if name.startswith("model.")}
+    torch.save({"state_dict": state | ema | {"betas": torch.ones(10)}, "global_step": 7}, path)
+  else:
+    save_torch({name: x.contiguous() for name, x in state.items()}, path)
+  config, loaded = load(path)
+  assert_same_params(loaded, imported)
+  assert config.model.to_dict() == workdir.load_config(imported).model.to_dict()
+  assert config.image_size == 512  # Stable Diffusion's own: the file does not say
+  assert len(loaded.ignored) == (len(ema) + 1 if suffix == "ckpt" else 0)
+
+
+def clip_outputs(run: str, pixels: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Unit image and text embeddings of an imported CLIP."""
+  network = networks.Network.of(import_weights.make_clip(workdir.load_config(run).model))
+  encode = lambda model, pixels, tokens: (model.vision_encoder(pixels), model.encode_text(tokens).e)
+  image, text = network.jit(encode)(checkpoint.restore_params(run), pixels, tokens)
+  image = np.asarray(image)
+  return image / np.linalg.norm(image, axis=-1, keepdims=True), text
+
+
+@pytest.fixture
+def given() -> tuple[np.ndarray, np.ndarray]:
+  """Normalised pixels and tokens."""
+  pixels = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
+  return pixels, Tokenizer(pipelines.LENGTH)(pipelines.PROMPTS)
+
+
+def test_clip_of_transformers(tmp_path, given):
+  vision = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, **CLIP_SIZES)
+  theirs = CLIPModel(CLIPConfig(text_config=pipelines.TEXT, vision_config=vision, projection_dim=16))
+  randomise(theirs, 0).save_pretrained(tmp_path / "clip")
+  import_weights.import_weights(str(tmp_path / "clip"), str(tmp_path / "run"))
+  image, text = clip_outputs(str(tmp_path / "run"), *given)
+  with torch.no_grad():
+    expected = theirs(input_ids=torch.from_numpy(given[1]).long(), pixel_values=nchw(given[0]))
+  assert networks.relative_error(image, expected.image_embeds) < 1e-5
+  assert networks.relative_error(text, expected.text_embeds) < 1e-5
+  params = checkpoint.restore_params(str(tmp_path / "run"))
+  assert float(params["logit_scale"]) == theirs.logit_scale.item()
+  assert json.loads((tmp_path / "run" / "import.json").read_text())["initialised"] == []
+  with pytest.raises(UserError, match="objectives is 'contrastive'"):
+    inference.load(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_clip_of_open_clip(tmp_path, given, form):
+  vision = CLIPVisionCfg(layers=2, width=64, patch_size=8, image_size=32)
+  text = CLIPTextCfg(layers=2, width=64, heads=1, context_length=pipelines.LENGTH)
+  theirs = randomise(OpenClip(16, vision, text, quick_gelu=form == "folder"), 0)
+  source = tmp_path / "clip"
+  source.mkdir()
+  if form == "folder":
+    save_torch(theirs.state_dict(), source / "open_clip_model.safetensors")
+    (source / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": True}}))
+  else:
+    source = source / "epoch_1.pt"
+    torch.save({"state_dict": theirs.state_dict(), "epoch": 1}, source)
+  import_weights.import_weights(str(source), str(tmp_path / "run"))
+  image, encoded = clip_outputs(str(tmp_path / "run"), *given)
+  with torch.no_grad():
+    pixels, tokens = nchw(given[0]), torch.from_numpy(given[1]).long()
+    expected = theirs.encode_image(pixels, normalize=True), theirs.encode_text(tokens, normalize=True)
+  assert networks.relative_error(image, expected[0]) < 1e-5
+  assert networks.relative_error(encoded, expected[1]) < 1e-5
+
+
+def refused(source: pathlib.Path, out: pathlib.Path, message: str) -> None:
+  """Refused in one line, with nothing written."""
+  before = sorted(out.parent.iterdir())
+  with pytest.raises(UserError, match=message) as error:
+    import_weights.import_weights(str(source), str(out))
+  assert "\n" not in str(error.value)
+  assert sorted(out.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer"])
+def test_a_missing_component_folder(sd, tmp_path, part):
+  shutil.rmtree(copied(sd, tmp_path / "sd") / part)
+  refused(tmp_path / "sd", tmp_path / "run", f"has no folder {part}; .* has unet, vae, text_encoder, tokenizer")
+
+
+@pytest.mark.parametrize(
+  "file, changes, message",
+  [
+    ("unet/config.json", {"act_fn": "mish"}, "act_fn is 'mish'"),
+    ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act is 'relu'; it must be one of quick_gelu, gelu"),
+    ("unet/config.json", {"in_channels": 9}, "in_channels is 9; .* have 4"),
+    ("unet/config.json", {"cross_attention_dim": 96}, "cross_attention_dim is 96; .* have 64"),
+    (
+      "unet/config.json",
+      {"cross_attention_dim": 1024},
+      r"is a Stable Diffusion 2 checkpoint .* version 1 is supported",
+    ),
+    (
+      "unet/config.json",
+      {"cross_attention_dim": 2048},
+      r"is a Stable Diffusion XL checkpoint .* version 1 is supported",
+    ),
+    ("model_index.json", {"text_encoder_2": ["a", "b"]}, "is a Stable Diffusion XL checkpoint"),
+    (
+      "unet/config.json",
+      {"block_out_channels": [32, 96]},
+      r"unet parameter \S+ has shape \(.*64.*\) in the checkpoint; its model has \(.*96.*\)",
+    ),
+    ("vae/config.json", {"layers_per_block": 2}, r"vae lacks \d+ of its model's parameters, such as encoder.down"),
+    ("unet/config.json", {"attention_head_dim": 5}, "model.unet.widths has 32; each must be a multiple of num_heads=5"),
+    ("text_encoder/config.json", {"vocab_size": 99}, "the text tower has 99 tokens; only CLIP's"),
+    ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
+    ("tokenizer/tokenizer.json", {"model": {"vocab": {"a": 0}}}, "is not CLIP's vocabulary"),
+  ],
+)
+def test_a_folder_that_does_not_fit(sd, tmp_path, file, changes, message):
+  edit_json(copied(sd, tmp_path / "sd") / file, **changes)
+  refused(tmp_path / "sd", tmp_path / "run", message)
+
+
+def test_a_weights_file_cut_short(sd, tmp_path):
+  path = next((copied(sd, tmp_path / "sd") / "unet").glob("*.safetensors"))
+  path.write_bytes(path.read_bytes()[:-1000])
+  refused(tmp_path / "sd", tmp_path / "run", "no whole safetensors file: .*; copy it again")
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{"])
+def test_a_broken_model_index(sd, tmp_path, content):
+  path = copied(sd, tmp_path / "sd") / "model_index.json"
+  path.unlink() if content is None else path.write_text(content)
+  refused(tmp_path / "sd", tmp_path / "run", "model_index.json")
+
+
+def test_a_pickle_that_needs_code_execution(tmp_path):
+  torch.save({"state_dict": pathlib.PurePosixPath("x")}, tmp_path / "v1.ckpt")
+  refused(tmp_path / "v1.ckpt", tmp_path / "run", "needs code execution to be read: it would call pathlib")
+
+
+@pytest.mark.parametrize(
+  "names, message",
+  [
+    (["conditioner.embedders.0.x"], "Stable Diffusion XL"),
+    (["cond_stage_model.model.x", "model.diffusion_model.input_blocks.0.0.weight"], "Stable Diffusion 2"),
+    (["model.diffusion_model.input_blocks.0.0.weight"], r"has no first_stage_model\.\*; a whole"),
+    (["model.diffusion_model.joint_blocks.0.x"], "is neither a Stable Diffusion v1 nor an open_clip checkpoint"),
+    ([], "its tensors: none"),
+  ],
+)
+def test_single_files_of_another_kind(tmp_path, names, message):
+  save_file({name: np.zeros(1, np.float32) for name in names}, tmp_path / "x.safetensors")
+  refused(tmp_path / "x.safetensors", tmp_path / "run", message)
+
+
+def test_sources_that_are_not_there(tmp_path):
+  refused(tmp_path / "nowhere", tmp_path / "run", "no file or folder .*nowhere")
+  (tmp_path / "empty").mkdir()
+  refused(tmp_path / "empty", tmp_path / "run", "has neither a model_index.json")
+
+
+def test_an_output_folder_that_is_not_empty(sd, tmp_path):
+  out = tmp_path / "run"
+  out.mkdir()
+  (out / "kept.txt").write_text("kept")
+  refused(sd, out, "is not empty; give a new folder")
+  assert [path.name for path in out.iterdir()] == ["kept.txt"]
+
+
+def test_nothing_is_left_when_the_disk_is_full(sd, tmp_path, monkeypatch):
+  def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(import_weights.checkpoint, "Checkpointer", full)
+  refused(sd, tmp_path / "run", "cannot write --out=.*: No space left on device")
+
+
+@pytest.mark.parametrize(
+  "scheduler, schedule",
+  [
+    (PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), "scaled_linear"),
+    (DDIMScheduler(beta_schedule="squaredcos_cap_v2"), "cosine"),
+    (DDIMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012), "linear"),
+  ],
+)
+def test_the_noise_schedule_is_the_sources(sd, tmp_path, scheduler, schedule):
+  scheduler.save_pretrained(copied(sd, tmp_path / "sd") / "scheduler")
+  found = from_torch.open_source(tmp_path / "sd")
+  assert import_weights.make_config(found).image_diffusion.schedule == schedule
+
+
+def test_command_line(sd, environment, tmp_path):
+  done = call("import_weights", environment, f"--source={sd}", f"--out={tmp_path / 'run'}", "--seed=1")
+  assert done.returncode == 0, done.stderr
+  for line in ("loaded 352: unet 208, vae 124, text_encoder 20", "initialised 129: ", "ignored 0: nothing"):
+    assert line in done.stderr
+  done = call("import_weights", environment, f"--source={sd}", f"--out={tmp_path / 'run'}")
+  assert done.returncode == 2
+  assert [line for line in done.stderr.splitlines() if "error" in line] == [
+    f"error: --out={tmp_path / 'run'} is not empty; give a new folder"
+  ]
