@@ -26,7 +26,7 @@ from configs import common, diffdis_cc3m, sizes
 from diffdis_jax import checkpoint, cli, folders, tree, workdir
 from diffdis_jax.data.tokenizer import VOCAB_SIZE, load_merges, make_vocab
 from diffdis_jax.interop import from_torch, mapping
-from diffdis_jax.interop.from_torch import Loaded, Source
+from diffdis_jax.interop.from_torch import Matched, Source
 from diffdis_jax.interop.tensor_files import read_json
 from diffdis_jax.models import build
 from diffdis_jax.models.clip import Clip, VisionEncoder
@@ -79,14 +79,14 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
     check_tokenizer(found.tokenizer)
   make = make_clip(config.model) if found.is_clip else make_diffdis(config)
   network = tree.flatten(build.abstract(make)[1])
-  loaded = from_torch.load(found, network)
-  params = loaded.params | initialise(make, network.keys() - loaded.params.keys(), seed=seed)
-  report(loaded, network)
+  matched = from_torch.match(found, network)
+  report(matched, network)
+  params = initialise(make, network.keys() - matched.names.keys(), seed=seed) | from_torch.read(matched)
 
   with folders.whole(folder) as temporary:
     workdir.open_for_training(str(temporary), config)
-    origin = {"source": source, "loaded": loaded.names, "ignored": loaded.ignored}
-    origin["initialised"] = sorted(network.keys() - loaded.names.keys())
+    origin = {"source": source, "loaded": matched.names, "ignored": matched.ignored}
+    origin["initialised"] = sorted(network.keys() - matched.names.keys())
     (temporary / "import.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     with checkpoint.Checkpointer(str(temporary)) as checkpointer:
       checkpointer.save(0, State(params), meta={"source": source})
@@ -128,8 +128,9 @@ def check_tokenizer(folder: pathlib.Path) -> None:
     raise UserError(f"{folder} has neither vocab.json nor tokenizer.json")
   vocab = read_json(files[0])
   if files[0].name == "tokenizer.json":
+    words = (vocab.get("model") or {}).get("vocab")
     added = {token["content"]: token["id"] for token in vocab.get("added_tokens", ())}
-    vocab = vocab.get("model", {}).get("vocab", {}) | added
+    vocab = words | added if isinstance(words, dict) else {}
   if vocab != make_vocab(load_merges()):
     raise UserError(f"{files[0]} is not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
 
@@ -159,10 +160,10 @@ def initialise(make: Callable[[nnx.Rngs], nnx.Module], paths: Collection[str], *
   return jax.jit(some, compiler_options={"xla_backend_optimization_level": 0})(jax.random.key(seed))
 
 
-def report(loaded: Loaded, network: Collection[str]) -> None:
-  """Counts what was loaded, initialised and ignored by component; import.json has every name."""
-  new = [path for path in network if path not in loaded.names and path not in mapping.STATISTICS]
-  for what, names in (("loaded", loaded.names.values()), ("initialised", new), ("ignored", loaded.ignored)):
+def report(matched: Matched, network: Collection[str]) -> None:
+  """Counts what is loaded, initialised and ignored by component; import.json has every name."""
+  new = [path for path in network if path not in matched.names and path not in mapping.STATISTICS]
+  for what, names in (("loaded", matched.names.values()), ("initialised", new), ("ignored", matched.ignored)):
     parts = Counter(re.split(r"[/.]", name)[0] for name in names)
     logging.info("%s %d: %s", what, len(names), ", ".join(f"{part} {n}" for part, n in parts.items()) or "nothing")
 

@@ -1,7 +1,7 @@
 """PyTorch users' checkpoints to our parameters: Stable Diffusion v1 and CLIP, in every form in which they are shared.
 
-`open_source` finds out what a path holds and what network it makes; `load` then reads the tensors one by one, so that
-no more than one of them is in memory twice.
+`open_source` finds out what a path holds and what network it makes, `match` gives every tensor its place there, and
+`read` alone reads them, one by one, so that no more than one of them is in memory twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Float
 
 from diffdis_jax.interop import compvis, mapping, openclip, sections, shapes, tensor_files
 from diffdis_jax.interop.tensor_files import Tensor, Tensors, read_json
@@ -53,10 +52,10 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
-  """Parameters in f32, the name of each in the checkpoint, and what of the checkpoint has no place here."""
+class Matched:
+  """Unread parameters in our layout, the name of each in the checkpoint, and what of that has no place here."""
 
-  params: Params
+  tensors: Tensors
   names: dict[str, str]
   ignored: list[str]
 
@@ -84,46 +83,52 @@ def open_source(path: pathlib.Path) -> Source:
   raise UserError(f"{path} has neither a model_index.json of Stable Diffusion nor a config.json of CLIP")
 
 
-def load(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Loaded:
-  """Reads the parameters that the network has, and closes the source's files.
+def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matched:
+  """Finds the parameters of a network.
 
   Args:
-    source: its components are emptied.
+    source: its components are emptied, so that whoever reads a tensor last closes its file.
     network: shapes by path.
 
   Raises:
-    UserError: one that is missing, or of another shape.
+    UserError: a parameter that is missing, or of another shape.
   """
-  params, names, ignored = {}, {}, list(source.others)
+  matched = Matched({}, {}, list(source.others))
   for component, tensors in source.components.items():
     for name in list(tensors):
       tensor, entry = tensors.pop(name), mapping.from_name(component, name)
       if entry is None or entry.path not in network:
-        ignored.append(f"{component}/{name}")
+        matched.ignored.append(f"{component}/{name}")
         continue
-      params[entry.path] = _read(tensor, entry, network[entry.path].shape)
-      names[entry.path] = f"{component}/{name}"
+      matched.tensors[entry.path] = _in_our_layout(tensor, entry, network[entry.path].shape)
+      matched.names[entry.path] = f"{component}/{name}"
 
   known = mapping.CLIP if source.is_clip else mapping.DIFFDIS
   entries = [mapping.from_path(path, known) for path in network if path not in mapping.STATISTICS]
-  missing = [entry for entry in entries if entry.component in source.components and entry.path not in params]
+  missing = [entry for entry in entries if entry.component in source.components and entry.path not in matched.names]
   if missing:
     raise UserError(
       f"{missing[0].component} lacks {len(missing)} of its model's parameters, such as {missing[0].name}; its config"
       " and its weights should be of one model"
     )
-  return Loaded(params, names, ignored)
+  return matched
 
 
-def _read(tensor: Tensor, entry: mapping.Entry, shape: tuple[int, ...]) -> Float[Array, "..."]:
-  """The parameter in f32. Where one side has a 1x1 convolution and the other a matrix, they are the same numbers."""
+def read(matched: Matched) -> Params:
+  """The parameters in f32. Their tensors are used up, and the files closed."""
+  take = lambda path: jnp.asarray(np.array(matched.tensors.pop(path).read(), np.float32, order="C"))
+  return {path: take(path) for path in list(matched.tensors)}
+
+
+def _in_our_layout(tensor: Tensor, entry: mapping.Entry, shape: tuple[int, ...]) -> Tensor:
+  """Where one side has a 1x1 convolution and the other a matrix, they are the same numbers."""
   expected = entry.shape_in_theirs(shape)
   squeezed = lambda shape: [n for n in shape if n != 1]
   if squeezed(tensor.shape) != squeezed(expected):
     raise UserError(
       f"{entry.component} parameter {entry.name} has shape {tensor.shape} in the checkpoint; its model has {expected}"
     )
-  return jnp.asarray(np.array(entry.to_ours(tensor.read().reshape(expected)), np.float32, order="C"))
+  return tensor.map(lambda x: entry.to_ours(x.reshape(expected)), shape)
 
 
 def _open_diffusers(folder: pathlib.Path) -> Source:
@@ -156,12 +161,19 @@ def _open_diffusers(folder: pathlib.Path) -> Source:
   }
   if (folder / "diffdis.safetensors").exists():  # what export_weights wrote
     components["diffdis"] = tensor_files.open_file(folder / "diffdis.safetensors")
-    own = read_json(folder / "diffdis_config.json")
+    _add_diffdis(folder / "diffdis_config.json", model, fields)
+  return Source(components, model, fields, tokenizer=folder / "tokenizer")
+
+
+def _add_diffdis(path: pathlib.Path, model: dict[str, Any], fields: dict[str, Any]) -> None:
+  own = read_json(path)
+  try:
     model |= {name: own["model"][name] for name in ("fusion", "share_attention", "modality_ffn", "alignment")}
     model["text_encoder"]["projection"] = own["model"]["text_encoder"]["projection"]
-    fields |= {f"text_diffusion.{name}": value for name, value in own["text_diffusion"].items()}
+    fields |= {f"text_diffusion.{name}": own["text_diffusion"][name] for name in ("schedule", "target", "gamma")}
     fields["condition_timestep"] = own["condition_timestep"]
-  return Source(components, model, fields, tokenizer=folder / "tokenizer")
+  except (KeyError, TypeError) as error:
+    raise UserError(f"{path} lacks {error}; it should be what export_weights wrote") from error
 
 
 def _check_version(folder: pathlib.Path, index: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
