@@ -44,8 +44,15 @@ def get_config(arg: str = "") -> ConfigDict:
     config.save_every = 500
     return config
 
-  config.num_steps, config.batch_size = 2500, 64
-  config.optim.update(rates=dict(new=1.5e-3), warmup_steps=200, ema_decay=0.998)
+  config.num_steps, config.batch_size = 4500, 64
+  # As in shapes.py: a balance of the two gradients, a slow text tower, random token vectors left alone.
+  config.loss.ita_weight = 0.2
+  config.optim.update(
+    groups=(("^autoencoder|^text_encoder.tokens", "frozen"), ("^text_encoder", "text"), (".*", "new")),
+    rates=dict(new=1.5e-3, text=5e-4),
+    warmup_steps=200,
+    ema_decay=0.999,
+  )
   config.text_diffusion.schedule = "scaled_linear"
   config.save_every = config.eval_every = config.sample_every = 500
   data = lambda split: dict(name="pairs", path=args.path, split=split, image_size=32)

@@ -33,12 +33,13 @@ BACKGROUNDS = {
   "black": (10, 10, 10),
 }
 COLOUR_JITTER = 8  # of 255, uniform either way, one draw a channel, for shape and background
-RADIUS = (0.20, 0.40)  # of the image's side, to the outermost point of a shape
-MARGIN = 0.03  # of the image's side, left free around a shape
-SMALL, LARGE = 0.26, 0.33  # radii below and above which a caption may say so
-OFF_CENTRE = 0.08  # of the image's side: a caption may name the side; within a third of it, the middle
-MAX_ROTATION = 25.0  # degrees either way: a cross stays a cross and a square no diamond
+RADIUS = (0.33, 0.44)  # of the image's side, to the outermost point of a shape
+MARGIN = 0.04  # of the image's side, left free around a shape
+SMALL, LARGE = 0.36, 0.42  # radii below and above which a caption may say so
+OFF_CENTRE = 0.05  # of the image's side: a caption may name the side; within a third of it, the middle
+MAX_ROTATION = 20.0  # degrees either way: a cross stays a cross and a square no diamond
 SUPERSAMPLING = 4
+DETAIL = 0.25  # how often a caption names each of size, position and background
 
 TEMPLATES = ("{}", "a {}", "a picture of a {}", "a drawing of a {}", "an image of a {}")
 SPLITS = {"train": 65536, "test": 1792, "unseen": 256, "all": 2048}
@@ -72,7 +73,7 @@ def _heart(n: int = 48) -> Points:
   t = np.linspace(0, 2 * np.pi, n, endpoint=False)
   x = 16 * np.sin(t) ** 3
   y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-  return list(zip((x / 16.5).tolist(), ((-y - 2.5) / 16.5).tolist(), strict=True))
+  return list(zip((x / 18.3).tolist(), ((-y - 2.5) / 18.3).tolist(), strict=True))
 
 
 def _arc(radius: float, centre: float, start: float, stop: float, n: int = 32) -> Points:
@@ -152,8 +153,8 @@ def tone(background: str) -> str:
 
 
 def caption(rng: np.random.Generator, scene: Scene) -> str:
-  """One of the templates; size, position and background are each named half of the time, and always truly."""
-  sized, placed, on_ground, by_tone = rng.random(4) < 0.5
+  """One of the templates; size, position and background are each named a quarter of the time, and always truly."""
+  sized, placed, on_ground, by_tone = rng.random(4) < (DETAIL, DETAIL, DETAIL, 0.5)
   words = [size(scene) if sized else "", scene.colour, scene.shape, position(scene) if placed else ""]
   if on_ground:
     words.append(f"on a {tone(scene.background) if by_tone else scene.background} background")

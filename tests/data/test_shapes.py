@@ -79,7 +79,7 @@ def test_areas_equal_geometry():
     "star": star,
     "cross": 0.6 * 1.9 * 2 - 0.36,
     "ring": np.pi * (1 - 0.58**2),
-    "heart": 180 * np.pi / 16.5**2,
+    "heart": 180 * np.pi / 18.3**2,
     "crescent": np.pi - lens,
   }
   for shape, area in expected.items():
@@ -87,6 +87,11 @@ def test_areas_equal_geometry():
     red = image[..., 0].astype(float)
     covered = ((red - red.min()) / (red.max() - red.min())).sum() / (0.4 * 256) ** 2
     assert covered == pytest.approx(area, rel=0.03), shape
+
+
+def test_outlines_lie_in_the_unit_circle():
+  for shape, (outline, *_) in shapes.OUTLINES.items():
+    assert 0.95 < max(np.hypot(x, y) for x, y in outline) < 1 + 1e-9, shape
 
 
 def test_no_two_shapes_coincide_under_rotation():
@@ -119,13 +124,13 @@ def test_captions_are_true():
     text = record["caption"]
     assert record["label"] in text
     truths = {
-      "small": drawn.radius < 0.26,
-      "large": drawn.radius > 0.33,
-      "on the left": drawn.x < -0.08,
-      "on the right": drawn.x > 0.08,
-      "at the top": drawn.y < -0.08,
-      "at the bottom": drawn.y > 0.08,
-      "in the middle": max(abs(drawn.x), abs(drawn.y)) < 0.03,
+      "small": drawn.radius < 0.36,
+      "large": drawn.radius > 0.42,
+      "on the left": drawn.x < -0.05,
+      "on the right": drawn.x > 0.05,
+      "at the top": drawn.y < -0.05,
+      "at the bottom": drawn.y > 0.05,
+      "in the middle": max(abs(drawn.x), abs(drawn.y)) < 0.05 / 3,
       "on a light background": drawn.background in ("white", "beige", "light grey"),
       "on a dark background": drawn.background in ("black", "navy", "dark grey"),
       **{f"on a {name} background": drawn.background == name for name in shapes.BACKGROUNDS},
