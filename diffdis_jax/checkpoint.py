@@ -7,7 +7,7 @@ A checkpoint counts once it holds Orbax's commit mark, its last file to be writt
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import jax
@@ -148,11 +148,11 @@ def restore_params(
     UserError: no such checkpoint, or one that is incomplete or does not fit `abstract`.
   """
   path = find(workdir, step)
-  params = _read_tree(path / "params", abstract)
   if not (ema and (path / "ema").exists()):
-    return params
-  averaged = abstract and {name: abstract[name] for name in _saved(path / "ema") if name in abstract}
-  return {**params, **_read_tree(path / "ema", averaged)}
+    return _read_tree(path / "params", abstract)
+  averaged = _saved(path / "ema").keys()
+  raw = _read_tree(path / "params", abstract, without=averaged)
+  return raw | _read_tree(path / "ema", abstract and {name: abstract[name] for name in averaged if name in abstract})
 
 
 def saved_params(workdir: str, *, step: int | None = None) -> Params:
@@ -213,8 +213,11 @@ def _set_aside_uncommitted(folder: epath.Path) -> None:
       path.rename(aside)
 
 
-def _read_tree(path: epath.Path, abstract: Any | None) -> Any:
-  """One item of a checkpoint. An item without arrays is not stored, so that `abstract` itself is its value."""
+def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[str] = ()) -> Any:
+  """One item of a checkpoint. An item without arrays is not stored, so that `abstract` itself is its value.
+
+  Arrays of a flat dict whose names are in `without` are left out, unread.
+  """
   if abstract is not None and not jax.tree.leaves(abstract):
     return abstract
   saved = _saved(path)
@@ -223,7 +226,14 @@ def _read_tree(path: epath.Path, abstract: Any | None) -> Any:
   _check_fits(path, saved, abstract)
   one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one_device), abstract)
-  return _read(path, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target))
+  if not without:
+    return _read(path, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target))
+  target = {name: x for name, x in target.items() if name not in without}
+  if not target:
+    return {}
+  restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+  args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+  return _read(path, ocp.PyTreeCheckpointHandler(), args)
 
 
 def _saved(path: epath.Path) -> _Arrays:

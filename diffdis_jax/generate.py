@@ -9,10 +9,7 @@ prompt of each file and the protocol.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +18,7 @@ from absl import flags, logging
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from diffdis_jax import checkpoint, cli, inference
+from diffdis_jax import checkpoint, cli, folders, inference
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import samples
 from diffdis_jax.structs import UserError
@@ -97,7 +94,7 @@ def generate(
     UserError: bad settings, noise or checkpoint, or `out` cannot be written.
   """
   folder = pathlib.Path(out)
-  check_empty(folder)
+  folders.check_empty(folder)
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
   z_T = read_noise(noise) if noise else None
   saved = checkpoint.find(run, step)
@@ -161,14 +158,6 @@ def check_noise(noise: Float[np.ndarray, "n h w c"], *, expected: tuple[int, ...
     raise UserError("--noise holds values that are not finite; it should be drawn from a standard normal")
 
 
-def check_empty(out: pathlib.Path) -> None:
-  """Raises UserError if the folder exists with something in it, or is no folder."""
-  if out.exists() and not out.is_dir():
-    raise UserError(f"--out={out} is a file; it should be a folder, absent or empty")
-  if out.is_dir() and any(out.iterdir()):
-    raise UserError(f"--out={out} is not empty; give a new folder")
-
-
 def write(
   out: pathlib.Path,
   images: UInt8[np.ndarray, "n h w 3"],
@@ -177,7 +166,7 @@ def write(
   protocol: dict[str, Any],
   columns: int = COLUMNS,
 ) -> None:
-  """Writes the folder under another name beside it, then renames it: it is there whole or not at all.
+  """Writes the folder, whole or not at all.
 
   Raises:
     UserError: it cannot be written.
@@ -187,21 +176,11 @@ def write(
     "protocol": protocol,
     "images": [{"file": file, "prompt": prompt} for file, prompt in zip(files, prompts, strict=True)],
   }
-  temporary = None
-  try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    temporary.chmod(0o755)
+  with folders.whole(out) as temporary:
     for file, image in zip(files, images, strict=True):
       Image.fromarray(image).save(temporary / file)
     samples.save_grid(images, prompts, temporary / "grid.png", columns=columns)
     (temporary / "prompts.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, out)
-  except OSError as error:
-    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
-  finally:
-    if temporary is not None:
-      shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":
