@@ -50,11 +50,13 @@ def test_a_run_holds_what_the_readme_says(joint_run):
   quarters = {f"loss_{name}_q{i}" for name in ("generation", "discrimination") for i in (1, 2, 3, 4)}
   losses = {"loss", "loss_generation", "loss_discrimination"}
   others = {"grad_norm", "alignment_accuracy", "temperature", "steps_per_sec", "images_per_sec", "data_wait"}
+  ita_weight = json.loads((run / "config.json").read_text())["loss"]["ita_weight"]
   for line in lines:
     assert line.keys() == {"step"} | losses | quarters | others
     assert all(math.isfinite(line[name]) for name in losses | others)
     assert 0 <= line["data_wait"] <= 1 and line["steps_per_sec"] > 0
-    assert math.isclose(line["loss"], line["loss_generation"] + line["loss_discrimination"], rel_tol=1e-5)
+    total = line["loss_generation"] + ita_weight * line["loss_discrimination"]
+    assert math.isclose(line["loss"], total, rel_tol=1e-5)
   assert np.mean([line["loss"] for line in lines[-4:]]) < np.mean([line["loss"] for line in lines[:4]])
   assert json.loads((run / "config.json").read_text())["num_steps"] == STEPS
   assert list(run.glob("events.out.tfevents.*"))
@@ -143,7 +145,7 @@ def test_bad_configs_are_refused_before_the_workdir_is_made(tmp_path, changes, m
 def test_a_workdir_of_another_config_names_every_field_and_both_values(joint_run):
   config = train.workdir.load_config(joint_run).copy_and_resolve_references().unlock()
   config.batch_size, config.optim.rates.new = 32, 0.5
-  message = r"batch_size is 16 there and 32 here, optim\.rates\.new is 0\.002 there and 0\.5 here"
+  message = r"batch_size is 16 there and 32 here, optim\.rates\.new is 0\.0015 there and 0\.5 here"
   refused(config, pathlib.Path(joint_run), message)
 
 
