@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.loss.ita_weight = 0.3
   # The UNet learns fastest at a rate that the transformers do not survive. The text tower gives L_ITA its targets: a
   # slow one is easier to follow. Its 49,408 random token vectors, of which the captions use some sixty, are good as
-  # they are; training them costs a tenth of the step.
+  # they are; training them costs a twelfth of the step.
   config.optim.groups = (
     ("^autoencoder|^text_encoder.tokens", "frozen"),
     ("^text_encoder", "text"),
