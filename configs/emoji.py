@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config = common.base(medium(), image_size=32)
   config.data.update(name="pairs", path=args.path, max_length=24)
   config.data.augment = dict(
-    shift=0.06, zoom=0.12, rotation=10.0, brightness=0.15, contrast=0.15, saturation=0.2, hue=0.03
+    shift=0.06, zoom=0.15, rotation=10.0, brightness=0.2, contrast=0.2, saturation=0.3, hue=0.04
   )
   config.optim.update(schedule_kind="cosine", weight_decay=0.05, b2=0.99)
   if args.autoencoder:
@@ -44,12 +44,17 @@ def get_config(arg: str = "") -> ConfigDict:
     config.save_every = 500
     return config
 
-  config.num_steps, config.batch_size = 4500, 64
+  config.num_steps, config.batch_size = 3000, 128
   # As in shapes.py: a balance of the two gradients, a slow text tower, random token vectors left alone.
-  config.loss.ita_weight = 0.2
+  config.loss.ita_weight = 0.3
   config.optim.update(
-    groups=(("^autoencoder|^text_encoder.tokens", "frozen"), ("^text_encoder", "text"), (".*", "new")),
-    rates=dict(new=1.5e-3, text=5e-4),
+    groups=(
+      ("^autoencoder|^text_encoder.tokens", "frozen"),
+      ("^text_encoder", "text"),
+      ("^unet", "unet"),
+      (".*", "new"),
+    ),
+    rates=dict(text=5e-4, unet=2.5e-3, new=1.5e-3),
     warmup_steps=200,
     ema_decay=0.999,
   )
