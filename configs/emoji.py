@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.save_every = 500
     return config
 
-  config.num_steps, config.batch_size = 3000, 128
+  config.num_steps, config.batch_size = 2500, 128
   # As in shapes.py: a balance of the two gradients, a slow text tower, random token vectors left alone.
   config.loss.ita_weight = 0.3
   config.optim.update(
