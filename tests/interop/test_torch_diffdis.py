@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import functools
+import logging
 import math
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -102,8 +104,9 @@ def assert_same_query(twin: torch_diffdis.DiffDis, expected: Any, given: dict[st
   e_t, t_e = torch.from_numpy(given["e_t"]), torch.from_numpy(given["t_e"])
   with torch.no_grad():
     query = twin.predict_query(from_torch.nchw(given["z"]), e_t, t_e)
-  for row, expected_row in zip(query, expected, strict=True):
-    assert networks.relative_error(row, expected_row) < tolerance
+  errors = [networks.relative_error(*rows) for rows in zip(query, expected, strict=True)]
+  logging.getLogger(__name__).info("predicted query: max abs error %.1e of the largest magnitude", max(errors))
+  assert max(errors) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -143,15 +146,22 @@ def test_new_parameters_at_full_size_are_ours():
 
 
 @pytest.mark.slow
-def test_predicted_query_equals_ours_at_full_size(tmp_path):
-  config = diffdis_cc3m.get_config()
+@pytest.mark.parametrize(
+  "arg",
+  ["", "fusion=False", "share_attention=False", "modality_ffn=False", "target=noise", "condition_timestep=999"],
+)
+def test_predicted_query_equals_ours_at_full_size(arg, tmp_path):
+  config = diffdis_cc3m.get_config(arg)
   config.model.dtype = "float32"
   network = network_of(config)
   params = networks.random_params(network.shapes, seed=0)
   run = jax.jit(network.pure(functools.partial(predict, length=config.data.max_length)))
   given = inputs(config, size=(32, 32))
-  expected = np.asarray(run(params, **given, t_z=np.full(len(T_E), config.condition_timestep, np.int32)))
-  assert_same_query(make_twin(config, params, tmp_path), expected, given, tolerance=1e-4)
+  prediction = run(params, **given, t_z=np.full(len(T_E), config.condition_timestep, np.int32))
+  expected = np.asarray(to_data(config, prediction, e_t=given["e_t"], t_e=T_E))
+  twin = make_twin(config, params, tmp_path)
+  shutil.rmtree(tmp_path)  # 5 GB
+  assert_same_query(twin, expected, given, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("num_steps, target", [(1, "data"), (3, "noise")])
