@@ -32,16 +32,17 @@ BACKGROUNDS = {
   "navy": (16, 24, 52),
   "black": (10, 10, 10),
 }
-COLOUR_JITTER = 8  # of 255, uniform either way, one draw a channel, for shape and background
+COLOUR_JITTER, BACKGROUND_JITTER = 18, 8  # of 255, uniform either way, one draw a channel
 RADIUS = (0.33, 0.44)  # of the image's side, to the outermost point of a shape
 MARGIN = 0.04  # of the image's side, left free around a shape
 SMALL, LARGE = 0.36, 0.42  # radii below and above which a caption may say so
 OFF_CENTRE = 0.05  # of the image's side: a caption may name the side; within a third of it, the middle
 MAX_ROTATION = 20.0  # degrees either way: a cross stays a cross and a square no diamond
 SUPERSAMPLING = 4
-DETAIL = 0.25  # how often a caption names each of size, position and background
+DETAIL = 0.1  # how often a caption names each of size, position and background
 
-TEMPLATES = ("{}", "a {}", "a picture of a {}", "a drawing of a {}", "an image of a {}")
+# Two of them: where captions differ in words that no image shows, rows of one class are negatives of each other.
+TEMPLATES = ("a {}", "a picture of a {}")
 SPLITS = {"train": 65536, "test": 1792, "unseen": 256, "all": 2048}
 
 Points = list[tuple[float, float]]
@@ -153,7 +154,7 @@ def tone(background: str) -> str:
 
 
 def caption(rng: np.random.Generator, scene: Scene) -> str:
-  """One of the templates; size, position and background are each named a quarter of the time, and always truly."""
+  """One of the templates; size, position and background are each named a tenth of the time, and always truly."""
   sized, placed, on_ground, by_tone = rng.random(4) < (DETAIL, DETAIL, DETAIL, 0.5)
   words = [size(scene) if sized else "", scene.colour, scene.shape, position(scene) if placed else ""]
   if on_ground:
@@ -172,7 +173,8 @@ def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[
   for fill, outline in zip((255, 0), OUTLINES[scene.shape], strict=False):
     draw.polygon([(x0 + x * cos - y * sin, y0 + x * sin + y * cos) for x, y in outline], fill=fill)
   coverage = np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[:, :, None] / 255
-  jitter = rng.integers(-COLOUR_JITTER, COLOUR_JITTER, (2, 3), endpoint=True)
+  reach = np.array([[BACKGROUND_JITTER], [COLOUR_JITTER]])
+  jitter = rng.integers(-reach, reach, (2, 3), endpoint=True)
   back, front = np.clip(np.array((BACKGROUNDS[scene.background], COLOURS[scene.colour])) + jitter, 0, 255)
   return (back + (front - back) * coverage + 0.5).astype(np.uint8)
 

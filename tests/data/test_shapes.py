@@ -57,7 +57,7 @@ def test_every_image_shows_its_colour_at_its_place(image_size):
     near = np.abs(image - shapes.COLOURS[colour]).max(-1) <= shapes.COLOUR_JITTER + 1
     assert near.sum() > 0.1 * (drawn.radius * image_size) ** 2
     edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-    assert np.abs(edge - shapes.BACKGROUNDS[drawn.background]).max() <= shapes.COLOUR_JITTER + 1
+    assert np.abs(edge - shapes.BACKGROUNDS[drawn.background]).max() <= shapes.BACKGROUND_JITTER + 1
     rows, columns = np.nonzero(near)
     middle = np.array([columns.mean(), rows.mean()]) / image_size - 0.5
     assert np.abs(middle - [drawn.x, drawn.y]).max() < 0.75 * drawn.radius
@@ -112,7 +112,7 @@ def test_colours_and_backgrounds_differ():
   values = np.array([*shapes.COLOURS.values(), *shapes.BACKGROUNDS.values()])
   distance = np.abs(values[:8, None] - values[None]).max(-1)
   distance[np.arange(8), np.arange(8)] = 255
-  assert distance.min() > 3 * shapes.COLOUR_JITTER
+  assert distance.min() > 3 * shapes.COLOUR_JITTER > 3 * shapes.BACKGROUND_JITTER
 
 
 def test_captions_are_true():
