@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
-from diffdis_jax.data import shapes
+from etils import epath
+
+from diffdis_jax.data import records, shapes
 
 NAMES = ("shapes", "pairs")
 
@@ -58,11 +58,14 @@ def make(
 
 
 class Pairs:
-  """Captioned images as prepare_data stored them; the fields of the json beside an image become metadata fields."""
+  """Captioned images as prepare_data stored them; the fields of the json beside an image become metadata fields.
 
-  def __init__(self, records: Any, num_images: int | None = None):
-    self._records = records
-    self._num_images = len(records) if num_images is None else min(num_images, len(records))
+  Reading a record raises records.Unusable where it is damaged, and UserError where its file is no longer there.
+  """
+
+  def __init__(self, stored: Any, num_images: int | None = None, files: Sequence[str | os.PathLike[str]] = ()):
+    self._records, self._files = stored, files
+    self._num_images = len(stored) if num_images is None else min(num_images, len(stored))
 
   def __len__(self) -> int:
     return self._num_images
@@ -70,21 +73,55 @@ class Pairs:
   def __getitem__(self, index: int) -> dict[str, Any]:
     if not 0 <= index < self._num_images:
       raise IndexError(f"index {index} outside of {self._num_images} pairs")
-    record: Mapping[str, bytes] = self._records[index]
-    metadata = json.loads(record["metadata"])
-    return {**metadata, "image": record["image"], "caption": record["caption"].decode(), "key": record["key"].decode()}
+    try:
+      record: Mapping[str, bytes] = self._records[index]
+    except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
+      self._check_files()
+      raise records.Unusable("unreadable record") from error
+    metadata = records.read_metadata(record["metadata"])
+    caption = records.read_caption(record["caption"])
+    return {**metadata, "image": record["image"], "caption": caption, "key": record["key"].decode(errors="replace")}
+
+  def _check_files(self) -> None:
+    for file in self._files:
+      if not epath.Path(file).exists():
+        _refuse(f"{file} has vanished; put it back and run the same command again, which goes on")
 
 
 def _make_pairs(path: str | os.PathLike[str], *, split: str, num_images: int | None) -> Pairs:
+  info = read_info(path)
+  if split not in info.splits:
+    _refuse(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
+  stored, files = _open(path, split)
+  return Pairs(stored, num_images, files)
+
+
+def read_info(path: str | os.PathLike[str]) -> Any:
+  """The tfds.core.DatasetInfo of a prepared data set.
+
+  Raises:
+    UserError: there is none at this path, which etils.epath reads.
+  """
+  if not str(path) or not (epath.Path(path) / "dataset_info.json").exists():
+    _refuse(f"no prepared data set in {str(path)!r}; write one with python -m diffdis_jax.prepare_data pairs")
+  return _builder(path).info
+
+
+def _builder(path: str | os.PathLike[str]) -> Any:
   import tensorflow_datasets as tfds  # here, since it takes half a second and `shapes` does without
 
-  if not (pathlib.Path(path) / "dataset_info.json").is_file() or not str(path):
-    _refuse(f"no prepared data set in {str(path)!r}; write one with python -m diffdis_jax.prepare_data pairs")
-  builder = tfds.builder_from_directory(path)
-  if split not in builder.info.splits:
-    _refuse(f"{path} has no split {split!r}; there are {', '.join(sorted(builder.info.splits))}")
-  records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-  return Pairs(records, num_images)
+  return tfds.builder_from_directory(path)
+
+
+def _open(path: str | os.PathLike[str], split: str) -> tuple[Any, Sequence[Any]]:
+  """The records of a split, images undecoded, and their files."""
+  import tensorflow_datasets as tfds
+
+  builder = _builder(path)
+  files = builder.info.splits[split].filepaths
+  if missing := [file for file in files if not epath.Path(file).exists()]:
+    _refuse(f"{missing[0]} is missing, and {len(missing) - 1} more; put them back, or prepare the data set again")
+  return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()}), files
 
 
 def _refuse(message: str) -> NoReturn:

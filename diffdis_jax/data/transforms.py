@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
 WHITE = (255, 255, 255)
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, 270 MB decoded; PIL itself warns there, and refuses twice as many
 
 
 def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
@@ -19,11 +20,14 @@ def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
   Palettes, grey, 16 bit grey and CMYK are converted.
 
   Raises:
+    Image.DecompressionBombError: more pixels than MAX_PIXELS.
     OSError, SyntaxError, ValueError: the bytes are no image that PIL can read to its end.
   """
   if isinstance(image, np.ndarray):
     return Image.fromarray(image)
   with Image.open(io.BytesIO(image)) as opened:
+    if opened.width * opened.height > MAX_PIXELS:
+      raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels")
     upright = ImageOps.exif_transpose(opened)
   if upright.mode.startswith("I") or upright.mode == "F":
     return _sixteen_bit_grey(upright)
