@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
+from diffdis_jax.data.randaugment import MAGNITUDES, randaugment
+
 WHITE = (255, 255, 255)
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, 270 MB decoded; PIL itself warns there, and refuses twice as many
 
@@ -65,6 +67,8 @@ class Augmentation:
     rotation: largest turn, degrees. Shift, zoom and turn uncover white.
     brightness, contrast, saturation: largest relative change of each, so that 0.2 means a factor of 0.8 to 1.2.
     hue: largest turn of the colour circle, as a fraction of it, at most 0.5.
+    randaugment_operations: how many operations of RandAugment, after the crop; 2 with magnitude 9 is customary.
+    randaugment_magnitude: their strength, 0 to 30.
   """
 
   crop: str = "centre"
@@ -78,8 +82,12 @@ class Augmentation:
   contrast: float = 0.0
   saturation: float = 0.0
   hue: float = 0.0
+  randaugment_operations: int = 0
+  randaugment_magnitude: int = 9
 
   def __post_init__(self):
+    if not 0 <= self.randaugment_magnitude < MAGNITUDES:
+      raise ValueError(f"randaugment_magnitude is {self.randaugment_magnitude}; it is 0 to {MAGNITUDES - 1}")
     if self.crop not in ("centre", "random"):
       raise ValueError(f"augment.crop is 'centre' or 'random', not {self.crop!r}")
 
@@ -96,6 +104,8 @@ def augment(
     image = resize(image, size)
   if how.flip and rng.random() < 0.5:
     image = ImageOps.mirror(image)
+  if how.randaugment_operations:
+    image = randaugment(image, rng, operations=how.randaugment_operations, magnitude=how.randaugment_magnitude)
   return np.asarray(jitter_colour(image, rng, how=how))
 
 
