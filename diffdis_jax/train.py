@@ -30,6 +30,9 @@ from diffdis_jax.step import Metrics, Step, TrainState
 from diffdis_jax.structs import Batch, UserError
 from diffdis_jax.tree import Params
 
+# Fields of `data` that are not the source's.
+LOADING = ("max_length", "augment", "discrimination_view", "discrimination_augment", "mixture", "loader")
+
 
 def train_and_evaluate(config: ConfigDict, path: str) -> None:
   """Trains to `config.num_steps`, from the last checkpoint in the workdir `path` if there is one.
@@ -43,6 +46,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
   iterator = make_loader(config)
   watch = Watch(config, mesh)
   is_writer = jax.process_index() == 0
+  substitutions = loader.Substitutions()
   log_start(config, trainer)
   if config.init_from and checkpoint.latest_step(path) is None:
     find_initial(config.init_from, trainer)
@@ -57,7 +61,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
 
     for step in range(start + 1, config.num_steps + 1):
       with progress.waiting_for_data():
-        batch = Batch(**sharding.to_global(next(iterator), mesh))
+        batch = Batch(**sharding.to_global(substitutions.take(next(iterator)), mesh))
       if step == start + 1:
         with progress.paused():
           state, metrics = jax.block_until_ready(trainer.train_step(state, batch))
@@ -72,7 +76,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
           checkpointer.save(step, state, iterator)
       if last or step % config.log_every == 0:
         means = check_finite(totals, step, checkpointer)
-        writer.scalars(step, means | progress.report(step, means))
+        writer.scalars(step, means | progress.report(step, means) | substitutions.report())
         totals = None
       with progress.paused():
         watch.after_step(step, state, writer, last=last)
@@ -89,23 +93,39 @@ def check_intervals(config: ConfigDict) -> None:
 
 def make_loader(config: ConfigDict) -> grain.DatasetIterator:
   """This process's endless batches."""
-  data = config.data.to_dict()
-  max_length, augment, threads = data.pop("max_length"), data.pop("augment"), data.pop("loader")
-  try:
-    augmentation = Augmentation(**augment)
-  except (TypeError, ValueError) as error:
-    raise UserError(f"data.augment: {error}") from error
+  data = config.data
+  if data.discrimination_view not in ("shared", "own"):
+    raise UserError(f"data.discrimination_view is {data.discrimination_view!r}; it is 'shared' or 'own'")
+  own_view = data.discrimination_view == "own"
+  sections = source_sections(config)
   return loader.train_loader(
-    sources.make(**data, image_size=config.image_size),
-    tokenizer=Tokenizer(max_length),
+    sources.make_mixture(sections, image_size=config.image_size)
+    if data.mixture
+    else sources.make(**sections["data"], image_size=config.image_size),
+    tokenizer=Tokenizer(data.max_length),
     batch_size=config.batch_size,
     image_size=config.image_size,
     seed=config.seed,
-    augmentation=augmentation,
+    augmentation=make_augmentation(config, "augment"),
+    discrimination_augmentation=make_augmentation(config, "discrimination_augment") if own_view else None,
     shard_index=jax.process_index(),
     shard_count=jax.process_count(),
-    **threads,
+    **data.loader,
   )
+
+
+def source_sections(config: ConfigDict) -> dict[str, dict[str, Any]]:
+  """Of the sources that the run reads: those of `data.mixture`, or the one that `data` itself names."""
+  data = config.data.to_dict()
+  return data["mixture"] or {"data": {field: data[field] for field in data if field not in LOADING}}
+
+
+def make_augmentation(config: ConfigDict, field: str) -> Augmentation:
+  """Raises UserError for a wrong field or value."""
+  try:
+    return Augmentation(**config.data[field])
+  except (TypeError, ValueError) as error:
+    raise UserError(f"data.{field}: {error}") from error
 
 
 def restore_or_init(
@@ -220,7 +240,7 @@ class Watch:
 
 
 def log_start(config: ConfigDict, trainer: Step) -> None:
-  """Devices, mesh and parameters by group, so that a wrong regex shows before the first step."""
+  """Devices, mesh, data and parameters by group, so that a wrong regex shows before the first step."""
   sizes: Mapping[str, Any] = Counter()
   for path, group in trainer.groups.items():
     sizes[group] += math.prod(trainer.shapes[path].shape)
@@ -232,6 +252,9 @@ def log_start(config: ConfigDict, trainer: Step) -> None:
     jax.devices()[0].device_kind,
     dict(trainer.mesh.shape),
   )
+  for section in source_sections(config).values():
+    weight = section.pop("weight", None)
+    logging.info("data: %s%s", sources.describe(**section), "" if weight is None else f", weight {weight}")
   logging.info(
     "objectives %s; parameters: %s", ", ".join(config.objectives), ", ".join(f"{g} {n:,}" for g, n in sizes.items())
   )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from etils import epath
 
@@ -55,6 +55,49 @@ def make(
   if split not in shapes.SPLITS:
     _refuse(f"shapes has no split {split!r}; there are {', '.join(shapes.SPLITS)}")
   return shapes.Shapes(split=split, image_size=image_size, seed=seed, num_images=num_images)
+
+
+class Mixture(NamedTuple):
+  """Several sources, of which each example is drawn in turn so that their shares are those of the weights."""
+
+  sources: tuple[Source, ...]
+  weights: tuple[float, ...]
+
+
+def make_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) -> Mixture:
+  """The sources of these sections: what `make` takes, and a `weight`.
+
+  Raises:
+    UserError: as `make`, or a weight that is not positive.
+  """
+  made, weights = [], []
+  for name, section in sections.items():
+    section = {"name": "pairs", **section}
+    weight = section.pop("weight", 1.0)
+    if not weight > 0:
+      _refuse(f"data.mixture.{name}.weight is {weight}; it must be positive, or leave {name} out")
+    try:
+      made.append(make(**section, image_size=image_size))
+    except TypeError as error:
+      _refuse(f"data.mixture.{name}: {error}")
+    weights.append(float(weight))
+  return Mixture(tuple(made), tuple(weights))
+
+
+def describe(*, path: str | os.PathLike[str] = "", split: str = "train", **section: Any) -> str:
+  """One line about a section's source, with what its preparation counted."""
+  if not str(path):
+    return f"{section.get('name')}, split {split}"
+  info = read_info(path)
+  report = (info.metadata or {}).get(split, {})
+  counts = [
+    f"{what} {', '.join(f'{n:,} with {reason}' for reason, n in report[what].items())}"
+    for what in ("skipped", "changed")
+    if report.get(what)
+  ]
+  return "; ".join(
+    [f"{info.name} {info.version} in {path}, split {split}: {info.splits[split].num_examples:,}", *counts]
+  )
 
 
 class Pairs:
