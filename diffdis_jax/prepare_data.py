@@ -10,23 +10,32 @@
 | flickr30k | folder with Karpathy's dataset_flickr30k.json and the images |
 | folder | CLASS/IMAGE or SPLIT/CLASS/IMAGE |
 
-`card --data=DIR` writes the card of a prepared data set anew. Every image is decoded; pairs that cannot be used are
-skipped, counted by reason, and reported in report.json and in the data set's metadata. Killed at any point, the same
-command goes on and ends in the same records. card.json and card.png describe what was written.
+  python -m diffdis_jax.prepare_data latents --workdir=RUN --data=DIR --out=DIR2 [--views=K] [--augment=JSON]
+
+stores the posterior of RUN's autoencoder over K augmented views of each image of a prepared data set, for training with
+`data.name=latents`. `card --data=DIR` writes the card of a prepared data set anew.
+
+Every image is decoded; pairs that cannot be used are skipped, counted by reason, and reported in report.json and in the
+data set's metadata. Killed at any point, the same command goes on and ends in the same records. card.json and card.png
+describe what was written.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import flags, logging
 from etils import epath
 
 from diffdis_jax import cli, workdir
-from diffdis_jax.data import captions, card, cc3m, image_folder, pairs, parts
+from diffdis_jax.data import captions, card, cc3m, image_folder, latent_cache, pairs, parts
+from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.structs import UserError
 
 # name -> how its raw data are found, its builder
@@ -37,11 +46,16 @@ DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[pair
   "flickr30k": (captions.find_flickr30k, captions.Flickr30k),
   "folder": (image_folder.find_parts, image_folder.ImageFolder),
 }
-NAMES = (*DATA_SETS, "card")
+NAMES = (*DATA_SETS, "latents", "card")
 
 _SOURCE = flags.DEFINE_string("source", None, "folder of the raw data")
 _OUT = flags.DEFINE_string("out", None, "folder to write; absent or empty")
-_DATA = flags.DEFINE_string("data", None, "prepared data set, of `card`")
+_DATA = flags.DEFINE_string("data", None, "prepared data set, of `latents` and `card`")
+_WORKDIR = flags.DEFINE_string("workdir", None, "run or import whose autoencoder makes `latents`")
+_VIEWS = flags.DEFINE_integer("views", 1, "of each image in `latents`", lower_bound=1)
+_AUGMENT = flags.DEFINE_string(
+  "augment", None, 'of the views: JSON such as {"crop": "random", "flip": true}; by default data.augment of the run'
+)
 _SHORT_SIDE = flags.DEFINE_integer(
   "short_side",
   None,
@@ -65,6 +79,9 @@ def main(argv: list[str]) -> None:
   if name == "card":
     write_card(_given(_DATA, name))
     return
+  if name == "latents":
+    write_latents(_given(_WORKDIR, name), _given(_DATA, name), _given(_OUT, name))
+    return
   source, out = _given(_SOURCE, name), _given(_OUT, name)
   find, builder = DATA_SETS[name]
   short_side = _SHORT_SIDE.value
@@ -78,6 +95,42 @@ def main(argv: list[str]) -> None:
   )
   pairs.prepare(find(source), out, builder=builder, settings=settings)
   write_card(out)
+
+
+def write_latents(run: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> None:
+  """Encodes every image of a prepared data set by a run's autoencoder, in this process."""
+  from diffdis_jax import inference  # here, since the processes of the preparation import this file too
+  from diffdis_jax.models import latents
+
+  found = latent_cache.find_parts(data)
+  model, params = inference.load(str(run), batch_size=latent_cache.CHUNK)
+  h, w, c = model.noise_shape()
+  reports = pairs.prepare(
+    found,
+    out,
+    builder=latent_cache.LatentCache,
+    make_stage=functools.partial(
+      latent_cache.LatentStage,
+      encode=functools.partial(model.moments, params),
+      shape=(h, w, 2 * c),
+      image_size=model.image_size,
+      views=_VIEWS.value,
+      augmentation=_augmentation(model.config.data.augment.to_dict()),
+      fingerprint=latents.fingerprint(params),
+    ),
+  )
+  for split, report in reports.items():
+    logging.info("%s: %d views, skipped images: %s", split, report.pairs, report.reasons() or "none")
+
+
+def _augmentation(default: Mapping[str, Any]) -> Augmentation:
+  try:
+    fields = json.loads(_AUGMENT.value) if _AUGMENT.value else default
+    if not isinstance(fields, Mapping):
+      raise TypeError("it should be an object of fields of data.augment")
+    return Augmentation(**fields)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"--augment={_AUGMENT.value}: {error}") from error
 
 
 def write_card(folder: pathlib.Path) -> None:

@@ -20,18 +20,14 @@ from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffdis_jax import checkpoint, cli, evals, sharding, workdir, writers
-from diffdis_jax.data import loader, sources
+from diffdis_jax import batches, checkpoint, cli, evals, sharding, workdir, writers
+from diffdis_jax.data import loader
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.evals import samples
 from diffdis_jax.inference import Inference
 from diffdis_jax.step import Metrics, Step, TrainState
-from diffdis_jax.structs import Batch, UserError
+from diffdis_jax.structs import UserError
 from diffdis_jax.tree import Params
-
-# Fields of `data` that are not the source's.
-LOADING = ("max_length", "augment", "discrimination_view", "discrimination_augment", "mixture", "loader")
 
 
 def train_and_evaluate(config: ConfigDict, path: str) -> None:
@@ -43,7 +39,8 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
   check_intervals(config)
   mesh = sharding.make_mesh(**config.mesh)
   trainer = Step(config, mesh)
-  iterator = make_loader(config)
+  batch_type = batches.batch_type(config)
+  iterator = batches.make_loader(config)
   watch = Watch(config, mesh)
   is_writer = jax.process_index() == 0
   substitutions = loader.Substitutions()
@@ -54,6 +51,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
 
   with checkpoint.Checkpointer(path, **config.checkpoint) as checkpointer:
     state = restore_or_init(config, trainer, checkpointer, iterator)
+    batches.check_autoencoder(config, state.params)
     start = int(state.step)
     writer = writers.make(path, start_step=start, is_writer=is_writer)
     progress = writers.Progress(start_step=start, num_steps=config.num_steps, batch_size=config.batch_size)
@@ -61,7 +59,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
 
     for step in range(start + 1, config.num_steps + 1):
       with progress.waiting_for_data():
-        batch = Batch(**sharding.to_global(substitutions.take(next(iterator)), mesh))
+        batch = batch_type(**sharding.to_global(substitutions.take(next(iterator)), mesh))
       if step == start + 1:
         with progress.paused():
           state, metrics = jax.block_until_ready(trainer.train_step(state, batch))
@@ -89,43 +87,6 @@ def check_intervals(config: ConfigDict) -> None:
   for name in ("num_steps", "log_every", "save_every", "eval_every", "sample_every"):
     if config[name] < 1:
       raise UserError(f"{name} is {config[name]}; it must be at least 1")
-
-
-def make_loader(config: ConfigDict) -> grain.DatasetIterator:
-  """This process's endless batches."""
-  data = config.data
-  if data.discrimination_view not in ("shared", "own"):
-    raise UserError(f"data.discrimination_view is {data.discrimination_view!r}; it is 'shared' or 'own'")
-  own_view = data.discrimination_view == "own"
-  sections = source_sections(config)
-  return loader.train_loader(
-    sources.make_mixture(sections, image_size=config.image_size)
-    if data.mixture
-    else sources.make(**sections["data"], image_size=config.image_size),
-    tokenizer=Tokenizer(data.max_length),
-    batch_size=config.batch_size,
-    image_size=config.image_size,
-    seed=config.seed,
-    augmentation=make_augmentation(config, "augment"),
-    discrimination_augmentation=make_augmentation(config, "discrimination_augment") if own_view else None,
-    shard_index=jax.process_index(),
-    shard_count=jax.process_count(),
-    **data.loader,
-  )
-
-
-def source_sections(config: ConfigDict) -> dict[str, dict[str, Any]]:
-  """Of the sources that the run reads: those of `data.mixture`, or the one that `data` itself names."""
-  data = config.data.to_dict()
-  return data["mixture"] or {"data": {field: data[field] for field in data if field not in LOADING}}
-
-
-def make_augmentation(config: ConfigDict, field: str) -> Augmentation:
-  """Raises UserError for a wrong field or value."""
-  try:
-    return Augmentation(**config.data[field])
-  except (TypeError, ValueError) as error:
-    raise UserError(f"data.{field}: {error}") from error
 
 
 def restore_or_init(
@@ -252,9 +213,8 @@ def log_start(config: ConfigDict, trainer: Step) -> None:
     jax.devices()[0].device_kind,
     dict(trainer.mesh.shape),
   )
-  for section in source_sections(config).values():
-    weight = section.pop("weight", None)
-    logging.info("data: %s%s", sources.describe(**section), "" if weight is None else f", weight {weight}")
+  for line in batches.describe(config):
+    logging.info("data: %s", line)
   logging.info(
     "objectives %s; parameters: %s", ", ".join(config.objectives), ", ".join(f"{g} {n:,}" for g, n in sizes.items())
   )

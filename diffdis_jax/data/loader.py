@@ -12,6 +12,7 @@ from absl import logging
 from jaxtyping import Int, UInt8
 
 from diffdis_jax.data import records
+from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.sources import Mixture, Source
 from diffdis_jax.data.transforms import Augmentation, augment, decode, resize
 
@@ -38,6 +39,8 @@ def train_loader(
 ) -> grain.DatasetIterator:
   """Endless batches {'image': u8[b h w 3], 'tokens': i32[b l], SUBSTITUTED} of this host, shuffled anew each epoch.
 
+  Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', SUBSTITUTED}, a view drawn each time.
+
   Global batch k is made of the same records and augmentations for any number of hosts: host p of n takes every n-th,
   from the p-th on. The position is saved by `grain.checkpoint.CheckpointSave(iterator)` and does not depend on the
   number of hosts or threads, but on `num_workers`. In the place of a record that cannot be used comes the next one that
@@ -63,7 +66,10 @@ def train_loader(
   parts = source.sources if isinstance(source, Mixture) else (source,)
   datasets = []
   for i, part in enumerate(parts):
-    example = _ImageExample(part, tokenizer, image_size, augmentation, discrimination_augmentation)
+    if isinstance(part, Latents):
+      example = _LatentExample(part, tokenizer)
+    else:
+      example = _ImageExample(part, tokenizer, image_size, augmentation, discrimination_augmentation)
     order = grain.MapDataset.range(len(part)).seed(seed + i).shuffle()
     datasets.append(order.random_map(example).repeat())
   dataset = grain.MapDataset.mix(datasets, source.weights) if isinstance(source, Mixture) else datasets[0]
@@ -122,6 +128,18 @@ class _ImageExample(_Example):
       how = self.discrimination_augmentation
       example["discrimination_image"] = augment(image, rng, size=self.image_size, how=how)
     return {**example, "tokens": self.tokens(record, rng)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _LatentExample(_Example):
+  """{'mean': bf16[h w c], 'log_variance': bf16[h w c], 'tokens': i32[l]} of one of the views."""
+
+  source: Latents
+
+  def make(self, place: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    moments, record = self.source.read(place, int(rng.integers(self.source.views)))
+    mean, log_variance = np.split(moments, 2, axis=-1)
+    return {"mean": mean, "log_variance": log_variance, "tokens": self.tokens(record, rng)}
 
 
 def listed(missed: Int[np.ndarray, " r"]) -> str:

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import io
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
       description=self.DESCRIPTION,
       citation=self.CITATION,
       homepage=self.HOMEPAGE or None,
-      features=staging.features(),
+      features=self._stage.features(),
       disable_shuffling=True,
       metadata=tfds.core.MetadataDict(),
     )
@@ -103,6 +104,8 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
         raise UserError(f"no usable pair in split {split}: {reasons}")
       infos.append(self._link(split, shards))
       self.info.metadata[split] = dataclasses.asdict(self.reports[split])
+    for name, facts in self._stage.facts().items():
+      self.info.metadata[name] = facts
     self.info.set_splits(tfds.core.splits.SplitDict(infos))
 
   def _shards(
@@ -180,11 +183,23 @@ class Pairs(CaptionedImages):
 
 
 def prepare(
-  parts: Sequence[Part], out: pathlib.Path, *, builder: type[CaptionedImages] = Pairs, settings: Settings | None = None
+  parts: Sequence[Part],
+  out: pathlib.Path,
+  *,
+  builder: type[CaptionedImages] = Pairs,
+  settings: Settings | None = None,
+  make_stage: Callable[..., Stage] | None = None,
 ) -> dict[str, Report]:
   """Writes folder `out`, whole or not at all. Killed at any point and called again, it goes on to the same records.
 
   What is finished of it lies in the folder `.NAME.partial` beside it until then.
+
+  Args:
+    parts: of the raw data.
+    out: absent or empty.
+    builder: of the data set.
+    settings: how.
+    make_stage: folder -> what writes a part; by default images and captions.
 
   Returns:
     What became of the pairs of each split; `out/report.json` says the same.
@@ -207,8 +222,8 @@ def prepare(
   except OSError as error:
     raise UserError(f"cannot make the folder of --out={out}: {error.strerror}; name one that can be written") from error
   with _only_process(partial), staging.writing(partial):
-    _check_same(partial, parts, builder, settings)
-    stage = Stage(partial / "parts", settings.short_side)
+    stage = (make_stage or functools.partial(Stage, short_side=settings.short_side))(partial / "parts")
+    _check_same(partial, parts, builder, stage)
     stage.folder.mkdir(exist_ok=True)
     shutil.rmtree(partial / "tfds", ignore_errors=True)
     made = builder(parts=parts, stage=stage, settings=settings, data_dir=partial / "tfds")
@@ -238,9 +253,7 @@ def _only_process(partial: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def _check_same(
-  partial: pathlib.Path, parts: Sequence[Part], builder: type[CaptionedImages], settings: Settings
-) -> None:
+def _check_same(partial: pathlib.Path, parts: Sequence[Part], builder: type[CaptionedImages], stage: Stage) -> None:
   """Writes down what is being prepared, or compares it with what was begun.
 
   Raises:
@@ -248,7 +261,7 @@ def _check_same(
   """
   plan = {
     "data set": builder.name,
-    "short side": settings.short_side,
+    **stage.identity(),
     "source": [[part.split, *part.identity()] for part in parts],
   }
   path = partial / "plan.json"

@@ -13,7 +13,7 @@ from etils import epath
 
 from diffdis_jax.data import records, shapes
 
-NAMES = ("shapes", "pairs")
+NAMES = ("shapes", "pairs", "latents")
 
 
 class Source(Protocol):
@@ -36,10 +36,10 @@ def make(
   """The source of this name.
 
   Args:
-    name: `shapes`, rendered by index, or `pairs`, a folder written by prepare_data.
+    name: `shapes`, rendered by index; `pairs`, a folder written by prepare_data; `latents`, one of encoded images.
     image_size: side in pixels at which shapes are rendered. Stored images keep theirs until the loader resizes them.
     split: of `shapes`: train, test, unseen, all. Of `pairs`: what the folder has.
-    path: the prepared folder; unused by `shapes`.
+    path: the prepared folder, local or any that etils.epath reads; unused by `shapes`.
     seed: of the rendered shapes.
     num_images: number of shapes; by default shapes.SPLITS. Of `pairs`: only the first so many.
 
@@ -47,13 +47,17 @@ def make(
     UserError: unknown name, unknown split, or a path that holds no prepared data set.
   """
   if name not in NAMES:
-    _refuse(f"unknown data source {name!r}; there are {', '.join(NAMES)}")
+    refuse(f"unknown data source {name!r}; there are {', '.join(NAMES)}")
   if num_images is not None and num_images < 1:
-    _refuse(f"num_images is {num_images}; at least 1, or None for all")
+    refuse(f"num_images is {num_images}; at least 1, or None for all")
   if name == "pairs":
-    return _make_pairs(path, split=split, num_images=num_images)
+    return open_pairs(path, split=split, num_images=num_images)
+  if name == "latents":
+    from diffdis_jax.data import latents  # here, since it builds on this file
+
+    return latents.open_latents(path, split=split, num_images=num_images)
   if split not in shapes.SPLITS:
-    _refuse(f"shapes has no split {split!r}; there are {', '.join(shapes.SPLITS)}")
+    refuse(f"shapes has no split {split!r}; there are {', '.join(shapes.SPLITS)}")
   return shapes.Shapes(split=split, image_size=image_size, seed=seed, num_images=num_images)
 
 
@@ -75,11 +79,11 @@ def make_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) 
     section = {"name": "pairs", **section}
     weight = section.pop("weight", 1.0)
     if not weight > 0:
-      _refuse(f"data.mixture.{name}.weight is {weight}; it must be positive, or leave {name} out")
+      refuse(f"data.mixture.{name}.weight is {weight}; it must be positive, or leave {name} out")
     try:
       made.append(make(**section, image_size=image_size))
     except TypeError as error:
-      _refuse(f"data.mixture.{name}: {error}")
+      refuse(f"data.mixture.{name}: {error}")
     weights.append(float(weight))
   return Mixture(tuple(made), tuple(weights))
 
@@ -116,25 +120,30 @@ class Pairs:
   def __getitem__(self, index: int) -> dict[str, Any]:
     if not 0 <= index < self._num_images:
       raise IndexError(f"index {index} outside of {self._num_images} pairs")
+    record = self.stored(index)
+    metadata = records.read_metadata(record.pop("metadata"))
+    caption = records.read_caption(record.pop("caption"))
+    return {**metadata, "caption": caption, "key": record.pop("key").decode(errors="replace"), **record}
+
+  def stored(self, index: int) -> dict[str, Any]:
+    """A record's fields as they are stored. Raises records.Unusable("unreadable record")."""
     try:
-      record: Mapping[str, bytes] = self._records[index]
+      return dict(self._records[index])
     except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
       self._check_files()
       raise records.Unusable("unreadable record") from error
-    metadata = records.read_metadata(record["metadata"])
-    caption = records.read_caption(record["caption"])
-    return {**metadata, "image": record["image"], "caption": caption, "key": record["key"].decode(errors="replace")}
 
   def _check_files(self) -> None:
     for file in self._files:
       if not epath.Path(file).exists():
-        _refuse(f"{file} has vanished; put it back and run the same command again, which goes on")
+        refuse(f"{file} has vanished; put it back and run the same command again, which goes on")
 
 
-def _make_pairs(path: str | os.PathLike[str], *, split: str, num_images: int | None) -> Pairs:
+def open_pairs(path: str | os.PathLike[str], *, split: str, num_images: int | None) -> Pairs:
+  """A split of a prepared data set. Raises UserError: none there, no such split, or a file is missing."""
   info = read_info(path)
   if split not in info.splits:
-    _refuse(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
+    refuse(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
   stored, files = _open(path, split)
   return Pairs(stored, num_images, files)
 
@@ -146,7 +155,7 @@ def read_info(path: str | os.PathLike[str]) -> Any:
     UserError: there is none at this path, which etils.epath reads.
   """
   if not str(path) or not (epath.Path(path) / "dataset_info.json").exists():
-    _refuse(f"no prepared data set in {str(path)!r}; write one with python -m diffdis_jax.prepare_data pairs")
+    refuse(f"no prepared data set in {str(path)!r}; write one with python -m diffdis_jax.prepare_data pairs")
   return _builder(path).info
 
 
@@ -163,11 +172,13 @@ def _open(path: str | os.PathLike[str], split: str) -> tuple[Any, Sequence[Any]]
   builder = _builder(path)
   files = builder.info.splits[split].filepaths
   if missing := [file for file in files if not epath.Path(file).exists()]:
-    _refuse(f"{missing[0]} is missing, and {len(missing) - 1} more; put them back, or prepare the data set again")
-  return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()}), files
+    refuse(f"{missing[0]} is missing, and {len(missing) - 1} more; put them back, or prepare the data set again")
+  undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
+  return builder.as_data_source(split=split, decoders=undecoded), files
 
 
-def _refuse(message: str) -> NoReturn:
+def refuse(message: str) -> NoReturn:
+  """Raises UserError."""
   from diffdis_jax.structs import UserError  # here, since it imports jax, which data workers go without
 
   raise UserError(message)

@@ -93,6 +93,18 @@ class Stage:
   folder: pathlib.Path
   short_side: int | None = None
 
+  def features(self) -> tfds.features.FeaturesDict:
+    """Of a record."""
+    return features()
+
+  def identity(self) -> dict[str, Any]:
+    """What a preparation must have in common with the one that it goes on with."""
+    return {"short side": self.short_side}
+
+  def facts(self) -> dict[str, Any]:
+    """What belongs into the data set's metadata beside the reports."""
+    return {}
+
   def records_of(self, part: Part) -> pathlib.Path:
     return self.folder / f"{part.name}.array_record"
 
@@ -115,13 +127,14 @@ class Stage:
       return report
     report, digests = Report(), []
     with writing(self.folder):
-      write_records(self.records_of(part), self._serialized(part, report, digests))
+      write_records(self.records_of(part), self.serialized(part, report, digests))
       write_whole(self.folder / f"{part.name}.digests", b"".join(digests))
       write_whole(self.folder / f"{part.name}.json", json.dumps(dataclasses.asdict(report)).encode())
     return report
 
-  def _serialized(self, part: Part, report: Report, digests: list[bytes]) -> Iterator[bytes]:
-    serialize = serializer(features())
+  def serialized(self, part: Part, report: Report, digests: list[bytes]) -> Iterator[bytes]:
+    """The records of a part; fills in its report and the digests."""
+    serialize = serializer(self.features())
     for pair in _reading(part):
       try:
         record, changed = records.make(pair, short_side=self.short_side)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import jax
@@ -12,6 +13,8 @@ from diffdis_jax.models.autoencoder import sample_posterior
 from diffdis_jax.models.diffdis import DiffDis
 from diffdis_jax.structs import AnyBatch, LatentBatch, Posterior
 
+# What decides which posterior an image has.
+ENCODER = re.compile(r"autoencoder\.(conv_in|down|encoder\w*|quant)\.")
 Latents = Float[Array, "b h w c"]
 
 
@@ -35,3 +38,9 @@ def of_batch(
   if batch.discrimination_image is None:
     return z, z
   return z, model.encode_image(batch.discrimination_image, keys["posterior_discrimination"] if sample else None)
+
+
+def fingerprint(params: Mapping[str, Array]) -> float:
+  """A number that tells one encoder from another: the sum of its parameters' mean magnitudes, f32."""
+  encoder = {path: value for path, value in sorted(params.items()) if ENCODER.match(path)}
+  return float(jax.jit(lambda encoder: sum(jnp.mean(jnp.abs(value)) for value in encoder.values()))(encoder))
