@@ -50,9 +50,10 @@ def make_loader(config: ConfigDict) -> grain.DatasetIterator:
 
 
 def source_sections(config: ConfigDict) -> dict[str, dict[str, Any]]:
-  """Of the sources that the run reads: those of `data.mixture`, or the one that `data` itself names."""
+  """Of the sources that the run reads: those of `data.mixture`, by name, or the one that `data` itself names."""
   data = config.data.to_dict()
-  return data["mixture"] or {"data": {field: data[field] for field in data if field not in LOADING}}
+  own = {field: data[field] for field in data if field not in LOADING}
+  return dict(sorted(data["mixture"].items())) or {"data": own}
 
 
 def batch_type(config: ConfigDict) -> type[Batch] | type[LatentBatch]:
@@ -75,9 +76,7 @@ def describe(config: ConfigDict) -> list[str]:
 def _check_latents(config: ConfigDict, cached: Sequence[Latents]) -> None:
   """Raises UserError unless the config can train from these latents."""
   if "reconstruction" in config.objectives or config.data.discrimination_view != "shared":
-    raise UserError(
-      "latents are of no use to objective reconstruction or to data.discrimination_view='own': take images"
-    )
+    raise UserError("objective reconstruction and data.discrimination_view='own' need images; take another data.name")
   side = config.image_size // build.latent_factor(config.model)
   expected = (side, side, 2 * config.model.autoencoder.latent_channels)
   for each in cached:

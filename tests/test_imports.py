@@ -18,6 +18,7 @@ LAYERS = (
   {"losses", "diffusion", "models", "data", "optim", "sharding", "checkpoint", "writers", "interop"},
   {"step"},
   {"inference", "batches"},
+  {"benchmark_data"},
   {"evals"},
   {"train", "evaluate", "generate", "prepare_data", "benchmark", "import_weights", "export_weights"},
   {"demo"},  # a verb that runs others

@@ -67,13 +67,13 @@ def train_loader(
   datasets = []
   for i, part in enumerate(parts):
     if isinstance(part, Latents):
-      example = _LatentExample(part, tokenizer)
+      example = _LatentExample(part)
     else:
-      example = _ImageExample(part, tokenizer, image_size, augmentation, discrimination_augmentation)
+      example = _ImageExample(part, image_size, augmentation, discrimination_augmentation)
     order = grain.MapDataset.range(len(part)).seed(seed + i).shuffle()
     datasets.append(order.random_map(example).repeat())
   dataset = grain.MapDataset.mix(datasets, source.weights) if isinstance(source, Mixture) else datasets[0]
-  batches = dataset[shard_index::shard_count].batch(batch_size // shard_count)
+  batches = dataset[shard_index::shard_count].batch(batch_size // shard_count, batch_fn=_Collate(tokenizer))
   iterable = batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
   if num_workers:
     iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
@@ -85,9 +85,8 @@ class _Example(grain.transforms.RandomMap):
   """A place in the source -> an example, or that of the next record that can be used."""
 
   source: Source
-  tokenizer: Tokenizer
 
-  def random_map(self, place: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def random_map(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     missed = np.zeros(len(records.REASONS), np.int32)
     for attempt in range(min(ATTEMPTS, len(self.source))):
       try:
@@ -100,26 +99,38 @@ class _Example(grain.transforms.RandomMap):
 
     raise UserError(f"{missed.sum()} records in a row cannot be used: {listed(missed)}; prepare the data set again")
 
-  def make(self, place: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     """Raises records.Unusable."""
     raise NotImplementedError
 
-  def tokens(self, record: Mapping[str, Any], rng: np.random.Generator) -> Int[np.ndarray, " l"]:
-    """Of the record's caption, or of one drawn from its captions where it has several."""
-    captions = record.get("captions")
-    several = isinstance(captions, list) and len(captions) > 1 and all(isinstance(c, str) and c for c in captions)
-    return self.tokenizer([captions[rng.integers(len(captions))] if several else record["caption"]])[0]
+
+def draw_caption(record: Mapping[str, Any], rng: np.random.Generator) -> str:
+  """The record's caption, or one drawn from its captions where it has several."""
+  captions = record.get("captions")
+  several = isinstance(captions, list) and len(captions) > 1 and all(isinstance(c, str) and c for c in captions)
+  return captions[rng.integers(len(captions))] if several else record["caption"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Collate:
+  """Examples -> a batch. Captions are tokenized all at once, at a fraction of the cost."""
+
+  tokenizer: Tokenizer
+
+  def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    arrays = {name: np.stack([example[name] for example in examples]) for name in examples[0] if name != "caption"}
+    return {**arrays, "tokens": self.tokenizer([example["caption"] for example in examples])}
 
 
 @dataclasses.dataclass(frozen=True)
 class _ImageExample(_Example):
-  """{'image': u8[h w 3], 'tokens': i32[l]}, and 'discrimination_image': u8[h w 3] where that has a view of its own."""
+  """{'image': u8[h w 3], 'caption'}, and 'discrimination_image': u8[h w 3] where that has a view of its own."""
 
   image_size: int
   augmentation: Augmentation
   discrimination_augmentation: Augmentation | None
 
-  def make(self, place: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     record = self.source[place]
     stored = record["image"]
     image = decode(stored) if isinstance(stored, np.ndarray) else records.read_image(stored)
@@ -127,19 +138,19 @@ class _ImageExample(_Example):
     if self.discrimination_augmentation is not None:
       how = self.discrimination_augmentation
       example["discrimination_image"] = augment(image, rng, size=self.image_size, how=how)
-    return {**example, "tokens": self.tokens(record, rng)}
+    return {**example, "caption": draw_caption(record, rng)}
 
 
 @dataclasses.dataclass(frozen=True)
 class _LatentExample(_Example):
-  """{'mean': bf16[h w c], 'log_variance': bf16[h w c], 'tokens': i32[l]} of one of the views."""
+  """{'mean': bf16[h w c], 'log_variance': bf16[h w c], 'caption'} of one of the views."""
 
   source: Latents
 
-  def make(self, place: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     moments, record = self.source.read(place, int(rng.integers(self.source.views)))
     mean, log_variance = np.split(moments, 2, axis=-1)
-    return {"mean": mean, "log_variance": log_variance, "tokens": self.tokens(record, rng)}
+    return {"mean": mean, "log_variance": log_variance, "caption": draw_caption(record, rng)}
 
 
 def listed(missed: Int[np.ndarray, " r"]) -> str:
@@ -148,11 +159,15 @@ def listed(missed: Int[np.ndarray, " r"]) -> str:
 
 
 class Substitutions:
-  """Counts, by reason, the records of this host's batches in whose place another one came."""
+  """Counts, by reason, the records of this host's batches in whose place another one came.
+
+  Attributes:
+    total: i64[r], for each of records.REASONS those that were reported.
+  """
 
   def __init__(self) -> None:
     self._new = np.zeros(len(records.REASONS), np.int64)
-    self._before = self._new.copy()
+    self.total = self._new.copy()
 
   def take(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Counts those of a batch; returns it without them."""
@@ -163,9 +178,9 @@ class Substitutions:
   def report(self) -> dict[str, int]:
     """Logs the new ones; returns their number as `substituted`."""
     new = self._new
-    self._before, self._new = self._before + new, np.zeros_like(new)
+    self.total, self._new = self.total + new, np.zeros_like(new)
     if new.any():
-      logging.warning("records that cannot be used: %s; since the start: %s", listed(new), listed(self._before))
+      logging.warning("records that cannot be used: %s; since the start: %s", listed(new), listed(self.total))
     return {SUBSTITUTED: int(new.sum())}
 
 

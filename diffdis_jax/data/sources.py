@@ -100,7 +100,7 @@ def describe(*, path: str | os.PathLike[str] = "", split: str = "train", **secti
     if report.get(what)
   ]
   return "; ".join(
-    [f"{info.name} {info.version} in {path}, split {split}: {info.splits[split].num_examples:,}", *counts]
+    [f"{info.name} {info.version} in {path}, split {split}: {info.splits[split].num_examples:,} records", *counts]
   )
 
 

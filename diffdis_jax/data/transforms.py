@@ -30,11 +30,13 @@ def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
   with Image.open(io.BytesIO(image)) as opened:
     if opened.width * opened.height > MAX_PIXELS:
       raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels")
-    upright = ImageOps.exif_transpose(opened)
+    opened.load()
+    ImageOps.exif_transpose(opened, in_place=True)
+    upright = opened
   if upright.mode.startswith("I") or upright.mode == "F":
     return _sixteen_bit_grey(upright)
   if not upright.has_transparency_data:
-    return upright.convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
   layer = upright.convert("RGBA")
   return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
 
