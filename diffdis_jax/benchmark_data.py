@@ -37,6 +37,7 @@ BATCH = 16
 REPEATS = 10  # of the images: fewer records than some thousands take longer to shuffle, for the way Grain does it
 LATENT = (32, 32, 8)  # moments of a 256 px image in Stable Diffusion's autoencoder
 VIEWS = 2
+BATCHES = {"bare": 20, "bare_short_side": 40, "source": 20, "short_side": 40, "latents": 300}  # of a round
 AUGMENTATION = Augmentation(crop="random", flip=True)
 LONG = 3_000_000  # records, of the data set whose start is timed
 SHARDS = 600
@@ -165,20 +166,25 @@ def loader_speed(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
     "short_side": make_loader(source("reencoded")),
     "latents": make_loader(source("latents")),
   }
-  images = {"bare": 20 * BATCH, "bare_short_side": 40 * BATCH, "source": 20 * BATCH, "short_side": 40 * BATCH}
-  images["latents"] = 300 * BATCH
+  images = {name: count * BATCH for name, count in BATCHES.items()}
   seconds: dict[str, list[float]] = {name: [] for name in iterators}
+  processor: dict[str, list[float]] = {name: [] for name in iterators}
   for index in range(rounds + 1):
     for name, iterator in iterators.items():
-      begin = time.perf_counter()
+      begin, cpu = time.perf_counter(), time.process_time()
       for _ in range(images[name] // BATCH):
         next(iterator)
       if index:  # the first round warms up
         seconds[name].append((time.perf_counter() - begin) / images[name])
+        processor[name].append((time.process_time() - cpu) / images[name])
   rates = {name: 1 / statistics.median(values) for name, values in seconds.items()}
+  cpu_rates = {name: 1 / statistics.median(values) for name, values in processor.items()}
+  logging.info("images/s of processor time: %s", ", ".join(f"{name} {rate:.0f}" for name, rate in cpu_rates.items()))
   logging.info("images/s: %s", ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()))
   return {
     "images_per_second": rates,
+    "images_per_processor_second": cpu_rates,
+    "images_per_second_of_each_round": {name: [1 / value for value in values] for name, values in seconds.items()},
     "loader_over_bare": rates["source"] / rates["bare"],
     "short_side_over_its_bare": rates["short_side"] / rates["bare_short_side"],
     "short_side_over_source": rates["short_side"] / rates["source"],

@@ -34,7 +34,7 @@ from absl import flags, logging
 from etils import epath
 
 from diffdis_jax import cli, workdir
-from diffdis_jax.data import captions, card, cc3m, image_folder, latent_cache, pairs, parts
+from diffdis_jax.data import captions, card, cc3m, image_folder, latent_cache, pairs, parts, staging
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.structs import UserError
 
@@ -140,9 +140,10 @@ def write_card(folder: pathlib.Path) -> None:
   made = card.make(folder)
   for line in made.lines():
     logging.info("%s", line)
-  workdir.write_whole(epath.Path(folder) / "card.json", made.to_json().encode())
-  if made.captions:
-    samples.save_grid(made.images, made.captions, folder / "card.png")
+  with staging.writing(folder):
+    workdir.write_whole(epath.Path(folder) / "card.json", made.to_json().encode())
+    if made.captions:
+      samples.save_grid(made.images, made.captions, folder / "card.png")
 
 
 def cores() -> int:

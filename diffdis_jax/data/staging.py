@@ -157,13 +157,16 @@ def serializer(spec: tfds.features.FeaturesDict) -> Any:
 
 
 def write_records(path: pathlib.Path, serialized: Iterator[bytes]) -> None:
-  """Writes an ArrayRecord file whole or not at all. Raises OSError or RuntimeError where it cannot be written."""
+  """Writes an ArrayRecord file whole or not at all. Raises OSError where it cannot be written."""
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    with _os_errors():
+      writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for record in serialized:
-      writer.write(record)
-    writer.close()
+      with _os_errors():
+        writer.write(record)
+    with _os_errors():
+      writer.close()
     temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)
@@ -176,14 +179,22 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(folder: pathlib.Path) -> Iterator[None]:
-  """Turns a failure to write, an OSError or what ArrayRecord raises, into one clear line."""
+def _os_errors() -> Iterator[None]:
+  """Makes OSError of what ArrayRecord raises for a full disk and the like."""
   try:
     yield
-  except (OSError, RuntimeError) as error:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+  except RuntimeError as error:
+    raise OSError(" ".join(str(error).split())[:200]) from error
+
+
+@contextlib.contextmanager
+def writing(folder: pathlib.Path) -> Iterator[None]:
+  """Turns a failure to write into one clear line."""
+  try:
+    yield
+  except OSError as error:
     raise UserError(
-      f"cannot write to {folder}: {reason}; nothing is lost: make room and run the same command again"
+      f"cannot write to {folder}: {error.strerror or error}; nothing is lost: make room and run the same command again"
     ) from error
 
 
