@@ -61,6 +61,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
   config.data.update(name="latents" if args.latents else "pairs", path=args.latents or args.path, max_length=77)
   config.data.augment = dict(crop="random", crop_scale=(0.5, 1.0), flip=True)
+  # With --config.data.discrimination_view=own, discrimination sees what the paper's CLIP baseline does.
+  config.data.discrimination_augment = dict(crop="random", crop_scale=(0.5, 1.0), randaugment_operations=2)
   config.data.loader.update(num_threads=16, prefetch=16)
   config.batch_size = BATCH
   config.num_steps = EPOCHS * CC3M_PAIRS // BATCH

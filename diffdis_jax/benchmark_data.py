@@ -231,7 +231,7 @@ def first_batch(folder: pathlib.Path) -> dict[str, Any]:
   for epoch in (0.0, 0.5, 0.9999, 7.3):
     step = int(epoch * LONG / BATCH)
     begin = time.perf_counter()
-    iterator = make_loader(sources.make(name="pairs", path=long, image_size=CROP), threads=4)
+    iterator = make_loader(sources.make(name="pairs", path=long, image_size=CROP), threads=2)
     iterator.set_state({**iterator.get_state(), "next_index": step})
     next(iterator)
     seconds[f"epoch {epoch}"] = time.perf_counter() - begin

@@ -41,7 +41,7 @@ class RecordsPart:
   truncated: bool = False
 
   def identity(self) -> list[Any]:
-    return [self.name, self.start, self.stop]
+    return [str(self.data.resolve()), self.name, self.start, self.stop]
 
   def __iter__(self) -> Iterator[int]:
     yield from range(self.start, self.stop)

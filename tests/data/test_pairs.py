@@ -273,3 +273,16 @@ def test_a_source_file_that_vanishes(many, tmp_path):
   found[3].identity = lambda: []
   with pytest.raises(UserError, match="cannot read part vanished of --source: No such file"):
     pairs.prepare(found, tmp_path / "out")
+
+
+def test_beam_that_is_not_installed(many, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "apache_beam", None)
+  with pytest.raises(UserError, match="needs Apache Beam .*; pip install apache-beam"):
+    prepare(many, tmp_path / "out", beam_options=("runner=DirectRunner",))
+
+
+def test_beam_writes_the_same_records(many, tmp_path):
+  pytest.importorskip("apache_beam")
+  prepare(many, tmp_path / "beam", beam_options=("runner=DirectRunner",))
+  prepare(many, tmp_path / "local")
+  assert content(tmp_path / "beam") == content(tmp_path / "local")
