@@ -48,6 +48,9 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
         split="train",
         max_length=77,
         augment=dict(),
+        discrimination_view="shared",  # of an image: shared by both objectives, or "own" by discrimination_augment
+        discrimination_augment=dict(),
+        mixture=dict(),  # name -> weight, name, path, split: several sources instead of the one above
         loader=dict(num_threads=4, num_workers=0, prefetch=8),
       ),
       checkpoint=dict(keep_last=2, keep_every=0),

@@ -3,12 +3,18 @@
   python -m diffdis_jax.benchmark --config=configs/benchmark.py --out=benchmark.json
 
 The steps take turns, round by round, so that a machine whose speed drifts does so for all of them alike.
+
+  python -m diffdis_jax.benchmark data --config=configs/diffdis_cc3m.py:runlocal --out=data.json
+
+times the data's way from tars to batches (benchmark_data.py) instead; the config is the model whose steps wait for it.
 """
 
 from __future__ import annotations
 
 import json
+import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +25,8 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffdis_jax import cli, sharding, workdir
+from diffdis_jax import benchmark_data, cli, sharding, workdir
+from diffdis_jax.benchmark_data import BATCH
 from diffdis_jax.step import Step
 from diffdis_jax.structs import Batch, UserError
 
@@ -72,19 +79,35 @@ def benchmark_step(config: ConfigDict, *, rounds: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-  del argv
+  if argv[1:] not in ([], ["data"]):
+    raise UserError(f"unexpected argument {argv[1]!r}; python -m diffdis_jax.benchmark [data] --config=... --out=...")
   cli.compilation_cache()
   cli.use_all_cores()
   if not epath.Path(FLAGS.out).parent.is_dir():
     raise UserError(f"--out={FLAGS.out} lies in no folder that exists; create it first")
-  results = benchmark_step(FLAGS.config, rounds=FLAGS.rounds)
+  results = time_data(FLAGS.config) if argv[1:] else time_steps(FLAGS.config)
+  workdir.write_whole(epath.Path(FLAGS.out), (json.dumps(results, indent=2) + "\n").encode())
+
+
+def time_steps(config: ConfigDict) -> dict[str, Any]:
+  results = benchmark_step(config, rounds=FLAGS.rounds)
   logging.info(
     "joint / generation %.3f, joint / (generation + discrimination) %.3f, operations joint / generation %.3f",
     results["joint_over_generation"],
     results["joint_over_sum"],
     results["joint_over_generation_flop"],
   )
-  workdir.write_whole(epath.Path(FLAGS.out), (json.dumps(results, indent=2) + "\n").encode())
+  return results
+
+
+def time_data(config: ConfigDict) -> dict[str, Any]:
+  with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
+    results = benchmark_data.benchmark_data(
+      config, pathlib.Path(folder), images=FLAGS.images, num_pairs=FLAGS.pairs, rounds=FLAGS.rounds
+    )
+  for name, bar in results["bars"].items():
+    logging.info("%s %.3g, bar %g: %s", name, results[name], bar, "met" if results["met"][name] else "missed")
+  return results
 
 
 FLAGS = flags.FLAGS
@@ -93,4 +116,7 @@ if __name__ == "__main__":
   cli.config_flag()
   flags.DEFINE_string("out", None, "JSON file to write", required=True)
   flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)
-  cli.run(main)
+  flags.DEFINE_integer("images", 200, "of `data`: distinct 512 px JPEGs", lower_bound=BATCH)
+  flags.DEFINE_integer("pairs", 200_000, "of `data`: small pairs prepared while memory is watched", lower_bound=1)
+  flags.DEFINE_string("scratch", None, "of `data`: folder for a temporary folder, of about 5 kB a pair")
+  cli.run(main, positional=1)

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, BFloat16, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from diffdis_jax import checkpoint, losses, sharding, tree, workdir
 from diffdis_jax.diffusion import guidance, samplers, schedules
 from diffdis_jax.models import build
+from diffdis_jax.models.diffdis import to_signed
 from diffdis_jax.structs import UserError
 from diffdis_jax.tree import Params
 
@@ -77,6 +78,7 @@ class Inference:
     self._embed_images = jax.jit(self._images)
     self._generate = jax.jit(self._sample)
     self._reconstruct = jax.jit(self._through_autoencoder)
+    self._encode = jax.jit(self._posterior)
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Text queries e, L2-normalised."""
@@ -103,6 +105,10 @@ class Inference:
   def reconstruct(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n H W 3"]:
     """Images through the autoencoder, by the posterior's mode."""
     return self._batched(functools.partial(self._reconstruct, params), images)
+
+  def moments(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> BFloat16[np.ndarray, "n h w d"]:
+    """The autoencoder's posterior, before shift and scale: d = 2c channels, mean, then log-variance."""
+    return self._batched(functools.partial(self._encode, params), images)
 
   def noise_shape(self) -> tuple[int, int, int]:
     """[h, w, c] of one image's initial noise."""
@@ -137,6 +143,10 @@ class Inference:
   def _through_autoencoder(self, params: Params, images: UInt8[Array, "b H W 3"]) -> UInt8[Array, "b H W 3"]:
     model = self._model(params)
     return model.decode_image(model.encode_image(images))
+
+  def _posterior(self, params: Params, images: UInt8[Array, "b H W 3"]) -> BFloat16[Array, "b h w d"]:
+    posterior = self._model(params).autoencoder.encode(to_signed(images))
+    return jnp.concatenate([posterior.mean, posterior.log_variance], axis=-1).astype(jnp.bfloat16)
 
   def _texts(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b d"]:
     return self._model(params).encode_text(tokens).e

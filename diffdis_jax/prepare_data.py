@@ -1,38 +1,159 @@
-"""Raw pairs -> a TFDS folder of ArrayRecord shards, which the data source `pairs` reads.
+"""Raw pairs -> a TFDS folder of ArrayRecord files, which the data source `pairs` reads.
 
-python -m diffdis_jax.prepare_data pairs --source=DIR --out=DIR
+  python -m diffdis_jax.prepare_data cc3m --source=DIR --out=DIR [--num_processes=N] [--drop_duplicates]
 
-The folder of --source holds webdataset tars in img2dataset's layout (KEY.jpg|.png|.webp, KEY.txt, KEY.json).
-`train-00000.tar` goes into split train, `val-00000.tar` into split val, and a bare `00000.tar` into train. Pairs that
-cannot be used are skipped, counted by reason, and reported in report.json in the folder of --out.
+| name | --source |
+|---|---|
+| pairs, cc3m | webdataset tars SPLIT-00000.tar in img2dataset's layout: KEY.jpg, .png or .webp, KEY.txt, KEY.json |
+| cc3m | or a folder of train.tsv, val.tsv, whose first line names columns caption and filepath, and the image files |
+| coco | folder with annotations/captions_*.json and the images, or with Karpathy's dataset_coco.json |
+| flickr30k | folder with Karpathy's dataset_flickr30k.json and the images |
+| folder | CLASS/IMAGE or SPLIT/CLASS/IMAGE |
+
+  python -m diffdis_jax.prepare_data latents --workdir=RUN --data=DIR --out=DIR2 [--views=K] [--augment=JSON]
+
+stores the posterior of RUN's autoencoder over K augmented views of each image of a prepared data set, for training with
+`data.name=latents`. `card --data=DIR` writes the card of a prepared data set anew.
+
+Every image is decoded; pairs that cannot be used are skipped, counted by reason, and reported in report.json and in the
+data set's metadata. Killed at any point, the same command goes on and ends in the same records. card.json and card.png
+describe what was written.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import flags, logging
+from etils import epath
 
-from diffdis_jax import cli
-from diffdis_jax.data import pairs
+from diffdis_jax import cli, workdir
+from diffdis_jax.data import captions, card, cc3m, image_folder, latent_cache, pairs, parts, staging
+from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.structs import UserError
 
-_SOURCE = flags.DEFINE_string("source", None, "folder of the tars", required=True)
-_OUT = flags.DEFINE_string("out", None, "folder to write; absent or empty", required=True)
+# name -> how its raw data are found, its builder
+DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[pairs.CaptionedImages]]] = {
+  "pairs": (parts.tars, pairs.Pairs),
+  "cc3m": (cc3m.find_parts, cc3m.Cc3m),
+  "coco": (captions.find_coco, captions.Coco),
+  "flickr30k": (captions.find_flickr30k, captions.Flickr30k),
+  "folder": (image_folder.find_parts, image_folder.ImageFolder),
+}
+NAMES = (*DATA_SETS, "latents", "card")
+
+_SOURCE = flags.DEFINE_string("source", None, "folder of the raw data")
+_OUT = flags.DEFINE_string("out", None, "folder to write; absent or empty")
+_DATA = flags.DEFINE_string("data", None, "prepared data set, of `latents` and `card`")
+_WORKDIR = flags.DEFINE_string("workdir", None, "run or import whose autoencoder makes `latents`")
+_VIEWS = flags.DEFINE_integer("views", 1, "of each image in `latents`", lower_bound=1)
+_AUGMENT = flags.DEFINE_string(
+  "augment", None, 'of the views: JSON such as {"crop": "random", "flip": true}; by default data.augment of the run'
+)
+_SHORT_SIDE = flags.DEFINE_integer(
+  "short_side",
+  None,
+  "images whose short side is longer are stored as JPEG of this short side; 0 keeps every image's bytes."
+  f" By default {cc3m.SHORT_SIDE} for cc3m, 0 for the others",
+  lower_bound=0,
+)
+_DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", False, "of images with the same bytes, keep the first alone")
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "that read, check and write; by default one a core", lower_bound=1
+)
+_BEAM = flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
 
 
 def main(argv: list[str]) -> None:
-  if argv[1:] != ["pairs"]:
-    usage = "python -m diffdis_jax.prepare_data pairs --source=DIR --out=DIR"
-    raise UserError(f"prepare_data takes one name, pairs, not {' '.join(argv[1:]) or 'none'}: {usage}")
+  name = argv[1] if len(argv) > 1 else "none"
+  if name not in NAMES:
+    usage = "python -m diffdis_jax.prepare_data cc3m --source=DIR --out=DIR"
+    raise UserError(f"prepare_data takes one name of {', '.join(NAMES)}, not {name}: {usage}")
   tfds.disable_progress_bar()
-  reports = pairs.prepare(pathlib.Path(_SOURCE.value), pathlib.Path(_OUT.value))
+  if name == "card":
+    write_card(_given(_DATA, name))
+    return
+  if name == "latents":
+    write_latents(_given(_WORKDIR, name), _given(_DATA, name), _given(_OUT, name))
+    return
+  source, out = _given(_SOURCE, name), _given(_OUT, name)
+  find, builder = DATA_SETS[name]
+  short_side = _SHORT_SIDE.value
+  if short_side is None and name == "cc3m":
+    short_side = cc3m.SHORT_SIDE
+  settings = pairs.Settings(
+    short_side=short_side or None,
+    drop_duplicates=_DROP_DUPLICATES.value,
+    num_processes=_NUM_PROCESSES.value or cores(),
+    beam_options=tuple(_BEAM.value),
+  )
+  pairs.prepare(find(source), out, builder=builder, settings=settings)
+  write_card(out)
+
+
+def write_latents(run: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> None:
+  """Encodes every image of a prepared data set by a run's autoencoder, in this process."""
+  from diffdis_jax import inference  # here, since the processes of the preparation import this file too
+  from diffdis_jax.models import latents
+
+  found = latent_cache.find_parts(data)
+  model, params = inference.load(str(run), batch_size=latent_cache.CHUNK)
+  h, w, c = model.noise_shape()
+  reports = pairs.prepare(
+    found,
+    out,
+    builder=latent_cache.LatentCache,
+    make_stage=functools.partial(
+      latent_cache.LatentStage,
+      encode=functools.partial(model.moments, params),
+      shape=(h, w, 2 * c),
+      image_size=model.image_size,
+      views=_VIEWS.value,
+      augmentation=_augmentation(model.config.data.augment.to_dict()),
+      fingerprint=latents.fingerprint(params),
+    ),
+  )
   for split, report in reports.items():
-    logging.info("%s: %d pairs, skipped: %s", split, report.pairs, report.reasons() or "none")
-    if report.truncated_tars:
-      logging.warning("truncated or damaged, read as far as possible: %s", ", ".join(report.truncated_tars))
-  logging.info("wrote %s and its report.json", _OUT.value)
+    logging.info("%s: %d views, skipped images: %s", split, report.pairs, report.reasons() or "none")
+
+
+def _augmentation(default: Mapping[str, Any]) -> Augmentation:
+  try:
+    fields = json.loads(_AUGMENT.value) if _AUGMENT.value else default
+    if not isinstance(fields, Mapping):
+      raise TypeError("it should be an object of fields of data.augment")
+    return Augmentation(**fields)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"--augment={_AUGMENT.value}: {error}") from error
+
+
+def write_card(folder: pathlib.Path) -> None:
+  """Logs the card of a prepared data set, and writes it into its folder: card.json, and card.png of 64 pairs."""
+  from diffdis_jax.evals import samples  # here, since the processes of the preparation import this file too
+
+  made = card.make(folder)
+  for line in made.lines():
+    logging.info("%s", line)
+  with staging.writing(folder):
+    workdir.write_whole(epath.Path(folder) / "card.json", made.to_json().encode())
+    if made.captions:
+      samples.save_grid(made.images, made.captions, folder / "card.png")
+
+
+def cores() -> int:
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _given(flag: flags.FlagHolder[str | None], name: str) -> pathlib.Path:
+  if not flag.value:
+    raise UserError(f"prepare_data {name} needs --{flag.name}=DIR: {flags.FLAGS[flag.name].help}")
+  return pathlib.Path(flag.value)
 
 
 if __name__ == "__main__":

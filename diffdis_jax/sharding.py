@@ -101,7 +101,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
-def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This process's rows of a batch to global arrays on the mesh."""
+def to_global(batch: Mapping[str, np.ndarray | None], mesh: Mesh) -> dict[str, jax.Array | None]:
+  """This process's rows of a batch to global arrays on the mesh; a field that is None stays it."""
   place = batch_sharding(mesh)
-  return {name: jax.make_array_from_process_local_data(place, array) for name, array in batch.items()}
+  to_array = lambda rows: None if rows is None else jax.make_array_from_process_local_data(place, rows)
+  return {name: to_array(rows) for name, rows in batch.items()}

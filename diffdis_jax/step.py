@@ -20,13 +20,13 @@ from ml_collections import ConfigDict
 from diffdis_jax import losses, optim, sharding, tree
 from diffdis_jax.diffusion import schedules
 from diffdis_jax.models import autoencoder as autoencoders
-from diffdis_jax.models import build
+from diffdis_jax.models import build, latents
 from diffdis_jax.models.diffdis import DiffDis, to_signed
-from diffdis_jax.structs import Batch, UserError
+from diffdis_jax.structs import AnyBatch, Batch, UserError
 from diffdis_jax.tree import Params
 
 # One key for each random choice of a step. Their numbers are part of a run's identity: append, never reorder.
-KEYS = ("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop_image")
+KEYS = ("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop_image", "posterior_discrimination")
 # Share of the running latent statistics that each reconstruction step keeps.
 STATISTICS_DECAY = 0.98
 
@@ -104,7 +104,7 @@ class Step:
       step=jnp.zeros((), jnp.int32), params=params, ema=dict(trainable), opt_state=self._tx.init(trainable)
     )
 
-  def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  def _train_step(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
     trainable = {path: state.params[path] for path in self.trainable}
     fixed = {path: value for path, value in state.params.items() if path not in trainable}
     gradient, metrics, statistics = self._gradient(trainable, fixed, batch, state.step)
@@ -123,12 +123,12 @@ class Step:
     )
 
   def _gradient(
-    self, trainable: Params, fixed: Params, batch: Batch, step: Int[Array, ""]
+    self, trainable: Params, fixed: Params, batch: AnyBatch, step: Int[Array, ""]
   ) -> tuple[Params, Metrics, Params]:
     """Mean gradient over the microbatches, their metrics added up, and the new latent statistics."""
     value_and_grad = jax.value_and_grad(self._loss, has_aux=True)
 
-    def one(microbatch: Int[Array, ""], batch: Batch) -> tuple[Params, Metrics, Params]:
+    def one(microbatch: Int[Array, ""], batch: AnyBatch) -> tuple[Params, Metrics, Params]:
       keys = step_keys(self.config.seed, step, microbatch)
       (_, (metrics, statistics)), gradient = value_and_grad(trainable, fixed, batch, keys)
       return gradient, metrics, statistics
@@ -156,7 +156,7 @@ def _check_trainable(config: ConfigDict, trainable: list[str]) -> None:
     )
 
 
-LossFn = Callable[[Params, Params, Batch, dict[str, jax.Array]], tuple[Float[Array, ""], tuple[Metrics, Params]]]
+LossFn = Callable[[Params, Params, AnyBatch, dict[str, jax.Array]], tuple[Float[Array, ""], tuple[Metrics, Params]]]
 
 
 def make_loss(config: ConfigDict, graphdef: nnx.GraphDef, abstract: nnx.State) -> LossFn:
@@ -169,7 +169,7 @@ def make_loss(config: ConfigDict, graphdef: nnx.GraphDef, abstract: nnx.State) -
   schedules.check_target(config.text_diffusion.target)
 
   def loss(
-    trainable: Params, fixed: Params, batch: Batch, keys: dict[str, jax.Array]
+    trainable: Params, fixed: Params, batch: AnyBatch, keys: dict[str, jax.Array]
   ) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:
     model = tree.merge(graphdef, abstract, {**fixed, **trainable})
     if "reconstruction" in config.objectives:
@@ -193,10 +193,10 @@ def quarters_of(name: str, per_sample: Float[Array, "b"], t: Int[Array, "b"]) ->
 
 
 def diffusion_loss(
-  model: DiffDis, batch: Batch, keys: dict[str, jax.Array], config: ConfigDict
+  model: DiffDis, batch: AnyBatch, keys: dict[str, jax.Array], config: ConfigDict
 ) -> tuple[Float[Array, ""], Metrics]:
   """L = L_IG + λ L_ITA on the same (x, y) (the paper's Algorithm 1), or one of the two."""
-  z = model.encode_image(batch.image, keys["posterior"] if config.sample_posterior else None)
+  z, z_discrimination = latents.of_batch(model, batch, keys, sample=config.sample_posterior)
   text = model.encode_text(batch.tokens)
   null = model.encode_text(model.text_encoder.null_tokens(batch.tokens.shape[1]))
   c_null = jnp.broadcast_to(null.c, text.c.shape)
@@ -206,7 +206,7 @@ def diffusion_loss(
     loss, parts = generation_loss(model, z, text.c, c_null, keys, config)
     total, metrics = total + loss, {**metrics, **parts}
   if "discrimination" in config.objectives:
-    loss, parts = discrimination_loss(model, z, text.e, c_null, batch.tokens, keys, config)
+    loss, parts = discrimination_loss(model, z_discrimination, text.e, c_null, batch.tokens, keys, config)
     total, metrics = total + config.loss.ita_weight * loss, {**metrics, **parts}
   return total, metrics
 

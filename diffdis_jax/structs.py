@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, BFloat16, Float, Int, UInt8
 
 
 class UserError(Exception):
@@ -26,6 +26,19 @@ class Batch:
 
   image: UInt8[Array, "b h w 3"]
   tokens: Int[Array, "b l"]
+  discrimination_image: UInt8[Array, "b h w 3"] | None = None  # where discrimination has a view of its own
+
+
+@struct.dataclass
+class LatentBatch:
+  """One batch of captioned images as the autoencoder's posteriors over them, before shift and scale."""
+
+  mean: BFloat16[Array, "b h w c"]
+  log_variance: BFloat16[Array, "b h w c"]
+  tokens: Int[Array, "b l"]
+
+
+AnyBatch = Batch | LatentBatch
 
 
 @struct.dataclass

@@ -20,14 +20,13 @@ from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffdis_jax import checkpoint, cli, evals, sharding, workdir, writers
-from diffdis_jax.data import loader, sources
+from diffdis_jax import batches, checkpoint, cli, evals, sharding, workdir, writers
+from diffdis_jax.data import loader
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.evals import samples
 from diffdis_jax.inference import Inference
 from diffdis_jax.step import Metrics, Step, TrainState
-from diffdis_jax.structs import Batch, UserError
+from diffdis_jax.structs import UserError
 from diffdis_jax.tree import Params
 
 
@@ -40,9 +39,11 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
   check_intervals(config)
   mesh = sharding.make_mesh(**config.mesh)
   trainer = Step(config, mesh)
-  iterator = make_loader(config)
+  batch_type = batches.batch_type(config)
+  iterator = batches.make_loader(config)
   watch = Watch(config, mesh)
   is_writer = jax.process_index() == 0
+  substitutions = loader.Substitutions()
   log_start(config, trainer)
   if config.init_from and checkpoint.latest_step(path) is None:
     find_initial(config.init_from, trainer)
@@ -50,6 +51,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
 
   with checkpoint.Checkpointer(path, **config.checkpoint) as checkpointer:
     state = restore_or_init(config, trainer, checkpointer, iterator)
+    batches.check_autoencoder(config, state.params)
     start = int(state.step)
     writer = writers.make(path, start_step=start, is_writer=is_writer)
     progress = writers.Progress(start_step=start, num_steps=config.num_steps, batch_size=config.batch_size)
@@ -57,7 +59,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
 
     for step in range(start + 1, config.num_steps + 1):
       with progress.waiting_for_data():
-        batch = Batch(**sharding.to_global(next(iterator), mesh))
+        batch = batch_type(**sharding.to_global(substitutions.take(next(iterator)), mesh))
       if step == start + 1:
         with progress.paused():
           state, metrics = jax.block_until_ready(trainer.train_step(state, batch))
@@ -72,7 +74,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
           checkpointer.save(step, state, iterator)
       if last or step % config.log_every == 0:
         means = check_finite(totals, step, checkpointer)
-        writer.scalars(step, means | progress.report(step, means))
+        writer.scalars(step, means | progress.report(step, means) | substitutions.report())
         totals = None
       with progress.paused():
         watch.after_step(step, state, writer, last=last)
@@ -85,27 +87,6 @@ def check_intervals(config: ConfigDict) -> None:
   for name in ("num_steps", "log_every", "save_every", "eval_every", "sample_every"):
     if config[name] < 1:
       raise UserError(f"{name} is {config[name]}; it must be at least 1")
-
-
-def make_loader(config: ConfigDict) -> grain.DatasetIterator:
-  """This process's endless batches."""
-  data = config.data.to_dict()
-  max_length, augment, threads = data.pop("max_length"), data.pop("augment"), data.pop("loader")
-  try:
-    augmentation = Augmentation(**augment)
-  except (TypeError, ValueError) as error:
-    raise UserError(f"data.augment: {error}") from error
-  return loader.train_loader(
-    sources.make(**data, image_size=config.image_size),
-    tokenizer=Tokenizer(max_length),
-    batch_size=config.batch_size,
-    image_size=config.image_size,
-    seed=config.seed,
-    augmentation=augmentation,
-    shard_index=jax.process_index(),
-    shard_count=jax.process_count(),
-    **threads,
-  )
 
 
 def restore_or_init(
@@ -220,7 +201,7 @@ class Watch:
 
 
 def log_start(config: ConfigDict, trainer: Step) -> None:
-  """Devices, mesh and parameters by group, so that a wrong regex shows before the first step."""
+  """Devices, mesh, data and parameters by group, so that a wrong regex shows before the first step."""
   sizes: Mapping[str, Any] = Counter()
   for path, group in trainer.groups.items():
     sizes[group] += math.prod(trainer.shapes[path].shape)
@@ -232,6 +213,8 @@ def log_start(config: ConfigDict, trainer: Step) -> None:
     jax.devices()[0].device_kind,
     dict(trainer.mesh.shape),
   )
+  for line in batches.describe(config):
+    logging.info("data: %s", line)
   logging.info(
     "objectives %s; parameters: %s", ", ".join(config.objectives), ", ".join(f"{g} {n:,}" for g, n in sizes.items())
   )

@@ -16,7 +16,7 @@ MAY_CHANGE = (
   r"^(train_evals|sample_prompts|inference)(\.|$)",
   r"^keep",
   r"^(checkpoint|evals|mesh|profile)(\.|$)",
-  r"^data\.loader\.",
+  r"^data\.loader\.(num_threads|prefetch)$",
 )
 """Fields (dotted paths) that may differ when a run goes on: they leave the numbers of the training alone."""
 

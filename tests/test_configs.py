@@ -35,6 +35,7 @@ ARGS = {
     "fusion=False",
     "share_attention=False",
     "modality_ffn=False",
+    "runlocal",
   ),
   "emoji": ("autoencoder",),
   "shapes": ("autoencoder",),
@@ -104,6 +105,7 @@ def test_parameters_equal_the_golden_listing(name, arg):
     ("objectives=generation", {"objectives": ("generation",)}),
     ("objectives=discrimination", {"objectives": ("discrimination",)}),
     ("path=somewhere", {"data.path": "somewhere"}),
+    ("latents=somewhere", {"data.path": "somewhere", "data.name": "latents"}),
   ],
 )
 def test_an_ablation_changes_its_own_field_alone(arg, changes):

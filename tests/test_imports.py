@@ -17,7 +17,8 @@ LAYERS = (
   {"tree", "cli", "workdir", "folders"},
   {"losses", "diffusion", "models", "data", "optim", "sharding", "checkpoint", "writers", "interop"},
   {"step"},
-  {"inference"},
+  {"inference", "batches"},
+  {"benchmark_data"},
   {"evals"},
   {"train", "evaluate", "generate", "prepare_data", "benchmark", "import_weights", "export_weights"},
   {"demo"},  # a verb that runs others

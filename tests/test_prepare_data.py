@@ -32,8 +32,11 @@ def raw(tmp_path):
 def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
   done = run("pairs", f"--source={raw}", f"--out={tmp_path / 'out'}")
   assert done.returncode == 0, done.stderr
-  assert "train: 1 pairs, skipped: 1 with corrupt image" in done.stderr
+  assert "train: 1 pairs, " in done.stderr and "train: skipped 1 with corrupt image" in done.stderr
   assert json.loads((tmp_path / "out" / "report.json").read_text())["train"]["pairs"] == 1
+  assert json.loads((tmp_path / "out" / "card.json").read_text())["splits"]["train"]["pairs"] == 1
+  with Image.open(tmp_path / "out" / "card.png") as sheet:
+    assert sheet.width > 128
   again = run("pairs", f"--source={raw}", f"--out={tmp_path / 'out'}")
   assert again.returncode == 2
   assert again.stderr == f"error: --out={tmp_path / 'out'} exists and is not an empty folder; name a new one\n"
@@ -42,9 +45,13 @@ def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (("--source=raw", "--out=out"), "takes one name, pairs, not none"),
-    (("laion", "--source=raw", "--out=out"), "takes one name, pairs, not laion"),
+    (("--source=raw", "--out=out"), "takes one name of pairs, cc3m, coco, flickr30k, folder, latents, card, not none"),
+    (("laion", "--source=raw", "--out=out"), "not laion"),
     (("pairs", "--source=nowhere", "--out=out"), "no folder nowhere"),
+    (("cc3m", "--source=nowhere", "--out=out"), "no folder nowhere"),
+    (("card", "--data=nowhere"), "no prepared data set in 'nowhere'"),
+    (("card",), "prepare_data card needs --data=DIR"),
+    (("pairs", "--source=raw", "--out=out", "--num_processes=0"), "num_processes"),
     (("pairs", "--source=.", "--out=out"), "no .tar files in ."),
     (("pairs", "--source=raw"), "--out"),
     (("pairs", "--source=raw", "--output=out"), "unknown flag --output; did you mean --out?"),

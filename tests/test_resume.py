@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from diffdis_jax import checkpoint, train, workdir
+from diffdis_jax import batches, checkpoint, train, workdir
 from diffdis_jax.step import Step, TrainState
 from tests import steps
 from tests.command_runs import ROOT, SAVE_EVERY, STEPS, joint_flags
@@ -53,7 +53,7 @@ def restore(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
   """The last state, and the images of the batch after it."""
   config = workdir.load_config(str(run))
   trainer = Step(config, steps.make_mesh())
-  iterator = train.make_loader(config)
+  iterator = batches.make_loader(config)
   with checkpoint.Checkpointer(str(run)) as checkpointer:
     state = train.restore_or_init(config, trainer, checkpointer, iterator)
   return jax.device_get(state), next(iterator)["image"]

@@ -12,9 +12,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffdis_jax import step, tree
-from diffdis_jax.models import build
-from diffdis_jax.models.diffdis import DiffDis
-from diffdis_jax.structs import Batch, UserError
+from diffdis_jax.models import build, latents
+from diffdis_jax.models.diffdis import DiffDis, to_signed
+from diffdis_jax.structs import Batch, LatentBatch, UserError
 from tests import steps
 from tests.models.networks import compiled, random_params
 
@@ -175,6 +175,7 @@ GOLDEN_KEYS = {
   "t_e": (2832731578, 3106893194),
   "noise_e": (814280283, 1333195700),
   "drop_image": (522268029, 110828973),
+  "posterior_discrimination": (1737289153, 2762526652),
 }
 
 
@@ -326,3 +327,40 @@ def test_bad_configs_are_refused_before_anything_is_allocated(changes, message):
   with pytest.raises(UserError, match=message) as error:
     step.Step(config, steps.make_mesh())
   assert "\n" not in str(error.value)
+
+
+def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
+  config = steps.make_config(sample_posterior=False)
+  seen = {}
+  for name in ("generation_loss", "discrimination_loss"):
+    record = lambda model, z, *rest, name=name: (seen.setdefault(name, []).append(z), (jnp.zeros(()), {}))[1]
+    monkeypatch.setattr(step, name, record)
+  loss = Loss(config)
+  batch, other = steps.make_batch(config), steps.make_batch(config, seed=1)
+  for each in (batch, other, batch.replace(discrimination_image=other.image)):
+    loss(loss.trained, each, make_keys())
+  generation, discrimination = seen["generation_loss"], seen["discrimination_loss"]
+  np.testing.assert_array_equal(generation[2], generation[0])
+  np.testing.assert_array_equal(discrimination[2], discrimination[1])
+  assert np.abs(discrimination[2] - discrimination[0]).max() > 0.01
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_stored_posteriors_train_as_their_images_do(sample):
+  """But for bf16, in which they are stored; and a draw is taken anew at each step."""
+  config = steps.make_config(sample_posterior=sample)
+  loss = Loss(config)
+  batch = steps.make_batch(config)
+  model = tree.merge(loss.graphdef, loss.abstract, loss.params)
+  posterior = model.autoencoder.encode(to_signed(batch.image))
+  stored = LatentBatch(
+    mean=posterior.mean.astype(jnp.bfloat16),
+    log_variance=posterior.log_variance.astype(jnp.bfloat16),
+    tokens=batch.tokens,
+  )
+  (expected, _), (found, _) = (loss(loss.trained, each, make_keys()) for each in (batch, stored))
+  assert abs(float(found) - float(expected)) < 0.01 * abs(float(expected))
+  z = lambda step_number: latents.of_batch(model, stored, step.step_keys(0, step_number, jnp.int32(0)), sample=sample)[
+    0
+  ]
+  assert (np.asarray(z(jnp.int32(0))) != np.asarray(z(jnp.int32(1)))).any() == sample

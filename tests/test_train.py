@@ -49,7 +49,15 @@ def test_a_run_holds_what_the_readme_says(joint_run):
   assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
   quarters = {f"loss_{name}_q{i}" for name in ("generation", "discrimination") for i in (1, 2, 3, 4)}
   losses = {"loss", "loss_generation", "loss_discrimination"}
-  others = {"grad_norm", "alignment_accuracy", "temperature", "steps_per_sec", "images_per_sec", "data_wait"}
+  others = {
+    "grad_norm",
+    "alignment_accuracy",
+    "temperature",
+    "steps_per_sec",
+    "images_per_sec",
+    "data_wait",
+    "substituted",
+  }
   ita_weight = json.loads((run / "config.json").read_text())["loss"]["ita_weight"]
   for line in lines:
     assert line.keys() == {"step"} | losses | quarters | others
@@ -123,6 +131,10 @@ def test_bad_command_lines_are_one_line_and_leave_nothing(environment, tmp_path,
     ({"mesh.fsdp": 3}, "mesh data=-1, fsdp=3, tensor=1 takes 3 devices .* but there are 8"),
     ({"model.dtype": "float8"}, "model.dtype is 'float8'; it must be one of float32, bfloat16"),
     ({"data.name": "shape"}, "unknown data source 'shape'; there are shapes, pairs"),
+    ({"data.augment": {"crop": "all"}}, "data.augment: augment.crop is 'centre' or 'random', not 'all'"),
+    ({"data.discrimination_view": "other"}, "data.discrimination_view is 'other'; it is 'shared' or 'own'"),
+    ({"data.mixture": {"a": {"weight": 0}}}, "data.mixture.a.weight is 0; it must be positive"),
+    ({"data.mixture": {"a": {"pth": "x"}}}, "data.mixture.a: .*'pth'"),
     ({"data.split": "training"}, "shapes has no split 'training'"),
     ({"data.name": "pairs", "data.path": "nowhere"}, "no prepared data set in 'nowhere'"),
     ({"train_evals": ("tset",)}, "train_evals names tset; evals has generated, test, unseen"),

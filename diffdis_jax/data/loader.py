@@ -3,42 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import logging
 from jaxtyping import Int, UInt8
 
-from diffdis_jax.data.sources import Source
+from diffdis_jax.data import records
+from diffdis_jax.data.latents import Latents
+from diffdis_jax.data.sources import Mixture, Source
 from diffdis_jax.data.transforms import Augmentation, augment, decode, resize
 
+SUBSTITUTED = "substituted"  # of a batch: i32[b r], by how many records of each of records.REASONS a row was missed
+ATTEMPTS = 100  # records in a row that may be unusable
 _AS_STORED = Augmentation()
+Tokenizer = Callable[[Sequence[str]], Int[np.ndarray, "n l"]]
 
 
 def train_loader(
-  source: Source,
+  source: Source | Mixture,
   *,
-  tokenizer: Callable[[Sequence[str]], Int[np.ndarray, "n l"]],
+  tokenizer: Tokenizer,
   batch_size: int,
   image_size: int,
   seed: int,
   augmentation: Augmentation = _AS_STORED,
+  discrimination_augmentation: Augmentation | None = None,
   shard_index: int = 0,
   shard_count: int = 1,
   num_threads: int = 16,
   num_workers: int = 0,
   prefetch: int = 4,
 ) -> grain.DatasetIterator:
-  """Endless batches {'image': u8[b h w 3], 'tokens': i32[b l]} of this host, shuffled anew each epoch.
+  """Endless batches {'image': u8[b h w 3], 'tokens': i32[b l], SUBSTITUTED} of this host, shuffled anew each epoch.
+
+  Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', SUBSTITUTED}, a view drawn each time.
 
   Global batch k is made of the same records and augmentations for any number of hosts: host p of n takes every n-th,
   from the p-th on. The position is saved by `grain.checkpoint.CheckpointSave(iterator)` and does not depend on the
-  number of hosts or threads, but on `num_workers`.
+  number of hosts or threads, but on `num_workers`. In the place of a record that cannot be used comes the next one that
+  can, so that neither the number of batches nor the other rows depend on it.
 
   Args:
+    source: or several with weights; each is shuffled and begun anew on its own.
     batch_size: global; each host gets `batch_size // shard_count` rows.
     seed: of order and augmentation.
+    discrimination_augmentation: of a second view of each image, 'discrimination_image': u8[b h w 3]; None for none.
     shard_index: this host, of `shard_count`.
     num_threads: that read ahead, 0 to do everything in the calling thread.
     num_workers: processes that prepare batches, 0 for none. They inherit `num_threads`.
@@ -51,9 +63,17 @@ def train_loader(
     from diffdis_jax.structs import UserError  # here, since it imports jax, which data workers go without
 
     raise UserError(f"batch_size {batch_size} does not divide by {shard_count} hosts; take a multiple of {shard_count}")
-  dataset = grain.MapDataset.source(source).seed(seed).shuffle()
-  dataset = dataset.random_map(_TrainExample(tokenizer, image_size, augmentation)).repeat()
-  batches = dataset[shard_index::shard_count].batch(batch_size // shard_count)
+  parts = source.sources if isinstance(source, Mixture) else (source,)
+  datasets = []
+  for i, part in enumerate(parts):
+    if isinstance(part, Latents):
+      example = _LatentExample(part)
+    else:
+      example = _ImageExample(part, image_size, augmentation, discrimination_augmentation)
+    order = grain.MapDataset.range(len(part)).seed(seed + i).shuffle()
+    datasets.append(order.random_map(example).repeat())
+  dataset = grain.MapDataset.mix(datasets, source.weights) if isinstance(source, Mixture) else datasets[0]
+  batches = dataset[shard_index::shard_count].batch(batch_size // shard_count, batch_fn=_Collate(tokenizer))
   iterable = batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
   if num_workers:
     iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
@@ -61,16 +81,107 @@ def train_loader(
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainExample(grain.transforms.RandomMap):
-  """A source's record -> {'image': u8[h w 3], 'tokens': i32[l]}."""
+class _Example(grain.transforms.RandomMap):
+  """A place in the source -> an example, or that of the next record that can be used."""
 
-  tokenizer: Callable[[Sequence[str]], Int[np.ndarray, "n l"]]
+  source: Source
+
+  def random_map(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
+    missed = np.zeros(len(records.REASONS), np.int32)
+    for attempt in range(min(ATTEMPTS, len(self.source))):
+      try:
+        example = self.make((place + attempt) % len(self.source), rng)
+      except records.Unusable as error:
+        missed[records.REASONS.index(str(error))] += 1
+      else:
+        return {**example, SUBSTITUTED: missed}
+    from diffdis_jax.structs import UserError  # here, since it imports jax, which data workers go without
+
+    raise UserError(f"{missed.sum()} records in a row cannot be used: {listed(missed)}; prepare the data set again")
+
+  def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Raises records.Unusable."""
+    raise NotImplementedError
+
+
+def draw_caption(record: Mapping[str, Any], rng: np.random.Generator) -> str:
+  """The record's caption, or one drawn from its captions where it has several."""
+  captions = record.get("captions")
+  several = isinstance(captions, list) and len(captions) > 1 and all(isinstance(c, str) and c for c in captions)
+  return captions[rng.integers(len(captions))] if several else record["caption"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Collate:
+  """Examples -> a batch. Captions are tokenized all at once, at a fraction of the cost."""
+
+  tokenizer: Tokenizer
+
+  def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    arrays = {name: np.stack([example[name] for example in examples]) for name in examples[0] if name != "caption"}
+    return {**arrays, "tokens": self.tokenizer([example["caption"] for example in examples])}
+
+
+@dataclasses.dataclass(frozen=True)
+class _ImageExample(_Example):
+  """{'image': u8[h w 3], 'caption'}, and 'discrimination_image': u8[h w 3] where that has a view of its own."""
+
   image_size: int
   augmentation: Augmentation
+  discrimination_augmentation: Augmentation | None
 
-  def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    image = augment(decode(element["image"]), rng, size=self.image_size, how=self.augmentation)
-    return {"image": image, "tokens": self.tokenizer([element["caption"]])[0]}
+  def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
+    record = self.source[place]
+    stored = record["image"]
+    image = decode(stored) if isinstance(stored, np.ndarray) else records.read_image(stored)
+    example = {"image": augment(image, rng, size=self.image_size, how=self.augmentation)}
+    if self.discrimination_augmentation is not None:
+      how = self.discrimination_augmentation
+      example["discrimination_image"] = augment(image, rng, size=self.image_size, how=how)
+    return {**example, "caption": draw_caption(record, rng)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _LatentExample(_Example):
+  """{'mean': bf16[h w c], 'log_variance': bf16[h w c], 'caption'} of one of the views."""
+
+  source: Latents
+
+  def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
+    moments, record = self.source.read(place, int(rng.integers(self.source.views)))
+    mean, log_variance = np.split(moments, 2, axis=-1)
+    return {"mean": mean, "log_variance": log_variance, "caption": draw_caption(record, rng)}
+
+
+def listed(missed: Int[np.ndarray, " r"]) -> str:
+  """ "2 corrupt image, 1 missing caption": counts by reason."""
+  return ", ".join(f"{n} {reason}" for n, reason in zip(missed, records.REASONS) if n)
+
+
+class Substitutions:
+  """Counts, by reason, the records of this host's batches in whose place another one came.
+
+  Attributes:
+    total: i64[r], for each of records.REASONS those that were reported.
+  """
+
+  def __init__(self) -> None:
+    self._new = np.zeros(len(records.REASONS), np.int64)
+    self.total = self._new.copy()
+
+  def take(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Counts those of a batch; returns it without them."""
+    rest = dict(batch)
+    self._new += rest.pop(SUBSTITUTED).sum(axis=0)
+    return rest
+
+  def report(self) -> dict[str, int]:
+    """Logs the new ones; returns their number as `substituted`."""
+    new = self._new
+    self.total, self._new = self.total + new, np.zeros_like(new)
+    if new.any():
+      logging.warning("records that cannot be used: %s; since the start: %s", listed(new), listed(self.total))
+    return {SUBSTITUTED: int(new.sum())}
 
 
 class EvalBatch(NamedTuple):

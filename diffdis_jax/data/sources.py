@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pathlib
-from collections.abc import Mapping
-from typing import Any, NoReturn, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, Protocol
 
-from diffdis_jax.data import shapes
+from etils import epath
 
-NAMES = ("shapes", "pairs")
+from diffdis_jax.data import records, shapes
+
+NAMES = ("shapes", "pairs", "latents")
 
 
 class Source(Protocol):
@@ -36,10 +36,10 @@ def make(
   """The source of this name.
 
   Args:
-    name: `shapes`, rendered by index, or `pairs`, a folder written by prepare_data.
+    name: `shapes`, rendered by index; `pairs`, a folder written by prepare_data; `latents`, one of encoded images.
     image_size: side in pixels at which shapes are rendered. Stored images keep theirs until the loader resizes them.
     split: of `shapes`: train, test, unseen, all. Of `pairs`: what the folder has.
-    path: the prepared folder; unused by `shapes`.
+    path: the prepared folder, local or any that etils.epath reads; unused by `shapes`.
     seed: of the rendered shapes.
     num_images: number of shapes; by default shapes.SPLITS. Of `pairs`: only the first so many.
 
@@ -47,22 +47,72 @@ def make(
     UserError: unknown name, unknown split, or a path that holds no prepared data set.
   """
   if name not in NAMES:
-    _refuse(f"unknown data source {name!r}; there are {', '.join(NAMES)}")
+    refuse(f"unknown data source {name!r}; there are {', '.join(NAMES)}")
   if num_images is not None and num_images < 1:
-    _refuse(f"num_images is {num_images}; at least 1, or None for all")
+    refuse(f"num_images is {num_images}; at least 1, or None for all")
   if name == "pairs":
-    return _make_pairs(path, split=split, num_images=num_images)
+    return open_pairs(path, split=split, num_images=num_images)
+  if name == "latents":
+    from diffdis_jax.data import latents  # here, since it builds on this file
+
+    return latents.open_latents(path, split=split, num_images=num_images)
   if split not in shapes.SPLITS:
-    _refuse(f"shapes has no split {split!r}; there are {', '.join(shapes.SPLITS)}")
+    refuse(f"shapes has no split {split!r}; there are {', '.join(shapes.SPLITS)}")
   return shapes.Shapes(split=split, image_size=image_size, seed=seed, num_images=num_images)
 
 
-class Pairs:
-  """Captioned images as prepare_data stored them; the fields of the json beside an image become metadata fields."""
+class Mixture(NamedTuple):
+  """Several sources, of which each example is drawn in turn so that their shares are those of the weights."""
 
-  def __init__(self, records: Any, num_images: int | None = None):
-    self._records = records
-    self._num_images = len(records) if num_images is None else min(num_images, len(records))
+  sources: tuple[Source, ...]
+  weights: tuple[float, ...]
+
+
+def make_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) -> Mixture:
+  """The sources of these sections: what `make` takes, and a `weight`.
+
+  Raises:
+    UserError: as `make`, or a weight that is not positive.
+  """
+  made, weights = [], []
+  for name, section in sections.items():
+    section = {"name": "pairs", **section}
+    weight = section.pop("weight", 1.0)
+    if not weight > 0:
+      refuse(f"data.mixture.{name}.weight is {weight}; it must be positive, or leave {name} out")
+    try:
+      made.append(make(**section, image_size=image_size))
+    except TypeError as error:
+      refuse(f"data.mixture.{name}: {error}")
+    weights.append(float(weight))
+  return Mixture(tuple(made), tuple(weights))
+
+
+def describe(*, path: str | os.PathLike[str] = "", split: str = "train", **section: Any) -> str:
+  """One line about a section's source, with what its preparation counted."""
+  if not str(path):
+    return f"{section.get('name')}, split {split}"
+  info = read_info(path)
+  report = (info.metadata or {}).get(split, {})
+  counts = [
+    f"{what} {', '.join(f'{n:,} with {reason}' for reason, n in report[what].items())}"
+    for what in ("skipped", "changed")
+    if report.get(what)
+  ]
+  return "; ".join(
+    [f"{info.name} {info.version} in {path}, split {split}: {info.splits[split].num_examples:,} records", *counts]
+  )
+
+
+class Pairs:
+  """Captioned images as prepare_data stored them; the fields of the json beside an image become metadata fields.
+
+  Reading a record raises records.Unusable where it is damaged, and UserError where its file is no longer there.
+  """
+
+  def __init__(self, stored: Any, num_images: int | None = None, files: Sequence[str | os.PathLike[str]] = ()):
+    self._records, self._files = stored, files
+    self._num_images = len(stored) if num_images is None else min(num_images, len(stored))
 
   def __len__(self) -> int:
     return self._num_images
@@ -70,24 +120,65 @@ class Pairs:
   def __getitem__(self, index: int) -> dict[str, Any]:
     if not 0 <= index < self._num_images:
       raise IndexError(f"index {index} outside of {self._num_images} pairs")
-    record: Mapping[str, bytes] = self._records[index]
-    metadata = json.loads(record["metadata"])
-    return {**metadata, "image": record["image"], "caption": record["caption"].decode(), "key": record["key"].decode()}
+    record = self.stored(index)
+    metadata = records.read_metadata(record.pop("metadata"))
+    caption = records.read_caption(record.pop("caption"))
+    return {**metadata, "caption": caption, "key": record.pop("key").decode(errors="replace"), **record}
+
+  def stored(self, index: int) -> dict[str, Any]:
+    """A record's fields as they are stored. Raises records.Unusable("unreadable record")."""
+    try:
+      return dict(self._records[index])
+    except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
+      self._check_files()
+      raise records.Unusable("unreadable record") from error
+
+  def _check_files(self) -> None:
+    for file in self._files:
+      if not epath.Path(file).exists():
+        refuse(f"{file} has vanished; put it back and run the same command again, which goes on")
 
 
-def _make_pairs(path: str | os.PathLike[str], *, split: str, num_images: int | None) -> Pairs:
+def open_pairs(path: str | os.PathLike[str], *, split: str, num_images: int | None) -> Pairs:
+  """A split of a prepared data set. Raises UserError: none there, no such split, or a file is missing."""
+  info = read_info(path)
+  if split not in info.splits:
+    refuse(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
+  stored, files = _open(path, split)
+  return Pairs(stored, num_images, files)
+
+
+def read_info(path: str | os.PathLike[str]) -> Any:
+  """The tfds.core.DatasetInfo of a prepared data set.
+
+  Raises:
+    UserError: there is none at this path, which etils.epath reads.
+  """
+  if not str(path) or not (epath.Path(path) / "dataset_info.json").exists():
+    refuse(f"no prepared data set in {str(path)!r}; write one with python -m diffdis_jax.prepare_data pairs")
+  return _builder(path).info
+
+
+def _builder(path: str | os.PathLike[str]) -> Any:
   import tensorflow_datasets as tfds  # here, since it takes half a second and `shapes` does without
 
-  if not (pathlib.Path(path) / "dataset_info.json").is_file() or not str(path):
-    _refuse(f"no prepared data set in {str(path)!r}; write one with python -m diffdis_jax.prepare_data pairs")
-  builder = tfds.builder_from_directory(path)
-  if split not in builder.info.splits:
-    _refuse(f"{path} has no split {split!r}; there are {', '.join(sorted(builder.info.splits))}")
-  records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-  return Pairs(records, num_images)
+  return tfds.builder_from_directory(path)
 
 
-def _refuse(message: str) -> NoReturn:
+def _open(path: str | os.PathLike[str], split: str) -> tuple[Any, Sequence[Any]]:
+  """The records of a split, images undecoded, and their files."""
+  import tensorflow_datasets as tfds
+
+  builder = _builder(path)
+  files = builder.info.splits[split].filepaths
+  if missing := [file for file in files if not epath.Path(file).exists()]:
+    refuse(f"{missing[0]} is missing, and {len(missing) - 1} more; put them back, or prepare the data set again")
+  undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
+  return builder.as_data_source(split=split, decoders=undecoded), files
+
+
+def refuse(message: str) -> NoReturn:
+  """Raises UserError."""
   from diffdis_jax.structs import UserError  # here, since it imports jax, which data workers go without
 
   raise UserError(message)

@@ -23,7 +23,10 @@ VOCAB_SIZE = 49408
 
 def clean(caption: str) -> str:
   """Repairs mojibake, unescapes HTML twice, collapses white space, lowers: open_clip's default cleaning."""
-  unescaped = html.unescape(html.unescape(ftfy.fix_text(caption)))
+  if caption.isascii() and caption.isprintable() and "&" not in caption:
+    unescaped = caption  # as most are: nothing to repair
+  else:
+    unescaped = html.unescape(html.unescape(ftfy.fix_text(caption)))
   return " ".join(unescaped.split()).lower()
 
 

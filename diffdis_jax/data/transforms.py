@@ -10,7 +10,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
+from diffdis_jax.data.randaugment import MAGNITUDES, randaugment
+
 WHITE = (255, 255, 255)
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, 270 MB decoded; PIL itself warns there, and refuses twice as many
 
 
 def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
@@ -19,16 +22,21 @@ def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
   Palettes, grey, 16 bit grey and CMYK are converted.
 
   Raises:
+    Image.DecompressionBombError: more pixels than MAX_PIXELS.
     OSError, SyntaxError, ValueError: the bytes are no image that PIL can read to its end.
   """
   if isinstance(image, np.ndarray):
     return Image.fromarray(image)
   with Image.open(io.BytesIO(image)) as opened:
-    upright = ImageOps.exif_transpose(opened)
+    if opened.width * opened.height > MAX_PIXELS:
+      raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels")
+    opened.load()
+    ImageOps.exif_transpose(opened, in_place=True)
+    upright = opened
   if upright.mode.startswith("I") or upright.mode == "F":
     return _sixteen_bit_grey(upright)
   if not upright.has_transparency_data:
-    return upright.convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
   layer = upright.convert("RGBA")
   return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
 
@@ -61,6 +69,8 @@ class Augmentation:
     rotation: largest turn, degrees. Shift, zoom and turn uncover white.
     brightness, contrast, saturation: largest relative change of each, so that 0.2 means a factor of 0.8 to 1.2.
     hue: largest turn of the colour circle, as a fraction of it, at most 0.5.
+    randaugment_operations: how many operations of RandAugment, after the crop; 2 with magnitude 9 is customary.
+    randaugment_magnitude: their strength, 0 to 30.
   """
 
   crop: str = "centre"
@@ -74,8 +84,12 @@ class Augmentation:
   contrast: float = 0.0
   saturation: float = 0.0
   hue: float = 0.0
+  randaugment_operations: int = 0
+  randaugment_magnitude: int = 9
 
   def __post_init__(self):
+    if not 0 <= self.randaugment_magnitude < MAGNITUDES:
+      raise ValueError(f"randaugment_magnitude is {self.randaugment_magnitude}; it is 0 to {MAGNITUDES - 1}")
     if self.crop not in ("centre", "random"):
       raise ValueError(f"augment.crop is 'centre' or 'random', not {self.crop!r}")
 
@@ -92,6 +106,8 @@ def augment(
     image = resize(image, size)
   if how.flip and rng.random() < 0.5:
     image = ImageOps.mirror(image)
+  if how.randaugment_operations:
+    image = randaugment(image, rng, operations=how.randaugment_operations, magnitude=how.randaugment_magnitude)
   return np.asarray(jitter_colour(image, rng, how=how))
 
 

@@ -5,15 +5,18 @@ import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from absl import flags
 from PIL import Image
 
-from diffdis_jax.data import sources
-from diffdis_jax.data.loader import eval_batches, train_loader
+from diffdis_jax.data import pairs, parts, records, sources
+from diffdis_jax.data.loader import SUBSTITUTED, Substitutions, eval_batches, train_loader
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.structs import UserError
+from tests.raw_pairs import faults, picture, write_tar
 
 TOKENIZER = Tokenizer(16)
+FAULTS = faults()
 STRONG = Augmentation(crop="random", shift=0.1, hue=0.1)
 
 
@@ -40,7 +43,7 @@ def take(iterator, n):
 def assert_same(first, second):
   assert len(first) == len(second)
   for a, b in zip(first, second, strict=True):
-    assert a.keys() == b.keys() == {"image", "tokens"}
+    assert a.keys() == b.keys() == {"image", "tokens", SUBSTITUTED}
     for key in a:
       np.testing.assert_array_equal(a[key], b[key])
 
@@ -144,3 +147,135 @@ def test_encoded_images_of_any_size():
   assert batch["image"].shape == (12, 16, 16, 3)
   (first, *_) = eval_batches(Encoded(), image_size=8, batch_size=40)
   assert collections.Counter(first.image[:, 4, 4, 0].tolist()) == collections.Counter(range(40))
+
+
+class Spoiled(Numbered):
+  """Three records cannot be used, two of them side by side."""
+
+  def __getitem__(self, index):
+    if index in (7, 8, 20):
+      return {**super().__getitem__(index), "image": FAULTS["truncated" if index == 8 else "zero bytes"][0]}
+    return super().__getitem__(index)
+
+
+def test_the_next_usable_record_comes_in_the_place_of_one_that_is_not():
+  batches = take(make(Spoiled(), image_size=8), 10)
+  whole = take(make(Numbered(), image_size=8), 10)
+  for batch, reference in zip(batches, whole, strict=True):
+    there, before = batch["image"][:, 0, 0, 0], reference["image"][:, 0, 0, 0]
+    replaced = {7: 9, 8: 9, 20: 21}
+    assert there.tolist() == [replaced.get(index, index) for index in before.tolist()]
+    np.testing.assert_array_equal(batch["tokens"], TOKENIZER([str(value) for value in there]))
+  substitutions = Substitutions()
+  for batch in batches:
+    assert SUBSTITUTED not in substitutions.take(batch)
+  assert substitutions.report() == {SUBSTITUTED: 3 * (1 + 2 + 1)}
+  assert substitutions.report() == {SUBSTITUTED: 0}
+  reasons = dict(zip(records.REASONS, sum(batch[SUBSTITUTED] for batch in batches).sum(0), strict=True))
+  assert {reason: n for reason, n in reasons.items() if n} == {"missing image": 6, "corrupt image": 6}
+
+
+def test_a_source_without_a_usable_record():
+  class Empty(Numbered):
+    def __getitem__(self, index):
+      return {"image": b"", "caption": "x"}
+
+  with pytest.raises(UserError, match="^40 records in a row cannot be used: 40 missing image; prepare"):
+    next(make(Empty()))
+
+
+@pytest.fixture
+def prepared(tmp_path):
+  """A data set of 40 pairs in two files, prepared from tars."""
+  (tmp_path / "raw").mkdir()
+  for part in range(2):
+    content = {f"{i:02d}.png": picture(20 * part + i) for i in range(20)}
+    content |= {f"{i:02d}.txt": b"x" for i in range(20)}
+    content = dict(sorted(content.items()))
+    write_tar(tmp_path / "raw" / f"{part}.tar", content)
+  pairs.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  return tmp_path / "out"
+
+
+def test_a_record_file_that_vanishes(prepared):
+  """Also while training: files are opened when they are first read."""
+  source = sources.make(name="pairs", path=prepared, image_size=8)
+  file = prepared / "pairs-train.array_record-00001-of-00002"
+  file.unlink()
+  with pytest.raises(UserError, match=f"{file.name} has vanished; put it back and run the same command again"):
+    take(make(source, num_threads=2), 4)
+  with pytest.raises(UserError, match=f"{file.name} is missing, and 0 more"):
+    sources.make(name="pairs", path=prepared, image_size=8)
+
+
+def test_a_damaged_record_file_costs_its_records_alone(prepared):
+  file = prepared / "pairs-train.array_record-00001-of-00002"
+  spoiled = bytearray(file.read_bytes())
+  place = spoiled.index(b"IHDR")
+  spoiled[place : place + 20] = bytes(20)
+  file.write_bytes(spoiled)
+  batches = take(make(sources.make(name="pairs", path=prepared, image_size=8), image_size=8), 10)
+  assert 0 < sum(batch[SUBSTITUTED].sum() for batch in batches) < 60
+
+
+def test_saved_position_resumes_with_workers(tmp_path, prepared):
+  """Over an epoch's border, which lies within batch 3."""
+  source = sources.make(name="pairs", path=prepared, image_size=8)
+  expected = take(make(source, augmentation=STRONG), 6)
+  flags.FLAGS.mark_as_parsed()
+  iterator = make(source, augmentation=STRONG, num_workers=2)
+  assert_same(expected[:3], take(iterator, 3))
+  save(tmp_path / "saved", iterator)
+  iterator.close()
+  restored = restore(tmp_path / "saved", make(source, augmentation=STRONG, num_workers=2))
+  assert_same(expected[3:], take(restored, 3))
+  restored.close()
+
+
+class Shifted(Numbered):
+  def __getitem__(self, index):
+    return {"image": np.full((8, 8, 3), 100 + index, np.uint8), "caption": "y"}
+
+
+MIXTURE = sources.Mixture((Numbered(), Shifted()), (3.0, 1.0))
+
+
+def test_a_mixture_takes_shares_by_weight_and_each_record_once_an_epoch():
+  order = np.concatenate([b["image"][:, 0, 0, 0] for b in take(make(MIXTURE, image_size=8, batch_size=16), 20)])
+  first, second = order[order < 100], order[order >= 100]
+  assert (len(first), len(second)) == (240, 80)
+  for values, epochs in ((first, 6), (second - 100, 2)):
+    assert all(sorted(epoch) == list(range(40)) for epoch in values.reshape(epochs, 40))
+
+
+@pytest.mark.parametrize("source", [MIXTURE, Spoiled()], ids=["mixture", "spoiled"])
+def test_mixtures_and_substitutes_resume_and_do_not_depend_on_the_number_of_hosts(tmp_path, source):
+  reference = take(make(source, augmentation=STRONG), 6)
+  iterator = make(source, augmentation=STRONG)
+  take(iterator, 4)
+  save(tmp_path, iterator)
+  for hosts in (1, 2, 4):
+    shares = [
+      take(restore(tmp_path, make(source, augmentation=STRONG, shard_index=i, shard_count=hosts)), 2)
+      for i in range(hosts)
+    ]
+    for i, share in enumerate(shares):
+      assert_same([{k: v[i::hosts] for k, v in batch.items()} for batch in reference[4:]], share)
+
+
+def test_one_caption_of_several_is_drawn_each_time():
+  class Several(Numbered):
+    def __getitem__(self, index):
+      return {**super().__getitem__(index), "captions": ["one", "two", "three"]}
+
+  tokens = np.concatenate([batch["tokens"] for batch in take(make(Several()), 10)])
+  drawn = collections.Counter(TOKENIZER.decode(row) for row in tokens)
+  assert drawn.keys() == {"one", "two", "three"} and min(drawn.values()) > 20
+
+
+def test_a_view_of_its_own_for_discrimination():
+  own = Augmentation(crop="random", crop_scale=(0.1, 0.3))
+  shared, two = next(make()), next(make(discrimination_augmentation=own))
+  np.testing.assert_array_equal(shared["image"], two["image"])
+  assert two["discrimination_image"].shape == shared["image"].shape
+  assert (two["discrimination_image"] != two["image"]).any()

@@ -1,9 +1,11 @@
 """The tokenizer against open_clip's, id by id, and against what transformers reads back."""
 
+import html
 import pickle
 import subprocess
 import sys
 
+import ftfy
 import numpy as np
 import pytest
 
@@ -102,3 +104,13 @@ def test_workers_import_no_framework():
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert done.stderr.strip() == "", done.stderr
+
+
+def test_plain_captions_need_no_repair():
+  """What is taken as it is, is what the repair leaves as it is."""
+  rng = np.random.default_rng(0)
+  printable = [chr(i) for i in range(32, 127) if chr(i) != "&"]
+  for _ in range(300):
+    text = "".join(rng.choice(printable, 30))
+    assert ftfy.fix_text(text) == text == html.unescape(text)
+  assert clean("Fish &amp;amp; Chips") == "fish & chips" and clean("a\x1b[31m b") == "a b"

@@ -1,0 +1,108 @@
+"""The batches that a config's `data` section asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import jax
+from ml_collections import ConfigDict
+
+from diffdis_jax.data import loader, sources
+from diffdis_jax.data.latents import Latents
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.data.transforms import Augmentation
+from diffdis_jax.models import build, latents
+from diffdis_jax.structs import Batch, LatentBatch, UserError
+from diffdis_jax.tree import Params
+
+# Fields of `data` that are not the source's.
+LOADING = ("max_length", "augment", "discrimination_view", "discrimination_augment", "mixture", "loader")
+
+
+def make_loader(config: ConfigDict) -> grain.DatasetIterator:
+  """This process's endless batches."""
+  data = config.data
+  if data.discrimination_view not in ("shared", "own"):
+    raise UserError(f"data.discrimination_view is {data.discrimination_view!r}; it is 'shared' or 'own'")
+  own_view = data.discrimination_view == "own"
+  sections = source_sections(config)
+  if data.mixture:
+    source = sources.make_mixture(sections, image_size=config.image_size)
+  else:
+    source = sources.make(**sections["data"], image_size=config.image_size)
+  if batch_type(config) is LatentBatch:
+    _check_latents(config, source.sources if data.mixture else (source,))
+  return loader.train_loader(
+    source,
+    tokenizer=Tokenizer(data.max_length),
+    batch_size=config.batch_size,
+    image_size=config.image_size,
+    seed=config.seed,
+    augmentation=_make_augmentation(config, "augment"),
+    discrimination_augmentation=_make_augmentation(config, "discrimination_augment") if own_view else None,
+    shard_index=jax.process_index(),
+    shard_count=jax.process_count(),
+    **data.loader,
+  )
+
+
+def source_sections(config: ConfigDict) -> dict[str, dict[str, Any]]:
+  """Of the sources that the run reads: those of `data.mixture`, by name, or the one that `data` itself names."""
+  data = config.data.to_dict()
+  own = {field: data[field] for field in data if field not in LOADING}
+  return dict(sorted(data["mixture"].items())) or {"data": own}
+
+
+def batch_type(config: ConfigDict) -> type[Batch] | type[LatentBatch]:
+  """What the loader's arrays are fields of. Raises UserError for a mixture of latents and images."""
+  kinds = {section.get("name", "pairs") == "latents" for section in source_sections(config).values()}
+  if len(kinds) > 1:
+    raise UserError("data.mixture has latents and images; take either")
+  return LatentBatch if kinds.pop() else Batch
+
+
+def describe(config: ConfigDict) -> list[str]:
+  """A line for each source, with what its preparation counted."""
+  lines = []
+  for section in source_sections(config).values():
+    weight = section.pop("weight", None)
+    lines.append(sources.describe(**section) + ("" if weight is None else f", weight {weight}"))
+  return lines
+
+
+def _check_latents(config: ConfigDict, cached: Sequence[Latents]) -> None:
+  """Raises UserError unless the config can train from these latents."""
+  if "reconstruction" in config.objectives or config.data.discrimination_view != "shared":
+    raise UserError("objective reconstruction and data.discrimination_view='own' need images; take another data.name")
+  side = config.image_size // build.latent_factor(config.model)
+  expected = (side, side, 2 * config.model.autoencoder.latent_channels)
+  for each in cached:
+    if each.shape != expected or each.facts["image_size"] != config.image_size:
+      raise UserError(
+        f"these latents are of {each.facts['image_size']} px images and of shape {each.shape}; the config's are of"
+        f" {config.image_size} px and {expected}; prepare them with the same image_size and autoencoder"
+      )
+
+
+def check_autoencoder(config: ConfigDict, params: Params) -> None:
+  """Raises UserError where the run trains from latents of another autoencoder than its own."""
+  if batch_type(config) is not LatentBatch:
+    return
+  for section in source_sections(config).values():
+    facts = (sources.read_info(section["path"]).metadata or {}).get("latents", {})
+    if not math.isclose(facts["fingerprint"], latents.fingerprint(params), rel_tol=1e-4):
+      raise UserError(
+        f"the latents in {section['path']} were made by another autoencoder; set init_from to the workdir that they"
+        " were made with"
+      )
+
+
+def _make_augmentation(config: ConfigDict, field: str) -> Augmentation:
+  """Raises UserError for a wrong field or value."""
+  try:
+    return Augmentation(**config.data[field])
+  except (TypeError, ValueError) as error:
+    raise UserError(f"data.{field}: {error}") from error

@@ -1,0 +1,134 @@
+"""The latent cache: the autoencoder's posterior over several augmented views of each image, in place of the image.
+
+A record is one view: {moments: bf16[h w 2c], mean then log-variance, as u16; caption; key; metadata}. The views of an
+image follow one another, so that training reads no more than the view it draws.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import BFloat16, UInt8
+
+from diffdis_jax.data import records, sources, staging
+from diffdis_jax.data.pairs import CaptionedImages
+from diffdis_jax.data.parts import Part
+from diffdis_jax.data.transforms import Augmentation, augment
+from diffdis_jax.structs import UserError
+
+IMAGES = 1024  # of a part
+CHUNK = 256  # views encoded at a time
+Encode = Callable[[UInt8[np.ndarray, "n H W 3"]], BFloat16[np.ndarray, "n h w d"]]
+
+
+@dataclasses.dataclass
+class RecordsPart:
+  """A range of a prepared data set's split; iterates over places."""
+
+  name: str
+  split: str
+  data: pathlib.Path
+  start: int
+  stop: int
+  truncated: bool = False
+
+  def identity(self) -> list[Any]:
+    return [str(self.data.resolve()), self.name, self.start, self.stop]
+
+  def __iter__(self) -> Iterator[int]:
+    yield from range(self.start, self.stop)
+
+
+def find_parts(data: pathlib.Path) -> list[Part]:
+  """Of every split. Raises UserError: no prepared data set there, or one that holds latents itself."""
+  info = sources.read_info(data)
+  if info.name == LatentCache.name:
+    raise UserError(f"--data={data} holds latents already; name the data set of images")
+  return [
+    RecordsPart(f"{split}-{start // IMAGES:05d}", split, data, start, min(start + IMAGES, n))
+    for split, n in ((split, split_info.num_examples) for split, split_info in info.splits.items())
+    for start in range(0, n, IMAGES)
+  ]
+
+
+def features(shape: tuple[int, int, int]) -> tfds.features.FeaturesDict:
+  """Of a record; bf16 is stored as the u16 of the same bits."""
+  text = tfds.features.Text
+  moments = tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes")
+  return tfds.features.FeaturesDict({"moments": moments, "caption": text(), "key": text(), "metadata": text()})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentStage(staging.Stage):
+  """Writes parts of latents. Not for other processes: it holds the network.
+
+  Attributes:
+    encode: squares of `image_size` pixels -> moments of shape `shape`.
+    augmentation: of a view; view k of image i is the same each time.
+    fingerprint: of the autoencoder, so that training can tell whether it has the same one.
+  """
+
+  encode: Encode
+  shape: tuple[int, int, int]
+  image_size: int
+  views: int
+  augmentation: Augmentation
+  fingerprint: float
+
+  def features(self) -> tfds.features.FeaturesDict:
+    return features(self.shape)
+
+  def identity(self) -> dict[str, Any]:
+    return {"views": self.views, "augmentation": repr(self.augmentation), "autoencoder": self.fingerprint}
+
+  def facts(self) -> dict[str, Any]:
+    augmentation = dataclasses.asdict(self.augmentation)
+    own = dict(views=self.views, image_size=self.image_size, shape=self.shape, fingerprint=self.fingerprint)
+    return {"latents": {**own, "augmentation": augmentation}}
+
+  def serialized(self, part: Part, report: staging.Report, digests: list[bytes]) -> Iterator[bytes]:
+    source = sources.make(name="pairs", path=part.data, split=part.split, image_size=self.image_size)
+    serialize = staging.serializer(self.features())
+    places, size = list(part), max(1, CHUNK // self.views)
+    with ThreadPoolExecutor() as pool:
+      for start in range(0, len(places), size):
+        found = list(pool.map(functools.partial(self._views, source), places[start : start + size]))
+        for place, each in zip(places[start : start + size], found):
+          if isinstance(each, records.Unusable):
+            report.skip(f"{part.split}/{place}", str(each))
+        usable = [each for each in found if not isinstance(each, records.Unusable)]
+        if not usable:
+          continue
+        moments = self.encode(np.concatenate([views for views, _ in usable]))
+        fields = [text for _, text in usable for _ in range(self.views)]
+        for one, text in zip(moments, fields, strict=True):
+          report.pairs += 1
+          yield serialize({"moments": np.asarray(one, ml_dtypes.bfloat16).view(np.uint16), **text})
+
+  def _views(
+    self, source: sources.Pairs, place: int
+  ) -> tuple[UInt8[np.ndarray, "k H W 3"], dict[str, bytes]] | records.Unusable:
+    """The views of one image, and what else is in its record."""
+    try:
+      record = source.stored(place)
+      image = records.read_image(record.pop("image"))
+      records.read_caption(record["caption"])
+    except records.Unusable as error:
+      return error
+    view = lambda k: augment(image, np.random.default_rng((place, k)), size=self.image_size, how=self.augmentation)
+    return np.stack([view(k) for k in range(self.views)]), record
+
+
+class LatentCache(CaptionedImages):
+  """Posteriors of an autoencoder over views of a prepared data set's images."""
+
+  name = "latents"
+  DESCRIPTION = "The posteriors of an autoencoder over augmented views of captioned images; its metadata says which."

@@ -1,0 +1,53 @@
+"""The source `latents`: captions with an autoencoder's posteriors over several views of each image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import BFloat16
+
+from diffdis_jax.data import sources
+
+
+class Latents:
+  """Captions with the posteriors of their images' views.
+
+  `source[i]` is the record of image i without moments; `moments(i, k)` those of its view k.
+
+  Attributes:
+    views: of each image.
+    shape: [h, w, 2c] of the moments.
+    facts: what latent_cache.LatentStage.facts wrote.
+  """
+
+  def __init__(self, stored: sources.Pairs, facts: Mapping[str, Any]):
+    self._stored, self.facts = stored, facts
+    self.views, self.shape = facts["views"], tuple(facts["shape"])
+
+  def __len__(self) -> int:
+    return len(self._stored) // self.views
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self.read(index, 0)[1]
+
+  def read(self, index: int, view: int) -> tuple[BFloat16[np.ndarray, "h w d"], dict[str, Any]]:
+    """Moments and the record's other fields. Raises as sources.Pairs does."""
+    record = self._stored[index * self.views + view]
+    return record.pop("moments").view(ml_dtypes.bfloat16), record
+
+
+def open_latents(path: str | os.PathLike[str], *, split: str, num_images: int | None) -> Latents:
+  """A split of a latent cache.
+
+  Raises:
+    UserError: no latent cache there, or no such split.
+  """
+  facts = (sources.read_info(path).metadata or {}).get("latents")
+  if facts is None:
+    sources.refuse(f"{path} holds no latents; write them with python -m diffdis_jax.prepare_data latents")
+  stored = sources.open_pairs(path, split=split, num_images=num_images and num_images * facts["views"])
+  return Latents(stored, facts)

@@ -1,0 +1,91 @@
+"""Whatever bytes a download leaves behind, reading them ends in a record or in the documented error.
+
+FUZZ_EXAMPLES=100000 makes it long.
+"""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+from diffdis_jax.data import records
+from diffdis_jax.data.webdataset import RawPair, TarReader
+from tests.raw_pairs import faults, picture, write_tar
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+FAULTS = faults()
+fuzz = settings(
+  max_examples=int(os.environ.get("FUZZ_EXAMPLES", 50)),
+  deadline=None,
+  database=None,
+  suppress_health_check=list(HealthCheck),
+)
+spoiling = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), max_size=4)
+
+
+def spoil(data: bytes, changes: list[tuple[int, int]], cut: int) -> bytes:
+  spoiled = bytearray(data or b"\x00")
+  for place, value in changes:
+    spoiled[place % len(spoiled)] = value
+  return bytes(spoiled[: len(spoiled) - cut % len(spoiled)])
+
+
+def read_image(data: bytes) -> None:
+  try:
+    image = records.read_image(data)
+  except records.Unusable as error:
+    assert str(error) in records.REASONS
+  else:
+    assert image.mode == "RGB" and min(image.size) >= records.MIN_SIDE
+
+
+@fuzz
+@given(st.binary(max_size=300))
+def test_noise_as_an_image(noise):
+  read_image(noise)
+
+
+@fuzz
+@given(st.sampled_from(sorted(FAULTS)), spoiling, st.just(0) | st.integers(0, 2000))
+def test_spoiled_images(name, changes, cut):
+  read_image(spoil(FAULTS[name][0], changes, cut))
+
+
+@fuzz
+@given(st.binary(max_size=60), st.binary(max_size=60))
+def test_noise_as_caption_and_metadata(caption, metadata):
+  try:
+    record, _ = records.make(RawPair("k", picture(0), caption, metadata))
+  except records.Unusable as error:
+    assert str(error) in records.REASONS
+  else:
+    assert record["caption"].strip() and isinstance(json.loads(record["metadata"]), dict)
+
+
+@pytest.fixture(scope="module")
+def tar(tmp_path_factory) -> pathlib.Path:
+  path = tmp_path_factory.mktemp("fuzz") / "0.tar"
+  write_tar(path, {f"{i}.{ending}": bytes([i]) * 700 for i in range(4) for ending in ("png", "txt", "json")})
+  return path
+
+
+@fuzz
+@given(changes=st.lists(st.tuples(st.integers(0, 20000), st.integers(0, 255)), max_size=8), cut=st.integers(0, 20000))
+def test_spoiled_tars(tar, changes, cut):
+  path = tar.with_name("spoiled.tar")
+  path.write_bytes(spoil(tar.read_bytes(), changes, cut))
+  reader = TarReader(path)
+  assert len(list(reader)) <= 12
+  assert isinstance(reader.truncated, bool)
+
+
+@fuzz
+@given(st.binary(max_size=2000))
+def test_noise_as_a_tar(tar, noise):
+  path = tar.with_name("noise.tar")
+  path.write_bytes(noise)
+  list(TarReader(path))

@@ -1,0 +1,115 @@
+import dataclasses
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from diffdis_jax.data import latent_cache, pairs, parts, records, sources
+from diffdis_jax.data.loader import SUBSTITUTED, train_loader
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.data.transforms import Augmentation
+from diffdis_jax.structs import UserError
+from tests.raw_pairs import picture, write_tar
+
+N, VIEWS = 12, 3
+
+
+def encode(images: np.ndarray) -> np.ndarray:
+  """Sixteen numbers of the pixels: corners as the mean, less ten as the log-variance."""
+  corners = images[:, ::7, ::7, :2].astype(np.float32)
+  return np.concatenate([corners, -corners - 10], -1).astype(ml_dtypes.bfloat16)
+
+
+STAGE = dict(
+  encode=encode,
+  shape=(2, 2, 4),
+  image_size=8,
+  views=VIEWS,
+  augmentation=Augmentation(crop="random", crop_scale=(0.5, 0.6)),
+  fingerprint=1.5,
+)
+
+
+def make_stage(folder: pathlib.Path, **changes) -> latent_cache.LatentStage:
+  return latent_cache.LatentStage(folder, **{**STAGE, **changes})
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+  """Twelve pairs, of which the first record is spoiled afterwards."""
+  (tmp_path / "raw").mkdir()
+  content = {f"{i:02d}.png": picture(i, size=(12, 12)) for i in range(N)}
+  content |= {f"{i:02d}.txt": f"caption {i}".encode() for i in range(N)}
+  write_tar(tmp_path / "raw" / "0.tar", dict(sorted(content.items())))
+  pairs.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
+  read = records.read_image
+  first = picture(0, size=(12, 12))
+
+  def spoiled(image):
+    if image == first:
+      raise records.Unusable("corrupt image")
+    return read(image)
+
+  monkeypatch.setattr(records, "read_image", spoiled)
+  monkeypatch.setattr(latent_cache, "CHUNK", 6)
+  return tmp_path / "data"
+
+
+def prepare(data, out, **changes):
+  make = lambda folder: make_stage(folder, **changes)
+  return pairs.prepare(latent_cache.find_parts(data), out, builder=latent_cache.LatentCache, make_stage=make)
+
+
+def test_latents_read_back(data, tmp_path):
+  reports = prepare(data, tmp_path / "out")
+  assert (reports["train"].pairs, reports["train"].skipped) == (VIEWS * (N - 1), {"corrupt image": 1})
+  source = sources.make(name="latents", path=tmp_path / "out", image_size=8)
+  assert len(source) == N - 1 and source.views == VIEWS and source.shape == (2, 2, 4)
+  assert source.facts["image_size"] == 8 and source.facts["augmentation"]["crop"] == "random"
+  seen = set()
+  for i in range(N - 1):
+    assert (source[i]["caption"], source[i]["key"]) == (f"caption {i + 1}", f"0/{i + 1:02d}")
+    for k in range(VIEWS):
+      moments, record = source.read(i, k)
+      assert moments.dtype == ml_dtypes.bfloat16 and moments.shape == (2, 2, 4) and "moments" not in record
+      np.testing.assert_array_equal(moments[..., 2:], (-moments[..., :2].astype(np.float32) - 10).astype(moments.dtype))
+      seen.add(moments.tobytes())
+  assert len(seen) == VIEWS * (N - 1)
+
+
+def test_batches_draw_a_view_each_time(data, tmp_path):
+  prepare(data, tmp_path / "out")
+  source = sources.make(name="latents", path=tmp_path / "out", image_size=8)
+  iterator = train_loader(source, tokenizer=Tokenizer(8), batch_size=N - 1, image_size=8, seed=0, num_threads=0)
+  batches = [next(iterator) for _ in range(8)]
+  for batch in batches:
+    assert batch.keys() == {"mean", "log_variance", "tokens", SUBSTITUTED}
+    assert batch["mean"].dtype == ml_dtypes.bfloat16 and batch["mean"].shape == (N - 1, 2, 2, 2)
+    assert len({tuple(row) for row in batch["tokens"]}) == N - 1
+  drawn = {row.tobytes() for batch in batches for row in batch["mean"]}
+  assert len(drawn) > 2 * (N - 1)
+
+
+def test_going_on_needs_the_same_autoencoder_and_views(data, tmp_path):
+  class Stop(Exception):
+    pass
+
+  def failing(images):
+    raise Stop
+
+  with pytest.raises(Stop):
+    prepare(data, tmp_path / "out", encode=failing)
+  for change in ({"views": 2}, {"fingerprint": 2.0}, {"augmentation": Augmentation()}):
+    with pytest.raises(UserError, match="unfinished preparation with another (views|autoencoder|augmentation)"):
+      prepare(data, tmp_path / "out", **change)
+  assert prepare(data, tmp_path / "out")["train"].pairs == VIEWS * (N - 1)
+
+
+def test_wrong_data(data, tmp_path):
+  with pytest.raises(UserError, match="holds no latents; write them with"):
+    sources.make(name="latents", path=data, image_size=8)
+  prepare(data, tmp_path / "out")
+  with pytest.raises(UserError, match="holds latents already; name the data set of images"):
+    latent_cache.find_parts(tmp_path / "out")
+  assert {field.name for field in dataclasses.fields(latent_cache.LatentStage)} > STAGE.keys()

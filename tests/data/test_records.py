@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffdis_jax.data import records
+from diffdis_jax.data.webdataset import RawPair
+from tests.raw_pairs import encode, faults, picture
+
+FAULTS = faults()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_fault_has_its_reason(name):
+  image, caption, reason = FAULTS[name]
+  pair = RawPair("k", image, caption)
+  if reason:
+    with pytest.raises(records.Unusable, match=f"^{reason}$"):
+      records.make(pair)
+    assert reason in records.REASONS
+  else:
+    record, _ = records.make(pair)
+    assert record["image"] == image and record["metadata"] == "{}"
+
+
+def test_usable_faults_are_read_rightly():
+  middle = lambda name: np.asarray(records.read_image(FAULTS[name][0]))[8, 8]
+  np.testing.assert_allclose(middle("CMYK"), (255, 0, 0), atol=3)
+  assert middle("16 bit").tolist() == [255, 255, 255]
+  assert middle("palette").tolist() == middle("animated").tolist() == [255, 0, 0]
+  assert records.read_image(FAULTS["EXIF"][0]).size == (24, 16)
+
+
+def test_captions_are_mended():
+  assert records.mend("a\x00b\x1b[31m") == ("a b [31m", [records.CONTROLS])
+  cut, what = records.mend("word " * 2000)
+  assert len(cut) <= records.MAX_CAPTION and cut == ("word " * 400).strip() and what == [records.LONG]
+  assert records.mend("tab\tand\nline, ünï") == ("tab\tand\nline, ünï", [])
+  with pytest.raises(records.Unusable, match="missing caption"):
+    records.mend("\x00\x01")
+
+
+@pytest.mark.parametrize(("size", "expected"), [((40, 30), (21, 16)), ((30, 40), (16, 21)), ((17, 500), (16, 471))])
+def test_large_images_are_stored_smaller(size, expected):
+  record, changed = records.make(RawPair("k", picture(0, size=size), b"x"), short_side=16)
+  stored = records.read_image(record["image"])
+  assert stored.size == expected and changed == ["image stored smaller"]
+
+
+def test_small_images_keep_their_bytes():
+  for size in ((16, 16), (16, 99), (8, 8)):
+    image = picture(0, size=size)
+    assert records.make(RawPair("k", image, b"x"), short_side=16) == (
+      {"image": image, "caption": "x", "metadata": "{}"},
+      [],
+    )
+
+
+def test_a_smaller_image_looks_the_same():
+  ramp = np.broadcast_to(np.linspace(0, 255, 64)[:, None, None], (64, 64, 3)).astype(np.uint8)
+  record, _ = records.make(RawPair("k", encode(Image.fromarray(ramp)), b"x"), short_side=32)
+  stored = np.asarray(records.read_image(record["image"])).astype(int)
+  assert np.abs(stored - ramp[::2, ::2]).max() < 8

@@ -1,0 +1,121 @@
+"""From a config's data section to batches, latents included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffdis_jax import batches, inference, tree
+from diffdis_jax.data import latent_cache, pairs, parts
+from diffdis_jax.data.transforms import Augmentation
+from diffdis_jax.models import latents
+from diffdis_jax.models.diffdis import to_signed
+from diffdis_jax.structs import Batch, LatentBatch, UserError
+from tests import steps, tiny
+from tests.models.networks import random_params
+from tests.raw_pairs import picture, write_tar
+
+N = 20
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """Twenty pairs and one that cannot be used."""
+  folder = tmp_path_factory.mktemp("data")
+  (folder / "raw").mkdir()
+  content = {f"{i:02d}.png": picture(i, size=(24, 20)) for i in range(N)}
+  content |= {f"{i:02d}.txt": f"caption {i}".encode() for i in range(N)} | {"99.txt": b"x"}
+  write_tar(folder / "raw" / "0.tar", dict(sorted(content.items())))
+  pairs.prepare(parts.tars(folder / "raw"), folder / "pairs")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def params():
+  return random_params(tree.flatten(inference.Inference(tiny.get_config(), mesh=steps.make_mesh()).abstract), seed=0)
+
+
+@pytest.fixture(scope="module")
+def cache(data, params):
+  model = inference.Inference(tiny.get_config(), mesh=steps.make_mesh(), batch_size=8)
+  h, w, c = model.noise_shape()
+  pairs.prepare(
+    latent_cache.find_parts(data / "pairs"),
+    data / "latents",
+    builder=latent_cache.LatentCache,
+    make_stage=lambda folder: latent_cache.LatentStage(
+      folder,
+      encode=lambda images: model.moments(params, images),
+      shape=(h, w, 2 * c),
+      image_size=16,
+      views=1,
+      augmentation=Augmentation(),
+      fingerprint=latents.fingerprint(params),
+    ),
+  )
+  return data / "latents"
+
+
+def config_of(**changes):
+  config = tiny.get_config()
+  config.batch_size = N
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def test_latents_are_the_posteriors_of_the_images(data, cache, params):
+  config = config_of(**{"data.name": "latents", "data.path": str(cache)})
+  images = next(batches.make_loader(config_of(**{"data.name": "pairs", "data.path": str(data / "pairs")})))
+  stored = next(batches.make_loader(config))
+  assert batches.batch_type(config) is LatentBatch
+  np.testing.assert_array_equal(stored["tokens"], images["tokens"])
+  model = tree.merge(*inference_parts(config), params)
+  posterior = model.autoencoder.encode(to_signed(jnp.asarray(images["image"])))
+  for name in ("mean", "log_variance"):
+    np.testing.assert_allclose(
+      stored[name].astype(np.float32), getattr(posterior, name), rtol=0.02, atol=0.02, err_msg=name
+    )
+  batches.check_autoencoder(config, params)
+  other = {path: value + 0.1 for path, value in params.items()}
+  with pytest.raises(UserError, match="were made by another autoencoder; set init_from to the workdir"):
+    batches.check_autoencoder(config, other)
+  decoder = {path: value + (0.1 if "decoder" in path else 0.0) for path, value in params.items()}
+  batches.check_autoencoder(config, decoder)
+
+
+def inference_parts(config):
+  model = inference.Inference(config, mesh=steps.make_mesh())
+  return model.graphdef, model.abstract
+
+
+def test_latents_that_do_not_fit(cache):
+  settings = {"data.name": "latents", "data.path": str(cache)}
+  for change, message in (
+    ({"image_size": 32}, "of 16 px images and of shape .4, 4, 8.; the config's are of 32 px and .8, 8, 8."),
+    ({"data.discrimination_view": "own"}, "need images; take another data.name"),
+    ({"objectives": ("reconstruction",)}, "need images; take another data.name"),
+  ):
+    with pytest.raises(UserError, match=message):
+      batches.make_loader(config_of(**settings, **change))
+
+
+def test_mixtures(data, cache):
+  prepared = {"path": str(data / "pairs"), "weight": 3.0}
+  config = config_of()
+  config.data.mixture = {"prepared": prepared, "drawn": {"name": "shapes", "weight": 1.0}}
+  assert batches.batch_type(config) is Batch
+  assert next(batches.make_loader(config))["image"].shape == (N, 16, 16, 3)
+  drawn, pairs_line = batches.describe(config)
+  assert drawn == "shapes, split train, weight 1.0"
+  assert pairs_line.endswith("split train: 20 records; skipped 1 with missing image, weight 3.0")
+  config.data.mixture.cached = {"name": "latents", "path": str(cache)}
+  with pytest.raises(UserError, match="data.mixture has latents and images; take either"):
+    batches.batch_type(config)
+
+
+def test_fingerprint_is_of_the_encoder(params):
+  number = latents.fingerprint(params)
+  assert number == latents.fingerprint({**params, "autoencoder.scale": params["autoencoder.scale"] + 1})
+  path = "autoencoder.quant.kernel"
+  assert number != latents.fingerprint({**params, path: params[path] + 0.01})
+  assert isinstance(jax.device_get(number), float)

@@ -1,0 +1,87 @@
+"""One record in a hundred is spoiled in each way, all at once: preparation and training count them and go on."""
+
+import pytest
+from absl import logging
+
+from diffdis_jax import batches
+from diffdis_jax.data import pairs, parts, records, staging
+from diffdis_jax.data.loader import SUBSTITUTED, Substitutions
+from tests import tiny
+from tests.raw_pairs import faults, load, picture, write_tar
+
+FAULTS = faults()
+N = 300
+SHARE = 100  # a fault of each kind in so many
+
+
+def raw_pairs():
+  """Image, caption and the fault's name or ""; three of each fault."""
+  kinds = sorted(FAULTS)
+  for i in range(N):
+    name = kinds[i % SHARE] if i % SHARE < len(kinds) else ""
+    image, caption, _ = FAULTS[name] if name else (picture(i, "JPEG", (20, 18)), f"good {i}".encode(), "")
+    yield image, caption, name
+
+
+EXPECTED = {}
+for _, _, reason in FAULTS.values():
+  if reason:
+    EXPECTED[reason] = EXPECTED.get(reason, 0) + N // SHARE
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_preparation(tmp_path, cut):
+  (tmp_path / "raw").mkdir()
+  content = {}
+  for i, (image, caption, _) in enumerate(raw_pairs()):
+    content |= {f"{i:04d}.jpg": image, f"{i:04d}.txt": caption}
+  write_tar(tmp_path / "raw" / "0.tar", content)
+  if cut:
+    whole = (tmp_path / "raw" / "0.tar").read_bytes()
+    (tmp_path / "raw" / "0.tar").write_bytes(whole[: len(whole) * 2 // 3])
+  report = pairs.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")["train"]
+  stored = load(tmp_path / "out", "train")
+  assert len(stored) == report.pairs
+  if cut:
+    assert report.truncated == ["0"] and 0 < report.pairs < N - sum(EXPECTED.values())
+    return
+  assert report.skipped == EXPECTED and report.pairs == N - sum(EXPECTED.values())
+  assert report.changed == {records.CONTROLS: 3, records.LONG: 3}
+  assert all(record["caption"].isprintable() and len(record["caption"]) <= records.MAX_CAPTION for record in stored)
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+  """A data set that was prepared without any check."""
+
+  class Unchecked(staging.Stage):
+    def serialized(self, part, report, digests):
+      serialize = staging.serializer(self.features())
+      for i, (image, caption, _) in enumerate(raw_pairs()):
+        report.pairs += 1
+        yield serialize({"image": image, "caption": caption, "key": f"{i}", "metadata": "{}"})
+
+  (tmp_path / "raw").mkdir()
+  write_tar(tmp_path / "raw" / "0.tar", {"0.png": picture(0), "0.txt": b"x"})
+  pairs.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out", make_stage=Unchecked)
+  return tmp_path / "out"
+
+
+def test_training_counts_each_reason_and_uses_what_can_be_used(spoiled, caplog):
+  config = tiny.get_config()
+  config.batch_size = 50
+  config.data.update(name="pairs", path=str(spoiled))
+  iterator, substitutions = batches.make_loader(config), Substitutions()
+  epochs = 2
+  for _ in range(epochs * N // 50):
+    batch = next(iterator)
+    assert batch["image"].shape == (50, 16, 16, 3) and (batch["tokens"][:, 1] != 49407).all()
+    assert SUBSTITUTED not in substitutions.take(batch)
+  with caplog.at_level(logging.WARNING):
+    count = substitutions.report()[SUBSTITUTED]
+  reasons = {r: int(n) for r, n in zip(records.REASONS, substitutions.total, strict=True) if n}
+  assert reasons.keys() == EXPECTED.keys() and count == sum(reasons.values())
+  # Faults that lie side by side are met more than once each: by their own row and by the rows before.
+  assert all(n >= epochs * EXPECTED[reason] for reason, n in reasons.items())
+  assert all(f"{n} {reason}" in caplog.text for reason, n in reasons.items())
+  assert substitutions.report() == {SUBSTITUTED: 0}
