@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
   config.num_steps, config.batch_size = 2500, 128
   # As in shapes.py: a balance of the two gradients, a slow text tower, random token vectors left alone.
-  config.loss.ita_weight = 0.3
+  config.loss.ita_weight = 0.03
   config.optim.update(
     groups=(
       ("^autoencoder|^text_encoder.tokens", "frozen"),
