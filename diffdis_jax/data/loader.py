@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -99,9 +100,9 @@ class _Example(grain.transforms.RandomMap):
 
     raise UserError(f"{missed.sum()} records in a row cannot be used: {listed(missed)}; prepare the data set again")
 
+  @abc.abstractmethod
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     """Raises records.Unusable."""
-    raise NotImplementedError
 
 
 def draw_caption(record: Mapping[str, Any], rng: np.random.Generator) -> str:
