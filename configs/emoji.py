@@ -32,6 +32,7 @@ PROMPTS = tuple(
 def get_config(arg: str = "") -> ConfigDict:
   args = common.parse_arg(arg, autoencoder=False, path="")
   config = common.base(medium(), image_size=32)
+  config.model.query_init = 0.0
   config.data.update(name="pairs", path=args.path, max_length=24)
   config.data.augment = dict(
     shift=0.06, zoom=0.15, rotation=10.0, brightness=0.2, contrast=0.2, saturation=0.3, hue=0.04
@@ -44,22 +45,23 @@ def get_config(arg: str = "") -> ConfigDict:
     config.save_every = 500
     return config
 
-  config.num_steps, config.batch_size = 2500, 128
+  config.num_steps, config.batch_size = 3200, 64
   # As in shapes.py: a balance of the two gradients, a slow text tower, random token vectors left alone.
-  config.loss.ita_weight = 0.03
+  config.loss.ita_weight = 0.3
   config.optim.update(
     groups=(
       ("^autoencoder|^text_encoder.tokens", "frozen"),
       ("^text_encoder", "text"),
       ("^unet", "unet"),
+      ("^logit_scale", "temperature"),
       (".*", "new"),
     ),
-    rates=dict(text=5e-4, unet=2.5e-3, new=1.5e-3),
-    warmup_steps=200,
-    ema_decay=0.999,
+    rates=dict(text=7e-4, unet=2e-3, new=1.2e-3, temperature=5e-3),
+    warmup_steps=100,
+    ema_decay=0.998,
   )
-  config.text_diffusion.schedule = "scaled_linear"
-  config.save_every = config.eval_every = config.sample_every = 500
+  config.text_diffusion.update(schedule="scaled_linear", gamma=0.1)
+  config.save_every = config.eval_every = config.sample_every = 800
   data = lambda split: dict(name="pairs", path=args.path, split=split, image_size=32)
   zero_shot = lambda split, **settings: dict(
     task="zero_shot", data=data(split), label_field="concept", templates=TEMPLATES, **settings

@@ -10,6 +10,7 @@ def sd_v1() -> ConfigDict:
       fusion=True,
       share_attention=True,
       modality_ffn=True,
+      query_init=1.0,
       dtype="bfloat16",
       remat="none",
       unet=dict(

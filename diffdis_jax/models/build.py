@@ -101,6 +101,7 @@ def make(model: Mapping[str, Any], *, objectives: Collection[str]) -> Callable[[
         num_heads=model["unet"]["num_heads"],
         share_attention=model["share_attention"],
         modality_ffn=model["modality_ffn"],
+        query_init=model["query_init"],
         **args,
       )
       alignment = AlignmentTransformer(

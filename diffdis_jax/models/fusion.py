@@ -22,6 +22,8 @@ class FusionBlock(nnx.Module):
     query_width: width of the text query e (768 in the paper).
     share_attention: the text token uses the image stream's q, k, v, out (Table 5); otherwise its own.
     modality_ffn: the text token has its own norm and feed-forward network (Table 5); otherwise the image's.
+    query_init: scale of FC_in's initial kernel. At 0 the noise of e_t comes in only as far as training finds a use for
+      it. Not stated by the paper.
   """
 
   def __init__(
@@ -34,8 +36,9 @@ class FusionBlock(nnx.Module):
     modality_ffn: bool,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
+    query_init: float = 1.0,
   ):
-    self.fc_in = linear(query_width, width, dtype=dtype, rngs=rngs)
+    self.fc_in = linear(query_width, width, dtype=dtype, rngs=rngs, init_scale=query_init)
     self.attn = None if share_attention else Attention(width, num_heads=num_heads, dtype=dtype, rngs=rngs)
     self.norm = LayerNorm(width, rngs=rngs) if modality_ffn else None
     self.ff = GEGLU(width, dtype=dtype, rngs=rngs) if modality_ffn else None
@@ -88,6 +91,7 @@ class TextStream(nnx.Module):
     modality_ffn: bool,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
+    query_init: float = 1.0,
   ):
     # The width of the sinusoid is not stated by the paper; the query's own keeps one number fewer.
     self.embedder = TimestepEmbedder(query_width, query_width, dtype=dtype, rngs=rngs)
@@ -98,6 +102,7 @@ class TextStream(nnx.Module):
         num_heads=num_heads,
         share_attention=share_attention,
         modality_ffn=modality_ffn,
+        query_init=query_init,
         dtype=dtype,
         rngs=rngs,
       )

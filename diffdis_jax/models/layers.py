@@ -18,8 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 F32 = jnp.float32
 
 
-def linear(din: int, dout: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, use_bias: bool = True) -> nnx.Linear:
-  return nnx.Linear(din, dout, use_bias=use_bias, dtype=dtype, param_dtype=F32, rngs=rngs)
+def linear(
+  din: int, dout: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, use_bias: bool = True, init_scale: float = 1.0
+) -> nnx.Linear:
+  """Its kernel starts as `init_scale` times LeCun's normal."""
+  kernel_init = lambda *args: init_scale * nnx.initializers.lecun_normal()(*args)
+  return nnx.Linear(din, dout, use_bias=use_bias, dtype=dtype, param_dtype=F32, kernel_init=kernel_init, rngs=rngs)
 
 
 def conv(

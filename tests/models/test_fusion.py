@@ -111,3 +111,20 @@ def test_text_token_takes_no_cross_attention_of_its_own(inputs):
   x_other, h_e_other = run(params, **inputs | dict(c=inputs["c"] + 1))
   assert np.abs(x - x_other).max() > 1e-2
   np.testing.assert_array_equal(h_e, h_e_other)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_query_init_scales_what_the_query_brings_in(scale):
+  block = lambda **how: FusionBlock(
+    WIDTH,
+    query_width=QUERY_WIDTH,
+    num_heads=HEADS,
+    share_attention=True,
+    modality_ffn=True,
+    dtype=jnp.float32,
+    rngs=nnx.Rngs(0),
+    **how,
+  )
+  kernel, scaled = block().fc_in.kernel[...], block(query_init=scale).fc_in.kernel[...]
+  assert 0.5 / QUERY_WIDTH < jnp.var(kernel) < 2 / QUERY_WIDTH
+  np.testing.assert_array_equal(scaled, scale * kernel)
