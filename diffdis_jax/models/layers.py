@@ -53,6 +53,13 @@ class LayerNorm(nnx.Module):
     return self.norm(x.astype(F32)).astype(x.dtype)
 
 
+def platform() -> str:
+  """What the code being traced will run on: the surrounding mesh's devices (sharding.tracing), or else the default."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def attend(
   q: Float[Array, "b n h d"],
   k: Float[Array, "b m h d"],
@@ -65,7 +72,7 @@ def attend(
   On CPU, batched small matrix products are slow and keep every score for the backward pass; one head of one sample at
   a time was 3 times faster with gradients at 257 tokens and 1.5 times at 1024, and no faster at 64.
   """
-  if jax.default_backend() == "cpu" and q.shape[1] * k.shape[1] >= 128 * 128:
+  if platform() == "cpu" and q.shape[1] * k.shape[1] >= 128 * 128:
     return _attend_by_head(q, k, v, mask=mask)
   # Not jax.nn.dot_product_attention, whose gradient in bf16 needs implicit promotion.
   scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=F32) / math.sqrt(q.shape[-1])
