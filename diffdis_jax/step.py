@@ -130,7 +130,10 @@ class Step:
     self, trainable: Params, fixed: Params, batch: AnyBatch, step: Int[Array, ""]
   ) -> tuple[Params, Metrics, Params]:
     """Mean gradient over the microbatches, their metrics added up, and the new latent statistics."""
-    value_and_grad = jax.value_and_grad(self._loss, has_aux=True)
+    dtype = build.DTYPES[self.config.model.dtype]
+    gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=dtype)
+    loss = lambda trainable, fixed, *args: self._loss(gathered(trainable), gathered(fixed), *args)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def one(microbatch: Int[Array, ""], batch: AnyBatch) -> tuple[Params, Metrics, Params]:
       keys = step_keys(self.config.seed, step, microbatch)

@@ -10,6 +10,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 _BITS = {"pred": 8, "bf16": 16, **{f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)}}
 # `%name = SHAPES kind(operands)`; the second half of an asynchronous pair, `kind-done`, is not counted.
 _COLLECTIVE = re.compile(rf"= (\(?[^=]*?) ({'|'.join(KINDS)})(-start)?\(")
+_COMMENT = re.compile(r"/\*.*?\*/")
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -31,7 +32,7 @@ def collectives(text: str) -> list[Collective]:
   """In the order of the program. One in a loop's body is listed once."""
   found = []
   for line in text.splitlines():
-    match = _COLLECTIVE.search(line)
+    match = _COLLECTIVE.search(_COMMENT.sub("", line))
     if match is None:
       continue
     parts = [(kind, _numbers(shape)) for kind, shape in _SHAPE.findall(match[1]) if kind in _BITS]

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from diffdis_jax.models.layers import GEGLU, Attention, LayerNorm, TimestepEmbedder, attend, linear
+from diffdis_jax.models.layers import (
+  GEGLU,
+  Attention,
+  LayerNorm,
+  TimestepEmbedder,
+  attend_with_lse,
+  linear,
+  with_one_more,
+)
 from diffdis_jax.models.unet_blocks import BasicTransformerBlock, SpatialTransformer
 
 
@@ -65,10 +73,11 @@ class FusionBlock(nnx.Module):
   def _joint_attention(self, block: BasicTransformerBlock, u: Array, image: Array) -> tuple[Array, Array]:
     """Self-attention over [text token, image tokens], added to each stream."""
     text_attn = block.attn1 if self.attn is None else self.attn
-    text_qkv = text_attn.project(block.norm1(u))
-    image_qkv = block.attn1.project(block.norm1(image))
-    joint = attend(*(jnp.concatenate(pair, axis=1) for pair in zip(text_qkv, image_qkv, strict=True)))
-    return u + text_attn.output(joint[:, :1]), image + block.attn1.output(joint[:, 1:])
+    q_u, k_u, v_u = text_attn.project(block.norm1(u))
+    q, k, v = block.attn1.project(block.norm1(image))
+    # Each over the image tokens, then over the text token too.
+    of_u, of_image = (with_one_more(*attend_with_lse(x, k, v), x, k_u, v_u) for x in (q_u, q))
+    return u + text_attn.output(of_u), image + block.attn1.output(of_image)
 
 
 class TextStream(nnx.Module):
