@@ -124,6 +124,11 @@ def shardings(abstract: Any, mesh: Mesh, parameters: Mapping[str, Any]) -> Any:
   return jax.tree_util.tree_map_with_path(of, abstract)
 
 
+def everywhere(x: jax.Array) -> jax.Array:
+  """`x` whole on every device of the mesh that is being traced for, if there is one."""
+  return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, REPLICATED)
+
+
 def gathered(params: Mapping[str, jax.Array], mesh: Mesh, *, dtype: Any) -> dict[str, jax.Array]:
   """Parameters as a layer uses them: those that `fsdp` splits, whole and in the compute dtype, to which every layer
   takes its matrices; gradients go the same way back, summed and split at once.

@@ -267,9 +267,13 @@ def discrimination_loss(
     c_null=c_null,
   )
   query = schedules.to_data(schedule, e_t, prediction=prediction, target=text.target, t=t_e, gamma=text.gamma)
-  ids = losses.caption_ids(tokens)
   result = losses.contrastive(
-    query, e, model.logit_scale[...], same_caption=ids[:, None] == ids[None, :], dropped=dropped
+    query,
+    e,
+    model.logit_scale[...],
+    captions=losses.caption_ids(tokens),
+    dropped=dropped,
+    gather=sharding.everywhere,
   )
   metrics = {
     "loss_discrimination": mean_of(result.loss[None]),

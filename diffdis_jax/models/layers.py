@@ -147,7 +147,7 @@ def with_one_more(
 ) -> Float[Array, "b n h d"]:
   """What attention over one more key would have given, exactly: softmax of [scores, s] is a mean of the two parts
   weighed by the sigmoid of s - lse. The other keys' number, a power of two on images, stays what it is."""
-  score = jnp.einsum("bnhd,bmhd->bnh", q, k, preferred_element_type=F32) / math.sqrt(q.shape[-1])
+  score = jnp.sum(q.astype(F32) * k.astype(F32), axis=-1) / math.sqrt(q.shape[-1])
   weight = jax.nn.sigmoid(score - lse)[..., None]
   return (attended.astype(F32) * (1.0 - weight) + v.astype(F32) * weight).astype(attended.dtype)
 
