@@ -16,6 +16,7 @@ LAYERS = (
   {"structs"},
   {"tree", "cli", "workdir", "folders"},
   {"losses", "diffusion", "models", "data", "optim", "sharding", "checkpoint", "writers", "interop"},
+  {"objectives"},
   {"step"},
   {"inference", "batches"},
   {"benchmark_data", "estimates"},

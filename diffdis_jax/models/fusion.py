@@ -18,6 +18,8 @@ from diffdis_jax.models.layers import (
   TimestepEmbedder,
   attend_with_lse,
   linear,
+  pair,
+  unpair,
   with_one_more,
 )
 from diffdis_jax.models.unet_blocks import BasicTransformerBlock, SpatialTransformer
@@ -57,7 +59,11 @@ class FusionBlock(nnx.Module):
     h_e: Float[Array, "b d"],
     e_t: Float[Array, "b d"],
   ) -> tuple[Float[Array, "b h w c"], Float[Array, "b d"]]:
-    """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added anew here."""
+    """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added anew here.
+
+    Where `x` has twice as many rows as `h_e`, every first one of two has no text token (layers.pair): on it this
+    is the image block alone.
+    """
     block = image_block.block
     u = self.fc_in(h_e + e_t)[:, None]
     image = image_block.to_tokens(x)
@@ -76,7 +82,13 @@ class FusionBlock(nnx.Module):
     q_u, k_u, v_u = text_attn.project(block.norm1(u))
     q, k, v = block.attn1.project(block.norm1(image))
     # Each over the image tokens, then over the text token too.
-    of_u, of_image = (with_one_more(*attend_with_lse(x, k, v), x, k_u, v_u) for x in (q_u, q))
+    attended, lse = attend_with_lse(q, k, v)
+    joined = len(image) > len(u)
+    beside_u = (lambda x: unpair(x)[1]) if joined else (lambda x: x)
+    of_image = with_one_more(*map(beside_u, (attended, lse, q)), k_u, v_u)
+    if joined:
+      of_image = pair(unpair(attended)[0], of_image)
+    of_u = with_one_more(*attend_with_lse(q_u, beside_u(k), beside_u(v)), q_u, k_u, v_u)
     return u + text_attn.output(of_u), image + block.attn1.output(of_image)
 
 
