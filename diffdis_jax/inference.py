@@ -74,6 +74,7 @@ class Inference:
     self.protocol = dict(steps=how.steps, draws=how.draws, guidance=how.guidance)
     self.generation_protocol = dict(steps=how.generation_steps, guidance=how.generation_guidance)
     self.graphdef, self.abstract = build.abstract(build.make(config.model, objectives=config.objectives))
+    self.shapes = tree.flatten(self.abstract)
     self._embed_texts = jax.jit(self._texts)
     self._embed_images = jax.jit(self._images)
     self._generate = jax.jit(self._sample)
@@ -109,6 +110,22 @@ class Inference:
   def moments(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> BFloat16[np.ndarray, "n h w d"]:
     """The autoencoder's posterior, before shift and scale: d = 2c channels, mean, then log-variance."""
     return self._batched(functools.partial(self._encode, params), images)
+
+  def trace(self, name: str) -> jax.stages.Traced:
+    """One compiled call of "generation" (generate) or "discrimination" (embed_images), from shapes alone."""
+    rows = lambda dtype, *shape: jax.ShapeDtypeStruct(
+      (self.batch_size, *shape), dtype, sharding=sharding.batch_sharding(self.mesh)
+    )
+    params = jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      self.shapes,
+      sharding.shardings(self.shapes, self.mesh, self.shapes),
+    )
+    if name == "generation":
+      return self._generate.trace(params, rows(jnp.int32, self.max_length), rows(jnp.float32, *self.noise_shape()))
+    images = rows(jnp.uint8, self.image_size, self.image_size, 3)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return self._embed_images.trace(params, key, images, rows(jnp.int32))
 
   def noise_shape(self) -> tuple[int, int, int]:
     """[h, w, c] of one image's initial noise."""

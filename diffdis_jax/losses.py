@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 MAX_LOGIT_SCALE = float(np.log(100.0))
 _MIN_SQUARE = 1e-24
+_LOGITS = 2**22  # of the contrastive loss that exist at a time, over all devices
 _HASH_MULTIPLIER = 2654435761  # odd, near 2^32 over the golden ratio
 
 
@@ -66,11 +68,41 @@ def temperature(logit_scale: Float[Array, ""]) -> Float[Array, ""]:
   return jnp.exp(logit_scale - jax.lax.stop_gradient(excess))
 
 
-def _cross_entropy(logits: Float[Array, "b b"], candidates: Bool[Array, "b b"]) -> Float[Array, "b"]:
-  """−log softmax at the diagonal, over each row's candidates and the diagonal itself."""
-  diagonal = jnp.eye(len(logits), dtype=bool)
-  positive = jnp.where(diagonal, logits, 0.0).sum(axis=1)  # stays local where rows are sharded
-  return jax.nn.logsumexp(logits, axis=1, where=candidates | diagonal) - positive
+def _direction(
+  anchors: Float[Array, "b d"],
+  candidates: Float[Array, "b d"],
+  *,
+  scale: Float[Array, ""],
+  captions: Int[Array, "b"],
+  allowed: Bool[Array, "b"],
+  gather: Callable[[Array], Array],
+) -> tuple[Float[Array, "b"], Bool[Array, "b"]]:
+  """For each anchor, −log softmax of its own candidate's logit, and whether no other's is larger.
+
+  The softmax is over the anchor's own candidate and the `allowed` ones of other captions. No more than _LOGITS logits
+  exist at a time, and those of a device's own anchors alone: only what `gather` gets goes to other devices.
+  """
+  b = len(anchors)
+  everyone, their_captions, allowed = gather(candidates), gather(captions), gather(allowed)
+
+  def of_rows(rows: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    anchors, captions, places = rows
+    logits = scale * jnp.einsum("id,jd->ij", anchors, everyone, precision=jax.lax.Precision.HIGHEST)
+    own = places[:, None] == jnp.arange(b)
+    among = own | (allowed & (captions[:, None] != their_captions))
+    positive = jnp.where(own, logits, 0.0).sum(axis=1)
+    nearest = jnp.argmax(jnp.where(among, logits, -jnp.inf), axis=1) == places
+    return jax.nn.logsumexp(logits, axis=1, where=among) - positive, nearest
+
+  parts = 1
+  while b * b // parts > _LOGITS and b % (2 * parts) == 0:
+    parts *= 2
+  rows = anchors, captions, jnp.arange(b)
+  if parts == 1:
+    return of_rows(rows)
+  # Rows are dealt out in turn, so that each device's rows stay on it.
+  split = tuple(jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1) for x in rows)
+  return tuple(x.swapaxes(0, 1).reshape(b) for x in jax.lax.map(jax.checkpoint(of_rows), split))
 
 
 def _mean_over(per_sample: Float[Array, "b"], rows: Bool[Array, "b"]) -> Float[Array, ""]:
@@ -82,8 +114,9 @@ def contrastive(
   e: Float[Array, "b d"],
   logit_scale: Float[Array, ""],
   *,
-  same_caption: Bool[Array, "b b"] | None = None,
+  captions: Int[Array, "b"] | None = None,
   dropped: Bool[Array, "b"] | None = None,
+  gather: Callable[[Array], Array] = lambda x: x,
 ) -> Contrastive:
   """L_ITA, symmetric InfoNCE over the global batch on s_ij = τ ⟨norm(ê_i), e_j⟩.
 
@@ -91,11 +124,12 @@ def contrastive(
     query: ê_0, the denoised text queries, of any length.
     e: the captions' text queries, L2-normalised.
     logit_scale: τ = min(exp(logit_scale), 100).
-    same_caption: pairs that are not negatives of each other, since their captions agree (not stated by the paper). They
-      leave both softmaxes, off the diagonal.
+    captions: a number for each caption, such as `caption_ids`. Pairs whose captions agree are not negatives of each
+      other (not stated by the paper): they leave both softmaxes, off the diagonal. Without, all captions differ.
     dropped: rows whose image was replaced by zeros for guidance. How they count is not stated by the paper. Here they
       are anchors from ê to e, which trains the unconditional prediction; from e to ê, where no image stands behind
       their ê, they are neither anchors nor candidates. Each direction's mean is over its own anchors.
+    gather: puts an array whose rows are spread over devices whole on each of them (sharding.everywhere).
 
   Returns:
     loss, the mean of both directions; the directions' losses by sample; accuracy, the share of rows with an image whose
@@ -103,23 +137,21 @@ def contrastive(
   """
   b = len(query)
   kept = jnp.ones(b, bool) if dropped is None else ~dropped
-  distinct = jnp.ones((b, b), bool) if same_caption is None else ~same_caption
-  similarity = jnp.einsum("id,jd->ij", unit_norm(query), e.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-  logits = temperature(logit_scale) * similarity
-
-  query_to_text = _cross_entropy(logits, distinct)
-  text_to_query = jnp.where(kept, _cross_entropy(logits.T, distinct.T & kept[None, :]), 0.0)
-  loss = 0.5 * (query_to_text.mean() + _mean_over(text_to_query, kept))
-
-  rivals = jnp.where(distinct | jnp.eye(b, dtype=bool), logits, -jnp.inf)
-  hits = (jnp.argmax(rivals, axis=1) == jnp.arange(b)).astype(jnp.float32)
+  image, text = unit_norm(query), e.astype(jnp.float32)
+  common = dict(scale=temperature(logit_scale), captions=jnp.arange(b) if captions is None else captions, gather=gather)
+  query_to_text, hits = _direction(image, text, allowed=jnp.ones(b, bool), **common)
+  text_to_query, _ = _direction(text, image, allowed=kept, **common)
+  text_to_query = jnp.where(kept, text_to_query, 0.0)
   return Contrastive(
-    loss=loss, query_to_text=query_to_text, text_to_query=text_to_query, accuracy=_mean_over(hits, kept)
+    loss=0.5 * (query_to_text.mean() + _mean_over(text_to_query, kept)),
+    query_to_text=query_to_text,
+    text_to_query=text_to_query,
+    accuracy=_mean_over(hits.astype(jnp.float32), kept),
   )
 
 
 def caption_ids(tokens: Int[Array, "b l"]) -> UInt32[Array, "b"]:
-  """A 32-bit polynomial hash of each caption: `ids[:, None] == ids[None, :]` is `same_caption` without [b, b, l].
+  """A 32-bit polynomial hash of each caption.
 
   Captions that differ in one token never collide, others with probability near 2^-32 a pair.
   """

@@ -5,12 +5,15 @@ Axes: `data` replicates parameters and splits the batch; `fsdp` splits both; `te
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from diffdis_jax import tree
@@ -36,8 +39,10 @@ RULES = (
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[jax.Device] | None = None) -> Mesh:
   """Mesh of all devices; an axis of -1 takes what the others leave.
 
+  Devices of several slices, which a data centre's network joins, are laid out so that only `data` crosses slices.
+
   Raises:
-    UserError: the axes do not multiply to the number of devices.
+    UserError: the axes do not multiply to the number of devices, or `data` does not to that of the slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
@@ -50,7 +55,30 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[jax.Device] | 
       f"mesh {shown} takes {fixed} devices or, with an axis of -1, a multiple of them, but there are {len(devices)}"
     )
   shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  axis_types = (AxisType.Auto,) * len(AXES)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+  return Mesh(arrange_slices(shape, devices, slices), AXES, axis_types=axis_types)
+
+
+def arrange_slices(shape: Sequence[int], devices: Sequence[Any], slices: int) -> np.ndarray:
+  """Devices [data, fsdp, tensor], the slices one after another along `data`.
+
+  Raises:
+    UserError: `data` is no multiple of the slices.
+  """
+  data, *rest = shape
+  if data % slices:
+    raise UserError(
+      f"mesh data={data} lies over {slices} slices, the only axis that may, so it must be a multiple of {slices}"
+    )
+  return mesh_utils.create_hybrid_device_mesh((data // slices, *rest), (slices, 1, 1), devices)
+
+
+def tracing(mesh: Mesh) -> AbstractContextManager[Any]:
+  """Around what a function traces for `mesh`, so that it can ask what it is compiled for (models/layers.py)."""
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
@@ -94,6 +122,45 @@ def shardings(abstract: Any, mesh: Mesh, parameters: Mapping[str, Any]) -> Any:
     return NamedSharding(mesh, REPLICATED)
 
   return jax.tree_util.tree_map_with_path(of, abstract)
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+  """`x` whole on every device of the mesh that is being traced for, if there is one."""
+  return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, REPLICATED)
+
+
+def gathered(params: Mapping[str, jax.Array], mesh: Mesh, *, dtype: Any) -> dict[str, jax.Array]:
+  """Parameters as a layer uses them: those that `fsdp` splits, whole and in the compute dtype, to which every layer
+  takes its matrices; gradients go the same way back, summed and split at once.
+
+  Said here, the compiler moves parameters, in half the bytes, and never splits a layer's activations instead.
+  """
+
+  def of(path: str, x: jax.Array) -> jax.Array:
+    stored = spec(path, x.shape, mesh)
+    if mesh.shape["fsdp"] == 1 or "fsdp" not in stored:
+      return x
+    used = PartitionSpec(*(None if axis == "fsdp" else axis for axis in stored))
+    return _gather(x.astype(dtype), NamedSharding(mesh, stored), NamedSharding(mesh, used))
+
+  return {path: of(path, x) for path, x in params.items()}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> jax.Array:
+  return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, stored), used)
+
+
+def _gather_forward(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> tuple[jax.Array, None]:
+  return _gather(x, stored, used), None
+
+
+def _gather_backward(stored: NamedSharding, used: NamedSharding, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+  del used
+  return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -16,11 +16,12 @@ LAYERS = (
   {"structs"},
   {"tree", "cli", "workdir", "folders"},
   {"losses", "diffusion", "models", "data", "optim", "sharding", "checkpoint", "writers", "interop"},
+  {"objectives"},
   {"step"},
   {"inference", "batches"},
-  {"benchmark_data"},
+  {"benchmark_data", "estimates"},
   {"evals"},
-  {"train", "evaluate", "generate", "prepare_data", "benchmark", "import_weights", "export_weights"},
+  {"train", "evaluate", "generate", "prepare_data", "benchmark", "preflight", "import_weights", "export_weights"},
   {"demo"},  # a verb that runs others
 )
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}

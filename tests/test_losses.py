@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from torch.nn import functional as F
 
-from diffdis_jax import losses
+from diffdis_jax import losses, sharding
+from diffdis_jax.estimates import hlo
 
 B, D = 8, 16
 RNG = np.random.default_rng(0)
@@ -72,15 +75,17 @@ def test_contrastive_and_its_gradients_equal_open_clips_loss():
 
 
 @pytest.mark.parametrize("dropped", [None, DROPPED])
-@pytest.mark.parametrize("same", [None, SAME])
-def test_contrastive_masks_equal_the_definition(same, dropped):
+@pytest.mark.parametrize("captions", [None, CAPTIONS])
+@pytest.mark.parametrize("logits", [losses._LOGITS, B * B // 4])
+def test_contrastive_masks_equal_the_definition(captions, dropped, logits, monkeypatch):
+  monkeypatch.setattr(losses, "_LOGITS", logits)
   got = losses.contrastive(
     *_jax(QUERY, E, SCALE),
-    same_caption=None if same is None else jnp.asarray(same),
+    captions=None if captions is None else jnp.asarray(captions),
     dropped=None if dropped is None else jnp.asarray(dropped),
   )
   rows, columns = _slow_contrastive(
-    np.eye(B, dtype=bool) if same is None else same, np.zeros(B, bool) if dropped is None else dropped
+    np.eye(B, dtype=bool) if captions is None else SAME, np.zeros(B, bool) if dropped is None else dropped
   )
   anchors = [c for c in columns if c is not None]
   np.testing.assert_allclose(got.query_to_text, rows, rtol=1e-5)
@@ -111,7 +116,7 @@ def test_all_rows_dropped_or_all_captions_the_same_is_finite():
 
   for kwargs, want in (
     ({"dropped": jnp.ones(B, bool)}, losses.contrastive(query, e, scale).query_to_text.mean() / 2),
-    ({"same_caption": jnp.ones((B, B), bool)}, 0.0),
+    ({"captions": jnp.zeros(B, int)}, 0.0),
   ):
     value, gradient = jax.value_and_grad(loss)(query, **kwargs)
     np.testing.assert_allclose(value, want, rtol=1e-6)
@@ -122,13 +127,13 @@ def test_accuracy_counts_rows_with_an_image_among_distinct_captions():
   query = np.eye(4, dtype=np.float32)[[1, 1, 0, 3]]  # row 0 picks row 1's caption, row 2 picks row 0's
   query[0, 0] = 0.5
   e, scale = jnp.eye(4), jnp.asarray(SCALE)
-  same = jnp.asarray(np.array([0, 0, 1, 2])[:, None] == np.array([0, 0, 1, 2])[None, :])
+  captions = jnp.asarray([0, 0, 1, 2])
 
   def accuracy(**kwargs):
     return float(losses.contrastive(jnp.asarray(query), e, scale, **kwargs).accuracy)
 
   assert accuracy() == 0.5
-  assert accuracy(same_caption=same) == 0.75
+  assert accuracy(captions=captions) == 0.75
   assert accuracy(dropped=jnp.asarray([False, False, True, False])) == pytest.approx(2 / 3)
 
 
@@ -160,8 +165,7 @@ def test_eight_devices_give_the_loss_and_gradient_of_one():
   rows = NamedSharding(mesh, PartitionSpec("data"))
 
   def loss(query, e, scale, captions, dropped):
-    same = captions[:, None] == captions[None, :]
-    return losses.contrastive(query, e, scale, same_caption=same, dropped=dropped).loss
+    return losses.contrastive(query, e, scale, captions=captions, dropped=dropped).loss
 
   arguments = _jax(QUERY, E, SCALE, CAPTIONS.astype(np.uint32), DROPPED)
   step = jax.value_and_grad(loss)
@@ -173,6 +177,36 @@ def test_eight_devices_give_the_loss_and_gradient_of_one():
   assert len(gradient.sharding.device_set) == 8
   np.testing.assert_allclose(got, want, rtol=1e-6)
   np.testing.assert_allclose(gradient, want_gradient, rtol=1e-5, atol=1e-7)
+
+
+def compiled_contrastive(b: int, d: int, devices: int):
+  """The loss with its gradients for b rows of width d, spread over devices."""
+  mesh = sharding.make_mesh(data=devices, fsdp=1, tensor=1, devices=jax.devices()[:devices])
+
+  def loss(query, e, scale, captions):
+    with sharding.tracing(mesh):
+      return losses.contrastive(query, e, scale, captions=captions, gather=sharding.everywhere).loss
+
+  rows = sharding.batch_sharding(mesh)
+  array = lambda *shape, dtype=jnp.float32, place=rows: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+  args = array(b, d), array(b, d), array(place=None), array(b, dtype=jnp.uint32)
+  return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(*args).compile()
+
+
+def test_only_embeddings_go_between_devices():
+  b, d = 64, 16
+  moved = hlo.collectives(compiled_contrastive(b, d, 8).as_text())
+  gathered = [shape for each in moved if each.kind == "all-gather" for shape in each.shapes]
+  assert 2 <= gathered.count((b, d)) <= 4  # both sides, and their gradients on the way back
+  for each in moved:
+    assert each.kind in ("all-gather", "all-reduce", "reduce-scatter"), each
+    assert all(math.prod(shape) <= b * d for shape in each.shapes), each
+
+
+def test_memory_does_not_grow_as_the_square_of_the_batch():
+  temporaries = [compiled_contrastive(b, 16, 1).memory_analysis().temp_size_in_bytes for b in (2048, 4096, 8192)]
+  assert temporaries[0] > 4 * 2048**2  # all logits at once
+  assert max(temporaries[1:]) < 1.2 * temporaries[0] and temporaries[2] < 2 * 8192**2
 
 
 def test_unit_norm_equals_torch_and_is_safe_at_zero():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -7,11 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from configs import diffdis_cc3m
 from diffdis_jax import sharding, tree
+from diffdis_jax.estimates import hlo, programs
 from diffdis_jax.models import build
 from diffdis_jax.step import Step
 from diffdis_jax.structs import UserError
 from tests import steps
+from tests.models.networks import COMPILER_OPTIONS
 
 # (data, fsdp, tensor), all those of eight devices that split a batch of 16.
 SHAPES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
@@ -172,3 +177,58 @@ def test_rows_go_to_the_devices_whole_and_in_order():
   placed = sharding.to_global({"tokens": rows}, mesh)["tokens"]
   np.testing.assert_array_equal(placed, rows)
   assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 4)}
+
+
+def test_only_parameters_and_embeddings_are_gathered_in_a_step():
+  """No image and no activation: whatever is made whole has the shape of a parameter, or is a row's vector or number."""
+  config, mesh = steps.make_config(**{"model.unet.attention": (False,)}), steps.make_mesh(1, 8, 1)
+  trainer = Step(config, mesh)
+  lowered = trainer.train_step.lower(trainer.abstract_state, programs.abstract_batch(config, mesh))
+  text = lowered.compile(compiler_options=COMPILER_OPTIONS).as_text()
+  b, d = config.batch_size, config.model.text_encoder.width
+  allowed = {leaf.shape for leaf in trainer.shapes.values()} | {(b, d), (b,)}
+  squeezed = {tuple(size for size in shape if size > 1) for shape in allowed}
+  found = hlo.collectives(text)
+  for each in found:
+    assert each.kind in ("all-gather", "all-reduce", "reduce-scatter"), each
+    if each.kind == "all-gather":
+      assert {tuple(size for size in shape if size > 1) for shape in each.shapes} <= squeezed, each
+  gathered = [shape for each in found if each.kind == "all-gather" for shape in each.shapes]
+  kernel = trainer.shapes["unet.down.0.resnets.0.conv1.kernel"].shape
+  assert kernel in gathered and (b, d) in gathered
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 8, 1), (1, 4, 2)])
+def test_the_papers_state_on_eight_devices_is_at_most_a_seventh(mesh_shape):
+  trainer = Step(diffdis_cc3m.get_config("latents=none"), steps.make_mesh(*mesh_shape))
+  whole = local = 0
+  for leaf in jax.tree.leaves(trainer.abstract_state):
+    size = leaf.dtype.itemsize
+    whole += size * math.prod(leaf.shape)
+    local += size * math.prod(leaf.sharding.shard_shape(leaf.shape))
+  assert whole > 4 * 4 * 8e8 and local < whole / 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  id: int
+  slice_index: int
+  platform: str = "cpu"
+  device_kind: str = "cpu"
+  process_index: int = 0
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 1), (2, 2, 2), (8, 1, 1), (2, 1, 4)])
+def test_only_data_crosses_slices(shape):
+  devices = [Device(id=i, slice_index=i % 2) for i in range(8)]
+  placed = sharding.arrange_slices(shape, devices, 2)
+  assert placed.shape == shape and set(placed.flat) == set(devices)
+  slices = np.vectorize(lambda device: device.slice_index)(placed)
+  half = shape[0] // 2
+  assert (slices[:half] == 0).all() and (slices[half:] == 1).all()
+
+
+def test_data_that_does_not_divide_into_the_slices():
+  devices = [Device(id=i, slice_index=i % 2) for i in range(8)]
+  with pytest.raises(UserError, match="mesh data=1 lies over 2 slices.*multiple of 2"):
+    sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=devices)

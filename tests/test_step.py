@@ -11,7 +11,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from diffdis_jax import step, tree
+from diffdis_jax import objectives, step, tree
 from diffdis_jax.models import build, latents
 from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.structs import Batch, LatentBatch, UserError
@@ -33,7 +33,7 @@ class Loss:
     self.params = random_params(tree.flatten(self.abstract), seed=0)
     self.trained = {path: value for path, value in self.params.items() if re.search(trained, path)}
     self._fixed = {path: value for path, value in self.params.items() if path not in self.trained}
-    self._loss = step.make_loss(config, self.graphdef, self.abstract)
+    self._loss = objectives.make_loss(config, self.graphdef, self.abstract)
 
   def __call__(self, trained: tree.Params, batch: Batch, keys: dict[str, jax.Array]) -> tuple[jax.Array, step.Metrics]:
     loss, (metrics, _) = self._loss(trained, self._fixed, batch, keys)
@@ -55,6 +55,15 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
 
     return call
 
+  original = DiffDis.joint
+
+  def joint(self: DiffDis, generation: dict, discrimination: dict) -> Any:
+    outputs = original(self, generation, discrimination)
+    for name, inputs, output in zip(("generation", "discrimination"), (generation, discrimination), outputs):
+      seen[name] = {**inputs, "output": output}
+    return outputs
+
+  monkeypatch.setattr(DiffDis, "joint", joint)
   monkeypatch.setattr(DiffDis, "generation", recording("generation", DiffDis.generation))
   monkeypatch.setattr(DiffDis, "discrimination", recording("discrimination", DiffDis.discrimination))
   return seen
@@ -332,14 +341,15 @@ def test_bad_configs_are_refused_before_anything_is_allocated(changes, message):
 def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
   config = steps.make_config(sample_posterior=False)
   seen = {}
-  for name in ("generation_loss", "discrimination_loss"):
-    record = lambda model, z, *rest, name=name: (seen.setdefault(name, []).append(z), (jnp.zeros(()), {}))[1]
-    monkeypatch.setattr(step, name, record)
+  for name in ("generation", "discrimination"):
+    original = getattr(objectives, f"{name}_inputs")
+    record = lambda z, *rest, name=name, original=original: (seen.setdefault(name, []).append(z), original(z, *rest))[1]
+    monkeypatch.setattr(objectives, f"{name}_inputs", record)
   loss = Loss(config)
   batch, other = steps.make_batch(config), steps.make_batch(config, seed=1)
   for each in (batch, other, batch.replace(discrimination_image=other.image)):
     loss(loss.trained, each, make_keys())
-  generation, discrimination = seen["generation_loss"], seen["discrimination_loss"]
+  generation, discrimination = seen["generation"], seen["discrimination"]
   np.testing.assert_array_equal(generation[2], generation[0])
   np.testing.assert_array_equal(discrimination[2], discrimination[1])
   assert np.abs(discrimination[2] - discrimination[0]).max() > 0.01

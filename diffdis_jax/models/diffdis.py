@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from diffdis_jax.models.alignment import AlignmentTransformer
 from diffdis_jax.models.autoencoder import Autoencoder, sample_posterior
 from diffdis_jax.models.fusion import TextStream
+from diffdis_jax.models.layers import pair, unpair
 from diffdis_jax.models.text_encoder import TextEncoder
-from diffdis_jax.models.unet import UNet, image_only
+from diffdis_jax.models.unet import DownOutput, UNet, image_only
 from diffdis_jax.structs import TextCondition
 
 
@@ -81,11 +83,26 @@ class DiffDis(nnx.Module):
       t_z: the image's timestep, 1000 in the paper (Table 7).
       c_null: the empty prompt's condition: no caption may leak.
     """
+    down, e_t = self._fused(z, t_z, c_null, e_t, t_e)
+    return self.alignment(e_t if down.carry is None else down.carry, down.h)
+
+  def joint(
+    self, generation: Mapping[str, Array], discrimination: Mapping[str, Array]
+  ) -> tuple[Float[Array, "b h w c"], Float[Array, "b d"]]:
+    """Both of the above at once, given the arguments of each: one batch of 2b rows through down path and middle."""
+    z_t, t_z, c = (generation[name] for name in ("z_t", "t_z", "c"))
+    z, t_clean, c_null, e_t, t_e = (discrimination[name] for name in ("z", "t_z", "c_null", "e_t", "t_e"))
+    down, e_t = self._fused(pair(z_t, z), pair(t_z, t_clean), pair(c, c_null), e_t, t_e)
+    first = lambda x: unpair(x)[0]
+    up = down.replace(h=first(down.h), skips=tuple(map(first, down.skips)), temb=first(down.temb), carry=None)
+    query = self.alignment(e_t if down.carry is None else down.carry, unpair(down.h)[1])
+    return self.unet.up_path(up, c), query
+
+  def _fused(self, x: Array, t: Array, c: Array, e_t: Array, t_e: Array) -> tuple[DownOutput, Array]:
+    """Down path and middle with the text stream, whose hidden query is the carry (None where fusion is off); and the
+    time-conditioned e_t."""
     e_t = self.text_stream.time_conditioned(e_t, t_e)
     if not self.text_stream.blocks:
-      down = self.unet.down_and_middle(z, t_z, c_null, attention=image_only)
-      return self.alignment(e_t, down.h)
-
+      return self.unet.down_and_middle(x, t, c, attention=image_only), e_t
     fuse = lambda index, block, x, c, carry: self.text_stream.blocks[index](block, x, c, carry, e_t)
-    down = self.unet.down_and_middle(z, t_z, c_null, attention=fuse, carry=jnp.zeros_like(e_t))
-    return self.alignment(down.carry, down.h)
+    return self.unet.down_and_middle(x, t, c, attention=fuse, carry=jnp.zeros_like(e_t)), e_t

@@ -11,7 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from diffdis_jax.models.layers import GEGLU, Attention, LayerNorm, TimestepEmbedder, attend, linear
+from diffdis_jax.models.layers import (
+  GEGLU,
+  Attention,
+  LayerNorm,
+  TimestepEmbedder,
+  attend_with_lse,
+  linear,
+  pair,
+  unpair,
+  with_one_more,
+)
 from diffdis_jax.models.unet_blocks import BasicTransformerBlock, SpatialTransformer
 
 
@@ -52,7 +62,11 @@ class FusionBlock(nnx.Module):
     h_e: Float[Array, "b d"],
     e_t: Float[Array, "b d"],
   ) -> tuple[Float[Array, "b h w c"], Float[Array, "b d"]]:
-    """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added anew here."""
+    """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added anew here.
+
+    Where `x` has twice as many rows as `h_e`, every first one of two has no text token (layers.pair): on it this
+    is the image block alone.
+    """
     block = image_block.block
     u = self.fc_in(h_e + e_t)[:, None]
     image = image_block.to_tokens(x)
@@ -68,10 +82,17 @@ class FusionBlock(nnx.Module):
   def _joint_attention(self, block: BasicTransformerBlock, u: Array, image: Array) -> tuple[Array, Array]:
     """Self-attention over [text token, image tokens], added to each stream."""
     text_attn = block.attn1 if self.attn is None else self.attn
-    text_qkv = text_attn.project(block.norm1(u))
-    image_qkv = block.attn1.project(block.norm1(image))
-    joint = attend(*(jnp.concatenate(pair, axis=1) for pair in zip(text_qkv, image_qkv, strict=True)))
-    return u + text_attn.output(joint[:, :1]), image + block.attn1.output(joint[:, 1:])
+    q_u, k_u, v_u = text_attn.project(block.norm1(u))
+    q, k, v = block.attn1.project(block.norm1(image))
+    # Each over the image tokens, then over the text token too.
+    attended, lse = attend_with_lse(q, k, v)
+    joined = len(image) > len(u)
+    beside_u = (lambda x: unpair(x)[1]) if joined else (lambda x: x)
+    of_image = with_one_more(*map(beside_u, (attended, lse, q)), k_u, v_u)
+    if joined:
+      of_image = pair(unpair(attended)[0], of_image)
+    of_u = with_one_more(*attend_with_lse(q_u, beside_u(k), beside_u(v)), q_u, k_u, v_u)
+    return u + text_attn.output(of_u), image + block.attn1.output(of_image)
 
 
 class TextStream(nnx.Module):

@@ -54,7 +54,9 @@ class TextEncoder(nnx.Module):
 
   def __call__(self, tokens: Int[Array, "b l"]) -> TextCondition:
     length = tokens.shape[1]
-    h = self.tokens(tokens) + self.positions[:length].astype(self.dtype)
+    # Rows first, then their dtype: the table is large.
+    embedded = jnp.take(self.tokens.embedding[...], tokens, axis=0).astype(self.dtype)
+    h = embedded + self.positions[:length].astype(self.dtype)
     causal = jnp.tril(jnp.ones((length, length), bool))
     for layer in self.layers:
       h = layer(h, mask=causal)

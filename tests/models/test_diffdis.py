@@ -129,6 +129,35 @@ def test_generation_is_bit_identical_without_and_with_the_new_parameters(inputs)
   assert not np.array_equal(run(changed(params, UP_PATH), **args), baseline)
 
 
+def run_jointly(model, generation, discrimination):
+  return model.joint(generation, discrimination)
+
+
+@pytest.mark.parametrize(
+  "switches", [{}, {"fusion": False}, {"share_attention": False, "modality_ffn": False}], ids=str
+)
+def test_both_passes_as_one_batch_give_what_each_gives(switches, inputs):
+  net = two_levels(**switches)
+  params = networks.random_params(net.shapes, seed=0)
+  rng = np.random.default_rng(3)
+  c = rng.standard_normal(inputs["c_null"].shape).astype(np.float32)
+  z_t = rng.standard_normal(inputs["z"].shape).astype(np.float32)
+  generation = dict(z_t=z_t, t_z=np.array([0, 250, 500, 999], np.int32), c=c)
+  joint = net.jit(run_jointly)
+  predicted, query = joint(params, generation=generation, discrimination=inputs)
+  assert networks.relative_error(predicted, net.jit(generate)(params, **generation)) < 1e-5
+  assert networks.relative_error(query, net.jit(discriminate)(params, **inputs)) < 1e-5
+
+  # No text token, clean image or parameter of theirs reaches generation.
+  others = inputs | {name: inputs[name] + np.float32(1) for name in ("z", "e_t", "c_null")}
+  unchanged, changed_query = joint(changed(params, NEW), generation=generation, discrimination=others)
+  np.testing.assert_array_equal(unchanged, predicted)
+  assert np.abs(changed_query - query).max() > 1e-3
+  # And no caption reaches discrimination.
+  _, same = joint(params, generation=generation | dict(c=c + 1, z_t=z_t + 1), discrimination=inputs)
+  np.testing.assert_array_equal(same, query)
+
+
 @pytest.mark.parametrize("name", ["z", "e_t", "t_e", "c_null"])
 def test_discrimination_depends_on(name, inputs):
   before = discrimination()(params(), **inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,12 +52,22 @@ def test_attention_in_bfloat16_has_its_softmax_in_float32(n):
   assert networks.relative_error(attended.astype(jnp.float32), softmax_attention(q, k, v)) < 1e-2
 
 
+@pytest.mark.parametrize("n", [6, 128])
+def test_one_more_key_is_merged_exactly(n):
+  q, k, v = qkv(n, n + 1)
+  merged = jax.jit(lambda q, k, v: layers.with_one_more(*layers.attend_with_lse(q, k, v), q, *one))
+  k, v, one = k[:, 1:], v[:, 1:], (k[:, :1], v[:, :1])
+  expected = softmax_attention(q, *(np.concatenate(pair, axis=1) for pair in zip(one, (k, v))))
+  assert networks.relative_error(merged(q, k, v), expected) < 1e-5
+
+
 def test_both_paths_have_the_same_gradient():
   q, k, v = qkv(9, 9)
   mask = jnp.asarray(np.tril(np.ones((9, 9), bool)))
   # Its private name, since a public call of this size takes the other path.
-  paths = (layers.attend, layers._attend_by_head)
-  one, other = (jax.jit(jax.grad(lambda qkv, f=f: jnp.sum(jnp.sin(f(*qkv, mask=mask)))))((q, k, v)) for f in paths)
+  paths = (layers.attend_with_lse, layers._attend_by_head)
+  total = lambda f, qkv: sum(jnp.sum(jnp.sin(x)) for x in f(*qkv, mask=mask))
+  one, other = (jax.jit(jax.grad(functools.partial(total, f)))((q, k, v)) for f in paths)
   for a, b in zip(one, other, strict=True):
     assert networks.relative_error(a, b) < 1e-5
 

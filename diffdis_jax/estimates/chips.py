@@ -1,0 +1,84 @@
+"""What accelerators can do, and which sets of them can be rented. Figures are the makers', per device of JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from diffdis_jax.structs import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+  """One device.
+
+  Attributes:
+    flops: peak bf16 operations a second (a multiply-add is two).
+    memory: bytes.
+    bandwidth: of that memory, bytes a second.
+    kind: how JAX names it.
+  """
+
+  flops: float
+  memory: float
+  bandwidth: float
+  kind: str
+
+
+GIB = 2**30
+CHIPS = {
+  "v4": Chip(flops=275e12, memory=32 * GIB, bandwidth=1.228e12, kind="TPU v4"),
+  "v5e": Chip(flops=197e12, memory=16 * GIB, bandwidth=0.819e12, kind="TPU v5 lite"),
+  "v5p": Chip(flops=459e12, memory=95 * GIB, bandwidth=2.765e12, kind="TPU v5"),
+  "v6e": Chip(flops=918e12, memory=32 * GIB, bandwidth=1.64e12, kind="TPU v6 lite"),
+  "a100": Chip(flops=312e12, memory=80 * GIB, bandwidth=2.039e12, kind="NVIDIA A100"),
+  "h100": Chip(flops=989e12, memory=80 * GIB, bandwidth=3.35e12, kind="NVIDIA H100"),
+  "h200": Chip(flops=989e12, memory=141e9, bandwidth=4.8e12, kind="NVIDIA H200"),
+}
+
+_TORUS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_TORUS_3D = (
+  *("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
+  "16x16x16",
+)
+_COUNTS = ("1", "2", "4", "8", "16", "32", "64", "128")
+LAYOUTS = {name: _TORUS_2D for name in ("v5e", "v6e")} | {name: _TORUS_3D for name in ("v4", "v5p")}
+LAYOUTS |= {name: _COUNTS for name in ("a100", "h100", "h200")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Topology:
+  """Chips that one network joins: `v5e:8x8`; of GPUs, which have no such layout, `h100:8`."""
+
+  name: str
+  chip: Chip
+  shape: tuple[int, ...]
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  @property
+  def is_tpu(self) -> bool:
+    return self.chip.kind.startswith("TPU")
+
+
+def parse(name: str) -> Topology:
+  """Raises UserError for a topology that is not in LAYOUTS."""
+  chip, _, layout = name.partition(":")
+  if layout not in LAYOUTS.get(chip, ()):
+    known = "; ".join(f"{known}: {' '.join(layouts)}" for known, layouts in LAYOUTS.items())
+    raise UserError(f"unknown topology {name!r}; it is CHIP:LAYOUT, such as v5e:8x8, of {known}")
+  return Topology(name=name, chip=CHIPS[chip], shape=tuple(map(int, layout.split("x"))))
+
+
+def of_kind(kind: str) -> Chip:
+  """The chip that JAX calls `kind`.
+
+  Raises:
+    UserError: none is known under that name.
+  """
+  matches = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
+  if not matches:
+    raise UserError(f"no figures for {kind!r}; known: {', '.join(chip.kind for chip in CHIPS.values())}")
+  return max(matches, key=lambda chip: len(chip.kind))

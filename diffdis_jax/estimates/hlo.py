@@ -1,0 +1,57 @@
+"""What a compiled program's text says of its collectives."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "bf16": 16, **{f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)}}
+# `%name = SHAPES kind(operands)`; the second half of an asynchronous pair, `kind-done`, is not counted.
+_COLLECTIVE = re.compile(rf"= (\(?[^=]*?) ({'|'.join(KINDS)})(-start)?\(")
+_COMMENT = re.compile(r"/\*.*?\*/")
+_SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective operation.
+
+  Attributes:
+    shapes: of its results on one device.
+    bytes: of them together.
+  """
+
+  kind: str
+  shapes: tuple[tuple[int, ...], ...]
+  bytes: int
+
+
+def collectives(text: str) -> list[Collective]:
+  """In the order of the program. One in a loop's body is listed once."""
+  found = []
+  for line in text.splitlines():
+    match = _COLLECTIVE.search(_COMMENT.sub("", line))
+    if match is None:
+      continue
+    parts = [(kind, _numbers(shape)) for kind, shape in _SHAPE.findall(match[1]) if kind in _BITS]
+    if match[3] and match[2] in ("all-gather", "collective-permute"):
+      # (operands, results[, two counters]): the operands are still held.
+      parts = [part for part in parts if part[1] or part[0] != "u32"]
+      parts = parts[len(parts) // 2 :]
+    total = sum(_BITS[kind] * math.prod(shape) // 8 for kind, shape in parts)
+    found.append(Collective(kind=match[2], shapes=tuple(shape for _, shape in parts), bytes=total))
+  return found
+
+
+def bytes_by_kind(text: str) -> dict[str, int]:
+  """Bytes that a device ends up with from each kind of collective."""
+  totals = dict.fromkeys(KINDS, 0)
+  for each in collectives(text):
+    totals[each.kind] += each.bytes
+  return {kind: total for kind, total in totals.items() if total}
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+  return tuple(int(number) for number in text.split(",") if number)

@@ -1,0 +1,140 @@
+"""What a config's step would need and cost on machines that need not be there.
+
+  python -m diffdis_jax.preflight --config=configs/diffdis_cc3m.py --topology=v5e:8x8 [--config.a.b=v ...] \
+      [--programs=train,generation,discrimination] [--search] [--out=F.json]
+
+compiles the very train step from shapes alone, with the TPU compiler where the extra `tpu` is installed, and says
+whether it fits, how long a step should take by that compiler's own estimate, and what the whole run costs. Without
+libtpu, or for GPUs that are not present, XLA compiles for as many CPU devices: memory and collectives are then those of
+a CPU's program, and the time is a bound from the chip's peak figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags, logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from diffdis_jax import cli, sharding, workdir
+from diffdis_jax.estimates import chips, programs, report, search, targets
+from diffdis_jax.structs import UserError
+
+CC3M_PAIRS = 2_905_954
+PACKAGE = pathlib.Path(__file__).parent
+
+
+def compile_one(
+  name: str, config: ConfigDict, target: targets.Target, *, num_pairs: int, epochs: float, hlo: str | None = None
+) -> dict[str, Any]:
+  """The report of one program; `hlo`, a folder, gets the program's text.
+
+  Raises:
+    UserError: a config, mesh or batch that cannot run there.
+  """
+  mesh = sharding.make_mesh(**config.mesh, devices=target.devices)
+  program = programs.make(name, config, mesh)
+  shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+  logging.info("%s: compiling for %d x %s (%s), compiler %s", name, mesh.size, target.chip.kind, shape, target.compiler)
+  compiled = targets.compile(program.lower(), target.chip)
+  if hlo:
+    workdir.write_whole(epath.Path(hlo) / f"{name}.txt", compiled.text.encode())
+  result = report.make(program, compiled, target, num_pairs=num_pairs, epochs=epochs if name == "train" else 0)
+  for line in report.lines(name, result):
+    logging.info("%s", line)
+  return result
+
+
+def run(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
+  """Every program asked for, and where the train step does not fit and --search is given, what would make it fit."""
+  settings = dict(num_pairs=FLAGS.num_pairs, epochs=FLAGS.epochs)
+  results: dict[str, Any] = {
+    name: compile_one(name, config, target, hlo=FLAGS.hlo, **settings) for name in FLAGS.programs
+  }
+  if FLAGS.search and "train" in results and not results["train"]["fits"]:
+    attempt = lambda changed: compile_one("train", changed, target, **settings)
+    results["search"] = search.first_fit(config, len(target.devices), attempt)
+  return results
+
+
+def describe_search(trials: Sequence[dict[str, Any]]) -> str:
+  """What makes the step fit, as flags."""
+  if not trials or not trials[-1]["report"]["fits"]:
+    return "nothing tried fits: neither remat, fsdp nor smaller batches; take more or larger chips"
+  return "fits with " + " ".join(f"--config.{name}={value}" for name, value in trials[-1]["changes"].items())
+
+
+def cache_file(config: ConfigDict, platform: str) -> epath.Path:
+  """Where the results of this config, target, package and compiler are kept."""
+  source = hashlib.sha256()
+  for path in sorted(PACKAGE.rglob("*.py")):
+    source.update(path.read_bytes())
+  versions = {}
+  for name in ("jax", "jaxlib", "flax", "libtpu"):
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = None
+  asked = [FLAGS.topology, FLAGS.slices, platform, sorted(FLAGS.programs), FLAGS.search, FLAGS.num_pairs, FLAGS.epochs]
+  present = [device.device_kind for device in jax.devices()] if platform == "cuda" else []
+  key = json.dumps([config.to_json_best_effort(), asked, present, versions, source.hexdigest()], sort_keys=True)
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return epath.Path(home) / "diffdis_jax" / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  for name in FLAGS.programs:
+    if name not in programs.PROGRAMS:
+      raise UserError(f"--programs has {name!r}; it is some of {','.join(programs.PROGRAMS)}")
+  if FLAGS.out and not epath.Path(FLAGS.out).parent.is_dir():
+    raise UserError(f"--out={FLAGS.out} lies in no folder that exists; create it first")
+  if FLAGS.hlo and not epath.Path(FLAGS.hlo).is_dir():
+    raise UserError(f"--hlo={FLAGS.hlo} is no folder; create it first")
+  topology = chips.parse(FLAGS.topology) if FLAGS.topology else None
+  platform = targets.choose_platform(FLAGS.platform, topology)
+  if platform == "cpu" and topology.is_tpu and FLAGS.platform is None:
+    logging.warning("libtpu is not installed (pip install 'diffdis_jax[tpu]'); XLA compiles for CPU devices instead")
+  targets.prepare(platform, topology, FLAGS.slices)
+  cli.compilation_cache()
+  jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+  kept = cache_file(FLAGS.config, platform)
+  if kept.exists() and not FLAGS.hlo:
+    results = json.loads(kept.read_text())
+    logging.info("the same was asked before; from %s", kept)
+    for name in FLAGS.programs:
+      for line in report.lines(name, results[name]):
+        logging.info("%s", line)
+  else:
+    results = run(FLAGS.config, targets.find(platform, topology, FLAGS.slices))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    workdir.write_whole(kept, json.dumps(results).encode())
+  if "search" in results:
+    logging.info("%s", describe_search(results["search"]))
+  if FLAGS.out:
+    workdir.write_whole(epath.Path(FLAGS.out), (json.dumps(results, indent=2) + "\n").encode())
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  cli.config_flag()
+  flags.DEFINE_string("topology", None, "chips and their layout, such as v5e:8x8; h100:8 of GPUs that are not present")
+  flags.DEFINE_integer("slices", 1, "how many of them, joined by the data centre's network", lower_bound=1)
+  flags.DEFINE_enum("platform", None, targets.PLATFORMS, "compiler; that of the topology's chips where it is installed")
+  flags.DEFINE_list("programs", ["train"], f"some of {','.join(programs.PROGRAMS)}")
+  flags.DEFINE_bool("search", False, "where the train step does not fit, try remat, fsdp and smaller batches")
+  flags.DEFINE_float("epochs", 6, "of the run, for its cost", lower_bound=0)
+  flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "of the training set, for the run's cost", lower_bound=1)
+  flags.DEFINE_string("out", None, "JSON file to write")
+  flags.DEFINE_string("hlo", None, "folder for the compiled programs' text")
+  cli.run(main)

@@ -1,0 +1,58 @@
+"""Collectives read from programs' text: lines as compilers write them, and a program of our own."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from diffdis_jax.estimates import hlo
+from tests import steps
+
+GROUPS = "channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}"
+
+
+@pytest.mark.parametrize(
+  "line, kind, shapes, size",
+  [
+    (f"%g = bf16[64,768]{{1,0:T(8,128)(2,1)}} all-gather(%a), {GROUPS}", "all-gather", ((64, 768),), 2 * 64 * 768),
+    (
+      f"%r = (f32[3,8]{{1,0}}, /*index=1*/bf16[4]{{0:T(1024)(128)}}) all-reduce(%a, %b), {GROUPS}",
+      "all-reduce",
+      ((3, 8), (4,)),
+      4 * 24 + 2 * 4,
+    ),
+    (f"ROOT %s = f32[2,8]{{1,0}} reduce-scatter(%a), {GROUPS}", "reduce-scatter", ((2, 8),), 64),
+    (f"%g = (f32[2,8], f32[8,8]) all-gather-start(%a), {GROUPS}", "all-gather", ((8, 8),), 256),
+    (
+      "%p = (u32[4], u32[4], u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1}}",
+      "collective-permute",
+      ((4,),),
+      16,
+    ),
+    (f"%r = f32[] all-reduce-start(%a), {GROUPS}", "all-reduce", ((),), 4),
+    ("%t = pred[16]{0} all-to-all(%a), dimensions={0}", "all-to-all", ((16,),), 16),
+  ],
+)
+def test_one_collective(line, kind, shapes, size):
+  (found,) = hlo.collectives(f"ENTRY %main {{\n  {line}\n}}")
+  assert found == hlo.Collective(kind=kind, shapes=shapes, bytes=size)
+
+
+@pytest.mark.parametrize(
+  "line",
+  ["%d = f32[8,8] all-gather-done(%g)", "%f = f32[8] fusion(%all-reduce.1), calls=%x", "%a = f32[8] add(%a, %b)"],
+)
+def test_no_collective(line):
+  assert not hlo.collectives(line)
+
+
+def test_bytes_of_a_compiled_program():
+  mesh = steps.make_mesh(8)
+  split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+  x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+  compiled = lambda f, out: jax.jit(f, in_shardings=split, out_shardings=out).lower(x).compile().as_text()
+  assert hlo.bytes_by_kind(compiled(lambda x: x + 1, whole)) == {"all-gather": 4 * 64 * 32}
+  assert hlo.bytes_by_kind(compiled(lambda x: x.sum(axis=0), whole)) == {"all-reduce": 4 * 32}
+  assert hlo.bytes_by_kind(compiled(lambda x: x + 1, split)) == {}

@@ -1,0 +1,148 @@
+"""Preflight as a user runs it, without libtpu, and its parts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+
+import pytest
+
+from diffdis_jax import preflight
+from diffdis_jax.estimates import chips, programs, search, targets
+from diffdis_jax.structs import UserError
+from tests import steps
+from tests.command_runs import call
+
+pytest_plugins = ("command_runs",)
+
+CONFIG = "--config=tests/tiny.py"
+
+
+@pytest.fixture(scope="module")
+def quick(environment, tmp_path_factory):
+  """Nothing of the number of devices, and a cache of its own."""
+  ours = {name: value for name, value in environment.items() if name != "JAX_NUM_CPU_DEVICES"}
+  return ours | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+
+
+def test_the_train_step_on_cpu_devices_and_again_from_the_cache(quick, tmp_path):
+  out = tmp_path / "out.json"
+  flags = [CONFIG, "--topology=v5e:2x2", "--platform=cpu", "--config.model.unet.attention=(False,)"]
+  done = call("preflight", quick, *flags, f"--out={out}")
+  assert done.returncode == 0, done.stderr
+  results = json.loads(out.read_text())
+  (train,) = results.values()
+  assert train["fits"] and not train["for_this_chip"] and train["chips"] == 4 and train["images"] == 16
+  memory = train["memory_gib"]
+  parts = memory["arguments"] + memory["temporaries"] + memory["outputs"]
+  assert 0 < memory["arguments"] < parts == pytest.approx(memory["total"]) and memory["chip"] == 16
+  assert train["seconds"] is None and train["seconds_bound"] > 0
+  assert train["collectives_gib"].keys() == {"all-reduce", "all-gather"}
+  hours = 6 * 2_905_954 / 16 * train["seconds_bound"] * 4 / 3600
+  assert train["chip_hours"] == pytest.approx(hours)
+  assert "XLA for cpu" in done.stderr and f"{train['parameters']:,} parameters" in done.stderr
+
+  again = call("preflight", quick, *flags, f"--out={out}")
+  assert again.returncode == 0 and json.loads(out.read_text()) == results
+  assert "asked before" in again.stderr and "compiling" not in again.stderr
+
+
+def test_programs_are_traced_from_shapes_alone():
+  config, mesh = steps.make_config(), steps.make_mesh(2, 2, 2)
+  traced = {name: programs.make(name, config, mesh) for name in programs.PROGRAMS}
+  assert {program.rows for program in traced.values()} == {16}
+  generation = config.inference.generation_steps
+  # The UNet in a loop costs more than the decoder after it.
+  assert generation / 2 < traced["generation"].turns < generation
+  assert traced["train"].turns == traced["discrimination"].turns == 1
+  assert traced["train"].operations > traced["discrimination"].operations > 0
+  twice = programs.make("train", steps.make_config(**{"optim.accumulate": 2}), mesh)
+  assert twice.turns == pytest.approx(2) and twice.operations == pytest.approx(traced["train"].operations, rel=0.1)
+
+
+def test_batches_of_images_and_of_latents():
+  config, mesh = steps.make_config(), steps.make_mesh(2, 2, 2)
+  shapes = lambda: {name: x and x.shape for name, x in vars(programs.abstract_batch(config, mesh)).items()}
+  assert shapes() == dict(image=(16, 16, 16, 3), tokens=(16, 8), discrimination_image=None)
+  config.data.discrimination_view = "own"
+  assert shapes()["discrimination_image"] == (16, 16, 16, 3)
+  config.data.name = "latents"
+  assert shapes() == dict(mean=(16, 4, 4, 4), log_variance=(16, 4, 4, 4), tokens=(16, 8))
+
+
+def test_a_program_not_trained_for():
+  with pytest.raises(UserError, match="--programs has generation; this config's objectives are discrimination alone"):
+    programs.make("generation", steps.make_config("discrimination"), steps.make_mesh())
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--topology=v5e:3x3"], r"unknown topology 'v5e:3x3'.*v5e: 1x1 2x2 2x4"),
+    (["--topology=v9:2x2"], r"unknown topology 'v9:2x2'.*v5e: .*v6e: .*v4: .*v5p: "),
+    (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], "mesh data=-1, fsdp=3, tensor=1 takes 3 devices"),
+    (["--topology=v5e:2x2", "--config.batch_size=18"], "batch_size is 18; .* multiple of 4, such as"),
+    (["--topology=v5e:2x2", "--programs=train,nothing"], "--programs has 'nothing'"),
+    ([], "give --topology"),
+  ],
+)
+def test_bad_input_is_one_line(quick, flags, message):
+  done = call("preflight", quick, CONFIG, "--platform=cpu", *flags)
+  assert done.returncode == 2
+  lines = [line for line in done.stderr.splitlines() if "compiling for" not in line]
+  assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
+
+
+def test_topologies():
+  topology = chips.parse("v5p:2x2x4")
+  assert (topology.size, topology.is_tpu, topology.chip) == (16, True, chips.CHIPS["v5p"])
+  assert chips.parse("h100:8").size == 8 and not chips.parse("h100:8").is_tpu
+  for kind, chip in (("TPU v5p", "v5p"), ("TPU v5 lite", "v5e"), ("NVIDIA H100 80GB HBM3", "h100")):
+    assert chips.of_kind(kind) is chips.CHIPS[chip]
+  with pytest.raises(UserError, match="no figures for 'cpu'"):
+    chips.of_kind("cpu")
+
+
+def test_platforms(monkeypatch):
+  tpu, gpu = chips.parse("v5e:2x2"), chips.parse("h100:8")
+  for installed, default in ((True, "tpu"), (False, "cpu")):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name, found=installed: found or None)
+    assert targets.choose_platform(None, tpu) == default
+    assert targets.choose_platform(None, gpu) == "cpu"
+  with pytest.raises(UserError, match="needs libtpu"):
+    targets.choose_platform("tpu", tpu)
+
+
+def test_the_tpu_compilers_refusal_says_what_was_needed():
+  message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm"
+  assert targets.memory_needed(message) == int(20.5 * 2**30)
+  assert targets.memory_needed("INTERNAL: something else") is None
+
+
+def test_search_tries_the_cheapest_first_and_stops_at_what_fits():
+  config = steps.make_config(batch_size=32)
+  seen = list(search.candidates(config, 8))
+  remat, fsdp = {"model.remat": "full"}, {"mesh.data": 1, "mesh.fsdp": 8}
+  assert seen == [remat, fsdp, remat | fsdp] + [remat | fsdp | {"batch_size": size} for size in (16, 8)]
+  small_enough = lambda changed: dict(fits=changed.batch_size <= 16 and changed.mesh.fsdp == 8)
+  trials = search.first_fit(config, 8, small_enough)
+  assert [trial["report"]["fits"] for trial in trials] == [False, False, False, True]
+  assert trials[-1]["changes"]["batch_size"] == 16
+  assert "--config.batch_size=16" in preflight.describe_search(trials)
+  nothing = search.first_fit(config, 8, lambda changed: dict(fits=False))
+  assert "nothing tried fits" in preflight.describe_search(nothing)
+  config.update_from_flattened_dict(remat | {"mesh.fsdp": -1, "mesh.data": 1, "batch_size": 8})
+  assert list(search.candidates(config, 8)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("topology, slices", [("v5e:2x2", 1), ("v6e:2x4", 1), ("v4:2x2x1", 2), ("v5p:2x2x1", 1)])
+def test_the_tpu_compiler(quick, tmp_path, topology, slices):
+  out = tmp_path / "out.json"
+  done = call("preflight", quick, CONFIG, f"--topology={topology}", f"--slices={slices}", f"--out={out}")
+  assert done.returncode == 0, done.stderr
+  result = json.loads(out.read_text())["train"]
+  assert result["for_this_chip"] and result["seconds"] > 0 and 0 < result["mfu"] < 1 and result["fits"]
+  assert result["chips"] == chips.parse(topology).size * slices
