@@ -10,6 +10,7 @@ import grain
 import jax
 from ml_collections import ConfigDict
 
+from diffdis_jax import optim
 from diffdis_jax.data import loader, sources
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.tokenizer import Tokenizer
@@ -79,7 +80,10 @@ def _check_latents(config: ConfigDict, cached: Sequence[Latents]) -> None:
     raise UserError("objective reconstruction and data.discrimination_view='own' need images; take another data.name")
   side = config.image_size // build.latent_factor(config.model)
   expected = (side, side, 2 * config.model.autoencoder.latent_channels)
+  if len({"text" in each.facts for each in cached}) > 1:
+    raise UserError("data.mixture has latents with text conditions and without; take either")
   for each in cached:
+    _check_text(config, each)
     if each.shape != expected or each.facts["image_size"] != config.image_size:
       raise UserError(
         f"these latents are of {each.facts['image_size']} px images and of shape {each.shape}; the config's are of"
@@ -87,17 +91,40 @@ def _check_latents(config: ConfigDict, cached: Sequence[Latents]) -> None:
       )
 
 
-def check_autoencoder(config: ConfigDict, params: Params) -> None:
-  """Raises UserError where the run trains from latents of another autoencoder than its own."""
+def _check_text(config: ConfigDict, cached: Latents) -> None:
+  """Raises UserError for stored text conditions of another length or width."""
+  if "text" not in cached.facts:
+    return
+  length, width = cached.facts["text"]["shape"]
+  if (length, width) != (config.data.max_length, config.model.text_encoder.width):
+    raise UserError(
+      f"these text conditions are of {length} tokens and {width} wide; the config's are of {config.data.max_length}"
+      f" and {config.model.text_encoder.width}; prepare them with the same data.max_length and text encoder"
+    )
+
+
+def check_encoders(config: ConfigDict, params: Params) -> None:
+  """Raises UserError where the run trains from latents or text conditions of other encoders than its own, or trains an
+  encoder that stored conditions would not follow."""
   if batch_type(config) is not LatentBatch:
     return
+  groups = optim.groups_of(params, config.optim.groups)
   for section in source_sections(config).values():
     facts = (sources.read_info(section["path"]).metadata or {}).get("latents", {})
-    if not math.isclose(facts["fingerprint"], latents.fingerprint(params), rel_tol=1e-4):
-      raise UserError(
-        f"the latents in {section['path']} were made by another autoencoder; set init_from to the workdir that they"
-        " were made with"
-      )
+    stored = [("latents", "autoencoder", facts["fingerprint"], latents.ENCODER)]
+    if "text" in facts:
+      if any(group != optim.FROZEN for path, group in groups.items() if latents.TEXT_ENCODER.match(path)):
+        raise UserError(
+          "the text encoder is trained, and stored text conditions would not follow it; freeze it in optim.groups, or"
+          " prepare the latents without --text"
+        )
+      stored.append(("text conditions", "text encoder", facts["text"]["fingerprint"], latents.TEXT_ENCODER))
+    for what, encoder, fingerprint, which in stored:
+      if not math.isclose(fingerprint, latents.fingerprint(params, which), rel_tol=1e-4):
+        raise UserError(
+          f"the {what} in {section['path']} were made by another {encoder}; set init_from to the workdir that they"
+          " were made with"
+        )
 
 
 def _make_augmentation(config: ConfigDict, field: str) -> Augmentation:

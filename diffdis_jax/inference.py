@@ -80,6 +80,7 @@ class Inference:
     self._generate = jax.jit(self._sample)
     self._reconstruct = jax.jit(self._through_autoencoder)
     self._encode = jax.jit(self._posterior)
+    self._condition = jax.jit(lambda params, tokens: self._model(params).encode_text(tokens).c.astype(jnp.bfloat16))
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Text queries e, L2-normalised."""
@@ -126,6 +127,10 @@ class Inference:
     images = rows(jnp.uint8, self.image_size, self.image_size, 3)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return self._embed_images.trace(params, key, images, rows(jnp.int32))
+
+  def conditions(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> BFloat16[np.ndarray, "n l d"]:
+    """The text condition c of every token."""
+    return self._batched(functools.partial(self._condition, params), tokens)
 
   def noise_shape(self) -> tuple[int, int, int]:
     """[h, w, c] of one image's initial noise."""

@@ -66,7 +66,7 @@ def diffusion_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
   """L = L_IG + λ L_ITA on the same (x, y) (the paper's Algorithm 1), or one of the two."""
   z, z_discrimination = latents.of_batch(model, batch, keys, sample=config.sample_posterior)
-  text = model.encode_text(batch.tokens)
+  text = latents.text_of_batch(model, batch)
   null = model.encode_text(model.text_encoder.null_tokens(batch.tokens.shape[1]))
   c_null = jnp.broadcast_to(null.c, text.c.shape)
 

@@ -10,10 +10,11 @@
 | flickr30k | folder with Karpathy's dataset_flickr30k.json and the images |
 | folder | CLASS/IMAGE or SPLIT/CLASS/IMAGE |
 
-  python -m diffdis_jax.prepare_data latents --workdir=RUN --data=DIR --out=DIR2 [--views=K] [--augment=JSON]
+  python -m diffdis_jax.prepare_data latents --workdir=RUN --data=DIR --out=DIR2 [--views=K] [--augment=JSON] [--text]
 
 stores the posterior of RUN's autoencoder over K augmented views of each image of a prepared data set, for training with
-`data.name=latents`. `card --data=DIR` writes the card of a prepared data set anew.
+`data.name=latents`; with --text the condition of its frozen text encoder too. `card --data=DIR` writes the card of a
+prepared data set anew.
 
 Every image is decoded; pairs that cannot be used are skipped, counted by reason, and reported in report.json and in the
 data set's metadata. Killed at any point, the same command goes on and ends in the same records. card.json and card.png
@@ -35,6 +36,7 @@ from etils import epath
 
 from diffdis_jax import cli, workdir
 from diffdis_jax.data import captions, card, cc3m, image_folder, latent_cache, pairs, parts, staging
+from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.structs import UserError
 
@@ -55,6 +57,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "run or import whose autoencoder
 _VIEWS = flags.DEFINE_integer("views", 1, "of each image in `latents`", lower_bound=1)
 _AUGMENT = flags.DEFINE_string(
   "augment", None, 'of the views: JSON such as {"crop": "random", "flip": true}; by default data.augment of the run'
+)
+_TEXT = flags.DEFINE_bool(
+  "text", False, "store in `latents` what the text encoder makes of the captions too: 118 kB a view at full size"
 )
 _SHORT_SIDE = flags.DEFINE_integer(
   "short_side",
@@ -105,6 +110,14 @@ def write_latents(run: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> N
   found = latent_cache.find_parts(data)
   model, params = inference.load(str(run), batch_size=latent_cache.CHUNK)
   h, w, c = model.noise_shape()
+  text = None
+  if _TEXT.value:
+    tokenizer, width = Tokenizer(model.max_length), model.config.model.text_encoder.width
+    text = latent_cache.TextConditions(
+      encode=lambda captions: model.conditions(params, tokenizer(captions)),
+      shape=(model.max_length, width),
+      fingerprint=latents.fingerprint(params, latents.TEXT_ENCODER),
+    )
   reports = pairs.prepare(
     found,
     out,
@@ -117,6 +130,7 @@ def write_latents(run: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> N
       views=_VIEWS.value,
       augmentation=_augmentation(model.config.data.augment.to_dict()),
       fingerprint=latents.fingerprint(params),
+      text=text,
     ),
   )
   for split, report in reports.items():

@@ -36,6 +36,7 @@ class LatentBatch:
   mean: BFloat16[Array, "b h w c"]
   log_variance: BFloat16[Array, "b h w c"]
   tokens: Int[Array, "b l"]
+  condition: BFloat16[Array, "b l d"] | None = None  # c, where it is stored too
 
 
 AnyBatch = Batch | LatentBatch

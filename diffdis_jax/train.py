@@ -51,7 +51,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
 
   with checkpoint.Checkpointer(path, **config.checkpoint) as checkpointer:
     state = restore_or_init(config, trainer, checkpointer, iterator)
-    batches.check_autoencoder(config, state.params)
+    batches.check_encoders(config, state.params)
     start = int(state.step)
     writer = writers.make(path, start_step=start, is_writer=is_writer)
     progress = writers.Progress(start_step=start, num_steps=config.num_steps, batch_size=config.batch_size)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from diffdis_jax import batches, inference, tree
-from diffdis_jax.data import latent_cache, pairs, parts
+from diffdis_jax.data import latent_cache, loader, pairs, parts
+from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.models import latents
 from diffdis_jax.models.diffdis import to_signed
@@ -37,11 +38,20 @@ def params():
 
 @pytest.fixture(scope="module")
 def cache(data, params):
+  return write_latents(data, data / "latents", params)
+
+
+@pytest.fixture(scope="module")
+def cache_with_text(data, params):
+  return write_latents(data, data / "latents_text", params, text=True)
+
+
+def write_latents(data, out, params, text=False):
   model = inference.Inference(tiny.get_config(), mesh=steps.make_mesh(), batch_size=8)
   h, w, c = model.noise_shape()
   pairs.prepare(
     latent_cache.find_parts(data / "pairs"),
-    data / "latents",
+    out,
     builder=latent_cache.LatentCache,
     make_stage=lambda folder: latent_cache.LatentStage(
       folder,
@@ -51,9 +61,19 @@ def cache(data, params):
       views=1,
       augmentation=Augmentation(),
       fingerprint=latents.fingerprint(params),
+      text=text_conditions(model, params) if text else None,
     ),
   )
-  return data / "latents"
+  return out
+
+
+def text_conditions(model, params):
+  tokenizer = Tokenizer(model.max_length)
+  return latent_cache.TextConditions(
+    encode=lambda captions: model.conditions(params, tokenizer(captions)),
+    shape=(model.max_length, model.config.model.text_encoder.width),
+    fingerprint=latents.fingerprint(params, latents.TEXT_ENCODER),
+  )
 
 
 def config_of(**changes):
@@ -75,12 +95,44 @@ def test_latents_are_the_posteriors_of_the_images(data, cache, params):
     np.testing.assert_allclose(
       stored[name].astype(np.float32), getattr(posterior, name), rtol=0.02, atol=0.02, err_msg=name
     )
-  batches.check_autoencoder(config, params)
+  batches.check_encoders(config, params)
   other = {path: value + 0.1 for path, value in params.items()}
   with pytest.raises(UserError, match="were made by another autoencoder; set init_from to the workdir"):
-    batches.check_autoencoder(config, other)
+    batches.check_encoders(config, other)
   decoder = {path: value + (0.1 if "decoder" in path else 0.0) for path, value in params.items()}
-  batches.check_autoencoder(config, decoder)
+  batches.check_encoders(config, decoder)
+
+
+FROZEN_ENCODERS = (("^autoencoder|^text_encoder", "frozen"), (".*", "new"))
+
+
+def test_text_conditions_are_the_captions(cache_with_text, params):
+  config = config_of(**{"data.name": "latents", "data.path": str(cache_with_text), "optim.groups": FROZEN_ENCODERS})
+  batch = LatentBatch(**loader.Substitutions().take(next(batches.make_loader(config))))
+  model = tree.merge(*inference_parts(config), params)
+  expected, found = model.encode_text(batch.tokens), latents.text_of_batch(model, batch)
+  assert len({row.tobytes() for row in batch.condition}) == N
+  np.testing.assert_allclose(found.c, expected.c, rtol=0.01, atol=0.01)
+  np.testing.assert_allclose(found.e, expected.e, atol=0.005)
+  np.testing.assert_allclose(jnp.linalg.norm(found.e, axis=-1), 1.0, rtol=1e-5)
+  batches.check_encoders(config, params)
+
+
+def test_text_conditions_of_another_encoder_are_refused(cache_with_text, cache, params):
+  config = config_of(**{"data.name": "latents", "data.path": str(cache_with_text), "optim.groups": FROZEN_ENCODERS})
+  other = {path: value + (0.1 if path.startswith("text_encoder") else 0.0) for path, value in params.items()}
+  with pytest.raises(UserError, match="text conditions in .* were made by another text encoder"):
+    batches.check_encoders(config, other)
+  config.optim.groups = (("^autoencoder", "frozen"), (".*", "new"))
+  with pytest.raises(UserError, match="the text encoder is trained, and stored text conditions would not follow it"):
+    batches.check_encoders(config, params)
+  config.data.max_length -= 1
+  with pytest.raises(UserError, match="these text conditions are of 8 tokens and 16 wide; the config's are of 7"):
+    batches.make_loader(config)
+  config.data.mixture = {name: {"name": "latents", "path": str(path)} for name, path in
+                         (("with", cache_with_text), ("without", cache))}  # fmt: skip
+  with pytest.raises(UserError, match="latents with text conditions and without; take either"):
+    batches.make_loader(config)
 
 
 def inference_parts(config):

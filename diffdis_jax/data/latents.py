@@ -37,6 +37,8 @@ class Latents:
   def read(self, index: int, view: int) -> tuple[BFloat16[np.ndarray, "h w d"], dict[str, Any]]:
     """Moments and the record's other fields. Raises as sources.Pairs does."""
     record = self._stored[index * self.views + view]
+    if "condition" in record:
+      record["condition"] = record["condition"].view(ml_dtypes.bfloat16)
     return record.pop("moments").view(ml_dtypes.bfloat16), record
 
 

@@ -40,7 +40,8 @@ def train_loader(
 ) -> grain.DatasetIterator:
   """Endless batches {'image': u8[b h w 3], 'tokens': i32[b l], SUBSTITUTED} of this host, shuffled anew each epoch.
 
-  Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', SUBSTITUTED}, a view drawn each time.
+  Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', SUBSTITUTED}, a view drawn each time, and
+  'condition': bf16[b l d] where the cache has it.
 
   Global batch k is made of the same records and augmentations for any number of hosts: host p of n takes every n-th,
   from the p-th on. The position is saved by `grain.checkpoint.CheckpointSave(iterator)` and does not depend on the
@@ -107,9 +108,8 @@ class _Example(grain.transforms.RandomMap):
 
 def draw_caption(record: Mapping[str, Any], rng: np.random.Generator) -> str:
   """The record's caption, or one drawn from its captions where it has several."""
-  captions = record.get("captions")
-  several = isinstance(captions, list) and len(captions) > 1 and all(isinstance(c, str) and c for c in captions)
-  return captions[rng.integers(len(captions))] if several else record["caption"]
+  captions = records.captions_of(record)
+  return captions[rng.integers(len(captions))] if captions else record["caption"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,14 +144,18 @@ class _ImageExample(_Example):
 
 @dataclasses.dataclass(frozen=True)
 class _LatentExample(_Example):
-  """{'mean': bf16[h w c], 'log_variance': bf16[h w c], 'caption'} of one of the views."""
+  """{'mean': bf16[h w c], 'log_variance': bf16[h w c], 'caption'} of one of the views, and 'condition': bf16[l d] of
+  that caption where it is stored."""
 
   source: Latents
 
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     moments, record = self.source.read(place, int(rng.integers(self.source.views)))
     mean, log_variance = np.split(moments, 2, axis=-1)
-    return {"mean": mean, "log_variance": log_variance, "caption": draw_caption(record, rng)}
+    example = {"mean": mean, "log_variance": log_variance}
+    if "condition" in record:
+      return {**example, "condition": record["condition"], "caption": record["caption"]}
+    return {**example, "caption": draw_caption(record, rng)}
 
 
 def listed(missed: Int[np.ndarray, " r"]) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
@@ -88,6 +89,13 @@ def read_metadata(data: bytes | None) -> dict[str, Any]:
   if not isinstance(metadata, dict):
     raise Unusable("json that is no object")
   return metadata
+
+
+def captions_of(metadata: Mapping[str, Any]) -> list[str]:
+  """The several captions of an image, where its metadata has them; else none."""
+  captions = metadata.get("captions")
+  several = isinstance(captions, list) and len(captions) > 1 and all(isinstance(c, str) and c for c in captions)
+  return captions if several else []
 
 
 def mend(caption: str) -> tuple[str, list[str]]:

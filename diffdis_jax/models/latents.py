@@ -1,4 +1,4 @@
-"""The latents that training starts from: of images, or of an autoencoder's stored posteriors."""
+"""What training starts from: latents of images and conditions of captions, made anew or stored."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from jaxtyping import Array, Float
 
 from diffdis_jax.models.autoencoder import sample_posterior
 from diffdis_jax.models.diffdis import DiffDis
-from diffdis_jax.structs import AnyBatch, LatentBatch, Posterior
+from diffdis_jax.structs import AnyBatch, LatentBatch, Posterior, TextCondition
 
 # What decides which posterior an image has.
 ENCODER = re.compile(r"autoencoder\.(conv_in|down|encoder\w*|quant)\.")
+# What decides which condition a caption has.
+TEXT_ENCODER = re.compile(r"text_encoder\.")
 Latents = Float[Array, "b h w c"]
 
 
@@ -40,7 +42,14 @@ def of_batch(
   return z, model.encode_image(batch.discrimination_image, keys["posterior_discrimination"] if sample else None)
 
 
-def fingerprint(params: Mapping[str, Array]) -> float:
+def text_of_batch(model: DiffDis, batch: AnyBatch) -> TextCondition:
+  """c and e of the captions; of a stored c, e is what follows from it."""
+  if not isinstance(batch, LatentBatch) or batch.condition is None:
+    return model.encode_text(batch.tokens)
+  return model.text_encoder.with_query(batch.condition.astype(model.text_encoder.dtype), batch.tokens)
+
+
+def fingerprint(params: Mapping[str, Array], which: re.Pattern[str] = ENCODER) -> float:
   """A number that tells one encoder from another: the sum of its parameters' mean magnitudes, f32."""
-  encoder = {path: value for path, value in sorted(params.items()) if ENCODER.match(path)}
+  encoder = {path: value for path, value in sorted(params.items()) if which.match(path)}
   return float(jax.jit(lambda encoder: sum(jnp.mean(jnp.abs(value)) for value in encoder.values()))(encoder))

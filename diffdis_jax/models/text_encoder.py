@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear
 from diffdis_jax.structs import TextCondition
@@ -60,7 +60,10 @@ class TextEncoder(nnx.Module):
     causal = jnp.tril(jnp.ones((length, length), bool))
     for layer in self.layers:
       h = layer(h, mask=causal)
-    c = self.norm(h)
+    return self.with_query(self.norm(h), tokens)
+
+  def with_query(self, c: Float[Array, "b l d"], tokens: Int[Array, "b l"]) -> TextCondition:
+    """c and the query e that belongs to it."""
     # Padding is the end-of-text token too, so the first one counts.
     end = jnp.argmax(tokens == self.eos_id, axis=1)
     query = jnp.take_along_axis(c, end[:, None, None], axis=1)[:, 0]

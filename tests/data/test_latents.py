@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import pathlib
 
 import ml_dtypes
@@ -76,6 +77,39 @@ def test_latents_read_back(data, tmp_path):
       np.testing.assert_array_equal(moments[..., 2:], (-moments[..., :2].astype(np.float32) - 10).astype(moments.dtype))
       seen.add(moments.tobytes())
   assert len(seen) == VIEWS * (N - 1)
+
+
+def test_views_have_the_captions_in_turns_with_their_conditions(tmp_path):
+  (tmp_path / "raw").mkdir()
+  content = {}
+  for i in range(3):
+    said = {"captions": [f"a {i}", f"b {i}"]} if i < 2 else {}
+    content |= {f"{i}.png": picture(i), f"{i}.txt": f"a {i}".encode(), f"{i}.json": json.dumps(said).encode()}
+  write_tar(tmp_path / "raw" / "0.tar", content)
+  pairs.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
+  as_numbers = lambda captions: np.asarray([[[ord(c[0]), int(c[2])]] for c in captions], ml_dtypes.bfloat16)
+  text = latent_cache.TextConditions(encode=as_numbers, shape=(1, 2), fingerprint=2.5)
+  prepare(tmp_path / "data", tmp_path / "out", text=text)
+
+  source = sources.make(name="latents", path=tmp_path / "out", image_size=8)
+  assert source.facts["text"] == {"shape": [1, 2], "fingerprint": 2.5}
+  for i in range(3):
+    captions = [source.read(i, k)[1]["caption"] for k in range(VIEWS)]
+    assert captions == ([f"a {i}", f"b {i}", f"a {i}"] if i < 2 else [f"a {i}"] * VIEWS)
+  iterator = train_loader(source, tokenizer=Tokenizer(8), batch_size=3, image_size=8, seed=0, num_threads=0)
+  spoken = set()
+  for _ in range(20):
+    batch = next(iterator)
+    assert batch["condition"].dtype == ml_dtypes.bfloat16 and batch["condition"].shape == (3, 1, 2)
+    captions = [f"{chr(int(letter))} {int(number)}" for letter, number in batch["condition"][:, 0].astype(np.int32)]
+    np.testing.assert_array_equal(batch["tokens"], Tokenizer(8)(captions))
+    spoken |= set(captions)
+  assert spoken == {"a 0", "b 0", "a 1", "b 1", "a 2"}
+  with pytest.raises(UserError, match="another text encoder"):
+    failing = latent_cache.TextConditions(encode=lambda captions: 1 / 0, shape=(1, 2), fingerprint=2.5)
+    with pytest.raises(ZeroDivisionError):
+      prepare(tmp_path / "data", tmp_path / "again", text=failing)
+    prepare(tmp_path / "data", tmp_path / "again")
 
 
 def test_batches_draw_a_view_each_time(data, tmp_path):
