@@ -61,7 +61,7 @@ def run(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
   }
   if FLAGS.search and "train" in results and not results["train"]["fits"]:
     attempt = lambda changed: compile_one("train", changed, target, **settings)
-    results["search"] = search.first_fit(config, len(target.devices), attempt)
+    results["search"] = search.first_fit(config, len(target.devices), attempt, slices=FLAGS.slices)
   return results
 
 
