@@ -61,7 +61,7 @@ def run(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
   }
   if FLAGS.search and "train" in results and not results["train"]["fits"]:
     attempt = lambda changed: compile_one("train", changed, target, **settings)
-    results["search"] = search.first_fit(config, len(target.devices), attempt)
+    results["search"] = search.first_fit(config, len(target.devices), attempt, slices=FLAGS.slices)
   return results
 
 
@@ -72,8 +72,8 @@ def describe_search(trials: Sequence[dict[str, Any]]) -> str:
   return "fits with " + " ".join(f"--config.{name}={value}" for name, value in trials[-1]["changes"].items())
 
 
-def cache_file(config: ConfigDict, platform: str) -> epath.Path:
-  """Where the results of this config, target, package and compiler are kept."""
+def cache_file(config: ConfigDict, platform: str, present: targets.Target | None) -> epath.Path:
+  """Where the results of this config, target, package and compiler are kept; `present`, where devices must be."""
   source = hashlib.sha256()
   for path in sorted(PACKAGE.rglob("*.py")):
     source.update(path.read_bytes())
@@ -84,8 +84,8 @@ def cache_file(config: ConfigDict, platform: str) -> epath.Path:
     except importlib.metadata.PackageNotFoundError:
       versions[name] = None
   asked = [FLAGS.topology, FLAGS.slices, platform, sorted(FLAGS.programs), FLAGS.search, FLAGS.num_pairs, FLAGS.epochs]
-  present = [device.device_kind for device in jax.devices()] if platform == "cuda" else []
-  key = json.dumps([config.to_json_best_effort(), asked, present, versions, source.hexdigest()], sort_keys=True)
+  kinds = [device.device_kind for device in present.devices] if present else []
+  key = json.dumps([config.to_json_best_effort(), asked, kinds, versions, source.hexdigest()], sort_keys=True)
   home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   return epath.Path(home) / "diffdis_jax" / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
@@ -107,7 +107,8 @@ def main(argv: Sequence[str]) -> None:
   cli.compilation_cache()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-  kept = cache_file(FLAGS.config, platform)
+  present = targets.find(platform, topology, FLAGS.slices) if platform == "cuda" else None
+  kept = cache_file(FLAGS.config, platform, present)
   if kept.exists() and not FLAGS.hlo:
     results = json.loads(kept.read_text())
     logging.info("the same was asked before; from %s", kept)
@@ -115,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
       for line in report.lines(name, results[name]):
         logging.info("%s", line)
   else:
-    results = run(FLAGS.config, targets.find(platform, topology, FLAGS.slices))
+    results = run(FLAGS.config, present or targets.find(platform, topology, FLAGS.slices))
     kept.parent.mkdir(parents=True, exist_ok=True)
     workdir.write_whole(kept, json.dumps(results).encode())
   if "search" in results:

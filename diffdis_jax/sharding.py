@@ -57,9 +57,11 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[jax.Device] | 
   shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
   axis_types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if slices == 1:
-    return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
-  return Mesh(arrange_slices(shape, devices, slices), AXES, axis_types=axis_types)
+  if slices > 1:
+    return Mesh(arrange_slices(shape, devices, slices), AXES, axis_types=axis_types)
+  # Not jax.make_mesh, which refuses an axis that lies along a part of a torus's axis.
+  arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(arranged, AXES, axis_types=axis_types)
 
 
 def arrange_slices(shape: Sequence[int], devices: Sequence[Any], slices: int) -> np.ndarray:
@@ -73,7 +75,9 @@ def arrange_slices(shape: Sequence[int], devices: Sequence[Any], slices: int) ->
     raise UserError(
       f"mesh data={data} lies over {slices} slices, the only axis that may, so it must be a multiple of {slices}"
     )
-  return mesh_utils.create_hybrid_device_mesh((data // slices, *rest), (slices, 1, 1), devices)
+  return mesh_utils.create_hybrid_device_mesh(
+    (data // slices, *rest), (slices, 1, 1), devices, allow_split_physical_axes=True
+  )
 
 
 def tracing(mesh: Mesh) -> AbstractContextManager[Any]:

@@ -125,6 +125,7 @@ def test_search_tries_the_cheapest_first_and_stops_at_what_fits():
   seen = list(search.candidates(config, 8))
   remat, fsdp = {"model.remat": "full"}, {"mesh.data": 1, "mesh.fsdp": 8}
   assert seen == [remat, fsdp, remat | fsdp] + [remat | fsdp | {"batch_size": size} for size in (16, 8)]
+  assert list(search.candidates(config, 8, slices=2))[1] == {"mesh.data": 2, "mesh.fsdp": 4}
   small_enough = lambda changed: dict(fits=changed.batch_size <= 16 and changed.mesh.fsdp == 8)
   trials = search.first_fit(config, 8, small_enough)
   assert [trial["report"]["fits"] for trial in trials] == [False, False, False, True]

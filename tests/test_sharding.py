@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import diffdis_cc3m
 from diffdis_jax import sharding, tree
-from diffdis_jax.estimates import hlo, programs
+from diffdis_jax.estimates import chips, hlo, programs, targets
 from diffdis_jax.models import build
 from diffdis_jax.step import Step
 from diffdis_jax.structs import UserError
@@ -226,6 +228,22 @@ def test_only_data_crosses_slices(shape):
   slices = np.vectorize(lambda device: device.slice_index)(placed)
   half = shape[0] // 2
   assert (slices[:half] == 0).all() and (slices[half:] == 1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("name", ["v4:2x2x4", "v5e:8x8", "v5p:2x2x4", "v6e:4x4"])
+def test_any_mesh_fits_any_torus(name, slices):
+  topology = chips.parse(name)
+  devices = targets.tpu_devices(topology, slices)
+  n = topology.size * slices
+  assert len(devices) == n
+  sizes = [2**i for i in range(n.bit_length())]
+  for data, fsdp in itertools.product(sizes, sizes):
+    if data % slices == 0 and n % (data * fsdp) == 0:
+      mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=-1, devices=devices)
+      assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
 
 
 def test_data_that_does_not_divide_into_the_slices():

@@ -10,6 +10,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 _BITS = {"pred": 8, "bf16": 16, **{f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)}}
 # `%name = SHAPES kind(operands)`; the second half of an asynchronous pair, `kind-done`, is not counted.
 _COLLECTIVE = re.compile(rf"= (\(?[^=]*?) ({'|'.join(KINDS)})(-start)?\(")
+_COMPUTATION = re.compile(r"%?([\w.\-]+) \(.*\) -> (.*) \{$")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 
@@ -30,18 +31,22 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
   """In the order of the program. One in a loop's body is listed once."""
-  found = []
+  found, scattered = [], None
   for line in text.splitlines():
+    if header := _COMPUTATION.match(line):
+      # How the TPU compiler writes a reduce-scatter: a computation of an all-reduce and a slice.
+      scattered = header[2] if header[1].startswith("all-reduce-scatter") else None
     match = _COLLECTIVE.search(_COMMENT.sub("", line))
     if match is None:
       continue
-    parts = [(kind, _numbers(shape)) for kind, shape in _SHAPE.findall(match[1]) if kind in _BITS]
-    if match[3] and match[2] in ("all-gather", "collective-permute"):
+    kind, result = ("reduce-scatter", scattered) if scattered else (match[2], match[1])
+    parts = [(kind, _numbers(shape)) for kind, shape in _SHAPE.findall(result) if kind in _BITS]
+    if match[3] and kind in ("all-gather", "collective-permute"):
       # (operands, results[, two counters]): the operands are still held.
       parts = [part for part in parts if part[1] or part[0] != "u32"]
       parts = parts[len(parts) // 2 :]
     total = sum(_BITS[kind] * math.prod(shape) // 8 for kind, shape in parts)
-    found.append(Collective(kind=match[2], shapes=tuple(shape for _, shape in parts), bytes=total))
+    found.append(Collective(kind=kind, shapes=tuple(shape for _, shape in parts), bytes=total))
   return found
 
 

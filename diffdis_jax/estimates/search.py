@@ -10,10 +10,13 @@ from ml_collections import ConfigDict
 Changes = dict[str, Any]
 
 
-def candidates(config: ConfigDict, chips: int) -> Iterator[Changes]:
-  """Changes of config fields, those that cost least first: rematerialisation, sharding, both, then smaller batches."""
+def candidates(config: ConfigDict, chips: int, slices: int = 1) -> Iterator[Changes]:
+  """Changes of config fields, those that cost least first: rematerialisation, sharding over a slice, both, then smaller
+  batches."""
   remat: Changes = {} if config.model.remat == "full" else {"model.remat": "full"}
-  fsdp: Changes = {"mesh.data": 1, "mesh.fsdp": chips // config.mesh.tensor} if config.mesh.tensor > 0 else {}
+  fsdp: Changes = {}
+  if config.mesh.tensor > 0:
+    fsdp = {"mesh.data": slices, "mesh.fsdp": chips // slices // config.mesh.tensor}
   sharded = config.mesh.fsdp == -1 or config.mesh.fsdp == fsdp.get("mesh.fsdp")
   options = [remat, {} if sharded else fsdp]
   both = {**options[0], **options[1]}
@@ -29,10 +32,12 @@ def candidates(config: ConfigDict, chips: int) -> Iterator[Changes]:
     batch_size //= 2
 
 
-def first_fit(config: ConfigDict, chips: int, attempt: Callable[[ConfigDict], dict[str, Any]]) -> list[dict[str, Any]]:
+def first_fit(
+  config: ConfigDict, chips: int, attempt: Callable[[ConfigDict], dict[str, Any]], *, slices: int = 1
+) -> list[dict[str, Any]]:
   """Each candidate tried, up to the first that fits: its changes and the report that `attempt` made of it."""
   trials = []
-  for changes in candidates(config, chips):
+  for changes in candidates(config, chips, slices):
     changed = ConfigDict(config).unlock()
     changed.update_from_flattened_dict(changes)
     trials.append(dict(changes=changes, report=attempt(changed)))

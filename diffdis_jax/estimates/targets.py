@@ -90,14 +90,12 @@ def prepare(platform: str, topology: Topology | None, slices: int) -> None:
   jax.config.update("jax_platforms", "cpu")
   if platform == "cpu":
     jax.config.update("jax_num_cpu_devices", topology.size * slices)
-  for name, value in _LIBTPU.items():
-    os.environ.setdefault(name, value)
 
 
 def find(platform: str, topology: Topology | None, slices: int) -> Target:
   """After `prepare`. Raises UserError where there are no such devices."""
   if platform == "tpu":
-    return Target(devices=_tpu_devices(topology, slices), chip=topology.chip, compiler="tpu", exact=True)
+    return Target(devices=tpu_devices(topology, slices), chip=topology.chip, compiler="tpu", exact=True)
   if platform == "cpu":
     devices = jax.devices("cpu")
     if len(devices) < topology.size * slices:
@@ -116,14 +114,18 @@ def find(platform: str, topology: Topology | None, slices: int) -> Target:
   return Target(devices=devices, chip=chip, compiler="cuda", exact=topology is None or topology.chip == chip)
 
 
-def _tpu_devices(topology: Topology, slices: int) -> list[jax.Device]:
+def tpu_devices(topology: Topology, slices: int) -> list[jax.Device]:
+  """Devices to compile for, none of which need be there."""
+  for name, value in _LIBTPU.items():
+    os.environ.setdefault(name, value)
   from jax.experimental import topologies
 
   options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
   if topology.size == 1:
     options["chips_per_host_bounds"] = (1, 1, 1)
-  layout = ":".join((topology.name.split(":")[0], "x".join(map(str, topology.shape))))
-  return list(topologies.get_topology_desc(platform="tpu", topology_name=layout, **options).devices)
+  if topology.name.startswith("v4"):
+    options["chip_config_name"] = "megacore"  # one device a chip, as on a v4 itself
+  return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices)
 
 
 def compile(lowered: jax.stages.Lowered, chip: Chip) -> Compiled:

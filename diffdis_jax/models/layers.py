@@ -136,30 +136,33 @@ def _attend_at_once(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[A
 
 
 def _attend_forward(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-  """Weights, unlike scores, are kept for the backward pass, in the compute dtype, and divided by their sums only after
-  their product with v: scores cross memory twice instead of six times, which at 1024 tokens is what attention costs."""
-  scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=F32) / math.sqrt(q.shape[-1])
+  """Weights, not scores, are kept for the backward pass, in the compute dtype. A column of ones beside v sums them in
+  the same product, and only its result is divided by the sum: at 1024 tokens, passes over scores and weights are what
+  attention costs."""
+  scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=F32) * (1.0 / math.sqrt(q.shape[-1]))
   if mask is not None:
     scores = jnp.where(mask, scores, jnp.finfo(F32).min)
   top = scores.max(axis=-1, keepdims=True)
-  exponentials = jnp.exp(scores - top)
-  weights, total = exponentials.astype(v.dtype), rearrange(exponentials.sum(axis=-1), "b h n -> b n h")
-  attended = jnp.einsum("bhnm,bmhd->bnhd", weights, v, preferred_element_type=F32) / total[..., None]
+  weights = jnp.exp(scores - top).astype(v.dtype)
+  with_ones = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+  sums = jnp.einsum("bhnm,bmhd->bnhd", weights, with_ones, preferred_element_type=F32)
+  total = sums[..., -1]
+  attended = (sums[..., :-1] / total[..., None]).astype(v.dtype)
   lse = rearrange(top, "b h n 1 -> b n h") + jnp.log(total)
-  attended = attended.astype(v.dtype)
   return (attended, lse), (q, k, v, weights, total, attended)
 
 
 def _attend_backward(kept: tuple[Array, ...], gradients: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:
   q, k, v, weights, total, attended = kept
   gradient, of_lse = gradients
-  scaled = (gradient.astype(F32) / total[..., None]).astype(v.dtype)
-  of_v = jnp.einsum("bhnm,bnhd->bmhd", weights, scaled)
-  # d softmax: w (g·v - g·out), and w for lse.
-  mean = jnp.sum(scaled.astype(F32) * attended.astype(F32), axis=-1) - of_lse / total
-  of_weights = jnp.einsum("bnhd,bmhd->bhnm", scaled, v, preferred_element_type=F32)
-  of_scores = weights.astype(F32) * (of_weights - rearrange(mean, "b n h -> b h n 1")) / math.sqrt(q.shape[-1])
-  of_scores = of_scores.astype(q.dtype)
+  gradient = gradient.astype(F32) / total[..., None]
+  of_v = jnp.einsum("bhnm,bnhd->bmhd", weights, gradient.astype(v.dtype))
+  # d softmax: w (g·v - g·out), and w for lse; times the scores' scale, here where arrays are small.
+  scale = 1.0 / math.sqrt(q.shape[-1])
+  gradient = (gradient * scale).astype(v.dtype)
+  mean = jnp.sum(gradient.astype(F32) * attended.astype(F32), axis=-1) - of_lse * scale / total
+  of_weights = jnp.einsum("bnhd,bmhd->bhnm", gradient, v, preferred_element_type=F32)
+  of_scores = (weights.astype(F32) * (of_weights - rearrange(mean, "b n h -> b h n 1"))).astype(q.dtype)
   of_q = jnp.einsum("bhnm,bmhd->bnhd", of_scores, k)
   return of_q, jnp.einsum("bhnm,bnhd->bmhd", of_scores, q), of_v, None
 
@@ -250,11 +253,16 @@ class GEGLU(nnx.Module):
   """Stable Diffusion's feed-forward network: value * gelu(gate), exact gelu."""
 
   def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, ratio: int = 4):
+    self.dtype = dtype
     self.proj = linear(width, 2 * ratio * width, dtype=dtype, rngs=rngs)
     self.out = linear(ratio * width, width, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    value, gate = jnp.split(self.proj(x), 2, axis=-1)
+    # Its columns' halves one by one: as one product, the gradients of both would have to be joined again.
+    kernels, biases = (
+      jnp.split(part[...].astype(self.dtype), 2, axis=-1) for part in (self.proj.kernel, self.proj.bias)
+    )
+    value, gate = (x @ kernel + bias for kernel, bias in zip(kernels, biases))
     return self.out(value * jax.nn.gelu(gate, approximate=False))
 
 

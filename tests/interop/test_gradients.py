@@ -12,7 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffdis_jax.interop import mapping, sections
 from diffdis_jax.models import build
 from diffdis_jax.models.diffdis import to_signed
-from diffdis_jax.step import generation_loss, step_keys
+from diffdis_jax.objectives import generation_inputs, generation_loss
+from diffdis_jax.step import step_keys
 from tests import steps
 from tests.models import from_torch, networks
 
@@ -82,7 +83,8 @@ def test_gradients_equal_those_of_pytorch():
   def loss(model, images):
     text, null = model.encode_text(TOKENS), model.encode_text(NULL)
     c_null = np.ones((len(images), 1, 1), np.float32) * null.c
-    return generation_loss(model, model.encode_image(images), text.c, c_null, keys, config)[0]
+    inputs = generation_inputs(model.encode_image(images), text.c, c_null, keys, config)
+    return generation_loss(model.generation(**inputs.arguments), inputs)[0]
 
   ours = networks.compiled(jax.grad(network.pure(loss)))(params, images)
   theirs = expected_gradients(modules, images, keys, config.loss.condition_dropout)
