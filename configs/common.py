@@ -53,7 +53,9 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
         mixture=dict(),  # name -> weight, name, path, split: several sources instead of the one above
         loader=dict(num_threads=4, num_workers=0, prefetch=8),
       ),
-      checkpoint=dict(keep_last=2, keep_every=0),
+      checkpoint=dict(
+        keep_last=2, keep_every=0, keep_best=0, best_metric="", best_is="max"
+      ),  # "test/acc1" of train_evals
       log_every=50,
       save_every=1000,
       eval_every=1000,
