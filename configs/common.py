@@ -54,8 +54,12 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
         loader=dict(num_threads=4, num_workers=0, prefetch=8),
       ),
       checkpoint=dict(
-        keep_last=2, keep_every=0, keep_best=0, best_metric="", best_is="max"
-      ),  # "test/acc1" of train_evals
+        keep_last=2,
+        keep_every=0,
+        keep_best=0,  # so many more, by a metric of train_evals at the step of the save
+        best_metric="",  # such as "test/acc1"
+        best_is="max",  # max, min
+      ),
       log_every=50,
       save_every=1000,
       eval_every=1000,

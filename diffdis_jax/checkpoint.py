@@ -78,8 +78,8 @@ class Checkpointer:
     """
     if best_is not in ("max", "min") or keep_best < 0 or bool(keep_best) != bool(best_metric):
       raise UserError(
-        f"checkpoint.keep_best={keep_best}, best_metric={best_metric!r}, best_is={best_is!r}: keep_best needs the name of"
-        " a metric such as 'test/acc1', and best_is is 'max' or 'min'"
+        f"checkpoint.keep_best={keep_best}, best_metric={best_metric!r}, best_is={best_is!r}: keep_best needs the name"
+        " of a metric such as 'test/acc1', and best_is is 'max' or 'min'"
       )
     self._workdir = workdir
     if distributed.is_first():

@@ -135,7 +135,7 @@ def _has_tpu(environ: Mapping[str, str]) -> bool:
 
 
 def _initialize(processes: Processes, timeout: int) -> None:
-  """Waits for all processes. What jax does at its own timeout is to abort, with a stack trace, so a timer comes first."""
+  """Waits for all processes. At its own timeout jax aborts, with a stack trace, so a timer comes first."""
   if processes.coordinator_address:
     whom = f"the coordinator {processes.coordinator_address}" if processes.process_id else "the other processes"
     who = f"process {processes.process_id} of {processes.num_processes}"

@@ -11,7 +11,6 @@ import socket
 import sys
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
 from etils import epath
@@ -87,9 +86,7 @@ class Lock:
     threading.Thread(target=self._keep_beating, name="lock", daemon=True).start()
     return self
 
-  def __exit__(
-    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-  ) -> None:
+  def __exit__(self, *_: object) -> None:
     self._done.set()
     if (self._read() or {}).get("owner") == self._own["owner"]:
       self._file.unlink()

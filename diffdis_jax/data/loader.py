@@ -45,9 +45,10 @@ def train_loader(
   Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', SUBSTITUTED}, a view drawn each time.
 
   Global batch k is made of the same records and augmentations for any number of hosts, of which each takes its rows:
-  host p of n every n-th, from the p-th on, unless `rows` names them. The position is saved by `grain.checkpoint.CheckpointSave(iterator)` and does not depend on the
-  number of hosts or threads, but on `num_workers`. In the place of a record that cannot be used comes the next one that
-  can, so that neither the number of batches nor the other rows depend on it.
+  host p of n every n-th, from the p-th on, unless `rows` names them. The position is saved by
+  `grain.checkpoint.CheckpointSave(iterator)` and does not depend on the number of hosts or threads, but on
+  `num_workers`. In the place of a record that cannot be used comes the next one that can, so that neither the number of
+  batches nor the other rows depend on it.
 
   Args:
     source: or several with weights; each is shuffled and begun anew on its own.
