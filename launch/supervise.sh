@@ -25,8 +25,8 @@ workdir_of() {
 newest_step() {
   local step
   for step in "$1"/checkpoints/*/commit_success.txt; do
-    [[ -e $step ]] && basename "$(dirname "$step")"
-  done 2>/dev/null | sort -n | tail -n 1
+    if [[ -e $step ]]; then basename "$(dirname "$step")"; fi
+  done | sort -n | tail -n 1
 }
 
 # supervise PROGRESS ATTEMPT...: runs ATTEMPT until it is done. PROGRESS prints something that changes with each save.
