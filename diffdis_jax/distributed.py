@@ -17,8 +17,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from jax.experimental import multihost_utils
 from diffdis_jax.structs import Preempted, UserError
 
 HEARTBEAT_TIMEOUT = 10  # seconds after which a silent process is dead, and the others end
+_MESSAGE = 1000  # bytes of an error that the processes tell each other
 _VISIBILITY = 30.0  # seconds in which a file of one host must show on the others
 _VARIABLES = {
   "coordinator_address": ("DIFFDIS_COORDINATOR_ADDRESS",),
@@ -199,6 +201,20 @@ def over_hosts(value: np.ndarray) -> np.ndarray:
 def whole(array: jax.Array) -> np.ndarray:
   """A global array, on every process."""
   return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
+
+
+def on_first(action: Callable[[], Any]) -> None:
+  """Does it on process 0. Raises UserError on every process if it raises that."""
+  message = b""
+  if is_first():
+    try:
+      action()
+    except UserError as error:
+      message = str(error).encode()[:_MESSAGE]
+  if jax.process_count() > 1:
+    message = from_first(np.frombuffer(message.ljust(_MESSAGE, b"\0"), np.uint8)).tobytes().rstrip(b"\0")
+  if message:
+    raise UserError(message.decode(errors="replace"))
 
 
 def check_shared(workdir: str) -> None:

@@ -55,9 +55,8 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
   with contextlib.ExitStack() as stack:
     stack.enter_context(stop.listening())
     workdir.check_config(path, config)
-    if is_writer:
-      stack.enter_context(workdir.Lock(path))
     distributed.check_shared(path)
+    distributed.on_first(lambda: stack.enter_context(workdir.Lock(path)))
     workdir.open_for_training(path, config, is_writer=is_writer)
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, **config.checkpoint))
     state, meta = restore_or_init(config, trainer, checkpointer, iterator)

@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 from diffdis_jax.structs import UserError
 
 BEAT = 5.0  # seconds between two signs of life of the process that holds a workdir
-PATIENCE = 20.0  # seconds without one after which it is dead, if it cannot be looked at
+PATIENCE = 20.0  # seconds without one after which it is dead, if it is on another machine
+ENDING = 3.0  # seconds that a process of this machine is given to end
 MAY_CHANGE = (
   r"^(log|save|eval|sample)_every$",
   r"^(train_evals|sample_prompts|inference)(\.|$)",
@@ -64,7 +65,7 @@ class Lock:
   """The right to write into a workdir, for one process at a time. A context manager.
 
   Its file, `lock.json`, is written anew every BEAT seconds. What a killed process has left is taken over: at once if
-  that was on this machine, else when it has not changed for PATIENCE seconds.
+  that was on this machine, where one can look, else when it has not changed for PATIENCE seconds.
   """
 
   def __init__(self, workdir: str):
@@ -93,16 +94,17 @@ class Lock:
 
   def _wait_for_other(self) -> None:
     first = other = self._read()
-    deadline = time.monotonic() + PATIENCE
+    begin = time.monotonic()
     while other is not None and not _is_dead(other):
-      if time.monotonic() > deadline:
-        if other == first:
+      here = other.get("machine") == _machine()
+      if time.monotonic() - begin > (ENDING if here else PATIENCE):
+        if other == first and not here:
           break
         raise UserError(
           f"--workdir={self._workdir} is in use by process {other.get('pid')} on {other.get('host')}; wait for it, stop"
           " it, or take another --workdir"
         )
-      time.sleep(min(BEAT / 5, 0.5))
+      time.sleep(0.2)
       other = self._read()
 
   def _beat(self) -> None:
