@@ -53,7 +53,13 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
         mixture=dict(),  # name -> weight, name, path, split: several sources instead of the one above
         loader=dict(num_threads=4, num_workers=0, prefetch=8),
       ),
-      checkpoint=dict(keep_last=2, keep_every=0),
+      checkpoint=dict(
+        keep_last=2,
+        keep_every=0,
+        keep_best=0,  # so many more, by a metric of train_evals at the step of the save
+        best_metric="",  # such as "test/acc1"
+        best_is="max",  # max, min
+      ),
       log_every=50,
       save_every=1000,
       eval_every=1000,

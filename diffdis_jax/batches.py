@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import grain
-import jax
 from ml_collections import ConfigDict
 
 from diffdis_jax import optim
@@ -23,8 +22,8 @@ from diffdis_jax.tree import Params
 LOADING = ("max_length", "augment", "discrimination_view", "discrimination_augment", "mixture", "loader")
 
 
-def make_loader(config: ConfigDict) -> grain.DatasetIterator:
-  """This process's endless batches."""
+def make_loader(config: ConfigDict, rows: Sequence[int] | None = None) -> grain.DatasetIterator:
+  """Endless batches; of `rows`, the places of this process's rows in the global batch, or of all of them."""
   data = config.data
   if data.discrimination_view not in ("shared", "own"):
     raise UserError(f"data.discrimination_view is {data.discrimination_view!r}; it is 'shared' or 'own'")
@@ -44,8 +43,7 @@ def make_loader(config: ConfigDict) -> grain.DatasetIterator:
     seed=config.seed,
     augmentation=_make_augmentation(config, "augment"),
     discrimination_augmentation=_make_augmentation(config, "discrimination_augment") if own_view else None,
-    shard_index=jax.process_index(),
-    shard_count=jax.process_count(),
+    rows=rows,
     **data.loader,
   )
 

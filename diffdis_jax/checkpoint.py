@@ -7,17 +7,21 @@ A checkpoint counts once it holds Orbax's commit mark, its last file to be writt
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+import functools
+import json
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from grain import checkpoint as grain_checkpoint
 from orbax import checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from diffdis_jax.structs import UserError
+from diffdis_jax import distributed
+from diffdis_jax.structs import Preempted, UserError
 from diffdis_jax.tree import Params
 
 _COMMIT_MARK = "commit_success.txt"
@@ -49,33 +53,67 @@ class Checkpointer:
   """
 
   def __init__(
-    self, workdir: str, *, keep_last: int = 2, keep_every: int | None = None, save_timeout: int = 1200
+    self,
+    workdir: str,
+    *,
+    keep_last: int = 2,
+    keep_every: int | None = None,
+    keep_best: int = 0,
+    best_metric: str = "",
+    best_is: str = "max",
+    save_timeout: int = 1200,
   ) -> None:
     """
     Args:
       workdir: folder of the run.
       keep_last: how many of the newest checkpoints stay.
       keep_every: checkpoints whose step is a multiple of this stay as well.
+      keep_best: and so many of those that were saved with the best `best_metric`, 0 for none.
+      best_metric: a metric that `save` is given.
+      best_is: whether the best is its "max" or its "min".
       save_timeout: seconds after which a save in the background has failed.
+
+    Raises:
+      UserError: a policy that contradicts itself.
     """
+    if best_is not in ("max", "min") or keep_best < 0 or bool(keep_best) != bool(best_metric):
+      raise UserError(
+        f"checkpoint.keep_best={keep_best}, best_metric={best_metric!r}, best_is={best_is!r}: keep_best needs the name"
+        " of a metric such as 'test/acc1', and best_is is 'max' or 'min'"
+      )
     self._workdir = workdir
-    if jax.process_index() == 0:
+    if distributed.is_first():
       _set_aside_uncommitted(_folder(workdir))
+    distributed.barrier("uncommitted checkpoints are set aside")
     kept = [policies.LatestN(keep_last)] + ([policies.EveryNSteps(keep_every)] if keep_every else [])
+    rank = functools.partial(_rank, name=best_metric, sign=1 if best_is == "max" else -1)
+    if keep_best:
+      kept.append(policies.BestN(get_metric_fn=rank, n=keep_best, keep_checkpoints_without_metrics=False))
     self._manager = ocp.CheckpointManager(
       _folder(workdir),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(kept),
         cleanup_tmp_directories=True,
+        best_fn=rank if keep_best else None,
         async_options=ocp.AsyncOptions(timeout_secs=save_timeout),
       ),
     )
 
   def latest_step(self) -> int | None:
-    """The newest committed step, or None before the first."""
-    return latest_step(self._workdir)
+    """The newest committed step, or None before the first; as process 0 sees it."""
+    step = latest_step(self._workdir)
+    found = int(distributed.from_first(np.int32(-1 if step is None else step)))
+    return None if found < 0 else found
 
-  def save(self, step: int, state: State, data_iterator: Any = None, *, meta: dict[str, Any] | None = None) -> bool:
+  def save(
+    self,
+    step: int,
+    state: State,
+    data_iterator: Any = None,
+    *,
+    meta: dict[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+  ) -> bool:
     """Starts a save; returns as soon as the arrays may be donated. Returns False if this step is saved already.
 
     Args:
@@ -83,6 +121,7 @@ class Checkpointer:
       state: its arrays are copied before this returns.
       data_iterator: Grain iterator whose next batch is the first one not trained on.
       meta: a few JSON values to keep beside them.
+      metrics: of evaluations at this step, the same on every process; without them it is not among the best.
     """
     if step in self._manager.all_steps():
       return False
@@ -91,7 +130,7 @@ class Checkpointer:
     if data_iterator is not None:
       items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
     items["meta"] = ocp.args.JsonSave({"step": step, **(meta or {})})
-    return self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+    return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
 
   def restore(self, step: int, abstract: State, data_iterator: Any = None) -> Restored:
     """Reads a checkpoint onto the devices that `abstract` asks for, and sets the data iterator to it.
@@ -112,7 +151,8 @@ class Checkpointer:
       meta=_read(path / "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()),
     )
     if data_iterator is not None:
-      _read(path / "data", grain_checkpoint.CheckpointHandler(), grain_checkpoint.CheckpointRestore(data_iterator))
+      data_iterator.set_state(_read_position(path / "data"))
+      data_iterator.start_prefetch()
     return restored
 
   def wait(self) -> None:
@@ -129,7 +169,7 @@ class Checkpointer:
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     # A UserError, such as a loss that is not finite, reaches every process; after a bug in one process the others
     # will not come to the barrier at which `close` waits for them.
-    if kind is None or issubclass(kind, UserError) or jax.process_count() == 1:
+    if kind is None or issubclass(kind, (UserError, Preempted)) or jax.process_count() == 1:
       self.close()
 
 
@@ -211,6 +251,22 @@ def _set_aside_uncommitted(folder: epath.Path) -> None:
       if aside.exists():
         aside.rmtree()
       path.rename(aside)
+
+
+def _rank(metrics: Mapping[str, float], *, name: str, sign: int) -> float:
+  return sign * metrics[name] if name in metrics else -np.inf
+
+
+def _read_position(path: epath.Path) -> dict[str, Any]:
+  """The data iterator's position. Each process has saved it, and it is the same for all, however many there are."""
+
+  def read() -> dict[str, Any]:
+    files = sorted(path.glob("process_*-of-*.json"))
+    if not files:
+      raise ValueError("it has no process_*.json")
+    return json.loads(files[0].read_text())
+
+  return _guard(path, read)
 
 
 def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[str] = ()) -> Any:

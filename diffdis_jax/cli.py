@@ -1,7 +1,7 @@
 """What every command line shares: flags, one-line errors, logging, compilation cache.
 
 A verb ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr, a bug
-with its traceback and code 1.
+with its traceback and code 1, a preemption with code 75.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from diffdis_jax.structs import UserError
+from diffdis_jax.structs import Preempted, UserError
 
+PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
@@ -46,6 +47,8 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
       return main(argv)
     except UserError as error:
       _stop(error)
+    except Preempted:
+      sys.exit(PREEMPTED)
 
   app.run(guarded, flags_parser=_parse_flags)
 

@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags, logging
 from etils import epath
 
-from diffdis_jax import checkpoint, cli, evals, inference, workdir
+from diffdis_jax import checkpoint, cli, distributed, evals, inference, workdir
 from diffdis_jax.evals import base
 from diffdis_jax.structs import UserError
 
@@ -33,6 +33,7 @@ PROTOCOL = ("steps", "draws", "guidance", "generation_steps", "generation_guidan
 
 def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
+  distributed.define_flags()
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
   flags.DEFINE_string("out", None, "JSON file to write", required=True)
   flags.DEFINE_list("tasks", None, f"any of {', '.join(SETTINGS)}; by default those of the config's sets")
@@ -59,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   cli.compilation_cache()
   cli.use_all_cores()
+  distributed.start()
   out = pathlib.Path(FLAGS.out)
   if out.is_dir():
     raise UserError(f"--out={out} is a folder; it should name the JSON file to write")
@@ -72,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
     sections = sections_of_config(config.to_dict(), tasks=FLAGS.tasks)
   settings = _given(name for names in SETTINGS.values() for name in names)
   results = evaluate(FLAGS.workdir, override(sections, settings), step=FLAGS.step, ema=FLAGS.ema, **_given(PROTOCOL))
+  if not distributed.is_first():
+    return
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
     workdir.write_whole(epath.Path(out), (json.dumps(results, indent=2) + "\n").encode())

@@ -18,7 +18,7 @@ from absl import flags, logging
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from diffdis_jax import checkpoint, cli, folders, inference
+from diffdis_jax import checkpoint, cli, distributed, folders, inference
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import samples
 from diffdis_jax.structs import UserError
@@ -30,6 +30,7 @@ COLUMNS = 8
 
 def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
+  distributed.define_flags()
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
   flags.DEFINE_string("out", None, "folder to write; absent or empty", required=True)
   flags.DEFINE_multi_string("prompt", [], "what to draw; may be repeated")
@@ -48,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   cli.compilation_cache()
   cli.use_all_cores()
+  distributed.start()
   given = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
   generate(
     FLAGS.workdir,
@@ -104,6 +106,8 @@ def generate(
     z_T = model.noise(len(prompts), seed)
   check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
   images = model.generate(params, Tokenizer(model.max_length)(prompts), z_T)
+  if not distributed.is_first():
+    return
   start = {"noise": noise} if noise else {"seed": seed}
   write(
     folder,

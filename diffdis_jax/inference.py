@@ -1,6 +1,7 @@
 """What a trained model does, compiled: text queries, image queries by denoising, images by denoising.
 
-Evaluation and generation call it with numpy arrays of any length; rows are padded to one batch shape.
+Evaluation and generation call it with numpy arrays of any length; rows are padded to one batch shape. With several
+processes each computes its rows of every batch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, BFloat16, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from diffdis_jax import checkpoint, losses, sharding, tree, workdir
+from diffdis_jax import checkpoint, distributed, losses, sharding, tree, workdir
 from diffdis_jax.diffusion import guidance, samplers, schedules
 from diffdis_jax.models import build
 from diffdis_jax.models.diffdis import to_signed
@@ -60,14 +61,25 @@ class Inference:
     config: of the run.
     mesh: devices that share the rows of a call; all of them by default.
     batch_size: rows a compiled call; rounded up to a multiple of the devices.
+    after_batch: called after each compiled call, on every process equally often; what it raises ends the sampling.
     protocol: fields of Protocol that replace those of `config.inference`.
   """
 
-  def __init__(self, config: ConfigDict, *, mesh: Mesh | None = None, batch_size: int = 64, **protocol: Any):
+  def __init__(
+    self,
+    config: ConfigDict,
+    *,
+    mesh: Mesh | None = None,
+    batch_size: int = 64,
+    after_batch: Callable[[], None] = lambda: None,
+    **protocol: Any,
+  ):
     build.check(config.model, objectives=config.objectives, image_size=config.image_size)
     self.config = config
     self.mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
     self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
+    self._rows = np.array(sharding.local_rows(self.mesh, self.batch_size))
+    self._after_batch = after_batch
     self.image_size = config.image_size
     self.max_length = config.data.max_length
     how = Protocol(**{**config.inference, **protocol})
@@ -148,13 +160,17 @@ class Inference:
       raise UserError(f"this run was not trained for {objective}; its objectives are {trained}")
 
   def _batched(self, f: Callable[..., Array], *arrays: np.ndarray) -> np.ndarray:
-    """f over rows in chunks of one shape, the last one padded by repeating its last row."""
+    """f over rows in chunks of one shape, the last one padded by repeating its last row.
+
+    Every process has the same arrays, of which it takes its own rows, and gets the whole result.
+    """
     n, size = len(arrays[0]), self.batch_size
-    place = sharding.batch_sharding(self.mesh)
     outputs = []
     for start in range(0, n, size):
-      rows = np.minimum(np.arange(start, start + size), n - 1)
-      outputs.append(np.asarray(f(*(jax.device_put(array[rows], place) for array in arrays))))
+      rows = np.minimum(start + self._rows, n - 1)
+      local = {str(i): array[rows] for i, array in enumerate(arrays)}
+      outputs.append(distributed.whole(f(*sharding.to_global(local, self.mesh).values())))
+      self._after_batch()
     if not outputs:
       raise UserError("nothing to run on: give at least one row")
     return np.concatenate(outputs)[:n]

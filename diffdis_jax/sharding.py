@@ -172,8 +172,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+  """Places in a global batch of the rows that lie on this process's devices, in order."""
+  held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  return sorted({row for (rows,) in held.values() for row in range(batch_size)[rows]})
+
+
 def to_global(batch: Mapping[str, np.ndarray | None], mesh: Mesh) -> dict[str, jax.Array | None]:
-  """This process's rows of a batch to global arrays on the mesh; a field that is None stays it."""
+  """This process's `local_rows` of a batch to global arrays on the mesh; a field that is None stays it."""
   place = batch_sharding(mesh)
   to_array = lambda rows: None if rows is None else jax.make_array_from_process_local_data(place, rows)
   return {name: to_array(rows) for name, rows in batch.items()}

@@ -20,6 +20,10 @@ class UserError(Exception):
   """Bad input. Its message is one line: what is wrong, and what would be right. Verbs exit with code 2."""
 
 
+class Preempted(Exception):
+  """The run was asked to stop, and has saved. Verbs exit with code 75, on which launchers start them again."""
+
+
 @struct.dataclass
 class Batch:
   """One batch of captioned images. The loader gives numpy arrays per host, the step sees global arrays."""

@@ -2,11 +2,13 @@
 
   python -m diffdis_jax.train --config=configs/NAME.py[:args] --workdir=DIR [--config.a.b=v ...]
 
-Run again with the same workdir, it goes on from the last checkpoint to the same numbers.
+Run again with the same workdir, it goes on from the last checkpoint to the same numbers, on any number of processes and
+devices. At SIGTERM it saves and exits with code 75.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,13 +22,13 @@ from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffdis_jax import batches, checkpoint, cli, evals, sharding, workdir, writers
+from diffdis_jax import batches, checkpoint, cli, distributed, evals, sharding, workdir, writers
 from diffdis_jax.data import loader
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import samples
 from diffdis_jax.inference import Inference
 from diffdis_jax.step import Metrics, Step, TrainState
-from diffdis_jax.structs import UserError
+from diffdis_jax.structs import Preempted, UserError
 from diffdis_jax.tree import Params
 
 
@@ -35,27 +37,39 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
 
   Raises:
     UserError: bad config, data or workdir, or a loss that is no longer finite.
+    Preempted: SIGTERM came; the steps so far are saved.
   """
   check_intervals(config)
   mesh = sharding.make_mesh(**config.mesh)
+  stop = distributed.Stop(sharding.batch_sharding(mesh))
   trainer = Step(config, mesh)
   batch_type = batches.batch_type(config)
-  iterator = batches.make_loader(config)
-  watch = Watch(config, mesh)
-  is_writer = jax.process_index() == 0
+  iterator = batches.make_loader(config, sharding.local_rows(mesh, config.batch_size))
+  watch = Watch(config, mesh, stop)
+  is_writer = distributed.is_first()
   substitutions = loader.Substitutions()
   log_start(config, trainer)
   if config.init_from and checkpoint.latest_step(path) is None:
     find_initial(config.init_from, trainer)
-  workdir.open_for_training(path, config, is_writer=is_writer)
 
-  with checkpoint.Checkpointer(path, **config.checkpoint) as checkpointer:
-    state = restore_or_init(config, trainer, checkpointer, iterator)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(stop.listening())
+    workdir.check_config(path, config)
+    distributed.check_shared(path)
+    distributed.on_first(lambda: stack.enter_context(workdir.Lock(path)))
+    workdir.open_for_training(path, config, is_writer=is_writer)
+    checkpointer = stack.enter_context(checkpoint.Checkpointer(path, **config.checkpoint))
+    state, meta = restore_or_init(config, trainer, checkpointer, iterator)
     batches.check_encoders(config, state.params)
     start = int(state.step)
     writer = writers.make(path, start_step=start, is_writer=is_writer)
+    stack.callback(writer.close)
     progress = writers.Progress(start_step=start, num_steps=config.num_steps, batch_size=config.batch_size)
-    totals: Metrics | None = None
+    totals = read_totals(meta)
+    if is_writer:
+      substitutions.new += np.array(meta.get("substituted", 0))
+    if not meta.get("watched", True):
+      watch.after_step(start, state, writer, last=start == config.num_steps)
 
     for step in range(start + 1, config.num_steps + 1):
       with progress.waiting_for_data():
@@ -68,18 +82,28 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
       totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
 
       last = step == config.num_steps
-      if last or step % config.save_every == 0:
-        check_finite(totals, step, checkpointer)
-        with progress.paused():
-          checkpointer.save(step, state, iterator)
       if last or step % config.log_every == 0:
         means = check_finite(totals, step, checkpointer)
-        writer.scalars(step, means | progress.report(step, means) | substitutions.report())
+        counts = substitutions.report(distributed.over_hosts)
+        writer.scalars(step, means | progress.report(step, means) | counts)
         totals = None
-      with progress.paused():
-        watch.after_step(step, state, writer, last=last)
-    checkpointer.wait()
-    writer.close()
+      found, preempted, due = {}, stop.agreed(), watch.is_due(step, last=last)
+      if due and not preempted:
+        try:
+          with progress.paused():
+            found, due = watch.after_step(step, state, writer, last=last), False
+        except Preempted:
+          preempted = True
+      if last or preempted or step % config.save_every == 0:
+        with progress.paused():
+          if totals is not None:
+            check_finite(totals, step, checkpointer)
+          pending = distributed.over_hosts(substitutions.new).tolist()
+          meta = {"totals": write_totals(totals), "substituted": pending, "watched": not due}
+          checkpointer.save(step, state, iterator, meta=meta, metrics=found)
+      if preempted:
+        logging.warning("asked to stop: saving step %d; the same command goes on from there", step)
+        raise Preempted
 
 
 def check_intervals(config: ConfigDict) -> None:
@@ -91,19 +115,31 @@ def check_intervals(config: ConfigDict) -> None:
 
 def restore_or_init(
   config: ConfigDict, trainer: Step, checkpointer: checkpoint.Checkpointer, iterator: grain.DatasetIterator
-) -> TrainState:
-  """The last checkpoint's state, with the data iterator set to its next batch; or that of step 0."""
+) -> tuple[TrainState, dict[str, Any]]:
+  """The last checkpoint's state and meta, with the data iterator set to its next batch; or the state of step 0."""
   step = checkpointer.latest_step()
   if step is not None:
     restored = checkpointer.restore(step, trainer.abstract_state, iterator)
     logging.info("going on from step %d", step)
-    return TrainState(
-      step=jnp.asarray(step, jnp.int32), params=restored.params, ema=restored.ema, opt_state=restored.opt_state
-    )
+    place = trainer.state_shardings.step
+    number = jax.make_array_from_callback((), place, lambda _: np.asarray(step, np.int32))
+    state = TrainState(step=number, params=restored.params, ema=restored.ema, opt_state=restored.opt_state)
+    return state, restored.meta
   params = trainer.init_params(jax.random.key(config.seed))
   if config.init_from:
     params |= load_initial(config.init_from, trainer)
-  return trainer.with_params(params)
+  return trainer.with_params(params), {}
+
+
+def write_totals(totals: Metrics | None) -> dict[str, list[float]]:
+  """Metrics summed since the last report, as JSON, bit for bit."""
+  return {name: [float(x) for x in pair] for name, pair in jax.device_get(totals or {}).items()}
+
+
+def read_totals(meta: Mapping[str, Any]) -> Metrics | None:
+  """The inverse of `write_totals`, so that a report over steps before and after a restart is that of one run."""
+  saved = meta.get("totals") or {}
+  return {name: tuple(np.float32(x) for x in pair) for name, pair in saved.items()} or None
 
 
 def find_initial(path: str, trainer: Step) -> Params:
@@ -173,25 +209,53 @@ def check_finite(totals: Metrics, step: int, checkpointer: checkpoint.Checkpoint
 class Watch:
   """Evaluations and sample images during training. Everything that can be wrong with them is found at construction."""
 
-  def __init__(self, config: ConfigDict, mesh: Mesh):
+  def __init__(self, config: ConfigDict, mesh: Mesh, stop: distributed.Stop):
     self._config = config
     missing = set(config.train_evals) - set(config.evals)
     if missing:
       raise UserError(f"train_evals names {', '.join(sorted(missing))}; evals has {', '.join(config.evals) or 'none'}")
+    best = config.checkpoint.best_metric
+    if best and best.split("/")[0] not in config.train_evals:
+      raise UserError(f"checkpoint.best_metric={best} should begin with one of train_evals, {config.train_evals}")
     self._evals = {name: evals.make(**config.evals[name].to_dict()) for name in config.train_evals}
-    self._inference = Inference(config, mesh=mesh)
+    self._inference = Inference(config, mesh=mesh, after_batch=stop.raise_if_agreed)
     self._prompts = list(config.sample_prompts) if "generation" in config.objectives else []
 
-  def after_step(self, step: int, state: TrainState, writer: writers.Writer, *, last: bool) -> None:
-    config = self._config
+  def is_due(self, step: int, *, last: bool) -> bool:
+    """Whether there is something to do after this step."""
+    return self._evaluates(step, last) or self._draws(step, last)
+
+  def after_step(self, step: int, state: TrainState, writer: writers.Writer, *, last: bool) -> dict[str, float]:
+    """Does what is due, and writes it when all of it is done; returns the metrics, the same on every process.
+
+    Raises:
+      Preempted: the processes stop in the middle of it; nothing was written.
+      UserError: `checkpoint.best_metric` is none of the metrics.
+    """
     params = {**state.params, **state.ema}
-    if self._evals and (last or step % config.eval_every == 0):
-      for name, evaluation in self._evals.items():
-        metrics = evaluation.run(self._inference, params)
-        logging.info("step %d  %s  %s", step, name, "  ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
-        writer.scalars(step, {f"{name}/{key}": value for key, value in metrics.items()})
-    if self._prompts and (last or step % config.sample_every == 0):
-      writer.image(step, "samples", self._grid(params))
+    found = {}
+    for name, evaluation in self._evals.items() if self._evaluates(step, last) else ():
+      metrics = evaluation.run(self._inference, params)
+      logging.info("step %d  %s  %s", step, name, "  ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
+      found[name] = {f"{name}/{key}": value for key, value in metrics.items()}
+    grid = self._grid(params) if self._draws(step, last) else None
+    for metrics in found.values():
+      writer.scalars(step, metrics)
+    if grid is not None:
+      writer.image(step, "samples", grid)
+    best = self._config.checkpoint.best_metric
+    if not best or not found:
+      return {}
+    together = {key: value for metrics in found.values() for key, value in metrics.items()}
+    if best not in together:
+      raise UserError(f"checkpoint.best_metric={best} is none of {', '.join(together)}")
+    return {best: float(distributed.from_first(np.float32(together[best])))}
+
+  def _evaluates(self, step: int, last: bool) -> bool:
+    return bool(self._evals) and (last or step % self._config.eval_every == 0)
+
+  def _draws(self, step: int, last: bool) -> bool:
+    return bool(self._prompts) and (last or step % self._config.sample_every == 0)
 
   def _grid(self, params: Params) -> np.ndarray:
     tokens = Tokenizer(self._inference.max_length)(self._prompts)
@@ -201,18 +265,11 @@ class Watch:
 
 
 def log_start(config: ConfigDict, trainer: Step) -> None:
-  """Devices, mesh, data and parameters by group, so that a wrong regex shows before the first step."""
+  """Mesh, data and parameters by group, so that a wrong regex shows before the first step."""
   sizes: Mapping[str, Any] = Counter()
   for path, group in trainer.groups.items():
     sizes[group] += math.prod(trainer.shapes[path].shape)
-  logging.info(
-    "host %d of %d, %d devices (%s), mesh %s",
-    jax.process_index(),
-    jax.process_count(),
-    jax.device_count(),
-    jax.devices()[0].device_kind,
-    dict(trainer.mesh.shape),
-  )
+  logging.info("mesh %s", dict(trainer.mesh.shape))
   for line in batches.describe(config):
     logging.info("data: %s", line)
   logging.info(
@@ -225,6 +282,7 @@ def main(argv: Sequence[str]) -> None:
   cli.compilation_cache()
   cli.use_all_cores()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
+  distributed.start()
   train_and_evaluate(FLAGS.config, FLAGS.workdir)
 
 
@@ -232,5 +290,6 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
   cli.config_flag()
+  distributed.define_flags()
   flags.DEFINE_string("workdir", None, "folder of the run: created, or gone on with", required=True)
   cli.run(main)

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # A part is a file or a folder of the package. It may import itself and the parts of earlier layers.
 LAYERS = (
   {"structs"},
-  {"tree", "cli", "workdir", "folders"},
+  {"tree", "cli", "workdir", "folders", "distributed"},
   {"losses", "diffusion", "models", "data", "optim", "sharding", "checkpoint", "writers", "interop"},
   {"objectives"},
   {"step"},

@@ -55,7 +55,7 @@ def restore(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
   trainer = Step(config, steps.make_mesh())
   iterator = batches.make_loader(config)
   with checkpoint.Checkpointer(str(run)) as checkpointer:
-    state = train.restore_or_init(config, trainer, checkpointer, iterator)
+    state, _ = train.restore_or_init(config, trainer, checkpointer, iterator)
   return jax.device_get(state), next(iterator)["image"]
 
 

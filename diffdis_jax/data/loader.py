@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ def train_loader(
   discrimination_augmentation: Augmentation | None = None,
   shard_index: int = 0,
   shard_count: int = 1,
+  rows: Sequence[int] | None = None,
   num_threads: int = 16,
   num_workers: int = 0,
   prefetch: int = 4,
@@ -43,10 +45,11 @@ def train_loader(
   Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', SUBSTITUTED}, a view drawn each time, and
   'condition': bf16[b l d] where the cache has it.
 
-  Global batch k is made of the same records and augmentations for any number of hosts: host p of n takes every n-th,
-  from the p-th on. The position is saved by `grain.checkpoint.CheckpointSave(iterator)` and does not depend on the
-  number of hosts or threads, but on `num_workers`. In the place of a record that cannot be used comes the next one that
-  can, so that neither the number of batches nor the other rows depend on it.
+  Global batch k is made of the same records and augmentations for any number of hosts, of which each takes its rows:
+  host p of n every n-th, from the p-th on, unless `rows` names them. The position is saved by
+  `grain.checkpoint.CheckpointSave(iterator)` and does not depend on the number of hosts or threads, but on
+  `num_workers`. In the place of a record that cannot be used comes the next one that can, so that neither the number of
+  batches nor the other rows depend on it.
 
   Args:
     source: or several with weights; each is shuffled and begun anew on its own.
@@ -54,6 +57,7 @@ def train_loader(
     seed: of order and augmentation.
     discrimination_augmentation: of a second view of each image, 'discrimination_image': u8[b h w 3]; None for none.
     shard_index: this host, of `shard_count`.
+    rows: places in the global batch of this host's rows, as many on each host.
     num_threads: that read ahead, 0 to do everything in the calling thread.
     num_workers: processes that prepare batches, 0 for none. They inherit `num_threads`.
     prefetch: batches read ahead by the threads.
@@ -61,6 +65,7 @@ def train_loader(
   Raises:
     UserError: a batch size that the hosts do not divide.
   """
+  rows = range(shard_index, batch_size, shard_count) if rows is None else rows
   if batch_size % shard_count:
     from diffdis_jax.structs import UserError  # here, since it imports jax, which data workers go without
 
@@ -75,11 +80,28 @@ def train_loader(
     order = grain.MapDataset.range(len(part)).seed(seed + i).shuffle()
     datasets.append(order.random_map(example).repeat())
   dataset = grain.MapDataset.mix(datasets, source.weights) if isinstance(source, Mixture) else datasets[0]
-  batches = dataset[shard_index::shard_count].batch(batch_size // shard_count, batch_fn=_Collate(tokenizer))
+  own = grain.MapDataset.source(_Rows(dataset, tuple(rows), batch_size))
+  batches = own.batch(len(rows), batch_fn=_Collate(tokenizer))
   iterable = batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
   if num_workers:
     iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
   return iter(iterable)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """Of an endless dataset, the examples at these places of every batch."""
+
+  dataset: grain.MapDataset
+  places: tuple[int, ...]
+  batch_size: int
+
+  def __len__(self) -> int:
+    return sys.maxsize // self.batch_size * len(self.places)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    batch, row = divmod(index, len(self.places))
+    return self.dataset[batch * self.batch_size + self.places[row]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,23 +189,24 @@ class Substitutions:
   """Counts, by reason, the records of this host's batches in whose place another one came.
 
   Attributes:
-    total: i64[r], for each of records.REASONS those that were reported.
+    new: i64[r], for each of records.REASONS those that were not yet reported.
+    total: i64[r], those that were.
   """
 
   def __init__(self) -> None:
-    self._new = np.zeros(len(records.REASONS), np.int64)
-    self.total = self._new.copy()
+    self.new = np.zeros(len(records.REASONS), np.int64)
+    self.total = self.new.copy()
 
   def take(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Counts those of a batch; returns it without them."""
     rest = dict(batch)
-    self._new += rest.pop(SUBSTITUTED).sum(axis=0)
+    self.new += rest.pop(SUBSTITUTED).sum(axis=0)
     return rest
 
-  def report(self) -> dict[str, int]:
-    """Logs the new ones; returns their number as `substituted`."""
-    new = self._new
-    self.total, self._new = self.total + new, np.zeros_like(new)
+  def report(self, over_hosts: Callable[[np.ndarray], np.ndarray] = lambda own: own) -> dict[str, int]:
+    """Logs the new ones; returns their number as `substituted`. `over_hosts` adds up those of all hosts."""
+    new = over_hosts(self.new)
+    self.total, self.new = self.total + new, np.zeros_like(new)
     if new.any():
       logging.warning("records that cannot be used: %s; since the start: %s", listed(new), listed(self.total))
     return {SUBSTITUTED: int(new.sum())}

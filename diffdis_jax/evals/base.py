@@ -6,6 +6,7 @@ is called; when to run it is the caller's affair.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from diffdis_jax.data import transforms
 from diffdis_jax.structs import UserError
 
-CHUNK = 1024  # images in host memory at a time; the noise of an image depends on it, not on the device's batch size
+CHUNK = 1024  # images that share a seed; the noise of an image depends on it, not on the device's batch size
 BLOCK = 1024  # rows of a score matrix in memory at a time
 
 
@@ -64,11 +65,25 @@ def to_square(image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int) -> UIn
   return np.asarray(transforms.resize(transforms.decode(image), image_size))
 
 
-def chunks(source: Any, indices: Int[np.ndarray, " n"], *, image_size: int) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
+@dataclasses.dataclass(frozen=True)
+class Images:
+  """Images of a source as squares, u8[n h w 3], decoded when they are asked for: a host decodes its own rows alone."""
+
+  source: Any
+  indices: Int[np.ndarray, " n"]
+  image_size: int
+
+  def __len__(self) -> int:
+    return len(self.indices)
+
+  def __getitem__(self, places: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w 3"]:
+    return np.stack([to_square(self.source[int(i)]["image"], self.image_size) for i in self.indices[places]])
+
+
+def chunks(source: Any, indices: Int[np.ndarray, " n"], *, image_size: int) -> Iterator[Images]:
   """The images of `indices` in order, as squares of `image_size`, at most `CHUNK` at a time."""
   for start in range(0, len(indices), CHUNK):
-    part = indices[start : start + CHUNK]
-    yield np.stack([to_square(source[int(index)]["image"], image_size) for index in part])
+    yield Images(source, indices[start : start + CHUNK], image_size)
 
 
 def embed_images(

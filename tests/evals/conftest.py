@@ -69,6 +69,7 @@ class Inference:
     return text.split()
 
   def embed_images(self, params, images, *, seed):
+    images = images[np.arange(len(images))]
     assert images.dtype == np.uint8 and images.shape[1:] == (SIZE, SIZE, 3)
     self.seeds.append(seed)
     names = [self.names[value] for value in images[:, 0, 0, 0]]

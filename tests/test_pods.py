@@ -1,0 +1,111 @@
+"""Training, evaluation and generation by two processes, against one process. Minutes long: each compiles the step."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from diffdis_jax import checkpoint
+from tests.command_runs import ROOT, call
+from tests.test_resume import metrics, restore, steps_logged
+
+pytest_plugins = ("command_runs",)
+pytestmark = pytest.mark.slow
+STEPS = 20
+
+
+def flags(run: pathlib.Path, **changes) -> list[str]:
+  fields = {"num_steps": STEPS, "save_every": 100, "log_every": 1, "model.unet.attention": "(False,)", **changes}
+  return ["--config=tests/tiny.py", f"--workdir={run}", *(f"--config.{name}={value}" for name, value in fields.items())]
+
+
+def launch(processes: int, devices: int, verb: str, *flags: str) -> list[str]:
+  start = ["launch/local.sh", "-n", str(processes), "-d", str(devices), "--max-restarts", "0", "--"]
+  return [*start, sys.executable, "-m", f"diffdis_jax.{verb}", *flags]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, environment) -> tuple[pathlib.Path, pathlib.Path]:
+  """The joint loss on one process with one device, and on two with four each."""
+  folder = tmp_path_factory.mktemp("pods")
+  one, two = folder / "one", folder / "two"
+  done = call("train", environment, *flags(one))
+  assert done.returncode == 0, done.stderr
+  done = subprocess.run(launch(2, 4, "train", *flags(two)), cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return one, two
+
+
+def test_two_processes_of_four_devices_equal_one_of_one(runs):
+  one, two = runs
+  expected, found = metrics(one), metrics(two)
+  assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+  for name in ("loss", "loss_generation", "loss_discrimination"):
+    np.testing.assert_allclose(
+      [line[name] for line in found], [line[name] for line in expected], rtol=1e-5, err_msg=name
+    )
+  expected, found = (checkpoint.restore_params(str(run), ema=False) for run in runs)
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_one_process_goes_on_from_two_with_the_same_next_batch(runs):
+  (_, expected), (state, found) = restore(runs[0]), restore(runs[1])
+  assert int(state.step) == STEPS
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_two_processes_evaluate_and_draw_as_one(runs, environment, tmp_path):
+  run = runs[1]
+  verbs = {
+    "evaluate": ["--tasks=zero_shot", "--num_images=40", "--out={}.json"],
+    "generate": ["--prompt=a red star", "--prompt=a blue ring", "--num_images=3", "--out={}"],
+  }
+  for verb, arguments in verbs.items():
+    for name, processes in (("one", 1), ("two", 2)):
+      out = [argument.format(tmp_path / name) for argument in arguments]
+      command = launch(processes, 4 // processes, verb, f"--workdir={run}", *out)
+      done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+      assert done.returncode == 0, done.stderr
+  one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+  assert one == two
+  files = sorted(path.name for path in (tmp_path / "one").iterdir())
+  assert files == sorted(path.name for path in (tmp_path / "two").iterdir()) and len(files) == 8
+  for name in files:
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_sigterm_saves_and_the_run_goes_on_without_losing_a_step(environment, tmp_path):
+  run = tmp_path / "run"
+  command = launch(2, 1, "train", *flags(run, num_steps=1000))
+  launcher = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
+  while max(steps_logged(run), default=0) < 5:
+    assert launcher.poll() is None, launcher.stderr.read()
+    time.sleep(0.05)
+  begin = time.monotonic()
+  os.kill(launcher.pid, signal.SIGTERM)
+  assert launcher.wait(60) == 75, launcher.stderr.read()
+  assert time.monotonic() - begin < 30
+  launcher.stderr.close()
+  step = checkpoint.latest_step(str(run))
+  assert steps_logged(run)[-1] == step and not list(run.glob("lock.json"))
+  assert not list((run / "checkpoints").glob("*tmp*"))
+
+  command = launch(2, 1, "train", *flags(run, num_steps=1000))
+  launcher = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
+  while max(steps_logged(run), default=0) <= step + 1:
+    assert launcher.poll() is None, launcher.stderr.read()
+    time.sleep(0.05)
+  os.kill(launcher.pid, signal.SIGTERM)
+  assert launcher.wait(60) == 75
+  launcher.stderr.close()
+  found = steps_logged(run)
+  assert found == list(range(1, found[-1] + 1))
