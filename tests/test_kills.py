@@ -85,8 +85,8 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(tmp_path, environment
   kills, lost = 0, []
   for number in range(KILLS):
     run = tmp_path / f"run{number}"
-    log = (tmp_path / f"run{number}.log").open("w+")
-    launcher = subprocess.Popen(command(run), cwd=ROOT, env=environment, stdout=log, stderr=log)
+    with (tmp_path / f"run{number}.log").open("w") as log:
+      launcher = subprocess.Popen(command(run), cwd=ROOT, env=environment, stdout=log, stderr=log)
     while launcher.poll() is None:
       if kills == KILLS:
         launcher.wait()
