@@ -1,68 +1,107 @@
 #!/usr/bin/env bash
-# Runs a command as several processes on this machine, each with CPU devices of its own, for trying what pods do.
+# Runs a command as several processes on this machine, on CPU devices: for trying what a pod does.
 #
-#   launch/local.sh [-n PROCESSES] [-d DEVICES_EACH] [--max-restarts N] [--dry-run] -- python -m diffdis_jax.train ...
+#   launch/local.sh -n 2 -d 4 -- python -m diffdis_jax.train --config=... --workdir=...
 #
-# It starts all of them again when one is preempted (SIGTERM) or dies. SIGTERM to this script stops them for good, saved.
+#   -n N             processes
+#   -d DEVICES       CPU devices of each; 1
+#   --restarts R     after crashes without a new checkpoint between them; 3. Also --max-restarts
+#   --dry-run        print the commands
+#
+# When one process fails, the others are stopped and all are started again; not after code 2, bad input. SIGTERM or
+# Ctrl-C goes on to the processes, so that they save, and nothing is started again; a second one kills them.
 set -euo pipefail
 # shellcheck source=launch/supervise.sh
 source "$(dirname "${BASH_SOURCE[0]}")/supervise.sh"
 
-processes=2 devices=4 dry_run=
+GRACE=${GRACE:-20} # seconds from the first failure, in which the others may save or say what they died of
+processes='' devices=1 dry_run='' stopping='' pids=()
+
 while (($#)); do
   case $1 in
-    -n) processes=$2 && shift 2 ;;
-    -d) devices=$2 && shift 2 ;;
-    --max-restarts) MAX_RESTARTS=$2 && shift 2 ;;
+    -n | -d | --restarts | --max-restarts)
+      (($# > 1)) || refuse "$1 needs a value"
+      case $1 in -n) processes=$2 ;; -d) devices=$2 ;; *) MAX_RESTARTS=$2 ;; esac
+      shift 2
+      ;;
     --dry-run) dry_run=1 && shift ;;
+    --help | -h) help && exit ;;
     --) shift && break ;;
-    *) sed -n '2,6s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+    *) refuse "unknown argument '$1'; the command goes after --, and --help tells the rest" ;;
   esac
 done
-(($#)) || { echo "error: no command; give it after --" >&2 && exit 2; }
+[[ $processes ]] || refuse "-n is missing: how many processes?"
+refuse_unless_number -n "$processes" 1
+refuse_unless_number -d "$devices" 1
+refuse_unless_number --restarts "$MAX_RESTARTS" 0
+(($#)) || refuse "no command; give it after --"
 
-GRACE=20 # seconds for the others to end by themselves, and to show their errors, once one has
-pids=()
 workdir=$(workdir_of "$@")
-progress() { newest_step "$workdir"; }
+
+free_port() {
+  local port
+  while port=$((20000 + RANDOM % 10000)) && (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
+  echo "$port"
+}
+
+# environment_of INDEX PORT
+environment_of() {
+  printf '%s\n' JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "DIFFDIS_COORDINATOR_ADDRESS=127.0.0.1:$2" \
+    "DIFFDIS_NUM_PROCESSES=$processes" "DIFFDIS_PROCESS_ID=$1"
+}
+
+signal_all() { # SIGNAL; each process leads a group, which SIGKILL empties of its workers
+  local pid target=
+  [[ $1 != KILL ]] || target=-
+  for pid in "${pids[@]}"; do kill "-$1" -- "$target$pid" 2>/dev/null || true; done
+}
 
 stop() {
-  STOPPING=1
-  kill -TERM "${pids[@]}" 2>/dev/null || true
-}
-trap stop TERM INT
-
-settings() { # of process $1, with the coordinator's port $2
-  echo "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$devices DIFFDIS_COORDINATOR_ADDRESS=localhost:$2" \
-    "DIFFDIS_NUM_PROCESSES=$processes DIFFDIS_PROCESS_ID=$1"
+  if [[ $stopping ]]; then signal_all KILL; else signal_all TERM; fi
+  stopping=1
 }
 
+# Its code is that of the first process to fail; of several at once, 2 or 75 rather than what others died of.
 attempt() {
-  local port=$((20000 + RANDOM % 10000)) first=0 deadline=0 code i pid left
-  pids=()
-  for ((i = 0; i < processes; i++)); do
-    # shellcheck disable=SC2046  # several settings
-    env $(settings "$i" "$port") "$@" > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
-    pids+=($!)
+  local port index code first=0 deadline='' variables
+  port=$(free_port)
+  set -m
+  for ((index = 0; index < processes; index++)); do
+    mapfile -t variables < <(environment_of "$index" "$port")
+    env "${variables[@]}" "$@" </dev/null > >(sed -u "s/^/[$index] /") 2> >(sed -u "s/^/[$index] /" >&2) &
+    pids[index]=$!
   done
+  set +m
+  if [[ $stopping ]]; then signal_all TERM; fi
   while ((${#pids[@]})); do
-    left=()
-    for pid in "${pids[@]}"; do
-      if kill -0 "$pid" 2>/dev/null; then left+=("$pid") && continue; fi
+    for index in "${!pids[@]}"; do
+      if kill -0 "${pids[index]}" 2>/dev/null; then continue; fi
       code=0
-      wait "$pid" || code=$?
-      ((first)) || first=$code
+      wait "${pids[index]}" 2>/dev/null || code=$?
+      if ((code)); then
+        note "process $index ended with code $code"
+        kill -KILL -- "-${pids[index]}" 2>/dev/null || true # workers that it left
+        if ((!first)) || { [[ ! $deadline ]] && ((code == BAD_INPUT || code == PREEMPTED)); }; then first=$code; fi
+      fi
+      unset "pids[$index]"
     done
-    pids=("${left[@]}")
-    ((first == 0 || deadline)) || deadline=$((SECONDS + GRACE))
-    ((deadline == 0 || SECONDS < deadline)) || kill -KILL "${pids[@]}" 2>/dev/null || true
-    sleep 0.2
+    if ((first)) && [[ ! $deadline ]]; then
+      deadline=$((SECONDS + GRACE))
+      signal_all TERM
+    elif [[ $deadline ]] && ((SECONDS >= deadline)); then
+      signal_all KILL
+    fi
+    sleep 0.1
   done
   return "$first"
 }
 
 if [[ $dry_run ]]; then
-  for ((i = 0; i < processes; i++)); do echo "env $(settings "$i" PORT) $*"; done
+  for ((index = 0; index < processes; index++)); do
+    mapfile -t variables < <(environment_of "$index" PORT)
+    call env "${variables[@]}" "$@"
+  done
   exit
 fi
-supervise progress attempt "$@"
+trap stop TERM INT
+supervise "${DELAY:-1}" newest_step attempt "$@"

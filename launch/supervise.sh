@@ -1,14 +1,32 @@
 # shellcheck shell=bash
-# Sourced by the launchers. It starts a command again until it is done:
+# Sourced by the launchers: one way to refuse a command line, and one rule for what an exit code asks for.
 #
-#   0    done                        2  bad input: starting it again would not help
-#   75   preempted, and saved        anything else: a host died, or a bug
-#
-# After $MAX_RESTARTS failures without a new checkpoint in between it gives up; preemptions do not count.
+#   0    finished                    75             preempted after a save: start it again
+#   2    bad input: never again      anything else  a crash or a dead host: again, unless it makes no progress
 
-MAX_RESTARTS=${MAX_RESTARTS:-3}
+MAX_RESTARTS=${MAX_RESTARTS:-3} # after crashes without a new checkpoint between them
+PREEMPTED=75
+BAD_INPUT=2
 
-note() { echo "$(date +%T) $(basename "$0"): $*" >&2; }
+note() { echo "$(basename "$0"): $*" >&2; }
+refuse() { note "error: $*" && exit "$BAD_INPUT"; }
+
+# The comment at the top of the script.
+help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
+
+# refuse_unless_number NAME VALUE LEAST
+refuse_unless_number() {
+  if ! [[ $2 =~ ^[0-9]{1,6}$ ]] || ((10#$2 < $3)); then refuse "$1 is '$2'; it should be a whole number from $3 up"; fi
+}
+
+# call COMMAND...: runs it; with --dry-run ($dry_run) prints it instead.
+call() { if [[ ${dry_run:-} ]]; then printf '%q ' "$@" && echo; else "$@"; fi; }
+
+# Sleeps, but not through a signal that is trapped.
+pause() {
+  sleep "$1" &
+  wait $! || true
+}
 
 # The value of --workdir in a command, or nothing.
 workdir_of() {
@@ -21,33 +39,39 @@ workdir_of() {
   done
 }
 
-# The newest step saved in a local workdir, or nothing.
+# The newest committed step in $workdir, if this machine sees it as a folder, or 0.
 newest_step() {
-  local step
-  for step in "$1"/checkpoints/*/commit_success.txt; do
-    if [[ -e $step ]]; then basename "$(dirname "$step")"; fi
-  done | sort -n | tail -n 1
+  local mark step newest=0
+  for mark in "${workdir:-/dev/null}"/checkpoints/*/commit_success.txt; do
+    step=$(basename "$(dirname "$mark")")
+    if [[ -e $mark && $step =~ ^[0-9]+$ ]] && ((10#$step > newest)); then newest=$((10#$step)); fi
+  done
+  echo "$newest"
 }
 
-# supervise PROGRESS ATTEMPT...: runs ATTEMPT until it is done. PROGRESS prints something that changes with each save.
+# supervise DELAY PROGRESS ATTEMPT...: runs ATTEMPT until it is done or $stopping is set, DELAY seconds apart. PROGRESS
+# prints a step; $MAX_RESTARTS counts what crashed since that step last grew.
 supervise() {
-  local progress=$1 failures=0 before code
-  shift
+  local delay=$1 progress=$2 crashes=0 code reached now
+  shift 2
+  refuse_unless_number MAX_RESTARTS "$MAX_RESTARTS" 0
+  reached=$("$progress")
   while true; do
-    before=$($progress)
     code=0
     "$@" || code=$?
-    if ((code == 0 || code == 2)) || [[ ${STOPPING:-} ]]; then return "$code"; fi
-    if ((code == 75)); then
+    if ((code == 0 || code == BAD_INPUT)) || [[ ${stopping:-} ]]; then return "$code"; fi
+    now=$("$progress")
+    if ((now > reached)); then reached=$now crashes=0; fi
+    if ((code == PREEMPTED)); then
       note "preempted; starting again"
+    elif ((crashes >= MAX_RESTARTS)); then
+      note "ended with code $code, and $MAX_RESTARTS restarts brought no new checkpoint; giving up"
+      return "$code"
     else
-      if [[ $($progress) != "$before" ]]; then failures=0; fi
-      failures=$((failures + 1))
-      if ((failures > MAX_RESTARTS)); then
-        note "ended with code $code, $failures times without a new checkpoint; giving up"
-        return "$code"
-      fi
-      note "ended with code $code; starting again"
+      crashes=$((crashes + 1))
+      note "ended with code $code; starting again ($crashes of $MAX_RESTARTS without a new checkpoint)"
     fi
+    pause "$delay"
+    if [[ ${stopping:-} ]]; then return "$code"; fi
   done
 }

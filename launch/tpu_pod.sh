@@ -2,84 +2,167 @@
 # A run on a Cloud TPU slice, as a queued resource.
 #
 #   launch/tpu_pod.sh create              ask for the slice, and wait until it is there
-#   launch/tpu_pod.sh setup               this checkout and its environment onto every host, once
+#   launch/tpu_pod.sh setup               this commit and its environment onto every host, once
 #   launch/tpu_pod.sh run -- COMMAND...   all three: the command on every host, again after a preemption or a dead host
 #   launch/tpu_pod.sh logs                follow what the hosts say
 #   launch/tpu_pod.sh stop                SIGTERM to the command, so that it saves
 #   launch/tpu_pod.sh delete              give the slice back
 #
-# Settings: NAME, ZONE, TYPE (v5litepod-64), RUNTIME (v2-alpha-tpuv5-lite), SPOT=1, PROJECT. --dry-run before the
-# subcommand prints the commands. COMMAND's --workdir must be a folder that all hosts share: gs://BUCKET/RUN.
+# Settings: NAME, ZONE, TYPE (v5litepod-64), RUNTIME (v2-alpha-tpuv5-lite), SPOT=1, PROJECT, MAX_RESTARTS (3, without a
+# new checkpoint). --dry-run before the subcommand prints the commands. COMMAND's --workdir must be a folder that all
+# hosts share: gs://BUCKET/RUN. Ctrl-C ends a run as stop does.
 set -euo pipefail
 # shellcheck source=launch/supervise.sh
 source "$(dirname "${BASH_SOURCE[0]}")/supervise.sh"
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 POLL=${POLL:-30} # seconds between two looks at the slice
-dry_run=
-[[ ${1:-} == --dry-run ]] && dry_run=1 && shift
-usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
-subcommand=${1:-}
-(($#)) && shift
-[[ ${1:-} == -- ]] && shift
-for setting in NAME ZONE TYPE RUNTIME; do
-  [[ ${!setting:-} ]] || { echo "error: set $setting, such as NAME=run ZONE=us-west4-a TYPE=v5litepod-64 \
-RUNTIME=v2-alpha-tpuv5-lite" >&2 && exit 2; }
+dry_run='' stopping=''
+while [[ ${1:-} == -* ]]; do
+  case $1 in
+    --dry-run) dry_run=1 && shift ;;
+    --help | -h) help && exit ;;
+    *) refuse "unknown argument '$1'; --help tells the rest" ;;
+  esac
 done
+subcommand=${1:-}
+case $subcommand in
+  create | setup | run | logs | stop | delete) shift ;;
+  '') refuse "no subcommand: create, setup, run, logs, stop or delete" ;;
+  *) refuse "unknown subcommand '$subcommand'; there are create, setup, run, logs, stop and delete" ;;
+esac
+if [[ $subcommand == run ]]; then
+  if [[ ${1:-} == -- ]]; then shift; elif (($#)); then refuse "unknown argument '$1'; the command goes after --"; fi
+  (($#)) || refuse "no command; give it after --"
+elif (($#)); then
+  refuse "$subcommand takes no argument, but was given '$1'"
+fi
+needed=(NAME ZONE)
+case $subcommand in create | run) needed+=(TYPE RUNTIME) ;; esac
+for setting in "${needed[@]}"; do
+  [[ ${!setting:-} ]] ||
+    refuse "set $setting, as in NAME=run ZONE=us-west4-a TYPE=v5litepod-64 RUNTIME=v2-alpha-tpuv5-lite"
+done
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NAME=${NAME:?} where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 
-gcloud_() { if [[ $dry_run ]]; then printf '%q ' gcloud "$@" && echo; else gcloud "$@"; fi; }
-resource() { gcloud_ compute tpus queued-resources "$1" "$NAME" "${where[@]}" "${@:2}"; }
-on_all() { gcloud_ compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all --command="$1"; }
-state() { gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)' 2>/dev/null; }
+resource() { call gcloud compute tpus queued-resources "$1" "$NAME" "${where[@]}" "${@:2}"; }
+on_all() { call gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all --command="$1"; }
+
+# ACTIVE, SUSPENDED, ..., or NONE where there is no such resource. Fails, and says why, where gcloud cannot tell.
+state() {
+  local said
+  if said=$(resource describe --format='value(state.state)' 2>&1); then
+    echo "${said##*$'\n'}"
+  elif [[ $said == *NOT_FOUND* ]]; then
+    echo NONE
+  else
+    echo "$said" >&2
+    return 1
+  fi
+}
 
 create() {
-  local now
-  while true; do
-    now=$([[ $dry_run ]] || state || true)
+  local now asked=''
+  if [[ $dry_run ]]; then now=NONE; else now=$(state) || return 1; fi
+  while [[ $now != ACTIVE ]]; do
+    if [[ $stopping ]]; then return 1; fi
     case $now in
-      ACTIVE) return ;;
-      SUSPENDED | SUSPENDING | FAILED) resource delete --force --quiet || true ;;
-      '') resource create --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" ${SPOT:+--spot} ;;
+      NONE)
+        resource create --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" ${SPOT:+--spot} ||
+          return 1
+        asked=1
+        ;;
+      FAILED | SUSPENDED)
+        if [[ $asked && $now == FAILED ]]; then
+          note "the request for $TYPE failed; 'gcloud compute tpus queued-resources describe $NAME' says why"
+          return 1
+        fi
+        resource delete --force --quiet || return 1
+        ;;
     esac
-    [[ $dry_run ]] && return
-    sleep "$POLL"
+    if [[ $dry_run ]]; then return; fi
+    pause "$POLL"
+    now=$(state) || return 1
   done
 }
 
+# uv brings a Python of its own: that of a TPU VM may be older than this package asks for.
 setup() {
-  local commit archive
-  commit=$(git rev-parse HEAD)
+  local commit folder
+  commit=$(git rev-parse HEAD) || return 1
   if [[ ! $dry_run ]] && on_all "grep -qx $commit diffdis/.commit" >/dev/null 2>&1; then return; fi
-  archive=$(mktemp -d)/diffdis.tar.gz
-  git archive --output="$archive" HEAD
-  gcloud_ compute tpus tpu-vm scp "$archive" "$NAME:diffdis.tar.gz" "${where[@]}" --worker=all
-  on_all "mkdir -p diffdis && tar -xzf diffdis.tar.gz -C diffdis && cd diffdis && python3 -m venv .venv &&\
- .venv/bin/pip install -q -r requirements.txt 'jax[tpu]' && echo $commit > .commit"
+  folder=$(mktemp -d)
+  git archive --output="$folder/diffdis.tar.gz" HEAD &&
+    call gcloud compute tpus tpu-vm scp "$folder/diffdis.tar.gz" "$NAME:" "${where[@]}" --worker=all &&
+    on_all "set -e; mkdir -p diffdis; tar -xzf diffdis.tar.gz -C diffdis; cd diffdis; rm -f .commit;\
+ python3 -m pip install -q --user uv; ~/.local/bin/uv venv -q --clear --python=3.12 .venv;\
+ ~/.local/bin/uv pip install -q -e '.[tpu]'; echo $commit >.commit" ||
+    return 1
+  rm -r "$folder"
+}
+
+# What every host does with the command. The lock waits for an attempt that is still ending; where the connection is
+# lost the command goes on, and keeps its lock. The last line tells the launcher this host's code: ssh to several hosts
+# returns one for all of them.
+on_host() {
+  printf '%s' "set -e; cd diffdis; exec 9>.lock; flock 9; export PATH=\$PWD/.venv/bin:\$PATH; touch run.log;" \
+    " from=\$((\$(wc -c <run.log) + 1));$(printf ' %q' "$@") </dev/null >>run.log 2>&1 & pid=\$!; echo \$pid >.pid;" \
+    " tail -c +\$from -F --pid=\$pid run.log 2>/dev/null 9>&- & code=0; wait \$pid || code=\$?; rm .pid; wait;" \
+    " echo \"host ended with code \$code\"; exit \$code"
+}
+
+# shellcheck disable=SC2016  # for the host to expand
+interrupt='if [ -e diffdis/.pid ]; then kill -TERM $(cat diffdis/.pid); fi'
+finish() {
+  stopping=1
+  note "telling the hosts to save"
+  on_all "$interrupt" </dev/null >/dev/null 2>&1 &
+}
+
+# Code 2 or 75 of any host, or else the highest: others may have died of its end.
+run_once() {
+  local said pid code
+  create && setup || return 1
+  if [[ $stopping ]]; then return 1; fi
+  if [[ $dry_run ]]; then on_all "$(on_host "$@")" && return; fi
+  said=$(mktemp)
+  { on_all "$(on_host "$@")" 2>&1 </dev/null || echo "host ended with code 255, or could not be reached"; } |
+    tee "$said" &
+  pid=$!
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done
+  code=$(sed -n 's/.*host ended with code \([0-9]*\).*/\1/p' "$said" | sort -n |
+    awk '{ has[$1] = 1; last = $1 } END { print (2 in has) ? 2 : (75 in has) ? 75 : (NR ? last : 255) }')
+  rm "$said"
+  return "$code"
 }
 
 attempt() {
-  create || return 1
-  setup || return 1
-  # flock waits for an attempt that is still ending. The code of a host comes by a file: ssh to several gives one of them.
-  on_all "cd diffdis && rm -f .code && PATH=\$PWD/.venv/bin:\$PATH &&\
- { flock .running env$(printf ' %q' "$@") 2>&1; echo \$? > .code; } | tee -a run.log; exit \$(cat .code)" && return
-  gcloud_ compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=0 --command="exit \$(cat diffdis/.code)"
+  local code=0
+  run_once "$@" || code=$?
+  if ((code != 0 && code != BAD_INPUT && code != PREEMPTED)) && [[ ! $stopping ]]; then
+    pause "$POLL" # a slice that is being taken away may take a while to say so
+    case $(state || true) in SUSPENDING | SUSPENDED) code=$PREEMPTED ;; esac
+  fi
+  return "$code"
 }
 
-progress() { # a new checkpoint, where the workdir can be listed
-  [[ $dry_run || ! $workdir ]] || gcloud storage ls "$workdir/checkpoints/" 2>/dev/null | sort | tail -n 1 || true
+saved_step() { # where the workdir can be listed
+  local step
+  if [[ ! $dry_run && $workdir ]]; then
+    step=$(gcloud storage ls "$workdir/checkpoints/*/commit_success.txt" 2>/dev/null |
+      sed -n 's|.*/\([0-9]*\)/commit_success.txt$|\1|p' | sort -n | tail -n 1) || true
+  fi
+  echo "${step:-0}"
 }
 
 case $subcommand in
   create | setup) "$subcommand" ;;
   run)
-    (($#)) || usage
     workdir=$(workdir_of "$@")
-    supervise progress attempt "$@"
+    trap finish TERM INT
+    supervise "${DELAY:-10}" saved_step attempt "$@"
     ;;
   logs) on_all "tail -n 100 -F diffdis/run.log" ;;
-  stop) on_all "pkill -TERM -f '[d]iffdis_jax[.]' || true" ;;
+  stop) on_all "$interrupt" ;;
   delete) resource delete --force --quiet ;;
-  *) usage ;;
 esac

@@ -1,50 +1,71 @@
 #!/usr/bin/env bash
 # A run on GKE as a JobSet (https://jobset.sigs.k8s.io, which must be installed in the cluster).
 #
-#   launch/gke/gke.sh run -- COMMAND...   start it; JobSet restarts it after a preemption or a dead host
+#   launch/gke/gke.sh run -- COMMAND...   start it; Kubernetes restarts it after a preemption or a dead host
 #   launch/gke/gke.sh logs                follow what the hosts say
 #   launch/gke/gke.sh stop                delete it: SIGTERM, so that it saves
 #
 # Settings: NAME, IMAGE (with this repository in its working directory), HOSTS, CHIPS (of each host), RESOURCE
 # (google.com/tpu or nvidia.com/gpu), SELECTOR (YAML of node labels, such as
-# "{cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, cloud.google.com/gke-tpu-topology: 8x8}").
-# --dry-run before the subcommand prints the commands and the manifest.
+# "{cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, cloud.google.com/gke-tpu-topology: 8x8}"), MAX_RESTARTS
+# (100, after crashes in the whole run). --dry-run before the subcommand prints the commands and the manifest.
 set -euo pipefail
+MAX_RESTARTS=${MAX_RESTARTS:-100}
 here=$(dirname "${BASH_SOURCE[0]}")
+# shellcheck source=launch/supervise.sh
+source "$here/../supervise.sh"
 
-dry_run=
-[[ ${1:-} == --dry-run ]] && dry_run=1 && shift
-usage() { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2 && exit 2; }
+dry_run=''
+while [[ ${1:-} == -* ]]; do
+  case $1 in
+    --dry-run) dry_run=1 && shift ;;
+    --help | -h) help && exit ;;
+    *) refuse "unknown argument '$1'; --help tells the rest" ;;
+  esac
+done
 subcommand=${1:-}
-(($#)) && shift
-[[ ${1:-} == -- ]] && shift
-need() {
-  local setting
-  for setting in "$@"; do [[ ${!setting:-} ]] || { echo "error: set $setting; see the top of $0" >&2 && exit 2; }; done
-}
-call() { if [[ $dry_run ]]; then printf '%q ' kubectl "$@" && echo; else kubectl "$@"; fi; }
-
-manifest() { # a command's argument becomes a JSON string
-  local text argument setting arguments=
-  text=$(<"$here/jobset.yaml")
-  for argument in "$@"; do
-    argument=${argument//\\/\\\\}
-    arguments+=${arguments:+, }\"${argument//\"/\\\"}\"
-  done
-  for setting in NAME IMAGE HOSTS CHIPS RESOURCE SELECTOR; do text=${text//@$setting@/"${!setting}"}; done
-  printf '%s\n' "${text//@COMMAND@/"[$arguments]"}"
-}
-
-need NAME
+case $subcommand in
+  run | logs | stop) shift ;;
+  '') refuse "no subcommand: run, logs or stop" ;;
+  *) refuse "unknown subcommand '$subcommand'; there are run, logs and stop" ;;
+esac
+needed=(NAME)
+if [[ $subcommand == run ]]; then
+  if [[ ${1:-} == -- ]]; then shift; elif (($#)); then refuse "unknown argument '$1'; the command goes after --"; fi
+  (($#)) || refuse "no command; give it after --"
+  needed+=(IMAGE HOSTS CHIPS RESOURCE SELECTOR)
+elif (($#)); then
+  refuse "$subcommand takes no argument, but was given '$1'"
+fi
+for setting in "${needed[@]}"; do [[ ${!setting:-} ]] || refuse "set $setting; --help tells what it is"; done
 NAME=${NAME:?}
+[[ $NAME =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || refuse "NAME is '$NAME'; it should be lower-case letters, digits and -"
+if [[ $subcommand == run ]]; then
+  refuse_unless_number HOSTS "$HOSTS" 1
+  refuse_unless_number CHIPS "$CHIPS" 1
+  refuse_unless_number MAX_RESTARTS "$MAX_RESTARTS" 0
+fi
+
+quoted() { # as a JSON string, which is YAML too
+  local text=$1
+  text=${text//\\/\\\\} text=${text//\"/\\\"} text=${text//$'\n'/\\n} text=${text//$'\t'/\\t}
+  printf '"%s"' "$text"
+}
+
+manifest() {
+  local text argument setting command=()
+  text=$(<"$here/jobset.yaml")
+  for setting in NAME IMAGE HOSTS CHIPS RESOURCE SELECTOR MAX_RESTARTS; do text=${text//@$setting@/"${!setting}"}; done
+  for argument in "$@"; do command+=("$(quoted "$argument"),"); done
+  printf '%s\n' "${text//@COMMAND@/"[${command[*]}]"}"
+}
+
 case $subcommand in
   run)
-    (($#)) || usage
-    need IMAGE HOSTS CHIPS RESOURCE SELECTOR
-    [[ $dry_run ]] && manifest "$@"
-    manifest "$@" | if [[ $dry_run ]]; then call apply -f -; else kubectl apply -f -; fi
+    text=$(manifest "$@")
+    if [[ $dry_run ]]; then echo "$text"; fi
+    call kubectl apply -f - <<<"$text"
     ;;
-  logs) call logs --follow --prefix --max-log-requests=1000 --selector="jobset.sigs.k8s.io/jobset-name=$NAME" ;;
-  stop) call delete jobset "$NAME" ;;
-  *) usage ;;
+  logs) call kubectl logs --follow --prefix --max-log-requests=1000 --selector="jobset.sigs.k8s.io/jobset-name=$NAME" ;;
+  stop) call kubectl delete jobset "$NAME" ;;
 esac

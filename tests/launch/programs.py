@@ -1,0 +1,77 @@
+"""Programs that stand in for gcloud, srun, scontrol and kubectl: they record what they are asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+ROOT = pathlib.Path(__file__).parents[2]
+NAMES = ("gcloud", "srun", "scontrol", "kubectl")
+_PROGRAM = """#!{python} -IS
+import json, os, pathlib, sys
+folder = pathlib.Path({folder!r})
+call = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+stdin = sys.stdin.read() if "-" in call else None
+with (folder / "calls.jsonl").open("a") as file:
+  file.write(json.dumps({{"call": call, "stdin": stdin}}) + chr(10))
+for number, (key, answers) in enumerate(json.loads((folder / "answers.json").read_text()).items()):
+  if key in " ".join(call):
+    seen = folder / f"seen{{number}}"
+    count = len(seen.read_text()) if seen.exists() else 0
+    seen.write_text("." * (count + 1))
+    answer = answers[min(count, len(answers) - 1)]
+    sys.stdout.write(answer.get("stdout", ""))
+    sys.stderr.write(answer.get("stderr", ""))
+    sys.exit(answer.get("code", 0))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  stdout: str = ""
+  stderr: str = ""
+  code: int = 0
+
+
+class Programs:
+  """The programs, in a folder that comes first on PATH."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder
+    for name in NAMES:
+      (folder / name).write_text(_PROGRAM.format(python=sys.executable, folder=str(folder)))
+      (folder / name).chmod(0o755)
+    self.answer({})
+
+  def answer(self, answers: Mapping[str, Sequence[Answer]]) -> None:
+    """Of calls that contain the first such key, the n-th gets the n-th answer, later ones the last. Others succeed."""
+    told = {key: [dataclasses.asdict(answer) for answer in queue] for key, queue in answers.items()}
+    (self.folder / "answers.json").write_text(json.dumps(told))
+
+  def environment(self, **variables: str) -> dict[str, str]:
+    return {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}", "DELAY": "0", **variables}
+
+  def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+      ["bash", f"launch/{script}", *arguments],
+      cwd=ROOT,
+      env=self.environment(**variables),
+      capture_output=True,
+      text=True,
+      stdin=subprocess.DEVNULL,
+      timeout=60,
+    )
+
+  @property
+  def records(self) -> list[dict]:
+    path = self.folder / "calls.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+  @property
+  def calls(self) -> list[list[str]]:
+    return [record["call"] for record in self.records]

@@ -1,0 +1,53 @@
+"""What holds for every launcher: shellcheck's opinion, --help, and one line for a wrong command line."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.programs import ROOT, Programs
+
+SCRIPTS = sorted(path for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch"))
+STARTED = [path for path in SCRIPTS if path.name != "supervise.sh"]  # by a user
+
+
+@pytest.fixture
+def programs(tmp_path: pathlib.Path) -> Programs:
+  return Programs(tmp_path)
+
+
+def name_of(path: pathlib.Path) -> str:
+  return str(path.relative_to(ROOT / "launch"))
+
+
+def test_shellcheck_finds_nothing():
+  shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+  if shellcheck is None:
+    pytest.skip("no shellcheck: pip install -e '.[test]'")
+  done = subprocess.run([shellcheck, "--external-sources", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "launch/gke/jobset.yaml"], ids=name_of)
+def test_holds_no_hyperparameter(path):
+  assert not re.search(r"--config(\.\w|=\w)", path.read_text())
+
+
+@pytest.mark.parametrize("path", STARTED, ids=name_of)
+def test_is_executable_and_stops_at_errors(path):
+  assert os.access(path, os.X_OK)
+  assert "\nset -euo pipefail\n" in path.read_text()
+
+
+@pytest.mark.parametrize("path", STARTED, ids=name_of)
+def test_help_is_the_comment_at_the_top(path, programs):
+  done = programs.run(name_of(path), "--help")
+  assert (done.returncode, done.stderr, programs.calls) == (0, "", [])
+  assert f"launch/{name_of(path)}" in done.stdout and "--dry-run" in done.stdout
+  assert "#" not in done.stdout and "set -euo" not in done.stdout

@@ -1,0 +1,133 @@
+"""launch/slurm.sbatch as Slurm runs it: a copy, in a job, with programs that record what they are asked."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.launch.programs import ROOT, Answer, Programs
+
+TRAIN = ["python", "-m", "diffdis_jax.train", "--workdir=/runs/a", "--config.a=x 'y'"]
+SRUN = ["srun", "--wait=60", "--kill-on-bad-exit=0", "--label", *TRAIN]
+REQUEUE = ["scontrol", "requeue", "17"]
+
+
+def ended(code: int, *, returned: int | None = None) -> Answer:
+  """srun's answer when a process ended with a code, and the highest of all processes was `returned`."""
+  said = f"srun: error: node2: tasks 1-3: Exited with exit code {code}\n"
+  return Answer(code=code if returned is None else returned, stderr=said, stdout="0: step 5\n")
+
+
+class Job:
+  """The script in a Slurm job."""
+
+  def __init__(self, folder: pathlib.Path):
+    (folder / "bin").mkdir()
+    self.programs = Programs(folder / "bin")
+    self._script = folder / "slurm_script"  # where Slurm keeps its copy
+    shutil.copy(ROOT / "launch" / "slurm.sbatch", self._script)
+    self._folder = folder
+
+  def start(self, restarts: int = 3) -> subprocess.Popen:
+    return subprocess.Popen(
+      ["bash", self._script, "--", *TRAIN],
+      cwd=self._folder,
+      env=self.programs.environment(SLURM_JOB_ID="17", SLURM_SUBMIT_DIR=str(ROOT), MAX_RESTARTS=str(restarts)),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  def run(self, *answers: Answer, restarts: int = 3) -> tuple[int, str, str]:
+    self.programs.answer({"srun": answers})
+    job = self.start(restarts)
+    out, err = job.communicate(timeout=30)
+    return job.returncode, out, err
+
+
+@pytest.fixture
+def job(tmp_path: pathlib.Path) -> Job:
+  return Job(tmp_path)
+
+
+def test_runs_the_command_as_one_step(job):
+  code, out, _ = job.run(Answer(stdout="0: done\n"))
+  assert (code, out) == (0, "0: done\n")
+  assert job.programs.calls == [SRUN]
+
+
+@pytest.mark.parametrize("returned", [75, 134])
+def test_a_preempted_job_is_queued_again_whatever_others_died_of(job, returned):
+  code, _, err = job.run(ended(75, returned=returned))
+  assert (code, job.programs.calls) == (75, [SRUN, REQUEUE])
+  assert "the job is queued again" in err and "Exited with exit code 75" in err
+
+
+@pytest.mark.parametrize("returned", [2, 134])
+def test_bad_input_ends_it_whatever_others_died_of(job, returned):
+  code, _, _ = job.run(ended(2, returned=returned))
+  assert (code, job.programs.calls) == (2, [SRUN])
+
+
+def test_a_code_that_only_begins_alike_is_a_crash(job):
+  code, _, _ = job.run(ended(23), Answer())
+  assert (code, job.programs.calls) == (0, [SRUN, SRUN])
+
+
+def test_a_crash_starts_the_step_again_in_the_same_job(job):
+  code, _, err = job.run(Answer(code=137), Answer(code=1), Answer())
+  assert (code, job.programs.calls) == (0, [SRUN] * 3)
+  assert "ended with code 137; starting again (1 of 3" in err
+
+
+def test_gives_up_without_queueing_again(job):
+  code, _, _ = job.run(Answer(code=1), restarts=1)
+  assert (code, job.programs.calls) == (1, [SRUN] * 2)
+
+
+def test_a_cancelled_job_is_not_queued_again(job, tmp_path):
+  lines = [f"touch {tmp_path}/begun", "sleep 0.5", "echo 'srun: error: a: task 0: Exited with exit code 75' >&2"]
+  (tmp_path / "bin" / "srun").write_text("\n".join(["#!/bin/bash", *lines, "exit 75", ""]))
+  cancelled = job.start()
+  deadline = time.monotonic() + 20
+  while not (tmp_path / "begun").exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  os.kill(cancelled.pid, signal.SIGTERM)
+  cancelled.communicate(timeout=20)
+  assert (cancelled.returncode, job.programs.calls) == (75, [])
+
+
+def test_asks_slurm_for_a_warning_and_for_another_start():
+  asked = re.findall(r"^#SBATCH (.*)$", (ROOT / "launch/slurm.sbatch").read_text(), re.MULTILINE)
+  assert {"--requeue", "--signal=TERM@120", "--ntasks-per-node=1", "--open-mode=append"} <= set(asked)
+
+
+def test_dry_run_prints_the_commands(tmp_path):
+  programs = Programs(tmp_path)
+  done = programs.run("slurm.sbatch", "--dry-run", "--", *TRAIN)
+  assert (done.returncode, programs.calls) == (0, [])
+  step, requeue = done.stdout.splitlines()
+  assert step.startswith("srun --wait=60 --kill-on-bad-exit=0 --label python -m diffdis_jax.train")
+  assert requeue.split() == ["scontrol", "requeue", "JOB_ID"]
+
+
+@pytest.mark.parametrize(
+  "arguments, said",
+  [
+    (["--", "true"], "not in a Slurm job; start it with sbatch"),
+    (["--dry-run"], "no command; give it after --"),
+    (["python"], "unknown argument 'python'"),
+  ],
+)
+def test_bad_usage_is_one_line(tmp_path, arguments, said):
+  done = Programs(tmp_path).run("slurm.sbatch", *arguments)
+  assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+  assert done.stderr.startswith(f"slurm.sbatch: error: {said}")

@@ -1,0 +1,248 @@
+"""launch/tpu_pod.sh with a gcloud that records what it is asked; what it sends to hosts is run here, too."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.launch.programs import ROOT, Answer, Programs
+
+SETTINGS = {"NAME": "run", "ZONE": "us-west4-a", "TYPE": "v5litepod-64", "RUNTIME": "v2", "POLL": "0"}
+TRAIN = ["python", "-m", "diffdis_jax.train", "--workdir=gs://bucket/run", "--config.a=x 'y'"]
+STATE, RUN, DONE = "queued-resources describe", "flock 9", "grep -qx"
+ACTIVE = Answer(stdout="ACTIVE\n")
+NONE = Answer(code=1, stderr="ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: no such resource\n")
+
+
+def said(*codes: int, gcloud: int = 0) -> Answer:
+  return Answer(stdout="".join(f"host ended with code {code}\n" for code in codes), code=gcloud)
+
+
+@pytest.fixture
+def programs(tmp_path: pathlib.Path) -> Programs:
+  return Programs(tmp_path)
+
+
+def kinds(programs: Programs) -> list[str]:
+  """Of gcloud's calls: describe, create, delete, scp, run, or ssh for what else is done on hosts."""
+  words = {"describe": "describe", "queued-resources create": "create", "delete": "delete", "scp": "scp", RUN: "run"}
+  found = []
+  for call in programs.calls:
+    text = " ".join(call)
+    found.append(next((kind for key, kind in words.items() if key in text), "ssh" if "ssh" in call else "other"))
+  return found
+
+
+def run(programs: Programs, *answers: Answer, states: tuple[Answer, ...] = (ACTIVE,), restarts: int = 3):
+  programs.answer({STATE: states, RUN: answers})
+  done = programs.run("tpu_pod.sh", "run", "--", *TRAIN, **SETTINGS, MAX_RESTARTS=str(restarts))
+  return done.returncode, kinds(programs).count("run"), done.stderr
+
+
+def test_create_waits_until_the_slice_is_there(programs):
+  programs.answer({STATE: [NONE, Answer(stdout="WAITING_FOR_RESOURCES\n"), Answer(stdout="PROVISIONING\n"), ACTIVE]})
+  done = programs.run("tpu_pod.sh", "create", **SETTINGS, SPOT="1", PROJECT="p")
+  assert done.returncode == 0, done.stderr
+  assert kinds(programs) == ["describe", "create", "describe", "describe", "describe"]
+  resource = ["gcloud", "compute", "tpus", "queued-resources"]
+  where = ["run", "--zone=us-west4-a", "--project=p"]
+  what = ["--node-id=run", "--accelerator-type=v5litepod-64", "--runtime-version=v2", "--spot"]
+  assert programs.calls[1] == [*resource, "create", *where, *what]
+  assert programs.calls[0] == [*resource, "describe", *where, "--format=value(state.state)"]
+
+
+@pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
+def test_create_replaces_what_is_over(programs, state):
+  programs.answer({STATE: [Answer(stdout=f"{state}\n"), NONE, ACTIVE]})
+  assert programs.run("tpu_pod.sh", "create", **SETTINGS).returncode == 0
+  assert kinds(programs) == ["describe", "delete", "describe", "create", "describe"]
+  assert programs.calls[1][-2:] == ["--force", "--quiet"]
+
+
+def test_create_does_not_ask_for_ever(programs):
+  programs.answer({STATE: [NONE, Answer(stdout="FAILED\n")]})
+  done = programs.run("tpu_pod.sh", "create", **SETTINGS)
+  assert (done.returncode, kinds(programs)) == (1, ["describe", "create", "describe"])
+  assert "the request for v5litepod-64 failed" in done.stderr
+
+
+def test_create_asks_for_nothing_when_gcloud_cannot_tell(programs):
+  programs.answer({STATE: [Answer(code=1, stderr="ERROR: you do not currently have an active account\n")]})
+  done = programs.run("tpu_pod.sh", "create", **SETTINGS)
+  assert (done.returncode, kinds(programs)) == (1, ["describe"])
+  assert "active account" in done.stderr
+
+
+def test_setup_happens_once_on_all_hosts(programs):
+  programs.answer({DONE: [Answer(code=1), Answer()]})
+  for _ in range(2):
+    assert programs.run("tpu_pod.sh", "setup", **SETTINGS).returncode == 0
+  assert kinds(programs) == ["ssh", "scp", "ssh", "ssh"]
+  assert all("--worker=all" in call for call in programs.calls)
+  install = programs.calls[2][-1]
+  commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+  assert "uv pip install" in install and "'.[tpu]'" in install and install.endswith(f"echo {commit} >.commit")
+
+
+def test_run_sends_the_command_as_it_is_to_all_hosts(programs, tmp_path):
+  assert run(programs, said(0, 0)) == (0, 1, "")
+  call = next(call for call in programs.calls if RUN in call[-1])
+  assert call[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "run", "--zone=us-west4-a"]
+  assert call[7] == "--worker=all"
+  assert r"python -m diffdis_jax.train --workdir=gs://bucket/run --config.a=x\ \'y\' </dev/null" in call[-1]
+
+
+def test_a_slice_that_was_taken_away_is_asked_for_again(programs):
+  lost = Answer(code=255, stderr="Connection closed by remote host\n")
+  states = (ACTIVE, Answer(stdout="SUSPENDING\n"), Answer(stdout="SUSPENDED\n"), NONE, ACTIVE)
+  code, runs, err = run(programs, lost, said(0), states=states, restarts=0)
+  assert (code, runs) == (0, 2)
+  assert "preempted; starting again" in err
+  later = kinds(programs)[kinds(programs).index("run") + 1 :]
+  begun = [kind for kind in later if kind in ("delete", "create", "run")]
+  assert begun == ["delete", "create", "run"]
+
+
+def test_restarts_after_a_save_and_after_a_dead_host(programs):
+  code, runs, err = run(programs, said(75, 134, 75, gcloud=1), said(1, 134, gcloud=1), said(0))
+  assert (code, runs) == (0, 3)
+  assert "preempted; starting again" in err and "ended with code 255; starting again (1 of 3" in err
+
+
+def test_bad_input_ends_it_whatever_others_died_of(programs):
+  code, runs, _ = run(programs, said(134, 2, gcloud=134))
+  assert (code, runs) == (2, 1)
+
+
+def test_a_host_that_says_nothing_has_not_finished(programs):
+  code, runs, err = run(programs, Answer(stdout="loss 1.0\n"), said(0))
+  assert (code, runs) == (0, 2)
+  assert "ended with code 255" in err
+
+
+@pytest.mark.parametrize("steps, runs", [([100, 100, 100], 2), ([100, 100, 200, 200], 3)])
+def test_counts_restarts_since_the_last_checkpoint_in_the_bucket(programs, steps, runs):
+  listed = [Answer(stdout=f"gs://bucket/run/checkpoints/{step}/commit_success.txt\n") for step in [*steps]]
+  programs.answer({STATE: [ACTIVE], RUN: [said(1)], "storage ls": listed})
+  done = programs.run("tpu_pod.sh", "run", "--", *TRAIN, **SETTINGS, MAX_RESTARTS="1")
+  assert (done.returncode, kinds(programs).count("run")) == (1, runs)
+  assert "1 restarts brought no new checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize(
+  "subcommand, words",
+  [("logs", "tail -n 100 -F diffdis/run.log"), ("stop", "kill -TERM"), ("delete", "delete run --zone=us-west4-a")],
+)
+def test_other_subcommands_need_only_a_name_and_a_zone(programs, subcommand, words):
+  done = programs.run("tpu_pod.sh", subcommand, NAME="run", ZONE="us-west4-a", TYPE="", RUNTIME="")
+  (call,) = programs.calls
+  assert done.returncode == 0 and words in " ".join(call)
+
+
+def test_sigterm_tells_the_hosts_to_save_and_starts_nothing_again(programs, tmp_path):
+  (tmp_path / "gcloud").write_text(f"""#!/bin/bash
+case "$*" in
+  *describe*) echo ACTIVE ;;
+  *"kill -TERM"*) touch {tmp_path}/told ;;
+  *"{RUN}"*) echo >>{tmp_path}/begun; for i in {{1..200}}; do [[ -e {tmp_path}/told ]] && break; sleep 0.05; done
+    [[ ! -e {tmp_path}/told ]] || echo "host ended with code 75"; exit 1 ;;
+esac
+""")
+  environment = programs.environment(**SETTINGS)
+  launcher = subprocess.Popen(["launch/tpu_pod.sh", "run", "--", *TRAIN], cwd=ROOT, env=environment)
+  deadline = time.monotonic() + 20
+  while not (tmp_path / "begun").exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  launcher.send_signal(signal.SIGTERM)
+  assert launcher.wait(20) == 75
+  assert (tmp_path / "begun").read_text() == "\n"
+
+
+class Host:
+  """A folder that stands for a host's home, and what the launcher sends there."""
+
+  def __init__(self, programs: Programs, home: pathlib.Path, *command: str):
+    self.folder = home / "diffdis"
+    self.folder.mkdir()
+    done = programs.run("tpu_pod.sh", "--dry-run", "run", "--", *command, **SETTINGS)
+    sent = done.stdout.splitlines()[-1]
+    self._script = subprocess.run(
+      ["bash", "-c", f"printf %s {sent.split('--command=')[1]}"], capture_output=True
+    ).stdout
+    self._home = home
+
+  def start(self) -> subprocess.Popen:
+    environment = {**os.environ, "PATH": os.environ["PATH"]}
+    return subprocess.Popen(
+      ["bash", "-c", self._script.decode()], cwd=self._home, env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_a_host_shows_all_that_is_said_and_keeps_it(programs, tmp_path):
+  home = tmp_path / "home"
+  home.mkdir()
+  host = Host(programs, home, "bash", "-c", 'echo "it\'s $0" >&2; seq 3; exit 75')
+  (host.folder / "run.log").write_text("of an earlier attempt\n")
+  shown = host.start()
+  out, _ = shown.communicate(timeout=20)
+  assert (shown.returncode, out.splitlines()) == (75, ["it's bash", "1", "2", "3", "host ended with code 75"])
+  assert (host.folder / "run.log").read_text().startswith("of an earlier attempt\nit's bash\n1\n")
+  assert not (host.folder / ".pid").exists()
+
+
+def test_a_lost_connection_leaves_the_command_and_the_next_attempt_waits(programs, tmp_path):
+  home = tmp_path / "home"
+  home.mkdir()
+  script = "echo started >>attempts; while [[ ! -e end ]]; do sleep 0.05; done; echo ended >>attempts"
+  host = Host(programs, home, "bash", "-c", script)
+  first = host.start()
+  deadline = time.monotonic() + 20
+  while not (host.folder / "attempts").exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  first.stdout.close()  # what a lost connection is to the host
+  second = host.start()
+  time.sleep(0.5)
+  assert (host.folder / "attempts").read_text() == "started\n"
+  (host.folder / "end").touch()
+  second.communicate(timeout=20)
+  first.wait(timeout=20)
+  assert (host.folder / "attempts").read_text().split() == ["started", "ended", "started", "ended"]
+  assert second.returncode == 0
+
+
+@pytest.mark.parametrize(
+  "arguments, settings, said_",
+  [
+    ([], SETTINGS, "no subcommand: create, setup"),
+    (["start"], SETTINGS, "unknown subcommand 'start'"),
+    (["--spot", "create"], SETTINGS, "unknown argument '--spot'"),
+    (["run"], SETTINGS, "no command; give it after --"),
+    (["run", "python"], SETTINGS, "unknown argument 'python'; the command goes after --"),
+    (["create", "now"], SETTINGS, "create takes no argument, but was given 'now'"),
+    (["create"], {**SETTINGS, "ZONE": ""}, "set ZONE, as in"),
+    (["run", "--", "true"], {**SETTINGS, "TYPE": ""}, "set TYPE, as in"),
+    (["run", "--", "true"], {**SETTINGS, "MAX_RESTARTS": "x"}, "MAX_RESTARTS is 'x'"),
+  ],
+)
+def test_bad_usage_is_one_line(programs, arguments, settings, said_):
+  done = programs.run("tpu_pod.sh", *arguments, **settings)
+  assert (done.returncode, done.stdout, done.stderr.count("\n"), programs.calls) == (2, "", 1, [])
+  assert done.stderr.startswith(f"tpu_pod.sh: error: {said_}")
+
+
+def test_dry_run_prints_the_commands_and_calls_nothing(programs):
+  done = programs.run("tpu_pod.sh", "--dry-run", "run", "--", *TRAIN, **SETTINGS)
+  assert (done.returncode, programs.calls) == (0, [])
+  assert [line.split()[3:5] for line in done.stdout.splitlines()] == [
+    ["queued-resources", "create"],
+    ["tpu-vm", "scp"],
+    ["tpu-vm", "ssh"],
+    ["tpu-vm", "ssh"],
+  ]
