@@ -64,7 +64,7 @@ def define_flags() -> None:
 
 
 def start() -> None:
-  """Joins the other processes of the run, if there are any, and logs which one this is and its devices.
+  """Joins the other processes of the run and logs which one this is and its devices; alone, does nothing.
 
   From then on an exception that nothing catches, in any thread, ends this process at once, and the others within
   HEARTBEAT_TIMEOUT seconds.
@@ -76,6 +76,11 @@ def start() -> None:
   found = find({name: values[name] for name in _VARIABLES}, os.environ)
   if found is not None:
     _initialize(found, values["coordinator_timeout"])
+    log_place()
+
+
+def log_place() -> None:
+  """Which host this is, and the devices."""
   logging.info(
     "host %d of %d, %d of %d devices (%s)",
     jax.process_index(),

@@ -269,6 +269,8 @@ def log_start(config: ConfigDict, trainer: Step) -> None:
   sizes: Mapping[str, Any] = Counter()
   for path, group in trainer.groups.items():
     sizes[group] += math.prod(trainer.shapes[path].shape)
+  if jax.process_count() == 1:
+    distributed.log_place()
   logging.info("mesh %s", dict(trainer.mesh.shape))
   for line in batches.describe(config):
     logging.info("data: %s", line)
