@@ -32,7 +32,7 @@ PROMPTS = tuple(
 def get_config(arg: str = "") -> ConfigDict:
   args = common.parse_arg(arg, autoencoder=False, path="")
   config = common.base(medium(), image_size=32)
-  config.model.query_init = 0.0
+  config.model.query_init = 0.0  # a shorter plateau at the start
   config.data.update(name="pairs", path=args.path, max_length=24)
   config.data.augment = dict(
     shift=0.06, zoom=0.15, rotation=10.0, brightness=0.2, contrast=0.2, saturation=0.3, hue=0.04
@@ -45,8 +45,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.save_every = 500
     return config
 
-  config.num_steps, config.batch_size = 3200, 64
-  # As in shapes.py: a balance of the two gradients, a slow text tower, random token vectors left alone.
+  config.num_steps, config.batch_size = 4500, 128
+  # As in shapes.py: a slow text tower, random token vectors left alone.
   config.loss.ita_weight = 0.3
   config.optim.update(
     groups=(
@@ -61,7 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
     ema_decay=0.998,
   )
   config.text_diffusion.update(schedule="scaled_linear", gamma=0.1)
-  config.save_every = config.eval_every = config.sample_every = 800
+  config.save_every = config.eval_every = config.sample_every = 500
   data = lambda split: dict(name="pairs", path=args.path, split=split, image_size=32)
   zero_shot = lambda split, **settings: dict(
     task="zero_shot", data=data(split), label_field="concept", templates=TEMPLATES, **settings
