@@ -25,7 +25,7 @@ FLAGS = flags.FLAGS
 Section = tuple[str, dict[str, Any]]  # data set, and {task, what that evaluation takes}
 SETTINGS = {  # of an evaluation, that a flag of the same name may set
   "zero_shot": ("seed", "num_images", "shuffle_labels", "classnames", "templates", "label_field", "seen_split"),
-  "retrieval": ("seed", "num_images", "shuffle_labels"),
+  "retrieval": ("seed", "num_images", "shuffle_labels", "caption_field"),
   "agreement": ("seed",),
 }
 PROTOCOL = ("steps", "draws", "guidance", "generation_steps", "generation_guidance", "batch_size")
@@ -42,6 +42,7 @@ def define_flags() -> None:
   flags.DEFINE_string("classnames", None, "JSON list of class names; by default the labels in the data")
   flags.DEFINE_string("templates", None, "JSON list of prompt templates, {} for the class name")
   flags.DEFINE_string("label_field", None, "field of a record with its class name")
+  flags.DEFINE_string("caption_field", None, "field of a record with its caption or captions; by default all captions")
   flags.DEFINE_string("seen_split", None, "split whose classes count as seen; accuracy is given on the others apart")
   flags.DEFINE_integer("num_images", None, "measure on this many images; by default on all", lower_bound=1)
   flags.DEFINE_boolean("shuffle_labels", None, "leak test: images shuffled against labels; accuracy must be chance")
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
   cli.compilation_cache()
   cli.use_all_cores()
   distributed.start()
-  out = pathlib.Path(FLAGS.out)
+  out = epath.Path(FLAGS.out)
   if out.is_dir():
     raise UserError(f"--out={out} is a folder; it should name the JSON file to write")
   config = workdir.load_config(FLAGS.workdir)
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     return
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
-    workdir.write_whole(epath.Path(out), (json.dumps(results, indent=2) + "\n").encode())
+    workdir.write_whole(out, (json.dumps(results, indent=2) + "\n").encode())
   except OSError as error:
     raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
 

@@ -6,6 +6,7 @@ is called; when to run it is the caller's affair.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from diffdis_jax.data import transforms
+from diffdis_jax.data import records, transforms
 from diffdis_jax.structs import UserError
 
 CHUNK = 1024  # images that share a seed; the noise of an image depends on it, not on the device's batch size
@@ -60,9 +61,24 @@ def get_field(record: Mapping[str, Any], field: str) -> Any:
   return record[field]
 
 
+def read(source: Any, index: int) -> dict[str, Any]:
+  """A record of a source. Raises UserError where it is damaged: a figure is of all records or of none."""
+  with _usable(index):
+    return source[int(index)]
+
+
+@contextlib.contextmanager
+def _usable(index: int) -> Iterator[None]:
+  try:
+    yield
+  except records.Unusable as error:
+    raise UserError(f"record {index} of the data set is no use: {error}; prepare the data set again") from error
+
+
 def to_square(image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int) -> UInt8[np.ndarray, "s s 3"]:
-  """The image's central square, resized."""
-  return np.asarray(transforms.resize(transforms.decode(image), image_size))
+  """The image's central square, resized. Raises records.Unusable: bytes that show no image."""
+  decoded = transforms.decode(image) if isinstance(image, np.ndarray) else records.read_image(image)
+  return np.asarray(transforms.resize(decoded, image_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +93,11 @@ class Images:
     return len(self.indices)
 
   def __getitem__(self, places: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w 3"]:
-    return np.stack([to_square(self.source[int(i)]["image"], self.image_size) for i in self.indices[places]])
+    return np.stack([self._square(int(i)) for i in self.indices[places]])
+
+  def _square(self, index: int) -> UInt8[np.ndarray, "s s 3"]:
+    with _usable(index):
+      return to_square(self.source[index]["image"], self.image_size)
 
 
 def chunks(source: Any, indices: Int[np.ndarray, " n"], *, image_size: int) -> Iterator[Images]:

@@ -46,17 +46,14 @@ def read_strings(path: str, *, what: str) -> tuple[str, ...]:
 
 
 def resolve_classnames(classnames: Sequence[str] | str) -> tuple[str, ...]:
-  """Class names given as such or as a JSON file's path, each checked to occur once.
+  """Class names given as such or as a JSON file's path. Raises UserError: the file is unreadable."""
+  return read_strings(classnames, what="class names") if isinstance(classnames, str) else tuple(classnames)
 
-  Raises:
-    UserError: the file is unreadable, or a name occurs twice.
-  """
-  names = read_strings(classnames, what="class names") if isinstance(classnames, str) else tuple(classnames)
-  repeated = [name for name, count in collections.Counter(names).items() if count > 1]
-  if repeated:
-    shown = ", ".join(map(repr, repeated[:10])) + (", ..." if len(repeated) > 10 else "")
-    raise UserError(f"class list with duplicates: {shown}; each class name should occur once")
-  return names
+
+def repeated(names: Sequence[str]) -> str:
+  """The names that occur more than once, for a message; empty if there is none."""
+  found = [name for name, count in collections.Counter(names).items() if count > 1]
+  return ", ".join(map(repr, found[:10])) + (", ..." if len(found) > 10 else "")
 
 
 def resolve_templates(templates: Sequence[str] | str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from diffdis_jax.data import sources
+from diffdis_jax.data import records, sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import base
 from diffdis_jax.structs import UserError
@@ -20,7 +20,8 @@ class Retrieval:
 
   Args:
     data: section of a data source, as `data.sources.make` takes it.
-    caption_field: the record's field with the caption, or with several captions of the same image.
+    caption_field: the record's field with the caption, or with several captions of the same image; empty for all the
+      captions that training draws from.
     equal_captions: images that have the same captions are one target: right is whatever bears the query's caption.
       CLIP_benchmark, and we by default, count only the query's own image or own captions.
     num_images: this many images, the same ones each time; None for all.
@@ -38,7 +39,7 @@ class Retrieval:
     self,
     *,
     data: Mapping[str, Any],
-    caption_field: str = "caption",
+    caption_field: str = "",
     equal_captions: bool = False,
     num_images: int | None = None,
     seed: int = 0,
@@ -49,7 +50,7 @@ class Retrieval:
     self._equal_captions = equal_captions
     self._seed = seed
     self._shuffle_labels = shuffle_labels
-    captions = [_as_captions(base.get_field(self._source[int(i)], caption_field), caption_field) for i in self._indices]
+    captions = [_captions(base.read(self._source, i), caption_field) for i in self._indices]
     self.texts = [text for texts in captions for text in texts]
     self.image_groups = _group(captions) if equal_captions else np.arange(len(captions))
     self.text_groups = np.repeat(self.image_groups, [len(texts) for texts in captions])
@@ -77,7 +78,11 @@ class Retrieval:
     return {f"{way}_retrieval_recall@{k}": float((found[way] < k).mean()) for k in RECALL_AT for way in found}
 
 
-def _as_captions(value: Any, field: str) -> tuple[str, ...]:
+def _captions(record: Mapping[str, Any], field: str) -> tuple[str, ...]:
+  if not field and (several := records.captions_of(record)):
+    return tuple(several)
+  field = field or "caption"
+  value = base.get_field(record, field)
   captions = (value,) if isinstance(value, str) else value
   if not isinstance(captions, (list, tuple)) or not captions or not all(isinstance(c, str) and c for c in captions):
     raise UserError(f"field {field!r} holds {value!r}; it should be a caption or a list of captions")

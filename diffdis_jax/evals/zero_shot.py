@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float, Int
 
 from diffdis_jax.data import sources
@@ -21,7 +22,8 @@ class ZeroShot:
     data: section of a data source, as `data.sources.make` takes it.
     classnames: names, or a JSON file's path; empty for the labels that occur in the data, sorted.
     templates: prompt templates, or a JSON file's path; empty for `prompts.TEMPLATES`.
-    label_field: the record's field with the class name, or with its number in `classnames`.
+    label_field: the record's field with the class name, or with its number in `classnames`. Where it is the number, a
+      name may occur twice, as two do in the usual list of ImageNet; between equal names it is a tie, which is wrong.
     only_classes_present: leave out the class names that no record has.
     seen_classes: classes of the training set; acc1 is then also given on these and on the others apart, each of them
       against the whole class list.
@@ -32,7 +34,8 @@ class ZeroShot:
       must fall to chance; where it does not, something other than the pixels gives the label away.
 
   Raises:
-    UserError: a class name occurs twice, a label is not in the class list, a template has no place for the name.
+    UserError: a class name occurs twice and labels are names, a label is not in the class list, a template has no
+      place for the name.
   """
 
   task = "zeroshot_classification"
@@ -59,15 +62,19 @@ class ZeroShot:
 
     given = prompts.resolve_classnames(classnames) if classnames else None
     labels = _read_labels(self._source, label_field, given)
-    self.classnames = _select(given, labels, only_classes_present=only_classes_present)
-    index = {name: i for i, name in enumerate(self.classnames)}
-    self.labels = np.array([index[labels[i]] for i in self._indices])
+    self.classnames = tuple(sorted(set(labels))) if given is None else given
+    places = _places(labels, self.classnames)
+    if only_classes_present:
+      present, places = np.unique(places, return_inverse=True)
+      self.classnames = tuple(self.classnames[i] for i in present)
+    self.labels = places[self._indices]
 
     if seen_split and seen_classes:
       raise UserError("seen_split and seen_classes are both set; give one of them")
     seen = prompts.resolve_classnames(seen_classes) if seen_classes else ()
     if seen_split:
-      seen = _read_labels(sources.make(**{**data, "split": seen_split}), label_field, given)
+      labels = _read_labels(sources.make(**{**data, "split": seen_split}), label_field, given)
+      seen = [label if isinstance(label, str) else given[label] for label in labels]
     self._seen = np.isin(self.classnames, sorted(set(seen))) if seen else None
 
   def protocol(self, inference: Any) -> dict[str, Any]:
@@ -118,29 +125,30 @@ def mean_per_class(right: np.ndarray, labels: Int[np.ndarray, " n"]) -> float:
   return float((hits[counts > 0] / counts[counts > 0]).mean())
 
 
-def _read_labels(source: sources.Source, field: str, classnames: Sequence[str] | None) -> list[str]:
-  return [_as_name(base.get_field(source[i], field), field, classnames) for i in range(len(source))]
+def _read_labels(source: sources.Source, field: str, classnames: Sequence[str] | None) -> list[str | int]:
+  """Every record's label: the class name, or its number in `classnames`."""
+  labels = [base.get_field(base.read(source, i), field) for i in range(len(source))]
+  for label in labels:
+    if isinstance(label, str):
+      continue
+    if not isinstance(label, (int, np.integer)) or isinstance(label, bool):
+      raise UserError(f"field {field!r} holds {label!r}; a label should be a class name or its number")
+    if classnames is None:
+      raise UserError(f"field {field!r} holds numbers such as {label}; give the class names that they count into")
+    if not 0 <= label < len(classnames):
+      raise UserError(f"field {field!r} holds {label}, but there are {len(classnames)} class names, from 0")
+  return labels
 
 
-def _as_name(label: Any, field: str, classnames: Sequence[str] | None) -> str:
-  """The class name itself, or the one that a number counts to."""
-  if isinstance(label, str):
-    return label
-  if not isinstance(label, (int, np.integer)) or isinstance(label, bool):
-    raise UserError(f"field {field!r} holds {label!r}; a label should be a class name or its number")
-  if classnames is None:
-    raise UserError(f"field {field!r} holds numbers such as {label}; give the class names that they count into")
-  if not 0 <= label < len(classnames):
-    raise UserError(f"field {field!r} holds {label}, but there are {len(classnames)} class names, from 0")
-  return classnames[label]
-
-
-def _select(given: Sequence[str] | None, labels: Sequence[str], *, only_classes_present: bool) -> tuple[str, ...]:
-  present = set(labels)
-  if given is None:
-    return tuple(sorted(present))
-  missing = sorted(present - set(given))
-  if missing:
+def _places(labels: Sequence[str | int], classnames: Sequence[str]) -> Int[np.ndarray, " n"]:
+  """Each label's place in the class list."""
+  names = {label for label in labels if isinstance(label, str)}
+  if repeated := prompts.repeated(classnames):
+    if names:
+      raise UserError(f"class list with duplicates: {repeated}; each class name should occur once")
+    logging.warning("equal class names cannot be told apart, and count as wrong: %s", repeated)
+  index = {name: i for i, name in enumerate(classnames)}
+  if missing := sorted(names - index.keys()):
     shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
     raise UserError(f"{len(missing)} labels of the data are not in the class list: {shown}; add them to the class list")
-  return tuple(name for name in given if name in present) if only_classes_present else tuple(given)
+  return np.array([index[label] if isinstance(label, str) else label for label in labels])

@@ -81,6 +81,16 @@ def test_equal_captions_are_one_target_on_request(use, fakes):
   assert merged["text_retrieval_recall@1"] == merged["image_retrieval_recall@1"] == 1
 
 
+def test_every_caption_of_an_image_counts_unless_a_field_is_named(use, fakes):
+  source = fakes.Source(["cat", "dog"], ["a cat", "a dog"])
+  for record, captions in zip(source.records, [["a cat", "the cat"], ["a dog", "the dog"]], strict=True):
+    record["captions"] = captions
+  use(test=source)
+  assert evals.make("retrieval", data=DATA).texts == ["a cat", "the cat", "a dog", "the dog"]
+  assert evals.make("retrieval", data=DATA, caption_field="captions").texts == ["a cat", "the cat", "a dog", "the dog"]
+  assert evals.make("retrieval", data=DATA, caption_field="caption").texts == ["a cat", "a dog"]
+
+
 @pytest.mark.parametrize("caption", ["", [], 3, ["a", 3]])
 def test_missing_captions(use, fakes, caption):
   use(test=fakes.Source(["cat"], [caption]))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from diffdis_jax import evals
+from diffdis_jax.data import records
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import base
 from diffdis_jax.structs import UserError
@@ -107,6 +108,45 @@ def test_numbers_count_into_the_class_names(use, fakes):
   ):
     with pytest.raises(UserError, match=message):
       evals.make("zero_shot", data=DATA, label_field=field, classnames=names)
+
+
+def test_numbered_classes_may_share_a_name_and_then_are_a_tie(use, fakes):
+  names = ("cat", "crane", "dog", "crane", "fox")
+  use(test=fakes.Source(["cat", "crane", "dog", "fox"], number=[0, 3, 2, 4]))
+  evaluation = evals.make("zero_shot", data=DATA, label_field="number", classnames=names)
+  np.testing.assert_array_equal(evaluation.labels, [0, 3, 2, 4])
+  metrics = evaluation.run(fakes.Inference(names), {})
+  assert (metrics["acc1"], metrics["acc5"], metrics["mean_per_class_recall"]) == (0.75, 1.0, 0.75)
+  present = evals.make("zero_shot", data=DATA, label_field="number", classnames=names, only_classes_present=True)
+  assert present.classnames == ("cat", "dog", "crane", "fox")
+  assert present.run(fakes.Inference(names), {})["acc1"] == 1
+
+
+class Damaged:
+  """A source whose second record cannot be read, or shows no image."""
+
+  def __init__(self, source, image=None):
+    self.source, self.image = source, image
+
+  def __len__(self):
+    return len(self.source)
+
+  def __getitem__(self, index):
+    if index == 1 and self.image is None:
+      raise records.Unusable("unreadable record")
+    return {**self.source[index], **({"image": self.image} if index == 1 else {})}
+
+
+def test_a_damaged_record_is_one_clear_line(use, fakes):
+  source = fakes.Source(["cat", "dog"])
+  use(test=Damaged(source))
+  for task in ("zero_shot", "retrieval"):
+    with pytest.raises(UserError, match="record 1 of the data set is no use: unreadable record; prepare"):
+      evals.make(task, data=DATA)
+  use(test=Damaged(source, b"no image"))
+  for task in ("zero_shot", "retrieval"):
+    with pytest.raises(UserError, match="record 1 of the data set is no use: corrupt image; prepare"):
+      evals.make(task, data=DATA).run(fakes.Inference(["cat", "dog"]), {})
 
 
 def test_bad_class_lists(use, fakes):
