@@ -10,11 +10,12 @@
 | flickr30k | folder with Karpathy's dataset_flickr30k.json and the images |
 | folder | CLASS/IMAGE or SPLIT/CLASS/IMAGE |
 
-  python -m diffdis_jax.prepare_data latents --workdir=RUN --data=DIR --out=DIR2 [--views=K] [--augment=JSON] [--text]
+  python -m diffdis_jax.prepare_data latents --workdir=RUN --data=DIR --out=DIR2 [--image_size=PIXELS] [--views=K] \
+      [--augment=JSON] [--text]
 
 stores the posterior of RUN's autoencoder over K augmented views of each image of a prepared data set, for training with
-`data.name=latents`; with --text the condition of its frozen text encoder too. `card --data=DIR` writes the card of a
-prepared data set anew.
+`data.name=latents` at that image size; with --text the condition of its frozen text encoder too. `card --data=DIR`
+writes the card of a prepared data set anew.
 
 Every image is decoded; pairs that cannot be used are skipped, counted by reason, and reported in report.json and in the
 data set's metadata. Killed at any point, the same command goes on and ends in the same records. card.json and card.png
@@ -58,6 +59,10 @@ _VIEWS = flags.DEFINE_integer("views", 1, "of each image in `latents`", lower_bo
 _AUGMENT = flags.DEFINE_string(
   "augment", None, 'of the views: JSON such as {"crop": "random", "flip": true}; by default data.augment of the run'
 )
+_IMAGE_SIZE = flags.DEFINE_integer(
+  "image_size", None, "of the views in `latents`, in pixels, which has to be training's; by default the run's"
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "views encoded at a time for `latents`", lower_bound=1)
 _TEXT = flags.DEFINE_bool(
   "text", False, "store in `latents` what the text encoder makes of the captions too: 118 kB a view at full size"
 )
@@ -98,7 +103,10 @@ def main(argv: list[str]) -> None:
     num_processes=_NUM_PROCESSES.value or cores(),
     beam_options=tuple(_BEAM.value),
   )
-  pairs.prepare(find(source), out, builder=builder, settings=settings)
+  if (out / "report.json").exists() and not (out / "card.json").exists():
+    logging.info("%s is written but for its card", out)
+  else:
+    pairs.prepare(find(source), out, builder=builder, settings=settings)
   write_card(out)
 
 
@@ -108,7 +116,7 @@ def write_latents(run: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> N
   from diffdis_jax.models import latents
 
   found = latent_cache.find_parts(data)
-  model, params = inference.load(str(run), batch_size=latent_cache.CHUNK)
+  model, params = inference.load(str(run), image_size=_IMAGE_SIZE.value, batch_size=_BATCH_SIZE.value)
   h, w, c = model.noise_shape()
   text = None
   if _TEXT.value:
@@ -148,16 +156,16 @@ def _augmentation(default: Mapping[str, Any]) -> Augmentation:
 
 
 def write_card(folder: pathlib.Path) -> None:
-  """Logs the card of a prepared data set, and writes it into its folder: card.json, and card.png of 64 pairs."""
+  """Logs the card of a prepared data set, and writes it into its folder: card.png of 64 pairs, and card.json, last."""
   from diffdis_jax.evals import samples  # here, since the processes of the preparation import this file too
 
   made = card.make(folder)
   for line in made.lines():
     logging.info("%s", line)
   with staging.writing(folder):
-    workdir.write_whole(epath.Path(folder) / "card.json", made.to_json().encode())
     if made.captions:
       samples.save_grid(made.images, made.captions, folder / "card.png")
+    workdir.write_whole(epath.Path(folder) / "card.json", made.to_json().encode())
 
 
 def cores() -> int:

@@ -37,6 +37,10 @@ def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
   assert json.loads((tmp_path / "out" / "card.json").read_text())["splits"]["train"]["pairs"] == 1
   with Image.open(tmp_path / "out" / "card.png") as sheet:
     assert sheet.width > 128
+  (tmp_path / "out" / "card.json").unlink()  # killed while it wrote the card
+  on = run("pairs", f"--source={raw}", f"--out={tmp_path / 'out'}")
+  assert on.returncode == 0 and "is written but for its card" in on.stderr
+  assert (tmp_path / "out" / "card.json").exists()
   again = run("pairs", f"--source={raw}", f"--out={tmp_path / 'out'}")
   assert again.returncode == 2
   assert again.stderr == f"error: --out={tmp_path / 'out'} exists and is not an empty folder; name a new one\n"

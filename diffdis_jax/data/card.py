@@ -95,7 +95,7 @@ def _describe(source: sources.Source, places: Sequence[int]) -> dict[str, Any]:
     except (records.Unusable, OSError):
       formats["unreadable"] += 1
       continue
-    captions += record.get("captions") or [record["caption"]]
+    captions += records.captions_of(record) or [record["caption"]]
   widths_heights = np.asarray(sides or [(0, 0)])
   return {
     "sampled": len(places),

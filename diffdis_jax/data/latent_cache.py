@@ -113,8 +113,14 @@ class LatentStage(staging.Stage):
     return features(self.shape, self.text and self.text.shape)
 
   def identity(self) -> dict[str, Any]:
-    of_text = {"text encoder": self.text and self.text.fingerprint}
-    return {"views": self.views, "augmentation": repr(self.augmentation), "autoencoder": self.fingerprint, **of_text}
+    return {
+      "views": self.views,
+      "image size": self.image_size,
+      "latent shape": list(self.shape),
+      "augmentation": repr(self.augmentation),
+      "autoencoder": self.fingerprint,
+      "text encoder": self.text and [*self.text.shape, self.text.fingerprint],
+    }
 
   def facts(self) -> dict[str, Any]:
     augmentation = dataclasses.asdict(self.augmentation)

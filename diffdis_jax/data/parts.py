@@ -87,7 +87,11 @@ class FilesPart:
 
 
 def _encode(text: str) -> bytes:
-  return text.encode("utf-8", "surrogateescape")  # what was read with it, unchanged
+  """What was read as bytes that are not UTF-8, unchanged; of half a character, which JSON may hold, no UTF-8 either."""
+  try:
+    return text.encode("utf-8", "surrogateescape")
+  except UnicodeEncodeError:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def tars(source: pathlib.Path) -> list[Part]:

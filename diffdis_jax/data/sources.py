@@ -44,13 +44,15 @@ def make(
     num_images: number of shapes; by default shapes.SPLITS. Of `pairs`: only the first so many.
 
   Raises:
-    UserError: unknown name, unknown split, or a path that holds no prepared data set.
+    UserError: unknown name, unknown split, or a path that holds no prepared data set or one of the other kind.
   """
   if name not in NAMES:
     refuse(f"unknown data source {name!r}; there are {', '.join(NAMES)}")
   if num_images is not None and num_images < 1:
     refuse(f"num_images is {num_images}; at least 1, or None for all")
   if name == "pairs":
+    if "latents" in (read_info(path).metadata or {}):
+      refuse(f"{path} holds latents, not images; train from it with data.name=latents, and measure on images")
     return open_pairs(path, split=split, num_images=num_images)
   if name == "latents":
     from diffdis_jax.data import latents  # here, since it builds on this file

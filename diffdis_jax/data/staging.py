@@ -145,7 +145,8 @@ class Stage:
         report.changed[what] = report.changed.get(what, 0) + 1
       digests.append(records.digest(pair.image))
       report.pairs += 1
-      yield serialize({**record, "key": pair.key})
+      # A name that is not UTF-8 comes from the file system with surrogates, which cannot be stored.
+      yield serialize({**record, "key": pair.key.encode("utf-8", "backslashreplace")})
     if part.truncated:
       report.truncated.append(part.name)
 

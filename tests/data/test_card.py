@@ -29,6 +29,19 @@ def test_card(tmp_path):
     card.make(tmp_path)
 
 
+def test_captions_that_are_no_strings_do_not_count(tmp_path):
+  (tmp_path / "raw").mkdir()
+  odd = ({"captions": [{"text": "x"}, 3]}, {"captions": "abc"}, {"captions": 7}, {"captions": ["one", "another"]})
+  content = {}
+  for i, metadata in enumerate(odd):
+    content |= {f"{i}.png": picture(i), f"{i}.txt": b"four", f"{i}.json": json.dumps(metadata).encode()}
+  write_tar(tmp_path / "raw" / "0.tar", content)
+  pairs.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  facts = card.make(tmp_path / "out").splits["train"]
+  assert facts["captions_an_image"] == 5 / 4
+  assert facts["caption_characters"] == {"least": 3, "median": 4, "most": 7}
+
+
 def test_places_are_spread():
   assert card.spread(3, 64).tolist() == [0, 1, 2]
   places = card.spread(1000, 64)

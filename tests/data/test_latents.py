@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from diffdis_jax.data import latent_cache, pairs, parts, records, sources
+from diffdis_jax.data import card, latent_cache, pairs, parts, records, sources
 from diffdis_jax.data.loader import SUBSTITUTED, train_loader
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
@@ -134,8 +134,10 @@ def test_going_on_needs_the_same_autoencoder_and_views(data, tmp_path):
 
   with pytest.raises(Stop):
     prepare(data, tmp_path / "out", encode=failing)
-  for change in ({"views": 2}, {"fingerprint": 2.0}, {"augmentation": Augmentation()}):
-    with pytest.raises(UserError, match="unfinished preparation with another (views|autoencoder|augmentation)"):
+  changes = {"views": 2, "fingerprint": 2.0, "augmentation": Augmentation(), "image_size": 16, "shape": (4, 4, 4)}
+  for change in ({name: value} for name, value in changes.items()):
+    differing = "views|autoencoder|augmentation|image size|latent shape"
+    with pytest.raises(UserError, match=f"unfinished preparation with another ({differing})"):
       prepare(data, tmp_path / "out", **change)
   assert prepare(data, tmp_path / "out")["train"].pairs == VIEWS * (N - 1)
 
@@ -146,4 +148,7 @@ def test_wrong_data(data, tmp_path):
   prepare(data, tmp_path / "out")
   with pytest.raises(UserError, match="holds latents already; name the data set of images"):
     latent_cache.find_parts(tmp_path / "out")
+  for use in (lambda path: sources.make(name="pairs", path=path, image_size=8), card.make):
+    with pytest.raises(UserError, match="holds latents, not images; train from it with data.name=latents"):
+      use(tmp_path / "out")
   assert {field.name for field in dataclasses.fields(latent_cache.LatentStage)} > STAGE.keys()

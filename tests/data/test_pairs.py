@@ -78,6 +78,22 @@ def content(folder: pathlib.Path) -> list:
   return [sorted(path.name for path in folder.iterdir()), records, (folder / "report.json").read_text()]
 
 
+def test_names_and_captions_that_are_not_unicode(tmp_path):
+  folder = tmp_path / os.fsdecode(b"caf\xe9")
+  folder.mkdir()
+  (folder / "0.png").write_bytes(picture(0))
+  (folder / "1.png").write_bytes(picture(1))
+  items = [
+    parts.Item(f"{folder.name}/0.png", "coffee"),
+    parts.Item(f"{folder.name}/1.png", "half \ud800"),
+    parts.Item(f"{folder.name}/1.png", "other", json.dumps({"class": "\ud800"}, ensure_ascii=False)),
+  ]
+  reports = pairs.prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "out")
+  assert reports["train"].skipped == {"caption that is not UTF-8": 1, "corrupt json": 1}
+  (record,) = load(tmp_path / "out", "train")
+  assert (record["key"], record["caption"]) == ("caf\\udce9/0.png", "coffee")
+
+
 def test_an_empty_folder_is_filled(raw, tmp_path):
   (tmp_path / "out").mkdir()
   prepare(raw, tmp_path / "out")

@@ -142,7 +142,9 @@ def test_random_crop_takes_the_area_it_is_told():
 def test_affine_fills_white_and_moves_without_distortion():
   image = Image.new("RGB", (32, 32), (0, 0, 0))
   result = np.asarray(random_affine(image, np.random.default_rng(3), shift=0.25, zoom=0.0, rotation=0.0))
-  assert set(np.unique(result)) == {0, 255} or result[16, 16].max() == 0
+  assert result[16, 16].max() == 0 and (result == 255).any() and result.max() == 255
+  edges = np.concatenate([result[0], result[-1], result[:, 0], result[:, -1]])
+  assert set(np.unique(edges)) <= {0, 255} and (edges == 255).all(axis=-1).sum() >= 32
   black = (result.max(-1) < 128).sum() / 32**2
   assert 0.75**2 - 0.05 < black < 1
   shrunk = [random_affine(image, np.random.default_rng(i), shift=0.0, zoom=0.5, rotation=0.0) for i in range(50)]
