@@ -97,8 +97,7 @@ def export_weights(run: str, out: str, *, step: int | None = None, ema: bool = T
   Raises:
     UserError: no such checkpoint, a run that no pipeline can hold, or `out` cannot be written.
   """
-  folder = pathlib.Path(out)
-  folders.check_empty(folder)
+  folder = folders.empty(out)
   config = workdir.load_config(run)
   to_torch.check(config.model, config.objectives)
   saved = checkpoint.find(run, step)

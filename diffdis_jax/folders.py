@@ -12,12 +12,20 @@ from collections.abc import Iterator
 from diffdis_jax.structs import UserError
 
 
-def check_empty(out: pathlib.Path) -> None:
-  """Raises UserError if the folder exists with something in it, or is no folder."""
-  if out.exists() and not out.is_dir():
-    raise UserError(f"--out={out} is a file; it should be a folder, absent or empty")
-  if out.is_dir() and any(out.iterdir()):
-    raise UserError(f"--out={out} is not empty; give a new folder")
+def empty(out: str | os.PathLike[str]) -> pathlib.Path:
+  """The folder of this name, absent or empty.
+
+  Raises:
+    UserError: it has something in it, is no folder, or lies in an object store, which pathlib would take for local.
+  """
+  if "://" in str(out):
+    raise UserError(f"--out={out} is no local folder; write to one, and copy it from there")
+  folder = pathlib.Path(out)
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"--out={folder} is a file; it should be a folder, absent or empty")
+  if folder.is_dir() and any(folder.iterdir()):
+    raise UserError(f"--out={folder} is not empty; give a new folder")
+  return folder
 
 
 @contextlib.contextmanager
@@ -27,7 +35,7 @@ def whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     UserError: `out` is not empty, or cannot be written.
   """
-  check_empty(out)
+  empty(out)
   temporary = None
   try:
     out.parent.mkdir(parents=True, exist_ok=True)

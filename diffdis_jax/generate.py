@@ -2,15 +2,16 @@
 
   python -m diffdis_jax.generate --workdir=DIR --prompt="a red star" [--prompt=...] --out=DIR2
 
-Writes 00000.png, 00001.png, ... (all the images of the first prompt first), grid.png, and prompts.json with the
-prompt of each file and the protocol.
+Writes 00000.png, 00001.png, ... (all the images of the first prompt first), grid.png of the first 64, and prompts.json
+with the prompt of each file and the protocol.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,10 @@ from diffdis_jax.structs import UserError
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 16
+CHUNK = 256  # images in memory at a time
+GRID = 64  # images of grid.png
 COLUMNS = 8
+MOST_COLUMNS = 16
 
 
 def define_flags() -> None:
@@ -95,8 +99,7 @@ def generate(
   Raises:
     UserError: bad settings, noise or checkpoint, or `out` cannot be written.
   """
-  folder = pathlib.Path(out)
-  folders.check_empty(folder)
+  folder = folders.empty(out)
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
   z_T = read_noise(noise) if noise else None
   saved = checkpoint.find(run, step)
@@ -105,8 +108,11 @@ def generate(
   if z_T is None:
     z_T = model.noise(len(prompts), seed)
   check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
-  images = model.generate(params, Tokenizer(model.max_length)(prompts), z_T)
+  tokens = Tokenizer(model.max_length)(prompts)
+  chunks = (slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK))
+  images = (image for rows in chunks for image in model.generate(params, tokens[rows], z_T[rows]))
   if not distributed.is_first():
+    deque(images, maxlen=0)  # its share of each
     return
   start = {"noise": noise} if noise else {"seed": seed}
   write(
@@ -114,9 +120,9 @@ def generate(
     images,
     prompts,
     protocol={**model.generation_protocol, **start, "checkpoint": step, "ema": ema},
-    columns=num_images if num_images > 1 else COLUMNS,
+    columns=num_images if 1 < num_images <= MOST_COLUMNS else COLUMNS,
   )
-  logging.info("%d images in %s", len(images), out)
+  logging.info("%d images in %s", len(prompts), out)
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
@@ -164,26 +170,29 @@ def check_noise(noise: Float[np.ndarray, "n h w c"], *, expected: tuple[int, ...
 
 def write(
   out: pathlib.Path,
-  images: UInt8[np.ndarray, "n h w 3"],
+  images: Iterable[UInt8[np.ndarray, "h w 3"]],
   prompts: Sequence[str],
   *,
   protocol: dict[str, Any],
   columns: int = COLUMNS,
 ) -> None:
-  """Writes the folder, whole or not at all.
+  """Writes the folder, whole or not at all, each image as it comes.
 
   Raises:
     UserError: it cannot be written.
   """
-  files = [f"{i:05d}.png" for i in range(len(images))]
+  files = [f"{i:05d}.png" for i in range(len(prompts))]
   manifest = {
     "protocol": protocol,
     "images": [{"file": file, "prompt": prompt} for file, prompt in zip(files, prompts, strict=True)],
   }
   with folders.whole(out) as temporary:
+    first = []
     for file, image in zip(files, images, strict=True):
       Image.fromarray(image).save(temporary / file)
-    samples.save_grid(images, prompts, temporary / "grid.png", columns=columns)
+      if len(first) < GRID:
+        first.append(image)
+    samples.save_grid(np.stack(first), prompts[: len(first)], temporary / "grid.png", columns=columns)
     (temporary / "prompts.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -71,8 +71,7 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
   Raises:
     UserError: a source that cannot be read or is of another kind, or `out` cannot be written.
   """
-  folder = pathlib.Path(out)
-  folders.check_empty(folder)
+  folder = folders.empty(out)
   found = from_torch.open_source(pathlib.Path(source))
   config = make_config(found)
   if found.tokenizer:
@@ -112,7 +111,9 @@ def make_config(source: Source) -> ConfigDict:
   config.model.dtype = "float32"
   config.update_from_flattened_dict(source.fields)
   if not source.is_clip:
-    build.check(config.model, objectives=config.objectives, image_size=config.image_size)
+    build.check(
+      config.model, objectives=config.objectives, image_size=config.image_size, max_length=config.data.max_length
+    )
   if config.model.text_encoder.vocab_size < VOCAB_SIZE:
     raise UserError(
       f"the text tower has {config.model.text_encoder.vocab_size} tokens; only CLIP's vocabulary of {VOCAB_SIZE} is"

@@ -72,6 +72,18 @@ def test_images_grid_and_manifest(model, tmp_path):
   assert (grid[8:136, 8:136] == 5).all() and (grid[8:136, 144:272] == 15).all() and grid.shape[1] == 280
 
 
+def test_many_images_come_in_chunks_and_the_grid_has_the_first(model, tmp_path, monkeypatch):
+  monkeypatch.setattr(generate, "CHUNK", 3)
+  monkeypatch.setattr(generate, "GRID", 4)
+  generate.generate("run", ["a red star"], str(tmp_path / "out"), num_images=20, seed=1)
+  for i in range(20):
+    np.testing.assert_array_equal(pixels(tmp_path / "out" / f"{i:05d}.png"), np.full((32, 32, 3), 10 * i + 1))
+  grid = pixels(tmp_path / "out" / "grid.png")
+  assert grid.shape[1] == 4 * 136 + 8 and grid.shape[0] < 2 * 136
+  with pytest.raises(UserError, match="--out=gs://bucket/images is no local folder"):
+    generate.generate("run", ["a red star"], "gs://bucket/images")
+
+
 def test_noise_from_a_file(model, tmp_path):
   np.save(tmp_path / "noise.npy", np.stack([np.full((8, 8, 4), value) for value in (40, 30)]))
   (tmp_path / "out").mkdir()
