@@ -74,7 +74,9 @@ class Inference:
     after_batch: Callable[[], None] = lambda: None,
     **protocol: Any,
   ):
-    build.check(config.model, objectives=config.objectives, image_size=config.image_size)
+    build.check(
+      config.model, objectives=config.objectives, image_size=config.image_size, max_length=config.data.max_length
+    )
     self.config = config
     self.mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
     self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
@@ -87,12 +89,12 @@ class Inference:
     self.generation_protocol = dict(steps=how.generation_steps, guidance=how.generation_guidance)
     self.graphdef, self.abstract = build.abstract(build.make(config.model, objectives=config.objectives))
     self.shapes = tree.flatten(self.abstract)
-    self._embed_texts = jax.jit(self._texts)
-    self._embed_images = jax.jit(self._images)
-    self._generate = jax.jit(self._sample)
-    self._reconstruct = jax.jit(self._through_autoencoder)
-    self._encode = jax.jit(self._posterior)
-    self._condition = jax.jit(lambda params, tokens: self._model(params).encode_text(tokens).c.astype(jnp.bfloat16))
+    self._embed_texts = self._compiled(self._texts)
+    self._embed_images = self._compiled(self._images)
+    self._generate = self._compiled(self._sample)
+    self._reconstruct = self._compiled(self._through_autoencoder)
+    self._encode = self._compiled(self._posterior)
+    self._condition = self._compiled(self._text_condition)
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Text queries e, L2-normalised."""
@@ -175,6 +177,15 @@ class Inference:
       raise UserError("nothing to run on: give at least one row")
     return np.concatenate(outputs)[:n]
 
+  def _compiled(self, f: Callable[..., Array]) -> Any:
+    """f jitted, and traced for the mesh's devices, which may be others than this machine's."""
+
+    def traced(*args: Any) -> Array:
+      with sharding.tracing(self.mesh):
+        return f(*args)
+
+    return jax.jit(functools.wraps(f)(traced))
+
   def _model(self, params: Params) -> Any:
     return tree.merge(self.graphdef, self.abstract, params)
 
@@ -185,6 +196,9 @@ class Inference:
   def _posterior(self, params: Params, images: UInt8[Array, "b H W 3"]) -> BFloat16[Array, "b h w d"]:
     posterior = self._model(params).autoencoder.encode(to_signed(images))
     return jnp.concatenate([posterior.mean, posterior.log_variance], axis=-1).astype(jnp.bfloat16)
+
+  def _text_condition(self, params: Params, tokens: Int[Array, "b l"]) -> BFloat16[Array, "b l d"]:
+    return self._model(params).encode_text(tokens).c.astype(jnp.bfloat16)
 
   def _texts(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b d"]:
     return self._model(params).encode_text(tokens).e
@@ -234,13 +248,18 @@ class Inference:
     return model.decode_image(z)
 
 
-def load(path: str, *, step: int | None = None, ema: bool = True, **protocol: Any) -> tuple[Inference, Params]:
-  """A run's model and parameters from its workdir; `protocol` as Inference takes it.
+def load(
+  path: str, *, step: int | None = None, ema: bool = True, image_size: int | None = None, **protocol: Any
+) -> tuple[Inference, Params]:
+  """A run's model and parameters from its workdir, for its own image size or another; `protocol` as Inference takes it.
 
   Raises:
-    UserError: no run or no checkpoint there, or one that does not fit its config.
+    UserError: no run or no checkpoint there, one that does not fit its config, or an image size that the network cannot
+      take.
   """
-  inference = Inference(workdir.load_config(path), **protocol)
+  config = workdir.load_config(path)
+  config.image_size = config.image_size if image_size is None else image_size
+  inference = Inference(config, **protocol)
   shapes = tree.flatten(inference.abstract)
   abstract = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),

@@ -9,6 +9,7 @@ import pytest
 
 from diffdis_jax import checkpoint, tree, workdir
 from diffdis_jax.inference import Inference, load
+from diffdis_jax.models import layers
 from diffdis_jax.models.diffdis import DiffDis
 from diffdis_jax.step import TrainState
 from diffdis_jax.structs import UserError
@@ -45,6 +46,16 @@ def query_noise(n: int, *, seed: int, draw: int = 0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def inference() -> Inference:
   return make(generation_steps=3, generation_guidance=2.0)
+
+
+def test_programs_are_traced_for_the_devices_of_the_mesh(monkeypatch):
+  asked = []
+  monkeypatch.setattr(layers, "platform", lambda: asked.append(jax.sharding.get_abstract_mesh().empty) or "cpu")
+  inference = make(generation_steps=3)
+  for name in ("generation", "discrimination"):
+    asked.clear()
+    inference.trace(name)
+    assert asked and not any(asked)
 
 
 def test_the_query_starts_from_pure_noise_whatever_captions_there_are(monkeypatch):
