@@ -6,6 +6,23 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# Every field of diffdis_jax.data.transforms.Augmentation, which says what they are.
+NO_AUGMENTATION = dict(
+  crop="centre",  # centre, random
+  crop_scale=(0.5, 1.0),
+  crop_ratio=(3 / 4, 4 / 3),
+  flip=False,
+  shift=0.0,
+  zoom=0.0,
+  rotation=0.0,
+  brightness=0.0,
+  contrast=0.0,
+  saturation=0.0,
+  hue=0.0,
+  randaugment_operations=0,
+  randaugment_magnitude=9,
+)
+
 
 def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
   """Every field that a run has, with the paper's values, or METHOD's where the paper is silent.
@@ -47,9 +64,9 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
         path="",
         split="train",
         max_length=77,
-        augment=dict(),
+        augment=dict(NO_AUGMENTATION),
         discrimination_view="shared",  # of an image: shared by both objectives, or "own" by discrimination_augment
-        discrimination_augment=dict(),
+        discrimination_augment=dict(NO_AUGMENTATION),
         mixture=dict(),  # name -> weight, name, path, split: several sources instead of the one above
         loader=dict(num_threads=4, num_workers=0, prefetch=8),
       ),

@@ -5,7 +5,7 @@
 
 From latents, whose encoding is a third of the cost of a step (with --text the captions' too, at 118 kB a view):
 
-  python -m diffdis_jax.prepare_data latents --workdir=SD_WORKDIR --data=DIR --out=LATENTS --views=4 \
+  python -m diffdis_jax.prepare_data latents --workdir=SD_WORKDIR --data=DIR --out=LATENTS --image_size=256 --views=4 \
       --augment='{"crop": "random", "flip": true}'
   python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:latents=LATENTS --workdir=DIR2 \
       --config.init_from=SD_WORKDIR
@@ -60,9 +60,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.objectives = (args.objectives,)
 
   config.data.update(name="latents" if args.latents else "pairs", path=args.latents or args.path, max_length=77)
-  config.data.augment = dict(crop="random", crop_scale=(0.5, 1.0), flip=True)
+  config.data.augment.update(crop="random", flip=True)
   # With --config.data.discrimination_view=own, discrimination sees what the paper's CLIP baseline does.
-  config.data.discrimination_augment = dict(crop="random", crop_scale=(0.5, 1.0), randaugment_operations=2)
+  config.data.discrimination_augment.update(crop="random", randaugment_operations=2)
   config.data.loader.update(num_threads=16, prefetch=16)
   config.batch_size = BATCH
   config.num_steps = EPOCHS * CC3M_PAIRS // BATCH
@@ -76,6 +76,8 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   config.save_every = config.sample_every = config.eval_every = 2000
   config.checkpoint.keep_every = 10_000
+  if args.runlocal and args.latents:
+    raise ValueError("runlocal has a small network and encodes images itself; leave out latents, or give path=")
   return run_local(config, args.path) if args.runlocal else config
 
 

@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config = common.base(medium(), image_size=32)
   config.model.query_init = 0.0  # a shorter plateau at the start
   config.data.update(name="pairs", path=args.path, max_length=24)
-  config.data.augment = dict(
+  config.data.augment.update(
     shift=0.06, zoom=0.15, rotation=10.0, brightness=0.2, contrast=0.2, saturation=0.3, hue=0.04
   )
   config.optim.update(schedule_kind="cosine", weight_decay=0.05, b2=0.99)

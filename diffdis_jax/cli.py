@@ -94,6 +94,8 @@ class _ConfigFile(flags.ArgumentParser):
     if not os.path.isfile(file):
       folder = pathlib.Path(file).parent
       raise UserError(f"no config file {file}; {did_you_mean(file, map(str, folder.glob('*.py')))}")
+    if not file.endswith(".py"):
+      raise UserError(f"--config={path} should name a Python file, such as configs/shapes.py")
     try:
       spec = importlib.util.spec_from_file_location("config_file", file)
       module = importlib.util.module_from_spec(spec)

@@ -52,7 +52,9 @@ class Step:
   """
 
   def __init__(self, config: ConfigDict, mesh: Mesh):
-    build.check(config.model, objectives=config.objectives, image_size=config.image_size)
+    build.check(
+      config.model, objectives=config.objectives, image_size=config.image_size, max_length=config.data.max_length
+    )
     sharding.check_batch(mesh, config.batch_size, config.optim.accumulate)
     self.config, self.mesh = config, mesh
     self._build = build.make(config.model, objectives=config.objectives)

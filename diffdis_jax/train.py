@@ -39,7 +39,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
     UserError: bad config, data or workdir, or a loss that is no longer finite.
     Preempted: SIGTERM came; the steps so far are saved.
   """
-  check_intervals(config)
+  check_numbers(config)
   mesh = sharding.make_mesh(**config.mesh)
   stop = distributed.Stop(sharding.batch_sharding(mesh))
   trainer = Step(config, mesh)
@@ -106,8 +106,10 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
         raise Preempted
 
 
-def check_intervals(config: ConfigDict) -> None:
-  """Raises UserError for a number of steps below one."""
+def check_numbers(config: ConfigDict) -> None:
+  """Raises UserError for a number of steps below one, or a seed of more than 32 bits."""
+  if not 0 <= config.seed < 2**32:
+    raise UserError(f"seed is {config.seed}; it must be from 0 to {2**32 - 1}")
   for name in ("num_steps", "log_every", "save_every", "eval_every", "sample_every"):
     if config[name] < 1:
       raise UserError(f"{name} is {config[name]}; it must be at least 1")

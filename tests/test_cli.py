@@ -117,6 +117,7 @@ GOOD = ("--config=tiny.py", "--workdir=run")
     (GOOD[:1], "flag --workdir=None: Flag --workdir must have a value other than None."),
     (GOOD[1:], "flag --config=None: Flag --config must have a value other than None."),
     (("--config=tny.py", "--workdir=run"), "no config file tny.py; did you mean tiny.py?"),
+    (("--config=tiny.txt", "--workdir=run"), "--config=tiny.txt should name a Python file, such as configs/shapes.py"),
     (("--config=tiny.py:gama=1", "--workdir=run"), "unknown argument 'gama'; known: gamma, runlocal"),
     (("--config=wrong.py", "--workdir=run"), "--config=wrong.py: NameError: name 'nothing' is not defined (line 2)"),
     (GOOD + ("--fail=user",), "first line second line"),
@@ -124,6 +125,7 @@ GOOD = ("--config=tiny.py", "--workdir=run")
 )
 def test_bad_input_is_one_line(folder, flags, message):
   (folder / "wrong.py").write_text("def get_config():\n  return nothing\n")
+  (folder / "tiny.txt").write_text("{}")
   code, out, err = run(folder, *flags)
   assert (code, out) == (2, "")
   assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1

@@ -115,6 +115,11 @@ def test_an_ablation_changes_its_own_field_alone(arg, changes):
   schedules.make(ablation["text_diffusion.schedule"])
 
 
+def test_a_toy_does_not_train_from_latents():
+  with pytest.raises(ValueError, match="runlocal has a small network"):
+    get_config("diffdis_cc3m", "runlocal,latents=somewhere")
+
+
 def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
   leaves = {}
   for key, value in config.items():

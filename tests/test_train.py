@@ -128,6 +128,8 @@ def test_bad_command_lines_are_one_line_and_leave_nothing(environment, tmp_path,
   [
     ({"batch_size": 12}, "batch_size is 12; .* multiple of 8, such as"),
     ({"image_size": 18}, "image_size is 18; .* multiple of 4, such as"),
+    ({"data.max_length": 1000}, "data.max_length is 1000; it must be from 2 to model.text_encoder.max_length"),
+    ({"seed": -1}, "seed is -1; it must be from 0 to 4294967295"),
     ({"mesh.fsdp": 3}, "mesh data=-1, fsdp=3, tensor=1 takes 3 devices .* but there are 8"),
     ({"model.dtype": "float8"}, "model.dtype is 'float8'; it must be one of float32, bfloat16"),
     ({"data.name": "shape"}, "unknown data source 'shape'; there are shapes, pairs"),

@@ -28,8 +28,8 @@ def _choice(name: str, value: str, choices: Collection[str]) -> None:
     raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
-def check(model: Mapping[str, Any], *, objectives: Collection[str], image_size: int) -> None:
-  """Raises UserError for a model that cannot be built or cannot take images of `image_size`."""
+def check(model: Mapping[str, Any], *, objectives: Collection[str], image_size: int, max_length: int) -> None:
+  """Raises UserError for a model that cannot be built, or cannot take images and texts of these sizes."""
   if not objectives:
     raise UserError(f"objectives is empty; choose among {', '.join(OBJECTIVES)}")
   for objective in objectives:
@@ -58,6 +58,16 @@ def check(model: Mapping[str, Any], *, objectives: Collection[str], image_size: 
         f"model.unet.widths has {width}; each must be a multiple of num_heads={unet['num_heads']} and"
         f" groups={unet['groups']}"
       )
+  for part in ("text_encoder", "alignment"):
+    if model[part]["width"] % model[part]["num_heads"]:
+      raise UserError(
+        f"model.{part}.width is {model[part]['width']}; it must be a multiple of num_heads={model[part]['num_heads']}"
+      )
+  if not 2 <= max_length <= model["text_encoder"]["max_length"]:
+    raise UserError(
+      f"data.max_length is {max_length}; it must be from 2 to model.text_encoder.max_length,"
+      f" {model['text_encoder']['max_length']}"
+    )
 
 
 def latent_factor(model: Mapping[str, Any]) -> int:

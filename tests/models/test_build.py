@@ -71,14 +71,22 @@ def broken(section: str | None, **changes: Any) -> dict[str, Any]:
     (broken("unet", attention=(True,)), BOTH, 16, "model.unet.attention has 1 entries and model.unet.widths 3"),
     (broken("unet", widths=(8, 15, 24)), BOTH, 16, "model.unet.widths has 15; .*num_heads=2 and groups=4"),
     (broken("unet", groups=16), BOTH, 16, "model.unet.widths has 8; .*groups=16"),
+    (broken("text_encoder", num_heads=5), BOTH, 16, "model.text_encoder.width is .*multiple of num_heads=5"),
+    (broken("alignment", num_heads=5), BOTH, 16, "model.alignment.width is .*multiple of num_heads=5"),
   ],
 )
 def test_models_that_cannot_be_built_are_named(model, objectives, image_size, message):
   with pytest.raises(UserError, match=message) as error:
-    build.check(model, objectives=objectives, image_size=image_size)
+    build.check(model, objectives=objectives, image_size=image_size, max_length=8)
   assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("objectives", [("generation",), ("discrimination",), BOTH, ("reconstruction",)])
 def test_models_that_can_be_built_pass(objectives):
-  build.check(networks.tiny_model(), objectives=objectives, image_size=16)
+  build.check(networks.tiny_model(), objectives=objectives, image_size=16, max_length=8)
+
+
+@pytest.mark.parametrize("max_length", [1, 9])
+def test_texts_that_do_not_fit(max_length):
+  with pytest.raises(UserError, match=f"data.max_length is {max_length}; it must be from 2 to .*max_length, 8"):
+    build.check(networks.tiny_model(), objectives=BOTH, image_size=16, max_length=max_length)
