@@ -46,7 +46,7 @@ free_port() {
 
 # environment_of INDEX PORT
 environment_of() {
-  printf '%s\n' JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "DIFFDIS_COORDINATOR_ADDRESS=127.0.0.1:$2" \
+  printf '%s\n' DIFFDIS_LAUNCHED=1 JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "DIFFDIS_COORDINATOR_ADDRESS=127.0.0.1:$2" \
     "DIFFDIS_NUM_PROCESSES=$processes" "DIFFDIS_PROCESS_ID=$1"
 }
 

@@ -101,13 +101,19 @@ setup() {
   rm -r "$folder"
 }
 
-# What every host does with the command. The lock waits for an attempt that is still ending; where the connection is
-# lost the command goes on, and keeps its lock. The last line tells the launcher this host's code: ssh to several hosts
-# returns one for all of them.
+# What every host does with the command in attempt $1. The lock waits for an attempt that is still ending; where the
+# connection is lost the command goes on, and keeps its lock, and gcloud connects and asks for the same attempt again: to
+# that the answer is how it ended. The last line tells the launcher this host's code: ssh to several hosts returns one
+# for all of them.
 on_host() {
-  printf '%s' "set -e; cd diffdis; exec 9>.lock; flock 9; export PATH=\$PWD/.venv/bin:\$PATH; touch run.log;" \
+  local attempt=$1
+  shift
+  printf '%s' "set -e; cd diffdis; exec 9>.lock; flock 9;" \
+    " if [ \"\$(cat .attempt 2>/dev/null)\" = $attempt ]; then code=\$(cat .code 2>/dev/null || echo 255);" \
+    " echo \"host ended with code \$code\"; exit \$code; fi; rm -f .code; echo $attempt >.attempt;" \
+    " export DIFFDIS_LAUNCHED=1 PATH=\$PWD/.venv/bin:\$PATH; touch run.log;" \
     " from=\$((\$(wc -c <run.log) + 1));$(printf ' %q' "$@") </dev/null >>run.log 2>&1 & pid=\$!; echo \$pid >.pid;" \
-    " tail -c +\$from -F --pid=\$pid run.log 2>/dev/null 9>&- & code=0; wait \$pid || code=\$?; rm .pid; wait;" \
+    " tail -c +\$from -F --pid=\$pid run.log 2>/dev/null 9>&- & code=0; wait \$pid || code=\$?; rm .pid; echo \$code >.code; wait;" \
     " echo \"host ended with code \$code\"; exit \$code"
 }
 
@@ -121,12 +127,12 @@ finish() {
 
 # Code 2 or 75 of any host, or else the highest: others may have died of its end.
 run_once() {
-  local said pid code
+  local said pid code attempt="$EPOCHSECONDS-$RANDOM$RANDOM"
   create && setup || return 1
   if [[ $stopping ]]; then return 1; fi
-  if [[ $dry_run ]]; then on_all "$(on_host "$@")" && return; fi
+  if [[ $dry_run ]]; then on_all "$(on_host "$attempt" "$@")" && return; fi
   said=$(mktemp)
-  { on_all "$(on_host "$@")" 2>&1 </dev/null || echo "host ended with code 255, or could not be reached"; } |
+  { on_all "$(on_host "$attempt" "$@")" 2>&1 </dev/null || echo "host ended with code 255, or could not be reached"; } |
     tee "$said" &
   pid=$!
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done
@@ -149,7 +155,7 @@ attempt() {
 saved_step() { # where the workdir can be listed
   local step
   if [[ ! $dry_run && $workdir ]]; then
-    step=$(gcloud storage ls "$workdir/checkpoints/*/commit_success.txt" 2>/dev/null |
+    step=$(gcloud storage ls "${workdir%/}/checkpoints/*/commit_success.txt" 2>/dev/null |
       sed -n 's|.*/\([0-9]*\)/commit_success.txt$|\1|p' | sort -n | tail -n 1) || true
   fi
   echo "${step:-0}"

@@ -3,7 +3,7 @@
 #
 #   launch/gke/gke.sh run -- COMMAND...   start it; Kubernetes restarts it after a preemption or a dead host
 #   launch/gke/gke.sh logs                follow what the hosts say
-#   launch/gke/gke.sh stop                delete it: SIGTERM, so that it saves
+#   launch/gke/gke.sh stop                delete it: SIGTERM, so that it saves; also one that has ended, before the next
 #
 # Settings: NAME, IMAGE (with this repository in its working directory), HOSTS, CHIPS (of each host), RESOURCE
 # (google.com/tpu or nvidia.com/gpu), SELECTOR (YAML of node labels, such as
@@ -64,7 +64,7 @@ case $subcommand in
   run)
     text=$(manifest "$@")
     if [[ $dry_run ]]; then echo "$text"; fi
-    call kubectl apply -f - <<<"$text"
+    call kubectl create -f - <<<"$text" || refuse "kubectl did not start it; an earlier JobSet $NAME goes with 'stop'"
     ;;
   logs) call kubectl logs --follow --prefix --max-log-requests=1000 --selector="jobset.sigs.k8s.io/jobset-name=$NAME" ;;
   stop) call kubectl delete jobset "$NAME" ;;

@@ -25,7 +25,7 @@ def applied(programs: Programs, **settings: str) -> dict:
   done = programs.run("gke/gke.sh", "run", "--", *TRAIN, **{**SETTINGS, **settings})
   assert done.returncode == 0, done.stderr
   record = programs.records[-1]
-  assert record["call"] == ["kubectl", "apply", "-f", "-"]
+  assert record["call"] == ["kubectl", "create", "-f", "-"]
   return yaml.safe_load(record["stdin"])
 
 
@@ -54,7 +54,11 @@ def test_pods_find_each_other(programs):
   jobset = applied(programs, NAME="my-run", HOSTS="2")
   (container,) = job_of(jobset)["template"]["spec"]["containers"]
   values = {entry["name"]: entry["value"] for entry in container["env"]}
-  assert values == {"DIFFDIS_NUM_PROCESSES": "2", "DIFFDIS_COORDINATOR_ADDRESS": "my-run-host-0-0.my-run:8476"}
+  assert values == {
+    "DIFFDIS_LAUNCHED": "1",
+    "DIFFDIS_NUM_PROCESSES": "2",
+    "DIFFDIS_COORDINATOR_ADDRESS": "my-run-host-0-0.my-run:8476",
+  }
   assert container["ports"] == [{"containerPort": 8476}]
   assert jobset["spec"]["network"] == {"enableDNSHostnames": True}
 
@@ -92,14 +96,15 @@ def test_other_subcommands_need_only_a_name(programs, subcommand, call):
 
 def test_a_failing_kubectl_fails(programs):
   (programs.folder / "kubectl").write_text("#!/bin/sh\nexit 1\n")
-  assert programs.run("gke/gke.sh", "run", "--", *TRAIN, **SETTINGS).returncode == 1
+  done = programs.run("gke/gke.sh", "run", "--", *TRAIN, **SETTINGS)
+  assert done.returncode == 2 and "an earlier JobSet run goes with 'stop'" in done.stderr
 
 
 def test_dry_run_prints_the_manifest_and_calls_nothing(programs):
   done = programs.run("gke/gke.sh", "--dry-run", "run", "--", *TRAIN, **SETTINGS)
   assert (done.returncode, programs.calls) == (0, [])
   manifest, command = done.stdout.rstrip().rsplit("\n", 1)
-  assert command.split() == ["kubectl", "apply", "-f", "-"]
+  assert command.split() == ["kubectl", "create", "-f", "-"]
   assert job_of(yaml.safe_load(manifest))["template"]["spec"]["containers"][0]["command"] == TRAIN
 
 

@@ -35,11 +35,13 @@ class Job:
     shutil.copy(ROOT / "launch" / "slurm.sbatch", self._script)
     self._folder = folder
 
-  def start(self, restarts: int = 3) -> subprocess.Popen:
+  def start(self, restarts: int = 3, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
       ["bash", self._script, "--", *TRAIN],
       cwd=self._folder,
-      env=self.programs.environment(SLURM_JOB_ID="17", SLURM_SUBMIT_DIR=str(ROOT), MAX_RESTARTS=str(restarts)),
+      env=self.programs.environment(
+        SLURM_JOB_ID="17", SLURM_SUBMIT_DIR=str(ROOT), MAX_RESTARTS=str(restarts), **variables
+      ),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
@@ -92,17 +94,21 @@ def test_gives_up_without_queueing_again(job):
   assert (code, job.programs.calls) == (1, [SRUN] * 2)
 
 
-def test_a_cancelled_job_is_not_queued_again(job, tmp_path):
-  lines = [f"touch {tmp_path}/begun", "sleep 0.5", "echo 'srun: error: a: task 0: Exited with exit code 75' >&2"]
-  (tmp_path / "bin" / "srun").write_text("\n".join(["#!/bin/bash", *lines, "exit 75", ""]))
-  cancelled = job.start()
+@pytest.mark.parametrize(
+  "code, left, calls",
+  [(75, None, []), (75, 3600, []), (143, 3600, []), (75, 0, [REQUEUE]), (143, 0, [REQUEUE]), (2, 0, []), (0, 0, [])],
+)
+def test_a_job_out_of_time_is_queued_again_and_a_cancelled_one_is_not(job, tmp_path, code, left, calls):
+  lines = [f"touch {tmp_path}/begun", "sleep 0.5", f"echo 'srun: error: a: task 0: Exited with exit code {code}' >&2"]
+  (tmp_path / "bin" / "srun").write_text("\n".join(["#!/bin/bash", *lines, f"exit {code}", ""]))
+  cancelled = job.start(**({} if left is None else {"SLURM_JOB_END_TIME": str(int(time.time()) + left)}))
   deadline = time.monotonic() + 20
   while not (tmp_path / "begun").exists():
     assert time.monotonic() < deadline
     time.sleep(0.02)
   os.kill(cancelled.pid, signal.SIGTERM)
   cancelled.communicate(timeout=20)
-  assert (cancelled.returncode, job.programs.calls) == (75, [])
+  assert (cancelled.returncode, job.programs.calls) == (code, calls)
 
 
 def test_asks_slurm_for_a_warning_and_for_another_start():

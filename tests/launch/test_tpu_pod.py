@@ -170,12 +170,14 @@ class Host:
   def __init__(self, programs: Programs, home: pathlib.Path, *command: str):
     self.folder = home / "diffdis"
     self.folder.mkdir()
-    done = programs.run("tpu_pod.sh", "--dry-run", "run", "--", *command, **SETTINGS)
-    sent = done.stdout.splitlines()[-1]
-    self._script = subprocess.run(
-      ["bash", "-c", f"printf %s {sent.split('--command=')[1]}"], capture_output=True
-    ).stdout
-    self._home = home
+    self._programs, self._home, self._command = programs, home, command
+    self.attempt()
+
+  def attempt(self) -> None:
+    """From here on, what the launcher sends in another attempt."""
+    done = self._programs.run("tpu_pod.sh", "--dry-run", "run", "--", *self._command, **SETTINGS)
+    sent = done.stdout.splitlines()[-1].split("--command=")[1]
+    self._script = subprocess.run(["bash", "-c", f"printf %s {sent}"], capture_output=True).stdout
 
   def start(self) -> subprocess.Popen:
     environment = {**os.environ, "PATH": os.environ["PATH"]}
@@ -207,6 +209,7 @@ def test_a_lost_connection_leaves_the_command_and_the_next_attempt_waits(program
     assert time.monotonic() < deadline
     time.sleep(0.02)
   first.stdout.close()  # what a lost connection is to the host
+  host.attempt()
   second = host.start()
   time.sleep(0.5)
   assert (host.folder / "attempts").read_text() == "started\n"
@@ -215,6 +218,25 @@ def test_a_lost_connection_leaves_the_command_and_the_next_attempt_waits(program
   first.wait(timeout=20)
   assert (host.folder / "attempts").read_text().split() == ["started", "ended", "started", "ended"]
   assert second.returncode == 0
+
+
+def test_a_connection_made_again_waits_for_the_same_attempt_and_says_how_it_ended(programs, tmp_path):
+  home = tmp_path / "home"
+  home.mkdir()
+  script = "echo started >>attempts; while [[ ! -e end ]]; do sleep 0.05; done; exit 75"
+  host = Host(programs, home, "bash", "-c", script)
+  first = host.start()
+  deadline = time.monotonic() + 20
+  while not (host.folder / "attempts").exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  first.stdout.close()
+  again = host.start()
+  (host.folder / "end").touch()
+  out, _ = again.communicate(timeout=20)
+  first.wait(timeout=20)
+  assert (again.returncode, out) == (75, "host ended with code 75\n")
+  assert (host.folder / "attempts").read_text() == "started\n"
 
 
 @pytest.mark.parametrize(
