@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
+import importlib.util
 import os
 import re
 import secrets
@@ -31,6 +32,7 @@ from jax.experimental import multihost_utils
 from diffdis_jax.structs import Preempted, UserError
 
 HEARTBEAT_TIMEOUT = 10  # seconds after which a silent process is dead, and the others end
+SHUTDOWN_TIMEOUT = 3600  # seconds that processes which are done wait for the one that still writes
 _MESSAGE = 1000  # bytes of an error that the processes tell each other
 _VISIBILITY = 30.0  # seconds in which a file of one host must show on the others
 _VARIABLES = {
@@ -138,7 +140,9 @@ def _slurm(environ: Mapping[str, str]) -> Processes:
 
 
 def _has_tpu(environ: Mapping[str, str]) -> bool:
-  return "TPU_WORKER_HOSTNAMES" in environ or bool(glob.glob("/dev/accel*"))
+  """By what GKE sets, or a TPU VM's device files: those of v4 and before, or the later ones, which others have too."""
+  files = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+  return "TPU_WORKER_HOSTNAMES" in environ or bool(files and importlib.util.find_spec("libtpu"))
 
 
 def _initialize(processes: Processes, timeout: int) -> None:
@@ -156,7 +160,7 @@ def _initialize(processes: Processes, timeout: int) -> None:
   def give_up() -> None:
     sys.stderr.write(message)
     sys.stderr.flush()
-    os._exit(2)
+    os._exit(1 if "DIFFDIS_LAUNCHED" in os.environ else 2)  # a launcher tries again, as after a dead host
 
   timer = threading.Timer(timeout, give_up)
   timer.daemon = True
@@ -171,6 +175,7 @@ def _initialize(processes: Processes, timeout: int) -> None:
     cluster_detection_method="deactivate" if processes.coordinator_address else None,
     initialization_timeout=2 * timeout + 60,
     heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+    shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
   )
   jax.devices()  # every process waits here for the others' devices
   timer.cancel()

@@ -56,7 +56,8 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[jax.Device] | 
     )
   shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
   axis_types = (AxisType.Auto,) * len(AXES)
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  # Of GPUs, whose hosts count as slices, XLA's order already puts `data` between hosts, and any axis may cross them.
+  slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
   if slices > 1:
     return Mesh(arrange_slices(shape, devices, slices), AXES, axis_types=axis_types)
   # Not jax.make_mesh, which refuses an axis that lies along a part of a torus's axis.

@@ -13,6 +13,7 @@ import threading
 import time
 from typing import Any
 
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -113,13 +114,16 @@ class Lock:
 
   def _keep_beating(self) -> None:
     while not self._done.wait(BEAT):
-      other = self._read()
-      if other is not None and other.get("owner") != self._own["owner"]:
-        sys.stderr.write(
-          f"error: --workdir={self._workdir} was taken over by process {other.get('pid')} on {other.get('host')}\n"
-        )
-        os._exit(2)
-      self._beat()
+      try:
+        other = self._read() or {}
+        if other.get("owner", self._own["owner"]) != self._own["owner"]:
+          sys.stderr.write(
+            f"error: --workdir={self._workdir} was taken over by process {other.get('pid')} on {other.get('host')}\n"
+          )
+          os._exit(2)
+        self._beat()
+      except Exception as error:  # of whatever storage it is, which may be back at the next beat
+        logging.warning("cannot renew %s: %s", self._file, error)
 
   def _read(self) -> dict[str, Any] | None:
     try:

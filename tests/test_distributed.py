@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fnmatch
 import os
 import signal
 import socket
@@ -50,6 +51,21 @@ def test_a_tpu_is_asked_for_its_own_environment():
   environ = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
   assert distributed.find(NOTHING, environ) == Processes()
   assert distributed.find(NOTHING, environ | {"JAX_PLATFORMS": "cpu"}) is None
+
+
+@pytest.mark.parametrize(
+  "files, libtpu, found",
+  [
+    (["/dev/accel0"], True, Processes()),
+    (["/dev/vfio/0", "/dev/vfio/1"], True, Processes()),
+    (["/dev/vfio/0"], False, None),
+    ([], True, None),
+  ],
+)
+def test_a_tpu_vm_is_known_by_its_devices(monkeypatch, files, libtpu, found):
+  monkeypatch.setattr(distributed.glob, "glob", lambda pattern: fnmatch.filter(files, pattern))
+  monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: object() if libtpu else None)
+  assert distributed.find(NOTHING, {}) == found
 
 
 @pytest.mark.parametrize(
@@ -187,11 +203,16 @@ def test_a_workdir_that_hosts_do_not_share(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("index, whom", [(0, "the other processes"), (1, "the coordinator localhost:")])
-def test_a_process_left_alone_says_why_and_exits(tmp_path, index, whom):
+@pytest.mark.parametrize(
+  "index, whom, launched, code",
+  [(0, "the other processes", "", 2), (1, "the coordinator localhost:", "", 2), (1, "the coordinator", "1", 1)],
+)
+def test_a_process_left_alone_says_why_and_exits(tmp_path, monkeypatch, index, whom, launched, code):
+  if launched:
+    monkeypatch.setenv("DIFFDIS_LAUNCHED", launched)
   process = start(tmp_path, index, free_port(), "--coordinator_timeout=2")
   _, err = process.communicate(timeout=60)
-  assert process.returncode == 2
+  assert process.returncode == code
   assert err.startswith(f"error: process {index} of 2 could not reach {whom}") and err.count("\n") == 1
   assert "within 2 seconds" in err and "not started on all hosts" in err
 

@@ -77,6 +77,15 @@ def test_of_another_machine_it_is_taken_over_without_a_sign_of_life(tmp_path, co
     assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
 
 
+def test_a_lock_that_cannot_be_read_for_a_moment_ends_nothing(tmp_path, holder):
+  lock = tmp_path / "lock.json"
+  for spoil in (lambda: lock.write_text("{"), lambda: (lock.unlink(), lock.mkdir()), lambda: lock.rmdir()):
+    spoil()
+    time.sleep(0.5)
+    assert holder.poll() is None
+  assert json.loads(lock.read_text())["pid"] == holder.pid
+
+
 def test_whoever_was_taken_over_from_ends(tmp_path, holder):
   other = {"owner": "x", "machine": "another", "host": "other", "pid": 1, "started": "2"}
   workdir.write_whole(workdir.epath.Path(tmp_path) / "lock.json", json.dumps(other).encode())

@@ -247,6 +247,12 @@ def test_any_mesh_fits_any_torus(name, slices):
 
 
 def test_data_that_does_not_divide_into_the_slices():
-  devices = [Device(id=i, slice_index=i % 2) for i in range(8)]
+  devices = [Device(id=i, slice_index=i % 2, platform="tpu") for i in range(8)]
   with pytest.raises(UserError, match="mesh data=1 lies over 2 slices.*multiple of 2"):
     sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=devices)
+
+
+def test_hosts_of_gpus_are_no_slices():
+  devices = [Device(id=i, slice_index=i // 4, platform="gpu", device_kind="NVIDIA H100") for i in range(8)]
+  mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=devices)
+  assert [device.id for device in mesh.devices.flat] == list(range(8))
