@@ -33,6 +33,7 @@ CHIPS = {
   "v6e": Chip(flops=918e12, memory=32 * GIB, bandwidth=1.64e12, kind="TPU v6 lite"),
   "a100": Chip(flops=312e12, memory=80 * GIB, bandwidth=2.039e12, kind="NVIDIA A100"),
   "h100": Chip(flops=989e12, memory=80 * GIB, bandwidth=3.35e12, kind="NVIDIA H100"),
+  "h100pcie": Chip(flops=756e12, memory=80 * GIB, bandwidth=2.0e12, kind="NVIDIA H100 PCIe"),
   "h200": Chip(flops=989e12, memory=141e9, bandwidth=4.8e12, kind="NVIDIA H200"),
 }
 
@@ -43,7 +44,7 @@ _TORUS_3D = (
 )
 _COUNTS = ("1", "2", "4", "8", "16", "32", "64", "128")
 LAYOUTS = {name: _TORUS_2D for name in ("v5e", "v6e")} | {name: _TORUS_3D for name in ("v4", "v5p")}
-LAYOUTS |= {name: _COUNTS for name in ("a100", "h100", "h200")}
+LAYOUTS |= {name: _COUNTS for name in ("a100", "h100", "h100pcie", "h200")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

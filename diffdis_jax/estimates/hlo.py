@@ -36,6 +36,8 @@ def collectives(text: str) -> list[Collective]:
     if header := _COMPUTATION.match(line):
       # How the TPU compiler writes a reduce-scatter: a computation of an all-reduce and a slice.
       scattered = header[2] if header[1].startswith("all-reduce-scatter") else None
+    elif line == "}":
+      scattered = None
     match = _COLLECTIVE.search(_COMMENT.sub("", line))
     if match is None:
       continue

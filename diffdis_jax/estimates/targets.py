@@ -111,7 +111,11 @@ def find(platform: str, topology: Topology | None, slices: int) -> Target:
   if topology is not None and topology.size != len(devices):
     raise UserError(f"--topology={topology.name} has {topology.size} devices, but {len(devices)} are present")
   chip = of_kind(devices[0].device_kind)
-  return Target(devices=devices, chip=chip, compiler="cuda", exact=topology is None or topology.chip == chip)
+  exact = topology is None or topology.chip == chip
+  # What JAX may use of this very card: by default three quarters, and a card of one kind may come with less memory.
+  limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+  chip = dataclasses.replace(chip, memory=limit) if limit else chip
+  return Target(devices=devices, chip=chip, compiler="cuda", exact=exact)
 
 
 def tpu_devices(topology: Topology, slices: int) -> list[jax.Device]:

@@ -40,6 +40,20 @@ def test_one_collective(line, kind, shapes, size):
   assert found == hlo.Collective(kind=kind, shapes=shapes, bytes=size)
 
 
+def test_a_reduce_scatter_of_the_tpu_compiler_ends_with_its_computation():
+  text = """
+%all-reduce-scatter.1 (input: f32[8,8]) -> f32[2,8] {
+  %r = f32[8,8] all-reduce(%input), channel_id=1
+}
+
+ENTRY %main.2 (p: f32[8,8]) -> f32[8,8] {
+  %s = f32[2,8] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %g = f32[8,8] all-gather(%s), channel_id=2
+}
+"""
+  assert hlo.bytes_by_kind(text) == {"reduce-scatter": 4 * 16, "all-gather": 4 * 64}
+
+
 @pytest.mark.parametrize(
   "line",
   ["%d = f32[8,8] all-gather-done(%g)", "%f = f32[8] fusion(%all-reduce.1), calls=%x", "%a = f32[8] add(%a, %b)"],
