@@ -42,18 +42,17 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
   check_numbers(config)
   mesh = sharding.make_mesh(**config.mesh)
   stop = distributed.Stop(sharding.batch_sharding(mesh))
-  trainer = Step(config, mesh)
-  batch_type = batches.batch_type(config)
-  iterator = batches.make_loader(config, sharding.local_rows(mesh, config.batch_size))
-  watch = Watch(config, mesh, stop)
-  is_writer = distributed.is_first()
-  substitutions = loader.Substitutions()
-  log_start(config, trainer)
-  if config.init_from and checkpoint.latest_step(path) is None:
-    find_initial(config.init_from, trainer)
-
   with contextlib.ExitStack() as stack:
-    stack.enter_context(stop.listening())
+    stack.enter_context(stop.listening())  # from the start: building and compiling may take minutes
+    trainer = Step(config, mesh)
+    batch_type = batches.batch_type(config)
+    iterator = batches.make_loader(config, sharding.local_rows(mesh, config.batch_size))
+    watch = Watch(config, mesh, stop)
+    is_writer = distributed.is_first()
+    substitutions = loader.Substitutions()
+    log_start(config, trainer)
+    if config.init_from and checkpoint.latest_step(path) is None:
+      find_initial(config.init_from, trainer)
     workdir.check_config(path, config)
     distributed.check_shared(path)
     distributed.on_first(lambda: stack.enter_context(workdir.Lock(path)))
@@ -74,11 +73,10 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
     for step in range(start + 1, config.num_steps + 1):
       with progress.waiting_for_data():
         batch = batch_type(**sharding.to_global(substitutions.take(next(iterator)), mesh))
+      state, metrics = trainer.train_step(state, batch)
       if step == start + 1:
-        with progress.paused():
-          state, metrics = jax.block_until_ready(trainer.train_step(state, batch))
-      else:
-        state, metrics = trainer.train_step(state, batch)
+        jax.block_until_ready(metrics)
+        progress.restart(step)
       totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
 
       last = step == config.num_steps
@@ -88,13 +86,16 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
         writer.scalars(step, means | progress.report(step, means) | counts)
         totals = None
       found, preempted, due = {}, stop.agreed(), watch.is_due(step, last=last)
+      saves = last or preempted or step % config.save_every == 0
+      if due or saves:
+        jax.block_until_ready(metrics)  # its time is that of steps
       if due and not preempted:
         try:
           with progress.paused():
             found, due = watch.after_step(step, state, writer, last=last), False
         except Preempted:
-          preempted = True
-      if last or preempted or step % config.save_every == 0:
+          preempted = saves = True
+      if saves:
         with progress.paused():
           if totals is not None:
             check_finite(totals, step, checkpointer)

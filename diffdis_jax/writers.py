@@ -126,8 +126,7 @@ class Progress:
     self._num_steps = num_steps
     self._batch_size = batch_size
     self._clock = clock
-    self._step = start_step
-    self._restart()
+    self.restart(start_step)
 
   @contextlib.contextmanager
   def waiting_for_data(self) -> Iterator[None]:
@@ -138,10 +137,16 @@ class Progress:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Around what is no training step: compilation, evaluation, a save. Its time does not count."""
+    """Around what is no training step: evaluation, a save. Its time does not count."""
     begin = self._clock()
     yield
     self._begin += self._clock() - begin
+
+  def restart(self, step: int) -> None:
+    """Counts from here, `step` steps being finished: after a report, and after the first step, which compiles."""
+    self._step = step
+    self._begin = self._clock()
+    self._waited = 0.0
 
   def report(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
     """Logs the progress line; returns the speeds since the last report.
@@ -151,34 +156,29 @@ class Progress:
       metrics: `loss` and every `loss_*` are shown.
 
     Returns:
-      `steps_per_sec`, `images_per_sec`, and `data_wait`, the share of time spent waiting for data, in [0, 1].
+      `steps_per_sec`, `images_per_sec`, and `data_wait`, the share of time spent waiting for data, in [0, 1]. NaN where
+      no step counted.
     """
     seconds = max(self._clock() - self._begin, 1e-9)
-    rate = (step - self._step) / seconds
+    counted = step - self._step
+    rate = counted / seconds if counted else math.nan
     speeds = {
       "steps_per_sec": rate,
       "images_per_sec": rate * self._batch_size,
-      "data_wait": min(self._waited / seconds, 1.0),
+      "data_wait": min(self._waited / seconds, 1.0) if counted else math.nan,
     }
     logging.info("%s", self._line(step, metrics, speeds))
-    self._step = step
-    self._restart()
+    self.restart(step)
     return speeds
-
-  def _restart(self) -> None:
-    self._begin = self._clock()
-    self._waited = 0.0
 
   def _line(self, step: int, metrics: Mapping[str, Any], speeds: Mapping[str, float]) -> str:
     losses = {name: float(x) for name, x in metrics.items() if name == "loss" or name.startswith("loss_")}
-    eta = datetime.timedelta(seconds=round((self._num_steps - step) / speeds["steps_per_sec"]))
-    return "  ".join(
-      [
-        f"step {step}/{self._num_steps}",
-        *(f"{name.removeprefix('loss_')} {x:.4f}" for name, x in losses.items()),
+    parts = [f"step {step}/{self._num_steps}", *(f"{n.removeprefix('loss_')} {x:.4f}" for n, x in losses.items())]
+    if not math.isnan(speeds["steps_per_sec"]):
+      parts += [
         f"{speeds['steps_per_sec']:.3g} steps/s",
         f"{speeds['images_per_sec']:.3g} images/s",
         f"waiting for data {speeds['data_wait']:.0%}",
-        f"ETA {eta}",
+        f"ETA {datetime.timedelta(seconds=round((self._num_steps - step) / speeds['steps_per_sec']))}",
       ]
-    )
+    return "  ".join(parts)

@@ -30,7 +30,7 @@ STEPS, SAVE_EVERY = 60, 10
 
 
 def command(run: pathlib.Path) -> list[str]:
-  fields = {"num_steps": STEPS, "save_every": SAVE_EVERY, "log_every": 3}
+  fields = {"num_steps": STEPS, "save_every": SAVE_EVERY, "log_every": 1}
   flags = [f"--config.{name}={value}" for name, value in fields.items()]
   train = [sys.executable, "-m", "diffdis_jax.train", "--config=tests/tiny.py:autoencoder", f"--workdir={run}", *flags]
   return ["launch/local.sh", "-n", "2", "-d", "1", "--max-restarts", "1000", "--", *train]

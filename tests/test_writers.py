@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -118,5 +119,12 @@ def test_progress_counts_steps_waiting_and_pauses(caplog):
   ]
 
   clock.now += 10.0
+  with progress.waiting_for_data():
+    clock.now += 100.0
+  progress.restart(31)
   speeds = progress.report(31, {"loss": 1.0})
+  assert all(math.isnan(value) for value in speeds.values()) and caplog.messages[1:] == ["step 31/110  loss 1.0000"]
+
+  clock.now += 10.0
+  speeds = progress.report(32, {"loss": 1.0})
   assert speeds == pytest.approx({"steps_per_sec": 0.1, "images_per_sec": 3.2, "data_wait": 0.0})
