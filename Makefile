@@ -6,12 +6,9 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint clean
 
-# glibc would give each step's temporaries back to the kernel, which then has to clear their pages again.
-TUNABLES := glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736
-TUNABLES := $(TUNABLES):glibc.malloc.hugetlb=1
-
+# Huge pages, where the kernel leaves that to programs: a step's temporaries are tens of megabytes, and new each time.
 demo: $(VENV)/.installed
-	GLIBC_TUNABLES=$(TUNABLES) $(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q $(TESTS)
