@@ -46,8 +46,8 @@ free_port() {
 
 # environment_of INDEX PORT
 environment_of() {
-  printf '%s\n' DIFFDIS_LAUNCHED=1 JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" "DIFFDIS_COORDINATOR_ADDRESS=127.0.0.1:$2" \
-    "DIFFDIS_NUM_PROCESSES=$processes" "DIFFDIS_PROCESS_ID=$1"
+  printf '%s\n' JAX_PLATFORMS=cpu "JAX_NUM_CPU_DEVICES=$devices" DIFFDIS_LAUNCHED=1 \
+    "DIFFDIS_COORDINATOR_ADDRESS=127.0.0.1:$2" "DIFFDIS_NUM_PROCESSES=$processes" "DIFFDIS_PROCESS_ID=$1"
 }
 
 signal_all() { # SIGNAL; each process leads a group, which SIGKILL empties of its workers
