@@ -174,7 +174,8 @@ def _open(path: str | os.PathLike[str], split: str) -> tuple[Any, Sequence[Any]]
   builder = _builder(path)
   files = builder.info.splits[split].filepaths
   if missing := [file for file in files if not epath.Path(file).exists()]:
-    refuse(f"{missing[0]} is missing, and {len(missing) - 1} more; put them back, or prepare the data set again")
+    more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+    refuse(f"{missing[0]} is missing{more}; put it back and run the same command again, or prepare the data set again")
   undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
   return builder.as_data_source(split=split, decoders=undecoded), files
 

@@ -204,7 +204,7 @@ def test_a_record_file_that_vanishes(prepared):
   file.unlink()
   with pytest.raises(UserError, match=f"{file.name} has vanished; put it back and run the same command again"):
     take(make(source, num_threads=2), 4)
-  with pytest.raises(UserError, match=f"{file.name} is missing, and 0 more"):
+  with pytest.raises(UserError, match=f"{file.name} is missing; put it back"):
     sources.make(name="pairs", path=prepared, image_size=8)
 
 
