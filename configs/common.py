@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
 
-# Every field of diffdis_jax.data.transforms.Augmentation, which says what they are.
-NO_AUGMENTATION = dict(
-  crop="centre",  # centre, random
-  crop_scale=(0.5, 1.0),
-  crop_ratio=(3 / 4, 4 / 3),
-  flip=False,
-  shift=0.0,
-  zoom=0.0,
-  rotation=0.0,
-  brightness=0.0,
-  contrast=0.0,
-  saturation=0.0,
-  hue=0.0,
-  randaugment_operations=0,
-  randaugment_magnitude=9,
-)
+from diffdis_jax.data.transforms import Augmentation
+
+NO_AUGMENTATION = dataclasses.asdict(Augmentation())
 
 
 def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
@@ -64,7 +52,7 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
         path="",
         split="train",
         max_length=77,
-        augment=dict(NO_AUGMENTATION),
+        augment=dict(NO_AUGMENTATION),  # transforms.Augmentation says what its fields are
         discrimination_view="shared",  # of an image: shared by both objectives, or "own" by discrimination_augment
         discrimination_augment=dict(NO_AUGMENTATION),
         mixture=dict(),  # name -> weight, name, path, split: several sources instead of the one above

@@ -89,12 +89,13 @@ class Inference:
     self.generation_protocol = dict(steps=how.generation_steps, guidance=how.generation_guidance)
     self.graphdef, self.abstract = build.abstract(build.make(config.model, objectives=config.objectives))
     self.shapes = tree.flatten(self.abstract)
-    self._embed_texts = self._compiled(self._texts)
-    self._embed_images = self._compiled(self._images)
-    self._generate = self._compiled(self._sample)
-    self._reconstruct = self._compiled(self._through_autoencoder)
-    self._encode = self._compiled(self._posterior)
-    self._condition = self._compiled(self._text_condition)
+    compiled = lambda f: jax.jit(sharding.traced_for(self.mesh, f))
+    self._embed_texts = compiled(self._texts)
+    self._embed_images = compiled(self._images)
+    self._generate = compiled(self._sample)
+    self._reconstruct = compiled(self._through_autoencoder)
+    self._encode = compiled(self._posterior)
+    self._condition = compiled(self._text_condition)
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Text queries e, L2-normalised."""
@@ -176,15 +177,6 @@ class Inference:
     if not outputs:
       raise UserError("nothing to run on: give at least one row")
     return np.concatenate(outputs)[:n]
-
-  def _compiled(self, f: Callable[..., Array]) -> Any:
-    """f jitted, and traced for the mesh's devices, which may be others than this machine's."""
-
-    def traced(*args: Any) -> Array:
-      with sharding.tracing(self.mesh):
-        return f(*args)
-
-    return jax.jit(functools.wraps(f)(traced))
 
   def _model(self, params: Params) -> Any:
     return tree.merge(self.graphdef, self.abstract, params)

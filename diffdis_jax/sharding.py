@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -84,6 +84,17 @@ def arrange_slices(shape: Sequence[int], devices: Sequence[Any], slices: int) ->
 def tracing(mesh: Mesh) -> AbstractContextManager[Any]:
   """Around what a function traces for `mesh`, so that it can ask what it is compiled for (models/layers.py)."""
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def traced_for(mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
+  """f, to be jitted, and then traced for the devices of `mesh`, which may be others than this machine's."""
+
+  @functools.wraps(f)
+  def traced(*args: Any) -> Any:
+    with tracing(mesh):
+      return f(*args)
+
+  return traced
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:

@@ -75,7 +75,7 @@ class Step:
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, self.state_shardings
     )
     self.train_step = jax.jit(
-      self._traced_for_mesh,
+      sharding.traced_for(mesh, self._train_step),
       donate_argnums=0,
       in_shardings=(self.state_shardings, sharding.batch_sharding(mesh)),
       out_shardings=(self.state_shardings, None),
@@ -97,10 +97,6 @@ class Step:
     return TrainState(
       step=jnp.zeros((), jnp.int32), params=params, ema=dict(trainable), opt_state=self._tx.init(trainable)
     )
-
-  def _traced_for_mesh(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
-    with sharding.tracing(self.mesh):
-      return self._train_step(state, batch)
 
   def _train_step(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
     trainable = {path: state.params[path] for path in self.trainable}

@@ -113,7 +113,8 @@ on_host() {
     " echo \"host ended with code \$code\"; exit \$code; fi; rm -f .code; echo $attempt >.attempt;" \
     " export DIFFDIS_LAUNCHED=1 PATH=\$PWD/.venv/bin:\$PATH; touch run.log;" \
     " from=\$((\$(wc -c <run.log) + 1));$(printf ' %q' "$@") </dev/null >>run.log 2>&1 & pid=\$!; echo \$pid >.pid;" \
-    " tail -c +\$from -F --pid=\$pid run.log 2>/dev/null 9>&- & code=0; wait \$pid || code=\$?; rm .pid; echo \$code >.code; wait;" \
+    " tail -c +\$from -F --pid=\$pid run.log 2>/dev/null 9>&- & code=0; wait \$pid || code=\$?; rm .pid;" \
+    " echo \$code >.code; wait;" \
     " echo \"host ended with code \$code\"; exit \$code"
 }
 

@@ -64,7 +64,11 @@ case $subcommand in
   run)
     text=$(manifest "$@")
     if [[ $dry_run ]]; then echo "$text"; fi
-    call kubectl create -f - <<<"$text" || refuse "kubectl did not start it; an earlier JobSet $NAME goes with 'stop'"
+    call kubectl create -f - <<<"$text" || {
+      code=$?
+      note "kubectl did not start it; an earlier JobSet $NAME goes with 'stop'"
+      exit "$code"
+    }
     ;;
   logs) call kubectl logs --follow --prefix --max-log-requests=1000 --selector="jobset.sigs.k8s.io/jobset-name=$NAME" ;;
   stop) call kubectl delete jobset "$NAME" ;;

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 
 import pytest
 
 from configs import common
-from diffdis_jax.data.transforms import Augmentation
 
 DEFAULTS = dict(runlocal=False, fusion=True, gamma=1.0, steps=10, schedule="cosine")
 
@@ -36,10 +34,6 @@ def test_values_have_the_type_of_their_default():
 def test_mistakes_are_named(arg, message):
   with pytest.raises(ValueError, match=message):
     common.parse_arg(arg, **DEFAULTS)
-
-
-def test_every_field_of_an_augmentation_can_be_set():
-  assert common.NO_AUGMENTATION == dataclasses.asdict(Augmentation())
 
 
 def test_does_not_import_jax():

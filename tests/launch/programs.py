@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -75,3 +76,10 @@ class Programs:
   @property
   def calls(self) -> list[list[str]]:
     return [record["call"] for record in self.records]
+
+
+def wait_for(path: pathlib.Path, *, seconds: float = 20) -> None:
+  deadline = time.monotonic() + seconds
+  while not path.exists():
+    assert time.monotonic() < deadline, f"no {path.name} after {seconds} seconds"
+    time.sleep(0.02)

@@ -97,7 +97,7 @@ def test_other_subcommands_need_only_a_name(programs, subcommand, call):
 def test_a_failing_kubectl_fails(programs):
   (programs.folder / "kubectl").write_text("#!/bin/sh\nexit 1\n")
   done = programs.run("gke/gke.sh", "run", "--", *TRAIN, **SETTINGS)
-  assert done.returncode == 2 and "an earlier JobSet run goes with 'stop'" in done.stderr
+  assert done.returncode == 1 and "an earlier JobSet run goes with 'stop'" in done.stderr
 
 
 def test_dry_run_prints_the_manifest_and_calls_nothing(programs):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.launch.programs import ROOT
+from tests.launch.programs import ROOT, wait_for
 
 # A process of a run. Told by FOLDER/plan, attempt by attempt, what process 1 does; process 0 goes on until it is told
 # to stop, and saves then, which the plan's word "stubborn" denies it. Without a plan left, both finish.
@@ -86,13 +86,6 @@ def is_alive(path: pathlib.Path) -> bool:
   except FileNotFoundError:
     return False
   return state.rsplit(")", 1)[1].split()[0] != "Z"
-
-
-def wait_for(path: pathlib.Path, *, seconds: float = 20) -> None:
-  deadline = time.monotonic() + seconds
-  while not path.exists():
-    assert time.monotonic() < deadline, f"no {path.name} after {seconds} seconds"
-    time.sleep(0.02)
 
 
 def attempts(folder: pathlib.Path) -> int:

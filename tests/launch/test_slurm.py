@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.launch.programs import ROOT, Answer, Programs
+from tests.launch.programs import ROOT, Answer, Programs, wait_for
 
 TRAIN = ["python", "-m", "diffdis_jax.train", "--workdir=/runs/a", "--config.a=x 'y'"]
 SRUN = ["srun", "--wait=60", "--kill-on-bad-exit=0", "--label", *TRAIN]
@@ -102,10 +102,7 @@ def test_a_job_out_of_time_is_queued_again_and_a_cancelled_one_is_not(job, tmp_p
   lines = [f"touch {tmp_path}/begun", "sleep 0.5", f"echo 'srun: error: a: task 0: Exited with exit code {code}' >&2"]
   (tmp_path / "bin" / "srun").write_text("\n".join(["#!/bin/bash", *lines, f"exit {code}", ""]))
   cancelled = job.start(**({} if left is None else {"SLURM_JOB_END_TIME": str(int(time.time()) + left)}))
-  deadline = time.monotonic() + 20
-  while not (tmp_path / "begun").exists():
-    assert time.monotonic() < deadline
-    time.sleep(0.02)
+  wait_for(tmp_path / "begun")
   os.kill(cancelled.pid, signal.SIGTERM)
   cancelled.communicate(timeout=20)
   assert (cancelled.returncode, job.programs.calls) == (code, calls)

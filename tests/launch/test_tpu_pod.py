@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.launch.programs import ROOT, Answer, Programs
+from tests.launch.programs import ROOT, Answer, Programs, wait_for
 
 SETTINGS = {"NAME": "run", "ZONE": "us-west4-a", "TYPE": "v5litepod-64", "RUNTIME": "v2", "POLL": "0"}
 TRAIN = ["python", "-m", "diffdis_jax.train", "--workdir=gs://bucket/run", "--config.a=x 'y'"]
@@ -155,10 +155,7 @@ esac
 """)
   environment = programs.environment(**SETTINGS)
   launcher = subprocess.Popen(["launch/tpu_pod.sh", "run", "--", *TRAIN], cwd=ROOT, env=environment)
-  deadline = time.monotonic() + 20
-  while not (tmp_path / "begun").exists():
-    assert time.monotonic() < deadline
-    time.sleep(0.02)
+  wait_for(tmp_path / "begun")
   launcher.send_signal(signal.SIGTERM)
   assert launcher.wait(20) == 75
   assert (tmp_path / "begun").read_text() == "\n"
@@ -204,10 +201,7 @@ def test_a_lost_connection_leaves_the_command_and_the_next_attempt_waits(program
   script = "echo started >>attempts; while [[ ! -e end ]]; do sleep 0.05; done; echo ended >>attempts"
   host = Host(programs, home, "bash", "-c", script)
   first = host.start()
-  deadline = time.monotonic() + 20
-  while not (host.folder / "attempts").exists():
-    assert time.monotonic() < deadline
-    time.sleep(0.02)
+  wait_for(host.folder / "attempts")
   first.stdout.close()  # what a lost connection is to the host
   host.attempt()
   second = host.start()
@@ -226,10 +220,7 @@ def test_a_connection_made_again_waits_for_the_same_attempt_and_says_how_it_ende
   script = "echo started >>attempts; while [[ ! -e end ]]; do sleep 0.05; done; exit 75"
   host = Host(programs, home, "bash", "-c", script)
   first = host.start()
-  deadline = time.monotonic() + 20
-  while not (host.folder / "attempts").exists():
-    assert time.monotonic() < deadline
-    time.sleep(0.02)
+  wait_for(host.folder / "attempts")
   first.stdout.close()
   again = host.start()
   (host.folder / "end").touch()
