@@ -5,6 +5,7 @@ What is compared takes turns, round by round. Everything is synthetic and lies i
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pathlib
@@ -30,7 +31,7 @@ from diffdis_jax import batches, sharding, writers
 from diffdis_jax.data import latent_cache, loader, pairs, parts, sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation, random_crop
-from diffdis_jax.step import Step
+from diffdis_jax.step import Step, is_running
 
 SOURCE, CROP, SHORT_SIDE = 512, 256, 288  # pixels
 BATCH = 16
@@ -203,10 +204,11 @@ def data_wait(config: ConfigDict, folder: pathlib.Path, steps: int = 30) -> dict
   draw = lambda: batches.batch_type(config)(**sharding.to_global(substitutions.take(next(iterator)), mesh))
   state, metrics = jax.block_until_ready(trainer.train_step(state, draw()))
   progress = writers.Progress(start_step=0, num_steps=steps, batch_size=config.batch_size)
-  for _ in range(steps):
-    with progress.waiting_for_data():
+  for _ in range(steps):  # as train does: a batch is drawn while the step before it runs
+    with progress.waiting_for_data(functools.partial(is_running, metrics)):
       batch = draw()
-    state, metrics = jax.block_until_ready(trainer.train_step(state, batch))
+    state, metrics = trainer.train_step(state, batch)
+  jax.block_until_ready(metrics)
   report = progress.report(steps, {})
   return {"data_wait": report["data_wait"], "small_model_steps_per_second": report["steps_per_sec"]}
 

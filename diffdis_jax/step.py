@@ -40,6 +40,11 @@ def step_keys(seed: int, step: Int[Array, ""], microbatch: Int[Array, ""]) -> di
   return {name: jax.random.fold_in(key, i) for i, name in enumerate(KEYS)}
 
 
+def is_running(metrics: Metrics | None) -> bool:
+  """Whether the step that gives these has not ended yet."""
+  return metrics is not None and not all(value.is_ready() for value in jax.tree.leaves(metrics))
+
+
 class Step:
   """A config's network and training step, compiled for a mesh.
 

@@ -9,6 +9,7 @@ devices. At SIGTERM it saves and exits with code 75.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from diffdis_jax.data import loader
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import samples
 from diffdis_jax.inference import Inference
-from diffdis_jax.step import Metrics, Step, TrainState
+from diffdis_jax.step import Metrics, Step, TrainState, is_running
 from diffdis_jax.structs import Preempted, UserError
 from diffdis_jax.tree import Params
 
@@ -70,8 +71,9 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
     if not meta.get("watched", True):
       watch.after_step(start, state, writer, last=start == config.num_steps)
 
+    metrics: Metrics | None = None
     for step in range(start + 1, config.num_steps + 1):
-      with progress.waiting_for_data():
+      with progress.waiting_for_data(functools.partial(is_running, metrics)):
         batch = batch_type(**sharding.to_global(substitutions.take(next(iterator)), mesh))
       state, metrics = trainer.train_step(state, batch)
       if step == start + 1:

@@ -129,11 +129,13 @@ class Progress:
     self.restart(start_step)
 
   @contextlib.contextmanager
-  def waiting_for_data(self) -> Iterator[None]:
-    """Around drawing the next batch: its time is the share `data_wait`."""
+  def waiting_for_data(self, is_busy: Callable[[], bool]) -> Iterator[None]:
+    """Around drawing the next batch: its time is the share `data_wait`, unless `is_busy` says at its end that the
+    devices are still at an earlier step, so that none of it was lost."""
     begin = self._clock()
     yield
-    self._waited += self._clock() - begin
+    if not is_busy():
+      self._waited += self._clock() - begin
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:

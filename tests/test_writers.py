@@ -108,10 +108,13 @@ def test_progress_counts_steps_waiting_and_pauses(caplog):
   progress = writers.Progress(start_step=10, num_steps=110, batch_size=32, clock=clock)
   with progress.paused():
     clock.now += 1000.0
-  for _ in range(20):
-    with progress.waiting_for_data():
-      clock.now += 0.1
-    clock.now += 0.4
+  for _ in range(10):
+    with progress.waiting_for_data(lambda: False):
+      clock.now += 0.2
+    clock.now += 0.3
+    with progress.waiting_for_data(lambda: True):  # the devices did not wait
+      clock.now += 0.2
+    clock.now += 0.3
   speeds = progress.report(30, {"loss": jnp.float32(1.5), "loss_generation": 0.25, "lr": 3.0})
   assert speeds == pytest.approx({"steps_per_sec": 2.0, "images_per_sec": 64.0, "data_wait": 0.2})
   assert caplog.messages == [
@@ -119,7 +122,7 @@ def test_progress_counts_steps_waiting_and_pauses(caplog):
   ]
 
   clock.now += 10.0
-  with progress.waiting_for_data():
+  with progress.waiting_for_data(lambda: False):
     clock.now += 100.0
   progress.restart(31)
   speeds = progress.report(31, {"loss": 1.0})
