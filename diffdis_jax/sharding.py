@@ -30,7 +30,8 @@ RULES = (
   (r"^autoencoder\.(shift|scale)$|^logit_scale$", REPLICATED),
   (r"\.(bias|scale)$", REPLICATED),
   (r"conv|shortcut|proj_in|proj_out|quant|encoder_out|decoder_in", PartitionSpec(None, None, "fsdp", "tensor")),
-  (r"tokens\.embedding$|positions$", PartitionSpec("tensor", "fsdp")),
+  (r"tokens\.embedding$", PartitionSpec("tensor", None)),  # whole, rather than moved for a few rows
+  (r"positions$", PartitionSpec("tensor", "fsdp")),
   (r"\.(out|fc2|fc_out|predictor)\.kernel$", PartitionSpec("tensor", "fsdp")),
   (r"\.(q|k|v|proj|fc1|fc_in|text_in|image_in|time|projection)\.kernel$", PartitionSpec("fsdp", "tensor")),
 )

@@ -68,8 +68,10 @@ class GroupNorm(nnx.Module):
     else:
       # Within each channel, and between them.
       var = over_group(variance(x, of_channel, (1, 2)) + jnp.square(of_channel - mean))
+    # As one factor and one term a channel, so that gradients are two sums by channel, of which all others follow.
     scale = jax.lax.rsqrt(var + self.norm.epsilon) * self.norm.scale[...]
-    return ((x.astype(F32) - mean) * scale + self.norm.bias[...]).astype(x.dtype)
+    shift = self.norm.bias[...] - mean * scale
+    return (x.astype(F32) * scale + shift).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -93,3 +93,19 @@ def test_norms_of_bfloat16_are_computed_in_float32(norm):
   normed = module(x)
   assert normed.dtype == jnp.bfloat16
   np.testing.assert_allclose(np.asarray(normed, np.float64), expected.reshape(x.shape), atol=2e-2)
+
+
+def test_group_norm_and_its_gradients_equal_flax():
+  rng = np.random.default_rng(0)
+  # Means unlike zero, which the factor and the term a channel must cancel.
+  x = jnp.asarray(rng.normal(rng.uniform(-20, 20, 8), 1.0, (2, 4, 4, 8)), jnp.float32)
+  weights = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+  ours = layers.GroupNorm(8, groups=4, eps=1e-5, rngs=nnx.Rngs(0))
+  for parameter in (ours.norm.scale, ours.norm.bias):
+    parameter[...] = jnp.asarray(rng.standard_normal(8), jnp.float32)
+  total = lambda module, x: jnp.sum(weights * jnp.sin(module(x)))
+  found, expected = (nnx.grad(total, argnums=(0, 1))(module, x) for module in (ours, ours.norm))
+  assert networks.relative_error(ours(x), ours.norm(x)) < 1e-5
+  assert networks.relative_error(found[1], expected[1]) < 1e-4
+  for name in ("scale", "bias"):
+    assert networks.relative_error(getattr(found[0].norm, name)[...], getattr(expected[0], name)[...]) < 1e-4
