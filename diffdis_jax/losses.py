@@ -58,7 +58,7 @@ def unit_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
   x = x.astype(jnp.float32)
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   usable = square > _MIN_SQUARE
-  return jnp.where(usable, x * jax.lax.rsqrt(jnp.where(usable, square, 1.0)), 0.0)
+  return x * jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, square, 1.0)), 0.0)
 
 
 def temperature(logit_scale: Float[Array, ""]) -> Float[Array, ""]:
@@ -83,7 +83,10 @@ def _direction(
   exist at a time, and those of a device's own anchors alone: only what `gather` gets goes to other devices.
   """
   b = len(anchors)
-  everyone, their_captions, allowed = gather(candidates), gather(captions), gather(allowed)
+  everyone = gather(candidates)
+  # In one array: of a program that gathers truth values by themselves the TPU compiler has no estimate.
+  their_captions, allowed = gather(jnp.stack([captions, allowed.astype(captions.dtype)], axis=1)).T
+  allowed = allowed > 0
 
   def of_rows(rows: tuple[Array, Array, Array]) -> tuple[Array, Array]:
     anchors, captions, places = rows

@@ -73,7 +73,8 @@ def diffusion_loss(
   generation = generation_inputs(z, text.c, c_null, keys, config)
   discrimination = discrimination_inputs(z_discrimination, text.e, c_null, keys, config)
   if len(config.objectives) == 2:
-    predicted, query = model.joint(generation.arguments, discrimination.arguments)
+    parts = sharding.batch_parts()
+    predicted, query = model.joint(generation.arguments, discrimination.arguments, parts=parts)
   elif "generation" in config.objectives:
     predicted, query = model.generation(**generation.arguments), None
   else:

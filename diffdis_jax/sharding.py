@@ -180,6 +180,12 @@ def _gather_backward(stored: NamedSharding, used: NamedSharding, _: None, gradie
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+def batch_parts() -> int:
+  """Into how many parts a batch is split on the mesh that is being traced for; 1 if there is none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH[0])
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Of arrays whose first axis is the batch."""
   return NamedSharding(mesh, BATCH)

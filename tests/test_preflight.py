@@ -120,6 +120,14 @@ def test_the_tpu_compilers_refusal_says_what_was_needed():
   assert targets.memory_needed("INTERNAL: something else") is None
 
 
+def test_the_tpu_compilers_estimate_is_used_only_where_there_is_one():
+  call = 'custom-call(%copy), custom_call_target="ZeroCrop"'  # each counts as -1 s
+  assert targets.estimated_seconds({"optimal_seconds": 0.25}, "") == 0.25
+  assert targets.estimated_seconds({"optimal_seconds": -1.75}, f"%a = {call}\n%b = {call}\n") == 0.25
+  assert targets.estimated_seconds({"optimal_seconds": -0.75}, "") is None
+  assert targets.estimated_seconds({}, "") is None
+
+
 def test_search_tries_the_cheapest_first_and_stops_at_what_fits():
   config = steps.make_config(batch_size=32)
   seen = list(search.candidates(config, 8))

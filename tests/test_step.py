@@ -57,8 +57,8 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
 
   original = DiffDis.joint
 
-  def joint(self: DiffDis, generation: dict, discrimination: dict) -> Any:
-    outputs = original(self, generation, discrimination)
+  def joint(self: DiffDis, generation: dict, discrimination: dict, **settings: int) -> Any:
+    outputs = original(self, generation, discrimination, **settings)
     for name, inputs, output in zip(("generation", "discrimination"), (generation, discrimination), outputs):
       seen[name] = {**inputs, "output": output}
     return outputs

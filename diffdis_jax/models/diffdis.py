@@ -87,22 +87,24 @@ class DiffDis(nnx.Module):
     return self.alignment(e_t if down.carry is None else down.carry, down.h)
 
   def joint(
-    self, generation: Mapping[str, Array], discrimination: Mapping[str, Array]
+    self, generation: Mapping[str, Array], discrimination: Mapping[str, Array], *, parts: int = 1
   ) -> tuple[Float[Array, "b h w c"], Float[Array, "b d"]]:
-    """Both of the above at once, given the arguments of each: one batch of 2b rows through down path and middle."""
+    """Both of the above at once, given the arguments of each: one batch of 2b rows through down path and middle, made
+    by layers.pair in `parts`."""
     z_t, t_z, c = (generation[name] for name in ("z_t", "t_z", "c"))
     z, t_clean, c_null, e_t, t_e = (discrimination[name] for name in ("z", "t_z", "c_null", "e_t", "t_e"))
-    down, e_t = self._fused(pair(z_t, z), pair(t_z, t_clean), pair(c, c_null), e_t, t_e)
-    first = lambda x: unpair(x)[0]
+    both = (pair(z_t, z, parts), pair(t_z, t_clean, parts), pair(c, c_null, parts))
+    down, e_t = self._fused(*both, e_t, t_e, parts)
+    first = lambda x: unpair(x, parts)[0]
     up = down.replace(h=first(down.h), skips=tuple(map(first, down.skips)), temb=first(down.temb), carry=None)
-    query = self.alignment(e_t if down.carry is None else down.carry, unpair(down.h)[1])
+    query = self.alignment(e_t if down.carry is None else down.carry, unpair(down.h, parts)[1])
     return self.unet.up_path(up, c), query
 
-  def _fused(self, x: Array, t: Array, c: Array, e_t: Array, t_e: Array) -> tuple[DownOutput, Array]:
+  def _fused(self, x: Array, t: Array, c: Array, e_t: Array, t_e: Array, parts: int = 1) -> tuple[DownOutput, Array]:
     """Down path and middle with the text stream, whose hidden query is the carry (None where fusion is off); and the
     time-conditioned e_t."""
     e_t = self.text_stream.time_conditioned(e_t, t_e)
     if not self.text_stream.blocks:
       return self.unet.down_and_middle(x, t, c, attention=image_only), e_t
-    fuse = lambda index, block, x, c, carry: self.text_stream.blocks[index](block, x, c, carry, e_t)
+    fuse = lambda index, block, x, c, carry: self.text_stream.blocks[index](block, x, c, carry, e_t, parts)
     return self.unet.down_and_middle(x, t, c, attention=fuse, carry=jnp.zeros_like(e_t)), e_t

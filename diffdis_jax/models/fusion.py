@@ -61,17 +61,24 @@ class FusionBlock(nnx.Module):
     c: Float[Array, "b l d"],
     h_e: Float[Array, "b d"],
     e_t: Float[Array, "b d"],
+    parts: int = 1,
   ) -> tuple[Float[Array, "b h w c"], Float[Array, "b d"]]:
     """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added anew here.
 
-    Where `x` has twice as many rows as `h_e`, every first one of two has no text token (layers.pair): on it this
-    is the image block alone.
+    Where `x` has twice as many rows as `h_e`, it is layers.pair(images without a text token, images of h_e, parts): on
+    the former this is the image block alone.
     """
     block = image_block.block
     u = self.fc_in(h_e + e_t)[:, None]
     image = image_block.to_tokens(x)
 
-    u, image = self._joint_attention(block, u, image)
+    if len(image) > len(u):
+      alone, image = unpair(image, parts)
+      alone = alone + block.attn1(block.norm1(alone))
+      u, image = self._joint_attention(block, u, image)
+      image = pair(alone, image, parts)
+    else:
+      u, image = self._joint_attention(block, u, image)
     image = block.after_self_attention(image, c)
     # The text token takes no cross-attention.
     norm, ff = (block.norm3, block.ff) if self.ff is None else (self.norm, self.ff)
@@ -85,13 +92,8 @@ class FusionBlock(nnx.Module):
     q_u, k_u, v_u = text_attn.project(block.norm1(u))
     q, k, v = block.attn1.project(block.norm1(image))
     # Each over the image tokens, then over the text token too.
-    attended, lse = attend_with_lse(q, k, v)
-    joined = len(image) > len(u)
-    beside_u = (lambda x: unpair(x)[1]) if joined else (lambda x: x)
-    of_image = with_one_more(*map(beside_u, (attended, lse, q)), k_u, v_u)
-    if joined:
-      of_image = pair(unpair(attended)[0], of_image)
-    of_u = with_one_more(*attend_with_lse(q_u, beside_u(k), beside_u(v)), q_u, k_u, v_u)
+    of_image = with_one_more(*attend_with_lse(q, k, v), q, k_u, v_u)
+    of_u = with_one_more(*attend_with_lse(q_u, k, v), q_u, k_u, v_u)
     return u + text_attn.output(of_u), image + block.attn1.output(of_image)
 
 

@@ -86,15 +86,17 @@ class LayerNorm(nnx.Module):
     return ((x.astype(F32) - mean) * scale + self.norm.bias[...]).astype(x.dtype)
 
 
-def pair(first: Float[Array, "b ..."], second: Float[Array, "b ..."]) -> Float[Array, "2*b ..."]:
-  """Rows of both, in turns, so that rows spread over devices stay where they are."""
-  return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+def pair(first: Float[Array, "b ..."], second: Float[Array, "b ..."], parts: int = 1) -> Float[Array, "2*b ..."]:
+  """Two batches as one. Rows that lie on devices in `parts` parts (sharding.batch_parts) stay where they are: of each
+  part, first one's rows, then the other's."""
+  split = lambda x: x.reshape(parts, -1, *x.shape[1:])
+  return jnp.concatenate([split(first), split(second)], axis=1).reshape(-1, *first.shape[1:])
 
 
-def unpair(x: Float[Array, "2*b ..."]) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+def unpair(x: Float[Array, "2*b ..."], parts: int = 1) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
   """What `pair` made one of."""
-  both = x.reshape(-1, 2, *x.shape[1:])
-  return both[:, 0], both[:, 1]
+  first, second = jnp.split(x.reshape(parts, -1, *x.shape[1:]), 2, axis=1)
+  return first.reshape(-1, *x.shape[1:]), second.reshape(-1, *x.shape[1:])
 
 
 def platform() -> str:
@@ -112,7 +114,7 @@ def attend(
   mask: Bool[Array, "n m"] | None = None,
 ) -> Float[Array, "b n h d"]:
   """Softmax attention, softmax in f32, scaled by 1/√d. `mask` is True where a query may look."""
-  return attend_with_lse(q, k, v, mask=mask)[0]
+  return _attend(q, k, v, mask, with_lse=False)[0]
 
 
 def attend_with_lse(
@@ -122,39 +124,51 @@ def attend_with_lse(
   *,
   mask: Bool[Array, "n m"] | None = None,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
-  """Attention, and the logarithm of each softmax's denominator, f32, with which `with_one_more` goes on.
+  """Attention, and the logarithm of each softmax's denominator, f32, with which `with_one_more` goes on."""
+  return _attend(q, k, v, mask, with_lse=True)
 
-  On CPU, batched small matrix products are slow and keep every score for the backward pass; one head of one sample at
-  a time was 3 times faster with gradients at 257 tokens and 1.5 times at 1024, and no faster at 64.
-  """
+
+def _attend(q: Array, k: Array, v: Array, mask: Array | None, *, with_lse: bool) -> tuple[Array, Array | None]:
+  """On CPU, batched small matrix products are slow and keep every score for the backward pass; one head of one sample
+  at a time was 3 times faster with gradients at 257 tokens and 1.5 times at 1024, and no faster at 64."""
   if platform() == "cpu" and q.shape[1] * k.shape[1] >= 128 * 128:
     return _attend_by_head(q, k, v, mask=mask)
-  return _attend_at_once(q, k, v, mask)
+  return _attend_at_once(q, k, v, mask, with_lse)
 
 
-@jax.custom_vjp
-def _attend_at_once(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[Array, Array]:
-  return _attend_forward(q, k, v, mask)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_at_once(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> tuple[Array, Array | None]:
+  return _attend_forward(q, k, v, mask, with_lse)[0]
 
 
-def _attend_forward(q: Array, k: Array, v: Array, mask: Array | None) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+def _attend_forward(
+  q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool
+) -> tuple[tuple[Array, Array | None], tuple[Array, ...]]:
   """Weights, not scores, are kept for the backward pass, in the compute dtype. A column of ones beside v sums them in
   the same product, and only its result is divided by the sum: at 1024 tokens, passes over scores and weights are what
   attention costs."""
-  scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=F32) * (1.0 / math.sqrt(q.shape[-1]))
-  if mask is not None:
-    scores = jnp.where(mask, scores, jnp.finfo(F32).min)
-  top = scores.max(axis=-1, keepdims=True)
-  weights = jnp.exp(scores - top).astype(v.dtype)
+
+  def scores_of(q: Array) -> Array:
+    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=F32) * (1.0 / math.sqrt(q.shape[-1]))
+    return scores if mask is None else jnp.where(mask, scores, jnp.finfo(F32).min)
+
+  scores = scores_of(q)
+  weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True)).astype(v.dtype)
   with_ones = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
   sums = jnp.einsum("bhnm,bmhd->bnhd", weights, with_ones, preferred_element_type=F32)
   total = sums[..., -1]
   attended = (sums[..., :-1] / total[..., None]).astype(v.dtype)
-  lse = rearrange(top, "b h n 1 -> b n h") + jnp.log(total)
+  lse = None
+  if with_lse:
+    # The largest scores once more: to hand out those above, the TPU compiler would store every score.
+    top = scores_of(jax.lax.optimization_barrier(q)).max(axis=-1)
+    lse = rearrange(top, "b h n -> b n h") + jnp.log(total)
   return (attended, lse), (q, k, v, weights, total, attended)
 
 
-def _attend_backward(kept: tuple[Array, ...], gradients: tuple[Array, Array]) -> tuple[Array, Array, Array, None]:
+def _attend_backward(
+  with_lse: bool, kept: tuple[Array, ...], gradients: tuple[Array, Array | None]
+) -> tuple[Array, Array, Array, None]:
   q, k, v, weights, total, attended = kept
   gradient, of_lse = gradients
   gradient = gradient.astype(F32) / total[..., None]
@@ -162,7 +176,9 @@ def _attend_backward(kept: tuple[Array, ...], gradients: tuple[Array, Array]) ->
   # d softmax: w (g·v - g·out), and w for lse; times the scores' scale, here where arrays are small.
   scale = 1.0 / math.sqrt(q.shape[-1])
   gradient = (gradient * scale).astype(v.dtype)
-  mean = jnp.sum(gradient.astype(F32) * attended.astype(F32), axis=-1) - of_lse * scale / total
+  mean = jnp.sum(gradient.astype(F32) * attended.astype(F32), axis=-1)
+  if with_lse:
+    mean = mean - of_lse * scale / total
   of_weights = jnp.einsum("bnhd,bmhd->bhnm", gradient, v, preferred_element_type=F32)
   of_scores = (weights.astype(F32) * (of_weights - rearrange(mean, "b n h -> b h n 1"))).astype(q.dtype)
   of_q = jnp.einsum("bhnm,bmhd->bnhd", of_scores, k)

@@ -61,6 +61,14 @@ def test_one_more_key_is_merged_exactly(n):
   assert networks.relative_error(merged(q, k, v), expected) < 1e-5
 
 
+def test_pairs_keep_the_rows_of_each_part_together():
+  first, second = jnp.arange(12).reshape(6, 2), 100 + jnp.arange(12).reshape(6, 2)
+  both = layers.pair(first, second, 3)
+  assert both[:, 0].tolist() == [0, 2, 100, 102, 4, 6, 104, 106, 8, 10, 108, 110]
+  for found, expected in zip(layers.unpair(both, 3), (first, second), strict=True):
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_both_paths_have_the_same_gradient():
   q, k, v = qkv(9, 9)
   mask = jnp.asarray(np.tril(np.ones((9, 9), bool)))
