@@ -87,7 +87,8 @@ class Inference:
     how = Protocol(**{**config.inference, **protocol})
     self.protocol = dict(steps=how.steps, draws=how.draws, guidance=how.guidance)
     self.generation_protocol = dict(steps=how.generation_steps, guidance=how.generation_guidance)
-    self.graphdef, self.abstract = build.abstract(build.make(config.model, objectives=config.objectives))
+    model = ConfigDict(config.model.to_dict() | {"remat": "none"})  # without a backward pass there is nothing to spare
+    self.graphdef, self.abstract = build.abstract(build.make(model, objectives=config.objectives))
     self.shapes = tree.flatten(self.abstract)
     compiled = lambda f: jax.jit(sharding.traced_for(self.mesh, f))
     self._embed_texts = compiled(self._texts)

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from diffdis_jax import cli, sharding, workdir
 from diffdis_jax.estimates import chips, programs, report, search, targets
+from diffdis_jax.models import layers
 from diffdis_jax.structs import UserError
 
 CC3M_PAIRS = 2_905_954
@@ -41,10 +42,12 @@ def compile_one(
     UserError: a config, mesh or batch that cannot run there.
   """
   mesh = sharding.make_mesh(**config.mesh, devices=target.devices)
-  program = programs.make(name, config, mesh)
+  with layers.standing_in_for(target.chip.platform):
+    program = programs.make(name, config, mesh)
+    lowered = program.lower()
   shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   logging.info("%s: compiling for %d x %s (%s), compiler %s", name, mesh.size, target.chip.kind, shape, target.compiler)
-  compiled = targets.compile(program.lower(), target.chip)
+  compiled = targets.compile(lowered, target.chip)
   if hlo:
     workdir.write_whole(epath.Path(hlo) / f"{name}.txt", compiled.text.encode())
   result = report.make(program, compiled, target, num_pairs=num_pairs, epochs=epochs if name == "train" else 0)

@@ -58,6 +58,16 @@ def test_programs_are_traced_for_the_devices_of_the_mesh(monkeypatch):
     assert asked and not any(asked)
 
 
+def test_a_network_trained_with_rematerialisation_samples_alike(inference):
+  params, images = params_of(inference), BATCH.image[:4]
+  other = make(generation_steps=3, generation_guidance=2.0, changes={"model.remat": "full"})
+  noise = inference.noise(4, seed=0)
+  drawn, expected = (each.generate(params, BATCH.tokens[:4], noise) for each in (other, inference))
+  np.testing.assert_array_equal(drawn, expected)
+  queries, expected = (each.embed_images(params, images, seed=0) for each in (other, inference))
+  np.testing.assert_array_equal(queries, expected)
+
+
 def test_the_query_starts_from_pure_noise_whatever_captions_there_are(monkeypatch):
   def first_query(self, *, e_t, t_e, z, t_z, c_null):
     null = self.encode_text(jnp.asarray([[steps.BOS] + [steps.EOS] * 7])).c

@@ -6,10 +6,12 @@ import importlib.util
 import json
 import re
 
+import jax
 import pytest
 
 from diffdis_jax import preflight
 from diffdis_jax.estimates import chips, programs, search, targets
+from diffdis_jax.models import layers
 from diffdis_jax.structs import UserError
 from tests import steps
 from tests.command_runs import call
@@ -112,6 +114,19 @@ def test_platforms(monkeypatch):
     assert targets.choose_platform(None, gpu) == "cpu"
   with pytest.raises(UserError, match="needs libtpu"):
     targets.choose_platform("tpu", tpu)
+
+
+@pytest.mark.parametrize("chip, expected", [("h100", "gpu"), ("v5e", "tpu")])
+def test_what_cpu_devices_compile_is_traced_for_the_chip(monkeypatch, chip, expected):
+  asked, original = [], layers.platform
+  monkeypatch.setattr(layers, "platform", lambda: asked.append(original()) or asked[-1])
+  compiled = targets.Compiled(
+    arguments=0, temporaries=0, outputs=0, seconds=None, operations=None, collectives={}, fits=True
+  )
+  monkeypatch.setattr(targets, "compile", lambda lowered, chip: compiled)
+  target = targets.Target(devices=jax.devices()[:1], chip=chips.CHIPS[chip], compiler="cpu", exact=False)
+  preflight.compile_one("train", steps.make_config(), target, num_pairs=1, epochs=1)
+  assert set(asked) == {expected} and layers.platform() == "cpu"
 
 
 def test_the_tpu_compilers_refusal_says_what_was_needed():

@@ -24,6 +24,11 @@ class Chip:
   bandwidth: float
   kind: str
 
+  @property
+  def platform(self) -> str:
+    """JAX's name of what it belongs to."""
+    return "tpu" if self.kind.startswith("TPU") else "gpu"
+
 
 GIB = 2**30
 CHIPS = {
@@ -61,7 +66,7 @@ class Topology:
 
   @property
   def is_tpu(self) -> bool:
-    return self.chip.kind.startswith("TPU")
+    return self.chip.platform == "tpu"
 
 
 def parse(name: str) -> Topology:

@@ -6,8 +6,11 @@ Images are NHWC.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 F32 = jnp.float32
+_STOOD_FOR: contextvars.ContextVar[str | None] = contextvars.ContextVar("stood_for", default=None)
 
 
 def linear(
@@ -99,8 +103,21 @@ def unpair(x: Float[Array, "2*b ..."], parts: int = 1) -> tuple[Float[Array, "b 
   return first.reshape(-1, *x.shape[1:]), second.reshape(-1, *x.shape[1:])
 
 
+@contextlib.contextmanager
+def standing_in_for(platform: str) -> Iterator[None]:
+  """Around what is traced for devices that stand in for others, of this platform."""
+  token = _STOOD_FOR.set(platform)
+  try:
+    yield
+  finally:
+    _STOOD_FOR.reset(token)
+
+
 def platform() -> str:
-  """What the code being traced will run on: the surrounding mesh's devices (sharding.tracing), or else the default."""
+  """What the code being traced will run on: the surrounding mesh's devices (sharding.tracing), or what they stand in
+  for; without a mesh the default."""
+  if stood_for := _STOOD_FOR.get():
+    return stood_for
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else mesh.abstract_device
   return jax.default_backend() if device is None else device.platform
