@@ -135,12 +135,25 @@ def test_the_tpu_compilers_refusal_says_what_was_needed():
   assert targets.memory_needed("INTERNAL: something else") is None
 
 
-def test_the_tpu_compilers_estimate_is_used_only_where_there_is_one():
-  call = 'custom-call(%copy), custom_call_target="ZeroCrop"'  # each counts as -1 s
-  assert targets.estimated_seconds({"optimal_seconds": 0.25}, "") == 0.25
-  assert targets.estimated_seconds({"optimal_seconds": -1.75}, f"%a = {call}\n%b = {call}\n") == 0.25
-  assert targets.estimated_seconds({"optimal_seconds": -0.75}, "") is None
-  assert targets.estimated_seconds({}, "") is None
+@pytest.mark.parametrize("name", ["ZeroCrop", "ConcatBitcast"])
+def test_the_tpu_compilers_estimate_is_used_only_where_there_is_one(name):
+  chip = chips.CHIPS["v5e"]
+  assert targets.estimated_seconds({"optimal_seconds": 0.25}, "", chip) == 0.25
+  assert targets.estimated_seconds({"optimal_seconds": -0.75}, "", chip) is None
+  assert targets.estimated_seconds({}, "", chip) is None
+  # Each such call counts as -1 s, in a sum in single precision.
+  call = f'%a = custom-call(%copy), custom_call_target="{name}"\n'
+  cycles = '%b = fusion(%a), backend_config={"estimated_cycles":"600000000"}\n'
+  assert targets.estimated_seconds({"optimal_seconds": -1.75}, 2 * call + cycles, chip) == 0.4
+  assert targets.estimated_seconds({"optimal_seconds": 1.25}, call + cycles, chip) == 0.4
+  assert targets.estimated_seconds({"optimal_seconds": -0.75}, call, chip) is None
+
+
+def test_clocks_agree_with_peaks():
+  """Operations a cycle: two for each cell of so many arrays of 128 x 128, 256 x 256 on v6e."""
+  for name, cells in (("v4", 8 * 128**2), ("v5e", 4 * 128**2), ("v5p", 8 * 128**2), ("v6e", 4 * 256**2)):
+    chip = chips.CHIPS[name]
+    assert 2 * cells * chip.clock == pytest.approx(chip.flops, rel=0.01)
 
 
 def test_search_tries_the_cheapest_first_and_stops_at_what_fits():

@@ -17,12 +17,14 @@ class Chip:
     memory: bytes.
     bandwidth: of that memory, bytes a second.
     kind: how JAX names it.
+    clock: cycles a second, of those whose compiler estimates cycles.
   """
 
   flops: float
   memory: float
   bandwidth: float
   kind: str
+  clock: float | None = None
 
   @property
   def platform(self) -> str:
@@ -32,10 +34,10 @@ class Chip:
 
 GIB = 2**30
 CHIPS = {
-  "v4": Chip(flops=275e12, memory=32 * GIB, bandwidth=1.228e12, kind="TPU v4"),
-  "v5e": Chip(flops=197e12, memory=16 * GIB, bandwidth=0.819e12, kind="TPU v5 lite"),
-  "v5p": Chip(flops=459e12, memory=95 * GIB, bandwidth=2.765e12, kind="TPU v5"),
-  "v6e": Chip(flops=918e12, memory=32 * GIB, bandwidth=1.64e12, kind="TPU v6 lite"),
+  "v4": Chip(flops=275e12, memory=32 * GIB, bandwidth=1.228e12, kind="TPU v4", clock=1.05e9),
+  "v5e": Chip(flops=197e12, memory=16 * GIB, bandwidth=0.819e12, kind="TPU v5 lite", clock=1.5e9),
+  "v5p": Chip(flops=459e12, memory=95 * GIB, bandwidth=2.765e12, kind="TPU v5", clock=1.75e9),
+  "v6e": Chip(flops=918e12, memory=32 * GIB, bandwidth=1.64e12, kind="TPU v6 lite", clock=1.75e9),
   "a100": Chip(flops=312e12, memory=80 * GIB, bandwidth=2.039e12, kind="NVIDIA A100"),
   "h100": Chip(flops=989e12, memory=80 * GIB, bandwidth=3.35e12, kind="NVIDIA H100"),
   "h100pcie": Chip(flops=756e12, memory=80 * GIB, bandwidth=2.0e12, kind="NVIDIA H100 PCIe"),

@@ -11,6 +11,9 @@ _BITS = {"pred": 8, "bf16": 16, **{f"{kind}{bits}": bits for kind in "suf" for b
 # `%name = SHAPES kind(operands)`; the second half of an asynchronous pair, `kind-done`, is not counted.
 _COLLECTIVE = re.compile(rf"= (\(?[^=]*?) ({'|'.join(KINDS)})(-start)?\(")
 _COMPUTATION = re.compile(r"%?([\w.\-]+) \(.*\) -> (.*) \{$")
+# One collective that the TPU compiler spreads over the operations it runs beside, each of which lists it anew.
+_SPREAD = re.compile(r"channel_id=(\d+),.* frontend_attributes=\{[^}]*chain_id=")
+_ESTIMATED_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 
@@ -31,7 +34,7 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
   """In the order of the program. One in a loop's body is listed once."""
-  found, scattered = [], None
+  found, scattered, spread = [], None, set()
   for line in text.splitlines():
     if header := _COMPUTATION.match(line):
       # How the TPU compiler writes a reduce-scatter: a computation of an all-reduce and a slice.
@@ -41,6 +44,10 @@ def collectives(text: str) -> list[Collective]:
     match = _COLLECTIVE.search(_COMMENT.sub("", line))
     if match is None:
       continue
+    if part := _SPREAD.search(line):
+      if part[1] in spread:
+        continue
+      spread.add(part[1])
     kind, result = ("reduce-scatter", scattered) if scattered else (match[2], match[1])
     parts = [(kind, _numbers(shape)) for kind, shape in _SHAPE.findall(result) if kind in _BITS]
     if match[3] and kind in ("all-gather", "collective-permute"):
@@ -58,6 +65,11 @@ def bytes_by_kind(text: str) -> dict[str, int]:
   for each in collectives(text):
     totals[each.kind] += each.bytes
   return {kind: total for kind, total in totals.items() if total}
+
+
+def estimated_cycles(text: str) -> int:
+  """The TPU compiler's estimates for the program's operations together. One in a loop's body counts once."""
+  return sum(int(cycles) for cycles in _ESTIMATED_CYCLES.findall(text))
 
 
 def _numbers(text: str) -> tuple[int, ...]:

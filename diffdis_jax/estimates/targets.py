@@ -27,6 +27,9 @@ _LIBTPU = {
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([BKMG]) of ([\d.]+)([BKMG]) hbm")
 
+# What the TPU compiler has no estimate for, and puts into its sum of seconds with -1 each; they take next to nothing.
+_COUNTED_AS_MINUS_ONE = ("ZeroCrop", "ConcatBitcast")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
@@ -150,7 +153,7 @@ def compile(lowered: jax.stages.Lowered, chip: Chip) -> Compiled:
     arguments=memory.argument_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
     outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    seconds=estimated_seconds(costs, text),
+    seconds=estimated_seconds(costs, text, chip),
     operations=costs.get("flops"),
     collectives=hlo.bytes_by_kind(text),
     fits=True,
@@ -159,11 +162,12 @@ def compile(lowered: jax.stages.Lowered, chip: Chip) -> Compiled:
   return dataclasses.replace(compiled, fits=compiled.memory <= chip.memory)
 
 
-def estimated_seconds(costs: Mapping[str, float], text: str) -> float | None:
-  """The compiler's estimate; None if it has none. It counts -1 s for each of the calls with which the TPU compiler
-  gathers truth values, which take next to nothing."""
-  seconds = costs.get("optimal_seconds", 0.0) + text.count('custom_call_target="ZeroCrop"')
-  return seconds if seconds > 0 else None
+def estimated_seconds(costs: Mapping[str, float], text: str, chip: Chip) -> float | None:
+  """The compiler's estimate, or its operations' estimated cycles by the chip's clock; None if it has neither."""
+  if not any(f'custom_call_target="{name}"' in text for name in _COUNTED_AS_MINUS_ONE):
+    return max(costs.get("optimal_seconds", 0.0), 0.0) or None
+  cycles = hlo.estimated_cycles(text)
+  return cycles / chip.clock if cycles and chip.clock else None
 
 
 def memory_needed(message: str) -> int | None:

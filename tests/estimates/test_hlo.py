@@ -54,6 +54,21 @@ ENTRY %main.2 (p: f32[8,8]) -> f32[8,8] {
   assert hlo.bytes_by_kind(text) == {"reduce-scatter": 4 * 16, "all-gather": 4 * 64}
 
 
+def test_a_collective_spread_over_several_operations_counts_once():
+  """As the TPU compiler writes one: in each of the operations beside which it goes on, with the same channel."""
+  part = "bf16[64,8] all-gather(%a), channel_id={}, replica_groups={{{{0,1}}}}, {}metadata={{}}"
+  spread = 'frontend_attributes={chain_id="2"}, '
+  lines = [part.format(*each) for each in ((7, spread), (7, spread), (8, spread), (9, ""), (9, ""))]
+  text = "".join(f"%fused.{i} (a: bf16[32,8]) -> bf16[64,8] {{\n  %g = {line}\n}}\n" for i, line in enumerate(lines))
+  assert hlo.bytes_by_kind(text) == {"all-gather": (1 + 1 + 2) * 2 * 64 * 8}
+
+
+def test_estimated_cycles():
+  line = '  %f = f32[8] fusion(%a), kind=kLoop, backend_config={{"estimated_cycles":"{}","flag_configs":[]}}'
+  assert hlo.estimated_cycles("\n".join(line.format(cycles) for cycles in (1200, 34))) == 1234
+  assert hlo.estimated_cycles("  %f = f32[8] add(%a, %b)") == 0
+
+
 @pytest.mark.parametrize(
   "line",
   ["%d = f32[8,8] all-gather-done(%g)", "%f = f32[8] fusion(%all-reduce.1), calls=%x", "%a = f32[8] add(%a, %b)"],
