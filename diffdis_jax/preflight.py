@@ -110,7 +110,10 @@ def main(argv: Sequence[str]) -> None:
   if platform == "cpu" and topology.is_tpu and FLAGS.platform is None:
     logging.warning("libtpu is not installed (pip install 'diffdis_jax[tpu]'); XLA compiles for CPU devices instead")
   targets.prepare(platform, topology, FLAGS.slices)
-  cli.compilation_cache()
+  if platform == "tpu":
+    jax.config.update("jax_enable_compilation_cache", False)  # without a TPU, its programs cannot be read back
+  else:
+    cli.compilation_cache()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
 
   present = targets.find(platform, topology, FLAGS.slices) if platform == "cuda" else None

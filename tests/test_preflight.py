@@ -177,9 +177,11 @@ def test_search_tries_the_cheapest_first_and_stops_at_what_fits():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("topology, slices", [("v5e:2x2", 1), ("v6e:2x4", 1), ("v4:2x2x1", 2), ("v5p:2x2x1", 1)])
 def test_the_tpu_compiler(quick, tmp_path, topology, slices):
-  out = tmp_path / "out.json"
-  done = call("preflight", quick, CONFIG, f"--topology={topology}", f"--slices={slices}", f"--out={out}")
+  out, cache = tmp_path / "out.json", tmp_path / "xla"
+  environment = {**quick, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+  done = call("preflight", environment, CONFIG, f"--topology={topology}", f"--slices={slices}", f"--out={out}")
   assert done.returncode == 0, done.stderr
+  assert not cache.exists()
   result = json.loads(out.read_text())["train"]
   assert result["for_this_chip"] and result["seconds"] > 0 and 0 < result["mfu"] < 1 and result["fits"]
   assert result["chips"] == chips.parse(topology).size * slices
