@@ -18,7 +18,8 @@ def make(program: Program, compiled: Compiled, target: Target, *, num_pairs: int
     num_pairs, epochs: what a run passes over, for its cost; 0 epochs for a program that does not train.
 
   `seconds` is the compiler's estimate times the turns of its loops, by operations, whose bodies it takes once; where
-  the compiler has no estimate, `seconds_bound`, the time that the chips need at their peak, stands in.
+  the compiler has no estimate, `seconds_bound`, the time that the chips need at their peak, stands in. Neither has the
+  time that what moves between chips takes.
   """
   chips, chip = len(target.devices), target.chip
   bound = program.operations / chips / chip.flops
@@ -77,7 +78,8 @@ def lines(name: str, result: dict[str, Any]) -> list[str]:
   at_most = "" if result["seconds"] else "at most "
   said.append(f"{at_most}{result['images_per_second']:.0f} images/s")
   moved = ", ".join(f"{kind} {size:.3f}" for kind, size in result["collectives_gib"].items())
-  said.append(f"collectives, GiB a chip: {moved or 'none'}")
+  beside = ", whose time is not in the estimate" if moved and result["seconds"] else ""
+  said.append(f"collectives{beside}, GiB a chip: {moved or 'none'}")
   if "chip_hours" in result:
     at_least = "" if result["seconds"] else "at least "
     said.append(
