@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from diffdis_jax import preflight
-from diffdis_jax.estimates import chips, programs, search, targets
+from diffdis_jax.estimates import chips, programs, report, search, targets
 from diffdis_jax.models import layers
 from diffdis_jax.structs import UserError
 from tests import steps
@@ -39,7 +39,7 @@ def test_the_train_step_on_cpu_devices_and_again_from_the_cache(quick, tmp_path)
   memory = train["memory_gib"]
   parts = memory["arguments"] + memory["temporaries"] + memory["outputs"]
   assert 0 < memory["arguments"] < parts == pytest.approx(memory["total"]) and memory["chip"] == 16
-  assert train["seconds"] is None and train["seconds_bound"] > 0
+  assert train["seconds"] is None and train["seconds_by_cycles"] is None and train["seconds_bound"] > 0
   assert train["collectives_gib"].keys() == {"all-reduce", "all-gather"}
   hours = 6 * 2_905_954 / 16 * train["seconds_bound"] * 4 / 3600
   assert train["chip_hours"] == pytest.approx(hours)
@@ -121,7 +121,14 @@ def test_what_cpu_devices_compile_is_traced_for_the_chip(monkeypatch, chip, expe
   asked, original = [], layers.platform
   monkeypatch.setattr(layers, "platform", lambda: asked.append(original()) or asked[-1])
   compiled = targets.Compiled(
-    arguments=0, temporaries=0, outputs=0, seconds=None, operations=None, collectives={}, fits=True
+    arguments=0,
+    temporaries=0,
+    outputs=0,
+    seconds=None,
+    seconds_by_cycles=None,
+    operations=None,
+    collectives={},
+    fits=True,
   )
   monkeypatch.setattr(targets, "compile", lambda lowered, chip: compiled)
   target = targets.Target(devices=jax.devices()[:1], chip=chips.CHIPS[chip], compiler="cpu", exact=False)
@@ -135,18 +142,43 @@ def test_the_tpu_compilers_refusal_says_what_was_needed():
   assert targets.memory_needed("INTERNAL: something else") is None
 
 
-@pytest.mark.parametrize("name", ["ZeroCrop", "ConcatBitcast"])
-def test_the_tpu_compilers_estimate_is_used_only_where_there_is_one(name):
-  chip = chips.CHIPS["v5e"]
-  assert targets.estimated_seconds({"optimal_seconds": 0.25}, "", chip) == 0.25
-  assert targets.estimated_seconds({"optimal_seconds": -0.75}, "", chip) is None
-  assert targets.estimated_seconds({}, "", chip) is None
-  # Each such call counts as -1 s, in a sum in single precision.
-  call = f'%a = custom-call(%copy), custom_call_target="{name}"\n'
-  cycles = '%b = fusion(%a), backend_config={"estimated_cycles":"600000000"}\n'
-  assert targets.estimated_seconds({"optimal_seconds": -1.75}, 2 * call + cycles, chip) == 0.4
-  assert targets.estimated_seconds({"optimal_seconds": 1.25}, call + cycles, chip) == 0.4
-  assert targets.estimated_seconds({"optimal_seconds": -0.75}, call, chip) is None
+def test_the_tpu_compilers_sum_is_used_only_where_it_has_all_parts():
+  assert targets.estimated_seconds({"optimal_seconds": 0.25}, "") == 0.25
+  assert targets.estimated_seconds({"optimal_seconds": -0.75}, "") is None
+  assert targets.estimated_seconds({}, "") is None
+  for name in ("ZeroCrop", "ConcatBitcast"):  # -1 s each
+    call = f'%a = custom-call(%copy), custom_call_target="{name}"'
+    assert targets.estimated_seconds({"optimal_seconds": 0.25}, call) is None
+
+
+@pytest.mark.parametrize(
+  "seconds, by_cycles, slower, said",
+  [
+    (0.25, 0.5, 0.5, "250.0 ms by the compiler's sum, 500.0 ms by its operations' cycles: 20.0 %"),
+    (0.5, None, 0.5, "500.0 ms by the compiler's sum: 20.0 %"),
+    (None, 0.4, 0.4, "400.0 ms by its operations' cycles: 25.0 %"),
+    (None, None, 0.1, "at least 100.0 ms"),
+  ],
+)
+def test_costs_go_by_the_slower_estimate(seconds, by_cycles, slower, said):
+  chip = chips.CHIPS["v5p"]
+  compiled = targets.Compiled(
+    arguments=1,
+    temporaries=0,
+    outputs=0,
+    seconds=seconds,
+    seconds_by_cycles=by_cycles,
+    operations=1.0,
+    collectives={"all-gather": 2**30},
+    fits=True,
+  )
+  target = targets.Target(devices=jax.devices()[:2], chip=chip, compiler="tpu", exact=True)
+  program = programs.Program(lower=None, rows=8, operations=0.1 * 2 * chip.flops, parameters=1, turns=1.0)
+  result = report.make(program, compiled, target, num_pairs=3600, epochs=2)
+  assert result["images_per_second"] == pytest.approx(8 / slower)
+  assert result["chip_hours"] == pytest.approx(2 * 3600 / 8 * slower * 2 / 3600)
+  lines = "\n".join(report.lines("train", result))
+  assert said in lines and ("not in that time" in lines) == bool(seconds or by_cycles)
 
 
 def test_clocks_agree_with_peaks():
@@ -183,5 +215,5 @@ def test_the_tpu_compiler(quick, tmp_path, topology, slices):
   assert done.returncode == 0, done.stderr
   assert not cache.exists()
   result = json.loads(out.read_text())["train"]
-  assert result["for_this_chip"] and result["seconds"] > 0 and 0 < result["mfu"] < 1 and result["fits"]
+  assert result["for_this_chip"] and result["seconds_by_cycles"] > 0 and 0 < result["mfu"] < 1 and result["fits"]
   assert result["chips"] == chips.parse(topology).size * slices

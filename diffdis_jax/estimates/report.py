@@ -17,14 +17,17 @@ def make(program: Program, compiled: Compiled, target: Target, *, num_pairs: int
   Args:
     num_pairs, epochs: what a run passes over, for its cost; 0 epochs for a program that does not train.
 
-  `seconds` is the compiler's estimate times the turns of its loops, by operations, whose bodies it takes once; where
-  the compiler has no estimate, `seconds_bound`, the time that the chips need at their peak, stands in. Neither has the
-  time that what moves between chips takes.
+  `seconds` and `seconds_by_cycles` are the compiler's two estimates, each times the turns of its loops, by operations,
+  whose bodies it takes once; images and chip-hours go by the slower one. Where the compiler has neither,
+  `seconds_bound`, the time that the chips need at their peak, stands in. What moves between chips takes time that is in
+  none of them.
   """
   chips, chip = len(target.devices), target.chip
   bound = program.operations / chips / chip.flops
-  seconds = compiled.seconds * program.turns if compiled.seconds else None
-  shown = seconds or bound
+  seconds, by_cycles = (
+    each * program.turns if each else None for each in (compiled.seconds, compiled.seconds_by_cycles)
+  )
+  shown = max(filter(None, (seconds, by_cycles)), default=bound)
   result = dict(
     compiler=target.compiler,
     for_this_chip=target.exact,
@@ -44,8 +47,9 @@ def make(program: Program, compiled: Compiled, target: Target, *, num_pairs: int
     compiler_operations_tflop_chip=None if compiled.operations is None else compiled.operations / 1e12,
     collectives_gib={kind: size / GIB for kind, size in compiled.collectives.items()},
     seconds=seconds,
+    seconds_by_cycles=by_cycles,
     seconds_bound=bound,
-    mfu=bound / seconds if seconds else None,
+    mfu=bound / shown if seconds or by_cycles else None,
     images_per_second=program.rows / shown,
   )
   if epochs:
@@ -71,17 +75,20 @@ def lines(name: str, result: dict[str, Any]) -> list[str]:
     f" {'fits' if result['fits'] else 'DOES NOT FIT'}"
   )
   said.append(f"operations: {result['operations_tflop']:.2f} TFLOP in all")
-  if result["seconds"]:
-    said.append(f"estimated time: {1e3 * result['seconds']:.1f} ms, {100 * result['mfu']:.1f} % of the chips' peak")
+  estimates = [
+    f"{1e3 * result[key]:.1f} ms by {what}"
+    for key, what in (("seconds", "the compiler's sum"), ("seconds_by_cycles", "its operations' cycles"))
+    if result[key]
+  ]
+  if estimates:
+    said.append(f"estimated time: {', '.join(estimates)}: {100 * result['mfu']:.1f} % of the chips' peak")
   else:
     said.append(f"time: at least {1e3 * result['seconds_bound']:.1f} ms, at the chips' peak; no estimate")
-  at_most = "" if result["seconds"] else "at most "
+  at_most, at_least, beside = ("", "", ", not in that time") if estimates else ("at most ", "at least ", "")
   said.append(f"{at_most}{result['images_per_second']:.0f} images/s")
   moved = ", ".join(f"{kind} {size:.3f}" for kind, size in result["collectives_gib"].items())
-  beside = ", whose time is not in the estimate" if moved and result["seconds"] else ""
   said.append(f"collectives{beside}, GiB a chip: {moved or 'none'}")
   if "chip_hours" in result:
-    at_least = "" if result["seconds"] else "at least "
     said.append(
       f"{result['epochs']:g} epochs of {result['num_pairs']:,} pairs: {at_least}{result['chip_hours']:.0f} chip-hours"
     )

@@ -54,6 +54,7 @@ class Compiled:
   Attributes:
     arguments, temporaries, outputs: bytes; outputs that reuse donated arguments are not counted again.
     seconds: the compiler's own estimate, None where it has none. A loop's body counts once.
+    seconds_by_cycles: its estimates of the operations' cycles, added up, by the chip's clock; None where it has none.
     operations: as the compiler counts them, padding included, a loop's body once.
     collectives: bytes by kind.
     text: the program; empty where it does not fit.
@@ -63,6 +64,7 @@ class Compiled:
   temporaries: int
   outputs: int
   seconds: float | None
+  seconds_by_cycles: float | None
   operations: float | None
   collectives: dict[str, int]
   fits: bool
@@ -145,7 +147,14 @@ def compile(lowered: jax.stages.Lowered, chip: Chip) -> Compiled:
     if needed is None:
       raise
     return Compiled(
-      arguments=0, temporaries=needed, outputs=0, seconds=None, operations=None, collectives={}, fits=False
+      arguments=0,
+      temporaries=needed,
+      outputs=0,
+      seconds=None,
+      seconds_by_cycles=None,
+      operations=None,
+      collectives={},
+      fits=False,
     )
   memory, costs = program.memory_analysis(), program.cost_analysis() or {}
   text = program.as_text()
@@ -153,7 +162,8 @@ def compile(lowered: jax.stages.Lowered, chip: Chip) -> Compiled:
     arguments=memory.argument_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
     outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    seconds=estimated_seconds(costs, text, chip),
+    seconds=estimated_seconds(costs, text),
+    seconds_by_cycles=hlo.estimated_cycles(text) / chip.clock or None if chip.clock else None,
     operations=costs.get("flops"),
     collectives=hlo.bytes_by_kind(text),
     fits=True,
@@ -162,12 +172,11 @@ def compile(lowered: jax.stages.Lowered, chip: Chip) -> Compiled:
   return dataclasses.replace(compiled, fits=compiled.memory <= chip.memory)
 
 
-def estimated_seconds(costs: Mapping[str, float], text: str, chip: Chip) -> float | None:
-  """The compiler's estimate, or its operations' estimated cycles by the chip's clock; None if it has neither."""
-  if not any(f'custom_call_target="{name}"' in text for name in _COUNTED_AS_MINUS_ONE):
-    return max(costs.get("optimal_seconds", 0.0), 0.0) or None
-  cycles = hlo.estimated_cycles(text)
-  return cycles / chip.clock if cycles and chip.clock else None
+def estimated_seconds(costs: Mapping[str, float], text: str) -> float | None:
+  """The compiler's sum over a program; None if it has none."""
+  if any(f'custom_call_target="{name}"' in text for name in _COUNTED_AS_MINUS_ONE):
+    return None
+  return max(costs.get("optimal_seconds", 0.0), 0.0) or None
 
 
 def memory_needed(message: str) -> int | None:
