@@ -67,6 +67,8 @@ def launch(tmp_path: pathlib.Path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # What runs in the background of a shell without job control ignores it, and its children would.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
       )
     )
     return started[-1]
