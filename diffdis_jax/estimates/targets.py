@@ -63,11 +63,11 @@ class Compiled:
   arguments: int
   temporaries: int
   outputs: int
-  seconds: float | None
-  seconds_by_cycles: float | None
-  operations: float | None
-  collectives: dict[str, int]
   fits: bool
+  seconds: float | None = None
+  seconds_by_cycles: float | None = None
+  operations: float | None = None
+  collectives: dict[str, int] = dataclasses.field(default_factory=dict)
   text: str = dataclasses.field(repr=False, default="")
 
   @property
@@ -146,16 +146,7 @@ def compile(lowered: jax.stages.Lowered, chip: Chip) -> Compiled:
     needed = memory_needed(str(error))
     if needed is None:
       raise
-    return Compiled(
-      arguments=0,
-      temporaries=needed,
-      outputs=0,
-      seconds=None,
-      seconds_by_cycles=None,
-      operations=None,
-      collectives={},
-      fits=False,
-    )
+    return Compiled(arguments=0, temporaries=needed, outputs=0, fits=False)
   memory, costs = program.memory_analysis(), program.cost_analysis() or {}
   text = program.as_text()
   compiled = Compiled(
@@ -163,7 +154,7 @@ def compile(lowered: jax.stages.Lowered, chip: Chip) -> Compiled:
     temporaries=memory.temp_size_in_bytes,
     outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
     seconds=estimated_seconds(costs, text),
-    seconds_by_cycles=hlo.estimated_cycles(text) / chip.clock or None if chip.clock else None,
+    seconds_by_cycles=(hlo.estimated_cycles(text) / chip.clock or None) if chip.clock else None,
     operations=costs.get("flops"),
     collectives=hlo.bytes_by_kind(text),
     fits=True,
