@@ -54,6 +54,9 @@ Launch = Callable[..., subprocess.Popen]
 @pytest.fixture
 def launch(tmp_path: pathlib.Path):
   """Starts the launcher on two of these processes with a plan. What is left of it is killed at the end."""
+  # What a shell without job control runs in the background ignores SIGINT, and so would all that is started here. A
+  # signal with a handler has its default again in them.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   started = []
 
   def start(plan: str, *flags: str, grace: int = 10) -> subprocess.Popen:
@@ -67,13 +70,12 @@ def launch(tmp_path: pathlib.Path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # What runs in the background of a shell without job control ignores it, and its children would.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
       )
     )
     return started[-1]
 
   yield start
+  signal.signal(signal.SIGINT, before)
   for launcher in started:
     launcher.kill()
     launcher.communicate()
