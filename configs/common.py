@@ -51,6 +51,7 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
         name="shapes",
         path="",
         split="train",
+        caption_fields=(),  # of a record, whose texts are its captions; none: those that it came with
         max_length=77,
         augment=dict(NO_AUGMENTATION),  # transforms.Augmentation says what its fields are
         discrimination_view="shared",  # of an image: shared by both objectives, or "own" by discrimination_augment

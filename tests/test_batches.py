@@ -151,6 +151,17 @@ def test_latents_that_do_not_fit(cache):
       batches.make_loader(config_of(**settings, **change))
 
 
+def test_captions_of_other_fields(data):
+  section = {"path": str(data / "pairs"), "caption_fields": ("key",)}
+  config = config_of(**{"data.name": "pairs"}, **{f"data.{field}": value for field, value in section.items()})
+  own = next(batches.make_loader(config))["tokens"]
+  keys = {tuple(row) for row in Tokenizer(8)([f"0/{i:02d}" for i in range(N)])}
+  assert {tuple(row) for row in own} == keys
+  config = config_of()
+  config.data.mixture = {"prepared": section}
+  np.testing.assert_array_equal(next(batches.make_loader(config))["tokens"], own)
+
+
 def test_mixtures(data, cache):
   prepared = {"path": str(data / "pairs"), "weight": 3.0}
   config = config_of()

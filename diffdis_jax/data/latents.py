@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -42,14 +42,20 @@ class Latents:
     return record.pop("moments").view(ml_dtypes.bfloat16), record
 
 
-def open_latents(path: str | os.PathLike[str], *, split: str, num_images: int | None) -> Latents:
+def open_latents(
+  path: str | os.PathLike[str], *, split: str, num_images: int | None, caption_fields: Sequence[str] = ()
+) -> Latents:
   """A split of a latent cache.
 
   Raises:
-    UserError: no latent cache there, or no such split.
+    UserError: no latent cache there, no such split, or caption fields where text conditions are stored or that the
+      first record does not have.
   """
   facts = (sources.read_info(path).metadata or {}).get("latents")
   if facts is None:
     sources.refuse(f"{path} holds no latents; write them with python -m diffdis_jax.prepare_data latents")
-  stored = sources.open_pairs(path, split=split, num_images=num_images and num_images * facts["views"])
+  if caption_fields and "text" in facts:
+    sources.refuse(f"{path} stores the conditions of its own captions; leave caption_fields out")
+  number = num_images and num_images * facts["views"]
+  stored = sources.open_pairs(path, split=split, num_images=number, caption_fields=caption_fields)
   return Latents(stored, facts)

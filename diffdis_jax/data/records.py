@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -96,6 +96,20 @@ def captions_of(metadata: Mapping[str, Any]) -> list[str]:
   captions = metadata.get("captions")
   several = isinstance(captions, list) and len(captions) > 1 and all(isinstance(c, str) and c for c in captions)
   return captions if several else []
+
+
+def with_captions(record: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+  """The record with the texts in these fields, each a text or a list of texts, for captions.
+
+  Raises:
+    Unusable: there is none.
+  """
+  values = [record.get(field) for field in fields]
+  texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+  texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+  if not texts:
+    raise Unusable("missing caption")
+  return {**record, "caption": texts[0], "captions": texts}
 
 
 def mend(caption: str) -> tuple[str, list[str]]:

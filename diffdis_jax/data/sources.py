@@ -32,6 +32,7 @@ def make(
   path: str | os.PathLike[str] = "",
   seed: int = 0,
   num_images: int | None = None,
+  caption_fields: Sequence[str] = (),
 ) -> Source:
   """The source of this name.
 
@@ -42,9 +43,11 @@ def make(
     path: the prepared folder, local or any that etils.epath reads; unused by `shapes`.
     seed: of the rendered shapes.
     num_images: number of shapes; by default shapes.SPLITS. Of `pairs`: only the first so many.
+    caption_fields: fields of a record whose texts are its captions; none for the captions that it came with.
 
   Raises:
-    UserError: unknown name, unknown split, or a path that holds no prepared data set or one of the other kind.
+    UserError: unknown name, unknown split, a path that holds no prepared data set or one of the other kind, or fields
+      that its first record does not have.
   """
   if name not in NAMES:
     refuse(f"unknown data source {name!r}; there are {', '.join(NAMES)}")
@@ -53,11 +56,13 @@ def make(
   if name == "pairs":
     if "latents" in (read_info(path).metadata or {}):
       refuse(f"{path} holds latents, not images; train from it with data.name=latents, and measure on images")
-    return open_pairs(path, split=split, num_images=num_images)
+    return open_pairs(path, split=split, num_images=num_images, caption_fields=caption_fields)
   if name == "latents":
     from diffdis_jax.data import latents  # here, since it builds on this file
 
-    return latents.open_latents(path, split=split, num_images=num_images)
+    return latents.open_latents(path, split=split, num_images=num_images, caption_fields=caption_fields)
+  if caption_fields:
+    refuse("shapes has no caption_fields; leave them out")
   if split not in shapes.SPLITS:
     refuse(f"shapes has no split {split!r}; there are {', '.join(shapes.SPLITS)}")
   return shapes.Shapes(split=split, image_size=image_size, seed=seed, num_images=num_images)
@@ -109,12 +114,20 @@ def describe(*, path: str | os.PathLike[str] = "", split: str = "train", **secti
 class Pairs:
   """Captioned images as prepare_data stored them; the fields of the json beside an image become metadata fields.
 
-  Reading a record raises records.Unusable where it is damaged, and UserError where its file is no longer there.
+  With `caption_fields`, a record's captions are all the texts in those fields. Reading a record raises records.Unusable
+  where it is damaged or has no caption, and UserError where its file is no longer there.
   """
 
-  def __init__(self, stored: Any, num_images: int | None = None, files: Sequence[str | os.PathLike[str]] = ()):
+  def __init__(
+    self,
+    stored: Any,
+    num_images: int | None = None,
+    files: Sequence[str | os.PathLike[str]] = (),
+    caption_fields: Sequence[str] = (),
+  ):
     self._records, self._files = stored, files
     self._num_images = len(stored) if num_images is None else min(num_images, len(stored))
+    self._caption_fields = tuple(caption_fields)
 
   def __len__(self) -> int:
     return self._num_images
@@ -125,7 +138,8 @@ class Pairs:
     record = self.stored(index)
     metadata = records.read_metadata(record.pop("metadata"))
     caption = records.read_caption(record.pop("caption"))
-    return {**metadata, "caption": caption, "key": record.pop("key").decode(errors="replace"), **record}
+    record = {**metadata, "caption": caption, "key": record.pop("key").decode(errors="replace"), **record}
+    return records.with_captions(record, self._caption_fields) if self._caption_fields else record
 
   def stored(self, index: int) -> dict[str, Any]:
     """A record's fields as they are stored. Raises records.Unusable("unreadable record")."""
@@ -141,13 +155,31 @@ class Pairs:
         refuse(f"{file} has vanished; put it back and run the same command again, which goes on")
 
 
-def open_pairs(path: str | os.PathLike[str], *, split: str, num_images: int | None) -> Pairs:
-  """A split of a prepared data set. Raises UserError: none there, no such split, or a file is missing."""
+def open_pairs(
+  path: str | os.PathLike[str], *, split: str, num_images: int | None, caption_fields: Sequence[str] = ()
+) -> Pairs:
+  """A split of a prepared data set. Raises UserError: none there, no such split, a file is missing, or its first record
+  lacks a caption field."""
   info = read_info(path)
   if split not in info.splits:
     refuse(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
   stored, files = _open(path, split)
-  return Pairs(stored, num_images, files)
+  if caption_fields:
+    first = _first_usable(Pairs(stored, num_images, files))
+    if missing := [field for field in caption_fields if field not in first]:
+      refuse(
+        f"{path} has no caption field {missing[0]!r}; the fields of its first record are {', '.join(sorted(first))}"
+      )
+  return Pairs(stored, num_images, files, caption_fields)
+
+
+def _first_usable(pairs: Pairs) -> dict[str, Any]:
+  for index in range(len(pairs)):
+    try:
+      return pairs[index]
+    except records.Unusable:
+      continue
+  return {}
 
 
 def read_info(path: str | os.PathLike[str]) -> Any:

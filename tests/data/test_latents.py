@@ -105,6 +105,8 @@ def test_views_have_the_captions_in_turns_with_their_conditions(tmp_path):
     np.testing.assert_array_equal(batch["tokens"], Tokenizer(8)(captions))
     spoken |= set(captions)
   assert spoken == {"a 0", "b 0", "a 1", "b 1", "a 2"}
+  with pytest.raises(UserError, match="stores the conditions of its own captions; leave caption_fields out"):
+    sources.make(name="latents", path=tmp_path / "out", image_size=8, caption_fields=("caption",))
   with pytest.raises(UserError, match="another text encoder"):
     failing = latent_cache.TextConditions(encode=lambda captions: 1 / 0, shape=(1, 2), fingerprint=2.5)
     with pytest.raises(ZeroDivisionError):

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from diffdis_jax.data import sources
+from diffdis_jax.data import pairs, parts, records, sources
 from diffdis_jax.structs import UserError
+from tests.raw_pairs import picture, write_tar
 
 
 def test_shapes():
@@ -18,6 +19,7 @@ def test_shapes():
     ({"name": "laion"}, "unknown data source 'laion'; there are shapes, pairs"),
     ({"name": "shapes", "split": "val"}, "shapes has no split 'val'; there are train, test, unseen, all"),
     ({"name": "shapes", "num_images": 0}, "num_images is 0; at least 1"),
+    ({"name": "shapes", "caption_fields": ("colour",)}, "shapes has no caption_fields; leave them out"),
     ({"name": "pairs"}, "no prepared data set in ''; write one with python -m diffdis_jax.prepare_data pairs"),
     ({"name": "pairs", "path": "nowhere"}, "no prepared data set in 'nowhere'"),
   ],
@@ -43,3 +45,39 @@ def test_pairs_fields():
   assert source[1] == {"image": b"bytes", "caption": "outer ü", "key": "t/0", "concept": "bear"}
   with pytest.raises(IndexError):
     source[2]
+
+
+@pytest.mark.parametrize(
+  ("metadata", "captions"),
+  [
+    ({"name": " bear ", "tags": ["animal", "", 3, "wild"]}, ["alt", "bear", "animal", "wild"]),
+    ({"name": None, "tags": []}, ["alt"]),
+    ({}, ["alt"]),
+  ],
+)
+def test_captions_of_several_fields(metadata, captions):
+  record = records.with_captions({"caption": "alt", **metadata}, ("caption", "name", "tags"))
+  assert record == {**metadata, "caption": "alt", "captions": captions}
+
+
+def test_a_record_without_a_caption_in_these_fields():
+  with pytest.raises(records.Unusable, match="missing caption"):
+    records.with_captions({"caption": "alt", "name": " ", "tags": None}, ("name", "tags"))
+
+
+def test_caption_fields_of_a_prepared_folder(tmp_path):
+  (tmp_path / "raw").mkdir()
+  files = {}
+  for i in range(4):
+    files[f"{i}.png"], files[f"{i}.txt"] = picture(i), f"caption {i}".encode()
+    files[f"{i}.json"] = json.dumps({"concept": f"concept {i}"}).encode()
+  write_tar(tmp_path / "raw" / "train-0.tar", files)
+  pairs.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
+  make = lambda fields: sources.make(name="pairs", path=tmp_path / "data", image_size=8, caption_fields=fields)
+  source = make(("concept", "caption"))
+  found = [source[i] for i in range(4)]
+  assert all(r["captions"] == [r["concept"], r["caption"].replace("concept", "caption")] for r in found)
+  assert {r["caption"] for r in found} == {f"concept {i}" for i in range(4)}
+  assert "captions" not in make(())[0]
+  with pytest.raises(UserError, match="no caption field 'concpt'; the fields of its first record are caption, concept"):
+    make(("caption", "concpt"))
