@@ -30,7 +30,7 @@ rates are not stated by the paper for DiffDis; its CLIP baseline has batch 1024.
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.sizes import sd_v1, small
+from diffdis_jax.models.sizes import sd_v1, small
 
 CC3M_PAIRS = 2_905_954
 BATCH = 1024

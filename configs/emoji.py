@@ -14,7 +14,7 @@ field `concept`. On a GPU: --config.batch_size=512 --config.model.dtype=bfloat16
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.sizes import medium
+from diffdis_jax.models.sizes import medium
 
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
 PROMPTS = tuple(

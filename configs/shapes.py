@@ -10,8 +10,8 @@
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.sizes import small
 from diffdis_jax.data.shapes import CLASSNAMES, TEMPLATES
+from diffdis_jax.models.sizes import small
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -14,14 +14,14 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from diffdis_jax.structs import Preempted, UserError
+from diffdis_jax.errors import Preempted, UserError
 
 PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
@@ -108,23 +108,22 @@ class _ConfigFile(flags.ArgumentParser):
       where = f" (line {lines[-1]})" if lines else ""
       raise UserError(f"--config={path}: {type(error).__name__}: {error}{where}") from error
     for override in filter(None, map(_OVERRIDE.match, sys.argv[1:])):
-      _check_key(config, override[1])
+      _check_key(dict(_leaves(config)), override[1])
     return config.lock()
 
 
-def _check_key(config: ConfigDict, key: str) -> None:
-  """Raises UserError unless `key` is a field or a section of the config; `a.b[0]` is an element of field `a.b`."""
-  known = dict(_leaves(config))
+def _check_key(known: Collection[str], key: str) -> None:
+  """Raises UserError unless `key` is one of the known fields or their sections; `a.b[0]` is an element of `a.b`."""
   sections = {".".join(path.split(".")[:i]) for path in known for i in range(1, path.count(".") + 1)}
-  if key.split("[")[0] in known.keys() | sections:
+  if key.split("[")[0] in {*known, *sections}:
     return
   same_leaf = [path for path in known if path.split(".")[-1] == key.split(".")[-1]]
   hint = f"did you mean {same_leaf[0]}?" if len(same_leaf) == 1 else did_you_mean(key, known)
   raise UserError(f"unknown config key {key}; {hint}")
 
 
-def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  for key, value in config.items():
+def _leaves(section: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for key, value in section.items():
     if isinstance(value, ConfigDict) and len(value):
       yield from _leaves(value, f"{prefix}{key}.")
     else:

@@ -8,7 +8,6 @@ how many seconds it took.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import time
@@ -17,13 +16,13 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from absl import flags, logging
-from etils import epath
 
-from configs import shapes as configs
-from diffdis_jax import cli, evaluate, inference, train, workdir
+from diffdis_jax import cli, evaluate, inference, train
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import samples
+from diffdis_jax.run import files
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,6 +30,10 @@ def main(argv: Sequence[str]) -> None:
   cli.compilation_cache()
   cli.use_all_cores()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
+  try:
+    from configs import shapes as configs  # not at the top: an installed package has no configs
+  except ImportError as error:
+    raise UserError("demo needs the configs of a checkout; clone the repository, and type make demo there") from error
   begin = time.monotonic()
   out = pathlib.Path(FLAGS.out)
   run = str(out / "diffdis")
@@ -53,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
   )
   if not resumed:
     results["seconds"] = time.monotonic() - begin
-  workdir.write_whole(epath.Path(out / "results.json"), (json.dumps(results, indent=2) + "\n").encode())
+  files.write_json(out / "results.json", results)
   logging.info("%s", "  ".join(f"{name} {value:.3f}" for name, value in results.items()))
   logging.info("results in %s, images in %s", out / "results.json", out / "grid.png")
 

@@ -9,7 +9,6 @@ Without --data it measures on the sets that the run's config names under `evals`
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,9 +16,11 @@ from typing import Any
 from absl import flags, logging
 from etils import epath
 
-from diffdis_jax import checkpoint, cli, distributed, evals, inference, workdir
+from diffdis_jax import cli, evals, inference
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
-from diffdis_jax.structs import UserError
+from diffdis_jax.parallel import processes
+from diffdis_jax.run import checkpoint, workdir
 
 FLAGS = flags.FLAGS
 Section = tuple[str, dict[str, Any]]  # data set, and {task, what that evaluation takes}
@@ -33,7 +34,7 @@ PROTOCOL = ("steps", "draws", "guidance", "generation_steps", "generation_guidan
 
 def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
-  distributed.define_flags()
+  processes.define_flags()
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
   flags.DEFINE_string("out", None, "JSON file to write", required=True)
   flags.DEFINE_list("tasks", None, f"any of {', '.join(SETTINGS)}; by default those of the config's sets")
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   cli.compilation_cache()
   cli.use_all_cores()
-  distributed.start()
+  processes.start()
   out = epath.Path(FLAGS.out)
   if out.is_dir():
     raise UserError(f"--out={out} is a folder; it should name the JSON file to write")
@@ -75,11 +76,11 @@ def main(argv: Sequence[str]) -> None:
     sections = sections_of_config(config.to_dict(), tasks=FLAGS.tasks)
   settings = _given(name for names in SETTINGS.values() for name in names)
   results = evaluate(FLAGS.workdir, override(sections, settings), step=FLAGS.step, ema=FLAGS.ema, **_given(PROTOCOL))
-  if not distributed.is_first():
+  if not processes.is_first():
     return
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
-    workdir.write_whole(out, (json.dumps(results, indent=2) + "\n").encode())
+    files.write_json(out, results)
   except OSError as error:
     raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
 
@@ -94,14 +95,13 @@ def evaluate(
     sections: what to measure.
     step: which checkpoint; None takes the newest.
     ema: averaged weights, where the run keeps them.
-    protocol: as `inference.Inference` takes it.
+    protocol: as `inference.load` takes it.
 
   Raises:
     UserError: bad settings, data or checkpoint; before anything is measured.
   """
-  made = [(dataset, section["task"], evals.make(**section)) for dataset, section in sections]
-  saved = checkpoint.find(run, step)
-  step, ema = int(saved.name), ema and (saved / "ema").exists()
+  made = [(dataset, section["task"], evals.create(**section)) for dataset, section in sections]
+  step, ema = checkpoint.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, **protocol)
   results: dict[str, dict[str, Any]] = {}
   for dataset, task, evaluation in made:

@@ -16,9 +16,10 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from diffdis_jax import checkpoint, cli, folders, workdir
+from diffdis_jax import cli
 from diffdis_jax.data.tokenizer import END, START, Tokenizer
 from diffdis_jax.interop import to_torch
+from diffdis_jax.run import checkpoint, files, workdir
 
 FLAGS = flags.FLAGS
 # Fields of a run's config that say what its weights mean.
@@ -97,19 +98,18 @@ def export_weights(run: str, out: str, *, step: int | None = None, ema: bool = T
   Raises:
     UserError: no such checkpoint, a run that no pipeline can hold, or `out` cannot be written.
   """
-  folder = folders.empty(out)
+  folder = files.empty_folder(out)
   config = workdir.load_config(run)
-  to_torch.check(config.model, config.objectives)
-  saved = checkpoint.find(run, step)
-  step, ema = int(saved.name), ema and (saved / "ema").exists()
-  params = checkpoint.restore_params(run, step=step, ema=ema)
   fields = config.to_dict()
+  to_torch.check(fields["model"], fields["objectives"])
+  step, ema = checkpoint.choose(run, step, ema=ema)
+  params = checkpoint.restore_params(run, step=step, ema=ema)
   own = {name: fields[name] for name in OWN_FIELDS} | {"max_length": config.data.max_length}
-  with folders.whole(folder) as temporary:
+  with files.whole_folder(folder) as temporary:
     to_torch.write(
       temporary,
       params,
-      model=config.model,
+      model=fields["model"],
       image_size=config.image_size,
       schedule=config.image_diffusion.schedule,
       diffdis=own,

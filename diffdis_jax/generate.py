@@ -19,10 +19,12 @@ from absl import flags, logging
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from diffdis_jax import checkpoint, cli, distributed, folders, inference
+from diffdis_jax import cli, inference
 from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import samples
-from diffdis_jax.structs import UserError
+from diffdis_jax.parallel import processes
+from diffdis_jax.run import checkpoint, files
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 16
@@ -34,7 +36,7 @@ MOST_COLUMNS = 16
 
 def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
-  distributed.define_flags()
+  processes.define_flags()
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
   flags.DEFINE_string("out", None, "folder to write; absent or empty", required=True)
   flags.DEFINE_multi_string("prompt", [], "what to draw; may be repeated")
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   cli.compilation_cache()
   cli.use_all_cores()
-  distributed.start()
+  processes.start()
   given = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
   generate(
     FLAGS.workdir,
@@ -94,24 +96,23 @@ def generate(
     step: which checkpoint; None takes the newest.
     ema: averaged weights, where the run keeps them.
     batch_size: images a compiled call, at most.
-    protocol: as `inference.Inference` takes it.
+    protocol: as `inference.load` takes it.
 
   Raises:
     UserError: bad settings, noise or checkpoint, or `out` cannot be written.
   """
-  folder = folders.empty(out)
+  folder = files.empty_folder(out)
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
   z_T = read_noise(noise) if noise else None
-  saved = checkpoint.find(run, step)
-  step, ema = int(saved.name), ema and (saved / "ema").exists()
+  step, ema = checkpoint.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
   if z_T is None:
     z_T = model.noise(len(prompts), seed)
-  check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
+  check_noise(z_T, expected=(len(prompts), *model.network.latent_shape))
   tokens = Tokenizer(model.max_length)(prompts)
   chunks = (slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK))
   images = (image for rows in chunks for image in model.generate(params, tokens[rows], z_T[rows]))
-  if not distributed.is_first():
+  if not processes.is_first():
     deque(images, maxlen=0)  # its share of each
     return
   start = {"noise": noise} if noise else {"seed": seed}
@@ -186,7 +187,7 @@ def write(
     "protocol": protocol,
     "images": [{"file": file, "prompt": prompt} for file, prompt in zip(files, prompts, strict=True)],
   }
-  with folders.whole(out) as temporary:
+  with files.whole_folder(out) as temporary:
     first = []
     for file, image in zip(files, images, strict=True):
       Image.fromarray(image).save(temporary / file)

@@ -22,17 +22,19 @@ from absl import flags, logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs import common, diffdis_cc3m, sizes
-from diffdis_jax import checkpoint, cli, folders, tree, workdir
+from diffdis_jax import cli
 from diffdis_jax.data.tokenizer import VOCAB_SIZE, load_merges, make_vocab
+from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping
 from diffdis_jax.interop.from_torch import Matched, Source
 from diffdis_jax.interop.tensor_files import read_json
-from diffdis_jax.models import build
+from diffdis_jax.models import build, sizes
 from diffdis_jax.models.clip import Clip, VisionEncoder
+from diffdis_jax.models.layers import DTYPES
 from diffdis_jax.models.text_encoder import TextEncoder
-from diffdis_jax.structs import UserError
-from diffdis_jax.tree import Params
+from diffdis_jax.params import Params, flatten
+from diffdis_jax.run import checkpoint, files, workdir
+from diffdis_jax.run.config import base
 
 FLAGS = flags.FLAGS
 
@@ -71,19 +73,19 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
   Raises:
     UserError: a source that cannot be read or is of another kind, or `out` cannot be written.
   """
-  folder = folders.empty(out)
+  folder = files.empty_folder(out)
   found = from_torch.open_source(pathlib.Path(source))
   config = make_config(found)
   if found.tokenizer:
     check_tokenizer(found.tokenizer)
-  make = make_clip(config.model) if found.is_clip else make_diffdis(config)
-  network = tree.flatten(build.abstract(make)[1])
+  make = clip_builder(config.model) if found.is_clip else build.Network.of(config).build
+  network = flatten(build.abstract_module(make)[1])
   matched = from_torch.match(found, network)
   report(matched, network)
   params = initialise(make, network.keys() - matched.names.keys(), seed=seed) | from_torch.read(matched)
 
-  with folders.whole(folder) as temporary:
-    workdir.open_for_training(str(temporary), config)
+  with files.whole_folder(folder) as temporary:
+    workdir.open_for_training(str(temporary), config.to_dict())
     origin = {"source": source, "loaded": matched.names, "ignored": matched.ignored}
     origin["initialised"] = sorted(network.keys() - matched.names.keys())
     (temporary / "import.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
@@ -93,16 +95,16 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
 
 
 def make_config(source: Source) -> ConfigDict:
-  """The paper's config around the source's network, computing in f32 as PyTorch does. CLIP has its two towers alone.
+  """A config around the source's network, computing in f32 as PyTorch does. CLIP has its two towers alone.
 
   Raises:
     UserError: a network that cannot be built, or whose token ids are not CLIP's.
   """
   if source.is_clip:
-    config = common.base(sizes.clip_vit_l14(), image_size=source.fields["image_size"])
+    config = base(sizes.clip_vit_l14(), image_size=source.fields["image_size"])
     config.objectives = ("contrastive",)
   else:
-    config = diffdis_cc3m.get_config()
+    config = base(sizes.sd_v1(), image_size=256)
     text = source.model["text_encoder"]
     # 768 and 12 in the paper, as in its text tower.
     config.model.alignment.update(width=text["width"], num_heads=text["num_heads"])
@@ -110,10 +112,6 @@ def make_config(source: Source) -> ConfigDict:
   config.model.update(source.model)
   config.model.dtype = "float32"
   config.update_from_flattened_dict(source.fields)
-  if not source.is_clip:
-    build.check(
-      config.model, objectives=config.objectives, image_size=config.image_size, max_length=config.data.max_length
-    )
   if config.model.text_encoder.vocab_size < VOCAB_SIZE:
     raise UserError(
       f"the text tower has {config.model.text_encoder.vocab_size} tokens; only CLIP's vocabulary of {VOCAB_SIZE} is"
@@ -136,12 +134,9 @@ def check_tokenizer(folder: pathlib.Path) -> None:
     raise UserError(f"{files[0]} is not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
 
 
-def make_diffdis(config: ConfigDict) -> Callable[[nnx.Rngs], nnx.Module]:
-  return build.make(config.model, objectives=config.objectives)
-
-
-def make_clip(model: ConfigDict) -> Callable[[nnx.Rngs], Clip]:
-  dtype = build.DTYPES[model.dtype]
+def clip_builder(model: ConfigDict) -> Callable[[nnx.Rngs], Clip]:
+  """A function from rngs to the two towers of a `model` section."""
+  dtype = DTYPES[model.dtype]
   return lambda rngs: Clip(
     text_encoder=TextEncoder(**model.text_encoder, dtype=dtype, rngs=rngs),
     vision_encoder=VisionEncoder(**model.vision_encoder, dtype=dtype, rngs=rngs),
@@ -154,7 +149,7 @@ def initialise(make: Callable[[nnx.Rngs], nnx.Module], paths: Collection[str], *
     return {}
 
   def some(key: jax.Array) -> Params:
-    params = tree.flatten(build.initialise(make, key))
+    params = flatten(build.initial_state(make, key))
     return {path: params[path] for path in paths}
 
   # It runs once, so the compiler need not try hard.

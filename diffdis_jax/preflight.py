@@ -22,15 +22,36 @@ from typing import Any
 import jax
 from absl import flags, logging
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffdis_jax import cli, sharding, workdir
+from diffdis_jax import cli
+from diffdis_jax.data.build import read_data
+from diffdis_jax.errors import UserError
 from diffdis_jax.estimates import chips, programs, report, search, targets
-from diffdis_jax.models import layers
-from diffdis_jax.structs import UserError
+from diffdis_jax.inference import Inference, read_sampling
+from diffdis_jax.models import attention
+from diffdis_jax.models.build import Network
+from diffdis_jax.parallel import sharding
+from diffdis_jax.run import files
+from diffdis_jax.training.build import build_step
 
 CC3M_PAIRS = 2_905_954
 PACKAGE = pathlib.Path(__file__).parent
+
+
+def trace_program(name: str, config: ConfigDict, mesh: Mesh) -> programs.Program:
+  """Raises UserError for a config that the mesh cannot run, or that lacks this program."""
+  if name == "train":
+    without_remat = ConfigDict(config).unlock()
+    without_remat.model.remat = "none"
+    step, once = build_step(config, mesh), build_step(without_remat, mesh)
+    return programs.trace_train(step, once, read_data(config), batch_size=config.batch_size)
+  if name not in config.objectives:
+    raise UserError(f"--programs has {name}; this config's objectives are {', '.join(config.objectives)} alone")
+  sampling = read_sampling(config.inference.to_dict())
+  inference = Inference(Network.of(config), sampling, mesh=mesh, batch_size=config.batch_size)
+  return programs.trace_inference(name, inference)
 
 
 def compile_one(
@@ -42,15 +63,15 @@ def compile_one(
     UserError: a config, mesh or batch that cannot run there.
   """
   mesh = sharding.make_mesh(**config.mesh, devices=target.devices)
-  with layers.standing_in_for(target.chip.platform):
-    program = programs.make(name, config, mesh)
+  with attention.standing_in_for(target.chip.platform):
+    program = trace_program(name, config, mesh)
     lowered = program.lower()
   shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   logging.info("%s: compiling for %d x %s (%s), compiler %s", name, mesh.size, target.chip.kind, shape, target.compiler)
   compiled = targets.compile(lowered, target.chip)
   if hlo:
-    workdir.write_whole(epath.Path(hlo) / f"{name}.txt", compiled.text.encode())
-  result = report.make(program, compiled, target, num_pairs=num_pairs, epochs=epochs if name == "train" else 0)
+    files.write_whole(epath.Path(hlo) / f"{name}.txt", compiled.text.encode())
+  result = report.summarise(program, compiled, target, num_pairs=num_pairs, epochs=epochs if name == "train" else 0)
   for line in report.lines(name, result):
     logging.info("%s", line)
   return result
@@ -63,8 +84,21 @@ def run(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
     name: compile_one(name, config, target, hlo=FLAGS.hlo, **settings) for name in FLAGS.programs
   }
   if FLAGS.search and "train" in results and not results["train"]["fits"]:
-    attempt = lambda changed: compile_one("train", changed, target, **settings)
-    results["search"] = search.first_fit(config, len(target.devices), attempt, slices=FLAGS.slices)
+    tried = search.candidates(
+      remat=config.model.remat,
+      mesh=config.mesh.to_dict(),
+      batch_size=config.batch_size,
+      accumulate=config.optim.accumulate,
+      chips=len(target.devices),
+      slices=FLAGS.slices,
+    )
+
+    def attempt(changes: search.Changes) -> dict[str, Any]:
+      changed = ConfigDict(config).unlock()
+      changed.update_from_flattened_dict(changes)
+      return compile_one("train", changed, target, **settings)
+
+    results["search"] = search.first_fit(tried, attempt)
   return results
 
 
@@ -75,8 +109,14 @@ def describe_search(trials: Sequence[dict[str, Any]]) -> str:
   return "fits with " + " ".join(f"--config.{name}={value}" for name, value in trials[-1]["changes"].items())
 
 
-def cache_file(config: ConfigDict, platform: str, present: targets.Target | None) -> epath.Path:
-  """Where the results of this config, target, package and compiler are kept; `present`, where devices must be."""
+def cache_file(config: str, platform: str, present: targets.Target | None) -> epath.Path:
+  """Where the results of this config, target, package and compiler are kept.
+
+  Args:
+    config: as JSON.
+    platform: compiler.
+    present: the target, where its devices must be there.
+  """
   source = hashlib.sha256()
   for path in sorted(PACKAGE.rglob("*.py")):
     source.update(path.read_bytes())
@@ -89,9 +129,7 @@ def cache_file(config: ConfigDict, platform: str, present: targets.Target | None
   asked = [FLAGS.topology, FLAGS.slices, platform, sorted(FLAGS.programs), FLAGS.search, FLAGS.num_pairs, FLAGS.epochs]
   kinds = [device.device_kind for device in present.devices] if present else []
   flags_of_xla = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-  key = json.dumps(
-    [config.to_json_best_effort(), asked, kinds, versions, flags_of_xla, source.hexdigest()], sort_keys=True
-  )
+  key = json.dumps([config, asked, kinds, versions, flags_of_xla, source.hexdigest()], sort_keys=True)
   home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   return epath.Path(home) / "diffdis_jax" / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
@@ -117,7 +155,7 @@ def main(argv: Sequence[str]) -> None:
   jax.config.update("jax_numpy_dtype_promotion", "strict")
 
   present = targets.find(platform, topology, FLAGS.slices) if platform == "cuda" else None
-  kept = cache_file(FLAGS.config, platform, present)
+  kept = cache_file(FLAGS.config.to_json_best_effort(), platform, present)
   if kept.exists() and not FLAGS.hlo:
     results = json.loads(kept.read_text())
     logging.info("the same was asked before; from %s", kept)
@@ -127,11 +165,11 @@ def main(argv: Sequence[str]) -> None:
   else:
     results = run(FLAGS.config, present or targets.find(platform, topology, FLAGS.slices))
     kept.parent.mkdir(parents=True, exist_ok=True)
-    workdir.write_whole(kept, json.dumps(results).encode())
+    files.write_whole(kept, json.dumps(results).encode())
   if "search" in results:
     logging.info("%s", describe_search(results["search"]))
   if FLAGS.out:
-    workdir.write_whole(epath.Path(FLAGS.out), (json.dumps(results, indent=2) + "\n").encode())
+    files.write_json(FLAGS.out, results)
 
 
 FLAGS = flags.FLAGS

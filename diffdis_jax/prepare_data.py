@@ -33,17 +33,17 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import flags, logging
-from etils import epath
 
-from diffdis_jax import cli, workdir
-from diffdis_jax.data import captions, card, cc3m, image_folder, latent_cache, pairs, parts, staging
+from diffdis_jax import cli
+from diffdis_jax.data.prepare import builder, captions, card, cc3m, image_folder, latents, parts, staging
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError, read_section
+from diffdis_jax.run import files, workdir
 
 # name -> how its raw data are found, its builder
-DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[pairs.CaptionedImages]]] = {
-  "pairs": (parts.tars, pairs.Pairs),
+DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[builder.CaptionedImages]]] = {
+  "pairs": (parts.tars, builder.Pairs),
   "cc3m": (cc3m.find_parts, cc3m.Cc3m),
   "coco": (captions.find_coco, captions.Coco),
   "flickr30k": (captions.find_flickr30k, captions.Flickr30k),
@@ -93,11 +93,11 @@ def main(argv: list[str]) -> None:
     write_latents(_given(_WORKDIR, name), _given(_DATA, name), _given(_OUT, name))
     return
   source, out = _given(_SOURCE, name), _given(_OUT, name)
-  find, builder = DATA_SETS[name]
+  find, kind = DATA_SETS[name]
   short_side = _SHORT_SIDE.value
   if short_side is None and name == "cc3m":
     short_side = cc3m.SHORT_SIDE
-  settings = pairs.Settings(
+  settings = builder.Settings(
     short_side=short_side or None,
     drop_duplicates=_DROP_DUPLICATES.value,
     num_processes=_NUM_PROCESSES.value or cores(),
@@ -106,38 +106,38 @@ def main(argv: list[str]) -> None:
   if (out / "report.json").exists() and not (out / "card.json").exists():
     logging.info("%s is written but for its card", out)
   else:
-    pairs.prepare(find(source), out, builder=builder, settings=settings)
+    builder.prepare(find(source), out, builder=kind, settings=settings)
   write_card(out)
 
 
 def write_latents(run: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> None:
   """Encodes every image of a prepared data set by a run's autoencoder, in this process."""
   from diffdis_jax import inference  # here, since the processes of the preparation import this file too
-  from diffdis_jax.models import latents
+  from diffdis_jax.training import encode
 
-  found = latent_cache.find_parts(data)
+  found = latents.find_parts(data)
   model, params = inference.load(str(run), image_size=_IMAGE_SIZE.value, batch_size=_BATCH_SIZE.value)
-  h, w, c = model.noise_shape()
+  h, w, c = model.network.latent_shape
   text = None
   if _TEXT.value:
-    tokenizer, width = Tokenizer(model.max_length), model.config.model.text_encoder.width
-    text = latent_cache.TextConditions(
+    tokenizer, width = Tokenizer(model.max_length), model.network.model.text_encoder.width
+    text = latents.TextConditions(
       encode=lambda captions: model.conditions(params, tokenizer(captions)),
       shape=(model.max_length, width),
-      fingerprint=latents.fingerprint(params, latents.TEXT_ENCODER),
+      fingerprint=encode.fingerprint(params, encode.TEXT_ENCODER),
     )
-  reports = pairs.prepare(
+  reports = builder.prepare(
     found,
     out,
-    builder=latent_cache.LatentCache,
+    builder=latents.LatentCache,
     make_stage=functools.partial(
-      latent_cache.LatentStage,
+      latents.LatentStage,
       encode=functools.partial(model.moments, params),
       shape=(h, w, 2 * c),
       image_size=model.image_size,
       views=_VIEWS.value,
-      augmentation=_augmentation(model.config.data.augment.to_dict()),
-      fingerprint=latents.fingerprint(params),
+      augmentation=_augmentation(workdir.load_config(str(run)).data.augment.to_dict()),
+      fingerprint=encode.fingerprint(params),
       text=text,
     ),
   )
@@ -148,24 +148,24 @@ def write_latents(run: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> N
 def _augmentation(default: Mapping[str, Any]) -> Augmentation:
   try:
     fields = json.loads(_AUGMENT.value) if _AUGMENT.value else default
-    if not isinstance(fields, Mapping):
-      raise TypeError("it should be an object of fields of data.augment")
-    return Augmentation(**fields)
-  except (TypeError, ValueError) as error:
+  except ValueError as error:
     raise UserError(f"--augment={_AUGMENT.value}: {error}") from error
+  if not isinstance(fields, Mapping):
+    raise UserError(f"--augment={_AUGMENT.value}: it should be an object of fields of data.augment")
+  return read_section(Augmentation, fields, "augment")
 
 
 def write_card(folder: pathlib.Path) -> None:
   """Logs the card of a prepared data set, and writes it into its folder: card.png of 64 pairs, and card.json, last."""
   from diffdis_jax.evals import samples  # here, since the processes of the preparation import this file too
 
-  made = card.make(folder)
+  made = card.describe(folder)
   for line in made.lines():
     logging.info("%s", line)
   with staging.writing(folder):
     if made.captions:
       samples.save_grid(made.images, made.captions, folder / "card.png")
-    workdir.write_whole(epath.Path(folder) / "card.json", made.to_json().encode())
+    files.write_whole(folder / "card.json", made.to_json().encode())
 
 
 def cores() -> int:

@@ -16,14 +16,6 @@ from flax import struct
 from jaxtyping import Array, BFloat16, Float, Int, UInt8
 
 
-class UserError(Exception):
-  """Bad input. Its message is one line: what is wrong, and what would be right. Verbs exit with code 2."""
-
-
-class Preempted(Exception):
-  """The run was asked to stop, and has saved. Verbs exit with code 75, on which launchers start them again."""
-
-
 @struct.dataclass
 class Batch:
   """One batch of captioned images. The loader gives numpy arrays per host, the step sees global arrays."""
@@ -60,3 +52,26 @@ class Posterior:
 
   mean: Float[Array, "b h w c"]
   log_variance: Float[Array, "b h w c"]
+
+
+@struct.dataclass
+class GenerationPass:
+  """Arguments of Φ_u(z_t, t_z, c): noised latents, their timestep, the captions' condition."""
+
+  z_t: Float[Array, "b h w c"]
+  t_z: Int[Array, "b"]
+  c: Float[Array, "b l d"]
+
+
+@struct.dataclass
+class DiscriminationPass:
+  """Arguments of Φ_θ(e_t, t_e, z): noised text query, its timestep, clean latents and theirs, the empty prompt's c.
+
+  Its t_z is one number for all rows, 1000 in the paper (Table 7); GenerationPass.t_z is drawn.
+  """
+
+  e_t: Float[Array, "b e"]
+  t_e: Int[Array, "b"]
+  z: Float[Array, "b h w c"]
+  t_z: Int[Array, "b"]
+  c_null: Float[Array, "b l d"]

@@ -9,6 +9,7 @@ devices. At SIGTERM it saves and exits with code 75.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections import Counter
@@ -20,17 +21,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffdis_jax import batches, checkpoint, cli, distributed, evals, sharding, workdir, writers
+from diffdis_jax import cli, evals
 from diffdis_jax.data import loader
+from diffdis_jax.data.build import Data, LatentShapes, open_loader, read_data
 from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import Preempted, UserError, check_number, read_section
 from diffdis_jax.evals import samples
-from diffdis_jax.inference import Inference
-from diffdis_jax.step import Metrics, Step, TrainState, is_running
-from diffdis_jax.structs import Preempted, UserError
-from diffdis_jax.tree import Params
+from diffdis_jax.inference import Inference, read_sampling
+from diffdis_jax.models.build import Network
+from diffdis_jax.parallel import processes, sharding
+from diffdis_jax.params import Params
+from diffdis_jax.run import checkpoint, workdir, writers
+from diffdis_jax.training import encode
+from diffdis_jax.training.build import build_step
+from diffdis_jax.training.objectives import Metrics
+from diffdis_jax.training.step import Step, TrainState, is_running
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pace:
+  """How long a run is, and after how many steps what happens.
+
+  Raises:
+    UserError: a number below one.
+  """
+
+  batch_size: int
+  num_steps: int
+  log_every: int
+  save_every: int
+  eval_every: int
+  sample_every: int
+
+  def __post_init__(self) -> None:
+    for field in dataclasses.fields(self):
+      check_number(field.name, getattr(self, field.name), at_least=1)
 
 
 def train_and_evaluate(config: ConfigDict, path: str) -> None:
@@ -40,68 +67,83 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
     UserError: bad config, data or workdir, or a loss that is no longer finite.
     Preempted: SIGTERM came; the steps so far are saved.
   """
-  check_numbers(config)
+  pace = Pace(**{field.name: config[field.name] for field in dataclasses.fields(Pace)})
   mesh = sharding.make_mesh(**config.mesh)
-  stop = distributed.Stop(sharding.batch_sharding(mesh))
+  stop = processes.Stop(sharding.batch_sharding(mesh))
   with contextlib.ExitStack() as stack:
     stack.enter_context(stop.listening())  # from the start: building and compiling may take minutes
-    trainer = Step(config, mesh)
-    batch_type = batches.batch_type(config)
-    iterator = batches.make_loader(config, sharding.local_rows(mesh, config.batch_size))
-    watch = Watch(config, mesh, stop)
-    is_writer = distributed.is_first()
-    substitutions = loader.Substitutions()
-    log_start(config, trainer)
+
+    # Everything that can be wrong with a config or its data is found before the workdir is touched.
+    trainer = build_step(config, mesh)
+    kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
+    data = read_data(config)
+    iterator = open_loader(
+      data,
+      batch_size=pace.batch_size,
+      seed=config.seed,
+      rows=sharding.local_rows(mesh, pace.batch_size),
+      latents=latent_shapes(trainer.network),
+    )
+    watch = make_watch(config, pace, trainer, stop)
+    log_start(trainer, data)
     if config.init_from and checkpoint.latest_step(path) is None:
       find_initial(config.init_from, trainer)
-    workdir.check_config(path, config)
-    distributed.check_shared(path)
-    distributed.on_first(lambda: stack.enter_context(workdir.Lock(path)))
-    workdir.open_for_training(path, config, is_writer=is_writer)
-    checkpointer = stack.enter_context(checkpoint.Checkpointer(path, **config.checkpoint))
-    state, meta = restore_or_init(config, trainer, checkpointer, iterator)
-    batches.check_encoders(config, state.params)
+    workdir.check_config(path, config.to_dict())
+    processes.check_shared(path)
+
+    # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
+    processes.on_first(lambda: stack.enter_context(workdir.Lock(path)))
+    is_writer = processes.is_first()
+    workdir.open_for_training(path, config.to_dict(), is_writer=is_writer)
+    checkpointer = stack.enter_context(checkpoint.Checkpointer(path, kept))
+    state, meta = restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
+    encode.check_stored(data.latent_facts(), state.params, trainer.trainable)
     start = int(state.step)
-    writer = writers.make(path, start_step=start, is_writer=is_writer)
+    writer = writers.open_writer(path, start_step=start, is_writer=is_writer)
     stack.callback(writer.close)
-    progress = writers.Progress(start_step=start, num_steps=config.num_steps, batch_size=config.batch_size)
+    progress = writers.Progress(start_step=start, num_steps=pace.num_steps, batch_size=pace.batch_size)
+    substitutions = loader.Substitutions()
     totals = read_totals(meta)
     if is_writer:
       substitutions.new += np.array(meta.get("substituted", 0))
+    # A run that was stopped in the middle of an evaluation had saved before it. What was due then is done now.
     if not meta.get("watched", True):
-      watch.after_step(start, state, writer, last=start == config.num_steps)
+      watch.after_step(start, state, writer, last=start == pace.num_steps)
 
     metrics: Metrics | None = None
-    for step in range(start + 1, config.num_steps + 1):
+    for step in range(start + 1, pace.num_steps + 1):
+      # The next batch is drawn while the devices still work on the step before, so that its time is hidden.
       with progress.waiting_for_data(functools.partial(is_running, metrics)):
-        batch = batch_type(**sharding.to_global(substitutions.take(next(iterator)), mesh))
+        batch = data.batch_type(**sharding.to_global(substitutions.take(next(iterator)), mesh))
       state, metrics = trainer.train_step(state, batch)
       if step == start + 1:
         jax.block_until_ready(metrics)
         progress.restart(step)
       totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
 
-      last = step == config.num_steps
-      if last or step % config.log_every == 0:
+      last = step == pace.num_steps
+      if last or step % pace.log_every == 0:
         means = check_finite(totals, step, checkpointer)
-        counts = substitutions.report(distributed.over_hosts)
+        counts = substitutions.report(processes.over_hosts)
         writer.scalars(step, means | progress.report(step, means) | counts)
         totals = None
       found, preempted, due = {}, stop.agreed(), watch.is_due(step, last=last)
-      saves = last or preempted or step % config.save_every == 0
+      saves = last or preempted or step % pace.save_every == 0
       if due or saves:
         jax.block_until_ready(metrics)  # its time is that of steps
+      # Evaluation before the save, whose checkpoint is kept by what was measured; unless there is no time for it.
       if due and not preempted:
         try:
           with progress.paused():
             found, due = watch.after_step(step, state, writer, last=last), False
         except Preempted:
           preempted = saves = True
+      # The save before the next batch is drawn, so that the iterator's position is that of the next step.
       if saves:
         with progress.paused():
           if totals is not None:
-            check_finite(totals, step, checkpointer)
-          pending = distributed.over_hosts(substitutions.new).tolist()
+            check_finite(totals, step, checkpointer)  # a checkpoint that cannot go on is worse than none
+          pending = processes.over_hosts(substitutions.new).tolist()
           meta = {"totals": write_totals(totals), "substituted": pending, "watched": not due}
           checkpointer.save(step, state, iterator, meta=meta, metrics=found)
       if preempted:
@@ -109,17 +151,15 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
         raise Preempted
 
 
-def check_numbers(config: ConfigDict) -> None:
-  """Raises UserError for a number of steps below one, or a seed of more than 32 bits."""
-  if not 0 <= config.seed < 2**32:
-    raise UserError(f"seed is {config.seed}; it must be from 0 to {2**32 - 1}")
-  for name in ("num_steps", "log_every", "save_every", "eval_every", "sample_every"):
-    if config[name] < 1:
-      raise UserError(f"{name} is {config[name]}; it must be at least 1")
+def latent_shapes(network: Network) -> LatentShapes | None:
+  """What stored latents must fit; None for an autoencoder's own training, which needs images."""
+  if "reconstruction" in network.objectives:
+    return None
+  return LatentShapes(latent=network.latent_shape, text_width=network.model.text_encoder.width)
 
 
 def restore_or_init(
-  config: ConfigDict, trainer: Step, checkpointer: checkpoint.Checkpointer, iterator: grain.DatasetIterator
+  init_from: str, seed: int, trainer: Step, checkpointer: checkpoint.Checkpointer, iterator: grain.DatasetIterator
 ) -> tuple[TrainState, dict[str, Any]]:
   """The last checkpoint's state and meta, with the data iterator set to its next batch; or the state of step 0."""
   step = checkpointer.latest_step()
@@ -130,9 +170,9 @@ def restore_or_init(
     number = jax.make_array_from_callback((), place, lambda _: np.asarray(step, np.int32))
     state = TrainState(step=number, params=restored.params, ema=restored.ema, opt_state=restored.opt_state)
     return state, restored.meta
-  params = trainer.init_params(jax.random.key(config.seed))
-  if config.init_from:
-    params |= load_initial(config.init_from, trainer)
+  params = trainer.init_params(jax.random.key(seed))
+  if init_from:
+    params |= load_initial(init_from, trainer)
   return trainer.with_params(params), {}
 
 
@@ -211,20 +251,54 @@ def check_finite(totals: Metrics, step: int, checkpointer: checkpoint.Checkpoint
   return means
 
 
-class Watch:
-  """Evaluations and sample images during training. Everything that can be wrong with them is found at construction."""
+def make_watch(config: ConfigDict, pace: Pace, trainer: Step, stop: processes.Stop) -> Watch:
+  """The evaluations and samples of a config.
 
-  def __init__(self, config: ConfigDict, mesh: Mesh, stop: distributed.Stop):
-    self._config = config
-    missing = set(config.train_evals) - set(config.evals)
-    if missing:
-      raise UserError(f"train_evals names {', '.join(sorted(missing))}; evals has {', '.join(config.evals) or 'none'}")
-    best = config.checkpoint.best_metric
-    if best and best.split("/")[0] not in config.train_evals:
-      raise UserError(f"checkpoint.best_metric={best} should begin with one of train_evals, {config.train_evals}")
-    self._evals = {name: evals.make(**config.evals[name].to_dict()) for name in config.train_evals}
-    self._inference = Inference(config, mesh=mesh, after_batch=stop.raise_if_agreed)
-    self._prompts = list(config.sample_prompts) if "generation" in config.objectives else []
+  Raises:
+    UserError: evaluations that the config does not have, or bad settings or data of one.
+  """
+  if missing := set(config.train_evals) - set(config.evals):
+    raise UserError(f"train_evals names {', '.join(sorted(missing))}; evals has {', '.join(config.evals) or 'none'}")
+  best = config.checkpoint.best_metric
+  if best and best.split("/")[0] not in config.train_evals:
+    raise UserError(f"checkpoint.best_metric={best} should begin with one of train_evals, {config.train_evals}")
+  return Watch(
+    Inference(
+      trainer.network, read_sampling(config.inference.to_dict()), mesh=trainer.mesh, after_batch=stop.raise_if_agreed
+    ),
+    pace,
+    evaluations={name: evals.create(**config.evals[name].to_dict()) for name in config.train_evals},
+    prompts=list(config.sample_prompts) if "generation" in config.objectives else [],
+    seed=config.seed,
+    best_metric=best,
+  )
+
+
+class Watch:
+  """Evaluations and sample images during training.
+
+  Args:
+    inference: of the network in training.
+    pace: when.
+    evaluations: by name.
+    prompts: of the sample images.
+    seed: of their noise.
+    best_metric: which of the metrics decides on the best checkpoints; empty for none.
+  """
+
+  def __init__(
+    self,
+    inference: Inference,
+    pace: Pace,
+    *,
+    evaluations: Mapping[str, evals.Eval],
+    prompts: Sequence[str],
+    seed: int,
+    best_metric: str,
+  ):
+    self._inference, self._pace = inference, pace
+    self._evals, self._prompts = evaluations, prompts
+    self._seed, self._best = seed, best_metric
 
   def is_due(self, step: int, *, last: bool) -> bool:
     """Whether there is something to do after this step."""
@@ -248,39 +322,40 @@ class Watch:
       writer.scalars(step, metrics)
     if grid is not None:
       writer.image(step, "samples", grid)
-    best = self._config.checkpoint.best_metric
-    if not best or not found:
+    if not self._best or not found:
       return {}
     together = {key: value for metrics in found.values() for key, value in metrics.items()}
-    if best not in together:
-      raise UserError(f"checkpoint.best_metric={best} is none of {', '.join(together)}")
-    return {best: float(distributed.from_first(np.float32(together[best])))}
+    if self._best not in together:
+      raise UserError(f"checkpoint.best_metric={self._best} is none of {', '.join(together)}")
+    return {self._best: float(processes.from_first(np.float32(together[self._best])))}
 
   def _evaluates(self, step: int, last: bool) -> bool:
-    return bool(self._evals) and (last or step % self._config.eval_every == 0)
+    return bool(self._evals) and (last or step % self._pace.eval_every == 0)
 
   def _draws(self, step: int, last: bool) -> bool:
-    return bool(self._prompts) and (last or step % self._config.sample_every == 0)
+    return bool(self._prompts) and (last or step % self._pace.sample_every == 0)
 
   def _grid(self, params: Params) -> np.ndarray:
     tokens = Tokenizer(self._inference.max_length)(self._prompts)
-    noise = self._inference.noise(len(tokens), self._config.seed)
+    noise = self._inference.noise(len(tokens), self._seed)
     images = self._inference.generate(params, tokens, noise)
     return np.asarray(samples.draw_grid(images, self._prompts, columns=8))
 
 
-def log_start(config: ConfigDict, trainer: Step) -> None:
+def log_start(trainer: Step, data: Data) -> None:
   """Mesh, data and parameters by group, so that a wrong regex shows before the first step."""
   sizes: Mapping[str, Any] = Counter()
   for path, group in trainer.groups.items():
     sizes[group] += math.prod(trainer.shapes[path].shape)
   if jax.process_count() == 1:
-    distributed.log_place()
+    processes.log_place()
   logging.info("mesh %s", dict(trainer.mesh.shape))
-  for line in batches.describe(config):
+  for line in data.describe():
     logging.info("data: %s", line)
   logging.info(
-    "objectives %s; parameters: %s", ", ".join(config.objectives), ", ".join(f"{g} {n:,}" for g, n in sizes.items())
+    "objectives %s; parameters: %s",
+    ", ".join(trainer.network.objectives),
+    ", ".join(f"{group} {number:,}" for group, number in sizes.items()),
   )
 
 
@@ -289,7 +364,7 @@ def main(argv: Sequence[str]) -> None:
   cli.compilation_cache()
   cli.use_all_cores()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
-  distributed.start()
+  processes.start()
   train_and_evaluate(FLAGS.config, FLAGS.workdir)
 
 
@@ -297,6 +372,6 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
   cli.config_flag()
-  distributed.define_flags()
+  processes.define_flags()
   flags.DEFINE_string("workdir", None, "folder of the run: created, or gone on with", required=True)
   cli.run(main)

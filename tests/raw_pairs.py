@@ -36,7 +36,7 @@ def write_tar(path: pathlib.Path, files: Mapping[str, bytes]) -> None:
 
 
 def load(folder: pathlib.Path, split: str) -> list[dict[str, Any]]:
-  source = sources.make(name="pairs", path=folder, split=split, image_size=8)
+  source = sources.open_source(name="pairs", path=folder, split=split, image_size=8)
   return [source[i] for i in range(len(source))]
 
 

@@ -9,9 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffdis_jax import sharding
-from diffdis_jax.step import Metrics, Step, TrainState
+from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch
+from diffdis_jax.training.build import build_step
+from diffdis_jax.training.step import Metrics, Step, TrainState
 from tests import tiny
 from tests.models.networks import COMPILER_OPTIONS, random_params
 
@@ -62,7 +63,7 @@ class Trainer:
 
   def __init__(self, config: ConfigDict, mesh: Mesh | None = None):
     self.config, self.mesh = config, make_mesh() if mesh is None else mesh
-    self.step = Step(config, self.mesh)
+    self.step = build_step(config, self.mesh)
     self.params = random_params(self.step.shapes, seed=0)
     lowered = self.step.train_step.lower(self.step.abstract_state, self.place(make_batch(config)))
     self._train_step = lowered.compile(compiler_options=COMPILER_OPTIONS)

@@ -19,7 +19,7 @@ import sys
 import time
 from absl import flags
 from diffdis_jax import cli
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 
 CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)

@@ -19,9 +19,10 @@ import pytest
 from ml_collections import ConfigDict
 
 import configs
-from diffdis_jax import sharding
 from diffdis_jax.diffusion import schedules
-from diffdis_jax.step import Step
+from diffdis_jax.parallel import sharding
+from diffdis_jax.training.build import build_step
+from diffdis_jax.training.step import Step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FRAGMENTS = {"__init__", "common", "sizes"}
@@ -50,7 +51,7 @@ def get_config(name: str, arg: str = "") -> ConfigDict:
 @functools.cache
 def listing(name: str, arg: str) -> list[str]:
   """A line for each parameter: path dtype[shape] group (axes), on a mesh of two devices a side."""
-  step = Step(get_config(name, arg), sharding.make_mesh(data=2, fsdp=2, tensor=2))
+  step = build_step(get_config(name, arg), sharding.make_mesh(data=2, fsdp=2, tensor=2))
   axes = lambda path: ",".join(axis or "-" for axis in step.state_shardings.params[path].spec)
   return [
     f"{path} {leaf.dtype.name}[{','.join(map(str, leaf.shape))}] {step.groups[path]} ({axes(path)})"
@@ -112,7 +113,7 @@ def test_an_ablation_changes_its_own_field_alone(arg, changes):
   default, ablation = flat(get_config("diffdis_cc3m")), flat(get_config("diffdis_cc3m", arg))
   assert default.keys() == ablation.keys()
   assert {key: value for key, value in ablation.items() if value != default[key]} == changes
-  schedules.make(ablation["text_diffusion.schedule"])
+  schedules.noise_schedule(ablation["text_diffusion.schedule"])
 
 
 def test_a_toy_does_not_train_from_latents():

@@ -3,9 +3,9 @@
 import pytest
 from absl import logging
 
-from diffdis_jax import batches
-from diffdis_jax.data import pairs, parts, records, staging
+from diffdis_jax.data import build, records
 from diffdis_jax.data.loader import SUBSTITUTED, Substitutions
+from diffdis_jax.data.prepare import builder, parts, staging
 from tests import tiny
 from tests.raw_pairs import faults, load, picture, write_tar
 
@@ -39,7 +39,7 @@ def test_preparation(tmp_path, cut):
   if cut:
     whole = (tmp_path / "raw" / "0.tar").read_bytes()
     (tmp_path / "raw" / "0.tar").write_bytes(whole[: len(whole) * 2 // 3])
-  report = pairs.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")["train"]
+  report = builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")["train"]
   stored = load(tmp_path / "out", "train")
   assert len(stored) == report.pairs
   if cut:
@@ -63,7 +63,7 @@ def spoiled(tmp_path):
 
   (tmp_path / "raw").mkdir()
   write_tar(tmp_path / "raw" / "0.tar", {"0.png": picture(0), "0.txt": b"x"})
-  pairs.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out", make_stage=Unchecked)
+  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out", make_stage=Unchecked)
   return tmp_path / "out"
 
 

@@ -8,9 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from diffdis_jax import batches, checkpoint, sharding, train
-from diffdis_jax.step import Step
-from diffdis_jax.structs import UserError
+from diffdis_jax import train
+from diffdis_jax.data import build
+from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import sharding
+from diffdis_jax.run import checkpoint
+from diffdis_jax.training.build import build_step
+from diffdis_jax.training.step import Step
 from tests import steps
 from tests.models.networks import random_params
 
@@ -29,7 +33,7 @@ def config():
 def saved(tmp_path_factory, config):
   """Workdir, state and next global batch of a run of three steps."""
   path = str(tmp_path_factory.mktemp("elastic"))
-  trainer = Step(config, steps.make_mesh(*SAVED_ON))
+  trainer = build_step(config, steps.make_mesh(*SAVED_ON))
   state = trainer.with_params(jax.device_put(random_params(trainer.shapes, seed=0), trainer.state_shardings.params))
   iterator = batches.make_loader(config)
   for _ in range(STEPS):
@@ -43,7 +47,7 @@ def saved(tmp_path_factory, config):
 @pytest.mark.parametrize("shape", [(4, 2, 1), (8, 1, 1), (1, 1, 1)])
 def test_on_another_mesh_every_bit_and_the_next_batch_are_the_same(saved, config, shape):
   path, expected, next_batch = saved
-  trainer, iterator = Step(config, steps.make_mesh(*shape)), batches.make_loader(config)
+  trainer, iterator = build_step(config, steps.make_mesh(*shape)), batches.make_loader(config)
   with checkpoint.Checkpointer(path) as checkpointer:
     state, meta = train.restore_or_init(config, trainer, checkpointer, iterator)
   assert int(state.step) == STEPS
@@ -65,7 +69,7 @@ def test_on_another_mesh_every_bit_and_the_next_batch_are_the_same(saved, config
 def test_by_another_number_of_hosts_the_next_global_batch_is_the_same(saved, config, hosts):
   """Rows as sharding.local_rows gives them on a mesh whose hosts hold no contiguous ones."""
   path, _, next_batch = saved
-  trainer = Step(config, steps.make_mesh(*SAVED_ON))
+  trainer = build_step(config, steps.make_mesh(*SAVED_ON))
   found = {name: np.zeros_like(values) for name, values in next_batch.items()}
   for host in range(hosts):
     rows = [row for row in range(config.batch_size) if row // 2 % hosts == host]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffdis_jax import evals, evaluate
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 
 pytest_plugins = ("untrained",)
 
@@ -44,7 +44,7 @@ def test_records(tmp_path, monkeypatch, ema, kept):
     record = results[task]["set"]
     assert set(record) == {"dataset", "model", "pretrained", "task", "metrics", "language", "protocol"}
     assert (record["dataset"], record["pretrained"], record["task"], record["language"]) == ("set", "run", kind, "en")
-    assert record["metrics"] == evals.make(**sections[task]).run(Inference(), {})
+    assert record["metrics"] == evals.create(**sections[task]).run(Inference(), {})
     expected = {"steps": 1, "draws": 2, "guidance": 1.0, "seed": 2, "num_images": 112, "checkpoint": 7}
     assert (expected | {"ema": ema and kept}).items() <= record["protocol"].items()
   assert json.loads(json.dumps(results)) == results

@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffdis_jax import generate
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 
 pytest_plugins = ("untrained",)
 

@@ -17,12 +17,15 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from transformers import CLIPConfig, CLIPModel
 
-from diffdis_jax import checkpoint, import_weights, inference, train, tree, workdir
+from diffdis_jax import import_weights, inference, train
 from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping
 from diffdis_jax.models import build
-from diffdis_jax.step import Step
-from diffdis_jax.structs import UserError
+from diffdis_jax.params import Params, flatten
+from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.training.build import build_step
+from diffdis_jax.training.step import Step
 from tests import compvis_names, pipelines
 from tests.command_runs import call
 from tests.models import networks
@@ -45,15 +48,15 @@ def generate(run: str, noise: np.ndarray) -> np.ndarray:
   return model.generate(params, Tokenizer(model.max_length)(pipelines.PROMPTS), noise)
 
 
-def load(source: pathlib.Path) -> tuple[ConfigDict, tree.Params, list[str]]:
+def load(source: pathlib.Path) -> tuple[ConfigDict, Params, list[str]]:
   """The verb's reading half: the config, the parameters that the source has, and what is ignored."""
   found = from_torch.open_source(source)
   config = import_weights.make_config(found)
-  matched = from_torch.match(found, tree.flatten(build.abstract(import_weights.make_diffdis(config))[1]))
+  matched = from_torch.match(found, flatten(build.abstract(import_weights.make_diffdis(config))[1]))
   return config, from_torch.read(matched), matched.ignored
 
 
-def assert_same_params(loaded: tree.Params, run: str, rtol: float = 0.0) -> None:
+def assert_same_params(loaded: Params, run: str, rtol: float = 0.0) -> None:
   """All of Stable Diffusion's in the run's checkpoint, and no others."""
   expected = checkpoint.restore_params(run)
   origin = json.loads((pathlib.Path(run) / "import.json").read_text())
@@ -102,7 +105,7 @@ def test_training_starts_from_it(imported):
   """As `train --config.init_from` does, discrimination alone included."""
   config = workdir.load_config(imported).copy_and_resolve_references().unlock()
   config.batch_size, config.objectives, config.init_from = 8, ("discrimination",), imported
-  step = Step(config, make_mesh())
+  step = build_step(config, make_mesh())
   loaded = train.load_initial(imported, step)
   assert loaded.keys() == step.shapes.keys()
   assert not any(path.startswith("unet.up.") for path in loaded)

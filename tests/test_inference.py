@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffdis_jax import checkpoint, tree, workdir
+from diffdis_jax.errors import UserError
 from diffdis_jax.inference import Inference, load
 from diffdis_jax.models import layers
 from diffdis_jax.models.diffdis import DiffDis
-from diffdis_jax.step import TrainState
-from diffdis_jax.structs import UserError
+from diffdis_jax.params import Params, merge
+from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.training.step import TrainState
 from tests import steps
 from tests.models.networks import compiled, random_params
 
@@ -25,12 +26,12 @@ def make(*objectives: str, changes: dict | None = None, **protocol) -> Inference
   return Inference(steps.make_config(*objectives, **(changes or {})), mesh=steps.make_mesh(), **protocol)
 
 
-def params_of(inference: Inference) -> tree.Params:
-  return random_params(tree.flatten(inference.abstract), seed=0)
+def params_of(inference: Inference) -> Params:
+  return random_params(tree.inference.shapes, seed=0)
 
 
 def model_of(inference: Inference) -> DiffDis:
-  return tree.merge(inference.graphdef, inference.abstract, params_of(inference))
+  return merge(inference.graphdef, inference.abstract, params_of(inference))
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffdis_jax import checkpoint
+from diffdis_jax.run import checkpoint
 from tests.command_runs import ROOT
 from tests.test_resume import metrics, restore, steps_logged
 

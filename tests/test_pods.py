@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from diffdis_jax import checkpoint
+from diffdis_jax.run import checkpoint
 from tests.command_runs import ROOT, call
 from tests.test_resume import metrics, restore, steps_logged
 

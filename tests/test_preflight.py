@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from diffdis_jax import preflight
+from diffdis_jax.errors import UserError
 from diffdis_jax.estimates import chips, programs, report, search, targets
 from diffdis_jax.models import layers
-from diffdis_jax.structs import UserError
 from tests import steps
 from tests.command_runs import call
 

@@ -14,8 +14,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from diffdis_jax import batches, checkpoint, train, workdir
-from diffdis_jax.step import Step, TrainState
+from diffdis_jax import train
+from diffdis_jax.data import build
+from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.training.build import build_step
+from diffdis_jax.training.step import Step, TrainState
 from tests import steps
 from tests.command_runs import ROOT, SAVE_EVERY, STEPS, joint_flags
 
@@ -52,7 +55,7 @@ def metrics(run: pathlib.Path) -> list[dict[str, float]]:
 def restore(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
   """The last state, and the images of the batch after it."""
   config = workdir.load_config(str(run))
-  trainer = Step(config, steps.make_mesh())
+  trainer = build_step(config, steps.make_mesh())
   iterator = batches.make_loader(config)
   with checkpoint.Checkpointer(str(run)) as checkpointer:
     state, _ = train.restore_or_init(config, trainer, checkpointer, iterator)

@@ -11,10 +11,12 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diffdis_jax import checkpoint, evals, inference, train
+from diffdis_jax import evals, inference, train
 from diffdis_jax.data import shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.structs import Batch, UserError
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import checkpoint
+from diffdis_jax.structs import Batch
 from tests import steps, tiny
 from tests.command_runs import STEPS, call
 
@@ -220,7 +222,7 @@ def test_accuracy_falls_to_chance_with_images_shuffled_against_labels():
   config.objectives = ("discrimination",)
   config.update_from_flattened_dict(changes)
   trainer = steps.Trainer(config)
-  source = sources.make(name="shapes", split="train", image_size=config.image_size)
+  source = sources.open_source(name="shapes", split="train", image_size=config.image_size)
   tokenizer, rng = Tokenizer(config.data.max_length), np.random.default_rng(0)
   text = {name: value for name, value in trainer.initial().params.items() if name.startswith("text_encoder.")}
   state = trainer.step.with_params({**trainer.step.init_params(jax.random.key(0)), **text})
@@ -234,7 +236,7 @@ def test_accuracy_falls_to_chance_with_images_shuffled_against_labels():
   section = {"task": "zero_shot", "data": data, "label_field": "colour", "templates": ("{}",)}
   section["classnames"] = tuple(shapes.COLOURS)
   model = inference.Inference(config, mesh=trainer.mesh)
-  accuracy = lambda **settings: evals.make(**section, **settings).run(model, state.params)
+  accuracy = lambda **settings: evals.create(**section, **settings).run(model, state.params)
   chance = 1 / len(shapes.COLOURS)
   bound = chance + 4 * math.sqrt(chance * (1 - chance) / n)
   assert accuracy()["acc1"] > 0.3 > bound

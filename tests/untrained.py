@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from configs import shapes
-from diffdis_jax import checkpoint, inference, tree, workdir
+from diffdis_jax import inference
+from diffdis_jax.run import checkpoint, workdir
 
 STEP = 3
 
@@ -40,7 +41,7 @@ def _make_run(path: str) -> None:
   config.evals = {"few": {"task": "zero_shot", "data": config.evals["test"].data.to_dict() | {"num_images": 128}}}
   workdir.open_for_training(path, config)
   rng = np.random.default_rng(0)
-  abstract = tree.flatten(inference.Inference(config).abstract)
+  abstract = tree.inference.Inference(config).shapes
   params = {name: rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype) for name, leaf in abstract.items()}
   with checkpoint.Checkpointer(path) as checkpointer:
     checkpointer.save(STEP, State(params, params, {}))

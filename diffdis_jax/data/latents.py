@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import BFloat16
 
-from diffdis_jax.data import sources
+from diffdis_jax.data import records
+from diffdis_jax.errors import UserError
 
 
 class Latents:
@@ -21,10 +22,10 @@ class Latents:
   Attributes:
     views: of each image.
     shape: [h, w, 2c] of the moments.
-    facts: what latent_cache.LatentStage.facts wrote.
+    facts: what data/prepare/latents.LatentStage.facts wrote.
   """
 
-  def __init__(self, stored: sources.Pairs, facts: Mapping[str, Any]):
+  def __init__(self, stored: records.Pairs, facts: Mapping[str, Any]):
     self._stored, self.facts = stored, facts
     self.views, self.shape = facts["views"], tuple(facts["shape"])
 
@@ -35,7 +36,7 @@ class Latents:
     return self.read(index, 0)[1]
 
   def read(self, index: int, view: int) -> tuple[BFloat16[np.ndarray, "h w d"], dict[str, Any]]:
-    """Moments and the record's other fields. Raises as sources.Pairs does."""
+    """Moments and the record's other fields. Raises as records.Pairs does."""
     record = self._stored[index * self.views + view]
     if "condition" in record:
       record["condition"] = record["condition"].view(ml_dtypes.bfloat16)
@@ -51,11 +52,11 @@ def open_latents(
     UserError: no latent cache there, no such split, or caption fields where text conditions are stored or that the
       first record does not have.
   """
-  facts = (sources.read_info(path).metadata or {}).get("latents")
+  facts = (records.read_info(path).metadata or {}).get("latents")
   if facts is None:
-    sources.refuse(f"{path} holds no latents; write them with python -m diffdis_jax.prepare_data latents")
+    raise UserError(f"{path} holds no latents; write them with python -m diffdis_jax.prepare_data latents")
   if caption_fields and "text" in facts:
-    sources.refuse(f"{path} stores the conditions of its own captions; leave caption_fields out")
+    raise UserError(f"{path} stores the conditions of its own captions; leave caption_fields out")
   number = num_images and num_images * facts["views"]
-  stored = sources.open_pairs(path, split=split, num_images=number, caption_fields=caption_fields)
+  stored = records.open_pairs(path, split=split, num_images=number, caption_fields=caption_fields)
   return Latents(stored, facts)

@@ -17,6 +17,7 @@ from diffdis_jax.data import records
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.sources import Mixture, Source
 from diffdis_jax.data.transforms import Augmentation, augment, decode, resize
+from diffdis_jax.errors import UserError
 
 SUBSTITUTED = "substituted"  # of a batch: i32[b r], by how many records of each of records.REASONS a row was missed
 ATTEMPTS = 100  # records in a row that may be unusable
@@ -67,8 +68,6 @@ def train_loader(
   """
   rows = range(shard_index, batch_size, shard_count) if rows is None else rows
   if batch_size % shard_count:
-    from diffdis_jax.structs import UserError  # here, since it imports jax, which data workers go without
-
     raise UserError(f"batch_size {batch_size} does not divide by {shard_count} hosts; take a multiple of {shard_count}")
   parts = source.sources if isinstance(source, Mixture) else (source,)
   datasets = []
@@ -119,8 +118,6 @@ class _Example(grain.transforms.RandomMap):
         missed[records.REASONS.index(str(error))] += 1
       else:
         return {**example, SUBSTITUTED: missed}
-    from diffdis_jax.structs import UserError  # here, since it imports jax, which data workers go without
-
     raise UserError(f"{missed.sum()} records in a row cannot be used: {listed(missed)}; prepare the data set again")
 
   @abc.abstractmethod

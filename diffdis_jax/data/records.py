@@ -1,28 +1,22 @@
-"""One raw pair -> a record of a prepared data set, or the reason why it cannot be one. The loader reads records back
-through the same checks, so that a reason has one name from the preparation to the training log.
+"""Records of prepared data sets: what a usable one is, and reading them back from a folder that prepare_data wrote.
+
+The preparation checks a raw pair by the same functions, so that a reason has one name from there to the training log.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import re
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from etils import epath
 from PIL import Image
 
 from diffdis_jax.data.transforms import decode
-from diffdis_jax.data.webdataset import RawPair
+from diffdis_jax.errors import UserError
 
-MAX_CAPTION = 2000  # characters kept; CLIP reads 77 tokens
 MIN_SIDE = 2  # pixels: dead links are often answered by an image of one pixel
-JPEG_QUALITY = 92  # of images that are stored smaller; not stated by the paper
-CONTROLS = "caption with control characters"
-LONG = f"caption over {MAX_CAPTION} characters"
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]+")
 
 
 class Unusable(ValueError):
@@ -112,58 +106,104 @@ def with_captions(record: Mapping[str, Any], fields: Sequence[str]) -> dict[str,
   return {**record, "caption": texts[0], "captions": texts}
 
 
-def mend(caption: str) -> tuple[str, list[str]]:
-  """A caption as it is stored, and what was changed: control characters become spaces, its end is cut off if too long.
+class Pairs:
+  """Captioned images as prepare_data stored them; the fields of the json beside an image become metadata fields.
+
+  With `caption_fields`, a record's captions are all the texts in those fields. Reading a record raises Unusable
+  where it is damaged or has no caption, and UserError where its file is no longer there.
+  """
+
+  def __init__(
+    self,
+    stored: Any,
+    num_images: int | None = None,
+    files: Sequence[str | os.PathLike[str]] = (),
+    caption_fields: Sequence[str] = (),
+  ):
+    self._records, self._files = stored, files
+    self._num_images = len(stored) if num_images is None else min(num_images, len(stored))
+    self._caption_fields = tuple(caption_fields)
+
+  def __len__(self) -> int:
+    return self._num_images
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    if not 0 <= index < self._num_images:
+      raise IndexError(f"index {index} outside of {self._num_images} pairs")
+    record = self.stored(index)
+    metadata = read_metadata(record.pop("metadata"))
+    caption = read_caption(record.pop("caption"))
+    record = {**metadata, "caption": caption, "key": record.pop("key").decode(errors="replace"), **record}
+    return with_captions(record, self._caption_fields) if self._caption_fields else record
+
+  def stored(self, index: int) -> dict[str, Any]:
+    """A record's fields as they are stored. Raises Unusable("unreadable record")."""
+    try:
+      return dict(self._records[index])
+    except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
+      self._check_files()
+      raise Unusable("unreadable record") from error
+
+  def _check_files(self) -> None:
+    for file in self._files:
+      if not epath.Path(file).exists():
+        raise UserError(f"{file} has vanished; put it back and run the same command again, which goes on")
+
+
+def open_pairs(
+  path: str | os.PathLike[str], *, split: str, num_images: int | None, caption_fields: Sequence[str] = ()
+) -> Pairs:
+  """A split of a prepared data set. Raises UserError: none there, no such split, a file is missing, or its first record
+  lacks a caption field."""
+  info = read_info(path)
+  if split not in info.splits:
+    raise UserError(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
+  stored, files = _open(path, split)
+  if caption_fields:
+    first = _first_usable(Pairs(stored, num_images, files))
+    if missing := [field for field in caption_fields if field not in first]:
+      raise UserError(
+        f"{path} has no caption field {missing[0]!r}; the fields of its first record are {', '.join(sorted(first))}"
+      )
+  return Pairs(stored, num_images, files, caption_fields)
+
+
+def _first_usable(pairs: Pairs) -> dict[str, Any]:
+  for index in range(len(pairs)):
+    try:
+      return pairs[index]
+    except Unusable:
+      continue
+  return {}
+
+
+def read_info(path: str | os.PathLike[str]) -> Any:
+  """The tfds.core.DatasetInfo of a prepared data set.
 
   Raises:
-    Unusable: nothing remains.
+    UserError: there is none at this path, which etils.epath reads.
   """
-  changed = []
-  if _CONTROL.search(caption):
-    caption = _CONTROL.sub(" ", caption).strip()
-    changed.append(CONTROLS)
-  if len(caption) > MAX_CAPTION:
-    caption = caption[:MAX_CAPTION].rstrip()
-    changed.append(LONG)
-  if not caption:
-    raise Unusable("missing caption")
-  return caption, changed
+  if not str(path) or not (epath.Path(path) / "dataset_info.json").exists():
+    raise UserError(f"no prepared data set in {str(path)!r}; write one with python -m diffdis_jax.prepare_data pairs")
+  return _builder(path).info
 
 
-def shrink(image: Image.Image, short_side: int) -> bytes:
-  """JPEG of the image with its short side reduced to `short_side` pixels."""
-  scale = short_side / min(image.size)
-  size = tuple(max(short_side, round(side * scale)) for side in image.size)
-  file = io.BytesIO()
-  image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=JPEG_QUALITY)
-  return file.getvalue()
+def _builder(path: str | os.PathLike[str]) -> Any:
+  import tensorflow_datasets as tfds  # here, since it takes half a second and `shapes` does without
+
+  return tfds.builder_from_directory(path)
 
 
-def make(pair: RawPair, *, short_side: int | None = None) -> tuple[dict[str, Any], list[str]]:
-  """The record {image, caption, metadata} of a pair, and what was changed in it.
+def _open(path: str | os.PathLike[str], split: str) -> tuple[Any, Sequence[Any]]:
+  """The records of a split, images undecoded, and their files."""
+  import tensorflow_datasets as tfds
 
-  Args:
-    pair: as read.
-    short_side: images whose short side is longer are stored as JPEG of this short side; None keeps every image's bytes.
-
-  Raises:
-    Unusable: with the first reason found.
-  """
-  if pair.image is None:
-    raise Unusable("missing image")
-  caption, changed = mend(read_caption(pair.caption))
-  read_metadata(pair.metadata)
-  image, data = read_image(pair.image), pair.image
-  if short_side is not None and min(image.size) > short_side:
-    data = shrink(image, short_side)
-    changed.append("image stored smaller")
-  try:
-    metadata = (pair.metadata or b"{}").decode()
-  except UnicodeDecodeError as error:
-    raise Unusable("corrupt json") from error
-  return {"image": data, "caption": caption, "metadata": metadata}, changed
-
-
-def digest(data: bytes) -> bytes:
-  """16 bytes that tell an image's content, as downloaded."""
-  return hashlib.blake2b(data, digest_size=16).digest()
+  builder = _builder(path)
+  files = builder.info.splits[split].filepaths
+  if missing := [file for file in files if not epath.Path(file).exists()]:
+    more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+    raise UserError(
+      f"{missing[0]} is missing{more}; put it back and run the same command again, or prepare the data set again"
+    )
+  undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
+  return builder.as_data_source(split=split, decoders=undecoded), files

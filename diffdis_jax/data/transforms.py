@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
 from diffdis_jax.data.randaugment import MAGNITUDES, randaugment
+from diffdis_jax.errors import check_choice, check_number, check_numbers
 
 WHITE = (255, 255, 255)
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, 270 MB decoded; PIL itself warns there, and refuses twice as many
@@ -87,11 +88,22 @@ class Augmentation:
   randaugment_operations: int = 0
   randaugment_magnitude: int = 9
 
-  def __post_init__(self):
-    if not 0 <= self.randaugment_magnitude < MAGNITUDES:
-      raise ValueError(f"randaugment_magnitude is {self.randaugment_magnitude}; it is 0 to {MAGNITUDES - 1}")
-    if self.crop not in ("centre", "random"):
-      raise ValueError(f"augment.crop is 'centre' or 'random', not {self.crop!r}")
+  def __post_init__(self) -> None:
+    check_choice("crop", self.crop, ("centre", "random"))
+    for name, (low, high), limits in (
+      ("crop_scale", self.crop_scale, dict(above=0.0, at_most=1.0)),
+      ("crop_ratio", self.crop_ratio, dict(above=0.0)),
+    ):
+      check_numbers(name, (low, high), **limits)
+      check_number(f"{name}[1]", high, at_least=low)
+    check_number("shift", self.shift, at_least=0.0, at_most=1.0)
+    check_number("zoom", self.zoom, at_least=0.0)
+    check_number("rotation", self.rotation, at_least=0.0, at_most=180.0)
+    for name in ("brightness", "contrast", "saturation"):
+      check_number(name, getattr(self, name), at_least=0.0, at_most=1.0)
+    check_number("hue", self.hue, at_least=0.0, at_most=0.5)
+    check_number("randaugment_operations", self.randaugment_operations, at_least=0)
+    check_number("randaugment_magnitude", self.randaugment_magnitude, at_least=0, at_most=MAGNITUDES - 1)
 
 
 def augment(

@@ -17,7 +17,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from diffdis_jax.diffusion.schedules import DATA, Schedule, Target, Timesteps, check_target
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 
 Method = Literal["ddim", "ddpm"]
 Steps = int | Int[np.ndarray, "s"]

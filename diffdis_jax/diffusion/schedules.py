@@ -8,13 +8,14 @@ Both processes have one form, with the text query's feature scaling γ (appendix
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError, check_choice, check_number
 
 Target = Literal["data", "noise"]
 TARGETS = ("data", "noise")
@@ -61,18 +62,48 @@ def _cosine(n: int) -> Float[np.ndarray, "T"]:
 
 
 _BETAS = {"scaled_linear": _scaled_linear, "linear": _linear, "cosine": _cosine}
+SCHEDULES = tuple(_BETAS)
 
 
-def make(name: str, num_timesteps: int = 1000) -> Schedule:
-  """The schedule of that name. `scaled_linear` is what Stable Diffusion's code and the paper's appendix call "linear".
+def noise_schedule(name: str, num_timesteps: int = 1000) -> Schedule:
+  """The schedule of that name, one of SCHEDULES.
+
+  `scaled_linear` is what Stable Diffusion's code and the paper's appendix call "linear".
 
   Raises:
     UserError: no schedule has that name.
   """
-  if name not in _BETAS:
-    raise UserError(f"unknown noise schedule {name!r}; use one of {', '.join(_BETAS)}")
+  check_choice("schedule", name, SCHEDULES)
   betas = _BETAS[name](num_timesteps)
   return Schedule(name=name, betas=betas, alpha_bar=np.cumprod(1 - betas))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Process:
+  """One of the two diffusion processes; a config's `image_diffusion` or `text_diffusion`.
+
+  Attributes:
+    schedule: name of the noise schedule, one of SCHEDULES.
+    target: what the network predicts (appendix, Table 2). Always the noise for images.
+    gamma: feature scaling γ of the data, above 0 and at most 1. Always 1 for images.
+
+  Raises:
+    UserError: a value out of its range.
+  """
+
+  schedule: str
+  target: Target = "noise"
+  gamma: float = 1.0
+
+  def __post_init__(self) -> None:
+    check_choice("schedule", self.schedule, SCHEDULES)
+    check_target(self.target)
+    check_number("gamma", self.gamma, above=0.0, at_most=1.0)
+
+  @functools.cached_property
+  def noise(self) -> Schedule:
+    """The noise schedule itself."""
+    return noise_schedule(self.schedule)
 
 
 def leading(num_steps: int, num_timesteps: int = 1000) -> Timesteps:
@@ -149,9 +180,8 @@ def predict_noise(
 
 
 def check_target(target: str) -> None:
-  """Raises UserError unless `target` is one of TARGETS."""
-  if target not in TARGETS:
-    raise UserError(f"unknown target {target!r}; the network predicts one of {', '.join(TARGETS)}")
+  """Raises UserError unless `target`, what the network predicts, is one of TARGETS."""
+  check_choice("target", target, TARGETS)
 
 
 def to_data(

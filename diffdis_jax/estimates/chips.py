@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

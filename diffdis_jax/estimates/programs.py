@@ -1,4 +1,4 @@
-"""A config's programs, lowered for a mesh from shapes alone: nothing is allocated and no data is read."""
+"""A network's programs, lowered for a mesh from shapes alone: nothing is allocated and no data is read."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from diffdis_jax import batches, sharding
+from diffdis_jax.data.build import Data
 from diffdis_jax.estimates import operations
 from diffdis_jax.inference import Inference
-from diffdis_jax.models import build
-from diffdis_jax.step import Step
-from diffdis_jax.structs import AnyBatch, Batch, LatentBatch, UserError
-from diffdis_jax.tree import Params
+from diffdis_jax.models.build import Network
+from diffdis_jax.parallel import sharding
+from diffdis_jax.params import Params
+from diffdis_jax.structs import AnyBatch, Batch, LatentBatch
+from diffdis_jax.training.step import Step
 
 PROGRAMS = ("train", "generation", "discrimination")
 
@@ -42,42 +42,29 @@ class Program:
   turns: float
 
 
-def make(name: str, config: ConfigDict, mesh: Mesh) -> Program:
-  """Raises UserError for a config that the mesh cannot run or that lacks this program."""
-  if name not in PROGRAMS:
-    raise UserError(f"--programs has {name!r}; it is some of {','.join(PROGRAMS)}")
-  return _train(config, mesh) if name == "train" else _inference(name, config, mesh)
-
-
-def abstract_batch(config: ConfigDict, mesh: Mesh) -> AnyBatch:
-  """Shapes of a global batch, of images or latents as the config's data section has it."""
-  rows = lambda dtype, *shape: jax.ShapeDtypeStruct(
-    (config.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh)
-  )
-  tokens = rows(jnp.int32, config.data.max_length)
-  if batches.batch_type(config) is LatentBatch:
-    side = config.image_size // build.latent_factor(config.model)
-    moments = rows(jnp.bfloat16, side, side, config.model.autoencoder.latent_channels)
+def abstract_batch(network: Network, data: Data, mesh: Mesh, batch_size: int) -> AnyBatch:
+  """Shapes of a global batch, of images or latents as the data section has it."""
+  rows = lambda dtype, *shape: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+  tokens = rows(jnp.int32, data.max_length)
+  if data.batch_type is LatentBatch:
+    moments = rows(jnp.bfloat16, *network.latent_shape)
     return LatentBatch(mean=moments, log_variance=moments, tokens=tokens)
-  image = rows(jnp.uint8, config.image_size, config.image_size, 3)
-  own_view = config.data.discrimination_view == "own"
+  image = rows(jnp.uint8, data.image_size, data.image_size, 3)
+  own_view = data.discrimination_augmentation is not None
   return Batch(image=image, tokens=tokens, discrimination_image=image if own_view else None)
 
 
-def _train(config: ConfigDict, mesh: Mesh) -> Program:
-  step, batch = Step(config, mesh), abstract_batch(config, mesh)
+def trace_train(step: Step, without_remat: Step, data: Data, *, batch_size: int) -> Program:
+  """The train step. Operations are counted in `without_remat`, the same step in which nothing is computed twice."""
+  batch = abstract_batch(step.network, data, step.mesh, batch_size)
   traced = once = step.train_step.trace(step.abstract_state, batch)
-  if config.model.remat != "none":
-    plain = ConfigDict(config).unlock()
-    plain.model.remat = "none"
-    once = Step(plain, mesh).train_step.trace(step.abstract_state, batch)
-  return _program(traced.lower, config.batch_size, step.shapes, once.jaxpr)
+  if step.network.model.remat != "none":
+    once = without_remat.train_step.trace(step.abstract_state, batch)
+  return _program(traced.lower, batch_size, step.shapes, once.jaxpr)
 
 
-def _inference(name: str, config: ConfigDict, mesh: Mesh) -> Program:
-  if name not in config.objectives:
-    raise UserError(f"--programs has {name}; this config's objectives are {', '.join(config.objectives)} alone")
-  inference = Inference(config, mesh=mesh, batch_size=config.batch_size)
+def trace_inference(name: str, inference: Inference) -> Program:
+  """One call of "generation" or "discrimination"."""
   traced = inference.trace(name)
   return _program(traced.lower, inference.batch_size, inference.shapes, traced.jaxpr)
 

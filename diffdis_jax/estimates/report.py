@@ -11,7 +11,7 @@ from diffdis_jax.estimates.targets import Compiled, Target
 HOUR = 3600.0
 
 
-def make(program: Program, compiled: Compiled, target: Target, *, num_pairs: int, epochs: float) -> dict[str, Any]:
+def summarise(program: Program, compiled: Compiled, target: Target, *, num_pairs: int, epochs: float) -> dict[str, Any]:
   """Everything that is known of a program; bytes are GiB of one chip, operations TFLOP.
 
   Args:

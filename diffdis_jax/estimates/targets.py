@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
+from diffdis_jax.errors import UserError
 from diffdis_jax.estimates import hlo
 from diffdis_jax.estimates.chips import Chip, Topology, of_kind
-from diffdis_jax.structs import UserError
 
 PLATFORMS = ("tpu", "cpu", "cuda")
 # The TPU compiler loads without a TPU, beside another process that has loaded it, and asks no metadata server.

@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals.agreement import Agreement
 from diffdis_jax.evals.base import Eval
 from diffdis_jax.evals.retrieval import Retrieval
 from diffdis_jax.evals.zero_shot import ZeroShot
-from diffdis_jax.structs import UserError
 
 EVALS = {"zero_shot": ZeroShot, "retrieval": Retrieval, "agreement": Agreement}
 
 
-def make(task: str, **section: Any) -> Eval:
+def create(task: str, **section: Any) -> Eval:
   """The evaluation of this name, with the rest of its config section as settings.
 
   Raises:

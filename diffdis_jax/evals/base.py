@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from diffdis_jax.data import records, transforms
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 
 CHUNK = 1024  # images that share a seed; the noise of an image depends on it, not on the device's batch size
 BLOCK = 1024  # rows of a score matrix in memory at a time

@@ -8,7 +8,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 
 # CLIP's plain prompt first: it is the "single template". The others are the seven that forward selection picked from
 # eighty in OpenAI's notebook Prompt_Engineering_for_ImageNet.ipynb.

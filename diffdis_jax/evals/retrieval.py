@@ -9,8 +9,8 @@ import numpy as np
 
 from diffdis_jax.data import records, sources
 from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
-from diffdis_jax.structs import UserError
 
 RECALL_AT = (1, 5, 10)
 
@@ -19,7 +19,7 @@ class Retrieval:
   """The share of queries with at least one right answer among the first k.
 
   Args:
-    data: section of a data source, as `data.sources.make` takes it.
+    data: section of a data source, as `data.sources.open_source` takes it.
     caption_field: the record's field with the caption, or with several captions of the same image; empty for all the
       captions that training draws from.
     equal_captions: images that have the same captions are one target: right is whatever bears the query's caption.
@@ -45,7 +45,7 @@ class Retrieval:
     seed: int = 0,
     shuffle_labels: bool = False,
   ):
-    self._source = sources.make(**data)
+    self._source = sources.open_source(**data)
     self._indices = base.subset(len(self._source), num_images)
     self._equal_captions = equal_captions
     self._seed = seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pathlib
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from diffdis_jax.run import files
 
 TILE = 128  # pixels: smaller images are enlarged by a whole factor until they are about as wide
 FONT_SIZE = 13
@@ -25,10 +28,9 @@ def save_grid(
   Raises:
     ValueError: not one caption an image, or no image.
   """
-  path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.tmp")
-  draw_grid(images, captions, columns=columns).save(temporary, format="PNG")
-  os.replace(temporary, path)
+  buffer = io.BytesIO()
+  draw_grid(images, captions, columns=columns).save(buffer, format="PNG")
+  files.write_whole(pathlib.Path(path), buffer.getvalue())
 
 
 def draw_grid(images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], *, columns: int) -> Image.Image:

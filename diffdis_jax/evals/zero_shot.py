@@ -11,15 +11,15 @@ from jaxtyping import Float, Int
 
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, prompts
-from diffdis_jax.structs import UserError
 
 
 class ZeroShot:
   """Top-1, top-5 and mean per-class recall over a class list.
 
   Args:
-    data: section of a data source, as `data.sources.make` takes it.
+    data: section of a data source, as `data.sources.open_source` takes it.
     classnames: names, or a JSON file's path; empty for the labels that occur in the data, sorted.
     templates: prompt templates, or a JSON file's path; empty for `prompts.TEMPLATES`.
     label_field: the record's field with the class name, or with its number in `classnames`. Where it is the number, a
@@ -54,7 +54,7 @@ class ZeroShot:
     seed: int = 0,
     shuffle_labels: bool = False,
   ):
-    self._source = sources.make(**data)
+    self._source = sources.open_source(**data)
     self._indices = base.subset(len(self._source), num_images)
     self._seed = seed
     self._shuffle_labels = shuffle_labels
@@ -73,7 +73,7 @@ class ZeroShot:
       raise UserError("seen_split and seen_classes are both set; give one of them")
     seen = prompts.resolve_classnames(seen_classes) if seen_classes else ()
     if seen_split:
-      labels = _read_labels(sources.make(**{**data, "split": seen_split}), label_field, given)
+      labels = _read_labels(sources.open_source(**{**data, "split": seen_split}), label_field, given)
       seen = [label if isinstance(label, str) else given[label] for label in labels]
     self._seen = np.isin(self.classnames, sorted(set(seen))) if seen else None
 

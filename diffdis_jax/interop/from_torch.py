@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from diffdis_jax.errors import UserError
 from diffdis_jax.interop import compvis, mapping, openclip, sections, shapes, tensor_files
 from diffdis_jax.interop.tensor_files import Tensor, Tensors, read_json
-from diffdis_jax.structs import UserError
-from diffdis_jax.tree import Params
+from diffdis_jax.params import Params
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer")
 V1 = "version 1 is supported, such as CompVis/stable-diffusion-v1-1"

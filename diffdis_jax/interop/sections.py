@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 
 Config = Mapping[str, Any]
 

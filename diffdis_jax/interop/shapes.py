@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from diffdis_jax.errors import UserError
 from diffdis_jax.interop.tensor_files import Tensors
-from diffdis_jax.structs import UserError
 
 UNET_HEADS, GROUPS = 8, 32
 CLIP_HEAD_WIDTH = 64

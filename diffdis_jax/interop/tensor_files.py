@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

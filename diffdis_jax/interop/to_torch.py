@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import save_file
 
+from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping, sections
-from diffdis_jax.structs import UserError
-from diffdis_jax.tree import Params
+from diffdis_jax.params import Params
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 # Of the library whose layout this is; every later version reads it.

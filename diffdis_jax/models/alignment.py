@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear
@@ -28,7 +29,7 @@ class AlignmentTransformer(nnx.Module):
     width: int,
     depth: int,
     num_heads: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     self.text_in = linear(query_width, width, dtype=dtype, rngs=rngs)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from diffdis_jax.models.layers import Attention, GroupNorm, conv
@@ -25,7 +26,7 @@ class LatentStatistic(nnx.Variable):
 class MiddleAttention(nnx.Module):
   """One self-attention over all positions, single head, with residual."""
 
-  def __init__(self, width: int, *, groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, width: int, *, groups: int, dtype: DTypeLike, rngs: nnx.Rngs):
     self.norm = GroupNorm(width, groups=groups, eps=EPS, rngs=rngs)
     self.attn = Attention(width, num_heads=1, qkv_bias=True, dtype=dtype, rngs=rngs)
 
@@ -37,7 +38,7 @@ class MiddleAttention(nnx.Module):
 class Middle(nnx.Module):
   """Residual block, attention (optional), residual block."""
 
-  def __init__(self, width: int, *, attention: bool, groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, width: int, *, attention: bool, groups: int, dtype: DTypeLike, rngs: nnx.Rngs):
     resnet = dict(time_width=None, groups=groups, eps=EPS, dtype=dtype, rngs=rngs)
     self.resnet1 = ResnetBlock(width, width, **resnet)
     self.attention = MiddleAttention(width, groups=groups, dtype=dtype, rngs=rngs) if attention else None
@@ -54,7 +55,7 @@ class Level(nnx.Module):
   """Residual blocks of one resolution, then a change of resolution or none."""
 
   def __init__(
-    self, din: int, dout: int, depth: int, *, resample: nnx.Module | None, groups: int, dtype: jnp.dtype, rngs: nnx.Rngs
+    self, din: int, dout: int, depth: int, *, resample: nnx.Module | None, groups: int, dtype: DTypeLike, rngs: nnx.Rngs
   ):
     widths = [din] + [dout] * depth
     self.resnets = nnx.List(
@@ -95,7 +96,7 @@ class Autoencoder(nnx.Module):
     attention: bool,
     shift: float,
     scale: float,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     self.patch = patch

@@ -1,127 +1,171 @@
-"""A config's `model` section to a module, with only the parts that its objectives need."""
+"""A config to its network: the module with only the parts that its objectives need, and a record of what is fixed."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
+from diffdis_jax.diffusion.schedules import Process
+from diffdis_jax.errors import UserError, check_choice, check_number, read_section
 from diffdis_jax.models.alignment import AlignmentTransformer
 from diffdis_jax.models.autoencoder import Autoencoder
 from diffdis_jax.models.diffdis import DiffDis
 from diffdis_jax.models.fusion import TextStream
-from diffdis_jax.models.layers import ACTIVATIONS
+from diffdis_jax.models.layers import DTYPES
+from diffdis_jax.models.sections import PARTS, Model, read_model
 from diffdis_jax.models.text_encoder import TextEncoder
-from diffdis_jax.models.unet import REMAT_POLICIES, UNet
-from diffdis_jax.structs import UserError
+from diffdis_jax.models.unet import UNet
+from diffdis_jax.params import Params, flatten, merge
 
 OBJECTIVES = ("generation", "discrimination", "reconstruction")
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def _choice(name: str, value: str, choices: Collection[str]) -> None:
-  if value not in choices:
-    raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-
-
-def check(model: Mapping[str, Any], *, objectives: Collection[str], image_size: int, max_length: int) -> None:
-  """Raises UserError for a model that cannot be built, or cannot take images and texts of these sizes."""
+def check_sizes(model: Model, *, objectives: Sequence[str], image_size: int, max_length: int) -> None:
+  """Raises UserError for objectives that do not go together, or images and texts that the network cannot take."""
   if not objectives:
     raise UserError(f"objectives is empty; choose among {', '.join(OBJECTIVES)}")
   for objective in objectives:
-    _choice("objectives", objective, OBJECTIVES)
+    check_choice("objectives", objective, OBJECTIVES)
   if "reconstruction" in objectives and len(objectives) > 1:
     raise UserError("objectives: reconstruction trains the autoencoder alone and cannot be combined with others")
-  _choice("model.dtype", model["dtype"], DTYPES)
-  _choice("model.remat", model["remat"], REMAT_POLICIES)
-  _choice("model.text_encoder.activation", model["text_encoder"]["activation"], ACTIVATIONS)
-  factor = latent_factor(model)
-  stride = factor if "reconstruction" in objectives else factor * 2 ** (len(model["unet"]["widths"]) - 1)
+  check_number("image_size", image_size, at_least=1)
+  factor = model.autoencoder.factor
+  stride = factor if "reconstruction" in objectives else factor * 2 ** (len(model.unet.widths) - 1)
   if image_size % stride:
     raise UserError(
       f"image_size is {image_size}; autoencoder and UNet together halve it down by {stride}, so it must be a"
       f" multiple of {stride}, such as {max(1, round(image_size / stride)) * stride}"
     )
-  unet = model["unet"]
-  if len(unet["attention"]) != len(unet["widths"]):
-    raise UserError(
-      f"model.unet.attention has {len(unet['attention'])} entries and model.unet.widths {len(unet['widths'])};"
-      " give one for each level"
-    )
-  for width in unet["widths"]:
-    if width % unet["num_heads"] or width % unet["groups"]:
-      raise UserError(
-        f"model.unet.widths has {width}; each must be a multiple of num_heads={unet['num_heads']} and"
-        f" groups={unet['groups']}"
-      )
-  for part in ("text_encoder", "alignment"):
-    if model[part]["width"] % model[part]["num_heads"]:
-      raise UserError(
-        f"model.{part}.width is {model[part]['width']}; it must be a multiple of num_heads={model[part]['num_heads']}"
-      )
-  if not 2 <= max_length <= model["text_encoder"]["max_length"]:
+  if not 2 <= max_length <= model.text_encoder.max_length:
     raise UserError(
       f"data.max_length is {max_length}; it must be from 2 to model.text_encoder.max_length,"
-      f" {model['text_encoder']['max_length']}"
+      f" {model.text_encoder.max_length}"
     )
 
 
-def latent_factor(model: Mapping[str, Any]) -> int:
-  """Pixels a side for one latent position."""
-  return model["autoencoder"]["patch"] * 2 ** (len(model["autoencoder"]["widths"]) - 1)
-
-
-def query_width(model: Mapping[str, Any]) -> int:
-  """Width of the text query e."""
-  return model["text_encoder"]["projection"] or model["text_encoder"]["width"]
-
-
-def make(model: Mapping[str, Any], *, objectives: Collection[str]) -> Callable[[nnx.Rngs], DiffDis]:
-  """A function from rngs to the module.
+def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> DiffDis:
+  """The module.
 
   Generation alone has no text stream and no alignment transformer: it is the Stable Diffusion baseline. Reconstruction
   is the autoencoder alone.
   """
-  common: dict[str, Any] = dict(dtype=DTYPES[model["dtype"]])
-  diffusion = "reconstruction" not in objectives
-  discrimination = "discrimination" in objectives
+  common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], rngs=rngs)
+  sizes = {name: dataclasses.asdict(getattr(model, name)) for name in PARTS}
+  autoencoder = Autoencoder(**sizes["autoencoder"], **common)
+  if "reconstruction" in objectives:
+    return DiffDis(autoencoder=autoencoder, text_encoder=None, unet=None, text_stream=None, alignment=None)
+  text_encoder = TextEncoder(**sizes["text_encoder"], **common)
+  unet = UNet(
+    **sizes["unet"],
+    context_width=model.text_encoder.width,
+    latent_channels=model.autoencoder.latent_channels,
+    remat=model.remat,
+    up_path="generation" in objectives,
+    **common,
+  )
+  text_stream = alignment = None
+  if "discrimination" in objectives:
+    text_stream = TextStream(
+      unet.fused_widths if model.fusion else (),
+      query_width=model.query_width,
+      num_heads=model.unet.num_heads,
+      share_attention=model.share_attention,
+      modality_ffn=model.modality_ffn,
+      query_init=model.query_init,
+      **common,
+    )
+    alignment = AlignmentTransformer(
+      query_width=model.query_width, image_width=model.unet.widths[-1], **sizes["alignment"], **common
+    )
+  return DiffDis(
+    autoencoder=autoencoder, text_encoder=text_encoder, unet=unet, text_stream=text_stream, alignment=alignment
+  )
 
-  def build(rngs: nnx.Rngs) -> DiffDis:
-    args = dict(common, rngs=rngs)
-    autoencoder = Autoencoder(**model["autoencoder"], **args)
-    text_encoder = unet = text_stream = alignment = None
-    if diffusion:
-      text_encoder = TextEncoder(**model["text_encoder"], **args)
-      unet = UNet(
-        **model["unet"],
-        context_width=model["text_encoder"]["width"],
-        latent_channels=model["autoencoder"]["latent_channels"],
-        remat=model["remat"],
-        up_path="generation" in objectives,
-        **args,
-      )
-    if discrimination:
-      text_stream = TextStream(
-        unet.fused_widths if model["fusion"] else (),
-        query_width=query_width(model),
-        num_heads=model["unet"]["num_heads"],
-        share_attention=model["share_attention"],
-        modality_ffn=model["modality_ffn"],
-        query_init=model["query_init"],
-        **args,
-      )
-      alignment = AlignmentTransformer(
-        query_width=query_width(model), image_width=model["unet"]["widths"][-1], **model["alignment"], **args
-      )
-    return DiffDis(
-      autoencoder=autoencoder, text_encoder=text_encoder, unet=unet, text_stream=text_stream, alignment=alignment
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Network:
+  """Everything about a config's network that training and inference share and that never changes. Built once.
+
+  Attributes:
+    model: sizes and switches.
+    objectives: what it is trained for.
+    image_size: side of the square images, pixels.
+    max_length: tokens of a caption.
+    image_process, text_process: the two diffusion processes.
+    condition_timestep: t_z of the clean image in discrimination (appendix, Table 7), 0 to 1000.
+    graphdef, abstract: of the module, as `params.merge` takes them.
+  """
+
+  model: Model
+  objectives: tuple[str, ...]
+  image_size: int
+  max_length: int
+  image_process: Process
+  text_process: Process
+  condition_timestep: int
+  graphdef: nnx.GraphDef
+  abstract: nnx.State
+
+  @classmethod
+  def of(cls, config: ConfigDict) -> Network:
+    """The network of a config, from shapes alone: nothing is allocated.
+
+    Raises:
+      UserError: a field out of its range, or a network that cannot be built.
+    """
+    model, objectives = read_model(config.model), tuple(config.objectives)
+    check_sizes(model, objectives=objectives, image_size=config.image_size, max_length=config.data.max_length)
+    check_number("condition_timestep", config.condition_timestep, at_least=0, at_most=1000)
+    image, text = (
+      read_section(Process, config[name].to_dict(), name) for name in ("image_diffusion", "text_diffusion")
+    )
+    graphdef, abstract = abstract_module(functools.partial(build_diffdis, model, objectives))
+    return cls(
+      model=model,
+      objectives=objectives,
+      image_size=config.image_size,
+      max_length=config.data.max_length,
+      image_process=image,
+      text_process=text,
+      condition_timestep=config.condition_timestep,
+      graphdef=graphdef,
+      abstract=abstract,
     )
 
-  return build
+  @functools.cached_property
+  def shapes(self) -> Params:
+    """Parameter path -> ShapeDtypeStruct."""
+    return flatten(self.abstract)
+
+  @property
+  def dtype(self) -> Any:
+    """Of matrix products and convolutions."""
+    return DTYPES[self.model.dtype]
+
+  @property
+  def latent_shape(self) -> tuple[int, int, int]:
+    """[h, w, c] of one image's latent."""
+    side = self.image_size // self.model.autoencoder.factor
+    return side, side, self.model.autoencoder.latent_channels
+
+  def with_params(self, params: Params) -> DiffDis:
+    """The module with these parameters."""
+    return merge(self.graphdef, self.abstract, params)
+
+  def initialise(self, key: jax.Array) -> Params:
+    """Fresh parameters; run under jit with out_shardings, so that they are born sharded."""
+    return flatten(initial_state(self.build, key))
+
+  def build(self, rngs: nnx.Rngs) -> DiffDis:
+    """The module itself, with fresh parameters."""
+    return build_diffdis(self.model, self.objectives, rngs)
 
 
 class _Rngs(nnx.Rngs):
@@ -139,11 +183,11 @@ class _Rngs(nnx.Rngs):
     return jax.random.fold_in(self.default.key[...], next(self._count))
 
 
-def abstract(build: Callable[[nnx.Rngs], DiffDis]) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract_module(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
   """Graph definition and shapes, with nothing allocated."""
   return nnx.split(nnx.eval_shape(lambda: build(_Rngs(jax.random.key(0)))))
 
 
-def initialise(build: Callable[[nnx.Rngs], DiffDis], key: jax.Array) -> nnx.State:
-  """Initial state; run under jit with out_shardings so that parameters are born sharded."""
+def initial_state(build: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> nnx.State:
+  """Initial state of the module that `build` gives."""
   return nnx.state(build(_Rngs(key)))

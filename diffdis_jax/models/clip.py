@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
+from diffdis_jax.errors import UserError
 from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear
 from diffdis_jax.models.text_encoder import TextEncoder
-from diffdis_jax.structs import TextCondition, UserError
+from diffdis_jax.structs import TextCondition
 
 # Of CLIP's own training images (OpenAI's release): RGB pixels in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -48,7 +50,7 @@ class VisionEncoder(nnx.Module):
     mlp_width: int,
     activation: str,
     projection: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     if image_size % patch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from diffdis_jax.models.alignment import AlignmentTransformer
 from diffdis_jax.models.autoencoder import Autoencoder, sample_posterior
 from diffdis_jax.models.fusion import TextStream
-from diffdis_jax.models.layers import pair, unpair
 from diffdis_jax.models.text_encoder import TextEncoder
-from diffdis_jax.models.unet import DownOutput, UNet, image_only
+from diffdis_jax.models.unet import UNet
+from diffdis_jax.models.unet_blocks import SpatialTransformer
 from diffdis_jax.structs import TextCondition
 
 
@@ -72,7 +71,7 @@ class DiffDis(nnx.Module):
     t_e: Int[Array, "b"],
     z: Float[Array, "b h w c"],
     t_z: Int[Array, "b"],
-    c_null: Float[Array, "b l d"],
+    c_null: Float[Array, "b l m"],
   ) -> Float[Array, "b d"]:
     """ê_0 or ε̂_e = Φ_θ(e_t, t_e, z): down path, middle and alignment transformer; the up path does not run.
 
@@ -83,28 +82,14 @@ class DiffDis(nnx.Module):
       t_z: the image's timestep, 1000 in the paper (Table 7).
       c_null: the empty prompt's condition: no caption may leak.
     """
-    down, e_t = self._fused(z, t_z, c_null, e_t, t_e)
-    return self.alignment(e_t if down.carry is None else down.carry, down.h)
-
-  def joint(
-    self, generation: Mapping[str, Array], discrimination: Mapping[str, Array], *, parts: int = 1
-  ) -> tuple[Float[Array, "b h w c"], Float[Array, "b d"]]:
-    """Both of the above at once, given the arguments of each: one batch of 2b rows through down path and middle, made
-    by layers.pair in `parts`."""
-    z_t, t_z, c = (generation[name] for name in ("z_t", "t_z", "c"))
-    z, t_clean, c_null, e_t, t_e = (discrimination[name] for name in ("z", "t_z", "c_null", "e_t", "t_e"))
-    both = (pair(z_t, z, parts), pair(t_z, t_clean, parts), pair(c, c_null, parts))
-    down, e_t = self._fused(*both, e_t, t_e, parts)
-    first = lambda x: unpair(x, parts)[0]
-    up = down.replace(h=first(down.h), skips=tuple(map(first, down.skips)), temb=first(down.temb), carry=None)
-    query = self.alignment(e_t if down.carry is None else down.carry, unpair(down.h, parts)[1])
-    return self.unet.up_path(up, c), query
-
-  def _fused(self, x: Array, t: Array, c: Array, e_t: Array, t_e: Array, parts: int = 1) -> tuple[DownOutput, Array]:
-    """Down path and middle with the text stream, whose hidden query is the carry (None where fusion is off); and the
-    time-conditioned e_t."""
     e_t = self.text_stream.time_conditioned(e_t, t_e)
-    if not self.text_stream.blocks:
-      return self.unet.down_and_middle(x, t, c, attention=image_only), e_t
-    fuse = lambda index, block, x, c, carry: self.text_stream.blocks[index](block, x, c, carry, e_t, parts)
-    return self.unet.down_and_middle(x, t, c, attention=fuse, carry=jnp.zeros_like(e_t)), e_t
+    if not self.text_stream.blocks:  # without fusion the query meets the image in the alignment transformer alone
+      return self.alignment(e_t, self.unet.down_and_middle(z, t_z, c_null).h)
+
+    def fuse(
+      index: int, block: SpatialTransformer, x: Array, c: Array, h_e: Array
+    ) -> tuple[Float[Array, "b h w c"], Float[Array, "b d"]]:
+      return self.text_stream.blocks[index](block, x, c, h_e, e_t)
+
+    down = self.unet.down_and_middle(z, t_z, c_null, attention=fuse, carry=jnp.zeros_like(e_t))
+    return self.alignment(down.carry, down.h)

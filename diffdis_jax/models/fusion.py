@@ -7,21 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffdis_jax.models.layers import (
-  GEGLU,
-  Attention,
-  LayerNorm,
-  TimestepEmbedder,
-  attend_with_lse,
-  linear,
-  pair,
-  unpair,
-  with_one_more,
-)
+from diffdis_jax.models.attention import attend_together
+from diffdis_jax.models.layers import GEGLU, Attention, LayerNorm, TimestepEmbedder, linear
 from diffdis_jax.models.unet_blocks import BasicTransformerBlock, SpatialTransformer
 
 
@@ -44,7 +35,7 @@ class FusionBlock(nnx.Module):
     num_heads: int,
     share_attention: bool,
     modality_ffn: bool,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     rngs: nnx.Rngs,
     query_init: float = 1.0,
   ):
@@ -59,42 +50,36 @@ class FusionBlock(nnx.Module):
     image_block: SpatialTransformer,
     x: Float[Array, "b h w c"],
     c: Float[Array, "b l d"],
-    h_e: Float[Array, "b d"],
-    e_t: Float[Array, "b d"],
-    parts: int = 1,
-  ) -> tuple[Float[Array, "b h w c"], Float[Array, "b d"]]:
-    """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added anew here.
-
-    Where `x` has twice as many rows as `h_e`, it is layers.pair(images without a text token, images of h_e, parts): on
-    the former this is the image block alone.
-    """
+    h_e: Float[Array, "b e"],
+    e_t: Float[Array, "b e"],
+  ) -> tuple[Float[Array, "b h w c"], Float[Array, "b e"]]:
+    """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added anew here."""
     block = image_block.block
     u = self.fc_in(h_e + e_t)[:, None]
     image = image_block.to_tokens(x)
 
-    if len(image) > len(u):
-      alone, image = unpair(image, parts)
-      alone = alone + block.attn1(block.norm1(alone))
-      u, image = self._joint_attention(block, u, image)
-      image = pair(alone, image, parts)
-    else:
-      u, image = self._joint_attention(block, u, image)
+    u, image = self.self_attention(block, u, image)
+    # Cross-attention to c and the image's feed-forward network. The text token takes no cross-attention.
     image = block.after_self_attention(image, c)
-    # The text token takes no cross-attention.
-    norm, ff = (block.norm3, block.ff) if self.ff is None else (self.norm, self.ff)
-    u = u + ff(norm(u))
+    u = self.feed_forward(block, u)
 
     return image_block.to_image(image, x), self.fc_out(u)[:, 0]
 
-  def _joint_attention(self, block: BasicTransformerBlock, u: Array, image: Array) -> tuple[Array, Array]:
-    """Self-attention over [text token, image tokens], added to each stream."""
+  def self_attention(
+    self, block: BasicTransformerBlock, u: Float[Array, "b 1 c"], image: Float[Array, "b n c"]
+  ) -> tuple[Float[Array, "b 1 c"], Float[Array, "b n c"]]:
+    """Self-attention over [text token, image tokens], split, and added to each stream."""
     text_attn = block.attn1 if self.attn is None else self.attn
-    q_u, k_u, v_u = text_attn.project(block.norm1(u))
-    q, k, v = block.attn1.project(block.norm1(image))
-    # Each over the image tokens, then over the text token too.
-    of_image = with_one_more(*attend_with_lse(q, k, v), q, k_u, v_u)
-    of_u = with_one_more(*attend_with_lse(q_u, k, v), q_u, k_u, v_u)
+    of_u, of_image = attend_together(
+      text_attn.project(block.norm1(u)),
+      block.attn1.project(block.norm1(image)),
+    )
     return u + text_attn.output(of_u), image + block.attn1.output(of_image)
+
+  def feed_forward(self, block: BasicTransformerBlock, u: Float[Array, "b 1 c"]) -> Float[Array, "b 1 c"]:
+    """The text token through its own feed-forward network, or the image's (Table 5)."""
+    norm, ff = (block.norm3, block.ff) if self.ff is None else (self.norm, self.ff)
+    return u + ff(norm(u))
 
 
 class TextStream(nnx.Module):
@@ -112,7 +97,7 @@ class TextStream(nnx.Module):
     num_heads: int,
     share_attention: bool,
     modality_ffn: bool,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     rngs: nnx.Rngs,
     query_init: float = 1.0,
   ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear
@@ -34,7 +35,7 @@ class TextEncoder(nnx.Module):
     bos_id: int,
     eos_id: int,
     projection: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     self.bos_id, self.eos_id, self.dtype = bos_id, eos_id, dtype

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from diffdis_jax.models.layers import GroupNorm, TimestepEmbedder, conv
@@ -124,7 +125,7 @@ class UNet(nnx.Module):
     groups: int,
     remat: str,
     up_path: bool,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     self.remat = remat

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from diffdis_jax.models.layers import GEGLU, Attention, GroupNorm, LayerNorm, conv, linear
@@ -25,7 +26,7 @@ class ResnetBlock(nnx.Module):
     time_width: int | None,
     groups: int,
     eps: float,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     self.norm1 = GroupNorm(din, groups=groups, eps=eps, rngs=rngs)
@@ -46,7 +47,7 @@ class ResnetBlock(nnx.Module):
 class BasicTransformerBlock(nnx.Module):
   """Self-attention, cross-attention to the text condition, GEGLU feed-forward, each pre-normed with a residual."""
 
-  def __init__(self, width: int, *, num_heads: int, context_width: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, width: int, *, num_heads: int, context_width: int, dtype: DTypeLike, rngs: nnx.Rngs):
     self.norm1 = LayerNorm(width, rngs=rngs)
     self.attn1 = Attention(width, num_heads=num_heads, dtype=dtype, rngs=rngs)
     self.norm2 = LayerNorm(width, rngs=rngs)
@@ -66,7 +67,7 @@ class BasicTransformerBlock(nnx.Module):
 class SpatialTransformer(nnx.Module):
   """Stable Diffusion's attention block: image to tokens, one transformer block, back, residual."""
 
-  def __init__(self, width: int, *, num_heads: int, context_width: int, groups: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, width: int, *, num_heads: int, context_width: int, groups: int, dtype: DTypeLike, rngs: nnx.Rngs):
     self.norm = GroupNorm(width, groups=groups, eps=1e-6, rngs=rngs)
     self.proj_in = conv(width, width, 1, dtype=dtype, rngs=rngs)
     self.block = BasicTransformerBlock(width, num_heads=num_heads, context_width=context_width, dtype=dtype, rngs=rngs)
@@ -86,7 +87,7 @@ class SpatialTransformer(nnx.Module):
 class Downsample(nnx.Module):
   """3x3 convolution of stride 2. The autoencoder pads on the right and bottom only, the UNet on all sides."""
 
-  def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, asymmetric: bool = False):
+  def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs, asymmetric: bool = False):
     padding = ((0, 1), (0, 1)) if asymmetric else "SAME"
     self.conv = conv(width, width, 3, stride=2, padding=padding, dtype=dtype, rngs=rngs)
 
@@ -97,7 +98,7 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
   """Nearest-neighbour doubling and a 3x3 convolution."""
 
-  def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.conv = conv(width, width, 3, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:

@@ -10,7 +10,8 @@ import pathlib
 import pytest
 
 from diffdis_jax.data import records
-from diffdis_jax.data.webdataset import RawPair, TarReader
+from diffdis_jax.data.prepare import pairs
+from diffdis_jax.data.prepare.webdataset import RawPair, TarReader
 from tests.raw_pairs import faults, picture, write_tar
 
 pytest.importorskip("hypothesis")
@@ -59,7 +60,7 @@ def test_spoiled_images(name, changes, cut):
 @given(st.binary(max_size=60), st.binary(max_size=60))
 def test_noise_as_caption_and_metadata(caption, metadata):
   try:
-    record, _ = records.make(RawPair("k", picture(0), caption, metadata))
+    record, _ = pairs.to_record(RawPair("k", picture(0), caption, metadata))
   except records.Unusable as error:
     assert str(error) in records.REASONS
   else:

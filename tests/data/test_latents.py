@@ -6,11 +6,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from diffdis_jax.data import card, latent_cache, pairs, parts, records, sources
+from diffdis_jax.data import records, sources
 from diffdis_jax.data.loader import SUBSTITUTED, train_loader
+from diffdis_jax.data.prepare import builder, card, latents, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 from tests.raw_pairs import picture, write_tar
 
 N, VIEWS = 12, 3
@@ -32,8 +33,8 @@ STAGE = dict(
 )
 
 
-def make_stage(folder: pathlib.Path, **changes) -> latent_cache.LatentStage:
-  return latent_cache.LatentStage(folder, **{**STAGE, **changes})
+def make_stage(folder: pathlib.Path, **changes) -> latents.LatentStage:
+  return latents.LatentStage(folder, **{**STAGE, **changes})
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def data(tmp_path, monkeypatch):
   content = {f"{i:02d}.png": picture(i, size=(12, 12)) for i in range(N)}
   content |= {f"{i:02d}.txt": f"caption {i}".encode() for i in range(N)}
   write_tar(tmp_path / "raw" / "0.tar", dict(sorted(content.items())))
-  pairs.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
+  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
   read = records.read_image
   first = picture(0, size=(12, 12))
 
@@ -59,13 +60,13 @@ def data(tmp_path, monkeypatch):
 
 def prepare(data, out, **changes):
   make = lambda folder: make_stage(folder, **changes)
-  return pairs.prepare(latent_cache.find_parts(data), out, builder=latent_cache.LatentCache, make_stage=make)
+  return builder.prepare(latents.find_parts(data), out, builder=latents.LatentCache, make_stage=make)
 
 
 def test_latents_read_back(data, tmp_path):
   reports = prepare(data, tmp_path / "out")
   assert (reports["train"].pairs, reports["train"].skipped) == (VIEWS * (N - 1), {"corrupt image": 1})
-  source = sources.make(name="latents", path=tmp_path / "out", image_size=8)
+  source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
   assert len(source) == N - 1 and source.views == VIEWS and source.shape == (2, 2, 4)
   assert source.facts["image_size"] == 8 and source.facts["augmentation"]["crop"] == "random"
   seen = set()
@@ -86,12 +87,12 @@ def test_views_have_the_captions_in_turns_with_their_conditions(tmp_path):
     said = {"captions": [f"a {i}", f"b {i}"]} if i < 2 else {}
     content |= {f"{i}.png": picture(i), f"{i}.txt": f"a {i}".encode(), f"{i}.json": json.dumps(said).encode()}
   write_tar(tmp_path / "raw" / "0.tar", content)
-  pairs.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
+  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
   as_numbers = lambda captions: np.asarray([[[ord(c[0]), int(c[2])]] for c in captions], ml_dtypes.bfloat16)
-  text = latent_cache.TextConditions(encode=as_numbers, shape=(1, 2), fingerprint=2.5)
+  text = latents.TextConditions(encode=as_numbers, shape=(1, 2), fingerprint=2.5)
   prepare(tmp_path / "data", tmp_path / "out", text=text)
 
-  source = sources.make(name="latents", path=tmp_path / "out", image_size=8)
+  source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
   assert source.facts["text"] == {"shape": [1, 2], "fingerprint": 2.5}
   for i in range(3):
     captions = [source.read(i, k)[1]["caption"] for k in range(VIEWS)]
@@ -106,9 +107,9 @@ def test_views_have_the_captions_in_turns_with_their_conditions(tmp_path):
     spoken |= set(captions)
   assert spoken == {"a 0", "b 0", "a 1", "b 1", "a 2"}
   with pytest.raises(UserError, match="stores the conditions of its own captions; leave caption_fields out"):
-    sources.make(name="latents", path=tmp_path / "out", image_size=8, caption_fields=("caption",))
+    sources.open_source(name="latents", path=tmp_path / "out", image_size=8, caption_fields=("caption",))
   with pytest.raises(UserError, match="another text encoder"):
-    failing = latent_cache.TextConditions(encode=lambda captions: 1 / 0, shape=(1, 2), fingerprint=2.5)
+    failing = latents.TextConditions(encode=lambda captions: 1 / 0, shape=(1, 2), fingerprint=2.5)
     with pytest.raises(ZeroDivisionError):
       prepare(tmp_path / "data", tmp_path / "again", text=failing)
     prepare(tmp_path / "data", tmp_path / "again")
@@ -116,7 +117,7 @@ def test_views_have_the_captions_in_turns_with_their_conditions(tmp_path):
 
 def test_batches_draw_a_view_each_time(data, tmp_path):
   prepare(data, tmp_path / "out")
-  source = sources.make(name="latents", path=tmp_path / "out", image_size=8)
+  source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
   iterator = train_loader(source, tokenizer=Tokenizer(8), batch_size=N - 1, image_size=8, seed=0, num_threads=0)
   batches = [next(iterator) for _ in range(8)]
   for batch in batches:
@@ -146,11 +147,11 @@ def test_going_on_needs_the_same_autoencoder_and_views(data, tmp_path):
 
 def test_wrong_data(data, tmp_path):
   with pytest.raises(UserError, match="holds no latents; write them with"):
-    sources.make(name="latents", path=data, image_size=8)
+    sources.open_source(name="latents", path=data, image_size=8)
   prepare(data, tmp_path / "out")
   with pytest.raises(UserError, match="holds latents already; name the data set of images"):
-    latent_cache.find_parts(tmp_path / "out")
-  for use in (lambda path: sources.make(name="pairs", path=path, image_size=8), card.make):
+    latents.find_parts(tmp_path / "out")
+  for use in (lambda path: sources.open_source(name="pairs", path=path, image_size=8), card.describe):
     with pytest.raises(UserError, match="holds latents, not images; train from it with data.name=latents"):
       use(tmp_path / "out")
-  assert {field.name for field in dataclasses.fields(latent_cache.LatentStage)} > STAGE.keys()
+  assert {field.name for field in dataclasses.fields(latents.LatentStage)} > STAGE.keys()

@@ -8,11 +8,12 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from diffdis_jax.data import pairs, parts, records, sources
+from diffdis_jax.data import records, sources
 from diffdis_jax.data.loader import SUBSTITUTED, Substitutions, eval_batches, train_loader
+from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 from tests.raw_pairs import faults, picture, write_tar
 
 TOKENIZER = Tokenizer(16)
@@ -31,7 +32,7 @@ class Numbered:
 
 
 def make(source=None, **kwargs):
-  source = source or sources.make(name="shapes", image_size=16, num_images=40)
+  source = source or sources.open_source(name="shapes", image_size=16, num_images=40)
   settings = {"tokenizer": TOKENIZER, "batch_size": 12, "image_size": 16, "seed": 5, "num_threads": 0, **kwargs}
   return train_loader(source, **settings)
 
@@ -69,7 +70,7 @@ def test_every_epoch_has_each_record_once_in_a_new_order():
 
 
 def test_augmentation_differs_between_epochs():
-  source = sources.make(name="shapes", image_size=16, num_images=4)
+  source = sources.open_source(name="shapes", image_size=16, num_images=4)
   images = np.concatenate([batch["image"] for batch in take(make(source, batch_size=4, augmentation=STRONG), 6)])
   assert len({image.tobytes() for image in images}) == 24
 
@@ -193,19 +194,19 @@ def prepared(tmp_path):
     content |= {f"{i:02d}.txt": b"x" for i in range(20)}
     content = dict(sorted(content.items()))
     write_tar(tmp_path / "raw" / f"{part}.tar", content)
-  pairs.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
   return tmp_path / "out"
 
 
 def test_a_record_file_that_vanishes(prepared):
   """Also while training: files are opened when they are first read."""
-  source = sources.make(name="pairs", path=prepared, image_size=8)
+  source = sources.open_source(name="pairs", path=prepared, image_size=8)
   file = prepared / "pairs-train.array_record-00001-of-00002"
   file.unlink()
   with pytest.raises(UserError, match=f"{file.name} has vanished; put it back and run the same command again"):
     take(make(source, num_threads=2), 4)
   with pytest.raises(UserError, match=f"{file.name} is missing; put it back"):
-    sources.make(name="pairs", path=prepared, image_size=8)
+    sources.open_source(name="pairs", path=prepared, image_size=8)
 
 
 def test_a_damaged_record_file_costs_its_records_alone(prepared):
@@ -214,13 +215,13 @@ def test_a_damaged_record_file_costs_its_records_alone(prepared):
   place = spoiled.index(b"IHDR")
   spoiled[place : place + 20] = bytes(20)
   file.write_bytes(spoiled)
-  batches = take(make(sources.make(name="pairs", path=prepared, image_size=8), image_size=8), 10)
+  batches = take(make(sources.open_source(name="pairs", path=prepared, image_size=8), image_size=8), 10)
   assert 0 < sum(batch[SUBSTITUTED].sum() for batch in batches) < 60
 
 
 def test_saved_position_resumes_with_workers(tmp_path, prepared):
   """Over an epoch's border, which lies within batch 3."""
-  source = sources.make(name="pairs", path=prepared, image_size=8)
+  source = sources.open_source(name="pairs", path=prepared, image_size=8)
   expected = take(make(source, augmentation=STRONG), 6)
   flags.FLAGS.mark_as_parsed()
   iterator = make(source, augmentation=STRONG, num_workers=2)

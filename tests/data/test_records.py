@@ -3,7 +3,8 @@ import pytest
 from PIL import Image
 
 from diffdis_jax.data import records
-from diffdis_jax.data.webdataset import RawPair
+from diffdis_jax.data.prepare import pairs
+from diffdis_jax.data.prepare.webdataset import RawPair
 from tests.raw_pairs import encode, faults, picture
 
 FAULTS = faults()
@@ -15,10 +16,10 @@ def test_every_fault_has_its_reason(name):
   pair = RawPair("k", image, caption)
   if reason:
     with pytest.raises(records.Unusable, match=f"^{reason}$"):
-      records.make(pair)
+      pairs.to_record(pair)
     assert reason in records.REASONS
   else:
-    record, _ = records.make(pair)
+    record, _ = pairs.to_record(pair)
     assert record["image"] == image and record["metadata"] == "{}"
 
 
@@ -41,7 +42,7 @@ def test_captions_are_mended():
 
 @pytest.mark.parametrize(("size", "expected"), [((40, 30), (21, 16)), ((30, 40), (16, 21)), ((17, 500), (16, 471))])
 def test_large_images_are_stored_smaller(size, expected):
-  record, changed = records.make(RawPair("k", picture(0, size=size), b"x"), short_side=16)
+  record, changed = pairs.to_record(RawPair("k", picture(0, size=size), b"x"), short_side=16)
   stored = records.read_image(record["image"])
   assert stored.size == expected and changed == ["image stored smaller"]
 
@@ -49,7 +50,7 @@ def test_large_images_are_stored_smaller(size, expected):
 def test_small_images_keep_their_bytes():
   for size in ((16, 16), (16, 99), (8, 8)):
     image = picture(0, size=size)
-    assert records.make(RawPair("k", image, b"x"), short_side=16) == (
+    assert pairs.to_record(RawPair("k", image, b"x"), short_side=16) == (
       {"image": image, "caption": "x", "metadata": "{}"},
       [],
     )
@@ -57,6 +58,6 @@ def test_small_images_keep_their_bytes():
 
 def test_a_smaller_image_looks_the_same():
   ramp = np.broadcast_to(np.linspace(0, 255, 64)[:, None, None], (64, 64, 3)).astype(np.uint8)
-  record, _ = records.make(RawPair("k", encode(Image.fromarray(ramp)), b"x"), short_side=32)
+  record, _ = pairs.to_record(RawPair("k", encode(Image.fromarray(ramp)), b"x"), short_side=32)
   stored = np.asarray(records.read_image(record["image"])).astype(int)
   assert np.abs(stored - ramp[::2, ::2]).max() < 8

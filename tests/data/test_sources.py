@@ -2,15 +2,16 @@ import json
 
 import pytest
 
-from diffdis_jax.data import pairs, parts, records, sources
-from diffdis_jax.structs import UserError
+from diffdis_jax.data import records, sources
+from diffdis_jax.data.prepare import builder, parts
+from diffdis_jax.errors import UserError
 from tests.raw_pairs import picture, write_tar
 
 
 def test_shapes():
-  source = sources.make(name="shapes", split="unseen", image_size=24, num_images=5, seed=3)
+  source = sources.open_source(name="shapes", split="unseen", image_size=24, num_images=5, seed=3)
   assert len(source) == 5 and source[4]["image"].shape == (24, 24, 3) and not source[4]["seen"]
-  assert len(sources.make(name="shapes", image_size=24)) == 65536
+  assert len(sources.open_source(name="shapes", image_size=24)) == 65536
 
 
 @pytest.mark.parametrize(
@@ -26,14 +27,14 @@ def test_shapes():
 )
 def test_bad_arguments(arguments, message):
   with pytest.raises(UserError, match=message):
-    sources.make(**arguments, image_size=32)
+    sources.open_source(**arguments, image_size=32)
 
 
 def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
   (tmp_path / "dataset_info.json").write_text("{}")
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match="no prepared data set in ''"):
-    sources.make(name="pairs", image_size=32)
+    sources.open_source(name="pairs", image_size=32)
 
 
 def test_pairs_fields():
@@ -72,8 +73,8 @@ def test_caption_fields_of_a_prepared_folder(tmp_path):
     files[f"{i}.png"], files[f"{i}.txt"] = picture(i), f"caption {i}".encode()
     files[f"{i}.json"] = json.dumps({"concept": f"concept {i}"}).encode()
   write_tar(tmp_path / "raw" / "train-0.tar", files)
-  pairs.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
-  make = lambda fields: sources.make(name="pairs", path=tmp_path / "data", image_size=8, caption_fields=fields)
+  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
+  make = lambda fields: sources.open_source(name="pairs", path=tmp_path / "data", image_size=8, caption_fields=fields)
   source = make(("concept", "caption"))
   found = [source[i] for i in range(4)]
   assert all(r["captions"] == [r["concept"], r["caption"].replace("concept", "caption")] for r in found)

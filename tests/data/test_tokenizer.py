@@ -99,7 +99,7 @@ def test_saved_folder_is_read_by_transformers(tokenizer, tmp_path):
 def test_workers_import_no_framework():
   code = (
     "import sys; from diffdis_jax.data import shapes, sources, tokenizer, transforms, webdataset\n"
-    "tokenizer.Tokenizer(8)(['a']); sources.make(name='shapes', image_size=8)[0]\n"
+    "tokenizer.Tokenizer(8)(['a']); sources.open_source(name='shapes', image_size=8)[0]\n"
     "sys.exit(str({'jax', 'flax', 'torch', 'tensorflow'} & sys.modules.keys() or ''))"
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

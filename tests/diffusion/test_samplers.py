@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from diffdis_jax.diffusion import samplers, schedules
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 
 NAMES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTION_TYPES = {"noise": "epsilon", "data": "sample"}
@@ -30,7 +30,7 @@ def _theirs(cls, name, target, num_steps, dtype=torch.float64, **kwargs):
     **kwargs,
   )
   if dtype == torch.float64:
-    theirs.alphas_cumprod = torch.tensor(schedules.make(name).alpha_bar)
+    theirs.alphas_cumprod = torch.tensor(schedules.noise_schedule(name).alpha_bar)
     theirs.final_alpha_cumprod, theirs.one = theirs.alphas_cumprod[0], torch.tensor(1.0, dtype=dtype)
   theirs.set_timesteps(num_steps)
   return theirs
@@ -49,7 +49,7 @@ def _assert_close(got, want):
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_ddim_step_equals_diffusers(name, target, eta):
-  schedule = schedules.make(name)
+  schedule = schedules.noise_schedule(name)
   for num_steps in (1, 7, 50, 600):
     theirs = _theirs(DDIMScheduler, name, target, num_steps, set_alpha_to_one=False)
     steps = schedules.leading(num_steps)
@@ -68,7 +68,7 @@ def test_stable_diffusions_step_equals_diffusers_in_f32(num_steps):
   steps = schedules.leading(num_steps)
   for t, t_prev in zip(steps.t.tolist(), steps.t_prev.tolist()):
     x, prediction = _torch(X, PREDICTION, dtype=torch.float32)
-    ours = samplers.ddim(schedules.make("scaled_linear"), t=t, t_prev=t_prev, target="noise")
+    ours = samplers.ddim(schedules.noise_schedule("scaled_linear"), t=t, t_prev=t_prev, target="noise")
     got = samplers.step(ours, jnp.asarray(X), prediction=jnp.asarray(PREDICTION))
     _assert_close(got, theirs.step(prediction, t, x).prev_sample.numpy())
 
@@ -76,7 +76,7 @@ def test_stable_diffusions_step_equals_diffusers_in_f32(num_steps):
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_ddpm_step_equals_diffusers(name, target):
-  schedule = schedules.make(name)
+  schedule = schedules.noise_schedule(name)
   for num_steps in (1, 7, 50):
     theirs = _theirs(DDPMScheduler, name, target, num_steps, variance_type="fixed_small")
     steps = schedules.leading(num_steps)
@@ -97,7 +97,7 @@ def test_gamma_is_the_plain_process_of_scaled_data(target):
   for t, t_prev in zip(steps.t.tolist(), steps.t_prev.tolist()):
     x, prediction, noise = _torch(X, gamma * PREDICTION if target == "data" else PREDICTION, NOISE)
     want = theirs.step(prediction, t, x, eta=0.5, variance_noise=noise).prev_sample
-    ours = samplers.ddim(schedules.make("linear"), t=t, t_prev=t_prev, target=target, gamma=gamma, eta=0.5)
+    ours = samplers.ddim(schedules.noise_schedule("linear"), t=t, t_prev=t_prev, target=target, gamma=gamma, eta=0.5)
     got = samplers.step(ours, jnp.asarray(X), prediction=jnp.asarray(PREDICTION), noise=jnp.asarray(NOISE))
     _assert_close(got, want.numpy())
 
@@ -105,7 +105,7 @@ def test_gamma_is_the_plain_process_of_scaled_data(target):
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
 def test_a_true_prediction_stays_on_the_marginal(target):
   """From x_t of known data and noise, DDIM gives exactly x_{t_prev} of the same two."""
-  schedule, gamma, t, t_prev = schedules.make("cosine"), 0.4, 800, 350
+  schedule, gamma, t, t_prev = schedules.noise_schedule("cosine"), 0.4, 800, 350
   x0, noise = jnp.asarray(X), jnp.asarray(NOISE)
 
   def at(t):
@@ -119,7 +119,7 @@ def test_a_true_prediction_stays_on_the_marginal(target):
 @pytest.mark.parametrize("method, kwargs", [("ddim", {"eta": 0.7}), ("ddpm", {})])
 def test_stochastic_steps_keep_the_marginal_variance(method, kwargs):
   """For data N(0, 1) all marginals are N(0, 1) and E[ε | x_t] = √(1 − ᾱ) x_t: 1000 steps keep variance 1."""
-  schedule, steps, variance = schedules.make("linear"), schedules.trailing(1000), 1.0
+  schedule, steps, variance = schedules.noise_schedule("linear"), schedules.trailing(1000), 1.0
   coefficients = {"ddim": samplers.ddim, "ddpm": samplers.ddpm}[method]
   for t, t_prev in zip(steps.t, steps.t_prev):
     c = coefficients(schedule, t=t, t_prev=t_prev, target="noise", **kwargs)
@@ -149,7 +149,7 @@ def _denoise(x, t):
 @pytest.mark.parametrize("target, gamma", [("data", 0.3), ("noise", 1.0)])
 @pytest.mark.parametrize("method, eta", [("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0)])
 def test_sample_equals_its_steps_in_a_row(method, eta, target, gamma, spacing):
-  schedule, steps, key = schedules.make("scaled_linear"), spacing(6), jax.random.key(3)
+  schedule, steps, key = schedules.noise_schedule("scaled_linear"), spacing(6), jax.random.key(3)
   kwargs = dict(schedule=schedule, timesteps=steps, method=method, target=target, gamma=gamma, eta=eta)
   run = jax.jit(lambda x, key: samplers.sample(_denoise, x, key=key, **kwargs))
   got = run(jnp.asarray(X), key)
@@ -164,7 +164,7 @@ def test_whole_ddim_run_equals_diffusers():
   x = torch.tensor(X, dtype=torch.float64)
   for t in theirs.timesteps:
     x = theirs.step(torch.tanh(x + t / 1000), int(t), x).prev_sample
-  schedule, steps = schedules.make("scaled_linear"), schedules.leading(30)
+  schedule, steps = schedules.noise_schedule("scaled_linear"), schedules.leading(30)
   got = samplers.sample(_denoise, jnp.asarray(X), schedule=schedule, timesteps=steps, target="noise")
   np.testing.assert_allclose(got, x.numpy(), rtol=1e-5, atol=1e-5)
 
@@ -180,7 +180,7 @@ def test_one_trailing_step_is_the_data_prediction_at_the_last_timestep(method):
   got = samplers.sample(
     denoise,
     jnp.asarray(X),
-    schedule=schedules.make("cosine"),
+    schedule=schedules.noise_schedule("cosine"),
     timesteps=schedules.trailing(1),
     method=method,
     target="data",
@@ -193,7 +193,7 @@ def test_one_trailing_step_is_the_data_prediction_at_the_last_timestep(method):
 
 def test_sample_is_one_scan():
   """The network is in the program once, whatever the number of steps."""
-  kwargs = dict(schedule=schedules.make("linear"), timesteps=schedules.trailing(50), target="data", gamma=0.3)
+  kwargs = dict(schedule=schedules.noise_schedule("linear"), timesteps=schedules.trailing(50), target="data", gamma=0.3)
   program = str(jax.make_jaxpr(lambda x: samplers.sample(_denoise, x, **kwargs))(jnp.asarray(X)))
   assert program.count("tanh") == 1 and program.count("scan[") == 1
 
@@ -202,7 +202,7 @@ def test_half_precision_predictions_keep_the_state_in_f32():
   def half(x, t):
     return _denoise(x, t).astype(jnp.bfloat16)
 
-  kwargs = dict(schedule=schedules.make("linear"), timesteps=schedules.leading(3), target="noise")
+  kwargs = dict(schedule=schedules.noise_schedule("linear"), timesteps=schedules.leading(3), target="noise")
   assert samplers.sample(half, jnp.asarray(X), **kwargs).dtype == jnp.float32
 
 
@@ -218,6 +218,6 @@ def test_half_precision_predictions_keep_the_state_in_f32():
   ],
 )
 def test_bad_arguments(kwargs, message):
-  arguments = dict(schedule=schedules.make("linear"), timesteps=schedules.leading(5), target="noise") | kwargs
+  arguments = dict(schedule=schedules.noise_schedule("linear"), timesteps=schedules.leading(5), target="noise") | kwargs
   with pytest.raises(UserError, match=message):
     samplers.sample(_denoise, jnp.asarray(X), **arguments)

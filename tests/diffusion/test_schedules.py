@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from diffdis_jax.diffusion import schedules
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 
 DIFFUSERS_NAMES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 T0 = np.array([0, 1, 500, 999], np.int32)
@@ -24,7 +24,7 @@ def _normal(seed, shape=(4, 3, 2)):
 @pytest.mark.parametrize("name", DIFFUSERS_NAMES)
 def test_betas_and_alpha_bar_equal_diffusers(name, scheduler):
   theirs = scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=DIFFUSERS_NAMES[name])
-  ours = schedules.make(name)
+  ours = schedules.noise_schedule(name)
   np.testing.assert_allclose(ours.betas, theirs.betas.numpy(), atol=1e-7)
   np.testing.assert_allclose(ours.alpha_bar, theirs.alphas_cumprod.numpy(), atol=1e-6)
   assert ours.num_timesteps == 1000
@@ -32,7 +32,7 @@ def test_betas_and_alpha_bar_equal_diffusers(name, scheduler):
 
 def test_ends_of_the_schedules():
   """scaled_linear and linear share their ends and differ between; cosine's last beta is capped."""
-  scaled, linear, cosine = (schedules.make(n) for n in ("scaled_linear", "linear", "cosine"))
+  scaled, linear, cosine = (schedules.noise_schedule(n) for n in ("scaled_linear", "linear", "cosine"))
   np.testing.assert_allclose(scaled.betas[[0, -1]], [0.00085, 0.012])
   np.testing.assert_allclose(linear.betas[[0, -1]], [0.00085, 0.012])
   assert np.all(scaled.betas[1:-1] < linear.betas[1:-1])
@@ -41,7 +41,7 @@ def test_ends_of_the_schedules():
 
 def test_unknown_schedule_lists_the_known():
   with pytest.raises(UserError, match="'sigmoid'.*scaled_linear, linear, cosine"):
-    schedules.make("sigmoid")
+    schedules.noise_schedule("sigmoid")
 
 
 def test_leading_equals_diffusers_at_every_step_count():
@@ -79,7 +79,7 @@ def test_impossible_step_counts(spacing, n):
 
 @pytest.mark.parametrize("name", DIFFUSERS_NAMES)
 def test_add_noise_equals_diffusers(name):
-  schedule = schedules.make(name)
+  schedule = schedules.noise_schedule(name)
   theirs = DDIMScheduler()
   theirs.alphas_cumprod = torch.tensor(schedule.alpha_bar)
   x0, noise = _normal(0), _normal(1)
@@ -93,7 +93,7 @@ def test_add_noise_equals_diffusers(name):
 @pytest.mark.parametrize("name", DIFFUSERS_NAMES)
 def test_the_inverses_undo_add_noise(name, gamma):
   """Against float64, and to what f32 leaves of a signal scaled by γ √ᾱ."""
-  schedule = schedules.make(name)
+  schedule = schedules.noise_schedule(name)
   x0, noise, t = jnp.asarray(_normal(2)), jnp.asarray(_normal(3)), jnp.asarray(T0)
   x_t = schedules.add_noise(schedule, x0, noise=noise, t=t, gamma=gamma)
   a = np.sqrt(schedule.alpha_bar[T0])[:, None, None]
@@ -106,7 +106,7 @@ def test_the_inverses_undo_add_noise(name, gamma):
 
 
 def test_to_data_reads_both_targets():
-  schedule = schedules.make("linear")
+  schedule = schedules.noise_schedule("linear")
   x0, noise, t = jnp.asarray(_normal(4)), jnp.asarray(_normal(5)), jnp.asarray([0, 100, 300, 600])
   x_t = schedules.add_noise(schedule, x0, noise=noise, t=t, gamma=0.5)
   for target, prediction in (("data", x0), ("noise", noise)):
@@ -117,7 +117,7 @@ def test_to_data_reads_both_targets():
 
 
 def test_forward_process_under_jit_and_at_any_rank():
-  schedule = schedules.make("scaled_linear")
+  schedule = schedules.noise_schedule("scaled_linear")
   add = jax.jit(lambda x, noise, t: schedules.add_noise(schedule, x, noise=noise, t=t))
   for shape in ((4,), (4, 5), (4, 2, 2, 3)):
     x0, noise = jnp.asarray(_normal(6, shape)), jnp.asarray(_normal(7, shape))

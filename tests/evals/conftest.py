@@ -90,10 +90,10 @@ class Cheat(Inference):
 
 @pytest.fixture
 def use(monkeypatch):
-  """use(train=Source, test=Source): the data sets that `sources.make` finds, by split."""
+  """use(train=Source, test=Source): the data sets that `sources.open_source` finds, by split."""
 
   def patch(**by_split):
-    monkeypatch.setattr(sources, "make", lambda *, split: by_split[split])
+    monkeypatch.setattr(sources, "open_source", lambda *, split: by_split[split])
 
   return patch
 

@@ -34,7 +34,7 @@ class Renderer:
 
 @pytest.fixture(scope="module")
 def evaluation():
-  return evals.make("agreement", per_class=2)
+  return evals.create("agreement", per_class=2)
 
 
 def test_real_renders_agree(evaluation):
@@ -59,7 +59,7 @@ def test_wrong_shapes_wrong_colours_and_unseen_pairs_show(evaluation):
 
 def test_a_bad_classifier_is_no_judge():
   with pytest.raises(RuntimeError, match="of real renders, below 98%"):
-    evals.make("agreement", classifier_steps=2).run(Renderer(), {})
+    evals.create("agreement", classifier_steps=2).run(Renderer(), {})
 
 
 def test_other_sizes_come_to_the_judge_at_its_own():

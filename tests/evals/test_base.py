@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from diffdis_jax import evals
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
-from diffdis_jax.structs import UserError
 
 
 def slow_ranks(queries, keys, query_groups, key_groups):
@@ -64,6 +64,6 @@ def test_squares_are_the_middle_of_the_image():
 
 def test_unknown_evaluation_and_unknown_setting():
   with pytest.raises(UserError, match="unknown evaluation 'zeroshot'; there are zero_shot, retrieval"):
-    evals.make("zeroshot")
+    evals.create("zeroshot")
   with pytest.raises(UserError, match="zero_shot: .*'label_fields'.*; it takes data, classnames"):
-    evals.make("zero_shot", data={}, label_fields="concept")
+    evals.create("zero_shot", data={}, label_fields="concept")

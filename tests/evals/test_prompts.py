@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import prompts
-from diffdis_jax.structs import UserError
 
 
 def write(path, value):

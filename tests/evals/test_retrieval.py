@@ -5,7 +5,7 @@ import pytest
 
 from diffdis_jax import evals
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.structs import UserError
+from diffdis_jax.errors import UserError
 
 DATA = {"split": "test"}
 NAMES = [
@@ -28,7 +28,7 @@ def recall_as_clip_benchmark(texts, images, text_image, k):
 def test_recall_by_definition(use, fakes):
   use(test=fakes.Source(NAMES, SEVERAL))
   inference = fakes.Inference(NAMES, noise=0.25)
-  metrics = evals.make("retrieval", data=DATA, seed=4).run(inference, {})
+  metrics = evals.create("retrieval", data=DATA, seed=4).run(inference, {})
   flat = [text for texts in SEVERAL for text in texts]
   text_image = [i for i, texts in enumerate(SEVERAL) for _ in texts]
   texts = inference.embed_texts({}, Tokenizer(16)(flat))
@@ -45,7 +45,7 @@ def test_recall_as_clip_benchmark_computes_it(use, fakes):
   torch = pytest.importorskip("torch")
   use(test=fakes.Source(NAMES, SEVERAL))
   inference = fakes.Inference(NAMES, noise=0.25)
-  metrics = evals.make("retrieval", data=DATA, seed=4).run(inference, {})
+  metrics = evals.create("retrieval", data=DATA, seed=4).run(inference, {})
 
   class Model:
     def encode_image(self, images):
@@ -64,9 +64,9 @@ def test_recall_as_clip_benchmark_computes_it(use, fakes):
 def test_leak_test_passes_an_honest_model_and_catches_a_cheat(use, fakes):
   names = [f"{a} {b}" for a in "abcdefgh" for b in "stuvwxyz"]
   use(test=fakes.Source(names))
-  shuffled = evals.make("retrieval", data=DATA, shuffle_labels=True)
+  shuffled = evals.create("retrieval", data=DATA, shuffle_labels=True)
   honest = shuffled.run(fakes.Inference(names), {})
-  assert evals.make("retrieval", data=DATA).run(fakes.Inference(names), {})["text_retrieval_recall@1"] == 1
+  assert evals.create("retrieval", data=DATA).run(fakes.Inference(names), {})["text_retrieval_recall@1"] == 1
   assert honest["text_retrieval_recall@1"] < 0.1 and honest["image_retrieval_recall@1"] < 0.1
   assert shuffled.run(fakes.Cheat(names, names), {})["text_retrieval_recall@1"] == 1
 
@@ -75,8 +75,8 @@ def test_equal_captions_are_one_target_on_request(use, fakes):
   labels = ["cat", "dog", "cat", "fox"]
   use(test=fakes.Source(labels))
   inference = fakes.Inference(labels)
-  strict = evals.make("retrieval", data=DATA).run(inference, {})
-  merged = evals.make("retrieval", data=DATA, equal_captions=True).run(inference, {})
+  strict = evals.create("retrieval", data=DATA).run(inference, {})
+  merged = evals.create("retrieval", data=DATA, equal_captions=True).run(inference, {})
   assert strict["text_retrieval_recall@1"] == strict["image_retrieval_recall@1"] == 0.5
   assert merged["text_retrieval_recall@1"] == merged["image_retrieval_recall@1"] == 1
 
@@ -86,13 +86,13 @@ def test_every_caption_of_an_image_counts_unless_a_field_is_named(use, fakes):
   for record, captions in zip(source.records, [["a cat", "the cat"], ["a dog", "the dog"]], strict=True):
     record["captions"] = captions
   use(test=source)
-  assert evals.make("retrieval", data=DATA).texts == ["a cat", "the cat", "a dog", "the dog"]
-  assert evals.make("retrieval", data=DATA, caption_field="captions").texts == ["a cat", "the cat", "a dog", "the dog"]
-  assert evals.make("retrieval", data=DATA, caption_field="caption").texts == ["a cat", "a dog"]
+  assert evals.create("retrieval", data=DATA).texts == ["a cat", "the cat", "a dog", "the dog"]
+  assert evals.create("retrieval", data=DATA, caption_field="captions").texts == ["a cat", "the cat", "a dog", "the dog"]
+  assert evals.create("retrieval", data=DATA, caption_field="caption").texts == ["a cat", "a dog"]
 
 
 @pytest.mark.parametrize("caption", ["", [], 3, ["a", 3]])
 def test_missing_captions(use, fakes, caption):
   use(test=fakes.Source(["cat"], [caption]))
   with pytest.raises(UserError, match="it should be a caption"):
-    evals.make("retrieval", data=DATA)
+    evals.create("retrieval", data=DATA)

@@ -6,8 +6,8 @@ import pytest
 from diffdis_jax import evals
 from diffdis_jax.data import records
 from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
-from diffdis_jax.structs import UserError
 
 NAMES = ("red fox", "grey cat", "brown dog", "black crow", "white swan", "green frog", "blue whale")
 LABELS = [NAMES[i] for i in np.random.default_rng(3).integers(0, 7, 400) % 6]  # the last one has no image
@@ -17,7 +17,7 @@ DATA = {"split": "test"}
 
 def make(use, fakes, labels=LABELS, **settings):
   use(test=fakes.Source(labels))
-  return evals.make("zero_shot", data=DATA, classnames=NAMES, templates=TEMPLATES, **settings)
+  return evals.create("zero_shot", data=DATA, classnames=NAMES, templates=TEMPLATES, **settings)
 
 
 def reference(inference, templates):
@@ -77,28 +77,28 @@ def test_seen_and_unseen_apart(use, fakes):
   seen = NAMES[:4]
   use(test=fakes.Source(LABELS), train=fakes.Source([*seen, *seen]))
   settings = {"data": DATA, "classnames": NAMES, "seed": 5, "templates": TEMPLATES}
-  metrics = evals.make("zero_shot", seen_split="train", **settings).run(inference, {})
-  assert metrics == evals.make("zero_shot", seen_classes=seen, **settings).run(inference, {})
+  metrics = evals.create("zero_shot", seen_split="train", **settings).run(inference, {})
+  assert metrics == evals.create("zero_shot", seen_classes=seen, **settings).run(inference, {})
   right = reference(inference, TEMPLATES).argmax(1) == [NAMES.index(label) for label in LABELS]
   is_seen = np.isin(LABELS, seen)
   assert metrics["acc1_seen"] == pytest.approx(right[is_seen].mean())
   assert metrics["acc1_unseen"] == pytest.approx(right[~is_seen].mean())
-  all_seen = evals.make("zero_shot", seen_classes=NAMES, **settings).run(inference, {})
+  all_seen = evals.create("zero_shot", seen_classes=NAMES, **settings).run(inference, {})
   assert all_seen["acc1_seen"] == metrics["acc1"] and "acc1_unseen" not in all_seen
 
 
 def test_class_list(use, fakes):
   use(test=fakes.Source(LABELS))
   present = tuple(sorted(set(LABELS)))
-  assert evals.make("zero_shot", data=DATA).classnames == present
-  assert evals.make("zero_shot", data=DATA, num_images=2).classnames == present
+  assert evals.create("zero_shot", data=DATA).classnames == present
+  assert evals.create("zero_shot", data=DATA, num_images=2).classnames == present
   assert make(use, fakes).classnames == NAMES
   assert make(use, fakes, only_classes_present=True).classnames == tuple(n for n in NAMES if n in present)
 
 
 def test_numbers_count_into_the_class_names(use, fakes):
   use(test=fakes.Source(["cat", "dog", "cat"], number=[0, 1, 0], wrong=[0, 1, 2], other=[0.5, 1, 0]))
-  numbered = evals.make("zero_shot", data=DATA, label_field="number", classnames=("cat", "dog"))
+  numbered = evals.create("zero_shot", data=DATA, label_field="number", classnames=("cat", "dog"))
   np.testing.assert_array_equal(numbered.labels, [0, 1, 0])
   for field, names, message in (
     ("wrong", ("cat", "dog"), "'wrong' holds 2, but there are 2 class names"),
@@ -107,17 +107,17 @@ def test_numbers_count_into_the_class_names(use, fakes):
     ("absent", "", "no field 'absent'; they have caption, image, label, number"),
   ):
     with pytest.raises(UserError, match=message):
-      evals.make("zero_shot", data=DATA, label_field=field, classnames=names)
+      evals.create("zero_shot", data=DATA, label_field=field, classnames=names)
 
 
 def test_numbered_classes_may_share_a_name_and_then_are_a_tie(use, fakes):
   names = ("cat", "crane", "dog", "crane", "fox")
   use(test=fakes.Source(["cat", "crane", "dog", "fox"], number=[0, 3, 2, 4]))
-  evaluation = evals.make("zero_shot", data=DATA, label_field="number", classnames=names)
+  evaluation = evals.create("zero_shot", data=DATA, label_field="number", classnames=names)
   np.testing.assert_array_equal(evaluation.labels, [0, 3, 2, 4])
   metrics = evaluation.run(fakes.Inference(names), {})
   assert (metrics["acc1"], metrics["acc5"], metrics["mean_per_class_recall"]) == (0.75, 1.0, 0.75)
-  present = evals.make("zero_shot", data=DATA, label_field="number", classnames=names, only_classes_present=True)
+  present = evals.create("zero_shot", data=DATA, label_field="number", classnames=names, only_classes_present=True)
   assert present.classnames == ("cat", "dog", "crane", "fox")
   assert present.run(fakes.Inference(names), {})["acc1"] == 1
 
@@ -142,26 +142,26 @@ def test_a_damaged_record_is_one_clear_line(use, fakes):
   use(test=Damaged(source))
   for task in ("zero_shot", "retrieval"):
     with pytest.raises(UserError, match="record 1 of the data set is no use: unreadable record; prepare"):
-      evals.make(task, data=DATA)
+      evals.create(task, data=DATA)
   use(test=Damaged(source, b"no image"))
   for task in ("zero_shot", "retrieval"):
     with pytest.raises(UserError, match="record 1 of the data set is no use: corrupt image; prepare"):
-      evals.make(task, data=DATA).run(fakes.Inference(["cat", "dog"]), {})
+      evals.create(task, data=DATA).run(fakes.Inference(["cat", "dog"]), {})
 
 
 def test_bad_class_lists(use, fakes):
   use(test=fakes.Source(LABELS))
   with pytest.raises(UserError, match="duplicates: 'red fox'"):
-    evals.make("zero_shot", data=DATA, classnames=(*NAMES, "red fox"))
+    evals.create("zero_shot", data=DATA, classnames=(*NAMES, "red fox"))
   with pytest.raises(UserError, match="2 labels of the data are not in the class list: 'green frog', 'white swan'"):
-    evals.make("zero_shot", data=DATA, classnames=NAMES[:4])
+    evals.create("zero_shot", data=DATA, classnames=NAMES[:4])
   with pytest.raises(UserError, match="give one of them"):
-    evals.make("zero_shot", data=DATA, seen_split="train", seen_classes=NAMES)
+    evals.create("zero_shot", data=DATA, seen_split="train", seen_classes=NAMES)
 
 
 def test_few_classes_have_no_top_5_and_the_protocol_says_all(use, fakes):
   use(test=fakes.Source(["cat", "dog"]))
-  evaluation = evals.make("zero_shot", data=DATA, seed=3)
+  evaluation = evals.create("zero_shot", data=DATA, seed=3)
   inference = fakes.Inference(["cat", "dog"])
   assert not any("acc5" in name for name in evaluation.run(inference, {}))
   protocol = evaluation.protocol(inference)

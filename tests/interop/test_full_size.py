@@ -23,7 +23,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from configs import sizes
+from diffdis_jax.models import sizes
 from diffdis_jax.models.autoencoder import Autoencoder
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.models.unet import UNet

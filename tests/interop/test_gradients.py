@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffdis_jax.interop import mapping, sections
 from diffdis_jax.models import build
 from diffdis_jax.models.diffdis import to_signed
-from diffdis_jax.objectives import generation_inputs, generation_loss
-from diffdis_jax.step import step_keys
+from diffdis_jax.training.objectives import generation_inputs, generation_loss
+from diffdis_jax.training.step import step_keys
 from tests import steps
 from tests.models import from_torch, networks
 

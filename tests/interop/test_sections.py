@@ -8,9 +8,9 @@ import pytest
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
-from configs import sizes
+from diffdis_jax.errors import UserError
 from diffdis_jax.interop import sections
-from diffdis_jax.structs import UserError
+from diffdis_jax.models import sizes
 from tests import pipelines
 
 SD = sizes.sd_v1().to_dict()

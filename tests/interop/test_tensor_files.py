@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from diffdis_jax.errors import UserError
 from diffdis_jax.interop import tensor_files
 from diffdis_jax.interop.tensor_files import Tensors
-from diffdis_jax.structs import UserError
 
 VALUES = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.asarray(2.5, np.float32)}
 

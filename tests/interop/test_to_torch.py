@@ -8,9 +8,9 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.numpy import load_file
 
+from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping, to_torch
 from diffdis_jax.models import build
-from diffdis_jax.structs import UserError
 from tests.models import from_torch, networks
 
 SHIFT, SCALE = np.float32([0.5, -1.0, 0.0, 2.0]), np.float32([0.2, 1.0, 3.0, 0.7])

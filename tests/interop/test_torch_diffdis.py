@@ -21,13 +21,14 @@ from ml_collections import ConfigDict
 from safetensors.torch import load_file, save_file
 
 from configs import diffdis_cc3m
-from diffdis_jax import checkpoint, tree, workdir
 from diffdis_jax.diffusion import schedules
 from diffdis_jax.export_weights import export_weights
 from diffdis_jax.inference import Inference
 from diffdis_jax.interop import mapping, to_torch, torch_diffdis
 from diffdis_jax.models import build
 from diffdis_jax.models.diffdis import DiffDis, to_signed
+from diffdis_jax.params import Params
+from diffdis_jax.run import checkpoint, workdir
 from tests import steps
 from tests.models import from_torch, networks
 from tests.test_imports import FILES, imported_modules
@@ -52,7 +53,7 @@ def twin_config(config: ConfigDict) -> dict[str, Any]:
   return own | {"max_length": config.data.max_length}
 
 
-def make_twin(config: ConfigDict, params: tree.Params, folder: pathlib.Path) -> torch_diffdis.DiffDis:
+def make_twin(config: ConfigDict, params: Params, folder: pathlib.Path) -> torch_diffdis.DiffDis:
   """Through the files of an export; `params` is used up."""
   to_torch.write(
     folder,
@@ -76,7 +77,7 @@ def predict(model: DiffDis, e_t: Any, t_e: Any, z: Any, t_z: Any, *, length: int
 
 
 @functools.cache
-def tiny_network(**switches: Any) -> tuple[tree.Params, Callable[..., jax.Array]]:
+def tiny_network(**switches: Any) -> tuple[Params, Callable[..., jax.Array]]:
   """Parameters, and their prediction as a function of (e_t, t_e, z, t_z), compiled once."""
   config = tiny_config(**switches)
   network = network_of(config)
@@ -96,7 +97,7 @@ def inputs(config: ConfigDict, size: tuple[int, int]) -> dict[str, np.ndarray]:
 
 def to_data(config: ConfigDict, prediction: jax.Array, *, e_t: np.ndarray, t_e: np.ndarray) -> jax.Array:
   text = config.text_diffusion
-  schedule = schedules.make(text.schedule)
+  schedule = schedules.noise_schedule(text.schedule)
   return schedules.to_data(schedule, e_t, prediction=prediction, target=text.target, t=t_e, gamma=text.gamma)
 
 
@@ -256,7 +257,7 @@ def test_parameters_that_do_not_fit_the_config_are_refused(folder, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "cosine"])
 def test_schedule_equals_ours(schedule):
-  np.testing.assert_allclose(torch_diffdis.alpha_bar(schedule)[:-1], schedules.make(schedule).alpha_bar, rtol=1e-9)
+  np.testing.assert_allclose(torch_diffdis.alpha_bar(schedule)[:-1], schedules.noise_schedule(schedule).alpha_bar, rtol=1e-9)
 
 
 def test_timesteps_equal_ours():

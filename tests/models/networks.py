@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from diffdis_jax import tree
 from diffdis_jax.models import build
+from diffdis_jax.params import flatten, merge
 from tests import tiny
 
 BOTH = ("generation", "discrimination")
@@ -61,11 +61,11 @@ class Network:
 
   @property
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-    return tree.flatten(self.abstract)
+    return flatten(self.abstract)
 
   def pure(self, f: Callable[..., Any]) -> Callable[..., Any]:
     """`f(module, ...)` to a function of (params, ...)."""
-    return lambda params, *args, **kwargs: f(tree.merge(self.graphdef, self.abstract, params), *args, **kwargs)
+    return lambda params, *args, **kwargs: f(merge(self.graphdef, self.abstract, params), *args, **kwargs)
 
   def jit(self, f: Callable[..., Any]) -> Callable[..., Any]:
     return compiled(self.pure(f))

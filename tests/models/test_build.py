@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import sizes
-from diffdis_jax import tree
-from diffdis_jax.models import build
+from diffdis_jax.errors import UserError
+from diffdis_jax.models import build, sizes
 from diffdis_jax.models.alignment import AlignmentTransformer
-from diffdis_jax.structs import UserError
+from diffdis_jax.params import flatten
 from tests.models import networks
 from tests.models.networks import BOTH
 
 
 def test_sd_v1_has_its_exact_number_of_parameters():
-  shapes = tree.flatten(build.abstract(build.make(sizes.sd_v1(), objectives=BOTH))[1])
+  shapes = flatten(build.abstract(build.make(sizes.sd_v1(), objectives=BOTH))[1])
   count = lambda *prefixes: sum(math.prod(leaf.shape) for path, leaf in shapes.items() if path.startswith(prefixes))
   statistics = count("autoencoder.shift", "autoencoder.scale")
   assert statistics == 2 * 4
@@ -43,7 +42,7 @@ def test_initial_parameters_are_those_of_nnx_rngs():
   sizes = dict(query_width=8, image_width=8, width=8, depth=1, num_heads=2, dtype=np.float32)
   make = lambda rngs: AlignmentTransformer(**sizes, rngs=rngs)
   key = jax.random.key(3)
-  ours, expected = tree.flatten(build.initialise(make, key)), tree.flatten(nnx.state(make(nnx.Rngs(key))))
+  ours, expected = flatten(build.initialise(make, key)), flatten(nnx.state(make(nnx.Rngs(key))))
   assert ours.keys() == expected.keys()
   for path in ours:
     np.testing.assert_array_equal(ours[path], expected[path])

@@ -16,11 +16,12 @@ from flax import nnx
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from configs import sizes
+from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping
+from diffdis_jax.models import sizes
 from diffdis_jax.models.clip import Clip, VisionEncoder
 from diffdis_jax.models.text_encoder import TextEncoder
-from diffdis_jax.structs import TextCondition, UserError
+from diffdis_jax.structs import TextCondition
 from tests.models import from_torch, networks
 from tests.models.test_parity_text_encoder import TOKENS, clip_config
 

@@ -1,0 +1,77 @@
+"""Times the joint step against its two single tasks, in one run on one machine.
+
+The steps take turns, round by round, so that a machine whose speed drifts does so for all of them alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from diffdis_jax.parallel import sharding
+from diffdis_jax.structs import Batch
+from diffdis_jax.training.step import Step
+
+OBJECTIVES = {
+  "joint": ("generation", "discrimination"),
+  "generation": ("generation",),
+  "discrimination": ("discrimination",),
+}
+
+
+def time_steps(trainers: Mapping[str, Step], *, batch_size: int, rounds: int) -> dict[str, Any]:
+  """Seconds of each step (median and all rounds), floating-point operations as the compiler counts them, and ratios.
+
+  Args:
+    trainers: the steps, by the names of OBJECTIVES, on one mesh.
+    batch_size: global.
+    rounds: timed steps of each.
+  """
+  mesh, network = trainers["joint"].mesh, trainers["joint"].network
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (batch_size, network.image_size, network.image_size, 3), np.uint8)
+  tokens = rng.integers(0, 49406, (batch_size, network.max_length), np.int32)
+  batch = Batch(**sharding.to_global(dict(image=pixels, tokens=tokens), mesh))
+
+  states, steps, operations = {}, {}, {}
+  for name, step in trainers.items():
+    states[name] = step.with_params(step.init_params(jax.random.key(0)))
+    steps[name] = step.train_step.lower(states[name], batch).compile()
+    operations[name] = float((steps[name].cost_analysis() or {}).get("flops", float("nan"))) * mesh.size
+    logging.info("%s: compiled, %.1f GFLOP a step", name, operations[name] / 1e9)
+
+  seconds: dict[str, list[float]] = {name: [] for name in steps}
+  for index in range(rounds + 1):
+    for name, step in steps.items():
+      begin = time.perf_counter()
+      states[name], metrics = step(states[name], batch)
+      jax.block_until_ready(metrics)
+      if index:  # the first round warms up
+        seconds[name].append(time.perf_counter() - begin)
+    logging.info("round %d of %d", index, rounds)
+
+  median = {name: statistics.median(values) for name, values in seconds.items()}
+  results = dict(
+    device=f"{mesh.size} x {jax.devices()[0].device_kind}",
+    batch_size=batch_size,
+    image_size=network.image_size,
+    seconds=median,
+    rounds=seconds,
+    gigaflop={name: value / 1e9 for name, value in operations.items()},
+    joint_over_generation=median["joint"] / median["generation"],
+    joint_over_sum=median["joint"] / (median["generation"] + median["discrimination"]),
+    joint_over_generation_flop=operations["joint"] / operations["generation"],
+  )
+  logging.info(
+    "joint / generation %.3f, joint / (generation + discrimination) %.3f, operations joint / generation %.3f",
+    results["joint_over_generation"],
+    results["joint_over_sum"],
+    results["joint_over_generation_flop"],
+  )
+  return results

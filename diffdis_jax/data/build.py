@@ -1,0 +1,184 @@
+"""A config's `data` section, and the batches that it asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+from ml_collections import ConfigDict
+
+from diffdis_jax.data import loader, records, sources
+from diffdis_jax.data.latents import Latents
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.data.transforms import Augmentation
+from diffdis_jax.errors import UserError, check_choice, check_number, read_section
+from diffdis_jax.structs import Batch, LatentBatch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loading:
+  """How batches are read ahead; a config's `data.loader`.
+
+  Attributes:
+    num_threads: that read ahead, 0 to do everything in the calling thread.
+    num_workers: processes that prepare batches, 0 for none.
+    prefetch: batches read ahead by the threads.
+  """
+
+  num_threads: int
+  num_workers: int
+  prefetch: int
+
+  def __post_init__(self) -> None:
+    check_number("num_threads", self.num_threads, at_least=0)
+    check_number("num_workers", self.num_workers, at_least=0)
+    check_number("prefetch", self.prefetch, at_least=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+  """What a run trains on: a config's `data` section and the two fields beside it that decide what a batch is.
+
+  Attributes:
+    sources: name -> what `sources.open_source` takes, and `weight` where there are several.
+    is_mixture: whether there are.
+    image_size: side of the square images, pixels.
+    max_length: tokens of a caption.
+    augmentation: of an image.
+    discrimination_augmentation: of discrimination's own view of it; None where both objectives share one.
+    loading: how batches are read ahead.
+  """
+
+  sources: Mapping[str, Mapping[str, Any]]
+  is_mixture: bool
+  image_size: int
+  max_length: int
+  augmentation: Augmentation
+  discrimination_augmentation: Augmentation | None
+  loading: Loading
+
+  @property
+  def batch_type(self) -> type[Batch] | type[LatentBatch]:
+    """What the loader's arrays are fields of. Raises UserError for a mixture of latents and images."""
+    kinds = {section.get("name", "pairs") == "latents" for section in self.sources.values()}
+    if len(kinds) > 1:
+      raise UserError("data.mixture has latents and images; take either")
+    return LatentBatch if kinds.pop() else Batch
+
+  def describe(self) -> list[str]:
+    """A line for each source, with what its preparation counted."""
+    lines = []
+    for section in self.sources.values():
+      weight = section.get("weight")
+      rest = {field: value for field, value in section.items() if field != "weight"}
+      lines.append(sources.describe(**rest) + ("" if weight is None else f", weight {weight}"))
+    return lines
+
+  def latent_facts(self) -> dict[str, Mapping[str, Any]]:
+    """Path -> what the preparation of the latents there wrote of them; empty for images."""
+    if self.batch_type is not LatentBatch:
+      return {}
+    paths = [str(section["path"]) for section in self.sources.values()]
+    return {path: (records.read_info(path).metadata or {}).get("latents", {}) for path in paths}
+
+
+def read_data(config: ConfigDict) -> Data:
+  """The `data` section of a config.
+
+  Raises:
+    UserError: a wrong field or value.
+  """
+  fields = config.data.to_dict()
+  mixture, loading = fields.pop("mixture"), fields.pop("loader")
+  max_length, view = fields.pop("max_length"), fields.pop("discrimination_view")
+  check_choice("data.discrimination_view", view, ("shared", "own"))
+  augmentation, own = (
+    read_section(Augmentation, fields.pop(name), f"data.{name}") for name in ("augment", "discrimination_augment")
+  )
+  return Data(
+    sources=dict(sorted(mixture.items())) or {"data": fields},
+    is_mixture=bool(mixture),
+    image_size=config.image_size,
+    max_length=max_length,
+    augmentation=augmentation,
+    discrimination_augmentation=own if view == "own" else None,
+    loading=read_section(Loading, loading, "data.loader"),
+  )
+
+
+def open_loader(
+  data: Data, *, batch_size: int, seed: int, rows: Sequence[int] | None = None, latents: LatentShapes | None = None
+) -> grain.DatasetIterator:
+  """Endless batches.
+
+  Args:
+    data: what of.
+    batch_size: global.
+    seed: of order and augmentation.
+    rows: places of this process's rows in the global batch; None for all of them.
+    latents: what stored latents must fit; None for a run that cannot train from any.
+
+  Raises:
+    UserError: bad settings, or data that cannot be read or do not fit.
+  """
+  if data.is_mixture:
+    source = sources.open_mixture(data.sources, image_size=data.image_size)
+  else:
+    source = sources.open_source(**data.sources["data"], image_size=data.image_size)
+  if data.batch_type is LatentBatch:
+    opened = source.sources if isinstance(source, sources.Mixture) else (source,)
+    _check_latents(data, [each for each in opened if isinstance(each, Latents)], latents)
+  return loader.train_loader(
+    source,
+    tokenizer=Tokenizer(data.max_length),
+    batch_size=batch_size,
+    image_size=data.image_size,
+    seed=seed,
+    augmentation=data.augmentation,
+    discrimination_augmentation=data.discrimination_augmentation,
+    rows=rows,
+    **dataclasses.asdict(data.loading),
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentShapes:
+  """Of what a network's encoders give.
+
+  Attributes:
+    latent: [h, w, c] of a latent.
+    text_width: of the text condition.
+  """
+
+  latent: tuple[int, int, int]
+  text_width: int
+
+
+def _check_latents(data: Data, cached: Sequence[Latents], expected: LatentShapes | None) -> None:
+  """Raises UserError unless a run can train from these latents."""
+  if expected is None or data.discrimination_augmentation is not None:
+    raise UserError("objective reconstruction and data.discrimination_view='own' need images; take another data.name")
+  if len({"text" in each.facts for each in cached}) > 1:
+    raise UserError("data.mixture has latents with text conditions and without; take either")
+  h, w, c = expected.latent
+  for each in cached:
+    _check_text(data, each, expected.text_width)
+    if each.shape != (h, w, 2 * c) or each.facts["image_size"] != data.image_size:
+      raise UserError(
+        f"these latents are of {each.facts['image_size']} px images and of shape {each.shape}; the config's are of"
+        f" {data.image_size} px and {(h, w, 2 * c)}; prepare them with the same image_size and autoencoder"
+      )
+
+
+def _check_text(data: Data, cached: Latents, text_width: int) -> None:
+  """Raises UserError for stored text conditions of another length or width."""
+  if "text" not in cached.facts:
+    return
+  length, width = cached.facts["text"]["shape"]
+  if (length, width) != (data.max_length, text_width):
+    raise UserError(
+      f"these text conditions are of {length} tokens and {width} wide; the config's are of {data.max_length}"
+      f" and {text_width}; prepare them with the same data.max_length and text encoder"
+    )

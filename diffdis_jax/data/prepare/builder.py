@@ -1,0 +1,276 @@
+"""Prepared data sets: raw image-caption pairs -> a TFDS folder of ArrayRecord files."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import functools
+import io
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from array_record.python import array_record_data_source
+
+from diffdis_jax.data.prepare import staging
+from diffdis_jax.data.prepare.parts import Part
+from diffdis_jax.data.prepare.staging import Report, Stage
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import files
+
+DUPLICATE = "duplicate image"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """How to prepare.
+
+  Attributes:
+    short_side: images whose short side is longer are stored as JPEG of this short side; None keeps every image's bytes.
+    drop_duplicates: of images with the same bytes keep the first one: of the splits but `train` in their order, then of
+      `train`, so that no held-out image is trained on.
+    num_processes, beam_options: as staging.write_all takes them. They change nothing in what is written.
+  """
+
+  short_side: int | None = None
+  drop_duplicates: bool = False
+  num_processes: int = 1
+  beam_options: tuple[str, ...] = ()
+
+
+class CaptionedImages(tfds.core.GeneratorBasedBuilder):
+  """Image-caption pairs, a file of records for each part of the raw data, in the order of the parts.
+
+  A record is {image: encoded bytes, caption, key: where the pair comes from, metadata: the json beside it, as text}. A
+  pair that cannot be used is skipped and counted. The reports of the splits are the data set's metadata.
+
+  Attributes:
+    reports: split -> Report, complete once the data set is written.
+  """
+
+  VERSION = tfds.core.Version("1.1.0")
+  RELEASE_NOTES = {
+    "1.0.0": "First version.",
+    "1.1.0": "A file of records for each part; images may be stored smaller, and duplicates dropped.",
+  }
+  DESCRIPTION = ""
+  CITATION = ""
+  HOMEPAGE = ""
+
+  def __init__(self, *, parts: Sequence[Part], stage: Stage, settings: Settings, **kwargs: Any):
+    self._stage, self._settings = stage, settings
+    self._parts: dict[str, list[Part]] = {}
+    for part in parts:
+      self._parts.setdefault(part.split, []).append(part)
+    self.reports: dict[str, Report] = {}
+    super().__init__(file_format="array_record", **kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=self.DESCRIPTION,
+      citation=self.CITATION,
+      homepage=self.HOMEPAGE or None,
+      features=self._stage.features(),
+      disable_shuffling=True,
+      metadata=tfds.core.MetadataDict(),
+    )
+
+  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> Mapping[str, Any]:
+    return self._parts
+
+  def _generate_examples(self, *args: Any) -> Any:
+    raise NotImplementedError("_download_and_prepare writes the files of all splits at once")
+
+  def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
+    """Has every part written, and makes the parts' files the shards of the splits."""
+    del dl_manager, download_config
+    parts = [part for parts in self._parts.values() for part in parts]
+    settings = self._settings
+    staging.write_all(self._stage, parts, num_processes=settings.num_processes, beam_options=settings.beam_options)
+    duplicates = self._find_duplicates() if settings.drop_duplicates else {}
+    infos = []
+    for split, parts in self._parts.items():
+      self.reports[split], shards = self._shards(parts, duplicates)
+      if not shards:
+        reasons = self.reports[split].reasons() or "no pairs in it"
+        raise UserError(f"no usable pair in split {split}: {reasons}")
+      infos.append(self._link(split, shards))
+      self.info.metadata[split] = dataclasses.asdict(self.reports[split])
+    for name, facts in self._stage.facts().items():
+      self.info.metadata[name] = facts
+    self.info.set_splits(tfds.core.splits.SplitDict(infos))
+
+  def _shards(
+    self, parts: Sequence[Part], duplicates: Mapping[str, list[int]]
+  ) -> tuple[Report, list[tuple[pathlib.Path, int]]]:
+    """What became of the parts, and each file of records with its length; those without records are left out."""
+    total, shards = Report(), []
+    for part in parts:
+      report, path = self._stage.report_of(part), self._stage.records_of(part)
+      if dropped := duplicates.get(part.name, []):
+        path = path.with_suffix(".unique")
+        keys = _copy_without(self._stage.records_of(part), path, set(dropped))
+        report.pairs -= len(dropped)
+        for key in keys:
+          report.skip(key, DUPLICATE)
+      total.add(report)
+      if report.pairs:
+        shards.append((path, report.pairs))
+    return total, shards
+
+  def _find_duplicates(self) -> dict[str, list[int]]:
+    """Part -> places of records whose image came before. Memory: 16 bytes and an index for each record."""
+    order = sorted(self._parts, key=lambda split: split == "train")
+    parts = [part for split in order for part in self._parts[split]]
+    digests = [self._stage.digests_of(part) for part in parts]
+    _, first = np.unique(np.concatenate(digests), return_index=True)
+    repeated = np.ones(sum(map(len, digests)), bool)
+    repeated[first] = False
+    borders = np.cumsum([len(array) for array in digests])[:-1]
+    return {part.name: np.flatnonzero(own).tolist() for part, own in zip(parts, np.split(repeated, borders))}
+
+  def _link(self, split: str, shards: Sequence[tuple[pathlib.Path, int]]) -> tfds.core.SplitInfo:
+    template = tfds.core.ShardedFileTemplate(
+      data_dir=self.data_path, dataset_name=self.name, split=split, filetype_suffix="array_record"
+    )
+    for i, (path, _) in enumerate(shards):
+      _link_or_copy(path, pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=len(shards))))
+    return tfds.core.SplitInfo(
+      name=split,
+      shard_lengths=[length for _, length in shards],
+      num_bytes=sum(path.stat().st_size for path, _ in shards),
+      filename_template=template,
+    )
+
+
+def _copy_without(path: pathlib.Path, out: pathlib.Path, dropped: set[int]) -> list[str]:
+  """Copies the other records, unless that is done; returns the keys of those that are dropped."""
+  source = array_record_data_source.ArrayRecordDataSource([str(path)])
+  if not out.exists():
+    staging.write_records(out, (source[i] for i in range(len(source)) if i not in dropped))
+  spec = staging.features()
+  skip = {"image": tfds.decode.SkipDecoding()}
+  return [spec.deserialize_example_np(source[i], decoders=skip)["key"].decode() for i in sorted(dropped)]
+
+
+def _link_or_copy(path: pathlib.Path, link: pathlib.Path) -> None:
+  try:
+    os.link(path, link)
+  except OSError as error:
+    if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+      raise
+    shutil.copyfile(path, link)
+
+
+class Pairs(CaptionedImages):
+  """Pairs of any origin."""
+
+  name = "pairs"
+  DESCRIPTION = "Image-caption pairs prepared from webdataset tars in img2dataset's layout."
+  CITATION = (
+    "@misc{beaumont2021img2dataset, author = {Romain Beaumont}, year = {2021}, title = {img2dataset: Easily turn large "
+    "sets of image urls to an image dataset}, url = {https://github.com/rom1504/img2dataset}}"
+  )
+  HOMEPAGE = "https://github.com/rom1504/img2dataset"
+
+
+def prepare(
+  parts: Sequence[Part],
+  out: pathlib.Path,
+  *,
+  builder: type[CaptionedImages] = Pairs,
+  settings: Settings | None = None,
+  make_stage: Callable[..., Stage] | None = None,
+) -> dict[str, Report]:
+  """Writes folder `out`, whole or not at all. Killed at any point and called again, it goes on to the same records.
+
+  What is finished of it lies in the folder `.NAME.partial` beside it until then.
+
+  Args:
+    parts: of the raw data.
+    out: absent or empty.
+    builder: of the data set.
+    settings: how.
+    make_stage: folder -> what writes a part; by default images and captions.
+
+  Returns:
+    What became of the pairs of each split; `out/report.json` says the same.
+
+  Raises:
+    UserError: `out` is not an empty folder or cannot be written, a split without one usable pair, or an unfinished
+      preparation there of another source or with other settings.
+  """
+  settings = settings or Settings()
+  out = out.resolve()
+  partial = out.with_name(f".{out.name}.partial")
+  if partial.exists() and (out / "report.json").exists():  # killed between the last two steps
+    reports = {name: Report(**report) for name, report in json.loads((out / "report.json").read_text()).items()}
+    shutil.rmtree(partial)
+    return reports
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise UserError(f"--out={out} exists and is not an empty folder; name a new one")
+  try:
+    partial.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"cannot make the folder of --out={out}: {error.strerror}; name one that can be written") from error
+  with _only_process(partial), staging.writing(partial):
+    stage = (make_stage or functools.partial(Stage, short_side=settings.short_side))(partial / "parts")
+    _check_same(partial, parts, builder, stage)
+    stage.folder.mkdir(exist_ok=True)
+    shutil.rmtree(partial / "tfds", ignore_errors=True)
+    made = builder(parts=parts, stage=stage, settings=settings, data_dir=partial / "tfds")
+    try:
+      with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download there
+        made.download_and_prepare()
+    except UserError as error:
+      if str(error).startswith("no usable pair"):  # going on would not help
+        shutil.rmtree(partial)
+      raise
+    folder = pathlib.Path(made.data_dir)
+    report = {split: dataclasses.asdict(report) for split, report in made.reports.items()}
+    files.write_json(folder / "report.json", report)
+    folder.replace(out)
+    shutil.rmtree(partial)
+  logging.info("wrote %s", out)
+  return made.reports
+
+
+@contextlib.contextmanager
+def _only_process(partial: pathlib.Path) -> Iterator[None]:
+  with open(partial / "lock", "w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(f"another process is writing {partial}; wait for it, or name another --out") from error
+    yield
+
+
+def _check_same(partial: pathlib.Path, parts: Sequence[Part], builder: type[CaptionedImages], stage: Stage) -> None:
+  """Writes down what is being prepared, or compares it with what was begun.
+
+  Raises:
+    UserError: something else was begun.
+  """
+  plan = {
+    "data set": builder.name,
+    **stage.identity(),
+    "source": [[part.split, *part.identity()] for part in parts],
+  }
+  path = partial / "plan.json"
+  if not path.exists():
+    files.write_whole(path, json.dumps(plan).encode())
+    return
+  begun = json.loads(path.read_text())
+  if differing := [key for key in plan if begun.get(key) != plan[key]]:
+    raise UserError(
+      f"{partial} holds an unfinished preparation with another {' and '.join(differing)}; give the same, or delete it"
+    )

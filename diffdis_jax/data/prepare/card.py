@@ -1,0 +1,127 @@
+"""The card of a prepared data set: how many pairs, of what size, with captions how long, and what was left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import pathlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+from diffdis_jax.data import records, sources
+from diffdis_jax.data.transforms import resize
+
+SAMPLE = 5000  # records of each split that sizes and lengths are taken from
+SHEET = 64  # pairs of the contact sheet
+TILE = 128  # pixels, of a picture in it
+QUANTILES = {"least": 0.0, "median": 0.5, "most": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+  """A data set in numbers and pictures.
+
+  Attributes:
+    splits: split -> what `_describe` gives, and its report of the preparation.
+    images, captions: of the contact sheet, u8[n, TILE, TILE, 3]; of the first split, evenly spread.
+  """
+
+  name: str
+  version: str
+  splits: dict[str, dict[str, Any]]
+  images: np.ndarray
+  captions: list[str]
+
+  def lines(self) -> list[str]:
+    """For the log: one line a split, and one for what its preparation left out or changed."""
+    lines = [f"{self.name} {self.version}, pairs of {', '.join(self.splits)}"]
+    for split, facts in self.splits.items():
+      sides, characters = facts["short_side"], facts["caption_characters"]
+      kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in facts["formats"].items())
+      lines.append(
+        f"{split}: {facts['pairs']:,} pairs, {facts['bytes'] / 1e6:,.1f} MB, short side {_range(sides)} px ({kinds}), "
+        f"captions of {_range(characters)} characters, {facts['distinct_captions']:.0%} of them distinct"
+      )
+      for what in ("skipped", "changed"):
+        if counts := facts["report"].get(what):
+          lines.append(f"{split}: {what} " + ", ".join(f"{n:,} with {reason}" for reason, n in counts.items()))
+      if truncated := facts["report"].get("truncated"):
+        lines.append(f"{split}: truncated or damaged, read as far as possible: {', '.join(truncated)}")
+    return lines
+
+  def to_json(self) -> str:
+    facts = {"name": self.name, "version": self.version, "splits": self.splits}
+    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+
+
+def describe(path: pathlib.Path) -> Card:
+  """The card of a folder that prepare_data wrote. Sizes and lengths are of at most SAMPLE records a split.
+
+  Raises:
+    UserError: no prepared data set there.
+  """
+  info = records.read_info(path)
+  splits, sheet = {}, []
+  for split, split_info in info.splits.items():
+    source = sources.open_source(name="pairs", path=path, split=split, image_size=TILE)
+    facts = _describe(source, spread(len(source), SAMPLE))
+    report = (info.metadata or {}).get(split, {})
+    splits[split] = {"pairs": len(source), "bytes": int(split_info.num_bytes), **facts, "report": report}
+    sheet = sheet or list(_tiles(source, spread(len(source), SHEET)))
+  images, captions = zip(*sheet, strict=True) if sheet else ((), ())
+  return Card(info.name, str(info.version), splits, np.asarray(images, np.uint8), list(captions))
+
+
+def spread(n: int, count: int) -> Int[np.ndarray, " k"]:
+  """At most `count` of n places, evenly apart, from the first on."""
+  return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
+
+
+def _describe(source: sources.Source, places: Sequence[int]) -> dict[str, Any]:
+  """Quantiles of the stored images' sides and of the captions' lengths, and shares."""
+  sides, formats, captions = [], Counter(), []
+  for place in places:
+    try:
+      record = source[int(place)]
+      with Image.open(io.BytesIO(record["image"])) as image:
+        sides.append(image.size)
+        formats[image.format] += 1
+    except (records.Unusable, OSError):
+      formats["unreadable"] += 1
+      continue
+    captions += records.captions_of(record) or [record["caption"]]
+  widths_heights = np.asarray(sides or [(0, 0)])
+  return {
+    "sampled": len(places),
+    "short_side": _quantiles(widths_heights.min(axis=1)),
+    "long_side": _quantiles(widths_heights.max(axis=1)),
+    "formats": {kind: count / len(places) for kind, count in formats.most_common()},
+    "caption_characters": _quantiles([len(caption) for caption in captions]),
+    "caption_words": _quantiles([len(caption.split()) for caption in captions]),
+    "captions_an_image": len(captions) / max(1, len(sides)),
+    "distinct_captions": len(set(captions)) / max(1, len(captions)),
+  }
+
+
+def _quantiles(values: Sequence[int]) -> dict[str, int]:
+  values = values if len(values) else [0]
+  return {name: int(np.quantile(values, q, method="nearest")) for name, q in QUANTILES.items()}
+
+
+def _range(quantiles: dict[str, int]) -> str:
+  return f"{quantiles['least']}-{quantiles['most']} (median {quantiles['median']})"
+
+
+def _tiles(source: sources.Source, places: Sequence[int]) -> Iterator[tuple[np.ndarray, str]]:
+  for place in places:
+    try:
+      record = source[int(place)]
+      yield np.asarray(resize(records.read_image(record["image"]), TILE)), record["caption"]
+    except records.Unusable:
+      continue

@@ -1,0 +1,47 @@
+"""Images in a folder for each class, as torchvision's ImageFolder and many published sets have them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from diffdis_jax.data.prepare import parts
+from diffdis_jax.data.prepare.builder import CaptionedImages
+from diffdis_jax.data.prepare.parts import Item, Part
+from diffdis_jax.errors import UserError
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SPLITS = {"train", "val", "valid", "validation", "test"}
+
+
+class ImageFolder(CaptionedImages):
+  """Images in class folders."""
+
+  name = "folder"
+  DESCRIPTION = "Images in class folders. The caption is the class's name; label and class are fields of a record."
+
+
+def find_parts(source: pathlib.Path) -> list[Part]:
+  """Of CLASS/IMAGE, or SPLIT/CLASS/IMAGE with splits of the usual names. Classes are numbered by name, over all splits.
+
+  Raises:
+    UserError: no folder, or none of images in it.
+  """
+  parts.check_folder(source, "a folder of class folders")
+  children = sorted(path for path in source.iterdir() if path.is_dir())
+  splits = {path.name: path for path in children if path.name in SPLITS}
+  if splits and len(splits) < len(children):
+    raise UserError(f"{source} mixes splits and classes: {', '.join(path.name for path in children[:10])}")
+  roots = splits or {"train": source}
+  classes = sorted({path.name for root in roots.values() for path in root.iterdir() if path.is_dir()})
+  found: list[Part] = []
+  for split, root in roots.items():
+    items = []
+    for label, name in enumerate(classes):
+      metadata = json.dumps({"label": label, "class": name}, ensure_ascii=False)
+      images = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in ENDINGS)
+      items += [Item(str(path.relative_to(source)), name.replace("_", " "), metadata) for path in images]
+    found += parts.files(items, split=split, root=source)
+  if not found:
+    raise UserError(f"no images in class folders in {source}; it should hold CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg")
+  return found

@@ -1,0 +1,179 @@
+"""The latent cache: the autoencoder's posterior over several augmented views of each image, in place of the image.
+
+A record is one view: {moments: bf16[h w 2c], mean then log-variance, as u16; caption; key; metadata}. The views of an
+image follow one another, so that training reads no more than the view it draws. With the text condition, a record has
+{condition: bf16[l d], as u16} too, and its caption is the one that the condition is of: of an image's several captions
+the views have one each, in turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import BFloat16, UInt8
+
+from diffdis_jax.data import records, sources
+from diffdis_jax.data.prepare import staging
+from diffdis_jax.data.prepare.builder import CaptionedImages
+from diffdis_jax.data.prepare.parts import Part
+from diffdis_jax.data.transforms import Augmentation, augment
+from diffdis_jax.errors import UserError
+
+IMAGES = 1024  # of a part
+CHUNK = 256  # views encoded at a time
+Encode = Callable[[UInt8[np.ndarray, "n H W 3"]], BFloat16[np.ndarray, "n h w d"]]
+EncodeText = Callable[[Sequence[str]], BFloat16[np.ndarray, "n l d"]]
+
+
+@dataclasses.dataclass
+class RecordsPart:
+  """A range of a prepared data set's split; iterates over places."""
+
+  name: str
+  split: str
+  data: pathlib.Path
+  start: int
+  stop: int
+  truncated: bool = False
+
+  def identity(self) -> list[Any]:
+    return [str(self.data.resolve()), self.name, self.start, self.stop]
+
+  def __iter__(self) -> Iterator[int]:
+    yield from range(self.start, self.stop)
+
+
+def find_parts(data: pathlib.Path) -> list[Part]:
+  """Of every split. Raises UserError: no prepared data set there, or one that holds latents itself."""
+  info = records.read_info(data)
+  if info.name == LatentCache.name:
+    raise UserError(f"--data={data} holds latents already; name the data set of images")
+  return [
+    RecordsPart(f"{split}-{start // IMAGES:05d}", split, data, start, min(start + IMAGES, n))
+    for split, n in ((split, split_info.num_examples) for split, split_info in info.splits.items())
+    for start in range(0, n, IMAGES)
+  ]
+
+
+def features(shape: tuple[int, int, int], text_shape: tuple[int, int] | None = None) -> tfds.features.FeaturesDict:
+  """Of a record; bf16 is stored as the u16 of the same bits."""
+  text = tfds.features.Text
+  tensor = lambda shape: tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes")
+  condition = {} if text_shape is None else {"condition": tensor(text_shape)}
+  return tfds.features.FeaturesDict(
+    {"moments": tensor(shape), **condition, "caption": text(), "key": text(), "metadata": text()}
+  )
+
+
+def as_stored(x: BFloat16[np.ndarray, "..."]) -> np.ndarray:
+  return np.asarray(x, ml_dtypes.bfloat16).view(np.uint16)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConditions:
+  """How captions are encoded.
+
+  Attributes:
+    encode: captions -> conditions of shape `shape`.
+    fingerprint: of the text encoder, as of the autoencoder.
+  """
+
+  encode: EncodeText
+  shape: tuple[int, int]
+  fingerprint: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentStage(staging.Stage):
+  """Writes parts of latents. Not for other processes: it holds the network.
+
+  Attributes:
+    encode: squares of `image_size` pixels -> moments of shape `shape`.
+    augmentation: of a view; view k of image i is the same each time.
+    fingerprint: of the autoencoder, so that training can tell whether it has the same one.
+    text: how captions are encoded; None to leave that to training.
+  """
+
+  encode: Encode
+  shape: tuple[int, int, int]
+  image_size: int
+  views: int
+  augmentation: Augmentation
+  fingerprint: float
+  text: TextConditions | None = None
+
+  def features(self) -> tfds.features.FeaturesDict:
+    return features(self.shape, self.text and self.text.shape)
+
+  def identity(self) -> dict[str, Any]:
+    return {
+      "views": self.views,
+      "image size": self.image_size,
+      "latent shape": list(self.shape),
+      "augmentation": repr(self.augmentation),
+      "autoencoder": self.fingerprint,
+      "text encoder": self.text and [*self.text.shape, self.text.fingerprint],
+    }
+
+  def facts(self) -> dict[str, Any]:
+    augmentation = dataclasses.asdict(self.augmentation)
+    own = dict(views=self.views, image_size=self.image_size, shape=self.shape, fingerprint=self.fingerprint)
+    if self.text is not None:
+      own["text"] = dict(shape=self.text.shape, fingerprint=self.text.fingerprint)
+    return {"latents": {**own, "augmentation": augmentation}}
+
+  def serialized(self, part: Part, report: staging.Report, digests: list[bytes]) -> Iterator[bytes]:
+    source = sources.open_source(name="pairs", path=part.data, split=part.split, image_size=self.image_size)
+    serialize = staging.serializer(self.features())
+    places, size = list(part), max(1, CHUNK // self.views)
+    with ThreadPoolExecutor() as pool:
+      for start in range(0, len(places), size):
+        found = list(pool.map(functools.partial(self._views, source), places[start : start + size]))
+        for place, each in zip(places[start : start + size], found):
+          if isinstance(each, records.Unusable):
+            report.skip(f"{part.split}/{place}", str(each))
+        usable = [each for each in found if not isinstance(each, records.Unusable)]
+        if not usable:
+          continue
+        moments = self.encode(np.concatenate([views for views, *_ in usable]))
+        fields = [{**text, "caption": caption} for _, text, captions in usable for caption in captions]
+        if self.text is not None:
+          conditions = self.text.encode([text["caption"] for text in fields])
+          fields = [{**text, "condition": as_stored(c)} for text, c in zip(fields, conditions, strict=True)]
+        for one, text in zip(moments, fields, strict=True):
+          report.pairs += 1
+          yield serialize({"moments": as_stored(one), **text})
+
+  def _views(
+    self, source: records.Pairs, place: int
+  ) -> tuple[UInt8[np.ndarray, "k H W 3"], dict[str, Any], list[str]] | records.Unusable:
+    """The views of one image, what else is in its record, and each view's caption."""
+    try:
+      record = source.stored(place)
+      image = records.read_image(record.pop("image"))
+      captions = [records.read_caption(record.pop("caption"))]
+      if self.text is not None:
+        captions = records.captions_of(records.read_metadata(record["metadata"])) or captions
+    except records.Unusable as error:
+      return error
+    view = lambda k: augment(image, np.random.default_rng((place, k)), size=self.image_size, how=self.augmentation)
+    return (
+      np.stack([view(k) for k in range(self.views)]),
+      record,
+      [captions[k % len(captions)] for k in range(self.views)],
+    )
+
+
+class LatentCache(CaptionedImages):
+  """Posteriors of an autoencoder over views of a prepared data set's images."""
+
+  name = "latents"
+  DESCRIPTION = "The posteriors of an autoencoder over augmented views of captioned images; its metadata says which."

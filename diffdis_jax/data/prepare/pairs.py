@@ -1,0 +1,87 @@
+"""One raw pair -> a record of a prepared data set, or the reason why it cannot be one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import re
+from typing import Any
+
+from PIL import Image
+
+from diffdis_jax.data.records import Unusable, read_caption, read_image, read_metadata
+
+MAX_CAPTION = 2000  # characters kept; CLIP reads 77 tokens
+JPEG_QUALITY = 92  # of images that are stored smaller; not stated by the paper
+CONTROLS = "caption with control characters"
+LONG = f"caption over {MAX_CAPTION} characters"
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]+")
+
+
+@dataclasses.dataclass
+class RawPair:
+  """The files of one key, as stored. None marks a file that is not there."""
+
+  key: str
+  image: bytes | None = None
+  caption: bytes | None = None
+  metadata: bytes | None = None
+
+
+def mend(caption: str) -> tuple[str, list[str]]:
+  """A caption as it is stored, and what was changed: control characters become spaces, its end is cut off if too long.
+
+  Raises:
+    Unusable: nothing remains.
+  """
+  changed = []
+  if _CONTROL.search(caption):
+    caption = _CONTROL.sub(" ", caption).strip()
+    changed.append(CONTROLS)
+  if len(caption) > MAX_CAPTION:
+    caption = caption[:MAX_CAPTION].rstrip()
+    changed.append(LONG)
+  if not caption:
+    raise Unusable("missing caption")
+  return caption, changed
+
+
+def shrink(image: Image.Image, short_side: int) -> bytes:
+  """JPEG of the image with its short side reduced to `short_side` pixels."""
+  scale = short_side / min(image.size)
+  size = tuple(max(short_side, round(side * scale)) for side in image.size)
+  file = io.BytesIO()
+  image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=JPEG_QUALITY)
+  return file.getvalue()
+
+
+def to_record(pair: RawPair, *, short_side: int | None = None) -> tuple[dict[str, Any], list[str]]:
+  """The record {image, caption, metadata} of a pair, and what was changed in it.
+
+  Args:
+    pair: as read.
+    short_side: images whose short side is longer are stored as JPEG of this short side; None keeps every image's bytes.
+
+  Raises:
+    Unusable: with the first reason found.
+  """
+  if pair.image is None:
+    raise Unusable("missing image")
+  caption, changed = mend(read_caption(pair.caption))
+  read_metadata(pair.metadata)
+  image, data = read_image(pair.image), pair.image
+  if short_side is not None and min(image.size) > short_side:
+    data = shrink(image, short_side)
+    changed.append("image stored smaller")
+  try:
+    metadata = (pair.metadata or b"{}").decode()
+  except UnicodeDecodeError as error:
+    raise Unusable("corrupt json") from error
+  return {"image": data, "caption": caption, "metadata": metadata}, changed
+
+
+def digest(data: bytes) -> bytes:
+  """16 bytes that tell an image's content, as downloaded."""
+  return hashlib.blake2b(data, digest_size=16).digest()

@@ -1,0 +1,139 @@
+"""Raw data sets, cut into parts that are each read on their own, in any process.
+
+A part iterates over RawPair; afterwards its attribute `truncated` says whether it ended before its end.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from diffdis_jax.data.prepare.pairs import RawPair
+from diffdis_jax.data.prepare.webdataset import TarReader, split_of
+from diffdis_jax.errors import UserError
+
+ITEMS = 2000  # of a part of loose files
+
+
+class Part(Protocol):
+  """`name` is a file name without its ending, unique in the data set."""
+
+  name: str
+  split: str
+  truncated: bool
+
+  def __iter__(self) -> Iterator[RawPair]: ...
+
+  def identity(self) -> list[Any]:
+    """JSON that differs when the part does, so that a preparation does not go on with another source."""
+    ...
+
+
+@dataclasses.dataclass
+class TarPart:
+  """A webdataset tar. Keys are TAR/KEY."""
+
+  path: pathlib.Path
+  split: str
+  truncated: bool = False
+
+  @property
+  def name(self) -> str:
+    return self.path.stem
+
+  def identity(self) -> list[Any]:
+    return [self.path.name, self.path.stat().st_size]
+
+  def __iter__(self) -> Iterator[RawPair]:
+    reader = TarReader(self.path)
+    for pair in reader:
+      yield dataclasses.replace(pair, key=f"{self.name}/{pair.key}")
+    self.truncated = reader.truncated
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """An image file and what belongs to it."""
+
+  file: str
+  caption: str
+  metadata: str = "{}"
+
+
+@dataclasses.dataclass
+class FilesPart:
+  """Images that lie as files under `root`. A file that is not there is a pair without an image. Keys are the paths."""
+
+  name: str
+  split: str
+  root: pathlib.Path
+  items: Sequence[Item]
+  truncated: bool = False
+
+  def identity(self) -> list[Any]:
+    return [self.name, self.items[0].file, self.items[-1].file, len(self.items)]
+
+  def __iter__(self) -> Iterator[RawPair]:
+    for item in self.items:
+      try:
+        image = (self.root / item.file).read_bytes()
+      except (FileNotFoundError, IsADirectoryError):
+        image = None
+      yield RawPair(item.file, image, _encode(item.caption), _encode(item.metadata))
+
+
+def _encode(text: str) -> bytes:
+  """What was read as bytes that are not UTF-8, unchanged; of half a character, which JSON may hold, no UTF-8 either."""
+  try:
+    return text.encode("utf-8", "surrogateescape")
+  except UnicodeEncodeError:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def tars(source: pathlib.Path) -> list[Part]:
+  """The tars of a folder, by split and name.
+
+  Raises:
+    UserError: no folder, no tars in it, or a tar whose name gives no split.
+  """
+  check_folder(source, "a folder of webdataset tars")
+  by_split = collections.defaultdict(list)
+  for path in sorted(source.glob("*.tar")):
+    split = split_of(path)
+    if split is None or split == "all":
+      raise UserError(f"cannot tell the split of {path.name}; name tars SPLIT-00000.tar, SPLIT not 'all', or 00000.tar")
+    by_split[split].append(TarPart(path, split))
+  if not by_split:
+    raise UserError(f"no .tar files in {source}; --source is a folder of webdataset tars, such as img2dataset writes")
+  return [part for parts in by_split.values() for part in parts]
+
+
+def files(items: Iterable[Item], *, split: str, root: pathlib.Path) -> list[Part]:
+  """Loose files of one split, in order, cut into parts.
+
+  Raises:
+    UserError: two parts of the same name, which a split's name with odd characters leads to.
+  """
+  items, found = iter(items), []
+  while chunk := tuple(itertools.islice(items, ITEMS)):
+    found.append(FilesPart(f"{split}-{len(found):05d}", split, root, chunk))
+  return found
+
+
+def check_folder(source: pathlib.Path, what: str) -> None:
+  """Raises UserError unless the folder is there."""
+  if not source.is_dir():
+    raise UserError(f"no folder {source}; --source is {what}")
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """Raises UserError for a file that cannot be read."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"cannot read {path}: {error}; download it again") from error

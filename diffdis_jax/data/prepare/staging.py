@@ -1,0 +1,269 @@
+"""Parts of a raw data set -> one ArrayRecord file each, by several processes, going on after a kill at any point.
+
+A part's file counts once its report, PART.json, lies beside it; the report is the last thing written. A part depends on
+nothing but itself, so that any number of processes, or Apache Beam's workers, write the same files.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from array_record.python import array_record_module
+from tensorflow_datasets.core import example_serializer
+
+from diffdis_jax.data import records
+from diffdis_jax.data.prepare import pairs
+from diffdis_jax.data.prepare.parts import Part
+from diffdis_jax.errors import UserError
+from diffdis_jax.run.files import write_whole
+
+DIGEST = 16  # bytes of an image's digest
+FIRST = 10  # skipped pairs named in a report, of each reason
+
+
+@dataclasses.dataclass
+class Report:
+  """What became of a part, or of all parts of a split.
+
+  Attributes:
+    pairs: that are stored.
+    skipped: reason, one of records.REASONS or "duplicate image", -> how many.
+    first_skipped: reason -> keys of the first few.
+    changed: what was changed in pairs that are stored -> in how many.
+    truncated: parts that end before their end.
+  """
+
+  pairs: int = 0
+  skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+  first_skipped: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+  changed: dict[str, int] = dataclasses.field(default_factory=dict)
+  truncated: list[str] = dataclasses.field(default_factory=list)
+
+  def skip(self, key: str, reason: str) -> None:
+    self.skipped[reason] = self.skipped.get(reason, 0) + 1
+    first = self.first_skipped.setdefault(reason, [])
+    if len(first) < FIRST:
+      first.append(key)
+
+  def add(self, other: Report) -> None:
+    self.pairs += other.pairs
+    for mine, theirs in ((self.skipped, other.skipped), (self.changed, other.changed)):
+      for reason, count in theirs.items():
+        mine[reason] = mine.get(reason, 0) + count
+    for reason, keys in other.first_skipped.items():
+      self.first_skipped[reason] = (self.first_skipped.get(reason, []) + keys)[:FIRST]
+    self.truncated += other.truncated
+
+  def reasons(self) -> str:
+    """ "2 with corrupt image, 1 with missing caption"; empty if none was skipped."""
+    return listed(self.skipped)
+
+
+def listed(counts: dict[str, int]) -> str:
+  return ", ".join(f"{count} with {reason}" for reason, count in counts.items())
+
+
+def features() -> tfds.features.FeaturesDict:
+  """Of a record: encoded image, caption, key (where the pair comes from), and the json beside the image, as text."""
+  text = tfds.features.Text
+  return tfds.features.FeaturesDict(
+    {"image": tfds.features.Image(), "caption": text(), "key": text(), "metadata": text()}
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A folder of parts' files. Picklable: a worker gets it and a part.
+
+  Attributes:
+    folder: of the files.
+    short_side: as `pairs.to_record` takes it.
+  """
+
+  folder: pathlib.Path
+  short_side: int | None = None
+
+  def features(self) -> tfds.features.FeaturesDict:
+    """Of a record."""
+    return features()
+
+  def identity(self) -> dict[str, Any]:
+    """What a preparation must have in common with the one that it goes on with."""
+    return {"short side": self.short_side}
+
+  def facts(self) -> dict[str, Any]:
+    """What belongs into the data set's metadata beside the reports."""
+    return {}
+
+  def records_of(self, part: Part) -> pathlib.Path:
+    return self.folder / f"{part.name}.array_record"
+
+  def report_of(self, part: Part) -> Report | None:
+    """None before the part is written."""
+    path = self.folder / f"{part.name}.json"
+    return Report(**json.loads(path.read_text())) if path.exists() else None
+
+  def digests_of(self, part: Part) -> np.ndarray:
+    """One digest for each record, as void of 16 bytes."""
+    return np.fromfile(self.folder / f"{part.name}.digests", f"V{DIGEST}")
+
+  def write(self, part: Part) -> Report:
+    """Writes one part, unless it is written.
+
+    Raises:
+      UserError: the part cannot be read, or its file not be written, such as to a full disk.
+    """
+    if (report := self.report_of(part)) is not None:
+      return report
+    report, digests = Report(), []
+    with writing(self.folder):
+      write_records(self.records_of(part), self.serialized(part, report, digests))
+      write_whole(self.folder / f"{part.name}.digests", b"".join(digests))
+      write_whole(self.folder / f"{part.name}.json", json.dumps(dataclasses.asdict(report)).encode())
+    return report
+
+  def serialized(self, part: Part, report: Report, digests: list[bytes]) -> Iterator[bytes]:
+    """The records of a part; fills in its report and the digests."""
+    serialize = serializer(self.features())
+    for pair in _reading(part):
+      try:
+        record, changed = pairs.to_record(pair, short_side=self.short_side)
+      except records.Unusable as error:
+        report.skip(pair.key, str(error))
+        continue
+      for what in changed:
+        report.changed[what] = report.changed.get(what, 0) + 1
+      digests.append(pairs.digest(pair.image))
+      report.pairs += 1
+      # A name that is not UTF-8 comes from the file system with surrogates, which cannot be stored.
+      yield serialize({**record, "key": pair.key.encode("utf-8", "backslashreplace")})
+    if part.truncated:
+      report.truncated.append(part.name)
+
+
+def serializer(spec: tfds.features.FeaturesDict) -> Any:
+  """Record -> bytes as TFDS stores them."""
+  to_bytes = example_serializer.ExampleSerializer(spec.get_serialized_info()).serialize_example
+  return lambda record: to_bytes(spec.encode_example(record))
+
+
+def write_records(path: pathlib.Path, serialized: Iterator[bytes]) -> None:
+  """Writes an ArrayRecord file whole or not at all. Raises OSError where it cannot be written."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with _os_errors():
+      writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    for record in serialized:
+      with _os_errors():
+        writer.write(record)
+    with _os_errors():
+      writer.close()
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+  """Makes OSError of what ArrayRecord raises for a full disk and the like."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise OSError(" ".join(str(error).split())[:200]) from error
+
+
+@contextlib.contextmanager
+def writing(folder: pathlib.Path) -> Iterator[None]:
+  """Turns a failure to write into one clear line."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f"cannot write to {folder}: {error.strerror or error}; nothing is lost: make room and run the same command again"
+    ) from error
+
+
+def _reading(part: Part) -> Iterator[Any]:
+  try:
+    yield from part
+  except OSError as error:
+    raise UserError(
+      f"cannot read part {part.name} of --source: {error.strerror or error}; nothing is lost: put it right and run the"
+      " same command again"
+    ) from error
+
+
+def write_all(stage: Stage, parts: Sequence[Part], *, num_processes: int, beam_options: Sequence[str] = ()) -> None:
+  """Writes every part that is not written yet.
+
+  Args:
+    stage: where to.
+    parts: which.
+    num_processes: on this machine; 1 does without further processes.
+    beam_options: options of an Apache Beam pipeline, as `name=value`, that does it instead. Its workers must see the
+      folders of the source and of the stage.
+
+  Raises:
+    UserError: as Stage.write, or no Apache Beam.
+  """
+  missing = [part for part in parts if stage.report_of(part) is None]
+  if len(missing) < len(parts):
+    logging.info("going on: %d of %d parts are written", len(parts) - len(missing), len(parts))
+  if beam_options:
+    _write_by_beam(stage, missing, beam_options)
+    return
+  done = len(parts) - len(missing)
+  for part, report in _write_by_processes(stage, missing, num_processes):
+    done += 1
+    skipped = sum(report.skipped.values())
+    logging.info("%s: %d pairs, %d skipped (part %d of %d)", part.name, report.pairs, skipped, done, len(parts))
+
+
+def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int) -> Iterator[tuple[Part, Report]]:
+  if num_processes == 1 or len(parts) <= 1:
+    for part in parts:
+      yield part, stage.write(part)
+    return
+  context = multiprocessing.get_context("spawn")
+  workers = min(num_processes, len(parts))
+  with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_die_with_parent) as pool:
+    futures = {pool.submit(stage.write, part): part for part in parts}
+    try:
+      for future in concurrent.futures.as_completed(futures):
+        yield futures[future], future.result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+      raise UserError(
+        "a process of the preparation was killed, perhaps for memory; nothing is lost: run the same command again,"
+        f" with --num_processes below {num_processes} if memory is short"
+      ) from error
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+  """Ends this worker when its parent is killed, which otherwise leaves it waiting for work for ever."""
+  parent = multiprocessing.parent_process()
+  threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _write_by_beam(stage: Stage, parts: Sequence[Part], options: Sequence[str]) -> None:
+  try:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+  except ImportError as error:
+    raise UserError(f"--beam_pipeline_options needs Apache Beam ({error}); pip install apache-beam") from error
+  flags = [f"--{option}" for option in options]
+  with beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
+    _ = pipeline | beam.Create(list(parts)) | beam.Reshuffle() | beam.Map(stage.write)

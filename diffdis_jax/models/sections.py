@@ -1,0 +1,163 @@
+"""A config's `model` section as frozen dataclasses, each of which knows the range of its numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffdis_jax.errors import UserError, check_choice, check_number, check_numbers, read_section
+from diffdis_jax.models.layers import ACTIVATIONS, DTYPES
+from diffdis_jax.models.unet import REMAT_POLICIES
+
+
+def _check_counts(section: Any, *names: str) -> None:
+  for name in names:
+    check_number(name, getattr(section, name), at_least=1)
+
+
+def _check_multiple(name: str, value: int, section: Any, *divisors: str) -> None:
+  if any(value % getattr(section, divisor) for divisor in divisors):
+    of = " and ".join(f"{divisor}={getattr(section, divisor)}" for divisor in divisors)
+    raise UserError(f"{name} has {value}; it must be a multiple of {of}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UNetSize:
+  """`model.unet`; unet.UNet says what the fields are."""
+
+  widths: Sequence[int]
+  attention: Sequence[bool]
+  depth: int
+  num_heads: int
+  groups: int
+
+  def __post_init__(self) -> None:
+    _check_counts(self, "depth", "num_heads", "groups")
+    check_numbers("widths", self.widths, at_least=1)
+    if not self.widths or len(self.attention) != len(self.widths):
+      raise UserError(
+        f"attention has {len(self.attention)} entries and widths {len(self.widths)}; give one for each level"
+      )
+    for width in self.widths:
+      _check_multiple("widths", width, self, "num_heads", "groups")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlignmentSize:
+  """`model.alignment`; alignment.AlignmentTransformer says what the fields are."""
+
+  width: int
+  depth: int
+  num_heads: int
+
+  def __post_init__(self) -> None:
+    _check_counts(self, "width", "depth", "num_heads")
+    _check_multiple("width", self.width, self, "num_heads")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextEncoderSize:
+  """`model.text_encoder`; text_encoder.TextEncoder says what the fields are."""
+
+  vocab_size: int
+  max_length: int
+  width: int
+  depth: int
+  num_heads: int
+  mlp_width: int
+  activation: str
+  bos_id: int
+  eos_id: int
+  projection: int
+
+  def __post_init__(self) -> None:
+    _check_counts(self, "vocab_size", "width", "depth", "num_heads", "mlp_width")
+    check_number("max_length", self.max_length, at_least=2)
+    check_choice("activation", self.activation, ACTIVATIONS)
+    for name in ("bos_id", "eos_id"):
+      check_number(name, getattr(self, name), at_least=0, at_most=self.vocab_size - 1)
+    check_number("projection", self.projection, at_least=0)
+    _check_multiple("width", self.width, self, "num_heads")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderSize:
+  """`model.autoencoder`; autoencoder.Autoencoder says what the fields are."""
+
+  widths: Sequence[int]
+  depth: int
+  patch: int
+  latent_channels: int
+  groups: int
+  attention: bool
+  shift: float
+  scale: float
+
+  def __post_init__(self) -> None:
+    _check_counts(self, "depth", "patch", "latent_channels", "groups")
+    check_numbers("widths", self.widths, at_least=1)
+    if not self.widths:
+      raise UserError("widths is empty; give one for each level")
+    for width in self.widths:
+      _check_multiple("widths", width, self, "groups")
+    check_number("shift", self.shift)
+    check_number("scale", self.scale, above=0.0)
+
+  @property
+  def factor(self) -> int:
+    """Pixels a side for one latent position."""
+    return self.patch * 2 ** (len(self.widths) - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+  """A config's `model` section.
+
+  Attributes:
+    fusion, share_attention, modality_ffn: the fusion block's switches (appendix, Tables 4 and 5).
+    query_init: scale of FC_in's initial kernel; not stated by the paper.
+    dtype: of matrix products and convolutions, float32 or bfloat16.
+    remat: what the backward pass keeps, one of unet.REMAT_POLICIES.
+
+  Raises:
+    UserError: a value out of its range.
+  """
+
+  fusion: bool
+  share_attention: bool
+  modality_ffn: bool
+  query_init: float
+  dtype: str
+  remat: str
+  unet: UNetSize
+  alignment: AlignmentSize
+  text_encoder: TextEncoderSize
+  autoencoder: AutoencoderSize
+
+  def __post_init__(self) -> None:
+    check_number("query_init", self.query_init, at_least=0.0)
+    check_choice("dtype", self.dtype, DTYPES)
+    check_choice("remat", self.remat, REMAT_POLICIES)
+
+  @property
+  def query_width(self) -> int:
+    """Of the text query e."""
+    return self.text_encoder.projection or self.text_encoder.width
+
+
+PARTS = {"unet": UNetSize, "alignment": AlignmentSize, "text_encoder": TextEncoderSize, "autoencoder": AutoencoderSize}
+
+
+def read_model(section: ConfigDict) -> Model:
+  """The `model` section of a config.
+
+  Raises:
+    UserError: a field that is unknown or missing, or out of its range.
+  """
+  fields = section.to_dict()
+  given = {name: kind for name, kind in PARTS.items() if name in fields}
+  parts = {name: read_section(kind, fields.pop(name), f"model.{name}") for name, kind in given.items()}
+  return read_section(Model, {**fields, **parts}, "model")

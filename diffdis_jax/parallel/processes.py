@@ -1,0 +1,313 @@
+"""Several processes as one run: how they find each other, agree, and stop together.
+
+A verb calls `start` before anything touches a device. The processes are found, in this order, by the flags
+--coordinator_address, --num_processes and --process_id (or DIFFDIS_COORDINATOR_ADDRESS, ...), in a Slurm step, on a
+Cloud TPU (a VM's metadata, or what GKE sets). Elsewhere there is one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import importlib.util
+import os
+import re
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from diffdis_jax.errors import Preempted, UserError
+
+HEARTBEAT_TIMEOUT = 10  # seconds after which a silent process is dead, and the others end
+SHUTDOWN_TIMEOUT = 3600  # seconds that processes which are done wait for the one that still writes
+_MESSAGE = 1000  # bytes of an error that the processes tell each other
+_VISIBILITY = 30.0  # seconds in which a file of one host must show on the others
+_VARIABLES = {
+  "coordinator_address": ("DIFFDIS_COORDINATOR_ADDRESS",),
+  "num_processes": ("DIFFDIS_NUM_PROCESSES",),
+  "process_id": ("DIFFDIS_PROCESS_ID", "JOB_COMPLETION_INDEX"),  # the latter of a Kubernetes Job with indices
+}
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+  """What `jax.distributed.initialize` is told. None everywhere: it asks the TPU's own environment.
+
+  Attributes:
+    local_device_ids: of the accelerators, those that are this process's; None for all that the host has.
+  """
+
+  coordinator_address: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+  local_device_ids: tuple[int, ...] | None = None
+
+
+def define_flags() -> None:
+  """The flags that every verb with a network has."""
+  flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where the environment does not tell")
+  flags.DEFINE_integer("num_processes", None, "processes of the run", lower_bound=1)
+  flags.DEFINE_integer("process_id", None, "this process's number, from 0", lower_bound=0)
+  flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
+
+
+def start() -> None:
+  """Joins the other processes of the run and logs which one this is and its devices; alone, does nothing.
+
+  From then on an exception that nothing catches, in any thread, ends this process at once, and the others within
+  HEARTBEAT_TIMEOUT seconds.
+
+  Raises:
+    UserError: contradicting settings, or a device that cannot be had.
+  """
+  values = flags.FLAGS.flag_values_dict()
+  found = find({name: values[name] for name in _VARIABLES}, os.environ)
+  if found is not None:
+    _initialize(found, values["coordinator_timeout"])
+    log_place()
+
+
+def log_place() -> None:
+  """Which host this is, and the devices."""
+  logging.info(
+    "host %d of %d, %d of %d devices (%s)",
+    jax.process_index(),
+    jax.process_count(),
+    jax.local_device_count(),
+    jax.device_count(),
+    jax.devices()[0].device_kind,
+  )
+
+
+def find(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -> Processes | None:
+  """The processes that flags, or else the environment, tell of; None for one process.
+
+  Raises:
+    UserError: some of the three settings, but not all; or settings that contradict each other.
+  """
+  settings = {}
+  for name, variables in _VARIABLES.items():
+    values = [given[name], *(environ.get(variable) for variable in variables)]
+    settings[name] = next((value for value in values if value not in (None, "")), None)
+  if settings["coordinator_address"] or settings["num_processes"] or given["process_id"] is not None:
+    return _explicit(**settings)
+  if all(name in environ for name in _SLURM):
+    return _slurm(environ) if int(environ["SLURM_STEP_NUM_TASKS"]) > 1 else None
+  if environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and _has_tpu(environ):
+    return Processes()
+  return None
+
+
+def _explicit(coordinator_address: str | None, num_processes: str | None, process_id: str | None) -> Processes:
+  if None in (coordinator_address, num_processes, process_id):
+    raise UserError("--coordinator_address, --num_processes and --process_id go together; give all three of them")
+  if not re.fullmatch(r".+:\d+", coordinator_address):
+    raise UserError(f"--coordinator_address={coordinator_address} should be HOST:PORT, such as 10.0.0.1:8476")
+  try:
+    count, index = int(num_processes), int(process_id)
+  except ValueError:
+    raise UserError(f"--num_processes={num_processes} and --process_id={process_id} should be whole numbers") from None
+  if not 0 <= index < count:
+    raise UserError(f"--process_id={index} should be from 0 to {count - 1}, since --num_processes={count}")
+  return Processes(coordinator_address, count, index) if count > 1 else None
+
+
+def _slurm(environ: Mapping[str, str]) -> Processes:
+  """One task a node has all of its GPUs; of several, each has the one of its number."""
+  head = re.match(r"([^,\[]*)(?:\[([^,\-\]]+)[^\]]*\])?([^,\[]*)", environ["SLURM_STEP_NODELIST"])
+  port = 61440 + int(environ["SLURM_JOB_ID"]) % 4096
+  one_a_node = environ["SLURM_STEP_NUM_TASKS"] == environ.get("SLURM_STEP_NUM_NODES")
+  return Processes(
+    coordinator_address=f"{''.join(part or '' for part in head.groups())}:{port}",
+    num_processes=int(environ["SLURM_STEP_NUM_TASKS"]),
+    process_id=int(environ["SLURM_PROCID"]),
+    local_device_ids=None if one_a_node else (int(environ["SLURM_LOCALID"]),),
+  )
+
+
+def _has_tpu(environ: Mapping[str, str]) -> bool:
+  """By what GKE sets, or a TPU VM's device files: those of v4 and before, or the later ones, which others have too."""
+  files = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+  return "TPU_WORKER_HOSTNAMES" in environ or bool(files and importlib.util.find_spec("libtpu"))
+
+
+def _initialize(processes: Processes, timeout: int) -> None:
+  """Waits for all processes. At its own timeout jax aborts, with a stack trace, so a timer comes first."""
+  if processes.coordinator_address:
+    whom = f"the coordinator {processes.coordinator_address}" if processes.process_id else "the other processes"
+    who = f"process {processes.process_id} of {processes.num_processes}"
+  else:
+    who, whom = "this host", "the other hosts of the TPU slice"
+  message = (
+    f"error: {who} could not reach {whom} within {timeout} seconds; the usual cause is that the command was not"
+    " started on all hosts: start it on each of them, or give a longer --coordinator_timeout\n"
+  )
+
+  def give_up() -> None:
+    sys.stderr.write(message)
+    sys.stderr.flush()
+    os._exit(1 if "DIFFDIS_LAUNCHED" in os.environ else 2)  # a launcher tries again, as after a dead host
+
+  timer = threading.Timer(timeout, give_up)
+  timer.daemon = True
+  timer.start()
+  # SIGTERM is ours, see Stop: jax's own service would swallow it, and asks for agreement at steps alone.
+  jax.config.update("jax_enable_preemption_service", False)
+  jax.distributed.initialize(
+    processes.coordinator_address,
+    processes.num_processes,
+    processes.process_id,
+    local_device_ids=processes.local_device_ids,
+    cluster_detection_method="deactivate" if processes.coordinator_address else None,
+    initialization_timeout=2 * timeout + 60,
+    heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+    shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+  )
+  jax.devices()  # every process waits here for the others' devices
+  timer.cancel()
+  threading.excepthook = lambda failed: sys.excepthook(failed.exc_type, failed.exc_value, failed.exc_traceback)
+
+
+def is_first() -> bool:
+  """Whether this process is the one that writes."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+  """Returns when every process has come here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def from_first(value: np.ndarray) -> np.ndarray:
+  """Process 0's value, on every process. At most 32 bits wide."""
+  return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def gathered(value: np.ndarray) -> np.ndarray:
+  """Every process's value, along a new first axis. At most 32 bits wide."""
+  return np.asarray(multihost_utils.process_allgather(np.asarray(value), tiled=False))
+
+
+def over_hosts(value: np.ndarray) -> np.ndarray:
+  """The sum of every process's counts."""
+  return value if jax.process_count() == 1 else gathered(value.astype(np.int32)).sum(axis=0, dtype=value.dtype)
+
+
+def whole(array: jax.Array) -> np.ndarray:
+  """A global array, on every process."""
+  return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
+
+
+def on_first(action: Callable[[], Any]) -> None:
+  """Does it on process 0. Raises UserError on every process if it raises that."""
+  message = b""
+  if is_first():
+    try:
+      action()
+    except UserError as error:
+      message = str(error).encode()[:_MESSAGE]
+  if jax.process_count() > 1:
+    message = from_first(np.frombuffer(message.ljust(_MESSAGE, b"\0"), np.uint8)).tobytes().rstrip(b"\0")
+  if message:
+    raise UserError(message.decode(errors="replace"))
+
+
+def check_shared(workdir: str) -> None:
+  """Creates the folder, and looks whether every process sees it.
+
+  Raises:
+    UserError: the hosts do not share it, or it cannot be written; on every process.
+  """
+  if jax.process_count() == 1:
+    return
+  path = epath.Path(workdir)
+  new, reason = not path.exists(), ""
+  nonce = path / f".shared-{from_first(np.uint32(secrets.randbits(32))).item():08x}"
+  if is_first():
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+      nonce.write_text("")
+    except OSError as error:
+      reason = str(error.strerror or error)
+  written = bool(from_first(np.uint8(not reason)))
+  seen = gathered(np.uint8(written and _appears(nonce)))
+  if is_first() and written:
+    nonce.unlink()
+    if new and not seen.all():
+      path.rmdir()
+  if not written:
+    raise UserError(f"cannot write to --workdir={workdir}{f': {reason}' if reason else ' on host 0'}")
+  if not seen.all():
+    hosts = ", ".join(str(i) for i in np.flatnonzero(seen == 0))
+    raise UserError(
+      f"--workdir={workdir} is not shared: host 0 wrote a file there that these hosts of {len(seen)} do not see:"
+      f" {hosts}; give a folder that all hosts see, such as gs://BUCKET/RUN or one on NFS"
+    )
+
+
+def _appears(path: epath.Path) -> bool:
+  deadline = time.monotonic() + _VISIBILITY
+  while not path.exists():
+    if time.monotonic() > deadline:
+      return False
+    time.sleep(0.2)
+  return True
+
+
+class Stop:
+  """SIGTERM, which announces a preemption, and the agreement of all processes on where to stop.
+
+  Every process calls `agreed` the same number of times, at points where it could stop; the answer is the same on all of
+  them. With several processes it comes one call late, so that the host waits for no more than the step before the last.
+  """
+
+  def __init__(self, place: jax.sharding.Sharding):
+    """`place`: of arrays of as many rows as there are devices, on which the processes have equally many rows."""
+    self._place = place
+    self._asked = False
+    self._answer: jax.Array | None = None
+    self._any = jax.jit(jnp.any)
+
+  @contextlib.contextmanager
+  def listening(self) -> Iterator[None]:
+    """Takes SIGTERM, where this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+      yield
+      return
+    before = signal.signal(signal.SIGTERM, self._on_signal)
+    try:
+      yield
+    finally:
+      signal.signal(signal.SIGTERM, before)
+
+  def agreed(self) -> bool:
+    """Whether every process stops here."""
+    if jax.process_count() == 1:
+      return self._asked
+    answer, rows = self._answer, np.full(jax.device_count() // jax.process_count(), self._asked)
+    self._answer = self._any(jax.make_array_from_process_local_data(self._place, rows))
+    return answer is not None and bool(answer)
+
+  def raise_if_agreed(self) -> None:
+    """Raises Preempted where `agreed`."""
+    if self.agreed():
+      raise Preempted
+
+  def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    del number, frame
+    self._asked = True

@@ -1,0 +1,204 @@
+"""The mesh, and which axis each parameter is split along. The only file that names a mesh axis.
+
+Axes: `data` replicates parameters and splits the batch; `fsdp` splits both; `tensor` splits widths within a layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.params import first_match
+
+AXES = ("data", "fsdp", "tensor")
+# `fsdp` before `data`: in the other order, where all three axes exceed 1, XLA's partitioner (jaxlib 0.10 to 0.12) moves
+# rows of a residual u + f(u) to other devices and adds them to the wrong ones.
+BATCH = PartitionSpec(("fsdp", "data"))
+REPLICATED = PartitionSpec()
+
+# Shapes: convolution [h, w, in, out], linear [in, out], embedding [tokens, width]. First match wins.
+RULES = (
+  (r"^autoencoder\.(shift|scale)$|^logit_scale$", REPLICATED),
+  (r"\.(bias|scale)$", REPLICATED),
+  (r"conv|shortcut|proj_in|proj_out|quant|encoder_out|decoder_in", PartitionSpec(None, None, "fsdp", "tensor")),
+  (r"tokens\.embedding$", PartitionSpec("tensor", None)),  # whole, rather than moved for a few rows
+  (r"positions$", PartitionSpec("tensor", "fsdp")),
+  (r"\.(out|fc2|fc_out|predictor)\.kernel$", PartitionSpec("tensor", "fsdp")),
+  (r"\.(q|k|v|proj|fc1|fc_in|text_in|image_in|time|projection)\.kernel$", PartitionSpec("fsdp", "tensor")),
+)
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[jax.Device] | None = None) -> Mesh:
+  """Mesh of all devices; an axis of -1 takes what the others leave.
+
+  Devices of several slices, which a data centre's network joins, are laid out so that only `data` crosses slices.
+
+  Raises:
+    UserError: the axes do not multiply to the number of devices, or `data` does not to that of the slices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+  shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
+  if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise UserError(f"mesh {shown}: axes are positive, and at most one is -1")
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
+    raise UserError(
+      f"mesh {shown} takes {fixed} devices or, with an axis of -1, a multiple of them, but there are {len(devices)}"
+    )
+  shape = [len(devices) // fixed if size == -1 else size for size in sizes.values()]
+  axis_types = (AxisType.Auto,) * len(AXES)
+  # Of GPUs, whose hosts count as slices, XLA's order already puts `data` between hosts, and any axis may cross them.
+  slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+  if slices > 1:
+    return Mesh(arrange_slices(shape, devices, slices), AXES, axis_types=axis_types)
+  # Not jax.make_mesh, which refuses an axis that lies along a part of a torus's axis.
+  arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(arranged, AXES, axis_types=axis_types)
+
+
+def arrange_slices(shape: Sequence[int], devices: Sequence[Any], slices: int) -> np.ndarray:
+  """Devices [data, fsdp, tensor], the slices one after another along `data`.
+
+  Raises:
+    UserError: `data` is no multiple of the slices.
+  """
+  data, *rest = shape
+  if data % slices:
+    raise UserError(
+      f"mesh data={data} lies over {slices} slices, the only axis that may, so it must be a multiple of {slices}"
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    (data // slices, *rest), (slices, 1, 1), devices, allow_split_physical_axes=True
+  )
+
+
+def tracing(mesh: Mesh) -> AbstractContextManager[Any]:
+  """Around what a function traces for `mesh`, so that it can ask what it is compiled for (models/attention.py)."""
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def traced_for(mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
+  """f, to be jitted, and then traced for the devices of `mesh`, which may be others than this machine's."""
+
+  @functools.wraps(f)
+  def traced(*args: Any) -> Any:
+    with tracing(mesh):
+      return f(*args)
+
+  return traced
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+  """Raises UserError for a global batch that the mesh cannot split evenly, over devices and over processes."""
+  if accumulate < 1:
+    raise UserError(f"optim.accumulate is {accumulate}; it must be at least 1")
+  replicas, processes = mesh.shape["data"] * mesh.shape["fsdp"], jax.process_count()
+  if replicas % processes:
+    raise UserError(
+      f"mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} must be a multiple of the {processes} processes,"
+      " each of which reads rows of its own; take a smaller tensor axis"
+    )
+  parts = replicas * accumulate
+  if batch_size < 1 or batch_size % parts:
+    near = max(1, round(batch_size / parts)) * parts
+    raise UserError(
+      f"batch_size is {batch_size}; data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} x accumulate={accumulate}"
+      f" split it into {parts} parts, so it must be a multiple of {parts}, such as {near}"
+    )
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """Partition of one parameter; an axis that does not divide its dimension is left out.
+
+  Raises:
+    UserError: no rule matches.
+  """
+  wanted = first_match(path, RULES, "sharding.RULES")
+  return PartitionSpec(*(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(wanted, shape)))
+
+
+def shardings(abstract: Any, mesh: Mesh, parameters: Mapping[str, Any]) -> Any:
+  """NamedSharding of every leaf: of one that has a parameter's key and shape, in the optimizer's state too, that
+  parameter's; of anything else, on every device."""
+
+  def of(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    for key in reversed(key_path):
+      path = key.key if isinstance(key, jax.tree_util.DictKey) else None
+      if path in parameters and parameters[path].shape == leaf.shape:
+        return NamedSharding(mesh, spec(path, leaf.shape, mesh))
+    return NamedSharding(mesh, REPLICATED)
+
+  return jax.tree_util.tree_map_with_path(of, abstract)
+
+
+def everywhere(x: jax.Array) -> jax.Array:
+  """`x` whole on every device of the mesh that is being traced for, if there is one."""
+  return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, REPLICATED)
+
+
+def gathered(params: Mapping[str, jax.Array], mesh: Mesh, *, dtype: Any) -> dict[str, jax.Array]:
+  """Parameters as a layer uses them: those that `fsdp` splits, whole and in the compute dtype, to which every layer
+  takes its matrices; gradients go the same way back, summed and split at once.
+
+  Said here, the compiler moves parameters, in half the bytes, and never splits a layer's activations instead.
+  """
+
+  def of(path: str, x: jax.Array) -> jax.Array:
+    stored = spec(path, x.shape, mesh)
+    if mesh.shape["fsdp"] == 1 or "fsdp" not in stored:
+      return x
+    used = PartitionSpec(*(None if axis == "fsdp" else axis for axis in stored))
+    return _gather(x.astype(dtype), NamedSharding(mesh, stored), NamedSharding(mesh, used))
+
+  return {path: of(path, x) for path, x in params.items()}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> jax.Array:
+  return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, stored), used)
+
+
+def _gather_forward(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> tuple[jax.Array, None]:
+  return _gather(x, stored, used), None
+
+
+def _gather_backward(stored: NamedSharding, used: NamedSharding, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+  del used
+  return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def batch_parts() -> int:
+  """Into how many parts a batch is split on the mesh that is being traced for; 1 if there is none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH[0])
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Of arrays whose first axis is the batch."""
+  return NamedSharding(mesh, BATCH)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+  """Places in a global batch of the rows that lie on this process's devices, in order."""
+  held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  return sorted({row for (rows,) in held.values() for row in range(batch_size)[rows]})
+
+
+def to_global(batch: Mapping[str, np.ndarray | None], mesh: Mesh) -> dict[str, jax.Array | None]:
+  """This process's `local_rows` of a batch to global arrays on the mesh; a field that is None stays it."""
+  place = batch_sharding(mesh)
+  to_array = lambda rows: None if rows is None else jax.make_array_from_process_local_data(place, rows)
+  return {name: to_array(rows) for name, rows in batch.items()}

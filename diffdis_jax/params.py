@@ -1,0 +1,39 @@
+"""Parameters as a flat dict, path -> array, and regexes over its paths.
+
+A path is the attribute names from the model down, joined by dots: `unet.down.0.attentions.1.proj_in.kernel`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from flax import nnx
+
+from diffdis_jax.errors import UserError
+
+Params = dict[str, Any]
+
+
+def flatten(state: nnx.State) -> Params:
+  """nnx state -> {dotted path: array or ShapeDtypeStruct}, in the order of the model."""
+  return {".".join(map(str, path)): var.get_value() for path, var in nnx.to_flat_state(state)}
+
+
+def merge(graphdef: nnx.GraphDef, abstract: nnx.State, params: Params) -> Any:
+  """The module with `params` in place. `abstract` is the state that `params` was flattened from, values unused."""
+  flat = [(path, var.replace(params[".".join(map(str, path))])) for path, var in nnx.to_flat_state(abstract)]
+  return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def first_match(path: str, rules: Sequence[tuple[str, Any]], what: str) -> Any:
+  """Value of the first rule whose regex is found in `path`.
+
+  Raises:
+    UserError: no rule matches; `what` names the table in the message.
+  """
+  for pattern, value in rules:
+    if re.search(pattern, path):
+      return value
+  raise UserError(f"no rule of {what} matches parameter {path}; add one, such as ('.*', ...) at the end")

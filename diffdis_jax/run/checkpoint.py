@@ -1,0 +1,358 @@
+"""Orbax checkpoints of a run: `<workdir>/checkpoints/<step>/{params,ema,opt_state,data,meta}`.
+
+A checkpoint counts once it holds Orbax's commit mark, its last file to be written. Training saves and resumes through
+`Checkpointer`; `restore_params` only reads, so it may be used beside a run that is still training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from grain import checkpoint as grain_checkpoint
+from orbax import checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from diffdis_jax.errors import Preempted, UserError, check_choice, check_number
+from diffdis_jax.parallel import processes
+from diffdis_jax.params import Params
+
+_COMMIT_MARK = "commit_success.txt"
+_Arrays = dict[str, tuple[tuple[int, ...], Any]]  # dotted path -> shape, dtype
+
+
+class State(Protocol):
+  """What of the training state is saved. `ema` holds the averaged ones of `params`, and may be empty."""
+
+  params: Params
+  ema: Params
+  opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A checkpoint in memory. The data iterator is restored in place."""
+
+  params: Params
+  ema: Params
+  opt_state: Any
+  meta: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+  """Which checkpoints stay; a config's `checkpoint` section.
+
+  Attributes:
+    keep_last: how many of the newest checkpoints.
+    keep_every: checkpoints whose step is a multiple of this as well; 0 for none.
+    keep_best: and so many of those that were saved with the best `best_metric`; 0 for none.
+    best_metric: a metric that `Checkpointer.save` is given.
+    best_is: whether the best is its "max" or its "min".
+
+  Raises:
+    UserError: a number out of its range, or a policy that contradicts itself.
+  """
+
+  keep_last: int = 2
+  keep_every: int = 0
+  keep_best: int = 0
+  best_metric: str = ""
+  best_is: str = "max"
+
+  def __post_init__(self) -> None:
+    check_number("keep_last", self.keep_last, at_least=1)
+    for name in ("keep_every", "keep_best"):
+      check_number(name, getattr(self, name), at_least=0)
+    check_choice("best_is", self.best_is, ("max", "min"))
+    if bool(self.keep_best) != bool(self.best_metric):
+      raise UserError(
+        f"keep_best is {self.keep_best} and best_metric {self.best_metric!r}; keep_best needs the name of a metric such"
+        " as 'test/acc1'"
+      )
+
+
+class Checkpointer:
+  """Saves a run in the background, and resumes it. One per training run: it clears away interrupted saves.
+
+  A context manager: on the way out it finishes the save in progress.
+
+  Args:
+    workdir: folder of the run.
+    kept: which checkpoints stay.
+    save_timeout: seconds after which a save in the background has failed.
+  """
+
+  def __init__(self, workdir: str, kept: Kept | None = None, *, save_timeout: int = 1200) -> None:
+    kept = kept or Kept()
+    self._workdir = workdir
+    if processes.is_first():
+      _set_aside_uncommitted(_folder(workdir))
+    processes.barrier("uncommitted checkpoints are set aside")
+    rules: list[Any] = [policies.LatestN(kept.keep_last)]
+    if kept.keep_every:
+      rules.append(policies.EveryNSteps(kept.keep_every))
+    rank = functools.partial(_rank, name=kept.best_metric, sign=1 if kept.best_is == "max" else -1)
+    if kept.keep_best:
+      rules.append(policies.BestN(get_metric_fn=rank, n=kept.keep_best, keep_checkpoints_without_metrics=False))
+    self._manager = ocp.CheckpointManager(
+      _folder(workdir),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(rules),
+        cleanup_tmp_directories=True,
+        best_fn=rank if kept.keep_best else None,
+        async_options=ocp.AsyncOptions(timeout_secs=save_timeout),
+      ),
+    )
+
+  def latest_step(self) -> int | None:
+    """The newest committed step, or None before the first; as process 0 sees it."""
+    step = latest_step(self._workdir)
+    found = int(processes.from_first(np.int32(-1 if step is None else step)))
+    return None if found < 0 else found
+
+  def save(
+    self,
+    step: int,
+    state: State,
+    data_iterator: Any = None,
+    *,
+    meta: dict[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+  ) -> bool:
+    """Starts a save; returns as soon as the arrays may be donated. Returns False if this step is saved already.
+
+    Args:
+      step: number of finished steps; larger than that of any earlier save.
+      state: its arrays are copied before this returns.
+      data_iterator: Grain iterator whose next batch is the first one not trained on.
+      meta: a few JSON values to keep beside them.
+      metrics: of evaluations at this step, the same on every process; without them it is not among the best.
+    """
+    if step in self._manager.all_steps():
+      return False
+    trees = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
+    if data_iterator is not None:
+      items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
+    items["meta"] = ocp.args.JsonSave({"step": step, **(meta or {})})
+    return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
+
+  def restore(self, step: int, abstract: State, data_iterator: Any = None) -> Restored:
+    """Reads a checkpoint onto the devices that `abstract` asks for, and sets the data iterator to it.
+
+    Args:
+      step: a committed step.
+      abstract: ShapeDtypeStructs with shardings; these need not be those of the run that saved.
+      data_iterator: a Grain iterator built as the saved one was.
+
+    Raises:
+      UserError: no such checkpoint, or one that is incomplete or does not fit `abstract`.
+    """
+    path = find(self._workdir, step)
+    restored = Restored(
+      params=_read_tree(path / "params", abstract.params),
+      ema=_read_tree(path / "ema", abstract.ema),
+      opt_state=_read_tree(path / "opt_state", abstract.opt_state),
+      meta=_read(path / "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()),
+    )
+    if data_iterator is not None:
+      data_iterator.set_state(_read_position(path / "data"))
+      data_iterator.start_prefetch()
+    return restored
+
+  def wait(self) -> None:
+    """Returns when the save in progress is committed. Raises what went wrong with it."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and frees the background threads."""
+    self._manager.close()
+
+  def __enter__(self) -> Checkpointer:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    # A UserError, such as a loss that is not finite, reaches every process; after a bug in one process the others
+    # will not come to the barrier at which `close` waits for them.
+    if kind is None or issubclass(kind, (UserError, Preempted)) or jax.process_count() == 1:
+      self.close()
+
+
+def restore_params(
+  workdir: str, *, step: int | None = None, ema: bool = True, abstract: Params | None = None
+) -> Params:
+  """Parameters of a run, for use without its optimizer.
+
+  Args:
+    workdir: folder of the run.
+    step: which checkpoint; None takes the newest.
+    ema: whether averaged parameters, where the run keeps them, replace the raw ones.
+    abstract: ShapeDtypeStructs with shardings; without it everything lands on the first device.
+
+  Raises:
+    UserError: no such checkpoint, or one that is incomplete or does not fit `abstract`.
+  """
+  path = find(workdir, step)
+  if not (ema and (path / "ema").exists()):
+    return _read_tree(path / "params", abstract)
+  averaged = _saved(path / "ema").keys()
+  raw = _read_tree(path / "params", abstract, without=averaged)
+  return raw | _read_tree(path / "ema", abstract and {name: abstract[name] for name in averaged if name in abstract})
+
+
+def saved_params(workdir: str, *, step: int | None = None) -> Params:
+  """Shapes and dtypes of a run's parameters, as jax.ShapeDtypeStruct.
+
+  Raises:
+    UserError: no such checkpoint.
+  """
+  saved = _saved(find(workdir, step) / "params")
+  return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in saved.items()}
+
+
+def latest_step(workdir: str) -> int | None:
+  """The newest committed step of a run, or None."""
+  return max(_committed(_folder(workdir)), default=None)
+
+
+def find(workdir: str, step: int | None = None) -> epath.Path:
+  """The folder of a committed checkpoint, the newest one for None.
+
+  Raises:
+    UserError: there is none, or its save was interrupted.
+  """
+  folder = _folder(workdir)
+  committed = _committed(folder)
+  there = f"committed there: {', '.join(map(str, committed)) or 'none'}"
+  if step is None and not committed:
+    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save")
+  step = committed[-1] if step is None else step
+  if step not in committed:
+    if (folder / str(step)).exists():
+      raise UserError(f"checkpoint {step} in {folder} was never committed: it has no {_COMMIT_MARK}; {there}")
+    raise UserError(f"no checkpoint {step} in {folder}; {there}")
+  return folder / str(step)
+
+
+def choose(workdir: str, step: int | None, *, ema: bool) -> tuple[int, bool]:
+  """Which checkpoint `restore_params` takes for these wishes, and whether its weights are averaged ones.
+
+  Raises:
+    UserError: there is none, or its save was interrupted.
+  """
+  saved = find(workdir, step)
+  return int(saved.name), ema and (saved / "ema").exists()
+
+
+def _folder(workdir: str) -> epath.Path:
+  return epath.Path(workdir).absolute() / "checkpoints"
+
+
+def _steps(folder: epath.Path) -> list[epath.Path]:
+  paths = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+  return sorted(paths, key=lambda path: int(path.name))
+
+
+def _committed(folder: epath.Path) -> list[int]:
+  return [int(path.name) for path in _steps(folder) if (path / _COMMIT_MARK).exists()]
+
+
+def _set_aside_uncommitted(folder: epath.Path) -> None:
+  """Renames step folders without a commit mark: Orbax would trust them, and refuse to save that step again."""
+  for path in _steps(folder):
+    if not (path / _COMMIT_MARK).exists():
+      aside = path.with_name(f"{path.name}.uncommitted")
+      logging.warning("checkpoint %s has no %s and is ignored; it is now %s", path, _COMMIT_MARK, aside.name)
+      if aside.exists():
+        aside.rmtree()
+      path.rename(aside)
+
+
+def _rank(metrics: Mapping[str, float], *, name: str, sign: int) -> float:
+  return sign * metrics[name] if name in metrics else -np.inf
+
+
+def _read_position(path: epath.Path) -> dict[str, Any]:
+  """The data iterator's position. Each process has saved it, and it is the same for all, however many there are."""
+
+  def read() -> dict[str, Any]:
+    files = sorted(path.glob("process_*-of-*.json"))
+    if not files:
+      raise ValueError("it has no process_*.json")
+    return json.loads(files[0].read_text())
+
+  return _guard(path, read)
+
+
+def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[str] = ()) -> Any:
+  """One item of a checkpoint. An item without arrays is not stored, so that `abstract` itself is its value.
+
+  Arrays of a flat dict whose names are in `without` are left out, unread.
+  """
+  if abstract is not None and not jax.tree.leaves(abstract):
+    return abstract
+  saved = _saved(path)
+  if abstract is None:
+    abstract = {name: jax.ShapeDtypeStruct(*array) for name, array in saved.items()}
+  _check_fits(path, saved, abstract)
+  one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one_device), abstract)
+  if not without:
+    return _read(path, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target))
+  target = {name: x for name, x in target.items() if name not in without}
+  if not target:
+    return {}
+  restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+  args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+  return _read(path, ocp.PyTreeCheckpointHandler(), args)
+
+
+def _saved(path: epath.Path) -> _Arrays:
+  return _arrays(_guard(path, lambda: ocp.StandardCheckpointHandler().metadata(path).tree))
+
+
+def _arrays(tree: Any) -> _Arrays:
+  leaves = jax.tree.leaves_with_path(tree)
+  return {jax.tree_util.keystr(key, simple=True, separator="."): (tuple(x.shape), x.dtype) for key, x in leaves}
+
+
+def _check_fits(path: epath.Path, saved: _Arrays, abstract: Any) -> None:
+  wanted = _arrays(abstract)
+  differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
+  if differing:
+    name = differing[0]
+    raise UserError(
+      f"checkpoint {path} does not fit this model in {len(differing)} arrays; the first, {name}, is "
+      f"{_describe(saved.get(name))} there and {_describe(wanted.get(name))} here; take the config it was saved with"
+    )
+
+
+def _describe(array: tuple[tuple[int, ...], Any] | None) -> str:
+  return "absent" if array is None else f"{array[1]}{list(array[0])}"
+
+
+def _read(path: epath.Path, handler: Any, args: Any) -> Any:
+  def restore() -> Any:
+    with ocp.Checkpointer(handler) as checkpointer:
+      return checkpointer.restore(path, args=args)
+
+  return _guard(path, restore)
+
+
+def _guard(path: epath.Path, read: Callable[[], Any]) -> Any:
+  """Calls `read`; a checkpoint that lacks files or bytes is bad input, and not a bug."""
+  if not path.exists():
+    raise UserError(f"checkpoint {path.parent} is incomplete: it has no {path.name}; take another step")
+  try:
+    return read()
+  except (ValueError, KeyError, OSError) as error:
+    reason = " ".join(str(error).split())[:200]
+    raise UserError(f"checkpoint {path} cannot be read: {reason}; take another step") from error

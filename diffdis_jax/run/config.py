@@ -1,0 +1,77 @@
+"""The config of a run: every field that it has, as its workdir's config.json holds it. No jax, as in the configs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from diffdis_jax.data.transforms import Augmentation
+
+NO_AUGMENTATION = dataclasses.asdict(Augmentation())
+
+
+def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
+  """Every field that a run has, with the paper's values, or this project's where the paper is silent.
+
+  Both objectives; autoencoder frozen, everything else trained at one rate from random parameters.
+  """
+  return ConfigDict(
+    dict(
+      seed=0,
+      image_size=image_size,
+      batch_size=64,  # global
+      num_steps=1000,
+      objectives=("generation", "discrimination"),  # or one of them, or ("reconstruction",): the autoencoder alone
+      init_from="",  # workdir to take matching parameters from
+      model=model,
+      image_diffusion=dict(schedule="scaled_linear"),  # scaled_linear, linear, cosine
+      text_diffusion=dict(schedule="cosine", target="data", gamma=0.3),  # target: data, noise
+      condition_timestep=1000,  # t_z of the clean image in discrimination
+      sample_posterior=True,  # latents: a sample of the autoencoder's posterior, or its mode
+      loss=dict(ita_weight=1.0, condition_dropout=0.1, image_dropout=0.1, kl_weight=1e-4),
+      optim=dict(
+        groups=(("^autoencoder", "frozen"), (".*", "new")),  # (regex over parameter paths, group); the first match wins
+        rates=dict(new=1e-3),  # peak learning rate of each group but `frozen`
+        schedule_kind="constant",  # constant, cosine, linear
+        warmup_steps=1000,
+        final_fraction=0.0,
+        weight_decay=1e-4,
+        no_decay=r"bias$|norm|positions|logit_scale",
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        clip_norm=1.0,
+        ema_decay=0.9999,
+        accumulate=1,  # microbatches a step; each is a contrastive batch of its own
+      ),
+      mesh=dict(data=-1, fsdp=1, tensor=1),
+      data=dict(
+        name="shapes",
+        path="",
+        split="train",
+        caption_fields=(),  # of a record, whose texts are its captions; none: those that it came with
+        max_length=77,
+        augment=dict(NO_AUGMENTATION),  # transforms.Augmentation says what its fields are
+        discrimination_view="shared",  # of an image: shared by both objectives, or "own" by discrimination_augment
+        discrimination_augment=dict(NO_AUGMENTATION),
+        mixture=dict(),  # name -> weight, name, path, split: several sources instead of the one above
+        loader=dict(num_threads=4, num_workers=0, prefetch=8),
+      ),
+      checkpoint=dict(
+        keep_last=2,
+        keep_every=0,
+        keep_best=0,  # so many more, by a metric of train_evals at the step of the save
+        best_metric="",  # such as "test/acc1"
+        best_is="max",  # max, min
+      ),
+      log_every=50,
+      save_every=1000,
+      eval_every=1000,
+      sample_every=1000,
+      evals=dict(),  # data set -> task and its settings
+      train_evals=(),  # which of them to run every eval_every steps
+      sample_prompts=(),
+      inference=dict(steps=1, draws=1, guidance=1.0, generation_steps=50, generation_guidance=7.5),
+    )
+  )

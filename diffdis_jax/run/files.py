@@ -1,0 +1,66 @@
+"""Files and output folders, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from diffdis_jax.errors import UserError
+
+
+def empty_folder(out: str | os.PathLike[str]) -> pathlib.Path:
+  """The folder of this name, absent or empty.
+
+  Raises:
+    UserError: it has something in it, is no folder, or lies in an object store, which pathlib would take for local.
+  """
+  if "://" in str(out):
+    raise UserError(f"--out={out} is no local folder; write to one, and copy it from there")
+  folder = pathlib.Path(out)
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"--out={folder} is a file; it should be a folder, absent or empty")
+  if folder.is_dir() and any(folder.iterdir()):
+    raise UserError(f"--out={folder} is not empty; give a new folder")
+  return folder
+
+
+@contextlib.contextmanager
+def whole_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder beside `out` to write into; it takes the name `out` at the end, and vanishes if something goes wrong.
+
+  Raises:
+    UserError: `out` is not empty, or cannot be written.
+  """
+  empty_folder(out)
+  temporary = None
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    temporary.chmod(0o755)
+    yield temporary
+    os.replace(temporary, out)
+  except OSError as error:
+    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+  finally:
+    if temporary is not None:
+      shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
+  """Writes a file, local or wherever etils.epath writes, under another name first."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  temporary.write_bytes(content)
+  temporary.replace(path)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+  """Writes a JSON file for people to read. Raises OSError where it cannot be written."""
+  write_whole(epath.Path(path), (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,208 @@
+"""The folder of a run: config.json, whether a run may go on under the present config, and who is in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.run.files import write_whole
+
+BEAT = 5.0  # seconds between two signs of life of the process that holds a workdir
+PATIENCE = 20.0  # seconds without one after which it is dead, if it is on another machine
+ENDING = 3.0  # seconds that a process of this machine is given to end
+MAY_CHANGE = (
+  r"^(log|save|eval|sample)_every$",
+  r"^(train_evals|sample_prompts|inference)(\.|$)",
+  r"^keep",
+  r"^(checkpoint|evals|mesh|profile)(\.|$)",
+  r"^data\.loader\.(num_threads|prefetch)$",
+)
+"""Fields (dotted paths) that may differ when a run goes on: they leave the numbers of the training alone."""
+
+
+def open_for_training(workdir: str, config: Mapping[str, Any], *, is_writer: bool = True) -> epath.Path:
+  """Creates the folder and writes its config.json, or checks that the run in it has the same config.
+
+  Args:
+    workdir: the folder; local, or any path that etils.epath reads.
+    config: the run's, as nested dicts of tuples, numbers, strings, booleans and None.
+    is_writer: whether this process writes; one of several processes does.
+
+  Raises:
+    UserError: the folder cannot be made, or holds a run whose config differs in a field outside MAY_CHANGE.
+  """
+  path = epath.Path(workdir)
+  check_config(workdir, config)
+  if is_writer:
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+      write_whole(path / "config.json", text.encode())
+    except OSError as error:
+      raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+  return path
+
+
+def check_config(workdir: str, config: Mapping[str, Any]) -> None:
+  """Raises UserError if the folder holds a run whose config differs in a field outside MAY_CHANGE."""
+  path = epath.Path(workdir)
+  if (path / "config.json").exists():
+    _check_same(path, _flatten(_read(path)), _flatten(_normalise(config)))
+
+
+class Lock:
+  """The right to write into a workdir, for one process at a time. A context manager.
+
+  Its file, `lock.json`, is written anew every BEAT seconds. What a killed process has left is taken over: at once if
+  that was on this machine, where one can look, else when it has not changed for PATIENCE seconds.
+  """
+
+  def __init__(self, workdir: str):
+    self._workdir = workdir
+    self._file = epath.Path(workdir) / "lock.json"
+    self._own = {"owner": secrets.token_hex(8), "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
+    self._own["started"] = _started(os.getpid())
+    self._done = threading.Event()
+    self._beats = 0
+
+  def __enter__(self) -> Lock:
+    """Raises UserError if a live process has the workdir, or it cannot be written."""
+    self._wait_for_other()
+    try:
+      self._file.parent.mkdir(parents=True, exist_ok=True)
+      self._beat()
+    except OSError as error:
+      raise UserError(f"cannot write to --workdir={self._workdir}: {error.strerror or error}") from error
+    threading.Thread(target=self._keep_beating, name="lock", daemon=True).start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._done.set()
+    if (self._read() or {}).get("owner") == self._own["owner"]:
+      self._file.unlink()
+
+  def _wait_for_other(self) -> None:
+    first = other = self._read()
+    begin = time.monotonic()
+    while other is not None and not _is_dead(other):
+      here = other.get("machine") == _machine()
+      if time.monotonic() - begin > (ENDING if here else PATIENCE):
+        if other == first and not here:
+          break
+        raise UserError(
+          f"--workdir={self._workdir} is in use by process {other.get('pid')} on {other.get('host')}; wait for it, stop"
+          " it, or take another --workdir"
+        )
+      time.sleep(0.2)
+      other = self._read()
+
+  def _beat(self) -> None:
+    self._beats += 1
+    write_whole(self._file, json.dumps({**self._own, "beats": self._beats}).encode())
+
+  def _keep_beating(self) -> None:
+    while not self._done.wait(BEAT):
+      try:
+        other = self._read() or {}
+        if other.get("owner", self._own["owner"]) != self._own["owner"]:
+          sys.stderr.write(
+            f"error: --workdir={self._workdir} was taken over by process {other.get('pid')} on {other.get('host')}\n"
+          )
+          os._exit(2)
+        self._beat()
+      except Exception as error:  # of whatever storage it is, which may be back at the next beat
+        logging.warning("cannot renew %s: %s", self._file, error)
+
+  def _read(self) -> dict[str, Any] | None:
+    try:
+      return json.loads(self._file.read_text())
+    except FileNotFoundError:
+      return None
+    except (OSError, ValueError):
+      return {}
+
+
+def _machine() -> str:
+  """Where a process number means something: this boot of the machine, and the container."""
+  try:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+  except OSError:
+    return f"{socket.gethostname()} {secrets.token_hex(8)}"
+
+
+def _started(pid: int) -> str:
+  """When the process started, or "" if it is dead."""
+  try:
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+  except OSError:
+    return ""
+  return "" if fields[0] == "Z" else fields[19]
+
+
+def _is_dead(other: dict[str, Any]) -> bool:
+  return other.get("machine") == _machine() and _started(other["pid"]) != other["started"]
+
+
+def load_config(workdir: str) -> ConfigDict:
+  """The config of the run in this folder, locked. Sequences come back as tuples.
+
+  Raises:
+    UserError: no such folder, or no readable config.json in it.
+  """
+  path = epath.Path(workdir)
+  if not path.is_dir():
+    raise UserError(f"no folder {workdir}; --workdir names the folder of a training run")
+  if not (path / "config.json").exists():
+    raise UserError(f"no config.json in {workdir}; --workdir names the folder of a training run")
+  return ConfigDict(_read(path)).lock()
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+  try:
+    return _normalise(json.loads((path / "config.json").read_text()))
+  except ValueError as error:
+    raise UserError(f"{path / 'config.json'} is not JSON: {error}") from error
+
+
+def _normalise(value: Any) -> Any:
+  """Lists, which are what JSON makes of tuples, as tuples again."""
+  if isinstance(value, dict):
+    return {key: _normalise(child) for key, child in value.items()}
+  if isinstance(value, (list, tuple)):
+    return tuple(map(_normalise, value))
+  return value
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+  if not isinstance(value, dict) or not value:
+    return {prefix.rstrip("."): value}
+  return {path: leaf for key, child in value.items() for path, leaf in _flatten(child, f"{prefix}{key}.").items()}
+
+
+def _check_same(path: epath.Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+  def shown(fields: dict[str, Any], field: str) -> str:
+    return repr(fields[field]) if field in fields else "absent"
+
+  differing = [
+    f"{field} is {shown(there, field)} there and {shown(here, field)} here"
+    for field in sorted(there.keys() | here.keys())
+    if (field in there, there.get(field)) != (field in here, here.get(field))
+    and not any(re.search(pattern, field) for pattern in MAY_CHANGE)
+  ]
+  if differing:
+    raise UserError(f"{path} holds a run of another config: {', '.join(differing)}; take its config or a new --workdir")

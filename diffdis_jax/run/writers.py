@@ -1,0 +1,186 @@
+"""What a run reports: metrics.jsonl, TensorBoard, sample images, and the progress line.
+
+Only one process writes; on the others a Writer does nothing. clu, which imports tensorflow for seconds, is loaded when
+a Writer is made and not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image
+
+from diffdis_jax.run import files
+
+
+class Writer:
+  """Scalars and images of a run, to files and to TensorBoard."""
+
+  def __init__(self, path: epath.Path, tensorboard: Any | None) -> None:
+    self._path = path
+    self._tensorboard = tensorboard
+
+  def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+    """One line of metrics.jsonl and one point of every TensorBoard curve. A value that is not finite becomes null."""
+    numbers = {name: np.asarray(value).item() for name, value in values.items()}
+    line = {"step": step, **{name: x if math.isfinite(x) else None for name, x in numbers.items()}}
+    with (self._path / "metrics.jsonl").open("a") as file:
+      file.write(json.dumps(line, allow_nan=False) + "\n")
+    if self._tensorboard:
+      self._tensorboard.write_scalars(step, numbers)
+
+  def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """One picture, such as a grid of samples: samples/<name>_<step>.png, and TensorBoard."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="png")
+    (self._path / "samples").mkdir(parents=True, exist_ok=True)
+    files.write_whole(self._path / "samples" / f"{name}_{step:08d}.png", buffer.getvalue())
+    if self._tensorboard:
+      self._tensorboard.write_images(step, {name: image[None]})
+
+  def flush(self) -> None:
+    if self._tensorboard:
+      self._tensorboard.flush()
+
+  def close(self) -> None:
+    if self._tensorboard:
+      self._tensorboard.close()
+
+
+class _NoWriter(Writer):
+  """The writer of a process that does not write."""
+
+  def __init__(self) -> None:
+    super().__init__(epath.Path(), None)
+
+  def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+    pass
+
+  def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    pass
+
+
+def open_writer(workdir: str, *, start_step: int, is_writer: bool) -> Writer:
+  """The writer of a run that begins, or goes on, after `start_step` steps.
+
+  Lines of metrics.jsonl beyond that step are dropped: they are from steps that are about to be taken again.
+  """
+  if not is_writer:
+    return _NoWriter()
+  path = epath.Path(workdir)
+  path.mkdir(parents=True, exist_ok=True)
+  _drop_lines_beyond(path / "metrics.jsonl", start_step)
+  return Writer(path, _tensorboard(path))
+
+
+def _drop_lines_beyond(path: epath.Path, step: int) -> None:
+  lines = path.read_text().splitlines() if path.exists() else []
+  kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
+  if len(kept) < len(lines):
+    files.write_whole(path, "".join(line + "\n" for line in kept).encode())
+
+
+def _step_of(line: str) -> int | None:
+  """The step of a line, or None of one that was cut off when its process was killed."""
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, KeyError, TypeError):
+    return None
+
+
+def _tensorboard(path: epath.Path) -> Any | None:
+  try:
+    import tensorflow as tf
+    from clu import metric_writers
+  except ImportError as error:
+    logging.warning("no TensorBoard events: %s; pip install tensorflow-cpu tensorboard", error)
+    return None
+  tf.config.set_visible_devices([], "GPU")
+  return metric_writers.SummaryWriter(str(path))
+
+
+class Progress:
+  """Speed of a run: feeds the progress line and the speed columns of metrics.jsonl."""
+
+  def __init__(
+    self, *, start_step: int, num_steps: int, batch_size: int, clock: Callable[[], float] = time.monotonic
+  ) -> None:
+    """
+    Args:
+      start_step: steps already finished.
+      num_steps: steps of the whole run.
+      batch_size: images a step, over all processes.
+      clock: seconds.
+    """
+    self._num_steps = num_steps
+    self._batch_size = batch_size
+    self._clock = clock
+    self.restart(start_step)
+
+  @contextlib.contextmanager
+  def waiting_for_data(self, is_busy: Callable[[], bool]) -> Iterator[None]:
+    """Around drawing the next batch: its time is the share `data_wait`, unless `is_busy` says at its end that the
+    devices are still at an earlier step, so that none of it was lost."""
+    begin = self._clock()
+    yield
+    if not is_busy():
+      self._waited += self._clock() - begin
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Around what is no training step: evaluation, a save. Its time does not count."""
+    begin = self._clock()
+    yield
+    self._begin += self._clock() - begin
+
+  def restart(self, step: int) -> None:
+    """Counts from here, `step` steps being finished: after a report, and after the first step, which compiles."""
+    self._step = step
+    self._begin = self._clock()
+    self._waited = 0.0
+
+  def report(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Logs the progress line; returns the speeds since the last report.
+
+    Args:
+      step: steps finished, more than at the last report.
+      metrics: `loss` and every `loss_*` are shown.
+
+    Returns:
+      `steps_per_sec`, `images_per_sec`, and `data_wait`, the share of time spent waiting for data, in [0, 1]. NaN where
+      no step counted.
+    """
+    seconds = max(self._clock() - self._begin, 1e-9)
+    counted = step - self._step
+    rate = counted / seconds if counted else math.nan
+    speeds = {
+      "steps_per_sec": rate,
+      "images_per_sec": rate * self._batch_size,
+      "data_wait": min(self._waited / seconds, 1.0) if counted else math.nan,
+    }
+    logging.info("%s", self._line(step, metrics, speeds))
+    self.restart(step)
+    return speeds
+
+  def _line(self, step: int, metrics: Mapping[str, Any], speeds: Mapping[str, float]) -> str:
+    losses = {name: float(x) for name, x in metrics.items() if name == "loss" or name.startswith("loss_")}
+    parts = [f"step {step}/{self._num_steps}", *(f"{n.removeprefix('loss_')} {x:.4f}" for n, x in losses.items())]
+    if not math.isnan(speeds["steps_per_sec"]):
+      parts += [
+        f"{speeds['steps_per_sec']:.3g} steps/s",
+        f"{speeds['images_per_sec']:.3g} images/s",
+        f"waiting for data {speeds['data_wait']:.0%}",
+        f"ETA {datetime.timedelta(seconds=round((self._num_steps - step) / speeds['steps_per_sec']))}",
+      ]
+    return "  ".join(parts)

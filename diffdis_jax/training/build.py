@@ -1,0 +1,31 @@
+"""A config to its training step."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from diffdis_jax.errors import check_number, read_section
+from diffdis_jax.models.build import Network
+from diffdis_jax.training.objectives import Loss
+from diffdis_jax.training.optim import Optim
+from diffdis_jax.training.step import Step
+
+
+def build_step(config: ConfigDict, mesh: Mesh) -> Step:
+  """The training step of a config, for a mesh. Nothing is allocated.
+
+  Raises:
+    UserError: a field out of its range, or fields that do not go together.
+  """
+  check_number("seed", config.seed, at_least=0, at_most=2**32 - 1)
+  check_number("num_steps", config.num_steps, at_least=1)
+  return Step(
+    Network.of(config),
+    mesh,
+    optim=read_section(Optim, config.optim.to_dict(), "optim"),
+    loss=read_section(Loss, config.loss.to_dict() | {"sample_posterior": config.sample_posterior}, "loss"),
+    batch_size=config.batch_size,
+    num_steps=config.num_steps,
+    seed=config.seed,
+  )

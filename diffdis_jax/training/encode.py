@@ -1,0 +1,81 @@
+"""What a batch is encoded to before training's equations begin: latents and text conditions, made anew or stored."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.models.autoencoder import sample_posterior
+from diffdis_jax.models.diffdis import DiffDis
+from diffdis_jax.structs import AnyBatch, LatentBatch, Posterior, TextCondition
+
+# What decides which posterior an image has.
+ENCODER = re.compile(r"autoencoder\.(conv_in|down|encoder\w*|quant)\.")
+# What decides which condition a caption has.
+TEXT_ENCODER = re.compile(r"text_encoder\.")
+
+
+def encode_images(
+  model: DiffDis, batch: AnyBatch, keys: Mapping[str, jax.Array], *, sample: bool
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+  """z of the generation pass and of the discrimination pass: the same, unless the latter has a view of its own.
+
+  Args:
+    model: its autoencoder's shift and scale apply to stored posteriors too.
+    batch: of images, or of posteriors.
+    keys: "posterior", and "posterior_discrimination" of a view of its own.
+    sample: a draw from the posterior, anew at each step, or else its mode.
+  """
+  key = keys["posterior"] if sample else None
+  if isinstance(batch, LatentBatch):
+    posterior = Posterior(batch.mean.astype(jnp.float32), batch.log_variance.astype(jnp.float32))
+    z = model.autoencoder.to_z(sample_posterior(posterior, key))
+    return z, z
+  z = model.encode_image(batch.image, key)
+  if batch.discrimination_image is None:
+    return z, z
+  return z, model.encode_image(batch.discrimination_image, keys["posterior_discrimination"] if sample else None)
+
+
+def encode_captions(model: DiffDis, batch: AnyBatch) -> TextCondition:
+  """c and e of the captions; of a stored c, e is what follows from it."""
+  if not isinstance(batch, LatentBatch) or batch.condition is None:
+    return model.encode_text(batch.tokens)
+  return model.text_encoder.with_query(batch.condition.astype(model.text_encoder.dtype), batch.tokens)
+
+
+def fingerprint(params: Mapping[str, Array], which: re.Pattern[str] = ENCODER) -> float:
+  """A number that tells one encoder from another: the sum of its parameters' mean magnitudes, f32."""
+  encoder = {path: value for path, value in sorted(params.items()) if which.match(path)}
+  return float(jax.jit(lambda encoder: sum(jnp.mean(jnp.abs(value)) for value in encoder.values()))(encoder))
+
+
+def check_stored(facts: Mapping[str, Mapping[str, Any]], params: Mapping[str, Array], trained: Collection[str]) -> None:
+  """Raises UserError where stored latents or text conditions are of other encoders than these, or of one in training.
+
+  Args:
+    facts: path -> what the preparation of the latents there wrote of them.
+    params: of the network.
+    trained: paths of the parameters that training changes.
+  """
+  for path, fact in facts.items():
+    stored = [("latents", "autoencoder", fact["fingerprint"], ENCODER)]
+    if "text" in fact:
+      if any(TEXT_ENCODER.match(name) for name in trained):
+        raise UserError(
+          "the text encoder is trained, and stored text conditions would not follow it; freeze it in optim.groups, or"
+          " prepare the latents without --text"
+        )
+      stored.append(("text conditions", "text encoder", fact["text"]["fingerprint"], TEXT_ENCODER))
+    for what, encoder, expected, which in stored:
+      if not math.isclose(expected, fingerprint(params, which), rel_tol=1e-4):
+        raise UserError(
+          f"the {what} in {path} were made by another {encoder}; set init_from to the workdir that they were made with"
+        )

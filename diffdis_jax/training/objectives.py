@@ -1,0 +1,264 @@
+"""What a step minimises. `diffusion_loss` is the paper's Algorithm 1; `reconstruction_loss` trains an autoencoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from diffdis_jax.diffusion import schedules
+from diffdis_jax.diffusion.schedules import Process
+from diffdis_jax.errors import check_number
+from diffdis_jax.models import joint
+from diffdis_jax.models.autoencoder import sample_posterior
+from diffdis_jax.models.build import Network
+from diffdis_jax.models.diffdis import DiffDis, to_signed
+from diffdis_jax.parallel import sharding
+from diffdis_jax.params import Params
+from diffdis_jax.structs import AnyBatch, Batch, DiscriminationPass, GenerationPass
+from diffdis_jax.training import encode, losses
+
+# Share of the running latent statistics that each reconstruction step keeps.
+STATISTICS_DECAY = 0.98
+
+# name -> (sum, count): sums over samples, microbatches and steps add up, and their ratio is the mean.
+Metrics = dict[str, tuple[Float[Array, "..."], Float[Array, "..."]]]
+Keys = Mapping[str, PRNGKeyArray]
+LossFn = Callable[[Params, Params, AnyBatch, Keys], tuple[Float[Array, ""], tuple[Metrics, Params]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loss:
+  """A config's `loss` section, and `sample_posterior`.
+
+  Attributes:
+    ita_weight: λ of L = L_IG + λ L_ITA; 1 is not stated by the paper.
+    condition_dropout: share of samples whose caption generation does not see, for guidance.
+    image_dropout: share of samples whose image discrimination does not see, for guidance.
+    kl_weight: of an autoencoder's training.
+    sample_posterior: latents are a sample of the autoencoder's posterior, or else its mode.
+
+  Raises:
+    UserError: a value out of its range.
+  """
+
+  ita_weight: float
+  condition_dropout: float
+  image_dropout: float
+  kl_weight: float
+  sample_posterior: bool
+
+  def __post_init__(self) -> None:
+    check_number("ita_weight", self.ita_weight, at_least=0.0)
+    check_number("condition_dropout", self.condition_dropout, at_least=0.0, at_most=1.0)
+    check_number("image_dropout", self.image_dropout, at_least=0.0, below=1.0)
+    check_number("kl_weight", self.kl_weight, at_least=0.0)
+
+
+def loss_function(network: Network, section: Loss) -> LossFn:
+  """(trainable, fixed, batch, keys) -> loss, (metrics, new latent statistics), for the network's objectives."""
+
+  def loss(
+    trainable: Params, fixed: Params, batch: AnyBatch, keys: Keys
+  ) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:
+    model = network.with_params({**fixed, **trainable})
+    if "reconstruction" in network.objectives:
+      total, metrics, statistics = reconstruction_loss(model, batch, keys, kl_weight=section.kl_weight)
+    else:
+      total, metrics = diffusion_loss(model, batch, keys, network=network, section=section)
+      statistics = {}
+    return total, ({"loss": mean_of(total[None]), **metrics}, statistics)
+
+  return loss
+
+
+def diffusion_loss(
+  model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Network, section: Loss
+) -> tuple[Float[Array, ""], Metrics]:
+  """The paper's Algorithm 1: L = L_IG + λ L_ITA on the same images and captions (x, y), or one of the two losses."""
+  # c, e = T(y);  z = V(x)
+  text = encode.encode_captions(model, batch)
+  z, z_discrimination = encode.encode_images(model, batch, keys, sample=section.sample_posterior)
+  null = model.encode_text(model.text_encoder.null_tokens(batch.tokens.shape[1]))
+  c_null = jnp.broadcast_to(null.c, text.c.shape)
+
+  # t_z, t_e ~ U{0 ... T-1};  mask e for generation, mask c for discrimination
+  generation = draw_generation(
+    z, text.c, c_null, keys, process=network.image_process, dropout=section.condition_dropout
+  )
+  discrimination = draw_discrimination(
+    z_discrimination,
+    text.e,
+    c_null,
+    keys,
+    process=network.text_process,
+    condition_timestep=network.condition_timestep,
+    dropout=section.image_dropout,
+  )
+
+  # ε̂_z = Φ_u(z_t, t_z, c);  ê_0 or ε̂_e = Φ_θ(e_t, t_e, z)
+  prediction = query = None
+  if "discrimination" not in network.objectives:
+    prediction = model.generation(**vars(generation.arguments))
+  elif "generation" not in network.objectives:
+    query = model.discrimination(**vars(discrimination.arguments))
+  else:
+    prediction, query = joint.both_passes(
+      model, generation.arguments, discrimination.arguments, parts=sharding.batch_parts()
+    )
+
+  total, metrics = jnp.zeros(()), {}
+  if prediction is not None:
+    loss, found = generation_loss(prediction, generation)
+    total, metrics = total + loss, {**metrics, **found}
+  if query is not None:
+    loss, found = discrimination_loss(
+      query,
+      discrimination,
+      e=text.e,
+      logit_scale=model.logit_scale[...],
+      tokens=batch.tokens,
+      process=network.text_process,
+    )
+    total, metrics = total + section.ita_weight * loss, {**metrics, **found}
+  return total, metrics
+
+
+class GenerationInputs(NamedTuple):
+  """What the generation pass takes, and the noise ε_z that it is to find."""
+
+  arguments: GenerationPass
+  noise_z: Float[Array, "b h w c"]
+
+
+class DiscriminationInputs(NamedTuple):
+  """What the discrimination pass takes, and which rows have zeros in the place of their image."""
+
+  arguments: DiscriminationPass
+  without_image: Bool[Array, "b"]
+
+
+def draw_generation(
+  z: Float[Array, "b h w c"],
+  c: Float[Array, "b l d"],
+  c_null: Float[Array, "b l d"],
+  keys: Keys,
+  *,
+  process: Process,
+  dropout: float,
+) -> GenerationInputs:
+  """z_t, t_z and c, which is replaced by the null condition for a share of `dropout` of the samples."""
+  b = len(z)
+  t_z = jax.random.randint(keys["t_z"], (b,), 0, process.noise.num_timesteps)
+  noise_z = jax.random.normal(keys["noise_z"], z.shape)
+  z_t = schedules.add_noise(process.noise, z, noise=noise_z, t=t_z, gamma=process.gamma)
+  dropped = jax.random.bernoulli(keys["drop_condition"], dropout, (b, 1, 1))
+  return GenerationInputs(GenerationPass(z_t=z_t, t_z=t_z, c=jnp.where(dropped, c_null, c)), noise_z)
+
+
+def draw_discrimination(
+  z: Float[Array, "b h w c"],
+  e: Float[Array, "b e"],
+  c_null: Float[Array, "b l d"],
+  keys: Keys,
+  *,
+  process: Process,
+  condition_timestep: int,
+  dropout: float,
+) -> DiscriminationInputs:
+  """e_t, t_e and z, which is zeros for a share of `dropout` of the samples.
+
+  The noised query is data, not a path for gradients: a text tower in training learns from e as the target only.
+  """
+  b = len(z)
+  t_e = jax.random.randint(keys["t_e"], (b,), 0, process.noise.num_timesteps)
+  noise_e = jax.random.normal(keys["noise_e"], e.shape)
+  e_t = schedules.add_noise(process.noise, jax.lax.stop_gradient(e), noise=noise_e, t=t_e, gamma=process.gamma)
+  dropped = jax.random.bernoulli(keys["drop_image"], dropout, (b,))
+  arguments = DiscriminationPass(
+    e_t=e_t,
+    t_e=t_e,
+    z=jnp.where(dropped[:, None, None, None], 0.0, z),
+    t_z=jnp.full((b,), condition_timestep, jnp.int32),
+    c_null=c_null,
+  )
+  return DiscriminationInputs(arguments, dropped)
+
+
+def generation_loss(prediction: Float[Array, "b h w c"], inputs: GenerationInputs) -> tuple[Float[Array, ""], Metrics]:
+  """L_IG = mean ‖ε_z − Φ_u(z_t, t_z, c)‖²."""
+  per_sample = losses.denoising(inputs.noise_z, prediction)
+  quarters = quarters_of("loss_generation", per_sample, inputs.arguments.t_z)
+  return per_sample.mean(), {"loss_generation": mean_of(per_sample), **quarters}
+
+
+def discrimination_loss(
+  prediction: Float[Array, "b d"],
+  inputs: DiscriminationInputs,
+  *,
+  e: Float[Array, "b d"],
+  logit_scale: Float[Array, ""],
+  tokens: Int[Array, "b l"],
+  process: Process,
+) -> tuple[Float[Array, ""], Metrics]:
+  """L_ITA: InfoNCE between the denoised text query ê_0 and the batch's text queries e."""
+  e_t, t_e = inputs.arguments.e_t, inputs.arguments.t_e
+  query = schedules.to_data(
+    process.noise, e_t, prediction=prediction, target=process.target, t=t_e, gamma=process.gamma
+  )
+  result = losses.contrastive(
+    query,
+    e,
+    logit_scale,
+    captions=losses.caption_ids(tokens),
+    dropped=inputs.without_image,
+    gather=sharding.everywhere,
+  )
+  metrics = {
+    "loss_discrimination": mean_of(result.loss[None]),
+    "alignment_accuracy": mean_of(result.accuracy[None]),
+    "temperature": mean_of(losses.temperature(logit_scale)[None]),
+    **quarters_of("loss_discrimination", result.query_to_text, t_e),
+  }
+  return result.loss, metrics
+
+
+def reconstruction_loss(
+  model: DiffDis, batch: Batch, keys: Keys, *, kl_weight: float
+) -> tuple[Float[Array, ""], Metrics, Params]:
+  """L1 + KL of the autoencoder, and its latents' running shift and scale to zero mean and unit variance."""
+  x = to_signed(batch.image)
+  posterior = model.autoencoder.encode(x)
+  latent = sample_posterior(posterior, keys["posterior"])
+  result = losses.reconstruction(
+    x,
+    model.autoencoder.decode(latent),
+    mean=posterior.mean,
+    log_variance=posterior.log_variance,
+    kl_weight=kl_weight,
+  )
+  metrics = {name: mean_of(value) for name, value in (("loss_l1", result.l1), ("loss_kl", result.kl))}
+
+  latent = jax.lax.stop_gradient(latent)
+  keep, shift, scale = STATISTICS_DECAY, model.autoencoder.shift[...], model.autoencoder.scale[...]
+  mean, deviation = latent.mean(axis=(0, 1, 2)), latent.std(axis=(0, 1, 2))
+  statistics = {
+    "autoencoder.shift": keep * shift + (1.0 - keep) * mean,
+    "autoencoder.scale": 1.0 / (keep / scale + (1.0 - keep) * jnp.maximum(deviation, 1e-6)),
+  }
+  return result.loss.mean(), metrics, statistics
+
+
+def mean_of(per_sample: Float[Array, "b"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """A metric: the sum over samples, and their number."""
+  return jnp.sum(per_sample), jnp.asarray(len(per_sample), jnp.float32)
+
+
+def quarters_of(name: str, per_sample: Float[Array, "b"], t: Int[Array, "b"]) -> Metrics:
+  """A loss by the quarter of its timestep, q1 the least noisy: a diffusion loss alone says little."""
+  quarters = losses.by_timestep_quarter(jax.lax.stop_gradient(per_sample), t)
+  return {f"{name}_q{i + 1}": (quarters.sum[i], quarters.count[i]) for i in range(4)}

@@ -1,0 +1,137 @@
+"""Optimizer from a config section: regexes over parameter paths give groups; groups have rates; AdamW; EMA."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from diffdis_jax.errors import UserError, check_choice, check_number, check_regex
+from diffdis_jax.params import Params, first_match
+
+FROZEN = "frozen"
+# Measured, not trained: the latents' shift and scale.
+STATISTICS = r"^autoencoder\.(shift|scale)$"
+SCHEDULE_KINDS = ("constant", "cosine", "linear")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optim:
+  """A config's `optim` section. None of its values is stated by the paper for DiffDis.
+
+  Attributes:
+    groups: (regex, group); the first that is found in a parameter's path wins. Group `frozen` is not trained.
+    rates: peak learning rate of each group but `frozen`.
+    schedule_kind: after the warm-up: one of SCHEDULE_KINDS.
+    warmup_steps: from rate 0 to the peak, linearly.
+    final_fraction: of the peak, at the end of a decay.
+    weight_decay: AdamW's.
+    no_decay: regex of the paths without weight decay.
+    b1, b2, eps: AdamW's.
+    clip_norm: largest global norm of the gradient; 0 for no clipping.
+    ema_decay: of the averaged weights.
+    accumulate: microbatches a step; each is a contrastive batch of its own.
+
+  Raises:
+    UserError: a value out of its range.
+  """
+
+  groups: Sequence[tuple[str, str]]
+  rates: Mapping[str, float]
+  schedule_kind: str
+  warmup_steps: int
+  final_fraction: float
+  weight_decay: float
+  no_decay: str
+  b1: float
+  b2: float
+  eps: float
+  clip_norm: float
+  ema_decay: float
+  accumulate: int
+
+  def __post_init__(self) -> None:
+    for regex in (*(regex for regex, _ in self.groups), self.no_decay):
+      check_regex("groups or no_decay", regex)
+    for group, rate in self.rates.items():
+      check_number(f"rates.{group}", rate, at_least=0.0)
+    check_choice("schedule_kind", self.schedule_kind, SCHEDULE_KINDS)
+    check_number("final_fraction", self.final_fraction, at_least=0.0, at_most=1.0)
+    for name in ("warmup_steps", "weight_decay", "clip_norm"):
+      check_number(name, getattr(self, name), at_least=0)
+    for name in ("b1", "b2", "ema_decay"):
+      check_number(name, getattr(self, name), at_least=0.0, below=1.0)
+    check_number("eps", self.eps, above=0.0)
+    check_number("accumulate", self.accumulate, at_least=1)
+
+
+def groups_of(paths: Iterable[str], groups: Sequence[tuple[str, str]]) -> dict[str, str]:
+  """Group of each parameter, by the first regex of `groups` that is found in its path.
+
+  Raises:
+    UserError: a parameter that no regex matches.
+  """
+  rules = ((STATISTICS, FROZEN), *groups)
+  return {path: first_match(path, rules, "optim.groups") for path in paths}
+
+
+def schedule(
+  peak: float, *, kind: str, warmup_steps: int, num_steps: int, final_fraction: float = 0.0
+) -> optax.Schedule:
+  """Linear warm-up from 0 to `peak`, then `constant`, or `cosine` or `linear` decay to `final_fraction` of it."""
+  rest = max(num_steps - warmup_steps, 1)
+  after = {
+    "constant": lambda: optax.constant_schedule(peak),
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=final_fraction),
+    "linear": lambda: optax.linear_schedule(peak, peak * final_fraction, rest),
+  }
+  check_choice("optim.schedule_kind", kind, after)
+  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after[kind]()], [warmup_steps])
+
+
+def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> optax.GradientTransformation:
+  """AdamW over the trainable parameters, one learning rate a group, clipped by their global norm.
+
+  Args:
+    paths: of the trainable parameters.
+    section: the run's settings.
+    num_steps: of the whole run, in optimizer steps.
+
+  Raises:
+    UserError: an unmatched parameter, or a group without a rate.
+  """
+  labels = groups_of(paths, section.groups)
+  for path, group in labels.items():
+    if group not in section.rates:
+      raise UserError(f"optim.rates has no {group!r}, the group of {path}; it has {', '.join(sorted(section.rates))}")
+  decayed = {path: first_match(path, ((section.no_decay, False), ("", True)), "optim.no_decay") for path in labels}
+
+  def adamw(group: str) -> optax.GradientTransformation:
+    rate = schedule(
+      section.rates[group],
+      kind=section.schedule_kind,
+      warmup_steps=section.warmup_steps,
+      num_steps=num_steps,
+      final_fraction=section.final_fraction,
+    )
+    # Parameters of other groups arrive as empty nodes, and stay so.
+    mask = lambda params: {path: decayed[path] if labels[path] == group else node for path, node in params.items()}
+    return optax.adamw(
+      rate, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay, mask=mask
+    )
+
+  clip = optax.clip_by_global_norm(section.clip_norm) if section.clip_norm else optax.identity()
+  return optax.chain(clip, optax.partition({group: adamw(group) for group in sorted(set(labels.values()))}, labels))
+
+
+def update_ema(new: Params, old: Params, *, decay: float, step: Int[Array, ""]) -> Params:
+  """Exponential moving average of weights: old · d + new · (1 − d), d = min(decay, (1 + step) / (10 + step)).
+
+  The ramp, TensorFlow's, is not stated by the paper; it lets short runs forget their initial values.
+  """
+  step = step.astype(jnp.float32)
+  rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return optax.incremental_update(new, old, 1.0 - rate)

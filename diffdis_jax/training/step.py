@@ -1,0 +1,166 @@
+"""The training state and the train step: the one jit boundary. What it minimises is in objectives.py.
+
+Parameters are a flat dict (tree.py). Those whose group is `frozen` get no gradient, no optimizer state and no average.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.models.build import Network
+from diffdis_jax.parallel import sharding
+from diffdis_jax.params import Params
+from diffdis_jax.structs import AnyBatch
+from diffdis_jax.training import objectives
+from diffdis_jax.training import optim as optimizers
+from diffdis_jax.training.objectives import Loss, Metrics
+from diffdis_jax.training.optim import Optim
+
+# One key for each random choice of a step. Their numbers are part of a run's identity: append, never reorder.
+KEYS = ("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop_image", "posterior_discrimination")
+
+
+@struct.dataclass
+class TrainState:
+  step: Int[Array, ""]
+  params: Params
+  ema: Params
+  opt_state: Any
+
+
+def step_keys(seed: int, step: Int[Array, ""], microbatch: Int[Array, ""]) -> dict[str, jax.Array]:
+  """The keys of one microbatch, a function of (seed, step, microbatch) alone, so that a resumed run draws the same."""
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), microbatch)
+  return {name: jax.random.fold_in(key, i) for i, name in enumerate(KEYS)}
+
+
+def is_running(metrics: Metrics | None) -> bool:
+  """Whether the step that gives these has not ended yet."""
+  return metrics is not None and not all(value.is_ready() for value in jax.tree.leaves(metrics))
+
+
+class Step:
+  """A network's training step, compiled for a mesh.
+
+  Args:
+    network: what is trained.
+    mesh: devices.
+    optim, loss: the run's sections.
+    batch_size: global.
+    num_steps: of the whole run.
+    seed: of all random choices.
+
+  Attributes:
+    shapes: parameter path -> ShapeDtypeStruct.
+    groups: parameter path -> group of the optimizer.
+    trainable: paths of the parameters that are trained.
+    state_shardings: of TrainState.
+    abstract_state: TrainState of ShapeDtypeStructs, with their shardings.
+    train_step: (state, batch) -> (state, metrics); donates the state.
+
+  Raises:
+    UserError: sections that do not fit the network, or a batch that the mesh cannot split.
+  """
+
+  def __init__(
+    self, network: Network, mesh: Mesh, *, optim: Optim, loss: Loss, batch_size: int, num_steps: int, seed: int
+  ):
+    sharding.check_batch(mesh, batch_size, optim.accumulate)
+    self.network, self.mesh, self._optim, self._seed = network, mesh, optim, seed
+    self.shapes = network.shapes
+    self.groups = optimizers.groups_of(self.shapes, optim.groups)
+    self.trainable = [path for path, group in self.groups.items() if group != optimizers.FROZEN]
+    _check_trainable(network.objectives, self.trainable)
+    self._tx = optimizers.build_optimizer(self.trainable, optim, num_steps=num_steps)
+    self._loss = objectives.loss_function(network, loss)
+
+    abstract_state = jax.eval_shape(self._around, self.shapes)
+    self.state_shardings = sharding.shardings(abstract_state, mesh, self.shapes)
+    self.abstract_state = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, self.state_shardings
+    )
+    self.train_step = jax.jit(
+      sharding.traced_for(mesh, self._train_step),
+      donate_argnums=0,
+      in_shardings=(self.state_shardings, sharding.batch_sharding(mesh)),
+      out_shardings=(self.state_shardings, None),
+    )
+
+  def init_params(self, key: jax.Array) -> Params:
+    """Fresh parameters, born sharded."""
+    # It runs once, so on a CPU, where compiling costs more than running, the compiler need not try hard.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(self.network.initialise, out_shardings=self.state_shardings.params, compiler_options=options)(key)
+
+  def with_params(self, params: Params) -> TrainState:
+    """The state of step 0 around these parameters; donates them."""
+    return jax.jit(self._around, donate_argnums=0, out_shardings=self.state_shardings)(params)
+
+  def _around(self, params: Params) -> TrainState:
+    trainable = {path: params[path] for path in self.trainable}
+    return TrainState(
+      step=jnp.zeros((), jnp.int32), params=params, ema=dict(trainable), opt_state=self._tx.init(trainable)
+    )
+
+  def _train_step(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
+    trainable = {path: state.params[path] for path in self.trainable}
+    fixed = {path: value for path, value in state.params.items() if path not in trainable}
+    gradient, metrics, statistics = self._gradient(trainable, fixed, batch, state.step)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
+      updates, opt_state = self._tx.update(gradient, state.opt_state, trainable)
+    trainable = optax.apply_updates(trainable, updates)
+    metrics["grad_norm"] = (optax.tree.norm(gradient), jnp.ones(()))
+    return (
+      TrainState(
+        step=state.step + 1,
+        params={**fixed, **trainable, **statistics},
+        ema=optimizers.update_ema(trainable, state.ema, decay=self._optim.ema_decay, step=state.step),
+        opt_state=opt_state,
+      ),
+      metrics,
+    )
+
+  def _gradient(
+    self, trainable: Params, fixed: Params, batch: AnyBatch, step: Int[Array, ""]
+  ) -> tuple[Params, Metrics, Params]:
+    """Mean gradient over the microbatches, their metrics added up, and the new latent statistics."""
+    gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
+    loss = lambda trainable, fixed, *args: self._loss(gathered(trainable), gathered(fixed), *args)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def one(microbatch: Int[Array, ""], batch: AnyBatch) -> tuple[Params, Metrics, Params]:
+      keys = step_keys(self._seed, step, microbatch)
+      (_, (metrics, statistics)), gradient = value_and_grad(trainable, fixed, batch, keys)
+      return gradient, metrics, statistics
+
+    n = self._optim.accumulate
+    if n == 1:
+      return one(jnp.zeros((), jnp.int32), batch)
+    # Rows are dealt out in turn, so that each device's rows stay on it.
+    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1), batch)
+    totals = jax.eval_shape(one, jnp.zeros((), jnp.int32), jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), totals)
+    body = lambda total, args: (jax.tree.map(jnp.add, total, one(*args)), None)
+    (gradient, metrics, statistics), _ = jax.lax.scan(body, zeros, (jnp.arange(n), split))
+    mean = functools.partial(jax.tree.map, lambda x: x / n)
+    return mean(gradient), metrics, mean(statistics)
+
+
+def _check_trainable(names: Sequence[str], trainable: Sequence[str]) -> None:
+  if not trainable:
+    raise UserError("optim.groups freezes every parameter; give at least one group a rate")
+  if "reconstruction" not in names and any(path.startswith("autoencoder.") for path in trainable):
+    raise UserError(
+      "optim.groups trains the autoencoder, whose latents are the data of generation and discrimination; freeze it"
+      " ('^autoencoder', 'frozen'), and train it first with objectives=('reconstruction',)"
+    )

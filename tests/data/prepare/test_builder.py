@@ -1,0 +1,304 @@
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from diffdis_jax.data.prepare import builder, parts, staging
+from diffdis_jax.errors import UserError
+from tests.raw_pairs import load, picture, write_tar
+
+CUT = ["00001"]
+
+
+@pytest.fixture
+def raw(tmp_path):
+  """Train: three good pairs and one bad of each kind in two tars, the second truncated. Val: one good pair."""
+  folder = tmp_path / "raw"
+  folder.mkdir()
+  metadata = json.dumps({"vendor": "v", "key": "inner", "tags": ["x", "ü"]}, ensure_ascii=False).encode()
+  first = {"0.png": picture(0), "0.txt": " a naïve caption\n".encode(), "0.json": metadata}
+  first |= {"1.jpg": picture(1, "JPEG"), "1.txt": b"second"}
+  first |= {"2.png": picture(2)[:-60], "2.txt": b"cut"}
+  first |= {"3.png": picture(3), "4.txt": b"no image", "5.png": picture(5), "5.txt": b"  \n"}
+  first |= {"6.png": picture(6), "6.txt": b"x", "6.json": b"[1]", "7.png": picture(7), "7.txt": b"\xff\xfe"}
+  first |= {"8.png": picture(8), "8.txt": b"x", "8.json": b'{"a": '}
+  write_tar(folder / "train-00000.tar", first)
+  second = {"0.webp": picture(9, "WEBP"), "0.txt": b"third", "1.png": picture(10), "1.txt": b"y"}
+  write_tar(folder / "00001.tar", second)
+  whole = (folder / "00001.tar").read_bytes()
+  (folder / "00001.tar").write_bytes(whole[: whole.index(b"1.png") + 600])
+  write_tar(folder / "val-00000.tar", {"0.png": picture(11), "0.txt": b"val"})
+  return folder
+
+
+def prepare(source, out, **settings):
+  return builder.prepare(parts.tars(source), out, settings=builder.Settings(**settings))
+
+
+def test_prepared_pairs_read_back(raw, tmp_path):
+  reports = prepare(raw, tmp_path / "new" / "out")
+  train = load(tmp_path / "new" / "out", "train")
+  assert [r["caption"] for r in train] == ["third", "a naïve caption", "second"]
+  assert [r["image"] for r in train] == [picture(9, "WEBP"), picture(0), picture(1, "JPEG")]
+  assert [r["key"] for r in train] == ["00001/0", "train-00000/0", "train-00000/1"]
+  assert (train[1]["vendor"], train[1]["tags"]) == ("v", ["x", "ü"])
+  assert [r["caption"] for r in load(tmp_path / "new" / "out", "val")] == ["val"]
+
+  report = json.loads((tmp_path / "new" / "out" / "report.json").read_text())
+  assert report["train"]["pairs"] == reports["train"].pairs == 3
+  assert report["train"]["truncated"] == CUT
+  assert report["train"]["skipped"] == {
+    "corrupt image": 1,
+    "missing caption": 2,
+    "missing image": 1,
+    "json that is no object": 1,
+    "caption that is not UTF-8": 1,
+    "corrupt json": 1,
+  }
+  assert report["train"]["first_skipped"]["missing caption"] == ["train-00000/3", "train-00000/5"]
+  assert report["val"] == {"pairs": 1, "skipped": {}, "first_skipped": {}, "changed": {}, "truncated": []}
+  assert json.loads((tmp_path / "new" / "out" / "metadata.json").read_text()) == report
+  assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
+
+
+def test_several_processes_write_the_same_records(raw, tmp_path):
+  reports = [prepare(raw, tmp_path / name, num_processes=n) for name, n in (("one", 1), ("two", 2))]
+  assert reports[0] == reports[1]
+  assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def content(folder: pathlib.Path) -> list:
+  """Names of files, records of each split in order, and the report."""
+  records = [load(folder, split) for split in ("train", "val")]
+  return [sorted(path.name for path in folder.iterdir()), records, (folder / "report.json").read_text()]
+
+
+def test_names_and_captions_that_are_not_unicode(tmp_path):
+  folder = tmp_path / os.fsdecode(b"caf\xe9")
+  folder.mkdir()
+  (folder / "0.png").write_bytes(picture(0))
+  (folder / "1.png").write_bytes(picture(1))
+  items = [
+    parts.Item(f"{folder.name}/0.png", "coffee"),
+    parts.Item(f"{folder.name}/1.png", "half \ud800"),
+    parts.Item(f"{folder.name}/1.png", "other", json.dumps({"class": "\ud800"}, ensure_ascii=False)),
+  ]
+  reports = builder.prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "out")
+  assert reports["train"].skipped == {"caption that is not UTF-8": 1, "corrupt json": 1}
+  (record,) = load(tmp_path / "out", "train")
+  assert (record["key"], record["caption"]) == ("caf\\udce9/0.png", "coffee")
+
+
+def test_an_empty_folder_is_filled(raw, tmp_path):
+  (tmp_path / "out").mkdir()
+  prepare(raw, tmp_path / "out")
+  assert len(load(tmp_path / "out", "val")) == 1
+
+
+@pytest.mark.parametrize(
+  ("files", "message"),
+  [
+    (None, "no folder .*raw; --source is a folder of webdataset tars"),
+    ({}, "no .tar files in .*raw"),
+    ({"pictures.tar": {"0.txt": b"x"}}, "cannot tell the split of pictures.tar"),
+    ({"all-0.tar": {"0.txt": b"x"}}, "cannot tell the split of all-0.tar"),
+    (
+      {"0.tar": {"0.png": picture(0), "0.txt": b"x"}, "val-0.tar": {"0.txt": b"x", "1.png": b"z", "1.txt": b"z"}},
+      "no usable pair in split val: 1 with missing image, 1 with corrupt image",
+    ),
+  ],
+)
+def test_bad_source_writes_nothing(tmp_path, files, message):
+  if files is not None:
+    (tmp_path / "raw").mkdir()
+    for name, members in files.items():
+      write_tar(tmp_path / "raw" / name, members)
+  with pytest.raises(UserError, match=message):
+    prepare(tmp_path / "raw", tmp_path / "out")
+  assert [p.name for p in tmp_path.iterdir()] == ([] if files is None else ["raw"])
+
+
+def test_out_must_be_free(raw, tmp_path):
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "mine").write_text("keep")
+  for out in (tmp_path / "out", tmp_path / "out" / "mine"):
+    with pytest.raises(UserError, match="exists and is not an empty folder"):
+      prepare(raw, out)
+  with pytest.raises(UserError, match="cannot make the folder"):
+    prepare(raw, tmp_path / "out" / "mine" / "deeper" / "out")
+  assert (tmp_path / "out" / "mine").read_text() == "keep"
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+  """Twelve tars of twenty pairs; the first picture of each tar is the same."""
+  folder = tmp_path_factory.mktemp("many")
+  for i in range(12):
+    content = {f"{j}.png": picture(1000 * i + j if j else 0) for j in range(20)}
+    content |= {f"{j}.txt": f"{i} {j}".encode() for j in range(20)}
+    content = dict(sorted(content.items()))
+    write_tar(folder / f"{'val' if i == 11 else 'train'}-{i:05d}.tar", content)
+  return folder
+
+
+def test_duplicates_stay_in_the_split_that_is_held_out(many, tmp_path):
+  reports = prepare(many, tmp_path / "out", drop_duplicates=True)
+  assert {split: report.pairs for split, report in reports.items()} == {"train": 11 * 19, "val": 20}
+  assert reports["train"].skipped == {builder.DUPLICATE: 11}
+  assert reports["train"].first_skipped[builder.DUPLICATE][:2] == ["train-00000/0", "train-00001/0"]
+  train = load(tmp_path / "out", "train")
+  assert len(train) == 11 * 19 == len({record["image"] for record in train})
+
+
+# Dies by SIGKILL at the n-th time that a file gets its final name.
+KILLED = """
+import os, pathlib, signal, sys
+from diffdis_jax.data.prepare import builder, parts
+left = int(sys.argv[1])
+def dying(method):
+  def replace(self, target):
+    global left
+    left -= 1
+    if left == 0:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return method(self, target)
+  return replace
+pathlib.Path.replace = dying(pathlib.Path.replace)
+builder.prepare(parts.tars(pathlib.Path(sys.argv[2])), pathlib.Path(sys.argv[3]),
+              settings=builder.Settings(drop_duplicates=True))
+"""
+
+
+def test_killed_at_any_point_it_ends_in_the_same_records(many, tmp_path):
+  """Each run gets a little further than the last one; the last kill hits the renaming of the whole folder."""
+  prepare(many, tmp_path / "whole", drop_duplicates=True)
+  command = [sys.executable, "-c", KILLED, "15", str(many), str(tmp_path / "killed")]
+  codes = []
+  while not codes or codes[-1]:
+    codes.append(subprocess.run(command, cwd=pathlib.Path(__file__).parents[2]).returncode)
+    assert set(codes[:-1]) <= {-signal.SIGKILL} and len(codes) < 10, codes
+  assert len(codes) >= 4
+  assert content(tmp_path / "killed") == content(tmp_path / "whole")
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_killed_before_the_last_clean_up(many, tmp_path):
+  reports = prepare(many, tmp_path / "out")
+  (tmp_path / ".out.partial" / "parts").mkdir(parents=True)
+  assert prepare(many, tmp_path / "out") == reports
+  assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+WORKERS = """
+import pathlib, sys
+from diffdis_jax.data.prepare import builder, parts
+if __name__ == "__main__":
+  raw, out = map(pathlib.Path, sys.argv[1:])
+  builder.prepare(parts.tars(raw), out, settings=builder.Settings(num_processes=2))
+"""
+
+
+def test_workers_die_with_their_parent(many, tmp_path):
+  script = tmp_path / "script.py"
+  script.write_text(WORKERS)
+  environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+  process = subprocess.Popen([sys.executable, str(script), str(many), str(tmp_path / "out")], env=environment)
+  stage = tmp_path / ".out.partial" / "parts"
+  deadline = time.monotonic() + 60
+  while not list(stage.glob("*.json")) and time.monotonic() < deadline:
+    time.sleep(0.001)
+  children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+  process.kill()
+  process.wait()
+  gone = lambda: not [child for child in children if _alive(child)]
+  while not gone() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert children and gone()
+  prepare(many, tmp_path / "out")
+  prepare(many, tmp_path / "whole")
+  assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def _alive(pid: str) -> bool:
+  try:
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+  except OSError:
+    return False
+
+
+def test_a_preparation_does_not_go_on_with_something_else(many, raw, tmp_path, monkeypatch):
+  interrupt(many, tmp_path / "out", monkeypatch)
+  for source, settings, what in ((many, {"short_side": 4}, "short side"), (raw, {}, "source")):
+    with pytest.raises(UserError, match=f"unfinished preparation with another {what}; give the same, or delete it"):
+      prepare(source, tmp_path / "out", **settings)
+  assert prepare(many, tmp_path / "out")["val"].pairs == 20
+
+
+def interrupt(source, out, monkeypatch):
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    write = staging.Stage.write
+
+    def failing(stage, part):
+      if part.split == "val":
+        raise KeyboardInterrupt
+      return write(stage, part)
+
+    patch.setattr(staging.Stage, "write", failing)
+    prepare(source, out)
+  assert not out.exists()
+
+
+def test_two_at_once(many, tmp_path):
+  (tmp_path / ".out.partial").mkdir()
+  with pairs._only_process(tmp_path / ".out.partial"), pytest.raises(UserError, match="another process is writing"):
+    prepare(many, tmp_path / "out")
+
+
+FULL = """
+import pathlib, resource, signal, sys
+from diffdis_jax.data.prepare import builder, parts
+from diffdis_jax.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+  builder.prepare(parts.tars(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2]))
+except UserError as error:
+  sys.exit(str(error))
+"""
+
+
+def test_a_disk_that_takes_no_more(many, tmp_path):
+  """Files may not grow over 2,000 bytes: to the program the same as a full disk."""
+  command = [sys.executable, "-c", FULL, str(many), str(tmp_path / "out")]
+  done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True)
+  assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+  assert "cannot write to" in done.stderr and "too large" in done.stderr
+  assert "nothing is lost: make room and run the same command again" in done.stderr
+  assert not (tmp_path / "out").exists()
+  assert prepare(many, tmp_path / "out")["train"].pairs == 220
+
+
+def test_a_source_file_that_vanishes(many, tmp_path):
+  found = parts.tars(many)
+  found[3].path = many / "vanished.tar"
+  found[3].identity = lambda: []
+  with pytest.raises(UserError, match="cannot read part vanished of --source: No such file"):
+    builder.prepare(found, tmp_path / "out")
+
+
+def test_beam_that_is_not_installed(many, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "apache_beam", None)
+  with pytest.raises(UserError, match="needs Apache Beam .*; pip install apache-beam"):
+    prepare(many, tmp_path / "out", beam_options=("runner=DirectRunner",))
+
+
+def test_beam_writes_the_same_records(many, tmp_path):
+  pytest.importorskip("apache_beam")
+  prepare(many, tmp_path / "beam", beam_options=("runner=DirectRunner",))
+  prepare(many, tmp_path / "local")
+  assert content(tmp_path / "beam") == content(tmp_path / "local")

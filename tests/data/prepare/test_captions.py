@@ -1,0 +1,90 @@
+import json
+
+import pytest
+
+from diffdis_jax.data.prepare import builder, captions, image_folder
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals.retrieval import Retrieval
+from tests.raw_pairs import load, picture
+
+FIVE = [f"caption {i}" for i in range(5)]
+
+
+def put(path, content):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+
+def karpathy(split, file, number, **fields):
+  sentences = [{"raw": f" {caption}\n", "tokens": []} for caption in FIVE]
+  return {"split": split, "filename": file, "imgid": number, "sentences": sentences, **fields}
+
+
+def test_flickr30k(tmp_path):
+  table = {
+    "dataset": "flickr30k",
+    "images": [karpathy(split, f"{i}.jpg", i) for i, split in enumerate(["train", "test"])],
+  }
+  put(tmp_path / "dataset_flickr30k.json", table)
+  for i in range(2):
+    put(tmp_path / "flickr30k-images" / f"{i}.jpg", picture(i, "JPEG"))
+  builder.prepare(captions.find_flickr30k(tmp_path), tmp_path / "out", builder=captions.Flickr30k)
+  (record,) = load(tmp_path / "out", "test")
+  assert (record["caption"], record["captions"], record["image_id"]) == (FIVE[0], FIVE, 1)
+  data = dict(name="pairs", path=str(tmp_path / "out"), split="test", image_size=8)
+  assert Retrieval(data=data, caption_field="captions").texts == FIVE
+
+
+def test_coco_by_its_own_files(tmp_path):
+  annotations = [{"image_id": 7, "caption": caption, "id": i} for i, caption in enumerate(FIVE)]
+  images = [{"id": 7, "file_name": "7.jpg"}, {"id": 3, "file_name": "3.jpg"}]
+  for split in ("train", "val"):
+    put(tmp_path / "annotations" / f"captions_{split}2017.json", {"images": images, "annotations": annotations})
+    put(tmp_path / f"{split}2017" / "7.jpg", picture(0))
+    put(tmp_path / f"{split}2017" / "3.jpg", picture(1))
+  put(tmp_path / "annotations" / "instances_train2017.json", {})
+  reports = builder.prepare(captions.find_coco(tmp_path), tmp_path / "out", builder=captions.Coco)
+  assert reports["val"].skipped == {"missing caption": 1}
+  (record,) = load(tmp_path / "out", "train")
+  assert (record["captions"], record["image_id"], record["key"]) == (FIVE, 7, "train2017/7.jpg")
+  put(tmp_path / "annotations" / "captions_train2014.json", {"images": images, "annotations": annotations})
+  with pytest.raises(UserError, match="two files of split train; keep those of one year"):
+    captions.find_coco(tmp_path)
+
+
+def test_coco_by_karpathy(tmp_path):
+  images = [karpathy(split, "1.jpg", i, filepath="val2014") for i, split in enumerate(["restval", "train", "val"])]
+  put(tmp_path / "dataset_coco.json", {"images": images})
+  put(tmp_path / "images" / "val2014" / "1.jpg", picture(0))
+  reports = builder.prepare(captions.find_coco(tmp_path), tmp_path / "out", builder=captions.Coco)
+  assert {split: report.pairs for split, report in reports.items()} == {"train": 2, "val": 1}
+
+
+@pytest.mark.parametrize(
+  ("find", "name", "content", "message"),
+  [
+    (captions.find_coco, "x", b"", "no annotations/captions_train2017.json and no dataset_coco.json in"),
+    (captions.find_coco, "captions_val2017.json", {"images": []}, "not of the form of COCO's captions: KeyError"),
+    (captions.find_coco, "captions_val2017.json", b"{", "cannot read .*captions_val2017.json: Expecting"),
+    (captions.find_flickr30k, "x", b"", "no .*dataset_flickr30k.json; it comes with Karpathy's splits"),
+    (captions.find_flickr30k, "dataset_flickr30k.json", [1], "not of the form of Karpathy's splits"),
+    (image_folder.find_parts, "x", b"", "no images in class folders in"),
+  ],
+)
+def test_bad_sources(tmp_path, find, name, content, message):
+  put(tmp_path / name, content)
+  with pytest.raises(UserError, match=message):
+    find(tmp_path)
+
+
+def test_class_folders(tmp_path):
+  for split, name in (("train", "polar_bear"), ("train", "cat"), ("val", "cat")):
+    put(tmp_path / "raw" / split / name / "a.PNG", picture(0))
+    put(tmp_path / "raw" / split / name / "notes.txt", b"")
+  builder.prepare(image_folder.find_parts(tmp_path / "raw"), tmp_path / "out", builder=image_folder.ImageFolder)
+  described = [(r["caption"], r["class"], r["label"], r["key"]) for r in load(tmp_path / "out", "train")]
+  assert described == [("cat", "cat", 0, "train/cat/a.PNG"), ("polar bear", "polar_bear", 1, "train/polar_bear/a.PNG")]
+  assert len(load(tmp_path / "out", "val")) == 1
+  (tmp_path / "raw" / "dog").mkdir()
+  with pytest.raises(UserError, match="mixes splits and classes: dog, train, val"):
+    image_folder.find_parts(tmp_path / "raw")

@@ -1,0 +1,48 @@
+import json
+
+import numpy as np
+import pytest
+
+from diffdis_jax.data.prepare import builder, card, parts
+from diffdis_jax.errors import UserError
+from tests.raw_pairs import picture, write_tar
+
+
+def test_card(tmp_path):
+  (tmp_path / "raw").mkdir()
+  content = {f"{i}.jpg": picture(i, "JPEG" if i % 4 else "PNG", (8 + i, 10)) for i in range(8)}
+  content |= {f"{i}.txt": b"long caption" if i else b"short" for i in range(8)} | {"8.txt": b"x"}
+  write_tar(tmp_path / "raw" / "0.tar", dict(sorted(content.items())))
+  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  made = card.describe(tmp_path / "out")
+  facts = json.loads(made.to_json())["splits"]["train"]
+  assert facts["pairs"] == 8 and facts["report"]["skipped"] == {"missing image": 1}
+  assert facts["short_side"] == {"least": 8, "median": 10, "most": 10}
+  assert facts["long_side"] == {"least": 10, "median": 12, "most": 15}
+  assert facts["formats"] == {"JPEG": 0.75, "PNG": 0.25}
+  assert facts["caption_characters"] == {"least": 5, "median": 12, "most": 12}
+  assert facts["distinct_captions"] == 0.25
+  assert made.images.shape == (8, card.TILE, card.TILE, 3) and made.captions[0] == "short"
+  assert made.lines()[1].startswith("train: 8 pairs, ")
+  assert made.lines()[2] == "train: skipped 1 with missing image"
+  with pytest.raises(UserError, match="no prepared data set in"):
+    card.describe(tmp_path)
+
+
+def test_captions_that_are_no_strings_do_not_count(tmp_path):
+  (tmp_path / "raw").mkdir()
+  odd = ({"captions": [{"text": "x"}, 3]}, {"captions": "abc"}, {"captions": 7}, {"captions": ["one", "another"]})
+  content = {}
+  for i, metadata in enumerate(odd):
+    content |= {f"{i}.png": picture(i), f"{i}.txt": b"four", f"{i}.json": json.dumps(metadata).encode()}
+  write_tar(tmp_path / "raw" / "0.tar", content)
+  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  facts = card.describe(tmp_path / "out").splits["train"]
+  assert facts["captions_an_image"] == 5 / 4
+  assert facts["caption_characters"] == {"least": 3, "median": 4, "most": 7}
+
+
+def test_places_are_spread():
+  assert card.spread(3, 64).tolist() == [0, 1, 2]
+  places = card.spread(1000, 64)
+  assert len(places) == 64 and places[0] == 0 and places[-1] == 999 and np.ptp(np.diff(places)) <= 1

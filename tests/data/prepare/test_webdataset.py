@@ -1,0 +1,95 @@
+import io
+import pathlib
+import tarfile
+
+import pytest
+
+from diffdis_jax.data.prepare.webdataset import RawPair, TarReader, split_of
+
+
+def write_tar(path: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
+  with tarfile.open(path, "w") as tar:
+    for name, data in files.items():
+      member = tarfile.TarInfo(name)
+      member.size = len(data)
+      tar.addfile(member, io.BytesIO(data))
+  return path
+
+
+def read(path: pathlib.Path) -> tuple[list[RawPair], bool]:
+  reader = TarReader(path)
+  return list(reader), reader.truncated
+
+
+FILES = {"a.png": b"A" * 700, "a.txt": b"one", "a.json": b"{}", "b.png": b"B" * 700, "b.txt": b"two"}
+PAIRS = [RawPair("a", b"A" * 700, b"one", b"{}"), RawPair("b", b"B" * 700, b"two")]
+
+
+def test_groups_by_key(tmp_path):
+  assert read(write_tar(tmp_path / "0.tar", FILES)) == (PAIRS, False)
+
+
+def test_extensions_keys_and_strangers(tmp_path):
+  files = {"sub/x.JPG": b"1", "sub/x.txt": b"t", "sub/x.cls": b"9", "y.seg.png": b"no", "README": b""}
+  files |= {"y.webp": b"2", "z.jpeg": b"3"}
+  pairs, _ = read(write_tar(tmp_path / "0.tar", files))
+  assert pairs == [RawPair("sub/x", b"1", b"t"), RawPair("y", b"2"), RawPair("z", b"3")]
+
+
+@pytest.mark.parametrize(
+  ("length", "expected"),
+  [
+    (0, []),  # nothing
+    (300, []),  # in the first header
+    (512 + 100, []),  # in a's image
+    (512 + 1024, []),  # after a's image
+    (2560 + 100, [PAIRS[0]]),  # in the header of a.json: a has image and caption, and may have had a json
+    (3584 + 512 + 100, [PAIRS[0]]),  # in b's image
+    (3584 + 1536, [PAIRS[0]]),  # after b's image
+    (3584 + 1536 + 513, [PAIRS[0]]),  # in b's caption
+    (3584 + 1536 + 1024, PAIRS),  # only the end mark is missing
+  ],
+)
+def test_truncated_end(tmp_path, length, expected):
+  path = write_tar(tmp_path / "0.tar", FILES)
+  path.write_bytes(path.read_bytes()[:length])
+  pairs, truncated = read(path)
+  assert truncated
+  assert [(p.key, p.image, p.caption) for p in pairs] == [(p.key, p.image, p.caption) for p in expected]
+
+
+def test_garbage(tmp_path):
+  path = tmp_path / "0.tar"
+  path.write_bytes(b"<html>not found</html>" * 100)
+  assert read(path) == ([], True)
+  whole = write_tar(tmp_path / "1.tar", FILES)
+  whole.write_bytes(whole.read_bytes()[:3584] + b"?" * 4096)
+  assert read(whole) == (PAIRS[:1], True)
+
+
+def test_memory_stays_flat(tmp_path):
+  """Reading a tar of 40 MB, one pair at a time, holds less than a tenth of it."""
+  import tracemalloc
+
+  path = write_tar(tmp_path / "0.tar", {f"{i:03d}.{ext}": bytes(200_000) for i in range(100) for ext in ("png", "txt")})
+  tracemalloc.start()
+  assert sum(1 for _ in TarReader(path)) == 100
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 4_000_000
+
+
+@pytest.mark.parametrize(
+  ("name", "split"),
+  [
+    ("train-00000.tar", "train"),
+    ("val_vendor-00012.tar", "val_vendor"),
+    ("00000.tar", "train"),
+    ("cc3m-validation-0003.tar", "validation"),
+    ("test-00001-of-00010.tar", "test"),
+    ("pictures.tar", None),
+    ("train.tar", None),
+  ],
+)
+def test_split_of(name, split):
+  assert split_of(pathlib.Path("some-00001/folder") / name) == split

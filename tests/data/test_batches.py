@@ -1,0 +1,187 @@
+"""From a config's data section to batches, latents included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffdis_jax import inference
+from diffdis_jax.data import build, loader
+from diffdis_jax.data.prepare import builder, latents, parts
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.data.transforms import Augmentation
+from diffdis_jax.errors import UserError
+from diffdis_jax.models.diffdis import to_signed
+from diffdis_jax.params import merge
+from diffdis_jax.structs import Batch, LatentBatch
+from diffdis_jax.training import encode
+from tests import steps, tiny
+from tests.models.networks import random_params
+from tests.raw_pairs import picture, write_tar
+
+N = 20
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """Twenty pairs and one that cannot be used."""
+  folder = tmp_path_factory.mktemp("data")
+  (folder / "raw").mkdir()
+  content = {f"{i:02d}.png": picture(i, size=(24, 20)) for i in range(N)}
+  content |= {f"{i:02d}.txt": f"caption {i}".encode() for i in range(N)} | {"99.txt": b"x"}
+  write_tar(folder / "raw" / "0.tar", dict(sorted(content.items())))
+  builder.prepare(parts.tars(folder / "raw"), folder / "pairs")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def params():
+  return random_params(tree.inference.Inference(tiny.get_config(), mesh=steps.make_mesh()).shapes, seed=0)
+
+
+@pytest.fixture(scope="module")
+def cache(data, params):
+  return write_latents(data, data / "latents", params)
+
+
+@pytest.fixture(scope="module")
+def cache_with_text(data, params):
+  return write_latents(data, data / "latents_text", params, text=True)
+
+
+def write_latents(data, out, params, text=False):
+  model = inference.Inference(tiny.get_config(), mesh=steps.make_mesh(), batch_size=8)
+  h, w, c = model.noise_shape()
+  builder.prepare(
+    latents.find_parts(data / "pairs"),
+    out,
+    builder=latents.LatentCache,
+    make_stage=lambda folder: latents.LatentStage(
+      folder,
+      encode=lambda images: model.moments(params, images),
+      shape=(h, w, 2 * c),
+      image_size=16,
+      views=1,
+      augmentation=Augmentation(),
+      fingerprint=latents.fingerprint(params),
+      text=text_conditions(model, params) if text else None,
+    ),
+  )
+  return out
+
+
+def text_conditions(model, params):
+  tokenizer = Tokenizer(model.max_length)
+  return latents.TextConditions(
+    encode=lambda captions: model.conditions(params, tokenizer(captions)),
+    shape=(model.max_length, model.config.model.text_encoder.width),
+    fingerprint=latents.fingerprint(params, latents.TEXT_ENCODER),
+  )
+
+
+def config_of(**changes):
+  config = tiny.get_config()
+  config.batch_size = N
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def test_latents_are_the_posteriors_of_the_images(data, cache, params):
+  config = config_of(**{"data.name": "latents", "data.path": str(cache)})
+  images = next(batches.make_loader(config_of(**{"data.name": "pairs", "data.path": str(data / "pairs")})))
+  stored = next(batches.make_loader(config))
+  assert batches.batch_type(config) is LatentBatch
+  np.testing.assert_array_equal(stored["tokens"], images["tokens"])
+  model = merge(*inference_parts(config), params)
+  posterior = model.autoencoder.encode(to_signed(jnp.asarray(images["image"])))
+  for name in ("mean", "log_variance"):
+    np.testing.assert_allclose(
+      stored[name].astype(np.float32), getattr(posterior, name), rtol=0.02, atol=0.02, err_msg=name
+    )
+  batches.check_encoders(config, params)
+  other = {path: value + 0.1 for path, value in params.items()}
+  with pytest.raises(UserError, match="were made by another autoencoder; set init_from to the workdir"):
+    batches.check_encoders(config, other)
+  decoder = {path: value + (0.1 if "decoder" in path else 0.0) for path, value in params.items()}
+  batches.check_encoders(config, decoder)
+
+
+FROZEN_ENCODERS = (("^autoencoder|^text_encoder", "frozen"), (".*", "new"))
+
+
+def test_text_conditions_are_the_captions(cache_with_text, params):
+  config = config_of(**{"data.name": "latents", "data.path": str(cache_with_text), "optim.groups": FROZEN_ENCODERS})
+  batch = LatentBatch(**loader.Substitutions().take(next(batches.make_loader(config))))
+  model = merge(*inference_parts(config), params)
+  expected, found = model.encode_text(batch.tokens), latents.text_of_batch(model, batch)
+  assert len({row.tobytes() for row in batch.condition}) == N
+  np.testing.assert_allclose(found.c, expected.c, rtol=0.01, atol=0.01)
+  np.testing.assert_allclose(found.e, expected.e, atol=0.005)
+  np.testing.assert_allclose(jnp.linalg.norm(found.e, axis=-1), 1.0, rtol=1e-5)
+  batches.check_encoders(config, params)
+
+
+def test_text_conditions_of_another_encoder_are_refused(cache_with_text, cache, params):
+  config = config_of(**{"data.name": "latents", "data.path": str(cache_with_text), "optim.groups": FROZEN_ENCODERS})
+  other = {path: value + (0.1 if path.startswith("text_encoder") else 0.0) for path, value in params.items()}
+  with pytest.raises(UserError, match="text conditions in .* were made by another text encoder"):
+    batches.check_encoders(config, other)
+  config.optim.groups = (("^autoencoder", "frozen"), (".*", "new"))
+  with pytest.raises(UserError, match="the text encoder is trained, and stored text conditions would not follow it"):
+    batches.check_encoders(config, params)
+  config.data.max_length -= 1
+  with pytest.raises(UserError, match="these text conditions are of 8 tokens and 16 wide; the config's are of 7"):
+    batches.make_loader(config)
+  config.data.mixture = {name: {"name": "latents", "path": str(path)} for name, path in
+                         (("with", cache_with_text), ("without", cache))}  # fmt: skip
+  with pytest.raises(UserError, match="latents with text conditions and without; take either"):
+    batches.make_loader(config)
+
+
+def inference_parts(config):
+  model = inference.Inference(config, mesh=steps.make_mesh())
+  return model.graphdef, model.abstract
+
+
+def test_latents_that_do_not_fit(cache):
+  settings = {"data.name": "latents", "data.path": str(cache)}
+  for change, message in (
+    ({"image_size": 32}, "of 16 px images and of shape .4, 4, 8.; the config's are of 32 px and .8, 8, 8."),
+    ({"data.discrimination_view": "own"}, "need images; take another data.name"),
+    ({"objectives": ("reconstruction",)}, "need images; take another data.name"),
+  ):
+    with pytest.raises(UserError, match=message):
+      batches.make_loader(config_of(**settings, **change))
+
+
+def test_captions_of_other_fields(data):
+  section = {"path": str(data / "pairs"), "caption_fields": ("key",)}
+  config = config_of(**{"data.name": "pairs"}, **{f"data.{field}": value for field, value in section.items()})
+  own = next(batches.make_loader(config))["tokens"]
+  keys = {tuple(row) for row in Tokenizer(8)([f"0/{i:02d}" for i in range(N)])}
+  assert {tuple(row) for row in own} == keys
+  config = config_of()
+  config.data.mixture = {"prepared": section}
+  np.testing.assert_array_equal(next(batches.make_loader(config))["tokens"], own)
+
+
+def test_mixtures(data, cache):
+  prepared = {"path": str(data / "pairs"), "weight": 3.0}
+  config = config_of()
+  config.data.mixture = {"prepared": prepared, "drawn": {"name": "shapes", "weight": 1.0}}
+  assert batches.batch_type(config) is Batch
+  assert next(batches.make_loader(config))["image"].shape == (N, 16, 16, 3)
+  drawn, pairs_line = batches.describe(config)
+  assert drawn == "shapes, split train, weight 1.0"
+  assert pairs_line.endswith("split train: 20 records; skipped 1 with missing image, weight 3.0")
+  config.data.mixture.cached = {"name": "latents", "path": str(cache)}
+  with pytest.raises(UserError, match="data.mixture has latents and images; take either"):
+    batches.batch_type(config)
+
+
+def test_fingerprint_is_of_the_encoder(params):
+  number = latents.fingerprint(params)
+  assert number == latents.fingerprint({**params, "autoencoder.scale": params["autoencoder.scale"] + 1})
+  path = "autoencoder.quant.kernel"
+  assert number != latents.fingerprint({**params, path: params[path] + 0.01})
+  assert isinstance(jax.device_get(number), float)

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import fnmatch
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.parallel import processes, sharding
+from diffdis_jax.parallel.processes import Processes
+from tests import steps
+from tests.command_runs import ROOT
+
+NOTHING = {"coordinator_address": None, "num_processes": None, "process_id": None}
+SLURM = {"SLURM_JOB_ID": "5000", "SLURM_STEP_NODELIST": "gpu[007-009,12],big1", "SLURM_STEP_NUM_TASKS": "5"}
+SLURM |= {"SLURM_STEP_NUM_NODES": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "0"}
+DIFFDIS = {"DIFFDIS_COORDINATOR_ADDRESS": "a:1", "DIFFDIS_NUM_PROCESSES": "4"}
+
+
+def test_one_process_where_nothing_tells_of_more():
+  assert processes.find(NOTHING, {}) is None
+  assert processes.find(NOTHING, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+  assert processes.find(NOTHING, {"JOB_COMPLETION_INDEX": "0"}) is None
+  assert processes.find({"coordinator_address": "a:1", "num_processes": 1, "process_id": 0}, {}) is None
+
+
+def test_flags_come_before_the_environment():
+  flags = {"coordinator_address": "b:2", "num_processes": 2, "process_id": 1}
+  assert processes.find(flags, DIFFDIS | SLURM) == Processes("b:2", 2, 1)
+  assert processes.find(NOTHING, {**DIFFDIS, "DIFFDIS_PROCESS_ID": "3"}) == Processes("a:1", 4, 3)
+  assert processes.find(NOTHING, {**DIFFDIS, "JOB_COMPLETION_INDEX": "2"}) == Processes("a:1", 4, 2)
+
+
+@pytest.mark.parametrize(
+  "nodes, host", [("gpu[007-009,12],big1", "gpu007"), ("n1", "n1"), ("n1,n2", "n1"), ("n[3,5].c", "n3.c")]
+)
+def test_slurm(nodes, host):
+  environ = SLURM | {"SLURM_STEP_NODELIST": nodes}
+  assert processes.find(NOTHING, environ) == Processes(f"{host}:{61440 + 5000 % 4096}", 5, 3)
+  several = environ | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}
+  assert processes.find(NOTHING, several).local_device_ids == (1,)
+
+
+def test_a_tpu_is_asked_for_its_own_environment():
+  environ = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
+  assert processes.find(NOTHING, environ) == Processes()
+  assert processes.find(NOTHING, environ | {"JAX_PLATFORMS": "cpu"}) is None
+
+
+@pytest.mark.parametrize(
+  "files, libtpu, found",
+  [
+    (["/dev/accel0"], True, Processes()),
+    (["/dev/vfio/0", "/dev/vfio/1"], True, Processes()),
+    (["/dev/vfio/0"], False, None),
+    ([], True, None),
+  ],
+)
+def test_a_tpu_vm_is_known_by_its_devices(monkeypatch, files, libtpu, found):
+  monkeypatch.setattr(processes.glob, "glob", lambda pattern: fnmatch.filter(files, pattern))
+  monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: object() if libtpu else None)
+  assert processes.find(NOTHING, {}) == found
+
+
+@pytest.mark.parametrize(
+  "given, message",
+  [
+    ({"coordinator_address": "a:1"}, "go together; give all three"),
+    ({"process_id": 0}, "go together; give all three"),
+    ({"coordinator_address": "a", "num_processes": 2, "process_id": 0}, "should be HOST:PORT"),
+    ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, "should be from 0 to 1"),
+    ({"coordinator_address": "a:1", "num_processes": "x", "process_id": 2}, "whole numbers"),
+  ],
+)
+def test_bad_settings(given, message):
+  with pytest.raises(UserError, match=message):
+    processes.find({**NOTHING, **given}, {})
+
+
+def test_sigterm_stops_a_single_process():
+  stop = processes.Stop(sharding.batch_sharding(steps.make_mesh()))
+  before = signal.getsignal(signal.SIGTERM)
+  with stop.listening():
+    assert not stop.agreed()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.agreed()
+    with pytest.raises(Preempted):
+      stop.raise_if_agreed()
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+VERB = """
+import os, signal, sys, time
+from absl import flags
+import jax, numpy as np
+from diffdis_jax import cli
+from diffdis_jax.parallel import processes, sharding
+from diffdis_jax.run import workdir
+from diffdis_jax.errors import Preempted, UserError
+
+HOW = flags.DEFINE_string("how", "", "")
+WORKDIR = flags.DEFINE_string("workdir", "", "")
+
+
+def main(_):
+  processes.start()
+  first = processes.is_first()
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+  if HOW.value == "raise":
+    if not first:
+      raise RuntimeError("the first error")
+    processes.barrier("never")
+  if HOW.value == "stop":
+    stop = processes.Stop(sharding.batch_sharding(mesh))
+    with stop.listening():
+      for step in range(200):
+        if step == 5 and not first:
+          os.kill(os.getpid(), signal.SIGTERM)
+        if stop.agreed():
+          sys.stdout.write(f"stopped at {step}\\n")
+          raise Preempted
+  if HOW.value == "share":
+    processes._VISIBILITY = 1.0
+    processes.check_shared(WORKDIR.value if first else WORKDIR.value + "_of_another_host")
+  if HOW.value == "agree":
+    rows = np.arange(16, dtype=np.int32)
+    for shape in ((4, 2, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)):
+      mesh = sharding.make_mesh(data=shape[0], fsdp=shape[1], tensor=shape[2])
+      own = rows[sharding.local_rows(mesh, 16)]
+      placed = sharding.to_global({"x": own}, mesh)["x"]
+      np.testing.assert_array_equal(processes.whole(placed), rows)
+    assert processes.over_hosts(np.array([jax.process_index() + 1, 5])).tolist() == [3, 10]
+    assert processes.from_first(np.float32(7 - jax.process_index())) == 7
+    processes.check_shared(WORKDIR.value)
+
+
+if __name__ == "__main__":
+  processes.define_flags()
+  cli.run(main)
+"""
+
+
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    return probe.getsockname()[1]
+
+
+def start(folder, index: int, port: int, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
+  (folder / "verb.py").write_text(VERB)
+  env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+  where = [f"--coordinator_address=localhost:{port}", "--num_processes=2", f"--process_id={index}"]
+  command = [sys.executable, str(folder / "verb.py"), *where, *flags]
+  return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def both(folder, *flags: str, devices: int = 1) -> list[tuple[int, str, str]]:
+  """Exit code, stdout and stderr of each of two processes."""
+  port = free_port()
+  processes = [start(folder, i, port, *flags, devices=devices) for i in range(2)]
+  try:
+    outputs = [process.communicate(timeout=120) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def test_two_processes_agree_and_share(tmp_path):
+  for i, (code, _, err) in enumerate(both(tmp_path, "--how=agree", f"--workdir={tmp_path / 'run'}", devices=4)):
+    assert code == 0, err
+    assert f"host {i} of 2, 4 of 8 devices (cpu)" in err
+  assert not list((tmp_path / "run").iterdir())
+
+
+def test_one_raises_and_all_end_at_once_with_its_error_shown(tmp_path):
+  port = free_port()
+  first, second = (start(tmp_path, i, port, "--how=raise") for i in range(2))
+  try:
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 1 and "RuntimeError: the first error" in err
+    first.communicate(timeout=15)
+    assert first.returncode != 0
+  finally:
+    first.kill()
+
+
+def test_sigterm_to_one_stops_all_at_the_same_step(tmp_path):
+  results = both(tmp_path, "--how=stop", devices=2)
+  assert [code for code, _, _ in results] == [75, 75], results
+  assert [out.splitlines()[-1] for _, out, _ in results] == ["stopped at 6", "stopped at 6"]
+
+
+def test_a_workdir_that_hosts_do_not_share(tmp_path):
+  for code, _, err in both(tmp_path, "--how=share", f"--workdir={tmp_path / 'run'}"):
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "is not shared" in line and "these hosts of 2 do not see: 1;" in line
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  "index, whom, launched, code",
+  [(0, "the other processes", "", 2), (1, "the coordinator localhost:", "", 2), (1, "the coordinator", "1", 1)],
+)
+def test_a_process_left_alone_says_why_and_exits(tmp_path, monkeypatch, index, whom, launched, code):
+  if launched:
+    monkeypatch.setenv("DIFFDIS_LAUNCHED", launched)
+  process = start(tmp_path, index, free_port(), "--coordinator_timeout=2")
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == code
+  assert err.startswith(f"error: process {index} of 2 could not reach {whom}") and err.count("\n") == 1
+  assert "within 2 seconds" in err and "not started on all hosts" in err
+
+
+def test_rows_of_a_single_process_are_all_of_them():
+  assert sharding.local_rows(steps.make_mesh(2, 2, 2), 16) == list(range(16))
+  assert processes.over_hosts(np.array([2])).tolist() == [2] and jax.process_count() == 1

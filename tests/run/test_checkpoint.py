@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+  params: dict
+  ema: dict
+  opt_state: object
+
+
+OPTIMIZER = optax.chain(
+  optax.clip_by_global_norm(1.0),
+  optax.multi_transform(
+    {"train": optax.adamw(1e-3), "freeze": optax.set_to_zero()},
+    {"unet.conv": "train", "unet.conv.kernel": "train", "text.bias": "freeze"},
+  ),
+)
+
+
+def make_state(seed: int = 0) -> State:
+  rng = np.random.default_rng(seed)
+  params = {
+    "unet.conv": jnp.asarray(rng.normal(size=(16, 3)), jnp.float32),
+    "unet.conv.kernel": jnp.asarray(rng.normal(size=(8, 8)), jnp.bfloat16),
+    "text.bias": jnp.asarray(rng.normal(size=5), jnp.float32),
+  }
+  opt_state = jax.tree.map(lambda x: x + jnp.asarray(seed + 1, x.dtype), OPTIMIZER.init(params))
+  return State(params, {name: params[name] * 2 for name in ("unet.conv", "unet.conv.kernel")}, opt_state)
+
+
+def place(state: State, sharding_of) -> State:
+  return State(*(jax.tree.map(lambda x: jax.device_put(x, sharding_of(x)), tree) for tree in vars(state).values()))
+
+
+def abstract(state: State, sharding_of) -> State:
+  def one(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x))
+
+  return State(*(jax.tree.map(one, tree) for tree in vars(state).values()))
+
+
+def one_device(_) -> SingleDeviceSharding:
+  return SingleDeviceSharding(jax.devices()[0])
+
+
+def on_mesh(count: int):
+  mesh = jax.make_mesh((count,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
+
+  def sharding_of(x) -> NamedSharding:
+    divides = x.ndim and x.shape[0] % count == 0
+    return NamedSharding(mesh, PartitionSpec("fsdp") if divides else PartitionSpec())
+
+  return sharding_of
+
+
+def make_iterator():
+  return iter(grain.MapDataset.source(np.arange(50)).shuffle(seed=3).repeat().batch(4).to_iter_dataset())
+
+
+def assert_same_bits(got, want) -> None:
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert a.dtype == b.dtype
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def save(workdir, *steps: int, state: State | None = None, **options) -> None:
+  with checkpoint.Checkpointer(workdir, **options) as checkpointer:
+    for step in steps:
+      checkpointer.save(step, state or make_state(step), make_iterator())
+
+
+@pytest.mark.parametrize("before, after", [(1, 1), (8, 1), (8, 4), (1, 8)])
+def test_round_trip_keeps_every_bit_on_any_mesh(tmp_path, before, after):
+  state, data = make_state(), make_iterator()
+  next(data), next(data)
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.save(2, place(state, on_mesh(before)), data, meta={"note": "x"})
+  following = [next(data) for _ in range(20)]
+
+  data = make_iterator()
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.latest_step() == 2
+    restored = checkpointer.restore(2, abstract(state, on_mesh(after)), data)
+  assert_same_bits((restored.params, restored.ema, restored.opt_state), (state.params, state.ema, state.opt_state))
+  assert restored.params["unet.conv"].sharding == on_mesh(after)(state.params["unet.conv"])
+  assert restored.meta == {"step": 2, "note": "x"}
+  np.testing.assert_array_equal([next(data) for _ in range(20)], following)
+
+
+def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
+  step = jax.jit(lambda params: jax.tree.map(lambda x: x * 0, params), donate_argnums=0)
+  params = {"a": jnp.arange(1 << 20, dtype=jnp.float32)}
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, State(params, {}, ()))
+    jax.block_until_ready(step(params))
+  restored = checkpoint.restore_params(tmp_path)
+  np.testing.assert_array_equal(restored["a"], np.arange(1 << 20))
+
+
+def test_a_state_without_average_and_optimizer_state(tmp_path):
+  state = State(make_state().params, {}, optax.sgd(0.1).init({}))
+  save(tmp_path, 1, state=state)
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    restored = checkpointer.restore(1, abstract(state, one_device))
+  assert_same_bits((restored.params, restored.ema, restored.opt_state), (state.params, {}, state.opt_state))
+
+
+def test_parameters_alone_with_and_without_average(tmp_path):
+  save(tmp_path, 1, 2)
+  state = make_state(2)
+  assert_same_bits(checkpoint.restore_params(tmp_path), dict(sorted({**state.params, **state.ema}.items())))
+  assert_same_bits(checkpoint.restore_params(tmp_path, ema=False), state.params)
+  assert_same_bits(checkpoint.restore_params(tmp_path, step=1, ema=False), make_state(1).params)
+  on_four = checkpoint.restore_params(tmp_path, abstract=abstract(state, on_mesh(4)).params)
+  assert_same_bits(on_four, {**state.params, **state.ema})
+  assert {len(x.sharding.device_set) for x in on_four.values()} == {4}
+
+
+def test_saving_a_step_again_changes_nothing(tmp_path):
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.save(1, make_state(1))
+    assert not checkpointer.save(1, make_state(5))
+  assert_same_bits(checkpoint.restore_params(tmp_path, ema=False), make_state(1).params)
+
+
+def test_keeps_the_last_ones_and_every_tenth(tmp_path):
+  save(tmp_path, 9, 10, 11, 12, 13, keep_last=2, keep_every=10)
+  assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == [10, 12, 13]
+
+
+def test_without_a_commit_mark_it_is_refused_skipped_and_saved_again(tmp_path, caplog):
+  save(tmp_path, 1, 7)
+  (tmp_path / "checkpoints" / "7" / "commit_success.txt").unlink()
+  with pytest.raises(UserError, match="checkpoint 7 in .* was never committed.*committed there: 1$"):
+    checkpoint.restore_params(tmp_path, step=7)
+  assert_same_bits(checkpoint.restore_params(tmp_path, ema=False), make_state(1).params)
+  assert (tmp_path / "checkpoints" / "7").exists(), "reading changes nothing"
+
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.latest_step() == 1
+    assert "7 has no commit_success.txt and is ignored" in caplog.text
+    assert checkpointer.save(5, make_state(5))
+    assert checkpointer.save(7, make_state(8))
+  assert_same_bits(checkpoint.restore_params(tmp_path, step=7, ema=False), make_state(8).params)
+
+
+def test_no_checkpoint(tmp_path):
+  with pytest.raises(UserError, match="no checkpoint in .*checkpoints; train first"):
+    checkpoint.restore_params(tmp_path)
+  assert checkpoint.latest_step(tmp_path) is None
+  assert list(tmp_path.iterdir()) == []
+  save(tmp_path, 1)
+  with pytest.raises(UserError, match="no checkpoint 3 in .*; committed there: 1$"):
+    checkpoint.restore_params(tmp_path, step=3)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+  "item", ["params", "ema", "opt_state", "meta", "data", "params/d", "params/_METADATA", "data/process_0-of-1.json"]
+)
+def test_a_checkpoint_with_a_missing_file_is_one_line(tmp_path, item):
+  save(tmp_path, 1)
+  path = tmp_path / "checkpoints" / "1" / item
+  shutil.rmtree(path) if path.is_dir() else path.unlink()
+  with checkpoint.Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError) as error:
+    checkpointer.restore(1, abstract(make_state(), one_device), make_iterator())
+  assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_another_model_is_told_which_array_differs(tmp_path):
+  save(tmp_path, 1)
+  wanted = abstract(make_state(), one_device).params
+  wanted["text.bias"] = jax.ShapeDtypeStruct((6,), jnp.float32)
+  wanted["unet.new"] = jax.ShapeDtypeStruct((2,), jnp.float32)
+  with pytest.raises(UserError, match=r"2 arrays; the first, text.bias, is float32\[5\] there and float32\[6\] here"):
+    checkpoint.restore_params(tmp_path, abstract=wanted)
+
+
+KILLED = """
+import sys, types, jax.numpy as jnp
+from diffdis_jax.run import checkpoint
+with checkpoint.Checkpointer(sys.argv[1]) as checkpointer:
+  for step in (1, 2):
+    params = {"a.b": jnp.full((1 << 25,), step, jnp.float32)}
+    checkpointer.save(step, types.SimpleNamespace(params=params, ema={}, opt_state=()))
+    checkpointer.wait()
+"""
+
+
+def test_a_save_killed_half_way_leaves_the_last_good_checkpoint(tmp_path):
+  process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], env={**os.environ, "JAX_PLATFORMS": "cpu"})
+  folder = tmp_path / "checkpoints"
+  deadline = time.monotonic() + 60
+  while not list(folder.glob("2*tmp*/params*")) and time.monotonic() < deadline:
+    time.sleep(0.001)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  assert list(folder.glob("2*tmp*")), "killed too late"
+
+  assert checkpoint.latest_step(tmp_path) == 1
+  np.testing.assert_array_equal(checkpoint.restore_params(tmp_path)["a.b"][::4096], 1)
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.save(2, State({"a.b": jnp.zeros(3)}, {}, ()))
+  assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["1", "2"]
+  assert checkpoint.latest_step(tmp_path) == 2

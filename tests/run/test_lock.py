@@ -1,0 +1,101 @@
+"""Who may write into a workdir."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import workdir
+from tests.command_runs import ROOT
+
+HOLDER = """
+import sys, time
+from diffdis_jax.run import workdir
+workdir.BEAT = 0.1
+with workdir.Lock(sys.argv[1]):
+  sys.stdout.write("in\\n")
+  sys.stdout.flush()
+  time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+  monkeypatch.setattr(workdir, "BEAT", 0.1)
+  monkeypatch.setattr(workdir, "PATIENCE", 1.0)
+
+
+@pytest.fixture
+def holder(tmp_path):
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], env=env, stdout=subprocess.PIPE, text=True)
+  assert process.stdout.readline() == "in\n"
+  yield process
+  process.kill()
+  process.wait()
+  process.stdout.close()
+
+
+def test_a_live_run_keeps_others_out_and_stays(tmp_path, holder):
+  message = rf"--workdir=.* is in use by process {holder.pid} on .*; wait for it, stop it, or take another --workdir$"
+  with pytest.raises(UserError, match=message), workdir.Lock(str(tmp_path)):
+    pass
+  assert json.loads((tmp_path / "lock.json").read_text())["pid"] == holder.pid
+  assert holder.poll() is None
+
+
+def test_a_killed_run_is_followed_at_once(tmp_path, holder, monkeypatch):
+  monkeypatch.setattr(workdir, "PATIENCE", 600.0)
+  holder.send_signal(signal.SIGKILL)
+  holder.wait()
+  assert (tmp_path / "lock.json").exists()
+  with workdir.Lock(str(tmp_path)):
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+  assert not (tmp_path / "lock.json").exists()
+
+
+def test_a_run_that_ends_meanwhile_is_waited_for(tmp_path, holder, monkeypatch):
+  monkeypatch.setattr(workdir, "PATIENCE", 600.0)
+  killer = subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(1); os.kill({holder.pid}, 9)"])
+  with workdir.Lock(str(tmp_path)):
+    assert killer.wait() == 0
+
+
+@pytest.mark.parametrize("content", [json.dumps({"owner": "x", "machine": "another", "pid": 1, "started": "2"}), "{"])
+def test_of_another_machine_it_is_taken_over_without_a_sign_of_life(tmp_path, content):
+  (tmp_path / "lock.json").write_text(content)
+  begin = time.monotonic()
+  with workdir.Lock(str(tmp_path)):
+    assert time.monotonic() - begin >= 1.0
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_that_cannot_be_read_for_a_moment_ends_nothing(tmp_path, holder):
+  lock = tmp_path / "lock.json"
+  for spoil in (lambda: lock.write_text("{"), lambda: (lock.unlink(), lock.mkdir()), lambda: lock.rmdir()):
+    spoil()
+    time.sleep(0.5)
+    assert holder.poll() is None
+  assert json.loads(lock.read_text())["pid"] == holder.pid
+
+
+def test_whoever_was_taken_over_from_ends(tmp_path, holder):
+  other = {"owner": "x", "machine": "another", "host": "other", "pid": 1, "started": "2"}
+  workdir.write_whole(workdir.epath.Path(tmp_path) / "lock.json", json.dumps(other).encode())
+  assert holder.wait(10) == 2
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+  (tmp_path / "file").write_text("")
+  with (
+    pytest.raises(UserError, match="cannot write to --workdir=.*file/run"),
+    workdir.Lock(str(tmp_path / "file" / "run")),
+  ):
+    pass

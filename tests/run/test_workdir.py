@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from ml_collections import ConfigDict, config_dict
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import workdir
+
+
+def make_config(**changes) -> ConfigDict:
+  config = ConfigDict(
+    {
+      "seed": 0,
+      "batch_size": 64,
+      "log_every": 10,
+      "num_steps": 100,
+      "optim": {"betas": (0.9, 0.99), "rules": (("unet.*", 1.0), (".*", None))},
+      "data": {"name": "shapes", "loader": {"num_threads": 2}},
+      "evals": {"zero_shot": {"steps": 5}},
+      "mesh": {"data": 8},
+      "init_from": config_dict.placeholder(str),
+      "empty": {},
+    }
+  )
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def test_config_comes_back_equal(tmp_path):
+  workdir.open_for_training(tmp_path / "run", make_config())
+  loaded = workdir.load_config(tmp_path / "run")
+  assert loaded.to_dict() == make_config().to_dict()
+  assert loaded.optim.betas == (0.9, 0.99) and loaded.is_locked
+  assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json"]
+
+
+def test_same_config_goes_on(tmp_path):
+  workdir.open_for_training(tmp_path, make_config())
+  before = (tmp_path / "config.json").read_bytes()
+  workdir.open_for_training(tmp_path, make_config())
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+  "field, value", [("log_every", 1), ("data.loader.num_threads", 8), ("evals.zero_shot.steps", 9), ("mesh.data", 1)]
+)
+def test_fields_that_may_change_are_taken_over(tmp_path, field, value):
+  workdir.open_for_training(tmp_path, make_config())
+  workdir.open_for_training(tmp_path, make_config(**{field: value}))
+  assert workdir.load_config(tmp_path).to_dict() == make_config(**{field: value}).to_dict()
+
+
+def test_other_config_is_refused_with_every_differing_field(tmp_path):
+  workdir.open_for_training(tmp_path, make_config())
+  before = (tmp_path / "config.json").read_bytes()
+  other = make_config(**{"batch_size": 32, "num_steps": 50, "optim.betas": (0.9, 0.999), "log_every": 1})
+  del other.init_from
+  with pytest.raises(UserError) as error:
+    workdir.open_for_training(tmp_path, other)
+  message = str(error.value)
+  assert "batch_size is 64 there and 32 here" in message
+  assert "num_steps is 100 there and 50 here" in message
+  assert "optim.betas is (0.9, 0.99) there and (0.9, 0.999) here" in message
+  assert "init_from is None there and absent here" in message
+  assert "log_every" not in message and "seed" not in message and "\n" not in message
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_process_that_is_no_writer_writes_nothing(tmp_path):
+  workdir.open_for_training(tmp_path / "run", make_config(), is_writer=False)
+  assert not (tmp_path / "run").exists()
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="cannot write to --workdir=.*file/run"):
+    workdir.open_for_training(tmp_path / "file" / "run", make_config())
+
+
+def test_loading_what_is_no_run(tmp_path):
+  with pytest.raises(UserError, match="no folder .*nowhere"):
+    workdir.load_config(tmp_path / "nowhere")
+  with pytest.raises(UserError, match="no config.json in"):
+    workdir.load_config(tmp_path)
+  (tmp_path / "config.json").write_text(json.dumps({"a": 1})[:-1])
+  with pytest.raises(UserError, match="config.json is not JSON"):
+    workdir.load_config(tmp_path)

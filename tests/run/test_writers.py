@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from diffdis_jax.run import writers
+
+
+@pytest.fixture
+def no_tensorboard(monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorflow", None)
+
+
+def read_lines(path):
+  def refuse(token):
+    raise AssertionError(f"{token} is not JSON")
+
+  return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_one_json_object_a_line(tmp_path, no_tensorboard):
+  writer = writers.open_writer(tmp_path, start_step=0, is_writer=True)
+  writer.scalars(1, {"loss": jnp.bfloat16(0.5), "count": np.int32(3), "bad": float("nan"), "worse": jnp.inf})
+  writer.scalars(2, {"loss": jnp.float32(0.25)})
+  writer.close()
+  assert read_lines(tmp_path / "metrics.jsonl") == [
+    {"step": 1, "loss": 0.5, "count": 3, "bad": None, "worse": None},
+    {"step": 2, "loss": 0.25},
+  ]
+
+
+def test_missing_tensorflow_is_one_warning(tmp_path, no_tensorboard, caplog):
+  writers.open_writer(tmp_path, start_step=0, is_writer=True)
+  assert [record.levelname for record in caplog.records] == ["WARNING"]
+  assert "pip install tensorflow-cpu tensorboard" in caplog.text
+
+
+def test_resume_drops_the_steps_beyond_it_and_a_line_cut_off(tmp_path, no_tensorboard):
+  writer = writers.open_writer(tmp_path, start_step=0, is_writer=True)
+  for step in (1, 2, 3, 4):
+    writer.scalars(step, {"loss": step / 2})
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 2, "lo')
+  writers.open_writer(tmp_path, start_step=2, is_writer=True).scalars(3, {"loss": 9.0})
+  assert read_lines(tmp_path / "metrics.jsonl") == [
+    {"step": 1, "loss": 0.5},
+    {"step": 2, "loss": 1.0},
+    {"step": 3, "loss": 9.0},
+  ]
+
+
+def test_image_is_a_png_whole_or_not_at_all(tmp_path, no_tensorboard):
+  image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+  writers.open_writer(tmp_path, start_step=0, is_writer=True).image(7, "samples", image)
+  assert [path.name for path in (tmp_path / "samples").iterdir()] == ["samples_00000007.png"]
+  np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "samples_00000007.png")), image)
+
+
+def test_only_the_writer_writes(tmp_path):
+  writer = writers.open_writer(tmp_path, start_step=0, is_writer=False)
+  writer.scalars(1, {"loss": 1.0})
+  writer.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
+  writer.flush()
+  writer.close()
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("default")
+def test_tensorboard_gets_scalars_and_images(tmp_path):
+  writer = writers.open_writer(tmp_path, start_step=0, is_writer=True)
+  writer.scalars(5, {"loss": 0.5})
+  writer.image(5, "samples", np.zeros((2, 2, 3), np.uint8))
+  writer.close()
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+  from tensorboard.util import tensor_util
+
+  events = EventAccumulator(str(tmp_path)).Reload()
+  (event,) = events.Tensors("loss")
+  assert event.step == 5 and tensor_util.make_ndarray(event.tensor_proto) == 0.5
+  assert "samples" in events.Tags()["tensors"]
+
+
+def test_tensorflow_is_loaded_only_by_a_writer():
+  code = "import sys, diffdis_jax.writers; sys.exit('tensorflow' in sys.modules or 'clu' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+class Clock:
+  def __init__(self):
+    self.now = 100.0
+
+  def __call__(self):
+    return self.now
+
+
+def test_progress_counts_steps_waiting_and_pauses(caplog):
+  caplog.set_level("INFO")
+  logging.set_verbosity(logging.INFO)
+  clock = Clock()
+  progress = writers.Progress(start_step=10, num_steps=110, batch_size=32, clock=clock)
+  with progress.paused():
+    clock.now += 1000.0
+  for _ in range(10):
+    with progress.waiting_for_data(lambda: False):
+      clock.now += 0.2
+    clock.now += 0.3
+    with progress.waiting_for_data(lambda: True):  # the devices did not wait
+      clock.now += 0.2
+    clock.now += 0.3
+  speeds = progress.report(30, {"loss": jnp.float32(1.5), "loss_generation": 0.25, "lr": 3.0})
+  assert speeds == pytest.approx({"steps_per_sec": 2.0, "images_per_sec": 64.0, "data_wait": 0.2})
+  assert caplog.messages == [
+    "step 30/110  loss 1.5000  generation 0.2500  2 steps/s  64 images/s  waiting for data 20%  ETA 0:00:40"
+  ]
+
+  clock.now += 10.0
+  with progress.waiting_for_data(lambda: False):
+    clock.now += 100.0
+  progress.restart(31)
+  speeds = progress.report(31, {"loss": 1.0})
+  assert all(math.isnan(value) for value in speeds.values()) and caplog.messages[1:] == ["step 31/110  loss 1.0000"]
+
+  clock.now += 10.0
+  speeds = progress.report(32, {"loss": 1.0})
+  assert speeds == pytest.approx({"steps_per_sec": 0.1, "images_per_sec": 3.2, "data_wait": 0.0})

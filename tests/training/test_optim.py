@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.training import optim
+
+GROUPS = (("^unet.*new", "new"), ("^unet", "pretrained"), ("^text", "frozen"), (".*", "new"))
+SETTINGS = dict(
+  num_steps=100,
+  groups=GROUPS,
+  rates={"new": 1e-2, "pretrained": 1e-3},
+  schedule_kind="constant",
+  warmup_steps=0,
+  final_fraction=0.0,
+  weight_decay=0.1,
+  no_decay="bias$|norm",
+  b1=0.8,
+  b2=0.95,
+  eps=1e-3,
+  clip_norm=0.0,
+)
+SHAPES = {"unet.conv.kernel": (3, 4), "unet.conv.bias": (4,), "unet.new.kernel": (4, 2), "head.norm.scale": (2,)}
+RATES = {"unet.conv.kernel": 1e-3, "unet.conv.bias": 1e-3, "unet.new.kernel": 1e-2, "head.norm.scale": 1e-2}
+
+
+def draw(seed: int) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(seed)
+  return {path: rng.normal(size=shape).astype(np.float32) for path, shape in SHAPES.items()}
+
+
+def make(**changes) -> optax.GradientTransformation:
+  return optim.make(SHAPES, **{**SETTINGS, **changes})
+
+
+def run(optimizer: optax.GradientTransformation, steps: int = 4) -> list[dict[str, np.ndarray]]:
+  """The parameters after each step, with other gradients each time."""
+  params, history = draw(0), []
+  with jax.numpy_dtype_promotion("standard"):
+    state = optimizer.init(params)
+    for i in range(steps):
+      updates, state = optimizer.update(draw(i + 1), state, params)
+      params = optax.apply_updates(params, updates)
+      history.append({path: np.asarray(x) for path, x in params.items()})
+  return history
+
+
+def adamw_by_hand(*, rates: dict[str, float], clip_norm: float = np.inf, steps: int = 4) -> list[dict[str, np.ndarray]]:
+  """Loshchilov and Hutter 2019, algorithm 2, in float64."""
+  b1, b2, eps, decay = (SETTINGS[name] for name in ("b1", "b2", "eps", "weight_decay"))
+  params = {path: x.astype(np.float64) for path, x in draw(0).items()}
+  m = v = {path: 0.0 for path in params}
+  history = []
+  for i in range(1, steps + 1):
+    gradient = draw(i)
+    norm = np.sqrt(sum((x.astype(np.float64) ** 2).sum() for x in gradient.values()))
+    gradient = {path: x * min(1, clip_norm / norm) for path, x in gradient.items()}
+    m = {path: b1 * m[path] + (1 - b1) * g for path, g in gradient.items()}
+    v = {path: b2 * v[path] + (1 - b2) * g**2 for path, g in gradient.items()}
+    for path, x in params.items():
+      update = m[path] / (1 - b1**i) / (np.sqrt(v[path] / (1 - b2**i)) + eps)
+      weight = 0 if path.endswith("bias") or "norm" in path else decay
+      params = {**params, path: x - rates[path] * (update + weight * x)}
+    history.append(params)
+  return history
+
+
+def assert_same(found: list[dict[str, np.ndarray]], expected: list[dict[str, np.ndarray]]) -> None:
+  for got, want in zip(found, expected, strict=True):
+    for path in SHAPES:
+      np.testing.assert_allclose(got[path], want[path], rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_the_first_group_that_matches_wins():
+  paths = ["unet.new.kernel", "unet.conv.kernel", "text_encoder.tokens", "logit_scale", "autoencoder.shift"]
+  expected = ["new", "pretrained", "frozen", "new", "frozen"]
+  assert list(optim.groups_of(paths, GROUPS).values()) == expected
+  assert optim.groups_of(["unet.new.kernel"], GROUPS[::-1]) == {"unet.new.kernel": "new"}
+
+
+def test_latent_statistics_are_never_trained():
+  names = {"autoencoder.shift": "frozen", "autoencoder.scale": "frozen", "autoencoder.norm.scale": "new"}
+  assert optim.groups_of(names, ((".*", "new"),)) == names
+
+
+def test_an_unmatched_parameter_is_named():
+  with pytest.raises(UserError, match="no rule of optim.groups matches parameter unet.conv.kernel"):
+    make(groups=(("^head", "new"),))
+
+
+def test_a_group_without_a_rate_is_named():
+  with pytest.raises(UserError, match="optim.rates has no 'pretrained', the group of unet.conv.kernel; it has new"):
+    make(rates={"new": 1e-2})
+
+
+def test_each_group_takes_its_own_rate_and_decay_spares_biases_and_norms():
+  assert_same(run(make()), adamw_by_hand(rates=RATES))
+
+
+def test_a_rate_of_zero_stands_still():
+  moved = run(make(rates={"new": 1e-2, "pretrained": 0.0}))[-1]
+  start = draw(0)
+  assert [path for path in SHAPES if (moved[path] != start[path]).any()] == ["unet.new.kernel", "head.norm.scale"]
+
+
+def test_the_gradient_is_clipped_by_the_norm_over_all_groups():
+  assert_same(run(make(clip_norm=0.01)), adamw_by_hand(rates=RATES, clip_norm=0.01))
+  unclipped = adamw_by_hand(rates=RATES)[-1]
+  assert np.abs(run(make(clip_norm=0.01))[-1]["unet.new.kernel"] - unclipped["unet.new.kernel"]).max() > 1e-4
+  assert_same(run(make(clip_norm=1e6)), adamw_by_hand(rates=RATES))
+
+
+@pytest.mark.parametrize(
+  "kind, after",
+  [
+    ("constant", lambda share: 1.0),
+    ("linear", lambda share: 1 - 0.9 * share),
+    ("cosine", lambda share: 0.1 + 0.9 * (1 + np.cos(np.pi * share)) / 2),
+  ],
+)
+def test_schedules(kind, after):
+  schedule = optim.schedule(2.0, kind=kind, warmup_steps=10, num_steps=50, final_fraction=0.1)
+  steps = np.arange(60)
+  expected = [2.0 * i / 10 if i < 10 else 2.0 * after(min((i - 10) / 40, 1.0)) for i in steps]
+  values = lambda schedule: [schedule(float(i)) for i in steps]
+  np.testing.assert_allclose(values(schedule), expected, rtol=1e-5, atol=1e-7)
+  if kind == "cosine":
+    warmed = optax.warmup_cosine_decay_schedule(0.0, 2.0, 10, 50, end_value=0.2)
+    np.testing.assert_allclose(values(schedule), values(warmed), rtol=1e-5, atol=1e-7)
+
+
+def test_schedule_without_warm_up_starts_at_its_peak():
+  schedule = optim.schedule(2.0, kind="linear", warmup_steps=0, num_steps=4)
+  np.testing.assert_allclose([schedule(i) for i in range(5)], [2.0, 1.5, 1.0, 0.5, 0.0])
+
+
+def test_the_schedule_scales_the_rate_of_each_step():
+  found = run(make(schedule_kind="linear", warmup_steps=2, num_steps=4))
+  start = draw(0)
+  assert all((found[0][path] == start[path]).all() for path in SHAPES), "the first step has rate 0"
+  assert all((found[1][path] != found[0][path]).all() for path in SHAPES)
+
+
+def test_an_unknown_schedule_is_told_the_known_ones():
+  with pytest.raises(UserError, match="optim.schedule_kind is 'cosin'; .* constant, cosine, linear"):
+    make(schedule_kind="cosin")
+
+
+@pytest.mark.parametrize("step, rate", [(0, 0.1), (1, 2 / 11), (40, 41 / 50), (80, 0.9), (10**6, 0.9)])
+def test_average_is_optax_incremental_update_with_a_ramp(step, rate):
+  new, old = draw(1), draw(2)
+  found = optim.ema(new, old, decay=0.9, step=jnp.asarray(step, jnp.int32))
+  expected = optax.incremental_update(new, old, 1 - rate)
+  for path in SHAPES:
+    np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[path], rate * old[path] + (1 - rate) * new[path], rtol=1e-5, atol=1e-6)

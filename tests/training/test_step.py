@@ -1,0 +1,381 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.models import build
+from diffdis_jax.models.diffdis import DiffDis, to_signed
+from diffdis_jax.params import Params, flatten, merge
+from diffdis_jax.structs import Batch, LatentBatch
+from diffdis_jax.training import encode, objectives, step
+from diffdis_jax.training.build import build_step
+from tests import steps
+from tests.models.networks import compiled, random_params
+
+T = steps.NUM_TIMESTEPS
+
+
+def make_keys(microbatch: int = 0) -> dict[str, jax.Array]:
+  return step.step_keys(0, jnp.int32(0), jnp.int32(microbatch))
+
+
+class Loss:
+  """A config's loss as a function of (trained parameters, batch, keys), the others fixed; not compiled."""
+
+  def __init__(self, config: ConfigDict, *, trained: str = ""):
+    self.graphdef, self.abstract = build.abstract(build.make(config.model, objectives=config.objectives))
+    self.params = random_params(flatten(self.abstract), seed=0)
+    self.trained = {path: value for path, value in self.params.items() if re.search(trained, path)}
+    self._fixed = {path: value for path, value in self.params.items() if path not in self.trained}
+    self._loss = objectives.make_loss(config, self.graphdef, self.abstract)
+
+  def __call__(self, trained: Params, batch: Batch, keys: dict[str, jax.Array]) -> tuple[jax.Array, step.Metrics]:
+    loss, (metrics, _) = self._loss(trained, self._fixed, batch, keys)
+    return loss, metrics
+
+  def value_and_grad(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+    (loss, _), gradient = compiled(jax.value_and_grad(self, has_aux=True))(self.trained, batch, make_keys())
+    return float(loss), jax.device_get(gradient)
+
+
+def spy(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+  """What the two passes took and gave, by name, from now on."""
+  seen: dict[str, dict[str, Any]] = {}
+
+  def recording(name: str, original: Callable) -> Callable:
+    def call(self: DiffDis, **inputs: Any) -> Any:
+      seen[name] = {**inputs, "output": original(self, **inputs)}
+      return seen[name]["output"]
+
+    return call
+
+  original = DiffDis.joint
+
+  def joint(self: DiffDis, generation: dict, discrimination: dict, **settings: int) -> Any:
+    outputs = original(self, generation, discrimination, **settings)
+    for name, inputs, output in zip(("generation", "discrimination"), (generation, discrimination), outputs):
+      seen[name] = {**inputs, "output": output}
+    return outputs
+
+  monkeypatch.setattr(DiffDis, "joint", joint)
+  monkeypatch.setattr(DiffDis, "generation", recording("generation", DiffDis.generation))
+  monkeypatch.setattr(DiffDis, "discrimination", recording("discrimination", DiffDis.discrimination))
+  return seen
+
+
+def info_nce(
+  query: np.ndarray, e: np.ndarray, scale: float, tokens: np.ndarray, dropped: np.ndarray
+) -> tuple[float, np.ndarray]:
+  """The loss and the direction from ê to e by sample, in float64 and with loops."""
+  query = query / np.linalg.norm(query, axis=1, keepdims=True)
+  logits = min(np.exp(scale), 100.0) * query @ e.T
+  b = len(e)
+  rival = lambda i, j: i == j or (tokens[i] != tokens[j]).any()
+  forth = [-logits[i, i] + np.log(sum(np.exp(logits[i, j]) for j in range(b) if rival(i, j))) for i in range(b)]
+  kept = [j for j in range(b) if not dropped[j]]
+  back = [-logits[j, j] + np.log(sum(np.exp(logits[i, j]) for i in kept if rival(i, j))) for j in kept]
+  return (np.mean(forth) + np.mean(back)) / 2, np.array(forth)
+
+
+VARIANTS = {
+  "data": {"loss.condition_dropout": 0.3, "loss.image_dropout": 0.3},
+  "noise": {
+    "text_diffusion.target": "noise",
+    "text_diffusion.schedule": "cosine",
+    "text_diffusion.gamma": 0.5,
+    "image_diffusion.schedule": "linear",
+    "loss.ita_weight": 0.25,
+    "loss.condition_dropout": 0.0,
+    "loss.image_dropout": 0.0,
+    "condition_timestep": 0,
+    "sample_posterior": False,
+  },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
+  config = steps.make_config(**VARIANTS[variant])
+  loss, batch, keys = Loss(config), steps.make_batch(config), make_keys()
+  seen = spy(monkeypatch)
+
+  def everything(params, batch, keys):
+    model = merge(loss.graphdef, loss.abstract, params)
+    z = model.encode_image(batch.image, keys["posterior"] if config.sample_posterior else None)
+    empty = jnp.asarray([[steps.BOS] + [steps.EOS] * (batch.tokens.shape[1] - 1)])
+    return loss(params, batch, keys), dict(seen), z, model.encode_text(batch.tokens), model.encode_text(empty).c
+
+  results = jax.device_get(compiled(everything)(loss.params, batch, keys))
+  ((total, metrics), passes, z, text, null) = jax.tree.map(lambda x: x.astype(np.float64), results)
+  means = steps.means(metrics)
+  b = len(z)
+
+  draw_t = lambda name: np.asarray(jax.random.randint(keys[name], (b,), 0, T))
+  t_z, t_e = draw_t("t_z"), draw_t("t_e")
+  no_condition = np.asarray(jax.random.bernoulli(keys["drop_condition"], config.loss.condition_dropout, (b, 1, 1)))
+  no_image = np.asarray(jax.random.bernoulli(keys["drop_image"], config.loss.image_dropout, (b,)))
+  assert no_condition.any() == no_image.any() == (variant == "data") and not no_image.all()
+
+  alpha_bar = steps.ALPHA_BAR[config.image_diffusion.schedule][t_z][:, None, None, None]
+  noise_z = np.asarray(jax.random.normal(keys["noise_z"], z.shape), np.float64)
+  generation = passes["generation"]
+  np.testing.assert_array_equal(generation["t_z"], t_z)
+  np.testing.assert_allclose(generation["z_t"], np.sqrt(alpha_bar) * z + np.sqrt(1 - alpha_bar) * noise_z, atol=1e-5)
+  np.testing.assert_allclose(generation["c"], np.where(no_condition, null, text.c), atol=1e-5)
+  by_sample = ((generation["output"] - noise_z) ** 2).mean(axis=(1, 2, 3))
+  np.testing.assert_allclose(means["loss_generation"], by_sample.mean(), rtol=1e-5)
+
+  gamma = config.text_diffusion.gamma
+  alpha_bar = steps.ALPHA_BAR[config.text_diffusion.schedule][t_e][:, None]
+  noise_e = np.asarray(jax.random.normal(keys["noise_e"], text.e.shape), np.float64)
+  e_t = gamma * np.sqrt(alpha_bar) * text.e + np.sqrt(1 - alpha_bar) * noise_e
+  discrimination = passes["discrimination"]
+  np.testing.assert_array_equal(discrimination["t_e"], t_e)
+  np.testing.assert_allclose(discrimination["e_t"], e_t, atol=1e-5)
+  np.testing.assert_allclose(discrimination["z"], np.where(no_image[:, None, None, None], 0, z), atol=1e-5)
+  np.testing.assert_array_equal(discrimination["t_z"], np.full(b, config.condition_timestep))
+  np.testing.assert_allclose(discrimination["c_null"], np.broadcast_to(null, text.c.shape), atol=1e-5)
+  query = discrimination["output"]
+  if config.text_diffusion.target == "noise":
+    query = (e_t - np.sqrt(1 - alpha_bar) * query) / (gamma * np.sqrt(alpha_bar))
+  scale = loss.params["logit_scale"].astype(np.float64)
+  ita, query_to_text = info_nce(query, text.e, scale, batch.tokens, no_image)
+  np.testing.assert_allclose(means["loss_discrimination"], ita, rtol=1e-5)
+
+  np.testing.assert_allclose(total, by_sample.mean() + config.loss.ita_weight * ita, rtol=1e-5)
+  np.testing.assert_allclose(means["loss"], total, rtol=1e-6)
+  for name, t, values in (("generation", t_z, by_sample), ("discrimination", t_e, query_to_text)):
+    sums, counts = np.array([metrics[f"loss_{name}_q{i}"] for i in (1, 2, 3, 4)]).T
+    np.testing.assert_array_equal(counts, np.bincount(t // 250, minlength=4))
+    np.testing.assert_allclose(sums, np.bincount(t // 250, values, minlength=4), rtol=1e-5, atol=1e-6)
+
+
+def test_discrimination_sees_a_caption_only_through_its_noised_query(monkeypatch):
+  config = steps.make_config("discrimination", **{"loss.image_dropout": 0.0})
+  loss, batch, keys = Loss(config), steps.make_batch(config), make_keys()
+  seen = spy(monkeypatch)
+
+  def inputs(params, batch, keys):
+    loss(params, batch, keys)
+    return dict(seen["discrimination"])
+
+  run = compiled(inputs)
+  before = run(loss.params, batch, keys)
+  tokens = batch.tokens.copy()
+  tokens[3, 1] = (tokens[3, 1] + 1) % steps.BOS
+  after = run(loss.params, batch.replace(tokens=tokens), keys)
+  for name in ("z", "t_z", "t_e", "c_null"):
+    np.testing.assert_array_equal(after[name], before[name])
+  changed = (np.asarray(after["e_t"]) != np.asarray(before["e_t"])).any(axis=1)
+  np.testing.assert_array_equal(np.flatnonzero(changed), [3])
+
+
+GOLDEN_KEYS = {
+  "posterior": (606282574, 1201192460),
+  "t_z": (3536235892, 2418354380),
+  "noise_z": (3333673603, 2751763383),
+  "drop_condition": (3825060772, 4017715808),
+  "t_e": (2832731578, 3106893194),
+  "noise_e": (814280283, 1333195700),
+  "drop_image": (522268029, 110828973),
+  "posterior_discrimination": (1737289153, 2762526652),
+}
+
+
+# Of seed 3, step 5, microbatch 1. Another order of step.KEYS, or another derivation, would change resumed runs.
+def test_keys_depend_on_seed_step_and_microbatch_alone():
+  raw = lambda *place: {name: jax.random.key_data(key) for name, key in step.step_keys(*place).items()}
+  places = [(seed, n, micro) for seed in (0, 1, 2**31) for n in (0, 1, 2) for micro in (0, 1, 2)]
+  everything = [raw(seed, jnp.int32(n), jnp.int32(micro)) for seed, n, micro in places]
+  pairs = {tuple(np.asarray(key).tolist()) for keys in everything for key in keys.values()}
+  assert len(pairs) == len(places) * len(step.KEYS)
+  for name, key in raw(3, jnp.int32(5), jnp.int32(1)).items():
+    assert tuple(np.asarray(key).tolist()) == GOLDEN_KEYS[name], name
+
+
+def test_timesteps_of_image_and_text_are_independent():
+  keys = make_keys()
+  t_z, t_e = (np.asarray(jax.random.randint(keys[name], (4096,), 0, T)) for name in ("t_z", "t_e"))
+  assert abs(np.corrcoef(t_z, t_e)[0, 1]) < 0.08
+  assert (t_z == t_e).mean() < 0.01
+
+
+@pytest.mark.parametrize(
+  "objective, frozen, absent",
+  [
+    ("generation", "^autoencoder|^text_encoder", "^(text_stream|alignment|logit_scale)"),
+    ("discrimination", "^autoencoder|^text_encoder", r"^unet\.(up|norm_out|conv_out)"),
+    ("reconstruction", r"^autoencoder\.(shift|scale)$", "^(unet|text_encoder|text_stream|alignment|logit_scale)"),
+  ],
+)
+def test_one_objective_trains_its_own_parts_and_averages_them(objective, frozen, absent):
+  changes = {"optim.ema_decay": 0.15, "optim.warmup_steps": 0}
+  if objective != "reconstruction":
+    changes["optim.groups"] = ((frozen, "frozen"), (".*", "new"))
+  trainer = steps.Trainer(steps.make_config(objective, **changes))
+  names = trainer.step.shapes.keys()
+  assert not [name for name in names if re.search(absent, name)]
+  state, batch = trainer.initial(), steps.make_batch(trainer.config)
+  trained = {name for name in names if not re.search(frozen, name)}
+  assert state.ema.keys() == trained
+  in_optimizer = {name for name in names if f"'{name}'" in str(jax.tree.structure(state.opt_state))}
+  assert in_optimizer == trained
+
+  average = {name: trainer.params[name].astype(np.float64) for name in trained}
+  for i in range(3):
+    state, (metrics,) = trainer.run(state, batch)
+    decay = min(0.15, (1 + i) / (10 + i))
+    average = {name: decay * average[name] + (1 - decay) * np.asarray(state.params[name]) for name in trained}
+    assert np.isfinite(steps.means(metrics)["loss"])
+  assert int(state.step) == 3
+  for name in names:
+    same = np.asarray(state.params[name]).tobytes() == trainer.params[name].tobytes()
+    assert same == bool(re.search(frozen, name) and objective != "reconstruction"), name
+  for name in trained:
+    np.testing.assert_allclose(state.ema[name], average[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_latent_statistics_end_at_zero_mean_and_unit_variance():
+  config = steps.make_config("reconstruction", **{"optim.rates.new": 0.0, "optim.weight_decay": 0.0})
+  trainer = steps.Trainer(config)
+  batch = steps.make_batch(config)
+  state, _ = trainer.run(trainer.initial(), *[batch] * 250)
+  before, after = trainer.params, jax.device_get(state.params)
+  statistics = {"autoencoder.shift", "autoencoder.scale"}
+  assert {name for name in before if before[name].tobytes() != after[name].tobytes()} == statistics
+
+  model = merge(trainer.step.graphdef, trainer.step.abstract, after)
+  encode = compiled(model.encode_image)
+  z = np.concatenate([encode(batch.image, jax.random.key(i)) for i in range(16)])
+  np.testing.assert_allclose(z.mean(axis=(0, 1, 2)), 0, atol=0.05)
+  np.testing.assert_allclose(z.std(axis=(0, 1, 2)), 1, atol=0.05)
+  assert np.abs(before["autoencoder.scale"] - after["autoencoder.scale"]).min() > 0.05
+
+
+def test_accumulation_applies_the_mean_gradient_of_the_microbatches():
+  trained, rate, eps = r"^unet\.(norm_out|conv_out)", 0.1, 1.0  # with this eps the update is smooth in the gradient
+  changes = {"optim.accumulate": 2, "optim.groups": ((trained, "new"), (".*", "frozen")), "optim.rates.new": rate}
+  changes |= {"optim.eps": eps, "optim.clip_norm": 0.0, "optim.warmup_steps": 0, "optim.schedule_kind": "constant"}
+  config = steps.make_config("generation", **changes)
+  trainer, batch = steps.Trainer(config), steps.make_batch(config)
+  state, (metrics,) = trainer.run(trainer.initial(), batch)
+
+  loss = Loss(config, trained=trained)
+  gradient_of = compiled(jax.value_and_grad(loss, has_aux=True))
+  parts = [gradient_of(loss.trained, jax.tree.map(lambda x, i=i: x[i::2], batch), make_keys(i)) for i in range(2)]
+  assert abs(parts[0][0][0] - parts[1][0][0]) > 1e-3
+  gradient = jax.tree.map(lambda a, b: (a + b) / 2, *(part[1] for part in parts))
+  optimizer = optax.adamw(
+    rate, b2=config.optim.b2, eps=eps, weight_decay=config.optim.weight_decay, mask=lambda params: decayed(params)
+  )
+  decayed = lambda params: {name: not re.search(config.optim.no_decay, name) for name in params}
+  with jax.numpy_dtype_promotion("standard"):
+    updates, _ = optimizer.update(gradient, optimizer.init(loss.trained), loss.trained)
+  for name, value in optax.apply_updates(loss.trained, updates).items():
+    np.testing.assert_allclose(state.params[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert np.abs(np.asarray(value) - loss.trained[name]).max() > 1e-5
+  means = steps.means(metrics)
+  np.testing.assert_allclose(means["loss"], np.mean([part[0][0] for part in parts]), rtol=1e-5)
+  np.testing.assert_allclose(means["grad_norm"], optax.tree.norm(gradient), rtol=1e-4)
+
+
+def test_rematerialisation_changes_no_gradient():
+  trained = r"^unet\.(conv_in|down)|^text_stream"
+  config = steps.make_config("discrimination")
+  batch = steps.make_batch(config)
+  loss = Loss(config, trained=trained)
+  assert "remat" not in str(jax.make_jaxpr(loss)(loss.trained, batch, make_keys()))
+  expected_loss, expected = loss.value_and_grad(batch)
+  for policy in ("full", "dots"):
+    loss = Loss(steps.make_config("discrimination", **{"model.remat": policy}), trained=trained)
+    assert "remat" in str(jax.make_jaxpr(loss)(loss.trained, batch, make_keys()))
+    value, gradient = loss.value_and_grad(batch)
+    np.testing.assert_allclose(value, expected_loss, rtol=1e-6)
+    for name in expected:
+      np.testing.assert_allclose(gradient[name], expected[name], rtol=1e-3, atol=1e-5, err_msg=f"{policy} {name}")
+
+
+def test_bf16_compute_keeps_f32_parameters_and_is_close():
+  trained = r"^unet\.(conv_in|conv_out)|^alignment\.predictor"
+  batch = steps.make_batch(steps.make_config())
+  in_f32 = Loss(steps.make_config())
+  expected, _ = compiled(in_f32)(in_f32.params, batch, make_keys())
+  in_bf16 = Loss(steps.make_config(**{"model.dtype": "bfloat16"}), trained=trained)
+  assert {x.dtype for x in in_bf16.params.values()} == {np.dtype(np.float32)}
+  value, gradient = in_bf16.value_and_grad(batch)
+  assert value != float(expected)
+  np.testing.assert_allclose(value, expected, rtol=0.02)
+  for name, x in gradient.items():
+    assert x.dtype == np.float32 and np.isfinite(x).all() and x.any(), name
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"objectives": ()}, "objectives is empty"),
+    ({"objectives": ("reconstruction", "generation")}, "cannot be combined"),
+    ({"image_size": 18}, "image_size is 18; .* multiple of 4, such as 16"),
+    ({"optim.groups": ((".*", "frozen"),)}, "freezes every parameter"),
+    ({"optim.groups": ((".*", "new"),)}, "trains the autoencoder"),
+    ({"optim.groups": (("^autoencoder", "frozen"),)}, "no rule of optim.groups matches parameter"),
+    ({"optim.rates": {"new": 1e-3, "old": 1e-4}, "optim.groups": (("^autoencoder", "frozen"), (".*", "nwe"))}, "nwe"),
+    ({"batch_size": 15, "optim.accumulate": 2}, "batch_size is 15; .* multiple of 2, such as 1[46]"),
+  ],
+)
+def test_bad_configs_are_refused_before_anything_is_allocated(changes, message):
+  config = steps.make_config()
+  config.update_from_flattened_dict({k: v for k, v in changes.items() if k != "optim.rates"})
+  if "optim.rates" in changes:
+    config.optim.rates = changes["optim.rates"]
+  with pytest.raises(UserError, match=message) as error:
+    build_step(config, steps.make_mesh())
+  assert "\n" not in str(error.value)
+
+
+def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
+  config = steps.make_config(sample_posterior=False)
+  seen = {}
+  for name in ("generation", "discrimination"):
+    original = getattr(objectives, f"{name}_inputs")
+    record = lambda z, *rest, name=name, original=original: (seen.setdefault(name, []).append(z), original(z, *rest))[1]
+    monkeypatch.setattr(objectives, f"{name}_inputs", record)
+  loss = Loss(config)
+  batch, other = steps.make_batch(config), steps.make_batch(config, seed=1)
+  for each in (batch, other, batch.replace(discrimination_image=other.image)):
+    loss(loss.trained, each, make_keys())
+  generation, discrimination = seen["generation"], seen["discrimination"]
+  np.testing.assert_array_equal(generation[2], generation[0])
+  np.testing.assert_array_equal(discrimination[2], discrimination[1])
+  assert np.abs(discrimination[2] - discrimination[0]).max() > 0.01
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_stored_posteriors_train_as_their_images_do(sample):
+  """But for bf16, in which they are stored; and a draw is taken anew at each step."""
+  config = steps.make_config(sample_posterior=sample)
+  loss = Loss(config)
+  batch = steps.make_batch(config)
+  model = merge(loss.graphdef, loss.abstract, loss.params)
+  posterior = model.autoencoder.encode(to_signed(batch.image))
+  stored = LatentBatch(
+    mean=posterior.mean.astype(jnp.bfloat16),
+    log_variance=posterior.log_variance.astype(jnp.bfloat16),
+    tokens=batch.tokens,
+  )
+  with_text = stored.replace(condition=model.encode_text(batch.tokens).c.astype(jnp.bfloat16))
+  expected, *found = (loss(loss.trained, each, make_keys())[0] for each in (batch, stored, with_text))
+  for total in found:
+    assert abs(float(total) - float(expected)) < 0.01 * abs(float(expected))
+  z = lambda step_number: latents.of_batch(model, stored, step.step_keys(0, step_number, jnp.int32(0)), sample=sample)[
+    0
+  ]
+  assert (np.asarray(z(jnp.int32(0))) != np.asarray(z(jnp.int32(1)))).any() == sample
