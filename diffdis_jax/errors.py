@@ -34,7 +34,7 @@ def check_number(
   if number and math.isfinite(value) and at_least <= value <= at_most and above < value < below:
     return
   limits = (("at least", at_least), ("above", above), ("at most", at_most), ("below", below))
-  said = " and ".join(f"{words} {limit:g}" for words, limit in limits if math.isfinite(limit))
+  said = " and ".join(f"{words} {limit:.10g}" for words, limit in limits if math.isfinite(limit))
   raise UserError(f"{name} is {value!r}; it must be {said or 'a finite number'}")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +116,7 @@ def denoise_queries(
   return losses.unit_norm(jax.lax.map(from_noise, e_T).mean(axis=0))
 
 
+@runtime_checkable
 class Model(Protocol):
   """What evaluations ask of a model; `Inference` is one."""
 

@@ -1,7 +1,13 @@
-"""Eight CPU devices, strict dtype promotion and warnings as errors, for every test."""
+"""Eight CPU devices, strict dtype promotion, warnings as errors, and every annotation of the package checked."""
 
 import jax
+import jaxtyping
 import pytest
+
+import tests.typechecking  # noqa: F401
+
+# Before any module of the package is imported: shapes, dtypes and types of all its functions are then checked at calls.
+jaxtyping.install_import_hook("diffdis_jax", "tests.typechecking.check")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from diffdis_jax.data.build import open_loader, read_data
+from diffdis_jax.inference import Inference, read_sampling
+from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch
+from diffdis_jax.train import latent_shapes
 from diffdis_jax.training.build import build_step
-from diffdis_jax.training.step import Metrics, Step, TrainState
+from diffdis_jax.training.step import Metrics, TrainState
 from tests import tiny
 from tests.models.networks import COMPILER_OPTIONS, random_params
 
@@ -56,6 +62,22 @@ def make_batch(config: ConfigDict, seed: int = 0) -> Batch:
     row[1 : 1 + length] = rng.integers(0, BOS, length)
   tokens[-1] = tokens[-2]
   return Batch(image=coarse.repeat(4, axis=1).repeat(4, axis=2), tokens=tokens)
+
+
+def make_inference(config: ConfigDict, *, mesh: Mesh | None = None, batch_size: int = 64, **sampling: Any) -> Inference:
+  network = Network.of(config)
+  return Inference(network, read_sampling(config.inference.to_dict(), **sampling), mesh=mesh, batch_size=batch_size)
+
+
+def open_batches(config: ConfigDict, rows: Sequence[int] | None = None) -> grain.DatasetIterator:
+  """The batches that a run of this config trains on, as train opens them."""
+  return open_loader(
+    read_data(config),
+    batch_size=config.batch_size,
+    seed=config.seed,
+    rows=rows,
+    latents=latent_shapes(Network.of(config)),
+  )
 
 
 class Trainer:

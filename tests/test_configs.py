@@ -22,7 +22,6 @@ import configs
 from diffdis_jax.diffusion import schedules
 from diffdis_jax.parallel import sharding
 from diffdis_jax.training.build import build_step
-from diffdis_jax.training.step import Step
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FRAGMENTS = {"__init__", "common", "sizes"}

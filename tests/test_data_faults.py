@@ -3,10 +3,10 @@
 import pytest
 from absl import logging
 
-from diffdis_jax.data import build, records
+from diffdis_jax.data import records
 from diffdis_jax.data.loader import SUBSTITUTED, Substitutions
-from diffdis_jax.data.prepare import builder, parts, staging
-from tests import tiny
+from diffdis_jax.data.prepare import builder, pairs, parts, staging
+from tests import steps, tiny
 from tests.raw_pairs import faults, load, picture, write_tar
 
 FAULTS = faults()
@@ -46,8 +46,8 @@ def test_preparation(tmp_path, cut):
     assert report.truncated == ["0"] and 0 < report.pairs < N - sum(EXPECTED.values())
     return
   assert report.skipped == EXPECTED and report.pairs == N - sum(EXPECTED.values())
-  assert report.changed == {records.CONTROLS: 3, records.LONG: 3}
-  assert all(record["caption"].isprintable() and len(record["caption"]) <= records.MAX_CAPTION for record in stored)
+  assert report.changed == {pairs.CONTROLS: 3, pairs.LONG: 3}
+  assert all(record["caption"].isprintable() and len(record["caption"]) <= pairs.MAX_CAPTION for record in stored)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_training_counts_each_reason_and_uses_what_can_be_used(spoiled, caplog):
   config = tiny.get_config()
   config.batch_size = 50
   config.data.update(name="pairs", path=str(spoiled))
-  iterator, substitutions = batches.make_loader(config), Substitutions()
+  iterator, substitutions = steps.open_batches(config), Substitutions()
   epochs = 2
   for _ in range(epochs * N // 50):
     batch = next(iterator)

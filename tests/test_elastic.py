@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from diffdis_jax import train
-from diffdis_jax.data import build
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint
 from diffdis_jax.training.build import build_step
-from diffdis_jax.training.step import Step
 from tests import steps
 from tests.models.networks import random_params
 
@@ -35,7 +33,7 @@ def saved(tmp_path_factory, config):
   path = str(tmp_path_factory.mktemp("elastic"))
   trainer = build_step(config, steps.make_mesh(*SAVED_ON))
   state = trainer.with_params(jax.device_put(random_params(trainer.shapes, seed=0), trainer.state_shardings.params))
-  iterator = batches.make_loader(config)
+  iterator = steps.open_batches(config)
   for _ in range(STEPS):
     next(iterator)
   meta = {"totals": train.write_totals({"loss": (np.float32(0.1), np.float32(3))})}
@@ -47,9 +45,9 @@ def saved(tmp_path_factory, config):
 @pytest.mark.parametrize("shape", [(4, 2, 1), (8, 1, 1), (1, 1, 1)])
 def test_on_another_mesh_every_bit_and_the_next_batch_are_the_same(saved, config, shape):
   path, expected, next_batch = saved
-  trainer, iterator = build_step(config, steps.make_mesh(*shape)), batches.make_loader(config)
+  trainer, iterator = build_step(config, steps.make_mesh(*shape)), steps.open_batches(config)
   with checkpoint.Checkpointer(path) as checkpointer:
-    state, meta = train.restore_or_init(config, trainer, checkpointer, iterator)
+    state, meta = train.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
   assert int(state.step) == STEPS
   for (name, a), b in zip(
     jax.tree.leaves_with_path((expected.params, expected.ema, expected.opt_state)),
@@ -73,9 +71,9 @@ def test_by_another_number_of_hosts_the_next_global_batch_is_the_same(saved, con
   found = {name: np.zeros_like(values) for name, values in next_batch.items()}
   for host in range(hosts):
     rows = [row for row in range(config.batch_size) if row // 2 % hosts == host]
-    iterator = batches.make_loader(config, rows)
+    iterator = steps.open_batches(config, rows)
     with checkpoint.Checkpointer(path) as checkpointer:
-      train.restore_or_init(config, trainer, checkpointer, iterator)
+      train.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
     for name, values in next(iterator).items():
       found[name][rows] = values
   for name, values in next_batch.items():
@@ -85,7 +83,7 @@ def test_by_another_number_of_hosts_the_next_global_batch_is_the_same(saved, con
 def keep(workdir, metrics: dict[int, float | None], **options) -> list[int]:
   """The steps that are left after saves with these metrics."""
   for step, value in metrics.items():  # a checkpointer each: what was saved before is known after a restart
-    with checkpoint.Checkpointer(workdir, **options) as checkpointer:
+    with checkpoint.Checkpointer(workdir, checkpoint.Kept(**options)) as checkpointer:
       params = {"a": np.full(3, step, np.float32)}
       state = steps.TrainState(step=step, params=jax.device_put(params), ema={}, opt_state=())
       checkpointer.save(step, state, metrics={} if value is None else {"test/acc1": value})
@@ -103,16 +101,18 @@ def test_keeps_the_best_beside_the_last_and_every_tenth(tmp_path, best_is, best)
 @pytest.mark.parametrize(
   "options", [{"keep_best": 1}, {"best_metric": "a/b"}, {"keep_best": 1, "best_metric": "a/b", "best_is": "highest"}]
 )
-def test_keep_policies_that_contradict_themselves(tmp_path, options):
-  with pytest.raises(UserError, match="keep_best needs the name of a metric"):
-    checkpoint.Checkpointer(str(tmp_path), **options)
+def test_keep_policies_that_contradict_themselves(options):
+  with pytest.raises(
+    UserError, match="keep_best needs the name of a metric|best_is is 'highest'; it must be one of max, min"
+  ):
+    checkpoint.Kept(**options)
 
 
 def test_the_best_metric_is_of_an_evaluation_in_training(config):
   bad = config.copy_and_resolve_references()
   bad.checkpoint.update(keep_best=1, best_metric="test/acc1")
   with pytest.raises(UserError, match="best_metric=test/acc1 should begin with one of train_evals"):
-    train.Watch(bad, steps.make_mesh(), None)
+    train.make_watch(bad, None, None, None)
 
 
 def test_totals_keep_their_bits_through_json():

@@ -18,7 +18,6 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping, to_torch
 from diffdis_jax.models import build
-from diffdis_jax.params import flatten
 from diffdis_jax.run import checkpoint, workdir
 from tests import pipelines
 from tests.command_runs import ROOT, call
@@ -36,8 +35,8 @@ def make_run(folder: pathlib.Path, imported: str, **changes: object) -> str:
   """A run of the imported network with other random parameters and averages, and latents of uneven statistics."""
   config = workdir.load_config(imported).copy_and_resolve_references().unlock()
   config.update_from_flattened_dict(changes)
-  workdir.open_for_training(str(folder), config)
-  shapes = flatten(build.abstract(build.make(config.model, objectives=config.objectives))[1])
+  workdir.open_for_training(str(folder), config.to_dict())
+  shapes = build.Network.of(config).shapes
   statistics = {
     "autoencoder.shift": np.float32([0.5, -0.5, 0.1, 0.0]),
     "autoencoder.scale": np.float32([0.2, 0.3, 0.5, 1.0]),
@@ -104,7 +103,7 @@ def test_an_export_is_imported_back_with_what_diffdis_adds(run, exported):
   config, expected = import_weights.make_config(found), workdir.load_config(run)
   for field in ("image_size", "text_diffusion", "image_diffusion", "condition_timestep", "objectives"):
     assert config.to_dict()[field] == expected.to_dict()[field]
-  matched = from_torch.match(found, flatten(build.abstract(import_weights.make_diffdis(config))[1]))
+  matched = from_torch.match(found, build.Network.of(config).shapes)
   loaded = from_torch.read(matched)
   params = checkpoint.restore_params(run)
   assert loaded.keys() == params.keys() - set(mapping.STATISTICS) and not matched.ignored

@@ -22,10 +22,9 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping
 from diffdis_jax.models import build
-from diffdis_jax.params import Params, flatten
+from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training.build import build_step
-from diffdis_jax.training.step import Step
 from tests import compvis_names, pipelines
 from tests.command_runs import call
 from tests.models import networks
@@ -52,7 +51,7 @@ def load(source: pathlib.Path) -> tuple[ConfigDict, Params, list[str]]:
   """The verb's reading half: the config, the parameters that the source has, and what is ignored."""
   found = from_torch.open_source(source)
   config = import_weights.make_config(found)
-  matched = from_torch.match(found, flatten(build.abstract(import_weights.make_diffdis(config))[1]))
+  matched = from_torch.match(found, build.Network.of(config).shapes)
   return config, from_torch.read(matched), matched.ignored
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.inference import Inference, load
-from diffdis_jax.models import layers
+from diffdis_jax.models import attention
 from diffdis_jax.models.diffdis import DiffDis
-from diffdis_jax.params import Params, merge
+from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training.step import TrainState
 from tests import steps
@@ -23,15 +23,15 @@ WIDTH = 16  # of a text query
 
 def make(*objectives: str, changes: dict | None = None, **protocol) -> Inference:
   protocol = {"batch_size": 4, **protocol}
-  return Inference(steps.make_config(*objectives, **(changes or {})), mesh=steps.make_mesh(), **protocol)
+  return steps.make_inference(steps.make_config(*objectives, **(changes or {})), mesh=steps.make_mesh(), **protocol)
 
 
 def params_of(inference: Inference) -> Params:
-  return random_params(tree.inference.shapes, seed=0)
+  return random_params(inference.shapes, seed=0)
 
 
 def model_of(inference: Inference) -> DiffDis:
-  return merge(inference.graphdef, inference.abstract, params_of(inference))
+  return inference.network.with_params(params_of(inference))
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -51,7 +51,7 @@ def inference() -> Inference:
 
 def test_programs_are_traced_for_the_devices_of_the_mesh(monkeypatch):
   asked = []
-  monkeypatch.setattr(layers, "platform", lambda: asked.append(jax.sharding.get_abstract_mesh().empty) or "cpu")
+  monkeypatch.setattr(attention, "platform", lambda: asked.append(jax.sharding.get_abstract_mesh().empty) or "cpu")
   inference = make(generation_steps=3)
   for name in ("generation", "discrimination"):
     asked.clear()
@@ -157,7 +157,7 @@ def test_generation_is_ddim_with_guidance_by_hand(inference):
 
 def test_noise_of_an_image_depends_on_seed_and_index_alone(inference):
   noise = inference.noise(64, seed=2)
-  assert noise.shape == (64, *inference.noise_shape()) == (64, 4, 4, 4)
+  assert noise.shape == (64, *inference.network.latent_shape) == (64, 4, 4, 4)
   np.testing.assert_array_equal(inference.noise(3, seed=2), noise[:3])
   assert (inference.noise(3, seed=3) != noise[:3]).all()
   assert len(np.unique(noise, axis=0)) == 64
@@ -171,7 +171,7 @@ def test_text_queries_have_unit_length_on_any_mesh(inference):
   np.testing.assert_allclose(found, expected, atol=1e-5)
   np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
   np.testing.assert_array_equal(found[-1], found[-2])
-  on_eight = Inference(steps.make_config(), mesh=steps.make_mesh(2, 2, 2), batch_size=3)
+  on_eight = steps.make_inference(steps.make_config(), mesh=steps.make_mesh(2, 2, 2), batch_size=3)
   assert on_eight.batch_size == 8
   np.testing.assert_allclose(on_eight.embed_texts(params, BATCH.tokens[:11]), found[:11], atol=1e-5)
 
@@ -195,14 +195,14 @@ def test_what_a_run_was_not_trained_for_is_refused():
 
 @pytest.mark.parametrize("protocol", [{"draws": 0}, {"steps": 0}, {"steps": 1001}, {"generation_steps": 0}])
 def test_a_protocol_out_of_range_is_refused_at_once(protocol):
-  with pytest.raises(UserError, match="draws is 0|sampling steps"):
+  with pytest.raises(UserError, match="inference.(draws|steps|generation_steps) is (0|1001); it must be at least 1"):
     make(**protocol)
 
 
 def test_load_takes_averaged_parameters_where_there_are_some(tmp_path):
   config = steps.make_config("reconstruction")
-  workdir.open_for_training(str(tmp_path), config)
-  params = params_of(Inference(config))
+  workdir.open_for_training(str(tmp_path), config.to_dict())
+  params = params_of(steps.make_inference(config))
   averaged = {name: value + 1 for name, value in params.items() if not name.endswith("bias")}
   with checkpoint.Checkpointer(str(tmp_path)) as checkpointer:
     checkpointer.save(7, TrainState(step=7, params=params, ema=averaged, opt_state=()))

@@ -10,9 +10,10 @@ import jax
 import pytest
 
 from diffdis_jax import preflight
+from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
 from diffdis_jax.estimates import chips, programs, report, search, targets
-from diffdis_jax.models import layers
+from diffdis_jax.models.build import Network
 from tests import steps
 from tests.command_runs import call
 
@@ -52,20 +53,23 @@ def test_the_train_step_on_cpu_devices_and_again_from_the_cache(quick, tmp_path)
 
 def test_programs_are_traced_from_shapes_alone():
   config, mesh = steps.make_config(), steps.make_mesh(2, 2, 2)
-  traced = {name: programs.make(name, config, mesh) for name in programs.PROGRAMS}
+  traced = {name: preflight.trace_program(name, config, mesh) for name in programs.PROGRAMS}
   assert {program.rows for program in traced.values()} == {16}
   generation = config.inference.generation_steps
   # The UNet in a loop costs more than the decoder after it.
   assert generation / 2 < traced["generation"].turns < generation
   assert traced["train"].turns == traced["discrimination"].turns == 1
   assert traced["train"].operations > traced["discrimination"].operations > 0
-  twice = programs.make("train", steps.make_config(**{"optim.accumulate": 2}), mesh)
+  twice = preflight.trace_program("train", steps.make_config(**{"optim.accumulate": 2}), mesh)
   assert twice.turns == pytest.approx(2) and twice.operations == pytest.approx(traced["train"].operations, rel=0.1)
 
 
 def test_batches_of_images_and_of_latents():
   config, mesh = steps.make_config(), steps.make_mesh(2, 2, 2)
-  shapes = lambda: {name: x and x.shape for name, x in vars(programs.abstract_batch(config, mesh)).items()}
+  shapes = lambda: {
+    name: x and x.shape
+    for name, x in vars(programs.abstract_batch(Network.of(config), read_data(config), mesh, config.batch_size)).items()
+  }
   assert shapes() == dict(image=(16, 16, 16, 3), tokens=(16, 8), discrimination_image=None)
   config.data.discrimination_view = "own"
   assert shapes()["discrimination_image"] == (16, 16, 16, 3)
@@ -75,7 +79,7 @@ def test_batches_of_images_and_of_latents():
 
 def test_a_program_not_trained_for():
   with pytest.raises(UserError, match="--programs has generation; this config's objectives are discrimination alone"):
-    programs.make("generation", steps.make_config("discrimination"), steps.make_mesh())
+    preflight.trace_program("generation", steps.make_config("discrimination"), steps.make_mesh())
 
 
 @pytest.mark.parametrize(
@@ -118,13 +122,13 @@ def test_platforms(monkeypatch):
 
 @pytest.mark.parametrize("chip, expected", [("h100", "gpu"), ("v5e", "tpu")])
 def test_what_cpu_devices_compile_is_traced_for_the_chip(monkeypatch, chip, expected):
-  asked, original = [], layers.platform
-  monkeypatch.setattr(layers, "platform", lambda: asked.append(original()) or asked[-1])
+  asked, original = [], attention.platform
+  monkeypatch.setattr(attention, "platform", lambda: asked.append(original()) or asked[-1])
   compiled = targets.Compiled(arguments=0, temporaries=0, outputs=0, fits=True)
   monkeypatch.setattr(targets, "compile", lambda lowered, chip: compiled)
   target = targets.Target(devices=jax.devices()[:1], chip=chips.CHIPS[chip], compiler="cpu", exact=False)
   preflight.compile_one("train", steps.make_config(), target, num_pairs=1, epochs=1)
-  assert set(asked) == {expected} and layers.platform() == "cpu"
+  assert set(asked) == {expected} and attention.platform() == "cpu"
 
 
 def test_the_tpu_compilers_refusal_says_what_was_needed():
@@ -158,7 +162,7 @@ def test_costs_go_by_the_slower_estimate(seconds, by_cycles, slower, said):
   )
   target = targets.Target(devices=jax.devices()[:2], chip=chip, compiler="tpu", exact=True)
   program = programs.Program(lower=None, rows=8, operations=0.1 * 2 * chip.flops, parameters=1, turns=1.0)
-  result = report.make(program, compiled, target, num_pairs=3600, epochs=2)
+  result = report.summarise(program, compiled, target, num_pairs=3600, epochs=2)
   assert result["images_per_second"] == pytest.approx(8 / slower)
   assert result["chip_hours"] == pytest.approx(2 * 3600 / 8 * slower * 2 / 3600)
   lines = "\n".join(report.lines("train", result | {"collectives_gib": {"all-gather": 1.0}}))
@@ -173,20 +177,20 @@ def test_clocks_agree_with_peaks():
 
 
 def test_search_tries_the_cheapest_first_and_stops_at_what_fits():
-  config = steps.make_config(batch_size=32)
-  seen = list(search.candidates(config, 8))
+  small = dict(remat="none", mesh=dict(data=-1, fsdp=1, tensor=1), batch_size=32, accumulate=1, chips=8)
+  seen = list(search.candidates(**small))
   remat, fsdp = {"model.remat": "full"}, {"mesh.data": 1, "mesh.fsdp": 8}
   assert seen == [remat, fsdp, remat | fsdp] + [remat | fsdp | {"batch_size": size} for size in (16, 8)]
-  assert list(search.candidates(config, 8, slices=2))[1] == {"mesh.data": 2, "mesh.fsdp": 4}
-  small_enough = lambda changed: dict(fits=changed.batch_size <= 16 and changed.mesh.fsdp == 8)
-  trials = search.first_fit(config, 8, small_enough)
+  assert list(search.candidates(**small, slices=2))[1] == {"mesh.data": 2, "mesh.fsdp": 4}
+  small_enough = lambda changes: dict(fits=changes.get("batch_size", 32) <= 16 and changes.get("mesh.fsdp") == 8)
+  trials = search.first_fit(seen, small_enough)
   assert [trial["report"]["fits"] for trial in trials] == [False, False, False, True]
   assert trials[-1]["changes"]["batch_size"] == 16
   assert "--config.batch_size=16" in preflight.describe_search(trials)
-  nothing = search.first_fit(config, 8, lambda changed: dict(fits=False))
+  nothing = search.first_fit(seen, lambda changes: dict(fits=False))
   assert "nothing tried fits" in preflight.describe_search(nothing)
-  config.update_from_flattened_dict(remat | {"mesh.fsdp": -1, "mesh.data": 1, "batch_size": 8})
-  assert list(search.candidates(config, 8)) == []
+  smallest = small | dict(remat="full", mesh=dict(data=1, fsdp=-1, tensor=1), batch_size=8)
+  assert list(search.candidates(**smallest)) == []
 
 
 @pytest.mark.slow

@@ -15,10 +15,9 @@ import jax
 import numpy as np
 
 from diffdis_jax import train
-from diffdis_jax.data import build
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training.build import build_step
-from diffdis_jax.training.step import Step, TrainState
+from diffdis_jax.training.step import TrainState
 from tests import steps
 from tests.command_runs import ROOT, SAVE_EVERY, STEPS, joint_flags
 
@@ -56,9 +55,9 @@ def restore(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
   """The last state, and the images of the batch after it."""
   config = workdir.load_config(str(run))
   trainer = build_step(config, steps.make_mesh())
-  iterator = batches.make_loader(config)
+  iterator = steps.open_batches(config)
   with checkpoint.Checkpointer(str(run)) as checkpointer:
-    state, _ = train.restore_or_init(config, trainer, checkpointer, iterator)
+    state, _ = train.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
   return jax.device_get(state), next(iterator)["image"]
 
 

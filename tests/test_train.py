@@ -127,23 +127,23 @@ def test_bad_command_lines_are_one_line_and_leave_nothing(environment, tmp_path,
     ({"batch_size": 12}, "batch_size is 12; .* multiple of 8, such as"),
     ({"image_size": 18}, "image_size is 18; .* multiple of 4, such as"),
     ({"data.max_length": 1000}, "data.max_length is 1000; it must be from 2 to model.text_encoder.max_length"),
-    ({"seed": -1}, "seed is -1; it must be from 0 to 4294967295"),
+    ({"seed": -1}, "seed is -1; it must be at least 0 and at most 4294967295"),
     ({"mesh.fsdp": 3}, "mesh data=-1, fsdp=3, tensor=1 takes 3 devices .* but there are 8"),
     ({"model.dtype": "float8"}, "model.dtype is 'float8'; it must be one of float32, bfloat16"),
     ({"data.name": "shape"}, "unknown data source 'shape'; there are shapes, pairs"),
-    ({"data.augment": {"crop": "all"}}, "data.augment: augment.crop is 'centre' or 'random', not 'all'"),
-    ({"data.discrimination_view": "other"}, "data.discrimination_view is 'other'; it is 'shared' or 'own'"),
+    ({"data.augment": {"crop": "all"}}, "data.augment.crop is 'all'; it must be one of centre, random"),
+    ({"data.discrimination_view": "other"}, "data.discrimination_view is 'other'; it must be one of shared, own"),
     ({"data.mixture": {"a": {"weight": 0}}}, "data.mixture.a.weight is 0; it must be positive"),
     ({"data.mixture": {"a": {"pth": "x"}}}, "data.mixture.a: .*'pth'"),
     ({"data.split": "training"}, "shapes has no split 'training'"),
     ({"data.name": "pairs", "data.path": "nowhere"}, "no prepared data set in 'nowhere'"),
     ({"train_evals": ("tset",)}, "train_evals names tset; evals has generated, test, unseen"),
-    ({"image_diffusion.schedule": "cosin"}, "unknown noise schedule 'cosin'"),
-    ({"text_diffusion.schedule": "cosin"}, "unknown noise schedule 'cosin'"),
-    ({"text_diffusion.target": "date"}, "unknown target 'date'"),
+    ({"image_diffusion.schedule": "cosin"}, "image_diffusion.schedule is 'cosin'; it must be one of scaled_linear"),
+    ({"text_diffusion.schedule": "cosin"}, "text_diffusion.schedule is 'cosin'; it must be one of scaled_linear"),
+    ({"text_diffusion.target": "date"}, "text_diffusion.target is 'date'; it must be one of data, noise"),
     ({"inference.draws": 0}, "inference.draws is 0"),
-    ({"inference.steps": 0}, "0 sampling steps"),
-    ({"inference.generation_steps": 1000}, "1000 sampling steps"),
+    ({"inference.steps": 0}, "inference.steps is 0"),
+    ({"inference.generation_steps": 1000}, "inference.generation_steps is 1000"),
     ({"optim.accumulate": 0}, "optim.accumulate is 0"),
     ({"save_every": 0}, "save_every is 0; it must be at least 1"),
   ],
@@ -235,7 +235,7 @@ def test_accuracy_falls_to_chance_with_images_shuffled_against_labels():
   data = {"name": "shapes", "split": "test", "image_size": config.image_size, "num_images": n}
   section = {"task": "zero_shot", "data": data, "label_field": "colour", "templates": ("{}",)}
   section["classnames"] = tuple(shapes.COLOURS)
-  model = inference.Inference(config, mesh=trainer.mesh)
+  model = steps.make_inference(config, mesh=trainer.mesh)
   accuracy = lambda **settings: evals.create(**section, **settings).run(model, state.params)
   chance = 1 / len(shapes.COLOURS)
   bound = chance + 4 * math.sqrt(chance * (1 - chance) / n)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import shapes
-from diffdis_jax import inference
+from diffdis_jax.models.build import Network
 from diffdis_jax.run import checkpoint, workdir
 
 STEP = 3
@@ -39,9 +39,9 @@ def _make_run(path: str) -> None:
   config.model.autoencoder.update(widths=(8, 8, 8), groups=4)
   config.inference.update(generation_steps=2)
   config.evals = {"few": {"task": "zero_shot", "data": config.evals["test"].data.to_dict() | {"num_images": 128}}}
-  workdir.open_for_training(path, config)
+  workdir.open_for_training(path, config.to_dict())
   rng = np.random.default_rng(0)
-  abstract = tree.inference.Inference(config).shapes
+  abstract = Network.of(config).shapes
   params = {name: rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype) for name, leaf in abstract.items()}
   with checkpoint.Checkpointer(path) as checkpointer:
     checkpointer.save(STEP, State(params, params, {}))

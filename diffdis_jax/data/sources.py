@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from diffdis_jax.data import latents, records, shapes
 from diffdis_jax.errors import UserError
@@ -15,6 +15,7 @@ from diffdis_jax.errors import UserError
 NAMES = ("shapes", "pairs", "latents")
 
 
+@runtime_checkable
 class Source(Protocol):
   """What `open_source` returns."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -21,6 +21,7 @@ CHUNK = 1024  # images that share a seed; the noise of an image depends on it, n
 BLOCK = 1024  # rows of a score matrix in memory at a time
 
 
+@runtime_checkable
 class Eval(Protocol):
   """`task` names the kind of measurement, in CLIP_benchmark's words where it has one."""
 

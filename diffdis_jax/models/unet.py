@@ -161,10 +161,16 @@ class UNet(nnx.Module):
     blocks = [block for level in self.down for block in level.attentions] + [self.middle.attention]
     return [block.proj_in.out_features for block in blocks]
 
-  def _run(self, f: Callable, *args: Any) -> Any:
+  def _run(self, f: Callable[..., Any], block: nnx.Module, *args: Any) -> Any:
+    """f(block, *args), of which the backward pass keeps what `remat` says.
+
+    Not by nnx.remat, which writes parameters back, and so cannot stand inside a sampler's loop.
+    """
     if self.remat == "none":
-      return f(*args)
-    return nnx.remat(f, policy=REMAT_POLICIES[self.remat])(*args)
+      return f(block, *args)
+    graphdef, state = nnx.split(block)
+    pure = lambda state, *args: f(nnx.merge(graphdef, state), *args)
+    return jax.checkpoint(pure, policy=REMAT_POLICIES[self.remat])(state, *args)
 
   def down_and_middle(
     self,

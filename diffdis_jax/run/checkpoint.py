@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ _COMMIT_MARK = "commit_success.txt"
 _Arrays = dict[str, tuple[tuple[int, ...], Any]]  # dotted path -> shape, dtype
 
 
+@runtime_checkable
 class State(Protocol):
   """What of the training state is saved. `ema` holds the averaged ones of `params`, and may be empty."""
 

@@ -63,4 +63,4 @@ def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
   """Writes a JSON file for people to read. Raises OSError where it cannot be written."""
-  write_whole(epath.Path(path), (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+  write_whole(epath.Path(path), (json.dumps(content, indent=2) + "\n").encode())

@@ -5,16 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffdis_jax import inference
-from diffdis_jax.data import build, loader
+from diffdis_jax.data import loader
+from diffdis_jax.data.build import read_data
 from diffdis_jax.data.prepare import builder, latents, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
+from diffdis_jax.models.build import Network
 from diffdis_jax.models.diffdis import to_signed
-from diffdis_jax.params import merge
 from diffdis_jax.structs import Batch, LatentBatch
 from diffdis_jax.training import encode
+from diffdis_jax.training.build import build_step
 from tests import steps, tiny
 from tests.models.networks import random_params
 from tests.raw_pairs import picture, write_tar
@@ -36,7 +37,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params():
-  return random_params(tree.inference.Inference(tiny.get_config(), mesh=steps.make_mesh()).shapes, seed=0)
+  return random_params(Network.of(tiny.get_config()).shapes, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,8 @@ def cache_with_text(data, params):
 
 
 def write_latents(data, out, params, text=False):
-  model = inference.Inference(tiny.get_config(), mesh=steps.make_mesh(), batch_size=8)
-  h, w, c = model.noise_shape()
+  model = steps.make_inference(tiny.get_config(), mesh=steps.make_mesh(), batch_size=8)
+  h, w, c = model.network.latent_shape
   builder.prepare(
     latents.find_parts(data / "pairs"),
     out,
@@ -63,7 +64,7 @@ def write_latents(data, out, params, text=False):
       image_size=16,
       views=1,
       augmentation=Augmentation(),
-      fingerprint=latents.fingerprint(params),
+      fingerprint=encode.fingerprint(params),
       text=text_conditions(model, params) if text else None,
     ),
   )
@@ -74,9 +75,14 @@ def text_conditions(model, params):
   tokenizer = Tokenizer(model.max_length)
   return latents.TextConditions(
     encode=lambda captions: model.conditions(params, tokenizer(captions)),
-    shape=(model.max_length, model.config.model.text_encoder.width),
-    fingerprint=latents.fingerprint(params, latents.TEXT_ENCODER),
+    shape=(model.max_length, model.network.model.text_encoder.width),
+    fingerprint=encode.fingerprint(params, encode.TEXT_ENCODER),
   )
+
+
+def check_encoders(config, params):
+  trainer = build_step(config, steps.make_mesh())
+  encode.check_stored(read_data(config).latent_facts(), params, trainer.trainable)
 
 
 def config_of(**changes):
@@ -88,22 +94,22 @@ def config_of(**changes):
 
 def test_latents_are_the_posteriors_of_the_images(data, cache, params):
   config = config_of(**{"data.name": "latents", "data.path": str(cache)})
-  images = next(batches.make_loader(config_of(**{"data.name": "pairs", "data.path": str(data / "pairs")})))
-  stored = next(batches.make_loader(config))
-  assert batches.batch_type(config) is LatentBatch
+  images = next(steps.open_batches(config_of(**{"data.name": "pairs", "data.path": str(data / "pairs")})))
+  stored = next(steps.open_batches(config))
+  assert read_data(config).batch_type is LatentBatch
   np.testing.assert_array_equal(stored["tokens"], images["tokens"])
-  model = merge(*inference_parts(config), params)
+  model = Network.of(config).with_params(params)
   posterior = model.autoencoder.encode(to_signed(jnp.asarray(images["image"])))
   for name in ("mean", "log_variance"):
     np.testing.assert_allclose(
       stored[name].astype(np.float32), getattr(posterior, name), rtol=0.02, atol=0.02, err_msg=name
     )
-  batches.check_encoders(config, params)
+  check_encoders(config, params)
   other = {path: value + 0.1 for path, value in params.items()}
   with pytest.raises(UserError, match="were made by another autoencoder; set init_from to the workdir"):
-    batches.check_encoders(config, other)
+    check_encoders(config, other)
   decoder = {path: value + (0.1 if "decoder" in path else 0.0) for path, value in params.items()}
-  batches.check_encoders(config, decoder)
+  check_encoders(config, decoder)
 
 
 FROZEN_ENCODERS = (("^autoencoder|^text_encoder", "frozen"), (".*", "new"))
@@ -111,36 +117,31 @@ FROZEN_ENCODERS = (("^autoencoder|^text_encoder", "frozen"), (".*", "new"))
 
 def test_text_conditions_are_the_captions(cache_with_text, params):
   config = config_of(**{"data.name": "latents", "data.path": str(cache_with_text), "optim.groups": FROZEN_ENCODERS})
-  batch = LatentBatch(**loader.Substitutions().take(next(batches.make_loader(config))))
-  model = merge(*inference_parts(config), params)
-  expected, found = model.encode_text(batch.tokens), latents.text_of_batch(model, batch)
+  batch = LatentBatch(**loader.Substitutions().take(next(steps.open_batches(config))))
+  model = Network.of(config).with_params(params)
+  expected, found = model.encode_text(batch.tokens), encode.encode_captions(model, batch)
   assert len({row.tobytes() for row in batch.condition}) == N
   np.testing.assert_allclose(found.c, expected.c, rtol=0.01, atol=0.01)
   np.testing.assert_allclose(found.e, expected.e, atol=0.005)
   np.testing.assert_allclose(jnp.linalg.norm(found.e, axis=-1), 1.0, rtol=1e-5)
-  batches.check_encoders(config, params)
+  check_encoders(config, params)
 
 
 def test_text_conditions_of_another_encoder_are_refused(cache_with_text, cache, params):
   config = config_of(**{"data.name": "latents", "data.path": str(cache_with_text), "optim.groups": FROZEN_ENCODERS})
   other = {path: value + (0.1 if path.startswith("text_encoder") else 0.0) for path, value in params.items()}
   with pytest.raises(UserError, match="text conditions in .* were made by another text encoder"):
-    batches.check_encoders(config, other)
+    check_encoders(config, other)
   config.optim.groups = (("^autoencoder", "frozen"), (".*", "new"))
   with pytest.raises(UserError, match="the text encoder is trained, and stored text conditions would not follow it"):
-    batches.check_encoders(config, params)
+    check_encoders(config, params)
   config.data.max_length -= 1
   with pytest.raises(UserError, match="these text conditions are of 8 tokens and 16 wide; the config's are of 7"):
-    batches.make_loader(config)
+    steps.open_batches(config)
   config.data.mixture = {name: {"name": "latents", "path": str(path)} for name, path in
                          (("with", cache_with_text), ("without", cache))}  # fmt: skip
   with pytest.raises(UserError, match="latents with text conditions and without; take either"):
-    batches.make_loader(config)
-
-
-def inference_parts(config):
-  model = inference.Inference(config, mesh=steps.make_mesh())
-  return model.graphdef, model.abstract
+    steps.open_batches(config)
 
 
 def test_latents_that_do_not_fit(cache):
@@ -151,37 +152,37 @@ def test_latents_that_do_not_fit(cache):
     ({"objectives": ("reconstruction",)}, "need images; take another data.name"),
   ):
     with pytest.raises(UserError, match=message):
-      batches.make_loader(config_of(**settings, **change))
+      steps.open_batches(config_of(**settings, **change))
 
 
 def test_captions_of_other_fields(data):
   section = {"path": str(data / "pairs"), "caption_fields": ("key",)}
   config = config_of(**{"data.name": "pairs"}, **{f"data.{field}": value for field, value in section.items()})
-  own = next(batches.make_loader(config))["tokens"]
+  own = next(steps.open_batches(config))["tokens"]
   keys = {tuple(row) for row in Tokenizer(8)([f"0/{i:02d}" for i in range(N)])}
   assert {tuple(row) for row in own} == keys
   config = config_of()
   config.data.mixture = {"prepared": section}
-  np.testing.assert_array_equal(next(batches.make_loader(config))["tokens"], own)
+  np.testing.assert_array_equal(next(steps.open_batches(config))["tokens"], own)
 
 
 def test_mixtures(data, cache):
   prepared = {"path": str(data / "pairs"), "weight": 3.0}
   config = config_of()
   config.data.mixture = {"prepared": prepared, "drawn": {"name": "shapes", "weight": 1.0}}
-  assert batches.batch_type(config) is Batch
-  assert next(batches.make_loader(config))["image"].shape == (N, 16, 16, 3)
-  drawn, pairs_line = batches.describe(config)
+  assert read_data(config).batch_type is Batch
+  assert next(steps.open_batches(config))["image"].shape == (N, 16, 16, 3)
+  drawn, pairs_line = read_data(config).describe()
   assert drawn == "shapes, split train, weight 1.0"
   assert pairs_line.endswith("split train: 20 records; skipped 1 with missing image, weight 3.0")
   config.data.mixture.cached = {"name": "latents", "path": str(cache)}
   with pytest.raises(UserError, match="data.mixture has latents and images; take either"):
-    batches.batch_type(config)
+    assert read_data(config).batch_type
 
 
 def test_fingerprint_is_of_the_encoder(params):
-  number = latents.fingerprint(params)
-  assert number == latents.fingerprint({**params, "autoencoder.scale": params["autoencoder.scale"] + 1})
+  number = encode.fingerprint(params)
+  assert number == encode.fingerprint({**params, "autoencoder.scale": params["autoencoder.scale"] + 1})
   path = "autoencoder.quant.kernel"
-  assert number != latents.fingerprint({**params, path: params[path] + 0.01})
+  assert number != encode.fingerprint({**params, path: params[path] + 0.01})
   assert isinstance(jax.device_get(number), float)

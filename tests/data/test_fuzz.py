@@ -11,7 +11,8 @@ import pytest
 
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import pairs
-from diffdis_jax.data.prepare.webdataset import RawPair, TarReader
+from diffdis_jax.data.prepare.pairs import RawPair
+from diffdis_jax.data.prepare.webdataset import TarReader
 from tests.raw_pairs import faults, picture, write_tar
 
 pytest.importorskip("hypothesis")

@@ -54,7 +54,7 @@ def data(tmp_path, monkeypatch):
     return read(image)
 
   monkeypatch.setattr(records, "read_image", spoiled)
-  monkeypatch.setattr(latent_cache, "CHUNK", 6)
+  monkeypatch.setattr(latents, "CHUNK", 6)
   return tmp_path / "data"
 
 

@@ -4,7 +4,7 @@ from PIL import Image
 
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import pairs
-from diffdis_jax.data.prepare.webdataset import RawPair
+from diffdis_jax.data.prepare.pairs import RawPair
 from tests.raw_pairs import encode, faults, picture
 
 FAULTS = faults()
@@ -32,12 +32,12 @@ def test_usable_faults_are_read_rightly():
 
 
 def test_captions_are_mended():
-  assert records.mend("a\x00b\x1b[31m") == ("a b [31m", [records.CONTROLS])
-  cut, what = records.mend("word " * 2000)
-  assert len(cut) <= records.MAX_CAPTION and cut == ("word " * 400).strip() and what == [records.LONG]
-  assert records.mend("tab\tand\nline, ünï") == ("tab\tand\nline, ünï", [])
+  assert pairs.mend("a\x00b\x1b[31m") == ("a b [31m", [pairs.CONTROLS])
+  cut, what = pairs.mend("word " * 2000)
+  assert len(cut) <= pairs.MAX_CAPTION and cut == ("word " * 400).strip() and what == [pairs.LONG]
+  assert pairs.mend("tab\tand\nline, ünï") == ("tab\tand\nline, ünï", [])
   with pytest.raises(records.Unusable, match="missing caption"):
-    records.mend("\x00\x01")
+    pairs.mend("\x00\x01")
 
 
 @pytest.mark.parametrize(("size", "expected"), [((40, 30), (21, 16)), ((30, 40), (16, 21)), ((17, 500), (16, 471))])

@@ -98,7 +98,7 @@ def test_saved_folder_is_read_by_transformers(tokenizer, tmp_path):
 
 def test_workers_import_no_framework():
   code = (
-    "import sys; from diffdis_jax.data import shapes, sources, tokenizer, transforms, webdataset\n"
+    "import sys; from diffdis_jax.data import latents, records, shapes, sources, tokenizer, transforms\n"
     "tokenizer.Tokenizer(8)(['a']); sources.open_source(name='shapes', image_size=8)[0]\n"
     "sys.exit(str({'jax', 'flax', 'torch', 'tensorflow'} & sys.modules.keys() or ''))"
   )

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from diffdis_jax.data.transforms import Augmentation, augment, decode, random_affine, random_crop, resize
+from diffdis_jax.errors import UserError
 
 
 def encode(image: Image.Image, kind: str = "PNG", **kwargs) -> bytes:
@@ -160,5 +161,5 @@ def test_hue_turns_the_colour_circle():
 
 
 def test_unknown_crop():
-  with pytest.raises(ValueError, match="'centre' or 'random'"):
+  with pytest.raises(UserError, match="crop is 'center'; it must be one of centre, random"):
     Augmentation(crop="center")

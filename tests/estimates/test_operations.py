@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import diffdis_cc3m
-from diffdis_jax.estimates import operations, programs
+from diffdis_jax import preflight
+from diffdis_jax.estimates import operations
 from tests import steps
 
 
@@ -50,7 +51,7 @@ def multiply_adds(*objectives: str) -> float:
   """Billions for one sample of the paper's network, from the training step: of the products that teach."""
   config = diffdis_cc3m.get_config("latents=none")
   config.objectives, config.batch_size, config.model.remat = objectives, 2, "none"
-  program = programs.make("train", config, steps.make_mesh())
+  program = preflight.trace_program("train", config, steps.make_mesh())
   return program.operations / 2 / config.batch_size / 1e9
 
 

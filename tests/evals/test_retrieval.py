@@ -87,7 +87,12 @@ def test_every_caption_of_an_image_counts_unless_a_field_is_named(use, fakes):
     record["captions"] = captions
   use(test=source)
   assert evals.create("retrieval", data=DATA).texts == ["a cat", "the cat", "a dog", "the dog"]
-  assert evals.create("retrieval", data=DATA, caption_field="captions").texts == ["a cat", "the cat", "a dog", "the dog"]
+  assert evals.create("retrieval", data=DATA, caption_field="captions").texts == [
+    "a cat",
+    "the cat",
+    "a dog",
+    "the dog",
+  ]
   assert evals.create("retrieval", data=DATA, caption_field="caption").texts == ["a cat", "a dog"]
 
 

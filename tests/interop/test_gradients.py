@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffdis_jax.interop import mapping, sections
-from diffdis_jax.models import build
 from diffdis_jax.models.diffdis import to_signed
 from diffdis_jax.training.objectives import generation_inputs, generation_loss
 from diffdis_jax.training.step import step_keys
@@ -71,7 +70,7 @@ def expected_gradients(
 def test_gradients_equal_those_of_pytorch():
   config = make_config()
   modules = stable_diffusion(config.model)
-  network = networks.Network.of(build.make(config.model, objectives=config.objectives))
+  network = networks.Network.of(networks.builder(config.model, config.objectives))
   params = {"autoencoder.shift": np.zeros(4, np.float32), "autoencoder.scale": np.full(4, 0.5, np.float32)}
   for prefix, module in (("unet", "unet"), ("autoencoder", "vae"), ("text_encoder", "text_encoder")):
     own = {path: leaf for path, leaf in network.shapes.items() if path.startswith(f"{prefix}.") and path not in params}

@@ -10,7 +10,6 @@ from safetensors.numpy import load_file
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping, to_torch
-from diffdis_jax.models import build
 from tests.models import from_torch, networks
 
 SHIFT, SCALE = np.float32([0.5, -1.0, 0.0, 2.0]), np.float32([0.2, 1.0, 3.0, 0.7])
@@ -19,7 +18,7 @@ SHIFT, SCALE = np.float32([0.5, -1.0, 0.0, 2.0]), np.float32([0.2, 1.0, 3.0, 0.7
 def export(tmp_path, objectives=networks.BOTH, dtype="float32", shift=SHIFT, scale=SCALE):
   """Writes random parameters, and returns them."""
   model = networks.tiny_model()
-  network = networks.Network.of(build.make(model, objectives=objectives))
+  network = networks.Network.of(networks.builder(model, objectives))
   params = networks.random_params(network.shapes, seed=0)
   params |= {"autoencoder.shift": shift, "autoencoder.scale": scale}
   to_torch.write(

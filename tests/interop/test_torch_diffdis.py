@@ -23,10 +23,9 @@ from safetensors.torch import load_file, save_file
 from configs import diffdis_cc3m
 from diffdis_jax.diffusion import schedules
 from diffdis_jax.export_weights import export_weights
-from diffdis_jax.inference import Inference
 from diffdis_jax.interop import mapping, to_torch, torch_diffdis
-from diffdis_jax.models import build
 from diffdis_jax.models.diffdis import DiffDis, to_signed
+from diffdis_jax.models.sections import read_model
 from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
 from tests import steps
@@ -67,7 +66,7 @@ def make_twin(config: ConfigDict, params: Params, folder: pathlib.Path) -> torch
 
 
 def network_of(config: ConfigDict) -> networks.Network:
-  return networks.Network.of(build.make(config.model, objectives=config.objectives))
+  return networks.Network.of(networks.builder(config.model, config.objectives))
 
 
 def predict(model: DiffDis, e_t: Any, t_e: Any, z: Any, t_z: Any, *, length: int) -> jax.Array:
@@ -87,7 +86,7 @@ def tiny_network(**switches: Any) -> tuple[Params, Callable[..., jax.Array]]:
 
 def inputs(config: ConfigDict, size: tuple[int, int]) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(3)
-  n, width = len(T_E), build.query_width(config.model)
+  n, width = len(T_E), read_model(config.model).query_width
   return dict(
     e_t=rng.standard_normal((n, width)).astype(np.float32),
     t_e=T_E,
@@ -168,7 +167,7 @@ def test_predicted_query_equals_ours_at_full_size(arg, tmp_path):
 @pytest.mark.parametrize("num_steps, target", [(1, "data"), (3, "noise")])
 def test_embeddings_equal_ours(num_steps, target, tmp_path):
   config = tiny_config(**{"text_diffusion.target": target, "text_diffusion.schedule": "cosine"})
-  inference = Inference(config, mesh=steps.make_mesh(), batch_size=4, steps=num_steps)
+  inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4, steps=num_steps)
   params, _ = tiny_network()
   batch = steps.make_batch(config)
   images, tokens = batch.image[:3], batch.tokens[:3]
@@ -198,7 +197,7 @@ def test_text_query_through_the_projection(tmp_path):
 def run(tmp_path_factory) -> str:
   """Workdir of a run with a checkpoint, never trained."""
   path, (params, _) = str(tmp_path_factory.mktemp("run")), tiny_network()
-  workdir.open_for_training(path, tiny_config())
+  workdir.open_for_training(path, tiny_config().to_dict())
   with checkpoint.Checkpointer(path) as checkpointer:
     checkpointer.save(STEP, State(params, params, {}))
   return path
@@ -257,7 +256,9 @@ def test_parameters_that_do_not_fit_the_config_are_refused(folder, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "cosine"])
 def test_schedule_equals_ours(schedule):
-  np.testing.assert_allclose(torch_diffdis.alpha_bar(schedule)[:-1], schedules.noise_schedule(schedule).alpha_bar, rtol=1e-9)
+  np.testing.assert_allclose(
+    torch_diffdis.alpha_bar(schedule)[:-1], schedules.noise_schedule(schedule).alpha_bar, rtol=1e-9
+  )
 
 
 def test_timesteps_equal_ours():

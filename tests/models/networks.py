@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 from diffdis_jax.models import build
+from diffdis_jax.models.sections import read_model
 from diffdis_jax.params import flatten, merge
 from tests import tiny
 
@@ -57,7 +60,7 @@ class Network:
 
   @classmethod
   def of(cls, make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
-    return cls(*build.abstract(make))
+    return cls(*build.abstract_module(make))
 
   @property
   def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -72,7 +75,12 @@ class Network:
 
 
 def diffdis(objectives: tuple[str, ...] = BOTH, **changes: Any) -> Network:
-  return Network.of(build.make(tiny_model(**changes), objectives=objectives))
+  return Network.of(builder(tiny_model(**changes), objectives))
+
+
+def builder(model: Mapping[str, Any], objectives: Sequence[str]) -> Callable[[nnx.Rngs], nnx.Module]:
+  """A function from rngs to the network of a `model` section."""
+  return functools.partial(build.build_diffdis, read_model(ConfigDict(model)), objectives)
 
 
 def relative_error(actual: Any, expected: Any) -> float:

@@ -9,17 +9,19 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.models import build, sizes
 from diffdis_jax.models.alignment import AlignmentTransformer
+from diffdis_jax.models.sections import read_model
 from diffdis_jax.params import flatten
 from tests.models import networks
 from tests.models.networks import BOTH
 
 
 def test_sd_v1_has_its_exact_number_of_parameters():
-  shapes = flatten(build.abstract(build.make(sizes.sd_v1(), objectives=BOTH))[1])
+  shapes = networks.Network.of(networks.builder(sizes.sd_v1(), BOTH)).shapes
   count = lambda *prefixes: sum(math.prod(leaf.shape) for path, leaf in shapes.items() if path.startswith(prefixes))
   statistics = count("autoencoder.shift", "autoencoder.scale")
   assert statistics == 2 * 4
@@ -42,12 +44,17 @@ def test_initial_parameters_are_those_of_nnx_rngs():
   sizes = dict(query_width=8, image_width=8, width=8, depth=1, num_heads=2, dtype=np.float32)
   make = lambda rngs: AlignmentTransformer(**sizes, rngs=rngs)
   key = jax.random.key(3)
-  ours, expected = flatten(build.initialise(make, key)), flatten(nnx.state(make(nnx.Rngs(key))))
+  ours, expected = flatten(build.initial_state(make, key)), flatten(nnx.state(make(nnx.Rngs(key))))
   assert ours.keys() == expected.keys()
   for path in ours:
     np.testing.assert_array_equal(ours[path], expected[path])
   kernels = [np.asarray(value).ravel()[:4].tolist() for path, value in ours.items() if path.endswith("kernel")]
   assert len({tuple(kernel) for kernel in kernels}) == len(kernels), "each parameter draws with a key of its own"
+
+
+def check(model: dict[str, Any], objectives: tuple[str, ...], image_size: int, max_length: int) -> None:
+  section = read_model(ConfigDict(model))
+  build.check_sizes(section, objectives=objectives, image_size=image_size, max_length=max_length)
 
 
 def broken(section: str | None, **changes: Any) -> dict[str, Any]:
@@ -67,25 +74,25 @@ def broken(section: str | None, **changes: Any) -> dict[str, Any]:
     (broken("text_encoder", activation="relu"), BOTH, 16, "model.text_encoder.activation is 'relu'; .*quick_gelu"),
     (broken(None), BOTH, 20, "image_size is 20; .* must be a multiple of 8, such as 16"),
     (broken(None), ("reconstruction",), 15, "image_size is 15; .* must be a multiple of 2, such as 16"),
-    (broken("unet", attention=(True,)), BOTH, 16, "model.unet.attention has 1 entries and model.unet.widths 3"),
+    (broken("unet", attention=(True,)), BOTH, 16, "model.unet.attention has 1 entries and widths 3"),
     (broken("unet", widths=(8, 15, 24)), BOTH, 16, "model.unet.widths has 15; .*num_heads=2 and groups=4"),
     (broken("unet", groups=16), BOTH, 16, "model.unet.widths has 8; .*groups=16"),
-    (broken("text_encoder", num_heads=5), BOTH, 16, "model.text_encoder.width is .*multiple of num_heads=5"),
-    (broken("alignment", num_heads=5), BOTH, 16, "model.alignment.width is .*multiple of num_heads=5"),
+    (broken("text_encoder", num_heads=5), BOTH, 16, "model.text_encoder.width has .*multiple of num_heads=5"),
+    (broken("alignment", num_heads=5), BOTH, 16, "model.alignment.width has .*multiple of num_heads=5"),
   ],
 )
 def test_models_that_cannot_be_built_are_named(model, objectives, image_size, message):
   with pytest.raises(UserError, match=message) as error:
-    build.check(model, objectives=objectives, image_size=image_size, max_length=8)
+    check(model, objectives, image_size, 8)
   assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("objectives", [("generation",), ("discrimination",), BOTH, ("reconstruction",)])
 def test_models_that_can_be_built_pass(objectives):
-  build.check(networks.tiny_model(), objectives=objectives, image_size=16, max_length=8)
+  check(networks.tiny_model(), objectives, 16, 8)
 
 
 @pytest.mark.parametrize("max_length", [1, 9])
 def test_texts_that_do_not_fit(max_length):
   with pytest.raises(UserError, match=f"data.max_length is {max_length}; it must be from 2 to .*max_length, 8"):
-    build.check(networks.tiny_model(), objectives=BOTH, image_size=16, max_length=max_length)
+    check(networks.tiny_model(), BOTH, 16, max_length)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffdis_jax.models import diffdis
+from diffdis_jax.models import diffdis, joint
+from diffdis_jax.structs import DiscriminationPass, GenerationPass
 from tests.models import from_torch, networks, oracle
 from tests.models.networks import QUERY_WIDTH
 from tests.models.test_parity_unet import diffusers_unet
@@ -130,7 +131,7 @@ def test_generation_is_bit_identical_without_and_with_the_new_parameters(inputs)
 
 
 def run_jointly(model, generation, discrimination):
-  return model.joint(generation, discrimination)
+  return joint.both_passes(model, GenerationPass(**generation), DiscriminationPass(**discrimination))
 
 
 @pytest.mark.parametrize(

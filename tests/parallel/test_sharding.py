@@ -12,13 +12,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import diffdis_cc3m
+from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
 from diffdis_jax.estimates import chips, hlo, programs, targets
-from diffdis_jax.models import build
+from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
-from diffdis_jax.params import first_match, flatten
+from diffdis_jax.params import first_match
 from diffdis_jax.training.build import build_step
-from diffdis_jax.training.step import Step
 from tests import steps
 from tests.models.networks import COMPILER_OPTIONS
 
@@ -169,8 +169,7 @@ def test_an_unmatched_parameter_is_an_error():
 def test_every_parameter_of_every_part_matches_a_rule_that_fits_its_rank():
   for objectives in (("generation", "discrimination"), ("reconstruction",)):
     config = steps.make_config(*objectives)
-    _, abstract = build.abstract(build.make(config.model, objectives=objectives))
-    for name, leaf in flatten(abstract).items():
+    for name, leaf in Network.of(config).shapes.items():
       rule = first_match(name, sharding.RULES, "sharding.RULES")
       assert len(rule) in (0, len(leaf.shape)), name
 
@@ -187,7 +186,9 @@ def test_only_parameters_and_embeddings_are_gathered_in_a_step():
   """No image and no activation: whatever is made whole has a parameter's shape, or is a row's vector or two numbers."""
   config, mesh = steps.make_config(**{"model.unet.attention": (False,)}), steps.make_mesh(1, 8, 1)
   trainer = build_step(config, mesh)
-  lowered = trainer.train_step.lower(trainer.abstract_state, programs.abstract_batch(config, mesh))
+  lowered = trainer.train_step.lower(
+    trainer.abstract_state, programs.abstract_batch(trainer.network, read_data(config), mesh, config.batch_size)
+  )
   text = lowered.compile(compiler_options=COMPILER_OPTIONS).as_text()
   b, d = config.batch_size, config.model.text_encoder.width
   allowed = {leaf.shape for leaf in trainer.shapes.values()} | {(b, d), (b, 2)}

@@ -29,7 +29,7 @@ def make_config(**changes) -> ConfigDict:
 
 
 def test_config_comes_back_equal(tmp_path):
-  workdir.open_for_training(tmp_path / "run", make_config())
+  workdir.open_for_training(tmp_path / "run", make_config().to_dict())
   loaded = workdir.load_config(tmp_path / "run")
   assert loaded.to_dict() == make_config().to_dict()
   assert loaded.optim.betas == (0.9, 0.99) and loaded.is_locked
@@ -37,9 +37,9 @@ def test_config_comes_back_equal(tmp_path):
 
 
 def test_same_config_goes_on(tmp_path):
-  workdir.open_for_training(tmp_path, make_config())
+  workdir.open_for_training(tmp_path, make_config().to_dict())
   before = (tmp_path / "config.json").read_bytes()
-  workdir.open_for_training(tmp_path, make_config())
+  workdir.open_for_training(tmp_path, make_config().to_dict())
   assert (tmp_path / "config.json").read_bytes() == before
 
 
@@ -47,18 +47,18 @@ def test_same_config_goes_on(tmp_path):
   "field, value", [("log_every", 1), ("data.loader.num_threads", 8), ("evals.zero_shot.steps", 9), ("mesh.data", 1)]
 )
 def test_fields_that_may_change_are_taken_over(tmp_path, field, value):
-  workdir.open_for_training(tmp_path, make_config())
-  workdir.open_for_training(tmp_path, make_config(**{field: value}))
+  workdir.open_for_training(tmp_path, make_config().to_dict())
+  workdir.open_for_training(tmp_path, make_config(**{field: value}).to_dict())
   assert workdir.load_config(tmp_path).to_dict() == make_config(**{field: value}).to_dict()
 
 
 def test_other_config_is_refused_with_every_differing_field(tmp_path):
-  workdir.open_for_training(tmp_path, make_config())
+  workdir.open_for_training(tmp_path, make_config().to_dict())
   before = (tmp_path / "config.json").read_bytes()
   other = make_config(**{"batch_size": 32, "num_steps": 50, "optim.betas": (0.9, 0.999), "log_every": 1})
   del other.init_from
   with pytest.raises(UserError) as error:
-    workdir.open_for_training(tmp_path, other)
+    workdir.open_for_training(tmp_path, other.to_dict())
   message = str(error.value)
   assert "batch_size is 64 there and 32 here" in message
   assert "num_steps is 100 there and 50 here" in message
@@ -69,14 +69,14 @@ def test_other_config_is_refused_with_every_differing_field(tmp_path):
 
 
 def test_a_process_that_is_no_writer_writes_nothing(tmp_path):
-  workdir.open_for_training(tmp_path / "run", make_config(), is_writer=False)
+  workdir.open_for_training(tmp_path / "run", make_config().to_dict(), is_writer=False)
   assert not (tmp_path / "run").exists()
 
 
 def test_folder_that_cannot_be_made(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="cannot write to --workdir=.*file/run"):
-    workdir.open_for_training(tmp_path / "file" / "run", make_config())
+    workdir.open_for_training(tmp_path / "file" / "run", make_config().to_dict())
 
 
 def test_loading_what_is_no_run(tmp_path):

@@ -89,7 +89,7 @@ def test_tensorboard_gets_scalars_and_images(tmp_path):
 
 
 def test_tensorflow_is_loaded_only_by_a_writer():
-  code = "import sys, diffdis_jax.writers; sys.exit('tensorflow' in sys.modules or 'clu' in sys.modules)"
+  code = "import sys, diffdis_jax.run.writers; sys.exit('tensorflow' in sys.modules or 'clu' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

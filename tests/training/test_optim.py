@@ -10,8 +10,8 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.training import optim
 
 GROUPS = (("^unet.*new", "new"), ("^unet", "pretrained"), ("^text", "frozen"), (".*", "new"))
+NUM_STEPS = 100
 SETTINGS = dict(
-  num_steps=100,
   groups=GROUPS,
   rates={"new": 1e-2, "pretrained": 1e-3},
   schedule_kind="constant",
@@ -23,6 +23,8 @@ SETTINGS = dict(
   b2=0.95,
   eps=1e-3,
   clip_norm=0.0,
+  ema_decay=0.99,
+  accumulate=1,
 )
 SHAPES = {"unet.conv.kernel": (3, 4), "unet.conv.bias": (4,), "unet.new.kernel": (4, 2), "head.norm.scale": (2,)}
 RATES = {"unet.conv.kernel": 1e-3, "unet.conv.bias": 1e-3, "unet.new.kernel": 1e-2, "head.norm.scale": 1e-2}
@@ -33,8 +35,8 @@ def draw(seed: int) -> dict[str, np.ndarray]:
   return {path: rng.normal(size=shape).astype(np.float32) for path, shape in SHAPES.items()}
 
 
-def make(**changes) -> optax.GradientTransformation:
-  return optim.make(SHAPES, **{**SETTINGS, **changes})
+def make(*, num_steps: int = NUM_STEPS, **changes) -> optax.GradientTransformation:
+  return optim.build_optimizer(SHAPES, optim.Optim(**{**SETTINGS, **changes}), num_steps=num_steps)
 
 
 def run(optimizer: optax.GradientTransformation, steps: int = 4) -> list[dict[str, np.ndarray]]:
@@ -146,14 +148,14 @@ def test_the_schedule_scales_the_rate_of_each_step():
 
 
 def test_an_unknown_schedule_is_told_the_known_ones():
-  with pytest.raises(UserError, match="optim.schedule_kind is 'cosin'; .* constant, cosine, linear"):
+  with pytest.raises(UserError, match="schedule_kind is 'cosin'; .* constant, cosine, linear"):
     make(schedule_kind="cosin")
 
 
 @pytest.mark.parametrize("step, rate", [(0, 0.1), (1, 2 / 11), (40, 41 / 50), (80, 0.9), (10**6, 0.9)])
 def test_average_is_optax_incremental_update_with_a_ramp(step, rate):
   new, old = draw(1), draw(2)
-  found = optim.ema(new, old, decay=0.9, step=jnp.asarray(step, jnp.int32))
+  found = optim.update_ema(new, old, decay=0.9, step=jnp.asarray(step, jnp.int32))
   expected = optax.incremental_update(new, old, 1 - rate)
   for path in SHAPES:
     np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-6)

@@ -12,10 +12,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.models import build
+from diffdis_jax.models import joint
+from diffdis_jax.models.build import Network
 from diffdis_jax.models.diffdis import DiffDis, to_signed
-from diffdis_jax.params import Params, flatten, merge
-from diffdis_jax.structs import Batch, LatentBatch
+from diffdis_jax.params import Params
+from diffdis_jax.structs import Batch, DiscriminationPass, GenerationPass, LatentBatch
 from diffdis_jax.training import encode, objectives, step
 from diffdis_jax.training.build import build_step
 from tests import steps
@@ -32,11 +33,12 @@ class Loss:
   """A config's loss as a function of (trained parameters, batch, keys), the others fixed; not compiled."""
 
   def __init__(self, config: ConfigDict, *, trained: str = ""):
-    self.graphdef, self.abstract = build.abstract(build.make(config.model, objectives=config.objectives))
-    self.params = random_params(flatten(self.abstract), seed=0)
+    self.network = Network.of(config)
+    self.params = random_params(self.network.shapes, seed=0)
     self.trained = {path: value for path, value in self.params.items() if re.search(trained, path)}
     self._fixed = {path: value for path, value in self.params.items() if path not in self.trained}
-    self._loss = objectives.make_loss(config, self.graphdef, self.abstract)
+    section = objectives.Loss(**config.loss, sample_posterior=config.sample_posterior)
+    self._loss = objectives.loss_function(self.network, section)
 
   def __call__(self, trained: Params, batch: Batch, keys: dict[str, jax.Array]) -> tuple[jax.Array, step.Metrics]:
     loss, (metrics, _) = self._loss(trained, self._fixed, batch, keys)
@@ -58,15 +60,15 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
 
     return call
 
-  original = DiffDis.joint
+  original = joint.both_passes
 
-  def joint(self: DiffDis, generation: dict, discrimination: dict, **settings: int) -> Any:
-    outputs = original(self, generation, discrimination, **settings)
-    for name, inputs, output in zip(("generation", "discrimination"), (generation, discrimination), outputs):
-      seen[name] = {**inputs, "output": output}
+  def both_passes(model: DiffDis, *passes: GenerationPass | DiscriminationPass, **settings: int) -> Any:
+    outputs = original(model, *passes, **settings)
+    for name, inputs, output in zip(("generation", "discrimination"), passes, outputs):
+      seen[name] = {**vars(inputs), "output": output}
     return outputs
 
-  monkeypatch.setattr(DiffDis, "joint", joint)
+  monkeypatch.setattr(joint, "both_passes", both_passes)
   monkeypatch.setattr(DiffDis, "generation", recording("generation", DiffDis.generation))
   monkeypatch.setattr(DiffDis, "discrimination", recording("discrimination", DiffDis.discrimination))
   return seen
@@ -109,7 +111,7 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
   seen = spy(monkeypatch)
 
   def everything(params, batch, keys):
-    model = merge(loss.graphdef, loss.abstract, params)
+    model = loss.network.with_params(params)
     z = model.encode_image(batch.image, keys["posterior"] if config.sample_posterior else None)
     empty = jnp.asarray([[steps.BOS] + [steps.EOS] * (batch.tokens.shape[1] - 1)])
     return loss(params, batch, keys), dict(seen), z, model.encode_text(batch.tokens), model.encode_text(empty).c
@@ -253,9 +255,9 @@ def test_latent_statistics_end_at_zero_mean_and_unit_variance():
   statistics = {"autoencoder.shift", "autoencoder.scale"}
   assert {name for name in before if before[name].tobytes() != after[name].tobytes()} == statistics
 
-  model = merge(trainer.step.graphdef, trainer.step.abstract, after)
-  encode = compiled(model.encode_image)
-  z = np.concatenate([encode(batch.image, jax.random.key(i)) for i in range(16)])
+  model = trainer.step.network.with_params(after)
+  encode_image = compiled(model.encode_image)
+  z = np.concatenate([encode_image(batch.image, jax.random.key(i)) for i in range(16)])
   np.testing.assert_allclose(z.mean(axis=(0, 1, 2)), 0, atol=0.05)
   np.testing.assert_allclose(z.std(axis=(0, 1, 2)), 1, atol=0.05)
   assert np.abs(before["autoencoder.scale"] - after["autoencoder.scale"]).min() > 0.05
@@ -345,9 +347,13 @@ def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
   config = steps.make_config(sample_posterior=False)
   seen = {}
   for name in ("generation", "discrimination"):
-    original = getattr(objectives, f"{name}_inputs")
-    record = lambda z, *rest, name=name, original=original: (seen.setdefault(name, []).append(z), original(z, *rest))[1]
-    monkeypatch.setattr(objectives, f"{name}_inputs", record)
+    original = getattr(objectives, f"draw_{name}")
+
+    def record(z: jax.Array, *rest: Any, name: str = name, original: Callable = original, **settings: Any) -> Any:
+      seen.setdefault(name, []).append(z)
+      return original(z, *rest, **settings)
+
+    monkeypatch.setattr(objectives, f"draw_{name}", record)
   loss = Loss(config)
   batch, other = steps.make_batch(config), steps.make_batch(config, seed=1)
   for each in (batch, other, batch.replace(discrimination_image=other.image)):
@@ -364,7 +370,7 @@ def test_stored_posteriors_train_as_their_images_do(sample):
   config = steps.make_config(sample_posterior=sample)
   loss = Loss(config)
   batch = steps.make_batch(config)
-  model = merge(loss.graphdef, loss.abstract, loss.params)
+  model = loss.network.with_params(loss.params)
   posterior = model.autoencoder.encode(to_signed(batch.image))
   stored = LatentBatch(
     mean=posterior.mean.astype(jnp.bfloat16),
@@ -375,7 +381,7 @@ def test_stored_posteriors_train_as_their_images_do(sample):
   expected, *found = (loss(loss.trained, each, make_keys())[0] for each in (batch, stored, with_text))
   for total in found:
     assert abs(float(total) - float(expected)) < 0.01 * abs(float(expected))
-  z = lambda step_number: latents.of_batch(model, stored, step.step_keys(0, step_number, jnp.int32(0)), sample=sample)[
-    0
-  ]
+  z = lambda step_number: encode.encode_images(
+    model, stored, step.step_keys(0, step_number, jnp.int32(0)), sample=sample
+  )[0]
   assert (np.asarray(z(jnp.int32(0))) != np.asarray(z(jnp.int32(1)))).any() == sample

@@ -11,7 +11,7 @@ import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.webdataset import TarReader, split_of
@@ -20,6 +20,7 @@ from diffdis_jax.errors import UserError
 ITEMS = 2000  # of a part of loose files
 
 
+@runtime_checkable
 class Part(Protocol):
   """`name` is a file name without its ending, unique in the data set."""
 

@@ -255,7 +255,7 @@ def interrupt(source, out, monkeypatch):
 
 def test_two_at_once(many, tmp_path):
   (tmp_path / ".out.partial").mkdir()
-  with pairs._only_process(tmp_path / ".out.partial"), pytest.raises(UserError, match="another process is writing"):
+  with builder._only_process(tmp_path / ".out.partial"), pytest.raises(UserError, match="another process is writing"):
     prepare(many, tmp_path / "out")
 
 

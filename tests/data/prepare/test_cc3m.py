@@ -42,7 +42,7 @@ def test_tars_and_tables_give_the_same_images_and_captions(tmp_path):
     ("train.tsv", "a caption\thttp://image\n", "the first line must name a column caption and a column filepath, not"),
     ("train.tsv", "", "must name a column caption and a column filepath, not none"),
     ("train.tsv", "caption\tfilepath\n", "train.tsv has no rows"),
-    ("pairs.tsv", "caption\tfilepath\na\tb\n", "cannot tell the split of builder.tsv; name it train.tsv"),
+    ("pairs.tsv", "caption\tfilepath\na\tb\n", "cannot tell the split of pairs.tsv; name it train.tsv"),
   ],
 )
 def test_bad_tables(tmp_path, name, text, message):

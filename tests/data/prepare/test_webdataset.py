@@ -4,7 +4,8 @@ import tarfile
 
 import pytest
 
-from diffdis_jax.data.prepare.webdataset import RawPair, TarReader, split_of
+from diffdis_jax.data.prepare.pairs import RawPair
+from diffdis_jax.data.prepare.webdataset import TarReader, split_of
 
 
 def write_tar(path: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:

@@ -1,0 +1,92 @@
+"""Attention on both of its CPU paths, against numpy in float64, and over [text, image] without concatenating them."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffdis_jax.models import attention
+from diffdis_jax.models.attention import Projected
+from tests.models import networks
+
+
+def softmax_attention(q, k, v, mask=None):
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  scores = np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
+  if mask is not None:
+    scores = np.where(mask, scores, -np.inf)
+  weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+  return np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(axis=-1, keepdims=True), v)
+
+
+def qkv(n: int, m: int, dtype=jnp.float32):
+  rng = np.random.default_rng(n)
+  return tuple(jnp.asarray(2 * rng.standard_normal((2, size, 3, 8)), dtype) for size in (n, m, m))
+
+
+# 128 x 128 scores are where attention on a CPU begins to go head by head.
+@pytest.mark.parametrize("n, m", [(5, 7), (127, 128), (128, 128), (256, 64), (16384, 1)])
+def test_attention_equals_softmax(n, m):
+  q, k, v = qkv(n, m)
+  assert networks.relative_error(jax.jit(attention.attend)(q, k, v), softmax_attention(q, k, v)) < 1e-5
+
+
+@pytest.mark.parametrize("n", [6, 128])
+def test_masked_attention_equals_softmax(n):
+  q, k, v = qkv(n, n)
+  mask = np.tril(np.ones((n, n), bool))
+  attended = jax.jit(attention.attend)(q, k, v, mask=mask)
+  assert networks.relative_error(attended, softmax_attention(q, k, v, mask)) < 1e-5
+
+
+@pytest.mark.parametrize("n", [6, 128])
+def test_attention_in_bfloat16_has_its_softmax_in_float32(n):
+  q, k, v = qkv(n, n, jnp.bfloat16)
+  attended = attention.attend(q, k, v)
+  assert attended.dtype == jnp.bfloat16
+  # bf16 keeps 8 bits: rounding of probabilities and outputs, not of scores, whose error would be some e-1.
+  assert networks.relative_error(attended.astype(jnp.float32), softmax_attention(q, k, v)) < 1e-2
+
+
+@pytest.mark.parametrize("n", [6, 128])
+def test_one_more_key_is_merged_exactly(n):
+  q, k, v = qkv(n, n + 1)
+  merged = jax.jit(lambda q, k, v: attention.with_one_more(*attention.attend_with_lse(q, k, v), q, *one))
+  k, v, one = k[:, 1:], v[:, 1:], (k[:, :1], v[:, :1])
+  expected = softmax_attention(q, *(np.concatenate(pair, axis=1) for pair in zip(one, (k, v))))
+  assert networks.relative_error(merged(q, k, v), expected) < 1e-5
+
+
+def test_both_paths_have_the_same_gradient():
+  q, k, v = qkv(9, 9)
+  mask = jnp.asarray(np.tril(np.ones((9, 9), bool)))
+  # Its private name, since a public call of this size takes the other path.
+  paths = (attention.attend_with_lse, attention._attend_by_head)
+  total = lambda f, qkv: sum(jnp.sum(jnp.sin(x)) for x in f(*qkv, mask=mask))
+  one, other = (jax.jit(jax.grad(functools.partial(total, f)))((q, k, v)) for f in paths)
+  for a, b in zip(one, other, strict=True):
+    assert networks.relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("n", [6, 128])
+def test_both_streams_together_are_attention_over_their_concatenation(n):
+  """The paper's step as it is written, and its gradients: concatenate, attend, split."""
+  text, image = (Projected(*qkv(size, size)) for size in (1, n))
+
+  def as_written(text: Projected, image: Projected) -> tuple[jax.Array, jax.Array]:
+    both = (jnp.concatenate(pair, axis=1) for pair in zip(text, image))
+    return tuple(jnp.split(attention.attend(*both), [1], axis=1))
+
+  total = lambda f, streams: sum(jnp.sum(jnp.sin(3 * x)) for x in f(*streams))
+  found, expected = (f(text, image) for f in (attention.attend_together, as_written))
+  gradients = (
+    jax.jit(jax.grad(functools.partial(total, f)))((text, image)) for f in (attention.attend_together, as_written)
+  )
+  for a, b in zip(
+    (*found, *jax.tree.leaves(next(gradients))), (*expected, *jax.tree.leaves(next(gradients))), strict=True
+  ):
+    assert networks.relative_error(a, b) < 1e-5
