@@ -6,33 +6,38 @@
 | h w c | height, width, channels, of an image or of a latent |
 | n | tokens of an attention sequence |
 | l | text tokens |
-| d | width of a text embedding or of a stream |
+| d e | width of a stream, of a text embedding; of a second one beside it |
 | s | sampling steps |
 """
 
 from __future__ import annotations
 
+import jax
+import numpy as np
 from flax import struct
-from jaxtyping import Array, BFloat16, Float, Int, UInt8
+from jaxtyping import BFloat16, Float, Int, UInt8
+
+# What a leaf may be: numpy's on a host, JAX's in the compiled step, a shape where nothing is allocated.
+AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
 
 @struct.dataclass
 class Batch:
   """One batch of captioned images. The loader gives numpy arrays per host, the step sees global arrays."""
 
-  image: UInt8[Array, "b h w 3"]
-  tokens: Int[Array, "b l"]
-  discrimination_image: UInt8[Array, "b h w 3"] | None = None  # where discrimination has a view of its own
+  image: UInt8[AnyArray, "b h w 3"]
+  tokens: Int[AnyArray, "b l"]
+  discrimination_image: UInt8[AnyArray, "b h w 3"] | None = None  # where discrimination has a view of its own
 
 
 @struct.dataclass
 class LatentBatch:
   """One batch of captioned images as the autoencoder's posteriors over them, before shift and scale."""
 
-  mean: BFloat16[Array, "b h w c"]
-  log_variance: BFloat16[Array, "b h w c"]
-  tokens: Int[Array, "b l"]
-  condition: BFloat16[Array, "b l d"] | None = None  # c, where it is stored too
+  mean: BFloat16[AnyArray, "b h w c"]
+  log_variance: BFloat16[AnyArray, "b h w c"]
+  tokens: Int[AnyArray, "b l"]
+  condition: BFloat16[AnyArray, "b l d"] | None = None  # c, where it is stored too
 
 
 AnyBatch = Batch | LatentBatch
@@ -42,25 +47,25 @@ AnyBatch = Batch | LatentBatch
 class TextCondition:
   """What the text encoder gives: c, the condition of every token, and e, the L2-normalised text query."""
 
-  c: Float[Array, "b l d"]
-  e: Float[Array, "b d"]
+  c: Float[AnyArray, "b l d"]
+  e: Float[AnyArray, "b e"]
 
 
 @struct.dataclass
 class Posterior:
   """The autoencoder's Gaussian over latents, before shift and scale."""
 
-  mean: Float[Array, "b h w c"]
-  log_variance: Float[Array, "b h w c"]
+  mean: Float[AnyArray, "b h w c"]
+  log_variance: Float[AnyArray, "b h w c"]
 
 
 @struct.dataclass
 class GenerationPass:
   """Arguments of Φ_u(z_t, t_z, c): noised latents, their timestep, the captions' condition."""
 
-  z_t: Float[Array, "b h w c"]
-  t_z: Int[Array, "b"]
-  c: Float[Array, "b l d"]
+  z_t: Float[AnyArray, "b h w c"]
+  t_z: Int[AnyArray, "b"]
+  c: Float[AnyArray, "b l d"]
 
 
 @struct.dataclass
@@ -70,8 +75,8 @@ class DiscriminationPass:
   Its t_z is one number for all rows, 1000 in the paper (Table 7); GenerationPass.t_z is drawn.
   """
 
-  e_t: Float[Array, "b e"]
-  t_e: Int[Array, "b"]
-  z: Float[Array, "b h w c"]
-  t_z: Int[Array, "b"]
-  c_null: Float[Array, "b l d"]
+  e_t: Float[AnyArray, "b e"]
+  t_e: Int[AnyArray, "b"]
+  z: Float[AnyArray, "b h w c"]
+  t_z: Int[AnyArray, "b"]
+  c_null: Float[AnyArray, "b l d"]

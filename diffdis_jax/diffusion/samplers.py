@@ -8,7 +8,6 @@ coefficients that depend on timesteps alone: they are computed beforehand in flo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from diffdis_jax.diffusion.schedules import DATA, Schedule, Target, Timesteps, check_target
 from diffdis_jax.errors import UserError
 
-Method = Literal["ddim", "ddpm"]
-Steps = int | Int[np.ndarray, "s"]
-Weights = Float[np.ndarray, "*s"]
+Method = str  # ddim, ddpm
+Steps = int | np.integer | Int[np.ndarray, "s"]
+Weights = float | Float[np.ndarray, "*s"]
+Coefficient = float | np.floating | Float[np.ndarray, "*s"] | Float[Array, "*s"]
 Denoise = Callable[[Float[Array, "b ..."], Int[Array, "b"]], Float[Array, "b ..."]]
 
 
@@ -29,9 +29,9 @@ Denoise = Callable[[Float[Array, "b ..."], Int[Array, "b"]], Float[Array, "b ...
 class Coefficients:
   """x_prev = x_t · [x_t] + prediction · [prediction] + noise · [fresh N(0, I)]; one number a step."""
 
-  x_t: Float[Array, "*s"]
-  prediction: Float[Array, "*s"]
-  noise: Float[Array, "*s"]
+  x_t: Coefficient
+  prediction: Coefficient
+  noise: Coefficient
 
 
 def _alpha_bar(schedule: Schedule, t: Steps) -> Weights:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from diffdis_jax.errors import UserError, check_choice, check_number
 
-Target = Literal["data", "noise"]
+Target = str  # one of TARGETS
 TARGETS = ("data", "noise")
 BETA_START, BETA_END, BETA_MAX = 0.00085, 0.012, 0.999
 DATA = -1  # the timestep, one before the first, at which ᾱ = 1: the data itself

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -62,14 +62,14 @@ def get_field(record: Mapping[str, Any], field: str) -> Any:
   return record[field]
 
 
-def read(source: Any, index: int) -> dict[str, Any]:
+def read(source: Any, index: SupportsIndex) -> dict[str, Any]:
   """A record of a source. Raises UserError where it is damaged: a figure is of all records or of none."""
   with _usable(index):
     return source[int(index)]
 
 
 @contextlib.contextmanager
-def _usable(index: int) -> Iterator[None]:
+def _usable(index: SupportsIndex) -> Iterator[None]:
   try:
     yield
   except records.Unusable as error:

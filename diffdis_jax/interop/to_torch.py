@@ -137,7 +137,7 @@ def fold_statistics(params: Params) -> float:
   return factor
 
 
-def _convert(entry: mapping.Entry, value: Float[np.ndarray, "..."], dtype: str) -> np.ndarray:
+def _convert(entry: mapping.Entry, value: np.floating | Float[np.ndarray, "..."], dtype: str) -> np.ndarray:
   """Their layout and dtype, a copy."""
   with np.errstate(over="ignore"):
     array = np.array(entry.to_theirs(np.asarray(value)), DTYPES[dtype], order="C")

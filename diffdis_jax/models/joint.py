@@ -62,13 +62,13 @@ def both_passes(
 def fuse_second_half(
   fusion: FusionBlock,
   image_block: SpatialTransformer,
-  x: Float[Array, "2*b h w c"],
-  c: Float[Array, "2*b l d"],
+  x: Float[Array, "b2 h w c"],
+  c: Float[Array, "b2 l d"],
   h_e: Float[Array, "b e"],
   e_t: Float[Array, "b e"],
   parts: int,
-) -> tuple[Float[Array, "2*b h w c"], Float[Array, "b e"]]:
-  """`FusionBlock` on the second of the two batches in `x`; the first, which has no text token, takes the image block.
+) -> tuple[Float[Array, "b2 h w c"], Float[Array, "b e"]]:
+  """`FusionBlock` on the second of the two batches in `x`, whose rows are b2 = 2b; the first, which has no text token, takes the image block.
 
   Only self-attention differs between the two, so that it alone works on the halves.
   """

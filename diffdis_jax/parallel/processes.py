@@ -193,12 +193,12 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def from_first(value: np.ndarray) -> np.ndarray:
+def from_first(value: np.ndarray | np.generic) -> np.ndarray:
   """Process 0's value, on every process. At most 32 bits wide."""
   return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
-def gathered(value: np.ndarray) -> np.ndarray:
+def gathered(value: np.ndarray | np.generic) -> np.ndarray:
   """Every process's value, along a new first axis. At most 32 bits wide."""
   return np.asarray(multihost_utils.process_allgather(np.asarray(value), tiled=False))
 

@@ -91,7 +91,7 @@ class Checkpointer:
     save_timeout: seconds after which a save in the background has failed.
   """
 
-  def __init__(self, workdir: str, kept: Kept | None = None, *, save_timeout: int = 1200) -> None:
+  def __init__(self, workdir: epath.PathLike, kept: Kept | None = None, *, save_timeout: int = 1200) -> None:
     kept = kept or Kept()
     self._workdir = workdir
     if processes.is_first():
@@ -188,7 +188,7 @@ class Checkpointer:
 
 
 def restore_params(
-  workdir: str, *, step: int | None = None, ema: bool = True, abstract: Params | None = None
+  workdir: epath.PathLike, *, step: int | None = None, ema: bool = True, abstract: Params | None = None
 ) -> Params:
   """Parameters of a run, for use without its optimizer.
 
@@ -209,7 +209,7 @@ def restore_params(
   return raw | _read_tree(path / "ema", abstract and {name: abstract[name] for name in averaged if name in abstract})
 
 
-def saved_params(workdir: str, *, step: int | None = None) -> Params:
+def saved_params(workdir: epath.PathLike, *, step: int | None = None) -> Params:
   """Shapes and dtypes of a run's parameters, as jax.ShapeDtypeStruct.
 
   Raises:
@@ -219,12 +219,12 @@ def saved_params(workdir: str, *, step: int | None = None) -> Params:
   return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in saved.items()}
 
 
-def latest_step(workdir: str) -> int | None:
+def latest_step(workdir: epath.PathLike) -> int | None:
   """The newest committed step of a run, or None."""
   return max(_committed(_folder(workdir)), default=None)
 
 
-def find(workdir: str, step: int | None = None) -> epath.Path:
+def find(workdir: epath.PathLike, step: int | None = None) -> epath.Path:
   """The folder of a committed checkpoint, the newest one for None.
 
   Raises:
@@ -243,7 +243,7 @@ def find(workdir: str, step: int | None = None) -> epath.Path:
   return folder / str(step)
 
 
-def choose(workdir: str, step: int | None, *, ema: bool) -> tuple[int, bool]:
+def choose(workdir: epath.PathLike, step: int | None, *, ema: bool) -> tuple[int, bool]:
   """Which checkpoint `restore_params` takes for these wishes, and whether its weights are averaged ones.
 
   Raises:
@@ -253,7 +253,7 @@ def choose(workdir: str, step: int | None, *, ema: bool) -> tuple[int, bool]:
   return int(saved.name), ema and (saved / "ema").exists()
 
 
-def _folder(workdir: str) -> epath.Path:
+def _folder(workdir: epath.PathLike) -> epath.Path:
   return epath.Path(workdir).absolute() / "checkpoints"
 
 

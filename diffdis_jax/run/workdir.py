@@ -34,7 +34,7 @@ MAY_CHANGE = (
 """Fields (dotted paths) that may differ when a run goes on: they leave the numbers of the training alone."""
 
 
-def open_for_training(workdir: str, config: Mapping[str, Any], *, is_writer: bool = True) -> epath.Path:
+def open_for_training(workdir: epath.PathLike, config: Mapping[str, Any], *, is_writer: bool = True) -> epath.Path:
   """Creates the folder and writes its config.json, or checks that the run in it has the same config.
 
   Args:
@@ -57,7 +57,7 @@ def open_for_training(workdir: str, config: Mapping[str, Any], *, is_writer: boo
   return path
 
 
-def check_config(workdir: str, config: Mapping[str, Any]) -> None:
+def check_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
   """Raises UserError if the folder holds a run whose config differs in a field outside MAY_CHANGE."""
   path = epath.Path(workdir)
   if (path / "config.json").exists():
@@ -71,7 +71,7 @@ class Lock:
   that was on this machine, where one can look, else when it has not changed for PATIENCE seconds.
   """
 
-  def __init__(self, workdir: str):
+  def __init__(self, workdir: epath.PathLike):
     self._workdir = workdir
     self._file = epath.Path(workdir) / "lock.json"
     self._own = {"owner": secrets.token_hex(8), "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
@@ -158,7 +158,7 @@ def _is_dead(other: dict[str, Any]) -> bool:
   return other.get("machine") == _machine() and _started(other["pid"]) != other["started"]
 
 
-def load_config(workdir: str) -> ConfigDict:
+def load_config(workdir: epath.PathLike) -> ConfigDict:
   """The config of the run in this folder, locked. Sequences come back as tuples.
 
   Raises:

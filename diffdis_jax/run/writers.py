@@ -71,7 +71,7 @@ class _NoWriter(Writer):
     pass
 
 
-def open_writer(workdir: str, *, start_step: int, is_writer: bool) -> Writer:
+def open_writer(workdir: epath.PathLike, *, start_step: int, is_writer: bool) -> Writer:
   """The writer of a run that begins, or goes on, after `start_step` steps.
 
   Lines of metrics.jsonl beyond that step are dropped: they are from steps that are about to be taken again.

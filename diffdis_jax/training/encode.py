@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from diffdis_jax.errors import UserError
 from diffdis_jax.models.autoencoder import sample_posterior
 from diffdis_jax.models.diffdis import DiffDis
+from diffdis_jax.params import Params
 from diffdis_jax.structs import AnyBatch, LatentBatch, Posterior, TextCondition
 
 # What decides which posterior an image has.
@@ -51,13 +52,13 @@ def encode_captions(model: DiffDis, batch: AnyBatch) -> TextCondition:
   return model.text_encoder.with_query(batch.condition.astype(model.text_encoder.dtype), batch.tokens)
 
 
-def fingerprint(params: Mapping[str, Array], which: re.Pattern[str] = ENCODER) -> float:
+def fingerprint(params: Params, which: re.Pattern[str] = ENCODER) -> float:
   """A number that tells one encoder from another: the sum of its parameters' mean magnitudes, f32."""
   encoder = {path: value for path, value in sorted(params.items()) if which.match(path)}
   return float(jax.jit(lambda encoder: sum(jnp.mean(jnp.abs(value)) for value in encoder.values()))(encoder))
 
 
-def check_stored(facts: Mapping[str, Mapping[str, Any]], params: Mapping[str, Array], trained: Collection[str]) -> None:
+def check_stored(facts: Mapping[str, Mapping[str, Any]], params: Params, trained: Collection[str]) -> None:
   """Raises UserError where stored latents or text conditions are of other encoders than these, or of one in training.
 
   Args:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
 MAX_LOGIT_SCALE = float(np.log(100.0))
 _MIN_SQUARE = 1e-24
@@ -73,7 +73,7 @@ def _direction(
   candidates: Float[Array, "b d"],
   *,
   scale: Float[Array, ""],
-  captions: Int[Array, "b"],
+  captions: Integer[Array, "b"],
   allowed: Bool[Array, "b"],
   gather: Callable[[Array], Array],
 ) -> tuple[Float[Array, "b"], Bool[Array, "b"]]:
@@ -117,7 +117,7 @@ def contrastive(
   e: Float[Array, "b d"],
   logit_scale: Float[Array, ""],
   *,
-  captions: Int[Array, "b"] | None = None,
+  captions: Integer[Array, "b"] | None = None,
   dropped: Bool[Array, "b"] | None = None,
   gather: Callable[[Array], Array] = lambda x: x,
 ) -> Contrastive:

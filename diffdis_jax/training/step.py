@@ -20,7 +20,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
-from diffdis_jax.structs import AnyBatch
+from diffdis_jax.structs import AnyArray, AnyBatch
 from diffdis_jax.training import objectives
 from diffdis_jax.training import optim as optimizers
 from diffdis_jax.training.objectives import Loss, Metrics
@@ -32,7 +32,7 @@ KEYS = ("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop
 
 @struct.dataclass
 class TrainState:
-  step: Int[Array, ""]
+  step: Int[AnyArray, ""]
   params: Params
   ema: Params
   opt_state: Any

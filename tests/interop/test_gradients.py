@@ -9,9 +9,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from ml_collections import ConfigDict
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from diffdis_jax.diffusion.schedules import Process
 from diffdis_jax.interop import mapping, sections
 from diffdis_jax.models.diffdis import to_signed
-from diffdis_jax.training.objectives import generation_inputs, generation_loss
+from diffdis_jax.training.objectives import draw_generation, generation_loss
 from diffdis_jax.training.step import step_keys
 from tests import steps
 from tests.models import from_torch, networks
@@ -82,7 +83,14 @@ def test_gradients_equal_those_of_pytorch():
   def loss(model, images):
     text, null = model.encode_text(TOKENS), model.encode_text(NULL)
     c_null = np.ones((len(images), 1, 1), np.float32) * null.c
-    inputs = generation_inputs(model.encode_image(images), text.c, c_null, keys, config)
+    inputs = draw_generation(
+      model.encode_image(images),
+      text.c,
+      c_null,
+      keys,
+      process=Process(schedule=config.image_diffusion.schedule),
+      dropout=config.loss.condition_dropout,
+    )
     return generation_loss(model.generation(**inputs.arguments), inputs)[0]
 
   ours = networks.compiled(jax.grad(network.pure(loss)))(params, images)

@@ -83,7 +83,7 @@ def spread(n: int, count: int) -> Int[np.ndarray, " k"]:
   return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
 
 
-def _describe(source: sources.Source, places: Sequence[int]) -> dict[str, Any]:
+def _describe(source: sources.Source, places: Int[np.ndarray, " k"]) -> dict[str, Any]:
   """Quantiles of the stored images' sides and of the captions' lengths, and shares."""
   sides, formats, captions = [], Counter(), []
   for place in places:
@@ -118,7 +118,7 @@ def _range(quantiles: dict[str, int]) -> str:
   return f"{quantiles['least']}-{quantiles['most']} (median {quantiles['median']})"
 
 
-def _tiles(source: sources.Source, places: Sequence[int]) -> Iterator[tuple[np.ndarray, str]]:
+def _tiles(source: sources.Source, places: Int[np.ndarray, " k"]) -> Iterator[tuple[np.ndarray, str]]:
   for place in places:
     try:
       record = source[int(place)]
