@@ -20,7 +20,7 @@ from diffdis_jax import cli, evals, inference
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.run import checkpoint, files, workdir
 
 FLAGS = flags.FLAGS
 Section = tuple[str, dict[str, Any]]  # data set, and {task, what that evaluation takes}

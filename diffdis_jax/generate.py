@@ -108,7 +108,7 @@ def generate(
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
   if z_T is None:
     z_T = model.noise(len(prompts), seed)
-  check_noise(z_T, expected=(len(prompts), *model.network.latent_shape))
+  check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
   tokens = Tokenizer(model.max_length)(prompts)
   chunks = (slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK))
   images = (image for rows in chunks for image in model.generate(params, tokens[rows], z_T[rows]))
@@ -182,15 +182,15 @@ def write(
   Raises:
     UserError: it cannot be written.
   """
-  files = [f"{i:05d}.png" for i in range(len(prompts))]
+  names = [f"{i:05d}.png" for i in range(len(prompts))]
   manifest = {
     "protocol": protocol,
-    "images": [{"file": file, "prompt": prompt} for file, prompt in zip(files, prompts, strict=True)],
+    "images": [{"file": name, "prompt": prompt} for name, prompt in zip(names, prompts, strict=True)],
   }
   with files.whole_folder(out) as temporary:
     first = []
-    for file, image in zip(files, images, strict=True):
-      Image.fromarray(image).save(temporary / file)
+    for name, image in zip(names, images, strict=True):
+      Image.fromarray(image).save(temporary / name)
       if len(first) < GRID:
         first.append(image)
     samples.save_grid(np.stack(first), prompts[: len(first)], temporary / "grid.png", columns=columns)

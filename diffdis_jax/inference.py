@@ -208,10 +208,14 @@ class Inference:
     """The text condition c of every token."""
     return self._batched(functools.partial(self._compiled_conditions, params), tokens)
 
+  def noise_shape(self) -> tuple[int, int, int]:
+    """[h, w, c] of one image's initial noise."""
+    return self.network.latent_shape
+
   def noise(self, n: int, seed: int) -> Float[np.ndarray, "n h w c"]:
     """Initial noise of images; image i's depends on the seed and i alone."""
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(n))
-    return np.asarray(jax.vmap(lambda key: jax.random.normal(key, self.network.latent_shape))(keys))
+    return np.asarray(jax.vmap(lambda key: jax.random.normal(key, self.noise_shape()))(keys))
 
   def abstract_params(self) -> Params:
     """Shapes of the parameters, each with its place on the mesh."""

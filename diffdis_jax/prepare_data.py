@@ -117,7 +117,7 @@ def write_latents(run: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> N
 
   found = latents.find_parts(data)
   model, params = inference.load(str(run), image_size=_IMAGE_SIZE.value, batch_size=_BATCH_SIZE.value)
-  h, w, c = model.network.latent_shape
+  h, w, c = model.noise_shape()
   text = None
   if _TEXT.value:
     tokenizer, width = Tokenizer(model.max_length), model.network.model.text_encoder.width

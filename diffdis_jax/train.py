@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -226,7 +226,7 @@ def load_initial(path: str, trainer: Step) -> Params:
   return loaded
 
 
-def parts_of(paths: Sequence[str]) -> str:
+def parts_of(paths: Iterable[str]) -> str:
   """`unet 686, autoencoder 250`: how many of these parameters each part has."""
   return ", ".join(f"{part} {n}" for part, n in sorted(Counter(path.split(".")[0] for path in paths).items()))
 

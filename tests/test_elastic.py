@@ -108,11 +108,11 @@ def test_keep_policies_that_contradict_themselves(options):
     checkpoint.Kept(**options)
 
 
-def test_the_best_metric_is_of_an_evaluation_in_training(config):
+def test_the_best_metric_is_of_an_evaluation_in_training(config, tmp_path):
   bad = config.copy_and_resolve_references()
   bad.checkpoint.update(keep_best=1, best_metric="test/acc1")
   with pytest.raises(UserError, match="best_metric=test/acc1 should begin with one of train_evals"):
-    train.make_watch(bad, None, None, None)
+    train.train_and_evaluate(bad, str(tmp_path / "run"))
 
 
 def test_totals_keep_their_bits_through_json():

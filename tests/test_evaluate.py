@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -82,8 +83,7 @@ def test_override():
 
 def test_every_setting_that_a_flag_may_set_is_one():
   for task, names in evaluate.SETTINGS.items():
-    parameters = evals.EVALS[task].__init__.__kwdefaults__
-    assert set(names) <= set(parameters)
+    assert set(names) <= set(inspect.signature(evals.EVALS[task]).parameters)
   assert set(evaluate.SETTINGS) == set(evals.EVALS)
 
 

@@ -175,7 +175,7 @@ def test_single_files(sd, imported, tmp_path, suffix):
 
 def clip_outputs(run: str, pixels: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Unit image and text embeddings of an imported CLIP."""
-  network = networks.Network.of(import_weights.make_clip(workdir.load_config(run).model))
+  network = networks.Network.of(import_weights.clip_builder(workdir.load_config(run).model))
   encode = lambda model, pixels, tokens: (model.vision_encoder(pixels), model.encode_text(tokens).e)
   image, text = network.jit(encode)(checkpoint.restore_params(run), pixels, tokens)
   image = np.asarray(image)

@@ -110,7 +110,7 @@ def test_several_steps_draws_and_guidance_are_ddim_by_hand():
   model = model_of(inference)
   z = compiled(model.encode_image)(images)
   c_null = np.repeat(compiled(model.encode_text)(model.text_encoder.null_tokens(8)).c, n, axis=0)
-  t_z = np.full(n, 1000, np.int32)
+  t_z = jnp.full(n, 1000, jnp.int32)
   predict = compiled(lambda e_t, t_e, z: model.discrimination(e_t=e_t, t_e=t_e, z=z, t_z=t_z, c_null=c_null))
 
   alpha_bar = steps.ALPHA_BAR[schedule]
@@ -167,7 +167,7 @@ def test_noise_of_an_image_depends_on_seed_and_index_alone(inference):
 def test_text_queries_have_unit_length_on_any_mesh(inference):
   params = params_of(inference)
   found = inference.embed_texts(params, BATCH.tokens)
-  expected = model_of(inference).encode_text(BATCH.tokens).e
+  expected = model_of(inference).encode_text(jnp.asarray(BATCH.tokens)).e
   np.testing.assert_allclose(found, expected, atol=1e-5)
   np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
   np.testing.assert_array_equal(found[-1], found[-2])
@@ -178,7 +178,7 @@ def test_text_queries_have_unit_length_on_any_mesh(inference):
 
 def test_reconstruction_is_by_the_mode_and_pads(inference):
   model = model_of(inference)
-  expected = model.decode_image(model.encode_image(BATCH.image[:5]))
+  expected = model.decode_image(model.encode_image(jnp.asarray(BATCH.image[:5])))
   found = inference.reconstruct(params_of(inference), BATCH.image[:5])
   assert np.abs(found.astype(int) - np.asarray(expected).astype(int)).max() <= 1
 

@@ -13,6 +13,7 @@ from diffdis_jax import preflight
 from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
 from diffdis_jax.estimates import chips, programs, report, search, targets
+from diffdis_jax.models import attention
 from diffdis_jax.models.build import Network
 from tests import steps
 from tests.command_runs import call
@@ -161,7 +162,7 @@ def test_costs_go_by_the_slower_estimate(seconds, by_cycles, slower, said):
     arguments=1, temporaries=0, outputs=0, fits=True, seconds=seconds, seconds_by_cycles=by_cycles
   )
   target = targets.Target(devices=jax.devices()[:2], chip=chip, compiler="tpu", exact=True)
-  program = programs.Program(lower=None, rows=8, operations=0.1 * 2 * chip.flops, parameters=1, turns=1.0)
+  program = programs.Program(lower=lambda: None, rows=8, operations=0.1 * 2 * chip.flops, parameters=1, turns=1.0)
   result = report.summarise(program, compiled, target, num_pairs=3600, epochs=2)
   assert result["images_per_second"] == pytest.approx(8 / slower)
   assert result["chip_hours"] == pytest.approx(2 * 3600 / 8 * slower * 2 / 3600)

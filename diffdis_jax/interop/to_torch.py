@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping, sections
 from diffdis_jax.params import Params
+from diffdis_jax.structs import AnyArray
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 # Of the library whose layout this is; every later version reads it.
@@ -137,7 +138,7 @@ def fold_statistics(params: Params) -> float:
   return factor
 
 
-def _convert(entry: mapping.Entry, value: np.floating | Float[np.ndarray, "..."], dtype: str) -> np.ndarray:
+def _convert(entry: mapping.Entry, value: np.floating | Float[AnyArray, "..."], dtype: str) -> np.ndarray:
   """Their layout and dtype, a copy."""
   with np.errstate(over="ignore"):
     array = np.array(entry.to_theirs(np.asarray(value)), DTYPES[dtype], order="C")

@@ -41,7 +41,7 @@ Timesteps = Int[Tensor, "b"]
 NUM_TIMESTEPS = 1000
 
 
-def alpha_bar(schedule: str) -> Float[Tensor, "T+1"]:
+def alpha_bar(schedule: str) -> Float[Tensor, " n"]:
   """ᾱ(t) of a noise schedule, float64. Its last entry, at t = -1, is the data's: 1."""
   linspace = lambda start, end, n: torch.linspace(start, end, n, dtype=torch.float64, device="cpu")
   curve = torch.cos((linspace(0, 1, NUM_TIMESTEPS + 1) + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -178,7 +178,9 @@ class AlignmentTransformer(nn.Module):
 class DiffDis(nn.Module):
   """Stable Diffusion's UNet as an aligner of images and texts. `config` is diffdis_config.json, above."""
 
-  def __init__(self, config: Mapping[str, Any], *, unet: nn.Module, vae: nn.Module, text_encoder: nn.Module):
+  def __init__(
+    self, config: Mapping[str, Any], *, unet: nn.Module, vae: nn.Module | None, text_encoder: nn.Module | None
+  ):
     super().__init__()
     self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
     model, text, process = config["model"], config["model"]["text_encoder"], config["text_diffusion"]

@@ -68,7 +68,8 @@ def fuse_second_half(
   e_t: Float[Array, "b e"],
   parts: int,
 ) -> tuple[Float[Array, "b2 h w c"], Float[Array, "b e"]]:
-  """`FusionBlock` on the second of the two batches in `x`, whose rows are b2 = 2b; the first, which has no text token, takes the image block.
+  """`FusionBlock` on the second of the two batches in `x`, which has b2 = 2b rows; the image block alone on the first,
+  which has no text token.
 
   Only self-attention differs between the two, so that it alone works on the halves.
   """

@@ -37,7 +37,7 @@ RULES = (
 )
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
   """Mesh of all devices; an axis of -1 takes what the others leave.
 
   Devices of several slices, which a data centre's network joins, are laid out so that only `data` crosses slices.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from diffdis_jax.diffusion import schedules
@@ -19,14 +20,15 @@ from diffdis_jax.models.build import Network
 from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
-from diffdis_jax.structs import AnyBatch, Batch, DiscriminationPass, GenerationPass
+from diffdis_jax.structs import AnyArray, AnyBatch, Batch, DiscriminationPass, GenerationPass
 from diffdis_jax.training import encode, losses
 
 # Share of the running latent statistics that each reconstruction step keeps.
 STATISTICS_DECAY = 0.98
 
 # name -> (sum, count): sums over samples, microbatches and steps add up, and their ratio is the mean.
-Metrics = dict[str, tuple[Float[Array, "..."], Float[Array, "..."]]]
+Number = np.floating | Float[AnyArray, "..."]
+Metrics = dict[str, tuple[Number, Number]]
 Keys = Mapping[str, PRNGKeyArray]
 LossFn = Callable[[Params, Params, AnyBatch, Keys], tuple[Float[Array, ""], tuple[Metrics, Params]]]
 

@@ -20,7 +20,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
-from diffdis_jax.structs import AnyArray, AnyBatch
+from diffdis_jax.structs import AnyBatch
 from diffdis_jax.training import objectives
 from diffdis_jax.training import optim as optimizers
 from diffdis_jax.training.objectives import Loss, Metrics
@@ -32,7 +32,9 @@ KEYS = ("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop
 
 @struct.dataclass
 class TrainState:
-  step: Int[AnyArray, ""]
+  """What training changes. Also the shardings of it, and its shapes."""
+
+  step: Any  # i32[], the number of finished steps; of its shardings and shapes, one of those
   params: Params
   ema: Params
   opt_state: Any
@@ -147,10 +149,15 @@ class Step:
     if n == 1:
       return one(jnp.zeros((), jnp.int32), batch)
     # Rows are dealt out in turn, so that each device's rows stay on it.
-    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1), batch)
-    totals = jax.eval_shape(one, jnp.zeros((), jnp.int32), jax.tree.map(lambda x: x[0], split))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), totals)
-    body = lambda total, args: (jax.tree.map(jnp.add, total, one(*args)), None)
+    arrays, kind = jax.tree.flatten(batch)
+    split = [jnp.swapaxes(x.reshape(-1, n, *x.shape[1:]), 0, 1) for x in arrays]
+    first = jax.tree.unflatten(kind, [x[0] for x in split])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jnp.zeros((), jnp.int32), first))
+
+    def body(total: Any, microbatch: tuple[Array, list[Array]]) -> tuple[Any, None]:
+      index, rows = microbatch
+      return jax.tree.map(jnp.add, total, one(index, jax.tree.unflatten(kind, rows))), None
+
     (gradient, metrics, statistics), _ = jax.lax.scan(body, zeros, (jnp.arange(n), split))
     mean = functools.partial(jax.tree.map, lambda x: x / n)
     return mean(gradient), metrics, mean(statistics)

@@ -57,7 +57,7 @@ def make_twin(config: ConfigDict, params: Params, folder: pathlib.Path) -> torch
   to_torch.write(
     folder,
     params,
-    model=config.model,
+    model=config.to_dict()["model"],
     image_size=config.image_size,
     schedule=config.image_diffusion.schedule,
     diffdis=twin_config(config),
@@ -97,7 +97,9 @@ def inputs(config: ConfigDict, size: tuple[int, int]) -> dict[str, np.ndarray]:
 def to_data(config: ConfigDict, prediction: jax.Array, *, e_t: np.ndarray, t_e: np.ndarray) -> jax.Array:
   text = config.text_diffusion
   schedule = schedules.noise_schedule(text.schedule)
-  return schedules.to_data(schedule, e_t, prediction=prediction, target=text.target, t=t_e, gamma=text.gamma)
+  return schedules.to_data(
+    schedule, jnp.asarray(e_t), prediction=prediction, target=text.target, t=jnp.asarray(t_e), gamma=text.gamma
+  )
 
 
 def assert_same_query(twin: torch_diffdis.DiffDis, expected: Any, given: dict[str, np.ndarray], tolerance: float):
@@ -175,7 +177,7 @@ def test_embeddings_equal_ours(num_steps, target, tmp_path):
 
   twin = make_twin(config, dict(params), tmp_path)
   with torch.no_grad():
-    z = twin.encode_image(from_torch.nchw(np.asarray(to_signed(images))))
+    z = twin.encode_image(from_torch.nchw(np.asarray(to_signed(jnp.asarray(images)))))
   their_image = twin.embed_image(z, num_steps, torch.from_numpy(query_noise(3, seed=7)))
   their_text = twin.embed_text(torch.from_numpy(tokens).long())
   assert networks.relative_error(image, their_image) < 1e-5

@@ -67,7 +67,7 @@ def build(share_attention: bool, modality_ffn: bool):
 def inputs() -> dict[str, np.ndarray]:
   rng = np.random.default_rng(2)
   shapes = dict(x=(3, 4, 6, WIDTH), c=(3, 5, CONTEXT_WIDTH), h_e=(3, QUERY_WIDTH), e_t=(3, QUERY_WIDTH))
-  return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+  return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("share_attention, modality_ffn", SWITCHES)
@@ -78,9 +78,9 @@ def test_block_equals_the_papers(share_attention, modality_ffn, inputs):
   expected = oracle.fused_block(
     image_block,
     oracle.Weights(params, "text."),
-    x=from_torch.nchw(inputs["x"]).double(),
-    c=torch.from_numpy(inputs["c"]).double(),
-    u=torch.from_numpy(inputs["h_e"] + inputs["e_t"]).double(),
+    x=from_torch.nchw(np.asarray(inputs["x"])).double(),
+    c=torch.from_numpy(np.array(inputs["c"])).double(),
+    u=torch.from_numpy(np.array(inputs["h_e"] + inputs["e_t"])).double(),
     num_heads=HEADS,
     share_attention=share_attention,
     modality_ffn=modality_ffn,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -77,14 +78,14 @@ def test_latents_are_shifted_then_scaled():
   network = ours(patch=1)
   params = networks.random_params(network.shapes, seed=0) | STATISTICS
   latent = np.random.default_rng(0).standard_normal((1, 2, 2, 4)).astype(np.float32)
-  z = network.pure(lambda model, x: model.to_z(x))(params, latent)
+  z = network.pure(lambda model, x: model.to_z(x))(params, jnp.asarray(latent))
   np.testing.assert_allclose(z, (latent - 0.5) * 0.18215, rtol=1e-6, atol=1e-7)
   np.testing.assert_allclose(network.pure(lambda model, z: model.from_z(z))(params, z), latent, rtol=1e-5, atol=1e-6)
 
 
 def test_samples_have_the_posteriors_mean_and_deviation():
   mean, log_variance = np.full((1000, 2, 2, 4), 3.0, np.float32), np.full((1000, 2, 2, 4), np.log(4.0), np.float32)
-  posterior = Posterior(mean=mean, log_variance=log_variance)
+  posterior = Posterior(mean=jnp.asarray(mean), log_variance=jnp.asarray(log_variance))
   draws = np.asarray(autoencoder.sample_posterior(posterior, jax.random.key(0)))
   assert abs(draws.mean() - 3.0) < 0.06 and abs(draws.std() - 2.0) < 0.05
   np.testing.assert_array_equal(autoencoder.sample_posterior(posterior, None), mean)

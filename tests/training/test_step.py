@@ -41,7 +41,9 @@ class Loss:
     self._loss = objectives.loss_function(self.network, section)
 
   def __call__(self, trained: Params, batch: Batch, keys: dict[str, jax.Array]) -> tuple[jax.Array, step.Metrics]:
-    loss, (metrics, _) = self._loss(trained, self._fixed, batch, keys)
+    # As it gets them in the compiled step.
+    trained, fixed, batch = jax.tree.map(jnp.asarray, (trained, self._fixed, batch))
+    loss, (metrics, _) = self._loss(trained, fixed, batch, keys)
     return loss, metrics
 
   def value_and_grad(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
@@ -371,13 +373,13 @@ def test_stored_posteriors_train_as_their_images_do(sample):
   loss = Loss(config)
   batch = steps.make_batch(config)
   model = loss.network.with_params(loss.params)
-  posterior = model.autoencoder.encode(to_signed(batch.image))
+  posterior = model.autoencoder.encode(to_signed(jnp.asarray(batch.image)))
   stored = LatentBatch(
     mean=posterior.mean.astype(jnp.bfloat16),
     log_variance=posterior.log_variance.astype(jnp.bfloat16),
     tokens=batch.tokens,
   )
-  with_text = stored.replace(condition=model.encode_text(batch.tokens).c.astype(jnp.bfloat16))
+  with_text = stored.replace(condition=model.encode_text(jnp.asarray(batch.tokens)).c.astype(jnp.bfloat16))
   expected, *found = (loss(loss.trained, each, make_keys())[0] for each in (batch, stored, with_text))
   for total in found:
     assert abs(float(total) - float(expected)) < 0.01 * abs(float(expected))

@@ -109,7 +109,7 @@ def _describe(source: sources.Source, places: Int[np.ndarray, " k"]) -> dict[str
   }
 
 
-def _quantiles(values: Sequence[int]) -> dict[str, int]:
+def _quantiles(values: Sequence[int] | Int[np.ndarray, " n"]) -> dict[str, int]:
   values = values if len(values) else [0]
   return {name: int(np.quantile(values, q, method="nearest")) for name, q in QUANTILES.items()}
 
