@@ -1,0 +1,32 @@
+# An image for hosts with GPUs or TPUs, in whose working directory every command of the README runs.
+#
+#   docker build --build-arg EXTRA=cuda -t REGISTRY/diffdis:cuda .     # NVIDIA GPUs
+#   docker build --build-arg EXTRA=tpu -t REGISTRY/diffdis:tpu .       # TPUs
+#   docker run --gpus=all REGISTRY/diffdis:cuda \
+#       python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:runlocal --workdir=/tmp/run
+FROM python:3.12-slim
+
+ARG EXTRA=cuda
+
+# The driver's libraries come from the host: by the container toolkit, or on GKE in /usr/local/nvidia.
+ENV PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib64
+
+WORKDIR /diffdis
+
+# What is installed, before the sources, so that a change of these does not install gigabytes anew. The package is
+# installed where it lies, editable, and its sources come after.
+COPY pyproject.toml requirements.txt README.md LICENSE NOTICE ./
+COPY diffdis_jax/__init__.py diffdis_jax/
+COPY diffdis_jax/data/clip_merges.LICENSE diffdis_jax/data/
+RUN case "$EXTRA" in cuda | tpu) ;; *) echo "EXTRA is '$EXTRA'; it is cuda or tpu" >&2; exit 2 ;; esac \
+    && python -m pip install --no-cache-dir --editable ".[$EXTRA]"
+
+COPY diffdis_jax diffdis_jax
+COPY configs configs
+COPY launch launch
+
+CMD ["python", "-m", "diffdis_jax.train", "--help"]
