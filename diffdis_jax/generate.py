@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags, logging
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from diffdis_jax import cli, inference
@@ -161,7 +161,7 @@ def read_noise(file: str) -> np.ndarray:
     raise UserError(f"cannot read --noise={file}: {error}; it should be an .npy file, [n, h, w, c]") from error
 
 
-def check_noise(noise: Float[np.ndarray, "n h w c"], *, expected: tuple[int, ...]) -> None:
+def check_noise(noise: np.ndarray, *, expected: tuple[int, ...]) -> None:
   """Raises UserError unless the noise is finite and has the expected shape."""
   if noise.shape != expected:
     raise UserError(f"--noise has shape {noise.shape}; this run and these prompts need {expected}, [n, h, w, c]")

@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import BFloat16, Float, Int, UInt8
 
 # What a leaf may be: numpy's on a host, JAX's in the compiled step, a shape where nothing is allocated.
-AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct | jax.stages.ArgInfo
 
 
 @struct.dataclass

@@ -29,7 +29,7 @@ from diffdis_jax.data.build import Data, LatentShapes, open_loader, read_data
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import Preempted, UserError, check_number, read_section
 from diffdis_jax.evals import samples
-from diffdis_jax.inference import Inference, read_sampling
+from diffdis_jax.inference import Inference, Sampling, read_sampling
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.params import Params
@@ -67,7 +67,11 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
     UserError: bad config, data or workdir, or a loss that is no longer finite.
     Preempted: SIGTERM came; the steps so far are saved.
   """
+  # Every section first, whose numbers are checked at once; then what takes seconds to build.
   pace = Pace(**{field.name: config[field.name] for field in dataclasses.fields(Pace)})
+  kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
+  sampling = read_sampling(config.inference.to_dict())
+  data = read_data(config)
   mesh = sharding.make_mesh(**config.mesh)
   stop = processes.Stop(sharding.batch_sharding(mesh))
   with contextlib.ExitStack() as stack:
@@ -75,8 +79,6 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
 
     # Everything that can be wrong with a config or its data is found before the workdir is touched.
     trainer = build_step(config, mesh)
-    kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
-    data = read_data(config)
     iterator = open_loader(
       data,
       batch_size=pace.batch_size,
@@ -84,7 +86,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
       rows=sharding.local_rows(mesh, pace.batch_size),
       latents=latent_shapes(trainer.network),
     )
-    watch = make_watch(config, pace, trainer, stop)
+    watch = make_watch(config, pace, sampling, trainer, stop)
     log_start(trainer, data)
     if config.init_from and checkpoint.latest_step(path) is None:
       find_initial(config.init_from, trainer)
@@ -251,7 +253,7 @@ def check_finite(totals: Metrics, step: int, checkpointer: checkpoint.Checkpoint
   return means
 
 
-def make_watch(config: ConfigDict, pace: Pace, trainer: Step, stop: processes.Stop) -> Watch:
+def make_watch(config: ConfigDict, pace: Pace, sampling: Sampling, trainer: Step, stop: processes.Stop) -> Watch:
   """The evaluations and samples of a config.
 
   Raises:
@@ -263,9 +265,7 @@ def make_watch(config: ConfigDict, pace: Pace, trainer: Step, stop: processes.St
   if best and best.split("/")[0] not in config.train_evals:
     raise UserError(f"checkpoint.best_metric={best} should begin with one of train_evals, {config.train_evals}")
   return Watch(
-    Inference(
-      trainer.network, read_sampling(config.inference.to_dict()), mesh=trainer.mesh, after_batch=stop.raise_if_agreed
-    ),
+    Inference(trainer.network, sampling, mesh=trainer.mesh, after_batch=stop.raise_if_agreed),
     pace,
     evaluations={name: evals.create(**config.evals[name].to_dict()) for name in config.train_evals},
     prompts=list(config.sample_prompts) if "generation" in config.objectives else [],

@@ -267,7 +267,7 @@ def test_a_missing_component_folder(sd, tmp_path, part):
       r"unet parameter \S+ has shape \(.*64.*\) in the checkpoint; its model has \(.*96.*\)",
     ),
     ("vae/config.json", {"layers_per_block": 2}, r"vae lacks \d+ of its model's parameters, such as encoder.down"),
-    ("unet/config.json", {"attention_head_dim": 5}, "model.unet.widths has 32; each must be a multiple of num_heads=5"),
+    ("unet/config.json", {"attention_head_dim": 5}, "model.unet.widths has 32; it must be a multiple of num_heads=5"),
     ("text_encoder/config.json", {"vocab_size": 99}, "the text tower has 99 tokens; only CLIP's"),
     ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
     ("tokenizer/tokenizer.json", {"model": {"vocab": {"a": 0}}}, "is not CLIP's vocabulary"),

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-Query = Float[Tensor, "b d"]
+Query = Float[Tensor, "b e"]
 Tokens = Float[Tensor, "b n d"]
 Features = Float[Tensor, "b c h w"]
 Timesteps = Int[Tensor, "b"]

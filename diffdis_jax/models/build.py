@@ -27,14 +27,18 @@ from diffdis_jax.params import Params, flatten, merge
 OBJECTIVES = ("generation", "discrimination", "reconstruction")
 
 
-def check_sizes(model: Model, *, objectives: Sequence[str], image_size: int, max_length: int) -> None:
-  """Raises UserError for objectives that do not go together, or images and texts that the network cannot take."""
+def check_objectives(objectives: Sequence[str]) -> None:
+  """Raises UserError for objectives that are unknown or do not go together."""
   if not objectives:
     raise UserError(f"objectives is empty; choose among {', '.join(OBJECTIVES)}")
   for objective in objectives:
     check_choice("objectives", objective, OBJECTIVES)
   if "reconstruction" in objectives and len(objectives) > 1:
     raise UserError("objectives: reconstruction trains the autoencoder alone and cannot be combined with others")
+
+
+def check_sizes(model: Model, *, objectives: Sequence[str], image_size: int, max_length: int) -> None:
+  """Raises UserError for images and texts that the network cannot take."""
   check_number("image_size", image_size, at_least=1)
   factor = model.autoencoder.factor
   stride = factor if "reconstruction" in objectives else factor * 2 ** (len(model.unet.widths) - 1)
@@ -120,7 +124,9 @@ class Network:
     Raises:
       UserError: a field out of its range, or a network that cannot be built.
     """
-    model, objectives = read_model(config.model), tuple(config.objectives)
+    objectives = tuple(config.objectives)
+    check_objectives(objectives)
+    model = read_model(config.model)
     check_sizes(model, objectives=objectives, image_size=config.image_size, max_length=config.data.max_length)
     check_number("condition_timestep", config.condition_timestep, at_least=0, at_most=1000)
     image, text = (

@@ -114,7 +114,7 @@ def find(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -> P
 
 def _explicit(
   coordinator_address: str | None, num_processes: str | int | None, process_id: str | int | None
-) -> Processes:
+) -> Processes | None:
   if None in (coordinator_address, num_processes, process_id):
     raise UserError("--coordinator_address, --num_processes and --process_id go together; give all three of them")
   if not re.fullmatch(r".+:\d+", coordinator_address):

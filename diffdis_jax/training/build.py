@@ -20,11 +20,13 @@ def build_step(config: ConfigDict, mesh: Mesh) -> Step:
   """
   check_number("seed", config.seed, at_least=0, at_most=2**32 - 1)
   check_number("num_steps", config.num_steps, at_least=1)
+  optim = read_section(Optim, config.optim.to_dict(), "optim")
+  loss = read_section(Loss, config.loss.to_dict() | {"sample_posterior": config.sample_posterior}, "loss")
   return Step(
     Network.of(config),
     mesh,
-    optim=read_section(Optim, config.optim.to_dict(), "optim"),
-    loss=read_section(Loss, config.loss.to_dict() | {"sample_posterior": config.sample_posterior}, "loss"),
+    optim=optim,
+    loss=loss,
     batch_size=config.batch_size,
     num_steps=config.num_steps,
     seed=config.seed,

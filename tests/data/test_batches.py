@@ -117,10 +117,10 @@ FROZEN_ENCODERS = (("^autoencoder|^text_encoder", "frozen"), (".*", "new"))
 
 def test_text_conditions_are_the_captions(cache_with_text, params):
   config = config_of(**{"data.name": "latents", "data.path": str(cache_with_text), "optim.groups": FROZEN_ENCODERS})
-  batch = LatentBatch(**loader.Substitutions().take(next(steps.open_batches(config))))
+  batch = jax.tree.map(jnp.asarray, LatentBatch(**loader.Substitutions().take(next(steps.open_batches(config)))))
   model = Network.of(config).with_params(params)
   expected, found = model.encode_text(batch.tokens), encode.encode_captions(model, batch)
-  assert len({row.tobytes() for row in batch.condition}) == N
+  assert len({np.asarray(row).tobytes() for row in batch.condition}) == N
   np.testing.assert_allclose(found.c, expected.c, rtol=0.01, atol=0.01)
   np.testing.assert_allclose(found.e, expected.e, atol=0.005)
   np.testing.assert_allclose(jnp.linalg.norm(found.e, axis=-1), 1.0, rtol=1e-5)

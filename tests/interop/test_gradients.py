@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -31,11 +32,13 @@ def make_config() -> ConfigDict:
 
 def stable_diffusion(model: ConfigDict) -> dict[str, torch.nn.Module]:
   """Component -> diffusers' or transformers' module of the same sizes, with random weights."""
-  unet = sections.write_unet(model.unet, latent_channels=4, context_width=model.text_encoder.width, sample_size=8)
+  unet = sections.write_unet(
+    model.unet.to_dict(), latent_channels=4, context_width=model.text_encoder.width, sample_size=8
+  )
   modules = dict(
     unet=UNet2DConditionModel.from_config(unet),
-    vae=AutoencoderKL.from_config(sections.write_vae(model.autoencoder, scaling_factor=0.5, sample_size=16)),
-    text_encoder=CLIPTextModel(CLIPTextConfig(**sections.write_text(model.text_encoder))),
+    vae=AutoencoderKL.from_config(sections.write_vae(model.autoencoder.to_dict(), scaling_factor=0.5, sample_size=16)),
+    text_encoder=CLIPTextModel(CLIPTextConfig(**sections.write_text(model.text_encoder.to_dict()))),
   )
   return {name: from_torch.randomise(module, seed) for seed, (name, module) in enumerate(modules.items())}
 
@@ -78,7 +81,7 @@ def test_gradients_equal_those_of_pytorch():
     params |= from_torch.to_ours(modules[module], own)
   assert params.keys() == network.shapes.keys()
   images = np.random.default_rng(0).integers(0, 256, (len(TOKENS), 16, 16, 3), np.uint8)
-  keys = step_keys(0, np.int32(1), np.int32(0))
+  keys = step_keys(0, jnp.int32(1), jnp.int32(0))
 
   def loss(model, images):
     text, null = model.encode_text(TOKENS), model.encode_text(NULL)
@@ -91,7 +94,7 @@ def test_gradients_equal_those_of_pytorch():
       process=Process(schedule=config.image_diffusion.schedule),
       dropout=config.loss.condition_dropout,
     )
-    return generation_loss(model.generation(**inputs.arguments), inputs)[0]
+    return generation_loss(model.generation(**vars(inputs.arguments)), inputs)[0]
 
   ours = networks.compiled(jax.grad(network.pure(loss)))(params, images)
   theirs = expected_gradients(modules, images, keys, config.loss.condition_dropout)

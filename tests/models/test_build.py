@@ -53,6 +53,7 @@ def test_initial_parameters_are_those_of_nnx_rngs():
 
 
 def check(model: dict[str, Any], objectives: tuple[str, ...], image_size: int, max_length: int) -> None:
+  build.check_objectives(objectives)
   section = read_model(ConfigDict(model))
   build.check_sizes(section, objectives=objectives, image_size=image_size, max_length=max_length)
 

@@ -237,4 +237,6 @@ def test_pixels_survive_the_way_to_signed_and_back():
   signed = np.asarray(diffdis.to_signed(jnp.asarray(pixels)))
   assert (signed.min(), signed.max()) == (-1, 1)
   np.testing.assert_array_equal(diffdis.to_pixels(jnp.asarray(signed)), pixels)
-  np.testing.assert_array_equal(diffdis.to_pixels(jnp.array([-7.0, 7.0]).reshape(1, 1, 2, 1)).ravel(), [0, 255])
+  np.testing.assert_array_equal(
+    diffdis.to_pixels(jnp.array([-7.0, 7.0]).reshape(1, 1, 2, 1).repeat(3, axis=-1)).ravel(), [0, 0, 0, 255, 255, 255]
+  )
