@@ -12,6 +12,7 @@ from diffdis_jax import train
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint
+from diffdis_jax.training import start
 from diffdis_jax.training.build import build_step
 from tests import steps
 from tests.models.networks import random_params
@@ -47,7 +48,7 @@ def test_on_another_mesh_every_bit_and_the_next_batch_are_the_same(saved, config
   path, expected, next_batch = saved
   trainer, iterator = build_step(config, steps.make_mesh(*shape)), steps.open_batches(config)
   with checkpoint.Checkpointer(path) as checkpointer:
-    state, meta = train.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
+    state, meta = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
   assert int(state.step) == STEPS
   for (name, a), b in zip(
     jax.tree.leaves_with_path((expected.params, expected.ema, expected.opt_state)),
@@ -73,7 +74,7 @@ def test_by_another_number_of_hosts_the_next_global_batch_is_the_same(saved, con
     rows = [row for row in range(config.batch_size) if row // 2 % hosts == host]
     iterator = steps.open_batches(config, rows)
     with checkpoint.Checkpointer(path) as checkpointer:
-      train.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
+      start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
     for name, values in next(iterator).items():
       found[name][rows] = values
   for name, values in next_batch.items():

@@ -17,13 +17,14 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from transformers import CLIPConfig, CLIPModel
 
-from diffdis_jax import import_weights, inference, train
+from diffdis_jax import import_weights, inference
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping
 from diffdis_jax.models import build
 from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.training import start
 from diffdis_jax.training.build import build_step
 from tests import compvis_names, pipelines
 from tests.command_runs import call
@@ -105,7 +106,7 @@ def test_training_starts_from_it(imported):
   config = workdir.load_config(imported).copy_and_resolve_references().unlock()
   config.batch_size, config.objectives, config.init_from = 8, ("discrimination",), imported
   step = build_step(config, make_mesh())
-  loaded = train.load_initial(imported, step)
+  loaded = start.load_initial(imported, step)
   assert loaded.keys() == step.shapes.keys()
   assert not any(path.startswith("unet.up.") for path in loaded)
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from diffdis_jax import train
 from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.training import start
 from diffdis_jax.training.build import build_step
 from diffdis_jax.training.step import TrainState
 from tests import steps
@@ -57,7 +57,7 @@ def restore(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
   trainer = build_step(config, steps.make_mesh())
   iterator = steps.open_batches(config)
   with checkpoint.Checkpointer(str(run)) as checkpointer:
-    state, _ = train.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
+    state, _ = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
   return jax.device_get(state), next(iterator)["image"]
 
 

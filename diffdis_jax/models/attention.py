@@ -94,9 +94,11 @@ def _attend_forward(
 
   def scores_of(q: Array) -> Array:
     scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=F32) * (1.0 / math.sqrt(q.shape[-1]))
+    # The least number rather than -inf, so that a row in which nothing is allowed is no NaN.
     return scores if mask is None else jnp.where(mask, scores, jnp.finfo(F32).min)
 
   scores = scores_of(q)
+  # Less the largest score, which divides out again, so that no exponential overflows.
   weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True)).astype(v.dtype)
   with_ones = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
   sums = jnp.einsum("bhnm,bmhd->bnhd", weights, with_ones, preferred_element_type=F32)
@@ -136,6 +138,7 @@ def _attend_by_head(q: Array, k: Array, v: Array, *, mask: Array | None) -> tupl
   batch = q.shape[0]
   scale = 1.0 / math.sqrt(q.shape[-1])
 
+  # Scores of one head stay in a core's cache, and are computed again in the backward pass instead of being kept.
   @jax.checkpoint
   def one(qkv: tuple[Array, Array, Array]) -> tuple[Array, Array]:
     q, k, v = qkv
@@ -158,6 +161,7 @@ def with_one_more(
 ) -> Float[Array, "b n h d"]:
   """What attention over one more key would have given, exactly: softmax of [scores, s] is a mean of the two parts
   weighed by the sigmoid of s - lse. The other keys' number, a power of two on images, stays what it is."""
+  # Its share of the whole denominator: e^s / (e^lse + e^s) = sigmoid(s - lse), which cannot overflow.
   score = jnp.sum(q.astype(F32) * k.astype(F32), axis=-1) / math.sqrt(q.shape[-1])
   weight = jax.nn.sigmoid(score - lse)[..., None]
   return (attended.astype(F32) * (1.0 - weight) + v.astype(F32) * weight).astype(attended.dtype)

@@ -20,6 +20,7 @@ def build_step(config: ConfigDict, mesh: Mesh) -> Step:
   """
   check_number("seed", config.seed, at_least=0, at_most=2**32 - 1)
   check_number("num_steps", config.num_steps, at_least=1)
+  # The sections first: a number out of its range is told at once, before the network is built.
   optim = read_section(Optim, config.optim.to_dict(), "optim")
   loss = read_section(Loss, config.loss.to_dict() | {"sample_posterior": config.sample_posterior}, "loss")
   return Step(

@@ -40,6 +40,7 @@ def encode_images(
     z = model.autoencoder.to_z(sample_posterior(posterior, key))
     return z, z
   z = model.encode_image(batch.image, key)
+  # One encoding for both passes, a third of a step's cost, unless discrimination has a view of its own.
   if batch.discrimination_image is None:
     return z, z
   return z, model.encode_image(batch.discrimination_image, keys["posterior_discrimination"] if sample else None)

@@ -58,6 +58,7 @@ def unit_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
   x = x.astype(jnp.float32)
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   usable = square > _MIN_SQUARE
+  # Both a safe argument and a choice after it: the gradient of a branch not taken is computed too, and 0 · inf is NaN.
   return x * jnp.where(usable, jax.lax.rsqrt(jnp.where(usable, square, 1.0)), 0.0)
 
 
@@ -140,6 +141,7 @@ def contrastive(
   """
   b = len(query)
   kept = jnp.ones(b, bool) if dropped is None else ~dropped
+  # e has unit length already. ê has any length, which a data target never trains.
   image, text = unit_norm(query), e.astype(jnp.float32)
   common = dict(scale=temperature(logit_scale), captions=jnp.arange(b) if captions is None else captions, gather=gather)
   query_to_text, hits = _direction(image, text, allowed=jnp.ones(b, bool), **common)
@@ -164,6 +166,7 @@ def caption_ids(tokens: Int[Array, "b l"]) -> UInt32[Array, "b"]:
 
 def by_timestep_quarter(per_sample: Float[Array, "b"], t: Int[Array, "b"], num_timesteps: int = 1000) -> Quarters:
   """Sums and counts of a per-sample loss by the quarter of 0 ... T-1 that its timestep lies in."""
+  # Sums and counts rather than means: a quarter without a sample in one microbatch has none to give.
   quarter = jax.nn.one_hot(t * 4 // num_timesteps, 4, dtype=jnp.float32)
   return Quarters(sum=jnp.sum(per_sample[:, None] * quarter, axis=0), count=quarter.sum(axis=0))
 

@@ -85,6 +85,7 @@ def diffusion_loss(
   # c, e = T(y);  z = V(x)
   text = encode.encode_captions(model, batch)
   z, z_discrimination = encode.encode_images(model, batch, keys, sample=section.sample_posterior)
+  # One row, encoded once for the whole batch: no caption differs from another in it.
   null = model.encode_text(model.text_encoder.null_tokens(batch.tokens.shape[1]))
   c_null = jnp.broadcast_to(null.c, text.c.shape)
 
@@ -102,6 +103,7 @@ def diffusion_loss(
     dropout=section.image_dropout,
   )
 
+  # Of two tasks, both passes run as one batch, which costs less and gives the same (models/joint.py).
   # ε̂_z = Φ_u(z_t, t_z, c);  ê_0 or ε̂_e = Φ_θ(e_t, t_e, z)
   prediction = query = None
   if "discrimination" not in network.objectives:
@@ -245,6 +247,7 @@ def reconstruction_loss(
   )
   metrics = {name: mean_of(value) for name, value in (("loss_l1", result.l1), ("loss_kl", result.kl))}
 
+  # Measured, not learned: the statistics follow the latents and must not pull at them.
   latent = jax.lax.stop_gradient(latent)
   keep, shift, scale = STATISTICS_DECAY, model.autoencoder.shift[...], model.autoencoder.scale[...]
   mean, deviation = latent.mean(axis=(0, 1, 2)), latent.std(axis=(0, 1, 2))

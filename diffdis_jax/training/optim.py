@@ -123,6 +123,7 @@ def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> 
       rate, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay, mask=mask
     )
 
+  # Before the groups part: one norm over all that is trained.
   clip = optax.clip_by_global_norm(section.clip_norm) if section.clip_norm else optax.identity()
   return optax.chain(clip, optax.partition({group: adamw(group) for group in sorted(set(labels.values()))}, labels))
 
@@ -132,6 +133,7 @@ def update_ema(new: Params, old: Params, *, decay: float, step: Int[Array, ""]) 
 
   The ramp, TensorFlow's, is not stated by the paper; it lets short runs forget their initial values.
   """
+  # Of steps finished before this one, as the state counts them: the first average is 0.1 old, 0.9 new.
   step = step.astype(jnp.float32)
   rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
   return optax.incremental_update(new, old, 1.0 - rate)

@@ -86,6 +86,7 @@ class Step:
     self._tx = optimizers.build_optimizer(self.trainable, optim, num_steps=num_steps)
     self._loss = objectives.loss_function(network, loss)
 
+    # From shapes alone: where each array lies is known before the first one is allocated.
     abstract_state = jax.eval_shape(self._around, self.shapes)
     self.state_shardings = sharding.shardings(abstract_state, mesh, self.shapes)
     self.abstract_state = jax.tree.map(
@@ -93,7 +94,7 @@ class Step:
     )
     self.train_step = jax.jit(
       sharding.traced_for(mesh, self._train_step),
-      donate_argnums=0,
+      donate_argnums=0,  # the new state takes the old one's memory
       in_shardings=(self.state_shardings, sharding.batch_sharding(mesh)),
       out_shardings=(self.state_shardings, None),
     )
@@ -115,6 +116,7 @@ class Step:
     )
 
   def _train_step(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
+    # Differentiated with respect to these alone, so that frozen parameters cost no gradient and no memory for one.
     trainable = {path: state.params[path] for path in self.trainable}
     fixed = {path: value for path, value in state.params.items() if path not in trainable}
     gradient, metrics, statistics = self._gradient(trainable, fixed, batch, state.step)
