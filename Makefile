@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
 
+# Two processes, whatever the machine: a file's tests share what they compile, and each process takes several GB.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q $(TESTS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

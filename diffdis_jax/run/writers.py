@@ -104,7 +104,8 @@ def _tensorboard(path: epath.Path) -> Any | None:
     import tensorflow as tf
     from clu import metric_writers
   except ImportError as error:
-    logging.warning("no TensorBoard events: %s; pip install tensorflow-cpu tensorboard", error)
+    hint = "where they have wheels, pip install tensorflow-cpu tensorboard"
+    logging.warning("no TensorBoard files: %s; metrics.jsonl has the same numbers; %s", error, hint)
     return None
   tf.config.set_visible_devices([], "GPU")
   return metric_writers.SummaryWriter(str(path))
