@@ -10,8 +10,10 @@ import hashlib
 import json
 import pathlib
 import tarfile
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -23,6 +25,14 @@ from diffdis_jax.run import workdir
 
 BEFORE = pathlib.Path(__file__).parent / "before"
 EXPECTED: dict[str, Any] = json.loads((BEFORE / "expected.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def quick_compiler() -> Iterator[None]:
+  """Compiling is most of the time here."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
