@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,20 +114,6 @@ def denoise_queries(
     return losses.unit_norm(e_0)
 
   return losses.unit_norm(jax.lax.map(from_noise, e_T).mean(axis=0))
-
-
-@runtime_checkable
-class Model(Protocol):
-  """What evaluations ask of a model; `Inference` is one."""
-
-  image_size: int
-  max_length: int
-  protocol: dict[str, Any]
-  generation_protocol: dict[str, Any]
-
-  def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]: ...
-
-  def embed_images(self, params: Params, images: Any, *, seed: int) -> Float[np.ndarray, "n d"]: ...
 
 
 class Inference:
