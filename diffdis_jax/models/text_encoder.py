@@ -15,8 +15,8 @@ from diffdis_jax.structs import TextCondition
 class TextEncoder(nnx.Module):
   """Tokens to the text condition c and the text query e.
 
-  c is the last hidden states after the final LayerNorm (Stable Diffusion v1's condition). e is c at the end-of-text token,
-  optionally through CLIP's text projection, L2-normalised; which vector the paper takes is not stated by the paper.
+  c is the last hidden states after the final LayerNorm, Stable Diffusion v1's condition. e is c at the end-of-text
+  token, optionally through CLIP's text projection, L2-normalised; which vector it is, is not stated by the paper.
 
   Args:
     projection: width of CLIP's text projection applied to the query, 0 for none.
