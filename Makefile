@@ -17,6 +17,7 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 # The pages in docs/ as a site in site/.
 docs: $(VENV)/.installed-docs

@@ -97,7 +97,7 @@ class _ConfigFile(flags.ArgumentParser):
     if not file.endswith(".py"):
       raise UserError(f"--config={path} should name a Python file, such as configs/shapes.py")
     try:
-      spec = importlib.util.spec_from_file_location("config_file", file)
+      spec: Any = importlib.util.spec_from_file_location("config_file", file)
       module = importlib.util.module_from_spec(spec)
       spec.loader.exec_module(module)
       config = ConfigDict(module.get_config(*([argument] if colon else [])))

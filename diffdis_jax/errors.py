@@ -74,7 +74,8 @@ def read_section(kind: type[Section], values: Mapping[str, Any], name: str) -> S
   Raises:
     UserError: a field that the section does not have, a missing one, or a value out of its range.
   """
-  known = {field.name for field in dataclasses.fields(kind)}
+  dataclass: Any = kind
+  known = {field.name for field in dataclasses.fields(dataclass)}
   if unknown := sorted(values.keys() - known):
     raise UserError(f"{name} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")
   try:

@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"--hlo={FLAGS.hlo} is no folder; create it first")
   topology = chips.parse(FLAGS.topology) if FLAGS.topology else None
   platform = targets.choose_platform(FLAGS.platform, topology)
-  if platform == "cpu" and topology.is_tpu and FLAGS.platform is None:
+  if platform == "cpu" and topology and topology.is_tpu and FLAGS.platform is None:
     logging.warning("libtpu is not installed (pip install 'diffdis_jax[tpu]'); XLA compiles for CPU devices instead")
   targets.prepare(platform, topology, FLAGS.slices)
   if platform == "tpu":

@@ -12,13 +12,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import numpy as np
 from flax import struct
 from jaxtyping import BFloat16, Float, Int, UInt8
 
-# What a leaf may be: numpy's on a host, JAX's in the compiled step, a shape where nothing is allocated.
-AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct | jax.stages.ArgInfo
+# What a leaf may be: numpy's on a host, JAX's in the compiled step, a shape where nothing is allocated. The code that
+# computes with one is the compiled step's, so that a type checker reads an array.
+if TYPE_CHECKING:
+  AnyArray = jax.Array
+else:
+  AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct | jax.stages.ArgInfo
 
 
 @struct.dataclass

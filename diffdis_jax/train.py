@@ -129,7 +129,7 @@ class Loop:
     if not meta.get("watched", True):
       self.watch.after_step(start_step, state, self.writer, last=start_step == pace.num_steps)
 
-    metrics: Metrics | None = None
+    metrics: Any = None
     for step in range(start_step + 1, pace.num_steps + 1):
       # The next batch is drawn while the devices still work on the step before, so that its time is hidden.
       with progress.waiting_for_data(functools.partial(is_running, metrics)):
@@ -199,7 +199,7 @@ def write_totals(totals: Metrics | None) -> dict[str, list[float]]:
 def read_totals(meta: Mapping[str, Any]) -> Metrics | None:
   """The inverse of `write_totals`, so that a report over steps before and after a restart is that of one run."""
   saved = meta.get("totals") or {}
-  return {name: tuple(np.float32(x) for x in pair) for name, pair in saved.items()} or None
+  return {name: (np.float32(total), np.float32(count)) for name, (total, count) in saved.items()} or None
 
 
 def check_finite(totals: Metrics, step: int, checkpointer: checkpoint.Checkpointer) -> dict[str, float]:

@@ -27,7 +27,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
-from diffdis_jax.data import loader, records, sources
+from diffdis_jax.data import loader, sources
 from diffdis_jax.data.build import Data, open_loader
 from diffdis_jax.data.prepare import builder, latents, parts
 from diffdis_jax.data.tokenizer import Tokenizer
@@ -58,7 +58,8 @@ BARS = {
 
 def photo(rng: np.random.Generator, side: int) -> bytes:
   """A JPEG of about a photograph's entropy: soft shapes, texture, grain."""
-  layer = lambda n: Image.fromarray(rng.integers(0, 256, (n, n, 3), np.uint8)).resize((side, side), Image.BICUBIC)
+  noise = lambda n: Image.fromarray(rng.integers(0, 256, (n, n, 3), np.uint8))
+  layer = lambda n: noise(n).resize((side, side), Image.Resampling.BICUBIC)
   grain_ = rng.normal(0, 4, (side, side, 3))
   pixels = 0.75 * np.asarray(layer(12), np.float32) + 0.2 * np.asarray(layer(side // 8), np.float32) + grain_
   file = io.BytesIO()
@@ -151,7 +152,7 @@ def make_loader(source: sources.Source, *, threads: int = 1, seed: int = 0) -> g
   )
 
 
-def bare_loop(source: records.Pairs) -> Iterator[None]:
+def bare_loop(source: sources.Source) -> Iterator[None]:
   """Decodes and crops the same bytes with the same library, a batch at a time, and nothing else."""
   rng = np.random.default_rng(0)
   stored = [source[i]["image"] for i in range(len(source))]
@@ -234,8 +235,9 @@ def first_batch(folder: pathlib.Path) -> dict[str, Any]:
   long.mkdir()
   for i in range(SHARDS):
     os.link(file, long / f"pairs-train.array_record-{i:05d}-of-{SHARDS:05d}")
-  info = short.info.splits["train"].replace(shard_lengths=[LONG // SHARDS] * SHARDS)
-  short.info.set_splits(tfds.core.splits.SplitDict([info]))
+  split: Any = short.info.splits["train"]
+  info = split.replace(shard_lengths=[LONG // SHARDS] * SHARDS)
+  short.info.set_splits(tfds.core.SplitDict([info]))
   short.info.write_to_directory(long)
 
   seconds = {}
@@ -262,6 +264,7 @@ def memory(folder: pathlib.Path, num_pairs: int) -> dict[str, Any]:
   process = subprocess.Popen([*command, "--num_processes=1"], stderr=subprocess.PIPE, text=True)
   curve, begin = [], time.perf_counter()
   done = lambda: sum(1 for _ in (folder / ".prepared.partial" / "parts").glob("*.json")) * each
+  assert process.stderr is not None  # a pipe
   drain = threading.Thread(target=process.stderr.read, daemon=True)
   drain.start()
   while process.poll() is None:

@@ -100,7 +100,9 @@ class _Rows:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     batch, row = divmod(index, len(self.places))
-    return self.dataset[batch * self.batch_size + self.places[row]]
+    example = self.dataset[batch * self.batch_size + self.places[row]]
+    assert example is not None  # nothing filters this dataset
+    return example
 
 
 @dataclasses.dataclass(frozen=True)

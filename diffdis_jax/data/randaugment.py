@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -32,7 +33,7 @@ OPERATIONS: dict[str, Operation] = {
   "Contrast": _enhance(ImageEnhance.Contrast),
   "Sharpness": _enhance(ImageEnhance.Sharpness),
   "Posterize": lambda image, bits: ImageOps.posterize(image, int(bits)),
-  "Solarize": lambda image, threshold: ImageOps.solarize(image, threshold),
+  "Solarize": lambda image, threshold: ImageOps.solarize(image, math.ceil(threshold)),
   "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
   "Equalize": lambda image, _: ImageOps.equalize(image),
 }
@@ -54,11 +55,11 @@ def strength(name: str, magnitude: int, size: tuple[int, int]) -> float:
 
 def _between(start: float, end: float, magnitude: int) -> float:
   """As torch.linspace rounds it, in single precision from the nearer end: thresholds of whole levels depend on it."""
-  start, end = np.float32(start), np.float32(end)
-  step = (end - start) / np.float32(MAGNITUDES - 1)
+  first, last = np.float32(start), np.float32(end)
+  step = (last - first) / np.float32(MAGNITUDES - 1)
   if magnitude < MAGNITUDES // 2:
-    return float(start + step * np.float32(magnitude))
-  return float(end - step * np.float32(MAGNITUDES - 1 - magnitude))
+    return float(first + step * np.float32(magnitude))
+  return float(last - step * np.float32(MAGNITUDES - 1 - magnitude))
 
 
 def randaugment(image: Image.Image, rng: np.random.Generator, *, operations: int, magnitude: int) -> Image.Image:

@@ -88,8 +88,9 @@ def read_metadata(data: bytes | None) -> dict[str, Any]:
 def captions_of(metadata: Mapping[str, Any]) -> list[str]:
   """The several captions of an image, where its metadata has them; else none."""
   captions = metadata.get("captions")
-  several = isinstance(captions, list) and len(captions) > 1 and all(isinstance(c, str) and c for c in captions)
-  return captions if several else []
+  if isinstance(captions, list) and len(captions) > 1 and all(isinstance(c, str) and c for c in captions):
+    return captions
+  return []
 
 
 def with_captions(record: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import ftfy
 import numpy as np
@@ -34,7 +35,8 @@ def clean(caption: str) -> str:
 def load_merges() -> tuple[tuple[str, str], ...]:
   """The 48,894 merges that CLIP uses, in order of rank."""
   data = importlib.resources.files("diffdis_jax.data").joinpath("clip_merges.txt.gz").read_bytes()
-  return tuple(tuple(line.split(" ")) for line in gzip.decompress(data).decode().splitlines())
+  pairs = (line.split(" ") for line in gzip.decompress(data).decode().splitlines())
+  return tuple((first, second) for first, second in pairs)
 
 
 def byte_alphabet() -> list[str]:
@@ -63,7 +65,8 @@ class Tokenizer:
     self.max_length = max_length
     self.merges = load_merges()
     self.vocab = make_vocab(self.merges)
-    self._clip = CLIPTokenizer(vocab=self.vocab, merges=list(self.merges), model_max_length=max_length)
+    merges: Any = list(self.merges)  # its annotation has lines of text alone
+    self._clip: Any = CLIPTokenizer(vocab=self.vocab, merges=merges, model_max_length=max_length)
 
   def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "n l"]:
     if not captions:

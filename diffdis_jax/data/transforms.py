@@ -14,7 +14,8 @@ from diffdis_jax.data.randaugment import MAGNITUDES, randaugment
 from diffdis_jax.errors import check_choice, check_number, check_numbers
 
 WHITE = (255, 255, 255)
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million, 270 MB decoded; PIL itself warns there, and refuses twice as many
+# 89 million, 270 MB decoded; PIL itself warns there, and refuses twice as many.
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or math.inf
 
 
 def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:

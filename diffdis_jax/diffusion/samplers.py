@@ -80,8 +80,8 @@ def step(
   noise: Float[Array, "b ..."] | None = None,
 ) -> Float[Array, "b ..."]:
   """x at t_prev. `noise` is fresh N(0, I); None where the step adds none."""
-  x = coefficients.x_t * x_t + coefficients.prediction * prediction
-  return x if noise is None else x + coefficients.noise * noise
+  x = x_t * coefficients.x_t + prediction * coefficients.prediction
+  return x if noise is None else x + noise * coefficients.noise
 
 
 def _plan(
@@ -125,14 +125,16 @@ def sample(
   if not 0 <= eta <= 1:
     raise UserError(f"eta is {eta}; it must lie between 0, deterministic, and 1")
   plan = _plan(schedule, timesteps, method, target, gamma, eta)
-  stochastic = bool(plan.noise.any())
+  stochastic = bool(np.any(plan.noise))
   if stochastic and key is None:
     raise UserError("the sampler adds noise, so it needs a key; or use ddim with eta = 0")
 
   def body(x, now):
     i, t, coefficients = now
     prediction = denoise(x, jnp.full(len(x), t)).astype(x.dtype)
-    noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype) if stochastic else None
+    noise = None
+    if stochastic and key is not None:
+      noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
     return step(coefficients, x, prediction=prediction, noise=noise), None
 
   indices = np.arange(len(timesteps.t), dtype=np.int32)

@@ -135,8 +135,9 @@ def trailing(num_steps: int, num_timesteps: int = 1000) -> Timesteps:
 def _rates(schedule: Schedule, t: Int[Array, "b"], ndim: int) -> tuple[Array, Array]:
   """√ᾱ(t) and √(1 − ᾱ(t)), f32, with as many trailing axes of size 1 as broadcast over rank `ndim`."""
   shape = t.shape + (1,) * (ndim - t.ndim)
-  signal, noise = np.sqrt(schedule.alpha_bar), np.sqrt(1 - schedule.alpha_bar)
-  return tuple(jnp.asarray(table, jnp.float32)[t].reshape(shape) for table in (signal, noise))
+  tables = np.sqrt(schedule.alpha_bar), np.sqrt(1 - schedule.alpha_bar)
+  signal, noise = (jnp.asarray(table, jnp.float32)[t].reshape(shape) for table in tables)
+  return signal, noise
 
 
 def add_noise(

@@ -61,7 +61,7 @@ def collectives(text: str) -> list[Collective]:
 
 def bytes_by_kind(text: str) -> dict[str, int]:
   """Bytes that a device ends up with from each kind of collective."""
-  totals = dict.fromkeys(KINDS, 0)
+  totals: dict[str, int] = dict.fromkeys(KINDS, 0)
   for each in collectives(text):
     totals[each.kind] += each.bytes
   return {kind: total for kind, total in totals.items() if total}

@@ -26,9 +26,7 @@ def _of(jaxpr: core.Jaxpr, turns: bool) -> float:
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
-      (contracting, _), _ = params["dimension_numbers"]
-      lhs = equation.invars[0].aval.shape
-      total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracting)
+      total += _product(equation)
     elif name == "conv_general_dilated":
       total += _convolution(equation)
     elif name == "cond":
@@ -37,6 +35,12 @@ def _of(jaxpr: core.Jaxpr, turns: bool) -> float:
       inner = sum(_of(inner, turns) for inner in _inner(params))
       total += inner * _repeats(name, params, turns)
   return total
+
+
+def _product(equation: Any) -> float:
+  (contracting, _), _ = equation.params["dimension_numbers"]
+  lhs = equation.invars[0].aval.shape
+  return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracting)
 
 
 def _convolution(equation: Any) -> float:

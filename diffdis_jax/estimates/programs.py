@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,10 @@ class Program:
 
 def abstract_batch(network: Network, data: Data, mesh: Mesh, batch_size: int) -> AnyBatch:
   """Shapes of a global batch, of images or latents as the data section has it."""
-  rows = lambda dtype, *shape: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+
+  def rows(dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+
   tokens = rows(jnp.int32, data.max_length)
   if data.batch_type is LatentBatch:
     moments = rows(jnp.bfloat16, *network.latent_shape)

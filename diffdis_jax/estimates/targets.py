@@ -36,12 +36,13 @@ class Target:
   """What to compile for.
 
   Attributes:
+    devices: jax's, to which it gives no type.
     compiler: of PLATFORMS.
     exact: whether it compiles for the chip itself. Otherwise memory and collectives are those of another device's
       program, and there is no estimate of its time.
   """
 
-  devices: list[jax.Device]
+  devices: list[Any]
   chip: Chip
   compiler: str
   exact: bool
@@ -81,16 +82,17 @@ def choose_platform(platform: str | None, topology: Topology | None) -> str:
     platform = "tpu" if topology and topology.is_tpu and importlib.util.find_spec("libtpu") else "cpu"
   if platform == "tpu" and not importlib.util.find_spec("libtpu"):
     raise UserError("--platform=tpu needs libtpu; pip install 'diffdis_jax[tpu]', or take --platform=cpu")
-  if platform != "cuda" and topology is None:
-    raise UserError("give --topology, such as v5e:8x8; only --platform=cuda can do without")
-  if platform == "tpu" and not topology.is_tpu:
+  if topology is None:
+    if platform != "cuda":
+      raise UserError("give --topology, such as v5e:8x8; only --platform=cuda can do without")
+  elif platform == "tpu" and not topology.is_tpu:
     raise UserError(f"--platform=tpu cannot compile for {topology.name}; take --platform=cpu, or cuda where one is")
   return platform
 
 
 def prepare(platform: str, topology: Topology | None, slices: int) -> None:
   """Settings that JAX reads once, before it first looks for devices."""
-  if platform == "cuda":
+  if platform == "cuda" or topology is None:
     jax.config.update("jax_platforms", "cuda,cpu")
     return
   jax.config.update("jax_platforms", "cpu")
@@ -100,16 +102,20 @@ def prepare(platform: str, topology: Topology | None, slices: int) -> None:
 
 def find(platform: str, topology: Topology | None, slices: int) -> Target:
   """After `prepare`. Raises UserError where there are no such devices."""
+  if platform == "cuda" or topology is None:
+    return _find_gpus(topology)
   if platform == "tpu":
     return Target(devices=tpu_devices(topology, slices), chip=topology.chip, compiler="tpu", exact=True)
-  if platform == "cpu":
-    devices = jax.devices("cpu")
-    if len(devices) < topology.size * slices:
-      raise UserError(
-        f"{topology.name} needs {topology.size * slices} CPU devices, but this process has {len(devices)}; unset"
-        " JAX_NUM_CPU_DEVICES and XLA_FLAGS"
-      )
-    return Target(devices=devices[: topology.size * slices], chip=topology.chip, compiler="cpu", exact=False)
+  devices = jax.devices("cpu")
+  if len(devices) < topology.size * slices:
+    raise UserError(
+      f"{topology.name} needs {topology.size * slices} CPU devices, but this process has {len(devices)}; unset"
+      " JAX_NUM_CPU_DEVICES and XLA_FLAGS"
+    )
+  return Target(devices=devices[: topology.size * slices], chip=topology.chip, compiler="cpu", exact=False)
+
+
+def _find_gpus(topology: Topology | None) -> Target:
   try:
     devices = jax.devices("cuda")
   except RuntimeError as error:
@@ -124,7 +130,7 @@ def find(platform: str, topology: Topology | None, slices: int) -> Target:
   return Target(devices=devices, chip=chip, compiler="cuda", exact=exact)
 
 
-def tpu_devices(topology: Topology, slices: int) -> list[jax.Device]:
+def tpu_devices(topology: Topology, slices: int) -> list[Any]:
   """Devices to compile for, none of which need be there."""
   for name, value in _LIBTPU.items():
     os.environ.setdefault(name, value)
@@ -147,8 +153,8 @@ def compile(lowered: jax.stages.Lowered, chip: Chip) -> Compiled:
     if needed is None:
       raise
     return Compiled(arguments=0, temporaries=needed, outputs=0, fits=False)
-  memory, costs = program.memory_analysis(), program.cost_analysis() or {}
-  text = program.as_text()
+  memory: Any = program.memory_analysis()
+  costs, text = program.cost_analysis() or {}, program.as_text() or ""
   compiled = Compiled(
     arguments=memory.argument_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,

@@ -29,9 +29,11 @@ class Eval(Protocol):
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference: steps, draws, guidance, seed, number of images, ..."""
+    ...
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
     """Metrics of the model that `inference` runs with `params`."""
+    ...
 
 
 def subset(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:

@@ -18,6 +18,7 @@ FONT_SIZE = 13
 LINE_HEIGHT = 16
 MAX_LINES = 3
 GAP = 8
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def save_grid(
@@ -57,7 +58,7 @@ def draw_grid(images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], *, 
   return grid
 
 
-def wrap(caption: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def wrap(caption: str, font: Font, width: int) -> list[str]:
   """Lines no wider than `width` pixels, at most `MAX_LINES`, the last one cut off with dots where that is too few."""
   lines: list[str] = []
   for word in caption.split():
@@ -71,7 +72,7 @@ def wrap(caption: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
   return [_cut(line, font, width) for line in lines]
 
 
-def _cut(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _cut(line: str, font: Font, width: int) -> str:
   if font.getlength(line) <= width:
     return line
   kept = line

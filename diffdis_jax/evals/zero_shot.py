@@ -62,7 +62,7 @@ class ZeroShot:
 
     given = prompts.resolve_classnames(classnames) if classnames else None
     labels = _read_labels(self._source, label_field, given)
-    self.classnames = tuple(sorted(set(labels))) if given is None else given
+    self.classnames = tuple(sorted(set(map(str, labels)))) if given is None else given
     places = _places(labels, self.classnames)
     if only_classes_present:
       present, places = np.unique(places, return_inverse=True)
@@ -74,7 +74,7 @@ class ZeroShot:
     seen = prompts.resolve_classnames(seen_classes) if seen_classes else ()
     if seen_split:
       labels = _read_labels(sources.open_source(**{**data, "split": seen_split}), label_field, given)
-      seen = [label if isinstance(label, str) else given[label] for label in labels]
+      seen = [label if isinstance(label, str) else (given or ())[label] for label in labels]
     self._seen = np.isin(self.classnames, sorted(set(seen))) if seen else None
 
   def protocol(self, inference: Any) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def open_folder(folder: pathlib.Path) -> Tensors:
 
   def rank(path: pathlib.Path) -> tuple[bool, bool, str]:
     entry = _ENTRY.fullmatch(path.name)
+    assert entry is not None  # is_weights
     return entry["kind"] != "safetensors", bool(entry["variant"] or entry["variant2"]), path.name
 
   found = sorted(filter(is_weights, folder.iterdir()), key=rank)

@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ Query = Float[Tensor, "b e"]
 Tokens = Float[Tensor, "b n d"]
 Features = Float[Tensor, "b c h w"]
 Timesteps = Int[Tensor, "b"]
+Part = Any  # a module of diffusers or transformers; by nn.Module's annotations, each attribute of it may be a Tensor
 
 NUM_TIMESTEPS = 1000
 
@@ -62,8 +64,8 @@ def trailing(steps: int) -> list[int]:
 
 
 def attend(q: Tokens, k: Tokens, v: Tokens, *, num_heads: int) -> Tokens:
-  split = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-  return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+  q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+  return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def mlp(din: int, hidden: int, dout: int, activation: nn.Module) -> nn.Sequential:
@@ -99,7 +101,7 @@ class FusionBlock(nn.Module):
   feed-forward network (Table 5).
   """
 
-  def __init__(self, image_block: nn.Module, query_width: int, *, share_attention: bool, modality_ffn: bool):
+  def __init__(self, image_block: Part, query_width: int, *, share_attention: bool, modality_ffn: bool):
     super().__init__()
     width, num_heads = image_block.proj_in.out_channels, image_block.transformer_blocks[0].attn1.heads
     self.fc_in = nn.Linear(query_width, width)
@@ -108,7 +110,7 @@ class FusionBlock(nn.Module):
     self.ff = GEGLU(width) if modality_ffn else None
     self.fc_out = nn.Linear(width, query_width)
 
-  def forward(self, image_block: nn.Module, x: Features, c: Tokens, h_e: Query, e_t: Query) -> tuple[Features, Query]:
+  def forward(self, image_block: Part, x: Features, c: Tokens, h_e: Query, e_t: Query) -> tuple[Features, Query]:
     """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added anew here."""
     block = image_block.transformer_blocks[0]
     u = self.fc_in(h_e + e_t)
@@ -119,10 +121,12 @@ class FusionBlock(nn.Module):
     u, image = tokens[:, 0], tokens[:, 1:]
     image = image + block.attn2(block.norm2(image), encoder_hidden_states=c)  # the text token takes none
     image = image + block.ff(block.norm3(image))
-    u = u + (block.ff(block.norm3(u)) if self.ff is None else self.ff(self.norm(u)))
+    norm = block.norm3 if self.norm is None else self.norm
+    ff = block.ff if self.ff is None else self.ff
+    u = u + ff(norm(u))
     return x + image_block.proj_out(image.transpose(1, 2).reshape(x.shape)), self.fc_out(u)
 
-  def _joint_attention(self, attn1: nn.Module, tokens: Tokens) -> Tokens:
+  def _joint_attention(self, attn1: Part, tokens: Tokens) -> Tokens:
     """Stable Diffusion's self-attention, with one more token."""
     if self.attn is None:
       return attn1(tokens)
@@ -135,7 +139,7 @@ class FusionBlock(nn.Module):
 class TextStream(nn.Module):
   """Embedder of t_e, and one FusionBlock for each of `image_blocks`: none where fusion is off (Table 4)."""
 
-  def __init__(self, image_blocks: Sequence[nn.Module], query_width: int, **switches: bool):
+  def __init__(self, image_blocks: Sequence[Part], query_width: int, **switches: bool):
     super().__init__()
     self.embedder = mlp(query_width, query_width, query_width, nn.SiLU())
     self.blocks = nn.ModuleList(FusionBlock(block, query_width, **switches) for block in image_blocks)
@@ -178,9 +182,7 @@ class AlignmentTransformer(nn.Module):
 class DiffDis(nn.Module):
   """Stable Diffusion's UNet as an aligner of images and texts. `config` is diffdis_config.json, above."""
 
-  def __init__(
-    self, config: Mapping[str, Any], *, unet: nn.Module, vae: nn.Module | None, text_encoder: nn.Module | None
-  ):
+  def __init__(self, config: Mapping[str, Any], *, unet: Part, vae: Part, text_encoder: Part):
     super().__init__()
     self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
     model, text, process = config["model"], config["model"]["text_encoder"], config["text_diffusion"]
@@ -239,7 +241,7 @@ class DiffDis(nn.Module):
     e_t = self.text_stream.time_conditioned(e_t.to(dtype), t_e)
     fusion_blocks = iter(self.text_stream.blocks)
 
-    def attention(image_block: nn.Module, h: Features, h_e: Query) -> tuple[Features, Query]:
+    def attention(image_block: Part, h: Features, h_e: Query) -> tuple[Features, Query]:
       if not self.text_stream.blocks:
         return image_block(h, encoder_hidden_states=c, return_dict=False)[0], h_e
       return next(fusion_blocks)(image_block, h, c, h_e, e_t)

@@ -69,7 +69,9 @@ def attend_with_lse(
   mask: Bool[Array, "n m"] | None = None,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
   """Attention, and the logarithm of each softmax's denominator, f32, with which `with_one_more` goes on."""
-  return _attend(q, k, v, mask, with_lse=True)
+  attended, lse = _attend(q, k, v, mask, with_lse=True)
+  assert lse is not None
+  return attended, lse
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array | None, *, with_lse: bool) -> tuple[Array, Array | None]:
@@ -115,6 +117,7 @@ def _attend_forward(
 def _attend_backward(
   with_lse: bool, kept: tuple[Array, ...], gradients: tuple[Array, Array | None]
 ) -> tuple[Array, Array, Array, None]:
+  del with_lse
   q, k, v, weights, total, attended = kept
   gradient, of_lse = gradients
   gradient = gradient.astype(F32) / total[..., None]
@@ -123,7 +126,7 @@ def _attend_backward(
   scale = 1.0 / math.sqrt(q.shape[-1])
   gradient = (gradient * scale).astype(v.dtype)
   mean = jnp.sum(gradient.astype(F32) * attended.astype(F32), axis=-1)
-  if with_lse:
+  if of_lse is not None:
     mean = mean - of_lse * scale / total
   of_weights = jnp.einsum("bnhd,bmhd->bhnm", gradient, v, preferred_element_type=F32)
   of_scores = (weights.astype(F32) * (of_weights - rearrange(mean, "b n h -> b h n 1"))).astype(q.dtype)

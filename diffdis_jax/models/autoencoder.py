@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class Middle(nnx.Module):
   """Residual block, attention (optional), residual block."""
 
   def __init__(self, width: int, *, attention: bool, groups: int, dtype: DTypeLike, rngs: nnx.Rngs):
-    resnet = dict(time_width=None, groups=groups, eps=EPS, dtype=dtype, rngs=rngs)
+    resnet: dict[str, Any] = dict(time_width=None, groups=groups, eps=EPS, dtype=dtype, rngs=rngs)
     self.resnet1 = ResnetBlock(width, width, **resnet)
     self.attention = MiddleAttention(width, groups=groups, dtype=dtype, rngs=rngs) if attention else None
     self.resnet2 = ResnetBlock(width, width, **resnet)
@@ -100,7 +101,7 @@ class Autoencoder(nnx.Module):
     rngs: nnx.Rngs,
   ):
     self.patch = patch
-    common = dict(groups=groups, dtype=dtype, rngs=rngs)
+    common: dict[str, Any] = dict(groups=groups, dtype=dtype, rngs=rngs)
     new_conv = lambda din, dout, size: conv(din, dout, size, dtype=dtype, rngs=rngs)
     last = len(widths) - 1
 
@@ -120,7 +121,7 @@ class Autoencoder(nnx.Module):
     self.encoder_out = new_conv(widths[-1], 2 * latent_channels, 3)
     self.quant = new_conv(2 * latent_channels, 2 * latent_channels, 1)
     # Training starts with little noise on the latents: at unit variance it hides the image from the decoder at first.
-    self.quant.bias[...] = jnp.repeat(jnp.asarray([0.0, START_LOG_VARIANCE]), latent_channels)
+    self.quant.bias = nnx.Param(jnp.repeat(jnp.asarray([0.0, START_LOG_VARIANCE]), latent_channels))
 
     self.post_quant = new_conv(latent_channels, latent_channels, 1)
     self.decoder_in = new_conv(latent_channels, widths[-1], 3)

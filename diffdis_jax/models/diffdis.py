@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +42,13 @@ class DiffDis(nnx.Module):
     alignment: AlignmentTransformer | None,
   ):
     self.autoencoder = autoencoder
-    self.text_encoder = text_encoder
-    self.unet = unet
-    self.text_stream = text_stream
-    self.alignment = alignment
+    # Any, for a part or None: a pass is run only where the objectives have given it its parts.
+    self.text_encoder: Any = text_encoder
+    self.unet: Any = unet
+    self.text_stream: Any = text_stream
+    self.alignment: Any = alignment
     # CLIP's learnable scale, from 1/0.07. Not stated by the paper.
-    self.logit_scale = None if alignment is None else nnx.Param(jnp.asarray(math.log(1 / 0.07), jnp.float32))
+    self.logit_scale: Any = None if alignment is None else nnx.Param(jnp.asarray(math.log(1 / 0.07), jnp.float32))
 
   def encode_image(self, image: UInt8[Array, "b H W 3"], key: jax.Array | None = None) -> Float[Array, "b h w c"]:
     """z: a sample of the posterior, or its mode where `key` is None, shifted and scaled to unit variance."""

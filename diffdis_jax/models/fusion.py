@@ -78,7 +78,8 @@ class FusionBlock(nnx.Module):
 
   def feed_forward(self, block: BasicTransformerBlock, u: Float[Array, "b 1 c"]) -> Float[Array, "b 1 c"]:
     """The text token through its own feed-forward network, or the image's (Table 5)."""
-    norm, ff = (block.norm3, block.ff) if self.ff is None else (self.norm, self.ff)
+    norm = block.norm3 if self.norm is None else self.norm
+    ff = block.ff if self.ff is None else self.ff
     return u + ff(norm(u))
 
 

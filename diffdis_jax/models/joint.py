@@ -6,6 +6,8 @@ once. What is computed is what `DiffDis.generation` and `DiffDis.discrimination`
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -54,7 +56,8 @@ def both_passes(
     h_e = e_t
 
   first = lambda x: unpair(x, parts)[0]
-  up = down.replace(h=first(down.h), skips=tuple(map(first, down.skips)), temb=first(down.temb), carry=None)
+  skips = tuple(map(first, down.skips))
+  up = dataclasses.replace(down, h=first(down.h), skips=skips, temb=first(down.temb), carry=None)
   query = model.alignment(h_e, unpair(down.h, parts)[1])
   return model.unet.up_path(up, generation.c), query
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,8 @@ class GroupNorm(nnx.Module):
   """
 
   def __init__(self, width: int, *, groups: int, eps: float, rngs: nnx.Rngs):
-    self.norm = nnx.GroupNorm(width, num_groups=groups, epsilon=eps, dtype=F32, param_dtype=F32, rngs=rngs)
+    # Any, since to flax a scale, a bias may be absent.
+    self.norm: Any = nnx.GroupNorm(width, num_groups=groups, epsilon=eps, dtype=F32, param_dtype=F32, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     groups, width = self.norm.num_groups, x.shape[-1]
@@ -82,7 +84,7 @@ class LayerNorm(nnx.Module):
   """Layer normalisation computed in f32, returned in the input's dtype."""
 
   def __init__(self, width: int, *, rngs: nnx.Rngs, eps: float = 1e-5):
-    self.norm = nnx.LayerNorm(width, epsilon=eps, dtype=F32, param_dtype=F32, rngs=rngs)
+    self.norm: Any = nnx.LayerNorm(width, epsilon=eps, dtype=F32, param_dtype=F32, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     mean = x.astype(F32).mean(axis=-1, keepdims=True)
@@ -142,7 +144,7 @@ class GEGLU(nnx.Module):
 
   def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs, ratio: int = 4):
     self.dtype = dtype
-    self.proj = linear(width, 2 * ratio * width, dtype=dtype, rngs=rngs)
+    self.proj: Any = linear(width, 2 * ratio * width, dtype=dtype, rngs=rngs)
     self.out = linear(ratio * width, width, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:

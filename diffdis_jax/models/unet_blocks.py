@@ -39,6 +39,7 @@ class ResnetBlock(nnx.Module):
   def __call__(self, x: Float[Array, "b h w c"], temb: Float[Array, "b d"] | None = None) -> Float[Array, "b h w e"]:
     h = self.conv1(jax.nn.silu(self.norm1(x)))
     if self.time is not None:
+      assert temb is not None
       h = h + self.time(jax.nn.silu(temb))[:, None, None, :]
     h = self.conv2(jax.nn.silu(self.norm2(h)))
     return h + (x if self.shortcut is None else self.shortcut(x))

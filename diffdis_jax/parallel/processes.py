@@ -115,7 +115,7 @@ def find(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -> P
 def _explicit(
   coordinator_address: str | None, num_processes: str | int | None, process_id: str | int | None
 ) -> Processes | None:
-  if None in (coordinator_address, num_processes, process_id):
+  if coordinator_address is None or num_processes is None or process_id is None:
     raise UserError("--coordinator_address, --num_processes and --process_id go together; give all three of them")
   if not re.fullmatch(r".+:\d+", coordinator_address):
     raise UserError(f"--coordinator_address={coordinator_address} should be HOST:PORT, such as 10.0.0.1:8476")
@@ -131,6 +131,7 @@ def _explicit(
 def _slurm(environ: Mapping[str, str]) -> Processes:
   """One task a node has all of its GPUs; of several, each has the one of its number."""
   head = re.match(r"([^,\[]*)(?:\[([^,\-\]]+)[^\]]*\])?([^,\[]*)", environ["SLURM_STEP_NODELIST"])
+  assert head is not None  # each of its parts may be empty
   port = 61440 + int(environ["SLURM_JOB_ID"]) % 4096
   one_a_node = environ["SLURM_STEP_NUM_TASKS"] == environ.get("SLURM_STEP_NUM_NODES")
   return Processes(
@@ -181,7 +182,11 @@ def _initialize(processes: Processes, timeout: int) -> None:
   )
   jax.devices()  # every process waits here for the others' devices
   timer.cancel()
-  threading.excepthook = lambda failed: sys.excepthook(failed.exc_type, failed.exc_value, failed.exc_traceback)
+  threading.excepthook = _as_in_main
+
+
+def _as_in_main(failed: Any) -> None:
+  sys.excepthook(failed.exc_type, failed.exc_value, failed.exc_traceback)
 
 
 def is_first() -> bool:

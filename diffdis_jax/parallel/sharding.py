@@ -133,7 +133,7 @@ def shardings(abstract: Any, mesh: Mesh, parameters: Mapping[str, Any]) -> Any:
 
   def of(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
     for key in reversed(key_path):
-      path = key.key if isinstance(key, jax.tree_util.DictKey) else None
+      path = key.key if isinstance(key, jax.tree_util.DictKey) else ""
       if path in parameters and parameters[path].shape == leaf.shape:
         return NamedSharding(mesh, spec(path, leaf.shape, mesh))
     return NamedSharding(mesh, REPLICATED)
@@ -194,10 +194,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
   """Places in a global batch of the rows that lie on this process's devices, in order."""
   held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-  return sorted({row for (rows,) in held.values() for row in range(batch_size)[rows]})
+  return sorted({row for (rows,) in filter(None, held.values()) for row in range(batch_size)[rows]})
 
 
-def to_global(batch: Mapping[str, np.ndarray | None], mesh: Mesh) -> dict[str, jax.Array | None]:
+def to_global(batch: Mapping[str, np.ndarray | None], mesh: Mesh) -> dict[str, Any]:
   """This process's `local_rows` of a batch to global arrays on the mesh; a field that is None stays it."""
   place = batch_sharding(mesh)
   to_array = lambda rows: None if rows is None else jax.make_array_from_process_local_data(place, rows)

@@ -32,9 +32,14 @@ _Arrays = dict[str, tuple[tuple[int, ...], Any]]  # dotted path -> shape, dtype
 class State(Protocol):
   """What of the training state is saved. `ema` holds the averaged ones of `params`, and may be empty."""
 
-  params: Params
-  ema: Params
-  opt_state: Any
+  @property
+  def params(self) -> Params: ...
+
+  @property
+  def ema(self) -> Params: ...
+
+  @property
+  def opt_state(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +145,7 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return False
     trees = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}
-    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
+    items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
     if data_iterator is not None:
       items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
     items["meta"] = ocp.args.JsonSave({"step": step, **(meta or {})})

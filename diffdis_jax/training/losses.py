@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,8 @@ def contrastive(
   kept = jnp.ones(b, bool) if dropped is None else ~dropped
   # e has unit length already. ê has any length, which a data target never trains.
   image, text = unit_norm(query), e.astype(jnp.float32)
-  common = dict(scale=temperature(logit_scale), captions=jnp.arange(b) if captions is None else captions, gather=gather)
+  captions = jnp.arange(b) if captions is None else captions
+  common: dict[str, Any] = dict(scale=temperature(logit_scale), captions=captions, gather=gather)
   query_to_text, hits = _direction(image, text, allowed=jnp.ones(b, bool), **common)
   text_to_query, _ = _direction(text, image, allowed=kept, **common)
   text_to_query = jnp.where(kept, text_to_query, 0.0)

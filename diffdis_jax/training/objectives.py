@@ -69,6 +69,7 @@ def loss_function(network: Network, section: Loss) -> LossFn:
   ) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:
     model = network.with_params({**fixed, **trainable})
     if "reconstruction" in network.objectives:
+      assert isinstance(batch, Batch)  # data/build.py refuses latents
       total, metrics, statistics = reconstruction_loss(model, batch, keys, kl_weight=section.kl_weight)
     else:
       total, metrics = diffusion_loss(model, batch, keys, network=network, section=section)
@@ -245,7 +246,7 @@ def reconstruction_loss(
     log_variance=posterior.log_variance,
     kl_weight=kl_weight,
   )
-  metrics = {name: mean_of(value) for name, value in (("loss_l1", result.l1), ("loss_kl", result.kl))}
+  metrics: Metrics = {name: mean_of(value) for name, value in (("loss_l1", result.l1), ("loss_kl", result.kl))}
 
   # Measured, not learned: the statistics follow the latents and must not pull at them.
   latent = jax.lax.stop_gradient(latent)

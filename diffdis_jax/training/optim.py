@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import jax.numpy as jnp
 import optax
@@ -136,4 +137,4 @@ def update_ema(new: Params, old: Params, *, decay: float, step: Int[Array, ""]) 
   # Of steps finished before this one, as the state counts them: the first average is 0.1 old, 0.9 new.
   step = step.astype(jnp.float32)
   rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-  return optax.incremental_update(new, old, 1.0 - rate)
+  return cast(Params, optax.incremental_update(new, old, 1.0 - rate))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ class Step:
     gradient, metrics, statistics = self._gradient(trainable, fixed, batch, state.step)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
       updates, opt_state = self._tx.update(gradient, state.opt_state, trainable)
-    trainable = optax.apply_updates(trainable, updates)
+    trainable = cast(Params, optax.apply_updates(trainable, updates))
     metrics["grad_norm"] = (optax.tree.norm(gradient), jnp.ones(()))
     return (
       TrainState(

@@ -13,7 +13,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -97,17 +97,17 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     settings = self._settings
     staging.write_all(self._stage, parts, num_processes=settings.num_processes, beam_options=settings.beam_options)
     duplicates = self._find_duplicates() if settings.drop_duplicates else {}
-    infos = []
+    infos, metadata = [], cast(dict[str, Any], self.info.metadata)
     for split, parts in self._parts.items():
       self.reports[split], shards = self._shards(parts, duplicates)
       if not shards:
         reasons = self.reports[split].reasons() or "no pairs in it"
         raise UserError(f"no usable pair in split {split}: {reasons}")
       infos.append(self._link(split, shards))
-      self.info.metadata[split] = dataclasses.asdict(self.reports[split])
+      metadata[split] = dataclasses.asdict(self.reports[split])
     for name, facts in self._stage.facts().items():
-      self.info.metadata[name] = facts
-    self.info.set_splits(tfds.core.splits.SplitDict(infos))
+      metadata[name] = facts
+    self.info.set_splits(tfds.core.SplitDict(infos))
 
   def _shards(
     self, parts: Sequence[Part], duplicates: Mapping[str, list[int]]
@@ -116,6 +116,7 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     total, shards = Report(), []
     for part in parts:
       report, path = self._stage.report_of(part), self._stage.records_of(part)
+      assert report is not None  # write_all has written them all
       if dropped := duplicates.get(part.name, []):
         path = path.with_suffix(".unique")
         keys = _copy_without(self._stage.records_of(part), path, set(dropped))
@@ -157,9 +158,9 @@ def _copy_without(path: pathlib.Path, out: pathlib.Path, dropped: set[int]) -> l
   source = array_record_data_source.ArrayRecordDataSource([str(path)])
   if not out.exists():
     staging.write_records(out, (source[i] for i in range(len(source)) if i not in dropped))
-  spec = staging.features()
   skip = {"image": tfds.decode.SkipDecoding()}
-  return [spec.deserialize_example_np(source[i], decoders=skip)["key"].decode() for i in sorted(dropped)]
+  read: Any = functools.partial(staging.features().deserialize_example_np, decoders=skip)
+  return [read(source[i])["key"].decode() for i in sorted(dropped)]
 
 
 def _link_or_copy(path: pathlib.Path, link: pathlib.Path) -> None:

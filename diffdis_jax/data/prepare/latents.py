@@ -126,12 +126,13 @@ class LatentStage(staging.Stage):
   def facts(self) -> dict[str, Any]:
     augmentation = dataclasses.asdict(self.augmentation)
     own = dict(views=self.views, image_size=self.image_size, shape=self.shape, fingerprint=self.fingerprint)
-    if self.text is not None:
-      own["text"] = dict(shape=self.text.shape, fingerprint=self.text.fingerprint)
-    return {"latents": {**own, "augmentation": augmentation}}
+    text = self.text and {"text": dict(shape=self.text.shape, fingerprint=self.text.fingerprint)}
+    return {"latents": {**own, **(text or {}), "augmentation": augmentation}}
 
   def serialized(self, part: Part, report: staging.Report, digests: list[bytes]) -> Iterator[bytes]:
+    assert isinstance(part, RecordsPart)
     source = sources.open_source(name="pairs", path=part.data, split=part.split, image_size=self.image_size)
+    assert isinstance(source, records.Pairs)
     serialize = staging.serializer(self.features())
     places, size = list(part), max(1, CHUNK // self.views)
     with ThreadPoolExecutor() as pool:

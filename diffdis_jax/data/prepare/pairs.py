@@ -51,9 +51,9 @@ def mend(caption: str) -> tuple[str, list[str]]:
 def shrink(image: Image.Image, short_side: int) -> bytes:
   """JPEG of the image with its short side reduced to `short_side` pixels."""
   scale = short_side / min(image.size)
-  size = tuple(max(short_side, round(side * scale)) for side in image.size)
+  width, height = (max(short_side, round(side * scale)) for side in image.size)
   file = io.BytesIO()
-  image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=JPEG_QUALITY)
+  image.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=JPEG_QUALITY)
   return file.getvalue()
 
 

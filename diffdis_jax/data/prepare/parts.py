@@ -22,13 +22,13 @@ ITEMS = 2000  # of a part of loose files
 
 @runtime_checkable
 class Part(Protocol):
-  """`name` is a file name without its ending, unique in the data set."""
+  """`name` is a file name without its ending, unique in the data set. What it iterates over is its stage's affair."""
 
   name: str
   split: str
   truncated: bool
 
-  def __iter__(self) -> Iterator[RawPair]: ...
+  def __iter__(self) -> Iterator[Any]: ...
 
   def identity(self) -> list[Any]:
     """JSON that differs when the part does, so that a preparation does not go on with another source."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from array_record.python import array_record_module
+from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import example_serializer
 
 from diffdis_jax.data import records
@@ -155,7 +156,8 @@ class Stage:
 
 def serializer(spec: tfds.features.FeaturesDict) -> Any:
   """Record -> bytes as TFDS stores them."""
-  to_bytes = example_serializer.ExampleSerializer(spec.get_serialized_info()).serialize_example
+  info: Any = spec.get_serialized_info()
+  to_bytes = example_serializer.ExampleSerializer(info).serialize_example
   return lambda record: to_bytes(spec.encode_example(record))
 
 
@@ -164,7 +166,7 @@ def write_records(path: pathlib.Path, serialized: Iterator[bytes]) -> None:
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     with _os_errors():
-      writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+      writer = ArrayRecordWriter(str(temporary), "group_size:1")
     for record in serialized:
       with _os_errors():
         writer.write(record)
@@ -255,15 +257,16 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
 def _die_with_parent() -> None:
   """Ends this worker when its parent is killed, which otherwise leaves it waiting for work for ever."""
   parent = multiprocessing.parent_process()
+  assert parent is not None  # a worker has one
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _write_by_beam(stage: Stage, parts: Sequence[Part], options: Sequence[str]) -> None:
   try:
-    import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
+    beam: Any = importlib.import_module("apache_beam")
+    pipeline_options: Any = importlib.import_module("apache_beam.options.pipeline_options")
   except ImportError as error:
     raise UserError(f"--beam_pipeline_options needs Apache Beam ({error}); pip install apache-beam") from error
   flags = [f"--{option}" for option in options]
-  with beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
+  with beam.Pipeline(options=pipeline_options.PipelineOptions(flags)) as pipeline:
     _ = pipeline | beam.Create(list(parts)) | beam.Reshuffle() | beam.Map(stage.write)

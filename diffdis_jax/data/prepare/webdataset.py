@@ -7,6 +7,7 @@ import pathlib
 import re
 import tarfile
 from collections.abc import Iterator
+from typing import Any
 
 from diffdis_jax.data.prepare.pairs import RawPair
 
@@ -43,6 +44,7 @@ class TarReader:
       yield pair
 
   def _files(self) -> Iterator[tuple[str, str, bytes]]:
+    tar: Any  # its annotations lack `members`
     with open(self.path, "rb") as file:
       try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
