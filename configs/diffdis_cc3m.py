@@ -60,9 +60,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.objectives = (args.objectives,)
 
   config.data.update(name="latents" if args.latents else "pairs", path=args.latents or args.path, max_length=77)
+  # Generation draws what it sees: an undistorted square, as in Stable Diffusion's training. The view is shared by both
+  # objectives, since the paper states none for DiffDis; with --config.data.discrimination_view=own, discrimination gets
+  # its own, by what the paper's CLIP baseline is trained on: random crop and RandAugment.
   config.data.augment.update(crop="random", flip=True)
-  # With --config.data.discrimination_view=own, discrimination sees what the paper's CLIP baseline does.
-  config.data.discrimination_augment.update(crop="random", randaugment_operations=2)
+  config.data.discrimination_augment.update(crop="random_resized", randaugment_operations=2)
   config.data.loader.update(num_threads=16, prefetch=16)
   config.batch_size = BATCH
   config.num_steps = EPOCHS * CC3M_PAIRS // BATCH

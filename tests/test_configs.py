@@ -19,6 +19,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import configs
+from diffdis_jax.data.build import read_data
+from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.diffusion import schedules
 from diffdis_jax.parallel import sharding
 from diffdis_jax.training.build import build_step
@@ -84,6 +86,16 @@ def test_parameters_equal_the_golden_listing(name, arg):
   differing = sorted(set(expected) ^ set(actual))
   assert not differing, f"{len(differing)} lines differ; if they should, run python -m tests.test_configs"
   assert actual == expected
+
+
+def test_generation_trains_on_undistorted_squares():
+  """The stretched crop and RandAugment belong to discrimination, where it has a view of its own."""
+  config = get_config("diffdis_cc3m", "path=somewhere")
+  shared = read_data(config)
+  assert shared.augmentation == Augmentation(crop="random", flip=True) and shared.discrimination_augmentation is None
+  config.data.discrimination_view = "own"
+  own = Augmentation(crop="random_resized", randaugment_operations=2)
+  assert read_data(config).discrimination_augmentation == own
 
 
 # The ablations that leave every parameter as it is, and the one field that each is about.

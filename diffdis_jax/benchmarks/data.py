@@ -31,7 +31,7 @@ from diffdis_jax.data import loader, sources
 from diffdis_jax.data.build import Data, open_loader
 from diffdis_jax.data.prepare import builder, latents, parts
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.data.transforms import Augmentation, random_crop
+from diffdis_jax.data.transforms import Augmentation, random_square
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import writers
 from diffdis_jax.training.step import Step, is_running
@@ -160,7 +160,7 @@ def bare_loop(source: sources.Source) -> Iterator[None]:
     for start in range(0, len(stored) - BATCH + 1, BATCH):
       for data in stored[start : start + BATCH]:
         with Image.open(io.BytesIO(data)) as image:
-          crop = random_crop(image, rng, size=CROP, scale=AUGMENTATION.crop_scale, ratio=AUGMENTATION.crop_ratio)
+          crop = random_square(image, rng, size=CROP)
         np.asarray(crop)
       yield
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,6 +15,8 @@ from diffdis_jax.data.randaugment import MAGNITUDES, randaugment
 from diffdis_jax.errors import check_choice, check_number, check_numbers
 
 WHITE = (255, 255, 255)
+CROPS = ("centre", "random", "random_resized")
+TRIES = 10  # of drawing a box that fits, as in torchvision
 # 89 million, 270 MB decoded; PIL itself warns there, and refuses twice as many.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or math.inf
 
@@ -48,12 +51,18 @@ def _sixteen_bit_grey(image: Image.Image) -> Image.Image:
   return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
 
 
-def resize(image: Image.Image, size: int) -> Image.Image:
-  """Short side to `size` (bicubic, antialiased), then the central square."""
+def resize(image: Image.Image, size: int, *, place: float = 0.5) -> Image.Image:
+  """Short side to `size` pixels (bicubic, antialiased), then a square. Both sides have one scale: nothing is stretched.
+
+  Args:
+    image: of any size.
+    size: side of the square, pixels.
+    place: of the square along the long side, from 0, left or top, to 1; by default the middle.
+  """
   if image.size == (size, size):
     return image
   side = min(image.size)
-  left, top = (image.width - side) / 2, (image.height - side) / 2
+  left, top = place * (image.width - side), place * (image.height - side)
   return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
@@ -62,9 +71,11 @@ class Augmentation:
   """How training images vary. The defaults change nothing but the size. None of it is stated by the paper.
 
   Attributes:
-    crop: "centre", or "random" for a random resized crop.
-    crop_scale: range of the random crop's area, as a fraction of the image's.
-    crop_ratio: range of its width over height.
+    crop: "centre" and "random", the largest square, from the middle or from a random place; or "random_resized", a box
+      of random area and ratio, stretched to a square. A model that draws images learns to draw stretched ones from it.
+    crop_scale: of "random_resized" alone, the range of the box's area, as a fraction of the image's. torchvision's
+      default is (0.08, 1), open_clip's (0.9, 1).
+    crop_ratio: of "random_resized" alone, the range of the box's width over its height.
     flip: mirror left and right half of the time. Wrong where captions tell left from right.
     shift: largest move, as a fraction of the side.
     zoom: largest relative change of size, so that 0.1 means 1/1.1 to 1.1.
@@ -90,7 +101,7 @@ class Augmentation:
   randaugment_magnitude: int = 9
 
   def __post_init__(self) -> None:
-    check_choice("crop", self.crop, ("centre", "random"))
+    check_choice("crop", self.crop, CROPS)
     for name, (low, high), limits in (
       ("crop_scale", self.crop_scale, dict(above=0.0, at_most=1.0)),
       ("crop_ratio", self.crop_ratio, dict(above=0.0)),
@@ -114,7 +125,9 @@ def augment(
   if how.shift or how.zoom or how.rotation:
     image = random_affine(image, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
   if how.crop == "random":
-    image = random_crop(image, rng, size=size, scale=how.crop_scale, ratio=how.crop_ratio)
+    image = random_square(image, rng, size=size)
+  elif how.crop == "random_resized":
+    image = random_resized_crop(image, rng, size=size, scale=how.crop_scale, ratio=how.crop_ratio)
   else:
     image = resize(image, size)
   if how.flip and rng.random() < 0.5:
@@ -124,16 +137,56 @@ def augment(
   return np.asarray(jitter_colour(image, rng, how=how))
 
 
-def random_crop(
+def random_square(image: Image.Image, rng: np.random.Generator, *, size: int) -> Image.Image:
+  """Short side to `size` pixels, then a square from a uniformly drawn place, as Stable Diffusion's training cuts it.
+
+  The place is any fraction of a pixel, and the scale exactly that of the short side. A square image is only resized.
+  """
+  return resize(image, size, place=rng.random())
+
+
+class Box(NamedTuple):
+  """Part of an image, in whole pixels from the left and the top."""
+
+  left: int
+  top: int
+  width: int
+  height: int
+
+
+def draw_box(
+  width: int, height: int, rng: np.random.Generator, *, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+  """A box in an image of this width and height, in pixels, by the rule of torchvision's RandomResizedCrop.get_params.
+
+  The area is uniform in `scale`, a fraction of the image's, and the log of width over height uniform in that of
+  `ratio`; sides are rounded, and the place is uniform. After ten tries that do not fit, it is the largest box in the
+  middle whose ratio is within `ratio`.
+  """
+  for _ in range(TRIES):
+    area = width * height * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if 0 < w <= width and 0 < h <= height:
+      return Box(int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h)
+  w, h = width, height
+  if width / height < ratio[0]:
+    h = round(width / ratio[0])
+  elif width / height > ratio[1]:
+    w = round(height * ratio[1])
+  return Box((width - w) // 2, (height - h) // 2, w, h)
+
+
+def random_resized_crop(
   image: Image.Image, rng: np.random.Generator, *, size: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Image.Image:
-  """Random resized crop: area uniform in `scale`, log of the ratio uniform, cut to the image where it does not fit."""
-  area = image.width * image.height * rng.uniform(*scale)
-  aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-  width = min(math.sqrt(area * aspect), image.width)
-  height = min(math.sqrt(area / aspect), image.height)
-  left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
-  return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+  """A random box, stretched to a square of `size` pixels: torchvision's RandomResizedCrop, bicubic and antialiased.
+
+  `scale` and `ratio` are those of `draw_box`. No pixel outside of the box has a part in the result.
+  """
+  box = draw_box(image.width, image.height, rng, scale=scale, ratio=ratio)
+  inside = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+  return inside.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def random_affine(

@@ -28,7 +28,7 @@ STAGE = dict(
   shape=(2, 2, 4),
   image_size=8,
   views=VIEWS,
-  augmentation=Augmentation(crop="random", crop_scale=(0.5, 0.6)),
+  augmentation=Augmentation(crop="random_resized", crop_scale=(0.5, 0.6)),
   fingerprint=1.5,
 )
 
@@ -68,7 +68,7 @@ def test_latents_read_back(data, tmp_path):
   assert (reports["train"].pairs, reports["train"].skipped) == (VIEWS * (N - 1), {"corrupt image": 1})
   source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
   assert len(source) == N - 1 and source.views == VIEWS and source.shape == (2, 2, 4)
-  assert source.facts["image_size"] == 8 and source.facts["augmentation"]["crop"] == "random"
+  assert source.facts["image_size"] == 8 and source.facts["augmentation"]["crop"] == "random_resized"
   seen = set()
   for i in range(N - 1):
     assert (source[i]["caption"], source[i]["key"]) == (f"caption {i + 1}", f"0/{i + 1:02d}")

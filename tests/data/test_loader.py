@@ -18,7 +18,7 @@ from tests.raw_pairs import faults, picture, write_tar
 
 TOKENIZER = Tokenizer(16)
 FAULTS = faults()
-STRONG = Augmentation(crop="random", shift=0.1, hue=0.1)
+STRONG = Augmentation(crop="random_resized", shift=0.1, hue=0.1)
 
 
 class Numbered:
@@ -275,7 +275,7 @@ def test_one_caption_of_several_is_drawn_each_time():
 
 
 def test_a_view_of_its_own_for_discrimination():
-  own = Augmentation(crop="random", crop_scale=(0.1, 0.3))
+  own = Augmentation(crop="random_resized", crop_scale=(0.1, 0.3))
   shared, two = next(make()), next(make(discrimination_augmentation=own))
   np.testing.assert_array_equal(shared["image"], two["image"])
   assert two["discrimination_image"].shape == shared["image"].shape

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffdis_jax.data.transforms import Augmentation, augment, decode, random_affine, random_crop, resize
+from diffdis_jax.data.transforms import (
+  Augmentation,
+  augment,
+  decode,
+  draw_box,
+  random_affine,
+  random_resized_crop,
+  random_square,
+  resize,
+)
 from diffdis_jax.errors import UserError
 
 
@@ -101,6 +110,7 @@ def test_default_augmentation_only_resizes():
   "field",
   [
     {"crop": "random"},
+    {"crop": "random_resized"},
     {"flip": True},
     {"shift": 0.2},
     {"zoom": 0.3},
@@ -128,16 +138,104 @@ def test_flip_mirrors_half_of_the_images():
   assert flipped + sum(np.array_equal(view, pixels) for view in views) == 200
 
 
-def test_random_crop_takes_the_area_it_is_told():
-  """On a picture of its own coordinates, a crop's corners tell its area."""
-  columns, rows = np.meshgrid(np.arange(200), np.arange(200))
-  image = Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8))
-  rng, areas = np.random.default_rng(0), []
-  for _ in range(200):
-    crop = np.asarray(random_crop(image, rng, size=50, scale=(0.3, 0.6), ratio=(0.8, 1.25))).astype(float)
-    width, height = crop[..., 0].max() - crop[..., 0].min(), crop[..., 1].max() - crop[..., 1].min()
-    areas.append(width * height / 200**2 * (50 / 49) ** 2)
-  assert 0.27 < min(areas) < 0.33 and 0.57 < max(areas) < 0.63
+def coordinates(width: int, height: int) -> Image.Image:
+  """Red tells the column, green the row: 0 to 255 from side to side."""
+  x, y = ((np.arange(side) + 0.5) * 255 / side for side in (width, height))
+  pixels = np.stack(np.broadcast_arrays(x[None], y[:, None], 0.0), axis=-1)
+  return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+@pytest.mark.parametrize(("width", "height"), [(240, 180), (180, 240), (600, 60)])
+def test_the_random_square_keeps_the_aspect_and_lies_anywhere(width, height):
+  image, rng, size, side = coordinates(width, height), np.random.default_rng(0), 30, min(width, height)
+  places = []
+  for _ in range(400):
+    view = np.asarray(random_square(image, rng, size=size)).astype(float) / 255 * (width, height, 0)
+    x, y = view[size // 2, :, 0], view[:, size // 2, 1]
+    for axis in (x, y):  # inner pixels: at the image's border the filter is cut off, and leans inwards
+      assert np.polyfit(np.arange(2, size - 2), axis[2:-2], 1)[0] == pytest.approx(side / size, rel=0.02)
+    long = x if width > height else y
+    places.append((long[2:-2].mean() - side / 2) / (max(width, height) - side))
+  stats = pytest.importorskip("scipy.stats")
+  assert stats.kstest(np.clip(places, 0, 1), "uniform").pvalue > 0.01
+
+
+def test_the_random_square_is_stable_diffusions():
+  """Its training resizes the short side, then cuts; where the cut falls on a whole pixel, the pixels are the same."""
+  functional = pytest.importorskip("torchvision.transforms.functional")
+  image = Image.fromarray(noise(48, 96))
+  whole = functional.resize(image, 16, functional.InterpolationMode.BICUBIC)
+  for left in range(17):
+    expected = functional.crop(whole, 0, left, 16, 16)
+    difference = np.asarray(resize(image, 16, place=left / 16)).astype(int) - np.asarray(expected)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+  ("width", "height", "scale", "ratio"),
+  [
+    (640, 480, (0.08, 1.0), (3 / 4, 4 / 3)),
+    (480, 640, (0.5, 1.0), (3 / 4, 4 / 3)),
+    (500, 100, (0.3, 0.9), (0.8, 2.0)),  # often no try fits
+    (7, 5, (0.1, 1.0), (0.5, 2.0)),
+  ],
+)
+def test_boxes_are_distributed_as_torchvisions(width, height, scale, ratio, seed):
+  torch = pytest.importorskip("torch")
+  transforms, stats = pytest.importorskip("torchvision.transforms"), pytest.importorskip("scipy.stats")
+  image, rng, n = Image.new("RGB", (width, height)), np.random.default_rng(seed), 3000
+  with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(seed)
+    drawn = [transforms.RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)]
+  theirs = np.array([(left, top, w, h) for top, left, h, w in drawn])
+  boxes = [draw_box(width, height, rng, scale=scale, ratio=ratio) for _ in range(n)]
+  ours = np.array([(box.left, box.top, box.width, box.height) for box in boxes])
+  assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= (width, height)).all()
+  for measure in (
+    *(lambda boxes, i=i: boxes[:, i] for i in range(4)),
+    lambda boxes: boxes[:, 2] * boxes[:, 3],
+    lambda boxes: boxes[:, 2] / boxes[:, 3],
+    lambda boxes: boxes[:, 0] / np.maximum(1, width - boxes[:, 2]),
+    lambda boxes: boxes[:, 1] / np.maximum(1, height - boxes[:, 3]),
+  ):
+    assert stats.ks_2samp(measure(ours), measure(theirs), method="asymp").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+  ("width", "height", "ratio"),
+  [(400, 10, (3 / 4, 4 / 3)), (10, 401, (3 / 4, 4 / 3)), (100, 75, (3 / 4, 1.0)), (100, 100, (3 / 4, 4 / 3))],
+)
+def test_where_no_try_fits_the_box_is_torchvisions(width, height, ratio):
+  """The middle, with its ratio cut to the range; of an image whose ratio is in it, all."""
+  transforms = pytest.importorskip("torchvision.transforms")
+  image = Image.new("RGB", (width, height))
+  for seed in range(5):
+    box = draw_box(width, height, np.random.default_rng(seed), scale=(1.0, 1.0), ratio=ratio)
+    theirs = transforms.RandomResizedCrop.get_params(image, [1.0, 1.0], list(ratio))
+    assert (box.top, box.left, box.height, box.width) == theirs
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 48), (37, 53), (16, 16)])
+def test_the_resized_crops_pixels_are_torchvisions(width, height):
+  functional = pytest.importorskip("torchvision.transforms.functional")
+  image, how = Image.fromarray(noise(height, width)), dict(scale=(0.2, 1.0), ratio=(0.5, 2.0))
+  for seed in range(20):
+    box = draw_box(width, height, np.random.default_rng(seed), **how)
+    expected = functional.resized_crop(
+      image, box.top, box.left, box.height, box.width, [16, 16], functional.InterpolationMode.BICUBIC, antialias=True
+    )
+    view = random_resized_crop(image, np.random.default_rng(seed), size=16, **how)
+    np.testing.assert_array_equal(np.asarray(view), np.asarray(expected))
+
+
+def test_each_crop_is_by_its_name():
+  image, how = coordinates(120, 90), dict(scale=(0.1, 0.2), ratio=(0.5, 0.6))
+  make = lambda crop: Augmentation(crop=crop, crop_scale=how["scale"], crop_ratio=how["ratio"])
+  views = [augment(image, np.random.default_rng(7), size=16, how=make(crop)) for crop in ("random", "random_resized")]
+  np.testing.assert_array_equal(views[0], np.asarray(random_square(image, np.random.default_rng(7), size=16)))
+  expected = random_resized_crop(image, np.random.default_rng(7), size=16, **how)
+  np.testing.assert_array_equal(views[1], np.asarray(expected))
 
 
 def test_affine_fills_white_and_moves_without_distortion():
@@ -161,5 +259,5 @@ def test_hue_turns_the_colour_circle():
 
 
 def test_unknown_crop():
-  with pytest.raises(UserError, match="crop is 'center'; it must be one of centre, random"):
+  with pytest.raises(UserError, match="crop is 'center'; it must be one of centre, random, random_resized"):
     Augmentation(crop="center")

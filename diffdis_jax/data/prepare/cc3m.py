@@ -12,7 +12,7 @@ from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.parts import Item, Part
 from diffdis_jax.errors import UserError
 
-SHORT_SIDE = 288  # pixels: leaves room for random crops at 256 px
+SHORT_SIDE = 288  # pixels: squares of 256 px are still made smaller, never larger
 SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 CAPTIONS = ("caption", "title", "text")
 FILES = ("filepath", "image", "file", "path")
