@@ -40,7 +40,9 @@ def define_flags() -> None:
   flags.DEFINE_list("tasks", None, f"any of {', '.join(SETTINGS)}; by default those of the config's sets")
   flags.DEFINE_string("data", None, "folder written by prepare_data; by default the sets of the run's config")
   flags.DEFINE_string("split", None, "split of --data")
-  flags.DEFINE_string("classnames", None, "JSON list of class names; by default the labels in the data")
+  flags.DEFINE_string(
+    "classnames", None, "JSON list of class names, or object {name in the data: name}; by default the labels"
+  )
   flags.DEFINE_string("templates", None, "JSON list of prompt templates, {} for the class name")
   flags.DEFINE_string("label_field", None, "field of a record with its class name")
   flags.DEFINE_string("caption_field", None, "field of a record with its caption or captions; by default all captions")

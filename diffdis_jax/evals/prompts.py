@@ -6,7 +6,8 @@ import collections
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from diffdis_jax.errors import UserError
 
@@ -30,24 +31,60 @@ def fill(template: str, classname: str) -> str:
   return _SLOT.sub(lambda _: classname, template)
 
 
+class ClassNames(NamedTuple):
+  """Classes in an order.
+
+  Attributes:
+    names: what goes into the prompts.
+    keys: what the data call the same classes.
+    by_key: whether keys alone tell the classes of the data, not numbers.
+  """
+
+  names: tuple[str, ...]
+  keys: tuple[str, ...]
+  by_key: bool = False
+
+
+def comparable(name: str) -> str:
+  """What two spellings of a class name have in common: underscores are spaces, as in captions, and case is of no
+  account, as in tokens."""
+  return " ".join(name.replace("_", " ").lower().split())
+
+
 def read_strings(path: str, *, what: str) -> tuple[str, ...]:
   """A JSON file with one list of strings.
 
   Raises:
     UserError: no such file, not JSON, not a list of strings, or an empty list.
   """
-  try:
-    values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f'cannot read {what} from {path}: {error}; it should be JSON, such as ["cat", "dog"]') from error
-  if not isinstance(values, list) or not values or not all(isinstance(value, str) and value for value in values):
+  values = _read_json(path, what=what)
+  if not isinstance(values, list) or not _are_strings(values):
     raise UserError(f'{path} should hold {what} as one JSON list of strings, such as ["cat", "dog"]')
   return tuple(values)
 
 
-def resolve_classnames(classnames: Sequence[str] | str) -> tuple[str, ...]:
-  """Class names given as such or as a JSON file's path. Raises UserError: the file is unreadable."""
-  return read_strings(classnames, what="class names") if isinstance(classnames, str) else tuple(classnames)
+def _read_json(path: str, *, what: str) -> Any:
+  try:
+    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f'cannot read {what} from {path}: {error}; it should be JSON, such as ["cat", "dog"]') from error
+
+
+def _are_strings(values: Collection[Any]) -> bool:
+  return bool(values) and all(isinstance(value, str) and value for value in values)
+
+
+def resolve_classnames(classnames: Sequence[str] | Mapping[str, str] | str) -> ClassNames:
+  """Class names given as such or as a JSON file's path: a list, or an object {name in the data: name in the prompts}.
+
+  Raises:
+    UserError: the file is unreadable, or holds neither.
+  """
+  found = _read_json(classnames, what="class names") if isinstance(classnames, str) else classnames
+  if isinstance(found, Mapping) and _are_strings(found.values()):
+    return ClassNames(names=tuple(found.values()), keys=tuple(found), by_key=True)
+  names = read_strings(classnames, what="class names") if isinstance(classnames, str) else tuple(classnames)
+  return ClassNames(names=names, keys=names)
 
 
 def repeated(names: Sequence[str]) -> str:

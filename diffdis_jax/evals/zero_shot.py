@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, prompts
+
+NAME_FIELD = "class"  # of a record whose label is a number: the class's name, as prepare_data folder writes it
 
 
 class ZeroShot:
@@ -20,10 +22,13 @@ class ZeroShot:
 
   Args:
     data: section of a data source, as `data.sources.open_source` takes it.
-    classnames: names, or a JSON file's path; empty for the labels that occur in the data, sorted.
+    classnames: names, an object {name in the data: name in the prompts}, or a JSON file's path to either; empty for the
+      labels that occur in the data, sorted, with spaces for underscores. Names compare as by `prompts.comparable`.
     templates: prompt templates, or a JSON file's path; empty for `prompts.TEMPLATES`.
     label_field: the record's field with the class name, or with its number in `classnames`. Where it is the number, a
       name may occur twice, as two do in the usual list of ImageNet; between equal names it is a tie, which is wrong.
+      Where records have both the number and, as `class`, the name, as `prepare_data folder` makes them, the list must
+      have the same names in the same places. A `class` that is itself the number fits any name.
     only_classes_present: leave out the class names that no record has.
     seen_classes: classes of the training set; acc1 is then also given on these and on the others apart, each of them
       against the whole class list.
@@ -34,8 +39,8 @@ class ZeroShot:
       must fall to chance; where it does not, something other than the pixels gives the label away.
 
   Raises:
-    UserError: a class name occurs twice and labels are names, a label is not in the class list, a template has no
-      place for the name.
+    UserError: a class name occurs twice and labels are names, a label is not in the class list, the class list and
+      the data have different names for a number, a template has no place for the name.
   """
 
   task = "zeroshot_classification"
@@ -44,7 +49,7 @@ class ZeroShot:
     self,
     *,
     data: Mapping[str, Any],
-    classnames: Sequence[str] | str = "",
+    classnames: Sequence[str] | Mapping[str, str] | str = "",
     templates: Sequence[str] | str = "",
     label_field: str = "label",
     only_classes_present: bool = False,
@@ -62,20 +67,24 @@ class ZeroShot:
 
     given = prompts.resolve_classnames(classnames) if classnames else None
     labels = _read_labels(self._source, label_field, given)
-    self.classnames = tuple(sorted(set(map(str, labels)))) if given is None else given
-    places = _places(labels, self.classnames)
+    classes = given or _occurring(labels)
+    places = _places(labels, classes)
+    kept = classes
     if only_classes_present:
       present, places = np.unique(places, return_inverse=True)
-      self.classnames = tuple(self.classnames[i] for i in present)
+      names, keys = (tuple(field[i] for i in present) for field in (classes.names, classes.keys))
+      kept = classes._replace(names=names, keys=keys)
+    self.classnames = kept.names
     self.labels = places[self._indices]
 
     if seen_split and seen_classes:
       raise UserError("seen_split and seen_classes are both set; give one of them")
-    seen = prompts.resolve_classnames(seen_classes) if seen_classes else ()
+    self._seen = None
     if seen_split:
       labels = _read_labels(sources.open_source(**{**data, "split": seen_split}), label_field, given)
-      seen = [label if isinstance(label, str) else (given or ())[label] for label in labels]
-    self._seen = np.isin(self.classnames, sorted(set(seen))) if seen else None
+      self._seen = _is_in(kept.keys, [label if isinstance(label, str) else classes.keys[label] for label in labels])
+    elif seen_classes:
+      self._seen = _is_in(kept.names, prompts.resolve_classnames(seen_classes).names)
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""
@@ -125,30 +134,77 @@ def mean_per_class(right: np.ndarray, labels: Int[np.ndarray, " n"]) -> float:
   return float((hits[counts > 0] / counts[counts > 0]).mean())
 
 
-def _read_labels(source: sources.Source, field: str, classnames: Sequence[str] | None) -> list[str | int]:
-  """Every record's label: the class name, or its number in `classnames`."""
-  labels = [base.get_field(base.read(source, i), field) for i in range(len(source))]
-  for label in labels:
-    if isinstance(label, str):
-      continue
-    if not isinstance(label, (int, np.integer)) or isinstance(label, bool):
-      raise UserError(f"field {field!r} holds {label!r}; a label should be a class name or its number")
-    if classnames is None:
-      raise UserError(f"field {field!r} holds numbers such as {label}; give the class names that they count into")
-    if not 0 <= label < len(classnames):
-      raise UserError(f"field {field!r} holds {label}, but there are {len(classnames)} class names, from 0")
+def _read_labels(source: sources.Source, field: str, classes: prompts.ClassNames | None) -> list[str | int]:
+  """Every record's label: the class's name in the data, or its number in the class list."""
+  labels, named = [], set()
+  by_key = classes is not None and classes.by_key
+  for i in range(len(source)):
+    record = base.read(source, i)
+    label, name = base.get_field(record, field), record.get(NAME_FIELD)
+    if not isinstance(label, str):
+      _check_number(label, field, record, classes)
+      if by_key:
+        label = name
+      elif isinstance(name, str):
+        named.add((int(label), name))
+    labels.append(label)
+  if classes is not None:
+    _check_names(named, classes)
   return labels
 
 
-def _places(labels: Sequence[str | int], classnames: Sequence[str]) -> Int[np.ndarray, " n"]:
+def _check_number(label: Any, field: str, record: Mapping[str, Any], classes: prompts.ClassNames | None) -> None:
+  """Raises UserError unless the label is a number that tells the class."""
+  has_name = isinstance(record.get(NAME_FIELD), str)
+  if not isinstance(label, (int, np.integer)) or isinstance(label, bool):
+    raise UserError(f"field {field!r} holds {label!r}; a label should be a class name or its number")
+  if classes is None:
+    by_name = f", or --label_field={NAME_FIELD} to go by the data's names" if has_name else ""
+    raise UserError(
+      f"field {field!r} holds numbers such as {label}; give the class names that they count into{by_name}"
+    )
+  if classes.by_key:
+    if not has_name:
+      raise UserError(
+        f"field {field!r} holds numbers without a name beside them (field {NAME_FIELD!r}), so that an object of names"
+        " does not apply; give a list of class names in the order of the numbers"
+      )
+  elif not 0 <= label < len(classes.names):
+    raise UserError(f"field {field!r} holds {label}, but there are {len(classes.names)} class names, from 0")
+
+
+def _check_names(named: Collection[tuple[int, str]], classes: prompts.ClassNames) -> None:
+  """Raises UserError where the data's name for a number is not that of the class list."""
+  for number, name in sorted(named):
+    is_number = name.isdecimal() and int(name) == number
+    if not is_number and prompts.comparable(name) != prompts.comparable(classes.names[number]):
+      raise UserError(
+        f"class {number} is {name!r} in the data, but {classes.names[number]!r} in the class list; give the names in"
+        f" the data's order, or --label_field={NAME_FIELD} to go by name, or an object {{name in the data: your name}}"
+      )
+
+
+def _occurring(labels: Sequence[str | int]) -> prompts.ClassNames:
+  """The classes of these names, sorted."""
+  keys = sorted({prompts.comparable(label): label for label in labels if isinstance(label, str)}.values())
+  return prompts.ClassNames(names=tuple(key.replace("_", " ") for key in keys), keys=tuple(keys))
+
+
+def _places(labels: Sequence[str | int], classes: prompts.ClassNames) -> Int[np.ndarray, " n"]:
   """Each label's place in the class list."""
+  index = {prompts.comparable(key): i for i, key in enumerate(classes.keys)}
   names = {label for label in labels if isinstance(label, str)}
-  if repeated := prompts.repeated(classnames):
-    if names:
-      raise UserError(f"class list with duplicates: {repeated}; each class name should occur once")
+  if names and len(index) < len(classes.keys):
+    repeated = prompts.repeated([prompts.comparable(key) for key in classes.keys])
+    raise UserError(f"class list with duplicates: {repeated}; each class name should occur once")
+  if repeated := prompts.repeated(classes.names):
     logging.warning("equal class names cannot be told apart, and count as wrong: %s", repeated)
-  index = {name: i for i, name in enumerate(classnames)}
-  if missing := sorted(names - index.keys()):
+  if missing := sorted(name for name in names if prompts.comparable(name) not in index):
     shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
     raise UserError(f"{len(missing)} labels of the data are not in the class list: {shown}; add them to the class list")
-  return np.array([index[label] if isinstance(label, str) else label for label in labels])
+  return np.array([index[prompts.comparable(label)] if isinstance(label, str) else label for label in labels])
+
+
+def _is_in(names: Sequence[str], others: Sequence[str]) -> Bool[np.ndarray, " k"]:
+  """Of each of the names, whether it is among the others."""
+  return np.isin([prompts.comparable(name) for name in names], sorted({prompts.comparable(name) for name in others}))

@@ -25,16 +25,30 @@ def test_defaults_agree_with_clip_benchmark():
 
 def test_files_and_sequences_give_the_same(tmp_path):
   file = write(tmp_path / "names.json", ["cat", "dog"])
-  assert prompts.resolve_classnames(file) == prompts.resolve_classnames(["cat", "dog"]) == ("cat", "dog")
+  expected = prompts.ClassNames(names=("cat", "dog"), keys=("cat", "dog"))
+  assert prompts.resolve_classnames(file) == prompts.resolve_classnames(["cat", "dog"]) == expected
+  file = write(tmp_path / "object.json", {"n02123045": "cat", "n02084071": "dog"})
+  expected = prompts.ClassNames(names=("cat", "dog"), keys=("n02123045", "n02084071"), by_key=True)
+  assert prompts.resolve_classnames(file) == expected
   file = write(tmp_path / "templates.json", ["a {}", "the {c}"])
   assert prompts.resolve_templates(file) == ("a {}", "the {c}")
   assert prompts.resolve_templates("") == prompts.resolve_templates(()) == prompts.TEMPLATES
 
 
-@pytest.mark.parametrize("value", ["not json", {"0": "cat"}, [], ["cat", 3], ["cat", ""]])
+@pytest.mark.parametrize("value", ["not json", {"0": 3}, {}, {"0": ""}, [], ["cat", 3], ["cat", ""]])
 def test_bad_files(tmp_path, value):
   with pytest.raises(UserError, match="names.json"):
     prompts.resolve_classnames(write(tmp_path / "names.json", value))
+
+
+def test_templates_are_no_object(tmp_path):
+  with pytest.raises(UserError, match="templates as one JSON list"):
+    prompts.resolve_templates(write(tmp_path / "templates.json", {"0": "a {}"}))
+
+
+def test_names_compare_without_underscores_and_case():
+  assert prompts.comparable("Polar_bear ") == prompts.comparable("polar  Bear") == "polar bear"
+  assert prompts.comparable("polar-bear") != prompts.comparable("polar bear")
 
 
 def test_missing_file():

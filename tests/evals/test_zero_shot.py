@@ -5,9 +5,11 @@ import pytest
 
 from diffdis_jax import evals
 from diffdis_jax.data import records
+from diffdis_jax.data.prepare import builder, image_folder
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base
+from diffdis_jax.evals import base, prompts
+from tests.raw_pairs import picture
 
 NAMES = ("red fox", "grey cat", "brown dog", "black crow", "white swan", "green frog", "blue whale")
 LABELS = [NAMES[i] for i in np.random.default_rng(3).integers(0, 7, 400) % 6]  # the last one has no image
@@ -120,6 +122,119 @@ def test_numbered_classes_may_share_a_name_and_then_are_a_tie(use, fakes):
   present = evals.create("zero_shot", data=DATA, label_field="number", classnames=names, only_classes_present=True)
   assert present.classnames == ("cat", "dog", "crane", "fox")
   assert present.run(fakes.Inference(names), {})["acc1"] == 1
+
+
+ANIMALS = ("Black_crow", "brown dog", "red_fox")
+
+
+@pytest.fixture
+def folder(use, fakes):
+  """Records as prepare_data makes them of class folders: a number, and the folder's name."""
+
+  def make(number, classes, names=None):
+    use(
+      test=fakes.Source(
+        list(names or [prompts.comparable(each) for each in classes]), number=number, **{"class": classes}
+      )
+    )
+
+  return make
+
+
+def create(names, **settings):
+  return evals.create("zero_shot", data=DATA, classnames=names, **{"label_field": "number", **settings})
+
+
+def test_numbers_are_checked_against_the_names_of_the_data(folder, fakes):
+  folder([0, 1, 2, 0], [*ANIMALS, ANIMALS[0]])
+  evaluation = create(("black crow", "Brown dog", "red fox", "green frog"))  # underscores and case do not count
+  np.testing.assert_array_equal(evaluation.labels, [0, 1, 2, 0])
+  for names, message in (
+    (
+      ("brown dog", "black crow", "red fox"),
+      "^class 0 is 'Black_crow' in the data, but 'brown dog' in the class list; ",
+    ),
+    (
+      ("black crow", "brown dog", "fox"),
+      "^class 2 is 'red_fox' in the data, but 'fox' in the class list; give .*order",
+    ),
+  ):
+    with pytest.raises(UserError, match=message) as error:
+      create(names)
+    assert "\n" not in str(error.value) and "--label_field=class" in str(error.value)
+  with pytest.raises(UserError, match="numbers such as 0; give the class names .*, or --label_field=class"):
+    create("")
+
+
+def test_numbers_of_the_seen_split_are_checked_too(use, fakes):
+  make = lambda *number: fakes.Source(["cat", "dog"], number=list(number), **{"class": ["cat", "dog"]})
+  use(test=make(0, 1), train=make(0, 1))
+  assert create(("cat", "dog"), seen_split="train")
+  use(test=make(0, 1), train=make(1, 0))
+  with pytest.raises(UserError, match="class 0 is 'dog' in the data"):
+    create(("cat", "dog"), seen_split="train")
+
+
+def test_folders_named_by_numbers(folder):
+  """Their name is the place in the class list. Numbered by string, 10 is third: that is caught."""
+  folder([0, 1, 2], ["0", "01", "2"], ["crow", "dog", "fox"])
+  np.testing.assert_array_equal(create(("crow", "dog", "fox")).labels, [0, 1, 2])
+  folder([0, 1, 2, 3], ["0", "1", "10", "2"], ["crow", "dog", "fox", "cat"])
+  with pytest.raises(UserError, match="^class 2 is '10' in the data, but 'fox' in the class list"):
+    create(("crow", "dog", "fox", "cat"))
+
+
+def test_an_object_names_the_classes_of_the_data(folder, use, fakes, tmp_path):
+  """Such as ImageNet's folders, which are named by codes. Its order is of no account."""
+  folder([0, 1, 2, 1], ["n01", "n02", "n03", "n02"], ["crane", "dog", "fox", "dog"])
+  file = tmp_path / "names.json"
+  file.write_text('{"n03": "fox", "n02": "dog", "n04": "cat", "n01": "crane"}')
+  for field in ("number", "class"):
+    evaluation = create(str(file), label_field=field)
+    assert [evaluation.classnames[i] for i in evaluation.labels] == ["crane", "dog", "fox", "dog"]
+    assert evaluation.run(fakes.Inference(["crane", "dog", "fox"]), {})["acc1"] == 1
+  present = create(str(file), only_classes_present=True)
+  assert present.classnames == ("fox", "dog", "crane")
+  same = {name: name for name in ("n02", "n03", "n01")}
+  assert [create(same).classnames[i] for i in create(same).labels] == ["n01", "n02", "n03", "n02"]
+  with pytest.raises(UserError, match="1 labels of the data are not in the class list: 'n02'"):
+    create({"n01": "crane", "n03": "fox"})
+  use(test=fakes.Source(["crane"], number=[0]))
+  with pytest.raises(UserError, match="numbers without a name .*field 'class'.*; give a list"):
+    create(str(file))
+
+
+def test_seen_classes_by_the_name_in_the_data(use, fakes, tmp_path):
+  source = lambda labels: fakes.Source(labels, **{"class": [f"N_{label}" for label in labels]})
+  use(test=source(["cat", "dog", "fox"]), train=source(["cat", "dog"]))
+  names = {f"n {label}": label for label in ("fox", "dog", "cat")}
+  evaluation = create(names, label_field="class", seen_split="train")
+  metrics = evaluation.run(fakes.Inference(["cat", "dog", "fox"]), {})
+  assert metrics["acc1_seen"] == metrics["acc1_unseen"] == 1
+  assert create(names, label_field="class", seen_classes=("Cat", "dog")).run(
+    fakes.Inference(["cat", "dog", "fox"]), {}
+  ) == pytest.approx(metrics)
+
+
+def test_names_of_the_data_go_by_name_in_any_order(folder, fakes):
+  folder([0, 1, 2], list(ANIMALS))
+  evaluation = create(("red fox", "brown dog", "black crow"), label_field="class")
+  np.testing.assert_array_equal(evaluation.labels, [2, 1, 0])
+  from_data = create("", label_field="class")
+  assert from_data.classnames == ("Black crow", "brown dog", "red fox")  # in prompts as in captions
+  assert from_data.run(fakes.Inference([name.lower() for name in from_data.classnames]), {})["acc1"] == 1
+
+
+def test_a_prepared_folder_is_measured_by_name(tmp_path):
+  for name in ("red_fox", "brown_dog"):
+    (tmp_path / "raw" / name).mkdir(parents=True)
+    (tmp_path / "raw" / name / "a.png").write_bytes(picture(0))
+  builder.prepare(image_folder.find_parts(tmp_path / "raw"), tmp_path / "out", builder=image_folder.ImageFolder)
+  data = {"name": "pairs", "path": str(tmp_path / "out"), "split": "train", "image_size": 8}
+  evaluation = evals.create("zero_shot", data=data, classnames=("brown dog", "red fox"))
+  np.testing.assert_array_equal(evaluation.labels, [0, 1])
+  with pytest.raises(UserError, match="^class 0 is 'brown_dog' in the data, but 'red fox' in the class list"):
+    evals.create("zero_shot", data=data, classnames=("red fox", "brown dog"))
 
 
 class Damaged:

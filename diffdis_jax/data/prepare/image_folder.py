@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Iterable
 
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.builder import CaptionedImages
@@ -22,7 +23,8 @@ class ImageFolder(CaptionedImages):
 
 
 def find_parts(source: pathlib.Path) -> list[Part]:
-  """Of CLASS/IMAGE, or SPLIT/CLASS/IMAGE with splits of the usual names. Classes are numbered by name, over all splits.
+  """Of CLASS/IMAGE, or SPLIT/CLASS/IMAGE with splits of the usual names. Classes are numbered as `in_order` has them,
+  over all splits; a record has the number as `label` and the folder's name as `class`.
 
   Raises:
     UserError: no folder, or none of images in it.
@@ -33,7 +35,7 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   if splits and len(splits) < len(children):
     raise UserError(f"{source} mixes splits and classes: {', '.join(path.name for path in children[:10])}")
   roots = splits or {"train": source}
-  classes = sorted({path.name for root in roots.values() for path in root.iterdir() if path.is_dir()})
+  classes = in_order({path.name for root in roots.values() for path in root.iterdir() if path.is_dir()})
   found: list[Part] = []
   for split, root in roots.items():
     items = []
@@ -45,3 +47,12 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   if not found:
     raise UserError(f"no images in class folders in {source}; it should hold CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg")
   return found
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+  """Class names in the order of their numbers: where all of them are whole numbers, by these; else by string.
+
+  By string is what torchvision's ImageFolder does, which would put 10 before 2.
+  """
+  by_string = sorted(names)
+  return sorted(by_string, key=int) if all(name.isdecimal() for name in by_string) else by_string

@@ -88,3 +88,24 @@ def test_class_folders(tmp_path):
   (tmp_path / "raw" / "dog").mkdir()
   with pytest.raises(UserError, match="mixes splits and classes: dog, train, val"):
     image_folder.find_parts(tmp_path / "raw")
+
+
+@pytest.mark.parametrize(
+  ("names", "numbered"),
+  [
+    (("0", "1", "10", "2"), ("0", "1", "2", "10")),
+    (("007", "7", "10"), ("007", "7", "10")),
+    (("class10", "class2", "Zebra"), ("Zebra", "class10", "class2")),  # as torchvision's ImageFolder numbers them
+    (("10", "2", "cat"), ("10", "2", "cat")),
+  ],
+)
+def test_class_folders_named_by_numbers_are_numbered_in_their_order(tmp_path, names, numbered):
+  for name in names:
+    put(tmp_path / "train" / name / "a.png", picture(0))
+    put(tmp_path / "val" / name / "b.png", picture(1))
+  found = image_folder.find_parts(tmp_path)
+  assert [part.split for part in found] == ["train", "val"]
+  for part in found:
+    fields = [json.loads(item.metadata) for item in part.items]
+    assert [field["class"] for field in fields] == list(numbered)
+    assert [field["label"] for field in fields] == [0, 1, 2, 3][: len(names)]
