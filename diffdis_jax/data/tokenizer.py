@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"
+START_ID = 49406
 END_ID = 49407
 VOCAB_SIZE = 49408
 
@@ -52,10 +53,20 @@ def make_vocab(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
   return {token: i for i, token in enumerate(tokens)}
 
 
+def spell_out(text: str) -> str:
+  """The lower-case text with a space inside of each START and END, so that these are read as the characters they are.
+
+  CLIP's pattern begins a new piece at the same places, so that the spaces change no id.
+  """
+  return text.replace(START, "<| startoftext |>").replace(END, "<| endoftext |>") if "<|" in text else text
+
+
 class Tokenizer:
   """Captions -> ids: start, tokens, end, then padding by the end token (49407), as Stable Diffusion pads.
 
-  A caption longer than `max_length` is cut, and the end token stays last.
+  A caption longer than `max_length` is cut, and the end token stays last. A caption that spells out the start or the
+  end token is text (not stated by the paper): OpenAI's tokenizer and transformers' take the token itself, at which the
+  text would end; to open_clip's, whose tokens have other names, it is text too.
   """
 
   def __init__(self, max_length: int = 77):
@@ -71,7 +82,7 @@ class Tokenizer:
   def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "n l"]:
     if not captions:
       return np.zeros((0, self.max_length), np.int32)
-    cleaned = [clean(caption) for caption in captions]
+    cleaned = [spell_out(clean(caption)) for caption in captions]
     encoded = self._clip(cleaned, padding="max_length", truncation=True, max_length=self.max_length)
     return np.asarray(encoded["input_ids"], np.int32)
 

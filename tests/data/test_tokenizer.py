@@ -9,7 +9,7 @@ import ftfy
 import numpy as np
 import pytest
 
-from diffdis_jax.data.tokenizer import END_ID, VOCAB_SIZE, Tokenizer, clean, load_merges
+from diffdis_jax.data.tokenizer import END_ID, START_ID, VOCAB_SIZE, Tokenizer, clean, load_merges
 
 SENTENCES = (
   "a small red star on the left",
@@ -55,6 +55,37 @@ def test_ids_equal_open_clip(tokenizer):
   expected = oracle(list(SENTENCES), context_length=77).numpy()
   padded_by_end = np.where(np.cumsum(expected == END_ID, axis=1) > 0, END_ID, expected)
   np.testing.assert_array_equal(tokenizer(SENTENCES), padded_by_end)
+
+
+MARKERS = (
+  "a <|endoftext|> b",
+  "a <|startoftext|> b",
+  "<|endoftext|>",
+  "<|STARTOFTEXT|><|EndOfText|>",
+  "x<|endoftext|>y, don't<|startoftext|>'s",
+  "!<|<|endoftext|>|>.",
+  "&lt;|endoftext|&gt; of a page",
+  "\uff1c|endoftext|\uff1e in full width",
+  "<|endoftext|> " * 40,
+)
+
+
+def test_a_caption_that_spells_start_or_end_is_text(tokenizer):
+  """open_clip spells its own markers otherwise, so that to it these are text too."""
+  oracle = pytest.importorskip("open_clip.tokenizer").SimpleTokenizer(clean="lower")
+  expected = oracle(list(MARKERS), context_length=77).numpy()
+  found = tokenizer(MARKERS)
+  np.testing.assert_array_equal(found, np.where(np.cumsum(expected == END_ID, axis=1) > 0, END_ID, expected))
+  for row in found:
+    end = row.tolist().index(END_ID)
+    assert end > 3 and (row[end:] == END_ID).all() and (row[1:] != START_ID).all()
+  spelled = [tokenizer.vocab[token] for token in ("<", "|</w>", "endof", "text</w>", "|", "></w>")]
+  assert tokenizer(["a <|endoftext|>"])[0, :9].tolist() == [START_ID, 320, *spelled, END_ID]
+
+
+def test_open_clips_markers_are_text(tokenizer):
+  ids = tokenizer(["a <start_of_text> b <end_of_text> c"])[0].tolist()
+  assert ids.count(START_ID) == 1 and tokenizer.decode(np.array(ids)).endswith("c")
 
 
 @pytest.mark.parametrize("length", [3, 16, 77])
