@@ -1,22 +1,22 @@
-"""Batches for one host: a Grain pipeline for training, a plain generator for evaluation."""
+"""Batches for one host: a Grain pipeline for training."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 from absl import logging
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
 from diffdis_jax.data import records
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.sources import Mixture, Source
-from diffdis_jax.data.transforms import Augmentation, augment, decode, resize
+from diffdis_jax.data.transforms import Augmentation, augment, decode
 from diffdis_jax.errors import UserError
 
 SUBSTITUTED = "substituted"  # of a batch: i32[b r], by how many records of each of records.REASONS a row was missed
@@ -209,18 +209,3 @@ class Substitutions:
     if new.any():
       logging.warning("records that cannot be used: %s; since the start: %s", listed(new), listed(self.total))
     return {SUBSTITUTED: int(new.sum())}
-
-
-class EvalBatch(NamedTuple):
-  """Images, and beside each its record without the image."""
-
-  image: UInt8[np.ndarray, "b h w 3"]
-  records: list[dict[str, Any]]
-
-
-def eval_batches(source: Source, *, image_size: int, batch_size: int) -> Iterator[EvalBatch]:
-  """Every record once, in order, resized and centrally cropped; the last batch may be short."""
-  for start in range(0, len(source), batch_size):
-    records = [source[i] for i in range(start, min(start + batch_size, len(source)))]
-    images = [np.asarray(resize(decode(record.pop("image")), image_size)) for record in records]
-    yield EvalBatch(np.stack(images), records)

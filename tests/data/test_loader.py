@@ -9,7 +9,7 @@ from absl import flags
 from PIL import Image
 
 from diffdis_jax.data import records, sources
-from diffdis_jax.data.loader import SUBSTITUTED, Substitutions, eval_batches, train_loader
+from diffdis_jax.data.loader import SUBSTITUTED, Substitutions, train_loader
 from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
@@ -129,14 +129,6 @@ def test_batch_that_hosts_do_not_divide():
     make(shard_count=5)
 
 
-def test_eval_batches_in_order():
-  batches = list(eval_batches(Numbered(), image_size=4, batch_size=16))
-  assert [batch.image.shape for batch in batches] == [(16, 4, 4, 3), (16, 4, 4, 3), (8, 4, 4, 3)]
-  indices = [record["index"] for batch in batches for record in batch.records]
-  assert indices == list(range(40)) == [int(v) for batch in batches for v in batch.image[:, 0, 0, 0]]
-  assert all(record.keys() == {"caption", "index"} for batch in batches for record in batch.records)
-
-
 def test_encoded_images_of_any_size():
   class Encoded(Numbered):
     def __getitem__(self, index):
@@ -146,8 +138,6 @@ def test_encoded_images_of_any_size():
 
   batch = next(make(Encoded(), augmentation=STRONG))
   assert batch["image"].shape == (12, 16, 16, 3)
-  (first, *_) = eval_batches(Encoded(), image_size=8, batch_size=40)
-  assert collections.Counter(first.image[:, 4, 4, 0].tolist()) == collections.Counter(range(40))
 
 
 class Spoiled(Numbered):
