@@ -171,19 +171,21 @@ class Inference:
   ):
     self.network, self.sampling = network, sampling
     self.image_size, self.max_length, self.shapes = network.image_size, network.max_length, network.shapes
+    precision = dict(matmul_precision=network.matmul_precision)
     self.protocol = dict(
       steps=sampling.steps,
       draws=sampling.draws,
       guidance=sampling.guidance,
       unit_query=sampling.unit_query and network.text_process.target == "data",
+      **precision,
     )
-    self.generation_protocol = dict(steps=sampling.generation_steps, guidance=sampling.generation_guidance)
+    self.generation_protocol = dict(steps=sampling.generation_steps, guidance=sampling.generation_guidance, **precision)
     self.mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
     check_number("batch_size", batch_size, at_least=1)
     self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
     self._rows = np.array(sharding.local_rows(self.mesh, self.batch_size))
     self._after_batch = after_batch
-    compiled = lambda f: jax.jit(sharding.traced_for(self.mesh, f))
+    compiled = lambda f: jax.jit(sharding.traced_for(self.mesh, f, **precision))
     self._compiled_texts = compiled(self._text_queries)
     self._compiled_images = compiled(self._image_queries)
     self._compiled_drawing = compiled(self._drawn)

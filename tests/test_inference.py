@@ -228,7 +228,8 @@ def test_load_takes_averaged_parameters_where_there_are_some(tmp_path):
   with checkpoint.Checkpointer(str(tmp_path)) as checkpointer:
     checkpointer.save(7, TrainState(step=7, params=params, ema=averaged, opt_state=()))
   inference, loaded = load(str(tmp_path), draws=3)
-  assert inference.protocol == {"steps": 1, "draws": 3, "guidance": 1.0, "unit_query": True}
+  expected = {"steps": 1, "draws": 3, "guidance": 1.0, "unit_query": True, "matmul_precision": "highest"}
+  assert inference.protocol == expected
   for name, value in {**params, **averaged}.items():
     np.testing.assert_array_equal(loaded[name], value, err_msg=name)
   _, loaded = load(str(tmp_path), ema=False)
