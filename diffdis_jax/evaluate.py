@@ -29,7 +29,7 @@ SETTINGS = {  # of an evaluation, that a flag of the same name may set
   "retrieval": ("seed", "num_images", "shuffle_labels", "caption_field"),
   "agreement": ("seed",),
 }
-PROTOCOL = ("steps", "draws", "guidance", "generation_steps", "generation_guidance", "batch_size")
+PROTOCOL = ("steps", "draws", "guidance", "unit_query", "generation_steps", "generation_guidance", "batch_size")
 
 
 def define_flags() -> None:
@@ -53,6 +53,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("steps", None, "denoising steps of the text query", lower_bound=1, upper_bound=1000)
   flags.DEFINE_integer("draws", None, "draws of the query's noise to average", lower_bound=1)
   flags.DEFINE_float("guidance", None, "guidance scale of the text query; 1 is none")
+  flags.DEFINE_boolean("unit_query", None, "of several steps, normalise each step's query before it is fed back")
   flags.DEFINE_integer("generation_steps", None, "sampling steps of images", lower_bound=1, upper_bound=1000)
   flags.DEFINE_float("generation_guidance", None, "guidance scale of images; 1 is none")
   flags.DEFINE_integer("batch_size", None, "rows a compiled call", lower_bound=1)

@@ -36,6 +36,9 @@ class Sampling:
     steps: denoising steps of the text query. One, from noise, is the paper's norm (Algorithm 3, Table 6).
     draws: draws of the text query's noise to average (not stated by the paper).
     guidance: s of the text query's guidance, where the null condition is the image z = 0; 1 is none.
+    unit_query: of several steps and target `data`, whether each step's ê_0 is normalised before it is fed back: the
+      process is defined on vectors of length 1, and the loss never sees a length (not stated by the paper). With one
+      step, or with target `noise`, it changes nothing.
     generation_steps: DDIM steps of an image.
     generation_guidance: s = 1 + w of an image's guidance.
 
@@ -46,6 +49,7 @@ class Sampling:
   steps: int = 1
   draws: int = 1
   guidance: float = 1.0
+  unit_query: bool = True
   generation_steps: int = 50
   generation_guidance: float = 7.5
 
@@ -88,11 +92,15 @@ def denoise_queries(
   *,
   steps: int,
   guidance_scale: float,
+  unit_query: bool,
 ) -> Float[Array, "b d"]:
   """The paper's Algorithm 3: from noise to the text query of an image, L2-normalised. No caption goes in.
 
   Its inner product with a caption's e is their score. One step is one evaluation of the network, at t_e = T - 1. Of k
   draws of the noise the mean is taken (not stated by the paper, which draws once).
+
+  With `unit_query` and target `data`, ê_0 has length 1 at every step, as e has. With target `noise` it follows from
+  e_t and the predicted noise, and stays what it is.
   """
   z = model.encode_image(images)
   c_null = model.encode_text(model.text_encoder.null_tokens(network.max_length)).c
@@ -102,9 +110,13 @@ def denoise_queries(
     c = jnp.broadcast_to(c_null, (len(e_t), *c_null.shape[1:]))
     return model.discrimination(e_t=e_t, t_e=t_e, z=z, t_z=t_z, c_null=c)
 
+  predict = guidance.guided(denoise, condition=z, null=jnp.zeros_like(z), scale=guidance_scale)
+  # After guidance, whose mix of two vectors has any length.
+  fed_back = lambda e_t, t_e: losses.unit_norm(predict(e_t, t_e))
+
   def from_noise(e_T: Float[Array, "b d"]) -> Float[Array, "b d"]:
     e_0 = samplers.sample(
-      guidance.guided(denoise, condition=z, null=jnp.zeros_like(z), scale=guidance_scale),
+      fed_back if unit_query and network.text_process.target == "data" else predict,
       e_T,
       schedule=network.text_process.noise,
       timesteps=schedules.trailing(steps),
@@ -145,14 +157,21 @@ class Inference:
   ):
     self.network, self.sampling = network, sampling
     self.image_size, self.max_length, self.shapes = network.image_size, network.max_length, network.shapes
-    self.protocol = dict(steps=sampling.steps, draws=sampling.draws, guidance=sampling.guidance)
-    self.generation_protocol = dict(steps=sampling.generation_steps, guidance=sampling.generation_guidance)
+    precision = dict(matmul_precision=network.matmul_precision)
+    self.protocol = dict(
+      steps=sampling.steps,
+      draws=sampling.draws,
+      guidance=sampling.guidance,
+      unit_query=sampling.unit_query and network.text_process.target == "data",
+      **precision,
+    )
+    self.generation_protocol = dict(steps=sampling.generation_steps, guidance=sampling.generation_guidance, **precision)
     self.mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
     check_number("batch_size", batch_size, at_least=1)
     self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
     self._rows = np.array(sharding.local_rows(self.mesh, self.batch_size))
     self._after_batch = after_batch
-    compiled = lambda f: jax.jit(sharding.traced_for(self.mesh, f))
+    compiled = lambda f: jax.jit(sharding.traced_for(self.mesh, f, **precision))
     self._compiled_texts = compiled(self._text_queries)
     self._compiled_images = compiled(self._image_queries)
     self._compiled_drawing = compiled(self._drawn)
@@ -258,7 +277,15 @@ class Inference:
 
     e_T = jax.vmap(lambda draw: jax.vmap(functools.partial(noise, draw))(places))(jnp.arange(how.draws))
     model = self.network.with_params(params)
-    return denoise_queries(model, self.network, images, e_T, steps=how.steps, guidance_scale=how.guidance)
+    return denoise_queries(
+      model,
+      self.network,
+      images,
+      e_T,
+      steps=how.steps,
+      guidance_scale=how.guidance,
+      unit_query=self.protocol["unit_query"],
+    )
 
   def _drawn(
     self, params: Params, tokens: Int[Array, "b l"], noise: Float[Array, "b h w c"]

@@ -100,10 +100,11 @@ def test_command_line(run, tmp_path):
   assert bad.stderr == "error: class list with duplicates: 'red star'; each class name should occur once\n"
 
   out = tmp_path / "new" / "out.json"
-  good = command(run, out, "--noema", "--num_images=50", "--draws=2", "--shuffle_labels")
+  good = command(run, out, "--noema", "--num_images=50", "--draws=2", "--shuffle_labels", "--nounit_query")
   assert good.returncode == 0, good.stderr
   protocol = json.loads(out.read_text())["zero_shot"]["few"]["protocol"]
   expected = {"num_images": 50, "num_classes": 56, "draws": 2, "shuffle_labels": True, "ema": False}
+  expected["unit_query"] = False
   assert expected.items() <= protocol.items()
   assert [path.name for path in out.parent.iterdir()] == ["out.json"]
 

@@ -165,6 +165,7 @@ def test_command_line(run, tmp_path):
   assert good.returncode == 0, good.stderr
   written = json.loads((tmp_path / "out" / "prompts.json").read_text())
   assert [entry["prompt"] for entry in written["images"]] == ["a red star", "a ring, blue"]
-  assert written["protocol"] == {"steps": 3, "guidance": 4.0, "seed": 4, "checkpoint": 3, "ema": False}
+  expected = {"steps": 3, "guidance": 4.0, "matmul_precision": "highest", "seed": 4, "checkpoint": 3, "ema": False}
+  assert written["protocol"] == expected
   image = pixels(tmp_path / "out" / "00000.png")
   assert image.shape == (32, 32, 3) and image.std() > 0

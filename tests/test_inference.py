@@ -102,10 +102,13 @@ def test_image_queries_depend_on_seed_and_place_but_not_on_the_batch(inference):
   assert np.abs(other[:5] - found[:5]).max(axis=1).min() > 1e-4, "each image has a query of its own"
 
 
-def test_several_steps_draws_and_guidance_are_ddim_by_hand():
+@pytest.mark.parametrize("target, unit_query", [("noise", True), ("data", True), ("data", False)])
+def test_several_steps_draws_and_guidance_are_ddim_by_hand(target, unit_query):
+  """Of target data, ê_0 is normalised after guidance and before it is fed back, unless that is switched off."""
   s, gamma, schedule = 2.5, 0.4, "cosine"
-  changes = {"text_diffusion.target": "noise", "text_diffusion.gamma": gamma, "text_diffusion.schedule": schedule}
-  inference = make("discrimination", changes=changes, steps=3, draws=2, guidance=s)
+  changes = {"text_diffusion.target": target, "text_diffusion.gamma": gamma, "text_diffusion.schedule": schedule}
+  inference = make("discrimination", changes=changes, steps=3, draws=2, guidance=s, unit_query=unit_query)
+  assert inference.protocol["unit_query"] is (unit_query and target == "data")
   images, n = BATCH.image[:3], 3
   model = model_of(inference)
   z = compiled(model.encode_image)(images)
@@ -114,19 +117,37 @@ def test_several_steps_draws_and_guidance_are_ddim_by_hand():
   predict = compiled(lambda e_t, t_e, z: model.discrimination(e_t=e_t, t_e=t_e, z=z, t_z=t_z, c_null=c_null))
 
   alpha_bar = steps.ALPHA_BAR[schedule]
-  draws = []
+  draws, lengths = [], []
   for draw in range(2):
     e_t = query_noise(n, seed=9, draw=draw)
     for t, t_prev in ((999, 666), (666, 332), (332, None)):
       t_e = np.full(n, t, np.int32)
+      signal, sigma = gamma * np.sqrt(alpha_bar[t]), np.sqrt(1 - alpha_bar[t])
       unconditional, conditional = (np.asarray(predict(e_t, t_e, latent)) for latent in (np.zeros_like(z), z))
-      epsilon = unconditional + s * (conditional - unconditional)
-      data = (e_t - np.sqrt(1 - alpha_bar[t]) * epsilon) / (gamma * np.sqrt(alpha_bar[t]))
+      prediction = unconditional + s * (conditional - unconditional)
+      if target == "noise":
+        epsilon, data = prediction, (e_t - sigma * prediction) / signal
+      else:
+        data = unit(prediction) if unit_query else prediction
+        epsilon = (e_t - signal * data) / sigma
+      lengths.append(np.linalg.norm(data, axis=-1))
       prev = 1.0 if t_prev is None else alpha_bar[t_prev]
       e_t = (gamma * np.sqrt(prev) * data + np.sqrt(1 - prev) * epsilon).astype(np.float32)
     draws.append(unit(data))
+  assert np.allclose(lengths, 1, atol=1e-5) == (unit_query and target == "data")
   found = inference.embed_images(params_of(inference), images, seed=9)
   np.testing.assert_allclose(found, unit(np.mean(draws, axis=0)), atol=2e-4)
+
+
+def test_one_step_gives_the_same_whether_the_query_is_normalised_in_it_or_not():
+
+  def embed(**sampling) -> np.ndarray:
+    inference = make("discrimination", changes={"text_diffusion.gamma": 0.4}, **sampling)
+    return inference.embed_images(params_of(inference), BATCH.image[:4], seed=3)
+
+  once, twice = ([embed(steps=n, unit_query=unit_query) for unit_query in (True, False)] for n in (1, 2))
+  np.testing.assert_allclose(*once, atol=1e-6)
+  assert np.abs(np.subtract(*twice)).max() > 1e-3
 
 
 def test_generation_is_ddim_with_guidance_by_hand(inference):
@@ -207,7 +228,8 @@ def test_load_takes_averaged_parameters_where_there_are_some(tmp_path):
   with checkpoint.Checkpointer(str(tmp_path)) as checkpointer:
     checkpointer.save(7, TrainState(step=7, params=params, ema=averaged, opt_state=()))
   inference, loaded = load(str(tmp_path), draws=3)
-  assert inference.protocol == {"steps": 1, "draws": 3, "guidance": 1.0}
+  expected = {"steps": 1, "draws": 3, "guidance": 1.0, "unit_query": True, "matmul_precision": "highest"}
+  assert inference.protocol == expected
   for name, value in {**params, **averaged}.items():
     np.testing.assert_array_equal(loaded[name], value, err_msg=name)
   _, loaded = load(str(tmp_path), ema=False)

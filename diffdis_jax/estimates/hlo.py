@@ -50,8 +50,9 @@ def collectives(text: str) -> list[Collective]:
       spread.add(part[1])
     kind, result = ("reduce-scatter", scattered) if scattered else (match[2], match[1])
     parts = [(kind, _numbers(shape)) for kind, shape in _SHAPE.findall(result) if kind in _BITS]
-    if match[3] and kind in ("all-gather", "collective-permute"):
-      # (operands, results[, two counters]): the operands are still held.
+    if match[3] and match[2] != "all-reduce":
+      # (operands, as many results[, counters]), the operands in brackets of their own or not: they are still held. An
+      # all-reduce lists its results alone.
       parts = [part for part in parts if part[1] or part[0] != "u32"]
       parts = parts[len(parts) // 2 :]
     total = sum(_BITS[kind] * math.prod(shape) // 8 for kind, shape in parts)

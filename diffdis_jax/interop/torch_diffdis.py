@@ -11,7 +11,8 @@ be copied into another project. The generative half is diffusers' StableDiffusio
 FOLDER is what export_weights writes: a StableDiffusionPipeline with two files beside its own,
   diffdis.safetensors    text_stream, alignment, logit_scale, and text_projection where the query goes through CLIP's
   diffdis_config.json    of the run's config: model.{fusion, share_attention, modality_ffn, alignment}, text_diffusion,
-                         model.text_encoder.{width, projection, bos_id, eos_id}, condition_timestep, max_length
+                         model.text_encoder.{width, projection, bos_id, eos_id}, condition_timestep, max_length,
+                         inference.unit_query, which is true where it is absent
 """
 
 from __future__ import annotations
@@ -189,6 +190,7 @@ class DiffDis(nn.Module):
     self.bos_id, self.eos_id, self.max_length = text["bos_id"], text["eos_id"], config["max_length"]
     self.target, self.gamma, self.alpha_bar = process["target"], process["gamma"], alpha_bar(process["schedule"])
     self.condition_timestep = config["condition_timestep"]
+    self.unit_query = config.get("inference", {}).get("unit_query", True)
     self.query_width = text["projection"] or text["width"]
 
     levels = [level for level in unet.down_blocks if isinstance(level, CrossAttnDownBlock2D)]
@@ -280,6 +282,9 @@ class DiffDis(nn.Module):
     One step, the prediction at T-1, is the paper's norm. To average several draws, average their results and normalise
     again. Never start from a caption's own noised query.
 
+    With target `data` and `unit_query`, each step's ê_0 is normalised before it is fed back, since the process is
+    defined on vectors of length 1. With target `noise` it follows from the predicted noise, and stays what it is.
+
     Raises:
       ValueError: not 1 to 1000 steps.
     """
@@ -287,6 +292,8 @@ class DiffDis(nn.Module):
     for t, t_prev in zip(timesteps[:-1], timesteps[1:], strict=True):
       t_e = torch.full((len(z),), t, device=z.device)
       e_0 = self.predict_query(z, e_t, t_e)
+      if self.unit_query and self.target == "data":
+        e_0 = F.normalize(e_0, dim=-1)
       signal, sigma = self._rates(t_e)
       epsilon = (e_t - self.gamma * signal * e_0) / sigma
       signal, sigma = self._rates(torch.full_like(t_e, t_prev))

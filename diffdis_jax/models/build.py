@@ -19,7 +19,7 @@ from diffdis_jax.models.autoencoder import Autoencoder
 from diffdis_jax.models.diffdis import DiffDis
 from diffdis_jax.models.fusion import TextStream
 from diffdis_jax.models.layers import DTYPES
-from diffdis_jax.models.sections import PARTS, Model, read_model
+from diffdis_jax.models.sections import AUTO, PARTS, Model, read_model
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.models.unet import UNet
 from diffdis_jax.params import Params, flatten, merge
@@ -154,6 +154,13 @@ class Network:
   def dtype(self) -> Any:
     """Of matrix products and convolutions."""
     return DTYPES[self.model.dtype]
+
+  @property
+  def matmul_precision(self) -> str:
+    """How every program of the network multiplies f32: default, high or highest."""
+    if self.model.matmul_precision != AUTO:
+      return self.model.matmul_precision
+    return "highest" if self.model.dtype == "float32" else "default"
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:

@@ -12,6 +12,9 @@ from diffdis_jax.errors import UserError, check_choice, check_number, check_numb
 from diffdis_jax.models.layers import ACTIVATIONS, DTYPES
 from diffdis_jax.models.unet import REMAT_POLICIES
 
+AUTO = "auto"
+MATMUL_PRECISIONS = (AUTO, "default", "high", "highest")
+
 
 def _check_counts(section: Any, *names: str) -> None:
   for name in names:
@@ -120,6 +123,9 @@ class Model:
     fusion, share_attention, modality_ffn: the fusion block's switches (appendix, Tables 4 and 5).
     query_init: scale of FC_in's initial kernel; not stated by the paper.
     dtype: of matrix products and convolutions, float32 or bfloat16.
+    matmul_precision: how they multiply f32, one of MATMUL_PRECISIONS. JAX's own default is the chip's fastest way, bf16
+      on TPUs and TF32 on GPUs; on CPUs all are the same. `auto` is highest where dtype is float32, so that it means
+      that, and default where it is bfloat16.
     remat: what the backward pass keeps, one of unet.REMAT_POLICIES.
 
   Raises:
@@ -132,6 +138,7 @@ class Model:
   query_init: float
   dtype: str
   remat: str
+  matmul_precision: str = AUTO
   unet: UNetSize
   alignment: AlignmentSize
   text_encoder: TextEncoderSize
@@ -140,6 +147,7 @@ class Model:
   def __post_init__(self) -> None:
     check_number("query_init", self.query_init, at_least=0.0)
     check_choice("dtype", self.dtype, DTYPES)
+    check_choice("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
     check_choice("remat", self.remat, REMAT_POLICIES)
 
   @property

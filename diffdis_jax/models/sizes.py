@@ -12,6 +12,7 @@ def sd_v1() -> ConfigDict:
       modality_ffn=True,
       query_init=1.0,
       dtype="bfloat16",
+      matmul_precision="auto",
       remat="none",
       unet=dict(
         widths=(320, 640, 1280, 1280),

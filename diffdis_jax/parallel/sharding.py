@@ -87,12 +87,17 @@ def tracing(mesh: Mesh) -> AbstractContextManager[Any]:
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def traced_for(mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
-  """f, to be jitted, and then traced for the devices of `mesh`, which may be others than this machine's."""
+def traced_for(mesh: Mesh, f: Callable[..., Any], *, matmul_precision: str) -> Callable[..., Any]:
+  """f, to be jitted, and then traced for the devices of `mesh`, which may be others than this machine's.
+
+  Args:
+    matmul_precision: of its matrix products and convolutions of f32, forwards and backwards, where f does not say it:
+      default, high or highest.
+  """
 
   @functools.wraps(f)
   def traced(*args: Any) -> Any:
-    with tracing(mesh):
+    with tracing(mesh), jax.default_matmul_precision(matmul_precision):
       return f(*args)
 
   return traced

@@ -72,6 +72,8 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
       evals=dict(),  # data set -> task and its settings
       train_evals=(),  # which of them to run every eval_every steps
       sample_prompts=(),
-      inference=dict(steps=1, draws=1, guidance=1.0, generation_steps=50, generation_guidance=7.5),
+      inference=dict(
+        steps=1, draws=1, guidance=1.0, unit_query=True, generation_steps=50, generation_guidance=7.5
+      ),  # inference.Sampling says what its fields are
     )
   )

@@ -33,6 +33,39 @@ GROUPS = "channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}"
     ),
     (f"%r = f32[] all-reduce-start(%a), {GROUPS}", "all-reduce", ((),), 4),
     ("%t = pred[16]{0} all-to-all(%a), dimensions={0}", "all-to-all", ((16,),), 16),
+    # Asynchronous, as XLA writes them for GPUs: (operands, results), or of an all-reduce results alone.
+    (
+      f"%s = ((f32[1024]{{0}}), f32[128]{{0}}) reduce-scatter-start(f32[1024]{{0}} %p), {GROUPS}, to_apply=%add",
+      "reduce-scatter",
+      ((128,),),
+      4 * 128,
+    ),
+    (f"%s = (f32[1024], f32[128]) reduce-scatter-start(f32[1024] %p), {GROUPS}", "reduce-scatter", ((128,),), 4 * 128),
+    (
+      f"%s = ((f32[1024]{{0}}, bf16[64,8]{{1,0}}), (f32[128]{{0}}, bf16[8,8]{{1,0}})) reduce-scatter-start(%p, %q), "
+      f"{GROUPS}, to_apply=%add",
+      "reduce-scatter",
+      ((128,), (8, 8)),
+      4 * 128 + 2 * 64,
+    ),
+    (
+      f"%t = ((f32[4,8]{{1,0}}), f32[4,8]{{1,0}}, u32[], u32[]) all-to-all-start(%p), {GROUPS}",
+      "all-to-all",
+      ((4, 8),),
+      4 * 32,
+    ),
+    (
+      f"%t = ((f32[1,8], /*index=1*/f32[1,8]), (f32[1,8], f32[1,8])) all-to-all-start(%p, %q), {GROUPS}",
+      "all-to-all",
+      ((1, 8), (1, 8)),
+      2 * 4 * 8,
+    ),
+    (
+      f"%r = (f32[1024]{{0}}, bf16[64,8]{{1,0}}) all-reduce-start(%p, %q), {GROUPS}, to_apply=%add",
+      "all-reduce",
+      ((1024,), (64, 8)),
+      4 * 1024 + 2 * 64 * 8,
+    ),
   ],
 )
 def test_one_collective(line, kind, shapes, size):
@@ -85,3 +118,18 @@ def test_bytes_of_a_compiled_program():
   assert hlo.bytes_by_kind(compiled(lambda x: x + 1, whole)) == {"all-gather": 4 * 64 * 32}
   assert hlo.bytes_by_kind(compiled(lambda x: x.sum(axis=0), whole)) == {"all-reduce": 4 * 32}
   assert hlo.bytes_by_kind(compiled(lambda x: x + 1, split)) == {}
+
+
+@pytest.mark.parametrize(
+  "kind, f",
+  [
+    ("reduce-scatter", lambda x: jax.lax.psum_scatter(x, "data", tiled=True)),
+    ("all-to-all", lambda x: jax.lax.all_to_all(x, "data", 0, 1, tiled=True)),
+  ],
+)
+def test_bytes_of_what_a_device_ends_up_with(kind, f):
+  """Of its 8 x 32 numbers: an eighth of their sums, or as many of the others'."""
+  mesh, rows = steps.make_mesh(8), PartitionSpec("data")
+  x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, rows))
+  text = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=rows, out_specs=rows)).lower(x).compile().as_text()
+  assert hlo.bytes_by_kind(text) == {kind: 4 * 8 * 32 // (8 if kind == "reduce-scatter" else 1)}

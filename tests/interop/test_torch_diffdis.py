@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import logging
 import math
 import pathlib
@@ -48,7 +49,7 @@ def tiny_config(**changes: Any) -> ConfigDict:
 
 def twin_config(config: ConfigDict) -> dict[str, Any]:
   fields = config.to_dict()
-  own = {name: fields[name] for name in ("model", "text_diffusion", "condition_timestep")}
+  own = {name: fields[name] for name in ("model", "text_diffusion", "condition_timestep", "inference")}
   return own | {"max_length": config.data.max_length}
 
 
@@ -166,9 +167,12 @@ def test_predicted_query_equals_ours_at_full_size(arg, tmp_path):
   assert_same_query(twin, expected, given, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("num_steps, target", [(1, "data"), (3, "noise")])
-def test_embeddings_equal_ours(num_steps, target, tmp_path):
+@pytest.mark.parametrize(
+  "num_steps, target, unit_query", [(1, "data", True), (3, "data", True), (3, "data", False), (3, "noise", True)]
+)
+def test_embeddings_equal_ours(num_steps, target, unit_query, tmp_path):
   config = tiny_config(**{"text_diffusion.target": target, "text_diffusion.schedule": "cosine"})
+  config.inference.unit_query = unit_query
   inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4, steps=num_steps)
   params, _ = tiny_network()
   batch = steps.make_batch(config)
@@ -183,6 +187,20 @@ def test_embeddings_equal_ours(num_steps, target, tmp_path):
   assert networks.relative_error(image, their_image) < 1e-5
   assert networks.relative_error(text, their_text) < 1e-5
   assert np.abs(np.diff(image, axis=0)).max(axis=1).min() > 1e-3, "the images' queries should differ"
+
+
+def test_a_folder_that_says_nothing_of_the_querys_length_normalises_it(folder, tmp_path):
+  """As one does that was exported before there was a choice."""
+  for file in folder.iterdir():
+    (tmp_path / file.name).symlink_to(file)
+  file = tmp_path / "diffdis_config.json"
+  config = json.loads(file.read_text())
+  assert config["inference"].pop("unit_query") is True
+  file.unlink()
+  file.write_text(json.dumps(config))
+  assert torch_diffdis.DiffDis.from_pretrained(tmp_path).unit_query is True
+  file.write_text(json.dumps({name: value for name, value in config.items() if name != "inference"}))
+  assert torch_diffdis.DiffDis.from_pretrained(tmp_path).unit_query is True
 
 
 def test_text_query_through_the_projection(tmp_path):

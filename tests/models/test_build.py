@@ -71,6 +71,7 @@ def broken(section: str | None, **changes: Any) -> dict[str, Any]:
     (broken(None), ("generate",), 16, "objectives is 'generate'; it must be one of generation"),
     (broken(None), ("reconstruction", "generation"), 16, "reconstruction trains the autoencoder alone"),
     (broken(None, dtype="float16"), BOTH, 16, "model.dtype is 'float16'; it must be one of float32, bfloat16"),
+    (broken(None, matmul_precision="exact"), BOTH, 16, "model.matmul_precision is 'exact'; it must be one of auto, "),
     (broken(None, remat="all"), BOTH, 16, "model.remat is 'all'; it must be one of none, full, dots"),
     (broken("text_encoder", activation="relu"), BOTH, 16, "model.text_encoder.activation is 'relu'; .*quick_gelu"),
     (broken(None), BOTH, 20, "image_size is 20; .* must be a multiple of 8, such as 16"),

@@ -1,0 +1,107 @@
+"""Float32 means float32: on TPUs and GPUs JAX multiplies f32 in bf16 or TF32 unless a program says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core
+from jax.lax import Precision
+
+from diffdis_jax.models.build import Network
+from diffdis_jax.training.build import build_step
+from tests import steps
+
+PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+def products(jaxpr: core.Jaxpr) -> Iterator[Any]:
+  """Every matrix product and convolution, those of inner functions too."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name in PRODUCTS:
+      yield equation
+    for value in equation.params.values():
+      for each in value if isinstance(value, (tuple, list)) else (value,):
+        inner = getattr(each, "jaxpr", each)
+        if isinstance(inner, core.Jaxpr):
+          yield from products(inner)
+
+
+def precisions(jaxpr: core.ClosedJaxpr) -> dict[tuple[str, Any], int]:
+  """How many products there are of each kind with each precision."""
+  counts: dict[tuple[str, Any], int] = {}
+  for equation in products(jaxpr.jaxpr):
+    precision = equation.params["precision"]
+    first, second = precision if isinstance(precision, tuple) else (precision, precision)
+    assert first == second
+    key = equation.primitive.name, first
+    counts[key] = counts.get(key, 0) + 1
+  return counts
+
+
+def trace(name: str, **changes: Any) -> core.ClosedJaxpr:
+  config = steps.make_config(**changes)
+  if name != "train":
+    return steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4).trace(name).jaxpr
+  step = build_step(config, steps.make_mesh())
+  batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, steps.make_batch(config)))
+  return step.train_step.trace(step.abstract_state, batch).jaxpr
+
+
+PROGRAMS = ("train", "generation", "discrimination")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_product_of_a_float32_program_is_one(name):
+  found = precisions(trace(name))
+  assert found.keys() == {(kind, Precision.HIGHEST) for kind in PRODUCTS}
+  accumulated = {"optim.accumulate": 2, "model.remat": "full"}
+  if name == "train":
+    assert {precision for _, precision in precisions(trace(name, **accumulated))} == {Precision.HIGHEST}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_bfloat16_program_asks_for_nothing_more(name):
+  """But for the contrastive loss's logits, which are f32 in any program: forwards, and backwards to both sides."""
+  found = precisions(trace(name, **{"model.dtype": "bfloat16"}))
+  exact = {key: found.pop(key) for key in list(found) if key[1] == Precision.HIGHEST}
+  assert exact.keys() == ({("dot_general", Precision.HIGHEST)} if name == "train" else set())
+  assert sum(exact.values()) <= 8 < sum(found.values())
+  assert {precision for _, precision in found} == {Precision.DEFAULT}
+
+
+def test_a_precision_can_be_asked_for():
+  asked = lambda **changes: Network.of(steps.make_config(**{f"model.{k}": v for k, v in changes.items()}))
+  assert asked(dtype="float32").matmul_precision == "highest"
+  assert asked(dtype="bfloat16").matmul_precision == "default"
+  assert asked(dtype="float32", matmul_precision="default").matmul_precision == "default"
+  assert asked(dtype="bfloat16", matmul_precision="high").matmul_precision == "high"
+  found = precisions(trace("discrimination", **{"model.matmul_precision": "high"}))
+  assert {precision for _, precision in found} == {Precision.HIGH}
+
+
+def test_a_run_from_before_there_was_a_choice_loads():
+  config = steps.make_config()
+  del config.model.matmul_precision
+  assert Network.of(config).matmul_precision == "highest"
+
+
+def test_numbers_on_a_cpu_are_the_same():
+  batch = steps.make_batch(steps.make_config())
+
+  def embed(precision: str) -> np.ndarray:
+    config = steps.make_config(**{"model.matmul_precision": precision})
+    inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4)
+    params = steps.random_params(inference.shapes, seed=0)
+    return inference.embed_images(params, batch.image[:4], seed=0)
+
+  np.testing.assert_array_equal(embed("highest"), embed("default"))
+
+
+def test_protocols_say_it():
+  inference = steps.make_inference(steps.make_config(), mesh=steps.make_mesh())
+  assert inference.protocol["matmul_precision"] == inference.generation_protocol["matmul_precision"] == "highest"
