@@ -30,7 +30,7 @@ from tests import compvis_names, pipelines
 from tests.command_runs import call
 from tests.models import networks
 from tests.models.from_torch import nchw, randomise
-from tests.steps import make_mesh
+from tests.steps import make_mesh, open_batches
 
 pytest_plugins = ("command_runs", "pipelines")
 
@@ -107,8 +107,55 @@ def test_training_starts_from_it(imported):
   config.batch_size, config.objectives, config.init_from = 8, ("discrimination",), imported
   step = build_step(config, make_mesh())
   loaded = start.load_initial(imported, step)
-  assert loaded.keys() == step.shapes.keys()
+  new = step.shapes.keys() - loaded.keys()
+  assert {path.split(".")[0] for path in new} == {"text_stream", "alignment", "logit_scale"}
   assert not any(path.startswith("unet.up.") for path in loaded)
+
+
+def started(run: str, scratch: pathlib.Path, *, seed: int = 0, query_init: float = 1.0) -> Params:
+  """The parameters with which training starts from this run."""
+  config = workdir.load_config(run).copy_and_resolve_references().unlock()
+  config.update(batch_size=8, seed=seed, init_from=run)
+  config.model.query_init = query_init
+  with checkpoint.Checkpointer(str(scratch)) as checkpointer:
+    step, batches = build_step(config, make_mesh()), open_batches(config)
+    return start.restore_or_init(run, seed, step, checkpointer, batches)[0].params
+
+
+def differing(one: Params, other: Params) -> set[str]:
+  assert one.keys() == other.keys()
+  return {path for path in one if not np.array_equal(one[path], other[path])}
+
+
+def test_what_an_import_did_not_load_is_drawn_by_the_runs_own_seed(imported, tmp_path):
+  saved, origin = checkpoint.restore_params(imported), json.loads((pathlib.Path(imported) / "import.json").read_text())
+  first, second = (started(imported, tmp_path / "0", seed=0), started(imported, tmp_path / "1", seed=1))
+  new = {path for path in origin["initialised"] if path.endswith("kernel") and not path.endswith("fc_out.kernel")}
+  assert len(new) > 20
+  assert new <= differing(first, second) <= set(origin["initialised"])
+  for path in [*origin["loaded"], *mapping.STATISTICS]:
+    np.testing.assert_array_equal(first[path], saved[path], err_msg=path)
+  np.testing.assert_array_equal(second["autoencoder.scale"], np.full(4, 0.18215, np.float32))
+
+
+def test_new_parameters_are_drawn_by_the_runs_own_config(imported, tmp_path):
+  kernels = [path for path in checkpoint.saved_params(imported) if path.endswith("fc_in.kernel")]
+  params = started(imported, tmp_path, query_init=0.0)
+  assert kernels and not any(np.asarray(params[path]).any() for path in kernels)
+
+
+def test_without_import_json_all_that_fits_is_taken(imported, tmp_path):
+  copy = copied(pathlib.Path(imported), tmp_path / "copy")
+  (copy / "import.json").unlink()
+  assert not differing(started(str(copy), tmp_path / "scratch", seed=1), checkpoint.restore_params(imported))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"source": "x"}', '{"loaded": 3}'])
+def test_an_import_json_that_says_nothing(imported, tmp_path, content):
+  copy = copied(pathlib.Path(imported), tmp_path / "copy")
+  (copy / "import.json").write_text(content)
+  with pytest.raises(UserError, match="import.json .* import_weights"):
+    started(str(copy), tmp_path / "scratch")
 
 
 @pytest.mark.parametrize("case", ["bin", "fp16 variant", "shards", "names of older libraries"])

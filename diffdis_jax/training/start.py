@@ -6,6 +6,7 @@ or random text while its loss looks healthy.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -15,6 +16,7 @@ import grain
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
@@ -44,7 +46,8 @@ def restore_or_init(
 def find_initial(path: str, trainer: Step) -> set[str]:
   """Names of the parameters that a new run takes from the run in `path`: those that both have. None for "".
 
-  From shapes alone: what does not fit is found before gigabytes are read.
+  Of what import_weights wrote only those that its source had: the others were drawn at random there, and are drawn here
+  by this run's own seed and config. From shapes alone: what does not fit is found before gigabytes are read.
 
   Raises:
     UserError: no run there, nothing in common, a parameter of another shape, or a frozen one that would stay random.
@@ -56,7 +59,7 @@ def find_initial(path: str, trainer: Step) -> set[str]:
 
 def _names_in_common(path: str, trainer: Step) -> set[str]:
   saved = checkpoint.saved_params(path)
-  common = saved.keys() & trainer.shapes.keys()
+  common = saved.keys() & trainer.shapes.keys() - _drawn_by_import(path, saved)
   if not common:
     raise UserError(f"init_from={path} has no parameter of this network; it holds {parts_of(saved)}")
   for name in sorted(common):
@@ -66,6 +69,19 @@ def _names_in_common(path: str, trainer: Step) -> set[str]:
         " config; use the same model section"
       )
   return common
+
+
+def _drawn_by_import(path: str, saved: Collection[str]) -> set[str]:
+  """Those of the saved parameters that import_weights drew at random; none of another verb's run."""
+  file = epath.Path(path) / "import.json"
+  if not file.exists():
+    return set()
+  try:
+    loaded = json.loads(file.read_text())["loaded"]
+    # The latents' shift and scale are no tensors of a source: its config says them.
+    return {name for name in saved if name not in loaded and not re.search(optim.STATISTICS, name)}
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{file} does not say what was loaded; it should be as import_weights wrote it") from error
 
 
 def _check_frozen(path: str, trainer: Step, loaded: Collection[str]) -> None:
