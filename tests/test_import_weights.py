@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from transformers import CLIPConfig, CLIPModel
 
-from diffdis_jax import import_weights, inference
+from diffdis_jax import generate as generate_verb
+from diffdis_jax import import_weights, inference, train
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping
@@ -237,7 +238,7 @@ def given() -> tuple[np.ndarray, np.ndarray]:
   return pixels, Tokenizer(pipelines.LENGTH)(pipelines.PROMPTS)
 
 
-def test_clip_of_transformers(tmp_path, given):
+def test_clip_of_transformers(tmp_path, given, environment):
   vision = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, **CLIP_SIZES)
   theirs = CLIPModel(CLIPConfig(text_config=pipelines.TEXT, vision_config=vision, projection_dim=16))
   randomise(theirs, 0).save_pretrained(tmp_path / "clip")
@@ -250,8 +251,24 @@ def test_clip_of_transformers(tmp_path, given):
   params = checkpoint.restore_params(str(tmp_path / "run"))
   assert float(params["logit_scale"]) == theirs.logit_scale.item()
   assert json.loads((tmp_path / "run" / "import.json").read_text())["initialised"] == []
-  with pytest.raises(UserError, match="objectives is 'contrastive'"):
-    inference.load(str(tmp_path / "run"))
+  refused_as_clip(str(tmp_path / "run"), tmp_path / "out", environment)
+
+
+def refused_as_clip(run: str, out: pathlib.Path, environment: dict[str, str]) -> None:
+  message = "this run is an imported CLIP; CLIP neither trains nor evaluates here yet"
+  config = workdir.load_config(run).copy_and_resolve_references().unlock()
+  for use in (
+    lambda: inference.load(run),
+    lambda: generate_verb.generate(run, ["a red star"], str(out)),
+    lambda: train.train_and_evaluate(config, str(out)),
+  ):
+    with pytest.raises(UserError, match=message) as error:
+      use()
+    assert "\n" not in str(error.value) and not out.exists()
+  # Before its data are asked for.
+  done = call("evaluate", environment, f"--workdir={run}", "--tasks=zero_shot", f"--out={out}")
+  assert done.returncode == 2 and not out.exists()
+  assert [line for line in done.stderr.splitlines() if "error" in line][0].startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])
