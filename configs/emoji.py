@@ -56,6 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
       ("^logit_scale", "temperature"),
       (".*", "new"),
     ),
+    random_frozen="^text_encoder.tokens",
     rates=dict(text=7e-4, unet=2e-3, new=1.2e-3, temperature=5e-3),
     warmup_steps=100,
     ema_decay=0.998,

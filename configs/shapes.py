@@ -42,6 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     ("^unet", "unet"),
     (".*", "new"),
   )
+  config.optim.random_frozen = "^text_encoder.tokens"
   config.optim.rates = dict(text=5e-4, unet=3.5e-3, new=1.5e-3)
   config.save_every = config.eval_every = config.sample_every = 500
   zero_shot = lambda split: dict(

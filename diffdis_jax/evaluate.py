@@ -19,6 +19,7 @@ from etils import epath
 from diffdis_jax import cli, evals, inference
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
+from diffdis_jax.models.build import check_objectives
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import checkpoint, files, workdir
 
@@ -70,6 +71,7 @@ def main(argv: Sequence[str]) -> None:
   if out.is_dir():
     raise UserError(f"--out={out} is a folder; it should name the JSON file to write")
   config = workdir.load_config(FLAGS.workdir)
+  check_objectives(config.objectives)
   if FLAGS.data:
     tasks = FLAGS.tasks or ["zero_shot", "retrieval"]
     sections = sections_of_folder(FLAGS.data, FLAGS.split, tasks=tasks, image_size=config.image_size)

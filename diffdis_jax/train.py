@@ -32,6 +32,7 @@ from diffdis_jax.inference import Inference, Sampling, read_sampling
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.run import checkpoint, workdir, writers
+from diffdis_jax.run import config as run_config
 from diffdis_jax.training import encode, start
 from diffdis_jax.training.build import build_step
 from diffdis_jax.training.objectives import Metrics
@@ -86,15 +87,16 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
     )
     watch = make_watch(config, pace, sampling, trainer, stop)
     log_start(trainer, data)
-    if config.init_from and checkpoint.latest_step(path) is None:
+    if checkpoint.latest_step(path) is None:
       start.find_initial(config.init_from, trainer)
-    workdir.check_config(path, config.to_dict())
+    fields, defaults = config.to_dict(), run_config.defaults()
+    workdir.check_config(path, fields, defaults=defaults)
     processes.check_shared(path)
 
     # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
     processes.on_first(lambda: stack.enter_context(workdir.Lock(path)))
     is_writer = processes.is_first()
-    workdir.open_for_training(path, config.to_dict(), is_writer=is_writer)
+    workdir.open_for_training(path, fields, defaults=defaults, is_writer=is_writer)
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, kept))
     state, meta = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
     encode.check_stored(data.latent_facts(), state.params, trainer.trainable)

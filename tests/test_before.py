@@ -16,8 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
+from configs import common
 from diffdis_jax import evaluate, export_weights, inference, train
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
@@ -66,7 +68,11 @@ def test_it_goes_on_to_the_same_numbers_and_evaluates_to_them(run):
         list(found[task][name]["metrics"].values()), list(metrics.values()), atol=1.5 / 64, err_msg=f"{task} {name}"
       )
 
-  config = workdir.load_config(run).copy_and_resolve_references().unlock()
+  # Its config as one made today has it, with the fields that came since.
+  config = common.base(ConfigDict(), image_size=16)
+  config.update(workdir.load_config(run).copy_and_resolve_references().unlock())
+  assert "random_frozen" not in json.loads((pathlib.Path(run) / "config.json").read_text())["optim"]
+  assert config.optim.random_frozen == common.base(ConfigDict(), image_size=16).optim.random_frozen
   config.train_evals = ()
   train.train_and_evaluate(config, run)
   lines = [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]

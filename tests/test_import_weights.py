@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from transformers import CLIPConfig, CLIPModel
 
-from diffdis_jax import import_weights, inference
+from diffdis_jax import generate as generate_verb
+from diffdis_jax import import_weights, inference, train
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping
@@ -30,7 +31,7 @@ from tests import compvis_names, pipelines
 from tests.command_runs import call
 from tests.models import networks
 from tests.models.from_torch import nchw, randomise
-from tests.steps import make_mesh
+from tests.steps import make_mesh, open_batches
 
 pytest_plugins = ("command_runs", "pipelines")
 
@@ -107,8 +108,55 @@ def test_training_starts_from_it(imported):
   config.batch_size, config.objectives, config.init_from = 8, ("discrimination",), imported
   step = build_step(config, make_mesh())
   loaded = start.load_initial(imported, step)
-  assert loaded.keys() == step.shapes.keys()
+  new = step.shapes.keys() - loaded.keys()
+  assert {path.split(".")[0] for path in new} == {"text_stream", "alignment", "logit_scale"}
   assert not any(path.startswith("unet.up.") for path in loaded)
+
+
+def started(run: str, scratch: pathlib.Path, *, seed: int = 0, query_init: float = 1.0) -> Params:
+  """The parameters with which training starts from this run."""
+  config = workdir.load_config(run).copy_and_resolve_references().unlock()
+  config.update(batch_size=8, seed=seed, init_from=run)
+  config.model.query_init = query_init
+  with checkpoint.Checkpointer(str(scratch)) as checkpointer:
+    step, batches = build_step(config, make_mesh()), open_batches(config)
+    return start.restore_or_init(run, seed, step, checkpointer, batches)[0].params
+
+
+def differing(one: Params, other: Params) -> set[str]:
+  assert one.keys() == other.keys()
+  return {path for path in one if not np.array_equal(one[path], other[path])}
+
+
+def test_what_an_import_did_not_load_is_drawn_by_the_runs_own_seed(imported, tmp_path):
+  saved, origin = checkpoint.restore_params(imported), json.loads((pathlib.Path(imported) / "import.json").read_text())
+  first, second = (started(imported, tmp_path / "0", seed=0), started(imported, tmp_path / "1", seed=1))
+  new = {path for path in origin["initialised"] if path.endswith("kernel") and not path.endswith("fc_out.kernel")}
+  assert len(new) > 20
+  assert new <= differing(first, second) <= set(origin["initialised"])
+  for path in [*origin["loaded"], *mapping.STATISTICS]:
+    np.testing.assert_array_equal(first[path], saved[path], err_msg=path)
+  np.testing.assert_array_equal(second["autoencoder.scale"], np.full(4, 0.18215, np.float32))
+
+
+def test_new_parameters_are_drawn_by_the_runs_own_config(imported, tmp_path):
+  kernels = [path for path in checkpoint.saved_params(imported) if path.endswith("fc_in.kernel")]
+  params = started(imported, tmp_path, query_init=0.0)
+  assert kernels and not any(np.asarray(params[path]).any() for path in kernels)
+
+
+def test_without_import_json_all_that_fits_is_taken(imported, tmp_path):
+  copy = copied(pathlib.Path(imported), tmp_path / "copy")
+  (copy / "import.json").unlink()
+  assert not differing(started(str(copy), tmp_path / "scratch", seed=1), checkpoint.restore_params(imported))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"source": "x"}', '{"loaded": 3}'])
+def test_an_import_json_that_says_nothing(imported, tmp_path, content):
+  copy = copied(pathlib.Path(imported), tmp_path / "copy")
+  (copy / "import.json").write_text(content)
+  with pytest.raises(UserError, match="import.json .* import_weights"):
+    started(str(copy), tmp_path / "scratch")
 
 
 @pytest.mark.parametrize("case", ["bin", "fp16 variant", "shards", "names of older libraries"])
@@ -190,7 +238,7 @@ def given() -> tuple[np.ndarray, np.ndarray]:
   return pixels, Tokenizer(pipelines.LENGTH)(pipelines.PROMPTS)
 
 
-def test_clip_of_transformers(tmp_path, given):
+def test_clip_of_transformers(tmp_path, given, environment):
   vision = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, **CLIP_SIZES)
   theirs = CLIPModel(CLIPConfig(text_config=pipelines.TEXT, vision_config=vision, projection_dim=16))
   randomise(theirs, 0).save_pretrained(tmp_path / "clip")
@@ -203,8 +251,24 @@ def test_clip_of_transformers(tmp_path, given):
   params = checkpoint.restore_params(str(tmp_path / "run"))
   assert float(params["logit_scale"]) == theirs.logit_scale.item()
   assert json.loads((tmp_path / "run" / "import.json").read_text())["initialised"] == []
-  with pytest.raises(UserError, match="objectives is 'contrastive'"):
-    inference.load(str(tmp_path / "run"))
+  refused_as_clip(str(tmp_path / "run"), tmp_path / "out", environment)
+
+
+def refused_as_clip(run: str, out: pathlib.Path, environment: dict[str, str]) -> None:
+  message = "this run is an imported CLIP; CLIP neither trains nor evaluates here yet"
+  config = workdir.load_config(run).copy_and_resolve_references().unlock()
+  for use in (
+    lambda: inference.load(run),
+    lambda: generate_verb.generate(run, ["a red star"], str(out)),
+    lambda: train.train_and_evaluate(config, str(out)),
+  ):
+    with pytest.raises(UserError, match=message) as error:
+      use()
+    assert "\n" not in str(error.value) and not out.exists()
+  # Before its data are asked for.
+  done = call("evaluate", environment, f"--workdir={run}", "--tasks=zero_shot", f"--out={out}")
+  assert done.returncode == 2 and not out.exists()
+  assert [line for line in done.stderr.splitlines() if "error" in line][0].startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])

@@ -24,6 +24,8 @@ def get_config(arg: str = "") -> ConfigDict:
   for section in config.evals.values():
     if "data" in section:
       section.data.update(image_size=16, num_images=64)
+  # So that a test may start a run from nothing.
+  config.optim.random_frozen = "^autoencoder|^text_encoder.tokens"
   config.train_evals = ()
   config.sample_prompts = ()
   config.inference.update(generation_steps=4)

@@ -29,6 +29,11 @@ OBJECTIVES = ("generation", "discrimination", "reconstruction")
 
 def check_objectives(objectives: Sequence[str]) -> None:
   """Raises UserError for objectives that are unknown or do not go together."""
+  if "contrastive" in objectives:
+    raise UserError(
+      "this run is an imported CLIP; CLIP neither trains nor evaluates here yet, nor does it draw; objectives that do"
+      f" are {', '.join(OBJECTIVES)}"
+    )
   if not objectives:
     raise UserError(f"objectives is empty; choose among {', '.join(OBJECTIVES)}")
   for objective in objectives:

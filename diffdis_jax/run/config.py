@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -33,6 +34,7 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
       optim=dict(
         groups=(("^autoencoder", "frozen"), (".*", "new")),  # (regex over parameter paths, group); the first match wins
         rates=dict(new=1e-3),  # peak learning rate of each group but `frozen`
+        random_frozen="^$",  # regex of the frozen parameters that stay random on purpose; this one: of none
         schedule_kind="constant",  # constant, cosine, linear
         warmup_steps=1000,
         final_fraction=0.0,
@@ -77,3 +79,14 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
       ),  # inference.Sampling says what its fields are
     )
   )
+
+
+def defaults() -> dict[str, Any]:
+  """The fields of every run with their defaults, but for those that `base` is given: of a run that an earlier version
+  wrote, each field that it lacks has its default.
+
+  A new field's default is what runs did before there was one.
+  """
+  fields = base(ConfigDict(), image_size=0).to_dict()
+  del fields["model"], fields["image_size"]
+  return fields

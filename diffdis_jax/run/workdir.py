@@ -30,23 +30,31 @@ MAY_CHANGE = (
   r"^keep",
   r"^(checkpoint|evals|mesh|profile)(\.|$)",
   r"^data\.loader\.(num_threads|prefetch)$",
+  r"^optim\.random_frozen$",  # of the start alone
 )
 """Fields (dotted paths) that may differ when a run goes on: they leave the numbers of the training alone."""
 
 
-def open_for_training(workdir: epath.PathLike, config: Mapping[str, Any], *, is_writer: bool = True) -> epath.Path:
+def open_for_training(
+  workdir: epath.PathLike,
+  config: Mapping[str, Any],
+  *,
+  defaults: Mapping[str, Any] | None = None,
+  is_writer: bool = True,
+) -> epath.Path:
   """Creates the folder and writes its config.json, or checks that the run in it has the same config.
 
   Args:
     workdir: the folder; local, or any path that etils.epath reads.
     config: the run's, as nested dicts of tuples, numbers, strings, booleans and None.
+    defaults: as `check_config` takes them.
     is_writer: whether this process writes; one of several processes does.
 
   Raises:
     UserError: the folder cannot be made, or holds a run whose config differs in a field outside MAY_CHANGE.
   """
   path = epath.Path(workdir)
-  check_config(workdir, config)
+  check_config(workdir, config, defaults=defaults)
   if is_writer:
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     try:
@@ -57,11 +65,25 @@ def open_for_training(workdir: epath.PathLike, config: Mapping[str, Any], *, is_
   return path
 
 
-def check_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
-  """Raises UserError if the folder holds a run whose config differs in a field outside MAY_CHANGE."""
+def check_config(
+  workdir: epath.PathLike, config: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None
+) -> None:
+  """Checks that a run may go on under this config, if there is one in the folder.
+
+  Args:
+    workdir: the folder.
+    config: nested dicts.
+    defaults: values of fields, nested as in the config. A run that an earlier version wrote may lack some of them; they
+      then have these values there.
+
+  Raises:
+    UserError: it holds a run whose config differs in a field outside MAY_CHANGE.
+  """
   path = epath.Path(workdir)
   if (path / "config.json").exists():
-    _check_same(path, _flatten(_read(path)), _flatten(_normalise(config)))
+    there, here, default = (_flatten(_normalise(fields)) for fields in (_read(path), config, defaults or {}))
+    newer = {field for field in here.keys() - there.keys() if (field, here[field]) in default.items()}
+    _check_same(path, there, {field: value for field, value in here.items() if field not in newer})
 
 
 class Lock:

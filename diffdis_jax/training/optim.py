@@ -35,6 +35,7 @@ class Optim:
     clip_norm: largest global norm of the gradient; 0 for no clipping.
     ema_decay: of the averaged weights.
     accumulate: microbatches a step; each is a contrastive batch of its own.
+    random_frozen: regex of the frozen parameters that may be random: start.py refuses the others.
 
   Raises:
     UserError: a value out of its range.
@@ -53,10 +54,12 @@ class Optim:
   clip_norm: float
   ema_decay: float
   accumulate: int
+  random_frozen: str = "^$"
 
   def __post_init__(self) -> None:
     for regex in (*(regex for regex, _ in self.groups), self.no_decay):
       check_regex("groups or no_decay", regex)
+    check_regex("random_frozen", self.random_frozen)
     for group, rate in self.rates.items():
       check_number(f"rates.{group}", rate, at_least=0.0)
     check_choice("schedule_kind", self.schedule_kind, SCHEDULE_KINDS)

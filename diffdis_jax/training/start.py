@@ -1,20 +1,28 @@
-"""The state that a run starts from: its last checkpoint, another run's parameters, or fresh ones."""
+"""The state that a run starts from: its last checkpoint, another run's parameters, or fresh ones.
+
+Fresh parameters are there to be trained. A frozen one must come from another run, or the run trains on random latents
+or random text while its loss looks healthy.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import grain
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint
+from diffdis_jax.training import optim
 from diffdis_jax.training.step import Step, TrainState
 
 
@@ -32,20 +40,26 @@ def restore_or_init(
     state = TrainState(step=number, params=restored.params, ema=restored.ema, opt_state=restored.opt_state)
     return state, restored.meta
   params = trainer.init_params(jax.random.key(seed))
-  if init_from:
-    params |= load_initial(init_from, trainer)
-  return trainer.with_params(params), {}
+  return trainer.with_params(params | load_initial(init_from, trainer)), {}
 
 
-def find_initial(path: str, trainer: Step) -> Params:
-  """Shapes of another run's parameters, some of which this network has too.
+def find_initial(path: str, trainer: Step) -> set[str]:
+  """Names of the parameters that a new run takes from the run in `path`: those that both have. None for "".
+
+  Of what import_weights wrote only those that its source had: the others were drawn at random there, and are drawn here
+  by this run's own seed and config. From shapes alone: what does not fit is found before gigabytes are read.
 
   Raises:
-    UserError: no run there, nothing in common, or a parameter of another shape.
+    UserError: no run there, nothing in common, a parameter of another shape, or a frozen one that would stay random.
   """
-  # Shapes alone: what does not fit is found before gigabytes are read.
+  names = _names_in_common(path, trainer) if path else set()
+  _check_frozen(path, trainer, names)
+  return names
+
+
+def _names_in_common(path: str, trainer: Step) -> set[str]:
   saved = checkpoint.saved_params(path)
-  common = saved.keys() & trainer.shapes.keys()
+  common = saved.keys() & trainer.shapes.keys() - _drawn_by_import(path, saved)
   if not common:
     raise UserError(f"init_from={path} has no parameter of this network; it holds {parts_of(saved)}")
   for name in sorted(common):
@@ -54,27 +68,59 @@ def find_initial(path: str, trainer: Step) -> Params:
         f"init_from={path}: {name} has shape {saved[name].shape} there and {trainer.shapes[name].shape} in this"
         " config; use the same model section"
       )
-  return saved
+  return common
+
+
+def _drawn_by_import(path: str, saved: Collection[str]) -> set[str]:
+  """Those of the saved parameters that import_weights drew at random; none of another verb's run."""
+  file = epath.Path(path) / "import.json"
+  if not file.exists():
+    return set()
+  try:
+    loaded = json.loads(file.read_text())["loaded"]
+    # The latents' shift and scale are no tensors of a source: its config says them.
+    return {name for name in saved if name not in loaded and not re.search(optim.STATISTICS, name)}
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{file} does not say what was loaded; it should be as import_weights wrote it") from error
+
+
+def _check_frozen(path: str, trainer: Step, loaded: Collection[str]) -> None:
+  """Raises UserError for frozen parameters that are not loaded and not named in optim.random_frozen."""
+  # A run of the autoencoder measures its statistics; in any other run they are as frozen as its weights.
+  measured = optim.STATISTICS if "reconstruction" in trainer.network.objectives else "^$"
+  expected = [name for name, group in trainer.groups.items() if group == optim.FROZEN and name not in loaded]
+  left = [
+    name for name in expected if not re.search(trainer.optim.random_frozen, name) and not re.search(measured, name)
+  ]
+  if left:
+    lacking = f"that init_from={path} does not have" if path else "that nothing was loaded for"
+    raise UserError(
+      f"optim.groups freezes {len(left)} parameters ({parts_of(left)}) {lacking}, the first {left[0]}; load them"
+      " (--config.init_from=WORKDIR of import_weights or of an autoencoder's run), train them (optim.groups), or name"
+      " them in optim.random_frozen"
+    )
 
 
 def load_initial(path: str, trainer: Step) -> Params:
-  """Parameters of another run that this network has too; averaged ones where that run keeps them.
+  """The parameters of `find_initial`; averaged ones where the other run keeps them. None for "".
 
   Raises:
     UserError: as `find_initial`.
   """
-  saved = find_initial(path, trainer)
+  names = find_initial(path, trainer)
+  if not names:
+    return {}
+  saved = checkpoint.saved_params(path)
   abstract = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     saved,
     sharding.shardings(saved, trainer.mesh, saved),
   )
   params = checkpoint.restore_params(path, abstract=abstract)
-  loaded = {name: value for name, value in params.items() if name in trainer.shapes}
-  logging.info("init_from %s: loaded %s", path, parts_of(loaded))
-  logging.info("initialised: %s", parts_of(trainer.shapes.keys() - loaded.keys()) or "nothing")
-  logging.info("ignored: %s", parts_of(saved.keys() - loaded.keys()) or "nothing")
-  return loaded
+  logging.info("init_from %s: loaded %s", path, parts_of(names))
+  logging.info("initialised: %s", parts_of(trainer.shapes.keys() - names) or "nothing")
+  logging.info("ignored: %s", parts_of(saved.keys() - names) or "nothing")
+  return {name: value for name, value in params.items() if name in names}
 
 
 def parts_of(paths: Iterable[str]) -> str:

@@ -63,6 +63,7 @@ class Step:
     seed: of all random choices.
 
   Attributes:
+    optim: as given.
     shapes: parameter path -> ShapeDtypeStruct.
     groups: parameter path -> group of the optimizer.
     trainable: paths of the parameters that are trained.
@@ -78,7 +79,7 @@ class Step:
     self, network: Network, mesh: Mesh, *, optim: Optim, loss: Loss, batch_size: int, num_steps: int, seed: int
   ):
     sharding.check_batch(mesh, batch_size, optim.accumulate)
-    self.network, self.mesh, self._optim, self._seed = network, mesh, optim, seed
+    self.network, self.mesh, self.optim, self._seed = network, mesh, optim, seed
     self.shapes = network.shapes
     self.groups = optimizers.groups_of(self.shapes, optim.groups)
     self.trainable = [path for path, group in self.groups.items() if group != optimizers.FROZEN]
@@ -128,7 +129,7 @@ class Step:
       TrainState(
         step=state.step + 1,
         params={**fixed, **trainable, **statistics},
-        ema=optimizers.update_ema(trainable, state.ema, decay=self._optim.ema_decay, step=state.step),
+        ema=optimizers.update_ema(trainable, state.ema, decay=self.optim.ema_decay, step=state.step),
         opt_state=opt_state,
       ),
       metrics,
@@ -147,7 +148,7 @@ class Step:
       (_, (metrics, statistics)), gradient = value_and_grad(trainable, fixed, batch, keys)
       return gradient, metrics, statistics
 
-    n = self._optim.accumulate
+    n = self.optim.accumulate
     if n == 1:
       return one(jnp.zeros((), jnp.int32), batch)
     # Rows are dealt out in turn, so that each device's rows stay on it.
