@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
+import itertools
 import os
 import re
 import secrets
@@ -27,12 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from etils import epath
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from diffdis_jax.errors import Preempted, UserError
 
 HEARTBEAT_TIMEOUT = 10  # seconds after which a silent process is dead, and the others end
 SHUTDOWN_TIMEOUT = 3600  # seconds that processes which are done wait for the one that still writes
+BARRIER_TIMEOUT = 3600  # seconds that a process waits for the others, such as for one that compiles for long
 _MESSAGE = 1000  # bytes of an error that the processes tell each other
 _VISIBILITY = 30.0  # seconds in which a file of one host must show on the others
 _VARIABLES = {
@@ -40,6 +43,7 @@ _VARIABLES = {
   "num_processes": ("DIFFDIS_NUM_PROCESSES",),
   "process_id": ("DIFFDIS_PROCESS_ID", "JOB_COMPLETION_INDEX"),  # the latter of a Kubernetes Job with indices
 }
+_barriers = itertools.count()
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -181,6 +185,10 @@ def _initialize(processes: Processes, timeout: int) -> None:
   )
   jax.devices()  # every process waits here for the others' devices
   timer.cancel()
+  # Host values first move here, where all have just come: at its first exchange between devices Gloo waits 30 s, and
+  # for later ones, Orbax's among them, 30 minutes.
+  barrier("start")
+  from_first(gathered(np.int32(0)))
   threading.excepthook = lambda failed: sys.excepthook(failed.exc_type, failed.exc_value, failed.exc_traceback)
 
 
@@ -190,9 +198,13 @@ def is_first() -> bool:
 
 
 def barrier(name: str) -> None:
-  """Returns when every process has come here."""
+  """Returns when every process has come here; the last one may be BARRIER_TIMEOUT seconds late."""
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+    # By the coordination service. multihost_utils.sync_global_devices is itself a program on the devices, to be
+    # compiled, for which Gloo waits 30 s and no longer. jax has no public name for this client; its own serialization
+    # and Orbax call it like this, the same from jax 0.10 to 0.12. A barrier's name must be new each time.
+    client = distributed.global_state.client
+    client.wait_at_barrier(f"diffdis/{next(_barriers)}/{name}", BARRIER_TIMEOUT * 1000)
 
 
 def from_first(value: np.ndarray | np.generic) -> np.ndarray:
