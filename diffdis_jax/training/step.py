@@ -103,9 +103,7 @@ class Step:
     """Fresh parameters, born sharded."""
     # It runs once, so on a CPU, where compiling costs more than running, the compiler need not try hard.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    initialise = jax.jit(
-      self.network.initialise, out_shardings=self.state_shardings.params, compiler_options=options
-    )
+    initialise = jax.jit(self.network.initialise, out_shardings=self.state_shardings.params, compiler_options=options)
     return programs.compiled("the initialisation", initialise, key)(key)
 
   def with_params(self, params: Params) -> TrainState:
