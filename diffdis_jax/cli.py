@@ -23,9 +23,8 @@ from absl import app, flags, logging
 from jax._src import compiler, distributed
 from ml_collections import ConfigDict, config_flags
 
-from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.errors import PREEMPTED, Preempted, UserError
 
-PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 

@@ -138,6 +138,7 @@ class Loop:
         batch = self.data.batch_type(**sharding.to_global(rows, self.trainer.mesh))
       if train_step is None:
         train_step = programs.compiled("the training step", self.trainer.train_step, state, batch)
+        self.stop.begin()
       state, metrics = train_step(state, batch)
       if step == start_step + 1:
         jax.block_until_ready(metrics)  # starting is no speed

@@ -12,6 +12,7 @@ import dataclasses
 import glob
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import re
 import secrets
@@ -31,7 +32,7 @@ from etils import epath
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.errors import PREEMPTED, Preempted, UserError
 
 HEARTBEAT_TIMEOUT = 10  # seconds after which a silent process is dead, and the others end
 SHUTDOWN_TIMEOUT = 3600  # seconds that processes which are done wait for the one that still writes
@@ -286,6 +287,9 @@ def _appears(path: epath.Path) -> bool:
 class Stop:
   """SIGTERM, which announces a preemption, and the agreement of all processes on where to stop.
 
+  Before `begin` there is nothing to save, and SIGTERM ends this process at once with code 75, also while its main
+  thread compiles. The others end by a signal of their own, or as where a process dies.
+
   Every process calls `agreed` the same number of times, at points where it could stop; the answer is the same on all of
   them. With several processes it comes one call late, so that the host waits for no more than the step before the last.
   """
@@ -293,7 +297,7 @@ class Stop:
   def __init__(self, place: jax.sharding.Sharding):
     """`place`: of arrays of as many rows as there are devices, on which the processes have equally many rows."""
     self._place = place
-    self._asked = False
+    self._asked = self._begun = False
     self._answer: jax.Array | None = None
     self._any = jax.jit(jnp.any)
 
@@ -303,11 +307,22 @@ class Stop:
     if threading.current_thread() is not threading.main_thread():
       yield
       return
+    # Python's handler waits for the main thread to come back from a compiler; the number written here is read at once.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     before = signal.signal(signal.SIGTERM, self._on_signal)
+    written_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
     try:
       yield
     finally:
+      signal.set_wakeup_fd(written_before)
       signal.signal(signal.SIGTERM, before)
+      os.close(writer)
+
+  def begin(self) -> None:
+    """From here on there is something to save: call it before the first step."""
+    self._begun = True
 
   def agreed(self) -> bool:
     """Whether every process stops here."""
@@ -322,6 +337,21 @@ class Stop:
     if self.agreed():
       raise Preempted
 
+  def _watch(self, reader: int) -> None:
+    with os.fdopen(reader, "rb", buffering=0) as numbers:
+      while number := numbers.read(1):
+        if number[0] == signal.SIGTERM and not self._begun:
+          logging.warning("asked to stop before the first step: nothing to save; the same command starts again")
+          _exit_at_once(PREEMPTED)
+
   def _on_signal(self, number: int, frame: FrameType | None) -> None:
     del number, frame
     self._asked = True
+
+
+def _exit_at_once(code: int) -> None:
+  """As SIGKILL would, which every file of a run survives, but with this code and without the data workers."""
+  for worker in multiprocessing.active_children():
+    worker.kill()
+  logging.flush()
+  os._exit(code)

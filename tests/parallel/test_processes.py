@@ -88,6 +88,7 @@ def test_sigterm_stops_a_single_process():
   stop = processes.Stop(sharding.batch_sharding(steps.make_mesh()))
   before = signal.getsignal(signal.SIGTERM)
   with stop.listening():
+    stop.begin()
     assert not stop.agreed()
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.agreed()
@@ -122,6 +123,7 @@ def main(_):
   if HOW.value == "stop":
     stop = processes.Stop(sharding.batch_sharding(mesh))
     with stop.listening():
+      stop.begin()
       for step in range(200):
         if step == 5 and not first:
           os.kill(os.getpid(), signal.SIGTERM)
