@@ -7,6 +7,7 @@ with its traceback and code 1, a preemption with code 75.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import logging as python_logging
 import os
@@ -19,11 +20,11 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
+from jax._src import compiler, distributed
 from ml_collections import ConfigDict, config_flags
 
-from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.errors import PREEMPTED, Preempted, UserError
 
-PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 
@@ -61,11 +62,42 @@ def config_flag() -> flags.FlagHolder[ConfigDict]:
   return holder
 
 
-def compilation_cache() -> None:
-  """Keeps compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or else in the user's cache directory."""
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "diffdis_jax", "xla"))
+def compilation_cache(workdir: str = "") -> None:
+  """Keeps compiled programs between runs: in $JAX_COMPILATION_CACHE_DIR; or else, where `workdir` is in a bucket, which
+  all hosts of the run share, and the one that takes a dead one's place, in its folder `xla`; or else in the user's
+  cache directory.
+  """
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  default = f"{workdir.rstrip('/')}/xla" if "://" in workdir else os.path.join(home, "diffdis_jax", "xla")
+  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", default)
+  jax.config.update("jax_compilation_cache_dir", folder)
+  if "://" in folder and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
+    # XLA's own, of its GPU tuning, for which jax would give it the address as a path on this machine.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+  _write_from_every_cpu_process()
+
+
+def _write_from_every_cpu_process() -> None:
+  """Of several processes on CPUs, each keeps what it compiled. jax writes from process 0 alone (jax/_src/compiler.py,
+  _cache_write), which serves the others on TPUs and GPUs, but not on CPUs: there a program's key tells the processes
+  apart (cache_key.py, _hash_accelerator_config), and all but process 0 would compile anew at every start.
+  """
+  write = getattr(compiler, "_cache_write", None)
+  if write is None or hasattr(write, "__wrapped__"):
+    return
+
+  @functools.wraps(write)
+  def from_this_process(key: str, seconds: float, name: str, backend: Any, *args: Any, **kwargs: Any) -> None:
+    state = distributed.global_state
+    if backend.platform != "cpu":
+      return write(key, seconds, name, backend, *args, **kwargs)
+    own, state.process_id = state.process_id, 0
+    try:
+      return write(key, seconds, name, backend, *args, **kwargs)
+    finally:
+      state.process_id = own
+
+  compiler._cache_write = from_this_process
 
 
 def use_all_cores() -> None:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
+PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
+
 
 class UserError(Exception):
   """Bad input. Its message is one line: what is wrong, and what would be right. Verbs exit with code 2."""

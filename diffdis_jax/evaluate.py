@@ -64,7 +64,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  cli.compilation_cache()
+  cli.compilation_cache(FLAGS.workdir)
   cli.use_all_cores()
   processes.start()
   out = epath.Path(FLAGS.out)

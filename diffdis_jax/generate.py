@@ -53,7 +53,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  cli.compilation_cache()
+  cli.compilation_cache(FLAGS.workdir)
   cli.use_all_cores()
   processes.start()
   given = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}

@@ -22,7 +22,7 @@ from diffdis_jax.diffusion import guidance, samplers, schedules
 from diffdis_jax.errors import UserError, check_number, read_section
 from diffdis_jax.models.build import Network
 from diffdis_jax.models.diffdis import DiffDis, to_signed
-from diffdis_jax.parallel import processes, sharding
+from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training import losses
@@ -171,13 +171,13 @@ class Inference:
     self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
     self._rows = np.array(sharding.local_rows(self.mesh, self.batch_size))
     self._after_batch = after_batch
-    compiled = lambda f: jax.jit(sharding.traced_for(self.mesh, f, **precision))
-    self._compiled_texts = compiled(self._text_queries)
-    self._compiled_images = compiled(self._image_queries)
-    self._compiled_drawing = compiled(self._drawn)
-    self._compiled_reconstruction = compiled(self._reconstructed)
-    self._compiled_moments = compiled(self._moments)
-    self._compiled_conditions = compiled(self._conditions)
+    compiled = lambda name, f: programs.Program(name, jax.jit(sharding.traced_for(self.mesh, f, **precision)))
+    self._compiled_texts = compiled("text queries", self._text_queries)
+    self._compiled_images = compiled("image queries", self._image_queries)
+    self._compiled_drawing = compiled("drawing", self._drawn)
+    self._compiled_reconstruction = compiled("reconstruction", self._reconstructed)
+    self._compiled_moments = compiled("the autoencoder's moments", self._moments)
+    self._compiled_conditions = compiled("text conditions", self._conditions)
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Text queries e, L2-normalised."""

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -30,7 +30,7 @@ from diffdis_jax.errors import Preempted, UserError, check_number, read_section
 from diffdis_jax.evals.watch import Watch
 from diffdis_jax.inference import Inference, Sampling, read_sampling
 from diffdis_jax.models.build import Network
-from diffdis_jax.parallel import processes, sharding
+from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.run import checkpoint, workdir, writers
 from diffdis_jax.run import config as run_config
 from diffdis_jax.training import encode, start
@@ -132,14 +132,18 @@ class Loop:
       self.watch.after_step(start_step, state, self.writer, last=start_step == pace.num_steps)
 
     metrics: Any = None
+    train_step: Callable[..., tuple[TrainState, Metrics]] | None = None
     for step in range(start_step + 1, pace.num_steps + 1):
       # The next batch is drawn while the devices still work on the step before, so that its time is hidden.
       with progress.waiting_for_data(functools.partial(is_running, metrics)):
         rows = substitutions.take(next(self.iterator))
         batch = self.data.batch_type(**sharding.to_global(rows, self.trainer.mesh))
-      state, metrics = self.trainer.train_step(state, batch)
+      if train_step is None:
+        train_step = programs.compiled("the training step", self.trainer.train_step, state, batch)
+        self.stop.begin()
+      state, metrics = train_step(state, batch)
       if step == start_step + 1:
-        jax.block_until_ready(metrics)  # compiling is no speed
+        jax.block_until_ready(metrics)  # starting is no speed
         progress.restart(step)
       totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
 
@@ -265,7 +269,7 @@ def log_start(trainer: Step, data: Data) -> None:
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  cli.compilation_cache()
+  cli.compilation_cache(FLAGS.workdir)
   cli.use_all_cores()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   processes.start()

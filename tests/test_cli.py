@@ -10,7 +10,10 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
+
+from diffdis_jax import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -95,6 +98,18 @@ def test_a_good_command_line_is_quiet_and_has_its_overrides(folder):
 def test_the_cache_folder_can_be_chosen(folder):
   _, out, _ = run(folder, "--config=tiny.py", "--workdir=good", JAX_COMPILATION_CACHE_DIR="/mine")
   assert out.startswith("/mine ")
+
+
+def test_the_cache_of_a_run_in_a_bucket_is_there_too(monkeypatch):
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_enable_xla_caches")
+  before = {name: getattr(jax.config, name) for name in names}
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  try:
+    cli.compilation_cache("gs://bucket/run/")
+    assert [getattr(jax.config, name) for name in names] == ["gs://bucket/run/xla", "none"]
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
 
 
 GOOD = ("--config=tiny.py", "--workdir=run")

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(diffdis_jax.__file__).parent
 LAYERS = (
   "errors structs",
   "params cli parallel/processes run/files",
-  "parallel/sharding run/workdir run/checkpoint run/writers",
+  "parallel/sharding parallel/programs run/workdir run/checkpoint run/writers",
   "diffusion/schedules diffusion/guidance",
   "diffusion/samplers",
   # What data workers import, without jax.

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from diffdis_jax.run import checkpoint
+from tests import slow_compiling
 from tests.command_runs import ROOT, call
 from tests.test_resume import metrics, restore, steps_logged
 
@@ -81,6 +82,26 @@ def test_two_processes_evaluate_and_draw_as_one(runs, environment, tmp_path):
   assert files == sorted(path.name for path in (tmp_path / "two").iterdir()) and len(files) == 8
   for name in files:
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("seconds", (75, 120))
+def test_one_process_compiles_for_longer_than_the_others_wait_in_a_collective(environment, tmp_path, seconds):
+  command = launch(2, 2, "train", *flags(tmp_path / "run", num_steps=2))
+  command.insert(command.index("-m") + 1, "tests.slow_compiling")
+  slow = slow_compiling.variables("train_step", process=1, seconds=seconds)
+  done = subprocess.run(command, cwd=ROOT, env=environment | slow, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert slow_compiling.MESSAGE in done.stderr and steps_logged(tmp_path / "run") == [1, 2]
+
+
+def test_one_process_draws_late(runs, environment, tmp_path):
+  arguments = [f"--workdir={runs[1]}", "--prompt=a red star", f"--out={tmp_path / 'out'}"]
+  command = launch(2, 2, "generate", *arguments)
+  command.insert(command.index("-m") + 1, "tests.slow_compiling")
+  slow = slow_compiling.variables("drawn", process=1, seconds=75)
+  done = subprocess.run(command, cwd=ROOT, env=environment | slow, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert slow_compiling.MESSAGE in done.stderr and (tmp_path / "out" / "00000.png").exists()
 
 
 def test_sigterm_saves_and_the_run_goes_on_without_losing_a_step(environment, tmp_path):

@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
+import itertools
+import multiprocessing
 import os
 import re
 import secrets
@@ -27,12 +29,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from etils import epath
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.errors import PREEMPTED, Preempted, UserError
 
 HEARTBEAT_TIMEOUT = 10  # seconds after which a silent process is dead, and the others end
 SHUTDOWN_TIMEOUT = 3600  # seconds that processes which are done wait for the one that still writes
+BARRIER_TIMEOUT = 3600  # seconds that a process waits for the others, such as for one that compiles for long
 _MESSAGE = 1000  # bytes of an error that the processes tell each other
 _VISIBILITY = 30.0  # seconds in which a file of one host must show on the others
 _VARIABLES = {
@@ -40,6 +44,7 @@ _VARIABLES = {
   "num_processes": ("DIFFDIS_NUM_PROCESSES",),
   "process_id": ("DIFFDIS_PROCESS_ID", "JOB_COMPLETION_INDEX"),  # the latter of a Kubernetes Job with indices
 }
+_barriers = itertools.count()
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -182,6 +187,10 @@ def _initialize(processes: Processes, timeout: int) -> None:
   )
   jax.devices()  # every process waits here for the others' devices
   timer.cancel()
+  # Host values first move here, where all have just come: at its first exchange between devices Gloo waits 30 s, and
+  # for later ones, Orbax's among them, 30 minutes.
+  barrier("start")
+  from_first(gathered(np.int32(0)))
   threading.excepthook = _as_in_main
 
 
@@ -195,9 +204,13 @@ def is_first() -> bool:
 
 
 def barrier(name: str) -> None:
-  """Returns when every process has come here."""
+  """Returns when every process has come here; the last one may be BARRIER_TIMEOUT seconds late."""
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+    # By the coordination service. multihost_utils.sync_global_devices is itself a program on the devices, to be
+    # compiled, for which Gloo waits 30 s and no longer. jax has no public name for this client; its own serialization
+    # and Orbax call it like this, the same from jax 0.10 to 0.12. A barrier's name must be new each time.
+    client = distributed.global_state.client
+    client.wait_at_barrier(f"diffdis/{next(_barriers)}/{name}", BARRIER_TIMEOUT * 1000)
 
 
 def from_first(value: np.ndarray | np.generic) -> np.ndarray:
@@ -279,6 +292,9 @@ def _appears(path: epath.Path) -> bool:
 class Stop:
   """SIGTERM, which announces a preemption, and the agreement of all processes on where to stop.
 
+  Before `begin` there is nothing to save, and SIGTERM ends this process at once with code 75, also while its main
+  thread compiles. The others end by a signal of their own, or as where a process dies.
+
   Every process calls `agreed` the same number of times, at points where it could stop; the answer is the same on all of
   them. With several processes it comes one call late, so that the host waits for no more than the step before the last.
   """
@@ -286,7 +302,7 @@ class Stop:
   def __init__(self, place: jax.sharding.Sharding):
     """`place`: of arrays of as many rows as there are devices, on which the processes have equally many rows."""
     self._place = place
-    self._asked = False
+    self._asked = self._begun = False
     self._answer: jax.Array | None = None
     self._any = jax.jit(jnp.any)
 
@@ -296,11 +312,22 @@ class Stop:
     if threading.current_thread() is not threading.main_thread():
       yield
       return
+    # Python's handler waits for the main thread to come back from a compiler; the number written here is read at once.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     before = signal.signal(signal.SIGTERM, self._on_signal)
+    written_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
     try:
       yield
     finally:
+      signal.set_wakeup_fd(written_before)
       signal.signal(signal.SIGTERM, before)
+      os.close(writer)
+
+  def begin(self) -> None:
+    """From here on there is something to save: call it before the first step."""
+    self._begun = True
 
   def agreed(self) -> bool:
     """Whether every process stops here."""
@@ -315,6 +342,21 @@ class Stop:
     if self.agreed():
       raise Preempted
 
+  def _watch(self, reader: int) -> None:
+    with os.fdopen(reader, "rb", buffering=0) as numbers:
+      while number := numbers.read(1):
+        if number[0] == signal.SIGTERM and not self._begun:
+          logging.warning("asked to stop before the first step: nothing to save; the same command starts again")
+          _exit_at_once(PREEMPTED)
+
   def _on_signal(self, number: int, frame: FrameType | None) -> None:
     del number, frame
     self._asked = True
+
+
+def _exit_at_once(code: int) -> None:
+  """As SIGKILL would, which every file of a run survives, but with this code and without the data workers."""
+  for worker in multiprocessing.active_children():
+    worker.kill()
+  logging.flush()
+  os._exit(code)

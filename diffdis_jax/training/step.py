@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.models.build import Network
-from diffdis_jax.parallel import sharding
+from diffdis_jax.parallel import programs, sharding
 from diffdis_jax.params import Params
 from diffdis_jax.structs import AnyBatch
 from diffdis_jax.training import objectives
@@ -104,11 +104,13 @@ class Step:
     """Fresh parameters, born sharded."""
     # It runs once, so on a CPU, where compiling costs more than running, the compiler need not try hard.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(self.network.initialise, out_shardings=self.state_shardings.params, compiler_options=options)(key)
+    initialise = jax.jit(self.network.initialise, out_shardings=self.state_shardings.params, compiler_options=options)
+    return programs.compiled("the initialisation", initialise, key)(key)
 
   def with_params(self, params: Params) -> TrainState:
     """The state of step 0 around these parameters; donates them."""
-    return jax.jit(self._around, donate_argnums=0, out_shardings=self.state_shardings)(params)
+    around = jax.jit(self._around, donate_argnums=0, out_shardings=self.state_shardings)
+    return programs.compiled("the state", around, params)(params)
 
   def _around(self, params: Params) -> TrainState:
     trainable = {path: params[path] for path in self.trainable}

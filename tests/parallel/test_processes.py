@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import signal
 import socket
@@ -87,6 +88,7 @@ def test_sigterm_stops_a_single_process():
   stop = processes.Stop(sharding.batch_sharding(steps.make_mesh()))
   before = signal.getsignal(signal.SIGTERM)
   with stop.listening():
+    stop.begin()
     assert not stop.agreed()
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.agreed()
@@ -96,11 +98,12 @@ def test_sigterm_stops_a_single_process():
 
 
 VERB = """
-import os, signal, sys, time
+import json, os, signal, sys, time
 from absl import flags
 import jax, numpy as np
+from jax import monitoring
 from diffdis_jax import cli
-from diffdis_jax.parallel import processes, sharding
+from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.run import workdir
 from diffdis_jax.errors import Preempted, UserError
 
@@ -109,6 +112,7 @@ WORKDIR = flags.DEFINE_string("workdir", "", "")
 
 
 def main(_):
+  cli.compilation_cache()
   processes.start()
   first = processes.is_first()
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
@@ -119,12 +123,25 @@ def main(_):
   if HOW.value == "stop":
     stop = processes.Stop(sharding.batch_sharding(mesh))
     with stop.listening():
+      stop.begin()
       for step in range(200):
         if step == 5 and not first:
           os.kill(os.getpid(), signal.SIGTERM)
         if stop.agreed():
           sys.stdout.write(f"stopped at {step}\\n")
           raise Preempted
+  if HOW.value == "compile":
+    hits = []
+    monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
+
+    def triple(x):
+      time.sleep(0 if first else 4)  # the second one is slow to compile it
+      return x.sum() * 3
+
+    rows = sharding.to_global({"x": np.ones(1, np.float32)}, mesh)["x"]
+    total = programs.compiled("the sum", jax.jit(triple), rows)
+    now = time.time()
+    sys.stdout.write(json.dumps({"compiled": now, "sum": float(total(rows)), "hits": len(hits)}) + "\\n")
   if HOW.value == "share":
     processes._VISIBILITY = 1.0
     processes.check_shared(WORKDIR.value if first else WORKDIR.value + "_of_another_host")
@@ -195,6 +212,18 @@ def test_sigterm_to_one_stops_all_at_the_same_step(tmp_path):
   results = both(tmp_path, "--how=stop", devices=2)
   assert [code for code, _, _ in results] == [75, 75], results
   assert [out.splitlines()[-1] for _, out, _ in results] == ["stopped at 6", "stopped at 6"]
+
+
+def test_a_program_runs_when_the_slowest_has_compiled_it_and_every_process_finds_it_again(tmp_path, monkeypatch):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+  for hits in (0, 1):
+    results = both(tmp_path, "--how=compile")
+    assert [code for code, _, _ in results] == [0, 0], results
+    first, second = (json.loads(out.splitlines()[-1]) for _, out, _ in results)
+    assert abs(first["compiled"] - second["compiled"]) < 2
+    assert first["sum"] == second["sum"] == 6
+    assert [first["hits"], second["hits"]] == [hits, hits]
 
 
 def test_a_workdir_that_hosts_do_not_share(tmp_path):

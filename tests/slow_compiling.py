@@ -1,0 +1,57 @@
+"""Runs a module of which one process compiles one program slowly, as where the others find it in a cache.
+
+  python -m tests.slow_compiling diffdis_jax.train --config=... --workdir=...
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import runpy
+import sys
+import time
+from typing import Any
+
+NAME, PROCESS, SECONDS = "DIFFDIS_TEST_SLOW_PROGRAM", "DIFFDIS_TEST_SLOW_PROCESS", "DIFFDIS_TEST_SLOW_SECONDS"
+MESSAGE = "compiling slowly"
+
+
+def variables(name: str, *, seconds: int, process: int = 0) -> dict[str, str]:
+  """Environment in which process number `process` takes so many seconds longer to compile the program `name`."""
+  return {NAME: name, PROCESS: str(process), SECONDS: str(seconds)}
+
+
+class _Time(ctypes.Structure):
+  _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+def _wait(seconds: int) -> None:
+  """As a compiler: other threads run meanwhile, but no signal handler of Python's. (A lock that is already held.)"""
+  lock, end = ctypes.create_string_buffer(64), _Time(int(time.time()) + seconds, 0)
+  library = ctypes.CDLL(None)
+  for _ in range(2):
+    library.pthread_mutex_timedlock(lock, ctypes.byref(end))
+
+
+def patch() -> None:
+  """Makes compiling slow where the environment asks for it."""
+  from jax._src import compiler
+
+  if os.environ.get("DIFFDIS_PROCESS_ID", "0") != os.environ.get(PROCESS):
+    return
+  compile_or_get_cached = compiler.compile_or_get_cached
+
+  def slowly(backend: Any, computation: Any, *args: Any, **kwargs: Any) -> Any:
+    if os.environ[NAME] in str(computation.operation.attributes["sym_name"]):
+      sys.stderr.write(f"{MESSAGE}\n")
+      sys.stderr.flush()
+      _wait(int(os.environ[SECONDS]))
+    return compile_or_get_cached(backend, computation, *args, **kwargs)
+
+  compiler.compile_or_get_cached = slowly
+
+
+if __name__ == "__main__":
+  patch()
+  del sys.argv[0]
+  runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
