@@ -158,7 +158,7 @@ class Inference:
     self.network, self.sampling = network, sampling
     self.image_size, self.max_length, self.shapes = network.image_size, network.max_length, network.shapes
     precision = dict(matmul_precision=network.matmul_precision)
-    self.protocol = dict(
+    self.protocol: dict[str, Any] = dict(
       steps=sampling.steps,
       draws=sampling.draws,
       guidance=sampling.guidance,

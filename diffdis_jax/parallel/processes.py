@@ -209,7 +209,7 @@ def barrier(name: str) -> None:
     # By the coordination service. multihost_utils.sync_global_devices is itself a program on the devices, to be
     # compiled, for which Gloo waits 30 s and no longer. jax has no public name for this client; its own serialization
     # and Orbax call it like this, the same from jax 0.10 to 0.12. A barrier's name must be new each time.
-    client = distributed.global_state.client
+    client: Any = distributed.global_state.client
     client.wait_at_barrier(f"diffdis/{next(_barriers)}/{name}", BARRIER_TIMEOUT * 1000)
 
 
