@@ -84,10 +84,10 @@ def test_gradients_equal_those_of_pytorch():
   keys = step_keys(0, jnp.int32(1), jnp.int32(0))
 
   def loss(model, images):
-    text, null = model.encode_text(TOKENS), model.encode_text(NULL)
+    text, null = model.encode_text(jnp.asarray(TOKENS, jnp.int32)), model.encode_text(jnp.asarray(NULL, jnp.int32))
     c_null = np.ones((len(images), 1, 1), np.float32) * null.c
     inputs = draw_generation(
-      model.encode_image(images),
+      model.encode_image(jnp.asarray(images)),
       text.c,
       c_null,
       keys,
