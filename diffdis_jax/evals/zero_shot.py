@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, prompts
+
+_NUMBER = re.compile(r"n\d{8}")  # of WordNet, as ImageNet's class folders are called
 
 
 class ZeroShot:
@@ -34,8 +37,8 @@ class ZeroShot:
       must fall to chance; where it does not, something other than the pixels gives the label away.
 
   Raises:
-    UserError: a class name occurs twice and labels are names, a label is not in the class list, a template has no
-      place for the name.
+    UserError: a class name occurs twice and labels are names, a label is not in the class list or all are ImageNet's
+      numbers, a template has no place for the name.
   """
 
   task = "zeroshot_classification"
@@ -63,6 +66,11 @@ class ZeroShot:
     given = prompts.resolve_classnames(classnames) if classnames else None
     labels = _read_labels(self._source, label_field, given)
     self.classnames = tuple(sorted(set(labels))) if given is None else given
+    if all(_NUMBER.fullmatch(name) for name in self.classnames):
+      raise UserError(
+        f"the class names are numbers such as {self.classnames[0]}; give a JSON list of names in their order as"
+        " classnames, with label_field=label"
+      )
     places = _places(labels, self.classnames)
     if only_classes_present:
       present, places = np.unique(places, return_inverse=True)
