@@ -10,6 +10,11 @@ From latents, whose encoding is a third of the cost of a step (with --text the c
   python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:latents=LATENTS --workdir=DIR2 \
       --config.init_from=SD_WORKDIR
 
+Every 2,000 steps it draws sample_prompts, and measures the data sets that imagenet=DIR,coco=DIR,flickr=DIR name, each
+a folder written by prepare_data (`folder`, `coco`, `flickr30k`; of the latter two with Karpathy's splits). ImageNet's
+class folders are numbers such as n01440764: imagenet_names=F.json is a list of 1,000 names in their order. Without it
+the folders' own names are the classes.
+
 On a laptop, 20 steps of a toy of the same parts on rendered shapes, or with path=DIR on pairs of one's own:
 
   python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:runlocal --workdir=DIR2
@@ -32,6 +37,25 @@ from ml_collections import ConfigDict
 from configs import common
 from diffdis_jax.models.sizes import sd_v1, small
 
+# The first four are those of the paper's Figure 4; the others are of the same kind.
+PROMPTS = (
+  "A river with boats docked and houses in the background",
+  "A piece of chocolate swirled cake on a plate",
+  "A large bed sitting next to a small Christmas Tree surrounded by pictures",
+  "A bear searching for food near the river",
+  "A wooden bridge over a stream in the forest",
+  "A bowl of tomato soup next to a slice of bread",
+  "A kitchen with white cabinets and a window over the sink",
+  "A herd of elephants walking across the plain at sunset",
+  "A lighthouse on a cliff above the sea",
+  "A red bicycle leaning against a brick wall",
+  "A vase of yellow flowers on a table by the window",
+  "A cat sleeping on a pile of books",
+  "Snow covered mountains reflected in a lake",
+  "A train crossing a stone viaduct in the fog",
+  "A crowded street market with fruit stalls",
+  "An owl sitting on a branch in the moonlight",
+)
 CC3M_PAIRS = 2_905_954
 BATCH = 1024
 EPOCHS = 6
@@ -51,6 +75,10 @@ def get_config(arg: str = "") -> ConfigDict:
     share_attention=True,
     modality_ffn=True,
     condition_timestep=1000,
+    imagenet="",
+    imagenet_names="",
+    coco="",
+    flickr="",
   )
   config = common.base(sd_v1(), image_size=256)
   config.model.update(fusion=args.fusion, share_attention=args.share_attention, modality_ffn=args.modality_ffn)
@@ -78,13 +106,41 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   config.save_every = config.sample_every = config.eval_every = 2000
   config.checkpoint.keep_every = 10_000
+  config.sample_prompts = PROMPTS
   if args.runlocal and args.latents:
     raise ValueError("runlocal has a small network and encodes images itself; leave out latents, or give path=")
-  return run_local(config, args.path) if args.runlocal else config
+  if args.runlocal:
+    run_local(config, args.path)
+  config.evals = evaluations(args, config.image_size)
+  config.train_evals = tuple(config.evals)
+  if config.evals and args.objectives == "generation":
+    raise ValueError("imagenet, coco and flickr measure discrimination; leave them out with objectives=generation")
+  return config
 
 
-def run_local(config: ConfigDict, path: str) -> ConfigDict:
-  """The same run with a small network, 32 px, 20 steps; from random parameters, so that it shows only that it runs."""
+def evaluations(args: ConfigDict, image_size: int) -> ConfigDict:
+  """Of the sets that the arguments name: zero-shot classification, and retrieval on Karpathy's test splits."""
+  data = lambda path, split: dict(name="pairs", path=path, split=split, image_size=image_size)
+  sets = ConfigDict()
+  if args.imagenet_names and not args.imagenet:
+    raise ValueError("imagenet_names has no effect without imagenet=DIR")
+  if args.imagenet:
+    sets.imagenet = dict(
+      task="zero_shot",
+      data=data(args.imagenet, "val"),
+      classnames=args.imagenet_names,
+      label_field="label" if args.imagenet_names else "caption",
+      # Of 50,000, the same ones each time, since training waits. After it, evaluate --num_images=50000 takes all.
+      num_images=5000,
+    )
+  for name in ("coco", "flickr"):
+    if args[name]:
+      sets[name] = dict(task="retrieval", data=data(args[name], "test"))
+  return sets
+
+
+def run_local(config: ConfigDict, path: str) -> None:
+  """Makes it a run of a small network, 32 px, 20 steps; from random parameters, so that it shows only that it runs."""
   switches = {name: config.model[name] for name in ("fusion", "share_attention", "modality_ffn")}
   config.model = small()
   config.model.update(switches)
@@ -99,4 +155,3 @@ def run_local(config: ConfigDict, path: str) -> ConfigDict:
   config.checkpoint.keep_every = 0
   config.inference.generation_steps = 10
   config.sample_prompts = ("a red star", "a blue ring")
-  return config

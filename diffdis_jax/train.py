@@ -1,6 +1,6 @@
 """Trains a config.
 
-  python -m diffdis_jax.train --config=configs/NAME.py[:args] --workdir=DIR [--config.a.b=v ...]
+  python -m diffdis_jax.train --config=configs/NAME.py[:args] --workdir=DIR [--config.a.b=v ...] [--eval=JSON ...]
 
 Run again with the same workdir, it goes on from the last checkpoint to the same numbers, on any number of processes and
 devices. At SIGTERM it saves and exits with code 75.
@@ -269,11 +269,12 @@ def log_start(trainer: Step, data: Data) -> None:
 
 def main(argv: Sequence[str]) -> None:
   del argv
+  config = run_config.with_evals(FLAGS.config, FLAGS.eval)
   cli.compilation_cache(FLAGS.workdir)
   cli.use_all_cores()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   processes.start()
-  train_and_evaluate(FLAGS.config, FLAGS.workdir)
+  train_and_evaluate(config, FLAGS.workdir)
 
 
 FLAGS = flags.FLAGS
@@ -282,4 +283,7 @@ if __name__ == "__main__":
   cli.config_flag()
   processes.define_flags()
   flags.DEFINE_string("workdir", None, "folder of the run: created, or gone on with", required=True)
+  flags.DEFINE_multi_string(
+    "eval", [], 'one more evaluation while training, JSON: {"name": ..., "task": "zero_shot", "data": {"path": ...}}'
+  )
   cli.run(main)

@@ -19,9 +19,11 @@ import pytest
 from ml_collections import ConfigDict
 
 import configs
+from diffdis_jax import evals
 from diffdis_jax.data.build import read_data
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.diffusion import schedules
+from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.training.build import build_step
 
@@ -125,6 +127,38 @@ def test_an_ablation_changes_its_own_field_alone(arg, changes):
   assert default.keys() == ablation.keys()
   assert {key: value for key, value in ablation.items() if value != default[key]} == changes
   schedules.noise_schedule(ablation["text_diffusion.schedule"])
+
+
+def test_the_papers_run_measures_the_sets_that_are_named():
+  config = get_config("diffdis_cc3m", "imagenet=I,imagenet_names=names.json,coco=C,flickr=F")
+  assert config.train_evals == ("coco", "flickr", "imagenet") == tuple(config.evals)
+  for name, path, split in (("imagenet", "I", "val"), ("coco", "C", "test"), ("flickr", "F", "test")):
+    assert config.evals[name].data.to_dict() == dict(name="pairs", path=path, split=split, image_size=256)
+    with pytest.raises(UserError, match=f"no prepared data set in '{path}'|from names.json"):
+      evals.create(**config.evals[name].to_dict())  # its settings are known; the folder is not there
+  imagenet = config.evals.imagenet
+  assert (imagenet.classnames, imagenet.label_field, imagenet.num_images) == ("names.json", "label", 5000)
+  assert get_config("diffdis_cc3m", "imagenet=I").evals.imagenet.label_field == "caption"
+  assert get_config("diffdis_cc3m").train_evals == () and not get_config("diffdis_cc3m").evals
+  toy = get_config("diffdis_cc3m", "runlocal,coco=C")
+  assert toy.train_evals == ("coco",) and toy.evals.coco.data.image_size == toy.image_size == 32
+
+
+def test_the_papers_run_draws_the_papers_prompts():
+  prompts = get_config("diffdis_cc3m").sample_prompts
+  assert "A bear searching for food near the river" in prompts[:4] and len(set(prompts)) == 16
+
+
+@pytest.mark.parametrize(
+  "arg, message",
+  [
+    ("objectives=generation,coco=C", "imagenet, coco and flickr measure discrimination"),
+    ("imagenet_names=F.json", "imagenet_names has no effect without imagenet"),
+  ],
+)
+def test_sets_that_measure_nothing(arg, message):
+  with pytest.raises(ValueError, match=message):
+    get_config("diffdis_cc3m", arg)
 
 
 def test_a_toy_does_not_train_from_latents():

@@ -102,9 +102,25 @@ def test_the_run_is_evaluated_and_generates_through_the_command_line(joint_run, 
   assert first.shape == second.shape == (16, 16, 3) and (first != second).any()
 
 
+def test_an_evaluation_is_added_on_the_command_line(environment, tmp_path):
+  data = {"name": "shapes", "split": "test", "num_images": 32}
+  sections = [{"name": name, "task": task, "data": data} for name, task in (("a", "zero_shot"), ("b", "retrieval"))]
+  sections[0]["label_field"] = "colour"
+  flags = ["--config.objectives=('discrimination',)", "--config.num_steps=2", f"--workdir={tmp_path / 'run'}"]
+  flags += [f"--eval={json.dumps(section)}" for section in sections]
+  done = call("train", environment, "--config=tests/tiny.py", *flags)
+  assert done.returncode == 0, done.stderr
+  measured = {name for line in lines_of(str(tmp_path / "run")) for name in line}
+  assert {"a/acc1", "b/image_retrieval_recall@1"} <= measured
+  assert json.loads((tmp_path / "run" / "config.json").read_text())["evals"]["a"]["data"]["image_size"] == 16
+
+
 @pytest.mark.parametrize(
   "flags, message",
   [
+    (["--config=tests/tiny.py", "--eval={"], "--eval={ is not JSON"),
+    (["--config=tests/tiny.py", '--eval={"name": "a", "task": "fid"}'], "unknown evaluation 'fid'"),
+    (["--config=tests/tiny.py", "--config.optim.random_frozen=^$"], "optim.groups freezes"),
     (["--config=tests/tiny.py", "--config.batchsize=3"], "unknown config key batchsize; did you mean batch_size?"),
     (["--config=tests/tiny.py:autoencodr"], "unknown argument 'autoencodr'; known: autoencoder"),
     (["--config=tests/tiny.py", "--config.image_size=18"], "image_size is 18"),

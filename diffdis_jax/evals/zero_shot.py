@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, prompts
 
 NAME_FIELD = "class"  # of a record whose label is a number: the class's name, as prepare_data folder writes it
+_NUMBER = re.compile(r"n\d{8}")  # of WordNet, as ImageNet's class folders are called
 
 
 class ZeroShot:
@@ -40,7 +42,8 @@ class ZeroShot:
 
   Raises:
     UserError: a class name occurs twice and labels are names, a label is not in the class list, the class list and
-      the data have different names for a number, a template has no place for the name.
+      the data have different names for a number, the names are ImageNet's numbers, a template has no place for the
+      name.
   """
 
   task = "zeroshot_classification"
@@ -68,6 +71,11 @@ class ZeroShot:
     given = prompts.resolve_classnames(classnames) if classnames else None
     labels = _read_labels(self._source, label_field, given)
     classes = given or _occurring(labels)
+    if all(_NUMBER.fullmatch(name) for name in classes.names):
+      raise UserError(
+        f"the class names are numbers such as {classes.names[0]}; give a JSON list of names in their order as"
+        " classnames, with label_field=label"
+      )
     places = _places(labels, classes)
     kept = classes
     if only_classes_present:

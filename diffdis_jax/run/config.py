@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from diffdis_jax.data.transforms import Augmentation
+from diffdis_jax.errors import UserError
 
 NO_AUGMENTATION = dataclasses.asdict(Augmentation())
 
@@ -90,3 +94,40 @@ def defaults() -> dict[str, Any]:
   fields = base(ConfigDict(), image_size=0).to_dict()
   del fields["model"], fields["image_size"]
   return fields
+
+
+def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
+  """The config with more evaluations in `evals` and `train_evals`, locked.
+
+  Args:
+    config: a run's.
+    texts: each a JSON object: `name` of the data set, `task`, and what the evaluation takes. Where it has `data`, their
+      `name` is `pairs` and their `image_size` the run's, unless it says otherwise.
+
+  Raises:
+    UserError: no such object, or a name that is missing, taken, or no word.
+  """
+  config = config.copy_and_resolve_references().unlock()
+  for text in texts:
+    section = _read_eval(text)
+    name = section.pop("name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+      raise UserError(f"--eval={text} has the name {name!r}; it should be a word of letters, digits, - and _")
+    if name in config.evals:
+      raise UserError(f"--eval={text}: the config has an evaluation {name} already; take another name")
+    if isinstance(section.get("data"), dict):
+      section["data"] = {"name": "pairs", "image_size": config.image_size} | section["data"]
+    config.evals[name] = section
+    config.train_evals = (*config.train_evals, name)
+  return config.lock()
+
+
+def _read_eval(text: str) -> dict[str, Any]:
+  example = '{"name": "coco", "task": "retrieval", "data": {"path": "DIR", "split": "test"}}'
+  try:
+    section = json.loads(text)
+  except ValueError as error:
+    raise UserError(f"--eval={text} is not JSON: {error}; write it as '{example}'") from error
+  if not isinstance(section, dict) or not isinstance(section.get("task"), str):
+    raise UserError(f"--eval={text} should be an object with a name and a task, such as '{example}'")
+  return section

@@ -54,6 +54,12 @@ def test_accuracy_by_definition(use, fakes):
   assert 0.3 < metrics["acc1"] < metrics["acc5"] < 1 and metrics["acc1"] != metrics["acc1_single_template"]
 
 
+def test_numbers_of_wordnet_are_no_class_names(use, fakes):
+  use(test=fakes.Source(["n01440764", "n01443537"] * 4))
+  with pytest.raises(UserError, match="class names are numbers such as n01440764; give a JSON list of names"):
+    evals.create("zero_shot", data=DATA)
+
+
 def leaks(evaluation, inference):
   """Whether accuracy with shuffled images is above what chance gives in all but one of a thousand runs."""
   shares = np.unique(LABELS, return_counts=True)[1] / len(LABELS)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+from ml_collections import ConfigDict
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.run.config import base, defaults, with_evals
+
+SECTION = '{"name": "birds", "task": "zero_shot", "data": {"path": "BIRDS", "split": "val"}, "templates": ["a {}"]}'
+
+
+def make_config() -> ConfigDict:
+  config = base(ConfigDict(dict(width=8)), image_size=32)
+  config.evals = dict(test=dict(task="retrieval"))
+  config.train_evals = ("test",)
+  return config.lock()
+
+
+def test_every_field_has_a_default_but_those_that_are_given():
+  fields = make_config().to_dict()
+  assert fields.keys() - defaults().keys() == {"model", "image_size"}
+  assert defaults()["optim"] == fields["optim"]
+
+
+def test_evaluations_are_added_and_nothing_else_is_changed():
+  config = make_config()
+  found = with_evals(config, [SECTION, '{"name": "drawn", "task": "agreement", "per_class": 2}'])
+  assert found.is_locked and found.train_evals == ("test", "birds", "drawn")
+  assert found.evals.drawn.to_dict() == {"task": "agreement", "per_class": 2}
+  assert found.evals.birds.data.to_dict() == {"name": "pairs", "image_size": 32, "path": "BIRDS", "split": "val"}
+  assert list(found.evals.birds.templates) == ["a {}"] and "name" not in found.evals.birds
+  assert found.evals.test == config.evals.test and config.train_evals == ("test",)
+  rest = lambda config: {name: value for name, value in config.to_dict().items() if "evals" not in name}
+  assert rest(found) == rest(config)
+  assert with_evals(config, []).to_dict() == config.to_dict()
+
+
+def test_what_is_given_of_the_data_stays():
+  text = '{"name": "s", "task": "zero_shot", "data": {"name": "shapes", "image_size": 16}}'
+  assert with_evals(make_config(), [text]).evals.s.data.to_dict() == {"name": "shapes", "image_size": 16}
+
+
+@pytest.mark.parametrize(
+  "texts, message",
+  [
+    (["{"], '--eval={ is not JSON: .*; write it as \'{"name": "coco", "task": "retrieval"'),
+    (["3"], "--eval=3 should be an object with a name and a task, such as"),
+    (['{"name": "a"}'], "should be an object with a name and a task"),
+    (['{"task": "retrieval"}'], "has the name None; it should be a word"),
+    (['{"name": "a/b", "task": "retrieval"}'], "has the name 'a/b'; it should be a word"),
+    (['{"name": "test", "task": "retrieval"}'], "the config has an evaluation test already; take another name"),
+    ([SECTION, SECTION], "the config has an evaluation birds already"),
+  ],
+)
+def test_mistakes_are_one_line(texts, message):
+  with pytest.raises(UserError, match=message) as error:
+    with_evals(make_config(), texts)
+  assert "\n" not in str(error.value)
