@@ -1,6 +1,5 @@
-"""Runs a module of which one process compiles one program slowly, as where the others find it in a cache.
-
-  python -m tests.slow_compiling diffdis_jax.train --config=... --workdir=...
+"""Runs a module of which one process compiles one program slowly, as where the others find it in a cache:
+python -m tests.slow_compiling diffdis_jax.train --config=... --workdir=...
 """
 
 from __future__ import annotations
