@@ -1,5 +1,4 @@
-"""Runs a module of which one process compiles one program slowly, as where the others find it in a cache.
-
+"""Runs a module of which one process compiles one program slowly, as where the others find it in a cache:
 python -m tests.slow_compiling diffdis_jax.train --config=... --workdir=...
 """
 
