@@ -47,7 +47,7 @@ def expected_gradients(
   modules: dict[str, torch.nn.Module], images: np.ndarray, keys: dict[str, jax.Array], dropout: float
 ) -> dict[str, np.ndarray]:
   """By our paths. Timesteps, noise and dropped conditions are the step's own random choices."""
-  z = modules["vae"].encode(from_torch.nchw(np.asarray(to_signed(images)))).latent_dist.mode() * 0.5
+  z = modules["vae"].encode(from_torch.nchw(np.asarray(to_signed(jnp.asarray(images))))).latent_dist.mode() * 0.5
   shape = (len(z), *z.shape[2:], 4)
   t = np.array(jax.random.randint(keys["t_z"], (len(z),), 0, 1000))
   noise = from_torch.nchw(np.asarray(jax.random.normal(keys["noise_z"], shape)))
