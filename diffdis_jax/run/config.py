@@ -86,13 +86,13 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
 
 
 def defaults() -> dict[str, Any]:
-  """The fields of every run with their defaults, but for those that `base` is given: of a run that an earlier version
-  wrote, each field that it lacks has its default.
+  """The fields that every run has alike, with their defaults: of a run that an earlier version wrote, each field that it
+  lacks has its default.
 
-  A new field's default is what runs did before there was one.
+  A new field's default is what runs did before there was one. Of the network, that is how it multiplies alone.
   """
-  fields = base(ConfigDict(), image_size=0).to_dict()
-  del fields["model"], fields["image_size"]
+  fields = base(ConfigDict(dict(matmul_precision="auto")), image_size=0).to_dict()
+  del fields["image_size"]
   return fields
 
 

@@ -4,6 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffdis_jax.errors import UserError
+from diffdis_jax.models import sizes
 from diffdis_jax.run.config import base, defaults, with_evals
 
 SECTION = '{"name": "birds", "task": "zero_shot", "data": {"path": "BIRDS", "split": "val"}, "templates": ["a {}"]}'
@@ -18,8 +19,9 @@ def make_config() -> ConfigDict:
 
 def test_every_field_has_a_default_but_those_that_are_given():
   fields = make_config().to_dict()
-  assert fields.keys() - defaults().keys() == {"model", "image_size"}
+  assert fields.keys() - defaults().keys() == {"image_size"}
   assert defaults()["optim"] == fields["optim"]
+  assert defaults()["model"] == {"matmul_precision": sizes.sd_v1().matmul_precision}
 
 
 def test_evaluations_are_added_and_nothing_else_is_changed():
