@@ -86,8 +86,8 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
 
 
 def defaults() -> dict[str, Any]:
-  """The fields that every run has alike, with their defaults: of a run that an earlier version wrote, each field that it
-  lacks has its default.
+  """The fields that every run has alike, with their defaults: in a run that an earlier version wrote, each field that
+  it lacks has its default.
 
   A new field's default is what runs did before there was one. Of the network, that is how it multiplies alone.
   """
