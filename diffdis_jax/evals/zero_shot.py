@@ -71,11 +71,6 @@ class ZeroShot:
     given = prompts.resolve_classnames(classnames) if classnames else None
     labels = _read_labels(self._source, label_field, given)
     classes = given or _occurring(labels)
-    if all(_NUMBER.fullmatch(name) for name in classes.names):
-      raise UserError(
-        f"the class names are numbers such as {classes.names[0]}; give a JSON list of names in their order as"
-        " classnames, with label_field=label"
-      )
     places = _places(labels, classes)
     kept = classes
     if only_classes_present:
@@ -84,6 +79,11 @@ class ZeroShot:
       kept = classes._replace(names=names, keys=keys)
     self.classnames = kept.names
     self.labels = places[self._indices]
+    if all(_NUMBER.fullmatch(name) for name in self.classnames):
+      raise UserError(
+        f"the class names are numbers such as {self.classnames[0]}; give a JSON list of names in their order as"
+        " classnames, with label_field=label"
+      )
 
     if seen_split and seen_classes:
       raise UserError("seen_split and seen_classes are both set; give one of them")
