@@ -28,8 +28,11 @@ $(VENV)/.installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed pyproject.toml
+# clip_benchmark, whose metrics the tests compare with, alone: it requires data sets' and models' packages of which those
+# need none.
+$(VENV)/.installed-test: $(VENV)/.installed pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'clip_benchmark>=1.6.1,<1.7'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed pyproject.toml

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from clip_benchmark import datasets
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import prompts
@@ -17,7 +18,6 @@ def test_fill_reads_both_ways_of_marking_the_place():
 
 
 def test_defaults_agree_with_clip_benchmark():
-  datasets = pytest.importorskip("clip_benchmark.datasets")
   with open(f"{datasets.__path__[0]}/en_zeroshot_classification_templates.json") as file:
     theirs = {template.replace("{c}", "{}") for template in json.load(file)["imagenet1k"]}
   assert set(prompts.TEMPLATES) <= theirs

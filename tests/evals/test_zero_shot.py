@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from clip_benchmark.metrics import zeroshot_classification
+from sklearn.metrics import balanced_accuracy_score
 
 from diffdis_jax import evals
 from diffdis_jax.data import records
@@ -52,6 +55,31 @@ def test_accuracy_by_definition(use, fakes):
   expected = ensemble | {f"{name}_single_template": value for name, value in single.items()}
   assert metrics == pytest.approx(expected)
   assert 0.3 < metrics["acc1"] < metrics["acc5"] < 1 and metrics["acc1"] != metrics["acc1_single_template"]
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_accuracy_as_clip_benchmark_computes_it(use, fakes):
+  """From its logits, since its own count of the right ones does not run with a recent NumPy."""
+  inference = fakes.Inference(LABELS, noise=0.7)
+  metrics = make(use, fakes, seed=5).run(inference, {})
+
+  class Model:
+    def encode_image(self, images):
+      return torch.from_numpy(inference.embed_images({}, images.numpy(), seed=5))
+
+    def encode_text(self, tokens):
+      return torch.from_numpy(inference.embed_texts({}, tokens.numpy()))
+
+  shown = torch.from_numpy(np.stack([record["image"] for record in fakes.Source(LABELS).records]))
+  target = torch.tensor([NAMES.index(label) for label in LABELS])
+  tokenize = lambda texts: torch.from_numpy(Tokenizer(16)(texts))
+  for suffix, templates in (("", TEMPLATES), ("_single_template", TEMPLATES[:1])):
+    theirs = [template.replace("{}", "{c}") for template in templates]
+    classifier = zeroshot_classification.zero_shot_classifier(Model(), tokenize, NAMES, theirs, "cpu", amp=False)
+    logits, _ = zeroshot_classification.run_classification(Model(), classifier, [(shown, target)], "cpu", amp=False)
+    expected = {f"acc{k}": (logits.topk(k).indices == target[:, None]).any(dim=1).float().mean().item() for k in (1, 5)}
+    expected["mean_per_class_recall"] = balanced_accuracy_score(target, logits.argmax(dim=1))
+    assert {name: metrics[name + suffix] for name in expected} == pytest.approx(expected)
 
 
 def test_numbers_of_wordnet_are_no_class_names(use, fakes):
