@@ -1,0 +1,161 @@
+"""What the golden listings must hold by other reckoning: the code that they check has written them itself.
+
+Stable Diffusion's parts have as many parameters as diffusers' and transformers' own modules of the config's sizes,
+DiffDis' parts as many as their formula says, and weight decay spares what is no matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from ml_collections import ConfigDict
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffdis_jax.errors import read_section
+from diffdis_jax.interop import sections
+from diffdis_jax.training import optim
+from tests.test_configs import CASES, get_config, golden_file
+
+LINE = re.compile(r"(\S+) float32\[([\d,]*)\] (\w+) \(\S*\)")
+# As published for Stable Diffusion v1 with CLIP ViT-L/14's text tower.
+SD_V1 = {"unet": 859_520_964, "autoencoder": 83_653_863, "text_encoder": 123_060_480}
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+  shape: tuple[int, ...]
+  group: str
+
+
+@functools.cache
+def listed(name: str, arg: str) -> dict[str, Listed]:
+  """Parameter path -> what the golden listing says of it; nothing is built."""
+  lines = golden_file(name, "").read_text().splitlines()
+  if arg:
+    changes = golden_file(name, arg).read_text().splitlines()
+    removed = {line[2:] for line in changes if line.startswith("- ")}
+    lines = [line for line in lines if line not in removed] + [line[2:] for line in changes if line.startswith("+ ")]
+  found = {}
+  for line in lines:
+    path, shape, group = LINE.fullmatch(line).groups()
+    assert path not in found
+    found[path] = Listed(tuple(map(int, filter(None, shape.split(",")))), group)
+  return found
+
+
+def count(*modules: torch.nn.Module) -> int:
+  return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+@functools.cache
+def stable_diffusion(name: str, arg: str) -> dict[str, int]:
+  """Parameters of each part, and of the UNet's way up among them, by the libraries' modules; nothing is allocated."""
+  model = get_config(name, arg).model
+  autoencoder, text = model.autoencoder.to_dict(), model.text_encoder.to_dict()
+  unet = sections.write_unet(
+    model.unet.to_dict(), latent_channels=autoencoder["latent_channels"], context_width=text["width"], sample_size=32
+  )
+  vae = sections.write_vae(autoencoder, scaling_factor=1.0, sample_size=32)
+  channels = 3 * autoencoder["patch"] ** 2  # the patches' pixels
+  vae |= {"in_channels": channels, "out_channels": channels}
+  with torch.device("meta"):
+    theirs = UNet2DConditionModel.from_config(unet)
+    return {
+      "unet": count(theirs),
+      "up": count(theirs.up_blocks, theirs.conv_norm_out, theirs.conv_out),
+      "autoencoder": count(AutoencoderKL.from_config(vae)),
+      "text_encoder": count(CLIPTextModel(CLIPTextConfig(**sections.write_text(text)))),
+    }
+
+
+def linear(din: int, dout: int, *, bias: bool = True) -> int:
+  return din * dout + bias * dout
+
+
+def text_stream(model: ConfigDict) -> int:
+  """Embedder of t_e, and the text token's own part of each fused block (the paper's Figure 3)."""
+  d, unet = model.text_encoder.width, model.unet
+  total = linear(d, d) + linear(d, d)
+  fused = [w for w, attends in zip(unet.widths, unet.attention) if attends for _ in range(unet.depth)]
+  for c in [*fused, unet.widths[-1]] if model.fusion else ():
+    total += linear(d, c) + linear(c, d)
+    if model.modality_ffn:
+      total += 2 * c + linear(c, 8 * c) + linear(4 * c, c)
+    if not model.share_attention:
+      total += 3 * linear(c, c, bias=False) + linear(c, c)
+  return total
+
+
+def alignment(model: ConfigDict) -> int:
+  """In, transformer layers with an MLP of ratio 4, last norm, predictor."""
+  d, w = model.text_encoder.width, model.alignment.width
+  layer = 4 * linear(w, w) + linear(w, 4 * w) + linear(4 * w, w) + 2 * 2 * w
+  ends = linear(d, w) + linear(model.unet.widths[-1], w) + 2 * w + linear(w, d)
+  return ends + model.alignment.depth * layer
+
+
+@pytest.mark.parametrize("name, arg", CASES)
+def test_listings_hold_as_many_parameters_as_others_count(name, arg):
+  config = get_config(name, arg)
+  theirs = stable_diffusion(name, arg)
+  if name == "diffdis_cc3m" and arg != "runlocal":
+    assert SD_V1.items() <= theirs.items()
+  expected = {"autoencoder": theirs["autoencoder"] + 2 * config.model.autoencoder.latent_channels}  # shift and scale
+  if "reconstruction" not in config.objectives:
+    expected |= {"unet": theirs["unet"], "text_encoder": theirs["text_encoder"]}
+  if config.objectives == ("discrimination",):
+    expected["unet"] -= theirs["up"]
+  if "discrimination" in config.objectives:
+    expected |= {"text_stream": text_stream(config.model), "alignment": alignment(config.model), "logit_scale": 1}
+  found: dict[str, int] = {}
+  for path, each in listed(name, arg).items():
+    part = path.split(".")[0]
+    found[part] = found.get(part, 0) + math.prod(each.shape)
+  assert found == expected
+
+
+def decayed(name: str, arg: str, no_decay: str | None = None) -> set[str]:
+  """Paths that a step of the config's optimizer shrinks where the gradient is zero; with another `no_decay` if given."""
+  section = read_section(optim.Optim, get_config(name, arg).optim.to_dict(), "optim")
+  section = dataclasses.replace(section, warmup_steps=0, no_decay=no_decay or section.no_decay)
+  params = {path: np.ones((), np.float32) for path, each in listed(name, arg).items() if each.group != "frozen"}
+  optimizer = optim.build_optimizer(params, section, num_steps=2)
+  with jax.numpy_dtype_promotion("standard"):
+    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+  return {path for path, update in updates.items() if update < 0}
+
+
+def matrices(name: str, arg: str) -> set[str]:
+  """What is trained of products, convolutions and embeddings, by shape; positions are a bias by place, not a matrix."""
+  trained = {path: each for path, each in listed(name, arg).items() if each.group != "frozen"}
+  return {path for path, each in trained.items() if len(each.shape) > 1 and path != "text_encoder.positions"}
+
+
+# Those that between them hold every path that is trained.
+@pytest.mark.parametrize(
+  "name, arg",
+  [case for case in CASES if case[0] != "benchmark" and case[1] in ("", "autoencoder", "share_attention=False")],
+)
+def test_weight_decay_is_of_matrices_alone(name, arg):
+  assert decayed(name, arg) == matrices(name, arg) != set()
+
+
+def without_each_part(regex: str) -> Iterable[str]:
+  parts = regex.split("|")
+  assert not set("()[]") & set(regex), "else its parts are not between the bars"
+  return ("|".join(parts[:i] + parts[i + 1 :]) for i in range(len(parts)))
+
+
+def test_every_part_of_no_decay_spares_something():
+  """In a config that trains all parts, so that the test above fails without any of them."""
+  for regex in without_each_part(get_config("shapes").optim.no_decay):
+    assert decayed("shapes", "", regex) > matrices("shapes", ""), regex
