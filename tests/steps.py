@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -15,12 +17,14 @@ from diffdis_jax.data.build import open_loader, read_data
 from diffdis_jax.inference import Inference, read_sampling
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
+from diffdis_jax.params import Params
 from diffdis_jax.structs import Batch
 from diffdis_jax.train import latent_shapes
+from diffdis_jax.training import objectives
 from diffdis_jax.training.build import build_step
-from diffdis_jax.training.step import Metrics, TrainState
+from diffdis_jax.training.step import Metrics, TrainState, step_keys
 from tests import tiny
-from tests.models.networks import COMPILER_OPTIONS, random_params
+from tests.models.networks import COMPILER_OPTIONS, compiled, random_params
 
 BOS, EOS = 97, 98
 
@@ -103,6 +107,32 @@ class Trainer:
       state, now = self._train_step(state, self.place(batch))
       metrics.append(jax.device_get(now))
     return state, metrics
+
+
+def make_keys(microbatch: int = 0) -> dict[str, jax.Array]:
+  return step_keys(0, jnp.int32(0), jnp.int32(microbatch))
+
+
+class Loss:
+  """A config's loss as a function of (trained parameters, batch, keys), the others fixed; not compiled."""
+
+  def __init__(self, config: ConfigDict, *, trained: str = ""):
+    self.network = Network.of(config)
+    self.params = random_params(self.network.shapes, seed=0)
+    self.trained = {path: value for path, value in self.params.items() if re.search(trained, path)}
+    self._fixed = {path: value for path, value in self.params.items() if path not in self.trained}
+    section = objectives.Loss(**config.loss, sample_posterior=config.sample_posterior)
+    self._loss = objectives.loss_function(self.network, section)
+
+  def __call__(self, trained: Params, batch: Batch, keys: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+    # As it gets them in the compiled step.
+    trained, fixed, batch = jax.tree.map(jnp.asarray, (trained, self._fixed, batch))
+    loss, (metrics, _) = self._loss(trained, fixed, batch, keys)
+    return loss, metrics
+
+  def value_and_grad(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+    (loss, _), gradient = compiled(jax.value_and_grad(self, has_aux=True))(self.trained, batch, make_keys())
+    return float(loss), jax.device_get(gradient)
 
 
 def means(metrics: Metrics) -> dict[str, float]:
