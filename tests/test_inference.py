@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -195,6 +196,31 @@ def test_text_queries_have_unit_length_on_any_mesh(inference):
   on_eight = steps.make_inference(steps.make_config(), mesh=steps.make_mesh(2, 2, 2), batch_size=3)
   assert on_eight.batch_size == 8
   np.testing.assert_allclose(on_eight.embed_texts(params, BATCH.tokens[:11]), found[:11], atol=1e-5)
+
+
+@pytest.fixture
+def quick_compiler() -> Iterator[None]:
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
+def test_images_and_queries_are_those_of_one_device_on_any_mesh(inference, shape, quick_compiler):
+  """Eleven rows, which eight devices do not divide, and parameters that lie as training leaves them."""
+  on_eight = steps.make_inference(
+    steps.make_config(), mesh=steps.make_mesh(*shape), batch_size=8, generation_steps=3, generation_guidance=2.0
+  )
+  params = params_of(inference)
+  spread = jax.tree.map(lambda x, abstract: jax.device_put(x, abstract.sharding), params, on_eight.abstract_params())
+  assert not spread["unet.time.fc1.kernel"].sharding.is_fully_replicated
+  images, tokens, noise = BATCH.image[:11], BATCH.tokens[:11], inference.noise(11, seed=4)
+  queries = inference.embed_images(params, images, seed=4)
+  np.testing.assert_allclose(on_eight.embed_images(spread, images, seed=4), queries, atol=1e-5)
+  assert np.abs(queries[0] - queries[1:]).max(axis=1).min() > 1e-3
+  drawn = inference.generate(params, tokens, noise)
+  assert np.abs(on_eight.generate(spread, tokens, noise).astype(int) - drawn.astype(int)).max() <= 1
+  assert np.abs(drawn[0].astype(int) - drawn[1:].astype(int)).max(axis=(1, 2, 3)).min() > 1
 
 
 def test_reconstruction_is_by_the_mode_and_pads(inference):

@@ -124,7 +124,7 @@ def test_listings_hold_as_many_parameters_as_others_count(name, arg):
 
 
 def decayed(name: str, arg: str, no_decay: str | None = None) -> set[str]:
-  """Paths that a step of the config's optimizer shrinks where the gradient is zero; with another `no_decay` if given."""
+  """Paths that a step of the config's optimizer shrinks where the gradient is zero; by `no_decay` if it is given."""
   section = read_section(optim.Optim, get_config(name, arg).optim.to_dict(), "optim")
   section = dataclasses.replace(section, warmup_steps=0, no_decay=no_decay or section.no_decay)
   params = {path: np.ones((), np.float32) for path, each in listed(name, arg).items() if each.group != "frozen"}

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import shutil
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diffdis_jax import evals, inference, train
+from diffdis_jax import evals, evaluate, inference, train
 from diffdis_jax.data import shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
@@ -102,17 +103,83 @@ def test_the_run_is_evaluated_and_generates_through_the_command_line(joint_run, 
   assert first.shape == second.shape == (16, 16, 3) and (first != second).any()
 
 
-def test_an_evaluation_is_added_on_the_command_line(environment, tmp_path):
-  data = {"name": "shapes", "split": "test", "num_images": 32}
-  sections = [{"name": name, "task": task, "data": data} for name, task in (("a", "zero_shot"), ("b", "retrieval"))]
-  sections[0]["label_field"] = "colour"
-  flags = ["--config.objectives=('discrimination',)", "--config.num_steps=2", f"--workdir={tmp_path / 'run'}"]
-  flags += [f"--eval={json.dumps(section)}" for section in sections]
+WATCHED, BEST = 6, "b/text_retrieval_recall@10"  # steps of watched_run, and the metric by which it keeps one of them
+
+
+@pytest.fixture(scope="module")
+def watched_run(tmp_path_factory, environment) -> str:
+  """Workdir of a run that is evaluated and saved at every step, and keeps the best step and the last.
+
+  Its rate is so high that parameters and their averages differ, and that it tells images apart worse than at first.
+  """
+  run = str(tmp_path_factory.mktemp("watched"))
+  data = {"name": "shapes", "split": "test", "num_images": 64}
+  added = [{"name": name, "task": task, "data": data} for name, task in (("a", "zero_shot"), ("b", "retrieval"))]
+  added[0]["label_field"] = "colour"
+  fields = {"objectives": ("discrimination",), "num_steps": WATCHED, "eval_every": 1, "save_every": 1}
+  fields |= {"train_evals": ("test",), "optim.warmup_steps": 0, "optim.rates.new": 0.02}
+  fields |= {"checkpoint.keep_last": 1, "checkpoint.keep_best": 1, "checkpoint.best_metric": BEST}
+  flags = [f"--workdir={run}", *(f"--config.{name}={value}" for name, value in fields.items())]
+  flags += [f"--eval={json.dumps(section)}" for section in added]
   done = call("train", environment, "--config=tests/tiny.py", *flags)
   assert done.returncode == 0, done.stderr
-  measured = {name for line in lines_of(str(tmp_path / "run")) for name in line}
-  assert {"a/acc1", "b/image_retrieval_recall@1"} <= measured
-  assert json.loads((tmp_path / "run" / "config.json").read_text())["evals"]["a"]["data"]["image_size"] == 16
+  return run
+
+
+@pytest.fixture(scope="module")
+def recorded(watched_run) -> dict[int, dict[str, float]]:
+  """What metrics.jsonl has of evaluations, by step."""
+  found: dict[int, dict[str, float]] = {}
+  for line in lines_of(watched_run):
+    values = {name: value for name, value in line.items() if "/" in name}
+    found[line["step"]] = found.get(line["step"], {}) | values
+  return found
+
+
+@pytest.fixture
+def quick_compiler() -> Iterator[None]:
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_a_run_is_evaluated_as_evaluate_does_it_with_averaged_parameters(
+  watched_run, recorded, quick_compiler, monkeypatch
+):
+  config = json.loads((pathlib.Path(watched_run) / "config.json").read_text())
+  assert config["evals"]["a"]["data"]["image_size"] == 16
+  assert sorted(recorded) == list(range(1, WATCHED + 1))
+  for values in recorded.values():
+    assert {name.split("/")[0] for name in values} == {"test", "a", "b"}
+    assert {"test/acc1", "a/mean_per_class_recall", "a/acc5", "b/image_retrieval_recall@1"} <= values.keys()
+
+  # The second time with the programs of the first, and parameters of its own.
+  models, load = [], inference.load
+
+  def load_once(*args, **how):
+    model, params = load(*args, **how)
+    models.append(model)
+    return models[0], params
+
+  monkeypatch.setattr(inference, "load", load_once)
+  sections = [(name, config["evals"][name]) for name in ("test", "a", "b")]
+  averaged, raw = (evaluate.evaluate(watched_run, sections, step=WATCHED, ema=ema) for ema in (True, False))
+  named = lambda results: {
+    f"{name}/{metric}": value
+    for sets in results.values()
+    for name, record in sets.items()
+    for metric, value in record["metrics"].items()
+  }
+  assert named(averaged) == pytest.approx(recorded[WATCHED])
+  assert named(raw) != pytest.approx(recorded[WATCHED])
+
+
+def test_the_step_of_the_best_recorded_metric_is_kept(watched_run, recorded):
+  by_step = {step: values[BEST] for step, values in recorded.items()}
+  best = max(by_step, key=by_step.get)
+  assert best < WATCHED and by_step.pop(best) > max(by_step.values()), "else other rules would keep it too"
+  kept = [int(path.name) for path in (pathlib.Path(watched_run) / "checkpoints").iterdir() if path.name.isdigit()]
+  assert sorted(kept) == [best, WATCHED]
 
 
 @pytest.mark.parametrize(

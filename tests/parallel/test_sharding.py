@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,38 +29,80 @@ IN_CI = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
 STEPS = 5
 
 
-def losses(trainer: steps.Trainer) -> np.ndarray:
-  """Loss, its two parts and the norm of the gradient at each of five steps on different batches."""
-  batches = [steps.make_batch(trainer.config, seed) for seed in range(STEPS)]
-  _, metrics = trainer.run(trainer.initial(), *batches)
-  names = ("loss", "loss_generation", "loss_discrimination", "grad_norm")
-  return np.array([[steps.means(now)[name] for name in names] for now in metrics])
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """Of five steps on different batches: the loss, its two parts, the gradient's norm, and the first step's gradient."""
+
+  losses: np.ndarray
+  norms: np.ndarray
+  gradient: dict[str, np.ndarray]
 
 
-def losses_on(*shapes: tuple[int, int, int], **changes) -> list[np.ndarray]:
-  """`losses` on each mesh. Two compile at a time; one runs at a time, since all use the same devices."""
-  config = steps.make_config(**changes)
+def measure(trainer: steps.Trainer) -> Measured:
+  first, *rest = (steps.make_batch(trainer.config, seed) for seed in range(STEPS))
+  state, metrics = trainer.run(trainer.initial(), first)
+  gradient = first_gradient(state.opt_state, trainer)
+  _, more = trainer.run(state, *rest)
+  names = ["grad_norm", "loss", *(f"loss_{objective}" for objective in trainer.config.objectives)]
+  values = np.array([[steps.means(now)[name] for name in names] for now in metrics + more])
+  return Measured(values[:, 1:], values[:, 0], gradient)
+
+
+def first_gradient(opt_state: Any, trainer: steps.Trainer) -> dict[str, np.ndarray]:
+  """Adam's first moment after one step is 1 - b1 of the gradient, where that is not clipped."""
+  assert not trainer.config.optim.clip_norm
+  found = {}
+  for path, x in jax.tree.leaves_with_path(opt_state):
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in trainer.params]
+    if names and jax.tree_util.GetAttrKey("mu") in path:
+      found[names[-1]] = np.asarray(x) / (1 - trainer.config.optim.b1)
+  assert found.keys() == set(trainer.step.trainable)
+  return found
+
+
+def measure_on(*shapes: tuple[int, int, int], objectives: tuple[str, ...] = (), **changes: Any) -> list[Measured]:
+  """`measure` on each mesh. Two compile at a time; one runs at a time, since all use the same devices."""
+  config = steps.make_config(*objectives, **{"optim.clip_norm": 0.0}, **changes)
   with ThreadPoolExecutor(2) as pool:
     trainers = list(pool.map(lambda shape: steps.Trainer(config, steps.make_mesh(*shape)), shapes))
-  return [losses(trainer) for trainer in trainers]
+  return [measure(trainer) for trainer in trainers]
+
+
+def assert_same(found: Measured, expected: Measured, name: str) -> None:
+  np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5, err_msg=name)
+  np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-3, err_msg=name)
+  largest = max(np.linalg.norm(value) for value in expected.gradient.values())
+  for path, value in expected.gradient.items():
+    # Beside the largest, since a key's bias has no gradient but what rounding leaves.
+    error = np.linalg.norm(found.gradient[path] - value) / (np.linalg.norm(value) + 1e-5 * largest)
+    assert error < 1e-3, f"{name}: {path}: {error:.1e}"
 
 
 def test_five_joint_steps_on_eight_devices_equal_those_on_one():
   # Attention in the middle alone: the compiler's time is what this test costs.
-  expected, *found = losses_on((1, 1, 1), *IN_CI, **{"model.unet.attention": (False,)})
-  assert len(set(expected[:, 0])) == STEPS
-  for shape, values in zip(IN_CI, found, strict=True):
-    np.testing.assert_allclose(values[:, :3], expected[:, :3], rtol=1e-5, err_msg=str(shape))
-    np.testing.assert_allclose(values[:, 3], expected[:, 3], rtol=1e-3, err_msg=str(shape))
+  expected, *found = measure_on((1, 1, 1), *IN_CI, **{"model.unet.attention": (False,)})
+  assert len(set(expected.losses[:, 0])) == STEPS
+  for shape, each in zip(IN_CI, found, strict=True):
+    assert_same(each, expected, str(shape))
+
+
+def test_attention_at_several_levels_on_eight_devices_equals_that_on_one():
+  """Losses and gradients of discrimination, whose text token joins the image's at two levels and in the middle."""
+  shapes = [(2, 2, 2), (1, 1, 8)]
+  changes = {"model.unet.widths": (8, 16), "model.unet.attention": (True, True)}
+  expected, *found = measure_on((1, 1, 1), *shapes, objectives=("discrimination",), **changes)
+  assert {f"text_stream.blocks.{i}.fc_in.kernel" for i in range(3)} <= expected.gradient.keys()
+  for shape, each in zip(shapes, found, strict=True):
+    assert_same(each, expected, str(shape))
 
 
 @pytest.mark.slow
 def test_every_mesh_shape_with_two_levels_and_accumulation():
   changes = {"model.unet.widths": (8, 16), "model.unet.attention": (True, True), "image_size": 32}
   changes |= {"optim.accumulate": 2}
-  expected, *found = losses_on((1, 1, 1), *SHAPES, **changes)
-  for shape, values in zip(SHAPES, found, strict=True):
-    np.testing.assert_allclose(values[:, :3], expected[:, :3], rtol=1e-5, err_msg=str(shape))
+  expected, *found = measure_on((1, 1, 1), *SHAPES, **changes)
+  for shape, each in zip(SHAPES, found, strict=True):
+    assert_same(each, expected, str(shape))
 
 
 def test_a_residual_on_a_mesh_with_three_axes():

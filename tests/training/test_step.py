@@ -280,14 +280,15 @@ def test_rematerialisation_changes_no_gradient():
 
 
 def test_bf16_compute_keeps_f32_parameters_and_is_close():
-  """Gradients of every part point where f32's do.
+  """The gradient of every part points where f32's does.
 
-  bf16 rounds to 2^-9 of a value. A gradient that so many roundings pass that it is off by a share r has a cosine of
-  1 - r²/2 with the exact one.
+  One that is off by a share r has a cosine of 1 - r²/2. bf16 rounds to 2^-9, and some hundred roundings in a row are
+  off by a few per cent: 1 to 5 % were measured. Twice that is allowed.
   """
+  changes = {"model.unet.attention": (False,)}  # in the middle alone: the compiler's time is what this test costs
   batch = steps.make_batch(steps.make_config())
   in_f32, in_bf16 = (
-    steps.Loss(steps.make_config(**{"model.dtype": dtype}), trained="^(?!autoencoder)")
+    steps.Loss(steps.make_config(**changes, **{"model.dtype": dtype}), trained="^(?!autoencoder)")
     for dtype in ("float32", "bfloat16")
   )
   assert {x.dtype for x in in_bf16.params.values()} == {np.dtype(np.float32)}
@@ -297,17 +298,14 @@ def test_bf16_compute_keeps_f32_parameters_and_is_close():
   for name, x in gradient.items():
     assert x.dtype == np.float32 and np.isfinite(x).all() and x.any(), name
 
-  def joined(gradient: dict[str, np.ndarray], part: str) -> np.ndarray:
-    return np.concatenate([x.ravel() for name, x in sorted(gradient.items()) if name.startswith(part)])
-
   parts = {".".join(name.split(".")[: 2 if name.startswith(("unet", "text_stream")) else 1]) for name in exact}
-  cosines = {}
-  for part in sorted(parts):
-    a, b = joined(exact, part), joined(gradient, part)
-    cosines[part] = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+  assert {"alignment", "text_encoder", "text_stream.blocks", "unet.down", "unet.middle", "unet.up"} < parts
+  for part in parts:
+    names = [name for name in exact if name.startswith(part)]
+    a, b = (np.concatenate([each[name].ravel() for name in names]) for each in (exact, gradient))
+    print(part, a @ b / np.linalg.norm(a) / np.linalg.norm(b), np.linalg.norm(b) / np.linalg.norm(a))
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.995, part
     assert abs(np.linalg.norm(b) / np.linalg.norm(a) - 1) < 0.05, part
-  print(cosines)
-  assert min(cosines.values()) > 0.99, cosines
 
 
 @pytest.mark.parametrize(
