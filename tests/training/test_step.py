@@ -303,7 +303,6 @@ def test_bf16_compute_keeps_f32_parameters_and_is_close():
   for part in parts:
     names = [name for name in exact if name.startswith(part)]
     a, b = (np.concatenate([each[name].ravel() for name in names]) for each in (exact, gradient))
-    print(part, a @ b / np.linalg.norm(a) / np.linalg.norm(b), np.linalg.norm(b) / np.linalg.norm(a))
     assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.995, part
     assert abs(np.linalg.norm(b) / np.linalg.norm(a) - 1) < 0.05, part
 
