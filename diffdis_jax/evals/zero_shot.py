@@ -106,7 +106,7 @@ class ZeroShot:
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """acc1, acc5 and the mean and the lowest class's recall with all templates averaged; the same of the first alone."""
+    """acc1, acc5, the mean and the lowest recall of a class: of all templates averaged, and of the first alone."""
     order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
     images = base.embed_images(inference, params, self._source, order, seed=self._seed)
     by_template = self._embed_classes(inference, params)
