@@ -33,6 +33,7 @@ NAMES = sorted(path.stem for path in pathlib.Path(configs.__path__[0]).glob("*.p
 # Arguments that change parameters, groups or partitions, for each config beside its default.
 ARGS = {
   "benchmark": (),
+  "clip_cc3m": ("model=vit_l14", "runlocal"),
   "diffdis_cc3m": (
     "objectives=generation",
     "objectives=discrimination",
@@ -41,7 +42,7 @@ ARGS = {
     "modality_ffn=False",
     "runlocal",
   ),
-  "emoji": ("autoencoder",),
+  "emoji": ("autoencoder", "objectives=contrastive"),
   "shapes": ("autoencoder",),
 }
 CASES = [(name, arg) for name in NAMES for arg in ("", *ARGS.get(name, ()))]

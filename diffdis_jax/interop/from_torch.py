@@ -205,7 +205,7 @@ def _canonical(part: str, name: str) -> str:
 def _open_single_file(path: pathlib.Path) -> Source:
   tensors = tensor_files.open_file(path)
   has = lambda prefix: any(name.startswith(prefix) for name in tensors)
-  if openclip.MARK in tensors:
+  if openclip.is_state_dict(tensors):
     return _open_openclip(tensors, path.parent / "open_clip_config.json")
   if has("conditioner."):
     raise UserError(f"{path} is a Stable Diffusion XL checkpoint (it has conditioner.*); {V1}")
@@ -239,21 +239,29 @@ def _open_clip_model(folder: pathlib.Path) -> Source:
   projection = config.get("projection_dim", 512)
   text = sections.read_text(config.get("text_config") or {}, where)
   vision = sections.read_vision(config.get("vision_config") or {}, where)
-  return _clip(tensor_files.open_folder(folder), text | {"projection": projection}, vision | {"projection": projection})
+  tensors = tensor_files.open_folder(folder)
+  if openclip.MARK in tensors:  # whose files may lie beside transformers' config
+    tensors = openclip.convert(tensors)
+  return _clip(tensors, text | {"projection": projection}, vision | {"projection": projection})
 
 
 def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
-  tensors, where = openclip.convert(tensors), "open_clip checkpoint"
-  said = read_json(config).get("model_cfg", {}) if config.exists() else {}
-  activation = {"activation": "quick_gelu" if said.get("quick_gelu") else "gelu"}
-  if not said:
+  where, said = "open_clip checkpoint", {}
+  if config.exists():
+    where, said = str(config), read_json(config).get("model_cfg")
+    openclip.check_config(said, where)  # before the tensors, which say less of a tower than its name does
+  else:
     logging.warning(
       "no %s, so the activation is gelu, open_clip's default; OpenAI's weights need one with"
       ' {"model_cfg": {"quick_gelu": true}}',
       config,
     )
-  vision = shapes.vision(tensors, where) | activation
-  return _clip(tensors, shapes.text(tensors, where) | activation | {"projection": vision["projection"]}, vision)
+  openclip.check_towers(tensors, where)
+  tensors = openclip.convert(tensors)
+  vision = shapes.vision(tensors, where)
+  text = shapes.text(tensors, where) | {"projection": vision["projection"]}
+  model = openclip.read_config(said, {"text_encoder": text, "vision_encoder": vision}, where)
+  return _clip(tensors, model["text_encoder"], model["vision_encoder"])
 
 
 def _clip(tensors: Tensors, text: dict[str, Any], vision: dict[str, Any]) -> Source:
