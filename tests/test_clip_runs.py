@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import open_clip
@@ -13,9 +14,11 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
+from configs import clip_cc3m
 from diffdis_jax import evaluate, export_weights, generate, import_weights, inference
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from diffdis_jax.models.build import Network
 from diffdis_jax.models.clip import normalise
 from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
@@ -25,6 +28,7 @@ from tests import steps, tiny_clip
 from tests.command_runs import call
 from tests.models.from_torch import nchw
 from tests.models.networks import relative_error
+from tests.untrained import State
 
 pytest_plugins = ("command_runs",)
 
@@ -173,3 +177,31 @@ def test_a_wrong_tower_ends_the_command_in_one_line(tmp_path, environment):
   done = call("train", environment, *flags)
   assert done.returncode == 2 and not (tmp_path / "run").exists()
   assert "error: model.text_encoder.projection is 12 and vision_encoder.projection 16" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_b32", "vit_l14"])
+def test_a_released_size_leaves_for_both_libraries_and_comes_back(tmp_path, name):
+  config = clip_cc3m.get_config(f"model={name}")
+  config.model.dtype = "float32"
+  run, out, back = (str(tmp_path / name) for name in ("run", "out", "back"))
+  workdir.open_for_training(run, config.to_dict())
+  params = jax.jit(Network.of(config).initialise)(jax.random.key(0))
+  with checkpoint.Checkpointer(run) as checkpointer:
+    checkpointer.save(1, State(params, {}, {}))
+  export_weights.export_weights(run, out)
+  import_weights.import_weights(f"{out}/open_clip_model.safetensors", back)
+  loaded = saved(back)
+  for path, value in params.items():
+    np.testing.assert_array_equal(loaded[path], value, err_msg=path)
+  model, params = inference.load(back, batch_size=8)
+  images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
+  tokens = Tokenizer(77)(PROMPTS[:2])
+  pixels, ids = nchw(np.asarray(normalise(jnp.asarray(images)))), torch.tensor(tokens).long()
+  with torch.no_grad():
+    theirs = CLIPModel.from_pretrained(out).eval()(input_ids=ids, pixel_values=pixels)
+    other = open_clip.create_model(f"local-dir:{out}").eval()
+    others = other.encode_image(pixels, normalize=True), other.encode_text(ids, normalize=True)
+  for image, text in ((theirs.image_embeds, theirs.text_embeds), others):
+    assert relative_error(model.embed_images(params, images, seed=0), image) < 1e-4
+    assert relative_error(model.embed_texts(params, tokens), text) < 1e-4

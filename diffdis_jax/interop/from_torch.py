@@ -246,7 +246,8 @@ def _open_clip_model(folder: pathlib.Path) -> Source:
 
 
 def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
-  where, said = "open_clip checkpoint", {}
+  where = "open_clip checkpoint"
+  said: Any = {}
   if config.exists():
     where, said = str(config), read_json(config).get("model_cfg")
     openclip.check_config(said, where)  # before the tensors, which say less of a tower than its name does
