@@ -31,7 +31,17 @@ SETTINGS = {  # of an evaluation, that a flag of the same name may set
   "retrieval": ("seed", "num_images", "shuffle_labels", "caption_field"),
   "agreement": ("seed",),
 }
-PROTOCOL = ("steps", "draws", "guidance", "unit_query", "generation_steps", "generation_guidance", "batch_size")
+# As inference.load takes them.
+PROTOCOL = (
+  "steps",
+  "draws",
+  "guidance",
+  "unit_query",
+  "generation_steps",
+  "generation_guidance",
+  "batch_size",
+  "image_size",
+)
 
 
 def define_flags() -> None:
@@ -58,6 +68,7 @@ def define_flags() -> None:
   flags.DEFINE_boolean("unit_query", None, "of several steps, normalise each step's query before it is fed back")
   flags.DEFINE_integer("generation_steps", None, "sampling steps of images", lower_bound=1, upper_bound=1000)
   flags.DEFINE_float("generation_guidance", None, "guidance scale of images; 1 is none")
+  flags.DEFINE_integer("image_size", None, "side of the images, pixels; by default the run's", lower_bound=1)
   flags.DEFINE_integer("batch_size", None, "rows a compiled call", lower_bound=1)
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("best", False, "the checkpoint with the best checkpoint.best_metric of the run")
@@ -121,7 +132,7 @@ def evaluate(
       pretrained=run,
       task=evaluation.task,
       metrics=metrics,
-      protocol={**evaluation.protocol(model), "checkpoint": step, "ema": ema},
+      protocol={**evaluation.protocol(model), "image_size": model.image_size, "checkpoint": step, "ema": ema},
     )
   return results
 

@@ -105,9 +105,10 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
 
     loop = Loop(pace, data, trainer, iterator, watch, checkpointer, writer, stop)
     loop.run(state, meta)
-    checkpointer.wait()
-    if best := checkpoint.best(path, kept):
-      logging.info("best %s %.4f at step %d: evaluate --best measures it", kept.best_metric, best.value, best.step)
+    if kept.best_metric:
+      checkpointer.wait()  # for the last save
+      if best := checkpoint.best(path, kept):
+        logging.info("best %s %.4f at step %d: evaluate --best measures it", kept.best_metric, best.value, best.step)
 
 
 @dataclasses.dataclass(frozen=True)
