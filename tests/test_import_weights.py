@@ -285,12 +285,15 @@ OWN = "open_clip's own vision transformer and text transformer are supported, su
 @pytest.mark.parametrize(
   "said, message",
   [
-    ({"vision_cfg": {"timm_model_name": "convnext_base"}}, "vision_cfg: timm_model_name is 'convnext_base'"),
-    ({"text_cfg": {"hf_model_name": "roberta-base"}}, "text_cfg: hf_model_name is 'roberta-base'"),
-    ({"custom_text": True}, "model_cfg: custom_text is True"),
-    ({"vision_cfg": {"pool_type": "avg"}}, "vision_cfg: pool_type is 'avg'"),
-    ({"vision_cfg": {"layers": [3, 4, 6, 3]}}, "vision_cfg: layers is .3, 4, 6, 3., and should be a number"),
-    ({"vision_cfg": "ViT"}, "vision_cfg is 'ViT'; it should be an object"),
+    ({"model_cfg": {"vision_cfg": {"timm_model_name": "convnext_base"}}}, "timm_model_name is 'convnext_base'"),
+    ({"model_cfg": {"text_cfg": {"hf_model_name": "roberta-base"}}}, "text_cfg: hf_model_name is 'roberta-base'"),
+    ({"model_cfg": {"custom_text": True}}, f"model_cfg: custom_text is True, which is not supported; {OWN}"),
+    ({"model_cfg": {"vision_cfg": {"pool_type": "avg"}}}, "vision_cfg: pool_type is 'avg'"),
+    ({"model_cfg": {"vision_cfg": {"layers": [3, 4, 6, 3]}}}, "layers is .3, 4, 6, 3., and should be a number"),
+    ({"model_cfg": {"vision_cfg": {"mlp_ratio": "4"}}}, "vision_cfg: mlp_ratio is '4'; it must be above 0"),
+    ({"model_cfg": {"vision_cfg": "ViT"}}, "vision_cfg is 'ViT'; it should be an object"),
+    ({"model_cfg": None}, "model_cfg is None; it should be an object"),
+    ({"preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}, "mean is .0.5, 0.5, 0.5.; only OpenAI's"),
   ],
 )
 def test_towers_of_open_clip_that_are_not_supported(tmp_path, said, message):
@@ -298,7 +301,7 @@ def test_towers_of_open_clip_that_are_not_supported(tmp_path, said, message):
   source.mkdir()
   theirs = OpenClip(16, CLIPVisionCfg(layers=1, width=64, patch_size=8, image_size=32), CLIPTextCfg(layers=1, width=64))
   save_torch(theirs.state_dict(), source / "open_clip_model.safetensors")
-  (source / "open_clip_config.json").write_text(json.dumps({"model_cfg": said}))
+  (source / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}} | said))
   refused(source, tmp_path / "run", message)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.interop.tensor_files import Tensor, Tensors
 
 MARK = "visual.conv1.weight"
@@ -160,6 +160,7 @@ def read_config(config: Mapping[str, Any], found: Mapping[str, Any], where: str)
     tower, here = config.get(name, {}), f"{where}: {name}"
     section = found[part] | {ours: _number(tower, theirs, found[part][ours], here) for ours, theirs in fields}
     if "mlp_ratio" in tower:
+      check_number(f"{here}: mlp_ratio", tower["mlp_ratio"], above=0.0)
       section["mlp_width"] = int(section["width"] * tower["mlp_ratio"])
     if "head_width" in tower:
       section["num_heads"] = section["width"] // _number(tower, "head_width", 64, here)
