@@ -15,6 +15,9 @@ import tests.typechecking  # noqa: F401
 # Before any module of the package is imported: shapes, dtypes and types of all its functions are then checked at calls.
 jaxtyping.install_import_hook("diffdis_jax", "tests.typechecking.check")
 
+# The files of fixtures, which test files name as plugins, before one of them is imported.
+pytest.register_assert_rewrite("tests.command_runs", "tests.pipelines", "tests.untrained")
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

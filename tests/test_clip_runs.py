@@ -30,7 +30,7 @@ from tests.models.from_torch import nchw
 from tests.models.networks import relative_error
 from tests.untrained import State
 
-pytest_plugins = ("command_runs",)
+pytest_plugins = ("tests.command_runs",)
 
 PROMPTS = ["a red star", "a blue ring", "a very long caption of a green cross, cut before it ends"]
 SHAPES = {"name": "shapes", "split": "test", "image_size": 16, "seed": 1, "num_images": 64}

@@ -34,7 +34,7 @@ from tests.models import networks
 from tests.models.from_torch import nchw, randomise
 from tests.steps import make_mesh, open_batches
 
-pytest_plugins = ("command_runs", "pipelines")
+pytest_plugins = ("tests.command_runs", "tests.pipelines")
 
 STEPS = 3
 CLIP_SIZES = dict(image_size=32, patch_size=8)

@@ -18,7 +18,7 @@ from diffdis_jax.models.build import Network
 from tests import steps, tiny_clip
 from tests.command_runs import call
 
-pytest_plugins = ("command_runs",)
+pytest_plugins = ("tests.command_runs",)
 
 CONFIG = "--config=tests/tiny.py"
 
