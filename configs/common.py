@@ -8,7 +8,9 @@ from ml_collections import ConfigDict
 
 from diffdis_jax.run.config import base
 
-__all__ = ["base", "parse_arg"]
+__all__ = ["CC3M_PAIRS", "base", "evaluations", "parse_arg"]
+
+CC3M_PAIRS = 2_905_954  # that the paper counts; links expire, and prepare_data says how many there were
 
 
 def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDict:
@@ -43,3 +45,25 @@ def _read(key: str, text: str, kind: type) -> Any:
   except ValueError:
     pass
   raise ValueError(f"argument {key}={text} should be of type {kind.__name__}")
+
+
+def evaluations(args: ConfigDict, image_size: int) -> ConfigDict:
+  """Of the sets that the arguments imagenet, coco and flickr name: zero-shot classification, and retrieval on
+  Karpathy's test splits."""
+  data = lambda path, split: dict(name="pairs", path=path, split=split, image_size=image_size)
+  sets = ConfigDict()
+  if args.imagenet_names and not args.imagenet:
+    raise ValueError("imagenet_names has no effect without imagenet=DIR")
+  if args.imagenet:
+    sets.imagenet = dict(
+      task="zero_shot",
+      data=data(args.imagenet, "val"),
+      classnames=args.imagenet_names,
+      label_field="label" if args.imagenet_names else "caption",
+      # Of 50,000, the same ones each time, since training waits. After it, evaluate --num_images=50000 takes all.
+      num_images=5000,
+    )
+  for name in ("coco", "flickr"):
+    if args[name]:
+      sets[name] = dict(task="retrieval", data=data(args[name], "test"))
+  return sets

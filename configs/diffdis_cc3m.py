@@ -56,7 +56,6 @@ PROMPTS = (
   "A crowded street market with fruit stalls",
   "An owl sitting on a branch in the moonlight",
 )
-CC3M_PAIRS = 2_905_954
 BATCH = 1024
 EPOCHS = 6
 
@@ -95,7 +94,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.discrimination_augment.update(crop="random_resized", randaugment_operations=2)
   config.data.loader.update(num_threads=16, prefetch=16)
   config.batch_size = BATCH
-  config.num_steps = EPOCHS * CC3M_PAIRS // BATCH
+  config.num_steps = EPOCHS * common.CC3M_PAIRS // BATCH
   config.model.remat = "full"
   config.optim.update(
     groups=(("^autoencoder|^text_encoder", "frozen"), ("^unet", "pretrained"), (".*", "new")),
@@ -111,32 +110,11 @@ def get_config(arg: str = "") -> ConfigDict:
     raise ValueError("runlocal has a small network and encodes images itself; leave out latents, or give path=")
   if args.runlocal:
     run_local(config, args.path)
-  config.evals = evaluations(args, config.image_size)
+  config.evals = common.evaluations(args, config.image_size)
   config.train_evals = tuple(config.evals)
   if config.evals and args.objectives == "generation":
     raise ValueError("imagenet, coco and flickr measure discrimination; leave them out with objectives=generation")
   return config
-
-
-def evaluations(args: ConfigDict, image_size: int) -> ConfigDict:
-  """Of the sets that the arguments name: zero-shot classification, and retrieval on Karpathy's test splits."""
-  data = lambda path, split: dict(name="pairs", path=path, split=split, image_size=image_size)
-  sets = ConfigDict()
-  if args.imagenet_names and not args.imagenet:
-    raise ValueError("imagenet_names has no effect without imagenet=DIR")
-  if args.imagenet:
-    sets.imagenet = dict(
-      task="zero_shot",
-      data=data(args.imagenet, "val"),
-      classnames=args.imagenet_names,
-      label_field="label" if args.imagenet_names else "caption",
-      # Of 50,000, the same ones each time, since training waits. After it, evaluate --num_images=50000 takes all.
-      num_images=5000,
-    )
-  for name in ("coco", "flickr"):
-    if args[name]:
-      sets[name] = dict(task="retrieval", data=data(args[name], "test"))
-  return sets
 
 
 def run_local(config: ConfigDict, path: str) -> None:

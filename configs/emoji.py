@@ -7,6 +7,12 @@
       --config.init_from=runs/emoji/autoencoder
   python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --tasks=zero_shot,retrieval --out=emoji.json
 
+For comparison, discrimination alone, and a CLIP on the same pairs with the same text tower, images, batch and number of
+samples; CLIP needs no autoencoder:
+
+  ... --config=configs/emoji.py:objectives=discrimination,path=data/emoji --config.init_from=runs/emoji/autoencoder
+  ... --config=configs/emoji.py:objectives=contrastive,path=data/emoji
+
 Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, concepts not in train. Records have a
 field `concept`. On a GPU: --config.batch_size=512 --config.model.dtype=bfloat16 and more steps.
 """
@@ -14,7 +20,7 @@ field `concept`. On a GPU: --config.batch_size=512 --config.model.dtype=bfloat16
 from ml_collections import ConfigDict
 
 from configs import common
-from diffdis_jax.models.sizes import medium
+from diffdis_jax.models.sizes import clip_medium, medium
 
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
 PROMPTS = tuple(
@@ -30,7 +36,9 @@ PROMPTS = tuple(
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  args = common.parse_arg(arg, autoencoder=False, path="")
+  args = common.parse_arg(arg, autoencoder=False, objectives="both", path="")
+  if args.objectives not in ("both", "discrimination", "contrastive"):
+    raise ValueError(f"argument objectives={args.objectives} should be both, discrimination or contrastive")
   config = common.base(medium(), image_size=32)
   config.model.query_init = 0.0  # a shorter plateau at the start
   config.data.update(name="pairs", path=args.path, max_length=24)
@@ -77,4 +85,25 @@ def get_config(arg: str = "") -> ConfigDict:
   config.train_evals = ("val_vendor", "val_concepts")
   config.sample_prompts = PROMPTS
   config.inference.update(draws=4, generation_steps=50, generation_guidance=3.0)
+  if args.objectives == "contrastive":
+    to_clip(config)
+  elif args.objectives != "both":
+    config.objectives = (args.objectives,)
   return config
+
+
+def to_clip(config: ConfigDict) -> None:
+  """Makes it a CLIP. Its text tower has one layer more, CLIP's projection, and trains as it does beside the UNet."""
+  config.objectives = ("contrastive",)
+  config.model = clip_medium()
+  config.optim.update(
+    groups=(
+      ("^text_encoder.tokens", "frozen"),
+      ("^text_encoder", "text"),
+      ("^logit_scale", "temperature"),
+      (".*", "new"),
+    ),
+    rates=dict(text=7e-4, new=1.2e-3, temperature=5e-3),
+    no_decay=r"bias$|norm|positions|class_token|logit_scale",
+  )
+  config.sample_prompts = ()

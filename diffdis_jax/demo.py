@@ -1,6 +1,6 @@
 """The main job end to end on rendered shapes, with no download: autoencoder, DiffDis, evaluation, generation.
 
-  python -m diffdis_jax.demo --out=runs/demo
+  python -m diffdis_jax.demo --out=runs/demo [--seed=1]
 
 Leaves results.json and grid.png in the folder; run again, it goes on from where it was stopped, and then does not say
 how many seconds it took.
@@ -39,8 +39,9 @@ def main(argv: Sequence[str]) -> None:
   run = str(out / "diffdis")
   resumed = (out / "autoencoder").exists()
 
-  train.train_and_evaluate(configs.get_config("autoencoder"), str(out / "autoencoder"))
-  config = configs.get_config()
+  autoencoder, config = configs.get_config("autoencoder"), configs.get_config()
+  autoencoder.seed = config.seed = FLAGS.seed
+  train.train_and_evaluate(autoencoder, str(out / "autoencoder"))
   config.init_from = str(out / "autoencoder")
   train.train_and_evaluate(config, run)
 
@@ -75,4 +76,5 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
   flags.DEFINE_string("out", "runs/demo", "folder of the two runs, results.json and grid.png")
+  flags.DEFINE_integer("seed", 0, "of both runs: parameters, order of the images, noise", lower_bound=0)
   cli.run(main)

@@ -15,9 +15,10 @@ from typing import Any
 
 from absl import flags, logging
 from etils import epath
+from ml_collections import ConfigDict
 
 from diffdis_jax import cli, evals, inference
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, read_section
 from diffdis_jax.evals import base
 from diffdis_jax.models.build import check_objectives
 from diffdis_jax.parallel import processes
@@ -30,7 +31,17 @@ SETTINGS = {  # of an evaluation, that a flag of the same name may set
   "retrieval": ("seed", "num_images", "shuffle_labels", "caption_field"),
   "agreement": ("seed",),
 }
-PROTOCOL = ("steps", "draws", "guidance", "unit_query", "generation_steps", "generation_guidance", "batch_size")
+# As inference.load takes them.
+PROTOCOL = (
+  "steps",
+  "draws",
+  "guidance",
+  "unit_query",
+  "generation_steps",
+  "generation_guidance",
+  "batch_size",
+  "image_size",
+)
 
 
 def define_flags() -> None:
@@ -57,8 +68,10 @@ def define_flags() -> None:
   flags.DEFINE_boolean("unit_query", None, "of several steps, normalise each step's query before it is fed back")
   flags.DEFINE_integer("generation_steps", None, "sampling steps of images", lower_bound=1, upper_bound=1000)
   flags.DEFINE_float("generation_guidance", None, "guidance scale of images; 1 is none")
+  flags.DEFINE_integer("image_size", None, "side of the images, pixels; by default the run's", lower_bound=1)
   flags.DEFINE_integer("batch_size", None, "rows a compiled call", lower_bound=1)
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
+  flags.DEFINE_boolean("best", False, "the checkpoint with the best checkpoint.best_metric of the run")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
 
 
@@ -79,8 +92,9 @@ def main(argv: Sequence[str]) -> None:
     raise UserError("--split is a split of --data; give --data too")
   else:
     sections = sections_of_config(config.to_dict(), tasks=FLAGS.tasks)
+  step = _best_step(FLAGS.workdir, config) if FLAGS.best else FLAGS.step
   settings = _given(name for names in SETTINGS.values() for name in names)
-  results = evaluate(FLAGS.workdir, override(sections, settings), step=FLAGS.step, ema=FLAGS.ema, **_given(PROTOCOL))
+  results = evaluate(FLAGS.workdir, override(sections, settings), step=step, ema=FLAGS.ema, **_given(PROTOCOL))
   if not processes.is_first():
     return
   try:
@@ -118,7 +132,7 @@ def evaluate(
       pretrained=run,
       task=evaluation.task,
       metrics=metrics,
-      protocol={**evaluation.protocol(model), "checkpoint": step, "ema": ema},
+      protocol={**evaluation.protocol(model), "image_size": model.image_size, "checkpoint": step, "ema": ema},
     )
   return results
 
@@ -169,6 +183,17 @@ def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[S
     (dataset, section | {name: value for name, value in settings.items() if name in SETTINGS[section["task"]]})
     for dataset, section in sections
   ]
+
+
+def _best_step(run: str, config: ConfigDict) -> int:
+  """Raises UserError where the run keeps no best checkpoint, or --step names one too."""
+  if FLAGS.step is not None:
+    raise UserError("--best and --step are both given; give one of them")
+  kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
+  found = checkpoint.best(run, kept)
+  if found is None:
+    raise UserError(f"--best: no checkpoint in {run} was saved with checkpoint.best_metric={kept.best_metric!r}")
+  return found.step
 
 
 def _given(names: Iterable[str]) -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""Turns a run into a folder that PyTorch users load: a StableDiffusionPipeline, and what DiffDis adds beside it.
+"""Turns a run into a folder that PyTorch users load: a StableDiffusionPipeline, and what DiffDis adds beside it; of a
+CLIP, what transformers and open_clip load.
 
   python -m diffdis_jax.export_weights --workdir=RUN --out=DIR
 
 DIR holds what `diffusers.StableDiffusionPipeline.from_pretrained` reads; where the run was trained for discrimination,
 diffdis.safetensors and diffdis_config.json for the PyTorch twin, interop/torch_diffdis.py; and README.md, a model card.
+Of a CLIP it holds what `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("local-dir:DIR")` read, a
+tokenizer and a model card.
 """
 
 from __future__ import annotations
@@ -11,14 +14,16 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags, logging
+from ml_collections import ConfigDict
 
 from diffdis_jax import cli
 from diffdis_jax.data.tokenizer import END, START, Tokenizer
-from diffdis_jax.interop import to_torch
+from diffdis_jax.interop import clip_to_torch, to_torch
+from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, files, workdir
 
 FLAGS = flags.FLAGS
@@ -68,6 +73,36 @@ TWIN = """
 For alignment, `diffdis.safetensors` and `diffdis_config.json` are read by the PyTorch twin,
 `diffdis_jax/interop/torch_diffdis.py`.
 """
+CLIP_CARD = """---
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+---
+# CLIP
+
+Two towers that embed images and texts side by side, trained as the baseline of *DiffDis: Empowering Generative
+Diffusion Model with Cross-Modal Discrimination Capability* (ICCV 2023). Written by diffdis_jax: checkpoint of step
+{step}, {weights} weights, {dtype}.
+
+```python
+from transformers import CLIPModel, CLIPProcessor
+model, processor = CLIPModel.from_pretrained(FOLDER), CLIPProcessor.from_pretrained(FOLDER)
+```
+
+```python
+import open_clip
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+```
+
+## Figures
+
+{figures}
+
+## Config
+
+```json
+{config}
+```
+"""
 
 
 def define_flags() -> None:
@@ -96,42 +131,73 @@ def export_weights(run: str, out: str, *, step: int | None = None, ema: bool = T
     dtype: of the files, a key of to_torch.DTYPES.
 
   Raises:
-    UserError: no such checkpoint, a run that no pipeline can hold, or `out` cannot be written.
+    UserError: no such checkpoint, a run that no pipeline or CLIP of theirs can hold, or `out` cannot be written.
   """
   folder = files.empty_folder(out)
   config = workdir.load_config(run)
   fields = config.to_dict()
-  to_torch.check(fields["model"], fields["objectives"])
+  is_clip = "contrastive" in fields["objectives"]
+  if is_clip:
+    clip_to_torch.check(fields["model"])
+  else:
+    to_torch.check(fields["model"], fields["objectives"])
   step, ema = checkpoint.choose(run, step, ema=ema)
   params = checkpoint.restore_params(run, step=step, ema=ema)
-  own = {name: fields[name] for name in OWN_FIELDS} | {"max_length": config.data.max_length}
   with files.whole_folder(folder) as temporary:
-    to_torch.write(
-      temporary,
-      params,
-      model=fields["model"],
-      image_size=config.image_size,
-      schedule=config.image_diffusion.schedule,
-      diffdis=own,
-      dtype=dtype,
-    )
-    write_tokenizer(temporary / "tokenizer", config.data.max_length)
-    has_twin = (temporary / to_torch.FILES["diffdis"]).exists()
-    card = CARD.format(
+    if is_clip:
+      card, own = write_clip(temporary, params, config, dtype=dtype)
+    else:
+      card, own = write_pipeline(temporary, params, config, dtype=dtype)
+    card = card.format(
       step=step,
       weights="averaged" if ema else "raw",
       dtype=dtype,
-      twin=TWIN if has_twin else "",
       figures="\n".join(f"- {name}: {value}" for name, value in figures(pathlib.Path(run))) or "None were measured.",
       config=json.dumps(own, indent=2, sort_keys=True),
     )
     (temporary / "README.md").write_text(card, encoding="utf-8")
-  logging.info("step %d in %s%s", step, out, "" if has_twin else "; it was not trained for discrimination")
+  logging.info("step %d in %s", step, out)
+
+
+class Card(NamedTuple):
+  """A model card with places for what is the same of every run, and the fields of its config."""
+
+  text: str
+  config: dict[str, Any]
+
+
+def write_pipeline(folder: pathlib.Path, params: Params, config: ConfigDict, *, dtype: str) -> Card:
+  """A StableDiffusionPipeline, and the PyTorch twin's file where the run was trained for discrimination."""
+  fields = config.to_dict()
+  own = {name: fields[name] for name in OWN_FIELDS} | {"max_length": config.data.max_length}
+  to_torch.write(
+    folder,
+    params,
+    model=fields["model"],
+    image_size=config.image_size,
+    schedule=config.image_diffusion.schedule,
+    diffdis=own,
+    dtype=dtype,
+  )
+  write_tokenizer(folder / "tokenizer", config.data.max_length)
+  has_twin = (folder / to_torch.FILES["diffdis"]).exists()
+  if not has_twin:
+    logging.info("it was not trained for discrimination")
+  return Card(CARD.replace("{twin}", TWIN if has_twin else ""), own)
+
+
+def write_clip(folder: pathlib.Path, params: Params, config: ConfigDict, *, dtype: str) -> Card:
+  """A CLIP for transformers and for open_clip."""
+  fields = config.to_dict()
+  clip_to_torch.write(folder, params, model=fields["model"], dtype=dtype)
+  write_tokenizer(folder, config.data.max_length)
+  own = {name: fields[name] for name in ("model", "image_size", "objectives")}
+  return Card(CLIP_CARD, own | {"max_length": config.data.max_length})
 
 
 def write_tokenizer(folder: pathlib.Path, max_length: int) -> None:
   """CLIP's tokenizer, in the files of older and newer transformers."""
-  folder.mkdir()
+  folder.mkdir(exist_ok=True)
   Tokenizer(max_length).save(folder)
   special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
   (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")

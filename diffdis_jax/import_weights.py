@@ -14,12 +14,11 @@ import json
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 from absl import flags, logging
-from flax import nnx
 from ml_collections import ConfigDict
 
 from diffdis_jax import cli
@@ -28,11 +27,9 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping
 from diffdis_jax.interop.from_torch import Matched, Source
 from diffdis_jax.interop.tensor_files import read_json
-from diffdis_jax.models import build, sizes
-from diffdis_jax.models.clip import Clip, VisionEncoder
-from diffdis_jax.models.layers import DTYPES
-from diffdis_jax.models.text_encoder import TextEncoder
-from diffdis_jax.params import Params, flatten
+from diffdis_jax.models import sizes
+from diffdis_jax.models.build import Network
+from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, files, workdir
 from diffdis_jax.run.config import base
 
@@ -78,16 +75,16 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
   config = make_config(found)
   if found.tokenizer:
     check_tokenizer(found.tokenizer)
-  make = clip_builder(config.model) if found.is_clip else build.Network.of(config).build
-  network = flatten(build.abstract_module(make)[1])
-  matched = from_torch.match(found, network)
-  report(matched, network)
-  params = initialise(make, network.keys() - matched.names.keys(), seed=seed) | from_torch.read(matched)
+  network = Network.of(config)
+  matched = from_torch.match(found, network.shapes)
+  report(matched, network.shapes)
+  new = network.shapes.keys() - matched.names.keys()
+  params = initialise(network, new, seed=seed) | from_torch.read(matched)
 
   with files.whole_folder(folder) as temporary:
     workdir.open_for_training(str(temporary), config.to_dict())
     origin = {"source": source, "loaded": matched.names, "ignored": matched.ignored}
-    origin["initialised"] = sorted(network.keys() - matched.names.keys())
+    origin["initialised"] = sorted(new)
     (temporary / "import.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     with checkpoint.Checkpointer(str(temporary)) as checkpointer:
       checkpointer.save(0, State(params), meta={"source": source})
@@ -134,22 +131,13 @@ def check_tokenizer(folder: pathlib.Path) -> None:
     raise UserError(f"{files[0]} is not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
 
 
-def clip_builder(model: ConfigDict) -> Callable[[nnx.Rngs], Clip]:
-  """A function from rngs to the two towers of a `model` section."""
-  dtype = DTYPES[model.dtype]
-  return lambda rngs: Clip(
-    text_encoder=TextEncoder(**model.text_encoder, dtype=dtype, rngs=rngs),
-    vision_encoder=VisionEncoder(**model.vision_encoder, dtype=dtype, rngs=rngs),
-  )
-
-
-def initialise(make: Callable[[nnx.Rngs], nnx.Module], paths: Collection[str], *, seed: int) -> Params:
+def initialise(network: Network, paths: Collection[str], *, seed: int) -> Params:
   """Fresh parameters of these paths; the others are never computed."""
   if not paths:
     return {}
 
   def some(key: jax.Array) -> Params:
-    params = flatten(build.initial_state(make, key))
+    params = network.initialise(key)
     return {path: params[path] for path in paths}
 
   # It runs once, so the compiler need not try hard.

@@ -1,4 +1,5 @@
-"""What a trained model does: text queries, image queries by denoising, images by denoising.
+"""What a trained model does: text queries, image queries by denoising, images by denoising. Of a CLIP, text and image
+embeddings.
 
 `draw_images` and `denoise_queries` are the paper's Algorithms 2 and 3. `Inference` compiles them: evaluation and
 generation call it with numpy arrays of any length, whose rows are padded to one batch shape. With several processes
@@ -21,6 +22,7 @@ from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray, UInt8
 from diffdis_jax.diffusion import guidance, samplers, schedules
 from diffdis_jax.errors import UserError, check_number, read_section
 from diffdis_jax.models.build import Network
+from diffdis_jax.models.clip import Clip
 from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.params import Params
@@ -139,7 +141,7 @@ class Inference:
     after_batch: called after each compiled call, on every process equally often; what it raises ends the sampling.
 
   Attributes:
-    protocol: how text queries are denoised.
+    protocol: how images are embedded: of a DiffDis, how text queries are denoised.
     generation_protocol: how images are.
     image_size: of images, in and out.
     max_length: tokens of a caption.
@@ -158,13 +160,11 @@ class Inference:
     self.network, self.sampling = network, sampling
     self.image_size, self.max_length, self.shapes = network.image_size, network.max_length, network.shapes
     precision = dict(matmul_precision=network.matmul_precision)
-    self.protocol: dict[str, Any] = dict(
-      steps=sampling.steps,
-      draws=sampling.draws,
-      guidance=sampling.guidance,
-      unit_query=sampling.unit_query and network.text_process.target == "data",
-      **precision,
+    self._unit_query = sampling.unit_query and network.text_process.target == "data"
+    denoising = dict(
+      steps=sampling.steps, draws=sampling.draws, guidance=sampling.guidance, unit_query=self._unit_query
     )
+    self.protocol: dict[str, Any] = ({} if network.is_clip else denoising) | precision
     self.generation_protocol = dict(steps=sampling.generation_steps, guidance=sampling.generation_guidance, **precision)
     self.mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
     check_number("batch_size", batch_size, at_least=1)
@@ -188,9 +188,10 @@ class Inference:
   ) -> Float[np.ndarray, "n d"]:
     """Denoised text queries ê_0 from e_T ~ N(0, I), averaged over the draws, L2-normalised (Algorithm 3).
 
-    No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size.
+    No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size. Of a CLIP,
+    what its vision tower gives, L2-normalised; the seed has no part in it.
     """
-    self._require("discrimination")
+    self._require("discrimination", "contrastive")
     places = np.arange(len(images), dtype=np.int32)
     return self._batched(functools.partial(self._compiled_images, params, jax.random.key(seed)), images, places)
 
@@ -243,10 +244,18 @@ class Inference:
     key = jax.eval_shape(lambda: jax.random.key(0))
     return self._compiled_images.trace(params, key, images, rows(jnp.int32))
 
-  def _require(self, objective: str) -> None:
-    if objective not in self.network.objectives:
+  def _require(self, *objectives: str) -> None:
+    """Raises UserError for a run that was trained for none of them."""
+    if not {*objectives} & {*self.network.objectives}:
       trained = ", ".join(self.network.objectives)
-      raise UserError(f"this run was not trained for {objective}; its objectives are {trained}")
+      raise UserError(f"this run was not trained for {objectives[0]}; its objectives are {trained}")
+
+  def _diffdis(self, params: Params) -> DiffDis:
+    """Raises UserError for a CLIP."""
+    model = self.network.with_params(params)
+    if isinstance(model, Clip):
+      raise UserError("this run is a CLIP, which neither draws nor encodes images to latents; take a run of DiffDis")
+    return model
 
   def _batched(self, f: Callable[..., Array], *arrays: Any) -> np.ndarray:
     """f over rows in chunks of one shape, the last one padded by repeating its last row.
@@ -270,13 +279,15 @@ class Inference:
   def _image_queries(
     self, params: Params, key: PRNGKeyArray, images: UInt8[Array, "b H W 3"], places: Int[Array, "b"]
   ) -> Float[Array, "b d"]:
+    model = self.network.with_params(params)
+    if isinstance(model, Clip):
+      return model.encode_image(images)
     how, width = self.sampling, self.network.model.query_width
 
     def noise(draw: Int[Array, ""], place: Int[Array, ""]) -> Float[Array, "d"]:
       return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, draw), place), (width,))
 
     e_T = jax.vmap(lambda draw: jax.vmap(functools.partial(noise, draw))(places))(jnp.arange(how.draws))
-    model = self.network.with_params(params)
     return denoise_queries(
       model,
       self.network,
@@ -284,24 +295,28 @@ class Inference:
       e_T,
       steps=how.steps,
       guidance_scale=how.guidance,
-      unit_query=self.protocol["unit_query"],
+      unit_query=self._unit_query,
     )
 
   def _drawn(
     self, params: Params, tokens: Int[Array, "b l"], noise: Float[Array, "b h w c"]
   ) -> UInt8[Array, "b H W 3"]:
     how = self.sampling
-    model = self.network.with_params(params)
     return draw_images(
-      model, self.network, tokens, noise, steps=how.generation_steps, guidance_scale=how.generation_guidance
+      self._diffdis(params),
+      self.network,
+      tokens,
+      noise,
+      steps=how.generation_steps,
+      guidance_scale=how.generation_guidance,
     )
 
   def _reconstructed(self, params: Params, images: UInt8[Array, "b H W 3"]) -> UInt8[Array, "b H W 3"]:
-    model = self.network.with_params(params)
+    model = self._diffdis(params)
     return model.decode_image(model.encode_image(images))
 
   def _moments(self, params: Params, images: UInt8[Array, "b H W 3"]) -> BFloat16[Array, "b h w d"]:
-    posterior = self.network.with_params(params).autoencoder.encode(to_signed(images))
+    posterior = self._diffdis(params).autoencoder.encode(to_signed(images))
     return jnp.concatenate([posterior.mean, posterior.log_variance], axis=-1).astype(jnp.bfloat16)
 
   def _conditions(self, params: Params, tokens: Int[Array, "b l"]) -> BFloat16[Array, "b l d"]:
@@ -333,12 +348,13 @@ def load(
     sampling: fields of Sampling that replace the run's own.
 
   Raises:
-    UserError: no run or no checkpoint there, one that does not fit its config, or an image size that the network cannot
-      take.
+    UserError: no run or no checkpoint there, one that does not fit its config, an image size that the network cannot
+      take, or fields of Sampling for a CLIP.
   """
   config = workdir.load_config(path)
   config.image_size = config.image_size if image_size is None else image_size
-  inference = Inference(
-    Network.of(config), read_sampling(config.inference.to_dict(), **sampling), batch_size=batch_size
-  )
+  network = Network.of(config)
+  if sampling and network.is_clip:
+    raise UserError(f"this run is a CLIP, which samples nothing; {', '.join(sampling)} has no effect, leave it out")
+  inference = Inference(network, read_sampling(config.inference.to_dict(), **sampling), batch_size=batch_size)
   return inference, checkpoint.restore_params(path, step=step, ema=ema, abstract=inference.abstract_params())

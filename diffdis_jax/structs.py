@@ -58,6 +58,14 @@ class TextCondition:
 
 
 @struct.dataclass
+class Pairs:
+  """What CLIP's two towers give of a batch, each L2-normalised, f32."""
+
+  image: Float[AnyArray, "b e"]
+  text: Float[AnyArray, "b e"]
+
+
+@struct.dataclass
 class Posterior:
   """The autoencoder's Gaussian over latents, before shift and scale."""
 

@@ -105,6 +105,10 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
 
     loop = Loop(pace, data, trainer, iterator, watch, checkpointer, writer, stop)
     loop.run(state, meta)
+    if kept.best_metric:
+      checkpointer.wait()  # for the last save
+      if best := checkpoint.best(path, kept):
+        logging.info("best %s %.4f at step %d: evaluate --best measures it", kept.best_metric, best.value, best.step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +195,8 @@ class Loop:
 
 
 def latent_shapes(network: Network) -> LatentShapes | None:
-  """What stored latents must fit; None for an autoencoder's own training, which needs images."""
-  if "reconstruction" in network.objectives:
+  """What stored latents must fit; None for the training of an autoencoder or of CLIP, which needs images."""
+  if {"reconstruction", "contrastive"} & {*network.objectives}:
     return None
   return LatentShapes(latent=network.latent_shape, text_width=network.model.text_encoder.width)
 

@@ -1,5 +1,11 @@
 """Eight CPU devices, strict dtype promotion, warnings as errors, and every annotation of the package checked."""
 
+import os
+
+# Most of the tests' time is the compiler's, and this halves it. Read when jax makes its first array, also by what the
+# tests start. A compiler without this flag ends at once and says so.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+
 import jax
 import jaxtyping
 import pytest
@@ -8,6 +14,9 @@ import tests.typechecking  # noqa: F401
 
 # Before any module of the package is imported: shapes, dtypes and types of all its functions are then checked at calls.
 jaxtyping.install_import_hook("diffdis_jax", "tests.typechecking.check")
+
+# The files of fixtures, which test files name as plugins, before one of them is imported.
+pytest.register_assert_rewrite("tests.command_runs", "tests.pipelines", "tests.untrained")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -11,7 +11,7 @@ from tests import slow_compiling
 from tests.command_runs import ROOT, call
 from tests.test_resume import steps_logged
 
-pytest_plugins = ("command_runs",)
+pytest_plugins = ("tests.command_runs",)
 
 
 def test_sigterm_while_the_first_step_compiles_ends_the_run_at_once(environment, tmp_path):

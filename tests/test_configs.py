@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -33,6 +35,7 @@ NAMES = sorted(path.stem for path in pathlib.Path(configs.__path__[0]).glob("*.p
 # Arguments that change parameters, groups or partitions, for each config beside its default.
 ARGS = {
   "benchmark": (),
+  "clip_cc3m": ("model=vit_l14", "runlocal"),
   "diffdis_cc3m": (
     "objectives=generation",
     "objectives=discrimination",
@@ -41,7 +44,7 @@ ARGS = {
     "modality_ffn=False",
     "runlocal",
   ),
-  "emoji": ("autoencoder",),
+  "emoji": ("autoencoder", "objectives=contrastive"),
   "shapes": ("autoencoder",),
 }
 CASES = [(name, arg) for name in NAMES for arg in ("", *ARGS.get(name, ()))]
@@ -159,6 +162,54 @@ def test_the_papers_run_draws_the_papers_prompts():
 def test_sets_that_measure_nothing(arg, message):
   with pytest.raises(ValueError, match=message):
     get_config("diffdis_cc3m", arg)
+
+
+@pytest.mark.parametrize("model, parameters", [("vit_b32", 151_277_313), ("vit_l14", 427_616_513)])
+@pytest.mark.parametrize("recipe", ["paper", "openclip"])
+def test_the_clip_baselines_are_four_rows_of_one_table(model, parameters, recipe):
+  config = get_config("clip_cc3m", f"model={model},recipe={recipe},path=somewhere")
+  step = build_step(config, sharding.make_mesh(data=8, fsdp=1, tensor=1))
+  assert sum(math.prod(leaf.shape) for leaf in step.shapes.values()) == parameters
+  assert (config.batch_size, config.num_steps, config.optim.rates.new, config.optim.weight_decay) == (
+    1024,
+    56_756,
+    1e-3,
+    0.1,
+  )
+  assert -(-config.num_steps // config.eval_every) == 20 and config.eval_every % config.save_every == 0
+  augmentation = read_data(config).augmentation
+  assert bool(augmentation.randaugment_operations) == (recipe == "paper") and not augmentation.flip
+  assert {config.model.text_encoder.activation, config.model.vision_encoder.activation} == {"gelu"}
+
+
+def test_a_clip_keeps_its_best_by_accuracy():
+  config = get_config("clip_cc3m", "imagenet=I,coco=C")
+  assert config.train_evals == ("coco", "imagenet")
+  assert (config.checkpoint.keep_best, config.checkpoint.best_metric) == (1, "imagenet/acc1")
+  assert get_config("clip_cc3m", "coco=C").checkpoint.keep_best == 0
+  assert get_config("clip_cc3m", "runlocal").checkpoint.best_metric == "test/acc1"
+
+
+@pytest.mark.parametrize(
+  "name, arg", [("clip_cc3m", "model=rn50"), ("clip_cc3m", "recipe=ours"), ("emoji", "objectives=x")]
+)
+def test_arguments_that_are_no_choice(name, arg):
+  with pytest.raises(ValueError, match=f"argument {arg} should be"):
+    get_config(name, arg)
+
+
+def test_the_emoji_clip_shares_all_that_it_can_with_the_diffdis():
+  """Text tower but for its projection, data, images, batch, samples and what is measured."""
+  joint, alone, clip = (
+    flat(get_config("emoji", arg)) for arg in ("", "objectives=discrimination", "objectives=contrastive")
+  )
+  assert {key for key in joint if joint[key] != alone[key]} == {"objectives"}
+  own = (
+    r"model\.(?!text_encoder)|objectives|sample_prompts|optim\.(groups|rates|no_decay)|model.text_encoder.projection"
+  )
+  differing = {key for key in joint.keys() | clip.keys() if joint.get(key) != clip.get(key)}
+  assert not {key for key in differing if not re.match(own, key)}
+  assert clip["optim.rates.text"] == joint["optim.rates.text"]
 
 
 def test_a_toy_does_not_train_from_latents():

@@ -11,7 +11,7 @@ import pytest
 from diffdis_jax import evals, evaluate
 from diffdis_jax.errors import UserError
 
-pytest_plugins = ("untrained",)
+pytest_plugins = ("tests.untrained",)
 
 DATA = {"name": "shapes", "split": "test", "image_size": 32, "num_images": 112}
 

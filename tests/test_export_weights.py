@@ -24,7 +24,7 @@ from tests.command_runs import ROOT, call
 from tests.models.networks import random_params
 from tests.untrained import State
 
-pytest_plugins = ("command_runs", "pipelines")
+pytest_plugins = ("tests.command_runs", "tests.pipelines")
 
 STEPS = 3
 METRICS = {"step": 5, "loss": 0.123456789, "loss_generation": 0.1}

@@ -12,7 +12,7 @@ from diffdis_jax import generate
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 
-pytest_plugins = ("untrained",)
+pytest_plugins = ("tests.untrained",)
 
 
 class Inference:

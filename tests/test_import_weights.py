@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -17,12 +18,12 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from transformers import CLIPConfig, CLIPModel
 
-from diffdis_jax import generate as generate_verb
-from diffdis_jax import import_weights, inference, train
+from diffdis_jax import import_weights, inference
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping
 from diffdis_jax.models import build
+from diffdis_jax.models.clip import normalise
 from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training import start
@@ -33,7 +34,7 @@ from tests.models import networks
 from tests.models.from_torch import nchw, randomise
 from tests.steps import make_mesh, open_batches
 
-pytest_plugins = ("command_runs", "pipelines")
+pytest_plugins = ("tests.command_runs", "tests.pipelines")
 
 STEPS = 3
 CLIP_SIZES = dict(image_size=32, patch_size=8)
@@ -222,53 +223,38 @@ def test_single_files(sd, imported, tmp_path, suffix):
   assert len(ignored) == (len(ema) + 1 if suffix == "ckpt" else 0)
 
 
-def clip_outputs(run: str, pixels: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def clip_outputs(run: str, images: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Unit image and text embeddings of an imported CLIP."""
-  network = networks.Network.of(import_weights.clip_builder(workdir.load_config(run).model))
-  encode = lambda model, pixels, tokens: (model.vision_encoder(pixels), model.encode_text(tokens).e)
-  image, text = network.jit(encode)(checkpoint.restore_params(run), pixels, tokens)
-  image = np.asarray(image)
-  return image / np.linalg.norm(image, axis=-1, keepdims=True), text
+  model, params = inference.load(run, batch_size=8)
+  return model.embed_images(params, images, seed=0), model.embed_texts(params, tokens)
 
 
 @pytest.fixture
 def given() -> tuple[np.ndarray, np.ndarray]:
-  """Normalised pixels and tokens."""
-  pixels = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
-  return pixels, Tokenizer(pipelines.LENGTH)(pipelines.PROMPTS)
+  """Images and tokens."""
+  images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+  return images, Tokenizer(pipelines.LENGTH)(pipelines.PROMPTS)
 
 
-def test_clip_of_transformers(tmp_path, given, environment):
+def theirs_of(given: tuple[np.ndarray, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+  """Pixels and tokens as PyTorch's models take them."""
+  return nchw(np.asarray(normalise(jnp.asarray(given[0])))), torch.from_numpy(given[1]).long()
+
+
+def test_clip_of_transformers(tmp_path, given):
   vision = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, **CLIP_SIZES)
   theirs = CLIPModel(CLIPConfig(text_config=pipelines.TEXT, vision_config=vision, projection_dim=16))
   randomise(theirs, 0).save_pretrained(tmp_path / "clip")
   import_weights.import_weights(str(tmp_path / "clip"), str(tmp_path / "run"))
   image, text = clip_outputs(str(tmp_path / "run"), *given)
+  pixels, tokens = theirs_of(given)
   with torch.no_grad():
-    expected = theirs(input_ids=torch.from_numpy(given[1]).long(), pixel_values=nchw(given[0]))
+    expected = theirs(input_ids=tokens, pixel_values=pixels)
   assert networks.relative_error(image, expected.image_embeds) < 1e-5
   assert networks.relative_error(text, expected.text_embeds) < 1e-5
   params = checkpoint.restore_params(str(tmp_path / "run"))
   assert float(params["logit_scale"]) == theirs.logit_scale.item()
   assert json.loads((tmp_path / "run" / "import.json").read_text())["initialised"] == []
-  refused_as_clip(str(tmp_path / "run"), tmp_path / "out", environment)
-
-
-def refused_as_clip(run: str, out: pathlib.Path, environment: dict[str, str]) -> None:
-  message = "this run is an imported CLIP; CLIP neither trains nor evaluates here yet"
-  config = workdir.load_config(run).copy_and_resolve_references().unlock()
-  for use in (
-    lambda: inference.load(run),
-    lambda: generate_verb.generate(run, ["a red star"], str(out)),
-    lambda: train.train_and_evaluate(config, str(out)),
-  ):
-    with pytest.raises(UserError, match=message) as error:
-      use()
-    assert "\n" not in str(error.value) and not out.exists()
-  # Before its data are asked for.
-  done = call("evaluate", environment, f"--workdir={run}", "--tasks=zero_shot", f"--out={out}")
-  assert done.returncode == 2 and not out.exists()
-  assert [line for line in done.stderr.splitlines() if "error" in line][0].startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])
@@ -286,11 +272,50 @@ def test_clip_of_open_clip(tmp_path, given, form):
     torch.save({"state_dict": theirs.state_dict(), "epoch": 1}, source)
   import_weights.import_weights(str(source), str(tmp_path / "run"))
   image, encoded = clip_outputs(str(tmp_path / "run"), *given)
+  pixels, tokens = theirs_of(given)
   with torch.no_grad():
-    pixels, tokens = nchw(given[0]), torch.from_numpy(given[1]).long()
     expected = theirs.encode_image(pixels, normalize=True), theirs.encode_text(tokens, normalize=True)
   assert networks.relative_error(image, expected[0]) < 1e-5
   assert networks.relative_error(encoded, expected[1]) < 1e-5
+
+
+OWN = "open_clip's own vision transformer and text transformer are supported, such as ViT-B-32"
+
+
+@pytest.mark.parametrize(
+  "said, message",
+  [
+    ({"model_cfg": {"vision_cfg": {"timm_model_name": "convnext_base"}}}, "timm_model_name is 'convnext_base'"),
+    ({"model_cfg": {"text_cfg": {"hf_model_name": "roberta-base"}}}, "text_cfg: hf_model_name is 'roberta-base'"),
+    ({"model_cfg": {"custom_text": True}}, f"model_cfg: custom_text is True, which is not supported; {OWN}"),
+    ({"model_cfg": {"vision_cfg": {"pool_type": "avg"}}}, "vision_cfg: pool_type is 'avg'"),
+    ({"model_cfg": {"vision_cfg": {"layers": [3, 4, 6, 3]}}}, "layers is .3, 4, 6, 3., and should be a number"),
+    ({"model_cfg": {"vision_cfg": {"mlp_ratio": "4"}}}, "vision_cfg: mlp_ratio is '4'; it must be above 0"),
+    ({"model_cfg": {"vision_cfg": "ViT"}}, "vision_cfg is 'ViT'; it should be an object"),
+    ({"model_cfg": None}, "model_cfg is None; it should be an object"),
+    ({"preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}, "mean is .0.5, 0.5, 0.5.; only OpenAI's"),
+  ],
+)
+def test_towers_of_open_clip_that_are_not_supported(tmp_path, said, message):
+  source = tmp_path / "clip"
+  source.mkdir()
+  theirs = OpenClip(16, CLIPVisionCfg(layers=1, width=64, patch_size=8, image_size=32), CLIPTextCfg(layers=1, width=64))
+  save_torch(theirs.state_dict(), source / "open_clip_model.safetensors")
+  (source / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}} | said))
+  refused(source, tmp_path / "run", message)
+
+
+@pytest.mark.parametrize(
+  "name, what",
+  [
+    ("visual.trunk.stem.weight", "a vision tower of timm"),
+    ("visual.layer1.0.conv1.weight", "a ResNet"),
+    ("text.transformer.embeddings.weight", "a text tower of its own class"),
+  ],
+)
+def test_tensors_of_other_towers(tmp_path, name, what):
+  save_file({"visual.proj": np.zeros((4, 4), np.float32), name: np.zeros(4, np.float32)}, tmp_path / "a.safetensors")
+  refused(tmp_path / "a.safetensors", tmp_path / "run", f"has {what}.*; {OWN}")
 
 
 def refused(source: pathlib.Path, out: pathlib.Path, message: str) -> None:

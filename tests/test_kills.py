@@ -24,7 +24,7 @@ from diffdis_jax.run import checkpoint
 from tests.command_runs import ROOT
 from tests.test_resume import metrics, restore, steps_logged
 
-pytest_plugins = ("command_runs",)
+pytest_plugins = ("tests.command_runs",)
 KILLS = int(os.environ.get("DIFFDIS_KILLS", "6"))
 STEPS, SAVE_EVERY = 60, 10
 

@@ -18,7 +18,7 @@ from tests import slow_compiling
 from tests.command_runs import ROOT, call
 from tests.test_resume import metrics, restore, steps_logged
 
-pytest_plugins = ("command_runs",)
+pytest_plugins = ("tests.command_runs",)
 pytestmark = pytest.mark.slow
 STEPS = 20
 

@@ -15,10 +15,10 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.estimates import chips, programs, report, search, targets
 from diffdis_jax.models import attention
 from diffdis_jax.models.build import Network
-from tests import steps
+from tests import steps, tiny_clip
 from tests.command_runs import call
 
-pytest_plugins = ("command_runs",)
+pytest_plugins = ("tests.command_runs",)
 
 CONFIG = "--config=tests/tiny.py"
 
@@ -81,6 +81,19 @@ def test_batches_of_images_and_of_latents():
 def test_a_program_not_trained_for():
   with pytest.raises(UserError, match="--programs has generation; this config's objectives are discrimination alone"):
     preflight.trace_program("generation", steps.make_config("discrimination"), steps.make_mesh())
+
+
+def test_the_step_of_a_clip():
+  """Three times the products of both towers' layers, and those around them; rematerialised, no more are counted."""
+  config, mesh = tiny_clip.get_config(), steps.make_mesh(2, 2, 2)
+  counted = preflight.trace_program("train", config, mesh)
+  layer = lambda tokens, width, hidden: 2 * tokens * (4 * width**2 + 2 * width * hidden + 2 * tokens * width)
+  least = 3 * config.batch_size * 2 * (layer(8, 16, 32) + layer(17, 16, 32))
+  assert least < counted.operations < 1.5 * least and counted.rows == config.batch_size
+  config.model.remat = "full"
+  assert preflight.trace_program("train", config, mesh).operations == counted.operations
+  with pytest.raises(UserError, match="--programs has discrimination; this config's objectives are contrastive alone"):
+    preflight.trace_program("discrimination", config, mesh)
 
 
 @pytest.mark.parametrize(

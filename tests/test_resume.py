@@ -21,7 +21,7 @@ from diffdis_jax.training.step import TrainState
 from tests import steps
 from tests.command_runs import ROOT, SAVE_EVERY, STEPS, joint_flags
 
-pytest_plugins = ("command_runs",)
+pytest_plugins = ("tests.command_runs",)
 
 
 def kill_when(command: list[str], environment: dict[str, str], ready: Callable[[], bool]) -> None:

@@ -21,7 +21,7 @@ from diffdis_jax.structs import Batch
 from tests import steps, tiny
 from tests.command_runs import STEPS, call
 
-pytest_plugins = ("command_runs",)
+pytest_plugins = ("tests.command_runs",)
 
 
 def lines_of(run: str) -> list[dict[str, float]]:

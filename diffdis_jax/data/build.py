@@ -159,7 +159,10 @@ class LatentShapes:
 def _check_latents(data: Data, cached: Sequence[Latents], expected: LatentShapes | None) -> None:
   """Raises UserError unless a run can train from these latents."""
   if expected is None or data.discrimination_augmentation is not None:
-    raise UserError("objective reconstruction and data.discrimination_view='own' need images; take another data.name")
+    raise UserError(
+      "objectives reconstruction and contrastive, and data.discrimination_view='own', need images; take another"
+      " data.name"
+    )
   if len({"text" in each.facts for each in cached}) > 1:
     raise UserError("data.mixture has latents with text conditions and without; take either")
   h, w, c = expected.latent

@@ -5,6 +5,7 @@ The preparation checks a raw pair by the same functions, so that a reason has on
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -105,6 +106,20 @@ def with_captions(record: Mapping[str, Any], fields: Sequence[str]) -> dict[str,
   if not texts:
     raise Unusable("missing caption")
   return {**record, "caption": texts[0], "captions": texts}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recaptioned:
+  """A source whose records' captions are the texts in other fields. Reading a record raises Unusable: there is none."""
+
+  source: Any
+  caption_fields: Sequence[str]
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return with_captions(self.source[index], self.caption_fields)
 
 
 class Pairs:

@@ -41,7 +41,8 @@ MAX_ROTATION = 20.0  # degrees either way: a cross stays a cross and a square no
 SUPERSAMPLING = 4
 DETAIL = 0.1  # how often a caption names each of size, position and background
 
-# Two of them: where captions differ in words that no image shows, rows of one class are negatives of each other.
+# Two captions of one class that differ in words no image shows are negatives of each other; `plain_caption` has the
+# first template alone.
 TEMPLATES = ("a {}", "a picture of a {}")
 SPLITS = {"train": 65536, "test": 1792, "unseen": 256, "all": 2048}
 
@@ -153,13 +154,13 @@ def tone(background: str) -> str:
   return "light" if sum(BACKGROUNDS[background]) > 384 else "dark"
 
 
-def caption(rng: np.random.Generator, scene: Scene) -> str:
-  """One of the templates; size, position and background are each named a tenth of the time, and always truly."""
+def describe(rng: np.random.Generator, scene: Scene) -> str:
+  """Colour and shape; size, position and background are each named a tenth of the time, and always truly."""
   sized, placed, on_ground, by_tone = rng.random(4) < (DETAIL, DETAIL, DETAIL, 0.5)
   words = [size(scene) if sized else "", scene.colour, scene.shape, position(scene) if placed else ""]
   if on_ground:
     words.append(f"on a {tone(scene.background) if by_tone else scene.background} background")
-  return TEMPLATES[rng.integers(len(TEMPLATES))].format(" ".join(filter(None, words)))
+  return " ".join(filter(None, words))
 
 
 def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
@@ -186,8 +187,9 @@ def _pairs_of(split: str) -> tuple[tuple[str, str], ...]:
 class Shapes:
   """Random access source of `num_images` records, classes in turn, each a function of (seed, split, index) alone.
 
-  A record is {image: u8[h w 3], caption, label: "red star", colour, shape, seen: bool, key}. Splits: `train` (the 56
-  seen classes), `test` (the same classes, other images), `unseen` (the 8 held out), `all` (all 64, other images again).
+  A record is {image: u8[h w 3], caption, plain_caption, label: "red star", colour, shape, seen: bool, key}. Both
+  captions say the same, `caption` by one of TEMPLATES, `plain_caption` by the first. Splits: `train` (the 56 seen
+  classes), `test` (the same classes, other images), `unseen` (the 8 held out), `all` (all 64, other images again).
   """
 
   def __init__(self, *, split: str, image_size: int, seed: int = 0, num_images: int | None = None):
@@ -205,9 +207,12 @@ class Shapes:
     colour, shape = self._pairs[index % len(self._pairs)]
     rng = np.random.default_rng((*self._seed, index))
     scene = make_scene(rng, colour=colour, shape=shape)
+    image = render(scene, image_size=self._image_size, rng=rng)
+    described = describe(rng, scene)
     return {
-      "image": render(scene, image_size=self._image_size, rng=rng),
-      "caption": caption(rng, scene),
+      "image": image,
+      "caption": TEMPLATES[rng.integers(len(TEMPLATES))].format(described),
+      "plain_caption": TEMPLATES[0].format(described),
       "label": f"{colour} {shape}",
       "colour": colour,
       "shape": shape,

@@ -59,11 +59,12 @@ def open_source(
     return records.open_pairs(path, split=split, num_images=num_images, caption_fields=caption_fields)
   if name == "latents":
     return latents.open_latents(path, split=split, num_images=num_images, caption_fields=caption_fields)
-  if caption_fields:
-    raise UserError("shapes has no caption_fields; leave them out")
   if split not in shapes.SPLITS:
     raise UserError(f"shapes has no split {split!r}; there are {', '.join(shapes.SPLITS)}")
-  return shapes.Shapes(split=split, image_size=image_size, seed=seed, num_images=num_images)
+  rendered = shapes.Shapes(split=split, image_size=image_size, seed=seed, num_images=num_images)
+  if missing := [field for field in caption_fields if field not in rendered[0]]:
+    raise UserError(f"shapes has no caption field {missing[0]!r}; its records have {', '.join(sorted(rendered[0]))}")
+  return records.Recaptioned(rendered, caption_fields) if caption_fields else rendered
 
 
 class Mixture(NamedTuple):

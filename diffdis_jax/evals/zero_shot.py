@@ -106,7 +106,7 @@ class ZeroShot:
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """acc1, acc5 and mean_per_class_recall with all templates averaged, and the same of the first template alone."""
+    """acc1, acc5, the mean and the lowest recall of a class: of all templates averaged, and of the first alone."""
     order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
     images = base.embed_images(inference, params, self._source, order, seed=self._seed)
     by_template = self._embed_classes(inference, params)
@@ -124,7 +124,12 @@ class ZeroShot:
   def _measure(self, images: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "k d"]) -> dict[str, float]:
     ranks = base.ranks(images, classes, query_groups=self.labels, key_groups=np.arange(len(classes)))
     right = ranks == 0
-    metrics = {"acc1": float(right.mean()), "mean_per_class_recall": mean_per_class(right, self.labels)}
+    recalls = class_recalls(right, self.labels)
+    metrics = {
+      "acc1": float(right.mean()),
+      "mean_per_class_recall": float(recalls.mean()),
+      "lowest_class_recall": float(recalls.min()),
+    }
     if len(classes) >= 5:
       metrics["acc5"] = float((ranks < 5).mean())
     if self._seen is not None:
@@ -135,11 +140,11 @@ class ZeroShot:
     return metrics
 
 
-def mean_per_class(right: np.ndarray, labels: Int[np.ndarray, " n"]) -> float:
-  """Each class's share of right answers, averaged over the classes that occur."""
+def class_recalls(right: Bool[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " k"]:
+  """The share of right answers of each class that occurs, by its number."""
   counts = np.bincount(labels)
   hits = np.bincount(labels, weights=right)
-  return float((hits[counts > 0] / counts[counts > 0]).mean())
+  return hits[counts > 0] / counts[counts > 0]
 
 
 def _read_labels(source: sources.Source, field: str, classes: prompts.ClassNames | None) -> list[str | int]:

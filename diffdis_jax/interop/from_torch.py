@@ -20,6 +20,7 @@ from absl import logging
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import compvis, mapping, openclip, sections, shapes, tensor_files
 from diffdis_jax.interop.tensor_files import Tensor, Tensors, read_json
+from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 from diffdis_jax.params import Params
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer")
@@ -205,7 +206,7 @@ def _canonical(part: str, name: str) -> str:
 def _open_single_file(path: pathlib.Path) -> Source:
   tensors = tensor_files.open_file(path)
   has = lambda prefix: any(name.startswith(prefix) for name in tensors)
-  if openclip.MARK in tensors:
+  if openclip.is_state_dict(tensors):
     return _open_openclip(tensors, path.parent / "open_clip_config.json")
   if has("conditioner."):
     raise UserError(f"{path} is a Stable Diffusion XL checkpoint (it has conditioner.*); {V1}")
@@ -236,24 +237,46 @@ def _open_single_file(path: pathlib.Path) -> Source:
 
 def _open_clip_model(folder: pathlib.Path) -> Source:
   where, config = str(folder / "config.json"), read_json(folder / "config.json")
+  preprocessor = folder / "preprocessor_config.json"
+  if preprocessor.exists():
+    _check_pixels(read_json(preprocessor), str(preprocessor), mean="image_mean", std="image_std")
   projection = config.get("projection_dim", 512)
   text = sections.read_text(config.get("text_config") or {}, where)
   vision = sections.read_vision(config.get("vision_config") or {}, where)
-  return _clip(tensor_files.open_folder(folder), text | {"projection": projection}, vision | {"projection": projection})
+  tensors = tensor_files.open_folder(folder)
+  if openclip.MARK in tensors:  # whose files may lie beside transformers' config
+    tensors = openclip.convert(tensors)
+  return _clip(tensors, text | {"projection": projection}, vision | {"projection": projection})
 
 
 def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
-  tensors, where = openclip.convert(tensors), "open_clip checkpoint"
-  said = read_json(config).get("model_cfg", {}) if config.exists() else {}
-  activation = {"activation": "quick_gelu" if said.get("quick_gelu") else "gelu"}
-  if not said:
+  where = "open_clip checkpoint"
+  said: Any = {}
+  if config.exists():
+    where, content = str(config), read_json(config)
+    said = content.get("model_cfg")
+    openclip.check_config(said, where)  # before the tensors, which say less of a tower than its name does
+    _check_pixels(content.get("preprocess_cfg") or {}, where, mean="mean", std="std")
+  else:
     logging.warning(
       "no %s, so the activation is gelu, open_clip's default; OpenAI's weights need one with"
       ' {"model_cfg": {"quick_gelu": true}}',
       config,
     )
-  vision = shapes.vision(tensors, where) | activation
-  return _clip(tensors, shapes.text(tensors, where) | activation | {"projection": vision["projection"]}, vision)
+  openclip.check_towers(tensors, where)
+  tensors = openclip.convert(tensors)
+  vision = shapes.vision(tensors, where)
+  text = shapes.text(tensors, where) | {"projection": vision["projection"]}
+  model = openclip.read_config(said, {"text_encoder": text, "vision_encoder": vision}, where)
+  return _clip(tensors, model["text_encoder"], model["vision_encoder"])
+
+
+def _check_pixels(config: Mapping[str, Any], where: str, *, mean: str, std: str) -> None:
+  """Raises UserError for images that are normalised by other numbers than OpenAI's."""
+  for name, expected in ((mean, PIXEL_MEAN), (std, PIXEL_STD)):
+    found = config.get(name, expected)
+    if not isinstance(found, (list, tuple)) or len(found) != 3 or not np.allclose(found, expected, atol=1e-4):
+      raise UserError(f"{where}: {name} is {found}; only OpenAI's, {expected}, is supported")
 
 
 def _clip(tensors: Tensors, text: dict[str, Any], vision: dict[str, Any]) -> Source:

@@ -1,41 +1,77 @@
-"""open_clip's state dicts in the names of transformers' CLIPModel. q, k and v are one tensor there."""
+"""open_clip's state dicts and config in the names of transformers' CLIPModel, and back: one table of names.
+
+q, k and v are one tensor there, and the two projections are transposed. Of its towers the vision transformer and the
+text transformer of its class CLIP are supported.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
+from typing import Any
 
+import numpy as np
+from jaxtyping import Shaped
+
+from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.interop.tensor_files import Tensor, Tensors
 
 MARK = "visual.conv1.weight"
-"""A tensor that every one of them has."""
+"""A tensor that every vision transformer of it has."""
 
-_NAMES = (
-  (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
-  (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
-  (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
-  (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
-  (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
-  (r"^visual\.proj$", "visual_projection.weight"),
-  (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
-  (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
-  (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-  (r"^ln_final\.", "text_model.final_layer_norm."),
-  (r"^text_projection$", "text_projection.weight"),
-  (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-  (r"(layers\.\d+)\.ln_([12])\.", r"\1.layer_norm\2."),
-  (r"(layers\.\d+)\.attn\.", r"\1.self_attn."),
-  (r"(layers\.\d+)\.mlp\.c_fc\.", r"\1.mlp.fc1."),
-  (r"(layers\.\d+)\.mlp\.c_proj\.", r"\1.mlp.fc2."),
+SUPPORTED = "open_clip's own vision transformer and text transformer are supported, such as ViT-B-32 and ViT-L-14"
+# (open_clip's name or its beginning, that of transformers), of which the first that fits counts.
+_TOWERS = (
+  ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+  ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+  ("visual.conv1.", "vision_model.embeddings.patch_embedding."),
+  ("visual.ln_pre.", "vision_model.pre_layrnorm."),
+  ("visual.ln_post.", "vision_model.post_layernorm."),
+  ("visual.proj", "visual_projection.weight"),
+  ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+  ("token_embedding.", "text_model.embeddings.token_embedding."),
+  ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+  ("ln_final.", "text_model.final_layer_norm."),
+  ("text_projection", "text_projection.weight"),
+  ("transformer.resblocks.", "text_model.encoder.layers."),
 )
+_LAYERS = (
+  (".ln_1.", ".layer_norm1."),
+  (".ln_2.", ".layer_norm2."),
+  (".attn.", ".self_attn."),
+  (".mlp.c_fc.", ".mlp.fc1."),
+  (".mlp.c_proj.", ".mlp.fc2."),
+)
+_PROJECTIONS = ("visual_projection.weight", "text_projection.weight")
+# Beginnings of tensors that other towers have, and what these are.
+_OTHER_TOWERS = {
+  "visual.trunk.": "a vision tower of timm",
+  "visual.layer1.": "a ResNet as its vision tower",
+  "visual.attn_pool.": "attentional pooling",
+  "text.": "a text tower of its own class (open_clip's CustomTextCLIP)",
+  "text_decoder.": "a text decoder (CoCa)",
+  "logit_bias": "a logit bias (SigLIP)",
+}
+
+
+def is_state_dict(names: Collection[str]) -> bool:
+  """Whether tensors of these names are open_clip's, of whichever towers."""
+  return any(name.startswith("visual.") for name in names)
+
+
+def check_towers(names: Collection[str], where: str) -> None:
+  """Raises UserError for tensors of towers that are not supported."""
+  for beginning, what in _OTHER_TOWERS.items():
+    if any(name.startswith(beginning) for name in names):
+      raise UserError(f"{where} has {what} ({beginning}*); {SUPPORTED}")
 
 
 def convert(tensors: Tensors) -> Tensors:
   """The same tensors as CLIPModel has them: the projections transposed, q, k and v apart."""
   converted: Tensors = {}
   for name, tensor in tensors.items():
-    for pattern, replacement in _NAMES:
-      name = re.sub(pattern, replacement, name)
-    if name in ("visual_projection.weight", "text_projection.weight") and len(tensor.shape) == 2:
+    name = _renamed(name, 0, 1)
+    if name in _PROJECTIONS and len(tensor.shape) == 2:
       tensor = tensor.map(lambda x: x.T, tensor.shape[::-1])
     if match := re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name):
       parts = {f"{match[1]}.{part}_proj.{match[2]}": _third(tensor, i) for i, part in enumerate("qkv")}
@@ -45,6 +81,126 @@ def convert(tensors: Tensors) -> Tensors:
   return converted
 
 
+def restore(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> dict[str, Shaped[np.ndarray, "..."]]:
+  """The inverse of `convert`, of arrays: CLIPModel's as open_clip has them."""
+  restored = {}
+  for name, array in arrays.items():
+    if match := re.fullmatch(r"(.+)\.q_proj\.(weight|bias)", name):
+      parts = [arrays[f"{match[1]}.{part}_proj.{match[2]}"] for part in "qkv"]
+      restored[_renamed(f"{match[1]}.in_proj_{match[2]}", 1, 0)] = np.concatenate(parts)
+    elif not re.search(r"\.[kv]_proj\.", name):
+      restored[_renamed(name, 1, 0)] = np.ascontiguousarray(array.T) if name in _PROJECTIONS else array
+  return restored
+
+
+def _renamed(name: str, source: int, target: int) -> str:
+  for row in _TOWERS:
+    if name.startswith(row[source]):
+      name = row[target] + name[len(row[source]) :]
+      break
+  for row in _LAYERS:
+    name = name.replace(row[source], row[target])
+  return name
+
+
 def _third(fused: Tensor, i: int) -> Tensor:
   size = fused.shape[0] // 3
   return fused.map(lambda x: x[i * size : (i + 1) * size], (size, *fused.shape[1:]))
+
+
+# Of its config: (our field, its field).
+_VISION = (("image_size", "image_size"), ("patch", "patch_size"), ("width", "width"), ("depth", "layers"))
+_TEXT = (
+  ("max_length", "context_length"),
+  ("vocab_size", "vocab_size"),
+  ("width", "width"),
+  ("depth", "layers"),
+  ("num_heads", "heads"),
+)
+# What has no part in a trained network.
+_NO_MATTER = {
+  "tokenizer_mode",
+  "tokenizer_kwargs",
+  "patch_dropout",
+  "output_tokens",
+  "pad_id",
+  "eos_id",
+  "init_logit_scale",
+}
+# Fields that may be there, with the one value that is supported.
+_FIXED: dict[str, tuple[Any, ...]] = {
+  "pool_type": ("tok", "argmax"),
+  "pos_embed_type": ("learnable",),
+  "proj_type": ("linear",),
+  "block_type": ("default",),
+}
+
+
+def check_config(config: Any, where: str) -> None:
+  """Raises UserError for a `model_cfg` with towers, or settings of them, that are not supported."""
+  _refuse_others(config, {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}, f"{where}: model_cfg")
+  for name, fields in (("vision_cfg", _VISION), ("text_cfg", _TEXT)):
+    known = {theirs for _, theirs in fields} | {"head_width", "mlp_ratio"}
+    _refuse_others(config.get(name, {}), known, f"{where}: {name}")
+
+
+def read_config(config: Mapping[str, Any], found: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+  """The `model` section, both towers, of a config's `model_cfg`.
+
+  Args:
+    config: one that `check_config` takes, which may lack fields.
+    found: the section as the shapes of the tensors have it, for those.
+    where: begins an error's message.
+
+  Raises:
+    UserError: settings that are no numbers.
+  """
+  model = {}
+  for part, name, fields in (("vision_encoder", "vision_cfg", _VISION), ("text_encoder", "text_cfg", _TEXT)):
+    tower, here = config.get(name, {}), f"{where}: {name}"
+    section = found[part] | {ours: _number(tower, theirs, found[part][ours], here) for ours, theirs in fields}
+    if "mlp_ratio" in tower:
+      check_number(f"{here}: mlp_ratio", tower["mlp_ratio"], above=0.0)
+      section["mlp_width"] = int(section["width"] * tower["mlp_ratio"])
+    if "head_width" in tower:
+      section["num_heads"] = section["width"] // _number(tower, "head_width", 64, here)
+    section["activation"] = "quick_gelu" if config.get("quick_gelu") else "gelu"
+    model[part] = section | {"projection": _number(config, "embed_dim", section["projection"], where)}
+  return model
+
+
+def write_config(model: Mapping[str, Any], *, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+  """open_clip_config.json of a `model` section; mean and std are of the pixels."""
+  text, vision = model["text_encoder"], model["vision_encoder"]
+  own = lambda section, fields: {theirs: section[ours] for ours, theirs in fields} | {"mlp_ratio": _ratio(section)}
+  return {
+    "model_cfg": {
+      "embed_dim": text["projection"],
+      "quick_gelu": text["activation"] == "quick_gelu",
+      "vision_cfg": own(vision, _VISION) | {"head_width": vision["width"] // vision["num_heads"]},
+      "text_cfg": own(text, _TEXT),
+    },
+    "preprocess_cfg": {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "shortest"},
+  }
+
+
+def _ratio(section: Mapping[str, Any]) -> float:
+  """Of the MLP's width, as it is multiplied and rounded down there."""
+  width, hidden = section["width"], section["mlp_width"]
+  return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
+
+
+def _number(section: Mapping[str, Any], field: str, default: int, where: str) -> int:
+  value = section.get(field, default)
+  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    raise UserError(f"{where}: {field} is {value!r}, and should be a number such as {default}; {SUPPORTED}")
+  return value
+
+
+def _refuse_others(section: Any, known: Collection[str], where: str) -> None:
+  """Raises UserError for a field that is set, changes the network, and is not known."""
+  if not isinstance(section, Mapping):
+    raise UserError(f"{where} is {section!r}; it should be an object")
+  for field, value in section.items():
+    if field not in known and field not in _NO_MATTER and value and value not in _FIXED.get(field, ()):
+      raise UserError(f"{where}: {field} is {value!r}, which is not supported; {SUPPORTED}")

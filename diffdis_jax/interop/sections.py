@@ -149,6 +149,18 @@ def read_vision(config: Config, where: str) -> dict[str, Any]:
   return _activation(_read(config, VISION, FIXED_VISION, where), where)
 
 
+def write_clip(text: Config, vision: Config) -> dict[str, Any]:
+  """config.json of transformers' CLIPModel, of `model.text_encoder` and `model.vision_encoder`."""
+  projection = dict(projection_dim=text["projection"])
+  return dict(
+    architectures=["CLIPModel"],
+    model_type="clip",
+    **projection,
+    text_config={name: x for name, x in write_text(text).items() if name != "architectures"} | projection,
+    vision_config=dict(model_type="clip_vision_model", **_write(vision, VISION, FIXED_VISION), **projection),
+  )
+
+
 def check_widths(unet: Config, model: Config, where: str) -> None:
   """Raises UserError unless the UNet takes the autoencoder's latents and the text tower's condition, and no more."""
   channels, width = model["autoencoder"]["latent_channels"], model["text_encoder"]["width"]

@@ -102,10 +102,15 @@ def write(
     (folder / file).parent.mkdir(exist_ok=True)
     own = [entry for entry in entries if entry.component == component]
     if own:
-      arrays = {entry.name: _convert(entry, params.pop(entry.path), dtype) for entry in own}
+      arrays = {entry.name: convert(entry, params.pop(entry.path), dtype) for entry in own}
       save_file(arrays, folder / file, metadata={"format": "pt"})
       if component == "diffdis":
         configs["diffdis_config.json"] = diffdis
+  write_configs(folder, configs)
+
+
+def write_configs(folder: pathlib.Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+  """JSON files, by their path in the folder."""
   for file, content in configs.items():
     (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -138,7 +143,7 @@ def fold_statistics(params: Params) -> float:
   return factor
 
 
-def _convert(entry: mapping.Entry, value: np.floating | Float[AnyArray, "..."], dtype: str) -> np.ndarray:
+def convert(entry: mapping.Entry, value: np.floating | Float[AnyArray, "..."], dtype: str) -> np.ndarray:
   """Their layout and dtype, a copy."""
   with np.errstate(over="ignore"):
     array = np.array(entry.to_theirs(np.asarray(value)), DTYPES[dtype], order="C")

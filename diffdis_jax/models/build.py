@@ -14,44 +14,47 @@ from ml_collections import ConfigDict
 
 from diffdis_jax.diffusion.schedules import Process
 from diffdis_jax.errors import UserError, check_choice, check_number, read_section
+from diffdis_jax.models import clip_init
 from diffdis_jax.models.alignment import AlignmentTransformer
 from diffdis_jax.models.autoencoder import Autoencoder
+from diffdis_jax.models.clip import Clip, VisionEncoder
 from diffdis_jax.models.diffdis import DiffDis
 from diffdis_jax.models.fusion import TextStream
 from diffdis_jax.models.layers import DTYPES
-from diffdis_jax.models.sections import AUTO, PARTS, Model, read_model
+from diffdis_jax.models.sections import AUTO, CLIP_PARTS, PARTS, ClipModel, Model, read_clip, read_model
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.models.unet import UNet
 from diffdis_jax.params import Params, flatten, merge
 
-OBJECTIVES = ("generation", "discrimination", "reconstruction")
+OBJECTIVES = ("generation", "discrimination", "reconstruction", "contrastive")
+# Objectives that no other can stand beside, and what they train.
+ALONE = {"reconstruction": "the autoencoder", "contrastive": "CLIP's two towers"}
 
 
 def check_objectives(objectives: Sequence[str]) -> None:
   """Raises UserError for objectives that are unknown or do not go together."""
-  if "contrastive" in objectives:
-    raise UserError(
-      "this run is an imported CLIP; CLIP neither trains nor evaluates here yet, nor does it draw; objectives that do"
-      f" are {', '.join(OBJECTIVES)}"
-    )
   if not objectives:
     raise UserError(f"objectives is empty; choose among {', '.join(OBJECTIVES)}")
   for objective in objectives:
     check_choice("objectives", objective, OBJECTIVES)
-  if "reconstruction" in objectives and len(objectives) > 1:
-    raise UserError("objectives: reconstruction trains the autoencoder alone and cannot be combined with others")
+  for objective, trained in ALONE.items():
+    if objective in objectives and len(objectives) > 1:
+      raise UserError(f"objectives: {objective} trains {trained} alone and cannot be combined with others")
 
 
-def check_sizes(model: Model, *, objectives: Sequence[str], image_size: int, max_length: int) -> None:
+def check_sizes(model: Model | ClipModel, *, objectives: Sequence[str], image_size: int, max_length: int) -> None:
   """Raises UserError for images and texts that the network cannot take."""
   check_number("image_size", image_size, at_least=1)
-  factor = model.autoencoder.factor
-  stride = factor if "reconstruction" in objectives else factor * 2 ** (len(model.unet.widths) - 1)
+  if isinstance(model, ClipModel):
+    stride = model.vision_encoder.patch
+    why = f"patches of {stride} px do not tile it"
+  else:
+    factor = model.autoencoder.factor
+    stride = factor if "reconstruction" in objectives else factor * 2 ** (len(model.unet.widths) - 1)
+    why = f"autoencoder and UNet together halve it down by {stride}"
   if image_size % stride:
-    raise UserError(
-      f"image_size is {image_size}; autoencoder and UNet together halve it down by {stride}, so it must be a"
-      f" multiple of {stride}, such as {max(1, round(image_size / stride)) * stride}"
-    )
+    near = max(1, round(image_size / stride)) * stride
+    raise UserError(f"image_size is {image_size}; {why}, so it must be a multiple of {stride}, such as {near}")
   if not 2 <= max_length <= model.text_encoder.max_length:
     raise UserError(
       f"data.max_length is {max_length}; it must be from 2 to model.text_encoder.max_length,"
@@ -98,21 +101,28 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
   )
 
 
+def build_clip(model: ClipModel, rngs: nnx.Rngs) -> Clip:
+  """CLIP's two towers."""
+  common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], remat=model.remat, rngs=rngs)
+  text, vision = (dataclasses.asdict(getattr(model, name)) for name in CLIP_PARTS)
+  return Clip(text_encoder=TextEncoder(**text, **common), vision_encoder=VisionEncoder(**vision, **common))
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Network:
   """Everything about a config's network that training and inference share and that never changes. Built once.
 
   Attributes:
     model: sizes and switches.
-    objectives: what it is trained for.
+    objectives: what it is trained for; `contrastive` makes it a CLIP, all others a DiffDis.
     image_size: side of the square images, pixels.
     max_length: tokens of a caption.
-    image_process, text_process: the two diffusion processes.
+    image_process, text_process: the two diffusion processes. CLIP has no use for them.
     condition_timestep: t_z of the clean image in discrimination (appendix, Table 7), 0 to 1000.
     graphdef, abstract: of the module, as `params.merge` takes them.
   """
 
-  model: Model
+  model: Model | ClipModel
   objectives: tuple[str, ...]
   image_size: int
   max_length: int
@@ -131,13 +141,13 @@ class Network:
     """
     objectives = tuple(config.objectives)
     check_objectives(objectives)
-    model = read_model(config.model)
+    model = read_clip(config.model) if "contrastive" in objectives else read_model(config.model)
     check_sizes(model, objectives=objectives, image_size=config.image_size, max_length=config.data.max_length)
     check_number("condition_timestep", config.condition_timestep, at_least=0, at_most=1000)
     image, text = (
       read_section(Process, config[name].to_dict(), name) for name in ("image_diffusion", "text_diffusion")
     )
-    graphdef, abstract = abstract_module(functools.partial(build_diffdis, model, objectives))
+    graphdef, abstract = abstract_module(_builder(model, objectives))
     return cls(
       model=model,
       objectives=objectives,
@@ -156,6 +166,11 @@ class Network:
     return flatten(self.abstract)
 
   @property
+  def is_clip(self) -> bool:
+    """Rather than a DiffDis."""
+    return isinstance(self.model, ClipModel)
+
+  @property
   def dtype(self) -> Any:
     """Of matrix products and convolutions."""
     return DTYPES[self.model.dtype]
@@ -169,21 +184,28 @@ class Network:
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
-    """[h, w, c] of one image's latent."""
+    """[h, w, c] of one image's latent. Raises UserError for a CLIP, which has none."""
+    if isinstance(self.model, ClipModel):
+      raise UserError("this run is a CLIP, which has no autoencoder and so no latents; take a run of DiffDis")
     side = self.image_size // self.model.autoencoder.factor
     return side, side, self.model.autoencoder.latent_channels
 
-  def with_params(self, params: Params) -> DiffDis:
+  def with_params(self, params: Params) -> DiffDis | Clip:
     """The module with these parameters."""
     return merge(self.graphdef, self.abstract, params)
 
   def initialise(self, key: jax.Array) -> Params:
     """Fresh parameters; run under jit with out_shardings, so that they are born sharded."""
-    return flatten(initial_state(self.build, key))
+    if isinstance(self.model, ClipModel):
+      return clip_init.initialise(key, self.shapes, self.model)
+    return flatten(initial_state(_builder(self.model, self.objectives), key))
 
-  def build(self, rngs: nnx.Rngs) -> DiffDis:
-    """The module itself, with fresh parameters."""
-    return build_diffdis(self.model, self.objectives, rngs)
+
+def _builder(model: Model | ClipModel, objectives: Sequence[str]) -> Callable[[nnx.Rngs], DiffDis | Clip]:
+  """A function from rngs to the module with fresh parameters."""
+  if isinstance(model, ClipModel):
+    return functools.partial(build_clip, model)
+  return functools.partial(build_diffdis, model, objectives)
 
 
 class _Rngs(nnx.Rngs):

@@ -12,13 +12,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear
+from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear, run_block
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.structs import TextCondition
 
 # Of CLIP's own training images (OpenAI's release): RGB pixels in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+LOGIT_SCALE = math.log(1 / 0.07)  # at the start
 
 
 def normalise(image: UInt8[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
@@ -27,13 +28,26 @@ def normalise(image: UInt8[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
   return (image.astype(jnp.float32) / 255.0 - shift) / scale
 
 
+def resize_positions(positions: Float[Array, "n d"], *, rows: int, columns: int) -> Float[Array, "m d"]:
+  """Learned positions of a square grid of patches for another grid, as open_clip's resize_pos_embed has them.
+
+  Bicubic, antialiased where the grid becomes smaller. The first position, the class token's, stays.
+  """
+  side, width = math.isqrt(len(positions) - 1), positions.shape[-1]
+  if (rows, columns) == (side, side):
+    return positions
+  grid = jax.image.resize(positions[1:].reshape(side, side, width), (rows, columns, width), "bicubic")
+  return jnp.concatenate([positions[:1], grid.reshape(rows * columns, width)])
+
+
 class VisionEncoder(nnx.Module):
   """CLIP's vision tower: image to one vector, the class token's, through a projection.
 
   Args:
-    image_size: side of the square images; the learned positions fit no other.
+    image_size: side of the square images that the learned positions are of.
     patch: side of a patch; each is one token.
     projection: width of the result.
+    remat: a key of layers.REMAT_POLICIES, applied to each layer.
 
   Raises:
     UserError: patches do not tile the image.
@@ -52,10 +66,11 @@ class VisionEncoder(nnx.Module):
     projection: int,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
+    remat: str = "none",
   ):
     if image_size % patch:
       raise UserError(f"patches of {patch} px do not tile an image of {image_size} px; give a multiple of {patch}")
-    self.image_size, self.dtype = image_size, dtype
+    self.side, self.dtype, self.remat = patch, dtype, remat
     self.patch = nnx.Conv(
       3,
       width,
@@ -79,21 +94,25 @@ class VisionEncoder(nnx.Module):
     self.projection = linear(width, projection, use_bias=False, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
-    """Embeddings of normalised images, f32, of any length.
+    """Embeddings of normalised images, f32, of any length. Images of another size than the positions' get interpolated
+    ones.
 
     Raises:
-      UserError: images of another size.
+      UserError: patches do not tile the images.
     """
-    if x.shape[1:3] != (self.image_size, self.image_size):
+    height, width = x.shape[1:3]
+    if height % self.side or width % self.side:
       raise UserError(
-        f"images are {x.shape[1]} x {x.shape[2]} px; CLIP's learned positions take {self.image_size} x"
-        f" {self.image_size}, so resize and crop them to that"
+        f"images are {height} x {width} px; patches of {self.side} px do not tile them, so resize and crop them to a"
+        f" multiple of {self.side}"
       )
-    tokens = rearrange(self.patch(x), "b h w d -> b (h w) d")
+    patches = self.patch(x)
+    tokens = rearrange(patches, "b h w d -> b (h w) d")
+    positions = resize_positions(self.positions[...], rows=patches.shape[1], columns=patches.shape[2])
     start = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (len(x), 1, tokens.shape[-1]))
-    h = self.pre_norm(jnp.concatenate([start, tokens], axis=1) + self.positions[...].astype(self.dtype))
+    h = self.pre_norm(jnp.concatenate([start, tokens], axis=1) + positions.astype(self.dtype))
     for layer in self.layers:
-      h = layer(h)
+      h = run_block(lambda layer, h: layer(h), layer, h, remat=self.remat)
     return self.projection(self.norm(h[:, :1]))[:, 0].astype(jnp.float32)
 
 
@@ -107,13 +126,13 @@ class Clip(nnx.Module):
   def __init__(self, *, text_encoder: TextEncoder, vision_encoder: VisionEncoder):
     self.text_encoder = text_encoder
     self.vision_encoder = vision_encoder
-    self.logit_scale = nnx.Param(jnp.asarray(math.log(1 / 0.07), jnp.float32))
+    self.logit_scale = nnx.Param(jnp.asarray(LOGIT_SCALE, jnp.float32))
 
   def encode_image(self, image: UInt8[Array, "b H W 3"]) -> Float[Array, "b d"]:
     """L2-normalised embeddings, f32.
 
     Raises:
-      UserError: images of another size than the vision tower's.
+      UserError: patches do not tile the images.
     """
     query = self.vision_encoder(normalise(image))
     return query * jax.lax.rsqrt(jnp.sum(query**2, axis=-1, keepdims=True) + 1e-12)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,26 @@ from diffdis_jax.models.attention import Projected, attend
 
 F32 = jnp.float32
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# What the backward pass keeps of a block: everything; nothing but its input; matrix products; those without a batch.
+REMAT_POLICIES = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def run_block(f: Callable[..., Any], block: nnx.Module, *args: Any, remat: str) -> Any:
+  """f(block, *args), of which the backward pass keeps what `remat`, a key of REMAT_POLICIES, says.
+
+  Not by nnx.remat, which writes parameters back, and so cannot stand inside a sampler's loop.
+  """
+  if remat == "none":
+    return f(block, *args)
+  graphdef, state = nnx.split(block)
+  pure = lambda state, *args: f(nnx.merge(graphdef, state), *args)
+  return jax.checkpoint(pure, policy=REMAT_POLICIES[remat])(state, *args)
 
 
 def linear(

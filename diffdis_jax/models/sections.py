@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from diffdis_jax.errors import UserError, check_choice, check_number, check_numbers, read_section
-from diffdis_jax.models.layers import ACTIVATIONS, DTYPES
-from diffdis_jax.models.unet import REMAT_POLICIES
+from diffdis_jax.models.layers import ACTIVATIONS, DTYPES, REMAT_POLICIES
 
 AUTO = "auto"
 MATMUL_PRECISIONS = (AUTO, "default", "high", "highest")
@@ -126,7 +125,7 @@ class Model:
     matmul_precision: how they multiply f32, one of MATMUL_PRECISIONS. JAX's own default is the chip's fastest way, bf16
       on TPUs and TF32 on GPUs; on CPUs all are the same. `auto` is highest where dtype is float32, so that it means
       that, and default where it is bfloat16.
-    remat: what the backward pass keeps, one of unet.REMAT_POLICIES.
+    remat: what the backward pass keeps, one of layers.REMAT_POLICIES.
 
   Raises:
     UserError: a value out of its range.
@@ -156,16 +155,87 @@ class Model:
     return self.text_encoder.projection or self.text_encoder.width
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionEncoderSize:
+  """`model.vision_encoder` of a CLIP; clip.VisionEncoder says what the fields are."""
+
+  image_size: int
+  patch: int
+  width: int
+  depth: int
+  num_heads: int
+  mlp_width: int
+  activation: str
+  projection: int
+
+  def __post_init__(self) -> None:
+    _check_counts(self, "image_size", "patch", "width", "depth", "num_heads", "mlp_width", "projection")
+    check_choice("activation", self.activation, ACTIVATIONS)
+    _check_multiple("image_size", self.image_size, self, "patch")
+    _check_multiple("width", self.width, self, "num_heads")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClipModel:
+  """The `model` section of a CLIP, whose objective is `contrastive`.
+
+  Attributes:
+    dtype, matmul_precision: as Model's.
+    remat: what the backward pass keeps of each layer, one of layers.REMAT_POLICIES.
+
+  Raises:
+    UserError: a value out of its range, or towers that do not end in one width.
+  """
+
+  dtype: str
+  remat: str = "none"
+  matmul_precision: str = AUTO
+  text_encoder: TextEncoderSize
+  vision_encoder: VisionEncoderSize
+
+  def __post_init__(self) -> None:
+    check_choice("dtype", self.dtype, DTYPES)
+    check_choice("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
+    check_choice("remat", self.remat, REMAT_POLICIES)
+    text, vision = self.text_encoder.projection, self.vision_encoder.projection
+    if text != vision:
+      raise UserError(
+        f"text_encoder.projection is {text} and vision_encoder.projection {vision}; CLIP compares what the towers end"
+        " in, so both must be one width"
+      )
+
+  @property
+  def query_width(self) -> int:
+    """Of the text query e and of an image's embedding."""
+    return self.text_encoder.projection
+
+
 PARTS = {"unet": UNetSize, "alignment": AlignmentSize, "text_encoder": TextEncoderSize, "autoencoder": AutoencoderSize}
+CLIP_PARTS = {"text_encoder": TextEncoderSize, "vision_encoder": VisionEncoderSize}
 
 
 def read_model(section: ConfigDict) -> Model:
-  """The `model` section of a config.
+  """The `model` section of a DiffDis config.
 
   Raises:
     UserError: a field that is unknown or missing, or out of its range.
   """
+  if "vision_encoder" in section:
+    raise UserError("model has a vision_encoder, which is CLIP's; its one objective is objectives=('contrastive',)")
+  return read_section(Model, _with_parts(section, PARTS), "model")
+
+
+def read_clip(section: ConfigDict) -> ClipModel:
+  """The `model` section of a CLIP config. Raises as `read_model`."""
+  if "vision_encoder" not in section:
+    raise UserError(
+      "model has no vision_encoder, which objective contrastive trains; take a config of CLIP, such as"
+      " configs/clip_cc3m.py"
+    )
+  return read_section(ClipModel, _with_parts(section, CLIP_PARTS), "model")
+
+
+def _with_parts(section: ConfigDict, kinds: Mapping[str, type[Any]]) -> dict[str, Any]:
   fields = section.to_dict()
-  given = {name: kind for name, kind in PARTS.items() if name in fields}
-  parts = {name: read_section(kind, fields.pop(name), f"model.{name}") for name, kind in given.items()}
-  return read_section(Model, {**fields, **parts}, "model")
+  given = {name: kind for name, kind in kinds.items() if name in fields}
+  return fields | {name: read_section(kind, fields[name], f"model.{name}") for name, kind in given.items()}

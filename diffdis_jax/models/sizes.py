@@ -76,6 +76,8 @@ def clip_vit_l14() -> ConfigDict:
   return ConfigDict(
     dict(
       dtype="bfloat16",
+      matmul_precision="auto",
+      remat="none",
       text_encoder=dict(sd_v1().text_encoder, projection=768),
       vision_encoder=dict(
         image_size=224,
@@ -96,4 +98,21 @@ def clip_vit_b32() -> ConfigDict:
   model = clip_vit_l14()
   model.text_encoder.update(width=512, num_heads=8, mlp_width=2048, projection=512)
   model.vision_encoder.update(patch=32, width=768, depth=12, num_heads=12, mlp_width=3072, projection=512)
+  return model
+
+
+def clip_small() -> ConfigDict:
+  """A CLIP of a few million parameters, f32, for 32 px images on a CPU; its text tower is that of `small`."""
+  model = clip_vit_b32()
+  model.dtype = "float32"
+  model.text_encoder.update(small().text_encoder, projection=96)
+  model.vision_encoder.update(image_size=32, patch=8, width=96, depth=2, num_heads=4, mlp_width=384, projection=96)
+  return model
+
+
+def clip_medium() -> ConfigDict:
+  """With the text tower of `medium`, and smaller patches."""
+  model = clip_small()
+  model.text_encoder.update(medium().text_encoder, projection=128)
+  model.vision_encoder.update(patch=4, width=128, depth=4, mlp_width=512, projection=128)
   return model

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear
+from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear, run_block
 from diffdis_jax.structs import TextCondition
 
 
@@ -20,6 +20,7 @@ class TextEncoder(nnx.Module):
 
   Args:
     projection: width of CLIP's text projection applied to the query, 0 for none.
+    remat: a key of layers.REMAT_POLICIES, applied to each layer.
   """
 
   def __init__(
@@ -37,8 +38,9 @@ class TextEncoder(nnx.Module):
     projection: int,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
+    remat: str = "none",
   ):
-    self.bos_id, self.eos_id, self.dtype = bos_id, eos_id, dtype
+    self.bos_id, self.eos_id, self.dtype, self.remat = bos_id, eos_id, dtype, remat
     init = nnx.initializers.normal(0.02)
     self.tokens = nnx.Embed(vocab_size, width, embedding_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
     self.positions = nnx.Param(0.5 * init(rngs.params(), (max_length, width), jnp.float32))
@@ -60,7 +62,7 @@ class TextEncoder(nnx.Module):
     h = embedded + self.positions[:length].astype(self.dtype)
     causal = jnp.tril(jnp.ones((length, length), bool))
     for layer in self.layers:
-      h = layer(h, mask=causal)
+      h = run_block(lambda layer, h: layer(h, mask=causal), layer, h, remat=self.remat)
     return self.with_query(self.norm(h), tokens)
 
   def with_query(self, c: Float[Array, "b l d"], tokens: Int[Array, "b l"]) -> TextCondition:

@@ -11,18 +11,10 @@ from flax import nnx, struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffdis_jax.models.layers import GroupNorm, TimestepEmbedder, conv
+from diffdis_jax.models.layers import GroupNorm, TimestepEmbedder, conv, run_block
 from diffdis_jax.models.unet_blocks import Downsample, ResnetBlock, SpatialTransformer, Upsample
 
 EPS = 1e-5
-
-# What the backward pass keeps of a block: everything; nothing but its input; matrix products; those without a batch.
-REMAT_POLICIES = {
-  "none": None,
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_saveable,
-  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 # (index of the attention block, block, image features, text condition, carry) -> (image features, carry).
 AttentionFn = Callable[[int, SpatialTransformer, Array, Array, Any], tuple[Array, Any]]
@@ -109,7 +101,7 @@ class UNet(nnx.Module):
     context_width: width of the text condition c.
     latent_channels: channels of z, in and out.
     groups: groups of every GroupNorm.
-    remat: a key of REMAT_POLICIES, applied to each block.
+    remat: a key of layers.REMAT_POLICIES, applied to each block.
     up_path: whether there is a second half; discrimination alone does without.
   """
 
@@ -162,15 +154,7 @@ class UNet(nnx.Module):
     return [block.proj_in.out_features for block in blocks]
 
   def _run(self, f: Callable[..., Any], block: nnx.Module, *args: Any) -> Any:
-    """f(block, *args), of which the backward pass keeps what `remat` says.
-
-    Not by nnx.remat, which writes parameters back, and so cannot stand inside a sampler's loop.
-    """
-    if self.remat == "none":
-      return f(block, *args)
-    graphdef, state = nnx.split(block)
-    pure = lambda state, *args: f(nnx.merge(graphdef, state), *args)
-    return jax.checkpoint(pure, policy=REMAT_POLICIES[self.remat])(state, *args)
+    return run_block(f, block, *args, remat=self.remat)
 
   def down_and_middle(
     self,

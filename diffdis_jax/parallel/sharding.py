@@ -27,9 +27,10 @@ REPLICATED = PartitionSpec()
 
 # Shapes: convolution [h, w, in, out], linear [in, out], embedding [tokens, width]. First match wins.
 RULES = (
-  (r"^autoencoder\.(shift|scale)$|^logit_scale$", REPLICATED),
+  (r"^autoencoder\.(shift|scale)$|^logit_scale$|class_token$", REPLICATED),
   (r"\.(bias|scale)$", REPLICATED),
   (r"conv|shortcut|proj_in|proj_out|quant|encoder_out|decoder_in", PartitionSpec(None, None, "fsdp", "tensor")),
+  (r"\.patch\.kernel$", PartitionSpec(None, None, None, "tensor")),  # three channels in, which no axis splits
   (r"tokens\.embedding$", PartitionSpec("tensor", None)),  # whole, rather than moved for a few rows
   (r"positions$", PartitionSpec("tensor", "fsdp")),
   (r"\.(out|fc2|fc_out|predictor)\.kernel$", PartitionSpec("tensor", "fsdp")),

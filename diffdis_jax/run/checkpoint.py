@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -227,6 +227,25 @@ def saved_params(workdir: epath.PathLike, *, step: int | None = None) -> Params:
 def latest_step(workdir: epath.PathLike) -> int | None:
   """The newest committed step of a run, or None."""
   return max(_committed(_folder(workdir)), default=None)
+
+
+class Best(NamedTuple):
+  """The checkpoint that was saved with the best value of a metric."""
+
+  step: int
+  value: float
+
+
+def best(workdir: epath.PathLike, kept: Kept) -> Best | None:
+  """By `kept.best_metric`, among the checkpoints that are there; the earliest of equals. None where none has it."""
+  folder, found = _folder(workdir), []
+  for step in _committed(folder) if kept.best_metric else ():
+    file = folder / str(step) / "metrics" / "metrics"
+    metrics = json.loads(file.read_text()) if file.exists() else {}
+    if kept.best_metric in metrics:
+      found.append(Best(step, float(metrics[kept.best_metric])))
+  sign = 1 if kept.best_is == "max" else -1
+  return max(found, key=lambda each: sign * each.value, default=None)
 
 
 def find(workdir: epath.PathLike, step: int | None = None) -> epath.Path:

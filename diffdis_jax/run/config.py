@@ -27,14 +27,17 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
       image_size=image_size,
       batch_size=64,  # global
       num_steps=1000,
-      objectives=("generation", "discrimination"),  # or one of them, or ("reconstruction",): the autoencoder alone
+      # Or one of them; or ("reconstruction",), the autoencoder alone; or ("contrastive",), CLIP with its own model.
+      objectives=("generation", "discrimination"),
       init_from="",  # workdir to take matching parameters from
       model=model,
       image_diffusion=dict(schedule="scaled_linear"),  # scaled_linear, linear, cosine
       text_diffusion=dict(schedule="cosine", target="data", gamma=0.3),  # target: data, noise
       condition_timestep=1000,  # t_z of the clean image in discrimination
       sample_posterior=True,  # latents: a sample of the autoencoder's posterior, or its mode
-      loss=dict(ita_weight=1.0, condition_dropout=0.1, image_dropout=0.1, kl_weight=1e-4),
+      loss=dict(
+        ita_weight=1.0, condition_dropout=0.1, image_dropout=0.1, kl_weight=1e-4, equal_captions="left_out"
+      ),  # objectives.Loss says what its fields are
       optim=dict(
         groups=(("^autoencoder", "frozen"), (".*", "new")),  # (regex over parameter paths, group); the first match wins
         rates=dict(new=1e-3),  # peak learning rate of each group but `frozen`

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffdis_jax.errors import check_number, read_section
+from diffdis_jax.errors import UserError, check_number, read_section
 from diffdis_jax.models.build import Network
 from diffdis_jax.training.objectives import Loss
 from diffdis_jax.training.optim import Optim
@@ -20,6 +20,11 @@ def build_step(config: ConfigDict, mesh: Mesh) -> Step:
   """
   check_number("seed", config.seed, at_least=0, at_most=2**32 - 1)
   check_number("num_steps", config.num_steps, at_least=1)
+  if "contrastive" in config.objectives and config.data.discrimination_view != "shared":
+    raise UserError(
+      f"data.discrimination_view is {config.data.discrimination_view!r}; objective contrastive has one view of an"
+      " image, by data.augment, so leave it at 'shared'"
+    )
   # The sections first: a number out of its range is told at once, before the network is built.
   optim = read_section(Optim, config.optim.to_dict(), "optim")
   loss = read_section(Loss, config.loss.to_dict() | {"sample_posterior": config.sample_posterior}, "loss")

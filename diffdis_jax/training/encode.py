@@ -13,9 +13,10 @@ from jaxtyping import Array, Float
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.models.autoencoder import sample_posterior
+from diffdis_jax.models.clip import Clip
 from diffdis_jax.models.diffdis import DiffDis
 from diffdis_jax.params import Params
-from diffdis_jax.structs import AnyBatch, LatentBatch, Posterior, TextCondition
+from diffdis_jax.structs import AnyBatch, Batch, LatentBatch, Pairs, Posterior, TextCondition
 
 # What decides which posterior an image has.
 ENCODER = re.compile(r"autoencoder\.(conv_in|down|encoder\w*|quant)\.")
@@ -51,6 +52,11 @@ def encode_captions(model: DiffDis, batch: AnyBatch) -> TextCondition:
   if not isinstance(batch, LatentBatch) or batch.condition is None:
     return model.encode_text(batch.tokens)
   return model.text_encoder.with_query(batch.condition.astype(model.text_encoder.dtype), batch.tokens)
+
+
+def encode_pairs(model: Clip, batch: Batch) -> Pairs:
+  """Each image and its caption by CLIP's towers. No row depends on another."""
+  return Pairs(image=model.encode_image(batch.image), text=model.encode_text(batch.tokens).e)
 
 
 def fingerprint(params: Params, which: re.Pattern[str] = ENCODER) -> float:

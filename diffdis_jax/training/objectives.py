@@ -1,4 +1,5 @@
-"""What a step minimises. `diffusion_loss` is the paper's Algorithm 1; `reconstruction_loss` trains an autoencoder."""
+"""What a step minimises. `diffusion_loss` is the paper's Algorithm 1; `reconstruction_loss` trains an autoencoder, and
+`contrastive_loss` CLIP, the paper's baseline."""
 
 from __future__ import annotations
 
@@ -9,22 +10,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
 from diffdis_jax.diffusion import schedules
 from diffdis_jax.diffusion.schedules import Process
-from diffdis_jax.errors import check_number
+from diffdis_jax.errors import check_choice, check_number
 from diffdis_jax.models import joint
 from diffdis_jax.models.autoencoder import sample_posterior
 from diffdis_jax.models.build import Network
+from diffdis_jax.models.clip import Clip
 from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
-from diffdis_jax.structs import AnyArray, AnyBatch, Batch, DiscriminationPass, GenerationPass
+from diffdis_jax.structs import AnyArray, AnyBatch, Batch, DiscriminationPass, GenerationPass, Pairs
 from diffdis_jax.training import encode, losses
 
 # Share of the running latent statistics that each reconstruction step keeps.
 STATISTICS_DECAY = 0.98
+EQUAL_CAPTIONS = ("left_out", "negatives")
 
 # name -> (sum, count): sums over samples, microbatches and steps add up, and their ratio is the mean.
 Number = np.floating | Float[AnyArray, "..."]
@@ -43,6 +46,8 @@ class Loss:
     image_dropout: share of samples whose image discrimination does not see, for guidance.
     kl_weight: of an autoencoder's training.
     sample_posterior: latents are a sample of the autoencoder's posterior, or else its mode.
+    equal_captions: what pairs with equal captions are to each other in a contrastive batch, one of EQUAL_CAPTIONS: left
+      out of both softmaxes, or negatives, as in open_clip. Not stated by the paper.
 
   Raises:
     UserError: a value out of its range.
@@ -53,12 +58,18 @@ class Loss:
   image_dropout: float
   kl_weight: float
   sample_posterior: bool
+  equal_captions: str = "left_out"
 
   def __post_init__(self) -> None:
     check_number("ita_weight", self.ita_weight, at_least=0.0)
     check_number("condition_dropout", self.condition_dropout, at_least=0.0, at_most=1.0)
     check_number("image_dropout", self.image_dropout, at_least=0.0, below=1.0)
     check_number("kl_weight", self.kl_weight, at_least=0.0)
+    check_choice("equal_captions", self.equal_captions, EQUAL_CAPTIONS)
+
+  def captions(self, tokens: Int[Array, "b l"]) -> UInt32[Array, "b"] | None:
+    """As `losses.contrastive` takes them."""
+    return losses.caption_ids(tokens) if self.equal_captions == "left_out" else None
 
 
 def loss_function(network: Network, section: Loss) -> LossFn:
@@ -68,12 +79,16 @@ def loss_function(network: Network, section: Loss) -> LossFn:
     trainable: Params, fixed: Params, batch: AnyBatch, keys: Keys
   ) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:
     model = network.with_params({**fixed, **trainable})
-    if "reconstruction" in network.objectives:
+    statistics = {}
+    if isinstance(model, Clip):
       assert isinstance(batch, Batch)  # data/build.py refuses latents
+      pairs = encode.encode_pairs(model, batch)
+      total, metrics = contrastive_loss(pairs, model.logit_scale[...], captions=section.captions(batch.tokens))
+    elif "reconstruction" in network.objectives:
+      assert isinstance(batch, Batch)
       total, metrics, statistics = reconstruction_loss(model, batch, keys, kl_weight=section.kl_weight)
     else:
       total, metrics = diffusion_loss(model, batch, keys, network=network, section=section)
-      statistics = {}
     return total, ({"loss": mean_of(total[None]), **metrics}, statistics)
 
   return loss
@@ -126,7 +141,7 @@ def diffusion_loss(
       discrimination,
       e=text.e,
       logit_scale=model.logit_scale[...],
-      tokens=batch.tokens,
+      captions=section.captions(batch.tokens),
       process=network.text_process,
     )
     total, metrics = total + section.ita_weight * loss, {**metrics, **found}
@@ -207,7 +222,7 @@ def discrimination_loss(
   *,
   e: Float[Array, "b d"],
   logit_scale: Float[Array, ""],
-  tokens: Int[Array, "b l"],
+  captions: UInt32[Array, "b"] | None,
   process: Process,
 ) -> tuple[Float[Array, ""], Metrics]:
   """L_ITA: InfoNCE between the denoised text query ê_0 and the batch's text queries e."""
@@ -219,17 +234,24 @@ def discrimination_loss(
     query,
     e,
     logit_scale,
-    captions=losses.caption_ids(tokens),
+    captions=captions,
     dropped=inputs.without_image,
     gather=sharding.everywhere,
   )
   metrics = {
     "loss_discrimination": mean_of(result.loss[None]),
-    "alignment_accuracy": mean_of(result.accuracy[None]),
-    "temperature": mean_of(losses.temperature(logit_scale)[None]),
+    **alignment(result, logit_scale),
     **quarters_of("loss_discrimination", result.query_to_text, t_e),
   }
   return result.loss, metrics
+
+
+def contrastive_loss(
+  pairs: Pairs, logit_scale: Float[Array, ""], *, captions: UInt32[Array, "b"] | None
+) -> tuple[Float[Array, ""], Metrics]:
+  """CLIP's loss (Radford et al., 2021): InfoNCE between images and texts, both ways, over all of the batch."""
+  result = losses.contrastive(pairs.image, pairs.text, logit_scale, captions=captions, gather=sharding.everywhere)
+  return result.loss, {"loss_contrastive": mean_of(result.loss[None]), **alignment(result, logit_scale)}
 
 
 def reconstruction_loss(
@@ -262,6 +284,12 @@ def reconstruction_loss(
 def mean_of(per_sample: Float[Array, "b"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """A metric: the sum over samples, and their number."""
   return jnp.sum(per_sample), jnp.asarray(len(per_sample), jnp.float32)
+
+
+def alignment(result: losses.Contrastive, logit_scale: Float[Array, ""]) -> Metrics:
+  """How well a contrastive batch is told apart, and how sharply."""
+  temperature = losses.temperature(logit_scale)
+  return {"alignment_accuracy": mean_of(result.accuracy[None]), "temperature": mean_of(temperature[None])}
 
 
 def quarters_of(name: str, per_sample: Float[Array, "b"], t: Int[Array, "b"]) -> Metrics:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from diffdis_jax.errors import UserError, check_choice, check_number, check_regex
 from diffdis_jax.params import Params, first_match
+from diffdis_jax.training.losses import MAX_LOGIT_SCALE
 
 FROZEN = "frozen"
 # Measured, not trained: the latents' shift and scale.
@@ -130,6 +131,13 @@ def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> 
   # Before the groups part: one norm over all that is trained.
   clip = optax.clip_by_global_norm(section.clip_norm) if section.clip_norm else optax.identity()
   return optax.chain(clip, optax.partition({group: adamw(group) for group in sorted(set(labels.values()))}, labels))
+
+
+def limit_logit_scale(params: Params) -> Params:
+  """The parameters with CLIP's logit_scale within [0, ln 100], as open_clip limits it after each step."""
+  if "logit_scale" not in params:
+    return params
+  return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0.0, MAX_LOGIT_SCALE)}
 
 
 def update_ema(new: Params, old: Params, *, decay: float, step: Int[Array, ""]) -> Params:

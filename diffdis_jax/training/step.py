@@ -126,6 +126,8 @@ class Step:
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
       updates, opt_state = self._tx.update(gradient, state.opt_state, trainable)
     trainable = cast(Params, optax.apply_updates(trainable, updates))
+    if "contrastive" in self.network.objectives:
+      trainable = optimizers.limit_logit_scale(trainable)
     metrics["grad_norm"] = (optax.tree.norm(gradient), jnp.ones(()))
     return (
       TrainState(

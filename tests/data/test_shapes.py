@@ -146,3 +146,10 @@ def test_templates_are_in_the_training_distribution():
   captions = {source[i]["caption"] for i in range(len(source))}
   for template in shapes.TEMPLATES:
     assert any(template.format(name) in captions for name in shapes.CLASSNAMES)
+
+
+def test_plain_captions_say_the_same_by_one_template():
+  for record in map(make("train", num_images=200).__getitem__, range(200)):
+    plain = record["plain_caption"]
+    assert plain.startswith("a ") and record["label"] in plain
+    assert record["caption"] in [template.format(plain.removeprefix("a ")) for template in shapes.TEMPLATES]

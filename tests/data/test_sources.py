@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from diffdis_jax.data import records, sources
@@ -12,6 +13,10 @@ def test_shapes():
   source = sources.open_source(name="shapes", split="unseen", image_size=24, num_images=5, seed=3)
   assert len(source) == 5 and source[4]["image"].shape == (24, 24, 3) and not source[4]["seen"]
   assert len(sources.open_source(name="shapes", image_size=24)) == 65536
+  plain = sources.open_source(name="shapes", image_size=24, caption_fields=("plain_caption", "colour"))
+  record = plain[7]
+  assert record["captions"] == [record["plain_caption"], record["colour"]] and record["caption"].startswith("a ")
+  np.testing.assert_array_equal(record["image"], sources.open_source(name="shapes", image_size=24)[7]["image"])
 
 
 @pytest.mark.parametrize(
@@ -20,7 +25,7 @@ def test_shapes():
     ({"name": "laion"}, "unknown data source 'laion'; there are shapes, pairs"),
     ({"name": "shapes", "split": "val"}, "shapes has no split 'val'; there are train, test, unseen, all"),
     ({"name": "shapes", "num_images": 0}, "num_images is 0; at least 1"),
-    ({"name": "shapes", "caption_fields": ("colour",)}, "shapes has no caption_fields; leave them out"),
+    ({"name": "shapes", "caption_fields": ("texts",)}, "shapes has no caption field 'texts'; its records have capt"),
     ({"name": "pairs"}, "no prepared data set in ''; write one with python -m diffdis_jax.prepare_data pairs"),
     ({"name": "pairs", "path": "nowhere"}, "no prepared data set in 'nowhere'"),
   ],

@@ -69,7 +69,7 @@ def broken(section: str | None, **changes: Any) -> dict[str, Any]:
   [
     (broken(None), (), 16, "objectives is empty; choose among generation, discrimination, reconstruction"),
     (broken(None), ("generate",), 16, "objectives is 'generate'; it must be one of generation"),
-    (broken(None), ("contrastive",), 16, "this run is an imported CLIP; CLIP neither trains nor evaluates here yet"),
+    (broken(None), ("contrastive", "discrimination"), 16, "contrastive trains CLIP's two towers alone"),
     (broken(None), ("reconstruction", "generation"), 16, "reconstruction trains the autoencoder alone"),
     (broken(None, dtype="float16"), BOTH, 16, "model.dtype is 'float16'; it must be one of float32, bfloat16"),
     (broken(None, matmul_precision="exact"), BOTH, 16, "model.matmul_precision is 'exact'; it must be one of auto, "),

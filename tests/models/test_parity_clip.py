@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from open_clip.model import resize_pos_embed
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping
 from diffdis_jax.models import sizes
-from diffdis_jax.models.clip import Clip, VisionEncoder
+from diffdis_jax.models.clip import Clip, VisionEncoder, resize_positions
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.structs import TextCondition
 from tests.models import from_torch, networks
@@ -118,10 +120,30 @@ def test_clip_equals_transformers(image_size, patch, activation):
   assert_equal_embeddings(tiny(**arrangement), theirs, images(3, image_size), TOKENS, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (12, 12), (4, 4)])
-def test_images_of_another_size_are_refused(shape):
+@pytest.mark.parametrize("shape", [(8, 12), (12, 12), (4, 4), (16, 20)])
+def test_positions_of_other_sizes_are_interpolated_as_in_open_clip(shape):
+  """A grid of 2 x 2 for other grids."""
+  rows, columns = shape[0] // 4, shape[1] // 4
+  positions = np.random.default_rng(0).standard_normal((5, 24)).astype(np.float32)
+  state = {"visual.positional_embedding": torch.from_numpy(positions)}
+  grid = types.SimpleNamespace(visual=types.SimpleNamespace(grid_size=(rows, columns)))
+  resize_pos_embed(state, grid)
+  resized = resize_positions(jnp.asarray(positions), rows=rows, columns=columns)
+  assert networks.relative_error(resized, state["visual.positional_embedding"]) < 1e-6
   network = tiny()
-  with pytest.raises(UserError, match=f"{shape[0]} x {shape[1]} px; .* 8 x 8"):
+  image, _ = jax.eval_shape(network.pure(encode), network.shapes, np.zeros((1, *shape, 3), np.uint8), TOKENS)
+  assert image.shape == (1, PROJECTION)
+
+
+def test_positions_of_the_same_size_stay():
+  positions = jnp.ones((5, 24))
+  assert resize_positions(positions, rows=2, columns=2) is positions
+
+
+@pytest.mark.parametrize("shape", [(8, 10), (9, 8), (2, 2)])
+def test_images_that_patches_do_not_tile_are_refused(shape):
+  network = tiny()
+  with pytest.raises(UserError, match=f"{shape[0]} x {shape[1]} px; patches of 4 px do not tile them"):
     jax.eval_shape(network.pure(encode), network.shapes, np.zeros((1, *shape, 3), np.uint8), TOKENS)
 
 

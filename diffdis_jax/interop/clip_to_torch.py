@@ -1,0 +1,79 @@
+"""A CLIP's parameters to a folder that transformers' CLIPModel and open_clip load, without PyTorch.
+
+Both libraries' files lie in one folder, as in those that are shared: config.json and model.safetensors, and
+open_clip_config.json and open_clip_model.safetensors.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors.numpy import save_file
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.interop import mapping, openclip, sections, to_torch
+from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
+from diffdis_jax.params import Params
+
+TRANSFORMERS, OPEN_CLIP = "model.safetensors", "open_clip_model.safetensors"
+
+
+def check(model: Mapping[str, Any]) -> None:
+  """Raises UserError for a network that the two libraries cannot hold."""
+  text, vision = model["text_encoder"], model["vision_encoder"]
+  if text["activation"] != vision["activation"]:
+    raise UserError(
+      f"model.text_encoder.activation is {text['activation']} and model.vision_encoder.activation"
+      f" {vision['activation']}; open_clip has one for both towers"
+    )
+  if text["eos_id"] != text["vocab_size"] - 1:
+    raise UserError(
+      f"model.text_encoder.eos_id is {text['eos_id']}; open_clip takes the largest token, {text['vocab_size'] - 1}, for"
+      " the end of a text"
+    )
+
+
+def write(folder: pathlib.Path, params: Params, *, model: Mapping[str, Any], dtype: str = "float32") -> None:
+  """Writes weights and configs of both libraries, the tokenizer excepted.
+
+  Args:
+    folder: empty.
+    params: all of a run's parameters.
+    model: the config's section.
+    dtype: of the files, a key of to_torch.DTYPES.
+
+  Raises:
+    UserError: a network that the two cannot hold, or values beyond the dtype's range.
+  """
+  check(model)
+  text, vision = model["text_encoder"], model["vision_encoder"]
+  entries = [mapping.from_path(path, mapping.CLIP) for path in params]
+  arrays = {entry.name: to_torch.convert(entry, params[entry.path], dtype) for entry in entries}
+  save_file(arrays, folder / TRANSFORMERS, metadata={"format": "pt"})
+  save_file(openclip.restore(arrays), folder / OPEN_CLIP, metadata={"format": "pt"})
+  configs = {
+    "config.json": sections.write_clip(text, vision),
+    "preprocessor_config.json": _preprocessor(vision["image_size"]),
+    "open_clip_config.json": openclip.write_config(model, mean=PIXEL_MEAN, std=PIXEL_STD),
+  }
+  to_torch.write_configs(folder, configs)
+
+
+def _preprocessor(image_size: int) -> dict[str, Any]:
+  """Of transformers' CLIPImageProcessor: short side to the size, bicubic, then the central square."""
+  return dict(
+    image_processor_type="CLIPImageProcessor",
+    do_convert_rgb=True,
+    do_resize=True,
+    size=dict(shortest_edge=image_size),
+    resample=3,
+    do_center_crop=True,
+    crop_size=dict(height=image_size, width=image_size),
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    image_mean=PIXEL_MEAN,
+    image_std=PIXEL_STD,
+  )

@@ -1,0 +1,207 @@
+"""CLIP through the verbs: trains, is measured, leaves for PyTorch and comes back, is trained on."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import open_clip
+import pytest
+import torch
+from transformers import CLIPModel, CLIPTokenizer
+
+from configs import clip_cc3m
+from diffdis_jax import evaluate, export_weights, generate, import_weights, inference
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
+from diffdis_jax.models.build import Network
+from diffdis_jax.models.clip import normalise
+from diffdis_jax.params import Params
+from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.training import start
+from diffdis_jax.training.build import build_step
+from tests import steps, tiny_clip
+from tests.command_runs import call
+from tests.models.from_torch import nchw
+from tests.models.networks import relative_error
+from tests.untrained import State
+
+pytest_plugins = ("tests.command_runs",)
+
+PROMPTS = ["a red star", "a blue ring", "a very long caption of a green cross, cut before it ends"]
+SHAPES = {"name": "shapes", "split": "test", "image_size": 16, "seed": 1, "num_images": 64}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> str:
+  path = str(tmp_path_factory.mktemp("clip") / "run")
+  done = call("train", environment, "--config=tests/tiny_clip.py", f"--workdir={path}")
+  assert done.returncode == 0, done.stderr
+  assert "best test/acc1" in done.stderr
+  return path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, run: str) -> pathlib.Path:
+  out = tmp_path_factory.mktemp("clip") / "out"
+  export_weights.export_weights(run, str(out))
+  return out
+
+
+@pytest.fixture(scope="module")
+def embedded(run: str) -> dict[str, np.ndarray]:
+  """Images, tokens, and what the run makes of them."""
+  model, params = inference.load(run, batch_size=8)
+  images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+  tokens = Tokenizer(model.max_length)(PROMPTS)
+  found = {"image": model.embed_images(params, images, seed=0), "text": model.embed_texts(params, tokens)}
+  return {"images": images, "pixels": np.asarray(normalise(jnp.asarray(images))), "tokens": tokens, **found}
+
+
+def metrics_of(run: str) -> list[dict[str, Any]]:
+  return [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_measures_itself_and_keeps_its_best(run):
+  lines = metrics_of(run)
+  losses = [line for line in lines if "loss" in line]
+  accuracy = {line["step"]: line["test/acc1"] for line in lines if "test/acc1" in line}
+  assert [line["step"] for line in losses] == [4, 8] and list(accuracy) == [4, 8]
+  assert {"loss_contrastive", "alignment_accuracy", "temperature", "grad_norm"} <= losses[-1].keys()
+  assert checkpoint.latest_step(run) == 8
+  best = checkpoint.best(run, checkpoint.Kept(**workdir.load_config(run).checkpoint))
+  assert best is not None and best.value == pytest.approx(max(accuracy.values()))
+
+
+def test_evaluation_gives_what_the_run_measured(run):
+  (dataset, section), *_ = evaluate.sections_of_config(workdir.load_config(run).to_dict(), tasks=None)
+  retrieval = ("shapes", {"task": "retrieval", "data": SHAPES, "equal_captions": True})
+  results = evaluate.evaluate(run, [(dataset, section), retrieval])
+  record = results["zero_shot"][dataset]
+  assert record["metrics"]["acc1"] == pytest.approx(metrics_of(run)[-1]["test/acc1"])
+  assert not {"steps", "draws", "guidance"} & record["protocol"].keys() and record["protocol"]["checkpoint"] == 8
+  assert 0 < results["retrieval"]["shapes"]["metrics"]["image_retrieval_recall@10"] <= 1
+
+
+def test_embeddings_have_length_one_and_need_no_seed(run, embedded):
+  for kind in ("image", "text"):
+    np.testing.assert_allclose(np.linalg.norm(embedded[kind], axis=1), 1.0, rtol=1e-5)
+  model, params = inference.load(run, batch_size=16)
+  again = model.embed_images(params, embedded["images"], seed=1)
+  np.testing.assert_allclose(again, embedded["image"], atol=1e-6)
+
+
+def test_larger_images_are_embedded_by_interpolated_positions(run, embedded):
+  model, params = inference.load(run, image_size=32, batch_size=8)
+  larger = embedded["images"].repeat(2, axis=1).repeat(2, axis=2)
+  found = model.embed_images(params, larger, seed=0)
+  assert found.shape == embedded["image"].shape and not np.allclose(found, embedded["image"], atol=1e-3)
+
+
+def test_what_a_clip_does_not_do_is_refused(run, tmp_path):
+  for use, message in (
+    (lambda: inference.load(run, draws=2), "this run is a CLIP, which samples nothing; draws has no effect"),
+    (lambda: inference.load(run, image_size=18), "image_size is 18; patches of 4 px do not tile it"),
+    (lambda: generate.generate(run, ["a red star"], str(tmp_path / "out")), "this run is a CLIP, which has no"),
+  ):
+    with pytest.raises(UserError, match=message) as error:
+      use()
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_transformers_embeds_what_the_run_embeds(exported, embedded):
+  model = CLIPModel.from_pretrained(exported).eval()
+  tokens = CLIPTokenizer.from_pretrained(exported)(PROMPTS, padding="max_length", truncation=True)["input_ids"]
+  np.testing.assert_array_equal(tokens, embedded["tokens"])
+  with torch.no_grad():
+    found = model(input_ids=torch.tensor(tokens), pixel_values=nchw(embedded["pixels"]))
+  assert relative_error(embedded["image"], found.image_embeds) < 1e-5
+  assert relative_error(embedded["text"], found.text_embeds) < 1e-5
+
+
+def test_open_clip_embeds_what_the_run_embeds(exported, embedded):
+  model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{exported}")
+  model.eval()
+  with torch.no_grad():
+    image = model.encode_image(nchw(embedded["pixels"]), normalize=True)
+    text = model.encode_text(torch.tensor(embedded["tokens"]).long(), normalize=True)
+  assert relative_error(embedded["image"], image) < 1e-5 and relative_error(embedded["text"], text) < 1e-5
+  assert preprocess.transforms[0].size == 16
+
+
+def saved(run: str) -> Params:
+  return {path: np.asarray(value) for path, value in checkpoint.restore_params(run).items()}
+
+
+@pytest.mark.parametrize("file", ["", "open_clip_model.safetensors"])
+def test_an_export_comes_back_bit_for_bit_and_trains_on(run, exported, tmp_path, file):
+  imported = str(tmp_path / "imported")
+  import_weights.import_weights(str(exported / file), imported)
+  before, after = saved(run), saved(imported)
+  assert before.keys() == after.keys()
+  for path, value in before.items():
+    np.testing.assert_array_equal(after[path], value, err_msg=path)
+  assert workdir.load_config(imported).model.to_dict() == workdir.load_config(run).model.to_dict()
+  trainer = build_step(tiny_clip.get_config(), steps.make_mesh())
+  for path, value in start.load_initial(imported, trainer).items():
+    np.testing.assert_array_equal(value, before.pop(path), err_msg=path)
+  assert not before
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"model.vision_encoder.activation": "quick_gelu"}, "open_clip has one for both towers"),
+    ({"model.text_encoder.eos_id": 5}, "open_clip takes the largest token, 49407"),
+  ],
+)
+def test_a_clip_that_neither_library_can_hold(run, tmp_path, changes, message):
+  config = workdir.load_config(run).copy_and_resolve_references().unlock()
+  config.update_from_flattened_dict(changes)
+  workdir.open_for_training(str(tmp_path / "run"), config.to_dict())
+  with pytest.raises(UserError, match=message):
+    export_weights.export_weights(str(tmp_path / "run"), str(tmp_path / "out"))
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_tower_ends_the_command_in_one_line(tmp_path, environment):
+  flags = (
+    "--config=tests/tiny_clip.py",
+    "--config.model.vision_encoder.projection=16",
+    f"--workdir={tmp_path / 'run'}",
+  )
+  done = call("train", environment, *flags)
+  assert done.returncode == 2 and not (tmp_path / "run").exists()
+  assert "error: model.text_encoder.projection is 12 and vision_encoder.projection 16" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_b32", "vit_l14"])
+def test_a_released_size_leaves_for_both_libraries_and_comes_back(tmp_path, name):
+  config = clip_cc3m.get_config(f"model={name}")
+  config.model.dtype = "float32"
+  run, out, back = (str(tmp_path / name) for name in ("run", "out", "back"))
+  workdir.open_for_training(run, config.to_dict())
+  params = jax.jit(Network.of(config).initialise)(jax.random.key(0))
+  with checkpoint.Checkpointer(run) as checkpointer:
+    checkpointer.save(1, State(params, {}, {}))
+  export_weights.export_weights(run, out)
+  import_weights.import_weights(f"{out}/open_clip_model.safetensors", back)
+  loaded = saved(back)
+  for path, value in params.items():
+    np.testing.assert_array_equal(loaded[path], value, err_msg=path)
+  model, params = inference.load(back, batch_size=8)
+  images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
+  tokens = Tokenizer(77)(PROMPTS[:2])
+  pixels, ids = nchw(np.asarray(normalise(jnp.asarray(images)))), torch.tensor(tokens).long()
+  with torch.no_grad():
+    theirs = CLIPModel.from_pretrained(out).eval()(input_ids=ids, pixel_values=pixels)
+    other = open_clip.create_model(f"local-dir:{out}").eval()
+    others = other.encode_image(pixels, normalize=True), other.encode_text(ids, normalize=True)
+  for image, text in ((theirs.image_embeds, theirs.text_embeds), others):
+    assert relative_error(model.embed_images(params, images, seed=0), image) < 1e-4
+    assert relative_error(model.embed_texts(params, tokens), text) < 1e-4

@@ -1,0 +1,210 @@
+"""CLIP's training against open_clip under PyTorch, tiny towers in f32: loss, gradients, and five steps of AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from ml_collections import ConfigDict
+from open_clip.loss import ClipLoss
+from open_clip.model import CLIP
+from open_clip_train.scheduler import cosine_lr
+
+from diffdis_jax.data.transforms import Augmentation
+from diffdis_jax.errors import UserError
+from diffdis_jax.models.build import Network
+from diffdis_jax.models.clip import normalise
+from diffdis_jax.structs import Batch
+from diffdis_jax.training import encode, objectives, optim
+from diffdis_jax.training.build import build_step
+from tests import steps, tiny_clip
+from tests.models import open_clip_twin
+from tests.models.from_torch import nchw, randomise
+from tests.models.networks import COMPILER_OPTIONS, relative_error
+
+STEPS = 5
+MAX_LOGIT_SCALE = np.log(100.0)
+
+
+def make_config(**changes: Any) -> ConfigDict:
+  config = tiny_clip.get_config("recipe=openclip")
+  config.model.text_encoder.update(vocab_size=99, bos_id=steps.BOS, eos_id=steps.EOS)
+  config.optim.update(warmup_steps=0)
+  config.num_steps = STEPS
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def make_theirs(config: ConfigDict, *, logit_scale: float = 2.0) -> CLIP:
+  theirs = randomise(open_clip_twin.make(config.model), seed=0)
+  with torch.no_grad():
+    theirs.logit_scale.fill_(logit_scale)
+  return theirs
+
+
+def their_loss(theirs: CLIP, batch: Batch) -> torch.Tensor:
+  pixels = nchw(np.asarray(normalise(jnp.asarray(batch.image))))
+  image = theirs.encode_image(pixels, normalize=True)
+  text = theirs.encode_text(torch.from_numpy(np.asarray(batch.tokens)).long(), normalize=True)
+  return ClipLoss()(image, text, theirs.logit_scale.exp())
+
+
+def their_optimizer(theirs: CLIP, config: ConfigDict) -> torch.optim.AdamW:
+  """Two groups, by the rule of open_clip's present version."""
+  without = theirs.no_weight_decay()
+  assert without == {"positional_embedding", "visual.positional_embedding", "visual.class_embedding"}
+  decays = lambda name, parameter: parameter.ndim > 1 and name not in without
+  named = dict(theirs.named_parameters())
+  groups = [
+    {"params": [x for name, x in named.items() if decays(name, x)], "weight_decay": config.optim.weight_decay},
+    {"params": [x for name, x in named.items() if not decays(name, x)], "weight_decay": 0.0},
+  ]
+  return torch.optim.AdamW(groups, betas=(config.optim.b1, config.optim.b2), eps=config.optim.eps)
+
+
+def largest_error(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
+  assert ours.keys() == theirs.keys()
+  return max(relative_error(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> steps.Trainer:
+  return steps.Trainer(make_config())
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_loss_and_gradients_equal_open_clips(remat):
+  config = make_config(**{"model.remat": remat})
+  theirs = make_theirs(config)
+  params, batch = open_clip_twin.to_ours(dict(theirs.named_parameters())), steps.make_batch(config)
+  section = objectives.Loss(**config.loss, sample_posterior=config.sample_posterior)
+  total = objectives.loss_function(Network.of(config), section)
+  value_and_grad = jax.value_and_grad(lambda params, batch: total(params, {}, batch, {}), has_aux=True)
+  lowered = jax.jit(value_and_grad).lower(params, jax.tree.map(jnp.asarray, batch))
+  assert ("optimization_barrier" in lowered.as_text()) == (remat == "full")  # around what is computed again
+  (value, (metrics, _)), gradients = lowered.compile(compiler_options=COMPILER_OPTIONS)(params, batch)
+  expected = their_loss(theirs, batch)
+  expected.backward()
+  assert relative_error(value, expected.item()) < 1e-5
+  # In their layout, where q, k and v are one: softmax leaves the bias of k no gradient but rounding.
+  of_theirs = {name: x.grad.numpy() for name, x in theirs.named_parameters()}
+  assert largest_error(open_clip_twin.to_theirs(gradients), of_theirs) < 1e-4
+  named = steps.means(metrics)
+  assert named["loss"] == named["loss_contrastive"] == pytest.approx(float(value))
+  assert named["temperature"] == pytest.approx(np.exp(2.0))
+  assert 0.0 <= named["alignment_accuracy"] <= 1.0
+
+
+# From the largest scale, which the gradient of random towers would pull down, and from the smallest.
+@pytest.mark.parametrize("logit_scale", [2.0, MAX_LOGIT_SCALE, 1e-4])
+def test_parameters_after_five_steps_equal_those_of_torch(trainer, logit_scale):
+  config = trainer.config
+  theirs = make_theirs(config, logit_scale=logit_scale)
+  trainer.params = open_clip_twin.to_ours(dict(theirs.named_parameters()))
+  batches = [steps.make_batch(config, seed) for seed in range(STEPS)]
+  state, metrics = trainer.run(trainer.initial(), *batches)
+  optimizer = their_optimizer(theirs, config)
+  for i, batch in enumerate(batches):
+    for group in optimizer.param_groups:
+      group["lr"] = 0.5 * (1 + np.cos(np.pi * i / STEPS)) * config.optim.rates.new
+    optimizer.zero_grad()
+    loss = their_loss(theirs, batch)
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+      theirs.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+    assert relative_error(steps.means(metrics[i])["loss"], loss.item()) < 1e-4
+  params, expected = jax.device_get(state.params), open_clip_twin.to_ours(dict(theirs.named_parameters()))
+  # But for the biases of k, whose gradient is rounding alone, which Adam makes as large as any.
+  learned = lambda params: {path: x for path, x in params.items() if not path.endswith(("k.bias", "logit_scale"))}
+  assert largest_error(learned(params), learned(expected)) < 1e-4
+  assert float(params["logit_scale"]) == pytest.approx(theirs.logit_scale.item(), rel=1e-4)
+  assert 0.0 <= params["logit_scale"] <= np.float32(MAX_LOGIT_SCALE)
+  for path, value in jax.device_get(state.ema).items():
+    np.testing.assert_array_equal(value, params[path])  # the baseline keeps no average
+
+
+def test_several_devices_give_the_same(trainer):
+  mesh = steps.make_mesh(data=2, fsdp=2, tensor=2)
+  several = steps.Trainer(trainer.config, mesh)
+  trainer.params = several.params
+  batch = steps.make_batch(trainer.config)
+  (one, metrics), (all_of_them, others) = (each.run(each.initial(), batch) for each in (trainer, several))
+  assert steps.means(others[0])["loss"] == pytest.approx(steps.means(metrics[0])["loss"], rel=1e-5)
+  patch = several.step.state_shardings.params["vision_encoder.patch.kernel"]
+  assert patch.shard_shape((4, 4, 3, 16)) == (4, 4, 3, 8)
+  for path, value in jax.device_get(all_of_them.params).items():
+    np.testing.assert_allclose(value, one.params[path], rtol=1e-3, atol=2e-5, err_msg=path)
+
+
+def test_equal_captions_are_negatives_or_left_out():
+  """The last two captions of the batch are equal."""
+  config = make_config()
+  params = open_clip_twin.to_ours(dict(make_theirs(config).named_parameters()))
+  batch, params = jax.tree.map(jnp.asarray, (steps.make_batch(config), params))
+  model = Network.of(config).with_params(params)
+  pairs = encode.encode_pairs(model, batch)
+  logits = np.exp(2.0) * np.asarray(pairs.image, np.float64) @ np.asarray(pairs.text, np.float64).T
+  for equal, found in (("negatives", logits), ("left_out", logits.copy())):
+    if equal == "left_out":
+      found[-1, -2] = found[-2, -1] = -np.inf
+    own = np.diag(logits)
+    expected = np.mean([np.log(np.exp(found).sum(axis)) - own for axis in (0, 1)])
+    section = objectives.Loss(**{**config.loss, "equal_captions": equal}, sample_posterior=True)
+    loss, _ = objectives.contrastive_loss(pairs, jnp.float32(2.0), captions=section.captions(batch.tokens))
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+  assert not np.isclose(np.exp(logits[-1, -2]), 0)
+
+
+def test_the_rate_is_open_clips_a_step_later_while_it_warms_up():
+  """Theirs begins at peak / warmup, ours at 0; the decay is the same."""
+  peak, warmup, total = 1e-3, 4, 20
+  optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=peak)
+  ours = optim.schedule(peak, kind="cosine", warmup_steps=warmup, num_steps=total)
+  theirs = cosine_lr(optimizer, peak, warmup, total)
+  rates = []
+  for step in range(total):
+    theirs(step)
+    rates.append(optimizer.param_groups[0]["lr"])
+  np.testing.assert_allclose([ours(step) for step in range(1, warmup + 1)], rates[:warmup], rtol=1e-5)
+  np.testing.assert_allclose([ours(step) for step in range(warmup, total)], rates[warmup:], rtol=1e-4)
+
+
+def test_the_recipes_differ_in_the_images_and_in_equal_captions():
+  paper, openclip = (tiny_clip.get_config(f"recipe={name}") for name in ("paper", "openclip"))
+  assert (paper.loss.equal_captions, openclip.loss.equal_captions) == ("left_out", "negatives")
+  assert Augmentation(**openclip.data.augment) == Augmentation(crop="random_resized", crop_scale=(0.9, 1.0))
+  assert paper.data.augment.randaugment_operations == 2
+  openclip.loss.equal_captions, openclip.data.augment = paper.loss.equal_captions, paper.data.augment
+  assert paper.to_dict() == openclip.to_dict()
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"objectives": ("contrastive", "generation")}, "contrastive trains CLIP's two towers alone"),
+    ({"model.text_encoder.projection": 16}, "model.text_encoder.projection is 16 and vision_encoder.projection 12"),
+    ({"model.text_encoder.projection": 0}, "model.text_encoder.projection is 0 and vision_encoder.projection 12"),
+    ({"model.vision_encoder.patch": 5}, "model.vision_encoder.image_size has 16; it must be a multiple of patch=5"),
+    ({"image_size": 18}, "image_size is 18; patches of 4 px do not tile it, so it must be a multiple of 4, such as 16"),
+    ({"data.max_length": 9}, "data.max_length is 9; it must be from 2 to model.text_encoder.max_length, 8"),
+    ({"model.remat": "some"}, "model.remat is 'some'; it must be one of none, full"),
+    ({"loss.equal_captions": "kept"}, "loss.equal_captions is 'kept'; it must be one of left_out, negatives"),
+    ({"data.discrimination_view": "own"}, "objective contrastive has one view of an image"),
+    ({"objectives": ("generation",)}, "model has a vision_encoder, which is CLIP's"),
+  ],
+)
+def test_what_is_no_clip_is_refused(changes, message):
+  with pytest.raises(UserError, match=message) as error:
+    build_step(make_config(**changes), steps.make_mesh())
+  assert "\n" not in str(error.value)
+
+
+def test_a_diffdis_network_has_no_contrastive_objective():
+  with pytest.raises(UserError, match="model has no vision_encoder, which objective contrastive trains"):
+    Network.of(steps.make_config("contrastive"))
