@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from ml_collections import ConfigDict
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from diffdis_jax.errors import read_section
 from diffdis_jax.interop import sections
@@ -26,6 +26,8 @@ from diffdis_jax.training import optim
 from tests.test_configs import CASES, get_config, golden_file
 
 LINE = re.compile(r"(\S+) float32\[([\d,]*)\] (\w+) \(\S*\)")
+# Arguments of which, with the defaults, every path is trained that any config trains.
+REPRESENTATIVE = ("", "autoencoder", "share_attention=False", "objectives=contrastive")
 # As published for Stable Diffusion v1 with CLIP ViT-L/14's text tower.
 SD_V1 = {"unet": 859_520_964, "autoencoder": 83_653_863, "text_encoder": 123_060_480}
 
@@ -56,10 +58,20 @@ def count(*modules: torch.nn.Module) -> int:
   return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-@functools.cache
-def stable_diffusion(name: str, arg: str) -> dict[str, int]:
+def clip(model: ConfigDict) -> dict[str, int]:
+  """Parameters of both towers, each with its projection, by transformers' module."""
+  text, vision = model.text_encoder.to_dict(), model.vision_encoder.to_dict()
+  with torch.device("meta"):
+    theirs = CLIPModel(CLIPConfig(**sections.write_clip(text, vision)))
+  return {
+    "text_encoder": count(theirs.text_model, theirs.text_projection),
+    "vision_encoder": count(theirs.vision_model, theirs.visual_projection),
+    "logit_scale": theirs.logit_scale.numel(),
+  }
+
+
+def stable_diffusion(model: ConfigDict) -> dict[str, int]:
   """Parameters of each part, and of the UNet's way up among them, by the libraries' modules; nothing is allocated."""
-  model = get_config(name, arg).model
   autoencoder, text = model.autoencoder.to_dict(), model.text_encoder.to_dict()
   unet = sections.write_unet(
     model.unet.to_dict(), latent_channels=autoencoder["latent_channels"], context_width=text["width"], sample_size=32
@@ -103,24 +115,33 @@ def alignment(model: ConfigDict) -> int:
   return ends + model.alignment.depth * layer
 
 
+def expected_parts(config: ConfigDict) -> dict[str, int]:
+  model, objectives = config.model, config.objectives
+  if "contrastive" in objectives:
+    return clip(model)
+  theirs = stable_diffusion(model)
+  up = theirs.pop("up")
+  theirs["autoencoder"] += 2 * model.autoencoder.latent_channels  # shift and scale
+  if "reconstruction" in objectives:
+    return {"autoencoder": theirs["autoencoder"]}
+  if "discrimination" not in objectives:
+    return theirs
+  if "generation" not in objectives:
+    theirs["unet"] -= up
+  return {**theirs, "text_stream": text_stream(model), "alignment": alignment(model), "logit_scale": 1}
+
+
 @pytest.mark.parametrize("name, arg", CASES)
 def test_listings_hold_as_many_parameters_as_others_count(name, arg):
-  config = get_config(name, arg)
-  theirs = stable_diffusion(name, arg)
-  if name == "diffdis_cc3m" and arg != "runlocal":
-    assert SD_V1.items() <= theirs.items()
-  expected = {"autoencoder": theirs["autoencoder"] + 2 * config.model.autoencoder.latent_channels}  # shift and scale
-  if "reconstruction" not in config.objectives:
-    expected |= {"unet": theirs["unet"], "text_encoder": theirs["text_encoder"]}
-  if config.objectives == ("discrimination",):
-    expected["unet"] -= theirs["up"]
-  if "discrimination" in config.objectives:
-    expected |= {"text_stream": text_stream(config.model), "alignment": alignment(config.model), "logit_scale": 1}
   found: dict[str, int] = {}
   for path, each in listed(name, arg).items():
     part = path.split(".")[0]
     found[part] = found.get(part, 0) + math.prod(each.shape)
-  assert found == expected
+  assert found == expected_parts(get_config(name, arg))
+
+
+def test_the_papers_network_has_the_published_numbers_of_parameters():
+  assert SD_V1.items() <= stable_diffusion(get_config("diffdis_cc3m").model).items()
 
 
 def decayed(name: str, arg: str, no_decay: str | None = None) -> set[str]:
@@ -137,13 +158,12 @@ def decayed(name: str, arg: str, no_decay: str | None = None) -> set[str]:
 def matrices(name: str, arg: str) -> set[str]:
   """What is trained of products, convolutions and embeddings, by shape; positions are a bias by place, not a matrix."""
   trained = {path: each for path, each in listed(name, arg).items() if each.group != "frozen"}
-  return {path for path, each in trained.items() if len(each.shape) > 1 and path != "text_encoder.positions"}
+  return {path for path, each in trained.items() if len(each.shape) > 1 and not path.endswith(".positions")}
 
 
-# Those that between them hold every path that is trained.
 @pytest.mark.parametrize(
   "name, arg",
-  [case for case in CASES if case[0] != "benchmark" and case[1] in ("", "autoencoder", "share_attention=False")],
+  [case for case in CASES if case[0] != "benchmark" and case[1] in REPRESENTATIVE],
 )
 def test_weight_decay_is_of_matrices_alone(name, arg):
   assert decayed(name, arg) == matrices(name, arg) != set()
@@ -155,7 +175,8 @@ def without_each_part(regex: str) -> Iterable[str]:
   return ("|".join(parts[:i] + parts[i + 1 :]) for i in range(len(parts)))
 
 
-def test_every_part_of_no_decay_spares_something():
-  """In a config that trains all parts, so that the test above fails without any of them."""
-  for regex in without_each_part(get_config("shapes").optim.no_decay):
-    assert decayed("shapes", "", regex) > matrices("shapes", ""), regex
+@pytest.mark.parametrize("name, arg", [("shapes", ""), ("clip_cc3m", "runlocal")])
+def test_every_part_of_no_decay_spares_something(name, arg):
+  """In configs that train all parts, so that the test above fails without any of them."""
+  for regex in without_each_part(get_config(name, arg).optim.no_decay):
+    assert decayed(name, arg, regex) > matrices(name, arg), regex
