@@ -15,6 +15,10 @@ a folder written by prepare_data (`folder`, `coco`, `flickr30k`; of the latter t
 class folders are numbers such as n01440764: imagenet_names=F.json is a list of 1,000 names in their order. Without it
 the folders' own names are the classes.
 
+With inception=F, the weights of FID's network (docs/evaluation.md), and fid=DIR, a prepared set with captions and a
+split `val` such as COCO 2014, it measures FID and KID of 1,000 images too: enough to see a run go wrong, too few to
+compare with the paper.
+
 On a laptop, 20 steps of a toy of the same parts on rendered shapes, or with path=DIR on pairs of one's own:
 
   python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:runlocal --workdir=DIR2
@@ -79,6 +83,8 @@ def get_config(arg: str = "") -> ConfigDict:
     imagenet_names="",
     coco="",
     flickr="",
+    fid="",
+    inception="",
   )
   config = common.base(sd_v1(), image_size=256)
   config.model.update(fusion=args.fusion, share_attention=args.share_attention, modality_ffn=args.modality_ffn)
@@ -113,17 +119,21 @@ def get_config(arg: str = "") -> ConfigDict:
     run_local(config, args.path)
   config.evals = evaluations(args, config.image_size)
   config.train_evals = tuple(config.evals)
-  if config.evals and args.objectives == "generation":
+  if args.objectives == "generation" and (args.imagenet or args.coco or args.flickr):
     raise ValueError("imagenet, coco and flickr measure discrimination; leave them out with objectives=generation")
+  if args.objectives == "discrimination" and args.fid:
+    raise ValueError("fid measures generation; leave it out with objectives=discrimination")
   return config
 
 
 def evaluations(args: ConfigDict, image_size: int) -> ConfigDict:
-  """Of the sets that the arguments name: zero-shot classification, and retrieval on Karpathy's test splits."""
+  """Of the sets that the arguments name: zero-shot classification, retrieval on Karpathy's test splits, and FID."""
   data = lambda path, split: dict(name="pairs", path=path, split=split, image_size=image_size)
   sets = ConfigDict()
   if args.imagenet_names and not args.imagenet:
     raise ValueError("imagenet_names has no effect without imagenet=DIR")
+  if bool(args.fid) != bool(args.inception):
+    raise ValueError("fid=DIR and inception=FILE go together: a set with captions, and the weights of FID's network")
   if args.imagenet:
     sets.imagenet = dict(
       task="zero_shot",
@@ -136,6 +146,10 @@ def evaluations(args: ConfigDict, image_size: int) -> ConfigDict:
   for name in ("coco", "flickr"):
     if args[name]:
       sets[name] = dict(task="retrieval", data=data(args[name], "test"))
+  if args.fid:
+    # 1,000 images of 50 steps, since training waits. `evaluate --num_images=30000` takes as many as others do. A file
+    # of statistics, --config.evals.fid.reference=F.npz, is made at the first evaluation and serves every run.
+    sets.fid = dict(task="fid", data=data(args.fid, "val"), inception=args.inception, num_images=1000, reference="")
   return sets
 
 
