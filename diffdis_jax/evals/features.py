@@ -61,7 +61,8 @@ class Extractor:
     """All four layers' features."""
     shown = _Clean(images) if self._kind == "clean" else images
     rows = self._batched(lambda x: self._network(self._params, self._normalise(x)), shown)
-    return Features(*np.split(rows, np.cumsum(WIDTHS)[:-1], axis=1))
+    found: list[Any] = np.split(rows, np.cumsum(WIDTHS)[:-1], axis=1)
+    return Features(*found)
 
   def _normalised(self, images: UInt8[Array, "b h w 3"] | Float[Array, "b 299 299 3"]) -> Float[Array, "b 299 299 3"]:
     return resize.to_input(resize.tensorflow(images) if images.dtype == jnp.uint8 else images)

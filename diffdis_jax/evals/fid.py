@@ -5,6 +5,7 @@ The paper reports "FID score on MSCOCO image generation" and nothing of how; wha
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -92,6 +93,7 @@ class Fid:
       "prompts_sha256": drawn_prompts.sha256(self._plan),
     }
     self._open_reference(reference, reference_images, resampling)
+    self._tokenizer = functools.cache(Tokenizer)
     self._extractor: tuple[Any, Extract] | None = None
     self._subset_size = 0
 
@@ -137,7 +139,7 @@ class Fid:
     self, part: Part, inference: Any, params: Mapping[str, Any], extractor: Extract, folder: PartsFolder | None
   ) -> Float[np.ndarray, "n d"]:
     """The features of a part's images, written if there is a folder. Image i's noise is of the seed and i alone."""
-    tokens = Tokenizer(inference.max_length)(part.prompts)
+    tokens = self._tokenizer(inference.max_length)(part.prompts)
     noise = inference.noise(len(part), self._seed, first=part.first)
     images = inference.generate(params, tokens, noise)
     features = extractor(images)

@@ -57,16 +57,16 @@ def of_features(features: Float[np.ndarray, "n d"], *, protocol: Mapping[str, An
 
 
 def write(path: str | os.PathLike[str], reference: Reference) -> None:
-  """Raises UserError: it cannot be written."""
-  buffer, features = io.BytesIO(), {} if reference.features is None else {"features": reference.features}
-  np.savez(
-    buffer,
-    mu=reference.gaussian.mean,
-    sigma=reference.gaussian.covariance,
-    num_images=np.asarray(reference.gaussian.count),
-    protocol=np.asarray(json.dumps(reference.protocol)),
-    **features,
-  )
+  """Writes a reference that has features. Raises UserError: it cannot be written."""
+  buffer = io.BytesIO()
+  content: dict[str, Any] = {
+    "mu": reference.gaussian.mean,
+    "sigma": reference.gaussian.covariance,
+    "num_images": np.asarray(reference.gaussian.count),
+    "protocol": np.asarray(json.dumps(reference.protocol)),
+    "features": reference.features,
+  }
+  np.savez(buffer, **content)
   try:
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(epath.Path(path), buffer.getvalue())
