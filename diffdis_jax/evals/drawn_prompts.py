@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from diffdis_jax.errors import UserError, check_choice
+from diffdis_jax.errors import UserError, check_choice, check_number
 from diffdis_jax.evals import base
 
 PART = 500  # images of a part
@@ -55,6 +55,7 @@ def draw(source: Any, *, num_images: int | None, captions: str, seed: int) -> li
     UserError: fewer than two images, or more than there are.
   """
   check_choice("captions", captions, CAPTIONS)
+  check_number("prompts_seed", seed, at_least=0)
   rng = np.random.default_rng(seed)
   if captions == "per_image":
     order = rng.permutation(len(source))
@@ -76,6 +77,12 @@ def draw(source: Any, *, num_images: int | None, captions: str, seed: int) -> li
   ]
 
 
+def check_count(num_images: int) -> None:
+  """Raises UserError for fewer than two images."""
+  if num_images < 2:
+    raise UserError(f"num_images is {num_images}; FID takes at least 2 images, and means something from thousands on")
+
+
 def sha256(parts: list[Part]) -> str:
   """Of all the prompts' texts."""
   return hashlib.sha256(json.dumps([text for part in parts for text in part.prompts]).encode()).hexdigest()
@@ -94,8 +101,7 @@ def _one(texts: tuple[str, ...], u: float) -> tuple[int, str]:
 
 def _count(available: int, num_images: int | None) -> int:
   count = min(available, MOST) if num_images is None else num_images
-  if count < 2:
-    raise UserError(f"num_images is {count}; FID takes at least 2 images, and means something from thousands on")
+  check_count(count)
   if count > available:
     raise UserError(f"num_images is {count}, but there are captions for {available}; ask for fewer")
   return count

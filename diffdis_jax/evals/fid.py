@@ -74,11 +74,11 @@ class Fid:
     parts: str = "",
     keep_images: bool = False,
   ):
-    _check_settings(inception, resize, resampling, reference, parts, keep_images)
+    _check_settings(inception, num_images, resize, resampling, reference, parts, keep_images)
     self._data, self._seed, self._parts, self._keep_images = dict(data), seed, parts, keep_images
+    self._weights = inception_file.read(inception)
     self._source = sources.open_source(**data)
     self._plan = drawn_prompts.draw(self._source, num_images=num_images, captions=captions, seed=prompts_seed)
-    self._weights = inception_file.read(inception)
     self._count = sum(map(len, self._plan))
     self._made = {
       "features": "inception-2015-12-05",
@@ -268,11 +268,16 @@ def _drawing(inference: Any) -> dict[str, Any]:
   }
 
 
-def _check_settings(inception: str, kind: str, resampling: str, file: str, parts: str, keep_images: bool) -> None:
+def _check_settings(
+  inception: str, num_images: int | None, kind: str, resampling: str, file: str, parts: str, keep_images: bool
+) -> None:
+  """What can be seen before anything is read."""
   check_choice("resize", kind, resize.KINDS)
   check_choice("resampling", resampling, resize.RESAMPLING)
   if not inception:
     raise UserError(f"fid needs the weights of Inception, --inception=FILE: {inception_file.SOURCE}")
+  if num_images is not None:
+    drawn_prompts.check_count(num_images)
   if file and not file.endswith(".npz"):
     raise UserError(f"--reference={file} should be an .npz of statistics; images go in reference_images")
   if keep_images and not parts:

@@ -80,6 +80,7 @@ def test_the_usual_count(monkeypatch):
     (dict(n=1), "num_images is 1; FID takes at least 2"),
     (dict(n=0), "num_images is 0"),
     (dict(num_images=41), "num_images is 41, but there are captions for 40"),
+    (dict(seed=-1), "prompts_seed is -1; it must be at least 0"),
     (dict(captions="some"), "captions is 'some'; it must be one of per_image, all"),
   ],
 )
