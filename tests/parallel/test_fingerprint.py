@@ -10,7 +10,7 @@ from diffdis_jax.parallel.fingerprint import fingerprint
 
 RNG = np.random.default_rng(0)
 PARAMS = {
-  "a.kernel": RNG.normal(size=(3, 3, 8, 16)).astype(np.float32),
+  "a.conv.kernel": RNG.normal(size=(3, 3, 8, 16)).astype(np.float32),
   "b.bias": RNG.normal(size=16).astype(np.float32),
   "logit_scale": np.asarray(2.5, np.float32),
   "half": RNG.normal(size=(4, 6)).astype(jnp.bfloat16),
@@ -20,11 +20,11 @@ PARAMS = {
 
 def test_it_is_the_same_wherever_the_arrays_lie():
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-  place = sharding.shardings(PARAMS, mesh, PARAMS)["a.kernel"]
-  split = jax.device_put(PARAMS["a.kernel"], place)
+  kernel = {"a.conv.kernel": PARAMS["a.conv.kernel"]}
+  split = jax.device_put(kernel, sharding.shardings(kernel, mesh, kernel))["a.conv.kernel"]
   assert len({str(shard.index) for shard in split.addressable_shards}) > 1
   expected = fingerprint(PARAMS)
-  assert fingerprint({**PARAMS, "a.kernel": split}) == expected
+  assert fingerprint({**PARAMS, "a.conv.kernel": split}) == expected
   assert fingerprint(dict(sharding.replicated(PARAMS, mesh))) == expected
   assert fingerprint(dict(reversed(PARAMS.items()))) == expected and fingerprint({}) != expected
 
@@ -42,11 +42,11 @@ def test_it_tells_one_bit(name):
 
 
 def test_it_tells_order_names_and_shapes():
-  kernel = PARAMS["a.kernel"]
+  kernel = PARAMS["a.conv.kernel"]
   for changes in (
-    {"a.kernel": kernel.swapaxes(0, 1).copy()},
-    {"a.kernel": kernel[..., ::-1].copy()},
-    {"a.kernel": kernel.reshape(9, 8, 16)},
+    {"a.conv.kernel": kernel.swapaxes(0, 1).copy()},
+    {"a.conv.kernel": kernel[..., ::-1].copy()},
+    {"a.conv.kernel": kernel.reshape(9, 8, 16)},
     {"b.bias": PARAMS["b.bias"].view(np.int32)},
   ):
     assert fingerprint({**PARAMS, **changes}) != fingerprint(PARAMS)
