@@ -78,7 +78,8 @@ def kernel(
   """KID: the unbiased MMD² with the kernel (x·y / d + 1)³, over random subsets. Unlike FID it has no bias by n.
 
   Subsets are those of torch-fidelity's metric_kid.py: `subset_size` rows without replacement, from one generator, x's
-  before y's in each turn. Where there are fewer rows than `subset_size`, a subset is as large as the smaller set.
+  before y's in each turn. Where there are fewer rows than `subset_size`, a subset is as large as the smaller set,
+  all of which is in each of them: their deviation then says little.
 
   Raises:
     UserError: fewer than two rows.
