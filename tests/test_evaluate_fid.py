@@ -29,7 +29,7 @@ from diffdis_jax.run import checkpoint, workdir
 from tests.command_runs import ROOT
 
 pytest_plugins = ("untrained", "inception_weights", "command_runs")
-KILLS = 5
+KILLS = int(os.environ.get("DIFFDIS_KILLS", "5"))
 
 
 def section(images: int) -> dict:
@@ -109,6 +109,16 @@ def features(folder: pathlib.Path) -> list[np.ndarray]:
   return [np.load(file)["features"] for file in sorted(folder.glob("part-*.npz"))]
 
 
+def kill_session(leader: int) -> None:
+  """It and all that it has started, which the launcher puts in process groups of their own."""
+  for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+    try:
+      if int(stat.read_text().rpartition(")")[2].split()[3]) == leader:
+        os.kill(int(stat.parent.name), signal.SIGKILL)
+    except OSError:
+      pass  # it has just ended
+
+
 def kill_at_random(run, out, processes, environment, chance) -> int:
   """Starts it again and again until it is done; returns how often it was killed."""
   kills, folder = 0, out.with_suffix(".parts")
@@ -119,7 +129,7 @@ def kill_at_random(run, out, processes, environment, chance) -> int:
       time.sleep(0.05)
     time.sleep(chance.uniform(0, 1.5))
     if kills < KILLS and process.poll() is None:
-      os.killpg(process.pid, signal.SIGKILL)
+      kill_session(process.pid)
       kills += 1
     stderr = process.communicate()[1].decode()
     if process.returncode == 0:
