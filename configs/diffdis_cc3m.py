@@ -15,6 +15,10 @@ a folder written by prepare_data (`folder`, `coco`, `flickr30k`; of the latter t
 class folders are numbers such as n01440764: imagenet_names=F.json is a list of 1,000 names in their order. Without it
 the folders' own names are the classes.
 
+With inception=F, the weights of FID's network (docs/evaluation.md), and fid=DIR, a prepared set with captions and a
+split `val` such as COCO 2014, it measures FID and KID of 1,000 images too: enough to see a run go wrong, too few to
+compare with the paper.
+
 On a laptop, 20 steps of a toy of the same parts on rendered shapes, or with path=DIR on pairs of one's own:
 
   python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:runlocal --workdir=DIR2
@@ -31,6 +35,8 @@ Single tasks, as baselines of Table 6: objectives=generation is Stable Diffusion
 The paper's figures for the model itself: FID 9.80, zero-shot ImageNet 25.92 %, mean R@1 33.60 %. Batch size, epochs and
 rates are not stated by the paper for DiffDis; its CLIP baseline has batch 1024.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -78,6 +84,8 @@ def get_config(arg: str = "") -> ConfigDict:
     imagenet_names="",
     coco="",
     flickr="",
+    fid="",
+    inception="",
   )
   config = common.base(sd_v1(), image_size=256)
   config.model.update(fusion=args.fusion, share_attention=args.share_attention, modality_ffn=args.modality_ffn)
@@ -111,10 +119,24 @@ def get_config(arg: str = "") -> ConfigDict:
   if args.runlocal:
     run_local(config, args.path)
   config.evals = common.evaluations(args, config.image_size)
+  if args.fid or args.inception:
+    config.evals.fid = fid(args, config.image_size)
   config.train_evals = tuple(config.evals)
-  if config.evals and args.objectives == "generation":
+  if args.objectives == "generation" and (args.imagenet or args.coco or args.flickr):
     raise ValueError("imagenet, coco and flickr measure discrimination; leave them out with objectives=generation")
+  if args.objectives == "discrimination" and args.fid:
+    raise ValueError("fid measures generation; leave it out with objectives=discrimination")
   return config
+
+
+def fid(args: ConfigDict, image_size: int) -> dict[str, Any]:
+  """FID on the captions of a prepared set, of 1,000 images of 50 steps, since training waits. `evaluate
+  --num_images=30000` takes as many as others do."""
+  if not (args.fid and args.inception):
+    raise ValueError("fid=DIR and inception=FILE go together: a set with captions, and the weights of FID's network")
+  data = dict(name="pairs", path=args.fid, split="val", image_size=image_size)
+  # A file of statistics, --config.evals.fid.reference=F.npz, is made at the first evaluation and serves every run.
+  return dict(task="fid", data=data, inception=args.inception, num_images=1000, reference="")
 
 
 def run_local(config: ConfigDict, path: str) -> None:

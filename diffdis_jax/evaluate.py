@@ -5,11 +5,17 @@
 
 Without --data it measures on the sets that the run's config names under `evals`. F.json holds
 {task: {data set: record}}, each record in CLIP_benchmark's schema with the protocol beside it.
+
+  python -m diffdis_jax.evaluate --workdir=DIR --tasks=fid --data=PREPARED_DIR --split=S --inception=W.pth --out=F.json
+      [--reference=STATISTICS.npz --num_images=N --parts=DIR2 --keep_images]
+
+What fid has sampled is kept in F.parts, or in --parts: the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +36,10 @@ SETTINGS = {  # of an evaluation, that a flag of the same name may set
   "zero_shot": ("seed", "num_images", "shuffle_labels", "classnames", "templates", "label_field", "seen_split"),
   "retrieval": ("seed", "num_images", "shuffle_labels", "caption_field"),
   "agreement": ("seed",),
+  "fid": (
+    *("seed", "num_images", "inception", "captions", "prompts_seed", "resize", "resampling"),
+    *("reference", "reference_images", "parts", "keep_images"),
+  ),
 }
 # As inference.load takes them.
 PROTOCOL = (
@@ -70,9 +80,23 @@ def define_flags() -> None:
   flags.DEFINE_float("generation_guidance", None, "guidance scale of images; 1 is none")
   flags.DEFINE_integer("image_size", None, "side of the images, pixels; by default the run's", lower_bound=1)
   flags.DEFINE_integer("batch_size", None, "rows a compiled call", lower_bound=1)
+  define_fid_flags()
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("best", False, "the checkpoint with the best checkpoint.best_metric of the run")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
+
+
+def define_fid_flags() -> None:
+  """What `Fid` takes."""
+  flags.DEFINE_string("inception", None, "weights of FID's network: torch-fidelity's or pytorch-fid's file, or a copy")
+  flags.DEFINE_string("reference", None, "statistics of real images, .npz; made of --data where there is none yet")
+  flags.DEFINE_string("reference_images", None, "what they are of: all of --data, prompted, or a folder of images")
+  flags.DEFINE_string("captions", None, "that are drawn: per_image, one of each record; or all, whatever their record")
+  flags.DEFINE_integer("prompts_seed", None, "of the drawn captions")
+  flags.DEFINE_string("resize", None, "to FID's network: tensorflow (torch-fidelity's) or clean (clean-fid's)")
+  flags.DEFINE_string("resampling", None, "of real images to the model's size: lanczos or bicubic")
+  flags.DEFINE_string("parts", None, "folder in which features of sampled images are kept; by default beside --out")
+  flags.DEFINE_boolean("keep_images", None, "keep the sampled images there, too")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -94,7 +118,8 @@ def main(argv: Sequence[str]) -> None:
     sections = sections_of_config(config.to_dict(), tasks=FLAGS.tasks)
   step = _best_step(FLAGS.workdir, config) if FLAGS.best else FLAGS.step
   settings = _given(name for names in SETTINGS.values() for name in names)
-  results = evaluate(FLAGS.workdir, override(sections, settings), step=step, ema=FLAGS.ema, **_given(PROTOCOL))
+  sections = with_parts(override(sections, settings), FLAGS.out)
+  results = evaluate(FLAGS.workdir, sections, step=step, ema=FLAGS.ema, **_given(PROTOCOL))
   if not processes.is_first():
     return
   try:
@@ -194,6 +219,27 @@ def _best_step(run: str, config: ConfigDict) -> int:
   if found is None:
     raise UserError(f"--best: no checkpoint in {run} was saved with checkpoint.best_metric={kept.best_metric!r}")
   return found.step
+
+
+def with_parts(sections: Sequence[Section], out: str) -> list[Section]:
+  """Sections with a folder for what fid samples: its own `parts`, or else one beside `out`; of several sets, each has a
+  folder in it.
+
+  Raises:
+    UserError: several sets, but one file of statistics.
+  """
+  of_fid = [section for _, section in sections if section["task"] == "fid"]
+  references = [section["reference"] for section in of_fid if section.get("reference")]
+  if len(set(references)) < len(references):
+    raise UserError(f"--reference={references[0]} is of one data set, and fid is measured on several; give --data")
+  several, changed = len(of_fid) > 1, []
+  for dataset, section in sections:
+    if section["task"] == "fid":
+      folder = section.get("parts") or f"{out.removesuffix('.json')}.parts"
+      name = re.sub(r"[^\w.-]+", "-", dataset)
+      section = section | {"parts": f"{folder}/{name}" if several else folder}
+    changed.append((dataset, section))
+  return changed
 
 
 def _given(names: Iterable[str]) -> dict[str, Any]:

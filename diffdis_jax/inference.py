@@ -24,7 +24,7 @@ from diffdis_jax.errors import UserError, check_number, read_section
 from diffdis_jax.models.build import Network
 from diffdis_jax.models.clip import Clip
 from diffdis_jax.models.diffdis import DiffDis, to_signed
-from diffdis_jax.parallel import processes, programs, sharding
+from diffdis_jax.parallel import batches, programs, sharding
 from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training import losses
@@ -146,6 +146,7 @@ class Inference:
     image_size: of images, in and out.
     max_length: tokens of a caption.
     shapes: of the parameters.
+    mesh, after_batch: as given, for what goes on to compute with the images.
   """
 
   def __init__(
@@ -168,9 +169,9 @@ class Inference:
     self.generation_protocol = dict(steps=sampling.generation_steps, guidance=sampling.generation_guidance, **precision)
     self.mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
     check_number("batch_size", batch_size, at_least=1)
-    self.batch_size = -(-batch_size // self.mesh.size) * self.mesh.size
-    self._rows = np.array(sharding.local_rows(self.mesh, self.batch_size))
-    self._after_batch = after_batch
+    self.after_batch = after_batch
+    self._batched = batches.Batches(self.mesh, batch_size, after_batch)
+    self.batch_size = self._batched.size
     compiled = lambda name, f: programs.Program(name, jax.jit(sharding.traced_for(self.mesh, f, **precision)))
     self._compiled_texts = compiled("text queries", self._text_queries)
     self._compiled_images = compiled("image queries", self._image_queries)
@@ -218,9 +219,9 @@ class Inference:
     """[h, w, c] of one image's initial noise."""
     return self.network.latent_shape
 
-  def noise(self, n: int, seed: int) -> Float[np.ndarray, "n h w c"]:
-    """Initial noise of images; image i's depends on the seed and i alone."""
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(n))
+  def noise(self, n: int, seed: int, *, first: int = 0) -> Float[np.ndarray, "n h w c"]:
+    """Initial noise of the images first, first + 1, ...; image i's depends on the seed and i alone."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(first, first + n))
     return np.asarray(jax.vmap(lambda key: jax.random.normal(key, self.noise_shape()))(keys))
 
   def abstract_params(self) -> Params:
@@ -256,22 +257,6 @@ class Inference:
     if isinstance(model, Clip):
       raise UserError("this run is a CLIP, which neither draws nor encodes images to latents; take a run of DiffDis")
     return model
-
-  def _batched(self, f: Callable[..., Array], *arrays: Any) -> np.ndarray:
-    """f over rows in chunks of one shape, the last one padded by repeating its last row.
-
-    Every process has the same arrays, of which it takes its own rows, and gets the whole result.
-    """
-    n, size = len(arrays[0]), self.batch_size
-    outputs = []
-    for start in range(0, n, size):
-      rows = np.minimum(start + self._rows, n - 1)
-      local = {str(i): array[rows] for i, array in enumerate(arrays)}
-      outputs.append(processes.whole(f(*sharding.to_global(local, self.mesh).values())))
-      self._after_batch()
-    if not outputs:
-      raise UserError("nothing to run on: give at least one row")
-    return np.concatenate(outputs)[:n]
 
   def _text_queries(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b d"]:
     return self.network.with_params(params).encode_text(tokens).e

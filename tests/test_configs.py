@@ -143,6 +143,10 @@ def test_the_papers_run_measures_the_sets_that_are_named():
   assert (imagenet.classnames, imagenet.label_field, imagenet.num_images) == ("names.json", "label", 5000)
   assert get_config("diffdis_cc3m", "imagenet=I").evals.imagenet.label_field == "caption"
   assert get_config("diffdis_cc3m").train_evals == () and not get_config("diffdis_cc3m").evals
+  fid = get_config("diffdis_cc3m", "objectives=generation,fid=C,inception=W").evals.fid
+  assert (fid.inception, fid.num_images, fid.data.split, fid.reference) == ("W", 1000, "val", "")
+  with pytest.raises(UserError, match="no file W"):
+    evals.create(**fid.to_dict())
   toy = get_config("diffdis_cc3m", "runlocal,coco=C")
   assert toy.train_evals == ("coco",) and toy.evals.coco.data.image_size == toy.image_size == 32
 
@@ -157,6 +161,9 @@ def test_the_papers_run_draws_the_papers_prompts():
   [
     ("objectives=generation,coco=C", "imagenet, coco and flickr measure discrimination"),
     ("imagenet_names=F.json", "imagenet_names has no effect without imagenet"),
+    ("objectives=discrimination,fid=C,inception=W", "fid measures generation"),
+    ("fid=C", "fid=DIR and inception=FILE go together"),
+    ("inception=W", "fid=DIR and inception=FILE go together"),
   ],
 )
 def test_sets_that_measure_nothing(arg, message):

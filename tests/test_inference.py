@@ -181,6 +181,7 @@ def test_noise_of_an_image_depends_on_seed_and_index_alone(inference):
   noise = inference.noise(64, seed=2)
   assert noise.shape == (64, *inference.network.latent_shape) == (64, 4, 4, 4)
   np.testing.assert_array_equal(inference.noise(3, seed=2), noise[:3])
+  np.testing.assert_array_equal(inference.noise(3, seed=2, first=40), noise[40:43])
   assert (inference.noise(3, seed=3) != noise[:3]).all()
   assert len(np.unique(noise, axis=0)) == 64
   assert abs(noise.mean()) < 0.06 and abs(noise.std() - 1) < 0.06

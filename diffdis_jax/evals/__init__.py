@@ -8,10 +8,11 @@ from typing import Any
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.agreement import Agreement
 from diffdis_jax.evals.base import Eval
+from diffdis_jax.evals.fid import Fid
 from diffdis_jax.evals.retrieval import Retrieval
 from diffdis_jax.evals.zero_shot import ZeroShot
 
-EVALS = {"zero_shot": ZeroShot, "retrieval": Retrieval, "agreement": Agreement}
+EVALS = {"zero_shot": ZeroShot, "retrieval": Retrieval, "agreement": Agreement, "fid": Fid}
 
 
 def create(task: str, **section: Any) -> Eval:

@@ -64,6 +64,22 @@ def get_field(record: Mapping[str, Any], field: str) -> Any:
   return record[field]
 
 
+def captions(record: Mapping[str, Any], field: str = "") -> tuple[str, ...]:
+  """The captions in this field of a record; without one, all of its captions, of which training draws.
+
+  Raises:
+    UserError: no such field, or no caption in it.
+  """
+  if not field and (several := records.captions_of(record)):
+    return tuple(several)
+  field = field or "caption"
+  value = get_field(record, field)
+  found = (value,) if isinstance(value, str) else value
+  if not isinstance(found, (list, tuple)) or not found or not all(isinstance(c, str) and c for c in found):
+    raise UserError(f"field {field!r} holds {value!r}; it should be a caption or a list of captions")
+  return tuple(found)
+
+
 def read(source: Any, index: SupportsIndex) -> dict[str, Any]:
   """A record of a source. Raises UserError where it is damaged: a figure is of all records or of none."""
   with _usable(index):

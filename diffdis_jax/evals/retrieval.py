@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from diffdis_jax.data import records, sources
+from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 
 RECALL_AT = (1, 5, 10)
@@ -50,7 +49,7 @@ class Retrieval:
     self._equal_captions = equal_captions
     self._seed = seed
     self._shuffle_labels = shuffle_labels
-    captions = [_captions(base.read(self._source, i), caption_field) for i in self._indices]
+    captions = [base.captions(base.read(self._source, i), caption_field) for i in self._indices]
     self.texts = [text for texts in captions for text in texts]
     self.image_groups = _group(captions) if equal_captions else np.arange(len(captions))
     self.text_groups = np.repeat(self.image_groups, [len(texts) for texts in captions])
@@ -76,17 +75,6 @@ class Retrieval:
       "text": base.ranks(images, texts, query_groups=self.image_groups, key_groups=self.text_groups),
     }
     return {f"{way}_retrieval_recall@{k}": float((found[way] < k).mean()) for k in RECALL_AT for way in found}
-
-
-def _captions(record: Mapping[str, Any], field: str) -> tuple[str, ...]:
-  if not field and (several := records.captions_of(record)):
-    return tuple(several)
-  field = field or "caption"
-  value = base.get_field(record, field)
-  captions = (value,) if isinstance(value, str) else value
-  if not isinstance(captions, (list, tuple)) or not captions or not all(isinstance(c, str) and c for c in captions):
-    raise UserError(f"field {field!r} holds {value!r}; it should be a caption or a list of captions")
-  return tuple(captions)
 
 
 def _group(captions: Sequence[tuple[str, ...]]) -> np.ndarray:

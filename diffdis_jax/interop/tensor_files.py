@@ -11,6 +11,7 @@ import json
 import pathlib
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -144,7 +145,8 @@ def _open_pickle(path: pathlib.Path) -> Tensors:
 
   load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
   try:
-    with torch.serialization.safe_globals([(_Discarded, name) for name in _DISCARDED]):
+    with torch.serialization.safe_globals([(_Discarded, name) for name in _DISCARDED]), warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # of a TorchScript archive, which is then refused
       try:
         content = load(mmap=True)
       except RuntimeError:  # a file from before PyTorch 1.6, which cannot be mapped, or a broken one

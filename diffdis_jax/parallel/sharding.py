@@ -147,6 +147,13 @@ def shardings(abstract: Any, mesh: Mesh, parameters: Mapping[str, Any]) -> Any:
   return jax.tree_util.tree_map_with_path(of, abstract)
 
 
+def replicated(params: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Arrays that every process has, each of them whole on every device."""
+  place = NamedSharding(mesh, REPLICATED)
+  # x=x, since the callback may be called when the loop has gone on.
+  return {path: jax.make_array_from_callback(x.shape, place, lambda i, x=x: x[i]) for path, x in params.items()}
+
+
 def everywhere(x: jax.Array) -> jax.Array:
   """`x` whole on every device of the mesh that is being traced for, if there is one."""
   return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, REPLICATED)

@@ -1,0 +1,107 @@
+"""Which captions of a data set images are generated for, drawn by a seed, in parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from diffdis_jax.errors import UserError, check_choice, check_number
+from diffdis_jax.evals import base
+
+PART = 500  # images of a part
+MOST = 30_000  # images, where it is not said how many
+CAPTIONS = ("per_image", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Some of the images to generate.
+
+  Attributes:
+    number: from 0.
+    first: place of its first image among all.
+    records, captions: of each image's prompt, the record of the data and which of its captions.
+    prompts: the texts.
+  """
+
+  number: int
+  first: int
+  records: Int[np.ndarray, " n"]
+  captions: Int[np.ndarray, " n"]
+  prompts: tuple[str, ...]
+
+  def __len__(self) -> int:
+    return len(self.prompts)
+
+
+def draw(source: Any, *, num_images: int | None, captions: str, seed: int) -> list[Part]:
+  """Prompts out of a source's captions, in the order in which their images are generated.
+
+  The first n of a draw are the draw of n. (Count and rule are not stated by the paper.)
+
+  Args:
+    source: records with captions.
+    num_images: how many; None for MOST, or fewer where there are not so many.
+    captions: "per_image", that of different records, one caption of each; or "all", of all captions alike, so that two
+      images may have a record in common.
+    seed: of the draw.
+
+  Raises:
+    UserError: fewer than two images, or more than there are.
+  """
+  check_choice("captions", captions, CAPTIONS)
+  check_number("prompts_seed", seed, at_least=0)
+  rng = np.random.default_rng(seed)
+  if captions == "per_image":
+    order = rng.permutation(len(source))
+    which = rng.random(len(source))
+    chosen = [(int(i), float(u)) for i, u in zip(order, which)][: _count(len(source), num_images)]
+    found = [(i, *_one(base.captions(base.read(source, i)), u)) for i, u in chosen]
+  else:
+    every = [(i, k, text) for i in range(len(source)) for k, text in enumerate(base.captions(base.read(source, i)))]
+    found = [every[i] for i in rng.permutation(len(every))[: _count(len(every), num_images)]]
+  return [
+    Part(
+      number=start // PART,
+      first=start,
+      records=np.array([record for record, _, _ in found[start : start + PART]], np.int32),
+      captions=np.array([caption for _, caption, _ in found[start : start + PART]], np.int32),
+      prompts=tuple(text for _, _, text in found[start : start + PART]),
+    )
+    for start in range(0, len(found), PART)
+  ]
+
+
+def check_count(num_images: int) -> None:
+  """Raises UserError for fewer than two images."""
+  if num_images < 2:
+    raise UserError(f"num_images is {num_images}; FID takes at least 2 images, and means something from thousands on")
+
+
+def sha256(parts: list[Part]) -> str:
+  """Of all the prompts' texts."""
+  return hashlib.sha256(json.dumps([text for part in parts for text in part.prompts]).encode()).hexdigest()
+
+
+def records(parts: list[Part]) -> Int[np.ndarray, " n"]:
+  """Of all the prompts, in order."""
+  return np.concatenate([part.records for part in parts])
+
+
+def _one(texts: tuple[str, ...], u: float) -> tuple[int, str]:
+  """The caption at the fraction u of them, 0 <= u < 1."""
+  place = int(u * len(texts))
+  return place, texts[place]
+
+
+def _count(available: int, num_images: int | None) -> int:
+  count = min(available, MOST) if num_images is None else num_images
+  check_count(count)
+  if count > available:
+    raise UserError(f"num_images is {count}, but there are captions for {available}; ask for fewer")
+  return count

@@ -1,0 +1,124 @@
+"""Features of generated images in a folder of parts, so that sampling that is killed goes on where it was.
+
+A part is a file of the features and the prompts of at most 500 images, written whole, with a header that says how they
+were made. Features are all that is needed for every measure; the images themselves are kept on request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals.drawn_prompts import Part
+from diffdis_jax.parallel import processes
+from diffdis_jax.run import files
+
+_UNREADABLE = (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartsFolder:
+  """A folder of parts, which process 0 alone reads and writes.
+
+  Attributes:
+    path: of the folder.
+    header: how all of the parts are made: whatever changes a feature.
+    keep_images: whether images/00000.png and so on are kept beside the features.
+  """
+
+  path: str
+  header: Mapping[str, Any]
+  keep_images: bool = False
+
+  def finished(self, parts: Sequence[Part]) -> Bool[np.ndarray, " k"]:
+    """Which of the parts are there, on every process the same.
+
+    Raises:
+      UserError: one that cannot be read, or was made otherwise; on every process.
+    """
+    found = np.zeros(len(parts), np.uint8)
+
+    def look() -> None:
+      found[:] = [self._is_finished(part) for part in parts]
+
+    processes.on_first(look)
+    return processes.from_first(found).astype(bool)
+
+  def read(self, part: Part) -> Float[np.ndarray, "n d"]:
+    """The features of a finished part. Raises UserError: unreadable."""
+    return self._load(part)["features"]
+
+  def write(
+    self,
+    part: Part,
+    features: Float[np.ndarray, "n d"],
+    images: UInt8[np.ndarray, "n h w 3"],
+  ) -> None:
+    """Writes the images, where they are kept, and then the part. Raises UserError: they cannot be written."""
+    try:
+      if self.keep_images:
+        (self._folder / "images").mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images):
+          buffer = io.BytesIO()
+          Image.fromarray(image).save(buffer, format="PNG")
+          files.write_whole(self._image(part.first + i), buffer.getvalue())
+      self._folder.mkdir(parents=True, exist_ok=True)
+      buffer = io.BytesIO()
+      header = json.dumps(self._header(part), sort_keys=True)
+      np.savez(buffer, features=features, records=part.records, captions=part.captions, header=np.asarray(header))
+      files.write_whole(self._file(part), buffer.getvalue())
+    except OSError as error:
+      raise UserError(f"cannot write to --parts={self.path}: {error.strerror or error}") from error
+
+  @property
+  def _folder(self) -> epath.Path:
+    return epath.Path(self.path)
+
+  def _file(self, part: Part) -> epath.Path:
+    return self._folder / f"part-{part.number:05d}.npz"
+
+  def _image(self, place: int) -> epath.Path:
+    return self._folder / "images" / f"{place:05d}.png"
+
+  def _header(self, part: Part) -> dict[str, Any]:
+    header = {**self.header, "first": part.first, "prompts": list(part.prompts)}
+    return json.loads(json.dumps(header))  # as it will be read
+
+  def _is_finished(self, part: Part) -> bool:
+    if not self._file(part).exists():
+      return False
+    content = self._load(part)
+    there, here = content["header"], self._header(part)
+    for name in sorted(there.keys() | here.keys()):
+      if there.get(name) != here.get(name):
+        raise UserError(
+          f"--parts={self.path} is of another protocol: {name} is {_shown(there.get(name))} in {self._file(part).name},"
+          f" and {_shown(here.get(name))} now; give another folder"
+        )
+    if content["features"].shape[0] != len(part):
+      raise UserError(f"{self._file(part)} has {len(content['features'])} images, not {len(part)}; remove it")
+    return not self.keep_images or all(self._image(part.first + i).exists() for i in range(len(part)))
+
+  def _load(self, part: Part) -> dict[str, Any]:
+    path = self._file(part)
+    try:
+      with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        return {"features": file["features"], "header": json.loads(str(file["header"]))}
+    except _UNREADABLE as error:
+      raise UserError(f"cannot read {os.fspath(path)}: {error}; remove it, and it is made again") from error
+
+
+def _shown(value: Any) -> str:
+  text = "absent" if value is None else json.dumps(value)
+  return text if len(text) <= 60 else f"{text[:60]}..."

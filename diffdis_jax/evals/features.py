@@ -1,0 +1,85 @@
+"""Inception's features of images, on the devices that generate them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt8
+
+from diffdis_jax.errors import check_choice
+from diffdis_jax.evals import resize
+from diffdis_jax.interop import inception as inception_file
+from diffdis_jax.models.inception import WIDTH, Features
+from diffdis_jax.parallel import batches, programs, sharding
+from diffdis_jax.params import merge
+
+WIDTHS = (64, 192, 768, WIDTH)  # of the layers of Features
+
+
+class Extractor:
+  """The network with its weights and one of the resizes, compiled. Images of one size compile the resize alone.
+
+  Args:
+    params: of the network, by path, on the host.
+    kind: of the resize, one of `resize.KINDS`.
+    mesh: devices that share the rows of a call; each has all of the weights.
+    batch_size: rows a compiled call.
+    after_batch: called after each compiled call, as `batches.Batches` has it.
+
+  Raises:
+    UserError: no such resize.
+  """
+
+  def __init__(
+    self,
+    params: Mapping[str, Float[np.ndarray, "..."]],
+    *,
+    kind: str,
+    mesh: Mesh,
+    batch_size: int = 64,
+    after_batch: Callable[[], None] = lambda: None,
+  ):
+    check_choice("resize", kind, resize.KINDS)
+    self._kind = kind
+    self._batched = batches.Batches(mesh, batch_size, after_batch)
+    self._params = sharding.replicated(params, mesh)
+    compiled = lambda name, f: programs.Program(name, jax.jit(sharding.traced_for(mesh, f, matmul_precision="highest")))
+    self._normalise = compiled("the resize for Inception", self._normalised)
+    self._network = compiled("Inception", self._layers)
+
+  def __call__(self, images: UInt8[np.ndarray, "n h w 3"] | Any) -> Float[np.ndarray, "n 2048"]:
+    """The features of FID, of images or of what gives images by `[places]`, as `base.Images` does."""
+    return np.asarray(self.layers(images).pool)
+
+  def layers(self, images: UInt8[np.ndarray, "n h w 3"] | Any) -> Features:
+    """All four layers' features."""
+    shown = _Clean(images) if self._kind == "clean" else images
+    rows = self._batched(lambda x: self._network(self._params, self._normalise(x)), shown)
+    found: list[Any] = np.split(rows, np.cumsum(WIDTHS)[:-1], axis=1)
+    return Features(*found)
+
+  def _normalised(self, images: UInt8[Array, "b h w 3"] | Float[Array, "b 299 299 3"]) -> Float[Array, "b 299 299 3"]:
+    return resize.to_input(resize.tensorflow(images) if images.dtype == jnp.uint8 else images)
+
+  def _layers(self, params: Mapping[str, Any], x: Float[Array, "b 299 299 3"]) -> Float[Array, "b d"]:
+    found: Features = merge(*inception_file.module(), dict(params))(x)
+    return jnp.concatenate([found.first, found.second, found.middle, found.pool], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clean:
+  """Images, resized on the host when they are asked for: each process resizes its own rows alone."""
+
+  images: UInt8[np.ndarray, "n h w 3"] | Any
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def __getitem__(self, places: Int[np.ndarray, " b"]) -> Float[np.ndarray, "b 299 299 3"]:
+    return resize.clean(self.images[places])

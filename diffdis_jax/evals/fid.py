@@ -1,0 +1,284 @@
+"""FID and KID of images that are generated for a data set's captions, against real ones.
+
+The paper reports "FID score on MSCOCO image generation" and nothing of how; what stands here after U-ViT is said so.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+from jaxtyping import Float
+
+from diffdis_jax.data import sources
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError, check_choice
+from diffdis_jax.evals import distances, drawn_prompts, real_images, reference, resize
+from diffdis_jax.evals.drawn_prompts import Part
+from diffdis_jax.evals.feature_parts import PartsFolder
+from diffdis_jax.evals.features import Extractor
+from diffdis_jax.interop import inception as inception_file
+from diffdis_jax.parallel import processes
+from diffdis_jax.parallel.fingerprint import fingerprint
+
+FEW = 10_000  # images, below which FID is too high by as much as models differ
+FEW_NOTE = f"of fewer than {FEW} images FID is biased upwards; compare it only at equal numbers, or compare KID"
+MEASURES = ("fid", "kid", "kid_std")
+Extract = Callable[[Any], Float[np.ndarray, "n d"]]  # features of images
+
+
+class Fid:
+  """FID and KID by the 2015 Inception network, whose weights are a file of the user's.
+
+  Args:
+    data: section of a data source with captions, as `data.sources.open_source` takes it.
+    inception: file of the network's weights, torch-fidelity's or pytorch-fid's, or a safetensors copy.
+    num_images: how many to generate; None for 30,000, or as many as there are captions for.
+    captions: "per_image", one caption of each of so many records; or "all", captions whatever their record.
+    reference: .npz of the real images' statistics. Where there is none yet it is made and written; without a name it is
+      made each time.
+    reference_images: what it is made of: "all" of the data's images, those "prompted", that is of the drawn captions,
+      or a folder of images. Empty for all; if given, a file of other images is refused.
+    resize: to Inception's input, "tensorflow" or "clean"; see `resize`.
+    resampling: of real images to the model's size, "lanczos" or "bicubic".
+    seed: of the initial noise.
+    prompts_seed: of the drawn captions.
+    parts: folder in which what is sampled is kept, 500 images a file, so that a run that is killed goes on from there;
+      empty for none.
+    keep_images: keep the images themselves there, too, as PNG.
+
+  Raises:
+    UserError: weights, data, statistics or settings that are none, or do not fit each other.
+  """
+
+  task = "generation_fid"
+
+  def __init__(
+    self,
+    *,
+    data: Mapping[str, Any],
+    inception: str = "",
+    num_images: int | None = None,
+    captions: str = "per_image",
+    reference: str = "",
+    reference_images: str = "",
+    resize: str = "tensorflow",
+    resampling: str = "lanczos",
+    seed: int = 0,
+    prompts_seed: int = 0,
+    parts: str = "",
+    keep_images: bool = False,
+  ):
+    _check_settings(inception, num_images, resize, resampling, reference, parts, keep_images)
+    self._data, self._seed, self._parts, self._keep_images = dict(data), seed, parts, keep_images
+    self._weights = inception_file.read(inception)
+    self._source = sources.open_source(**data)
+    self._plan = drawn_prompts.draw(self._source, num_images=num_images, captions=captions, seed=prompts_seed)
+    self._count = sum(map(len, self._plan))
+    self._made = {
+      "features": "inception-2015-12-05",
+      "weights_sha256": self._weights.sha256,
+      "inception_sha256": self._weights.file_sha256,
+      "inception_published": self._weights.published,
+      "resize": resize,
+    }
+    self._prompts = {
+      "captions": captions,
+      "prompts_seed": prompts_seed,
+      "prompts_sha256": drawn_prompts.sha256(self._plan),
+    }
+    self._open_reference(reference, reference_images, resampling)
+    self._tokenizer = functools.cache(Tokenizer)
+    self._extractor: tuple[Any, Extract] | None = None
+    self._subset_size = 0
+
+  def protocol(self, inference: Any) -> dict[str, Any]:
+    """How `run` measures with this inference; what is known of the reference only after it."""
+    found = self._reference
+    return {
+      **_drawing(inference),
+      **self._made,
+      **self._prompts,
+      "seed": self._seed,
+      "num_images": self._count,
+      "reference": {
+        "name": self._reference_file or self._reference_name,
+        "sha256": found and found.sha256,
+        "num_images": found and found.gaussian.count,
+        "protocol": found and found.protocol,
+      },
+      "kid_subsets": distances.SUBSETS,
+      "kid_subset_size": self._subset_size,
+      "device": inference.mesh.devices.flat[0].device_kind,
+      **({"note": FEW_NOTE} if self._count < FEW else {}),
+    }
+
+  def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
+    """fid, kid and kid_std, where the reference has the features that KID takes, and num_images."""
+    extractor, folder, finished = self._extractor_of(inference), None, np.zeros(len(self._plan), bool)
+    if self._parts:
+      folder = PartsFolder(self._parts, self._header(inference, params), self._keep_images)
+      finished = folder.finished(self._plan)
+    self._make_reference(extractor, inference.image_size)
+    features, progress = [], _Progress("sampled", self._count)
+    for part, is_there in zip(self._plan, finished, strict=True):
+      if not is_there:
+        features.append(self._sample(part, inference, params, extractor, folder))
+        progress.add(len(part))
+      else:
+        progress.pass_over(len(part))
+        features.append(folder.read(part) if folder and processes.is_first() else np.empty((0, 0), np.float32))
+    return {**self._measure(features), "num_images": float(self._count)}
+
+  def _sample(
+    self, part: Part, inference: Any, params: Mapping[str, Any], extractor: Extract, folder: PartsFolder | None
+  ) -> Float[np.ndarray, "n d"]:
+    """The features of a part's images, written if there is a folder. Image i's noise is of the seed and i alone."""
+    tokens = self._tokenizer(inference.max_length)(part.prompts)
+    noise = inference.noise(len(part), self._seed, first=part.first)
+    images = inference.generate(params, tokens, noise)
+    features = extractor(images)
+    if folder is not None:
+      processes.on_first(lambda: folder.write(part, features, images))
+    return features
+
+  def _measure(self, features: list[Float[np.ndarray, "_ _"]]) -> dict[str, float]:
+    """On process 0, for all."""
+    found = np.full(len(MEASURES), np.nan)
+
+    def measure() -> None:
+      assert self._reference is not None
+      drawn, real = np.concatenate(features), self._reference
+      found[0] = distances.frechet(distances.gaussian(drawn), real.gaussian)
+      if real.features is not None:
+        kid = distances.kernel(drawn, real.features)
+        found[1:] = kid.mean, kid.std
+        self._subset_size = kid.subset_size
+
+    if self._count < FEW:
+      logging.warning("%d images: %s", self._count, FEW_NOTE)
+    processes.on_first(measure)
+    values = processes.from_first(found.view(np.uint32)).view(np.float64)  # 32 bits at a time
+    return {name: float(value) for name, value in zip(MEASURES, values) if not np.isnan(value)}
+
+  def _header(self, inference: Any, params: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the features of a prompt's image depend on."""
+    return {
+      **_drawing(inference),
+      "params": fingerprint(params),
+      "seed": self._seed,
+      "resize": self._made["resize"],
+      "weights_sha256": self._weights.sha256,
+      "device": inference.mesh.devices.flat[0].device_kind,
+    }
+
+  def _extractor_of(self, inference: Any) -> Extract:
+    """Compiled once for an inference."""
+    if self._extractor is None or self._extractor[0] is not inference:
+      made = Extractor(
+        self._weights.params,
+        kind=self._made["resize"],
+        mesh=inference.mesh,
+        batch_size=min(inference.batch_size, self._count),
+        after_batch=inference.after_batch,
+      )
+      self._extractor = inference, made
+    return self._extractor[1]
+
+  def _open_reference(self, file: str, images: str, resampling: str) -> None:
+    """Reads the file, if there is one, or else finds the images of which it will be made."""
+    self._reference_file, self._resampling, self._reference = file, resampling, None
+    which = images or "all"
+    self._real, self._real_indices = self._source, np.arange(len(self._source))
+    self._images: dict[str, Any] = {"which": which, "data": self._data}
+    if which == "prompted":
+      self._real_indices = np.unique(drawn_prompts.records(self._plan))
+      self._images |= self._prompts
+    elif which != "all":
+      self._real = real_images.open_folder(which)
+      self._real_indices, self._images = np.arange(len(self._real)), {"which": which}
+    self._reference_name = f"{which} of {self._data.get('path') or self._data.get('name')}"
+    if file and epath.Path(file).exists():
+      self._reference = reference.read(file)
+      size = self._data.get("image_size")
+      expected = {
+        **self._made,
+        "image_size": size,
+        "resampling": resampling,
+        "images": self._images if images else None,
+      }
+      reference.check(self._reference, expected, file)
+
+  def _make_reference(self, extractor: Extract, image_size: int) -> None:
+    """Unless there is one, on process 0: makes it on all, and writes it where it has a name."""
+    if bool(processes.from_first(np.uint8(self._reference is not None))):
+      return
+    parts, progress = [], _Progress("looked at", len(self._real_indices))
+    for start in range(0, len(self._real_indices), drawn_prompts.PART):
+      rows = self._real_indices[start : start + drawn_prompts.PART]
+      parts.append(extractor(real_images.RealImages(self._real, rows, image_size, self._resampling)))
+      progress.add(len(rows))
+    protocol = {**self._made, "image_size": image_size, "resampling": self._resampling, "images": self._images}
+
+    def keep() -> None:
+      made = reference.of_features(np.concatenate(parts), protocol=protocol, name=self._reference_name)
+      if self._reference_file:
+        reference.write(self._reference_file, made)
+        logging.info("statistics of %d real images in %s", len(self._real_indices), self._reference_file)
+      self._reference = made
+
+    processes.on_first(keep)
+
+
+class _Progress:
+  """A line a part, with what is left."""
+
+  def __init__(self, what: str, total: int):
+    self._what, self._total, self._begin = what, total, time.monotonic()
+    self._done = self._new = 0
+
+  def pass_over(self, count: int) -> None:
+    """So many that were there already."""
+    self._done += count
+
+  def add(self, count: int) -> None:
+    """So many that have just been made."""
+    self._done, self._new = self._done + count, self._new + count
+    seconds = (time.monotonic() - self._begin) / self._new
+    left = (self._total - self._done) * seconds / 60
+    logging.info(
+      "FID: %s %d of %d images, %.2f s each, %.0f minutes left", self._what, self._done, self._total, seconds, left
+    )
+
+
+def _drawing(inference: Any) -> dict[str, Any]:
+  """How images are drawn."""
+  network = inference.network
+  return {
+    **inference.generation_protocol,
+    "sampler": "ddim",
+    "schedule": network.image_process.schedule,
+    "image_size": inference.image_size,
+    "dtype": network.model.dtype,
+  }
+
+
+def _check_settings(
+  inception: str, num_images: int | None, kind: str, resampling: str, file: str, parts: str, keep_images: bool
+) -> None:
+  """What can be seen before anything is read."""
+  check_choice("resize", kind, resize.KINDS)
+  check_choice("resampling", resampling, resize.RESAMPLING)
+  if not inception:
+    raise UserError(f"fid needs the weights of Inception, --inception=FILE: {inception_file.SOURCE}")
+  if num_images is not None:
+    drawn_prompts.check_count(num_images)
+  if file and not file.endswith(".npz"):
+    raise UserError(f"--reference={file} should be an .npz of statistics; images go in reference_images")
+  if keep_images and not parts:
+    raise UserError("keep_images keeps them in the folder of parts; give parts too")

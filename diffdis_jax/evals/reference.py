@@ -1,0 +1,136 @@
+"""Statistics of real images in a file: .npz with `mu` and `sigma` in f64, as pytorch-fid reads and writes them.
+
+Ours has three fields more: `num_images`, `protocol` (JSON: how they were made) and `features` in f32, of which KID is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+from jaxtyping import Float
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import distances
+from diffdis_jax.models.inception import WIDTH
+from diffdis_jax.run import files
+
+FORM = "it should be an .npz with mu [2048] and sigma [2048, 2048], as pytorch-fid or this command writes it"
+# What of a reference's protocol must be as in the measurement, and what it is called.
+SAME = {"resize": "resize", "weights_sha256": "Inception weights"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """What generated images are compared with.
+
+  Attributes:
+    gaussian: of the real images' features.
+    features: themselves, in f32; None where a file does not have them, and then there is no KID.
+    protocol: how they were made; None where a file does not say.
+    name: of the file, or of the images.
+  """
+
+  gaussian: distances.Gaussian
+  features: Float[np.ndarray, "n d"] | None
+  protocol: dict[str, Any] | None
+  name: str
+
+  @property
+  def sha256(self) -> str:
+    """Of mean and covariance."""
+    return hashlib.sha256(self.gaussian.mean.tobytes() + self.gaussian.covariance.tobytes()).hexdigest()
+
+
+def of_features(features: Float[np.ndarray, "n d"], *, protocol: Mapping[str, Any], name: str) -> Reference:
+  """Raises UserError: fewer than two images."""
+  return Reference(distances.gaussian(features), features, {**protocol, "num_images": len(features)}, name)
+
+
+def write(path: str | os.PathLike[str], reference: Reference) -> None:
+  """Writes a reference that has features. Raises UserError: it cannot be written."""
+  buffer = io.BytesIO()
+  content: dict[str, Any] = {
+    "mu": reference.gaussian.mean,
+    "sigma": reference.gaussian.covariance,
+    "num_images": np.asarray(reference.gaussian.count),
+    "protocol": np.asarray(json.dumps(reference.protocol)),
+    "features": reference.features,
+  }
+  np.savez(buffer, **content)
+  try:
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(epath.Path(path), buffer.getvalue())
+  except OSError as error:
+    raise UserError(f"cannot write --reference={path}: {error.strerror or error}") from error
+
+
+def read(path: str | os.PathLike[str]) -> Reference:
+  """A file of ours, or of another tool, whose protocol is then unknown.
+
+  Raises:
+    UserError: unreadable, or statistics of something else than Inception's 2048 features of two images or more.
+  """
+  try:
+    with epath.Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+      content = {name: file[name] for name in file.files}
+    mean, covariance = (content[name].astype(np.float64) for name in ("mu", "sigma"))
+    protocol = json.loads(str(content["protocol"])) if "protocol" in content else None
+    count = int(content["num_images"]) if "num_images" in content else None
+  except (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    raise UserError(f"cannot read --reference={path}: {error}; {FORM}") from error
+  if mean.shape != (WIDTH,) or covariance.shape != (WIDTH, WIDTH):
+    raise UserError(f"--reference={path} has mu {list(mean.shape)} and sigma {list(covariance.shape)}; {FORM}")
+  if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
+    raise UserError(f"--reference={path} holds values that are not finite; {FORM}")
+  if count is not None and count < 2:
+    raise UserError(f"--reference={path} is of {count} images; it takes at least 2")
+  gaussian = distances.Gaussian(mean, covariance, count)
+  return Reference(gaussian, content.get("features"), protocol, os.path.basename(os.fspath(path)))
+
+
+def check(reference: Reference, expected: Mapping[str, Any], path: str) -> None:
+  """Checks that statistics compare with what is measured. Of other tools' only a warning can be given.
+
+  Args:
+    reference: what was read.
+    expected: protocol of the measurement, with the fields of SAME, `image_size` and, where the user has said which
+      images the reference should be of, `images`.
+    path: of the file, for messages.
+
+  Raises:
+    UserError: they were made by another resize, with other weights, or of other images than those asked for.
+  """
+  protocol = reference.protocol
+  if protocol is None:
+    logging.warning(
+      "--reference=%s does not say how it was made: its resize is unknown, and the figure right only if it was %s",
+      path,
+      expected["resize"],
+    )
+    return
+  for name, what in SAME.items():
+    if protocol.get(name) != expected[name]:
+      raise UserError(
+        f"--reference={path} is of another {what}, {protocol.get(name)}, and this measurement's is {expected[name]};"
+        " they do not compare: name a new file, which is then made"
+      )
+  if expected.get("images") is not None and protocol.get("images") != expected["images"]:
+    raise UserError(
+      f"--reference={path} is of other images, {protocol.get('images')}, than those asked for, {expected['images']};"
+      " name a new file, which is then made"
+    )
+  for name in ("image_size", "resampling"):
+    if protocol.get(name) != expected[name]:
+      logging.warning(
+        "--reference=%s has %s %s, and this measurement %s", path, name, protocol.get(name), expected[name]
+      )

@@ -1,0 +1,70 @@
+"""Images to the 299 x 299 pixels of Inception's input, by two conventions, which give different features.
+
+"tensorflow" is what the network's own graph does, and torch-fidelity's default; "clean" is clean-fid's. Both give
+values of 0 to 255, of which the network sees (value - 128) / 128. Statistics by one do not compare with the other's.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image
+
+from diffdis_jax.models.inception import SIDE
+
+KINDS = ("tensorflow", "clean")
+RESAMPLING = {"lanczos": Image.Resampling.LANCZOS, "bicubic": Image.Resampling.BICUBIC}
+
+
+def to_input(x: Float[Array, "b 299 299 3"]) -> Float[Array, "b 299 299 3"]:
+  """What the network sees of values of 0 to 255."""
+  return (x - 128) / 128
+
+
+def tensorflow(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 299 299 3"]:
+  """Bilinear as TensorFlow 1 does it: no antialias, and grid points on corners, not on the middles of pixels.
+
+  Source: torch-fidelity, interpolate_compat_tensorflow.py.
+  """
+  x = images.astype(jnp.float32)
+  low, high, part = _grid(x.shape[2])
+  x = _between(x[:, :, low], x[:, :, high], part[:, None])
+  low, high, part = _grid(x.shape[1])
+  return _between(x[:, low], x[:, high], part[:, None, None])
+
+
+def _grid(size: int) -> tuple[Int[np.ndarray, "299"], Int[np.ndarray, "299"], Float[np.ndarray, "299"]]:
+  """Of each of the new places: the old ones below and above, and how far it is between them."""
+  place = np.arange(SIDE, dtype=np.float32) * (np.float32(size) / np.float32(SIDE))
+  low = np.floor(place).astype(np.int32)
+  return low, np.minimum(low + 1, size - 1), place - low.astype(np.float32)
+
+
+def _between(
+  low: Float[Array, "..."], high: Float[Array, "..."], part: Float[np.ndarray, "..."]
+) -> Float[Array, "..."]:
+  return low + (high - low) * part
+
+
+def clean(images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b 299 299 3"]:
+  """Bicubic and antialiased by PIL, each channel in f32, cut to 0 to 255, on the host.
+
+  Source: clean-fid, resize.py.
+  """
+  to_side = lambda channel: Image.fromarray(channel).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+  resized = [
+    np.stack([np.asarray(to_side(image[..., i].astype(np.float32))) for i in range(3)], axis=-1) for image in images
+  ]
+  return np.stack(resized).clip(0, 255)
+
+
+def square(image: Image.Image, size: int, resampling: str) -> UInt8[np.ndarray, "size size 3"]:
+  """A real image as generated ones are: its central square, in whole pixels, then to `size` by one of RESAMPLING.
+
+  Source: U-ViT, datasets.py center_crop, which takes Lanczos (not stated by the paper).
+  """
+  side = min(image.size)
+  left, top = (image.width - side) // 2, (image.height - side) // 2
+  central = image.crop((left, top, left + side, top + side))
+  return np.asarray(central.resize((size, size), RESAMPLING[resampling]))

@@ -1,0 +1,121 @@
+"""The weights of FID's Inception network, from the file that the user has: torch-fidelity's or pytorch-fid's."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from absl import logging
+from flax import nnx
+from jaxtyping import Float
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.interop import tensor_files
+from diffdis_jax.models import inception
+from diffdis_jax.models.build import abstract_module
+from diffdis_jax.params import Params, flatten
+
+PUBLISHED = "6726825d"  # the beginning of the SHA-256 of the file as published, by its name
+SOURCE = (
+  "weights-inception-2015-12-05-6726825d.pth of torch-fidelity, pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or"
+  " a safetensors copy of either"
+)
+# The end of a parameter's path here -> of its tensor's name there.
+ENDINGS = {
+  "conv.kernel": "conv.weight",
+  "bn.scale": "bn.weight",
+  "bn.bias": "bn.bias",
+  "bn.mean": "bn.running_mean",
+  "bn.var": "bn.running_var",
+}
+UNUSED = "num_batches_tracked"  # of training
+# The classifier after the features: a file without it is another network's, but nothing here is computed by it.
+CLASSIFIER = {"fc.weight": (inception.CLASSES, inception.WIDTH), "fc.bias": (inception.CLASSES,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Parameters by path, f32 on the host.
+
+  Attributes:
+    file_sha256: of the file.
+    sha256: of the tensors, whatever kind of file they came in.
+    published: whether the file is the one that figures in publications are measured with.
+  """
+
+  params: dict[str, Float[np.ndarray, "..."]]
+  file_sha256: str
+  sha256: str
+  published: bool
+
+
+def name_of(path: str) -> str:
+  """Of a parameter in the file: `mixed_6b.branch7x7_2.bn.mean` -> `Mixed_6b.branch7x7_2.bn.running_mean`."""
+  *block, layer, kind = path.split(".")
+  return ".".join([block[0].capitalize(), *block[1:], ENDINGS[f"{layer}.{kind}"]])
+
+
+@functools.cache
+def module() -> tuple[nnx.GraphDef, nnx.State]:
+  """Graph definition and shapes of the network, as `params.merge` takes them."""
+  return abstract_module(lambda rngs: inception.Inception(rngs=rngs))
+
+
+def shapes() -> Params:
+  """Parameter path -> ShapeDtypeStruct."""
+  return flatten(module()[1])
+
+
+def read(path: str) -> Weights:
+  """Reads the file, and logs its SHA-256.
+
+  Raises:
+    UserError: no such file, one that cannot be read or would execute code, or other tensors than this network's.
+  """
+  file = pathlib.Path(path)
+  tensors = {name: x for name, x in tensor_files.open_file(file).items() if not name.endswith(UNUSED)}
+  expected = shapes()
+  paths = {name_of(path): path for path in expected}
+  _check_names(file, tensors, [*paths, *CLASSIFIER])
+  params, digest = {}, hashlib.sha256()
+  for name in sorted(tensors):
+    value = tensors[name].read().astype(np.float32, order="C")
+    digest.update(name.encode() + value.tobytes())
+    if value.ndim == 4:
+      value = np.ascontiguousarray(value.transpose(2, 3, 1, 0))
+    shape = CLASSIFIER[name] if name in CLASSIFIER else expected[paths[name]].shape
+    if value.shape != shape or not np.isfinite(value).all():
+      raise UserError(f"{file}: {name} has another shape in FID's Inception, or is not finite; take {SOURCE}")
+    if name in paths:
+      params[paths[name]] = value
+  return _with_hashes(file, params, digest.hexdigest())
+
+
+def _check_names(file: pathlib.Path, found: Mapping[str, object], expected: list[str]) -> None:
+  missing = [name for name in expected if name not in found]
+  others = [name for name in found if name not in set(expected)]
+  if not missing and not others:
+    return
+  what = f"it lacks {len(missing)} of the network's {len(expected)} tensors, such as {missing[0]}" if missing else ""
+  more = f"it has {len(others)} tensors that are none of the network's, such as {others[0]}" if others else ""
+  said = ", and ".join(filter(None, (what, more)))
+  raise UserError(f"{file} is not FID's Inception network of 2015-12-05: {said}; take {SOURCE}")
+
+
+def _with_hashes(file: pathlib.Path, params: Params, sha256: str) -> Weights:
+  with file.open("rb") as opened:
+    of_file = hashlib.file_digest(opened, "sha256").hexdigest()
+  published = of_file.startswith(PUBLISHED)
+  logging.info("Inception weights %s, SHA-256 %s", file, of_file)
+  if not published:
+    logging.warning(
+      "%s is not the published file, whose SHA-256 begins with %s: figures compare with others only if it is a copy of"
+      " its tensors",
+      file,
+      PUBLISHED,
+    )
+  return Weights(params, of_file, sha256, published)

@@ -1,0 +1,50 @@
+"""A compiled function over rows of any number: chunks of one shape, of which each process has its own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import processes, sharding
+
+
+class Batches:
+  """How many rows a compiled call has, and which of them are this process's.
+
+  Args:
+    mesh: devices that share the rows of a call.
+    batch_size: rows a call; rounded up to a multiple of the devices.
+    after_batch: called after each call, on every process equally often; what it raises ends the work.
+
+  Attributes:
+    size: rows a call.
+  """
+
+  def __init__(self, mesh: Mesh, batch_size: int, after_batch: Callable[[], None]):
+    self._mesh, self._after_batch = mesh, after_batch
+    self.size = -(-batch_size // mesh.size) * mesh.size
+    self._rows = np.array(sharding.local_rows(mesh, self.size))
+
+  def __call__(self, f: Callable[..., jax.Array], *arrays: Any) -> np.ndarray:
+    """f over the rows in chunks of one shape, the last one padded by repeating its last row.
+
+    Every process has the same arrays, of which it takes its own rows, and gets the whole result.
+
+    Raises:
+      UserError: no row.
+    """
+    n = len(arrays[0])
+    outputs = []
+    for start in range(0, n, self.size):
+      rows = np.minimum(start + self._rows, n - 1)
+      local = {str(i): array[rows] for i, array in enumerate(arrays)}
+      outputs.append(processes.whole(f(*sharding.to_global(local, self._mesh).values())))
+      self._after_batch()
+    if not outputs:
+      raise UserError("nothing to run on: give at least one row")
+    return np.concatenate(outputs)[:n]

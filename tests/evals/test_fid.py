@@ -1,0 +1,401 @@
+"""The evaluation around the network: what is sampled, kept, gone on with, compared and refused. The generator and the
+features are stand-ins, which give for an image's prompt and noise always the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import types
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffdis_jax import evals
+from diffdis_jax.data import sources
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import distances, drawn_prompts, reference, resize
+from diffdis_jax.evals import fid as fid_module
+from diffdis_jax.interop.inception import Weights
+from diffdis_jax.parallel import sharding
+
+WIDTH, SIDE, PART, COUNT = 6, 8, 8, 36
+DATA = {"name": "pairs", "path": "somewhere", "split": "val", "image_size": SIDE}
+
+
+class Source:
+  """Records with two captions each, and images of another size than the model's."""
+
+  def __init__(self, n: int = 60):
+    self.n, self.broken = n, False
+
+  def __len__(self) -> int:
+    return self.n
+
+  def __getitem__(self, i: int) -> dict:
+    image = np.random.default_rng([7, i]).integers(0, 256, (12, 10, 3), np.uint8)
+    return {"image": b"broken" if self.broken else image, "caption": f"{i}", "captions": [f"a {i}", f"the {i}"]}
+
+
+class Extractor:
+  """Positive combinations of pixels."""
+
+  made: list[dict] = []
+
+  def __init__(self, params, *, kind, mesh, batch_size, after_batch):
+    del params, mesh, after_batch
+    self.made.append({"kind": kind, "batch_size": batch_size})
+    self.seen = 0
+    self.scale = {"tensorflow": 1.0, "clean": 1.1}[kind]
+
+  def __call__(self, images):
+    images = images[np.arange(len(images))]
+    assert images.dtype == np.uint8 and images.shape[1:] == (SIDE, SIDE, 3)
+    self.seen += len(images)
+    # Of whole numbers, so that sums are the same in any order.
+    mixing = np.random.default_rng(0).integers(0, 9, (SIDE * SIDE * 3, WIDTH)).astype(np.float64)
+    return (self.scale / 1e5 * (images.reshape(len(images), -1) @ mixing)).astype(np.float32)
+
+
+class Killed(Exception):
+  pass
+
+
+class Inference:
+  """Paints noise over what a prompt's tokens stand for."""
+
+  image_size, max_length, batch_size = SIDE, 16, 16
+
+  def __init__(self, guidance: float = 2.0):
+    self.generation_protocol = {"steps": 5, "guidance": guidance, "matmul_precision": "highest"}
+    self.network = types.SimpleNamespace(
+      image_process=types.SimpleNamespace(schedule="scaled_linear"), model=types.SimpleNamespace(dtype="float32")
+    )
+    self.mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    self.after_batch = lambda: None
+    self.calls, self.dies_at = [], None
+
+  def noise(self, n, seed, *, first=0):
+    return np.stack([np.random.default_rng([seed, first + i]).normal(size=(2, 2, 3)) for i in range(n)])
+
+  def generate(self, params, tokens, noise):
+    if self.dies_at == len(self.calls):
+      raise Killed
+    self.calls.append(len(tokens))
+    meant = [np.random.default_rng(row.tolist()).integers(0, 200, (SIDE, SIDE, 3)) for row in tokens]
+    drawn = noise.repeat(4, axis=1).repeat(4, axis=2) * 20 + np.stack(meant)
+    return (drawn + params.get("shift", np.zeros(1))).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+  params = {"p": np.zeros(1, np.float32)}
+  read = lambda path: Weights(params, file_sha256=f"file of {path}", sha256=f"tensors of {path}", published=True)
+  monkeypatch.setattr(fid_module.inception_file, "read", read)
+  monkeypatch.setattr(fid_module, "Extractor", Extractor)
+  monkeypatch.setattr(drawn_prompts, "PART", PART)
+  monkeypatch.setattr(reference, "WIDTH", WIDTH)
+  source = Source()
+  monkeypatch.setattr(sources, "open_source", lambda **section: source)
+  Extractor.made = []
+  return source
+
+
+def make(**section) -> fid_module.Fid:
+  made = evals.create("fid", **{"data": DATA, "inception": "w.pth", "num_images": COUNT, **section})
+  assert isinstance(made, fid_module.Fid)
+  return made
+
+
+def features_in(folder) -> np.ndarray:
+  files = sorted(folder.glob("part-*.npz"))
+  return np.concatenate([np.load(file)["features"] for file in files])
+
+
+def test_the_metrics_are_those_of_the_features(tmp_path):
+  evaluation, inference = make(parts=str(tmp_path / "parts"), reference=str(tmp_path / "r.npz")), Inference()
+  metrics = evaluation.run(inference, {})
+  assert inference.calls == [8, 8, 8, 8, 4] and Extractor.made == [{"kind": "tensorflow", "batch_size": 16}]
+  drawn = features_in(tmp_path / "parts")
+  real = np.load(tmp_path / "r.npz")["features"]
+  assert drawn.shape == (COUNT, WIDTH) and real.shape == (60, WIDTH)
+  kid = distances.kernel(drawn, real)
+  assert metrics == {
+    "fid": distances.frechet(distances.gaussian(drawn), distances.gaussian(real)),
+    "kid": kid.mean,
+    "kid_std": kid.std,
+    "num_images": COUNT,
+  }
+  assert metrics["fid"] > 0 and kid.subset_size == COUNT
+
+
+def test_the_real_images_are_cut_and_resized_by_lanczos(stand_ins):
+  evaluation = make()
+  evaluation.run(Inference(), {})
+  square = [resize.square(Image.fromarray(stand_ins[i]["image"]), SIDE, "lanczos") for i in range(60)]
+  expected = Extractor({}, kind="tensorflow", mesh=None, batch_size=1, after_batch=None)(np.stack(square))
+  np.testing.assert_array_equal(evaluation._reference.features, expected)
+
+
+def test_the_protocol_says_all(tmp_path):
+  evaluation = make(captions="all", prompts_seed=3, seed=4, resize="clean", reference=str(tmp_path / "r.npz"))
+  inference = Inference()
+  evaluation.run(inference, {})
+  protocol = evaluation.protocol(inference)
+  expected = {
+    **{"steps": 5, "guidance": 2.0, "sampler": "ddim", "schedule": "scaled_linear", "image_size": SIDE},
+    **{"dtype": "float32", "seed": 4, "prompts_seed": 3, "captions": "all", "num_images": COUNT, "resize": "clean"},
+    **{"features": "inception-2015-12-05", "inception_sha256": "file of w.pth", "weights_sha256": "tensors of w.pth"},
+    **{"inception_published": True, "kid_subsets": 100, "kid_subset_size": COUNT, "device": "cpu"},
+  }
+  assert expected.items() <= protocol.items()
+  texts = [text for part in evaluation._plan for text in part.prompts]
+  assert protocol["prompts_sha256"] == hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+  found = protocol["reference"]
+  assert found["name"].endswith("r.npz") and found["num_images"] == 60 and len(found["sha256"]) == 64
+  assert found["protocol"]["resampling"] == "lanczos" and found["protocol"]["images"]["which"] == "all"
+  assert "fewer than 10000 images FID is biased upwards" in protocol["note"]
+  assert json.loads(json.dumps(protocol)) == protocol
+
+
+def test_of_enough_images_nothing_is_noted(monkeypatch, caplog):
+  make().run(Inference(), {})
+  assert "36 images: of fewer than 10000 images FID is biased" in caplog.text
+  caplog.clear()
+  monkeypatch.setattr(fid_module, "FEW", 20)
+  evaluation, inference = make(), Inference()
+  evaluation.run(inference, {})
+  assert "note" not in evaluation.protocol(inference) and "biased" not in caplog.text
+
+
+def test_an_images_noise_is_of_its_place_whatever_the_parts(tmp_path, monkeypatch):
+  make(parts=str(tmp_path / "eights")).run(Inference(), {})
+  monkeypatch.setattr(drawn_prompts, "PART", 5)
+  make(parts=str(tmp_path / "fives")).run(Inference(), {})
+  np.testing.assert_array_equal(features_in(tmp_path / "eights"), features_in(tmp_path / "fives"))
+
+
+def test_killed_at_random_it_goes_on_to_the_same_bits(tmp_path):
+  expected = make(parts=str(tmp_path / "whole")).run(Inference(), {})
+  chance, made, kills = random.Random(0), [], 0
+  while True:
+    inference = Inference()
+    inference.dies_at = chance.randrange(3)
+    try:
+      metrics = make(parts=str(tmp_path / "parts")).run(inference, {})
+      break
+    except Killed:
+      kills += 1
+    finally:
+      made += inference.calls
+  assert kills >= 3 and metrics == expected
+  assert made == [8, 8, 8, 8, 4], "each part is sampled once"
+  assert features_in(tmp_path / "parts").tobytes() == features_in(tmp_path / "whole").tobytes()
+  again = Inference()
+  assert make(parts=str(tmp_path / "parts")).run(again, {}) == expected and not again.calls
+
+
+def test_more_images_later_go_on_from_fewer(tmp_path):
+  make(parts=str(tmp_path), num_images=16).run(Inference(), {})
+  more = Inference()
+  make(parts=str(tmp_path), num_images=32).run(more, {})
+  assert more.calls == [8, 8]
+
+
+@pytest.mark.parametrize(
+  "section, inference, params, name",
+  [
+    (dict(seed=1), {}, {}, "seed is 0 in part-00000.npz, and 1 now"),
+    (dict(resize="clean"), {}, {}, 'resize is "tensorflow"'),
+    (dict(inception="other.pth"), {}, {}, "weights_sha256"),
+    (dict(prompts_seed=1), {}, {}, "prompts is "),
+    (dict(num_images=20), {}, {}, "prompts is "),
+    ({}, dict(guidance=3.0), {}, "guidance is 2.0 in part-00000.npz, and 3.0 now"),
+    ({}, {}, {"shift": np.ones(1, np.float32)}, "params is "),
+  ],
+)
+def test_parts_of_another_protocol(tmp_path, section, inference, params, name):
+  first = Inference()
+  make(parts=str(tmp_path)).run(first, {"shift": np.zeros(1, np.float32)})
+  params = params or {"shift": np.zeros(1, np.float32)}
+  other = Inference(**inference)
+  with pytest.raises(UserError, match="is of another protocol: ") as error:
+    make(parts=str(tmp_path), **section).run(other, params)
+  assert name in str(error.value) and "give another folder" in str(error.value) and not other.calls
+
+
+def test_a_part_that_is_broken(tmp_path):
+  make(parts=str(tmp_path)).run(Inference(), {})
+  file = tmp_path / "part-00001.npz"
+  file.write_bytes(file.read_bytes()[:-300])
+  with pytest.raises(UserError, match=r"cannot read .*part-00001.npz: .*; remove it"):
+    make(parts=str(tmp_path)).run(Inference(), {})
+  file.unlink()
+  inference = Inference()
+  make(parts=str(tmp_path)).run(inference, {})
+  assert inference.calls == [8]
+
+
+def test_images_are_kept(tmp_path):
+  inference = Inference()
+  make(parts=str(tmp_path), keep_images=True).run(inference, {})
+  names = sorted(path.name for path in (tmp_path / "images").iterdir())
+  assert names == [f"{i:05d}.png" for i in range(COUNT)]
+  images = np.stack([np.asarray(Image.open(tmp_path / "images" / name)) for name in names])
+  extractor = Extractor({}, kind="tensorflow", mesh=None, batch_size=1, after_batch=None)
+  np.testing.assert_array_equal(extractor(images), features_in(tmp_path))
+  (tmp_path / "images" / "00009.png").unlink()
+  again = Inference()
+  make(parts=str(tmp_path), keep_images=True).run(again, {})
+  assert again.calls == [8] and len(list((tmp_path / "images").iterdir())) == COUNT
+
+
+def test_no_part_is_kept_where_there_is_no_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  evaluation = make()
+  assert evaluation.run(Inference(), {}) == evaluation.run(Inference(), {})
+  assert not list(tmp_path.iterdir())
+  with pytest.raises(UserError, match="keep_images keeps them in the folder of parts"):
+    make(keep_images=True)
+
+
+def test_a_reference_is_made_once_and_read_ever_after(tmp_path, stand_ins):
+  file = tmp_path / "new" / "r.npz"
+  expected = make(reference=str(file)).run(Inference(), {})
+  with np.load(file) as content:  # as pytorch-fid reads it
+    mean, covariance = content["mu"][:], content["sigma"][:]
+    assert mean.dtype == covariance.dtype == np.float64 and covariance.shape == (WIDTH, WIDTH)
+    np.testing.assert_allclose(covariance, np.cov(content["features"].astype(np.float64), rowvar=False), rtol=1e-6)
+    assert content["num_images"] == 60 and json.loads(str(content["protocol"]))["resize"] == "tensorflow"
+  stand_ins.broken = True
+  assert make(reference=str(file)).run(Inference(), {}) == expected
+
+
+def test_within_one_run_it_is_made_once(stand_ins):
+  evaluation = make()
+  expected = evaluation.run(Inference(), {})
+  stand_ins.broken = True
+  assert evaluation.run(Inference(), {}) == expected
+
+
+def test_of_prompted_images_alone_and_of_a_folder(tmp_path, stand_ins):
+  evaluation = make(num_images=20, reference_images="prompted")
+  evaluation.run(Inference(), {})
+  assert evaluation._reference.gaussian.count == 20
+  assert sorted(drawn_prompts.records(evaluation._plan)) == evaluation._real_indices.tolist()
+  for i in range(5):
+    Image.fromarray(stand_ins[i]["image"]).save(tmp_path / f"{i}.png")
+  (tmp_path / "notes.txt").write_text("no image")
+  evaluation = make(reference_images=str(tmp_path))
+  evaluation.run(Inference(), {})
+  assert evaluation._reference.gaussian.count == 5
+  all_of_them = make()
+  all_of_them.run(Inference(), {})
+  np.testing.assert_array_equal(evaluation._reference.features, all_of_them._reference.features[:5])
+
+
+def test_statistics_that_do_not_compare(tmp_path):
+  file = str(tmp_path / "r.npz")
+  make(reference=file).run(Inference(), {})
+  for section, message in (
+    (dict(resize="clean"), "is of another resize, tensorflow, and this measurement's is clean"),
+    (dict(inception="other.pth"), "is of another Inception weights, tensors of w.pth"),
+    (dict(reference_images="prompted"), "is of other images"),
+  ):
+    with pytest.raises(UserError, match=message):
+      make(reference=file, **section)
+  make(reference=file, reference_images="all")
+
+
+def test_a_reference_of_another_size_is_warned_of(tmp_path, caplog):
+  file = str(tmp_path / "r.npz")
+  make(reference=file).run(Inference(), {})
+  caplog.clear()
+  make(reference=file, data={**DATA, "image_size": 16}, resampling="bicubic")
+  assert "has image_size 8, and this measurement 16" in caplog.text
+  assert "has resampling lanczos, and this measurement bicubic" in caplog.text
+
+
+def test_statistics_of_other_tools(tmp_path, caplog):
+  rng = np.random.default_rng(0)
+  features = rng.random((50, WIDTH))
+  np.savez(tmp_path / "r.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+  with caplog.at_level(logging.WARNING):
+    evaluation = make(reference=str(tmp_path / "r.npz"), parts=str(tmp_path / "parts"))
+  assert "does not say how it was made: its resize is unknown" in caplog.text
+  inference = Inference()
+  metrics = evaluation.run(inference, {})
+  drawn = features_in(tmp_path / "parts")
+  expected = distances.frechet(distances.gaussian(drawn), distances.gaussian(features))
+  assert metrics == {"fid": pytest.approx(expected, rel=1e-9), "num_images": COUNT}, "no features, no KID"
+  found = evaluation.protocol(inference)["reference"]
+  assert found["protocol"] is None and found["num_images"] is None
+
+
+def arrays(**changes) -> dict[str, np.ndarray]:
+  return {"mu": np.zeros(WIDTH), "sigma": np.eye(WIDTH), **changes}
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (arrays(mu=np.zeros(64), sigma=np.eye(64)), r"has mu \[64\] and sigma \[64, 64\]; it should be an .npz"),
+    (arrays(sigma=np.full((WIDTH, WIDTH), np.nan)), "not finite"),
+    (arrays(num_images=np.asarray(1)), "is of 1 images; it takes at least 2"),
+    (dict(arr_0=np.zeros(3)), "cannot read .* it should be an .npz with mu"),
+    (arrays(mu=np.array([{}] * WIDTH, dtype=object)), "cannot read"),
+  ],
+)
+def test_files_that_are_no_statistics(tmp_path, content, message):
+  np.savez(tmp_path / "r.npz", **content)
+  with pytest.raises(UserError, match=message) as error:
+    make(reference=str(tmp_path / "r.npz"))
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut short"])
+def test_files_that_are_no_arrays(tmp_path, content):
+  (tmp_path / "r.npz").write_bytes(content)
+  with pytest.raises(UserError, match="cannot read --reference"):
+    make(reference=str(tmp_path / "r.npz"))
+
+
+@pytest.mark.parametrize(
+  "section, message",
+  [
+    (dict(inception=""), "fid needs the weights of Inception, --inception=FILE: weights-inception-2015-12-05"),
+    (dict(num_images=1), "num_images is 1; FID takes at least 2"),
+    (dict(num_images=1000), "num_images is 1000, but there are captions for 60"),
+    (dict(resize="bilinear"), "resize is 'bilinear'; it must be one of tensorflow, clean"),
+    (dict(resampling="box"), "resampling is 'box'; it must be one of lanczos, bicubic"),
+    (dict(captions="one"), "captions is 'one'"),
+    (dict(reference="r.pkl"), "--reference=r.pkl should be an .npz"),
+    (dict(reference_images="nowhere"), "no folder nowhere"),
+    (dict(images=3), "got an unexpected keyword argument 'images'; it takes data, inception"),
+  ],
+)
+def test_bad_settings(section, message):
+  with pytest.raises(UserError, match=message):
+    make(**section)
+
+
+def test_a_folder_of_too_few_images(tmp_path):
+  Image.new("RGB", (4, 4)).save(tmp_path / "one.png")
+  with pytest.raises(UserError, match="holds 1 images .* takes at least 2"):
+    make(reference_images=str(tmp_path))
+
+
+def test_real_images_that_are_broken_end_it(stand_ins):
+  evaluation = make()
+  stand_ins.broken = True
+  with pytest.raises(UserError, match="record 0 of the reference's images is no use: corrupt image"):
+    evaluation.run(Inference(), {})
+
+
+def test_progress_says_what_is_left(caplog):
+  with caplog.at_level(logging.INFO):
+    make().run(Inference(), {})
+  assert "FID: sampled 8 of 36 images" in caplog.text and "FID: looked at 60 of 60 images" in caplog.text

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.interop import inception
+
+pytest_plugins = ("inception_weights",)
+
+
+@pytest.fixture(scope="module")
+def weights(inception_file) -> inception.Weights:
+  return inception.read(str(inception_file))
+
+
+def test_every_tensor_is_read_into_its_place(weights, inception_state):
+  assert weights.params.keys() == inception.shapes().keys()
+  used = [name for name in inception_state if not name.endswith("num_batches_tracked")]
+  assert sorted(map(inception.name_of, weights.params)) + sorted(inception.CLASSIFIER) == sorted(
+    used, key=lambda name: (name in inception.CLASSIFIER, name)
+  )
+  for path, value in weights.params.items():
+    expected = inception_state[inception.name_of(path)].numpy()
+    np.testing.assert_array_equal(value, expected.transpose(2, 3, 1, 0) if expected.ndim == 4 else expected)
+
+
+def test_it_has_the_files_own_hash(weights, inception_file):
+  assert weights.file_sha256 == hashlib.sha256(inception_file.read_bytes()).hexdigest() and not weights.published
+
+
+def test_a_copy_has_the_same_hash_of_its_tensors(tmp_path, weights, inception_state):
+  kept = {name: x for name, x in inception_state.items() if not name.endswith("num_batches_tracked")}
+  save_file(kept, tmp_path / "x.safetensors")
+  copy = inception.read(str(tmp_path / "x.safetensors"))
+  assert copy.sha256 == weights.sha256 and copy.file_sha256 != weights.file_sha256
+
+
+def blank(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+  """Of the same shapes, in a file of a few kilobytes."""
+  return {name: torch.zeros(()).expand(x.shape) for name, x in state.items()}
+
+
+@pytest.mark.parametrize("name", ["fc.bias", "Mixed_5b.branch1x1.bn.weight"])
+def test_each_tensor_counts_in_the_hash(tmp_path, inception_state, name):
+  state = blank(inception_state)
+  torch.save(state, tmp_path / "x.pth")
+  torch.save({"state_dict": {**state, name: state[name] + 1}}, tmp_path / "y.pth")
+  assert inception.read(str(tmp_path / "x.pth")).sha256 != inception.read(str(tmp_path / "y.pth")).sha256
+
+
+def test_another_file_than_the_published_one_is_warned_of(tmp_path, inception_state, caplog):
+  torch.save(blank(inception_state), tmp_path / "x.pth")
+  with caplog.at_level(logging.INFO):
+    inception.read(str(tmp_path / "x.pth"))
+  assert "SHA-256" in caplog.text and "is not the published file, whose SHA-256 begins with 6726825d" in caplog.text
+
+
+NAN, TURNED = torch.full((320,), torch.nan), torch.zeros(128, 128, 7, 1)
+
+
+@pytest.mark.parametrize(
+  "name, value, message",
+  [
+    (
+      "Mixed_7c.branch_pool.bn.bias",
+      None,
+      "lacks 1 of the network's 472 tensors, such as Mixed_7c.branch_pool.bn.bias",
+    ),
+    ("fc.weight", None, "lacks 1 of the network's 472 tensors, such as fc.weight"),
+    ("extra", torch.zeros(3), "1 tensors that are none of the network's, such as extra"),
+    ("fc.bias", torch.zeros(1000), "fc.bias has another shape"),
+    ("Mixed_6b.branch7x7_2.conv.weight", TURNED, "Mixed_6b.branch7x7_2.conv.weight has another shape"),
+    ("Mixed_7b.branch1x1.bn.running_var", NAN, "Mixed_7b.branch1x1.bn.running_var .* not finite"),
+  ],
+)
+def test_other_tensors(tmp_path, inception_state, name, value, message):
+  changed = {**blank(inception_state), name: value}
+  torch.save({key: x for key, x in changed.items() if x is not None}, tmp_path / "x.pth")
+  with pytest.raises(UserError, match=message) as error:
+    inception.read(str(tmp_path / "x.pth"))
+  assert "\n" not in str(error.value) and "torch-fidelity" in str(error.value)
+
+
+def test_torchvisions_inception_is_another_network(tmp_path):
+  with torch.device("meta"):
+    network = torchvision.models.inception_v3(weights=None, init_weights=False)
+  torch.save(blank(network.state_dict()), tmp_path / "x.pth")
+  with pytest.raises(UserError, match="none of the network's, such as AuxLogits|has another shape"):
+    inception.read(str(tmp_path / "x.pth"))
+
+
+class Harm:
+  def __reduce__(self):
+    return print, ("harm",)
+
+
+def test_files_that_are_none(tmp_path, capsys):
+  with pytest.raises(UserError, match="no file"):
+    inception.read(str(tmp_path / "nothing.pth"))
+  (tmp_path / "text.pth").write_text("no weights")
+  with pytest.raises(UserError, match=r"text\.pth"):
+    inception.read(str(tmp_path / "text.pth"))
+  (tmp_path / "harm.pth").write_bytes(pickle.dumps(Harm(), protocol=2))
+  with pytest.raises(UserError, match=r"harm\.pth"):
+    inception.read(str(tmp_path / "harm.pth"))
+  assert "harm" not in capsys.readouterr().out
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+  with pytest.raises(UserError, match=r"script\.pt"):
+    inception.read(str(tmp_path / "script.pt"))

@@ -1,0 +1,181 @@
+"""FID's Inception against torch-fidelity's, with random weights: whole, and block by block with each known mistake."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+from diffdis_jax.evals import resize
+from diffdis_jax.evals.features import Extractor
+from diffdis_jax.interop import inception as read_inception
+from diffdis_jax.models import inception
+from diffdis_jax.models.build import abstract_module
+from diffdis_jax.parallel import sharding
+from diffdis_jax.params import flatten, merge
+from tests.inception_weights import LAYERS, randomise
+from tests.models.networks import compiled
+
+pytest_plugins = ("inception_weights",)
+SIZES = ((64, 64), (256, 256), (299, 299), (300, 200))
+TOLERANCE = 1e-4
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+  """The largest difference, as a fraction of the image's largest feature."""
+  return float((np.abs(found - expected).max(axis=-1) / np.abs(expected).max(axis=-1)).max())
+
+
+def draw(size: tuple[int, int], n: int, seed: int = 0) -> np.ndarray:
+  """Images with structure at every scale: noise alone has the same features everywhere."""
+  rng = np.random.default_rng([seed, *size])
+  coarse = torch.from_numpy(rng.normal(size=(n, 3, 5, 4)).astype(np.float32))
+  smooth = torch.nn.functional.interpolate(coarse, size, mode="bicubic").numpy()
+  image = 128 + 60 * smooth + 20 * rng.normal(size=smooth.shape)
+  return image.transpose(0, 2, 3, 1).clip(0, 255).astype(np.uint8)
+
+
+def make_extractor(params: dict[str, np.ndarray]) -> Extractor:
+  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+  return Extractor(params, kind="tensorflow", mesh=mesh, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def extractor(inception_file) -> Extractor:
+  return make_extractor(read_inception.read(str(inception_file)).params)
+
+
+@pytest.fixture(scope="module")
+def theirs(inception_file) -> fidelity.FeatureExtractorInceptionV3:
+  file = str(inception_file)
+  return fidelity.FeatureExtractorInceptionV3("random", LAYERS, feature_extractor_weights_path=file).eval()
+
+
+def check_features(extractor: Extractor, theirs: fidelity.FeatureExtractorInceptionV3, each: int) -> None:
+  for size in SIZES:
+    images = draw(size, each)
+    found = extractor.layers(images)
+    with torch.no_grad():
+      expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    for layer, name in zip(expected, ("first", "second", "middle", "pool"), strict=True):
+      assert layer.numpy().std() > 0.01, "the random network is dead"
+      assert relative(getattr(found, name), layer.numpy()) <= TOLERANCE, (size, name)
+
+
+def test_features_of_four_sizes_at_four_depths(extractor, theirs):
+  check_features(extractor, theirs, each=2)
+  images = draw((64, 64), 2)
+  np.testing.assert_array_equal(extractor(images), extractor.layers(images).pool)
+
+
+@pytest.mark.slow
+def test_features_of_64_images(extractor, theirs):
+  check_features(extractor, theirs, each=16)
+
+
+def test_it_has_the_parameters_of_the_graph():
+  shapes = read_inception.shapes()
+  of = lambda kind: sum(np.prod(x.shape) for path, x in shapes.items() if path.endswith(kind))
+  assert of("kernel") + of("scale") + of("bias") == 21_785_568
+  assert sum(path.endswith("kernel") for path in shapes) == 94 and len(shapes) == 94 * 5
+
+
+# Block -> ours and torch-fidelity's, with few channels coming in, on few pixels.
+CHANNELS = 6
+BLOCKS = {
+  "A": (functools.partial(inception.BlockA, CHANNELS, pool=5), lambda: fidelity.InceptionA(CHANNELS, pool_features=5)),
+  "B": (functools.partial(inception.BlockB, CHANNELS), lambda: fidelity.InceptionB(CHANNELS)),
+  "C": (functools.partial(inception.BlockC, CHANNELS, width=7), lambda: fidelity.InceptionC(CHANNELS, channels_7x7=7)),
+  "D": (functools.partial(inception.BlockD, CHANNELS), lambda: fidelity.InceptionD(CHANNELS)),
+  "E": (functools.partial(inception.BlockE, CHANNELS, last=False), lambda: fidelity.InceptionE_1(CHANNELS)),
+  "last": (functools.partial(inception.BlockE, CHANNELS, last=True), lambda: fidelity.InceptionE_2(CHANNELS)),
+}
+
+
+def block_error(name: str, *, transposed: bool = False) -> float:
+  """How far a block is from torch-fidelity's; `transposed`: where kernels are taken for width x height."""
+  make_ours, make_theirs = BLOCKS[name]
+  (graphdef, abstract), theirs = abstract_module(lambda rngs: make_ours(rngs=rngs)), make_theirs()
+  randomise(theirs, seed=1)
+  theirs.eval()
+  state, axes = theirs.state_dict(), (3, 2, 1, 0) if transposed else (2, 3, 1, 0)
+  params = {}
+  for path in flatten(abstract):
+    *layers, layer, kind = path.split(".")
+    value = state[".".join([*layers, read_inception.ENDINGS[f"{layer}.{kind}"]])].numpy()
+    params[path] = value.transpose(axes) if value.ndim == 4 else value
+  x = np.random.default_rng(0).normal(size=(2, 9, 7, CHANNELS)).astype(np.float32)
+  with torch.no_grad():
+    with torch.no_grad():
+      expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+  found = np.asarray(compiled(lambda params, x: merge(graphdef, abstract, params)(x))(params, x)).transpose(0, 3, 1, 2)
+  return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks(name):
+  assert block_error(name) <= 1e-5
+
+
+class Turned(inception.ConvNorm):
+  """Takes 1 x 7 for 7 x 1."""
+
+  def __init__(self, din, dout, size, **how):
+    super().__init__(din, dout, size[::-1], **how)
+
+
+def counted(x):
+  return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME") / 9
+
+
+# What is known to go wrong: the name that is put in its place, and the block that must show it.
+TRAPS = {
+  "padding counted": ("A C E", "average_pool", counted),
+  "average in the last block": ("last", "max_pool_same", inception.average_pool),
+  "maximum in the block before": ("E", "average_pool", inception.max_pool_same),
+  "1x7 for 7x1": ("C D E last", "ConvNorm", Turned),
+  "eps of 1e-5": ("A B C D E last", "EPS", 1e-5),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_block_shows_each_known_mistake(monkeypatch, trap):
+  names, attribute, wrong = TRAPS[trap]
+  monkeypatch.setattr(inception, attribute, wrong)
+  for name in names.split():
+    assert block_error(name, transposed=wrong is Turned) > TOLERANCE, name
+
+
+def half_pixels(x):
+  return jax.image.resize(x.astype(jnp.float32), (len(x), 299, 299, 3), "linear", antialias=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trap", [*TRAPS, "half pixels", "divided by 127.5"])
+def test_the_features_show_each_known_mistake(monkeypatch, extractor, theirs, inception_file, trap):
+  """The whole network, compiled once for each of them."""
+  read_inception.module.cache_clear()  # which was made without the mistake
+  params = read_inception.read(str(inception_file)).params
+  if trap in TRAPS:
+    _, attribute, wrong = TRAPS[trap]
+    monkeypatch.setattr(inception, attribute, wrong)
+    if wrong is Turned:  # and the kernels taken for width x height, or their shapes would not fit
+      params = {path: x.swapaxes(0, 1) if x.ndim == 4 else x for path, x in params.items()}
+  elif trap == "half pixels":
+    monkeypatch.setattr(resize, "tensorflow", half_pixels)
+  else:
+    monkeypatch.setattr(resize, "to_input", lambda x: x / 127.5 - 1)
+  broken = make_extractor(params)
+  images = draw((256, 256), 2)
+  with torch.no_grad():
+    expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))[-1].numpy()
+  error = relative(broken.layers(images).pool, expected)
+  read_inception.module.cache_clear()
+  logging.info("%s: %.1e", trap, error)
+  assert error > TOLERANCE
