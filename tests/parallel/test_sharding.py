@@ -74,7 +74,7 @@ def assert_same(found: Measured, expected: Measured, name: str) -> None:
   largest = max(np.linalg.norm(value) for value in expected.gradient.values())
   for path, value in expected.gradient.items():
     # Beside the largest, since a key's bias has no gradient but what rounding leaves.
-    error = np.linalg.norm(found.gradient[path] - value) / (np.linalg.norm(value) + 1e-5 * largest)
+    error = np.linalg.norm(found.gradient[path] - value) / (np.linalg.norm(value) + 1e-4 * largest)
     assert error < 1e-3, f"{name}: {path}: {error:.1e}"
 
 
@@ -89,7 +89,9 @@ def test_five_joint_steps_on_eight_devices_equal_those_on_one():
 def test_attention_at_several_levels_on_eight_devices_equals_that_on_one():
   """Losses and gradients of discrimination, whose text token joins the image's at two levels and in the middle."""
   shapes = [(2, 2, 2), (1, 1, 8)]
-  changes = {"model.unet.widths": (8, 16), "model.unet.attention": (True, True)}
+  changes = {"model.unet.widths": (8, 8), "model.unet.attention": (True, True)}
+  # Of the parts where attention is: the compiler's time is what this test costs.
+  changes["optim.groups"] = ((r"^unet\.(down|middle)|^text_stream", "new"), (".*", "frozen"))
   expected, *found = measure_on((1, 1, 1), *shapes, objectives=("discrimination",), **changes)
   assert {f"text_stream.blocks.{i}.fc_in.kernel" for i in range(3)} <= expected.gradient.keys()
   for shape, each in zip(shapes, found, strict=True):
