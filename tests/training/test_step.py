@@ -349,13 +349,13 @@ def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
   config = steps.make_config(sample_posterior=False)
   seen = {}
   for name in ("generation", "discrimination"):
-    original = getattr(objectives, f"draw_{name}")
+    original = getattr(objectives, f"noised_{name}")
 
     def record(z: jax.Array, *rest: Any, name: str = name, original: Callable = original, **settings: Any) -> Any:
       seen.setdefault(name, []).append(z)
       return original(z, *rest, **settings)
 
-    monkeypatch.setattr(objectives, f"draw_{name}", record)
+    monkeypatch.setattr(objectives, f"noised_{name}", record)
   loss = Loss(config)
   batch, other = steps.make_batch(config), steps.make_batch(config, seed=1)
   for each in (batch, other, batch.replace(discrimination_image=other.image)):
@@ -383,7 +383,7 @@ def test_stored_posteriors_train_as_their_images_do(sample):
   expected, *found = (loss(loss.trained, each, make_keys())[0] for each in (batch, stored, with_text))
   for total in found:
     assert abs(float(total) - float(expected)) < 0.01 * abs(float(expected))
-  z = lambda step_number: encode.encode_images(
-    model, stored, step.step_keys(0, step_number, jnp.int32(0)), sample=sample
-  )[0]
+  section = objectives.Loss(**config.loss, sample_posterior=sample)
+  draws = lambda step_number: section.draw(step.step_keys(0, step_number, jnp.int32(0)), stored, loss.network)
+  z = lambda step_number: encode.encode_images(model, stored, draws(step_number))[0]
   assert (np.asarray(z(jnp.int32(0))) != np.asarray(z(jnp.int32(1)))).any() == sample
