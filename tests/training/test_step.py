@@ -268,6 +268,7 @@ def test_latent_statistics_end_at_zero_mean_and_unit_variance():
 def test_accumulation_applies_the_mean_gradient_of_the_microbatches():
   trained, rate, eps = r"^unet\.(norm_out|conv_out)", 0.1, 1.0  # with this eps the update is smooth in the gradient
   changes = {"optim.accumulate": 2, "optim.groups": ((trained, "new"), (".*", "frozen")), "optim.rates.new": rate}
+  changes["optim.contrastive_batch"] = "microbatch"
   changes |= {"optim.eps": eps, "optim.clip_norm": 0.0, "optim.warmup_steps": 0, "optim.schedule_kind": "constant"}
   config = steps.make_config("generation", **changes)
   trainer, batch = steps.Trainer(config), steps.make_batch(config)
@@ -333,6 +334,8 @@ def test_bf16_compute_keeps_f32_parameters_and_is_close():
     ({"optim.groups": (("^autoencoder", "frozen"),)}, "no rule of optim.groups matches parameter"),
     ({"optim.rates": {"new": 1e-3, "old": 1e-4}, "optim.groups": (("^autoencoder", "frozen"), (".*", "nwe"))}, "nwe"),
     ({"batch_size": 15, "optim.accumulate": 2}, "batch_size is 15; .* multiple of 2, such as 1[46]"),
+    ({"batch_size": 2, "optim.accumulate": 4}, "batch_size is 2; .* multiple of 4, such as 4"),
+    ({"optim.contrastive_batch": "half"}, "optim.contrastive_batch is 'half'; it must be one of whole, microbatch"),
   ],
 )
 def test_bad_configs_are_refused_before_anything_is_allocated(changes, message):
