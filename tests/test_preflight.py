@@ -61,7 +61,8 @@ def test_programs_are_traced_from_shapes_alone():
   assert generation / 2 < traced["generation"].turns < generation
   assert traced["train"].turns == traced["discrimination"].turns == 1
   assert traced["train"].operations > traced["discrimination"].operations > 0
-  twice = preflight.trace_program("train", steps.make_config(**{"optim.accumulate": 2}), mesh)
+  alone = {"optim.accumulate": 2, "optim.contrastive_batch": "microbatch"}
+  twice = preflight.trace_program("train", steps.make_config(**alone), mesh)
   assert twice.turns == pytest.approx(2) and twice.operations == pytest.approx(traced["train"].operations, rel=0.1)
 
 

@@ -205,10 +205,11 @@ def on_own_rows(f: Callable[..., Any], mesh: Mesh, summed: Mapping[str, Any]) ->
 
   def reduce(path: str, x: jax.Array) -> jax.Array:
     x = jax.lax.with_sharding_constraint(x, _only(stored[path], ("tensor",)))
-    if mesh.shape["fsdp"] > 1 and "fsdp" in stored[path]:
+    left = {axis for axis in rows if mesh.shape[axis] > 1}
+    if "fsdp" in left and "fsdp" in stored[path]:
       x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=stored[path].index("fsdp"), tiled=True)
-      return jax.lax.psum(x, "data")
-    return jax.lax.psum(x, rows)
+      left.remove("fsdp")
+    return jax.lax.psum(x, tuple(sorted(left))) if left else x
 
   return jax.shard_map(
     local,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import re
 from typing import Any
@@ -210,10 +211,18 @@ def test_gradients_are_reduced_over_devices_once_after_the_loops(in_four):
   name = lambda block: re.match(r"(?:ENTRY )?%?([\w.\-]+)", block)[1]
   inside = [each for block in blocks if name(block) in loops for each in hlo.collectives(block)]
   assert not inside
-  # Each parameter's gradient once, in f32; beside them the loss, its own gradients, and the norm.
-  reduced = [each for each in hlo.collectives(text) if each.kind in ("all-reduce", "reduce-scatter")]
-  shapes = Network.of(make_config("clip")).shapes
-  spread = {path: sharding.spec(path, x.shape, steps.make_mesh(*FSDP)) for path, x in shapes.items()}
-  expected = sum(x.size * 4 // (8 if "fsdp" in spread[path] else 1) for path, x in shapes.items())
-  found = sum(each.bytes for each in reduced)
-  assert expected <= found < 1.3 * expected, (expected, found)
+  # Each parameter's gradient once; beside them numbers, and the cache of both sides of the loss.
+  shapes, mesh = Network.of(make_config("clip")).shapes, steps.make_mesh(*FSDP)
+  local = lambda path, shape: sharding.shardings({path: shapes[path]}, mesh, shapes)[path].shard_shape(shape)
+  expected = collections.Counter(local(path, leaf.shape) for path, leaf in shapes.items())
+  found = {kind: collections.Counter() for kind in ("all-gather", "all-reduce", "reduce-scatter")}
+  for each in hlo.collectives(text):
+    found[each.kind].update(each.shapes)
+  others = found["all-reduce"] + found["reduce-scatter"] - expected
+  assert expected <= found["all-reduce"] + found["reduce-scatter"] and others.keys() == {(), (32, 12)}, others
+  assert others[32, 12] == 2
+  # And each that is split is made whole once, for both passes.
+  split = [path for path, leaf in shapes.items() if local(path, leaf.shape) != leaf.shape]
+  assert found["reduce-scatter"].total() == len(split) > 10
+  whole = collections.Counter(shapes[path].shape for path in split)
+  assert (found["all-gather"] - whole).keys() == {(32, 2), (32, 12)}
