@@ -89,7 +89,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
     log_start(trainer, data)
     if checkpoint.latest_step(path) is None:
       start.find_initial(config.init_from, trainer)
-    fields, defaults = config.to_dict(), run_config.defaults()
+    fields, defaults = config.to_dict(), run_config.defaults(accumulate=config.optim.accumulate)
     workdir.check_config(path, fields, defaults=defaults)
     processes.check_shared(path)
 

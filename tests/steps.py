@@ -94,6 +94,11 @@ class Trainer:
     lowered = self.step.train_step.lower(self.step.abstract_state, self.place(make_batch(config)))
     self._train_step = lowered.compile(compiler_options=COMPILER_OPTIONS)
 
+  @property
+  def text(self) -> str:
+    """The compiled step's."""
+    return self._train_step.as_text()
+
   def place(self, batch: Batch) -> Batch:
     return Batch(**sharding.to_global(vars(batch), self.mesh))
 

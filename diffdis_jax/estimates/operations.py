@@ -55,7 +55,7 @@ def _repeats(name: str, params: dict[str, Any], turns: bool) -> float:
   if name == "scan":
     return params["length"] if turns else 1
   if name == "shard_map":
-    return params["mesh"].size
+    return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
   if name == "pallas_call":
     return math.prod(params["grid_mapping"].grid)
   return 1

@@ -193,10 +193,49 @@ def _gather_backward(stored: NamedSharding, used: NamedSharding, _: None, gradie
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+def on_own_rows(f: Callable[..., Any], mesh: Mesh, summed: Mapping[str, Any]) -> Callable[..., Any]:
+  """f(whole, rows) -> (sums, rows), run on each device's own rows: f sees a batch as if it were the only device.
+
+  Nothing is exchanged but the `sums`, when f has ended: the compiler cannot know that a sum in a loop is not needed
+  before the loop ends, and would exchange it at each turn.
+
+  Args:
+    f: `whole` is a tree of arrays that the batch's axes do not split, `rows` one of arrays whose first axis is the
+      batch. Its `sums`, path -> array, are over its own rows.
+    summed: the parameters that `sums` has, as `sums` has them: added up over devices, then split as they are stored.
+  """
+  rows, stored = BATCH[0], {path: spec(path, x.shape, mesh) for path, x in summed.items()}
+
+  def local(whole: Any, own: Any) -> Any:
+    sums, results = f(whole, own)
+    return {path: reduce(path, x) for path, x in sums.items()}, results
+
+  def reduce(path: str, x: jax.Array) -> jax.Array:
+    x = jax.lax.with_sharding_constraint(x, _only(stored[path], ("tensor",)))
+    left = {axis for axis in rows if mesh.shape[axis] > 1}
+    if "fsdp" in left and "fsdp" in stored[path]:
+      x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=stored[path].index("fsdp"), tiled=True)
+      left.remove("fsdp")
+    return jax.lax.psum(x, tuple(sorted(left))) if left else x
+
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(REPLICATED, BATCH),
+    out_specs=({path: _only(partition, ("fsdp",)) for path, partition in stored.items()}, BATCH),
+    axis_names=set(rows),
+    check_vma=False,  # which would have each gradient added up where it is taken
+  )
+
+
+def _only(partition: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+  return PartitionSpec(*(axis if axis in axes else None for axis in partition))
+
+
 def batch_parts() -> int:
   """Into how many parts a batch is split on the mesh that is being traced for; 1 if there is none."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH[0])
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH[0] if axis not in mesh.manual_axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

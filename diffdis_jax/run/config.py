@@ -52,7 +52,8 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
         eps=1e-8,
         clip_norm=1.0,
         ema_decay=0.9999,
-        accumulate=1,  # microbatches a step; each is a contrastive batch of its own
+        accumulate=1,  # microbatches a step
+        contrastive_batch="whole",  # whole: of all microbatches together; microbatch: each is one of its own
       ),
       mesh=dict(data=-1, fsdp=1, tensor=1),
       data=dict(
@@ -88,14 +89,19 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
   )
 
 
-def defaults() -> dict[str, Any]:
+def defaults(*, accumulate: int = 2) -> dict[str, Any]:
   """The fields that every run has alike, with their defaults: in a run that an earlier version wrote, each field that
   it lacks has its default.
 
   A new field's default is what runs did before there was one. Of the network, that is how it multiplies alone.
+
+  Args:
+    accumulate: the run's `optim.accumulate`. Only with more than one does `optim.contrastive_batch` mean anything.
   """
   fields = base(ConfigDict(dict(matmul_precision="auto")), image_size=0).to_dict()
   del fields["image_size"]
+  if accumulate > 1:
+    fields["optim"]["contrastive_batch"] = "microbatch"
   return fields
 
 

@@ -9,14 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.models.autoencoder import sample_posterior
+from diffdis_jax.models.autoencoder import at_noise
 from diffdis_jax.models.clip import Clip
-from diffdis_jax.models.diffdis import DiffDis
+from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.params import Params
-from diffdis_jax.structs import AnyBatch, Batch, LatentBatch, Pairs, Posterior, TextCondition
+from diffdis_jax.structs import AnyArray, AnyBatch, Batch, LatentBatch, Pairs, Posterior, TextCondition
+from diffdis_jax.training.draws import Draws
 
 # What decides which posterior an image has.
 ENCODER = re.compile(r"autoencoder\.(conv_in|down|encoder\w*|quant)\.")
@@ -24,27 +26,35 @@ ENCODER = re.compile(r"autoencoder\.(conv_in|down|encoder\w*|quant)\.")
 TEXT_ENCODER = re.compile(r"text_encoder\.")
 
 
+@struct.dataclass
+class Encoded:
+  """What the rows of a batch are encoded to; `z_discrimination` where discrimination has a view of its own."""
+
+  z: Float[AnyArray, "b h w c"]
+  z_discrimination: Float[AnyArray, "b h w c"] | None
+  text: TextCondition
+
+
 def encode_images(
-  model: DiffDis, batch: AnyBatch, keys: Mapping[str, jax.Array], *, sample: bool
-) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-  """z of the generation pass and of the discrimination pass: the same, unless the latter has a view of its own.
+  model: DiffDis, batch: AnyBatch, draws: Draws
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"] | None]:
+  """z, and the discrimination pass's own z where it has a view of its own.
 
   Args:
     model: its autoencoder's shift and scale apply to stored posteriors too.
     batch: of images, or of posteriors.
-    keys: "posterior", and "posterior_discrimination" of a view of its own.
-    sample: a draw from the posterior, anew at each step, or else its mode.
+    draws: where they have noise for a posterior, z is that draw of it, or else its mode.
   """
-  key = keys["posterior"] if sample else None
+  to_z = lambda posterior, noise: model.autoencoder.to_z(at_noise(posterior, noise))
   if isinstance(batch, LatentBatch):
     posterior = Posterior(batch.mean.astype(jnp.float32), batch.log_variance.astype(jnp.float32))
-    z = model.autoencoder.to_z(sample_posterior(posterior, key))
-    return z, z
-  z = model.encode_image(batch.image, key)
+    return to_z(posterior, draws.posterior), None
+  z = to_z(model.autoencoder.encode(to_signed(batch.image)), draws.posterior)
   # One encoding for both passes, a third of a step's cost, unless discrimination has a view of its own.
   if batch.discrimination_image is None:
-    return z, z
-  return z, model.encode_image(batch.discrimination_image, keys["posterior_discrimination"] if sample else None)
+    return z, None
+  own = model.autoencoder.encode(to_signed(batch.discrimination_image))
+  return z, to_z(own, draws.posterior_discrimination)
 
 
 def encode_captions(model: DiffDis, batch: AnyBatch) -> TextCondition:
@@ -52,6 +62,18 @@ def encode_captions(model: DiffDis, batch: AnyBatch) -> TextCondition:
   if not isinstance(batch, LatentBatch) or batch.condition is None:
     return model.encode_text(batch.tokens)
   return model.text_encoder.with_query(batch.condition.astype(model.text_encoder.dtype), batch.tokens)
+
+
+def encode_rows(model: DiffDis, batch: AnyBatch, draws: Draws) -> Encoded:
+  """z = V(x);  c, e = T(y). No row depends on another."""
+  text = encode_captions(model, batch)
+  z, own = encode_images(model, batch, draws)
+  return Encoded(z=z, z_discrimination=own, text=text)
+
+
+def null_condition(model: DiffDis, batch: AnyBatch) -> Float[Array, "1 l d"]:
+  """c of the empty caption. One row, encoded once for the whole batch: no caption differs from another in it."""
+  return model.encode_text(model.text_encoder.null_tokens(batch.tokens.shape[1])).c
 
 
 def encode_pairs(model: Clip, batch: Batch) -> Pairs:

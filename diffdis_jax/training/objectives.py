@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from diffdis_jax.diffusion import schedules
-from diffdis_jax.diffusion.schedules import Process
 from diffdis_jax.errors import check_choice, check_number
 from diffdis_jax.models import joint
 from diffdis_jax.models.autoencoder import sample_posterior
@@ -22,8 +21,9 @@ from diffdis_jax.models.clip import Clip
 from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
-from diffdis_jax.structs import AnyArray, AnyBatch, Batch, DiscriminationPass, GenerationPass, Pairs
+from diffdis_jax.structs import AnyArray, AnyBatch, Batch, Pairs
 from diffdis_jax.training import encode, losses
+from diffdis_jax.training.draws import Draws, Keys, draw, noised_discrimination, noised_generation
 
 # Share of the running latent statistics that each reconstruction step keeps.
 STATISTICS_DECAY = 0.98
@@ -32,7 +32,6 @@ EQUAL_CAPTIONS = ("left_out", "negatives")
 # name -> (sum, count): sums over samples, microbatches and steps add up, and their ratio is the mean.
 Number = np.floating | Float[AnyArray, "..."]
 Metrics = dict[str, tuple[Number, Number]]
-Keys = Mapping[str, PRNGKeyArray]
 LossFn = Callable[[Params, Params, AnyBatch, Keys], tuple[Float[Array, ""], tuple[Metrics, Params]]]
 
 
@@ -67,6 +66,17 @@ class Loss:
     check_number("kl_weight", self.kl_weight, at_least=0.0)
     check_choice("equal_captions", self.equal_captions, EQUAL_CAPTIONS)
 
+  def draw(self, keys: Keys, batch: AnyBatch, network: Network) -> Draws:
+    """The random choices of each row of a batch."""
+    return draw(
+      keys,
+      batch,
+      network=network,
+      condition_dropout=self.condition_dropout,
+      image_dropout=self.image_dropout,
+      sample_posterior=self.sample_posterior,
+    )
+
   def captions(self, tokens: Int[Array, "b l"]) -> UInt32[Array, "b"] | None:
     """As `losses.contrastive` takes them."""
     return losses.caption_ids(tokens) if self.equal_captions == "left_out" else None
@@ -98,150 +108,91 @@ def diffusion_loss(
   model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Network, section: Loss
 ) -> tuple[Float[Array, ""], Metrics]:
   """The paper's Algorithm 1: L = L_IG + λ L_ITA on the same images and captions (x, y), or one of the two losses."""
-  # c, e = T(y);  z = V(x)
-  text = encode.encode_captions(model, batch)
-  z, z_discrimination = encode.encode_images(model, batch, keys, sample=section.sample_posterior)
-  # One row, encoded once for the whole batch: no caption differs from another in it.
-  null = model.encode_text(model.text_encoder.null_tokens(batch.tokens.shape[1]))
-  c_null = jnp.broadcast_to(null.c, text.c.shape)
-
-  # t_z, t_e ~ U{0 ... T-1};  mask e for generation, mask c for discrimination
-  generation = draw_generation(
-    z, text.c, c_null, keys, process=network.image_process, dropout=section.condition_dropout
-  )
-  discrimination = draw_discrimination(
-    z_discrimination,
-    text.e,
-    c_null,
-    keys,
-    process=network.text_process,
-    condition_timestep=network.condition_timestep,
-    dropout=section.image_dropout,
-  )
-
-  # Of two tasks, both passes run as one batch, which costs less and gives the same (models/joint.py).
-  # ε̂_z = Φ_u(z_t, t_z, c);  ê_0 or ε̂_e = Φ_θ(e_t, t_e, z)
-  prediction = query = None
-  if "discrimination" not in network.objectives:
-    prediction = model.generation(**vars(generation.arguments))
-  elif "generation" not in network.objectives:
-    query = model.discrimination(**vars(discrimination.arguments))
-  else:
-    prediction, query = joint.both_passes(
-      model, generation.arguments, discrimination.arguments, parts=sharding.batch_parts()
-    )
+  draws = section.draw(keys, batch, network)
+  encoded = encode.encode_rows(model, batch, draws)
+  rows = rows_of(model, encoded, encode.null_condition(model, batch), draws, network=network)
 
   total, metrics = jnp.zeros(()), {}
-  if prediction is not None:
-    loss, found = generation_loss(prediction, generation)
+  if rows.loss_generation is not None:
+    loss, found = generation_loss(rows.loss_generation, draws)
     total, metrics = total + loss, {**metrics, **found}
-  if query is not None:
-    loss, found = discrimination_loss(
-      query,
-      discrimination,
-      e=text.e,
-      logit_scale=model.logit_scale[...],
-      captions=section.captions(batch.tokens),
-      process=network.text_process,
-    )
+  if rows.query is not None:
+    captions = section.captions(batch.tokens)
+    loss, found = discrimination_loss(rows.query, encoded.text.e, model.logit_scale[...], draws, captions=captions)
     total, metrics = total + section.ita_weight * loss, {**metrics, **found}
   return total, metrics
 
 
-class GenerationInputs(NamedTuple):
-  """What the generation pass takes, and the noise ε_z that it is to find."""
+class Rows(NamedTuple):
+  """What the two passes give of each row: L_IG, and ê_0. None of a pass that was not asked for."""
 
-  arguments: GenerationPass
-  noise_z: Float[Array, "b h w c"]
-
-
-class DiscriminationInputs(NamedTuple):
-  """What the discrimination pass takes, and which rows have zeros in the place of their image."""
-
-  arguments: DiscriminationPass
-  without_image: Bool[Array, "b"]
+  loss_generation: Float[Array, "b"] | None
+  query: Float[Array, "b e"] | None
 
 
-def draw_generation(
-  z: Float[Array, "b h w c"],
-  c: Float[Array, "b l d"],
-  c_null: Float[Array, "b l d"],
-  keys: Keys,
+def rows_of(
+  model: DiffDis,
+  encoded: encode.Encoded,
+  null: Float[Array, "1 l d"],
+  draws: Draws,
   *,
-  process: Process,
-  dropout: float,
-) -> GenerationInputs:
-  """z_t, t_z and c, which is replaced by the null condition for a share of `dropout` of the samples."""
-  b = len(z)
-  t_z = jax.random.randint(keys["t_z"], (b,), 0, process.noise.num_timesteps)
-  noise_z = jax.random.normal(keys["noise_z"], z.shape)
-  z_t = schedules.add_noise(process.noise, z, noise=noise_z, t=t_z, gamma=process.gamma)
-  dropped = jax.random.bernoulli(keys["drop_condition"], dropout, (b, 1, 1))
-  return GenerationInputs(GenerationPass(z_t=z_t, t_z=t_z, c=jnp.where(dropped, c_null, c)), noise_z)
+  network: Network,
+  passes: Sequence[str] = (),
+) -> Rows:
+  """Algorithm 1 up to where rows meet: no row depends on another.
 
-
-def draw_discrimination(
-  z: Float[Array, "b h w c"],
-  e: Float[Array, "b e"],
-  c_null: Float[Array, "b l d"],
-  keys: Keys,
-  *,
-  process: Process,
-  condition_timestep: int,
-  dropout: float,
-) -> DiscriminationInputs:
-  """e_t, t_e and z, which is zeros for a share of `dropout` of the samples.
-
-  The noised query is data, not a path for gradients: a text tower in training learns from e as the target only.
+  Args:
+    null: c of the empty caption.
+    passes: `generation`, `discrimination` or both; else the network's objectives.
   """
-  b = len(z)
-  t_e = jax.random.randint(keys["t_e"], (b,), 0, process.noise.num_timesteps)
-  noise_e = jax.random.normal(keys["noise_e"], e.shape)
-  e_t = schedules.add_noise(process.noise, jax.lax.stop_gradient(e), noise=noise_e, t=t_e, gamma=process.gamma)
-  dropped = jax.random.bernoulli(keys["drop_image"], dropout, (b,))
-  arguments = DiscriminationPass(
-    e_t=e_t,
-    t_e=t_e,
-    z=jnp.where(dropped[:, None, None, None], 0.0, z),
-    t_z=jnp.full((b,), condition_timestep, jnp.int32),
-    c_null=c_null,
+  z, text = encoded.z, encoded.text
+  own = z if encoded.z_discrimination is None else encoded.z_discrimination
+  c_null = jnp.broadcast_to(null, text.c.shape)
+  # t_z, t_e ~ U{0 ... T-1};  mask e for generation, mask c for discrimination
+  generation = noised_generation(z, text.c, c_null, draws, process=network.image_process)
+  discrimination = noised_discrimination(
+    own, text.e, c_null, draws, process=network.text_process, condition_timestep=network.condition_timestep
   )
-  return DiscriminationInputs(arguments, dropped)
+
+  # Of two tasks, both passes run as one batch, which costs less and gives the same (models/joint.py).
+  # ε̂_z = Φ_u(z_t, t_z, c);  ê_0 or ε̂_e = Φ_θ(e_t, t_e, z)
+  noise_z = query = None
+  passes = passes or network.objectives
+  if "discrimination" not in passes:
+    noise_z = model.generation(**vars(generation))
+  elif "generation" not in passes:
+    query = model.discrimination(**vars(discrimination))
+  else:
+    noise_z, query = joint.both_passes(model, generation, discrimination, parts=sharding.batch_parts())
+
+  if query is not None:
+    process, e_t, t_e = network.text_process, discrimination.e_t, discrimination.t_e
+    query = schedules.to_data(process.noise, e_t, prediction=query, target=process.target, t=t_e, gamma=process.gamma)
+  return Rows(None if noise_z is None else losses.denoising(draws.noise_z, noise_z), query)
 
 
-def generation_loss(prediction: Float[Array, "b h w c"], inputs: GenerationInputs) -> tuple[Float[Array, ""], Metrics]:
+def generation_loss(per_sample: Float[Array, "b"], draws: Draws) -> tuple[Float[Array, ""], Metrics]:
   """L_IG = mean ‖ε_z − Φ_u(z_t, t_z, c)‖²."""
-  per_sample = losses.denoising(inputs.noise_z, prediction)
-  quarters = quarters_of("loss_generation", per_sample, inputs.arguments.t_z)
+  quarters = quarters_of("loss_generation", per_sample, draws.t_z)
   return per_sample.mean(), {"loss_generation": mean_of(per_sample), **quarters}
 
 
 def discrimination_loss(
-  prediction: Float[Array, "b d"],
-  inputs: DiscriminationInputs,
-  *,
+  query: Float[Array, "b d"],
   e: Float[Array, "b d"],
   logit_scale: Float[Array, ""],
+  draws: Draws,
+  *,
   captions: UInt32[Array, "b"] | None,
-  process: Process,
 ) -> tuple[Float[Array, ""], Metrics]:
-  """L_ITA: InfoNCE between the denoised text query ê_0 and the batch's text queries e."""
-  e_t, t_e = inputs.arguments.e_t, inputs.arguments.t_e
-  query = schedules.to_data(
-    process.noise, e_t, prediction=prediction, target=process.target, t=t_e, gamma=process.gamma
-  )
+  """L_ITA: InfoNCE between the denoised text queries ê_0 and the batch's text queries e."""
   result = losses.contrastive(
-    query,
-    e,
-    logit_scale,
-    captions=captions,
-    dropped=inputs.without_image,
-    gather=sharding.everywhere,
+    query, e, logit_scale, captions=captions, dropped=draws.drop_image, gather=sharding.everywhere
   )
   metrics = {
     "loss_discrimination": mean_of(result.loss[None]),
     **alignment(result, logit_scale),
-    **quarters_of("loss_discrimination", result.query_to_text, t_e),
+    **quarters_of("loss_discrimination", result.query_to_text, draws.t_e),
   }
   return result.loss, metrics
 

@@ -18,6 +18,7 @@ FROZEN = "frozen"
 # Measured, not trained: the latents' shift and scale.
 STATISTICS = r"^autoencoder\.(shift|scale)$"
 SCHEDULE_KINDS = ("constant", "cosine", "linear")
+CONTRASTIVE_BATCHES = ("whole", "microbatch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,10 @@ class Optim:
     b1, b2, eps: AdamW's.
     clip_norm: largest global norm of the gradient; 0 for no clipping.
     ema_decay: of the averaged weights.
-    accumulate: microbatches a step; each is a contrastive batch of its own.
+    accumulate: microbatches that a step takes one after another, so that less has to be in memory at a time.
+    contrastive_batch: one of CONTRASTIVE_BATCHES: `whole`, all microbatches of a step are one contrastive batch, and
+      their number leaves the step's result as it is (gradcache.py); `microbatch`, each is one of its own, with its own
+      timesteps and noise.
     random_frozen: regex of the frozen parameters that may be random: start.py refuses the others.
 
   Raises:
@@ -55,6 +59,7 @@ class Optim:
   clip_norm: float
   ema_decay: float
   accumulate: int
+  contrastive_batch: str = "microbatch"  # what a config means that was written before there was a choice
   random_frozen: str = "^$"
 
   def __post_init__(self) -> None:
@@ -71,6 +76,7 @@ class Optim:
       check_number(name, getattr(self, name), at_least=0.0, below=1.0)
     check_number("eps", self.eps, above=0.0)
     check_number("accumulate", self.accumulate, at_least=1)
+    check_choice("contrastive_batch", self.contrastive_batch, CONTRASTIVE_BATCHES)
 
 
 def groups_of(paths: Iterable[str], groups: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import programs, sharding
 from diffdis_jax.params import Params
 from diffdis_jax.structs import AnyBatch
-from diffdis_jax.training import objectives
+from diffdis_jax.training import gradcache, objectives
 from diffdis_jax.training import optim as optimizers
 from diffdis_jax.training.objectives import Loss, Metrics
 from diffdis_jax.training.optim import Optim
@@ -86,6 +86,7 @@ class Step:
     _check_trainable(network.objectives, self.trainable)
     self._tx = optimizers.build_optimizer(self.trainable, optim, num_steps=num_steps)
     self._loss = objectives.loss_function(network, loss)
+    self._loss_section = loss
 
     # From shapes alone: where each array lies is known before the first one is allocated.
     abstract_state = jax.eval_shape(self._around, self.shapes)
@@ -142,17 +143,21 @@ class Step:
   def _gradient(
     self, trainable: Params, fixed: Params, batch: AnyBatch, step: Int[Array, ""]
   ) -> tuple[Params, Metrics, Params]:
-    """Mean gradient over the microbatches, their metrics added up, and the new latent statistics."""
+    """Of the whole batch, or the mean over microbatches that are batches of their own; metrics, added up; and the new
+    latent statistics."""
+    n, keys = self.optim.accumulate, functools.partial(step_keys, self._seed, step)
+    if n > 1 and self.optim.contrastive_batch == "whole" and "reconstruction" not in self.network.objectives:
+      whole = gradcache.GradCache(self.network, self._loss_section, self.mesh, n)
+      return *whole(trainable, fixed, batch, keys(jnp.zeros((), jnp.int32))), {}
+
     gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
     loss = lambda trainable, fixed, *args: self._loss(gathered(trainable), gathered(fixed), *args)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def one(microbatch: Int[Array, ""], batch: AnyBatch) -> tuple[Params, Metrics, Params]:
-      keys = step_keys(self._seed, step, microbatch)
-      (_, (metrics, statistics)), gradient = value_and_grad(trainable, fixed, batch, keys)
+      (_, (metrics, statistics)), gradient = value_and_grad(trainable, fixed, batch, keys(microbatch))
       return gradient, metrics, statistics
 
-    n = self.optim.accumulate
     if n == 1:
       return one(jnp.zeros((), jnp.int32), batch)
     # Rows are dealt out in turn, so that each device's rows stay on it.

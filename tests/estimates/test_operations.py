@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import diffdis_cc3m
+from configs import clip_cc3m, diffdis_cc3m
 from diffdis_jax import preflight
 from diffdis_jax.estimates import operations
 from tests import steps
@@ -64,3 +64,21 @@ def test_the_papers_network_costs_what_arithmetic_says():
   assert generation == pytest.approx(3 * 90.1 + text, rel=0.01)
   both = multiply_adds("generation", "discrimination")
   assert both - generation == pytest.approx(3 * (28.6 + 0.74 + 0.11), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name, config, expected",
+  [
+    ("joint", diffdis_cc3m.get_config("latents=none"), 29.45 / (3 * (90.1 + 29.45))),
+    ("vit_b32", clip_cc3m.get_config("model=vit_b32"), 1 / 3),
+    ("vit_l14", clip_cc3m.get_config("model=vit_l14"), 1 / 3),
+  ],
+)
+def test_what_one_contrastive_batch_in_four_microbatches_costs(name, config, expected):
+  """The first pass, as a part of the step: discrimination forwards, or both towers forwards."""
+  config.batch_size, config.model.remat = 64, "none"
+  counts = []
+  for config.optim.accumulate in (1, 4):
+    counts.append(preflight.trace_program("train", config, steps.make_mesh()).operations)
+  assert counts[1] / counts[0] - 1 == pytest.approx(expected, rel=0.1), name

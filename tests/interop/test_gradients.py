@@ -12,8 +12,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffdis_jax.diffusion.schedules import Process
 from diffdis_jax.interop import mapping, sections
+from diffdis_jax.models import build
 from diffdis_jax.models.diffdis import to_signed
-from diffdis_jax.training.objectives import draw_generation, generation_loss
+from diffdis_jax.structs import Batch
+from diffdis_jax.training import losses
+from diffdis_jax.training.draws import noised_generation
+from diffdis_jax.training.objectives import Loss, generation_loss
 from diffdis_jax.training.step import step_keys
 from tests import steps
 from tests.models import from_torch, networks
@@ -83,18 +87,17 @@ def test_gradients_equal_those_of_pytorch():
   images = np.random.default_rng(0).integers(0, 256, (len(TOKENS), 16, 16, 3), np.uint8)
   keys = step_keys(0, jnp.int32(1), jnp.int32(0))
 
+  section = Loss(**config.loss, sample_posterior=False)
+
   def loss(model, images):
     text, null = model.encode_text(jnp.asarray(TOKENS, jnp.int32)), model.encode_text(jnp.asarray(NULL, jnp.int32))
+    batch = Batch(image=jnp.asarray(images), tokens=jnp.asarray(TOKENS, jnp.int32))
+    draws = section.draw(keys, batch, build.Network.of(config))
     c_null = np.ones((len(images), 1, 1), np.float32) * null.c
-    inputs = draw_generation(
-      model.encode_image(jnp.asarray(images)),
-      text.c,
-      c_null,
-      keys,
-      process=Process(schedule=config.image_diffusion.schedule),
-      dropout=config.loss.condition_dropout,
-    )
-    return generation_loss(model.generation(**vars(inputs.arguments)), inputs)[0]
+    process = Process(schedule=config.image_diffusion.schedule)
+    inputs = noised_generation(model.encode_image(batch.image), text.c, c_null, draws, process=process)
+    per_sample = losses.denoising(draws.noise_z, model.generation(**vars(inputs)))
+    return generation_loss(per_sample, draws)[0]
 
   ours = networks.compiled(jax.grad(network.pure(loss)))(params, images)
   theirs = expected_gradients(modules, images, keys, config.loss.condition_dropout)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 from ml_collections import ConfigDict
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.models import sizes
+from diffdis_jax.run import workdir
 from diffdis_jax.run.config import base, defaults, with_evals
 
 SECTION = '{"name": "birds", "task": "zero_shot", "data": {"path": "BIRDS", "split": "val"}, "templates": ["a {}"]}'
@@ -20,8 +23,28 @@ def make_config() -> ConfigDict:
 def test_every_field_has_a_default_but_those_that_are_given():
   fields = make_config().to_dict()
   assert fields.keys() - defaults().keys() == {"image_size"}
-  assert defaults()["optim"] == fields["optim"]
+  assert defaults(accumulate=1)["optim"] == fields["optim"]
+  # What runs did before there was a choice, where it makes a difference.
+  assert defaults()["optim"] == fields["optim"] | {"contrastive_batch": "microbatch"}
+  assert fields["optim"]["contrastive_batch"] == "whole"
   assert defaults()["model"] == {"matmul_precision": sizes.sd_v1().matmul_precision}
+
+
+def test_a_run_from_before_contrastive_batches_goes_on_as_it_was(tmp_path):
+  """Its microbatches were batches of their own; with one of them, that is the whole batch."""
+  config = make_config().to_dict()
+  older = {name: value for name, value in config["optim"].items() if name != "contrastive_batch"}
+
+  def go_on(accumulate: int, contrastive_batch: str) -> None:
+    text = json.dumps(config | {"optim": older | {"accumulate": accumulate}})
+    (tmp_path / "config.json").write_text(text)
+    optim = older | {"accumulate": accumulate, "contrastive_batch": contrastive_batch}
+    workdir.check_config(tmp_path, config | {"optim": optim}, defaults=defaults(accumulate=accumulate))
+
+  go_on(1, "whole")
+  go_on(2, "microbatch")
+  with pytest.raises(UserError, match="optim.contrastive_batch is absent there and 'whole' here"):
+    go_on(2, "whole")
 
 
 def test_evaluations_are_added_and_nothing_else_is_changed():

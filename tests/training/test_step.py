@@ -239,6 +239,7 @@ def test_latent_statistics_end_at_zero_mean_and_unit_variance():
 def test_accumulation_applies_the_mean_gradient_of_the_microbatches():
   trained, rate, eps = r"^unet\.(norm_out|conv_out)", 0.1, 1.0  # with this eps the update is smooth in the gradient
   changes = {"optim.accumulate": 2, "optim.groups": ((trained, "new"), (".*", "frozen")), "optim.rates.new": rate}
+  changes["optim.contrastive_batch"] = "microbatch"
   changes |= {"optim.eps": eps, "optim.clip_norm": 0.0, "optim.warmup_steps": 0, "optim.schedule_kind": "constant"}
   config = steps.make_config("generation", **changes)
   trainer, batch = steps.Trainer(config), steps.make_batch(config)
@@ -318,6 +319,8 @@ def test_bf16_compute_keeps_f32_parameters_and_is_close():
     ({"optim.groups": (("^autoencoder", "frozen"),)}, "no rule of optim.groups matches parameter"),
     ({"optim.rates": {"new": 1e-3, "old": 1e-4}, "optim.groups": (("^autoencoder", "frozen"), (".*", "nwe"))}, "nwe"),
     ({"batch_size": 15, "optim.accumulate": 2}, "batch_size is 15; .* multiple of 2, such as 1[46]"),
+    ({"batch_size": 2, "optim.accumulate": 4}, "batch_size is 2; .* multiple of 4, such as 4"),
+    ({"optim.contrastive_batch": "half"}, "optim.contrastive_batch is 'half'; it must be one of whole, microbatch"),
   ],
 )
 def test_bad_configs_are_refused_before_anything_is_allocated(changes, message):
@@ -334,13 +337,13 @@ def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
   config = steps.make_config(sample_posterior=False)
   seen = {}
   for name in ("generation", "discrimination"):
-    original = getattr(objectives, f"draw_{name}")
+    original = getattr(objectives, f"noised_{name}")
 
     def record(z: jax.Array, *rest: Any, name: str = name, original: Callable = original, **settings: Any) -> Any:
       seen.setdefault(name, []).append(z)
       return original(z, *rest, **settings)
 
-    monkeypatch.setattr(objectives, f"draw_{name}", record)
+    monkeypatch.setattr(objectives, f"noised_{name}", record)
   loss = steps.Loss(config)
   batch, other = steps.make_batch(config), steps.make_batch(config, seed=1)
   for each in (batch, other, batch.replace(discrimination_image=other.image)):
@@ -368,7 +371,7 @@ def test_stored_posteriors_train_as_their_images_do(sample):
   expected, *found = (loss(loss.trained, each, steps.make_keys())[0] for each in (batch, stored, with_text))
   for total in found:
     assert abs(float(total) - float(expected)) < 0.01 * abs(float(expected))
-  z = lambda step_number: encode.encode_images(
-    model, stored, step.step_keys(0, step_number, jnp.int32(0)), sample=sample
-  )[0]
+  section = objectives.Loss(**config.loss, sample_posterior=sample)
+  draws = lambda step_number: section.draw(step.step_keys(0, step_number, jnp.int32(0)), stored, loss.network)
+  z = lambda step_number: encode.encode_images(model, stored, draws(step_number))[0]
   assert (np.asarray(z(jnp.int32(0))) != np.asarray(z(jnp.int32(1)))).any() == sample

@@ -1,0 +1,189 @@
+"""One contrastive batch over several microbatches, exactly: GradCache (Gao et al., 2021, arXiv:2101.06983).
+
+A contrastive loss couples all rows of a batch, but by one vector on each side of a row. So a step goes over the
+microbatches twice:
+
+1. without gradient, for the representations of every row;
+2. the loss of all rows, and its gradient with respect to their representations, which is the cache;
+3. again with gradient: those of the sums of <representation, cached gradient>, added up, are the loss's gradient.
+
+L_IG couples no rows, so that generation is in the second pass alone. logit_scale, the loss's own parameter, has its
+gradient from step 2, once. Both passes have the same draws and the same latents.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from diffdis_jax.models.build import Network
+from diffdis_jax.models.clip import Clip
+from diffdis_jax.models.diffdis import DiffDis
+from diffdis_jax.parallel import sharding
+from diffdis_jax.params import Params
+from diffdis_jax.structs import AnyBatch, Batch, Pairs, TextCondition
+from diffdis_jax.training import encode, objectives
+from diffdis_jax.training.draws import Draws, Keys
+from diffdis_jax.training.objectives import Loss, Metrics
+
+LOGIT_SCALE = "logit_scale"
+# Of a row, the two vectors of which the contrastive loss is: ê_0 and e, or what CLIP's two towers give; f32.
+REPRESENTATIONS = ("query", "e")
+
+# What is known of each row, by name: REPRESENTATIONS, and what the second pass need not encode again. No struct, since
+# a loop stacks the arrays of its turns.
+Rows = dict[str, Float[Array, "b ..."]]
+
+
+class Microbatch(NamedTuple):
+  """What a pass starts from. CLIP makes no random choices."""
+
+  batch: AnyBatch
+  draws: Draws | None
+
+
+class GradCache:
+  """Gradient and metrics of a network's loss on a whole batch, `n` microbatches one after another.
+
+  Args:
+    network: any but an autoencoder alone.
+    section: the run's `loss`.
+    mesh: each of its devices takes its own rows in n parts.
+    n: number of microbatches.
+  """
+
+  def __init__(self, network: Network, section: Loss, mesh: Mesh, n: int):
+    self.network, self.section, self.mesh, self.n = network, section, mesh, n
+
+  def __call__(self, trainable: Params, fixed: Params, batch: AnyBatch, keys: Keys) -> tuple[Params, Metrics]:
+    """The gradient of the trainable parameters, f32, and the metrics: those of all rows at once."""
+    gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
+    params = gathered(trainable), gathered(fixed)
+    draws = None if self.network.is_clip else self.section.draw(keys, batch, self.network)
+    rows = Microbatch(batch, draws)
+
+    total, metrics = jnp.zeros(()), {}
+    first: Rows = {}
+    cache: Rows = {}
+    of_scale = jnp.zeros(())
+    if self.network.objectives != ("generation",):
+      _, first = self._in_turn(self.first_pass, params, (rows,))
+      scale = {**fixed, **trainable}[LOGIT_SCALE]
+      contrast = jax.value_and_grad(self._contrast, argnums=(0, 1), has_aux=True)
+      (total, metrics), (cache, of_scale) = contrast({name: first[name] for name in REPRESENTATIONS}, scale, rows)
+
+    second_pass = functools.partial(self.second_pass, batch_size=len(batch.tokens))
+    gradient, second = self._in_turn(second_pass, params, (rows, first, cache), summed=trainable)
+    if LOGIT_SCALE in gradient:  # where the passes leave 0
+      gradient[LOGIT_SCALE] += of_scale
+    if draws is not None and "loss_generation" in second:
+      loss, found = objectives.generation_loss(second["loss_generation"], draws)
+      total, metrics = total + loss, {**metrics, **found}
+    return gradient, {"loss": objectives.mean_of(total[None]), **metrics}
+
+  def first_pass(self, trainable: Params, fixed: Params, rows: Microbatch) -> tuple[Params, Rows]:
+    """No gradient. Of DiffDis the discrimination pass alone, and what both passes have in common."""
+    model = self.network.with_params({**fixed, **trainable})
+    if isinstance(model, Clip):
+      return {}, _pairs(model, rows)
+    assert rows.draws is not None
+    encoded = encode.encode_rows(model, rows.batch, rows.draws)
+    found = self._predict(model, rows, encoded, passes=("discrimination",))
+    found["z"] = encoded.z
+    if encoded.z_discrimination is not None:
+      found["z_discrimination"] = encoded.z_discrimination
+    if _text_is_encoded_once(trainable, rows.batch):
+      found["c"] = encoded.text.c
+    return {}, found
+
+  def second_pass(
+    self, trainable: Params, fixed: Params, rows: Microbatch, first: Rows, cache: Rows, *, batch_size: int
+  ) -> tuple[Params, Rows]:
+    """The gradient of these rows' share: of L_IG, a mean over the whole batch, and of L_ITA by way of the cache."""
+
+    def share(trainable: Params) -> tuple[Float[Array, ""], Rows]:
+      model = self.network.with_params({**fixed, **trainable})
+      if isinstance(model, Clip):
+        found = _pairs(model, rows)
+      else:
+        found = self._predict(model, rows, _encoded(model, rows, first), passes=self.network.objectives)
+      total = sum((jnp.sum(found[name] * cache[name]) for name in cache), start=jnp.zeros(()))
+      if "loss_generation" not in found:
+        return total, {}
+      return total + jnp.sum(found["loss_generation"]) / batch_size, {"loss_generation": found["loss_generation"]}
+
+    return jax.grad(share, has_aux=True)(trainable)
+
+  def _predict(self, model: DiffDis, rows: Microbatch, encoded: encode.Encoded, *, passes: Sequence[str]) -> Rows:
+    assert rows.draws is not None
+    null = encode.null_condition(model, rows.batch)
+    found = objectives.rows_of(model, encoded, null, rows.draws, network=self.network, passes=passes)
+    of_rows = {} if found.loss_generation is None else {"loss_generation": found.loss_generation}
+    if found.query is not None:
+      of_rows |= {"query": found.query.astype(jnp.float32), "e": encoded.text.e}
+    return of_rows
+
+  def _contrast(
+    self, representations: Rows, logit_scale: Float[Array, ""], rows: Microbatch
+  ) -> tuple[Float[Array, ""], Metrics]:
+    """CLIP's loss or λ L_ITA, of the whole batch; here alone do rows meet."""
+    query, e = (representations[name] for name in REPRESENTATIONS)
+    captions = self.section.captions(rows.batch.tokens)
+    if rows.draws is None:
+      return objectives.contrastive_loss(Pairs(image=query, text=e), logit_scale, captions=captions)
+    loss, metrics = objectives.discrimination_loss(query, e, logit_scale, rows.draws, captions=captions)
+    return self.section.ita_weight * loss, metrics
+
+  def _in_turn(
+    self,
+    f: Callable[..., tuple[Params, Rows]],
+    params: tuple[Params, Params],
+    rows: tuple[Any, ...],
+    summed: Params | None = None,
+  ) -> tuple[Params, Rows]:
+    """f(trainable, fixed, *rows) of each microbatch: its gradients added up, and what it gives of each row.
+
+    Args:
+      rows: trees of arrays of all rows.
+      summed: parameters of which f gives gradients.
+    """
+    leaves, kind = jax.tree.flatten(rows)
+
+    def of_device(params: tuple[Params, Params], leaves: list[Array]) -> tuple[Params, Rows]:
+      def one(total: Params, microbatch: list[Array]) -> tuple[Params, Rows]:
+        gradient, found = f(*params, *jax.tree.unflatten(kind, microbatch))
+        return {path: total[path] + x.astype(total[path].dtype) for path, x in gradient.items()}, found
+
+      zeros = {path: jnp.zeros(x.shape, x.dtype) for path, x in (summed or {}).items()}
+      split = [x.reshape(self.n, -1, *x.shape[1:]) for x in leaves]
+      total, found = jax.lax.scan(one, zeros, split)
+      return total, {name: x.reshape(-1, *x.shape[2:]) for name, x in found.items()}
+
+    return sharding.on_own_rows(of_device, self.mesh, summed or {})(params, leaves)
+
+
+def _pairs(clip: Clip, rows: Microbatch) -> Rows:
+  assert isinstance(rows.batch, Batch)
+  pairs = encode.encode_pairs(clip, rows.batch)
+  return {"query": pairs.image, "e": pairs.text}
+
+
+def _text_is_encoded_once(trainable: Params, batch: AnyBatch) -> bool:
+  """Rather than in each pass: a text tower in training has its gradient in the second, and a stored c costs nothing."""
+  trained = any(encode.TEXT_ENCODER.match(path) for path in trainable)
+  return not trained and (isinstance(batch, Batch) or batch.condition is None)
+
+
+def _encoded(model: DiffDis, rows: Microbatch, first: Rows) -> encode.Encoded:
+  """What the first pass encoded, and the rest of it anew."""
+  assert rows.draws is not None
+  if "z" not in first:
+    return encode.encode_rows(model, rows.batch, rows.draws)
+  text = encode.encode_captions(model, rows.batch) if "c" not in first else TextCondition(c=first["c"], e=first["e"])
+  return encode.Encoded(z=first["z"], z_discrimination=first.get("z_discrimination"), text=text)
