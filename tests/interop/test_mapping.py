@@ -49,7 +49,9 @@ def shapes_of(module: torch.nn.Module, prefix: str = "") -> dict[str, tuple[int,
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("*.txt")))
 def test_every_parameter_of_every_config_has_one_name_and_back(name):
-  entries = [mapping.from_path(path) for path in golden(name)]
+  is_clip = any(path.startswith("vision_encoder.") for path in golden(name))
+  components = mapping.CLIP if is_clip else mapping.DIFFDIS
+  entries = [mapping.from_path(path, components) for path in golden(name)]
   assert len({(entry.component, entry.name) for entry in entries}) == len(entries)
   for entry in entries:
     assert mapping.from_name(entry.component, entry.name) == entry
