@@ -16,7 +16,7 @@ import tests.typechecking  # noqa: F401
 jaxtyping.install_import_hook("diffdis_jax", "tests.typechecking.check")
 
 # The files of fixtures, which test files name as plugins, before one of them is imported.
-pytest.register_assert_rewrite("tests.command_runs", "tests.pipelines", "tests.untrained")
+pytest.register_assert_rewrite("tests.command_runs", "tests.pipelines", "tests.untrained", "tests.inception_weights")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

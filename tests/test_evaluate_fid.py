@@ -28,7 +28,7 @@ from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint, workdir
 from tests.command_runs import ROOT
 
-pytest_plugins = ("untrained", "inception_weights", "command_runs")
+pytest_plugins = ("tests.untrained", "tests.inception_weights", "tests.command_runs")
 KILLS = int(os.environ.get("DIFFDIS_KILLS", "5"))
 
 

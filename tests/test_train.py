@@ -196,7 +196,7 @@ def test_the_step_of_the_best_recorded_metric_is_kept(watched_run, recorded):
   "flags, message",
   [
     (["--config=tests/tiny.py", "--eval={"], "--eval={ is not JSON"),
-    (["--config=tests/tiny.py", '--eval={"name": "a", "task": "fid"}'], "unknown evaluation 'fid'"),
+    (["--config=tests/tiny.py", '--eval={"name": "a", "task": "clipscore"}'], "unknown evaluation 'clipscore'"),
     (["--config=tests/tiny.py", "--config.optim.random_frozen=^$"], "optim.groups freezes"),
     (["--config=tests/tiny.py", "--config.batchsize=3"], "unknown config key batchsize; did you mean batch_size?"),
     (["--config=tests/tiny.py:autoencodr"], "unknown argument 'autoencodr'; known: autoencoder"),

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import inception
 
-pytest_plugins = ("inception_weights",)
+pytest_plugins = ("tests.inception_weights",)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from diffdis_jax.params import flatten, merge
 from tests.inception_weights import LAYERS, randomise
 from tests.models.networks import compiled
 
-pytest_plugins = ("inception_weights",)
+pytest_plugins = ("tests.inception_weights",)
 SIZES = ((64, 64), (256, 256), (299, 299), (300, 200))
 TOLERANCE = 1e-4
 
