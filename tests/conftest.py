@@ -1,5 +1,6 @@
 """Eight CPU devices, strict dtype promotion, warnings as errors, and every annotation of the package checked."""
 
+import gc
 import os
 
 # Most of the tests' time is the compiler's, and this halves it. Read when jax makes its first array, also by what the
@@ -21,6 +22,10 @@ pytest.register_assert_rewrite("tests.command_runs", "tests.pipelines", "tests.u
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_disable_most_optimizations", True)  # of the compiler, again for its time
+
+# Collecting as often as is customary takes a tenth of the time: what jax has traced is millions of objects, which stay.
+gc.set_threshold(100_000, 50, 50)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -24,7 +24,7 @@ from diffdis_jax.training import objectives
 from diffdis_jax.training.build import build_step
 from diffdis_jax.training.step import Metrics, TrainState, step_keys
 from tests import tiny
-from tests.models.networks import COMPILER_OPTIONS, compiled, random_params
+from tests.models.networks import random_params
 
 BOS, EOS = 97, 98
 
@@ -92,7 +92,7 @@ class Trainer:
     self.step = build_step(config, self.mesh)
     self.params = random_params(self.step.shapes, seed=0)
     lowered = self.step.train_step.lower(self.step.abstract_state, self.place(make_batch(config)))
-    self._train_step = lowered.compile(compiler_options=COMPILER_OPTIONS)
+    self._train_step = lowered.compile()
 
   @property
   def text(self) -> str:
@@ -136,7 +136,7 @@ class Loss:
     return loss, metrics
 
   def value_and_grad(self, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
-    (loss, _), gradient = compiled(jax.value_and_grad(self, has_aux=True))(self.trained, batch, make_keys())
+    (loss, _), gradient = jax.jit(jax.value_and_grad(self, has_aux=True))(self.trained, batch, make_keys())
     return float(loss), jax.device_get(gradient)
 
 

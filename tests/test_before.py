@@ -10,10 +10,8 @@ import hashlib
 import json
 import pathlib
 import tarfile
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -27,14 +25,6 @@ from diffdis_jax.run import workdir
 
 BEFORE = pathlib.Path(__file__).parent / "before"
 EXPECTED: dict[str, Any] = json.loads((BEFORE / "expected.json").read_text())
-
-
-@pytest.fixture(autouse=True)
-def quick_compiler() -> Iterator[None]:
-  """Compiling is most of the time here."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training import start
 from diffdis_jax.training.build import build_step
+from diffdis_jax.training.step import Step
 from tests import compvis_names, pipelines
 from tests.command_runs import call
 from tests.models import networks
@@ -114,14 +115,24 @@ def test_training_starts_from_it(imported):
   assert not any(path.startswith("unet.up.") for path in loaded)
 
 
-def started(run: str, scratch: pathlib.Path, *, seed: int = 0, query_init: float = 1.0) -> Params:
+@pytest.fixture(scope="module")
+def trainer(imported) -> Step:
+  return trainer_of(imported)
+
+
+def trainer_of(run: str, *, query_init: float = 1.0) -> Step:
+  """Of the run's own config, to start from it."""
+  config = workdir.load_config(run).copy_and_resolve_references().unlock()
+  config.batch_size, config.model.query_init = 8, query_init
+  return build_step(config, make_mesh())
+
+
+def started(run: str, scratch: pathlib.Path, trainer: Step, *, seed: int = 0) -> Params:
   """The parameters with which training starts from this run."""
   config = workdir.load_config(run).copy_and_resolve_references().unlock()
-  config.update(batch_size=8, seed=seed, init_from=run)
-  config.model.query_init = query_init
+  config.batch_size = 8
   with checkpoint.Checkpointer(str(scratch)) as checkpointer:
-    step, batches = build_step(config, make_mesh()), open_batches(config)
-    return start.restore_or_init(run, seed, step, checkpointer, batches)[0].params
+    return start.restore_or_init(run, seed, trainer, checkpointer, open_batches(config))[0].params
 
 
 def differing(one: Params, other: Params) -> set[str]:
@@ -129,9 +140,9 @@ def differing(one: Params, other: Params) -> set[str]:
   return {path for path in one if not np.array_equal(one[path], other[path])}
 
 
-def test_what_an_import_did_not_load_is_drawn_by_the_runs_own_seed(imported, tmp_path):
+def test_what_an_import_did_not_load_is_drawn_by_the_runs_own_seed(imported, trainer, tmp_path):
   saved, origin = checkpoint.restore_params(imported), json.loads((pathlib.Path(imported) / "import.json").read_text())
-  first, second = (started(imported, tmp_path / "0", seed=0), started(imported, tmp_path / "1", seed=1))
+  first, second = (started(imported, tmp_path / str(seed), trainer, seed=seed) for seed in (0, 1))
   new = {path for path in origin["initialised"] if path.endswith("kernel") and not path.endswith("fc_out.kernel")}
   assert len(new) > 20
   assert new <= differing(first, second) <= set(origin["initialised"])
@@ -142,22 +153,22 @@ def test_what_an_import_did_not_load_is_drawn_by_the_runs_own_seed(imported, tmp
 
 def test_new_parameters_are_drawn_by_the_runs_own_config(imported, tmp_path):
   kernels = [path for path in checkpoint.saved_params(imported) if path.endswith("fc_in.kernel")]
-  params = started(imported, tmp_path, query_init=0.0)
+  params = started(imported, tmp_path, trainer_of(imported, query_init=0.0))
   assert kernels and not any(np.asarray(params[path]).any() for path in kernels)
 
 
-def test_without_import_json_all_that_fits_is_taken(imported, tmp_path):
+def test_without_import_json_all_that_fits_is_taken(imported, trainer, tmp_path):
   copy = copied(pathlib.Path(imported), tmp_path / "copy")
   (copy / "import.json").unlink()
-  assert not differing(started(str(copy), tmp_path / "scratch", seed=1), checkpoint.restore_params(imported))
+  assert not differing(started(str(copy), tmp_path / "scratch", trainer, seed=1), checkpoint.restore_params(imported))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"source": "x"}', '{"loaded": 3}'])
-def test_an_import_json_that_says_nothing(imported, tmp_path, content):
+def test_an_import_json_that_says_nothing(imported, trainer, tmp_path, content):
   copy = copied(pathlib.Path(imported), tmp_path / "copy")
   (copy / "import.json").write_text(content)
   with pytest.raises(UserError, match="import.json .* import_weights"):
-    started(str(copy), tmp_path / "scratch")
+    started(str(copy), tmp_path / "scratch", trainer)
 
 
 @pytest.mark.parametrize("case", ["bin", "fp16 variant", "shards", "names of older libraries"])

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -199,15 +198,8 @@ def test_text_queries_have_unit_length_on_any_mesh(inference):
   np.testing.assert_allclose(on_eight.embed_texts(params, BATCH.tokens[:11]), found[:11], atol=1e-5)
 
 
-@pytest.fixture
-def quick_compiler() -> Iterator[None]:
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
-def test_images_and_queries_are_those_of_one_device_on_any_mesh(inference, shape, quick_compiler):
+def test_images_and_queries_are_those_of_one_device_on_any_mesh(inference, shape):
   """Eleven rows, which eight devices do not divide, and parameters that lie as training leaves them."""
   on_eight = steps.make_inference(
     steps.make_config(), mesh=steps.make_mesh(*shape), batch_size=8, generation_steps=3, generation_guidance=2.0

@@ -39,8 +39,8 @@ def restore_or_init(
     number = jax.make_array_from_callback((), place, lambda _: np.asarray(step, np.int32))
     state = TrainState(step=number, params=restored.params, ema=restored.ema, opt_state=restored.opt_state)
     return state, restored.meta
-  params = trainer.init_params(jax.random.key(seed))
-  return trainer.with_params(params | load_initial(init_from, trainer)), {}
+  loaded = load_initial(init_from, trainer)  # first, so that what is wrong with it shows before anything is compiled
+  return trainer.with_params(trainer.init_params(jax.random.key(seed)) | loaded), {}
 
 
 def find_initial(path: str, trainer: Step) -> set[str]:

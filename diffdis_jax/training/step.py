@@ -101,12 +101,16 @@ class Step:
       out_shardings=(self.state_shardings, None),
     )
 
-  def init_params(self, key: jax.Array) -> Params:
-    """Fresh parameters, born sharded."""
+  @functools.cached_property
+  def _initialise(self) -> programs.Program:
     # It runs once, so on a CPU, where compiling costs more than running, the compiler need not try hard.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     initialise = jax.jit(self.network.initialise, out_shardings=self.state_shardings.params, compiler_options=options)
-    return programs.compiled("the initialisation", initialise, key)(key)
+    return programs.Program("the initialisation", initialise)
+
+  def init_params(self, key: jax.Array) -> Params:
+    """Fresh parameters, born sharded."""
+    return self._initialise(key)
 
   def with_params(self, params: Params) -> TrainState:
     """The state of step 0 around these parameters; donates them."""

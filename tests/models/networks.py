@@ -19,8 +19,6 @@ from tests import tiny
 
 BOTH = ("generation", "discrimination")
 QUERY_WIDTH = 16
-# Most of a test's time is the compiler's; this halves it.
-COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 
 
 def tiny_model(**changes: Any) -> dict[str, Any]:
@@ -47,10 +45,6 @@ def random_params(shapes: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]
   return params
 
 
-def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
-  return jax.jit(f, compiler_options=COMPILER_OPTIONS)
-
-
 @dataclasses.dataclass
 class Network:
   """A module as pure functions of its flat parameters."""
@@ -71,7 +65,7 @@ class Network:
     return lambda params, *args, **kwargs: f(merge(self.graphdef, self.abstract, params), *args, **kwargs)
 
   def jit(self, f: Callable[..., Any]) -> Callable[..., Any]:
-    return compiled(self.pure(f))
+    return jax.jit(self.pure(f))
 
 
 def diffdis(objectives: tuple[str, ...] = BOTH, **changes: Any) -> Network:

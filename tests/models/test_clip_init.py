@@ -17,7 +17,6 @@ from configs import clip_cc3m
 from diffdis_jax.models.build import Network
 from tests import tiny_clip
 from tests.models import open_clip_twin
-from tests.models.networks import compiled
 
 SEEDS = 3
 
@@ -34,7 +33,7 @@ def pooled(draws: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def check(config: ConfigDict, theirs: list[Mapping[str, np.ndarray]], *, least: float) -> None:
   """Equal deviations up to `least` or what chance explains, and uniform where theirs is."""
   network = Network.of(config)
-  initialise = compiled(network.initialise)
+  initialise = jax.jit(network.initialise)
   ours = pooled([initialise(jax.random.key(seed)) for seed in range(len(theirs))])
   expected = pooled(theirs)
   assert ours.keys() == expected.keys()

@@ -21,7 +21,6 @@ from diffdis_jax.parallel import sharding
 from diffdis_jax.params import first_match
 from diffdis_jax.training.build import build_step
 from tests import steps
-from tests.models.networks import COMPILER_OPTIONS
 
 # (data, fsdp, tensor), all those of eight devices that split a batch of 16.
 SHAPES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
@@ -234,7 +233,7 @@ def test_only_parameters_and_embeddings_are_gathered_in_a_step():
   lowered = trainer.train_step.lower(
     trainer.abstract_state, programs.abstract_batch(trainer.network, read_data(config), mesh, config.batch_size)
   )
-  text = lowered.compile(compiler_options=COMPILER_OPTIONS).as_text()
+  text = lowered.compile().as_text()
   b, d = config.batch_size, config.model.text_encoder.width
   allowed = {leaf.shape for leaf in trainer.shapes.values()} | {(b, d), (b, 2)}
   squeezed = {tuple(size for size in shape if size > 1) for shape in allowed}

@@ -20,7 +20,7 @@ from diffdis_jax.training import gradcache, objectives, optim
 from diffdis_jax.training.gradcache import GradCache
 from diffdis_jax.training.step import step_keys
 from tests import steps, tiny_clip
-from tests.models.networks import COMPILER_OPTIONS, random_params, relative_error
+from tests.models.networks import random_params, relative_error
 
 ONE, DATA, FSDP, ALL = (1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)
 FROZEN_TEXT = {"optim.groups": (("^autoencoder|^text_encoder", "frozen"), (".*", "new"))}
@@ -74,7 +74,7 @@ class Problem:
     stored = lambda params: sharding.shardings(params, mesh, self.network.shapes)
     placed = jax.device_put((trainable, fixed), (stored(trainable), stored(fixed)))
     on_mesh = sharding.traced_for(mesh, f, matmul_precision="highest")
-    compiled = jax.jit(on_mesh, compiler_options=COMPILER_OPTIONS)
+    compiled = jax.jit(on_mesh)
     arguments = *placed, jax.device_put(batch, sharding.batch_sharding(mesh)), self._keys
     return jax.device_get(compiled(*arguments))
 

@@ -20,7 +20,6 @@ from diffdis_jax.models.diffdis import DiffDis
 from diffdis_jax.structs import LatentBatch
 from diffdis_jax.training.step import step_keys
 from tests import steps
-from tests.models.networks import compiled
 
 N = 1024
 STEPS = 4
@@ -72,7 +71,7 @@ def test_e_t_tells_its_caption_as_often_as_noise_of_its_timestep_allows(monkeypa
     _, metrics = loss({}, batch, step_keys(config.seed, step, jnp.int32(0)))
     return seen["e_t"], seen["t_e"], metrics["alignment_accuracy"]
 
-  run = compiled(train)
+  run = jax.jit(train)
   e = linalg.hadamard(N) / np.sqrt(N)
   right, timesteps = [], []
   for step in range(STEPS):

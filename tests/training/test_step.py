@@ -17,7 +17,6 @@ from diffdis_jax.structs import DiscriminationPass, GenerationPass, LatentBatch
 from diffdis_jax.training import encode, objectives, step
 from diffdis_jax.training.build import build_step
 from tests import steps
-from tests.models.networks import compiled
 
 T = steps.NUM_TIMESTEPS
 
@@ -89,7 +88,7 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
     empty = jnp.asarray([[steps.BOS] + [steps.EOS] * (batch.tokens.shape[1] - 1)])
     return loss(params, batch, keys), dict(seen), z, model.encode_text(batch.tokens), model.encode_text(empty).c
 
-  results = jax.device_get(compiled(everything)(loss.params, batch, keys))
+  results = jax.device_get(jax.jit(everything)(loss.params, batch, keys))
   ((total, metrics), passes, z, text, null) = jax.tree.map(lambda x: x.astype(np.float64), results)
   means = steps.means(metrics)
   b = len(z)
@@ -143,7 +142,7 @@ def test_discrimination_sees_a_caption_only_through_its_noised_query(monkeypatch
     loss(params, batch, keys)
     return dict(seen["discrimination"])
 
-  run = compiled(inputs)
+  run = jax.jit(inputs)
   before = run(loss.params, batch, keys)
   tokens = batch.tokens.copy()
   tokens[3, 1] = (tokens[3, 1] + 1) % steps.BOS
@@ -229,7 +228,7 @@ def test_latent_statistics_end_at_zero_mean_and_unit_variance():
   assert {name for name in before if before[name].tobytes() != after[name].tobytes()} == statistics
 
   model = trainer.step.network.with_params(after)
-  encode_image = compiled(model.encode_image)
+  encode_image = jax.jit(model.encode_image)
   z = np.concatenate([encode_image(batch.image, jax.random.key(i)) for i in range(16)])
   np.testing.assert_allclose(z.mean(axis=(0, 1, 2)), 0, atol=0.05)
   np.testing.assert_allclose(z.std(axis=(0, 1, 2)), 1, atol=0.05)
@@ -246,7 +245,7 @@ def test_accumulation_applies_the_mean_gradient_of_the_microbatches():
   state, (metrics,) = trainer.run(trainer.initial(), batch)
 
   loss = steps.Loss(config, trained=trained)
-  gradient_of = compiled(jax.value_and_grad(loss, has_aux=True))
+  gradient_of = jax.jit(jax.value_and_grad(loss, has_aux=True))
   parts = [gradient_of(loss.trained, jax.tree.map(lambda x, i=i: x[i::2], batch), steps.make_keys(i)) for i in range(2)]
   assert abs(parts[0][0][0] - parts[1][0][0]) > 1e-3
   gradient = jax.tree.map(lambda a, b: (a + b) / 2, *(part[1] for part in parts))
