@@ -7,6 +7,10 @@ What takes turns is timed round by round, so that a machine whose speed drifts d
   python -m diffdis_jax.benchmark data --config=configs/diffdis_cc3m.py:runlocal --out=data.json
 
 times the data's way from tars to batches instead; the config is the model whose steps wait for it.
+
+  python -m diffdis_jax.benchmark table6 --config=configs/table6.py[:small=True] --out=table6.json
+
+times what the paper's Table 6 has, of CLIP, Stable Diffusion and DiffDis, and writes the table to table6.md beside it.
 """
 
 from __future__ import annotations
@@ -18,10 +22,11 @@ from typing import Any
 
 from absl import flags
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffdis_jax import cli
-from diffdis_jax.benchmarks import data, steps
+from diffdis_jax import cli, inference
+from diffdis_jax.benchmarks import data, steps, table6
 from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
@@ -30,14 +35,21 @@ from diffdis_jax.training.build import build_step
 
 
 def main(argv: Sequence[str]) -> None:
-  if argv[1:] not in ([], ["data"]):
-    raise UserError(f"unexpected argument {argv[1]!r}; python -m diffdis_jax.benchmark [data] --config=... --out=...")
+  if argv[1:] not in ([], ["data"], ["table6"]):
+    raise UserError(
+      f"unexpected argument {argv[1]!r}; python -m diffdis_jax.benchmark [data|table6] --config=... --out=..."
+    )
+  kind = argv[1] if argv[1:] else "steps"
+  if ("models" in FLAGS.config) != (kind == "table6"):
+    raise UserError("table6 takes --config=configs/table6.py, the other benchmarks the config of one model")
   cli.compilation_cache()
   cli.use_all_cores()
   if not epath.Path(FLAGS.out).parent.is_dir():
     raise UserError(f"--out={FLAGS.out} lies in no folder that exists; create it first")
-  results = time_data(FLAGS.config) if argv[1:] else time_steps(FLAGS.config)
+  results = {"steps": time_steps, "data": time_data, "table6": time_table6}[kind](FLAGS.config)
   files.write_json(FLAGS.out, results)
+  if kind == "table6":
+    files.write_whole(epath.Path(FLAGS.out).with_suffix(".md"), table6.markdown(results).encode())
 
 
 def time_steps(config: ConfigDict) -> dict[str, Any]:
@@ -64,13 +76,45 @@ def time_data(config: ConfigDict) -> dict[str, Any]:
     )
 
 
+def time_table6(config: ConfigDict) -> dict[str, Any]:
+  """The three models of the paper's Table 6, on synthetic images in a temporary folder under --scratch."""
+  models = table6_models(config, sharding.make_mesh(**config.mesh))
+  with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
+    return table6.time_table6(
+      models,
+      pathlib.Path(folder),
+      images=FLAGS.images,
+      rounds=FLAGS.rounds,
+      generated=config.generated,
+      classified=config.classified,
+    )
+
+
+def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:
+  """Those that configs/table6.py names. Nothing is allocated."""
+  models = {}
+  for name, each in config.models.items():
+    step, plain = build_step(each, mesh), each.copy_and_resolve_references()
+    plain.model.remat = "none"
+    sampling = inference.read_sampling(each.inference.to_dict())
+    models[name] = table6.Model(
+      step=step,
+      without_remat=build_step(plain, mesh),
+      data=read_data(each),
+      inference=inference.Inference(step.network, sampling, mesh=mesh, batch_size=each.batch_size),
+      batch_size=each.batch_size,
+      trained=config.trained[name],
+    )
+  return models
+
+
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
   cli.config_flag()
   flags.DEFINE_string("out", None, "JSON file to write", required=True)
   flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)
-  flags.DEFINE_integer("images", 200, "of `data`: distinct 512 px JPEGs", lower_bound=data.BATCH)
+  flags.DEFINE_integer("images", 200, "of `data` and `table6`: distinct 512 px JPEGs", lower_bound=data.BATCH)
   flags.DEFINE_integer("pairs", 200_000, "of `data`: small pairs prepared while memory is watched", lower_bound=1)
-  flags.DEFINE_string("scratch", None, "of `data`: folder for a temporary folder, of about 5 kB a pair")
+  flags.DEFINE_string("scratch", None, "of `data` and `table6`: folder for a temporary folder, of about 5 kB a pair")
   cli.run(main, positional=1)

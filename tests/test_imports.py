@@ -57,7 +57,7 @@ LAYERS = (
   "evals",
   "estimates/chips estimates/hlo estimates/operations estimates/search",
   "estimates/targets estimates/programs benchmarks/steps benchmarks/data",
-  "estimates/report",
+  "estimates/report benchmarks/table6",
   "train evaluate generate prepare_data benchmark preflight import_weights export_weights",
   "demo",  # a verb that runs others
 )

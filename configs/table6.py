@@ -1,0 +1,37 @@
+"""What the paper's Table 6 compares: the three models, to be timed in turns.
+
+  python -m diffdis_jax.benchmark table6 --config=configs/table6.py --out=table6.json
+
+at full size, CLIP-L/14 at 224 px, Stable Diffusion and DiffDis at 256 px, `batch=N` images in all; or small=True, the
+networks of `runlocal` at 32 px, for a laptop. The paper's hours are of 20 epochs of CC3M for CLIP; of how many for the
+others it does not state, here as many as configs/diffdis_cc3m.py has.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import clip_cc3m, common, diffdis_cc3m
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  args = common.parse_arg(arg, small=False, batch=16)
+  size = ",runlocal" if args.small else ""
+  models = ConfigDict(
+    dict(
+      clip=clip_cc3m.get_config(f"model=vit_l14{size}"),
+      stable_diffusion=diffdis_cc3m.get_config(f"objectives=generation{size}"),
+      diffdis=diffdis_cc3m.get_config(size.removeprefix(",")),
+    )
+  )
+  for config in models.values():
+    config.batch_size = args.batch
+    config.inference.generation_steps = 50
+  epochs = dict(clip=clip_cc3m.EPOCHS, stable_diffusion=diffdis_cc3m.EPOCHS, diffdis=diffdis_cc3m.EPOCHS)
+  return ConfigDict(
+    dict(
+      models=models,
+      mesh=dict(data=-1, fsdp=1, tensor=1),
+      trained={name: count * common.CC3M_PAIRS for name, count in epochs.items()},  # images of a whole training
+      generated=30_000,  # images of MSCOCO's captions; the paper does not say how many
+      classified=50_000,  # of ImageNet's validation set
+    )
+  )
