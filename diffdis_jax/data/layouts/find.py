@@ -46,7 +46,12 @@ LABELLED = {
   "eurosat": Names("eurosat", "train[80%:]"),
   "imagenet1k": Names("imagenet2012", "validation", "val", others=("imagenet",)),
 }
-CAPTIONED = {"mscoco_captions": ("mscoco", "coco"), "flickr30k": ("flickr",), "mscoco_val2014": ("mscoco", "coco")}
+CAPTIONED = {
+  "mscoco_captions": ("mscoco", "coco"),
+  "flickr30k": ("flickr",),
+  "mscoco_val2014": ("coco2014", "mscoco", "coco", "mscoco_captions"),
+}
+OF_VAL2014 = ("mscoco_val2014", "coco2014")  # whose records are those of the whole of val2014, no split of Karpathy's
 NAMES = (*LABELLED, *CAPTIONED)
 
 
@@ -54,7 +59,7 @@ def folders(set_name: str) -> list[str]:
   """Names that the set's folder may have under the root, in the order in which they are looked for."""
   if set_name in CAPTIONED:
     own = [set_name, *CAPTIONED[set_name]]
-    return [*own, *(f"wds_{name}" for name in own)]
+    return own if set_name == "mscoco_val2014" else [*own, *(f"wds_{name}" for name in own)]
   names = LABELLED[set_name]
   own = [set_name, *dict.fromkeys(name for name in (names.tfds, *names.others) if name != set_name)]
   # VTAB's copies first: they are of a test split where the set itself has none.
@@ -81,7 +86,7 @@ def find_captioned(root: pathlib.Path, set_name: str) -> Callable[[], Captioned]
   for folder in (root / name for name in folders(set_name)):
     if found := _caption_files(folder, set_name):
       return found
-    if set_name == "mscoco_val2014":  # the whole of it, which is no split of the others
+    if set_name == "mscoco_val2014" and folder.name not in OF_VAL2014:
       continue
     if wds_folder.is_one(folder):
       return functools.partial(wds_folder.read_captions, folder)

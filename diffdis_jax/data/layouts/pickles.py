@@ -14,7 +14,7 @@ import numpy as np
 
 from diffdis_jax.errors import UserError
 
-_reconstruct, *_ = np.empty(0).__reduce__()
+_reconstruct: Any = np.empty(0).__reduce__()[0]
 
 
 def _latin1(text: str, encoding: str) -> bytes:

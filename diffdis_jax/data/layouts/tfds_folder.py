@@ -42,7 +42,7 @@ def read(path: pathlib.Path, *, split: str, called: str) -> Named:
     return _prepared(path, info)
   if split.partition("[")[0] not in info.splits:
     raise UserError(f"{path} has no split {split}, only {', '.join(sorted(info.splits))}")
-  label = info.features.get("label")
+  label: Any = info.features["label"] if "label" in info.features else None
   names = label.names if label is not None and hasattr(label, "names") else None
   if "image" not in info.features or not names:
     raise UserError(f"{path} has no images with a `label` of named classes; its fields are {', '.join(info.features)}")
@@ -92,7 +92,7 @@ def _split(path: pathlib.Path, info: Any) -> str:
 def _open(path: pathlib.Path, split: str) -> Any:
   import tensorflow_datasets as tfds  # here, since it takes half a second
 
-  builder = tfds.builder_from_directory(path)
+  builder: Any = tfds.builder_from_directory(path)
   try:
     return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
   except NotImplementedError as error:
