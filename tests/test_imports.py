@@ -35,7 +35,7 @@ LAYERS = (
   "data/prepare/parts",
   "data/prepare/staging",
   "data/prepare/builder",
-  "data/prepare/captions data/prepare/cc3m data/prepare/image_folder data/prepare/latents",
+  "data/prepare/captions data/prepare/cc3m data/prepare/image_folder data/prepare/latents data/prepare/zero_shot_sets",
   "models/attention models/sizes",
   "models/layers",
   "models/unet_blocks models/alignment models/text_encoder models/inception",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -24,13 +25,11 @@ def coloured(number):
   return np.full((SIZE, SIZE, 3), (number % 256, number // 256, 0), np.uint8)
 
 
-def write_coloured(root, name, *, per_class=1, classes=None):
-  """A set whose pictures say their class, in tars, in the order of a permutation."""
+def write_coloured(root, name):
+  """A set whose pictures say their class, one of each, in tars, in the order of a permutation."""
   known = class_lists.load()[name]
-  labels = np.tile(np.arange(classes or len(known.classnames)), per_class)
-  labels = np.random.default_rng(1).permutation(labels)
-  png = lambda label: encode(Image.fromarray(coloured(label)))
-  samples = [{"png": png(label), "cls": str(label).encode()} for label in labels.tolist()]
+  labels = np.random.default_rng(1).permutation(len(known.classnames)).tolist()
+  samples = [{"png": encode(Image.fromarray(coloured(label))), "cls": str(label).encode()} for label in labels]
   templates = [template.replace("{}", "{c}") for template in known.templates]
   write_wds(root / f"wds_{name}", samples, per_tar=500, classnames=known.classnames, templates=templates)
 
@@ -87,14 +86,14 @@ def test_the_table_is_the_twelve_of_the_class_lists():
 def test_every_figure_is_right_and_at_chance_when_images_are_shuffled(tmp_path):
   """The model knows texts and pictures by their contents alone, so that labels in a wrong order would show."""
   for name in SMALL:
-    write_coloured(tmp_path, name, per_class=2)
+    write_coloured(tmp_path, name)
   honest, shuffled = sections(tmp_path), sections(tmp_path, shuffle_labels=True)
   assert [*honest] == SMALL
   for name in SMALL:
     inference, count = Inference(name), len(honest[name].labels)
     metrics = honest[name].run(inference, {})
     assert {metrics[key] for key in metrics if not key.startswith("lowest")} == {1.0}
-    leaked, chance = shuffled[name].run(inference, {}), 2 / count
+    leaked, chance = shuffled[name].run(inference, {}), 1 / count
     bound = 3 * (chance * (1 - chance) / count) ** 0.5
     for key in ("acc1", "acc1_single_template", "mean_per_class_recall"):
       assert abs(leaked[key] - chance) <= bound, (name, key)
@@ -131,26 +130,34 @@ def made(monkeypatch, source, name="cifar10"):
 
 
 def test_what_is_checked_before_measuring(monkeypatch):
+  monkeypatch.setitem(suites.SETS, "cifar10", dataclasses.replace(suites.SETS["cifar10"], counts={"test": (1_040,)}))
   check = lambda source, name="cifar10", incomplete=False: suites.check(
     name, made(monkeypatch, source, name), incomplete=incomplete
   )
-  check(source_of(10_000))
-  message = "cifar10 in /data/x has 9,999 images, and should have 10,000; download it anew, or give --incomplete"
+  check(source_of(1_040))
+  message = "cifar10 in /data/x has 1,039 images, and should have 1,040; download it anew, or give --incomplete"
   with pytest.raises(UserError, match=message):
-    check(source_of(9_999))
+    check(source_of(1_039))
   check(source_of(30), incomplete=True)
   with pytest.raises(UserError, match="has no image of 1 of 10 classes, such as 'bird'"):
-    check(source_of(10_000, absent=(2,)))
+    check(source_of(1_040, absent=(2,)))
   check(source_of(30, absent=(2,)), incomplete=True)
   with pytest.raises(UserError, match="cifar10 in /data/x: image 3 is no use: missing image"):
     check(source_of(5, broken=(3,)), incomplete=True)
-  with pytest.raises(UserError, match="eurosat in /data/x has 6,000 images, and should have 5,400 or 27,000"):
-    check(source_of(6_000, name="eurosat"), "eurosat")
-  check(source_of(5_400, name="eurosat"), "eurosat")
-  with pytest.raises(UserError, match="eurosat in /data/x has 5,400 images, and should have 27,000"):
-    check(source_of(5_400, name="eurosat", split="all", layout="torchvision"), "eurosat")
   with pytest.raises(UserError, match="template 'a photo' has no place for the class name"):
-    check(source_of(10_000, templates=("a photo",)))
+    check(source_of(1_040, templates=("a photo",)))
+
+
+def test_a_set_without_a_split_is_whole_or_its_published_part(monkeypatch):
+  counts = {"test": (10, 30), "all": (50,)}
+  monkeypatch.setitem(suites.SETS, "eurosat", dataclasses.replace(suites.SETS["eurosat"], counts=counts))
+  check = lambda source: suites.check("eurosat", made(monkeypatch, source, "eurosat"), incomplete=False)
+  for count in (10, 30, 50):  # tars do not say which
+    check(source_of(count, name="eurosat"))
+  with pytest.raises(UserError, match="eurosat in /data/x has 20 images, and should have 10 or 30 or 50"):
+    check(source_of(20, name="eurosat"))
+  with pytest.raises(UserError, match="eurosat in /data/x has 10 images, and should have 50"):
+    check(source_of(10, name="eurosat", split="all", layout="torchvision"))
 
 
 def test_what_is_looked_for(tmp_path, caplog):
