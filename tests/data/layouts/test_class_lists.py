@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.resources
 import json
 import pathlib
@@ -10,6 +11,7 @@ import clip_benchmark.datasets
 import numpy as np
 import open_clip
 import pytest
+import tensorflow_datasets as tfds
 
 from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.errors import UserError
@@ -44,6 +46,26 @@ def test_a_name_is_one_class():
     for names in (known.classnames, known.names_in_data):
       if names:
         np.testing.assert_array_equal(class_lists.match(names, known, where="x"), np.arange(len(names)))
+
+
+def test_the_names_of_tensorflow_datasets_are_known():
+  """Each names every class once, in an order of its own."""
+  lines = lambda file: tfds.core.tfds_path(f"image_classification/{file}").read_text().split()
+  named = lambda module, field: getattr(importlib.import_module(f"tensorflow_datasets.{module}"), field)
+  theirs = {
+    "caltech101": lines("caltech101_labels.txt"),
+    "sun397": lines("sun397_labels.txt"),
+    "food101": lines("food-101_classes.txt"),
+    "dtd": sorted({line.split("/")[0] for line in lines("dtd_key_attributes.txt")}),
+    "cars": named("image_classification.cars196", "_NAMES"),
+    "eurosat": named("image_classification.eurosat", "_LABELS"),
+    "flowers": named("datasets.oxford_flowers102.oxford_flowers102_dataset_builder", "_NAMES"),
+    "pets": named("datasets.oxford_iiit_pet.oxford_iiit_pet_dataset_builder", "_LABEL_CLASSES"),
+    "imagenet1k": tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split(),
+  }
+  for name, names in theirs.items():
+    places = class_lists.match(names, class_lists.load()[name], where=name)
+    assert sorted(places) == [*range(COUNTS[name])]
 
 
 def test_vtabs_order_of_caltech():
