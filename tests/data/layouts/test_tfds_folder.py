@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from diffdis_jax.data import sources, transforms
 from diffdis_jax.data.layouts import class_lists, find, tfds_folder
-from diffdis_jax.data.prepare import builder, image_folder
+from diffdis_jax.data.prepare import builder, image_folder, parts
 from diffdis_jax.errors import UserError
 from tests.raw_pairs import picture
 
@@ -19,22 +20,24 @@ from tests.raw_pairs import picture
 def write(root, set_name, names, splits, *, file_format="array_record"):
   """{split: labels} -> a folder NAME/VERSION, PNG inside."""
 
-  class Fabricated(tfds.core.GeneratorBasedBuilder):
-    name = set_name
-    VERSION = tfds.core.Version("1.0.0")
+  with tfds.core.registered.skip_registering():  # the names are those of TFDS' own
 
-    def _info(self):
-      features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=names)}
-      return tfds.core.DatasetInfo(
-        builder=self, description="x", features=tfds.features.FeaturesDict(features), disable_shuffling=True
-      )
+    class Fabricated(tfds.core.GeneratorBasedBuilder):
+      name = set_name
+      VERSION = tfds.core.Version("1.0.0")
 
-    def _split_generators(self, manager):
-      return {split: self._generate_examples(labels) for split, labels in splits.items()}
+      def _info(self):
+        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=names)}
+        return tfds.core.DatasetInfo(
+          builder=self, description="x", features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
 
-    def _generate_examples(self, labels):
-      for i, label in enumerate(labels):
-        yield i, {"image": np.asarray(Image.open(io.BytesIO(picture(i)))), "label": label}
+      def _split_generators(self, manager):
+        return {split: self._generate_examples(labels) for split, labels in splits.items()}
+
+      def _generate_examples(self, labels):
+        for i, label in enumerate(labels):
+          yield i, {"image": np.asarray(Image.open(io.BytesIO(picture(i)))), "label": label}
 
   made = Fabricated(data_dir=str(root), file_format=file_format)
   made.download_and_prepare()
@@ -99,9 +102,25 @@ def test_class_folders_that_prepare_data_wrote(tmp_path):
     (tmp_path / "raw/val" / numbers[place]).mkdir(parents=True)
     (tmp_path / "raw/val" / numbers[place] / "a.png").write_bytes(picture(place))
   settings = builder.Settings(num_processes=1)
-  parts = image_folder.find_parts(tmp_path / "raw")
-  builder.prepare(parts, tmp_path / "imagenet1k", builder=image_folder.ImageFolder, settings=settings)
+  found = image_folder.find_parts(tmp_path / "raw")
+  builder.prepare(found, tmp_path / "imagenet1k", builder=image_folder.ImageFolder, settings=settings)
   source = read(tmp_path, "imagenet1k")
   assert source.labels.tolist() == [0, 1, 999] and source.origin.layout == "prepared" and source.origin.split == "val"
   assert source[2]["image"] == picture(999) and source[0]["class"] == "tench"
   assert find.is_there(tmp_path, "imagenet1k") and not find.is_there(tmp_path / "raw", "cifar10")
+
+
+def test_captions_that_prepare_data_wrote(tmp_path):
+  texts = [["a cat", "the cat"], ["a dog"]]
+  items = []
+  for i, captions in enumerate(texts):
+    (tmp_path / f"{i}.png").write_bytes(picture(i))
+    items.append(parts.Item(f"{i}.png", captions[0], json.dumps({"captions": captions})))
+  found = [part for split in ("test", "train") for part in parts.files(items, split=split, root=tmp_path)]
+  builder.prepare(found, tmp_path / "coco", builder=builder.Pairs, settings=builder.Settings(num_processes=1))
+  source = read(tmp_path, "mscoco_captions")
+  assert [source[i]["captions"] for i in range(2)] == texts and source.origin.split == "test"
+  assert source[1]["image"] == picture(1) and source.origin.layout == "prepared"
+  assert not find.is_there(tmp_path, "mscoco_val2014")  # a split of Karpathy's is not the whole of it
+  (tmp_path / "coco").rename(tmp_path / "coco2014")
+  assert find.is_there(tmp_path, "mscoco_val2014") and not find.is_there(tmp_path, "mscoco_captions")
