@@ -20,24 +20,22 @@ from tests.raw_pairs import picture
 def write(root, set_name, names, splits, *, file_format="array_record"):
   """{split: labels} -> a folder NAME/VERSION, PNG inside."""
 
-  with tfds.core.registered.skip_registering():  # the names are those of TFDS' own
+  class Fabricated(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # the names are those of TFDS
+    name = set_name
+    VERSION = tfds.core.Version("1.0.0")
 
-    class Fabricated(tfds.core.GeneratorBasedBuilder):
-      name = set_name
-      VERSION = tfds.core.Version("1.0.0")
+    def _info(self):
+      features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=names)}
+      return tfds.core.DatasetInfo(
+        builder=self, description="x", features=tfds.features.FeaturesDict(features), disable_shuffling=True
+      )
 
-      def _info(self):
-        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=names)}
-        return tfds.core.DatasetInfo(
-          builder=self, description="x", features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
+    def _split_generators(self, manager):
+      return {split: self._generate_examples(labels) for split, labels in splits.items()}
 
-      def _split_generators(self, manager):
-        return {split: self._generate_examples(labels) for split, labels in splits.items()}
-
-      def _generate_examples(self, labels):
-        for i, label in enumerate(labels):
-          yield i, {"image": np.asarray(Image.open(io.BytesIO(picture(i)))), "label": label}
+    def _generate_examples(self, labels):
+      for i, label in enumerate(labels):
+        yield i, {"image": np.asarray(Image.open(io.BytesIO(picture(i)))), "label": label}
 
   made = Fabricated(data_dir=str(root), file_format=file_format)
   made.download_and_prepare()
