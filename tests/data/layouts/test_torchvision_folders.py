@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -85,6 +86,39 @@ def test_what_was_looked_for(tmp_path):
     UserError, match="no pets in .*: it was|no pets in .*; it was looked for in its folders pets, oxf"
   ):
     sources.open_source(name="pets", path=tmp_path, image_size=8)
+
+
+def as_python_2_pickled_it(pixels, labels):
+  """{"data": pixels, "labels": labels} by protocol 2, opcode by opcode: texts are bytes, and numpy's module the old one."""
+  text = lambda value: b"U" + bytes([len(value)]) + value
+  number = lambda value: b"J" + struct.pack("<i", value)
+  kind = (
+    b"cnumpy\ndtype\n"
+    + text(b"u1")
+    + b"K\x00K\x01\x87R"
+    + b"(K\x03"
+    + text(b"|")
+    + b"NNN"
+    + 2 * number(-1)
+    + b"K\x00tb"
+  )
+  shape = number(pixels.shape[0]) + number(pixels.shape[1]) + b"\x86"
+  content = b"T" + struct.pack("<i", pixels.nbytes) + pixels.tobytes()
+  empty = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
+  array = empty + b"(K\x01" + shape + kind + b"\x89" + content + b"tb"
+  items = text(b"data") + array + text(b"labels") + b"](" + b"".join(map(number, labels)) + b"e"
+  return b"\x80\x02}(" + items + b"u."
+
+
+def test_a_pickle_of_python_2(tmp_path):
+  """As the published files are."""
+  benchmark_sets.cifar10(tmp_path)
+  pixels = np.random.default_rng(1).integers(0, 256, (3, 3072), np.uint8)
+  (tmp_path / "cifar-10-batches-py/test_batch").write_bytes(as_python_2_pickled_it(pixels, [3, 0, 9]))
+  source = sources.open_source(name="cifar10", path=tmp_path, image_size=8)
+  assert [source[i]["class"] for i in range(3)] == ["cat", "airplane", "truck"]
+  for i in range(3):
+    np.testing.assert_array_equal(source[i]["image"], pixels[i].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
 class Evil:
