@@ -89,7 +89,7 @@ def test_what_was_looked_for(tmp_path):
 
 
 def as_python_2_pickled_it(pixels, labels):
-  """{"data": pixels, "labels": labels} by protocol 2, opcode by opcode: texts are bytes, and numpy's module the old one."""
+  """{"data": pixels, "labels": labels} by protocol 2: texts are bytes, and numpy's module is the old one."""
   text = lambda value: b"U" + bytes([len(value)]) + value
   number = lambda value: b"J" + struct.pack("<i", value)
   kind = (
