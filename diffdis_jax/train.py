@@ -236,13 +236,16 @@ def make_watch(config: ConfigDict, pace: Pace, sampling: Sampling, trainer: Step
   """The evaluations and samples of a config.
 
   Raises:
-    UserError: evaluations that the config does not have, or bad settings or data of one.
+    UserError: evaluations that the config does not have, or of what its objectives do not train; or bad settings or
+      data of one.
   """
   if missing := set(config.train_evals) - set(config.evals):
     raise UserError(f"train_evals names {', '.join(sorted(missing))}; evals has {', '.join(config.evals) or 'none'}")
   best = config.checkpoint.best_metric
   if best and best.split("/")[0] not in config.train_evals:
     raise UserError(f"checkpoint.best_metric={best} should begin with one of train_evals, {config.train_evals}")
+  for name in config.train_evals:
+    evals.check_objectives(name, config.evals[name].task, config.objectives)
   return Watch(
     Inference(trainer.network, sampling, mesh=trainer.mesh, after_batch=stop.raise_if_agreed),
     eval_every=pace.eval_every,

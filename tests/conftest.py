@@ -28,6 +28,26 @@ jax.config.update("jax_disable_most_optimizations", True)  # of the compiler, ag
 gc.set_threshold(100_000, 50, 50)
 
 
+# Files that take a minute or about as long. They come first, so that no process is left alone with one at the end.
+LONGEST = (
+  "test_train.py",
+  "test_sharding.py",
+  "test_resume.py",
+  "test_import_weights.py",
+  "test_step.py",
+  "test_inference.py",
+  "test_gradcache.py",
+  "test_requirements.py",
+  "test_before.py",
+  "test_evaluate_fid.py",
+  "test_agreement.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def pytest_configure(config: pytest.Config) -> None:
   config.addinivalue_line("filterwarnings", "error")
   # Of annotations that are flax's own.

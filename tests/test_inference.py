@@ -15,7 +15,7 @@ from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training.step import TrainState
 from tests import steps
-from tests.models.networks import compiled, random_params
+from tests.models.networks import random_params
 
 BATCH = steps.make_batch(steps.make_config())
 WIDTH = 16  # of a text query
@@ -111,10 +111,10 @@ def test_several_steps_draws_and_guidance_are_ddim_by_hand(target, unit_query):
   assert inference.protocol["unit_query"] is (unit_query and target == "data")
   images, n = BATCH.image[:3], 3
   model = model_of(inference)
-  z = compiled(model.encode_image)(images)
-  c_null = np.repeat(compiled(model.encode_text)(model.text_encoder.null_tokens(8)).c, n, axis=0)
+  z = jax.jit(model.encode_image)(images)
+  c_null = np.repeat(jax.jit(model.encode_text)(model.text_encoder.null_tokens(8)).c, n, axis=0)
   t_z = jnp.full(n, 1000, jnp.int32)
-  predict = compiled(lambda e_t, t_e, z: model.discrimination(e_t=e_t, t_e=t_e, z=z, t_z=t_z, c_null=c_null))
+  predict = jax.jit(lambda e_t, t_e, z: model.discrimination(e_t=e_t, t_e=t_e, z=z, t_z=t_z, c_null=c_null))
 
   alpha_bar = steps.ALPHA_BAR[schedule]
   draws, lengths = [], []
@@ -154,9 +154,9 @@ def test_generation_is_ddim_with_guidance_by_hand(inference):
   s, n = 2.0, 3
   tokens, noise = BATCH.tokens[:n], inference.noise(n, seed=1)
   model = model_of(inference)
-  encode_text = compiled(lambda tokens: model.encode_text(tokens).c)
+  encode_text = jax.jit(lambda tokens: model.encode_text(tokens).c)
   c, c_null = encode_text(tokens), np.repeat(encode_text(model.text_encoder.null_tokens(8)), n, axis=0)
-  predict = compiled(lambda z_t, t_z, c: model.generation(z_t=z_t, t_z=t_z, c=c))
+  predict = jax.jit(lambda z_t, t_z, c: model.generation(z_t=z_t, t_z=t_z, c=c))
   alpha_bar = steps.ALPHA_BAR["scaled_linear"]
   z_t = noise
   for t, t_prev in ((667, 334), (334, 1), (1, 0)):
@@ -165,7 +165,7 @@ def test_generation_is_ddim_with_guidance_by_hand(inference):
     epsilon = unconditional + s * (conditional - unconditional)
     data = (z_t - np.sqrt(1 - alpha_bar[t]) * epsilon) / np.sqrt(alpha_bar[t])
     z_t = (np.sqrt(alpha_bar[t_prev]) * data + np.sqrt(1 - alpha_bar[t_prev]) * epsilon).astype(np.float32)
-  expected = np.asarray(compiled(model.decode_image)(z_t)).astype(int)
+  expected = np.asarray(jax.jit(model.decode_image)(z_t)).astype(int)
 
   found = inference.generate(params_of(inference), tokens, noise)
   assert found.shape == (n, 16, 16, 3) and found.dtype == np.uint8 and found.std() > 1

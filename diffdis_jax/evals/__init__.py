@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 from diffdis_jax.errors import UserError
@@ -13,6 +14,22 @@ from diffdis_jax.evals.retrieval import Retrieval
 from diffdis_jax.evals.zero_shot import ZeroShot
 
 EVALS = {"zero_shot": ZeroShot, "retrieval": Retrieval, "agreement": Agreement, "fid": Fid}
+# What a run has to be trained for, one of them.
+MEASURES = {
+  "zero_shot": ("discrimination", "contrastive"),
+  "retrieval": ("discrimination", "contrastive"),
+  "agreement": ("generation",),
+  "fid": ("generation",),
+}
+
+
+def check_objectives(name: str, task: str, objectives: Collection[str]) -> None:
+  """Raises UserError for an evaluation, by its name in the config, of what these objectives do not train."""
+  if task in MEASURES and not {*MEASURES[task]} & {*objectives}:
+    raise UserError(
+      f"train_evals has {name}, whose task {task} measures {' or '.join(MEASURES[task])}; the run's objectives are"
+      f" {', '.join(objectives)}: leave it out"
+    )
 
 
 def create(task: str, **section: Any) -> Eval:

@@ -89,7 +89,7 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
   )
 
 
-def defaults(*, accumulate: int = 2) -> dict[str, Any]:
+def defaults(*, accumulate: int) -> dict[str, Any]:
   """The fields that every run has alike, with their defaults: in a run that an earlier version wrote, each field that
   it lacks has its default.
 

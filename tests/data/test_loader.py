@@ -239,6 +239,15 @@ def test_a_mixture_takes_shares_by_weight_and_each_record_once_an_epoch():
     assert all(sorted(epoch) == list(range(40)) for epoch in values.reshape(epochs, 40))
 
 
+def test_a_mixtures_sources_have_orders_of_their_own():
+  """Else of two sources of one size, such as two views of the same records, the same places would come together."""
+  equal = sources.Mixture((Numbered(), Shifted()), (1.0, 1.0))
+  order = np.concatenate([b["image"][:, 0, 0, 0] for b in take(make(equal, image_size=8, batch_size=16), 5)])
+  first, second = order[order < 100], order[order >= 100] - 100
+  assert sorted(first) == sorted(second) == list(range(40))
+  assert (first == second).mean() < 0.5
+
+
 @pytest.mark.parametrize("source", [MIXTURE, Spoiled()], ids=["mixture", "spoiled"])
 def test_mixtures_and_substitutes_resume_and_do_not_depend_on_the_number_of_hosts(tmp_path, source):
   reference = take(make(source, augmentation=STRONG), 6)

@@ -20,6 +20,7 @@ SENTENCES = (
   "IT’S “curly” ‘quotes’ — and dashes…",
   "Tom &amp; Jerry",
   "Tom &amp;amp; Jerry &lt;3",
+  "Tom <3 &amp;amp; Jerry",  # beside a bare <, ftfy unescapes nothing
   "caf\u00e9 cafe\u0301 na\u00efve",
   "ï¬\x81ancÃ© mojibake",
   "😀 grinning face 👨‍👩‍👧‍👦 family 🇨🇭",
