@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from diffdis_jax import evals
 from diffdis_jax.data import records, transforms
 from diffdis_jax.data.layouts import class_lists, find
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled
@@ -74,12 +75,6 @@ RETRIEVAL = {
 FID = {"mscoco_val2014": BenchmarkSet("MSCOCO val2014", "fid", {"val2014": (40_504,)})}
 SETS = ZERO_SHOT12 | RETRIEVAL | FID
 SUITES = {"zero_shot12": ZERO_SHOT12, "retrieval": RETRIEVAL, "fid": FID, "paper": SETS}
-# What a run has to be trained for, any of these.
-TRAINED_FOR = {
-  "zero_shot": ("discrimination", "contrastive"),
-  "retrieval": ("discrimination", "contrastive"),
-  "fid": ("generation",),
-}
 
 
 def sections(
@@ -98,7 +93,7 @@ def sections(
   """
   if not pathlib.Path(root).is_dir():
     raise UserError(f"no folder --data_root={root}; it should hold the data sets, each in a folder of its name")
-  able = {task for task, any_of in TRAINED_FOR.items() if suite != "paper" or {*any_of} & {*objectives}}
+  able = {task for task, any_of in evals.MEASURES.items() if suite != "paper" or {*any_of} & {*objectives}}
   for task in sorted({each.task for each in SUITES[suite].values()} - able):
     logging.warning("%s is left out: the run's objectives are %s", task, ", ".join(objectives))
   wanted = {name: each for name, each in SUITES[suite].items() if each.task in able}
