@@ -172,12 +172,9 @@ def evaluate(
   Raises:
     UserError: bad settings, data or checkpoint, or kept records of other weights; before anything is measured.
   """
-  made = []
-  for dataset, section in sections:
-    logging.info("opening %s for %s", dataset, section["task"])
-    evaluation = evals.create(**section)
+  made = [(dataset, section["task"], evals.create(**section)) for dataset, section in sections]
+  for dataset, _, evaluation in made:
     check(dataset, evaluation)
-    made.append((dataset, section["task"], evaluation))
   step, ema = checkpoint.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, **protocol)
   common = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
