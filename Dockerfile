@@ -22,6 +22,7 @@ WORKDIR /diffdis
 COPY pyproject.toml requirements.txt README.md LICENSE NOTICE ./
 COPY diffdis_jax/__init__.py diffdis_jax/
 COPY diffdis_jax/data/clip_merges.LICENSE diffdis_jax/data/
+COPY diffdis_jax/data/layouts/zero_shot_sets.LICENSE diffdis_jax/data/layouts/
 RUN case "$EXTRA" in cuda | tpu) ;; *) echo "EXTRA is '$EXTRA'; it is cuda or tpu" >&2; exit 2 ;; esac \
     && python -m pip install --no-cache-dir --editable ".[$EXTRA]"
 

@@ -10,13 +10,25 @@ Without --data it measures on the sets that the run's config names under `evals`
       [--reference=STATISTICS.npz --num_images=N --parts=DIR2 --keep_images]
 
 What fid has sampled is kept in F.parts, or in --parts: the same command goes on from there.
+
+  python -m diffdis_jax.evaluate --workdir=DIR --suite=zero_shot12|retrieval|fid|paper --data_root=ROOT --out=F.json
+      [--incomplete --num_images=N --seed=N --shuffle_labels, and what fid takes]
+
+measures the paper's benchmarks, each where it lies under ROOT in one of the layouts in which it is published, gives
+their means, and writes F.md, a table in the paper's layout, beside F.json. F.json is written after each set, and the
+same command goes on from there.
+
+  python -m diffdis_jax.evaluate --compare=A.json,B.json --out=F.md
+
+puts the results of several files side by side, and says where their protocols differ.
 """
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -25,10 +37,13 @@ from ml_collections import ConfigDict
 
 from diffdis_jax import cli, evals, inference
 from diffdis_jax.errors import UserError, read_section
-from diffdis_jax.evals import base
+from diffdis_jax.evals import base, suites, tables
+from diffdis_jax.evals import results as result_files
+from diffdis_jax.evals.results import ResultFile
 from diffdis_jax.models.build import check_objectives
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import checkpoint, files, workdir
+from diffdis_jax.parallel.fingerprint import fingerprint
+from diffdis_jax.run import checkpoint, workdir
 
 FLAGS = flags.FLAGS
 Section = tuple[str, dict[str, Any]]  # data set, and {task, what that evaluation takes}
@@ -41,6 +56,7 @@ SETTINGS = {  # of an evaluation, that a flag of the same name may set
     *("reference", "reference_images", "parts", "keep_images"),
   ),
 }
+NOT_OF_A_SUITE = ("classnames", "templates", "label_field", "seen_split", "caption_field")  # which has its own
 # As inference.load takes them.
 PROTOCOL = (
   "steps",
@@ -57,8 +73,8 @@ PROTOCOL = (
 def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
   processes.define_flags()
-  flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-  flags.DEFINE_string("out", None, "JSON file to write", required=True)
+  flags.DEFINE_string("workdir", None, "folder of the run")
+  flags.DEFINE_string("out", None, "JSON file to write; with --compare a Markdown file", required=True)
   flags.DEFINE_list("tasks", None, f"any of {', '.join(SETTINGS)}; by default those of the config's sets")
   flags.DEFINE_string("data", None, "folder written by prepare_data; by default the sets of the run's config")
   flags.DEFINE_string("split", None, "split of --data")
@@ -81,6 +97,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("image_size", None, "side of the images, pixels; by default the run's", lower_bound=1)
   flags.DEFINE_integer("batch_size", None, "rows a compiled call", lower_bound=1)
   define_fid_flags()
+  define_suite_flags()
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("best", False, "the checkpoint with the best checkpoint.best_metric of the run")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
@@ -99,38 +116,47 @@ def define_fid_flags() -> None:
   flags.DEFINE_boolean("keep_images", None, "keep the sampled images there, too")
 
 
+def define_suite_flags() -> None:
+  """The paper's benchmarks, and tables of results."""
+  flags.DEFINE_string("suite", None, f"the paper's benchmarks: one of {', '.join(suites.SUITES)}")
+  flags.DEFINE_string("data_root", None, "folder of a suite's data sets, each in a published layout")
+  flags.DEFINE_boolean("incomplete", False, "measure a suite's sets even with another number of images than published")
+  flags.DEFINE_list("compare", None, "JSON files of results to put side by side; takes --out alone")
+
+
 def main(argv: Sequence[str]) -> None:
   del argv
+  if FLAGS.compare:
+    tables.compare(FLAGS.compare, FLAGS.out)
+    return
+  if not FLAGS.workdir:
+    raise UserError("--workdir=DIR is missing, the folder of the run to measure")
   cli.compilation_cache(FLAGS.workdir)
   cli.use_all_cores()
   processes.start()
-  out = epath.Path(FLAGS.out)
-  if out.is_dir():
-    raise UserError(f"--out={out} is a folder; it should name the JSON file to write")
+  if epath.Path(FLAGS.out).is_dir():
+    raise UserError(f"--out={FLAGS.out} is a folder; it should name the JSON file to write")
   config = workdir.load_config(FLAGS.workdir)
   check_objectives(config.objectives)
-  if FLAGS.data:
-    tasks = FLAGS.tasks or ["zero_shot", "retrieval"]
-    sections = sections_of_folder(FLAGS.data, FLAGS.split, tasks=tasks, image_size=config.image_size)
-  elif FLAGS.split:
-    raise UserError("--split is a split of --data; give --data too")
-  else:
-    sections = sections_of_config(config.to_dict(), tasks=FLAGS.tasks)
-  step = _best_step(FLAGS.workdir, config) if FLAGS.best else FLAGS.step
   settings = _given(name for names in SETTINGS.values() for name in names)
-  sections = with_parts(override(sections, settings), FLAGS.out)
-  results = evaluate(FLAGS.workdir, sections, step=step, ema=FLAGS.ema, **_given(PROTOCOL))
-  if not processes.is_first():
-    return
-  try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(out, results)
-  except OSError as error:
-    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+  sections = with_parts(override(_sections(config), settings), FLAGS.out)
+  step = _best_step(FLAGS.workdir, config) if FLAGS.best else FLAGS.step
+  protocol = {"step": step, "ema": FLAGS.ema, **_given(PROTOCOL)}
+  if FLAGS.suite:
+    measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
+  else:
+    result_files.write(FLAGS.out, evaluate(FLAGS.workdir, sections, **protocol))
 
 
 def evaluate(
-  run: str, sections: Sequence[Section], *, step: int | None = None, ema: bool = True, **protocol: Any
+  run: str,
+  sections: Sequence[Section],
+  *,
+  step: int | None = None,
+  ema: bool = True,
+  kept: ResultFile | None = None,
+  check: Callable[[str, base.Eval], None] = lambda dataset, evaluation: None,
+  **protocol: Any,
 ) -> dict[str, dict[str, Any]]:
   """{task: {data set: record}} of a run.
 
@@ -139,27 +165,81 @@ def evaluate(
     sections: what to measure.
     step: which checkpoint; None takes the newest.
     ema: averaged weights, where the run keeps them.
+    kept: where each record is kept as soon as it is there; what it has is not measured again.
+    check: of each data set and its evaluation, before anything is measured.
     protocol: as `inference.load` takes it.
 
   Raises:
-    UserError: bad settings, data or checkpoint; before anything is measured.
+    UserError: bad settings, data or checkpoint, or kept records of other weights; before anything is measured.
   """
   made = [(dataset, section["task"], evals.create(**section)) for dataset, section in sections]
+  for dataset, _, evaluation in made:
+    check(dataset, evaluation)
   step, ema = checkpoint.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, **protocol)
-  results: dict[str, dict[str, Any]] = {}
-  for dataset, task, evaluation in made:
+  common = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
+  if kept is not None:
+    common["weights"] = fingerprint(params)
+    made = [each for each in made if not kept.has(each[1], each[0], {**each[2].protocol(model), **common})]
+  results: dict[str, dict[str, Any]] = {} if kept is None else kept.results
+  for place, (dataset, task, evaluation) in enumerate(made, 1):
+    logging.info("%s: %s, %d of %d", task, dataset, place, len(made))
     metrics = evaluation.run(model, params)
     logging.info("%s, %s: %s", task, dataset, ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
-    results.setdefault(task, {})[dataset] = base.make_record(
+    record = base.make_record(
       dataset=dataset,
       model="diffdis_jax",
       pretrained=run,
       task=evaluation.task,
       metrics=metrics,
-      protocol={**evaluation.protocol(model), "image_size": model.image_size, "checkpoint": step, "ema": ema},
+      protocol={**evaluation.protocol(model), **common},
     )
+    results.setdefault(task, {})[dataset] = record
+    if kept is not None:
+      kept.write()
   return results
+
+
+def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete: bool, **protocol: Any) -> None:
+  """Measures what of a suite is not in `out` yet, and writes the whole with its means, and a table beside it.
+
+  Raises:
+    UserError: as `evaluate`, or a data set that is not the published one.
+  """
+  kept = ResultFile(out)
+  check = functools.partial(suites.check, incomplete=incomplete)
+  results = evaluate(run, sections, kept=kept, check=check, **protocol)
+  for task, record in [*suites.means(results)]:
+    results[task][record["dataset"]] = record
+  kept.write()
+  if processes.is_first():
+    title = pathlib.PurePath(run).name
+    result_files.write_text(f"{out.removesuffix('.json')}.md", tables.table({title: results}))
+
+
+def _sections(config: ConfigDict) -> list[Section]:
+  """What the flags ask for. Raises UserError: flags that do not go together."""
+  if FLAGS.suite:
+    return sections_of_suite(config)
+  if FLAGS.data_root or FLAGS.incomplete:
+    raise UserError("--data_root and --incomplete belong to --suite; give it too")
+  if FLAGS.data:
+    tasks = FLAGS.tasks or ["zero_shot", "retrieval"]
+    return sections_of_folder(FLAGS.data, FLAGS.split, tasks=tasks, image_size=config.image_size)
+  if FLAGS.split:
+    raise UserError("--split is a split of --data; give --data too")
+  return sections_of_config(config.to_dict(), tasks=FLAGS.tasks)
+
+
+def sections_of_suite(config: ConfigDict) -> list[Section]:
+  """The sets of --suite that lie under --data_root. Raises UserError: no such suite, none there, or other flags."""
+  if FLAGS.suite not in suites.SUITES:
+    raise UserError(f"unknown suite {FLAGS.suite!r}; {cli.did_you_mean(FLAGS.suite, suites.SUITES)}")
+  if not FLAGS.data_root:
+    raise UserError("--suite needs --data_root=DIR, the folder of its data sets")
+  if given := [name for name in ("data", "split", "tasks", *NOT_OF_A_SUITE) if FLAGS[name].value is not None]:
+    raise UserError(f"--{given[0]} has no effect on a suite, which has its own; leave it out")
+  return suites.sections(FLAGS.suite, FLAGS.data_root, objectives=config.objectives, image_size=config.image_size)
 
 
 def sections_of_folder(folder: str, split: str | None, *, tasks: Sequence[str], image_size: int) -> list[Section]:

@@ -9,6 +9,7 @@
 | coco | folder with annotations/captions_*.json and the images, or with Karpathy's dataset_coco.json |
 | flickr30k | folder with Karpathy's dataset_flickr30k.json and the images |
 | folder | CLASS/IMAGE or SPLIT/CLASS/IMAGE |
+| cifar10, pets, ... | folder in which one of the twelve zero-shot sets lies, in a layout that evaluate --suite reads |
 
   python -m diffdis_jax.prepare_data latents --workdir=RUN --data=DIR --out=DIR2 [--image_size=PIXELS] [--views=K] \
       [--augment=JSON] [--text]
@@ -35,7 +36,18 @@ import tensorflow_datasets as tfds
 from absl import flags, logging
 
 from diffdis_jax import cli
-from diffdis_jax.data.prepare import builder, captions, card, cc3m, image_folder, latents, parts, staging
+from diffdis_jax.data.layouts import find
+from diffdis_jax.data.prepare import (
+  builder,
+  captions,
+  card,
+  cc3m,
+  image_folder,
+  latents,
+  parts,
+  staging,
+  zero_shot_sets,
+)
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError, read_section
@@ -48,6 +60,7 @@ DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[buil
   "coco": (captions.find_coco, captions.Coco),
   "flickr30k": (captions.find_flickr30k, captions.Flickr30k),
   "folder": (image_folder.find_parts, image_folder.ImageFolder),
+  **{name: (functools.partial(zero_shot_sets.find_parts, name), zero_shot_sets.ZeroShotSet) for name in find.LABELLED},
 }
 NAMES = (*DATA_SETS, "latents", "card")
 
@@ -93,7 +106,7 @@ def main(argv: list[str]) -> None:
     write_latents(_given(_WORKDIR, name), _given(_DATA, name), _given(_OUT, name))
     return
   source, out = _given(_SOURCE, name), _given(_OUT, name)
-  find, kind = DATA_SETS[name]
+  find_parts, kind = DATA_SETS[name]
   short_side = _SHORT_SIDE.value
   if short_side is None and name == "cc3m":
     short_side = cc3m.SHORT_SIDE
@@ -106,7 +119,7 @@ def main(argv: list[str]) -> None:
   if (out / "report.json").exists() and not (out / "card.json").exists():
     logging.info("%s is written but for its card", out)
   else:
-    builder.prepare(find(source), out, builder=kind, settings=settings)
+    builder.prepare(find_parts(source), out, builder=kind, settings=settings)
   write_card(out)
 
 

@@ -49,7 +49,7 @@ def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (("--source=raw", "--out=out"), "takes one name of pairs, cc3m, coco, flickr30k, folder, latents, card, not none"),
+    (("--source=raw", "--out=out"), "takes one name of pairs, cc3m, coco, flickr30k, folder, cifar10, "),
     (("laion", "--source=raw", "--out=out"), "not laion"),
     (("pairs", "--source=nowhere", "--out=out"), "no folder nowhere"),
     (("cc3m", "--source=nowhere", "--out=out"), "no folder nowhere"),

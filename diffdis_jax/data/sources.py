@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from diffdis_jax.data import latents, records, shapes
+from diffdis_jax.data.layouts import find
 from diffdis_jax.errors import UserError
 
-NAMES = ("shapes", "pairs", "latents")
+NAMES = ("shapes", "pairs", "latents", *find.NAMES)
 
 
 @runtime_checkable
@@ -22,6 +24,13 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Described(Protocol):
+  """A source that gives a record without reading its image."""
+
+  def fields(self, index: int) -> dict[str, Any]: ...
 
 
 def open_source(
@@ -37,12 +46,15 @@ def open_source(
   """The source of this name.
 
   Args:
-    name: `shapes`, rendered by index; `pairs`, a folder written by prepare_data; `latents`, one of encoded images.
+    name: `shapes`, rendered by index; `pairs`, a folder written by prepare_data; `latents`, one of encoded images; or a
+      published set, such as `cifar10`, in place, wherever under `path` it lies in a layout that `data.layouts` reads.
     image_size: side in pixels at which shapes are rendered. Stored images keep theirs until the loader resizes them.
-    split: of `shapes`: train, test, unseen, all. Of `pairs`: what the folder has.
-    path: the prepared folder, local or any that etils.epath reads; unused by `shapes`.
+    split: of `shapes`: train, test, unseen, all. Of `pairs`: what the folder has. A published set is measured on one
+      split alone, whatever this says.
+    path: the prepared folder, local or any that etils.epath reads; unused by `shapes`. Of a published set, the folder
+      of all of them.
     seed: of the rendered shapes.
-    num_images: number of shapes; by default shapes.SPLITS. Of `pairs`: only the first so many.
+    num_images: number of shapes; by default shapes.SPLITS. Of `pairs`: only the first so many. Not of a published set.
     caption_fields: fields of a record whose texts are its captions; none for the captions that it came with.
 
   Raises:
@@ -53,6 +65,11 @@ def open_source(
     raise UserError(f"unknown data source {name!r}; there are {', '.join(NAMES)}")
   if num_images is not None and num_images < 1:
     raise UserError(f"num_images is {num_images}; at least 1, or None for all")
+  if name in find.NAMES:
+    if num_images is not None:
+      raise UserError(f"{name} has no field num_images; it is opened as a whole")
+    published = find.open_set(pathlib.Path(path), name)
+    return records.Recaptioned(published, caption_fields) if caption_fields else published
   if name == "pairs":
     if "latents" in (records.read_info(path).metadata or {}):
       raise UserError(f"{path} holds latents, not images; train from it with data.name=latents, and measure on images")

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from diffdis_jax.data import records, transforms
+from diffdis_jax.data import records, sources, transforms
+from diffdis_jax.data.layouts.labelled import Captioned, Labelled
+from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals.progress import Progress
 
 CHUNK = 1024  # images that share a seed; the noise of an image depends on it, not on the device's batch size
+TEXTS = 8192  # embedded at a time, of which a progress line is
 BLOCK = 1024  # rows of a score matrix in memory at a time
+TIES = "count as wrong"  # of equal scores; an argmax would take the first
 
 
 @runtime_checkable
@@ -86,6 +91,19 @@ def read(source: Any, index: SupportsIndex) -> dict[str, Any]:
     return source[int(index)]
 
 
+def fields(source: Any, index: SupportsIndex) -> dict[str, Any]:
+  """A record of a source, without its image where the source can spare reading it. Raises as `read` does."""
+  with _usable(index):
+    return source.fields(int(index)) if isinstance(source, sources.Described) else source[int(index)]
+
+
+def origin(source: Any) -> dict[str, Any]:
+  """Of a published set, for the protocol, in whose layout and which split it is; of other sources nothing."""
+  if not isinstance(source, Captioned | Labelled):
+    return {}
+  return {"data": {"layout": source.origin.layout, "split": source.origin.split}}
+
+
 @contextlib.contextmanager
 def _usable(index: SupportsIndex) -> Iterator[None]:
   try:
@@ -129,10 +147,22 @@ def embed_images(
   inference: Any, params: Mapping[str, Any], source: Any, indices: Int[np.ndarray, " n"], *, seed: int
 ) -> Float[np.ndarray, "n d"]:
   """ê_0 of each image, L2-normalised, in the order of `indices`. Each chunk has a seed of its own."""
-  parts = chunks(source, indices, image_size=inference.image_size)
-  return np.concatenate(
-    [inference.embed_images(params, images, seed=seed + i * CHUNK) for i, images in enumerate(parts)]
-  )
+  found, progress = [], Progress("embedded", len(indices), "images")
+  for i, images in enumerate(chunks(source, indices, image_size=inference.image_size)):
+    found.append(inference.embed_images(params, images, seed=seed + i * CHUNK))
+    progress.add(len(images))
+  return np.concatenate(found)
+
+
+def embed_texts(inference: Any, params: Mapping[str, Any], texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+  """e of each text, L2-normalised."""
+  tokenizer = Tokenizer(inference.max_length)
+  found, progress = [], Progress("embedded", len(texts), "texts")
+  for start in range(0, len(texts), TEXTS):
+    part = texts[start : start + TEXTS]
+    found.append(inference.embed_texts(params, tokenizer(part)))
+    progress.add(len(part))
+  return np.concatenate(found)
 
 
 def ranks(

@@ -6,7 +6,6 @@ The paper reports "FID score on MSCOCO image generation" and nothing of how; wha
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from diffdis_jax.evals import distances, drawn_prompts, real_images, reference, 
 from diffdis_jax.evals.drawn_prompts import Part
 from diffdis_jax.evals.feature_parts import PartsFolder
 from diffdis_jax.evals.features import Extractor
+from diffdis_jax.evals.progress import Progress
 from diffdis_jax.interop import inception as inception_file
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
@@ -77,8 +77,8 @@ class Fid:
     _check_settings(inception, num_images, resize, resampling, reference, parts, keep_images)
     self._data, self._seed, self._parts, self._keep_images = dict(data), seed, parts, keep_images
     self._weights = inception_file.read(inception)
-    self._source = sources.open_source(**data)
-    self._plan = drawn_prompts.draw(self._source, num_images=num_images, captions=captions, seed=prompts_seed)
+    self.source = sources.open_source(**data)
+    self._plan = drawn_prompts.draw(self.source, num_images=num_images, captions=captions, seed=prompts_seed)
     self._count = sum(map(len, self._plan))
     self._made = {
       "features": "inception-2015-12-05",
@@ -125,7 +125,7 @@ class Fid:
       folder = PartsFolder(self._parts, self._header(inference, params), self._keep_images)
       finished = folder.finished(self._plan)
     self._make_reference(extractor, inference.image_size)
-    features, progress = [], _Progress("sampled", self._count)
+    features, progress = [], Progress("FID: sampled", self._count, "images", every=0)
     for part, is_there in zip(self._plan, finished, strict=True):
       if not is_there:
         features.append(self._sample(part, inference, params, extractor, folder))
@@ -194,7 +194,7 @@ class Fid:
     """Reads the file, if there is one, or else finds the images of which it will be made."""
     self._reference_file, self._resampling, self._reference = file, resampling, None
     which = images or "all"
-    self._real, self._real_indices = self._source, np.arange(len(self._source))
+    self._real, self._real_indices = self.source, np.arange(len(self.source))
     self._images: dict[str, Any] = {"which": which, "data": self._data}
     if which == "prompted":
       self._real_indices = np.unique(drawn_prompts.records(self._plan))
@@ -218,7 +218,7 @@ class Fid:
     """Unless there is one, on process 0: makes it on all, and writes it where it has a name."""
     if bool(processes.from_first(np.uint8(self._reference is not None))):
       return
-    parts, progress = [], _Progress("looked at", len(self._real_indices))
+    parts, progress = [], Progress("FID: looked at", len(self._real_indices), "images", every=0)
     for start in range(0, len(self._real_indices), drawn_prompts.PART):
       rows = self._real_indices[start : start + drawn_prompts.PART]
       parts.append(extractor(real_images.RealImages(self._real, rows, image_size, self._resampling)))
@@ -233,27 +233,6 @@ class Fid:
       self._reference = made
 
     processes.on_first(keep)
-
-
-class _Progress:
-  """A line a part, with what is left."""
-
-  def __init__(self, what: str, total: int):
-    self._what, self._total, self._begin = what, total, time.monotonic()
-    self._done = self._new = 0
-
-  def pass_over(self, count: int) -> None:
-    """So many that were there already."""
-    self._done += count
-
-  def add(self, count: int) -> None:
-    """So many that have just been made."""
-    self._done, self._new = self._done + count, self._new + count
-    seconds = (time.monotonic() - self._begin) / self._new
-    left = (self._total - self._done) * seconds / 60
-    logging.info(
-      "FID: %s %d of %d images, %.2f s each, %.0f minutes left", self._what, self._done, self._total, seconds, left
-    )
 
 
 def _drawing(inference: Any) -> dict[str, Any]:

@@ -87,9 +87,14 @@ def resolve_classnames(classnames: Sequence[str] | Mapping[str, str] | str) -> C
   return ClassNames(names=names, keys=names)
 
 
+def repeated_names(names: Sequence[str]) -> list[str]:
+  """The names that occur more than once, each once."""
+  return [name for name, count in collections.Counter(names).items() if count > 1]
+
+
 def repeated(names: Sequence[str]) -> str:
   """The names that occur more than once, for a message; empty if there is none."""
-  found = [name for name, count in collections.Counter(names).items() if count > 1]
+  found = repeated_names(names)
   return ", ".join(map(repr, found[:10])) + (", ..." if len(found) > 10 else "")
 
 

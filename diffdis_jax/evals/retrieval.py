@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from diffdis_jax.data import sources
-from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import base
 
 RECALL_AT = (1, 5, 10)
@@ -44,12 +43,12 @@ class Retrieval:
     seed: int = 0,
     shuffle_labels: bool = False,
   ):
-    self._source = sources.open_source(**data)
-    self._indices = base.subset(len(self._source), num_images)
+    self.source = sources.open_source(**data)
+    self._indices = base.subset(len(self.source), num_images)
     self._equal_captions = equal_captions
     self._seed = seed
     self._shuffle_labels = shuffle_labels
-    captions = [base.captions(base.read(self._source, i), caption_field) for i in self._indices]
+    captions = [base.captions(base.fields(self.source, i), caption_field) for i in self._indices]
     self.texts = [text for texts in captions for text in texts]
     self.image_groups = _group(captions) if equal_captions else np.arange(len(captions))
     self.text_groups = np.repeat(self.image_groups, [len(texts) for texts in captions])
@@ -62,14 +61,16 @@ class Retrieval:
       "num_images": len(self._indices),
       "num_texts": len(self.texts),
       "equal_captions": self._equal_captions,
+      "ties": base.TIES,
+      **base.origin(self.source),
       "shuffle_labels": self._shuffle_labels,
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
     """image_retrieval_recall@k, a text finds its image; text_retrieval_recall@k, an image finds one of its texts."""
     order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
-    images = base.embed_images(inference, params, self._source, order, seed=self._seed)
-    texts = inference.embed_texts(params, Tokenizer(inference.max_length)(self.texts))
+    images = base.embed_images(inference, params, self.source, order, seed=self._seed)
+    texts = base.embed_texts(inference, params, self.texts)
     found = {
       "image": base.ranks(texts, images, query_groups=self.text_groups, key_groups=self.image_groups),
       "text": base.ranks(images, texts, query_groups=self.image_groups, key_groups=self.text_groups),

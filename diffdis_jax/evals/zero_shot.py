@@ -11,11 +11,11 @@ from absl import logging
 from jaxtyping import Bool, Float, Int
 
 from diffdis_jax.data import sources
-from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, check_choice
 from diffdis_jax.evals import base, prompts
 
 NAME_FIELD = "class"  # of a record whose label is a number: the class's name, as prepare_data folder writes it
+METRICS = ("acc1", "mean_per_class_recall")
 _NUMBER = re.compile(r"n\d{8}")  # of WordNet, as ImageNet's class folders are called
 
 
@@ -27,6 +27,8 @@ class ZeroShot:
     classnames: names, an object {name in the data: name in the prompts}, or a JSON file's path to either; empty for the
       labels that occur in the data, sorted, with spaces for underscores. Names compare as by `prompts.comparable`.
     templates: prompt templates, or a JSON file's path; empty for `prompts.TEMPLATES`.
+    single_template: what is measured alone besides; empty for the first of the templates.
+    metric: which of the figures is the data set's own, "acc1" or "mean_per_class_recall"; for the record alone.
     label_field: the record's field with the class name, or with its number in `classnames`. Where it is the number, a
       name may occur twice, as two do in the usual list of ImageNet; between equal names it is a tie, which is wrong.
       Where records have both the number and, as `class`, the name, as `prepare_data folder` makes them, the list must
@@ -54,6 +56,8 @@ class ZeroShot:
     data: Mapping[str, Any],
     classnames: Sequence[str] | Mapping[str, str] | str = "",
     templates: Sequence[str] | str = "",
+    single_template: str = "",
+    metric: str = "acc1",
     label_field: str = "label",
     only_classes_present: bool = False,
     seen_classes: Sequence[str] | str = "",
@@ -62,14 +66,17 @@ class ZeroShot:
     seed: int = 0,
     shuffle_labels: bool = False,
   ):
-    self._source = sources.open_source(**data)
-    self._indices = base.subset(len(self._source), num_images)
+    check_choice("metric", metric, METRICS)
+    self.source = sources.open_source(**data)
+    self._indices = base.subset(len(self.source), num_images)
     self._seed = seed
     self._shuffle_labels = shuffle_labels
     self.templates = prompts.resolve_templates(templates)
+    self._single = prompts.resolve_templates((single_template,))[0] if single_template else self.templates[0]
+    self._metric = metric
 
     given = prompts.resolve_classnames(classnames) if classnames else None
-    labels = _read_labels(self._source, label_field, given)
+    labels = _read_labels(self.source, label_field, given)
     classes = given or _occurring(labels)
     places = _places(labels, classes)
     kept = classes
@@ -102,24 +109,30 @@ class ZeroShot:
       "num_images": len(self._indices),
       "num_classes": len(self.classnames),
       "templates": list(self.templates),
+      "single_template": self._single,
+      "metric": self._metric,
+      "ties": base.TIES,
+      "equal_names": prompts.repeated_names(self.classnames),
+      **base.origin(self.source),
       "shuffle_labels": self._shuffle_labels,
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """acc1, acc5, the mean and the lowest recall of a class: of all templates averaged, and of the first alone."""
+    """acc1, acc5, the mean and the lowest recall of a class: of all templates averaged, and of the single one."""
     order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
-    images = base.embed_images(inference, params, self._source, order, seed=self._seed)
+    images = base.embed_images(inference, params, self.source, order, seed=self._seed)
     by_template = self._embed_classes(inference, params)
-    mean = by_template.mean(axis=0)
+    mean = np.stack([by_template[template] for template in self.templates]).mean(axis=0)
     ensemble = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
     metrics = self._measure(images, ensemble)
-    return metrics | {f"{name}_single_template": v for name, v in self._measure(images, by_template[0]).items()}
+    single = self._measure(images, by_template[self._single])
+    return metrics | {f"{name}_single_template": value for name, value in single.items()}
 
-  def _embed_classes(self, inference: Any, params: Mapping[str, Any]) -> Float[np.ndarray, "t k d"]:
-    tokenizer = Tokenizer(inference.max_length)
-    filled = [[prompts.fill(template, name) for name in self.classnames] for template in self.templates]
-    embedded = inference.embed_texts(params, tokenizer([text for texts in filled for text in texts]))
-    return embedded.reshape(len(self.templates), len(self.classnames), -1)
+  def _embed_classes(self, inference: Any, params: Mapping[str, Any]) -> dict[str, Float[np.ndarray, "k d"]]:
+    templates = [*dict.fromkeys((*self.templates, self._single))]
+    texts = [prompts.fill(template, name) for template in templates for name in self.classnames]
+    embedded = base.embed_texts(inference, params, texts)
+    return dict(zip(templates, embedded.reshape(len(templates), len(self.classnames), -1), strict=True))
 
   def _measure(self, images: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "k d"]) -> dict[str, float]:
     ranks = base.ranks(images, classes, query_groups=self.labels, key_groups=np.arange(len(classes)))
@@ -152,7 +165,7 @@ def _read_labels(source: sources.Source, field: str, classes: prompts.ClassNames
   labels, named = [], set()
   by_key = classes is not None and classes.by_key
   for i in range(len(source)):
-    record = base.read(source, i)
+    record = base.fields(source, i)
     label, name = base.get_field(record, field), record.get(NAME_FIELD)
     if not isinstance(label, str):
       _check_number(label, field, record, classes)

@@ -1,0 +1,103 @@
+"""Class names and prompt templates of the twelve zero-shot sets, and which class a name in the data is.
+
+Data sets number the same classes in different orders: Oxford Pets and EuroSAT have two in use. So a label is what the
+data call its class, looked up here, and not its number.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from diffdis_jax.errors import UserError
+
+_SIGNS = re.compile(r"[_/\s-]+")
+_LETTER = re.compile(r"/[a-z]/")  # in front of SUN397's names
+
+
+class ClassList(NamedTuple):
+  """Classes of a set in torchvision's order.
+
+  Attributes:
+    set_name: in CLIP_benchmark's words.
+    classnames: what goes into the prompts: OpenAI's, but for Pets and EuroSAT (CLIP_benchmark's) in another order.
+    templates: OpenAI's prompt templates, `{}` for the class name.
+    names_in_data: what folders and files of the data call the same classes; empty where it is the same.
+  """
+
+  set_name: str
+  classnames: tuple[str, ...]
+  templates: tuple[str, ...]
+  names_in_data: tuple[str, ...] = ()
+
+
+@functools.cache
+def load() -> dict[str, ClassList]:
+  """Set -> its classes, in the order of the suite's table. The file's sources and licences: zero_shot_sets.LICENSE."""
+  text = importlib.resources.files("diffdis_jax.data.layouts").joinpath("zero_shot_sets.json").read_text("utf-8")
+  return {
+    name: ClassList(name, **{field: tuple(values) for field, values in lists.items()})
+    for name, lists in json.loads(text).items()
+  }
+
+
+def normalised(name: str) -> str:
+  """What the spellings of a class name have in common: `/a/apse/indoor` is `apse indoor`, `F-16A_B` is `f 16a b`."""
+  name = name.strip()
+  return " ".join(_SIGNS.split(name[3:] if _LETTER.match(name) else name)).strip().lower()
+
+
+def match(found: Sequence[str], known: ClassList, *, where: str) -> Int[np.ndarray, " k"]:
+  """The place in `known` of each class of the data.
+
+  Args:
+    found: the data's names in the data's order; not all of the classes need be there.
+    known: of the set.
+    where: they are from, for messages.
+
+  Raises:
+    UserError: a name that is none of them, one that occurs twice, or one that two classes of the set share while the
+      lists differ in order.
+  """
+  index, shared = _index(known)
+  places = np.array([_place(number, name, index, known, where) for number, name in enumerate(found)], np.int64)
+  if any(normalised(name) in shared for name in found):
+    for number, place in enumerate(places):
+      if number != place:
+        raise UserError(
+          f"{where} has a class list of another order: class {number} is {found[number]!r}, which should be class"
+          f" {place}; as {min(shared)!r} is the name of two classes, {known.set_name} needs the usual order"
+        )
+  for number, place in enumerate(places):
+    if (first := int(np.argmax(places == place))) != number:
+      raise UserError(f"{where} has the classes {found[first]!r} and {found[number]!r}, which are the same class")
+  return places
+
+
+def _index(known: ClassList) -> tuple[dict[str, int], set[str]]:
+  """Normalised name -> place, and the names that stand for several places."""
+  index: dict[str, int] = {}
+  shared = set()
+  for names in (known.classnames, known.names_in_data):
+    for place, name in enumerate(map(normalised, names)):
+      if index.setdefault(name, place) != place:
+        shared.add(name)
+  return index, shared
+
+
+def _place(number: int, name: str, index: dict[str, int], known: ClassList, where: str) -> int:
+  if number < len(known.classnames) and normalised(name) == normalised(known.classnames[number]):
+    return number  # of names that several classes share, its own
+  if normalised(name) not in index:
+    raise UserError(
+      f"{where}: class {number} is {name!r}, which is none of the {len(known.classnames)} classes of {known.set_name},"
+      f" such as {known.classnames[0]!r}"
+    )
+  return index[normalised(name)]

@@ -1,0 +1,60 @@
+"""COCO and Flickr30k in the files that CLIP_benchmark reads: captions by image, and the images beside them."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+from typing import Any
+
+from diffdis_jax.data.layouts.labelled import Captioned, Files, Origin
+from diffdis_jax.errors import UserError
+
+ENDING = ".jpg"
+
+
+def read_coco(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Captioned:
+  """Of COCO's annotation format, in the order of the images' numbers, with all the captions of each.
+
+  Raises:
+    UserError: the file is damaged or of another form, or an image has no caption.
+  """
+  captions = collections.defaultdict(list)
+  try:
+    content: Any = json.loads(table.read_text(encoding="utf-8"))
+    for annotation in content["annotations"]:
+      if text := annotation["caption"].strip():
+        captions[annotation["image_id"]].append(text)
+    files = {image["id"]: image["file_name"] for image in content["images"]}
+  except OSError as error:
+    raise UserError(f"cannot read {table}: {error.strerror or error}") from error
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{table} is not of the form of COCO's captions: {error!r}") from error
+  if bare := sorted(number for number in files if not captions[number]):
+    raise UserError(f"{table}: image {bare[0]} has no caption")
+  # Some copies name the image with its folder in front.
+  paths = [images / pathlib.PurePosixPath(files[number]).name for number in sorted(files)]
+  texts = [tuple(captions[number]) for number in sorted(files)]
+  return Captioned(Files(paths), texts, Origin("files", str(table), split))
+
+
+def read_flickr(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Captioned:
+  """Of a line of titles and then IMAGE.jpg,CAPTION, in the order of each image's first line.
+
+  Raises:
+    UserError: a line of another form.
+  """
+  captions = collections.defaultdict(list)
+  try:
+    lines = table.read_text(encoding="utf-8").split("\n")[1:]
+  except (OSError, ValueError) as error:
+    raise UserError(f"cannot read {table}: {error}") from error
+  for number, line in enumerate(lines, 2):
+    if not line.strip():
+      continue
+    name, sign, caption = line.strip().partition(f"{ENDING},")
+    if not sign or not caption.strip():
+      raise UserError(f"{table}, line {number}: {line.strip()[:40]!r} is not IMAGE{ENDING},CAPTION")
+    captions[f"{name}{ENDING}"].append(caption.strip())
+  texts = [tuple(found) for found in captions.values()]
+  return Captioned(Files([images / name for name in captions]), texts, Origin("files", str(table), split))

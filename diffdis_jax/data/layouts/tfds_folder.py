@@ -1,0 +1,102 @@
+"""Folders that TensorFlow Datasets or prepare_data wrote, with records in random access."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from diffdis_jax.data import records
+from diffdis_jax.data.layouts.labelled import Captioned, Named, Origin, Stored
+from diffdis_jax.errors import UserError
+
+INFO = "dataset_info.json"
+PREFERRED = ("test", "val", "validation")  # of prepare_data's splits
+
+
+def find(path: pathlib.Path) -> pathlib.Path | None:
+  """The folder with a data set in it: this one, or NAME/VERSION, NAME/CONFIG/VERSION as TFDS writes, newest version."""
+  found = [file.parent for depth in (INFO, f"*/{INFO}", f"*/*/{INFO}") for file in path.glob(depth)]
+  return max(found, key=_version, default=None)
+
+
+def _version(path: pathlib.Path) -> tuple[int, ...]:
+  parts = path.name.split(".")
+  return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else ()
+
+
+def read(path: pathlib.Path, *, split: str, called: str) -> Named:
+  """Images and labels.
+
+  Args:
+    path: that `find` found.
+    split: of TFDS to read, or a part of one, such as "train[80%:]". Of prepare_data's it is the first of `PREFERRED`.
+    called: what that is for the set, `test` or `val`.
+
+  Raises:
+    UserError: no such records, none in random access, or no class names.
+  """
+  info = records.read_info(path)
+  if "metadata" in info.features:
+    return _prepared(path, info)
+  if split.partition("[")[0] not in info.splits:
+    raise UserError(f"{path} has no split {split}, only {', '.join(sorted(info.splits))}")
+  label: Any = info.features["label"] if "label" in info.features else None
+  names = label.names if label is not None and hasattr(label, "names") else None
+  if "image" not in info.features or not names:
+    raise UserError(f"{path} has no images with a `label` of named classes; its fields are {', '.join(info.features)}")
+  stored = _open(path, split)
+  labels = np.array([int(stored[i]["label"]) for i in range(len(stored))], np.int64)
+  if labels.size and not 0 <= labels.min() <= labels.max() < len(names):
+    raise UserError(f"{path} has labels from {labels.min()} to {labels.max()}, but {len(names)} classes")
+  return Named(Stored(stored), labels, names, Origin("tfds", str(path), called))
+
+
+def read_captions(path: pathlib.Path) -> Captioned:
+  """Of a folder that prepare_data wrote of captions. Raises UserError: it is none."""
+  info = records.read_info(path)
+  if "metadata" not in info.features:
+    raise UserError(f"{path} was not written by prepare_data, which captions are read of: prepare_data coco, flickr30k")
+  split = _split(path, info)
+  pairs = records.open_pairs(path, split=split, num_images=None)
+  captions = []
+  for i in range(len(pairs)):
+    record = pairs[i]
+    captions.append(tuple(records.captions_of(record)) or (record["caption"],))
+  return Captioned(Stored(pairs), captions, Origin("prepared", str(path), split))
+
+
+def _prepared(path: pathlib.Path, info: Any) -> Named:
+  """Of class folders: `class` is the folder's name."""
+  split = _split(path, info)
+  pairs = records.open_pairs(path, split=split, num_images=None)
+  names = [pairs[i].get("class") for i in range(len(pairs))]
+  if not all(isinstance(name, str) for name in names):
+    raise UserError(f"{path} has records without `class`; write it by prepare_data folder, of class folders")
+  classes, labels = np.unique(np.array(names, np.str_), return_inverse=True)
+  origin = Origin("prepared", str(path), "all" if split == "train" else split)
+  return Named(Stored(pairs), labels.astype(np.int64), classes.tolist(), origin)
+
+
+def _split(path: pathlib.Path, info: Any) -> str:
+  """Of a prepared folder. Raises UserError: it has no split to measure on."""
+  if [*info.splits] == ["train"]:  # as prepare_data calls what has no splits
+    return "train"
+  for name in PREFERRED:
+    if name in info.splits:
+      return name
+  raise UserError(f"{path} has the splits {', '.join(sorted(info.splits))}, none of {', '.join(PREFERRED)}")
+
+
+def _open(path: pathlib.Path, split: str) -> Any:
+  import tensorflow_datasets as tfds  # here, since it takes half a second
+
+  builder: Any = tfds.builder_from_directory(path)
+  try:
+    return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+  except NotImplementedError as error:
+    raise UserError(
+      f"{path} holds {builder.info.file_format}, whose records cannot be read by their number; write it anew by"
+      " tfds build --file_format=array_record, or convert it by tfds convert_format"
+    ) from error

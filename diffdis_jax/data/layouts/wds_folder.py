@@ -1,0 +1,115 @@
+"""CLIP_benchmark's folders of webdataset tars, as published under clip-benchmark/wds_NAME.
+
+classnames.txt, zeroshot_classification_templates.txt, dataset_type.txt
+test/nshards.txt, test/0.tar, test/1.tar, ...: s0000000.webp (or .png, .jpg), s0000000.cls (or .txt), ...
+"""
+
+from __future__ import annotations
+
+import pathlib
+import tarfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from diffdis_jax.data.layouts.labelled import Captioned, Member, Members, Named, Origin
+from diffdis_jax.errors import UserError
+
+SPLIT = "test"
+ENDINGS = {"webp", "png", "jpg", "jpeg"}
+Sample = dict[str, Member]  # of one key: ending -> its file, images as `image`
+
+
+def is_one(path: pathlib.Path) -> bool:
+  """Whether such a folder is there."""
+  return (path / SPLIT / "nshards.txt").is_file()
+
+
+def read(path: pathlib.Path) -> Named:
+  """Images and labels of its split `test`, in the order of the tars.
+
+  Raises:
+    UserError: it is no classification set, has no class names, lacks a tar, or holds a label that is no number or that
+      no class has.
+  """
+  if (kind := _kind(path)) != "classification":
+    raise UserError(f"{path} is of type {kind} (dataset_type.txt), not of images with one label each")
+  classes = _lines(path / "classnames.txt")
+  if not classes:
+    raise UserError(f"no {path / 'classnames.txt'}; labels are told by name, and their numbers alone do not say which")
+  samples = list(_samples(path, "cls"))
+  labels = [_label(sample["cls"], len(classes)) for sample in samples]
+  origin = Origin("wds", str(path), SPLIT, tuple(_lines(path / "zeroshot_classification_templates.txt")))
+  return Named(_images(samples), np.array(labels, np.int64), classes, origin)
+
+
+def read_captions(path: pathlib.Path) -> Captioned:
+  """Images and their captions, one a line. Raises UserError: it is no retrieval set, or lacks a tar."""
+  if (kind := _kind(path)) != "retrieval":
+    raise UserError(f"{path} is of type {kind} (dataset_type.txt), not of images with captions")
+  samples = list(_samples(path, "txt"))
+  captions = [tuple(filter(None, map(str.strip, _bytes(sample["txt"]).decode().splitlines()))) for sample in samples]
+  if empty := [number for number, texts in enumerate(captions) if not texts]:
+    raise UserError(f"{path}: image {empty[0]} has no caption")
+  return Captioned(_images(samples), captions, Origin("wds", str(path), SPLIT))
+
+
+def _kind(path: pathlib.Path) -> str:
+  return (_lines(path / "dataset_type.txt") or ["classification"])[0].lower()
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+  """Of a text file; none where there is none."""
+  return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _samples(path: pathlib.Path, field: str) -> Iterator[Sample]:
+  """Of all the tars. Raises UserError: one is missing or damaged, or a sample lacks its image or the field."""
+  count = (path / SPLIT / "nshards.txt").read_text().strip()
+  if not count.isdecimal() or not int(count):
+    raise UserError(f"{path}/{SPLIT}/nshards.txt says {count!r}; it should be the number of tars")
+  for shard in range(int(count)):
+    tar = path / SPLIT / f"{shard}.tar"
+    if not tar.is_file():
+      raise UserError(f"no {tar}, one of {count} by nshards.txt; download it")
+    for key, sample in _samples_of(tar):
+      if lacking := {"image", field} - {*sample}:
+        raise UserError(f"{tar}: {key} has no {min(lacking)}; download it again")
+      yield sample
+
+
+def _samples_of(path: pathlib.Path) -> Iterator[tuple[str, Sample]]:
+  """Key and files of each sample, which lie one after the other."""
+  before, sample = "", Sample()
+  try:
+    with tarfile.open(path, "r:") as tar:
+      for entry in tar:
+        folder, _, name = entry.name.rpartition("/")
+        key, _, ending = name.partition(".")
+        if not entry.isfile():
+          continue
+        if f"{folder}/{key}" != before and sample:
+          yield before, sample
+          sample = Sample()
+        before = f"{folder}/{key}"
+        ending = ending.lower()
+        sample["image" if ending in ENDINGS else ending] = Member(path, entry.offset_data, entry.size)
+  except tarfile.TarError as error:
+    raise UserError(f"{path} is damaged ({error}); download it again") from error
+  if sample:
+    yield before, sample
+
+
+def _label(member: Member, classes: int) -> int:
+  text = _bytes(member).decode(errors="replace").strip()
+  if not text.isdecimal() or int(text) >= classes:
+    raise UserError(f"{member.path} has the label {text!r}; there are {classes} classes, counted from 0")
+  return int(text)
+
+
+def _bytes(member: Member) -> bytes:
+  return Members([member])[0]
+
+
+def _images(samples: Sequence[Sample]) -> Members:
+  return Members([sample["image"] for sample in samples])

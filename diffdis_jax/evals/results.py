@@ -1,0 +1,111 @@
+"""The file of results: {task: {data set: record}}, written after each set, so that a second call goes on from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import processes
+from diffdis_jax.run import files
+
+Results = dict[str, dict[str, dict[str, Any]]]
+RECORD = {"dataset", "model", "pretrained", "task", "metrics", "language", "protocol"}
+AFTERWARDS = ("reference", "kid_subset_size")  # of a protocol: known when the set is measured
+MEAN = ("mean_over_", "mean_of_")
+
+
+def read(path: str) -> Results:
+  """Of a file that `evaluate` wrote.
+
+  Raises:
+    UserError: there is none, or it is something else.
+  """
+  try:
+    found = json.loads(epath.Path(path).read_text())
+  except (OSError, ValueError) as error:
+    raise UserError(f"cannot read results from {path}: {error}; it should be what evaluate --out wrote") from error
+  tasks = found.values() if isinstance(found, dict) and found else [None]
+  for task in tasks:
+    for record in task.values() if isinstance(task, dict) else [None]:
+      if not isinstance(record, dict) or not RECORD <= record.keys():
+        raise UserError(f"{path} holds no results of evaluate, which are {{task: {{data set: record}}}}")
+  return found
+
+
+def is_mean(dataset: str) -> bool:
+  """Whether a record of this name is a mean over others."""
+  return dataset.startswith(MEAN)
+
+
+class ResultFile:
+  """Results of a suite, on the disk after each set. Means over sets are written at the end, and not read back.
+
+  Args:
+    path: of the file; what is in it, if anything, is gone on from.
+
+  Raises:
+    UserError: the file is there and holds no results.
+  """
+
+  def __init__(self, path: str):
+    self._path, self.results = path, {}
+    if epath.Path(path).exists():
+      for task, records in read(path).items():
+        self.results[task] = {name: record for name, record in records.items() if not is_mean(name)}
+
+  def has(self, task: str, dataset: str, protocol: Mapping[str, Any]) -> bool:
+    """Whether the set is measured; the same on every process.
+
+    Raises:
+      UserError: it is, by another protocol or with other weights.
+    """
+    record = self.results.get(task, {}).get(dataset)
+    if record is not None and (different := differences([record["protocol"], protocol], ignored=AFTERWARDS)):
+      field, (before, now) = next(iter(different.items()))
+      raise UserError(
+        f"--out={self._path} has {dataset} by another protocol, {field} {_short(before)} where this measurement has"
+        f" {_short(now)}; name a new file, or remove it"
+      )
+    found = bool(processes.from_first(np.uint8(record is not None)))
+    if found:
+      logging.info("%s: %s is already in %s", task, dataset, self._path)
+    return found
+
+  def write(self) -> None:
+    """On process 0. Raises UserError: the file cannot be written."""
+    write(self._path, self.results)
+
+
+def write(path: str, results: Mapping[str, Any]) -> None:
+  """On process 0. Raises UserError: it cannot be written."""
+  if processes.is_first():
+    write_text(path, json.dumps(results, indent=2) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+  """Raises UserError: it cannot be written."""
+  out = epath.Path(path)
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(out, text.encode())
+  except OSError as error:
+    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+
+
+def differences(protocols: Iterable[Mapping[str, Any]], *, ignored: Iterable[str] = ()) -> dict[str, list[Any]]:
+  """Field -> its value in each of the protocols, of the fields in which they differ; None where one lacks it."""
+  plain = [json.loads(json.dumps(dict(protocol))) for protocol in protocols]
+  fields = dict.fromkeys(field for protocol in plain for field in protocol if field not in {*ignored})
+  values = {field: [protocol.get(field) for protocol in plain] for field in fields}
+  return {field: found for field, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _short(value: Any) -> str:
+  text = json.dumps(value, ensure_ascii=False)
+  return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,219 @@
+"""The paper's benchmarks: which sets they are of, what has to be there before they are measured, and their means.
+
+The paper says that zero-shot classification is measured on twelve sets, not which; these are FILIP's and NLIP's twelve.
+Their splits, prompts and metrics are not stated by the paper: OpenAI's templates, and the metric that is usual for the
+set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from diffdis_jax import evals
+from diffdis_jax.data import records, transforms
+from diffdis_jax.data.layouts import class_lists, find
+from diffdis_jax.data.layouts.labelled import Captioned, Labelled
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import base, prompts
+from diffdis_jax.evals.base import Eval
+from diffdis_jax.evals.fid import Fid
+from diffdis_jax.evals.retrieval import Retrieval
+from diffdis_jax.evals.zero_shot import ZeroShot
+
+SINGLE_TEMPLATE = "a photo of a {}."
+DECODED = 10  # images of a set, drawn at random, that have to be images before it is measured
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkSet:
+  """A data set of a suite.
+
+  Attributes:
+    title: of its column.
+    task: that is measured on it.
+    counts: split -> how many images it has, where copies differ, the numbers of each.
+    metric: of zero-shot classification, the figure that counts.
+  """
+
+  title: str
+  task: str
+  counts: Mapping[str, Sequence[int]]
+  metric: str = "acc1"
+
+
+def _labelled(title: str, metric: str = "acc1", **counts: int | tuple[int, ...]) -> BenchmarkSet:
+  by_split = {split: (count,) if isinstance(count, int) else count for split, count in counts.items()}
+  return BenchmarkSet(title, "zero_shot", by_split, metric)
+
+
+PER_CLASS = "mean_per_class_recall"
+# Where a set has no split of its own, `all` of it is measured, or, of a copy that has one, VTAB's or TFDS' `test`.
+ZERO_SHOT12 = {
+  "cifar10": _labelled("CIFAR-10", test=10_000),
+  "cifar100": _labelled("CIFAR-100", test=10_000),
+  "caltech101": _labelled("Caltech-101", PER_CLASS, test=6_084, all=9_144),
+  "cars": _labelled("Cars", test=8_041),
+  "flowers": _labelled("Flowers", PER_CLASS, test=6_149),
+  "food101": _labelled("Food-101", test=25_250),
+  "sun397": _labelled("SUN397", test=(21_750, 19_850), all=(108_754, 108_753)),
+  "dtd": _labelled("DTD", test=1_880),
+  "fgvc_aircraft": _labelled("Aircraft", PER_CLASS, test=3_333),
+  "pets": _labelled("Pets", PER_CLASS, test=3_669),
+  "eurosat": _labelled("EuroSAT", test=5_400, all=27_000),
+  "imagenet1k": _labelled("ImageNet", val=50_000),
+}
+RETRIEVAL = {
+  "mscoco_captions": BenchmarkSet("MSCOCO", "retrieval", {"test": (5_000,)}),
+  "flickr30k": BenchmarkSet("Flickr30k", "retrieval", {"test": (1_000,)}),
+}
+FID = {"mscoco_val2014": BenchmarkSet("MSCOCO val2014", "fid", {"val2014": (40_504,)})}
+SETS = ZERO_SHOT12 | RETRIEVAL | FID
+SUITES = {"zero_shot12": ZERO_SHOT12, "retrieval": RETRIEVAL, "fid": FID, "paper": SETS}
+
+
+def sections(
+  suite: str, root: str, *, objectives: Collection[str], image_size: int
+) -> list[tuple[str, dict[str, Any]]]:
+  """(data set, what its evaluation takes) of the sets of a suite that lie under `root`; the others are warned of.
+
+  Args:
+    suite: one of `SUITES`.
+    root: folder of the data sets.
+    objectives: that the run was trained for. Of the suite `paper`, what it was not trained for is left out.
+    image_size: of the run.
+
+  Raises:
+    UserError: no such folder, or none of the sets in it.
+  """
+  if not pathlib.Path(root).is_dir():
+    raise UserError(f"no folder --data_root={root}; it should hold the data sets, each in a folder of its name")
+  able = {task for task, any_of in evals.MEASURES.items() if suite != "paper" or {*any_of} & {*objectives}}
+  for task in sorted({each.task for each in SUITES[suite].values()} - able):
+    logging.warning("%s is left out: the run's objectives are %s", task, ", ".join(objectives))
+  wanted = {name: each for name, each in SUITES[suite].items() if each.task in able}
+  there = [name for name in wanted if find.is_there(pathlib.Path(root), name)]
+  missing = [name for name in wanted if name not in there]
+  if not there:
+    looked = "; ".join(f"{name}: {', '.join(find.folders(name))}" for name in missing)
+    raise UserError(f"no data set of {suite} in --data_root={root}; its folders were looked for: {looked}")
+  if missing:
+    logging.warning("%s: not in %s, and so not measured: %s", suite, root, ", ".join(missing))
+  return [(name, _section(name, root, image_size)) for name in there]
+
+
+def _section(name: str, root: str, image_size: int) -> dict[str, Any]:
+  section: dict[str, Any] = {
+    "task": SETS[name].task,
+    "data": {"name": name, "path": root, "image_size": image_size},
+  }
+  if name in ZERO_SHOT12:
+    known = class_lists.load()[name]
+    section |= {"classnames": known.classnames, "templates": known.templates}
+    section |= {"single_template": SINGLE_TEMPLATE, "metric": SETS[name].metric}
+  return section
+
+
+def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
+  """Whether the data of an evaluation are the set that they are said to be.
+
+  Args:
+    name: of the set.
+    evaluation: made of its section.
+    incomplete: let pass another number of images, and classes without any.
+
+  Raises:
+    UserError: another number of images than the published one, a class without images, an image that is none, or a
+      template that came with the data and has no place for the class name.
+  """
+  source = evaluation.source if isinstance(evaluation, ZeroShot | Retrieval | Fid) else None
+  if not isinstance(source, Labelled | Captioned):
+    return
+  counts = SETS[name].counts
+  expected = counts.get(source.origin.split, ()) if source.origin.layout == "torchvision" else ()
+  expected = expected or [count for several in counts.values() for count in several]
+  if len(source) not in expected and not incomplete:
+    said = " or ".join(f"{count:,}" for count in expected)
+    raise UserError(
+      f"{name} in {source.origin.path} has {len(source):,} images, and should have {said}; download it anew, or give"
+      " --incomplete to measure what is there"
+    )
+  if isinstance(source, Labelled):
+    _check_classes(name, source, incomplete)
+  for index in np.random.default_rng(0).permutation(len(source))[:DECODED]:
+    _check_image(name, source, int(index))
+
+
+def _check_classes(name: str, source: Labelled, incomplete: bool) -> None:
+  absent = np.setdiff1d(np.arange(len(source.classnames)), source.labels)
+  if absent.size and not incomplete:
+    raise UserError(
+      f"{name} in {source.origin.path} has no image of {absent.size} of {len(source.classnames)} classes, such as"
+      f" {source.classnames[absent[0]]!r}; download it anew, or give --incomplete to measure what is there"
+    )
+  ours = class_lists.load()[name].templates
+  theirs = source.origin.templates and prompts.resolve_templates(source.origin.templates)
+  if theirs and [prompts.fill(template, "{}") for template in theirs] != [*ours]:
+    logging.warning("%s: %d templates came with the data, and OpenAI's %d are used", name, len(theirs), len(ours))
+
+
+def _check_image(name: str, source: Labelled | Captioned, index: int) -> None:
+  try:
+    image = source[index]["image"]
+    decoded = transforms.decode(image) if isinstance(image, np.ndarray) else records.read_image(image)
+    decoded.load()
+  except records.Unusable as error:
+    raise UserError(f"{name} in {source.origin.path}: image {index} is no use: {error}; download it anew") from error
+
+
+def is_whole(name: str, record: Mapping[str, Any]) -> bool:
+  """Whether a result is of a whole published split, and no leak test."""
+  protocol = record["protocol"]
+  counts = {count for several in SETS[name].counts.values() for count in several}
+  return protocol["num_images"] in counts and not protocol.get("shuffle_labels")
+
+
+def means(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(task, record) of the means over the sets that were measured.
+
+  Of zero-shot classification the unweighted mean of each set's own metric, of retrieval that of recall@1 both ways. Its
+  name is `mean_over_12`, or `mean_over_2`, if all the sets are there, whole; else `mean_of_k`.
+  """
+  for task, wanted in (("zero_shot", ZERO_SHOT12), ("retrieval", RETRIEVAL)):
+    found = {name: results[task][name] for name in wanted if name in results.get(task, {})}
+    if not found:
+      continue
+    whole = len(found) == len(wanted) and all(is_whole(name, record) for name, record in found.items())
+    name = f"mean_over_{len(wanted)}" if whole else f"mean_of_{len(found)}"
+    first = next(iter(found.values()))
+    yield (
+      task,
+      base.make_record(
+        dataset=name,
+        model=first["model"],
+        pretrained=first["pretrained"],
+        task=first["task"],
+        metrics=_zero_shot_means(found) if task == "zero_shot" else _retrieval_means(found),
+        protocol={"sets": {each: record["protocol"]["num_images"] for each, record in found.items()}, "whole": whole},
+      ),
+    )
+
+
+def figure(name: str, record: Mapping[str, Any], *, single: bool = False) -> float:
+  """A set's own metric of zero-shot classification, of all its templates or of the single one."""
+  return record["metrics"][f"{SETS[name].metric}{'_single_template' if single else ''}"]
+
+
+def _zero_shot_means(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+  mean = lambda single: float(np.mean([figure(name, record, single=single) for name, record in found.items()]))
+  return {"mean": mean(False), "mean_single_template": mean(True)}
+
+
+def _retrieval_means(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+  ways = ("image_retrieval_recall@1", "text_retrieval_recall@1")
+  return {"mean_recall@1": float(np.mean([record["metrics"][way] for record in found.values() for way in ways]))}

@@ -1,0 +1,185 @@
+"""Results as Markdown in the paper's layout, of one file or of several side by side."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import results as result_files
+from diffdis_jax.evals import suites
+from diffdis_jax.evals.results import Results, differences, is_mean
+
+NONE = "–"
+# What two models may differ in and still be measured alike.
+OF_A_MODEL = ("weights", "checkpoint", "ema")
+# From the paper's appendix, Tables 1 and 4; of no other cell is its figure known. Its models are trained on CC3M.
+PAPER: dict[str, dict[str, str]] = {
+  "the paper's DiffDis": {"imagenet1k": "25.92", "mean R@1": "33.60", "fid": "9.80"},
+  "the paper's CLIP ViT-B/32": {"imagenet1k": "16.7"},
+  "the paper's CLIP ViT-L/14": {"imagenet1k": "21.1"},
+}
+PAPER_NOTE = (
+  "The paper's models are trained on CC3M. Of its means over twelve sets only differences are known: DiffDis is 1.65"
+  " points above single-task models, and 4.7 above CLIP. It does not say which twelve sets, splits and prompts."
+)
+Row = tuple[str, list[str]]
+
+
+def compare(paths: Sequence[str], out: str) -> None:
+  """Writes the results of several files as one table.
+
+  Raises:
+    UserError: a file that holds no results, one that is named twice, or a table that is not named .md.
+  """
+  if not out.endswith(".md"):
+    raise UserError(f"--out={out} should name the Markdown table to write, such as F.md")
+  if len(set(paths)) < len(paths):
+    raise UserError(f"--compare={','.join(paths)} names a file twice")
+  names = [pathlib.PurePath(path).stem for path in paths]
+  titles = names if len(set(names)) == len(names) else paths
+  found = {title: result_files.read(path) for title, path in zip(titles, paths, strict=True)}
+  result_files.write_text(out, table(found))
+
+
+def table(by_name: Mapping[str, Results]) -> str:
+  """One row a file of results, with the paper's row under them; what is measured by different protocols is marked.
+
+  Args:
+    by_name: what a row is called -> its results.
+  """
+  notes: list[str] = []
+  parts = [_zero_shot(by_name, notes), _retrieval(by_name, notes), _fid(by_name, notes), _others(by_name, notes)]
+  text = "\n\n".join(part for part in parts if part)
+  if notes:
+    notes = ["† Measured by different protocols, and so not to be compared as they stand:", "", *notes]
+    text += "\n\n" + "\n".join(notes)
+  return text + "\n"
+
+
+def _zero_shot(by_name: Mapping[str, Results], notes: list[str]) -> str:
+  names = [*suites.ZERO_SHOT12]
+  if not any(name in results.get("zero_shot", {}) for results in by_name.values() for name in names):
+    return ""
+  marks = {name: _mark("zero_shot", name, by_name, notes) for name in names}
+  rows: list[Row] = []
+  for title, results in by_name.items():
+    found = results.get("zero_shot", {})
+    for suffix, single in (("", False), (", single template", True)):
+      cells = [_percent(suites.figure(name, found[name], single=single) if name in found else None) for name in names]
+      rows.append((f"{title}{suffix}", [*cells, _mean(found, "mean_single_template" if single else "mean")]))
+  rows += [
+    (title, [*(known.get(name, NONE) for name in names), NONE])
+    for title, known in PAPER.items()
+    if "imagenet1k" in known
+  ]
+  heads = [*(suites.SETS[name].title + marks[name] for name in names), f"mean over 12{max(marks.values())}"]
+  per_class = ", ".join(suites.SETS[name].title for name in names if suites.SETS[name].metric == suites.PER_CLASS)
+  note = f"Top-1 accuracy in per cent, the mean over classes for {per_class}. {PAPER_NOTE}"
+  return f"## Zero-shot classification\n\n{_markdown(heads, rows)}\n\n{note}"
+
+
+def _mean(found: Mapping[str, Any], metric: str) -> str:
+  """The mean over 12, or that of so many as there are, said so."""
+  name, record = next(((name, record) for name, record in found.items() if is_mean(name)), ("", None))
+  if record is None:
+    return NONE
+  value = f"{100 * record['metrics'][metric]:.2f}"
+  if record["protocol"]["whole"]:
+    return value
+  whole = all(name in suites.SETS and size in _sizes(name) for name, size in record["protocol"]["sets"].items())
+  return f"{name.replace('_', ' ')}{'' if whole else ', not whole'}: {value}"
+
+
+def _sizes(name: str) -> set[int]:
+  return {count for counts in suites.SETS[name].counts.values() for count in counts}
+
+
+def _retrieval(by_name: Mapping[str, Results], notes: list[str]) -> str:
+  names = [*suites.RETRIEVAL]
+  if not any(name in results.get("retrieval", {}) for results in by_name.values() for name in names):
+    return ""
+  ways = {"text → image": "image_retrieval_recall@1", "image → text": "text_retrieval_recall@1"}
+  marks = {name: _mark("retrieval", name, by_name, notes) for name in names}
+  heads = [f"{suites.SETS[name].title} {way}{marks[name]}" for name in names for way in ways]
+  rows: list[Row] = []
+  for title, results in by_name.items():
+    found = results.get("retrieval", {})
+    cells = [
+      _percent(found[name]["metrics"][metric] if name in found else None) for name in names for metric in ways.values()
+    ]
+    rows.append((title, [*cells, _mean(found, "mean_recall@1")]))
+  rows += [(title, [*[NONE] * len(heads), known["mean R@1"]]) for title, known in PAPER.items() if "mean R@1" in known]
+  return f"## Retrieval\n\n{_markdown([*heads, f'mean R@1{max(marks.values())}'], rows)}\n\nRecall at 1 in per cent."
+
+
+def _fid(by_name: Mapping[str, Results], notes: list[str]) -> str:
+  names = [*dict.fromkeys(name for results in by_name.values() for name in results.get("fid", {}))]
+  if not names:
+    return ""
+  heads, columns = [], []
+  for name in names:
+    mark = _mark("fid", name, by_name, notes)
+    title = suites.SETS[name].title if name in suites.SETS else name
+    for metric, shown, digits in (("fid", "FID", 2), ("kid", "KID × 1000", 3), ("num_images", "images", 0)):
+      heads.append(f"{title} {shown}{mark}")
+      columns.append((name, metric, digits))
+  rows: list[Row] = []
+  for title, results in by_name.items():
+    metrics = {name: record["metrics"] for name, record in results.get("fid", {}).items()}
+    cells = []
+    for name, metric, digits in columns:
+      value = metrics.get(name, {}).get(metric)
+      cells.append(NONE if value is None else f"{value * (1000 if metric == 'kid' else 1):.{digits}f}")
+    rows.append((title, cells))
+  paper = [PAPER["the paper's DiffDis"]["fid"], *[NONE] * (len(heads) - 1)]
+  note = "The paper says of its FID that it is of images drawn for MSCOCO's captions, and not how many."
+  rows.append(("the paper's DiffDis", paper))
+  return f"## FID\n\n{_markdown(heads, rows)}\n\n{note}"
+
+
+def _others(by_name: Mapping[str, Results], notes: list[str]) -> str:
+  """Sets that are no part of a suite: every metric a line."""
+  keys = dict.fromkeys(
+    (task, name, metric)
+    for results in by_name.values()
+    for task, records in results.items()
+    for name, record in records.items()
+    if name not in suites.SETS and not is_mean(name) and task != "fid"
+    for metric in record["metrics"]
+  )
+  if not keys:
+    return ""
+  marks = {key[:2]: _mark(*key[:2], by_name, notes) for key in keys}
+  rows: list[Row] = []
+  for task, name, metric in keys:
+    values = [results.get(task, {}).get(name, {}).get("metrics", {}).get(metric) for results in by_name.values()]
+    shown = [NONE if value is None else f"{value:.4f}" for value in values]
+    rows.append((f"{task}, {name}, {metric}{marks[task, name]}", shown))
+  return f"## Other sets\n\n{_markdown([*by_name], rows)}"
+
+
+def _mark(task: str, name: str, by_name: Mapping[str, Results], notes: list[str]) -> str:
+  """A dagger where the protocols of the files differ for this set, and how they differ among the notes."""
+  found = {title: results[task][name] for title, results in by_name.items() if name in results.get(task, {})}
+  different = differences([record["protocol"] for record in found.values()], ignored=OF_A_MODEL)
+  for field, values in different.items():
+    said = "; ".join(f"{title}: {_short(value)}" for title, value in zip(found, values, strict=True))
+    notes.append(f"- {task}, {name}, {field}: {said}")
+  return " †" if different else ""
+
+
+def _short(value: Any) -> str:
+  text = "none" if value is None else json.dumps(value, ensure_ascii=False)
+  return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _percent(value: float | None) -> str:
+  return NONE if value is None else f"{100 * value:.2f}"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Row]) -> str:
+  lines = [["", *heads], ["---"] * (len(heads) + 1), *([title, *cells] for title, cells in rows)]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)

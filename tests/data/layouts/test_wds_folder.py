@@ -1,0 +1,111 @@
+"""CLIP_benchmark's tars, written as its builder writes them, and read as its reader reads them."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffdis_jax.data import sources, transforms
+from diffdis_jax.data.layouts import class_lists, find, wds_folder
+from diffdis_jax.errors import UserError
+from tests.benchmark_sets import write_wds
+from tests.raw_pairs import encode, picture
+
+PETS = ("Pug", "Boxer", "Abyssinian")  # any order: labels go by name
+LABELS = (2, 0, 1, 1, 0, 2, 2)
+
+
+def write(folder, endings=("webp",), **changes):
+  samples = []
+  for i, label in enumerate(LABELS):
+    ending = endings[i % len(endings)]
+    kind = {"webp": "WEBP", "png": "PNG", "jpg": "JPEG"}[ending]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    image = Image.open(io.BytesIO(picture(i))).convert("RGB")
+    samples.append({ending: encode(image, kind, **options), "cls": f"{label}\n".encode()})
+  write_wds(folder, samples, **{"classnames": PETS, "templates": ("a photo of a {c}.",), **changes})
+
+
+def read_as_clip_benchmark(folder):
+  """Its tars by number, a tar's files in their order, grouped by key; pixels and label."""
+  found = []
+  for shard in range(int((folder / "test/nshards.txt").read_text())):
+    with tarfile.open(folder / f"test/{shard}.tar") as tar:
+      for member in tar:
+        key, ending = member.name.split(".")
+        if not found or found[-1]["key"] != key:
+          found.append({"key": key})
+        found[-1]["label" if ending == "cls" else "image"] = tar.extractfile(member).read()
+  pixels = [np.asarray(Image.open(io.BytesIO(sample["image"])).convert("RGB")) for sample in found]
+  return pixels, [int(sample["label"]) for sample in found]
+
+
+@pytest.mark.parametrize("endings", [("webp",), ("png", "jpg", "webp")])
+@pytest.mark.parametrize("folder", ["pets", "wds_pets", "wds_vtab-pets"])
+def test_same_pixels_labels_and_order(tmp_path, folder, endings):
+  write(tmp_path / folder, endings)
+  pixels, labels = read_as_clip_benchmark(tmp_path / folder)
+  read = find.find_labelled(tmp_path, "pets")
+  ours = read()
+  assert ours.labels.tolist() == labels == list(LABELS) and len(ours.images) == 7
+  for i, expected in enumerate(pixels):
+    np.testing.assert_array_equal(np.asarray(transforms.decode(ours.images[i])), expected)
+  np.testing.assert_array_equal(pixels[0], np.asarray(Image.open(io.BytesIO(picture(0)))))
+  assert (ours.origin.layout, ours.origin.split, ours.origin.templates) == ("wds", "test", ("a photo of a {c}.",))
+  source = sources.open_source(name="pets", path=tmp_path, image_size=8)
+  assert [source[i]["class"] for i in range(7)] == [PETS[label] for label in LABELS]
+  assert source.labels[0] == class_lists.load()["pets"].classnames.index("Abyssinian") == 0
+
+
+def test_one_label_a_class_of_another_order(tmp_path):
+  """Where names do not tell, as of ImageNet, the order has to be the usual one."""
+  names = class_lists.load()["imagenet1k"].classnames
+  write(tmp_path / "imagenet1k", classnames=names)
+  assert sources.open_source(name="imagenet1k", path=tmp_path, image_size=8).labels.tolist() == list(LABELS)
+  (tmp_path / "imagenet1k/classnames.txt").write_text("\n".join([names[1], names[0], *names[2:]]))
+  with pytest.raises(UserError, match="class list of another order: class 0 is 'goldfish', which should be class 1"):
+    sources.open_source(name="imagenet1k", path=tmp_path, image_size=8)
+
+
+@pytest.mark.parametrize(
+  ("file", "content", "message"),
+  [
+    ("classnames.txt", "Pug\nBoxer\n", "has the label '2'; there are 2 classes, counted from 0"),
+    ("classnames.txt", "", "no .*classnames.txt; labels are told by name"),
+    ("classnames.txt", "Pug\nBoxer\nLynx\n", "class 2 is 'Lynx', which is none of the 37 classes of pets"),
+    ("test/nshards.txt", "4", "no .*3.tar, one of 4 by nshards.txt"),
+    ("test/nshards.txt", "many", "says 'many'; it should be the number of tars"),
+    ("dataset_type.txt", "multilabel", "is of type multilabel"),
+    ("test/1.tar", "x" * 600, "1.tar is damaged"),
+  ],
+)
+def test_damage_is_one_line(tmp_path, file, content, message):
+  write(tmp_path / "pets")
+  (tmp_path / "pets" / file).write_text(content)
+  with pytest.raises(UserError, match=message) as error:
+    sources.open_source(name="pets", path=tmp_path, image_size=8)
+  assert "\n" not in str(error.value)
+
+
+def test_a_sample_without_its_label(tmp_path):
+  write_wds(tmp_path / "pets", [{"png": picture(0), "cls": b"0"}, {"png": picture(1)}], classnames=PETS)
+  with pytest.raises(UserError, match="0.tar: /s0000001 has no cls"):
+    sources.open_source(name="pets", path=tmp_path, image_size=8)
+
+
+def test_captions(tmp_path):
+  texts = [["a cat", "the cat, again"], ["a dog"]]
+  write_wds(
+    tmp_path / "wds_mscoco_captions",
+    [{"jpg": picture(i, "JPEG"), "txt": "\n".join(lines).encode()} for i, lines in enumerate(texts)],
+    kind="retrieval",
+  )
+  source = sources.open_source(name="mscoco_captions", path=tmp_path, image_size=8)
+  assert [source[i]["captions"] for i in range(2)] == texts
+  assert source[1]["image"] == picture(1, "JPEG") and source.fields(1)["caption"] == "a dog"
+  with pytest.raises(UserError, match="is of type retrieval"):
+    wds_folder.read(tmp_path / "wds_mscoco_captions")

@@ -1,0 +1,295 @@
+"""The paper's suites over tiny copies of all the sets, with a model that sees a colour and knows its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffdis_jax import evals
+from diffdis_jax.data import sources
+from diffdis_jax.data.layouts import class_lists, labelled
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import base, results, suites, tables
+from tests.benchmark_sets import TORCHVISION, write_coco, write_flickr, write_wds
+from tests.raw_pairs import encode
+
+SIZE = 8
+
+
+def coloured(number):
+  """A picture of one colour that says a number."""
+  return np.full((SIZE, SIZE, 3), (number % 256, number // 256, 0), np.uint8)
+
+
+def write_coloured(root, name):
+  """A set whose pictures say their class, one of each, in tars, in the order of a permutation."""
+  known = class_lists.load()[name]
+  labels = np.random.default_rng(1).permutation(len(known.classnames)).tolist()
+  samples = [{"png": encode(Image.fromarray(coloured(label))), "cls": str(label).encode()} for label in labels]
+  templates = [template.replace("{}", "{c}") for template in known.templates]
+  write_wds(root / f"wds_{name}", samples, per_tar=500, classnames=known.classnames, templates=templates)
+
+
+class Inference:
+  """Embeds a text by the class name that it holds, and a picture by the name of the class that its colour says."""
+
+  image_size, max_length, protocol = SIZE, 77, {"steps": 1}
+
+  def __init__(self, name):
+    known = class_lists.load()[name]
+    vectors = np.random.default_rng(0).normal(size=(len(known.classnames), 64)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    by_name = dict(zip(known.classnames, vectors))
+    self._pictures = np.stack([by_name[name] for name in known.classnames])
+    templates = (*known.templates, "a photo of a {}.")
+    self._texts = {template.replace("{}", name): vector for name, vector in by_name.items() for template in templates}
+
+  def embed_texts(self, params, texts):
+    return np.stack([self._texts[text] for text in texts])
+
+  def embed_images(self, params, images, *, seed):
+    shown = images[np.arange(len(images))].astype(int)
+    return self._pictures[shown[:, 0, 0, 0] + 256 * shown[:, 0, 0, 1]]
+
+
+@pytest.fixture(autouse=True)
+def as_texts(monkeypatch):
+  """The model gets the texts themselves."""
+  monkeypatch.setattr(base, "Tokenizer", lambda length: list)
+
+
+def sections(root, suite="zero_shot12", **settings):
+  made = suites.sections(suite, str(root), objectives=("discrimination",), image_size=SIZE)
+  return {name: evals.create(**section, **settings) for name, section in made}
+
+
+def record(name, evaluation, metrics, inference):
+  protocol = {**evaluation.protocol(inference), "checkpoint": 1}
+  return base.make_record(
+    dataset=name, model="m", pretrained="run", task=evaluation.task, metrics=metrics, protocol=protocol
+  )
+
+
+SMALL = [name for name in suites.ZERO_SHOT12 if name != "imagenet1k"]
+
+
+def test_the_table_is_the_twelve_of_the_class_lists():
+  assert [*suites.ZERO_SHOT12] == [*class_lists.load()] and len(suites.ZERO_SHOT12) == 12
+  per_class = {name for name, each in suites.ZERO_SHOT12.items() if each.metric == "mean_per_class_recall"}
+  assert per_class == {"caltech101", "flowers", "fgvc_aircraft", "pets"}
+
+
+def test_every_figure_is_right_and_at_chance_when_images_are_shuffled(tmp_path):
+  """The model knows texts and pictures by their contents alone, so that labels in a wrong order would show."""
+  for name in SMALL:
+    write_coloured(tmp_path, name)
+  honest, shuffled = sections(tmp_path), sections(tmp_path, shuffle_labels=True)
+  assert [*honest] == SMALL
+  for name in SMALL:
+    inference, count = Inference(name), len(honest[name].labels)
+    metrics = honest[name].run(inference, {})
+    assert {metrics[key] for key in metrics if not key.startswith("lowest")} == {1.0}
+    leaked, chance = shuffled[name].run(inference, {}), 1 / count
+    bound = 3 * (chance * (1 - chance) / count) ** 0.5
+    for key in ("acc1", "acc1_single_template", "mean_per_class_recall"):
+      assert abs(leaked[key] - chance) <= bound, (name, key)
+    protocol = json.loads(json.dumps(honest[name].protocol(inference)))
+    known = class_lists.load()[name]
+    assert protocol["templates"] == [*known.templates] and protocol["single_template"] == "a photo of a {}."
+    assert protocol["data"] == {"layout": "wds", "split": "test"} and protocol["ties"] == "count as wrong"
+
+
+def test_imagenets_equal_names_are_ties(tmp_path):
+  write_coloured(tmp_path, "imagenet1k")
+  ((_, evaluation),) = sections(tmp_path).items()
+  inference = Inference("imagenet1k")
+  protocol = evaluation.protocol(inference)
+  assert len(protocol["templates"]) == 80 and sorted(protocol["equal_names"]) == ["missile", "sunglasses"]
+  assert evaluation.run(inference, {})["acc1"] == pytest.approx(0.996)
+
+
+def source_of(count, *, split="test", layout="wds", absent=(), broken=(), name="cifar10", templates=()):
+  """As a reader gives it, without files."""
+  known = class_lists.load()[name]
+  labels = np.array([i % len(known.classnames) for i in range(count)])
+  labels[np.isin(labels, absent)] = 0
+  picture = encode(Image.fromarray(coloured(0)))
+  images = [b"" if i in broken else picture for i in range(count)]
+  origin = labelled.Origin(layout, "/data/x", split, templates)
+  return labelled.Labelled(images, labels, known.classnames, origin)
+
+
+def made(monkeypatch, source, name="cifar10"):
+  monkeypatch.setattr(sources, "open_source", lambda **data: source)
+  section = suites._section(name, "/data", SIZE)
+  return evals.create(**section)
+
+
+def test_what_is_checked_before_measuring(monkeypatch):
+  monkeypatch.setitem(suites.SETS, "cifar10", dataclasses.replace(suites.SETS["cifar10"], counts={"test": (1_040,)}))
+  check = lambda source, name="cifar10", incomplete=False: suites.check(
+    name, made(monkeypatch, source, name), incomplete=incomplete
+  )
+  check(source_of(1_040))
+  message = "cifar10 in /data/x has 1,039 images, and should have 1,040; download it anew, or give --incomplete"
+  with pytest.raises(UserError, match=message):
+    check(source_of(1_039))
+  check(source_of(30), incomplete=True)
+  with pytest.raises(UserError, match="has no image of 1 of 10 classes, such as 'bird'"):
+    check(source_of(1_040, absent=(2,)))
+  check(source_of(30, absent=(2,)), incomplete=True)
+  with pytest.raises(UserError, match="cifar10 in /data/x: image 3 is no use: missing image"):
+    check(source_of(5, broken=(3,)), incomplete=True)
+  with pytest.raises(UserError, match="template 'a photo' has no place for the class name"):
+    check(source_of(1_040, templates=("a photo",)))
+
+
+def test_a_set_without_a_split_is_whole_or_its_published_part(monkeypatch):
+  counts = {"test": (10, 30), "all": (50,)}
+  monkeypatch.setitem(suites.SETS, "eurosat", dataclasses.replace(suites.SETS["eurosat"], counts=counts))
+  check = lambda source: suites.check("eurosat", made(monkeypatch, source, "eurosat"), incomplete=False)
+  for count in (10, 30, 50):  # tars do not say which
+    check(source_of(count, name="eurosat"))
+  with pytest.raises(UserError, match="eurosat in /data/x has 20 images, and should have 10 or 30 or 50"):
+    check(source_of(20, name="eurosat"))
+  with pytest.raises(UserError, match="eurosat in /data/x has 10 images, and should have 50"):
+    check(source_of(10, name="eurosat", split="all", layout="torchvision"))
+
+
+def test_what_is_looked_for(tmp_path, caplog):
+  make = lambda suite, objectives=("discrimination", "generation"), root=tmp_path: [
+    name for name, _ in suites.sections(suite, str(root), objectives=objectives, image_size=SIZE)
+  ]
+  with pytest.raises(
+    UserError, match="no data set of retrieval in --data_root=.*mscoco_captions: mscoco_captions, mscoco"
+  ):
+    make("retrieval")
+  with pytest.raises(UserError, match="no folder --data_root=.*nowhere"):
+    make("retrieval", root=tmp_path / "nowhere")
+  for name in ("pets", "dtd"):
+    TORCHVISION[name](tmp_path)
+  write_coco(tmp_path / "mscoco", {1: ["a cat"]}, "captions_val2014.json")
+  write_flickr(tmp_path / "flickr30k", {1: ["a cat"]})
+  assert make("zero_shot12") == ["dtd", "pets"] and make("retrieval") == ["flickr30k"]
+  assert make("paper") == ["dtd", "pets", "flickr30k", "mscoco_val2014"]
+  assert make("paper", ("contrastive",)) == ["dtd", "pets", "flickr30k"]
+  assert make("paper", ("generation",)) == ["mscoco_val2014"]
+
+
+def fabricated(count, *, images=None, seed=0, **protocol):
+  """Results of the first sets of the twelve and of retrieval."""
+  rng = np.random.default_rng(seed)
+  found = {"zero_shot": {}, "retrieval": {}}
+  for task, wanted in (("zero_shot", suites.ZERO_SHOT12), ("retrieval", suites.RETRIEVAL)):
+    for name in [*wanted][:count]:
+      keys = ("acc1", "mean_per_class_recall", "image_retrieval_recall@1", "text_retrieval_recall@1")
+      metrics = {key + end: float(rng.random()) for key in keys for end in ("", "_single_template")}
+      number = images or [*wanted[name].counts.values()][0][0]
+      found[task][name] = base.make_record(
+        dataset=name,
+        model="m",
+        pretrained="run",
+        task=task,
+        metrics=metrics,
+        protocol={"num_images": number, **protocol},
+      )
+  return found
+
+
+def with_means(found):
+  for task, mean in [*suites.means(found)]:
+    found[task][mean["dataset"]] = mean
+  return found
+
+
+def test_means():
+  found = fabricated(12)
+  (_, zero_shot), (_, retrieval) = suites.means(found)
+  own = [found["zero_shot"][name]["metrics"][each.metric] for name, each in suites.ZERO_SHOT12.items()]
+  assert zero_shot["dataset"] == "mean_over_12" and zero_shot["metrics"]["mean"] == pytest.approx(np.mean(own))
+  assert zero_shot["metrics"]["mean_single_template"] != zero_shot["metrics"]["mean"]
+  four = [
+    found["retrieval"][name]["metrics"][f"{way}_retrieval_recall@1"]
+    for name in suites.RETRIEVAL
+    for way in ("image", "text")
+  ]
+  assert retrieval["dataset"] == "mean_over_2" and retrieval["metrics"]["mean_recall@1"] == pytest.approx(np.mean(four))
+
+
+@pytest.mark.parametrize(
+  ("found", "names"),
+  [
+    (fabricated(11), ["mean_of_11", "mean_over_2"]),
+    (fabricated(1), ["mean_of_1", "mean_of_1"]),
+    (fabricated(12, images=40), ["mean_of_12", "mean_of_2"]),
+    (fabricated(12, shuffle_labels=True), ["mean_of_12", "mean_of_2"]),
+  ],
+)
+def test_a_mean_over_less_has_another_name(found, names):
+  assert [mean["dataset"] for _, mean in suites.means(found)] == names
+
+
+def test_table():
+  text = tables.table({"mine": with_means(fabricated(12))})
+  lines = text.splitlines()
+  head = next(line for line in lines if "CIFAR-10 " in line).split(" | ")
+  assert len(head) == 14 and head[-1] == "mean over 12 |" and "†" not in text
+  paper = next(line for line in lines if line.startswith("| the paper's DiffDis")).split(" | ")
+  assert paper[1:] == ["–"] * 11 + ["25.92", "– |"] and "33.60 |" in text
+  assert "1.65 points" in text and "## FID" not in text
+  few = tables.table({"mine": with_means(fabricated(3))})
+  assert "mean of 3: " in few and "not whole" not in few
+  assert "mean of 12, not whole: " in tables.table({"mine": with_means(fabricated(12, images=40))})
+
+
+def test_side_by_side(tmp_path):
+  """Different protocols are marked and named; what belongs to the model is none."""
+  a, b = fabricated(12, steps=1, weights="x"), fabricated(12, seed=1, steps=1, weights="y", checkpoint=7)
+  paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+  out = str(tmp_path / "new/F.md")
+
+  def text():
+    for path, found in zip(paths, (a, b), strict=True):
+      results.write(path, with_means(found))
+    tables.compare(paths, out)
+    return (tmp_path / "new/F.md").read_text()
+
+  assert "†" not in text() and all(f"\n| {name} | " in text() for name in ("a", "b"))
+  b["zero_shot"]["dtd"]["protocol"].update(steps=4, seed=1)
+  marked = text()
+  assert "| DTD † |" in marked and "| mean over 12 † |" in marked and marked.count(" † |") == 2
+  assert "- zero_shot, dtd, steps: a: 1; b: 4\n- zero_shot, dtd, seed: a: none; b: 1\n" in marked
+  for wrong, message in (
+    ([paths[0], paths[0]], "names a file twice"),
+    ([paths[0], str(tmp_path / "c.json")], "cannot read results from"),
+    ([paths[0], out], "cannot read results from"),
+  ):
+    with pytest.raises(UserError, match=message):
+      tables.compare(wrong, str(tmp_path / "G.md"))
+  with pytest.raises(UserError, match="should name the Markdown table to write"):
+    tables.compare(paths, str(tmp_path / "G.json"))
+  (tmp_path / "c.json").write_text('{"zero_shot": {"dtd": {"metrics": 3}}}')
+  with pytest.raises(UserError, match="c.json holds no results of evaluate"):
+    tables.compare([paths[0], str(tmp_path / "c.json")], str(tmp_path / "G.md"))
+  assert not (tmp_path / "G.md").exists()
+
+
+def test_a_file_of_results_is_gone_on_from(tmp_path):
+  path = str(tmp_path / "F.json")
+  found = with_means(fabricated(2, steps=1, weights="x", reference={"sha256": "1"}))
+  results.write(path, found)
+  kept = results.ResultFile(path)
+  assert [*kept.results["zero_shot"]] == ["cifar10", "cifar100"]  # without the mean over fewer
+  protocol = {"num_images": 10_000, "steps": 1, "weights": "x", "reference": None}
+  assert kept.has("zero_shot", "cifar10", protocol) and not kept.has("zero_shot", "dtd", protocol)
+  for change, message in (
+    ({"weights": "y"}, 'has cifar10 by another protocol, weights "x" where this measurement has "y"; name a new file'),
+    ({"seed": 1}, "seed null where this measurement has 1"),
+    ({"num_images": 40}, "num_images 10000 where this measurement has 40"),
+  ):
+    with pytest.raises(UserError, match=message):
+      kept.has("zero_shot", "cifar10", protocol | change)

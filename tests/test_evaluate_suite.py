@@ -1,0 +1,147 @@
+"""A suite by the command line, what a killed one leaves, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from diffdis_jax import evaluate
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import base
+from diffdis_jax.evals.zero_shot import ZeroShot
+from tests import benchmark_sets
+from tests.command_runs import call
+
+pytest_plugins = ("tests.untrained", "tests.command_runs")
+CAPTIONS = {1: ["a red star", "a star"], 2: ["a blue ring"]}
+
+
+def test_the_paper_suite(run, environment, tmp_path):
+  root, out = tmp_path / "root", tmp_path / "new/F.json"
+  benchmark_sets.dtd(root)
+  benchmark_sets.write_flickr(root / "flickr30k", CAPTIONS)
+  flags = [f"--workdir={run}", "--suite=paper", f"--data_root={root}", f"--out={out}", "--batch_size=8"]
+  refused = call("evaluate", environment, *flags)
+  message = (
+    f"error: dtd in {root}/dtd/dtd has 4 images, and should have 1,880; download it anew, or give --incomplete to"
+  )
+  assert refused.returncode == 2 and not out.parent.exists()
+  assert refused.stderr.splitlines()[-1] == f"{message} measure what is there"
+  done = call("evaluate", environment, *flags, "--incomplete")
+  assert done.returncode == 0, done.stderr
+  assert "paper: not in" in done.stderr and "imagenet1k" in done.stderr
+  found = json.loads(out.read_text())
+  assert {task: [*records] for task, records in found.items()} == {
+    "zero_shot": ["dtd", "mean_of_1"],
+    "retrieval": ["flickr30k", "mean_of_1"],
+  }
+  record = found["zero_shot"]["dtd"]
+  assert record["metrics"]["acc1"] == found["zero_shot"]["mean_of_1"]["metrics"]["mean"]
+  assert {"num_images": 4, "num_classes": 47, "checkpoint": 3, "steps": 1}.items() <= record["protocol"].items()
+  assert len(record["protocol"]["weights"]) == 64
+  table = (tmp_path / "new/F.md").read_text()
+  assert "mean of 1, not whole: " in table and "Flickr30k text → image" in table
+  assert sorted(path.name for path in out.parent.iterdir()) == ["F.json", "F.md"]
+
+
+class Inference:
+  """Random embeddings."""
+
+  image_size, max_length, protocol = 8, 77, {"steps": 1}
+
+  def embed_texts(self, params, tokens):
+    return np.random.default_rng(0).normal(size=(len(tokens), 8)).astype(np.float32)
+
+  def embed_images(self, params, images, *, seed):
+    return np.random.default_rng(seed).normal(size=(len(images), 8)).astype(np.float32)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """No checkpoint, no texts cut into tokens."""
+  monkeypatch.setattr(evaluate.checkpoint, "choose", lambda run, step, ema: (7, ema))
+  monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(), {}))
+  monkeypatch.setattr(evaluate, "fingerprint", lambda params: "weights")
+  monkeypatch.setattr(base, "Tokenizer", lambda length: list)
+
+
+def use_flags(monkeypatch, **values):
+  """The command line, in this process."""
+
+  class Flags:
+    def __getattr__(self, name):
+      return values.get(name)
+
+    def __getitem__(self, name):
+      return types.SimpleNamespace(value=values.get(name))
+
+  monkeypatch.setattr(evaluate, "FLAGS", Flags())
+
+
+def measure(monkeypatch, root, out, suite="zero_shot12"):
+  use_flags(monkeypatch, suite=suite, data_root=str(root))
+  config = ConfigDict({"objectives": ("discrimination",), "image_size": 8})
+  sections = evaluate._sections(config)
+  evaluate.measure_suite("runs/mine", sections, str(out), incomplete=True)
+  return json.loads(out.read_text())
+
+
+def test_a_second_call_measures_what_is_missing(monkeypatch, quick, tmp_path):
+  for name in ("cifar10", "dtd", "pets"):
+    benchmark_sets.TORCHVISION[name](tmp_path)
+  out, measured, run = tmp_path / "F.json", [], ZeroShot.run
+
+  def killed_at(count):
+    def counted(self, inference, params):
+      if len(measured) == count:
+        raise KeyboardInterrupt
+      measured.append(len(self.classnames))
+      return run(self, inference, params)
+
+    monkeypatch.setattr(ZeroShot, "run", counted)
+
+  killed_at(2)
+  with pytest.raises(KeyboardInterrupt):
+    measure(monkeypatch, tmp_path, out)
+  assert measured == [10, 47] and [*json.loads(out.read_text())["zero_shot"]] == ["cifar10", "dtd"]
+  assert not (tmp_path / "F.md").exists()
+  killed_at(9)
+  found = measure(monkeypatch, tmp_path, out)
+  assert measured == [10, 47, 37] and [*found["zero_shot"]] == ["cifar10", "dtd", "pets", "mean_of_3"]
+  assert "| mine |" in (tmp_path / "F.md").read_text()
+  assert measure(monkeypatch, tmp_path, out) == found and len(measured) == 3
+
+  before = out.read_bytes()
+  monkeypatch.setattr(evaluate, "fingerprint", lambda params: "others")
+  with pytest.raises(
+    UserError, match='has cifar10 by another protocol, weights "weights" where this measurement has "o'
+  ):
+    measure(monkeypatch, tmp_path, out)
+  assert out.read_bytes() == before and len(measured) == 3
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    ({"suite": "zero_shot"}, "unknown suite 'zero_shot'; did you mean zero_shot12?"),
+    ({"suite": "retrieval"}, "--suite needs --data_root=DIR"),
+    (
+      {"suite": "retrieval", "data_root": "."},
+      "no data set of retrieval in --data_root=.; its folders were looked for",
+    ),
+    ({"suite": "retrieval", "data_root": "nowhere"}, "no folder --data_root=nowhere"),
+    ({"suite": "zero_shot12", "data_root": ".", "templates": "F.json"}, "--templates has no effect on a suite"),
+    ({"suite": "zero_shot12", "data_root": ".", "data": "x"}, "--data has no effect on a suite"),
+    ({"data_root": "."}, "belong to --suite"),
+  ],
+)
+def test_wrong_flags(monkeypatch, tmp_path, flags, message):
+  monkeypatch.chdir(tmp_path)
+  use_flags(monkeypatch, **flags)
+  with pytest.raises(UserError, match=message) as error:
+    evaluate._sections(ConfigDict({"objectives": ("discrimination",), "image_size": 8}))
+  assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]
