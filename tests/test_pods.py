@@ -55,7 +55,10 @@ def test_two_processes_of_four_devices_equal_one_of_one(runs):
     )
   expected, found = (checkpoint.restore_params(str(run), ema=False) for run in runs)
   for name, value in expected.items():
-    np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+    # A key's bias moves all scores of a query alike, so that its gradient is what rounding leaves of nothing, and Adam
+    # makes steps of that as large as any.
+    if not name.endswith("attn.k.bias"):
+      np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def test_one_process_goes_on_from_two_with_the_same_next_batch(runs):

@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from configs import clip_cc3m, diffdis_cc3m
 from configs import table6 as config
 from diffdis_jax import benchmark
 from diffdis_jax.benchmarks import table6
@@ -60,6 +61,19 @@ def test_the_table_has_the_papers_figures_and_ours_beside_them():
     "",
     "",
   ]
+
+
+def test_the_three_are_the_shipped_configs():
+  found = config.get_config("batch=8")
+  shipped = dict(
+    clip=clip_cc3m.get_config("model=vit_l14"),
+    stable_diffusion=diffdis_cc3m.get_config("objectives=generation"),
+    diffdis=diffdis_cc3m.get_config(),
+  )
+  assert list(found.models) == sorted(shipped) and found.trained.clip == 20 * 2_905_954
+  for name, expected in shipped.items():
+    expected.batch_size, expected.inference.generation_steps = 8, 50
+    assert found.models[name].to_dict() == expected.to_dict()
 
 
 def models_of(argument: str) -> dict[str, table6.Model]:
