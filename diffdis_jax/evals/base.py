@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
@@ -118,9 +121,16 @@ def to_square(image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int) -> UIn
   return np.asarray(transforms.resize(decoded, image_size))
 
 
+@functools.cache
+def _decoders() -> ThreadPoolExecutor:
+  # Decoding and resizing leave the interpreter to the others.
+  return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decoder")
+
+
 @dataclasses.dataclass(frozen=True)
 class Images:
-  """Images of a source as squares, u8[n h w 3], decoded when they are asked for: a host decodes its own rows alone."""
+  """Images of a source as squares, u8[n h w 3], decoded when they are asked for: a host decodes its own rows alone, on
+  all of its cores."""
 
   source: Any
   indices: Int[np.ndarray, " n"]
@@ -130,7 +140,7 @@ class Images:
     return len(self.indices)
 
   def __getitem__(self, places: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w 3"]:
-    return np.stack([self._square(int(i)) for i in self.indices[places]])
+    return np.stack(list(_decoders().map(self._square, self.indices[places].tolist())))
 
   def _square(self, index: int) -> UInt8[np.ndarray, "s s 3"]:
     with _usable(index):

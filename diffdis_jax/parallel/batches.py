@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -33,18 +34,28 @@ class Batches:
   def __call__(self, f: Callable[..., jax.Array], *arrays: Any) -> np.ndarray:
     """f over the rows in chunks of one shape, the last one padded by repeating its last row.
 
-    Every process has the same arrays, of which it takes its own rows, and gets the whole result.
+    Every process has the same arrays, of which it takes its own rows, and gets the whole result. An array is anything
+    that gives rows; another thread asks it for them.
 
     Raises:
       UserError: no row.
     """
     n = len(arrays[0])
-    outputs = []
-    for start in range(0, n, self.size):
-      rows = np.minimum(start + self._rows, n - 1)
-      local = {str(i): array[rows] for i, array in enumerate(arrays)}
-      outputs.append(processes.whole(f(*sharding.to_global(local, self._mesh).values())))
-      self._after_batch()
-    if not outputs:
+    if not n:
       raise UserError("nothing to run on: give at least one row")
+
+    def read(start: int) -> dict[str, Any]:
+      rows = np.minimum(start + self._rows, n - 1)
+      return {str(i): array[rows] for i, array in enumerate(arrays)}
+
+    outputs = []
+    # Arrays may decode images when rows are asked for: those of the next call, while devices compute this one's.
+    with ThreadPoolExecutor(1) as reader:
+      ahead = reader.submit(read, 0)
+      for start in range(0, n, self.size):
+        local = ahead.result()
+        if start + self.size < n:
+          ahead = reader.submit(read, start + self.size)
+        outputs.append(processes.whole(f(*sharding.to_global(local, self._mesh).values())))
+        self._after_batch()
     return np.concatenate(outputs)[:n]
