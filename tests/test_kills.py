@@ -36,13 +36,6 @@ def command(run: pathlib.Path) -> list[str]:
   return ["launch/local.sh", "-n", "2", "-d", "1", "--max-restarts", "1000", "--", *train]
 
 
-def without_tensorflow(environment: dict[str, str], folder: pathlib.Path) -> dict[str, str]:
-  """The environment, but for TensorBoard's events: importing tensorflow takes as long as all the rest of a start."""
-  folder.mkdir()
-  (folder / "tensorflow.py").write_text("raise ImportError('left out')\n")
-  return {**environment, "PYTHONPATH": f"{folder}:{environment.get('PYTHONPATH', '')}"}
-
-
 def children(parent: int) -> list[int]:
   """The processes that train; not the launcher's own helpers."""
   found = []
@@ -78,7 +71,6 @@ def wait_for_a_moment(launcher: subprocess.Popen, run: pathlib.Path, chance: ran
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_in_the_same_bits(tmp_path, environment):
   chance = random.Random(0)
-  environment = without_tensorflow(environment, tmp_path / "stub")
   whole = tmp_path / "whole"
   subprocess.run(command(whole), cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
 
