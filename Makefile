@@ -1,6 +1,8 @@
 # make demo, make test, make lint and make docs each set up .venv by themselves.
 PYTHON ?= python3
 VENV ?= .venv
+# Python compiles what it imports, which is a small part of what is installed.
+PIP = $(PIP) --no-compile
 RUNS ?= runs/demo
 BIN := $(VENV)/bin
 
@@ -26,18 +28,18 @@ docs: $(VENV)/.installed-docs
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@
 
 # clip_benchmark, whose metrics the tests compare with, alone: it requires data sets' and models' packages of which those
 # need none.
 $(VENV)/.installed-test: $(VENV)/.installed pyproject.toml Makefile
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'clip_benchmark>=1.6.1,<1.7'
+	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps 'clip_benchmark>=1.6.1,<1.7'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 clean:

@@ -46,7 +46,19 @@ def main(argv: Sequence[str]) -> None:
   cli.use_all_cores()
   if not epath.Path(FLAGS.out).parent.is_dir():
     raise UserError(f"--out={FLAGS.out} lies in no folder that exists; create it first")
-  results = {"steps": time_steps, "data": time_data, "table6": time_table6}[kind](FLAGS.config)
+  if kind == "table6":
+    models = table6_models(FLAGS.config, sharding.make_mesh(**FLAGS.config.mesh))
+    with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
+      results = table6.time_table6(
+        models,
+        pathlib.Path(folder),
+        images=FLAGS.images,
+        rounds=FLAGS.rounds,
+        generated=FLAGS.config.generated,
+        classified=FLAGS.config.classified,
+      )
+  else:
+    results = (time_data if kind == "data" else time_steps)(FLAGS.config)
   files.write_json(FLAGS.out, results)
   if kind == "table6":
     files.write_whole(epath.Path(FLAGS.out).with_suffix(".md"), table6.markdown(results).encode())
@@ -73,20 +85,6 @@ def time_data(config: ConfigDict) -> dict[str, Any]:
       images=FLAGS.images,
       num_pairs=FLAGS.pairs,
       rounds=FLAGS.rounds,
-    )
-
-
-def time_table6(config: ConfigDict) -> dict[str, Any]:
-  """The three models of the paper's Table 6, on synthetic images in a temporary folder under --scratch."""
-  models = table6_models(config, sharding.make_mesh(**config.mesh))
-  with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
-    return table6.time_table6(
-      models,
-      pathlib.Path(folder),
-      images=FLAGS.images,
-      rounds=FLAGS.rounds,
-      generated=config.generated,
-      classified=config.classified,
     )
 
 

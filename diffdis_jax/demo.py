@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
   config.init_from = str(out / "autoencoder")
   train.train_and_evaluate(config, run)
 
-  found = evaluate.evaluate(run, evaluate.sections_of_config(config.to_dict(), tasks=("zero_shot", "agreement")))
+  found = evaluate.evaluate(run, evaluate.sections_of_config(config.evals.to_dict(), tasks=("zero_shot", "agreement")))
   metrics = {name: record["metrics"] for records in found.values() for name, record in records.items()}
   draw_classes(run, out / "grid.png")
   results = dict(

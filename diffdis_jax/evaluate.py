@@ -33,7 +33,6 @@ from typing import Any
 
 from absl import flags, logging
 from etils import epath
-from ml_collections import ConfigDict
 
 from diffdis_jax import cli, evals, inference
 from diffdis_jax.errors import UserError, read_section
@@ -139,8 +138,10 @@ def main(argv: Sequence[str]) -> None:
   config = workdir.load_config(FLAGS.workdir)
   check_objectives(config.objectives)
   settings = _given(name for names in SETTINGS.values() for name in names)
-  sections = with_parts(override(_sections(config), settings), FLAGS.out)
-  step = _best_step(FLAGS.workdir, config) if FLAGS.best else FLAGS.step
+  asked = _sections(config.evals.to_dict(), objectives=config.objectives, image_size=config.image_size)
+  sections = with_parts(override(asked, settings), FLAGS.out)
+  kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
+  step = _best_step(FLAGS.workdir, kept) if FLAGS.best else FLAGS.step
   protocol = {"step": step, "ema": FLAGS.ema, **_given(PROTOCOL)}
   if FLAGS.suite:
     measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
@@ -217,21 +218,21 @@ def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete
     result_files.write_text(f"{out.removesuffix('.json')}.md", tables.table({title: results}))
 
 
-def _sections(config: ConfigDict) -> list[Section]:
-  """What the flags ask for. Raises UserError: flags that do not go together."""
+def _sections(sets: Mapping[str, Any], *, objectives: Sequence[str], image_size: int) -> list[Section]:
+  """What the flags ask for of a run with these `evals`. Raises UserError: flags that do not go together."""
   if FLAGS.suite:
-    return sections_of_suite(config)
+    return sections_of_suite(objectives=objectives, image_size=image_size)
   if FLAGS.data_root or FLAGS.incomplete:
     raise UserError("--data_root and --incomplete belong to --suite; give it too")
   if FLAGS.data:
     tasks = FLAGS.tasks or ["zero_shot", "retrieval"]
-    return sections_of_folder(FLAGS.data, FLAGS.split, tasks=tasks, image_size=config.image_size)
+    return sections_of_folder(FLAGS.data, FLAGS.split, tasks=tasks, image_size=image_size)
   if FLAGS.split:
     raise UserError("--split is a split of --data; give --data too")
-  return sections_of_config(config.to_dict(), tasks=FLAGS.tasks)
+  return sections_of_config(sets, tasks=FLAGS.tasks)
 
 
-def sections_of_suite(config: ConfigDict) -> list[Section]:
+def sections_of_suite(*, objectives: Sequence[str], image_size: int) -> list[Section]:
   """The sets of --suite that lie under --data_root. Raises UserError: no such suite, none there, or other flags."""
   if FLAGS.suite not in suites.SUITES:
     raise UserError(f"unknown suite {FLAGS.suite!r}; {cli.did_you_mean(FLAGS.suite, suites.SUITES)}")
@@ -239,7 +240,7 @@ def sections_of_suite(config: ConfigDict) -> list[Section]:
     raise UserError("--suite needs --data_root=DIR, the folder of its data sets")
   if given := [name for name in ("data", "split", "tasks", *NOT_OF_A_SUITE) if FLAGS[name].value is not None]:
     raise UserError(f"--{given[0]} has no effect on a suite, which has its own; leave it out")
-  return suites.sections(FLAGS.suite, FLAGS.data_root, objectives=config.objectives, image_size=config.image_size)
+  return suites.sections(FLAGS.suite, FLAGS.data_root, objectives=objectives, image_size=image_size)
 
 
 def sections_of_folder(folder: str, split: str | None, *, tasks: Sequence[str], image_size: int) -> list[Section]:
@@ -256,13 +257,13 @@ def sections_of_folder(folder: str, split: str | None, *, tasks: Sequence[str], 
   return [(f"{pathlib.Path(folder).name}/{split}", {"task": task, "data": data}) for task in tasks]
 
 
-def sections_of_config(config: Mapping[str, Any], *, tasks: Sequence[str] | None) -> list[Section]:
-  """The sets that a run's config names under `evals`: those of `tasks`, or all.
+def sections_of_config(sets: Mapping[str, Any], *, tasks: Sequence[str] | None) -> list[Section]:
+  """Of the sets that a run's config names, its `evals`, those of `tasks`, or all.
 
   Raises:
     UserError: there is none, or none for one of the tasks.
   """
-  sections = list(config["evals"].items())
+  sections = list(sets.items())
   named = sorted({section["task"] for _, section in sections})
   if not sections:
     raise UserError("the run's config names no data set to measure on; give --data and --split")
@@ -290,11 +291,10 @@ def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[S
   ]
 
 
-def _best_step(run: str, config: ConfigDict) -> int:
+def _best_step(run: str, kept: checkpoint.Kept) -> int:
   """Raises UserError where the run keeps no best checkpoint, or --step names one too."""
   if FLAGS.step is not None:
     raise UserError("--best and --step are both given; give one of them")
-  kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
   found = checkpoint.best(run, kept)
   if found is None:
     raise UserError(f"--best: no checkpoint in {run} was saved with checkpoint.best_metric={kept.best_metric!r}")

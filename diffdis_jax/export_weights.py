@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags, logging
-from ml_collections import ConfigDict
 
 from diffdis_jax import cli
 from diffdis_jax.data.tokenizer import END, START, Tokenizer
@@ -37,6 +36,7 @@ OWN_FIELDS = (
   "condition_timestep",
   "inference",
 )
+CLIP_FIELDS = ("model", "image_size", "objectives")
 
 CARD = """---
 library_name: diffusers
@@ -134,8 +134,7 @@ def export_weights(run: str, out: str, *, step: int | None = None, ema: bool = T
     UserError: no such checkpoint, a run that no pipeline or CLIP of theirs can hold, or `out` cannot be written.
   """
   folder = files.empty_folder(out)
-  config = workdir.load_config(run)
-  fields = config.to_dict()
+  fields = workdir.load_config(run).to_dict()
   is_clip = "contrastive" in fields["objectives"]
   if is_clip:
     clip_to_torch.check(fields["model"])
@@ -144,10 +143,9 @@ def export_weights(run: str, out: str, *, step: int | None = None, ema: bool = T
   step, ema = checkpoint.choose(run, step, ema=ema)
   params = checkpoint.restore_params(run, step=step, ema=ema)
   with files.whole_folder(folder) as temporary:
-    if is_clip:
-      card, own = write_clip(temporary, params, config, dtype=dtype)
-    else:
-      card, own = write_pipeline(temporary, params, config, dtype=dtype)
+    own = {name: fields[name] for name in (CLIP_FIELDS if is_clip else OWN_FIELDS)}
+    own |= {"max_length": fields["data"]["max_length"]}
+    card, own = (write_clip if is_clip else write_pipeline)(temporary, params, own, dtype=dtype)
     card = card.format(
       step=step,
       weights="averaged" if ema else "raw",
@@ -166,33 +164,33 @@ class Card(NamedTuple):
   config: dict[str, Any]
 
 
-def write_pipeline(folder: pathlib.Path, params: Params, config: ConfigDict, *, dtype: str) -> Card:
-  """A StableDiffusionPipeline, and the PyTorch twin's file where the run was trained for discrimination."""
-  fields = config.to_dict()
-  own = {name: fields[name] for name in OWN_FIELDS} | {"max_length": config.data.max_length}
+def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> Card:
+  """A StableDiffusionPipeline, and the PyTorch twin's file where the run was trained for discrimination.
+
+  Args:
+    own: of the run's config, OWN_FIELDS and `max_length`.
+  """
   to_torch.write(
     folder,
     params,
-    model=fields["model"],
-    image_size=config.image_size,
-    schedule=config.image_diffusion.schedule,
+    model=own["model"],
+    image_size=own["image_size"],
+    schedule=own["image_diffusion"]["schedule"],
     diffdis=own,
     dtype=dtype,
   )
-  write_tokenizer(folder / "tokenizer", config.data.max_length)
+  write_tokenizer(folder / "tokenizer", own["max_length"])
   has_twin = (folder / to_torch.FILES["diffdis"]).exists()
   if not has_twin:
     logging.info("it was not trained for discrimination")
   return Card(CARD.replace("{twin}", TWIN if has_twin else ""), own)
 
 
-def write_clip(folder: pathlib.Path, params: Params, config: ConfigDict, *, dtype: str) -> Card:
-  """A CLIP for transformers and for open_clip."""
-  fields = config.to_dict()
-  clip_to_torch.write(folder, params, model=fields["model"], dtype=dtype)
-  write_tokenizer(folder, config.data.max_length)
-  own = {name: fields[name] for name in ("model", "image_size", "objectives")}
-  return Card(CLIP_CARD, own | {"max_length": config.data.max_length})
+def write_clip(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> Card:
+  """A CLIP for transformers and for open_clip; `own` is CLIP_FIELDS and `max_length`."""
+  clip_to_torch.write(folder, params, model=own["model"], dtype=dtype)
+  write_tokenizer(folder, own["max_length"])
+  return Card(CLIP_CARD, own)
 
 
 def write_tokenizer(folder: pathlib.Path, max_length: int) -> None:

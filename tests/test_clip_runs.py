@@ -78,7 +78,7 @@ def test_a_run_measures_itself_and_keeps_its_best(run):
 
 
 def test_evaluation_gives_what_the_run_measured(run):
-  (dataset, section), *_ = evaluate.sections_of_config(workdir.load_config(run).to_dict(), tasks=None)
+  (dataset, section), *_ = evaluate.sections_of_config(workdir.load_config(run).evals.to_dict(), tasks=None)
   retrieval = ("shapes", {"task": "retrieval", "data": SHAPES, "equal_captions": True})
   results = evaluate.evaluate(run, [(dataset, section), retrieval])
   record = results["zero_shot"][dataset]

@@ -53,12 +53,12 @@ def test_records(tmp_path, monkeypatch, ema, kept):
 
 def test_sections():
   config = {"evals": {"a": {"task": "zero_shot"}, "b": {"task": "agreement"}, "c": {"task": "zero_shot"}}}
-  select = lambda tasks: [name for name, _ in evaluate.sections_of_config(config, tasks=tasks)]
+  select = lambda tasks: [name for name, _ in evaluate.sections_of_config(config["evals"], tasks=tasks)]
   assert select(None) == ["a", "b", "c"] and select(["zero_shot"]) == ["a", "c"]
   with pytest.raises(UserError, match="no data set for retrieval, only for agreement, zero_shot"):
     select(["zero_shot", "retrieval"])
   with pytest.raises(UserError, match="names no data set"):
-    evaluate.sections_of_config({"evals": {}}, tasks=None)
+    evaluate.sections_of_config({}, tasks=None)
 
   (name, section), _ = evaluate.sections_of_folder("x/emoji", "val", tasks=["zero_shot", "retrieval"], image_size=32)
   assert name == "emoji/val" and section["task"] == "zero_shot" and section["data"]["path"] == "x/emoji"

@@ -7,7 +7,6 @@ import types
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from diffdis_jax import evaluate
 from diffdis_jax.errors import UserError
@@ -84,8 +83,7 @@ def use_flags(monkeypatch, **values):
 
 def measure(monkeypatch, root, out, suite="zero_shot12"):
   use_flags(monkeypatch, suite=suite, data_root=str(root))
-  config = ConfigDict({"objectives": ("discrimination",), "image_size": 8})
-  sections = evaluate._sections(config)
+  sections = evaluate._sections({}, objectives=("discrimination",), image_size=8)
   evaluate.measure_suite("runs/mine", sections, str(out), incomplete=True)
   return json.loads(out.read_text())
 
@@ -143,5 +141,5 @@ def test_wrong_flags(monkeypatch, tmp_path, flags, message):
   monkeypatch.chdir(tmp_path)
   use_flags(monkeypatch, **flags)
   with pytest.raises(UserError, match=message) as error:
-    evaluate._sections(ConfigDict({"objectives": ("discrimination",), "image_size": 8}))
+    evaluate._sections({}, objectives=("discrimination",), image_size=8)
   assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]
