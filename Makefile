@@ -1,10 +1,10 @@
 # make demo, make test, make lint and make docs each set up .venv by themselves.
 PYTHON ?= python3
 VENV ?= .venv
-# Python compiles what it imports, which is a small part of what is installed.
-PIP = $(PIP) --no-compile
-RUNS ?= runs/demo
 BIN := $(VENV)/bin
+# Python compiles what it imports, which is a small part of what is installed.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+RUNS ?= runs/demo
 
 .PHONY: demo test lint docs clean
 
