@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.once import made_once, shared_folder
+
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 16, 4
 
@@ -16,7 +18,7 @@ STEPS, SAVE_EVERY = 16, 4
 @pytest.fixture(scope="session")
 def whole_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
   """Of the commands: what one of them compiled, quickly rather than well, the others find."""
-  cache = str(tmp_path_factory.getbasetemp() / "xla")
+  cache = str(shared_folder(tmp_path_factory) / "xla")
   quick = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   kept = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
   return {**os.environ, **quick, **kept}
@@ -45,17 +47,21 @@ def joint_flags(autoencoder: str) -> list[str]:
 @pytest.fixture(scope="session")
 def autoencoder_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> str:
   """Workdir of a finished run of the autoencoder."""
-  workdir = str(tmp_path_factory.getbasetemp() / "autoencoder")
-  done = call("train", environment, "--config=tests/tiny.py:autoencoder", f"--workdir={workdir}")
-  assert done.returncode == 0, done.stderr
-  return workdir
+
+  def train(workdir: pathlib.Path) -> None:
+    done = call("train", environment, "--config=tests/tiny.py:autoencoder", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+
+  return str(made_once(tmp_path_factory, "autoencoder", train))
 
 
 @pytest.fixture(scope="session")
 def joint_run(tmp_path_factory: pytest.TempPathFactory, whole_environment: dict[str, str], autoencoder_run: str) -> str:
   """Workdir of a finished joint run on that autoencoder, with sample images and TensorBoard's events."""
-  workdir = str(tmp_path_factory.getbasetemp() / "joint")
-  prompts = "--config.sample_prompts=('a red star', 'a blue ring')"
-  done = call("train", whole_environment, *joint_flags(autoencoder_run), f"--workdir={workdir}", prompts)
-  assert done.returncode == 0, done.stderr
-  return workdir
+
+  def train(workdir: pathlib.Path) -> None:
+    prompts = "--config.sample_prompts=('a red star', 'a blue ring')"
+    done = call("train", whole_environment, *joint_flags(autoencoder_run), f"--workdir={workdir}", prompts)
+    assert done.returncode == 0, done.stderr
+
+  return str(made_once(tmp_path_factory, "joint", train))

@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffdis_jax import import_weights
 from diffdis_jax.data.tokenizer import Tokenizer
 from tests.models import from_torch
+from tests.once import made_once
 
 LENGTH = 12
 # 8 heads and 32 groups, because a single-file checkpoint cannot say otherwise; 16 px latents of 32 px images.
@@ -48,19 +49,15 @@ PROMPTS = ["a red star", "a very long caption of a blue ring, which is cut befor
 @pytest.fixture(scope="session")
 def sd(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """Folder of a tiny Stable Diffusion."""
-  folder = tmp_path_factory.getbasetemp() / "sd"
-  if not folder.exists():
-    stable_diffusion(tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
-  return folder
+  make = lambda folder: stable_diffusion(tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
+  return made_once(tmp_path_factory, "sd", make)
 
 
 @pytest.fixture(scope="session")
 def imported(tmp_path_factory: pytest.TempPathFactory, sd: pathlib.Path) -> str:
   """Workdir of that Stable Diffusion."""
-  folder = tmp_path_factory.getbasetemp() / "imported"
-  if not folder.exists():
-    import_weights.import_weights(str(sd), str(folder))
-  return str(folder)
+  make = lambda folder: import_weights.import_weights(str(sd), str(folder))
+  return str(made_once(tmp_path_factory, "imported", make))
 
 
 def tokenizer(folder: pathlib.Path, length: int) -> CLIPTokenizer:

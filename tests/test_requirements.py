@@ -29,7 +29,7 @@ def resolve(machine: tuple[str, str]) -> dict[str, str] | str:
 
 @pytest.fixture(scope="module")
 def resolved() -> dict[tuple[str, str], dict[str, str]]:
-  with concurrent.futures.ThreadPoolExecutor() as pool:
+  with concurrent.futures.ThreadPoolExecutor(len(MACHINES)) as pool:
     found = dict(zip(MACHINES, pool.map(resolve, MACHINES), strict=True))
   errors = [each for each in found.values() if isinstance(each, str)]
   if any(re.search("error sending request|dns error|Failed to fetch|Could not connect", each) for each in errors):

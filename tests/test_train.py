@@ -127,7 +127,7 @@ def watched_run(tmp_path_factory, environment) -> str:
   }
   flags = [f"--config.{name}={value}" for name, value in fields.items()]
   flags += [f"--eval={json.dumps(section)}" for section in added]
-  for seed in range(5):
+  for seed in (3, 0, 1, 2, 4):  # where it was measured, far from the last in the first of these
     run = str(tmp_path_factory.mktemp("watched"))
     done = call("train", environment, "--config=tests/tiny.py", f"--workdir={run}", f"--config.seed={seed}", *flags)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from configs import shapes
 from diffdis_jax.models.build import Network
 from diffdis_jax.run import checkpoint, workdir
+from tests.once import made_once
 
 STEP = 3
 
@@ -25,13 +27,11 @@ class State:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> str:
   """Workdir of a run with a checkpoint of step 3, made once for all the test files."""
-  path = tmp_path_factory.getbasetemp() / "untrained"
-  if not path.exists():
-    _make_run(str(path))
-  return str(path)
+  return str(made_once(tmp_path_factory, "untrained", _make_run))
 
 
-def _make_run(path: str) -> None:
+def _make_run(folder: pathlib.Path) -> None:
+  path = str(folder)
   config = shapes.get_config()
   config.model.unet.update(widths=(16, 16), num_heads=2, groups=4)
   config.model.alignment.update(width=16, depth=1, num_heads=2)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import jax
 import numpy as np
 import pytest
 
@@ -30,6 +33,15 @@ class Renderer:
     pair = next((c, s) for c, s in shapes.PAIRS if c in text and s in text)
     colour, shape = self.instead(*pair)
     return shapes.render(shapes.make_scene(rng, colour=colour, shape=shape), image_size=32, rng=rng)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_well() -> Iterator[None]:
+  """The judge's training takes longer than its compiling."""
+  quick = jax.config.jax_disable_most_optimizations
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(scope="module")
