@@ -38,7 +38,7 @@ class Renderer:
 @pytest.fixture(scope="module", autouse=True)
 def compiled_well() -> Iterator[None]:
   """The judge's training takes longer than its compiling."""
-  quick = jax.config.jax_disable_most_optimizations
+  quick = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", quick)
