@@ -67,14 +67,19 @@ def compilation_cache(workdir: str = "") -> None:
   all hosts of the run share, and the one that takes a dead one's place, in its folder `xla`; or else in the user's
   cache directory.
   """
-  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  default = f"{workdir.rstrip('/')}/xla" if "://" in workdir else os.path.join(home, "diffdis_jax", "xla")
+  default = f"{workdir.rstrip('/')}/xla" if "://" in workdir else user_cache("xla")
   folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", default)
   jax.config.update("jax_compilation_cache_dir", folder)
   if "://" in folder and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
     # XLA's own, of its GPU tuning, for which jax would give it the address as a path on this machine.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
   _write_from_every_cpu_process()
+
+
+def user_cache(name: str) -> str:
+  """A folder of the user's cache directory."""
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return os.path.join(home, "diffdis_jax", name)
 
 
 def _write_from_every_cpu_process() -> None:

@@ -39,6 +39,7 @@ from diffdis_jax.errors import UserError, read_section
 from diffdis_jax.evals import base, suites, tables
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import ResultFile
+from diffdis_jax.evals.text_cache import CachedTexts
 from diffdis_jax.models.build import check_objectives
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
@@ -97,6 +98,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("batch_size", None, "rows a compiled call", lower_bound=1)
   define_fid_flags()
   define_suite_flags()
+  flags.DEFINE_string(
+    "text_cache", None, "folder of embedded texts, empty for none; by default in the user's cache directory"
+  )
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("best", False, "the checkpoint with the best checkpoint.best_metric of the run")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
@@ -142,7 +146,8 @@ def main(argv: Sequence[str]) -> None:
   sections = with_parts(override(asked, settings), FLAGS.out)
   kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
   step = _best_step(FLAGS.workdir, kept) if FLAGS.best else FLAGS.step
-  protocol = {"step": step, "ema": FLAGS.ema, **_given(PROTOCOL)}
+  texts = cli.user_cache("texts") if FLAGS.text_cache is None else FLAGS.text_cache
+  protocol = {"step": step, "ema": FLAGS.ema, "text_cache": texts, **_given(PROTOCOL)}
   if FLAGS.suite:
     measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
   else:
@@ -157,6 +162,7 @@ def evaluate(
   ema: bool = True,
   kept: ResultFile | None = None,
   check: Callable[[str, base.Eval], None] = lambda dataset, evaluation: None,
+  text_cache: str = "",
   **protocol: Any,
 ) -> dict[str, dict[str, Any]]:
   """{task: {data set: record}} of a run.
@@ -168,6 +174,7 @@ def evaluate(
     ema: averaged weights, where the run keeps them.
     kept: where each record is kept as soon as it is there; what it has is not measured again.
     check: of each data set and its evaluation, before anything is measured.
+    text_cache: folder of embedded texts; empty for none.
     protocol: as `inference.load` takes it.
 
   Raises:
@@ -179,8 +186,11 @@ def evaluate(
   step, ema = checkpoint.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, **protocol)
   common = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
+  weights = fingerprint(params) if kept is not None or text_cache else ""
+  if text_cache:
+    model = CachedTexts(model, pathlib.Path(text_cache), weights)
   if kept is not None:
-    common["weights"] = fingerprint(params)
+    common["weights"] = weights
     made = [each for each in made if not kept.has(each[1], each[0], {**each[2].protocol(model), **common})]
   results: dict[str, dict[str, Any]] = {} if kept is None else kept.results
   for place, (dataset, task, evaluation) in enumerate(made, 1):
@@ -238,6 +248,8 @@ def sections_of_suite(*, objectives: Sequence[str], image_size: int) -> list[Sec
     raise UserError(f"unknown suite {FLAGS.suite!r}; {cli.did_you_mean(FLAGS.suite, suites.SUITES)}")
   if not FLAGS.data_root:
     raise UserError("--suite needs --data_root=DIR, the folder of its data sets")
+  if not FLAGS.out.endswith(".json"):
+    raise UserError(f"--out={FLAGS.out} should end in .json; the suite's table is written beside it, as .md")
   if given := [name for name in ("data", "split", "tasks", *NOT_OF_A_SUITE) if FLAGS[name].value is not None]:
     raise UserError(f"--{given[0]} has no effect on a suite, which has its own; leave it out")
   return suites.sections(FLAGS.suite, FLAGS.data_root, objectives=objectives, image_size=image_size)

@@ -21,6 +21,7 @@ def whole_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
   cache = str(shared_folder(tmp_path_factory) / "xla")
   quick = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   kept = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+  kept["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
   return {**os.environ, **quick, **kept}
 
 

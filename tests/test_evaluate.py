@@ -100,8 +100,18 @@ def test_command_line(run, tmp_path):
   assert bad.stderr == "error: class list with duplicates: 'red star'; each class name should occur once\n"
 
   out = tmp_path / "new" / "out.json"
-  good = command(run, out, "--noema", "--num_images=50", "--draws=2", "--shuffle_labels", "--nounit_query")
+  good = command(
+    run,
+    out,
+    "--noema",
+    "--num_images=50",
+    "--draws=2",
+    "--shuffle_labels",
+    "--nounit_query",
+    f"--text_cache={tmp_path}/texts",
+  )
   assert good.returncode == 0, good.stderr
+  assert len(list((tmp_path / "texts").glob("*.npy"))) == 1
   protocol = json.loads(out.read_text())["zero_shot"]["few"]["protocol"]
   expected = {"num_images": 50, "num_classes": 56, "draws": 2, "shuffle_labels": True, "ema": False}
   expected["unit_query"] = False

@@ -15,7 +15,7 @@ from diffdis_jax.evals.zero_shot import ZeroShot
 from tests import benchmark_sets
 from tests.command_runs import call
 
-pytest_plugins = ("tests.untrained", "tests.command_runs")
+pytest_plugins = ("tests.untrained", "tests.inception_weights", "tests.command_runs")
 CAPTIONS = {1: ["a red star", "a star"], 2: ["a blue ring"]}
 
 
@@ -45,6 +45,20 @@ def test_the_paper_suite(run, environment, tmp_path):
   table = (tmp_path / "new/F.md").read_text()
   assert "mean of 1, not whole: " in table and "Flickr30k text → image" in table
   assert sorted(path.name for path in out.parent.iterdir()) == ["F.json", "F.md"]
+
+
+@pytest.mark.slow
+def test_the_fid_suite(run, inception_file, environment, tmp_path):
+  root, out = tmp_path / "root", tmp_path / "F.json"
+  benchmark_sets.write_coco(root / "mscoco_val2014", CAPTIONS, "captions_val2014.json")
+  flags = [f"--workdir={run}", "--suite=fid", f"--data_root={root}", f"--out={out}", f"--inception={inception_file}"]
+  done = call("evaluate", environment, *flags, "--incomplete", "--batch_size=2", "--num_images=2")
+  assert done.returncode == 0, done.stderr
+  (record,) = json.loads(out.read_text())["fid"].values()
+  assert record["task"] == "generation_fid" and record["metrics"]["fid"] > 0
+  assert record["protocol"]["num_images"] == 2 and record["protocol"]["data"]["split"] == "val2014"
+  assert "MSCOCO val2014" in (tmp_path / "F.md").read_text()
+  assert len(list((tmp_path / "F.parts").glob("part-*.npz"))) == 1
 
 
 class Inference:
@@ -82,7 +96,7 @@ def use_flags(monkeypatch, **values):
 
 
 def measure(monkeypatch, root, out, suite="zero_shot12"):
-  use_flags(monkeypatch, suite=suite, data_root=str(root))
+  use_flags(monkeypatch, suite=suite, data_root=str(root), out=str(out))
   sections = evaluate._sections({}, objectives=("discrimination",), image_size=8)
   evaluate.measure_suite("runs/mine", sections, str(out), incomplete=True)
   return json.loads(out.read_text())
@@ -133,13 +147,14 @@ def test_a_second_call_measures_what_is_missing(monkeypatch, quick, tmp_path):
     ),
     ({"suite": "retrieval", "data_root": "nowhere"}, "no folder --data_root=nowhere"),
     ({"suite": "zero_shot12", "data_root": ".", "templates": "F.json"}, "--templates has no effect on a suite"),
+    ({"suite": "zero_shot12", "data_root": ".", "out": "F.md"}, "F.md should end in .json"),
     ({"suite": "zero_shot12", "data_root": ".", "data": "x"}, "--data has no effect on a suite"),
     ({"data_root": "."}, "belong to --suite"),
   ],
 )
 def test_wrong_flags(monkeypatch, tmp_path, flags, message):
   monkeypatch.chdir(tmp_path)
-  use_flags(monkeypatch, **flags)
+  use_flags(monkeypatch, **{"out": "F.json", **flags})
   with pytest.raises(UserError, match=message) as error:
     evaluate._sections({}, objectives=("discrimination",), image_size=8)
   assert "\n" not in str(error.value) and not [*tmp_path.iterdir()]

@@ -54,7 +54,7 @@ LAYERS = (
   "training/build training/start",
   "inference",
   "evals/progress",
-  "evals/results",
+  "evals/results evals/text_cache",
   "evals/prompts evals/samples evals/base evals/distances evals/resize",
   "evals/drawn_prompts evals/features evals/real_images evals/reference",
   "evals/feature_parts",

@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.data import records, sources, transforms
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled
@@ -185,15 +187,25 @@ def ranks(
   """How many keys of other groups come before each query's best key of its own group, by inner product; 0 is right.
 
   A tie counts against the query, and so does a NaN: a model that maps everything to one point ranks last, not first.
+  Scores are computed on the device, `BLOCK` queries at a time.
   """
+  size, keys = min(BLOCK, len(queries)), jnp.asarray(keys)
   found = []
   for start in range(0, len(queries), BLOCK):
-    rows = slice(start, start + BLOCK)
-    scores = queries[rows] @ keys.T
-    own = query_groups[rows, None] == key_groups[None]
-    best = np.where(own, scores, -np.inf).max(axis=1, keepdims=True)
-    found.append((~own & ~(scores < best)).sum(axis=1))
-  return np.concatenate(found)
+    # The last block is filled with its last query, so that all have one shape.
+    rows = np.minimum(np.arange(start, start + size), len(queries) - 1)
+    found.append(_ranks(queries[rows], keys, query_groups[rows], key_groups))
+  return np.concatenate(found)[: len(queries)]
+
+
+@jax.jit
+def _ranks(
+  queries: Float[Array, "q d"], keys: Float[Array, "k d"], query_groups: Int[Array, " q"], key_groups: Int[Array, " k"]
+) -> Int[Array, " q"]:
+  scores = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
+  own = query_groups[:, None] == key_groups[None]
+  best = jnp.where(own, scores, -jnp.inf).max(axis=1, keepdims=True)
+  return (~own & ~(scores < best)).sum(axis=1)
 
 
 def make_record(
