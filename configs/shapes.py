@@ -24,12 +24,12 @@ def get_config(arg: str = "") -> ConfigDict:
   config.text_diffusion.schedule = "scaled_linear"
   if args.autoencoder:
     config.objectives = ("reconstruction",)
-    config.num_steps, config.batch_size = 500, 32
+    config.num_steps, config.batch_size = 1000, 32
     config.optim.update(groups=((".*", "new"),), rates=dict(new=3e-3))
     config.save_every = 500
     return config
 
-  config.num_steps, config.batch_size = 850, 48
+  config.num_steps, config.batch_size = 1700, 48
   # One template: with two, captions of one class were negatives of each other, and pairs never seen fared worse.
   config.data.caption_fields = ("plain_caption",)
   # From scratch, L_ITA's gradient is tens of times that of L_IG in all that they share. At a weight of 0.3 instead of
@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   config.optim.random_frozen = "^text_encoder.tokens"
   config.optim.rates = dict(text=5e-4, unet=3.5e-3, new=1.5e-3)
-  config.save_every = config.eval_every = config.sample_every = 425
+  config.save_every = config.eval_every = config.sample_every = 500
   zero_shot = lambda split: dict(
     task="zero_shot",
     data=dict(name="shapes", split=split, image_size=32, seed=1, num_images=896),
