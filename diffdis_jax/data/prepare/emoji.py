@@ -261,7 +261,7 @@ def render(svg: str, *, scale: int = 1) -> bytes:
     return svg.encode()
   image = Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
   if scale > 1:
-    image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
   file = io.BytesIO()
   image.save(file, "PNG", optimize=True)
   return file.getvalue()
