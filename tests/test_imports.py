@@ -61,6 +61,7 @@ LAYERS = (
   "evals/feature_parts",
   "evals/agreement evals/fid evals/retrieval evals/zero_shot evals/watch",
   "evals",
+  "evals/emoji",
   "evals/suites",
   "evals/tables",
   "estimates/chips estimates/hlo estimates/operations estimates/search",

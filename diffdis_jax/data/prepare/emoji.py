@@ -6,8 +6,8 @@ or trade alone are left out. Six artists' drawings of 1,206 concepts are `train`
 there, is the split `openmoji`, with the captions of `test_vendor`.
 
 What was drawn by chance when the pairs were first published lies in `emoji.json.gz`: the concepts by their code points,
-which of them are held out, and for each artist the icon of a concept where it is not called as the concept is, and the
-number in `TEMPLATES` of each icon's caption.
+which of them are held out, by their places, and for each artist the icon of a concept where it is not called as the
+concept is, and the number in `TEMPLATES` of the caption of each concept's icon, or - where there is none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import json
 import pathlib
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,11 +166,11 @@ def find_parts(source: pathlib.Path) -> list[Part]:
     UserError: no such folder, a tarball that is missing or another one, or no renderer.
   """
   parts.check_folder(source, "a folder of npm tarballs: docs/data.md says which")
-  _renderer()
   with_openmoji = (source / ICONS[OPENMOJI].file).is_file()
   needed = [package for vendor, package in ICONS.items() if vendor != OPENMOJI or with_openmoji]
   emoji_packages.check(source, [EMOJIBASE, *needed])
-  chosen, concepts = _choices(), read_concepts(source)
+  _renderer()
+  chosen, concepts = read_choices(), read_concepts(source)
   found: list[Part] = []
   for split in SPLITS:
     found += _cut(split, source, icons_of(split, concepts, chosen))
@@ -187,7 +187,7 @@ def read_concepts(source: pathlib.Path) -> list[Concept]:
   messages, by_code = read("en/messages.json"), {each["hexcode"]: each for each in read("en/data.json")}
   groups, subgroups = ({each["order"]: each["key"] for each in messages[kind]} for kind in ("groups", "subgroups"))
   concepts = []
-  for code in _choices()["concepts"].split():
+  for code in read_choices()["concepts"].split():
     each = by_code[code]
     name = each["label"].lower().replace(":", "")
     group, subgroup = groups[each["group"]], subgroups[each["subgroup"]]
@@ -197,14 +197,13 @@ def read_concepts(source: pathlib.Path) -> list[Concept]:
 
 def icons_of(split: str, concepts: Sequence[Concept], chosen: Mapping[str, Any]) -> list[Icon]:
   """Of a split of `SPLITS`, artist by artist, by name."""
-  held_out = {concepts[int(i)].concept_id for i in chosen["held_out"].split()}
+  held_out = {int(place) for place in chosen["held_out"].split()}
+  every = {*range(len(concepts))}
+  wanted = {"test_vendor": every, "val_concepts": held_out}.get(split, every - held_out)
   found = []
   for vendor in SPLITS[split]:
-    icons = sorted(_icons_of_vendor(vendor, concepts, chosen["vendors"][vendor]), key=lambda icon: icon.name)
-    for icon in icons:
-      is_held_out = icon.concept.concept_id in held_out
-      if split == "test_vendor" or is_held_out == (split == "val_concepts"):
-        found.append(icon)
+    icons = _icons_of_vendor(vendor, concepts, chosen["vendors"][vendor], wanted)
+    found += sorted(icons, key=lambda icon: icon.name)
   return found
 
 
@@ -217,10 +216,12 @@ def icons_of_openmoji(
   return [icon for icon in renamed if icon.name in there]
 
 
-def _icons_of_vendor(vendor: str, concepts: Sequence[Concept], chosen: Mapping[str, Any]) -> Iterator[Icon]:
-  for concept, templates in zip(concepts, chosen["templates"].split(), strict=True):
-    if templates != "-":
-      names = chosen["icons"].get(concept.concept_id, concept.concept_id).split()
+def _icons_of_vendor(
+  vendor: str, concepts: Sequence[Concept], chosen: Mapping[str, Any], wanted: Collection[int]
+) -> Iterator[Icon]:
+  for place, (concept, templates) in enumerate(zip(concepts, chosen["templates"].split(), strict=True)):
+    if templates != "-" and place in wanted:
+      names = chosen["icons"].get(str(place), concept.concept_id).split()
       for name, template in zip(names, templates, strict=True):
         yield Icon(vendor, name, concept, int(template))
 
@@ -274,7 +275,8 @@ def _renderer() -> Any:
     raise UserError("icons are rendered by resvg-py, which is missing; pip install 'diffdis_jax[emoji]'") from error
 
 
-def _choices() -> dict[str, Any]:
+def read_choices() -> dict[str, Any]:
+  """What `emoji.json.gz` holds."""
   return json.loads(gzip.decompress(CHOICES.read_bytes()))
 
 
