@@ -207,9 +207,7 @@ def icons_of(split: str, concepts: Sequence[Concept], chosen: Mapping[str, Any])
   return found
 
 
-def icons_of_openmoji(
-  concepts: Sequence[Concept], chosen: Mapping[str, Any], there: Mapping[str, str]
-) -> list[Icon]:
+def icons_of_openmoji(concepts: Sequence[Concept], chosen: Mapping[str, Any], there: Mapping[str, str]) -> list[Icon]:
   """The concepts of `test_vendor` with its captions, of those that OpenMoji has an icon for, by its name."""
   icons = icons_of("test_vendor", concepts, chosen)
   renamed = [dataclasses.replace(icon, vendor=OPENMOJI, name=icon.concept.concept_id) for icon in icons]
