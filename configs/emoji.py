@@ -17,7 +17,8 @@ samples; CLIP needs no autoencoder:
   ... --config=configs/emoji.py:objectives=contrastive,path=data/emoji
 
 Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, concepts not in train; openmoji, line
-drawings, if its package is there. Records have a field `concept`. On a GPU: --config.batch_size=512 --config.model.dtype=bfloat16 and more steps.
+drawings, where OpenMoji's package is there. Records have a field `concept`. On a GPU: --config.batch_size=512
+--config.model.dtype=bfloat16 and more steps.
 """
 
 from ml_collections import ConfigDict

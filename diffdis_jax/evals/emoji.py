@@ -63,5 +63,6 @@ def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
   count, expected = len(evaluation.source), SETS[name]
   if count != expected and not incomplete:
     raise UserError(
-      f"{name} has {count:,} images, and should have {expected:,}; {ANEW}, or give --incomplete to measure what is there"
+      f"{name} has {count:,} images, and should have {expected:,}; {ANEW}, or give --incomplete to measure what is"
+      " there"
     )
