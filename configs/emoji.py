@@ -1,11 +1,14 @@
 """DiffDis on real image-caption pairs, 64 px icons of about 1,200 concepts in several drawing styles, at 32 px.
 
-  python -m diffdis_jax.prepare_data pairs --source=DIR_OF_TARS --out=data/emoji
+  python -m diffdis_jax.prepare_data emoji --source=DIR_OF_TARBALLS --out=data/emoji
   python -m diffdis_jax.train --config=configs/emoji.py:autoencoder --workdir=runs/emoji/autoencoder \
       --config.data.path=data/emoji
   python -m diffdis_jax.train --config=configs/emoji.py:path=data/emoji --workdir=runs/emoji/diffdis \
       --config.init_from=runs/emoji/autoencoder
   python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --tasks=zero_shot,retrieval --out=emoji.json
+  python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --suite=emoji --data_root=data --out=suite.json
+
+DIR_OF_TARBALLS is a folder of npm packages; docs/data.md has the line that fetches them.
 
 For comparison, discrimination alone, and a CLIP on the same pairs with the same text tower, images, batch and number of
 samples; CLIP needs no autoencoder:
@@ -13,8 +16,9 @@ samples; CLIP needs no autoencoder:
   ... --config=configs/emoji.py:objectives=discrimination,path=data/emoji --config.init_from=runs/emoji/autoencoder
   ... --config=configs/emoji.py:objectives=contrastive,path=data/emoji
 
-Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, concepts not in train. Records have a
-field `concept`. On a GPU: --config.batch_size=512 --config.model.dtype=bfloat16 and more steps.
+Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, concepts not in train; openmoji, line
+drawings, where OpenMoji's package is there. Records have a field `concept`. On a GPU: --config.batch_size=512
+--config.model.dtype=bfloat16 and more steps.
 """
 
 from ml_collections import ConfigDict

@@ -16,7 +16,7 @@ What fid has sampled is kept in F.parts, or in --parts: the same command goes on
 
 measures the paper's benchmarks, each where it lies under ROOT in one of the layouts in which it is published, gives
 their means, and writes F.md, a table in the paper's layout, beside F.json. F.json is written after each set, and the
-same command goes on from there.
+same command goes on from there. --suite=emoji measures what prepare_data emoji wrote, in ROOT itself or in ROOT/emoji.
 
   python -m diffdis_jax.evaluate --compare=A.json,B.json --out=F.md
 
@@ -121,8 +121,8 @@ def define_fid_flags() -> None:
 
 def define_suite_flags() -> None:
   """The paper's benchmarks, and tables of results."""
-  flags.DEFINE_string("suite", None, f"the paper's benchmarks: one of {', '.join(suites.SUITES)}")
-  flags.DEFINE_string("data_root", None, "folder of a suite's data sets, each in a published layout")
+  flags.DEFINE_string("suite", None, f"benchmarks, the paper's or emoji: one of {', '.join(suites.SUITES)}")
+  flags.DEFINE_string("data_root", None, "folder of a suite's data sets in published layouts; of emoji prepared")
   flags.DEFINE_boolean("incomplete", False, "measure a suite's sets even with another number of images than published")
   flags.DEFINE_list("compare", None, "JSON files of results to put side by side; takes --out alone")
 

@@ -9,6 +9,7 @@
 | coco | folder with annotations/captions_*.json and the images, or with Karpathy's dataset_coco.json |
 | flickr30k | folder with Karpathy's dataset_flickr30k.json and the images |
 | folder | CLASS/IMAGE or SPLIT/CLASS/IMAGE |
+| emoji | folder of npm tarballs of icon sets, which the error for a missing one names; rendered to 64 px |
 | cifar10, pets, ... | folder in which one of the twelve zero-shot sets lies, in a layout that evaluate --suite reads |
 
   python -m diffdis_jax.prepare_data latents --workdir=RUN --data=DIR --out=DIR2 [--image_size=PIXELS] [--views=K] \
@@ -42,6 +43,7 @@ from diffdis_jax.data.prepare import (
   captions,
   card,
   cc3m,
+  emoji,
   image_folder,
   latents,
   parts,
@@ -60,6 +62,7 @@ DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[buil
   "coco": (captions.find_coco, captions.Coco),
   "flickr30k": (captions.find_flickr30k, captions.Flickr30k),
   "folder": (image_folder.find_parts, image_folder.ImageFolder),
+  "emoji": (emoji.find_parts, emoji.Emoji),
   **{name: (functools.partial(zero_shot_sets.find_parts, name), zero_shot_sets.ZeroShotSet) for name in find.LABELLED},
 }
 NAMES = (*DATA_SETS, "latents", "card")

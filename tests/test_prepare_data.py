@@ -49,7 +49,7 @@ def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (("--source=raw", "--out=out"), "takes one name of pairs, cc3m, coco, flickr30k, folder, cifar10, "),
+    (("--source=raw", "--out=out"), "takes one name of pairs, cc3m, coco, flickr30k, folder, emoji, cifar10, "),
     (("laion", "--source=raw", "--out=out"), "not laion"),
     (("pairs", "--source=nowhere", "--out=out"), "no folder nowhere"),
     (("cc3m", "--source=nowhere", "--out=out"), "no folder nowhere"),
@@ -57,6 +57,7 @@ def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
     (("card",), "prepare_data card needs --data=DIR"),
     (("pairs", "--source=raw", "--out=out", "--num_processes=0"), "num_processes"),
     (("pairs", "--source=.", "--out=out"), "no .tar files in ."),
+    (("emoji", "--source=raw", "--out=out"), "raw lacks emojibase-data 17.0.0, @iconify-json/noto 1.2.9, "),
     (("pairs", "--source=raw"), "--out"),
     (("pairs", "--source=raw", "--output=out"), "unknown flag --output; did you mean --out?"),
   ],

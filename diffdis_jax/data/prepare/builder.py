@@ -84,6 +84,10 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
       metadata=tfds.core.MetadataDict(),
     )
 
+  def notices(self) -> dict[str, str]:
+    """Text files that belong beside the records, such as licences: name -> content."""
+    return {}
+
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> Mapping[str, Any]:
     return self._parts
 
@@ -237,6 +241,8 @@ def prepare(
         shutil.rmtree(partial)
       raise
     folder = pathlib.Path(made.data_dir)
+    for name, text in made.notices().items():
+      files.write_whole(folder / name, text.encode())
     report = {split: dataclasses.asdict(report) for split, report in made.reports.items()}
     files.write_json(folder / "report.json", report)
     folder.replace(out)

@@ -1,0 +1,283 @@
+"""Emoji of several artists with captions, rendered from icon sets that are published as npm packages.
+
+A concept is an emoji of Unicode by its English name in emojibase: skin tones, flags, and most of what differs in gender
+or trade alone are left out. Six artists' drawings of 1,206 concepts are `train`, their drawings of 158 others
+`val_concepts`; `val_vendor` and `test_vendor` are one artist each who is not in train. OpenMoji, where its package is
+there, is the split `openmoji`, with the captions of `test_vendor`.
+
+What was drawn by chance when the pairs were first published lies in `emoji.json.gz`: the concepts by their code points,
+which of them are held out, by their places, and for each artist the icon of a concept where it is not called as the
+concept is, and the number in `TEMPLATES` of the caption of each concept's icon, or - where there is none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import importlib
+import io
+import json
+import pathlib
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from diffdis_jax.data.prepare import emoji_packages, parts
+from diffdis_jax.data.prepare.builder import CaptionedImages
+from diffdis_jax.data.prepare.emoji_packages import EMOJIBASE, ICONS, Package
+from diffdis_jax.data.prepare.pairs import RawPair
+from diffdis_jax.data.prepare.parts import Part
+from diffdis_jax.errors import UserError
+
+CHOICES = pathlib.Path(__file__).with_name("emoji.json.gz")
+SIZE = 64  # pixels
+# Artists whose icons are rendered larger and made smaller: hard edges of masks are not smoothed by the renderer.
+SUPERSAMPLED = {"fluent-emoji": 2}
+ITEMS = 2500  # of a part
+SPLITS = {
+  "train": ("noto", "fluent-emoji-flat", "fluent-emoji", "fxemoji", "emojione", "streamline-emojis"),
+  "val_vendor": ("noto-v1",),
+  "val_concepts": ("noto", "fluent-emoji-flat", "fluent-emoji", "fxemoji", "emojione", "streamline-emojis"),
+  "test_vendor": ("twemoji",),
+}
+OPENMOJI = "openmoji"  # artist and split
+STYLES = {
+  "noto": "shaded",
+  "fluent-emoji-flat": "flat",
+  "fluent-emoji": "3d",
+  "fxemoji": "soft flat",
+  "emojione": "glossy flat",
+  "streamline-emojis": "outlined cartoon",
+  "noto-v1": "blob",
+}
+TEMPLATES = (
+  "an emoji of {concept}",
+  "icon of {concept}, {group}",
+  "{concept}",
+  "{concept}, {tags}",  # the first two
+  "{style} emoji of {concept}",
+  "{style} drawing of {concept}",
+)
+LICENSES = "LICENSES.md"
+
+
+class Emoji(CaptionedImages):
+  """Emoji of several artists."""
+
+  name = "emoji"
+  DESCRIPTION = (
+    "Emoji of several artists at 64 px on white, with captions made of the concept's name, the artist's style, and"
+    f" Unicode's group or emojibase's tags. Licences: {LICENSES}."
+  )
+
+  def notices(self) -> dict[str, str]:
+    sets = {vendor: ICONS[vendor] for split in self._parts for vendor in SPLITS.get(split, (OPENMOJI,))}
+    lines = [
+      "# Licences",
+      "",
+      "The images are icons by the authors below, rendered at 64 px on white. A record's fields `vendor` and `licence`",
+      "say whose it is. Names, groups and tags of the concepts are those of emojibase.",
+      "",
+      "| field `vendor` | author | package | licence |",
+      "|---|---|---|---|",
+      *(_row(vendor, package) for vendor, package in sets.items()),
+      _row("", EMOJIBASE),
+    ]
+    return {LICENSES: "\n".join(lines) + "\n"}
+
+
+def _row(vendor: str, package: Package) -> str:
+  return (
+    f"| {vendor} | [{package.author}]({package.url}) | {package.name} {package.version} "
+    f"| [{package.licence}](https://spdx.org/licenses/{package.licence}.html) |"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Concept:
+  """What emojibase says of an emoji; `concept_id` is its name in ASCII, as icons are called."""
+
+  concept: str
+  concept_id: str
+  group: str
+  subgroup: str
+  tags: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Icon:
+  """An icon of a vendor with its concept, and the number of its template."""
+
+  vendor: str
+  name: str
+  concept: Concept
+  template: int
+
+  @property
+  def caption(self) -> str:
+    concept = self.concept
+    return TEMPLATES[self.template].format(
+      concept=concept.concept,
+      group=concept.group,
+      tags=", ".join(concept.tags[:2]),
+      style=STYLES.get(self.vendor, ""),
+    )
+
+  def metadata(self, key: str) -> str:
+    fields = dataclasses.asdict(self.concept)
+    made = {"key": key, "caption": self.caption, "status": "success", "width": SIZE, "height": SIZE}
+    made |= {"concept": fields.pop("concept"), "concept_id": fields.pop("concept_id"), "vendor": self.vendor}
+    return json.dumps({**made, "licence": ICONS[self.vendor].licence, **fields})
+
+
+@dataclasses.dataclass
+class IconsPart:
+  """Some icons of a split. Keys are PART/KEY, as those of webdataset tars."""
+
+  name: str
+  split: str
+  source: pathlib.Path
+  number: int
+  icons: Sequence[Icon]
+  truncated: bool = False
+
+  def identity(self) -> list[Any]:
+    versions = sorted({f"{ICONS[icon.vendor].name}@{ICONS[icon.vendor].version}" for icon in self.icons})
+    return [self.name, len(self.icons), *versions]
+
+  def __iter__(self) -> Iterator[RawPair]:
+    for place, icon in enumerate(self.icons):
+      key = f"{self.number:05d}{place:04d}"
+      drawing = read_icons(self.source, icon.vendor).get(icon.name)
+      image = None if drawing is None else render(drawing, scale=SUPERSAMPLED.get(icon.vendor, 1))
+      yield RawPair(f"{self.name}/{key}", image, icon.caption.encode(), icon.metadata(key).encode())
+
+
+def find_parts(source: pathlib.Path) -> list[Part]:
+  """Of a folder with the tarballs of `emoji_packages`; that of OpenMoji may be absent.
+
+  Raises:
+    UserError: no such folder, a tarball that is missing or another one, or no renderer.
+  """
+  parts.check_folder(source, "a folder of npm tarballs: docs/data.md says which")
+  with_openmoji = (source / ICONS[OPENMOJI].file).is_file()
+  needed = [package for vendor, package in ICONS.items() if vendor != OPENMOJI or with_openmoji]
+  emoji_packages.check(source, [EMOJIBASE, *needed])
+  _renderer()
+  chosen, concepts = read_choices(), read_concepts(source)
+  found: list[Part] = []
+  for split in SPLITS:
+    found += _cut(split, source, icons_of(split, concepts, chosen))
+  if with_openmoji:
+    found += _cut(OPENMOJI, source, icons_of_openmoji(concepts, chosen, read_icons(source, OPENMOJI)))
+  else:
+    logging.info("no %s in %s, and so no split %s", ICONS[OPENMOJI].file, source, OPENMOJI)
+  return found
+
+
+def read_concepts(source: pathlib.Path) -> list[Concept]:
+  """In the order of `emoji.json.gz`, which is that of their ids."""
+  read = functools.partial(emoji_packages.read_json, source, EMOJIBASE)
+  messages, by_code = read("en/messages.json"), {each["hexcode"]: each for each in read("en/data.json")}
+  groups, subgroups = ({each["order"]: each["key"] for each in messages[kind]} for kind in ("groups", "subgroups"))
+  concepts = []
+  for code in read_choices()["concepts"].split():
+    each = by_code[code]
+    name = each["label"].lower().replace(":", "")
+    group, subgroup = groups[each["group"]], subgroups[each["subgroup"]]
+    concepts.append(Concept(name, _in_ascii(name), group, subgroup, tuple(each["tags"])))
+  return concepts
+
+
+def icons_of(split: str, concepts: Sequence[Concept], chosen: Mapping[str, Any]) -> list[Icon]:
+  """Of a split of `SPLITS`, artist by artist, by name."""
+  held_out = {int(place) for place in chosen["held_out"].split()}
+  every = {*range(len(concepts))}
+  wanted = {"test_vendor": every, "val_concepts": held_out}.get(split, every - held_out)
+  found = []
+  for vendor in SPLITS[split]:
+    icons = _icons_of_vendor(vendor, concepts, chosen["vendors"][vendor], wanted)
+    found += sorted(icons, key=lambda icon: icon.name)
+  return found
+
+
+def icons_of_openmoji(concepts: Sequence[Concept], chosen: Mapping[str, Any], there: Mapping[str, str]) -> list[Icon]:
+  """The concepts of `test_vendor` with its captions, of those that OpenMoji has an icon for, by its name."""
+  icons = icons_of("test_vendor", concepts, chosen)
+  renamed = [dataclasses.replace(icon, vendor=OPENMOJI, name=icon.concept.concept_id) for icon in icons]
+  return [icon for icon in renamed if icon.name in there]
+
+
+def _icons_of_vendor(
+  vendor: str, concepts: Sequence[Concept], chosen: Mapping[str, Any], wanted: Collection[int]
+) -> Iterator[Icon]:
+  for place, (concept, templates) in enumerate(zip(concepts, chosen["templates"].split(), strict=True)):
+    if templates != "-" and place in wanted:
+      names = chosen["icons"].get(str(place), concept.concept_id).split()
+      for name, template in zip(names, templates, strict=True):
+        yield Icon(vendor, name, concept, int(template))
+
+
+def _cut(split: str, source: pathlib.Path, icons: Sequence[Icon]) -> list[Part]:
+  """Parts of icons in the order in which they were first published."""
+  order = np.random.default_rng(0).permutation(len(icons))
+  starts = range(0, len(icons), ITEMS)
+  return [
+    IconsPart(f"{split}-{i:05d}", split, source, i, [icons[j] for j in order[first : first + ITEMS]])
+    for i, first in enumerate(starts)
+  ]
+
+
+@functools.cache  # by each process, for all of its parts
+def read_icons(source: pathlib.Path, vendor: str) -> dict[str, str]:
+  """Name -> SVG of a vendor's icons."""
+  content = emoji_packages.read_json(source, ICONS[vendor], "icons.json")
+  default = {"left": 0, "top": 0, "width": content.get("width", 16), "height": content.get("height", 16)}
+  svgs = {}
+  for name, icon in content["icons"].items():
+    box = " ".join(str(icon.get(side, default[side])) for side in default)
+    svgs[name] = (
+      '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+      f' width="{SIZE}" height="{SIZE}" viewBox="{box}">{icon["body"]}</svg>'
+    )
+  return svgs
+
+
+def render(svg: str, *, scale: int = 1) -> bytes:
+  """PNG of `SIZE` on white, from a drawing `scale` times as large. What cannot be drawn comes back, and is no image."""
+  side = scale * SIZE
+  try:
+    drawn = _renderer().svg_to_bytes(
+      svg_string=svg, background="white", width=side, height=side, dpi=96, skip_system_fonts=True
+    )
+  except ValueError:
+    return svg.encode()
+  image = Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
+  if scale > 1:
+    image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
+  file = io.BytesIO()
+  image.save(file, "PNG", optimize=True)
+  return file.getvalue()
+
+
+def _renderer() -> Any:
+  try:
+    return importlib.import_module("resvg_py")
+  except ImportError as error:
+    raise UserError("icons are rendered by resvg-py, which is missing; pip install 'diffdis_jax[emoji]'") from error
+
+
+def read_choices() -> dict[str, Any]:
+  """What `emoji.json.gz` holds."""
+  return json.loads(gzip.decompress(CHOICES.read_bytes()))
+
+
+def _in_ascii(name: str) -> str:
+  plain = unicodedata.normalize("NFKD", name.replace("’", "")).encode("ascii", "ignore").decode()
+  return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")

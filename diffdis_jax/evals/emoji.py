@@ -1,0 +1,68 @@
+"""The suite of emoji: a prepared data set's held-out artists and concepts, and OpenMoji where it is there."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from absl import logging
+
+from diffdis_jax.data import records
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals.base import Eval
+from diffdis_jax.evals.retrieval import Retrieval
+from diffdis_jax.evals.zero_shot import ZeroShot
+
+TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
+# Split -> images of it.
+COUNTS = {"test_vendor": 1_364, "val_vendor": 895, "val_concepts": 757, "openmoji": 1_364}
+OPTIONAL = "openmoji"
+WITH_UNSEEN = ("test_vendor", "openmoji")  # splits with concepts that training saw and with others
+SETS = {f"emoji/{split}": count for split, count in COUNTS.items()}
+ANEW = "prepare it anew by python -m diffdis_jax.prepare_data emoji"
+
+
+def sections(root: pathlib.Path, *, image_size: int) -> list[tuple[str, dict[str, Any]]]:
+  """(data set, what its evaluation takes): zero-shot classification and retrieval on each split that is there.
+
+  Of retrieval, whatever bears the query's caption is right: in `val_concepts` several artists' images have the same.
+
+  Args:
+    root: the prepared folder, or one that holds it as `emoji`.
+    image_size: of the run.
+
+  Raises:
+    UserError: there is none, or it lacks a split.
+  """
+  path = next((each for each in (root, root / "emoji") if (each / "dataset_info.json").exists()), None)
+  if path is None:
+    raise UserError(
+      f"no emoji in --data_root={root}, neither in it nor in its folder emoji; write them there by"
+      " python -m diffdis_jax.prepare_data emoji"
+    )
+  there = records.read_info(path).splits
+  if missing := [split for split in ("train", *COUNTS) if split not in there and split != OPTIONAL]:
+    raise UserError(f"{path} has no split {missing[0]}, which the suite emoji needs; {ANEW}")
+  splits = [split for split in COUNTS if split in there]
+  if OPTIONAL not in splits:
+    logging.info("%s has no split %s, and so it is not measured", path, OPTIONAL)
+  found = []
+  for split in splits:
+    data = {"name": "pairs", "path": str(path), "split": split, "image_size": image_size}
+    zero_shot = {"task": "zero_shot", "data": data, "label_field": "concept", "templates": TEMPLATES}
+    if split in WITH_UNSEEN:
+      zero_shot["seen_split"] = "train"
+    found.append((f"emoji/{split}", zero_shot))
+    found.append((f"emoji/{split}", {"task": "retrieval", "data": data, "equal_captions": True}))
+  return found
+
+
+def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
+  """Raises UserError: the split has not as many images as published, unless that may be."""
+  assert isinstance(evaluation, ZeroShot | Retrieval)
+  count, expected = len(evaluation.source), SETS[name]
+  if count != expected and not incomplete:
+    raise UserError(
+      f"{name} has {count:,} images, and should have {expected:,}; {ANEW}, or give --incomplete to measure what is"
+      " there"
+    )
