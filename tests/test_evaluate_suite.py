@@ -56,7 +56,7 @@ def test_the_fid_suite(run, inception_file, environment, tmp_path):
   assert done.returncode == 0, done.stderr
   (record,) = json.loads(out.read_text())["fid"].values()
   assert record["task"] == "generation_fid" and record["metrics"]["fid"] > 0
-  assert record["protocol"]["num_images"] == 2 and record["protocol"]["data"]["split"] == "val2014"
+  assert record["protocol"]["num_images"] == 2
   assert "MSCOCO val2014" in (tmp_path / "F.md").read_text()
   assert len(list((tmp_path / "F.parts").glob("part-*.npz"))) == 1
 

@@ -189,12 +189,12 @@ def ranks(
   A tie counts against the query, and so does a NaN: a model that maps everything to one point ranks last, not first.
   Scores are computed on the device, `BLOCK` queries at a time.
   """
-  size, keys = min(BLOCK, len(queries)), jnp.asarray(keys)
+  size, on_device = min(BLOCK, len(queries)), jnp.asarray(keys)
   found = []
   for start in range(0, len(queries), BLOCK):
     # The last block is filled with its last query, so that all have one shape.
     rows = np.minimum(np.arange(start, start + size), len(queries) - 1)
-    found.append(_ranks(queries[rows], keys, query_groups[rows], key_groups))
+    found.append(_ranks(queries[rows], on_device, query_groups[rows], key_groups))
   return np.concatenate(found)[: len(queries)]
 
 

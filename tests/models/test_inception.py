@@ -159,8 +159,8 @@ def half_pixels(x):
 @pytest.mark.parametrize("trap", [*TRAPS, "half pixels", "divided by 127.5"])
 def test_the_features_show_each_known_mistake(monkeypatch, extractor, theirs, inception_file, trap):
   """The whole network, compiled once for each of them."""
-  read_inception.module.cache_clear()  # which was made without the mistake
   params = read_inception.read(str(inception_file)).params
+  read_inception.module.cache_clear()  # which was made without the mistake
   if trap in TRAPS:
     _, attribute, wrong = TRAPS[trap]
     monkeypatch.setattr(inception, attribute, wrong)
