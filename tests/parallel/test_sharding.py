@@ -24,7 +24,7 @@ from tests import steps
 
 # (data, fsdp, tensor), all those of eight devices that split a batch of 16.
 SHAPES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
-IN_CI = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]  # with the two of the next test
+IN_CI = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4)]
 STEPS = 5
 
 
@@ -87,7 +87,7 @@ def test_five_joint_steps_on_eight_devices_equal_those_on_one():
 
 def test_attention_at_several_levels_on_eight_devices_equals_that_on_one():
   """Losses and gradients of discrimination, whose text token joins the image's at two levels and in the middle."""
-  shapes = [(1, 2, 4), (1, 1, 8)]
+  shapes = [(2, 2, 2), (1, 1, 8)]
   changes = {"model.unet.widths": (8, 8), "model.unet.attention": (True, True)}
   # Of the parts where attention is: the compiler's time is what this test costs.
   changes["optim.groups"] = ((r"^unet\.(down|middle)|^text_stream", "new"), (".*", "frozen"))
