@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from tests import steps, tiny_clip
 from tests.command_runs import call
 from tests.models.from_torch import nchw
 from tests.models.networks import relative_error
+from tests.test_resume import metrics, restore
 from tests.untrained import State
 
 pytest_plugins = ("tests.command_runs",)
@@ -75,6 +77,23 @@ def test_a_run_measures_itself_and_keeps_its_best(run):
   assert checkpoint.latest_step(run) == 8
   best = checkpoint.best(run, checkpoint.Kept(**workdir.load_config(run).checkpoint))
   assert best is not None and best.value == pytest.approx(max(accuracy.values()))
+
+
+def test_gone_on_with_from_its_first_save_it_ends_in_the_same_bits(run, environment, tmp_path):
+  resumed = tmp_path / "resumed"
+  shutil.copytree(run, resumed)
+  shutil.rmtree(resumed / "checkpoints" / "8")
+  lines = (resumed / "metrics.jsonl").read_text().splitlines(keepends=True)
+  (resumed / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 4))
+  done = call("train", environment, "--config=tests/tiny_clip.py", f"--workdir={resumed}")
+  assert done.returncode == 0, done.stderr
+
+  assert metrics(resumed) == metrics(pathlib.Path(run))
+  (expected, next_batch), (found, next_found) = restore(pathlib.Path(run)), restore(resumed)
+  np.testing.assert_array_equal(next_found, next_batch)
+  assert int(found.step) == 8
+  for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
+    assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
 
 
 def test_evaluation_gives_what_the_run_measured(run):
