@@ -26,11 +26,10 @@ def lines(plan: Plan, folder: Folder, step_seconds: float | None) -> list[str]:
   ]
   found += ["", *_rows(plan), ""]
   left = [run for run in plan.runs if not states[run].is_finished]
-  known = [seconds[run] for run in left]
-  said = "unknown until a run has steps, or by --step_seconds"
-  if None not in known:
-    hours = sum(_steps(states[run]) * (seconds[run] or 0) for run in left) / 3600
-    said = f"{hours:.2f} hours of steps left, without starts and evaluations"
+  known = [_steps(states[run]) * each / 3600 for run in left if (each := seconds[run]) is not None]
+  said = f"{sum(known):.2f} hours of steps left, without starts and evaluations"
+  if unknown := len(left) - len(known):
+    said += f", and {unknown} runs whose speed is known when they have steps, or by --step_seconds"
   counts = f"{len(plan.runs)} runs, {len(plan.runs) - len(left)} finished"
   return [*found, f"{counts}; {said}" if left else counts]
 

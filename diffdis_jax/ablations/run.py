@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import signal
 import subprocess
 import threading
@@ -162,8 +163,7 @@ class _Children:
     with contextlib.ExitStack() as stack:
       out = None
       if log is not None:
-        folder, _, _ = log.rpartition("/")
-        workdir.epath.Path(folder).mkdir(parents=True, exist_ok=True)
+        pathlib.Path(log).parent.mkdir(parents=True, exist_ok=True)
         out = stack.enter_context(open(log, "ab"))
       self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
       if self.asked:
@@ -179,6 +179,7 @@ class _Children:
 
 def _last_words(log: Any) -> str:
   """The last line of a log that says what was wrong."""
-  lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+  said = log.read_bytes().decode(errors="replace") if log.exists() else ""
+  lines = [line for line in said.splitlines() if line.strip()]
   errors = [line for line in lines if line.startswith("error: ")]
   return (errors or lines or ["nothing was said"])[-1].removeprefix("error: ")

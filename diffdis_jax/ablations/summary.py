@@ -108,9 +108,8 @@ def _table(
   rows = []
   for place, row in enumerate(table.rows):
     is_base = place == table.base
-    cells = {
-      name: cell(values, None if is_base else figures[table.base][name]) for name, values in figures[place].items()
-    }
+    against = {} if is_base else figures[table.base]
+    cells = {name: cell(values, against.get(name)) for name, values in figures[place].items()}
     rows.append(_row(row, cells, is_base=is_base, runs=[run.name for run in plan.rows[table.name, place]]))
   return {"title": table.title, "rows": rows}
 
