@@ -75,15 +75,15 @@ def run(plan: Plan, folder: Folder) -> None:
     perform(plan.runs[numbers[0]], plan, folder)
     return
   folder.open(plan)
-  flags_given = [flag for flag in sys.argv[2:] if not flag.lstrip("-").startswith("only")]
-  command = lambda number: [sys.executable, "-m", "diffdis_jax.ablate", "run", *flags_given, f"--only={number}"]
+  # The same command; of a flag that is given twice the last value holds.
+  command = lambda number: [sys.executable, "-m", "diffdis_jax.ablate", *sys.argv[1:], f"--only={number}"]
   if code := running.perform_all(plan, numbers, folder, command):
     sys.exit(code)
 
 
 def perform(one: Run, plan: Plan, folder: Folder) -> None:
   """Trains and measures a run in this process, or with others as one of its processes."""
-  cli.compilation_cache(folder.workdir(one))
+  cli.compilation_cache(str(folder.path))
   cli.use_all_cores()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   processes.start()
