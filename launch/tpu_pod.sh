@@ -34,8 +34,9 @@ esac
 each=('') # nothing, or the numbers of a list
 if [[ $subcommand == run ]]; then
   if [[ ${1:-} == --each=* ]]; then
-    [[ $1 =~ ^--each=([0-9]{1,4})-([0-9]{1,4})$ ]] && ((10#${BASH_REMATCH[1]} <= 10#${BASH_REMATCH[2]})) ||
+    if ! [[ $1 =~ ^--each=([0-9]{1,4})-([0-9]{1,4})$ ]] || ((10#${BASH_REMATCH[1]} > 10#${BASH_REMATCH[2]})); then
       refuse "$1 should be --each=FIRST-LAST, such as --each=0-27"
+    fi
     mapfile -t each < <(seq "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}")
     shift
   fi
