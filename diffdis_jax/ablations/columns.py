@@ -46,7 +46,9 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
   found = []
   sets = {task: [name for name, section in evaluations.items() if section["task"] == task] for task in _TASKS}
   for name in sets["agreement"]:
-    found += [_percent("agreement", name, f"agreement_{which}", f"{which} pairs right") for which in ("seen", "unseen")]
+    found += [
+      _percent("agreement", name, f"agreement_{which}", f"drawn right, {which} pairs") for which in ("seen", "unseen")
+    ]
   for name in sets["fid"]:
     column = f"{name}/fid" if name != "fid" else "fid"
     found.append(Column(name=column, title="FID ↓", cells=(("fid", name, "fid"),), scale=1.0))

@@ -24,9 +24,12 @@ def markdown(summary: Mapping[str, Any]) -> str:
     for row in table["rows"]:
       lines += _lines(row, [*columns], [*others])
     text = "\n".join("| " + " | ".join((*line, *[BLANK] * (len(heads) - len(line)))) + " |" for line in lines)
-    title = table["title"] if name == "grid" else f"Table {name}: {table['title']}"
-    parts.append(f"## {title}\n\n{text}")
+    parts.append(f"## {_title(name, table)}\n\n{text}")
   return "\n\n".join(parts) + "\n"
+
+
+def _title(name: str, table: Mapping[str, Any]) -> str:
+  return table["title"] if name == "grid" else f"Table {name}: {table['title']}"
 
 
 def _note() -> str:
@@ -82,14 +85,16 @@ def plot(summary: Mapping[str, Any]) -> bytes:
   heights = [len(table["rows"]) + 1.2 for table in tables]
   size = (2.2 + PANEL_WIDTH * len(columns), 0.5 + ROW_HEIGHT * sum(heights) + 0.45 * len(tables))
   figure = Figure(figsize=size, layout="constrained")
-  panels = figure.subplots(len(tables), len(columns), squeeze=False, height_ratios=heights, sharey="row")
-  for line, table in zip(panels, tables, strict=True):
-    for axes, (name, title) in zip(line, columns.items(), strict=True):
+  # One scale a column, so that tables can be compared.
+  panels = figure.subplots(len(tables), len(columns), squeeze=False, height_ratios=heights, sharex="col", sharey="row")
+  for axes, title in zip(panels[-1], columns.values(), strict=True):
+    axes.set_xlabel(title.translate(_ARROWS), fontsize=8)
+  for line, (number, table) in zip(panels, summary["tables"].items(), strict=True):
+    for axes, name in zip(line, columns, strict=True):
       _draw(axes, table["rows"], name)
-      axes.set_xlabel(title.translate(_ARROWS), fontsize=8)
     line[0].set_yticks(range(len(table["rows"])), [row["label"] for row in table["rows"]], fontsize=8)
     line[0].set_ylim(len(table["rows"]) - 0.5, -0.5)
-    line[0].set_title(table["title"], fontsize=9, loc="left", fontweight="bold")
+    line[0].set_title(_title(number, table), fontsize=9, loc="left", fontweight="bold")
   buffer = io.BytesIO()
   FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=200)
   return buffer.getvalue()

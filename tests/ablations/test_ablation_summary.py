@@ -69,8 +69,8 @@ def measured(tmp_path):
 def test_a_table_of_known_results(measured):
   found = summarised(*measured)
   assert found["columns"] == {
-    "generated/agreement_seen": "seen pairs right ↑",
-    "generated/agreement_unseen": "unseen pairs right ↑",
+    "generated/agreement_seen": "drawn right, seen pairs ↑",
+    "generated/agreement_unseen": "drawn right, unseen pairs ↑",
     "test/acc1": "top-1 test ↑",
     "unseen/acc1": "top-1 unseen ↑",
     "test_retrieval/recall@1": "R@1 test ↑",
@@ -96,8 +96,8 @@ def test_markdown_of_known_results(measured):
   at = next(i for i, line in enumerate(lines) if line.startswith("## Table 4: Dual-stream deep fusion"))
   head, _, off, difference, paper, on, paper_on = lines[at + 2 : at + 9]
   assert head == (
-    "|  | seen pairs right ↑ | unseen pairs right ↑ | top-1 test ↑ | top-1 unseen ↑ | R@1 test ↑ | FID ↓ (paper)"
-    " | ImageNet top-1 ↑ (paper) | mean R@1 ↑ (paper) |"
+    "|  | drawn right, seen pairs ↑ | drawn right, unseen pairs ↑ | top-1 test ↑ | top-1 unseen ↑ | R@1 test ↑"
+    " | FID ↓ (paper) | ImageNet top-1 ↑ (paper) | mean R@1 ↑ (paper) |"
   )
   half = "50.00 (n = 1)"
   assert off == f"| disabled | {half} | {half} | 70.00 (n = 1) | {half} | {half} |  |  |  |"
