@@ -53,7 +53,17 @@ def get_config(arg: str = "") -> ConfigDict:
     classnames=CLASSNAMES,
     templates=TEMPLATES[:1],
   )
-  config.evals = dict(test=zero_shot("test"), unseen=zero_shot("unseen"), generated=dict(task="agreement", per_class=4))
+  config.evals = dict(
+    test=zero_shot("test"),
+    unseen=zero_shot("unseen"),
+    generated=dict(task="agreement", per_class=4),
+    test_retrieval=dict(
+      task="retrieval",
+      data=dict(name="shapes", split="test", image_size=32, seed=1, num_images=896),
+      caption_field="plain_caption",
+      equal_captions=True,  # else each of the 16 images of a class is wrong for the captions of the other 15
+    ),
+  )
   config.train_evals = ("test", "unseen")
   config.sample_prompts = tuple(f"a {name}" for name in CLASSNAMES)
   config.inference.update(generation_steps=30, generation_guidance=4.0)

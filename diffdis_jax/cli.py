@@ -54,12 +54,47 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   app.run(guarded, flags_parser=_parse_flags)
 
 
-def config_flag() -> flags.FlagHolder[ConfigDict]:
-  """Defines the required flag --config=FILE.py[:args], with --config.a.b=value for single fields."""
+def config_flag(alias: str = "config") -> flags.FlagHolder[ConfigDict]:
+  """Defines the required flag --config=FILE.py[:args], with --config.a.b=value for single fields.
+
+  `alias`: another name of the flag, by which the file is asked for; its fields are --config.a.b all the same.
+  """
   holder = config_flags.DEFINE_config_file("config", None, "configuration: FILE.py[:args]")
-  flags.FLAGS["config"].parser = _ConfigFile()
-  flags.mark_flag_as_required("config")
+  flags.FLAGS["config"].parser = _ConfigFile(alias)
+  if alias != "config":
+    flags.DEFINE_alias(alias, "config")
+  flags.mark_flag_as_required(alias)
   return holder
+
+
+def config_given() -> tuple[str, dict[str, Any]]:
+  """FILE.py[:args] of the flag --config, and the values that --config.a.b=value gave to single fields."""
+  flag = flags.FLAGS["config"]
+  return config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+
+
+def read_config(path: str, flag: str = "config") -> ConfigDict:
+  """The config of FILE.py[:args], not locked. Raises UserError: every mistake in the path, the file or its arguments.
+
+  `flag`: that named it, for the message.
+  """
+  file, colon, argument = path.partition(":")
+  if not os.path.isfile(file):
+    folder = pathlib.Path(file).parent
+    raise UserError(f"no config file {file}; {did_you_mean(file, map(str, folder.glob('*.py')))}")
+  if not file.endswith(".py"):
+    raise UserError(f"--{flag}={path} should name a Python file, such as configs/shapes.py")
+  try:
+    spec: Any = importlib.util.spec_from_file_location("config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return ConfigDict(module.get_config(*([argument] if colon else [])))
+  except ValueError as error:
+    raise UserError(f"--{flag}={path}: {error}") from error
+  except Exception as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+    where = f" (line {lines[-1]})" if lines else ""
+    raise UserError(f"--{flag}={path}: {type(error).__name__}: {error}{where}") from error
 
 
 def compilation_cache(workdir: str = "") -> None:
@@ -126,27 +161,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 class _ConfigFile(flags.ArgumentParser):
   """Loads a config file; every mistake in the path, the file or the overrides is a UserError."""
 
+  def __init__(self, flag: str):
+    self._flag = flag
+
   def parse(self, path: str) -> ConfigDict:
-    file, colon, argument = path.partition(":")
-    if not os.path.isfile(file):
-      folder = pathlib.Path(file).parent
-      raise UserError(f"no config file {file}; {did_you_mean(file, map(str, folder.glob('*.py')))}")
-    if not file.endswith(".py"):
-      raise UserError(f"--config={path} should name a Python file, such as configs/shapes.py")
-    try:
-      spec: Any = importlib.util.spec_from_file_location("config_file", file)
-      module = importlib.util.module_from_spec(spec)
-      spec.loader.exec_module(module)
-      config = ConfigDict(module.get_config(*([argument] if colon else [])))
-    except ValueError as error:
-      raise UserError(f"--config={path}: {error}") from error
-    except Exception as error:
-      lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
-      where = f" (line {lines[-1]})" if lines else ""
-      raise UserError(f"--config={path}: {type(error).__name__}: {error}{where}") from error
+    config = read_config(path, self._flag)
     for override in filter(None, map(_OVERRIDE.match, sys.argv[1:])):
-      _check_key(dict(_leaves(config)), override[1])
+      check_key(config, override[1])
     return config.lock()
+
+
+def check_key(config: ConfigDict, key: str) -> None:
+  """Raises UserError unless `key` is one of the config's fields or their sections; `a.b[0]` is an element of `a.b`."""
+  _check_key(dict(_leaves(config)), key)
 
 
 def _check_key(known: Collection[str], key: str) -> None:

@@ -4,6 +4,7 @@
 #   launch/tpu_pod.sh create              ask for the slice, and wait until it is there
 #   launch/tpu_pod.sh setup               this commit and its environment onto every host, once
 #   launch/tpu_pod.sh run -- COMMAND...   all three: the command on every host, again after a preemption or a dead host
+#   launch/tpu_pod.sh run --each=0-27 -- COMMAND...   one after another with --only=0 to --only=27, as ablate run takes it
 #   launch/tpu_pod.sh logs                follow what the hosts say
 #   launch/tpu_pod.sh stop                SIGTERM to the command, so that it saves
 #   launch/tpu_pod.sh delete              give the slice back
@@ -30,7 +31,15 @@ case $subcommand in
   '') refuse "no subcommand: create, setup, run, logs, stop or delete" ;;
   *) refuse "unknown subcommand '$subcommand'; there are create, setup, run, logs, stop and delete" ;;
 esac
+each=('') # nothing, or the numbers of a list
 if [[ $subcommand == run ]]; then
+  if [[ ${1:-} == --each=* ]]; then
+    if ! [[ $1 =~ ^--each=([0-9]{1,4})-([0-9]{1,4})$ ]] || ((10#${BASH_REMATCH[1]} > 10#${BASH_REMATCH[2]})); then
+      refuse "$1 should be --each=FIRST-LAST, such as --each=0-27"
+    fi
+    mapfile -t each < <(seq "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}")
+    shift
+  fi
   if [[ ${1:-} == -- ]]; then shift; elif (($#)); then refuse "unknown argument '$1'; the command goes after --"; fi
   (($#)) || refuse "no command; give it after --"
 elif (($#)); then
@@ -167,7 +176,15 @@ case $subcommand in
   run)
     workdir=$(workdir_of "$@")
     trap finish TERM INT
-    supervise "${DELAY:-10}" saved_step attempt "$@"
+    worst=0
+    for number in "${each[@]}"; do # one that fails is told, and the next ones go on
+      code=0
+      supervise "${DELAY:-10}" saved_step attempt "$@" ${number:+--only="$number"} || code=$?
+      if ((code)); then worst=$code; fi
+      if [[ $stopping ]]; then break; fi
+      if ((code && ${#each[@]} > 1)); then note "number $number ended with code $code"; fi
+    done
+    exit "$worst"
     ;;
   logs) on_all "tail -n 100 -F diffdis/run.log" ;;
   stop) on_all "$interrupt" ;;

@@ -68,8 +68,12 @@ LAYERS = (
   "estimates/chips estimates/hlo estimates/operations estimates/search",
   "estimates/targets estimates/programs benchmarks/steps benchmarks/data",
   "estimates/report benchmarks/table6",
+  "ablations/tables ablations/columns",
+  "ablations/plan",
+  "ablations/folder",
+  "ablations/run ablations/outlook ablations/summary ablations/render",
   "train evaluate generate prepare_data benchmark preflight import_weights export_weights",
-  "demo",  # a verb that runs others
+  "demo ablate",  # verbs that run others
 )
 LEVEL = {file: level for level, layer in enumerate(LAYERS) for file in layer.split()}
 VERBS = {*LAYERS[-2].split(), *LAYERS[-1].split()}

@@ -235,14 +235,16 @@ def whole(array: jax.Array) -> np.ndarray:
 
 def on_first(action: Callable[[], Any]) -> None:
   """Does it on process 0. Raises UserError on every process if it raises that."""
+  if jax.process_count() == 1:
+    action()
+    return
   message = b""
   if is_first():
     try:
       action()
     except UserError as error:
       message = str(error).encode()[:_MESSAGE]
-  if jax.process_count() > 1:
-    message = from_first(np.frombuffer(message.ljust(_MESSAGE, b"\0"), np.uint8)).tobytes().rstrip(b"\0")
+  message = from_first(np.frombuffer(message.ljust(_MESSAGE, b"\0"), np.uint8)).tobytes().rstrip(b"\0")
   if message:
     raise UserError(message.decode(errors="replace"))
 

@@ -81,9 +81,13 @@ def check_config(
   """
   path = epath.Path(workdir)
   if (path / "config.json").exists():
-    there, here, default = (_flatten(_normalise(fields)) for fields in (_read(path), config, defaults or {}))
+    there, here, default = (flatten(fields) for fields in (_read(path), config, defaults or {}))
     newer = {field for field in here.keys() - there.keys() if (field, here[field]) in default.items()}
     _check_same(path, there, {field: value for field, value in here.items() if field not in newer})
+
+
+class InUse(UserError):
+  """Another live process has the workdir."""
 
 
 class Lock:
@@ -102,7 +106,7 @@ class Lock:
     self._beats = 0
 
   def __enter__(self) -> Lock:
-    """Raises UserError if a live process has the workdir, or it cannot be written."""
+    """Raises InUse if a live process has the workdir, UserError if it cannot be written."""
     self._wait_for_other()
     try:
       self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +129,7 @@ class Lock:
       if time.monotonic() - begin > (ENDING if here else PATIENCE):
         if other == first and not here:
           break
-        raise UserError(
+        raise InUse(
           f"--workdir={self._workdir} is in use by process {other.get('pid')} on {other.get('host')}; wait for it, stop"
           " it, or take another --workdir"
         )
@@ -210,21 +214,35 @@ def _normalise(value: Any) -> Any:
   return value
 
 
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a config by their dotted paths, lists as tuples. A section without fields stands for itself."""
+  return _flatten(_normalise(config))
+
+
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
   if not isinstance(value, dict) or not value:
     return {prefix.rstrip("."): value}
   return {path: leaf for key, child in value.items() for path, leaf in _flatten(child, f"{prefix}{key}.").items()}
 
 
-def _check_same(path: epath.Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-  def shown(fields: dict[str, Any], field: str) -> str:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+  """What differs between two configs, as `flatten` gives them, in fields outside MAY_CHANGE: a phrase for each."""
+
+  def shown(fields: Mapping[str, Any], field: str) -> str:
     return repr(fields[field]) if field in fields else "absent"
 
-  differing = [
+  return [
     f"{field} is {shown(there, field)} there and {shown(here, field)} here"
     for field in sorted(there.keys() | here.keys())
-    if (field in there, there.get(field)) != (field in here, here.get(field))
-    and not any(re.search(pattern, field) for pattern in MAY_CHANGE)
+    if (field in there, there.get(field)) != (field in here, here.get(field)) and not may_change(field)
   ]
-  if differing:
+
+
+def may_change(field: str) -> bool:
+  """Whether a field, by its dotted path, leaves the numbers of a training alone."""
+  return any(re.search(pattern, field) for pattern in MAY_CHANGE)
+
+
+def _check_same(path: epath.Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+  if differing := differences(there, here):
     raise UserError(f"{path} holds a run of another config: {', '.join(differing)}; take its config or a new --workdir")

@@ -6,15 +6,16 @@ Parameters are a flat dict (tree.py). Those whose group is `frozen` get no gradi
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.models.build import Network
@@ -32,15 +33,16 @@ KEYS = ("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop
 
 @struct.dataclass
 class TrainState:
-  """What training changes. Also the shardings of it, and its shapes."""
+  """What training changes, and the seed. Also the shardings of it, and its shapes."""
 
   step: Any  # i32[], the number of finished steps; of its shardings and shapes, one of those
   params: Params
   ema: Params
   opt_state: Any
+  seed: Any = None  # u32[], of all random choices; here, so that runs of other seeds share the compiled step
 
 
-def step_keys(seed: int, step: Int[Array, ""], microbatch: Int[Array, ""]) -> dict[str, jax.Array]:
+def step_keys(seed: int | UInt32[Array, ""], step: Int[Array, ""], microbatch: Int[Array, ""]) -> dict[str, jax.Array]:
   """The keys of one microbatch, a function of (seed, step, microbatch) alone, so that a resumed run draws the same."""
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), microbatch)
   return {name: jax.random.fold_in(key, i) for i, name in enumerate(KEYS)}
@@ -115,19 +117,28 @@ class Step:
   def with_params(self, params: Params) -> TrainState:
     """The state of step 0 around these parameters; donates them."""
     around = jax.jit(self._around, donate_argnums=0, out_shardings=self.state_shardings)
-    return programs.compiled("the state", around, params)(params)
+    return programs.compiled("the state", around, params)(params).replace(seed=self.place_seed())
+
+  def place_seed(self) -> UInt32[Array, ""]:
+    """A global array, which every process makes from its own number."""
+    return jax.make_array_from_callback((), self.state_shardings.seed, lambda _: np.asarray(self._seed, np.uint32))
 
   def _around(self, params: Params) -> TrainState:
     trainable = {path: params[path] for path in self.trainable}
     return TrainState(
-      step=jnp.zeros((), jnp.int32), params=params, ema=dict(trainable), opt_state=self._tx.init(trainable)
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      ema=dict(trainable),
+      opt_state=self._tx.init(trainable),
+      seed=jnp.zeros((), jnp.uint32),  # with_params puts the run's in its place
     )
 
   def _train_step(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
     # Differentiated with respect to these alone, so that frozen parameters cost no gradient and no memory for one.
     trainable = {path: state.params[path] for path in self.trainable}
     fixed = {path: value for path, value in state.params.items() if path not in trainable}
-    gradient, metrics, statistics = self._gradient(trainable, fixed, batch, state.step)
+    keys = functools.partial(step_keys, state.seed, state.step)
+    gradient, metrics, statistics = self._gradient(trainable, fixed, batch, keys)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
       updates, opt_state = self._tx.update(gradient, state.opt_state, trainable)
     trainable = cast(Params, optax.apply_updates(trainable, updates))
@@ -140,16 +151,21 @@ class Step:
         params={**fixed, **trainable, **statistics},
         ema=optimizers.update_ema(trainable, state.ema, decay=self.optim.ema_decay, step=state.step),
         opt_state=opt_state,
+        seed=state.seed,
       ),
       metrics,
     )
 
   def _gradient(
-    self, trainable: Params, fixed: Params, batch: AnyBatch, step: Int[Array, ""]
+    self,
+    trainable: Params,
+    fixed: Params,
+    batch: AnyBatch,
+    keys: Callable[[Int[Array, ""]], dict[str, jax.Array]],
   ) -> tuple[Params, Metrics, Params]:
     """Of the whole batch, or the mean over microbatches that are batches of their own; metrics, added up; and the new
-    latent statistics."""
-    n, keys = self.optim.accumulate, functools.partial(step_keys, self._seed, step)
+    latent statistics. `keys`: of a microbatch, by its number."""
+    n = self.optim.accumulate
     if n > 1 and self.optim.contrastive_batch == "whole" and "reconstruction" not in self.network.objectives:
       whole = gradcache.GradCache(self.network, self._loss_section, self.mesh, n)
       return *whole(trainable, fixed, batch, keys(jnp.zeros((), jnp.int32))), {}

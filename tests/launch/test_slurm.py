@@ -134,3 +134,30 @@ def test_bad_usage_is_one_line(tmp_path, arguments, said):
   done = Programs(tmp_path).run("slurm.sbatch", *arguments)
   assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
   assert done.stderr.startswith(f"slurm.sbatch: error: {said}")
+
+
+ABLATE = ["python", "-m", "diffdis_jax.ablate", "run", "--out=/runs/a"]
+TASK = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "5", "SLURM_SUBMIT_DIR": str(ROOT)}
+
+
+def test_a_task_of_an_array_does_its_run(tmp_path):
+  programs = Programs(tmp_path)
+  done = programs.run("ablate.sbatch", "--", *ABLATE, **TASK)
+  assert done.returncode == 0, done.stderr
+  assert programs.calls == [["srun", "--wait=60", "--kill-on-bad-exit=0", "--label", *ABLATE, "--only=5"]]
+
+
+def test_a_task_that_is_out_of_time_is_queued_again_alone(tmp_path):
+  """The first task's job number is also the array's, all of which scontrol would queue again."""
+  programs = Programs(tmp_path)
+  programs.answer({"srun": [ended(75)]})
+  assert programs.run("ablate.sbatch", "--", *ABLATE, **TASK).returncode == 75
+  assert programs.calls[-1] == ["scontrol", "requeue", "17_5"]
+
+
+def test_an_ablation_without_an_array_is_refused(tmp_path):
+  done = Programs(tmp_path).run("ablate.sbatch", "--", *ABLATE, SLURM_JOB_ID="17", SLURM_SUBMIT_DIR=str(ROOT))
+  assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+  assert done.stderr.startswith("ablate.sbatch: error: not a task of an array")
+  dry = Programs(tmp_path).run("ablate.sbatch", "--dry-run", "--", *ABLATE)
+  assert dry.returncode == 0 and dry.stdout.splitlines()[0].split()[-1] == "--only=TASK"

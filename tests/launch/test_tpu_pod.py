@@ -259,3 +259,19 @@ def test_dry_run_prints_the_commands_and_calls_nothing(programs):
     ["tpu-vm", "ssh"],
     ["tpu-vm", "ssh"],
   ]
+
+
+def test_a_list_is_done_one_after_another_and_one_that_fails_is_told(programs):
+  programs.answer({STATE: [ACTIVE], RUN: [said(0), said(2, gcloud=1), said(0)]})
+  done = programs.run("tpu_pod.sh", "run", "--each=9-11", "--", "ablate", "run", **SETTINGS)
+  assert done.returncode == 2 and "number 10 ended with code 2" in done.stderr
+  commands = [" ".join(call) for call in programs.calls if RUN in " ".join(call)]
+  assert len(commands) == 3
+  assert all(f"ablate run --only={number}" in text for number, text in zip((9, 10, 11), commands))
+
+
+@pytest.mark.parametrize("each", ["--each=3", "--each=5-3", "--each=a-b"])
+def test_no_such_list(programs, each):
+  done = programs.run("tpu_pod.sh", "run", each, "--", "ablate", "run", **SETTINGS)
+  assert (done.returncode, programs.calls, done.stderr.count("\n")) == (2, [], 1)
+  assert "should be --each=FIRST-LAST" in done.stderr

@@ -10,13 +10,15 @@ import numpy as np
 import optax
 import pytest
 
+from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
+from diffdis_jax.estimates import programs
 from diffdis_jax.models import joint
 from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.structs import DiscriminationPass, GenerationPass, LatentBatch
 from diffdis_jax.training import encode, objectives, step
 from diffdis_jax.training.build import build_step
-from tests import steps
+from tests import steps, tiny
 
 T = steps.NUM_TIMESTEPS
 
@@ -174,6 +176,25 @@ def test_keys_depend_on_seed_step_and_microbatch_alone():
   assert len(pairs) == len(places) * len(step.KEYS)
   for name, key in raw(3, jnp.int32(5), jnp.int32(1)).items():
     assert tuple(np.asarray(key).tolist()) == GOLDEN_KEYS[name], name
+
+
+@pytest.mark.parametrize("seed", [0, 3, 2**31, 2**32 - 1])
+def test_keys_of_a_seed_that_the_compiled_step_is_given(seed):
+  """The same as of one that is compiled in, as it was in runs of earlier versions."""
+  given = jax.jit(step.step_keys)(jnp.uint32(seed), jnp.int32(5), jnp.int32(1))
+  for name, key in step.step_keys(seed, jnp.int32(5), jnp.int32(1)).items():
+    np.testing.assert_array_equal(jax.random.key_data(given[name]), jax.random.key_data(key))
+
+
+def test_another_seed_takes_the_same_compiled_step():
+  config, mesh, texts = tiny.get_config("autoencoder"), steps.make_mesh(), []
+  for seed in (0, 7):
+    config.seed = seed
+    trainer = build_step(config, mesh)
+    batch = programs.abstract_batch(trainer.network, read_data(config), mesh, config.batch_size)
+    texts.append(trainer.train_step.lower(trainer.abstract_state, batch).as_text())
+    assert int(trainer.place_seed()) == seed
+  assert texts[0] == texts[1]
 
 
 def test_timesteps_of_image_and_text_are_independent():

@@ -1,0 +1,122 @@
+"""Tables of `summary.summarise` as Markdown and as a figure."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffdis_jax.errors import UserError
+
+BLANK = ""
+ROW_HEIGHT, PANEL_WIDTH = 0.34, 2.0  # inches
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+  """A section for each table: of each row the figures, the differences to the base row, and the paper's figures."""
+  columns, paper = summary["columns"], summary["paper_columns"]
+  # The paper's figures stand in the columns that measure the same; of those that nothing here measures, in their own.
+  others = {name: f"{title} (paper)" for name, title in paper.items() if name not in columns}
+  parts = [f"# Ablations of {summary['base']}, seeds {', '.join(map(str, summary['seeds']))}", _note()]
+  for name, table in summary["tables"].items():
+    heads = ["", *columns.values(), *(others.values() if any(row["paper"] for row in table["rows"]) else ())]
+    lines = [heads, ["---"] * len(heads)]
+    for row in table["rows"]:
+      lines += _lines(row, [*columns], [*others])
+    text = "\n".join("| " + " | ".join((*line, *[BLANK] * (len(heads) - len(line)))) + " |" for line in lines)
+    parts.append(f"## {_title(name, table)}\n\n{text}")
+  return "\n\n".join(parts) + "\n"
+
+
+def _title(name: str, table: Mapping[str, Any]) -> str:
+  return table["title"] if name == "grid" else f"Table {name}: {table['title']}"
+
+
+def _note() -> str:
+  return (
+    "Mean ± standard deviation over the seeds, and their number where it is not all of them; a blank cell is a run that"
+    " is missing or not finished. Below it the mean difference to the base row, in bold, over the seeds that both have,"
+    " ± its standard error; *within noise* is one smaller than two standard errors."
+  )
+
+
+def _lines(row: Mapping[str, Any], columns: Sequence[str], others: Sequence[str]) -> list[list[str]]:
+  label = f"**{row['label']}**" if row["is_base"] else row["label"]
+  lines = [[label, *(_figure(row["cells"][name], len(row["runs"])) for name in columns)]]
+  differences = [row["cells"][name]["difference"] for name in columns]
+  if any(differences):
+    lines.append(["− base", *(_difference(each) if each else BLANK for each in differences)])
+  if row["paper"]:
+    lines.append(["*paper*", *(_number(row["paper"].get(name)) for name in (*columns, *others))])
+  return lines
+
+
+def _figure(cell: Mapping[str, Any], seeds: int) -> str:
+  if not cell["n"]:
+    return BLANK
+  spread = "" if cell["sd"] is None else f" ± {cell['sd']:.2f}"
+  return f"{cell['mean']:.2f}{spread}" + (f" (n = {cell['n']})" if cell["n"] < seeds or seeds == 1 else "")
+
+
+def _difference(difference: Mapping[str, Any]) -> str:
+  if difference["se"] is None:
+    return f"{difference['mean']:+.2f}"
+  noise = ", *within noise*" if difference["within_noise"] else ""
+  return f"{difference['mean']:+.2f} ± {difference['se']:.2f}{noise}"
+
+
+def _number(value: float | None) -> str:
+  return BLANK if value is None else f"{value:.2f}"
+
+
+def plot(summary: Mapping[str, Any]) -> bytes:
+  """A PNG: a panel for each table and column, in which each row has its seeds, their mean and standard deviation. The
+  base row's mean is a line through its panel.
+
+  Raises:
+    UserError: matplotlib is not installed.
+  """
+  try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+  except ImportError as error:
+    raise UserError("the figure needs matplotlib: pip install 'diffdis_jax[plot]'; or give --noplot") from error
+  tables, columns = [*summary["tables"].values()], summary["columns"]
+  heights = [len(table["rows"]) + 1.2 for table in tables]
+  size = (2.2 + PANEL_WIDTH * len(columns), 0.5 + ROW_HEIGHT * sum(heights) + 0.45 * len(tables))
+  figure = Figure(figsize=size, layout="constrained")
+  # One scale a column, so that tables can be compared.
+  panels = figure.subplots(len(tables), len(columns), squeeze=False, height_ratios=heights, sharex="col", sharey="row")
+  for axes, title in zip(panels[-1], columns.values(), strict=True):
+    axes.set_xlabel(title.translate(_ARROWS), fontsize=8)
+  for line, (number, table) in zip(panels, summary["tables"].items(), strict=True):
+    for axes, name in zip(line, columns, strict=True):
+      _draw(axes, table["rows"], name)
+    line[0].set_yticks(range(len(table["rows"])), [row["label"] for row in table["rows"]], fontsize=8)
+    line[0].set_ylim(len(table["rows"]) - 0.5, -0.5)
+    line[0].set_title(_title(number, table), fontsize=9, loc="left", fontweight="bold")
+  buffer = io.BytesIO()
+  FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=200)
+  return buffer.getvalue()
+
+
+_ARROWS = str.maketrans({"↑": "(higher is better)", "↓": "(lower is better)"})
+
+
+def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], name: str) -> None:
+  for place, row in enumerate(rows):
+    cell, colour = row["cells"][name], "#b5432a" if row["is_base"] else "#2b5c8a"
+    if not cell["n"]:
+      axes.text(0.5, place, "no run", transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=7)
+      continue
+    values = [*cell["values"].values()]
+    axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.3, markersize=4, markeredgewidth=0)
+    axes.errorbar(cell["mean"], place, xerr=cell["sd"], fmt="D", color=colour, markersize=4.5, capsize=2.5, linewidth=1)
+    if row["is_base"]:
+      axes.axvline(cell["mean"], color=colour, linewidth=0.8, linestyle=":", zorder=0)
+  axes.tick_params(axis="x", labelsize=7)
+  axes.tick_params(axis="y", length=0)
+  axes.grid(axis="x", color="#dddddd", linewidth=0.5)
+  axes.set_axisbelow(True)
+  for side in ("top", "right", "left"):
+    axes.spines[side].set_visible(False)

@@ -1,0 +1,165 @@
+"""How runs are done: in which order, what happens to one that fails or is stopped, and what is waited for."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import threading
+
+import pytest
+
+from diffdis_jax.ablations import run as running
+from diffdis_jax.ablations.folder import Folder, State, seconds_per_step
+from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.run import workdir
+from tests.ablations.synthetic import make_plan
+
+
+@pytest.fixture
+def plan():
+  """An autoencoder, and two rows of one seed."""
+  return make_plan(names=["4"], seeds=(0,))
+
+
+class Done:
+  """What has been done, instead of training: the state of every run."""
+
+  def __init__(self, folder: Folder, monkeypatch: pytest.MonkeyPatch):
+    self.folder, self.trained, self.measured = folder, [], []
+    monkeypatch.setattr(folder, "state", self.state)
+
+  def state(self, run):
+    is_trained = self.folder.workdir(run) in self.trained
+    return State(step=8 * is_trained, num_steps=8, measured=not run.evals or run.name in self.measured, seconds=None)
+
+  def train(self, config, path):
+    assert config.is_locked
+    self.trained.append(path)
+
+  def measure(self, run, path, out):
+    assert self.folder.workdir(run) == path and self.folder.results(run) == out
+    with pytest.raises(workdir.InUse):
+      workdir.Lock(path).__enter__()
+    self.measured.append(run.name)
+
+
+@pytest.fixture
+def done(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir, "ENDING", 0.0)
+  return Done(Folder(tmp_path), monkeypatch)
+
+
+def test_the_autoencoder_is_trained_first_and_once(plan, done):
+  first, off, on = plan.runs
+  for run in (on, off, on):
+    running.perform(run, done.folder, train=done.train, measure=done.measure)
+  assert done.trained == [done.folder.workdir(run) for run in (first, on, off)]
+  assert done.measured == [on.name, off.name]
+
+
+def test_what_another_process_has_is_waited_for(plan, done, monkeypatch):
+  """Its training here, until it ends; what it has done is not done again."""
+  monkeypatch.setattr(running, "PATIENCE", 0.01)
+  first, *_ = plan.runs
+  path, waits = done.folder.workdir(first), []
+
+  def train(config, path):
+    waits.append(path)
+    if len(waits) == 3:
+      done.trained.append(path)  # by the other process
+    raise workdir.InUse("in use by process 1 on another; wait for it")
+
+  running.perform(first, done.folder, train=train, measure=done.measure)
+  assert waits == [path] * 3 and not done.measured
+
+
+def test_which_runs_only_means(plan):
+  assert running.select(plan, "") == [0, 1, 2]
+  assert running.select(plan, "1") == [1]
+  assert running.select(plan, "0/2") == [0, 2] and running.select(plan, "1/2") == [1]
+  assert running.select(plan, "3/4") == []  # a task of an array that is larger than the plan
+
+
+@pytest.mark.parametrize(
+  "only, message",
+  [
+    ("3", "the plan has runs 0 to 2"),
+    ("a", "should be K"),
+    ("1/b", "should be K"),
+    ("2/2", "below its N"),
+    ("0/0", "below its N"),
+  ],
+)
+def test_no_such_run(plan, only, message):
+  with pytest.raises(UserError, match=message):
+    running.select(plan, only)
+
+
+def script(lines: dict[int, str]):
+  return lambda number: [sys.executable, "-IS", "-c", lines.get(number, "pass")]
+
+
+def test_one_that_fails_is_told_and_the_others_go_on(plan, tmp_path, caplog):
+  folder = Folder(tmp_path)
+  said = "import sys; sys.stderr.write('step 1\\nerror: no such data\\nbye\\n'); sys.exit(2)"
+  code = running.perform_all(plan, [1, 2], folder, script({1: said, 2: f"open({str(tmp_path / 'other')!r}, 'w')"}))
+  assert code == 2 and (tmp_path / "other").exists()
+  assert folder.log(plan.runs[1]).read_text() == "step 1\nerror: no such data\nbye\n"
+  assert (
+    f"run 1, {plan.runs[1].name}: failed with code 2: no such data; log in {folder.log(plan.runs[1])}" in caplog.text
+  )
+  assert "1 of 2 runs failed" in caplog.text
+  assert running.perform_all(plan, [1, 2], folder, script({1: said, 2: "raise SystemExit(1)"})) == 1
+  assert folder.log(plan.runs[1]).read_text().count("no such data") == 2
+
+
+def test_a_failed_autoencoder_fails_what_starts_from_it(plan, tmp_path, caplog):
+  code = running.perform_all(plan, [0, 1, 2], Folder(tmp_path), script({0: "raise SystemExit(3)", 1: "assert False"}))
+  assert code == 1 and caplog.text.count("left out, since its autoencoder failed") == 2
+  assert [path.name for path in (tmp_path / "logs").iterdir()] == [f"{plan.runs[0].name}.log"]
+
+
+def test_what_is_finished_is_left_alone(plan, done):
+  for run in plan.runs:
+    done.trained.append(done.folder.workdir(run))
+    done.measured.append(run.name)
+  assert running.perform_all(plan, [0, 1, 2], done.folder, script({n: "raise SystemExit(9)" for n in range(3)})) == 0
+
+
+def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):
+  begun, saved = tmp_path / "begun", tmp_path / "saved"
+  waits = (
+    "import pathlib, signal, sys, time\n"
+    f"def save(*_):\n  pathlib.Path({str(saved)!r}).touch(); sys.exit(75)\n"
+    f"signal.signal(signal.SIGTERM, save); pathlib.Path({str(begun)!r}).touch(); time.sleep(60)"
+  )
+
+  def stop():
+    while not begun.exists():
+      threading.Event().wait(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  before = signal.getsignal(signal.SIGTERM)
+  threading.Thread(target=stop).start()
+  with pytest.raises(Preempted):
+    running.perform_all(plan, [0, 1], Folder(tmp_path / "out"), script({0: waits, 1: "assert False"}))
+  assert saved.exists() and signal.getsignal(signal.SIGTERM) == before
+  assert not Folder(tmp_path / "out").log(plan.runs[1]).exists()
+
+
+def test_a_run_that_was_preempted_ends_all(plan, tmp_path):
+  with pytest.raises(Preempted):
+    running.perform_all(plan, [0, 1], Folder(tmp_path), script({0: "raise SystemExit(75)"}))
+
+
+def test_seconds_of_a_step(tmp_path):
+  """Lines of 2 and 4 steps a second, as many steps each: 0.375 s. Evaluations and a line cut off say nothing."""
+  assert seconds_per_step(workdir.epath.Path(tmp_path)) is None
+  lines = [{"step": 4, "steps_per_sec": 2.0}, {"step": 4, "test/acc1": 1.0}, {"step": 8, "steps_per_sec": 4.0}]
+  lines.append({"step": 9, "steps_per_sec": None})
+  text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 12, "steps_p'
+  (pathlib.Path(tmp_path) / "metrics.jsonl").write_text(text)
+  assert seconds_per_step(workdir.epath.Path(tmp_path)) == 0.375

@@ -1,0 +1,115 @@
+"""ablate as a user types it: real runs of the tiny config, killed, and their tables."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.command_runs import ROOT, STEPS, call, joint_flags
+
+pytest_plugins = ("tests.command_runs",)
+BASE = "--base=tests/tiny_ablation.py"
+GRID = "--grid=loss.ita_weight=0.03,0.3"
+
+
+def start(environment: dict[str, str], *flags: str) -> subprocess.Popen:
+  """In a process group of its own, so that a kill hits the run's process too."""
+  command = [sys.executable, "-m", "diffdis_jax.ablate", *flags]
+  return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def kill(process: subprocess.Popen) -> None:
+  os.killpg(process.pid, signal.SIGKILL)
+  process.wait()
+
+
+def steps_of(out: pathlib.Path) -> int:
+  """Lines of all runs."""
+  return sum(len(path.read_text().splitlines()) for path in out.glob("runs/*/metrics.jsonl"))
+
+
+def tables_of(environment: dict[str, str], out: pathlib.Path, *flags: str) -> bytes:
+  done = call("ablate", environment, "table", BASE, *flags, f"--out={out}")
+  assert done.returncode == 0, done.stderr
+  assert (out / "tables.md").read_text() == done.stdout and (out / "tables.png").read_bytes()[:4] == b"\x89PNG"
+  return (out / "tables.json").read_bytes()
+
+
+def test_killed_once_it_ends_in_the_same_table(tmp_path, environment, joint_run, autoencoder_run):
+  """As the undisturbed joint run of other tests, which is the same training, so that it is only measured here."""
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  flags = [BASE, "--grid=loss.ita_weight=0.03", "--seeds=0", *joint_flags(autoencoder_run)[1:]]
+  process, chosen = start(environment, "run", *flags, f"--out={killed}"), random.randint(1, STEPS - 1)
+  while steps_of(killed) < chosen:
+    assert process.poll() is None
+    time.sleep(0.005)
+  kill(process)
+  (run,) = (path.name for path in (killed / "runs").iterdir())
+  (whole / "runs").mkdir(parents=True)
+  shutil.copy(killed / "base.json", whole)
+  shutil.copytree(joint_run, whole / "runs" / run)
+  for out in (killed, whole):
+    assert not list(out.glob("results/*.json"))
+    done = call("ablate", environment, "run", *flags, f"--out={out}", "--only=0")
+    assert done.returncode == 0, done.stderr
+  assert "going on from step" not in done.stderr  # nothing was trained
+
+  first, second = (tables_of(environment, out, *flags[1:]) for out in (whole, killed))
+  assert first == second
+  cells = json.loads(first)["tables"]["grid"]["rows"][0]["cells"]
+  assert {name: cell["n"] for name, cell in cells.items()} == {"test/acc1": 1, "test_retrieval/recall@1": 1}
+
+
+@pytest.mark.slow
+def test_killed_five_times_with_its_autoencoder_it_ends_in_the_same_table(tmp_path, environment):
+  chance = random.Random(time.time())
+  whole, killed, flags = tmp_path / "whole", tmp_path / "killed", [BASE, GRID, "--seeds=0,1", "--config.log_every=1"]
+  assert call("ablate", environment, "run", *flags, f"--out={whole}").returncode == 0
+  kills = 0
+  while True:
+    process = start(environment, "run", *flags, f"--out={killed}")
+    try:
+      process.wait(timeout=chance.uniform(2, 40) if kills < 5 else None)
+    except subprocess.TimeoutExpired:
+      logging.info("kill %d, at %d lines", kills + 1, steps_of(killed))
+      kill(process)
+      kills += 1
+      continue
+    assert process.returncode == 0
+    break
+  assert kills == 5
+  assert tables_of(environment, whole, *flags[1:]) == tables_of(environment, killed, *flags[1:])
+  plan = call("ablate", environment, "plan", *flags, f"--out={killed}").stdout.splitlines()
+  assert plan[-1] == "5 runs, 5 finished" and plan[0].split()[1].startswith("autoencoder-")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_with_75(tmp_path, environment, autoencoder_run):
+  out = tmp_path / "out"
+  flags = [BASE, GRID, "--seeds=0", "--config.log_every=1", "--config.save_every=1000", "--config.num_steps=400"]
+  flags.append(f"--config.init_from={autoencoder_run}")
+  process = start(environment, "run", *flags, f"--out={out}")
+  while steps_of(out) < 3:
+    assert process.poll() is None
+    time.sleep(0.005)
+  process.terminate()
+  assert process.wait(timeout=120) == 75
+  state = call("ablate", environment, "plan", *flags, f"--out={out}").stdout.splitlines()
+  assert " of 400" in state[0] and "missing" in state[1] and "? h" not in state[1]
+
+
+def test_wrong_input_is_one_line(tmp_path, environment):
+  done = call("ablate", environment, "run", BASE, "--grid=loss.itaweight=1", f"--out={tmp_path / 'out'}")
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr == "error: unknown config key loss.itaweight; did you mean loss.ita_weight?\n"
+  assert not (tmp_path / "out").exists()
