@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import socket
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ from diffdis_jax.evals.watch import Watch
 from diffdis_jax.inference import Inference, Sampling, read_sampling
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import processes, programs, sharding
-from diffdis_jax.run import checkpoint, workdir, writers
+from diffdis_jax.run import checkpoint, history, workdir, writers
 from diffdis_jax.run import config as run_config
 from diffdis_jax.training import encode, start
 from diffdis_jax.training.build import build_step
@@ -100,6 +101,8 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, kept))
     state, meta = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
     encode.check_stored(data.latent_facts(), state.params, trainer.trainable)
+    facts = start_facts(trainer, data)
+    stack.enter_context(history.recorded(path, step=int(state.step), is_writer=is_writer, facts=facts))
     writer = writers.open_writer(path, start_step=int(state.step), is_writer=is_writer)
     stack.callback(writer.close)
 
@@ -257,11 +260,30 @@ def make_watch(config: ConfigDict, pace: Pace, sampling: Sampling, trainer: Step
   )
 
 
+def parameter_groups(trainer: Step) -> dict[str, dict[str, int]]:
+  """Numbers of parameters by group of the optimizer and part of the network."""
+  sizes: dict[str, Counter[str]] = {}
+  for path, group in trainer.groups.items():
+    sizes.setdefault(group, Counter())[path.split(".")[0]] += math.prod(trainer.shapes[path].shape)
+  return {group: dict(parts) for group, parts in sizes.items()}
+
+
+def start_facts(trainer: Step, data: Data) -> dict[str, Any]:
+  """What history.jsonl gets to know of a start."""
+  return {
+    "processes": jax.process_count(),
+    "devices": jax.device_count(),
+    "device_kind": jax.devices()[0].device_kind,
+    "host": socket.gethostname(),
+    "jax": jax.__version__,
+    "mesh": dict(trainer.mesh.shape),
+    "parameters": parameter_groups(trainer),
+    "data": data.describe(),
+  }
+
+
 def log_start(trainer: Step, data: Data) -> None:
   """Mesh, data and parameters by group, so that a wrong regex shows before the first step."""
-  sizes: Mapping[str, Any] = Counter()
-  for path, group in trainer.groups.items():
-    sizes[group] += math.prod(trainer.shapes[path].shape)
   if jax.process_count() == 1:
     processes.log_place()
   logging.info("mesh %s", dict(trainer.mesh.shape))
@@ -270,7 +292,7 @@ def log_start(trainer: Step, data: Data) -> None:
   logging.info(
     "objectives %s; parameters: %s",
     ", ".join(trainer.network.objectives),
-    ", ".join(f"{group} {number:,}" for group, number in sizes.items()),
+    ", ".join(f"{group} {sum(parts.values()):,}" for group, parts in parameter_groups(trainer).items()),
   )
 
 

@@ -81,7 +81,7 @@ def check_config(
   """
   path = epath.Path(workdir)
   if (path / "config.json").exists():
-    there, here, default = (_flatten(_normalise(fields)) for fields in (_read(path), config, defaults or {}))
+    there, here, default = (flatten(_normalise(fields)) for fields in (_read(path), config, defaults or {}))
     newer = {field for field in here.keys() - there.keys() if (field, here[field]) in default.items()}
     _check_same(path, there, {field: value for field, value in here.items() if field not in newer})
 
@@ -210,10 +210,11 @@ def _normalise(value: Any) -> Any:
   return value
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+  """Nested dicts as one, by dotted paths. An empty dict is a leaf."""
   if not isinstance(value, dict) or not value:
     return {prefix.rstrip("."): value}
-  return {path: leaf for key, child in value.items() for path, leaf in _flatten(child, f"{prefix}{key}.").items()}
+  return {path: leaf for key, child in value.items() for path, leaf in flatten(child, f"{prefix}{key}.").items()}
 
 
 def _check_same(path: epath.Path, there: dict[str, Any], here: dict[str, Any]) -> None:
