@@ -28,14 +28,16 @@ from diffdis_jax import cli, evals
 from diffdis_jax.data import loader
 from diffdis_jax.data.build import Data, LatentShapes, open_loader, read_data
 from diffdis_jax.errors import Preempted, UserError, check_number, read_section
+from diffdis_jax.estimates import chips
+from diffdis_jax.estimates import programs as estimated
 from diffdis_jax.evals.watch import Watch
 from diffdis_jax.inference import Inference, Sampling, read_sampling
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import processes, programs, sharding
-from diffdis_jax.run import checkpoint, history, workdir, writers
+from diffdis_jax.run import checkpoint, history, profile, trackers, workdir, writers
 from diffdis_jax.run import config as run_config
 from diffdis_jax.training import encode, start
-from diffdis_jax.training.build import build_step
+from diffdis_jax.training.build import build_step, without_remat
 from diffdis_jax.training.objectives import Metrics
 from diffdis_jax.training.step import Step, TrainState, is_running
 
@@ -60,8 +62,14 @@ class Pace:
       check_number(field.name, getattr(self, field.name), at_least=1)
 
 
-def train_and_evaluate(config: ConfigDict, path: str) -> None:
+def train_and_evaluate(config: ConfigDict, path: str, *, tracker: str = "", profiled: str = "") -> None:
   """Trains to `config.num_steps`, from the last checkpoint in the workdir `path` if there is one.
+
+  Args:
+    config: of the run.
+    path: its workdir.
+    tracker: one of trackers.TRACKERS, which gets what the writers get; empty for none.
+    profiled: steps to trace, as `profile.parse` takes them; empty for none.
 
   Raises:
     UserError: bad config, data or workdir, or a loss that is no longer finite.
@@ -72,6 +80,9 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
   kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
   sampling = read_sampling(config.inference.to_dict())
   data = read_data(config)
+  span = profile.parse(profiled, num_steps=pace.num_steps) if profiled else None
+  if tracker:
+    trackers.check(tracker)
   mesh = sharding.make_mesh(**config.mesh)
   stop = processes.Stop(sharding.batch_sharding(mesh))
   with contextlib.ExitStack() as stack:
@@ -103,10 +114,14 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
     encode.check_stored(data.latent_facts(), state.params, trainer.trainable)
     facts = start_facts(trainer, data)
     stack.enter_context(history.recorded(path, step=int(state.step), is_writer=is_writer, facts=facts))
-    writer = writers.open_writer(path, start_step=int(state.step), is_writer=is_writer)
+    track = functools.partial(trackers.open_tracker, tracker, path, fields) if tracker else lambda: None
+    writer = writers.open_writer(path, start_step=int(state.step), is_writer=is_writer, open_tracker=track)
     stack.callback(writer.close)
+    profiler = profile.Profiler(span, path, start_step=int(state.step))
+    stack.callback(profiler.close)
 
-    loop = Loop(pace, data, trainer, iterator, watch, checkpointer, writer, stop)
+    peak_rate = rate_at_peak(config, trainer, data)
+    loop = Loop(pace, data, trainer, iterator, watch, checkpointer, writer, stop, profiler, peak_rate)
     loop.run(state, meta)
     if kept.best_metric:
       checkpointer.wait()  # for the last save
@@ -126,11 +141,15 @@ class Loop:
   checkpointer: checkpoint.Checkpointer
   writer: writers.Writer
   stop: processes.Stop
+  profiler: profile.Profiler
+  peak_rate: float | None
 
   def run(self, state: TrainState, meta: Mapping[str, Any]) -> None:
     """Steps to the last one from `state`, which has been saved with `meta`, or is new. Raises as train_and_evaluate."""
     pace, start_step = self.pace, int(state.step)
-    progress = writers.Progress(start_step=start_step, num_steps=pace.num_steps, batch_size=pace.batch_size)
+    progress = writers.Progress(
+      start_step=start_step, num_steps=pace.num_steps, batch_size=pace.batch_size, peak_rate=self.peak_rate
+    )
     substitutions, totals = loader.Substitutions(), read_totals(meta)
     if processes.is_first():
       substitutions.new += np.array(meta.get("substituted", 0))
@@ -140,7 +159,8 @@ class Loop:
 
     metrics: Any = None
     train_step: Callable[..., tuple[TrainState, Metrics]] | None = None
-    for step in range(start_step + 1, pace.num_steps + 1):
+    for step in progress.steps():
+      self.profiler.before(step, metrics)
       # The next batch is drawn while the devices still work on the step before, so that its time is hidden.
       with progress.waiting_for_data(functools.partial(is_running, metrics)):
         rows = substitutions.take(next(self.iterator))
@@ -153,6 +173,10 @@ class Loop:
         jax.block_until_ready(metrics)  # starting is no speed
         progress.restart(step)
       totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
+      if self.profiler.after(step):
+        jax.block_until_ready(metrics)
+        with progress.paused():
+          self.profiler.close()
 
       last = step == pace.num_steps
       if last or step % pace.log_every == 0:
@@ -282,6 +306,19 @@ def start_facts(trainer: Step, data: Data) -> dict[str, Any]:
   }
 
 
+def rate_at_peak(config: ConfigDict, trainer: Step, data: Data) -> float | None:
+  """Steps a second at the chips' peak in bf16, of which a run's MFU is a share; None on chips that are not known.
+
+  By the operations of the step in which nothing is computed twice, as `preflight` counts them.
+  """
+  chip = chips.find(jax.devices()[0].device_kind)
+  if chip is None:
+    return None
+  once = trainer if trainer.network.model.remat == "none" else build_step(without_remat(config), trainer.mesh)
+  program = estimated.trace_train(trainer, once, data, batch_size=config.batch_size)
+  return chip.flops * trainer.mesh.size / program.operations
+
+
 def log_start(trainer: Step, data: Data) -> None:
   """Mesh, data and parameters by group, so that a wrong regex shows before the first step."""
   if jax.process_count() == 1:
@@ -303,7 +340,7 @@ def main(argv: Sequence[str]) -> None:
   cli.use_all_cores()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   processes.start()
-  train_and_evaluate(config, FLAGS.workdir)
+  train_and_evaluate(config, FLAGS.workdir, tracker=FLAGS.tracker or "", profiled=FLAGS.profile or "")
 
 
 FLAGS = flags.FLAGS
@@ -314,5 +351,9 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "folder of the run: created, or gone on with", required=True)
   flags.DEFINE_multi_string(
     "eval", [], 'one more evaluation while training, JSON: {"name": ..., "task": "zero_shot", "data": {"path": ...}}'
+  )
+  flags.DEFINE_enum("tracker", None, list(trackers.TRACKERS), "where numbers and images go beside TensorBoard")
+  flags.DEFINE_string(
+    "profile", None, "START:STEPS: write a trace of so many steps from START on, for xprof and Perfetto"
   )
   cli.run(main)

@@ -44,7 +44,9 @@ def read(lines: Sequence[str]) -> dict[str, Curve]:
   """The curves of metrics.jsonl by metric. A line that is cut off is left out."""
   # Most lines have the metrics of the line before: one array for all of them.
   pieces: dict[str, list[Curve]] = {}
-  same = itertools.groupby((found for found in _parsed(lines) if isinstance(found, dict) and isinstance(found.get("step"), int)), key=tuple)
+  same = itertools.groupby(
+    (found for found in _parsed(lines) if isinstance(found, dict) and isinstance(found.get("step"), int)), key=tuple
+  )
   for names, found in same:
     values = np.asarray([tuple(each.values()) for each in found], np.float64)  # None, of what is not finite, is NaN
     steps = values[:, names.index("step")].astype(np.int64)
@@ -76,4 +78,6 @@ def thin(curve: Curve, buckets: int = BUCKETS) -> Band:
   count = np.add.reduceat(finite.astype(np.int64), starts)
   reduced = lambda f, empty: np.where(count > 0, f.reduceat(np.where(finite, values, empty), starts), np.nan)
   mean = reduced(np.add, 0.0) / np.maximum(count, 1)
-  return Band(steps[np.r_[starts[1:] - 1, len(steps) - 1]], mean, reduced(np.minimum, np.inf), reduced(np.maximum, -np.inf))
+  return Band(
+    steps[np.r_[starts[1:] - 1, len(steps) - 1]], mean, reduced(np.minimum, np.inf), reduced(np.maximum, -np.inf)
+  )

@@ -108,7 +108,8 @@ def learning_rates(run: Run) -> dict[str, Curve]:
       final_fraction=section["final_fraction"],
     )
     # The first step is taken at the schedule's 0.
-    found[f"rate/{group}"] = Curve(steps, np.broadcast_to(np.asarray(schedule(steps - 1), np.float64), steps.shape))
+    rates = np.asarray(schedule(np.asarray(steps - 1, np.float32)), np.float64)
+    found[f"rate/{group}"] = Curve(steps, np.broadcast_to(rates, steps.shape))
   return found
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from diffdis_jax.evals import progress
+from diffdis_jax.run import progress
 
 
 def test_a_line_now_and_then_with_what_is_left(monkeypatch):
