@@ -43,7 +43,7 @@ def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float |
     "written": now,
     "version": importlib.metadata.version("diffdis_jax"),
   }
-  template = importlib.resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8")
+  template = importlib.resources.files("diffdis_jax.reports").joinpath("template.html").read_text(encoding="utf-8")
   title = ", ".join(run.name for run in runs)
   for name, text in (("title", escape(title)), ("data", as_json(data)), ("pictures", as_json(embed(runs)))):
     before, _, after = template.partition(PLACE % name)

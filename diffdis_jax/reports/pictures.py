@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import dataclasses
+import functools
 import io
 import os
 from collections.abc import Sequence
@@ -37,16 +38,17 @@ def embed(paths: Sequence[epath.Path], *, most_bytes: int) -> list[Picture | Non
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for place, (side, quality) in enumerate(SIZES):
       last = place == len(SIZES) - 1
-      few = [picture for picture in map(lambda path: _embed(path, side, quality), tried) if picture]
+      shrink = functools.partial(_embed, side=side, quality=quality)
+      few = [picture for picture in map(shrink, tried) if picture]
       if not last and few and np.mean([len(picture.uri) for picture in few]) * len(paths) > most_bytes:
         continue
-      found = list(pool.map(lambda path: _embed(path, side, quality), paths))
+      found = list(pool.map(shrink, paths))
       if last or sum(len(picture.uri) for picture in found if picture) <= most_bytes:
         return found
   return []
 
 
-def _embed(path: epath.Path, side: int, quality: int) -> Picture | None:
+def _embed(path: epath.Path, *, side: int, quality: int) -> Picture | None:
   try:
     with Image.open(io.BytesIO(path.read_bytes())) as image:
       image = image.convert("RGB")

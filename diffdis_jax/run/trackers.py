@@ -1,4 +1,4 @@
-"""Trackers beside TensorBoard and metrics.jsonl: Weights & Biases, and trackio. The same numbers and pictures, under the
+"""Trackers beside TensorBoard and metrics.jsonl: Weights & Biases, and trackio. The same numbers and pictures, by the
 same names.
 
 A run's id is kept in its workdir, in trackers.json, so that a run that goes on is the same run there. Both are told
@@ -75,16 +75,9 @@ class Trackio(Tracker):
     del folder  # TRACKIO_DIR says
     self._trackio: Any = importlib.import_module("trackio")
     project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-    # Of processor and memory it would log curves of its own, between ours.
-    self._run = self._trackio.init(
-      project,
-      name=f"{name}-{id}",
-      resume="allow",
-      config=dict(config),
-      embed=False,
-      auto_log_gpu=False,
-      auto_log_cpu=False,
-    )
+    own = dict(auto_log_gpu=False, auto_log_cpu=False)  # else curves of processor and memory come between
+    name = f"{name}-{id}"
+    self._run = self._trackio.init(project, name=name, resume="allow", config=dict(config), embed=False, **own)
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     self._run.log(dict(values), step=step)

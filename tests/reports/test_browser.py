@@ -1,4 +1,4 @@
-"""The page in Chromium, as a reader sees it. Needs Chromium and its driver: apt-get install chromium chromium-driver."""
+"""The page in Chromium, as a reader sees it. It needs apt-get install chromium chromium-driver."""
 
 from __future__ import annotations
 
