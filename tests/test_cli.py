@@ -198,7 +198,7 @@ def test_help_has_the_commands_own_flags_alone_and_its_example():
 
 def test_every_command_is_listed_and_says_how_it_is_called(capsys):
   commands = main_module.commands()
-  files = [path.stem for path in (ROOT / "diffdis_jax").glob("*.py") if "cli.run(main" in path.read_text()]
+  files = [path.stem for path in (ROOT / "diffdis_jax").glob("*.py") if "\n  cli.run(main" in path.read_text()]
   assert sorted(commands) == sorted(files) and {"train", "report", "evaluate"} <= {*commands}
   for command, what in commands.items():
     assert 10 < len(what) < 120 and not what.endswith(".")

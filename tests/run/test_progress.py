@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -34,6 +35,7 @@ from absl import flags, logging
 from diffdis_jax.run import progress
 
 flags.FLAGS(sys.argv[:1])
+logging.use_absl_handler()
 logging.set_verbosity(logging.WARNING if "quiet" in sys.argv else logging.INFO)
 progress.DELAY = 0.0
 done = progress.Progress("embedded", 40, "images", every=0.0 if "lines" in sys.argv else 10.0)
@@ -51,6 +53,7 @@ with progress.bar("preparing", 2, "parts") as advance:
 def on_a_terminal(*arguments: str) -> str:
   """What stands on a terminal to which it writes."""
   mine, its = pty.openpty()
+  termios.tcsetwinsize(its, (24, 100))
   process = subprocess.Popen([sys.executable, "-c", WORK, *arguments], stderr=its)
   os.close(its)
   written = b""
