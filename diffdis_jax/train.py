@@ -12,8 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import socket
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,16 +26,15 @@ from diffdis_jax import cli, evals
 from diffdis_jax.data import loader
 from diffdis_jax.data.build import Data, LatentShapes, open_loader, read_data
 from diffdis_jax.errors import Preempted, UserError, check_number, read_section
-from diffdis_jax.estimates import chips
-from diffdis_jax.estimates import programs as estimated
+from diffdis_jax.estimates.programs import rate_at_peak
 from diffdis_jax.evals.watch import Watch
 from diffdis_jax.inference import Inference, Sampling, read_sampling
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.run import checkpoint, history, profile, trackers, workdir, writers
 from diffdis_jax.run import config as run_config
-from diffdis_jax.training import encode, start
-from diffdis_jax.training.build import build_step, without_remat
+from diffdis_jax.training import encode, facts, start
+from diffdis_jax.training.build import build_step
 from diffdis_jax.training.objectives import Metrics
 from diffdis_jax.training.step import Step, TrainState, is_running
 
@@ -81,8 +78,7 @@ def train_and_evaluate(config: ConfigDict, path: str, *, tracker: str = "", prof
   sampling = read_sampling(config.inference.to_dict())
   data = read_data(config)
   span = profile.parse(profiled, num_steps=pace.num_steps) if profiled else None
-  if tracker:
-    trackers.check(tracker)
+  trackers.check(tracker)
   mesh = sharding.make_mesh(**config.mesh)
   stop = processes.Stop(sharding.batch_sharding(mesh))
   with contextlib.ExitStack() as stack:
@@ -98,7 +94,7 @@ def train_and_evaluate(config: ConfigDict, path: str, *, tracker: str = "", prof
       latents=latent_shapes(trainer.network),
     )
     watch = make_watch(config, pace, sampling, trainer, stop)
-    log_start(trainer, data)
+    facts.log(trainer, data)
     if checkpoint.latest_step(path) is None:
       start.find_initial(config.init_from, trainer)
     fields, defaults = config.to_dict(), run_config.defaults(accumulate=config.optim.accumulate)
@@ -112,21 +108,26 @@ def train_and_evaluate(config: ConfigDict, path: str, *, tracker: str = "", prof
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, kept))
     state, meta = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
     encode.check_stored(data.latent_facts(), state.params, trainer.trainable)
-    facts = start_facts(trainer, data)
-    stack.enter_context(history.recorded(path, step=int(state.step), is_writer=is_writer, facts=facts))
-    track = functools.partial(trackers.open_tracker, tracker, path, fields) if tracker else lambda: None
-    writer = writers.open_writer(path, start_step=int(state.step), is_writer=is_writer, open_tracker=track)
-    stack.callback(writer.close)
-    profiler = profile.Profiler(span, path, start_step=int(state.step))
-    stack.callback(profiler.close)
-
+    step, known = int(state.step), facts.of_start(trainer, data)
+    stack.enter_context(history.recorded(path, step=step, is_writer=is_writer, facts=known))
+    track = functools.partial(trackers.open_tracker, tracker, path, fields)
+    writer = writers.open_writer(path, start_step=step, is_writer=is_writer, open_tracker=track)
+    stack.enter_context(contextlib.closing(writer))
+    profiler = stack.enter_context(contextlib.closing(profile.Profiler(span, path, start_step=step)))
     peak_rate = rate_at_peak(config, trainer, data)
+
     loop = Loop(pace, data, trainer, iterator, watch, checkpointer, writer, stop, profiler, peak_rate)
     loop.run(state, meta)
-    if kept.best_metric:
-      checkpointer.wait()  # for the last save
-      if best := checkpoint.best(path, kept):
-        logging.info("best %s %.4f at step %d: evaluate --best measures it", kept.best_metric, best.value, best.step)
+    log_best(path, kept, checkpointer)
+
+
+def log_best(path: str, kept: checkpoint.Kept, checkpointer: checkpoint.Checkpointer) -> None:
+  """Which checkpoint of a finished run is the best, where that is defined."""
+  if not kept.best_metric:
+    return
+  checkpointer.wait()  # for the last save
+  if best := checkpoint.best(path, kept):
+    logging.info("best %s %.4f at step %d: evaluate --best measures it", kept.best_metric, best.value, best.step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,55 +282,6 @@ def make_watch(config: ConfigDict, pace: Pace, sampling: Sampling, trainer: Step
     prompts=list(config.sample_prompts) if "generation" in config.objectives else [],
     seed=config.seed,
     best_metric=best,
-  )
-
-
-def parameter_groups(trainer: Step) -> dict[str, dict[str, int]]:
-  """Numbers of parameters by group of the optimizer and part of the network."""
-  sizes: dict[str, Counter[str]] = {}
-  for path, group in trainer.groups.items():
-    sizes.setdefault(group, Counter())[path.split(".")[0]] += math.prod(trainer.shapes[path].shape)
-  return {group: dict(parts) for group, parts in sizes.items()}
-
-
-def start_facts(trainer: Step, data: Data) -> dict[str, Any]:
-  """What history.jsonl gets to know of a start."""
-  return {
-    "processes": jax.process_count(),
-    "devices": jax.device_count(),
-    "device_kind": jax.devices()[0].device_kind,
-    "host": socket.gethostname(),
-    "jax": jax.__version__,
-    "mesh": dict(trainer.mesh.shape),
-    "parameters": parameter_groups(trainer),
-    "data": data.describe(),
-  }
-
-
-def rate_at_peak(config: ConfigDict, trainer: Step, data: Data) -> float | None:
-  """Steps a second at the chips' peak in bf16, of which a run's MFU is a share; None on chips that are not known.
-
-  By the operations of the step in which nothing is computed twice, as `preflight` counts them.
-  """
-  chip = chips.find(jax.devices()[0].device_kind)
-  if chip is None:
-    return None
-  once = trainer if trainer.network.model.remat == "none" else build_step(without_remat(config), trainer.mesh)
-  program = estimated.trace_train(trainer, once, data, batch_size=config.batch_size)
-  return chip.flops * trainer.mesh.size / program.operations
-
-
-def log_start(trainer: Step, data: Data) -> None:
-  """Mesh, data and parameters by group, so that a wrong regex shows before the first step."""
-  if jax.process_count() == 1:
-    processes.log_place()
-  logging.info("mesh %s", dict(trainer.mesh.shape))
-  for line in data.describe():
-    logging.info("data: %s", line)
-  logging.info(
-    "objectives %s; parameters: %s",
-    ", ".join(trainer.network.objectives),
-    ", ".join(f"{group} {sum(parts.values()):,}" for group, parts in parameter_groups(trainer).items()),
   )
 
 

@@ -54,7 +54,7 @@ LAYERS = (
   "training/objectives",
   "training/gradcache",
   "training/step",
-  "training/build training/start",
+  "training/build training/facts training/start",
   "inference",
   "evals/results evals/text_cache",
   "evals/prompts evals/samples evals/base evals/distances evals/resize",

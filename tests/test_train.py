@@ -348,11 +348,11 @@ def test_the_share_of_the_chips_peak_is_by_the_operations_of_a_step_in_which_not
   config = tiny.get_config()
   mesh = steps.make_mesh()
   trainer, data = train.build_step(config, mesh), train.read_data(config)
-  assert train.rate_at_peak(config, trainer, data) is None, "the peak of a CPU is not known"
+  assert estimated.rate_at_peak(config, trainer, data) is None, "the peak of a CPU is not known"
   cpu = dataclasses.replace(chips.CHIPS["v4"], kind="cpu", flops=1e12)
   monkeypatch.setitem(chips.CHIPS, "cpu", cpu)
   program = estimated.trace_train(trainer, trainer, data, batch_size=config.batch_size)
-  plain = train.rate_at_peak(config, trainer, data)
+  plain = estimated.rate_at_peak(config, trainer, data)
   assert plain == pytest.approx(1e12 * mesh.size / program.operations)
   config.model.remat = "full"
-  assert train.rate_at_peak(config, train.build_step(config, mesh), data) == pytest.approx(plain)
+  assert estimated.rate_at_peak(config, train.build_step(config, mesh), data) == pytest.approx(plain)

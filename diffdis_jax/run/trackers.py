@@ -93,19 +93,21 @@ TRACKERS: dict[str, type[Wandb] | type[Trackio]] = {"wandb": Wandb, "trackio": T
 
 
 def check(kind: str) -> None:
-  """Raises UserError if the tracker's package is not installed."""
-  if importlib.util.find_spec(kind) is None:
+  """Raises UserError if the tracker's package is not installed; empty is none."""
+  if kind and importlib.util.find_spec(kind) is None:
     raise UserError(f"--tracker={kind} needs the package {kind}; pip install 'diffdis_jax[{kind}]'")
 
 
-def open_tracker(kind: str, workdir: epath.PathLike, config: Mapping[str, Any]) -> Tracker:
+def open_tracker(kind: str, workdir: epath.PathLike, config: Mapping[str, Any]) -> Tracker | None:
   """The tracker of the run in this folder: a new run there, or the one that was begun before.
 
   Args:
-    kind: a key of TRACKERS.
+    kind: a key of TRACKERS; empty for none.
     workdir: folder of the run.
     config: the run's.
   """
+  if not kind:
+    return None
   path = epath.Path(workdir)
   folder = None if "://" in str(workdir) else str(pathlib.Path(workdir).resolve())
   return TRACKERS[kind](_run_id(path / FILE, kind), path.name, config, folder)
