@@ -345,7 +345,7 @@ def test_accuracy_falls_to_chance_with_images_shuffled_against_labels():
 
 def test_the_share_of_the_chips_peak_is_by_the_operations_of_a_step_in_which_nothing_is_repeated(monkeypatch):
   """A step of a convolution's and a product's known operations is in test_operations; here, which step is counted."""
-  config = tiny.get_config()
+  config = tiny.get_config("autoencoder")
   mesh = steps.make_mesh()
   trainer, data = train.build_step(config, mesh), train.read_data(config)
   assert estimated.rate_at_peak(config, trainer, data) is None, "the peak of a CPU is not known"
