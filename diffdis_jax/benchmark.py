@@ -31,7 +31,7 @@ from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import files
-from diffdis_jax.training.build import build_step
+from diffdis_jax.training.build import build_step, without_remat
 
 
 def main(argv: Sequence[str]) -> None:
@@ -92,12 +92,11 @@ def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:
   """Those that configs/table6.py names. Nothing is allocated."""
   models = {}
   for name, each in config.models.items():
-    step, plain = build_step(each, mesh), each.copy_and_resolve_references()
-    plain.model.remat = "none"
+    step = build_step(each, mesh)
     sampling = inference.read_sampling(each.inference.to_dict())
     models[name] = table6.Model(
       step=step,
-      without_remat=build_step(plain, mesh),
+      without_remat=build_step(without_remat(each), mesh),
       data=read_data(each),
       inference=inference.Inference(step.network, sampling, mesh=mesh, batch_size=each.batch_size),
       batch_size=each.batch_size,

@@ -40,8 +40,14 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   sys.excepthook = _excepthook
   logging.get_absl_handler().addFilter(_is_ours)
+  flags.DEFINE_boolean("quiet", False, "no progress: warnings and errors alone")
+  _make_own_flags_known()
+  if {"--help", "-help", "-h", "-?"} & {*sys.argv[1:]}:
+    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
 
   def guarded(argv: list[str]) -> Any:
+    if flags.FLAGS.quiet:
+      logging.set_verbosity(logging.WARNING)
     try:
       if extra := argv[1 + positional :]:
         raise UserError(f"unexpected argument {extra[0]!r}; every argument is a flag, --name=value")
@@ -95,6 +101,14 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
     where = f" (line {lines[-1]})" if lines else ""
     raise UserError(f"--{flag}={path}: {type(error).__name__}: {error}{where}") from error
+
+
+def _make_own_flags_known() -> None:
+  """To --help, which lists the flags of the command's own file: also those that this package defines elsewhere."""
+  for module, defined in flags.FLAGS.flags_by_module_dict().items():
+    for flag in defined:
+      if module.startswith("diffdis_jax.") or flag.name == "config":
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def compilation_cache(workdir: str = "") -> None:

@@ -24,7 +24,7 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import samples
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import checkpoint, files
+from diffdis_jax.run import checkpoint, files, progress
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 16
@@ -111,7 +111,8 @@ def generate(
   check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
   tokens = Tokenizer(model.max_length)(prompts)
   chunks = (slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK))
-  images = (image for rows in chunks for image in model.generate(params, tokens[rows], z_T[rows]))
+  done = progress.Progress("drawn", len(prompts), "images")
+  images = (image for rows in chunks for image in model.generate(params, tokens[rows], z_T[rows], done=done.add))
   if not processes.is_first():
     deque(images, maxlen=0)  # its share of each
     return

@@ -27,6 +27,7 @@ from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.parallel import batches, programs, sharding
 from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.run.progress import Progress
 from diffdis_jax.training import losses
 
 
@@ -197,11 +198,20 @@ class Inference:
     return self._batched(functools.partial(self._compiled_images, params, jax.random.key(seed)), images, places)
 
   def generate(
-    self, params: Params, tokens: Int[np.ndarray, "n l"], noise: Float[np.ndarray, "n h w c"]
+    self,
+    params: Params,
+    tokens: Int[np.ndarray, "n l"],
+    noise: Float[np.ndarray, "n h w c"],
+    *,
+    done: Callable[[int], object] | None = None,
   ) -> UInt8[np.ndarray, "n H W 3"]:
-    """Images by DDIM with η = 0 from the given initial noise, the whole loop one program (Algorithm 2)."""
+    """Images by DDIM with η = 0 from the given initial noise, the whole loop one program (Algorithm 2).
+
+    `done` is called with the number of new images after each call of it; None shows how far it is.
+    """
     self._require("generation")
-    return self._batched(functools.partial(self._compiled_drawing, params), tokens, noise)
+    done = done or Progress("drawn", len(tokens), "images").add
+    return self._batched(functools.partial(self._compiled_drawing, params), tokens, noise, done=done)
 
   def reconstruct(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n H W 3"]:
     """Images through the autoencoder, by the posterior's mode."""

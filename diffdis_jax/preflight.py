@@ -34,7 +34,7 @@ from diffdis_jax.models import attention
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import files
-from diffdis_jax.training.build import build_step
+from diffdis_jax.training.build import build_step, without_remat
 
 CC3M_PAIRS = 2_905_954
 PACKAGE = pathlib.Path(__file__).parent
@@ -43,9 +43,7 @@ PACKAGE = pathlib.Path(__file__).parent
 def trace_program(name: str, config: ConfigDict, mesh: Mesh) -> programs.Program:
   """Raises UserError for a config that the mesh cannot run, or that lacks this program."""
   if name == "train":
-    without_remat = ConfigDict(config).unlock()
-    without_remat.model.remat = "none"
-    step, once = build_step(config, mesh), build_step(without_remat, mesh)
+    step, once = build_step(config, mesh), build_step(without_remat(config), mesh)
     return programs.trace_train(step, once, read_data(config), batch_size=config.batch_size)
   if name not in config.objectives:
     raise UserError(f"--programs has {name}; this config's objectives are {', '.join(config.objectives)} alone")

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,13 +26,14 @@ from diffdis_jax import cli, evals
 from diffdis_jax.data import loader
 from diffdis_jax.data.build import Data, LatentShapes, open_loader, read_data
 from diffdis_jax.errors import Preempted, UserError, check_number, read_section
+from diffdis_jax.estimates.programs import rate_at_peak
 from diffdis_jax.evals.watch import Watch
 from diffdis_jax.inference import Inference, Sampling, read_sampling
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import processes, programs, sharding
-from diffdis_jax.run import checkpoint, workdir, writers
+from diffdis_jax.run import checkpoint, history, profile, trackers, workdir, writers
 from diffdis_jax.run import config as run_config
-from diffdis_jax.training import encode, start
+from diffdis_jax.training import encode, facts, start
 from diffdis_jax.training.build import build_step
 from diffdis_jax.training.objectives import Metrics
 from diffdis_jax.training.step import Step, TrainState, is_running
@@ -59,8 +59,14 @@ class Pace:
       check_number(field.name, getattr(self, field.name), at_least=1)
 
 
-def train_and_evaluate(config: ConfigDict, path: str) -> None:
+def train_and_evaluate(config: ConfigDict, path: str, *, tracker: str = "", profiled: str = "") -> None:
   """Trains to `config.num_steps`, from the last checkpoint in the workdir `path` if there is one.
+
+  Args:
+    config: of the run.
+    path: its workdir.
+    tracker: one of trackers.TRACKERS, which gets what the writers get; empty for none.
+    profiled: steps to trace, as `profile.parse` takes them; empty for none.
 
   Raises:
     UserError: bad config, data or workdir, or a loss that is no longer finite.
@@ -71,6 +77,8 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
   kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
   sampling = read_sampling(config.inference.to_dict())
   data = read_data(config)
+  span = profile.parse(profiled, num_steps=pace.num_steps) if profiled else None
+  trackers.check(tracker)
   mesh = sharding.make_mesh(**config.mesh)
   stop = processes.Stop(sharding.batch_sharding(mesh))
   with contextlib.ExitStack() as stack:
@@ -86,7 +94,7 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
       latents=latent_shapes(trainer.network),
     )
     watch = make_watch(config, pace, sampling, trainer, stop)
-    log_start(trainer, data)
+    facts.log(trainer, data)
     if checkpoint.latest_step(path) is None:
       start.find_initial(config.init_from, trainer)
     fields, defaults = config.to_dict(), run_config.defaults(accumulate=config.optim.accumulate)
@@ -100,15 +108,26 @@ def train_and_evaluate(config: ConfigDict, path: str) -> None:
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, kept))
     state, meta = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
     encode.check_stored(data.latent_facts(), state.params, trainer.trainable)
-    writer = writers.open_writer(path, start_step=int(state.step), is_writer=is_writer)
-    stack.callback(writer.close)
+    step, known = int(state.step), facts.of_start(trainer, data)
+    stack.enter_context(history.recorded(path, step=step, is_writer=is_writer, facts=known))
+    track = functools.partial(trackers.open_tracker, tracker, path, fields)
+    writer = writers.open_writer(path, start_step=step, is_writer=is_writer, open_tracker=track)
+    stack.enter_context(contextlib.closing(writer))
+    profiler = stack.enter_context(contextlib.closing(profile.Profiler(span, path, start_step=step)))
+    peak_rate = rate_at_peak(config, trainer, data)
 
-    loop = Loop(pace, data, trainer, iterator, watch, checkpointer, writer, stop)
+    loop = Loop(pace, data, trainer, iterator, watch, checkpointer, writer, stop, profiler, peak_rate)
     loop.run(state, meta)
-    if kept.best_metric:
-      checkpointer.wait()  # for the last save
-      if best := checkpoint.best(path, kept):
-        logging.info("best %s %.4f at step %d: evaluate --best measures it", kept.best_metric, best.value, best.step)
+    log_best(path, kept, checkpointer)
+
+
+def log_best(path: str, kept: checkpoint.Kept, checkpointer: checkpoint.Checkpointer) -> None:
+  """Which checkpoint of a finished run is the best, where that is defined."""
+  if not kept.best_metric:
+    return
+  checkpointer.wait()  # for the last save
+  if best := checkpoint.best(path, kept):
+    logging.info("best %s %.4f at step %d: evaluate --best measures it", kept.best_metric, best.value, best.step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +142,15 @@ class Loop:
   checkpointer: checkpoint.Checkpointer
   writer: writers.Writer
   stop: processes.Stop
+  profiler: profile.Profiler
+  peak_rate: float | None
 
   def run(self, state: TrainState, meta: Mapping[str, Any]) -> None:
     """Steps to the last one from `state`, which has been saved with `meta`, or is new. Raises as train_and_evaluate."""
     pace, start_step = self.pace, int(state.step)
-    progress = writers.Progress(start_step=start_step, num_steps=pace.num_steps, batch_size=pace.batch_size)
+    progress = writers.Progress(
+      start_step=start_step, num_steps=pace.num_steps, batch_size=pace.batch_size, peak_rate=self.peak_rate
+    )
     substitutions, totals = loader.Substitutions(), read_totals(meta)
     if processes.is_first():
       substitutions.new += np.array(meta.get("substituted", 0))
@@ -137,7 +160,8 @@ class Loop:
 
     metrics: Any = None
     train_step: Callable[..., tuple[TrainState, Metrics]] | None = None
-    for step in range(start_step + 1, pace.num_steps + 1):
+    for step in progress.steps():
+      self.profiler.before(step, metrics)
       # The next batch is drawn while the devices still work on the step before, so that its time is hidden.
       with progress.waiting_for_data(functools.partial(is_running, metrics)):
         rows = substitutions.take(next(self.iterator))
@@ -150,6 +174,10 @@ class Loop:
         jax.block_until_ready(metrics)  # starting is no speed
         progress.restart(step)
       totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
+      if self.profiler.after(step):
+        jax.block_until_ready(metrics)
+        with progress.paused():
+          self.profiler.close()
 
       last = step == pace.num_steps
       if last or step % pace.log_every == 0:
@@ -257,23 +285,6 @@ def make_watch(config: ConfigDict, pace: Pace, sampling: Sampling, trainer: Step
   )
 
 
-def log_start(trainer: Step, data: Data) -> None:
-  """Mesh, data and parameters by group, so that a wrong regex shows before the first step."""
-  sizes: Mapping[str, Any] = Counter()
-  for path, group in trainer.groups.items():
-    sizes[group] += math.prod(trainer.shapes[path].shape)
-  if jax.process_count() == 1:
-    processes.log_place()
-  logging.info("mesh %s", dict(trainer.mesh.shape))
-  for line in data.describe():
-    logging.info("data: %s", line)
-  logging.info(
-    "objectives %s; parameters: %s",
-    ", ".join(trainer.network.objectives),
-    ", ".join(f"{group} {number:,}" for group, number in sizes.items()),
-  )
-
-
 def main(argv: Sequence[str]) -> None:
   del argv
   config = run_config.with_evals(FLAGS.config, FLAGS.eval)
@@ -281,7 +292,7 @@ def main(argv: Sequence[str]) -> None:
   cli.use_all_cores()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   processes.start()
-  train_and_evaluate(config, FLAGS.workdir)
+  train_and_evaluate(config, FLAGS.workdir, tracker=FLAGS.tracker or "", profiled=FLAGS.profile or "")
 
 
 FLAGS = flags.FLAGS
@@ -292,5 +303,9 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "folder of the run: created, or gone on with", required=True)
   flags.DEFINE_multi_string(
     "eval", [], 'one more evaluation while training, JSON: {"name": ..., "task": "zero_shot", "data": {"path": ...}}'
+  )
+  flags.DEFINE_enum("tracker", None, list(trackers.TRACKERS), "where numbers and images go beside TensorBoard")
+  flags.DEFINE_string(
+    "profile", None, "START:STEPS: write a trace of so many steps from START on, for xprof and Perfetto"
   )
   cli.run(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 import jax
 import pytest
 
+from diffdis_jax import __main__ as main_module
 from diffdis_jax import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -20,15 +22,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 VERB = """
 import sys
 import time
-from absl import flags
+from absl import flags, logging
 from diffdis_jax import cli
 from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import processes
 
 CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 STEPS = flags.DEFINE_integer("steps", 3, "sampling steps")
 PROCESS = flags.DEFINE_integer("process", None, "index of this process, of two")
 PORT = flags.DEFINE_integer("port", None, "port of the first of them")
+SAY = flags.DEFINE_boolean("say", False, "write to the log")
 FAIL = flags.DEFINE_enum("fail", None, ["user", "bug"], "how to fail")
 
 
@@ -39,6 +43,9 @@ def main(_):
 
   if PROCESS.value is not None:
     jax.distributed.initialize(f"localhost:{PORT.value}", 2, PROCESS.value)
+  if SAY.value:
+    logging.warning("a warning")
+    processes.log_place()
   if FAIL.value == "user":
     raise UserError("first line\\n  second line")
   if FAIL.value == "bug":
@@ -170,3 +177,46 @@ def test_one_of_two_processes_fails_at_once(folder, kind, code, message):
   finally:
     other.kill()
     other.communicate()
+
+
+def test_help_has_the_commands_own_flags_alone_and_its_example():
+  for command in ("train", "report"):
+    done = subprocess.run(
+      [sys.executable, "-m", "diffdis_jax", command, "--help"],
+      cwd=ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu"},
+      text=True,
+      capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python -m diffdis_jax.{command} --" in done.stdout
+    found = set(re.findall(r"^  --(?:\[no\])?(\w+):", done.stdout, re.MULTILINE))
+    own = {"train": {"config", "eval", "profile", "tracker", "num_processes"}, "report": {"out", "hour_price"}}[command]
+    assert own | {"workdir", "quiet"} <= found
+    assert not found & {"alsologtostderr", "verbosity", "tfds_dir", "jax_log_compiles"}
+
+
+def test_every_command_is_listed_and_says_how_it_is_called(capsys):
+  commands = main_module.commands()
+  files = [path.stem for path in (ROOT / "diffdis_jax").glob("*.py") if "\n  cli.run(main" in path.read_text()]
+  assert sorted(commands) == sorted(files) and {"train", "report", "evaluate"} <= {*commands}
+  for command, what in commands.items():
+    assert 10 < len(what) < 120 and not what.endswith(".")
+    assert f"python -m diffdis_jax.{command}" in (ROOT / "diffdis_jax" / f"{command}.py").read_text()
+  assert main_module.main([]) == 0
+  listed = capsys.readouterr().out
+  assert all(f"  {command} " in listed and what in listed for command, what in commands.items())
+
+
+def test_a_command_that_does_not_exist_is_one_line(capsys):
+  assert main_module.main(["evalute"]) == 2
+  assert capsys.readouterr().err == "error: no command 'evalute'; did you mean evaluate?\n"
+  assert main_module.main(["xyz"]) == 2
+  assert capsys.readouterr().err == "error: no command 'xyz'; python -m diffdis_jax lists them\n"
+
+
+def test_quiet_leaves_warnings(folder):
+  code, out, err = run(folder, *GOOD, "--quiet", "--say")
+  assert code == 0 and "a warning" in err and "host 0 of 1" not in err
+  _, _, err = run(folder, *GOOD, "--say")
+  assert "a warning" in err and "host 0 of 1" in err

@@ -13,9 +13,10 @@ import diffdis_jax
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # Every file of the package, room by room. A file may import those of earlier layers alone.
 LAYERS = (
-  "errors structs",
-  "params cli parallel/processes run/files",
-  "parallel/sharding parallel/programs parallel/fingerprint run/workdir run/checkpoint run/writers",
+  "errors structs run/committed run/progress",
+  "params cli parallel/processes run/files run/history",
+  "parallel/sharding parallel/programs parallel/fingerprint run/workdir run/checkpoint run/profile run/trackers",
+  "run/writers",
   "parallel/batches",
   "diffusion/schedules diffusion/guidance",
   "diffusion/samplers",
@@ -53,9 +54,8 @@ LAYERS = (
   "training/objectives",
   "training/gradcache",
   "training/step",
-  "training/build training/start",
+  "training/build training/facts training/start",
   "inference",
-  "evals/progress",
   "evals/results evals/text_cache",
   "evals/prompts evals/samples evals/base evals/distances evals/resize",
   "evals/drawn_prompts evals/features evals/real_images evals/reference",
@@ -72,12 +72,17 @@ LAYERS = (
   "ablations/plan",
   "ablations/folder",
   "ablations/run ablations/outlook ablations/summary ablations/render",
-  "train evaluate generate prepare_data benchmark preflight import_weights export_weights",
+  "reports/curves",
+  "reports/charts reports/read reports/pictures",
+  "reports/summary",
+  "reports/page",
+  "train evaluate generate prepare_data benchmark preflight import_weights export_weights report",
   "demo ablate",  # verbs that run others
+  "__main__",  # which lists them
 )
 LEVEL = {file: level for level, layer in enumerate(LAYERS) for file in layer.split()}
-VERBS = {*LAYERS[-2].split(), *LAYERS[-1].split()}
-NOUNS = {"inference", "cli", "errors", "structs", "params"}
+VERBS = {*LAYERS[-3].split(), *LAYERS[-2].split()}
+NOUNS = {"__main__", "inference", "cli", "errors", "structs", "params"}
 # Torch is an extra: for these alone, the first of which asks for it only where it reads a pickle.
 TORCH_FILES = {"interop/tensor_files.py", "interop/torch_diffdis.py"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.read_text())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -15,8 +16,10 @@ from diffdis_jax import evals, evaluate, inference, train
 from diffdis_jax.data import shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from diffdis_jax.estimates import chips
+from diffdis_jax.estimates import programs as estimated
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import checkpoint, history
 from diffdis_jax.structs import Batch
 from tests import steps, tiny
 from tests.command_runs import STEPS, call
@@ -67,6 +70,9 @@ def test_a_run_holds_what_the_readme_says(joint_run):
   assert np.mean([line["loss"] for line in lines[-4:]]) < np.mean([line["loss"] for line in lines[:4]])
   assert json.loads((run / "config.json").read_text())["num_steps"] == STEPS
   assert list(run.glob("events.out.tfevents.*"))
+  start, end = history.read(run)
+  assert (start["event"], start["step"], start["devices"], end["why"]) == ("start", 0, 1, "finished")
+  assert start["parameters"]["frozen"]["autoencoder"] > 0 and start["data"]
   assert checkpoint.latest_step(joint_run) == STEPS
   assert pixels(run / "samples" / f"samples_{STEPS:08d}.png").std() > 0
   assert not list(run.rglob("*tmp*"))
@@ -335,3 +341,18 @@ def test_accuracy_falls_to_chance_with_images_shuffled_against_labels():
   assert accuracy()["acc1"] > 0.3 > bound
   for seed in range(3):
     assert accuracy(shuffle_labels=True, seed=seed)["acc1"] < bound
+
+
+def test_the_share_of_the_chips_peak_is_by_the_operations_of_a_step_in_which_nothing_is_repeated(monkeypatch):
+  """A step of a convolution's and a product's known operations is in test_operations; here, which step is counted."""
+  config = tiny.get_config("autoencoder")
+  mesh = steps.make_mesh()
+  trainer, data = train.build_step(config, mesh), train.read_data(config)
+  assert estimated.rate_at_peak(config, trainer, data) is None, "the peak of a CPU is not known"
+  cpu = dataclasses.replace(chips.CHIPS["v4"], kind="cpu", flops=1e12)
+  monkeypatch.setitem(chips.CHIPS, "cpu", cpu)
+  program = estimated.trace_train(trainer, trainer, data, batch_size=config.batch_size)
+  plain = estimated.rate_at_peak(config, trainer, data)
+  assert plain == pytest.approx(1e12 * mesh.size / program.operations)
+  config.model.remat = "full"
+  assert estimated.rate_at_peak(config, train.build_step(config, mesh), data) == pytest.approx(plain)

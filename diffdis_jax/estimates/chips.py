@@ -80,13 +80,19 @@ def parse(name: str) -> Topology:
   return Topology(name=name, chip=CHIPS[chip], shape=tuple(map(int, layout.split("x"))))
 
 
+def find(kind: str) -> Chip | None:
+  """The chip that JAX calls `kind`; None where none is known under that name."""
+  matches = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
+  return max(matches, key=lambda chip: len(chip.kind), default=None)
+
+
 def of_kind(kind: str) -> Chip:
   """The chip that JAX calls `kind`.
 
   Raises:
     UserError: none is known under that name.
   """
-  matches = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
-  if not matches:
+  chip = find(kind)
+  if chip is None:
     raise UserError(f"no figures for {kind!r}; known: {', '.join(chip.kind for chip in CHIPS.values())}")
-  return max(matches, key=lambda chip: len(chip.kind))
+  return chip

@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from diffdis_jax.data.build import Data
-from diffdis_jax.estimates import operations
+from diffdis_jax.estimates import chips, operations
 from diffdis_jax.inference import Inference
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
 from diffdis_jax.structs import AnyBatch, Batch, LatentBatch
+from diffdis_jax.training.build import build_step, without_remat
 from diffdis_jax.training.step import Step
 
 PROGRAMS = ("train", "generation", "discrimination")
@@ -71,6 +73,19 @@ def trace_inference(name: str, inference: Inference) -> Program:
   """One call of "generation" or "discrimination"."""
   traced = inference.trace(name)
   return _program(traced.lower, inference.batch_size, inference.shapes, traced.jaxpr)
+
+
+def rate_at_peak(config: ConfigDict, trainer: Step, data: Data) -> float | None:
+  """Steps a second at the chips' peak in bf16, of which a run's MFU is a share; None on chips that are not known.
+
+  By the operations of the step in which nothing is computed twice, as `preflight` counts them.
+  """
+  chip = chips.find(jax.devices()[0].device_kind)
+  if chip is None:
+    return None
+  once = trainer if trainer.network.model.remat == "none" else build_step(without_remat(config), trainer.mesh)
+  program = trace_train(trainer, once, data, batch_size=config.batch_size)
+  return chip.flops * trainer.mesh.size / program.operations
 
 
 def _program(lower: Callable[[], jax.stages.Lowered], rows: int, shapes: Params, jaxpr: core.ClosedJaxpr) -> Program:

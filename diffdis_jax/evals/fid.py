@@ -21,10 +21,10 @@ from diffdis_jax.evals import distances, drawn_prompts, real_images, reference, 
 from diffdis_jax.evals.drawn_prompts import Part
 from diffdis_jax.evals.feature_parts import PartsFolder
 from diffdis_jax.evals.features import Extractor
-from diffdis_jax.evals.progress import Progress
 from diffdis_jax.interop import inception as inception_file
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
+from diffdis_jax.run.progress import Progress
 
 FEW = 10_000  # images, below which FID is too high by as much as models differ
 FEW_NOTE = f"of fewer than {FEW} images FID is biased upwards; compare it only at equal numbers, or compare KID"

@@ -22,6 +22,7 @@ from diffdis_jax.interop import compvis, mapping, openclip, sections, shapes, te
 from diffdis_jax.interop.tensor_files import Tensor, Tensors, read_json
 from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 from diffdis_jax.params import Params
+from diffdis_jax.run.progress import Progress
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer")
 V1 = "version 1 is supported, such as CompVis/stable-diffusion-v1-1"
@@ -117,8 +118,11 @@ def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matche
 
 def read(matched: Matched) -> Params:
   """The parameters in f32. Their tensors are used up, and the files closed."""
-  take = lambda path: jnp.asarray(np.array(matched.tensors.pop(path).read(), np.float32, order="C"))
-  return {path: take(path) for path in list(matched.tensors)}
+  params, progress = {}, Progress("read", len(matched.tensors), "arrays")
+  for path in list(matched.tensors):
+    params[path] = jnp.asarray(np.array(matched.tensors.pop(path).read(), np.float32, order="C"))
+    progress.add(1)
+  return params
 
 
 def _in_our_layout(tensor: Tensor, entry: mapping.Entry, shape: tuple[int, ...]) -> Tensor:

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping, sections
 from diffdis_jax.params import Params
+from diffdis_jax.run.progress import Progress
 from diffdis_jax.structs import AnyArray
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -98,11 +99,15 @@ def write(
     "text_encoder/config.json": sections.write_text(model["text_encoder"]),
   }
   entries = [mapping.from_path(path) for path in params]
+  progress = Progress("converted", len(entries), "arrays")
   for component, file in FILES.items():
     (folder / file).parent.mkdir(exist_ok=True)
     own = [entry for entry in entries if entry.component == component]
     if own:
-      arrays = {entry.name: convert(entry, params.pop(entry.path), dtype) for entry in own}
+      arrays = {}
+      for entry in own:
+        arrays[entry.name] = convert(entry, params.pop(entry.path), dtype)
+        progress.add(1)
       save_file(arrays, folder / file, metadata={"format": "pt"})
       if component == "diffdis":
         configs["diffdis_config.json"] = diffdis

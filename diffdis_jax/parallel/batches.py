@@ -31,11 +31,13 @@ class Batches:
     self.size = -(-batch_size // mesh.size) * mesh.size
     self._rows = np.array(sharding.local_rows(mesh, self.size))
 
-  def __call__(self, f: Callable[..., jax.Array], *arrays: Any) -> np.ndarray:
+  def __call__(
+    self, f: Callable[..., jax.Array], *arrays: Any, done: Callable[[int], object] = lambda count: None
+  ) -> np.ndarray:
     """f over the rows in chunks of one shape, the last one padded by repeating its last row.
 
     Every process has the same arrays, of which it takes its own rows, and gets the whole result. An array is anything
-    that gives rows; another thread asks it for them.
+    that gives rows; another thread asks it for them. `done` is called with the number of rows after each chunk.
 
     Raises:
       UserError: no row.
@@ -57,5 +59,6 @@ class Batches:
         if start + self.size < n:
           ahead = reader.submit(read, start + self.size)
         outputs.append(processes.whole(f(*sharding.to_global(local, self._mesh).values())))
+        done(min(self.size, n - start))
         self._after_batch()
     return np.concatenate(outputs)[:n]

@@ -6,28 +6,101 @@ still compile, and ends: Gloo waits 30 s, as do the GPUs of one process for each
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import time
 from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 
 from diffdis_jax.parallel import processes
+from diffdis_jax.run.files import write_whole
+
+LONG = 2.0  # seconds: what took less the last time is not announced
+_HIT = "/jax/compilation_cache/cache_hits"
+_hits: list[str] = []
+
+
+def _count_hit(event: str, **_: Any) -> None:
+  if event == _HIT:
+    _hits.append(event)
+
+
+jax.monitoring.register_event_listener(_count_hit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+  """Seconds that a program took the last time; None where it never did.
+
+  Attributes:
+    compiled: by the compiler.
+    cached: out of the compilation cache.
+  """
+
+  compiled: float | None = None
+  cached: float | None = None
+
+  def __str__(self) -> str:
+    parts = [f"{self.compiled:.1f} s"] if self.compiled is not None else []
+    parts += [f"{self.cached:.1f} s from the cache"] if self.cached is not None else []
+    return " or ".join(parts)
 
 
 def compiled(name: str, f: Any, *args: Any) -> jax.stages.Compiled:
-  """A jitted function for these arguments, once every process has compiled it. Logs how many seconds that took here.
+  """A jitted function for these arguments, once every process has compiled it. Logs how many seconds that took here,
+  and before that, how many it took the last time, which is kept beside the compilation cache.
 
   Args:
     name: for the log, such as "the training step".
     f: what jax.jit returns.
     args: arrays, or shapes with shardings; nothing is run, and nothing donated.
   """
-  begin = time.monotonic()
+  file = _times_file(name, args)
+  last = _read(file)
+  if last == Times():
+    logging.info("compiling %s", name)
+  elif max(last.compiled or 0.0, last.cached or 0.0) >= LONG:
+    logging.info("compiling %s, which took %s the last time", name, last)
+  begin, hits = time.monotonic(), len(_hits)
   program = f.lower(*args).compile()
-  logging.info("compiled %s in %.1f s", name, time.monotonic() - begin)
+  seconds, cached = time.monotonic() - begin, len(_hits) > hits
+  logging.info("compiled %s in %.1f s%s", name, seconds, " from the cache" if cached else "")
+  if file is not None and processes.is_first():
+    _write(file, dataclasses.replace(last, **{"cached" if cached else "compiled": seconds}))
   processes.barrier(f"compiled {name}")
   return program
+
+
+def _times_file(name: str, args: Any) -> epath.Path | None:
+  """Of this program, by its name, its arguments' shapes and the devices; None where nothing is kept."""
+  folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+  if not folder:
+    return None
+  leaves, tree = jax.tree.flatten(args)
+  shapes = [(x.shape, str(x.dtype)) for x in leaves]
+  place = jax.__version__, jax.devices()[0].device_kind, jax.device_count(), jax.process_count()
+  key = hashlib.sha256(repr((name, place, shapes, str(tree))).encode()).hexdigest()
+  return epath.Path(folder) / "seconds" / f"{key[:32]}.json"
+
+
+def _read(file: epath.Path | None) -> Times:
+  try:
+    return Times(**json.loads(file.read_text())) if file is not None else Times()
+  except (OSError, ValueError, TypeError):
+    return Times()
+
+
+def _write(file: epath.Path, times: Times) -> None:
+  """Where it can be written: jax itself warns of a cache that cannot."""
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(dataclasses.asdict(times)).encode())
+  except OSError as error:
+    logging.debug("no compile time kept: %s", error)
 
 
 class Program:

@@ -23,8 +23,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 from diffdis_jax.errors import Preempted, UserError, check_choice, check_number
 from diffdis_jax.parallel import processes
 from diffdis_jax.params import Params
+from diffdis_jax.run import committed
 
-_COMMIT_MARK = "commit_success.txt"
 _Arrays = dict[str, tuple[tuple[int, ...], Any]]  # dotted path -> shape, dtype
 
 
@@ -100,7 +100,7 @@ class Checkpointer:
     kept = kept or Kept()
     self._workdir = workdir
     if processes.is_first():
-      _set_aside_uncommitted(_folder(workdir))
+      _set_aside_uncommitted(committed.folder(workdir))
     processes.barrier("uncommitted checkpoints are set aside")
     rules: list[Any] = [policies.LatestN(kept.keep_last)]
     if kept.keep_every:
@@ -109,7 +109,7 @@ class Checkpointer:
     if kept.keep_best:
       rules.append(policies.BestN(get_metric_fn=rank, n=kept.keep_best, keep_checkpoints_without_metrics=False))
     self._manager = ocp.CheckpointManager(
-      _folder(workdir),
+      committed.folder(workdir),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(rules),
         cleanup_tmp_directories=True,
@@ -226,7 +226,7 @@ def saved_params(workdir: epath.PathLike, *, step: int | None = None) -> Params:
 
 def latest_step(workdir: epath.PathLike) -> int | None:
   """The newest committed step of a run, or None."""
-  return max(_committed(_folder(workdir)), default=None)
+  return max(committed.committed_steps(committed.folder(workdir)), default=None)
 
 
 class Best(NamedTuple):
@@ -238,10 +238,9 @@ class Best(NamedTuple):
 
 def best(workdir: epath.PathLike, kept: Kept) -> Best | None:
   """By `kept.best_metric`, among the checkpoints that are there; the earliest of equals. None where none has it."""
-  folder, found = _folder(workdir), []
-  for step in _committed(folder) if kept.best_metric else ():
-    file = folder / str(step) / "metrics" / "metrics"
-    metrics = json.loads(file.read_text()) if file.exists() else {}
+  folder, found = committed.folder(workdir), []
+  for step in committed.committed_steps(folder) if kept.best_metric else ():
+    metrics = committed.metrics_of(folder, step)
     if kept.best_metric in metrics:
       found.append(Best(step, float(metrics[kept.best_metric])))
   sign = 1 if kept.best_is == "max" else -1
@@ -254,15 +253,15 @@ def find(workdir: epath.PathLike, step: int | None = None) -> epath.Path:
   Raises:
     UserError: there is none, or its save was interrupted.
   """
-  folder = _folder(workdir)
-  committed = _committed(folder)
-  there = f"committed there: {', '.join(map(str, committed)) or 'none'}"
-  if step is None and not committed:
+  folder = committed.folder(workdir)
+  steps = committed.committed_steps(folder)
+  there = f"committed there: {', '.join(map(str, steps)) or 'none'}"
+  if step is None and not steps:
     raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save")
-  step = committed[-1] if step is None else step
-  if step not in committed:
+  step = steps[-1] if step is None else step
+  if step not in steps:
     if (folder / str(step)).exists():
-      raise UserError(f"checkpoint {step} in {folder} was never committed: it has no {_COMMIT_MARK}; {there}")
+      raise UserError(f"checkpoint {step} in {folder} was never committed: it has no {committed.COMMIT_MARK}; {there}")
     raise UserError(f"no checkpoint {step} in {folder}; {there}")
   return folder / str(step)
 
@@ -277,25 +276,12 @@ def choose(workdir: epath.PathLike, step: int | None, *, ema: bool) -> tuple[int
   return int(saved.name), ema and (saved / "ema").exists()
 
 
-def _folder(workdir: epath.PathLike) -> epath.Path:
-  return epath.Path(workdir).absolute() / "checkpoints"
-
-
-def _steps(folder: epath.Path) -> list[epath.Path]:
-  paths = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-  return sorted(paths, key=lambda path: int(path.name))
-
-
-def _committed(folder: epath.Path) -> list[int]:
-  return [int(path.name) for path in _steps(folder) if (path / _COMMIT_MARK).exists()]
-
-
 def _set_aside_uncommitted(folder: epath.Path) -> None:
   """Renames step folders without a commit mark: Orbax would trust them, and refuse to save that step again."""
-  for path in _steps(folder):
-    if not (path / _COMMIT_MARK).exists():
+  for path in committed.all_steps(folder):
+    if not (path / committed.COMMIT_MARK).exists():
       aside = path.with_name(f"{path.name}.uncommitted")
-      logging.warning("checkpoint %s has no %s and is ignored; it is now %s", path, _COMMIT_MARK, aside.name)
+      logging.warning("checkpoint %s has no %s and is ignored; it is now %s", path, committed.COMMIT_MARK, aside.name)
       if aside.exists():
         aside.rmtree()
       path.rename(aside)

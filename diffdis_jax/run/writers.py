@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, sample images, and the progress line.
+"""What a run reports: metrics.jsonl, TensorBoard, a tracker, sample images, and the progress line.
 
 Only one process writes; on the others a Writer does nothing. clu, which imports tensorflow for seconds, is loaded when
 a Writer is made and not before.
@@ -21,15 +21,17 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
-from diffdis_jax.run import files
+from diffdis_jax.run import files, progress
+from diffdis_jax.run.trackers import Tracker
 
 
 class Writer:
-  """Scalars and images of a run, to files and to TensorBoard."""
+  """Scalars and images of a run, to files, to TensorBoard and to a tracker."""
 
-  def __init__(self, path: epath.Path, tensorboard: Any | None) -> None:
+  def __init__(self, path: epath.Path, tensorboard: Any | None, tracker: Tracker | None = None) -> None:
     self._path = path
     self._tensorboard = tensorboard
+    self._tracker = tracker
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     """One line of metrics.jsonl and one point of every TensorBoard curve. A value that is not finite becomes null."""
@@ -39,6 +41,8 @@ class Writer:
       file.write(json.dumps(line, allow_nan=False) + "\n")
     if self._tensorboard:
       self._tensorboard.write_scalars(step, numbers)
+    if self._tracker:
+      self._tracker.scalars(step, {name: x for name, x in numbers.items() if math.isfinite(x)})
 
   def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
     """One picture, such as a grid of samples: samples/<name>_<step>.png, and TensorBoard."""
@@ -48,6 +52,8 @@ class Writer:
     files.write_whole(self._path / "samples" / f"{name}_{step:08d}.png", buffer.getvalue())
     if self._tensorboard:
       self._tensorboard.write_images(step, {name: image[None]})
+    if self._tracker:
+      self._tracker.image(step, name, image)
 
   def flush(self) -> None:
     if self._tensorboard:
@@ -56,6 +62,8 @@ class Writer:
   def close(self) -> None:
     if self._tensorboard:
       self._tensorboard.close()
+    if self._tracker:
+      self._tracker.close()
 
 
 class _NoWriter(Writer):
@@ -71,8 +79,14 @@ class _NoWriter(Writer):
     pass
 
 
-def open_writer(workdir: epath.PathLike, *, start_step: int, is_writer: bool) -> Writer:
-  """The writer of a run that begins, or goes on, after `start_step` steps.
+def open_writer(
+  workdir: epath.PathLike,
+  *,
+  start_step: int,
+  is_writer: bool,
+  open_tracker: Callable[[], Tracker | None] = lambda: None,
+) -> Writer:
+  """The writer of a run that begins, or goes on, after `start_step` steps. A tracker is opened where it writes.
 
   Lines of metrics.jsonl beyond that step are dropped: they are from steps that are about to be taken again.
   """
@@ -81,7 +95,7 @@ def open_writer(workdir: epath.PathLike, *, start_step: int, is_writer: bool) ->
   path = epath.Path(workdir)
   path.mkdir(parents=True, exist_ok=True)
   _drop_lines_beyond(path / "metrics.jsonl", start_step)
-  return Writer(path, _tensorboard(path))
+  return Writer(path, _tensorboard(path), open_tracker())
 
 
 def _drop_lines_beyond(path: epath.Path, step: int) -> None:
@@ -115,19 +129,35 @@ class Progress:
   """Speed of a run: feeds the progress line and the speed columns of metrics.jsonl."""
 
   def __init__(
-    self, *, start_step: int, num_steps: int, batch_size: int, clock: Callable[[], float] = time.monotonic
+    self,
+    *,
+    start_step: int,
+    num_steps: int,
+    batch_size: int,
+    peak_rate: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
   ) -> None:
     """
     Args:
       start_step: steps already finished.
       num_steps: steps of the whole run.
       batch_size: images a step, over all processes.
+      peak_rate: steps a second at the chips' peak; None where it is not known.
       clock: seconds.
     """
     self._num_steps = num_steps
     self._batch_size = batch_size
+    self._peak_rate = peak_rate
     self._clock = clock
     self.restart(start_step)
+
+  def steps(self) -> Iterator[int]:
+    """The numbers of the steps that are left, with a bar on a terminal."""
+    first = self._step + 1
+    with progress.bar("training", self._num_steps, "steps", done=first - 1) as advance:
+      for step in range(first, self._num_steps + 1):
+        yield step
+        advance(1)
 
   @contextlib.contextmanager
   def waiting_for_data(self, is_busy: Callable[[], bool]) -> Iterator[None]:
@@ -159,8 +189,8 @@ class Progress:
       metrics: `loss` and every `loss_*` are shown.
 
     Returns:
-      `steps_per_sec`, `images_per_sec`, and `data_wait`, the share of time spent waiting for data, in [0, 1]. NaN where
-      no step counted.
+      `steps_per_sec`, `images_per_sec`, and `data_wait`, the share of time spent waiting for data, in [0, 1]; where the
+      chips' peak is known `mfu`, the share of it that the steps' operations are. NaN where no step counted.
     """
     seconds = max(self._clock() - self._begin, 1e-9)
     counted = step - self._step
@@ -170,6 +200,8 @@ class Progress:
       "images_per_sec": rate * self._batch_size,
       "data_wait": min(self._waited / seconds, 1.0) if counted else math.nan,
     }
+    if self._peak_rate is not None:
+      speeds["mfu"] = rate / self._peak_rate
     logging.info("%s", self._line(step, metrics, speeds))
     self.restart(step)
     return speeds
@@ -181,6 +213,7 @@ class Progress:
       parts += [
         f"{speeds['steps_per_sec']:.3g} steps/s",
         f"{speeds['images_per_sec']:.3g} images/s",
+        *([f"MFU {speeds['mfu']:.1%}"] if "mfu" in speeds else []),
         f"waiting for data {speeds['data_wait']:.0%}",
         f"ETA {datetime.timedelta(seconds=round((self._num_steps - step) / speeds['steps_per_sec']))}",
       ]

@@ -12,6 +12,13 @@ from diffdis_jax.training.optim import Optim
 from diffdis_jax.training.step import Step
 
 
+def without_remat(config: ConfigDict) -> ConfigDict:
+  """The same config with nothing computed twice, whose operations are those of the mathematics."""
+  plain = config.copy_and_resolve_references().unlock()
+  plain.model.remat = "none"
+  return plain
+
+
 def build_step(config: ConfigDict, mesh: Mesh) -> Step:
   """The training step of a config, for a mesh. Nothing is allocated.
 

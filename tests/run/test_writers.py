@@ -11,7 +11,7 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from diffdis_jax.run import writers
+from diffdis_jax.run import trackers, writers
 
 
 @pytest.fixture
@@ -93,6 +93,28 @@ def test_tensorflow_is_loaded_only_by_a_writer():
   assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_tracker_gets_the_same_numbers_and_pictures(tmp_path, no_tensorboard):
+  class Kept(trackers.Tracker):
+    def __init__(self):
+      self.found = []
+
+    def scalars(self, step, values):
+      self.found.append((step, dict(values)))
+
+    def image(self, step, name, image):
+      self.found.append((step, name, image.shape))
+
+    def close(self):
+      self.found.append("closed")
+
+  kept = Kept()
+  writer = writers.open_writer(tmp_path, start_step=0, is_writer=True, open_tracker=lambda: kept)
+  writer.scalars(1, {"loss": jnp.bfloat16(0.5), "count": np.int32(3), "bad": float("nan")})
+  writer.image(1, "samples", np.zeros((2, 4, 3), np.uint8))
+  writer.close()
+  assert kept.found == [(1, {"loss": 0.5, "count": 3}), (1, "samples", (2, 4, 3)), "closed"]
+
+
 class Clock:
   def __init__(self):
     self.now = 100.0
@@ -131,3 +153,25 @@ def test_progress_counts_steps_waiting_and_pauses(caplog):
   clock.now += 10.0
   speeds = progress.report(32, {"loss": 1.0})
   assert speeds == pytest.approx({"steps_per_sec": 0.1, "images_per_sec": 3.2, "data_wait": 0.0})
+
+
+def test_progress_knows_the_share_of_the_chips_peak(caplog):
+  caplog.set_level("INFO")
+  logging.set_verbosity(logging.INFO)
+  clock = Clock()
+  progress = writers.Progress(start_step=0, num_steps=40, batch_size=2, peak_rate=8.0, clock=clock)
+  steps = progress.steps()
+  for _ in range(10):
+    next(steps)
+    clock.now += 0.5
+  assert progress.report(10, {"loss": 1.0})["mfu"] == pytest.approx(0.25)  # two steps a second of eight
+  assert caplog.messages == [
+    "step 10/40  loss 1.0000  2 steps/s  4 images/s  MFU 25.0%  waiting for data 0%  ETA 0:00:15"
+  ]
+  progress.restart(11)
+  assert math.isnan(progress.report(11, {"loss": 1.0})["mfu"]) and "MFU" not in caplog.messages[1]
+
+
+def test_progress_gives_the_steps_that_are_left():
+  assert list(writers.Progress(start_step=3, num_steps=6, batch_size=1).steps()) == [4, 5, 6]
+  assert list(writers.Progress(start_step=6, num_steps=6, batch_size=1).steps()) == []

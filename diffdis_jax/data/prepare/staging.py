@@ -28,6 +28,7 @@ from diffdis_jax.data import records
 from diffdis_jax.data.prepare import pairs
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.errors import UserError
+from diffdis_jax.run import progress
 from diffdis_jax.run.files import write_whole
 
 DIGEST = 16  # bytes of an image's digest
@@ -227,10 +228,12 @@ def write_all(stage: Stage, parts: Sequence[Part], *, num_processes: int, beam_o
     _write_by_beam(stage, missing, beam_options)
     return
   done = len(parts) - len(missing)
-  for part, report in _write_by_processes(stage, missing, num_processes):
-    done += 1
-    skipped = sum(report.skipped.values())
-    logging.info("%s: %d pairs, %d skipped (part %d of %d)", part.name, report.pairs, skipped, done, len(parts))
+  with progress.bar("preparing", len(parts), "parts", done=done) as advance:
+    for part, report in _write_by_processes(stage, missing, num_processes):
+      done += 1
+      advance(1)
+      skipped = sum(report.skipped.values())
+      logging.info("%s: %d pairs, %d skipped (part %d of %d)", part.name, report.pairs, skipped, done, len(parts))
 
 
 def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int) -> Iterator[tuple[Part, Report]]:

@@ -1,0 +1,52 @@
+"""Lists the commands, or runs one: python -m diffdis_jax [COMMAND --flag=value ...]."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import pathlib
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+
+USAGE = """DiffDis in JAX: draws images from text, and aligns images with text.
+
+  python -m diffdis_jax.COMMAND --flag=value ...
+
+{commands}
+
+  python -m diffdis_jax.COMMAND --help     its flags, and an example
+"""
+
+
+def commands() -> dict[str, str]:
+  """What each command does, by its name: the beginning of its file's docstring. Nothing is imported."""
+  found = {}
+  for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+    text = path.read_text(encoding="utf-8")
+    if "\n  cli.run(main" in text:
+      paragraph = " ".join((ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].split())
+      found[path.stem] = re.split(r"[.:;](?: |$)", paragraph)[0]
+  return found
+
+
+def main(argv: Sequence[str]) -> int:
+  """The exit code, unless a command of that name takes over."""
+  found = commands()
+  if not argv or argv[0] in ("-h", "--help", "help"):
+    width = max(map(len, found))
+    sys.stdout.write(USAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in found.items())))
+    return 0
+  if argv[0] not in found:
+    nearest = difflib.get_close_matches(argv[0], found, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "python -m diffdis_jax lists them"
+    sys.stderr.write(f"error: no command {argv[0]!r}; {hint}\n")
+    return 2
+  sys.argv = [f"diffdis_jax.{argv[0]}", *argv[1:]]
+  runpy.run_module(f"diffdis_jax.{argv[0]}", run_name="__main__", alter_sys=True)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

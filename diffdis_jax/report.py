@@ -1,0 +1,63 @@
+"""Shows a run, or several side by side, as one HTML file.
+
+  python -m diffdis_jax.report --workdir=DIR[,DIR2...] --out=report.html
+
+The file holds everything and loads nothing: curves, sample images, evaluations, data, parameters, config, restarts and
+cost. It can be written while the run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags, logging
+from etils import epath
+
+from diffdis_jax import cli
+from diffdis_jax.errors import UserError
+from diffdis_jax.reports import page
+from diffdis_jax.reports.read import read
+from diffdis_jax.run import files
+
+FLAGS = flags.FLAGS
+MOST_RUNS = 8  # that have a colour of their own
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  report(FLAGS.workdir, FLAGS.out, hour_price=FLAGS.hour_price)
+
+
+def report(paths: Sequence[str], out: str, *, hour_price: float | None = None) -> None:
+  """Writes the page.
+
+  Args:
+    paths: workdirs.
+    out: file to write; one that is there is replaced.
+    hour_price: of one device for an hour.
+
+  Raises:
+    UserError: no run in one of them, one that is named twice, too many, or `out` cannot be written.
+  """
+  paths = [path.rstrip("/") for path in paths if path]
+  if len(set(paths)) < len(paths):
+    raise UserError(f"--workdir={','.join(paths)} names a folder twice")
+  if not 1 <= len(paths) <= MOST_RUNS:
+    raise UserError(f"--workdir names {len(paths)} folders; it should be one to {MOST_RUNS}, with commas between them")
+  target = epath.Path(out)
+  if target.is_dir() or not target.parent.is_dir():
+    raise UserError(f"--out={out} should be a file in a folder that exists, such as report.html")
+  runs = [read(path, name) for path, name in zip(paths, page.names_of(paths), strict=True)]
+  text = page.render(runs, hour_price=hour_price).encode()
+  try:
+    files.write_whole(target, text)
+  except OSError as error:
+    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+  logging.info("%s, %.1f MB", out, len(text) / 1e6)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_list("workdir", None, "folder of a run, or several with commas between them", required=True)
+  flags.DEFINE_string("out", None, "HTML file to write", required=True)
+  flags.DEFINE_float("hour_price", None, "of one device for an hour, for the cost of a run", lower_bound=0.0)
+  cli.run(main)

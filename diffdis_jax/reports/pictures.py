@@ -1,0 +1,73 @@
+"""Pictures inside a page: made smaller until all of them together take no more than so many bytes."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import dataclasses
+import functools
+import io
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+# Longest side, and quality of WebP, from the finest on.
+SIZES = ((1600, 85), (1280, 80), (1024, 72), (832, 62), (704, 52), (576, 44), (448, 38), (352, 34), (256, 30))
+TRIED = 3  # pictures by whose bytes the finest is chosen that should fit
+MARGIN = 0.9  # of the bytes that there are, since the others differ
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """WebP as a data URI, and its size in pixels."""
+
+  uri: str
+  width: int
+  height: int
+
+
+def embed(paths: Sequence[epath.Path], *, most_bytes: int) -> list[Picture | None]:
+  """Each file as a picture, all at one longest side and quality; None for a file that is no picture, or not yet.
+
+  Args:
+    most_bytes: of all data URIs together. At the coarsest of SIZES it may be more.
+  """
+  if not paths:
+    return []
+  few = [image for i in {*np.linspace(0, len(paths) - 1, TRIED).astype(int)} if (image := _open(paths[i]))]
+
+  def guess(side: int, quality: int) -> float:
+    return len(paths) * float(np.mean([len(_shrink(image, side, quality).uri) for image in few])) if few else 0.0
+
+  finest = next((i for i, size in enumerate(SIZES) if guess(*size) < MARGIN * most_bytes), len(SIZES) - 1)
+  found: list[Picture | None] = []
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    for side, quality in SIZES[finest:]:
+      found = list(pool.map(functools.partial(_embed, side=side, quality=quality), paths))
+      if sum(len(picture.uri) for picture in found if picture) <= most_bytes:
+        break
+  return found
+
+
+def _embed(path: epath.Path, *, side: int, quality: int) -> Picture | None:
+  image = _open(path)
+  return _shrink(image, side, quality) if image else None
+
+
+def _open(path: epath.Path) -> Image.Image | None:
+  try:
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
+      return image.convert("RGB")
+  except (OSError, ValueError):
+    return None
+
+
+def _shrink(image: Image.Image, side: int, quality: int) -> Picture:
+  image = image.copy()
+  image.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=1.0)
+  buffer = io.BytesIO()
+  image.save(buffer, format="webp", quality=quality, method=1)
+  return Picture(f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", *image.size)

@@ -1,0 +1,83 @@
+"""What happened to a run: history.jsonl, one object a line, with `event` and `time` (seconds since 1970).
+
+A `start` says from which step, on which devices, with what it trains; `reached` and `until` are the last step that was
+reported before, and when: steps between `step` and `reached` are taken again. An `end` says why. A start that no end
+follows was killed, or still goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from diffdis_jax.errors import Preempted, UserError
+
+FILE = "history.jsonl"
+
+
+@contextlib.contextmanager
+def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapping[str, Any]) -> Iterator[None]:
+  """Around the steps of a run, before its writer is opened, which drops the lines of steps that are taken again.
+
+  Args:
+    workdir: folder of the run.
+    step: steps finished.
+    is_writer: whether this process writes; one of several processes does.
+    facts: JSON values that the start's line gets beside its own.
+  """
+  if not is_writer:
+    yield
+    return
+  path = epath.Path(workdir)
+  reached = last_line(path / "metrics.jsonl")
+  before = {} if reached is None else {"reached": reached["step"], "until": (path / "metrics.jsonl").stat().mtime}
+  _append(path, {"event": "start", "time": time.time(), "step": step, **before, **facts})
+  why, message = "failed", {}
+  try:
+    yield
+    why = "finished"
+  except Preempted:
+    why = "stopped"
+    raise
+  except UserError as error:
+    message = {"message": str(error)}
+    raise
+  except Exception as error:
+    message = {"message": f"{type(error).__name__}: {error}"}
+    raise
+  finally:
+    _append(path, {"event": "end", "time": time.time(), "why": why, **message})
+
+
+def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
+  """The lines of the file, but for those that were cut off; empty where there is none."""
+  path = epath.Path(workdir) / FILE
+  lines = [parse(line) for line in path.read_text().splitlines()] if path.exists() else []
+  return [line for line in lines if line and "event" in line]
+
+
+def last_line(path: epath.Path) -> dict[str, Any] | None:
+  """The last line with a step of metrics.jsonl, or None."""
+  lines = path.read_text().splitlines() if path.exists() else []
+  return next((found for line in reversed(lines) if (found := parse(line)) and "step" in found), None)
+
+
+def parse(line: str) -> dict[str, Any]:
+  """A line's object; empty of one that was cut off when its process was killed, or is still being written."""
+  try:
+    found = json.loads(line)
+  except ValueError:
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def _append(path: epath.Path, line: Mapping[str, Any]) -> None:
+  file = path / FILE
+  cut_off = file.exists() and not file.read_text().endswith("\n")
+  with file.open("a") as appended:
+    appended.write("\n" * cut_off + json.dumps(line) + "\n")

@@ -1,0 +1,88 @@
+"""A trace of some steps of a run, which xprof and Perfetto open. Each process writes its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+from diffdis_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+  """The steps to trace: `steps` of them, from `start` on; the first step of a run is 1."""
+
+  start: int
+  steps: int
+
+  @property
+  def last(self) -> int:
+    return self.start + self.steps - 1
+
+
+def parse(text: str, *, num_steps: int) -> Span:
+  """START:STEPS, of a run of `num_steps`. Raises UserError if it is something else, or not within the run."""
+  start, _, steps = text.partition(":")
+  if not (start.isdecimal() and steps.isdecimal() and int(start) and int(steps)):
+    raise UserError(f"--profile={text} should be START:STEPS, such as 100:5 for the steps 100 to 104")
+  span = Span(int(start), int(steps))
+  if span.last > num_steps:
+    raise UserError(f"--profile={text} ends at step {span.last}; the run ends at step {num_steps}")
+  return span
+
+
+class Profiler:
+  """Traces the steps of a span. Called around every step of a run, on every process.
+
+  Args:
+    span: which; None for none.
+    workdir: folder of the run. The traces are in plugins/profile/step_START/ there, where xprof and TensorBoard look.
+    start_step: steps finished; the first of the span is not to be among them.
+  """
+
+  def __init__(self, span: Span | None, workdir: epath.PathLike, *, start_step: int):
+    self._span, self._workdir = span, epath.Path(workdir)
+    self._folder: tempfile.TemporaryDirectory[str] | None = None
+    self._annotation: Any = None
+    if span and span.start <= start_step:
+      logging.warning("no profile: step %d was taken before; this run goes on after step %d", span.start, start_step)
+      self._span = None
+
+  def before(self, step: int, running: Any) -> None:
+    """Before the data of this step; waits, at the first step of the span, for `running`, what the last one gives."""
+    if self._span is None or not self._span.start <= step <= self._span.last:
+      return
+    if self._folder is None:
+      jax.block_until_ready(running)
+      self._folder = tempfile.TemporaryDirectory(prefix="profile")
+      jax.profiler.start_trace(self._folder.name)
+    self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
+    self._annotation.__enter__()
+
+  def after(self, step: int) -> bool:
+    """After this step; whether it was the last one of the span, so that it is time to wait for it and to `close`."""
+    if self._annotation is not None:
+      self._annotation.__exit__(None, None, None)
+      self._annotation = None
+    return self._folder is not None and self._span is not None and step == self._span.last
+
+  def close(self) -> None:
+    """Writes what is traced, if a trace is going on."""
+    if self._folder is None or self._span is None:
+      return
+    jax.profiler.stop_trace()
+    out = self._workdir / "plugins" / "profile" / f"step_{self._span.start:08d}"
+    out.mkdir(parents=True, exist_ok=True)
+    for path in pathlib.Path(self._folder.name).rglob("*"):
+      for kind in (".xplane.pb", ".trace.json.gz"):
+        if path.name.endswith(kind):
+          (out / f"host_{jax.process_index():03d}{kind}").write_bytes(path.read_bytes())
+    self._folder.cleanup()
+    self._folder = None
+    logging.info("profile of %d steps from step %d on in %s", self._span.steps, self._span.start, out)

@@ -1,0 +1,115 @@
+"""How far a long piece of work is, and how long the rest will take: a bar on a terminal, a line now and then in a log.
+
+With --quiet neither. No jax, since the processes that prepare data import this file too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import logging
+from tqdm import tqdm
+
+EVERY = 10.0  # seconds between two lines
+DELAY = 2.0  # seconds after which a bar shows: what takes less has none
+
+
+class Progress:
+  """A bar that ends when all is done; where there is no terminal, a line now and then, with what is left.
+
+  Args:
+    what: is done, such as `embedded`.
+    total: how many there are.
+    unit: of them, such as `images`.
+    every: seconds, at least, from the beginning or one line to the next.
+  """
+
+  def __init__(self, what: str, total: int, unit: str, *, every: float = EVERY):
+    self._what, self._total, self._unit, self._every = what, total, unit, every
+    self._begin = self._said = time.monotonic()
+    self._done = self._new = 0
+    self._bar = _open_bar(what, total, unit, done=0) if shows_bars() else None
+
+  def pass_over(self, count: int) -> None:
+    """So many that were there already."""
+    self._done += count
+    if self._bar is not None:
+      self._bar.initial += count  # so that they do not count as fast ones
+      self._advance(count)
+
+  def add(self, count: int) -> None:
+    """So many that have just been made."""
+    self._done, self._new = self._done + count, self._new + count
+    if self._bar is not None:
+      self._advance(count)
+      return
+    now = time.monotonic()
+    if now - self._said < self._every:
+      return
+    self._said = now
+    each = (now - self._begin) / self._new
+    logging.info(
+      "%s %d of %d %s, %s each, %s left",
+      *(self._what, self._done, self._total, self._unit),
+      *(f"{each:.2f} s" if each >= 0.1 else f"{1000 * each:.2g} ms", _duration((self._total - self._done) * each)),
+    )
+
+  def _advance(self, count: int) -> None:
+    assert self._bar is not None
+    self._bar.update(count)
+    if self._done >= self._total:
+      self._bar.close()
+
+
+@contextlib.contextmanager
+def bar(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callable[[int], object]]:
+  """A bar on a terminal while work goes on that writes lines of its own; elsewhere nothing.
+
+  Args:
+    what, total, unit: as `Progress` takes them.
+    done: so many of them before.
+
+  Yields:
+    What to call with the number of those that have just been done.
+  """
+  if not shows_bars():
+    yield lambda count: None
+    return
+  with contextlib.closing(_open_bar(what, total, unit, done=done)) as shown:
+    yield shown.update
+
+
+def shows_bars() -> bool:
+  """Whether a person looks: stderr is a terminal, and nobody asked for quiet."""
+  return sys.stderr.isatty() and logging.get_verbosity() >= logging.INFO
+
+
+def _open_bar(what: str, total: int, unit: str, *, done: int) -> Any:
+  handler = logging.get_absl_handler().python_handler
+  if not isinstance(handler.stream, _AboveBars):
+    handler.setStream(_AboveBars(handler.stream))
+  return tqdm(total=total, initial=done, desc=what, unit=f" {unit}", leave=False, delay=DELAY, dynamic_ncols=True)
+
+
+class _AboveBars:
+  """The log's stream while there are bars: a line is written in their place, and they below it."""
+
+  def __init__(self, stream: Any):
+    self._stream = stream
+
+  def write(self, text: str) -> None:
+    with tqdm.external_write_mode(file=self._stream):
+      self._stream.write(text)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+
+def _duration(seconds: float) -> str:
+  if seconds < 100:
+    return f"{seconds:.0f} seconds"
+  return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

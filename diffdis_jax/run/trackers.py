@@ -1,0 +1,121 @@
+"""Trackers beside TensorBoard and metrics.jsonl: Weights & Biases, and trackio. The same numbers and pictures, by the
+same names.
+
+A run's id is kept in its workdir, in trackers.json, so that a run that goes on is the same run there. Both are told
+where to write, and whether to reach their servers, by their own environment variables: WANDB_MODE=offline,
+TRACKIO_DIR, ...
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.run.files import write_whole
+
+PROJECT = "diffdis_jax"
+FILE = "trackers.json"
+
+
+class Tracker(abc.ABC):
+  """Where a run's numbers go as well."""
+
+  @abc.abstractmethod
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Finite numbers by their name in metrics.jsonl."""
+
+  @abc.abstractmethod
+  def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """One picture."""
+
+  @abc.abstractmethod
+  def close(self) -> None:
+    """Sends what is left."""
+
+
+class Wandb(Tracker):
+  """Weights & Biases.
+
+  Its own count of steps only grows, and would refuse those that a run takes again after it was killed. So the step is a
+  value like others, over which the curves are drawn.
+  """
+
+  def __init__(self, id: str, name: str, config: Mapping[str, Any], folder: str | None):
+    self._wandb: Any = importlib.import_module("wandb")
+    project = os.environ.get("WANDB_PROJECT", PROJECT)
+    self._run = self._wandb.init(project=project, id=id, name=name, resume="allow", config=dict(config), dir=folder)
+    self._run.define_metric("*", step_metric="step")
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    self._run.log({"step": step, **values})
+
+  def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    self._run.log({"step": step, name: self._wandb.Image(image)})
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+class Trackio(Tracker):
+  """trackio, which resumes a run by its name: the name has the id in it."""
+
+  def __init__(self, id: str, name: str, config: Mapping[str, Any], folder: str | None):
+    del folder  # TRACKIO_DIR says
+    self._trackio: Any = importlib.import_module("trackio")
+    project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+    own = dict(auto_log_gpu=False, auto_log_cpu=False)  # else curves of processor and memory come between
+    name = f"{name}-{id}"
+    self._run = self._trackio.init(project, name=name, resume="allow", config=dict(config), embed=False, **own)
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    self._run.log(dict(values), step=step)
+
+  def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    self._run.log({name: self._trackio.Image(image)}, step=step)
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+TRACKERS: dict[str, type[Wandb] | type[Trackio]] = {"wandb": Wandb, "trackio": Trackio}
+
+
+def check(kind: str) -> None:
+  """Raises UserError if the tracker's package is not installed; empty is none."""
+  if kind and importlib.util.find_spec(kind) is None:
+    raise UserError(f"--tracker={kind} needs the package {kind}; pip install 'diffdis_jax[{kind}]'")
+
+
+def open_tracker(kind: str, workdir: epath.PathLike, config: Mapping[str, Any]) -> Tracker | None:
+  """The tracker of the run in this folder: a new run there, or the one that was begun before.
+
+  Args:
+    kind: a key of TRACKERS; empty for none.
+    workdir: folder of the run.
+    config: the run's.
+  """
+  if not kind:
+    return None
+  path = epath.Path(workdir)
+  folder = None if "://" in str(workdir) else str(pathlib.Path(workdir).resolve())
+  return TRACKERS[kind](_run_id(path / FILE, kind), path.name, config, folder)
+
+
+def _run_id(file: epath.Path, kind: str) -> str:
+  ids = json.loads(file.read_text()) if file.exists() else {}
+  if kind not in ids:
+    ids[kind] = secrets.token_hex(4)
+    write_whole(file, (json.dumps(ids, indent=2) + "\n").encode())
+  return ids[kind]

@@ -1,0 +1,51 @@
+"""What a run tells of itself when it starts."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections import Counter
+from typing import Any
+
+import jax
+from absl import logging
+
+from diffdis_jax.data.build import Data
+from diffdis_jax.parallel import processes
+from diffdis_jax.training.step import Step
+
+
+def parameter_groups(trainer: Step) -> dict[str, dict[str, int]]:
+  """Numbers of parameters by group of the optimizer and part of the network."""
+  sizes: dict[str, Counter[str]] = {}
+  for path, group in trainer.groups.items():
+    sizes.setdefault(group, Counter())[path.split(".")[0]] += math.prod(trainer.shapes[path].shape)
+  return {group: dict(parts) for group, parts in sizes.items()}
+
+
+def of_start(trainer: Step, data: Data) -> dict[str, Any]:
+  """What history.jsonl gets to know of a start."""
+  return {
+    "processes": jax.process_count(),
+    "devices": jax.device_count(),
+    "device_kind": jax.devices()[0].device_kind,
+    "host": socket.gethostname(),
+    "jax": jax.__version__,
+    "mesh": dict(trainer.mesh.shape),
+    "parameters": parameter_groups(trainer),
+    "data": data.describe(),
+  }
+
+
+def log(trainer: Step, data: Data) -> None:
+  """Mesh, data and parameters by group, so that a wrong regex shows before the first step."""
+  if jax.process_count() == 1:
+    processes.log_place()
+  logging.info("mesh %s", dict(trainer.mesh.shape))
+  for line in data.describe():
+    logging.info("data: %s", line)
+  logging.info(
+    "objectives %s; parameters: %s",
+    ", ".join(trainer.network.objectives),
+    ", ".join(f"{group} {sum(parts.values()):,}" for group, parts in parameter_groups(trainer).items()),
+  )

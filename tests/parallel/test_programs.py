@@ -1,0 +1,70 @@
+"""Compiling says how long it took the last time."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import logging
+from etils import epath
+
+from diffdis_jax.parallel import programs
+
+
+@pytest.fixture
+def cache(tmp_path):
+  """An empty compilation cache, which takes what compiles fast, too."""
+  from jax.experimental.compilation_cache import compilation_cache
+
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: getattr(jax.config, name) for name in names}
+  compilation_cache.reset_cache()
+  jax.config.update(names[0], str(tmp_path))
+  jax.config.update(names[1], 0.0)
+  yield tmp_path
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def test_compiling_says_how_long_it_took_the_last_time(cache, caplog, monkeypatch):
+  caplog.set_level("INFO")
+  logging.set_verbosity(logging.INFO)
+  monkeypatch.setattr(programs, "LONG", 0.0)
+  x = jnp.ones(7)
+  for _ in range(3):
+    program = programs.compiled("the sum", jax.jit(lambda x: (x * 3).sum()), x)
+    assert program(x) == 21
+    jax.clear_caches()
+  said = [re.sub(r"\d+\.\d s", "N s", message) for message in caplog.messages]
+  assert said == [
+    *("compiling the sum", "compiled the sum in N s"),
+    *("compiling the sum, which took N s the last time", "compiled the sum in N s from the cache"),
+    *(
+      "compiling the sum, which took N s or N s from the cache the last time",
+      "compiled the sum in N s from the cache",
+    ),
+  ]
+  (file,) = (cache / "seconds").iterdir()
+  assert all(0 < seconds < 60 for seconds in json.loads(file.read_text()).values())
+
+
+def test_times_are_those_of_the_same_shapes_and_unreadable_ones_are_none(cache):
+  files = [programs._times_file(name, (jnp.ones(n),)) for name, n in (("a", 7), ("a", 7), ("a", 8), ("b", 7))]
+  assert files[0] == files[1] and len({*files}) == 3
+  programs._write(files[0], programs.Times(compiled=3.0))
+  assert programs._read(files[0]) == programs.Times(compiled=3.0, cached=None)
+  files[0].write_text('{"comp')
+  assert programs._read(files[0]) == programs._read(files[2]) == programs._read(None) == programs.Times()
+  programs._write(epath.Path("/dev/null/no/folder.json"), programs.Times())  # kept nowhere, and nothing is lost
+
+
+def test_what_is_fast_is_not_announced_again(cache, caplog):
+  caplog.set_level("INFO")
+  logging.set_verbosity(logging.INFO)
+  for _ in range(2):
+    programs.compiled("the sum", jax.jit(lambda x: x.sum()), jnp.ones(3))
+  assert [message.split()[0] for message in caplog.messages] == ["compiling", "compiled", "compiled"]

@@ -1,0 +1,82 @@
+"""A workdir written by hand, every number of which is known."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tests import tiny
+
+DAY = 1_790_000_000.0  # a time, in seconds since 1970
+CARD = {
+  "name": "birds",
+  "version": "1.0.0",
+  "splits": {
+    "train": {
+      "pairs": 1200,
+      "bytes": 3_000_000,
+      "short_side": {"least": 64, "median": 128, "most": 512},
+      "caption_characters": {"least": 3, "median": 20, "most": 90},
+      "distinct_captions": 0.5,
+      "report": {"skipped": {"corrupt image": 3}},
+    }
+  },
+}
+
+
+def write(folder: pathlib.Path, **changes: Any) -> str:
+  """Killed at step 50 after 100 s on two devices, then stopped after 200 s; a line of metrics.jsonl is cut off.
+
+  Args:
+    changes: fields of the config, by dotted path.
+  """
+  folder.mkdir(parents=True)
+  data = folder.parent / "birds"
+  data.mkdir(exist_ok=True)
+  (data / "card.json").write_text(json.dumps(CARD))
+  picture(1).save(data / "card.png")
+  config = tiny.get_config()
+  config.update_from_flattened_dict({"num_steps": 400, "data.name": "pairs", "data.path": str(data), **changes})
+  (folder / "config.json").write_text(json.dumps(config.to_dict()))
+  (folder / "metrics.jsonl").write_text("".join(map(line, range(10, 310, 10))) + '{"step": 310, "lo')
+  start = {"event": "start", "devices": 2, "device_kind": "TPU v4", "processes": 1, "host": "a", "jax": "0.10.2"}
+  start |= {
+    "parameters": {"frozen": {"autoencoder": 30}, "new": {"unet": 60, "alignment": 10}},
+    "data": ["birds </script><b>"],
+  }
+  events = [
+    start | {"time": DAY, "step": 0},
+    start | {"time": DAY + 500, "step": 40, "reached": 50, "until": DAY + 100},
+    {"event": "end", "time": DAY + 700, "why": "stopped"},
+  ]
+  (folder / "history.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+  (folder / "samples").mkdir()
+  for step in (100, 200, 300):
+    picture(step).save(folder / "samples" / f"samples_{step:08d}.png")
+  for step, committed in ((200, True), (300, True), (400, False)):
+    saved = folder / "checkpoints" / str(step)
+    saved.mkdir(parents=True)
+    if committed:
+      (saved / "commit_success.txt").touch()
+  (folder / "checkpoints" / "200" / "metrics").mkdir()
+  (folder / "checkpoints" / "200" / "metrics" / "metrics").write_text('{"test/acc1": 0.25}')
+  record = {"dataset": "birds/val", "metrics": {"acc1": 0.75}, "protocol": {"seed": 0}}
+  (folder / "results.json").write_text(json.dumps({"zero_shot": {"birds/val": record}}))
+  return str(folder)
+
+
+def line(step: int) -> str:
+  """Of metrics.jsonl: a loss of 100 / step, and 5 steps a second, but at step 10, whose speed is not known."""
+  values = {"step": step, "loss": 100 / step, "grad_norm": 1.0 if step != 150 else 77.0, "substituted": int(step == 60)}
+  values |= {"steps_per_sec": None if step == 10 else 5.0, "images_per_sec": 80.0, "data_wait": 0.125}
+  text = json.dumps(values) + "\n"
+  return text + json.dumps({"step": step, "test/acc1": step / 1000}) + "\n" if step % 100 == 0 else text
+
+
+def picture(seed: int) -> Image.Image:
+  values = np.random.default_rng(seed).integers(0, 256, (4, 8, 3), dtype=np.uint8)
+  return Image.fromarray(values).resize((160, 80))

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.run import history
+
+
+def record(folder, *, step=0, error=None, facts=None):
+  with history.recorded(folder, step=step, is_writer=True, facts=facts or {}):
+    if error:
+      raise error
+
+
+def test_each_start_says_where_the_run_was_and_each_end_why(tmp_path):
+  record(tmp_path, facts={"devices": 8})
+  (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n{"step": 6, "loss": 2.0}\n{"step": 7, "lo')
+  written = (tmp_path / "metrics.jsonl").stat().st_mtime
+  for error in (Preempted(), UserError("too hot"), ZeroDivisionError("a bug")):
+    with pytest.raises(type(error)):
+      record(tmp_path, step=5, error=error)
+  events = history.read(tmp_path)
+  assert [event["event"] for event in events] == ["start", "end"] * 4
+  first, second = events[0], events[2]
+  assert (first["step"], first["devices"]) == (0, 8) and "reached" not in first
+  assert (second["step"], second["reached"]) == (5, 6) and second["until"] == pytest.approx(written, abs=1.0)
+  assert [event["why"] for event in events[1::2]] == ["finished", "stopped", "failed", "failed"]
+  assert [event.get("message") for event in events[1::2]] == [None, None, "too hot", "ZeroDivisionError: a bug"]
+  assert events[-1]["time"] >= first["time"] > 1.7e9
+
+
+def test_a_line_that_was_cut_off_does_not_swallow_the_next_one(tmp_path):
+  record(tmp_path)
+  with (tmp_path / history.FILE).open("a") as file:
+    file.write('{"event": "start", "ti')
+  record(tmp_path, step=3)
+  events = history.read(tmp_path)
+  assert [(event["event"], event.get("step")) for event in events] == [
+    ("start", 0),
+    ("end", None),
+    ("start", 3),
+    ("end", None),
+  ]
+
+
+def test_only_the_writer_writes_and_no_file_is_no_history(tmp_path):
+  with history.recorded(tmp_path, step=0, is_writer=False, facts={}):
+    pass
+  assert list(tmp_path.iterdir()) == [] and history.read(tmp_path) == []
+
+
+@pytest.mark.parametrize("line", ["", "{", "3", "[]", '{"step": 1'])
+def test_what_is_no_object_is_an_empty_one(line):
+  assert history.parse(line) == {}
+  assert history.parse(json.dumps({"step": 1})) == {"step": 1}

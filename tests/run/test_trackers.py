@@ -1,0 +1,123 @@
+"""Both trackers, without their servers. The slow tests need the extras wandb and trackio."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sqlite3
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from etils import epath
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import trackers, writers
+
+LOG_BLOCK = 32768  # bytes
+# A run that is begun, and one that goes on, each in a process of its own as after a kill.
+RUN = """
+import sys
+import numpy as np
+from diffdis_jax.run import trackers, writers
+
+kind, folder, start = sys.argv[1], sys.argv[2], int(sys.argv[3])
+sys.modules["tensorflow"] = None
+track = lambda: trackers.open_tracker(kind, folder, {"seed": 3, "optim": {"rate": 0.5}})
+writer = writers.open_writer(folder, start_step=start, is_writer=True, open_tracker=track)
+for step in (start + 1, start + 2):
+  writer.scalars(step, {"loss": 1.0 / step, "coco/recall@1": 0.25, "bad": float("nan")})
+writer.image(start + 2, "samples", np.full((4, 6, 3), 200, np.uint8))
+writer.close()
+"""
+
+
+def run(kind: str, folder: pathlib.Path, start: int, **environment: str) -> None:
+  kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "TRACKIO"))}
+  command = [sys.executable, "-c", RUN, kind, str(folder), str(start)]
+  done = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=120)
+  assert done.returncode == 0, done.stderr
+
+
+def log_records(data: bytes) -> Iterator[bytes]:
+  """What an offline run of wandb keeps: 7 bytes of its own, then LevelDB's log, blocks of pieces of records, each piece
+  with a checksum, its length, and whether it is all of a record, or its first, a middle or its last piece."""
+  place, record = 7, b""
+  while place < len(data):
+    if (left := LOG_BLOCK - place % LOG_BLOCK) < 7:
+      place += left
+      continue
+    length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+    record += data[place + 7 : place + 7 + length]
+    place += 7 + length
+    if kind in (1, 4):
+      yield record
+      record = b""
+
+
+@pytest.mark.slow
+def test_wandb_offline_has_the_same_numbers_and_goes_on_with_the_same_run(tmp_path):
+  from wandb.proto import wandb_internal_pb2
+
+  folder = tmp_path / "run"
+  for start in (0, 1):
+    run("wandb", folder, start, WANDB_MODE="offline", WANDB_SILENT="true")
+  files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+  (id,) = json.loads((folder / "trackers.json").read_text()).values()
+  assert len(files) == 2 and {path.name for path in files} == {f"run-{id}.wandb"}
+  history = []
+  for file in files:
+    for data in log_records(file.read_bytes()):
+      record = wandb_internal_pb2.Record()
+      record.ParseFromString(data)
+      if record.HasField("history"):
+        history.append({".".join(x.nested_key) or x.key: json.loads(x.value_json) for x in record.history.item})
+  scalars = [(line["step"], line["loss"], line["coco/recall@1"]) for line in history if "loss" in line]
+  assert scalars == [(1, 1.0, 0.25), (2, 0.5, 0.25), (2, 0.5, 0.25), (3, 1 / 3, 0.25)]
+  assert not any("bad" in line for line in history)
+  pictures = [(line["step"], line) for line in history if "loss" not in line]
+  assert [step for step, _ in pictures] == [2, 3]
+  assert len(list((folder / "wandb").glob("offline-run-*/files/media/images/samples_*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_trackio_has_the_same_numbers_and_goes_on_with_the_same_run(tmp_path):
+  folder, kept = tmp_path / "run", tmp_path / "trackio"
+  for start in (0, 1):
+    run("trackio", folder, start, TRACKIO_DIR=str(kept), HF_HUB_OFFLINE="1")
+  (id,) = json.loads((folder / "trackers.json").read_text()).values()
+  with sqlite3.connect(kept / "diffdis_jax.db") as database:
+    rows = database.execute("select run_name, step, metrics from metrics order by id").fetchall()
+  assert {name for name, _, _ in rows} == {f"run-{id}"}
+  lines = [(step, json.loads(metrics)) for _, step, metrics in rows]
+  scalars = [(step, line["loss"], line["coco/recall@1"]) for step, line in lines if "loss" in line]
+  assert scalars == [(1, 1.0, 0.25), (2, 0.5, 0.25), (2, 0.5, 0.25), (3, 1 / 3, 0.25)]
+  assert [step for step, line in lines if "samples" in line] == [2, 3]
+  assert len(list(kept.rglob("*.png"))) == 2
+
+
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
+  monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: object())
+  trackers.check("wandb")
+  monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match=r"--tracker=wandb needs the package wandb; pip install 'diffdis_jax\[wandb\]'"):
+    trackers.check("wandb")
+
+
+def test_a_run_has_one_id_for_each_tracker(tmp_path):
+  ids = [trackers._run_id(epath.Path(tmp_path / trackers.FILE), kind) for kind in ("wandb", "trackio", "wandb")]
+  assert ids[0] == ids[2] != ids[1] and all(len(id) == 8 for id in ids)
+
+
+def test_only_the_writer_opens_a_tracker(tmp_path):
+  def refuse():
+    raise AssertionError("opened")
+
+  writer = writers.open_writer(tmp_path, start_step=0, is_writer=False, open_tracker=refuse)
+  writer.scalars(1, {"loss": 1.0})
+  writer.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
+  writer.close()
