@@ -60,14 +60,16 @@ def _embed(path: epath.Path, *, side: int, quality: int) -> Picture | None:
 def _open(path: epath.Path) -> Image.Image | None:
   try:
     with Image.open(io.BytesIO(path.read_bytes())) as image:
-      return image.convert("RGB")
+      image.load()
+      return image if image.mode == "RGB" else image.convert("RGB")
   except (OSError, ValueError):
     return None
 
 
 def _shrink(image: Image.Image, side: int, quality: int) -> Picture:
-  image = image.copy()
-  image.thumbnail((side, side), Image.Resampling.BILINEAR, reducing_gap=1.0)
+  factor = min(1.0, side / max(image.size))
+  size = tuple(max(1, round(length * factor)) for length in image.size)
+  image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=1.0)
   buffer = io.BytesIO()
   image.save(buffer, format="webp", quality=quality, method=1)
   return Picture(f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", *image.size)
