@@ -46,6 +46,13 @@ def open_corpus(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0, 
   return shapes_lt.make_corpus(seed) if name == "shapes_lt" else long_tailed.open_corpus(pathlib.Path(path), name)
 
 
+def train_counts(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0, **_: Any) -> Int[np.ndarray, " k"]:
+  """Training images of each class; takes what `open_labelled` takes. Raises UserError: damaged data."""
+  if name == "shapes_lt":
+    return shapes_lt.counts(seed)
+  return class_counts(long_tailed.train_labels(pathlib.Path(path), name), long_tailed.SETS[name].classes)
+
+
 def class_counts(labels: Int[np.ndarray, " n"], classes: int) -> Int[np.ndarray, " k"]:
   """How many records each class has."""
   return np.bincount(labels, minlength=classes)

@@ -37,7 +37,7 @@ def restore_or_init(
     # A global array, which every process makes from its own number.
     place = trainer.state_shardings.step
     number = jax.make_array_from_callback((), place, lambda _: np.asarray(step, np.int32))
-    state = TrainState(step=number, params=restored.params, ema=restored.ema, opt_state=restored.opt_state)
+    state = TrainState(step=number, params=restored.params, ema=restored.ema, opt_state=restored.opt_state, teacher=restored.teacher)
     return state, restored.meta
   loaded = load_initial(init_from, trainer)  # first, so that what is wrong with it shows before anything is compiled
   return trainer.with_params(trainer.init_params(jax.random.key(seed)) | loaded), {}

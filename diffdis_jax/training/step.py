@@ -27,17 +27,28 @@ from diffdis_jax.training.objectives import Loss, Metrics
 from diffdis_jax.training.optim import Optim
 
 # One key for each random choice of a step. Their numbers are part of a run's identity: append, never reorder.
-KEYS = ("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop_image", "posterior_discrimination")
+KEYS = (
+  *("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop_image", "posterior_discrimination"),
+  "mix",
+)
+
+# Objectives in whose losses no row meets another, so that microbatches add up to the whole batch as they are; a head's
+# rows are mixed with each other, within each microbatch.
+_ROWS_ALONE = ("reconstruction", "long_tail_head")
 
 
 @struct.dataclass
 class TrainState:
-  """What training changes. Also the shardings of it, and its shapes."""
+  """What training changes. Also the shardings of it, and its shapes.
+
+  Of class_contrastive `teacher` has the trainable parameters as they were at the start, which never change.
+  """
 
   step: Any  # i32[], the number of finished steps; of its shardings and shapes, one of those
   params: Params
   ema: Params
   opt_state: Any
+  teacher: Params = struct.field(default_factory=dict)
 
 
 def step_keys(seed: int, step: Int[Array, ""], microbatch: Int[Array, ""]) -> dict[str, jax.Array]:
@@ -120,14 +131,18 @@ class Step:
   def _around(self, params: Params) -> TrainState:
     trainable = {path: params[path] for path in self.trainable}
     return TrainState(
-      step=jnp.zeros((), jnp.int32), params=params, ema=dict(trainable), opt_state=self._tx.init(trainable)
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      ema=dict(trainable),
+      opt_state=self._tx.init(trainable),
+      teacher=dict(trainable) if "class_contrastive" in self.network.objectives else {},
     )
 
   def _train_step(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
     # Differentiated with respect to these alone, so that frozen parameters cost no gradient and no memory for one.
     trainable = {path: state.params[path] for path in self.trainable}
     fixed = {path: value for path, value in state.params.items() if path not in trainable}
-    gradient, metrics, statistics = self._gradient(trainable, fixed, batch, state.step)
+    gradient, metrics, statistics = self._gradient(trainable, fixed, batch, state.step, state.teacher)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
       updates, opt_state = self._tx.update(gradient, state.opt_state, trainable)
     trainable = cast(Params, optax.apply_updates(trainable, updates))
@@ -140,17 +155,18 @@ class Step:
         params={**fixed, **trainable, **statistics},
         ema=optimizers.update_ema(trainable, state.ema, decay=self.optim.ema_decay, step=state.step),
         opt_state=opt_state,
+        teacher=state.teacher,
       ),
       metrics,
     )
 
   def _gradient(
-    self, trainable: Params, fixed: Params, batch: AnyBatch, step: Int[Array, ""]
+    self, trainable: Params, fixed: Params, batch: AnyBatch, step: Int[Array, ""], teacher: Params
   ) -> tuple[Params, Metrics, Params]:
     """Of the whole batch, or the mean over microbatches that are batches of their own; metrics, added up; and the new
     latent statistics."""
     n, keys = self.optim.accumulate, functools.partial(step_keys, self._seed, step)
-    if n > 1 and self.optim.contrastive_batch == "whole" and "reconstruction" not in self.network.objectives:
+    if n > 1 and self.optim.contrastive_batch == "whole" and not {*_ROWS_ALONE} & {*self.network.objectives}:
       whole = gradcache.GradCache(self.network, self._loss_section, self.mesh, n)
       return *whole(trainable, fixed, batch, keys(jnp.zeros((), jnp.int32))), {}
 
@@ -159,7 +175,9 @@ class Step:
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def one(microbatch: Int[Array, ""], batch: AnyBatch) -> tuple[Params, Metrics, Params]:
-      (_, (metrics, statistics)), gradient = value_and_grad(trainable, fixed, batch, keys(microbatch))
+      (_, (metrics, statistics)), gradient = value_and_grad(
+        trainable, fixed, batch, keys(microbatch), gathered(teacher)
+      )
       return gradient, metrics, statistics
 
     if n == 1:

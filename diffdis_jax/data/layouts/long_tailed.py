@@ -41,6 +41,11 @@ SETS = {
 }
 
 
+def train_labels(path: pathlib.Path, name: str) -> Int[np.ndarray, " n"]:
+  """The class of each training image, by the list alone. Raises UserError: as `open_split`, but for missing images."""
+  return _read_split(path, name, "train")[2]
+
+
 def open_split(path: pathlib.Path, name: str, split: str) -> Labelled:
   """One list's images.
 
@@ -53,6 +58,17 @@ def open_split(path: pathlib.Path, name: str, split: str) -> Labelled:
     UserError: no such list, lines of another form, another number of images or classes than the published one, or
       images that are not there.
   """
+  file, files, labels = _read_split(path, name, split)
+  _check_there(file, files)
+  names = corpus.read_names(path / "labels.txt", wordnet=SETS[name].wordnet)
+  _check_count(path, name, len(names))
+  return Labelled(Files(files), labels, names, Origin("long_tailed", str(path), split))
+
+
+def _read_split(
+  path: pathlib.Path, name: str, split: str
+) -> tuple[pathlib.Path, list[pathlib.Path], Int[np.ndarray, " n"]]:
+  """The list, its images, and their classes."""
   known = SETS[name]
   if split not in known.counts:
     raise UserError(f"{name} has no split {split!r}; there are {', '.join(known.counts)}")
@@ -65,10 +81,7 @@ def open_split(path: pathlib.Path, name: str, split: str) -> Labelled:
   if (absent := np.setdiff1d(np.arange(known.classes), labels)).size or labels.max() >= known.classes:
     wrong = f"the label {labels.max()}" if labels.max() >= known.classes else f"no image of class {absent[0]}"
     raise UserError(f"{file} has {wrong}; {name} has {known.classes} classes, from 0; download it again")
-  _check_there(file, files)
-  names = corpus.read_names(path / "labels.txt", wordnet=known.wordnet)
-  _check_count(path, name, len(names))
-  return Labelled(Files(files), labels, names, Origin("long_tailed", str(path), split))
+  return file, files, labels
 
 
 def open_corpus(path: pathlib.Path, name: str) -> Corpus:
