@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -48,47 +47,61 @@ class Anchors:
     }
 
 
-def select(
-  inference: Any, params: Params, data: Data, section: LongTail, *, count: int, fraction: float, seed: int
-) -> Anchors:
-  """The anchors of a backbone after stage 1.
+class Selection:
+  """How the anchors of a backbone after stage 1 are chosen.
 
   Args:
-    inference: of the network, which may have a head.
-    params: of the backbone, and anything for the head.
     data: of the long-tailed set.
     section: says how they are chosen, and by which images.
-    count: of each class.
-    fraction: of an image's square that is seen, as base.to_square has it.
+    classes: that the head has.
+    count: anchors of each.
     seed: of the query's noise, which is one for each image; and of random choices.
+
+  Attributes:
+    corpus: all sentences.
 
   Raises:
     UserError: damaged data, a class of which no image is there, or another number of classes than the head has.
   """
-  where = data.sources["data"]
-  corpus = long_tail.open_corpus(**where)
-  classes = inference.network.model.head.classes
-  if len(corpus.classnames) != classes:
-    raise UserError(f"model.head.classes is {classes}, and the text corpus has {len(corpus.classnames)} classes")
-  tokens = open_tokens(where, max_length=data.max_length)
-  losses = np.full(len(tokens.ids), np.inf, np.float32)
-  if section.anchor_choice == "linear_loss":
-    images, labels = _embedded_images(inference, params, data, section, fraction=fraction, seed=seed)
-    if (absent := np.setdiff1d(np.arange(classes), labels)).size:
-      raise UserError(f"no image of {corpus.classnames[absent[0]]!r} to choose its sentences by; take another split")
-    losses = nearest.linear_loss(
-      inference.embed_texts(params, tokens.ids),
-      images,
-      text_labels=corpus.labels,
-      image_labels=labels,
-      logit_scale=float(params["logit_scale"]),
-    )
-  places = choose(losses, tokens.starts, section.anchor_choice, count=count, seed=seed)
-  logging.info("anchors: %d of %d sentences, by %s", (places >= 0).sum(), len(tokens.ids), section.anchor_choice)
-  chosen = inference.text_features(params, tokens.ids[places[places >= 0]])
-  embeddings = np.zeros((*places.shape, chosen.shape[-1]), np.float32)
-  embeddings[places >= 0] = chosen
-  return Anchors(embeddings, places, np.where(places >= 0, losses[places], np.inf).astype(np.float32))
+
+  def __init__(self, data: Data, section: LongTail, *, classes: int, count: int, seed: int):
+    where = data.sources["data"]
+    self.corpus = long_tail.open_corpus(**where)
+    if len(self.corpus.classnames) != classes:
+      raise UserError(f"model.head.classes is {classes}, and the text corpus has {len(self.corpus.classnames)} classes")
+    self._tokens = open_tokens(where, max_length=data.max_length)
+    self._section, self._count, self._seed = section, count, seed
+    split = "val" if section.anchor_images == "val" else "train"
+    source = sources.open_source(**{**where, "split": split}, image_size=data.image_size)
+    assert isinstance(source, long_tail.LabelledSource)
+    self._source, self._indices = source, np.arange(len(source))
+    if split == "train":
+      self._indices = first_of_each(source.labels, TRAINING_IMAGES)
+    self._labels = source.labels[self._indices]
+    if (absent := np.setdiff1d(np.arange(classes), self._labels)).size:
+      raise UserError(f"no image of {self.corpus.classnames[absent[0]]!r} to choose its sentences by, in split {split}")
+
+  def run(self, inference: Any, params: Params) -> Anchors:
+    """By this backbone: a network, which may have a head, and its parameters."""
+    ids, choice = self._tokens.ids, self._section.anchor_choice
+    losses = np.full(len(ids), np.inf, np.float32)
+    if choice == "linear_loss":
+      images = base.embed_images(
+        inference, params, self._source, self._indices, seed=self._seed, fraction=self._section.fraction
+      )
+      losses = nearest.linear_loss(
+        inference.embed_texts(params, ids),
+        images,
+        text_labels=self.corpus.labels,
+        image_labels=self._labels,
+        logit_scale=float(params["logit_scale"]),
+      )
+    places = choose(losses, self._tokens.starts, choice, count=self._count, seed=self._seed)
+    logging.info("anchors: %d of %d sentences, by %s", (places >= 0).sum(), len(ids), choice)
+    chosen = inference.text_features(params, ids[places[places >= 0]])
+    embeddings = np.zeros((*places.shape, chosen.shape[-1]), np.float32)
+    embeddings[places >= 0] = chosen
+    return Anchors(embeddings, places, np.where(places >= 0, losses[places], np.inf).astype(np.float32))
 
 
 def choose(
@@ -110,20 +123,6 @@ def choose(
       order = np.sort(rng.permutation(order)[:count])
     places[label, : len(order[:count])] = start + order[:count]
   return places
-
-
-def _embedded_images(
-  inference: Any, params: Mapping[str, Any], data: Data, section: LongTail, *, fraction: float, seed: int
-) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
-  """Embeddings and labels of the images that sentences are chosen by."""
-  split = "val" if section.anchor_images == "val" else "train"
-  source = sources.open_source(**{**data.sources["data"], "split": split}, image_size=data.image_size)
-  assert isinstance(source, long_tail.LabelledSource)
-  indices = np.arange(len(source))
-  if split == "train":
-    indices = first_of_each(source.labels, TRAINING_IMAGES)
-  images = base.embed_images(inference, params, source, indices, seed=seed, fraction=fraction)
-  return images, source.labels[indices]
 
 
 def first_of_each(labels: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
