@@ -67,7 +67,8 @@ def take_network(config: ConfigDict, path: str) -> None:
     config.data.max_length = fields["data"]["max_length"]
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f"argument init={path} should be the workdir of a run: cannot read {file}: {error!r}") from error
-  config.model.pop("head", None)
+  if "head" in config.model:
+    del config.model.head
   config.init_from = path
 
 
