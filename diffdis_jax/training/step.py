@@ -23,7 +23,8 @@ from diffdis_jax.params import Params
 from diffdis_jax.structs import AnyBatch
 from diffdis_jax.training import gradcache, objectives
 from diffdis_jax.training import optim as optimizers
-from diffdis_jax.training.objectives import Loss, Metrics
+from diffdis_jax.training.metrics import Metrics
+from diffdis_jax.training.objectives import Loss
 from diffdis_jax.training.optim import Optim
 
 # One key for each random choice of a step. Their numbers are part of a run's identity: append, never reorder.
