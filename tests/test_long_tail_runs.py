@@ -7,12 +7,16 @@ import pathlib
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file
 
+from configs import places_lt
 from diffdis_jax import evaluate, export_weights
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint, workdir
@@ -51,6 +55,14 @@ def second(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
   return str(made_once(tmp_path_factory, "long_tail2", lambda path: train(environment, 2, first, path)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tokens_are_kept(environment: dict[str, str]) -> Iterator[None]:
+  """Where the commands keep them."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
+    yield
+
+
 def saved(path: str) -> dict[str, np.ndarray]:
   return {name: np.asarray(value) for name, value in checkpoint.restore_params(path).items()}
 
@@ -84,6 +96,7 @@ def test_the_second_stage_keeps_the_backbone_and_its_anchors(first, second):
   np.testing.assert_allclose(np.linalg.norm(anchors, axis=-1), 1.0, rtol=1e-5)  # text queries
 
 
+@pytest.mark.slow
 def test_a_second_stage_is_measured_in_table_8s_columns(second, environment, tmp_path):
   done = call("evaluate", environment, f"--workdir={second}", "--tasks=long_tail", f"--out={tmp_path / 'F.json'}")
   assert done.returncode == 0, done.stderr
@@ -94,10 +107,9 @@ def test_a_second_stage_is_measured_in_table_8s_columns(second, environment, tmp
   assert "the paper's DiffDis" in (tmp_path / "F.md").read_text()
 
 
-@pytest.mark.parametrize("stage", [2])
-def test_killed_once_it_ends_in_the_same_bits(stage, first, second, environment, tmp_path):
+def test_killed_once_it_ends_in_the_same_bits(first, second, environment, tmp_path):
   whole, killed = pathlib.Path(second), tmp_path / "killed"
-  command = [sys.executable, "-m", "diffdis_jax.train", *flags(stage, first, killed)]
+  command = [sys.executable, "-m", "diffdis_jax.train", *flags(2, first, killed)]
   chosen = random.randint(4, 7)
   kill_when(command, environment, lambda: chosen in steps_logged(killed))
   assert (checkpoint.latest_step(str(killed)) or 0) < STEPS
@@ -131,55 +143,61 @@ def assert_same_end(killed: pathlib.Path, whole: pathlib.Path) -> None:
     assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
 
 
-@pytest.fixture(scope="module")
-def clip_run(tmp_path_factory: pytest.TempPathFactory) -> str:
-  """Workdir of a CLIP that was never trained, of 16 px images."""
-  path = str(tmp_path_factory.mktemp("clip") / "run")
-  config = tiny_clip.get_config()
-  workdir.open_for_training(path, config.to_dict())
-  params = random_params(build_step(config, steps.make_mesh()).shapes, seed=0)
-  with checkpoint.Checkpointer(path) as checkpointer:
-    checkpointer.save(config.num_steps, State(params, {}, {}))
-  return path
-
-
-def test_a_clip_goes_through_both_stages(clip_run, environment, tmp_path):
-  one, two = tmp_path / "one", tmp_path / "two"
-  train(environment, 1, clip_run, one)
-  train(environment, 2, str(one), two)
-  assert saved(str(two))["head.anchors"].shape == (64, 3, 12)
-  out = tmp_path / "out"
-  export_weights.export_weights(str(two), str(out))
-  assert (out / "model.safetensors").exists() and (out / "head.safetensors").exists()
-
-
-@pytest.mark.parametrize(
-  "stage, start_of, message",
-  [
-    (2, "run", "was trained for generation, discrimination, and stage 2 goes on from stage 1"),
-    (1, "nothing", "init_from is empty; a long-tailed run starts from a trained DiffDis or CLIP"),
-    (2, "nothing", "init_from is empty; a long-tailed run starts from stage 1's workdir"),
-  ],
-)
-def test_a_wrong_start_ends_the_command_in_one_line(stage, start_of, message, run, environment, tmp_path):
-  arg = f"stage={stage}" + (f",init={run}" if start_of == "run" else "")
-  done = call("train", environment, f"--config=tests/tiny_lt.py:{arg}", f"--workdir={tmp_path / 'out'}")
-  assert done.returncode == 2 and not (tmp_path / "out").exists()
-  assert f"error: {message}" in done.stderr.replace(f"init_from={run} ", "")
-
-
-def unfinished(run: str, path: pathlib.Path) -> str:
-  """A first stage that was stopped at step 4."""
-  config = tiny_lt.get_config(f"stage=1,init={run}")
+def untrained(path: pathlib.Path, config: ConfigDict, step: int) -> str:
+  """A run of this config that was never trained."""
   workdir.open_for_training(str(path), config.to_dict())
   params = random_params(build_step(config, steps.make_mesh()).shapes, seed=0)
   with checkpoint.Checkpointer(str(path)) as checkpointer:
-    checkpointer.save(4, State(params, {}, {}))
+    checkpointer.save(step, State(params, {}, {}))
   return str(path)
 
 
+def clip_with_head(config: ConfigDict) -> ConfigDict:
+  config.optim.epoch_steps = 2
+  places_lt.second_stage(config, classes=64, anchors=3, visual=1e-3, language=1e-3)
+  return config
+
+
+@pytest.mark.slow
+def test_a_clip_goes_through_both_stages(environment, tmp_path):
+  start_run = untrained(tmp_path / "clip", tiny_clip.get_config(), 8)
+  one, two = tmp_path / "one", tmp_path / "two"
+  train(environment, 1, start_run, one)
+  train(environment, 2, str(one), two)
+  assert saved(str(two))["head.anchors"].shape == (64, 3, 12)
+
+
+def test_a_clips_head_leaves_beside_it(tmp_path):
+  run = untrained(tmp_path / "run", clip_with_head(tiny_clip.get_config()), 8)
+  export_weights.export_weights(run, str(tmp_path / "out"))
+  head, params = load_file(tmp_path / "out" / "head.safetensors"), saved(run)
+  np.testing.assert_array_equal(head["fc1.weight"], params["head.fc1.kernel"].T)
+  np.testing.assert_array_equal(head["anchors"], params["head.anchors"])
+  assert len(head) == sum(name.startswith("head.") for name in params)
+  assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "head" in name]
+
+
+def test_a_second_stage_before_the_first_ends_the_command_in_one_line(run, environment, tmp_path):
+  done = call("train", environment, *flags(2, run, tmp_path / "out"))
+  assert done.returncode == 2 and not (tmp_path / "out").exists()
+  (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+  assert f"init_from={run} was trained for generation, discrimination, and stage 2 goes on from stage 1" in line
+
+
+@pytest.mark.parametrize("stage, where", [(1, "a trained DiffDis or CLIP"), (2, "stage 1's workdir")])
+def test_a_long_tailed_run_starts_from_another(stage, where):
+  config = steps.make_config()
+  config.optim.epoch_steps = 2
+  if stage == 1:
+    places_lt.first_stage(config, rate=1e-3, text=True)
+  else:
+    places_lt.second_stage(config, classes=64, anchors=3, visual=1e-3, language=1e-3)
+  with pytest.raises(UserError, match=f"init_from is empty; a long-tailed run starts from {where}"):
+    start.find_initial("", build_step(config, steps.make_mesh()))
+
+
 def test_a_first_stage_must_be_at_its_end(run, tmp_path):
-  path = unfinished(run, tmp_path / "first")
+  path = untrained(tmp_path / "first", tiny_lt.get_config(f"stage=1,init={run}"), 4)
   trainer = build_step(tiny_lt.get_config(f"stage=2,init={path}"), steps.make_mesh())
   with pytest.raises(UserError, match="is stage 1 at step 4 of 12; train it to its end first"):
     start.find_initial(path, trainer)
@@ -188,11 +206,7 @@ def test_a_first_stage_must_be_at_its_end(run, tmp_path):
 def test_a_backbone_needs_a_text_side(run, tmp_path):
   config = workdir.load_config(run).copy_and_resolve_references().unlock()
   config.objectives = ("generation",)
-  path = str(tmp_path / "generation")
-  workdir.open_for_training(path, config.to_dict())
-  params = random_params(build_step(config, steps.make_mesh()).shapes, seed=0)
-  with checkpoint.Checkpointer(path) as checkpointer:
-    checkpointer.save(4, State(params, {}, {}))
+  path = untrained(tmp_path / "generation", config, 4)
   trainer = build_step(tiny_lt.get_config(f"stage=1,init={path}"), steps.make_mesh())
   with pytest.raises(UserError, match="lacks an image or a text side: it has no alignment.*discrimination") as error:
     start.find_initial(path, trainer)

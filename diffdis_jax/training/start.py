@@ -93,7 +93,7 @@ def _find_backbone(path: str, trainer: Step) -> set[str]:
       f"init_from={path} was trained for {', '.join(config.objectives)}, and stage 2 goes on from stage 1: train"
       " configs/places_lt.py:stage=1 from it first, and take that run"
     )
-  if is_second and (step := checkpoint.latest_step(path)) != config.num_steps:
+  if is_second and (step := checkpoint.latest_step(path) or 0) != config.num_steps:
     raise UserError(f"init_from={path} is stage 1 at step {step} of {config.num_steps}; train it to its end first")
   names = _names_in_common(path, trainer)
   wanted = {name for name in trainer.shapes if not name.startswith(HEAD_PREFIX)}

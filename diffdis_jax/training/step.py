@@ -33,9 +33,8 @@ KEYS = (
   "mix",
 )
 
-# Objectives in whose losses no row meets another, so that microbatches add up to the whole batch as they are; a head's
-# rows are mixed with each other, within each microbatch.
-_ROWS_ALONE = ("reconstruction", "long_tail_head")
+# Objectives of which each microbatch is a batch of its own, whatever optim.contrastive_batch says: none contrasts rows.
+_NOT_CONTRASTIVE = ("reconstruction", "long_tail_head")
 
 
 @struct.dataclass
@@ -167,7 +166,7 @@ class Step:
     """Of the whole batch, or the mean over microbatches that are batches of their own; metrics, added up; and the new
     latent statistics."""
     n, keys = self.optim.accumulate, functools.partial(step_keys, self._seed, step)
-    if n > 1 and self.optim.contrastive_batch == "whole" and not {*_ROWS_ALONE} & {*self.network.objectives}:
+    if n > 1 and self.optim.contrastive_batch == "whole" and not {*_NOT_CONTRASTIVE} & {*self.network.objectives}:
       whole = gradcache.GradCache(self.network, self._loss_section, self.mesh, n)
       return *whole(trainable, fixed, batch, keys(jnp.zeros((), jnp.int32))), {}
 

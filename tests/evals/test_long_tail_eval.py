@@ -17,6 +17,7 @@ from diffdis_jax.evals import anchors, base, tables
 from diffdis_jax.evals.long_tail import GROUPS, LongTail
 from diffdis_jax.training import long_tail as stages
 from tests import tiny_lt
+from tests.once import shared_folder
 
 SIZE, LENGTH = 16, 16
 DATA = dict(name="shapes_lt", split="test", image_size=SIZE)
@@ -60,6 +61,12 @@ def _vector(token):
 
 def _unit(x):
   return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+  """Of tokens."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(shared_folder(tmp_path_factory) / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -248,15 +248,49 @@ def test_the_second_stages_loss_by_hand():
     assert metrics[f"loss_{branch}"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_inference_gives_the_heads_logits_on_images_as_they_are():
+  config = make_config(2)
+  inference = steps.make_inference(config, batch_size=4)
+  network, params = inference.network, random_params(inference.network.shapes, seed=0)
+  images = steps.make_batch(config).image
+  noise = inference._query_noise(jax.random.key(3), jnp.int32(0), jnp.arange(B))
+
+  @jax.jit
+  def logits(params):
+    model = network.with_params(params)
+    f = encode.image_features(
+      model, jnp.asarray(images), encode.FeatureDraws(noise_e=noise), network=network
+    )
+    found = model.head(f, model.logit_scale[...])
+    return jnp.stack([found.visual, found.language], axis=1)
+
+  with jax.default_matmul_precision("highest"):
+    expected = logits(params)
+  found = inference.class_logits(params, images, seed=3)
+  assert found.shape == (B, 2, CLASSES) and relative_error(found, expected) < 1e-5
+  np.testing.assert_allclose(np.linalg.norm(inference.text_features(params, steps.make_batch(config).tokens), axis=1), 1)
+  with pytest.raises(UserError, match="not trained for long_tail_head"):
+    steps.make_inference(make_config(1)).class_logits(params, images, seed=3)
+
+
+def test_a_clips_sentences_have_any_length_in_the_head():
+  config = make_config(2, clip=True)
+  inference = steps.make_inference(config)
+  params, tokens = random_params(inference.shapes, seed=0), steps.make_batch(config).tokens
+  features, queries = inference.text_features(params, tokens), inference.embed_texts(params, tokens)
+  lengths = np.linalg.norm(features, axis=1, keepdims=True)
+  assert np.ptp(lengths) > 0.01
+  np.testing.assert_allclose(features / lengths, queries, atol=1e-5)
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_eight_devices_do_what_one_does(stage):
   config = make_config(stage)
   alone, many = Trainer(config), Trainer(config, steps.make_mesh(data=2, fsdp=2, tensor=2))
   batch = make_batch(config)
-  (one, first), (other, second) = (trainer(trainer.state, batch) for trainer in (alone, many))
-  assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
-  for path in alone.step.trainable:
-    np.testing.assert_allclose(other.params[path], one.params[path], rtol=1e-3, atol=3e-3, err_msg=path)
+  (_, first), (_, second) = (trainer(trainer.state, batch) for trainer in (alone, many))
+  for name in ("loss", "grad_norm"):
+    assert second[name] == pytest.approx(first[name], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -113,9 +114,15 @@ def _read_list(file: pathlib.Path, root: pathlib.Path) -> tuple[list[pathlib.Pat
 
 def _check_there(file: pathlib.Path, files: list[pathlib.Path]) -> None:
   """Each folder is listed once, since asking for every file takes minutes where it lies on another machine."""
-  folders = {each.parent for each in files}
-  there = {folder: {*map(str, folder.iterdir())} if folder.is_dir() else set() for folder in folders}
-  if missing := [each for each in files if str(each) not in there[each.parent]]:
+  wanted: dict[pathlib.Path, set[str]] = {}
+  for each in files:
+    wanted.setdefault(each.parent, set()).add(each.name)
+  absent = {
+    folder / name
+    for folder, names in wanted.items()
+    for name in names.difference(os.listdir(folder) if folder.is_dir() else ())
+  }
+  if missing := [each for each in files if each in absent]:
     raise UserError(
       f"{len(missing):,} of the {len(files):,} images that {file} names are missing, the first {missing[0]}; put the"
       " folders train and val of the whole set beside the lists"
