@@ -8,9 +8,9 @@ START is any run with an image and a text side: DiffDis, CLIP, an imported CLIP;
 Without init=, as for preflight, backbone=diffdis|clip takes DiffDis at 256 px or CLIP ViT-L/14 at 224 px, the paper's
 two. PLACES holds the published lists, the text corpus and the images (docs/long_tail.md). set=imagenet is ImageNet-LT.
 
-Stage 1, class-wise contrast and distillation from START; Stage 2, the language-guided head on the frozen backbone. Every
-rate is that of VL-LTR's ViT-B/16; for DiffDis and for ViT-L/14 none is stated by the paper. text=False freezes the text
-tower in stage 1.
+Stage 1 is class-wise contrast and distillation from START; stage 2 the language-guided head on the frozen backbone.
+Every rate is that of VL-LTR's ViT-B/16; for DiffDis and for ViT-L/14 none is stated by the paper. text=False freezes
+the text tower in stage 1.
 
 The paper's figures (Image-, Text-, KNN-Acc after stage 1, Acc after stage 2): CLIP-L/14 31.4 / 38.1 / 35.5, 40.5 %;
 DiffDis 37.0 / 52.5 / 40.5, 44.4 %.

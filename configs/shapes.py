@@ -6,7 +6,7 @@
 
 `make demo` runs both, evaluates and generates. 8 of the 64 colour-shape pairs are never trained on.
 
-A CLIP on the same pairs, batches and texts, which needs no autoencoder: --config=configs/shapes.py:objectives=contrastive
+A CLIP on the same pairs, batches and texts needs no autoencoder: --config=configs/shapes.py:objectives=contrastive
 """
 
 from ml_collections import ConfigDict

@@ -4,8 +4,8 @@
   python -m diffdis_jax.train --config=configs/shapes_lt.py:stage=2,init=STAGE1 --workdir=STAGE2
   python -m diffdis_jax.evaluate --workdir=STAGE2 --tasks=long_tail --out=F.json
 
-START is a run of configs/shapes.py, either network, trained shorter than there: DiffDis --config.num_steps=300 after its
-autoencoder, or CLIP :objectives=contrastive. seed=N also decides which classes are rare.
+START is a run of configs/shapes.py, either network, trained shorter than there: --config.num_steps=300 for DiffDis
+after its autoencoder, or for CLIP with :objectives=contrastive. seed=N also decides which classes are rare.
 """
 
 from ml_collections import ConfigDict

@@ -296,9 +296,7 @@ class Inference:
       unit_query=self._unit_query,
     )
 
-  def _query_noise(
-    self, key: PRNGKeyArray, draw: Int[Array, ""], places: Int[Array, "b"]
-  ) -> Float[Array, "b d"]:
+  def _query_noise(self, key: PRNGKeyArray, draw: Int[Array, ""], places: Int[Array, "b"]) -> Float[Array, "b d"]:
     """e_T of the images at these places, each a function of (key, draw, place) alone."""
     of_draw, width = jax.random.fold_in(key, draw), self.network.model.query_width
     return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(of_draw, place), (width,)))(places)

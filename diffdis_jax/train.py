@@ -200,7 +200,7 @@ class Loop:
 
 
 def latent_shapes(network: Network) -> LatentShapes | None:
-  """What stored latents must fit; None for the training of an autoencoder, of CLIP, and on labels, which needs images."""
+  """What stored latents must fit; None for the training of an autoencoder, of CLIP or on labels, which needs images."""
   if {"reconstruction", "contrastive", *LONG_TAIL} & {*network.objectives}:
     return None
   return LatentShapes(latent=network.latent_shape, text_width=network.model.text_encoder.width)

@@ -201,7 +201,15 @@ def test_a_clip_keeps_its_best_by_accuracy():
 
 
 @pytest.mark.parametrize(
-  "name, arg", [("clip_cc3m", "model=rn50"), ("clip_cc3m", "recipe=ours"), ("emoji", "objectives=x"), ("shapes", "objectives=x"), ("places_lt", "set=x"), ("shapes_lt", "stage=3")]
+  "name, arg",
+  [
+    ("clip_cc3m", "model=rn50"),
+    ("clip_cc3m", "recipe=ours"),
+    ("emoji", "objectives=x"),
+    ("shapes", "objectives=x"),
+    ("places_lt", "set=x"),
+    ("shapes_lt", "stage=3"),
+  ],
 )
 def test_arguments_that_are_no_choice(name, arg):
   with pytest.raises(ValueError, match=f"argument {arg} should be"):

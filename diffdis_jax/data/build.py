@@ -181,9 +181,7 @@ def open_loader(
   )
 
 
-def _open_labelled(
-  data: Data, *, batch_size: int, seed: int, rows: Sequence[int] | None
-) -> grain.DatasetIterator:
+def _open_labelled(data: Data, *, batch_size: int, seed: int, rows: Sequence[int] | None) -> grain.DatasetIterator:
   assert data.sampling is not None
   section = data.sources["data"]
   source = sources.open_source(**section, image_size=data.image_size)

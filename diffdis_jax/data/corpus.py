@@ -17,7 +17,7 @@ from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.errors import UserError
 
 LEFT_OUT = ("External links", "References", "Further reading", "Bibliography")
-# After a full stop or question mark, before white space or a capital; not after an initial, nor after the like of "e.g."
+# After a full stop or question mark, before white space or a capital; not after an initial or the like of "e.g."
 _BORDER = re.compile(r"(?<=[.?])(?<![A-Z]\.)(?<!\w\.\w[.?])(?=[\sA-Z])")
 _SUMMARY = "summary"
 Tokenizer = Callable[[Sequence[str]], Int[np.ndarray, "n l"]]

@@ -24,9 +24,7 @@ Operation = Callable[[Image.Image, float], Image.Image]
 
 
 def _affine(image: Image.Image, *inverse: float) -> Image.Image:
-  return image.transform(
-    image.size, Image.Transform.AFFINE, inverse, resample=Image.Resampling.BICUBIC, fillcolor=FILL
-  )
+  return image.transform(image.size, Image.Transform.AFFINE, inverse, resample=Image.Resampling.BICUBIC, fillcolor=FILL)
 
 
 def _posterize(image: Image.Image, level: float) -> Image.Image:

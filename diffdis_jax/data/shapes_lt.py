@@ -43,7 +43,12 @@ ABOUT = (
 # 20 that say nothing of the class, and 20 that are of another one.
 NOTHING = (
   *("The ground is plain.", "It lies in the middle.", "It is turned a little.", "There is nothing else to see."),
-  *("Pictures like this are small.", "It may be large or small.", "The ground may be dark.", "The ground may be light."),
+  *(
+    "Pictures like this are small.",
+    "It may be large or small.",
+    "The ground may be dark.",
+    "The ground may be light.",
+  ),
   *("It was drawn by a machine.", "No one knows its name.", "It is often seen.", "Some find it pretty."),
   *("It has no shadow.", "It does not move.", "The edges are smooth.", "It is flat.", "Read more below."),
   *("See also the list.", "This page was edited.", "A source is missing."),

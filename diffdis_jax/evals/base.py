@@ -158,9 +158,7 @@ class Images:
       return to_square(self.source[index]["image"], self.image_size, self.fraction)
 
 
-def chunks(
-  source: Any, indices: Int[np.ndarray, " n"], *, image_size: int, fraction: float = 1.0
-) -> Iterator[Images]:
+def chunks(source: Any, indices: Int[np.ndarray, " n"], *, image_size: int, fraction: float = 1.0) -> Iterator[Images]:
   """The images of `indices` in order, as squares of `image_size`, at most `CHUNK` at a time; `fraction` as `to_square`
   has it."""
   for start in range(0, len(indices), CHUNK):

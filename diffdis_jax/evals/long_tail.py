@@ -86,9 +86,7 @@ class LongTail:
     knn_acc: most of an image's nearest sentences are. acc: the head's prediction, and acc_summed_GROUP by the sum of
     its branches' logits, by which VL-LTR gives its groups."""
     indices = np.arange(len(self.labels))
-    images = base.embed_images(
-      inference, params, self.source, indices, seed=self._seed, fraction=self._fraction
-    )
+    images = base.embed_images(inference, params, self.source, indices, seed=self._seed, fraction=self._fraction)
     texts, of_text = base.embed_texts(inference, params, self.corpus.flat), self.corpus.labels
     classes = of_text[nearest.nearest(images, texts, count=self._neighbours)]
     found = self.labels[nearest.nearest(texts, images, count=1)[:, 0]]

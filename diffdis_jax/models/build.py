@@ -142,8 +142,8 @@ class Network:
 
   Attributes:
     model: sizes and switches.
-    objectives: what it is trained for. `contrastive` makes it a CLIP, long-tailed recognition takes either, all others a
-      DiffDis.
+    objectives: what it is trained for. `contrastive` makes it a CLIP; those of long-tailed recognition take either
+      network, and all others a DiffDis.
     image_size: side of the square images, pixels.
     max_length: tokens of a caption.
     image_process, text_process: the two diffusion processes. CLIP has no use for them.
@@ -243,8 +243,8 @@ def _read_sections(section: ConfigDict, objectives: Sequence[str]) -> Model | Cl
   model = read_clip(section) if of_clip else read_model(section)
   if (model.head is not None) != ("long_tail_head" in objectives):
     raise UserError(
-      f"model.head is {model.head and 'there' or 'not there'}, and objectives is {', '.join(objectives)}; a head belongs"
-      " to long_tail_head alone: take configs/places_lt.py:stage=2"
+      f"objectives is {', '.join(objectives)}, and model.head is {'missing' if model.head is None else 'there'}; a head"
+      " belongs to long_tail_head alone: take configs/places_lt.py:stage=2"
     )
   return model
 

@@ -210,8 +210,10 @@ def distill(
   teacher_logit_scale: Float[Array, ""],
   gather: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, ""]:
-  """VL-LTR's distillation, −Σ_j softmax(teacher)_j log softmax(student)_j on the logits of `class_contrastive`: the mean
-  over rows, and over both directions. All four are L2-normalised; no gradient goes to the teacher."""
+  """VL-LTR's distillation, −Σ_j softmax(teacher)_j log softmax(student)_j on the logits of `class_contrastive`.
+
+  The mean over rows and over both directions. All four are L2-normalised; no gradient goes to the teacher.
+  """
 
   def direction(anchors: Array, candidates: Array, of_teacher: Array, their_candidates: Array) -> Array:
     student = jax.nn.log_softmax(_logits(anchors, gather(candidates), logit_scale), axis=1)

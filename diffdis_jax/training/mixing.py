@@ -59,9 +59,7 @@ def boxed(
   return Mix(jnp.where(is_cutmix, outside, share), is_cutmix, top, bottom, left, right)
 
 
-def mix_images(
-  images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], mix: Mix
-) -> Float[Array, "b h w 3"]:
+def mix_images(images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], mix: Mix) -> Float[Array, "b h w 3"]:
   """Each image with that of the row as far from the other end of the batch; f32, of the same range."""
   own = images.astype(jnp.float32)
   other = own[::-1]

@@ -37,8 +37,11 @@ def restore_or_init(
   iterator: grain.DatasetIterator,
   made: Callable[[Params], Params] = lambda params: {},
 ) -> tuple[TrainState, dict[str, Any]]:
-  """The last checkpoint's state and meta, with the data iterator set to its next batch; or the state of step 0, of whose
-  parameters those are put in place that `made` makes of all of them."""
+  """The last checkpoint's state and meta, with the data iterator set to its next batch; or the state of step 0.
+
+  Args:
+    made: of the parameters of step 0, those that are computed from the others.
+  """
   step = checkpointer.latest_step()
   if step is not None:
     restored = checkpointer.restore(step, trainer.abstract_state, iterator)

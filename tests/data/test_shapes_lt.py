@@ -42,7 +42,10 @@ def test_sentences():
   assert {len(own) for own in corpus.sentences} == {140}
   assert len(shapes_lt.ABOUT) == 20 and len(shapes_lt.NOTHING) + shapes_lt.OTHERS == 40
   # In order where the number is even, shuffled where it is odd.
-  assert corpus.sentences[0][0] == "a bad photo of a red circle ." and corpus.sentences[0][81] == "Every circle has no corner."
+  assert (
+    corpus.sentences[0][0] == "a bad photo of a red circle ."
+    and corpus.sentences[0][81] == "Every circle has no corner."
+  )
   assert corpus.sentences[1][0] != "a bad photo of a red square ."
   assert "a bad photo of a red square ." in corpus.sentences[1]
   assert corpus == shapes_lt.make_corpus(0) and corpus != shapes_lt.make_corpus(1)

@@ -166,7 +166,9 @@ def test_anchors_leave_distractors_out():
     assert chosen.embeddings.shape == (CLASSES, 64, 48) and (np.diff(chosen.losses, axis=1) >= 0).all()
     shares = []
     for (colour, shape), own in zip(shapes_lt.PAIRS, chosen.describe(selection.corpus).values(), strict=True):
-      about = {template.format(colour=colour, shape=shape, corners=shapes_lt._CORNERS[shape]) for template in shapes_lt.ABOUT}
+      about = {
+        template.format(colour=colour, shape=shape, corners=shapes_lt._CORNERS[shape]) for template in shapes_lt.ABOUT
+      }
       tells = [f"{colour} {shape} ." in each["sentence"] or each["sentence"] in about for each in own]
       named = [f"{colour} {shape}" in each["sentence"] for each in own]
       shares.append(1 - np.logical_or(tells, named).mean())

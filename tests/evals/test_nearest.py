@@ -60,9 +60,7 @@ def test_the_linear_loss_by_its_definition():
     log_p = scores - np.log(np.exp(scores).sum())
     y = (image_labels == label) / (image_labels == label).sum()
     expected.append(-(y * log_p).sum())
-  found = nearest.linear_loss(
-    texts, images, text_labels=text_labels, image_labels=image_labels, logit_scale=scale
-  )
+  found = nearest.linear_loss(texts, images, text_labels=text_labels, image_labels=image_labels, logit_scale=scale)
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 

@@ -76,7 +76,9 @@ def test_a_new_head_attends_by_likeness_alone():
     *("fc1.bias", "fc2.bias", "query_norm.norm.bias", "key_norm.norm.bias")
   }
   wide = flatten(
-    build.initial_state(lambda rngs: lgr.LanguageGuidedHead(width=96, classes=64, anchors=1, rngs=rngs), jax.random.key(0))
+    build.initial_state(
+      lambda rngs: lgr.LanguageGuidedHead(width=96, classes=64, anchors=1, rngs=rngs), jax.random.key(0)
+    )
   )
   for path in ("fc1.kernel", "fc2.kernel"):
     kernel = np.asarray(wide[path], np.float64)

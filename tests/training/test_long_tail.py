@@ -258,9 +258,7 @@ def test_inference_gives_the_heads_logits_on_images_as_they_are():
   @jax.jit
   def logits(params):
     model = network.with_params(params)
-    f = encode.image_features(
-      model, jnp.asarray(images), encode.FeatureDraws(noise_e=noise), network=network
-    )
+    f = encode.image_features(model, jnp.asarray(images), encode.FeatureDraws(noise_e=noise), network=network)
     found = model.head(f, model.logit_scale[...])
     return jnp.stack([found.visual, found.language], axis=1)
 
@@ -268,7 +266,9 @@ def test_inference_gives_the_heads_logits_on_images_as_they_are():
     expected = logits(params)
   found = inference.class_logits(params, images, seed=3)
   assert found.shape == (B, 2, CLASSES) and relative_error(found, expected) < 1e-5
-  np.testing.assert_allclose(np.linalg.norm(inference.text_features(params, steps.make_batch(config).tokens), axis=1), 1)
+  np.testing.assert_allclose(
+    np.linalg.norm(inference.text_features(params, steps.make_batch(config).tokens), axis=1), 1
+  )
   with pytest.raises(UserError, match="not trained for long_tail_head"):
     steps.make_inference(make_config(1)).class_logits(params, images, seed=3)
 

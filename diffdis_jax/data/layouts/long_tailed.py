@@ -76,9 +76,7 @@ def _read_split(
   file = path / f"{known.prefix}_{split}.txt"
   files, labels = _read_list(file, path)
   if len(files) != known.counts[split]:
-    raise UserError(
-      f"{file} names {len(files):,} images, and should name {known.counts[split]:,}; download it again"
-    )
+    raise UserError(f"{file} names {len(files):,} images, and should name {known.counts[split]:,}; download it again")
   if (absent := np.setdiff1d(np.arange(known.classes), labels)).size or labels.max() >= known.classes:
     wrong = f"the label {labels.max()}" if labels.max() >= known.classes else f"no image of class {absent[0]}"
     raise UserError(f"{file} has {wrong}; {name} has {known.classes} classes, from 0; download it again")

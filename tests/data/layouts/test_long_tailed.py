@@ -17,7 +17,7 @@ def places(tmp_path, monkeypatch):
   counts = {split: len(labels) for split, labels in LISTS.items()}
   monkeypatch.setitem(long_tailed.SETS, "places_lt", LongTailed("Places_LT", 3, counts, wordnet=False))
   (tmp_path / "wiki").mkdir()
-  for number, name in enumerate(("attic", "bar", "zoo/park")):
+  for number in range(3):
     (tmp_path / "wiki" / f"desc_{number}.txt").write_text("A place.")
   (tmp_path / "labels.txt").write_text("attic 0\nbar 1\nzoo/park 2\n")
   for split, labels in LISTS.items():
