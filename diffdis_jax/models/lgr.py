@@ -56,7 +56,7 @@ class LanguageGuidedHead(nnx.Module):
     f = f.astype(jnp.float32)
     visual = self.fc2(jax.nn.relu(self.fc1(f)))
     sentences = self.anchors[...]
-    query, keys = self.q(self.query_norm(f)), self.k(self.key_norm(sentences))
+    query, keys = self.q(self.query_norm(f[:, None])[:, 0]), self.k(self.key_norm(sentences))
     scores = jnp.einsum("bd,ksd->bks", query, keys) / jnp.sqrt(jnp.float32(f.shape[-1]))
     there = jnp.any(sentences != 0.0, axis=-1)
     weights = jax.nn.softmax(scores, axis=-1, where=there)

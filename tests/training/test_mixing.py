@@ -1,5 +1,7 @@
 """Mixup and CutMix against timm, and their draws against their distributions."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +60,7 @@ def test_the_box_is_timms_where_its_sides_are_even(monkeypatch):
 def draws(n=3000, **settings):
   how = dict(size=SIZE, mixup=0.8, cutmix=1.0, cutmix_share=0.5) | settings
   keys = jax.random.split(jax.random.key(0), n)
-  return jax.device_get(jax.vmap(lambda key: mixing.draw_mix(key, **how))(keys))
+  return types.SimpleNamespace(**jax.device_get(jax.vmap(lambda key: vars(mixing.draw_mix(key, **how)))(keys)))
 
 
 def test_draws_have_their_distributions():
@@ -75,7 +77,7 @@ def test_what_is_left_out():
   assert not draws(50, cutmix=0.0).is_cutmix.any() and draws(50, mixup=0.0).is_cutmix.all()
   none = draws(50, mixup=0.0, cutmix=0.0)
   assert (none.share == 1).all() and not none.is_cutmix.any()
-  first = jax.tree.map(lambda x: jnp.asarray(x[0]), none)
+  first = mixing.Mix(**{name: jnp.asarray(value[0]) for name, value in vars(none).items()})
   images, targets = ours(first, 0.0)
   np.testing.assert_array_equal(images, IMAGES)
   np.testing.assert_array_equal(targets, np.eye(CLASSES)[LABELS])
