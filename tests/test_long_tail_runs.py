@@ -177,11 +177,19 @@ def test_a_clips_head_leaves_beside_it(tmp_path):
   assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "head" in name]
 
 
-def test_a_second_stage_before_the_first_ends_the_command_in_one_line(run, environment, tmp_path):
+def test_a_second_stage_before_the_first(run):
+  trainer = build_step(tiny_lt.get_config(f"stage=2,init={run}"), steps.make_mesh())
+  message = "was trained for generation, discrimination, and stage 2 goes on from stage 1"
+  with pytest.raises(UserError, match=message) as error:
+    start.find_initial(run, trainer)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_wrong_start_ends_the_command_in_one_line(run, environment, tmp_path):
   done = call("train", environment, *flags(2, run, tmp_path / "out"))
   assert done.returncode == 2 and not (tmp_path / "out").exists()
-  (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-  assert f"init_from={run} was trained for generation, discrimination, and stage 2 goes on from stage 1" in line
+  assert done.stderr.count("error: ") == 1 and "stage 2 goes on from stage 1" in done.stderr
 
 
 @pytest.mark.parametrize("stage, where", [(1, "a trained DiffDis or CLIP"), (2, "stage 1's workdir")])

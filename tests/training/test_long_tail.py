@@ -141,7 +141,10 @@ class Trainer:
     return state, steps.means(jax.device_get(metrics))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["diffdis", "clip"])
+BACKBONES = [pytest.param(False, id="diffdis"), pytest.param(True, id="clip", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
 def first_stage(request):
   """(config, parameters before, state after two steps, the metrics of each)."""
   config = make_config(1, clip=request.param)
@@ -211,22 +214,26 @@ def test_an_images_feature_is_what_inference_embeds():
   np.testing.assert_allclose(losses.unit_norm(found), embedded, atol=1e-5)
 
 
-@pytest.mark.parametrize("clip", [False, True], ids=["diffdis", "clip"])
-def test_the_second_stage_trains_its_head_alone(clip):
-  config = make_config(2, clip=clip)
+@pytest.fixture(scope="module", params=BACKBONES)
+def second_stage(request):
+  """(config, parameters before, state after a step, its metrics)."""
+  config = make_config(2, clip=request.param)
   trainer = Trainer(config)
+  state, metrics = trainer(trainer.state, make_batch(config))
+  return config, trainer, jax.device_get(state), metrics
+
+
+def test_the_second_stage_trains_its_head_alone(second_stage):
+  _, trainer, state, metrics = second_stage
   assert trainer.step.groups["head.fc1.kernel"] == "visual" and trainer.step.groups["head.q.kernel"] == "language"
   assert not trainer.step.abstract_state.teacher
-  state, metrics = trainer(trainer.state, make_batch(config))
   assert metrics["loss"] == pytest.approx(metrics["loss_visual"] + metrics["loss_language"], rel=1e-6)
-  moved = {path for path, value in jax.device_get(state).params.items() if (value != trainer.params[path]).any()}
+  moved = {path for path, value in state.params.items() if (value != trainer.params[path]).any()}
   assert moved == {path for path in trainer.params if path.startswith("head.")} - {"head.anchors"}
 
 
-def test_the_second_stages_loss_by_hand():
-  config = make_config(2)
-  trainer = Trainer(config)
-  _, metrics = trainer(trainer.state, make_batch(config))
+def test_the_second_stages_loss_by_hand(second_stage):
+  config, trainer, _, metrics = second_stage
   network, batch, keys = trainer.step.network, make_batch(config), step_keys(config.seed, jnp.int32(0), jnp.int32(0))
   section = LongTail()
   how = {field: getattr(section, field) for field in ("mixup", "cutmix", "cutmix_share")}
@@ -283,6 +290,7 @@ def test_a_clips_sentences_have_any_length_in_the_head():
   np.testing.assert_allclose(features / lengths, queries, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_eight_devices_do_what_one_does(stage):
   config = make_config(stage)
