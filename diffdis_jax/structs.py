@@ -56,7 +56,8 @@ class LabelledBatch:
   tokens: Int[AnyArray, "b l"] | None = None
 
 
-AnyBatch = Batch | LatentBatch | LabelledBatch
+AnyBatch = Batch | LatentBatch
+TrainingBatch = AnyBatch | LabelledBatch
 
 
 @struct.dataclass

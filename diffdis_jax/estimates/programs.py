@@ -18,7 +18,7 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
-from diffdis_jax.structs import AnyBatch, Batch, LabelledBatch, LatentBatch
+from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch, TrainingBatch
 from diffdis_jax.training.step import Step
 
 PROGRAMS = ("train", "generation", "discrimination")
@@ -43,7 +43,7 @@ class Program:
   turns: float
 
 
-def abstract_batch(network: Network, data: Data, mesh: Mesh, batch_size: int) -> AnyBatch:
+def abstract_batch(network: Network, data: Data, mesh: Mesh, batch_size: int) -> TrainingBatch:
   """Shapes of a global batch, of images or latents as the data section has it."""
 
   def rows(dtype: Any, *shape: int) -> Any:

@@ -8,6 +8,7 @@ goes in at the image's side: it would name the class.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,15 @@ class LongTail:
     check_number("fraction", self.fraction, above=0.0, at_most=1.0)
     check_choice("anchor_choice", self.anchor_choice, ANCHOR_CHOICES)
     check_choice("anchor_images", self.anchor_images, ANCHOR_IMAGES)
+
+
+def stage_loss(
+  model: DiffDis | Clip, teacher: DiffDis | Clip | None, batch: LabelledBatch, keys: Keys, **settings: Any
+) -> tuple[Float[Array, ""], Metrics]:
+  """Stage 1's loss where there is a teacher, else stage 2's; `settings` as the two take them."""
+  if teacher is None:
+    return head_loss(model, batch, keys, **settings)
+  return class_contrastive_loss(model, teacher, batch, keys, **settings)
 
 
 def class_contrastive_loss(

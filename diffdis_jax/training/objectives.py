@@ -20,7 +20,7 @@ from diffdis_jax.models.clip import Clip
 from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
-from diffdis_jax.structs import AnyBatch, Batch, Pairs
+from diffdis_jax.structs import AnyBatch, Batch, LabelledBatch, Pairs, TrainingBatch
 from diffdis_jax.training import encode, long_tail, losses
 from diffdis_jax.training.draws import Draws, Keys, draw, noised_discrimination, noised_generation
 from diffdis_jax.training.long_tail import LongTail
@@ -87,18 +87,17 @@ def loss_function(network: Network, section: Loss) -> LossFn:
 
   `teacher`, the trainable parameters as they were at the start, is class_contrastive's alone.
   """
-  of_long_tail = dict(network=network, section=section.long_tail, sample_posterior=section.sample_posterior)
 
   def loss(
-    trainable: Params, fixed: Params, batch: AnyBatch, keys: Keys, teacher: Params | None = None
+    trainable: Params, fixed: Params, batch: TrainingBatch, keys: Keys, teacher: Params | None = None
   ) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:
     model = network.with_params({**fixed, **trainable})
     statistics = {}
-    if "class_contrastive" in network.objectives:
-      start = network.with_params({**fixed, **(teacher or {})})
-      total, metrics = long_tail.class_contrastive_loss(model, start, batch, keys, **of_long_tail)
-    elif "long_tail_head" in network.objectives:
-      total, metrics = long_tail.head_loss(model, batch, keys, **of_long_tail)
+    if isinstance(batch, LabelledBatch):
+      assert section.long_tail is not None  # training/build.py
+      start = network.with_params({**fixed, **teacher}) if teacher else None
+      common = dict(network=network, section=section.long_tail, sample_posterior=section.sample_posterior)
+      total, metrics = long_tail.stage_loss(model, start, batch, keys, **common)
     elif isinstance(model, Clip):
       assert isinstance(batch, Batch)  # data/build.py refuses latents
       pairs = encode.encode_pairs(model, batch)

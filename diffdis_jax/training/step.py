@@ -20,7 +20,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import programs, sharding
 from diffdis_jax.params import Params
-from diffdis_jax.structs import AnyBatch
+from diffdis_jax.structs import LabelledBatch, TrainingBatch
 from diffdis_jax.training import gradcache, objectives
 from diffdis_jax.training import optim as optimizers
 from diffdis_jax.training.metrics import Metrics
@@ -138,7 +138,7 @@ class Step:
       teacher=dict(trainable) if "class_contrastive" in self.network.objectives else {},
     )
 
-  def _train_step(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
+  def _train_step(self, state: TrainState, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
     # Differentiated with respect to these alone, so that frozen parameters cost no gradient and no memory for one.
     trainable = {path: state.params[path] for path in self.trainable}
     fixed = {path: value for path, value in state.params.items() if path not in trainable}
@@ -161,12 +161,13 @@ class Step:
     )
 
   def _gradient(
-    self, trainable: Params, fixed: Params, batch: AnyBatch, step: Int[Array, ""], teacher: Params
+    self, trainable: Params, fixed: Params, batch: TrainingBatch, step: Int[Array, ""], teacher: Params
   ) -> tuple[Params, Metrics, Params]:
     """Of the whole batch, or the mean over microbatches that are batches of their own; metrics, added up; and the new
     latent statistics."""
     n, keys = self.optim.accumulate, functools.partial(step_keys, self._seed, step)
     if n > 1 and self.optim.contrastive_batch == "whole" and not {*_NOT_CONTRASTIVE} & {*self.network.objectives}:
+      assert not isinstance(batch, LabelledBatch)  # training/build.py refuses it
       whole = gradcache.GradCache(self.network, self._loss_section, self.mesh, n)
       return *whole(trainable, fixed, batch, keys(jnp.zeros((), jnp.int32))), {}
 
@@ -174,7 +175,7 @@ class Step:
     loss = lambda trainable, fixed, *args: self._loss(gathered(trainable), gathered(fixed), *args)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def one(microbatch: Int[Array, ""], batch: AnyBatch) -> tuple[Params, Metrics, Params]:
+    def one(microbatch: Int[Array, ""], batch: TrainingBatch) -> tuple[Params, Metrics, Params]:
       (_, (metrics, statistics)), gradient = value_and_grad(
         trainable, fixed, batch, keys(microbatch), gathered(teacher)
       )
