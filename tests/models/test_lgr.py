@@ -61,7 +61,7 @@ def test_gradients_are_finite_and_reach_all_but_what_padding_hides(params):
     logits = NETWORK.pure(lambda head: head(f, scale))(params)
     return (logits.visual**2).sum() + (logits.language**2).sum()
 
-  gradient = jax.grad(total)({path: jnp.asarray(value) for path, value in params.items()})
+  gradient = jax.jit(jax.grad(total))({path: jnp.asarray(value) for path, value in params.items()})
   assert all(np.isfinite(value).all() and (value != 0).any() for value in gradient.values())
 
 

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from configs import places_lt
 from diffdis_jax.errors import UserError
+from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import LabelledBatch
-from diffdis_jax.training import encode, losses, mixing
-from diffdis_jax.training.build import build_step
+from diffdis_jax.training import encode, losses, mixing, objectives
+from diffdis_jax.training.build import build_step, read_long_tail
 from diffdis_jax.training.long_tail import LongTail
 from diffdis_jax.training.step import step_keys
 from tests import steps, tiny_clip
@@ -141,7 +142,7 @@ class Trainer:
     return state, steps.means(jax.device_get(metrics))
 
 
-BACKBONES = [pytest.param(False, id="diffdis"), pytest.param(True, id="clip", marks=pytest.mark.slow)]
+BACKBONES = [pytest.param(clip, id=name, marks=pytest.mark.slow) for name, clip in (("diffdis", False), ("clip", True))]
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
@@ -170,34 +171,61 @@ def test_the_loss_is_half_contrast_and_half_distillation(first_stage):
     assert metrics["loss"] == pytest.approx(halves, rel=1e-6) and 0 <= metrics["class_accuracy"] <= 1
 
 
-def test_the_first_step_by_hand(first_stage):
-  """Embeddings by the same parameters and noise; student and teacher are the same network."""
-  config, trainer, _, (metrics, _) = first_stage
-  network, batch = trainer.step.network, make_batch(config)
-  keys = step_keys(config.seed, jnp.int32(0), jnp.int32(0))
+class Loss:
+  """A stage's loss of random parameters on one batch, with nothing trained."""
+
+  def __init__(self, config):
+    self.network, self.batch = Network.of(config), make_batch(config)
+    self.params = random_params(self.network.shapes, seed=0)
+    self.keys = step_keys(config.seed, jnp.int32(0), jnp.int32(0))
+    section = objectives.Loss(**config.loss, sample_posterior=False, long_tail=read_long_tail(config))
+    self._loss = objectives.loss_function(self.network, section)
+
+  def metrics(self, teacher=None):
+    """By name; `teacher` has other values for some of the parameters."""
+
+    def loss(params, batch, teacher):
+      return self._loss(params, {}, batch, self.keys, teacher and {**params, **teacher})[1][0]
+
+    with jax.default_matmul_precision("highest"):
+      return steps.means(jax.device_get(jax.jit(loss)(self.params, self.batch, teacher)))
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["diffdis", "clip"])
+def test_the_first_stages_loss_by_hand(clip):
+  """Embeddings of student and teacher by the same images, noise and sentences."""
+  loss = Loss(make_config(1, clip=clip))
+  network, batch, keys, b = loss.network, loss.batch, loss.keys, B
+  theirs = {
+    path: 1.1 * value for path, value in loss.params.items() if path.endswith("projection.kernel") or "norm" in path
+  }
+  metrics = loss.metrics(theirs | {"logit_scale": np.float32(1.5)})
 
   @jax.jit
   def embed(params):
     model = network.with_params(params)
-    noise = jax.random.normal(keys["noise_e"], (B, network.model.query_width))
+    noise = jax.random.normal(keys["noise_e"], (b, network.model.query_width))
     f = encode.image_features(model, jnp.asarray(batch.image), encode.FeatureDraws(noise_e=noise), network=network)
     return losses.unit_norm(f), model.encode_text(jnp.asarray(batch.tokens)).e, model.logit_scale[...]
 
   with jax.default_matmul_precision("highest"):
-    image, text, scale = (torch.tensor(np.asarray(x)) for x in embed(trainer.params))
-  logits = scale.exp() * image @ text.T
+    student = [torch.tensor(np.asarray(x)) for x in embed(loss.params)]
+    teacher = [torch.tensor(np.asarray(x)) for x in embed({**loss.params, **theirs, "logit_scale": np.float32(1.5)})]
+  logits, of_teacher = (scale.exp() * image @ text.T for image, text, scale in (student, teacher))
   same = torch.tensor(LABELS[:, None] == LABELS[None]).float()
-  ce = functools.partial(F.cross_entropy, label_smoothing=0.1)
-  contrast = 0.5 * (ce(logits, same / same.sum(1, keepdim=True)) + ce(logits.T, same / same.sum(1, keepdim=True)))
-  distilled = 0.5 * (F.cross_entropy(logits, logits.softmax(1)) + F.cross_entropy(logits.T, logits.T.softmax(1)))
+  target, ce = same / same.sum(1, keepdim=True), functools.partial(F.cross_entropy, label_smoothing=0.1)
+  contrast = 0.5 * (ce(logits, target) + ce(logits.T, target))
+  soft = of_teacher.softmax(1), of_teacher.T.softmax(1)
+  distilled = 0.5 * (F.cross_entropy(logits, soft[0]) + F.cross_entropy(logits.T, soft[1]))
   assert metrics["loss_class_contrastive"] == pytest.approx(contrast.item(), rel=1e-5)
   assert metrics["loss_distill"] == pytest.approx(distilled.item(), rel=1e-5)
-  assert metrics["temperature"] == pytest.approx(scale.exp().item(), rel=1e-6)
+  assert metrics["loss"] == pytest.approx(0.5 * (contrast + distilled).item(), rel=1e-5)
+  assert metrics["temperature"] == pytest.approx(student[2].exp().item(), rel=1e-6)
 
 
 def test_an_images_feature_is_what_inference_embeds():
   config = make_config(1)
-  inference = steps.make_inference(config, batch_size=4)
+  inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4)
   network, params = inference.network, random_params(inference.network.shapes, seed=0)
   images = steps.make_batch(config).image
   embedded = inference.embed_images(params, images, seed=3)
@@ -232,9 +260,10 @@ def test_the_second_stage_trains_its_head_alone(second_stage):
   assert moved == {path for path in trainer.params if path.startswith("head.")} - {"head.anchors"}
 
 
-def test_the_second_stages_loss_by_hand(second_stage):
-  config, trainer, _, metrics = second_stage
-  network, batch, keys = trainer.step.network, make_batch(config), step_keys(config.seed, jnp.int32(0), jnp.int32(0))
+def test_the_second_stages_loss_by_hand():
+  config = make_config(2)
+  loss = Loss(config)
+  network, batch, keys, metrics = loss.network, loss.batch, loss.keys, loss.metrics()
   section = LongTail()
   how = {field: getattr(section, field) for field in ("mixup", "cutmix", "cutmix_share")}
   mix = mixing.draw_mix(keys["mix"], size=config.image_size, **how)
@@ -248,7 +277,7 @@ def test_the_second_stages_loss_by_hand(second_stage):
     return dataclasses.asdict(model.head(f, model.logit_scale[...]))
 
   with jax.default_matmul_precision("highest"):
-    found = logits(trainer.params)
+    found = logits(loss.params)
   target = torch.tensor(np.asarray(mixing.mix_targets(jnp.asarray(batch.label), mix, classes=CLASSES, smoothing=0.1)))
   for branch in ("visual", "language"):
     expected = F.cross_entropy(torch.tensor(np.asarray(found[branch])), target)
@@ -257,7 +286,7 @@ def test_the_second_stages_loss_by_hand(second_stage):
 
 def test_inference_gives_the_heads_logits_on_images_as_they_are():
   config = make_config(2)
-  inference = steps.make_inference(config, batch_size=4)
+  inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4)
   network, params = inference.network, random_params(inference.network.shapes, seed=0)
   images = steps.make_batch(config).image
   noise = inference._query_noise(jax.random.key(3), jnp.int32(0), jnp.arange(B))
@@ -282,7 +311,7 @@ def test_inference_gives_the_heads_logits_on_images_as_they_are():
 
 def test_a_clips_sentences_have_any_length_in_the_head():
   config = make_config(2, clip=True)
-  inference = steps.make_inference(config)
+  inference = steps.make_inference(config, mesh=steps.make_mesh())
   params, tokens = random_params(inference.shapes, seed=0), steps.make_batch(config).tokens
   features, queries = inference.text_features(params, tokens), inference.embed_texts(params, tokens)
   lengths = np.linalg.norm(features, axis=1, keepdims=True)
