@@ -22,7 +22,8 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training import start
 from diffdis_jax.training.build import build_step
-from tests import steps, tiny_clip, tiny_lt
+from diffdis_jax.training.step import Step
+from tests import steps, tiny_clip
 from tests.command_runs import ROOT, call
 from tests.models.networks import random_params
 from tests.once import made_once
@@ -67,6 +68,7 @@ def saved(path: str) -> dict[str, np.ndarray]:
   return {name: np.asarray(value) for name, value in checkpoint.restore_params(path).items()}
 
 
+@pytest.mark.slow
 def test_the_first_stage_starts_from_the_run_and_distils_from_it(run, first):
   before, after = saved(run), saved(first)
   assert after.keys() < before.keys() and not [name for name in after if name.startswith("unet.up")]
@@ -82,6 +84,7 @@ def test_the_first_stage_starts_from_the_run_and_distils_from_it(run, first):
   assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
 
 
+@pytest.mark.slow
 def test_the_second_stage_keeps_the_backbone_and_its_anchors(first, second):
   backbone, both = saved(first), saved(second)
   for name, value in backbone.items():
@@ -107,14 +110,24 @@ def test_a_second_stage_is_measured_in_table_8s_columns(second, environment, tmp
   assert "the paper's DiffDis" in (tmp_path / "F.md").read_text()
 
 
-def test_killed_once_it_ends_in_the_same_bits(first, second, environment, tmp_path):
-  whole, killed = pathlib.Path(second), tmp_path / "killed"
-  command = [sys.executable, "-m", "diffdis_jax.train", *flags(2, first, killed)]
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+  """Workdir of a CLIP that was never trained, of 16 px images."""
+  return untrained(tmp_path_factory.mktemp("long_tail") / "clip", tiny_clip.get_config(), 8)
+
+
+def test_killed_once_it_ends_in_the_same_bits(clip, environment, tmp_path):
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  train(environment, 1, clip, whole)
+  command = [sys.executable, "-m", "diffdis_jax.train", *flags(1, clip, killed)]
   chosen = random.randint(4, 7)
   kill_when(command, environment, lambda: chosen in steps_logged(killed))
   assert (checkpoint.latest_step(str(killed)) or 0) < STEPS
   assert subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL).returncode == 0
   assert_same_end(killed, whole)
+  lines = [line for line in metrics(whole) if "loss" in line]
+  assert {"loss_class_contrastive", "loss_distill", "class_accuracy", "temperature"} <= lines[-1].keys()
+  assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
 
 
 @pytest.mark.slow
@@ -159,10 +172,9 @@ def clip_with_head(config: ConfigDict) -> ConfigDict:
 
 
 @pytest.mark.slow
-def test_a_clip_goes_through_both_stages(environment, tmp_path):
-  start_run = untrained(tmp_path / "clip", tiny_clip.get_config(), 8)
+def test_a_clip_goes_through_both_stages(clip, environment, tmp_path):
   one, two = tmp_path / "one", tmp_path / "two"
-  train(environment, 1, start_run, one)
+  train(environment, 1, clip, one)
   train(environment, 2, str(one), two)
   assert saved(str(two))["head.anchors"].shape == (64, 3, 12)
 
@@ -177,14 +189,6 @@ def test_a_clips_head_leaves_beside_it(tmp_path):
   assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "head" in name]
 
 
-def test_a_second_stage_before_the_first(run):
-  trainer = build_step(tiny_lt.get_config(f"stage=2,init={run}"), steps.make_mesh())
-  message = "was trained for generation, discrimination, and stage 2 goes on from stage 1"
-  with pytest.raises(UserError, match=message) as error:
-    start.find_initial(run, trainer)
-  assert "\n" not in str(error.value)
-
-
 @pytest.mark.slow
 def test_a_wrong_start_ends_the_command_in_one_line(run, environment, tmp_path):
   done = call("train", environment, *flags(2, run, tmp_path / "out"))
@@ -192,32 +196,37 @@ def test_a_wrong_start_ends_the_command_in_one_line(run, environment, tmp_path):
   assert done.stderr.count("error: ") == 1 and "stage 2 goes on from stage 1" in done.stderr
 
 
-@pytest.mark.parametrize("stage, where", [(1, "a trained DiffDis or CLIP"), (2, "stage 1's workdir")])
-def test_a_long_tailed_run_starts_from_another(stage, where):
+def trainer_of(stage: int) -> Step:
+  """Of a tiny DiffDis."""
   config = steps.make_config()
   config.optim.epoch_steps = 2
   if stage == 1:
     places_lt.first_stage(config, rate=1e-3, text=True)
   else:
     places_lt.second_stage(config, classes=64, anchors=3, visual=1e-3, language=1e-3)
-  with pytest.raises(UserError, match=f"init_from is empty; a long-tailed run starts from {where}"):
-    start.find_initial("", build_step(config, steps.make_mesh()))
+  return build_step(config, steps.make_mesh())
 
 
-def test_a_first_stage_must_be_at_its_end(run, tmp_path):
-  path = untrained(tmp_path / "first", tiny_lt.get_config(f"stage=1,init={run}"), 4)
-  trainer = build_step(tiny_lt.get_config(f"stage=2,init={path}"), steps.make_mesh())
-  with pytest.raises(UserError, match="is stage 1 at step 4 of 12; train it to its end first"):
-    start.find_initial(path, trainer)
+def first_stage(config: ConfigDict) -> ConfigDict:
+  config.optim.epoch_steps = 2
+  places_lt.first_stage(config, rate=1e-3, text=True)
+  return config
 
 
-def test_a_backbone_needs_a_text_side(run, tmp_path):
-  config = workdir.load_config(run).copy_and_resolve_references().unlock()
-  config.objectives = ("generation",)
-  path = untrained(tmp_path / "generation", config, 4)
-  trainer = build_step(tiny_lt.get_config(f"stage=1,init={path}"), steps.make_mesh())
-  with pytest.raises(UserError, match="lacks an image or a text side: it has no alignment.*discrimination") as error:
-    start.find_initial(path, trainer)
+@pytest.mark.parametrize(
+  "stage, kind, message",
+  [
+    (1, None, "init_from is empty; a long-tailed run starts from a trained DiffDis or CLIP"),
+    (2, None, "init_from is empty; a long-tailed run starts from stage 1's workdir"),
+    (1, steps.make_config("generation"), "lacks an image or a text side: it has no alignment.*or contrastive"),
+    (2, steps.make_config(), "was trained for generation, discrimination, and stage 2 goes on from stage 1"),
+    (2, first_stage(steps.make_config()), "is stage 1 at step 4 of 8; train it to its end first"),
+  ],
+)
+def test_starts_that_are_none(stage, kind, message, tmp_path):
+  path = "" if kind is None else untrained(tmp_path / "start", kind, 4)
+  with pytest.raises(UserError, match=message) as error:
+    start.find_initial(path, trainer_of(stage))
   assert "\n" not in str(error.value)
 
 
