@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from diffdis_jax.run.config import base
 
-__all__ = ["CC3M_PAIRS", "base", "evaluations", "parse_arg"]
+__all__ = ["CC3M_PAIRS", "base", "evaluations", "parse_arg", "take_network"]
 
 CC3M_PAIRS = 2_905_954  # that the paper counts; links expire, and prepare_data says how many there were
 
@@ -45,6 +47,36 @@ def _read(key: str, text: str, kind: type) -> Any:
   except ValueError:
     pass
   raise ValueError(f"argument {key}={text} should be of type {kind.__name__}")
+
+
+# Of a run's config, what its weights mean.
+OF_NETWORK = ("model", "image_size", "image_diffusion", "text_diffusion", "condition_timestep", "inference")
+
+
+def take_network(config: ConfigDict, path: str) -> None:
+  """Puts the network of the run in `path` in place of the config's, and names the run in `init_from`.
+
+  Raises:
+    ValueError: no config.json there, or one of no run.
+  """
+  file = pathlib.Path(path) / "config.json"
+  try:
+    fields = json.loads(file.read_text())
+    for name in OF_NETWORK:
+      config[name] = ConfigDict(_tuples(fields[name])) if isinstance(fields[name], dict) else fields[name]
+    config.data.max_length = fields["data"]["max_length"]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"argument init={path} should be the workdir of a run: cannot read {file}: {error!r}") from error
+  if "head" in config.model:
+    del config.model.head
+  config.init_from = path
+
+
+def _tuples(value: Any) -> Any:
+  """JSON's lists as tuples."""
+  if isinstance(value, dict):
+    return {key: _tuples(each) for key, each in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def evaluations(args: ConfigDict, image_size: int) -> ConfigDict:

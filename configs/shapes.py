@@ -5,17 +5,21 @@
       --config.init_from=runs/shapes/autoencoder
 
 `make demo` runs both, evaluates and generates. 8 of the 64 colour-shape pairs are never trained on.
+
+A CLIP on the same pairs, batches and texts needs no autoencoder: --config=configs/shapes.py:objectives=contrastive
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 from diffdis_jax.data.shapes import CLASSNAMES, TEMPLATES
-from diffdis_jax.models.sizes import small
+from diffdis_jax.models.sizes import clip_small, small
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  args = common.parse_arg(arg, autoencoder=False)
+  args = common.parse_arg(arg, autoencoder=False, objectives="both")
+  if args.objectives not in ("both", "contrastive"):
+    raise ValueError(f"argument objectives={args.objectives} should be both or contrastive")
   config = common.base(small(), image_size=32)
   config.data.max_length = 16
   config.optim.update(
@@ -67,4 +71,19 @@ def get_config(arg: str = "") -> ConfigDict:
   config.train_evals = ("test", "unseen")
   config.sample_prompts = tuple(f"a {name}" for name in CLASSNAMES)
   config.inference.update(generation_steps=30, generation_guidance=4.0)
+  if args.objectives == "contrastive":
+    to_clip(config)
   return config
+
+
+def to_clip(config: ConfigDict) -> None:
+  """Makes it a CLIP, whose text tower trains as it does beside the UNet."""
+  config.objectives = ("contrastive",)
+  config.model = clip_small()
+  config.optim.update(
+    groups=(("^text_encoder.tokens", "frozen"), ("^text_encoder", "text"), (".*", "new")),
+    rates=dict(text=5e-4, new=1.5e-3),
+    no_decay=r"bias$|norm|positions|class_token|logit_scale",
+  )
+  del config.evals["generated"]
+  config.sample_prompts = ()

@@ -4,7 +4,8 @@
       [--data=PREPARED_DIR --split=S --classnames=F.json --templates=F.json --label_field=FIELD]
 
 Without --data it measures on the sets that the run's config names under `evals`. F.json holds
-{task: {data set: record}}, each record in CLIP_benchmark's schema with the protocol beside it.
+{task: {data set: record}}, each record in CLIP_benchmark's schema with the protocol beside it. Of --tasks=long_tail,
+F.md has the layout of the paper's Table 8.
 
   python -m diffdis_jax.evaluate --workdir=DIR --tasks=fid --data=PREPARED_DIR --split=S --inception=W.pth --out=F.json
       [--reference=STATISTICS.npz --num_images=N --parts=DIR2 --keep_images]
@@ -51,6 +52,7 @@ SETTINGS = {  # of an evaluation, that a flag of the same name may set
   "zero_shot": ("seed", "num_images", "shuffle_labels", "classnames", "templates", "label_field", "seen_split"),
   "retrieval": ("seed", "num_images", "shuffle_labels", "caption_field"),
   "agreement": ("seed",),
+  "long_tail": ("seed",),
   "fid": (
     *("seed", "num_images", "inception", "captions", "prompts_seed", "resize", "resampling"),
     *("reference", "reference_images", "parts", "keep_images"),
@@ -151,7 +153,10 @@ def main(argv: Sequence[str]) -> None:
   if FLAGS.suite:
     measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
   else:
-    result_files.write(FLAGS.out, evaluate(FLAGS.workdir, sections, **protocol))
+    results = evaluate(FLAGS.workdir, sections, **protocol)
+    result_files.write(FLAGS.out, results)
+    if "long_tail" in results:
+      write_table(FLAGS.workdir, results, FLAGS.out)
 
 
 def evaluate(
@@ -223,6 +228,11 @@ def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete
   for task, record in [*suites.means(results)]:
     results[task][record["dataset"]] = record
   kept.write()
+  write_table(run, results, out)
+
+
+def write_table(run: str, results: Mapping[str, Any], out: str) -> None:
+  """Writes the results as a table in the paper's layout beside the JSON file `out`, on process 0."""
   if processes.is_first():
     title = pathlib.PurePath(run).name
     result_files.write_text(f"{out.removesuffix('.json')}.md", tables.table({title: results}))
@@ -265,6 +275,8 @@ def sections_of_folder(folder: str, split: str | None, *, tasks: Sequence[str], 
     raise UserError("--data needs --split, the name of one of its splits")
   if "agreement" in tasks:
     raise UserError("agreement judges generated shapes and takes no --data; leave one of the two out")
+  if "long_tail" in tasks:
+    raise UserError("long_tail is measured on the set that the run's config names; leave out --data")
   data = {"name": "pairs", "path": folder, "split": split, "image_size": image_size}
   return [(f"{pathlib.Path(folder).name}/{split}", {"task": task, "data": data}) for task in tasks]
 

@@ -135,7 +135,7 @@ def export_weights(run: str, out: str, *, step: int | None = None, ema: bool = T
   """
   folder = files.empty_folder(out)
   fields = workdir.load_config(run).to_dict()
-  is_clip = "contrastive" in fields["objectives"]
+  is_clip = "vision_encoder" in fields["model"]
   if is_clip:
     clip_to_torch.check(fields["model"])
   else:

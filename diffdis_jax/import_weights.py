@@ -43,6 +43,7 @@ class State:
   params: Params
   ema: Params = dataclasses.field(default_factory=dict)
   opt_state: Any = dataclasses.field(default_factory=dict)
+  teacher: Params = dataclasses.field(default_factory=dict)
 
 
 def define_flags() -> None:

@@ -21,14 +21,14 @@ from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray, UInt8
 
 from diffdis_jax.diffusion import guidance, samplers, schedules
 from diffdis_jax.errors import UserError, check_number, read_section
-from diffdis_jax.models.build import Network
+from diffdis_jax.models.build import ALIGNED, Network
 from diffdis_jax.models.clip import Clip
 from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.parallel import batches, programs, sharding
 from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.run.progress import Progress
-from diffdis_jax.training import losses
+from diffdis_jax.training import encode, losses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,6 +176,8 @@ class Inference:
     compiled = lambda name, f: programs.Program(name, jax.jit(sharding.traced_for(self.mesh, f, **precision)))
     self._compiled_texts = compiled("text queries", self._text_queries)
     self._compiled_images = compiled("image queries", self._image_queries)
+    self._compiled_text_features = compiled("text features", self._text_features)
+    self._compiled_classes = compiled("class logits", self._class_logits)
     self._compiled_drawing = compiled("drawing", self._drawn)
     self._compiled_reconstruction = compiled("reconstruction", self._reconstructed)
     self._compiled_moments = compiled("the autoencoder's moments", self._moments)
@@ -193,9 +195,24 @@ class Inference:
     No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size. Of a CLIP,
     what its vision tower gives, L2-normalised; the seed has no part in it.
     """
-    self._require("discrimination", "contrastive")
+    self._require(*ALIGNED)
     places = np.arange(len(images), dtype=np.int32)
     return self._batched(functools.partial(self._compiled_images, params, jax.random.key(seed)), images, places)
+
+  def text_features(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
+    """Sentences as the language-guided head takes them (training/encode.py)."""
+    return self._batched(functools.partial(self._compiled_text_features, params), tokens)
+
+  def class_logits(
+    self, params: Params, images: UInt8[np.ndarray, "n H W 3"] | Any, *, seed: int
+  ) -> Float[np.ndarray, "n 2 k"]:
+    """What the language-guided head says of each image: the visual branch, then the language branch.
+
+    As in its training an image is denoised once, in one step. Its noise is the first draw's of `embed_images`.
+    """
+    self._require("long_tail_head")
+    places = np.arange(len(images), dtype=np.int32)
+    return self._batched(functools.partial(self._compiled_classes, params, jax.random.key(seed)), images, places)
 
   def generate(
     self,
@@ -277,12 +294,8 @@ class Inference:
     model = self.network.with_params(params)
     if isinstance(model, Clip):
       return model.encode_image(images)
-    how, width = self.sampling, self.network.model.query_width
-
-    def noise(draw: Int[Array, ""], place: Int[Array, ""]) -> Float[Array, "d"]:
-      return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, draw), place), (width,))
-
-    e_T = jax.vmap(lambda draw: jax.vmap(functools.partial(noise, draw))(places))(jnp.arange(how.draws))
+    how = self.sampling
+    e_T = jax.vmap(lambda draw: self._query_noise(key, draw, places))(jnp.arange(how.draws))
     return denoise_queries(
       model,
       self.network,
@@ -292,6 +305,23 @@ class Inference:
       guidance_scale=how.guidance,
       unit_query=self._unit_query,
     )
+
+  def _query_noise(self, key: PRNGKeyArray, draw: Int[Array, ""], places: Int[Array, "b"]) -> Float[Array, "b d"]:
+    """e_T of the images at these places, each a function of (key, draw, place) alone."""
+    of_draw, width = jax.random.fold_in(key, draw), self.network.model.query_width
+    return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(of_draw, place), (width,)))(places)
+
+  def _text_features(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b d"]:
+    return encode.text_features(self.network.with_params(params), tokens)
+
+  def _class_logits(
+    self, params: Params, key: PRNGKeyArray, images: UInt8[Array, "b H W 3"], places: Int[Array, "b"]
+  ) -> Float[Array, "b 2 k"]:
+    model = self.network.with_params(params)
+    draws = encode.FeatureDraws(noise_e=self._query_noise(key, jnp.int32(0), places))
+    f = encode.image_features(model, images, draws, network=self.network)
+    logits = model.head(f, model.logit_scale[...])
+    return jnp.stack([logits.visual, logits.language], axis=1)
 
   def _drawn(
     self, params: Params, tokens: Int[Array, "b l"], noise: Float[Array, "b h w c"]

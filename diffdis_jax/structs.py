@@ -5,6 +5,7 @@
 | b | batch (global in the compiled step, per host in the loader) |
 | h w c | height, width, channels, of an image or of a latent |
 | n | tokens of an attention sequence |
+| k | classes |
 | l | text tokens |
 | d e | width of a stream, of a text embedding; of a second one beside it |
 | s | sampling steps |
@@ -46,7 +47,17 @@ class LatentBatch:
   condition: BFloat16[AnyArray, "b l d"] | None = None  # c, where it is stored too
 
 
+@struct.dataclass
+class LabelledBatch:
+  """One batch of images with the number of their class, and a sentence of that class where one is drawn."""
+
+  image: UInt8[AnyArray, "b h w 3"]
+  label: Int[AnyArray, "b"]
+  tokens: Int[AnyArray, "b l"] | None = None
+
+
 AnyBatch = Batch | LatentBatch
+TrainingBatch = AnyBatch | LabelledBatch
 
 
 @struct.dataclass

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from diffdis_jax import cli, evals
@@ -27,15 +28,17 @@ from diffdis_jax.data import loader
 from diffdis_jax.data.build import Data, LatentShapes, open_loader, read_data
 from diffdis_jax.errors import Preempted, UserError, check_number, read_section
 from diffdis_jax.estimates.programs import rate_at_peak
+from diffdis_jax.evals import anchors
 from diffdis_jax.evals.watch import Watch
 from diffdis_jax.inference import Inference, Sampling, read_sampling
-from diffdis_jax.models.build import Network
+from diffdis_jax.models.build import LONG_TAIL, Network
 from diffdis_jax.parallel import processes, programs, sharding
-from diffdis_jax.run import checkpoint, history, profile, trackers, workdir, writers
+from diffdis_jax.params import Params
+from diffdis_jax.run import checkpoint, files, history, profile, trackers, workdir, writers
 from diffdis_jax.run import config as run_config
 from diffdis_jax.training import encode, facts, start
-from diffdis_jax.training.build import build_step
-from diffdis_jax.training.objectives import Metrics
+from diffdis_jax.training.build import build_step, read_long_tail
+from diffdis_jax.training.metrics import Metrics
 from diffdis_jax.training.step import Step, TrainState, is_running
 
 
@@ -94,6 +97,7 @@ def train_and_evaluate(config: ConfigDict, path: str, *, tracker: str = "", prof
       latents=latent_shapes(trainer.network),
     )
     watch = make_watch(config, pace, sampling, trainer, stop)
+    selection = make_selection(config, data, trainer)
     facts.log(trainer, data)
     if checkpoint.latest_step(path) is None:
       start.find_initial(config.init_from, trainer)
@@ -106,7 +110,8 @@ def train_and_evaluate(config: ConfigDict, path: str, *, tracker: str = "", prof
     is_writer = processes.is_first()
     workdir.open_for_training(path, fields, defaults=defaults, is_writer=is_writer)
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, kept))
-    state, meta = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
+    made = functools.partial(choose_anchors, selection, path, trainer, sampling, stop) if selection else no_params
+    state, meta = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator, made)
     encode.check_stored(data.latent_facts(), state.params, trainer.trainable)
     step, known = int(state.step), facts.of_start(trainer, data)
     stack.enter_context(history.recorded(path, step=step, is_writer=is_writer, facts=known))
@@ -223,8 +228,8 @@ class Loop:
 
 
 def latent_shapes(network: Network) -> LatentShapes | None:
-  """What stored latents must fit; None for the training of an autoencoder or of CLIP, which needs images."""
-  if {"reconstruction", "contrastive"} & {*network.objectives}:
+  """What stored latents must fit; None for the training of an autoencoder, of CLIP or on labels, which needs images."""
+  if {"reconstruction", "contrastive", *LONG_TAIL} & {*network.objectives}:
     return None
   return LatentShapes(latent=network.latent_shape, text_width=network.model.text_encoder.width)
 
@@ -283,6 +288,35 @@ def make_watch(config: ConfigDict, pace: Pace, sampling: Sampling, trainer: Step
     seed=config.seed,
     best_metric=best,
   )
+
+
+def make_selection(config: ConfigDict, data: Data, trainer: Step) -> anchors.Selection | None:
+  """How the head's anchors are chosen; None for a run without a head. Raises UserError: as `Selection`."""
+  head, section = trainer.network.model.head, read_long_tail(config)
+  if head is None or section is None:
+    return None
+  return anchors.Selection(data, section, classes=head.classes, count=head.anchors, seed=config.seed)
+
+
+def no_params(params: Params) -> Params:
+  """Of a run whose parameters are all loaded or drawn."""
+  del params
+  return {}
+
+
+def choose_anchors(
+  selection: anchors.Selection, path: str, trainer: Step, sampling: Sampling, stop: processes.Stop, params: Params
+) -> Params:
+  """The head's anchors, by the backbone among `params`; anchors.json in the workdir says which they are.
+
+  Raises:
+    Preempted: the processes stop in the middle of it; the same command begins it again.
+  """
+  model = Inference(trainer.network, sampling, mesh=trainer.mesh, after_batch=stop.raise_if_agreed)
+  chosen = selection.run(model, params)
+  if processes.is_first():
+    files.write_json(epath.Path(path) / "anchors.json", chosen.describe(selection.corpus))
+  return sharding.replicated({start.ANCHORS: chosen.embeddings}, trainer.mesh)
 
 
 def main(argv: Sequence[str]) -> None:

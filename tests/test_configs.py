@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import math
 import pathlib
 import re
@@ -45,7 +46,9 @@ ARGS = {
     "runlocal",
   ),
   "emoji": ("autoencoder", "objectives=contrastive"),
-  "shapes": ("autoencoder",),
+  "places_lt": ("stage=2", "backbone=clip", "stage=2,backbone=clip"),
+  "shapes": ("autoencoder", "objectives=contrastive"),
+  "shapes_lt": ("stage=2", "backbone=clip", "stage=2,backbone=clip"),
 }
 CASES = [(name, arg) for name in NAMES for arg in ("", *ARGS.get(name, ()))]
 
@@ -198,7 +201,15 @@ def test_a_clip_keeps_its_best_by_accuracy():
 
 
 @pytest.mark.parametrize(
-  "name, arg", [("clip_cc3m", "model=rn50"), ("clip_cc3m", "recipe=ours"), ("emoji", "objectives=x")]
+  "name, arg",
+  [
+    ("clip_cc3m", "model=rn50"),
+    ("clip_cc3m", "recipe=ours"),
+    ("emoji", "objectives=x"),
+    ("shapes", "objectives=x"),
+    ("places_lt", "set=x"),
+    ("shapes_lt", "stage=3"),
+  ],
 )
 def test_arguments_that_are_no_choice(name, arg):
   with pytest.raises(ValueError, match=f"argument {arg} should be"):
@@ -217,6 +228,35 @@ def test_the_emoji_clip_shares_all_that_it_can_with_the_diffdis():
   differing = {key for key in joint.keys() | clip.keys() if joint.get(key) != clip.get(key)}
   assert not {key for key in differing if not re.match(own, key)}
   assert clip["optim.rates.text"] == joint["optim.rates.text"]
+
+
+@pytest.mark.parametrize("arg", ["backbone=diffdis", "backbone=clip"])
+def test_long_tailed_runs_have_the_rates_of_vl_ltr(arg):
+  first, second = (get_config("places_lt", f"stage={stage},{arg}") for stage in (1, 2))
+  assert (first.batch_size, first.num_steps, first.optim.epoch_steps, first.optim.warmup_steps) == (1024, 3050, 61, 305)
+  assert (first.optim.rates.backbone, first.optim.warmup_rate, first.optim.weight_decay) == (1e-5, 1e-6, 0.05)
+  assert second.optim.rates.to_dict() == dict(visual=5e-5, language=1e-6) and second.optim.warmup_steps == 0
+  assert second.model.head.to_dict() == dict(classes=365, anchors=64)
+  augmentation = read_data(first).augmentation
+  assert (augmentation.crop_scale, augmentation.flip, augmentation.erase) == ((0.08, 1.0), True, 0.25)
+  assert get_config("places_lt", "set=imagenet").optim.rates.backbone == 3.5e-5
+  imagenet = get_config("places_lt", "stage=2,set=imagenet")
+  assert imagenet.optim.rates.visual == 1e-3 and imagenet.model.head.classes == 1000
+  # Decay is for all but one-dimensional parameters: for the scale of the logits, which is a number, too.
+  for config in (first, second):
+    step = build_step(config, sharding.make_mesh(data=8, fsdp=1, tensor=1))
+    for path in step.trainable:
+      assert bool(re.search(config.optim.no_decay, path)) == (len(step.shapes[path].shape) == 1), path
+
+
+def test_a_long_tailed_run_takes_the_network_of_its_start(tmp_path):
+  emoji = get_config("emoji", "objectives=contrastive")
+  (tmp_path / "config.json").write_text(json.dumps(emoji.to_dict()))
+  config = get_config("places_lt", f"init={tmp_path}")
+  assert config.model.to_dict() == emoji.model.to_dict() and config.init_from == str(tmp_path)
+  assert (config.image_size, config.evals.test.data.image_size, config.data.max_length) == (32, 32, 24)
+  with pytest.raises(ValueError, match="init=nowhere should be the workdir of a run"):
+    get_config("shapes_lt", "init=nowhere")
 
 
 def test_a_toy_does_not_train_from_latents():

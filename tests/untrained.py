@@ -22,6 +22,7 @@ class State:
   params: dict[str, Any]
   ema: dict[str, Any]
   opt_state: Any
+  teacher: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,14 @@ from typing import Any
 import grain
 from ml_collections import ConfigDict
 
-from diffdis_jax.data import loader, records, sources
+from diffdis_jax import cli
+from diffdis_jax.data import loader, long_tail, records, sources
+from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError, check_choice, check_number, read_section
-from diffdis_jax.structs import Batch, LatentBatch
+from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,23 @@ class Loading:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+  """How images of a long-tailed set are drawn; a config's `data.sampling`.
+
+  Attributes:
+    class_power: a class of n images has the share n^class_power of the draws; 0.5 is VL-LTR's square-root sampling.
+    sentences: whether a sentence of its class comes with each image.
+  """
+
+  class_power: float
+  sentences: bool
+
+  def __post_init__(self) -> None:
+    check_number("class_power", self.class_power, at_least=0.0, at_most=1.0)
+    check_choice("sentences", self.sentences, (True, False))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
   """What a run trains on: a config's `data` section and the two fields beside it that decide what a batch is.
 
@@ -49,6 +68,7 @@ class Data:
     augmentation: of an image.
     discrimination_augmentation: of discrimination's own view of it; None where both objectives share one.
     loading: how batches are read ahead.
+    sampling: of a long-tailed set, whose batches have labels; None of any other.
   """
 
   sources: Mapping[str, Mapping[str, Any]]
@@ -58,10 +78,13 @@ class Data:
   augmentation: Augmentation
   discrimination_augmentation: Augmentation | None
   loading: Loading
+  sampling: Sampling | None = None
 
   @property
-  def batch_type(self) -> type[Batch] | type[LatentBatch]:
+  def batch_type(self) -> type[Batch] | type[LatentBatch] | type[LabelledBatch]:
     """What the loader's arrays are fields of. Raises UserError for a mixture of latents and images."""
+    if self.sampling is not None:
+      return LabelledBatch
     kinds = {section.get("name", "pairs") == "latents" for section in self.sources.values()}
     if len(kinds) > 1:
       raise UserError("data.mixture has latents and images; take either")
@@ -93,6 +116,8 @@ def read_data(config: ConfigDict) -> Data:
   fields = config.data.to_dict()
   mixture, loading = fields.pop("mixture"), fields.pop("loader")
   max_length, view = fields.pop("max_length"), fields.pop("discrimination_view")
+  sampling = fields.pop("sampling", None)
+  _check_sampling(fields["name"], sampling, is_mixture=bool(mixture))
   check_choice("data.discrimination_view", view, ("shared", "own"))
   augmentation, own = (
     read_section(Augmentation, fields.pop(name), f"data.{name}") for name in ("augment", "discrimination_augment")
@@ -105,7 +130,18 @@ def read_data(config: ConfigDict) -> Data:
     augmentation=augmentation,
     discrimination_augmentation=own if view == "own" else None,
     loading=read_section(Loading, loading, "data.loader"),
+    sampling=None if sampling is None else read_section(Sampling, sampling, "data.sampling"),
   )
+
+
+def _check_sampling(name: str, sampling: Any, *, is_mixture: bool) -> None:
+  """Raises UserError where a long-tailed set has no sampling, or another set has one."""
+  if (name in long_tail.NAMES) != (sampling is not None) or (sampling is not None and is_mixture):
+    raise UserError(
+      f"data.name is {name!r}, and data.sampling {'is not' if sampling is None else 'is'} there; it belongs to the"
+      f" long-tailed sets alone, {', '.join(long_tail.NAMES)}, without a mixture: take configs/places_lt.py or"
+      " configs/shapes_lt.py"
+    )
 
 
 def open_loader(
@@ -123,6 +159,8 @@ def open_loader(
   Raises:
     UserError: bad settings, or data that cannot be read or do not fit.
   """
+  if data.sampling is not None:
+    return _open_labelled(data, batch_size=batch_size, seed=seed, rows=rows)
   if data.is_mixture:
     source = sources.open_mixture(data.sources, image_size=data.image_size)
   else:
@@ -141,6 +179,36 @@ def open_loader(
     rows=rows,
     **dataclasses.asdict(data.loading),
   )
+
+
+def _open_labelled(data: Data, *, batch_size: int, seed: int, rows: Sequence[int] | None) -> grain.DatasetIterator:
+  assert data.sampling is not None
+  section = data.sources["data"]
+  source = sources.open_source(**section, image_size=data.image_size)
+  assert isinstance(source, long_tail.LabelledSource)
+  tokens = None
+  if data.sampling.sentences:
+    tokens = open_tokens(section, max_length=data.max_length)
+    if len(tokens.starts) - 1 != len(source.classnames):
+      raise UserError(f"the text corpus has {len(tokens.starts) - 1} classes, and the images {len(source.classnames)}")
+  return loader.labelled_loader(
+    source,
+    tokens=tokens,
+    class_power=data.sampling.class_power,
+    batch_size=batch_size,
+    image_size=data.image_size,
+    seed=seed,
+    augmentation=data.augmentation,
+    rows=rows,
+    **dataclasses.asdict(data.loading),
+  )
+
+
+def open_tokens(section: Mapping[str, Any], *, max_length: int) -> Tokens:
+  """The sentences of a long-tailed set's classes, as its `data` section says, in tokens. Raises UserError: damaged
+  data."""
+  corpus = long_tail.open_corpus(**section)
+  return long_tail.kept_tokens(corpus, Tokenizer(max_length), max_length=max_length, folder=cli.user_cache("tokens"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,9 @@ from absl import logging
 from jaxtyping import Int
 
 from diffdis_jax.data import records
+from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
+from diffdis_jax.data.long_tail import LabelledSource, class_counts
 from diffdis_jax.data.sources import Mixture, Source
 from diffdis_jax.data.transforms import Augmentation, augment, decode
 from diffdis_jax.errors import UserError
@@ -81,17 +83,59 @@ def train_loader(
   dataset = grain.MapDataset.mix(datasets, source.weights) if isinstance(source, Mixture) else datasets[0]
   own = grain.MapDataset.source(_Rows(dataset, tuple(rows), batch_size))
   batches = own.batch(len(rows), batch_fn=_Collate(tokenizer))
+  return _read_ahead(batches, num_threads=num_threads, num_workers=num_workers, prefetch=prefetch)
+
+
+def labelled_loader(
+  source: LabelledSource,
+  *,
+  tokens: Tokens | None,
+  class_power: float,
+  batch_size: int,
+  image_size: int,
+  seed: int,
+  augmentation: Augmentation = _AS_STORED,
+  rows: Sequence[int] | None = None,
+  num_threads: int = 16,
+  num_workers: int = 0,
+  prefetch: int = 4,
+) -> grain.DatasetIterator:
+  """Endless batches {'image': u8[b h w 3], 'label': i32[b], SUBSTITUTED}, and 'tokens': i32[b l], a sentence of each
+  image's class, where `tokens` has them. Images are drawn with replacement.
+
+  What stands at each place of each global batch follows from (seed, place) alone; for all else see `train_loader`.
+
+  Args:
+    tokens: the classes' sentences, or None.
+    class_power: a class of n images has the share n^class_power of the draws, and its images are drawn alike: 0.5 is
+      VL-LTR's square-root sampling, 1 draws all images alike, 0 all classes.
+    seed: of draws and augmentation.
+    rows: places in the global batch of this host's rows; None for all.
+  """
+  example = _LabelledExample(source, image_size, augmentation, tokens)
+  own = _Rows(_ByClass(example, source.labels, class_power, seed), tuple(rows or range(batch_size)), batch_size)
+  batches = grain.MapDataset.source(own).batch(len(own.places), batch_fn=_stack)
+  return _read_ahead(batches, num_threads=num_threads, num_workers=num_workers, prefetch=prefetch)
+
+
+def _read_ahead(
+  batches: grain.MapDataset, *, num_threads: int, num_workers: int, prefetch: int
+) -> grain.DatasetIterator:
   iterable = batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
   if num_workers:
     iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
   return iter(iterable)
 
 
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+  return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rows:
   """Of an endless dataset, the examples at these places of every batch."""
 
-  dataset: grain.MapDataset
+  dataset: Any  # grain.MapDataset | _ByClass
   places: tuple[int, ...]
   batch_size: int
 
@@ -161,6 +205,41 @@ class _ImageExample(_Example):
       how = self.discrimination_augmentation
       example["discrimination_image"] = augment(image, rng, size=self.image_size, how=how)
     return {**example, "caption": draw_caption(record, rng)}
+
+
+class _ByClass:
+  """An endless dataset that draws a class, then one of its images: a function of (seed, place)."""
+
+  def __init__(self, example: _LabelledExample, labels: Int[np.ndarray, " n"], class_power: float, seed: int):
+    self._example, self._seed = example, seed
+    self._order = np.argsort(labels, kind="stable")
+    counts = class_counts(labels, int(labels.max()) + 1)
+    self._ends = np.cumsum(counts)
+    shares = np.where(counts > 0, counts.astype(np.float64) ** class_power, 0.0)
+    self._shares = np.cumsum(shares) / shares.sum()
+    self._starts = self._ends - counts
+
+  def __getitem__(self, place: int) -> dict[str, Any]:
+    rng = np.random.default_rng((self._seed, place))
+    label = min(np.searchsorted(self._shares, rng.random(), side="right"), len(self._ends) - 1)
+    return self._example.random_map(int(self._order[rng.integers(self._starts[label], self._ends[label])]), rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LabelledExample(_Example):
+  """{'image': u8[h w 3], 'label': i32[]}, and 'tokens': i32[l], a sentence of the class, where there are any."""
+
+  image_size: int
+  augmentation: Augmentation
+  tokens: Tokens | None
+
+  def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
+    record = self.source[place]
+    stored, label = record["image"], record["label"]
+    image = decode(stored) if isinstance(stored, np.ndarray) else records.read_image(stored)
+    seen = augment(image, rng, size=self.image_size, how=self.augmentation)
+    example = {"image": seen, "label": np.int32(label)}
+    return example if self.tokens is None else {**example, "tokens": self.tokens.draw(label, rng)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from diffdis_jax.data import latents, records, shapes
+from diffdis_jax.data import latents, long_tail, records, shapes
 from diffdis_jax.data.layouts import find
 from diffdis_jax.errors import UserError
 
-NAMES = ("shapes", "pairs", "latents", *find.NAMES)
+NAMES = ("shapes", "pairs", "latents", *long_tail.NAMES, *find.NAMES)
 
 
 @runtime_checkable
@@ -46,8 +46,9 @@ def open_source(
   """The source of this name.
 
   Args:
-    name: `shapes`, rendered by index; `pairs`, a folder written by prepare_data; `latents`, one of encoded images; or a
-      published set, such as `cifar10`, in place, wherever under `path` it lies in a layout that `data.layouts` reads.
+    name: `shapes`, rendered by index; `pairs`, a folder written by prepare_data; `latents`, one of encoded images; a
+      long-tailed set of `data.long_tail`; or a published set, such as `cifar10`, in place, wherever under `path` it
+      lies in a layout that `data.layouts` reads.
     image_size: side in pixels at which shapes are rendered. Stored images keep theirs until the loader resizes them.
     split: of `shapes`: train, test, unseen, all. Of `pairs`: what the folder has. A published set is measured on one
       split alone, whatever this says.
@@ -65,6 +66,10 @@ def open_source(
     raise UserError(f"unknown data source {name!r}; there are {', '.join(NAMES)}")
   if num_images is not None and num_images < 1:
     raise UserError(f"num_images is {num_images}; at least 1, or None for all")
+  if name in long_tail.NAMES:
+    if num_images is not None or caption_fields:
+      raise UserError(f"{name} has no fields num_images and caption_fields; it is opened as a whole")
+    return long_tail.open_labelled(name=name, path=path, split=split, image_size=image_size, seed=seed)
   if name in find.NAMES:
     if num_images is not None:
       raise UserError(f"{name} has no field num_images; it is opened as a whole")
@@ -113,8 +118,8 @@ def open_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) 
 
 def describe(*, path: str | os.PathLike[str] = "", split: str = "train", **section: Any) -> str:
   """One line about a section's source, with what its preparation counted."""
-  if not str(path):
-    return f"{section.get('name')}, split {split}"
+  if not str(path) or section.get("name") in long_tail.NAMES:
+    return f"{section.get('name')}{f' in {path}' if str(path) else ''}, split {split}"
   info = records.read_info(path)
   report = (info.metadata or {}).get(split, {})
   counts = [

@@ -11,11 +11,13 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
+from diffdis_jax.data import randaugment_timm
 from diffdis_jax.data.randaugment import MAGNITUDES, randaugment
 from diffdis_jax.errors import check_choice, check_number, check_numbers
 
 WHITE = (255, 255, 255)
 CROPS = ("centre", "random", "random_resized")
+RANDAUGMENTS = {"torchvision": MAGNITUDES - 1, "timm": randaugment_timm.LARGEST}  # and the largest magnitude of each
 TRIES = 10  # of drawing a box that fits, as in torchvision
 # 89 million, 270 MB decoded; PIL itself warns there, and refuses twice as many.
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or math.inf
@@ -83,7 +85,10 @@ class Augmentation:
     brightness, contrast, saturation: largest relative change of each, so that 0.2 means a factor of 0.8 to 1.2.
     hue: largest turn of the colour circle, as a fraction of it, at most 0.5.
     randaugment_operations: how many operations of RandAugment, after the crop; 2 with magnitude 9 is customary.
-    randaugment_magnitude: their strength, 0 to 30.
+    randaugment_kind: whose operations, one of RANDAUGMENTS.
+    randaugment_magnitude: their strength, torchvision's 0 to 30, timm's 0 to 10.
+    randaugment_deviation: of timm's alone, the standard deviation of the strength.
+    erase: how often a random box is noise at last, timm's random erasing.
   """
 
   crop: str = "centre"
@@ -99,6 +104,9 @@ class Augmentation:
   hue: float = 0.0
   randaugment_operations: int = 0
   randaugment_magnitude: int = 9
+  randaugment_kind: str = "torchvision"
+  randaugment_deviation: float = 0.0
+  erase: float = 0.0
 
   def __post_init__(self) -> None:
     check_choice("crop", self.crop, CROPS)
@@ -115,7 +123,11 @@ class Augmentation:
       check_number(name, getattr(self, name), at_least=0.0, at_most=1.0)
     check_number("hue", self.hue, at_least=0.0, at_most=0.5)
     check_number("randaugment_operations", self.randaugment_operations, at_least=0)
-    check_number("randaugment_magnitude", self.randaugment_magnitude, at_least=0, at_most=MAGNITUDES - 1)
+    check_choice("randaugment_kind", self.randaugment_kind, RANDAUGMENTS)
+    largest = RANDAUGMENTS[self.randaugment_kind]
+    check_number("randaugment_magnitude", self.randaugment_magnitude, at_least=0, at_most=largest)
+    check_number("randaugment_deviation", self.randaugment_deviation, at_least=0.0)
+    check_number("erase", self.erase, at_least=0.0, at_most=1.0)
 
 
 def augment(
@@ -132,9 +144,13 @@ def augment(
     image = resize(image, size)
   if how.flip and rng.random() < 0.5:
     image = ImageOps.mirror(image)
-  if how.randaugment_operations:
-    image = randaugment(image, rng, operations=how.randaugment_operations, magnitude=how.randaugment_magnitude)
-  return np.asarray(jitter_colour(image, rng, how=how))
+  common = dict(operations=how.randaugment_operations, magnitude=how.randaugment_magnitude)
+  if how.randaugment_operations and how.randaugment_kind == "timm":
+    image = randaugment_timm.randaugment(image, rng, **common, deviation=how.randaugment_deviation)
+  elif how.randaugment_operations:
+    image = randaugment(image, rng, **common)
+  pixels = np.asarray(jitter_colour(image, rng, how=how))
+  return randaugment_timm.erase(pixels, rng, probability=how.erase) if how.erase else pixels
 
 
 def random_square(image: Image.Image, rng: np.random.Generator, *, size: int) -> Image.Image:

@@ -19,7 +19,7 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
-from diffdis_jax.structs import AnyBatch, Batch, LatentBatch
+from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch, TrainingBatch
 from diffdis_jax.training.build import build_step, without_remat
 from diffdis_jax.training.step import Step
 
@@ -45,7 +45,7 @@ class Program:
   turns: float
 
 
-def abstract_batch(network: Network, data: Data, mesh: Mesh, batch_size: int) -> AnyBatch:
+def abstract_batch(network: Network, data: Data, mesh: Mesh, batch_size: int) -> TrainingBatch:
   """Shapes of a global batch, of images or latents as the data section has it."""
 
   def rows(dtype: Any, *shape: int) -> Any:
@@ -56,6 +56,8 @@ def abstract_batch(network: Network, data: Data, mesh: Mesh, batch_size: int) ->
     moments = rows(jnp.bfloat16, *network.latent_shape)
     return LatentBatch(mean=moments, log_variance=moments, tokens=tokens)
   image = rows(jnp.uint8, data.image_size, data.image_size, 3)
+  if data.sampling is not None:
+    return LabelledBatch(image=image, label=rows(jnp.int32), tokens=tokens if data.sampling.sentences else None)
   own_view = data.discrimination_augmentation is not None
   return Batch(image=image, tokens=tokens, discrimination_image=image if own_view else None)
 

@@ -117,10 +117,18 @@ def _usable(index: SupportsIndex) -> Iterator[None]:
     raise UserError(f"record {index} of the data set is no use: {error}; prepare the data set again") from error
 
 
-def to_square(image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int) -> UInt8[np.ndarray, "s s 3"]:
-  """The image's central square, resized. Raises records.Unusable: bytes that show no image."""
+def to_square(
+  image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int, fraction: float = 1.0
+) -> UInt8[np.ndarray, "s s 3"]:
+  """The image's central square, resized. Raises records.Unusable: bytes that show no image.
+
+  Args:
+    fraction: of the square's side that is kept, its middle; 0.875 is 224 px of 256.
+  """
   decoded = transforms.decode(image) if isinstance(image, np.ndarray) else records.read_image(image)
-  return np.asarray(transforms.resize(decoded, image_size))
+  side = int(image_size / fraction)
+  start = (side - image_size) // 2
+  return np.asarray(transforms.resize(decoded, side))[start : start + image_size, start : start + image_size]
 
 
 @functools.cache
@@ -137,6 +145,7 @@ class Images:
   source: Any
   indices: Int[np.ndarray, " n"]
   image_size: int
+  fraction: float = 1.0
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -146,21 +155,28 @@ class Images:
 
   def _square(self, index: int) -> UInt8[np.ndarray, "s s 3"]:
     with _usable(index):
-      return to_square(self.source[index]["image"], self.image_size)
+      return to_square(self.source[index]["image"], self.image_size, self.fraction)
 
 
-def chunks(source: Any, indices: Int[np.ndarray, " n"], *, image_size: int) -> Iterator[Images]:
-  """The images of `indices` in order, as squares of `image_size`, at most `CHUNK` at a time."""
+def chunks(source: Any, indices: Int[np.ndarray, " n"], *, image_size: int, fraction: float = 1.0) -> Iterator[Images]:
+  """The images of `indices` in order, as squares of `image_size`, at most `CHUNK` at a time; `fraction` as `to_square`
+  has it."""
   for start in range(0, len(indices), CHUNK):
-    yield Images(source, indices[start : start + CHUNK], image_size)
+    yield Images(source, indices[start : start + CHUNK], image_size, fraction)
 
 
 def embed_images(
-  inference: Any, params: Mapping[str, Any], source: Any, indices: Int[np.ndarray, " n"], *, seed: int
+  inference: Any,
+  params: Mapping[str, Any],
+  source: Any,
+  indices: Int[np.ndarray, " n"],
+  *,
+  seed: int,
+  fraction: float = 1.0,
 ) -> Float[np.ndarray, "n d"]:
   """ê_0 of each image, L2-normalised, in the order of `indices`. Each chunk has a seed of its own."""
   found, progress = [], Progress("embedded", len(indices), "images")
-  for i, images in enumerate(chunks(source, indices, image_size=inference.image_size)):
+  for i, images in enumerate(chunks(source, indices, image_size=inference.image_size, fraction=fraction)):
     found.append(inference.embed_images(params, images, seed=seed + i * CHUNK))
     progress.add(len(images))
   return np.concatenate(found)

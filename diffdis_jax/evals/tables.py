@@ -21,6 +21,15 @@ PAPER: dict[str, dict[str, str]] = {
   "the paper's CLIP ViT-B/32": {"imagenet1k": "16.7"},
   "the paper's CLIP ViT-L/14": {"imagenet1k": "21.1"},
 }
+# Table 8: VL-LTR on Places-LT, in per cent.
+LONG_TAIL = {
+  "the paper's CLIP ViT-L/14": ("31.4", "38.1", "35.5", "40.5"),
+  "the paper's DiffDis": ("37.0", "52.5", "40.5", "44.4"),
+}
+LONG_TAIL_COLUMNS = {
+  **{"Image-Acc": "image_acc", "Text-Acc": "text_acc", "KNN-Acc": "knn_acc", "Acc": "acc"},
+  **{"Acc, many": "acc_many", "median": "acc_median", "low": "acc_low"},
+}
 PAPER_NOTE = (
   "The paper's models are trained on CC3M. Of its means over twelve sets only differences are known: DiffDis is 1.65"
   " points above single-task models, and 4.7 above CLIP. It does not say which twelve sets, splits and prompts."
@@ -51,7 +60,7 @@ def table(by_name: Mapping[str, Results]) -> str:
     by_name: what a row is called -> its results.
   """
   notes: list[str] = []
-  parts = [_zero_shot(by_name, notes), _retrieval(by_name, notes), _fid(by_name, notes), _others(by_name, notes)]
+  parts = [make(by_name, notes) for make in (_zero_shot, _retrieval, _fid, _long_tail, _others)]
   text = "\n\n".join(part for part in parts if part)
   if notes:
     notes = ["† Measured by different protocols, and so not to be compared as they stand:", "", *notes]
@@ -140,6 +149,28 @@ def _fid(by_name: Mapping[str, Results], notes: list[str]) -> str:
   return f"## FID\n\n{_markdown(heads, rows)}\n\n{note}"
 
 
+def _long_tail(by_name: Mapping[str, Results], notes: list[str]) -> str:
+  """Table 8's columns of each set, and the groups of the last."""
+  names = [*dict.fromkeys(name for results in by_name.values() for name in results.get("long_tail", {}))]
+  parts = []
+  for name in names:
+    rows: list[Row] = []
+    for title, results in by_name.items():
+      metrics = results.get("long_tail", {}).get(name, {}).get("metrics", {})
+      rows.append((title, [_percent(metrics.get(column)) for column in LONG_TAIL_COLUMNS.values()]))
+    rows += [(title, [*known, *[NONE] * (len(LONG_TAIL_COLUMNS) - len(known))]) for title, known in LONG_TAIL.items()]
+    mark = _mark("long_tail", name, by_name, notes)
+    parts.append(f"## Long-tailed recognition, {name}{mark}\n\n{_markdown([*LONG_TAIL_COLUMNS], rows)}")
+  if not parts:
+    return ""
+  note = (
+    "Accuracy on test images in per cent. The first three columns are of the backbone, after stage 1 where there was"
+    " one; Acc is the head's, after stage 2. Many, median and low: classes with more than 99, 21 to 99, and at most 20"
+    " training images. The paper's rows are of Places-LT."
+  )
+  return "\n\n".join([*parts, note])
+
+
 def _others(by_name: Mapping[str, Results], notes: list[str]) -> str:
   """Sets that are no part of a suite: every metric a line."""
   keys = dict.fromkeys(
@@ -147,7 +178,7 @@ def _others(by_name: Mapping[str, Results], notes: list[str]) -> str:
     for results in by_name.values()
     for task, records in results.items()
     for name, record in records.items()
-    if name not in suites.SETS and not is_mean(name) and task != "fid"
+    if name not in suites.SETS and not is_mean(name) and task not in ("fid", "long_tail")
     for metric in record["metrics"]
   )
   if not keys:

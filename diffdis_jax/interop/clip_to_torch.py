@@ -18,6 +18,7 @@ from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 from diffdis_jax.params import Params
 
 TRANSFORMERS, OPEN_CLIP = "model.safetensors", "open_clip_model.safetensors"
+HEAD = "head.safetensors"  # of a long-tailed run's second stage
 
 
 def check(model: Mapping[str, Any]) -> None:
@@ -50,7 +51,12 @@ def write(folder: pathlib.Path, params: Params, *, model: Mapping[str, Any], dty
   check(model)
   text, vision = model["text_encoder"], model["vision_encoder"]
   entries = [mapping.from_path(path, mapping.CLIP) for path in params]
-  arrays = {entry.name: to_torch.convert(entry, params[entry.path], dtype) for entry in entries}
+  converted = lambda component: {
+    entry.name: to_torch.convert(entry, params[entry.path], dtype) for entry in entries if entry.component == component
+  }
+  arrays, head = converted("clip"), converted("head")
+  if head:
+    save_file(head, folder / HEAD, metadata={"format": "pt"})
   save_file(arrays, folder / TRANSFORMERS, metadata={"format": "pt"})
   save_file(openclip.restore(arrays), folder / OPEN_CLIP, metadata={"format": "pt"})
   configs = {

@@ -6,6 +6,7 @@ Theirs are those of PyTorch's state dicts, by component:
   text_encoder  transformers' CLIPTextModel, with the prefix `text_model.` of published checkpoints
   diffdis       the PyTorch twin's own parameters, torch_diffdis.py
   clip          transformers' CLIPModel, both towers
+  head          the language-guided head of long-tailed recognition, in nobody's names but ours
 
 A row is (our path, their name, axes), and `#` in it stands for an index. Rows nest: `under` puts a sub-table below a
 prefix, down to those of single layers (LINEAR, CONV, NORM, EMBEDDING).
@@ -22,8 +23,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 Axes = tuple[int, ...]
-DIFFDIS = ("unet", "vae", "text_encoder", "diffdis")
-CLIP = ("clip",)
+DIFFDIS = ("unet", "vae", "text_encoder", "diffdis", "head")
+CLIP = ("clip", "head")
 
 # The mean and deviation of latents. Diffusers has no parameters for them: one number, `scaling_factor`, is in the
 # autoencoder's config.
@@ -253,6 +254,11 @@ TABLE: dict[str, Rows] = {
     *under("vision_encoder", "vision_model", VISION_TOWER),
     *under("vision_encoder.projection", "visual_projection", LINEAR),
     Row("logit_scale", "logit_scale"),
+  ),
+  "head": under(
+    "head",
+    "",
+    (*_same(LINEAR, "fc1", "fc2", "q", "k"), *_same(NORM, "query_norm", "key_norm"), Row("anchors", "anchors")),
   ),
 }
 """Component -> its rows."""

@@ -22,14 +22,25 @@ from diffdis_jax.models.clip import Clip, VisionEncoder
 from diffdis_jax.models.diffdis import DiffDis
 from diffdis_jax.models.fusion import TextStream
 from diffdis_jax.models.layers import DTYPES
+from diffdis_jax.models.lgr import LanguageGuidedHead
 from diffdis_jax.models.sections import AUTO, CLIP_PARTS, PARTS, ClipModel, Model, read_clip, read_model
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.models.unet import UNet
 from diffdis_jax.params import Params, flatten, merge
 
-OBJECTIVES = ("generation", "discrimination", "reconstruction", "contrastive")
+# Stages 1 and 2 of VL-LTR's long-tailed recognition (paper appendix, Table 8), on either network.
+LONG_TAIL = ("class_contrastive", "long_tail_head")
+OBJECTIVES = ("generation", "discrimination", "reconstruction", "contrastive", *LONG_TAIL)
 # Objectives that no other can stand beside, and what they train.
-ALONE = {"reconstruction": "the autoencoder", "contrastive": "CLIP's two towers"}
+ALONE = {
+  "reconstruction": "the autoencoder",
+  "contrastive": "CLIP's two towers",
+  "class_contrastive": "an image and a text side",
+  "long_tail_head": "the language-guided head",
+}
+HEAD_PREFIX = "head."  # of its parameters' paths
+# Objectives whose networks compare images with texts.
+ALIGNED = ("discrimination", "contrastive", *LONG_TAIL)
 
 
 def check_objectives(objectives: Sequence[str]) -> None:
@@ -84,7 +95,7 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
     **common,
   )
   text_stream = alignment = None
-  if "discrimination" in objectives:
+  if {*ALIGNED} & {*objectives}:
     text_stream = TextStream(
       unet.fused_widths if model.fusion else (),
       query_width=model.query_width,
@@ -98,15 +109,31 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
       query_width=model.query_width, image_width=model.unet.widths[-1], **sizes["alignment"], **common
     )
   return DiffDis(
-    autoencoder=autoencoder, text_encoder=text_encoder, unet=unet, text_stream=text_stream, alignment=alignment
+    autoencoder=autoencoder,
+    text_encoder=text_encoder,
+    unet=unet,
+    text_stream=text_stream,
+    alignment=alignment,
+    head=build_head(model, rngs),
   )
+
+
+def build_head(model: Model | ClipModel, rngs: nnx.Rngs) -> LanguageGuidedHead | None:
+  """Where the model has one."""
+  if model.head is None:
+    return None
+  return LanguageGuidedHead(width=model.query_width, **dataclasses.asdict(model.head), rngs=rngs)
 
 
 def build_clip(model: ClipModel, rngs: nnx.Rngs) -> Clip:
   """CLIP's two towers."""
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], remat=model.remat, rngs=rngs)
   text, vision = (dataclasses.asdict(getattr(model, name)) for name in CLIP_PARTS)
-  return Clip(text_encoder=TextEncoder(**text, **common), vision_encoder=VisionEncoder(**vision, **common))
+  return Clip(
+    text_encoder=TextEncoder(**text, **common),
+    vision_encoder=VisionEncoder(**vision, **common),
+    head=build_head(model, rngs),
+  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -115,7 +142,8 @@ class Network:
 
   Attributes:
     model: sizes and switches.
-    objectives: what it is trained for; `contrastive` makes it a CLIP, all others a DiffDis.
+    objectives: what it is trained for. `contrastive` makes it a CLIP; those of long-tailed recognition take either
+      network, and all others a DiffDis.
     image_size: side of the square images, pixels.
     max_length: tokens of a caption.
     image_process, text_process: the two diffusion processes. CLIP has no use for them.
@@ -142,7 +170,7 @@ class Network:
     """
     objectives = tuple(config.objectives)
     check_objectives(objectives)
-    model = read_clip(config.model) if "contrastive" in objectives else read_model(config.model)
+    model = _read_sections(config.model, objectives)
     check_sizes(model, objectives=objectives, image_size=config.image_size, max_length=config.data.max_length)
     check_number("condition_timestep", config.condition_timestep, at_least=0, at_most=1000)
     image, text = (
@@ -197,9 +225,28 @@ class Network:
 
   def initialise(self, key: jax.Array) -> Params:
     """Fresh parameters; run under jit with out_shardings, so that they are born sharded."""
-    if isinstance(self.model, ClipModel):
-      return clip_init.initialise(key, self.shapes, self.model)
-    return flatten(initial_state(_builder(self.model, self.objectives), key))
+    if not isinstance(self.model, ClipModel):
+      return flatten(initial_state(_builder(self.model, self.objectives), key))
+    of_head = {path for path in self.shapes if path.startswith(HEAD_PREFIX)}
+    params = clip_init.initialise(
+      key, {path: leaf for path, leaf in self.shapes.items() if path not in of_head}, self.model
+    )
+    if of_head:
+      built = flatten(initial_state(_builder(self.model, self.objectives), key))
+      params |= {path: built[path] for path in of_head}
+    return params
+
+
+def _read_sections(section: ConfigDict, objectives: Sequence[str]) -> Model | ClipModel:
+  """Raises UserError: as `read_model`, or a head without its objective, or the objective without a head."""
+  of_clip = "contrastive" in objectives or ({*LONG_TAIL} & {*objectives} and "vision_encoder" in section)
+  model = read_clip(section) if of_clip else read_model(section)
+  if (model.head is not None) != ("long_tail_head" in objectives):
+    raise UserError(
+      f"objectives is {', '.join(objectives)}, and model.head is {'missing' if model.head is None else 'there'}; a head"
+      " belongs to long_tail_head alone: take configs/places_lt.py:stage=2"
+    )
+  return model
 
 
 def _builder(model: Model | ClipModel, objectives: Sequence[str]) -> Callable[[nnx.Rngs], DiffDis | Clip]:

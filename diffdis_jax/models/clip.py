@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear, run_block
+from diffdis_jax.models.lgr import LanguageGuidedHead
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.structs import TextCondition
 
@@ -22,8 +24,8 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 LOGIT_SCALE = math.log(1 / 0.07)  # at the start
 
 
-def normalise(image: UInt8[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
-  """u8 pixels to zero mean and unit variance, by CLIP's statistics."""
+def normalise(image: UInt8[Array, "b H W 3"] | Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
+  """Pixels of 0 to 255, u8 or f32, to zero mean and unit variance, by CLIP's statistics."""
   scale, shift = (jnp.asarray(value, jnp.float32) for value in (PIXEL_STD, PIXEL_MEAN))
   return (image.astype(jnp.float32) / 255.0 - shift) / scale
 
@@ -121,11 +123,15 @@ class Clip(nnx.Module):
 
   Args:
     text_encoder: with a projection, to the vision tower's width.
+    head: of a long-tailed run's second stage.
   """
 
-  def __init__(self, *, text_encoder: TextEncoder, vision_encoder: VisionEncoder):
+  def __init__(
+    self, *, text_encoder: TextEncoder, vision_encoder: VisionEncoder, head: LanguageGuidedHead | None = None
+  ):
     self.text_encoder = text_encoder
     self.vision_encoder = vision_encoder
+    self.head: Any = head
     self.logit_scale = nnx.Param(jnp.asarray(LOGIT_SCALE, jnp.float32))
 
   def encode_image(self, image: UInt8[Array, "b H W 3"]) -> Float[Array, "b d"]:

@@ -13,14 +13,15 @@ from jaxtyping import Array, Float, Int, UInt8
 from diffdis_jax.models.alignment import AlignmentTransformer
 from diffdis_jax.models.autoencoder import Autoencoder, sample_posterior
 from diffdis_jax.models.fusion import TextStream
+from diffdis_jax.models.lgr import LanguageGuidedHead
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.models.unet import UNet
 from diffdis_jax.models.unet_blocks import SpatialTransformer
 from diffdis_jax.structs import TextCondition
 
 
-def to_signed(image: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-  """u8 pixels to [-1, 1]."""
+def to_signed(image: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+  """Pixels of 0 to 255 to [-1, 1]; u8, or f32 where images were mixed."""
   return image.astype(jnp.float32) / 127.5 - 1.0
 
 
@@ -40,6 +41,7 @@ class DiffDis(nnx.Module):
     unet: UNet | None,
     text_stream: TextStream | None,
     alignment: AlignmentTransformer | None,
+    head: LanguageGuidedHead | None = None,
   ):
     self.autoencoder = autoencoder
     # Any, for a part or None: a pass is run only where the objectives have given it its parts.
@@ -47,10 +49,13 @@ class DiffDis(nnx.Module):
     self.unet: Any = unet
     self.text_stream: Any = text_stream
     self.alignment: Any = alignment
+    self.head: Any = head
     # CLIP's learnable scale, from 1/0.07. Not stated by the paper.
     self.logit_scale: Any = None if alignment is None else nnx.Param(jnp.asarray(math.log(1 / 0.07), jnp.float32))
 
-  def encode_image(self, image: UInt8[Array, "b H W 3"], key: jax.Array | None = None) -> Float[Array, "b h w c"]:
+  def encode_image(
+    self, image: UInt8[Array, "b H W 3"] | Float[Array, "b H W 3"], key: jax.Array | None = None
+  ) -> Float[Array, "b h w c"]:
     """z: a sample of the posterior, or its mode where `key` is None, shifted and scaled to unit variance."""
     return self.autoencoder.to_z(sample_posterior(self.autoencoder.encode(to_signed(image)), key))
 

@@ -115,6 +115,18 @@ class AutoencoderSize:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadSize:
+  """`model.head`, of a long-tailed run's second stage alone; lgr.LanguageGuidedHead says what the fields are."""
+
+  classes: int
+  anchors: int
+
+  def __post_init__(self) -> None:
+    check_number("classes", self.classes, at_least=2)
+    check_number("anchors", self.anchors, at_least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
   """A config's `model` section.
 
@@ -142,6 +154,7 @@ class Model:
   alignment: AlignmentSize
   text_encoder: TextEncoderSize
   autoencoder: AutoencoderSize
+  head: HeadSize | None = None
 
   def __post_init__(self) -> None:
     check_number("query_init", self.query_init, at_least=0.0)
@@ -192,6 +205,7 @@ class ClipModel:
   matmul_precision: str = AUTO
   text_encoder: TextEncoderSize
   vision_encoder: VisionEncoderSize
+  head: HeadSize | None = None
 
   def __post_init__(self) -> None:
     check_choice("dtype", self.dtype, DTYPES)
@@ -212,6 +226,7 @@ class ClipModel:
 
 PARTS = {"unet": UNetSize, "alignment": AlignmentSize, "text_encoder": TextEncoderSize, "autoencoder": AutoencoderSize}
 CLIP_PARTS = {"text_encoder": TextEncoderSize, "vision_encoder": VisionEncoderSize}
+HEAD = {"head": HeadSize}
 
 
 def read_model(section: ConfigDict) -> Model:
@@ -222,7 +237,7 @@ def read_model(section: ConfigDict) -> Model:
   """
   if "vision_encoder" in section:
     raise UserError("model has a vision_encoder, which is CLIP's; its one objective is objectives=('contrastive',)")
-  return read_section(Model, _with_parts(section, PARTS), "model")
+  return read_section(Model, _with_parts(section, PARTS | HEAD), "model")
 
 
 def read_clip(section: ConfigDict) -> ClipModel:
@@ -232,7 +247,7 @@ def read_clip(section: ConfigDict) -> ClipModel:
       "model has no vision_encoder, which objective contrastive trains; take a config of CLIP, such as"
       " configs/clip_cc3m.py"
     )
-  return read_section(ClipModel, _with_parts(section, CLIP_PARTS), "model")
+  return read_section(ClipModel, _with_parts(section, CLIP_PARTS | HEAD), "model")
 
 
 def _with_parts(section: ConfigDict, kinds: Mapping[str, type[Any]]) -> dict[str, Any]:

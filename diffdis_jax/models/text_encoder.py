@@ -67,10 +67,14 @@ class TextEncoder(nnx.Module):
 
   def with_query(self, c: Float[Array, "b l d"], tokens: Int[Array, "b l"]) -> TextCondition:
     """c and the query e that belongs to it."""
+    query = self.query(c, tokens)
+    return TextCondition(c=c, e=query * jax.lax.rsqrt(jnp.sum(query**2, axis=-1, keepdims=True) + 1e-12))
+
+  def query(self, c: Float[Array, "b l d"], tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
+    """e before its normalisation, f32."""
     # Padding is the end-of-text token too, so the first one counts.
     end = jnp.argmax(tokens == self.eos_id, axis=1)
     query = jnp.take_along_axis(c, end[:, None, None], axis=1)[:, 0]
     if self.projection is not None:
       query = self.projection(query)
-    query = query.astype(jnp.float32)
-    return TextCondition(c=c, e=query * jax.lax.rsqrt(jnp.sum(query**2, axis=-1, keepdims=True) + 1e-12))
+    return query.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: `<workdir>/checkpoints/<step>/{params,ema,opt_state,data,meta}`.
+"""Orbax checkpoints of a run: `<workdir>/checkpoints/<step>/{params,ema,opt_state,teacher,data,meta}`.
 
 A checkpoint counts once it holds Orbax's commit mark, its last file to be written. Training saves and resumes through
 `Checkpointer`; `restore_params` only reads, so it may be used beside a run that is still training.
@@ -30,7 +30,8 @@ _Arrays = dict[str, tuple[tuple[int, ...], Any]]  # dotted path -> shape, dtype
 
 @runtime_checkable
 class State(Protocol):
-  """What of the training state is saved. `ema` holds the averaged ones of `params`, and may be empty."""
+  """What of the training state is saved. `ema` holds the averaged ones of `params`, `teacher` those that a run distils
+  from; either may be empty."""
 
   @property
   def params(self) -> Params: ...
@@ -41,6 +42,9 @@ class State(Protocol):
   @property
   def opt_state(self) -> Any: ...
 
+  @property
+  def teacher(self) -> Params: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
@@ -49,6 +53,7 @@ class Restored:
   params: Params
   ema: Params
   opt_state: Any
+  teacher: Params
   meta: dict[str, Any]
 
 
@@ -144,7 +149,7 @@ class Checkpointer:
     """
     if step in self._manager.all_steps():
       return False
-    trees = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state}
+    trees = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state, "teacher": state.teacher}
     items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
     if data_iterator is not None:
       items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
@@ -167,6 +172,7 @@ class Checkpointer:
       params=_read_tree(path / "params", abstract.params),
       ema=_read_tree(path / "ema", abstract.ema),
       opt_state=_read_tree(path / "opt_state", abstract.opt_state),
+      teacher=_read_tree(path / "teacher", abstract.teacher),
       meta=_read(path / "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()),
     )
     if data_iterator is not None:

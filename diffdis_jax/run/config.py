@@ -27,7 +27,8 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
       image_size=image_size,
       batch_size=64,  # global
       num_steps=1000,
-      # Or one of them; or ("reconstruction",), the autoencoder alone; or ("contrastive",), CLIP with its own model.
+      # Or one of them; or ("reconstruction",), the autoencoder alone; or ("contrastive",), CLIP with its own model; or
+      # ("class_contrastive",) and ("long_tail_head",), the stages of long-tailed recognition (configs/places_lt.py).
       objectives=("generation", "discrimination"),
       init_from="",  # workdir to take matching parameters from
       model=model,
@@ -42,9 +43,11 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
         groups=(("^autoencoder", "frozen"), (".*", "new")),  # (regex over parameter paths, group); the first match wins
         rates=dict(new=1e-3),  # peak learning rate of each group but `frozen`
         random_frozen="^$",  # regex of the frozen parameters that stay random on purpose; this one: of none
-        schedule_kind="constant",  # constant, cosine, linear
+        schedule_kind="constant",  # constant, cosine, linear; epoch_cosine, of long-tailed runs
         warmup_steps=1000,
         final_fraction=0.0,
+        epoch_steps=0,  # of epoch_cosine: steps of an epoch, and the rate at which the warm-up begins
+        warmup_rate=0.0,
         weight_decay=1e-4,
         no_decay=r"bias$|norm|positions|logit_scale",
         b1=0.9,

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, UInt8
 
+from diffdis_jax.diffusion import schedules
 from diffdis_jax.errors import UserError
 from diffdis_jax.models.autoencoder import at_noise
-from diffdis_jax.models.clip import Clip
+from diffdis_jax.models.build import Network
+from diffdis_jax.models.clip import Clip, normalise
 from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.params import Params
 from diffdis_jax.structs import AnyArray, AnyBatch, Batch, LatentBatch, Pairs, Posterior, TextCondition
@@ -79,6 +81,57 @@ def null_condition(model: DiffDis, batch: AnyBatch) -> Float[Array, "1 l d"]:
 def encode_pairs(model: Clip, batch: Batch) -> Pairs:
   """Each image and its caption by CLIP's towers. No row depends on another."""
   return Pairs(image=model.encode_image(batch.image), text=model.encode_text(batch.tokens).e)
+
+
+@struct.dataclass
+class FeatureDraws:
+  """What an image's feature is drawn with: of a CLIP nothing.
+
+  `noise_e` is e_T; `posterior` the key of the latents' posterior, None for its mode.
+  """
+
+  noise_e: Float[AnyArray, "b e"] | None = None
+  posterior: jax.Array | None = None
+
+
+def image_features(
+  model: DiffDis | Clip,
+  images: UInt8[Array, "b H W 3"] | Float[Array, "b H W 3"],
+  draws: FeatureDraws,
+  *,
+  network: Network,
+) -> Float[Array, "b e"]:
+  """What stands for an image beside sentences, f32, of any length: what CLIP's vision tower gives; of DiffDis ê_0 from
+  noise, by one evaluation at the last step (Algorithm 3). No text goes in.
+
+  Args:
+    images: pixels of 0 to 255.
+  """
+  if isinstance(model, Clip):
+    return model.vision_encoder(normalise(images))
+  assert draws.noise_e is not None
+  process, b = network.text_process, len(images)
+  z = model.encode_image(images, draws.posterior)
+  c_null = model.encode_text(model.text_encoder.null_tokens(network.max_length)).c
+  t_e = jnp.full((b,), schedules.trailing(1).t[0], jnp.int32)
+  prediction = model.discrimination(
+    e_t=draws.noise_e,
+    t_e=t_e,
+    z=z,
+    t_z=jnp.full((b,), network.condition_timestep, jnp.int32),
+    c_null=jnp.broadcast_to(c_null, (b, *c_null.shape[1:])),
+  )
+  e_0 = schedules.to_data(
+    process.noise, draws.noise_e, prediction=prediction, target=process.target, t=t_e, gamma=process.gamma
+  )
+  return e_0.astype(jnp.float32)
+
+
+def text_features(model: DiffDis | Clip, tokens: Int[Array, "b l"]) -> Float[Array, "b e"]:
+  """What stands for a sentence in the language-guided head: of a CLIP what the projection gives, of any length, as in
+  VL-LTR; of DiffDis the text query e, whose length is 1 (not stated by the paper)."""
+  text = model.encode_text(tokens)
+  return model.text_encoder.query(text.c, tokens) if isinstance(model, Clip) else text.e
 
 
 def fingerprint(params: Params, which: re.Pattern[str] = ENCODER) -> float:

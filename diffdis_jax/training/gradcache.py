@@ -30,7 +30,8 @@ from diffdis_jax.params import Params
 from diffdis_jax.structs import AnyBatch, Batch, Pairs, TextCondition
 from diffdis_jax.training import encode, objectives
 from diffdis_jax.training.draws import Draws, Keys
-from diffdis_jax.training.objectives import Loss, Metrics
+from diffdis_jax.training.metrics import Metrics, mean_of
+from diffdis_jax.training.objectives import Loss
 
 LOGIT_SCALE = "logit_scale"
 # Of a row, the two vectors of which the contrastive loss is: ê_0 and e, or what CLIP's two towers give; f32.
@@ -85,7 +86,7 @@ class GradCache:
     if draws is not None and "loss_generation" in second:
       loss, found = objectives.generation_loss(second["loss_generation"], draws)
       total, metrics = total + loss, {**metrics, **found}
-    return gradient, {"loss": objectives.mean_of(total[None]), **metrics}
+    return gradient, {"loss": mean_of(total[None]), **metrics}
 
   def first_pass(self, trainable: Params, fixed: Params, rows: Microbatch) -> tuple[Params, Rows]:
     """No gradient. Of DiffDis the discrimination pass alone, and what both passes have in common."""

@@ -1,5 +1,5 @@
 """What a step minimises. `diffusion_loss` is the paper's Algorithm 1; `reconstruction_loss` trains an autoencoder, and
-`contrastive_loss` CLIP, the paper's baseline."""
+`contrastive_loss` CLIP, the paper's baseline. Long-tailed recognition's two stages are in long_tail.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from diffdis_jax.diffusion import schedules
@@ -21,18 +20,17 @@ from diffdis_jax.models.clip import Clip
 from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
-from diffdis_jax.structs import AnyArray, AnyBatch, Batch, Pairs
-from diffdis_jax.training import encode, losses
+from diffdis_jax.structs import AnyBatch, Batch, LabelledBatch, Pairs, TrainingBatch
+from diffdis_jax.training import encode, long_tail, losses
 from diffdis_jax.training.draws import Draws, Keys, draw, noised_discrimination, noised_generation
+from diffdis_jax.training.long_tail import LongTail
+from diffdis_jax.training.metrics import Metrics, mean_of
 
 # Share of the running latent statistics that each reconstruction step keeps.
 STATISTICS_DECAY = 0.98
 EQUAL_CAPTIONS = ("left_out", "negatives")
 
-# name -> (sum, count): sums over samples, microbatches and steps add up, and their ratio is the mean.
-Number = np.floating | Float[AnyArray, "..."]
-Metrics = dict[str, tuple[Number, Number]]
-LossFn = Callable[[Params, Params, AnyBatch, Keys], tuple[Float[Array, ""], tuple[Metrics, Params]]]
+LossFn = Callable[..., tuple[Float[Array, ""], tuple[Metrics, Params]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +45,7 @@ class Loss:
     sample_posterior: latents are a sample of the autoencoder's posterior, or else its mode.
     equal_captions: what pairs with equal captions are to each other in a contrastive batch, one of EQUAL_CAPTIONS: left
       out of both softmaxes, or negatives, as in open_clip. Not stated by the paper.
+    long_tail: of a long-tailed run alone, its config's `long_tail`.
 
   Raises:
     UserError: a value out of its range.
@@ -58,6 +57,7 @@ class Loss:
   kl_weight: float
   sample_posterior: bool
   equal_captions: str = "left_out"
+  long_tail: LongTail | None = None
 
   def __post_init__(self) -> None:
     check_number("ita_weight", self.ita_weight, at_least=0.0)
@@ -83,14 +83,22 @@ class Loss:
 
 
 def loss_function(network: Network, section: Loss) -> LossFn:
-  """(trainable, fixed, batch, keys) -> loss, (metrics, new latent statistics), for the network's objectives."""
+  """(trainable, fixed, batch, keys, teacher) -> loss, (metrics, new latent statistics), for the network's objectives.
+
+  `teacher`, the trainable parameters as they were at the start, is class_contrastive's alone.
+  """
 
   def loss(
-    trainable: Params, fixed: Params, batch: AnyBatch, keys: Keys
+    trainable: Params, fixed: Params, batch: TrainingBatch, keys: Keys, teacher: Params | None = None
   ) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:
     model = network.with_params({**fixed, **trainable})
     statistics = {}
-    if isinstance(model, Clip):
+    if isinstance(batch, LabelledBatch):
+      assert section.long_tail is not None  # training/build.py
+      start = network.with_params({**fixed, **teacher}) if teacher else None
+      common = dict(network=network, section=section.long_tail, sample_posterior=section.sample_posterior)
+      total, metrics = long_tail.stage_loss(model, start, batch, keys, **common)
+    elif isinstance(model, Clip):
       assert isinstance(batch, Batch)  # data/build.py refuses latents
       pairs = encode.encode_pairs(model, batch)
       total, metrics = contrastive_loss(pairs, model.logit_scale[...], captions=section.captions(batch.tokens))
@@ -230,11 +238,6 @@ def reconstruction_loss(
     "autoencoder.scale": 1.0 / (keep / scale + (1.0 - keep) * jnp.maximum(deviation, 1e-6)),
   }
   return result.loss.mean(), metrics, statistics
-
-
-def mean_of(per_sample: Float[Array, "b"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """A metric: the sum over samples, and their number."""
-  return jnp.sum(per_sample), jnp.asarray(len(per_sample), jnp.float32)
 
 
 def alignment(result: losses.Contrastive, logit_scale: Float[Array, ""]) -> Metrics:

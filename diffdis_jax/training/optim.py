@@ -8,7 +8,7 @@ from typing import cast
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from diffdis_jax.errors import UserError, check_choice, check_number, check_regex
 from diffdis_jax.params import Params, first_match
@@ -17,7 +17,7 @@ from diffdis_jax.training.losses import MAX_LOGIT_SCALE
 FROZEN = "frozen"
 # Measured, not trained: the latents' shift and scale.
 STATISTICS = r"^autoencoder\.(shift|scale)$"
-SCHEDULE_KINDS = ("constant", "cosine", "linear")
+SCHEDULE_KINDS = ("constant", "cosine", "linear", "epoch_cosine")
 CONTRASTIVE_BATCHES = ("whole", "microbatch")
 
 
@@ -28,9 +28,11 @@ class Optim:
   Attributes:
     groups: (regex, group); the first that is found in a parameter's path wins. Group `frozen` is not trained.
     rates: peak learning rate of each group but `frozen`.
-    schedule_kind: after the warm-up: one of SCHEDULE_KINDS.
+    schedule_kind: after the warm-up: one of SCHEDULE_KINDS; `epoch_cosine` is VL-LTR's (`epoch_schedule`).
     warmup_steps: from rate 0 to the peak, linearly.
     final_fraction: of the peak, at the end of a decay.
+    epoch_steps: of `epoch_cosine` alone, steps of an epoch, after which the rate changes.
+    warmup_rate: of `epoch_cosine` alone, the rate at which the warm-up begins.
     weight_decay: AdamW's.
     no_decay: regex of the paths without weight decay.
     b1, b2, eps: AdamW's.
@@ -61,6 +63,8 @@ class Optim:
   accumulate: int
   contrastive_batch: str = "microbatch"  # what a config means that was written before there was a choice
   random_frozen: str = "^$"
+  epoch_steps: int = 0
+  warmup_rate: float = 0.0
 
   def __post_init__(self) -> None:
     for regex in (*(regex for regex, _ in self.groups), self.no_decay):
@@ -77,6 +81,10 @@ class Optim:
     check_number("eps", self.eps, above=0.0)
     check_number("accumulate", self.accumulate, at_least=1)
     check_choice("contrastive_batch", self.contrastive_batch, CONTRASTIVE_BATCHES)
+    check_number("epoch_steps", self.epoch_steps, at_least=1 if self.schedule_kind == "epoch_cosine" else 0)
+    check_number("warmup_rate", self.warmup_rate, at_least=0.0)
+    if self.epoch_steps and self.warmup_steps % self.epoch_steps:
+      raise UserError(f"warmup_steps is {self.warmup_steps}; it must be whole epochs of {self.epoch_steps} steps")
 
 
 def groups_of(paths: Iterable[str], groups: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -103,6 +111,24 @@ def schedule(
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after[kind]()], [warmup_steps])
 
 
+def epoch_schedule(
+  peak: float, *, epoch_steps: int, warmup_steps: int, num_steps: int, warmup_rate: float
+) -> optax.Schedule:
+  """VL-LTR's: timm's cosine, which changes once an epoch, and one epoch late, since it is told of an epoch at its end.
+
+  In epoch n, from 0, it is that of t = max(n - 1, 0): while t is in the warm-up, on the way from `warmup_rate` to the
+  peak; then half a cosine over all epochs, the warm-up's included.
+  """
+  warmup, epochs = warmup_steps // epoch_steps, num_steps / epoch_steps
+
+  def rate(step: Int[Array, ""]) -> Float[Array, ""]:
+    t = jnp.maximum(step // epoch_steps - 1, 0).astype(jnp.float32)
+    rising = warmup_rate + t * (peak - warmup_rate) / max(warmup, 1)
+    return jnp.where(t < warmup, rising, 0.5 * peak * (1.0 + jnp.cos(jnp.pi * t / epochs)))
+
+  return rate
+
+
 def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> optax.GradientTransformation:
   """AdamW over the trainable parameters, one learning rate a group, clipped by their global norm.
 
@@ -121,13 +147,11 @@ def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> 
   decayed = {path: first_match(path, ((section.no_decay, False), ("", True)), "optim.no_decay") for path in labels}
 
   def adamw(group: str) -> optax.GradientTransformation:
-    rate = schedule(
-      section.rates[group],
-      kind=section.schedule_kind,
-      warmup_steps=section.warmup_steps,
-      num_steps=num_steps,
-      final_fraction=section.final_fraction,
-    )
+    peak, common = section.rates[group], dict(warmup_steps=section.warmup_steps, num_steps=num_steps)
+    if section.schedule_kind == "epoch_cosine":
+      rate = epoch_schedule(peak, epoch_steps=section.epoch_steps, warmup_rate=section.warmup_rate, **common)
+    else:
+      rate = schedule(peak, kind=section.schedule_kind, final_fraction=section.final_fraction, **common)
     # Parameters of other groups arrive as empty nodes, and stay so.
     mask = lambda params: {path: decayed[path] if labels[path] == group else node for path, node in params.items()}
     return optax.adamw(

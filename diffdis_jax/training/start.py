@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import grain
@@ -19,17 +19,29 @@ from absl import logging
 from etils import epath
 
 from diffdis_jax.errors import UserError
+from diffdis_jax.models.build import HEAD_PREFIX, LONG_TAIL
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Step, TrainState
 
+ANCHORS = f"{HEAD_PREFIX}anchors"  # of a long-tailed run's second stage: chosen before its first step
+
 
 def restore_or_init(
-  init_from: str, seed: int, trainer: Step, checkpointer: checkpoint.Checkpointer, iterator: grain.DatasetIterator
+  init_from: str,
+  seed: int,
+  trainer: Step,
+  checkpointer: checkpoint.Checkpointer,
+  iterator: grain.DatasetIterator,
+  made: Callable[[Params], Params] = lambda params: {},
 ) -> tuple[TrainState, dict[str, Any]]:
-  """The last checkpoint's state and meta, with the data iterator set to its next batch; or the state of step 0."""
+  """The last checkpoint's state and meta, with the data iterator set to its next batch; or the state of step 0.
+
+  Args:
+    made: of the parameters of step 0, those that are computed from the others.
+  """
   step = checkpointer.latest_step()
   if step is not None:
     restored = checkpointer.restore(step, trainer.abstract_state, iterator)
@@ -43,10 +55,12 @@ def restore_or_init(
       ema=restored.ema,
       opt_state=restored.opt_state,
       seed=trainer.place_seed(),
+      teacher=restored.teacher,
     )
     return state, restored.meta
   loaded = load_initial(init_from, trainer)  # first, so that what is wrong with it shows before anything is compiled
-  return trainer.with_params(trainer.init_params(jax.random.key(seed)) | loaded), {}
+  params = trainer.init_params(jax.random.key(seed)) | loaded
+  return trainer.with_params(params | made(params)), {}
 
 
 def find_initial(path: str, trainer: Step) -> set[str]:
@@ -58,9 +72,41 @@ def find_initial(path: str, trainer: Step) -> set[str]:
   Raises:
     UserError: no run there, nothing in common, a parameter of another shape, or a frozen one that would stay random.
   """
-  names = _names_in_common(path, trainer) if path else set()
+  names = set()
+  if {*LONG_TAIL} & {*trainer.network.objectives}:
+    names = _find_backbone(path, trainer)
+  elif path:
+    names = _names_in_common(path, trainer)
   _check_frozen(path, trainer, names)
   return names
+
+
+def _find_backbone(path: str, trainer: Step) -> set[str]:
+  """As `_names_in_common`: all but the head of a long-tailed run, whose second stage goes on from its first.
+
+  Raises:
+    UserError: besides, a run without an image or a text side, or one that is not stage 1, or not at its end.
+  """
+  is_second = "long_tail_head" in trainer.network.objectives
+  if not path:
+    start = "stage 1's workdir" if is_second else "a trained DiffDis or CLIP, which is stage 1's teacher too"
+    raise UserError(f"init_from is empty; a long-tailed run starts from {start}: give --config.init_from=WORKDIR")
+  config = workdir.load_config(path)
+  if is_second and "class_contrastive" not in config.objectives:
+    raise UserError(
+      f"init_from={path} was trained for {', '.join(config.objectives)}, and stage 2 goes on from stage 1: train"
+      " configs/places_lt.py:stage=1 from it first, and take that run"
+    )
+  if is_second and (step := checkpoint.latest_step(path) or 0) != config.num_steps:
+    raise UserError(f"init_from={path} is stage 1 at step {step} of {config.num_steps}; train it to its end first")
+  names = _names_in_common(path, trainer)
+  wanted = {name for name in trainer.shapes if not name.startswith(HEAD_PREFIX)}
+  if missing := sorted(wanted - names):
+    raise UserError(
+      f"init_from={path} lacks an image or a text side: it has no {missing[0]}, nor {len(missing) - 1} more of"
+      f" {parts_of(missing)}; take a run that was trained for discrimination or contrastive"
+    )
+  return names | {name for name in trainer.shapes if name == ANCHORS}
 
 
 def _names_in_common(path: str, trainer: Step) -> set[str]:
@@ -116,6 +162,7 @@ def load_initial(path: str, trainer: Step) -> Params:
   names = find_initial(path, trainer)
   if not names:
     return {}
+  names -= {ANCHORS}  # which are chosen anew
   saved = checkpoint.saved_params(path)
   abstract = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),

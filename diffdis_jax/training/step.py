@@ -21,25 +21,36 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import programs, sharding
 from diffdis_jax.params import Params
-from diffdis_jax.structs import AnyBatch
+from diffdis_jax.structs import LabelledBatch, TrainingBatch
 from diffdis_jax.training import gradcache, objectives
 from diffdis_jax.training import optim as optimizers
-from diffdis_jax.training.objectives import Loss, Metrics
+from diffdis_jax.training.metrics import Metrics
+from diffdis_jax.training.objectives import Loss
 from diffdis_jax.training.optim import Optim
 
 # One key for each random choice of a step. Their numbers are part of a run's identity: append, never reorder.
-KEYS = ("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop_image", "posterior_discrimination")
+KEYS = (
+  *("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop_image", "posterior_discrimination"),
+  "mix",
+)
+
+# Objectives of which each microbatch is a batch of its own, whatever optim.contrastive_batch says: none contrasts rows.
+_NOT_CONTRASTIVE = ("reconstruction", "long_tail_head")
 
 
 @struct.dataclass
 class TrainState:
-  """What training changes, and the seed. Also the shardings of it, and its shapes."""
+  """What training changes, and the seed. Also the shardings of it, and its shapes.
+
+  Of class_contrastive `teacher` has the trainable parameters as they were at the start, which never change.
+  """
 
   step: Any  # i32[], the number of finished steps; of its shardings and shapes, one of those
   params: Params
   ema: Params
   opt_state: Any
   seed: Any = None  # u32[], of all random choices; here, so that runs of other seeds share the compiled step
+  teacher: Params = struct.field(default_factory=dict)
 
 
 def step_keys(seed: int | UInt32[Array, ""], step: Int[Array, ""], microbatch: Int[Array, ""]) -> dict[str, jax.Array]:
@@ -131,14 +142,15 @@ class Step:
       ema=dict(trainable),
       opt_state=self._tx.init(trainable),
       seed=jnp.zeros((), jnp.uint32),  # with_params puts the run's in its place
+      teacher=dict(trainable) if "class_contrastive" in self.network.objectives else {},
     )
 
-  def _train_step(self, state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
+  def _train_step(self, state: TrainState, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
     # Differentiated with respect to these alone, so that frozen parameters cost no gradient and no memory for one.
     trainable = {path: state.params[path] for path in self.trainable}
     fixed = {path: value for path, value in state.params.items() if path not in trainable}
     keys = functools.partial(step_keys, state.seed, state.step)
-    gradient, metrics, statistics = self._gradient(trainable, fixed, batch, keys)
+    gradient, metrics, statistics = self._gradient(trainable, fixed, batch, keys, state.teacher)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
       updates, opt_state = self._tx.update(gradient, state.opt_state, trainable)
     trainable = cast(Params, optax.apply_updates(trainable, updates))
@@ -152,6 +164,7 @@ class Step:
         ema=optimizers.update_ema(trainable, state.ema, decay=self.optim.ema_decay, step=state.step),
         opt_state=opt_state,
         seed=state.seed,
+        teacher=state.teacher,
       ),
       metrics,
     )
@@ -160,13 +173,15 @@ class Step:
     self,
     trainable: Params,
     fixed: Params,
-    batch: AnyBatch,
+    batch: TrainingBatch,
     keys: Callable[[Int[Array, ""]], dict[str, jax.Array]],
+    teacher: Params,
   ) -> tuple[Params, Metrics, Params]:
     """Of the whole batch, or the mean over microbatches that are batches of their own; metrics, added up; and the new
     latent statistics. `keys`: of a microbatch, by its number."""
     n = self.optim.accumulate
-    if n > 1 and self.optim.contrastive_batch == "whole" and "reconstruction" not in self.network.objectives:
+    if n > 1 and self.optim.contrastive_batch == "whole" and not {*_NOT_CONTRASTIVE} & {*self.network.objectives}:
+      assert not isinstance(batch, LabelledBatch)  # training/build.py refuses it
       whole = gradcache.GradCache(self.network, self._loss_section, self.mesh, n)
       return *whole(trainable, fixed, batch, keys(jnp.zeros((), jnp.int32))), {}
 
@@ -174,8 +189,10 @@ class Step:
     loss = lambda trainable, fixed, *args: self._loss(gathered(trainable), gathered(fixed), *args)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def one(microbatch: Int[Array, ""], batch: AnyBatch) -> tuple[Params, Metrics, Params]:
-      (_, (metrics, statistics)), gradient = value_and_grad(trainable, fixed, batch, keys(microbatch))
+    def one(microbatch: Int[Array, ""], batch: TrainingBatch) -> tuple[Params, Metrics, Params]:
+      (_, (metrics, statistics)), gradient = value_and_grad(
+        trainable, fixed, batch, keys(microbatch), gathered(teacher)
+      )
       return gradient, metrics, statistics
 
     if n == 1:

@@ -25,6 +25,7 @@ class State:
   params: dict
   ema: dict
   opt_state: object
+  teacher: dict = dataclasses.field(default_factory=dict)
 
 
 OPTIMIZER = optax.chain(
@@ -202,7 +203,7 @@ from diffdis_jax.run import checkpoint
 with checkpoint.Checkpointer(sys.argv[1]) as checkpointer:
   for step in (1, 2):
     params = {"a.b": jnp.full((1 << 25,), step, jnp.float32)}
-    checkpointer.save(step, types.SimpleNamespace(params=params, ema={}, opt_state=()))
+    checkpointer.save(step, types.SimpleNamespace(params=params, ema={}, opt_state=(), teacher={}))
     checkpointer.wait()
 """
 

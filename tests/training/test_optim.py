@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.training import optim
@@ -160,3 +162,53 @@ def test_average_is_optax_incremental_update_with_a_ramp(step, rate):
   for path in SHAPES:
     np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found[path], rate * old[path] + (1 - rate) * new[path], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup_epochs, peak", [(5, 1e-5), (0, 5e-5)])
+def test_the_rate_of_an_epoch_is_timms_told_of_it_one_late(warmup_epochs, peak):
+  """As VL-LTR's main.py steps timm's scheduler: `step(epoch)` at an epoch's end."""
+  epochs, epoch_steps = 50, 3
+  parameter = torch.nn.Parameter(torch.zeros(()))
+  scheduler = CosineLRScheduler(
+    torch.optim.SGD([parameter], lr=peak), t_initial=epochs, warmup_t=warmup_epochs, warmup_lr_init=1e-6
+  )
+  rates = []
+  for epoch in range(epochs):
+    rates += [scheduler.optimizer.param_groups[0]["lr"]] * epoch_steps
+    scheduler.step(epoch)
+  ours = optim.epoch_schedule(
+    peak,
+    epoch_steps=epoch_steps,
+    warmup_steps=warmup_epochs * epoch_steps,
+    num_steps=epochs * epoch_steps,
+    warmup_rate=1e-6,
+  )
+  found = [float(ours(jnp.int32(step))) for step in range(epochs * epoch_steps)]
+  np.testing.assert_allclose(found, rates, rtol=1e-5)
+  if warmup_epochs:  # as written out
+    assert found[0] == found[5] == pytest.approx(1e-6) and found[6] == pytest.approx(1e-6 + 9e-6 / 5)
+    assert found[-1] == pytest.approx(0.5 * (1 + np.cos(np.pi * 48 / 50)) * 1e-5, rel=1e-3)
+
+
+def test_the_optimizer_takes_the_rate_of_the_epoch():
+  optimizer = make(schedule_kind="epoch_cosine", epoch_steps=2, num_steps=8)
+  rates = [1.0, 1.0, 1.0, 1.0, 0.5 * (1 + np.cos(np.pi / 4)), 0.5 * (1 + np.cos(np.pi / 4))]
+  constant = run(make(), steps=6)
+  found = run(optimizer, steps=6)
+  path = "unet.conv.kernel"
+  np.testing.assert_allclose(found[3][path], constant[3][path], rtol=1e-6)
+  step = lambda history: history[4][path] - history[3][path]
+  np.testing.assert_allclose(step(found), rates[4] * step(constant), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (dict(schedule_kind="epoch_cosine"), "epoch_steps is 0; it must be at least 1"),
+    (dict(schedule_kind="epoch_cosine", epoch_steps=4, warmup_steps=6), "whole epochs of 4 steps"),
+    (dict(warmup_rate=-1.0), "warmup_rate is -1.0"),
+  ],
+)
+def test_epochs_that_are_none(changes, message):
+  with pytest.raises(UserError, match=message):
+    optim.Optim(**{**SETTINGS, **changes})

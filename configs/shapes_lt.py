@@ -1,0 +1,45 @@
+"""Long-tailed recognition on a laptop: rendered shapes, 200 to 2 training images a class, and sentences that distract.
+
+  python -m diffdis_jax.train --config=configs/shapes_lt.py:stage=1,init=START --workdir=STAGE1
+  python -m diffdis_jax.train --config=configs/shapes_lt.py:stage=2,init=STAGE1 --workdir=STAGE2
+  python -m diffdis_jax.evaluate --workdir=STAGE2 --tasks=long_tail --out=F.json
+
+START is a run of configs/shapes.py, either network, trained shorter than there: --config.num_steps=300 for DiffDis
+after its autoencoder, or for CLIP with :objectives=contrastive. seed=N also decides which classes are rare.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from configs.places_lt import first_stage, second_stage
+from diffdis_jax.data.shapes import CLASSNAMES
+from diffdis_jax.models.sizes import clip_small, small
+
+EPOCH = 44  # steps of 64 images, of 2,810
+BACKBONES = {"diffdis": small, "clip": clip_small}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  args = common.parse_arg(arg, stage=1, backbone="diffdis", init="", seed=0)
+  for name, choices in (("backbone", BACKBONES), ("stage", (1, 2))):
+    if args[name] not in choices:
+      raise ValueError(f"argument {name}={args[name]} should be one of {', '.join(map(str, choices))}")
+  config = common.base(BACKBONES[args.backbone](), image_size=32)
+  config.data.max_length = 16
+  if args.init:
+    common.take_network(config, args.init)
+  config.seed = args.seed
+  config.data.update(name="shapes_lt", seed=args.seed)
+  config.batch_size, config.num_steps = 64, 10 * EPOCH
+  config.optim.update(epoch_steps=EPOCH, weight_decay=0.05)
+  if args.stage == 1:
+    first_stage(config, rate=2e-4, text=True)
+    config.optim.update(warmup_steps=EPOCH, warmup_rate=2e-5)
+  else:
+    second_stage(config, classes=len(CLASSNAMES), anchors=64, visual=1e-3, language=1e-4)
+  config.long_tail.fraction = 1.0
+  config.log_every, config.save_every, config.eval_every = EPOCH, 5 * EPOCH, config.num_steps
+  data = dict(name="shapes_lt", split="test", image_size=32, seed=args.seed)
+  config.evals.test = dict(task="long_tail", data=data, fraction=1.0)
+  config.train_evals = ("test",)
+  return config

@@ -1,0 +1,153 @@
+"""Sentences of classes: prompts with the class's name and the text of its Wikipedia page, split and tokenised once.
+
+As VL-LTR (Tian et al., ECCV 2022) reads them: `labels.txt` names the classes, `wiki/desc_<number>.txt` has a page each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from diffdis_jax.data.layouts import class_lists
+from diffdis_jax.errors import UserError
+
+LEFT_OUT = ("External links", "References", "Further reading", "Bibliography")
+# After a full stop or question mark, before white space or a capital; not after an initial or the like of "e.g."
+_BORDER = re.compile(r"(?<=[.?])(?<![A-Z]\.)(?<!\w\.\w[.?])(?=[\sA-Z])")
+_SUMMARY = "summary"
+Tokenizer = Callable[[Sequence[str]], Int[np.ndarray, "n l"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """The sentences of every class, in the order of the classes' numbers.
+
+  Attributes:
+    classnames: as they stand in prompts.
+    sentences: of each class, in the order of its text.
+  """
+
+  classnames: tuple[str, ...]
+  sentences: tuple[tuple[str, ...], ...]
+
+  @property
+  def flat(self) -> list[str]:
+    """All sentences, class by class."""
+    return [sentence for own in self.sentences for sentence in own]
+
+  @property
+  def labels(self) -> Int[np.ndarray, " m"]:
+    """The class of each of `flat`."""
+    return np.repeat(np.arange(len(self.sentences)), [len(own) for own in self.sentences])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+  """A corpus as token ids.
+
+  Attributes:
+    ids: of all sentences, class by class.
+    starts: where each class's begin; last, how many there are.
+  """
+
+  ids: Int[np.ndarray, "m l"]
+  starts: Int[np.ndarray, " k1"]
+
+  def draw(self, label: int, rng: np.random.Generator) -> Int[np.ndarray, " l"]:
+    """One of the class's sentences, uniformly."""
+    return self.ids[rng.integers(self.starts[label], self.starts[label + 1])]
+
+
+def tokenise(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
+  """The corpus as ids. A long sentence is cut, and its end token stays last."""
+  counts = [len(own) for own in corpus.sentences]
+  return Tokens(tokenizer(corpus.flat), np.cumsum([0, *counts]))
+
+
+def read_corpus(path: pathlib.Path, *, wordnet: bool) -> Corpus:
+  """Of a folder with `labels.txt` and `wiki/`.
+
+  Args:
+    path: the folder.
+    wordnet: how a line of labels.txt reads. Places: name first, number last. ImageNet: WordNet number first, name last,
+      classes in the order of their WordNet numbers.
+
+  Raises:
+    UserError: no labels.txt, a line of another form, a class without text, or a text in neither UTF-8 nor GBK.
+  """
+  names = read_names(path / "labels.txt", wordnet=wordnet)
+  files = [path / "wiki" / f"desc_{number}.txt" for number in range(len(names))]
+  if missing := [number for number, file in enumerate(files) if not file.is_file()]:
+    raise UserError(
+      f"{len(missing)} of {len(names)} classes have no text, the first {names[missing[0]]!r}: no file"
+      f" {files[missing[0]]}; put the whole text corpus there"
+    )
+  texts = [_read_page(file) for file in files]
+  sentences = tuple(sentences_of(name, text) for name, text in zip(names, texts, strict=True))
+  return Corpus(tuple(names), sentences)
+
+
+def sentences_of(name: str, text: str) -> tuple[str, ...]:
+  """OpenAI's 80 prompts with the class's name, and the sentences of its text.
+
+  The name has a space behind it, and the text follows the last prompt without one, as in VL-LTR: a text that does not
+  begin with a capital is one sentence with the last prompt.
+  """
+  filled = [template.replace("{}", f"{name} ") for template in class_lists.load()["imagenet1k"].templates]
+  return split("\n".join(filled) + text)
+
+
+def split(text: str) -> tuple[str, ...]:
+  """Sentences, without white space around them."""
+  return tuple(sentence.strip() for sentence in _BORDER.split(text) if sentence.strip())
+
+
+def page_text(page: str) -> str:
+  """Summary and sections of a page, in which a line `== Title ==` begins a section; without those of LEFT_OUT.
+
+  Titles are left out, too. Of two sections of one title the later text stands in the earlier one's place, as in VL-LTR.
+  """
+  sections, title = {_SUMMARY: []}, _SUMMARY
+  for line in filter(None, (line.strip() for line in page.splitlines())):
+    if line.startswith("=="):
+      title = line.strip("= ")
+      sections[title] = []
+    else:
+      sections[title].append(line)
+  summary = "\n".join(sections.pop(_SUMMARY))
+  return "\n".join([summary, *("\n".join(lines) for title, lines in sections.items() if title not in LEFT_OUT)])
+
+
+def _read_page(file: pathlib.Path) -> str:
+  content = file.read_bytes()
+  for encoding in ("utf-8", "gbk"):
+    try:
+      text = page_text(content.decode(encoding))
+    except UnicodeDecodeError:
+      continue
+    if not text.strip():
+      raise UserError(f"{file} has no text; a class needs a page, put the whole text corpus there")
+    return text
+  raise UserError(f"{file} is neither UTF-8 nor GBK; download the text corpus again")
+
+
+def read_names(file: pathlib.Path, *, wordnet: bool) -> list[str]:
+  """Class names in the order of their numbers."""
+  try:
+    rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"cannot read {file}: {error}; it should name the classes, one a line") from error
+  try:
+    if wordnet:
+      return [row[-1].replace("_", " ") for row in sorted(rows, key=lambda row: row[0])]
+    by_number = {int(row[-1]): row[0].replace("_", " ").replace("/", " ") for row in rows}
+  except ValueError as error:
+    raise UserError(f"{file} has a line without a class's number at its end: {error}") from error
+  if sorted(by_number) != [*range(len(rows))]:
+    raise UserError(f"{file} has {len(rows)} lines, whose numbers should be 0 to {len(rows) - 1}, each once")
+  return [by_number[number] for number in range(len(rows))]

@@ -1,0 +1,127 @@
+"""Places-LT and ImageNet-LT as published: lists of images and their classes beside the whole sets' folders.
+
+`NAME_{train,val,test}.txt` has a line `path label` an image; paths are below the folder of the lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Int
+
+from diffdis_jax.data import corpus
+from diffdis_jax.data.corpus import Corpus
+from diffdis_jax.data.layouts.labelled import Files, Labelled, Origin
+from diffdis_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LongTailed:
+  """A published long-tailed set.
+
+  Attributes:
+    prefix: of its lists' names.
+    classes: how many.
+    counts: images of each split.
+    wordnet: as corpus.read_corpus has it.
+  """
+
+  prefix: str
+  classes: int
+  counts: Mapping[str, int]
+  wordnet: bool
+
+
+SETS = {
+  "places_lt": LongTailed("Places_LT", 365, {"train": 62_500, "val": 7_300, "test": 36_500}, wordnet=False),
+  "imagenet_lt": LongTailed("ImageNet_LT", 1000, {"train": 115_846, "val": 20_000, "test": 50_000}, wordnet=True),
+}
+
+
+def train_labels(path: pathlib.Path, name: str) -> Int[np.ndarray, " n"]:
+  """The class of each training image, by the list alone. Raises UserError: as `open_split`, but for missing images."""
+  return _read_split(path, name, "train")[2]
+
+
+def open_split(path: pathlib.Path, name: str, split: str) -> Labelled:
+  """One list's images.
+
+  Args:
+    path: folder of the lists, of labels.txt and wiki/, and of the images' folders.
+    name: of SETS.
+    split: train, val or test.
+
+  Raises:
+    UserError: no such list, lines of another form, another number of images or classes than the published one, or
+      images that are not there.
+  """
+  file, files, labels = _read_split(path, name, split)
+  _check_there(file, files)
+  names = corpus.read_names(path / "labels.txt", wordnet=SETS[name].wordnet)
+  _check_count(path, name, len(names))
+  return Labelled(Files(files), labels, names, Origin("long_tailed", str(path), split))
+
+
+def _read_split(
+  path: pathlib.Path, name: str, split: str
+) -> tuple[pathlib.Path, list[pathlib.Path], Int[np.ndarray, " n"]]:
+  """The list, its images, and their classes."""
+  known = SETS[name]
+  if split not in known.counts:
+    raise UserError(f"{name} has no split {split!r}; there are {', '.join(known.counts)}")
+  file = path / f"{known.prefix}_{split}.txt"
+  files, labels = _read_list(file, path)
+  if len(files) != known.counts[split]:
+    raise UserError(f"{file} names {len(files):,} images, and should name {known.counts[split]:,}; download it again")
+  if (absent := np.setdiff1d(np.arange(known.classes), labels)).size or labels.max() >= known.classes:
+    wrong = f"the label {labels.max()}" if labels.max() >= known.classes else f"no image of class {absent[0]}"
+    raise UserError(f"{file} has {wrong}; {name} has {known.classes} classes, from 0; download it again")
+  return file, files, labels
+
+
+def open_corpus(path: pathlib.Path, name: str) -> Corpus:
+  """The sentences of its classes. Raises UserError: as `read_corpus`, or of another number of classes."""
+  found = corpus.read_corpus(path, wordnet=SETS[name].wordnet)
+  _check_count(path, name, len(found.classnames))
+  return found
+
+
+def _check_count(path: pathlib.Path, name: str, count: int) -> None:
+  if count != SETS[name].classes:
+    raise UserError(
+      f"{path / 'labels.txt'} names {count} classes, and {name} has {SETS[name].classes}; put its own text corpus there"
+    )
+
+
+def _read_list(file: pathlib.Path, root: pathlib.Path) -> tuple[list[pathlib.Path], Int[np.ndarray, " n"]]:
+  try:
+    rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"cannot read {file}: {error}; download the published list and put it there") from error
+  for row in rows:
+    if len(row) != 2 or not row[1].isdecimal():
+      raise UserError(f"{file} has the line {' '.join(row)!r}; a line should be a path and the number of a class")
+  if not rows:
+    raise UserError(f"{file} is empty; download it again")
+  return [root / name.lstrip("/") for name, _ in rows], np.array([int(label) for _, label in rows])
+
+
+def _check_there(file: pathlib.Path, files: list[pathlib.Path]) -> None:
+  """Each folder is listed once, since asking for every file takes minutes where it lies on another machine."""
+  wanted: dict[pathlib.Path, set[str]] = {}
+  for each in files:
+    wanted.setdefault(each.parent, set()).add(each.name)
+  absent = {
+    folder / name
+    for folder, names in wanted.items()
+    for name in names.difference(os.listdir(folder) if folder.is_dir() else ())
+  }
+  if missing := [each for each in files if each in absent]:
+    raise UserError(
+      f"{len(missing):,} of the {len(files):,} images that {file} names are missing, the first {missing[0]}; put the"
+      " folders train and val of the whole set beside the lists"
+    )

@@ -1,0 +1,83 @@
+"""Long-tailed sets by name: images with labels, and the sentences of their classes as tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pathlib
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from absl import logging
+from jaxtyping import Int
+
+from diffdis_jax.data import shapes_lt
+from diffdis_jax.data.corpus import Corpus, Tokenizer, Tokens, tokenise
+from diffdis_jax.data.layouts import long_tailed
+from diffdis_jax.run import files
+
+NAMES = ("shapes_lt", *long_tailed.SETS)
+
+
+@runtime_checkable
+class LabelledSource(Protocol):
+  """A source whose classes are known without reading an image."""
+
+  labels: Any  # Int[np.ndarray, " n"]
+  classnames: Any  # Sequence[str]
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def open_labelled(
+  *, name: str, path: str | os.PathLike[str] = "", split: str = "train", image_size: int, seed: int = 0
+) -> LabelledSource:
+  """A split, as `sources.open_source` takes it. Raises UserError: no such split, or damaged data."""
+  if name == "shapes_lt":
+    return shapes_lt.LongTailedShapes(split=split, image_size=image_size, seed=seed)
+  return long_tailed.open_split(pathlib.Path(path), name, split)
+
+
+def open_corpus(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0, **_: Any) -> Corpus:
+  """The sentences of the set's classes; takes what `open_labelled` takes. Raises UserError: damaged data."""
+  return shapes_lt.make_corpus(seed) if name == "shapes_lt" else long_tailed.open_corpus(pathlib.Path(path), name)
+
+
+def train_counts(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0, **_: Any) -> Int[np.ndarray, " k"]:
+  """Training images of each class; takes what `open_labelled` takes. Raises UserError: damaged data."""
+  if name == "shapes_lt":
+    return shapes_lt.counts(seed)
+  return class_counts(long_tailed.train_labels(pathlib.Path(path), name), long_tailed.SETS[name].classes)
+
+
+def class_counts(labels: Int[np.ndarray, " n"], classes: int) -> Int[np.ndarray, " k"]:
+  """How many records each class has."""
+  return np.bincount(labels, minlength=classes)
+
+
+def kept_tokens(corpus: Corpus, tokenizer: Tokenizer, *, max_length: int, folder: str) -> Tokens:
+  """The corpus as tokens, made once: Places-LT's take a minute or two.
+
+  Args:
+    tokenizer: to sentences of `max_length` tokens.
+    folder: where they are kept, by a hash of the sentences. One that cannot be written is warned of.
+  """
+  digest = hashlib.sha256("\0".join([str(max_length), *corpus.flat]).encode()).hexdigest()
+  file = pathlib.Path(folder) / f"{digest}.npy"
+  try:
+    ids = np.load(file, allow_pickle=False)
+    if ids.shape == (len(corpus.flat), max_length) and ids.dtype == np.int32:
+      return Tokens(ids, np.cumsum([0, *map(len, corpus.sentences)]))
+  except (OSError, ValueError, EOFError):
+    pass  # not there yet, or damaged
+  tokens, content = tokenise(corpus, tokenizer), io.BytesIO()
+  np.save(content, tokens.ids)
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(file, content.getvalue())
+  except OSError as error:
+    logging.warning("tokens are not kept in %s: %s", folder, error.strerror or error)
+  return tokens

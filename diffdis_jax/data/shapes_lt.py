@@ -1,0 +1,113 @@
+"""Long-tailed rendered shapes: Places-LT's stand-in for a laptop, with sentences of which half help and half distract.
+
+All 64 pairs of colour and shape; of the r-th most frequent there are 200 · 0.01^(r / 63) training images, 200 to 2,
+2,810 in all. Validation and test have 20 of each. None of it is the paper's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from diffdis_jax.data import corpus
+from diffdis_jax.data.corpus import Corpus
+from diffdis_jax.data.shapes import CLASSNAMES, PAIRS, make_scene, render
+from diffdis_jax.errors import UserError
+
+MOST, RATIO = 200, 0.01  # images of the most frequent class, and the least frequent one's share of that
+EACH = {"val": 20, "test": 20}
+SPLITS = ("train", *EACH)
+
+_CORNERS = {
+  "circle": "no corner",
+  "square": "four corners",
+  "triangle": "three corners",
+  "star": "five points",
+  "cross": "four arms",
+  "ring": "a hole",
+  "heart": "one tip",
+  "crescent": "two tips",
+}
+# Of a class: 20 that are about it.
+ABOUT = (
+  *("The {colour} {shape} is {colour}.", "Every {shape} has {corners}.", "It has {corners}."),
+  *("Its colour is {colour}.", "The colour of the {shape} is {colour}.", "Its shape is a {shape}."),
+  *("You see a {shape} in {colour}.", "This is a {colour} thing with {corners}.", "A {shape}, all {colour}."),
+  *("Here a {colour} {shape} is drawn.", "Someone drew one {colour} {shape}.", "The {shape} is filled with {colour}."),
+  *("A {colour} figure with {corners}.", "The picture has one {shape}.", "The picture has one {colour} shape."),
+  *("It is {colour}, and it is a {shape}.", "A plain {colour} {shape}.", "What is shown is a {shape}."),
+  *("What is shown is {colour}.", "One large {colour} {shape}."),
+)
+# 20 that say nothing of the class, and 20 that are of another one.
+NOTHING = (
+  *("The ground is plain.", "It lies in the middle.", "It is turned a little.", "There is nothing else to see."),
+  *(
+    "Pictures like this are small.",
+    "It may be large or small.",
+    "The ground may be dark.",
+    "The ground may be light.",
+  ),
+  *("It was drawn by a machine.", "No one knows its name.", "It is often seen.", "Some find it pretty."),
+  *("It has no shadow.", "It does not move.", "The edges are smooth.", "It is flat.", "Read more below."),
+  *("See also the list.", "This page was edited.", "A source is missing."),
+)
+OTHERS = 20
+
+
+def counts(seed: int) -> Int[np.ndarray, " k"]:
+  """Training images of each class; which class is frequent depends on the seed."""
+  ranks = np.random.default_rng((seed, 0)).permutation(len(PAIRS))
+  return np.round(MOST * RATIO ** (ranks / (len(PAIRS) - 1))).astype(np.int64)
+
+
+class LongTailedShapes:
+  """Random access source; each record is a function of (seed, split, index) alone.
+
+  A record is {image: u8[h w 3], label: number of the class, class: "red star", caption: the same}.
+
+  Attributes:
+    labels: of all records.
+    classnames: by their number.
+  """
+
+  classnames = CLASSNAMES
+
+  def __init__(self, *, split: str, image_size: int, seed: int = 0):
+    if split not in SPLITS:
+      raise UserError(f"shapes_lt has no split {split!r}; there are {', '.join(SPLITS)}")
+    own = counts(seed) if split == "train" else np.full(len(PAIRS), EACH[split])
+    self.labels = np.repeat(np.arange(len(PAIRS)), own)
+    self._image_size, self._seed = image_size, (seed, 1, SPLITS.index(split))
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    fields = self.fields(index)
+    colour, shape = PAIRS[fields["label"]]
+    rng = np.random.default_rng((*self._seed, index))
+    scene = make_scene(rng, colour=colour, shape=shape)
+    return {**fields, "image": render(scene, image_size=self._image_size, rng=rng)}
+
+  def fields(self, index: int) -> dict[str, Any]:
+    """The record without its image."""
+    if not 0 <= index < len(self):
+      raise IndexError(f"index {index} outside of {len(self)} images")
+    label = int(self.labels[index])
+    return {"label": label, "class": self.classnames[label], "caption": self.classnames[label]}
+
+
+def make_corpus(seed: int) -> Corpus:
+  """140 sentences of each class: 80 prompts and 20 about it, then 40 distractors; in half of the classes shuffled."""
+  rng = np.random.default_rng((seed, 2))
+  sentences = []
+  for number, (colour, shape) in enumerate(PAIRS):
+    fill = lambda template, pair: template.format(colour=pair[0], shape=pair[1], corners=_CORNERS[pair[1]])
+    others = [PAIRS[(number + rng.integers(1, len(PAIRS))) % len(PAIRS)] for _ in range(OTHERS)]
+    wrong = [fill(template, other) for template, other in zip(ABOUT, others, strict=True)]
+    own = [*corpus.sentences_of(CLASSNAMES[number], ""), *(fill(template, (colour, shape)) for template in ABOUT)]
+    own += [*NOTHING, *wrong]
+    sentences.append(tuple(own[i] for i in rng.permutation(len(own))) if number % 2 else tuple(own))
+  return Corpus(CLASSNAMES, tuple(sentences))

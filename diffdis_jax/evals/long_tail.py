@@ -1,0 +1,127 @@
+"""Long-tailed recognition: the columns of the paper's Table 8, measured as VL-LTR's code measures them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from diffdis_jax.data import long_tail, sources
+from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.evals import base, nearest
+from diffdis_jax.evals.progress import Progress
+from diffdis_jax.models import lgr
+
+# Classes by their training images, more than the first number and no more than the second.
+GROUPS = {
+  "many": (99, np.inf),
+  "median": (20, 99),
+  "low": (-1, 20),
+  "10shot": (-1, 10),
+  "5shot": (-1, 5),
+}
+
+
+class LongTail:
+  """Image-, Text- and KNN-Acc of a backbone; of a run with a head its accuracy too, each by groups of classes.
+
+  Args:
+    data: section of a long-tailed set's split, as `data.sources.open_source` takes it.
+    neighbours: sentences that vote in KNN-Acc.
+    visual_share: of the visual branch in the head's prediction: VL-LTR's 0.2, of iNaturalist 0.7.
+    fraction: of the side of an image's central square that is seen; VL-LTR's 0.875.
+    seed: of the query's noise, one for each image.
+
+  Raises:
+    UserError: other data, or damaged ones.
+  """
+
+  task = "long_tail"
+
+  def __init__(
+    self,
+    *,
+    data: Mapping[str, Any],
+    neighbours: int = 5,
+    visual_share: float = 0.2,
+    fraction: float = 0.875,
+    seed: int = 0,
+  ):
+    if data.get("name") not in long_tail.NAMES:
+      raise UserError(f"task long_tail is measured on {', '.join(long_tail.NAMES)}, not on {data.get('name')!r}")
+    check_number("neighbours", neighbours, at_least=1)
+    check_number("visual_share", visual_share, at_least=0.0, at_most=1.0)
+    check_number("fraction", fraction, above=0.0, at_most=1.0)
+    source = sources.open_source(**data)
+    assert isinstance(source, long_tail.LabelledSource)
+    self.source, self.labels, self._data = source, source.labels, data
+    where = {name: value for name, value in data.items() if name not in ("split", "image_size")}
+    self.corpus = long_tail.open_corpus(**where)
+    self.train_counts = long_tail.train_counts(**where)
+    self._neighbours, self._visual_share, self._fraction, self._seed = neighbours, visual_share, fraction, seed
+
+  def protocol(self, inference: Any) -> dict[str, Any]:
+    """How `run` measures with this inference."""
+    group = lambda name: int(in_group(self.train_counts, name).sum())
+    return {
+      **inference.protocol,
+      "seed": self._seed,
+      "data": self._data["name"],
+      "split": self._data.get("split"),
+      "num_images": len(self.labels),
+      "num_sentences": len(self.corpus.labels),
+      "num_classes": len(self.corpus.classnames),
+      "classes_of_groups": {name: group(name) for name in GROUPS},
+      "neighbours": self._neighbours,
+      "visual_share": self._visual_share,
+      "fraction": self._fraction,
+      "ties": "the first counts",
+    }
+
+  def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
+    """image_acc: an image's nearest sentence is of its class. text_acc: a sentence's nearest image is of its class.
+    knn_acc: most of an image's nearest sentences are. acc: the head's prediction, and acc_summed_GROUP by the sum of
+    its branches' logits, by which VL-LTR gives its groups."""
+    indices = np.arange(len(self.labels))
+    images = base.embed_images(inference, params, self.source, indices, seed=self._seed, fraction=self._fraction)
+    texts, of_text = base.embed_texts(inference, params, self.corpus.flat), self.corpus.labels
+    classes = of_text[nearest.nearest(images, texts, count=self._neighbours)]
+    found = self.labels[nearest.nearest(texts, images, count=1)[:, 0]]
+    metrics = {"text_acc": float((found == of_text).mean())}
+    metrics |= self._by_group("image_acc", classes[:, 0] == self.labels)
+    metrics |= self._by_group("knn_acc", nearest.vote(classes) == self.labels)
+    if inference.network.model.head is not None:
+      logits = self._class_logits(inference, params)
+      predicted = np.asarray(lgr.mixed_prediction(jnp.asarray(logits).swapaxes(0, 1), self._visual_share))
+      metrics |= self._by_group("acc", predicted.argmax(axis=1) == self.labels)
+      for number, branch in enumerate(("visual", "language")):
+        metrics[f"acc_{branch}"] = float((logits[:, number].argmax(axis=1) == self.labels).mean())
+      metrics |= self._by_group("acc_summed", logits.sum(axis=1).argmax(axis=1) == self.labels)
+    return metrics
+
+  def _class_logits(self, inference: Any, params: Mapping[str, Any]) -> Float[np.ndarray, "n 2 k"]:
+    indices = np.arange(len(self.labels))
+    found, progress = [], Progress("classified", len(indices), "images")
+    chunks = base.chunks(self.source, indices, image_size=inference.image_size, fraction=self._fraction)
+    for i, images in enumerate(chunks):
+      found.append(inference.class_logits(params, images, seed=self._seed + i * base.CHUNK))
+      progress.add(len(images))
+    return np.concatenate(found)
+
+  def _by_group(self, name: str, right: Bool[np.ndarray, " n"]) -> dict[str, float]:
+    """The share of right answers, and that among the images of each group that has any."""
+    metrics = {name: float(right.mean())}
+    for group in GROUPS:
+      of_group = in_group(self.train_counts, group)[self.labels]
+      if of_group.any():
+        metrics[f"{name}_{group}"] = float(right[of_group].mean())
+    return metrics
+
+
+def in_group(train_counts: Int[np.ndarray, " k"], group: str) -> Bool[np.ndarray, " k"]:
+  """Whether each class is in one of GROUPS."""
+  above, at_most = GROUPS[group]
+  return (train_counts > above) & (train_counts <= at_most)

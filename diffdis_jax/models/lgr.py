@@ -1,0 +1,81 @@
+"""The language-guided head of VL-LTR (Tian et al., ECCV 2022): what classifies images after long-tailed stage 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Float
+
+from diffdis_jax.models.layers import LayerNorm
+from diffdis_jax.structs import AnyArray
+
+VISUAL_DEVIATION = 0.02  # of the initial kernels of the visual branch
+_MIN_SQUARE = 1e-24
+
+
+@struct.dataclass
+class ClassLogits:
+  """What the two branches say of each image."""
+
+  visual: Float[AnyArray, "b k"]
+  language: Float[AnyArray, "b k"]
+
+
+class LanguageGuidedHead(nnx.Module):
+  """Two classifiers of one image feature f: an MLP, and attention over each class's own anchor sentences.
+
+  All of it is computed in f32. The head has 5 d² parameters or so, d the width of f.
+
+  Args:
+    width: of f and of a sentence's embedding, d.
+    classes: how many, k.
+    anchors: sentences of each class, s. A class with fewer has rows of zeros at its end, which get no attention.
+  """
+
+  def __init__(self, *, width: int, classes: int, anchors: int, rngs: nnx.Rngs):
+    # VL-LTR's is cut at ± 2, which is a hundred deviations away.
+    init = nnx.initializers.normal(VISUAL_DEVIATION)
+    dense = lambda din, dout, kernel_init, use_bias: nnx.Linear(
+      din, dout, use_bias=use_bias, kernel_init=kernel_init, param_dtype=jnp.float32, rngs=rngs
+    )
+    identity = lambda key, shape, dtype=jnp.float32, **_: jnp.eye(*shape, dtype=dtype)
+    self.fc1: Any = dense(width, 4 * width, init, True)
+    self.fc2: Any = dense(4 * width, classes, init, True)
+    self.query_norm = LayerNorm(width, rngs=rngs)
+    self.key_norm = LayerNorm(width, rngs=rngs)
+    self.q: Any = dense(width, width, identity, False)
+    self.k: Any = dense(width, width, identity, False)
+    # T_c, which selection fills (evals/anchors.py).
+    self.anchors = nnx.Param(jnp.zeros((classes, anchors, width), jnp.float32))
+
+  def __call__(self, f: Float[Array, "b d"], logit_scale: Float[Array, ""]) -> ClassLogits:
+    """V: fc2(relu(fc1(f))).  L: exp(logit_scale) · cos(f, g_c), g_c = softmax(Wq LN(f) · Wk LN(T_c) / √d) T_c."""
+    f = f.astype(jnp.float32)
+    visual = self.fc2(jax.nn.relu(self.fc1(f)))
+    sentences = self.anchors[...]
+    query, keys = self.q(self.query_norm(f[:, None])[:, 0]), self.k(self.key_norm(sentences))
+    scores = jnp.einsum("bd,ksd->bks", query, keys) / jnp.sqrt(jnp.float32(f.shape[-1]))
+    there = jnp.any(sentences != 0.0, axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1, where=there)
+    g = jnp.einsum("bks,ksd->bkd", weights, sentences)
+    cosines = jnp.einsum("bd,bkd->bk", unit(f), unit(g))
+    return ClassLogits(visual=visual, language=jnp.exp(logit_scale.astype(jnp.float32)) * cosines)
+
+
+def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+  """x / ‖x‖₂ over the last axis; finite for 0."""
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), _MIN_SQUARE))
+
+
+def mixed_prediction(logits: Float[Array, "2 b k"], visual_share: float) -> Float[Array, "b k"]:
+  """a · softmax(V) + (1 − a) · softmax(L): the class with the most of it is the answer (VL-LTR's a: 0.2).
+
+  Args:
+    logits: of the visual branch, then of the language branch.
+    visual_share: a.
+  """
+  visual, language = jax.nn.softmax(logits, axis=-1)
+  return visual_share * visual + (1.0 - visual_share) * language

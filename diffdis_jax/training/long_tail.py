@@ -1,0 +1,158 @@
+"""Long-tailed recognition after VL-LTR (Tian et al., ECCV 2022), the paper's Table 8: what its two stages minimise.
+
+How DiffDis takes the place of VL-LTR's dual encoder is not stated by the paper. Here an image is ê_0 from pure noise at
+the last step of the text process, as in the paper's Algorithm 3, and a sentence is its text query e. No noised sentence
+goes in at the image's side: it would name the class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from diffdis_jax.errors import check_choice, check_number
+from diffdis_jax.models.build import Network
+from diffdis_jax.models.clip import Clip
+from diffdis_jax.models.diffdis import DiffDis
+from diffdis_jax.parallel import sharding
+from diffdis_jax.structs import LabelledBatch
+from diffdis_jax.training import encode, losses, mixing
+from diffdis_jax.training.draws import Keys
+from diffdis_jax.training.metrics import Metrics, mean_of
+
+ANCHOR_CHOICES = ("linear_loss", "first", "random")
+ANCHOR_IMAGES = ("val", "train50")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongTail:
+  """A config's `long_tail` section. The values are VL-LTR's.
+
+  Attributes:
+    label_smoothing: ε of both stages' targets.
+    distill_weight: β of stage 1's L = (1 − β) L_class + β L_distill.
+    mixup, cutmix: a of their Beta(a, a) in stage 2; 0 leaves one out.
+    cutmix_share: how often it is CutMix where both are there.
+    anchor_choice: which sentences of a class stage 2 keeps, one of ANCHOR_CHOICES: those of the smallest linear loss
+      (AnSS); or for comparison the first of its text, or random ones.
+    anchor_images: what the linear loss is taken on, one of ANCHOR_IMAGES: the validation split, as VL-LTR's shipped
+      configs do, or the first 50 training images of each class, as its README says.
+    fraction: of the side of an image's central square that is seen there, 224 px of 256.
+
+  Raises:
+    UserError: a value out of its range.
+  """
+
+  label_smoothing: float = 0.1
+  distill_weight: float = 0.5
+  mixup: float = 0.8
+  cutmix: float = 1.0
+  cutmix_share: float = 0.5
+  anchor_choice: str = "linear_loss"
+  anchor_images: str = "val"
+  fraction: float = 0.875
+
+  def __post_init__(self) -> None:
+    check_number("label_smoothing", self.label_smoothing, at_least=0.0, below=1.0)
+    for name in ("distill_weight", "cutmix_share"):
+      check_number(name, getattr(self, name), at_least=0.0, at_most=1.0)
+    for name in ("mixup", "cutmix"):
+      check_number(name, getattr(self, name), at_least=0.0)
+    check_number("fraction", self.fraction, above=0.0, at_most=1.0)
+    check_choice("anchor_choice", self.anchor_choice, ANCHOR_CHOICES)
+    check_choice("anchor_images", self.anchor_images, ANCHOR_IMAGES)
+
+
+def stage_loss(
+  model: DiffDis | Clip, teacher: DiffDis | Clip | None, batch: LabelledBatch, keys: Keys, **settings: Any
+) -> tuple[Float[Array, ""], Metrics]:
+  """Stage 1's loss where there is a teacher, else stage 2's; `settings` as the two take them."""
+  if teacher is None:
+    return head_loss(model, batch, keys, **settings)
+  return class_contrastive_loss(model, teacher, batch, keys, **settings)
+
+
+def class_contrastive_loss(
+  model: DiffDis | Clip,
+  teacher: DiffDis | Clip,
+  batch: LabelledBatch,
+  keys: Keys,
+  *,
+  network: Network,
+  section: LongTail,
+  sample_posterior: bool,
+) -> tuple[Float[Array, ""], Metrics]:
+  """Stage 1: L = (1 − β) L_class + β L_distill on images, each with one sentence of its class.
+
+  Args:
+    teacher: the network as it was at the start; it sees the same images, noise and sentences.
+    sample_posterior: as objectives.Loss has it.
+  """
+  assert batch.tokens is not None  # data/build.py reads sentences for this objective
+  draws = _draw(keys, len(batch.label), network, sample_posterior)
+  embed = lambda model: (
+    losses.unit_norm(encode.image_features(model, batch.image, draws, network=network)),
+    model.encode_text(batch.tokens).e,
+  )
+  image, text = embed(model)
+  of_teacher = embed(teacher)
+  scale, gather = model.logit_scale[...], sharding.everywhere
+  classes = losses.class_contrastive(
+    image, text, scale, labels=batch.label, smoothing=section.label_smoothing, gather=gather
+  )
+  distilled = losses.distill(
+    image,
+    text,
+    scale,
+    teacher_image=of_teacher[0],
+    teacher_text=of_teacher[1],
+    teacher_logit_scale=teacher.logit_scale[...],
+    gather=gather,
+  )
+  metrics: Metrics = {
+    "loss_class_contrastive": mean_of(classes.loss[None]),
+    "loss_distill": mean_of(distilled[None]),
+    "class_accuracy": mean_of(classes.accuracy[None]),
+    "temperature": mean_of(jnp.exp(scale)[None]),
+  }
+  return (1.0 - section.distill_weight) * classes.loss + section.distill_weight * distilled, metrics
+
+
+def head_loss(
+  model: DiffDis | Clip,
+  batch: LabelledBatch,
+  keys: Keys,
+  *,
+  network: Network,
+  section: LongTail,
+  sample_posterior: bool,
+) -> tuple[Float[Array, ""], Metrics]:
+  """Stage 2: cross-entropy of the visual branch plus that of the language branch, on mixed images and targets."""
+  images, head = batch.image, network.model.head
+  assert head is not None  # models/build.py
+  mix = mixing.draw_mix(
+    keys["mix"],
+    size=images.shape[1],
+    mixup=section.mixup,
+    cutmix=section.cutmix,
+    cutmix_share=section.cutmix_share,
+  )
+  target = mixing.mix_targets(batch.label, mix, classes=head.classes, smoothing=section.label_smoothing)
+  draws = _draw(keys, len(batch.label), network, sample_posterior)
+  f = encode.image_features(model, mixing.mix_images(images, mix), draws, network=network)
+  logits = model.head(f, model.logit_scale[...])
+  visual, language = (losses.soft_cross_entropy(x, target) for x in (logits.visual, logits.language))
+  metrics: Metrics = {"loss_visual": mean_of(visual), "loss_language": mean_of(language)}
+  return visual.mean() + language.mean(), metrics
+
+
+def _draw(keys: Keys, b: int, network: Network, sample_posterior: bool) -> encode.FeatureDraws:
+  """New at each step; of a CLIP nothing, and what a network has no use for, the compiler leaves out."""
+  if network.is_clip:
+    return encode.FeatureDraws()
+  noise_e = jax.random.normal(keys["noise_e"], (b, network.model.query_width))
+  return encode.FeatureDraws(noise_e=noise_e, posterior=keys["posterior"] if sample_posterior else None)

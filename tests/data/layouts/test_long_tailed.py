@@ -1,0 +1,88 @@
+"""Places-LT's and ImageNet-LT's lists, on a fabricated copy of three classes."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffdis_jax.data import long_tail, sources
+from diffdis_jax.data.layouts import long_tailed
+from diffdis_jax.data.layouts.long_tailed import LongTailed
+from diffdis_jax.errors import UserError
+
+LISTS = {"train": [0, 0, 0, 1, 1, 2], "val": [0, 1, 2], "test": [0, 1, 2, 2]}
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+  counts = {split: len(labels) for split, labels in LISTS.items()}
+  monkeypatch.setitem(long_tailed.SETS, "places_lt", LongTailed("Places_LT", 3, counts, wordnet=False))
+  (tmp_path / "wiki").mkdir()
+  for number in range(3):
+    (tmp_path / "wiki" / f"desc_{number}.txt").write_text("A place.")
+  (tmp_path / "labels.txt").write_text("attic 0\nbar 1\nzoo/park 2\n")
+  for split, labels in LISTS.items():
+    lines = []
+    for i, label in enumerate(labels):
+      path = tmp_path / ("train" if split == "val" else split) / f"c{label}" / f"{split}{i}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(np.full((4, 4, 3), 10 * i + label, np.uint8)).save(path)
+      lines.append(f"{path.relative_to(tmp_path)} {label}\n")
+    (tmp_path / f"Places_LT_{split}.txt").write_text("".join(lines))
+  return tmp_path
+
+
+def test_published_counts():
+  places, imagenet = long_tailed.SETS["places_lt"], long_tailed.SETS["imagenet_lt"]
+  assert (places.classes, *places.counts.values()) == (365, 62_500, 7_300, 36_500)
+  assert (imagenet.classes, *imagenet.counts.values()) == (1000, 115_846, 20_000, 50_000)
+
+
+@pytest.mark.parametrize("split", LISTS)
+def test_a_split(places, split):
+  source = sources.open_source(name="places_lt", path=places, split=split, image_size=32)
+  assert isinstance(source, long_tail.LabelledSource)
+  assert source.labels.tolist() == LISTS[split]
+  record = source[2]
+  assert (record["label"], record["class"]) == (LISTS[split][2], source.classnames[LISTS[split][2]])
+  assert source.classnames[2] == "zoo park" and record["image"].startswith(b"\x89PNG")
+
+
+def test_counts_and_corpus(places):
+  section = dict(name="places_lt", path=places)
+  assert long_tail.train_counts(**section).tolist() == [3, 2, 1]
+  found = long_tail.open_corpus(**section)
+  assert found.classnames == ("attic", "bar", "zoo park") and len(found.sentences[0]) == 81
+
+
+def test_missing_images_are_counted(places):
+  for file in (places / "train" / "c0").glob("train*"):
+    file.unlink()
+  with pytest.raises(UserError, match=r"3 of the 6 images that .*train.txt names are missing, the first .*train0.png"):
+    sources.open_source(name="places_lt", path=places, image_size=32)
+  assert long_tail.train_counts(name="places_lt", path=places).tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+  "file, content, message",
+  [
+    ("Places_LT_train.txt", "train/c0/train0.png 0\n", "names 1 images, and should name 6"),
+    ("Places_LT_train.txt", "one line without label\n" * 6, "has the line 'one line without label'"),
+    ("Places_LT_train.txt", "train/c0/train0.png 0\n" * 6, "has no image of class 1"),
+    ("Places_LT_train.txt", "a 0\nb 1\nc 2\nd 3\ne 0\nf 0\n", "has the label 3; places_lt has 3 classes"),
+    ("Places_LT_train.txt", "", "is empty"),
+    ("labels.txt", "attic 0\n", "names 1 classes, and places_lt has 3"),
+  ],
+)
+def test_damaged_lists(places, file, content, message):
+  (places / file).write_text(content)
+  with pytest.raises(UserError, match=message) as error:
+    sources.open_source(name="places_lt", path=places, image_size=32)
+  assert "\n" not in str(error.value)
+
+
+def test_no_list_and_no_split(places):
+  (places / "Places_LT_test.txt").unlink()
+  with pytest.raises(UserError, match="download the published list"):
+    sources.open_source(name="places_lt", path=places, split="test", image_size=32)
+  with pytest.raises(UserError, match="no split 'all'; there are train, val, test"):
+    sources.open_source(name="places_lt", path=places, split="all", image_size=32)

@@ -1,0 +1,131 @@
+"""Sentences of classes: by hand-written answers."""
+
+import numpy as np
+import pytest
+
+from diffdis_jax.data import corpus, long_tail
+from diffdis_jax.data.corpus import Corpus
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
+
+PAGE = """
+An airfield is a place. Planes land there.
+
+== History ==
+It began in 1910.
+== See also ==
+Airport
+=== Details ===
+A detail.
+== References ==
+A book. Another book.
+== External links ==
+A page.
+== Further reading ==
+More.
+== Bibliography ==
+Much more.
+"""
+
+
+@pytest.mark.parametrize(
+  "text, sentences",
+  [
+    ("One. Two? Three", ("One.", "Two?", "Three")),
+    ("Glued.Next comes. and this too.", ("Glued.", "Next comes.", "and this too.")),
+    ("J. Smith met F. Kahlo. They ate.", ("J. Smith met F. Kahlo.", "They ate.")),
+    ("A fruit, e.g. Apples or i.e. Pears. Both fall.", ("A fruit, e.g. Apples or i.e. Pears.", "Both fall.")),
+    ("It was in the U.S. Army. Over", ("It was in the U.S. Army.", "Over")),
+    ("Dr. No came at 3.5 km/h. Mr. X left.", ("Dr.", "No came at 3.5 km/h.", "Mr.", "X left.")),
+    ("what is it?who knows.", ("what is it?who knows.",)),
+    ("over\ntwo lines. And\nmore! Still one.", ("over\ntwo lines.", "And\nmore! Still one.")),
+    ("  .  ", (".",)),
+    ("", ()),
+  ],
+)
+def test_sentences(text, sentences):
+  assert corpus.split(text) == sentences
+
+
+def test_a_page_has_its_summary_and_all_but_four_sections():
+  text = corpus.page_text(PAGE)
+  assert text == "An airfield is a place. Planes land there.\nIt began in 1910.\nAirport\nA detail."
+
+
+def test_of_two_sections_of_one_title_the_later_stands_in_the_first_ones_place():
+  assert corpus.page_text("s\n== A ==\none\n== B ==\ntwo\n== A ==\nthree") == "s\nthree\ntwo"
+
+
+def test_eighty_prompts_then_the_text_without_a_break():
+  sentences = corpus.sentences_of("airfield", "An airfield is flat. It is long.")
+  assert len(sentences) == 82 and sentences[0] == "a bad photo of a airfield ."
+  assert sentences[80:] == ("An airfield is flat.", "It is long.")
+  glued = corpus.sentences_of("airfield", "airfields are flat. It is long.")
+  assert glued[79:] == (f"{sentences[79]}airfields are flat.", "It is long.")
+
+
+def write(root, names, pages):
+  (root / "wiki").mkdir()
+  (root / "labels.txt").write_text("".join(f"{name} {number}\n" for number, name in names))
+  for number, page in pages.items():
+    (root / "wiki" / f"desc_{number}.txt").write_bytes(page)
+  return root
+
+
+def test_a_folder(tmp_path):
+  pages = {0: b"A yard.", 1: "Ein Café.".encode(), 2: "看 A place.".encode("gbk")}
+  write(tmp_path, [(2, "zoo"), (0, "art_school/indoor"), (1, "bar")], pages)
+  found = corpus.read_corpus(tmp_path, wordnet=False)
+  assert found.classnames == ("art school indoor", "bar", "zoo")
+  assert [own[-1] for own in found.sentences] == ["A yard.", "Ein Café.", f"{found.sentences[2][-1]}"]
+  assert found.sentences[2][-1].endswith("看 A place.")
+  assert len(found.flat) == len(found.labels) and found.labels[-1] == 2
+
+
+def test_imagenets_classes_are_in_the_order_of_their_wordnet_numbers(tmp_path):
+  (tmp_path / "labels.txt").write_text("n02 1 great_white\nn01 2 tench\n")
+  assert corpus.read_names(tmp_path / "labels.txt", wordnet=True) == ["tench", "great white"]
+
+
+@pytest.mark.parametrize(
+  "names, pages, message",
+  [
+    ([(0, "a"), (1, "b"), (2, "c")], {0: b"A."}, "2 of 3 classes have no text, the first 'b': no file"),
+    ([(0, "a")], {0: b"== References ==\nA book."}, "desc_0.txt has no text"),
+    ([(0, "a")], {0: b"\xff\xff\xff"}, "neither UTF-8 nor GBK"),
+    ([(0, "a"), (2, "b")], {}, "2 lines, whose numbers should be 0 to 1"),
+    ([("x", "a")], {}, "a line without a class's number at its end"),
+  ],
+)
+def test_damaged_folders(tmp_path, names, pages, message):
+  write(tmp_path, names, pages)
+  with pytest.raises(UserError, match=message) as error:
+    corpus.read_corpus(tmp_path, wordnet=False)
+  assert "\n" not in str(error.value)
+
+
+def test_no_folder(tmp_path):
+  with pytest.raises(UserError, match="cannot read .*labels.txt"):
+    corpus.read_corpus(tmp_path, wordnet=False)
+
+
+def test_tokens_are_made_once(tmp_path):
+  own = Corpus(("a", "b"), (("one.", "two words."), ("three.",)))
+  calls = []
+
+  def tokenizer(sentences):
+    calls.append(len(sentences))
+    return Tokenizer(8)(sentences)
+
+  made = [long_tail.kept_tokens(own, tokenizer, max_length=8, folder=str(tmp_path)) for _ in range(2)]
+  assert calls == [3] and len([*tmp_path.iterdir()]) == 1
+  for tokens in made:
+    np.testing.assert_array_equal(tokens.ids, Tokenizer(8)(own.flat))
+    assert tokens.starts.tolist() == [0, 2, 3]
+  (file,) = tmp_path.iterdir()
+  file.write_bytes(file.read_bytes()[:100])
+  long_tail.kept_tokens(own, tokenizer, max_length=8, folder=str(tmp_path))
+  assert calls == [3, 3]
+  rng = np.random.default_rng(0)
+  drawn = {made[0].draw(0, rng).tobytes() for _ in range(50)}
+  assert drawn == {row.tobytes() for row in made[0].ids[:2]}

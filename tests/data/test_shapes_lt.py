@@ -1,0 +1,51 @@
+"""The long-tailed shapes: counts, groups, sentences."""
+
+import numpy as np
+import pytest
+
+from diffdis_jax.data import long_tail, shapes_lt, sources
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals.long_tail import in_group
+
+SHAPES = dict(name="shapes_lt", image_size=16)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_counts_are_a_long_tail(seed):
+  counts = long_tail.train_counts(name="shapes_lt", seed=seed)
+  assert (counts.sum(), counts.max(), counts.min(), len(counts)) == (2810, 200, 2, 64)
+  assert [in_group(counts, group).sum() for group in ("many", "median", "low")] == [10, 22, 32]
+
+
+def test_the_seed_decides_which_class_is_rare():
+  assert (shapes_lt.counts(0) != shapes_lt.counts(1)).any()
+
+
+@pytest.mark.parametrize("split, length", [("train", 2810), ("val", 1280), ("test", 1280)])
+def test_records(split, length):
+  source = sources.open_source(**SHAPES, split=split)
+  assert len(source) == length == len(source.labels)
+  record = source[length - 1]
+  assert record["class"] == "pink crescent" and record["label"] == 63 and record["image"].shape == (16, 16, 3)
+  np.testing.assert_array_equal(record["image"], sources.open_source(**SHAPES, split=split)[length - 1]["image"])
+  other = sources.open_source(**SHAPES, split=split, seed=1)[length - 1]["image"]
+  assert (record["image"] != other).any()
+
+
+def test_a_split_that_there_is_not():
+  with pytest.raises(UserError, match="shapes_lt has no split 'all'"):
+    sources.open_source(**SHAPES, split="all")
+
+
+def test_sentences():
+  corpus = shapes_lt.make_corpus(0)
+  assert {len(own) for own in corpus.sentences} == {140}
+  assert len(shapes_lt.ABOUT) == 20 and len(shapes_lt.NOTHING) + shapes_lt.OTHERS == 40
+  # In order where the number is even, shuffled where it is odd.
+  assert (
+    corpus.sentences[0][0] == "a bad photo of a red circle ."
+    and corpus.sentences[0][81] == "Every circle has no corner."
+  )
+  assert corpus.sentences[1][0] != "a bad photo of a red square ."
+  assert "a bad photo of a red square ." in corpus.sentences[1]
+  assert corpus == shapes_lt.make_corpus(0) and corpus != shapes_lt.make_corpus(1)

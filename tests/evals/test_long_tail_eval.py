@@ -1,0 +1,205 @@
+"""Table 8's figures of a model whose vectors are known, against counting by hand."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import types
+
+import numpy as np
+import pytest
+
+from diffdis_jax import evals
+from diffdis_jax.data import shapes_lt
+from diffdis_jax.data.build import read_data
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import anchors, base, tables
+from diffdis_jax.evals.long_tail import GROUPS, LongTail
+from diffdis_jax.training import long_tail as stages
+from tests import tiny_lt
+from tests.once import shared_folder
+
+SIZE, LENGTH = 16, 16
+DATA = dict(name="shapes_lt", split="test", image_size=SIZE)
+CLASSES = 64
+
+
+class Inference:
+  """Embeds a sentence by its words, and an image by its class's name and noise; of the head, logits at random."""
+
+  image_size, max_length, protocol = SIZE, LENGTH, {"steps": 1}
+
+  def __init__(self, labels, head=True, noise=0.6):
+    self.labels, self.noise, self.done = labels, noise, 0
+    self.tokenizer = Tokenizer(LENGTH)
+    head_size = types.SimpleNamespace(classes=CLASSES, anchors=3) if head else None
+    self.network = types.SimpleNamespace(model=types.SimpleNamespace(head=head_size))
+    self.logits = np.random.default_rng(1).normal(size=(len(labels), 2, CLASSES)).astype(np.float32)
+    self.logits[np.arange(len(labels)), :, labels] += 2
+
+  def embed_texts(self, params, tokens):
+    vectors = [
+      sum((_vector(token) for token in row[1:] if token < 49406), start=np.zeros(48)) for row in tokens.tolist()
+    ]
+    return _unit(np.stack(vectors))
+
+  text_features = embed_texts
+
+  def embed_images(self, params, images, *, seed):
+    assert images[np.arange(2)].shape == (2, SIZE, SIZE, 3)
+    own = self.labels[images.indices]
+    names = self.embed_texts(params, self.tokenizer([shapes_lt.CLASSNAMES[label] for label in own]))
+    return _unit(names + self.noise * np.random.default_rng(seed).normal(size=names.shape) / np.sqrt(48))
+
+  def class_logits(self, params, images, *, seed):
+    return self.logits[images.indices]
+
+
+@functools.cache
+def _vector(token):
+  return np.random.default_rng(token).normal(size=48)
+
+
+def _unit(x):
+  return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+  """Of tokens."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(shared_folder(tmp_path_factory) / "cache"))
+
+
+@pytest.fixture(scope="module")
+def measured():
+  evaluation = LongTail(data=DATA, fraction=1.0)
+  inference = Inference(evaluation.labels)
+  return evaluation, inference, evaluation.run(inference, {"logit_scale": 2.0})
+
+
+def test_image_text_and_knn_accuracy_by_hand(measured):
+  evaluation, inference, metrics = measured
+  images = base.embed_images(inference, {}, evaluation.source, np.arange(len(evaluation.labels)), seed=0)
+  texts = inference.embed_texts({}, inference.tokenizer(evaluation.corpus.flat))
+  scores, of_text = images @ texts.T, evaluation.corpus.labels
+  order = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+  image_right = of_text[order[:, 0]] == evaluation.labels
+  votes = [collections.Counter(of_text[row].tolist()).most_common(1)[0][0] for row in order]
+  knn_right = np.array(votes) == evaluation.labels
+  assert metrics["image_acc"] == pytest.approx(image_right.mean(), abs=2e-3)
+  assert metrics["knn_acc"] == pytest.approx(knn_right.mean(), abs=2e-3)
+  text_right = evaluation.labels[scores.argmax(axis=0)] == of_text
+  assert metrics["text_acc"] == pytest.approx(text_right.mean(), abs=2e-3)
+  assert 0.2 < metrics["text_acc"] < 0.95 and 0.2 < metrics["image_acc"] < 0.99
+
+
+def test_groups_go_by_training_images(measured):
+  evaluation, inference, metrics = measured
+  counts = shapes_lt.counts(0)[evaluation.labels]
+  softmax = lambda x: np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
+  visual, language = inference.logits.astype(np.float64).swapaxes(0, 1)
+  right = (0.2 * softmax(visual) + 0.8 * softmax(language)).argmax(axis=1) == evaluation.labels
+  summed = (visual + language).argmax(axis=1) == evaluation.labels
+  of_group = dict(
+    many=counts > 99,
+    median=(counts > 20) & (counts <= 99),
+    low=counts <= 20,
+    **{"10shot": counts <= 10, "5shot": counts <= 5},
+  )
+  assert metrics["acc"] == pytest.approx(right.mean())
+  for group in GROUPS:
+    assert metrics[f"acc_{group}"] == pytest.approx(right[of_group[group]].mean())
+    assert metrics[f"acc_summed_{group}"] == pytest.approx(summed[of_group[group]].mean())
+  whole = sum(metrics[f"acc_{group}"] * of_group[group].sum() for group in ("many", "median", "low"))
+  assert whole / len(counts) == pytest.approx(metrics["acc"])
+  assert metrics["acc"] != metrics["acc_summed"] and metrics["acc_visual"] < metrics["acc_summed"]
+
+
+def test_a_backbone_alone_has_three_figures():
+  evaluation = LongTail(data=DATA, fraction=1.0)
+  metrics = evaluation.run(Inference(evaluation.labels, head=False), {})
+  assert {"image_acc", "text_acc", "knn_acc", "knn_acc_low"} <= metrics.keys()
+  assert not [name for name in metrics if name.startswith("acc")]
+
+
+def test_the_protocol_says_how(measured):
+  evaluation, inference, _ = measured
+  protocol = evaluation.protocol(inference)
+  assert protocol["classes_of_groups"] | {"many": 10, "median": 22, "low": 32} == protocol["classes_of_groups"]
+  assert (protocol["num_images"], protocol["num_sentences"], protocol["fraction"]) == (1280, 64 * 140, 1.0)
+  assert protocol["visual_share"] == 0.2 and protocol["neighbours"] == 5 and protocol["split"] == "test"
+
+
+def test_the_table_has_the_papers_layout(measured):
+  evaluation, inference, metrics = measured
+  record = base.make_record(
+    dataset="test",
+    model="m",
+    pretrained="run",
+    task="long_tail",
+    metrics=metrics,
+    protocol=evaluation.protocol(inference),
+  )
+  first_stage = {**record, "metrics": {name: value for name, value in metrics.items() if not name.startswith("acc")}}
+  table = tables.table({"one": {"long_tail": {"test": record}}, "two": {"long_tail": {"test": first_stage}}})
+  lines = table.splitlines()
+  assert "|  | Image-Acc | Text-Acc | KNN-Acc | Acc | Acc, many | median | low |" in lines
+  assert "| the paper's CLIP ViT-L/14 | 31.4 | 38.1 | 35.5 | 40.5 | – | – | – |" in lines
+  assert "| the paper's DiffDis | 37.0 | 52.5 | 40.5 | 44.4 | – | – | – |" in lines
+  (row,) = [line for line in lines if line.startswith("| one |")]
+  assert [f"{100 * metrics[name]:.2f}" for name in ("image_acc", "text_acc", "knn_acc", "acc")] == [
+    cell.strip() for cell in row.split("|")[2:6]
+  ]
+  (row,) = [line for line in lines if line.startswith("| two |")]
+  assert row.endswith("| – | – | – | – |") and "Other sets" not in table
+
+
+def test_anchors_leave_distractors_out():
+  """By the linear loss fewer of them are kept than the 40 of 140 that chance keeps."""
+  config = tiny_lt.get_config("stage=2")
+  config.image_size = SIZE
+  data = read_data(config)
+  for images in ("val", "train50"):
+    section = stages.LongTail(fraction=1.0, anchor_images=images)
+    selection = anchors.Selection(data, section, classes=CLASSES, count=64, seed=0)
+    model = Inference(selection._source.labels, noise=0.3)
+    chosen = selection.run(model, {"logit_scale": np.float32(3.0)})
+    assert chosen.embeddings.shape == (CLASSES, 64, 48) and (np.diff(chosen.losses, axis=1) >= 0).all()
+    shares = []
+    for (colour, shape), own in zip(shapes_lt.PAIRS, chosen.describe(selection.corpus).values(), strict=True):
+      about = {
+        template.format(colour=colour, shape=shape, corners=shapes_lt._CORNERS[shape]) for template in shapes_lt.ABOUT
+      }
+      tells = [f"{colour} {shape} ." in each["sentence"] or each["sentence"] in about for each in own]
+      named = [f"{colour} {shape}" in each["sentence"] for each in own]
+      shares.append(1 - np.logical_or(tells, named).mean())
+    assert np.mean(shares) < 0.5 * 40 / 140
+
+
+def test_a_class_without_images_or_of_another_number():
+  data = read_data(tiny_lt.get_config("stage=2"))
+  with pytest.raises(UserError, match="model.head.classes is 65, and the text corpus has 64 classes"):
+    anchors.Selection(data, stages.LongTail(), classes=65, count=3, seed=0)
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    (dict(data=dict(DATA, name="shapes")), "task long_tail is measured on shapes_lt, places_lt, imagenet_lt"),
+    (dict(data=DATA, fraction=0.0), "fraction is 0.0"),
+    (dict(data=DATA, visual_share=1.5), "visual_share is 1.5"),
+    (dict(data=DATA, neighbours=0), "neighbours is 0"),
+  ],
+)
+def test_settings_that_measure_nothing(settings, message):
+  with pytest.raises(UserError, match=message):
+    evals.create("long_tail", **settings)
+
+
+def test_the_middle_of_an_image():
+  image = np.zeros((32, 64, 3), np.uint8)
+  image[:, 16:48] = np.arange(32, dtype=np.uint8)[:, None]
+  middle = base.to_square(image, 28, fraction=0.875)
+  np.testing.assert_array_equal(middle, image[2:30, 18:46])
+  assert int(224 / 0.875) == 256

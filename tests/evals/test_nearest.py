@@ -1,0 +1,79 @@
+"""Neighbours, votes and the linear loss against numpy over all pairs, ties included."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from diffdis_jax.evals import anchors, nearest
+
+IMAGES, SENTENCES, CLASSES = 30, 50, 6
+
+
+def make(seed=0):
+  """Vectors of small whole numbers, so that many scores are equal and all are exact."""
+  rng = np.random.default_rng(seed)
+  images, texts = (rng.integers(-1, 2, (n, 3)).astype(np.float32) for n in (IMAGES, SENTENCES))
+  image_labels = np.concatenate([np.arange(CLASSES), rng.integers(CLASSES, size=IMAGES - CLASSES)])
+  return images, texts, image_labels, rng.integers(CLASSES, size=SENTENCES)
+
+
+@pytest.mark.parametrize("block", [1, 4, 7, 50, 1000])
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_nearest_are_those_of_a_stable_sort(block, count):
+  images, texts, *_ = make()
+  scores = images @ texts.T
+  assert len(np.unique(scores)) < 10  # ties everywhere
+  expected = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+  np.testing.assert_array_equal(nearest.nearest(images, texts, count=count, block=block), expected)
+
+
+def test_more_queries_than_a_block(monkeypatch):
+  monkeypatch.setattr(nearest, "QUERIES", 8)
+  images, texts, image_labels, text_labels = make(1)
+  np.testing.assert_array_equal(nearest.nearest(texts, images, count=1)[:, 0], (texts @ images.T).argmax(axis=1))
+  common = dict(text_labels=text_labels, image_labels=image_labels, logit_scale=1.0)
+  in_parts = nearest.linear_loss(texts, images, **common)
+  monkeypatch.setattr(nearest, "QUERIES", 1024)
+  np.testing.assert_allclose(in_parts, nearest.linear_loss(texts, images, **common), rtol=1e-6)
+
+
+def test_fewer_keys_than_asked_for_and_nan():
+  assert nearest.nearest(np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32), count=5).tolist() == [[0, 1], [1, 0]]
+  keys = np.array([[np.nan, 0], [1, 0], [0, 1]], np.float32)
+  assert nearest.nearest(np.eye(2, dtype=np.float32), keys, count=1)[:, 0].tolist() == [1, 2]
+
+
+def test_a_vote_is_counters():
+  rows = np.random.default_rng(0).integers(4, size=(500, 5))
+  expected = [collections.Counter(row).most_common(1)[0][0] for row in rows.tolist()]
+  np.testing.assert_array_equal(nearest.vote(rows), expected)
+  assert nearest.vote(np.array([[3, 1, 1, 3, 2]])).tolist() == [3]
+
+
+def test_the_linear_loss_by_its_definition():
+  images, texts, image_labels, text_labels = make()
+  scale = 0.7
+  expected = []
+  for text, label in zip(texts.astype(np.float64), text_labels, strict=True):
+    scores = np.exp(scale) * images.astype(np.float64) @ text
+    log_p = scores - np.log(np.exp(scores).sum())
+    y = (image_labels == label) / (image_labels == label).sum()
+    expected.append(-(y * log_p).sum())
+  found = nearest.linear_loss(texts, images, text_labels=text_labels, image_labels=image_labels, logit_scale=scale)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_anchors_are_the_smallest_losses_in_order():
+  losses, starts = np.array([3.0, 1.0, 2.0, 1.0, 9.0, 8.0], np.float32), np.array([0, 4, 6])
+  choose = lambda choice, count: anchors.choose(losses, starts, choice, count=count, seed=0).tolist()
+  assert choose("linear_loss", 3) == [[1, 3, 2], [5, 4, -1]]
+  assert choose("first", 3) == [[0, 1, 2], [4, 5, -1]]
+  random = choose("random", 2)
+  assert random == choose("random", 2) and len(set(random[0])) == 2 and set(random[0]) <= {0, 1, 2, 3}
+  assert random[1] == [4, 5]
+
+
+def test_the_first_of_each_class():
+  labels = np.array([1, 0, 1, 1, 0, 2])
+  assert anchors.first_of_each(labels, 2).tolist() == [0, 1, 2, 4, 5]

@@ -1,0 +1,21 @@
+"""configs/shapes_lt.py, shrunk until a step compiles and runs in seconds; the network is that of the run `init`.
+
+Also a config file for command lines: --config=tests/tiny_lt.py:stage=1,init=WORKDIR
+"""
+
+from ml_collections import ConfigDict
+
+from configs import shapes_lt
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  config = shapes_lt.get_config(arg)
+  config.batch_size, config.num_steps = 16, 12
+  config.optim.epoch_steps = 2
+  config.optim.warmup_steps = min(2, config.optim.warmup_steps)
+  config.log_every, config.save_every, config.eval_every = 1, 4, 12
+  config.data.loader.update(num_threads=1, prefetch=2)
+  if "head" in config.model:
+    config.model.head.anchors = 3
+  config.train_evals = ()
+  return config
