@@ -43,7 +43,9 @@ def is_possible(n: int, m: int, d: int) -> bool:
 
 def choose_blocks(n: int, m: int, h: int) -> Blocks:
   """The largest blocks that divide n queries, a multiple of 128, and h heads, within MAX_SCORES scores."""
-  largest = lambda whole, unit, limit: max(size for size in range(unit, max(limit, unit) + 1, unit) if whole % size == 0)
+  largest = lambda whole, unit, limit: max(
+    size for size in range(unit, max(limit, unit) + 1, unit) if whole % size == 0
+  )
   queries = largest(n, LANES, min(n, MAX_SCORES // m))
   return Blocks(largest(h, 1, min(h, MAX_SCORES // (m * queries))), queries)
 
