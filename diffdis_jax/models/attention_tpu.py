@@ -1,8 +1,8 @@
 """Attention on TPUs in one kernel, written in Pallas: scores and weights never leave the chip.
 
-Arrays are [b, h, d, n]: channels lie in sublanes, tokens in lanes. Lanes come by 128 and sublanes by 8, so that a head of
-40 channels stays 40, where channels in lanes would be padded to 128. Scores are [m, n], keys by queries: their maximum
-and sum over keys are one row, as everything else that belongs to a query.
+Arrays are [b, h, d, n]: channels lie in sublanes, tokens in lanes. Lanes come by 128 and sublanes by 8, so that a head
+of 40 channels stays 40, where channels in lanes would be padded to 128. Scores are [m, n], keys by queries: their
+maximum and sum over keys are one row, as everything else that belongs to a query.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ def is_possible(n: int, m: int, d: int) -> bool:
 
 def choose_blocks(n: int, m: int, h: int) -> Blocks:
   """The largest blocks that divide n queries, a multiple of 128, and h heads, within MAX_SCORES scores."""
-  largest = lambda whole, unit, limit: max(
-    size for size in range(unit, max(limit, unit) + 1, unit) if whole % size == 0
-  )
-  queries = largest(n, LANES, min(n, MAX_SCORES // m))
-  return Blocks(largest(h, 1, min(h, MAX_SCORES // (m * queries))), queries)
+
+  def largest(whole: int, unit: int, limit: int) -> int:
+    return max(size for size in range(unit, max(min(limit, whole), unit) + 1, unit) if whole % size == 0)
+
+  queries = largest(n, LANES, MAX_SCORES // m)
+  return Blocks(largest(h, 1, MAX_SCORES // (m * queries)), queries)
 
 
 def attend_with_lse(

@@ -187,8 +187,8 @@ class Network:
     return "highest" if self.model.dtype == "float32" else "default"
 
   def traced_for(self, mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
-    """f, one of the network's programs, to be jitted: traced for the devices of `mesh`, with the network's precision and
-    attention."""
+    """f, one of the network's programs, to be jitted: traced for the devices of `mesh`, with the network's precision
+    and form of attention."""
     f = attention.by(self.model.attention_kernel)(f)
     return sharding.traced_for(mesh, f, matmul_precision=self.matmul_precision)
 
