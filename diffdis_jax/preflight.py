@@ -42,16 +42,19 @@ PACKAGE = pathlib.Path(__file__).parent
 
 def trace_program(name: str, config: ConfigDict, mesh: Mesh) -> programs.Program:
   """Raises UserError for a config that the mesh cannot run, or that lacks this program."""
+  # What operations are counted in: nothing is computed twice, and none of them is inside a kernel.
+  plain = ConfigDict(config).unlock()
+  plain.model.update(remat="none", attention_kernel="at_once")
   if name == "train":
-    without_remat = ConfigDict(config).unlock()
-    without_remat.model.remat = "none"
-    step, once = build_step(config, mesh), build_step(without_remat, mesh)
-    return programs.trace_train(step, once, read_data(config), batch_size=config.batch_size)
+    step, counted = build_step(config, mesh), build_step(plain, mesh)
+    return programs.trace_train(step, counted, read_data(config), batch_size=config.batch_size)
   if name not in config.objectives:
     raise UserError(f"--programs has {name}; this config's objectives are {', '.join(config.objectives)} alone")
   sampling = read_sampling(config.inference.to_dict())
-  inference = Inference(Network.of(config), sampling, mesh=mesh, batch_size=config.batch_size)
-  return programs.trace_inference(name, inference)
+  inference, counted = (
+    Inference(Network.of(each), sampling, mesh=mesh, batch_size=config.batch_size) for each in (config, plain)
+  )
+  return programs.trace_inference(name, inference, counted)
 
 
 def compile_one(
@@ -68,7 +71,7 @@ def compile_one(
     lowered = program.lower()
   shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   logging.info("%s: compiling for %d x %s (%s), compiler %s", name, mesh.size, target.chip.kind, shape, target.compiler)
-  compiled = targets.compile(lowered, target.chip)
+  compiled = targets.compile(lowered, target)
   if hlo:
     files.write_whole(epath.Path(hlo) / f"{name}.txt", compiled.text.encode())
   result = report.summarise(program, compiled, target, num_pairs=num_pairs, epochs=epochs if name == "train" else 0)
@@ -121,7 +124,7 @@ def cache_file(config: str, platform: str, present: targets.Target | None) -> ep
   for path in sorted(PACKAGE.rglob("*.py")):
     source.update(path.read_bytes())
   versions = {}
-  for name in ("jax", "jaxlib", "flax", "libtpu"):
+  for name in ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"):
     try:
       versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -147,14 +150,18 @@ def main(argv: Sequence[str]) -> None:
   platform = targets.choose_platform(FLAGS.platform, topology)
   if platform == "cpu" and topology and topology.is_tpu and FLAGS.platform is None:
     logging.warning("libtpu is not installed (pip install 'diffdis_jax[tpu]'); XLA compiles for CPU devices instead")
+  elif platform == "cpu" and topology and FLAGS.platform is None:
+    logging.warning(
+      "jax's CUDA plugin is not installed (pip install 'diffdis_jax[cuda]'); XLA compiles for CPU devices instead"
+    )
   targets.prepare(platform, topology, FLAGS.slices)
-  if platform == "tpu":
-    jax.config.update("jax_enable_compilation_cache", False)  # without a TPU, its programs cannot be read back
+  if platform != "cpu" and topology:
+    jax.config.update("jax_enable_compilation_cache", False)  # without the device, its programs cannot be read back
   else:
     cli.compilation_cache()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-  present = targets.find(platform, topology, FLAGS.slices) if platform == "cuda" else None
+  present = targets.find(platform, topology, FLAGS.slices) if topology is None else None
   kept = cache_file(FLAGS.config.to_json_best_effort(), platform, present)
   if kept.exists() and not FLAGS.hlo:
     results = json.loads(kept.read_text())
