@@ -3,10 +3,10 @@
   python -m diffdis_jax.preflight --config=configs/diffdis_cc3m.py --topology=v5e:8x8 [--config.a.b=v ...] \
       [--programs=train,generation,discrimination] [--search] [--out=F.json]
 
-compiles the very train step from shapes alone, with the TPU compiler where the extra `tpu` is installed, and says
-whether it fits, how long a step should take by that compiler's own estimate, and what the whole run costs. Without
-libtpu, or for GPUs that are not present, XLA compiles for as many CPU devices: memory and collectives are then those of
-a CPU's program, and the time is a bound from the chip's peak figures.
+compiles the very train step from shapes alone, with the compiler for TPUs or for NVIDIA's GPUs (the extras `tpu` and
+`cuda`), and says whether it fits, how long a step should take by that compiler's own estimate, and what the whole run
+costs. The GPUs' compiler estimates no time: what is given is a bound from the chip's peak figures. Without either, XLA
+compiles for as many CPU devices, and memory and collectives are those of a CPU's program.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
   cli.config_flag()
-  flags.DEFINE_string("topology", None, "chips and their layout, such as v5e:8x8; h100:8 of GPUs that are not present")
+  flags.DEFINE_string("topology", None, "chips and their layout, such as v5e:8x8, h100:8, or h100:8x4 for four hosts of eight")
   flags.DEFINE_integer("slices", 1, "how many of them, joined by the data centre's network", lower_bound=1)
   flags.DEFINE_enum("platform", None, targets.PLATFORMS, "compiler; that of the topology's chips where it is installed")
   flags.DEFINE_list("programs", ["train"], f"some of {','.join(programs.PROGRAMS)}")
