@@ -183,7 +183,9 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
   cli.config_flag()
-  flags.DEFINE_string("topology", None, "chips and their layout, such as v5e:8x8, h100:8, or h100:8x4 for four hosts of eight")
+  flags.DEFINE_string(
+    "topology", None, "chips and their layout, such as v5e:8x8, h100:8, or h100:8x4 for four hosts of eight"
+  )
   flags.DEFINE_integer("slices", 1, "how many of them, joined by the data centre's network", lower_bound=1)
   flags.DEFINE_enum("platform", None, targets.PLATFORMS, "compiler; that of the topology's chips where it is installed")
   flags.DEFINE_list("programs", ["train"], f"some of {','.join(programs.PROGRAMS)}")

@@ -236,8 +236,10 @@ def _scores(q: Array, k: Array, scale: float, keys: int | None) -> Array:
 
 
 def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
-  """f32 product of two matrices over these axes."""
-  return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), preferred_element_type=F32)
+  """f32 product of two matrices over these axes. Kernels know no `high` precision, only what lies below and above."""
+  precision = jax.lax.Precision.HIGHEST if jax.config.jax_default_matmul_precision == "high" else None
+  contracted = (((of_a,), (of_b,)), ((), ()))
+  return jax.lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=F32)
 
 
 def _row_of(q: Array) -> jax.ShapeDtypeStruct:

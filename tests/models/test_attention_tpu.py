@@ -119,7 +119,7 @@ def test_blocks_are_the_largest():
   assert attention_tpu.choose_blocks(4096, 4096, 8) == (1, 256)
 
 
-@pytest.mark.parametrize("shape, heads", [((2, 2, 2), 2), ((1, 2, 4), 2), ((8, 1, 1), 2)])
+@pytest.mark.parametrize("shape, heads", [((2, 2, 2), 2), ((1, 2, 4), 2)])
 def test_each_device_attends_for_its_own_rows_and_heads(shape, heads):
   """On a mesh, with gradients, to what one device computes, where `tensor` divides the heads and where it does not."""
   mesh = steps.make_mesh(*shape)
@@ -138,7 +138,7 @@ def test_each_device_attends_for_its_own_rows_and_heads(shape, heads):
 
 def chosen(monkeypatch, compiled_for: str, n: int, m: int, *, d: int = 40, dtype=jnp.bfloat16, mask=None, **options):
   monkeypatch.setattr(attention, "_compiled_for", lambda: compiled_for)
-  q, k = (jax.ShapeDtypeStruct((2, size, 8, d), dtype) for size in (n, m))
+  q, k = (jnp.zeros((1, size, 1, d), dtype) for size in (n, m))
   kernel = attention._choose(q, k, mask, **options)
   return next(name for name, each in attention.KERNELS.items() if each is kernel)
 
@@ -148,7 +148,7 @@ def test_the_choice_by_platform(monkeypatch):
   assert [choose(platform, 1024, 1024) for platform in ("tpu", "gpu", "cpu")] == ["pallas", "cudnn", "by_head"]
   assert {choose(platform, 64, 64) for platform in ("tpu", "gpu", "cpu")} == {"at_once"}
   assert {choose(platform, 1, 1024) for platform in ("tpu", "gpu", "cpu")} == {"at_once"}
-  mask = np.ones((256, 256), bool)
+  mask = jnp.ones((256, 256), bool)
   assert [choose(platform, 256, 256, mask=mask) for platform in ("tpu", "gpu", "cpu")] == ["at_once"] * 2 + ["by_head"]
   assert choose("gpu", 256, 256, dtype=jnp.float32) == choose("gpu", 256, 256, d=160) == "at_once"
   assert choose("gpu", 256, 256, with_lse=True) == "at_once" and choose("tpu", 256, 256, with_lse=True) == "pallas"
@@ -168,7 +168,7 @@ def test_a_kernel_can_be_forced(monkeypatch):
     assert chosen(monkeypatch, "tpu", 6, 6) == "by_head"
   with attention.by("pallas"):
     assert chosen(monkeypatch, "tpu", 6, 6) == "pallas"
-    assert chosen(monkeypatch, "tpu", 6, 6, mask=np.ones((6, 6), bool)) == "at_once"
+    assert chosen(monkeypatch, "tpu", 6, 6, mask=jnp.ones((6, 6), bool)) == "at_once"
     with pytest.raises(UserError, match="attention_kernel is 'pallas', which runs on tpu alone, not on cpu"):
       chosen(monkeypatch, "cpu", 6, 6)
   assert chosen(monkeypatch, "tpu", 1024, 1024) == "pallas"
@@ -181,7 +181,8 @@ def test_what_cudnn_is_given(monkeypatch, n, m):
 
   def stand_in(q, k, v, *, implementation, **lengths):
     asked.append((implementation, q.shape[1] % 2, k.shape[1] % 2))
-    return dot_product_attention(q, k, v, implementation="xla", **lengths)
+    with jax.numpy_dtype_promotion("standard"):
+      return dot_product_attention(q, k, v, implementation="xla", **lengths)
 
   dot_product_attention = jax.nn.dot_product_attention
   monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
