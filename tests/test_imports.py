@@ -67,6 +67,7 @@ LAYERS = (
   "evals/suites",
   "evals/tables",
   "estimates/chips estimates/gpus estimates/hlo estimates/operations estimates/schedules estimates/search",
+  "estimates/times",
   "estimates/targets estimates/programs benchmarks/steps benchmarks/data",
   "estimates/report benchmarks/table6",
   "train evaluate generate prepare_data benchmark preflight import_weights export_weights",

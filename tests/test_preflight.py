@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from diffdis_jax import preflight
 from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
-from diffdis_jax.estimates import chips, gpus, hlo, programs, report, search, targets
+from diffdis_jax.estimates import chips, gpus, hlo, programs, report, search, targets, times
 from diffdis_jax.models import attention
 from diffdis_jax.models.build import Network
 from tests import steps, tiny_clip
@@ -165,7 +165,7 @@ def test_the_tpu_compilers_refusal_says_what_was_needed():
 
 
 def test_the_tpu_compilers_sum_is_used_only_where_it_has_all_parts():
-  estimated = functools.partial(targets.estimated_seconds, chip=chips.CHIPS["v5p"], in_kernels=0.0)
+  estimated = functools.partial(times.estimated_seconds, chip=chips.CHIPS["v5p"], in_kernels=0.0)
   assert estimated({"optimal_seconds": 0.25}, "") == 0.25
   assert estimated({"optimal_seconds": -0.75}, "") is None
   assert estimated({}, "") is None
@@ -180,7 +180,7 @@ def test_kernels_count_by_their_schedules_instead_of_what_they_declare():
   # By the v5p's figures 10, 20 and 30 ms.
   costs = ((3_940_000_000_000, 1, 1), (1, 61_440_000_000, 1), (1, 1, 70_512_000_000))
   text = "\n".join(call.format(i, *each) for i, each in enumerate(costs))
-  found = targets.estimated_seconds({"optimal_seconds": 0.1}, text, chips.CHIPS["v5p"], in_kernels=0.025)
+  found = times.estimated_seconds({"optimal_seconds": 0.1}, text, chips.CHIPS["v5p"], in_kernels=0.025)
   assert found == pytest.approx(0.1 - 0.060 + 0.025)
 
 
@@ -194,23 +194,22 @@ def test_the_roof_takes_the_longer_of_schedule_and_memory():
 }
 """
   cycles = {"moves": 1, "works": 1_750_000, "called": 5_000_000_000}
-  seconds = targets.seconds_by_roof(text, cycles, chip)
+  seconds = times.seconds_by_roof(text, cycles, chip)
   assert seconds == pytest.approx(8e6 / (0.85 * chip.bandwidth) + 1e-3)
-  assert targets.seconds_by_roof(text, {}, chip) is None
+  assert times.seconds_by_roof(text, {}, chip) is None
   loop = text.replace("ROOT", "%w = f32[8]{0} while(%works), body=%f\n  ROOT")
-  assert targets.seconds_by_roof(loop, cycles, chip) is None
+  assert times.seconds_by_roof(loop, cycles, chip) is None
 
 
 def test_time_between_chips():
   """Links within a host or slice; the network beyond it, of TPUs of unknown speed."""
   line = "  %g = f32[{}] all-gather(%a), channel_id=1, replica_groups={}, dimensions={{0}}\n"
   text = line.format(900_000_000, "[4,8]<=[32]") + line.format(4_000_000, "[8,4]<=[4,8]T(1,0)")
-  target = lambda chip, near: targets.Target(devices=[], chip=chips.CHIPS[chip], compiler="cuda", exact=True, near=near)
+  seconds = lambda chip, near: times.seconds_between_chips(text, chips.CHIPS[chip], near)
   inside, across = 3.6e9 * 7 / 8, 16e6 * 3 / 4
-  seconds = targets.seconds_between_chips(text, target("h100", 8))
-  assert seconds == pytest.approx(inside / 450e9 + across / 50e9)
-  assert targets.seconds_between_chips(text, target("v5p", None)) == pytest.approx((inside + across) / 600e9)
-  assert targets.seconds_between_chips(text, target("v5p", 8)) is None
+  assert seconds("h100", 8) == pytest.approx(inside / 450e9 + across / 50e9)
+  assert seconds("v5p", None) == pytest.approx((inside + across) / 600e9)
+  assert seconds("v5p", 8) is None
 
 
 @pytest.mark.parametrize("name", gpus.GPUS)

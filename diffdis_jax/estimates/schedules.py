@@ -6,12 +6,15 @@ runs under a condition counts as if it always ran. It is there for kernels too, 
 
 from __future__ import annotations
 
+import atexit
+import functools
+import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Iterable
 
-# What libtpu is told, when it is loaded, to write its schedules to a folder.
-FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*packed-bundles-post-ra.*"
+_FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*packed-bundles-post-ra.*"
 _FILE = re.compile(r"\d+-(?!TLP|<late)(.*)-\d+-packed-bundles-post-ra\.txt")
 _BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|\d+)\s[^{]*\{")
 _EXIT = re.compile(r"%(p\w+) = scmp\.\w+\.[su]32\.totalorder %\w+, (\d+) /\* loop exit test")
@@ -23,9 +26,30 @@ _PIPELINE = 2
 Loop = tuple[int, int, int]  # first bundle, the one after the last, turns
 
 
-def cycles_by_operation(folder: pathlib.Path) -> dict[str, int]:
-  """Name of an operation in the program's text -> cycles of one device's core, by the schedules in `folder`."""
-  files = ((_FILE.fullmatch(path.name), path) for path in folder.iterdir())
+@functools.cache
+def folder() -> pathlib.Path:
+  """Where libtpu writes the schedules of what this process compiles; gone with the process."""
+  made = tempfile.TemporaryDirectory(prefix="schedules-")
+  atexit.register(made.cleanup)
+  return pathlib.Path(made.name)
+
+
+def ask_for_them() -> None:
+  """Before libtpu is loaded, which reads once where to write schedules."""
+  flags, asked = os.environ.get("LIBTPU_INIT_ARGS", ""), _FLAGS.format(folder())
+  if asked not in flags:
+    os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {asked}".strip()
+
+
+def clear() -> None:
+  """Removes the schedules of what was compiled before."""
+  for path in folder().iterdir():
+    path.unlink()
+
+
+def cycles_by_operation(written: pathlib.Path) -> dict[str, int]:
+  """Name of an operation in the program's text -> cycles of one device's core, by the schedules in this folder."""
+  files = ((_FILE.fullmatch(path.name), path) for path in written.iterdir())
   return {match[1]: cycles(path.read_text().splitlines()) for match, path in files if match}
 
 

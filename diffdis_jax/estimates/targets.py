@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import functools
 import importlib.metadata
 import importlib.util
 import os
-import pathlib
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.estimates import gpus, hlo, schedules
+from diffdis_jax.estimates import gpus, hlo, schedules, times
 from diffdis_jax.estimates.chips import Chip, Topology, of_kind
 
 PLATFORMS = ("tpu", "cpu", "cuda")
@@ -41,11 +37,6 @@ _QUICKLY = {
 # NVIDIA's packages that jax's extras bring: CUDA 12's name, CUDA 13's.
 _CUDA = ("nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime")
 _CUDNN = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
-
-_USABLE = 0.85  # of a memory's bandwidth
-
-# What the TPU compiler has no estimate for, and puts into its sum of seconds with -1 each; they take next to nothing.
-_COUNTED_AS_MINUS_ONE = ("ZeroCrop", "ConcatBitcast")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,8 +206,7 @@ def tpu_devices(topology: Topology, slices: int) -> list[Any]:
   options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
   if topology.size == 1:
     options["chips_per_host_bounds"] = (1, 1, 1)
-  schedules_to = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {schedules.FLAGS.format(_schedules_folder())}"
-  os.environ["LIBTPU_INIT_ARGS"] = schedules_to.strip()
+  schedules.ask_for_them()
   if topology.name.startswith("v4"):
     options["chip_config_name"] = "megacore"  # one device a chip, as on a v4 itself
   return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices)
@@ -226,7 +216,7 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
   """Compiles, and reads what came out. A program too large for the TPU compiler is an answer, not an error."""
   chip = target.chip
   if target.compiler == "tpu":
-    _empty(_schedules_folder())
+    schedules.clear()
   try:
     program = lowered.compile(compiler_options=dict(target.options) or None)
   except jax.errors.JaxRuntimeError as error:
@@ -236,72 +226,22 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
     return Compiled(arguments=0, temporaries=needed, outputs=0, fits=False)
   memory: Any = program.memory_analysis()
   costs, text = program.cost_analysis() or {}, program.as_text() or ""
-  cycles = schedules.cycles_by_operation(_schedules_folder()) if target.compiler == "tpu" else {}
+  cycles = schedules.cycles_by_operation(schedules.folder()) if target.compiler == "tpu" else {}
   in_kernels = sum(cycles.get(name, 0) for name in hlo.kernels(text)) / chip.clock if chip.clock else 0.0
   compiled = Compiled(
     arguments=memory.argument_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
     outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    seconds=estimated_seconds(costs, text, chip, in_kernels),
+    seconds=times.estimated_seconds(costs, text, chip, in_kernels),
     seconds_by_cycles=(hlo.estimated_cycles(text) / chip.clock + in_kernels or None) if chip.clock else None,
-    seconds_by_roof=seconds_by_roof(text, cycles, chip),
-    seconds_between_chips=seconds_between_chips(text, target),
+    seconds_by_roof=times.seconds_by_roof(text, cycles, chip),
+    seconds_between_chips=times.seconds_between_chips(text, chip, target.near),
     operations=costs.get("flops"),
     collectives=hlo.bytes_by_kind(text),
     fits=True,
     text=text,
   )
   return dataclasses.replace(compiled, fits=compiled.memory <= chip.memory)
-
-
-def estimated_seconds(costs: Mapping[str, float], text: str, chip: Chip, in_kernels: float) -> float | None:
-  """The compiler's sum over a program; None if it has none.
-
-  Args:
-    in_kernels: seconds that the program's kernels take, instead of what the compiler charges for them.
-  """
-  if any(f'custom_call_target="{name}"' in text for name in _COUNTED_AS_MINUS_ONE):
-    return None
-  seconds = costs.get("optimal_seconds", 0.0)
-  if seconds > 0 and in_kernels and chip.charged:
-    seconds += in_kernels - sum(chip.charged.seconds(**vars(kernel)) for kernel in hlo.kernels(text).values())
-  return max(seconds, 0.0) or None
-
-
-def seconds_by_roof(text: str, cycles: Mapping[str, int], chip: Chip) -> float | None:
-  """Of each operation the longer of its schedule and its memory traffic, added up; None where there are no schedules,
-  or loops, whose turns the text does not say."""
-  if not cycles or not chip.clock or hlo.has_loops(text):
-    return None
-  moved = hlo.traffic(text)
-  names = moved.keys() | (cycles.keys() & hlo.operations(text))
-  usable = _USABLE * chip.bandwidth
-  return sum(max(cycles.get(name, 0) / chip.clock, moved.get(name, 0) / usable) for name in names)
-
-
-def seconds_between_chips(text: str, target: Target) -> float | None:
-  """What the devices send each other, at what all of a device's links, or its share of the network, can carry."""
-  total = 0.0
-  for each in hlo.collectives(text):
-    far = target.near is not None and len({device // target.near for device in each.group}) > 1
-    speed = target.chip.network if far else target.chip.links
-    if speed is None:
-      return None
-    total += each.received / speed
-  return total
-
-
-@functools.cache
-def _schedules_folder() -> pathlib.Path:
-  """Where libtpu, told once when it is loaded, writes the schedules of what it compiles; gone with the process."""
-  folder = tempfile.TemporaryDirectory(prefix="schedules-")
-  atexit.register(folder.cleanup)
-  return pathlib.Path(folder.name)
-
-
-def _empty(folder: pathlib.Path) -> None:
-  for path in folder.iterdir():
-    path.unlink()
 
 
 def memory_needed(message: str) -> int | None:
