@@ -101,7 +101,7 @@ _TORUS_3D = (
   *("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
   "16x16x16",
 )
-_GPUS = ("1", "2", "4", "8", "8x2", "8x4", "8x8", "8x16")
+_GPUS = ("1", "2", "4", "8", "4x2", "8x2", "8x4", "8x8", "8x16")
 LAYOUTS = {name: _TORUS_2D for name in ("v5e", "v6e")} | {name: _TORUS_3D for name in ("v4", "v5p")}
 LAYOUTS |= {name: _GPUS for name in ("a100", "h100", "h100pcie", "h200", "b200")}
 
