@@ -25,6 +25,9 @@ LANES, SUBLANES = 128, 8
 LOG2_E = math.log2(math.e)  # the chip has exp2; so scores and the logarithms of their sums are to base 2 in here
 # Scores of one head at a time, and of all heads of one turn: 4 MiB in f32, of which a turn holds about four.
 MAX_SCORES = 2**20
+# Of a head's keys, channels times tokens; of these, of values and of their gradients the backward kernel holds about
+# eight copies beside the scores, two of them f32.
+MAX_KEYS = 2**19
 VMEM_BYTES = 48 * 2**20
 LEAST = -1e30  # the score of a key that is only padding; its exponential is 0, and it is no infinity
 
@@ -37,8 +40,8 @@ class Blocks(NamedTuple):
 
 
 def is_possible(n: int, m: int, d: int) -> bool:
-  """Whether the kernel takes n queries, m keys and heads of d channels: where all keys fit beside 128 queries."""
-  return n >= 1 and d % SUBLANES == 0 and _padded(m) * LANES <= MAX_SCORES
+  """Whether the kernel takes n queries, m keys and heads of d channels: where all keys fit on the chip."""
+  return n >= 1 and d % SUBLANES == 0 and _padded(m) * d <= MAX_KEYS and _padded(m) * LANES <= MAX_SCORES
 
 
 def choose_blocks(n: int, m: int, h: int) -> Blocks:

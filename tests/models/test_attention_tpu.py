@@ -136,6 +136,26 @@ def test_each_device_attends_for_its_own_rows_and_heads(shape, heads):
   assert "all-gather" not in program.as_text() or heads % shape[2]
 
 
+def test_within_what_each_device_does_by_itself_already():
+  """As in a step of microbatches, where rows are split before and heads are not."""
+  mesh = steps.make_mesh(2, 2, 2)
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.standard_normal((4, 128, 2, 8)), jnp.float32) for _ in range(3))
+  of_rows = lambda qkv: jax.grad(lambda qkv: jnp.sum(jnp.sin(3 * interpreted(*qkv)[0])))(qkv)
+  split = sharding.on_own_rows(lambda whole, rows: ({}, of_rows(rows)), mesh, {})
+  on_mesh = sharding.traced_for(mesh, lambda qkv: split({}, qkv)[1], matmul_precision="highest")
+  found = jax.jit(on_mesh)(jax.device_put((q, k, v), sharding.batch_sharding(mesh)))
+  for a, b in zip(found, jax.jit(of_rows)((q, k, v)), strict=True):
+    assert networks.relative_error(np.asarray(a), b) < 1e-5
+
+
+def test_where_keys_do_not_fit_on_the_chip():
+  assert attention_tpu.is_possible(1024, 1024, 512) and attention_tpu.is_possible(4096, 4096, 40)
+  assert not attention_tpu.is_possible(4096, 4096, 512)
+  assert not attention_tpu.is_possible(16384, 16384, 8)
+  assert not attention_tpu.is_possible(1024, 1024, 20)
+
+
 def chosen(monkeypatch, compiled_for: str, n: int, m: int, *, d: int = 40, dtype=jnp.bfloat16, mask=None, **options):
   monkeypatch.setattr(attention, "_compiled_for", lambda: compiled_for)
   q, k = (jnp.zeros((1, size, 1, d), dtype) for size in (n, m))
