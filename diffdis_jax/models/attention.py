@@ -11,7 +11,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +176,7 @@ def _attend_by_cudnn(q: Array, k: Array, v: Array, mask: Array | None, with_lse:
   """Its gradient takes even numbers of tokens alone; an odd one gets one more, which the true lengths leave out."""
   del mask, with_lse
   n, m = q.shape[1], k.shape[1]
-  lengths = {}
+  lengths: dict[str, Any] = {}
   if n % 2 or m % 2:
     rows = lambda length: jnp.full(len(q), length, jnp.int32)
     lengths = dict(query_seq_lengths=rows(n), key_value_seq_lengths=rows(m))
@@ -196,7 +196,7 @@ class Kernel(NamedTuple):
     is_fast: whether it is faster there than `at_once`, given numbers of queries and keys.
   """
 
-  run: Callable[..., tuple[Array, Array | None]]
+  run: Callable[..., Any]
   platform: str | None
   alone: bool
   has_lse: bool

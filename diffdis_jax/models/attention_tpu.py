@@ -68,7 +68,8 @@ def attend_with_lse(
   to_lanes = lambda x: jnp.pad(
     rearrange(x, "b n h d -> b h d n"), ((0, 0), (0, 0), (0, 0), (0, _padded(x.shape[1]) - x.shape[1]))
   )
-  attended, lse = _attend(*map(to_lanes, (q, k, v)), m, interpret)
+  results: Any = _attend(*map(to_lanes, (q, k, v)), m, interpret)
+  attended, lse = results
   return rearrange(attended[..., :n], "b h d n -> b n h d"), rearrange(lse[..., :n], "b h 1 n -> b n h") / LOG2_E
 
 
@@ -240,7 +241,8 @@ def _scores(q: Array, k: Array, scale: float, keys: int | None) -> Array:
 
 def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
   """f32 product of two matrices over these axes. Kernels know no `high` precision, only what lies below and above."""
-  precision = jax.lax.Precision.HIGHEST if jax.config.jax_default_matmul_precision == "high" else None
+  config: Any = jax.config
+  precision = jax.lax.Precision.HIGHEST if config.jax_default_matmul_precision == "high" else None
   contracted = (((of_a,), (of_b,)), ((), ()))
   return jax.lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=F32)
 
