@@ -31,7 +31,7 @@ from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import files
-from diffdis_jax.training.build import build_step, without_remat
+from diffdis_jax.training.build import build_step, plain
 
 
 def main(argv: Sequence[str]) -> None:
@@ -96,7 +96,7 @@ def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:
     sampling = inference.read_sampling(each.inference.to_dict())
     models[name] = table6.Model(
       step=step,
-      without_remat=build_step(without_remat(each), mesh),
+      counted=build_step(plain(each), mesh),
       data=read_data(each),
       inference=inference.Inference(step.network, sampling, mesh=mesh, batch_size=each.batch_size),
       batch_size=each.batch_size,

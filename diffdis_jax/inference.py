@@ -173,7 +173,7 @@ class Inference:
     self.after_batch = after_batch
     self._batched = batches.Batches(self.mesh, batch_size, after_batch)
     self.batch_size = self._batched.size
-    compiled = lambda name, f: programs.Program(name, jax.jit(sharding.traced_for(self.mesh, f, **precision)))
+    compiled = lambda name, f: programs.Program(name, jax.jit(network.traced_for(self.mesh, f)))
     self._compiled_texts = compiled("text queries", self._text_queries)
     self._compiled_images = compiled("image queries", self._image_queries)
     self._compiled_text_features = compiled("text features", self._text_features)

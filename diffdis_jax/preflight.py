@@ -3,10 +3,10 @@
   python -m diffdis_jax.preflight --config=configs/diffdis_cc3m.py --topology=v5e:8x8 [--config.a.b=v ...] \
       [--programs=train,generation,discrimination] [--search] [--out=F.json]
 
-compiles the very train step from shapes alone, with the TPU compiler where the extra `tpu` is installed, and says
-whether it fits, how long a step should take by that compiler's own estimate, and what the whole run costs. Without
-libtpu, or for GPUs that are not present, XLA compiles for as many CPU devices: memory and collectives are then those of
-a CPU's program, and the time is a bound from the chip's peak figures.
+compiles the very train step from shapes alone, with the compiler for TPUs or for NVIDIA's GPUs (the extras `tpu` and
+`cuda`), and says whether it fits, how long a step should take by that compiler's own estimate, and what the whole run
+costs. The GPUs' compiler estimates no time: what is given is a bound from the chip's peak figures. Without either, XLA
+compiles for as many CPU devices, and memory and collectives are those of a CPU's program.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from diffdis_jax.models import attention
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import files
-from diffdis_jax.training.build import build_step, without_remat
+from diffdis_jax.training.build import build_step, plain
 
 CC3M_PAIRS = 2_905_954
 PACKAGE = pathlib.Path(__file__).parent
@@ -43,13 +43,15 @@ PACKAGE = pathlib.Path(__file__).parent
 def trace_program(name: str, config: ConfigDict, mesh: Mesh) -> programs.Program:
   """Raises UserError for a config that the mesh cannot run, or that lacks this program."""
   if name == "train":
-    step, once = build_step(config, mesh), build_step(without_remat(config), mesh)
-    return programs.trace_train(step, once, read_data(config), batch_size=config.batch_size)
+    step, counted = build_step(config, mesh), build_step(plain(config), mesh)
+    return programs.trace_train(step, counted, read_data(config), batch_size=config.batch_size)
   if name not in config.objectives:
     raise UserError(f"--programs has {name}; this config's objectives are {', '.join(config.objectives)} alone")
   sampling = read_sampling(config.inference.to_dict())
-  inference = Inference(Network.of(config), sampling, mesh=mesh, batch_size=config.batch_size)
-  return programs.trace_inference(name, inference)
+  inference, counted = (
+    Inference(Network.of(each), sampling, mesh=mesh, batch_size=config.batch_size) for each in (config, plain(config))
+  )
+  return programs.trace_inference(name, inference, counted)
 
 
 def compile_one(
@@ -66,7 +68,7 @@ def compile_one(
     lowered = program.lower()
   shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   logging.info("%s: compiling for %d x %s (%s), compiler %s", name, mesh.size, target.chip.kind, shape, target.compiler)
-  compiled = targets.compile(lowered, target.chip)
+  compiled = targets.compile(lowered, target)
   if hlo:
     files.write_whole(epath.Path(hlo) / f"{name}.txt", compiled.text.encode())
   result = report.summarise(program, compiled, target, num_pairs=num_pairs, epochs=epochs if name == "train" else 0)
@@ -119,7 +121,7 @@ def cache_file(config: str, platform: str, present: targets.Target | None) -> ep
   for path in sorted(PACKAGE.rglob("*.py")):
     source.update(path.read_bytes())
   versions = {}
-  for name in ("jax", "jaxlib", "flax", "libtpu"):
+  for name in ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"):
     try:
       versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -145,14 +147,18 @@ def main(argv: Sequence[str]) -> None:
   platform = targets.choose_platform(FLAGS.platform, topology)
   if platform == "cpu" and topology and topology.is_tpu and FLAGS.platform is None:
     logging.warning("libtpu is not installed (pip install 'diffdis_jax[tpu]'); XLA compiles for CPU devices instead")
+  elif platform == "cpu" and topology and FLAGS.platform is None:
+    logging.warning(
+      "jax's CUDA plugin is not installed (pip install 'diffdis_jax[cuda]'); XLA compiles for CPU devices instead"
+    )
   targets.prepare(platform, topology, FLAGS.slices)
-  if platform == "tpu":
-    jax.config.update("jax_enable_compilation_cache", False)  # without a TPU, its programs cannot be read back
+  if platform != "cpu" and topology:
+    jax.config.update("jax_enable_compilation_cache", False)  # without the device, its programs cannot be read back
   else:
     cli.compilation_cache()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-  present = targets.find(platform, topology, FLAGS.slices) if platform == "cuda" else None
+  present = targets.find(platform, topology, FLAGS.slices) if topology is None else None
   kept = cache_file(FLAGS.config.to_json_best_effort(), platform, present)
   if kept.exists() and not FLAGS.hlo:
     results = json.loads(kept.read_text())
@@ -174,7 +180,9 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
   cli.config_flag()
-  flags.DEFINE_string("topology", None, "chips and their layout, such as v5e:8x8; h100:8 of GPUs that are not present")
+  flags.DEFINE_string(
+    "topology", None, "chips and their layout, such as v5e:8x8, h100:8, or h100:8x4 for four hosts of eight"
+  )
   flags.DEFINE_integer("slices", 1, "how many of them, joined by the data centre's network", lower_bound=1)
   flags.DEFINE_enum("platform", None, targets.PLATFORMS, "compiler; that of the topology's chips where it is installed")
   flags.DEFINE_list("programs", ["train"], f"some of {','.join(programs.PROGRAMS)}")

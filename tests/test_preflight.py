@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import SingleDeviceSharding
 
 from diffdis_jax import preflight
 from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
-from diffdis_jax.estimates import chips, programs, report, search, targets
+from diffdis_jax.estimates import chips, gpus, hlo, programs, report, search, targets, times
 from diffdis_jax.models import attention
 from diffdis_jax.models.build import Network
 from tests import steps, tiny_clip
@@ -122,7 +126,8 @@ def test_bad_input_is_one_line(quick, flags, message):
 def test_topologies():
   topology = chips.parse("v5p:2x2x4")
   assert (topology.size, topology.is_tpu, topology.chip) == (16, True, chips.CHIPS["v5p"])
-  assert chips.parse("h100:8").size == 8 and not chips.parse("h100:8").is_tpu
+  assert chips.parse("h100:8").size == chips.parse("h100:8").a_host == 8 and not chips.parse("h100:8").is_tpu
+  assert (chips.parse("h100:8x4").size, chips.parse("h100:8x4").a_host) == (32, 8)
   for kind, chip in (("TPU v5p", "v5p"), ("TPU v5 lite", "v5e"), ("NVIDIA H100 80GB HBM3", "h100")):
     assert chips.of_kind(kind) is chips.CHIPS[chip]
   with pytest.raises(UserError, match="no figures for 'cpu'"):
@@ -131,12 +136,15 @@ def test_topologies():
 
 def test_platforms(monkeypatch):
   tpu, gpu = chips.parse("v5e:2x2"), chips.parse("h100:8")
-  for installed, default in ((True, "tpu"), (False, "cpu")):
-    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name, found=installed: found or None)
-    assert targets.choose_platform(None, tpu) == default
-    assert targets.choose_platform(None, gpu) == "cpu"
-  with pytest.raises(UserError, match="needs libtpu"):
+  for installed in (set(), {"tpu"}, {"cuda"}):
+    monkeypatch.setattr(targets, "is_installed", lambda compiler, installed=installed: compiler in installed)
+    assert targets.choose_platform(None, tpu) == ("tpu" if "tpu" in installed else "cpu")
+    assert targets.choose_platform(None, gpu) == ("cuda" if "cuda" in installed else "cpu")
+  assert targets.choose_platform("cuda", None) == "cuda"
+  with pytest.raises(UserError, match=r"--platform=tpu needs its compiler; pip install 'diffdis_jax\[tpu\]'"):
     targets.choose_platform("tpu", tpu)
+  with pytest.raises(UserError, match="--platform=cuda cannot compile for v5e:2x2; take --platform=tpu or cpu"):
+    targets.choose_platform("cuda", tpu)
 
 
 @pytest.mark.parametrize("chip, expected", [("h100", "gpu"), ("v5e", "tpu")])
@@ -144,7 +152,7 @@ def test_what_cpu_devices_compile_is_traced_for_the_chip(monkeypatch, chip, expe
   asked, original = [], attention.platform
   monkeypatch.setattr(attention, "platform", lambda: asked.append(original()) or asked[-1])
   compiled = targets.Compiled(arguments=0, temporaries=0, outputs=0, fits=True)
-  monkeypatch.setattr(targets, "compile", lambda lowered, chip: compiled)
+  monkeypatch.setattr(targets, "compile", lambda lowered, target: compiled)
   target = targets.Target(devices=jax.devices()[:1], chip=chips.CHIPS[chip], compiler="cpu", exact=False)
   preflight.compile_one("train", steps.make_config(), target, num_pairs=1, epochs=1)
   assert set(asked) == {expected} and attention.platform() == "cpu"
@@ -157,12 +165,61 @@ def test_the_tpu_compilers_refusal_says_what_was_needed():
 
 
 def test_the_tpu_compilers_sum_is_used_only_where_it_has_all_parts():
-  assert targets.estimated_seconds({"optimal_seconds": 0.25}, "") == 0.25
-  assert targets.estimated_seconds({"optimal_seconds": -0.75}, "") is None
-  assert targets.estimated_seconds({}, "") is None
+  estimated = functools.partial(times.estimated_seconds, chip=chips.CHIPS["v5p"], in_kernels=0.0)
+  assert estimated({"optimal_seconds": 0.25}, "") == 0.25
+  assert estimated({"optimal_seconds": -0.75}, "") is None
+  assert estimated({}, "") is None
   for name in ("ZeroCrop", "ConcatBitcast"):  # -1 s each
     call = f'%a = custom-call(%copy), custom_call_target="{name}"'
-    assert targets.estimated_seconds({"optimal_seconds": 0.25}, call) is None
+    assert estimated({"optimal_seconds": 0.25}, call) is None
+
+
+def test_kernels_count_by_their_schedules_instead_of_what_they_declare():
+  cost = '"cost_estimate":{{"flops":"{}","transcendentals":"{}","bytes_accessed":"{}"}}'
+  call = '  %k.{} = f32[8] custom-call(%a), custom_call_target="tpu_custom_call", backend_config={{' + cost + "}}"
+  # By the v5p's figures 10, 20 and 30 ms.
+  costs = ((3_940_000_000_000, 1, 1), (1, 61_440_000_000, 1), (1, 1, 70_512_000_000))
+  text = "\n".join(call.format(i, *each) for i, each in enumerate(costs))
+  found = times.estimated_seconds({"optimal_seconds": 0.1}, text, chips.CHIPS["v5p"], in_kernels=0.025)
+  assert found == pytest.approx(0.1 - 0.060 + 0.025)
+
+
+def test_the_roof_takes_the_longer_of_schedule_and_memory():
+  chip = chips.CHIPS["v5p"]
+  text = """ENTRY %main (p: f32[1000000]) -> f32[1000000] {
+  %p = f32[1000000]{0} parameter(0)
+  %moves = f32[1000000]{0} copy(%p)
+  %works = f32[8]{0:S(1)} fusion(%moves), kind=kLoop, calls=%f
+  ROOT %rests = f32[8]{0:S(1)} add(%works, %works)
+}
+"""
+  cycles = {"moves": 1, "works": 1_750_000, "called": 5_000_000_000}
+  seconds = times.seconds_by_roof(text, cycles, chip)
+  assert seconds == pytest.approx(8e6 / (0.85 * chip.bandwidth) + 1e-3)
+  assert times.seconds_by_roof(text, {}, chip) is None
+  loop = text.replace("ROOT", "%w = f32[8]{0} while(%works), body=%f\n  ROOT")
+  assert times.seconds_by_roof(loop, cycles, chip) is None
+
+
+def test_time_between_chips():
+  """Links within a host or slice; the network beyond it, of TPUs of unknown speed."""
+  line = "  %g = f32[{}] all-gather(%a), channel_id=1, replica_groups={}, dimensions={{0}}\n"
+  text = line.format(900_000_000, "[4,8]<=[32]") + line.format(4_000_000, "[8,4]<=[4,8]T(1,0)")
+  seconds = lambda chip, near: times.seconds_between_chips(text, chips.CHIPS[chip], near)
+  inside, across = 3.6e9 * 7 / 8, 16e6 * 3 / 4
+  assert seconds("h100", 8) == pytest.approx(inside / 450e9 + across / 50e9)
+  assert seconds("v5p", None) == pytest.approx((inside + across) / 600e9)
+  assert seconds("v5p", 8) is None
+
+
+@pytest.mark.parametrize("name", gpus.GPUS)
+def test_gpus_are_those_that_have_peak_figures(name):
+  gpu, chip = gpus.GPUS[name], chips.CHIPS[name]
+  assert chips.of_kind(gpu.name) is chip and gpu.bandwidth == chip.bandwidth
+  assert gpu.memory == pytest.approx(chip.memory, rel=0.07)
+  config = gpus.target_config(gpu, cuda=(12, 9, 79), cudnn=(9, 28, 0))
+  assert config.count("{") == config.count("}")
+  assert "runtime_version { major: 12 minor: 9 patch: 79 }" in config and 'dnn_version: "9.28.0"' in config
 
 
 @pytest.mark.parametrize(
@@ -238,3 +295,40 @@ def test_the_tpu_compiler(quick, tmp_path, topology, slices):
   result = json.loads(out.read_text())["train"]
   assert result["for_this_chip"] and result["seconds_by_cycles"] > 0 and 0 < result["mfu"] < 1 and result["fits"]
   assert result["chips"] == chips.parse(topology).size * slices
+  assert result["seconds_by_roof"] > 0 and (result["seconds_between_chips"] is None) == (slices > 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not targets.is_installed("cuda"), reason="jax's CUDA plugin is not installed")
+@pytest.mark.parametrize("topology", ["a100:1", "h100:4x2", "h200:2", "b200:2"])
+def test_the_gpu_compiler(quick, tmp_path, topology):
+  out = tmp_path / "out.json"
+  done = call("preflight", quick, CONFIG, f"--topology={topology}", f"--out={out}")
+  assert done.returncode == 0, done.stderr
+  result = json.loads(out.read_text())["train"]
+  assert result["for_this_chip"] and result["compiler"] == "cuda" and result["fits"]
+  assert result["chips"] == chips.parse(topology).size and result["planned_by"] == "seconds_bound"
+  assert bool(result["collectives_gib"]) == (result["chips"] > 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e"])
+def test_what_the_compiler_charges_for_kernels(chip):
+  """chips.Charged, by kernels that say what they cost."""
+  topology = chips.parse(f"{chip}:{'2x2' if chip in ('v5e', 'v6e') else '2x2x1'}")
+  target = targets.find("tpu", topology, 1)
+  place = SingleDeviceSharding(target.devices[0])
+  x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=place)
+
+  def kernel(x_ref, y_ref):
+    y_ref[...] = x_ref[...] + 1
+
+  for flops, transcendentals, size in ((10**10, 0, 0), (0, 10**8, 0), (0, 0, 10**8), (10**11, 10**8, 10**8)):
+    cost = pl.CostEstimate(flops=flops, transcendentals=transcendentals, bytes_accessed=size)
+    call_kernel = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), cost_estimate=cost)
+    program = jax.jit(call_kernel).lower(x).compile()
+    (declared,) = hlo.kernels(program.as_text()).values()
+    assert declared == hlo.Kernel(flops, transcendentals, size)
+    expected = target.chip.charged.seconds(**vars(declared))
+    assert program.cost_analysis()["optimal_seconds"] == pytest.approx(expected, rel=0.01)

@@ -49,7 +49,7 @@ class Model:
   """One of the three.
 
   Attributes:
-    step, without_remat: its training step, and the same in which nothing is computed twice, to count operations in.
+    step, counted: its training step, and the same as operations are counted in (training/build.plain).
     data: what it trains on, but for where that lies.
     inference: of the same network.
     batch_size: global, of training and of inference.
@@ -57,7 +57,7 @@ class Model:
   """
 
   step: Step
-  without_remat: Step
+  counted: Step
   data: Data
   inference: Inference
   batch_size: int
@@ -194,7 +194,7 @@ class _Timed:
 
 def _operations(model: Model) -> dict[str, float]:
   """Of matrix products and convolutions, 1e9 an image; nothing that is computed twice counts twice."""
-  traced = dict(training=programs.trace_train(model.step, model.without_remat, model.data, batch_size=model.batch_size))
+  traced = dict(training=programs.trace_train(model.step, model.counted, model.data, batch_size=model.batch_size))
   if model.draws:
     traced["generation"] = programs.trace_inference("generation", model.inference)
   if model.discriminates:

@@ -9,6 +9,19 @@ from diffdis_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Charged:
+  """What the TPU compiler's `optimal_seconds` charges for a kernel by its declared cost: the longest of operations,
+  transcendentals and bytes, at so many a second. Found by kernels of known cost (JAX 0.10.2, libtpu 0.0.42.1)."""
+
+  flops: float
+  transcendentals: float
+  bandwidth: float
+
+  def seconds(self, *, flops: float, transcendentals: float, bytes: float) -> float:
+    return max(flops / self.flops, transcendentals / self.transcendentals, bytes / self.bandwidth)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
   """One device.
 
@@ -17,14 +30,20 @@ class Chip:
     memory: bytes.
     bandwidth: of that memory, bytes a second.
     kind: how JAX names it.
+    links: to the devices beside it, all of them together, bytes a second in one direction.
+    network: a device's share of what joins GPU hosts, bytes a second in one direction, as is usual; of TPUs None.
     clock: cycles a second, of those whose compiler estimates cycles.
+    charged: of TPUs.
   """
 
   flops: float
   memory: float
   bandwidth: float
   kind: str
+  links: float
+  network: float | None = None
   clock: float | None = None
+  charged: Charged | None = None
 
   @property
   def platform(self) -> str:
@@ -34,14 +53,47 @@ class Chip:
 
 GIB = 2**30
 CHIPS = {
-  "v4": Chip(flops=275e12, memory=32 * GIB, bandwidth=1.228e12, kind="TPU v4", clock=1.05e9),
-  "v5e": Chip(flops=197e12, memory=16 * GIB, bandwidth=0.819e12, kind="TPU v5 lite", clock=1.5e9),
-  "v5p": Chip(flops=459e12, memory=95 * GIB, bandwidth=2.765e12, kind="TPU v5", clock=1.75e9),
-  "v6e": Chip(flops=918e12, memory=32 * GIB, bandwidth=1.64e12, kind="TPU v6 lite", clock=1.75e9),
-  "a100": Chip(flops=312e12, memory=80 * GIB, bandwidth=2.039e12, kind="NVIDIA A100"),
-  "h100": Chip(flops=989e12, memory=80 * GIB, bandwidth=3.35e12, kind="NVIDIA H100"),
-  "h100pcie": Chip(flops=756e12, memory=80 * GIB, bandwidth=2.0e12, kind="NVIDIA H100 PCIe"),
-  "h200": Chip(flops=989e12, memory=141e9, bandwidth=4.8e12, kind="NVIDIA H200"),
+  "v4": Chip(
+    flops=275e12,
+    memory=32 * GIB,
+    bandwidth=1.228e12,
+    kind="TPU v4",
+    links=300e9,
+    clock=1.05e9,
+    charged=Charged(flops=274e12, transcendentals=1.0755e12, bandwidth=0.9825e12),
+  ),
+  "v5e": Chip(
+    flops=197e12,
+    memory=16 * GIB,
+    bandwidth=0.819e12,
+    kind="TPU v5 lite",
+    links=200e9,
+    clock=1.5e9,
+    charged=Charged(flops=197e12, transcendentals=1.536e12, bandwidth=0.7377e12),
+  ),
+  "v5p": Chip(
+    flops=459e12,
+    memory=95 * GIB,
+    bandwidth=2.765e12,
+    kind="TPU v5",
+    links=600e9,
+    clock=1.75e9,
+    charged=Charged(flops=394e12, transcendentals=3.072e12, bandwidth=2.3504e12),
+  ),
+  "v6e": Chip(
+    flops=918e12,
+    memory=32 * GIB,
+    bandwidth=1.64e12,
+    kind="TPU v6 lite",
+    links=448e9,
+    clock=1.75e9,
+    charged=Charged(flops=918e12, transcendentals=1.792e12, bandwidth=1.638e12),
+  ),
+  "a100": Chip(flops=312e12, memory=80 * GIB, bandwidth=2.039e12, kind="NVIDIA A100", links=300e9, network=25e9),
+  "h100": Chip(flops=989e12, memory=80 * GIB, bandwidth=3.35e12, kind="NVIDIA H100", links=450e9, network=50e9),
+  "h100pcie": Chip(flops=756e12, memory=80 * GIB, bandwidth=2.0e12, kind="NVIDIA H100 PCIe", links=64e9, network=25e9),
+  "h200": Chip(flops=989e12, memory=141e9, bandwidth=4.8e12, kind="NVIDIA H200", links=450e9, network=50e9),
+  "b200": Chip(flops=2250e12, memory=180e9, bandwidth=8.0e12, kind="NVIDIA B200", links=900e9, network=50e9),
 }
 
 _TORUS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -49,14 +101,14 @@ _TORUS_3D = (
   *("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
   "16x16x16",
 )
-_COUNTS = ("1", "2", "4", "8", "16", "32", "64", "128")
+_GPUS = ("1", "2", "4", "8", "4x2", "8x2", "8x4", "8x8", "8x16")
 LAYOUTS = {name: _TORUS_2D for name in ("v5e", "v6e")} | {name: _TORUS_3D for name in ("v4", "v5p")}
-LAYOUTS |= {name: _COUNTS for name in ("a100", "h100", "h100pcie", "h200")}
+LAYOUTS |= {name: _GPUS for name in ("a100", "h100", "h100pcie", "h200", "b200")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
-  """Chips that one network joins: `v5e:8x8`; of GPUs, which have no such layout, `h100:8`."""
+  """Chips that one network joins: `v5e:8x8`; of GPUs, those of a host and, if there are several, hosts: `h100:8x4`."""
 
   name: str
   chip: Chip
@@ -65,6 +117,11 @@ class Topology:
   @property
   def size(self) -> int:
     return math.prod(self.shape)
+
+  @property
+  def a_host(self) -> int | None:
+    """GPUs of a host."""
+    return None if self.is_tpu else self.shape[0]
 
   @property
   def is_tpu(self) -> bool:

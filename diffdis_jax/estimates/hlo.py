@@ -1,10 +1,13 @@
-"""What a compiled program's text says of its collectives."""
+"""What a compiled program's text says of its collectives, its memory traffic and its kernels."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
+
+import numpy as np
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, **{f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)}}
@@ -13,6 +16,19 @@ _COLLECTIVE = re.compile(rf"= (\(?[^=]*?) ({'|'.join(KINDS)})(-start)?\(")
 _COMPUTATION = re.compile(r"%?([\w.\-]+) \(.*\) -> (.*) \{$")
 # One collective that the TPU compiler spreads over the operations it runs beside, each of which lists it anew.
 _SPREAD = re.compile(r"channel_id=(\d+),.* frontend_attributes=\{[^}]*chain_id=")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
+_COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+# `%name = SHAPE opcode(operands)` of the program's own computation.
+_OPERATION = re.compile(r"\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(?:,|$)")
+# What reads and writes nothing of its own, or goes on beside other operations, as all that comes in two halves does.
+_NO_TRAFFIC = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id"}
+_NO_TRAFFIC |= {"while", "conditional", "call"}
+_NAME = re.compile(r"%([\w.\-]+)")
+_KERNEL = re.compile(r"%(\S+) = .*custom_call_target=\"tpu_custom_call\"")
+_COST = re.compile(r'"(flops|transcendentals|bytes_accessed)":"?(\d+)')
+_LAID_OUT = re.compile(r"([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
+_ON_CHIP = re.compile(r"S\([1-9]\)")
 _ESTIMATED_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
@@ -25,10 +41,31 @@ class Collective:
   Attributes:
     shapes: of its results on one device.
     bytes: of them together.
+    group: numbers of the devices that take part, of one group of several that are alike; empty where the text does not
+      say.
   """
 
   kind: str
   shapes: tuple[tuple[int, ...], ...]
+  bytes: int
+  group: tuple[int, ...] = ()
+
+  @property
+  def received(self) -> float:
+    """Bytes that reach a device from others, at least."""
+    if not self.group:
+      return self.bytes
+    others, share = len(self.group) - 1, 1 - 1 / len(self.group)
+    of_result = {"all-reduce": 2 * share, "reduce-scatter": others, "collective-permute": 1.0}
+    return self.bytes * of_result.get(self.kind, share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """One call of a kernel written in Pallas, by the cost that was declared with it."""
+
+  flops: int
+  transcendentals: int
   bytes: int
 
 
@@ -56,7 +93,8 @@ def collectives(text: str) -> list[Collective]:
       parts = [part for part in parts if part[1] or part[0] != "u32"]
       parts = parts[len(parts) // 2 :]
     total = sum(_BITS[kind] * math.prod(shape) // 8 for kind, shape in parts)
-    found.append(Collective(kind=kind, shapes=tuple(shape for _, shape in parts), bytes=total))
+    shapes = tuple(shape for _, shape in parts)
+    found.append(Collective(kind=kind, shapes=shapes, bytes=total, group=_group(line)))
   return found
 
 
@@ -75,3 +113,64 @@ def estimated_cycles(text: str) -> int:
 
 def _numbers(text: str) -> tuple[int, ...]:
   return tuple(int(number) for number in text.split(",") if number)
+
+
+def kernels(text: str) -> dict[str, Kernel]:
+  """Operation -> what a TPU's kernel declares; one that declares nothing is left out."""
+  found = {}
+  for line in text.splitlines():
+    if name := _KERNEL.search(line):
+      cost = {field: int(value) for field, value in _COST.findall(line[line.find('"cost_estimate"') :])}
+      if cost:
+        found[name[1]] = Kernel(cost["flops"], cost["transcendentals"], cost["bytes_accessed"])
+  return found
+
+
+def operations(text: str) -> dict[str, str]:
+  """Name -> opcode of each operation of the program's own computation, not of those that it calls."""
+  return {name: opcode for name, _, opcode, _ in _own(text)}
+
+
+def has_loops(text: str) -> bool:
+  return "while" in operations(text).values()
+
+
+def traffic(text: str) -> dict[str, int]:
+  """Bytes that each operation of the program reads from the device's memory and writes to it, those apart that stay in
+  memory on the chip. Without operations that go on beside others, and those that run computations of their own."""
+  sizes, found = {}, {}
+  for name, shape, opcode, operands in _own(text):
+    sizes[name] = _in_memory(shape)
+    if opcode not in _NO_TRAFFIC and not opcode.endswith(("-start", "-done")) and not opcode.startswith("async"):
+      found[name] = sizes[name] + sum(sizes.get(each, 0) for each in set(_NAME.findall(operands)))
+  return found
+
+
+def _own(text: str) -> Iterator[tuple[str, str, str, str]]:
+  for line in text[text.find("ENTRY ") :].splitlines():
+    if match := _OPERATION.match(_COMMENT.sub("", line)):
+      yield match[1], match[2], match[3], match[4]
+
+
+def _in_memory(shape: str) -> int:
+  return sum(
+    _BITS[kind] * math.prod(_numbers(sizes)) // 8
+    for kind, sizes, layout in _LAID_OUT.findall(shape)
+    if kind in _BITS and not _ON_CHIP.search(layout)
+  )
+
+
+def _group(line: str) -> tuple[int, ...]:
+  """The first group, in whichever of three ways they are written: listed, counted through, or along a mesh's axes."""
+  if listed := _LISTED.search(line):
+    return _numbers(listed[1])
+  if counted := _COUNTED.search(line):
+    devices = np.arange(math.prod(_numbers(counted[2]))).reshape(_numbers(counted[2]))
+    devices = devices.transpose(_numbers(counted[3])) if counted[3] else devices
+    return tuple(devices.reshape(-1)[: int(counted[1])].tolist())
+  if of_mesh := _OF_MESH.search(line):
+    axes, sizes = zip(*(axis.split("=") for axis in of_mesh[1].split(",")))
+    devices = np.arange(math.prod(map(int, sizes))).reshape([int(size) for size in sizes])
+    first = tuple(slice(None) if axis in of_mesh[2].split(",") else 0 for axis in axes)
+    return tuple(devices[first].reshape(-1).tolist())
+  return ()

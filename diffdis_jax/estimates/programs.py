@@ -20,7 +20,7 @@ from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
 from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch, TrainingBatch
-from diffdis_jax.training.build import build_step, without_remat
+from diffdis_jax.training.build import build_step, plain
 from diffdis_jax.training.step import Step
 
 PROGRAMS = ("train", "generation", "discrimination")
@@ -62,19 +62,17 @@ def abstract_batch(network: Network, data: Data, mesh: Mesh, batch_size: int) ->
   return Batch(image=image, tokens=tokens, discrimination_image=image if own_view else None)
 
 
-def trace_train(step: Step, without_remat: Step, data: Data, *, batch_size: int) -> Program:
-  """The train step. Operations are counted in `without_remat`, the same step in which nothing is computed twice."""
+def trace_train(step: Step, counted: Step, data: Data, *, batch_size: int) -> Program:
+  """The train step. Operations are counted in `counted`, the same step in which nothing is computed twice and none of
+  them is inside a kernel."""
   batch = abstract_batch(step.network, data, step.mesh, batch_size)
-  traced = once = step.train_step.trace(step.abstract_state, batch)
-  if step.network.model.remat != "none":
-    once = without_remat.train_step.trace(step.abstract_state, batch)
-  return _program(traced.lower, batch_size, step.shapes, once.jaxpr)
+  traced, plain = (each.train_step.trace(each.abstract_state, batch) for each in (step, counted))
+  return _program(traced.lower, batch_size, step.shapes, plain.jaxpr)
 
 
-def trace_inference(name: str, inference: Inference) -> Program:
-  """One call of "generation" or "discrimination"."""
-  traced = inference.trace(name)
-  return _program(traced.lower, inference.batch_size, inference.shapes, traced.jaxpr)
+def trace_inference(name: str, inference: Inference, counted: Inference) -> Program:
+  """One call of "generation" or "discrimination"; operations are counted in `counted`, as of `trace_train`."""
+  return _program(inference.trace(name).lower, inference.batch_size, inference.shapes, counted.trace(name).jaxpr)
 
 
 def rate_at_peak(config: ConfigDict, trainer: Step, data: Data) -> float | None:
@@ -85,8 +83,7 @@ def rate_at_peak(config: ConfigDict, trainer: Step, data: Data) -> float | None:
   chip = chips.find(jax.devices()[0].device_kind)
   if chip is None:
     return None
-  once = trainer if trainer.network.model.remat == "none" else build_step(without_remat(config), trainer.mesh)
-  program = trace_train(trainer, once, data, batch_size=config.batch_size)
+  program = trace_train(trainer, build_step(plain(config), trainer.mesh), data, batch_size=config.batch_size)
   return chip.flops * trainer.mesh.size / program.operations
 
 

@@ -12,6 +12,7 @@ HOUR = 3600.0
 ESTIMATES = {
   "seconds": "the compiler's sum",
   "seconds_by_cycles": "its operations' cycles, which charge what moves in bf16 twice",
+  "seconds_by_roof": "its schedules or memory traffic, the longer for each operation: a lower figure",
 }
 # What each makes of images/s and of a cost.
 BOUNDS = {
@@ -28,9 +29,11 @@ def summarise(program: Program, compiled: Compiled, target: Target, *, num_pairs
     num_pairs, epochs: what a run passes over, for its cost; 0 epochs for a program that does not train.
 
   `seconds` is the compiler's own sum, its `optimal_seconds`; `seconds_by_cycles` adds up the cycles that it notes
-  beside each operation. Each is times the turns of its loops, by operations, whose bodies it takes once. Images and
-  chip-hours go by `planned_by`: `seconds` where there is one, else `seconds_by_cycles`, else `seconds_bound`, the time
-  that the chips need at their peak. What moves between chips takes time that is in none of them.
+  beside each operation; `seconds_by_roof` the longer of each operation's schedule and memory traffic. The first two are
+  times the turns of loops, by operations, whose bodies they take once; a program with loops has not the third. Images
+  and chip-hours go by `planned_by`: `seconds` where there is one, else `seconds_by_cycles`, else `seconds_bound`, the
+  time that the chips need at their peak. What moves between chips takes time that is in none of them:
+  `seconds_between_chips`, at all that links can carry, goes on beside the rest, after it, or in part.
 
   Why not the slower one: cycles charge what is read and written in bf16 twice what the sum does (on v5p 574 against
   1,133 bytes a cycle, where memory gives 1,580), so they are an upper figure. A step that others have measured agrees
@@ -45,6 +48,7 @@ def summarise(program: Program, compiled: Compiled, target: Target, *, num_pairs
   )
   estimates = dict(seconds=seconds, seconds_by_cycles=by_cycles, seconds_bound=bound)
   planned_by, planned = next((name, each) for name, each in estimates.items() if each)
+  estimates.update(seconds_by_roof=compiled.seconds_by_roof, seconds_between_chips=compiled.seconds_between_chips)
   result = dict(
     compiler=target.compiler,
     for_this_chip=target.exact,
@@ -98,6 +102,8 @@ def lines(name: str, result: dict[str, Any]) -> list[str]:
       said.append(f"estimated time: {1e3 * seconds:.1f} ms, {share:.1f} % of the chips' peak, by {by}{used}")
   if result["planned_by"] == "seconds_bound":
     said.append(f"time: at least {1e3 * result['seconds_bound']:.1f} ms, at the chips' peak; no estimate")
+  if between := result["seconds_between_chips"]:
+    said.append(f"between chips: at least {1e3 * between:.1f} ms, at all their links can carry; beside the rest or not")
   of_rate, of_cost = BOUNDS[result["planned_by"]]
   said.append(f"{of_rate}{result['images_per_second']:.0f} images/s")
   beside = "" if result["planned_by"] == "seconds_bound" else ", not in that time"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.estimates import hlo
+from diffdis_jax.estimates import gpus, hlo, schedules, times
 from diffdis_jax.estimates.chips import Chip, Topology, of_kind
 
 PLATFORMS = ("tpu", "cpu", "cuda")
@@ -27,8 +28,15 @@ _LIBTPU = {
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([BKMG]) of ([\d.]+)([BKMG]) hbm")
 
-# What the TPU compiler has no estimate for, and puts into its sum of seconds with -1 each; they take next to nothing.
-_COUNTED_AS_MINUS_ONE = ("ZeroCrop", "ConcatBitcast")
+# Of XLA for GPUs, whose programs are only looked at: they use the same memory and collectives, and compile sooner.
+_QUICKLY = {
+  "xla_backend_optimization_level": 0,
+  "xla_gpu_disable_gpuasm_optimizations": True,
+  "xla_gpu_enable_triton_gemm": False,
+}
+# NVIDIA's packages that jax's extras bring: CUDA 12's name, CUDA 13's.
+_CUDA = ("nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime")
+_CUDNN = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,12 +48,16 @@ class Target:
     compiler: of PLATFORMS.
     exact: whether it compiles for the chip itself. Otherwise memory and collectives are those of another device's
       program, and there is no estimate of its time.
+    options: of the compiler.
+    near: devices that `Chip.links` joins; those of other numbers are reached by `Chip.network`. None: all.
   """
 
   devices: list[Any]
   chip: Chip
   compiler: str
   exact: bool
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  near: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,8 +66,14 @@ class Compiled:
 
   Attributes:
     arguments, temporaries, outputs: bytes; outputs that reuse donated arguments are not counted again.
-    seconds: the compiler's own estimate, None where it has none. A loop's body counts once.
+    seconds: the compiler's own estimate, None where it has none. A loop's body counts once. Kernels, for which it
+      takes what they declare, count by their schedules instead.
     seconds_by_cycles: its estimates of the operations' cycles, added up, by the chip's clock; None where it has none.
+      It has none for kernels, which count by their schedules.
+    seconds_by_roof: of each operation the longer of its schedule and its memory traffic, added up; None where there are
+      no schedules, or loops.
+    seconds_between_chips: what they send each other, at all the links can carry. It may go on beside the rest or not.
+      None where part of it takes a way of unknown speed.
     operations: as the compiler counts them, padding included, a loop's body once.
     collectives: bytes by kind.
     text: the program; empty where it does not fit.
@@ -67,6 +85,8 @@ class Compiled:
   fits: bool
   seconds: float | None = None
   seconds_by_cycles: float | None = None
+  seconds_by_roof: float | None = None
+  seconds_between_chips: float | None = None
   operations: float | None = None
   collectives: dict[str, int] = dataclasses.field(default_factory=dict)
   text: str = dataclasses.field(repr=False, default="")
@@ -78,21 +98,31 @@ class Compiled:
 
 def choose_platform(platform: str | None, topology: Topology | None) -> str:
   """The compiler for a topology: the one asked for, or that of its chips where it is installed, or XLA's for CPUs."""
+  own = "tpu" if topology and topology.is_tpu else "cuda"
   if platform is None:
-    platform = "tpu" if topology and topology.is_tpu and importlib.util.find_spec("libtpu") else "cpu"
-  if platform == "tpu" and not importlib.util.find_spec("libtpu"):
-    raise UserError("--platform=tpu needs libtpu; pip install 'diffdis_jax[tpu]', or take --platform=cpu")
+    platform = own if topology and is_installed(own) else "cpu"
+  if platform != "cpu" and not is_installed(platform):
+    raise UserError(
+      f"--platform={platform} needs its compiler; pip install 'diffdis_jax[{platform}]', or take --platform=cpu"
+    )
   if topology is None:
     if platform != "cuda":
       raise UserError("give --topology, such as v5e:8x8; only --platform=cuda can do without")
-  elif platform == "tpu" and not topology.is_tpu:
-    raise UserError(f"--platform=tpu cannot compile for {topology.name}; take --platform=cpu, or cuda where one is")
+  elif platform not in ("cpu", own):
+    raise UserError(f"--platform={platform} cannot compile for {topology.name}; take --platform={own} or cpu")
   return platform
+
+
+def is_installed(compiler: str) -> bool:
+  """Whether the compiler for TPUs or NVIDIA's GPUs is: libtpu, or jax's plugin."""
+  if compiler == "tpu":
+    return importlib.util.find_spec("libtpu") is not None
+  return any(plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.entry_points(group="jax_plugins"))
 
 
 def prepare(platform: str, topology: Topology | None, slices: int) -> None:
   """Settings that JAX reads once, before it first looks for devices."""
-  if platform == "cuda" or topology is None:
+  if topology is None:
     jax.config.update("jax_platforms", "cuda,cpu")
     return
   jax.config.update("jax_platforms", "cpu")
@@ -102,10 +132,22 @@ def prepare(platform: str, topology: Topology | None, slices: int) -> None:
 
 def find(platform: str, topology: Topology | None, slices: int) -> Target:
   """After `prepare`. Raises UserError where there are no such devices."""
-  if platform == "cuda" or topology is None:
-    return _find_gpus(topology)
+  if topology is None:
+    return _present_gpus()
+  if platform == "cuda":
+    if slices > 1:
+      raise UserError(f"--slices={slices} is of TPUs; several hosts of GPUs are a topology, such as h100:8x{slices}")
+    return Target(
+      devices=gpu_devices(topology),
+      chip=topology.chip,
+      compiler="cuda",
+      exact=True,
+      options=_QUICKLY,
+      near=topology.a_host,
+    )
   if platform == "tpu":
-    return Target(devices=tpu_devices(topology, slices), chip=topology.chip, compiler="tpu", exact=True)
+    near = topology.size if slices > 1 else None
+    return Target(devices=tpu_devices(topology, slices), chip=topology.chip, compiler="tpu", exact=True, near=near)
   devices = jax.devices("cpu")
   if len(devices) < topology.size * slices:
     raise UserError(
@@ -115,19 +157,44 @@ def find(platform: str, topology: Topology | None, slices: int) -> Target:
   return Target(devices=devices[: topology.size * slices], chip=topology.chip, compiler="cpu", exact=False)
 
 
-def _find_gpus(topology: Topology | None) -> Target:
+def _present_gpus() -> Target:
   try:
     devices = jax.devices("cuda")
   except RuntimeError as error:
-    raise UserError("--platform=cuda finds no GPU that JAX can use; take --platform=cpu") from error
-  if topology is not None and topology.size != len(devices):
-    raise UserError(f"--topology={topology.name} has {topology.size} devices, but {len(devices)} are present")
+    raise UserError(
+      "--platform=cuda without --topology finds no GPU that JAX can use; name GPUs that are not there, such as"
+      " --topology=h100:8"
+    ) from error
   chip = of_kind(devices[0].device_kind)
-  exact = topology is None or topology.chip == chip
   # What JAX may use of this very card: by default three quarters, and a card of one kind may come with less memory.
   limit = (devices[0].memory_stats() or {}).get("bytes_limit")
   chip = dataclasses.replace(chip, memory=limit) if limit else chip
-  return Target(devices=devices, chip=chip, compiler="cuda", exact=exact)
+  return Target(devices=devices, chip=chip, compiler="cuda", exact=True)
+
+
+def gpu_devices(topology: Topology) -> list[Any]:
+  """Devices to compile for, none of which need be there; `h100:8x4` is four hosts of eight."""
+  from jax.experimental import topologies
+
+  kind, (a_host, *rest) = topology.name.partition(":")[0], topology.shape
+  hosts = rest[0] if rest else 1
+  config = gpus.target_config(gpus.GPUS[kind], cuda=_version(_CUDA), cudnn=_version(_CUDNN))
+  layout = f"1x{hosts}x{a_host}"  # slices, hosts of one, devices of one
+  return list(topologies.get_topology_desc(platform="cuda", target_config=config, topology=layout).devices)
+
+
+def _version(names: Sequence[str]) -> tuple[int, ...]:
+  """Of the first of these packages that is installed: major, minor, patch.
+
+  Raises:
+    UserError: none is.
+  """
+  for name in names:
+    try:
+      return tuple(int(part) for part in importlib.metadata.version(name).split(".")[:3])
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  raise UserError(f"none of {', '.join(names)} is installed, which the compiler needs; pip install 'diffdis_jax[cuda]'")
 
 
 def tpu_devices(topology: Topology, slices: int) -> list[Any]:
@@ -139,15 +206,19 @@ def tpu_devices(topology: Topology, slices: int) -> list[Any]:
   options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
   if topology.size == 1:
     options["chips_per_host_bounds"] = (1, 1, 1)
+  schedules.ask_for_them()
   if topology.name.startswith("v4"):
     options["chip_config_name"] = "megacore"  # one device a chip, as on a v4 itself
   return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options).devices)
 
 
-def compile(lowered: jax.stages.Lowered, chip: Chip) -> Compiled:
+def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
   """Compiles, and reads what came out. A program too large for the TPU compiler is an answer, not an error."""
+  chip = target.chip
+  if target.compiler == "tpu":
+    schedules.clear()
   try:
-    program = lowered.compile()
+    program = lowered.compile(compiler_options=dict(target.options) or None)
   except jax.errors.JaxRuntimeError as error:
     needed = memory_needed(str(error))
     if needed is None:
@@ -155,25 +226,22 @@ def compile(lowered: jax.stages.Lowered, chip: Chip) -> Compiled:
     return Compiled(arguments=0, temporaries=needed, outputs=0, fits=False)
   memory: Any = program.memory_analysis()
   costs, text = program.cost_analysis() or {}, program.as_text() or ""
+  cycles = schedules.cycles_by_operation(schedules.folder()) if target.compiler == "tpu" else {}
+  in_kernels = sum(cycles.get(name, 0) for name in hlo.kernels(text)) / chip.clock if chip.clock else 0.0
   compiled = Compiled(
     arguments=memory.argument_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
     outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    seconds=estimated_seconds(costs, text),
-    seconds_by_cycles=(hlo.estimated_cycles(text) / chip.clock or None) if chip.clock else None,
+    seconds=times.estimated_seconds(costs, text, chip, in_kernels),
+    seconds_by_cycles=(hlo.estimated_cycles(text) / chip.clock + in_kernels or None) if chip.clock else None,
+    seconds_by_roof=times.seconds_by_roof(text, cycles, chip),
+    seconds_between_chips=times.seconds_between_chips(text, chip, target.near),
     operations=costs.get("flops"),
     collectives=hlo.bytes_by_kind(text),
     fits=True,
     text=text,
   )
   return dataclasses.replace(compiled, fits=compiled.memory <= chip.memory)
-
-
-def estimated_seconds(costs: Mapping[str, float], text: str) -> float | None:
-  """The compiler's sum over a program; None if it has none."""
-  if any(f'custom_call_target="{name}"' in text for name in _COUNTED_AS_MINUS_ONE):
-    return None
-  return max(costs.get("optimal_seconds", 0.0), 0.0) or None
 
 
 def memory_needed(message: str) -> int | None:

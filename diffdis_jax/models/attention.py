@@ -1,7 +1,7 @@
-"""Attention without parameters: the kernels, which of them runs, and one more key merged in exactly.
+"""Attention without parameters: its forms, which of them runs, and one more key merged in exactly.
 
-What it computes is softmax(q k / √d) v. Everything here is how: which form is fast where, and what is kept for the
-backward pass.
+What it computes is softmax(q k / √d) v. Everything here is how: which form is fast where (KERNELS), and what is kept
+for the backward pass.
 """
 
 from __future__ import annotations
@@ -10,16 +10,22 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
+from diffdis_jax.errors import UserError
+from diffdis_jax.models import attention_tpu
+from diffdis_jax.parallel import sharding
+
 F32 = jnp.float32
+AUTO = "auto"
 _STOOD_FOR: contextvars.ContextVar[str | None] = contextvars.ContextVar("stood_for", default=None)
+_FORCED: contextvars.ContextVar[str] = contextvars.ContextVar("forced", default=AUTO)
 
 
 @contextlib.contextmanager
@@ -35,11 +41,25 @@ def standing_in_for(platform: str) -> Iterator[None]:
 def platform() -> str:
   """What the code being traced will run on: the surrounding mesh's devices (sharding.tracing), or what they stand in
   for; without a mesh the default."""
-  if stood_for := _STOOD_FOR.get():
-    return stood_for
+  return _STOOD_FOR.get() or _compiled_for()
+
+
+def _compiled_for() -> str:
+  """The platform whose compiler gets the code."""
   mesh = jax.sharding.get_abstract_mesh()
   device = None if mesh.empty else mesh.abstract_device
-  return jax.default_backend() if device is None else device.platform
+  name = jax.default_backend() if device is None else device.platform
+  return "gpu" if name in ("cuda", "rocm") else name
+
+
+@contextlib.contextmanager
+def by(kernel: str) -> Iterator[None]:
+  """Around what is traced with this one of KERNELS wherever it can run, or with the fastest (AUTO)."""
+  token = _FORCED.set(kernel)
+  try:
+    yield
+  finally:
+    _FORCED.reset(token)
 
 
 class Projected(NamedTuple):
@@ -58,7 +78,7 @@ def attend(
   mask: Bool[Array, "n m"] | None = None,
 ) -> Float[Array, "b n h d"]:
   """Softmax attention, softmax in f32, scaled by 1/√d. `mask` is True where a query may look."""
-  return _attend(q, k, v, mask, with_lse=False)[0]
+  return _choose(q, k, mask).run(q, k, v, mask, False)[0]
 
 
 def attend_with_lse(
@@ -69,17 +89,9 @@ def attend_with_lse(
   mask: Bool[Array, "n m"] | None = None,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
   """Attention, and the logarithm of each softmax's denominator, f32, with which `with_one_more` goes on."""
-  attended, lse = _attend(q, k, v, mask, with_lse=True)
+  attended, lse = _choose(q, k, mask, with_lse=True).run(q, k, v, mask, True)
   assert lse is not None
   return attended, lse
-
-
-def _attend(q: Array, k: Array, v: Array, mask: Array | None, *, with_lse: bool) -> tuple[Array, Array | None]:
-  """On CPU, batched small matrix products are slow and keep every score for the backward pass; one head of one sample
-  at a time was 3 times faster with gradients at 257 tokens and 1.5 times at 1024, and no faster at 64."""
-  if platform() == "cpu" and q.shape[1] * k.shape[1] >= 128 * 128:
-    return _attend_by_head(q, k, v, mask=mask)
-  return _attend_at_once(q, k, v, mask, with_lse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -155,6 +167,116 @@ def _attend_by_head(q: Array, k: Array, v: Array, *, mask: Array | None) -> tupl
   return rearrange(attended, "(b h) n d -> b n h d", b=batch), rearrange(lse, "(b h) n -> b n h", b=batch)
 
 
+def _attend_on_tpu(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> tuple[Array, Array]:
+  del mask, with_lse
+  return attention_tpu.attend_with_lse(q, k, v)
+
+
+def _attend_by_cudnn(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> tuple[Array, None]:
+  """Its gradient takes even numbers of tokens alone; an odd one gets one more, which the true lengths leave out."""
+  del mask, with_lse
+  n, m = q.shape[1], k.shape[1]
+  lengths: dict[str, Any] = {}
+  if n % 2 or m % 2:
+    rows = lambda length: jnp.full(len(q), length, jnp.int32)
+    lengths = dict(query_seq_lengths=rows(n), key_value_seq_lengths=rows(m))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :n], None
+
+
+class Kernel(NamedTuple):
+  """One way to compute attention.
+
+  Attributes:
+    run: (q, k, v, mask, with_lse) -> (attended, lse).
+    platform: where it is the choice.
+    alone: whether no other platform's compiler takes it.
+    has_lse: whether it gives lse, and a gradient for it.
+    is_possible: whether it takes these q and k, and this mask.
+    is_fast: whether it is faster there than `at_once`, given numbers of queries and keys.
+  """
+
+  run: Callable[..., Any]
+  platform: str | None
+  alone: bool
+  has_lse: bool
+  is_possible: Callable[[Array, Array, Array | None], bool]
+  is_fast: Callable[[int, int], bool]
+
+
+# In the order in which they are tried.
+KERNELS = {
+  # By the compiler's schedules for v5p, with gradients: half the time of 1024 x 1024 scores and a head of 40 channels,
+  # four fifths of 1024 x 77, as long for 256 x 256 and 256 x 77 with less memory, twice as long for 64 x 64.
+  "pallas": Kernel(
+    run=_attend_on_tpu,
+    platform="tpu",
+    alone=True,
+    has_lse=True,
+    is_possible=lambda q, k, mask: (
+      mask is None
+      and q.shape[0] % sharding.batch_parts() == 0
+      and attention_tpu.is_possible(q.shape[1], k.shape[1], q.shape[3])
+    ),
+    is_fast=lambda n, m: n >= 128 and n * m >= 128 * 128,
+  ),
+  # What cuDNN takes, before Hopper too. Of its log-sum-exp, JAX leaves out the gradient without a word.
+  "cudnn": Kernel(
+    run=_attend_by_cudnn,
+    platform="gpu",
+    alone=True,
+    has_lse=False,
+    is_possible=lambda q, k, mask: (
+      mask is None and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+    ),
+    is_fast=lambda n, m: n >= 128 and n * m >= 128 * 128,
+  ),
+  # On CPU, batched small matrix products are slow and keep every score for the backward pass; one head of one sample
+  # at a time was 3 times faster with gradients at 257 tokens and 1.5 times at 1024, and no faster at 64.
+  "by_head": Kernel(
+    run=lambda q, k, v, mask, with_lse: _attend_by_head(q, k, v, mask=mask),
+    platform="cpu",
+    alone=False,
+    has_lse=True,
+    is_possible=lambda q, k, mask: True,
+    is_fast=lambda n, m: n * m >= 128 * 128,
+  ),
+  "at_once": Kernel(
+    run=_attend_at_once,
+    platform=None,
+    alone=False,
+    has_lse=True,
+    is_possible=lambda q, k, mask: True,
+    is_fast=lambda n, m: True,
+  ),
+}
+
+
+def _choose(q: Array, k: Array, mask: Array | None, *, with_lse: bool = False) -> Kernel:
+  """The one asked for (`by`) where it can run, else the first that is fast on the platform that is traced for.
+
+  Raises:
+    UserError: one is asked for that this platform's compiler does not know.
+  """
+  forced, compiled_for = _FORCED.get(), _compiled_for()
+  if forced != AUTO and KERNELS[forced].alone and KERNELS[forced].platform != compiled_for:
+    raise UserError(
+      f"model.attention_kernel is {forced!r}, which runs on {KERNELS[forced].platform} alone, not on {compiled_for};"
+      f" take {AUTO!r}"
+    )
+  for name, kernel in KERNELS.items():
+    if not kernel.is_possible(q, k, mask) or (with_lse and not kernel.has_lse):
+      continue
+    if forced != AUTO:
+      is_chosen = name in (forced, "at_once")
+    else:
+      here = compiled_for if kernel.alone else platform()
+      is_chosen = kernel.platform in (None, here) and kernel.is_fast(q.shape[1], k.shape[1])
+    if is_chosen:
+      return kernel
+  raise AssertionError("at_once takes everything")
+
+
 def with_one_more(
   attended: Float[Array, "b n h d"],
   lse: Float[Array, "b n h"],
@@ -170,12 +292,23 @@ def with_one_more(
   return (attended.astype(F32) * (1.0 - weight) + v.astype(F32) * weight).astype(attended.dtype)
 
 
+def attend_with_one_more(
+  q: Float[Array, "b n h d"],
+  k: Float[Array, "b m h d"],
+  v: Float[Array, "b m h d"],
+  more: Projected,
+) -> Float[Array, "b n h d"]:
+  """Attention to the keys of `k` and to the one of `more`, exactly, by whatever the kernel can do."""
+  if _choose(q, k, None).has_lse:
+    return with_one_more(*attend_with_lse(q, k, v), q, more.k, more.v)
+  # No length is better than another to such a kernel, which computes scores in pieces.
+  return attend(q, jnp.concatenate([k, more.k], axis=1), jnp.concatenate([v, more.v], axis=1))
+
+
 def attend_together(text: Projected, image: Projected) -> tuple[Float[Array, "b 1 h d"], Float[Array, "b n h d"]]:
   """Attention over the tokens [text, image], split again into the text token's and the image tokens' result.
 
   Without the concatenation: each stream attends to the image tokens, and the text token's key is merged in exactly
   (`with_one_more`). So the image tokens' number stays a power of two, which fills a TPU's tiles; n + 1 would not.
   """
-  of_text = with_one_more(*attend_with_lse(text.q, image.k, image.v), text.q, text.k, text.v)
-  of_image = with_one_more(*attend_with_lse(*image), image.q, text.k, text.v)
-  return of_text, of_image
+  return attend_with_one_more(text.q, image.k, image.v, text), attend_with_one_more(*image, text)

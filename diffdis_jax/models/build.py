@@ -11,21 +11,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffdis_jax.diffusion.schedules import Process
 from diffdis_jax.errors import UserError, check_choice, check_number, read_section
-from diffdis_jax.models import clip_init
+from diffdis_jax.models import attention, clip_init
 from diffdis_jax.models.alignment import AlignmentTransformer
+from diffdis_jax.models.attention import AUTO
 from diffdis_jax.models.autoencoder import Autoencoder
 from diffdis_jax.models.clip import Clip, VisionEncoder
 from diffdis_jax.models.diffdis import DiffDis
 from diffdis_jax.models.fusion import TextStream
 from diffdis_jax.models.layers import DTYPES
 from diffdis_jax.models.lgr import LanguageGuidedHead
-from diffdis_jax.models.sections import AUTO, CLIP_PARTS, PARTS, ClipModel, Model, read_clip, read_model
+from diffdis_jax.models.sections import CLIP_PARTS, PARTS, ClipModel, Model, read_clip, read_model
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.models.unet import UNet
+from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params, flatten, merge
 
 # Stages 1 and 2 of VL-LTR's long-tailed recognition (paper appendix, Table 8), on either network.
@@ -210,6 +213,12 @@ class Network:
     if self.model.matmul_precision != AUTO:
       return self.model.matmul_precision
     return "highest" if self.model.dtype == "float32" else "default"
+
+  def traced_for(self, mesh: Mesh, f: Callable[..., Any]) -> Callable[..., Any]:
+    """f, one of the network's programs, to be jitted: traced for the devices of `mesh`, with the network's precision
+    and form of attention."""
+    f = attention.by(self.model.attention_kernel)(f)
+    return sharding.traced_for(mesh, f, matmul_precision=self.matmul_precision)
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:

@@ -9,9 +9,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffdis_jax.errors import UserError, check_choice, check_number, check_numbers, read_section
+from diffdis_jax.models.attention import AUTO, KERNELS
 from diffdis_jax.models.layers import ACTIVATIONS, DTYPES, REMAT_POLICIES
 
-AUTO = "auto"
 MATMUL_PRECISIONS = (AUTO, "default", "high", "highest")
 
 
@@ -137,6 +137,7 @@ class Model:
     matmul_precision: how they multiply f32, one of MATMUL_PRECISIONS. JAX's own default is the chip's fastest way, bf16
       on TPUs and TF32 on GPUs; on CPUs all are the same. `auto` is highest where dtype is float32, so that it means
       that, and default where it is bfloat16.
+    attention_kernel: one of attention.KERNELS wherever it can run; `auto` is the fastest on the device.
     remat: what the backward pass keeps, one of layers.REMAT_POLICIES.
 
   Raises:
@@ -150,6 +151,7 @@ class Model:
   dtype: str
   remat: str
   matmul_precision: str = AUTO
+  attention_kernel: str = AUTO
   unet: UNetSize
   alignment: AlignmentSize
   text_encoder: TextEncoderSize
@@ -160,6 +162,7 @@ class Model:
     check_number("query_init", self.query_init, at_least=0.0)
     check_choice("dtype", self.dtype, DTYPES)
     check_choice("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
+    check_choice("attention_kernel", self.attention_kernel, (AUTO, *KERNELS))
     check_choice("remat", self.remat, REMAT_POLICIES)
 
   @property
@@ -193,7 +196,7 @@ class ClipModel:
   """The `model` section of a CLIP, whose objective is `contrastive`.
 
   Attributes:
-    dtype, matmul_precision: as Model's.
+    dtype, matmul_precision, attention_kernel: as Model's.
     remat: what the backward pass keeps of each layer, one of layers.REMAT_POLICIES.
 
   Raises:
@@ -203,6 +206,7 @@ class ClipModel:
   dtype: str
   remat: str = "none"
   matmul_precision: str = AUTO
+  attention_kernel: str = AUTO
   text_encoder: TextEncoderSize
   vision_encoder: VisionEncoderSize
   head: HeadSize | None = None
@@ -210,6 +214,7 @@ class ClipModel:
   def __post_init__(self) -> None:
     check_choice("dtype", self.dtype, DTYPES)
     check_choice("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
+    check_choice("attention_kernel", self.attention_kernel, (AUTO, *KERNELS))
     check_choice("remat", self.remat, REMAT_POLICIES)
     text, vision = self.text_encoder.projection, self.vision_encoder.projection
     if text != vision:

@@ -13,6 +13,7 @@ def sd_v1() -> ConfigDict:
       query_init=1.0,
       dtype="bfloat16",
       matmul_precision="auto",
+      attention_kernel="auto",
       remat="none",
       unet=dict(
         widths=(320, 640, 1280, 1280),
@@ -77,6 +78,7 @@ def clip_vit_l14() -> ConfigDict:
     dict(
       dtype="bfloat16",
       matmul_precision="auto",
+      attention_kernel="auto",
       remat="none",
       text_encoder=dict(sd_v1().text_encoder, projection=768),
       vision_encoder=dict(

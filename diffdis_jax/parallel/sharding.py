@@ -232,6 +232,27 @@ def _only(partition: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
   return PartitionSpec(*(axis if axis in axes else None for axis in partition))
 
 
+def on_own_heads(f: Callable[..., Any]) -> Callable[..., Any]:
+  """f, on arrays [b, h, ...] and with results of such, run on each device's own rows and heads of the mesh that is
+  being traced for. Of a kernel, which the compiler cannot split. Nothing is exchanged.
+
+  The batch must be a multiple of `batch_parts`; heads that `tensor` does not divide are computed by all of its devices.
+  """
+
+  @functools.wraps(f)
+  def local(*arrays: Any) -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    if not free:
+      return f(*arrays)
+    heads = "tensor" if "tensor" in free and arrays[0].shape[1] % mesh.shape["tensor"] == 0 else None
+    split = PartitionSpec(tuple(axis for axis in BATCH[0] if axis in free) or None, heads)
+    # Without the check of what varies over which axis, which no kernel says of its results.
+    return jax.shard_map(f, in_specs=split, out_specs=split, axis_names=free, check_vma=False)(*arrays)
+
+  return local
+
+
 def batch_parts() -> int:
   """Into how many parts a batch is split on the mesh that is being traced for; 1 if there is none."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -96,12 +96,12 @@ def defaults(*, accumulate: int) -> dict[str, Any]:
   """The fields that every run has alike, with their defaults: in a run that an earlier version wrote, each field that
   it lacks has its default.
 
-  A new field's default is what runs did before there was one. Of the network, that is how it multiplies alone.
+  A new field's default is what runs did before there was one. Of the network, those are how it multiplies and attends.
 
   Args:
     accumulate: the run's `optim.accumulate`. Only with more than one does `optim.contrastive_batch` mean anything.
   """
-  fields = base(ConfigDict(dict(matmul_precision="auto")), image_size=0).to_dict()
+  fields = base(ConfigDict(dict(matmul_precision="auto", attention_kernel="auto")), image_size=0).to_dict()
   del fields["image_size"]
   if accumulate > 1:
     fields["optim"]["contrastive_batch"] = "microbatch"

@@ -13,11 +13,11 @@ from diffdis_jax.training.optim import Optim
 from diffdis_jax.training.step import Step
 
 
-def without_remat(config: ConfigDict) -> ConfigDict:
-  """The same config with nothing computed twice, whose operations are those of the mathematics."""
-  plain = config.copy_and_resolve_references().unlock()
-  plain.model.remat = "none"
-  return plain
+def plain(config: ConfigDict) -> ConfigDict:
+  """The config that operations are counted by: nothing is computed twice, and none of them is inside a kernel."""
+  changed = config.copy_and_resolve_references().unlock()
+  changed.model.update(remat="none", attention_kernel="at_once")
+  return changed
 
 
 def build_step(config: ConfigDict, mesh: Mesh) -> Step:

@@ -108,7 +108,7 @@ class Step:
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, self.state_shardings
     )
     self.train_step = jax.jit(
-      sharding.traced_for(mesh, self._train_step, matmul_precision=network.matmul_precision),
+      network.traced_for(mesh, self._train_step),
       donate_argnums=0,  # the new state takes the old one's memory
       in_shardings=(self.state_shardings, sharding.batch_sharding(mesh)),
       out_shardings=(self.state_shardings, None),

@@ -70,7 +70,8 @@ GROUPS = "channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}"
 )
 def test_one_collective(line, kind, shapes, size):
   (found,) = hlo.collectives(f"ENTRY %main {{\n  {line}\n}}")
-  assert found == hlo.Collective(kind=kind, shapes=shapes, bytes=size)
+  group = (0, 1, 2, 3) if GROUPS in line else (0, 1) if "pairs" in line else ()
+  assert found == hlo.Collective(kind=kind, shapes=shapes, bytes=size, group=group)
 
 
 def test_a_reduce_scatter_of_the_tpu_compiler_ends_with_its_computation():
@@ -133,3 +134,68 @@ def test_bytes_of_what_a_device_ends_up_with(kind, f):
   x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, rows))
   text = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=rows, out_specs=rows)).lower(x).compile().as_text()
   assert hlo.bytes_by_kind(text) == {kind: 4 * 8 * 32 // (8 if kind == "reduce-scatter" else 1)}
+
+
+@pytest.mark.parametrize(
+  "groups, expected",
+  [
+    ("replica_groups={{0,2},{1,3}}", (0, 2)),
+    ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+    ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", (0, 1, 4, 5)),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=3] {'axis_0'}", (0, 3)),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=3,'axis_2'=2] {'axis_0','axis_2'}", (0, 1, 6, 7)),
+    ("replica_groups={}", ()),
+  ],
+)
+def test_groups(groups, expected):
+  (found,) = hlo.collectives(f"  %g = f32[8] all-gather(%a), channel_id=1, {groups}, dimensions={{0}}")
+  assert found.group == expected
+
+
+@pytest.mark.parametrize(
+  "kind, received",
+  [
+    ("all-gather", 300),
+    ("reduce-scatter", 1200),
+    ("all-reduce", 600),
+    ("all-to-all", 300),
+    ("collective-permute", 400),
+  ],
+)
+def test_what_reaches_a_device(kind, received):
+  """Of a result of 400 bytes with four devices, of which it has its own part already."""
+  assert hlo.Collective(kind=kind, shapes=((100,),), bytes=400, group=(0, 1, 2, 3)).received == received
+
+
+COST = (
+  '{"custom_call_config":{"body":"A=","cost_estimate":{"flops":"7000","transcendentals":"50","bytes_accessed":"64"}}}'
+)
+PROGRAM = """
+%fused (a: f32[8]) -> f32[8] {
+  %inner = f32[1024] add(%a, %a)
+}
+
+ENTRY %main (p: f32[128,8]) -> f32[8] {
+  %p = bf16[128,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %near = bf16[128,8]{1,0:T(8,128)(2,1)S(1)} copy(%p)
+  %wait-start = (f32[128,8], f32[128,8], u32[]) copy-start(%p)
+  %pair = (f32[8]{0}, /*index=1*/bf16[4]{0}) fusion(%near, %p, %p), kind=kLoop, calls=%fused
+  %one = f32[8]{0} get-tuple-element(%pair), index=0
+  %k.1 = f32[8]{0} custom-call(%one), custom_call_target="tpu_custom_call", backend_config={COST}
+  ROOT %k.2 = f32[8]{0} custom-call(%k.1), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_memory_traffic():
+  """What an operation reads and writes, each operand once, nothing of what lies in memory on the chip."""
+  size = 2 * 128 * 8
+  text = PROGRAM.replace("{COST}", COST)
+  assert hlo.traffic(text) == {"near": size, "pair": size + 4 * 8 + 2 * 4, "k.1": 64, "k.2": 64}
+  assert not hlo.has_loops(text)
+  assert hlo.has_loops(text.replace("ROOT", "%w = f32[8] while(%k.1), body=%fused\n  ROOT"))
+
+
+def test_what_kernels_declare():
+  assert hlo.kernels(PROGRAM.replace("{COST}", COST)) == {"k.1": hlo.Kernel(flops=7000, transcendentals=50, bytes=64)}

@@ -27,7 +27,9 @@ def test_every_field_has_a_default_but_those_that_are_given():
   # What runs did before there was a choice, where it makes a difference.
   assert defaults(accumulate=2)["optim"] == fields["optim"] | {"contrastive_batch": "microbatch"}
   assert fields["optim"]["contrastive_batch"] == "whole"
-  assert defaults(accumulate=1)["model"] == {"matmul_precision": sizes.sd_v1().matmul_precision}
+  assert defaults(accumulate=1)["model"] == {
+    name: sizes.sd_v1()[name] for name in ("matmul_precision", "attention_kernel")
+  }
 
 
 def test_a_run_from_before_contrastive_batches_goes_on_as_it_was(tmp_path):

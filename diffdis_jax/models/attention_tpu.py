@@ -1,0 +1,256 @@
+"""Attention on TPUs in one kernel, written in Pallas: scores and weights never leave the chip.
+
+Arrays are [b, h, d, n]: channels lie in sublanes, tokens in lanes. Lanes come by 128 and sublanes by 8, so that a head
+of 40 channels stays 40, where channels in lanes would be padded to 128. Scores are [m, n], keys by queries: their
+maximum and sum over keys are one row, as everything else that belongs to a query.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from diffdis_jax.parallel import sharding
+
+F32 = jnp.float32
+LANES, SUBLANES = 128, 8
+LOG2_E = math.log2(math.e)  # the chip has exp2; so scores and the logarithms of their sums are to base 2 in here
+# Scores of one head at a time, and of all heads of one turn: 4 MiB in f32, of which a turn holds about four.
+MAX_SCORES = 2**20
+# Of a head's keys, channels times tokens; of these, of values and of their gradients the backward kernel holds about
+# eight copies beside the scores, two of them f32.
+MAX_KEYS = 2**19
+VMEM_BYTES = 48 * 2**20
+LEAST = -1e30  # the score of a key that is only padding; its exponential is 0, and it is no infinity
+
+
+class Blocks(NamedTuple):
+  """What one turn of a kernel works on: so many heads, queries of each, and all keys."""
+
+  heads: int
+  queries: int
+
+
+def is_possible(n: int, m: int, d: int) -> bool:
+  """Whether the kernel takes n queries, m keys and heads of d channels: where all keys fit on the chip."""
+  return n >= 1 and d % SUBLANES == 0 and _padded(m) * d <= MAX_KEYS and _padded(m) * LANES <= MAX_SCORES
+
+
+def choose_blocks(n: int, m: int, h: int) -> Blocks:
+  """The largest blocks that divide n queries, a multiple of 128, and h heads, within MAX_SCORES scores."""
+
+  def largest(whole: int, unit: int, limit: int) -> int:
+    return max(size for size in range(unit, max(min(limit, whole), unit) + 1, unit) if whole % size == 0)
+
+  queries = largest(n, LANES, MAX_SCORES // m)
+  return Blocks(largest(h, 1, MAX_SCORES // (m * queries)), queries)
+
+
+def attend_with_lse(
+  q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"], *, interpret: bool = False
+) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
+  """softmax(q k / √d) v, and the logarithm of each softmax's denominator, f32; both have gradients.
+
+  On the mesh that is traced for, every device works on its own rows and heads.
+
+  Args:
+    interpret: run on any platform, slowly, as the tests do.
+  """
+  n, m = q.shape[1], k.shape[1]
+  to_lanes = lambda x: jnp.pad(
+    rearrange(x, "b n h d -> b h d n"), ((0, 0), (0, 0), (0, 0), (0, _padded(x.shape[1]) - x.shape[1]))
+  )
+  results: Any = _attend(*map(to_lanes, (q, k, v)), m, interpret)
+  attended, lse = results
+  return rearrange(attended[..., :n], "b h d n -> b n h d"), rearrange(lse[..., :n], "b h 1 n -> b n h") / LOG2_E
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend(q: Array, k: Array, v: Array, keys: int, interpret: bool) -> tuple[Array, Array]:
+  return _attend_forward(q, k, v, keys, interpret)[0]
+
+
+def _attend_forward(
+  q: Array, k: Array, v: Array, keys: int, interpret: bool
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+  """The results are [b, h, d, n] and, to base 2, [b, h, 1, n]. Of the keys the first `keys` count."""
+
+  def own(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    call = _Call(q, k, keys)
+    return call(
+      _forward_kernel,
+      name="attention",
+      inputs=(call.of_queries, call.of_keys, call.of_keys),
+      outputs=((call.of_queries, q), (call.of_row, _row_of(q))),
+      products=2,
+      interpret=interpret,
+    )(q, k, v)
+
+  attended, lse = sharding.on_own_heads(own)(q, k, v)
+  return (attended, lse), (q, k, v, attended, lse)
+
+
+def _attend_backward(
+  keys: int, interpret: bool, kept: tuple[Array, ...], gradients: tuple[Array, Array]
+) -> tuple[Array, Array, Array]:
+  def own(q: Array, k: Array, v: Array, *rest: Array) -> tuple[Array, Array, Array]:
+    call = _Call(q, k, keys)
+    queries, row = call.of_queries, call.of_row
+    return call(
+      _backward_kernel,
+      name="attention_backward",
+      inputs=(queries, call.of_keys, call.of_keys, queries, row, queries, row),
+      outputs=((queries, q), (call.of_keys, k), (call.of_keys, v)),
+      products=5,
+      scratch=[pltpu.VMEM((call.blocks.heads, *k.shape[2:]), F32)] * 2,
+      interpret=interpret,
+    )(q, k, v, *rest)
+
+  return sharding.on_own_heads(own)(*kept, *gradients)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+class _Call:
+  """Grid and blocks of both kernels: batch, groups of heads, blocks of queries; keys are always whole."""
+
+  def __init__(self, q: Array, k: Array, keys: int):
+    b, h, d, n = q.shape
+    m = k.shape[-1]
+    self.blocks = choose_blocks(n, m, h)
+    heads, queries = self.blocks
+    self.grid = (b, h // heads, n // queries)
+    self.of_queries = pl.BlockSpec((1, heads, d, queries), lambda i, j, at: (i, j, 0, at))
+    self.of_keys = pl.BlockSpec((1, heads, d, m), lambda i, j, at: (i, j, 0, 0))
+    self.of_row = pl.BlockSpec((1, heads, 1, queries), lambda i, j, at: (i, j, 0, at))
+    self._scores, self._d = b * h * n * m, d
+    self._options = dict(scale=1.0 / math.sqrt(d), keys=keys if keys < m else None)
+
+  def __call__(
+    self,
+    kernel: Any,
+    *,
+    name: str,
+    inputs: tuple[Any, ...],
+    outputs: tuple[Any, ...],
+    products: int,
+    interpret: bool,
+    scratch: Any = (),
+  ) -> Any:
+    """The kernel, to be called with arrays; `outputs` are pairs of a block and an array of the result's shape."""
+    shapes = [jax.ShapeDtypeStruct(like.shape, like.dtype) for _, like in outputs]
+    size = lambda x: x.size * x.dtype.itemsize
+
+    def called(*arrays: Array) -> Any:
+      cost = pl.CostEstimate(
+        flops=2 * products * self._scores * self._d,
+        transcendentals=self._scores,
+        bytes_accessed=sum(map(size, (*arrays, *shapes))),
+      )
+      return pl.pallas_call(
+        functools.partial(kernel, **self._options),
+        grid=self.grid,
+        in_specs=inputs,
+        out_specs=[block for block, _ in outputs],
+        out_shape=shapes,
+        scratch_shapes=scratch,
+        # Gradients of keys and values are summed over the blocks of queries, which so come one after another.
+        compiler_params=pltpu.CompilerParams(
+          dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        cost_estimate=cost,
+        interpret=interpret,
+        name=name,
+      )(*arrays)
+
+    return called
+
+
+def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, lse_ref: Any, *, scale: float, keys: int | None):
+  """All refs are [1, heads, channels, tokens]."""
+  for head in range(q_ref.shape[1]):
+    v = v_ref[0, head]
+    scores = _scores(q_ref[0, head], k_ref[0, head], scale, keys)
+    # Less the largest, which divides out again, so that no exponential overflows.
+    top = scores.max(axis=0, keepdims=True)
+    weights = jnp.exp2(scores - top).astype(v.dtype)
+    # Rows of ones below v sum the weights in the same product.
+    with_ones = jnp.concatenate([v, jnp.ones((SUBLANES, v.shape[1]), v.dtype)], axis=0)
+    sums = _dot(with_ones, weights, 1, 0)
+    total = sums[v.shape[0] : v.shape[0] + 1]
+    o_ref[0, head] = (sums[: v.shape[0]] / total).astype(o_ref.dtype)
+    lse_ref[0, head] = top + jnp.log2(total)
+
+
+def _backward_kernel(
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  o_ref: Any,
+  lse_ref: Any,
+  g_ref: Any,
+  g_lse_ref: Any,
+  of_q_ref: Any,
+  of_k_ref: Any,
+  of_v_ref: Any,
+  sum_k_ref: Any,
+  sum_v_ref: Any,
+  *,
+  scale: float,
+  keys: int | None,
+):
+  """Weights are computed again from scores and lse. d softmax: w (g·v - g·out), and w for lse, here to base 2."""
+  block = pl.program_id(2)
+
+  @pl.when(block == 0)
+  def _():
+    sum_k_ref[...] = jnp.zeros_like(sum_k_ref)
+    sum_v_ref[...] = jnp.zeros_like(sum_v_ref)
+
+  for head in range(q_ref.shape[1]):
+    q, k, v, g = (ref[0, head] for ref in (q_ref, k_ref, v_ref, g_ref))
+    weights = jnp.exp2(_scores(q, k, scale, keys) - lse_ref[0, head])
+    mean = jnp.sum(g.astype(F32) * o_ref[0, head].astype(F32), axis=0, keepdims=True)
+    of_scores = (weights * (_dot(v, g, 0, 0) - (mean - g_lse_ref[0, head] * LOG2_E))).astype(q.dtype)
+    of_q_ref[0, head] = (_dot(k, of_scores, 1, 0) * scale).astype(of_q_ref.dtype)
+    sum_k_ref[head] += _dot(q, of_scores, 1, 1)
+    sum_v_ref[head] += _dot(g, weights.astype(v.dtype), 1, 1)
+
+  @pl.when(block == pl.num_programs(2) - 1)
+  def _():
+    of_k_ref[0] = (sum_k_ref[...] * scale).astype(of_k_ref.dtype)
+    of_v_ref[0] = sum_v_ref[...].astype(of_v_ref.dtype)
+
+
+def _scores(q: Array, k: Array, scale: float, keys: int | None) -> Array:
+  """f32 [m, n], to base 2. The scale goes to the queries, of which there are fewer numbers than scores."""
+  scores = _dot(k, (q.astype(F32) * (scale * LOG2_E)).astype(q.dtype), 0, 0)
+  if keys is None:
+    return scores
+  return jnp.where(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) < keys, scores, LEAST)
+
+
+def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
+  """f32 product of two matrices over these axes. Kernels know no `high` precision, only what lies below and above."""
+  config: Any = jax.config
+  precision = jax.lax.Precision.HIGHEST if config.jax_default_matmul_precision == "high" else None
+  contracted = (((of_a,), (of_b,)), ((), ()))
+  return jax.lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=F32)
+
+
+def _row_of(q: Array) -> jax.ShapeDtypeStruct:
+  b, h, _, n = q.shape
+  return jax.ShapeDtypeStruct((b, h, 1, n), F32)
+
+
+def _padded(tokens: int) -> int:
+  return -(-tokens // LANES) * LANES

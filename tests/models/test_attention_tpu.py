@@ -1,0 +1,244 @@
+"""The TPU's kernel, interpreted, against float64; and that compiled programs of TPUs and GPUs contain theirs."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.estimates import chips, targets
+from diffdis_jax.models import attention, attention_tpu
+from diffdis_jax.models.attention import Projected
+from diffdis_jax.parallel import sharding
+from tests import steps
+from tests.models import networks
+
+# Rounding of results in bf16, which keeps 8 bits, and of weights that are summed.
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1.5e-2}
+interpreted = functools.partial(attention_tpu.attend_with_lse, interpret=True)
+
+
+def attention_in_float64(q, k, v, of_attended, of_lse):
+  """Value and lse, and the gradients of q, k and v under these of both, by hand."""
+  scale = 1 / np.sqrt(q.shape[-1])
+  scores = np.einsum("bnhd,bmhd->bnhm", q, k) * scale
+  top = scores.max(axis=-1, keepdims=True)
+  weights = np.exp(scores - top)
+  total = weights.sum(axis=-1, keepdims=True)
+  weights /= total
+  attended = np.einsum("bnhm,bmhd->bnhd", weights, v)
+  of_weights = np.einsum("bnhd,bmhd->bnhm", of_attended, v) + of_lse[..., None]
+  mean = np.sum(of_attended * attended, axis=-1, keepdims=True)
+  of_scores = weights * (of_weights - mean) * scale
+  of_q, of_k = np.einsum("bnhm,bmhd->bnhd", of_scores, k), np.einsum("bnhm,bnhd->bmhd", of_scores, q)
+  return attended, (top + np.log(total))[..., 0], of_q, of_k, np.einsum("bnhm,bnhd->bmhd", weights, of_attended)
+
+
+def inputs(n: int, m: int, *, heads: int = 1, channels: int = 8, dtype=jnp.float32):
+  """q, k, v, and gradients of value and lse."""
+  rng = np.random.default_rng(n + m)
+  draw = lambda *shape: jnp.asarray(2 * rng.standard_normal((1, *shape)), dtype)
+  q, k, v, g = (draw(size, heads, channels) for size in (n, m, m, n))
+  return q, k, v, g, draw(n, heads).astype(jnp.float32)
+
+
+def with_gradients(attend, q, k, v, g, of_lse):
+  with jax.default_matmul_precision("highest"):
+    value, vjp = jax.vjp(attend, q, k, v)
+    return *value, *vjp((g, of_lse))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+  "n, m, heads, channels",
+  [
+    (256, 256, 2, 40),
+    (1024, 1024, 1, 40),
+    (257, 257, 1, 64),
+    (130, 77, 2, 8),
+    pytest.param(4096, 4096, 1, 40, marks=pytest.mark.slow),
+    pytest.param(1025, 4095, 2, 80, marks=pytest.mark.slow),
+  ],
+)
+def test_value_and_gradients_of_the_kernel(n, m, heads, channels, dtype):
+  args = inputs(n, m, heads=heads, channels=channels, dtype=dtype)
+  found = jax.jit(functools.partial(with_gradients, interpreted))(*args)
+  expected = attention_in_float64(*(np.asarray(x, np.float64) for x in args))
+  assert [x.dtype for x in found] == [dtype, jnp.float32, dtype, dtype, dtype]
+  for name, a, b in zip(("value", "lse", "of q", "of k", "of v"), found, expected, strict=True):
+    assert networks.relative_error(a.astype(jnp.float32), b) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("n", [256, 257, pytest.param(4096, marks=pytest.mark.slow)])
+def test_one_more_key_is_merged_exactly_with_the_kernel(monkeypatch, n, dtype):
+  """Value and gradients, those of the one key and its value too, of attention over all keys side by side."""
+  q, k, v, g, _ = inputs(n, n + 1, dtype=dtype)
+  monkeypatch.setattr(attention_tpu, "attend_with_lse", interpreted)
+
+  def merged(q, k, v):
+    with attention.standing_in_for("tpu"):
+      return attention.attend_with_one_more(q, k[:, :-1], v[:, :-1], Projected(q[:, :1], k[:, -1:], v[:, -1:]))
+
+  monkeypatch.setattr(attention, "_compiled_for", lambda: "tpu")
+  with jax.default_matmul_precision("highest"):
+    value, vjp = jax.vjp(merged, q, k, v)
+    found = (value, *vjp(g))
+  args = (*(np.asarray(x, np.float64) for x in (q, k, v, g)), np.zeros(q.shape[:3]))
+  attended, _, *expected = attention_in_float64(*args)
+  for a, b in zip(found, (attended, *expected), strict=True):
+    assert networks.relative_error(a.astype(jnp.float32), b) < TOLERANCE[dtype]
+
+
+def test_scores_beyond_what_exponentials_hold():
+  """Scores of some thousands, all of them far from 0, beside keys that are only padding, whose scores would be 0."""
+  q, k, v, g, of_lse = inputs(128, 77)
+  q, k = q.at[..., 0].set(100.0), k.at[..., 0].set(-100.0)
+  found = with_gradients(interpreted, q, k, v, g, of_lse)
+  expected = attention_in_float64(*(np.asarray(x, np.float64) for x in (q, k, v, g, of_lse)))
+  assert expected[1].max() < -3000
+  for a, b in zip(found, expected, strict=True):
+    assert networks.relative_error(a, b) < 1e-3
+
+
+@pytest.mark.parametrize("n, m, h", [(1024, 1024, 8), (4096, 4096, 8), (384, 128, 12), (256, 8192, 3)])
+def test_blocks_divide_what_they_split(n, m, h):
+  heads, queries = attention_tpu.choose_blocks(n, m, h)
+  assert h % heads == 0 and n % queries == 0 and queries % attention_tpu.LANES == 0
+  assert heads * queries * m <= attention_tpu.MAX_SCORES
+
+
+def test_blocks_are_the_largest():
+  assert attention_tpu.choose_blocks(1024, 1024, 8) == (1, 1024)
+  assert attention_tpu.choose_blocks(256, 256, 8) == (8, 256)
+  assert attention_tpu.choose_blocks(4096, 4096, 8) == (1, 256)
+
+
+@pytest.mark.parametrize("shape, heads", [((2, 2, 2), 2), ((1, 2, 4), 2)])
+def test_each_device_attends_for_its_own_rows_and_heads(shape, heads):
+  """On a mesh, with gradients, to what one device computes, where `tensor` divides the heads and where it does not."""
+  mesh = steps.make_mesh(*shape)
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.standard_normal((8, 128, heads, 8)), jnp.float32) for _ in range(3))
+  total = lambda q, k, v: sum(jnp.sum(jnp.sin(3 * x)) for x in interpreted(q, k, v))
+  expected = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
+  place = sharding.batch_sharding(mesh)
+  on_mesh = sharding.traced_for(mesh, jax.value_and_grad(total, (0, 1, 2)), matmul_precision="highest")
+  program = jax.jit(on_mesh, in_shardings=place).lower(q, k, v).compile()
+  found = program(*jax.device_put((q, k, v), place))
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert networks.relative_error(np.asarray(a), b) < 1e-5
+  assert "all-gather" not in program.as_text() or heads % shape[2]
+
+
+def test_within_what_each_device_does_by_itself_already():
+  """As in a step of microbatches, where rows are split before and heads are not."""
+  mesh = steps.make_mesh(2, 2, 2)
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.standard_normal((4, 128, 2, 8)), jnp.float32) for _ in range(3))
+  of_rows = lambda qkv: jax.grad(lambda qkv: jnp.sum(jnp.sin(3 * interpreted(*qkv)[0])))(qkv)
+  split = sharding.on_own_rows(lambda whole, rows: ({}, of_rows(rows)), mesh, {})
+  on_mesh = sharding.traced_for(mesh, lambda qkv: split({}, qkv)[1], matmul_precision="highest")
+  found = jax.jit(on_mesh)(jax.device_put((q, k, v), sharding.batch_sharding(mesh)))
+  for a, b in zip(found, jax.jit(of_rows)((q, k, v)), strict=True):
+    assert networks.relative_error(np.asarray(a), b) < 1e-5
+
+
+def test_where_keys_do_not_fit_on_the_chip():
+  assert attention_tpu.is_possible(1024, 1024, 512) and attention_tpu.is_possible(4096, 4096, 40)
+  assert not attention_tpu.is_possible(4096, 4096, 512)
+  assert not attention_tpu.is_possible(16384, 16384, 8)
+  assert not attention_tpu.is_possible(1024, 1024, 20)
+
+
+def chosen(monkeypatch, compiled_for: str, n: int, m: int, *, d: int = 40, dtype=jnp.bfloat16, mask=None, **options):
+  monkeypatch.setattr(attention, "_compiled_for", lambda: compiled_for)
+  q, k = (jnp.zeros((1, size, 1, d), dtype) for size in (n, m))
+  kernel = attention._choose(q, k, mask, **options)
+  return next(name for name, each in attention.KERNELS.items() if each is kernel)
+
+
+def test_the_choice_by_platform(monkeypatch):
+  choose = functools.partial(chosen, monkeypatch)
+  assert [choose(platform, 1024, 1024) for platform in ("tpu", "gpu", "cpu")] == ["pallas", "cudnn", "by_head"]
+  assert {choose(platform, 64, 64) for platform in ("tpu", "gpu", "cpu")} == {"at_once"}
+  assert {choose(platform, 1, 1024) for platform in ("tpu", "gpu", "cpu")} == {"at_once"}
+  mask = jnp.ones((256, 256), bool)
+  assert [choose(platform, 256, 256, mask=mask) for platform in ("tpu", "gpu", "cpu")] == ["at_once"] * 2 + ["by_head"]
+  assert choose("gpu", 256, 256, dtype=jnp.float32) == choose("gpu", 256, 256, d=160) == "at_once"
+  assert choose("gpu", 256, 256, with_lse=True) == "at_once" and choose("tpu", 256, 256, with_lse=True) == "pallas"
+  assert choose("tpu", 1024, 77) == "pallas" and choose("tpu", 128, 2**14) == "at_once"
+
+
+def test_cpus_that_stand_in_for_others_get_no_kernel_of_theirs(monkeypatch):
+  for platform in ("tpu", "gpu"):
+    with attention.standing_in_for(platform):
+      assert chosen(monkeypatch, "cpu", 1024, 1024) == "at_once"
+
+
+def test_a_kernel_can_be_forced(monkeypatch):
+  with attention.by("at_once"):
+    assert chosen(monkeypatch, "tpu", 1024, 1024) == "at_once"
+  with attention.by("by_head"):
+    assert chosen(monkeypatch, "tpu", 6, 6) == "by_head"
+  with attention.by("pallas"):
+    assert chosen(monkeypatch, "tpu", 6, 6) == "pallas"
+    assert chosen(monkeypatch, "tpu", 6, 6, mask=jnp.ones((6, 6), bool)) == "at_once"
+    with pytest.raises(UserError, match="attention_kernel is 'pallas', which runs on tpu alone, not on cpu"):
+      chosen(monkeypatch, "cpu", 6, 6)
+  assert chosen(monkeypatch, "tpu", 1024, 1024) == "pallas"
+
+
+@pytest.mark.parametrize("n, m", [(128, 128), (129, 129), (131, 128)])
+def test_what_cudnn_is_given(monkeypatch, n, m):
+  """Its lengths, with XLA's form of the same function in its place: even numbers of tokens, and exact results."""
+  asked = []
+
+  def stand_in(q, k, v, *, implementation, **lengths):
+    asked.append((implementation, q.shape[1] % 2, k.shape[1] % 2))
+    with jax.numpy_dtype_promotion("standard"):
+      return dot_product_attention(q, k, v, implementation="xla", **lengths)
+
+  dot_product_attention = jax.nn.dot_product_attention
+  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+  monkeypatch.setattr(attention, "_compiled_for", lambda: "gpu")
+  q, k, v, g, _ = inputs(n, m + 1, dtype=jnp.bfloat16)
+  more = lambda q, k, v: attention.attend_with_one_more(q, k[:, :-1], v[:, :-1], Projected(q, k[:, -1:], v[:, -1:]))
+  plain = lambda q, k, v: attention.attend(q, k, v)
+  args = (*(np.asarray(x, np.float64) for x in (q, k, v, g)), np.zeros(q.shape[:3]))
+  attended, _, *gradients = attention_in_float64(*args)
+  for attend in (more, plain):
+    value, vjp = jax.vjp(attend, q, k, v)
+    for a, b in zip((value, *vjp(g)), (attended, *gradients), strict=True):
+      assert networks.relative_error(a.astype(jnp.float32), b) < TOLERANCE[jnp.bfloat16]
+  assert set(asked) == {("cudnn", 0, 0)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "h100:4", "a100:4", "b200:4"])
+def test_compiled_programs_contain_the_kernel(topology):
+  """Of a self-attention with one more key and its gradient, by the chip's own compiler, on a mesh."""
+  parsed = chips.parse(topology)
+  platform = "tpu" if parsed.is_tpu else "cuda"
+  if not targets.is_installed(platform):
+    pytest.skip(f"the compiler for {platform} is not installed")
+  target = targets.find(platform, parsed, 1)
+  mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=target.devices)
+  place = NamedSharding(mesh, PartitionSpec(("fsdp", "data")))
+  shape = lambda n: jax.ShapeDtypeStruct((4, n, 8, 40), jnp.bfloat16, sharding=place)
+
+  def loss(q, k, v, more):
+    return attention.attend_with_one_more(q, k, v, more).astype(jnp.float32).sum()
+
+  gradient = sharding.traced_for(mesh, jax.grad(loss, (0, 1, 2, 3)), matmul_precision="default")
+  args = (*[shape(1024)] * 3, Projected(*[shape(1)] * 3))
+  compiled = targets.compile(jax.jit(gradient).lower(*args), target)
+  names = ("tpu_custom_call",) * 2 if parsed.is_tpu else ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+  assert all(compiled.text.count(f'custom_call_target="{name}"') == names.count(name) for name in names)
+  # All scores in bf16 would be 8 MiB on each of the four devices.
+  assert compiled.temporaries < 6 * 2**20
