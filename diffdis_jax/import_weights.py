@@ -5,8 +5,8 @@
 
 Sources: a folder of Stable Diffusion v1 as diffusers has it, or a single file of it (.safetensors, .ckpt) in the names
 of CompVis; a folder of transformers' CLIPModel; open_clip's weights; the same on the Hugging Face hub, as safetensors.
-What DiffDis adds is initialised at random, and
-anew by the run that starts from here. import.json says where each parameter came from.
+What DiffDis adds is initialised at random, and anew by the run that starts from here. import.json says where each
+parameter came from.
 """
 
 from __future__ import annotations
@@ -49,7 +49,12 @@ class State:
 
 def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
-  flags.DEFINE_string("source", None, "checkpoint to read: a folder, a file, or hf:ORG/NAME[@REVISION] on the Hugging Face hub", required=True)
+  flags.DEFINE_string(
+    "source",
+    None,
+    "checkpoint to read: a folder, a file, or hf:ORG/NAME[@REVISION] on the Hugging Face hub",
+    required=True,
+  )
   flags.DEFINE_string("out", None, "workdir to write; absent or empty", required=True)
   flags.DEFINE_integer("seed", 0, "of the parameters that the source does not have; training draws its own")
 

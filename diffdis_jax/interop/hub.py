@@ -171,7 +171,9 @@ def _in_one_line(repo: str, revision: str | None = None) -> Iterator[None]:
   except errors.RepositoryNotFoundError as error:
     raise UserError(f"no repository {where}/{repo}, or a private one; check the name, or set HF_TOKEN") from error
   except errors.OfflineModeIsEnabled as error:
-    raise UserError(f"cannot ask {where} for {repo}: HF_HUB_OFFLINE is set; unset it, or name a local folder") from error
+    raise UserError(
+      f"cannot ask {where} for {repo}: HF_HUB_OFFLINE is set; unset it, or name a local folder"
+    ) from error
   except errors.HfHubHTTPError as error:
     said = " ".join((error.server_message or str(error)).split())
     raise UserError(f"{where} refuses {repo}, status {error.response.status_code}: {said[:200]}") from error
