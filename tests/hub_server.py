@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on this machine: the calls that huggingface_hub makes, answered as the hub does."""
+"""A stand-in for the Hugging Face hub on this machine, which answers the calls that huggingface_hub makes."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Repository:
 
 
 class Refused(Exception):
-  """An error of the hub: status, its X-Error-Code, and what it says."""
+  """An error of the hub: status, its X-Error-Code, what it says, and what else it answers."""
 
-  def __init__(self, status: int, code: str, message: str):
-    self.status, self.code, self.message = status, code, message
+  def __init__(self, status: int, code: str, message: str, **others: str):
+    self.status, self.code, self.message, self.others = status, code, message, others
 
 
 @dataclasses.dataclass
@@ -113,9 +113,9 @@ class Hub:
     if not name.startswith(f"{OWN}/"):
       raise Refused(403, "", f"You don't have the rights to create a model under the namespace {name.split('/')[0]}")
     if name in self.repositories:
-      raise Refused(409, "", "You already created this model repo")
+      raise Refused(409, "", "You already created this model repo", url=f"{self.endpoint}/{name}")
     # The hub makes a first commit of its own.
-    repo = self.repositories[name] = Repository(private=asked["visibility"] == "private")
+    repo = self.repositories[name] = Repository(private=asked.get("visibility") == "private")
     repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
     return {"url": f"{self.endpoint}/{name}", "name": name, "id": name}
 
@@ -203,7 +203,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
       try:
         status, (headers, content) = 200, hub.answer(self.command, self.path, token, body)
       except Refused as error:
-        status, content = error.status, json.dumps({"error": error.message}).encode()
+        status, content = error.status, json.dumps({"error": error.message, **error.others}).encode()
         headers = {"X-Error-Code": error.code, "X-Error-Message": error.message}
       self.send_response(status)
       for name, value in {**headers, "Content-Length": str(len(content))}.items():

@@ -175,7 +175,7 @@ def _add_diffdis(path: pathlib.Path, model: dict[str, Any], fields: dict[str, An
 
 
 def check_version(folder: pathlib.Path) -> None:
-  """Raises UserError unless the config files of a diffusers folder are Stable Diffusion v1's, and all parts are there."""
+  """Raises UserError unless a diffusers folder's config files are Stable Diffusion v1's, and all its parts there."""
   index = read_json(folder / "model_index.json")
   unet = read_json(folder / "unet" / "config.json") if (folder / "unet").is_dir() else {}
   context, name = unet.get("cross_attention_dim"), index.get("_class_name")

@@ -1,7 +1,8 @@
-"""Models on the Hugging Face hub: fetched before an import, pushed after an export. Takes huggingface_hub (extra `hub`).
+"""Models on the Hugging Face hub: fetched before an import, pushed after an export.
 
-Safetensors alone go either way: no other file of weights is downloaded or uploaded. Where the hub is and who asks are
-huggingface_hub's own settings: HF_ENDPOINT, HF_TOKEN or `hf auth login`, HF_HOME for what is kept of downloads.
+It takes huggingface_hub (extra `hub`), whose own settings say where the hub is and who asks: HF_ENDPOINT, HF_TOKEN or
+`hf auth login`, HF_HOME for what is kept of downloads. Safetensors alone go either way: no other file of weights is
+downloaded or uploaded.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def fetch(address: str) -> Fetched:
 def choose(names: Collection[str], repo: str) -> Wanted:
   """The files of a repository that an import reads, of weights safetensors alone.
 
-  Of each part of a pipeline, and of a CLIP, the weights that `tensor_files.open_folder` would read there; of a repository
-  with the config files of neither, its single file.
+  Of each part of a pipeline, and of a CLIP, the weights that `tensor_files.open_folder` would read there; of a
+  repository with the config files of neither, its single file.
 
   Raises:
     UserError: no safetensors, or several single files.
@@ -97,8 +98,9 @@ def _weights(names: Collection[str], repo: str, folder: str = "") -> list[str]:
   found = tensor_files.preferred(safe)
   if found is None:
     others = [name for name in inside if name.endswith(_PICKLES)]
+    has = f"only {others[0]}" if others else "nor others"
     raise UserError(
-      f"{repo} has no safetensors{f' in {folder}' * bool(folder)}, {f'only {others[0]}' if others else 'nor other weights'};"
+      f"{repo} has no safetensors{f' in {folder}' if folder else ''}, {has};"
       " nothing else is read from the hub: take a revision that has them, or download the files and name their folder"
     )
   is_index = found.endswith(".json")
@@ -162,6 +164,7 @@ def _in_one_line(repo: str, revision: str | None = None) -> Iterator[None]:
   from huggingface_hub import constants, errors
 
   where = constants.ENDPOINT
+  said = lambda error: " ".join(str(error).split())[:300]
   try:
     yield
   except errors.GatedRepoError as error:
@@ -175,12 +178,10 @@ def _in_one_line(repo: str, revision: str | None = None) -> Iterator[None]:
       f"cannot ask {where} for {repo}: HF_HUB_OFFLINE is set; unset it, or name a local folder"
     ) from error
   except errors.HfHubHTTPError as error:
-    said = " ".join((error.server_message or str(error)).split())
-    raise UserError(f"{where} refuses {repo}, status {error.response.status_code}: {said[:200]}") from error
+    message = said(error.server_message or error)
+    raise UserError(f"{where} refuses {repo}, status {error.response.status_code}: {message}") from error
   except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:  # of the transport
-    said = " ".join(str(error).split()) or type(error).__name__
-    raise UserError(f"cannot reach {where} for {repo}: {said[:200]}; is there a network?") from error
-  except OSError as error:
-    raise UserError(f"{repo}: {error}") from error
-  except (RuntimeError, ValueError) as error:  # of an upload, with the cause behind it
-    raise UserError(f"{repo}: {error} {error.__cause__ or ''}; nothing was committed") from error
+    message = said(error) or type(error).__name__
+    raise UserError(f"cannot reach {where} for {repo}: {message}; is there a network?") from error
+  except (OSError, RuntimeError, ValueError) as error:  # of a file here, or of an upload, with the cause behind it
+    raise UserError(f"{repo} on {where}: {said(error)} {said(error.__cause__ or '')}".strip()) from error

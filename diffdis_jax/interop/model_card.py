@@ -189,10 +189,10 @@ class Card:
     if not steps:
       return ""
     (folder / SAMPLES).write_bytes(drawn[max(steps)].read_bytes())
-    how = self.fields["inference"]
+    how, seed = self.fields["inference"], self.fields["seed"]
     return (
-      f"\n![Samples, each with its prompt]({SAMPLES})\n\n*Drawn at step {max(steps)} of the training, not selected: DDIM,"
-      f" {how['generation_steps']} steps, guidance {how['generation_guidance']}, noise of seed {self.fields['seed']}.*\n"
+      f"\n![Samples, each with its prompt]({SAMPLES})\n\n*Drawn at step {max(steps)} of the training, not selected:"
+      f" DDIM, {how['generation_steps']} steps, guidance {how['generation_guidance']}, noise of seed {seed}.*\n"
     )
 
   def _training(self) -> str:
