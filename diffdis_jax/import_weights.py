@@ -1,10 +1,12 @@
 """Turns a PyTorch checkpoint into a workdir, from which `generate` draws and `train --config.init_from=DIR` starts.
 
   python -m diffdis_jax.import_weights --source=DIR_or_FILE --out=DIR
+  python -m diffdis_jax.import_weights --source=hf:ORG/NAME[@REVISION] --out=DIR
 
 Sources: a folder of Stable Diffusion v1 as diffusers has it, or a single file of it (.safetensors, .ckpt) in the names
-of CompVis; a folder of transformers' CLIPModel; open_clip's weights. What DiffDis adds is initialised at random, and
-anew by the run that starts from here. import.json says where each parameter came from.
+of CompVis; a folder of transformers' CLIPModel; open_clip's weights; the same on the Hugging Face hub, as safetensors.
+What DiffDis adds is initialised at random, and anew by the run that starts from here. import.json says where each
+parameter came from.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ml_collections import ConfigDict
 from diffdis_jax import cli
 from diffdis_jax.data.tokenizer import VOCAB_SIZE, load_merges, make_vocab
 from diffdis_jax.errors import UserError
-from diffdis_jax.interop import from_torch, mapping
+from diffdis_jax.interop import from_torch, hub, mapping
 from diffdis_jax.interop.from_torch import Matched, Source
 from diffdis_jax.interop.tensor_files import read_json
 from diffdis_jax.models import sizes
@@ -48,7 +50,12 @@ class State:
 
 def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
-  flags.DEFINE_string("source", None, "checkpoint to read: a folder or a file", required=True)
+  flags.DEFINE_string(
+    "source",
+    None,
+    "checkpoint to read: a folder, a file, or hf:ORG/NAME[@REVISION] on the Hugging Face hub",
+    required=True,
+  )
   flags.DEFINE_string("out", None, "workdir to write; absent or empty", required=True)
   flags.DEFINE_integer("seed", 0, "of the parameters that the source does not have; training draws its own")
 
@@ -64,7 +71,7 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
   """Reads a checkpoint and writes a workdir.
 
   Args:
-    source: folder or file.
+    source: folder, file, or `hf:ORG/NAME` with or without `@REVISION`.
     out: folder, absent or empty.
     seed: of the parameters that are initialised.
 
@@ -72,7 +79,10 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
     UserError: a source that cannot be read or is of another kind, or `out` cannot be written.
   """
   folder = files.empty_folder(out)
-  found = from_torch.open_source(pathlib.Path(source))
+  path = pathlib.Path(source)
+  if source.startswith(hub.PREFIX):
+    path, source = hub.fetch(source)
+  found = from_torch.open_source(path)
   config = make_config(found)
   if found.tokenizer:
     check_tokenizer(found.tokenizer)

@@ -28,7 +28,17 @@ pytest_plugins = ("tests.command_runs", "tests.pipelines")
 
 STEPS = 3
 METRICS = {"step": 5, "loss": 0.123456789, "loss_generation": 0.1}
-RESULTS = {"zero_shot": {"emoji": {"dataset": "emoji", "metrics": {"acc1": 0.5, "acc5": 0.75}, "protocol": {}}}}
+RESULTS = {
+  "zero_shot": {
+    "emoji": {
+      "dataset": "emoji",
+      "pretrained": "step 5",
+      "metrics": {"acc1": 0.5, "acc5": 0.75},
+      "protocol": {"steps": 1, "templates": ["a {}", "the {}"], "metric": ""},
+    }
+  }
+}
+LINES = ({"step": 4, "test/acc1": 0.25}, METRICS, {"step": 8, "test/acc1": 0.9})
 
 
 def make_run(folder: pathlib.Path, imported: str, **changes: object) -> str:
@@ -47,7 +57,10 @@ def make_run(folder: pathlib.Path, imported: str, **changes: object) -> str:
   averaged = {path: value for path, value in ema.items() if not path.startswith("autoencoder.")}
   with checkpoint.Checkpointer(str(folder)) as checkpointer:
     checkpointer.save(5, State(params, averaged, {}))
-  (folder / "metrics.jsonl").write_text(f"{json.dumps({'step': 4})}\n{json.dumps(METRICS)}\n" + '{"step": 6, "lo')
+  (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in LINES) + '{"step": 9, "lo')
+  (folder / "samples").mkdir()
+  for step in (2, 4, 8):
+    (folder / "samples" / f"samples_{step:08d}.png").write_bytes(f"of step {step}".encode())
   (folder / "results.json").write_text(json.dumps(RESULTS))
   return str(folder)
 
@@ -117,7 +130,8 @@ def test_the_folder_is_whole(run, exported):
   tokenizer = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
   configs = ("model_index.json", "scheduler/scheduler_config.json", "diffdis_config.json")
   parts = {f"{part}/config.json" for part in ("unet", "vae", "text_encoder")}
-  expected = {*configs, *parts, *to_torch.FILES.values(), *(f"tokenizer/{name}" for name in tokenizer), "README.md"}
+  expected = {*configs, *parts, *to_torch.FILES.values(), *(f"tokenizer/{name}" for name in tokenizer)}
+  expected |= {"README.md", "samples.png"}
   assert files == expected
   own, config = json.loads((exported / "diffdis_config.json").read_text()), workdir.load_config(run)
   assert own["model"]["alignment"] == config.model.alignment.to_dict()
@@ -136,14 +150,21 @@ def test_the_model_card(exported):
   card = (exported / "README.md").read_text()
   for text in (
     "checkpoint of step 5, averaged weights, float32",
+    "- 5 steps of 64 pairs, 320 pairs in all",
+    "- data: shapes, split train",
     "- training: step 5, loss 0.123457, loss_generation 0.1\n",
-    "- zero_shot, emoji (results.json): acc1 0.5, acc5 0.75\n",
+    "- evaluated while training: step 4, test/acc1 0.25\n",
+    "| zero_shot | emoji | acc1 0.5, acc5 0.75 | checkpoint step 5, steps 1, templates 2 of them |\n",
+    "![Samples, each with its prompt](samples.png)\n\n*Drawn at step 4 of the training",
+    'StableDiffusionPipeline.from_pretrained("FOLDER")',
     "Watermarks",
     "People and animals",
     '"condition_timestep": 1000',
     "torch_diffdis.py",
   ):
     assert text in card
+  assert "acc1 0.9" not in card  # of a step that came after
+  assert (exported / "samples.png").read_bytes() == b"of step 4"
 
 
 @pytest.mark.parametrize("ema, dtype", [(True, "float32"), (False, "float32"), (False, "bfloat16"), (True, "float16")])

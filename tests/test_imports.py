@@ -52,6 +52,7 @@ LAYERS = (
   "interop/mapping interop/sections interop/tensor_files interop/torch_diffdis",
   "interop/compvis interop/openclip interop/shapes interop/to_torch",
   "interop/from_torch interop/clip_to_torch interop/inception",
+  "interop/hub interop/model_card",
   "training/losses training/draws training/metrics training/mixing",
   "training/optim training/encode",
   "training/long_tail",

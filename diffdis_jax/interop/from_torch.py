@@ -24,7 +24,8 @@ from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 from diffdis_jax.params import Params
 from diffdis_jax.run.progress import Progress
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer")
+WITH_WEIGHTS = ("unet", "vae", "text_encoder")
+PARTS = (*WITH_WEIGHTS, "tokenizer")
 V1 = "version 1 is supported, such as CompVis/stable-diffusion-v1-1"
 # Stable Diffusion's images and its autoencoder's scale, where a checkpoint has no config.json.
 IMAGE_SIZE, SCALE = 512, 0.18215
@@ -137,12 +138,8 @@ def _in_our_layout(tensor: Tensor, entry: mapping.Entry, shape: tuple[int, ...])
 
 
 def _open_diffusers(folder: pathlib.Path) -> Source:
-  index = read_json(folder / "model_index.json")
-  unet = read_json(folder / "unet" / "config.json") if (folder / "unet").is_dir() else {}
-  _check_version(folder, index, unet)
-  for part in PARTS:
-    if not (folder / part).is_dir():
-      raise UserError(f"{folder} has no folder {part}; a Stable Diffusion of diffusers has {', '.join(PARTS)}")
+  check_version(folder)
+  unet = read_json(folder / "unet" / "config.json")
 
   where = lambda part: str(folder / part / "config.json")
   config = {part: read_json(folder / part / "config.json") for part in ("vae", "text_encoder")}
@@ -162,7 +159,7 @@ def _open_diffusers(folder: pathlib.Path) -> Source:
 
   components = {
     part: {_canonical(part, name): tensor for name, tensor in tensor_files.open_folder(folder / part).items()}
-    for part in ("unet", "vae", "text_encoder")
+    for part in WITH_WEIGHTS
   }
   if (folder / "diffdis.safetensors").exists():  # what export_weights wrote
     components["diffdis"] = tensor_files.open_file(folder / "diffdis.safetensors")
@@ -181,7 +178,10 @@ def _add_diffdis(path: pathlib.Path, model: dict[str, Any], fields: dict[str, An
     raise UserError(f"{path} lacks {error}; it should be what export_weights wrote") from error
 
 
-def _check_version(folder: pathlib.Path, index: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
+def check_version(folder: pathlib.Path) -> None:
+  """Raises UserError unless a diffusers folder's config files are Stable Diffusion v1's, and all its parts there."""
+  index = read_json(folder / "model_index.json")
+  unet = read_json(folder / "unet" / "config.json") if (folder / "unet").is_dir() else {}
   context, name = unet.get("cross_attention_dim"), index.get("_class_name")
   if context == 2048 or unet.get("addition_embed_type") or "text_encoder_2" in index:
     raise UserError(f"{folder} is a Stable Diffusion XL checkpoint ({name}, text condition of width {context}); {V1}")
@@ -189,6 +189,9 @@ def _check_version(folder: pathlib.Path, index: Mapping[str, Any], unet: Mapping
     raise UserError(f"{folder} is a Stable Diffusion 2 checkpoint (text condition of width {context}); {V1}")
   if "unet" not in index:
     raise UserError(f"{folder} is a {name}, whose model_index.json names no unet; {V1}")
+  for part in PARTS:
+    if not (folder / part).is_dir():
+      raise UserError(f"{folder} has no folder {part}; a Stable Diffusion of diffusers has {', '.join(PARTS)}")
 
 
 def _token_length(tokenizer: pathlib.Path, positions: int) -> int:

@@ -12,7 +12,7 @@ import pathlib
 import pickle
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -65,30 +65,32 @@ class _Discarded:
     del state
 
 
-def is_weights(path: pathlib.Path) -> bool:
-  """Whether a file in a folder is one that `open_folder` would read, or the index of such files."""
-  return _ENTRY.fullmatch(path.name) is not None
+def preferred(names: Iterable[str]) -> str | None:
+  """Of the files in a folder the one whose weights are read, or the index of its shards; None if there are none.
+
+  Safetensors rather than .bin, full precision rather than a variant.
+  """
+
+  def rank(entry: re.Match[str]) -> tuple[bool, bool, str]:
+    return entry["kind"] != "safetensors", bool(entry["variant"] or entry["variant2"]), entry[0]
+
+  found = min(filter(None, map(_ENTRY.fullmatch, names)), key=rank, default=None)
+  return found and found[0]
 
 
 def open_folder(folder: pathlib.Path) -> Tensors:
-  """The tensors of one model's folder: safetensors rather than .bin, full precision rather than a variant.
+  """The tensors of one model's folder, those of its `preferred` file.
 
   Raises:
     UserError: no weights there, a shard missing, or a file that `open_file` refuses.
   """
-
-  def rank(path: pathlib.Path) -> tuple[bool, bool, str]:
-    entry = _ENTRY.fullmatch(path.name)
-    assert entry is not None  # is_weights
-    return entry["kind"] != "safetensors", bool(entry["variant"] or entry["variant2"]), path.name
-
-  found = sorted(filter(is_weights, folder.iterdir()), key=rank)
+  found = preferred(path.name for path in folder.iterdir())
   if not found:
     raise UserError(f"no weights in {folder}; it should hold a file such as diffusion_pytorch_model.safetensors")
-  if found[0].suffix != ".json":
-    return open_file(found[0])
+  if not found.endswith(".json"):
+    return open_file(folder / found)
   tensors: Tensors = {}
-  for name in sorted(set(_read_index(found[0]).values())):
+  for name in sorted(set(_read_index(folder / found).values())):
     tensors |= open_file(folder / pathlib.Path(name).name)
   return tensors
 

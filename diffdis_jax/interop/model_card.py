@@ -1,0 +1,289 @@
+"""README.md of an export, the model card: what the model is, how and on what it was trained, figures with their
+protocols, samples, how to load it, and what is known to fail.
+
+It says what the run's workdir says, and no more: config.json, import.json, metrics.jsonl, the results that evaluations
+left there, and samples/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+PAPER = "*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discrimination Capability*"
+SAMPLES = "samples.png"
+LONGEST = 60  # characters of a protocol's value
+
+DIFFDIS = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [diffdis, stable-diffusion, jax]
+---
+# DiffDis
+
+One UNet that draws images from text and aligns images with text, by denoising a text embedding under the condition of
+an image ({paper}, ICCV 2023, [arXiv 2308.09306](https://arxiv.org/abs/2308.09306)). An independent implementation,
+diffdis_jax, wrote it: {what}.
+{samples}
+## Drawing, with diffusers
+
+```python
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained("{address}")
+image = pipeline("{prompt}", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
+```
+{twin}{jax}
+## Training
+
+{training}
+
+## Figures
+
+{figures}
+
+## Known failures
+
+The paper says of its own model, which was trained on CC3M:
+
+- Watermarks: photographs of CC3M often carry them, and the model draws them too.
+- People and animals are its weakest subjects.
+
+Expect the same of any model that was trained on CC3M. On what this one was trained is said above; whether it fails in
+the same ways was not measured. No safety checker comes with it, and the biases of its training data are in it.
+
+## Config
+
+```json
+{config}
+```
+"""
+
+TWIN = """
+## Aligning images with texts, with PyTorch
+
+`diffdis.safetensors` and `diffdis_config.json` are read by the PyTorch twin, one file,
+`diffdis_jax/interop/torch_diffdis.py`.
+
+```python
+import torch
+from transformers import CLIPTokenizer
+from diffdis_jax.interop import torch_diffdis
+{download}
+model = torch_diffdis.DiffDis.from_pretrained(folder)
+tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+tokens = tokenizer(["{prompt}"], padding="max_length", truncation=True, return_tensors="pt").input_ids
+z = model.encode_image(pixels)  # f32[b, 3, {size}, {size}] in [-1, 1]
+image = model.embed_image(z, steps=1, noise=torch.randn(len(z), model.query_width))
+scores = model.similarity(image, model.embed_text(tokens))
+```
+"""
+
+JAX = """
+## In JAX
+
+```
+python -m diffdis_jax.import_weights --source={source} --out=RUN
+```
+"""
+
+CLIP = """---
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+tags: [clip, jax]
+---
+# CLIP
+
+Two towers that embed images and texts side by side, trained as the baseline of {paper}
+(ICCV 2023). diffdis_jax wrote it: {what}.
+
+## Loading
+
+```python
+from transformers import CLIPModel, CLIPProcessor
+model, processor = CLIPModel.from_pretrained("{address}"), CLIPProcessor.from_pretrained("{address}")
+```
+
+```python
+import open_clip
+model, _, preprocess = open_clip.create_model_and_transforms("{open_clip}")
+```
+{jax}
+## Training
+
+{training}
+
+## Figures
+
+{figures}
+
+## Known failures
+
+The biases of its training data are in it; they were not measured.
+
+## Config
+
+```json
+{config}
+```
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card:
+  """What an export is.
+
+  Attributes:
+    run: its workdir.
+    fields: the run's config.
+    own: the part of it that says what the weights mean, which the card shows.
+    step: of the checkpoint.
+    ema: averaged weights, or raw ones.
+    dtype: of the files.
+    repo: `ORG/NAME` on the hub; empty where it is a folder alone.
+  """
+
+  run: epath.Path
+  fields: Mapping[str, Any]
+  own: Mapping[str, Any]
+  step: int
+  ema: bool
+  dtype: str
+  repo: str = ""
+
+  def write(self, folder: pathlib.Path) -> None:
+    """README.md, and samples.png where the run has drawn some by then."""
+    address = self.repo or "FOLDER"
+    prompt = (self.fields.get("sample_prompts") or ("a bear searching for food near the river",))[0]
+    is_clip = "contrastive" in self.fields["objectives"]
+    inference = self.fields.get("inference", {})
+    parts = {
+      "paper": PAPER,
+      "what": f"checkpoint of step {self.step}, {'averaged' if self.ema else 'raw'} weights, {self.dtype}",
+      "address": address,
+      "open_clip": f"hf-hub:{self.repo}" if self.repo else "local-dir:FOLDER",
+      "prompt": prompt,
+      "size": self.fields["image_size"],
+      "steps": inference.get("generation_steps"),
+      "guidance": inference.get("generation_guidance"),
+      "download": _download(self.repo),
+      "jax": JAX.format(source=f"hf:{self.repo}" if self.repo else "FOLDER"),
+      "samples": "" if is_clip else self._samples(folder),
+      "training": self._training(),
+      "figures": "\n".join(self._figures()) or "None were measured.",
+      "config": json.dumps(self.own, indent=2, sort_keys=True),
+    }
+    parts["twin"] = TWIN.format(**parts) if (folder / "diffdis.safetensors").exists() else ""
+    text = (CLIP if is_clip else DIFFDIS).format(**parts)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+  def _samples(self, folder: pathlib.Path) -> str:
+    """Copies the newest grid that the run had drawn by this step."""
+    drawn = {int(path.stem.rpartition("_")[2]): path for path in self.run.glob("samples/samples_*.png")}
+    steps = [step for step in drawn if step <= self.step]
+    if not steps:
+      return ""
+    (folder / SAMPLES).write_bytes(drawn[max(steps)].read_bytes())
+    how, seed = self.fields["inference"], self.fields["seed"]
+    return (
+      f"\n![Samples, each with its prompt]({SAMPLES})\n\n*Drawn at step {max(steps)} of the training, not selected:"
+      f" DDIM, {how['generation_steps']} steps, guidance {how['generation_guidance']}, noise of seed {seed}.*\n"
+    )
+
+  def _training(self) -> str:
+    origin = _parse(self.run / "import.json")
+    if self.step == 0 and "source" in origin:
+      new = f"; {len(origin['initialised'])} of its parameters are random" * bool(origin.get("initialised"))
+      return f"Imported from `{origin['source']}`, and not trained since{new}."
+    fields, optim = self.fields, self.fields["optim"]
+    lines = [
+      f"- {self.step} steps of {fields['batch_size']} pairs, {self.step * fields['batch_size']:,} pairs in all, with"
+      f" repetitions; images of {fields['image_size']} px",
+      f"- data: {_data(fields['data'])}",
+      f"- objectives: {', '.join(fields['objectives'])}" + f"; λ = {fields['loss']['ita_weight']}" * _is_joint(fields),
+      f"- AdamW, weight decay {optim['weight_decay']}, {optim['schedule_kind']} schedule after {optim['warmup_steps']}"
+      f" steps of warm-up, peak rates {_shown(optim['rates'])}; average of the weights: {optim['ema_decay']}",
+      f"- started from {self._start()}",
+    ]
+    return "\n".join(lines)
+
+  def _start(self) -> str:
+    if not (start := self.fields.get("init_from")):
+      return "random parameters"
+    source = _parse(epath.Path(start) / "import.json").get("source")
+    return f"`{source}`" if source else f"another run, `{pathlib.PurePath(start).name}`"
+
+  def _figures(self) -> Iterator[str]:
+    """The last losses up to this step, what evaluations in training gave, and the results of evaluate."""
+    last: dict[str, Any] = {}
+    metrics = self.run / "metrics.jsonl"
+    for text in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ():
+      line = _object(text)
+      if line.get("step", self.step + 1) <= self.step:
+        last |= {name: (value, line["step"]) for name, value in line.items() if name != "step"}
+    losses = {name: found for name, found in last.items() if name.startswith("loss")}
+    measured = {name: found for name, found in last.items() if "/" in name}
+    for what, found in (("training", losses), ("evaluated while training", measured)):
+      for step in sorted({step for _, step in found.values()}):
+        yield f"- {what}: step {step}, {_shown({name: value for name, (value, at) in found.items() if at == step})}"
+    yield from self._results()
+
+  def _results(self) -> Iterator[str]:
+    rows = []
+    for path in sorted(self.run.glob("*.json")):
+      for task, records in _parse(path).items():
+        for dataset, record in records.items() if isinstance(records, dict) else ():
+          if isinstance(record, dict) and isinstance(record.get("metrics"), dict):
+            protocol = _protocol(record)
+            rows.append(f"| {task} | {dataset} | {_shown(record['metrics'])} | {protocol} |")
+    if rows:
+      yield from ("", "| task | data set | measured | protocol |", "|---|---|---|---|", *rows)
+
+
+def _is_joint(fields: Mapping[str, Any]) -> bool:
+  return {"generation", "discrimination"} <= {*fields["objectives"]}
+
+
+def _data(section: Mapping[str, Any]) -> str:
+  """Names of the data, without the folders of the machine that trained on them."""
+  one = lambda source: " ".join(filter(None, (source["name"], pathlib.PurePath(source.get("path") or "").name)))
+  if mixture := section.get("mixture"):
+    return "; ".join(f"{one(source)}, weight {source['weight']}" for source in mixture.values())
+  return f"{one(section)}, split {section['split']}"
+
+
+def _download(repo: str) -> str:
+  if not repo:
+    return "folder = FOLDER"
+  return f'from huggingface_hub import snapshot_download\nfolder = snapshot_download("{repo}")'
+
+
+def _protocol(record: Mapping[str, Any]) -> str:
+  """What fits into a table's cell; lists by their length."""
+  cell = {"checkpoint": record.get("pretrained"), **(record.get("protocol") or {})}
+  shown = {name: f"{len(value)} of them" if isinstance(value, list | dict) else value for name, value in cell.items()}
+  words = (f"{name} {value}" for name, value in shown.items() if value not in (None, "") and len(str(value)) <= LONGEST)
+  return re.sub(r"[|\n]", " ", ", ".join(words))
+
+
+def _parse(path: epath.Path) -> dict[str, Any]:
+  return _object(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _object(text: str) -> dict[str, Any]:
+  """A JSON object; anything else, such as a line that a killed run left unfinished, is an empty one."""
+  try:
+    content = json.loads(text)
+  except ValueError:
+    return {}
+  return content if isinstance(content, dict) else {}
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+  numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+  return ", ".join(f"{name} {value:.6g}" for name, value in numbers.items())
