@@ -51,9 +51,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   if importlib.util.find_spec("gradio") is None:
     raise UserError('the page needs Gradio; install it with pip install "diffdis_jax[app]"')
-  limits = Limits(
-    upload_mb=FLAGS.upload_mb, megapixels=FLAGS.megapixels, seconds=FLAGS.seconds, waiting=FLAGS.waiting
-  )
+  limits = Limits(upload_mb=FLAGS.upload_mb, megapixels=FLAGS.megapixels, seconds=FLAGS.seconds, waiting=FLAGS.waiting)
   cli.compilation_cache(FLAGS.workdir)
   serve(
     FLAGS.workdir,
@@ -105,13 +103,15 @@ def serve(
   index = None
   if source is not None and "search" in player.tabs:
     index = search.Index(player, source, num_images)
-    index.start()
 
   from diffdis_jax.studio import page, server  # after the checks: Gradio takes seconds
 
   contents = contents_of(config, f"{run}, checkpoint {step}{', averaged weights' if ema else ''}")
+  blocks = page.build(player, index, limits, contents)
+  if index is not None:
+    index.start()
   try:
-    server.serve(page.build(player, index, limits, contents), limits, host=host, port=port)
+    server.serve(blocks, limits, host=host, port=port)
   finally:
     player.close()
 

@@ -12,20 +12,23 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+THUMBNAIL = 64  # pixels
 PIXELATED = 128  # pixels: images of smaller sides are enlarged without smoothing
+VISIBLE = 0.002  # of a spread, below which there is nothing to see
 # Okabe and Ito's, which the colour-blind tell apart; readable on white and on near black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#7a7a7a")
 CSS = """
 .dd { font-size: 14px; line-height: 1.4; color: var(--body-text-color); }
 .dd p { margin: 0 0 10px; color: var(--body-text-color-subdued); }
-.dd .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(var(--least), 100%), 1fr)); gap: 14px; }
+.dd .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(var(--least), 100%), 1fr)); gap: 14px; }
 .dd figure { margin: 0; }
-.dd figure img { width: 100%; aspect-ratio: 1; display: block; border-radius: 8px; background: var(--block-label-background-fill);
-  border: 1px solid var(--border-color-primary); object-fit: cover; }
+.dd figure img { width: 100%; max-width: 380px; aspect-ratio: 1; display: block; border-radius: 8px; object-fit: cover;
+  background: var(--block-label-background-fill); border: 1px solid var(--border-color-primary); }
 .dd figure img.small, .small img { image-rendering: pixelated; }
 .dd figcaption { padding-top: 6px; overflow-wrap: anywhere; }
 .dd figcaption small { display: block; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
-.dd .bar { display: grid; grid-template-columns: minmax(80px, 22%) 1fr 8.5em; gap: 10px; align-items: center; padding: 4px 0; }
+.dd .bar { display: grid; grid-template-columns: minmax(80px, 22%) 1fr 8.5em; gap: 10px; align-items: center;
+  padding: 4px 0; }
 .dd .bar > span:first-child { overflow-wrap: anywhere; text-align: right; }
 .dd .bar > span:last-child { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .dd .bar small { color: var(--body-text-color-subdued); }
@@ -42,6 +45,10 @@ CSS = """
 .dd svg .axis { stroke: var(--border-color-primary); } .dd svg .tick { fill: var(--body-text-color-subdued); }
 .dd .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; padding: 6px 0; }
 .dd .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
+.dd .strip { display: flex; gap: 3px; padding-top: 14px; overflow-x: auto; }
+.dd .strip > span { flex: 1 0 30px; max-width: 64px; text-align: center; font-size: 11px;
+  color: var(--body-text-color-subdued); }
+.dd .strip img { width: 100%; aspect-ratio: 1; display: block; margin-bottom: 3px; border-radius: 3px; }
 .dd h4 { margin: 0 0 4px; font-size: 14px; }
 """
 
@@ -83,6 +90,22 @@ def figure(image: UInt8[np.ndarray, "h w 3"], title: str, note: str = "") -> str
   )
 
 
+def strip(columns: Sequence[tuple[str, Sequence[UInt8[np.ndarray, "h w 3"]]]]) -> str:
+  """Small images in columns, each with its label below."""
+  cells = []
+  for label, images in columns:
+    shown = "".join(f'<img class="small" src="{encode(thumbnail(image))}" alt="">' for image in images)
+    cells.append(f"<span>{shown}{html.escape(label)}</span>")
+  return f'<div class="strip">{"".join(cells)}</div>'
+
+
+def thumbnail(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]:
+  """At most `THUMBNAIL` pixels wide."""
+  small = Image.fromarray(image)
+  small.thumbnail((THUMBNAIL, THUMBNAIL))
+  return np.asarray(small)
+
+
 class Bar(NamedTuple):
   """A share, 0 to 1, and its lowest and highest value over the draws."""
 
@@ -100,7 +123,7 @@ def bars(rows: Sequence[Bar]) -> str:
     f' style="width:{100 * bar.share:.2f}%"></div>'
     + (
       f'<div class="spread" style="left:{100 * bar.low:.2f}%;width:{100 * (bar.high - bar.low):.2f}%"></div>'
-      if bar.high > bar.low
+      if bar.high - bar.low >= VISIBLE
       else ""
     )
     + f"</div><span>{bar.share:.1%} <small>{html.escape(bar.note)}</small></span></div>"

@@ -13,7 +13,7 @@ from diffdis_jax.data import transforms
 from diffdis_jax.evals import prompts
 from diffdis_jax.studio import charts
 from diffdis_jax.studio.draw import MOST_SEED
-from diffdis_jax.studio.limits import Limits, read_image, read_names, read_template, read_whole, within
+from diffdis_jax.studio.limits import Limits, last_within, read_image, read_names, read_template, read_whole
 from diffdis_jax.studio.player import Player
 
 MOST_DRAWS = 64
@@ -90,9 +90,7 @@ def answer(
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
   square = read_square(path, player, limits)
   texts = player.text_queries([prompts.fill(filled, name) for name in classes])
-  queries = texts[:0]
-  for queries in within(limits.seconds, player.image_queries(square, seed=whole_seed, draws=whole_draws)):
-    pass
+  queries = last_within(limits.seconds, player.image_queries(square, seed=whole_seed, draws=whole_draws))
   yield show(guesses(classes, texts, queries, player.temperature), draws=len(queries))
 
 
@@ -100,7 +98,9 @@ def show(found: Sequence[Guess], *, draws: int) -> str:
   """The likeliest names as bars, with the spread of the draws."""
   note = lambda guess: f"first in {guess.firsts}/{draws}" if draws > 1 else ""
   rows = [charts.Bar(guess.name, guess.share, guess.low, guess.high, note(guess)) for guess in found[:SHOWN]]
-  whiskers = f" The whiskers go from the least to the most of {draws} draws of the noise, each alone." if draws > 1 else ""
+  whiskers = (
+    f" The whiskers go from the least to the most of {draws} draws of the noise, each alone." if draws > 1 else ""
+  )
   rest = f" {len(found) - SHOWN} less likely names are left out." if len(found) > SHOWN else ""
   said = f"{found[0].name}: {found[0].share:.1%}."
   return charts.block(charts.line(said + whiskers + rest), charts.bars(rows))

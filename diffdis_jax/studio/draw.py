@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from diffdis_jax.errors import check_number
 from diffdis_jax.studio import charts
@@ -37,12 +37,16 @@ def answer(
     prompt, seed=whole_seed, steps=whole_steps, guidance_scale=float(guidance_scale), frames=FRAMES
   )
   yield charts.block(charts.line(f"Step 0 of {whole_steps}"), charts.progress(0, whole_steps))
+  shown: list[Drawing] = []
   for drawing in within(limits.seconds, drawings):
-    yield show(drawing, prompt)
+    shown.append(drawing)
+    yield show(shown, prompt)
 
 
-def show(drawing: Drawing, prompt: str) -> str:
-  """The three images side by side: what is there, the emptied prediction and the guided one."""
+def show(drawings: Sequence[Drawing], prompt: str) -> str:
+  """Side by side, after the last of these steps, what is there, the emptied prediction and the guided one; below, the
+  two predictions after each of them."""
+  drawing = drawings[-1]
   done = drawing.step == drawing.steps
   where = f"{drawing.steps} steps" if done else f"Step {drawing.step} of {drawing.steps}, t = {drawing.t}"
   return charts.block(
@@ -55,4 +59,6 @@ def show(drawing: Drawing, prompt: str) -> str:
         charts.figure(drawing.guided, "Guided", "what it makes of z_t with the prompt and guidance"),
       ]
     ),
+    charts.line("Over the steps, by t: the emptied prediction above, the guided one below."),
+    charts.strip([(str(each.t), (each.emptied, each.guided)) for each in drawings]),
   )

@@ -101,9 +101,7 @@ def plane(texts: Float[np.ndarray, "n d"], first: Float[np.ndarray, "k d"]) -> F
   return directions * np.where(directions[np.abs(directions).argmax(axis=0), [0, 1]] < 0, -1.0, 1.0).astype(np.float32)
 
 
-def plane_chart(
-  queries: Float[np.ndarray, "s k d"], texts: Float[np.ndarray, "n d"], names: Sequence[str]
-) -> str:
+def plane_chart(queries: Float[np.ndarray, "s k d"], texts: Float[np.ndarray, "n d"], names: Sequence[str]) -> str:
   """Each draw's path from its first estimate, a small point, to its last, and the names' text queries, large ones."""
   directions = plane(texts, queries[0])
   moved, fixed = queries @ directions, texts @ directions

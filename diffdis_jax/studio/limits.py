@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import os
@@ -144,3 +145,8 @@ def within(seconds: float, items: Iterable[T]) -> Iterator[T]:
     yield item
     if time.monotonic() > end:
       raise UserError(f"this took longer than {seconds:g} s and was stopped; take fewer steps, draws or names")
+
+
+def last_within(seconds: float, items: Iterable[T]) -> T:
+  """The last of the items, of which there is at least one. Raises UserError: not within this time."""
+  return collections.deque(within(seconds, items), maxlen=1)[0]

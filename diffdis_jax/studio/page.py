@@ -26,8 +26,11 @@ MONOSPACE = ["ui-monospace", "monospace"]
 CSS = (
   charts.CSS
   + """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1180px !important; margin: 0 auto !important; }
 .head h1 { margin-bottom: 2px; } .head p { color: var(--body-text-color-subdued); }
+.picks .grid-wrap { overflow: visible !important; max-height: none !important; height: auto !important; padding: 8px; }
+.picks .grid-container { grid-template-columns: repeat(6, 1fr) !important; grid-template-rows: none !important; }
+.picks .thumbnail-lg, .picks .thumbnail-item { min-width: 0; aspect-ratio: 1; }
 .upload img { object-fit: contain; }
 @media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
 """
@@ -54,17 +57,6 @@ class Contents:
   template: str
   steps: int
   guidance: float
-
-
-class Upload(gr.Image):
-  """An image field that hands the file on as it came, not opened: `limits.read_image` checks it first."""
-
-  is_template = True  # drawn as gr.Image is
-
-  def preprocess(self, payload: Any) -> str | None:
-    if payload is not None and payload.path is None:
-      raise gr.Error("an image is uploaded as a file, not as an address", print_exception=False)
-    return None if payload is None else payload.path
 
 
 def build(player: Player, index: search.Index | None, limits: Limits, contents: Contents) -> gr.Blocks:
@@ -107,9 +99,15 @@ def said(answer: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
   return shown
 
 
-def _ask(button: gr.Button, answer: Callable[..., Iterator[str]], inputs: Sequence[Any], *, name: str) -> None:
-  """The button, and the return key in a field of text, ask; the answer stands beside or below."""
-  output = gr.HTML(elem_classes="answer", elem_id=f"{name}-answer")
+def _answer(name: str) -> gr.HTML:
+  """Where a tab's answer stands."""
+  return gr.HTML(elem_classes="answer", elem_id=f"{name}-answer")
+
+
+def _ask(
+  button: gr.Button, answer: Callable[..., Iterator[str]], inputs: Sequence[Any], output: gr.HTML, *, name: str
+) -> None:
+  """The button, and the return key in a field of one line, ask."""
   fields = [field.submit for field in inputs if isinstance(field, gr.Textbox) and field.lines == 1]
   gr.on(
     [button.click, *fields],
@@ -131,10 +129,17 @@ def _picks(index: search.Index | None) -> list[Any]:
   return [index.record(place)[0] for place in places[:PICKS]]
 
 
-def _image_field(picks: Sequence[Any], *, name: str) -> Upload:
+def _as_it_came(upload: Any) -> str | None:
+  """The path of an uploaded file, which nobody has opened yet."""
+  if upload is not None and upload.path is None:
+    raise gr.Error("an image is uploaded as a file, not as an address", print_exception=False)
+  return None if upload is None else upload.path
+
+
+def _image_field(picks: Sequence[Any], *, name: str) -> gr.Image:
   """An upload with images to pick below it."""
   small = "small" if picks and picks[0].shape[0] < charts.PIXELATED else ""
-  field = Upload(
+  field: Any = gr.Image(
     sources=["upload", "clipboard"],
     type="filepath",
     format="png",
@@ -144,10 +149,13 @@ def _image_field(picks: Sequence[Any], *, name: str) -> Upload:
     elem_classes=["upload", small],
     buttons=[],
   )
+  # Gradio would open the file before `limits.read_image` has checked it.
+  field.preprocess = _as_it_came
   if picks:
     gallery = gr.Gallery(
       list(picks),
-      label="Pick one",
+      label="or pick one",
+      show_label=False,
       columns=6,
       height="auto",
       format="png",
@@ -156,7 +164,7 @@ def _image_field(picks: Sequence[Any], *, name: str) -> Upload:
       object_fit="cover",
       buttons=[],
       elem_id=f"{name}-picks",
-      elem_classes=[small],
+      elem_classes=["picks", small],
     )
 
     def pick(event: gr.SelectData) -> Any:
@@ -180,10 +188,12 @@ def _draw_tab(player: Player, limits: Limits, contents: Contents) -> None:
   prompt = _text(contents.prompt, "Prompt", limits)
   with gr.Row():
     steps = gr.Slider(1, draw.MOST_STEPS, contents.steps, step=1, label="Steps")
-    scale = gr.Slider(0, draw.MOST_GUIDANCE, contents.guidance, step=0.5, label="Guidance", info="1 is none")
+    scale = gr.Slider(0, draw.MOST_GUIDANCE, contents.guidance, step=0.5, label="Guidance (1: none)")
     seed = _seed()
   button = gr.Button("Draw", variant="primary", elem_id="draw-button")
-  _ask(button, functools.partial(draw.answer, player, limits), [prompt, seed, steps, scale], name="draw")
+  _ask(
+    button, functools.partial(draw.answer, player, limits), [prompt, seed, steps, scale], _answer("draw"), name="draw"
+  )
 
 
 def _classify_tab(player: Player, limits: Limits, contents: Contents, picks: Sequence[Any]) -> None:
@@ -197,7 +207,7 @@ def _classify_tab(player: Player, limits: Limits, contents: Contents, picks: Seq
         seed = _seed()
       button = gr.Button("Classify", variant="primary", elem_id="classify-button")
       inputs = [image, names, template, draws, seed]
-      _ask(button, functools.partial(classify.answer, player, limits), inputs, name="classify")
+      _ask(button, functools.partial(classify.answer, player, limits), inputs, _answer("classify"), name="classify")
 
 
 def _names_fields(limits: Limits, contents: Contents) -> tuple[gr.Textbox, gr.Textbox]:
@@ -213,8 +223,9 @@ def _search_tab(player: Player, index: search.Index, limits: Limits, picks: Sequ
       image = _image_field(picks, name="search")
       by_image = gr.Button("Search by image", elem_id="search-image-button")
     with gr.Column(scale=3, min_width=300):
-      _ask(by_text, functools.partial(search.by_text, player, index, limits), [text], name="search_text")
-      _ask(by_image, functools.partial(search.by_image, player, index, limits), [image], name="search_image")
+      output = _answer("search")
+  _ask(by_text, functools.partial(search.by_text, player, index, limits), [text], output, name="search_text")
+  _ask(by_image, functools.partial(search.by_image, player, index, limits), [image], output, name="search_image")
 
 
 def _inside_tab(player: Player, limits: Limits, contents: Contents, picks: Sequence[Any]) -> None:
@@ -229,4 +240,4 @@ def _inside_tab(player: Player, limits: Limits, contents: Contents, picks: Seque
         seed = _seed()
       button = gr.Button("Look inside", variant="primary", elem_id="inside-button")
   inputs = [image, names, template, steps, draws, seed]
-  _ask(button, functools.partial(inside.answer, player, limits), inputs, name="inside")
+  _ask(button, functools.partial(inside.answer, player, limits), inputs, _answer("inside"), name="inside")

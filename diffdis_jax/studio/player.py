@@ -165,9 +165,7 @@ class Player:
         shown = self.call(self._preview, self._params, np.concatenate([z_t, emptied, guided]))
         yield Drawing(i + 1, steps, int(t), *shown)
 
-  def estimates(
-    self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, steps: int, draws: int
-  ) -> Iterator[Estimate]:
+  def estimates(self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, steps: int, draws: int) -> Iterator[Estimate]:
     """Algorithm 3 from several draws of the noise, after each step. Their mean is what `Inference.embed_images` gives.
 
     Raises:
@@ -250,7 +248,5 @@ class Player:
     )
     t = jnp.full(len(e_t), t_e)
     prediction = denoise(e_t, t).astype(e_t.dtype)
-    e_0 = schedules.to_data(
-      process.noise, e_t, prediction=prediction, target=process.target, t=t, gamma=process.gamma
-    )
+    e_0 = schedules.to_data(process.noise, e_t, prediction=prediction, target=process.target, t=t, gamma=process.gamma)
     return samplers.step(now, e_t, prediction=prediction), losses.unit_norm(e_0)

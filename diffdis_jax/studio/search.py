@@ -14,7 +14,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 from diffdis_jax.studio import charts
 from diffdis_jax.studio.classify import read_square
-from diffdis_jax.studio.limits import Limits, read_text, within
+from diffdis_jax.studio.limits import Limits, last_within, read_text
 from diffdis_jax.studio.player import Player
 
 FOUND = 12  # images of an answer
@@ -105,9 +105,8 @@ def by_text(player: Player, index: Index, limits: Limits, text: str | None) -> I
 def by_image(player: Player, index: Index, limits: Limits, path: str | None) -> Iterator[str]:
   """HTML with the images nearest to an upload. Raises UserError: no usable image, or nothing embedded yet."""
   square = read_square(path, player, limits)
-  queries = np.zeros((0, 0), np.float32)
-  for queries in within(limits.seconds, player.image_queries(square, seed=SEED, draws=player.model.sampling.draws)):
-    pass
+  draws = player.model.sampling.draws
+  queries = last_within(limits.seconds, player.image_queries(square, seed=SEED, draws=draws))
   mean = queries.mean(axis=0)
   yield show(index, mean / np.linalg.norm(mean))
 
