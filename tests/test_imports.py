@@ -68,7 +68,13 @@ LAYERS = (
   "estimates/chips estimates/hlo estimates/operations estimates/search",
   "estimates/targets estimates/programs benchmarks/steps benchmarks/data",
   "estimates/report benchmarks/table6",
-  "train evaluate generate prepare_data benchmark preflight import_weights export_weights",
+  "studio/limits studio/charts studio/body_limit studio/player",
+  "studio/draw",
+  "studio/classify",
+  "studio/search studio/inside",
+  "studio/page",
+  "studio/server",
+  "app train evaluate generate prepare_data benchmark preflight import_weights export_weights",
   "demo",  # a verb that runs others
 )
 LEVEL = {file: level for level, layer in enumerate(LAYERS) for file in layer.split()}

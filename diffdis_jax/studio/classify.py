@@ -57,7 +57,8 @@ def guesses(
   firsts = np.bincount(alone.argmax(axis=1), minlength=len(names))
   order = np.argsort(-share, kind="stable")
   columns = share, alone.min(axis=0), alone.max(axis=0)
-  return [Guess(names[i], *(float(column[i]) for column in columns), int(firsts[i])) for i in order]
+  shares = np.stack(columns, axis=1).tolist()
+  return [Guess(names[i], *shares[i], firsts=int(firsts[i])) for i in order.tolist()]
 
 
 def _softmax(logits: Float[np.ndarray, "*b n"]) -> Float[np.ndarray, "*b n"]:

@@ -12,6 +12,7 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 import gradio as gr
+from gradio import themes
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.studio import charts, classify, draw, inside, search
@@ -28,9 +29,12 @@ CSS = (
   + """
 .gradio-container { width: 100% !important; max-width: 1180px !important; margin: 0 auto !important; }
 .head h1 { margin-bottom: 2px; } .head p { color: var(--body-text-color-subdued); }
-.picks .grid-wrap { overflow: visible !important; max-height: none !important; height: auto !important; padding: 8px; }
-.picks .grid-container { grid-template-columns: repeat(6, 1fr) !important; grid-template-rows: none !important; }
-.picks .thumbnail-lg, .picks .thumbnail-item { min-width: 0; aspect-ratio: 1; }
+.picks .grid-wrap { overflow: visible !important; max-height: none !important; min-height: 0 !important; }
+.picks .grid-wrap { height: auto !important; padding: 8px; }
+.picks .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; gap: 8px; }
+.picks .grid-container { grid-template-rows: none !important; }
+.picks, .picks > * { min-height: 0 !important; height: auto !important; }
+.picks .thumbnail-lg, .picks .thumbnail-item { min-width: 0; width: 100%; height: auto; aspect-ratio: 1; }
 .upload img { object-fit: contain; }
 @media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
 """
@@ -81,9 +85,9 @@ def build(player: Player, index: search.Index | None, limits: Limits, contents: 
   return page.queue(max_size=limits.waiting, default_concurrency_limit=limits.at_once)
 
 
-def theme() -> gr.themes.Base:
+def theme() -> themes.Base:
   """Colours and fonts."""
-  return gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONT, font_mono=MONOSPACE)
+  return themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONT, font_mono=MONOSPACE)
 
 
 def said(answer: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
@@ -188,7 +192,7 @@ def _draw_tab(player: Player, limits: Limits, contents: Contents) -> None:
   prompt = _text(contents.prompt, "Prompt", limits)
   with gr.Row():
     steps = gr.Slider(1, draw.MOST_STEPS, contents.steps, step=1, label="Steps")
-    scale = gr.Slider(0, draw.MOST_GUIDANCE, contents.guidance, step=0.5, label="Guidance (1: none)")
+    scale = gr.Slider(0, draw.MOST_GUIDANCE, contents.guidance, step=0.5, label="Guidance")
     seed = _seed()
   button = gr.Button("Draw", variant="primary", elem_id="draw-button")
   _ask(
@@ -203,7 +207,7 @@ def _classify_tab(player: Player, limits: Limits, contents: Contents, picks: Seq
     with gr.Column(scale=3, min_width=300):
       names, template = _names_fields(limits, contents)
       with gr.Row(visible=not player.network.is_clip):
-        draws = gr.Slider(1, classify.MOST_DRAWS, 8, step=1, label="Draws of the noise")
+        draws = gr.Slider(1, classify.MOST_DRAWS, 8, step=1, label="Noise draws")
         seed = _seed()
       button = gr.Button("Classify", variant="primary", elem_id="classify-button")
       inputs = [image, names, template, draws, seed]
@@ -236,7 +240,7 @@ def _inside_tab(player: Player, limits: Limits, contents: Contents, picks: Seque
       names, template = _names_fields(limits, contents)
       with gr.Row():
         steps = gr.Slider(1, inside.MOST_STEPS, 10, step=1, label="Steps")
-        draws = gr.Slider(1, inside.MOST_DRAWS, 8, step=1, label="Draws of the noise")
+        draws = gr.Slider(1, inside.MOST_DRAWS, 8, step=1, label="Noise draws")
         seed = _seed()
       button = gr.Button("Look inside", variant="primary", elem_id="inside-button")
   inputs = [image, names, template, steps, draws, seed]

@@ -101,8 +101,8 @@ class Player:
     )
     self._conditions = compiled("a prompt's condition", self._encode_prompt)
     self._drawing_step = compiled("a drawing step", self._draw_once)
-    self._preview = compiled("previews", lambda params, z: self.network.with_params(params).decode_image(z))
-    self._latent = compiled("an image's latent", lambda params, x: self.network.with_params(params).encode_image(x))
+    self._preview = compiled("previews", self._decode)
+    self._latent = compiled("an image's latent", self._encode_image)
     self._query_step = compiled("a step of the text query", self._denoise_once)
     # τ = min(exp(logit_scale), 100) of the contrastive loss; none in a run of generation alone.
     scale = params.get("logit_scale")
@@ -154,12 +154,11 @@ class Player:
     z_t = self.model.noise(1, seed)
     timesteps = schedules.leading(steps)
     process = self.network.image_process
-    plan = samplers.plan(process.noise, timesteps, target=process.target)
+    plan = _rows(samplers.plan(process.noise, timesteps, target=process.target))
     every = math.ceil(steps / frames)
     for i, t in enumerate(timesteps.t):
-      now = jax.tree.map(lambda x, i=i: x[i], plan)
       z_t, emptied, guided = self.call(
-        self._drawing_step, self._params, z_t, t, now, c, c_null, np.float32(guidance_scale)
+        self._drawing_step, self._params, z_t, t, plan[i], c, c_null, np.float32(guidance_scale)
       )
       if (steps - 1 - i) % every == 0:
         shown = self.call(self._preview, self._params, np.concatenate([z_t, emptied, guided]))
@@ -178,10 +177,9 @@ class Player:
     z = self.call(self._latent, self._params, image[None])
     timesteps = schedules.trailing(steps)
     process = self.network.text_process
-    plan = samplers.plan(process.noise, timesteps, target=process.target, gamma=process.gamma)
+    plan = _rows(samplers.plan(process.noise, timesteps, target=process.target, gamma=process.gamma))
     for i, t in enumerate(timesteps.t):
-      now = jax.tree.map(lambda x, i=i: x[i], plan)
-      parts = [self.call(self._query_step, self._params, z, rows, t, now) for rows in np.split(e_t, blocks)]
+      parts = [self.call(self._query_step, self._params, z, rows, t, plan[i]) for rows in np.split(e_t, blocks)]
       e_t, e_0 = (np.concatenate(part) for part in zip(*parts, strict=True))
       yield Estimate(i + 1, steps, int(t), e_0[:draws])
 
@@ -190,12 +188,20 @@ class Player:
     side = self.network.image_size
     blank = np.zeros((side, side, 3), np.uint8)
     if "draw" in self.tabs:
-      [*self.draw("a", seed=0, steps=1, guidance_scale=2.0, frames=1)]
+      list(self.draw("a", seed=0, steps=1, guidance_scale=2.0, frames=1))
     if "search" in self.tabs:
       self.text_queries(["a"])
       self.embed_images(blank[None], seed=0)
     if "inside" in self.tabs:
-      [*self.estimates(blank, seed=0, steps=1, draws=1)]
+      list(self.estimates(blank, seed=0, steps=1, draws=1))
+
+  def _decode(self, params: Params, z: Float[Array, "n h w c"]) -> UInt8[Array, "n H W 3"]:
+    model: Any = self.network.with_params(params)
+    return model.decode_image(z)
+
+  def _encode_image(self, params: Params, image: UInt8[Array, "1 H W 3"]) -> Float[Array, "1 h w c"]:
+    model: Any = self.network.with_params(params)
+    return model.encode_image(image)
 
   def _encode_prompt(
     self, params: Params, tokens: Int[Array, "1 l"]
@@ -210,7 +216,7 @@ class Player:
     params: Params,
     z_t: Float[Array, "1 h w c"],
     t_z: Int[Array, ""],
-    now: samplers.Coefficients,
+    now: Float[Array, "3"],
     c: Float[Array, "1 l d"],
     c_null: Float[Array, "1 l d"],
     scale: Float[Array, ""],
@@ -226,7 +232,7 @@ class Player:
     to_data = lambda prediction: schedules.to_data(
       process.noise, z_t, prediction=prediction, target=process.target, t=t, gamma=process.gamma
     )
-    return samplers.step(now, z_t, prediction=guided), to_data(emptied), to_data(guided)
+    return samplers.step(samplers.Coefficients(*now), z_t, prediction=guided), to_data(emptied), to_data(guided)
 
   def _denoise_once(
     self,
@@ -234,7 +240,7 @@ class Player:
     z: Float[Array, "1 h w c"],
     e_t: Float[Array, "k d"],
     t_e: Int[Array, ""],
-    now: samplers.Coefficients,
+    now: Float[Array, "3"],
   ) -> tuple[Float[Array, "k d"], Float[Array, "k d"]]:
     """e at the next timestep, and ê_0 by this step, L2-normalised."""
     model: Any = self.network.with_params(params)
@@ -249,4 +255,9 @@ class Player:
     t = jnp.full(len(e_t), t_e)
     prediction = denoise(e_t, t).astype(e_t.dtype)
     e_0 = schedules.to_data(process.noise, e_t, prediction=prediction, target=process.target, t=t, gamma=process.gamma)
-    return samplers.step(now, e_t, prediction=prediction), losses.unit_norm(e_0)
+    return samplers.step(samplers.Coefficients(*now), e_t, prediction=prediction), losses.unit_norm(e_0)
+
+
+def _rows(plan: samplers.Coefficients) -> Float[np.ndarray, "s 3"]:
+  """The three coefficients of each step."""
+  return np.stack([plan.x_t, plan.prediction, plan.noise], axis=1)
