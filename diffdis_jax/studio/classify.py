@@ -58,7 +58,7 @@ def guesses(
   order = np.argsort(-share, kind="stable")
   columns = share, alone.min(axis=0), alone.max(axis=0)
   shares = np.stack(columns, axis=1).tolist()
-  return [Guess(names[i], *shares[i], firsts=int(firsts[i])) for i in order.tolist()]
+  return [Guess(names[int(i)], *shares[int(i)], firsts=int(firsts[i])) for i in order]
 
 
 def _softmax(logits: Float[np.ndarray, "*b n"]) -> Float[np.ndarray, "*b n"]:

@@ -55,7 +55,7 @@ def show(estimates: Sequence[Estimate], names: Sequence[str], texts: Float[np.nd
   queries = np.stack([estimate.queries for estimate in estimates])
   scores = queries @ texts.T
   best = np.argsort(-scores[-1].mean(axis=0), kind="stable")[:SHOWN]
-  chosen = [names[i] for i in best.tolist()]
+  chosen = [names[int(i)] for i in best]
   said = f"Step {last.step} of {last.steps}, t = {last.t}: {chosen[0]}, {scores[-1, :, best[0]].mean():.3f}."
   if queries.shape[1] > 1:
     said += f" Two draws' estimates have a cosine of {agreement(last.queries):.3f} on average."

@@ -122,9 +122,13 @@ class Player:
     self.closed.set()
     self._turns.shutdown(wait=True, cancel_futures=True)
 
+  def _tokens(self, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
+    """In a turn, too: two threads may not use the tokenizer at a time."""
+    return self.call(self._tokenizer, texts)
+
   def text_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
     """e of each text, L2-normalised."""
-    tokens, size = self._tokenizer(texts), self.model.batch_size
+    tokens, size = self._tokens(texts), self.model.batch_size
     parts = range(0, len(tokens), size)
     return np.concatenate(
       [self.call(self.model.embed_texts, self._params, tokens[start : start + size]) for start in parts]
@@ -150,7 +154,7 @@ class Player:
     Raises:
       UserError: a run without generation, no such number of steps, or no turn in time.
     """
-    c, c_null = self.call(self._conditions, self._params, self._tokenizer([prompt]))
+    c, c_null = self.call(self._conditions, self._params, self._tokens([prompt]))
     z_t = self.model.noise(1, seed)
     timesteps = schedules.leading(steps)
     process = self.network.image_process
