@@ -87,6 +87,33 @@ def draw_images(
   return model.decode_image(z)
 
 
+def query_denoiser(
+  model: DiffDis,
+  network: Network,
+  z: Float[Array, "b h w c"],
+  *,
+  guidance_scale: float,
+  unit_query: bool,
+) -> samplers.Denoise:
+  """(e_t, t_e) -> ê_0, or with target `noise` ε̂_e, under the condition of the clean latents z. No caption goes in.
+
+  With `unit_query` and target `data`, ê_0 has length 1 at every step, as e has. With target `noise` it follows from
+  e_t and the predicted noise, and stays what it is.
+  """
+  c_null = model.encode_text(model.text_encoder.null_tokens(network.max_length)).c
+
+  def denoise(e_t: Float[Array, "b d"], t_e: Int[Array, "b"], z: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
+    t_z = jnp.full(t_e.shape, network.condition_timestep, jnp.int32)
+    c = jnp.broadcast_to(c_null, (len(e_t), *c_null.shape[1:]))
+    return model.discrimination(e_t=e_t, t_e=t_e, z=z, t_z=t_z, c_null=c)
+
+  predict = guidance.guided(denoise, condition=z, null=jnp.zeros_like(z), scale=guidance_scale)
+  if not unit_query or network.text_process.target != "data":
+    return predict
+  # After guidance, whose mix of two vectors has any length.
+  return lambda e_t, t_e: losses.unit_norm(predict(e_t, t_e))
+
+
 def denoise_queries(
   model: DiffDis,
   network: Network,
@@ -100,26 +127,15 @@ def denoise_queries(
   """The paper's Algorithm 3: from noise to the text query of an image, L2-normalised. No caption goes in.
 
   Its inner product with a caption's e is their score. One step is one evaluation of the network, at t_e = T - 1. Of k
-  draws of the noise the mean is taken (not stated by the paper, which draws once).
-
-  With `unit_query` and target `data`, ê_0 has length 1 at every step, as e has. With target `noise` it follows from
-  e_t and the predicted noise, and stays what it is.
+  draws of the noise the mean is taken (not stated by the paper, which draws once). `unit_query`: as `query_denoiser`
+  takes it.
   """
   z = model.encode_image(images)
-  c_null = model.encode_text(model.text_encoder.null_tokens(network.max_length)).c
-
-  def denoise(e_t: Float[Array, "b d"], t_e: Int[Array, "b"], z: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
-    t_z = jnp.full(t_e.shape, network.condition_timestep, jnp.int32)
-    c = jnp.broadcast_to(c_null, (len(e_t), *c_null.shape[1:]))
-    return model.discrimination(e_t=e_t, t_e=t_e, z=z, t_z=t_z, c_null=c)
-
-  predict = guidance.guided(denoise, condition=z, null=jnp.zeros_like(z), scale=guidance_scale)
-  # After guidance, whose mix of two vectors has any length.
-  fed_back = lambda e_t, t_e: losses.unit_norm(predict(e_t, t_e))
+  denoise = query_denoiser(model, network, z, guidance_scale=guidance_scale, unit_query=unit_query)
 
   def from_noise(e_T: Float[Array, "b d"]) -> Float[Array, "b d"]:
     e_0 = samplers.sample(
-      fed_back if unit_query and network.text_process.target == "data" else predict,
+      denoise,
       e_T,
       schedule=network.text_process.noise,
       timesteps=schedules.trailing(steps),
@@ -129,6 +145,17 @@ def denoise_queries(
     return losses.unit_norm(e_0)
 
   return losses.unit_norm(jax.lax.map(from_noise, e_T).mean(axis=0))
+
+
+def query_noise(
+  key: PRNGKeyArray, *, draws: int, places: Int[Array, "b"], width: int
+) -> Float[Array, "{draws} b {width}"]:
+  """e_T ~ N(0, I) of the images at these places; each depends on the key, the number of its draw and its place."""
+
+  def noise(draw: Int[Array, ""], place: Int[Array, ""]) -> Float[Array, "d"]:
+    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, draw), place), (width,))
+
+  return jax.vmap(lambda draw: jax.vmap(functools.partial(noise, draw))(places))(jnp.arange(draws))
 
 
 class Inference:
@@ -295,7 +322,7 @@ class Inference:
     if isinstance(model, Clip):
       return model.encode_image(images)
     how = self.sampling
-    e_T = jax.vmap(lambda draw: self._query_noise(key, draw, places))(jnp.arange(how.draws))
+    e_T = query_noise(key, draws=how.draws, places=places, width=self.network.model.query_width)
     return denoise_queries(
       model,
       self.network,
@@ -306,11 +333,6 @@ class Inference:
       unit_query=self._unit_query,
     )
 
-  def _query_noise(self, key: PRNGKeyArray, draw: Int[Array, ""], places: Int[Array, "b"]) -> Float[Array, "b d"]:
-    """e_T of the images at these places, each a function of (key, draw, place) alone."""
-    of_draw, width = jax.random.fold_in(key, draw), self.network.model.query_width
-    return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(of_draw, place), (width,)))(places)
-
   def _text_features(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b d"]:
     return encode.text_features(self.network.with_params(params), tokens)
 
@@ -318,7 +340,8 @@ class Inference:
     self, params: Params, key: PRNGKeyArray, images: UInt8[Array, "b H W 3"], places: Int[Array, "b"]
   ) -> Float[Array, "b 2 k"]:
     model = self.network.with_params(params)
-    draws = encode.FeatureDraws(noise_e=self._query_noise(key, jnp.int32(0), places))
+    noise_e = query_noise(key, draws=1, places=places, width=self.network.model.query_width)[0]
+    draws = encode.FeatureDraws(noise_e=noise_e)
     f = encode.image_features(model, images, draws, network=self.network)
     logits = model.head(f, model.logit_scale[...])
     return jnp.stack([logits.visual, logits.language], axis=1)
@@ -360,6 +383,7 @@ def load(
   ema: bool = True,
   image_size: int | None = None,
   batch_size: int = 64,
+  mesh: Mesh | None = None,
   **sampling: Any,
 ) -> tuple[Inference, Params]:
   """A run's model and parameters from its workdir.
@@ -370,6 +394,7 @@ def load(
     ema: averaged weights, where the run keeps them.
     image_size: pixels; None takes the run's own.
     batch_size: rows a compiled call.
+    mesh: devices that share the rows of a call; all of them by default.
     sampling: fields of Sampling that replace the run's own.
 
   Raises:
@@ -381,5 +406,6 @@ def load(
   network = Network.of(config)
   if sampling and network.is_clip:
     raise UserError(f"this run is a CLIP, which samples nothing; {', '.join(sampling)} has no effect, leave it out")
-  inference = Inference(network, read_sampling(config.inference.to_dict(), **sampling), batch_size=batch_size)
+  how = read_sampling(config.inference.to_dict(), **sampling)
+  inference = Inference(network, how, batch_size=batch_size, mesh=mesh)
   return inference, checkpoint.restore_params(path, step=step, ema=ema, abstract=inference.abstract_params())

@@ -82,7 +82,13 @@ LAYERS = (
   "reports/charts reports/read reports/pictures",
   "reports/summary",
   "reports/page",
-  "train evaluate generate prepare_data benchmark preflight import_weights export_weights report",
+  "studio/limits studio/charts studio/body_limit studio/player",
+  "studio/draw",
+  "studio/classify",
+  "studio/search studio/inside",
+  "studio/page",
+  "studio/server",
+  "train evaluate generate prepare_data benchmark preflight import_weights export_weights report app",
   "demo ablate",  # verbs that run others
   "__main__",  # which lists them
 )

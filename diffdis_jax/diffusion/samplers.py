@@ -84,10 +84,20 @@ def step(
   return x if noise is None else x + noise * coefficients.noise
 
 
-def _plan(
-  schedule: Schedule, timesteps: Timesteps, method: Method, target: Target, gamma: float, eta: float
+def plan(
+  schedule: Schedule,
+  timesteps: Timesteps,
+  *,
+  method: Method = "ddim",
+  target: Target,
+  gamma: float = 1.0,
+  eta: float = 0.0,
 ) -> Coefficients:
-  """The coefficients of all steps, f32. DDPM ends at the data, whatever the spacing, as diffusers' does."""
+  """The coefficients of all steps, f32. DDPM ends at the data, whatever the spacing, as diffusers' does.
+
+  Raises:
+    UserError: unknown method or target.
+  """
   if method == "ddim":
     steps = ddim(schedule, t=timesteps.t, t_prev=timesteps.t_prev, target=target, gamma=gamma, eta=eta)
   elif method == "ddpm":
@@ -124,8 +134,8 @@ def sample(
   """
   if not 0 <= eta <= 1:
     raise UserError(f"eta is {eta}; it must lie between 0, deterministic, and 1")
-  plan = _plan(schedule, timesteps, method, target, gamma, eta)
-  stochastic = bool(np.any(plan.noise))
+  steps = plan(schedule, timesteps, method=method, target=target, gamma=gamma, eta=eta)
+  stochastic = bool(np.any(steps.noise))
   if stochastic and key is None:
     raise UserError("the sampler adds noise, so it needs a key; or use ddim with eta = 0")
 
@@ -138,5 +148,5 @@ def sample(
     return step(coefficients, x, prediction=prediction, noise=noise), None
 
   indices = np.arange(len(timesteps.t), dtype=np.int32)
-  x, _ = jax.lax.scan(body, x_T, (indices, timesteps.t, plan))
+  x, _ = jax.lax.scan(body, x_T, (indices, timesteps.t, steps))
   return x / gamma

@@ -1,0 +1,175 @@
+"""The page in Chromium, by clicking. It needs apt-get install chromium chromium-driver."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import pytest
+
+from tests import studio_pictures as pictures
+from tests.served_app import serve
+
+pytestmark = pytest.mark.slow
+pytest_plugins = ("tests.untrained",)
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
+FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-sync")
+
+
+@pytest.fixture(scope="module")
+def served(run, tmp_path_factory):
+  with serve(run, tmp_path_factory.mktemp("page") / "log", {}) as served:
+    yield served
+
+
+class Page:
+  """What a user sees and clicks."""
+
+  def __init__(self, driver, address: str, width: int):
+    self.driver, self.width = driver, width
+    driver.get(address)
+    self.wait(lambda: self.all("button[role=tab]"))
+
+  def all(self, selector: str):
+    return [each for each in self.driver.find_elements("css selector", selector) if each.is_displayed()]
+
+  def wait(self, found, seconds: float = 120):
+    from selenium.common.exceptions import StaleElementReferenceException
+
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+      try:
+        if value := found():
+          return value
+      except StaleElementReferenceException:
+        pass
+      time.sleep(0.1)
+    raise AssertionError(self.driver.find_element("css selector", "body").text)
+
+  def click(self, selector: str) -> None:
+    element = self.wait(lambda: self.all(selector))[0]
+    self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    time.sleep(0.2)
+    element.click()
+
+  def tab(self, name: str) -> None:
+    self.wait(lambda: [each for each in self.all("button[role=tab]") if each.text == name])[0].click()
+
+  def fill(self, label: str, text: str) -> None:
+    path = f"//label[.//span[normalize-space()='{label}']]//*[self::textarea or self::input]"
+    found = lambda: [each for each in self.driver.find_elements("xpath", path) if each.is_displayed()]
+    element = self.wait(found)[0]
+    element.clear()
+    element.send_keys(text)
+
+  def text(self, selector: str) -> str:
+    return " ".join(each.text for each in self.all(selector))
+
+  def upload(self, name: str, path: str) -> None:
+    """Into the tab's image field, which shows a cross once the file is there."""
+    self.wait(lambda: self.driver.find_elements("css selector", f"#{name}-image input[type=file]"))[0].send_keys(path)
+
+  def is_clean(self) -> bool:
+    """Nothing wider than the window, and nothing asked of another machine."""
+    wide = self.driver.execute_script(
+      "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    )
+    elsewhere = self.driver.execute_script(
+      "return performance.getEntriesByType('resource').map(e => e.name)"
+      ".filter(name => !name.startsWith(location.origin) && !name.startsWith('data:'))"
+    )
+    return wide == 0 and elsewhere == [] and self.driver.execute_script("return innerWidth") == self.width
+
+
+@pytest.fixture(params=[390, 1280])
+def page(request, served, tmp_path):
+  """At the width of a phone, and at that of a laptop."""
+  from selenium import webdriver
+
+  options = webdriver.ChromeOptions()
+  for flag in (*FLAGS, f"--user-data-dir={tmp_path}", "--window-size=1280,900"):
+    options.add_argument(flag)
+  if request.param < 500:  # the least of a window
+    size = {"width": request.param, "height": 844, "pixelRatio": 1.0}
+    options.add_experimental_option("mobileEmulation", {"deviceMetrics": size})
+  options.binary_location = shutil.which("chromium") or ""
+  driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+  yield Page(driver, served.address, request.param)
+  driver.quit()
+
+
+def test_a_prompt_is_drawn_while_one_looks(page):
+  page.fill("Prompt", "a blue ring")
+  page.driver.execute_script(
+    "window.seen = new Set(); new MutationObserver(() => seen.add(document.querySelector('#draw-answer p')?.textContent))"
+    ".observe(document.querySelector('#draw-answer'), {childList: true, subtree: true, characterData: true})"
+  )
+  page.click("#draw-button")
+  page.wait(lambda: page.text("#draw-answer p").startswith("2 steps"))
+  assert "a blue ring" in page.text("#draw-answer figcaption")
+  assert len(page.all("#draw-answer figure img")) == 3 and len(page.all("#draw-answer .strip img")) == 4
+  assert "Step 1 of 2, t = 501" in page.driver.execute_script("return [...window.seen]")
+  assert page.is_clean()
+
+
+def test_an_image_is_picked_classified_and_looked_into(page):
+  page.tab("Classify")
+  page.click("#classify-picks button.thumbnail-item")
+  page.wait(lambda: page.all("#classify-image img"))
+  page.fill("Class names", "red star, blue ring, cat")
+  page.click("#classify-button")
+  page.wait(lambda: len(page.all("#classify-answer .bar")) == 3)
+  assert "8 draws of the noise" in page.text("#classify-answer p") and page.is_clean()
+
+  page.tab("Inside")
+  page.click("#inside-picks button.thumbnail-item")
+  page.wait(lambda: page.all("#inside-image img"))
+  page.click("#inside-button")
+  page.wait(lambda: page.text("#inside-answer p").startswith("Step 10 of 10, t = 99"))
+  assert len(page.all("#inside-answer svg")) == 2 and page.is_clean()
+
+
+def test_images_are_found_by_text_and_by_an_upload(page, tmp_path):
+  page.tab("Search")
+  page.fill("By text", "a red star\n")  # the return key asks
+  page.wait(lambda: len(page.all("#search-answer figure")) == 12)
+  scores = page.text("#search-answer small")
+  page.upload("search", pictures.write(tmp_path, "a.png", pictures.png(40, 30)))
+  page.wait(lambda: page.all("#search-image img"))
+  page.click("#search-image-button")
+  page.wait(lambda: page.text("#search-answer small") not in ("", scores))
+  assert len(page.all("#search-answer figure")) == 12 and page.is_clean()
+
+
+@pytest.mark.parametrize(
+  "data, message",
+  [
+    (pictures.png(40, 30)[:500], "corrupt image"),
+    (b"nothing that is an image", "shows no image that can be read"),
+    (b"", "the file is empty"),
+    (pictures.bomb(30_000), "too many pixels"),
+  ],
+  ids=["cut", "text", "empty", "bomb"],
+)
+def test_a_bad_image_is_a_message_and_the_page_goes_on(page, served, tmp_path, data, message):
+  page.tab("Classify")
+  page.upload("classify", pictures.write(tmp_path, "bad.png", data))
+  time.sleep(2)
+  page.click("#classify-button")
+  page.wait(lambda: message in page.text(".toast-wrap, .toast-body"))
+  page.tab("Draw")
+  page.click("#draw-button")
+  page.wait(lambda: page.text("#draw-answer p").startswith("2 steps"))
+  assert "Traceback" not in served.log.read_text()
+
+
+def test_a_file_that_is_too_large_is_not_sent(page, tmp_path):
+  page.tab("Classify")
+  page.upload("classify", pictures.write(tmp_path, "large.png", b"\x00" * 100_000_000))
+  page.wait(lambda: "exceeds" in page.text("body") or "maximum" in page.text("body"))
+
+
+def test_a_missing_prompt_is_a_message(page):
+  page.fill("Prompt", " ")
+  page.click("#draw-button")
+  page.wait(lambda: "no prompt yet" in page.text(".toast-wrap, .toast-body"))
