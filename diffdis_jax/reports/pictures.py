@@ -68,8 +68,8 @@ def _open(path: epath.Path) -> Image.Image | None:
 
 def _shrink(image: Image.Image, side: int, quality: int) -> Picture:
   factor = min(1.0, side / max(image.size))
-  size = tuple(max(1, round(length * factor)) for length in image.size)
-  image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=1.0)
+  width, height = (max(1, round(length * factor)) for length in image.size)
+  image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=1.0)
   buffer = io.BytesIO()
   image.save(buffer, format="webp", quality=quality, method=1)
   return Picture(f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", *image.size)
