@@ -94,7 +94,7 @@ def run(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
     )
 
     def attempt(changes: search.Changes) -> dict[str, Any]:
-      changed = ConfigDict(config).unlock()
+      changed = config.copy_and_resolve_references().unlock()
       changed.update_from_flattened_dict(changes)
       return compile_one("train", changed, target, **settings)
 

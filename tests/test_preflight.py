@@ -70,6 +70,16 @@ def test_programs_are_traced_from_shapes_alone():
   assert twice.turns == pytest.approx(2) and twice.operations == pytest.approx(traced["train"].operations, rel=0.1)
 
 
+def test_a_program_is_rematerialised_as_its_config_says():
+  """And not as that in which operations are counted, whose config once shared its sections with it."""
+  config, mesh = steps.make_config(**{"model.remat": "full"}), steps.make_mesh()
+  convolutions = lambda config: (
+    preflight.trace_program("train", config, mesh).lower().as_text().count("stablehlo.convolution")
+  )
+  assert convolutions(config) > convolutions(steps.make_config())
+  assert config.model.remat == "full" and config.model.attention_kernel == "auto"
+
+
 def test_batches_of_images_and_of_latents():
   config, mesh = steps.make_config(), steps.make_mesh(2, 2, 2)
   shapes = lambda: {
