@@ -39,7 +39,7 @@ from diffdis_jax import cli, evals, inference
 from diffdis_jax.errors import UserError, read_section
 from diffdis_jax.evals import base, suites, tables
 from diffdis_jax.evals import results as result_files
-from diffdis_jax.evals.results import ResultFile
+from diffdis_jax.evals.results import ResultFile, Results
 from diffdis_jax.evals.text_cache import CachedTexts
 from diffdis_jax.models.build import check_objectives
 from diffdis_jax.parallel import processes
@@ -231,7 +231,7 @@ def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete
   write_table(run, results, out)
 
 
-def write_table(run: str, results: Mapping[str, Any], out: str) -> None:
+def write_table(run: str, results: Results, out: str) -> None:
   """Writes the results as a table in the paper's layout beside the JSON file `out`, on process 0."""
   if processes.is_first():
     title = pathlib.PurePath(run).name

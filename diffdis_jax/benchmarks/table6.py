@@ -28,7 +28,7 @@ from diffdis_jax.estimates import programs
 from diffdis_jax.evals import base
 from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import sharding
-from diffdis_jax.structs import AnyBatch
+from diffdis_jax.structs import TrainingBatch
 from diffdis_jax.training.step import Step
 
 NAMES = {"clip": "CLIP", "stable_diffusion": "Stable Diffusion", "diffdis": "DiffDis"}
@@ -159,7 +159,7 @@ class _Timed:
         discrimination_decoded=self._discriminate, discrimination=self._decode_and_discriminate, text=self._embed_texts
       )
 
-  def _draw(self) -> AnyBatch:
+  def _draw(self) -> TrainingBatch:
     batch = self._substitutions.take(next(self._batches))
     return self._model.data.batch_type(**sharding.to_global(batch, self._model.step.mesh))
 
@@ -195,10 +195,11 @@ class _Timed:
 def _operations(model: Model) -> dict[str, float]:
   """Of matrix products and convolutions, 1e9 an image; nothing that is computed twice counts twice."""
   traced = dict(training=programs.trace_train(model.step, model.counted, model.data, batch_size=model.batch_size))
-  if model.draws:
-    traced["generation"] = programs.trace_inference("generation", model.inference)
-  if model.discriminates:
-    traced["discrimination"] = programs.trace_inference("discrimination", model.inference)
+  network, sampling = model.counted.network, model.inference.sampling
+  counted = Inference(network, sampling, mesh=model.step.mesh, batch_size=model.batch_size)
+  for way, is_done in (("generation", model.draws), ("discrimination", model.discriminates)):
+    if is_done:
+      traced[way] = programs.trace_inference(way, model.inference, counted)
   return {way: program.operations / program.rows / 1e9 for way, program in traced.items()}
 
 

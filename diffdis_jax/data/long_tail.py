@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,8 +25,11 @@ NAMES = ("shapes_lt", *long_tailed.SETS)
 class LabelledSource(Protocol):
   """A source whose classes are known without reading an image."""
 
-  labels: Any  # Int[np.ndarray, " n"]
-  classnames: Any  # Sequence[str]
+  @property
+  def labels(self) -> Int[np.ndarray, " n"]: ...
+
+  @property
+  def classnames(self) -> Sequence[str]: ...
 
   def __len__(self) -> int: ...
 

@@ -92,7 +92,8 @@ def erase(
   height, width = pixels.shape[:2]
   for _ in range(TRIES):
     area = rng.uniform(*ERASED) * height * width
-    ratio = math.exp(rng.uniform(*map(math.log, ERASED_RATIO)))
+    low, high = map(math.log, ERASED_RATIO)
+    ratio = math.exp(rng.uniform(low, high))
     h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
     if h < height and w < width:
       top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)

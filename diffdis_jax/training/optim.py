@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax.numpy as jnp
 import optax
@@ -121,7 +121,7 @@ def epoch_schedule(
   """
   warmup, epochs = warmup_steps // epoch_steps, num_steps / epoch_steps
 
-  def rate(step: Int[Array, ""]) -> Float[Array, ""]:
+  def rate(step: Any) -> Float[Array, ""]:
     t = jnp.maximum(step // epoch_steps - 1, 0).astype(jnp.float32)
     rising = warmup_rate + t * (peak - warmup_rate) / max(warmup, 1)
     return jnp.where(t < warmup, rising, 0.5 * peak * (1.0 + jnp.cos(jnp.pi * t / epochs)))
