@@ -14,13 +14,13 @@ from tests.command_runs import ROOT
 pytest_plugins = ("tests.command_runs",)
 
 SMALL = """
-AUTOENCODER_STEPS, STEPS, BATCH = 2, 2, 8
+AUTOENCODER_STEPS, AUTOENCODER_BATCH, STEPS, BATCH = 2, 8, 2, 8
 DRAWING_STEPS, GUIDANCE, TESTED = 2, 3.0, 8
 SIZES = dict(
-  unet=dict(widths=(16, 16), num_heads=2),
+  unet=dict(widths=(8,), attention=(True,), num_heads=2, groups=4),
   alignment=dict(width=16, depth=1, num_heads=2),
   text_encoder=dict(width=16, depth=1, num_heads=2, mlp_width=16),
-  autoencoder=dict(widths=(8, 8, 8)),
+  autoencoder=dict(widths=(8, 8), groups=4),
 )
 """
 

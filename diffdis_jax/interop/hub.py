@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, tensor_files
+from diffdis_jax.run import progress
 
 PREFIX = "hf:"
 _NAME = r"[\w.-]+/[\w.-]+"
@@ -155,6 +156,8 @@ def _library() -> Any:
     import huggingface_hub
   except ImportError as error:
     raise UserError("the hub needs huggingface_hub: pip install 'diffdis_jax[hub]'") from error
+  if not progress.shows_bars():
+    huggingface_hub.utils.disable_progress_bars()
   return huggingface_hub
 
 
