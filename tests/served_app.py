@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-
 ROOT = pathlib.Path(__file__).parents[1]
 
 

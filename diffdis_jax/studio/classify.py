@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -77,8 +77,8 @@ def answer(
   path: str | os.PathLike[str] | None,
   names: str | None,
   template: str | None,
-  draws: float | None,
-  seed: float | None,
+  draws: Any,
+  seed: Any,
 ) -> Iterator[str]:
   """HTML with the bars.
 

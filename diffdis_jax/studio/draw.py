@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from diffdis_jax.errors import check_number
 from diffdis_jax.studio import charts
@@ -19,9 +20,9 @@ def answer(
   player: Player,
   limits: Limits,
   prompt: str | None,
-  seed: float | None,
-  steps: float | None,
-  guidance_scale: float | None,
+  seed: Any,
+  steps: Any,
+  guidance_scale: Any,
 ) -> Iterator[str]:
   """HTML after each step that is shown; the last one has the image.
 
@@ -32,7 +33,6 @@ def answer(
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
   whole_steps = read_whole("steps", steps, at_least=1, at_most=MOST_STEPS)
   check_number("guidance", guidance_scale, at_least=0, at_most=MOST_GUIDANCE)
-  assert guidance_scale is not None
   drawings = player.draw(
     prompt, seed=whole_seed, steps=whole_steps, guidance_scale=float(guidance_scale), frames=FRAMES
   )

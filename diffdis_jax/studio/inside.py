@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -26,9 +27,9 @@ def answer(
   path: str | os.PathLike[str] | None,
   names: str | None,
   template: str | None,
-  steps: float | None,
-  draws: float | None,
-  seed: float | None,
+  steps: Any,
+  draws: Any,
+  seed: Any,
 ) -> Iterator[str]:
   """HTML after each step.
 

@@ -10,7 +10,7 @@ import pathlib
 import re
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -129,10 +129,9 @@ def read_template(text: str | None, limits: Limits) -> str:
   return prompts.resolve_templates((read_text(text, "template", limits),))[0]
 
 
-def read_whole(name: str, value: float | None, *, at_least: int, at_most: int) -> int:
+def read_whole(name: str, value: Any, *, at_least: int, at_most: int) -> int:
   """A number of a slider or a field. Raises UserError: no whole number, or out of its range."""
   check_number(name, value, at_least=at_least, at_most=at_most)
-  assert value is not None
   if value != int(value):
     raise UserError(f"{name} is {value}; it must be a whole number")
   return int(value)

@@ -133,7 +133,17 @@ def _picks(index: search.Index | None) -> list[Any]:
   return [index.record(place)[0] for place in places[:PICKS]]
 
 
-def _as_it_came(upload: Any) -> str | None:
+def _unchecked(field: Any) -> Any:
+  """A slider or number that hands on whatever is sent: the answers check it, and say what would be right."""
+  field.preprocess = lambda value: value
+  return field
+
+
+def _slider(label: str, least: float, most: float, value: float, *, step: float = 1) -> Any:
+  return _unchecked(gr.Slider(least, most, value, step=step, label=label))
+
+
+def _unopened(upload: Any) -> str | None:
   """The path of an uploaded file, which nobody has opened yet."""
   if upload is not None and upload.path is None:
     raise gr.Error("an image is uploaded as a file, not as an address", print_exception=False)
@@ -154,7 +164,7 @@ def _image_field(picks: Sequence[Any], *, name: str) -> gr.Image:
     buttons=[],
   )
   # Gradio would open the file before `limits.read_image` has checked it.
-  field.preprocess = _as_it_came
+  field.preprocess = _unopened
   if picks:
     gallery = gr.Gallery(
       list(picks),
@@ -178,8 +188,8 @@ def _image_field(picks: Sequence[Any], *, name: str) -> gr.Image:
   return field
 
 
-def _seed() -> gr.Number:
-  return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=draw.MOST_SEED)
+def _seed() -> Any:
+  return _unchecked(gr.Number(0, label="Seed", precision=0, minimum=0, maximum=draw.MOST_SEED))
 
 
 def _text(value: str, label: str, limits: Limits, *, lines: int = 1, texts: int = 1, info: str = "") -> gr.Textbox:
@@ -191,8 +201,8 @@ def _text(value: str, label: str, limits: Limits, *, lines: int = 1, texts: int 
 def _draw_tab(player: Player, limits: Limits, contents: Contents) -> None:
   prompt = _text(contents.prompt, "Prompt", limits)
   with gr.Row():
-    steps = gr.Slider(1, draw.MOST_STEPS, contents.steps, step=1, label="Steps")
-    scale = gr.Slider(0, draw.MOST_GUIDANCE, contents.guidance, step=0.5, label="Guidance")
+    steps = _slider("Steps", 1, draw.MOST_STEPS, contents.steps)
+    scale = _slider("Guidance", 0, draw.MOST_GUIDANCE, contents.guidance, step=0.5)
     seed = _seed()
   button = gr.Button("Draw", variant="primary", elem_id="draw-button")
   _ask(
@@ -207,7 +217,7 @@ def _classify_tab(player: Player, limits: Limits, contents: Contents, picks: Seq
     with gr.Column(scale=3, min_width=300):
       names, template = _names_fields(limits, contents)
       with gr.Row(visible=not player.network.is_clip):
-        draws = gr.Slider(1, classify.MOST_DRAWS, 8, step=1, label="Noise draws")
+        draws = _slider("Noise draws", 1, classify.MOST_DRAWS, 8)
         seed = _seed()
       button = gr.Button("Classify", variant="primary", elem_id="classify-button")
       inputs = [image, names, template, draws, seed]
@@ -239,8 +249,8 @@ def _inside_tab(player: Player, limits: Limits, contents: Contents, picks: Seque
     with gr.Column(scale=3, min_width=300):
       names, template = _names_fields(limits, contents)
       with gr.Row():
-        steps = gr.Slider(1, inside.MOST_STEPS, 10, step=1, label="Steps")
-        draws = gr.Slider(1, inside.MOST_DRAWS, 8, step=1, label="Noise draws")
+        steps = _slider("Steps", 1, inside.MOST_STEPS, 10)
+        draws = _slider("Noise draws", 1, inside.MOST_DRAWS, 8)
         seed = _seed()
       button = gr.Button("Look inside", variant="primary", elem_id="inside-button")
   inputs = [image, names, template, steps, draws, seed]

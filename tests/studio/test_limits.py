@@ -76,7 +76,7 @@ def test_templates_and_numbers():
   with pytest.raises(UserError, match="no place for the class name"):
     module.read_template("a photo", LIMITS)
   assert module.read_whole("seed", 3.0, at_least=0, at_most=3) == 3
-  for value in (None, 4, -1, float("nan"), 1.5):
+  for value in (None, 4, -1, float("nan"), 1.5, "2", [2]):
     with pytest.raises(UserError, match="seed is"):
       module.read_whole("seed", value, at_least=0, at_most=3)
 

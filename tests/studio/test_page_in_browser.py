@@ -101,7 +101,8 @@ def page(request, served, tmp_path):
 def test_a_prompt_is_drawn_while_one_looks(page):
   page.fill("Prompt", "a blue ring")
   page.driver.execute_script(
-    "window.seen = new Set(); new MutationObserver(() => seen.add(document.querySelector('#draw-answer p')?.textContent))"
+    "window.seen = new Set();"
+    "new MutationObserver(() => seen.add(document.querySelector('#draw-answer p')?.textContent))"
     ".observe(document.querySelector('#draw-answer'), {childList: true, subtree: true, characterData: true})"
   )
   page.click("#draw-button")
