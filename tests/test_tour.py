@@ -1,8 +1,7 @@
-"""The notebook of docs: that it has no outputs, and that every cell runs, with small numbers in its cell of parameters."""
+"""The notebook of docs: that it has no outputs, and that every cell runs, with small numbers for its parameters."""
 
 from __future__ import annotations
 
-import pathlib
 import re
 
 import nbclient

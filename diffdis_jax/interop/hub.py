@@ -166,6 +166,8 @@ def _in_one_line(repo: str, revision: str | None = None) -> Iterator[None]:
   """Turns what huggingface_hub raises into a UserError."""
   from huggingface_hub import constants, errors
 
+  # Of httpx, which raises it where nobody answers. It depends on huggingface_hub's version which httpx that is.
+  transport = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
   where = constants.ENDPOINT
   said = lambda error: " ".join(str(error).split())[:300]
   try:
@@ -183,7 +185,7 @@ def _in_one_line(repo: str, revision: str | None = None) -> Iterator[None]:
   except errors.HfHubHTTPError as error:
     message = said(error.server_message or error)
     raise UserError(f"{where} refuses {repo}, status {error.response.status_code}: {message}") from error
-  except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:  # of the transport
+  except (transport, errors.LocalEntryNotFoundError) as error:
     message = said(error) or type(error).__name__
     raise UserError(f"cannot reach {where} for {repo}: {message}; is there a network?") from error
   except (OSError, RuntimeError, ValueError) as error:  # of a file here, or of an upload, with the cause behind it
