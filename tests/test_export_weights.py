@@ -34,7 +34,7 @@ RESULTS = {
       "dataset": "emoji",
       "pretrained": "step 5",
       "metrics": {"acc1": 0.5, "acc5": 0.75},
-      "protocol": {"steps": 1, "templates": ["a {}", "the {}"], "metric": ""},
+      "protocol": {"steps": 1, "templates": ["a {}", "the {}"], "metric": "", "folder": "/home/me/emoji"},
     }
   }
 }
@@ -154,7 +154,7 @@ def test_the_model_card(exported):
     "- data: shapes, split train",
     "- training: step 5, loss 0.123457, loss_generation 0.1\n",
     "- evaluated while training: step 4, test/acc1 0.25\n",
-    "| zero_shot | emoji | acc1 0.5, acc5 0.75 | checkpoint step 5, steps 1, templates 2 of them |\n",
+    "| zero_shot | emoji | acc1 0.5, acc5 0.75 | checkpoint step 5, steps 1, templates 2 of them, folder emoji |\n",
     "![Samples, each with its prompt](samples.png)\n\n*Drawn at step 4 of the training",
     'StableDiffusionPipeline.from_pretrained("FOLDER")',
     "Watermarks",

@@ -154,10 +154,11 @@ def _library() -> Any:
   """huggingface_hub, imported when it is needed: most imports and exports do without."""
   try:
     import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
   except ImportError as error:
     raise UserError("the hub needs huggingface_hub: pip install 'diffdis_jax[hub]'") from error
   if not progress.shows_bars():
-    huggingface_hub.utils.disable_progress_bars()
+    disable_progress_bars()
   return huggingface_hub
 
 

@@ -28,8 +28,9 @@ tags: [diffdis, stable-diffusion, jax]
 # DiffDis
 
 One UNet that draws images from text and aligns images with text, by denoising a text embedding under the condition of
-an image ({paper}, ICCV 2023, [arXiv 2308.09306](https://arxiv.org/abs/2308.09306)). An independent implementation,
-diffdis_jax, wrote it: {what}.
+an image ({paper},
+ICCV 2023, [arXiv 2308.09306](https://arxiv.org/abs/2308.09306)). An independent implementation, diffdis_jax, wrote it:
+{what}.
 {samples}
 ## Drawing, with diffusers
 
@@ -74,10 +75,12 @@ TWIN = """
 import torch
 from transformers import CLIPTokenizer
 from diffdis_jax.interop import torch_diffdis
+
 {download}
 model = torch_diffdis.DiffDis.from_pretrained(folder)
 tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-tokens = tokenizer(["{prompt}"], padding="max_length", truncation=True, return_tensors="pt").input_ids
+texts = ["{prompt}"]
+tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 z = model.encode_image(pixels)  # f32[b, 3, {size}, {size}] in [-1, 1]
 image = model.embed_image(z, steps=1, noise=torch.randn(len(z), model.query_width))
 scores = model.similarity(image, model.embed_text(tokens))
@@ -199,7 +202,7 @@ class Card:
     origin = _parse(self.run / "import.json")
     if self.step == 0 and "source" in origin:
       new = f"; {len(origin['initialised'])} of its parameters are random" * bool(origin.get("initialised"))
-      return f"Imported from `{origin['source']}`, and not trained since{new}."
+      return f"Imported from `{_public(origin['source'])}`, and not trained since{new}."
     fields, optim = self.fields, self.fields["optim"]
     lines = [
       f"- {self.step} steps of {fields['batch_size']} pairs, {self.step * fields['batch_size']:,} pairs in all, with"
@@ -216,7 +219,7 @@ class Card:
     if not (start := self.fields.get("init_from")):
       return "random parameters"
     source = _parse(epath.Path(start) / "import.json").get("source")
-    return f"`{source}`" if source else f"another run, `{pathlib.PurePath(start).name}`"
+    return f"`{_public(source)}`" if source else f"another run, `{_public(start)}`"
 
   def _figures(self) -> Iterator[str]:
     """The last losses up to this step, what evaluations in training gave, and the results of evaluate."""
@@ -250,23 +253,31 @@ def _is_joint(fields: Mapping[str, Any]) -> bool:
 
 
 def _data(section: Mapping[str, Any]) -> str:
-  """Names of the data, without the folders of the machine that trained on them."""
-  one = lambda source: " ".join(filter(None, (source["name"], pathlib.PurePath(source.get("path") or "").name)))
+  """What the run was trained on."""
+  one = lambda source: " ".join(filter(None, (source["name"], _public(source.get("path") or ""))))
   if mixture := section.get("mixture"):
     return "; ".join(f"{one(source)}, weight {source['weight']}" for source in mixture.values())
   return f"{one(section)}, split {section['split']}"
 
 
+def _public(name: Any) -> Any:
+  """The last part of a path, whose folders say how somebody's machine is arranged; an address on the hub as it is."""
+  is_path = isinstance(name, str) and "/" in name and not name.startswith("hf:")
+  return pathlib.PurePath(name).name if is_path else name
+
+
 def _download(repo: str) -> str:
   if not repo:
     return "folder = FOLDER"
-  return f'from huggingface_hub import snapshot_download\nfolder = snapshot_download("{repo}")'
+  return f'import huggingface_hub\nfolder = huggingface_hub.snapshot_download("{repo}")'
 
 
 def _protocol(record: Mapping[str, Any]) -> str:
   """What fits into a table's cell; lists by their length."""
   cell = {"checkpoint": record.get("pretrained"), **(record.get("protocol") or {})}
-  shown = {name: f"{len(value)} of them" if isinstance(value, list | dict) else value for name, value in cell.items()}
+  shown = {
+    name: f"{len(value)} of them" if isinstance(value, list | dict) else _public(value) for name, value in cell.items()
+  }
   words = (f"{name} {value}" for name, value in shown.items() if value not in (None, "") and len(str(value)) <= LONGEST)
   return re.sub(r"[|\n]", " ", ", ".join(words))
 
