@@ -188,16 +188,14 @@ class Player:
       yield Estimate(i + 1, steps, int(t), e_0[:draws])
 
   def warm_up(self) -> None:
-    """Runs every program that the tabs need once, so that it is compiled."""
+    """Runs every program that an answer takes once, so that it is compiled."""
     side = self.network.image_size
     blank = np.zeros((side, side, 3), np.uint8)
     if "draw" in self.tabs:
       list(self.draw("a", seed=0, steps=1, guidance_scale=2.0, frames=1))
-    if "search" in self.tabs:
+    if "classify" in self.tabs:
       self.text_queries(["a"])
-      self.embed_images(blank[None], seed=0)
-    if "inside" in self.tabs:
-      list(self.estimates(blank, seed=0, steps=1, draws=1))
+      list(self.image_queries(blank, seed=0, draws=1))
 
   def _decode(self, params: Params, z: Float[Array, "n h w c"]) -> UInt8[Array, "n H W 3"]:
     model: Any = self.network.with_params(params)

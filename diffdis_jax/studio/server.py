@@ -49,6 +49,8 @@ def serve(blocks: gr.Blocks, limits: Limits, *, host: str, port: int) -> None:
       ssr_mode=False,
       max_file_size=upload,
       footer_links=[],
+      run_history=False,
+      state_session_capacity=limits.at_once + limits.waiting,
       theme=page.theme(),
       css=page.CSS,
       app_kwargs={"middleware": [Middleware(BodyLimit, limit=upload + AROUND)]},
