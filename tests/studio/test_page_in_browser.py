@@ -158,6 +158,8 @@ def test_a_bad_image_is_a_message_and_the_page_goes_on(page, served, tmp_path, d
   time.sleep(2)
   page.click("#classify-button")
   page.wait(lambda: message in page.text(".toast-wrap, .toast-body"))
+  page.click(".toast-close")
+  page.wait(lambda: not page.all(".toast-body"))
   page.tab("Draw")
   page.click("#draw-button")
   page.wait(lambda: page.text("#draw-answer p").startswith("2 steps"))
