@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 pytest_plugins = ("tests.untrained",)
 REQUESTS, AT_ONCE = 200, 10
 LONGEST = 120  # seconds that an answer may take
-GROWTH = 60  # MB that may be added after the first quarter
+GROWTH = 40  # MB that may be added after the first quarter
 TEXT = "x" * 1_000_000
 UPLOADS = {
   "image": pictures.png(64, 48),
