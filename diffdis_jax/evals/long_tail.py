@@ -98,7 +98,7 @@ class LongTail:
       predicted = np.asarray(lgr.mixed_prediction(jnp.asarray(logits).swapaxes(0, 1), self._visual_share))
       metrics |= self._by_group("acc", predicted.argmax(axis=1) == self.labels)
       for number, branch in enumerate(("visual", "language")):
-        metrics[f"acc_{branch}"] = float((logits[:, number].argmax(axis=1) == self.labels).mean())
+        metrics |= self._by_group(f"acc_{branch}", logits[:, number].argmax(axis=1) == self.labels)
       metrics |= self._by_group("acc_summed", logits.sum(axis=1).argmax(axis=1) == self.labels)
     return metrics
 
