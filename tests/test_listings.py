@@ -115,20 +115,28 @@ def alignment(model: ConfigDict) -> int:
   return ends + model.alignment.depth * layer
 
 
+def head(model: ConfigDict) -> dict[str, int]:
+  """Of long-tailed recognition's second stage: V's two layers, two LayerNorms, two products, and the anchors."""
+  if not model.get("head"):
+    return {}
+  d, k = model.text_encoder.projection or model.text_encoder.width, model.head.classes
+  return {"head": linear(d, 4 * d) + linear(4 * d, k) + 2 * 2 * d + 2 * d * d + k * model.head.anchors * d}
+
+
 def expected_parts(config: ConfigDict) -> dict[str, int]:
   model, objectives = config.model, config.objectives
-  if "contrastive" in objectives:
-    return clip(model)
+  if "vision_encoder" in model:
+    return {**clip(model), **head(model)}
   theirs = stable_diffusion(model)
   up = theirs.pop("up")
   theirs["autoencoder"] += 2 * model.autoencoder.latent_channels  # shift and scale
   if "reconstruction" in objectives:
     return {"autoencoder": theirs["autoencoder"]}
-  if "discrimination" not in objectives:
+  if not {"discrimination", "class_contrastive", "long_tail_head"} & {*objectives}:
     return theirs
   if "generation" not in objectives:
     theirs["unet"] -= up
-  return {**theirs, "text_stream": text_stream(model), "alignment": alignment(model), "logit_scale": 1}
+  return {**theirs, "text_stream": text_stream(model), "alignment": alignment(model), "logit_scale": 1, **head(model)}
 
 
 @pytest.mark.parametrize("name, arg", CASES)
@@ -158,6 +166,8 @@ def decayed(name: str, arg: str, no_decay: str | None = None) -> set[str]:
 def matrices(name: str, arg: str) -> set[str]:
   """What is trained of products, convolutions and embeddings, by shape; positions are a bias by place, not a matrix."""
   trained = {path: each for path, each in listed(name, arg).items() if each.group != "frozen"}
+  if name.endswith("_lt"):  # VL-LTR spares vectors alone: positions and logit_scale, which has no axis, decay
+    return {path for path, each in trained.items() if len(each.shape) != 1}
   return {path for path, each in trained.items() if len(each.shape) > 1 and not path.endswith(".positions")}
 
 

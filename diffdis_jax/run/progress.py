@@ -62,6 +62,7 @@ class Progress:
     assert self._bar is not None
     self._bar.update(count)
     if self._done >= self._total:
+      self._bar.refresh()  # the last of many in short order would not be seen
       self._bar.close()
 
 

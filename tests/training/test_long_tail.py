@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from configs import places_lt
 from diffdis_jax.errors import UserError
+from diffdis_jax.inference import query_noise
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import LabelledBatch
@@ -229,7 +230,7 @@ def test_an_images_feature_is_what_inference_embeds():
   network, params = inference.network, random_params(inference.network.shapes, seed=0)
   images = steps.make_batch(config).image
   embedded = inference.embed_images(params, images, seed=3)
-  noise = inference._query_noise(jax.random.key(3), jnp.int32(0), jnp.arange(B))
+  noise = query_noise(jax.random.key(3), draws=1, places=jnp.arange(B), width=inference.network.model.query_width)[0]
 
   @jax.jit
   def feature(params):
@@ -289,7 +290,7 @@ def test_inference_gives_the_heads_logits_on_images_as_they_are():
   inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4)
   network, params = inference.network, random_params(inference.network.shapes, seed=0)
   images = steps.make_batch(config).image
-  noise = inference._query_noise(jax.random.key(3), jnp.int32(0), jnp.arange(B))
+  noise = query_noise(jax.random.key(3), draws=1, places=jnp.arange(B), width=inference.network.model.query_width)[0]
 
   @jax.jit
   def logits(params):
