@@ -116,6 +116,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
   return untrained(tmp_path_factory.mktemp("long_tail") / "clip", tiny_clip.get_config(), 8)
 
 
+@pytest.mark.slow
 def test_killed_once_it_ends_in_the_same_bits(clip, environment, tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   train(environment, 1, clip, whole)
