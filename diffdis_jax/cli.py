@@ -2,6 +2,8 @@
 
 A verb ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr, a bug
 with its traceback and code 1, a preemption with code 75.
+
+jax is imported where it is used: it takes two seconds, which commands that compute nothing have no need of.
 """
 
 from __future__ import annotations
@@ -18,9 +20,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NoReturn
 
-import jax
 from absl import app, flags, logging
-from jax._src import compiler, distributed
 from ml_collections import ConfigDict, config_flags
 
 from diffdis_jax.errors import PREEMPTED, Preempted, UserError
@@ -116,6 +116,8 @@ def compilation_cache(workdir: str = "") -> None:
   all hosts of the run share, and the one that takes a dead one's place, in its folder `xla`; or else in the user's
   cache directory.
   """
+  import jax
+
   default = f"{workdir.rstrip('/')}/xla" if "://" in workdir else user_cache("xla")
   folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", default)
   jax.config.update("jax_compilation_cache_dir", folder)
@@ -136,6 +138,8 @@ def _write_from_every_cpu_process() -> None:
   _cache_write), which serves the others on TPUs and GPUs, but not on CPUs: there a program's key tells the processes
   apart (cache_key.py, _hash_accelerator_config), and all but process 0 would compile anew at every start.
   """
+  from jax._src import compiler, distributed
+
   write = getattr(compiler, "_cache_write", None)
   if write is None or hasattr(write, "__wrapped__"):
     return
@@ -161,6 +165,8 @@ def use_all_cores() -> None:
   """
   chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   if not chosen and "JAX_NUM_CPU_DEVICES" not in os.environ:
+    import jax
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", min(8, 2 ** (cores.bit_length() - 1)))
 
@@ -230,7 +236,8 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
 
 
 def _exit_at_once_if_distributed(code: int) -> None:
-  if jax.distributed.is_initialized():
+  distributed = sys.modules.get("jax.distributed")
+  if distributed is not None and distributed.is_initialized():
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

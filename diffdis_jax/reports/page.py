@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.metadata
 import importlib.resources
 import json
@@ -31,24 +32,31 @@ def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float |
     now: seconds since 1970; None for the present.
   """
   now = time.time() if now is None else now
+  with concurrent.futures.ThreadPoolExecutor(1) as beside:
+    embedded = beside.submit(embed, runs)
+    data = data_of(runs, hour_price=hour_price, now=now)
+  template = importlib.resources.files("diffdis_jax.reports").joinpath("template.html").read_text(encoding="utf-8")
+  title = ", ".join(run.name for run in runs)
+  for name, text in (("title", escape(title)), ("data", as_json(data)), ("pictures", as_json(embedded.result()))):
+    before, _, after = template.partition(PLACE % name)
+    template = before + text + after
+  return template
+
+
+def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dict[str, Any]:
+  """All that the page shows but for its pictures."""
   facts = [facts_of(run, hour_price=hour_price, now=now) for run in runs]
   rates = [name for each in facts for name in each["curves"] if name.startswith("rate/")]
   metrics = dict.fromkeys([*(name for run in runs for name in charts.distinct(run.curves)), *rates])
   if not any(np.nansum(run.curves["substituted"].values) for run in runs if "substituted" in run.curves):
     metrics.pop("substituted", None)
-  data = {
+  return {
     "runs": facts,
     "charts": charts.group(metrics),
     "differences": differences(runs),
     "written": now,
     "version": importlib.metadata.version("diffdis_jax"),
   }
-  template = importlib.resources.files("diffdis_jax.reports").joinpath("template.html").read_text(encoding="utf-8")
-  title = ", ".join(run.name for run in runs)
-  for name, text in (("title", escape(title)), ("data", as_json(data)), ("pictures", as_json(embed(runs)))):
-    before, _, after = template.partition(PLACE % name)
-    template = before + text + after
-  return template
 
 
 def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any]:

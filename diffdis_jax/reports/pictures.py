@@ -17,7 +17,7 @@ from PIL import Image
 # Longest side, and quality of WebP, from the finest on.
 SIZES = ((1600, 85), (1280, 80), (1024, 72), (832, 62), (704, 52), (576, 44), (448, 38), (352, 34), (256, 30))
 TRIED = 3  # pictures by whose bytes the finest is chosen that should fit
-MARGIN = 0.9  # of the bytes that there are, since the others differ
+MARGIN = 0.85  # of the bytes that there are, since the others differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +37,13 @@ def embed(paths: Sequence[epath.Path], *, most_bytes: int) -> list[Picture | Non
   """
   if not paths:
     return []
-  few = [image for i in {*np.linspace(0, len(paths) - 1, TRIED).astype(int)} if (image := _open(paths[i]))]
+  lengths = [_length(path) for path in paths]
+  tried = {*np.linspace(0, len(paths) - 1, TRIED).astype(int)}
+  few = {i: image for i in tried if (image := _open(paths[i]))}
+  share = sum(lengths) / max(1, sum(lengths[i] for i in few))  # files of more bytes make more of them here too
 
   def guess(side: int, quality: int) -> float:
-    return len(paths) * float(np.mean([len(_shrink(image, side, quality).uri) for image in few])) if few else 0.0
+    return share * sum(len(_shrink(image, side, quality).uri) for image in few.values())
 
   finest = next((i for i, size in enumerate(SIZES) if guess(*size) < MARGIN * most_bytes), len(SIZES) - 1)
   found: list[Picture | None] = []
@@ -64,6 +67,13 @@ def _open(path: epath.Path) -> Image.Image | None:
       return image if image.mode == "RGB" else image.convert("RGB")
   except (OSError, ValueError):
     return None
+
+
+def _length(path: epath.Path) -> int:
+  try:
+    return path.stat().length
+  except OSError:
+    return 0
 
 
 def _shrink(image: Image.Image, side: int, quality: int) -> Picture:

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from diffdis_jax.errors import read_section
 from diffdis_jax.reports.curves import Curve
 from diffdis_jax.reports.read import Run
 from diffdis_jax.run import config as run_config
 from diffdis_jax.run import workdir
-from diffdis_jax.training import optim
 
 HOUR = 3600.0
 RATE_POINTS = 400
@@ -92,21 +92,17 @@ def _seconds_in_steps(run: Run) -> float:
 
 def learning_rates(run: Run) -> dict[str, Curve]:
   """`rate/GROUP` of each group that is trained, at the steps so far: those of the config's schedule."""
-  section = run.config["optim"]
+  from diffdis_jax.training import optim  # jax takes two seconds, in which the pictures are made
+
   if not run.step:
     return {}
+  section = read_section(optim.Optim, run.config["optim"], "optim")
   steps = np.unique(np.linspace(1, run.step, RATE_POINTS).astype(int))
   found = {}
-  for group, peak in section["rates"].items():
+  for group in section.rates:
     if group not in parameters(run) and parameters(run):
       continue
-    schedule = optim.schedule(
-      peak,
-      kind=section["schedule_kind"],
-      warmup_steps=section["warmup_steps"],
-      num_steps=run.config["num_steps"],
-      final_fraction=section["final_fraction"],
-    )
+    schedule = optim.rate_schedule(section, group, num_steps=run.config["num_steps"])
     # The first step is taken at the schedule's 0.
     rates = np.asarray(schedule(np.asarray(steps - 1, np.float32)), np.float64)
     found[f"rate/{group}"] = Curve(steps, np.broadcast_to(rates, steps.shape))

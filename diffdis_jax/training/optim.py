@@ -121,12 +121,24 @@ def epoch_schedule(
   """
   warmup, epochs = warmup_steps // epoch_steps, num_steps / epoch_steps
 
-  def rate(step: Any) -> Float[Array, ""]:
+  def rate(step: Any) -> Float[Array, "..."]:
     t = jnp.maximum(step // epoch_steps - 1, 0).astype(jnp.float32)
     rising = warmup_rate + t * (peak - warmup_rate) / max(warmup, 1)
     return jnp.where(t < warmup, rising, 0.5 * peak * (1.0 + jnp.cos(jnp.pi * t / epochs)))
 
   return rate
+
+
+def rate_schedule(section: Optim, group: str, *, num_steps: int) -> optax.Schedule:
+  """The learning rate of a group, as its section says; the first step is taken at the schedule's 0.
+
+  Args:
+    num_steps: of the whole run, in optimizer steps.
+  """
+  peak, common = section.rates[group], dict(warmup_steps=section.warmup_steps, num_steps=num_steps)
+  if section.schedule_kind == "epoch_cosine":
+    return epoch_schedule(peak, epoch_steps=section.epoch_steps, warmup_rate=section.warmup_rate, **common)
+  return schedule(peak, kind=section.schedule_kind, final_fraction=section.final_fraction, **common)
 
 
 def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> optax.GradientTransformation:
@@ -147,15 +159,15 @@ def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> 
   decayed = {path: first_match(path, ((section.no_decay, False), ("", True)), "optim.no_decay") for path in labels}
 
   def adamw(group: str) -> optax.GradientTransformation:
-    peak, common = section.rates[group], dict(warmup_steps=section.warmup_steps, num_steps=num_steps)
-    if section.schedule_kind == "epoch_cosine":
-      rate = epoch_schedule(peak, epoch_steps=section.epoch_steps, warmup_rate=section.warmup_rate, **common)
-    else:
-      rate = schedule(peak, kind=section.schedule_kind, final_fraction=section.final_fraction, **common)
     # Parameters of other groups arrive as empty nodes, and stay so.
     mask = lambda params: {path: decayed[path] if labels[path] == group else node for path, node in params.items()}
     return optax.adamw(
-      rate, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay, mask=mask
+      rate_schedule(section, group, num_steps=num_steps),
+      b1=section.b1,
+      b2=section.b2,
+      eps=section.eps,
+      weight_decay=section.weight_decay,
+      mask=mask,
     )
 
   # Before the groups part: one norm over all that is trained.

@@ -81,6 +81,17 @@ def test_learning_rates_are_those_of_the_schedule(run):
   np.testing.assert_allclose(found["rate/new"].values, by_hand, rtol=1e-5)
 
 
+def test_learning_rates_of_a_long_tailed_run_change_once_an_epoch(tmp_path):
+  changes = {"optim.schedule_kind": "epoch_cosine", "optim.epoch_steps": 50, "optim.warmup_rate": 1e-6}
+  run = read.read(written_run.write(tmp_path / "run", **changes), "run")
+  found = summary.learning_rates(run)["rate/new"]
+  peak = run.config["optim"]["rates"]["new"]
+  assert run.config["optim"]["warmup_steps"] == 50 and run.config["num_steps"] == 400
+  late = np.maximum((found.steps - 1) // 50 - 1, 0)  # epochs, one late
+  by_hand = np.where(late < 1, 1e-6, 0.5 * peak * (1 + np.cos(np.pi * late / 8)))
+  np.testing.assert_allclose(found.values, by_hand, rtol=1e-5)
+
+
 def test_fields_that_differ_from_the_defaults(run):
   differing = summary.differing(run)
   assert {"num_steps", "batch_size", "data.path"} <= {*differing} and "seed" not in differing
