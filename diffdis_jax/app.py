@@ -10,7 +10,9 @@ but draw; of a CLIP, classify and search.
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError
 from typing import Any
 
 import jax
@@ -99,7 +101,6 @@ def serve(
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   model, params = inference.load(run, step=step, ema=ema, batch_size=BATCH_SIZE, mesh=mesh)
   player = players.Player(model, params, seconds=limits.seconds)
-  player.warm_up()
   index = None
   if source is not None and "search" in player.tabs:
     index = search.Index(player, source, num_images)
@@ -108,12 +109,26 @@ def serve(
 
   contents = contents_of(config, f"{run}, checkpoint {step}{', averaged weights' if ema else ''}")
   blocks = page.build(player, index, limits, contents)
-  if index is not None:
-    index.start()
+  preparing = threading.Thread(target=prepare, args=(player, index), name="prepare")
+  preparing.start()
   try:
     server.serve(blocks, limits, host=host, port=port)
   finally:
     player.close()
+    preparing.join()
+
+
+def prepare(player: players.Player, index: search.Index | None) -> None:
+  """Compiles what answers take, then embeds the images to search, while the page is there already."""
+  try:
+    player.warm_up()
+    logging.info("every program is compiled")
+  except (UserError, RuntimeError, CancelledError) as error:  # the latter two of a model that is closed
+    if not player.closed.is_set():
+      logging.warning("the model does not answer: %s", error)
+    return
+  if index is not None:
+    index.fill()
 
 
 def open_data(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,10 +47,6 @@ class Index:
     self.embedded = 0
     self._error = ""
 
-  def start(self) -> None:
-    """Begins to embed."""
-    threading.Thread(target=self.fill, name="index", daemon=True).start()
-
   def fill(self) -> None:
     """Embeds all, a batch a turn of the model. An image that cannot be read ends it, and searches then say so."""
     size = self._player.model.batch_size
@@ -65,7 +61,7 @@ class Index:
         self._queries[start : start + len(queries)] = queries
         self.embedded = start + len(queries)
       logging.info("%d images can be searched", self.embedded)
-    except (UserError, RuntimeError) as error:  # the latter of a model that is closed
+    except (UserError, RuntimeError, CancelledError) as error:  # the latter two of a model that is closed
       self._error = str(error)
       if not self._player.closed.is_set():
         logging.warning("the search ends after %d images: %s", self.embedded, error)
