@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ class Index:
     self._queries = np.zeros((len(self.indices), 0), np.float32)
     self.embedded = 0
     self._error = ""
+    self._begun = threading.Event()  # some are embedded, or none will be
 
   def fill(self) -> None:
     """Embeds all, a batch a turn of the model. An image that cannot be read ends it, and searches then say so."""
@@ -60,14 +62,25 @@ class Index:
           self._queries = np.zeros((len(self.indices), queries.shape[1]), np.float32)
         self._queries[start : start + len(queries)] = queries
         self.embedded = start + len(queries)
+        self._begun.set()
       logging.info("%d images can be searched", self.embedded)
     except (UserError, RuntimeError, CancelledError) as error:  # the latter two of a model that is closed
       self._error = str(error)
       if not self._player.closed.is_set():
         logging.warning("the search ends after %d images: %s", self.embedded, error)
+    finally:
+      self._begun.set()
 
-  def nearest(self, query: Float[np.ndarray, " d"], count: int) -> list[Hit]:
-    """The images with the highest inner products, best first. Raises UserError: none is embedded yet."""
+  def nearest(self, query: Float[np.ndarray, " d"], count: int, *, seconds: float = 0.0) -> list[Hit]:
+    """The images with the highest inner products, best first, of those that are embedded by now.
+
+    Args:
+      seconds: to wait for the first ones.
+
+    Raises:
+      UserError: none is embedded yet.
+    """
+    self._begun.wait(seconds)
     done = self.embedded
     if not done:
       raise UserError(self._error or "no image is embedded yet; try again in a moment")
@@ -95,7 +108,7 @@ def name_of(record: Mapping[str, Any]) -> str:
 
 def by_text(player: Player, index: Index, limits: Limits, text: str | None) -> Iterator[str]:
   """HTML with the images that fit the text best. Raises UserError: no text, too long, or nothing embedded yet."""
-  yield show(index, player.text_queries([read_text(text, "text", limits)])[0])
+  yield show(index, player.text_queries([read_text(text, "text", limits)])[0], seconds=limits.seconds)
 
 
 def by_image(player: Player, index: Index, limits: Limits, path: str | None) -> Iterator[str]:
@@ -104,13 +117,13 @@ def by_image(player: Player, index: Index, limits: Limits, path: str | None) -> 
   draws = player.model.sampling.draws
   queries = last_within(limits.seconds, player.image_queries(square, seed=SEED, draws=draws))
   mean = queries.mean(axis=0)
-  yield show(index, mean / np.linalg.norm(mean))
+  yield show(index, mean / np.linalg.norm(mean), seconds=limits.seconds)
 
 
-def show(index: Index, query: Float[np.ndarray, " d"]) -> str:
-  """The nearest images with their captions and scores."""
+def show(index: Index, query: Float[np.ndarray, " d"], *, seconds: float) -> str:
+  """The nearest images with their captions and scores; waits so long for the first that are embedded."""
   figures = []
-  for hit in index.nearest(query, FOUND):
+  for hit in index.nearest(query, FOUND, seconds=seconds):
     image, name = index.record(hit.place)
     figures.append(charts.figure(image, name, f"{hit.score:.3f}"))
   return charts.block(charts.line(index.state()), charts.row(figures), least=120)

@@ -160,7 +160,10 @@ def test_images_are_found_by_text_and_by_image(tmp_path):
   index = search.Index(player, Source("red", "green", "blue", "green", "red"), None)
   with pytest.raises(UserError, match="no image is embedded yet"):
     index.nearest(player.text_queries(["green"])[0], 2)
-  index.fill()
+  filling = threading.Timer(0.2, index.fill)
+  filling.start()
+  assert "&lt;" in next(search.by_text(player, index, LIMITS, "a green one")), "waits for the first images"
+  filling.join()
   assert index.state() == "5 images are searched."
   assert sorted(hit.place for hit in index.nearest(player.text_queries(["green"])[0], 2)) == [1, 3]
   for html in (
