@@ -136,9 +136,12 @@ def test_killed_once_it_ends_in_the_same_bits(clip, environment, tmp_path):
 def test_killed_five_times_at_random_it_ends_in_the_same_bits(stage, run, first, second, environment, tmp_path):
   """At any moment: while anchors are chosen, steps are taken, a checkpoint is written."""
   init, whole = ((run, first), (first, second))[stage - 1]
+  whole = pathlib.Path(whole)
   killed, chance = tmp_path / "killed", random.Random(stage)
   command = [sys.executable, "-m", "diffdis_jax.train", *flags(stage, init, killed)]
-  for _ in range(5):
+  # Before the first step: the network is being compiled, or anchors are being chosen.
+  kill_when(command, environment, (killed / "config.json").exists)
+  for _ in range(4):
     logged = set(steps_logged(killed))
     later = chance.randint(0, 3)
     kill_when(command, environment, lambda logged=logged, later=later: len({*steps_logged(killed)} - logged) > later)
