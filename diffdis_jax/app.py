@@ -123,7 +123,7 @@ def prepare(player: players.Player, index: search.Index | None) -> None:
   try:
     player.warm_up()
     logging.info("every program is compiled")
-  except (UserError, RuntimeError, CancelledError) as error:  # the latter two of a model that is closed
+  except (UserError, RuntimeError, CancelledError) as error:  # too large, or closed meanwhile
     if not player.closed.is_set():
       logging.warning("the model does not answer: %s", error)
     return
