@@ -11,10 +11,15 @@ times the data's way from tars to batches instead; the config is the model whose
   python -m diffdis_jax.benchmark table6 --config=configs/table6.py[:small=True] --out=table6.json
 
 times what the paper's Table 6 has, of CLIP, Stable Diffusion and DiffDis, and writes the table to table6.md beside it.
+
+  python -m diffdis_jax.benchmark peer --config=configs/benchmark.py --out=peer.json
+
+times the config's UNet, forwards and backwards, against diffusers' with the same weights under PyTorch.
 """
 
 from __future__ import annotations
 
+import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -26,18 +31,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffdis_jax import cli, inference
-from diffdis_jax.benchmarks import data, steps, table6
+from diffdis_jax.benchmarks import data, peer, steps, table6
 from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
+from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import files
 from diffdis_jax.training.build import build_step, plain
 
 
 def main(argv: Sequence[str]) -> None:
-  if argv[1:] not in ([], ["data"], ["table6"]):
+  if argv[1:] not in ([], ["data"], ["table6"], ["peer"]):
     raise UserError(
-      f"unexpected argument {argv[1]!r}; python -m diffdis_jax.benchmark [data|table6] --config=... --out=..."
+      f"unexpected argument {argv[1]!r}; python -m diffdis_jax.benchmark [data|table6|peer] --config=... --out=..."
     )
   kind = argv[1] if argv[1:] else "steps"
   if ("models" in FLAGS.config) != (kind == "table6"):
@@ -58,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         classified=FLAGS.config.classified,
       )
   else:
-    results = (time_data if kind == "data" else time_steps)(FLAGS.config)
+    results = dict(steps=time_steps, data=time_data, peer=time_peer)[kind](FLAGS.config)
   files.write_json(FLAGS.out, results)
   if kind == "table6":
     files.write_whole(epath.Path(FLAGS.out).with_suffix(".md"), table6.markdown(results).encode())
@@ -71,6 +77,12 @@ def time_steps(config: ConfigDict) -> dict[str, Any]:
     config.objectives = objectives
     trainers[name] = build_step(config, mesh)
   return steps.time_steps(trainers, batch_size=config.batch_size, rounds=FLAGS.rounds)
+
+
+def time_peer(config: ConfigDict) -> dict[str, Any]:
+  """The UNet and diffusers'."""
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else jax leaves PyTorch no memory of a GPU
+  return peer.time_peer(Network.of(config), batch_size=config.batch_size, rounds=FLAGS.rounds)
 
 
 def time_data(config: ConfigDict) -> dict[str, Any]:

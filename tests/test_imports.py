@@ -72,7 +72,7 @@ LAYERS = (
   "evals/tables",
   "estimates/chips estimates/gpus estimates/hlo estimates/operations estimates/schedules estimates/search",
   "estimates/times",
-  "estimates/targets estimates/programs benchmarks/steps benchmarks/data",
+  "estimates/targets estimates/programs benchmarks/steps benchmarks/data benchmarks/peer",
   "estimates/report benchmarks/table6",
   "ablations/tables ablations/columns",
   "ablations/plan",
@@ -95,8 +95,8 @@ LAYERS = (
 LEVEL = {file: level for level, layer in enumerate(LAYERS) for file in layer.split()}
 VERBS = {*LAYERS[-3].split(), *LAYERS[-2].split()}
 NOUNS = {"__main__", "inference", "cli", "errors", "structs", "params"}
-# Torch is an extra: for these alone, the first of which asks for it only where it reads a pickle.
-TORCH_FILES = {"interop/tensor_files.py", "interop/torch_diffdis.py"}
+# Torch is an extra: for these alone, of which two ask for it only where they read a pickle, or time it.
+TORCH_FILES = {"interop/tensor_files.py", "interop/torch_diffdis.py", "benchmarks/peer.py"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.read_text())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -70,13 +70,39 @@ def linear(
   return Linear(din, dout, use_bias=use_bias, dtype=dtype, param_dtype=F32, kernel_init=kernel_init, rngs=rngs)
 
 
+def convolve(
+  x: Float[Array, "b h w c"],
+  kernel: Float[Array, "kh kw c d"],
+  strides: tuple[int, int],
+  padding: Sequence[tuple[int, int]],
+  **settings: Any,
+) -> Float[Array, "b h_out w_out d"]:
+  """`jax.lax.conv_general_dilated`; on a CPU, of few positions, as one product of patches with the kernel.
+
+  XLA's CPU compiler turns the kernel over for the gradient of x, which of a large one takes longer than the product,
+  and an image smaller than the kernel it convolves by plain loops.
+  """
+  size, channels = kernel.shape[:2], kernel.shape[-1]
+  sides = [(n + sum(pad) - k) // s + 1 for n, pad, k, s in zip(x.shape[1:3], padding, size, strides, strict=True)]
+  rows = len(x) * math.prod(sides)
+  if platform() != "cpu" or (rows > channels and size != (1, 1)):
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
+  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  # Along an axis, the positions that an offset into the kernel meets.
+  met = lambda axis, offset: slice(offset, offset + (sides[axis] - 1) * strides[axis] + 1, strides[axis])
+  patches = [padded[:, met(0, i), met(1, j)] for i in range(size[0]) for j in range(size[1])]
+  product = jnp.concatenate(patches, axis=-1).reshape(rows, -1) @ kernel.reshape(-1, channels)
+  return product.reshape(len(x), *sides, channels)
+
+
 def conv(
   din: int, dout: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs, stride: int = 1, padding: str | tuple = "SAME"
 ) -> nnx.Conv:
   """Convolution with PyTorch's symmetric padding: (size - 1) / 2 on either side, whatever the stride."""
   if padding == "SAME":
     padding = ((size // 2, size // 2),) * 2
-  return nnx.Conv(din, dout, (size, size), strides=stride, padding=padding, dtype=dtype, param_dtype=F32, rngs=rngs)
+  numerics: dict[str, Any] = dict(dtype=dtype, param_dtype=F32, conv_general_dilated=convolve)
+  return nnx.Conv(din, dout, (size, size), strides=stride, padding=padding, **numerics, rngs=rngs)
 
 
 def variance(x: Float[Array, "..."], mean: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:

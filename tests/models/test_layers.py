@@ -55,3 +55,38 @@ def test_group_norm_and_its_gradients_equal_flax():
   assert networks.relative_error(found[1], expected[1]) < 1e-4
   for name in ("scale", "bias"):
     assert networks.relative_error(getattr(found[0].norm, name)[...], getattr(expected[0], name)[...]) < 1e-4
+
+
+@pytest.mark.parametrize(
+  "side, size, stride, padding, as_product",
+  [
+    (2, 3, 1, ((1, 1), (1, 1)), True),
+    (5, 3, 1, ((1, 1), (1, 1)), True),
+    (5, 3, 2, ((1, 1), (1, 1)), True),
+    (6, 3, 2, ((0, 1), (0, 1)), True),
+    (6, 2, 1, ((2, 0), (0, 1)), True),
+    (16, 1, 1, ((0, 0), (0, 0)), True),
+    (16, 1, 2, ((0, 0), (0, 0)), True),
+    (16, 3, 1, ((1, 1), (1, 1)), False),
+  ],
+)
+def test_convolutions_of_few_positions_are_products(side, size, stride, padding, as_product):
+  """Values, and the gradients of images and kernel, are those of a convolution."""
+  rng = np.random.default_rng(0)
+  x, kernel = (
+    jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, side, side, 3), (size, size, 3, 100))
+  )
+  settings = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+  def run(convolve, x, kernel):
+    return jnp.sin(convolve(x, kernel, (stride, stride), padding, **settings))
+
+  def with_gradients(convolve):
+    y, pull = jax.vjp(functools.partial(run, convolve), x, kernel)
+    return y, *pull(jnp.cos(y))
+
+  pairs = zip(*(jax.jit(with_gradients, static_argnums=0)(f) for f in (layers.convolve, jax.lax.conv_general_dilated)))
+  for ours, theirs in pairs:
+    assert networks.relative_error(ours, theirs) < 1e-5
+  text = jax.jit(functools.partial(run, layers.convolve)).lower(x, kernel).as_text()
+  assert ("convolution" not in text) == as_product
