@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear, run_block
+from diffdis_jax.models.layers import LayerNorm, TransformerLayer, conv, linear, run_block
 from diffdis_jax.models.lgr import LanguageGuidedHead
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.structs import TextCondition
@@ -73,17 +73,8 @@ class VisionEncoder(nnx.Module):
     if image_size % patch:
       raise UserError(f"patches of {patch} px do not tile an image of {image_size} px; give a multiple of {patch}")
     self.side, self.dtype, self.remat = patch, dtype, remat
-    self.patch = nnx.Conv(
-      3,
-      width,
-      (patch, patch),
-      strides=patch,
-      padding="VALID",
-      use_bias=False,
-      dtype=dtype,
-      param_dtype=jnp.float32,
-      rngs=rngs,
-    )
+    whole = ((0, 0), (0, 0))
+    self.patch = conv(3, width, patch, stride=patch, padding=whole, use_bias=False, dtype=dtype, rngs=rngs)
     init = nnx.initializers.normal(width**-0.5)
     self.class_token = nnx.Param(init(rngs.params(), (width,), jnp.float32))
     self.positions = nnx.Param(init(rngs.params(), ((image_size // patch) ** 2 + 1, width), jnp.float32))

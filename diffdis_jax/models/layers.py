@@ -77,7 +77,7 @@ def convolve(
   padding: Sequence[tuple[int, int]],
   **settings: Any,
 ) -> Float[Array, "b h_out w_out d"]:
-  """`jax.lax.conv_general_dilated`; on a CPU, of few positions, as one product of patches with the kernel.
+  """`jax.lax.conv_general_dilated`; on a CPU, of few positions or of patches that do not overlap, as one product.
 
   XLA's CPU compiler turns the kernel over for the gradient of x, which of a large one takes longer than the product,
   and an image smaller than the kernel it convolves by plain loops.
@@ -85,7 +85,7 @@ def convolve(
   size, channels = kernel.shape[:2], kernel.shape[-1]
   sides = [(n + sum(pad) - k) // s + 1 for n, pad, k, s in zip(x.shape[1:3], padding, size, strides, strict=True)]
   rows = len(x) * math.prod(sides)
-  if platform() != "cpu" or (rows > channels and size != (1, 1)):
+  if platform() != "cpu" or (rows > channels and size != strides):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
   padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   # Along an axis, the positions that an offset into the kernel meets.
@@ -96,13 +96,21 @@ def convolve(
 
 
 def conv(
-  din: int, dout: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs, stride: int = 1, padding: str | tuple = "SAME"
+  din: int,
+  dout: int,
+  size: int,
+  *,
+  dtype: DTypeLike,
+  rngs: nnx.Rngs,
+  stride: int = 1,
+  padding: str | tuple = "SAME",
+  use_bias: bool = True,
 ) -> nnx.Conv:
   """Convolution with PyTorch's symmetric padding: (size - 1) / 2 on either side, whatever the stride."""
   if padding == "SAME":
     padding = ((size // 2, size // 2),) * 2
   numerics: dict[str, Any] = dict(dtype=dtype, param_dtype=F32, conv_general_dilated=convolve)
-  return nnx.Conv(din, dout, (size, size), strides=stride, padding=padding, **numerics, rngs=rngs)
+  return nnx.Conv(din, dout, (size, size), strides=stride, padding=padding, use_bias=use_bias, **numerics, rngs=rngs)
 
 
 def variance(x: Float[Array, "..."], mean: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
