@@ -53,6 +53,7 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
         b1=0.9,
         b2=0.999,
         eps=1e-8,
+        first_moment="float32",  # float32, bfloat16: in which AdamW's is kept
         clip_norm=1.0,
         ema_decay=0.9999,
         accumulate=1,  # microbatches a step

@@ -19,6 +19,7 @@ FROZEN = "frozen"
 STATISTICS = r"^autoencoder\.(shift|scale)$"
 SCHEDULE_KINDS = ("constant", "cosine", "linear", "epoch_cosine")
 CONTRASTIVE_BATCHES = ("whole", "microbatch")
+MOMENTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Optim:
     weight_decay: AdamW's.
     no_decay: regex of the paths without weight decay.
     b1, b2, eps: AdamW's.
+    first_moment: a key of MOMENTS, in which AdamW's first moment is kept. The second stays f32: with b2 = 0.999 it
+      changes by less than bf16 can tell, and would stand still.
     clip_norm: largest global norm of the gradient; 0 for no clipping.
     ema_decay: of the averaged weights.
     accumulate: microbatches that a step takes one after another, so that less has to be in memory at a time.
@@ -65,6 +68,7 @@ class Optim:
   random_frozen: str = "^$"
   epoch_steps: int = 0
   warmup_rate: float = 0.0
+  first_moment: str = "float32"
 
   def __post_init__(self) -> None:
     for regex in (*(regex for regex, _ in self.groups), self.no_decay):
@@ -81,6 +85,7 @@ class Optim:
     check_number("eps", self.eps, above=0.0)
     check_number("accumulate", self.accumulate, at_least=1)
     check_choice("contrastive_batch", self.contrastive_batch, CONTRASTIVE_BATCHES)
+    check_choice("first_moment", self.first_moment, MOMENTS)
     check_number("epoch_steps", self.epoch_steps, at_least=1 if self.schedule_kind == "epoch_cosine" else 0)
     check_number("warmup_rate", self.warmup_rate, at_least=0.0)
     if self.epoch_steps and self.warmup_steps % self.epoch_steps:
@@ -166,6 +171,7 @@ def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> 
       b1=section.b1,
       b2=section.b2,
       eps=section.eps,
+      mu_dtype=MOMENTS[section.first_moment],
       weight_decay=section.weight_decay,
       mask=mask,
     )

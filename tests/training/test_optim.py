@@ -105,6 +105,22 @@ def test_each_group_takes_its_own_rate_and_decay_spares_biases_and_norms():
   assert_same(run(make()), adamw_by_hand(rates=RATES))
 
 
+def test_a_first_moment_of_bfloat16_is_adamw_to_its_rounding():
+  state = make(first_moment="bfloat16").init(draw(0))
+  for moment, dtype in (("mu", "bfloat16"), ("nu", "float32")):
+    kept = [value for _, value in optax.tree.get_all_with_path(state, moment)]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(kept)} == {dtype}
+  found, expected = run(make(first_moment="bfloat16"))[-1], adamw_by_hand(rates=RATES)[-1]
+  for path, start in draw(0).items():
+    moved = np.abs(expected[path] - start).max()
+    assert 0 < np.abs(found[path] - expected[path]).max() < 2**-7 * moved, path
+
+
+def test_a_moment_of_another_dtype_is_refused():
+  with pytest.raises(UserError, match="first_moment"):
+    make(first_moment="float16")
+
+
 def test_a_rate_of_zero_stands_still():
   moved = run(make(rates={"new": 1e-2, "pretrained": 0.0}))[-1]
   start = draw(0)
