@@ -2,7 +2,8 @@
 
   python -m diffdis_jax.benchmark --config=configs/benchmark.py --out=benchmark.json
 
-What takes turns is timed round by round, so that a machine whose speed drifts does so for all of it alike.
+What takes turns is timed round by round, so that a machine whose speed drifts does so for all of it alike. With
+--preflight=F.json, which `preflight --out` wrote of the same config, the step stands beside what that said of it.
 
   python -m diffdis_jax.benchmark data --config=configs/diffdis_cc3m.py:runlocal --out=data.json
 
@@ -19,6 +20,7 @@ times the config's UNet, forwards and backwards, against diffusers' with the sam
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import tempfile
@@ -71,12 +73,24 @@ def main(argv: Sequence[str]) -> None:
 
 
 def time_steps(config: ConfigDict) -> dict[str, Any]:
-  """The joint step and its two single tasks."""
+  """The joint step and its two single tasks, the config's beside preflight's word where there is one."""
+  report, asked = read_preflight(FLAGS.preflight) if FLAGS.preflight else None, tuple(config.objectives)
   mesh, trainers = sharding.make_mesh(**config.mesh), {}
   for name, objectives in steps.OBJECTIVES.items():
     config.objectives = objectives
     trainers[name] = build_step(config, mesh)
-  return steps.time_steps(trainers, batch_size=config.batch_size, rounds=FLAGS.rounds)
+  results = steps.time_steps(trainers, batch_size=config.batch_size, rounds=FLAGS.rounds)
+  if report is not None:
+    results["preflight"] = steps.beside_preflight(results, report, asked)
+  return results
+
+
+def read_preflight(path: str) -> dict[str, Any]:
+  """What `preflight --out` wrote."""
+  try:
+    return dict(json.loads(epath.Path(path).read_text()))
+  except (OSError, ValueError, TypeError) as error:
+    raise UserError(f"--preflight={path} is no file that preflight --out wrote: {error}") from error
 
 
 def time_peer(config: ConfigDict) -> dict[str, Any]:
@@ -122,6 +136,7 @@ FLAGS = flags.FLAGS
 if __name__ == "__main__":
   cli.config_flag()
   flags.DEFINE_string("out", None, "JSON file to write", required=True)
+  flags.DEFINE_string("preflight", None, "of the steps: the JSON file that preflight --out wrote of the same config")
   flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)
   flags.DEFINE_integer("images", 200, "of `data` and `table6`: distinct 512 px JPEGs", lower_bound=data.BATCH)
   flags.DEFINE_integer("pairs", 200_000, "of `data`: small pairs prepared while memory is watched", lower_bound=1)

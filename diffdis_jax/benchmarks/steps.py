@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
+from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch
 from diffdis_jax.training.step import Step
@@ -75,3 +76,37 @@ def time_steps(trainers: Mapping[str, Step], *, batch_size: int, rounds: int) ->
     results["joint_over_generation_flop"],
   )
   return results
+
+
+def beside_preflight(
+  results: Mapping[str, Any], report: Mapping[str, Any], objectives: Sequence[str]
+) -> dict[str, Any]:
+  """The measured step over each time that `preflight` gave for it.
+
+  Args:
+    results: of `time_steps`.
+    report: of preflight's file.
+    objectives: of the config that preflight was asked about; its step is the one compared.
+
+  Raises:
+    UserError: no report of a train step of these objectives, batch and number of chips.
+  """
+  train, name = report.get("train"), next((key for key, own in OBJECTIVES.items() if own == tuple(objectives)), None)
+  if name is None or not train:
+    raise UserError(
+      "--preflight takes what preflight --programs=train wrote of this config, with objectives generation,"
+      " discrimination or both"
+    )
+  chips = int(results["device"].split(" x ")[0])
+  if (train["images"], train["chips"]) != (results["batch_size"], chips):
+    raise UserError(
+      f"--preflight is of {train['images']} images on {train['chips']} x {train['chip']}; here are"
+      f" {results['batch_size']} images on {results['device']}"
+    )
+  measured = results["seconds"][name]
+  given = {key: value for key, value in train.items() if key.startswith("seconds") and value}
+  for key, value in given.items():
+    logging.info("%s: %.4f s, %.2f times preflight's %s", name, measured, measured / value, key)
+  return dict(
+    step=name, chip=train["chip"], measured=measured, over={key: measured / value for key, value in given.items()}
+  )

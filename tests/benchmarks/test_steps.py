@@ -1,0 +1,49 @@
+"""A measured step beside what preflight said of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffdis_jax import benchmark
+from diffdis_jax.benchmarks import steps
+from diffdis_jax.errors import UserError
+
+RESULTS = dict(device="4 x TPU v5", batch_size=64, seconds=dict(joint=0.09, generation=0.06, discrimination=0.04))
+TRAIN = dict(
+  chip="TPU v5", chips=4, images=64, seconds=0.06, seconds_by_cycles=0.09, seconds_by_roof=None, seconds_bound=0.03
+)
+
+
+@pytest.mark.parametrize(
+  "objectives, measured",
+  [(("generation", "discrimination"), 0.09), (("generation",), 0.06), (("discrimination",), 0.04)],
+)
+def test_the_step_of_the_configs_objectives_is_over_each_time_that_was_given(objectives, measured):
+  found = steps.beside_preflight(RESULTS, dict(train=TRAIN), objectives)
+  assert found["over"] == pytest.approx(
+    dict(seconds=measured / 0.06, seconds_by_cycles=measured / 0.09, seconds_bound=measured / 0.03)
+  )
+  assert found["measured"] == measured and found["chip"] == "TPU v5"
+
+
+@pytest.mark.parametrize(
+  "report, objectives, message",
+  [
+    (dict(generation=TRAIN), ("generation",), "--programs=train"),
+    (dict(train=TRAIN), ("reconstruction",), "objectives generation"),
+    (dict(train=TRAIN | dict(images=32)), ("generation",), "of 32 images on 4 x TPU v5; here are 64 images"),
+    (dict(train=TRAIN | dict(chips=8)), ("generation",), "of 64 images on 8 x TPU v5; here are 64 images on 4 x"),
+  ],
+)
+def test_a_report_of_another_step_is_refused(report, objectives, message):
+  with pytest.raises(UserError, match=message):
+    steps.beside_preflight(RESULTS, report, objectives)
+
+
+@pytest.mark.parametrize("content", [None, "{", "3"])
+def test_a_file_that_preflight_did_not_write_is_refused(tmp_path, content):
+  file = tmp_path / "preflight.json"
+  if content is not None:
+    file.write_text(content)
+  with pytest.raises(UserError, match=r"preflight\.json is no file that preflight --out wrote"):
+    benchmark.read_preflight(str(file))
