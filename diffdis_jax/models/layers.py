@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -23,12 +24,15 @@ from diffdis_jax.models.attention import Projected, attend, platform
 F32 = jnp.float32
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-# What the backward pass keeps of a block: everything; nothing but its input; matrix products; those without a batch.
+# What the backward pass keeps of a block: everything; nothing but its input; matrix products; those without a batch;
+# its input and attention's q, k and v.
+_ATTENTION_INPUTS = "attention_inputs"
 REMAT_POLICIES = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_saveable,
   "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names(_ATTENTION_INPUTS),
 }
 
 
@@ -195,8 +199,9 @@ class Attention(nnx.Module):
   def project(self, x: Float[Array, "b n d"], context: Float[Array, "b m c"] | None = None) -> Projected:
     """q, k and v, each [b, n, heads, d / heads]."""
     context = x if context is None else context
+    q, k, v = (checkpoint_name(y, _ATTENTION_INPUTS) for y in (self.q(x), self.k(context), self.v(context)))
     heads = functools.partial(rearrange, pattern="b n (h d) -> b n h d", h=self.num_heads)
-    return Projected(heads(self.q(x)), heads(self.k(context)), heads(self.v(context)))
+    return Projected(heads(q), heads(k), heads(v))
 
   def output(self, attended: Float[Array, "b n h d"]) -> Float[Array, "b n h*d"]:
     """The heads side by side, through the last projection."""

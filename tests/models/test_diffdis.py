@@ -207,9 +207,10 @@ def test_discrimination_teaches_all_but_the_up_path(gradient_of_discrimination):
       assert largest == 0, path
 
 
-def test_rematerialisation_changes_no_gradient(gradient_of_discrimination):
+@pytest.mark.parametrize("remat", ["full", "attention"])
+def test_rematerialisation_changes_no_gradient(gradient_of_discrimination, remat):
   expected = gradient_of_discrimination("none")
-  for path, value in gradient_of_discrimination("full").items():
+  for path, value in gradient_of_discrimination(remat).items():
     np.testing.assert_allclose(value, expected[path], rtol=1e-4, atol=1e-5, err_msg=path)
 
 

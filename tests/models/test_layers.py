@@ -90,3 +90,15 @@ def test_convolutions_of_few_positions_or_whole_patches_are_products(side, size,
     assert networks.relative_error(ours, theirs) < 1e-5
   text = jax.jit(functools.partial(run, layers.convolve)).lower(x, kernel).as_text()
   assert ("convolution" not in text) == as_product
+
+
+def test_rematerialisation_can_keep_attentions_inputs_alone(capsys):
+  attention = layers.Attention(8, num_heads=2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+  def total(x):
+    return jnp.sum(layers.run_block(lambda block, x: jnp.sin(block(jnp.sin(x))), attention, x, remat="attention"))
+
+  jax.ad_checkpoint.print_saved_residuals(total, jnp.ones((2, 5, 8)))
+  kept = [line for line in capsys.readouterr().out.splitlines() if "from a constant" not in line]
+  assert len([line for line in kept if "named 'attention_inputs'" in line]) == 3
+  assert len(kept) == 4 and "from the argument x" in kept[0]
