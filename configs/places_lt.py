@@ -69,6 +69,8 @@ def get_config(arg: str = "") -> ConfigDict:
     erase=0.25,
   )
   config.data.loader.update(num_threads=16, prefetch=16)
+  # Weights, moments and the frozen start over all chips: whole, they do not fit on a v5e beside 64 images.
+  config.mesh.update(data=1, fsdp=-1)
   config.optim.update(epoch_steps=epoch, weight_decay=0.05)
   if args.stage == 1:
     first_stage(config, rate=known.backbone, text=args.text)
