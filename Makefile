@@ -10,8 +10,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint docs clean
 
+# Huge pages, where the kernel leaves that to programs: a step's temporaries are tens of megabytes, and new each time.
 demo: $(VENV)/.installed
-	$(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
 
 # Two processes, whatever the machine: a file's tests share what they compile, and each process takes several GB. The
 # longest files go first, as tests/conftest.py orders them.

@@ -8,7 +8,6 @@ jax is imported where it is used: it takes two seconds, which commands that comp
 
 from __future__ import annotations
 
-import ctypes
 import difflib
 import functools
 import importlib.util
@@ -162,31 +161,14 @@ def _write_from_every_cpu_process() -> None:
 def use_all_cores() -> None:
   """On a CPU, as many devices as cores, rounded down to a power of two, at most 8: one device leaves cores idle.
 
-  No effect on accelerators, or where XLA_FLAGS or JAX_NUM_CPU_DEVICES say how many. Call it before JAX starts a device.
+  No effect on accelerators, or where XLA_FLAGS or JAX_NUM_CPU_DEVICES say how many.
   """
-  _keep_freed_memory()
   chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   if not chosen and "JAX_NUM_CPU_DEVICES" not in os.environ:
     import jax
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", min(8, 2 ** (cores.bit_length() - 1)))
-
-
-def _keep_freed_memory() -> None:
-  """Where nothing but CPUs can compute, makes glibc keep freed memory for what is allocated next.
-
-  A program on a CPU allocates its temporaries at each call. glibc hands blocks of that size back to the kernel when
-  they are freed, and the kernel clears every page anew: of the demo's joint step that was a quarter. One arena for all
-  threads, since the others hold no block over 64 MB; a thread keeps the arena that it began with.
-  """
-  accelerators = any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
-  mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-  if mallopt is None or (accelerators and os.environ.get("JAX_PLATFORMS") != "cpu"):
-    return
-  # <malloc.h>: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD in bytes.
-  for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):
-    mallopt(option, value)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

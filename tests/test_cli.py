@@ -220,26 +220,3 @@ def test_quiet_leaves_warnings(folder):
   assert code == 0 and "a warning" in err and "host 0 of 1" not in err
   _, _, err = run(folder, *GOOD, "--say")
   assert "a warning" in err and "host 0 of 1" in err
-
-
-def test_on_a_cpu_freed_memory_is_kept():
-  """A program's temporaries, of 64 MB here, are cleared by the kernel at the first call alone."""
-  code = """
-import resource
-from diffdis_jax import cli
-cli.use_all_cores()
-import jax
-import jax.numpy as jnp
-
-attend = jax.jit(lambda x: jax.nn.softmax(x @ x.T) @ x)
-x = jnp.ones((4096, 8))
-faults = []
-for _ in range(4):
-  attend(x).block_until_ready()
-  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[3] - faults[1])
-"""
-  environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  assert int(done.stdout) < 1000
