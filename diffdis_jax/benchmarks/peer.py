@@ -61,7 +61,7 @@ def time_peer(network: Network, *, batch_size: int, rounds: int) -> dict[str, An
   ratio = median["ours"] / median["diffusers"]
   logging.info("ours %.3f s, diffusers' %.3f s: %.2f times as long", median["ours"], median["diffusers"], ratio)
   return dict(
-    device=f"{jax.devices()[0].device_kind}",
+    device=jax.devices()[0].device_kind,
     dtype=model.dtype,
     batch_size=batch_size,
     latents=list(network.latent_shape),
