@@ -74,14 +74,17 @@ def main(argv: Sequence[str]) -> None:
 
 def time_steps(config: ConfigDict) -> dict[str, Any]:
   """The joint step and its two single tasks, the config's beside preflight's word where there is one."""
-  report, asked = read_preflight(FLAGS.preflight) if FLAGS.preflight else None, tuple(config.objectives)
-  mesh, trainers = sharding.make_mesh(**config.mesh), {}
+  mesh, trainers, planned = sharding.make_mesh(**config.mesh), {}, None
+  if FLAGS.preflight:
+    report, size = read_preflight(FLAGS.preflight), config.batch_size
+    planned = steps.preflighted(report, config.objectives, batch_size=size, chips=mesh.size)
   for name, objectives in steps.OBJECTIVES.items():
     config.objectives = objectives
     trainers[name] = build_step(config, mesh)
   results = steps.time_steps(trainers, batch_size=config.batch_size, rounds=FLAGS.rounds)
-  if report is not None:
-    results["preflight"] = steps.beside_preflight(results, report, asked)
+  if planned:
+    name, train = planned
+    results["preflight"] = steps.beside_preflight(name, train, results["seconds"][name])
   return results
 
 

@@ -78,15 +78,15 @@ def time_steps(trainers: Mapping[str, Step], *, batch_size: int, rounds: int) ->
   return results
 
 
-def beside_preflight(
-  results: Mapping[str, Any], report: Mapping[str, Any], objectives: Sequence[str]
-) -> dict[str, Any]:
-  """The measured step over each time that `preflight` gave for it.
+def preflighted(
+  report: Mapping[str, Any], objectives: Sequence[str], *, batch_size: int, chips: int
+) -> tuple[str, Mapping[str, Any]]:
+  """The step that `preflight` was asked about, by its name in OBJECTIVES, and what it said of it.
 
   Args:
-    results: of `time_steps`.
     report: of preflight's file.
-    objectives: of the config that preflight was asked about; its step is the one compared.
+    objectives: of the config.
+    batch_size, chips: of what is to be timed.
 
   Raises:
     UserError: no report of a train step of these objectives, batch and number of chips.
@@ -97,13 +97,16 @@ def beside_preflight(
       "--preflight takes what preflight --programs=train wrote of this config, with objectives generation,"
       " discrimination or both"
     )
-  chips = int(results["device"].split(" x ")[0])
-  if (train["images"], train["chips"]) != (results["batch_size"], chips):
+  if (train["images"], train["chips"]) != (batch_size, chips):
     raise UserError(
-      f"--preflight is of {train['images']} images on {train['chips']} x {train['chip']}; here are"
-      f" {results['batch_size']} images on {results['device']}"
+      f"--preflight is of {train['images']} images on {train['chips']} x {train['chip']}; here are {batch_size} images"
+      f" on {chips}"
     )
-  measured = results["seconds"][name]
+  return name, train
+
+
+def beside_preflight(name: str, train: Mapping[str, Any], measured: float) -> dict[str, Any]:
+  """The measured seconds of the step `name` over each time that `preflight` gave for it."""
   given = {key: value for key, value in train.items() if key.startswith("seconds") and value}
   for key, value in given.items():
     logging.info("%s: %.4f s, %.2f times preflight's %s", name, measured, measured / value, key)

@@ -8,7 +8,7 @@ from diffdis_jax import benchmark
 from diffdis_jax.benchmarks import steps
 from diffdis_jax.errors import UserError
 
-RESULTS = dict(device="4 x TPU v5", batch_size=64, seconds=dict(joint=0.09, generation=0.06, discrimination=0.04))
+SECONDS = dict(joint=0.09, generation=0.06, discrimination=0.04)
 TRAIN = dict(
   chip="TPU v5", chips=4, images=64, seconds=0.06, seconds_by_cycles=0.09, seconds_by_roof=None, seconds_bound=0.03
 )
@@ -19,7 +19,8 @@ TRAIN = dict(
   [(("generation", "discrimination"), 0.09), (("generation",), 0.06), (("discrimination",), 0.04)],
 )
 def test_the_step_of_the_configs_objectives_is_over_each_time_that_was_given(objectives, measured):
-  found = steps.beside_preflight(RESULTS, dict(train=TRAIN), objectives)
+  name, train = steps.preflighted(dict(train=TRAIN), objectives, batch_size=64, chips=4)
+  found = steps.beside_preflight(name, train, SECONDS[name])
   assert found["over"] == pytest.approx(
     dict(seconds=measured / 0.06, seconds_by_cycles=measured / 0.09, seconds_bound=measured / 0.03)
   )
@@ -32,12 +33,12 @@ def test_the_step_of_the_configs_objectives_is_over_each_time_that_was_given(obj
     (dict(generation=TRAIN), ("generation",), "--programs=train"),
     (dict(train=TRAIN), ("reconstruction",), "objectives generation"),
     (dict(train=TRAIN | dict(images=32)), ("generation",), "of 32 images on 4 x TPU v5; here are 64 images"),
-    (dict(train=TRAIN | dict(chips=8)), ("generation",), "of 64 images on 8 x TPU v5; here are 64 images on 4 x"),
+    (dict(train=TRAIN | dict(chips=8)), ("generation",), "of 64 images on 8 x TPU v5; here are 64 images on 4"),
   ],
 )
 def test_a_report_of_another_step_is_refused(report, objectives, message):
   with pytest.raises(UserError, match=message):
-    steps.beside_preflight(RESULTS, report, objectives)
+    steps.preflighted(report, objectives, batch_size=64, chips=4)
 
 
 @pytest.mark.parametrize("content", [None, "{", "3"])
