@@ -82,11 +82,13 @@ class Folder:
     return found if whole else None
 
   def state(self, run: Run) -> State:
-    """How far it is."""
+    """How far it is. What has its results was trained to its end, also where its workdir was removed since."""
+    measured, num_steps = self.read(run) is not None, run.config["num_steps"]
+    step = num_steps if run.evals and measured else checkpoint.latest_step(self.workdir(run)) or 0
     return State(
-      step=checkpoint.latest_step(self.workdir(run)) or 0,
-      num_steps=run.config["num_steps"],
-      measured=self.read(run) is not None,
+      step=step,
+      num_steps=num_steps,
+      measured=measured,
       seconds=seconds_per_step(epath.Path(self.workdir(run))),
     )
 

@@ -64,6 +64,8 @@ def perform(
   Raises:
     UserError, Preempted: as `train` and `measure` do.
   """
+  if folder.state(run).is_finished:
+    return
   if run.autoencoder:
     perform(run.autoencoder, folder, train=train, measure=measure)
   path = folder.workdir(run)

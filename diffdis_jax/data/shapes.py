@@ -41,8 +41,7 @@ MAX_ROTATION = 20.0  # degrees either way: a cross stays a cross and a square no
 SUPERSAMPLING = 4
 DETAIL = 0.1  # how often a caption names each of size, position and background
 
-# Two captions of one class that differ in words no image shows are negatives of each other; `plain_caption` has the
-# first template alone.
+# Two captions of one class that differ, be it in a detail, are negatives of each other: `plain_caption` is one a class.
 TEMPLATES = ("a {}", "a picture of a {}")
 SPLITS = {"train": 65536, "test": 1792, "unseen": 256, "all": 2048}
 
@@ -187,9 +186,9 @@ def _pairs_of(split: str) -> tuple[tuple[str, str], ...]:
 class Shapes:
   """Random access source of `num_images` records, classes in turn, each a function of (seed, split, index) alone.
 
-  A record is {image: u8[h w 3], caption, plain_caption, label: "red star", colour, shape, seen: bool, key}. Both
-  captions say the same, `caption` by one of TEMPLATES, `plain_caption` by the first. Splits: `train` (the 56 seen
-  classes), `test` (the same classes, other images), `unseen` (the 8 held out), `all` (all 64, other images again).
+  A record is {image: u8[h w 3], caption, plain_caption, label: "red star", colour, shape, seen: bool, key}. `caption`
+  has one of TEMPLATES, and details at times; `plain_caption` is the first, of the label alone. Splits: `train` (the 56
+  seen classes), `test` (the same classes, other images), `unseen` (the 8 held out), `all` (all 64, other images again).
   """
 
   def __init__(self, *, split: str, image_size: int, seed: int = 0, num_images: int | None = None):
@@ -208,12 +207,12 @@ class Shapes:
     rng = np.random.default_rng((*self._seed, index))
     scene = make_scene(rng, colour=colour, shape=shape)
     image = render(scene, image_size=self._image_size, rng=rng)
-    described = describe(rng, scene)
+    described, label = describe(rng, scene), f"{colour} {shape}"
     return {
       "image": image,
       "caption": TEMPLATES[rng.integers(len(TEMPLATES))].format(described),
-      "plain_caption": TEMPLATES[0].format(described),
-      "label": f"{colour} {shape}",
+      "plain_caption": TEMPLATES[0].format(label),
+      "label": label,
       "colour": colour,
       "shape": shape,
       "seen": (colour, shape) in SEEN,

@@ -129,6 +129,22 @@ def test_what_is_finished_is_left_alone(plan, done):
   assert running.perform_all(plan, [0, 1, 2], done.folder, script({n: "raise SystemExit(9)" for n in range(3)})) == 0
 
 
+def test_results_alone_are_a_finished_run(plan, tmp_path):
+  """Checkpoints may be removed, or left on another machine: nothing is trained again, the autoencoder neither."""
+  folder, (first, run, other) = Folder(tmp_path), plan.runs
+  record = {name: {"metrics": {}} for name in run.evals}
+  found = {section["task"]: record for section in run.evals.values()}
+  pathlib.Path(folder.results(run)).parent.mkdir()
+  pathlib.Path(folder.results(run)).write_text(json.dumps(found))
+
+  def fail(*_):
+    raise AssertionError("trained or measured again")
+
+  running.perform(run, folder, train=fail, measure=fail)
+  assert folder.state(run).is_finished and folder.state(run).words == "finished"
+  assert not folder.state(other).is_finished and folder.state(first).words == "missing"
+
+
 def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):
   begun, saved = tmp_path / "begun", tmp_path / "saved"
   waits = (
