@@ -28,13 +28,13 @@ def get_config(arg: str = "") -> ConfigDict:
   config.text_diffusion.schedule = "scaled_linear"
   if args.autoencoder:
     config.objectives = ("reconstruction",)
-    config.num_steps, config.batch_size = 1000, 32
+    config.num_steps, config.batch_size = 700, 32
     config.optim.update(groups=((".*", "new"),), rates=dict(new=3e-3))
     config.save_every = 500
     return config
 
   config.num_steps, config.batch_size = 1700, 48
-  # One template: with two, captions of one class were negatives of each other, and pairs never seen fared worse.
+  # One caption a class: two that differ are negatives of each other, and pairs never seen fared worse.
   config.data.caption_fields = ("plain_caption",)
   # From scratch, L_ITA's gradient is tens of times that of L_IG in all that they share. At a weight of 0.3 instead of
   # 0.05 both tasks were learned more slowly, and colour-shape pairs never seen were told apart less well.

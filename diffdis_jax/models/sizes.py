@@ -53,11 +53,11 @@ def small() -> ConfigDict:
   """A few million parameters, f32, for 32 px images on a CPU."""
   model = sd_v1()
   model.dtype = "float32"
-  model.unet.update(widths=(48, 96), attention=(True, True), depth=1, num_heads=4, groups=8)
+  model.unet.update(widths=(32, 64), attention=(True, True), depth=1, num_heads=4, groups=8)
   model.alignment.update(width=96, depth=2, num_heads=4)
   model.text_encoder.update(max_length=16, width=96, depth=2, num_heads=4, mlp_width=384)
   model.autoencoder.update(
-    widths=(96,), depth=1, patch=4, latent_channels=8, groups=8, attention=False, shift=0.0, scale=1.0
+    widths=(64,), depth=1, patch=4, latent_channels=8, groups=8, attention=False, shift=0.0, scale=1.0
   )
   return model
 
