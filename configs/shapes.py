@@ -85,6 +85,7 @@ def to_clip(config: ConfigDict) -> None:
   config.optim.update(
     groups=(("^text_encoder.tokens", "frozen"), ("^text_encoder", "text"), (".*", "new")),
     rates=dict(text=5e-4, new=1.5e-3),
+    weight_decay=0.01,
     no_decay=r"bias$|norm|positions|class_token|logit_scale",
   )
   del config.evals["generated"]
