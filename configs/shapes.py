@@ -35,9 +35,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
   config.num_steps, config.batch_size = 1700, 48
   # What is seen is soon told apart, and the loss says little more. Of pairs never seen one seed of three then stayed at
-  # 75 % with a decay of 0.01; with 0.5 none of four did. What generation has for itself draws noise under such a decay.
+  # 75 % with a decay of 0.01; with 0.5 none of four did. Drawings are noisier for it (docs/results.md).
   config.optim.weight_decay = 0.5
-  config.optim.no_decay += "|^unet.up|^unet.conv_out"
   # One caption a class: two that differ are negatives of each other, and pairs never seen fared worse.
   config.data.caption_fields = ("plain_caption",)
   # From scratch, L_ITA's gradient is tens of times that of L_IG in all that they share. At a weight of 0.3 instead of

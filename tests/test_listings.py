@@ -168,10 +168,7 @@ def matrices(name: str, arg: str) -> set[str]:
   trained = {path: each for path, each in listed(name, arg).items() if each.group != "frozen"}
   if name.endswith("_lt"):  # VL-LTR spares vectors alone: positions and logit_scale, which has no axis, decay
     return {path for path, each in trained.items() if len(each.shape) != 1}
-  found = {path for path, each in trained.items() if len(each.shape) > 1 and not path.endswith(".positions")}
-  if name == "shapes":  # nor what generation has for itself
-    return {path for path in found if not path.startswith(("unet.up.", "unet.conv_out."))}
-  return found
+  return {path for path, each in trained.items() if len(each.shape) > 1 and not path.endswith(".positions")}
 
 
 @pytest.mark.parametrize(
