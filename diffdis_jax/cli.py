@@ -33,8 +33,8 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   """Parses the flags and calls `main(argv)`; never returns. `positional`: how many arguments may follow the program's
   name.
 
-  With several processes an error ends this process at once: waiting for the others in Python's clean-up would hang
-  all of them for minutes.
+  With several processes, or while a thread compiles, an error ends this process at once: waiting for the others, or for
+  the compiler, in Python's clean-up would take minutes.
   """
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -226,18 +226,21 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _stop(error: Exception) -> NoReturn:
   sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-  _exit_at_once_if_distributed(2)
+  _exit_at_once_if_waiting(2)
   sys.exit(2)
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
   sys.__excepthook__(kind, error, trace)
-  _exit_at_once_if_distributed(1)
+  _exit_at_once_if_waiting(1)
 
 
-def _exit_at_once_if_distributed(code: int) -> None:
+def _exit_at_once_if_waiting(code: int) -> None:
+  """Where Python's clean-up would wait for other processes, or for a compiler (programs.Ahead)."""
   distributed = sys.modules.get("jax.distributed")
-  if distributed is not None and distributed.is_initialized():
+  is_distributed = distributed is not None and distributed.is_initialized()
+  programs = sys.modules.get("diffdis_jax.parallel.programs")
+  if is_distributed or (programs is not None and programs.is_compiling()):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -27,7 +27,7 @@ from diffdis_jax import cli, evals
 from diffdis_jax.data import loader
 from diffdis_jax.data.build import Data, LatentShapes, open_loader, read_data
 from diffdis_jax.errors import Preempted, UserError, check_number, read_section
-from diffdis_jax.estimates.programs import rate_at_peak
+from diffdis_jax.estimates.programs import abstract_batch, rate_at_peak
 from diffdis_jax.evals import anchors
 from diffdis_jax.evals.watch import Watch
 from diffdis_jax.inference import Inference, Sampling, read_sampling
@@ -110,6 +110,11 @@ def train_and_evaluate(config: ConfigDict, path: str, *, tracker: str = "", prof
     is_writer = processes.is_first()
     workdir.open_for_training(path, fields, defaults=defaults, is_writer=is_writer)
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, kept))
+    # Beside what reads and draws parameters, of which each may take a minute.
+    shapes = abstract_batch(trainer.network, data, mesh, pace.batch_size)
+    train_step = programs.Ahead("the training step", trainer.train_step, trainer.abstract_state, shapes)
+    if checkpointer.latest_step() != pace.num_steps:
+      train_step.start()
     made = functools.partial(choose_anchors, selection, path, trainer, sampling, stop) if selection else no_params
     state, meta = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator, made)
     encode.check_stored(data.latent_facts(), state.params, trainer.trainable)
@@ -121,7 +126,7 @@ def train_and_evaluate(config: ConfigDict, path: str, *, tracker: str = "", prof
     profiler = stack.enter_context(contextlib.closing(profile.Profiler(span, path, start_step=step)))
     peak_rate = rate_at_peak(config, trainer, data)
 
-    loop = Loop(pace, data, trainer, iterator, watch, checkpointer, writer, stop, profiler, peak_rate)
+    loop = Loop(pace, data, trainer, train_step, iterator, watch, checkpointer, writer, stop, profiler, peak_rate)
     loop.run(state, meta)
     log_best(path, kept, checkpointer)
 
@@ -142,6 +147,7 @@ class Loop:
   pace: Pace
   data: Data
   trainer: Step
+  train_step: programs.Ahead
   iterator: grain.DatasetIterator
   watch: Watch
   checkpointer: checkpoint.Checkpointer
@@ -172,7 +178,7 @@ class Loop:
         rows = substitutions.take(next(self.iterator))
         batch = self.data.batch_type(**sharding.to_global(rows, self.trainer.mesh))
       if train_step is None:
-        train_step = programs.compiled("the training step", self.trainer.train_step, state, batch)
+        train_step = self.train_step.compiled()
         self.stop.begin()
       state, metrics = train_step(state, batch)
       if step == start_step + 1:

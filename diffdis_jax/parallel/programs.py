@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import threading
 import time
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -20,13 +22,22 @@ from diffdis_jax.parallel import processes
 from diffdis_jax.run.files import write_whole
 
 LONG = 2.0  # seconds: what took less the last time is not announced
+_COMPILER = "compiler"  # how the names of threads begin that compile
 _HIT = "/jax/compilation_cache/cache_hits"
-_hits: list[str] = []
+
+
+class _Hits(threading.local):
+  """How many programs this thread found in the compilation cache."""
+
+  count = 0
+
+
+_hits = _Hits()
 
 
 def _count_hit(event: str, **_: Any) -> None:
   if event == _HIT:
-    _hits.append(event)
+    _hits.count += 1
 
 
 jax.monitoring.register_event_listener(_count_hit)
@@ -59,19 +70,56 @@ def compiled(name: str, f: Any, *args: Any) -> jax.stages.Compiled:
     f: what jax.jit returns.
     args: arrays, or shapes with shardings; nothing is run, and nothing donated.
   """
+  program = _compile(name, f, *args)
+  processes.barrier(f"compiled {name}")
+  return program
+
+
+def is_compiling() -> bool:
+  """Whether a thread compiles ahead, for which Python would wait at its end."""
+  return any(thread.name.startswith(_COMPILER) for thread in threading.enumerate())
+
+
+class Ahead:
+  """A jitted function that a thread compiles from shapes, while this one does what comes before the first call.
+
+  Args:
+    name, f, args: as of `compiled`.
+  """
+
+  def __init__(self, name: str, f: Any, *args: Any):
+    self._name, self._f, self._args = name, f, args
+    self._result: futures.Future[jax.stages.Compiled] | None = None
+
+  def start(self) -> None:
+    """Begins; several processes need not begin together."""
+    # Not a daemon thread, which Python would end inside the compiler. cli.py waits for none.
+    thread = futures.ThreadPoolExecutor(1, thread_name_prefix=_COMPILER)
+    self._result = thread.submit(_compile, self._name, self._f, *self._args)
+    thread.shutdown(wait=False)
+
+  def compiled(self) -> jax.stages.Compiled:
+    """The function, once every process has compiled it. Raises what compiling raised."""
+    if self._result is None:
+      return compiled(self._name, self._f, *self._args)
+    program = self._result.result()
+    processes.barrier(f"compiled {self._name}")
+    return program
+
+
+def _compile(name: str, f: Any, *args: Any) -> jax.stages.Compiled:
   file = _times_file(name, args)
   last = _read(file)
   if last == Times():
     logging.info("compiling %s", name)
   elif max(last.compiled or 0.0, last.cached or 0.0) >= LONG:
     logging.info("compiling %s, which took %s the last time", name, last)
-  begin, hits = time.monotonic(), len(_hits)
+  begin, hits = time.monotonic(), _hits.count
   program = f.lower(*args).compile()
-  seconds, cached = time.monotonic() - begin, len(_hits) > hits
+  seconds, cached = time.monotonic() - begin, _hits.count > hits
   logging.info("compiled %s in %.1f s%s", name, seconds, " from the cache" if cached else "")
   if file is not None and processes.is_first():
     _write(file, dataclasses.replace(last, **{"cached" if cached else "compiled": seconds}))
-  processes.barrier(f"compiled {name}")
   return program
 
 

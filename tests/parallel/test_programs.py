@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -68,3 +72,84 @@ def test_what_is_fast_is_not_announced_again(cache, caplog):
   for _ in range(2):
     programs.compiled("the sum", jax.jit(lambda x: x.sum()), jnp.ones(3))
   assert [message.split()[0] for message in caplog.messages] == ["compiling", "compiled", "compiled"]
+
+
+def test_a_program_compiles_ahead_of_its_first_call(cache, caplog):
+  caplog.set_level("INFO")
+  logging.set_verbosity(logging.INFO)
+  tracing, arrays = threading.Event(), threading.Event()
+
+  def f(x):
+    tracing.set()
+    assert arrays.wait(60), "the main thread waits for the compiler"
+    return (x * 5).sum()
+
+  ahead = programs.Ahead("the sum", jax.jit(f), jax.ShapeDtypeStruct((4,), jnp.float32))
+  ahead.start()
+  assert tracing.wait(60)
+  x = jnp.ones(4)  # while it compiles
+  arrays.set()
+  assert ahead.compiled()(x) == 20
+  assert [message.split()[0] for message in caplog.messages] == ["compiling", "compiled"]
+
+
+def test_a_program_that_was_not_begun_compiles_at_its_first_call(cache):
+  ahead = programs.Ahead("the sum", jax.jit(lambda x: (x * 6).sum()), jnp.ones(4))
+  assert ahead.compiled()(jnp.ones(4)) == 24
+
+
+def test_what_fails_in_compiling_ahead_fails_where_it_is_needed(cache):
+  def f(x):
+    raise ValueError("no such shape")
+
+  ahead = programs.Ahead("the sum", jax.jit(f), jnp.ones(4))
+  ahead.start()
+  with pytest.raises(ValueError, match="no such shape"):
+    ahead.compiled()
+
+
+def test_a_hit_in_the_cache_counts_for_the_thread_that_had_it(cache, caplog, monkeypatch):
+  caplog.set_level("INFO")
+  logging.set_verbosity(logging.INFO)
+  x = jnp.ones(5)
+  programs.compiled("the sum", jax.jit(lambda x: (x * 7).sum()), x)
+  jax.clear_caches()
+
+  def other(x):
+    ahead = programs.Ahead("the sum", jax.jit(lambda x: (x * 7).sum()), x)
+    ahead.start()
+    ahead.compiled()
+    return (x * 8).sum()
+
+  caplog.clear()
+  programs.compiled("another", jax.jit(other), x)
+  assert [("cache" in message) for message in caplog.messages if message.startswith("compiled")] == [True, False]
+
+
+def test_an_error_does_not_wait_for_what_compiles_ahead():
+  """The command's main thread fails while another would compile for a minute."""
+  begin = time.monotonic()
+  done = subprocess.run([sys.executable, "-c", _FAILS_WHILE_COMPILING], capture_output=True, text=True)
+  assert done.returncode == 2 and done.stderr.endswith("error: no such image\n"), done.stderr
+  assert time.monotonic() - begin < 45
+
+
+_FAILS_WHILE_COMPILING = """
+import threading, time
+import jax, jax.numpy as jnp
+from diffdis_jax import cli
+from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import programs
+
+def main(argv):
+  tracing = threading.Event()
+  def f(x):
+    tracing.set()
+    time.sleep(60)
+    return x
+  programs.Ahead("the sum", jax.jit(f), jnp.ones(3)).start()
+  tracing.wait()
+  raise UserError("no such image")
+
+cli.run(main)
+"""
