@@ -1,7 +1,7 @@
 """The paper's ablation tables, or any grid, as runs that can be stopped at any time.
 
   python -m diffdis_jax.ablate plan  --base=configs/NAME.py[:args] --tables=2,3,4,5,7 --seeds=0,1,2 --out=DIR
-  python -m diffdis_jax.ablate run   ... the same [--only=K | --only=K/N]
+  python -m diffdis_jax.ablate run   ... the same [--jobs=N] [--only=K | --only=K/N]
   python -m diffdis_jax.ablate table ... the same [--columns=A,B]
 
 or --grid="loss.ita_weight=0.01,0.03;text_diffusion.gamma=0.1,1.0" instead of --tables, or beside them. --config.a.b=v
@@ -72,12 +72,14 @@ def run(plan: Plan, folder: Folder) -> None:
   """The run that --only names, in this process; or several, each in one of its own."""
   numbers = running.select(plan, FLAGS.only)
   if FLAGS.only.isdecimal():
+    if FLAGS.jobs > 1:
+      raise UserError(f"--jobs={FLAGS.jobs} does several runs, and --only={FLAGS.only} is one; leave out one of them")
     perform(plan.runs[numbers[0]], plan, folder)
     return
   folder.open(plan)
   # The same command; of a flag that is given twice the last value holds.
-  command = lambda number: [sys.executable, "-m", "diffdis_jax.ablate", *sys.argv[1:], f"--only={number}"]
-  if code := running.perform_all(plan, numbers, folder, command):
+  command = lambda number: [sys.executable, "-m", "diffdis_jax.ablate", *sys.argv[1:], f"--only={number}", "--jobs=1"]
+  if code := running.perform_all(plan, numbers, folder, command, jobs=FLAGS.jobs):
     sys.exit(code)
 
 
@@ -125,6 +127,9 @@ if __name__ == "__main__":
   flags.DEFINE_string("grid", None, "field=value,value;field=value: a table of every combination")
   flags.DEFINE_list("seeds", ["0", "1", "2"], "of every row")
   flags.DEFINE_string("only", "", "of run: K, the number of a run, or K/N, every N-th run from the K-th on")
+  flags.DEFINE_integer(
+    "jobs", 1, "of run: how many runs at a time, each on its share of the cores: for a CPU", lower_bound=1
+  )
   flags.DEFINE_string("schedule", "", "text schedule of Tables 2 and 7, not stated by the paper; by default the base's")
   flags.DEFINE_float("table7_gamma", 1.0, "gamma of Table 7, not stated by the paper")
   flags.DEFINE_float("step_seconds", None, "of plan: of a training step, where no run tells", lower_bound=0)

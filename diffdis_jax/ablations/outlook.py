@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def _rows(plan: Plan) -> list[str]:
 
 
 def _seconds(run: Run, states: Mapping[Run, State], step_seconds: float | None) -> float | None:
-  """Of a step: the run's own, or the mean of those with the same objectives, or what was given for all but
+  """Of a step: the run's own, or the median of those with the same objectives, or what was given for all but
   autoencoders."""
   alike: Sequence[Any] = [
     state.seconds for other, state in states.items() if other.config["objectives"] == run.config["objectives"]
@@ -53,7 +54,7 @@ def _seconds(run: Run, states: Mapping[Run, State], step_seconds: float | None) 
   if states[run].seconds is not None:
     return states[run].seconds
   if measured:
-    return sum(measured) / len(measured)
+    return statistics.median(measured)
   return step_seconds if run.evals else None
 
 

@@ -1,15 +1,17 @@
-"""Doing the runs of a plan: one in this process, or one after another in processes of their own."""
+"""Doing the runs of a plan: one in this process, or several in processes of their own."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
+import queue
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -92,8 +94,10 @@ def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
       time.sleep(PATIENCE)
 
 
-def perform_all(plan: Plan, numbers: Sequence[int], folder: Folder, command: Callable[[int], list[str]]) -> int:
-  """Does the runs of these numbers that are not finished, one after another, each in a process of its own.
+def perform_all(
+  plan: Plan, numbers: Sequence[int], folder: Folder, command: Callable[[int], list[str]], *, jobs: int = 1
+) -> int:
+  """Does the runs of these numbers that are not finished, each in a process of its own; autoencoders first.
 
   One that fails is told, and the others go on. What a process says goes to its log; with a folder in a bucket, to where
   this process writes.
@@ -103,32 +107,41 @@ def perform_all(plan: Plan, numbers: Sequence[int], folder: Folder, command: Cal
     numbers: of some of them.
     folder: of the ablation.
     command: of the process of a run, by its number.
+    jobs: how many at a time. Each has its share of this process's cores, however few are left: on other cores its sums
+      would have another order.
 
   Returns:
     0, or the exit code for runs that failed: 2 if each of them had bad input, else 1.
 
   Raises:
-    Preempted: SIGTERM came, which the run's process got too.
+    Preempted: SIGTERM came, which the runs' processes got too.
   """
   failed: dict[str, int] = {}
+
+  def one(number: int, cores: set[int] | None) -> None:
+    run, log = plan.runs[number], folder.log(plan.runs[number])
+    words, last = folder.state(run).words, len(plan.runs) - 1
+    logging.info("run %d of 0 to %d: %s; %s; log in %s", number, last, run.name, words, log)
+    code = children.run(command(number), None if "://" in str(log) else str(log), cores)
+    if code == PREEMPTED or children.asked:
+      raise Preempted
+    if code:
+      failed[run.name] = code
+      logging.error("run %d, %s: failed with code %d: %s; log in %s", number, run.name, code, _last_words(log), log)
+
   with _Children().listening() as children:
-    for number in numbers:
+    left = [number for number in numbers if not folder.state(plan.runs[number]).is_finished]
+    is_shared = {run.autoencoder for run in plan.runs}.__contains__
+    _side_by_side(one, [number for number in left if is_shared(plan.runs[number])], jobs, children)
+    others = []
+    for number in left:
       run = plan.runs[number]
-      state = folder.state(run)
-      if state.is_finished:
-        continue
       if run.autoencoder and run.autoencoder.name in failed:
         logging.error("run %d, %s: left out, since its autoencoder failed", number, run.name)
         failed[run.name] = failed[run.autoencoder.name]
-        continue
-      log = folder.log(run)
-      logging.info("run %d of %s: %s; %s; log in %s", number, f"0 to {len(plan.runs) - 1}", run.name, state.words, log)
-      code = children.run(command(number), None if "://" in str(log) else str(log))
-      if code == PREEMPTED or children.asked:
-        raise Preempted
-      if code:
-        failed[run.name] = code
-        logging.error("run %d, %s: failed with code %d: %s; log in %s", number, run.name, code, _last_words(log), log)
+      elif not is_shared(run):
+        others.append(number)
+    _side_by_side(one, others, jobs, children)
   if failed:
     logging.error("%d of %d runs failed; the same command tries them again", len(failed), len(numbers))
   else:
@@ -136,30 +149,59 @@ def perform_all(plan: Plan, numbers: Sequence[int], folder: Folder, command: Cal
   return 0 if not failed else BAD_INPUT if {*failed.values()} == {BAD_INPUT} else 1
 
 
+def _side_by_side(
+  one: Callable[[int, set[int] | None], None], numbers: Sequence[int], jobs: int, children: _Children
+) -> None:
+  """Calls `one` for each number, `jobs` of them at a time, with cores of its own. Raises what it raises."""
+  free: queue.SimpleQueue[set[int] | None] = queue.SimpleQueue()
+  for share in _shares(jobs):
+    free.put(share)
+
+  def with_share(number: int) -> None:
+    share = free.get()
+    try:
+      one(number, share)
+    except BaseException:
+      children.stop()
+      raise
+    finally:
+      free.put(share)
+
+  with futures.ThreadPoolExecutor(jobs) as pool:
+    for done in [pool.submit(with_share, number) for number in numbers]:
+      done.result()
+
+
+def _shares(count: int) -> list[set[int] | None]:
+  """This process's cores, dealt out; None, all of them, for one, or where a process cannot be kept to some."""
+  if count == 1 or not hasattr(os, "sched_getaffinity"):
+    return [None] * count
+  cores = sorted(os.sched_getaffinity(0))
+  return [{*cores[share::count]} or {cores[share % len(cores)]} for share in range(count)]
+
+
 class _Children:
-  """Processes, one at a time, that get this one's SIGTERM."""
+  """Processes that get this one's SIGTERM."""
 
   def __init__(self) -> None:
     self.asked = False
-    self._process: subprocess.Popen[bytes] | None = None
+    self._running: set[subprocess.Popen[bytes]] = set()
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[_Children]:
     """Takes SIGTERM, where this is the main thread; leaves no process behind."""
     before = None
     if threading.current_thread() is threading.main_thread():
-      before = signal.signal(signal.SIGTERM, self._on_signal)
+      before = signal.signal(signal.SIGTERM, lambda number, frame: self.stop())
     try:
       yield self
     finally:
-      if self._process is not None and self._process.poll() is None:
-        self._process.terminate()
-        self._process.wait()
+      self.stop()
       if before is not None:
         signal.signal(signal.SIGTERM, before)
 
-  def run(self, command: Sequence[str], log: str | None) -> int:
-    """The exit code of a process, whose output is appended to the file `log`."""
+  def run(self, command: Sequence[str], log: str | None, cores: set[int] | None) -> int:
+    """The exit code of a process on these cores, whose output is appended to the file `log`."""
     if self.asked:
       return PREEMPTED
     with contextlib.ExitStack() as stack:
@@ -167,16 +209,22 @@ class _Children:
       if log is not None:
         pathlib.Path(log).parent.mkdir(parents=True, exist_ok=True)
         out = stack.enter_context(open(log, "ab"))
-      self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+      process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+      self._running.add(process)
+      if cores is not None:
+        os.sched_setaffinity(process.pid, cores)  # before it has a second thread
       if self.asked:
-        self._process.terminate()
-      return self._process.wait()
+        process.terminate()
+      try:
+        return process.wait()
+      finally:
+        self._running.discard(process)
 
-  def _on_signal(self, number: int, frame: FrameType | None) -> None:
-    del number, frame
+  def stop(self) -> None:
+    """Sends SIGTERM to those that run, and starts no other."""
     self.asked = True
-    if self._process is not None and self._process.poll() is None:
-      self._process.terminate()
+    for process in tuple(self._running):
+      process.terminate()
 
 
 def _last_words(log: Any) -> str:

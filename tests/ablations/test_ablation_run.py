@@ -8,6 +8,7 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 
 import pytest
 
@@ -162,6 +163,33 @@ def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):
     running.perform_all(plan, [0, 1], Folder(tmp_path / "out"), script({0: waits, 1: "assert False"}))
   assert saved.exists() and signal.getsignal(signal.SIGTERM) == before
   assert not Folder(tmp_path / "out").log(plan.runs[1]).exists()
+
+
+def test_jobs_run_side_by_side_on_cores_of_their_own(plan, tmp_path, caplog):
+  """Each writes its cores, and ends when the other one is there; the autoencoder is before them."""
+  note = lambda n: (
+    f"import os, pathlib, time; d = pathlib.Path({str(tmp_path)!r}); c = os.sched_getaffinity(0)\n"
+    + (f"(d / 'new{n}').write_text(' '.join(map(str, c))); (d / 'new{n}').rename(d / 'cores{n}')\n")
+  )
+  waits = lambda n, other: note(n) + f"while not (d / 'cores{other}').exists(): time.sleep(0.01)"
+  lines = {0: note(0) + "assert len([*d.glob('cores*')]) == 1", 1: waits(1, 2), 2: waits(2, 1)}
+  assert running.perform_all(plan, [0, 1, 2], Folder(tmp_path / "out"), script(lines), jobs=2) == 0
+  first, one, other = ({*map(int, (tmp_path / f"cores{n}").read_text().split())} for n in range(3))
+  cores = os.sched_getaffinity(0)
+  assert first in (one, other) and one | other == cores
+  assert len(cores) == 1 or not one & other
+
+
+def test_jobs_go_on_when_one_fails_and_end_when_one_is_preempted(plan, tmp_path):
+  folder = Folder(tmp_path)
+  other = f"open({str(tmp_path / 'other')!r}, 'w')"
+  assert running.perform_all(plan, [1, 2], folder, script({1: "raise SystemExit(3)", 2: other}), jobs=2) == 1
+  assert (tmp_path / "other").exists()
+  waits = "import time; time.sleep(60)"
+  begin = time.monotonic()
+  with pytest.raises(Preempted):
+    running.perform_all(plan, [1, 2], folder, script({1: "raise SystemExit(75)", 2: waits}), jobs=2)
+  assert time.monotonic() - begin < 30
 
 
 def test_a_run_that_was_preempted_ends_all(plan, tmp_path):
