@@ -161,15 +161,17 @@ def _side_by_side(
     share = free.get()
     try:
       one(number, share)
-    except BaseException:
-      children.stop()
-      raise
     finally:
       free.put(share)
 
   with futures.ThreadPoolExecutor(jobs) as pool:
-    for done in [pool.submit(with_share, number) for number in numbers]:
-      done.result()
+    submitted = [pool.submit(with_share, number) for number in numbers]
+    try:
+      for done in futures.as_completed(submitted):
+        done.result()
+    except BaseException:  # Ctrl-C, too: else the pool would go on with the next run
+      children.stop()
+      raise
 
 
 def _shares(count: int) -> list[set[int] | None]:

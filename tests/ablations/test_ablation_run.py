@@ -192,6 +192,22 @@ def test_jobs_go_on_when_one_fails_and_end_when_one_is_preempted(plan, tmp_path)
   assert time.monotonic() - begin < 30
 
 
+def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path):
+  begun, next_one = tmp_path / "begun", tmp_path / "next"
+  lines = {1: f"import time; open({str(begun)!r}, 'w'); time.sleep(60)", 2: f"open({str(next_one)!r}, 'w')"}
+
+  def interrupt():
+    while not begun.exists():
+      threading.Event().wait(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+  threading.Thread(target=interrupt).start()
+  begin = time.monotonic()
+  with pytest.raises(KeyboardInterrupt):
+    running.perform_all(plan, [1, 2], Folder(tmp_path / "out"), script(lines))
+  assert time.monotonic() - begin < 30 and not next_one.exists()
+
+
 def test_a_run_that_was_preempted_ends_all(plan, tmp_path):
   with pytest.raises(Preempted):
     running.perform_all(plan, [0, 1], Folder(tmp_path), script({0: "raise SystemExit(75)"}))
