@@ -39,6 +39,7 @@ TOO_LARGE = {
   "data.augment.randaugment_magnitude": 31,
   "inference.steps": 1001,
   "inference.generation_steps": 1000,
+  "model.temperature": 100.5,
   "model.text_encoder.bos_id": 49408,
   "model.text_encoder.eos_id": 49408,
 }
@@ -53,6 +54,7 @@ ZERO = {
   "checkpoint.keep_last": 0,
   "inference.draws": 0,
   "model.autoencoder.scale": 0.0,
+  "model.temperature": 0.0,
   "mesh.fsdp": 0,
 }
 

@@ -118,6 +118,7 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
     text_stream=text_stream,
     alignment=alignment,
     head=build_head(model, rngs),
+    temperature=model.temperature,
   )
 
 
@@ -136,6 +137,7 @@ def build_clip(model: ClipModel, rngs: nnx.Rngs) -> Clip:
     text_encoder=TextEncoder(**text, **common),
     vision_encoder=VisionEncoder(**vision, **common),
     head=build_head(model, rngs),
+    temperature=model.temperature,
   )
 
 

@@ -15,13 +15,13 @@ from jaxtyping import Array, Float, Int, UInt8
 from diffdis_jax.errors import UserError
 from diffdis_jax.models.layers import LayerNorm, TransformerLayer, conv, linear, run_block
 from diffdis_jax.models.lgr import LanguageGuidedHead
+from diffdis_jax.models.sizes import TEMPERATURE
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.structs import TextCondition
 
 # Of CLIP's own training images (OpenAI's release): RGB pixels in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-LOGIT_SCALE = math.log(1 / 0.07)  # at the start
 
 
 def normalise(image: UInt8[Array, "b H W 3"] | Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
@@ -115,15 +115,21 @@ class Clip(nnx.Module):
   Args:
     text_encoder: with a projection, to the vision tower's width.
     head: of a long-tailed run's second stage.
+    temperature: τ at the start.
   """
 
   def __init__(
-    self, *, text_encoder: TextEncoder, vision_encoder: VisionEncoder, head: LanguageGuidedHead | None = None
+    self,
+    *,
+    text_encoder: TextEncoder,
+    vision_encoder: VisionEncoder,
+    head: LanguageGuidedHead | None = None,
+    temperature: float = TEMPERATURE,
   ):
     self.text_encoder = text_encoder
     self.vision_encoder = vision_encoder
     self.head: Any = head
-    self.logit_scale = nnx.Param(jnp.asarray(LOGIT_SCALE, jnp.float32))
+    self.logit_scale = nnx.Param(jnp.asarray(math.log(temperature), jnp.float32))
 
   def encode_image(self, image: UInt8[Array, "b H W 3"]) -> Float[Array, "b d"]:
     """L2-normalised embeddings, f32.

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffdis_jax.models.clip import LOGIT_SCALE
 from diffdis_jax.models.sections import ClipModel, TextEncoderSize, VisionEncoderSize
 from diffdis_jax.params import Params, first_match
 
@@ -26,7 +25,6 @@ Rules = tuple[tuple[str, Start], ...]
 
 # Of both towers.
 COMMON: Rules = (
-  (r"^logit_scale$", Start("constant", LOGIT_SCALE)),
   (r"norm\.scale$", Start("constant", 1.0)),
   (r"norm\.bias$|\.(q|k|v|out)\.bias$", Start("constant", 0.0)),
 )
@@ -38,7 +36,8 @@ def initialise(key: jax.Array, shapes: Params, model: ClipModel) -> Params:
   Raises:
     UserError: a parameter that no rule matches.
   """
-  rules = (*COMMON, *_text(model.text_encoder), *_vision(model.vision_encoder))
+  scale = (r"^logit_scale$", Start("constant", math.log(model.temperature)))
+  rules = (scale, *COMMON, *_text(model.text_encoder), *_vision(model.vision_encoder))
   return {
     path: _draw(jax.random.fold_in(key, i), leaf.shape, first_match(path, rules, "clip_init"))
     for i, (path, leaf) in enumerate(shapes.items())

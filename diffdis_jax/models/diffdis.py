@@ -14,6 +14,7 @@ from diffdis_jax.models.alignment import AlignmentTransformer
 from diffdis_jax.models.autoencoder import Autoencoder, sample_posterior
 from diffdis_jax.models.fusion import TextStream
 from diffdis_jax.models.lgr import LanguageGuidedHead
+from diffdis_jax.models.sizes import TEMPERATURE
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.models.unet import UNet
 from diffdis_jax.models.unet_blocks import SpatialTransformer
@@ -42,6 +43,7 @@ class DiffDis(nnx.Module):
     text_stream: TextStream | None,
     alignment: AlignmentTransformer | None,
     head: LanguageGuidedHead | None = None,
+    temperature: float = TEMPERATURE,
   ):
     self.autoencoder = autoencoder
     # Any, for a part or None: a pass is run only where the objectives have given it its parts.
@@ -50,8 +52,8 @@ class DiffDis(nnx.Module):
     self.text_stream: Any = text_stream
     self.alignment: Any = alignment
     self.head: Any = head
-    # CLIP's learnable scale, from 1/0.07. Not stated by the paper.
-    self.logit_scale: Any = None if alignment is None else nnx.Param(jnp.asarray(math.log(1 / 0.07), jnp.float32))
+    # CLIP's learnable scale. Not stated by the paper.
+    self.logit_scale: Any = None if alignment is None else nnx.Param(jnp.asarray(math.log(temperature), jnp.float32))
 
   def encode_image(
     self, image: UInt8[Array, "b H W 3"] | Float[Array, "b H W 3"], key: jax.Array | None = None

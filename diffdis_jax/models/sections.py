@@ -11,13 +11,19 @@ from ml_collections import ConfigDict
 from diffdis_jax.errors import UserError, check_choice, check_number, check_numbers, read_section
 from diffdis_jax.models.attention import AUTO, KERNELS
 from diffdis_jax.models.layers import ACTIVATIONS, DTYPES, REMAT_POLICIES
+from diffdis_jax.models.sizes import TEMPERATURE
 
 MATMUL_PRECISIONS = (AUTO, "default", "high", "highest")
+MAX_TEMPERATURE = 100.0  # CLIP's
 
 
 def _check_counts(section: Any, *names: str) -> None:
   for name in names:
     check_number(name, getattr(section, name), at_least=1)
+
+
+def _check_temperature(section: Any) -> None:
+  check_number("temperature", section.temperature, at_least=1.0, at_most=MAX_TEMPERATURE)
 
 
 def _check_multiple(name: str, value: int, section: Any, *divisors: str) -> None:
@@ -133,6 +139,8 @@ class Model:
   Attributes:
     fusion, share_attention, modality_ffn: the fusion block's switches (appendix, Tables 4 and 5).
     query_init: scale of FC_in's initial kernel; not stated by the paper.
+    temperature: τ of the contrastive loss at the start, 1 to 100; it is learned, or stays where `optim.groups` freezes
+      logit_scale, its logarithm. Not stated by the paper.
     dtype: of matrix products and convolutions, float32 or bfloat16.
     matmul_precision: how they multiply f32, one of MATMUL_PRECISIONS. JAX's own default is the chip's fastest way, bf16
       on TPUs and TF32 on GPUs; on CPUs all are the same. `auto` is highest where dtype is float32, so that it means
@@ -148,6 +156,7 @@ class Model:
   share_attention: bool
   modality_ffn: bool
   query_init: float
+  temperature: float = TEMPERATURE
   dtype: str
   remat: str
   matmul_precision: str = AUTO
@@ -160,6 +169,7 @@ class Model:
 
   def __post_init__(self) -> None:
     check_number("query_init", self.query_init, at_least=0.0)
+    _check_temperature(self)
     check_choice("dtype", self.dtype, DTYPES)
     check_choice("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
     check_choice("attention_kernel", self.attention_kernel, (AUTO, *KERNELS))
@@ -196,13 +206,14 @@ class ClipModel:
   """The `model` section of a CLIP, whose objective is `contrastive`.
 
   Attributes:
-    dtype, matmul_precision, attention_kernel: as Model's.
+    temperature, dtype, matmul_precision, attention_kernel: as Model's.
     remat: what the backward pass keeps of each layer, one of layers.REMAT_POLICIES.
 
   Raises:
     UserError: a value out of its range, or towers that do not end in one width.
   """
 
+  temperature: float = TEMPERATURE
   dtype: str
   remat: str = "none"
   matmul_precision: str = AUTO

@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+TEMPERATURE = 1 / 0.07  # CLIP's τ at the start
+
 
 def sd_v1() -> ConfigDict:
   """Stable Diffusion v1 with CLIP ViT-L/14's text tower: 859,520,964 + 83,653,863 + 123,060,480 parameters."""
@@ -11,6 +13,7 @@ def sd_v1() -> ConfigDict:
       share_attention=True,
       modality_ffn=True,
       query_init=1.0,
+      temperature=TEMPERATURE,
       dtype="bfloat16",
       matmul_precision="auto",
       attention_kernel="auto",
@@ -76,6 +79,7 @@ def clip_vit_l14() -> ConfigDict:
   """The CLIP baseline of the paper's Table 1, ViT-L/14: 303,966,208 + 123,650,304 + 1 parameters, as OpenAI's."""
   return ConfigDict(
     dict(
+      temperature=TEMPERATURE,
       dtype="bfloat16",
       matmul_precision="auto",
       attention_kernel="auto",

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
+from diffdis_jax.models.sizes import TEMPERATURE
 
 NO_AUGMENTATION = dataclasses.asdict(Augmentation())
 
@@ -97,12 +98,15 @@ def defaults(*, accumulate: int) -> dict[str, Any]:
   """The fields that every run has alike, with their defaults: in a run that an earlier version wrote, each field that
   it lacks has its default.
 
-  A new field's default is what runs did before there was one. Of the network, those are how it multiplies and attends.
+  A new field's default is what runs did before there was one. Of the network, those are how it multiplies and attends,
+  and τ at the start.
 
   Args:
     accumulate: the run's `optim.accumulate`. Only with more than one does `optim.contrastive_batch` mean anything.
   """
-  fields = base(ConfigDict(dict(matmul_precision="auto", attention_kernel="auto")), image_size=0).to_dict()
+  fields = base(
+    ConfigDict(dict(matmul_precision="auto", attention_kernel="auto", temperature=TEMPERATURE)), image_size=0
+  ).to_dict()
   del fields["image_size"]
   if accumulate > 1:
     fields["optim"]["contrastive_batch"] = "microbatch"

@@ -12,7 +12,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
-MAX_LOGIT_SCALE = float(np.log(100.0))
+from diffdis_jax.models.sections import MAX_TEMPERATURE
+
+MAX_LOGIT_SCALE = float(np.log(MAX_TEMPERATURE))
 _MIN_SQUARE = 1e-24
 _LOGITS = 2**22  # of the contrastive loss that exist at a time, over all devices
 _HASH_MULTIPLIER = 2654435761  # odd, near 2^32 over the golden ratio

@@ -11,11 +11,13 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
+from configs import shapes
 from diffdis_jax.errors import UserError
 from diffdis_jax.models import build, sizes
 from diffdis_jax.models.alignment import AlignmentTransformer
 from diffdis_jax.models.sections import read_model
 from diffdis_jax.params import flatten
+from tests import tiny
 from tests.models import networks
 from tests.models.networks import BOTH
 
@@ -50,6 +52,16 @@ def test_initial_parameters_are_those_of_nnx_rngs():
     np.testing.assert_array_equal(ours[path], expected[path])
   kernels = [np.asarray(value).ravel()[:4].tolist() for path, value in ours.items() if path.endswith("kernel")]
   assert len({tuple(kernel) for kernel in kernels}) == len(kernels), "each parameter draws with a key of its own"
+
+
+@pytest.mark.parametrize("config", [tiny.get_config(), shapes.get_config("objectives=contrastive")])
+@pytest.mark.parametrize("temperature", [None, 40.0])
+def test_the_scale_starts_at_the_logarithm_of_the_temperature(config, temperature):
+  config = config.copy_and_resolve_references()
+  if temperature is not None:
+    config.model.temperature = temperature
+  params = build.Network.of(config).initialise(jax.random.key(0))
+  assert float(params["logit_scale"]) == pytest.approx(math.log(temperature or 1 / 0.07), rel=1e-6)
 
 
 def check(model: dict[str, Any], objectives: tuple[str, ...], image_size: int, max_length: int) -> None:

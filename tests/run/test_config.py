@@ -28,7 +28,7 @@ def test_every_field_has_a_default_but_those_that_are_given():
   assert defaults(accumulate=2)["optim"] == fields["optim"] | {"contrastive_batch": "microbatch"}
   assert fields["optim"]["contrastive_batch"] == "whole"
   assert defaults(accumulate=1)["model"] == {
-    name: sizes.sd_v1()[name] for name in ("matmul_precision", "attention_kernel")
+    name: sizes.sd_v1()[name] for name in ("matmul_precision", "attention_kernel", "temperature")
   }
 
 
