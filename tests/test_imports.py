@@ -20,6 +20,7 @@ LAYERS = (
   "parallel/batches",
   "diffusion/schedules diffusion/guidance",
   "diffusion/samplers",
+  "models/sizes",
   # What data workers import, without jax.
   "data/randaugment data/randaugment_timm data/shapes data/tokenizer",
   "data/transforms",
@@ -41,7 +42,7 @@ LAYERS = (
   "data/prepare/emoji_packages",
   "data/prepare/captions data/prepare/cc3m data/prepare/emoji data/prepare/image_folder",
   "data/prepare/latents data/prepare/zero_shot_sets",
-  "models/attention_tpu models/sizes",
+  "models/attention_tpu",
   "models/attention",
   "models/layers",
   "models/unet_blocks models/alignment models/text_encoder models/inception models/lgr",
