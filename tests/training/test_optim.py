@@ -228,3 +228,8 @@ def test_the_optimizer_takes_the_rate_of_the_epoch():
 def test_epochs_that_are_none(changes, message):
   with pytest.raises(UserError, match=message):
     optim.Optim(**{**SETTINGS, **changes})
+
+
+def test_a_frozen_scale_needs_no_limit():
+  params = {"vision_encoder.patch.kernel": np.ones(2, np.float32)}
+  assert optim.limit_logit_scale(params) == params
