@@ -52,6 +52,7 @@ SETTINGS = {  # of an evaluation, that a flag of the same name may set
   "zero_shot": ("seed", "num_images", "shuffle_labels", "classnames", "templates", "label_field", "seen_split"),
   "retrieval": ("seed", "num_images", "shuffle_labels", "caption_field"),
   "agreement": ("seed",),
+  "recognition": ("seed", "label_field"),
   "long_tail": ("seed",),
   "fid": (
     *("seed", "num_images", "inception", "captions", "prompts_seed", "resize", "resampling"),

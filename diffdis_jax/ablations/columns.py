@@ -38,7 +38,7 @@ class Column:
 
 
 def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ...]:
-  """Of a config's `evals`: agreement and FID, then top-1, then R@1.
+  """Of a config's `evals`: agreement, recognition and FID, then top-1, then R@1.
 
   With a set `coco` and a set `flickr` of retrieval, as in the paper, the mean of their four R@1 is one column. R@1 of
   any other set is the mean of both ways.
@@ -49,6 +49,7 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
     found += [
       _percent("agreement", name, f"agreement_{which}", f"drawn right, {which} pairs") for which in ("seen", "unseen")
     ]
+  found += [_percent("recognition", name, "recognised_acc1", f"drawn right, {name}") for name in sets["recognition"]]
   for name in sets["fid"]:
     column = f"{name}/fid" if name != "fid" else "fid"
     found.append(Column(name=column, title="FID ↓", cells=(("fid", name, "fid"),), scale=1.0))
@@ -78,7 +79,7 @@ def choose(columns: Sequence[Column], names: Sequence[str]) -> tuple[Column, ...
   return tuple(known[name] for name in names or known)
 
 
-_TASKS = ("agreement", "fid", "zero_shot", "retrieval")
+_TASKS = ("agreement", "recognition", "fid", "zero_shot", "retrieval")
 
 
 def _percent(task: str, name: str, metric: str, title: str) -> Column:

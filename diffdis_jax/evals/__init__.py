@@ -11,16 +11,25 @@ from diffdis_jax.evals.agreement import Agreement
 from diffdis_jax.evals.base import Eval
 from diffdis_jax.evals.fid import Fid
 from diffdis_jax.evals.long_tail import LongTail
+from diffdis_jax.evals.recognition import Recognition
 from diffdis_jax.evals.retrieval import Retrieval
 from diffdis_jax.evals.zero_shot import ZeroShot
 from diffdis_jax.models.build import ALIGNED
 
-EVALS = {"zero_shot": ZeroShot, "retrieval": Retrieval, "agreement": Agreement, "fid": Fid, "long_tail": LongTail}
+EVALS = {
+  "zero_shot": ZeroShot,
+  "retrieval": Retrieval,
+  "agreement": Agreement,
+  "recognition": Recognition,
+  "fid": Fid,
+  "long_tail": LongTail,
+}
 # What a run has to be trained for, one of them.
 MEASURES = {
   "zero_shot": ALIGNED,
   "retrieval": ALIGNED,
   "agreement": ("generation",),
+  "recognition": ("generation",),
   "fid": ("generation",),
   "long_tail": ALIGNED,
 }

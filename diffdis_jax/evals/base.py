@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image
 
 from diffdis_jax.data import records, sources, transforms
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled
@@ -117,6 +118,11 @@ def _usable(index: SupportsIndex) -> Iterator[None]:
     raise UserError(f"record {index} of the data set is no use: {error}; prepare the data set again") from error
 
 
+def decoded(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
+  """A record's image. Raises records.Unusable: bytes that show none."""
+  return transforms.decode(image) if isinstance(image, np.ndarray) else records.read_image(image)
+
+
 def to_square(
   image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int, fraction: float = 1.0
 ) -> UInt8[np.ndarray, "s s 3"]:
@@ -125,14 +131,14 @@ def to_square(
   Args:
     fraction: of the square's side that is kept, its middle; 0.875 is 224 px of 256.
   """
-  decoded = transforms.decode(image) if isinstance(image, np.ndarray) else records.read_image(image)
   side = int(image_size / fraction)
   start = (side - image_size) // 2
-  return np.asarray(transforms.resize(decoded, side))[start : start + image_size, start : start + image_size]
+  return np.asarray(transforms.resize(decoded(image), side))[start : start + image_size, start : start + image_size]
 
 
 @functools.cache
-def _decoders() -> ThreadPoolExecutor:
+def decoders() -> ThreadPoolExecutor:
+  """Threads that decode images, a core each."""
   # Decoding and resizing leave the interpreter to the others.
   return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decoder")
 
@@ -151,7 +157,7 @@ class Images:
     return len(self.indices)
 
   def __getitem__(self, places: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w 3"]:
-    return np.stack(list(_decoders().map(self._square, self.indices[places].tolist())))
+    return np.stack(list(decoders().map(self._square, self.indices[places].tolist())))
 
   def _square(self, index: int) -> UInt8[np.ndarray, "s s 3"]:
     with _usable(index):

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from diffdis_jax import evals
+from diffdis_jax.data import sources
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import recognition
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "grey": (120, 120, 120)}
+
+
+def paint(name: str, seed: int) -> np.ndarray:
+  """A disc of the class's colour."""
+  rng = np.random.default_rng(seed)
+  y, x = np.mgrid[:16, :16]
+  disc = (x - rng.uniform(6, 10)) ** 2 + (y - rng.uniform(6, 10)) ** 2 < rng.uniform(16, 36)
+  return np.where(disc[..., None], COLOURS[name], 255).astype(np.uint8)
+
+
+def records(*names: str, each: int) -> list[dict]:
+  return [{"image": paint(name, seed), "label": name} for seed in range(each) for name in names]
+
+
+class Painter:
+  """A generator that paints what the prompt says, or what `instead` makes of it."""
+
+  image_size = 16
+  max_length = 8
+  generation_protocol = {"steps": 30, "guidance": 2.0}
+
+  def __init__(self, **instead):
+    self.instead, self.asked = instead, []
+
+  def noise(self, n, seed):
+    return np.full((n, 2, 2, 4), seed, np.float32)
+
+  def generate(self, params, tokens, noise):
+    assert len(tokens) == len(noise)
+    texts = [Tokenizer(self.max_length).decode(row) for row in tokens]
+    self.asked = [next(name for name in COLOURS if name in text) for text in texts]
+    return np.stack([paint(self.instead.get(name, name), 1000 + i) for i, name in enumerate(self.asked)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_well() -> Iterator[None]:
+  """The judge's training takes longer than its compiling."""
+  quick = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", quick)
+
+
+@pytest.fixture(scope="module")
+def evaluation(request):
+  """Of the colours of `train`; a fourth one is in `other` alone, from which the judge learns too."""
+  patch = pytest.MonkeyPatch()
+  patch.setattr(sources, "open_source", lambda **section: SPLITS[section["split"]])
+  request.addfinalizer(patch.undo)
+  return evals.create("recognition", data={"split": "train"}, splits=("other",), template="a {}", epochs=8, per_class=5)
+
+
+SPLITS = {"train": records("red", "green", "blue", each=64), "other": records("red", "grey", each=32)}
+
+
+def test_what_was_asked_for_is_recognised(evaluation):
+  painter = Painter()
+  metrics = evaluation.run(painter, {})
+  assert metrics["judge_acc1"] >= 0.95 and metrics["recognised_acc1"] >= 0.95
+  assert metrics["judge_acc5"] == metrics["recognised_acc5"] == 1.0  # of four classes
+  assert sorted(painter.asked) == ["blue"] * 5 + ["green"] * 5 + ["red"] * 5
+
+
+def test_what_was_not_asked_for_is_not_recognised(evaluation):
+  assert evaluation.run(Painter(red="green", green="blue", blue="grey"), {})["recognised_acc1"] <= 0.1
+  one_wrong = evaluation.run(Painter(red="grey"), {})
+  assert one_wrong["recognised_acc1"] == pytest.approx(2 / 3, abs=0.1)
+  assert one_wrong["judge_acc1"] == evaluation.get_judge()[1]["judge_acc1"]  # trained once
+
+
+def test_the_protocol_says_what_the_judge_saw(evaluation):
+  protocol = evaluation.protocol(Painter())
+  assert {"steps": 30, "num_images": 15, "num_classes": 4, "templates": ["a {}"]}.items() <= protocol.items()
+  assert protocol["judge"] == {"splits": ["train", "other"], "epochs": 8, "trained_on": 230, "measured_on": 26}
+
+
+def test_images_held_out_are_not_trained_on(evaluation, monkeypatch):
+  seen = {}
+
+  def train(images, labels, **settings):
+    seen.update(images=[np.asarray(image).tobytes() for image in images], labels=labels)
+    return recognition.Classifier(3, rngs=nnx.Rngs(0))
+
+  def classify(model, images):
+    seen.update(measured=len(images))
+    return np.zeros((len(images), 3), np.float32)
+
+  monkeypatch.setattr(recognition, "train_classifier", train)
+  monkeypatch.setattr(recognition, "classify", classify)
+  evaluation = evals.create("recognition", data={"split": "train"}, held_out=0.25)
+  assert evaluation.get_judge()[1] == {"judge_acc1": 0.0, "judge_acc5": 1.0}
+  everything = [record["image"].tobytes() for record in SPLITS["train"]]
+  assert len(seen["images"]) == 144 and seen["measured"] == 48
+  assert len({*everything} - {*seen["images"]}) == 48
+  own = {record["image"].tobytes(): record["label"] for record in SPLITS["train"]}
+  assert [evaluation.classnames[k] for k in seen["labels"]] == [own[image] for image in seen["images"]]
+
+
+def test_ties_and_nans_are_wrong():
+  logits = np.array([[3.0, 1.0, 2.0], [3.0, 3.0, 1.0], [np.nan, 1.0, 2.0], [0.0, 1.0, 2.0]], np.float32)
+  np.testing.assert_array_equal(recognition.ranks(logits, np.array([0, 0, 0, 0])), [0, 1, 2, 2])
+  np.testing.assert_array_equal(recognition.ranks(logits[2:], np.array([2, 1])), [1, 1])
+
+
+@pytest.mark.parametrize(
+  ("splits", "settings", "message"),
+  [
+    (dict(train=records("red", each=9)), {}, "has one class, 'red'"),
+    (dict(train=records("red", "blue", each=2)), {"held_out": 0.1}, "held_out=0.1 of 4 images is none"),
+    (dict(train=[{"image": paint("red", 0), "label": 3}] * 9), {}, "holds 3; a label should be a class's name"),
+    (dict(train=records("red", "blue", each=9)), {"label_field": "kind"}, "no field 'kind'"),
+    (dict(train=records("red", "blue", each=9)), {"epochs": 0}, "epochs"),
+    (dict(train=records("red", "blue", each=9)), {"template": "an icon"}, "an icon"),
+  ],
+)
+def test_wrong_settings_are_refused(splits, settings, message, monkeypatch):
+  monkeypatch.setattr(sources, "open_source", lambda **section: splits[section["split"]])
+  with pytest.raises(UserError, match=message):
+    evals.create("recognition", data={"split": "train"}, **settings)
