@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
     raise ValueError(f"argument objectives={args.objectives} should be both, discrimination or contrastive")
   config = common.base(medium(), image_size=32)
   config.model.query_init = 0.0  # a shorter plateau at the start
-  config.data.update(name="pairs", path=args.path, max_length=24)
+  config.data.update(name="pairs", path=args.path, max_length=16)
   config.data.augment.update(
     shift=0.06, zoom=0.15, rotation=10.0, brightness=0.2, contrast=0.2, saturation=0.3, hue=0.04
   )
@@ -57,24 +57,20 @@ def get_config(arg: str = "") -> ConfigDict:
     config.save_every = 500
     return config
 
-  config.num_steps, config.batch_size = 4500, 128
-  # As in shapes.py: a slow text tower, random token vectors left alone.
+  config.num_steps, config.batch_size = 9000, 64
+  # Captions name the drawing style, which zero-shot classification does not ask for, and the concept alone half the time.
+  config.data.caption_fields = ("caption", "concept")
   config.loss.ita_weight = 0.3
+  # After 300 steps L_ITA was 3.2 at a rate of 2e-3, 3.0 at 1e-3 and 2.6 at 5e-4; at 2.5e-4 as at 5e-4.
   config.optim.update(
-    groups=(
-      ("^autoencoder|^text_encoder.tokens", "frozen"),
-      ("^text_encoder", "text"),
-      ("^unet", "unet"),
-      ("^logit_scale", "temperature"),
-      (".*", "new"),
-    ),
-    random_frozen="^text_encoder.tokens",
-    rates=dict(text=7e-4, unet=2e-3, new=1.2e-3, temperature=5e-3),
+    groups=(("^autoencoder", "frozen"), ("^logit_scale", "temperature"), (".*", "new")),
+    rates=dict(new=5e-4, temperature=5e-3),
     warmup_steps=100,
+    weight_decay=0.2,
     ema_decay=0.998,
   )
   config.text_diffusion.update(schedule="scaled_linear", gamma=0.1)
-  config.save_every = config.eval_every = config.sample_every = 500
+  config.save_every = config.eval_every = config.sample_every = 1800
   data = lambda split: dict(name="pairs", path=args.path, split=split, image_size=32)
   zero_shot = lambda split, **settings: dict(
     task="zero_shot", data=data(split), label_field="concept", templates=TEMPLATES, **settings
@@ -100,14 +96,6 @@ def to_clip(config: ConfigDict) -> None:
   """Makes it a CLIP. Its text tower has one layer more, CLIP's projection, and trains as it does beside the UNet."""
   config.objectives = ("contrastive",)
   config.model = clip_medium()
-  config.optim.update(
-    groups=(
-      ("^text_encoder.tokens", "frozen"),
-      ("^text_encoder", "text"),
-      ("^logit_scale", "temperature"),
-      (".*", "new"),
-    ),
-    rates=dict(text=7e-4, new=1.2e-3, temperature=5e-3),
-    no_decay=r"bias$|norm|positions|class_token|logit_scale",
-  )
+  config.optim.groups = config.optim.groups[1:]
+  config.optim.no_decay = r"bias$|norm|positions|class_token|logit_scale"
   config.sample_prompts = ()

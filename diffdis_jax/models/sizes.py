@@ -70,7 +70,7 @@ def medium() -> ConfigDict:
   model = small()
   model.unet.update(widths=(32, 64, 128), attention=(False, True, True))
   model.alignment.update(width=128, depth=2)
-  model.text_encoder.update(max_length=24, width=128, mlp_width=512)
+  model.text_encoder.update(width=128, mlp_width=512)
   model.autoencoder.update(widths=(24, 48), patch=1, latent_channels=4)
   return model
 
