@@ -151,7 +151,7 @@ class Recognition:
     names = {split: _labels(source, label_field) for split, source in opened.items()}
     self.classnames = tuple(sorted({name for labels in names.values() for name in labels}))
     if len(self.classnames) < 2:
-      raise UserError(f"field {label_field!r} has one class, {self.classnames[0]!r}; recognition needs two or more")
+      raise UserError(f"field {label_field!r} names {', '.join(self.classnames)} alone; recognition needs two classes")
     index = {name: i for i, name in enumerate(self.classnames)}
     self._labels = np.array([index[name] for labels in names.values() for name in labels])
     self._drawn = np.array(sorted({index[name] for name in names[split]}))

@@ -121,7 +121,7 @@ def test_ties_and_nans_are_wrong():
 @pytest.mark.parametrize(
   ("splits", "settings", "message"),
   [
-    (dict(train=records("red", each=9)), {}, "has one class, 'red'"),
+    (dict(train=records("red", each=9)), {}, "names red alone"),
     (dict(train=records("red", "blue", each=2)), {"held_out": 0.1}, "held_out=0.1 of 4 images is none"),
     (dict(train=[{"image": paint("red", 0), "label": 3}] * 9), {}, "holds 3; a label should be a class's name"),
     (dict(train=records("red", "blue", each=9)), {"label_field": "kind"}, "no field 'kind'"),
