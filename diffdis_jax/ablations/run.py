@@ -114,7 +114,7 @@ def perform_all(
     0, or the exit code for runs that failed: 2 if each of them had bad input, else 1.
 
   Raises:
-    Preempted: SIGTERM came, which the runs' processes got too.
+    Preempted: SIGTERM came, which the runs' processes got too; or Ctrl-C, whose own exception Python may drop.
   """
   failed: dict[str, int] = {}
 
@@ -169,7 +169,7 @@ def _side_by_side(
     try:
       for done in futures.as_completed(submitted):
         done.result()
-    except BaseException:  # Ctrl-C, too: else the pool would go on with the next run
+    except BaseException:  # else the pool would go on with the next run
       children.stop()
       raise
 
@@ -183,7 +183,7 @@ def _shares(count: int) -> list[set[int] | None]:
 
 
 class _Children:
-  """Processes that get this one's SIGTERM."""
+  """Processes that get SIGTERM when this one gets it, or Ctrl-C."""
 
   def __init__(self) -> None:
     self.asked = False
@@ -191,16 +191,24 @@ class _Children:
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[_Children]:
-    """Takes SIGTERM, where this is the main thread; leaves no process behind."""
-    before = None
+    """Takes both signals, where this is the main thread; leaves no process behind."""
+    handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-      before = signal.signal(signal.SIGTERM, lambda number, frame: self.stop())
+      for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, self._on_signal)
     try:
       yield self
     finally:
       self.stop()
-      if before is not None:
-        signal.signal(signal.SIGTERM, before)
+      for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+  def _on_signal(self, number: int, frame: Any) -> None:
+    self.stop()
+    # Python drops what is raised within a callback of its garbage collector, and jax has set one: then it ends as
+    # after SIGTERM.
+    if number == signal.SIGINT:
+      raise KeyboardInterrupt
 
   def run(self, command: Sequence[str], log: str | None, cores: set[int] | None) -> int:
     """The exit code of a process on these cores, whose output is appended to the file `log`."""
