@@ -96,6 +96,6 @@ def to_clip(config: ConfigDict) -> None:
   """Makes it a CLIP. Its text tower has one layer more, CLIP's projection, and trains as it does beside the UNet."""
   config.objectives = ("contrastive",)
   config.model = clip_medium()
-  config.optim.groups = config.optim.groups[1:]
+  config.optim.groups = config.optim.groups[1:]  # there is no autoencoder
   config.optim.no_decay = r"bias$|norm|positions|class_token|logit_scale"
   config.sample_prompts = ()

@@ -114,7 +114,8 @@ def perform_all(
     0, or the exit code for runs that failed: 2 if each of them had bad input, else 1.
 
   Raises:
-    Preempted: SIGTERM came, which the runs' processes got too; or Ctrl-C, whose own exception Python may drop.
+    Preempted: SIGTERM came, which the runs' processes got too.
+    KeyboardInterrupt: Ctrl-C, after which they got SIGTERM.
   """
   failed: dict[str, int] = {}
 
@@ -186,7 +187,7 @@ class _Children:
   """Processes that get SIGTERM when this one gets it, or Ctrl-C."""
 
   def __init__(self) -> None:
-    self.asked = False
+    self.asked = self._interrupted = False
     self._running: set[subprocess.Popen[bytes]] = set()
 
   @contextlib.contextmanager
@@ -198,6 +199,10 @@ class _Children:
         handlers[number] = signal.signal(number, self._on_signal)
     try:
       yield self
+    except Preempted:
+      if self._interrupted:
+        raise KeyboardInterrupt from None
+      raise
     finally:
       self.stop()
       for number, handler in handlers.items():
@@ -205,9 +210,10 @@ class _Children:
 
   def _on_signal(self, number: int, frame: Any) -> None:
     self.stop()
-    # Python drops what is raised within a callback of its garbage collector, and jax has set one: then it ends as
-    # after SIGTERM.
     if number == signal.SIGINT:
+      # Python drops what is raised within a callback of its garbage collector, and jax has set one. Then the runs that
+      # were ended tell of it.
+      self._interrupted = True
       raise KeyboardInterrupt
 
   def run(self, command: Sequence[str], log: str | None, cores: set[int] | None) -> int:

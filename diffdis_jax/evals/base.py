@@ -118,8 +118,13 @@ def _usable(index: SupportsIndex) -> Iterator[None]:
     raise UserError(f"record {index} of the data set is no use: {error}; prepare the data set again") from error
 
 
-def decoded(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
-  """A record's image. Raises records.Unusable: bytes that show none."""
+def read_image(source: Any, index: SupportsIndex) -> Image.Image:
+  """The image of a record of a source. Raises as `read` does."""
+  with _usable(index):
+    return _decoded(source[int(index)]["image"])
+
+
+def _decoded(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
   return transforms.decode(image) if isinstance(image, np.ndarray) else records.read_image(image)
 
 
@@ -133,7 +138,7 @@ def to_square(
   """
   side = int(image_size / fraction)
   start = (side - image_size) // 2
-  return np.asarray(transforms.resize(decoded(image), side))[start : start + image_size, start : start + image_size]
+  return np.asarray(transforms.resize(_decoded(image), side))[start : start + image_size, start : start + image_size]
 
 
 @functools.cache

@@ -178,7 +178,7 @@ class Recognition:
   def get_judge(self) -> tuple[Classifier, dict[str, float]]:
     """The classifier, trained when first asked for, and how often it is right on the real images held out."""
     if self._judge is None:
-      images = [base.decoded(base.read(source, i)["image"]) for source in self._sources for i in range(len(source))]
+      images = [base.read_image(source, i) for source in self._sources for i in range(len(source))]
       model = train_classifier(
         [images[i] for i in self._trained],
         self._labels[self._trained],

@@ -140,6 +140,12 @@ def test_columns_of_the_emoji_and_a_choice_of_them():
     columns.choose(found, ["val_vendor/acc"])
 
 
+def test_the_column_of_recognition():
+  (column,) = columns.columns_of({"drawn": {"task": "recognition"}})
+  results = {"recognition": {"drawn": {"metrics": {"recognised_acc1": 0.25, "judge_acc1": 0.5}}}}
+  assert (column.name, column.title, column.read(results)) == ("drawn/recognised_acc1", "drawn right, drawn ↑", 25.0)
+
+
 def test_protocols_are_not_mixed(tmp_path):
   plan, folder = make_plan(names=["4"], seeds=(0,)), Folder(tmp_path)
   (off,), (on,) = plan.rows["4", 0], plan.rows["4", 1]
