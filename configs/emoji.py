@@ -10,11 +10,14 @@
 
 DIR_OF_TARBALLS is a folder of npm packages; docs/data.md has the line that fetches them.
 
-For comparison, discrimination alone, and a CLIP on the same pairs with the same text tower, images, batch and number of
+For comparison, one objective alone, and a CLIP on the same pairs with the same text tower, images, batch and number of
 samples; CLIP needs no autoencoder:
 
   ... --config=configs/emoji.py:objectives=discrimination,path=data/emoji --config.init_from=runs/emoji/autoencoder
+  ... --config=configs/emoji.py:objectives=generation,path=data/emoji --config.init_from=runs/emoji/autoencoder
   ... --config=configs/emoji.py:objectives=contrastive,path=data/emoji
+
+A classifier of the real icons says how many generated ones it recognises: evaluate ... --tasks=recognition
 
 Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, concepts not in train; openmoji, line
 drawings, where OpenMoji's package is there. Records have a field `concept`. On a GPU: --config.batch_size=512
@@ -41,8 +44,8 @@ PROMPTS = tuple(
 
 def get_config(arg: str = "") -> ConfigDict:
   args = common.parse_arg(arg, autoencoder=False, objectives="both", path="")
-  if args.objectives not in ("both", "discrimination", "contrastive"):
-    raise ValueError(f"argument objectives={args.objectives} should be both, discrimination or contrastive")
+  if args.objectives not in ("both", "discrimination", "generation", "contrastive"):
+    raise ValueError(f"argument objectives={args.objectives} should be both, discrimination, generation or contrastive")
   config = common.base(medium(), image_size=32)
   config.model.query_init = 0.0  # a shorter plateau at the start
   config.data.update(name="pairs", path=args.path, max_length=16)
@@ -63,8 +66,13 @@ def get_config(arg: str = "") -> ConfigDict:
   config.loss.ita_weight = 0.3
   # Discrimination alone, seed 0: L_ITA after 300 steps was 3.2 at UNet's rate of 2e-3, 3.0 at 1e-3 and 2.6 at 5e-4.
   config.optim.update(
-    groups=(("^autoencoder", "frozen"), ("^logit_scale", "temperature"), (".*", "new")),
-    rates=dict(new=5e-4, temperature=5e-3),
+    groups=(
+      ("^autoencoder", "frozen"),
+      ("^logit_scale", "temperature"),
+      (r"^unet\.(up|norm_out|conv_out)", "drawing"),  # the UNet's way up, which generation has for itself
+      (".*", "new"),
+    ),
+    rates=dict(new=5e-4, temperature=5e-3, drawing=1e-3),
     warmup_steps=100,
     weight_decay=0.2,
     ema_decay=0.998,
@@ -85,10 +93,21 @@ def get_config(arg: str = "") -> ConfigDict:
   config.train_evals = ("val_vendor", "val_concepts")
   config.sample_prompts = PROMPTS
   config.inference.update(draws=4, generation_steps=50, generation_guidance=3.0)
+  drawn = dict(
+    task="recognition",
+    data=data("train"),
+    splits=("val_vendor", "test_vendor"),
+    label_field="concept",
+    template=TEMPLATES[0],
+  )
   if args.objectives == "contrastive":
     to_clip(config)
   elif args.objectives != "both":
     config.objectives = (args.objectives,)
+  if args.objectives == "generation":
+    config.evals, config.train_evals = {}, ()
+  if args.objectives in ("both", "generation"):
+    config.evals.drawn = drawn
   return config
 
 
@@ -96,6 +115,6 @@ def to_clip(config: ConfigDict) -> None:
   """Makes it a CLIP. Its text tower has one layer more, CLIP's projection, and trains as it does beside the UNet."""
   config.objectives = ("contrastive",)
   config.model = clip_medium()
-  config.optim.groups = config.optim.groups[1:]  # there is no autoencoder
+  config.optim.groups = (("^logit_scale", "temperature"), (".*", "new"))
   config.optim.no_decay = r"bias$|norm|positions|class_token|logit_scale"
   config.sample_prompts = ()

@@ -217,15 +217,27 @@ def test_arguments_that_are_no_choice(name, arg):
 
 
 def test_the_emoji_clip_shares_all_that_it_can_with_the_diffdis():
-  """Text tower but for its projection, data, images, batch, samples and what is measured."""
+  """Text tower but for its projection, data, images, batch, samples and what is measured of both."""
   joint, alone, clip = (
     flat(get_config("emoji", arg)) for arg in ("", "objectives=discrimination", "objectives=contrastive")
   )
+  joint = {key: value for key, value in joint.items() if not key.startswith("evals.drawn.")}
   assert {key for key in joint if joint[key] != alone[key]} == {"objectives"}
   own = r"model\.(?!text_encoder)|objectives|sample_prompts|optim\.(groups|no_decay)|model.text_encoder.projection"
   differing = {key for key in joint.keys() | clip.keys() if joint.get(key) != clip.get(key)}
   assert not {key for key in differing if not re.match(own, key)}
   assert clip["optim.rates.new"] == joint["optim.rates.new"]
+
+
+def test_the_emoji_are_measured_for_what_is_trained():
+  tasks = lambda config: {section.task for section in config.evals.values()}
+  both, generation, discrimination, clip = (
+    get_config("emoji", arg)
+    for arg in ("", "objectives=generation", "objectives=discrimination", "objectives=contrastive")
+  )
+  assert tasks(both) == {"zero_shot", "retrieval", "recognition"}
+  assert tasks(generation) == {"recognition"} and generation.train_evals == ()
+  assert tasks(discrimination) == tasks(clip) == {"zero_shot", "retrieval"}
 
 
 @pytest.mark.parametrize("arg", ["backbone=diffdis", "backbone=clip"])
