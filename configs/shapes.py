@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.optim.weight_decay = 0.5
   # One caption a class: two that differ are negatives of each other, and pairs never seen fared worse.
   config.data.caption_fields = ("plain_caption",)
-  # Learned as in CLIP, τ went from 14 to 24, and one seed of four or so told pairs never seen apart less well than 90 %.
+  # Learned as in CLIP, τ went from 14 to 24, and some seeds told fewer than 90 % of images of pairs never seen apart.
   config.model.temperature = 40.0
   # From scratch, L_ITA's gradient is tens of times that of L_IG in all that they share. At a weight of 0.3 instead of
   # 0.05 both tasks were learned more slowly, and colour-shape pairs never seen were told apart less well.
