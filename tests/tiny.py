@@ -6,7 +6,6 @@ Also a config file for command lines: --config=tests/tiny.py[:autoencoder]
 from ml_collections import ConfigDict
 
 from configs import shapes
-from diffdis_jax.models.sizes import TEMPERATURE
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -26,9 +25,6 @@ def get_config(arg: str = "") -> ConfigDict:
   for section in config.evals.values():
     if "data" in section:
       section.data.update(image_size=16, num_images=64)
-  # The temperature is learned, as the paper's is.
-  model.temperature = TEMPERATURE
-  config.optim.groups = tuple((regex.replace("|^logit_scale", ""), group) for regex, group in config.optim.groups)
   # So that a test may start a run from nothing.
   config.optim.random_frozen = "^autoencoder|^text_encoder.tokens"
   config.train_evals = ()
