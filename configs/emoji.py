@@ -105,9 +105,9 @@ def get_config(arg: str = "") -> ConfigDict:
   elif args.objectives != "both":
     config.objectives = (args.objectives,)
   if args.objectives == "generation":
-    config.evals, config.train_evals = {}, ()
+    config.evals, config.train_evals = ConfigDict(), ()
   if args.objectives in ("both", "generation"):
-    config.evals.drawn = drawn
+    config.evals["drawn"] = drawn
   return config
 
 
