@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ _OPERATION = re.compile(r"\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)
 _NO_TRAFFIC = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id"}
 _NO_TRAFFIC |= {"while", "conditional", "call"}
 _NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"(calls|to_apply)=%([\w.\-]+)")
+_SAYS_NOTHING = re.compile(r", (?:metadata|frontend_attributes)=\{[^}]*\}")
 _KERNEL = re.compile(r"%(\S+) = .*custom_call_target=\"tpu_custom_call\"")
 _COST = re.compile(r'"(flops|transcendentals|bytes_accessed)":"?(\d+)')
 _LAID_OUT = re.compile(r"([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
@@ -128,7 +131,7 @@ def kernels(text: str) -> dict[str, Kernel]:
 
 def operations(text: str) -> dict[str, str]:
   """Name -> opcode of each operation of the program's own computation, not of those that it calls."""
-  return {name: opcode for name, _, opcode, _ in _own(text)}
+  return {name: opcode for name, _, opcode, *_ in _own(text)}
 
 
 def has_loops(text: str) -> bool:
@@ -139,17 +142,57 @@ def traffic(text: str) -> dict[str, int]:
   """Bytes that each operation of the program reads from the device's memory and writes to it, those apart that stay in
   memory on the chip. Without operations that go on beside others, and those that run computations of their own."""
   sizes, found = {}, {}
-  for name, shape, opcode, operands in _own(text):
+  for name, shape, opcode, operands, _ in _own(text):
     sizes[name] = _in_memory(shape)
     if opcode not in _NO_TRAFFIC and not opcode.endswith(("-start", "-done")) and not opcode.startswith("async"):
       found[name] = sizes[name] + sum(sizes.get(each, 0) for each in set(_NAME.findall(operands)))
   return found
 
 
-def _own(text: str) -> Iterator[tuple[str, str, str, str]]:
+def alike(text: str) -> dict[str, int]:
+  """Name of each operation of the program -> a number, which operations that differ in names alone share.
+
+  The TPU compiler makes code for one of them, and has the others use it: a network's layers are compiled once.
+  """
+  bodies = _bodies(text)
+
+  @functools.cache
+  def numbered(name: str) -> str:
+    """A computation's text without its own names, and with those that it calls in place."""
+    numbers: dict[str, str] = {}
+    lines = (called(_SAYS_NOTHING.sub("", line)) for line in bodies[name])
+    return "\n".join(_NAME.sub(lambda m: numbers.setdefault(m[1], f"%{len(numbers)}"), line) for line in lines)
+
+  def called(line: str) -> str:
+    return _CALLED.sub(lambda m: f"{m[1]}={{{numbered(m[2])}}}" if m[2] in bodies else m[0], line)
+
+  shapes, kinds, found = {}, {}, {}
+  for name, shape, opcode, operands, rest in _own(text):
+    shapes[name] = shape
+    rest = _NAME.sub("%", called(_SAYS_NOTHING.sub("", rest)))
+    kind = shape, opcode, tuple(shapes.get(each) for each in _NAME.findall(operands)), rest
+    found[name] = kinds.setdefault(kind, len(kinds))
+  return found
+
+
+def _bodies(text: str) -> dict[str, list[str]]:
+  """Lines of each computation that others call."""
+  found: dict[str, list[str]] = {}
+  lines: list[str] = []
+  for line in _COMMENT.sub("", text[: text.find("ENTRY ")]).splitlines():
+    if header := _COMPUTATION.match(line):
+      lines = found[header[1]] = []
+    else:
+      lines.append(line)
+  return found
+
+
+def _own(text: str) -> Iterator[tuple[str, str, str, str, str]]:
+  """Name, shape, opcode, operands of each operation of the program's own computation, and what follows them."""
   for line in text[text.find("ENTRY ") :].splitlines():
-    if match := _OPERATION.match(_COMMENT.sub("", line)):
-      yield match[1], match[2], match[3], match[4]
+    line = _COMMENT.sub("", line)
+    if match := _OPERATION.match(line):
+      yield match[1], match[2], match[3], match[4], line[match.end(4) :]
 
 
 def _in_memory(shape: str) -> int:

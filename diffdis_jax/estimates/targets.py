@@ -226,7 +226,8 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
     return Compiled(arguments=0, temporaries=needed, outputs=0, fits=False)
   memory: Any = program.memory_analysis()
   costs, text = program.cost_analysis() or {}, program.as_text() or ""
-  cycles = schedules.cycles_by_operation(schedules.folder()) if target.compiler == "tpu" else {}
+  written = schedules.cycles_by_operation(schedules.folder()) if target.compiler == "tpu" else {}
+  cycles = times.cycles_of_all(text, written)
   in_kernels = sum(cycles.get(name, 0) for name in hlo.kernels(text)) / chip.clock if chip.clock else 0.0
   compiled = Compiled(
     arguments=memory.argument_size_in_bytes,

@@ -27,6 +27,13 @@ def estimated_seconds(costs: Mapping[str, float], text: str, chip: Chip, in_kern
   return max(seconds, 0.0) or None
 
 
+def cycles_of_all(text: str, written: Mapping[str, int]) -> dict[str, int]:
+  """Operation -> cycles by its schedule, where one alone is written for operations that are alike."""
+  numbers = hlo.alike(text)
+  cycles = {numbers[name]: count for name, count in written.items() if name in numbers}
+  return {**written, **{name: cycles[number] for name, number in numbers.items() if number in cycles}}
+
+
 def seconds_by_roof(text: str, cycles: Mapping[str, int], chip: Chip) -> float | None:
   """Of each operation the longer of its schedule and its memory traffic, added up; None where there are no schedules,
   or loops, whose turns the text does not say."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffdis_jax.estimates import hlo
+from diffdis_jax.estimates import hlo, times
 from tests import steps
 
 GROUPS = "channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}"
@@ -199,3 +201,59 @@ def test_memory_traffic():
 
 def test_what_kernels_declare():
   assert hlo.kernels(PROGRAM.replace("{COST}", COST)) == {"k.1": hlo.Kernel(flops=7000, transcendentals=50, bytes=64)}
+
+
+ALIKE = """
+%adds.1 (a.1: f32[8]) -> f32[8] {
+  %a.1 = f32[8]{0} parameter(0)
+  ROOT %sum.1 = f32[8]{0} add(%a.1, %a.1), metadata={op_name="first/add"}
+}
+
+%fused.1 (a.2: f32[8]) -> f32[8] {
+  %a.2 = f32[8]{0} parameter(0)
+  ROOT %b.2 = f32[8]{0} fusion(%a.2), kind=kLoop, calls=%adds.1
+}
+
+%adds.2 (a.3: f32[8]) -> f32[8] {
+  %a.3 = f32[8]{0} parameter(0)
+  ROOT %sum.3 = f32[8]{0} add(%a.3, %a.3), metadata={op_name="second/add"}
+}
+
+%fused.2 (a.4: f32[8]) -> f32[8] {
+  %a.4 = f32[8]{0} parameter(0)
+  ROOT %b.4 = f32[8]{0} fusion(%a.4), kind=kLoop, calls=%adds.2
+}
+
+%fused.3 (a.5: f32[8]) -> f32[8] {
+  %a.5 = f32[8]{0} parameter(0)
+  ROOT %b.5 = f32[8]{0} multiply(%a.5, %a.5)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %near = f32[8]{0:T(8)S(1)} copy(%p)
+  %one = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused.1, metadata={op_name="first"}
+  %two = f32[8]{0} fusion(%one), kind=kLoop, calls=%fused.2, metadata={op_name="second"}
+  %other = f32[8]{0} fusion(%one), kind=kLoop, calls=%fused.3
+  %of_near = f32[8]{0} fusion(%near), kind=kLoop, calls=%fused.1
+  %k.1 = f32[8]{0} custom-call(%two), custom_call_target="tpu_custom_call", backend_config={"body":"A="}
+  %k.2 = f32[8]{0} custom-call(%k.1), custom_call_target="tpu_custom_call", backend_config={"body":"A="}
+  ROOT %k.3 = f32[8]{0} custom-call(%k.2), custom_call_target="tpu_custom_call", backend_config={"body":"B="}
+}
+"""
+
+
+def test_operations_alike_but_for_names():
+  """The same computation of the same shapes in the same memory, or the same kernel."""
+  groups = collections.defaultdict(set)
+  for name, number in hlo.alike(ALIKE).items():
+    groups[number].add(name)
+  assert {"one", "two"} in groups.values() and {"k.1", "k.2"} in groups.values()
+  assert {frozenset(names) for names in groups.values() if len(names) == 1} == {
+    frozenset({name}) for name in ("p", "near", "other", "of_near", "k.3")
+  }
+
+
+def test_a_schedule_is_written_once_for_operations_alike():
+  written = {"two": 5, "k.1": 7, "k.3": 9, "in_a_loop": 11}
+  assert times.cycles_of_all(ALIKE, written) == {"one": 5, "two": 5, "k.1": 7, "k.2": 7, "k.3": 9, "in_a_loop": 11}
