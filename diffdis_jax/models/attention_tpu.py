@@ -3,6 +3,9 @@
 Arrays are [b, h, d, n]: channels lie in sublanes, tokens in lanes. Lanes come by 128 and sublanes by 8, so that a head
 of 40 channels stays 40, where channels in lanes would be padded to 128. Scores are [m, n], keys by queries: their
 maximum and sum over keys are one row, as everything else that belongs to a query.
+
+Tokens that do not fill their lanes are not padded in memory, which would move every array once more: the last block
+reaches beyond the array, and what it reads there, anything at all, is left out in the kernel.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def is_possible(n: int, m: int, d: int) -> bool:
 
 
 def choose_blocks(n: int, m: int, h: int) -> Blocks:
-  """The largest blocks that divide n queries, a multiple of 128, and h heads, within MAX_SCORES scores."""
+  """The largest blocks that divide n queries and h heads, within MAX_SCORES scores; n and m are multiples of 128."""
 
   def largest(whole: int, unit: int, limit: int) -> int:
     return max(size for size in range(unit, max(min(limit, whole), unit) + 1, unit) if whole % size == 0)
@@ -64,27 +67,21 @@ def attend_with_lse(
   Args:
     interpret: run on any platform, slowly, as the tests do.
   """
-  n, m = q.shape[1], k.shape[1]
-  to_lanes = lambda x: jnp.pad(
-    rearrange(x, "b n h d -> b h d n"), ((0, 0), (0, 0), (0, 0), (0, _padded(x.shape[1]) - x.shape[1]))
-  )
-  results: Any = _attend(*map(to_lanes, (q, k, v)), m, interpret)
+  results: Any = _attend(*(rearrange(x, "b n h d -> b h d n") for x in (q, k, v)), interpret)
   attended, lse = results
-  return rearrange(attended[..., :n], "b h d n -> b n h d"), rearrange(lse[..., :n], "b h 1 n -> b n h") / LOG2_E
+  return rearrange(attended, "b h d n -> b n h d"), rearrange(lse, "b h 1 n -> b n h") / LOG2_E
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(q: Array, k: Array, v: Array, keys: int, interpret: bool) -> tuple[Array, Array]:
-  return _attend_forward(q, k, v, keys, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q: Array, k: Array, v: Array, interpret: bool) -> tuple[Array, Array]:
+  return _attend_forward(q, k, v, interpret)[0]
 
 
-def _attend_forward(
-  q: Array, k: Array, v: Array, keys: int, interpret: bool
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-  """The results are [b, h, d, n] and, to base 2, [b, h, 1, n]. Of the keys the first `keys` count."""
+def _attend_forward(q: Array, k: Array, v: Array, interpret: bool) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+  """The results are [b, h, d, n] and, to base 2, [b, h, 1, n]."""
 
   def own(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-    call = _Call(q, k, keys)
+    call = _Call(q, k)
     return call(
       _forward_kernel,
       name="attention",
@@ -99,10 +96,10 @@ def _attend_forward(
 
 
 def _attend_backward(
-  keys: int, interpret: bool, kept: tuple[Array, ...], gradients: tuple[Array, Array]
+  interpret: bool, kept: tuple[Array, ...], gradients: tuple[Array, Array]
 ) -> tuple[Array, Array, Array]:
   def own(q: Array, k: Array, v: Array, *rest: Array) -> tuple[Array, Array, Array]:
-    call = _Call(q, k, keys)
+    call = _Call(q, k)
     queries, row = call.of_queries, call.of_row
     return call(
       _backward_kernel,
@@ -110,7 +107,7 @@ def _attend_backward(
       inputs=(queries, call.of_keys, call.of_keys, queries, row, queries, row),
       outputs=((queries, q), (call.of_keys, k), (call.of_keys, v)),
       products=5,
-      scratch=[pltpu.VMEM((call.blocks.heads, *k.shape[2:]), F32)] * 2,
+      scratch=[pltpu.VMEM(call.of_keys.block_shape[1:], F32)] * 2,
       interpret=interpret,
     )(q, k, v, *rest)
 
@@ -123,17 +120,16 @@ _attend.defvjp(_attend_forward, _attend_backward)
 class _Call:
   """Grid and blocks of both kernels: batch, groups of heads, blocks of queries; keys are always whole."""
 
-  def __init__(self, q: Array, k: Array, keys: int):
+  def __init__(self, q: Array, k: Array):
     b, h, d, n = q.shape
-    m = k.shape[-1]
-    self.blocks = choose_blocks(n, m, h)
-    heads, queries = self.blocks
-    self.grid = (b, h // heads, n // queries)
+    m = _padded(k.shape[-1])
+    heads, queries = choose_blocks(_padded(n), m, h)
+    self.grid = (b, h // heads, _padded(n) // queries)
     self.of_queries = pl.BlockSpec((1, heads, d, queries), lambda i, j, at: (i, j, 0, at))
     self.of_keys = pl.BlockSpec((1, heads, d, m), lambda i, j, at: (i, j, 0, 0))
     self.of_row = pl.BlockSpec((1, heads, 1, queries), lambda i, j, at: (i, j, 0, at))
-    self._scores, self._d = b * h * n * m, d
-    self._options = dict(scale=1.0 / math.sqrt(d), keys=keys if keys < m else None)
+    self._scores, self._d = b * h * _padded(n) * m, d
+    self._options = dict(scale=1.0 / math.sqrt(d), num_queries=n, num_keys=k.shape[-1])
 
   def __call__(
     self,
@@ -175,11 +171,14 @@ class _Call:
     return called
 
 
-def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, lse_ref: Any, *, scale: float, keys: int | None):
-  """All refs are [1, heads, channels, tokens]."""
+def _forward_kernel(
+  q_ref: Any, k_ref: Any, v_ref: Any, o_ref: Any, lse_ref: Any, *, scale: float, num_queries: int, num_keys: int
+):
+  """All refs are [1, heads, channels, tokens]. A query beyond the last one harms no other."""
+  del num_queries
   for head in range(q_ref.shape[1]):
-    v = v_ref[0, head]
-    scores = _scores(q_ref[0, head], k_ref[0, head], scale, keys)
+    v = _up_to(num_keys, v_ref[0, head])
+    scores = _scores(q_ref[0, head], k_ref[0, head], scale, num_keys)
     # Less the largest, which divides out again, so that no exponential overflows.
     top = scores.max(axis=0, keepdims=True)
     weights = jnp.exp2(scores - top).astype(v.dtype)
@@ -206,10 +205,12 @@ def _backward_kernel(
   sum_v_ref: Any,
   *,
   scale: float,
-  keys: int | None,
+  num_queries: int,
+  num_keys: int,
 ):
   """Weights are computed again from scores and lse. d softmax: w (g·v - g·out), and w for lse, here to base 2."""
   block = pl.program_id(2)
+  first = block * q_ref.shape[3]
 
   @pl.when(block == 0)
   def _():
@@ -217,10 +218,14 @@ def _backward_kernel(
     sum_v_ref[...] = jnp.zeros_like(sum_v_ref)
 
   for head in range(q_ref.shape[1]):
-    q, k, v, g = (ref[0, head] for ref in (q_ref, k_ref, v_ref, g_ref))
-    weights = jnp.exp2(_scores(q, k, scale, keys) - lse_ref[0, head])
-    mean = jnp.sum(g.astype(F32) * o_ref[0, head].astype(F32), axis=0, keepdims=True)
-    of_scores = (weights * (_dot(v, g, 0, 0) - (mean - g_lse_ref[0, head] * LOG2_E))).astype(q.dtype)
+    # With zeros in all that it brings, a query beyond the last one adds zeros to the keys' and values' gradients.
+    q, g, o, lse, g_lse = (
+      _up_to(num_queries, ref[0, head], first) for ref in (q_ref, g_ref, o_ref, lse_ref, g_lse_ref)
+    )
+    k, v = (_up_to(num_keys, ref[0, head]) for ref in (k_ref, v_ref))
+    weights = jnp.exp2(_scores(q, k, scale, num_keys) - lse)
+    mean = jnp.sum(g.astype(F32) * o.astype(F32), axis=0, keepdims=True)
+    of_scores = (weights * (_dot(v, g, 0, 0) - (mean - g_lse * LOG2_E))).astype(q.dtype)
     of_q_ref[0, head] = (_dot(k, of_scores, 1, 0) * scale).astype(of_q_ref.dtype)
     sum_k_ref[head] += _dot(q, of_scores, 1, 1)
     sum_v_ref[head] += _dot(g, weights.astype(v.dtype), 1, 1)
@@ -231,12 +236,20 @@ def _backward_kernel(
     of_v_ref[0] = sum_v_ref[...].astype(of_v_ref.dtype)
 
 
-def _scores(q: Array, k: Array, scale: float, keys: int | None) -> Array:
+def _up_to(count: int, x: Array, first: Any = 0) -> Array:
+  """x [d, tokens], whose tokens are numbered from `first`, with zeros from number `count` on."""
+  if count % LANES == 0:  # all blocks are full
+    return x
+  numbers = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+  return jnp.where(numbers < count, x, jnp.zeros_like(x))
+
+
+def _scores(q: Array, k: Array, scale: float, num_keys: int) -> Array:
   """f32 [m, n], to base 2. The scale goes to the queries, of which there are fewer numbers than scores."""
   scores = _dot(k, (q.astype(F32) * (scale * LOG2_E)).astype(q.dtype), 0, 0)
-  if keys is None:
+  if num_keys % LANES == 0:
     return scores
-  return jnp.where(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) < keys, scores, LEAST)
+  return jnp.where(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) < num_keys, scores, LEAST)
 
 
 def _dot(a: Array, b: Array, of_a: int, of_b: int) -> Array:
