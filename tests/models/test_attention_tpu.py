@@ -221,8 +221,9 @@ def test_what_cudnn_is_given(monkeypatch, n, m):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("n", [1024, 257])
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "h100:4", "a100:4", "b200:4"])
-def test_compiled_programs_contain_the_kernel(topology):
+def test_compiled_programs_contain_the_kernel(topology, n):
   """Of a self-attention with one more key and its gradient, by the chip's own compiler, on a mesh."""
   parsed = chips.parse(topology)
   platform = "tpu" if parsed.is_tpu else "cuda"
@@ -237,7 +238,7 @@ def test_compiled_programs_contain_the_kernel(topology):
     return attention.attend_with_one_more(q, k, v, more).astype(jnp.float32).sum()
 
   gradient = sharding.traced_for(mesh, jax.grad(loss, (0, 1, 2, 3)), matmul_precision="default")
-  args = (*[shape(1024)] * 3, Projected(*[shape(1)] * 3))
+  args = (*[shape(n)] * 3, Projected(*[shape(1)] * 3))
   compiled = targets.compile(jax.jit(gradient).lower(*args), target)
   names = ("tpu_custom_call",) * 2 if parsed.is_tpu else ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
   assert all(compiled.text.count(f'custom_call_target="{name}"') == names.count(name) for name in names)
