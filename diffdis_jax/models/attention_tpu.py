@@ -5,7 +5,8 @@ of 40 channels stays 40, where channels in lanes would be padded to 128. Scores 
 maximum and sum over keys are one row, as everything else that belongs to a query.
 
 Tokens that do not fill their lanes are not padded in memory, which would move every array once more: the last block
-reaches beyond the array, and what it reads there, anything at all, is left out in the kernel.
+reaches beyond the array, and what it reads there, anything at all, is left out in the kernel. Of the keys it takes as
+many as fill sublanes, which is what they lie in among the scores.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Blocks(NamedTuple):
 
 def is_possible(n: int, m: int, d: int) -> bool:
   """Whether the kernel takes n queries, m keys and heads of d channels: where all keys fit on the chip."""
-  return n >= 1 and d % SUBLANES == 0 and _padded(m) * d <= MAX_KEYS and _padded(m) * LANES <= MAX_SCORES
+  return n >= 1 and d % SUBLANES == 0 and _filled(m, LANES) * d <= MAX_KEYS and _filled(m, LANES) * LANES <= MAX_SCORES
 
 
 def choose_blocks(n: int, m: int, h: int) -> Blocks:
@@ -107,7 +108,7 @@ def _attend_backward(
       inputs=(queries, call.of_keys, call.of_keys, queries, row, queries, row),
       outputs=((queries, q), (call.of_keys, k), (call.of_keys, v)),
       products=5,
-      scratch=[pltpu.VMEM(call.of_keys.block_shape[1:], F32)] * 2,
+      scratch=[pltpu.VMEM((call.heads, k.shape[2], _filled(k.shape[3], SUBLANES)), F32)] * 2,
       interpret=interpret,
     )(q, k, v, *rest)
 
@@ -122,14 +123,15 @@ class _Call:
 
   def __init__(self, q: Array, k: Array):
     b, h, d, n = q.shape
-    m = _padded(k.shape[-1])
-    heads, queries = choose_blocks(_padded(n), m, h)
-    self.grid = (b, h // heads, _padded(n) // queries)
+    in_lanes, m = (_filled(tokens, LANES) for tokens in (n, k.shape[3]))
+    self.heads, queries = choose_blocks(in_lanes, m, h)
+    heads = self.heads
+    self.grid = (b, h // heads, in_lanes // queries)
     self.of_queries = pl.BlockSpec((1, heads, d, queries), lambda i, j, at: (i, j, 0, at))
     self.of_keys = pl.BlockSpec((1, heads, d, m), lambda i, j, at: (i, j, 0, 0))
     self.of_row = pl.BlockSpec((1, heads, 1, queries), lambda i, j, at: (i, j, 0, at))
-    self._scores, self._d = b * h * _padded(n) * m, d
-    self._options = dict(scale=1.0 / math.sqrt(d), num_queries=n, num_keys=k.shape[-1])
+    self._scores, self._d = b * h * in_lanes * _filled(k.shape[3], SUBLANES), d
+    self._options = dict(scale=1.0 / math.sqrt(d), num_queries=n, num_keys=k.shape[3])
 
   def __call__(
     self,
@@ -177,8 +179,8 @@ def _forward_kernel(
   """All refs are [1, heads, channels, tokens]. A query beyond the last one harms no other."""
   del num_queries
   for head in range(q_ref.shape[1]):
-    v = _up_to(num_keys, v_ref[0, head])
-    scores = _scores(q_ref[0, head], k_ref[0, head], scale, num_keys)
+    v = _keys(num_keys, v_ref, head)
+    scores = _scores(q_ref[0, head], _keys(num_keys, k_ref, head), scale, num_keys)
     # Less the largest, which divides out again, so that no exponential overflows.
     top = scores.max(axis=0, keepdims=True)
     weights = jnp.exp2(scores - top).astype(v.dtype)
@@ -222,7 +224,7 @@ def _backward_kernel(
     q, g, o, lse, g_lse = (
       _up_to(num_queries, ref[0, head], first) for ref in (q_ref, g_ref, o_ref, lse_ref, g_lse_ref)
     )
-    k, v = (_up_to(num_keys, ref[0, head]) for ref in (k_ref, v_ref))
+    k, v = (_keys(num_keys, ref, head) for ref in (k_ref, v_ref))
     weights = jnp.exp2(_scores(q, k, scale, num_keys) - lse)
     mean = jnp.sum(g.astype(F32) * o.astype(F32), axis=0, keepdims=True)
     of_scores = (weights * (_dot(v, g, 0, 0) - (mean - g_lse * LOG2_E))).astype(q.dtype)
@@ -232,13 +234,19 @@ def _backward_kernel(
 
   @pl.when(block == pl.num_programs(2) - 1)
   def _():
-    of_k_ref[0] = (sum_k_ref[...] * scale).astype(of_k_ref.dtype)
-    of_v_ref[0] = sum_v_ref[...].astype(of_v_ref.dtype)
+    taken = sum_k_ref.shape[2]
+    of_k_ref[0, :, :, :taken] = (sum_k_ref[...] * scale).astype(of_k_ref.dtype)
+    of_v_ref[0, :, :, :taken] = sum_v_ref[...].astype(of_v_ref.dtype)
+
+
+def _keys(num_keys: int, ref: Any, head: int) -> Array:
+  """This head's keys, or values, as many as fill sublanes, [d, m]."""
+  return _up_to(num_keys, ref[0, head, :, : _filled(num_keys, SUBLANES)])
 
 
 def _up_to(count: int, x: Array, first: Any = 0) -> Array:
-  """x [d, tokens], whose tokens are numbered from `first`, with zeros from number `count` on."""
-  if count % LANES == 0:  # all blocks are full
+  """x [d, tokens], whose tokens are numbered from `first` on, with zeros from number `count` on."""
+  if count % x.shape[1] == 0:  # all blocks are full
     return x
   numbers = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
   return jnp.where(numbers < count, x, jnp.zeros_like(x))
@@ -247,7 +255,7 @@ def _up_to(count: int, x: Array, first: Any = 0) -> Array:
 def _scores(q: Array, k: Array, scale: float, num_keys: int) -> Array:
   """f32 [m, n], to base 2. The scale goes to the queries, of which there are fewer numbers than scores."""
   scores = _dot(k, (q.astype(F32) * (scale * LOG2_E)).astype(q.dtype), 0, 0)
-  if num_keys % LANES == 0:
+  if num_keys == k.shape[1]:
     return scores
   return jnp.where(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) < num_keys, scores, LEAST)
 
@@ -265,5 +273,6 @@ def _row_of(q: Array) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((b, h, 1, n), F32)
 
 
-def _padded(tokens: int) -> int:
-  return -(-tokens // LANES) * LANES
+def _filled(tokens: int, unit: int) -> int:
+  """The next number of tokens that fills lanes, or sublanes."""
+  return -(-tokens // unit) * unit
