@@ -207,7 +207,8 @@ class Kernel(NamedTuple):
 # In the order in which they are tried.
 KERNELS = {
   # By the compiler's schedules for v5p, with gradients: half the time of 1024 x 1024 scores and a head of 40 channels,
-  # four fifths of 1024 x 77, as long for 256 x 256 and 256 x 77 with less memory, twice as long for 64 x 64.
+  # two thirds of 1024 x 77, three quarters of 256 x 77, as long for 256 x 256 with less memory, half as long again for
+  # 64 x 64.
   "pallas": Kernel(
     run=_attend_on_tpu,
     platform="tpu",
