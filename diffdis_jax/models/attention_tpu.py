@@ -124,8 +124,8 @@ class _Call:
   def __init__(self, q: Array, k: Array):
     b, h, d, n = q.shape
     in_lanes, m = (_filled(tokens, LANES) for tokens in (n, k.shape[3]))
-    self.heads, queries = choose_blocks(in_lanes, m, h)
-    heads = self.heads
+    heads, queries = choose_blocks(in_lanes, m, h)
+    self.heads = heads
     self.grid = (b, h // heads, in_lanes // queries)
     self.of_queries = pl.BlockSpec((1, heads, d, queries), lambda i, j, at: (i, j, 0, at))
     self.of_keys = pl.BlockSpec((1, heads, d, m), lambda i, j, at: (i, j, 0, 0))
