@@ -19,7 +19,7 @@ from tests.command_runs import ROOT, STEPS, call, joint_flags
 
 pytest_plugins = ("tests.command_runs",)
 BASE = "--base=tests/tiny_ablation.py"
-GRID = "--grid=loss.ita_weight=0.03,0.3"
+GRID = "--grid=loss.ita_weight=0.01,0.3"
 
 
 def start(environment: dict[str, str], *flags: str) -> subprocess.Popen:
@@ -48,7 +48,7 @@ def tables_of(environment: dict[str, str], out: pathlib.Path, *flags: str) -> by
 def test_killed_once_it_ends_in_the_same_table(tmp_path, environment, joint_run, autoencoder_run):
   """As the undisturbed joint run of other tests, which is the same training, so that it is only measured here."""
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-  flags = [BASE, "--grid=loss.ita_weight=0.03", "--seeds=0", *joint_flags(autoencoder_run)[1:]]
+  flags = [BASE, "--grid=loss.ita_weight=0.01", "--seeds=0", *joint_flags(autoencoder_run)[1:]]
   process, chosen = start(environment, "run", *flags, f"--out={killed}"), random.randint(1, STEPS - 1)
   while steps_of(killed) < chosen:
     assert process.poll() is None

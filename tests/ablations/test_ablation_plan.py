@@ -143,13 +143,13 @@ def test_a_row_is_measured_for_what_it_is_trained_for():
 
 
 def test_grids():
-  table = tables.grid("loss.ita_weight=0.01,0.03; text_diffusion.schedule=cosine,scaled_linear", base())
+  table = tables.grid("loss.ita_weight=0.003,0.01; text_diffusion.schedule=cosine,scaled_linear", base())
   fields = ("loss.ita_weight", "text_diffusion.schedule")
   assert [tuple(row.changes[field] for field in fields) for row in table.rows] == [
+    (0.003, "cosine"),
+    (0.003, "scaled_linear"),
     (0.01, "cosine"),
     (0.01, "scaled_linear"),
-    (0.03, "cosine"),
-    (0.03, "scaled_linear"),
   ]
   assert table.base == 3  # as the base is
   assert tables.grid("model.fusion=false,true", base()).rows[0].changes == {"model.fusion": False}
@@ -164,7 +164,7 @@ def test_grids():
     ("loss.ita_weight", "write it as field=value,value"),
     ("loss.ita_weight=", "write it as field=value,value"),
     (" ; ", "--grid is empty"),
-    ("loss.ita_weight=big", "'big'; it should be of type float, like the base's 0.03"),
+    ("loss.ita_weight=big", "'big'; it should be of type float, like the base's 0.01"),
     ("model.fusion=1", "1; it should be of type bool"),
     ("seed=0,1", "the seeds of every row are --seeds"),
     ("loss.ita_weight=0.1,0.2,0.1", "0.1 twice, which would be two runs of one name"),
@@ -212,7 +212,7 @@ def test_a_folder_is_of_one_base(tmp_path):
   other = base()
   other.loss.ita_weight = 0.5
   before = (tmp_path / "out" / "base.json").read_bytes()
-  with pytest.raises(UserError, match="ablations of another base: loss.ita_weight is 0.03 there and 0.5 here"):
+  with pytest.raises(UserError, match="ablations of another base: loss.ita_weight is 0.01 there and 0.5 here"):
     folder.open(make_plan(other))
   assert (tmp_path / "out" / "base.json").read_bytes() == before
   (tmp_path / "out" / "base.json").write_text("{")
