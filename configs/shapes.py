@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.save_every = 1200
     return config
 
-  config.num_steps, config.batch_size = 1300, 48
+  config.num_steps, config.batch_size = 1500, 48
   # What is seen is soon told apart, and the loss says little more. Of pairs never seen one seed of three then stayed at
   # 75 % with a decay of 0.01; with 0.5 none of four did. Drawings are noisier for it (docs/results.md).
   config.optim.weight_decay = 0.5
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   config.optim.random_frozen = "^text_encoder.tokens"
   config.optim.rates = dict(text=5e-4, unet=3.5e-3, new=1.5e-3)
-  config.save_every = config.eval_every = config.sample_every = 650
+  config.save_every = config.eval_every = config.sample_every = 750
   zero_shot = lambda split: dict(
     task="zero_shot",
     data=dict(name="shapes", split=split, image_size=32, seed=1, num_images=896),
