@@ -116,15 +116,16 @@ WATCHED, BEST = 5, "b/text_retrieval_recall@10"  # steps of watched_run, and the
 def watched_run(tmp_path_factory, environment) -> str:
   """Workdir of a run that is evaluated and saved at every step, and keeps the best step and the last.
 
-  Its rates are so high that parameters and their averages differ, and what is measured differs from step to step. So
-  rounding decides which step is the best. Where it is the last, which another rule keeps too, the next seed is taken.
+  Its rates and its loss's weight are so high that parameters and their averages differ, and what is measured differs
+  from step to step. So rounding decides which step is the best. Where it is the last, which another rule keeps too, the
+  next seed is taken.
   """
   data = {"name": "shapes", "split": "test", "num_images": 64}
   added = [{"name": name, "task": task, "data": data} for name, task in (("a", "zero_shot"), ("b", "retrieval"))]
   added[0]["label_field"] = "colour"
   fields = {"objectives": ("discrimination",), "num_steps": WATCHED, "eval_every": 1, "save_every": 1}
   fields |= {"train_evals": ("test",), "optim.warmup_steps": 0, "optim.rates.text": 0.05}
-  fields |= {"optim.rates.unet": 0.02, "optim.rates.new": 0.02}
+  fields |= {"optim.rates.unet": 0.02, "optim.rates.new": 0.02, "loss.ita_weight": 0.03}
   fields |= {
     "checkpoint.keep_last": 1,
     "checkpoint.keep_best": 1,
