@@ -150,6 +150,8 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return False
     trees = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state, "teacher": state.teacher}
+    if jax.process_count() == 1:
+      trees = jax.tree.map(_on_one_device, trees)
     items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
     if data_iterator is not None:
       items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
@@ -291,6 +293,12 @@ def _set_aside_uncommitted(folder: epath.Path) -> None:
       if aside.exists():
         aside.rmtree()
       path.rename(aside)
+
+
+def _on_one_device(array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+  """A replicated array as one of its devices holds it. Else Orbax has every device write a slice, to share the work
+  among hosts, and compiles the slicing for each shape."""
+  return array.addressable_data(0) if isinstance(array, jax.Array) and array.is_fully_replicated else array
 
 
 def _rank(metrics: Mapping[str, float], *, name: str, sign: int) -> float:

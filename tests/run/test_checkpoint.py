@@ -108,14 +108,29 @@ def test_round_trip_keeps_every_bit_on_any_mesh(tmp_path, before, after):
   np.testing.assert_array_equal([next(data) for _ in range(20)], following)
 
 
-def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
+def everywhere(_) -> NamedSharding:
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  return NamedSharding(mesh, PartitionSpec())
+
+
+@pytest.mark.parametrize("sharding_of", [one_device, on_mesh(8), everywhere])
+def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, sharding_of):
   step = jax.jit(lambda params: jax.tree.map(lambda x: x * 0, params), donate_argnums=0)
   params = {"a": jnp.arange(1 << 20, dtype=jnp.float32)}
+  params = place(State(params, {}, ()), sharding_of).params
+  jax.block_until_ready(step(jax.tree.map(jnp.copy, params)))  # compiled, so that it is quick below
   with checkpoint.Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, State(params, {}, ()))
     jax.block_until_ready(step(params))
   restored = checkpoint.restore_params(tmp_path)
   np.testing.assert_array_equal(restored["a"], np.arange(1 << 20))
+
+
+def test_saving_compiles_nothing_for_arrays_that_all_devices_hold(tmp_path, caplog):
+  state = place(State({"a": jnp.ones((8, 24)), "b": jnp.ones((16, 5, 7))}, {}, ()), everywhere)
+  with jax.log_compiles(), checkpoint.Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, state)
+  assert "Compiling" not in caplog.text
 
 
 def test_a_state_without_average_and_optimizer_state(tmp_path):
