@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffdis_jax import cli, evals
@@ -62,7 +63,32 @@ class Pace:
       check_number(field.name, getattr(self, field.name), at_least=1)
 
 
-def train_and_evaluate(config: ConfigDict, path: str, *, tracker: str = "", profiled: str = "") -> None:
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """What a config trains with; nothing is allocated yet."""
+
+  mesh: Mesh
+  data: Data
+  trainer: Step
+  train_step: programs.Ahead
+
+  @classmethod
+  def of(cls, config: ConfigDict, mesh: Mesh) -> Prepared:
+    """Raises UserError: bad config or data."""
+    data, trainer = read_data(config), build_step(config, mesh)
+    shapes = abstract_batch(trainer.network, data, mesh, config.batch_size)
+    train_step = programs.Ahead("the training step", trainer.train_step, trainer.abstract_state, shapes)
+    return cls(mesh, data, trainer, train_step)
+
+  def compile_ahead(self) -> None:
+    """Has threads compile all that takes long before the first step of a new run."""
+    self.trainer.initialise.start()
+    self.train_step.start()
+
+
+def train_and_evaluate(
+  config: ConfigDict, path: str, *, tracker: str = "", profiled: str = "", prepared: Prepared | None = None
+) -> None:
   """Trains to `config.num_steps`, from the last checkpoint in the workdir `path` if there is one.
 
   Args:
@@ -70,6 +96,7 @@ def train_and_evaluate(config: ConfigDict, path: str, *, tracker: str = "", prof
     path: its workdir.
     tracker: one of trackers.TRACKERS, which gets what the writers get; empty for none.
     profiled: steps to trace, as `profile.parse` takes them; empty for none.
+    prepared: of this config; None to do it here, for a mesh of all devices.
 
   Raises:
     UserError: bad config, data or workdir, or a loss that is no longer finite.
@@ -79,16 +106,16 @@ def train_and_evaluate(config: ConfigDict, path: str, *, tracker: str = "", prof
   pace = Pace(**{field.name: config[field.name] for field in dataclasses.fields(Pace)})
   kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
   sampling = read_sampling(config.inference.to_dict())
-  data = read_data(config)
   span = profile.parse(profiled, num_steps=pace.num_steps) if profiled else None
   trackers.check(tracker)
-  mesh = sharding.make_mesh(**config.mesh)
+  mesh = prepared.mesh if prepared else sharding.make_mesh(**config.mesh)
   stop = processes.Stop(sharding.batch_sharding(mesh))
   with contextlib.ExitStack() as stack:
     stack.enter_context(stop.listening())  # from the start: building and compiling may take minutes
 
     # Everything that can be wrong with a config or its data is found before the workdir is touched.
-    trainer = build_step(config, mesh)
+    prepared = prepared or Prepared.of(config, mesh)
+    data, trainer, train_step = prepared.data, prepared.trainer, prepared.train_step
     iterator = open_loader(
       data,
       batch_size=pace.batch_size,
@@ -110,11 +137,8 @@ def train_and_evaluate(config: ConfigDict, path: str, *, tracker: str = "", prof
     is_writer = processes.is_first()
     workdir.open_for_training(path, fields, defaults=defaults, is_writer=is_writer)
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, kept))
-    # Beside what reads and draws parameters, of which each may take a minute.
-    shapes = abstract_batch(trainer.network, data, mesh, pace.batch_size)
-    train_step = programs.Ahead("the training step", trainer.train_step, trainer.abstract_state, shapes)
     if checkpointer.latest_step() != pace.num_steps:
-      train_step.start()
+      train_step.start()  # beside what reads and draws parameters, of which each may take a minute
     made = functools.partial(choose_anchors, selection, path, trainer, sampling, stop) if selection else no_params
     state, meta = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator, made)
     encode.check_stored(data.latent_facts(), state.params, trainer.trainable)

@@ -9,6 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -110,6 +111,23 @@ def test_the_run_is_evaluated_and_generates_through_the_command_line(joint_run, 
 
 
 WATCHED, BEST = 5, "b/text_retrieval_recall@10"  # steps of watched_run, and the metric whose least it keeps
+
+
+def test_a_run_takes_what_was_compiled_before_it_for_the_devices_it_was_compiled_for(autoencoder_run, tmp_path, caplog):
+  caplog.set_level("INFO")
+  logging.set_verbosity(logging.INFO)
+  config = tiny.get_config("autoencoder")
+  prepared = train.Prepared.of(config, sharding.make_mesh(**config.mesh, devices=jax.devices()[:1]))
+  prepared.compile_ahead()
+  for program in (prepared.trainer.initialise, prepared.train_step):
+    program.compiled()
+  train.train_and_evaluate(config, str(tmp_path), prepared=prepared)
+  compiled = [message.split(" in ")[0] for message in caplog.messages if message.startswith("compiled")]
+  assert sorted(compiled) == ["compiled the initialisation", "compiled the state", "compiled the training step"]
+  found, expected = lines_of(str(tmp_path)), lines_of(autoencoder_run)  # of a process that has one device
+  assert len(found) == len(expected) > 1
+  for one, other in zip(found, expected, strict=True):
+    np.testing.assert_allclose([one["loss"], one["grad_norm"]], [other["loss"], other["grad_norm"]], rtol=1e-3)
 
 
 @pytest.fixture(scope="module")

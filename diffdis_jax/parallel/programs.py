@@ -90,9 +90,12 @@ class Ahead:
   def __init__(self, name: str, f: Any, *args: Any):
     self._name, self._f, self._args = name, f, args
     self._result: futures.Future[jax.stages.Compiled] | None = None
+    self._compiled: jax.stages.Compiled | None = None
 
   def start(self) -> None:
-    """Begins; several processes need not begin together."""
+    """Begins, unless it has begun; several processes need not begin together."""
+    if self._result is not None or self._compiled is not None:
+      return
     # Not a daemon thread, which Python would end inside the compiler. cli.py waits for none.
     thread = futures.ThreadPoolExecutor(1, thread_name_prefix=_COMPILER)
     self._result = thread.submit(_compile, self._name, self._f, *self._args)
@@ -100,11 +103,11 @@ class Ahead:
 
   def compiled(self) -> jax.stages.Compiled:
     """The function, once every process has compiled it. Raises what compiling raised."""
-    if self._result is None:
-      return compiled(self._name, self._f, *self._args)
-    program = self._result.result()
-    processes.barrier(f"compiled {self._name}")
-    return program
+    if self._compiled is None:
+      program = self._result.result() if self._result else _compile(self._name, self._f, *self._args)
+      processes.barrier(f"compiled {self._name}")
+      self._compiled = program
+    return self._compiled
 
 
 def _compile(name: str, f: Any, *args: Any) -> jax.stages.Compiled:

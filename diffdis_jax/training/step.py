@@ -115,15 +115,16 @@ class Step:
     )
 
   @functools.cached_property
-  def _initialise(self) -> programs.Program:
+  def initialise(self) -> programs.Ahead:
+    """Key -> fresh parameters, born sharded."""
     # It runs once, so on a CPU, where compiling costs more than running, the compiler need not try hard.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     initialise = jax.jit(self.network.initialise, out_shardings=self.state_shardings.params, compiler_options=options)
-    return programs.Program("the initialisation", initialise)
+    return programs.Ahead("the initialisation", initialise, jax.random.key(0))
 
   def init_params(self, key: jax.Array) -> Params:
     """Fresh parameters, born sharded."""
-    return self._initialise(key)
+    return self.initialise.compiled()(key)
 
   def with_params(self, params: Params) -> TrainState:
     """The state of step 0 around these parameters; donates them."""

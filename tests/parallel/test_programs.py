@@ -93,6 +93,21 @@ def test_a_program_compiles_ahead_of_its_first_call(cache, caplog):
   assert [message.split()[0] for message in caplog.messages] == ["compiling", "compiled"]
 
 
+def test_a_program_is_compiled_once_and_waited_for_once(cache, caplog, monkeypatch):
+  caplog.set_level("INFO")
+  logging.set_verbosity(logging.INFO)
+  met = []
+  monkeypatch.setattr(programs.processes, "barrier", met.append)
+  ahead = programs.Ahead("the sum", jax.jit(lambda x: (x * 9).sum()), jnp.ones(4))
+  ahead.start()
+  ahead.start()
+  first = ahead.compiled()
+  ahead.start()
+  assert ahead.compiled() is first
+  assert [message.split()[0] for message in caplog.messages] == ["compiling", "compiled"]
+  assert met == ["compiled the sum"]
+
+
 def test_a_program_that_was_not_begun_compiles_at_its_first_call(cache):
   ahead = programs.Ahead("the sum", jax.jit(lambda x: (x * 6).sum()), jnp.ones(4))
   assert ahead.compiled()(jnp.ones(4)) == 24
