@@ -37,6 +37,7 @@ gc.set_threshold(100_000, 50, 50)
 # Files that take a minute or about as long. They come first, so that no process is left alone with one at the end.
 LONGEST = (
   "test_train.py",
+  "test_demo.py",
   "test_sharding.py",
   "test_resume.py",
   "test_import_weights.py",

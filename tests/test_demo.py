@@ -1,0 +1,60 @@
+"""The demo, with the tiny config in the place of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from PIL import Image
+
+from tests.command_runs import ROOT
+
+pytest_plugins = ("tests.command_runs",)
+
+_WITH_THE_TINY_CONFIG = """
+import runpy, sys, types
+import configs
+from tests import tiny
+
+def get_config(arg=""):
+  config = tiny.get_config(arg)
+  if not arg:
+    config.evals.generated.update(per_class=1, required_accuracy=0.0, classifier_steps=1)
+    config.train_evals = ("test",)
+  return config
+
+configs.shapes = types.SimpleNamespace(get_config=get_config)
+runpy.run_module("diffdis_jax.demo", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_the_demo_compiles_ahead_and_goes_on_where_it_was_stopped(environment, tmp_path):
+  out = tmp_path / "demo"
+
+  def demo() -> str:
+    command = [sys.executable, "-c", _WITH_THE_TINY_CONFIG, f"--out={out}"]
+    two = {**environment, "JAX_NUM_CPU_DEVICES": "2"}
+    done = subprocess.run(command, cwd=ROOT, env=two, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+  log = demo()
+  assert log.index("compiling DiffDis while its autoencoder trains") < log.index("objectives reconstruction")
+  # Both runs' programs, each once: what was compiled ahead is what the second run takes.
+  assert log.count("compiled the training step") == log.count("compiled the initialisation") == 2
+  assert "mesh {'data': 1," in log and "mesh {'data': 2," in log
+
+  results = json.loads((out / "results.json").read_text())
+  shares = {"zero_shot_top1", "zero_shot_unseen_top1", "generation_agreement", "generation_agreement_unseen"}
+  assert results.keys() == shares | {"classifier_accuracy", "seconds"}
+  assert all(0 <= results[name] <= 1 for name in shares)
+  with Image.open(out / "grid.png") as grid:
+    assert grid.width > 8 * 16 and grid.height > 8 * 16
+
+  # What is trained is only evaluated again, to the same figures, and how long the whole took is not known.
+  log = demo()
+  assert "compiling the training step" not in log and "compiled the initialisation" not in log
+  assert json.loads((out / "results.json").read_text()) == {
+    name: results[name] for name in results if name != "seconds"
+  }
