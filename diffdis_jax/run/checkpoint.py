@@ -295,7 +295,7 @@ def _set_aside_uncommitted(folder: epath.Path) -> None:
       path.rename(aside)
 
 
-def _on_one_device(array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+def _on_one_device(array: Any) -> Any:
   """A replicated array as one of its devices holds it. Else Orbax has every device write a slice, to share the work
   among hosts, and compiles the slicing for each shape."""
   return array.addressable_data(0) if isinstance(array, jax.Array) and array.is_fully_replicated else array
