@@ -55,6 +55,8 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
     except UserError as error:
       _stop(error)
     except Preempted:
+      if _is_compiling():
+        _exit_at_once(PREEMPTED)
       sys.exit(PREEMPTED)
 
   app.run(guarded, flags_parser=_parse_flags)
@@ -238,12 +240,19 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
 def _exit_at_once_if_waiting(code: int) -> None:
   """Where Python's clean-up would wait for other processes, or for a compiler (programs.Ahead)."""
   distributed = sys.modules.get("jax.distributed")
-  is_distributed = distributed is not None and distributed.is_initialized()
+  if (distributed is not None and distributed.is_initialized()) or _is_compiling():
+    _exit_at_once(code)
+
+
+def _is_compiling() -> bool:
   programs = sys.modules.get("diffdis_jax.parallel.programs")
-  if is_distributed or (programs is not None and programs.is_compiling()):
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+  return programs is not None and programs.is_compiling()
+
+
+def _exit_at_once(code: int) -> NoReturn:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 def _is_ours(record: python_logging.LogRecord) -> bool:

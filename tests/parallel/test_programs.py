@@ -141,19 +141,23 @@ def test_a_hit_in_the_cache_counts_for_the_thread_that_had_it(cache, caplog, mon
   assert [("cache" in message) for message in caplog.messages if message.startswith("compiled")] == [True, False]
 
 
-def test_an_error_does_not_wait_for_what_compiles_ahead():
-  """The command's main thread fails while another would compile for a minute."""
+@pytest.mark.parametrize(
+  ("error", "code", "message"), [('UserError("no such image")', 2, "error: no such image\n"), ("Preempted", 75, "")]
+)
+def test_an_end_does_not_wait_for_what_compiles_ahead(error, code, message):
+  """The command's main thread ends while another would compile for a minute."""
   begin = time.monotonic()
-  done = subprocess.run([sys.executable, "-c", _FAILS_WHILE_COMPILING], capture_output=True, text=True)
-  assert done.returncode == 2 and done.stderr.endswith("error: no such image\n"), done.stderr
+  command = [sys.executable, "-c", _ENDS_WHILE_COMPILING.replace("ERROR", error)]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == code and done.stderr.endswith(message), done.stderr
   assert time.monotonic() - begin < 45
 
 
-_FAILS_WHILE_COMPILING = """
+_ENDS_WHILE_COMPILING = """
 import threading, time
 import jax, jax.numpy as jnp
 from diffdis_jax import cli
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import Preempted, UserError
 from diffdis_jax.parallel import programs
 
 def main(argv):
@@ -164,7 +168,7 @@ def main(argv):
     return x
   programs.Ahead("the sum", jax.jit(f), jnp.ones(3)).start()
   tracing.wait()
-  raise UserError("no such image")
+  raise ERROR
 
 cli.run(main)
 """
