@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
   autoencoder.seed = config.seed = FLAGS.seed
   config.init_from = str(out / "autoencoder")
   config.sample_prompts = ()  # grid.png has these very prompts
-  # One device trains the autoencoder nearly as fast as two; the other cores compile what comes next.
+  # One device trains the autoencoder as fast as two; the other cores compile what comes next.
   small = train.Prepared.of(autoencoder, sharding.make_mesh(**autoencoder.mesh, devices=jax.devices()[:1]))
   large = train.Prepared.of(config, sharding.make_mesh(**config.mesh))
   if not resumed:

@@ -110,9 +110,6 @@ def test_the_run_is_evaluated_and_generates_through_the_command_line(joint_run, 
   assert first.shape == second.shape == (16, 16, 3) and (first != second).any()
 
 
-WATCHED, BEST = 5, "b/text_retrieval_recall@10"  # steps of watched_run, and the metric whose least it keeps
-
-
 def test_a_run_takes_what_was_compiled_before_it_for_the_devices_it_was_compiled_for(autoencoder_run, tmp_path, caplog):
   caplog.set_level("INFO")
   logging.set_verbosity(logging.INFO)
@@ -128,6 +125,9 @@ def test_a_run_takes_what_was_compiled_before_it_for_the_devices_it_was_compiled
   assert len(found) == len(expected) > 1
   for one, other in zip(found, expected, strict=True):
     np.testing.assert_allclose([one["loss"], one["grad_norm"]], [other["loss"], other["grad_norm"]], rtol=1e-3)
+
+
+WATCHED, BEST = 5, "b/text_retrieval_recall@10"  # steps of watched_run, and the metric whose least it keeps
 
 
 @pytest.fixture(scope="module")
