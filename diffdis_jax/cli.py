@@ -62,8 +62,8 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   app.run(guarded, flags_parser=_parse_flags)
 
 
-def config_flag(alias: str = "config") -> flags.FlagHolder[ConfigDict]:
-  """Defines the required flag --config=FILE.py[:args], with --config.a.b=value for single fields.
+def config_flag(alias: str = "config", *, required: bool = True) -> flags.FlagHolder[ConfigDict]:
+  """Defines the flag --config=FILE.py[:args], with --config.a.b=value for single fields.
 
   `alias`: another name of the flag, by which the file is asked for; its fields are --config.a.b all the same.
   """
@@ -71,7 +71,8 @@ def config_flag(alias: str = "config") -> flags.FlagHolder[ConfigDict]:
   flags.FLAGS["config"].parser = _ConfigFile(alias)
   if alias != "config":
     flags.DEFINE_alias(alias, "config")
-  flags.mark_flag_as_required(alias)
+  if required:
+    flags.mark_flag_as_required(alias)
   return holder
 
 

@@ -7,6 +7,10 @@ compiles the very train step from shapes alone, with the compiler for TPUs or fo
 `cuda`), and says whether it fits, how long a step should take by that compiler's own estimate, and what the whole run
 costs. The GPUs' compiler estimates no time: what is given is a bound from the chip's peak figures. Without either, XLA
 compiles for as many CPU devices, and memory and collectives are those of a CPU's program.
+
+  python -m diffdis_jax.preflight calibration --topology=v5p:2x2x1 [--out=F.json]
+
+says how far the TPU compiler's estimates lie above the least time of plain products, convolutions and sums.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from ml_collections import ConfigDict
 from diffdis_jax import cli
 from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
-from diffdis_jax.estimates import chips, programs, report, search, targets
+from diffdis_jax.estimates import calibration, chips, programs, report, search, targets
 from diffdis_jax.inference import Inference, read_sampling
 from diffdis_jax.models import attention
 from diffdis_jax.models.build import Network
@@ -135,7 +139,13 @@ def cache_file(config: str, platform: str, present: targets.Target | None) -> ep
 
 
 def main(argv: Sequence[str]) -> None:
-  del argv
+  if argv[1:] not in ([], ["calibration"]):
+    raise UserError(
+      f"unexpected argument {argv[1]!r}; python -m diffdis_jax.preflight --config=... --topology=..., or calibration"
+      " --topology=..."
+    )
+  if not argv[1:] and FLAGS.config is None:
+    raise UserError("--config=FILE.py is missing, such as configs/diffdis_cc3m.py")
   for name in FLAGS.programs:
     if name not in programs.PROGRAMS:
       raise UserError(f"--programs has {name!r}; it is some of {','.join(programs.PROGRAMS)}")
@@ -157,7 +167,16 @@ def main(argv: Sequence[str]) -> None:
   else:
     cli.compilation_cache()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
+  if argv[1:]:
+    results = calibration.calibrate(targets.find(platform, topology, FLAGS.slices))
+  else:
+    results = estimate(platform, topology)
+  if FLAGS.out:
+    files.write_json(FLAGS.out, results)
 
+
+def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
+  """Every program of the config that was asked for, from the cache where the same was asked before."""
   present = targets.find(platform, topology, FLAGS.slices) if topology is None else None
   kept = cache_file(FLAGS.config.to_json_best_effort(), platform, present)
   if kept.exists() and not FLAGS.hlo:
@@ -172,14 +191,13 @@ def main(argv: Sequence[str]) -> None:
     files.write_whole(kept, json.dumps(results).encode())
   if "search" in results:
     logging.info("%s", describe_search(results["search"]))
-  if FLAGS.out:
-    files.write_json(FLAGS.out, results)
+  return results
 
 
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
-  cli.config_flag()
+  cli.config_flag(required=False)
   flags.DEFINE_string(
     "topology", None, "chips and their layout, such as v5e:8x8, h100:8, or h100:8x4 for four hosts of eight"
   )
@@ -191,4 +209,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "of the training set, for the run's cost", lower_bound=1)
   flags.DEFINE_string("out", None, "JSON file to write")
   flags.DEFINE_string("hlo", None, "folder for the compiled programs' text")
-  cli.run(main)
+  cli.run(main, positional=1)

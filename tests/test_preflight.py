@@ -133,6 +133,19 @@ def test_bad_input_is_one_line(quick, flags, message):
   assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
 
 
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["calibration", "--topology=v5e:2x2", "--platform=cpu"], "cpu, estimates no time; only TPUs' does"),
+    (["calibrate", "--topology=v5e:2x2"], "unexpected argument 'calibrate'"),
+    (["--topology=v5e:2x2"], "--config=FILE.py is missing"),
+  ],
+)
+def test_calibration_takes_a_topology_alone_and_estimates_a_config(quick, arguments, message):
+  done = call("preflight", quick, *arguments)
+  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+
+
 def test_topologies():
   topology = chips.parse("v5p:2x2x4")
   assert (topology.size, topology.is_tpu, topology.chip) == (16, True, chips.CHIPS["v5p"])
