@@ -279,7 +279,8 @@ def test_costs_go_by_the_compilers_sum(seconds, by_cycles, planned, by, said):
     "seconds_bound": ("\nat most ", ": at least "),
   }[by]
   assert f"{of_rate}{8 / planned:.0f} images/s" in lines
-  assert f"pairs{of_cost}{result['chip_hours']:.0f} chip-hours" in lines
+  assert f"pairs{of_cost}{result['chip_hours']:.1f} chip-hours" in lines
+  assert f"pairs{of_cost}42 chip-hours" in report.lines("train", result | {"chip_hours": 41.6})[-1]
 
 
 def test_clocks_agree_with_peaks():

@@ -110,7 +110,7 @@ def lines(name: str, result: dict[str, Any]) -> list[str]:
   moved = ", ".join(f"{kind} {size:.3f}" for kind, size in result["collectives_gib"].items())
   said.append(f"collectives{beside}, GiB a chip: {moved or 'none'}")
   if "chip_hours" in result:
-    said.append(
-      f"{result['epochs']:g} epochs of {result['num_pairs']:,} pairs: {of_cost}{result['chip_hours']:.0f} chip-hours"
-    )
+    hours = result["chip_hours"]
+    shown = f"{hours:.0f}" if hours >= 10 else f"{hours:.1f}"
+    said.append(f"{result['epochs']:g} epochs of {result['num_pairs']:,} pairs: {of_cost}{shown} chip-hours")
   return said
