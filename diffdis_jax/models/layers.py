@@ -44,8 +44,21 @@ def run_block(f: Callable[..., Any], block: nnx.Module, *args: Any, remat: str) 
   if remat == "none":
     return f(block, *args)
   graphdef, state = nnx.split(block)
-  pure = lambda state, *args: f(nnx.merge(graphdef, state), *args)
-  return jax.checkpoint(pure, policy=REMAT_POLICIES[remat])(state, *args)
+  pure = jax.checkpoint(lambda state, *args: f(nnx.merge(graphdef, state), *args), policy=REMAT_POLICIES[remat])
+  return pure(*_gradients_together((state, *args)))
+
+
+@jax.custom_vjp
+def _gradients_together(x: Any) -> Any:
+  """x, none of whose gradients is there before all are.
+
+  Else XLA's compiler for GPUs puts off the products for the gradients of parameters until the backward pass is through
+  all blocks, and holds what they multiply, which was to be computed again to save memory.
+  """
+  return x
+
+
+_gradients_together.defvjp(lambda x: (x, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))
 
 
 def by_rows(f: Callable[[Array], Array], x: Float[Array, "*rows d"]) -> Float[Array, "*rows e"]:

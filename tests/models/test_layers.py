@@ -102,3 +102,21 @@ def test_rematerialisation_can_keep_attentions_inputs_alone(capsys):
   kept = [line for line in capsys.readouterr().out.splitlines() if "from a constant" not in line]
   assert len([line for line in kept if "named 'attention_inputs'" in line]) == 3
   assert len(kept) == 4 and "from the argument x" in kept[0]
+
+
+@pytest.mark.parametrize("remat", ["full", "attention"])
+def test_a_rematerialised_blocks_gradients_are_there_together(remat):
+  """Else a compiler may put off those of the parameters, and hold what it computed again for them."""
+  graphdef, state = nnx.split(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+
+  def loss(state, x, scale):
+    block = lambda block, x, scale: scale.astype(x.dtype) * jnp.sin(block(x))
+    return jnp.sum(layers.run_block(block, nnx.merge(graphdef, state), x, scale, remat=remat))
+
+  x, scale = jax.random.normal(jax.random.key(0), (2, 4)), jnp.asarray(2)  # an integer, which has no gradient
+  traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(state, x, scale).jaxpr
+  barriers = [e.outvars for e in traced.eqns if e.primitive.name == "optimization_barrier"]
+  assert any(set(traced.outvars) <= set(together) for together in barriers)
+  found = jax.grad(loss, argnums=(0, 1))(state, x, scale)
+  plain = jax.grad(lambda state, x: 2 * jnp.sum(jnp.sin(nnx.merge(graphdef, state)(x))), argnums=(0, 1))(state, x)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, plain)
