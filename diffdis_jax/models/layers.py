@@ -45,7 +45,8 @@ def run_block(f: Callable[..., Any], block: nnx.Module, *args: Any, remat: str) 
     return f(block, *args)
   graphdef, state = nnx.split(block)
   pure = jax.checkpoint(lambda state, *args: f(nnx.merge(graphdef, state), *args), policy=REMAT_POLICIES[remat])
-  return pure(*_gradients_together((state, *args)))
+  inputs = (state, *args)
+  return pure(*(inputs if platform() == "tpu" else _gradients_together(inputs)))
 
 
 @jax.custom_vjp
@@ -53,7 +54,8 @@ def _gradients_together(x: Any) -> Any:
   """x, none of whose gradients is there before all are.
 
   Else XLA's compiler for GPUs puts off the products for the gradients of parameters until the backward pass is through
-  all blocks, and holds what they multiply, which was to be computed again to save memory.
+  all blocks, and holds what they multiply, which was to be computed again to save memory. What TPUs' does was not
+  looked at.
   """
   return x
 
