@@ -9,7 +9,8 @@
   python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --suite=emoji --data_root=data --out=suite.json
 
 The paper starts from a model that draws. So can this: train objectives=generation,path=data/emoji from the autoencoder
-first, and both from that run. After 1,800 steps each it classified a third more than after 1,800 of both alone.
+first, and both from that run. After 1,800 steps each it classified a third more than after 1,800 of both alone
+(one run).
 
 DIR_OF_TARBALLS is a folder of npm packages; docs/data.md has the line that fetches them.
 
