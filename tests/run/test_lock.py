@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -79,7 +80,14 @@ def test_of_another_machine_it_is_taken_over_without_a_sign_of_life(tmp_path, co
 
 def test_a_lock_that_cannot_be_read_for_a_moment_ends_nothing(tmp_path, holder):
   lock = tmp_path / "lock.json"
-  for spoil in (lambda: lock.write_text("{"), lambda: (lock.unlink(), lock.mkdir()), lambda: lock.rmdir()):
+
+  def to_folder():
+    while not lock.is_dir():  # the holder may write its file anew before the folder is there
+      lock.unlink(missing_ok=True)
+      with contextlib.suppress(FileExistsError):
+        lock.mkdir()
+
+  for spoil in (lambda: lock.write_text("{"), to_folder, lock.rmdir):
     spoil()
     time.sleep(0.5)
     assert holder.poll() is None
