@@ -175,6 +175,7 @@ def test_an_export_comes_back_bit_for_bit_and_trains_on(run, exported, tmp_path,
   "changes, message",
   [
     ({"model.vision_encoder.activation": "quick_gelu"}, "open_clip has one for both towers"),
+    ({"model.text_encoder.token_query": 8.0}, "neither library has such token vectors"),
     ({"model.text_encoder.eos_id": 5}, "open_clip takes the largest token, 49407"),
   ],
 )

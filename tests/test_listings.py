@@ -64,7 +64,7 @@ def clip(model: ConfigDict) -> dict[str, int]:
   with torch.device("meta"):
     theirs = CLIPModel(CLIPConfig(**sections.write_clip(text, vision)))
   return {
-    "text_encoder": count(theirs.text_model, theirs.text_projection),
+    "text_encoder": count(theirs.text_model, theirs.text_projection) + query_tokens(model),
     "vision_encoder": count(theirs.vision_model, theirs.visual_projection),
     "logit_scale": theirs.logit_scale.numel(),
   }
@@ -93,6 +93,12 @@ def linear(din: int, dout: int, *, bias: bool = True) -> int:
   return din * dout + bias * dout
 
 
+def query_tokens(model: ConfigDict) -> int:
+  """A second vector for each token, where the query takes them in."""
+  text = model.text_encoder
+  return text.vocab_size * text.width if text.token_query else 0
+
+
 def text_stream(model: ConfigDict) -> int:
   """Embedder of t_e, and the text token's own part of each fused block (the paper's Figure 3)."""
   d, unet = model.text_encoder.width, model.unet
@@ -108,11 +114,13 @@ def text_stream(model: ConfigDict) -> int:
 
 
 def alignment(model: ConfigDict) -> int:
-  """In, transformer layers with an MLP of ratio 4, last norm, predictor."""
+  """In, transformer layers with an MLP of ratio 4, last norm, predictor; norm and matrix of the map's parts."""
   d, w = model.text_encoder.width, model.alignment.width
   layer = 4 * linear(w, w) + linear(w, 4 * w) + linear(4 * w, w) + 2 * 2 * w
+  c, parts = model.unet.widths[-1], model.alignment.map_parts
+  of_map = 2 * c + linear(parts**2 * c, d) if parts else 0
   ends = linear(d, w) + linear(model.unet.widths[-1], w) + 2 * w + linear(w, d)
-  return ends + model.alignment.depth * layer
+  return ends + model.alignment.depth * layer + of_map
 
 
 def head(model: ConfigDict) -> dict[str, int]:
@@ -134,6 +142,7 @@ def expected_parts(config: ConfigDict) -> dict[str, int]:
     return {"autoencoder": theirs["autoencoder"]}
   if not {"discrimination", "class_contrastive", "long_tail_head"} & {*objectives}:
     return theirs
+  theirs["text_encoder"] += query_tokens(model)
   if "generation" not in objectives:
     theirs["unet"] -= up
   return {**theirs, "text_stream": text_stream(model), "alignment": alignment(model), "logit_scale": 1, **head(model)}

@@ -29,6 +29,11 @@ def check(model: Mapping[str, Any]) -> None:
       f"model.text_encoder.activation is {text['activation']} and model.vision_encoder.activation"
       f" {vision['activation']}; open_clip has one for both towers"
     )
+  if text.get("token_query"):
+    raise UserError(
+      f"model.text_encoder.token_query is {text['token_query']}; neither library has such token vectors, so only a run"
+      " with 0 can be exported"
+    )
   if text["eos_id"] != text["vocab_size"] - 1:
     raise UserError(
       f"model.text_encoder.eos_id is {text['eos_id']}; open_clip takes the largest token, {text['vocab_size'] - 1}, for"

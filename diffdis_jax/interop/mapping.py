@@ -230,11 +230,11 @@ FUSION_BLOCK = (
   *_same(NORM, "norm"),
 )
 ALIGNMENT = (
-  *_same(LINEAR, "text_in", "image_in", "predictor"),
+  *_same(LINEAR, "text_in", "image_in", "predictor", "map_out"),
   *_same(
     (*_same(NORM, "norm1", "norm2"), *_same(OWN_ATTENTION, "attn"), *_same(LINEAR, "mlp.fc1", "mlp.fc2")), "layers.#"
   ),
-  *_same(NORM, "norm"),
+  *_same(NORM, "norm", "map_norm"),
 )
 
 TABLE: dict[str, Rows] = {
@@ -246,6 +246,7 @@ TABLE: dict[str, Rows] = {
     *_same(FUSION_BLOCK, "text_stream.blocks.#"),
     *_same(ALIGNMENT, "alignment"),
     *under("text_encoder.projection", "text_projection", LINEAR),
+    *under("text_encoder.query_tokens", "query_tokens", EMBEDDING),
     Row("logit_scale", "logit_scale"),
   ),
   "clip": (

@@ -9,10 +9,12 @@ be copied into another project. The generative half is diffusers' StableDiffusio
   scores = model.similarity(image, model.embed_text(input_ids))
 
 FOLDER is what export_weights writes: a StableDiffusionPipeline with two files beside its own,
-  diffdis.safetensors    text_stream, alignment, logit_scale, and text_projection where the query goes through CLIP's
+  diffdis.safetensors    text_stream, alignment, logit_scale, text_projection where the query goes through CLIP's, and
+                         query_tokens where token vectors are added to it
   diffdis_config.json    of the run's config: model.{fusion, share_attention, modality_ffn, alignment}, text_diffusion,
-                         model.text_encoder.{width, projection, bos_id, eos_id}, condition_timestep, max_length,
-                         inference.unit_query, which is true where it is absent
+                         model.text_encoder.{width, vocab_size, projection, token_query, bos_id, eos_id},
+                         condition_timestep, max_length, inference.unit_query; token_query is 0 and unit_query true
+                         where they are absent
 """
 
 from __future__ import annotations
@@ -166,18 +168,27 @@ class TransformerLayer(nn.Module):
 class AlignmentTransformer(nn.Module):
   """Transformer over [text token, middle feature map], and a linear predictor on the text token."""
 
-  def __init__(self, *, query_width: int, image_width: int, width: int, depth: int, num_heads: int):
+  def __init__(self, *, query_width: int, image_width: int, width: int, depth: int, num_heads: int, map_parts: int = 0):
     super().__init__()
     self.text_in, self.image_in = nn.Linear(query_width, width), nn.Linear(image_width, width)
     self.layers = nn.ModuleList(TransformerLayer(width, num_heads=num_heads) for _ in range(depth))
     self.norm = nn.LayerNorm(width)
     self.predictor = nn.Linear(width, query_width)
+    self.map_parts = map_parts
+    if map_parts:
+      self.map_norm, self.map_out = nn.LayerNorm(image_width), nn.Linear(map_parts**2 * image_width, query_width)
 
   def forward(self, h_e: Query, features: Features) -> Query:
     tokens = torch.cat([self.text_in(h_e)[:, None], self.image_in(features.flatten(2).transpose(1, 2))], dim=1)
     for layer in self.layers:
       tokens = layer(tokens)
-    return self.predictor(self.norm(tokens[:, 0]))
+    query = self.predictor(self.norm(tokens[:, 0]))
+    return query + self.from_map(features) if self.map_parts else query
+
+  def from_map(self, features: Features) -> Query:
+    """What the layout of the middle feature map adds: its means over parts, a matrix for each."""
+    normed = self.map_norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return self.map_out(F.adaptive_avg_pool2d(normed, self.map_parts).permute(0, 2, 3, 1).flatten(1))
 
 
 class DiffDis(nn.Module):
@@ -192,6 +203,8 @@ class DiffDis(nn.Module):
     self.condition_timestep = config["condition_timestep"]
     self.unit_query = config.get("inference", {}).get("unit_query", True)
     self.query_width = text["projection"] or text["width"]
+    self.token_query = text.get("token_query", 0.0)
+    self.query_tokens = nn.Embedding(text["vocab_size"], text["width"]) if self.token_query else None
 
     levels = [level for level in unet.down_blocks if isinstance(level, CrossAttnDownBlock2D)]
     image_blocks = [block for level in [*levels, unet.mid_block] for block in level.attentions]
@@ -225,9 +238,17 @@ class DiffDis(nn.Module):
 
   @torch.no_grad()
   def embed_text(self, input_ids: Int[Tensor, "b l"]) -> Query:
-    """Text queries e: the condition at the first end-of-text token, through the projection if any, L2-normalised."""
+    """Text queries e: the condition at the first end-of-text token, through the projection if any, L2-normalised.
+
+    With `query_tokens` the mean of the caption's tokens' vectors there is added to that condition, times `token_query`.
+    """
     end = (input_ids == self.eos_id).int().argmax(dim=1)
     query = self.text_encoder(input_ids).last_hidden_state[torch.arange(len(input_ids)), end]
+    if self.query_tokens is not None:
+      place = torch.arange(input_ids.shape[1], device=input_ids.device)
+      inside = ((place > 0) & (place < end[:, None])).to(query.dtype)
+      total = (inside[..., None] * self.query_tokens(input_ids)).sum(dim=1)
+      query = query + self.token_query * total / inside.sum(dim=1, keepdim=True).clamp(min=1)
     return F.normalize((query if self.text_projection is None else self.text_projection(query)).float(), dim=-1)
 
   def predict(self, z: Features, e_t: Query, t_e: Timesteps) -> Query:

@@ -70,6 +70,12 @@ def check_sizes(model: Model | ClipModel, *, objectives: Sequence[str], image_si
   if image_size % stride:
     near = max(1, round(image_size / stride)) * stride
     raise UserError(f"image_size is {image_size}; {why}, so it must be a multiple of {stride}, such as {near}")
+  if isinstance(model, Model) and (parts := model.alignment.map_parts) and {*ALIGNED} & {*objectives}:
+    side = image_size // stride
+    if side % parts:
+      raise UserError(
+        f"model.alignment.map_parts is {parts}; the middle feature map is {side} x {side}, so it must divide {side}"
+      )
   if not 2 <= max_length <= model.text_encoder.max_length:
     raise UserError(
       f"data.max_length is {max_length}; it must be from 2 to model.text_encoder.max_length,"
@@ -88,7 +94,9 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
   autoencoder = Autoencoder(**sizes["autoencoder"], **common)
   if "reconstruction" in objectives:
     return DiffDis(autoencoder=autoencoder, text_encoder=None, unet=None, text_stream=None, alignment=None)
-  text_encoder = TextEncoder(**sizes["text_encoder"], **common)
+  aligned = bool({*ALIGNED} & {*objectives})
+  text_sizes = sizes["text_encoder"] | ({} if aligned else {"token_query": 0.0})
+  text_encoder = TextEncoder(**text_sizes, **common)
   unet = UNet(
     **sizes["unet"],
     context_width=model.text_encoder.width,
@@ -98,7 +106,7 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
     **common,
   )
   text_stream = alignment = None
-  if {*ALIGNED} & {*objectives}:
+  if aligned:
     text_stream = TextStream(
       unet.fused_widths if model.fusion else (),
       query_width=model.query_width,

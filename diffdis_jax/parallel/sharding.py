@@ -33,7 +33,7 @@ RULES = (
   (r"\.patch\.kernel$", PartitionSpec(None, None, None, "tensor")),  # three channels in, which no axis splits
   (r"tokens\.embedding$", PartitionSpec("tensor", None)),  # whole, rather than moved for a few rows
   (r"positions$", PartitionSpec("tensor", "fsdp")),
-  (r"\.(out|fc2|fc_out|predictor)\.kernel$", PartitionSpec("tensor", "fsdp")),
+  (r"\.(out|fc2|fc_out|predictor|map_out)\.kernel$", PartitionSpec("tensor", "fsdp")),
   (r"\.(q|k|v|proj|fc1|fc_in|text_in|image_in|time|projection)\.kernel$", PartitionSpec("fsdp", "tensor")),
 )
 

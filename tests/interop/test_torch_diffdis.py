@@ -120,6 +120,7 @@ def assert_same_query(twin: torch_diffdis.DiffDis, expected: Any, given: dict[st
     {"model.share_attention": False},
     {"model.modality_ffn": False},
     {"model.text_encoder.projection": 12},
+    {"model.alignment.map_parts": 2},
     {"condition_timestep": 0},
     {"text_diffusion.target": "noise"},
     {"text_diffusion.target": "noise", "text_diffusion.schedule": "linear", "text_diffusion.gamma": 1.0},
@@ -203,8 +204,8 @@ def test_a_folder_that_says_nothing_of_the_querys_length_normalises_it(folder, t
   assert torch_diffdis.DiffDis.from_pretrained(tmp_path).unit_query is True
 
 
-def test_text_query_through_the_projection(tmp_path):
-  changes = {"model.text_encoder.projection": 12}
+@pytest.mark.parametrize("changes", [{"model.text_encoder.projection": 12}, {"model.text_encoder.token_query": 0.7}])
+def test_text_query_is_ours(changes, tmp_path):
   config = tiny_config(**changes)
   params, _ = tiny_network(**changes)
   tokens = steps.make_batch(config).tokens[:3]

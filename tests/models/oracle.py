@@ -74,8 +74,15 @@ def fused_block(
   return x + image_block.proj_out(image.transpose(1, 2).reshape(x.shape)), text.linear("fc_out", token)
 
 
-def alignment(weights: Weights, *, h_e: Tensor, features: Tensor, depth: int, num_heads: int) -> Tensor:
+def alignment(
+  weights: Weights, *, h_e: Tensor, features: Tensor, depth: int, num_heads: int, map_parts: int = 0
+) -> Tensor:
   """ê_0 from the hidden text query and the middle feature map [b c h w]."""
+  of_map = 0.0
+  if map_parts:
+    normed = weights.layer_norm("map_norm", features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    means = F.adaptive_avg_pool2d(normed, map_parts)
+    of_map = weights.linear("map_out", means.permute(0, 2, 3, 1).flatten(1))
   image = weights.linear("image_in", features.flatten(2).transpose(1, 2))
   tokens = torch.cat([weights.linear("text_in", h_e)[:, None], image], dim=1)
   width = tokens.shape[-1]
@@ -99,7 +106,7 @@ def alignment(weights: Weights, *, h_e: Tensor, features: Tensor, depth: int, nu
         "norm2.bias": get("norm2.norm.bias"),
     })  # fmt: skip
     tokens = layer(tokens)
-  return weights.linear("predictor", weights.layer_norm("norm", tokens[:, 0]))
+  return weights.linear("predictor", weights.layer_norm("norm", tokens[:, 0])) + of_map
 
 
 def discrimination(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffdis_jax.models.text_encoder import TextEncoder
@@ -72,6 +73,25 @@ def test_query_through_clips_projection():
     expected = theirs.text_projection(hidden.pooler_output)
   assert networks.relative_error(text.c, hidden.last_hidden_state) < 1e-5
   assert networks.relative_error(text.e, unit(expected)) < 1e-5
+
+
+def test_token_vectors_in_the_query():
+  network, plain = ours(token_query=0.7), ours()
+  params = networks.random_params(network.shapes, seed=0)
+  table = params["query_tokens.embedding"]
+  text = network.jit(lambda model, tokens: model(tokens))(params, TOKENS)
+  others = {path: value for path, value in params.items() if path in plain.shapes}
+  at_end = plain.jit(lambda model, tokens: model.query(model(tokens).c, tokens))(others, TOKENS)
+  # Neither start, end nor padding counts; of a caption without a word there is nothing to add.
+  means = np.stack([table[[5, 6]].mean(axis=0), table[[1, 2, 3, 4, 5]].mean(axis=0), np.zeros_like(table[0])])
+  expected = torch.from_numpy(np.asarray(at_end) + 0.7 * means)
+  assert networks.relative_error(text.e, unit(expected)) < 1e-5
+
+
+def test_token_vectors_start_at_nothing():
+  section = networks.tiny_model()["text_encoder"] | {"token_query": 8.0}
+  model = TextEncoder(**section, dtype=np.float32, rngs=nnx.Rngs(0))
+  np.testing.assert_array_equal(model.query_tokens.embedding[...], 0.0)
 
 
 def test_null_tokens_are_the_empty_prompt():
