@@ -67,7 +67,8 @@ def make_run(folder: pathlib.Path, imported: str, **changes: object) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, imported) -> str:
-  return make_run(tmp_path_factory.mktemp("export") / "run", imported)
+  beside_tokens = {"model.alignment.map_parts": 2, "model.text_encoder.token_query": 0.7}
+  return make_run(tmp_path_factory.mktemp("export") / "run", imported, **beside_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,8 @@ def test_an_export_is_imported_back_with_what_diffdis_adds(run, exported):
   config, expected = import_weights.make_config(found), workdir.load_config(run)
   for field in ("image_size", "text_diffusion", "image_diffusion", "condition_timestep", "objectives"):
     assert config.to_dict()[field] == expected.to_dict()[field]
+  for part in ("alignment", "text_encoder"):
+    assert config.model[part].to_dict() == expected.model[part].to_dict()
   matched = from_torch.match(found, build.Network.of(config).shapes)
   loaded = from_torch.read(matched)
   params = checkpoint.restore_params(run)
