@@ -57,6 +57,7 @@ def _text(size: TextEncoderSize) -> Rules:
   spread, residual = size.width**-0.5, (2 * size.depth) ** -0.5
   return (
     (r"^text_encoder\.tokens\.", Start("normal", 0.02)),
+    (r"^text_encoder\.query_tokens\.", Start("constant", 0.0)),
     (r"^text_encoder\.positions$", Start("normal", 0.01)),
     (r"^text_encoder\..*\.(q|k|v)\.kernel$", Start("normal", spread)),
     (r"^text_encoder\..*\.(out|fc2)\.kernel$", Start("normal", spread * residual)),

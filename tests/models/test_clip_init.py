@@ -60,6 +60,13 @@ def test_each_kind_of_parameter_starts_as_in_open_clip():
   check(config, theirs, least=0.02)
 
 
+def test_second_token_vectors_start_at_nothing():
+  config = tiny_clip.get_config()
+  config.model.text_encoder.token_query = 8.0
+  params = Network.of(config).initialise(jax.random.key(0))
+  assert not params["text_encoder.query_tokens.embedding"].any() and params["text_encoder.tokens.embedding"].any()
+
+
 def test_every_parameter_draws_with_a_key_of_its_own():
   params = Network.of(tiny_clip.get_config()).initialise(jax.random.key(0))
   drawn = [tuple(np.ravel(value)[:4].tolist()) for path, value in params.items() if path.endswith("kernel")]
