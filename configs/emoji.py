@@ -15,8 +15,8 @@ each it classified a third more than after 1,800 of both alone (one run, docs/re
 
 DIR_OF_TARBALLS is a folder of npm packages; docs/data.md has the line that fetches them.
 
-For comparison, one objective alone, and a CLIP on the same pairs with the same text tower, views and batch, each as many
-steps; both objectives take fewer, and --config.num_steps=5400 as many. CLIP needs no autoencoder:
+For comparison, one objective alone, and a CLIP on the same pairs with the same text tower, views, batch and steps. Both
+objectives take fewer steps, and with --config.num_steps=5400 as many. CLIP needs no autoencoder:
 
   ... --config=configs/emoji.py:objectives=discrimination,path=data/emoji --config.init_from=runs/emoji/generation
   ... --config=configs/emoji.py:objectives=contrastive,path=data/emoji
