@@ -95,36 +95,39 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   config.text_diffusion.update(schedule="scaled_linear", gamma=0.1)
   config.save_every = config.eval_every = config.sample_every = 900
-  data = lambda split: dict(name="pairs", path=args.path, split=split, image_size=32)
-  zero_shot = lambda split, **settings: dict(
-    task="zero_shot", data=data(split), label_field="concept", templates=TEMPLATES, **settings
-  )
-  config.evals = {
-    "val_vendor": zero_shot("val_vendor"),
-    "val_concepts": zero_shot("val_concepts"),
-    "test_vendor": zero_shot("test_vendor", seen_split="train"),
-    "test_vendor_retrieval": dict(task="retrieval", data=data("test_vendor")),
-    "val_vendor_retrieval": dict(task="retrieval", data=data("val_vendor")),
-  }
-  config.train_evals = ("val_vendor", "val_concepts")
   config.sample_prompts = PROMPTS
   config.inference.update(draws=4, generation_steps=50, generation_guidance=3.0)
-  drawn = dict(
-    task="recognition",
-    data=data("train"),
-    splits=("val_vendor", "test_vendor"),
-    label_field="concept",
-    template=TEMPLATES[0],
-  )
   if args.objectives == "contrastive":
     to_clip(config)
   elif args.objectives != "both":
     config.objectives = (args.objectives,)
-  if args.objectives == "generation":
-    config.evals, config.train_evals = ConfigDict(), ()
-  if args.objectives in ("both", "generation"):
-    config.evals["drawn"] = drawn
+  add_evaluations(config, args.path)
   return config
+
+
+def add_evaluations(config: ConfigDict, path: str) -> None:
+  """What evaluate measures of a run: how it tells images apart, and how many drawings a judge names."""
+  data = lambda split: dict(name="pairs", path=path, split=split, image_size=32)
+  if config.objectives != ("generation",):
+    zero_shot = lambda split, **settings: dict(
+      task="zero_shot", data=data(split), label_field="concept", templates=TEMPLATES, **settings
+    )
+    config.evals = {
+      "val_vendor": zero_shot("val_vendor"),
+      "val_concepts": zero_shot("val_concepts"),
+      "test_vendor": zero_shot("test_vendor", seen_split="train"),
+      "test_vendor_retrieval": dict(task="retrieval", data=data("test_vendor")),
+      "val_vendor_retrieval": dict(task="retrieval", data=data("val_vendor")),
+    }
+    config.train_evals = ("val_vendor", "val_concepts")
+  if "generation" in config.objectives:
+    config.evals["drawn"] = dict(
+      task="recognition",
+      data=data("train"),
+      splits=("val_vendor", "test_vendor"),
+      label_field="concept",
+      template=TEMPLATES[0],
+    )
 
 
 def to_clip(config: ConfigDict) -> None:
