@@ -37,6 +37,8 @@ from diffdis_jax.models.sizes import clip_medium, medium
 DRAWN = dict(shift=0.06, zoom=0.15, rotation=10.0)
 ENCODED = DRAWN | dict(brightness=0.2, contrast=0.2, saturation=0.3, hue=0.04)
 TOLD_APART = dict(shift=0.08, zoom=0.2, rotation=12.0, brightness=0.3, contrast=0.3, saturation=0.5, hue=0.05)
+# τ is held here. Where it is learned it grows to 36, and captions then fit the training images alone (docs/results.md).
+TEMPERATURE = 12.0
 NUM_STEPS = dict(both=3600, generation=1800, discrimination=5400, contrastive=5400)
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
 PROMPTS = tuple(
@@ -60,6 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
   # Neither is the paper's. Both classify better where there are few images of many concepts (docs/results.md).
   config.model.alignment.map_parts = 4
   config.model.text_encoder.token_query = 8.0
+  config.model.temperature = TEMPERATURE
   config.data.update(name="pairs", path=args.path, max_length=16)
   config.optim.update(schedule_kind="cosine", weight_decay=0.05, b2=0.99)
   if args.autoencoder:
@@ -88,7 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
       (r"^unet\.(up|norm_out|conv_out)", "drawing"),  # the UNet's way up, which generation has for itself
       (".*", "new"),
     ),
-    rates=dict(new=5e-4, temperature=5e-3, drawing=1e-3),
+    rates=dict(new=5e-4, temperature=0.0, drawing=1e-3),
     warmup_steps=100,
     weight_decay=0.2,
     ema_decay=0.998,
@@ -135,6 +138,7 @@ def to_clip(config: ConfigDict) -> None:
   config.objectives = ("contrastive",)
   token_query = config.model.text_encoder.token_query
   config.model = clip_medium()
+  config.model.temperature = TEMPERATURE
   config.model.text_encoder.token_query = token_query
   config.optim.groups = (("^logit_scale", "temperature"), (".*", "new"))
   config.optim.no_decay = r"bias$|norm|positions|class_token|logit_scale"
