@@ -17,7 +17,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -27,6 +27,7 @@ from diffdis_jax.errors import PREEMPTED, Preempted, UserError
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+_MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")  # absl's words
 
 
 def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
@@ -71,6 +72,7 @@ def config_flag(alias: str = "config", *, required: bool = True) -> flags.FlagHo
   flags.FLAGS["config"].parser = _ConfigFile(alias)
   if alias != "config":
     flags.DEFINE_alias(alias, "config")
+    flags.FLAGS[alias].help = flags.FLAGS["config"].help
   if required:
     flags.mark_flag_as_required(alias)
   return holder
@@ -224,7 +226,14 @@ def _parse_flags(argv: list[str]) -> list[str]:
     nearest = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
     _stop(UserError(f"unknown flag --{error.flagname}; {f'did you mean --{nearest[0]}?' if nearest else 'see --help'}"))
   except (UserError, flags.Error, KeyError, TypeError, ValueError) as error:
-    _stop(error)
+    _stop(_missing_flags(_MISSING.findall(str(error))) or error)
+
+
+def _missing_flags(names: Sequence[str]) -> UserError | None:
+  if not names:
+    return None
+  described = " and ".join(f"--{name} ({flags.FLAGS[name].help})" for name in names)
+  return UserError(f"{described} {'is' if len(names) == 1 else 'are'} missing")
 
 
 def _stop(error: Exception) -> NoReturn:
