@@ -226,12 +226,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
     nearest = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
     _stop(UserError(f"unknown flag --{error.flagname}; {f'did you mean --{nearest[0]}?' if nearest else 'see --help'}"))
   except (UserError, flags.Error, KeyError, TypeError, ValueError) as error:
-    _stop(_missing_flags(_MISSING.findall(str(error))) or error)
+    missing = _MISSING.findall(str(error))
+    _stop(_missing_flags(missing) if missing else error)
 
 
-def _missing_flags(names: Sequence[str]) -> UserError | None:
-  if not names:
-    return None
+def _missing_flags(names: Sequence[str]) -> UserError:
   described = " and ".join(f"--{name} ({flags.FLAGS[name].help})" for name in names)
   return UserError(f"{described} {'is' if len(names) == 1 else 'are'} missing")
 
