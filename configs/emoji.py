@@ -11,7 +11,7 @@
   python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --suite=emoji --data_root=data --out=suite.json
 
 Generation first, then both objectives from there, since the paper too starts from a model that draws. After 1,800 steps
-each it classified a third more than after 1,800 of both alone (one run, docs/results.md).
+each it classified a third more than after 1,800 of both alone (one run, docs/emoji.md).
 
 DIR_OF_TARBALLS is a folder of npm packages; docs/data.md has the line that fetches them.
 
@@ -37,7 +37,7 @@ from diffdis_jax.models.sizes import clip_medium, medium
 DRAWN = dict(shift=0.06, zoom=0.15, rotation=10.0)
 ENCODED = DRAWN | dict(brightness=0.2, contrast=0.2, saturation=0.3, hue=0.04)
 TOLD_APART = dict(shift=0.08, zoom=0.2, rotation=12.0, brightness=0.3, contrast=0.3, saturation=0.5, hue=0.05)
-# τ is held here. Where it is learned it grows to 36, and captions then fit the training images alone (docs/results.md).
+# τ is held here. Where it is learned it grows to 36, and captions then fit the training images alone (docs/emoji.md).
 TEMPERATURE = 12.0
 NUM_STEPS = dict(both=3600, generation=1800, discrimination=5400, contrastive=5400)
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
@@ -59,7 +59,7 @@ def get_config(arg: str = "") -> ConfigDict:
     raise ValueError(f"argument objectives={args.objectives} should be one of {', '.join(NUM_STEPS)}")
   config = common.base(medium(), image_size=32)
   config.model.query_init = 0.0  # a shorter plateau at the start
-  # Neither is the paper's. Both classify better where there are few images of many concepts (docs/results.md).
+  # Neither is the paper's. Both classify better where there are few images of many concepts (docs/emoji.md).
   config.model.alignment.map_parts = 4
   config.model.text_encoder.token_query = 8.0
   config.model.temperature = TEMPERATURE
