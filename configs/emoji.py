@@ -11,7 +11,8 @@
   python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --suite=emoji --data_root=data --out=suite.json
 
 Generation first, then both objectives from there, since the paper too starts from a model that draws. After 1,800 steps
-each it classified a third more than after 1,800 of both alone (one run, docs/emoji.md).
+each it classified a third more than after 1,800 of both alone (one run, docs/emoji.md). More of it still helped:
+1,800 steps twice more, --config.init_from being the last run's folder (docs/results.md).
 
 DIR_OF_TARBALLS is a folder of npm packages; docs/data.md has the line that fetches them.
 
@@ -99,7 +100,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.text_diffusion.update(schedule="scaled_linear", gamma=0.1)
   config.save_every = config.eval_every = config.sample_every = 900
   config.sample_prompts = PROMPTS
-  config.inference.update(draws=4, generation_steps=50, generation_guidance=3.0)
+  config.inference.update(draws=4, generation_steps=50, generation_guidance=7.5)
   if args.objectives == "contrastive":
     to_clip(config)
   elif args.objectives != "both":
@@ -129,7 +130,7 @@ def add_evaluations(config: ConfigDict, path: str) -> None:
       data=data("train"),
       splits=("val_vendor", "test_vendor"),
       label_field="concept",
-      template=TEMPLATES[0],
+      template="{}",  # as PROMPTS
     )
 
 
