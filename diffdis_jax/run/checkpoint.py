@@ -374,10 +374,15 @@ def _read(path: epath.Path, handler: Any, args: Any) -> Any:
 
 def _guard(path: epath.Path, read: Callable[[], Any]) -> Any:
   """Calls `read`; a checkpoint that lacks files or bytes is bad input, and not a bug."""
+  otherwise = "take another step, or remove its folder to go on from the one before"
   if not path.exists():
-    raise UserError(f"checkpoint {path.parent} is incomplete: it has no {path.name}; take another step")
+    raise UserError(f"checkpoint {path.parent} is incomplete: it has no {path.name}; {otherwise}")
   try:
     return read()
-  except (ValueError, KeyError, OSError) as error:
-    reason = " ".join(str(error).split())[:200]
-    raise UserError(f"checkpoint {path} cannot be read: {reason}; take another step") from error
+  except Exception as error:
+    # Orbax raises a bare Exception for an array, with what was wrong as its cause.
+    reason = error.__cause__ if type(error) is Exception else error
+    if not isinstance(reason, (ValueError, KeyError, OSError)):
+      raise
+    text = " ".join(str(reason).split())[:200]
+    raise UserError(f"checkpoint {path.parent} cannot be read: its {path.name}: {text}; {otherwise}") from error

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -201,6 +202,26 @@ def test_a_checkpoint_with_a_missing_file_is_one_line(tmp_path, item):
   with checkpoint.Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError) as error:
     checkpointer.restore(1, abstract(make_state(), one_device), make_iterator())
   assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("item", ["params", "ema", "opt_state"])
+@pytest.mark.parametrize(
+  "damage",
+  [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[:8] + bytes(len(data) - 8)],
+  ids=["cut short", "emptied", "overwritten"],
+)
+def test_a_checkpoint_with_a_damaged_file_is_one_line(tmp_path, item, damage):
+  large = {"unet.conv": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)}
+  state = State(large, large, large)  # small arrays lie in the index, not in files of their own
+  save(tmp_path, 1, state=state)
+  files = [path for path in (tmp_path / "checkpoints" / "1" / item).rglob("*") if path.is_file()]
+  arrays = max(files, key=lambda path: path.stat().st_size)
+  arrays.write_bytes(damage(arrays.read_bytes()))
+  with checkpoint.Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError) as error:
+    checkpointer.restore(1, abstract(state, one_device), make_iterator())
+  line = rf"checkpoint {tmp_path}/checkpoints/1 cannot be read: its {item}: .+; take another step, or .+"
+  assert re.fullmatch(line, str(error.value))
 
 
 def test_another_model_is_told_which_array_differs(tmp_path):
