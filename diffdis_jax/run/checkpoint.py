@@ -374,7 +374,7 @@ def _read(path: epath.Path, handler: Any, args: Any) -> Any:
 
 def _guard(path: epath.Path, read: Callable[[], Any]) -> Any:
   """Calls `read`; a checkpoint that lacks files or bytes is bad input, and not a bug."""
-  otherwise = "take another step, or remove its folder to go on from the one before"
+  otherwise = "take another step, or move its folder elsewhere to go on from the one before"
   if not path.exists():
     raise UserError(f"checkpoint {path.parent} is incomplete: it has no {path.name}; {otherwise}")
   try:
