@@ -6,10 +6,11 @@ A checkpoint counts once it holds Orbax's commit mark, its last file to be writt
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -330,14 +331,26 @@ def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[st
   _check_fits(path, saved, abstract)
   one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one_device), abstract)
-  if not without:
-    return _read(path, ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(target))
-  target = {name: x for name, x in target.items() if name not in without}
-  if not target:
-    return {}
+  target = {name: x for name, x in target.items() if name not in without} if without else target
+  if not jax.tree.leaves(target):
+    return target
+  readers = ocp.type_handlers.create_type_handler_registry((jax.Array, _PatientReader()))
   restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-  args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
-  return _read(path, ocp.PyTreeCheckpointHandler(), args)
+  args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=bool(without))
+  return _read(path, ocp.PyTreeCheckpointHandler(type_handler_registry=readers), args)
+
+
+class _PatientReader(ocp.type_handlers.ArrayHandler):
+  """Where an array cannot be read, waits for the others before it raises. Else Orbax closes its event loop at once, and
+  each read that ends later prints a traceback."""
+
+  async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[jax.Array]:
+    earlier = asyncio.all_tasks()
+    try:
+      return await super().deserialize(infos, args)
+    finally:
+      while reads := asyncio.all_tasks() - earlier:
+        await asyncio.gather(*reads, return_exceptions=True)
 
 
 def _saved(path: epath.Path) -> _Arrays:

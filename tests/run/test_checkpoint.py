@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import re
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from orbax import checkpoint as ocp
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint
@@ -222,6 +224,26 @@ def test_a_checkpoint_with_a_damaged_file_is_one_line(tmp_path, item, damage):
     checkpointer.restore(1, abstract(state, one_device), make_iterator())
   line = rf"checkpoint {tmp_path}/checkpoints/1 cannot be read: its {item}: .+; take another step, or .+"
   assert re.fullmatch(line, str(error.value))
+
+
+def test_the_reads_of_other_arrays_end_before_a_damaged_one_is_told(tmp_path, monkeypatch):
+  ended = []
+
+  async def one_fails(self, infos, args=None):
+    async def damaged():
+      raise ValueError("cut short")
+
+    async def whole():
+      await asyncio.sleep(0.1)
+      ended.append("whole")
+
+    await asyncio.gather(damaged(), whole())
+
+  save(tmp_path, 1)
+  monkeypatch.setattr(ocp.type_handlers.ArrayHandler, "deserialize", one_fails)
+  with pytest.raises(UserError, match="cannot be read: its params: cut short"):
+    checkpoint.restore_params(tmp_path, ema=False)
+  assert ended == ["whole"]
 
 
 def test_another_model_is_told_which_array_differs(tmp_path):
