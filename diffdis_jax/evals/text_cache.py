@@ -22,8 +22,8 @@ LIMIT = 4 * 2**30  # bytes that a folder may hold before the oldest files go; Im
 class CachedTexts:
   """An inference, of which `embed_texts` looks into a folder first. All else is the inference's own.
 
-  A file's name is a hash of the weights, the tokens, and what else decides the result's bits: the network's precision,
-  the kind of device and jax's version. With several processes the first one reads and writes.
+  A file's name is a hash of the weights, the tokens, and what else decides the result: the text encoder's config, the
+  network's precision, the kind of device and jax's version. With several processes the first one reads and writes.
 
   Args:
     inference: what embeds.
@@ -34,7 +34,8 @@ class CachedTexts:
   def __init__(self, inference: Any, folder: pathlib.Path, weights: str):
     self._inference, self._folder = inference, folder
     model = inference.network.model
-    self._known = f"{weights} {model.dtype} {model.matmul_precision} {jax.default_backend()} {jax.__version__}"
+    network = f"{model.text_encoder} {model.dtype} {model.matmul_precision}"
+    self._known = f"{weights} {network} {jax.default_backend()} {jax.__version__}"
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._inference, name)

@@ -17,8 +17,10 @@ class Inference:
 
   max_length = 7
 
-  def __init__(self, dtype="float32"):
-    self.network = types.SimpleNamespace(model=types.SimpleNamespace(dtype=dtype, matmul_precision="auto"))
+  def __init__(self, dtype="float32", activation="gelu"):
+    text_encoder = types.SimpleNamespace(activation=activation)
+    model = types.SimpleNamespace(dtype=dtype, matmul_precision="auto", text_encoder=text_encoder)
+    self.network = types.SimpleNamespace(model=model)
     self.calls = 0
 
   def embed_texts(self, params, tokens):
@@ -30,9 +32,9 @@ TOKENS = np.arange(12, dtype=np.int32).reshape(3, 4)
 PARAMS = {"scale": 2.0}
 
 
-def embed(folder, *, weights="w", tokens=TOKENS, dtype="float32"):
+def embed(folder, *, weights="w", tokens=TOKENS, **model):
   """(what is embedded, how often the network ran)."""
-  inference = Inference(dtype)
+  inference = Inference(**model)
   return CachedTexts(inference, folder, weights).embed_texts(PARAMS, tokens), inference.calls
 
 
@@ -44,7 +46,14 @@ def test_the_same_weights_and_tokens_are_found_again_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "other", [dict(weights="v"), dict(tokens=TOKENS + 1), dict(tokens=TOKENS.reshape(4, 3)), dict(dtype="bfloat16")]
+  "other",
+  [
+    dict(weights="v"),
+    dict(tokens=TOKENS + 1),
+    dict(tokens=TOKENS.reshape(4, 3)),
+    dict(dtype="bfloat16"),
+    dict(activation="quick_gelu"),
+  ],
 )
 def test_others_are_embedded_anew(tmp_path, other):
   embed(tmp_path)
