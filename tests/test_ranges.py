@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs import common
 from diffdis_jax import train
 from diffdis_jax.errors import UserError
-from tests import tiny
+from tests import tiny, tiny_clip
 
 # Whose numbers may be negative.
 ANY_FINITE = {"model.autoencoder.shift"}
@@ -72,8 +72,11 @@ def numbers(section: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 FIELDS = dict(numbers(common.base(tiny.get_config().model, image_size=16)))
 
 
-def refused(tmp_path, field: str, value: Any) -> None:
-  config = tiny.get_config()
+CLIP_FIELDS = {name: value for name, value in numbers(tiny_clip.get_config()) if name.startswith("model.")}
+
+
+def refused(tmp_path, field: str, value: Any, config: ConfigDict | None = None) -> None:
+  config = config or tiny.get_config()
   config.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=field.split(".")[-1]) as error:
     train.train_and_evaluate(config, str(tmp_path / "run"))
@@ -87,13 +90,21 @@ def test_all_fields_are_walked_over():
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_no_number_is_taken_unseen(tmp_path, field):
-  value = FIELDS[field]
+  refuses_wrong_numbers(tmp_path, field, FIELDS[field], tiny.get_config)
+
+
+@pytest.mark.parametrize("field", CLIP_FIELDS)
+def test_no_number_of_a_clip_is_taken_unseen(tmp_path, field):
+  refuses_wrong_numbers(tmp_path, field, CLIP_FIELDS[field], tiny_clip.get_config)
+
+
+def refuses_wrong_numbers(tmp_path, field: str, value: Any, get_config: Callable[[], ConfigDict]) -> None:
   wrong = [] if field in ANY_FINITE else [-5]
   if isinstance(value, float) or (isinstance(value, tuple) and isinstance(value[0], float)):
     wrong += [math.nan, math.inf]
   for number in wrong:
     number = type(value)(number) if not isinstance(value, tuple) else (type(value[0])(number), *value[1:])
-    refused(tmp_path, field, number)
+    refused(tmp_path, field, number, get_config())
 
 
 @pytest.mark.parametrize("field, value", [*TOO_LARGE.items(), *ZERO.items()])

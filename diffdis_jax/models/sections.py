@@ -227,6 +227,7 @@ class ClipModel:
   head: HeadSize | None = None
 
   def __post_init__(self) -> None:
+    _check_temperature(self)
     check_choice("dtype", self.dtype, DTYPES)
     check_choice("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
     check_choice("attention_kernel", self.attention_kernel, (AUTO, *KERNELS))
