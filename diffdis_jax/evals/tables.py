@@ -143,9 +143,12 @@ def _fid(by_name: Mapping[str, Results], notes: list[str]) -> str:
       value = metrics.get(name, {}).get(metric)
       cells.append(NONE if value is None else f"{value * (1000 if metric == 'kid' else 1):.{digits}f}")
     rows.append((title, cells))
-  paper = [PAPER["the paper's DiffDis"]["fid"], *[NONE] * (len(heads) - 1)]
+  if not suites.FID.keys() & {*names}:
+    return f"## FID\n\n{_markdown(heads, rows)}"
+  known = PAPER["the paper's DiffDis"]["fid"]
+  cells = [known if name in suites.FID and metric == "fid" else NONE for name, metric, _ in columns]
+  rows.append(("the paper's DiffDis", cells))
   note = "The paper says of its FID that it is of images drawn for MSCOCO's captions, and not how many."
-  rows.append(("the paper's DiffDis", paper))
   return f"## FID\n\n{_markdown(heads, rows)}\n\n{note}"
 
 

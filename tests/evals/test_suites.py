@@ -246,6 +246,15 @@ def test_table():
   assert "mean of 12, not whole: " in tables.table({"mine": with_means(fabricated(12, images=40))})
 
 
+def test_the_papers_fid_stands_under_mscoco_alone():
+  record = lambda fid: {"protocol": {}, "metrics": {"fid": fid, "kid": 0.002, "num_images": 100}}
+  text = tables.table({"mine": {"fid": {"test": record(50.0), "mscoco_val2014": record(12.5)}}})
+  lines = text.splitlines()
+  assert "| mine | 50.00 | 2.000 | 100 | 12.50 | 2.000 | 100 |" in lines
+  assert "| the paper's DiffDis | – | – | – | 9.80 | – | – |" in lines
+  assert "9.80" not in tables.table({"mine": {"fid": {"test": record(50.0)}}})
+
+
 def test_side_by_side(tmp_path):
   """Different protocols are marked and named; what belongs to the model is none."""
   a, b = fabricated(12, steps=1, weights="x"), fabricated(12, seed=1, steps=1, weights="y", checkpoint=7)
