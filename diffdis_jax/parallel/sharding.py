@@ -27,7 +27,8 @@ REPLICATED = PartitionSpec()
 
 # Shapes: convolution [h, w, in, out], linear [in, out], embedding [tokens, width]. First match wins.
 RULES = (
-  (r"^autoencoder\.(shift|scale)$|^logit_scale$|class_token$|^head\.anchors$", REPLICATED),
+  (r"^autoencoder\.(shift|scale)$|^logit_scale$|class_token$", REPLICATED),
+  (r"^head\.", REPLICATED),  # small, and computed in f32, where `gathered` would give it the compute dtype
   (r"\.(bias|scale)$", REPLICATED),
   (r"conv|shortcut|proj_in|proj_out|quant|encoder_out|decoder_in", PartitionSpec(None, None, "fsdp", "tensor")),
   (r"\.patch\.kernel$", PartitionSpec(None, None, None, "tensor")),  # three channels in, which no axis splits

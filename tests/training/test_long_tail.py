@@ -331,6 +331,14 @@ def test_eight_devices_do_what_one_does(stage):
     assert second[name] == pytest.approx(first[name], rel=1e-4)
 
 
+def test_the_head_stays_in_f32_where_the_network_is_split_and_in_bfloat16():
+  config = make_config(2, clip=True, **{"model.dtype": "bfloat16"})
+  batch = make_batch(config)
+  alone, many = Trainer(config), Trainer(config, steps.make_mesh(fsdp=2))
+  (_, first), (_, second) = (trainer(trainer.state, batch) for trainer in (alone, many))
+  assert second["loss"] == pytest.approx(first["loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
   "stage, changes, message",
   [
