@@ -20,8 +20,8 @@ class Retrieval:
     data: section of a data source, as `data.sources.open_source` takes it.
     caption_field: the record's field with the caption, or with several captions of the same image; empty for all the
       captions that training draws from.
-    equal_captions: images that have the same captions are one target: right is whatever bears the query's caption.
-      CLIP_benchmark, and we by default, count only the query's own image or own captions.
+    equal_captions: images whose captions are all the same, in the same order, are one target: any of them is right for
+      such a caption. CLIP_benchmark, and we by default, count only the query's own image or own captions.
     num_images: this many images, the same ones each time; None for all.
     seed: of the query's noise, and of the shuffle.
     shuffle_labels: the leak test. Each record keeps its place and its captions but shows another one's image, so recall

@@ -1,5 +1,5 @@
-"""Losses: arrays to one number a sample, all in f32. Means over the batch are taken by the step, except inside
-`contrastive`, whose two directions have different anchors."""
+"""Losses, all in f32: arrays to one number a sample, of which the step takes the mean. `contrastive`,
+`class_contrastive` and `distill` take their own means, since their two directions have different anchors."""
 
 from __future__ import annotations
 

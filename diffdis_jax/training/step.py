@@ -1,6 +1,7 @@
 """The training state and the train step: the one jit boundary. What it minimises is in objectives.py.
 
-Parameters are a flat dict (tree.py). Those whose group is `frozen` get no gradient, no optimizer state and no average.
+Parameters are a flat dict (params.py). Those whose group is `frozen` get no gradient, no optimizer state and no
+average.
 """
 
 from __future__ import annotations
