@@ -1,4 +1,4 @@
-# An image for hosts with GPUs or TPUs, in whose working directory every command of the README runs.
+# An image for hosts with GPUs or TPUs, in whose working directory every `python -m diffdis_jax` command runs.
 #
 #   docker build --build-arg EXTRA=cuda -t REGISTRY/diffdis:cuda .     # NVIDIA GPUs
 #   docker build --build-arg EXTRA=tpu -t REGISTRY/diffdis:tpu .       # TPUs

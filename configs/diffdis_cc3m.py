@@ -29,7 +29,7 @@ Ablations, as the appendix numbers its tables:
   Table 3  gamma=1.0,schedule=cosine   gamma=1.0,schedule=scaled_linear
   Table 4  fusion=False
   Table 5  modality_ffn=False          share_attention=False
-  Table 7  condition_timestep=0        condition_timestep=999
+  Table 7  gamma=1.0,condition_timestep=0, and 999; γ of Table 7 is not stated by the paper
 
 Single tasks, as baselines of Table 6: objectives=generation is Stable Diffusion alone, objectives=discrimination.
 The paper's figures for the model itself: FID 9.80, zero-shot ImageNet 25.92 %, mean R@1 33.60 %. Batch size, epochs and
