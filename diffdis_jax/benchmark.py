@@ -52,8 +52,11 @@ def main(argv: Sequence[str]) -> None:
     raise UserError("table6 takes --config=configs/table6.py, the other benchmarks the config of one model")
   cli.compilation_cache()
   cli.use_all_cores()
-  if not epath.Path(FLAGS.out).parent.is_dir():
-    raise UserError(f"--out={FLAGS.out} lies in no folder that exists; create it first")
+  files.check_out(FLAGS.out)
+  if kind == "table6" and FLAGS.out.endswith(".md"):
+    raise UserError(f"--out={FLAGS.out} should end in .json; the table is written beside it, as .md")
+  if FLAGS.scratch is not None and not os.path.isdir(FLAGS.scratch):
+    raise UserError(f"no folder --scratch={FLAGS.scratch}; create it first")
   if kind == "table6":
     models = table6_models(FLAGS.config, sharding.make_mesh(**FLAGS.config.mesh))
     with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
@@ -67,9 +70,9 @@ def main(argv: Sequence[str]) -> None:
       )
   else:
     results = dict(steps=time_steps, data=time_data, peer=time_peer)[kind](FLAGS.config)
-  files.write_json(FLAGS.out, results)
+  files.write_out(FLAGS.out, files.as_json(results))
   if kind == "table6":
-    files.write_whole(epath.Path(FLAGS.out).with_suffix(".md"), table6.markdown(results).encode())
+    files.write_out(f"{FLAGS.out.removesuffix('.json')}.md", table6.markdown(results))
 
 
 def time_steps(config: ConfigDict) -> dict[str, Any]:

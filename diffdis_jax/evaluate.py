@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags, logging
-from etils import epath
 
 from diffdis_jax import cli, evals, inference
 from diffdis_jax.errors import UserError, read_section
@@ -44,7 +43,7 @@ from diffdis_jax.evals.text_cache import CachedTexts
 from diffdis_jax.models.build import check_objectives
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
-from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.run import checkpoint, files, workdir
 
 FLAGS = flags.FLAGS
 Section = tuple[str, dict[str, Any]]  # data set, and {task, what that evaluation takes}
@@ -140,8 +139,9 @@ def main(argv: Sequence[str]) -> None:
   cli.compilation_cache(FLAGS.workdir)
   cli.use_all_cores()
   processes.start()
-  if epath.Path(FLAGS.out).is_dir():
-    raise UserError(f"--out={FLAGS.out} is a folder; it should name the JSON file to write")
+  if processes.is_first():
+    result_files.make_folder(FLAGS.out)
+    files.check_out(FLAGS.out)
   config = workdir.load_config(FLAGS.workdir)
   check_objectives(config.objectives)
   settings = _given(name for names in SETTINGS.values() for name in names)

@@ -149,8 +149,8 @@ def main(argv: Sequence[str]) -> None:
   for name in FLAGS.programs:
     if name not in programs.PROGRAMS:
       raise UserError(f"--programs has {name!r}; it is some of {','.join(programs.PROGRAMS)}")
-  if FLAGS.out and not epath.Path(FLAGS.out).parent.is_dir():
-    raise UserError(f"--out={FLAGS.out} lies in no folder that exists; create it first")
+  if FLAGS.out:
+    files.check_out(FLAGS.out)
   if FLAGS.hlo and not epath.Path(FLAGS.hlo).is_dir():
     raise UserError(f"--hlo={FLAGS.hlo} is no folder; create it first")
   topology = chips.parse(FLAGS.topology) if FLAGS.topology else None
@@ -172,26 +172,37 @@ def main(argv: Sequence[str]) -> None:
   else:
     results = estimate(platform, topology)
   if FLAGS.out:
-    files.write_json(FLAGS.out, results)
+    files.write_out(FLAGS.out, files.as_json(results))
 
 
 def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
   """Every program of the config that was asked for, from the cache where the same was asked before."""
   present = targets.find(platform, topology, FLAGS.slices) if topology is None else None
   kept = cache_file(FLAGS.config.to_json_best_effort(), platform, present)
-  if kept.exists() and not FLAGS.hlo:
-    results = json.loads(kept.read_text())
+  results = None if FLAGS.hlo else read_kept(kept)
+  if results is not None:
     logging.info("the same was asked before; from %s", kept)
     for name in FLAGS.programs:
       for line in report.lines(name, results[name]):
         logging.info("%s", line)
   else:
     results = run(FLAGS.config, present or targets.find(platform, topology, FLAGS.slices))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    files.write_whole(kept, json.dumps(results).encode())
+    try:
+      kept.parent.mkdir(parents=True, exist_ok=True)
+      files.write_whole(kept, json.dumps(results).encode())
+    except OSError as error:
+      logging.warning("the answer is not kept in %s: %s", kept.parent, error.strerror or error)
   if "search" in results:
     logging.info("%s", describe_search(results["search"]))
   return results
+
+
+def read_kept(file: pathlib.Path) -> dict[str, Any] | None:
+  """What was answered before; None where it was not, or the file is damaged."""
+  try:
+    return json.loads(file.read_text())
+  except (OSError, ValueError):
+    return None
 
 
 FLAGS = flags.FLAGS

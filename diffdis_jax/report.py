@@ -8,10 +8,10 @@ cost. It can be written while the run goes on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from absl import flags, logging
-from etils import epath
 
 from diffdis_jax import cli
 from diffdis_jax.errors import UserError
@@ -44,16 +44,13 @@ def report(paths: Sequence[str], out: str, *, hour_price: float | None = None) -
     raise UserError(f"--workdir={','.join(paths)} names a folder twice")
   if not 1 <= len(paths) <= MOST_RUNS:
     raise UserError(f"--workdir names {len(paths)} folders; it should be one to {MOST_RUNS}, with commas between them")
-  target = epath.Path(out)
-  if target.is_dir() or not target.parent.is_dir():
-    raise UserError(f"--out={out} should be a file in a folder that exists, such as report.html")
+  if hour_price is not None and not math.isfinite(hour_price):
+    raise UserError(f"--hour_price={hour_price} should be a number")
+  files.check_out(out)
   runs = [read(path, name) for path, name in zip(paths, page.names_of(paths), strict=True)]
-  text = page.render(runs, hour_price=hour_price).encode()
-  try:
-    files.write_whole(target, text)
-  except OSError as error:
-    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
-  logging.info("%s, %.1f MB", out, len(text) / 1e6)
+  text = page.render(runs, hour_price=hour_price)
+  files.write_out(out, text)
+  logging.info("%s, %.1f MB", out, len(text.encode()) / 1e6)
 
 
 if __name__ == "__main__":

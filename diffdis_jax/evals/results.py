@@ -90,12 +90,16 @@ def write(path: str, results: Mapping[str, Any]) -> None:
 
 def write_text(path: str, text: str) -> None:
   """Raises UserError: it cannot be written."""
-  out = epath.Path(path)
+  make_folder(path)
+  files.write_out(path, text)
+
+
+def make_folder(path: str) -> None:
+  """Of this file. Raises UserError: it cannot be made."""
   try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_whole(out, text.encode())
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+    raise UserError(f"cannot write --out={path}: {error.strerror or error}") from error
 
 
 def differences(protocols: Iterable[Mapping[str, Any]], *, ignored: Iterable[str] = ()) -> dict[str, list[Any]]:

@@ -16,6 +16,8 @@ from typing import Any
 
 from etils import epath
 
+from diffdis_jax.run import files
+
 PAPER = "*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discrimination Capability*"
 SAMPLES = "samples.png"
 LONGEST = 60  # characters of a protocol's value
@@ -187,7 +189,8 @@ class Card:
 
   def _samples(self, folder: pathlib.Path) -> str:
     """Copies the newest grid that the run had drawn by this step."""
-    drawn = {int(path.stem.rpartition("_")[2]): path for path in self.run.glob("samples/samples_*.png")}
+    named = {path: re.fullmatch(r"samples_(\d+)\.png", path.name) for path in self.run.glob("samples/samples_*.png")}
+    drawn = {int(match[1]): path for path, match in named.items() if match}
     steps = [step for step in drawn if step <= self.step]
     if not steps:
       return ""
@@ -224,8 +227,7 @@ class Card:
   def _figures(self) -> Iterator[str]:
     """The last losses up to this step, what evaluations in training gave, and the results of evaluate."""
     last: dict[str, Any] = {}
-    metrics = self.run / "metrics.jsonl"
-    for text in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ():
+    for text in files.lines(self.run / "metrics.jsonl"):
       line = _object(text)
       if line.get("step", self.step + 1) <= self.step:
         last |= {name: (value, line["step"]) for name, value in line.items() if name != "step"}
@@ -283,7 +285,7 @@ def _protocol(record: Mapping[str, Any]) -> str:
 
 
 def _parse(path: epath.Path) -> dict[str, Any]:
-  return _object(path.read_text(encoding="utf-8")) if path.exists() else {}
+  return _object(path.read_bytes().decode(errors="replace")) if path.exists() else {}
 
 
 def _object(text: str) -> dict[str, Any]:

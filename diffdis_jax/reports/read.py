@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from diffdis_jax.reports import curves
-from diffdis_jax.run import committed, history, workdir
+from diffdis_jax.run import committed, files, history, workdir
 
 ALIVE = 60.0  # seconds since the last sign of life of a run that goes on
 
@@ -63,7 +63,7 @@ def read(path: str, name: str) -> Run:
   return Run(
     name=name,
     config=config,
-    curves=curves.read(metrics.read_text().splitlines()) if exists else {},
+    curves=curves.read(files.lines(metrics)),
     grids=_grids(folder / "samples"),
     events=history.read(path),
     checkpoints=_checkpoints(path),

@@ -20,7 +20,8 @@ def empty_folder(out: str | os.PathLike[str]) -> pathlib.Path:
   """The folder of this name, absent or empty.
 
   Raises:
-    UserError: it has something in it, is no folder, or lies in an object store, which pathlib would take for local.
+    UserError: it has something in it, is no folder, is where a disk is mounted, which nothing can replace, or lies in
+      an object store, which pathlib would take for local.
   """
   if "://" in str(out):
     raise UserError(f"--out={out} is no local folder; write to one, and copy it from there")
@@ -29,6 +30,8 @@ def empty_folder(out: str | os.PathLike[str]) -> pathlib.Path:
     raise UserError(f"--out={folder} is a file; it should be a folder, absent or empty")
   if folder.is_dir() and any(folder.iterdir()):
     raise UserError(f"--out={folder} is not empty; give a new folder")
+  if folder.is_mount():
+    raise UserError(f"--out={folder} is where a disk is mounted; give a folder in it, such as {folder / 'out'}")
   return folder
 
 
@@ -39,8 +42,7 @@ def whole_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
   Raises:
     UserError: `out` is not empty, or cannot be written.
   """
-  empty_folder(out)
-  temporary = None
+  out, temporary = empty_folder(out).resolve(), None
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -57,10 +59,52 @@ def whole_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
 def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
   """Writes a file, local or wherever etils.epath writes, under another name first."""
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  temporary.write_bytes(content)
-  temporary.replace(path)
+  try:
+    temporary.write_bytes(content)
+    temporary.replace(path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    raise
+
+
+def check_out(out: str) -> None:
+  """Before work whose result goes there at the end, so that it is not lost.
+
+  Raises:
+    UserError: `out` is a folder, or no file of this name can be written.
+  """
+  path = epath.Path(out)
+  if path.is_dir():
+    raise UserError(f"--out={out} is a folder; it should name the file to write")
+  if not path.parent.is_dir():
+    raise UserError(f"--out={out} lies in no folder that exists; create it first")
+  probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    probe.write_bytes(b"")
+    probe.unlink()
+  except OSError as error:
+    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+
+
+def write_out(out: str, text: str) -> None:
+  """Raises UserError: it cannot be written."""
+  try:
+    write_whole(epath.Path(out), text.encode())
+  except OSError as error:
+    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+
+
+def as_json(content: Any) -> str:
+  """JSON for people to read."""
+  return json.dumps(content, indent=2) + "\n"
+
+
+def lines(path: epath.Path) -> list[str]:
+  """Of a text file that a run appends to; none where there is none. Bytes that a power cut left are replaced."""
+  return path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
   """Writes a JSON file for people to read. Raises OSError where it cannot be written."""
-  write_whole(epath.Path(path), (json.dumps(content, indent=2) + "\n").encode())
+  write_whole(epath.Path(path), as_json(content).encode())

@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.run import files
 
 FILE = "history.jsonl"
 
@@ -51,20 +53,21 @@ def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapp
     message = {"message": f"{type(error).__name__}: {error}"}
     raise
   finally:
-    _append(path, {"event": "end", "time": time.time(), "why": why, **message})
+    try:
+      _append(path, {"event": "end", "time": time.time(), "why": why, **message})
+    except OSError as error:  # which must not take the place of why the run ended
+      logging.warning("cannot write to %s: %s", path / FILE, error.strerror or error)
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
   """The lines of the file, but for those that were cut off; empty where there is none."""
-  path = epath.Path(workdir) / FILE
-  lines = [parse(line) for line in path.read_text().splitlines()] if path.exists() else []
+  lines = map(parse, files.lines(epath.Path(workdir) / FILE))
   return [line for line in lines if line and "event" in line]
 
 
 def last_line(path: epath.Path) -> dict[str, Any] | None:
   """The last line with a step of metrics.jsonl, or None."""
-  lines = path.read_text().splitlines() if path.exists() else []
-  return next((found for line in reversed(lines) if (found := parse(line)) and "step" in found), None)
+  return next((found for line in reversed(files.lines(path)) if (found := parse(line)) and "step" in found), None)
 
 
 def parse(line: str) -> dict[str, Any]:
@@ -78,6 +81,6 @@ def parse(line: str) -> dict[str, Any]:
 
 def _append(path: epath.Path, line: Mapping[str, Any]) -> None:
   file = path / FILE
-  cut_off = file.exists() and not file.read_text().endswith("\n")
+  cut_off = file.exists() and not file.read_bytes().endswith(b"\n")
   with file.open("a") as appended:
     appended.write("\n" * cut_off + json.dumps(line) + "\n")

@@ -24,6 +24,7 @@ from diffdis_jax.run.files import write_whole
 BEAT = 5.0  # seconds between two signs of life of the process that holds a workdir
 PATIENCE = 20.0  # seconds without one after which it is dead, if it is on another machine
 ENDING = 3.0  # seconds that a process of this machine is given to end
+SETTLING = 0.2  # seconds after which, of several that began at one moment, the last to write has the workdir
 MAY_CHANGE = (
   r"^(log|save|eval|sample)_every$",
   r"^(train_evals|sample_prompts|inference)(\.|$)",
@@ -33,6 +34,7 @@ MAY_CHANGE = (
   r"^optim\.random_frozen$",  # of the start alone
 )
 """Fields (dotted paths) that may differ when a run goes on: they leave the numbers of the training alone."""
+SECTIONS = ("objectives", "model", "data", "optim")  # of every run's config
 
 
 def open_for_training(
@@ -103,6 +105,7 @@ class Lock:
     self._own = {"owner": secrets.token_hex(8), "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
     self._own["started"] = _started(os.getpid())
     self._done = threading.Event()
+    self._thread = threading.Thread(target=self._keep_beating, name="lock", daemon=True)
     self._beats = 0
 
   def __enter__(self) -> Lock:
@@ -113,13 +116,18 @@ class Lock:
       self._beat()
     except OSError as error:
       raise UserError(f"cannot write to --workdir={self._workdir}: {error.strerror or error}") from error
-    threading.Thread(target=self._keep_beating, name="lock", daemon=True).start()
+    time.sleep(SETTLING)
+    other = self._read() or {}
+    if other.get("owner", self._own["owner"]) != self._own["owner"]:
+      raise self._in_use(other)
+    self._thread.start()
     return self
 
   def __exit__(self, *_: object) -> None:
     self._done.set()
+    self._thread.join()  # or a beat under way would write the file anew
     if (self._read() or {}).get("owner") == self._own["owner"]:
-      self._file.unlink()
+      self._file.unlink(missing_ok=True)
 
   def _wait_for_other(self) -> None:
     first = other = self._read()
@@ -129,12 +137,15 @@ class Lock:
       if time.monotonic() - begin > (ENDING if here else PATIENCE):
         if other == first and not here:
           break
-        raise InUse(
-          f"--workdir={self._workdir} is in use by process {other.get('pid')} on {other.get('host')}; wait for it, stop"
-          " it, or take another --workdir"
-        )
+        raise self._in_use(other)
       time.sleep(0.2)
       other = self._read()
+
+  def _in_use(self, other: dict[str, Any]) -> InUse:
+    return InUse(
+      f"--workdir={self._workdir} is in use by process {other.get('pid')} on {other.get('host')}; wait for it, stop"
+      " it, or take another --workdir"
+    )
 
   def _beat(self) -> None:
     self._beats += 1
@@ -188,21 +199,31 @@ def load_config(workdir: epath.PathLike) -> ConfigDict:
   """The config of the run in this folder, locked. Sequences come back as tuples.
 
   Raises:
-    UserError: no such folder, or no readable config.json in it.
+    UserError: no such folder, or no config.json of a run in it.
   """
   path = epath.Path(workdir)
   if not path.is_dir():
     raise UserError(f"no folder {workdir}; --workdir names the folder of a training run")
   if not (path / "config.json").exists():
     raise UserError(f"no config.json in {workdir}; --workdir names the folder of a training run")
-  return ConfigDict(_read(path)).lock()
+  config = _read(path)
+  if missing := [name for name in SECTIONS if name not in config]:
+    raise UserError(
+      f"{path / 'config.json'} is of no training run, it has no {missing[0]!r}; --workdir names the folder of one"
+    )
+  return ConfigDict(config).lock()
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
   try:
-    return _normalise(json.loads((path / "config.json").read_text()))
+    config = _normalise(json.loads((path / "config.json").read_text()))
   except ValueError as error:
     raise UserError(f"{path / 'config.json'} is not JSON: {error}") from error
+  except OSError as error:
+    raise UserError(f"cannot read {path / 'config.json'}: {error.strerror or error}") from error
+  if not isinstance(config, dict):
+    raise UserError(f"{path / 'config.json'} is of no training run; it should hold a JSON object")
+  return config
 
 
 def _normalise(value: Any) -> Any:

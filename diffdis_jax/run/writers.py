@@ -99,7 +99,7 @@ def open_writer(
 
 
 def _drop_lines_beyond(path: epath.Path, step: int) -> None:
-  lines = path.read_text().splitlines() if path.exists() else []
+  lines = files.lines(path)
   kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
   if len(kept) < len(lines):
     files.write_whole(path, "".join(line + "\n" for line in kept).encode())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 
 from diffdis_jax.errors import UserError
@@ -38,3 +40,36 @@ def test_folders_in_use_and_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=message), files.whole_folder(out):
       pass
   assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_link_to_an_empty_folder_is_followed_and_a_mounted_disk_refused(tmp_path, monkeypatch):
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "link").symlink_to(tmp_path / "folder")
+  with files.whole_folder(tmp_path / "link") as temporary:
+    (temporary / "file").write_text("content")
+  assert (tmp_path / "link" / "file").read_text() == "content"
+  (tmp_path / "disk").mkdir()
+  monkeypatch.setattr(pathlib.Path, "is_mount", lambda path: path.name == "disk")
+  with pytest.raises(UserError, match="--out=.*disk is where a disk is mounted; give a folder in it"):
+    files.empty_folder(tmp_path / "disk")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+  (tmp_path / "out").mkdir()
+  with pytest.raises(OSError):
+    files.write_whole(tmp_path / "out", b"content")
+  assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_out_is_refused_before_the_work(tmp_path):
+  (tmp_path / "file.json").write_text("kept")
+  for out, message in (
+    (tmp_path, "is a folder; it should name the file to write"),
+    (tmp_path / "none" / "F.json", "lies in no folder that exists; create it first"),
+    (tmp_path / ("F" * 300), "cannot write --out=.*: File name too long"),
+  ):
+    with pytest.raises(UserError, match=message):
+      files.check_out(str(out))
+  files.check_out(str(tmp_path / "file.json"))
+  assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+  assert (tmp_path / "file.json").read_text() == "kept"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from etils import epath
 
 from diffdis_jax.errors import Preempted, UserError
 from diffdis_jax.run import history
@@ -55,3 +56,27 @@ def test_only_the_writer_writes_and_no_file_is_no_history(tmp_path):
 def test_what_is_no_object_is_an_empty_one(line):
   assert history.parse(line) == {}
   assert history.parse(json.dumps({"step": 1})) == {"step": 1}
+
+
+def test_a_disk_that_is_full_at_the_end_does_not_hide_why_the_run_ended(tmp_path, monkeypatch):
+  append = history._append
+
+  def full(path, line):
+    if line["event"] == "end":
+      raise OSError(28, "No space left on device")
+    append(path, line)
+
+  monkeypatch.setattr(history, "_append", full)
+  with pytest.raises(Preempted):
+    record(tmp_path, error=Preempted())
+
+
+def test_bytes_that_are_no_text_cost_their_line_alone(tmp_path):
+  record(tmp_path)
+  with (tmp_path / history.FILE).open("ab") as file:
+    file.write(b"\xff\xfe\x00\n")
+  record(tmp_path, step=3)
+  assert [event.get("step") for event in history.read(tmp_path)] == [0, None, 3, None]
+  metrics = epath.Path(tmp_path) / "metrics.jsonl"
+  metrics.write_bytes(b'{"step": 4}\n\xff\xff\n')
+  assert history.last_line(metrics) == {"step": 4}

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -107,3 +108,33 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     workdir.Lock(str(tmp_path / "file" / "run")),
   ):
     pass
+
+
+def test_a_beat_under_way_at_the_end_does_not_bring_the_lock_back(tmp_path, monkeypatch):
+  write, began = workdir.write_whole, threading.Event()
+
+  def slow(path, content):
+    if threading.current_thread() is not threading.main_thread():
+      began.set()
+      time.sleep(0.3)
+    write(path, content)
+
+  monkeypatch.setattr(workdir, "write_whole", slow)
+  with workdir.Lock(str(tmp_path)):
+    assert began.wait(10)
+  time.sleep(0.5)
+  assert not (tmp_path / "lock.json").exists()
+
+
+def test_of_two_that_begin_at_one_moment_one_is_refused(tmp_path, monkeypatch):
+  write = workdir.write_whole
+  other = {"owner": "another", "machine": "elsewhere", "host": "node7", "pid": 3, "started": "1"}
+
+  def both(path, content):
+    write(path, content)
+    write(path, json.dumps(other).encode())
+
+  monkeypatch.setattr(workdir, "write_whole", both)
+  with pytest.raises(workdir.InUse, match="in use by process 3 on node7"), workdir.Lock(str(tmp_path)):
+    pass
+  assert json.loads((tmp_path / "lock.json").read_text()) == other

@@ -13,6 +13,8 @@ def make_config(**changes) -> ConfigDict:
   config = ConfigDict(
     {
       "seed": 0,
+      "objectives": ("generation",),
+      "model": {"dtype": "float32"},
       "batch_size": 64,
       "log_every": 10,
       "num_steps": 100,
@@ -122,4 +124,12 @@ def test_loading_what_is_no_run(tmp_path):
     workdir.load_config(tmp_path)
   (tmp_path / "config.json").write_text(json.dumps({"a": 1})[:-1])
   with pytest.raises(UserError, match="config.json is not JSON"):
+    workdir.load_config(tmp_path)
+  for content in ("{}", '{"model_type": "clip", "data": 1}', "[]"):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="config.json is of no training run"):
+      workdir.load_config(tmp_path)
+  (tmp_path / "config.json").unlink()
+  (tmp_path / "config.json").mkdir()
+  with pytest.raises(UserError, match="cannot read .*config.json: Is a directory"):
     workdir.load_config(tmp_path)
