@@ -103,5 +103,5 @@ if [[ $dry_run ]]; then
   done
   exit
 fi
-trap stop TERM INT
+trap stop TERM INT HUP
 supervise "${DELAY:-1}" newest_step attempt "$@"

@@ -16,7 +16,7 @@ help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
 # refuse_unless_number NAME VALUE LEAST
 refuse_unless_number() {
-  if ! [[ $2 =~ ^[0-9]{1,6}$ ]] || ((10#$2 < $3)); then refuse "$1 is '$2'; it should be a whole number from $3 up"; fi
+  if ! [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] || (($2 < $3)); then refuse "$1 is '$2'; it should be a whole number from $3 up"; fi
 }
 
 # call COMMAND...: runs it; with --dry-run ($dry_run) prints it instead.

@@ -161,7 +161,7 @@ def test_kills_the_workers_of_a_dead_process(launch, tmp_path):
   assert not is_alive(tmp_path / "child")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_passes_a_signal_on_and_does_not_start_again(launch, tmp_path, number):
   launcher = launch("wait wait")
   for process in (0, 1):
@@ -198,6 +198,8 @@ def test_dry_run_prints_what_would_be_started(launch, tmp_path):
     (["-n", "0", "--", "true"], "-n is '0'"),
     (["-n", "2", "-d", "-1", "--", "true"], "-d is '-1'"),
     (["-n", "2", "--restarts", "x", "--", "true"], "--restarts is 'x'; it should be a whole number from 0 up"),
+    (["-n", "08", "--", "true"], "-n is '08'"),
+    (["-n", "2", "--restarts", "08", "--", "true"], "--restarts is '08'"),
     (["-n", "2"], "no command; give it after --"),
     (["-n", "2", "python", "-m", "x"], "unknown argument 'python'"),
   ],
