@@ -10,10 +10,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from safetensors.numpy import save_file
-
 from diffdis_jax.errors import UserError
-from diffdis_jax.interop import mapping, openclip, sections, to_torch
+from diffdis_jax.interop import mapping, openclip, sections, tensor_files, to_torch
 from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 from diffdis_jax.params import Params
 
@@ -61,9 +59,9 @@ def write(folder: pathlib.Path, params: Params, *, model: Mapping[str, Any], dty
   }
   arrays, head = converted("clip"), converted("head")
   if head:
-    save_file(head, folder / HEAD, metadata={"format": "pt"})
-  save_file(arrays, folder / TRANSFORMERS, metadata={"format": "pt"})
-  save_file(openclip.restore(arrays), folder / OPEN_CLIP, metadata={"format": "pt"})
+    tensor_files.save(head, folder / HEAD)
+  tensor_files.save(arrays, folder / TRANSFORMERS)
+  tensor_files.save(openclip.restore(arrays), folder / OPEN_CLIP)
   configs = {
     "config.json": sections.write_clip(text, vision),
     "preprocessor_config.json": _preprocessor(vision["image_size"]),

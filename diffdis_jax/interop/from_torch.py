@@ -197,8 +197,8 @@ def check_version(folder: pathlib.Path) -> None:
 
 def _token_length(tokenizer: pathlib.Path, positions: int) -> int:
   config = tokenizer / "tokenizer_config.json"
-  length = read_json(config).get("model_max_length", positions) if config.exists() else positions
-  return min(int(length), positions)
+  length = read_json(config).get("model_max_length") if config.exists() else None
+  return min(int(length), positions) if isinstance(length, int | float) else positions
 
 
 def _canonical(part: str, name: str) -> str:

@@ -12,12 +12,13 @@ import pathlib
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from diffdis_jax.errors import UserError
 
@@ -35,6 +36,15 @@ class Tensor:
 
 
 Tensors = dict[str, Tensor]
+
+
+def save(arrays: Mapping[str, Shaped[np.ndarray, "..."]], path: pathlib.Path) -> None:
+  """A safetensors file as PyTorch's libraries write it. Raises OSError: it cannot be written."""
+  try:
+    save_file(dict(arrays), path, metadata={"format": "pt"})
+  except SafetensorError as error:
+    raise OSError(str(error)) from error
+
 
 # A folder's file of weights, or the index of its shards: diffusion_pytorch_model.fp16.safetensors, model.safetensors,
 # pytorch_model.bin.index.json, open_clip_pytorch_model.bin.
@@ -157,7 +167,7 @@ def _open_pickle(path: pathlib.Path) -> Tensors:
     reason = re.search(r"GLOBAL ([\w.]+)", str(error))
     what = f"it would call {reason[1]}" if reason else "it is more than tensors"
     raise UserError(f"{path} needs code execution to be read: {what}; pickles are never executed here") from error
-  except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+  except Exception as error:  # of a damaged pickle, whatever its instructions come to
     raise UserError(f"{path} cannot be read as a PyTorch file: {str(error)[:200]}; copy it again") from error
   state = content.get("state_dict", content) if isinstance(content, dict) else None
   if not isinstance(state, dict):

@@ -13,10 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float
-from safetensors.numpy import save_file
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.interop import mapping, sections
+from diffdis_jax.interop import mapping, sections, tensor_files
 from diffdis_jax.params import Params
 from diffdis_jax.run.progress import Progress
 from diffdis_jax.structs import AnyArray
@@ -108,7 +107,7 @@ def write(
       for entry in own:
         arrays[entry.name] = convert(entry, params.pop(entry.path), dtype)
         progress.add(1)
-      save_file(arrays, folder / file, metadata={"format": "pt"})
+      tensor_files.save(arrays, folder / file)
       if component == "diffdis":
         configs["diffdis_config.json"] = diffdis
   write_configs(folder, configs)

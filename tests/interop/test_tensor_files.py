@@ -103,6 +103,21 @@ def test_files_cut_short(tmp_path, name, left):
     tensor_files.open_file(path)
 
 
+@pytest.mark.parametrize("length", range(1, 225, 8))
+def test_an_old_pickle_cut_anywhere_is_one_line(tmp_path, length):
+  torch.save({"a": torch.zeros(3)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+  (tmp_path / "x.bin").write_bytes((tmp_path / "x.bin").read_bytes()[:length])
+  with pytest.raises(UserError, match=r"x\.bin"):
+    tensor_files.open_file(tmp_path / "x.bin")
+
+
+def test_what_cannot_be_written_is_an_oserror(tmp_path):
+  tensor_files.save({"a": np.ones(3, np.float32)}, tmp_path / "x.safetensors")
+  np.testing.assert_array_equal(tensor_files.open_file(tmp_path / "x.safetensors")["a"].read(), np.ones(3))
+  with pytest.raises(OSError):
+    tensor_files.save({"a": np.ones(3, np.float32)}, tmp_path / "none" / "x.safetensors")
+
+
 def test_no_file(tmp_path):
   with pytest.raises(UserError, match="no file"):
     tensor_files.open_file(tmp_path / "x.safetensors")
