@@ -159,9 +159,17 @@ def spread(files: Sequence[Any], most: int) -> list[Any]:
 
 
 def as_json(value: Any) -> str:
-  """JSON that may stand inside a script element, whatever is in it."""
-  text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+  """JSON that may stand inside a script element, whatever is in it. Numbers that are not finite are null."""
+  text = json.dumps(_finite(value), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
   return text.replace("&", "\\u0026").replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {key: _finite(each) for key, each in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(each) for each in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def escape(text: str) -> str:

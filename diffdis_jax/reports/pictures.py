@@ -65,7 +65,7 @@ def _open(path: epath.Path) -> Image.Image | None:
     with Image.open(io.BytesIO(path.read_bytes())) as image:
       image.load()
       return image if image.mode == "RGB" else image.convert("RGB")
-  except (OSError, ValueError):
+  except Exception:  # Pillow raises whatever it likes for a damaged file
     return None
 
 

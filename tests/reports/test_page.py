@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
 import re
 
 import pytest
@@ -85,6 +86,10 @@ def test_the_page_loads_nothing_and_what_it_holds_cannot_break_out_of_it(pages):
     assert set(re.findall(r"https?://[^\"'\s]+", text)) == {"http://www.w3.org/2000/svg"}  # a name, never loaded
     assert "default-src 'none'" in text
     assert not re.search(r"\{\{\w+\}\}", text), "a place of the template that was not filled"
+
+
+def test_numbers_that_are_not_finite_are_null():
+  assert page.as_json({"a": [1.5, math.nan], "b": (math.inf, "<")}) == '{"a":[1.5,null],"b":[null,"\\u003c"]}'
 
 
 def test_no_more_pictures_than_fit_and_the_last_among_them(runs, monkeypatch):
