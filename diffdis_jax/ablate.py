@@ -25,7 +25,7 @@ from diffdis_jax.ablations import plan as planning
 from diffdis_jax.ablations import run as running
 from diffdis_jax.ablations.folder import Folder
 from diffdis_jax.ablations.plan import Plan, Run
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import ResultFile
 from diffdis_jax.inference import read_sampling
@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> None:
   plan, folder = make_plan(), Folder(FLAGS.out)
   folder.check(plan)
   if verb == "plan":
+    if FLAGS.step_seconds is not None:
+      check_number("--step_seconds", FLAGS.step_seconds, at_least=0)
     sys.stdout.write("\n".join(outlook.lines(plan, folder, FLAGS.step_seconds)) + "\n")
   elif verb == "run":
     run(plan, folder)

@@ -9,6 +9,7 @@ jax is imported where it is used: it takes two seconds, which commands that comp
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import importlib.util
 import logging as python_logging
@@ -27,6 +28,9 @@ from diffdis_jax.errors import PREEMPTED, Preempted, UserError
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+_FOLDERS = {"workdir", "out"}  # flags that an unset variable of a shell leaves empty, which would be this folder
+# Errors of the path that someone gave, rather than of a disk, which may be well the next time.
+_OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS}
 _MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")  # absl's words
 
 
@@ -52,9 +56,16 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
     try:
       if extra := argv[1 + positional :]:
         raise UserError(f"unexpected argument {extra[0]!r}; every argument is a flag, --name=value")
+      for name in _FOLDERS & {*flags.FLAGS}:
+        if flags.FLAGS[name].value == "":
+          raise UserError(f"--{name}= is empty; give a path")
       return main(argv)
     except UserError as error:
       _stop(error)
+    except OSError as error:
+      if error.errno not in _OF_A_PATH or not error.filename:
+        raise
+      _stop(UserError(f"cannot use {error.filename}: {error.strerror}"))
     except Preempted:
       if _is_compiling():
         _exit_at_once(PREEMPTED)
@@ -225,7 +236,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
   except flags.UnrecognizedFlagError as error:
     nearest = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
     _stop(UserError(f"unknown flag --{error.flagname}; {f'did you mean --{nearest[0]}?' if nearest else 'see --help'}"))
-  except (UserError, flags.Error, KeyError, TypeError, ValueError) as error:
+  except (UserError, flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
     missing = _MISSING.findall(str(error))
     _stop(_missing_flags(missing) if missing else error)
 

@@ -89,7 +89,7 @@ def define_flags() -> None:
   flags.DEFINE_string("seen_split", None, "split whose classes count as seen; accuracy is given on the others apart")
   flags.DEFINE_integer("num_images", None, "measure on this many images; by default on all", lower_bound=1)
   flags.DEFINE_boolean("shuffle_labels", None, "leak test: images shuffled against labels; accuracy must be chance")
-  flags.DEFINE_integer("seed", None, "of the noise")
+  flags.DEFINE_integer("seed", None, "of the noise", lower_bound=0, upper_bound=2**32 - 1)
   flags.DEFINE_integer("steps", None, "denoising steps of the text query", lower_bound=1, upper_bound=1000)
   flags.DEFINE_integer("draws", None, "draws of the query's noise to average", lower_bound=1)
   flags.DEFINE_float("guidance", None, "guidance scale of the text query; 1 is none")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import zipfile
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -42,7 +43,7 @@ def define_flags() -> None:
   flags.DEFINE_multi_string("prompt", [], "what to draw; may be repeated")
   flags.DEFINE_string("prompts_file", None, "text file with one prompt a line, instead of --prompt")
   flags.DEFINE_integer("num_images", 1, "images of each prompt", lower_bound=1)
-  flags.DEFINE_integer("seed", 0, "of the initial noise")
+  flags.DEFINE_integer("seed", 0, "of the initial noise", lower_bound=0, upper_bound=2**32 - 1)
   flags.DEFINE_string("noise", None, "initial noise instead of --seed: .npy file, [n, h, w, c]")
   flags.DEFINE_integer("steps", None, "sampling steps", lower_bound=1, upper_bound=1000)
   flags.DEFINE_float("guidance", None, "guidance scale; 1 is none")
@@ -156,9 +157,9 @@ def read_noise(file: str) -> np.ndarray:
     UserError: unreadable, or not of real numbers.
   """
   try:
-    noise = np.load(file, allow_pickle=False)
-    return noise.astype(np.float32, casting="same_kind")
-  except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+    with open(file, "rb") as opened:
+      return np.load(opened, allow_pickle=False).astype(np.float32, casting="same_kind")
+  except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
     raise UserError(f"cannot read --noise={file}: {error}; it should be an .npy file, [n, h, w, c]") from error
 
 

@@ -57,7 +57,13 @@ def define_flags() -> None:
     required=True,
   )
   flags.DEFINE_string("out", None, "workdir to write; absent or empty", required=True)
-  flags.DEFINE_integer("seed", 0, "of the parameters that the source does not have; training draws its own")
+  flags.DEFINE_integer(
+    "seed",
+    0,
+    "of the parameters that the source does not have; training draws its own",
+    lower_bound=0,
+    upper_bound=2**32 - 1,
+  )
 
 
 def main(argv: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ STEPS = flags.DEFINE_integer("steps", 3, "sampling steps")
 PROCESS = flags.DEFINE_integer("process", None, "index of this process, of two")
 PORT = flags.DEFINE_integer("port", None, "port of the first of them")
 SAY = flags.DEFINE_boolean("say", False, "write to the log")
-FAIL = flags.DEFINE_enum("fail", None, ["user", "bug"], "how to fail")
+FAIL = flags.DEFINE_enum("fail", None, ["user", "bug", "folder"], "how to fail")
 
 
 def main(_):
@@ -48,6 +48,8 @@ def main(_):
     processes.log_place()
   if FAIL.value == "user":
     raise UserError("first line\\n  second line")
+  if FAIL.value == "folder":
+    open(".")
   if FAIL.value == "bug":
     raise RuntimeError("a bug")
   if PROCESS.value is not None:
@@ -134,11 +136,14 @@ GOOD = ("--config=tiny.py", "--workdir=run")
     (GOOD + ("--config.optim.betas=(1,",), "flag --config.optim.betas=(1,: Error while parsing"),
     (GOOD + ("--stps=3",), "unknown flag --stps; did you mean --steps?"),
     (GOOD + ("--steps=many",), "flag --steps=many: invalid literal for int()"),
-    (GOOD + ("--fail=no",), "flag --fail=no: value should be one of <user|bug>"),
+    (GOOD + ("--fail=no",), "flag --fail=no: value should be one of <user|bug|folder>"),
     (GOOD + ("extra",), "unexpected argument 'extra'; every argument is a flag, --name=value"),
     (GOOD[:1], "error: --workdir (folder of the run) is missing\n"),
     (GOOD[1:], "error: --config (configuration: FILE.py[:args]) is missing\n"),
     ((), "--config (configuration: FILE.py[:args]) and --workdir (folder of the run) are missing\n"),
+    (GOOD[:1] + ("--workdir=",), "error: --workdir= is empty; give a path\n"),
+    (GOOD + ("--config.optim.betas[9]=1",), "out of range"),
+    (GOOD + ("--fail=folder",), "error: cannot use "),
     (("--config=tny.py", "--workdir=run"), "no config file tny.py; did you mean tiny.py?"),
     (("--config=tiny.txt", "--workdir=run"), "--config=tiny.txt should name a Python file, such as configs/shapes.py"),
     (("--config=tiny.py:gama=1", "--workdir=run"), "unknown argument 'gama'; known: gamma, runlocal"),

@@ -103,7 +103,7 @@ def test_noise_of_another_shape_names_both(model, tmp_path, shape, shown):
   assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not numpy", b"\x93NUMPY\x01\x00"])
+@pytest.mark.parametrize("content", [b"", b"not numpy", b"\x93NUMPY\x01\x00", b"PK\x03\x04"])
 def test_unreadable_noise(tmp_path, content):
   (tmp_path / "noise.npy").write_bytes(content)
   with pytest.raises(UserError, match="cannot read --noise="):

@@ -101,8 +101,10 @@ class Folder:
       return
     try:
       there = json.loads(file.read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
       raise UserError(f"{file} is not JSON: {error}; take a new --out") from error
+    if not isinstance(there, dict) or workdir.SECTIONS - there.keys():
+      raise UserError(f"{file} is no base of ablations; take a new --out")
     if differing := workdir.differences(planning.identity(there), planning.identity(_without_seed(plan.base))):
       raise UserError(
         f"--out={self.path} holds ablations of another base: {', '.join(differing)}; take its base or a new --out"

@@ -201,25 +201,31 @@ def read_info(path: str | os.PathLike[str]) -> Any:
   """
   if not str(path) or not (epath.Path(path) / "dataset_info.json").exists():
     raise UserError(f"no prepared data set in {str(path)!r}; write one with python -m diffdis_jax.prepare_data pairs")
-  return _builder(path).info
+  return builder(path).info
 
 
-def _builder(path: str | os.PathLike[str]) -> Any:
+def builder(path: str | os.PathLike[str]) -> Any:
+  """Raises UserError: its description is damaged."""
   import tensorflow_datasets as tfds  # here, since it takes half a second and `shapes` does without
+  from google.protobuf import json_format
 
-  return tfds.builder_from_directory(path)
+  try:
+    return tfds.builder_from_directory(path)
+  except (OSError, ValueError, json_format.ParseError) as error:
+    said = " ".join(str(error).split())[:200]
+    raise UserError(f"{path} is no whole data set: {said}; copy it again, or prepare it again") from error
 
 
 def _open(path: str | os.PathLike[str], split: str) -> tuple[Any, Sequence[Any]]:
   """The records of a split, images undecoded, and their files."""
   import tensorflow_datasets as tfds
 
-  builder = _builder(path)
-  files = builder.info.splits[split].filepaths
+  found = builder(path)
+  files = found.info.splits[split].filepaths
   if missing := [file for file in files if not epath.Path(file).exists()]:
     more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise UserError(
       f"{missing[0]} is missing{more}; put it back and run the same command again, or prepare the data set again"
     )
-  undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in builder.info.features else None
-  return builder.as_data_source(split=split, decoders=undecoded), files
+  undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in found.info.features else None
+  return found.as_data_source(split=split, decoders=undecoded), files

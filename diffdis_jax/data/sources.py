@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from diffdis_jax.data import latents, long_tail, records, shapes
 from diffdis_jax.data.layouts import find
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, check_number
 
 NAMES = ("shapes", "pairs", "latents", *long_tail.NAMES, *find.NAMES)
 
@@ -106,8 +106,7 @@ def open_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) 
   for name, section in sections.items():
     section = {"name": "pairs", **section}
     weight = section.pop("weight", 1.0)
-    if not weight > 0:
-      raise UserError(f"data.mixture.{name}.weight is {weight}; it must be positive, or leave {name} out")
+    check_number(f"data.mixture.{name}.weight", weight, above=0)
     try:
       made.append(open_source(**section, image_size=image_size))
     except TypeError as error:

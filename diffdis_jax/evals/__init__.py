@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from diffdis_jax.data.sources import open_source
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.agreement import Agreement
 from diffdis_jax.evals.base import Eval
@@ -52,9 +53,18 @@ def create(task: str, **section: Any) -> Eval:
   """
   if task not in EVALS:
     raise UserError(f"unknown evaluation {task!r}; there are {', '.join(EVALS)}")
-  signature = inspect.signature(EVALS[task])
-  try:
-    signature.bind(**section)
-  except TypeError as error:
-    raise UserError(f"evaluation {task}: {error}; it takes {', '.join(signature.parameters)}") from error
+  _check_takes(f"evaluation {task}", EVALS[task], section)
+  if "data" in section and task != "long_tail":
+    _check_takes(f"data of evaluation {task}", open_source, section["data"])
   return EVALS[task](**section)
+
+
+def _check_takes(what: str, made: Callable[..., Any], settings: Any) -> None:
+  """Raises UserError unless `made` can be called with these settings."""
+  taken = inspect.signature(made)
+  if not isinstance(settings, Mapping):
+    raise UserError(f"{what} is {settings!r}; it should have {', '.join(taken.parameters)}")
+  try:
+    taken.bind(**settings)
+  except TypeError as error:
+    raise UserError(f"{what}: {error}; it takes {', '.join(taken.parameters)}") from error

@@ -249,7 +249,11 @@ def best(workdir: epath.PathLike, kept: Kept) -> Best | None:
   """By `kept.best_metric`, among the checkpoints that are there; the earliest of equals. None where none has it."""
   folder, found = committed.folder(workdir), []
   for step in committed.committed_steps(folder) if kept.best_metric else ():
-    metrics = committed.metrics_of(folder, step)
+    try:
+      metrics = committed.metrics_of(folder, step)
+    except (OSError, ValueError) as error:
+      logging.warning("what checkpoint %d was measured at cannot be read: %s", step, error)
+      continue
     if kept.best_metric in metrics:
       found.append(Best(step, float(metrics[kept.best_metric])))
   sign = 1 if kept.best_is == "max" else -1

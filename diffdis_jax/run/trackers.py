@@ -114,7 +114,10 @@ def open_tracker(kind: str, workdir: epath.PathLike, config: Mapping[str, Any]) 
 
 
 def _run_id(file: epath.Path, kind: str) -> str:
-  ids = json.loads(file.read_text()) if file.exists() else {}
+  try:
+    ids = dict(json.loads(file.read_text())) if file.exists() else {}
+  except (TypeError, ValueError):  # of a power cut; the tracker then has a new run
+    ids = {}
   if kind not in ids:
     ids[kind] = secrets.token_hex(4)
     write_whole(file, (json.dumps(ids, indent=2) + "\n").encode())

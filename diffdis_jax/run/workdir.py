@@ -34,7 +34,7 @@ MAY_CHANGE = (
   r"^optim\.random_frozen$",  # of the start alone
 )
 """Fields (dotted paths) that may differ when a run goes on: they leave the numbers of the training alone."""
-SECTIONS = ("objectives", "model", "data", "optim")  # of every run's config
+SECTIONS = {"objectives", "model", "data", "optim"}  # of every run's config
 
 
 def open_for_training(
@@ -207,9 +207,9 @@ def load_config(workdir: epath.PathLike) -> ConfigDict:
   if not (path / "config.json").exists():
     raise UserError(f"no config.json in {workdir}; --workdir names the folder of a training run")
   config = _read(path)
-  if missing := [name for name in SECTIONS if name not in config]:
+  if missing := SECTIONS - config.keys():
     raise UserError(
-      f"{path / 'config.json'} is of no training run, it has no {missing[0]!r}; --workdir names the folder of one"
+      f"{path / 'config.json'} is of no training run, it has no {min(missing)!r}; --workdir names the folder of one"
     )
   return ConfigDict(config).lock()
 

@@ -218,6 +218,10 @@ def test_a_folder_is_of_one_base(tmp_path):
   (tmp_path / "out" / "base.json").write_text("{")
   with pytest.raises(UserError, match="is not JSON"):
     folder.check(plan)
+  for content in ("{}", "[]"):
+    (tmp_path / "out" / "base.json").write_text(content)
+    with pytest.raises(UserError, match="base.json is no base of ablations; take a new --out"):
+      folder.check(plan)
   with pytest.raises(UserError, match="is not empty and holds no ablations"):
     Folder(pathlib.Path(__file__).parent).check(plan)
 

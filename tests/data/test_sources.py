@@ -85,5 +85,12 @@ def test_caption_fields_of_a_prepared_folder(tmp_path):
   assert all(r["captions"] == [r["concept"], r["caption"].replace("concept", "caption")] for r in found)
   assert {r["caption"] for r in found} == {f"concept {i}" for i in range(4)}
   assert "captions" not in make(())[0]
+  for file in ("dataset_info.json", "features.json"):
+    whole = (tmp_path / "data" / file).read_bytes()
+    for content in (b"", whole[: len(whole) // 2]):
+      (tmp_path / "data" / file).write_bytes(content)
+      with pytest.raises(UserError, match="data is no whole data set: .*; copy it again, or prepare it again"):
+        make(())
+    (tmp_path / "data" / file).write_bytes(whole)
   with pytest.raises(UserError, match="no caption field 'concpt'; the fields of its first record are caption, concept"):
     make(("caption", "concpt"))

@@ -67,3 +67,7 @@ def test_unknown_evaluation_and_unknown_setting():
     evals.create("zeroshot")
   with pytest.raises(UserError, match="zero_shot: .*'label_fields'.*; it takes data, classnames"):
     evals.create("zero_shot", data={}, label_fields="concept")
+  with pytest.raises(UserError, match="data of evaluation zero_shot is 'path'; it should have name, image_size"):
+    evals.create("zero_shot", data="path")
+  with pytest.raises(UserError, match="data of evaluation retrieval: .*'pth'.*; it takes name, image_size"):
+    evals.create("retrieval", data={"name": "pairs", "image_size": 8, "pth": "x"})

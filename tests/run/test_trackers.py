@@ -111,6 +111,8 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
 def test_a_run_has_one_id_for_each_tracker(tmp_path):
   ids = [trackers._run_id(epath.Path(tmp_path / trackers.FILE), kind) for kind in ("wandb", "trackio", "wandb")]
   assert ids[0] == ids[2] != ids[1] and all(len(id) == 8 for id in ids)
+  (tmp_path / trackers.FILE).write_text('{"wandb": "1')
+  assert len(trackers._run_id(epath.Path(tmp_path / trackers.FILE), "wandb")) == 8
 
 
 def test_only_the_writer_opens_a_tracker(tmp_path):

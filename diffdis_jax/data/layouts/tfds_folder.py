@@ -92,7 +92,7 @@ def _split(path: pathlib.Path, info: Any) -> str:
 def _open(path: pathlib.Path, split: str) -> Any:
   import tensorflow_datasets as tfds  # here, since it takes half a second
 
-  builder: Any = tfds.builder_from_directory(path)
+  builder = records.builder(path)
   try:
     return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
   except NotImplementedError as error:

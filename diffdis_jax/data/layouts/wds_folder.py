@@ -48,7 +48,8 @@ def read_captions(path: pathlib.Path) -> Captioned:
   if (kind := _kind(path)) != "retrieval":
     raise UserError(f"{path} is of type {kind} (dataset_type.txt), not of images with captions")
   samples = list(_samples(path, "txt"))
-  captions = [tuple(filter(None, map(str.strip, _bytes(sample["txt"]).decode().splitlines()))) for sample in samples]
+  lines = (_text(_bytes(sample["txt"]), path).splitlines() for sample in samples)
+  captions = [tuple(filter(None, map(str.strip, texts))) for texts in lines]
   if empty := [number for number, texts in enumerate(captions) if not texts]:
     raise UserError(f"{path}: image {empty[0]} has no caption")
   return Captioned(_images(samples), captions, Origin("wds", str(path), SPLIT))
@@ -60,7 +61,14 @@ def _kind(path: pathlib.Path) -> str:
 
 def _lines(path: pathlib.Path) -> list[str]:
   """Of a text file; none where there is none."""
-  return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+  return [line.strip() for line in _text(path.read_bytes(), path).splitlines()] if path.is_file() else []
+
+
+def _text(content: bytes, path: pathlib.Path) -> str:
+  try:
+    return content.decode()
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path} holds text that is not UTF-8 ({error}); download it again") from error
 
 
 def _samples(path: pathlib.Path, field: str) -> Iterator[Sample]:

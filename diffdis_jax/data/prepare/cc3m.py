@@ -68,6 +68,7 @@ def _split_of(table: pathlib.Path) -> str:
 def _rows(table: pathlib.Path) -> Iterator[Item]:
   import json
 
+  csv.field_size_limit(2**31 - 1)  # instead of 131,072 characters
   with open(table, encoding="utf-8", errors="surrogateescape", newline="") as file:
     rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     columns = {name.strip().lower(): name for name in rows.fieldnames or ()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.builder import CaptionedImages
@@ -41,12 +42,23 @@ def find_parts(source: pathlib.Path) -> list[Part]:
     items = []
     for label, name in enumerate(classes):
       metadata = json.dumps({"label": label, "class": name}, ensure_ascii=False)
-      images = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in ENDINGS)
+      images = sorted(path for path in _files(root / name) if path.suffix.lower() in ENDINGS)
       items += [Item(str(path.relative_to(source)), name.replace("_", " "), metadata) for path in images]
     found += parts.files(items, split=split, root=source)
   if not found:
     raise UserError(f"no images in class folders in {source}; it should hold CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg")
   return found
+
+
+def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """At any depth. Raises OSError: a folder cannot be read."""
+
+  def stop(error: OSError) -> None:
+    if error.filename != str(folder) or not isinstance(error, FileNotFoundError):  # a class that this split lacks
+      raise error
+
+  for path, _, names in os.walk(folder, onerror=stop):
+    yield from (pathlib.Path(path, name) for name in names)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

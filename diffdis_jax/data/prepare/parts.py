@@ -83,7 +83,7 @@ class FilesPart:
     for item in self.items:
       try:
         image = (self.root / item.file).read_bytes()
-      except (FileNotFoundError, IsADirectoryError):
+      except (FileNotFoundError, IsADirectoryError, ValueError):  # the last of a name with a zero byte
         image = None
       yield RawPair(item.file, image, _encode(item.caption), _encode(item.metadata))
 

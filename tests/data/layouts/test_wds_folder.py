@@ -81,11 +81,12 @@ def test_one_label_a_class_of_another_order(tmp_path):
     ("test/nshards.txt", "many", "says 'many'; it should be the number of tars"),
     ("dataset_type.txt", "multilabel", "is of type multilabel"),
     ("test/1.tar", "x" * 600, "1.tar is damaged"),
+    ("classnames.txt", b"Caf\xe9\n", "classnames.txt holds text that is not UTF-8"),
   ],
 )
 def test_damage_is_one_line(tmp_path, file, content, message):
   write(tmp_path / "pets")
-  (tmp_path / "pets" / file).write_text(content)
+  (tmp_path / "pets" / file).write_bytes(content if isinstance(content, bytes) else content.encode())
   with pytest.raises(UserError, match=message) as error:
     sources.open_source(name="pets", path=tmp_path, image_size=8)
   assert "\n" not in str(error.value)
