@@ -1,7 +1,8 @@
 """What every command line shares: flags, one-line errors, logging, compilation cache.
 
-A verb ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr, a bug
-with its traceback and code 1, a preemption with code 75.
+A verb ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr, a full
+disk with one line and code 1, on which launchers try again, a bug with its traceback and code 1, a preemption with code
+75.
 
 jax is imported where it is used: it takes two seconds, which commands that compute nothing have no need of.
 """
@@ -31,6 +32,7 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _FOLDERS = {"workdir", "out"}  # flags that an unset variable of a shell leaves empty, which would be this folder
 # Errors of the path that someone gave, rather than of a disk, which may be well the next time.
 _OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS}
+_OF_A_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 _MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")  # absl's words
 
 
@@ -63,9 +65,12 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
     except UserError as error:
       _stop(error)
     except OSError as error:
+      if error.errno in _OF_A_FULL_DISK:
+        where = f" ({error.filename})" if error.filename else ""
+        _stop(f"{error.strerror}{where}; make room, and run the same command again", code=1)
       if error.errno not in _OF_A_PATH or not error.filename:
         raise
-      _stop(UserError(f"cannot use {error.filename}: {error.strerror}"))
+      _stop(f"cannot use {error.filename}: {error.strerror}")
     except Preempted:
       if _is_compiling():
         _exit_at_once(PREEMPTED)
@@ -246,10 +251,10 @@ def _missing_flags(names: Sequence[str]) -> UserError:
   return UserError(f"{described} {'is' if len(names) == 1 else 'are'} missing")
 
 
-def _stop(error: Exception) -> NoReturn:
+def _stop(error: Exception | str, *, code: int = 2) -> NoReturn:
   sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-  _exit_at_once_if_waiting(2)
-  sys.exit(2)
+  _exit_at_once_if_waiting(code)
+  sys.exit(code)
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -33,7 +33,7 @@ STEPS = flags.DEFINE_integer("steps", 3, "sampling steps")
 PROCESS = flags.DEFINE_integer("process", None, "index of this process, of two")
 PORT = flags.DEFINE_integer("port", None, "port of the first of them")
 SAY = flags.DEFINE_boolean("say", False, "write to the log")
-FAIL = flags.DEFINE_enum("fail", None, ["user", "bug", "folder"], "how to fail")
+FAIL = flags.DEFINE_enum("fail", None, ["user", "bug", "folder", "full"], "how to fail")
 
 
 def main(_):
@@ -50,6 +50,8 @@ def main(_):
     raise UserError("first line\\n  second line")
   if FAIL.value == "folder":
     open(".")
+  if FAIL.value == "full":
+    raise OSError(28, "No space left on device", "run/file")
   if FAIL.value == "bug":
     raise RuntimeError("a bug")
   if PROCESS.value is not None:
@@ -136,7 +138,7 @@ GOOD = ("--config=tiny.py", "--workdir=run")
     (GOOD + ("--config.optim.betas=(1,",), "flag --config.optim.betas=(1,: Error while parsing"),
     (GOOD + ("--stps=3",), "unknown flag --stps; did you mean --steps?"),
     (GOOD + ("--steps=many",), "flag --steps=many: invalid literal for int()"),
-    (GOOD + ("--fail=no",), "flag --fail=no: value should be one of <user|bug|folder>"),
+    (GOOD + ("--fail=no",), "flag --fail=no: value should be one of <user|bug|folder|full>"),
     (GOOD + ("extra",), "unexpected argument 'extra'; every argument is a flag, --name=value"),
     (GOOD[:1], "error: --workdir (folder of the run) is missing\n"),
     (GOOD[1:], "error: --config (configuration: FILE.py[:args]) is missing\n"),
@@ -159,6 +161,11 @@ def test_bad_input_is_one_line(folder, flags, message):
   assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
   assert message in err
   assert not (folder / "run").exists()
+
+
+def test_a_full_disk_is_one_line_on_which_launchers_try_again(folder):
+  said = "error: No space left on device (run/file); make room, and run the same command again\n"
+  assert run(folder, *GOOD, "--fail=full") == (1, "", said)
 
 
 def test_a_bug_keeps_its_traceback(folder):

@@ -7,10 +7,13 @@ A checkpoint counts once it holds Orbax's commit mark, its last file to be writt
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import errno
 import functools
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -157,7 +160,8 @@ class Checkpointer:
     if data_iterator is not None:
       items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
     items["meta"] = ocp.args.JsonSave({"step": step, **(meta or {})})
-    return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
+    with _os_errors():
+      return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
 
   def restore(self, step: int, abstract: State, data_iterator: Any = None) -> Restored:
     """Reads a checkpoint onto the devices that `abstract` asks for, and sets the data iterator to it.
@@ -185,11 +189,13 @@ class Checkpointer:
 
   def wait(self) -> None:
     """Returns when the save in progress is committed. Raises what went wrong with it."""
-    self._manager.wait_until_finished()
+    with _os_errors():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and frees the background threads."""
-    self._manager.close()
+    with _os_errors():
+      self._manager.close()
 
   def __enter__(self) -> Checkpointer:
     return self
@@ -298,6 +304,17 @@ def _set_aside_uncommitted(folder: epath.Path) -> None:
       if aside.exists():
         aside.rmtree()
       path.rename(aside)
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+  """Makes OSError of what TensorStore raises for a full disk."""
+  try:
+    yield
+  except ValueError as error:
+    if "No space left on device" not in str(error):
+      raise
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _on_one_device(array: Any) -> Any:

@@ -246,6 +246,22 @@ def test_the_reads_of_other_arrays_end_before_a_damaged_one_is_told(tmp_path, mo
   assert ended == ["whole"]
 
 
+@pytest.mark.parametrize(
+  "said, kind", [("RESOURCE_EXHAUSTED: No space left on device", OSError), ("a bug", ValueError)]
+)
+def test_a_full_disk_is_an_oserror(tmp_path, monkeypatch, said, kind):
+  def fail(*_, **__):
+    raise ValueError(said)
+
+  state = make_state()
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    for name, call in (("save", lambda: checkpointer.save(1, state)), ("wait_until_finished", checkpointer.wait)):
+      with monkeypatch.context() as patch:
+        patch.setattr(checkpointer._manager, name, fail)
+        with pytest.raises(kind):
+          call()
+
+
 def test_another_model_is_told_which_array_differs(tmp_path):
   save(tmp_path, 1)
   wanted = abstract(make_state(), one_device).params

@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffdis_jax.data import records, sources
 from diffdis_jax.data.transforms import resize
+from diffdis_jax.errors import UserError
 
 SAMPLE = 5000  # records of each split that sizes and lengths are taken from
 SHEET = 64  # pairs of the contact sheet
@@ -64,7 +65,7 @@ def describe(path: pathlib.Path) -> Card:
   """The card of a folder that prepare_data wrote. Sizes and lengths are of at most SAMPLE records a split.
 
   Raises:
-    UserError: no prepared data set there.
+    UserError: no prepared data set there, or one of which nothing can be read.
   """
   info = records.read_info(path)
   splits, sheet = {}, []
@@ -96,6 +97,8 @@ def _describe(source: sources.Source, places: Int[np.ndarray, " k"]) -> dict[str
       formats["unreadable"] += 1
       continue
     captions += records.captions_of(record) or [record["caption"]]
+  if len(places) and not sides:
+    raise UserError(f"none of {len(places)} records can be read; copy the data set again, or prepare it again")
   widths_heights = np.asarray(sides or [(0, 0)])
   return {
     "sampled": len(places),

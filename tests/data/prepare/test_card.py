@@ -27,6 +27,10 @@ def test_card(tmp_path):
   assert made.lines()[2] == "train: skipped 1 with missing image"
   with pytest.raises(UserError, match="no prepared data set in"):
     card.describe(tmp_path)
+  (shard,) = (tmp_path / "out").glob("*.array_record*")
+  shard.write_bytes(shard.read_bytes()[:100])
+  with pytest.raises(UserError, match="none of 8 records can be read|cannot be read"):
+    card.describe(tmp_path / "out")
 
 
 def test_captions_that_are_no_strings_do_not_count(tmp_path):
