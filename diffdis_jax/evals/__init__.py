@@ -54,7 +54,7 @@ def create(task: str, **section: Any) -> Eval:
   if task not in EVALS:
     raise UserError(f"unknown evaluation {task!r}; there are {', '.join(EVALS)}")
   _check_takes(f"evaluation {task}", EVALS[task], section)
-  if "data" in section and task != "long_tail":
+  if "data" in section:
     _check_takes(f"data of evaluation {task}", open_source, section["data"])
   return EVALS[task](**section)
 
