@@ -101,7 +101,7 @@ class Folder:
       return
     try:
       there = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
       raise UserError(f"{file} is not JSON: {error}; take a new --out") from error
     if not isinstance(there, dict) or workdir.SECTIONS - there.keys():
       raise UserError(f"{file} is no base of ablations; take a new --out")

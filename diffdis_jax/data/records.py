@@ -211,7 +211,7 @@ def builder(path: str | os.PathLike[str]) -> Any:
 
   try:
     return tfds.builder_from_directory(path)
-  except (OSError, ValueError, json_format.ParseError) as error:
+  except (FileNotFoundError, ValueError, json_format.ParseError) as error:  # a bucket's errors may pass
     said = " ".join(str(error).split())[:200]
     raise UserError(f"{path} is no whole data set: {said}; copy it again, or prepare it again") from error
 

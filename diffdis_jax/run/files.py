@@ -77,7 +77,7 @@ def check_out(out: str) -> None:
   path = epath.Path(out)
   if path.is_dir():
     raise UserError(f"--out={out} is a folder; it should name the file to write")
-  if not path.parent.is_dir():
+  if "://" not in out and not path.parent.is_dir():  # an object store has no empty folders
     raise UserError(f"--out={out} lies in no folder that exists; create it first")
   probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:

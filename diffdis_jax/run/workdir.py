@@ -219,8 +219,6 @@ def _read(path: epath.Path) -> dict[str, Any]:
     config = _normalise(json.loads((path / "config.json").read_text()))
   except ValueError as error:
     raise UserError(f"{path / 'config.json'} is not JSON: {error}") from error
-  except OSError as error:
-    raise UserError(f"cannot read {path / 'config.json'}: {error.strerror or error}") from error
   if not isinstance(config, dict):
     raise UserError(f"{path / 'config.json'} is of no training run; it should hold a JSON object")
   return config
