@@ -197,7 +197,7 @@ def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
   return results
 
 
-def read_kept(file: pathlib.Path) -> dict[str, Any] | None:
+def read_kept(file: epath.Path) -> dict[str, Any] | None:
   """What was answered before; None where it was not, or the file is damaged."""
   try:
     return json.loads(file.read_text())
