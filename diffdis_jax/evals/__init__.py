@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from diffdis_jax.data.sources import open_source
+from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.agreement import Agreement
 from diffdis_jax.evals.base import Eval
@@ -55,7 +55,7 @@ def create(task: str, **section: Any) -> Eval:
     raise UserError(f"unknown evaluation {task!r}; there are {', '.join(EVALS)}")
   _check_takes(f"evaluation {task}", EVALS[task], section)
   if "data" in section:
-    _check_takes(f"data of evaluation {task}", open_source, section["data"])
+    _check_takes(f"data of evaluation {task}", sources.open_source, section["data"])
   return EVALS[task](**section)
 
 
