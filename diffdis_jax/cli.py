@@ -59,7 +59,7 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
       if extra := argv[1 + positional :]:
         raise UserError(f"unexpected argument {extra[0]!r}; every argument is a flag, --name=value")
       for name in _FOLDERS & {*flags.FLAGS}:
-        if flags.FLAGS[name].value == "":
+        if flags.FLAGS[name].present and flags.FLAGS[name].value == "":
           raise UserError(f"--{name}= is empty; give a path")
       return main(argv)
     except UserError as error:

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags, logging
+from etils import epath
 
 from diffdis_jax import cli, evals, inference
 from diffdis_jax.errors import UserError, read_section
@@ -139,8 +140,7 @@ def main(argv: Sequence[str]) -> None:
   cli.compilation_cache(FLAGS.workdir)
   cli.use_all_cores()
   processes.start()
-  if processes.is_first():
-    result_files.make_folder(FLAGS.out)
+  if processes.is_first() and epath.Path(FLAGS.out).parent.is_dir():
     files.check_out(FLAGS.out)
   config = workdir.load_config(FLAGS.workdir)
   check_objectives(config.objectives)

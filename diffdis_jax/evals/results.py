@@ -90,16 +90,11 @@ def write(path: str, results: Mapping[str, Any]) -> None:
 
 def write_text(path: str, text: str) -> None:
   """Raises UserError: it cannot be written."""
-  make_folder(path)
-  files.write_out(path, text)
-
-
-def make_folder(path: str) -> None:
-  """Of this file. Raises UserError: it cannot be made."""
   try:
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"cannot write --out={path}: {error.strerror or error}") from error
+  files.write_out(path, text)
 
 
 def differences(protocols: Iterable[Mapping[str, Any]], *, ignored: Iterable[str] = ()) -> dict[str, list[Any]]:

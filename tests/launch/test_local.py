@@ -56,7 +56,8 @@ def launch(tmp_path: pathlib.Path):
   """Starts the launcher on two of these processes with a plan. What is left of it is killed at the end."""
   # What a shell without job control runs in the background ignores SIGINT, and so would all that is started here. A
   # signal with a handler has its default again in them.
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  stops = (signal.SIGINT, signal.SIGHUP)
+  before = {number: signal.signal(number, signal.default_int_handler) for number in stops}
   started = []
 
   def start(plan: str, *flags: str, grace: int = 10) -> subprocess.Popen:
@@ -75,7 +76,8 @@ def launch(tmp_path: pathlib.Path):
     return started[-1]
 
   yield start
-  signal.signal(signal.SIGINT, before)
+  for number, handler in before.items():
+    signal.signal(number, handler)
   for launcher in started:
     launcher.kill()
     launcher.communicate()
