@@ -8,13 +8,12 @@ cost. It can be written while the run goes on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from absl import flags, logging
 
 from diffdis_jax import cli
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.reports import page
 from diffdis_jax.reports.read import read
 from diffdis_jax.run import files
@@ -44,8 +43,8 @@ def report(paths: Sequence[str], out: str, *, hour_price: float | None = None) -
     raise UserError(f"--workdir={','.join(paths)} names a folder twice")
   if not 1 <= len(paths) <= MOST_RUNS:
     raise UserError(f"--workdir names {len(paths)} folders; it should be one to {MOST_RUNS}, with commas between them")
-  if hour_price is not None and not math.isfinite(hour_price):
-    raise UserError(f"--hour_price={hour_price} should be a number")
+  if hour_price is not None:
+    check_number("--hour_price", hour_price, at_least=0)
   files.check_out(out)
   runs = [read(path, name) for path, name in zip(paths, page.names_of(paths), strict=True)]
   text = page.render(runs, hour_price=hour_price)

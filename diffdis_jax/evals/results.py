@@ -85,7 +85,7 @@ class ResultFile:
 def write(path: str, results: Mapping[str, Any]) -> None:
   """On process 0. Raises UserError: it cannot be written."""
   if processes.is_first():
-    write_text(path, json.dumps(results, indent=2) + "\n")
+    write_text(path, files.as_json(results))
 
 
 def write_text(path: str, text: str) -> None:
