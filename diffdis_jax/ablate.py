@@ -30,6 +30,7 @@ from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import ResultFile
 from diffdis_jax.inference import read_sampling
 from diffdis_jax.parallel import processes, sharding
+from diffdis_jax.run import config as run_config
 from diffdis_jax.run import files
 
 VERBS = ("plan", "run", "table")
@@ -55,6 +56,7 @@ def make_plan() -> Plan:
   """Of the flags. Raises UserError: flags, or a base, that make none."""
   path, overrides = cli.config_given()
   base = FLAGS.base
+  run_config.check_types(base.to_dict())
   asked = []
   if FLAGS.tables:
     schedule = FLAGS.schedule or base.text_diffusion.schedule

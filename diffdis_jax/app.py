@@ -23,7 +23,8 @@ from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import prompts
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.run import checkpoint
+from diffdis_jax.run import config as run_config
 from diffdis_jax.studio import player as players
 from diffdis_jax.studio import search
 from diffdis_jax.studio.limits import Limits
@@ -94,7 +95,7 @@ def serve(
   Raises:
     UserError: no such run, data or checkpoint, a run that no tab can serve, or nobody can listen there.
   """
-  config = workdir.load_config(run)
+  config = run_config.load(run)
   players.tabs(config.objectives)
   step, ema = checkpoint.choose(run, step, ema=ema)
   source = open_data(config.evals.to_dict(), data, split, image_size=config.image_size)

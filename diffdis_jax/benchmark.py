@@ -20,7 +20,6 @@ times the config's UNet, forwards and backwards, against diffusers' with the sam
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import tempfile
@@ -28,7 +27,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -94,8 +92,8 @@ def time_steps(config: ConfigDict) -> dict[str, Any]:
 def read_preflight(path: str) -> dict[str, Any]:
   """What `preflight --out` wrote."""
   try:
-    return dict(json.loads(epath.Path(path).read_text()))
-  except (OSError, ValueError, TypeError) as error:
+    return dict(files.read_json(path))
+  except (UserError, ValueError, TypeError) as error:
     raise UserError(f"--preflight={path} is no file that preflight --out wrote: {error}") from error
 
 

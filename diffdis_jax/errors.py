@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
+DEEPEST = 64  # levels of JSON: its readers call themselves once a level, and no file of ours has more than ten
 PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 
 
@@ -17,6 +20,15 @@ class UserError(Exception):
 
 class Preempted(Exception):
   """The run was asked to stop, and has saved. Verbs exit with code 75, on which launchers start them again."""
+
+
+# Of a network, or of a server at its other end.
+_OF_A_NETWORK = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT}
+
+
+def may_pass(error: BaseException) -> bool:
+  """Whether it says that a network or a server could not be reached, which may be well the next time."""
+  return isinstance(error, (ConnectionError, TimeoutError)) or getattr(error, "errno", None) in _OF_A_NETWORK
 
 
 def check_number(
@@ -33,11 +45,42 @@ def check_number(
   `above` and `below` are limits that the value must not reach.
   """
   number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if number and math.isfinite(value) and at_least <= value <= at_most and above < value < below:
+  if number and abs(value) < 2**63 and at_least <= value <= at_most and above < value < below:
     return
   limits = (("at least", at_least), ("above", above), ("at most", at_most), ("below", below))
   said = " and ".join(f"{words} {limit:.10g}" for words, limit in limits if math.isfinite(limit))
   raise UserError(f"{name} is {value!r}; it must be {said or 'a finite number'}")
+
+
+_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", dict: "a section of fields"}
+
+
+def check_type(name: str, value: Any, like: Any) -> None:
+  """Raises UserError unless the value is of the type of `like`, a field's default: of a section with its fields, of a
+  sequence with its elements, which are texts where the default is empty.
+
+  A whole number may stand for a number, a list for a tuple. A section's fields that `like` has not are left alone;
+  those of an empty one are sections.
+  """
+  if isinstance(like, (tuple, list)):
+    if not isinstance(value, (tuple, list)):
+      raise UserError(f"{name} is {value!r}; it must be a sequence{f', such as {like!r}' if like else ''}")
+    for i, each in enumerate(value):
+      check_type(f"{name}[{i}]", each, like[0] if like else "")
+      if like and isinstance(like[0], tuple) and len(each) != len(like[0]):
+        raise UserError(f"{name}[{i}] is {each!r}; it must have {len(like[0])} elements, such as {like[0]!r}")
+    return
+  kind = next(kind for kind in _WORDS if isinstance(like, kind))
+  taken = (int, float) if kind is float else kind
+  if not isinstance(value, taken) or (isinstance(value, bool) and kind is not bool):
+    raise UserError(f"{name} is {value!r}; it must be {_WORDS[kind]}{f', such as {like!r}' if like else ''}")
+  if kind is dict:
+    for field, child in value.items():
+      path = f"{name}.{field}" if name else field
+      if field in like:
+        check_type(path, child, like[field])
+      elif not like and not isinstance(child, dict):
+        raise UserError(f"{path} is {child!r}; it must be {_WORDS[dict]}")
 
 
 def check_numbers(name: str, values: Any, **limits: float) -> None:
@@ -62,10 +105,38 @@ def check_regex(name: str, value: str) -> None:
     raise UserError(f"{name} has {value!r}, which is no regular expression: {error}") from error
 
 
+def parse_json(text: str | bytes, name: str) -> Any:
+  """The value that JSON text stands for.
+
+  Args:
+    text: in UTF-8, where it is bytes.
+    name: of where it is from, such as its file's, for the message.
+
+  Raises:
+    UserError: it is not JSON, or nested more than DEEPEST deep.
+  """
+  try:
+    found = json.loads(text)
+    if not _is_deeper(found, DEEPEST):
+      return found
+  except ValueError as error:  # bytes that are no text among them
+    raise UserError(f"{name} is not JSON: {error}") from error
+  except RecursionError:
+    pass  # deeper than Python's own reader goes
+  raise UserError(f"{name} is not JSON of this project: it is nested more than {DEEPEST} deep")
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+  if not isinstance(value, (dict, list)):
+    return False
+  inside = value.values() if isinstance(value, dict) else value
+  return depth == 0 or any(_is_deeper(each, depth - 1) for each in inside)
+
+
 Section = TypeVar("Section")
 
 
-def read_section(kind: type[Section], values: Mapping[str, Any], name: str) -> Section:
+def read_section(kind: type[Section], values: Any, name: str) -> Section:
   """A config's section as the dataclass of the code that uses it; the dataclass itself checks each field.
 
   Args:
@@ -77,6 +148,8 @@ def read_section(kind: type[Section], values: Mapping[str, Any], name: str) -> S
     UserError: a field that the section does not have, a missing one, or a value out of its range.
   """
   dataclass: Any = kind
+  if not isinstance(values, Mapping):
+    raise UserError(f"{name} is {values!r}; it must be {_WORDS[dict]}")
   known = {field.name for field in dataclasses.fields(dataclass)}
   if unknown := sorted(values.keys() - known):
     raise UserError(f"{name} has no field {unknown[0]!r}; it has {', '.join(sorted(known))}")

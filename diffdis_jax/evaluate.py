@@ -44,7 +44,8 @@ from diffdis_jax.evals.text_cache import CachedTexts
 from diffdis_jax.models.build import check_objectives
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
-from diffdis_jax.run import checkpoint, files, workdir
+from diffdis_jax.run import checkpoint, files
+from diffdis_jax.run import config as run_config
 
 FLAGS = flags.FLAGS
 Section = tuple[str, dict[str, Any]]  # data set, and {task, what that evaluation takes}
@@ -142,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
   processes.start()
   if processes.is_first() and epath.Path(FLAGS.out).parent.is_dir():
     files.check_out(FLAGS.out)
-  config = workdir.load_config(FLAGS.workdir)
+  config = run_config.load(FLAGS.workdir)
   check_objectives(config.objectives)
   settings = _given(name for names in SETTINGS.values() for name in names)
   asked = _sections(config.evals.to_dict(), objectives=config.objectives, image_size=config.image_size)

@@ -28,7 +28,8 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.interop import clip_to_torch, hub, to_torch
 from diffdis_jax.interop.model_card import Card
 from diffdis_jax.params import Params
-from diffdis_jax.run import checkpoint, files, workdir
+from diffdis_jax.run import checkpoint, files
+from diffdis_jax.run import config as run_config
 
 FLAGS = flags.FLAGS
 # Fields of a run's config that say what its weights mean.
@@ -106,7 +107,7 @@ def export_weights(
     UserError: no such checkpoint, a run that no pipeline or CLIP of theirs can hold, or `out` cannot be written.
   """
   folder = files.empty_folder(out)
-  fields = workdir.load_config(run).to_dict()
+  fields = run_config.load(run).to_dict()
   is_clip = "vision_encoder" in fields["model"]
   if is_clip:
     clip_to_torch.check(fields["model"])

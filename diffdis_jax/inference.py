@@ -26,7 +26,8 @@ from diffdis_jax.models.clip import Clip
 from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.parallel import batches, programs, sharding
 from diffdis_jax.params import Params
-from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.run import checkpoint
+from diffdis_jax.run import config as run_config
 from diffdis_jax.run.progress import Progress
 from diffdis_jax.training import encode, losses
 
@@ -401,7 +402,7 @@ def load(
     UserError: no run or no checkpoint there, one that does not fit its config, an image size that the network cannot
       take, or fields of Sampling for a CLIP.
   """
-  config = workdir.load_config(path)
+  config = run_config.load(path)
   config.image_size = config.image_size if image_size is None else image_size
   network = Network.of(config)
   if sampling and network.is_clip:

@@ -37,6 +37,7 @@ from diffdis_jax.inference import Inference, read_sampling
 from diffdis_jax.models import attention
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
+from diffdis_jax.run import config as run_config
 from diffdis_jax.run import files
 from diffdis_jax.training.build import build_step, plain
 
@@ -83,6 +84,7 @@ def compile_one(
 
 def run(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
   """Every program asked for, and where the train step does not fit and --search is given, what would make it fit."""
+  run_config.check_types(config.to_dict())
   settings = dict(num_pairs=FLAGS.num_pairs, epochs=FLAGS.epochs)
   results: dict[str, Any] = {
     name: compile_one(name, config, target, hlo=FLAGS.hlo, **settings) for name in FLAGS.programs
@@ -200,8 +202,8 @@ def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
 def read_kept(file: epath.Path) -> dict[str, Any] | None:
   """What was answered before; None where it was not, or the file is damaged."""
   try:
-    return json.loads(file.read_text())
-  except (OSError, ValueError):
+    return files.read_json(file)
+  except (OSError, UserError):
     return None
 
 

@@ -27,7 +27,6 @@ describe what was written.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -52,8 +51,9 @@ from diffdis_jax.data.prepare import (
 )
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
-from diffdis_jax.errors import UserError, read_section
-from diffdis_jax.run import files, workdir
+from diffdis_jax.errors import UserError, parse_json, read_section
+from diffdis_jax.run import config as run_config
+from diffdis_jax.run import files
 
 # name -> how its raw data are found, its builder
 DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[builder.CaptionedImages]]] = {
@@ -152,7 +152,7 @@ def write_latents(run: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> N
       shape=(h, w, 2 * c),
       image_size=model.image_size,
       views=_VIEWS.value,
-      augmentation=_augmentation(workdir.load_config(str(run)).data.augment.to_dict()),
+      augmentation=_augmentation(run_config.load(str(run)).data.augment.to_dict()),
       fingerprint=encode.fingerprint(params),
       text=text,
     ),
@@ -162,10 +162,7 @@ def write_latents(run: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> N
 
 
 def _augmentation(default: Mapping[str, Any]) -> Augmentation:
-  try:
-    fields = json.loads(_AUGMENT.value) if _AUGMENT.value else default
-  except ValueError as error:
-    raise UserError(f"--augment={_AUGMENT.value}: {error}") from error
+  fields = parse_json(_AUGMENT.value, f"--augment={_AUGMENT.value}") if _AUGMENT.value else default
   if not isinstance(fields, Mapping):
     raise UserError(f"--augment={_AUGMENT.value}: it should be an object of fields of data.augment")
   return read_section(Augmentation, fields, "augment")

@@ -102,7 +102,8 @@ def train_and_evaluate(
     UserError: bad config, data or workdir, or a loss that is no longer finite.
     Preempted: SIGTERM came; the steps so far are saved.
   """
-  # Every section first, whose numbers are checked at once; then what takes seconds to build.
+  # Every field and section first, whose numbers are checked at once; then what takes seconds to build.
+  run_config.check_types(config.to_dict())
   pace = Pace(**{field.name: config[field.name] for field in dataclasses.fields(Pace)})
   kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
   sampling = read_sampling(config.inference.to_dict())

@@ -13,8 +13,8 @@ import diffdis_jax
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # Every file of the package, room by room. A file may import those of earlier layers alone.
 LAYERS = (
-  "errors structs run/committed run/progress",
-  "run/files",
+  "errors structs run/progress",
+  "run/committed run/files",
   "params cli parallel/processes run/history",
   "parallel/sharding parallel/programs parallel/fingerprint run/workdir run/checkpoint run/profile run/trackers",
   "run/writers",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 from etils import epath
@@ -13,7 +12,7 @@ from diffdis_jax.ablations.plan import Plan, Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import Results
-from diffdis_jax.run import checkpoint, files, workdir
+from diffdis_jax.run import checkpoint, files, history, workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +99,9 @@ class Folder:
         raise UserError(f"--out={self.path} is not empty and holds no ablations (no base.json); take a new folder")
       return
     try:
-      there = json.loads(file.read_text())
-    except ValueError as error:
-      raise UserError(f"{file} is not JSON: {error}; take a new --out") from error
+      there = files.read_json(file)
+    except UserError as error:
+      raise UserError(f"{error}; take a new --out") from error
     if not isinstance(there, dict) or workdir.SECTIONS - there.keys():
       raise UserError(f"{file} is no base of ablations; take a new --out")
     if differing := workdir.differences(planning.identity(there), planning.identity(_without_seed(plan.base))):
@@ -125,15 +124,8 @@ class Folder:
 
 def seconds_per_step(path: epath.Path) -> float | None:
   """The mean over the lines of a workdir's metrics.jsonl, which stand for equally many steps; None without a speed."""
-  file = path / "metrics.jsonl"
-  seconds = []
-  for line in file.read_text().splitlines() if file.exists() else ():
-    try:
-      speed = json.loads(line).get("steps_per_sec")
-    except ValueError:
-      continue  # cut off when its process was killed
-    if speed:
-      seconds.append(1 / speed)
+  speeds = [history.metrics_of(line).get("steps_per_sec") for line in files.lines(path / "metrics.jsonl")]
+  seconds = [1 / speed for speed in speeds if speed]
   return sum(seconds) / len(seconds) if seconds else None
 
 

@@ -6,7 +6,6 @@ The preparation checks a raw pair by the same functions, so that a reason has on
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from etils import epath
 from PIL import Image
 
 from diffdis_jax.data.transforms import decode
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, parse_json
 
 MIN_SIDE = 2  # pixels: dead links are often answered by an image of one pixel
 
@@ -78,8 +77,8 @@ def read_metadata(data: bytes | None) -> dict[str, Any]:
     Unusable: not JSON, or no object.
   """
   try:
-    metadata = json.loads(data or b"{}")
-  except (ValueError, RecursionError) as error:
+    metadata = parse_json(data or b"{}", "metadata")
+  except UserError as error:
     raise Unusable("corrupt json") from error
   if not isinstance(metadata, dict):
     raise Unusable("json that is no object")

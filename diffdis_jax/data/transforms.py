@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from diffdis_jax.data import randaugment_timm
 from diffdis_jax.data.randaugment import MAGNITUDES, randaugment
-from diffdis_jax.errors import check_choice, check_number, check_numbers
+from diffdis_jax.errors import UserError, check_choice, check_number, check_numbers
 
 WHITE = (255, 255, 255)
 CROPS = ("centre", "random", "random_resized")
@@ -92,8 +93,8 @@ class Augmentation:
   """
 
   crop: str = "centre"
-  crop_scale: tuple[float, float] = (0.5, 1.0)
-  crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  crop_scale: Sequence[float] = (0.5, 1.0)
+  crop_ratio: Sequence[float] = (3 / 4, 4 / 3)
   flip: bool = False
   shift: float = 0.0
   zoom: float = 0.0
@@ -110,12 +111,12 @@ class Augmentation:
 
   def __post_init__(self) -> None:
     check_choice("crop", self.crop, CROPS)
-    for name, (low, high), limits in (
-      ("crop_scale", self.crop_scale, dict(above=0.0, at_most=1.0)),
-      ("crop_ratio", self.crop_ratio, dict(above=0.0)),
-    ):
-      check_numbers(name, (low, high), **limits)
-      check_number(f"{name}[1]", high, at_least=low)
+    for name, limits in (("crop_scale", dict(above=0.0, at_most=1.0)), ("crop_ratio", dict(above=0.0))):
+      bounds = getattr(self, name)
+      check_numbers(name, bounds, **limits)
+      if len(bounds) != 2:
+        raise UserError(f"{name} is {bounds!r}; it must be two numbers, the least and the most")
+      check_number(f"{name}[1]", bounds[1], at_least=bounds[0])
     check_number("shift", self.shift, at_least=0.0, at_most=1.0)
     check_number("zoom", self.zoom, at_least=0.0)
     check_number("rotation", self.rotation, at_least=0.0, at_most=180.0)

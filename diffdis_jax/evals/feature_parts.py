@@ -19,12 +19,12 @@ from etils import epath
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.evals.drawn_prompts import Part
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import files
 
-_UNREADABLE = (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile)
+_UNREADABLE = (UserError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ class PartsFolder:
     path = self._file(part)
     try:
       with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-        return {"features": file["features"], "header": json.loads(str(file["header"]))}
+        return {"features": file["features"], "header": parse_json(str(file["header"]), "its header")}
     except _UNREADABLE as error:
       raise UserError(f"cannot read {os.fspath(path)}: {error}; remove it, and it is made again") from error
 

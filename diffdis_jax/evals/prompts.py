@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import collections
-import json
-import pathlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diffdis_jax.errors import UserError
+from diffdis_jax.run import files
 
 # CLIP's plain prompt first: it is the "single template". The others are the seven that forward selection picked from
 # eighty in OpenAI's notebook Prompt_Engineering_for_ImageNet.ipynb.
@@ -65,9 +64,9 @@ def read_strings(path: str, *, what: str) -> tuple[str, ...]:
 
 def _read_json(path: str, *, what: str) -> Any:
   try:
-    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f'cannot read {what} from {path}: {error}; it should be JSON, such as ["cat", "dog"]') from error
+    return files.read_json(path, f"{what} from {path}")
+  except UserError as error:
+    raise UserError(f'{error}; it should be JSON, such as ["cat", "dog"]') from error
 
 
 def _are_strings(values: Collection[Any]) -> bool:

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 from jaxtyping import Float
 
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.evals import distances
 from diffdis_jax.models.inception import WIDTH
 from diffdis_jax.run import files
@@ -84,7 +84,9 @@ def read(path: str | os.PathLike[str]) -> Reference:
     with epath.Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
       content = {name: file[name] for name in file.files}
     mean, covariance = (content[name].astype(np.float64) for name in ("mu", "sigma"))
-    protocol = json.loads(str(content["protocol"])) if "protocol" in content else None
+    protocol = (
+      parse_json(str(content["protocol"]), f"the protocol in --reference={path}") if "protocol" in content else None
+    )
     count = int(content["num_images"]) if "num_images" in content else None
   except (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
     raise UserError(f"cannot read --reference={path}: {error}; {FORM}") from error

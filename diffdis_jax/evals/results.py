@@ -26,10 +26,7 @@ def read(path: str) -> Results:
   Raises:
     UserError: there is none, or it is something else.
   """
-  try:
-    found = json.loads(epath.Path(path).read_text())
-  except (OSError, ValueError) as error:
-    raise UserError(f"cannot read results from {path}: {error}; it should be what evaluate --out wrote") from error
+  found = files.read_json(path, f"results from {path}")
   tasks = found.values() if isinstance(found, dict) and found else [None]
   for task in tasks:
     for record in task.values() if isinstance(task, dict) else [None]:

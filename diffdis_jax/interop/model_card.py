@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from diffdis_jax.run import files
+from diffdis_jax.run import files, history
 
 PAPER = "*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discrimination Capability*"
 SAMPLES = "samples.png"
@@ -228,7 +228,7 @@ class Card:
     """The last losses up to this step, what evaluations in training gave, and the results of evaluate."""
     last: dict[str, Any] = {}
     for text in files.lines(self.run / "metrics.jsonl"):
-      line = _object(text)
+      line = history.metrics_of(text)
       if line.get("step", self.step + 1) <= self.step:
         last |= {name: (value, line["step"]) for name, value in line.items() if name != "step"}
     losses = {name: found for name, found in last.items() if name.startswith("loss")}
@@ -285,16 +285,8 @@ def _protocol(record: Mapping[str, Any]) -> str:
 
 
 def _parse(path: epath.Path) -> dict[str, Any]:
-  return _object(path.read_bytes().decode(errors="replace")) if path.exists() else {}
-
-
-def _object(text: str) -> dict[str, Any]:
-  """A JSON object; anything else, such as a line that a killed run left unfinished, is an empty one."""
-  try:
-    content = json.loads(text)
-  except ValueError:
-    return {}
-  return content if isinstance(content, dict) else {}
+  """A JSON object; of anything else an empty one."""
+  return history.parse(path.read_bytes().decode(errors="replace")) if path.exists() else {}
 
 
 def _shown(values: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 import pickle
 import re
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from diffdis_jax.errors import UserError
+from diffdis_jax.run import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +122,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     UserError: no such file, or another content.
   """
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"cannot read {path}: {error}; it should be a JSON object") from error
+  content = files.read_json(path)
   if not isinstance(content, dict):
     raise UserError(f"{path} should be a JSON object, and holds a {type(content).__name__}")
   return content

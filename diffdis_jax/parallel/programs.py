@@ -18,8 +18,9 @@ import jax
 from absl import logging
 from etils import epath
 
+from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run.files import write_whole
+from diffdis_jax.run import files
 
 LONG = 2.0  # seconds: what took less the last time is not announced
 _COMPILER = "compiler"  # how the names of threads begin that compile
@@ -140,8 +141,8 @@ def _times_file(name: str, args: Any) -> epath.Path | None:
 
 def _read(file: epath.Path | None) -> Times:
   try:
-    return Times(**json.loads(file.read_text())) if file is not None else Times()
-  except (OSError, ValueError, TypeError):
+    return Times(**files.read_json(file)) if file is not None else Times()
+  except (OSError, UserError, TypeError):
     return Times()
 
 
@@ -149,7 +150,7 @@ def _write(file: epath.Path, times: Times) -> None:
   """Where it can be written: jax itself warns of a cache that cannot."""
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(dataclasses.asdict(times)).encode())
+    files.write_whole(file, json.dumps(dataclasses.asdict(times)).encode())
   except OSError as error:
     logging.debug("no compile time kept: %s", error)
 

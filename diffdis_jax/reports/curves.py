@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,11 +41,18 @@ class Band:
 
 
 def read(lines: Sequence[str]) -> dict[str, Curve]:
-  """The curves of metrics.jsonl by metric. A line that is cut off is left out."""
+  """The curves of metrics.jsonl by metric. A line that is cut off is left out, and so is what is no number."""
+  try:
+    return _joined(_parsed(lines))
+  except (TypeError, ValueError, OverflowError):
+    return _joined(map(history.metrics_of, lines))
+
+
+def _joined(lines: Iterable[Any]) -> dict[str, Curve]:
   # Most lines have the metrics of the line before: one array for all of them.
   pieces: dict[str, list[Curve]] = {}
   same = itertools.groupby(
-    (found for found in _parsed(lines) if isinstance(found, dict) and isinstance(found.get("step"), int)), key=tuple
+    (found for found in lines if isinstance(found, dict) and history.is_step(found.get("step"))), key=tuple
   )
   for names, found in same:
     values = np.asarray([tuple(each.values()) for each in found], np.float64)  # None, of what is not finite, is NaN
@@ -63,7 +70,7 @@ def _parsed(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
     some = lines[start : start + AT_ONCE]
     try:
       yield from json.loads(f"[{','.join(some)}]")
-    except ValueError:
+    except (ValueError, RecursionError):
       yield from map(history.parse, some)
 
 

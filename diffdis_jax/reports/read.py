@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -11,8 +10,10 @@ from typing import Any
 
 from etils import epath
 
+from diffdis_jax.errors import UserError
 from diffdis_jax.reports import curves
-from diffdis_jax.run import committed, files, history, workdir
+from diffdis_jax.run import committed, files, history
+from diffdis_jax.run import config as run_config
 
 ALIVE = 60.0  # seconds since the last sign of life of a run that goes on
 
@@ -57,7 +58,7 @@ def read(path: str, name: str) -> Run:
   Raises:
     UserError: no folder of a run.
   """
-  folder, config = epath.Path(path), workdir.load_config(path).to_dict()
+  folder, config = epath.Path(path), run_config.load(path).to_dict()
   metrics = folder / "metrics.jsonl"
   exists = metrics.exists()
   return Run(
@@ -87,7 +88,7 @@ def _checkpoints(path: str) -> dict[int, dict[str, float]]:
   for step in committed.committed_steps(folder):
     try:
       found[step] = committed.metrics_of(folder, step)
-    except (OSError, ValueError):  # it was removed just now
+    except (OSError, UserError):  # it was removed just now, or is damaged
       continue
   return found
 
@@ -117,8 +118,8 @@ def _cards(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _read_json(path: epath.Path) -> dict[str, Any]:
   """An object; of anything else, such as a file that is not there, an empty one."""
   try:
-    found = json.loads(path.read_text())
-  except (OSError, ValueError):
+    found = files.read_json(path)
+  except (OSError, UserError):
     return {}
   return found if isinstance(found, dict) else {}
 

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -24,7 +23,7 @@ from grain import checkpoint as grain_checkpoint
 from orbax import checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from diffdis_jax.errors import Preempted, UserError, check_choice, check_number
+from diffdis_jax.errors import Preempted, UserError, check_choice, check_number, parse_json
 from diffdis_jax.parallel import processes
 from diffdis_jax.params import Params
 from diffdis_jax.run import committed
@@ -257,7 +256,7 @@ def best(workdir: epath.PathLike, kept: Kept) -> Best | None:
   for step in committed.committed_steps(folder) if kept.best_metric else ():
     try:
       metrics = committed.metrics_of(folder, step)
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
       logging.warning("what checkpoint %d was measured at cannot be read: %s", step, error)
       continue
     if kept.best_metric in metrics:
@@ -334,7 +333,7 @@ def _read_position(path: epath.Path) -> dict[str, Any]:
     files = sorted(path.glob("process_*-of-*.json"))
     if not files:
       raise ValueError("it has no process_*.json")
-    return json.loads(files[0].read_text())
+    return parse_json(files[0].read_bytes(), files[0].name)
 
   return _guard(path, read)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from etils import epath
+
+from diffdis_jax.errors import UserError, parse_json
 
 COMMIT_MARK = "commit_success.txt"
 
@@ -29,7 +29,11 @@ def metrics_of(path: epath.Path, step: int) -> dict[str, float]:
   """What was measured when this checkpoint was saved; empty where nothing was.
 
   Raises:
-    ValueError: it cannot be read.
+    OSError: it cannot be read.
+    UserError: it is damaged.
   """
   file = path / str(step) / "metrics" / "metrics"
-  return json.loads(file.read_text()) if file.exists() else {}
+  found = parse_json(file.read_bytes(), str(file)) if file.exists() else {}
+  if not isinstance(found, dict) or not all(isinstance(value, (int, float)) for value in found.values()):
+    raise UserError(f"{file} should hold a number for each metric")
+  return found

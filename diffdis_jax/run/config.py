@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from diffdis_jax.data.transforms import Augmentation
-from diffdis_jax.errors import UserError
-from diffdis_jax.models.sizes import TEMPERATURE
+from diffdis_jax.errors import UserError, check_type, parse_json
+from diffdis_jax.models import sizes
+from diffdis_jax.run import workdir
 
 NO_AUGMENTATION = dataclasses.asdict(Augmentation())
 
@@ -105,12 +106,43 @@ def defaults(*, accumulate: int) -> dict[str, Any]:
     accumulate: the run's `optim.accumulate`. Only with more than one does `optim.contrastive_batch` mean anything.
   """
   fields = base(
-    ConfigDict(dict(matmul_precision="auto", attention_kernel="auto", temperature=TEMPERATURE)), image_size=0
+    ConfigDict(dict(matmul_precision="auto", attention_kernel="auto", temperature=sizes.TEMPERATURE)), image_size=0
   ).to_dict()
   del fields["image_size"]
   if accumulate > 1:
     fields["optim"]["contrastive_batch"] = "microbatch"
   return fields
+
+
+def load(path: epath.PathLike) -> ConfigDict:
+  """The config of the run in a workdir, locked. Raises UserError: as `workdir.load_config` and `check_types`."""
+  config = workdir.load_config(path)
+  try:
+    check_types(config.to_dict())
+  except UserError as error:
+    raise UserError(f"{epath.Path(path) / 'config.json'}: {error}") from error
+  return config
+
+
+def check_types(config: Mapping[str, Any]) -> None:
+  """Checks what a config consists of; the ranges of its numbers are checked by what uses them.
+
+  Raises:
+    UserError: it lacks a field that every version has written, or one is of another type than its default.
+  """
+  model = {**sizes.clip_vit_l14().to_dict(), **sizes.sd_v1().to_dict()}
+  like = base(ConfigDict(model), image_size=0).to_dict()
+  _check_has(config, like, "")
+  check_type("", config, like)
+  _check_has(config["data"], ("name", "max_length", "mixture", "augment"), "data.")
+  for name, section in config["evals"].items():
+    _check_has(section, ("task",), f"evals.{name}.")
+    check_type(f"evals.{name}.task", section["task"], "")
+
+
+def _check_has(section: Mapping[str, Any], fields: Iterable[str], prefix: str) -> None:
+  if missing := [field for field in fields if field not in section]:
+    raise UserError(f"{prefix}{missing[0]} is missing; every config of a run has it")
 
 
 def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
@@ -142,9 +174,9 @@ def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
 def _read_eval(text: str) -> dict[str, Any]:
   example = '{"name": "coco", "task": "retrieval", "data": {"path": "DIR", "split": "test"}}'
   try:
-    section = json.loads(text)
-  except ValueError as error:
-    raise UserError(f"--eval={text} is not JSON: {error}; write it as '{example}'") from error
+    section = parse_json(text, f"--eval={text}")
+  except UserError as error:
+    raise UserError(f"{error}; write it as '{example}'") from error
   if not isinstance(section, dict) or not isinstance(section.get("task"), str):
     raise UserError(f"--eval={text} should be an object with a name and a task, such as '{example}'")
   return section

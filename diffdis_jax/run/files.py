@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, may_pass, parse_json
 
 
 def empty_folder(out: str | os.PathLike[str]) -> pathlib.Path:
@@ -93,6 +93,27 @@ def write_out(out: str, text: str) -> None:
     write_whole(epath.Path(out), text.encode())
   except OSError as error:
     raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+
+
+def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
+  """The value in a JSON file, local or wherever etils.epath reads.
+
+  Args:
+    path: of the file.
+    name: of it in the message; by default its path.
+
+  Raises:
+    UserError: there is none, it cannot be read, or it is not JSON.
+    OSError: its storage cannot be reached.
+  """
+  name = name or os.fspath(path)
+  try:
+    content = epath.Path(path).read_bytes()
+  except (OSError, ValueError) as error:  # the latter of a name that no file can have
+    if may_pass(error):
+      raise
+    raise UserError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
+  return parse_json(content, name)
 
 
 def as_json(content: Any) -> str:

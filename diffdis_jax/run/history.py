@@ -16,7 +16,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.errors import Preempted, UserError, parse_json
 from diffdis_jax.run import files
 
 FILE = "history.jsonl"
@@ -61,22 +61,46 @@ def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapp
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
   """The lines of the file, but for those that were cut off; empty where there is none."""
-  lines = map(parse, files.lines(epath.Path(workdir) / FILE))
-  return [line for line in lines if line and "event" in line]
+  return [line for line in map(parse, files.lines(epath.Path(workdir) / FILE)) if _is_event(line)]
 
 
 def last_line(path: epath.Path) -> dict[str, Any] | None:
   """The last line with a step of metrics.jsonl, or None."""
-  return next((found for line in reversed(files.lines(path)) if (found := parse(line)) and "step" in found), None)
+  return next(filter(None, map(metrics_of, reversed(files.lines(path)))), None)
+
+
+def metrics_of(line: str) -> dict[str, Any]:
+  """The `step` of a line of metrics.jsonl, and its numbers, None for one that was not finite; empty without a step."""
+  found = parse(line)
+  if not is_step(found.get("step")):
+    return {}
+  return {name: value for name, value in found.items() if value is None or _is_number(value)}
+
+
+def is_step(value: Any) -> bool:
+  """Whether it can be a number of steps."""
+  return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 def parse(line: str) -> dict[str, Any]:
   """A line's object; empty of one that was cut off when its process was killed, or is still being written."""
   try:
-    found = json.loads(line)
-  except ValueError:
+    found = parse_json(line, "a line")
+  except UserError:
     return {}
   return found if isinstance(found, dict) else {}
+
+
+def _is_event(line: Mapping[str, Any]) -> bool:
+  """Whether a line says what the file's lines do, for its readers to count with."""
+  optional = all(_is_number(line.get(name, 0)) for name in ("reached", "until"))
+  known = is_step(line.get("step")) if line.get("event") == "start" else isinstance(line.get("why"), str)
+  return line.get("event") in ("start", "end") and _is_number(line.get("time")) and known and optional
+
+
+def _is_number(value: Any) -> bool:
+  """One that an array of floats takes."""
+  return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
 
 
 def _append(path: epath.Path, line: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.run.files import write_whole
+from diffdis_jax.run.files import read_json, write_whole
 
 PROJECT = "diffdis_jax"
 FILE = "trackers.json"
@@ -115,8 +115,8 @@ def open_tracker(kind: str, workdir: epath.PathLike, config: Mapping[str, Any]) 
 
 def _run_id(file: epath.Path, kind: str) -> str:
   try:
-    ids = dict(json.loads(file.read_text())) if file.exists() else {}
-  except (TypeError, ValueError):  # of a power cut; the tracker then has a new run
+    ids = dict(read_json(file)) if file.exists() else {}
+  except (UserError, TypeError, ValueError):  # of a power cut; the tracker then has a new run
     ids = {}
   if kind not in ids:
     ids[kind] = secrets.token_hex(4)

@@ -18,8 +18,8 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffdis_jax.errors import UserError
-from diffdis_jax.run.files import write_whole
+from diffdis_jax.errors import UserError, parse_json
+from diffdis_jax.run.files import read_json, write_whole
 
 BEAT = 5.0  # seconds between two signs of life of the process that holds a workdir
 PATIENCE = 20.0  # seconds without one after which it is dead, if it is on another machine
@@ -110,9 +110,9 @@ class Lock:
 
   def __enter__(self) -> Lock:
     """Raises InUse if a live process has the workdir, UserError if it cannot be written."""
-    self._wait_for_other()
     try:
-      self._file.parent.mkdir(parents=True, exist_ok=True)
+      self._file.parent.mkdir(parents=True, exist_ok=True)  # fails at once where there can be no folder
+      self._wait_for_other()
       self._beat()
     except OSError as error:
       raise UserError(f"cannot write to --workdir={self._workdir}: {error.strerror or error}") from error
@@ -166,11 +166,14 @@ class Lock:
 
   def _read(self) -> dict[str, Any] | None:
     try:
-      return json.loads(self._file.read_text())
+      found = parse_json(self._file.read_bytes(), "lock.json")
     except FileNotFoundError:
       return None
-    except (OSError, ValueError):
+    except (PermissionError, NotADirectoryError):
+      raise  # for which no waiting helps
+    except (OSError, UserError):  # of storage that may be back at the next look, or of a file that is damaged
       return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _machine() -> str:
@@ -182,7 +185,7 @@ def _machine() -> str:
     return f"{socket.gethostname()} {secrets.token_hex(8)}"
 
 
-def _started(pid: int) -> str:
+def _started(pid: int | None) -> str:
   """When the process started, or "" if it is dead."""
   try:
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -192,7 +195,7 @@ def _started(pid: int) -> str:
 
 
 def _is_dead(other: dict[str, Any]) -> bool:
-  return other.get("machine") == _machine() and _started(other["pid"]) != other["started"]
+  return other.get("machine") == _machine() and _started(other.get("pid")) != other.get("started")
 
 
 def load_config(workdir: epath.PathLike) -> ConfigDict:
@@ -215,10 +218,7 @@ def load_config(workdir: epath.PathLike) -> ConfigDict:
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-  try:
-    config = _normalise(json.loads((path / "config.json").read_text()))
-  except ValueError as error:
-    raise UserError(f"{path / 'config.json'} is not JSON: {error}") from error
+  config = _normalise(read_json(path / "config.json"))
   if not isinstance(config, dict):
     raise UserError(f"{path / 'config.json'} is of no training run; it should hold a JSON object")
   return config

@@ -21,7 +21,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
-from diffdis_jax.run import files, progress
+from diffdis_jax.run import files, history, progress
 from diffdis_jax.run.trackers import Tracker
 
 
@@ -100,17 +100,9 @@ def open_writer(
 
 def _drop_lines_beyond(path: epath.Path, step: int) -> None:
   lines = files.lines(path)
-  kept = [line for line in lines if (number := _step_of(line)) is not None and number <= step]
+  kept = [line for line in lines if history.metrics_of(line).get("step", step + 1) <= step]
   if len(kept) < len(lines):
     files.write_whole(path, "".join(line + "\n" for line in kept).encode())
-
-
-def _step_of(line: str) -> int | None:
-  """The step of a line, or None of one that was cut off when its process was killed."""
-  try:
-    return json.loads(line)["step"]
-  except (ValueError, KeyError, TypeError):
-    return None
 
 
 def _tensorboard(path: epath.Path) -> Any | None:

@@ -6,7 +6,6 @@ or random text while its loss looks healthy.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -22,7 +21,8 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.models.build import HEAD_PREFIX, LONG_TAIL
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
-from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.run import checkpoint, files
+from diffdis_jax.run import config as run_config
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Step, TrainState
 
@@ -91,7 +91,7 @@ def _find_backbone(path: str, trainer: Step) -> set[str]:
   if not path:
     start = "stage 1's workdir" if is_second else "a trained DiffDis or CLIP, which is stage 1's teacher too"
     raise UserError(f"init_from is empty; a long-tailed run starts from {start}: give --config.init_from=WORKDIR")
-  config = workdir.load_config(path)
+  config = run_config.load(path)
   if is_second and "class_contrastive" not in config.objectives:
     raise UserError(
       f"init_from={path} was trained for {', '.join(config.objectives)}, and stage 2 goes on from stage 1: train"
@@ -129,10 +129,10 @@ def _drawn_by_import(path: str, saved: Collection[str]) -> set[str]:
   if not file.exists():
     return set()
   try:
-    loaded = json.loads(file.read_text())["loaded"]
+    loaded = files.read_json(file)["loaded"]
     # The latents' shift and scale are no tensors of a source: its config says them.
     return {name for name in saved if name not in loaded and not re.search(optim.STATISTICS, name)}
-  except (ValueError, KeyError, TypeError) as error:
+  except (UserError, KeyError, TypeError) as error:
     raise UserError(f"{file} does not say what was loaded; it should be as import_weights wrote it") from error
 
 

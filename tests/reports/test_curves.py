@@ -32,6 +32,22 @@ def test_lines_are_read_alike_whether_one_of_them_is_broken_or_not(broken):
   np.testing.assert_array_equal(rest["loss"].values, [i / 7 for i in range(1, 2500)])
 
 
+@pytest.mark.parametrize(
+  "value",
+  ['"<img src=x>"', "[1]", '{"a": 1}', "1" + "0" * 400, '[["a"]]'],
+  ids=["text", "list", "object", "huge", "deep"],
+)
+def test_what_is_no_number_is_left_out(value):
+  found = curves.read(['{"step": 1, "loss": 2.0, "lr": 1}', f'{{"step": 2, "loss": {value}, "lr": 2}}'])
+  assert found["loss"].steps.tolist() == [1] and found["lr"].values.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("step", ['"x"', "true", "-1", "1e400", "1" + "0" * 30, "[1]"])
+def test_a_line_whose_step_is_no_number_of_steps_is_left_out(step):
+  found = curves.read(['{"step": 1, "loss": 2.0}', f'{{"step": {step}, "loss": 3.0}}', '{"step":' * 20_000])
+  assert found["loss"].values.tolist() == [2.0]
+
+
 def test_short_curves_stay_as_they_are():
   curve = curves.Curve(np.array([3, 5]), np.array([1.0, math.nan]))
   band = curves.thin(curve, 2)

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 from diffdis_jax.errors import UserError
 from diffdis_jax.models import sizes
 from diffdis_jax.run import workdir
-from diffdis_jax.run.config import base, defaults, with_evals
+from diffdis_jax.run.config import base, check_types, defaults, load, with_evals
+from tests import tiny, tiny_clip
 
 SECTION = '{"name": "birds", "task": "zero_shot", "data": {"path": "BIRDS", "split": "val"}, "templates": ["a {}"]}'
 
@@ -71,6 +72,7 @@ def test_what_is_given_of_the_data_stays():
   "texts, message",
   [
     (["{"], '--eval={ is not JSON: .*; write it as \'{"name": "coco", "task": "retrieval"'),
+    (['{"a":' * 20_000], "nested more than 64 deep; write it as"),
     (["3"], "--eval=3 should be an object with a name and a task, such as"),
     (['{"name": "a"}'], "should be an object with a name and a task"),
     (['{"task": "retrieval"}'], "has the name None; it should be a word"),
@@ -83,3 +85,56 @@ def test_mistakes_are_one_line(texts, message):
   with pytest.raises(UserError, match=message) as error:
     with_evals(make_config(), texts)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("objectives", 3, r"objectives is 3; it must be a sequence, such as \('generation', 'discrimination'\)"),
+    ("objectives", [1], r"objectives\[0\] is 1; it must be a text"),
+    ("model", 3, "model is 3; it must be a section of fields"),
+    ("model.unet", 3, "model.unet is 3; it must be a section"),
+    ("model.unet.widths", 16, "model.unet.widths is 16; it must be a sequence"),
+    ("model.unet.attention", ["yes"], r"model.unet.attention\[0\] is 'yes'; it must be True or False"),
+    ("model.fusion", 1, "model.fusion is 1; it must be True or False"),
+    ("model.alignment.depth", 2.5, "model.alignment.depth is 2.5; it must be a whole number"),
+    ("image_size", "big", "image_size is 'big'; it must be a whole number"),
+    ("seed", True, "seed is True; it must be a whole number"),
+    ("evals", 5, "evals is 5; it must be a section"),
+    ("evals.test", 5, "evals.test is 5; it must be a section"),
+    ("evals.test.task", 5, "evals.test.task is 5; it must be a text"),
+    ("inference", None, "inference is None; it must be a section"),
+    ("data.path", None, "data.path is None; it must be a text"),
+    ("optim.groups", [["a"]], r"optim.groups\[0\] is \('a',\); it must have 2 elements"),
+    ("optim.groups", ["ab"], r"optim.groups\[0\] is 'ab'; it must be a sequence"),
+    ("train_evals", [3], r"train_evals\[0\] is 3; it must be a text"),
+  ],
+)
+def test_a_field_of_another_type_is_one_line(tmp_path, field, value, message):
+  fields = json.loads(tiny.get_config().to_json())
+  section = fields
+  for name in field.split(".")[:-1]:
+    section = section[name]
+  section[field.split(".")[-1]] = value
+  (tmp_path / "config.json").write_text(json.dumps(fields))
+  with pytest.raises(UserError, match=f"config.json: {message}") as error:
+    load(tmp_path)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["image_size", "inference", "evals", "data.max_length", "evals.test.task"])
+def test_a_field_that_is_not_there_is_one_line(field):
+  fields = json.loads(tiny.get_config().to_json())
+  section = fields
+  for name in field.split(".")[:-1]:
+    section = section[name]
+  del section[field.split(".")[-1]]
+  with pytest.raises(UserError, match=f"{field} is missing"):
+    check_types(fields)
+
+
+def test_configs_are_of_the_types_of_their_defaults(tmp_path):
+  for config in (tiny.get_config(), tiny.get_config("autoencoder"), tiny_clip.get_config()):
+    check_types(config.to_dict())
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert load(tmp_path).to_dict() == config.to_dict()

@@ -73,3 +73,47 @@ def test_an_out_is_refused_before_the_work(tmp_path):
   files.check_out(str(tmp_path / "file.json"))
   assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
   assert (tmp_path / "file.json").read_text() == "kept"
+
+
+DEEP = '{"a":' * 20_000
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (DEEP.encode(), "f.json is not JSON of this project: it is nested more than 64 deep"),
+    (("[" * 70 + "]" * 70).encode(), "nested more than 64 deep"),
+    (b"{", "f.json is not JSON: Expecting property name"),
+    (b"\xff\xff{}", "f.json is not JSON: .* decode byte 0xff"),
+    (b"9" * 5000, "f.json is not JSON: Exceeds the limit"),
+    (b"\x00" * 50, "f.json is not JSON: "),
+    (None, "cannot read .*f.json: No such file or directory"),
+  ],
+)
+def test_what_is_no_json_is_one_line(tmp_path, content, message):
+  if content is not None:
+    (tmp_path / "f.json").write_bytes(content)
+  with pytest.raises(UserError, match=message) as error:
+    files.read_json(tmp_path / "f.json")
+  assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["[" * 50_000, "a\0b"])
+def test_a_name_that_no_file_can_have_is_one_line(name):
+  with pytest.raises(UserError, match="cannot read templates: "):
+    files.read_json(name, "templates")
+
+
+def test_json_is_read_with_the_mark_that_some_editors_put_before_it(tmp_path):
+  (tmp_path / "f.json").write_bytes(b"\xef\xbb\xbf" + b"[" * 64 + b"]" * 64)
+  assert files.read_json(tmp_path / "f.json")
+
+
+def test_storage_that_cannot_be_reached_is_no_bad_input(tmp_path, monkeypatch):
+  def refuse(path):
+    raise ConnectionRefusedError(111, "Connection refused")
+
+  monkeypatch.setattr(files.epath.Path, "read_bytes", refuse, raising=False)
+  monkeypatch.setattr(type(files.epath.Path(tmp_path)), "read_bytes", refuse)
+  with pytest.raises(ConnectionRefusedError):
+    files.read_json(tmp_path / "f.json")

@@ -138,3 +138,26 @@ def test_of_two_that_begin_at_one_moment_one_is_refused(tmp_path, monkeypatch):
   with pytest.raises(workdir.InUse, match="in use by process 3 on node7"), workdir.Lock(str(tmp_path)):
     pass
   assert json.loads((tmp_path / "lock.json").read_text()) == other
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", '{"machine": MACHINE}', "[" * 20_000])
+def test_a_damaged_lock_is_taken_over(tmp_path, content):
+  (tmp_path / "lock.json").write_text(content.replace("MACHINE", json.dumps(workdir._machine())))
+  with workdir.Lock(tmp_path):
+    assert "owner" in json.loads((tmp_path / "lock.json").read_text())
+
+
+def test_where_nothing_can_be_read_nothing_is_waited_for(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir, "PATIENCE", 600.0)
+  (tmp_path / "file").write_text("")
+  for path in (tmp_path / "file" / "run", "/proc/self/x"):
+    with pytest.raises(UserError, match="cannot write to --workdir="), workdir.Lock(path):
+      pass
+
+  def refuse(path):
+    raise PermissionError(13, "Permission denied", str(path))
+
+  monkeypatch.setattr(type(workdir.epath.Path(tmp_path)), "read_bytes", refuse)
+  with pytest.raises(UserError, match="cannot write to --workdir=.*: Permission denied"), workdir.Lock(tmp_path):
+    pass
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import collections
-import json
 import pathlib
 from typing import Any
 
 from diffdis_jax.data.layouts.labelled import Captioned, Files, Origin
 from diffdis_jax.errors import UserError
+from diffdis_jax.run.files import read_json
 
 ENDING = ".jpg"
 
@@ -21,13 +21,11 @@ def read_coco(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Capti
   """
   captions = collections.defaultdict(list)
   try:
-    content: Any = json.loads(table.read_text(encoding="utf-8"))
+    content: Any = read_json(table)
     for annotation in content["annotations"]:
       if text := annotation["caption"].strip():
         captions[annotation["image_id"]].append(text)
     files = {image["id"]: image["file_name"] for image in content["images"]}
-  except OSError as error:
-    raise UserError(f"cannot read {table}: {error.strerror or error}") from error
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{table} is not of the form of COCO's captions: {error!r}") from error
   if bare := sorted(number for number in files if not captions[number]):

@@ -8,7 +8,6 @@ are in the order of their paths here.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from diffdis_jax.data.layouts import class_lists, pickles
 from diffdis_jax.data.layouts.labelled import Arrays, Files, Images, Named, Origin
 from diffdis_jax.errors import UserError
+from diffdis_jax.run.files import read_json
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # as torchvision's ImageFolder
 
@@ -139,7 +139,7 @@ def _matlab(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _food(path: pathlib.Path, origin: Origin) -> Named:
-  table = json.loads((path / "meta" / "test.json").read_text(encoding="utf-8"))
+  table = read_json(path / "meta" / "test.json")
   names = [name for name, images in table.items() for _ in images]
   files = [path / "images" / f"{image}.jpg" for images in table.values() for image in images]
   return _named(Files(files), names, sorted(table), origin)

@@ -218,7 +218,7 @@ def prepare(
   out = out.resolve()
   partial = out.with_name(f".{out.name}.partial")
   if partial.exists() and (out / "report.json").exists():  # killed between the last two steps
-    reports = {name: Report(**report) for name, report in json.loads((out / "report.json").read_text()).items()}
+    reports = {name: Report(**report) for name, report in files.read_json(out / "report.json").items()}
     shutil.rmtree(partial)
     return reports
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -276,7 +276,8 @@ def _check_same(partial: pathlib.Path, parts: Sequence[Part], builder: type[Capt
   if not path.exists():
     files.write_whole(path, json.dumps(plan).encode())
     return
-  begun = json.loads(path.read_text())
+  begun = files.read_json(path)
+  begun = begun if isinstance(begun, dict) else {}
   if differing := [key for key in plan if begun.get(key) != plan[key]]:
     raise UserError(
       f"{partial} holds an unfinished preparation with another {' and '.join(differing)}; give the same, or delete it"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.webdataset import TarReader, split_of
 from diffdis_jax.errors import UserError
+from diffdis_jax.run import files as run_files
 
 ITEMS = 2000  # of a part of loose files
 
@@ -135,6 +135,6 @@ def check_folder(source: pathlib.Path, what: str) -> None:
 def read_json(path: pathlib.Path) -> Any:
   """Raises UserError for a file that cannot be read."""
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"cannot read {path}: {error}; download it again") from error
+    return run_files.read_json(path)
+  except UserError as error:
+    raise UserError(f"{error}; download it again") from error

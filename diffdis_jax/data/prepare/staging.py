@@ -28,8 +28,7 @@ from diffdis_jax.data import records
 from diffdis_jax.data.prepare import pairs
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import progress
-from diffdis_jax.run.files import write_whole
+from diffdis_jax.run import files, progress
 
 DIGEST = 16  # bytes of an image's digest
 FIRST = 10  # skipped pairs named in a report, of each reason
@@ -115,7 +114,7 @@ class Stage:
   def report_of(self, part: Part) -> Report | None:
     """None before the part is written."""
     path = self.folder / f"{part.name}.json"
-    return Report(**json.loads(path.read_text())) if path.exists() else None
+    return Report(**files.read_json(path)) if path.exists() else None
 
   def digests_of(self, part: Part) -> np.ndarray:
     """One digest for each record, as void of 16 bytes."""
@@ -132,8 +131,8 @@ class Stage:
     report, digests = Report(), []
     with writing(self.folder):
       write_records(self.records_of(part), self.serialized(part, report, digests))
-      write_whole(self.folder / f"{part.name}.digests", b"".join(digests))
-      write_whole(self.folder / f"{part.name}.json", json.dumps(dataclasses.asdict(report)).encode())
+      files.write_whole(self.folder / f"{part.name}.digests", b"".join(digests))
+      files.write_whole(self.folder / f"{part.name}.json", json.dumps(dataclasses.asdict(report)).encode())
     return report
 
   def serialized(self, part: Part, report: Report, digests: list[bytes]) -> Iterator[bytes]:
