@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffdis_jax.errors import UserError
 from diffdis_jax.run.config import base
+from diffdis_jax.run.files import read_json
 
 __all__ = ["CC3M_PAIRS", "base", "evaluations", "parse_arg", "take_network"]
 
@@ -30,7 +32,9 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDi
   for entry in filter(None, (arg or "").split(",")):
     key, equals, text = entry.partition("=")
     if key not in defaults:
-      raise ValueError(f"unknown argument {key!r}; known: {', '.join(sorted(defaults)) or 'none'}")
+      near = difflib.get_close_matches(key, defaults, n=1)
+      guess = f"; did you mean {near[0]}?" if near else ""
+      raise ValueError(f"unknown argument {key!r}; known: {', '.join(sorted(defaults)) or 'none'}{guess}")
     if key in seen:
       raise ValueError(f"argument {key!r} is given twice")
     seen.add(key)
@@ -61,11 +65,11 @@ def take_network(config: ConfigDict, path: str) -> None:
   """
   file = pathlib.Path(path) / "config.json"
   try:
-    fields = json.loads(file.read_text())
+    fields = read_json(file)
     for name in OF_NETWORK:
       config[name] = ConfigDict(_tuples(fields[name])) if isinstance(fields[name], dict) else fields[name]
     config.data.max_length = fields["data"]["max_length"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (OSError, UserError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f"argument init={path} should be the workdir of a run: cannot read {file}: {error!r}") from error
   if "head" in config.model:
     del config.model.head

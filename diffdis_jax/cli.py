@@ -9,7 +9,6 @@ jax is imported where it is used: it takes two seconds, which commands that comp
 
 from __future__ import annotations
 
-import difflib
 import errno
 import functools
 import importlib.util
@@ -19,13 +18,14 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from diffdis_jax.errors import PREEMPTED, Preempted, UserError
+from diffdis_jax.run import guesses
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
@@ -108,7 +108,7 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
   file, colon, argument = path.partition(":")
   if not os.path.isfile(file):
     folder = pathlib.Path(file).parent
-    raise UserError(f"no config file {file}; {did_you_mean(file, map(str, folder.glob('*.py')))}")
+    raise UserError(f"no config file {file}; {guesses.did_you_mean(file, map(str, folder.glob('*.py')))}")
   if not file.endswith(".py"):
     raise UserError(f"--{flag}={path} should name a Python file, such as configs/shapes.py")
   try:
@@ -192,13 +192,6 @@ def use_all_cores() -> None:
     jax.config.update("jax_num_cpu_devices", min(8, 2 ** (cores.bit_length() - 1)))
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-  """'did you mean X?' for the nearest of the known names, or else the list of them all."""
-  known = sorted(known)
-  nearest = difflib.get_close_matches(name, known, n=1)
-  return f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known) or 'none'}"
-
-
 class _ConfigFile(flags.ArgumentParser):
   """Loads a config file; every mistake in the path, the file or the overrides is a UserError."""
 
@@ -208,39 +201,17 @@ class _ConfigFile(flags.ArgumentParser):
   def parse(self, path: str) -> ConfigDict:
     config = read_config(path, self._flag)
     for override in filter(None, map(_OVERRIDE.match, sys.argv[1:])):
-      check_key(config, override[1])
+      guesses.check_key(config, override[1], list(flags.FLAGS))
     return config.lock()
-
-
-def check_key(config: ConfigDict, key: str) -> None:
-  """Raises UserError unless `key` is one of the config's fields or their sections; `a.b[0]` is an element of `a.b`."""
-  _check_key(dict(_leaves(config)), key)
-
-
-def _check_key(known: Collection[str], key: str) -> None:
-  """Raises UserError unless `key` is one of the known fields or their sections; `a.b[0]` is an element of `a.b`."""
-  sections = {".".join(path.split(".")[:i]) for path in known for i in range(1, path.count(".") + 1)}
-  if key.split("[")[0] in {*known, *sections}:
-    return
-  same_leaf = [path for path in known if path.split(".")[-1] == key.split(".")[-1]]
-  hint = f"did you mean {same_leaf[0]}?" if len(same_leaf) == 1 else did_you_mean(key, known)
-  raise UserError(f"unknown config key {key}; {hint}")
-
-
-def _leaves(section: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-  for key, value in section.items():
-    if isinstance(value, ConfigDict) and len(value):
-      yield from _leaves(value, f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}", value
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
-    nearest = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
-    _stop(UserError(f"unknown flag --{error.flagname}; {f'did you mean --{nearest[0]}?' if nearest else 'see --help'}"))
+    config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    guess = guesses.guess_flag(error.flagname, list(flags.FLAGS), guesses.fields_of(config) if config else ())
+    _stop(UserError(f"unknown flag --{error.flagname}; {guess}"))
   except (UserError, flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
     missing = _MISSING.findall(str(error))
     _stop(_missing_flags(missing) if missing else error)

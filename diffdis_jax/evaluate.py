@@ -44,7 +44,7 @@ from diffdis_jax.evals.text_cache import CachedTexts
 from diffdis_jax.models.build import check_objectives
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
-from diffdis_jax.run import checkpoint, files
+from diffdis_jax.run import checkpoint, files, guesses
 from diffdis_jax.run import config as run_config
 
 FLAGS = flags.FLAGS
@@ -257,7 +257,7 @@ def _sections(sets: Mapping[str, Any], *, objectives: Sequence[str], image_size:
 def sections_of_suite(*, objectives: Sequence[str], image_size: int) -> list[Section]:
   """The sets of --suite that lie under --data_root. Raises UserError: no such suite, none there, or other flags."""
   if FLAGS.suite not in suites.SUITES:
-    raise UserError(f"unknown suite {FLAGS.suite!r}; {cli.did_you_mean(FLAGS.suite, suites.SUITES)}")
+    raise UserError(f"unknown suite {FLAGS.suite!r}; {guesses.did_you_mean(FLAGS.suite, suites.SUITES)}")
   if not FLAGS.data_root:
     raise UserError("--suite needs --data_root=DIR, the folder of its data sets")
   if not FLAGS.out.endswith(".json"):
@@ -307,7 +307,7 @@ def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[S
   """
   for _, section in sections:
     if section["task"] not in SETTINGS:
-      raise UserError(f"unknown task {section['task']!r}; {cli.did_you_mean(section['task'], SETTINGS)}")
+      raise UserError(f"unknown task {section['task']!r}; {guesses.did_you_mean(section['task'], SETTINGS)}")
   for name in settings:
     if not any(name in SETTINGS[section["task"]] for _, section in sections):
       raise UserError(f"--{name} has no effect on these tasks; leave it out")

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import pathlib
-import zipfile
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags, logging
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from diffdis_jax import cli, inference
@@ -33,6 +32,8 @@ CHUNK = 256  # images in memory at a time
 GRID = 64  # images of grid.png
 COLUMNS = 8
 MOST_COLUMNS = 16
+MOST_IMAGES = 100_000  # of a call, whose noise is in memory and whose files have numbers of five digits
+MOST_BYTES = 2**26  # of a file of prompts
 
 
 def define_flags() -> None:
@@ -42,7 +43,7 @@ def define_flags() -> None:
   flags.DEFINE_string("out", None, "folder to write; absent or empty", required=True)
   flags.DEFINE_multi_string("prompt", [], "what to draw; may be repeated")
   flags.DEFINE_string("prompts_file", None, "text file with one prompt a line, instead of --prompt")
-  flags.DEFINE_integer("num_images", 1, "images of each prompt", lower_bound=1)
+  flags.DEFINE_integer("num_images", 1, "images of each prompt", lower_bound=1, upper_bound=MOST_IMAGES)
   flags.DEFINE_integer("seed", 0, "of the initial noise", lower_bound=0, upper_bound=2**32 - 1)
   flags.DEFINE_string("noise", None, "initial noise instead of --seed: .npy file, [n, h, w, c]")
   flags.DEFINE_integer("steps", None, "sampling steps", lower_bound=1, upper_bound=1000)
@@ -103,13 +104,18 @@ def generate(
     UserError: bad settings, noise or checkpoint, or `out` cannot be written.
   """
   folder = files.empty_folder(out)
+  if (count := len(prompts) * num_images) > MOST_IMAGES:
+    raise UserError(
+      f"{len(prompts)} prompts with --num_images={num_images} are {count} images; one call draws at most {MOST_IMAGES},"
+      " so give fewer, and several calls with other --seed"
+    )
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
   z_T = read_noise(noise) if noise else None
   step, ema = checkpoint.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
   if z_T is None:
     z_T = model.noise(len(prompts), seed)
-  check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
+  z_T = check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
   tokens = Tokenizer(model.max_length)(prompts)
   chunks = (slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK))
   done = progress.Progress("drawn", len(prompts), "images")
@@ -141,9 +147,13 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
       raise UserError('nothing to draw; give --prompt="a red star" (may be repeated) or --prompts_file')
     return list(prompts)
   try:
-    lines = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
-  except (OSError, UnicodeDecodeError) as error:
+    with open(file, "rb") as opened:  # which may be a pipe, or a device without end
+      content = opened.read(MOST_BYTES + 1)
+    lines = content.decode("utf-8-sig").splitlines()
+  except (OSError, ValueError) as error:
     raise UserError(f"cannot read --prompts_file={file}: {error}; it should be text with one prompt a line") from error
+  if len(content) > MOST_BYTES:
+    raise UserError(f"--prompts_file={file} is larger than {MOST_BYTES >> 20} MiB; it should hold one prompt a line")
   found = [line.strip() for line in lines if line.strip()]
   if not found:
     raise UserError(f"no prompt in --prompts_file={file}; it should hold one a line")
@@ -151,24 +161,27 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 
 def read_noise(file: str) -> np.ndarray:
-  """An .npy file as f32.
+  """The array of an .npy file, as it lies on the disk: its header may claim any size.
 
   Raises:
-    UserError: unreadable, or not of real numbers.
+    UserError: unreadable, shorter than its header says, or not of real numbers.
   """
   try:
-    with open(file, "rb") as opened:
-      return np.load(opened, allow_pickle=False).astype(np.float32, casting="same_kind")
-  except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    noise = np.lib.format.open_memmap(file, mode="r")
+    if not np.can_cast(noise.dtype, np.float32, "same_kind"):
+      raise TypeError(f"it holds {noise.dtype}, no real numbers")
+    return noise
+  except (OSError, ValueError, TypeError, OverflowError) as error:
     raise UserError(f"cannot read --noise={file}: {error}; it should be an .npy file, [n, h, w, c]") from error
 
 
-def check_noise(noise: np.ndarray, *, expected: tuple[int, ...]) -> None:
-  """Raises UserError unless the noise is finite and has the expected shape."""
+def check_noise(noise: np.ndarray, *, expected: tuple[int, ...]) -> Float32[np.ndarray, "n h w c"]:
+  """The noise as f32. Raises UserError unless it is finite and has the expected shape."""
   if noise.shape != expected:
     raise UserError(f"--noise has shape {noise.shape}; this run and these prompts need {expected}, [n, h, w, c]")
   if not np.isfinite(noise).all():
     raise UserError("--noise holds values that are not finite; it should be drawn from a standard normal")
+  return np.asarray(noise, np.float32)
 
 
 def write(

@@ -131,6 +131,7 @@ GOOD = ("--config=tiny.py", "--workdir=run")
   [
     (GOOD + ("--config.optim.rat=1",), "unknown config key optim.rat; did you mean optim.rate?"),
     (GOOD + ("--config.rate", "1"), "unknown config key rate; did you mean optim.rate?"),
+    (GOOD + ("--rate=1",), "unknown flag --rate; did you mean --config.optim.rate?"),
     (GOOD + ("--config.seed.x=1",), "unknown config key seed.x; did you mean seed?"),
     (GOOD + ("--config.zzzz=1",), "unknown config key zzzz; known: gamma, init_from, optim.betas, optim.rate, seed"),
     (GOOD + ("--config.seed=abc",), "flag --config.seed=abc: invalid literal for int()"),

@@ -110,6 +110,19 @@ def test_unreadable_noise(tmp_path, content):
     generate.read_noise(str(tmp_path / "noise.npy"))
 
 
+def test_noise_whose_header_claims_more_than_the_file_is_not_allocated(tmp_path):
+  header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }".ljust(117) + b"\n"
+  (tmp_path / "noise.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + header + b"\0" * 64)  # 4 TB
+  with pytest.raises(UserError, match="cannot read --noise=.*: mmap length is greater than file size"):
+    generate.read_noise(str(tmp_path / "noise.npy"))
+
+
+def test_more_images_than_a_call_draws(model, tmp_path):
+  with pytest.raises(UserError, match="2 prompts with --num_images=50001 are 100002 images; one call draws at most"):
+    generate.generate("run", ["a", "b"], str(tmp_path / "out"), num_images=50_001)
+  assert not (tmp_path / "out").exists()
+
+
 def test_noise_must_be_finite_numbers(tmp_path):
   np.save(tmp_path / "noise.npy", np.array(["a"]))
   with pytest.raises(UserError, match="cannot read --noise="):
@@ -125,7 +138,10 @@ def test_prompts(tmp_path):
   assert generate.read_prompts(["", "a star"], None) == ["", "a star"]
   (tmp_path / "empty.txt").write_text("\n \n")
   (tmp_path / "latin.txt").write_bytes(b"W\xfcrfel")
+  (tmp_path / "endless.txt").symlink_to("/dev/zero")
   for prompts, name, message in (
+    ([], "endless.txt", "is larger than 64 MiB"),
+    ([], "a\0b", "cannot read --prompts_file"),
     ([], None, "nothing to draw"),
     (["a star"], "prompts.txt", "give one of them"),
     ([], "empty.txt", "no prompt in"),

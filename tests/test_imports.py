@@ -14,7 +14,7 @@ ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # Every file of the package, room by room. A file may import those of earlier layers alone.
 LAYERS = (
   "errors structs run/progress",
-  "run/committed run/files",
+  "run/committed run/files run/guesses",
   "params cli parallel/processes run/history",
   "parallel/sharding parallel/programs parallel/fingerprint run/workdir run/checkpoint run/profile run/trackers",
   "run/writers",

@@ -30,6 +30,11 @@ TOO_LARGE = {
   "optim.ema_decay": 1.5,
   "data.max_length": 9,
   "data.augment.crop_scale": (0.5, 1.5),
+  "data.augment.crop_ratio": (0.5, 1.0, 2.0),
+  "data.loader.num_threads": 10**6,
+  "data.loader.num_workers": 10**6,
+  "data.loader.prefetch": 10**6,
+  "num_steps": 10**400,
   "data.augment.shift": 1.5,
   "data.augment.rotation": 181.0,
   "data.augment.brightness": 1.5,
@@ -56,6 +61,7 @@ ZERO = {
   "model.autoencoder.scale": 0.0,
   "model.temperature": 0.0,
   "mesh.fsdp": 0,
+  "data.loader.prefetch": 0,
 }
 
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffdis_jax.cli import did_you_mean
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.results import Results
+from diffdis_jax.run.guesses import did_you_mean
 
 RECALL = ("image_retrieval_recall@1", "text_retrieval_recall@1")
 

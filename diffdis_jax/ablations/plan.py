@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diffdis_jax import cli, evals
 from diffdis_jax.ablations import tables
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.run import config as run_config
 from diffdis_jax.run import workdir
 
@@ -80,6 +80,8 @@ def make(base: ConfigDict, autoencoder: ConfigDict | None, asked: Sequence[table
     raise UserError("the base config has no evaluations (evals), so that there is nothing to put into a table")
   if not seeds or len(set(seeds)) < len(seeds):
     raise UserError(f"--seeds={','.join(map(str, seeds))} should be different numbers, such as 0,1,2")
+  for seed in seeds:
+    check_number("--seeds", seed, at_least=0, at_most=2**32 - 1)
   known: dict[tuple[str, str], Run] = {}
   rows: dict[tuple[str, int], list[Run]] = {}
   for seed in seeds:

@@ -14,8 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from diffdis_jax import cli
 from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.run import guesses
 
 GAMMA, SCHEDULE, TARGET = "text_diffusion.gamma", "text_diffusion.schedule", "text_diffusion.target"
 PAPER_METRICS = {"fid": "FID ↓", "imagenet/acc1": "ImageNet top-1 ↑", "recall@1": "mean R@1 ↑"}
@@ -179,7 +179,7 @@ def field_of(config: ConfigDict, field: str) -> Any:
   Raises:
     UserError: the config has none of this name; the message says which is near.
   """
-  cli.check_key(config, field)
+  guesses.check_key(config, field)
   value: Any = config
   for part in field.split("."):
     value = value[part]

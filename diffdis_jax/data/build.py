@@ -18,6 +18,9 @@ from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError, check_choice, check_number, read_section
 from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch
 
+MOST_READERS = 1024  # threads, or processes: more than any host has cores
+MOST_AHEAD = 10_000  # batches
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loading:
@@ -26,7 +29,7 @@ class Loading:
   Attributes:
     num_threads: that read ahead, 0 to do everything in the calling thread.
     num_workers: processes that prepare batches, 0 for none.
-    prefetch: batches read ahead by the threads.
+    prefetch: batches read ahead by the threads, at least 1.
   """
 
   num_threads: int
@@ -34,9 +37,9 @@ class Loading:
   prefetch: int
 
   def __post_init__(self) -> None:
-    check_number("num_threads", self.num_threads, at_least=0)
-    check_number("num_workers", self.num_workers, at_least=0)
-    check_number("prefetch", self.prefetch, at_least=0)
+    check_number("num_threads", self.num_threads, at_least=0, at_most=MOST_READERS)
+    check_number("num_workers", self.num_workers, at_least=0, at_most=MOST_READERS)
+    check_number("prefetch", self.prefetch, at_least=1, at_most=MOST_AHEAD)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

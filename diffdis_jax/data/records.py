@@ -199,7 +199,10 @@ def read_info(path: str | os.PathLike[str]) -> Any:
     UserError: there is none at this path, which etils.epath reads.
   """
   if not str(path) or not (epath.Path(path) / "dataset_info.json").exists():
-    raise UserError(f"no prepared data set in {str(path)!r}; write one with python -m diffdis_jax.prepare_data pairs")
+    how = "" if str(path) else ", and name its folder, as in --config=FILE.py:path=DIR or --config.data.path=DIR"
+    raise UserError(
+      f"no prepared data set in {str(path)!r}; write one with python -m diffdis_jax.prepare_data pairs{how}"
+    )
   return builder(path).info
 
 

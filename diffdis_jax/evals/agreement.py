@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 
 JUDGE_SIZE = 32  # pixels: the classifier sees every image at this size
@@ -144,7 +145,7 @@ class Agreement:
     """The classifier for images of this size, trained when first asked for, and its accuracy on fresh renders.
 
     Raises:
-      RuntimeError: its accuracy is below what is required.
+      UserError: its accuracy is below what is required.
     """
     if image_size not in self._judges:
       model = train_classifier(image_size=image_size, seed=self._seed, num_steps=self._classifier_steps)
@@ -153,7 +154,7 @@ class Agreement:
       accuracy = float(right.mean())
       logging.info("the independent classifier is right on %.2f %% of fresh renders", 100 * accuracy)
       if accuracy < self._required_accuracy:
-        raise RuntimeError(
+        raise UserError(
           f"the classifier that should judge is right on only {accuracy:.1%} of real renders, below "
           f"{self._required_accuracy:.0%}; train it for more than {self._classifier_steps} steps (classifier_steps)"
         )

@@ -185,6 +185,9 @@ def test_wrong_tables_seeds_and_bases():
     tables.choose(["2", "2"], unstated)
   with pytest.raises(UserError, match="--seeds=0,0 should be different numbers"):
     make_plan(seeds=(0, 0))
+  for seed in (-1, 2**32):
+    with pytest.raises(UserError, match=f"--seeds is {seed}; it must be at least 0 and at most 4294967295"):
+      make_plan(seeds=(0, seed))
   clip = base("emoji")
   del clip.model.fusion
   with pytest.raises(UserError, match="unknown config key model.fusion"):

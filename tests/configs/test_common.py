@@ -24,7 +24,8 @@ def test_values_have_the_type_of_their_default():
 @pytest.mark.parametrize(
   "arg, message",
   [
-    ("fuson=1", "unknown argument 'fuson'; known: fusion, gamma, runlocal, schedule, steps"),
+    ("fuson=1", r"unknown argument 'fuson'; known: fusion, gamma, runlocal, schedule, steps; did you mean fusion\?"),
+    ("runlocl", r"unknown argument 'runlocl'; .*; did you mean runlocal\?"),
     ("steps=1.5", "steps=1.5 should be of type int"),
     ("steps", "steps=True should be of type int"),
     ("fusion=maybe", "fusion=maybe should be of type bool"),

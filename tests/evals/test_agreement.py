@@ -8,6 +8,7 @@ import pytest
 
 from diffdis_jax import evals
 from diffdis_jax.data import shapes
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import agreement
 
 
@@ -70,7 +71,7 @@ def test_wrong_shapes_wrong_colours_and_unseen_pairs_show(evaluation):
 
 
 def test_a_bad_classifier_is_no_judge():
-  with pytest.raises(RuntimeError, match="of real renders, below 98%"):
+  with pytest.raises(UserError, match="of real renders, below 98%"):
     evals.create("agreement", classifier_steps=2).run(Renderer(), {})
 
 
