@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -38,7 +37,7 @@ from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import files
+from diffdis_jax.run import buckets, files
 from diffdis_jax.training.build import build_step, plain
 
 
@@ -94,7 +93,7 @@ def time_steps(config: ConfigDict) -> dict[str, Any]:
 def read_preflight(path: str) -> dict[str, Any]:
   """What `preflight --out` wrote."""
   try:
-    return dict(json.loads(epath.Path(path).read_text()))
+    return dict(json.loads(buckets.path(path).read_text()))
   except (OSError, ValueError, TypeError) as error:
     raise UserError(f"--preflight={path} is no file that preflight --out wrote: {error}") from error
 

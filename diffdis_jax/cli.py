@@ -26,6 +26,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from diffdis_jax.errors import PREEMPTED, Preempted, UserError
+from diffdis_jax.run import buckets, files
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
@@ -139,19 +140,13 @@ def compilation_cache(workdir: str = "") -> None:
   """
   import jax
 
-  default = f"{workdir.rstrip('/')}/xla" if "://" in workdir else user_cache("xla")
+  default = f"{workdir.rstrip('/')}/xla" if buckets.is_url(workdir) else files.user_cache("xla")
   folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", default)
-  jax.config.update("jax_compilation_cache_dir", folder)
-  if "://" in folder and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
+  jax.config.update("jax_compilation_cache_dir", str(buckets.path(folder)))
+  if buckets.is_url(folder) and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
     # XLA's own, of its GPU tuning, for which jax would give it the address as a path on this machine.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
   _write_from_every_cpu_process()
-
-
-def user_cache(name: str) -> str:
-  """A folder of the user's cache directory."""
-  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return os.path.join(home, "diffdis_jax", name)
 
 
 def _write_from_every_cpu_process() -> None:

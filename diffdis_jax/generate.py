@@ -9,6 +9,7 @@ with the prompt of each file and the protocol.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import zipfile
 from collections import deque
@@ -172,7 +173,7 @@ def check_noise(noise: np.ndarray, *, expected: tuple[int, ...]) -> None:
 
 
 def write(
-  out: pathlib.Path,
+  out: str | os.PathLike[str],
   images: Iterable[UInt8[np.ndarray, "h w 3"]],
   prompts: Sequence[str],
   *,

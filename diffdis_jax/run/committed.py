@@ -6,12 +6,14 @@ import json
 
 from etils import epath
 
+from diffdis_jax.run import buckets
+
 COMMIT_MARK = "commit_success.txt"
 
 
 def folder(workdir: epath.PathLike) -> epath.Path:
   """Of a run's checkpoints."""
-  return epath.Path(workdir).absolute() / "checkpoints"
+  return buckets.absolute(workdir) / "checkpoints"
 
 
 def all_steps(path: epath.Path) -> list[epath.Path]:
