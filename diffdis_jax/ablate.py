@@ -104,7 +104,7 @@ def measure(one: Run, path: str, out: str) -> None:
   section = one.config["inference"]
   protocol = {} if "contrastive" in one.config["objectives"] else vars(read_sampling(section))
   sections = evaluate.with_parts(evaluate.sections_of_config(one.evals, tasks=None), out)
-  evaluate.evaluate(path, sections, kept=ResultFile(out), text_cache=cli.user_cache("texts"), **protocol)
+  evaluate.evaluate(path, sections, kept=ResultFile(out), text_cache=files.user_cache("texts"), **protocol)
 
 
 def write_tables(plan: Plan, folder: Folder) -> None:

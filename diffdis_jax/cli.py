@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import functools
 import importlib.util
+import itertools
 import logging as python_logging
 import os
 import pathlib
@@ -24,14 +25,16 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from diffdis_jax.errors import PREEMPTED, Preempted, UserError
-from diffdis_jax.run import guesses
+from diffdis_jax.errors import PREEMPTED, Preempted, UserError, may_pass
+from diffdis_jax.run import buckets, files, guesses
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+LONGEST_WORD = 1000  # characters, of a message
+_TEXTS = {"prompt", "eval"}  # flags that may hold any text
 _FOLDERS = {"workdir", "out"}  # flags that an unset variable of a shell leaves empty, which would be this folder
 # Errors of the path that someone gave, rather than of a disk, which may be well the next time.
-_OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS}
+_OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 _OF_A_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 _MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")  # absl's words
 
@@ -58,25 +61,57 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
     try:
       if extra := argv[1 + positional :]:
         raise UserError(f"unexpected argument {extra[0]!r}; every argument is a flag, --name=value")
-      for name in _FOLDERS & {*flags.FLAGS}:
-        if flags.FLAGS[name].present and flags.FLAGS[name].value == "":
-          raise UserError(f"--{name}= is empty; give a path")
+      _check_paths()
       return main(argv)
     except UserError as error:
       _stop(error)
     except OSError as error:
-      if error.errno in _OF_A_FULL_DISK:
-        where = f" ({error.filename})" if error.filename else ""
-        _stop(f"{error.strerror}{where}; make room, and run the same command again", code=1)
-      if error.errno not in _OF_A_PATH or not error.filename:
-        raise
-      _stop(f"cannot use {error.filename}: {error.strerror}")
+      _stop_for(error)
     except Preempted:
       if _is_compiling():
         _exit_at_once(PREEMPTED)
       sys.exit(PREEMPTED)
+    except Exception as error:
+      if not may_pass(error):
+        raise
+      _stop_for(error)
 
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _check_paths() -> None:
+  """Raises UserError: a folder's flag is empty, an address in any flag or field is of no kind that can be read, or the
+  workdir is none that can be."""
+  values = {name: flags.FLAGS[name] for name in flags.FLAGS}
+  for name in _FOLDERS & {*values}:
+    if values[name].present and values[name].value == "":
+      raise UserError(f"--{name}= is empty; give a path")
+  for name in {*values} - _TEXTS:
+    value = values[name].value
+    found = guesses.fields_of(value).values() if isinstance(value, ConfigDict) else [value]
+    for each in itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in found):
+      if isinstance(each, str):
+        buckets.check(each)
+  if "workdir" in values:
+    given = values["workdir"].value or []
+    for folder in [given] if isinstance(given, str) else given:
+      files.check_workdir(folder)
+
+
+def _stop_for(error: Exception) -> NoReturn:
+  """For what a disk, a network or a right is to blame, one line; a bug is raised again."""
+  number, path = getattr(error, "errno", None), getattr(error, "filename", None)
+  said = getattr(error, "strerror", None) or error
+  where = f" ({path})" if path else ""
+  if number in _OF_A_FULL_DISK:
+    _stop(f"{said}{where}; make room, and run the same command again", code=1)
+  if may_pass(error) or number is None:  # without a number: what a bucket's server answered
+    _stop(f"{error or said}{where}; is there a network, and a right to it? The same command tries again", code=1)
+  if number in _OF_A_PATH and path:
+    _stop(f"cannot use {path}: {said}")
+  if isinstance(error, PermissionError):
+    _stop(f"cannot go on: {said}")
+  raise error
 
 
 def config_flag(alias: str = "config", *, required: bool = True) -> flags.FlagHolder[ConfigDict]:
@@ -139,19 +174,13 @@ def compilation_cache(workdir: str = "") -> None:
   """
   import jax
 
-  default = f"{workdir.rstrip('/')}/xla" if "://" in workdir else user_cache("xla")
+  default = f"{workdir.rstrip('/')}/xla" if buckets.is_url(workdir) else files.user_cache("xla")
   folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", default)
-  jax.config.update("jax_compilation_cache_dir", folder)
-  if "://" in folder and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
+  jax.config.update("jax_compilation_cache_dir", str(buckets.path(folder)))
+  if buckets.is_url(folder) and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
     # XLA's own, of its GPU tuning, for which jax would give it the address as a path on this machine.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
   _write_from_every_cpu_process()
-
-
-def user_cache(name: str) -> str:
-  """A folder of the user's cache directory."""
-  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return os.path.join(home, "diffdis_jax", name)
 
 
 def _write_from_every_cpu_process() -> None:
@@ -223,9 +252,14 @@ def _missing_flags(names: Sequence[str]) -> UserError:
 
 
 def _stop(error: Exception | str, *, code: int = 2) -> NoReturn:
-  sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+  sys.stderr.write(f"error: {' '.join(map(_shortened, str(error).split()))}\n")
   _exit_at_once_if_waiting(code)
   sys.exit(code)
+
+
+def _shortened(word: str) -> str:
+  """Of a message, which may quote all that someone gave."""
+  return word if len(word) <= LONGEST_WORD else f"{word[:100]}...{word[-20:]}"
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -9,7 +9,6 @@ how many seconds it took.
 from __future__ import annotations
 
 import os
-import pathlib
 import time
 from collections.abc import Sequence
 
@@ -23,7 +22,7 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import samples
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import files
+from diffdis_jax.run import buckets, files
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
   except ImportError as error:
     raise UserError("demo needs the configs of a checkout; clone the repository, and type make demo there") from error
   begin = time.monotonic()
-  out = pathlib.Path(FLAGS.out)
+  out = buckets.local(FLAGS.out, "--out")
   run = str(out / "diffdis")
   resumed = (out / "autoencoder").exists()
 

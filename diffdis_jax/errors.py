@@ -24,11 +24,13 @@ class Preempted(Exception):
 
 # Of a network, or of a server at its other end.
 _OF_A_NETWORK = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT}
+_NETWORKING = ("aiohttp.", "gcsfs.", "google.auth.")  # packages whose errors are all of one
 
 
 def may_pass(error: BaseException) -> bool:
   """Whether it says that a network or a server could not be reached, which may be well the next time."""
-  return isinstance(error, (ConnectionError, TimeoutError)) or getattr(error, "errno", None) in _OF_A_NETWORK
+  known = isinstance(error, (ConnectionError, TimeoutError)) or getattr(error, "errno", None) in _OF_A_NETWORK
+  return known or type(error).__module__.startswith(_NETWORKING)
 
 
 def check_number(

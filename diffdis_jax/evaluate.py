@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags, logging
-from etils import epath
 
 from diffdis_jax import cli, evals, inference
 from diffdis_jax.errors import UserError, read_section
@@ -44,7 +43,7 @@ from diffdis_jax.evals.text_cache import CachedTexts
 from diffdis_jax.models.build import check_objectives
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
-from diffdis_jax.run import checkpoint, files, guesses
+from diffdis_jax.run import buckets, checkpoint, files, guesses
 from diffdis_jax.run import config as run_config
 
 FLAGS = flags.FLAGS
@@ -141,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
   cli.compilation_cache(FLAGS.workdir)
   cli.use_all_cores()
   processes.start()
-  if processes.is_first() and epath.Path(FLAGS.out).parent.is_dir():
+  if processes.is_first() and buckets.path(FLAGS.out).parent.is_dir():
     files.check_out(FLAGS.out)
   config = run_config.load(FLAGS.workdir)
   check_objectives(config.objectives)
@@ -150,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
   sections = with_parts(override(asked, settings), FLAGS.out)
   kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
   step = _best_step(FLAGS.workdir, kept) if FLAGS.best else FLAGS.step
-  texts = cli.user_cache("texts") if FLAGS.text_cache is None else FLAGS.text_cache
+  texts = files.user_cache("texts") if FLAGS.text_cache is None else FLAGS.text_cache
   protocol = {"step": step, "ema": FLAGS.ema, "text_cache": texts, **_given(PROTOCOL)}
   if FLAGS.suite:
     measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)

@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 from absl import flags, logging
-from etils import epath
 
 from diffdis_jax import cli
 from diffdis_jax.data.tokenizer import END, START, Tokenizer
@@ -28,7 +27,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.interop import clip_to_torch, hub, to_torch
 from diffdis_jax.interop.model_card import Card
 from diffdis_jax.params import Params
-from diffdis_jax.run import checkpoint, files
+from diffdis_jax.run import buckets, checkpoint, files
 from diffdis_jax.run import config as run_config
 
 FLAGS = flags.FLAGS
@@ -83,9 +82,9 @@ def push_weights(run: str, repo: str, out: str | None = None, *, private: bool =
   """
   push = hub.Push(repo, private=private)
   with tempfile.TemporaryDirectory() as temporary:
-    folder = out or f"{temporary}/export"
-    step = export_weights(run, folder, repo=repo, **how)
-    address = push.folder(pathlib.Path(folder), message=f"Write step {step}")
+    folder = buckets.local(out or f"{temporary}/export", "--out")
+    step = export_weights(run, str(folder), repo=repo, **how)
+    address = push.folder(folder, message=f"Write step {step}")
   logging.info("step %d at %s", step, address)
   return address
 
@@ -119,7 +118,7 @@ def export_weights(
     own = {name: fields[name] for name in (CLIP_FIELDS if is_clip else OWN_FIELDS)}
     own |= {"max_length": fields["data"]["max_length"]}
     (write_clip if is_clip else write_pipeline)(temporary, params, own, dtype=dtype)
-    Card(run=epath.Path(run), fields=fields, own=own, step=step, ema=ema, dtype=dtype, repo=repo).write(temporary)
+    Card(run=buckets.path(run), fields=fields, own=own, step=step, ema=ema, dtype=dtype, repo=repo).write(temporary)
   logging.info("step %d in %s", step, out)
   return step
 

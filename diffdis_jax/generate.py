@@ -9,7 +9,7 @@ with the prompt of each file and the protocol.
 from __future__ import annotations
 
 import json
-import pathlib
+import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -185,7 +185,7 @@ def check_noise(noise: np.ndarray, *, expected: tuple[int, ...]) -> Float32[np.n
 
 
 def write(
-  out: pathlib.Path,
+  out: str | os.PathLike[str],
   images: Iterable[UInt8[np.ndarray, "h w 3"]],
   prompts: Sequence[str],
   *,

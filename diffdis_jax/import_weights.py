@@ -32,7 +32,7 @@ from diffdis_jax.interop.tensor_files import read_json
 from diffdis_jax.models import sizes
 from diffdis_jax.models.build import Network
 from diffdis_jax.params import Params
-from diffdis_jax.run import checkpoint, files, workdir
+from diffdis_jax.run import buckets, checkpoint, files, workdir
 from diffdis_jax.run.config import base
 
 FLAGS = flags.FLAGS
@@ -85,9 +85,10 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
     UserError: a source that cannot be read or is of another kind, or `out` cannot be written.
   """
   folder = files.empty_folder(out)
-  path = pathlib.Path(source)
   if source.startswith(hub.PREFIX):
     path, source = hub.fetch(source)
+  else:
+    path = buckets.local(source, "--source")
   found = from_torch.open_source(path)
   config = make_config(found)
   if found.tokenizer:

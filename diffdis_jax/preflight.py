@@ -37,8 +37,8 @@ from diffdis_jax.inference import Inference, read_sampling
 from diffdis_jax.models import attention
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
+from diffdis_jax.run import buckets, files
 from diffdis_jax.run import config as run_config
-from diffdis_jax.run import files
 from diffdis_jax.training.build import build_step, plain
 
 CC3M_PAIRS = 2_905_954
@@ -75,7 +75,7 @@ def compile_one(
   logging.info("%s: compiling for %d x %s (%s), compiler %s", name, mesh.size, target.chip.kind, shape, target.compiler)
   compiled = targets.compile(lowered, target)
   if hlo:
-    files.write_whole(epath.Path(hlo) / f"{name}.txt", compiled.text.encode())
+    files.write_whole(buckets.path(hlo) / f"{name}.txt", compiled.text.encode())
   result = report.summarise(program, compiled, target, num_pairs=num_pairs, epochs=epochs if name == "train" else 0)
   for line in report.lines(name, result):
     logging.info("%s", line)
@@ -136,8 +136,7 @@ def cache_file(config: str, platform: str, present: targets.Target | None) -> ep
   kinds = [device.device_kind for device in present.devices] if present else []
   flags_of_xla = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
   key = json.dumps([config, asked, kinds, versions, flags_of_xla, source.hexdigest()], sort_keys=True)
-  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return epath.Path(home) / "diffdis_jax" / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+  return buckets.path(files.user_cache("preflight")) / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -153,7 +152,7 @@ def main(argv: Sequence[str]) -> None:
       raise UserError(f"--programs has {name!r}; it is some of {','.join(programs.PROGRAMS)}")
   if FLAGS.out:
     files.check_out(FLAGS.out)
-  if FLAGS.hlo and not epath.Path(FLAGS.hlo).is_dir():
+  if FLAGS.hlo and not buckets.path(FLAGS.hlo).is_dir():
     raise UserError(f"--hlo={FLAGS.hlo} is no folder; create it first")
   topology = chips.parse(FLAGS.topology) if FLAGS.topology else None
   platform = targets.choose_platform(FLAGS.platform, topology)

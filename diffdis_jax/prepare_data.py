@@ -27,8 +27,10 @@ describe what was written.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,6 +39,7 @@ from absl import flags, logging
 
 from diffdis_jax import cli
 from diffdis_jax.data.layouts import find
+from diffdis_jax.data.layouts.tfds_folder import INFO
 from diffdis_jax.data.prepare import (
   builder,
   captions,
@@ -52,8 +55,8 @@ from diffdis_jax.data.prepare import (
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError, parse_json, read_section
+from diffdis_jax.run import buckets, files
 from diffdis_jax.run import config as run_config
-from diffdis_jax.run import files
 
 # name -> how its raw data are found, its builder
 DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[builder.CaptionedImages]]] = {
@@ -68,7 +71,9 @@ DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[buil
 NAMES = (*DATA_SETS, "latents", "card")
 
 _SOURCE = flags.DEFINE_string("source", None, "folder of the raw data")
-_OUT = flags.DEFINE_string("out", None, "folder to write; absent or empty")
+_OUT = flags.DEFINE_string(
+  "out", None, "folder to write; absent or empty. One in a bucket is written in the user's cache directory first"
+)
 _DATA = flags.DEFINE_string("data", None, "prepared data set, of `latents` and `card`")
 _WORKDIR = flags.DEFINE_string("workdir", None, "run or import whose autoencoder makes `latents`")
 _VIEWS = flags.DEFINE_integer("views", 1, "of each image in `latents`", lower_bound=1)
@@ -103,12 +108,44 @@ def main(argv: list[str]) -> None:
     raise UserError(f"prepare_data takes one name of {', '.join(NAMES)}, not {name}: {usage}")
   tfds.disable_progress_bar()
   if name == "card":
-    write_card(_given(_DATA, name))
+    write_card(buckets.local(_given(_DATA, name), "--data"))
+  elif name == "latents":
+    run, data = _given(_WORKDIR, name), _given(_DATA, name)
+    publish(functools.partial(write_latents, run, data), _given(_OUT, name), finished="report.json")
+  else:
+    source = buckets.local(_given(_SOURCE, name), "--source")
+    publish(functools.partial(write_pairs, name, source), _given(_OUT, name), finished="card.json")
+
+
+def publish(write: Callable[[pathlib.Path], None], out: str, *, finished: str) -> None:
+  """Has the folder `out` written. For a bucket that is a local folder, which is copied there at the end and removed.
+  Killed at any point, the same command goes on with it.
+
+  Args:
+    write: writes a local folder.
+    out: a local path, or an address.
+    finished: the file that is written last.
+
+  Raises:
+    UserError: there is a data set at this address.
+  """
+  if not buckets.is_url(out):
+    write(pathlib.Path(out))
     return
-  if name == "latents":
-    write_latents(_given(_WORKDIR, name), _given(_DATA, name), _given(_OUT, name))
-    return
-  source, out = _given(_SOURCE, name), _given(_OUT, name)
+  url = out.rstrip("/")
+  if (buckets.path(url) / INFO).exists():
+    raise UserError(f"--out={url} holds a data set; name a new folder")
+  folder = pathlib.Path(files.user_cache("prepared")) / hashlib.sha256(url.encode()).hexdigest()[:32]
+  logging.info("preparing %s in %s", url, folder)
+  if not (folder / finished).exists():
+    write(folder)
+  buckets.upload(folder, url, last=INFO)
+  shutil.rmtree(folder)
+  logging.info("copied to %s", url)
+
+
+def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
+  """Prepares the data set of this name from the raw data in `source`."""
   find_parts, kind = DATA_SETS[name]
   short_side = _SHORT_SIDE.value
   if short_side is None and name == "cc3m":
@@ -126,13 +163,13 @@ def main(argv: list[str]) -> None:
   write_card(out)
 
 
-def write_latents(run: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> None:
+def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   """Encodes every image of a prepared data set by a run's autoencoder, in this process."""
   from diffdis_jax import inference  # here, since the processes of the preparation import this file too
   from diffdis_jax.training import encode
 
   found = latents.find_parts(data)
-  model, params = inference.load(str(run), image_size=_IMAGE_SIZE.value, batch_size=_BATCH_SIZE.value)
+  model, params = inference.load(run, image_size=_IMAGE_SIZE.value, batch_size=_BATCH_SIZE.value)
   h, w, c = model.noise_shape()
   text = None
   if _TEXT.value:
@@ -152,7 +189,7 @@ def write_latents(run: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> N
       shape=(h, w, 2 * c),
       image_size=model.image_size,
       views=_VIEWS.value,
-      augmentation=_augmentation(run_config.load(str(run)).data.augment.to_dict()),
+      augmentation=_augmentation(run_config.load(run).data.augment.to_dict()),
       fingerprint=encode.fingerprint(params),
       text=text,
     ),
@@ -185,10 +222,10 @@ def cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _given(flag: flags.FlagHolder[str | None], name: str) -> pathlib.Path:
+def _given(flag: flags.FlagHolder[str | None], name: str) -> str:
   if not flag.value:
     raise UserError(f"prepare_data {name} needs --{flag.name}=DIR: {flags.FLAGS[flag.name].help}")
-  return pathlib.Path(flag.value)
+  return flag.value
 
 
 if __name__ == "__main__":

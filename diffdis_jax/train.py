@@ -20,12 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffdis_jax import cli, evals
-from diffdis_jax.data import loader
+from diffdis_jax.data import copies, loader
 from diffdis_jax.data.build import Data, LatentShapes, open_loader, read_data
 from diffdis_jax.errors import Preempted, UserError, check_number, read_section
 from diffdis_jax.estimates.programs import abstract_batch, rate_at_peak
@@ -35,7 +34,7 @@ from diffdis_jax.inference import Inference, Sampling, read_sampling
 from diffdis_jax.models.build import LONG_TAIL, Network
 from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.params import Params
-from diffdis_jax.run import checkpoint, files, history, profile, trackers, workdir, writers
+from diffdis_jax.run import buckets, checkpoint, files, history, profile, trackers, workdir, writers
 from diffdis_jax.run import config as run_config
 from diffdis_jax.training import encode, facts, start
 from diffdis_jax.training.build import build_step, read_long_tail
@@ -199,7 +198,8 @@ class Loop:
     for step in progress.steps():
       self.profiler.before(step, metrics)
       # The next batch is drawn while the devices still work on the step before, so that its time is hidden.
-      with progress.waiting_for_data(functools.partial(is_running, metrics)):
+      waiting = progress.waiting_for_data(functools.partial(is_running, metrics))
+      with waiting, copies.naming_silence(self.data.paths):
         rows = substitutions.take(next(self.iterator))
         batch = self.data.batch_type(**sharding.to_global(rows, self.trainer.mesh))
       if train_step is None:
@@ -254,6 +254,7 @@ class Loop:
     if totals is not None:
       check_finite(totals, step, self.checkpointer)
     pending = processes.over_hosts(substitutions.new).tolist()
+    self.writer.flush()
     meta = {"totals": write_totals(totals), "substituted": pending, "watched": watched}
     self.checkpointer.save(step, state, self.iterator, meta=meta, metrics=found)
 
@@ -346,7 +347,7 @@ def choose_anchors(
   model = Inference(trainer.network, sampling, mesh=trainer.mesh, after_batch=stop.raise_if_agreed)
   chosen = selection.run(model, params)
   if processes.is_first():
-    files.write_json(epath.Path(path) / "anchors.json", chosen.describe(selection.corpus))
+    files.write_json(buckets.path(path) / "anchors.json", chosen.describe(selection.corpus))
   return sharding.replicated({start.ANCHORS: chosen.embeddings}, trainer.mesh)
 
 

@@ -14,7 +14,8 @@ ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # Every file of the package, room by room. A file may import those of earlier layers alone.
 LAYERS = (
   "errors structs run/progress",
-  "run/committed run/files run/guesses",
+  "run/buckets run/guesses",
+  "run/committed run/files",
   "params cli parallel/processes run/history",
   "parallel/sharding parallel/programs parallel/fingerprint run/workdir run/checkpoint run/profile run/trackers",
   "run/writers",
@@ -25,7 +26,8 @@ LAYERS = (
   # What data workers import, without jax.
   "data/randaugment data/randaugment_timm data/shapes data/tokenizer",
   "data/transforms",
-  "data/records run/config",
+  "data/copies run/config",
+  "data/records",
   "data/layouts/labelled data/layouts/class_lists data/layouts/pickles",
   "data/corpus",
   "data/layouts/long_tailed data/shapes_lt",

@@ -12,7 +12,7 @@ from diffdis_jax.ablations.plan import Plan, Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import Results
-from diffdis_jax.run import checkpoint, files, history, workdir
+from diffdis_jax.run import buckets, checkpoint, files, history, workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Folder:
   """What lies where under --out. It may be a bucket's address."""
 
   def __init__(self, out: epath.PathLike):
-    self.path = epath.Path(out)
+    self.path = buckets.path(out)
 
   def workdir(self, run: Run) -> str:
     """Of its training. Absolute, so that `init_from` is the same from wherever a command is started."""
-    return str(self._absolute() / "runs" / run.name)
+    return str(buckets.absolute(self.path) / "runs" / run.name)
 
   def results(self, run: Run) -> str:
     """The file of its evaluations, as evaluate writes it."""
@@ -76,7 +76,7 @@ class Folder:
   def read(self, run: Run) -> Results | None:
     """Its results, if every evaluation has one. Raises UserError: the file holds something else."""
     path = self.results(run)
-    found = result_files.read(path) if epath.Path(path).exists() else {}
+    found = result_files.read(path) if buckets.path(path).exists() else {}
     whole = all(name in found.get(section["task"], {}) for name, section in run.evals.items())
     return found if whole else None
 
@@ -88,7 +88,7 @@ class Folder:
       step=step,
       num_steps=num_steps,
       measured=measured,
-      seconds=seconds_per_step(epath.Path(self.workdir(run))),
+      seconds=seconds_per_step(buckets.path(self.workdir(run))),
     )
 
   def check(self, plan: Plan) -> None:
@@ -117,9 +117,6 @@ class Folder:
       files.write_json(self.path / "base.json", _without_seed(plan.base))
     except OSError as error:
       raise UserError(f"cannot write to --out={self.path}: {error.strerror or error}") from error
-
-  def _absolute(self) -> epath.Path:
-    return self.path if "://" in str(self.path) else self.path.absolute()
 
 
 def seconds_per_step(path: epath.Path) -> float | None:

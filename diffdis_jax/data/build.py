@@ -9,13 +9,13 @@ from typing import Any
 import grain
 from ml_collections import ConfigDict
 
-from diffdis_jax import cli
 from diffdis_jax.data import loader, long_tail, records, sources
 from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError, check_choice, check_number, read_section
+from diffdis_jax.run import files
 from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch
 
 MOST_READERS = 1024  # threads, or processes: more than any host has cores
@@ -92,6 +92,11 @@ class Data:
     if len(kinds) > 1:
       raise UserError("data.mixture has latents and images; take either")
     return LatentBatch if kinds.pop() else Batch
+
+  @property
+  def paths(self) -> list[str]:
+    """Where the sources are that are on a disk or in a bucket."""
+    return [str(section["path"]) for section in self.sources.values() if section.get("path")]
 
   def describe(self) -> list[str]:
     """A line for each source, with what its preparation counted."""
@@ -211,7 +216,7 @@ def open_tokens(section: Mapping[str, Any], *, max_length: int) -> Tokens:
   """The sentences of a long-tailed set's classes, as its `data` section says, in tokens. Raises UserError: damaged
   data."""
   corpus = long_tail.open_corpus(**section)
-  return long_tail.kept_tokens(corpus, Tokenizer(max_length), max_length=max_length, folder=cli.user_cache("tokens"))
+  return long_tail.kept_tokens(corpus, Tokenizer(max_length), max_length=max_length, folder=files.user_cache("tokens"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

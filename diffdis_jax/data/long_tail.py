@@ -16,7 +16,7 @@ from jaxtyping import Int
 from diffdis_jax.data import shapes_lt
 from diffdis_jax.data.corpus import Corpus, Tokenizer, Tokens, tokenise
 from diffdis_jax.data.layouts import long_tailed
-from diffdis_jax.run import files
+from diffdis_jax.run import buckets, files
 
 NAMES = ("shapes_lt", *long_tailed.SETS)
 
@@ -42,19 +42,23 @@ def open_labelled(
   """A split, as `sources.open_source` takes it. Raises UserError: no such split, or damaged data."""
   if name == "shapes_lt":
     return shapes_lt.LongTailedShapes(split=split, image_size=image_size, seed=seed)
-  return long_tailed.open_split(pathlib.Path(path), name, split)
+  return long_tailed.open_split(buckets.local(path, "data.path"), name, split)
 
 
 def open_corpus(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0, **_: Any) -> Corpus:
   """The sentences of the set's classes; takes what `open_labelled` takes. Raises UserError: damaged data."""
-  return shapes_lt.make_corpus(seed) if name == "shapes_lt" else long_tailed.open_corpus(pathlib.Path(path), name)
+  return (
+    shapes_lt.make_corpus(seed)
+    if name == "shapes_lt"
+    else long_tailed.open_corpus(buckets.local(path, "data.path"), name)
+  )
 
 
 def train_counts(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0, **_: Any) -> Int[np.ndarray, " k"]:
   """Training images of each class; takes what `open_labelled` takes. Raises UserError: damaged data."""
   if name == "shapes_lt":
     return shapes_lt.counts(seed)
-  return class_counts(long_tailed.train_labels(pathlib.Path(path), name), long_tailed.SETS[name].classes)
+  return class_counts(long_tailed.train_labels(buckets.local(path, "data.path"), name), long_tailed.SETS[name].classes)
 
 
 def class_counts(labels: Int[np.ndarray, " n"], classes: int) -> Int[np.ndarray, " k"]:

@@ -10,11 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etils import epath
 from PIL import Image
 
+from diffdis_jax.data import copies
 from diffdis_jax.data.transforms import decode
 from diffdis_jax.errors import UserError, parse_json
+from diffdis_jax.run import buckets
 
 MIN_SIDE = 2  # pixels: dead links are often answered by an image of one pixel
 
@@ -161,7 +162,7 @@ class Pairs:
 
   def _check_files(self) -> None:
     for file in self._files:
-      if not epath.Path(file).exists():
+      if not buckets.path(file).exists():
         raise UserError(f"{file} has vanished; put it back and run the same command again, which goes on")
 
 
@@ -174,6 +175,9 @@ def open_pairs(
   if split not in info.splits:
     raise UserError(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
   stored, files = _open(path, split)
+  if copies.reads_in_place(path):
+    with copies.naming_silence([str(path)]):
+      _first_usable(Pairs(stored, num_images, files))
   if caption_fields:
     first = _first_usable(Pairs(stored, num_images, files))
     if missing := [field for field in caption_fields if field not in first]:
@@ -196,9 +200,9 @@ def read_info(path: str | os.PathLike[str]) -> Any:
   """The tfds.core.DatasetInfo of a prepared data set.
 
   Raises:
-    UserError: there is none at this path, which etils.epath reads.
+    UserError: there is none at this path.
   """
-  if not str(path) or not (epath.Path(path) / "dataset_info.json").exists():
+  if not str(path) or not (buckets.path(path) / "dataset_info.json").exists():
     how = "" if str(path) else ", and name its folder, as in --config=FILE.py:path=DIR or --config.data.path=DIR"
     raise UserError(
       f"no prepared data set in {str(path)!r}; write one with python -m diffdis_jax.prepare_data pairs{how}"
@@ -212,7 +216,7 @@ def builder(path: str | os.PathLike[str]) -> Any:
   from google.protobuf import json_format
 
   try:
-    return tfds.builder_from_directory(path)
+    return tfds.builder_from_directory(copies.folder_of(path))
   except (FileNotFoundError, ValueError, json_format.ParseError) as error:  # a bucket's errors may pass
     said = " ".join(str(error).split())[:200]
     raise UserError(f"{path} is no whole data set: {said}; copy it again, or prepare it again") from error
@@ -222,9 +226,9 @@ def _open(path: str | os.PathLike[str], split: str) -> tuple[Any, Sequence[Any]]
   """The records of a split, images undecoded, and their files."""
   import tensorflow_datasets as tfds
 
-  found = builder(path)
+  found = builder(copies.folder_of(path, split=split))
   files = found.info.splits[split].filepaths
-  if missing := [file for file in files if not epath.Path(file).exists()]:
+  if missing := [file for file in files if not buckets.path(file).exists()]:
     more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise UserError(
       f"{missing[0]} is missing{more}; put it back and run the same command again, or prepare the data set again"

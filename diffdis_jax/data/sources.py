@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from diffdis_jax.data import latents, long_tail, records, shapes
 from diffdis_jax.data.layouts import find
 from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.run import buckets
 
 NAMES = ("shapes", "pairs", "latents", *long_tail.NAMES, *find.NAMES)
 
@@ -73,7 +73,7 @@ def open_source(
   if name in find.NAMES:
     if num_images is not None:
       raise UserError(f"{name} has no field num_images; it is opened as a whole")
-    published = find.open_set(pathlib.Path(path), name)
+    published = find.open_set(buckets.local(path, "data.path"), name)
     return records.Recaptioned(published, caption_fields) if caption_fields else published
   if name == "pairs":
     if "latents" in (records.read_info(path).metadata or {}):

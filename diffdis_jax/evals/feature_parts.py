@@ -22,7 +22,7 @@ from PIL import Image
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.evals.drawn_prompts import Part
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import files
+from diffdis_jax.run import buckets, files
 
 _UNREADABLE = (UserError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile)
 
@@ -83,7 +83,7 @@ class PartsFolder:
 
   @property
   def _folder(self) -> epath.Path:
-    return epath.Path(self.path)
+    return buckets.path(self.path)
 
   def _file(self, part: Part) -> epath.Path:
     return self._folder / f"part-{part.number:05d}.npz"

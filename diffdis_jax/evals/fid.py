@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from etils import epath
 from jaxtyping import Float
 
 from diffdis_jax.data import sources
@@ -24,6 +23,7 @@ from diffdis_jax.evals.features import Extractor
 from diffdis_jax.interop import inception as inception_file
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
+from diffdis_jax.run import buckets
 from diffdis_jax.run.progress import Progress
 
 FEW = 10_000  # images, below which FID is too high by as much as models differ
@@ -203,7 +203,7 @@ class Fid:
       self._real = real_images.open_folder(which)
       self._real_indices, self._images = np.arange(len(self._real)), {"which": which}
     self._reference_name = f"{which} of {self._data.get('path') or self._data.get('name')}"
-    if file and epath.Path(file).exists():
+    if file and buckets.path(file).exists():
       self._reference = reference.read(file)
       size = self._data.get("image_size")
       expected = {

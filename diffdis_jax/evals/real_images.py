@@ -15,6 +15,7 @@ from jaxtyping import Int, UInt8
 from diffdis_jax.data import records, transforms
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, resize
+from diffdis_jax.run import buckets
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 THREADS = 8  # that decode
@@ -35,7 +36,7 @@ class Folder:
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
   """Raises UserError: no folder there, or fewer than two images in it."""
-  folder = pathlib.Path(path)
+  folder = buckets.local(path, "the reference's folder")
   if not folder.is_dir():
     raise UserError(f"no folder {folder}; it should hold the reference's images, {', '.join(ENDINGS)}")
   files = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))

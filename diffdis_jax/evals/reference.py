@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from etils import epath
 from jaxtyping import Float
 
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.evals import distances
 from diffdis_jax.models.inception import WIDTH
-from diffdis_jax.run import files
+from diffdis_jax.run import buckets, files
 
 FORM = "it should be an .npz with mu [2048] and sigma [2048, 2048], as pytorch-fid or this command writes it"
 # What of a reference's protocol must be as in the measurement, and what it is called.
@@ -68,8 +67,8 @@ def write(path: str | os.PathLike[str], reference: Reference) -> None:
   }
   np.savez(buffer, **content)
   try:
-    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    files.write_whole(epath.Path(path), buffer.getvalue())
+    buckets.path(path).parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(buckets.path(path), buffer.getvalue())
   except OSError as error:
     raise UserError(f"cannot write --reference={path}: {error.strerror or error}") from error
 
@@ -81,7 +80,7 @@ def read(path: str | os.PathLike[str]) -> Reference:
     UserError: unreadable, or statistics of something else than Inception's 2048 features of two images or more.
   """
   try:
-    with epath.Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+    with buckets.path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
       content = {name: file[name] for name in file.files}
     mean, covariance = (content[name].astype(np.float64) for name in ("mu", "sigma"))
     protocol = (

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from etils import epath
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import files
+from diffdis_jax.run import buckets, files
 
 Results = dict[str, dict[str, dict[str, Any]]]
 RECORD = {"dataset", "model", "pretrained", "task", "metrics", "language", "protocol"}
@@ -52,7 +51,7 @@ class ResultFile:
 
   def __init__(self, path: str):
     self._path, self.results = path, {}
-    if epath.Path(path).exists():
+    if buckets.path(path).exists():
       for task, records in read(path).items():
         self.results[task] = {name: record for name, record in records.items() if not is_mean(name)}
 
@@ -88,7 +87,7 @@ def write(path: str, results: Mapping[str, Any]) -> None:
 def write_text(path: str, text: str) -> None:
   """Raises UserError: it cannot be written."""
   try:
-    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    buckets.path(path).parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"cannot write --out={path}: {error.strerror or error}") from error
   files.write_out(path, text)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from diffdis_jax.run import files
+from diffdis_jax.run import buckets, files
 
 TILE = 128  # pixels: smaller images are enlarged by a whole factor until they are about as wide
 FONT_SIZE = 13
@@ -31,7 +30,7 @@ def save_grid(
   """
   buffer = io.BytesIO()
   draw_grid(images, captions, columns=columns).save(buffer, format="PNG")
-  files.write_whole(pathlib.Path(path), buffer.getvalue())
+  files.write_whole(buckets.path(path), buffer.getvalue())
 
 
 def draw_grid(images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], *, columns: int) -> Image.Image:

@@ -10,7 +10,6 @@ set.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from diffdis_jax.evals.base import Eval
 from diffdis_jax.evals.fid import Fid
 from diffdis_jax.evals.retrieval import Retrieval
 from diffdis_jax.evals.zero_shot import ZeroShot
+from diffdis_jax.run import buckets
 
 SINGLE_TEMPLATE = "a photo of a {}."
 DECODED = 10  # images of a set, drawn at random, that have to be images before it is measured
@@ -94,15 +94,16 @@ def sections(
   Raises:
     UserError: no such folder, or none of the sets in it.
   """
-  if not pathlib.Path(root).is_dir():
+  folder = buckets.local(root, "--data_root")
+  if not folder.is_dir():
     raise UserError(f"no folder --data_root={root}; it should hold the data sets, each in a folder of its name")
   if suite == "emoji":
-    return emoji.sections(pathlib.Path(root), image_size=image_size)
+    return emoji.sections(folder, image_size=image_size)
   able = {task for task, any_of in evals.MEASURES.items() if suite != "paper" or {*any_of} & {*objectives}}
   for task in sorted({each.task for each in OF_THE_PAPER[suite].values()} - able):
     logging.warning("%s is left out: the run's objectives are %s", task, ", ".join(objectives))
   wanted = {name: each for name, each in OF_THE_PAPER[suite].items() if each.task in able}
-  there = [name for name in wanted if find.is_there(pathlib.Path(root), name)]
+  there = [name for name in wanted if find.is_there(folder, name)]
   missing = [name for name in wanted if name not in there]
   if not there:
     looked = "; ".join(f"{name}: {', '.join(find.folders(name))}" for name in missing)

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from diffdis_jax.run import files, history
+from diffdis_jax.run import buckets, files, history
 
 PAPER = "*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discrimination Capability*"
 SAMPLES = "samples.png"
@@ -221,7 +221,7 @@ class Card:
   def _start(self) -> str:
     if not (start := self.fields.get("init_from")):
       return "random parameters"
-    source = _parse(epath.Path(start) / "import.json").get("source")
+    source = _parse(buckets.path(start) / "import.json").get("source")
     return f"`{_public(source)}`" if source else f"another run, `{_public(start)}`"
 
   def _figures(self) -> Iterator[str]:

@@ -33,6 +33,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from diffdis_jax.errors import PREEMPTED, Preempted, UserError
+from diffdis_jax.run import buckets
 
 HEARTBEAT_TIMEOUT = 10  # seconds after which a silent process is dead, and the others end
 SHUTDOWN_TIMEOUT = 3600  # seconds that processes which are done wait for the one that still writes
@@ -257,7 +258,7 @@ def check_shared(workdir: str) -> None:
   """
   if jax.process_count() == 1:
     return
-  path = epath.Path(workdir)
+  path = buckets.path(workdir)
   new, reason = not path.exists(), ""
   nonce = path / f".shared-{from_first(np.uint32(secrets.randbits(32))).item():08x}"
   if is_first():
@@ -270,7 +271,7 @@ def check_shared(workdir: str) -> None:
   seen = gathered(np.uint8(written and _appears(nonce)))
   if is_first() and written:
     nonce.unlink()
-    if new and not seen.all():
+    if new and not seen.all() and not buckets.is_url(path):
       path.rmdir()
   if not written:
     raise UserError(f"cannot write to --workdir={workdir}{f': {reason}' if reason else ' on host 0'}")

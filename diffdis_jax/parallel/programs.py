@@ -20,7 +20,7 @@ from etils import epath
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import files
+from diffdis_jax.run import buckets, files
 
 LONG = 2.0  # seconds: what took less the last time is not announced
 _COMPILER = "compiler"  # how the names of threads begin that compile
@@ -136,7 +136,7 @@ def _times_file(name: str, args: Any) -> epath.Path | None:
   shapes = [(x.shape, str(x.dtype)) for x in leaves]
   place = jax.__version__, jax.devices()[0].device_kind, jax.device_count(), jax.process_count()
   key = hashlib.sha256(repr((name, place, shapes, str(tree))).encode()).hexdigest()
-  return epath.Path(folder) / "seconds" / f"{key[:32]}.json"
+  return buckets.path(folder) / "seconds" / f"{key[:32]}.json"
 
 
 def _read(file: epath.Path | None) -> Times:

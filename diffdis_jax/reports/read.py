@@ -12,7 +12,7 @@ from etils import epath
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.reports import curves
-from diffdis_jax.run import committed, files, history
+from diffdis_jax.run import buckets, committed, files, history
 from diffdis_jax.run import config as run_config
 
 ALIVE = 60.0  # seconds since the last sign of life of a run that goes on
@@ -58,7 +58,7 @@ def read(path: str, name: str) -> Run:
   Raises:
     UserError: no folder of a run.
   """
-  folder, config = epath.Path(path), run_config.load(path).to_dict()
+  folder, config = buckets.path(path), run_config.load(path).to_dict()
   metrics = folder / "metrics.jsonl"
   exists = metrics.exists()
   return Run(
@@ -109,7 +109,7 @@ def _cards(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   sections = data["mixture"] or {"data": data}
   found = {}
   for name, section in sections.items():
-    folder = epath.Path(section["path"]) if section.get("path") else None
+    folder = buckets.path(section["path"]) if section.get("path") else None
     if folder is not None and (facts := _read_json(folder / "card.json")):
       found[str(section["path"]) if name == "data" else name] = {"facts": facts, "picture": folder / "card.png"}
   return found

@@ -26,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from diffdis_jax.errors import Preempted, UserError, check_choice, check_number, parse_json
 from diffdis_jax.parallel import processes
 from diffdis_jax.params import Params
-from diffdis_jax.run import committed
+from diffdis_jax.run import buckets, committed
 
 _Arrays = dict[str, tuple[tuple[int, ...], Any]]  # dotted path -> shape, dtype
 
@@ -295,9 +295,18 @@ def choose(workdir: epath.PathLike, step: int | None, *, ema: bool) -> tuple[int
 
 
 def _set_aside_uncommitted(folder: epath.Path) -> None:
-  """Renames step folders without a commit mark: Orbax would trust them, and refuse to save that step again."""
+  """Renames step folders without a commit mark: Orbax would trust them, and refuse to save that step again.
+
+  In a bucket, where every save writes under its own name, they are what a killed one leaves, and cannot be renamed at
+  once: there they are removed.
+  """
   for path in committed.all_steps(folder):
-    if not (path / committed.COMMIT_MARK).exists():
+    if (path / committed.COMMIT_MARK).exists():
+      continue
+    if buckets.is_url(path):
+      logging.warning("checkpoint %s has no %s: its save was interrupted; removing it", path, committed.COMMIT_MARK)
+      path.rmtree()
+    else:
       aside = path.with_name(f"{path.name}.uncommitted")
       logging.warning("checkpoint %s has no %s and is ignored; it is now %s", path, committed.COMMIT_MARK, aside.name)
       if aside.exists():

@@ -5,13 +5,14 @@ from __future__ import annotations
 from etils import epath
 
 from diffdis_jax.errors import UserError, parse_json
+from diffdis_jax.run import buckets
 
 COMMIT_MARK = "commit_success.txt"
 
 
 def folder(workdir: epath.PathLike) -> epath.Path:
   """Of a run's checkpoints."""
-  return epath.Path(workdir).absolute() / "checkpoints"
+  return buckets.absolute(workdir) / "checkpoints"
 
 
 def all_steps(path: epath.Path) -> list[epath.Path]:

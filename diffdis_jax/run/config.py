@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError, check_type, parse_json
 from diffdis_jax.models import sizes
-from diffdis_jax.run import workdir
+from diffdis_jax.run import buckets, workdir
 
 NO_AUGMENTATION = dataclasses.asdict(Augmentation())
 
@@ -120,7 +120,7 @@ def load(path: epath.PathLike) -> ConfigDict:
   try:
     check_types(config.to_dict())
   except UserError as error:
-    raise UserError(f"{epath.Path(path) / 'config.json'}: {error}") from error
+    raise UserError(f"{buckets.path(path) / 'config.json'}: {error}") from error
   return config
 
 
@@ -165,6 +165,7 @@ def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
     if name in config.evals:
       raise UserError(f"--eval={text}: the config has an evaluation {name} already; take another name")
     if isinstance(section.get("data"), dict):
+      buckets.check(str(section["data"].get("path", "")))
       section["data"] = {"name": "pairs", "image_size": config.image_size} | section["data"]
     config.evals[name] = section
     config.train_evals = (*config.train_evals, name)

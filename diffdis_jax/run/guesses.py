@@ -179,9 +179,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
   return _ask(nearest) if nearest else f"known: {', '.join(known) or 'none'}"
 
 
-def fields_of(config: ConfigDict) -> list[str]:
-  """The dotted paths of a config's fields. A section without fields stands for itself."""
-  return [path for path, _ in _leaves(config)]
+def fields_of(config: ConfigDict) -> dict[str, Any]:
+  """A config's fields by their dotted paths. A section without fields stands for itself."""
+  return dict(_leaves(config))
 
 
 def _leaves(section: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

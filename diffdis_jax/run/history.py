@@ -17,7 +17,7 @@ from absl import logging
 from etils import epath
 
 from diffdis_jax.errors import Preempted, UserError, parse_json
-from diffdis_jax.run import files
+from diffdis_jax.run import buckets, files
 
 FILE = "history.jsonl"
 
@@ -35,7 +35,7 @@ def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapp
   if not is_writer:
     yield
     return
-  path = epath.Path(workdir)
+  path = buckets.path(workdir)
   reached = last_line(path / "metrics.jsonl")
   before = {} if reached is None else {"reached": reached["step"], "until": (path / "metrics.jsonl").stat().mtime}
   _append(path, {"event": "start", "time": time.time(), "step": step, **before, **facts})
@@ -61,7 +61,7 @@ def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapp
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
   """The lines of the file, but for those that were cut off; empty where there is none."""
-  return [line for line in map(parse, files.lines(epath.Path(workdir) / FILE)) if _is_event(line)]
+  return [line for line in map(parse, files.lines(buckets.path(workdir) / FILE)) if _is_event(line)]
 
 
 def last_line(path: epath.Path) -> dict[str, Any] | None:
@@ -106,5 +106,5 @@ def _is_number(value: Any) -> bool:
 def _append(path: epath.Path, line: Mapping[str, Any]) -> None:
   file = path / FILE
   cut_off = file.exists() and not file.read_bytes().endswith(b"\n")
-  with file.open("a") as appended:
-    appended.write("\n" * cut_off + json.dumps(line) + "\n")
+  with buckets.appended(file) as appended:
+    appended.write(("\n" * cut_off + json.dumps(line) + "\n").encode())

@@ -12,6 +12,7 @@ from absl import logging
 from etils import epath
 
 from diffdis_jax.errors import UserError
+from diffdis_jax.run import buckets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Profiler:
   """
 
   def __init__(self, span: Span | None, workdir: epath.PathLike, *, start_step: int):
-    self._span, self._workdir = span, epath.Path(workdir)
+    self._span, self._workdir = span, buckets.path(workdir)
     self._folder: tempfile.TemporaryDirectory[str] | None = None
     self._annotation: Any = None
     if span and span.start <= start_step:

@@ -23,6 +23,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from diffdis_jax.errors import UserError
+from diffdis_jax.run import buckets
 from diffdis_jax.run.files import read_json, write_whole
 
 PROJECT = "diffdis_jax"
@@ -108,8 +109,8 @@ def open_tracker(kind: str, workdir: epath.PathLike, config: Mapping[str, Any]) 
   """
   if not kind:
     return None
-  path = epath.Path(workdir)
-  folder = None if "://" in str(workdir) else str(pathlib.Path(workdir).resolve())
+  path = buckets.path(workdir)
+  folder = None if buckets.is_url(path) else str(pathlib.Path(path).resolve())
   return TRACKERS[kind](_run_id(path / FILE, kind), path.name, config, folder)
 
 

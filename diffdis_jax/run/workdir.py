@@ -19,12 +19,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffdis_jax.errors import UserError, parse_json
+from diffdis_jax.run import buckets
 from diffdis_jax.run.files import read_json, write_whole
 
 BEAT = 5.0  # seconds between two signs of life of the process that holds a workdir
 PATIENCE = 20.0  # seconds without one after which it is dead, if it is on another machine
 ENDING = 3.0  # seconds that a process of this machine is given to end
-SETTLING = 0.2  # seconds after which, of several that began at one moment, the last to write has the workdir
+# Seconds, more than a write takes, after which the last of several that began at one moment has the workdir.
+SETTLING, SETTLING_IN_A_BUCKET = 0.2, 2.0
 MAY_CHANGE = (
   r"^(log|save|eval|sample)_every$",
   r"^(train_evals|sample_prompts|inference)(\.|$)",
@@ -55,7 +57,7 @@ def open_for_training(
   Raises:
     UserError: the folder cannot be made, or holds a run whose config differs in a field outside MAY_CHANGE.
   """
-  path = epath.Path(workdir)
+  path = buckets.path(workdir)
   check_config(workdir, config, defaults=defaults)
   if is_writer:
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -81,7 +83,7 @@ def check_config(
   Raises:
     UserError: it holds a run whose config differs in a field outside MAY_CHANGE.
   """
-  path = epath.Path(workdir)
+  path = buckets.path(workdir)
   if (path / "config.json").exists():
     there, here, default = (flatten(fields) for fields in (_read(path), config, defaults or {}))
     newer = {field for field in here.keys() - there.keys() if (field, here[field]) in default.items()}
@@ -101,7 +103,7 @@ class Lock:
 
   def __init__(self, workdir: epath.PathLike):
     self._workdir = workdir
-    self._file = epath.Path(workdir) / "lock.json"
+    self._file = buckets.path(workdir) / "lock.json"
     self._own = {"owner": secrets.token_hex(8), "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
     self._own["started"] = _started(os.getpid())
     self._done = threading.Event()
@@ -116,7 +118,7 @@ class Lock:
       self._beat()
     except OSError as error:
       raise UserError(f"cannot write to --workdir={self._workdir}: {error.strerror or error}") from error
-    time.sleep(SETTLING)
+    time.sleep(SETTLING_IN_A_BUCKET if buckets.is_url(self._file) else SETTLING)
     other = self._read() or {}
     if other.get("owner", self._own["owner"]) != self._own["owner"]:
       raise self._in_use(other)
@@ -204,7 +206,7 @@ def load_config(workdir: epath.PathLike) -> ConfigDict:
   Raises:
     UserError: no such folder, or no config.json of a run in it.
   """
-  path = epath.Path(workdir)
+  path = buckets.path(workdir)
   if not path.is_dir():
     raise UserError(f"no folder {workdir}; --workdir names the folder of a training run")
   if not (path / "config.json").exists():

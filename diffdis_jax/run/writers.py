@@ -1,7 +1,6 @@
 """What a run reports: metrics.jsonl, TensorBoard, a tracker, sample images, and the progress line.
 
-Only one process writes; on the others a Writer does nothing. clu, which imports tensorflow for seconds, is loaded when
-a Writer is made and not before.
+Only one process writes; on the others a Writer does nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +10,9 @@ import datetime
 import io
 import json
 import math
+import os
+import pathlib
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,27 +22,38 @@ from absl import logging
 from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from diffdis_jax.run import files, history, progress
+from diffdis_jax.run import buckets, files, history, progress
 from diffdis_jax.run.trackers import Tracker
 
 
 class Writer:
-  """Scalars and images of a run, to files, to TensorBoard and to a tracker."""
+  """Scalars and images of a run, to files, to TensorBoard and to a tracker.
 
-  def __init__(self, path: epath.Path, tensorboard: Any | None, tracker: Tracker | None = None) -> None:
-    self._path = path
-    self._tensorboard = tensorboard
-    self._tracker = tracker
+  Args:
+    path: the run's folder.
+    mirror: where files that are appended to are kept, if that folder is in a bucket.
+    tracker: that gets the same.
+  """
+
+  def __init__(self, path: epath.Path, mirror: buckets.Mirror | None = None, tracker: Tracker | None = None) -> None:
+    self._path, self._mirror, self._tracker = path, mirror, tracker
+    appended = mirror.folder if mirror else pathlib.Path(path)
+    self._lines = (appended / "metrics.jsonl").open("a", encoding="utf-8")
+    self._events = _Events(appended)
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     """One line of metrics.jsonl and one point of every TensorBoard curve. A value that is not finite becomes null."""
     numbers = {name: np.asarray(value).item() for name, value in values.items()}
     line = {"step": step, **{name: x if math.isfinite(x) else None for name, x in numbers.items()}}
-    with (self._path / "metrics.jsonl").open("a") as file:
-      file.write(json.dumps(line, allow_nan=False) + "\n")
-    if self._tensorboard:
-      self._tensorboard.write_scalars(step, numbers)
+    self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+    self._lines.flush()
+    self._events.write(step, [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()])
+    if self._mirror:
+      self._mirror.copy_if_due()
     if self._tracker:
       self._tracker.scalars(step, {name: x for name, x in numbers.items() if math.isfinite(x)})
 
@@ -50,18 +63,23 @@ class Writer:
     Image.fromarray(image).save(buffer, format="png")
     (self._path / "samples").mkdir(parents=True, exist_ok=True)
     files.write_whole(self._path / "samples" / f"{name}_{step:08d}.png", buffer.getvalue())
-    if self._tensorboard:
-      self._tensorboard.write_images(step, {name: image[None]})
+    height, width, channels = image.shape
+    png = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=buffer.getvalue())
+    self._events.write(step, [Summary.Value(tag=name, image=png)])
     if self._tracker:
       self._tracker.image(step, name, image)
 
   def flush(self) -> None:
-    if self._tensorboard:
-      self._tensorboard.flush()
+    """What was written so far is in the run's folder: before a checkpoint is, so that a run resumed from it lacks no
+    line of the steps before."""
+    if self._mirror:
+      self._mirror.copy()
 
   def close(self) -> None:
-    if self._tensorboard:
-      self._tensorboard.close()
+    self._lines.close()
+    self._events.close()
+    if self._mirror:
+      self._mirror.close()
     if self._tracker:
       self._tracker.close()
 
@@ -70,13 +88,39 @@ class _NoWriter(Writer):
   """The writer of a process that does not write."""
 
   def __init__(self) -> None:
-    super().__init__(epath.Path(), None)
+    pass
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     pass
 
   def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
     pass
+
+  def flush(self) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
+class _Events:
+  """A file of TensorBoard's events. Each event is in the file when `write` returns."""
+
+  def __init__(self, folder: pathlib.Path) -> None:
+    # TensorBoard reads a run's files in the order of their names: of two starts within a second the later one last.
+    name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+    self._file = RecordWriter((folder / name).open("wb"))
+    self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+  def write(self, step: int, values: list[Summary.Value]) -> None:
+    self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+  def _append(self, event: Event) -> None:
+    self._file.write(event.SerializeToString())
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
 
 
 def open_writer(
@@ -92,10 +136,11 @@ def open_writer(
   """
   if not is_writer:
     return _NoWriter()
-  path = epath.Path(workdir)
+  path = buckets.path(workdir)
   path.mkdir(parents=True, exist_ok=True)
   _drop_lines_beyond(path / "metrics.jsonl", start_step)
-  return Writer(path, _tensorboard(path), open_tracker())
+  mirror = buckets.Mirror(path, of=["metrics.jsonl"]) if buckets.is_url(path) else None
+  return Writer(path, mirror, open_tracker())
 
 
 def _drop_lines_beyond(path: epath.Path, step: int) -> None:
@@ -103,18 +148,6 @@ def _drop_lines_beyond(path: epath.Path, step: int) -> None:
   kept = [line for line in lines if history.metrics_of(line).get("step", step + 1) <= step]
   if len(kept) < len(lines):
     files.write_whole(path, "".join(line + "\n" for line in kept).encode())
-
-
-def _tensorboard(path: epath.Path) -> Any | None:
-  try:
-    import tensorflow as tf
-    from clu import metric_writers
-  except ImportError as error:
-    hint = "where they have wheels, pip install tensorflow-cpu tensorboard"
-    logging.warning("no TensorBoard files: %s; metrics.jsonl has the same numbers; %s", error, hint)
-    return None
-  tf.config.set_visible_devices([], "GPU")
-  return metric_writers.SummaryWriter(str(path))
 
 
 class Progress:

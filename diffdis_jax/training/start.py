@@ -15,13 +15,12 @@ import grain
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.models.build import HEAD_PREFIX, LONG_TAIL
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
-from diffdis_jax.run import checkpoint, files
+from diffdis_jax.run import buckets, checkpoint, files
 from diffdis_jax.run import config as run_config
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Step, TrainState
@@ -125,7 +124,7 @@ def _names_in_common(path: str, trainer: Step) -> set[str]:
 
 def _drawn_by_import(path: str, saved: Collection[str]) -> set[str]:
   """Those of the saved parameters that import_weights drew at random; none of another verb's run."""
-  file = epath.Path(path) / "import.json"
+  file = buckets.path(path) / "import.json"
   if not file.exists():
     return set()
   try:

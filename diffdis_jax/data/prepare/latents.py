@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,6 +26,7 @@ from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.data.transforms import Augmentation, augment
 from diffdis_jax.errors import UserError
+from diffdis_jax.run import buckets
 
 IMAGES = 1024  # of a part
 CHUNK = 256  # views encoded at a time
@@ -39,19 +40,20 @@ class RecordsPart:
 
   name: str
   split: str
-  data: pathlib.Path
+  data: str
   start: int
   stop: int
   truncated: bool = False
 
   def identity(self) -> list[Any]:
-    return [str(self.data.resolve()), self.name, self.start, self.stop]
+    data = self.data if buckets.is_url(self.data) else os.path.realpath(self.data)
+    return [data, self.name, self.start, self.stop]
 
   def __iter__(self) -> Iterator[int]:
     yield from range(self.start, self.stop)
 
 
-def find_parts(data: pathlib.Path) -> list[Part]:
+def find_parts(data: str) -> list[Part]:
   """Of every split. Raises UserError: no prepared data set there, or one that holds latents itself."""
   info = records.read_info(data)
   if info.name == LatentCache.name:

@@ -1,0 +1,182 @@
+"""Paths that users give: local ones, and gs://BUCKET/... on Google Cloud Storage.
+
+A bucket is no disk. An object is written whole and appears at once, so that it needs no temporary name, and nothing can
+be appended to it. There are no folders, only objects whose names begin alike. Everything here goes through gcsfs, which
+etils uses for `gs://`, so that STORAGE_EMULATOR_HOST points all of it at another server. TensorStore, which reads and
+writes a checkpoint's arrays, has TENSORSTORE_GCS_HTTP_URL for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging as python_logging
+import os
+import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any
+
+from absl import logging
+from etils import epath
+
+from diffdis_jax.errors import UserError
+
+SCHEME = "gs://"
+_ADDRESS = re.compile(r"([A-Za-z][\w+.-]*):/+")  # with one slash too, which nobody means for a folder of that name
+_BUCKET = re.compile(r"gs://[^/]+")
+EVERY = 30.0  # seconds between two copies of files that are appended to
+
+
+def is_url(path: epath.PathLike) -> bool:
+  """Whether this is an address rather than a path on this machine."""
+  return "://" in os.fspath(path)
+
+
+def path(where: epath.PathLike) -> epath.Path:
+  """A local path, or one in a bucket.
+
+  Raises:
+    UserError: an address of another kind, or one of a bucket where the package that reads those is missing.
+  """
+  if is_url(where):
+    check(os.fspath(where))
+  return epath.Path(where)
+
+
+def absolute(where: epath.PathLike) -> epath.Path:
+  """The path from the root; an address stands for itself, which etils would take for a local path here."""
+  found = path(where)
+  return found if is_url(where) else found.absolute()
+
+
+def local(where: epath.PathLike, flag: str) -> pathlib.Path:
+  """A path on this machine. Raises UserError: it is an address; `flag` is what was given it."""
+  if is_url(where):
+    raise UserError(f"{flag}={os.fspath(where)} must be a local path; copy it to this machine first")
+  return pathlib.Path(where)
+
+
+def check(where: str) -> None:
+  """Raises UserError: an address of another kind than gs://BUCKET/..., one that is mistyped, or a bucket's where the
+  package that reads those is missing. A local path passes."""
+  if not (found := _ADDRESS.match(where)):
+    return
+  if not _BUCKET.match(where):
+    how = f"/{where[found.end() :]}" if found[1].lower() == "file" else "a local path or gs://BUCKET/FOLDER"
+    raise UserError(f"{where} is no address that can be read; give {how}")
+  if importlib.util.find_spec("gcsfs") is None:
+    raise UserError(f"{where} needs the package gcsfs: pip install gcsfs")
+  _configure()
+
+
+@functools.cache
+def _configure() -> None:
+  """Once in each process, before etils opens a bucket."""
+  from fsspec import config
+
+  # Where TensorFlow is installed, etils would read buckets by it: take one way on every machine.
+  os.environ["EPATH_USE_TF"] = "false"
+  # Without credentials gcsfs would ask at each access which kind the bucket is. This is right for all but Rapid ones.
+  os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+  # What it logs with a traceback it raises too, for whoever asked.
+  python_logging.getLogger("gcsfs").setLevel(python_logging.CRITICAL)
+  # A kept listing hides what other processes write, and cuts an object off at the length that it had before.
+  config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+
+
+def files_below(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
+  """What lies in a folder of a bucket: name within it -> gcsfs's facts, among them `size` (bytes) and `etag`."""
+  root = path(folder)
+  system, prefix = _system(), os.fspath(root).removeprefix(SCHEME).rstrip("/") + "/"
+  return {name.removeprefix(prefix): facts for name, facts in system.find(os.fspath(root), detail=True).items()}
+
+
+def upload(folder: pathlib.Path, to: epath.PathLike, *, last: str = "") -> None:
+  """Copies a local folder into a bucket; the file named `last` after all others, as the mark that all are there."""
+  names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+  for group in ([name for name in names if name != last], [name for name in names if name == last]):
+    if group:
+      urls = [f"{os.fspath(path(to)).rstrip('/')}/{name}" for name in group]
+      _system().put([os.fspath(folder / name) for name in group], urls)
+
+
+def download(wanted: Mapping[str, pathlib.Path]) -> None:
+  """Copies objects, all at a time, to local files, each whole or not at all. `wanted`: address -> file."""
+  partial = {url: file.with_name(f".{file.name}.{os.getpid()}.tmp") for url, file in wanted.items()}
+  try:
+    _system().get([*wanted], [os.fspath(file) for file in partial.values()])
+    for url, file in wanted.items():
+      partial[url].replace(file)
+  finally:
+    for file in partial.values():
+      file.unlink(missing_ok=True)
+
+
+class Mirror:
+  """A local folder, in which files are appended to, and its copy in a bucket.
+
+  A copy is made every EVERY seconds, and whenever it is asked for. What fails is tried again at the next one: a bucket
+  that is away for a while ends no run.
+
+  Args:
+    to: the folder in the bucket.
+    of: files there to go on with.
+  """
+
+  def __init__(self, to: epath.Path, *, of: Sequence[str] = (), clock: Callable[[], float] = time.monotonic):
+    self._to, self._clock = to, clock
+    self._temporary = tempfile.TemporaryDirectory(prefix="diffdis")
+    self.folder = pathlib.Path(self._temporary.name)
+    self._copied: dict[str, int] = {}  # name -> bytes
+    for name in of:
+      if (to / name).exists():
+        download({os.fspath(to / name): self.folder / name})
+        self._copied[name] = (self.folder / name).stat().st_size
+    self._last = clock()
+
+  def copy_if_due(self) -> None:
+    """Copies, if the last time was long enough ago."""
+    if self._clock() - self._last >= EVERY:
+      self.copy()
+
+  def copy(self) -> None:
+    """Copies the files that have grown."""
+    self._last = self._clock()
+    for file in self.folder.iterdir():
+      size = file.stat().st_size
+      if self._copied.get(file.name) != size:
+        try:
+          _system().put_file(os.fspath(file), os.fspath(self._to / file.name))
+          self._copied[file.name] = size
+        except Exception as error:  # of gcsfs or of the network below it, which may be back at the next copy
+          logging.warning("cannot write %s, which is tried again: %s", self._to / file.name, error)
+
+  def close(self) -> None:
+    self.copy()
+    self._temporary.cleanup()
+
+
+def _system() -> Any:
+  import fsspec
+
+  _configure()
+  return fsspec.filesystem("gcs")
+
+
+@contextlib.contextmanager
+def appended(file: epath.Path) -> Iterator[IO[bytes]]:
+  """A file to append bytes to. One in a bucket is written anew at the end, with what was in it."""
+  if not is_url(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as opened:
+      yield opened
+    return
+  with tempfile.TemporaryFile() as opened:
+    yield opened
+    opened.seek(0)
+    before = file.read_bytes() if file.exists() else b""
+    file.write_bytes(before + opened.read())
