@@ -33,7 +33,7 @@ STEPS = flags.DEFINE_integer("steps", 3, "sampling steps")
 PROCESS = flags.DEFINE_integer("process", None, "index of this process, of two")
 PORT = flags.DEFINE_integer("port", None, "port of the first of them")
 SAY = flags.DEFINE_boolean("say", False, "write to the log")
-FAIL = flags.DEFINE_enum("fail", None, ["user", "bug", "folder", "full"], "how to fail")
+FAIL = flags.DEFINE_enum("fail", None, ["user", "bug", "folder", "full", "net", "server", "right"], "how to fail")
 
 
 def main(_):
@@ -52,6 +52,12 @@ def main(_):
     open(".")
   if FAIL.value == "full":
     raise OSError(28, "No space left on device", "run/file")
+  if FAIL.value == "net":
+    raise ConnectionRefusedError(111, "Connection refused")
+  if FAIL.value == "server":
+    raise OSError("Forbidden: b/run\\nsomeone does not have storage.objects.get access")
+  if FAIL.value == "right":
+    raise PermissionError(13, "Permission denied")
   if FAIL.value == "bug":
     raise RuntimeError("a bug")
   if PROCESS.value is not None:
@@ -139,7 +145,11 @@ GOOD = ("--config=tiny.py", "--workdir=run")
     (GOOD + ("--config.optim.betas=(1,",), "flag --config.optim.betas=(1,: Error while parsing"),
     (GOOD + ("--stps=3",), "unknown flag --stps; did you mean --steps?"),
     (GOOD + ("--steps=many",), "flag --steps=many: invalid literal for int()"),
-    (GOOD + ("--fail=no",), "flag --fail=no: value should be one of <user|bug|folder|full>"),
+    (GOOD + ("--fail=no",), "flag --fail=no: value should be one of <user|bug|folder|full|net|server|right>"),
+    (GOOD + ("--fail=right",), "error: cannot go on: Permission denied"),
+    (GOOD[:1] + ("--workdir=s3://b/run",), "s3://b/run is no address that can be read; give a local path or gs://"),
+    (GOOD + ("--config.init_from=gs:/b",), "gs:/b is no address that can be read"),
+    (GOOD[:1] + (f"--workdir={'a' * 5000}",), "File name too long"),
     (GOOD + ("extra",), "unexpected argument 'extra'; every argument is a flag, --name=value"),
     (GOOD[:1], "error: --workdir (folder of the run) is missing\n"),
     (GOOD[1:], "error: --config (configuration: FILE.py[:args]) is missing\n"),
@@ -167,6 +177,13 @@ def test_bad_input_is_one_line(folder, flags, message):
 def test_a_full_disk_is_one_line_on_which_launchers_try_again(folder):
   said = "error: No space left on device (run/file); make room, and run the same command again\n"
   assert run(folder, *GOOD, "--fail=full") == (1, "", said)
+
+
+@pytest.mark.parametrize("kind, said", [("net", "Connection refused"), ("server", "Forbidden: b/run someone does not")])
+def test_what_may_pass_is_one_line_on_which_launchers_try_again(folder, kind, said):
+  code, out, err = run(folder, *GOOD, f"--fail={kind}")
+  assert (code, out, err.count("\n")) == (1, "", 1)
+  assert err.startswith("error: ") and said in err
 
 
 def test_a_bug_keeps_its_traceback(folder):

@@ -138,9 +138,12 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
 def _open_safetensors(path: pathlib.Path) -> Tensors:
   try:
     file = safe_open(path, framework="numpy")
+    slices = {name: file.get_slice(name) for name in file.keys()}
+    for name, each in slices.items():
+      if re.match(r"F[4-8](_|$)", dtype := each.get_dtype()):
+        raise UserError(f"{path} holds {name} as {dtype}, which numpy cannot read; convert it to F16, BF16 or F32")
     return {
-      name: Tensor(tuple(file.get_slice(name).get_shape()), functools.partial(file.get_tensor, name))
-      for name in file.keys()
+      name: Tensor(tuple(each.get_shape()), functools.partial(file.get_tensor, name)) for name, each in slices.items()
     }
   except (SafetensorError, OSError) as error:
     raise UserError(f"{path} is no whole safetensors file: {error}; copy it again") from error

@@ -23,7 +23,7 @@ from grain import checkpoint as grain_checkpoint
 from orbax import checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from diffdis_jax.errors import Preempted, UserError, check_choice, check_number, parse_json
+from diffdis_jax.errors import Preempted, UserError, check_choice, check_number, may_pass, parse_json
 from diffdis_jax.parallel import processes
 from diffdis_jax.params import Params
 from diffdis_jax.run import buckets, committed
@@ -182,7 +182,8 @@ class Checkpointer:
       meta=_read(path / "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()),
     )
     if data_iterator is not None:
-      data_iterator.set_state(_read_position(path / "data"))
+      position = _read_position(path / "data")
+      _guard(path / "data", lambda: data_iterator.set_state(position))
       data_iterator.start_prefetch()
     return restored
 
@@ -414,6 +415,10 @@ def _read(path: epath.Path, handler: Any, args: Any) -> Any:
   return _guard(path, restore)
 
 
+# What readers raise for bytes that are not those that were written; NotImplementedError is of Orbax's `_sharding`.
+_OF_DAMAGE = (UserError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, OSError)
+
+
 def _guard(path: epath.Path, read: Callable[[], Any]) -> Any:
   """Calls `read`; a checkpoint that lacks files or bytes is bad input, and not a bug."""
   otherwise = "take another step, or move its folder elsewhere to go on from the one before"
@@ -424,7 +429,7 @@ def _guard(path: epath.Path, read: Callable[[], Any]) -> Any:
   except Exception as error:
     # Orbax raises a bare Exception for an array, with what was wrong as its cause.
     reason = error.__cause__ if type(error) is Exception else error
-    if not isinstance(reason, (ValueError, KeyError, OSError)):
+    if not isinstance(reason, _OF_DAMAGE) or may_pass(reason):
       raise
     text = " ".join(str(reason).split())[:200]
     raise UserError(f"checkpoint {path.parent} cannot be read: its {path.name}: {text}; {otherwise}") from error

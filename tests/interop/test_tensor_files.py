@@ -189,3 +189,19 @@ def test_a_broken_index(tmp_path, content):
 def test_a_folder_without_weights(tmp_path):
   with pytest.raises(UserError, match="no weights in .*diffusion_pytorch_model.safetensors"):
     tensor_files.open_folder(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"])
+def test_a_dtype_that_numpy_has_not_is_one_line(tmp_path, dtype):
+  header = json.dumps({"a": {"dtype": dtype, "shape": [4], "data_offsets": [0, 2 if dtype == "F4" else 4]}}).encode()
+  file = tmp_path / "model.safetensors"
+  file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(2 if dtype == "F4" else 4))
+  with pytest.raises(UserError, match=f"holds a as {dtype}, which numpy cannot read; convert it to F16, BF16 or F32"):
+    tensor_files.open_file(file)
+
+
+@pytest.mark.parametrize("content", ['{"a":' * 20_000, "[1]", "3"])
+def test_a_config_that_is_no_object_is_one_line(tmp_path, content):
+  (tmp_path / "config.json").write_text(content)
+  with pytest.raises(UserError, match="config.json (is not JSON|should be a JSON object)"):
+    tensor_files.read_json(tmp_path / "config.json")

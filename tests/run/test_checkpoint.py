@@ -226,6 +226,24 @@ def test_a_checkpoint_with_a_damaged_file_is_one_line(tmp_path, item, damage):
   assert re.fullmatch(line, str(error.value))
 
 
+@pytest.mark.parametrize("right, wrong", [("SingleDeviceSharding", "SinglmDeviceSharding"), ('"', "'"), ("{", "[")])
+def test_a_flipped_bit_in_the_shardings_is_one_line(tmp_path, right, wrong):
+  save(tmp_path, 1)
+  file = tmp_path / "checkpoints" / "1" / "params" / "_sharding"
+  file.write_text(file.read_text().replace(right, wrong, 1))
+  with pytest.raises(UserError, match="checkpoints/1 cannot be read: its params: "):
+    checkpoint.restore_params(tmp_path, ema=False)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"a": 1}', "[" * 20_000, "{"])
+def test_a_damaged_position_of_the_data_is_one_line(tmp_path, content):
+  save(tmp_path, 1)
+  for file in (tmp_path / "checkpoints" / "1" / "data").glob("process_*.json"):
+    file.write_text(content)
+  with checkpoint.Checkpointer(tmp_path) as checkpointer, pytest.raises(UserError, match="cannot be read: its data: "):
+    checkpointer.restore(1, abstract(make_state(), one_device), make_iterator())
+
+
 def test_the_reads_of_other_arrays_end_before_a_damaged_one_is_told(tmp_path, monkeypatch):
   ended = []
 

@@ -1,0 +1,53 @@
+"""Addresses and folders that a command refuses before it does anything."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import buckets, config, files
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+  "where, answer",
+  [
+    ("s3://b/run", "give a local path or gs://BUCKET/FOLDER"),
+    ("S3://b/run", "give a local path or gs://BUCKET/FOLDER"),
+    ("http://host/run", "give a local path or gs://BUCKET/FOLDER"),
+    ("az://b", "give a local path or gs://BUCKET/FOLDER"),
+    ("gs:/b/run", "give a local path or gs://BUCKET/FOLDER"),
+    ("gs://", "give a local path or gs://BUCKET/FOLDER"),
+    ("gs:///b", "give a local path or gs://BUCKET/FOLDER"),
+    ("file:///data/run", "give /data/run"),
+  ],
+)
+def test_an_address_that_cannot_be_read_is_one_line(where, answer):
+  with pytest.raises(UserError, match=f"{where} is no address that can be read; {answer}$"):
+    buckets.check(where)
+
+
+@pytest.mark.parametrize(
+  "where", ["", "run", "/a/b", "a:b/c", "hf:ORG/NAME", "10.0.0.1:8476", "./s3:/x", "a red star: yes"]
+)
+def test_what_is_no_address_passes(where):
+  buckets.check(where)
+
+
+def test_an_address_in_an_evaluation_is_refused_too():
+  section = '{"name": "a", "task": "retrieval", "data": {"path": "s3://b", "split": "test"}}'
+  with pytest.raises(UserError, match="s3://b is no address"):
+    config.with_evals(tiny.get_config().lock(), [section])
+
+
+def test_a_workdir_that_is_a_file_or_cannot_be_read(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  for name in ("file", "file/run"):
+    with pytest.raises(UserError, match="--workdir=.* cannot be: .*file is a file; give a folder"):
+      files.check_workdir(str(tmp_path / name))
+  files.check_workdir(str(tmp_path / "new" / "run"))
+  monkeypatch.setattr(os, "access", lambda path, mode: False)
+  with pytest.raises(UserError, match="cannot read --workdir=.*: Permission denied"):
+    files.check_workdir(str(tmp_path))
