@@ -13,8 +13,9 @@ import diffdis_jax
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # Every file of the package, room by room. A file may import those of earlier layers alone.
 LAYERS = (
-  "errors structs run/committed run/progress",
-  "run/files",
+  "errors structs run/progress",
+  "run/buckets",
+  "run/committed run/files",
   "params cli parallel/processes run/history",
   "parallel/sharding parallel/programs parallel/fingerprint run/workdir run/checkpoint run/profile run/trackers",
   "run/writers",
@@ -24,7 +25,7 @@ LAYERS = (
   "models/sizes",
   # What data workers import, without jax.
   "data/randaugment data/randaugment_timm data/shapes data/tokenizer",
-  "data/transforms",
+  "data/transforms data/copies",
   "data/records run/config",
   "data/layouts/labelled data/layouts/class_lists data/layouts/pickles",
   "data/corpus",

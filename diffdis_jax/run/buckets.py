@@ -23,6 +23,9 @@ from etils import epath
 
 from diffdis_jax.errors import UserError
 
+# Where TensorFlow is installed, etils would read buckets by it: take one way on every machine. etils looks once, at the
+# first path that is asked anything.
+os.environ.setdefault("EPATH_USE_TF", "false")
 SCHEME = "gs://"
 EVERY = 30.0  # seconds between two copies of files that are appended to
 
@@ -70,8 +73,6 @@ def _configure() -> None:
   """Once in each process, before etils opens a bucket."""
   from fsspec import config
 
-  # Where TensorFlow is installed, etils would read buckets by it: take one way on every machine.
-  os.environ["EPATH_USE_TF"] = "false"
   # Without credentials gcsfs would ask at each access which kind the bucket is. This is right for all but Rapid ones.
   os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   # A kept listing hides what other processes write, and cuts an object off at the length that it had before.
