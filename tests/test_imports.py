@@ -77,7 +77,7 @@ LAYERS = (
   "estimates/times",
   "estimates/targets estimates/programs benchmarks/steps benchmarks/data benchmarks/peer",
   "estimates/calibration estimates/report benchmarks/table6",
-  "ablations/tables ablations/columns",
+  "ablations/tables ablations/columns ablations/significance",
   "ablations/plan",
   "ablations/folder",
   "ablations/run ablations/outlook ablations/summary ablations/render",
