@@ -65,7 +65,7 @@ LAYERS = (
   "inference",
   "evals/results evals/text_cache",
   "evals/prompts evals/samples evals/base evals/distances evals/resize",
-  "evals/drawn_prompts evals/features evals/real_images evals/reference evals/nearest",
+  "evals/drawn_prompts evals/features evals/real_images evals/reference evals/nearest evals/copies",
   "evals/feature_parts",
   "evals/agreement evals/anchors evals/fid evals/long_tail evals/recognition evals/retrieval evals/zero_shot",
   "evals/watch",
