@@ -55,7 +55,7 @@ def _count(count: Mapping[str, Any]) -> str:
   return (
     f"{count['significant']} of {count['differences']} differences bold; chance alone makes any bold in at most 5 % of"
     f" such tables. Before Holm's correction {count['uncorrected']} have p < 0.05; chance gives"
-    f" {count['uncorrected_by_chance']:.2g}."
+    f" {count['uncorrected_by_chance']:.3g}."
   )
 
 

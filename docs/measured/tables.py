@@ -199,7 +199,7 @@ def written(page: str, text: str) -> str:
       made = render.table_of(table(name), columns={each.name: each.title for each in measured.columns}, paper={})
       begin, end = f"<!-- {name}, by docs/measured/tables.py -->", f"<!-- end of {name} -->"
       text, count = re.subn(
-        f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, new=f"{begin}\n{made}\n{end}": new, text, flags=re.S
+        f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, new=f"{begin}\n\n{made}\n\n{end}": new, text, flags=re.S
       )
       if count != 1:
         raise UserError(f"docs/{page} should hold {begin} and {end} once, between which the table is written")
