@@ -16,22 +16,13 @@ STEPS, SAVE_EVERY = 16, 4
 
 
 @pytest.fixture(scope="session")
-def whole_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
   """Of the commands: what one of them compiled, quickly rather than well, the others find."""
   cache = str(shared_folder(tmp_path_factory) / "xla")
   quick = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   kept = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
   kept["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
   return {**os.environ, **quick, **kept}
-
-
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory, whole_environment: dict[str, str]) -> dict[str, str]:
-  """The same without TensorBoard's events: importing tensorflow takes as long as all the rest of a start."""
-  folder = tmp_path_factory.mktemp("without_tensorflow")
-  (folder / "tensorflow.py").write_text("raise ImportError('left out')\n")
-  path = f"{folder}:{whole_environment.get('PYTHONPATH', '')}"
-  return {**whole_environment, "PYTHONPATH": path.removesuffix(":")}
 
 
 def call(verb: str, environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
@@ -57,12 +48,12 @@ def autoencoder_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[
 
 
 @pytest.fixture(scope="session")
-def joint_run(tmp_path_factory: pytest.TempPathFactory, whole_environment: dict[str, str], autoencoder_run: str) -> str:
+def joint_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], autoencoder_run: str) -> str:
   """Workdir of a finished joint run on that autoencoder, with sample images and TensorBoard's events."""
 
   def train(workdir: pathlib.Path) -> None:
     prompts = "--config.sample_prompts=('a red star', 'a blue ring')"
-    done = call("train", whole_environment, *joint_flags(autoencoder_run), f"--workdir={workdir}", prompts)
+    done = call("train", environment, *joint_flags(autoencoder_run), f"--workdir={workdir}", prompts)
     assert done.returncode == 0, done.stderr
 
   return str(made_once(tmp_path_factory, "joint", train))

@@ -9,34 +9,53 @@ from typing import Any
 from diffdis_jax.errors import UserError
 
 BLANK = ""
+NOTE = (
+  "Mean ± standard deviation over the seeds, and their number where it is not all of them; a blank cell is a run that"
+  " is missing or not finished. Below it the mean of the paired differences to the base row, in bold letters, over the"
+  " seeds that both have; its 95 % interval by the t distribution of n - 1; p, and p after Holm's correction over the"
+  " table's differences. A difference is bold where the latter is below 0.05. Else it is *undecided*, and MDE, the"
+  " minimum detectable effect, is the true difference that this t-test by itself would find with 80 % power at the"
+  " standard deviation of these pairs: what is smaller may be there and not be found."
+)
 ROW_HEIGHT, PANEL_WIDTH = 0.34, 2.0  # inches
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
   """A section for each table: of each row the figures, the differences to the base row, and the paper's figures."""
-  columns, paper = summary["columns"], summary["paper_columns"]
-  # The paper's figures stand in the columns that measure the same; of those that nothing here measures, in their own.
-  others = {name: f"{title} (paper)" for name, title in paper.items() if name not in columns}
-  parts = [f"# Ablations of {summary['base']}, seeds {', '.join(map(str, summary['seeds']))}", _note()]
+  parts = [f"# Ablations of {summary['base']}, seeds {', '.join(map(str, summary['seeds']))}", NOTE]
   for name, table in summary["tables"].items():
-    heads = ["", *columns.values(), *(others.values() if any(row["paper"] for row in table["rows"]) else ())]
-    lines = [heads, ["---"] * len(heads)]
-    for row in table["rows"]:
-      lines += _lines(row, [*columns], [*others])
-    text = "\n".join("| " + " | ".join((*line, *[BLANK] * (len(heads) - len(line)))) + " |" for line in lines)
+    text = table_of(table, columns=summary["columns"], paper=summary["paper_columns"])
     parts.append(f"## {_title(name, table)}\n\n{text}")
   return "\n\n".join(parts) + "\n"
+
+
+def table_of(table: Mapping[str, Any], *, columns: Mapping[str, str], paper: Mapping[str, str]) -> str:
+  """A table of `summary.table_of`, and below it how many differences are significant, and by chance.
+
+  Args:
+    table: as tables.json has it.
+    columns: name -> title.
+    paper: the same, of the paper's figures.
+  """
+  # The paper's figures stand in the columns that measure the same; of those that nothing here measures, in their own.
+  others = {name: f"{title} (paper)" for name, title in paper.items() if name not in columns}
+  heads = ["", *columns.values(), *(others.values() if any(row["paper"] for row in table["rows"]) else ())]
+  lines = [heads, ["---"] * len(heads)]
+  for row in table["rows"]:
+    lines += _lines(row, [*columns], [*others])
+  text = "\n".join("| " + " | ".join((*line, *[BLANK] * (len(heads) - len(line)))) + " |" for line in lines)
+  return f"{text}\n\n{_count(table['count'])}" if table["count"]["differences"] else text
 
 
 def _title(name: str, table: Mapping[str, Any]) -> str:
   return table["title"] if name == "grid" else f"Table {name}: {table['title']}"
 
 
-def _note() -> str:
+def _count(count: Mapping[str, Any]) -> str:
   return (
-    "Mean ± standard deviation over the seeds, and their number where it is not all of them; a blank cell is a run that"
-    " is missing or not finished. Below it the mean difference to the base row, in bold, over the seeds that both have,"
-    " ± its standard error; *within noise* is one smaller than two standard errors."
+    f"{count['significant']} of {count['differences']} differences bold; chance alone makes any bold in at most 5 % of"
+    f" such tables. Before Holm's correction {count['uncorrected']} have p < 0.05; chance gives"
+    f" {count['uncorrected_by_chance']:.3g}."
   )
 
 
@@ -59,10 +78,18 @@ def _figure(cell: Mapping[str, Any], seeds: int) -> str:
 
 
 def _difference(difference: Mapping[str, Any]) -> str:
+  mean = f"{difference['mean']:+.2f}"
   if difference["se"] is None:
-    return f"{difference['mean']:+.2f}"
-  noise = ", *within noise*" if difference["within_noise"] else ""
-  return f"{difference['mean']:+.2f} ± {difference['se']:.2f}{noise}"
+    return mean
+  if difference["p"] is None:
+    return f"{mean} in every seed, *undecided*"
+  interval = f"[{difference['low']:+.2f}, {difference['high']:+.2f}]"
+  text = f"{mean} {interval}, p {_p(difference['p'])}, Holm {_p(difference['p_holm'])}"
+  return f"**{text}**" if difference["is_significant"] else f"{text}, *undecided*, MDE {difference['detectable']:.1f}"
+
+
+def _p(value: float) -> str:
+  return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _number(value: float | None) -> str:

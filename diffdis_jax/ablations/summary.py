@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffdis_jax.ablations import significance
 from diffdis_jax.ablations.columns import Column
 from diffdis_jax.ablations.folder import Folder
 from diffdis_jax.ablations.plan import Plan, Run
@@ -14,6 +14,7 @@ from diffdis_jax.ablations.tables import PAPER_METRICS, Row, Table
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.results import Results, differences
 
+Figures = Mapping[str, Mapping[int, float]]  # of a row: column -> seed -> figure
 # What of a protocol follows from a field that rows may change; else it is the field's own last name.
 FOLLOWS = {
   "num_steps": "checkpoint",
@@ -70,54 +71,74 @@ def check_protocols(table: Table, results: Mapping[Run, Results | None], folder:
         )
 
 
-def cell(values: Mapping[int, float], base: Mapping[int, float] | None) -> dict[str, Any]:
-  """The figure of a row.
+def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[str]]) -> dict[str, Any]:
+  """What tables.json holds of a table.
 
   Args:
-    values: seed -> figure.
-    base: those of the base row; None where this is it.
+    table: title, rows and which row is the base.
+    figures: of each row.
+    runs: names of each row's runs, all of them, finished or not.
 
   Returns:
-    mean, sd (of a sample; None of one value), n; and `difference`, None without a common seed: the mean difference to
-    the base row over the seeds that both have, its standard error (None of one), n, and whether it is within noise,
-    smaller than two standard errors (None where there is no standard error).
+    title; rows, of which each cell is as `cells_of` gives it; and `count`, that of `significance.count`.
   """
-  found: dict[str, Any] = {"values": {str(seed): value for seed, value in values.items()}, **_moments(values.values())}
-  pairs = [values[seed] - base[seed] for seed in values if seed in base] if base is not None else []
-  found["difference"] = _difference(pairs) if pairs else None
-  return found
+  cells = cells_of(figures, base=table.base)
+  rows = [
+    _row(row, cells[place], is_base=place == table.base, runs=runs[place]) for place, row in enumerate(table.rows)
+  ]
+  differences = [
+    significance.Difference(**cell["difference"]) for row in cells for cell in row.values() if cell["difference"]
+  ]
+  return {"title": table.title, "rows": rows, "count": significance.as_json(significance.count(differences))}
 
 
-def _moments(values: Iterable[float]) -> dict[str, Any]:
-  numbers = [*values]
+def cells_of(figures: Sequence[Figures], *, base: int) -> list[dict[str, dict[str, Any]]]:
+  """Of each row, column -> cell.
+
+  Args:
+    figures: of each row.
+    base: the number of the row that the others are compared with.
+
+  Returns:
+    Cells of values, mean, sd (of a sample; None of one value), n; and `difference`, that to the base row over the seeds
+    that both have, as `significance.Difference` with Holm's correction over all of these cells; None without a common
+    seed, and in the base row.
+  """
+  places, pairs = [], []
+  for place, row in enumerate(figures):
+    for name, values in row.items():
+      others = figures[base][name]
+      common = [values[seed] - others[seed] for seed in values if seed in others]
+      if common and place != base:
+        places.append((place, name))
+        pairs.append(common)
+  found = significance.correct([significance.paired(each) for each in pairs])
+  differences = {place: significance.as_json(each) for place, each in zip(places, found, strict=True)}
+  return [
+    {name: {**_moments(values), "difference": differences.get((place, name))} for name, values in row.items()}
+    for place, row in enumerate(figures)
+  ]
+
+
+def _moments(values: Mapping[int, float]) -> dict[str, Any]:
+  numbers = [*values.values()]
   mean = statistics.fmean(numbers) if numbers else None
-  return {"mean": mean, "sd": statistics.stdev(numbers) if len(numbers) > 1 else None, "n": len(numbers)}
-
-
-def _difference(pairs: Sequence[float]) -> dict[str, Any]:
-  moments = _moments(pairs)
-  error = None if moments["sd"] is None else moments["sd"] / math.sqrt(moments["n"])
-  within = None if error is None else moments["mean"] == 0 or abs(moments["mean"]) < 2 * error
-  return {"mean": moments["mean"], "se": error, "n": moments["n"], "within_noise": within}
+  sd = statistics.stdev(numbers) if len(numbers) > 1 else None
+  return {"values": {str(seed): value for seed, value in values.items()}, "mean": mean, "sd": sd, "n": len(numbers)}
 
 
 def _table(
   plan: Plan, table: Table, results: Mapping[Run, Results | None], columns: Sequence[Column]
 ) -> dict[str, Any]:
-  figures = [_figures(plan, table, place, results, columns) for place in range(len(table.rows))]
-  rows = []
-  for place, row in enumerate(table.rows):
-    is_base = place == table.base
-    against = {} if is_base else figures[table.base]
-    cells = {name: cell(values, against.get(name)) for name, values in figures[place].items()}
-    rows.append(_row(row, cells, is_base=is_base, runs=[run.name for run in plan.rows[table.name, place]]))
-  return {"title": table.title, "rows": rows}
+  places = range(len(table.rows))
+  figures = [_figures(plan, table, place, results, columns) for place in places]
+  return table_of(table, figures, [[run.name for run in plan.rows[table.name, place]] for place in places])
 
 
 def _figures(
   plan: Plan, table: Table, place: int, results: Mapping[Run, Results | None], columns: Sequence[Column]
-) -> dict[str, dict[int, float]]:
-  """Column -> seed -> figure, of the runs of a row that are finished and measure it."""
+) -> Figures:
+  """Of the runs of a row that are finished and measure it."""
   found: dict[str, dict[int, float]] = {column.name: {} for column in columns}
   for seed, run in zip(plan.seeds, plan.rows[table.name, place], strict=True):
     for column in columns:

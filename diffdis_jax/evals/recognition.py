@@ -1,7 +1,8 @@
 """Do generated images show what was asked for? A classifier of real, labelled images names them.
 
 `agreement.py` asks the same of rendered shapes, whose judge is all but perfect. Here the judge errs too, so its own
-accuracy on real images that it was not trained on stands beside every figure.
+accuracy on real images that it was not trained on stands beside every figure. Most of what it was trained on the
+generator was trained on as well; how many generated images are near to copies of that stands there too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from PIL import Image
 from diffdis_jax.data import sources, transforms
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, check_number
-from diffdis_jax.evals import base, prompts
+from diffdis_jax.evals import base, copies, prompts
 
 JUDGE_SIZE = 32  # pixels: the classifier sees every image at this size
 PARTS = 4  # along each side: the classifier takes features' means over so many parts
@@ -119,7 +120,7 @@ class Recognition:
 
   Args:
     data: section of a data source, as `data.sources.open_source` takes it. One image or more is generated for each of
-      the classes of its split.
+      the classes of its split, which should be what the generator was trained on: copies are looked for there.
     splits: of the same data, on whose images the classifier is trained and measured; all of them are held in memory.
     label_field: the record's field with the class's name.
     template: the prompt, `{}` for the name.
@@ -165,6 +166,7 @@ class Recognition:
     self._seed, self._epochs = seed, epochs
     self._trained, self._measured = _divide(len(self._labels), held_out=held_out, seed=seed)
     self._judge: tuple[Classifier, dict[str, float]] | None = None
+    self._own: tuple[copies.OwnDistances, dict[str, float]] | None = None
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""
@@ -198,15 +200,37 @@ class Recognition:
       logging.info("the judge names %.1f %% of the real images held out", 100 * self._judge[1]["judge_acc1"])
     return self._judge
 
+  def get_own_distances(self) -> tuple[copies.OwnDistances, dict[str, float]]:
+    """Those of the classes' images in the split of `data`, and real_nearer_than_own, the share of the other splits'.
+
+    The latter is what images that were not trained on come to; without other splits there is none.
+    """
+    if self._own is None:
+      every = [np.arange(len(source)) for source in self._sources]
+      squares = [base.Images(source, rows, JUDGE_SIZE)[rows] for source, rows in zip(self._sources, every, strict=True)]
+      labels, others = np.split(self._labels, [len(squares[0])])
+      own = copies.OwnDistances(squares[0], labels, num_classes=len(self.classnames))
+      share = own.share_nearer(np.concatenate(squares[1:]), others) if squares[1:] else None
+      self._own = own, {} if share is None else {"real_nearer_than_own": share}
+    return self._own
+
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """recognised_acc1 and _acc5 of generated images; judge_acc1 and _acc5 of real ones that it was not trained on."""
-    model, own = self.get_judge()
+    """recognised_acc1 and _acc5 of generated images; judge_acc1 and _acc5 of real ones that it was not trained on.
+
+    Then nearer_than_own: the share of generated images whose nearest image in the split of `data` is nearer than any
+    two of their class there are to each other, at JUDGE_SIZE; and the same of real images of the other splits. Each is
+    left out where no class has two.
+    """
+    model, measured = self.get_judge()
     classes = np.tile(self._drawn, self._per_class)
     texts = [prompts.fill(self._template, self.classnames[k]) for k in classes]
     noise = inference.noise(len(classes), self._seed)
     images = inference.generate(params, Tokenizer(inference.max_length)(texts), noise)
-    logits = classify(model, np.stack([base.to_square(image, JUDGE_SIZE) for image in images]))
-    return {**_shares("recognised", ranks(logits, classes)), **own}
+    squares = np.stack([base.to_square(image, JUDGE_SIZE) for image in images])
+    own, real = self.get_own_distances()
+    share = own.share_nearer(squares, classes)
+    nearer = {} if share is None else {"nearer_than_own": share}
+    return {**_shares("recognised", ranks(classify(model, squares), classes)), **measured, **nearer, **real}
 
 
 def _divide(n: int, *, held_out: float, seed: int) -> tuple[Int[np.ndarray, " a"], Int[np.ndarray, " b"]]:

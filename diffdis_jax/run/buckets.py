@@ -25,6 +25,9 @@ from etils import epath
 
 from diffdis_jax.errors import UserError
 
+# Where TensorFlow is installed, etils would read buckets by it: take one way on every machine. etils looks once, at the
+# first path that is asked anything.
+os.environ.setdefault("EPATH_USE_TF", "false")
 SCHEME = "gs://"
 _ADDRESS = re.compile(r"([A-Za-z][\w+.-]*):/+")  # with one slash too, which nobody means for a folder of that name
 _BUCKET = re.compile(r"gs://[^/]+")
@@ -78,8 +81,6 @@ def _configure() -> None:
   """Once in each process, before etils opens a bucket."""
   from fsspec import config
 
-  # Where TensorFlow is installed, etils would read buckets by it: take one way on every machine.
-  os.environ["EPATH_USE_TF"] = "false"
   # Without credentials gcsfs would ask at each access which kind the bucket is. This is right for all but Rapid ones.
   os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   # What it logs with a traceback it raises too, for whoever asked.

@@ -35,7 +35,7 @@ def empty_folder(out: str | os.PathLike[str]) -> epath.Path:
     raise UserError(f"--out={folder} is a file; it should be a folder, absent or empty")
   if folder.is_dir() and any(folder.iterdir()):
     raise UserError(f"--out={folder} is not empty; give a new folder")
-  if os.path.ismount(folder):
+  if not buckets.is_url(folder) and pathlib.Path(folder).is_mount():
     raise UserError(f"--out={folder} is where a disk is mounted; give a folder in it, such as {folder / 'out'}")
   return folder
 

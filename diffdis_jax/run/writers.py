@@ -41,17 +41,18 @@ class Writer:
 
   def __init__(self, path: epath.Path, mirror: buckets.Mirror | None = None, tracker: Tracker | None = None) -> None:
     self._path, self._mirror, self._tracker = path, mirror, tracker
-    appended = mirror.folder if mirror else pathlib.Path(path)
-    self._lines = (appended / "metrics.jsonl").open("a", encoding="utf-8")
-    self._events = _Events(appended)
+    self._appended = mirror.folder if mirror else pathlib.Path(path)
+    # TensorBoard reads a run's files in the order of their names: of two starts within a second the later one last.
+    self._events = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+    self._write_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     """One line of metrics.jsonl and one point of every TensorBoard curve. A value that is not finite becomes null."""
     numbers = {name: np.asarray(value).item() for name, value in values.items()}
     line = {"step": step, **{name: x if math.isfinite(x) else None for name, x in numbers.items()}}
-    self._lines.write(json.dumps(line, allow_nan=False) + "\n")
-    self._lines.flush()
-    self._events.write(step, [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()])
+    with (self._appended / "metrics.jsonl").open("a", encoding="utf-8") as file:
+      file.write(json.dumps(line, allow_nan=False) + "\n")
+    self._write_values(step, [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()])
     if self._mirror:
       self._mirror.copy_if_due()
     if self._tracker:
@@ -65,7 +66,7 @@ class Writer:
     files.write_whole(self._path / "samples" / f"{name}_{step:08d}.png", buffer.getvalue())
     height, width, channels = image.shape
     png = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=buffer.getvalue())
-    self._events.write(step, [Summary.Value(tag=name, image=png)])
+    self._write_values(step, [Summary.Value(tag=name, image=png)])
     if self._tracker:
       self._tracker.image(step, name, image)
 
@@ -76,12 +77,17 @@ class Writer:
       self._mirror.copy()
 
   def close(self) -> None:
-    self._lines.close()
-    self._events.close()
     if self._mirror:
       self._mirror.close()
     if self._tracker:
       self._tracker.close()
+
+  def _write_values(self, step: int, values: list[Summary.Value]) -> None:
+    self._write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+  def _write_event(self, event: Event) -> None:
+    with (self._appended / self._events).open("ab") as file:
+      RecordWriter(file).write(event.SerializeToString())
 
 
 class _NoWriter(Writer):
@@ -101,26 +107,6 @@ class _NoWriter(Writer):
 
   def close(self) -> None:
     pass
-
-
-class _Events:
-  """A file of TensorBoard's events. Each event is in the file when `write` returns."""
-
-  def __init__(self, folder: pathlib.Path) -> None:
-    # TensorBoard reads a run's files in the order of their names: of two starts within a second the later one last.
-    name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-    self._file = RecordWriter((folder / name).open("wb"))
-    self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
-
-  def write(self, step: int, values: list[Summary.Value]) -> None:
-    self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-
-  def _append(self, event: Event) -> None:
-    self._file.write(event.SerializeToString())
-    self._file.flush()
-
-  def close(self) -> None:
-    self._file.close()
 
 
 def open_writer(

@@ -9,45 +9,74 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from diffdis_jax.ablations import columns, outlook, render, summary, tables
 from diffdis_jax.ablations.folder import Folder, State
-from diffdis_jax.ablations.summary import cell
 from diffdis_jax.errors import UserError
 from tests.ablations.synthetic import base, make_plan, write
 
 
+def difference_of(values, base):
+  """The cell of the first of two rows of one column, the second of which is the base."""
+  found, against = summary.cells_of([{"top-1": values}, {"top-1": base}], base=1)
+  assert against["top-1"]["difference"] is None
+  return found["top-1"]
+
+
 def test_a_cell_by_hand():
   """Values 90, 92, 97: mean 93, variance (9 + 1 + 16) / 2 = 13. Differences to 88, 91, 91: 2, 1, 6, mean 3, variance
-  (1 + 4 + 9) / 2 = 7, standard error sqrt(7 / 3) = 1.5275, of which 3 is less than twice."""
-  found = cell({0: 90.0, 1: 92.0, 2: 97.0}, {0: 88.0, 1: 91.0, 2: 91.0})
+  (1 + 4 + 9) / 2 = 7, standard error sqrt(7 / 3) = 1.5275; 4.3027 of them, t(0.975, 2), are 6.572."""
+  found = difference_of({0: 90.0, 1: 92.0, 2: 97.0}, {0: 88.0, 1: 91.0, 2: 91.0})
   assert found["values"] == {"0": 90.0, "1": 92.0, "2": 97.0}
   assert (found["mean"], found["n"]) == (93.0, 3) and math.isclose(found["sd"], math.sqrt(13))
-  assert found["difference"]["mean"] == 3.0 and math.isclose(found["difference"]["se"], math.sqrt(7 / 3))
-  assert found["difference"]["within_noise"] is True
+  difference = found["difference"]
+  assert difference["mean"] == 3.0 and math.isclose(difference["se"], math.sqrt(7 / 3))
+  np.testing.assert_allclose([difference["low"], difference["high"]], [3 - 6.572, 3 + 6.572], atol=1e-3)
+  assert difference["p_holm"] == difference["p"] > 0.05 and not difference["is_significant"]
 
 
 @pytest.mark.parametrize(
   "values, other, difference",
   [
-    ({0: 5.0, 1: 7.0}, {0: 2.0, 1: 5.0}, {"mean": 2.5, "se": 0.5, "n": 2, "within_noise": False}),
+    # Two standard errors away five times over, which of one degree of freedom is 1 in 8.
+    ({0: 5.0, 1: 7.0}, {0: 2.0, 1: 5.0}, {"mean": 2.5, "se": 0.5, "n": 2, "is_significant": False}),
     # Seeds that only one of the rows has are left out of the pairs.
-    ({0: 5.0, 1: 7.0}, {1: 5.0, 2: 100.0}, {"mean": 2.0, "se": None, "n": 1, "within_noise": None}),
-    ({0: 5.0}, {1: 5.0}, None),
-    ({}, {0: 5.0}, None),
-    ({0: 5.0}, None, None),
-    # Equal in every seed: nothing but noise, though the standard error is 0. A constant gain is none.
-    ({0: 5.0, 1: 6.0}, {0: 5.0, 1: 6.0}, {"mean": 0.0, "se": 0.0, "n": 2, "within_noise": True}),
-    ({0: 5.0, 1: 6.0}, {0: 4.0, 1: 5.0}, {"mean": 1.0, "se": 0.0, "n": 2, "within_noise": False}),
+    ({0: 5.0, 1: 7.0}, {1: 5.0, 2: 100.0}, {"mean": 2.0, "se": None, "n": 1, "p": None, "is_significant": False}),
+    # Equal in every seed, or a constant gain: there is no spread to judge by.
+    ({0: 5.0, 1: 6.0}, {0: 5.0, 1: 6.0}, {"mean": 0.0, "se": 0.0, "n": 2, "p": None, "is_significant": False}),
+    ({0: 5.0, 1: 6.0}, {0: 4.0, 1: 5.0}, {"mean": 1.0, "se": 0.0, "n": 2, "p": None, "is_significant": False}),
+    (
+      {0: 5.0, 1: 7.0, 2: 6.0},
+      {0: 3.0, 1: 5.1, 2: 3.9},
+      {"mean": pytest.approx(2.0), "n": 3, "is_significant": True},
+    ),
   ],
 )
 def test_pairs(values, other, difference):
-  assert cell(values, other)["difference"] == difference
+  assert difference.items() <= difference_of(values, other)["difference"].items()
+
+
+@pytest.mark.parametrize("values, other", [({0: 5.0}, {}), ({}, {0: 5.0}), ({0: 5.0}, {1: 5.0})])
+def test_rows_without_a_common_seed_have_no_difference(values, other):
+  assert difference_of(values, other)["difference"] is None
 
 
 def test_a_row_without_runs_is_blank():
-  found = cell({}, {0: 1.0})
-  assert found == {"values": {}, "mean": None, "sd": None, "n": 0, "difference": None}
+  assert difference_of({}, {0: 1.0}) == {"values": {}, "mean": None, "sd": None, "n": 0, "difference": None}
+
+
+def test_holm_is_over_all_cells_of_a_table():
+  """Three rows and two columns: four differences to the base row, whose p is that of scipy."""
+  rng = np.random.default_rng(0)
+  figures = [{name: dict(enumerate(rng.normal(size=4).tolist())) for name in ("a", "b")} for _ in range(3)]
+  cells = summary.cells_of(figures, base=1)
+  found = [cells[place][name]["difference"] for place in (0, 2) for name in ("a", "b")]
+  pairs = [([*figures[place][name].values()], [*figures[1][name].values()]) for place in (0, 2) for name in ("a", "b")]
+  p = [stats.ttest_rel(ours, base).pvalue for ours, base in pairs]
+  np.testing.assert_allclose([each["p"] for each in found], p)
+  least = int(np.argmin(p))
+  np.testing.assert_allclose(found[least]["p_holm"], min(1.0, 4 * p[least]))
 
 
 def summarised(plan, folder):
@@ -121,14 +150,28 @@ def test_the_papers_figures_stand_under_ours(tmp_path):
   assert "| *paper* | 12.02 | 21.73 | 27.56 |" in lines and "|  | FID ↓ | ImageNet top-1 ↑ | mean R@1 ↑ |" in lines
 
 
-def test_within_noise_is_said(tmp_path):
-  plan, folder = make_plan(names=["4"], seeds=(0, 1)), Folder(tmp_path)
-  for seed in (0, 1):
-    write(folder, plan.rows["4", 0][seed], {"test": (0.80, 0.86)[seed], "unseen": (0.1, 0.2)[seed]})
-    write(folder, plan.rows["4", 1][seed], {"test": (0.82, 0.83)[seed], "unseen": (0.3, 0.41)[seed]})
-  text = render.markdown(summarised(plan, folder))
-  # Differences of test: -2 and 3, mean 0.5, standard error 2.5; of unseen: -20 and -21, mean -20.5, standard error 0.5.
-  assert "| +0.50 ± 2.50, *within noise* | -20.50 ± 0.50 |" in text
+def test_only_what_survives_is_bold(tmp_path):
+  """Differences of test: -2, 3 and -1; of unseen: -20, -20.2 and -20.1, t 348, p 8e-6, which Holm doubles. The three
+  other columns are 50 in all runs and count for nothing."""
+  plan, folder = make_plan(names=["4"]), Folder(tmp_path)
+  for seed in range(3):
+    write(folder, plan.rows["4", 0][seed], {"test": (0.80, 0.86, 0.80)[seed], "unseen": (0.1, 0.2, 0.3)[seed]})
+    write(folder, plan.rows["4", 1][seed], {"test": (0.82, 0.83, 0.81)[seed], "unseen": (0.3, 0.402, 0.501)[seed]})
+  found = summarised(plan, folder)
+  text = render.markdown(found)
+  equal = "+0.00 in every seed, *undecided*"
+  assert (
+    f"| − base | {equal} | {equal} | +0.00 [-6.57, +6.57], p 1.000, Holm 1.000, *undecided*, MDE 8.6 |"
+    f" **-20.10 [-20.35, -19.85], p < 0.001, Holm < 0.001** | {equal} |"
+  ) in text
+  assert "\n1 of 2 differences bold; chance alone makes any bold in at most 5 % of such tables. " in text
+  assert "Before Holm's correction 1 have p < 0.05; chance gives 0.1." in text
+  assert found["tables"]["4"]["count"] == {
+    "differences": 2,
+    "significant": 1,
+    "uncorrected": 1,
+    "uncorrected_by_chance": pytest.approx(0.1),
+  }
 
 
 def test_columns_of_the_emoji_and_a_choice_of_them():

@@ -1,9 +1,11 @@
 """The long-tailed shapes: counts, groups, sentences."""
 
+import collections
+
 import numpy as np
 import pytest
 
-from diffdis_jax.data import long_tail, shapes_lt, sources
+from diffdis_jax.data import long_tail, shapes, shapes_lt, sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.long_tail import in_group
 
@@ -19,6 +21,17 @@ def test_counts_are_a_long_tail(seed):
 
 def test_the_seed_decides_which_class_is_rare():
   assert (shapes_lt.counts(0) != shapes_lt.counts(1)).any()
+
+
+@pytest.mark.parametrize("seed, seen", [(0, 27), (1, 28), (2, 29)])
+def test_most_low_classes_are_not_rare_in_the_start(seed, seen):
+  """Of 32; a start of 300 steps of 48 pairs sees some 257 images of each class that `shapes` trains on."""
+  start = shapes.Shapes(split="train", image_size=16)
+  assert len(start) > 300 * 48  # no image twice
+  counts = collections.Counter(start[i]["label"] for i in range(56 * 5))
+  assert {*counts.values()} == {5} and round(300 * 48 / len(counts)) == 257
+  low = np.flatnonzero(in_group(shapes_lt.counts(seed), "low"))
+  assert len(low) == 32 and sum(shapes_lt.CLASSNAMES[k] in counts for k in low) == seen
 
 
 @pytest.mark.parametrize("split, length", [("train", 2810), ("val", 1280), ("test", 1280)])

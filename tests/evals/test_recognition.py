@@ -11,7 +11,7 @@ from diffdis_jax import evals
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import recognition
+from diffdis_jax.evals import base, recognition
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "grey": (120, 120, 120)}
 
@@ -82,6 +82,31 @@ def test_what_was_not_asked_for_is_not_recognised(evaluation):
   one_wrong = evaluation.run(Painter(red="grey"), {})
   assert one_wrong["recognised_acc1"] == pytest.approx(2 / 3, abs=0.1)
   assert one_wrong["judge_acc1"] == evaluation.get_judge()[1]["judge_acc1"]  # trained once
+
+
+def test_copies_of_training_images_are_counted(evaluation, monkeypatch):
+  """A generator that returns training images has a share of 1; one of new discs that of real images, by brute force."""
+  training = np.stack([base.to_square(record["image"], 32) for record in SPLITS["train"]])
+  names = [record["label"] for record in SPLITS["train"]]
+  others = np.stack([base.to_square(record["image"], 32) for record in SPLITS["other"] if record["label"] != "grey"])
+
+  def share(images, labels):
+    distance = lambda a, b: ((a.astype(int) - b.astype(int)) ** 2).sum()
+    own = {name: training[[i for i, other in enumerate(names) if other == name]] for name in {*names}}
+    least = {name: min(distance(a, b) for i, a in enumerate(x) for b in x[:i]) for name, x in own.items()}
+    return np.mean([min(distance(image, x) for x in training) < least[k] for image, k in zip(images, labels)])
+
+  monkeypatch.setattr(recognition, "classify", lambda model, images: np.zeros((len(images), 4), np.float32))
+  monkeypatch.setattr(evaluation, "get_judge", lambda: (None, {}))
+  painter = Painter()
+  metrics = evaluation.run(painter, {})
+  fresh = [base.to_square(paint(name, 1000 + i), 32) for i, name in enumerate(painter.asked)]
+  assert metrics["nearer_than_own"] == pytest.approx(share(fresh, painter.asked))
+  assert metrics["real_nearer_than_own"] == pytest.approx(share(others, ["red"] * len(others)))
+  monkeypatch.setattr(
+    painter, "generate", lambda params, tokens, noise: np.stack([record["image"] for record in SPLITS["train"]][:15])
+  )
+  assert evaluation.run(painter, {})["nearer_than_own"] == 1.0
 
 
 def test_the_protocol_says_what_the_judge_saw(evaluation):

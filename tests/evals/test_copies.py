@@ -1,0 +1,59 @@
+"""Against loops over whole numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diffdis_jax.evals import copies
+
+
+def brute_force(images, labels, training, training_labels) -> float:
+  """The share by the definition, in Python's whole numbers."""
+  distance = lambda a, b: sum((int(x) - int(y)) ** 2 for x, y in zip(a.flat, b.flat, strict=True))
+  nearer = []
+  for image, label in zip(images, labels, strict=True):
+    own = [x for x, k in zip(training, training_labels, strict=True) if k == label]
+    pairs = [distance(a, b) for i, a in enumerate(own) for b in own[:i]]
+    if pairs:
+      nearer.append(min(distance(image, x) for x in training) < min(pairs))
+  return sum(nearer) / len(nearer)
+
+
+def test_the_share_is_that_of_brute_force(monkeypatch):
+  """Five classes, of which the last has one image and is left out; several blocks of rows; both answers occur."""
+  monkeypatch.setattr(copies, "ROWS", 7)
+  rng = np.random.default_rng(0)
+  labels = np.array([0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4])
+  centres = rng.integers(60, 196, (5, 4, 4, 3))
+  painted = lambda k: (centres[k] + rng.integers(-60, 61, (len(k), 4, 4, 3))).astype(np.uint8)
+  training, asked = painted(labels), rng.integers(0, 5, 40)
+  images = painted(asked)
+  images[:15] = np.clip(training[rng.integers(0, 11, 15)] + rng.integers(0, 30, (15, 4, 4, 3)), 0, 255)
+  found = copies.OwnDistances(training, labels, num_classes=5).share_nearer(images, asked)
+  assert found == brute_force(images, asked, training, labels)
+  assert 0.1 < found < 0.9
+
+
+def test_a_copy_of_any_training_image_counts_and_a_tie_does_not():
+  training = np.zeros((4, 2, 2, 3), np.uint8)
+  training[1, 0, 0, 0], training[2], training[3] = 1, 200, 210
+  own = copies.OwnDistances(training, np.array([0, 0, 1, 1]), num_classes=2)
+  as_far = training[0].copy()
+  as_far[1, 1, 2] = 1  # 1 away from the first, as the two of its class are from each other
+  assert own.share_nearer(np.stack([training[0], training[2], as_far]), np.zeros(3, int)) == pytest.approx(2 / 3)
+  assert own.share_nearer(training[3:], np.array([1])) == 1.0
+
+
+def test_without_pairs_there_is_no_share():
+  training = np.zeros((2, 2, 2, 3), np.uint8)
+  own = copies.OwnDistances(training, np.array([0, 2]), num_classes=4)
+  assert own.share_nearer(training, np.array([0, 3])) is None
+
+
+def test_distances_are_exact():
+  """Where f32 would be off by hundreds: white images that differ by 1 in one byte."""
+  white = np.full((1, 32, 32, 3), 255, np.uint8)
+  other = white.copy()
+  other[0, 5, 5, 1] = 254
+  assert copies.squared_distances(white, np.concatenate([white, other])).tolist() == [[0.0, 1.0]]

@@ -1,0 +1,248 @@
+"""A run whose folder is in a bucket, as a user types it: it ends in the same bits as one on a disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffdis_jax import prepare_data
+from diffdis_jax.data import copies, sources
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import buckets, checkpoint
+from tests import raw_pairs
+from tests.command_runs import ROOT, SAVE_EVERY, STEPS, call, joint_flags
+from tests.test_resume import kill_when, metrics, restore
+
+pytest_plugins = ("tests.command_runs", "tests.bucket_server", "tests.untrained")
+# Of sessions that gcsfs's own thread holds to the end.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def url(bucket):
+  return f"{bucket}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def on_a_bucket(environment, bucket_environment):
+  return environment | bucket_environment
+
+
+def assert_same_end(run, whole):
+  assert metrics(run) == metrics(whole)
+  (expected, next_batch), (found, next_found) = restore(whole), restore(run)
+  np.testing.assert_array_equal(next_found, next_batch)
+  for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
+    assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
+
+
+def succeed(verb, environment, *flags):
+  done = call(verb, environment, *flags)
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+def test_a_run_is_killed_resumes_and_is_used(tmp_path, url, on_a_bucket, environment, joint_run, autoencoder_run):
+  command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), f"--workdir={url}"]
+  kill_when(command, on_a_bucket, lambda: (checkpoint.latest_step(url) or 0) >= SAVE_EVERY)
+  assert SAVE_EVERY <= checkpoint.latest_step(url) < STEPS
+  done = subprocess.run(command, cwd=ROOT, env=on_a_bucket, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert_same_end(buckets.path(url), pathlib.Path(joint_run))
+  assert not list(ROOT.glob("gs:*"))
+
+  one = ["--tasks=zero_shot", "--num_images=16"]
+  succeed("evaluate", on_a_bucket, f"--workdir={url}", *one, f"--out={url}/eval.json")
+  succeed("evaluate", environment, f"--workdir={joint_run}", *one, f"--out={tmp_path}/eval.json")
+  found, expected = (json.loads((path / "eval.json").read_text()) for path in (buckets.path(url), tmp_path))
+  for task, datasets in expected.items():
+    for name, record in datasets.items():
+      assert found[task][name]["metrics"] == record["metrics"]
+
+  prompt = "--prompt=a red star"
+  succeed("generate", on_a_bucket, f"--workdir={url}", prompt, f"--out={url}/drawn")
+  succeed("generate", environment, f"--workdir={joint_run}", prompt, f"--out={tmp_path}/drawn")
+  assert (buckets.path(url) / "drawn" / "00000.png").read_bytes() == (tmp_path / "drawn" / "00000.png").read_bytes()
+
+  succeed("report", on_a_bucket, f"--workdir={url}", f"--out={tmp_path}/report.html")
+  assert "zero_shot" in (tmp_path / "report.html").read_text()
+
+  refused = call("train", on_a_bucket, *joint_flags(autoencoder_run), f"--workdir={url}", "--config.seed=3")
+  assert refused.returncode == 2
+  assert refused.stderr.splitlines()[-1].startswith(f"error: {url} holds a run of another config: seed is 0 there")
+
+
+def test_two_processes_one_of_which_is_killed(tmp_path, url, on_a_bucket, environment):
+  fields = {"num_steps": 12, "save_every": 4, "log_every": 1, "data.loader.num_threads": 0}
+  train = [sys.executable, "-m", "diffdis_jax.train", "--config=tests/tiny.py:autoencoder"]
+  train += [f"--config.{name}={value}" for name, value in fields.items()]
+  launch = ["launch/local.sh", "-n", "2", "-d", "1", "--max-restarts", "2", "--"]
+  whole = [*launch, *train, f"--workdir={tmp_path / 'whole'}"]
+  subprocess.run(whole, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
+
+  log = (tmp_path / "log").open("w")
+  launcher = subprocess.Popen([*launch, *train, f"--workdir={url}"], cwd=ROOT, env=on_a_bucket, stdout=log, stderr=log)
+  deadline = time.monotonic() + 300
+  while not checkpoint.latest_step(url):
+    assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+    time.sleep(0.01)
+  for stat in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    try:
+      named = stat.read_bytes().split(b"\0")
+    except OSError:
+      continue
+    if f"--workdir={url}".encode() in named and b"diffdis_jax.train" in named and b"launch/local.sh" not in named:
+      os.kill(int(stat.parent.name), signal.SIGKILL)
+      break
+  assert launcher.wait(300) == 0, (tmp_path / "log").read_text()
+  assert (tmp_path / "log").read_text().count("host 0 of 2") == 2
+  assert_same_end(buckets.path(url), tmp_path / "whole")
+
+
+def test_a_second_run_is_refused(url, on_a_bucket):
+  code = f"from diffdis_jax.run import workdir\nwith workdir.Lock({url!r}):\n  print('locked', flush=True)\n  input()"
+  holder = subprocess.Popen(
+    [sys.executable, "-c", code], env=on_a_bucket, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+  )
+  try:
+    assert holder.stdout.readline() == "locked\n"
+    done = call("train", on_a_bucket, "--config=tests/tiny.py:autoencoder", f"--workdir={url}")
+    assert done.returncode == 2, done.stderr
+    assert f"--workdir={url} is in use by process {holder.pid}" in done.stderr.splitlines()[-1]
+  finally:
+    holder.communicate("\n")
+  assert not buckets.files_below(url)
+
+
+def test_an_export_from_and_to_a_bucket(tmp_path, bucket, url, on_a_bucket, run):
+  # Its network is none that diffusers has: what is refused is refused there as on a disk.
+  buckets.upload(pathlib.Path(run), url)
+  assert checkpoint.latest_step(url) == 3
+  expected = call("export_weights", on_a_bucket, f"--workdir={run}", f"--out={tmp_path}/out")
+  found = call("export_weights", on_a_bucket, f"--workdir={url}", f"--out={url}-out")
+  assert (found.returncode, found.stderr) == (expected.returncode, expected.stderr)
+
+
+def write_raw(folder, pairs):
+  folder.mkdir()
+  files = {}
+  for i in range(pairs):
+    files |= {f"{i:03d}.png": raw_pairs.picture(i), f"{i:03d}.txt": f"picture {i}".encode()}
+  raw_pairs.write_tar(folder / "train-00000.tar", files)
+
+
+def test_data_are_prepared_to_a_bucket_and_read_back(tmp_path, url, on_a_bucket, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  on_a_bucket = on_a_bucket | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+  write_raw(tmp_path / "raw", 24)
+  source = f"--source={tmp_path / 'raw'}"
+  succeed("prepare_data", on_a_bucket, "pairs", source, f"--out={tmp_path / 'out'}", "--num_processes=1")
+  succeed("prepare_data", on_a_bucket, "pairs", source, f"--out={url}", "--num_processes=1")
+  assert set(buckets.files_below(url)) == {path.name for path in (tmp_path / "out").iterdir()}
+  assert not list((tmp_path / "cache" / "diffdis_jax" / "prepared").iterdir()) and not list(ROOT.glob("gs:*"))
+
+  again = call("prepare_data", on_a_bucket, "pairs", source, f"--out={url}")
+  assert (again.returncode, again.stderr) == (2, f"error: --out={url} holds a data set; name a new folder\n")
+
+  open_pairs = lambda path: sources.open_source(name="pairs", path=path, split="train", image_size=8)
+  there, here = open_pairs(url), open_pairs(str(tmp_path / "out"))
+  assert [there[i] for i in range(len(there))] == [here[i] for i in range(len(here))] and len(there) == 24
+
+  data = [f"--config.data.{name}={value}" for name, value in {"name": "pairs", "path": url}.items()]
+  few = ["--config=tests/tiny.py:autoencoder", "--config.num_steps=2", "--config.batch_size=8", *data]
+  succeed("train", on_a_bucket, *few, f"--workdir={tmp_path / 'run'}")
+  assert [line["step"] for line in metrics(tmp_path / "run")] == [2]
+
+
+def test_a_preparation_that_was_not_copied_whole_is_copied(tmp_path, url, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  written = []
+
+  def write(folder):
+    written.append(folder)
+    folder.mkdir(parents=True)
+    for name in ("a", "dataset_info.json", "card.json"):
+      (folder / name).write_text(name)
+
+  def killed(folder, to, *, last):
+    (buckets.path(to) / "a").write_text("a")
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(buckets, "upload", killed)
+    with pytest.raises(KeyboardInterrupt):
+      prepare_data.publish(write, url, finished="card.json")
+  prepare_data.publish(write, url, finished="card.json")
+  assert len(written) == 1 and not written[0].exists()
+  assert set(buckets.files_below(url)) == {"a", "dataset_info.json", "card.json"}
+  with pytest.raises(UserError, match="holds a data set"):
+    prepare_data.publish(write, url, finished="card.json")
+
+
+def test_a_copy_is_made_once_and_again_where_the_data_have_changed(tmp_path, url, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  contents = {
+    "dataset_info.json": "info",
+    "a-train.array_record-00000-of-00001": "train",
+    "a-test.array_record-00000-of-00001": "test",
+  }
+  for name, text in contents.items():
+    (buckets.path(url) / name).write_text(text)
+  downloaded = []
+  download = buckets.download
+  monkeypatch.setattr(buckets, "download", lambda wanted: (downloaded.append(sorted(wanted)), download(wanted)))
+
+  def copied(split=None):
+    copies._copied.cache_clear()
+    downloaded.clear()
+    folder = pathlib.Path(copies.folder_of(url, split=split))
+    return {path.name: path.read_text() for path in folder.iterdir() if path.name in contents}
+
+  assert copied() == {"dataset_info.json": "info"}
+  assert copied("train") == {name: text for name, text in contents.items() if "test" not in name}
+  assert downloaded == [[f"{url}/a-train.array_record-00000-of-00001"]]
+  copied("train")
+  assert not downloaded
+  (buckets.path(url) / "a-train.array_record-00000-of-00001").write_text("other")
+  assert copied("train")["a-train.array_record-00000-of-00001"] == "other"
+  monkeypatch.setattr(copies.shutil, "disk_usage", lambda folder: os.terminal_size((0, 0)) and _Usage)
+  with pytest.raises(UserError, match="needs 0.0 GB in .*, which has 0.0 GB left; set XDG_CACHE_HOME to a larger disk"):
+    copied("test")
+  monkeypatch.setenv(copies.IN_PLACE, "1")
+  assert copies.folder_of(url, split="test") == url
+
+
+class _Usage:
+  free = 3
+
+
+def test_a_source_that_stays_silent_is_named(caplog):
+  with copies.naming_silence(["gs://b/data"], patience=0.05):
+    time.sleep(0.13)
+  said = [record.getMessage() for record in caplog.records]
+  assert said[0] == "no data for 0 s from gs://b/data; still waiting" and len(said) == 2
+  with copies.naming_silence(["gs://b/data"], patience=5.0):
+    pass
+  with copies.naming_silence([], patience=0.0):
+    time.sleep(0.01)
+  assert len(caplog.records) == 2 and "silence" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_pictures_of_a_run_in_a_bucket(url):
+  from diffdis_jax.evals import samples
+
+  samples.save_grid(np.zeros((1, 8, 8, 3), np.uint8), ["a"], f"{url}/grid.png")
+  with (buckets.path(url) / "grid.png").open("rb") as file, Image.open(file) as image:
+    assert image.width >= 8
