@@ -56,7 +56,7 @@ def _copied(url: str, split: str | None) -> pathlib.Path:
   folder.mkdir(parents=True, exist_ok=True)
   with _one_process(folder):
     manifest = folder / "copied.json"
-    known = json.loads(manifest.read_text()) if manifest.exists() else {}
+    known = files.read_json(manifest) if manifest.exists() else {}
     missing = [name for name, facts in wanted.items() if not _is_there(folder / name, known.get(name), facts)]
     _check_room(url, folder, sum(wanted[name]["size"] for name in missing))
     for start in range(0, len(missing), _AT_ONCE):

@@ -105,7 +105,7 @@ def check_workdir(folder: str) -> None:
   if not there.is_dir():
     raise UserError(f"--workdir={folder} cannot be: {there} is a file; give a folder")
   if not os.access(there, os.R_OK | os.X_OK):
-    raise UserError(f"cannot read --workdir={folder}: {os.strerror(errno.EACCES)}; {there} belongs to someone else")
+    raise UserError(f"cannot read --workdir={folder}: {os.strerror(errno.EACCES)}; this user may not look into {there}")
 
 
 def check_out(out: str) -> None:

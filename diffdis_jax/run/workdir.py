@@ -207,10 +207,9 @@ def load_config(workdir: epath.PathLike) -> ConfigDict:
     UserError: no such folder, or no config.json of a run in it.
   """
   path = buckets.path(workdir)
-  if not path.is_dir():
-    raise UserError(f"no folder {workdir}; --workdir names the folder of a training run")
-  if not (path / "config.json").exists():
-    raise UserError(f"no config.json in {workdir}; --workdir names the folder of a training run")
+  if not (path / "config.json").exists():  # which raises for a bucket that is away, where `is_dir` says no
+    what = "config.json in" if path.is_dir() else "folder"
+    raise UserError(f"no {what} {workdir}; --workdir names the folder of a training run")
   config = _read(path)
   if missing := SECTIONS - config.keys():
     raise UserError(

@@ -129,3 +129,12 @@ def test_loading_what_is_no_run(tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="config.json is of no training run"):
       workdir.load_config(tmp_path)
+
+
+def test_a_bucket_that_is_away_is_no_missing_folder(tmp_path, monkeypatch):
+  def refuse(path):
+    raise ConnectionRefusedError(111, "Connection refused")
+
+  monkeypatch.setattr(type(workdir.buckets.path(tmp_path)), "exists", refuse)
+  with pytest.raises(ConnectionRefusedError):
+    workdir.load_config(tmp_path)
