@@ -49,6 +49,8 @@ def check_number(
   number = isinstance(value, (int, float)) and not isinstance(value, bool)
   if number and abs(value) < 2**63 and at_least <= value <= at_most and above < value < below:
     return
+  if number and isinstance(value, int) and value >= 2**63:
+    at_most = min(at_most, 2**63 - 1)
   limits = (("at least", at_least), ("above", above), ("at most", at_most), ("below", below))
   said = " and ".join(f"{words} {limit:.10g}" for words, limit in limits if math.isfinite(limit))
   raise UserError(f"{name} is {value!r}; it must be {said or 'a finite number'}")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float, Int
 
 from diffdis_jax.run import history
@@ -41,10 +42,12 @@ class Band:
 
 
 def read(lines: Sequence[str]) -> dict[str, Curve]:
-  """The curves of metrics.jsonl by metric. A line that is cut off is left out, and so is what is no number."""
+  """The curves of metrics.jsonl by metric. A line that is cut off is left out, and so is what is no number, with a
+  warning where it is not the last line, which may still be being written."""
   try:
     return _joined(_parsed(lines))
   except (TypeError, ValueError, OverflowError):
+    logging.warning("metrics.jsonl has text where numbers should be; it is left out")
     return _joined(map(history.metrics_of, lines))
 
 
@@ -71,6 +74,9 @@ def _parsed(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
     try:
       yield from json.loads(f"[{','.join(some)}]")
     except (ValueError, RecursionError):
+      before_last = some[: len(lines) - 1 - start]
+      if lost := sum(bool(line.strip()) and not history.parse(line) for line in before_last):
+        logging.warning("metrics.jsonl has %d lines that cannot be read; they are left out", lost)
       yield from map(history.parse, some)
 
 

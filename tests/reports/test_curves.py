@@ -37,9 +37,18 @@ def test_lines_are_read_alike_whether_one_of_them_is_broken_or_not(broken):
   ['"<img src=x>"', "[1]", '{"a": 1}', "1" + "0" * 400, '[["a"]]'],
   ids=["text", "list", "object", "huge", "deep"],
 )
-def test_what_is_no_number_is_left_out(value):
+def test_what_is_no_number_is_left_out(value, caplog):
   found = curves.read(['{"step": 1, "loss": 2.0, "lr": 1}', f'{{"step": 2, "loss": {value}, "lr": 2}}'])
   assert found["loss"].steps.tolist() == [1] and found["lr"].values.tolist() == [1.0, 2.0]
+  assert "text where numbers should be" in caplog.text
+
+
+def test_lines_that_cannot_be_read_are_counted_but_for_the_last(caplog):
+  lines = lines_of({"step": 1, "loss": 2.0})
+  curves.read([*lines, '{"step": 2, "lo'])
+  assert not caplog.text
+  curves.read(["{", '{"step":' * 20_000, *lines, "{"])
+  assert "metrics.jsonl has 2 lines that cannot be read" in caplog.text
 
 
 @pytest.mark.parametrize("step", ['"x"', "true", "-1", "1e400", "1" + "0" * 30, "[1]"])
