@@ -31,6 +31,8 @@ from diffdis_jax.run import config as run_config
 from diffdis_jax.run.progress import Progress
 from diffdis_jax.training import encode, losses
 
+MOST_ROWS = 2**16  # of a compiled call
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -197,7 +199,7 @@ class Inference:
     self.protocol: dict[str, Any] = ({} if network.is_clip else denoising) | precision
     self.generation_protocol = dict(steps=sampling.generation_steps, guidance=sampling.generation_guidance, **precision)
     self.mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
-    check_number("batch_size", batch_size, at_least=1)
+    check_number("batch_size", batch_size, at_least=1, at_most=MOST_ROWS)
     self.after_batch = after_batch
     self._batched = batches.Batches(self.mesh, batch_size, after_batch)
     self.batch_size = self._batched.size

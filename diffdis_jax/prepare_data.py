@@ -26,6 +26,7 @@ describe what was written.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -54,7 +55,7 @@ from diffdis_jax.data.prepare import (
 )
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
-from diffdis_jax.errors import UserError, parse_json, read_section
+from diffdis_jax.errors import UserError, check_type, parse_json, read_section
 from diffdis_jax.run import buckets, files
 from diffdis_jax.run import config as run_config
 
@@ -76,7 +77,7 @@ _OUT = flags.DEFINE_string(
 )
 _DATA = flags.DEFINE_string("data", None, "prepared data set, of `latents` and `card`")
 _WORKDIR = flags.DEFINE_string("workdir", None, "run or import whose autoencoder makes `latents`")
-_VIEWS = flags.DEFINE_integer("views", 1, "of each image in `latents`", lower_bound=1)
+_VIEWS = flags.DEFINE_integer("views", 1, "of each image in `latents`", lower_bound=1, upper_bound=1000)
 _AUGMENT = flags.DEFINE_string(
   "augment", None, 'of the views: JSON such as {"crop": "random", "flip": true}; by default data.augment of the run'
 )
@@ -202,6 +203,7 @@ def _augmentation(default: Mapping[str, Any]) -> Augmentation:
   fields = parse_json(_AUGMENT.value, f"--augment={_AUGMENT.value}") if _AUGMENT.value else default
   if not isinstance(fields, Mapping):
     raise UserError(f"--augment={_AUGMENT.value}: it should be an object of fields of data.augment")
+  check_type("augment", fields, dataclasses.asdict(Augmentation()))
   return read_section(Augmentation, fields, "augment")
 
 

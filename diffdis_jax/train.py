@@ -41,13 +41,16 @@ from diffdis_jax.training.build import build_step, read_long_tail
 from diffdis_jax.training.metrics import Metrics
 from diffdis_jax.training.step import Step, TrainState, is_running
 
+MOST_STEPS = 2**31 - 1  # which a step's number, an int32, counts to
+MOST_ROWS = 2**22  # of a global batch, far above any that was trained with
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pace:
   """How long a run is, and after how many steps what happens.
 
   Raises:
-    UserError: a number below one.
+    UserError: a number below one, or beyond what a run can have.
   """
 
   batch_size: int
@@ -59,7 +62,8 @@ class Pace:
 
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
-      check_number(field.name, getattr(self, field.name), at_least=1)
+      check_number(field.name, getattr(self, field.name), at_least=1, at_most=MOST_STEPS)
+    check_number("batch_size", self.batch_size, at_most=MOST_ROWS)
 
 
 @dataclasses.dataclass(frozen=True)

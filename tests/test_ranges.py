@@ -35,6 +35,8 @@ TOO_LARGE = {
   "data.loader.num_workers": 10**6,
   "data.loader.prefetch": 10**6,
   "num_steps": 10**400,
+  "image_size": 16384,
+  "batch_size": 10**12,
   "data.augment.shift": 1.5,
   "data.augment.rotation": 181.0,
   "data.augment.brightness": 1.5,

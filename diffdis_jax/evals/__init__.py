@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.data import sources
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, check_type
 from diffdis_jax.evals.agreement import Agreement
 from diffdis_jax.evals.base import Eval
 from diffdis_jax.evals.fid import Fid
@@ -25,6 +26,7 @@ EVALS = {
   "fid": Fid,
   "long_tail": LongTail,
 }
+_LIKE = {"int": 0, "float": 0.0, "bool": False}  # annotation of a setting -> a value of its type
 # What a run has to be trained for, one of them.
 MEASURES = {
   "zero_shot": ALIGNED,
@@ -68,3 +70,11 @@ def _check_takes(what: str, made: Callable[..., Any], settings: Any) -> None:
     taken.bind(**settings)
   except TypeError as error:
     raise UserError(f"{what}: {error}; it takes {', '.join(taken.parameters)}") from error
+  for name, value in settings.items():
+    kinds = str(taken.parameters[name].annotation).split(" | ") if name in taken.parameters else ["Any"]
+    if kinds == ["Any"] or (value is None and "None" in kinds):
+      continue
+    if kinds[0] in _LIKE:
+      check_type(f"{what}: {name}", value, _LIKE[kinds[0]])
+    elif not isinstance(value, str | Sequence | Mapping | os.PathLike):
+      raise UserError(f"{what}: {name} is {value!r}; it must be {' or '.join(kinds)}")

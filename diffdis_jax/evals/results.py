@@ -25,13 +25,21 @@ def read(path: str) -> Results:
   Raises:
     UserError: there is none, or it is something else.
   """
-  found = files.read_json(path, f"results from {path}")
+  try:
+    found = files.read_json(path)
+  except UserError as error:
+    raise UserError(f"cannot read results from {path}: {error}; it should be what evaluate --out wrote") from error
   tasks = found.values() if isinstance(found, dict) and found else [None]
   for task in tasks:
     for record in task.values() if isinstance(task, dict) else [None]:
-      if not isinstance(record, dict) or not RECORD <= record.keys():
+      if not _is_record(record):
         raise UserError(f"{path} holds no results of evaluate, which are {{task: {{data set: record}}}}")
   return found
+
+
+def _is_record(record: Any) -> bool:
+  named = isinstance(record, dict) and RECORD <= record.keys()
+  return named and all(isinstance(record[field], dict) for field in ("metrics", "protocol"))
 
 
 def is_mean(dataset: str) -> bool:

@@ -41,6 +41,7 @@ ALONE = {
   "class_contrastive": "an image and a text side",
   "long_tail_head": "the language-guided head",
 }
+MOST_PIXELS = 8192  # a side of an image, of which one row of a batch then has 0.2 GB
 HEAD_PREFIX = "head."  # of its parameters' paths
 # Objectives whose networks compare images with texts.
 ALIGNED = ("discrimination", "contrastive", *LONG_TAIL)
@@ -59,7 +60,7 @@ def check_objectives(objectives: Sequence[str]) -> None:
 
 def check_sizes(model: Model | ClipModel, *, objectives: Sequence[str], image_size: int, max_length: int) -> None:
   """Raises UserError for images and texts that the network cannot take."""
-  check_number("image_size", image_size, at_least=1)
+  check_number("image_size", image_size, at_least=1, at_most=MOST_PIXELS)
   if isinstance(model, ClipModel):
     stride = model.vision_encoder.patch
     why = f"patches of {stride} px do not tile it"

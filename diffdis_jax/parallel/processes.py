@@ -123,7 +123,8 @@ def _explicit(
 ) -> Processes | None:
   if coordinator_address is None or num_processes is None or process_id is None:
     raise UserError("--coordinator_address, --num_processes and --process_id go together; give all three of them")
-  if not re.fullmatch(r".+:\d+", coordinator_address):
+  port = re.fullmatch(r".+:(\d{1,5})", coordinator_address)
+  if port is None or not 0 < int(port[1]) < 2**16:
     raise UserError(f"--coordinator_address={coordinator_address} should be HOST:PORT, such as 10.0.0.1:8476")
   try:
     count, index = int(num_processes), int(process_id)

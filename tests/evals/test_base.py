@@ -71,3 +71,27 @@ def test_unknown_evaluation_and_unknown_setting():
     evals.create("zero_shot", data="path")
   with pytest.raises(UserError, match="data of evaluation retrieval: .*'pth'.*; it takes name, image_size"):
     evals.create("retrieval", data={"name": "pairs", "image_size": 8, "pth": "x"})
+
+
+@pytest.mark.parametrize(
+  "task, settings, message",
+  [
+    ("zero_shot", {"templates": 5}, "zero_shot: templates is 5; it must be Sequence"),
+    ("zero_shot", {"classnames": True}, "zero_shot: classnames is True; it must be "),
+    ("zero_shot", {"num_images": "many"}, "zero_shot: num_images is 'many'; it must be a whole number"),
+    ("zero_shot", {"only_classes_present": "yes"}, "only_classes_present is 'yes'; it must be True or False"),
+    ("retrieval", {"caption_field": 3}, "retrieval: caption_field is 3; it must be str"),
+    ("agreement", {"per_class": 1.5}, "agreement: per_class is 1.5; it must be a whole number"),
+    ("agreement", {"required_accuracy": "high"}, "required_accuracy is 'high'; it must be a number"),
+    (
+      "retrieval",
+      {"data": {"name": "shapes", "image_size": "big"}},
+      "retrieval: image_size is 'big'; it must be a whole",
+    ),
+    ("retrieval", {"data": {"name": 5, "image_size": 8}}, "retrieval: name is 5; it must be str"),
+  ],
+)
+def test_a_setting_of_another_type_is_one_line(task, settings, message):
+  data = {} if task == "agreement" else {"data": {"name": "shapes", "image_size": 8}}
+  with pytest.raises(UserError, match=message):
+    evals.create(task, **data | settings)

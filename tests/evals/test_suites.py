@@ -281,6 +281,10 @@ def test_side_by_side(tmp_path):
       tables.compare(wrong, str(tmp_path / "G.md"))
   with pytest.raises(UserError, match="should name the Markdown table to write"):
     tables.compare(paths, str(tmp_path / "G.json"))
+  fields = ", ".join(f'"{field}": 1' for field in ("dataset", "model", "pretrained", "task", "language", "protocol"))
+  (tmp_path / "c.json").write_text(f'{{"zero_shot": {{"dtd": {{"metrics": {{}}, {fields}}}}}}}')
+  with pytest.raises(UserError, match="c.json holds no results of evaluate"):
+    tables.compare([paths[0], str(tmp_path / "c.json")], str(tmp_path / "G.md"))
   (tmp_path / "c.json").write_text('{"zero_shot": {"dtd": {"metrics": 3}}}')
   with pytest.raises(UserError, match="c.json holds no results of evaluate"):
     tables.compare([paths[0], str(tmp_path / "c.json")], str(tmp_path / "G.md"))

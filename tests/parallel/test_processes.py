@@ -75,6 +75,8 @@ def test_a_tpu_vm_is_known_by_its_devices(monkeypatch, files, libtpu, found):
     ({"coordinator_address": "a:1"}, "go together; give all three"),
     ({"process_id": 0}, "go together; give all three"),
     ({"coordinator_address": "a", "num_processes": 2, "process_id": 0}, "should be HOST:PORT"),
+    ({"coordinator_address": "a:99999999", "num_processes": 2, "process_id": 0}, "should be HOST:PORT"),
+    ({"coordinator_address": "a:65536", "num_processes": 2, "process_id": 0}, "should be HOST:PORT"),
     ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, "should be from 0 to 1"),
     ({"coordinator_address": "a:1", "num_processes": "x", "process_id": 2}, "whole numbers"),
   ],
