@@ -132,7 +132,7 @@ def cache_file(config: str, platform: str, present: targets.Target | None) -> ep
       versions[name] = None
   asked = [FLAGS.topology, FLAGS.slices, platform, sorted(FLAGS.programs), FLAGS.search, FLAGS.num_pairs, FLAGS.epochs]
   kinds = [device.device_kind for device in present.devices] if present else []
-  flags_of_xla = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+  flags_of_xla = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", *targets.MEMORY_VARIABLES)]
   key = json.dumps([config, asked, kinds, versions, flags_of_xla, source.hexdigest()], sort_keys=True)
   home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   return epath.Path(home) / "diffdis_jax" / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import re
 
 import jax
@@ -159,6 +160,39 @@ def test_topologies():
     chips.of_kind("cpu")
 
 
+@pytest.mark.parametrize(
+  "kind, chip",
+  [
+    *(("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5e", "v5e"), ("TPU v5litepod", "v5e"), ("TPU v5", "v5p")),
+    *(("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"), ("TPU v6e", "v6e")),
+    *(
+      ("NVIDIA A100-SXM4-40GB", "a100-40"),
+      ("NVIDIA A100-SXM4-80GB", "a100"),
+      ("NVIDIA A100-PCIE-40GB", "a100pcie-40"),
+    ),
+    *(("NVIDIA A100 80GB PCIe", "a100pcie"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100pcie")),
+    *(("NVIDIA H100 NVL", "h100nvl"), ("NVIDIA H200", "h200"), ("NVIDIA B200", "b200"), ("NVIDIA L4", "l4")),
+    *(("NVIDIA A10G", "a10g"), ("NVIDIA GeForce RTX 4090", "rtx4090")),
+    # Of these nothing is known, and none is what its name begins with.
+    *((kind, None) for kind in ("TPU v2", "TPU v3", "TPU v4 lite", "TPU v7x", "TPU7x", "Tesla V100-SXM2-16GB", "cpu")),
+    *((f"NVIDIA {kind}", None) for kind in ("A10", "A100-SXM-64GB", "L40S", "GH200 480GB", "GB200", "H20", "H200 NVL")),
+    *((f"NVIDIA GeForce RTX 4090 {kind}", None) for kind in ("D", "Laptop GPU")),
+    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+  ],
+)
+def test_chips_are_what_jax_calls_them(kind, chip):
+  assert chips.find(kind) is (chips.CHIPS[chip] if chip else None)
+
+
+def test_cards_that_are_rented_in_single_hosts():
+  """24 GB cards; peak figures are of sums in f32, without sparsity."""
+  for name, tflops, gib in (("l4", 121, 24), ("a10g", 70, 24), ("rtx4090", 165.2, 24), ("a100-40", 312, 40)):
+    chip = chips.parse(f"{name}:8").chip
+    assert (chip.flops / 1e12, chip.memory / chips.GIB) == (tflops, gib)
+  with pytest.raises(UserError, match="unknown topology 'l4:8x2'.* l4: 1 2 4 8"):
+    chips.parse("l4:8x2")
+
+
 def test_platforms(monkeypatch):
   tpu, gpu = chips.parse("v5e:2x2"), chips.parse("h100:8")
   for installed in (set(), {"tpu"}, {"cuda"}):
@@ -170,6 +204,46 @@ def test_platforms(monkeypatch):
     targets.choose_platform("tpu", tpu)
   with pytest.raises(UserError, match="--platform=cuda cannot compile for v5e:2x2; take --platform=tpu or cpu"):
     targets.choose_platform("cuda", tpu)
+
+
+@pytest.fixture
+def no_fraction(monkeypatch):
+  for name in targets.MEMORY_VARIABLES:
+    monkeypatch.setenv(name, "")  # so that what is set is taken back
+  monkeypatch.setattr(jax.config, "update", lambda *setting: None)  # of platforms, which are chosen already
+  return monkeypatch
+
+
+def test_gpus_that_are_there_and_those_that_are_not_have_the_same_memory(no_fraction):
+  """JAX reads its variable when it first looks for devices."""
+
+  class Device:
+    device_kind = "NVIDIA H100 80GB HBM3"
+
+    def memory_stats(self):
+      return {"bytes_limit": float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) * gpus.GPUS["h100"].memory}
+
+  no_fraction.setattr(jax, "devices", lambda platform, own=jax.devices: own() if platform == "cpu" else [Device()])
+
+  def judged() -> list[float]:
+    targets.prepare("cuda", None, 1)
+    absent = targets.find("cpu", chips.parse("h100:8"), 1)
+    return [targets.find("cuda", None, 1).chip.memory, absent.chip.memory]
+
+  assert judged() == [pytest.approx(0.9 * 81_008 * 2**20)] * 2
+  no_fraction.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+  assert judged() == [pytest.approx(0.75 * 81_008 * 2**20)] * 2
+  no_fraction.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+  no_fraction.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
+  assert targets.find("cpu", chips.parse("h100:8"), 1).chip.memory == pytest.approx(0.5 * 81_008 * 2**20)
+  assert targets.find("cpu", chips.parse("v5e:2x2"), 1).chip.memory == 16 * 2**30
+
+
+@pytest.mark.parametrize("value", ["most", "0", "-1", "nan"])
+def test_a_part_of_memory_that_is_none(no_fraction, value):
+  no_fraction.setenv("XLA_CLIENT_MEM_FRACTION", value)
+  with pytest.raises(UserError, match=f"XLA_CLIENT_MEM_FRACTION is '{value}'; it is a part of a GPU's memory, such as"):
+    targets.find("cpu", chips.parse("h100:8"), 1)
 
 
 @pytest.mark.parametrize("chip, expected", [("h100", "gpu"), ("v5e", "tpu")])
@@ -326,7 +400,9 @@ def test_the_tpu_compiler(quick, tmp_path, topology, slices):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not targets.is_installed("cuda"), reason="jax's CUDA plugin is not installed")
-@pytest.mark.parametrize("topology", ["a100:1", "h100:4x2", "h200:2", "b200:2"])
+@pytest.mark.parametrize(
+  "topology", ["a100:1", "a100-40:2", "h100:4x2", "h200:2", "b200:2", "l4:1", "a10g:1", "rtx4090:2"]
+)
 def test_the_gpu_compiler(quick, tmp_path, topology):
   out = tmp_path / "out.json"
   done = call("preflight", quick, CONFIG, f"--topology={topology}", f"--out={out}")

@@ -253,10 +253,11 @@ def _up_to(count: int, x: Array, first: Any = 0) -> Array:
 
 
 def _products(q: Array, k: Array, num_keys: int) -> Array:
-  """f32 [m, n]: scores before their scale, which they get in f32: queries that are scaled in bf16 are rounded once more,
-  and a score of 60 is then off by 0.1. Nothing passes through memory for it, since scores never leave the chip, and the
-  product of one more number a score fits between matrix products (by the compilers' schedules the forward kernel takes
-  3 % more cycles at 1024 keys and less at fewer, the backward kernel as many)."""
+  """f32 [m, n]: scores before their scale, which they get in f32. Queries scaled in bf16 would be rounded once more: a
+  score of 60 would be off by 0.1. The scale passes nothing through memory, since scores never leave the chip. It is one
+  product a score beside the matrix units' work: by the compilers' schedules 3 % more cycles forwards at 1024 keys, less
+  at fewer, and none backwards.
+  """
   products = _dot(k, q, 0, 0)
   if num_keys == k.shape[1]:
     return products

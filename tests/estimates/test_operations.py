@@ -78,7 +78,7 @@ def test_the_papers_network_costs_what_arithmetic_says():
   ],
 )
 def test_what_one_contrastive_batch_in_four_microbatches_costs(name, config, expected):
-  """The first pass, as a part of the step: discrimination forwards, or both towers forwards. Not counted by preflight."""
+  """The first pass, as a part of the step: discrimination forwards, or both towers forwards; not in preflight's."""
   mesh, counts, counted = steps.make_mesh(), [], set()
   config.batch_size = 64
   config.model.update(remat="none", attention_kernel="at_once")
