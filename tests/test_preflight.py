@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from diffdis_jax.estimates import chips, gpus, hlo, programs, report, search, ta
 from diffdis_jax.models import attention
 from diffdis_jax.models.build import Network
 from tests import steps, tiny_clip
+from tests.changed_code import change, copy_package
 from tests.command_runs import call
 
 pytest_plugins = ("tests.command_runs",)
@@ -55,6 +58,23 @@ def test_the_train_step_on_cpu_devices_and_again_from_the_cache(quick, tmp_path)
   again = call("preflight", quick, *flags, f"--out={out}")
   assert again.returncode == 0 and json.loads(out.read_text()) == results
   assert "asked before" in again.stderr and "compiling" not in again.stderr
+
+
+def test_answers_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
+  """Code and versions, and what JAX may take of a GPU's memory, by which a program fits or not."""
+  copy = copy_package(tmp_path, monkeypatch)
+  asked = dict(topology="h100:8", slices=1, programs=["train"], search=False, num_pairs=1, epochs=1.0)
+  monkeypatch.setattr(preflight, "FLAGS", types.SimpleNamespace(**asked))
+  name = lambda: preflight.cache_file("{}", "cuda", None).name
+  names = [name()]
+  assert name() == names[0]
+  monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+  names.append(name())
+  change(copy / "models" / "unet.py")
+  names.append(name())
+  version = importlib.metadata.version
+  monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == "jaxlib" else version(name))
+  assert len({*names, name()}) == 4
 
 
 def test_programs_are_traced_from_shapes_alone():

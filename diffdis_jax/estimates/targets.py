@@ -41,8 +41,8 @@ _QUICKLY = {
   "xla_gpu_enable_triton_gemm": False,
 }
 # NVIDIA's packages that jax's extras bring: CUDA 12's name, CUDA 13's.
-_CUDA = ("nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime")
-_CUDNN = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+CUDA = ("nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime")
+CUDNN = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,7 +212,7 @@ def gpu_devices(topology: Topology) -> list[Any]:
 
   a_host, *rest = topology.shape
   hosts = rest[0] if rest else 1
-  config = gpus.target_config(_gpu(topology), cuda=_version(_CUDA), cudnn=_version(_CUDNN))
+  config = gpus.target_config(_gpu(topology), cuda=_version(CUDA), cudnn=_version(CUDNN))
   layout = f"1x{hosts}x{a_host}"  # slices, hosts of one, devices of one
   return list(topologies.get_topology_desc(platform="cuda", target_config=config, topology=layout).devices)
 
