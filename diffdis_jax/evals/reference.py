@@ -131,7 +131,7 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str) -> None:
     )
   if protocol.get("code") != expected["code"]:
     logging.warning(
-      "--reference=%s was made by other code, or with other versions of JAX or Pillow; to have it made again, name a new"
+      "--reference=%s was made by other code or with other versions of JAX or Pillow; to have it made again, name a new"
       " file",
       path,
     )
