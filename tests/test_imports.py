@@ -13,7 +13,7 @@ import diffdis_jax
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # Every file of the package, room by room. A file may import those of earlier layers alone.
 LAYERS = (
-  "errors structs run/progress",
+  "errors structs run/progress run/code_digest",
   "run/buckets",
   "run/committed run/files",
   "params cli parallel/processes run/history",
