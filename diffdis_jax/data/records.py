@@ -5,15 +5,17 @@ The preparation checks a raw pair by the same functions, so that a reason has on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from etils import epath
 from PIL import Image
 
+from diffdis_jax.data import image_files
 from diffdis_jax.data.transforms import decode
 from diffdis_jax.errors import UserError
 
@@ -38,6 +40,20 @@ REASONS = (
 )
 
 
+class Header(NamedTuple):
+  """What an encoded image says of itself; sides in pixels."""
+
+  width: int
+  height: int
+  format: str
+
+
+def read_header(data: bytes) -> Header:
+  """Decodes nothing. Raises Unusable: the bytes begin no image, or one of too many pixels."""
+  with _unusable(), image_files.open_image(data) as image:
+    return Header(*image.size, image.format or "")
+
+
 def read_image(data: bytes | None) -> Image.Image:
   """Encoded bytes -> upright RGB image, decoded to its end; of an animation the first frame.
 
@@ -46,15 +62,21 @@ def read_image(data: bytes | None) -> Image.Image:
   """
   if not data:
     raise Unusable("missing image")
-  try:
+  with _unusable():
     image = decode(data)
+  if min(image.size) < MIN_SIDE:
+    raise Unusable("image of one pixel's width")
+  return image
+
+
+@contextlib.contextmanager
+def _unusable() -> Iterator[None]:
+  try:
+    yield
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise Unusable("image of too many pixels") from error
   except Exception as error:  # PIL's readers raise whatever a broken file leads them into
     raise Unusable("corrupt image") from error
-  if min(image.size) < MIN_SIDE:
-    raise Unusable("image of one pixel's width")
-  return image
 
 
 def read_caption(data: bytes | None) -> str:

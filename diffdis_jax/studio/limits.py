@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
 import os
 import pathlib
 import re
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from diffdis_jax.data import records
+from diffdis_jax.data import image_files, records
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import prompts
 
@@ -81,14 +80,12 @@ def _check_pixels(data: bytes, limits: Limits) -> None:
   """Raises UserError by the file's header alone."""
   most = f"at most {limits.megapixels:g} million can be"
   try:
-    with Image.open(io.BytesIO(data)) as opened:
-      width, height = opened.size
-  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-    raise UserError(f"the image has too many pixels; {most}") from error
-  except Exception as error:  # PIL's readers raise whatever a broken file leads them into
-    raise UserError("the file shows no image that can be read; upload one such as a PNG or a JPEG") from error
-  if width * height > limits.megapixels * 1e6:
-    raise UserError(f"the image has {width:,} x {height:,} pixels; {most}")
+    header = records.read_header(data)
+  except records.Unusable as error:
+    formats = ", ".join(image_files.FORMATS)
+    raise UserError(f"the file shows no image that can be read: {error}; {most}, of {formats}") from error
+  if header.width * header.height > limits.megapixels * 1e6:
+    raise UserError(f"the image has {header.width:,} x {header.height:,} pixels; {most}")
 
 
 def read_text(text: str | None, what: str, limits: Limits) -> str:
