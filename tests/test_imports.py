@@ -23,9 +23,10 @@ LAYERS = (
   "diffusion/samplers",
   "models/sizes",
   # What data workers import, without jax.
-  "data/randaugment data/randaugment_timm data/shapes data/tokenizer",
+  "data/image_files data/randaugment data/randaugment_timm data/shapes data/tokenizer",
   "data/transforms",
   "data/records run/config",
+  "data/tars",
   "data/layouts/labelled data/layouts/class_lists data/layouts/pickles",
   "data/corpus",
   "data/layouts/long_tailed data/shapes_lt",

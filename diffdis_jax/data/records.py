@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import pathlib
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +28,11 @@ class Unusable(ValueError):
   """A pair or record that cannot be used. Its message is the reason by which it is counted."""
 
 
+NOT_PLAIN = "file that is not a plain one"  # a link or a sparse file in a tar, a pipe, a device
+TOO_LARGE = "file of too many bytes"
+MOST_BYTES = 2**28  # of an image's file: four for each of the most pixels that are decoded
+MOST_TEXT_BYTES = 2**22  # of a caption's, or of the json beside it
+
 # Every reason of Unusable. Their order is that of the loader's counts: append, never reorder.
 REASONS = (
   "missing image",
@@ -37,7 +44,29 @@ REASONS = (
   "image of too many pixels",
   "image of one pixel's width",
   "unreadable record",
+  NOT_PLAIN,
+  TOO_LARGE,
 )
+
+
+def read_file(path: pathlib.Path) -> bytes:
+  """The bytes of an image's file.
+
+  Raises:
+    Unusable: before anything is read, no file there, one that is not plain, or of too many bytes.
+    OSError: it cannot be read.
+  """
+  try:
+    status = path.stat()
+  except (FileNotFoundError, ValueError) as error:  # the last of a name with a zero byte
+    raise Unusable("missing image") from error
+  if stat.S_ISDIR(status.st_mode):
+    raise Unusable("missing image")
+  if not stat.S_ISREG(status.st_mode):
+    raise Unusable(NOT_PLAIN)
+  if status.st_size > MOST_BYTES:
+    raise Unusable(TOO_LARGE)
+  return path.read_bytes()
 
 
 class Header(NamedTuple):
