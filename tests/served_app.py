@@ -42,6 +42,7 @@ def serve(workdir: str, log: pathlib.Path, environment: dict[str, str], *flags: 
     yield Served(found[1], process.pid, log)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0, log.read_text()
+    assert not any(log.with_suffix(".uploads").iterdir()), "uploads are left"
   finally:
     process.kill()
     process.wait()

@@ -87,6 +87,7 @@ LAYERS = (
   "reports/summary",
   "reports/page",
   "studio/limits studio/charts studio/body_limit studio/player",
+  "studio/same_site studio/uploads",
   "studio/draw",
   "studio/classify",
   "studio/search studio/inside",

@@ -26,6 +26,7 @@ class Limits:
 
   Attributes:
     upload_mb: of an uploaded file, 10^6 bytes.
+    uploads_mb: of all uploads that are kept, 10^6 bytes; the oldest are deleted. As many may be received at a time.
     megapixels: of an uploaded image, 10^6. Decoded, one takes up to 4 bytes.
     characters: of a prompt, a class name or a template.
     names: class names of a request.
@@ -38,6 +39,7 @@ class Limits:
   """
 
   upload_mb: float = 10.0
+  uploads_mb: float = 100.0
   megapixels: float = 25.0
   characters: int = 500
   names: int = 200
@@ -48,6 +50,7 @@ class Limits:
   def __post_init__(self) -> None:
     for name in ("upload_mb", "megapixels", "seconds"):
       check_number(name, getattr(self, name), above=0)
+    check_number("uploads_mb", self.uploads_mb, at_least=self.upload_mb)
     for name in ("characters", "names", "at_once", "waiting"):
       check_number(name, getattr(self, name), at_least=1)
 
