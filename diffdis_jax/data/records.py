@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from diffdis_jax.data.transforms import decode
 from diffdis_jax.errors import UserError
 
 MIN_SIDE = 2  # pixels: dead links are often answered by an image of one pixel
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class Unusable(ValueError):
@@ -58,8 +60,12 @@ def read_file(path: pathlib.Path) -> bytes:
   """
   try:
     status = path.stat()
-  except (FileNotFoundError, ValueError) as error:  # the last of a name with a zero byte
+  except ValueError as error:  # a name with a zero byte
     raise Unusable("missing image") from error
+  except OSError as error:
+    if error.errno in _NOT_THERE:
+      raise Unusable("missing image") from error
+    raise
   if stat.S_ISDIR(status.st_mode):
     raise Unusable("missing image")
   if not stat.S_ISREG(status.st_mode):

@@ -117,10 +117,11 @@ def test_files_that_are_no_plain_ones_are_skipped_unread(tmp_path, monkeypatch):
   os.mkfifo(tmp_path / "pipe.png")
   (tmp_path / "folder.png").mkdir()
   (tmp_path / "large.png").write_bytes(bytes(10_001))
+  (tmp_path / "loop.png").symlink_to("loop.png")
   items = [parts.Item(path.name, "x") for path in sorted(tmp_path.iterdir())]
-  items += [parts.Item("gone.png", "x"), parts.Item("zero\0.png", "x")]
+  items += [parts.Item(name, "x") for name in ("gone.png", "zero\0.png", "good.png/a.png", "a" * 300)]
   report = builder.prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "out")["train"]
-  skipped = {"missing image": 3, "file that is not a plain one": 2, "file of too many bytes": 1}
+  skipped = {"missing image": 6, "file that is not a plain one": 2, "file of too many bytes": 1}
   assert (report.pairs, report.skipped) == (1, skipped)
 
 
