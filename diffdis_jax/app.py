@@ -42,7 +42,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_images", 2000, "images of it that are searched", lower_bound=1)
   flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0 shows the page to the network")
   flags.DEFINE_integer("port", 7860, "port to listen at; 0 takes a free one", lower_bound=0, upper_bound=65535)
+  flags.DEFINE_list("allowed_hosts", [], "names by which the page is asked for besides, such as that of a proxy")
   flags.DEFINE_float("upload_mb", limits.upload_mb, "largest upload, MB")
+  flags.DEFINE_float("uploads_mb", limits.uploads_mb, "of all uploads that are kept, MB; the oldest are deleted")
   flags.DEFINE_float("megapixels", limits.megapixels, "largest uploaded image, millions of pixels")
   flags.DEFINE_float("seconds", limits.seconds, "after which a request is ended")
   flags.DEFINE_integer("waiting", limits.waiting, "requests that may wait; further ones are refused")
@@ -54,7 +56,13 @@ def main(argv: Sequence[str]) -> None:
   del argv
   if importlib.util.find_spec("gradio") is None:
     raise UserError('the page needs Gradio; install it with pip install "diffdis_jax[app]"')
-  limits = Limits(upload_mb=FLAGS.upload_mb, megapixels=FLAGS.megapixels, seconds=FLAGS.seconds, waiting=FLAGS.waiting)
+  limits = Limits(
+    upload_mb=FLAGS.upload_mb,
+    uploads_mb=FLAGS.uploads_mb,
+    megapixels=FLAGS.megapixels,
+    seconds=FLAGS.seconds,
+    waiting=FLAGS.waiting,
+  )
   cli.compilation_cache(FLAGS.workdir)
   serve(
     FLAGS.workdir,
@@ -66,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
     ema=FLAGS.ema,
     host=FLAGS.host,
     port=FLAGS.port,
+    allowed_hosts=FLAGS.allowed_hosts,
   )
 
 
@@ -80,6 +89,7 @@ def serve(
   ema: bool,
   host: str,
   port: int,
+  allowed_hosts: Sequence[str] = (),
 ) -> None:
   """Serves the page until it is told to stop.
 
@@ -91,6 +101,7 @@ def serve(
     step: which checkpoint; None takes the newest.
     ema: averaged weights, where the run keeps them.
     host, port: where to listen.
+    allowed_hosts: names by which the page is asked for, beside its address.
 
   Raises:
     UserError: no such run, data or checkpoint, a run that no tab can serve, or nobody can listen there.
@@ -106,17 +117,20 @@ def serve(
   if source is not None and "search" in player.tabs:
     index = search.Index(player, source, num_images)
 
-  from diffdis_jax.studio import page, server  # after the checks: Gradio takes seconds
+  from diffdis_jax.studio import uploads  # of the extra `app`, as what follows
 
-  contents = contents_of(config, f"{run}, checkpoint {step}{', averaged weights' if ema else ''}")
-  blocks = page.build(player, index, limits, contents)
   preparing = threading.Thread(target=prepare, args=(player, index), name="prepare")
-  preparing.start()
-  try:
-    server.serve(blocks, limits, host=host, port=port)
-  finally:
-    player.close()
-    preparing.join()
+  with uploads.folder() as folder:
+    from diffdis_jax.studio import page, server  # after the checks: Gradio takes seconds; it notes the folder
+
+    contents = contents_of(config, f"{run}, checkpoint {step}{', averaged weights' if ema else ''}")
+    blocks = page.build(player, index, limits, contents)
+    preparing.start()
+    try:
+      server.serve(blocks, limits, folder=folder, host=host, port=port, allowed_hosts=allowed_hosts)
+    finally:
+      player.close()
+      preparing.join()
 
 
 def prepare(player: players.Player, index: search.Index | None) -> None:

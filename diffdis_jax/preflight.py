@@ -16,10 +16,8 @@ says how far the TPU compiler's estimates lie above the least time of plain prod
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,12 +35,14 @@ from diffdis_jax.inference import Inference, read_sampling
 from diffdis_jax.models import attention
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import buckets, files
+from diffdis_jax.run import buckets, code_digest, files
 from diffdis_jax.run import config as run_config
 from diffdis_jax.training.build import build_step, plain
 
 CC3M_PAIRS = 2_905_954
-PACKAGE = pathlib.Path(__file__).parent
+# What traces and compiles.
+COMPILERS = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+COMPILERS += (*targets.CUDA, *targets.CUDNN)
 
 
 def trace_program(name: str, config: ConfigDict, mesh: Mesh) -> programs.Program:
@@ -123,19 +123,11 @@ def cache_file(config: str, platform: str, present: targets.Target | None) -> ep
     platform: compiler.
     present: the target, where its devices must be there.
   """
-  source = hashlib.sha256()
-  for path in sorted(PACKAGE.rglob("*.py")):
-    source.update(path.read_bytes())
-  versions = {}
-  for name in ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"):
-    try:
-      versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      versions[name] = None
   asked = [FLAGS.topology, FLAGS.slices, platform, sorted(FLAGS.programs), FLAGS.search, FLAGS.num_pairs, FLAGS.epochs]
   kinds = [device.device_kind for device in present.devices] if present else []
-  flags_of_xla = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-  key = json.dumps([config, asked, kinds, versions, flags_of_xla, source.hexdigest()], sort_keys=True)
+  flags_of_xla = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", *targets.MEMORY_VARIABLES)]
+  code = code_digest.of(".", packages=COMPILERS)
+  key = json.dumps([config, asked, kinds, flags_of_xla, code], sort_keys=True)
   return buckets.path(files.user_cache("preflight")) / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 

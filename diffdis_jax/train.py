@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
+from clu.metrics import Average
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -140,6 +141,8 @@ def train_and_evaluate(
     processes.on_first(lambda: stack.enter_context(workdir.Lock(path)))
     is_writer = processes.is_first()
     workdir.open_for_training(path, fields, defaults=defaults, is_writer=is_writer)
+    if is_writer:
+      files.write_whole(buckets.path(path) / "parameters.txt", facts.overview(trainer).encode())
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, kept))
     if checkpointer.latest_step() != pace.num_steps:
       train_step.start()  # beside what reads and draws parameters, of which each may take a minute
@@ -272,13 +275,15 @@ def latent_shapes(network: Network) -> LatentShapes | None:
 
 def write_totals(totals: Metrics | None) -> dict[str, list[float]]:
   """Metrics summed since the last report, as JSON, bit for bit."""
-  return {name: [float(x) for x in pair] for name, pair in jax.device_get(totals or {}).items()}
+  return {name: [float(x.total), float(x.count)] for name, x in jax.device_get(totals or {}).items()}
 
 
 def read_totals(meta: Mapping[str, Any]) -> Metrics | None:
   """The inverse of `write_totals`, so that a report over steps before and after a restart is that of one run."""
   saved = meta.get("totals") or {}
-  return {name: (np.float32(total), np.float32(count)) for name, (total, count) in saved.items()} or None
+  return {
+    name: Average(total=np.float32(total), count=np.float32(count)) for name, (total, count) in saved.items()
+  } or None
 
 
 def check_finite(totals: Metrics, step: int, checkpointer: checkpoint.Checkpointer) -> dict[str, float]:
@@ -287,9 +292,7 @@ def check_finite(totals: Metrics, step: int, checkpointer: checkpoint.Checkpoint
   Raises:
     UserError: the loss or the gradient is not finite.
   """
-  means = {
-    name: float(total) / float(count) if count else math.nan for name, (total, count) in jax.device_get(totals).items()
-  }
+  means = {name: float(x.total) / float(x.count) if x.count else math.nan for name, x in jax.device_get(totals).items()}
   if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
     checkpointer.wait()
     kept = checkpointer.latest_step()

@@ -8,6 +8,12 @@ MAX_RESTARTS=${MAX_RESTARTS:-3} # after crashes without a new checkpoint between
 PREEMPTED=75
 BAD_INPUT=2
 
+# What JAX may take of a GPU's memory, as preflight counts on it (docs/preflight.md); its own default is 0.75. JAX refuses
+# its older and its newer variable together.
+if [[ ! ${XLA_CLIENT_MEM_FRACTION:-}${XLA_PYTHON_CLIENT_MEM_FRACTION:-} ]]; then
+  export XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
+fi
+
 note() { echo "$(basename "$0"): $*" >&2; }
 refuse() { note "error: $*" && exit "$BAD_INPUT"; }
 

@@ -20,6 +20,7 @@ class Served(NamedTuple):
   address: str
   pid: int
   log: pathlib.Path
+  uploads: pathlib.Path
 
   def memory(self) -> int:
     """Resident, MB."""
@@ -27,11 +28,20 @@ class Served(NamedTuple):
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) // 1024
 
 
+def serve(
+  workdir: str, log: pathlib.Path, environment: dict[str, str], *flags: str
+) -> contextlib.AbstractContextManager[Served]:
+  """The page of a run."""
+  return started(["-m", "diffdis_jax.app", f"--workdir={workdir}", "--port=0", *flags], log, environment)
+
+
 @contextlib.contextmanager
-def serve(workdir: str, log: pathlib.Path, environment: dict[str, str], *flags: str) -> Iterator[Served]:
-  """Until the block is left; the process must then end by itself, with code 0."""
-  command = [sys.executable, "-m", "diffdis_jax.app", f"--workdir={workdir}", "--port=0", *flags]
-  environment = {**os.environ, **environment, "GRADIO_TEMP_DIR": str(log.with_suffix(".uploads"))}
+def started(
+  arguments: list[str], log: pathlib.Path, environment: dict[str, str], *, stop: signal.Signals = signal.SIGTERM
+) -> Iterator[Served]:
+  """Python with these arguments until the block is left; it must then end by itself, with code 0 and no upload left."""
+  command, uploads = [sys.executable, *arguments], log.with_suffix(".uploads")
+  environment = {**os.environ, **environment, "GRADIO_TEMP_DIR": str(uploads)}
   with log.open("w") as file:
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
   try:
@@ -39,9 +49,10 @@ def serve(workdir: str, log: pathlib.Path, environment: dict[str, str], *flags: 
     while not (found := re.search(r"the page is at (\S+?)/?;", log.read_text())):
       assert process.poll() is None and time.monotonic() < end, log.read_text()
       time.sleep(0.2)
-    yield Served(found[1], process.pid, log)
-    process.send_signal(signal.SIGTERM)
+    yield Served(found[1], process.pid, log, uploads)
+    process.send_signal(stop)
     assert process.wait(60) == 0, log.read_text()
+    assert not any(uploads.iterdir()), "uploads are left"
   finally:
     process.kill()
     process.wait()

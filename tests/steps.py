@@ -141,4 +141,4 @@ class Loss:
 
 
 def means(metrics: Metrics) -> dict[str, float]:
-  return {name: float(total) / float(count) if count else np.nan for name, (total, count) in metrics.items()}
+  return {name: float(x.total) / float(x.count) if x.count else np.nan for name, x in metrics.items()}

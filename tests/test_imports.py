@@ -13,7 +13,7 @@ import diffdis_jax
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # Every file of the package, room by room. A file may import those of earlier layers alone.
 LAYERS = (
-  "errors structs run/progress",
+  "errors structs run/progress run/code_digest",
   "run/buckets run/guesses",
   "run/committed run/files",
   "params cli parallel/processes run/history",
@@ -24,9 +24,10 @@ LAYERS = (
   "diffusion/samplers",
   "models/sizes",
   # What data workers import, without jax.
-  "data/randaugment data/randaugment_timm data/shapes data/tokenizer",
+  "data/image_files data/randaugment data/randaugment_timm data/shapes data/tokenizer",
   "data/transforms data/copies",
   "data/records run/config",
+  "data/tars",
   "data/layouts/labelled data/layouts/class_lists data/layouts/pickles",
   "data/corpus",
   "data/layouts/long_tailed data/shapes_lt",
@@ -87,6 +88,7 @@ LAYERS = (
   "reports/summary",
   "reports/page",
   "studio/limits studio/charts studio/body_limit studio/player",
+  "studio/same_site studio/uploads",
   "studio/draw",
   "studio/classify",
   "studio/search studio/inside",

@@ -27,7 +27,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
-from diffdis_jax.data import loader, sources
+from diffdis_jax.data import image_files, loader, sources
 from diffdis_jax.data.build import Data, open_loader
 from diffdis_jax.data.prepare import builder, latents, parts
 from diffdis_jax.data.tokenizer import Tokenizer
@@ -159,7 +159,7 @@ def bare_loop(source: sources.Source) -> Iterator[None]:
   while True:
     for start in range(0, len(stored) - BATCH + 1, BATCH):
       for data in stored[start : start + BATCH]:
-        with Image.open(io.BytesIO(data)) as image:
+        with image_files.open_image(data) as image:
           crop = random_square(image, rng, size=CROP)
         np.asarray(crop)
       yield

@@ -16,9 +16,11 @@ from jaxtyping import Int
 from diffdis_jax.data import shapes_lt
 from diffdis_jax.data.corpus import Corpus, Tokenizer, Tokens, tokenise
 from diffdis_jax.data.layouts import long_tailed
-from diffdis_jax.run import buckets, files
+from diffdis_jax.run import buckets, code_digest, files
 
 NAMES = ("shapes_lt", *long_tailed.SETS)
+TOKENIZER = ("data/tokenizer.py", "data/clip_merges.txt.gz")
+TOKENIZER_PACKAGES = ("transformers", "tokenizers", "ftfy")
 
 
 @runtime_checkable
@@ -71,9 +73,11 @@ def kept_tokens(corpus: Corpus, tokenizer: Tokenizer, *, max_length: int, folder
 
   Args:
     tokenizer: to sentences of `max_length` tokens.
-    folder: where they are kept, by a hash of the sentences. One that cannot be written is warned of.
+    folder: where they are kept, by a hash of the sentences and of what makes tokens of them. One that cannot be written
+      is warned of.
   """
-  digest = hashlib.sha256("\0".join([str(max_length), *corpus.flat]).encode()).hexdigest()
+  made_by = code_digest.of(*TOKENIZER, packages=TOKENIZER_PACKAGES)
+  digest = hashlib.sha256("\0".join([made_by, str(max_length), *corpus.flat]).encode()).hexdigest()
   file = pathlib.Path(folder) / f"{digest}.npy"
   try:
     ids = np.load(file, allow_pickle=False)

@@ -5,24 +5,34 @@ The preparation checks a raw pair by the same functions, so that a reason has on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+import pathlib
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-from diffdis_jax.data import copies
+from diffdis_jax.data import copies, image_files
 from diffdis_jax.data.transforms import decode
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import buckets
 
 MIN_SIDE = 2  # pixels: dead links are often answered by an image of one pixel
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class Unusable(ValueError):
   """A pair or record that cannot be used. Its message is the reason by which it is counted."""
 
+
+NOT_PLAIN = "file that is not a plain one"  # a link or a sparse file in a tar, a pipe, a device
+TOO_LARGE = "file of too many bytes"
+MOST_BYTES = 2**28  # of an image's file: four for each of the most pixels that are decoded
+MOST_TEXT_BYTES = 2**22  # of a caption's, or of the json beside it
 
 # Every reason of Unusable. Their order is that of the loader's counts: append, never reorder.
 REASONS = (
@@ -35,7 +45,47 @@ REASONS = (
   "image of too many pixels",
   "image of one pixel's width",
   "unreadable record",
+  NOT_PLAIN,
+  TOO_LARGE,
 )
+
+
+def read_file(path: pathlib.Path) -> bytes:
+  """The bytes of an image's file.
+
+  Raises:
+    Unusable: before anything is read, no file there, one that is not plain, or of too many bytes.
+    OSError: it cannot be read.
+  """
+  try:
+    status = path.stat()
+  except ValueError as error:  # a name with a zero byte
+    raise Unusable("missing image") from error
+  except OSError as error:
+    if error.errno in _NOT_THERE:
+      raise Unusable("missing image") from error
+    raise
+  if stat.S_ISDIR(status.st_mode):
+    raise Unusable("missing image")
+  if not stat.S_ISREG(status.st_mode):
+    raise Unusable(NOT_PLAIN)
+  if status.st_size > MOST_BYTES:
+    raise Unusable(TOO_LARGE)
+  return path.read_bytes()
+
+
+class Header(NamedTuple):
+  """What an encoded image says of itself; sides in pixels."""
+
+  width: int
+  height: int
+  format: str
+
+
+def read_header(data: bytes) -> Header:
+  """Decodes nothing. Raises Unusable: the bytes begin no image, or one of too many pixels."""
+  with _unusable(), image_files.open_image(data) as image:
+    return Header(*image.size, image.format or "")
 
 
 def read_image(data: bytes | None) -> Image.Image:
@@ -46,15 +96,21 @@ def read_image(data: bytes | None) -> Image.Image:
   """
   if not data:
     raise Unusable("missing image")
-  try:
+  with _unusable():
     image = decode(data)
+  if min(image.size) < MIN_SIDE:
+    raise Unusable("image of one pixel's width")
+  return image
+
+
+@contextlib.contextmanager
+def _unusable() -> Iterator[None]:
+  try:
+    yield
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise Unusable("image of too many pixels") from error
   except Exception as error:  # PIL's readers raise whatever a broken file leads them into
     raise Unusable("corrupt image") from error
-  if min(image.size) < MIN_SIDE:
-    raise Unusable("image of one pixel's width")
-  return image
 
 
 def read_caption(data: bytes | None) -> str:

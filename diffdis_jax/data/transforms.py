@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
-from diffdis_jax.data import randaugment_timm
+from diffdis_jax.data import image_files, randaugment_timm
 from diffdis_jax.data.randaugment import MAGNITUDES, randaugment
 from diffdis_jax.errors import UserError, check_choice, check_number, check_numbers
 
@@ -20,8 +19,7 @@ WHITE = (255, 255, 255)
 CROPS = ("centre", "random", "random_resized")
 RANDAUGMENTS = {"torchvision": MAGNITUDES - 1, "timm": randaugment_timm.LARGEST}  # and the largest magnitude of each
 TRIES = 10  # of drawing a box that fits, as in torchvision
-# 89 million, 270 MB decoded; PIL itself warns there, and refuses twice as many.
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or math.inf
+STRIP = 2**20  # pixels that are converted at a time, so that a large image needs no second copy of four bytes a pixel
 
 
 def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
@@ -30,26 +28,39 @@ def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
   Palettes, grey, 16 bit grey and CMYK are converted.
 
   Raises:
-    Image.DecompressionBombError: more pixels than MAX_PIXELS.
-    OSError, SyntaxError, ValueError: the bytes are no image that PIL can read to its end.
+    Image.DecompressionBombError: more pixels than `image_files.open_image` takes.
+    Exception: the bytes are no image that Pillow can read to its end.
   """
   if isinstance(image, np.ndarray):
     return Image.fromarray(image)
-  with Image.open(io.BytesIO(image)) as opened:
-    if opened.width * opened.height > MAX_PIXELS:
-      raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels")
+  with image_files.open_image(image) as opened:
     opened.load()
     ImageOps.exif_transpose(opened, in_place=True)
     upright = opened
   if upright.mode.startswith("I") or upright.mode == "F":
-    return _sixteen_bit_grey(upright)
-  if not upright.has_transparency_data:
-    return upright if upright.mode == "RGB" else upright.convert("RGB")
-  layer = upright.convert("RGBA")
+    return _in_strips(upright, _from_sixteen_bit_grey)
+  if upright.has_transparency_data:
+    return _in_strips(upright, _on_white)
+  return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+  """`convert`, which gives an RGB image, strip after strip."""
+  if image.width * image.height <= STRIP:
+    return convert(image)
+  converted, height = Image.new("RGB", image.size), max(1, STRIP // image.width)
+  for top in range(0, image.height, height):
+    strip = image.crop((0, top, image.width, min(top + height, image.height)))
+    converted.paste(convert(strip), (0, top))
+  return converted
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+  layer = image.convert("RGBA")
   return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
 
 
-def _sixteen_bit_grey(image: Image.Image) -> Image.Image:
+def _from_sixteen_bit_grey(image: Image.Image) -> Image.Image:
   values = np.clip(np.asarray(image).astype(np.float64) / 257, 0, 255)
   return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
 

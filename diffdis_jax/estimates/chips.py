@@ -29,9 +29,12 @@ class Chip:
     flops: peak bf16 operations a second (a multiply-add is two).
     memory: bytes.
     bandwidth: of that memory, bytes a second.
-    kind: how JAX names it.
+    kind: how JAX names it, and nothing else: cards of one name with another memory or plug are other chips, and a part
+      of a card (MIG) is none.
+    aliases: other names of it, of JAX or of those who rent it.
     links: to the devices beside it, all of them together, bytes a second in one direction.
-    network: a device's share of what joins GPU hosts, bytes a second in one direction, as is usual; of TPUs None.
+    network: a device's share of what joins GPU hosts, bytes a second in one direction, as is usual; None of TPUs and of
+      cards that are rented in single hosts.
     clock: cycles a second, of those whose compiler estimates cycles.
     charged: of TPUs.
   """
@@ -41,6 +44,7 @@ class Chip:
   bandwidth: float
   kind: str
   links: float
+  aliases: tuple[str, ...] = ()
   network: float | None = None
   clock: float | None = None
   charged: Charged | None = None
@@ -52,6 +56,33 @@ class Chip:
 
 
 GIB = 2**30
+# By NVIDIA's data sheets: of bf16 with sums in f32, without sparsity, which many of them count in.
+_A100 = Chip(flops=312e12, memory=80 * GIB, bandwidth=2.039e12, kind="NVIDIA A100-SXM4-80GB", links=300e9, network=25e9)
+_H100 = Chip(flops=989e12, memory=80 * GIB, bandwidth=3.35e12, kind="NVIDIA H100 80GB HBM3", links=450e9, network=50e9)
+_PCIE_4, _PCIE_5 = 32e9, 64e9  # of 16 lanes, bytes a second in one direction
+_NVIDIA = {
+  "a100": _A100,
+  "a100-40": dataclasses.replace(_A100, kind="NVIDIA A100-SXM4-40GB", memory=40 * GIB, bandwidth=1.555e12),
+  "a100pcie": dataclasses.replace(_A100, kind="NVIDIA A100 80GB PCIe", bandwidth=1.935e12, links=_PCIE_4),
+  "a100pcie-40": dataclasses.replace(
+    _A100, kind="NVIDIA A100-PCIE-40GB", memory=40 * GIB, bandwidth=1.555e12, links=_PCIE_4
+  ),
+  "h100": _H100,
+  "h100pcie": dataclasses.replace(
+    _H100, kind="NVIDIA H100 PCIe", flops=756e12, bandwidth=2.0e12, links=_PCIE_5, network=25e9
+  ),
+  "h100nvl": dataclasses.replace(
+    _H100, kind="NVIDIA H100 NVL", flops=835e12, memory=94e9, bandwidth=3.9e12, links=300e9, network=25e9
+  ),
+  "h200": dataclasses.replace(_H100, kind="NVIDIA H200", memory=141e9, bandwidth=4.8e12),
+  "b200": Chip(flops=2250e12, memory=180e9, bandwidth=8.0e12, kind="NVIDIA B200", links=900e9, network=50e9),
+  # Data sheet of the L4 (2023): 242 TFLOPS with sparsity, 300 GB/s.
+  "l4": Chip(flops=121e12, memory=24 * GIB, bandwidth=0.3e12, kind="NVIDIA L4", links=_PCIE_4),
+  # Data sheet of the A10G, for AWS (2022): 70 TFLOPS, where an A10 has 125; 600 GB/s.
+  "a10g": Chip(flops=70e12, memory=24 * GIB, bandwidth=0.6e12, kind="NVIDIA A10G", links=_PCIE_4),
+  # White paper of the Ada architecture (2022), appendix A: 165.2 TFLOPS with sums in f32, 330.3 in f16; 1,008 GB/s.
+  "rtx4090": Chip(flops=165.2e12, memory=24 * GIB, bandwidth=1.008e12, kind="NVIDIA GeForce RTX 4090", links=_PCIE_4),
+}
 CHIPS = {
   "v4": Chip(
     flops=275e12,
@@ -67,6 +98,7 @@ CHIPS = {
     memory=16 * GIB,
     bandwidth=0.819e12,
     kind="TPU v5 lite",
+    aliases=("TPU v5e", "TPU v5litepod"),
     links=200e9,
     clock=1.5e9,
     charged=Charged(flops=197e12, transcendentals=1.536e12, bandwidth=0.7377e12),
@@ -76,6 +108,7 @@ CHIPS = {
     memory=95 * GIB,
     bandwidth=2.765e12,
     kind="TPU v5",
+    aliases=("TPU v5p",),
     links=600e9,
     clock=1.75e9,
     charged=Charged(flops=394e12, transcendentals=3.072e12, bandwidth=2.3504e12),
@@ -85,25 +118,23 @@ CHIPS = {
     memory=32 * GIB,
     bandwidth=1.64e12,
     kind="TPU v6 lite",
+    aliases=("TPU v6e",),
     links=448e9,
     clock=1.75e9,
     charged=Charged(flops=918e12, transcendentals=1.792e12, bandwidth=1.638e12),
   ),
-  "a100": Chip(flops=312e12, memory=80 * GIB, bandwidth=2.039e12, kind="NVIDIA A100", links=300e9, network=25e9),
-  "h100": Chip(flops=989e12, memory=80 * GIB, bandwidth=3.35e12, kind="NVIDIA H100", links=450e9, network=50e9),
-  "h100pcie": Chip(flops=756e12, memory=80 * GIB, bandwidth=2.0e12, kind="NVIDIA H100 PCIe", links=64e9, network=25e9),
-  "h200": Chip(flops=989e12, memory=141e9, bandwidth=4.8e12, kind="NVIDIA H200", links=450e9, network=50e9),
-  "b200": Chip(flops=2250e12, memory=180e9, bandwidth=8.0e12, kind="NVIDIA B200", links=900e9, network=50e9),
-}
+} | _NVIDIA
 
 _TORUS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _TORUS_3D = (
   *("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
   "16x16x16",
 )
-_GPUS = ("1", "2", "4", "8", "4x2", "8x2", "8x4", "8x8", "8x16")
+_ONE_HOST = ("1", "2", "4", "8")
+_GPUS = (*_ONE_HOST, "4x2", "8x2", "8x4", "8x8", "8x16")
 LAYOUTS = {name: _TORUS_2D for name in ("v5e", "v6e")} | {name: _TORUS_3D for name in ("v4", "v5p")}
-LAYOUTS |= {name: _GPUS for name in ("a100", "h100", "h100pcie", "h200", "b200")}
+LAYOUTS |= {name: _GPUS for name in ("a100", "a100-40", "h100", "h100pcie", "h200", "b200")}
+LAYOUTS |= {name: _ONE_HOST for name in ("l4", "a10g", "rtx4090")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,8 +170,7 @@ def parse(name: str) -> Topology:
 
 def find(kind: str) -> Chip | None:
   """The chip that JAX calls `kind`; None where none is known under that name."""
-  matches = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
-  return max(matches, key=lambda chip: len(chip.kind), default=None)
+  return next((chip for chip in CHIPS.values() if kind in (chip.kind, *chip.aliases)), None)
 
 
 def of_kind(kind: str) -> Chip:

@@ -22,6 +22,8 @@ class Gpu:
     cache: second level, bytes.
     shared_memory: of a core, bytes. A block may have all but one KiB of it.
     links: NVLinks; 0 without.
+    threads: that a core holds.
+    corrects: whether its memory corrects errors.
   """
 
   name: str
@@ -34,6 +36,8 @@ class Gpu:
   cache: int
   shared_memory: int
   links: int
+  threads: int = 2048
+  corrects: bool = True
 
 
 _H100 = Gpu(
@@ -48,19 +52,34 @@ _H100 = Gpu(
   shared_memory=228 * KIB,
   links=18,
 )
+_A100 = Gpu(
+  name="NVIDIA A100-SXM4-80GB",
+  capability=(8, 0),
+  cores=108,
+  lanes=64,
+  clock=1.41,
+  memory=81_152 * MIB,
+  bandwidth=2.039e12,
+  cache=40 * MIB,
+  shared_memory=164 * KIB,
+  links=12,
+)
+_L4 = Gpu(
+  name="NVIDIA L4",
+  capability=(8, 9),
+  cores=58,
+  lanes=128,
+  clock=2.04,
+  memory=23_034 * MIB,
+  bandwidth=0.3e12,
+  cache=48 * MIB,
+  shared_memory=100 * KIB,
+  links=0,
+  threads=1536,
+)
 GPUS = {
-  "a100": Gpu(
-    name="NVIDIA A100-SXM4-80GB",
-    capability=(8, 0),
-    cores=108,
-    lanes=64,
-    clock=1.41,
-    memory=81_152 * MIB,
-    bandwidth=2.039e12,
-    cache=40 * MIB,
-    shared_memory=164 * KIB,
-    links=12,
-  ),
+  "a100": _A100,
+  "a100-40": dataclasses.replace(_A100, name="NVIDIA A100-SXM4-40GB", memory=40_960 * MIB, bandwidth=1.555e12),
   "h100": _H100,
   "h100pcie": dataclasses.replace(_H100, name="NVIDIA H100 PCIe", cores=114, clock=1.755, bandwidth=2.0e12, links=0),
   "h200": dataclasses.replace(_H100, name="NVIDIA H200", memory=143_771 * MIB, bandwidth=4.8e12),
@@ -76,12 +95,32 @@ GPUS = {
     shared_memory=228 * KIB,
     links=18,
   ),
+  "l4": _L4,
+  "a10g": dataclasses.replace(
+    _L4,
+    name="NVIDIA A10G",
+    capability=(8, 6),
+    cores=80,
+    clock=1.71,
+    memory=23_028 * MIB,
+    bandwidth=0.6e12,
+    cache=6 * MIB,
+  ),
+  "rtx4090": dataclasses.replace(
+    _L4,
+    name="NVIDIA GeForce RTX 4090",
+    cores=128,
+    clock=2.52,
+    memory=24_564 * MIB,
+    bandwidth=1.008e12,
+    cache=72 * MIB,
+    corrects=False,
+  ),
 }
 # Of every one of these.
 _LIMITS = """
   threads_per_block_limit: 1024
   threads_per_warp: 32
-  threads_per_core_limit: 2048
   shared_memory_per_block: 49152
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
@@ -92,7 +131,6 @@ _LIMITS = """
   thread_dim_limit_y: 1024
   thread_dim_limit_z: 64
   device_address_bits: 64
-  ecc_enabled: true
 """
 
 
@@ -109,6 +147,8 @@ def target_config(gpu: Gpu, *, cuda: tuple[int, ...], cudnn: tuple[int, ...]) ->
   return f"""
 gpu_device_info {{{_LIMITS}
   core_count: {gpu.cores}
+  threads_per_core_limit: {gpu.threads}
+  ecc_enabled: {str(gpu.corrects).lower()}
   fpus_per_core: {gpu.lanes}
   clock_rate_ghz: {gpu.clock}
   device_memory_size: {gpu.memory}

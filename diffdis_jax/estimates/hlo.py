@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -15,6 +15,13 @@ _BITS = {"pred": 8, "bf16": 16, **{f"{kind}{bits}": bits for kind in "suf" for b
 # `%name = SHAPES kind(operands)`; the second half of an asynchronous pair, `kind-done`, is not counted.
 _COLLECTIVE = re.compile(rf"= (\(?[^=]*?) ({'|'.join(KINDS)})(-start)?\(")
 _COMPUTATION = re.compile(r"%?([\w.\-]+) \(.*\) -> (.*) \{$")
+# What an operation runs; the second half of an asynchronous pair names it once more.
+_RUNS = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=\{?((?:%[\w.\-]+(?:, )?)+)")
+_SECOND_HALF = re.compile(r" async-(?:update|done)\(")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r" while\(.*condition=%([\w.\-]+)")
+_BOUND = re.compile(r"%(\S+) = s32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"ROOT .* compare\(%\S+, %([\w.\-]+)\), direction=LT")
 # One collective that the TPU compiler spreads over the operations it runs beside, each of which lists it anew.
 _SPREAD = re.compile(r"channel_id=(\d+),.* frontend_attributes=\{[^}]*chain_id=")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
@@ -46,21 +53,24 @@ class Collective:
     bytes: of them together.
     group: numbers of the devices that take part, of one group of several that are alike; empty where the text does not
       say.
+    times: how often the program runs it: the turns of the loops around it, multiplied.
   """
 
   kind: str
   shapes: tuple[tuple[int, ...], ...]
   bytes: int
   group: tuple[int, ...] = ()
+  times: int = 1
 
   @property
   def received(self) -> float:
-    """Bytes that reach a device from others, at least."""
+    """Bytes that reach a device from others, at least, all times together."""
+    moved = float(self.times * self.bytes)
     if not self.group:
-      return self.bytes
+      return moved
     others, share = len(self.group) - 1, 1 - 1 / len(self.group)
     of_result = {"all-reduce": 2 * share, "reduce-scatter": others, "collective-permute": 1.0}
-    return self.bytes * of_result.get(self.kind, share)
+    return moved * of_result.get(self.kind, share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +83,15 @@ class Kernel:
 
 
 def collectives(text: str) -> list[Collective]:
-  """In the order of the program. One in a loop's body is listed once."""
-  found, scattered, spread = [], None, set()
+  """In the order of the program. One in a loop's body is listed once, with the number of its turns."""
+  found, scattered, spread, times, runs = [], None, set(), 1, _runs(text)
   for line in text.splitlines():
     if header := _COMPUTATION.match(line):
       # How the TPU compiler writes a reduce-scatter: a computation of an all-reduce and a slice.
       scattered = header[2] if header[1].startswith("all-reduce-scatter") else None
+      times = runs(header[1])
     elif line == "}":
-      scattered = None
+      scattered, times = None, 1
     match = _COLLECTIVE.search(_COMMENT.sub("", line))
     if match is None:
       continue
@@ -97,15 +108,47 @@ def collectives(text: str) -> list[Collective]:
       parts = parts[len(parts) // 2 :]
     total = sum(_BITS[kind] * math.prod(shape) // 8 for kind, shape in parts)
     shapes = tuple(shape for _, shape in parts)
-    found.append(Collective(kind=kind, shapes=shapes, bytes=total, group=_group(line)))
+    found.append(Collective(kind=kind, shapes=shapes, bytes=total, group=_group(line), times=times))
   return found
 
 
+def _runs(text: str) -> Callable[[str], int]:
+  """Name of a computation -> how often a run of the program runs it. A loop of unknown turns counts as one turn, and so
+  does each branch of a condition."""
+  bodies = _bodies(text) | {"": text[text.find("ENTRY ") :].splitlines()}  # the last is the program's own
+  callers: dict[str, list[tuple[str, int]]] = {}
+  for inside, lines in bodies.items():
+    for line in lines:
+      if _SECOND_HALF.search(line):
+        continue
+      turns = _turns(line, bodies)
+      for named in _RUNS.finditer(line):
+        for name in _NAME.findall(named[1]):
+          callers.setdefault(name, []).append((inside, turns))
+
+  @functools.cache
+  def runs(name: str) -> int:
+    return sum(runs(caller) * turns for caller, turns in callers[name]) if name in callers else 1
+
+  return runs
+
+
+def _turns(line: str, bodies: Mapping[str, list[str]]) -> int:
+  """Of the loop in this line: what the text says, or else, on TPUs, the number below which the loop's counter must be,
+  which JAX counts from 0 by ones; 1 where there is no loop, or no number."""
+  if known := _TURNS.search(line):
+    return int(known[1])
+  loop = _CONDITION.search(line)
+  lines = bodies.get(loop[1], []) if loop else []
+  bounds = {bound[1]: int(bound[2]) for bound in map(_BOUND.search, lines) if bound}
+  return next((bounds.get(below[1], 1) for below in map(_BELOW.search, lines) if below), 1)
+
+
 def bytes_by_kind(text: str) -> dict[str, int]:
-  """Bytes that a device ends up with from each kind of collective."""
+  """Bytes that a device ends up with from each kind of collective, of all turns of loops."""
   totals: dict[str, int] = dict.fromkeys(KINDS, 0)
   for each in collectives(text):
-    totals[each.kind] += each.bytes
+    totals[each.kind] += each.times * each.bytes
   return {kind: total for kind, total in totals.items() if total}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -34,8 +35,8 @@ class Program:
     lower: what `targets.compile` takes.
     rows: images of one call.
     parameters: of the network.
-    operations: of matrix products and convolutions, over all devices, with nothing rematerialised.
-    turns: operations over operations with every loop's body counted once, as compilers do.
+    operations: of matrix products and convolutions, over all devices, with nothing computed twice.
+    turns: the program's own operations over those with every loop's body counted once, as compilers do.
   """
 
   lower: Callable[[], jax.stages.Lowered]
@@ -67,12 +68,12 @@ def trace_train(step: Step, counted: Step, data: Data, *, batch_size: int) -> Pr
   them is inside a kernel."""
   batch = abstract_batch(step.network, data, step.mesh, batch_size)
   traced, plain = (each.train_step.trace(each.abstract_state, batch) for each in (step, counted))
-  return _program(traced.lower, batch_size, step.shapes, plain.jaxpr)
+  return _program(traced, batch_size, step.shapes, plain.jaxpr)
 
 
 def trace_inference(name: str, inference: Inference, counted: Inference) -> Program:
   """One call of "generation" or "discrimination"; operations are counted in `counted`, as of `trace_train`."""
-  return _program(inference.trace(name).lower, inference.batch_size, inference.shapes, counted.trace(name).jaxpr)
+  return _program(inference.trace(name), inference.batch_size, inference.shapes, counted.trace(name).jaxpr)
 
 
 def rate_at_peak(config: ConfigDict, trainer: Step, data: Data) -> float | None:
@@ -87,12 +88,12 @@ def rate_at_peak(config: ConfigDict, trainer: Step, data: Data) -> float | None:
   return chip.flops * trainer.mesh.size / program.operations
 
 
-def _program(lower: Callable[[], jax.stages.Lowered], rows: int, shapes: Params, jaxpr: core.ClosedJaxpr) -> Program:
-  total = operations.count(jaxpr)
+def _program(traced: jax.stages.Traced, rows: int, shapes: Params, plain: core.ClosedJaxpr) -> Program:
+  own = functools.partial(operations.count, traced.jaxpr)
   return Program(
-    lower=lower,
+    lower=traced.lower,
     rows=rows,
     parameters=sum(math.prod(leaf.shape) for leaf in shapes.values()),
-    operations=total,
-    turns=total / operations.count(jaxpr, turns=False),
+    operations=operations.count(plain),
+    turns=own() / own(turns=False),
   )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,11 @@ _LIBTPU = {
   "TPU_WORKER_ID": "0",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+# Of a GPU's memory, what JAX may take: as the launchers set it (launch/supervise.sh), where JAX's default is 0.75. The
+# rest is the driver's, and of what NCCL and cuDNN allocate.
+GPU_MEMORY = 0.9
+# JAX's own variables for it, of which the second is the older one; both at once it refuses.
+MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([BKMG]) of ([\d.]+)([BKMG]) hbm")
 
@@ -35,8 +41,8 @@ _QUICKLY = {
   "xla_gpu_enable_triton_gemm": False,
 }
 # NVIDIA's packages that jax's extras bring: CUDA 12's name, CUDA 13's.
-_CUDA = ("nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime")
-_CUDNN = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+CUDA = ("nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime")
+CUDNN = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +129,8 @@ def is_installed(compiler: str) -> bool:
 def prepare(platform: str, topology: Topology | None, slices: int) -> None:
   """Settings that JAX reads once, before it first looks for devices."""
   if topology is None:
+    if not any(map(os.environ.get, MEMORY_VARIABLES)):
+      os.environ[MEMORY_VARIABLES[-1]] = str(GPU_MEMORY)
     jax.config.update("jax_platforms", "cuda,cpu")
     return
   jax.config.update("jax_platforms", "cpu")
@@ -130,16 +138,42 @@ def prepare(platform: str, topology: Topology | None, slices: int) -> None:
     jax.config.update("jax_num_cpu_devices", topology.size * slices)
 
 
+def gpu_memory() -> float:
+  """The part of a GPU's memory that JAX may take. Raises UserError: its variable is no number above 0."""
+  for name in MEMORY_VARIABLES:
+    if value := os.environ.get(name):
+      try:
+        fraction = float(value)
+      except ValueError:
+        fraction = 0.0
+      if not 0 < fraction < math.inf:
+        raise UserError(f"{name} is {value!r}; it is a part of a GPU's memory, such as {GPU_MEMORY}")
+      return fraction
+  return GPU_MEMORY
+
+
+def _usable(topology: Topology) -> Chip:
+  """The chip with the memory that a program may fill: of a TPU its compiler knows more, of a GPU `gpu_memory`."""
+  if topology.is_tpu:
+    return topology.chip
+  return dataclasses.replace(topology.chip, memory=gpu_memory() * _gpu(topology).memory)
+
+
+def _gpu(topology: Topology) -> gpus.Gpu:
+  return gpus.GPUS[topology.name.partition(":")[0]]
+
+
 def find(platform: str, topology: Topology | None, slices: int) -> Target:
   """After `prepare`. Raises UserError where there are no such devices."""
   if topology is None:
     return _present_gpus()
+  chip = _usable(topology)
   if platform == "cuda":
     if slices > 1:
       raise UserError(f"--slices={slices} is of TPUs; several hosts of GPUs are a topology, such as h100:8x{slices}")
     return Target(
       devices=gpu_devices(topology),
-      chip=topology.chip,
+      chip=chip,
       compiler="cuda",
       exact=True,
       options=_QUICKLY,
@@ -147,14 +181,14 @@ def find(platform: str, topology: Topology | None, slices: int) -> Target:
     )
   if platform == "tpu":
     near = topology.size if slices > 1 else None
-    return Target(devices=tpu_devices(topology, slices), chip=topology.chip, compiler="tpu", exact=True, near=near)
+    return Target(devices=tpu_devices(topology, slices), chip=chip, compiler="tpu", exact=True, near=near)
   devices = jax.devices("cpu")
   if len(devices) < topology.size * slices:
     raise UserError(
       f"{topology.name} needs {topology.size * slices} CPU devices, but this process has {len(devices)}; unset"
       " JAX_NUM_CPU_DEVICES and XLA_FLAGS"
     )
-  return Target(devices=devices[: topology.size * slices], chip=topology.chip, compiler="cpu", exact=False)
+  return Target(devices=devices[: topology.size * slices], chip=chip, compiler="cpu", exact=False)
 
 
 def _present_gpus() -> Target:
@@ -166,7 +200,7 @@ def _present_gpus() -> Target:
       " --topology=h100:8"
     ) from error
   chip = of_kind(devices[0].device_kind)
-  # What JAX may use of this very card: by default three quarters, and a card of one kind may come with less memory.
+  # What JAX may use of this very card, by the same part (`prepare`), and a card of one kind may come with less memory.
   limit = (devices[0].memory_stats() or {}).get("bytes_limit")
   chip = dataclasses.replace(chip, memory=limit) if limit else chip
   return Target(devices=devices, chip=chip, compiler="cuda", exact=True)
@@ -176,9 +210,9 @@ def gpu_devices(topology: Topology) -> list[Any]:
   """Devices to compile for, none of which need be there; `h100:8x4` is four hosts of eight."""
   from jax.experimental import topologies
 
-  kind, (a_host, *rest) = topology.name.partition(":")[0], topology.shape
+  a_host, *rest = topology.shape
   hosts = rest[0] if rest else 1
-  config = gpus.target_config(gpus.GPUS[kind], cuda=_version(_CUDA), cudnn=_version(_CUDNN))
+  config = gpus.target_config(_gpu(topology), cuda=_version(CUDA), cudnn=_version(CUDNN))
   layout = f"1x{hosts}x{a_host}"  # slices, hosts of one, devices of one
   return list(topologies.get_topology_desc(platform="cuda", target_config=config, topology=layout).devices)
 

@@ -23,12 +23,23 @@ from diffdis_jax.evals.features import Extractor
 from diffdis_jax.interop import inception as inception_file
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
-from diffdis_jax.run import buckets
+from diffdis_jax.run import buckets, code_digest
 from diffdis_jax.run.progress import Progress
 
 FEW = 10_000  # images, below which FID is too high by as much as models differ
 FEW_NOTE = f"of fewer than {FEW} images FID is biased upwards; compare it only at equal numbers, or compare KID"
 MEASURES = ("fid", "kid", "kid_std")
+# What makes features of images, and what draws images of prompts.
+EXTRACTING = (
+  *("models/inception.py", "interop/inception.py", "evals/features.py", "evals/resize.py", "evals/real_images.py"),
+  *("data/records.py", "data/transforms.py"),
+)
+SAMPLING = (
+  *("models", "diffusion", "inference.py", "params.py", "parallel/batches.py", "parallel/sharding.py"),
+  *("data/tokenizer.py", "data/clip_merges.txt.gz"),
+)
+EXTRACTING_PACKAGES = ("jax", "jaxlib", "flax", "pillow")
+SAMPLING_PACKAGES = (*EXTRACTING_PACKAGES, "transformers", "tokenizers", "ftfy")
 Extract = Callable[[Any], Float[np.ndarray, "n d"]]  # features of images
 
 
@@ -171,6 +182,7 @@ class Fid:
     return {
       **_drawing(inference),
       "params": fingerprint(params),
+      "code": code_digest.of(*SAMPLING, *EXTRACTING, packages=SAMPLING_PACKAGES),
       "seed": self._seed,
       "resize": self._made["resize"],
       "weights_sha256": self._weights.sha256,
@@ -193,6 +205,7 @@ class Fid:
   def _open_reference(self, file: str, images: str, resampling: str) -> None:
     """Reads the file, if there is one, or else finds the images of which it will be made."""
     self._reference_file, self._resampling, self._reference = file, resampling, None
+    self._code = code_digest.of(*EXTRACTING, packages=EXTRACTING_PACKAGES)
     which = images or "all"
     self._real, self._real_indices = self.source, np.arange(len(self.source))
     self._images: dict[str, Any] = {"which": which, "data": self._data}
@@ -208,6 +221,7 @@ class Fid:
       size = self._data.get("image_size")
       expected = {
         **self._made,
+        "code": self._code,
         "image_size": size,
         "resampling": resampling,
         "images": self._images if images else None,
@@ -223,7 +237,13 @@ class Fid:
       rows = self._real_indices[start : start + drawn_prompts.PART]
       parts.append(extractor(real_images.RealImages(self._real, rows, image_size, self._resampling)))
       progress.add(len(rows))
-    protocol = {**self._made, "image_size": image_size, "resampling": self._resampling, "images": self._images}
+    protocol = {
+      **self._made,
+      "code": self._code,
+      "image_size": image_size,
+      "resampling": self._resampling,
+      "images": self._images,
+    }
 
     def keep() -> None:
       made = reference.of_features(np.concatenate(parts), protocol=protocol, name=self._reference_name)

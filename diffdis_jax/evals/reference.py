@@ -104,8 +104,8 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str) -> None:
 
   Args:
     reference: what was read.
-    expected: protocol of the measurement, with the fields of SAME, `image_size` and, where the user has said which
-      images the reference should be of, `images`.
+    expected: protocol of the measurement, with the fields of SAME, `code`, `image_size` and, where the user has said
+      which images the reference should be of, `images`.
     path: of the file, for messages.
 
   Raises:
@@ -129,6 +129,12 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str) -> None:
     raise UserError(
       f"--reference={path} is of other images, {protocol.get('images')}, than those asked for, {expected['images']};"
       " name a new file, which is then made"
+    )
+  if protocol.get("code") != expected["code"]:
+    logging.warning(
+      "--reference=%s was made by other code or with other versions of JAX or Pillow; to have it made again, name a new"
+      " file",
+      path,
     )
   for name in ("image_size", "resampling"):
     if protocol.get(name) != expected[name]:

@@ -14,8 +14,11 @@ from absl import logging
 from jaxtyping import Float, Int
 
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import files
+from diffdis_jax.run import code_digest, files
 
+# What embeds texts.
+CODE = ("models", "inference.py", "params.py", "parallel/batches.py", "parallel/sharding.py")
+PACKAGES = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 LIMIT = 4 * 2**30  # bytes that a folder may hold before the oldest files go; ImageNet's 81 prompts have 249 MB
 
 
@@ -23,7 +26,8 @@ class CachedTexts:
   """An inference, of which `embed_texts` looks into a folder first. All else is the inference's own.
 
   A file's name is a hash of the weights, the tokens, and what else decides the result: the text encoder's config, the
-  network's precision, the kind of device and jax's version. With several processes the first one reads and writes.
+  network's precision, the kind of device, and the code that embeds. With several processes the first one reads and
+  writes.
 
   Args:
     inference: what embeds.
@@ -35,7 +39,7 @@ class CachedTexts:
     self._inference, self._folder = inference, folder
     model = inference.network.model
     network = f"{model.text_encoder} {model.dtype} {model.matmul_precision}"
-    self._known = f"{weights} {network} {jax.default_backend()} {jax.__version__}"
+    self._known = f"{weights} {network} {jax.default_backend()} {code_digest.of(*CODE, packages=PACKAGES)}"
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._inference, name)

@@ -14,6 +14,7 @@ from diffdis_jax.structs import AnyArray
 
 VISUAL_DEVIATION = 0.02  # of the initial kernels of the visual branch
 _MIN_SQUARE = 1e-24
+EXACT = jax.lax.Precision.HIGHEST  # of products: left to themselves, TPUs multiply f32 in bf16 and GPUs in TF32
 
 
 @struct.dataclass
@@ -27,7 +28,8 @@ class ClassLogits:
 class LanguageGuidedHead(nnx.Module):
   """Two classifiers of one image feature f: an MLP, and attention over each class's own anchor sentences.
 
-  All of it is computed in f32. The head has 5 d² parameters or so, d the width of f.
+  All of it is computed in f32, products too, in a bf16 program as well. The head has 5 d² parameters or so, d the width
+  of f.
 
   Args:
     width: of f and of a sentence's embedding, d.
@@ -39,7 +41,7 @@ class LanguageGuidedHead(nnx.Module):
     # VL-LTR's is cut at ± 2, which is a hundred deviations away.
     init = nnx.initializers.normal(VISUAL_DEVIATION)
     dense = lambda din, dout, kernel_init, use_bias: nnx.Linear(
-      din, dout, use_bias=use_bias, kernel_init=kernel_init, param_dtype=jnp.float32, rngs=rngs
+      din, dout, use_bias=use_bias, kernel_init=kernel_init, param_dtype=jnp.float32, precision=EXACT, rngs=rngs
     )
     identity = lambda key, shape, dtype=jnp.float32, **_: jnp.eye(*shape, dtype=dtype)
     self.fc1: Any = dense(width, 4 * width, init, True)
@@ -57,11 +59,11 @@ class LanguageGuidedHead(nnx.Module):
     visual = self.fc2(jax.nn.relu(self.fc1(f)))
     sentences = self.anchors[...]
     query, keys = self.q(self.query_norm(f[:, None])[:, 0]), self.k(self.key_norm(sentences))
-    scores = jnp.einsum("bd,ksd->bks", query, keys) / jnp.sqrt(jnp.float32(f.shape[-1]))
+    scores = jnp.einsum("bd,ksd->bks", query, keys, precision=EXACT) / jnp.sqrt(jnp.float32(f.shape[-1]))
     there = jnp.any(sentences != 0.0, axis=-1)
     weights = jax.nn.softmax(scores, axis=-1, where=there)
-    g = jnp.einsum("bks,ksd->bkd", weights, sentences)
-    cosines = jnp.einsum("bd,bkd->bk", unit(f), unit(g))
+    g = jnp.einsum("bks,ksd->bkd", weights, sentences, precision=EXACT)
+    cosines = jnp.einsum("bd,bkd->bk", unit(f), unit(g), precision=EXACT)
     return ClassLogits(visual=visual, language=jnp.exp(logit_scale.astype(jnp.float32)) * cosines)
 
 

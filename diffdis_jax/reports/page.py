@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.resources
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ DIGITS = 5  # of a number on a curve
 MOST_GRIDS = 240  # of all runs
 GRID_BYTES = 7_000_000  # of all of them, as text; the rest of a page's 10 MB is for curves and cards
 CARD_BYTES = 400_000
-PLACE = "{{%s}}"
+PLACE = re.compile(r"\{\{(\w+)\}\}")  # of the template
 
 
 def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float | None = None) -> str:
@@ -37,10 +38,9 @@ def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float |
     data = data_of(runs, hour_price=hour_price, now=now)
   template = importlib.resources.files("diffdis_jax.reports").joinpath("template.html").read_text(encoding="utf-8")
   title = ", ".join(run.name for run in runs)
-  for name, text in (("title", escape(title)), ("data", as_json(data)), ("pictures", as_json(embedded.result()))):
-    before, _, after = template.partition(PLACE % name)
-    template = before + text + after
-  return template
+  texts = {"title": escape(title), "data": as_json(data), "pictures": as_json(embedded.result())}
+  # All places at once: what a run says may look like one.
+  return PLACE.sub(lambda place: texts[place[1]], template)
 
 
 def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dict[str, Any]:

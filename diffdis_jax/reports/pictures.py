@@ -14,6 +14,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from diffdis_jax.data import image_files
+
 # Longest side, and quality of WebP, from the finest on.
 SIZES = ((1600, 85), (1280, 80), (1024, 72), (832, 62), (704, 52), (576, 44), (448, 38), (352, 34), (256, 30))
 TRIED = 3  # pictures by whose bytes the finest is chosen that should fit
@@ -62,7 +64,7 @@ def _embed(path: epath.Path, *, side: int, quality: int) -> Picture | None:
 
 def _open(path: epath.Path) -> Image.Image | None:
   try:
-    with Image.open(io.BytesIO(path.read_bytes())) as image:
+    with image_files.open_image(path.read_bytes()) as image:
       image.load()
       return image if image.mode == "RGB" else image.convert("RGB")
   except Exception:  # Pillow raises whatever it likes for a damaged file

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
 import os
 import pathlib
 import re
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from diffdis_jax.data import records
+from diffdis_jax.data import image_files, records
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import prompts
 
@@ -27,6 +26,7 @@ class Limits:
 
   Attributes:
     upload_mb: of an uploaded file, 10^6 bytes.
+    uploads_mb: of all uploads that are kept, 10^6 bytes; the oldest are deleted. As many may be received at a time.
     megapixels: of an uploaded image, 10^6. Decoded, one takes up to 4 bytes.
     characters: of a prompt, a class name or a template.
     names: class names of a request.
@@ -39,6 +39,7 @@ class Limits:
   """
 
   upload_mb: float = 10.0
+  uploads_mb: float = 100.0
   megapixels: float = 25.0
   characters: int = 500
   names: int = 200
@@ -49,6 +50,7 @@ class Limits:
   def __post_init__(self) -> None:
     for name in ("upload_mb", "megapixels", "seconds"):
       check_number(name, getattr(self, name), above=0)
+    check_number("uploads_mb", self.uploads_mb, at_least=self.upload_mb)
     for name in ("characters", "names", "at_once", "waiting"):
       check_number(name, getattr(self, name), at_least=1)
 
@@ -81,14 +83,12 @@ def _check_pixels(data: bytes, limits: Limits) -> None:
   """Raises UserError by the file's header alone."""
   most = f"at most {limits.megapixels:g} million can be"
   try:
-    with Image.open(io.BytesIO(data)) as opened:
-      width, height = opened.size
-  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-    raise UserError(f"the image has too many pixels; {most}") from error
-  except Exception as error:  # PIL's readers raise whatever a broken file leads them into
-    raise UserError("the file shows no image that can be read; upload one such as a PNG or a JPEG") from error
-  if width * height > limits.megapixels * 1e6:
-    raise UserError(f"the image has {width:,} x {height:,} pixels; {most}")
+    header = records.read_header(data)
+  except records.Unusable as error:
+    formats = ", ".join(image_files.FORMATS)
+    raise UserError(f"the file shows no image that can be read: {error}; {most}, of {formats}") from error
+  if header.width * header.height > limits.megapixels * 1e6:
+    raise UserError(f"the image has {header.width:,} x {header.height:,} pixels; {most}")
 
 
 def read_text(text: str | None, what: str, limits: Limits) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pathlib
 import signal
 import socket
 import threading
+from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import gradio as gr
 from absl import logging
@@ -15,18 +18,24 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.studio import page
 from diffdis_jax.studio.body_limit import BodyLimit
 from diffdis_jax.studio.limits import Limits
+from diffdis_jax.studio.same_site import SameSite
+from diffdis_jax.studio.uploads import Quota
 
 AROUND = 100_000  # bytes of a form around the file in it
 
 
-def serve(blocks: gr.Blocks, limits: Limits, *, host: str, port: int) -> None:
+def serve(
+  blocks: gr.Blocks, limits: Limits, *, folder: pathlib.Path, host: str, port: int, allowed_hosts: Sequence[str]
+) -> None:
   """Serves until SIGINT or SIGTERM.
 
   Args:
     blocks: the page, with its queue.
     limits: of uploads.
+    folder: of them.
     host: address to listen at.
     port: 0 for any that is free.
+    allowed_hosts: names by which the page is asked for, beside its address.
 
   Raises:
     UserError: nobody can listen there.
@@ -38,7 +47,12 @@ def serve(blocks: gr.Blocks, limits: Limits, *, host: str, port: int) -> None:
     stop.set()
 
   before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
-  upload = int(limits.upload_mb * 1e6)
+  upload, uploads = int(limits.upload_mb * 1e6), int(limits.uploads_mb * 1e6)
+  middleware: list[Any] = [
+    Middleware(SameSite, listens_at=host, names=allowed_hosts),
+    Middleware(BodyLimit, limit=upload + AROUND, total=uploads + AROUND, seconds=limits.seconds),
+    Middleware(Quota, folder=folder, limit=uploads, seconds=limits.seconds),
+  ]
   try:
     _, address, _ = blocks.launch(
       server_name=host,
@@ -53,7 +67,7 @@ def serve(blocks: gr.Blocks, limits: Limits, *, host: str, port: int) -> None:
       state_session_capacity=limits.at_once + limits.waiting,
       theme=page.theme(),
       css=page.CSS,
-      app_kwargs={"middleware": [Middleware(BodyLimit, limit=upload + AROUND)]},
+      app_kwargs={"middleware": middleware},
     )
     logging.info("the page is at %s; Ctrl-C ends it", address)
     stop.wait()

@@ -14,9 +14,12 @@ from diffdis_jax.training.step import Step
 
 
 def plain(config: ConfigDict) -> ConfigDict:
-  """The config that operations are counted by: nothing is computed twice, and none of them is inside a kernel."""
+  """The config that operations are counted by: nothing is computed twice, and none of them is inside a kernel. A batch
+  that is one whole in several microbatches is taken at once, without the pass that GradCache adds."""
   changed = config.copy_and_resolve_references().unlock()
   changed.model.update(remat="none", attention_kernel="at_once")
+  if changed.optim.contrastive_batch == "whole":
+    changed.optim.accumulate = 1
   return changed
 
 

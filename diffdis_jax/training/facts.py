@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from absl import logging
+from clu import parameter_overview
 
 from diffdis_jax.data.build import Data
 from diffdis_jax.parallel import processes
@@ -35,6 +36,11 @@ def of_start(trainer: Step, data: Data) -> dict[str, Any]:
     "parameters": parameter_groups(trainer),
     "data": data.describe(),
   }
+
+
+def overview(trainer: Step) -> str:
+  """A table of the parameters: path, shape, dtype, number."""
+  return parameter_overview.get_parameter_overview(trainer.shapes, include_stats=False) + "\n"
 
 
 def log(trainer: Step, data: Data) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-import numpy as np
+from clu.metrics import Average
 from jaxtyping import Array, Float
 
-from diffdis_jax.structs import AnyArray
-
-# name -> (sum, count): sums over samples, microbatches and steps add up, and their ratio is the mean.
-Number = np.floating | Float[AnyArray, "..."]
-Metrics = dict[str, tuple[Number, Number]]
+# name -> total and count: totals over samples, microbatches and steps add up, and their ratio is the mean.
+Metrics = dict[str, Average]
 
 
-def mean_of(per_sample: Float[Array, "b"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def mean_of(per_sample: Float[Array, "b"]) -> Average:
   """A metric: the sum over samples, and their number."""
-  return jnp.sum(per_sample), jnp.asarray(len(per_sample), jnp.float32)
+  return Average(total=jnp.sum(per_sample), count=jnp.asarray(len(per_sample), jnp.float32))

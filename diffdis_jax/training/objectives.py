@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from clu.metrics import Average
 from jaxtyping import Array, Float, Int, UInt32
 
 from diffdis_jax.diffusion import schedules
@@ -249,4 +250,4 @@ def alignment(result: losses.Contrastive, logit_scale: Float[Array, ""]) -> Metr
 def quarters_of(name: str, per_sample: Float[Array, "b"], t: Int[Array, "b"]) -> Metrics:
   """A loss by the quarter of its timestep, q1 the least noisy: a diffusion loss alone says little."""
   quarters = losses.by_timestep_quarter(jax.lax.stop_gradient(per_sample), t)
-  return {f"{name}_q{i + 1}": (quarters.sum[i], quarters.count[i]) for i in range(4)}
+  return {f"{name}_q{i + 1}": Average(total=quarters.sum[i], count=quarters.count[i]) for i in range(4)}

@@ -40,7 +40,7 @@ class Optim:
     first_moment: a key of MOMENTS, in which AdamW's first moment is kept. The second stays f32: with b2 = 0.999 it
       changes by less than bf16 can tell, and would stand still.
     clip_norm: largest global norm of the gradient; 0 for no clipping.
-    ema_decay: of the averaged weights.
+    ema_decay: of the averaged weights; a short run does not reach it (`update_ema`).
     accumulate: microbatches that a step takes one after another, so that less has to be in memory at a time.
     contrastive_batch: one of CONTRASTIVE_BATCHES: `whole`, all microbatches of a step are one contrastive batch, and
       their number leaves the step's result as it is (gradcache.py); `microbatch`, each is one of its own, with its own
@@ -191,7 +191,8 @@ def limit_logit_scale(params: Params) -> Params:
 def update_ema(new: Params, old: Params, *, decay: float, step: Int[Array, ""]) -> Params:
   """Exponential moving average of weights: old · d + new · (1 − d), d = min(decay, (1 + step) / (10 + step)).
 
-  The ramp, TensorFlow's, is not stated by the paper; it lets short runs forget their initial values.
+  The ramp, TensorFlow's, is not stated by the paper; it lets short runs forget their initial values. It passes 0.9999
+  after 89,990 steps: with that decay a run of the paper's 17,027 ends at 0.99947.
   """
   # Of steps finished before this one, as the state counts them: the first average is 0.1 old, 0.9 new.
   step = step.astype(jnp.float32)

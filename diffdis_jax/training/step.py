@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from clu.metrics import Average
 from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
@@ -158,7 +159,7 @@ class Step:
     trainable = cast(Params, optax.apply_updates(trainable, updates))
     if "contrastive" in self.network.objectives:
       trainable = optimizers.limit_logit_scale(trainable)
-    metrics["grad_norm"] = (optax.tree.norm(gradient), jnp.ones(()))
+    metrics["grad_norm"] = Average(total=optax.tree.norm(gradient), count=jnp.ones(()))
     return (
       TrainState(
         step=state.step + 1,

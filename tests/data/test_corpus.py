@@ -1,5 +1,7 @@
 """Sentences of classes: by hand-written answers."""
 
+import importlib.metadata
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from diffdis_jax.data import corpus, long_tail
 from diffdis_jax.data.corpus import Corpus
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from tests.changed_code import change, copy_package
 
 PAGE = """
 An airfield is a place. Planes land there.
@@ -107,6 +110,27 @@ def test_damaged_folders(tmp_path, names, pages, message):
 def test_no_folder(tmp_path):
   with pytest.raises(UserError, match="cannot read .*labels.txt"):
     corpus.read_corpus(tmp_path, wordnet=False)
+
+
+def test_tokens_are_made_anew_by_a_changed_tokenizer(tmp_path, monkeypatch):
+  own, calls = Corpus(("a",), (("one.",),)), []
+
+  def count() -> int:
+    tokenizer = lambda sentences: calls.append(0) or Tokenizer(8)(sentences)
+    long_tail.kept_tokens(own, tokenizer, max_length=8, folder=str(tmp_path / "kept"))
+    return len(calls)
+
+  copy = copy_package(tmp_path, monkeypatch)
+  assert [count(), count()] == [1, 1]
+  change(copy / "models" / "clip.py")
+  assert count() == 1
+  change(copy / "data" / "tokenizer.py")
+  assert [count(), count()] == [2, 2]
+  change(copy / "data" / "clip_merges.txt.gz")
+  assert count() == 3
+  version = importlib.metadata.version
+  monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == "ftfy" else version(name))
+  assert [count(), count()] == [4, 4]
 
 
 def test_tokens_are_made_once(tmp_path):

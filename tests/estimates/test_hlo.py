@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from diffdis_jax.estimates import hlo, times
+from diffdis_jax.estimates import chips, hlo, times
 from tests import steps
 
 GROUPS = "channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}"
@@ -136,6 +136,74 @@ def test_bytes_of_what_a_device_ends_up_with(kind, f):
   x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, rows))
   text = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=rows, out_specs=rows)).lower(x).compile().as_text()
   assert hlo.bytes_by_kind(text) == {kind: 4 * 8 * 32 // (8 if kind == "reduce-scatter" else 1)}
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_the_loop_turns():
+  """Of five turns, in each of which an inner loop turns three times: 15 sums, 5 gathers, and one sum after them."""
+  mesh, rows = steps.make_mesh(8), PartitionSpec("data")
+
+  def inner(c, _):
+    return jnp.sin(jax.lax.psum(c, "data")) + c, None
+
+  def outer(c, _):
+    return jax.lax.all_gather(jax.lax.scan(inner, c, length=3)[0], "data").mean(axis=0) * c, None
+
+  f = lambda x: jax.lax.psum(jax.lax.scan(outer, x, length=5)[0].sum(), "data") + x
+  x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, rows))
+  text = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=rows, out_specs=rows)).lower(x).compile().as_text()
+  own = 4 * 8 * 32  # bytes of a device's rows
+  assert hlo.bytes_by_kind(text) == {"all-reduce": 15 * own + 4, "all-gather": 5 * 8 * own}
+  assert sorted((each.kind, each.times) for each in hlo.collectives(text)) == [
+    *(("all-gather", 5), ("all-reduce", 1), ("all-reduce", 15))
+  ]
+  chip = chips.CHIPS["h100"]
+  moved = (15 * own + 4) * 2 * 7 / 8 + 5 * 8 * own * 7 / 8
+  assert times.seconds_between_chips(text, chip, near=8) == pytest.approx(moved / chip.links)
+
+
+CALLS = """
+%less (p: f32[8]) -> pred[] {
+  %n = s32[]{:T(128)} constant(7), metadata={}
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%until (p: f32[8]) -> pred[] {
+  ROOT %eq = pred[] compare(%i, %n), direction=EQ
+}
+
+%body (p: f32[8]) -> f32[8] {
+  %r = f32[8] all-reduce(%p), channel_id=1
+}
+
+%wrapped (p: f32[8]) -> f32[64] {
+  %g = f32[64] all-gather(%p), channel_id=2
+}
+
+%branch (p: f32[8]) -> f32[8] {
+  %t = f32[8] all-to-all(%p), channel_id=3
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = f32[8] while(%p), condition=LOOP
+  %a = (f32[8], f32[64]) async-start(%w), calls=%wrapped
+  %d = f32[64] async-done(%a), calls=%wrapped
+  %c = f32[8] conditional(%i, %p, %p), branch_computations={%branch, %other}
+}
+"""
+
+
+@pytest.mark.parametrize(
+  "loop, turns",
+  [
+    ('%until, body=%body, backend_config={"known_trip_count":{"n":"6"}}', 6),
+    ("%less, body=%body", 7),  # as the TPU compiler writes it
+    ("%until, body=%body", 1),
+  ],
+)
+def test_calls_of_other_kinds_count_once_and_so_does_a_loop_of_unknown_turns(loop, turns):
+  expected = {"all-reduce": turns * 32, "all-gather": 256, "all-to-all": 32}
+  assert hlo.bytes_by_kind(CALLS.replace("LOOP", loop)) == expected
 
 
 @pytest.mark.parametrize(

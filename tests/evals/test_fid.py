@@ -21,6 +21,7 @@ from diffdis_jax.evals import distances, drawn_prompts, reference, resize
 from diffdis_jax.evals import fid as fid_module
 from diffdis_jax.interop.inception import Weights
 from diffdis_jax.parallel import sharding
+from tests.changed_code import change, copy_package
 
 WIDTH, SIDE, PART, COUNT = 6, 8, 8, 36
 DATA = {"name": "pairs", "path": "somewhere", "split": "val", "image_size": SIDE}
@@ -225,6 +226,30 @@ def test_parts_of_another_protocol(tmp_path, section, inference, params, name):
   with pytest.raises(UserError, match="is of another protocol: ") as error:
     make(parts=str(tmp_path), **section).run(other, params)
   assert name in str(error.value) and "give another folder" in str(error.value) and not other.calls
+
+
+def test_changed_code_goes_on_from_no_part(tmp_path, monkeypatch):
+  copy = copy_package(tmp_path, monkeypatch)
+  make(parts=str(tmp_path / "parts")).run(Inference(), {})
+  change(copy / "evals" / "zero_shot.py")
+  again = Inference()
+  make(parts=str(tmp_path / "parts")).run(again, {})
+  assert not again.calls
+  change(copy / "models" / "unet.py")
+  with pytest.raises(UserError, match="is of another protocol: code is .*; give another folder"):
+    make(parts=str(tmp_path / "parts")).run(Inference(), {})
+
+
+def test_a_reference_that_other_code_made_is_named(tmp_path, monkeypatch, caplog):
+  copy = copy_package(tmp_path, monkeypatch)
+  file = tmp_path / "reference.npz"
+  make(reference=str(file)).run(Inference(), {})
+  change(copy / "models" / "unet.py")
+  make(reference=str(file))
+  assert "other code" not in caplog.text
+  change(copy / "evals" / "resize.py")
+  make(reference=str(file))
+  assert "was made by other code" in caplog.text and "name a new" in caplog.text
 
 
 def test_a_part_that_is_broken(tmp_path):

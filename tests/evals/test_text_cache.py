@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import types
 
@@ -10,6 +11,7 @@ import pytest
 
 from diffdis_jax.evals import text_cache
 from diffdis_jax.evals.text_cache import CachedTexts
+from tests.changed_code import change, copy_package
 
 
 class Inference:
@@ -60,6 +62,17 @@ def test_others_are_embedded_anew(tmp_path, other):
   found, calls = embed(tmp_path, **other)
   assert calls == 1
   np.testing.assert_array_equal(found, Inference().embed_texts(PARAMS, other.get("tokens", TOKENS)))
+
+
+def test_texts_are_embedded_anew_by_changed_code(tmp_path, monkeypatch):
+  copy = copy_package(tmp_path, monkeypatch)
+  embed(tmp_path / "kept")
+  change(copy / "reports" / "page.py")
+  assert embed(tmp_path / "kept")[1] == 0
+  change(copy / "models" / "text_encoder.py")
+  assert [embed(tmp_path / "kept")[1] for _ in range(2)] == [1, 0]
+  monkeypatch.setattr(importlib.metadata, "version", lambda name: "another")
+  assert embed(tmp_path / "kept")[1] == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"no array", None])

@@ -55,6 +55,7 @@ def test_pods_find_each_other(programs):
   (container,) = job_of(jobset)["template"]["spec"]["containers"]
   values = {entry["name"]: entry["value"] for entry in container["env"]}
   assert values == {
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
     "DIFFDIS_LAUNCHED": "1",
     "DIFFDIS_NUM_PROCESSES": "2",
     "DIFFDIS_COORDINATOR_ADDRESS": "my-run-host-0-0.my-run:8476",

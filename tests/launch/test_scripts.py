@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from diffdis_jax.estimates import targets
 from tests.launch.programs import ROOT, Programs
 
 SCRIPTS = sorted(path for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch"))
@@ -43,6 +44,23 @@ def test_holds_no_hyperparameter(path):
 def test_is_executable_and_stops_at_errors(path):
   assert os.access(path, os.X_OK)
   assert "\nset -euo pipefail\n" in path.read_text()
+
+
+@pytest.mark.parametrize(
+  "given, expected",
+  [
+    ({}, ["", "0.9"]),
+    ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, ["", "0.5"]),
+    ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, ["0.5", ""]),  # beside which JAX refuses the older one
+  ],
+)
+def test_jax_may_take_as_much_of_a_gpu_as_preflight_counts_on(programs, given, expected):
+  environment = programs.environment(**{"XLA_CLIENT_MEM_FRACTION": "", "XLA_PYTHON_CLIENT_MEM_FRACTION": "", **given})
+  shown = ["bash", "-c", "source launch/supervise.sh; env | grep MEM_FRACTION"]
+  done = subprocess.run(shown, cwd=ROOT, env=environment, capture_output=True, text=True)
+  values = dict(line.split("=") for line in done.stdout.splitlines())
+  assert [values[name] for name in targets.MEMORY_VARIABLES] == expected
+  assert targets.GPU_MEMORY == 0.9 and "MEM_FRACTION=0.9" in (ROOT / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize("path", STARTED, ids=name_of)

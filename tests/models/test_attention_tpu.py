@@ -39,10 +39,10 @@ def attention_in_float64(q, k, v, of_attended, of_lse):
   return attended, (top + np.log(total))[..., 0], of_q, of_k, np.einsum("bnhm,bnhd->bmhd", weights, of_attended)
 
 
-def inputs(n: int, m: int, *, heads: int = 1, channels: int = 8, dtype=jnp.float32):
+def inputs(n: int, m: int, *, heads: int = 1, channels: int = 8, dtype=jnp.float32, deviation: float = 2.0):
   """q, k, v, and gradients of value and lse."""
   rng = np.random.default_rng(n + m)
-  draw = lambda *shape: jnp.asarray(2 * rng.standard_normal((1, *shape)), dtype)
+  draw = lambda *shape: jnp.asarray(deviation * rng.standard_normal((1, *shape)), dtype)
   q, k, v, g = (draw(size, heads, channels) for size in (n, m, m, n))
   return q, k, v, g, draw(n, heads).astype(jnp.float32)
 
@@ -72,6 +72,20 @@ def test_value_and_gradients_of_the_kernel(n, m, heads, channels, dtype):
   assert [x.dtype for x in found] == [dtype, jnp.float32, dtype, dtype, dtype]
   for name, a, b in zip(("value", "lse", "of q", "of k", "of v"), found, expected, strict=True):
     assert networks.relative_error(a.astype(jnp.float32), b) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("n, m, channels", [(128, 128, 40), (130, 77, 80)])
+def test_sharp_scores_are_as_exact_as_in_the_plain_form(n, m, channels):
+  """In bf16, with scores up to 60 or so, whose rounding would show in every weight."""
+  args = inputs(n, m, heads=2, channels=channels, dtype=jnp.bfloat16, deviation=4.0)
+  expected = attention_in_float64(*(np.asarray(x, np.float64) for x in args))
+  plain = lambda q, k, v: attention._attend_at_once(q, k, v, None, True)
+  of_kernel, of_plain = (
+    [networks.relative_error(a.astype(jnp.float32), b) for a, b in zip(found, expected, strict=True)]
+    for found in (jax.jit(functools.partial(with_gradients, attend))(*args) for attend in (interpreted, plain))
+  )
+  for name, error, of_same in zip(("value", "lse", "of q", "of k", "of v"), of_kernel, of_plain, strict=True):
+    assert 0 < error <= 1.5 * of_same, f"{name}: {error:.1e} where the plain form has {of_same:.1e}"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

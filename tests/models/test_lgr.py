@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from diffdis_jax.models import build, lgr
 from diffdis_jax.params import flatten
 from tests.models.networks import Network, random_params, relative_error
+from tests.test_precision import precisions
 
 D, CLASSES, ANCHORS, B = 12, 5, 4, 3
 RNG = np.random.default_rng(0)
@@ -52,6 +53,19 @@ def test_both_branches_equal_torchs(params):
   found = NETWORK.jit(lambda head, *args: head(*args))(params, f, scale)
   visual, language = by_torch(params, f, scale)
   assert relative_error(found.visual, visual) < 1e-6 and relative_error(found.language, language) < 1e-6
+
+
+def test_every_product_is_f32_whatever_the_program_asks_for(params):
+  """Forwards and backwards, in a bf16 run, whose programs leave f32 to the chip's fastest way."""
+  f, scale = jnp.zeros((B, D), jnp.bfloat16), jnp.float32(1.0)
+
+  def total(params):
+    logits = NETWORK.pure(lambda head: head(f, scale))(params)
+    return (logits.visual**2).sum() + (logits.language**2).sum()
+
+  with jax.default_matmul_precision("default"):
+    found = precisions(jax.make_jaxpr(jax.value_and_grad(total))({name: jnp.asarray(x) for name, x in params.items()}))
+  assert found.keys() == {("dot_general", jax.lax.Precision.HIGHEST)} and sum(found.values()) > 14
 
 
 def test_gradients_are_finite_and_reach_all_but_what_padding_hides(params):

@@ -88,6 +88,18 @@ def test_the_page_loads_nothing_and_what_it_holds_cannot_break_out_of_it(pages):
     assert not re.search(r"\{\{\w+\}\}", text), "a place of the template that was not filled"
 
 
+def test_texts_of_a_run_that_look_like_places_of_the_template_are_texts(tmp_path):
+  """As a class or a prompt may be called."""
+  names = ("{{pictures}}", "{{data}}", "{{title}}", "{{other}}", r"\g<1>")
+  path = written_run.write(tmp_path / "{{pictures}} {{data}}", sample_prompts=names)
+  text = page.render([read.read(path, "{{pictures}} {{data}}")], now=written_run.DAY)
+  parsed = Scripts(text)
+  (run,), (pictures,) = parsed.json("data")["runs"], parsed.json("pictures")
+  assert run["name"] == "{{pictures}} {{data}}" and json.loads(run["config"]["sample_prompts"]) == list(names)
+  assert len(pictures["grids"][0]["grids"]) == 3 and pictures["cards"][0]
+  assert "<title>{{pictures}} {{data}}</title>" in text and len(parsed.scripts) == 3
+
+
 def test_numbers_that_are_not_finite_are_null():
   assert page.as_json({"a": [1.5, math.nan], "b": (math.inf, "<")}) == '{"a":[1.5,null],"b":[null,"\\u003c"]}'
 

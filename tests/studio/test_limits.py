@@ -96,7 +96,9 @@ def test_a_request_ends_when_its_time_is_over(monkeypatch):
     module.last_within(10, "abcde")
 
 
-@pytest.mark.parametrize("field", ["upload_mb", "megapixels", "characters", "names", "seconds", "at_once", "waiting"])
+@pytest.mark.parametrize(
+  "field", ["upload_mb", "uploads_mb", "megapixels", "characters", "names", "seconds", "at_once", "waiting"]
+)
 def test_limits_out_of_their_range(field):
   with pytest.raises(UserError, match=f"{field} is 0"):
     Limits(**{field: 0})

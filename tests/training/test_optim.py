@@ -8,6 +8,7 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
+from configs import diffdis_cc3m
 from diffdis_jax.errors import UserError
 from diffdis_jax.training import optim
 
@@ -178,6 +179,16 @@ def test_average_is_optax_incremental_update_with_a_ramp(step, rate):
   for path in SHAPES:
     np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found[path], rate * old[path] + (1 - rate) * new[path], rtol=1e-5, atol=1e-6)
+
+
+def test_the_papers_run_ends_before_its_decay_is_reached():
+  """As configs/diffdis_cc3m.py, docs/method.md and `update_ema` say."""
+  config = diffdis_cc3m.get_config()
+  weight = {"w": jnp.zeros(1)}, {"w": jnp.ones(1)}
+  decay = lambda step: float(optim.update_ema(*weight, decay=config.optim.ema_decay, step=jnp.int32(step))["w"][0])
+  assert config.num_steps == 17_027 and config.optim.ema_decay == 0.9999
+  assert round(decay(config.num_steps - 1), 5) == 0.99947
+  assert decay(89_000) < decay(89_990) == decay(10**6) == pytest.approx(0.9999, abs=1e-7)
 
 
 @pytest.mark.parametrize("warmup_epochs, peak", [(5, 1e-5), (0, 5e-5)])

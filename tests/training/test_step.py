@@ -130,7 +130,7 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
   np.testing.assert_allclose(total, by_sample.mean() + config.loss.ita_weight * ita, rtol=1e-5)
   np.testing.assert_allclose(means["loss"], total, rtol=1e-6)
   for name, t, values in (("generation", t_z, by_sample), ("discrimination", t_e, query_to_text)):
-    sums, counts = np.array([metrics[f"loss_{name}_q{i}"] for i in (1, 2, 3, 4)]).T
+    sums, counts = np.array([jax.tree.leaves(metrics[f"loss_{name}_q{i}"]) for i in (1, 2, 3, 4)]).T
     np.testing.assert_array_equal(counts, np.bincount(t // 250, minlength=4))
     np.testing.assert_allclose(sums, np.bincount(t // 250, values, minlength=4), rtol=1e-5, atol=1e-6)
 

@@ -13,7 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from diffdis_jax.data.records import Unusable
+from diffdis_jax.data.records import MOST_BYTES, read_file
+from diffdis_jax.data.tars import Member
 
 Encoded = bytes | UInt8[np.ndarray, "h w 3"]
 
@@ -29,7 +30,7 @@ class Images(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """Image files. Reading one that is not there raises Unusable."""
+  """Image files. Reading one raises Unusable as `records.read_file` does."""
 
   paths: Sequence[pathlib.Path]
 
@@ -37,10 +38,7 @@ class Files:
     return len(self.paths)
 
   def __getitem__(self, index: int) -> bytes:
-    try:
-      return self.paths[index].read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as error:
-      raise Unusable("missing image") from error
+    return read_file(self.paths[index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +55,8 @@ class Arrays:
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
-  """Where in a tar a file's bytes lie."""
-
-  path: pathlib.Path
-  offset: int
-  size: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Members:
-  """Image files inside uncompressed tars."""
+  """Image files inside uncompressed tars. Reading one raises Unusable as `tars.Member.read` does."""
 
   members: Sequence[Member]
 
@@ -75,10 +64,7 @@ class Members:
     return len(self.members)
 
   def __getitem__(self, index: int) -> bytes:
-    member = self.members[index]
-    with open(member.path, "rb") as file:
-      file.seek(member.offset)
-      return file.read(member.size)
+    return self.members[index].read(MOST_BYTES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,17 +7,17 @@ test/nshards.txt, test/0.tar, test/1.tar, ...: s0000000.webp (or .png, .jpg), s0
 from __future__ import annotations
 
 import pathlib
-import tarfile
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from diffdis_jax.data.layouts.labelled import Captioned, Member, Members, Named, Origin
+from diffdis_jax.data import tars
+from diffdis_jax.data.layouts.labelled import Captioned, Members, Named, Origin
+from diffdis_jax.data.records import MOST_TEXT_BYTES, Unusable
 from diffdis_jax.errors import UserError
 
 SPLIT = "test"
-ENDINGS = {"webp", "png", "jpg", "jpeg"}
-Sample = dict[str, Member]  # of one key: ending -> its file, images as `image`
+Sample = dict[str, tars.Member]  # of one key: ending -> its file, images as `image`
 
 
 def is_one(path: pathlib.Path) -> bool:
@@ -72,7 +72,8 @@ def _text(content: bytes, path: pathlib.Path) -> str:
 
 
 def _samples(path: pathlib.Path, field: str) -> Iterator[Sample]:
-  """Of all the tars. Raises UserError: one is missing or damaged, or a sample lacks its image or the field."""
+  """Of all the tars. Raises UserError: one is missing or damaged, has a file twice, or a sample lacks its image or the
+  field."""
   count = (path / SPLIT / "nshards.txt").read_text().strip()
   if not count.isdecimal() or not int(count):
     raise UserError(f"{path}/{SPLIT}/nshards.txt says {count!r}; it should be the number of tars")
@@ -80,43 +81,31 @@ def _samples(path: pathlib.Path, field: str) -> Iterator[Sample]:
     tar = path / SPLIT / f"{shard}.tar"
     if not tar.is_file():
       raise UserError(f"no {tar}, one of {count} by nshards.txt; download it")
-    for key, sample in _samples_of(tar):
+    index = tars.index(tar, _field_of)
+    if not index.whole:
+      raise UserError(f"{tar} is damaged or cut off; download it again")
+    for key, sample in index.samples.items():
       if lacking := {"image", field} - {*sample}:
         raise UserError(f"{tar}: {key} has no {min(lacking)}; download it again")
       yield sample
 
 
-def _samples_of(path: pathlib.Path) -> Iterator[tuple[str, Sample]]:
-  """Key and files of each sample, which lie one after the other."""
-  before, sample = "", Sample()
-  try:
-    with tarfile.open(path, "r:") as tar:
-      for entry in tar:
-        folder, _, name = entry.name.rpartition("/")
-        key, _, ending = name.partition(".")
-        if not entry.isfile():
-          continue
-        if f"{folder}/{key}" != before and sample:
-          yield before, sample
-          sample = Sample()
-        before = f"{folder}/{key}"
-        ending = ending.lower()
-        sample["image" if ending in ENDINGS else ending] = Member(path, entry.offset_data, entry.size)
-  except tarfile.TarError as error:
-    raise UserError(f"{path} is damaged ({error}); download it again") from error
-  if sample:
-    yield before, sample
+def _field_of(ending: str) -> str:
+  return "image" if ending in tars.IMAGE_ENDINGS else ending
 
 
-def _label(member: Member, classes: int) -> int:
+def _label(member: tars.Member, classes: int) -> int:
   text = _bytes(member).decode(errors="replace").strip()
   if not text.isdecimal() or int(text) >= classes:
     raise UserError(f"{member.path} has the label {text!r}; there are {classes} classes, counted from 0")
   return int(text)
 
 
-def _bytes(member: Member) -> bytes:
-  return Members([member])[0]
+def _bytes(member: tars.Member) -> bytes:
+  try:
+    return member.read(MOST_TEXT_BYTES)
+  except Unusable as error:
+    raise UserError(f"{member.path} holds a text that cannot be read: {error}; download it again") from error
 
 
 def _images(samples: Sequence[Sample]) -> Members:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import pathlib
 from collections import Counter
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
 
 from diffdis_jax.data import records, sources
 from diffdis_jax.data.transforms import resize
@@ -90,12 +88,12 @@ def _describe(source: sources.Source, places: Int[np.ndarray, " k"]) -> dict[str
   for place in places:
     try:
       record = source[int(place)]
-      with Image.open(io.BytesIO(record["image"])) as image:
-        sides.append(image.size)
-        formats[image.format] += 1
-    except (records.Unusable, OSError):
+      header = records.read_header(record["image"])
+    except records.Unusable:
       formats["unreadable"] += 1
       continue
+    sides.append((header.width, header.height))
+    formats[header.format] += 1
     captions += records.captions_of(record) or [record["caption"]]
   if len(places) and not sides:
     raise UserError(f"none of {len(places)} records can be read; copy the data set again, or prepare it again")

@@ -28,6 +28,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from diffdis_jax.data import image_files
 from diffdis_jax.data.prepare import emoji_packages, parts
 from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.emoji_packages import EMOJIBASE, ICONS, Package
@@ -258,7 +259,7 @@ def render(svg: str, *, scale: int = 1) -> bytes:
     )
   except ValueError:
     return svg.encode()
-  image = Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
+  image = image_files.open_image(bytes(drawn)).convert("RGB")
   if scale > 1:
     image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
   file = io.BytesIO()

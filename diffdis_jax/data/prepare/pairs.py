@@ -22,12 +22,17 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]+")
 
 @dataclasses.dataclass
 class RawPair:
-  """The files of one key, as stored. None marks a file that is not there."""
+  """The files of one key, as stored. None marks a file that is not there.
+
+  Attributes:
+    refused: why one of them was not read, one of records.REASONS; empty where all were.
+  """
 
   key: str
   image: bytes | None = None
   caption: bytes | None = None
   metadata: bytes | None = None
+  refused: str = ""
 
 
 def mend(caption: str) -> tuple[str, list[str]]:
@@ -67,6 +72,8 @@ def to_record(pair: RawPair, *, short_side: int | None = None) -> tuple[dict[str
   Raises:
     Unusable: with the first reason found.
   """
+  if pair.refused:
+    raise Unusable(pair.refused)
   if pair.image is None:
     raise Unusable("missing image")
   caption, changed = mend(read_caption(pair.caption))

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.webdataset import TarReader, split_of
+from diffdis_jax.data.records import Unusable, read_file
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import files as run_files
 
@@ -81,11 +82,12 @@ class FilesPart:
 
   def __iter__(self) -> Iterator[RawPair]:
     for item in self.items:
+      pair = RawPair(item.file, None, _encode(item.caption), _encode(item.metadata))
       try:
-        image = (self.root / item.file).read_bytes()
-      except (FileNotFoundError, IsADirectoryError, ValueError):  # the last of a name with a zero byte
-        image = None
-      yield RawPair(item.file, image, _encode(item.caption), _encode(item.metadata))
+        pair.image = read_file(self.root / item.file)
+      except Unusable as error:
+        pair.refused = str(error)
+      yield pair
 
 
 def _encode(text: str) -> bytes:

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from diffdis_jax.data import records
 from diffdis_jax.data.prepare import builder, parts, staging
 from diffdis_jax.errors import UserError
 from tests.raw_pairs import load, picture, write_tar
@@ -92,6 +94,35 @@ def test_names_and_captions_that_are_not_unicode(tmp_path):
   assert reports["train"].skipped == {"caption that is not UTF-8": 1, "corrupt json": 1}
   (record,) = load(tmp_path / "out", "train")
   assert (record["key"], record["caption"]) == ("caf\\udce9/0.png", "coffee")
+
+
+def test_a_tar_in_any_order_keeps_every_pair(tmp_path):
+  files = {f"{i}.{ending}": data for i in range(8) for ending, data in (("png", picture(i)), ("txt", b"%d" % i))}
+  (tmp_path / "raw").mkdir()
+  write_tar(tmp_path / "raw/0.tar", {name: files[name] for name in random.Random(0).sample(sorted(files), 16)})
+  (tmp_path / "a.jpg").touch()
+  os.truncate(tmp_path / "a.jpg", 3 * 10**9)
+  (tmp_path / "a.txt").write_text("a sparse file")
+  subprocess.run(["tar", "--sparse", "-cf", "raw/1.tar", "a.jpg", "a.txt"], cwd=tmp_path, check=True)
+  report = prepare(tmp_path / "raw", tmp_path / "out")["train"]
+  assert (report.pairs, report.skipped) == (8, {"file that is not a plain one": 1})
+  found = {record["caption"]: record["image"] for record in load(tmp_path / "out", "train")}
+  assert found == {str(i): picture(i) for i in range(8)}
+
+
+def test_files_that_are_no_plain_ones_are_skipped_unread(tmp_path, monkeypatch):
+  monkeypatch.setattr(records, "MOST_BYTES", 10_000)
+  (tmp_path / "good.png").write_bytes(picture(0))
+  (tmp_path / "zero.png").symlink_to("/dev/zero")
+  os.mkfifo(tmp_path / "pipe.png")
+  (tmp_path / "folder.png").mkdir()
+  (tmp_path / "large.png").write_bytes(bytes(10_001))
+  (tmp_path / "loop.png").symlink_to("loop.png")
+  items = [parts.Item(path.name, "x") for path in sorted(tmp_path.iterdir())]
+  items += [parts.Item(name, "x") for name in ("gone.png", "zero\0.png", "good.png/a.png", "a" * 300)]
+  report = builder.prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "out")["train"]
+  skipped = {"missing image": 6, "file that is not a plain one": 2, "file of too many bytes": 1}
+  assert (report.pairs, report.skipped) == (1, skipped)
 
 
 def test_an_empty_folder_is_filled(raw, tmp_path):

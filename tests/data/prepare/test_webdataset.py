@@ -4,8 +4,11 @@ import tarfile
 
 import pytest
 
-from diffdis_jax.data.prepare.pairs import RawPair
+from diffdis_jax.data import records
+from diffdis_jax.data.prepare import webdataset
+from diffdis_jax.data.prepare.pairs import RawPair, to_record
 from diffdis_jax.data.prepare.webdataset import TarReader, split_of
+from diffdis_jax.errors import UserError
 
 
 def write_tar(path: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
@@ -57,6 +60,38 @@ def test_truncated_end(tmp_path, length, expected):
   pairs, truncated = read(path)
   assert truncated
   assert [(p.key, p.image, p.caption) for p in pairs] == [(p.key, p.image, p.caption) for p in expected]
+
+
+def test_any_order(tmp_path):
+  """Whole tars keep every pair; of one that is cut off remain those that have image and caption."""
+  files = {f"{key}.{ending}": f"{key} {ending}".encode() for ending in ("txt", "jpg", "json") for key in "hgfedcba"}
+  path = write_tar(tmp_path / "0.tar", files)
+  pairs = [RawPair(k, *(f"{k} {ending}".encode() for ending in ("jpg", "txt", "json"))) for k in "hgfedcba"]
+  assert read(path) == (pairs, False)
+  path.write_bytes(path.read_bytes()[: 1024 * 11 + 100])
+  assert read(path) == ([RawPair(k, f"{k} jpg".encode(), f"{k} txt".encode()) for k in "hgf"], True)
+
+
+def test_files_that_are_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(webdataset, "MOST_TEXT_BYTES", 1000)
+  files = {"a.jpg": b"1", "a.txt": bytes(1001), "b.jpg": bytes(1001), "b.txt": b"2", "c.jpg": b"3", "c.txt": b"4"}
+  path = write_tar(tmp_path / "0.tar", files)
+  with tarfile.open(path, "a") as tar:
+    link = tarfile.TarInfo("c.json")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    tar.addfile(link)
+  pairs, truncated = read(path)
+  assert [pair.refused for pair in pairs] == [records.TOO_LARGE, "", records.NOT_PLAIN] and not truncated
+  with pytest.raises(records.Unusable, match=records.TOO_LARGE):
+    to_record(pairs[0])
+
+
+def test_a_key_twice(tmp_path):
+  path = write_tar(tmp_path / "0.tar", FILES)
+  with tarfile.open(path, "a") as tar:
+    tar.addfile(tarfile.TarInfo("a.jpeg"))
+  with pytest.raises(UserError, match=r"0.tar has two files for image of 'a', the second of them 'a.jpeg'"):
+    read(path)
 
 
 def test_garbage(tmp_path):

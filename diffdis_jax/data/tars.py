@@ -1,0 +1,138 @@
+"""Uncompressed tars as webdataset packs them, KEY.ENDING beside KEY.ENDING, indexed by their headers and read by place.
+
+A tar's files may lie in any order: `tar cf` takes them as the folder happens to list them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from diffdis_jax.data.records import NOT_PLAIN, TOO_LARGE, Unusable
+from diffdis_jax.errors import UserError
+
+IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp"})
+_BLOCK = 512  # of a tar; two blocks of zeros end it
+_HEADER = 2**20  # bytes that a header of a long name, or of further fields, may have
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+  """Where in a tar a file's bytes lie.
+
+  Attributes:
+    size: bytes; None for what is not stored whole where it stands: a sparse file, a link, a device.
+  """
+
+  path: pathlib.Path
+  offset: int
+  size: int | None
+
+  def read(self, most: int, file: BinaryIO | None = None) -> bytes:
+    """The bytes.
+
+    Args:
+      most: of them.
+      file: the tar, where it is open already.
+
+    Raises:
+      Unusable: before anything is read, a file of more bytes, or one that is not stored whole.
+    """
+    if self.size is None:
+      raise Unusable(NOT_PLAIN)
+    if self.size > most:
+      raise Unusable(TOO_LARGE)
+    if file is None:
+      with open(self.path, "rb") as file:
+        return self.read(most, file)
+    file.seek(self.offset)
+    return file.read(self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+  """What a tar holds.
+
+  Attributes:
+    samples: key -> field -> its file, in the order in which the keys come first. A key is a path without its endings.
+    whole: whether the tar's end mark was reached; otherwise it is cut off or damaged there, and the rest is not known.
+  """
+
+  samples: dict[str, dict[str, Member]]
+  whole: bool
+
+
+def index(path: pathlib.Path, field_of: Callable[[str], str | None]) -> Index:
+  """Reads a tar's headers. It takes some hundred bytes of memory a sample.
+
+  Args:
+    path: of the tar.
+    field_of: what a file's ending, in small letters, says that it is; None to pass over it.
+
+  Raises:
+    UserError: two files of one field and key.
+    OSError: the tar cannot be read.
+  """
+  samples: dict[str, dict[str, Member]] = {}
+  with open(path, "rb") as file:
+    entries = _Entries(file)
+    for entry in entries:
+      key, _, ending = _split_name(entry.name)
+      field = field_of(ending.lower())
+      if field is None or entry.isdir():
+        continue
+      sample = samples.setdefault(key, {})
+      if field in sample:
+        raise UserError(
+          f"{path} has two files for {field} of {key!r}, the second of them {entry.name!r}; pack it again with one"
+        )
+      plain = entry.isfile() and not entry.issparse()
+      sample[field] = Member(path, entry.offset_data, entry.size if plain else None)
+  return Index(samples, entries.whole)
+
+
+class _Entries:
+  """The headers of an open tar, as far as they and what belongs to them can be read; then, whether that was all."""
+
+  def __init__(self, file: BinaryIO):
+    self._file = file
+    self.whole = False
+
+  def __iter__(self) -> Iterator[tarfile.TarInfo]:
+    end, reached = os.fstat(self._file.fileno()).st_size, -1
+    headers: Any = _Headers(self._file)
+    try:
+      tar: Any = tarfile.open(fileobj=headers, mode="r:")
+      while (entry := tar.next()) is not None:
+        if not reached < tar.offset <= end or entry.size < 0:  # such a header could lead back
+          return
+        reached = tar.offset
+        tar.members.clear()  # tarfile remembers every member otherwise
+        yield entry
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError):  # a damaged header leads tarfile into any
+      return
+    self._file.seek(tar.offset)
+    self.whole = self._file.read(_BLOCK) == bytes(_BLOCK)
+
+
+class _Headers:
+  """A file of which no more is read at once than a header can have."""
+
+  def __init__(self, file: BinaryIO):
+    self.seek, self.tell, self._file = file.seek, file.tell, file
+
+  def read(self, size: int) -> bytes:
+    if not 0 <= size <= _HEADER:
+      raise tarfile.ReadError(f"a header of {size} bytes")
+    return self._file.read(size)
+
+
+def _split_name(name: str) -> tuple[str, str, str]:
+  """A member's path -> key, dot, ending. The key goes to the first dot of the file's name, as in webdataset."""
+  folder, slash, base = name.rpartition("/")
+  stem, dot, ending = base.partition(".")
+  return folder + slash + stem, dot, ending

@@ -1,0 +1,37 @@
+"""A hash of the code that makes what is kept on disk, so that changed code does not find it again."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import pathlib
+
+PACKAGE = pathlib.Path(__file__).parents[1]
+
+
+def of(*paths: str, packages: tuple[str, ...] = ()) -> str:
+  """The same on every machine with these files and versions.
+
+  Args:
+    paths: files of this package, or folders, of which every .py counts; relative to it, "." is all.
+    packages: distributions whose installed versions count; one that is not installed counts as such.
+
+  Raises:
+    FileNotFoundError: there is no such path.
+  """
+  digest = hashlib.sha256()
+  for path in (PACKAGE / path for path in paths):
+    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+      digest.update(
+        f"{file.relative_to(PACKAGE).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
+      )
+  for name in packages:
+    digest.update(f"{name} {_version(name)}\n".encode())
+  return digest.hexdigest()
+
+
+def _version(name: str) -> str | None:
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return None
