@@ -13,6 +13,7 @@ import diffdis_jax
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # Every file of the package, room by room. A file may import those of earlier layers alone.
 LAYERS = (
+  "__init__",  # the version
   "errors structs run/committed run/progress",
   "run/files",
   "params cli parallel/processes run/history",
@@ -26,7 +27,7 @@ LAYERS = (
   "data/randaugment data/randaugment_timm data/shapes data/tokenizer",
   "data/transforms",
   "data/records run/config",
-  "data/layouts/labelled data/layouts/class_lists data/layouts/pickles",
+  "data/layouts/labelled data/layouts/class_lists data/layouts/pickles run/provenance",
   "data/corpus",
   "data/layouts/long_tailed data/shapes_lt",
   "data/layouts/karpathy data/layouts/tfds_folder data/layouts/torchvision_folders data/layouts/wds_folder",
@@ -110,7 +111,7 @@ def name_of(path: pathlib.Path) -> str:
 
 def file_of(module: str) -> str:
   """The file that a dotted name below the package means: its longest beginning that is one."""
-  parts = module.split(".")
+  parts = (module or "__init__").split(".")
   names = ("/".join(parts[:n]) for n in range(len(parts), 0, -1))
   return next((name for name in names if name in LEVEL), module)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
 from diffdis_jax.models.sizes import TEMPERATURE
+from diffdis_jax.run import workdir
 
 NO_AUGMENTATION = dataclasses.asdict(Augmentation())
 
@@ -111,6 +113,24 @@ def defaults(*, accumulate: int) -> dict[str, Any]:
   if accumulate > 1:
     fields["optim"]["contrastive_batch"] = "microbatch"
   return fields
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+  """What the numbers of a training depend on: the fields outside `workdir.MAY_CHANGE`, by their dotted paths.
+
+  A field with the default that every run has is left out, so that a version with more fields finds its runs again.
+  """
+  known = workdir.flatten(defaults(accumulate=config["optim"].get("accumulate", 1)))
+  return {
+    field: value
+    for field, value in workdir.flatten(config).items()
+    if not workdir.may_change(field) and (field, value) not in known.items()
+  }
+
+
+def digest(fields: Mapping[str, Any]) -> str:
+  """Eight hexadecimal digits of the SHA-256 of the fields as JSON, sorted."""
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
