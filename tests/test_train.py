@@ -102,7 +102,9 @@ def check_provenance(found: dict, run: str, autoencoder: str) -> None:
   of_autoencoder = provenance.of_config(tiny.get_config("autoencoder")) | trained | {"steps": 8}
   assert of_autoencoder.pop("init_from") == []
   assert found["run"] == of_joint | trained | {"steps": STEPS, "seed": 0, "init_from": [of_autoencoder]}
-  assert found["run"]["config"] != of_autoencoder["config"] and of_autoencoder["objectives"] == ["reconstruction"]
+  assert found["run"]["config_hash"] != of_autoencoder["config_hash"] and of_autoencoder["objectives"] == [
+    "reconstruction"
+  ]
   assert history.read(run)[0]["init_from"] == found["run"]["init_from"]
 
 

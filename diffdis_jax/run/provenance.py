@@ -63,7 +63,7 @@ def of_run(path: str, *, step: int | None) -> dict[str, Any]:
     step: of the checkpoint that is used; None where there is none.
 
   Returns:
-    config: a hash of the fields that its numbers depend on, of paths the last name alone; None of a folder without a
+    config_hash: of the fields that its numbers depend on, of paths the last name alone; None of a folder without a
       config that can be read, and so are seed and objectives.
     seed, objectives: of the config.
     steps: finished, in the checkpoint.
@@ -147,8 +147,8 @@ def _link(path: str, step: int | None) -> dict[str, Any]:
 
 def _fields(config: dict[str, Any] | None) -> dict[str, Any]:
   if config is None:
-    return {"config": None, "seed": None, "objectives": None}
-  return {"config": _hash(config), "seed": config.get("seed"), "objectives": [*config["objectives"]]}
+    return {"config_hash": None, "seed": None, "objectives": None}
+  return {"config_hash": _hash(config), "seed": config.get("seed"), "objectives": [*config["objectives"]]}
 
 
 def _hash(config: dict[str, Any]) -> str:

@@ -81,7 +81,7 @@ def test_the_record_names_each_of_the_three():
   objectives = {name: each["objectives"] for name, each in found.items()}
   both = ["generation", "discrimination"]
   assert objectives == {"clip": ["contrastive"], "stable_diffusion": ["generation"], "diffdis": both}
-  assert len({each["config"] for each in found.values()}) == 3
+  assert len({each["config_hash"] for each in found.values()}) == 3
 
 
 def models_of(argument: str) -> dict[str, table6.Model]:

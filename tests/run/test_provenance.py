@@ -111,15 +111,15 @@ def test_a_config_has_one_hash_wherever_its_run_and_data_lie(tmp_path):
   there = provenance.of_run(write_run(tmp_path / "run", steps=8), step=8)
   assert provenance.of_config(config) == there | {"steps": 0, "commits": [], "clean": None}
   assert there["seed"] == 0 and there["objectives"] == ["generation", "discrimination"]
-  hashes = {there["config"]}
+  hashes = {there["config_hash"]}
   for path, base in (("/data/emoji", 1), ("gs://bucket/emoji/", 1), ("emoji", 1), ("icons", 2)):
     config.data.path = path
-    hashes.add(provenance.of_config(config)["config"])
+    hashes.add(provenance.of_config(config)["config_hash"])
     assert len(hashes) == 1 + base
   config.update(log_every=1, init_from="/somewhere")
-  assert provenance.of_config(config)["config"] in hashes
+  assert provenance.of_config(config)["config_hash"] in hashes
   config.seed = 1
-  assert provenance.of_config(config)["config"] not in hashes and provenance.of_config(config)["seed"] == 1
+  assert provenance.of_config(config)["config_hash"] not in hashes and provenance.of_config(config)["seed"] == 1
 
 
 def chain(first: epath.PathLike, second: epath.PathLike, third: epath.PathLike) -> str:
@@ -133,7 +133,7 @@ def check_chain(found: dict) -> None:
   assert [link["steps"] for link in (found, *found["init_from"])] == [40, 30, 20]
   assert [link["seed"] for link in (found, *found["init_from"])] == [0, 2, 0]
   assert [link["objectives"] for link in found["init_from"]] == [["generation"], ["reconstruction"]]
-  assert len({link["config"] for link in (found, *found["init_from"])}) == 3
+  assert len({link["config_hash"] for link in (found, *found["init_from"])}) == 3
   assert all(link["commits"] == ["a" * 40] and link["clean"] is True for link in (found, *found["init_from"]))
   assert json.loads(json.dumps(found)) == found
 
@@ -160,7 +160,7 @@ def test_of_a_run_of_an_earlier_version_the_folders_tell(tmp_path):
   found = provenance.of_run(last, step=30)
   assert [link["steps"] for link in found["init_from"]] == [20] and found["commits"] == [] and found["clean"] is None
   shutil.rmtree(tmp_path / "a")
-  unknown = {"config": None, "seed": None, "objectives": None, "steps": None, "commits": [], "clean": None}
+  unknown = {"config_hash": None, "seed": None, "objectives": None, "steps": None, "commits": [], "clean": None}
   assert provenance.of_run(last, step=30)["init_from"] == [unknown]
   shutil.copytree(last, tmp_path / "a")
   fields = json.loads((tmp_path / "a" / "config.json").read_text()) | {"init_from": last}
