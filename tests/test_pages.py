@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from typing import Any
 
@@ -40,19 +41,16 @@ RUN: dict[str, tuple[str, tuple[str, ...]]] = {
     "--noplot",
     ("runs/ablations/tables.json", "runs/ablations/tables.md"),
   ),
+  "python -m diffdis_jax.export_weights --workdir=RUN --out=DIR": ("", ("DIR/unet/config.json", "DIR/README.md")),
   "python -m diffdis_jax.generate --workdir=RUN": ("", ("images/00000.png", "images/00007.png", "images/grid.png")),
 }
 # In this order. Compiling for real sizes takes minutes; what is put behind makes them short.
 SHORT = "--config.num_steps=2 --config.log_every=1"
-EVALUATION = "--num_images=64 --text_cache="
+README_TRAINS = "python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:runlocal --workdir=RUN"
 RUN_SLOWLY: dict[str, tuple[str, tuple[str, ...]]] = {
-  "python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:runlocal --workdir=RUN": (
-    "",
-    ("RUN/samples/samples_00000020.png", "RUN/checkpoints/20/commit_success.txt"),
-  ),
-  "python -m diffdis_jax.export_weights --workdir=RUN --out=DIR": ("", ("DIR/unet/config.json", "DIR/README.md")),
-  "python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot,retrieval --out=emoji.json": ("", ("emoji.json",)),
-  "python -m diffdis_jax.evaluate --workdir=runs/demo/diffdis --tasks=zero_shot": (EVALUATION, ("F.json",)),
+  "python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot,retrieval --out=": ("", ("emoji.json",)),
+  "python -m diffdis_jax.evaluate --workdir=runs/demo/diffdis --tasks=zero_shot": ("", ("F.json",)),
+  README_TRAINS: ("", ("RUN/samples/samples_00000020.png", "RUN/checkpoints/20/commit_success.txt")),
   "python -m diffdis_jax.train --config=configs/shapes.py:autoencoder --workdir=runs/lt/autoencoder": (SHORT, ()),
   "python -m diffdis_jax.train --config=configs/shapes.py --workdir=runs/lt/diffdis": (SHORT, ()),
   "python -m diffdis_jax.train --config=configs/shapes_lt.py:stage=1": (SHORT, ()),
@@ -184,34 +182,38 @@ def test_the_environment_has_the_package_with_its_version_and_none_of_the_extras
   assert said == [version, str(plain / "diffdis_jax" / "__init__.py"), *["None"] * 4]
 
 
-def test_every_command_shows_its_help_and_takes_what_the_pages_give_it(plain, typed, joint_run):
-  lines = []
-  for line in LINES:
-    if line.startswith("python -m diffdis_jax."):
-      for word, meant in MEANT.items():
-        line = line.replace(word, meant)
-      line = re.sub(r"init=[\w/]+", f"init={joint_run}", re.sub(r"\[[^\]]*\]", "", line))
-      lines.append(shlex.split(line.removeprefix("python -m diffdis_jax.")))
-  helps = [[name, "--help"] for name in main_module.commands()]
-  script = (pages.ROOT / "tests" / "parse_commands.py").read_text()
-  said = json.loads(run([f"{plain}/.venv/bin/python", "-c", script], plain, typed, input=json.dumps([*helps, *lines])))
-  for (name, _), (code, shown) in zip(helps, said):
-    assert code == 0 and f"python -m diffdis_jax.{name}" in shown and "--[no]quiet" in shown, shown
-  refused = [(words, text) for words, (code, text) in zip(lines, said[len(helps) :], strict=True) if code]
-  assert refused == []
-  assert len(lines) > 40 and len(helps) >= 12
-
-
 @pytest.fixture(scope="module")
-def folder(plain: pathlib.Path, joint_run: str) -> pathlib.Path:
-  """The copy, with a run where the pages have theirs, and two files of results."""
+def folder(plain: pathlib.Path) -> pathlib.Path:
+  """The copy, with a small run where the pages have theirs, and two files of results."""
   for name in ("RUN", "runs/demo/diffdis"):
-    shutil.copytree(joint_run, plain / name)
+    with tarfile.open(pages.ROOT / "tests" / "before" / "run.tar.xz") as tar:
+      tar.extractall(plain / "extracted", filter="data")
+    shutil.move(plain / "extracted" / "run", plain / name)
   for name in ("diffdis", "clip"):
     words = dict(dataset="test", model="m", pretrained=name, task="zeroshot_classification")
     record = base.make_record(**words, metrics={"acc1": 0.5}, protocol={"num_images": 4}, provenance={})
     (plain / f"{name}.json").write_text(json.dumps({"zero_shot": {"test": record}}))
   return plain
+
+
+def test_every_command_shows_its_help_and_takes_what_the_pages_give_it(folder, typed):
+  lines = []
+  for line in LINES:
+    if line.startswith("python -m diffdis_jax."):
+      for word, meant in MEANT.items():
+        line = line.replace(word, meant)
+      line = re.sub(r"init=[\w/]+", "init=RUN", re.sub(r"\[[^\]]*\]", "", line))
+      lines.append(shlex.split(line.removeprefix("python -m diffdis_jax.")))
+  helps = [[name, "--help"] for name in main_module.commands()]
+  script = (pages.ROOT / "tests" / "parse_commands.py").read_text()
+  said = json.loads(
+    run([f"{folder}/.venv/bin/python", "-c", script], folder, typed, input=json.dumps([*helps, *lines]))
+  )
+  for (name, _), (code, shown) in zip(helps, said):
+    assert code == 0 and f"python -m diffdis_jax.{name}" in shown and "--[no]quiet" in shown, shown
+  refused = [(words, text) for words, (code, text) in zip(lines, said[len(helps) :], strict=True) if code]
+  assert refused == []
+  assert len(lines) > 40 and len(helps) >= 12
 
 
 def run_as_typed(beginning: str, behind: str, files: tuple[str, ...], folder: pathlib.Path, typed: dict[str, str]):
@@ -246,9 +248,10 @@ def test_the_blocks_of_python_run(folder, typed):
 
 @pytest.mark.slow
 def test_the_long_commands_run_one_after_the_other(folder, typed):
-  shutil.rmtree(folder / "RUN")
   for beginning, (behind, files) in RUN_SLOWLY.items():
+    if beginning == README_TRAINS:
+      shutil.rmtree(folder / "RUN")
     run_as_typed(beginning, behind, files, folder, typed)
-  run_as_typed(next(iter(RUN_SLOWLY)), "", (), folder, typed)  # README's, again: it goes on from its end
-  starts = [event["step"] for event in history.read(folder / "RUN") if event["event"] == "start"]
+  run_as_typed(README_TRAINS, "", (), folder, typed)  # again: it goes on from its end
+  starts = [event["step"] for event in history.read(str(folder / "RUN")) if event["event"] == "start"]
   assert starts == [0, 20]

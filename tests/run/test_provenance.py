@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import pathlib
 import shutil
 import subprocess
+import tomllib
 
 import jax
 import numpy as np
@@ -77,6 +79,18 @@ def test_what_is_no_checkout_has_no_commit(checkout, tmp_path, monkeypatch):
 def test_a_host_of_a_pod_has_the_commit_that_was_copied_there(tmp_path):
   (tmp_path / ".commit").write_text("f" * 40 + "\n")
   assert provenance._checkout(tmp_path) == ("f" * 40, True)
+
+
+def test_the_version_is_that_of_pyproject_also_where_nothing_is_installed(monkeypatch):
+  root = pathlib.Path(diffdis_jax.__file__).parents[1]
+  expected = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+  assert diffdis_jax.__version__ == expected
+
+  def missing(name: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(name)
+
+  monkeypatch.setattr(importlib.metadata, "version", missing)
+  assert diffdis_jax._version() == expected
 
 
 def test_it_has_versions_device_and_processors():
