@@ -28,19 +28,19 @@ lint: $(VENV)/.installed-test
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -r requirements.txt
+	$(PIP) --editable .
 	touch $@
 
 # clip_benchmark, whose metrics the tests compare with, alone: it requires data sets' and models' packages of which those
 # need none.
-$(VENV)/.installed-test: $(VENV)/.installed pyproject.toml Makefile
+$(VENV)/.installed-test: $(VENV)/.installed Makefile
 	$(PIP) --editable '.[test]'
 	$(PIP) --no-deps 'clip_benchmark>=1.6.1,<1.7'
 	touch $@
 
-$(VENV)/.installed-docs: $(VENV)/.installed pyproject.toml
+$(VENV)/.installed-docs: $(VENV)/.installed
 	$(PIP) --editable '.[docs]'
 	touch $@
 

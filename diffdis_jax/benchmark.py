@@ -36,7 +36,7 @@ from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
 from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import files
+from diffdis_jax.run import files, provenance
 from diffdis_jax.training.build import build_step, plain
 
 
@@ -55,6 +55,9 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"--out={FLAGS.out} should end in .json; the table is written beside it, as .md")
   if FLAGS.scratch is not None and not os.path.isdir(FLAGS.scratch):
     raise UserError(f"no folder --scratch={FLAGS.scratch}; create it first")
+  if kind == "peer":  # before jax has its devices: else it leaves PyTorch no memory of a GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  made = provenance.provenance(origin(FLAGS.config))
   if kind == "table6":
     models = table6_models(FLAGS.config, sharding.make_mesh(**FLAGS.config.mesh))
     with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
@@ -68,9 +71,16 @@ def main(argv: Sequence[str]) -> None:
       )
   else:
     results = dict(steps=time_steps, data=time_data, peer=time_peer)[kind](FLAGS.config)
-  files.write_out(FLAGS.out, files.as_json(results))
+  files.write_out(FLAGS.out, files.as_json({**results, "provenance": made}))
   if kind == "table6":
     files.write_out(f"{FLAGS.out.removesuffix('.json')}.md", table6.markdown(results))
+
+
+def origin(config: ConfigDict) -> dict[str, Any]:
+  """Of what is timed, for the record; of several models by their names."""
+  if "models" in config:
+    return {name: provenance.of_config(each) for name, each in config.models.items()}
+  return provenance.of_config(config)
 
 
 def time_steps(config: ConfigDict) -> dict[str, Any]:
@@ -99,7 +109,6 @@ def read_preflight(path: str) -> dict[str, Any]:
 
 def time_peer(config: ConfigDict) -> dict[str, Any]:
   """The UNet and diffusers'."""
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else jax leaves PyTorch no memory of a GPU
   return peer.time_peer(Network.of(config), batch_size=config.batch_size, rounds=FLAGS.rounds)
 
 

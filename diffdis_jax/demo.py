@@ -22,7 +22,7 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import samples
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import buckets, files
+from diffdis_jax.run import buckets, files, provenance
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,7 +64,8 @@ def main(argv: Sequence[str]) -> None:
   )
   if not resumed:
     results["seconds"] = time.monotonic() - begin
-  files.write_json(out / "results.json", results)
+  made = provenance.provenance(provenance.of_run(run, step=config.num_steps))
+  files.write_json(out / "results.json", {**results, "provenance": made})
   logging.info("%s", "  ".join(f"{name} {value:.3f}" for name, value in results.items()))
   logging.info("results in %s, images in %s", out / "results.json", out / "grid.png")
 

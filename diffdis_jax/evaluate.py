@@ -43,7 +43,7 @@ from diffdis_jax.evals.text_cache import CachedTexts
 from diffdis_jax.models.build import check_objectives
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
-from diffdis_jax.run import buckets, checkpoint, files, guesses
+from diffdis_jax.run import buckets, checkpoint, files, guesses, provenance
 from diffdis_jax.run import config as run_config
 
 FLAGS = flags.FLAGS
@@ -192,6 +192,7 @@ def evaluate(
   step, ema = checkpoint.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, **protocol)
   common = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
+  origin = provenance.provenance(provenance.of_run(run, step=step))
   weights = fingerprint(params) if kept is not None or text_cache else ""
   if text_cache:
     model = CachedTexts(model, pathlib.Path(text_cache), weights)
@@ -206,10 +207,11 @@ def evaluate(
     record = base.make_record(
       dataset=dataset,
       model="diffdis_jax",
-      pretrained=run,
+      pretrained=provenance.public(run),
       task=evaluation.task,
       metrics=metrics,
       protocol={**evaluation.protocol(model), **common},
+      provenance=origin,
     )
     results.setdefault(task, {})[dataset] = record
     if kept is not None:

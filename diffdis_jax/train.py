@@ -149,7 +149,8 @@ def train_and_evaluate(
     made = functools.partial(choose_anchors, selection, path, trainer, sampling, stop) if selection else no_params
     state, meta = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator, made)
     encode.check_stored(data.latent_facts(), state.params, trainer.trainable)
-    step, known = int(state.step), facts.of_start(trainer, data)
+    step = int(state.step)
+    known = facts.of_start(trainer, data, init_from=None if step else config.init_from)
     stack.enter_context(history.recorded(path, step=step, is_writer=is_writer, facts=known))
     track = functools.partial(trackers.open_tracker, tracker, path, fields)
     writer = writers.open_writer(path, start_step=step, is_writer=is_writer, open_tracker=track)

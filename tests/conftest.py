@@ -45,6 +45,7 @@ LONGEST = (
   "test_inference.py",
   "test_gradcache.py",
   "test_requirements.py",
+  "test_pages.py",
   "test_before.py",
   "test_evaluate_fid.py",
   "test_agreement.py",

@@ -15,6 +15,7 @@ import time
 
 import pytest
 
+from diffdis_jax.run import provenance
 from tests.command_runs import ROOT, STEPS, call, joint_flags
 
 pytest_plugins = ("tests.command_runs",)
@@ -66,8 +67,17 @@ def test_killed_once_it_ends_in_the_same_table(tmp_path, environment, joint_run,
 
   first, second = (tables_of(environment, out, *flags[1:]) for out in (whole, killed))
   assert first == second
-  cells = json.loads(first)["tables"]["grid"]["rows"][0]["cells"]
+  table = json.loads(first)
+  cells = table["tables"]["grid"]["rows"][0]["cells"]
   assert {name: cell["n"] for name, cell in cells.items()} == {"test/acc1": 1, "test_retrieval/recall@1": 1}
+  code, (arm,) = provenance.code(), table["runs"].values()
+  assert table["provenance"]["commits"] == [code["commit"]] and table["provenance"]["clean"] is code["clean"]
+  assert table["provenance"]["versions"] == [code["versions"]]
+  assert arm["provenance"]["steps"] == STEPS and arm["provenance"]["commits"] == [code["commit"]]
+  assert [each["objectives"] for each in arm["provenance"]["init_from"]] == [["reconstruction"]]
+  assert str(tmp_path.parent) not in first.decode()  # where also the autoencoder lies
+  for file in killed.glob("results/*.json"):
+    assert str(tmp_path.parent) not in file.read_text()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import sys
 
 from PIL import Image
 
+import diffdis_jax
 from tests.command_runs import ROOT
 
 pytest_plugins = ("tests.command_runs",)
@@ -47,8 +48,13 @@ def test_the_demo_compiles_ahead_and_goes_on_where_it_was_stopped(environment, t
 
   results = json.loads((out / "results.json").read_text())
   shares = {"zero_shot_top1", "zero_shot_unseen_top1", "generation_agreement", "generation_agreement_unseen"}
-  assert results.keys() == shares | {"classifier_accuracy", "seconds"}
+  assert results.keys() == shares | {"classifier_accuracy", "seconds", "provenance"}
   assert all(0 <= results[name] <= 1 for name in shares)
+  made = results["provenance"]
+  assert made["device"] == {"kind": "cpu", "count": 2} and made["versions"]["diffdis_jax"] == diffdis_jax.__version__
+  runs = [made["run"], *made["run"]["init_from"]]
+  assert [each["objectives"] for each in runs] == [["generation", "discrimination"], ["reconstruction"]]
+  assert [each["steps"] for each in runs] == [8, 8] and "/" not in json.dumps(made)
   with Image.open(out / "grid.png") as grid:
     assert grid.width > 8 * 16 and grid.height > 8 * 16
 

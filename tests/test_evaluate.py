@@ -43,7 +43,7 @@ def test_records(tmp_path, monkeypatch, ema, kept):
   assert asked == [{"step": 7, "ema": ema and kept, "draws": 2}]
   for task, kind in tasks.items():
     record = results[task]["set"]
-    assert set(record) == {"dataset", "model", "pretrained", "task", "metrics", "language", "protocol"}
+    assert set(record) == {"dataset", "model", "pretrained", "task", "metrics", "language", "protocol", "provenance"}
     assert (record["dataset"], record["pretrained"], record["task"], record["language"]) == ("set", "run", kind, "en")
     assert record["metrics"] == evals.create(**sections[task]).run(Inference(), {})
     expected = {"steps": 1, "draws": 2, "guidance": 1.0, "seed": 2, "num_images": 112, "checkpoint": 7}

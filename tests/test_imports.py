@@ -13,6 +13,7 @@ import diffdis_jax
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # Every file of the package, room by room. A file may import those of earlier layers alone.
 LAYERS = (
+  "__init__",  # the version
   "errors structs run/progress run/code_digest",
   "run/buckets run/guesses",
   "run/committed run/files",
@@ -27,7 +28,7 @@ LAYERS = (
   "data/image_files data/randaugment data/randaugment_timm data/shapes data/tokenizer",
   "data/transforms data/copies",
   "data/records run/config",
-  "data/tars",
+  "data/tars run/provenance",
   "data/layouts/labelled data/layouts/class_lists data/layouts/pickles",
   "data/corpus",
   "data/layouts/long_tailed data/shapes_lt",
@@ -113,7 +114,7 @@ def name_of(path: pathlib.Path) -> str:
 
 def file_of(module: str) -> str:
   """The file that a dotted name below the package means: its longest beginning that is one."""
-  parts = module.split(".")
+  parts = (module or "__init__").split(".")
   names = ("/".join(parts[:n]) for n in range(len(parts), 0, -1))
   return next((name for name in names if name in LEVEL), module)
 

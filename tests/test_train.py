@@ -20,7 +20,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.estimates import chips
 from diffdis_jax.estimates import programs as estimated
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import checkpoint, history
+from diffdis_jax.run import checkpoint, history, provenance
 from diffdis_jax.structs import Batch
 from tests import steps, tiny
 from tests.command_runs import STEPS, call
@@ -91,7 +91,24 @@ def test_a_joint_run_starts_from_the_autoencoder_and_keeps_it(joint_run, autoenc
   assert {line["loss_l1"] > 0 for line in lines_of(autoencoder_run)} == {True}
 
 
-def test_the_run_is_evaluated_and_generates_through_the_command_line(joint_run, environment, tmp_path):
+def check_provenance(found: dict, run: str, autoencoder: str) -> None:
+  """Of the joint run by a command on one CPU device; its autoencoder is known from the run's own history."""
+  known = provenance.code()
+  assert {name: found[name] for name in known} == known and len(known["commit"]) == 40
+  assert found["device"] == {"kind": "cpu", "count": 1} and found["processors"] >= 1
+  fields = json.loads((pathlib.Path(run) / "config.json").read_text())
+  of_joint = provenance.of_config(ConfigDict(fields))
+  trained = {"commits": [known["commit"]], "clean": known["clean"]}
+  of_autoencoder = provenance.of_config(tiny.get_config("autoencoder")) | trained | {"steps": 8}
+  assert of_autoencoder.pop("init_from") == []
+  assert found["run"] == of_joint | trained | {"steps": STEPS, "seed": 0, "init_from": [of_autoencoder]}
+  assert found["run"]["config_hash"] != of_autoencoder["config_hash"] and of_autoencoder["objectives"] == [
+    "reconstruction"
+  ]
+  assert history.read(run)[0]["init_from"] == found["run"]["init_from"]
+
+
+def test_the_run_is_evaluated_and_generates_through_the_command_line(joint_run, autoencoder_run, environment, tmp_path):
   out = tmp_path / "results.json"
   done = call("evaluate", environment, f"--workdir={joint_run}", "--tasks=zero_shot", f"--out={out}")
   assert done.returncode == 0, done.stderr
@@ -100,6 +117,8 @@ def test_the_run_is_evaluated_and_generates_through_the_command_line(joint_run, 
   for record in results.values():
     assert 0 <= record["metrics"]["acc1"] <= record["metrics"]["acc5"] <= 1
     assert record["protocol"]["checkpoint"] == STEPS and record["protocol"]["ema"] is True
+    check_provenance(record["provenance"], joint_run, autoencoder_run)
+    assert record["pretrained"] == "joint" and "/" not in json.dumps(record["provenance"])
 
   images = tmp_path / "images"
   prompts = ("--prompt=a red star", "--prompt=a blue ring")

@@ -7,12 +7,12 @@ from typing import Any
 
 from etils import epath
 
-from diffdis_jax.ablations import plan as planning
 from diffdis_jax.ablations.plan import Plan, Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import Results
 from diffdis_jax.run import buckets, checkpoint, files, history, workdir
+from diffdis_jax.run.config import identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Folder:
       raise UserError(f"{error}; take a new --out") from error
     if not isinstance(there, dict) or workdir.SECTIONS - there.keys():
       raise UserError(f"{file} is no base of ablations; take a new --out")
-    if differing := workdir.differences(planning.identity(there), planning.identity(_without_seed(plan.base))):
+    if differing := workdir.differences(identity(there), identity(_without_seed(plan.base))):
       raise UserError(
         f"--out={self.path} holds ablations of another base: {', '.join(differing)}; take its base or a new --out"
       )

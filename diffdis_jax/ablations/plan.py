@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +12,8 @@ from ml_collections import ConfigDict
 from diffdis_jax import cli, evals
 from diffdis_jax.ablations import tables
 from diffdis_jax.errors import UserError, check_number
-from diffdis_jax.run import config as run_config
 from diffdis_jax.run import workdir
+from diffdis_jax.run.config import digest, identity
 
 # What the training of the autoencoder takes over from the base and from a row. All else is as its config file has it,
 # its seed too: one autoencoder serves the runs of every seed.
@@ -124,24 +122,6 @@ def find_autoencoder(path: str, overrides: Mapping[str, Any], base: ConfigDict) 
 def as_dict(config: ConfigDict) -> dict[str, Any]:
   """A config as nested dicts."""
   return config.copy_and_resolve_references().to_dict()
-
-
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-  """What the numbers of a training depend on: the fields outside `workdir.MAY_CHANGE`, by their dotted paths.
-
-  A field with the default that every run has is left out, so that a version with more fields finds its runs again.
-  """
-  defaults = workdir.flatten(run_config.defaults(accumulate=config["optim"]["accumulate"]))
-  return {
-    field: value
-    for field, value in workdir.flatten(config).items()
-    if not workdir.may_change(field) and (field, value) not in defaults.items()
-  }
-
-
-def digest(fields: Mapping[str, Any]) -> str:
-  """Eight hexadecimal digits of the SHA-256 of the fields as JSON, sorted."""
-  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _make_run(

@@ -13,6 +13,7 @@ from diffdis_jax.ablations.plan import Plan, Run
 from diffdis_jax.ablations.tables import PAPER_METRICS, Row, Table
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.results import Results, differences
+from diffdis_jax.run import provenance
 
 Figures = Mapping[str, Mapping[int, float]]  # of a row: column -> seed -> figure
 # What of a protocol follows from a field that rows may change; else it is the field's own last name.
@@ -40,7 +41,10 @@ def summarise(plan: Plan, folder: Folder, columns: Sequence[Column], *, base: st
   for table in plan.tables:
     check_protocols(table, {run: results[run] for run in runs_of(plan, table)}, folder)
   return {
-    "base": base,
+    "base": provenance.public(base),
+    "provenance": provenance.together(
+      record for run, found in results.items() if found is not None for record in _records(run, found).values()
+    ),
     "seeds": list(plan.seeds),
     "columns": {column.name: column.title for column in columns},
     "paper_columns": PAPER_METRICS,
@@ -161,15 +165,24 @@ def _row(row: Row, cells: Mapping[str, Any], *, is_base: bool, runs: Sequence[st
 
 
 def _run(run: Run, results: Results | None) -> dict[str, Any]:
-  """Of a run: its config, and the metrics and protocols of its evaluations, None where it is not finished."""
+  """Of a run: its config, and the metrics and protocols of its evaluations, None where it is not finished.
+
+  `provenance` is the run's own, with what it began from; None in results of an earlier version.
+  """
   measured: dict[str, Any] | None = None
+  origin: dict[str, Any] | None = None
   if results is not None:
-    measured = {
-      name: {key: results[section["task"]][name][key] for key in ("metrics", "protocol")}
-      for name, section in run.evals.items()
-    }
+    records = _records(run, results)
+    measured = {name: {key: record[key] for key in ("metrics", "protocol")} for name, record in records.items()}
+    origin = next((record["provenance"]["run"] for record in records.values() if "provenance" in record), None)
   return {
-    "config": run.config,
+    "config": provenance.public(run.config),
     "autoencoder": run.autoencoder.name if run.autoencoder else None,
     "evaluations": measured,
+    "provenance": origin,
   }
+
+
+def _records(run: Run, results: Results) -> dict[str, dict[str, Any]]:
+  """Data set -> the record of that evaluation."""
+  return {name: results[section["task"]][name] for name, section in run.evals.items()}

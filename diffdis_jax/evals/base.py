@@ -243,8 +243,9 @@ def make_record(
   task: str,
   metrics: Mapping[str, float],
   protocol: Mapping[str, Any],
+  provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """One result in CLIP_benchmark's schema, which users' tools read, and our `protocol` beside it."""
+  """One result in CLIP_benchmark's schema, which users' tools read, and our `protocol` and `provenance` beside it."""
   return {
     "dataset": dataset,
     "model": model,
@@ -253,6 +254,7 @@ def make_record(
     "metrics": dict(metrics),
     "language": "en",
     "protocol": dict(protocol),
+    "provenance": dict(provenance),
   }
 
 

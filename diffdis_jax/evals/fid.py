@@ -23,7 +23,7 @@ from diffdis_jax.evals.features import Extractor
 from diffdis_jax.interop import inception as inception_file
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
-from diffdis_jax.run import buckets, code_digest
+from diffdis_jax.run import buckets, code_digest, provenance
 from diffdis_jax.run.progress import Progress
 
 FEW = 10_000  # images, below which FID is too high by as much as models differ
@@ -117,12 +117,14 @@ class Fid:
       **self._prompts,
       "seed": self._seed,
       "num_images": self._count,
-      "reference": {
-        "name": self._reference_file or self._reference_name,
-        "sha256": found and found.sha256,
-        "num_images": found and found.gaussian.count,
-        "protocol": found and found.protocol,
-      },
+      "reference": provenance.public(
+        {
+          "name": self._reference_file or self._reference_name,
+          "sha256": found and found.sha256,
+          "num_images": found and found.gaussian.count,
+          "protocol": found and found.protocol,
+        }
+      ),
       "kid_subsets": distances.SUBSETS,
       "kid_subset_size": self._subset_size,
       "device": inference.mesh.devices.flat[0].device_kind,

@@ -26,7 +26,7 @@ from diffdis_jax.evals.base import Eval
 from diffdis_jax.evals.fid import Fid
 from diffdis_jax.evals.retrieval import Retrieval
 from diffdis_jax.evals.zero_shot import ZeroShot
-from diffdis_jax.run import buckets
+from diffdis_jax.run import buckets, provenance
 
 SINGLE_TEMPLATE = "a photo of a {}."
 DECODED = 10  # images of a set, drawn at random, that have to be images before it is measured
@@ -209,6 +209,7 @@ def means(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[
         task=first["task"],
         metrics=_zero_shot_means(found) if task == "zero_shot" else _retrieval_means(found),
         protocol={"sets": {each: record["protocol"]["num_images"] for each, record in found.items()}, "whole": whole},
+        provenance={**provenance.together(found.values()), "run": first.get("provenance", {}).get("run")},
       ),
     )
 

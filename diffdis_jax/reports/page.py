@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import importlib.metadata
 import importlib.resources
 import json
 import math
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+import diffdis_jax
 from diffdis_jax.reports import charts, curves, pictures, summary
 from diffdis_jax.reports.read import Run
 
@@ -55,7 +55,7 @@ def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dic
     "charts": charts.group(metrics),
     "differences": differences(runs),
     "written": now,
-    "version": importlib.metadata.version("diffdis_jax"),
+    "version": diffdis_jax.__version__,
   }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -143,6 +145,24 @@ def check_types(config: Mapping[str, Any]) -> None:
 def _check_has(section: Mapping[str, Any], fields: Iterable[str], prefix: str) -> None:
   if missing := [field for field in fields if field not in section]:
     raise UserError(f"{prefix}{missing[0]} is missing; every config of a run has it")
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+  """What the numbers of a training depend on: the fields outside `workdir.MAY_CHANGE`, by their dotted paths.
+
+  A field with the default that every run has is left out, so that a version with more fields finds its runs again.
+  """
+  known = workdir.flatten(defaults(accumulate=config["optim"].get("accumulate", 1)))
+  return {
+    field: value
+    for field, value in workdir.flatten(config).items()
+    if not workdir.may_change(field) and (field, value) not in known.items()
+  }
+
+
+def digest(fields: Mapping[str, Any]) -> str:
+  """Eight hexadecimal digits of the SHA-256 of the fields as JSON, sorted."""
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:

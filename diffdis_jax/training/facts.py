@@ -13,6 +13,7 @@ from clu import parameter_overview
 
 from diffdis_jax.data.build import Data
 from diffdis_jax.parallel import processes
+from diffdis_jax.run import provenance
 from diffdis_jax.training.step import Step
 
 
@@ -24,14 +25,21 @@ def parameter_groups(trainer: Step) -> dict[str, dict[str, int]]:
   return {group: dict(parts) for group, parts in sizes.items()}
 
 
-def of_start(trainer: Step, data: Data) -> dict[str, Any]:
-  """What history.jsonl gets to know of a start."""
+def of_start(trainer: Step, data: Data, *, init_from: str | None) -> dict[str, Any]:
+  """What history.jsonl gets to know of a start.
+
+  Args:
+    trainer, data: of the run.
+    init_from: of a run that begins, the config's; None of one that goes on.
+  """
   return {
     "processes": jax.process_count(),
     "devices": jax.device_count(),
     "device_kind": jax.devices()[0].device_kind,
     "host": socket.gethostname(),
     "jax": jax.__version__,
+    **provenance.code(),
+    **({} if init_from is None else {"init_from": provenance.behind(init_from)}),
     "mesh": dict(trainer.mesh.shape),
     "parameters": parameter_groups(trainer),
     "data": data.describe(),

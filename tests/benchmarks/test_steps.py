@@ -1,13 +1,19 @@
-"""A measured step beside what preflight said of it."""
+"""The steps by the command line, and a measured one beside what preflight said of it."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 
 from diffdis_jax import benchmark
 from diffdis_jax.benchmarks import steps
 from diffdis_jax.errors import UserError
+from diffdis_jax.run import provenance
+from tests import tiny
+from tests.command_runs import call
 
+pytest_plugins = ("tests.command_runs",)
 SECONDS = dict(joint=0.09, generation=0.06, discrimination=0.04)
 TRAIN = dict(
   chip="TPU v5", chips=4, images=64, seconds=0.06, seconds_by_cycles=0.09, seconds_by_roof=None, seconds_bound=0.03
@@ -48,3 +54,19 @@ def test_a_file_that_preflight_did_not_write_is_refused(tmp_path, content):
     file.write_text(content)
   with pytest.raises(UserError, match=r"preflight\.json is no file that preflight --out wrote"):
     benchmark.read_preflight(str(file))
+
+
+def test_the_record_says_what_was_timed_where(environment, tmp_path):
+  out = tmp_path / "benchmark.json"
+  flags = ("--config=tests/tiny.py", "--config.seed=5", "--config.data.path=/somewhere/shapes", "--rounds=1")
+  done = call("benchmark", environment, *flags, f"--out={out}")
+  assert done.returncode == 0, done.stderr
+  found = json.loads(out.read_text())
+  config = tiny.get_config()
+  config.update(seed=5)
+  config.data.path = "shapes"
+  made = found["provenance"]
+  assert made.items() >= provenance.code().items() and made["device"] == {"kind": "cpu", "count": 1}
+  assert made["run"] == provenance.of_config(config)
+  assert made["run"]["objectives"] == ["generation", "discrimination"] and made["run"]["seed"] == 5
+  assert found["joint_over_generation"] > 0 and "/" not in json.dumps(made)

@@ -76,6 +76,14 @@ def test_the_three_are_the_shipped_configs():
     assert found.models[name].to_dict() == expected.to_dict()
 
 
+def test_the_record_names_each_of_the_three():
+  found = benchmark.origin(config.get_config("small=True"))
+  objectives = {name: each["objectives"] for name, each in found.items()}
+  both = ["generation", "discrimination"]
+  assert objectives == {"clip": ["contrastive"], "stable_diffusion": ["generation"], "diffdis": both}
+  assert len({each["config_hash"] for each in found.values()}) == 3
+
+
 def models_of(argument: str) -> dict[str, table6.Model]:
   return benchmark.table6_models(config.get_config(argument), steps.make_mesh())
 

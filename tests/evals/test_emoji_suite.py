@@ -67,7 +67,7 @@ def test_every_split_both_ways(tmp_path, monkeypatch):
     metrics = evaluation.run(Inference(), {})
     protocol = evaluation.protocol(Inference())
     results[section["task"]][name] = base.make_record(
-      dataset=name, model="m", pretrained="run", task=evaluation.task, metrics=metrics, protocol=protocol
+      dataset=name, model="m", pretrained="run", task=evaluation.task, metrics=metrics, protocol=protocol, provenance={}
     )
   zero_shot = {name: record["metrics"] for name, record in results["zero_shot"].items()}
   retrieval = {name: record["metrics"] for name, record in results["retrieval"].items()}

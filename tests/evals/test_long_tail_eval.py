@@ -140,6 +140,7 @@ def test_the_table_has_the_papers_layout(measured):
     task="long_tail",
     metrics=metrics,
     protocol=evaluation.protocol(inference),
+    provenance={},
   )
   first_stage = {**record, "metrics": {name: value for name, value in metrics.items() if not name.startswith("acc")}}
   table = tables.table({"one": {"long_tail": {"test": record}}, "two": {"long_tail": {"test": first_stage}}})

@@ -70,7 +70,7 @@ def sections(root, suite="zero_shot12", **settings):
 def record(name, evaluation, metrics, inference):
   protocol = {**evaluation.protocol(inference), "checkpoint": 1}
   return base.make_record(
-    dataset=name, model="m", pretrained="run", task=evaluation.task, metrics=metrics, protocol=protocol
+    dataset=name, model="m", pretrained="run", task=evaluation.task, metrics=metrics, protocol=protocol, provenance={}
   )
 
 
@@ -196,6 +196,7 @@ def fabricated(count, *, images=None, seed=0, **protocol):
         task=task,
         metrics=metrics,
         protocol={"num_images": number, **protocol},
+        provenance={"commit": "0" * 40, "clean": True, "run": {"seed": 3}},
       )
   return found
 
@@ -204,6 +205,14 @@ def with_means(found):
   for task, mean in [*suites.means(found)]:
     found[task][mean["dataset"]] = mean
   return found
+
+
+def test_means_are_of_the_code_that_measured_their_sets():
+  found = fabricated(2)
+  del found["zero_shot"][[*found["zero_shot"]][1]]["provenance"]["commit"]
+  zero_shot, retrieval = (mean["provenance"] for _, mean in suites.means(found))
+  assert (zero_shot["commits"], retrieval["commits"]) == (["0" * 40, None], ["0" * 40])
+  assert zero_shot["run"] == retrieval["run"] == {"seed": 3} and retrieval["clean"] is True
 
 
 def test_means():

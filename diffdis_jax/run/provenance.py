@@ -1,0 +1,202 @@
+"""Where a figure comes from: the code, the versions, the machine, and the run with all that it began from.
+
+Every record of evaluate, ablate, benchmark and demo carries it. It names no path of a machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+import diffdis_jax
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import buckets, committed, files, history, workdir
+from diffdis_jax.run import config as run_config
+
+ROOT = pathlib.Path(__file__).parents[2]  # of the checkout; of an installed package the folder that it lies in
+# The folders of an absolute path or of a bucket's address, wherever in a text it stands.
+_FOLDERS = re.compile(r"(?<![\w.)}])(?:\w+:/)?/(?:[^\s,:;=/'\"]+/)*(?=[^\s/])")
+
+
+def provenance(run: Mapping[str, Any]) -> dict[str, Any]:
+  """What made a record, as JSON.
+
+  Args:
+    run: `of_run` of a trained one, or `of_config`; of several models, name -> one of these.
+
+  Returns:
+    commit: of the package's checkout; None where it is installed from a wheel.
+    clean: whether the checkout's files were those of the commit; None without one.
+    versions: of diffdis_jax, jax and numpy.
+    device: its `kind`, and the `count` over all processes.
+    processors: that this process may use.
+    run: as given.
+  """
+  device = {"kind": jax.devices()[0].device_kind, "count": jax.device_count()}
+  return {**code(), "device": device, "processors": _processors(), "run": dict(run)}
+
+
+@functools.cache
+def code() -> dict[str, Any]:
+  """`commit`, `clean` and `versions`, as they are when this is first called."""
+  commit, clean = _checkout(ROOT)
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "numpy")}
+  return {"commit": commit, "clean": clean, "versions": {"diffdis_jax": diffdis_jax.__version__, **versions}}
+
+
+def of_run(path: str, *, step: int | None) -> dict[str, Any]:
+  """A trained run.
+
+  Args:
+    path: its workdir.
+    step: of the checkpoint that is used; None where there is none.
+
+  Returns:
+    config_hash: of the fields that its numbers depend on, of paths the last name alone; None of a folder without a
+      config that can be read, and so are seed and objectives.
+    seed, objectives: of the config.
+    steps: finished, in the checkpoint.
+    commits: of the code that trained it, in order, as far as its history tells; `clean` as in `provenance`.
+    imported: only of a run that import_weights made, from what.
+    init_from: the run that it began from, that one's own, and so on, each with these fields.
+  """
+  return {**_link(path, step), "init_from": _began_from(path)}
+
+
+def of_config(config: ConfigDict) -> dict[str, Any]:
+  """As `of_run`, of a network that is not trained."""
+  fields = config.copy_and_resolve_references().to_dict()
+  return {**_fields(fields), "steps": 0, "commits": [], "clean": None, "init_from": []}
+
+
+def behind(init_from: str) -> list[dict[str, Any]]:
+  """What a run that begins now from this workdir has behind it, the nearest first; nothing for "".
+
+  Recorded when the run begins, it is known also when the folders are gone.
+  """
+  return _behind(init_from, ())
+
+
+def together(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+  """The provenance of a figure that was made of several records, each value that occurs once: `commits`, `versions`,
+  `devices`, `processors`; null stands for a record of an earlier version, which has none. `clean`: whether all were."""
+  found = [record.get("provenance") or {} for record in records]
+
+  def values(name: str) -> list[Any]:
+    return [json.loads(text) for text in sorted({json.dumps(each.get(name), sort_keys=True) for each in found})]
+
+  return {
+    "commits": values("commit"),
+    "clean": all(each.get("clean") is True for each in found) if found else None,
+    "versions": values("versions"),
+    "devices": values("device"),
+    "processors": values("processors"),
+  }
+
+
+def public(value: Any) -> Any:
+  """JSON without the folders of absolute paths and of buckets' addresses, which say how somebody's machine is arranged:
+  `/data/sd/v1.ckpt` is `v1.ckpt`."""
+  if isinstance(value, Mapping):
+    return {name: public(each) for name, each in value.items()}
+  if isinstance(value, list | tuple):
+    return [public(each) for each in value]
+  return _FOLDERS.sub("", value) if isinstance(value, str) else value
+
+
+def _behind(init_from: str, seen: tuple[str, ...]) -> list[dict[str, Any]]:
+  if not init_from or init_from in seen:  # runs of earlier versions may name each other
+    return []
+  step = max(committed.committed_steps(committed.folder(init_from)), default=None)
+  return [_link(init_from, step), *_began_from(init_from, (*seen, init_from))]
+
+
+def _began_from(path: str, seen: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+  """Of the run's own record; of one that an earlier version began, of the folder that its config names."""
+  for event in reversed(history.read(path)):
+    if isinstance(found := event.get("init_from"), list):
+      return found
+  config = _config(path)
+  return _behind(str(config.get("init_from") or ""), seen) if config else []
+
+
+def _link(path: str, step: int | None) -> dict[str, Any]:
+  """As `of_run`, without what it began from."""
+  starts = [event for event in history.read(path) if "commit" in event]
+  cleans = [event.get("clean") for event in starts]
+  link = {
+    **_fields(_config(path)),
+    "steps": step,
+    "commits": [*dict.fromkeys(event["commit"] for event in starts)],
+    "clean": None if not cleans or None in cleans else all(cleans),
+  }
+  source = _imported(buckets.path(path) / "import.json")
+  return link | ({"imported": source} if source else {})
+
+
+def _fields(config: dict[str, Any] | None) -> dict[str, Any]:
+  if config is None:
+    return {"config_hash": None, "seed": None, "objectives": None}
+  return {"config_hash": _hash(config), "seed": config.get("seed"), "objectives": [*config["objectives"]]}
+
+
+def _hash(config: dict[str, Any]) -> str:
+  """The same wherever the run and its data lie."""
+  fields = {
+    field: str(value).rstrip("/").rpartition("/")[2] if field.split(".")[-1] == "path" else value
+    for field, value in run_config.identity(config).items()
+    if field != "init_from"
+  }
+  return run_config.digest(fields)
+
+
+def _config(path: str) -> dict[str, Any] | None:
+  try:
+    return workdir.load_config(path).to_dict()
+  except (UserError, OSError):
+    return None
+
+
+def _imported(file: epath.Path) -> str | None:
+  source = history.parse(" ".join(files.lines(file))).get("source")
+  return public(source) if isinstance(source, str) else None
+
+
+def _processors() -> int:
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _checkout(root: pathlib.Path) -> tuple[str | None, bool | None]:
+  """Commit, and whether the files are its own. What git does not track counts in the package alone: elsewhere lie
+  runs."""
+  if (root / ".commit").is_file():  # launch/tpu_pod.sh's word for the commit whose files it has copied
+    return (root / ".commit").read_text().strip(), True
+  if not (root / ".git").exists():
+    return None, None
+  try:
+    status = _git(root, "status", "--porcelain=v2", "--branch", "--untracked-files=no")
+    untracked = _git(root, "ls-files", "--others", "--exclude-standard", "--", "diffdis_jax")
+  except (OSError, subprocess.SubprocessError):
+    return None, None
+  commit = re.search(r"^# branch\.oid ([0-9a-f]{40,64})$", status, re.M)
+  changed = [line for line in status.splitlines() if not line.startswith("#")]
+  return (commit[1], not changed and not untracked) if commit else (None, None)
+
+
+def _git(root: pathlib.Path, *arguments: str) -> str:
+  """What git says in this folder, whoever owns it, and whichever repository the environment names, as in a hook."""
+  command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
+  environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+  return done.stdout

@@ -1,0 +1,62 @@
+"""The commands and Python blocks that README and the pages in docs/ show."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+_BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
+_INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+_COMMAND = re.compile(r"(?:^|.* )(?=(?:\.venv/bin/)?(?:python -m|pytest|diffdis |make ))")
+_VARIABLE = re.compile(r'(\w+)="(.*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """A line of a page.
+
+  Attributes:
+    page: where it stands.
+    line: from the command's name on, in one line, its variables replaced, without comments.
+    launcher: what stands before it, such as `launch/tpu_pod.sh run --`.
+  """
+
+  page: str
+  line: str
+  launcher: str
+
+
+def commands() -> Iterator[Command]:
+  """Of every page: in a block, or in the text from `python -m diffdis_jax.` on."""
+  for page in PAGES:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    variables: dict[str, str] = {}
+    for language, block in _BLOCK.findall(text):
+      if not language:
+        yield from _in_block(page, block, variables)
+    for inline in _INLINE.findall(_BLOCK.sub("", text)):
+      line = " ".join(inline.split())
+      if line.startswith("python -m diffdis_jax.") and " " in line.removeprefix("python -m "):
+        yield Command(page, line, "")
+
+
+def python_block(page: str, containing: str) -> str:
+  """The page's only block of Python with this text in it."""
+  text = (ROOT / page).read_text(encoding="utf-8")
+  (found,) = (block for language, block in _BLOCK.findall(text) if language == "python" and containing in block)
+  return found
+
+
+def _in_block(page: str, block: str, variables: dict[str, str]) -> Iterator[Command]:
+  for line in re.sub(r" *\\\n *", " ", block).splitlines():
+    line = re.sub(r"(^| )#( .*|$)", "", " ".join(line.split())).strip()
+    if variable := _VARIABLE.fullmatch(line):
+      variables[variable[1]] = variable[2]
+    line = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line)
+    found = None if variable else _COMMAND.match(line)
+    if found and "diffdis_jax.NAME" not in line:  # which is of the drawing of the folders
+      yield Command(page, line[found.end() :], line[: found.end()].strip())
