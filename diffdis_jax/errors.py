@@ -78,7 +78,7 @@ def check_type(name: str, value: Any, like: Any) -> None:
   taken = (int, float) if kind is float else kind
   if not isinstance(value, taken) or (isinstance(value, bool) and kind is not bool):
     raise UserError(f"{name} is {value!r}; it must be {_WORDS[kind]}{f', such as {like!r}' if like else ''}")
-  if kind is dict:
+  if isinstance(value, dict):
     for field, child in value.items():
       path = f"{name}.{field}" if name else field
       if field in like:

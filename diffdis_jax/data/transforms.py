@@ -206,7 +206,7 @@ def draw_box(
 
 
 def random_resized_crop(
-  image: Image.Image, rng: np.random.Generator, *, size: int, scale: tuple[float, float], ratio: tuple[float, float]
+  image: Image.Image, rng: np.random.Generator, *, size: int, scale: Sequence[float], ratio: Sequence[float]
 ) -> Image.Image:
   """A random box, stretched to a square of `size` pixels: torchvision's RandomResizedCrop, bicubic and antialiased.
 
