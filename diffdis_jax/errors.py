@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it: launchers do not
 
 
 class UserError(Exception):
@@ -16,7 +17,15 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-  """The run was asked to stop, and has saved. Verbs exit with code 75, on which launchers start them again."""
+  """The run was asked to stop, and has saved. Verbs exit with `code`, 75, on which launchers start them again."""
+
+  code = PREEMPTED
+
+
+class Interrupted(Preempted):
+  """The same by Ctrl-C, after which nothing is started again."""
+
+  code = INTERRUPTED
 
 
 def check_number(

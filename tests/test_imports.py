@@ -14,6 +14,8 @@ ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # Every file of the package, room by room. A file may import those of earlier layers alone.
 LAYERS = (
   "errors structs run/committed run/progress",
+  "parallel/signals",
+  "__init__",
   "run/files",
   "params cli parallel/processes run/history",
   "parallel/sharding parallel/programs parallel/fingerprint run/workdir run/checkpoint run/profile run/trackers",
