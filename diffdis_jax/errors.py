@@ -28,6 +28,18 @@ class Interrupted(Preempted):
   code = INTERRUPTED
 
 
+def install(extra: str) -> str:
+  """How to get the packages of an extra of pyproject.toml. The project itself is on no package index."""
+  return f"pip install -e '.[{extra}]' in the repository's folder"
+
+
+def not_installed(who: str, package: str, extra: str, *, otherwise: str = "") -> UserError:
+  """The error for a missing package of an extra; `otherwise`: what does without it."""
+  return UserError(
+    f"{who} needs {package}, which is not installed; {install(extra)}{otherwise and f', or {otherwise}'}"
+  )
+
+
 def check_number(
   name: str,
   value: Any,
