@@ -35,9 +35,8 @@ def install(extra: str) -> str:
 
 def not_installed(who: str, package: str, extra: str, *, otherwise: str = "") -> UserError:
   """The error for a missing package of an extra; `otherwise`: what does without it."""
-  return UserError(
-    f"{who} needs {package}, which is not installed; {install(extra)}{otherwise and f', or {otherwise}'}"
-  )
+  instead = f", or {otherwise}" if otherwise else ""
+  return UserError(f"{who} needs {package}, which is not installed; {install(extra)}{instead}")
 
 
 def check_number(
