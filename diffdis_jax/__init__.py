@@ -4,6 +4,8 @@ import importlib.metadata
 import pathlib
 import tomllib
 
+from diffdis_jax.parallel import signals as _signals
+
 
 def _version() -> str:
   """pyproject.toml's, as it was installed; in a checkout that is not installed, as it stands there."""
@@ -15,3 +17,4 @@ def _version() -> str:
 
 
 __version__ = _version()
+_signals.while_importing()

@@ -7,7 +7,7 @@
 or --grid="loss.ita_weight=0.01,0.03;text_diffusion.gamma=0.1,1.0" instead of --tables, or beside them. --config.a.b=v
 sets a field of all runs. `plan` lists the runs, each with its number, how far it is, and its hours; `run` does those
 that are not finished, one after another, or --only run K, in this process, as a job of an array does; `table` writes
-tables.json, tables.md and tables.png into DIR. At SIGTERM `run` saves and exits with code 75.
+tables.json, tables.md and tables.png into DIR. At SIGTERM `run` saves and exits with code 75, at Ctrl-C with code 130.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def perform(one: Run, plan: Plan, folder: Folder) -> None:
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   processes.start()
   processes.on_first(lambda: folder.open(plan))
-  # While it trains, train hears SIGTERM and saves. Else what is there is on the disk: it ends at once, with code 75.
+  # While it trains, train hears SIGTERM and Ctrl-C and saves. Else what is there is on the disk: it ends at once.
   with processes.Stop(sharding.batch_sharding(sharding.make_mesh(**one.config["mesh"]))).listening():
     running.perform(one, folder, train=train.train_and_evaluate, measure=measure)
 

@@ -2,9 +2,9 @@
 
   python -m diffdis_jax.app --workdir=DIR [--data=PREPARED_DIR --split=S]
 
-It needs the extra `app`: pip install "diffdis_jax[app]". The page is at http://127.0.0.1:7860 and is seen by this
-machine alone, unless --host says otherwise. It has the tabs that the run can serve: of a run without generation, all
-but draw; of a CLIP, classify and search.
+It needs the extra `app`: pip install -e '.[app]' in the repository's folder. The page is at http://127.0.0.1:7860 and
+is seen by this machine alone, unless --host says otherwise. It has the tabs that the run can serve: of a run without
+generation, all but draw; of a CLIP, classify and search.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from absl import flags, logging
 
 from diffdis_jax import cli, inference
 from diffdis_jax.data import sources
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.evals import prompts
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint
@@ -55,7 +55,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   if importlib.util.find_spec("gradio") is None:
-    raise UserError('the page needs Gradio; install it with pip install "diffdis_jax[app]"')
+    raise not_installed("the page", "gradio", "app")
   limits = Limits(
     upload_mb=FLAGS.upload_mb,
     uploads_mb=FLAGS.uploads_mb,

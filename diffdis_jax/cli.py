@@ -2,7 +2,7 @@
 
 A verb ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr, a full
 disk with one line and code 1, on which launchers try again, a bug with its traceback and code 1, a preemption with code
-75.
+75, Ctrl-C with one line and code 130.
 
 jax is imported where it is used: it takes two seconds, which commands that compute nothing have no need of.
 """
@@ -25,7 +25,8 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from diffdis_jax.errors import PREEMPTED, Preempted, UserError, may_pass
+from diffdis_jax.errors import Preempted, UserError, may_pass
+from diffdis_jax.parallel import signals
 from diffdis_jax.run import buckets, files, guesses
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
@@ -49,6 +50,8 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   sys.excepthook = _excepthook
+  sys.unraisablehook = _unraisablehook
+  signals.CtrlC().start()
   logging.get_absl_handler().addFilter(_is_ours)
   flags.DEFINE_boolean("quiet", False, "no progress: warnings and errors alone")
   _make_own_flags_known()
@@ -67,10 +70,10 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
       _stop(error)
     except OSError as error:
       _stop_for(error)
-    except Preempted:
+    except Preempted as stopped:
       if _is_compiling():
-        _exit_at_once(PREEMPTED)
-      sys.exit(PREEMPTED)
+        _exit_at_once(stopped.code)
+      sys.exit(stopped.code)
     except Exception as error:
       if not may_pass(error):
         raise
@@ -263,8 +266,18 @@ def _shortened(word: str) -> str:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+  if issubclass(kind, KeyboardInterrupt):
+    sys.stdout.flush()
+    signals.end_interrupted()
   sys.__excepthook__(kind, error, trace)
   _exit_at_once_if_waiting(1)
+
+
+def _unraisablehook(dropped: Any) -> None:
+  """Python drops what is raised within a callback of its garbage collector, and jax has set one."""
+  if issubclass(dropped.exc_type, KeyboardInterrupt):
+    signals.end_interrupted()
+  sys.__unraisablehook__(dropped)
 
 
 def _exit_at_once_if_waiting(code: int) -> None:
@@ -281,8 +294,7 @@ def _is_compiling() -> bool:
 
 def _exit_at_once(code: int) -> NoReturn:
   sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
+  signals.exit_at_once(code)
 
 
 def _is_ours(record: python_logging.LogRecord) -> bool:

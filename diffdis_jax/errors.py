@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 DEEPEST = 64  # levels of JSON: its readers call themselves once a level, and no file of ours has more than ten
 PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it: launchers do not
 
 
 class UserError(Exception):
@@ -19,7 +20,26 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-  """The run was asked to stop, and has saved. Verbs exit with code 75, on which launchers start them again."""
+  """The run was asked to stop, and has saved. Verbs exit with `code`, 75, on which launchers start them again."""
+
+  code = PREEMPTED
+
+
+class Interrupted(Preempted):
+  """The same by Ctrl-C, after which nothing is started again."""
+
+  code = INTERRUPTED
+
+
+def install(extra: str) -> str:
+  """How to get the packages of an extra of pyproject.toml. The project itself is on no package index."""
+  return f"pip install -e '.[{extra}]' in the repository's folder"
+
+
+def not_installed(who: str, package: str, extra: str, *, otherwise: str = "") -> UserError:
+  """The error for a missing package of an extra; `otherwise`: what does without it."""
+  instead = f", or {otherwise}" if otherwise else ""
+  return UserError(f"{who} needs {package}, which is not installed; {install(extra)}{instead}")
 
 
 # Of a network, or of a server at its other end.

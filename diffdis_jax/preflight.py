@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from diffdis_jax import cli
 from diffdis_jax.data.build import read_data
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, install
 from diffdis_jax.estimates import calibration, chips, programs, report, search, targets
 from diffdis_jax.inference import Inference, read_sampling
 from diffdis_jax.models import attention
@@ -149,11 +149,9 @@ def main(argv: Sequence[str]) -> None:
   topology = chips.parse(FLAGS.topology) if FLAGS.topology else None
   platform = targets.choose_platform(FLAGS.platform, topology)
   if platform == "cpu" and topology and topology.is_tpu and FLAGS.platform is None:
-    logging.warning("libtpu is not installed (pip install 'diffdis_jax[tpu]'); XLA compiles for CPU devices instead")
+    logging.warning("libtpu is not installed (%s); XLA compiles for CPU devices instead", install("tpu"))
   elif platform == "cpu" and topology and FLAGS.platform is None:
-    logging.warning(
-      "jax's CUDA plugin is not installed (pip install 'diffdis_jax[cuda]'); XLA compiles for CPU devices instead"
-    )
+    logging.warning("jax's CUDA plugin is not installed (%s); XLA compiles for CPU devices instead", install("cuda"))
   targets.prepare(platform, topology, FLAGS.slices)
   if platform != "cpu" and topology:
     jax.config.update("jax_enable_compilation_cache", False)  # without the device, its programs cannot be read back

@@ -3,7 +3,7 @@
   python -m diffdis_jax.train --config=configs/NAME.py[:args] --workdir=DIR [--config.a.b=v ...] [--eval=JSON ...]
 
 Run again with the same workdir, it goes on from the last checkpoint to the same numbers, on any number of processes and
-devices. At SIGTERM it saves and exits with code 75.
+devices. At SIGTERM it saves and exits with code 75, at Ctrl-C with code 130; a second Ctrl-C ends it at once.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def train_and_evaluate(
 
   Raises:
     UserError: bad config, data or workdir, or a loss that is no longer finite.
-    Preempted: SIGTERM came; the steps so far are saved.
+    Preempted: SIGTERM or, as Interrupted, Ctrl-C came; the steps so far are saved.
   """
   # Every field and section first, whose numbers are checked at once; then what takes seconds to build.
   run_config.check_types(config.to_dict())
@@ -230,7 +230,7 @@ class Loop:
         self.writer.scalars(step, means | progress.report(step, means) | counts)
         totals = None
       found, preempted, due = {}, self.stop.agreed(), self.watch.is_due(step, last=last)
-      saves = last or preempted or step % pace.save_every == 0
+      saves = last or bool(preempted) or step % pace.save_every == 0
       if due or saves:
         jax.block_until_ready(metrics)  # its time is that of steps
       # Evaluation before the save, whose checkpoint is kept by what was measured; unless there is no time for it.
@@ -238,15 +238,15 @@ class Loop:
         try:
           with progress.paused():
             found, due = self.watch.after_step(step, state, self.writer, last=last), False
-        except Preempted:
-          preempted = saves = True
+        except Preempted as stopped:
+          preempted, saves = type(stopped), True
       # The save before the next batch is drawn, so that the iterator's position is that of the next step.
       if saves:
         with progress.paused():
           self._save(step, state, totals, substitutions, found, watched=not due)
       if preempted:
         logging.warning("asked to stop: saving step %d; the same command goes on from there", step)
-        raise Preempted
+        raise preempted
 
   def _save(
     self,

@@ -8,8 +8,9 @@
 #   --restarts R     after crashes without a new checkpoint between them; 3. Also --max-restarts
 #   --dry-run        print the commands
 #
-# When one process fails, the others are stopped and all are started again; not after code 2, bad input. SIGTERM or
-# Ctrl-C goes on to the processes, so that they save, and nothing is started again; a second one kills them.
+# When one process fails, the others are stopped and all are started again; not after code 2, bad input, or 130, Ctrl-C
+# to a process. SIGTERM or Ctrl-C here goes on to all, so that they save, and nothing is started again; a second one kills
+# them.
 set -euo pipefail
 # shellcheck source=launch/supervise.sh
 source "$(dirname "${BASH_SOURCE[0]}")/supervise.sh"
@@ -61,7 +62,7 @@ stop() {
   stopping=1
 }
 
-# Its code is that of the first process to fail; of several at once, 2 or 75 rather than what others died of.
+# Its code is that of the first process to fail; of several at once, 2, 130 or 75 rather than what others died of.
 attempt() {
   local port index code first=0 deadline='' variables
   port=$(free_port)
@@ -81,7 +82,7 @@ attempt() {
       if ((code)); then
         note "process $index ended with code $code"
         kill -KILL -- "-${pids[index]}" 2>/dev/null || true # workers that it left
-        if ((!first)) || { [[ ! $deadline ]] && ((code == BAD_INPUT || code == PREEMPTED)); }; then first=$code; fi
+        if ((!first)) || { [[ ! $deadline ]] && is_meant "$code"; }; then first=$code; fi
       fi
       unset "pids[$index]"
     done

@@ -2,11 +2,13 @@
 # Sourced by the launchers: one way to refuse a command line, and one rule for what an exit code asks for.
 #
 #   0    finished                    75             preempted after a save: start it again
-#   2    bad input: never again      anything else  a crash or a dead host: again, unless it makes no progress
+#   2    bad input: never again      130            interrupted by Ctrl-C: never again
+#   anything else                    a crash or a dead host: again, unless it makes no progress
 
 MAX_RESTARTS=${MAX_RESTARTS:-3} # after crashes without a new checkpoint between them
 PREEMPTED=75
 BAD_INPUT=2
+INTERRUPTED=130
 
 # What JAX may take of a GPU's memory, as preflight counts on it (docs/preflight.md); its own default is 0.75. JAX refuses
 # its older and its newer variable together.
@@ -19,6 +21,9 @@ refuse() { note "error: $*" && exit "$BAD_INPUT"; }
 
 # The comment at the top of the script.
 help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
+
+# Whether a run means to say this code: others of its processes may have died of its end, by any.
+is_meant() { (($1 == BAD_INPUT || $1 == INTERRUPTED || $1 == PREEMPTED)); }
 
 # refuse_unless_number NAME VALUE LEAST
 refuse_unless_number() {
@@ -65,7 +70,7 @@ supervise() {
   while true; do
     code=0
     "$@" || code=$?
-    if ((code == 0 || code == BAD_INPUT)) || [[ ${stopping:-} ]]; then return "$code"; fi
+    if ((code == 0 || code == BAD_INPUT || code == INTERRUPTED)) || [[ ${stopping:-} ]]; then return "$code"; fi
     now=$("$progress")
     if ((now > reached)); then reached=$now crashes=0; fi
     if ((code == PREEMPTED)); then

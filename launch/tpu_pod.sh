@@ -110,32 +110,40 @@ setup() {
   rm -r "$folder"
 }
 
+# On a host, in ~/diffdis: .pid has the number of the command's process and when that began, by which another process
+# that got the number since is told from it. is_running leaves the number in $pid.
+# shellcheck disable=SC2016  # for the host to expand
+on_every_host='began() { sed -n "s/.*) \([^Z]\) /\1 /p" "/proc/$1/stat" 2>/dev/null | cut -d" " -f20; };'\
+' is_running() { read -r pid since 2>/dev/null <.pid && [ "$since" ] && [ "$since" = "$(began "$pid")" ]; };'
+
 # What every host does with the command in attempt $1. The lock waits for an attempt that is still ending; where the
-# connection is lost the command goes on, and keeps its lock, and gcloud connects and asks for the same attempt again: to
-# that the answer is how it ended. The last line tells the launcher this host's code: ssh to several hosts returns one
-# for all of them.
+# connection is lost the command goes on, and gcloud connects and asks for the same attempt again: to that the answer is
+# how it ended. The command does not get the lock, which a process that it leaves behind would keep; it leads a group, of
+# which nothing is left afterwards. Should the shell with the lock die, the next one waits for the command itself. The
+# last line tells the launcher this host's code: ssh to several hosts returns one for all of them.
 on_host() {
   local attempt=$1
   shift
-  printf '%s' "set -e; cd diffdis; exec 9>.lock; flock 9;" \
+  printf '%s' "set -e; $on_every_host cd diffdis; exec 9>.lock; flock 9; while is_running; do sleep 1; done;" \
     " if [ \"\$(cat .attempt 2>/dev/null)\" = $attempt ]; then code=\$(cat .code 2>/dev/null || echo 255);" \
     " echo \"host ended with code \$code\"; exit \$code; fi; rm -f .code; echo $attempt >.attempt;" \
-    " export DIFFDIS_LAUNCHED=1 PATH=\$PWD/.venv/bin:\$PATH; touch run.log;" \
-    " from=\$((\$(wc -c <run.log) + 1));$(printf ' %q' "$@") </dev/null >>run.log 2>&1 & pid=\$!; echo \$pid >.pid;" \
-    " tail -c +\$from -F --pid=\$pid run.log 2>/dev/null 9>&- & code=0; wait \$pid || code=\$?; rm .pid;" \
+    " export DIFFDIS_LAUNCHED=1 PATH=\$PWD/.venv/bin:\$PATH; touch run.log; from=\$((\$(wc -c <run.log) + 1));" \
+    " set -m;$(printf ' %q' "$@") </dev/null >>run.log 2>&1 9>&- & pid=\$!; set +m;" \
+    " echo \$pid \$(began \$pid) >.pid; tail -c +\$from -F --pid=\$pid run.log 2>/dev/null 9>&- &" \
+    " code=0; wait \$pid || code=\$?; rm .pid; kill -KILL -- -\$pid 2>/dev/null || true;" \
     " echo \$code >.code; wait;" \
     " echo \"host ended with code \$code\"; exit \$code"
 }
 
-# shellcheck disable=SC2016  # for the host to expand
-interrupt='if [ -e diffdis/.pid ]; then kill -TERM $(cat diffdis/.pid); fi'
+# shellcheck disable=SC2016
+interrupt="$on_every_host"' if cd diffdis 2>/dev/null && is_running; then kill -TERM "$pid"; fi'
 finish() {
   stopping=1
   note "telling the hosts to save"
   on_all "$interrupt" </dev/null >/dev/null 2>&1 &
 }
 
-# Code 2 or 75 of any host, or else the highest: others may have died of its end.
+# Code 2, 130 or 75 of any host, or else the highest: others may have died of its end.
 run_once() {
   local said pid code attempt="$EPOCHSECONDS-$RANDOM$RANDOM"
   create && setup || return 1
@@ -147,7 +155,7 @@ run_once() {
   pid=$!
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done
   code=$(sed -n 's/.*host ended with code \([0-9]*\).*/\1/p' "$said" | sort -n |
-    awk '{ has[$1] = 1; last = $1 } END { print (2 in has) ? 2 : (75 in has) ? 75 : (NR ? last : 255) }')
+    awk '{ has[$1] = 1; last = $1 } END { print (2 in has) ? 2 : (130 in has) ? 130 : (75 in has) ? 75 : (NR ? last : 255) }')
   rm "$said"
   return "$code"
 }
@@ -155,7 +163,7 @@ run_once() {
 attempt() {
   local code=0
   run_once "$@" || code=$?
-  if ((code != 0 && code != BAD_INPUT && code != PREEMPTED)) && [[ ! $stopping ]]; then
+  if ((code != 0)) && ! is_meant "$code" && [[ ! $stopping ]]; then
     pause "$POLL" # a slice that is being taken away may take a while to say so
     case $(state || true) in SUSPENDING | SUSPENDED) code=$PREEMPTED ;; esac
   fi

@@ -17,6 +17,7 @@ import pytest
 
 from diffdis_jax.run import provenance
 from tests.command_runs import ROOT, STEPS, call, joint_flags
+from tests.interrupting import Terminal
 
 pytest_plugins = ("tests.command_runs",)
 BASE = "--base=tests/tiny_ablation.py"
@@ -105,16 +106,17 @@ def test_killed_five_times_with_its_autoencoder_it_ends_in_the_same_table(tmp_pa
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_with_75(tmp_path, environment, autoencoder_run):
+@pytest.mark.parametrize("how, code", [("SIGTERM", 75), ("Ctrl-C", 130)])
+def test_it_saves_when_it_is_stopped(tmp_path, environment, autoencoder_run, how, code):
   out = tmp_path / "out"
   flags = [BASE, GRID, "--seeds=0", "--config.log_every=1", "--config.save_every=1000", "--config.num_steps=400"]
   flags.append(f"--config.init_from={autoencoder_run}")
-  process = start(environment, "run", *flags, f"--out={out}")
-  while steps_of(out) < 3:
-    assert process.poll() is None
-    time.sleep(0.005)
-  process.terminate()
-  assert process.wait(timeout=120) == 75
+  command = [sys.executable, "-m", "diffdis_jax.ablate", "run", *flags, f"--out={out}", "--quiet"]
+  with Terminal(command, environment, tmp_path / "stderr") as terminal:
+    terminal.wait_until(lambda: steps_of(out) >= 3, seconds=300)
+    terminal.ctrl_c() if how == "Ctrl-C" else terminal.process.terminate()
+    assert terminal.end(seconds=120) == code
+    assert terminal.said.count("\n") == (1 if how == "Ctrl-C" else 0), terminal.said
   state = call("ablate", environment, "plan", *flags, f"--out={out}").stdout.splitlines()
   assert " of 400" in state[0] and "missing" in state[1] and "? h" not in state[1]
 

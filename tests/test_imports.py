@@ -13,8 +13,9 @@ import diffdis_jax
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # Every file of the package, room by room. A file may import those of earlier layers alone.
 LAYERS = (
-  "__init__",  # the version
   "errors structs run/progress run/code_digest",
+  "parallel/signals",
+  "__init__",  # the version
   "run/buckets run/guesses",
   "run/committed run/files",
   "params cli parallel/processes run/history",

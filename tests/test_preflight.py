@@ -220,7 +220,9 @@ def test_platforms(monkeypatch):
     assert targets.choose_platform(None, tpu) == ("tpu" if "tpu" in installed else "cpu")
     assert targets.choose_platform(None, gpu) == ("cuda" if "cuda" in installed else "cpu")
   assert targets.choose_platform("cuda", None) == "cuda"
-  with pytest.raises(UserError, match=r"--platform=tpu needs its compiler; pip install 'diffdis_jax\[tpu\]'"):
+  with pytest.raises(
+    UserError, match=r"--platform=tpu needs libtpu, which is not installed; pip install -e '\.\[tpu\]' .*, or take"
+  ):
     targets.choose_platform("tpu", tpu)
   with pytest.raises(UserError, match="--platform=cuda cannot compile for v5e:2x2; take --platform=tpu or cpu"):
     targets.choose_platform("cuda", tpu)

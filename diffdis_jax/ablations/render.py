@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import not_installed
 
 BLANK = ""
 NOTE = (
@@ -107,7 +107,7 @@ def plot(summary: Mapping[str, Any]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
   except ImportError as error:
-    raise UserError("the figure needs matplotlib: pip install 'diffdis_jax[plot]'; or give --noplot") from error
+    raise not_installed("the figure", "matplotlib", "plot", otherwise="give --noplot") from error
   tables, columns = [*summary["tables"].values()], summary["columns"]
   heights = [len(table["rows"]) + 1.2 for table in tables]
   size = (2.2 + PANEL_WIDTH * len(columns), 0.5 + ROW_HEIGHT * sum(heights) + 0.45 * len(tables))

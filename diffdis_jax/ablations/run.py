@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 
 from diffdis_jax.ablations.folder import Folder
 from diffdis_jax.ablations.plan import Plan, Run
-from diffdis_jax.errors import PREEMPTED, Preempted, UserError
-from diffdis_jax.parallel import processes
+from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
+from diffdis_jax.parallel import processes, signals
 from diffdis_jax.run import workdir
 
 PATIENCE = 10.0  # seconds between two looks at a run that another process has
@@ -114,8 +114,8 @@ def perform_all(
     0, or the exit code for runs that failed: 2 if each of them had bad input, else 1.
 
   Raises:
-    Preempted: SIGTERM came, which the runs' processes got too.
-    KeyboardInterrupt: Ctrl-C, after which they got SIGTERM.
+    Preempted: SIGTERM or, as Interrupted, Ctrl-C came, to this process or to one of the runs', and all of them have
+      saved and ended.
   """
   failed: dict[str, int] = {}
 
@@ -124,6 +124,8 @@ def perform_all(
     words, last = folder.state(run).words, len(plan.runs) - 1
     logging.info("run %d of 0 to %d: %s; %s; log in %s", number, last, run.name, words, log)
     code = children.run(command(number), None if "://" in str(log) else str(log), cores)
+    if code == INTERRUPTED:
+      raise Interrupted
     if code == PREEMPTED or children.asked:
       raise Preempted
     if code:
@@ -184,7 +186,7 @@ def _shares(count: int) -> list[set[int] | None]:
 
 
 class _Children:
-  """Processes that get SIGTERM when this one gets it, or Ctrl-C."""
+  """Processes that get SIGTERM when this one gets it, or Ctrl-C, and save; at a second Ctrl-C they are killed."""
 
   def __init__(self) -> None:
     self.asked = self._interrupted = False
@@ -193,28 +195,31 @@ class _Children:
   @contextlib.contextmanager
   def listening(self) -> Iterator[_Children]:
     """Takes both signals, where this is the main thread; leaves no process behind."""
-    handlers: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        handlers[number] = signal.signal(number, self._on_signal)
+    # The handler does nothing: a thread stops the runs' processes, whose ends the main thread waits for.
+    listener = signals.Listener([signal.SIGTERM, signal.SIGINT], lambda number, frame: None, self._hear)
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+      listener.start()
     try:
       yield self
     except Preempted:
       if self._interrupted:
-        raise KeyboardInterrupt from None
+        raise Interrupted from None
       raise
     finally:
       self.stop()
-      for number, handler in handlers.items():
-        signal.signal(number, handler)
+      if is_main:
+        listener.stop()
 
-  def _on_signal(self, number: int, frame: Any) -> None:
-    self.stop()
+  def _hear(self, number: int) -> None:
+    if number == signal.SIGINT and self._interrupted:
+      for process in tuple(self._running):
+        process.kill()
+      signals.end_interrupted()
     if number == signal.SIGINT:
-      # Python drops what is raised within a callback of its garbage collector, and jax has set one. Then the runs that
-      # were ended tell of it.
       self._interrupted = True
-      raise KeyboardInterrupt
+      logging.warning("interrupted: what runs saves and ends; a second Ctrl-C ends it at once, without a save")
+    self.stop()
 
   def run(self, command: Sequence[str], log: str | None, cores: set[int] | None) -> int:
     """The exit code of a process on these cores, whose output is appended to the file `log`."""

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
 
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.interop import mapping, sections
 from diffdis_jax.models.build import Network, abstract_module, initial_state
 from diffdis_jax.models.sections import Model
@@ -78,7 +78,7 @@ def _device_of_torch() -> str:
     import diffusers  # noqa: F401
     import torch
   except ImportError as error:
-    raise UserError("benchmark peer needs PyTorch and diffusers; pip install 'diffdis_jax[torch]'") from error
+    raise not_installed("benchmark peer", str(error.name), "torch") from error
   backend = jax.default_backend()
   if backend == "cpu":
     return "cpu"

@@ -20,6 +20,7 @@ from diffdis_jax.data.long_tail import LabelledSource, class_counts
 from diffdis_jax.data.sources import Mixture, Source
 from diffdis_jax.data.transforms import Augmentation, augment, decode
 from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import signals
 
 SUBSTITUTED = "substituted"  # of a batch: i32[b r], by how many records of each of records.REASONS a row was missed
 ATTEMPTS = 100  # records in a row that may be unusable
@@ -123,7 +124,7 @@ def _read_ahead(
 ) -> grain.DatasetIterator:
   iterable = batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
   if num_workers:
-    iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), signals.leave_to_parent)
   return iter(iterable)
 
 

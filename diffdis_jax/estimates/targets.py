@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.estimates import gpus, hlo, schedules, times
 from diffdis_jax.estimates.chips import Chip, Topology, of_kind
 
@@ -108,9 +108,8 @@ def choose_platform(platform: str | None, topology: Topology | None) -> str:
   if platform is None:
     platform = own if topology and is_installed(own) else "cpu"
   if platform != "cpu" and not is_installed(platform):
-    raise UserError(
-      f"--platform={platform} needs its compiler; pip install 'diffdis_jax[{platform}]', or take --platform=cpu"
-    )
+    package = {"tpu": "libtpu", "cuda": "jax's CUDA plugin"}[platform]
+    raise not_installed(f"--platform={platform}", package, platform, otherwise="take --platform=cpu")
   if topology is None:
     if platform != "cuda":
       raise UserError("give --topology, such as v5e:8x8; only --platform=cuda can do without")
@@ -228,7 +227,7 @@ def _version(names: Sequence[str]) -> tuple[int, ...]:
       return tuple(int(part) for part in importlib.metadata.version(name).split(".")[:3])
     except importlib.metadata.PackageNotFoundError:
       continue
-  raise UserError(f"none of {', '.join(names)} is installed, which the compiler needs; pip install 'diffdis_jax[cuda]'")
+  raise not_installed("the compiler", f"one of {', '.join(names)}", "cuda")
 
 
 def tpu_devices(topology: Topology, slices: int) -> list[Any]:

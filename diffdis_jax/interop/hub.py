@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.interop import from_torch, tensor_files
 from diffdis_jax.run import progress
 
@@ -156,7 +156,7 @@ def _library() -> Any:
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars
   except ImportError as error:
-    raise UserError("the hub needs huggingface_hub: pip install 'diffdis_jax[hub]'") from error
+    raise not_installed("the hub", "huggingface_hub", "hub") from error
   if not progress.shows_bars():
     disable_progress_bars()
   return huggingface_hub

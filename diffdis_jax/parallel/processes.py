@@ -12,7 +12,6 @@ import dataclasses
 import glob
 import importlib.util
 import itertools
-import multiprocessing
 import os
 import re
 import secrets
@@ -32,7 +31,8 @@ from etils import epath
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from diffdis_jax.errors import PREEMPTED, Preempted, UserError
+from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
+from diffdis_jax.parallel import signals
 from diffdis_jax.run import buckets
 
 HEARTBEAT_TIMEOUT = 10  # seconds after which a silent process is dead, and the others end
@@ -45,6 +45,8 @@ _VARIABLES = {
   "num_processes": ("DIFFDIS_NUM_PROCESSES",),
   "process_id": ("DIFFDIS_PROCESS_ID", "JOB_COMPLETION_INDEX"),  # the latter of a Kubernetes Job with indices
 }
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_CAUSES = (None, Preempted, Interrupted)  # to stop: none, and those of _SIGNALS, the weightiest last
 _barriers = itertools.count()
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -294,10 +296,11 @@ def _appears(path: epath.Path) -> bool:
 
 
 class Stop:
-  """SIGTERM, which announces a preemption, and the agreement of all processes on where to stop.
+  """SIGTERM, which announces a preemption, and Ctrl-C; and the agreement of all processes on where to stop.
 
-  Before `begin` there is nothing to save, and SIGTERM ends this process at once with code 75, also while its main
-  thread compiles. The others end by a signal of their own, or as where a process dies.
+  Before `begin` there is nothing to save, and either ends this process at once with code 75 or 130, also while its main
+  thread compiles. The others end by a signal of their own, or as where a process dies. Afterwards a second Ctrl-C ends
+  it at once, without a save.
 
   Every process calls `agreed` the same number of times, at points where it could stop; the answer is the same on all of
   them. With several processes it comes one call late, so that the host waits for no more than the step before the last.
@@ -306,61 +309,51 @@ class Stop:
   def __init__(self, place: jax.sharding.Sharding):
     """`place`: of arrays of as many rows as there are devices, on which the processes have equally many rows."""
     self._place = place
-    self._asked = self._begun = False
+    self._begun = False
+    self._asked = self._interrupts = 0  # the former a place in _CAUSES
     self._answer: jax.Array | None = None
-    self._any = jax.jit(jnp.any)
+    self._most = jax.jit(jnp.max)
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[None]:
-    """Takes SIGTERM, where this is the main thread."""
+    """Takes both signals, where this is the main thread."""
     if threading.current_thread() is not threading.main_thread():
       yield
       return
-    # Python's handler waits for the main thread to come back from a compiler; the number written here is read at once.
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    before = signal.signal(signal.SIGTERM, self._on_signal)
-    written_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=self._watch, args=(reader,), name="stop", daemon=True).start()
+    listener = signals.Listener(_SIGNALS, self._on_signal, self._hear)
+    listener.start()
     try:
       yield
     finally:
-      signal.set_wakeup_fd(written_before)
-      signal.signal(signal.SIGTERM, before)
-      os.close(writer)
+      listener.stop()
 
   def begin(self) -> None:
     """From here on there is something to save: call it before the first step."""
     self._begun = True
 
-  def agreed(self) -> bool:
-    """Whether every process stops here."""
+  def agreed(self) -> type[Preempted] | None:
+    """Why every process stops here: Preempted, or Interrupted, which comes first; None where they go on."""
     if jax.process_count() == 1:
-      return self._asked
-    answer, rows = self._answer, np.full(jax.device_count() // jax.process_count(), self._asked)
-    self._answer = self._any(jax.make_array_from_process_local_data(self._place, rows))
-    return answer is not None and bool(answer)
+      return _CAUSES[self._asked]
+    answer, rows = self._answer, np.full(jax.device_count() // jax.process_count(), self._asked, np.int32)
+    self._answer = self._most(jax.make_array_from_process_local_data(self._place, rows))
+    return None if answer is None else _CAUSES[int(answer)]
 
   def raise_if_agreed(self) -> None:
-    """Raises Preempted where `agreed`."""
-    if self.agreed():
-      raise Preempted
+    """Raises Preempted, or Interrupted, where `agreed`."""
+    if cause := self.agreed():
+      raise cause
 
-  def _watch(self, reader: int) -> None:
-    with os.fdopen(reader, "rb", buffering=0) as numbers:
-      while number := numbers.read(1):
-        if number[0] == signal.SIGTERM and not self._begun:
-          logging.warning("asked to stop before the first step: nothing to save; the same command starts again")
-          _exit_at_once(PREEMPTED)
+  def _hear(self, number: int) -> None:
+    if not self._begun:
+      logging.warning("asked to stop before the first step: nothing to save; the same command starts again")
+      signals.exit_at_once(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+    if number == signal.SIGINT:
+      self._interrupts += 1
+      if self._interrupts > 1:
+        signals.end_interrupted()
+      logging.warning("interrupted: the run saves and ends; a second Ctrl-C ends it at once, without a save")
 
   def _on_signal(self, number: int, frame: FrameType | None) -> None:
-    del number, frame
-    self._asked = True
-
-
-def _exit_at_once(code: int) -> None:
-  """As SIGKILL would, which every file of a run survives, but with this code and without the data workers."""
-  for worker in multiprocessing.active_children():
-    worker.kill()
-  logging.flush()
-  os._exit(code)
+    del frame
+    self._asked = max(self._asked, _SIGNALS.index(number) + 1)

@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.run import buckets
 from diffdis_jax.run.files import read_json, write_whole
 
@@ -96,7 +96,7 @@ TRACKERS: dict[str, type[Wandb] | type[Trackio]] = {"wandb": Wandb, "trackio": T
 def check(kind: str) -> None:
   """Raises UserError if the tracker's package is not installed; empty is none."""
   if kind and importlib.util.find_spec(kind) is None:
-    raise UserError(f"--tracker={kind} needs the package {kind}; pip install 'diffdis_jax[{kind}]'")
+    raise not_installed(f"--tracker={kind}", f"the package {kind}", kind)
 
 
 def open_tracker(kind: str, workdir: epath.PathLike, config: Mapping[str, Any]) -> Tracker | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from diffdis_jax.errors import UserError, parse_json
-from diffdis_jax.run import buckets
+from diffdis_jax.run import buckets, committed
 from diffdis_jax.run.files import read_json, write_whole
 
 BEAT = 5.0  # seconds between two signs of life of the process that holds a workdir
@@ -37,6 +38,7 @@ MAY_CHANGE = (
 )
 """Fields (dotted paths) that may differ when a run goes on: they leave the numbers of the training alone."""
 SECTIONS = {"objectives", "model", "data", "optim"}  # of every run's config
+REPORTS = ("metrics.jsonl", "history.jsonl", "trackers.json", "events.out.tfevents.*", "samples", "plugins")
 
 
 def open_for_training(
@@ -48,6 +50,8 @@ def open_for_training(
 ) -> epath.Path:
   """Creates the folder and writes its config.json, or checks that the run in it has the same config.
 
+  A run without a checkpoint does not hold its config: what it has reported is set aside, so that it mixes with nothing.
+
   Args:
     workdir: the folder; local, or any path that etils.epath reads.
     config: the run's, as nested dicts of tuples, numbers, strings, booleans and None.
@@ -58,11 +62,18 @@ def open_for_training(
     UserError: the folder cannot be made, or holds a run whose config differs in a field outside MAY_CHANGE.
   """
   path = buckets.path(workdir)
-  check_config(workdir, config, defaults=defaults)
+  replaced = check_config(workdir, config, defaults=defaults)
   if is_writer:
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     try:
       path.mkdir(parents=True, exist_ok=True)
+      if replaced:
+        aside = _set_aside(path)
+        logging.warning(
+          "the config of a run without a checkpoint is replaced: %s; what it has reported is now in %s",
+          ", ".join(replaced),
+          aside,
+        )
       write_whole(path / "config.json", text.encode())
     except OSError as error:
       raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
@@ -71,8 +82,8 @@ def open_for_training(
 
 def check_config(
   workdir: epath.PathLike, config: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None
-) -> None:
-  """Checks that a run may go on under this config, if there is one in the folder.
+) -> list[str]:
+  """Checks that a run may go on under this config, if there is one in the folder that has a checkpoint.
 
   Args:
     workdir: the folder.
@@ -80,14 +91,34 @@ def check_config(
     defaults: values of fields, nested as in the config. A run that an earlier version wrote may lack some of them; they
       then have these values there.
 
+  Returns:
+    What differs in fields outside MAY_CHANGE, a phrase for each, where the run there has no checkpoint.
+
   Raises:
-    UserError: it holds a run whose config differs in a field outside MAY_CHANGE.
+    UserError: something differs, and the run there has a checkpoint; or config.json is of no training run.
   """
   path = buckets.path(workdir)
-  if (path / "config.json").exists():
-    there, here, default = (flatten(fields) for fields in (_read(path), config, defaults or {}))
-    newer = {field for field in here.keys() - there.keys() if (field, here[field]) in default.items()}
-    _check_same(path, there, {field: value for field, value in here.items() if field not in newer})
+  if not (path / "config.json").exists():
+    return []
+  config_there = _read(path)
+  there, here, default = (flatten(fields) for fields in (config_there, config, defaults or {}))
+  newer = {field for field in here.keys() - there.keys() if (field, here[field]) in default.items()}
+  differing = differences(there, {field: value for field, value in here.items() if field not in newer})
+  is_begun = SECTIONS <= config_there.keys() and not committed.committed_steps(committed.folder(workdir))
+  if differing and not is_begun:
+    raise UserError(f"{path} holds a run of another config: {', '.join(differing)}; take its config or a new --workdir")
+  return differing
+
+
+def _set_aside(path: epath.Path) -> epath.Path:
+  """The new folder of what a run has written beside checkpoints. For a tracker the next run is another one."""
+  aside = next(each for n in itertools.count(1) if not (each := path / f"replaced_{n}").exists())
+  aside.mkdir()
+  (path / "config.json").copy(aside / "config.json")
+  for pattern in REPORTS:
+    for file in path.glob(pattern):
+      file.rename(aside / file.name)
+  return aside
 
 
 class InUse(UserError):
@@ -261,8 +292,3 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 def may_change(field: str) -> bool:
   """Whether a field, by its dotted path, leaves the numbers of a training alone."""
   return any(re.search(pattern, field) for pattern in MAY_CHANGE)
-
-
-def _check_same(path: epath.Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-  if differing := differences(there, here):
-    raise UserError(f"{path} holds a run of another config: {', '.join(differing)}; take its config or a new --workdir")

@@ -14,10 +14,12 @@ import pytest
 
 from diffdis_jax.ablations import run as running
 from diffdis_jax.ablations.folder import Folder, State, seconds_per_step
-from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.errors import Interrupted, Preempted, UserError
 from diffdis_jax.run import workdir
 from tests.ablations import synthetic
 from tests.ablations.synthetic import make_plan
+from tests.command_runs import ROOT
+from tests.interrupting import Terminal, is_alive, not_ignored
 
 
 @pytest.fixture
@@ -203,7 +205,7 @@ def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path):
 
   threading.Thread(target=interrupt).start()
   begin = time.monotonic()
-  with pytest.raises(KeyboardInterrupt):
+  with not_ignored(), pytest.raises(Interrupted):
     running.perform_all(plan, [1, 2], Folder(tmp_path / "out"), script(lines))
   assert time.monotonic() - begin < 30 and not next_one.exists()
 
@@ -215,17 +217,80 @@ def test_ctrl_c_counts_where_python_drops_its_exception():
       os.kill(os.getpid(), signal.SIGINT)
       time.sleep(0.1)
 
-  before = signal.getsignal(signal.SIGINT)
-  with pytest.raises(KeyboardInterrupt), running._Children().listening() as children:
-    Dropping()
-    assert children.asked and children.run(["false"], None, None) == running.PREEMPTED
-    raise Preempted  # as a run does that was ended
-  assert signal.getsignal(signal.SIGINT) == before
+  with not_ignored():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted), running._Children().listening() as children:
+      Dropping()
+      assert children.asked and children.run(["false"], None, None) == running.PREEMPTED
+      raise Preempted  # as a run does that was ended
+    assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_a_run_that_was_preempted_ends_all(plan, tmp_path):
-  with pytest.raises(Preempted):
-    running.perform_all(plan, [0, 1], Folder(tmp_path), script({0: "raise SystemExit(75)"}))
+# A run's process, which a terminal's Ctrl-C and the SIGTERM of its parent both reach. It saves once, or never ends.
+SAVING = """
+import os, pathlib, signal, sys, time
+folder, slow = pathlib.Path(sys.argv[1]), sys.argv[2] == "slow"
+def save(*_):
+  if slow:
+    return
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  time.sleep(0.5)
+  (folder / f"saved.{os.getpid()}").touch()
+  os._exit(130)
+for number in (signal.SIGINT, signal.SIGTERM):
+  signal.signal(number, save)
+(folder / f"begun.{os.getpid()}").touch()
+while True:
+  time.sleep(1)
+"""
+ALL = """
+import pathlib, sys
+from absl import flags
+from diffdis_jax import cli
+from diffdis_jax.ablations import run
+from diffdis_jax.ablations.folder import Folder
+from tests.ablations.synthetic import make_plan
+
+FOLDER = flags.DEFINE_string("folder", "", "")
+HOW = flags.DEFINE_string("how", "", "")
+
+def main(_):
+  folder, plan = pathlib.Path(FOLDER.value), make_plan(names=["4"], seeds=(0,))
+  command = lambda number: [sys.executable, "-IS", str(folder / "saving.py"), str(folder), HOW.value]
+  sys.exit(run.perform_all(plan, [1, 2], Folder(folder / "out"), command, jobs=2))
+
+if __name__ == "__main__":
+  cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("how", ["saves", "slow"])
+def test_ctrl_c_in_a_terminal_lets_the_runs_save_and_a_second_one_kills_them(tmp_path, how):
+  (tmp_path / "saving.py").write_text(SAVING)
+  (tmp_path / "all.py").write_text(ALL)
+  command = [sys.executable, str(tmp_path / "all.py"), f"--folder={tmp_path}", f"--how={how}", "--quiet"]
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  with Terminal(command, environment, tmp_path / "stderr") as terminal:
+    terminal.wait_until(lambda: len([*tmp_path.glob("begun.*")]) == 2)
+    terminal.ctrl_c()
+    if how == "slow":
+      terminal.wait_until(lambda: terminal.said)
+      time.sleep(0.5)
+      assert terminal.process.poll() is None
+      terminal.ctrl_c()
+    assert terminal.end(seconds=20) == 130
+    line, *others = terminal.said.splitlines()
+    assert "a second Ctrl-C ends it at once" in line and others == ["interrupted"] * (how == "slow")
+  assert len([*tmp_path.glob("saved.*")]) == (2 if how == "saves" else 0)
+  assert not any(is_alive(path.suffix[1:]) for path in tmp_path.glob("begun.*"))
+
+
+@pytest.mark.parametrize("code, cause", [(75, Preempted), (130, Interrupted)])
+def test_a_run_that_was_stopped_ends_all(plan, tmp_path, code, cause):
+  with pytest.raises(Preempted) as error:
+    running.perform_all(plan, [0, 1], Folder(tmp_path), script({0: f"raise SystemExit({code})", 1: "assert False"}))
+  assert error.type is cause
 
 
 def test_seconds_of_a_step(tmp_path):

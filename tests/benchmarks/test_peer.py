@@ -31,5 +31,5 @@ def test_a_clip_has_no_unet():
 
 def test_without_pytorch_the_extra_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
-  with pytest.raises(UserError, match=r"pip install 'diffdis_jax\[torch\]'"):
+  with pytest.raises(UserError, match=r"needs (torch|diffusers), which is not installed; pip install -e '\.\[torch\]'"):
     peer.time_peer(Network.of(steps.make_config("generation")), batch_size=8, rounds=1)

@@ -127,9 +127,10 @@ def test_starts_again_after_preemptions_without_counting_them(launch, tmp_path):
   assert err.count("preempted; starting again") == 2
 
 
-def test_never_starts_again_after_bad_input(launch, tmp_path):
-  code, _, _ = finish(launch("2"))
-  assert (code, attempts(tmp_path)) == (2, 1)
+@pytest.mark.parametrize("word", ["2", "130"])
+def test_never_starts_again_after_bad_input_or_ctrl_c(launch, tmp_path, word):
+  code, _, _ = finish(launch(word))
+  assert (code, attempts(tmp_path)) == (int(word), 1)
 
 
 def test_gives_up_after_restarts_without_progress(launch, tmp_path):

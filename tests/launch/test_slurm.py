@@ -72,10 +72,10 @@ def test_a_preempted_job_is_queued_again_whatever_others_died_of(job, returned):
   assert "the job is queued again" in err and "Exited with exit code 75" in err
 
 
-@pytest.mark.parametrize("returned", [2, 134])
-def test_bad_input_ends_it_whatever_others_died_of(job, returned):
-  code, _, _ = job.run(ended(2, returned=returned))
-  assert (code, job.programs.calls) == (2, [SRUN])
+@pytest.mark.parametrize("code, returned", [(2, 2), (2, 134), (130, 130), (130, 134)])
+def test_bad_input_or_ctrl_c_ends_it_whatever_others_died_of(job, code, returned):
+  assert job.run(ended(code, returned=returned))[0] == code
+  assert job.programs.calls == [SRUN]
 
 
 def test_a_code_that_only_begins_alike_is_a_crash(job):

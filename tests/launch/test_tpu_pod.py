@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from tests.interrupting import is_alive
 from tests.launch.programs import ROOT, Answer, Programs, wait_for
 
 SETTINGS = {"NAME": "run", "ZONE": "us-west4-a", "TYPE": "v5litepod-64", "RUNTIME": "v2", "POLL": "0"}
@@ -114,9 +115,10 @@ def test_restarts_after_a_save_and_after_a_dead_host(programs):
   assert "preempted; starting again" in err and "ended with code 255; starting again (1 of 3" in err
 
 
-def test_bad_input_ends_it_whatever_others_died_of(programs):
-  code, runs, _ = run(programs, said(134, 2, gcloud=134))
-  assert (code, runs) == (2, 1)
+@pytest.mark.parametrize("meant", [2, 130])
+def test_bad_input_or_ctrl_c_ends_it_whatever_others_died_of(programs, meant):
+  code, runs, _ = run(programs, said(134, meant, gcloud=134))
+  assert (code, runs) == (meant, 1)
 
 
 def test_a_host_that_says_nothing_has_not_finished(programs):
@@ -182,6 +184,12 @@ class Host:
       ["bash", "-c", self._script.decode()], cwd=self._home, env=environment, stdout=subprocess.PIPE, text=True
     )
 
+  def stop(self) -> subprocess.CompletedProcess:
+    """Runs what `stop` sends to a host."""
+    assert self._programs.run("tpu_pod.sh", "stop", **SETTINGS).returncode == 0
+    sent = self._programs.calls[-1][-1].removeprefix("--command=")
+    return subprocess.run(["bash", "-c", sent], cwd=self._home, capture_output=True, text=True, timeout=20)
+
 
 def test_a_host_shows_all_that_is_said_and_keeps_it(programs, tmp_path):
   home = tmp_path / "home"
@@ -228,6 +236,94 @@ def test_a_connection_made_again_waits_for_the_same_attempt_and_says_how_it_ende
   first.wait(timeout=20)
   assert (again.returncode, out) == (75, "host ended with code 75\n")
   assert (host.folder / "attempts").read_text() == "started\n"
+
+
+@pytest.fixture
+def host(programs, tmp_path):
+  """Makes a host, with a command; ends what is left of it."""
+  home, made = tmp_path / "home", []
+  home.mkdir()
+
+  def make(*command: str) -> Host:
+    made.append(Host(programs, home, *command))
+    return made[-1]
+
+  yield make
+  path = made[0].folder / "pid"
+  if path.exists() and is_alive(path.read_text().strip()):
+    os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", ["", "setsid "])
+def test_what_a_command_leaves_behind_does_not_block_the_next_attempt(host, how):
+  """It is killed, unless it has left the command's group."""
+  made = host("bash", "-c", f"{how}sleep 300 & echo $! >>children; sleep 0.3; exit 75")
+  try:
+    for _ in range(2):
+      shown = made.start()
+      assert shown.communicate(timeout=20)[0] == "host ended with code 75\n"
+      made.attempt()
+  finally:
+    shown.kill()
+    alive = [child for child in (made.folder / "children").read_text().split() if is_alive(child)]
+    for child in alive:
+      os.kill(int(child), signal.SIGKILL)
+  assert len(alive) == (2 if how else 0)
+
+
+def test_a_command_whose_shell_has_died_is_waited_for(host):
+  made = host("bash", "-c", "echo $$ >pid; echo started >>attempts; until [[ -e end ]]; do sleep 0.05; done")
+  first = made.start()
+  wait_for(made.folder / "attempts")
+  wait_for(made.folder / ".pid")
+  time.sleep(0.3)
+  first.kill()
+  first.stdout.close()  # which its tail has too
+  first.wait()
+  made.attempt()
+  second = made.start()
+  time.sleep(1.5)
+  assert (made.folder / "attempts").read_text() == "started\n"
+  (made.folder / "end").touch()
+  out, _ = second.communicate(timeout=20)
+  assert out == "host ended with code 0\n" and (made.folder / "attempts").read_text() == "started\n" * 2
+
+
+def test_stop_asks_the_command_to_save(host):
+  made = host("bash", "-c", "trap 'echo saved >saved; exit 75' TERM; echo $$ >pid; while true; do sleep 0.05; done")
+  shown = made.start()
+  wait_for(made.folder / "pid")
+  wait_for(made.folder / ".pid")
+  time.sleep(0.3)
+  done = made.stop()
+  assert (done.returncode, done.stderr) == (0, "")
+  assert shown.communicate(timeout=20)[0] == "host ended with code 75\n" and (made.folder / "saved").exists()
+
+
+@pytest.mark.parametrize("kept", ["{pid} 1", "{pid}", "", None])
+def test_stop_leaves_whoever_has_the_number_of_a_command_that_is_gone(host, kept):
+  """A host that went down keeps .pid; what begins later gets the number anew."""
+  made = host("true")
+  other = subprocess.Popen(["sleep", "300"])
+  try:
+    if kept is not None:
+      (made.folder / ".pid").write_text(kept.format(pid=other.pid) + "\n")
+    done = made.stop()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    time.sleep(0.2)
+    assert other.poll() is None
+    assert made.start().communicate(timeout=20)[0] == "host ended with code 0\n"
+    assert not (made.folder / ".pid").exists() and other.poll() is None
+  finally:
+    other.kill()
+    other.wait()
+
+
+def test_stop_where_nothing_was_set_up_does_nothing(host):
+  made = host("true")
+  made.folder.rmdir()
+  done = made.stop()
+  assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.errors import Interrupted, Preempted, UserError
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.parallel.processes import Processes
 from tests import steps
 from tests.command_runs import ROOT
+from tests.interrupting import not_ignored
 
 NOTHING = {"coordinator_address": None, "num_processes": None, "process_id": None}
 SLURM = {"SLURM_JOB_ID": "5000", "SLURM_STEP_NODELIST": "gpu[007-009,12],big1", "SLURM_STEP_NUM_TASKS": "5"}
@@ -86,17 +87,24 @@ def test_bad_settings(given, message):
     processes.find({**NOTHING, **given}, {})
 
 
-def test_sigterm_stops_a_single_process():
+@pytest.mark.parametrize(
+  "numbers, cause",
+  [([signal.SIGTERM], Preempted), ([signal.SIGINT], Interrupted), ([signal.SIGINT, signal.SIGTERM], Interrupted)],
+)
+def test_a_signal_stops_a_single_process(numbers, cause):
   stop = processes.Stop(sharding.batch_sharding(steps.make_mesh()))
-  before = signal.getsignal(signal.SIGTERM)
-  with stop.listening():
-    stop.begin()
-    assert not stop.agreed()
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.agreed()
-    with pytest.raises(Preempted):
-      stop.raise_if_agreed()
-  assert signal.getsignal(signal.SIGTERM) is before
+  with not_ignored():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with stop.listening():
+      stop.begin()
+      assert not stop.agreed()
+      for number in numbers:
+        os.kill(os.getpid(), number)
+      assert stop.agreed() is cause
+      with pytest.raises(Preempted) as error:
+        stop.raise_if_agreed()
+      assert error.type is cause and cause.code == (75 if cause is Preempted else 130)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 VERB = """
@@ -107,9 +115,10 @@ from jax import monitoring
 from diffdis_jax import cli
 from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.run import workdir
-from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.errors import UserError
 
 HOW = flags.DEFINE_string("how", "", "")
+SIGNAL = flags.DEFINE_string("signal", "SIGTERM", "")
 WORKDIR = flags.DEFINE_string("workdir", "", "")
 
 
@@ -128,10 +137,20 @@ def main(_):
       stop.begin()
       for step in range(200):
         if step == 5 and not first:
-          os.kill(os.getpid(), signal.SIGTERM)
-        if stop.agreed():
+          os.kill(os.getpid(), getattr(signal, SIGNAL.value))
+        if cause := stop.agreed():
           sys.stdout.write(f"stopped at {step}\\n")
-          raise Preempted
+          raise cause
+  if HOW.value in ("early", "twice"):
+    stop = processes.Stop(sharding.batch_sharding(mesh))
+    with stop.listening():
+      if HOW.value == "twice":
+        stop.begin()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        sys.stderr.write("still there\\n")
+      os.kill(os.getpid(), getattr(signal, SIGNAL.value))
+      time.sleep(60)
   if HOW.value == "compile":
     hits = []
     monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
@@ -171,12 +190,13 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def start(folder, index: int, port: int, *flags: str, devices: int = 1) -> subprocess.Popen[str]:
+def start(folder, index: int, port: int, *flags: str, devices: int = 1, processes: int = 2) -> subprocess.Popen[str]:
   (folder / "verb.py").write_text(VERB)
   env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-  where = [f"--coordinator_address=localhost:{port}", "--num_processes=2", f"--process_id={index}"]
+  where = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={index}"]
   command = [sys.executable, str(folder / "verb.py"), *where, *flags]
-  return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  with not_ignored():
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def both(folder, *flags: str, devices: int = 1) -> list[tuple[int, str, str]]:
@@ -210,10 +230,28 @@ def test_one_raises_and_all_end_at_once_with_its_error_shown(tmp_path):
     first.kill()
 
 
-def test_sigterm_to_one_stops_all_at_the_same_step(tmp_path):
-  results = both(tmp_path, "--how=stop", devices=2)
-  assert [code for code, _, _ in results] == [75, 75], results
+@pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGINT", 130)])
+def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, name, code):
+  results = both(tmp_path, "--how=stop", f"--signal={name}", devices=2)
+  assert [each for each, _, _ in results] == [code, code], results
+  assert not any("Traceback" in err for _, _, err in results)
   assert [out.splitlines()[-1] for _, out, _ in results] == ["stopped at 6", "stopped at 6"]
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGINT", 130)])
+def test_before_there_is_anything_to_save_a_signal_ends_it_at_once(tmp_path, name, code):
+  process = start(tmp_path, 0, free_port(), "--how=early", f"--signal={name}", processes=1)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == code and "before the first step" in err and "Traceback" not in err
+
+
+def test_a_second_ctrl_c_ends_it_without_a_save(tmp_path):
+  process = start(tmp_path, 0, free_port(), "--how=twice", "--signal=SIGINT", processes=1)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 130
+  first, second, third = (line.split("] ")[-1] for line in err.splitlines()[-3:])
+  assert first.startswith("interrupted: the run saves and ends; a second Ctrl-C ends it at once")
+  assert (second, third) == ("still there", "interrupted")
 
 
 def test_a_program_runs_when_the_slowest_has_compiled_it_and_every_process_finds_it_again(tmp_path, monkeypatch):

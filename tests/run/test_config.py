@@ -37,6 +37,8 @@ def test_a_run_from_before_contrastive_batches_goes_on_as_it_was(tmp_path):
   """Its microbatches were batches of their own; with one of them, that is the whole batch."""
   config = make_config().to_dict()
   older = {name: value for name, value in config["optim"].items() if name != "contrastive_batch"}
+  (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "1" / "commit_success.txt").touch()
 
   def go_on(accumulate: int, contrastive_batch: str) -> None:
     text = json.dumps(config | {"optim": older | {"accumulate": accumulate}})

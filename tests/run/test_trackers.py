@@ -103,7 +103,9 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
   monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: object())
   trackers.check("wandb")
   monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(UserError, match=r"--tracker=wandb needs the package wandb; pip install 'diffdis_jax\[wandb\]'"):
+  with pytest.raises(
+    UserError, match=r"--tracker=wandb needs the package wandb, which is not installed; pip install -e '\.\[wandb\]'"
+  ):
     trackers.check("wandb")
 
 

@@ -54,8 +54,16 @@ def test_fields_that_may_change_are_taken_over(tmp_path, field, value):
   assert workdir.load_config(tmp_path).to_dict() == make_config(**{field: value}).to_dict()
 
 
+def commit(path, step: int = 1) -> None:
+  """A checkpoint, by its mark."""
+  folder = path / "checkpoints" / str(step)
+  folder.mkdir(parents=True)
+  (folder / "commit_success.txt").touch()
+
+
 def test_other_config_is_refused_with_every_differing_field(tmp_path):
   workdir.open_for_training(tmp_path, make_config().to_dict())
+  commit(tmp_path)
   before = (tmp_path / "config.json").read_bytes()
   other = make_config(**{"batch_size": 32, "num_steps": 50, "optim.betas": (0.9, 0.999), "log_every": 1})
   del other.init_from
@@ -68,6 +76,57 @@ def test_other_config_is_refused_with_every_differing_field(tmp_path):
   assert "init_from is None there and absent here" in message
   assert "log_every" not in message and "seed" not in message and "\n" not in message
   assert (tmp_path / "config.json").read_bytes() == before
+
+
+REPORTED = ("metrics.jsonl", "history.jsonl", "trackers.json", "events.out.tfevents.1.host", "samples/a.png")
+
+
+def report(path) -> None:
+  """What a run leaves beside its checkpoints, and a file of somebody else."""
+  (path / "samples").mkdir()
+  for name in (*REPORTED, "notes.txt"):
+    (path / name).write_text(f"old {name}")
+
+
+def test_a_run_without_a_checkpoint_does_not_hold_its_config(tmp_path, caplog):
+  workdir.open_for_training(tmp_path, make_config().to_dict())
+  report(tmp_path)
+  (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "2").mkdir()  # without its mark
+  other = make_config(batch_size=32)
+  assert workdir.check_config(tmp_path, other.to_dict()) == ["batch_size is 64 there and 32 here"]
+  for number in (1, 2):
+    caplog.clear()
+    other.seed = number
+    workdir.open_for_training(tmp_path, other.to_dict())
+    assert workdir.load_config(tmp_path).to_dict() == other.to_dict()
+    (said,) = caplog.messages
+    assert said.startswith("the config of a run without a checkpoint is replaced: ")
+    assert f"seed is {number - 1} there and {number} here" in said and said.endswith(f"replaced_{number}")
+  aside = tmp_path / "replaced_1"
+  assert all((aside / name).read_text() == f"old {name}" for name in REPORTED)
+  assert json.loads((aside / "config.json").read_text())["batch_size"] == 64
+  assert {path.name for path in tmp_path.iterdir()} == {
+    *("config.json", "notes.txt", "checkpoints", "replaced_1", "replaced_2")
+  }
+  workdir.open_for_training(tmp_path, other.to_dict(), is_writer=False)
+  commit(tmp_path, 3)
+  with pytest.raises(UserError, match="batch_size is 32 there and 64 here"):
+    workdir.open_for_training(tmp_path, make_config().to_dict())
+
+
+def test_the_same_config_keeps_what_a_run_without_a_checkpoint_has_reported(tmp_path, caplog):
+  workdir.open_for_training(tmp_path, make_config().to_dict())
+  report(tmp_path)
+  workdir.open_for_training(tmp_path, make_config(log_every=1).to_dict())
+  assert all((tmp_path / name).exists() for name in REPORTED) and not caplog.messages
+
+
+def test_a_config_of_something_else_is_not_replaced(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "clip", "data": 1}')
+  with pytest.raises(UserError, match="holds a run of another config"):
+    workdir.open_for_training(tmp_path, make_config().to_dict())
+  assert json.loads((tmp_path / "config.json").read_text()) == {"model_type": "clip", "data": 1}
 
 
 def without(config: ConfigDict, field: str) -> dict:
@@ -87,6 +146,7 @@ def test_a_field_that_an_earlier_version_did_not_have_is_no_difference_at_its_de
   config.data.loader.num_workers = 0
   defaults = config.to_dict()
   workdir.open_for_training(tmp_path, without(config, field))
+  commit(tmp_path)
   other = config.copy_and_resolve_references()
   other.update_from_flattened_dict({field: {"seed": 1, "optim.rules": (), "data.loader.num_workers": 2}[field]})
   for known in ({}, defaults):
@@ -102,6 +162,7 @@ def test_a_field_that_an_earlier_version_did_not_have_is_no_difference_at_its_de
 def test_a_field_of_the_earlier_run_that_is_gone_is_a_difference(tmp_path):
   config = make_config()
   workdir.open_for_training(tmp_path, config.to_dict())
+  commit(tmp_path)
   with pytest.raises(UserError, match="seed is 0 there and absent here"):
     workdir.check_config(tmp_path, without(config, "seed"), defaults=config.to_dict())
 

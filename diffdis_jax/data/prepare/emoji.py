@@ -34,7 +34,7 @@ from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.emoji_packages import EMOJIBASE, ICONS, Package
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.parts import Part
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import not_installed
 
 CHOICES = pathlib.Path(__file__).with_name("emoji.json.gz")
 SIZE = 64  # pixels
@@ -271,7 +271,7 @@ def _renderer() -> Any:
   try:
     return importlib.import_module("resvg_py")
   except ImportError as error:
-    raise UserError("icons are rendered by resvg-py, which is missing; pip install 'diffdis_jax[emoji]'") from error
+    raise not_installed("prepare_data emoji", "resvg-py", "emoji") from error
 
 
 def read_choices() -> dict[str, Any]:

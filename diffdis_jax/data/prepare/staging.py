@@ -28,6 +28,7 @@ from diffdis_jax.data import records
 from diffdis_jax.data.prepare import pairs
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import signals
 from diffdis_jax.run import files, progress
 
 DIGEST = 16  # bytes of an image's digest
@@ -242,11 +243,14 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
     return
   context = multiprocessing.get_context("spawn")
   workers = min(num_processes, len(parts))
-  with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_die_with_parent) as pool:
+  with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_begin_worker) as pool:
     futures = {pool.submit(stage.write, part): part for part in parts}
     try:
       for future in concurrent.futures.as_completed(futures):
         yield futures[future], future.result()
+    except KeyboardInterrupt:  # a part that is half done is done again; the shutdown would wait for it
+      signals.kill_workers()
+      raise
     except concurrent.futures.process.BrokenProcessPool as error:
       raise UserError(
         "a process of the preparation was killed, perhaps for memory; nothing is lost: run the same command again,"
@@ -256,8 +260,9 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
       pool.shutdown(cancel_futures=True)
 
 
-def _die_with_parent() -> None:
-  """Ends this worker when its parent is killed, which otherwise leaves it waiting for work for ever."""
+def _begin_worker() -> None:
+  """Leaves Ctrl-C to the parent, and ends when that is killed, instead of waiting for work for ever."""
+  signals.leave_to_parent()
   parent = multiprocessing.parent_process()
   assert parent is not None  # a worker has one
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -12,6 +12,7 @@ import pytest
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import builder, parts, staging
 from diffdis_jax.errors import UserError
+from tests.interrupting import Terminal, is_alive
 from tests.raw_pairs import load, picture, write_tar
 
 CUT = ["00001"]
@@ -246,7 +247,7 @@ def test_workers_die_with_their_parent(many, tmp_path):
   children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
   process.kill()
   process.wait()
-  gone = lambda: not [child for child in children if _alive(child)]
+  gone = lambda: not [child for child in children if is_alive(child)]
   while not gone() and time.monotonic() < deadline:
     time.sleep(0.01)
   assert children and gone()
@@ -255,11 +256,25 @@ def test_workers_die_with_their_parent(many, tmp_path):
   assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def _alive(pid: str) -> bool:
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(many, tmp_path):
+  """In a terminal it reaches the workers as well."""
+  command = [sys.executable, "-m", "diffdis_jax.prepare_data", "pairs", f"--source={many}", f"--out={tmp_path / 'out'}"]
+  with Terminal([*command, "--num_processes=2", "--quiet"], os.environ, tmp_path / "stderr") as terminal:
+    terminal.wait_until(lambda: [*(tmp_path / ".out.partial" / "parts").glob("*.json")])
+    group = [int(path.name) for path in pathlib.Path("/proc").glob("[0-9]*") if _group(path) == terminal.process.pid]
+    terminal.ctrl_c()
+    assert (terminal.end(), terminal.said) == (130, "interrupted\n")
+    assert len(group) > 2 and not any(map(is_alive, group))
+  prepare(many, tmp_path / "out")
+  prepare(many, tmp_path / "whole")
+  assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def _group(process: pathlib.Path) -> int | None:
   try:
-    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return int((process / "stat").read_text().rpartition(")")[2].split()[2])
   except OSError:
-    return False
+    return None
 
 
 def test_a_preparation_does_not_go_on_with_something_else(many, raw, tmp_path, monkeypatch):

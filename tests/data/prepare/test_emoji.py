@@ -131,7 +131,9 @@ def test_a_package_without_its_file(source, monkeypatch):
 def test_no_renderer(source, monkeypatch):
   write_packages(source, monkeypatch)
   monkeypatch.setitem(sys.modules, "resvg_py", None)
-  with pytest.raises(UserError, match=r"resvg-py, which is missing; pip install 'diffdis_jax\[emoji\]'$"):
+  with pytest.raises(
+    UserError, match=r"needs resvg-py, which is not installed; pip install -e '\.\[emoji\]' in the repository's folder$"
+  ):
     emoji.find_parts(source)
 
 
