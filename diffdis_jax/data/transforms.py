@@ -183,7 +183,7 @@ class Box(NamedTuple):
 
 
 def draw_box(
-  width: int, height: int, rng: np.random.Generator, *, scale: tuple[float, float], ratio: tuple[float, float]
+  width: int, height: int, rng: np.random.Generator, *, scale: Sequence[float], ratio: Sequence[float]
 ) -> Box:
   """A box in an image of this width and height, in pixels, by the rule of torchvision's RandomResizedCrop.get_params.
 
