@@ -183,7 +183,7 @@ class Box(NamedTuple):
 
 
 def draw_box(
-  width: int, height: int, rng: np.random.Generator, *, scale: tuple[float, float], ratio: tuple[float, float]
+  width: int, height: int, rng: np.random.Generator, *, scale: Sequence[float], ratio: Sequence[float]
 ) -> Box:
   """A box in an image of this width and height, in pixels, by the rule of torchvision's RandomResizedCrop.get_params.
 
@@ -192,7 +192,7 @@ def draw_box(
   middle whose ratio is within `ratio`.
   """
   for _ in range(TRIES):
-    area = width * height * rng.uniform(*scale)
+    area = width * height * rng.uniform(scale[0], scale[1])
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if 0 < w <= width and 0 < h <= height:
