@@ -38,6 +38,7 @@ refuse_unless_number --restarts "$MAX_RESTARTS" 0
 (($#)) || refuse "no command; give it after --"
 
 workdir=$(workdir_of "$@")
+python=$(python_of "$@")
 
 free_port() {
   local port

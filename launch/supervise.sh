@@ -50,14 +50,28 @@ workdir_of() {
   done
 }
 
-# The newest committed step in $workdir, if this machine sees it as a folder, or 0.
+# The Python that a command starts with, or else the machine's.
+python_of() { case $(basename "${1:-}") in python*) echo "$1" ;; *) echo python3 ;; esac; }
+
+# The newest committed step in $workdir, or 0 where it cannot be seen from here. A bucket is asked by gcloud or, where that
+# is missing, by $python with this package.
 newest_step() {
-  local mark step newest=0
-  for mark in "${workdir:-/dev/null}"/checkpoints/*/commit_success.txt; do
-    step=$(basename "$(dirname "$mark")")
-    if [[ -e $mark && $step =~ ^[0-9]+$ ]] && ((10#$step > newest)); then newest=$((10#$step)); fi
-  done
-  echo "$newest"
+  local steps='' marks
+  workdir=${workdir:-} marks="${workdir%/}/checkpoints/*/commit_success.txt"
+  if [[ ! ${dry_run:-} ]]; then
+    case $workdir in
+      gs://*)
+        if command -v gcloud >/dev/null; then
+          steps=$(gcloud storage ls "$marks" 2>/dev/null) || true
+        else
+          steps=$("${python:-python3}" -m diffdis_jax.run.committed "$workdir" 2>/dev/null) || true
+        fi
+        ;;
+      ?*) steps=$(compgen -G "$marks") || true ;;
+    esac
+  fi
+  steps=$(sed -n 's|.*/\([0-9][0-9]*\)/commit_success.txt$|\1|p' <<<"$steps" | sort -n | tail -n 1)
+  echo "$((10#${steps:-0}))"
 }
 
 # supervise DELAY PROGRESS ATTEMPT...: runs ATTEMPT until it is done or $stopping is set, DELAY seconds apart. PROGRESS

@@ -170,15 +170,6 @@ attempt() {
   return "$code"
 }
 
-saved_step() { # where the workdir can be listed
-  local step
-  if [[ ! $dry_run && $workdir ]]; then
-    step=$(gcloud storage ls "${workdir%/}/checkpoints/*/commit_success.txt" 2>/dev/null |
-      sed -n 's|.*/\([0-9]*\)/commit_success.txt$|\1|p' | sort -n | tail -n 1) || true
-  fi
-  echo "${step:-0}"
-}
-
 case $subcommand in
   create | setup) "$subcommand" ;;
   run)
@@ -187,7 +178,7 @@ case $subcommand in
     worst=0
     for number in "${each[@]}"; do # one that fails is told, and the next ones go on
       code=0
-      supervise "${DELAY:-10}" saved_step attempt "$@" ${number:+--only="$number"} || code=$?
+      supervise "${DELAY:-10}" newest_step attempt "$@" ${number:+--only="$number"} || code=$?
       if ((code)); then worst=$code; fi
       if [[ $stopping ]]; then break; fi
       if ((code && ${#each[@]} > 1)); then note "number $number ended with code $code"; fi

@@ -1,6 +1,11 @@
-"""Which checkpoints of a run there are. Without Orbax, whose import takes seconds."""
+"""Which checkpoints of a run there are. Without Orbax, whose import takes seconds.
+
+As a command, `python -m diffdis_jax.run.committed WORKDIR` writes the commit mark of each, a line each.
+"""
 
 from __future__ import annotations
+
+import sys
 
 from etils import epath
 
@@ -38,3 +43,8 @@ def metrics_of(path: epath.Path, step: int) -> dict[str, float]:
   if not isinstance(found, dict) or not all(isinstance(value, (int, float)) for value in found.values()):
     raise UserError(f"{file} should hold a number for each metric")
   return found
+
+
+if __name__ == "__main__":
+  checkpoints = folder(sys.argv[1])
+  sys.stdout.writelines(f"{checkpoints / str(step) / COMMIT_MARK}\n" for step in committed_steps(checkpoints))

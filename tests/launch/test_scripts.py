@@ -8,12 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
+import uuid
 
 import pytest
 
 from diffdis_jax.estimates import targets
+from diffdis_jax.run import buckets
 from tests.launch.programs import ROOT, Programs
 
+pytest_plugins = ("tests.bucket_server",)
 SCRIPTS = sorted(path for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch"))
 STARTED = [path for path in SCRIPTS if path.name != "supervise.sh"]  # by a user
 
@@ -69,3 +72,24 @@ def test_help_is_the_comment_at_the_top(path, programs):
   assert (done.returncode, done.stderr, programs.calls) == (0, "", [])
   assert f"launch/{name_of(path)}" in done.stdout and "--dry-run" in done.stdout
   assert "#" not in done.stdout and "set -euo" not in done.stdout
+
+
+def newest_step(workdir: str) -> int:
+  code = f"source launch/supervise.sh; workdir='{workdir}'; python=$(python_of '{sys.executable}' -m x); newest_step"
+  done = subprocess.run(["bash", "-euc", code], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0 and done.stderr == ""
+  return int(done.stdout)
+
+
+# Of sessions that gcsfs's own thread holds to the end.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_newest_checkpoint_is_seen_on_a_disk_and_in_a_bucket(tmp_path, bucket):
+  for folder in (f"{tmp_path}/a run", f"{bucket}/{uuid.uuid4().hex}"):
+    assert newest_step(folder) == 0
+    for name in ("8", "100", "0020", "300.uncommitted"):
+      mark = buckets.path(folder) / "checkpoints" / name / "commit_success.txt"
+      mark.parent.mkdir(parents=True, exist_ok=True)
+      mark.write_text("")
+    (buckets.path(folder) / "checkpoints" / "200").mkdir()
+    assert newest_step(folder) == 100
+  assert newest_step("") == 0
