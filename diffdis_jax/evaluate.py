@@ -154,8 +154,7 @@ def main(argv: Sequence[str]) -> None:
   if FLAGS.suite:
     measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
   else:
-    results = evaluate(FLAGS.workdir, sections, **protocol)
-    result_files.write(FLAGS.out, results)
+    results = evaluate(FLAGS.workdir, sections, measured=functools.partial(result_files.write, FLAGS.out), **protocol)
     if "long_tail" in results:
       write_table(FLAGS.workdir, results, FLAGS.out)
 
@@ -167,6 +166,7 @@ def evaluate(
   step: int | None = None,
   ema: bool = True,
   kept: ResultFile | None = None,
+  measured: Callable[[Results], None] = lambda results: None,
   check: Callable[[str, base.Eval], None] = lambda dataset, evaluation: None,
   text_cache: str = "",
   **protocol: Any,
@@ -179,6 +179,7 @@ def evaluate(
     step: which checkpoint; None takes the newest.
     ema: averaged weights, where the run keeps them.
     kept: where each record is kept as soon as it is there; what it has is not measured again.
+    measured: is called with the results so far after each data set, so that an interruption loses none of them.
     check: of each data set and its evaluation, before anything is measured.
     text_cache: folder of embedded texts; empty for none.
     protocol: as `inference.load` takes it.
@@ -214,6 +215,7 @@ def evaluate(
       provenance=origin,
     )
     results.setdefault(task, {})[dataset] = record
+    measured(results)
     if kept is not None:
       kept.write()
   return results

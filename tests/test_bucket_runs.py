@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 from diffdis_jax import prepare_data
+from diffdis_jax.ablations import run as ablation_run
 from diffdis_jax.data import copies, sources
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import buckets, checkpoint
+from diffdis_jax.run import buckets, checkpoint, workdir, writers
 from tests import raw_pairs
 from tests.command_runs import ROOT, SAVE_EVERY, STEPS, call, joint_flags
 from tests.test_resume import kill_when, metrics, restore
@@ -238,6 +239,28 @@ def test_a_source_that_stays_silent_is_named(caplog):
   with copies.naming_silence([], patience=0.0):
     time.sleep(0.01)
   assert len(caplog.records) == 2 and "silence" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_what_an_ablations_process_says_is_in_the_bucket(url):
+  log = buckets.path(url) / "logs" / "run.log"
+  children = ablation_run._Children()
+  for text in ("one", "two"):
+    assert children.run([sys.executable, "-c", f"print('{text}')"], log, None) == 0
+  assert log.read_text() == "one\ntwo\n" and ablation_run._last_words(log) == "two"
+
+
+def test_a_run_without_a_checkpoint_is_set_aside(url):
+  config = {"objectives": ("generation",), "model": {"a": 1}, "data": {"b": 2}, "optim": {"c": 3}}
+  workdir.open_for_training(url, config)
+  writer = writers.open_writer(url, start_step=0, is_writer=True)
+  writer.scalars(1, {"loss": 1.0})
+  writer.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
+  writer.close()
+  workdir.open_for_training(url, config | {"optim": {"c": 4}})
+  assert json.loads((buckets.path(url) / "config.json").read_text())["optim"] == {"c": 4}
+  left = sorted(name for name in buckets.files_below(url) if "events" not in name)
+  aside = [f"replaced_1/{name}" for name in ("config.json", "metrics.jsonl", "samples/samples_00000001.png")]
+  assert left == ["config.json", *aside]
 
 
 def test_pictures_of_a_run_in_a_bucket(url):

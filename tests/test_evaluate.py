@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from diffdis_jax import evals, evaluate
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import results
 
 pytest_plugins = ("tests.untrained",)
 
@@ -39,16 +41,37 @@ def test_records(tmp_path, monkeypatch, ema, kept):
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: asked.append(how) or (Inference(), {}))
   tasks = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
   sections = {task: {"task": task, "data": DATA, "seed": 2} for task in tasks}
-  results = evaluate.evaluate("run", [("set", section) for section in sections.values()], ema=ema, draws=2)
+  found = evaluate.evaluate("run", [("set", section) for section in sections.values()], ema=ema, draws=2)
   assert asked == [{"step": 7, "ema": ema and kept, "draws": 2}]
   for task, kind in tasks.items():
-    record = results[task]["set"]
+    record = found[task]["set"]
     assert set(record) == {"dataset", "model", "pretrained", "task", "metrics", "language", "protocol", "provenance"}
     assert (record["dataset"], record["pretrained"], record["task"], record["language"]) == ("set", "run", kind, "en")
     assert record["metrics"] == evals.create(**sections[task]).run(Inference(), {})
     expected = {"steps": 1, "draws": 2, "guidance": 1.0, "seed": 2, "num_images": 112, "checkpoint": 7}
     assert (expected | {"ema": ema and kept}).items() <= record["protocol"].items()
-  assert json.loads(json.dumps(results)) == results
+  assert json.loads(json.dumps(found)) == found
+
+
+def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
+  (tmp_path / "7").mkdir()
+  monkeypatch.setattr(evaluate.checkpoint, "find", lambda workdir, step: tmp_path / "7")
+  monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(), {}))
+  run = evals.ZeroShot.run
+  done = []
+
+  def interrupted(self, inference, params):
+    if done:
+      raise KeyboardInterrupt
+    done.append(self)
+    return run(self, inference, params)
+
+  monkeypatch.setattr(evals.ZeroShot, "run", interrupted)
+  write = functools.partial(results.write, f"{tmp_path}/F.json")
+  sections = [(name, {"task": "zero_shot", "data": DATA}) for name in ("first", "second")]
+  with pytest.raises(KeyboardInterrupt):
+    evaluate.evaluate("run", sections, measured=write)
+  assert list(results.read(f"{tmp_path}/F.json")["zero_shot"]) == ["first"]
 
 
 def test_sections():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pathlib
 import queue
 import signal
 import subprocess
@@ -16,13 +15,14 @@ from typing import Any
 
 import jax
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from diffdis_jax.ablations.folder import Folder
 from diffdis_jax.ablations.plan import Plan, Run
 from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
 from diffdis_jax.parallel import processes, signals
-from diffdis_jax.run import workdir
+from diffdis_jax.run import buckets, workdir
 
 PATIENCE = 10.0  # seconds between two looks at a run that another process has
 BAD_INPUT = 2  # the exit code of a UserError
@@ -99,8 +99,7 @@ def perform_all(
 ) -> int:
   """Does the runs of these numbers that are not finished, each in a process of its own; autoencoders first.
 
-  One that fails is told, and the others go on. What a process says goes to its log; with a folder in a bucket, to where
-  this process writes.
+  One that fails is told, and the others go on. What a process says goes to its log, in a bucket when it has ended.
 
   Args:
     plan: of the runs.
@@ -123,7 +122,7 @@ def perform_all(
     run, log = plan.runs[number], folder.log(plan.runs[number])
     words, last = folder.state(run).words, len(plan.runs) - 1
     logging.info("run %d of 0 to %d: %s; %s; log in %s", number, last, run.name, words, log)
-    code = children.run(command(number), None if "://" in str(log) else str(log), cores)
+    code = children.run(command(number), log, cores)
     if code == INTERRUPTED:
       raise Interrupted
     if code == PREEMPTED or children.asked:
@@ -221,15 +220,11 @@ class _Children:
       logging.warning("interrupted: what runs saves and ends; a second Ctrl-C ends it at once, without a save")
     self.stop()
 
-  def run(self, command: Sequence[str], log: str | None, cores: set[int] | None) -> int:
+  def run(self, command: Sequence[str], log: epath.Path, cores: set[int] | None) -> int:
     """The exit code of a process on these cores, whose output is appended to the file `log`."""
     if self.asked:
       return PREEMPTED
-    with contextlib.ExitStack() as stack:
-      out = None
-      if log is not None:
-        pathlib.Path(log).parent.mkdir(parents=True, exist_ok=True)
-        out = stack.enter_context(open(log, "ab"))
+    with buckets.appended(log) as out:
       process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
       self._running.add(process)
       if cores is not None:

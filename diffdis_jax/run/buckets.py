@@ -177,7 +177,9 @@ def appended(file: epath.Path) -> Iterator[IO[bytes]]:
       yield opened
     return
   with tempfile.TemporaryFile() as opened:
-    yield opened
-    opened.seek(0)
-    before = file.read_bytes() if file.exists() else b""
-    file.write_bytes(before + opened.read())
+    try:
+      yield opened
+    finally:
+      opened.seek(0)
+      before = file.read_bytes() if file.exists() else b""
+      file.write_bytes(before + opened.read())

@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from etils import epath
 
 from diffdis_jax.ablations import run as running
 from diffdis_jax.ablations.folder import Folder, State, seconds_per_step
@@ -221,7 +222,7 @@ def test_ctrl_c_counts_where_python_drops_its_exception():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted), running._Children().listening() as children:
       Dropping()
-      assert children.asked and children.run(["false"], None, None) == running.PREEMPTED
+      assert children.asked and children.run(["false"], epath.Path("unwritten"), None) == running.PREEMPTED
       raise Preempted  # as a run does that was ended
     assert signal.getsignal(signal.SIGINT) == before
 
