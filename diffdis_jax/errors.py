@@ -67,9 +67,10 @@ def check_number(
   `above` and `below` are limits that the value must not reach.
   """
   number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if number and abs(value) < 2**63 and at_least <= value <= at_most and above < value < below:
+  is_long = isinstance(value, int) and abs(value) >= 2**63  # which no array holds
+  if number and not is_long and math.isfinite(value) and at_least <= value <= at_most and above < value < below:
     return
-  if number and isinstance(value, int) and value >= 2**63:
+  if number and is_long:
     at_most = min(at_most, 2**63 - 1)
   limits = (("at least", at_least), ("above", above), ("at most", at_most), ("below", below))
   said = " and ".join(f"{words} {limit:.10g}" for words, limit in limits if math.isfinite(limit))

@@ -196,7 +196,8 @@ class Loop:
     )
     substitutions, totals = loader.Substitutions(), read_totals(meta)
     if processes.is_first():
-      substitutions.new += np.array(meta.get("substituted", 0))
+      saved = np.array(meta.get("substituted", ()), np.int64)
+      substitutions.new[: len(saved)] += saved  # there are more reasons now than when some runs were saved
     # A run that was stopped in the middle of an evaluation saved without it. What was due then is done now.
     if not meta.get("watched", True):
       self.watch.after_step(start_step, state, self.writer, last=start_step == pace.num_steps)

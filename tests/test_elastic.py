@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from clu.metrics import Average
 
 from diffdis_jax import train
 from diffdis_jax.errors import UserError
@@ -37,7 +38,7 @@ def saved(tmp_path_factory, config):
   iterator = steps.open_batches(config)
   for _ in range(STEPS):
     next(iterator)
-  meta = {"totals": train.write_totals({"loss": (np.float32(0.1), np.float32(3))})}
+  meta = {"totals": train.write_totals({"loss": Average(total=np.float32(0.1), count=np.float32(3))})}
   with checkpoint.Checkpointer(path) as checkpointer:
     checkpointer.save(STEPS, state, iterator, meta=meta)
   return path, jax.device_get(state), next(iterator)
@@ -59,7 +60,8 @@ def test_on_another_mesh_every_bit_and_the_next_batch_are_the_same(saved, config
   for path, leaf in state.params.items():
     assert leaf.sharding == trainer.state_shardings.params[path]
   totals = train.read_totals(meta)
-  assert totals == {"loss": (np.float32(0.1), np.float32(3))} and totals["loss"][0].dtype == np.float32
+  assert totals == {"loss": Average(total=np.float32(0.1), count=np.float32(3))}
+  assert totals["loss"].total.dtype == np.float32
   for name, values in next(iterator).items():
     np.testing.assert_array_equal(values, next_batch[name])
 
@@ -118,7 +120,8 @@ def test_the_best_metric_is_of_an_evaluation_in_training(config, tmp_path):
 
 def test_totals_keep_their_bits_through_json():
   rng = np.random.default_rng(0)
-  totals = {f"m{i}": tuple(rng.normal(size=2).astype(np.float32)) for i in range(100)}
+  pairs = rng.normal(size=(100, 2)).astype(np.float32)
+  totals = {f"m{i}": Average(total=total, count=count) for i, (total, count) in enumerate(pairs)}
   meta = json.loads(json.dumps({"totals": train.write_totals(totals)}))
   assert train.read_totals(meta) == totals
   assert train.read_totals({"totals": train.write_totals(None)}) is None

@@ -78,7 +78,6 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.train --config=configs/shapes.py --workdir=runs/shapes/diffdis",
   ),
   "needs the code of another commit": (
-    "python -m diffdis_jax.ablate table --base=configs/shapes.py --tables=2,3,4,5,7 --out=runs/ablations",
     "python -m diffdis_jax.ablate run --base=configs/shapes.py --tables=2,3,4,5,7 --out=runs/ablations",
   ),
   "needs a cluster, a bucket or a compiler of another device": (
@@ -162,9 +161,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def typed(plain: pathlib.Path, whole_environment: dict[str, str]) -> dict[str, str]:
+def typed(plain: pathlib.Path, environment: dict[str, str]) -> dict[str, str]:
   """The variables of a shell in that copy in which its environment is active."""
-  known = {name: value for name, value in whole_environment.items() if name != "PYTHONPATH"}
+  known = {name: value for name, value in environment.items() if name != "PYTHONPATH"}
   return known | {"PATH": f"{plain}/.venv/bin:{known['PATH']}", "VIRTUAL_ENV": f"{plain}/.venv"}
 
 

@@ -135,7 +135,7 @@ def write_latents(folder: pathlib.Path) -> None:
       stage, encode=encode, shape=LATENT, image_size=CROP, views=VIEWS, augmentation=AUGMENTATION, fingerprint=0.0
     )
 
-  found = latents.find_parts(str(folder / "reencoded"))
+  found = latents.find_parts(folder / "reencoded")
   builder.prepare(found, folder / "latents", builder=latents.LatentCache, make_stage=make_stage)
 
 

@@ -40,10 +40,12 @@ def test_an_address_stays_one():
   assert os.fspath(buckets.absolute("run")) == str(pathlib.Path("run").absolute())
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/run", "gs://", "gs:///run", "http://host/run", "file:///run"])
+@pytest.mark.parametrize("address", ["s3://bucket/run", "gs://", "gs:///run", "http://host/run"])
 def test_an_address_of_another_kind_is_refused(address):
   with pytest.raises(UserError, match=rf"{address} is no address that can be read; give a local path or gs://BUCKET"):
     buckets.path(address)
+  with pytest.raises(UserError, match="file:///run is no address that can be read; give /run"):
+    buckets.path("file:///run")
 
 
 def test_a_missing_package_is_named(monkeypatch):

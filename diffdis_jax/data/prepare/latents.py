@@ -53,13 +53,13 @@ class RecordsPart:
     yield from range(self.start, self.stop)
 
 
-def find_parts(data: str) -> list[Part]:
+def find_parts(data: str | os.PathLike[str]) -> list[Part]:
   """Of every split. Raises UserError: no prepared data set there, or one that holds latents itself."""
   info = records.read_info(data)
   if info.name == LatentCache.name:
     raise UserError(f"--data={data} holds latents already; name the data set of images")
   return [
-    RecordsPart(f"{split}-{start // IMAGES:05d}", split, data, start, min(start + IMAGES, n))
+    RecordsPart(f"{split}-{start // IMAGES:05d}", split, os.fspath(data), start, min(start + IMAGES, n))
     for split, n in ((split, split_info.num_examples) for split, split_info in info.splits.items())
     for start in range(0, n, IMAGES)
   ]

@@ -17,7 +17,7 @@ from diffdis_jax.errors import UserError
 from tests.raw_pairs import picture
 
 
-def write(root, set_name, names, splits, *, file_format="array_record"):
+def write(root, set_name, names, splits):
   """{split: labels} -> a folder NAME/VERSION, PNG inside."""
 
   class Fabricated(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # the names are those of TFDS
@@ -35,9 +35,9 @@ def write(root, set_name, names, splits, *, file_format="array_record"):
 
     def _generate_examples(self, labels):
       for i, label in enumerate(labels):
-        yield i, {"image": np.asarray(Image.open(io.BytesIO(picture(i)))), "label": label}
+        yield i, {"image": io.BytesIO(picture(i)), "label": label}
 
-  made = Fabricated(data_dir=str(root), file_format=file_format)
+  made = Fabricated(data_dir=str(root), file_format="array_record")
   made.download_and_prepare()
   return root / set_name / "1.0.0"
 
@@ -82,7 +82,8 @@ def test_refused(tmp_path):
   write(tmp_path, "food101", ["waffles"], {"train": [0]})
   with pytest.raises(UserError, match="has no split validation, only train"):
     read(tmp_path, "food101")
-  write(tmp_path, "dtd", ["banded"], {"test": [0]}, file_format="tfrecord")
+  info = write(tmp_path, "dtd", ["banded"], {"test": [0]}) / "dataset_info.json"
+  info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
   with pytest.raises(UserError, match="whose records cannot be read by their number; write it anew by tfds build"):
     read(tmp_path, "dtd")
 

@@ -264,6 +264,9 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(many, tmp_path):
     group = [int(path.name) for path in pathlib.Path("/proc").glob("[0-9]*") if _group(path) == terminal.process.pid]
     terminal.ctrl_c()
     assert (terminal.end(), terminal.said) == (130, "interrupted\n")
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, group)) and time.monotonic() < deadline:
+      time.sleep(0.01)
     assert len(group) > 2 and not any(map(is_alive, group))
   prepare(many, tmp_path / "out")
   prepare(many, tmp_path / "whole")
