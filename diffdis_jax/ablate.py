@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from diffdis_jax import cli, evaluate, train
+from diffdis_jax import cli, evaluate
 from diffdis_jax.ablations import columns, outlook, render, summary, tables
 from diffdis_jax.ablations import plan as planning
 from diffdis_jax.ablations import run as running
@@ -32,6 +32,7 @@ from diffdis_jax.inference import read_sampling
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.run import config as run_config
 from diffdis_jax.run import files
+from diffdis_jax.training import loop
 
 VERBS = ("plan", "run", "table")
 
@@ -96,7 +97,7 @@ def perform(one: Run, plan: Plan, folder: Folder) -> None:
   processes.on_first(lambda: folder.open(plan))
   # While it trains, train hears SIGTERM and Ctrl-C and saves. Else what is there is on the disk: it ends at once.
   with processes.Stop(sharding.batch_sharding(sharding.make_mesh(**one.config["mesh"]))).listening():
-    running.perform(one, folder, train=train.train_and_evaluate, measure=measure)
+    running.perform(one, folder, train=loop.train_and_evaluate, measure=measure)
 
 
 def measure(one: Run, path: str, out: str) -> None:
@@ -125,7 +126,7 @@ FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
   cli.config_flag("base")
-  processes.define_flags()
+  cli.process_flags()
   flags.DEFINE_string("out", None, "folder of the runs, their results and the tables", required=True)
   flags.DEFINE_list("tables", [], "of the paper's appendix: some of 2,3,4,5,7")
   flags.DEFINE_string("grid", None, "field=value,value;field=value: a table of every combination")

@@ -47,8 +47,7 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   With several processes, or while a thread compiles, an error ends this process at once: waiting for the others, or for
   the compiler, in Python's clean-up would take minutes.
   """
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA, which has it from TensorFlow
   sys.excepthook = _excepthook
   sys.unraisablehook = _unraisablehook
   signals.CtrlC().start()
@@ -130,6 +129,14 @@ def config_flag(alias: str = "config", *, required: bool = True) -> flags.FlagHo
   if required:
     flags.mark_flag_as_required(alias)
   return holder
+
+
+def process_flags() -> None:
+  """The flags that every verb with a network has."""
+  flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where the environment does not tell")
+  flags.DEFINE_integer("num_processes", None, "processes of the run", lower_bound=1)
+  flags.DEFINE_integer("process_id", None, "this process's number, from 0", lower_bound=0)
+  flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
 
 
 def config_given() -> tuple[str, dict[str, Any]]:

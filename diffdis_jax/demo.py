@@ -16,13 +16,14 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from diffdis_jax import cli, evaluate, inference, train
+from diffdis_jax import cli, evaluate, inference
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import samples
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import buckets, files, provenance
+from diffdis_jax.training import loop
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,13 +45,13 @@ def main(argv: Sequence[str]) -> None:
   config.init_from = str(out / "autoencoder")
   config.sample_prompts = ()  # grid.png has these very prompts
   # One device trains the autoencoder as fast as two; the other cores compile what comes next.
-  small = train.Prepared.of(autoencoder, sharding.make_mesh(**autoencoder.mesh, devices=jax.devices()[:1]))
-  large = train.Prepared.of(config, sharding.make_mesh(**config.mesh))
+  small = loop.Prepared.of(autoencoder, sharding.make_mesh(**autoencoder.mesh, devices=jax.devices()[:1]))
+  large = loop.Prepared.of(config, sharding.make_mesh(**config.mesh))
   if not resumed:
     logging.info("compiling DiffDis while its autoencoder trains")
     large.compile_ahead()
-  train.train_and_evaluate(autoencoder, config.init_from, prepared=small)
-  train.train_and_evaluate(config, run, prepared=large)
+  loop.train_and_evaluate(autoencoder, config.init_from, prepared=small)
+  loop.train_and_evaluate(config, run, prepared=large)
 
   found = evaluate.evaluate(run, evaluate.sections_of_config(config.evals.to_dict(), tasks=("zero_shot", "agreement")))
   metrics = {name: record["metrics"] for records in found.values() for name, record in records.items()}

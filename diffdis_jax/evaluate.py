@@ -75,7 +75,7 @@ PROTOCOL = (
 
 def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
-  processes.define_flags()
+  cli.process_flags()
   flags.DEFINE_string("workdir", None, "folder of the run")
   flags.DEFINE_string("out", None, "JSON file to write; with --compare a Markdown file", required=True)
   flags.DEFINE_list("tasks", None, f"any of {', '.join(SETTINGS)}; by default those of the config's sets")

@@ -38,7 +38,7 @@ MOST_BYTES = 2**26  # of a file of prompts
 
 def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
-  processes.define_flags()
+  cli.process_flags()
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
   flags.DEFINE_string("out", None, "folder to write; absent or empty", required=True)
   flags.DEFINE_multi_string("prompt", [], "what to draw; may be repeated")

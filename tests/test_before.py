@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from configs import common
-from diffdis_jax import evaluate, export_weights, inference, train
+from diffdis_jax import evaluate, export_weights, inference
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.run import workdir
+from diffdis_jax.training import loop
 
 BEFORE = pathlib.Path(__file__).parent / "before"
 EXPECTED: dict[str, Any] = json.loads((BEFORE / "expected.json").read_text())
@@ -65,7 +66,7 @@ def test_it_goes_on_to_the_same_numbers_and_evaluates_to_them(run):
   assert "random_frozen" not in json.loads((pathlib.Path(run) / "config.json").read_text())["optim"]
   assert config.optim.random_frozen == common.base(ConfigDict(), image_size=16).optim.random_frozen
   config.train_evals = ()
-  train.train_and_evaluate(config, run)
+  loop.train_and_evaluate(config, run)
   lines = [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]
   trained = [line for line in EXPECTED["metrics"] if "loss" in line]
   assert [line["step"] for line in lines] == [line["step"] for line in trained] == list(range(1, 9))

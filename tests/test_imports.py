@@ -80,6 +80,7 @@ LAYERS = (
   "estimates/chips estimates/gpus estimates/hlo estimates/operations estimates/schedules estimates/search",
   "estimates/times",
   "estimates/targets estimates/programs benchmarks/steps benchmarks/data benchmarks/peer",
+  "training/loop",
   "estimates/calibration estimates/report benchmarks/table6",
   "ablations/tables ablations/columns ablations/significance",
   "ablations/plan",

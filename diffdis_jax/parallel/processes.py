@@ -65,14 +65,6 @@ class Processes:
   local_device_ids: tuple[int, ...] | None = None
 
 
-def define_flags() -> None:
-  """The flags that every verb with a network has."""
-  flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where the environment does not tell")
-  flags.DEFINE_integer("num_processes", None, "processes of the run", lower_bound=1)
-  flags.DEFINE_integer("process_id", None, "this process's number, from 0", lower_bound=0)
-  flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
-
-
 def start() -> None:
   """Joins the other processes of the run and logs which one this is and its devices; alone, does nothing.
 

@@ -12,7 +12,6 @@ from absl import logging
 from clu import parameter_overview
 
 from diffdis_jax.data.build import Data
-from diffdis_jax.parallel import processes
 from diffdis_jax.run import provenance
 from diffdis_jax.training.step import Step
 
@@ -53,8 +52,6 @@ def overview(trainer: Step) -> str:
 
 def log(trainer: Step, data: Data) -> None:
   """Mesh, data and parameters by group, so that a wrong regex shows before the first step."""
-  if jax.process_count() == 1:
-    processes.log_place()
   logging.info("mesh %s", dict(trainer.mesh.shape))
   for line in data.describe():
     logging.info("data: %s", line)

@@ -179,7 +179,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-  processes.define_flags()
+  cli.process_flags()
   cli.run(main)
 """
 

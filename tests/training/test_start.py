@@ -9,11 +9,10 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
-from diffdis_jax import train
 from diffdis_jax.errors import UserError
 from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint
-from diffdis_jax.training import start
+from diffdis_jax.training import loop, start
 from diffdis_jax.training.build import build_step
 from diffdis_jax.training.step import Step
 from tests import steps, tiny
@@ -100,7 +99,7 @@ def test_a_run_is_refused_before_its_workdir_is_made(tmp_path):
   config = tiny.get_config()
   config.optim.random_frozen = TOKENS
   with pytest.raises(UserError, match="optim.groups freezes"):
-    train.train_and_evaluate(config, str(tmp_path / "run"))
+    loop.train_and_evaluate(config, str(tmp_path / "run"))
   assert not list(tmp_path.iterdir())
 
 
