@@ -19,9 +19,9 @@ from diffdis_jax.models.build import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.params import Params
 from diffdis_jax.structs import Batch
-from diffdis_jax.train import latent_shapes
 from diffdis_jax.training import objectives
 from diffdis_jax.training.build import build_step
+from diffdis_jax.training.loop import latent_shapes
 from diffdis_jax.training.step import Metrics, TrainState, step_keys
 from tests import tiny
 from tests.models.networks import random_params

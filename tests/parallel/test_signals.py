@@ -12,7 +12,7 @@ import time
 import pytest
 
 from tests.command_runs import ROOT
-from tests.interrupting import Terminal
+from tests.interrupting import Terminal, not_ignored
 
 VERB = """
 import ctypes, gc, pathlib, signal, sys, tempfile, time
@@ -128,12 +128,12 @@ def test_who_ignores_it_goes_on_ignoring_it(tmp_path):
     shell.communicate()
 
 
-@pytest.mark.parametrize("how", ["diffdis_jax.train", "diffdis_jax"])
+@pytest.mark.parametrize("how", ["diffdis_jax.generate", "diffdis_jax"])
 def test_a_command_that_still_imports_ends_in_silence(tmp_path, how):
   """By a jax whose import takes a minute."""
   begun = tmp_path / "begun"
   (tmp_path / "jax.py").write_text(f"import time\nopen({str(begun)!r}, 'w')\ntime.sleep(60)\n")
-  command = [sys.executable, "-m", how, *(["train"] if how == "diffdis_jax" else []), "--workdir=x"]
+  command = [sys.executable, "-m", how, *(["generate"] if how == "diffdis_jax" else []), "--workdir=x"]
   environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
   with Terminal(command, environment, tmp_path / "stderr") as terminal:
     terminal.wait_until(begun.exists)
@@ -143,6 +143,6 @@ def test_a_command_that_still_imports_ends_in_silence(tmp_path, how):
 
 def test_a_program_that_imports_the_package_keeps_its_own():
   code = "import signal, diffdis_jax; raise SystemExit(signal.getsignal(signal.SIGINT) != signal.default_int_handler)"
-  restored = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-  done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, preexec_fn=restored)
+  with not_ignored():
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT)
   assert done.returncode == 0
