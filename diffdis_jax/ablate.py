@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
 from diffdis_jax import cli, evaluate
 from diffdis_jax.ablations import columns, outlook, render, summary, tables
@@ -30,7 +31,6 @@ from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import ResultFile
 from diffdis_jax.inference import read_sampling
 from diffdis_jax.parallel import processes, sharding
-from diffdis_jax.run import config as run_config
 from diffdis_jax.run import files
 from diffdis_jax.training import loop
 
@@ -57,7 +57,6 @@ def make_plan() -> Plan:
   """Of the flags. Raises UserError: flags, or a base, that make none."""
   path, overrides = cli.config_given()
   base = FLAGS.base
-  run_config.check_types(base.to_dict())
   asked = []
   if FLAGS.tables:
     schedule = FLAGS.schedule or base.text_diffusion.schedule
@@ -70,7 +69,13 @@ def make_plan() -> Plan:
     seeds = [int(seed) for seed in FLAGS.seeds]
   except ValueError:
     raise UserError(f"--seeds={','.join(FLAGS.seeds)} should be whole numbers, such as 0,1,2") from None
-  return planning.make(base, planning.find_autoencoder(path, overrides, base), asked, seeds)
+  plan = planning.make(base, planning.find_autoencoder(path, overrides, base), asked, seeds)
+  for each in plan.runs:
+    try:
+      loop.read_sections(ConfigDict(each.config))
+    except UserError as error:
+      raise UserError(f"run {each.name}: {error}") from error
+  return plan
 
 
 def run(plan: Plan, folder: Folder) -> None:

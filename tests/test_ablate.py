@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -121,8 +122,19 @@ def test_it_saves_when_it_is_stopped(tmp_path, environment, autoencoder_run, how
   assert " of 400" in state[0] and "missing" in state[1] and "? h" not in state[1]
 
 
-def test_wrong_input_is_one_line(tmp_path, environment):
-  done = call("ablate", environment, "run", BASE, "--grid=loss.itaweight=1", f"--out={tmp_path / 'out'}")
+@pytest.mark.parametrize(
+  "grid, said",
+  [
+    ("loss.itaweight=1", "unknown config key loss.itaweight; did you mean loss.ita_weight[?]"),
+    (
+      "batch_size=16,-16",
+      "run batch_size_-16-seed_0-[0-9a-f]{8}: batch_size is -16; it must be at least 1 and at most .*",
+    ),
+    ("optim.rates.new=1e-3,-2", "run .*: optim.rates.new is -2.0; it must be at least 0"),
+  ],
+)
+def test_wrong_input_is_one_line(tmp_path, environment, grid, said):
+  done = call("ablate", environment, "run", BASE, f"--grid={grid}", f"--out={tmp_path / 'out'}")
   assert (done.returncode, done.stdout) == (2, "")
-  assert done.stderr == "error: unknown config key loss.itaweight; did you mean loss.ita_weight?\n"
+  assert re.fullmatch(f"error: {said}\n", done.stderr)
   assert not (tmp_path / "out").exists()

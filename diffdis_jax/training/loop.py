@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -34,6 +34,7 @@ from diffdis_jax.run import config as run_config
 from diffdis_jax.training import encode, facts, start
 from diffdis_jax.training.build import build_step, read_long_tail
 from diffdis_jax.training.metrics import Metrics
+from diffdis_jax.training.optim import Optim
 from diffdis_jax.training.step import Step, TrainState, is_running
 
 MOST_STEPS = 2**31 - 1  # which a step's number, an int32, counts to
@@ -84,6 +85,25 @@ class Prepared:
     self.train_step.start()
 
 
+class Sections(NamedTuple):
+  """What of a config is checked in a moment."""
+
+  pace: Pace
+  kept: checkpoint.Kept
+  sampling: Sampling
+
+
+def read_sections(config: ConfigDict) -> Sections:
+  """Raises UserError: a field of a wrong type, or a number out of its range."""
+  run_config.check_types(config.to_dict())
+  read_section(Optim, config.optim.to_dict(), "optim")  # build_step reads it again, with what needs the devices
+  return Sections(
+    Pace(**{field.name: config[field.name] for field in dataclasses.fields(Pace)}),
+    read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint"),
+    read_sampling(config.inference.to_dict()),
+  )
+
+
 def train_and_evaluate(
   config: ConfigDict, path: str, *, tracker: str = "", profiled: str = "", prepared: Prepared | None = None
 ) -> None:
@@ -100,11 +120,7 @@ def train_and_evaluate(
     UserError: bad config, data or workdir, or a loss that is no longer finite.
     Preempted: SIGTERM or, as Interrupted, Ctrl-C came; the steps so far are saved.
   """
-  # Every field and section first, whose numbers are checked at once; then what takes seconds to build.
-  run_config.check_types(config.to_dict())
-  pace = Pace(**{field.name: config[field.name] for field in dataclasses.fields(Pace)})
-  kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
-  sampling = read_sampling(config.inference.to_dict())
+  pace, kept, sampling = read_sections(config)  # first: then comes what takes seconds to build
   span = profile.parse(profiled, num_steps=pace.num_steps) if profiled else None
   trackers.check(tracker)
   mesh = prepared.mesh if prepared else sharding.make_mesh(**config.mesh)
