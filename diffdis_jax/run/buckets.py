@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from absl import logging
 from etils import epath
+from etils.epath import backend
 
 from diffdis_jax.errors import UserError
 
@@ -87,6 +88,17 @@ def _configure() -> None:
   python_logging.getLogger("gcsfs").setLevel(python_logging.CRITICAL)
   # A kept listing hides what other processes write, and cuts an object off at the length that it had before.
   config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+  # gcsfs answers that nothing is there when it cannot look: a run would begin from nothing, or remove its checkpoints.
+  backend.fsspec_backend.exists = lambda path: _kind(path) is not None
+  backend.fsspec_backend.isdir = lambda path: _kind(path) == "directory"
+
+
+def _kind(where: epath.PathLike) -> str | None:
+  """Either "file" or "directory", or None where there is neither. Raises what a bucket that cannot be asked answers."""
+  try:
+    return backend.fsspec_backend.fs(where).info(os.fspath(where))["type"]
+  except (FileNotFoundError, NotADirectoryError):
+    return None
 
 
 def files_below(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
@@ -170,7 +182,7 @@ def _system() -> Any:
 
 @contextlib.contextmanager
 def appended(file: epath.Path) -> Iterator[IO[bytes]]:
-  """A file to append bytes to. One in a bucket is written anew at the end, with what was in it."""
+  """A file to append bytes to. One in a bucket is rewritten at the end, after what was in it."""
   if not is_url(file):
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab") as opened:

@@ -60,7 +60,7 @@ def _in_a_bucket(out: epath.Path) -> Iterator[pathlib.Path]:
     try:
       buckets.upload(pathlib.Path(temporary), out)
     except BaseException:
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(Exception):  # of the bucket, which must not take the place of what went wrong
         out.rmtree()
       raise
 

@@ -55,8 +55,8 @@ def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapp
   finally:
     try:
       _append(path, {"event": "end", "time": time.time(), "why": why, **message})
-    except OSError as error:  # which must not take the place of why the run ended
-      logging.warning("cannot write to %s: %s", path / FILE, error.strerror or error)
+    except Exception as error:  # of a disk or a bucket, which must not take the place of why the run ended
+      logging.warning("cannot write to %s: %s", path / FILE, getattr(error, "strerror", None) or error)
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:

@@ -193,7 +193,7 @@ def table(name: str) -> dict:
 
 
 def written(page: str, text: str) -> str:
-  """The text of a page with its tables made anew. Raises UserError: it has no place for one."""
+  """The text of a page with its tables replaced. Raises UserError: it has no place for one."""
   for name, measured in TABLES.items():
     if measured.page == page:
       made = render.table_of(table(name), columns={each.name: each.title for each in measured.columns}, paper={})

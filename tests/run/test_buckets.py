@@ -13,7 +13,7 @@ import uuid
 
 import pytest
 
-from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.errors import Preempted, UserError, may_pass
 from diffdis_jax.run import buckets, committed, files, history, workdir, writers
 
 pytest_plugins = ("tests.bucket_server",)
@@ -175,3 +175,29 @@ def test_a_second_run_is_refused_and_a_dead_ones_lock_taken_over(url, monkeypatc
   )
   with workdir.Lock(url):
     assert json.loads((buckets.path(url) / "lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_a_bucket_that_is_away_is_not_taken_for_an_empty_one(url, monkeypatch):
+  """Else a run would begin from nothing, or remove its checkpoints as those of killed saves."""
+  import aiohttp
+  from gcsfs import GCSFileSystem
+
+  mark = committed.folder(url) / "8" / committed.COMMIT_MARK
+  mark.write_text("")
+  assert committed.committed_steps(committed.folder(url)) == [8]
+  assert mark.exists() and mark.parent.is_dir() and not mark.is_dir()
+  assert not (mark.parent / "ema").exists() and not (mark.parent / "ema").is_dir()
+
+  async def refuse(*args, **kwargs):
+    raise aiohttp.ClientConnectionError("away")
+
+  monkeypatch.setattr(GCSFileSystem, "_call", refuse)
+  for ask in (
+    lambda: committed.committed_steps(committed.folder(url)),
+    mark.exists,
+    mark.parent.is_dir,
+    lambda: workdir.check_config(url, {}),
+  ):
+    with pytest.raises(Exception) as raised:
+      ask()
+    assert may_pass(raised.value)
