@@ -107,12 +107,19 @@ def steps_in(url):
 
 
 def test_metrics_keep_every_line_over_a_resume(url):
-  writer = writers.open_writer(url, start_step=0, is_writer=True)
-  for step in range(1, 5):
-    writer.scalars(step, {"loss": 1.0})
-  writer.flush()
+  # A process that is killed after a checkpoint of step 3.
+  elsewhere(
+    f"""
+import os
+from diffdis_jax.run import writers
+writer = writers.open_writer({url!r}, start_step=0, is_writer=True)
+for step in range(1, 5):
+  writer.scalars(step, {{"loss": 1.0}})
+writer.flush()
+os._exit(0)
+"""
+  )
   assert steps_in(url) == [1, 2, 3, 4]
-  # As if the process were killed here, after a checkpoint of step 3.
   writer = writers.open_writer(url, start_step=3, is_writer=True)
   writer.scalars(4, {"loss": 2.0})
   writer.scalars(5, {"loss": 2.0})
