@@ -8,9 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffdis_jax.common.files import read_json
+from diffdis_jax.config import base
 from diffdis_jax.errors import UserError
-from diffdis_jax.run.config import base
-from diffdis_jax.run.files import read_json
 
 __all__ = ["CC3M_PAIRS", "base", "evaluations", "parse_arg", "take_network"]
 

@@ -4,7 +4,7 @@ import importlib.metadata
 import pathlib
 import tomllib
 
-from diffdis_jax.parallel import signals as _signals
+from diffdis_jax.common import signals as _signals
 
 
 def _version() -> str:

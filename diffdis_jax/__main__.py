@@ -23,12 +23,13 @@ USAGE = """DiffDis in JAX: draws images from text, and aligns images with text.
 def commands() -> dict[str, str]:
   """What each command does, by its name: the beginning of its file's docstring. Nothing is imported."""
   found = {}
-  for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+  package = pathlib.Path(__file__).parent
+  for path in sorted([*package.glob("*.py"), *package.glob("*/__main__.py")]):
     text = path.read_text(encoding="utf-8")
     if "\n  cli.run(main" in text:
       paragraph = " ".join((ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].split())
-      found[path.stem] = re.split(r"[.:;](?: |$)", paragraph)[0]
-  return found
+      found[path.parent.name if path.stem == "__main__" else path.stem] = re.split(r"[.:;](?: |$)", paragraph)[0]
+  return dict(sorted(found.items()))
 
 
 def main(argv: Sequence[str]) -> int:

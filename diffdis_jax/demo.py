@@ -16,13 +16,14 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from diffdis_jax import cli, evaluate, inference
+from diffdis_jax import evaluate, inference
+from diffdis_jax.common import buckets, cli, files
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import samples
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import buckets, files, provenance
+from diffdis_jax.run import provenance
 from diffdis_jax.training import loop
 
 

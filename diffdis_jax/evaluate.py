@@ -34,17 +34,19 @@ from typing import Any
 
 from absl import flags, logging
 
-from diffdis_jax import cli, evals, inference
+from diffdis_jax import config as run_config
+from diffdis_jax import inference
+from diffdis_jax.common import buckets, cli, files, guesses
 from diffdis_jax.errors import UserError, read_section
 from diffdis_jax.evals import base, suites, tables
+from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import ResultFile, Results
 from diffdis_jax.evals.text_cache import CachedTexts
-from diffdis_jax.models.build import check_objectives
+from diffdis_jax.method.network import check_objectives
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
-from diffdis_jax.run import buckets, checkpoint, files, guesses, provenance
-from diffdis_jax.run import config as run_config
+from diffdis_jax.run import checkpoint, provenance
 
 FLAGS = flags.FLAGS
 Section = tuple[str, dict[str, Any]]  # data set, and {task, what that evaluation takes}

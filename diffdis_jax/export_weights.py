@@ -21,14 +21,14 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from diffdis_jax import cli
+from diffdis_jax import config as run_config
+from diffdis_jax.common import buckets, cli, files
+from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import END, START, Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import clip_to_torch, hub, to_torch
 from diffdis_jax.interop.model_card import Card
-from diffdis_jax.params import Params
-from diffdis_jax.run import buckets, checkpoint, files
-from diffdis_jax.run import config as run_config
+from diffdis_jax.run import checkpoint
 
 FLAGS = flags.FLAGS
 # Fields of a run's config that say what its weights mean.

@@ -19,12 +19,13 @@ from absl import flags, logging
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from diffdis_jax import cli, inference
+from diffdis_jax import inference
+from diffdis_jax.common import cli, files, progress
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import samples
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import checkpoint, files, progress
+from diffdis_jax.run import checkpoint
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 16

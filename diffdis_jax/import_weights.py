@@ -23,17 +23,17 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from diffdis_jax import cli
+from diffdis_jax.common import buckets, cli, files
+from diffdis_jax.common.params import Params
+from diffdis_jax.config import base
 from diffdis_jax.data.tokenizer import VOCAB_SIZE, load_merges, make_vocab
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, hub, mapping
 from diffdis_jax.interop.from_torch import Matched, Source
 from diffdis_jax.interop.tensor_files import read_json
+from diffdis_jax.method.network import Network
 from diffdis_jax.models import sizes
-from diffdis_jax.models.build import Network
-from diffdis_jax.params import Params
-from diffdis_jax.run import buckets, checkpoint, files, workdir
-from diffdis_jax.run.config import base
+from diffdis_jax.run import checkpoint, workdir
 
 FLAGS = flags.FLAGS
 

@@ -19,17 +19,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray, UInt8
 
-from diffdis_jax.diffusion import guidance, samplers, schedules
+from diffdis_jax import config as run_config
+from diffdis_jax.common.params import Params
+from diffdis_jax.common.progress import Progress
 from diffdis_jax.errors import UserError, check_number, read_section
-from diffdis_jax.models.build import ALIGNED, Network
+from diffdis_jax.method import encode, guidance, losses, samplers, schedules
+from diffdis_jax.method.diffdis import DiffDis, to_signed
+from diffdis_jax.method.network import ALIGNED, Network
 from diffdis_jax.models.clip import Clip
-from diffdis_jax.models.diffdis import DiffDis, to_signed
 from diffdis_jax.parallel import batches, programs, sharding
-from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint
-from diffdis_jax.run import config as run_config
-from diffdis_jax.run.progress import Progress
-from diffdis_jax.training import encode, losses
 
 MOST_ROWS = 2**16  # of a compiled call
 
@@ -230,7 +229,7 @@ class Inference:
     return self._batched(functools.partial(self._compiled_images, params, jax.random.key(seed)), images, places)
 
   def text_features(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
-    """Sentences as the language-guided head takes them (training/encode.py)."""
+    """Sentences as the language-guided head takes them (method/encode.py)."""
     return self._batched(functools.partial(self._compiled_text_features, params), tokens)
 
   def class_logits(

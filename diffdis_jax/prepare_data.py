@@ -38,7 +38,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import flags, logging
 
-from diffdis_jax import cli
+from diffdis_jax import config as run_config
+from diffdis_jax.common import buckets, cli, files
 from diffdis_jax.data.layouts import find
 from diffdis_jax.data.layouts.tfds_folder import INFO
 from diffdis_jax.data.prepare import (
@@ -56,8 +57,6 @@ from diffdis_jax.data.prepare import (
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError, check_type, parse_json, read_section
-from diffdis_jax.run import buckets, files
-from diffdis_jax.run import config as run_config
 
 # name -> how its raw data are found, its builder
 DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[builder.CaptionedImages]]] = {
@@ -167,7 +166,7 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
 def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   """Encodes every image of a prepared data set by a run's autoencoder, in this process."""
   from diffdis_jax import inference  # here, since the processes of the preparation import this file too
-  from diffdis_jax.training import encode
+  from diffdis_jax.method import encode
 
   found = latents.find_parts(data)
   model, params = inference.load(run, image_size=_IMAGE_SIZE.value, batch_size=_BATCH_SIZE.value)

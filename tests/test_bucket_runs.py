@@ -19,10 +19,11 @@ import pytest
 from PIL import Image
 
 from diffdis_jax import prepare_data
-from diffdis_jax.ablations import run as ablation_run
+from diffdis_jax.ablate import run as ablation_run
+from diffdis_jax.common import buckets
 from diffdis_jax.data import copies, sources
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import buckets, checkpoint, workdir, writers
+from diffdis_jax.run import checkpoint, workdir, writers
 from tests import raw_pairs
 from tests.command_runs import ROOT, SAVE_EVERY, STEPS, call, joint_flags
 from tests.test_resume import kill_when, metrics, restore

@@ -17,11 +17,11 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from configs import clip_cc3m
 from diffdis_jax import evaluate, export_weights, generate, import_weights, inference
+from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.models.build import Network
+from diffdis_jax.method.network import Network
 from diffdis_jax.models.clip import normalise
-from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training import start
 from diffdis_jax.training.build import build_step

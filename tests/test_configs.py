@@ -22,11 +22,11 @@ import pytest
 from ml_collections import ConfigDict
 
 import configs
-from diffdis_jax import evals
 from diffdis_jax.data.build import read_data
 from diffdis_jax.data.transforms import Augmentation
-from diffdis_jax.diffusion import schedules
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import registry as evals
+from diffdis_jax.method import schedules
 from diffdis_jax.parallel import sharding
 from diffdis_jax.training.build import build_step
 

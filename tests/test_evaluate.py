@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from diffdis_jax import evals, evaluate
+from diffdis_jax import evaluate
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import results
 
 pytest_plugins = ("tests.untrained",)

@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from diffdis_jax import evals
 from diffdis_jax.data import shapes
 from diffdis_jax.evals import distances, resize
+from diffdis_jax.evals import registry as evals
 from diffdis_jax.inference import Inference, read_sampling
-from diffdis_jax.models.build import Network
+from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint, workdir
 from tests.command_runs import ROOT

@@ -17,7 +17,7 @@ from diffdis_jax import export_weights, import_weights, inference
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping, to_torch
-from diffdis_jax.models import build
+from diffdis_jax.method import network as build
 from diffdis_jax.run import checkpoint, workdir
 from tests import pipelines
 from tests.command_runs import ROOT, call

@@ -11,7 +11,7 @@ import tomllib
 import pytest
 
 from diffdis_jax import errors
-from diffdis_jax.estimates import targets
+from diffdis_jax.preflight import targets
 from diffdis_jax.run import trackers
 from tests.command_runs import ROOT
 

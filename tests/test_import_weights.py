@@ -19,12 +19,12 @@ from safetensors.torch import save_file as save_torch
 from transformers import CLIPConfig, CLIPModel
 
 from diffdis_jax import import_weights, inference
+from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping
-from diffdis_jax.models import build
+from diffdis_jax.method import network as build
 from diffdis_jax.models.clip import normalise
-from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training import start
 from diffdis_jax.training.build import build_step

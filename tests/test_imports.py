@@ -3,110 +3,31 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import pathlib
 from collections.abc import Iterator
 
 import pytest
 
 import diffdis_jax
+from diffdis_jax import __main__ as main_module
 
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
-# Every file of the package, room by room. A file may import those of earlier layers alone.
-LAYERS = (
-  "errors structs run/progress run/code_digest",
-  "parallel/signals",
-  "__init__",  # the version
-  "run/buckets run/guesses",
-  "run/committed run/files",
-  "params cli parallel/processes run/history",
-  "parallel/sharding parallel/programs parallel/fingerprint run/workdir run/checkpoint run/profile run/trackers",
-  "run/writers",
-  "parallel/batches",
-  "diffusion/schedules diffusion/guidance",
-  "diffusion/samplers",
-  "models/sizes",
-  # What data workers import, without jax.
-  "data/image_files data/randaugment data/randaugment_timm data/shapes data/tokenizer",
-  "data/transforms data/copies",
-  "data/records run/config",
-  "data/tars run/provenance",
-  "data/layouts/labelled data/layouts/class_lists data/layouts/pickles",
-  "data/corpus",
-  "data/layouts/long_tailed data/shapes_lt",
-  "data/layouts/karpathy data/layouts/tfds_folder data/layouts/torchvision_folders data/layouts/wds_folder",
-  "data/layouts/find",
-  "data/latents data/long_tail",
-  "data/sources",
-  "data/loader",
-  "data/build",
-  "data/prepare/pairs data/prepare/card",
-  "data/prepare/webdataset",
-  "data/prepare/parts",
-  "data/prepare/staging",
-  "data/prepare/builder",
-  "data/prepare/emoji_packages",
-  "data/prepare/captions data/prepare/cc3m data/prepare/emoji data/prepare/image_folder",
-  "data/prepare/latents data/prepare/zero_shot_sets",
-  "models/attention_tpu",
-  "models/attention",
-  "models/layers",
-  "models/unet_blocks models/alignment models/text_encoder models/inception models/lgr",
-  "models/autoencoder models/unet models/fusion models/clip",
-  "models/diffdis models/sections",
-  "models/clip_init",
-  "models/joint models/build",
-  "interop/mapping interop/sections interop/tensor_files interop/torch_diffdis",
-  "interop/compvis interop/openclip interop/shapes interop/to_torch",
-  "interop/from_torch interop/clip_to_torch interop/inception",
-  "interop/hub interop/model_card",
-  "training/losses training/draws training/metrics training/mixing",
-  "training/optim training/encode",
-  "training/long_tail",
-  "training/objectives",
-  "training/gradcache",
-  "training/step",
-  "training/build training/facts training/start",
-  "inference",
-  "evals/results evals/text_cache",
-  "evals/prompts evals/samples evals/base evals/distances evals/resize",
-  "evals/drawn_prompts evals/features evals/real_images evals/reference evals/nearest evals/copies",
-  "evals/feature_parts",
-  "evals/agreement evals/anchors evals/fid evals/long_tail evals/recognition evals/retrieval evals/zero_shot",
-  "evals/watch",
-  "evals",
-  "evals/emoji",
-  "evals/suites",
-  "evals/tables",
-  "estimates/chips estimates/gpus estimates/hlo estimates/operations estimates/schedules estimates/search",
-  "estimates/times",
-  "estimates/targets estimates/programs benchmarks/steps benchmarks/data benchmarks/peer",
-  "training/loop",
-  "estimates/calibration estimates/report benchmarks/table6",
-  "ablations/tables ablations/columns ablations/significance",
-  "ablations/plan",
-  "ablations/folder",
-  "ablations/run ablations/outlook ablations/summary ablations/render",
-  "reports/curves",
-  "reports/charts reports/read reports/pictures",
-  "reports/summary",
-  "reports/page",
-  "studio/limits studio/charts studio/body_limit studio/player",
-  "studio/same_site studio/uploads",
-  "studio/draw",
-  "studio/classify",
-  "studio/search studio/inside",
-  "studio/page",
-  "studio/server",
-  "train evaluate generate prepare_data benchmark preflight import_weights export_weights report app",
-  "demo ablate",  # verbs that run others
-  "__main__",  # which lists them
+# The rooms of the package, from the ground up: a folder, or a file at the root. It may import those before it.
+CORE = (
+  *("errors", "structs", "common", "__init__"),
+  *("parallel", "data", "run", "models", "config", "method"),
+  *("interop", "inference", "evals", "training"),
+  *("train", "evaluate", "generate", "prepare_data", "import_weights", "export_weights", "demo"),
 )
-LEVEL = {file: level for level, layer in enumerate(LAYERS) for file in layer.split()}
-VERBS = {*LAYERS[-3].split(), *LAYERS[-2].split()}
-NOUNS = {"__main__", "inference", "cli", "errors", "structs", "params"}
+# Each in one room with a __main__.py of its own. The core imports none of them.
+TOOLS = ("app", "preflight", "report", "benchmark", "ablate")
+ROOMS = (*CORE, *TOOLS, "__main__")
+COMMANDS = {*CORE[-7:], *TOOLS}
 # Torch is an extra: for these alone, of which two ask for it only where they read a pickle, or time it.
-TORCH_FILES = {"interop/tensor_files.py", "interop/torch_diffdis.py", "benchmarks/peer.py"}
+TORCH_FILES = {"interop/tensor_files.py", "interop/torch_diffdis.py", "benchmark/peer.py"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.read_text())
+NAMES = {str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__") for path in FILES}
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -114,11 +35,16 @@ def name_of(path: pathlib.Path) -> str:
   return str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__")
 
 
+def room_of(name: str) -> str:
+  """`models`, of models/unet; a file at the root is a room of its own."""
+  return name.partition("/")[0]
+
+
 def file_of(module: str) -> str:
   """The file that a dotted name below the package means: its longest beginning that is one."""
   parts = (module or "__init__").split(".")
   names = ("/".join(parts[:n]) for n in range(len(parts), 0, -1))
-  return next((name for name in names if name in LEVEL), module)
+  return next((name for name in names if name in NAMES), "__init__")
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:
@@ -136,15 +62,28 @@ def path(request: pytest.FixtureRequest) -> pathlib.Path:
   return request.param
 
 
-def test_imports_point_downwards(path):
-  """Between rooms and inside them, lazy imports too."""
-  name = name_of(path)
-  assert name in LEVEL, f"{name} has no layer; give it one in LAYERS"
-  for module in imported_modules(ast.parse(path.read_text())):
-    package, _, rest = module.partition(".")
-    if package == "diffdis_jax":
-      other = file_of(rest)
-      assert other in LEVEL and LEVEL[other] < LEVEL[name], f"{name} imports {other}, which is in no lower layer"
+def own_imports(path: pathlib.Path) -> set[str]:
+  """Files of the package that this one imports, wherever in it."""
+  modules = (module.partition(".") for module in imported_modules(ast.parse(path.read_text())))
+  return {file_of(rest) for package, _, rest in modules if package == "diffdis_jax"}
+
+
+def test_rooms_import_rooms_below_them(path):
+  """Lazy imports too."""
+  room = room_of(name_of(path))
+  assert room in ROOMS, f"{room} has no place; give it one in ROOMS"
+  for other in {room_of(name) for name in own_imports(path)} - {room}:
+    assert ROOMS.index(other) < ROOMS.index(room), f"{name_of(path)} imports {other}, which is no room below it"
+
+
+def test_the_core_imports_no_tool(path):
+  if room_of(name_of(path)) in CORE:
+    assert not {room_of(name) for name in own_imports(path)} & {*TOOLS}
+
+
+def test_no_circle_inside_a_room():
+  graph = {name_of(path): own_imports(path) - {name_of(path)} for path in FILES}
+  list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_only_demo_imports_configs(path):
@@ -169,10 +108,9 @@ def test_only_sharding_names_mesh_axes(path):
     assert not {module for module in modules if module.endswith((".PartitionSpec", ".NamedSharding"))}
 
 
-def test_every_layer_exists():
-  assert set(LEVEL) == {name_of(path) for path in FILES}
+def test_every_room_exists():
+  assert {*ROOMS} == {room_of(name) for name in NAMES}
 
 
-def test_verbs_and_a_few_nouns_stand_at_the_root():
-  at_root = {path.stem for path in ROOT.glob("*.py")} - {"__init__"}
-  assert at_root == VERBS | NOUNS
+def test_every_command_is_listed():
+  assert main_module.commands().keys() == COMMANDS

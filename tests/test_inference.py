@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError
 from diffdis_jax.inference import Inference, load
+from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.models import attention
-from diffdis_jax.models.diffdis import DiffDis
-from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training.step import TrainState
 from tests import steps

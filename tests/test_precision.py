@@ -12,7 +12,7 @@ import pytest
 from jax.extend import core
 from jax.lax import Precision
 
-from diffdis_jax.models.build import Network
+from diffdis_jax.method.network import Network
 from diffdis_jax.training.build import build_step
 from tests import steps
 

@@ -16,12 +16,14 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import SingleDeviceSharding
 
-from diffdis_jax import preflight
 from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
-from diffdis_jax.estimates import chips, gpus, hlo, programs, report, search, targets, times
+from diffdis_jax.method.network import Network
 from diffdis_jax.models import attention
-from diffdis_jax.models.build import Network
+from diffdis_jax.parallel import chips
+from diffdis_jax.preflight import __main__ as preflight
+from diffdis_jax.preflight import gpus, hlo, report, search, targets, times
+from diffdis_jax.training import flops
 from tests import steps, tiny_clip
 from tests.changed_code import change, copy_package
 from tests.command_runs import call
@@ -79,7 +81,7 @@ def test_answers_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
 
 def test_programs_are_traced_from_shapes_alone():
   config, mesh = steps.make_config(), steps.make_mesh(2, 2, 2)
-  traced = {name: preflight.trace_program(name, config, mesh) for name in programs.PROGRAMS}
+  traced = {name: preflight.trace_program(name, config, mesh) for name in PROGRAMS}
   assert {program.rows for program in traced.values()} == {16}
   generation = config.inference.generation_steps
   # The UNet in a loop costs more than the decoder after it.
@@ -107,7 +109,7 @@ def test_batches_of_images_and_of_latents():
   config, mesh = steps.make_config(), steps.make_mesh(2, 2, 2)
   shapes = lambda: {
     name: x and x.shape
-    for name, x in vars(programs.abstract_batch(Network.of(config), read_data(config), mesh, config.batch_size)).items()
+    for name, x in vars(flops.abstract_batch(Network.of(config), read_data(config), mesh, config.batch_size)).items()
   }
   assert shapes() == dict(image=(16, 16, 16, 3), tokens=(16, 8), discrimination_image=None)
   config.data.discrimination_view = "own"
@@ -362,7 +364,7 @@ def test_costs_go_by_the_compilers_sum(seconds, by_cycles, planned, by, said):
     arguments=1, temporaries=0, outputs=0, fits=True, seconds=seconds, seconds_by_cycles=by_cycles
   )
   target = targets.Target(devices=jax.devices()[:2], chip=chip, compiler="tpu", exact=True)
-  program = programs.Program(lower=lambda: None, rows=8, operations=0.1 * 2 * chip.flops, parameters=1, turns=1.0)
+  program = flops.Program(lower=lambda: None, rows=8, operations=0.1 * 2 * chip.flops, parameters=1, turns=1.0)
   result = report.summarise(program, compiled, target, num_pairs=3600, epochs=2)
   assert (result["seconds"], result["seconds_by_cycles"], result["planned_by"]) == (seconds, by_cycles, by)
   assert result["images_per_second"] == pytest.approx(8 / planned)
@@ -448,11 +450,11 @@ def test_what_the_compiler_charges_for_kernels(chip):
   def kernel(x_ref, y_ref):
     y_ref[...] = x_ref[...] + 1
 
-  for flops, transcendentals, size in ((10**10, 0, 0), (0, 10**8, 0), (0, 0, 10**8), (10**11, 10**8, 10**8)):
-    cost = pl.CostEstimate(flops=flops, transcendentals=transcendentals, bytes_accessed=size)
+  for operations, transcendentals, size in ((10**10, 0, 0), (0, 10**8, 0), (0, 0, 10**8), (10**11, 10**8, 10**8)):
+    cost = pl.CostEstimate(flops=operations, transcendentals=transcendentals, bytes_accessed=size)
     call_kernel = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), cost_estimate=cost)
     program = jax.jit(call_kernel).lower(x).compile()
     (declared,) = hlo.kernels(program.as_text()).values()
-    assert declared == hlo.Kernel(flops, transcendentals, size)
+    assert declared == hlo.Kernel(operations, transcendentals, size)
     expected = target.chip.charged.seconds(**vars(declared))
     assert program.cost_analysis()["optimal_seconds"] == pytest.approx(expected, rel=0.01)

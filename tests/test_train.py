@@ -13,15 +13,15 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from diffdis_jax import evals, evaluate, inference
+from diffdis_jax import evaluate, inference
 from diffdis_jax.data import shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.estimates import chips
-from diffdis_jax.estimates import programs as estimated
-from diffdis_jax.parallel import sharding
+from diffdis_jax.evals import registry as evals
+from diffdis_jax.parallel import chips, sharding
 from diffdis_jax.run import checkpoint, history, provenance
 from diffdis_jax.structs import Batch
+from diffdis_jax.training import flops as estimated
 from diffdis_jax.training import loop
 from tests import steps, tiny
 from tests.command_runs import STEPS, call

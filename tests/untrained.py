@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import shapes
-from diffdis_jax.models.build import Network
+from diffdis_jax.method.network import Network
 from diffdis_jax.run import checkpoint, workdir
 from tests.once import made_once
 

@@ -9,13 +9,13 @@ from typing import Any
 import grain
 from ml_collections import ConfigDict
 
+from diffdis_jax.common import files
 from diffdis_jax.data import loader, long_tail, records, sources
 from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError, check_choice, check_number, read_section
-from diffdis_jax.run import files
 from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch
 
 MOST_READERS = 1024  # threads, or processes: more than any host has cores

@@ -19,8 +19,8 @@ from typing import Any
 
 from absl import logging
 
+from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import buckets, files
 
 IN_PLACE = "DIFFDIS_READ_IN_BUCKET"
 PATIENCE = 30.0  # seconds

@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
+from diffdis_jax.common import signals
 from diffdis_jax.data import records
 from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
@@ -20,7 +21,6 @@ from diffdis_jax.data.long_tail import LabelledSource, class_counts
 from diffdis_jax.data.sources import Mixture, Source
 from diffdis_jax.data.transforms import Augmentation, augment, decode
 from diffdis_jax.errors import UserError
-from diffdis_jax.parallel import signals
 
 SUBSTITUTED = "substituted"  # of a batch: i32[b r], by how many records of each of records.REASONS a row was missed
 ATTEMPTS = 100  # records in a row that may be unusable

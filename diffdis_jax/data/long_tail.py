@@ -13,10 +13,10 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
+from diffdis_jax.common import buckets, code_digest, files
 from diffdis_jax.data import shapes_lt
 from diffdis_jax.data.corpus import Corpus, Tokenizer, Tokens, tokenise
 from diffdis_jax.data.layouts import long_tailed
-from diffdis_jax.run import buckets, code_digest, files
 
 NAMES = ("shapes_lt", *long_tailed.SETS)
 TOKENIZER = ("data/tokenizer.py", "data/clip_merges.txt.gz")

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from diffdis_jax.common import buckets
 from diffdis_jax.data import copies, image_files
 from diffdis_jax.data.transforms import decode
 from diffdis_jax.errors import UserError, parse_json
-from diffdis_jax.run import buckets
 
 MIN_SIDE = 2  # pixels: dead links are often answered by an image of one pixel
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)

@@ -9,10 +9,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from diffdis_jax.common import buckets
 from diffdis_jax.data import latents, long_tail, records, shapes
 from diffdis_jax.data.layouts import find
 from diffdis_jax.errors import UserError, check_number
-from diffdis_jax.run import buckets
 
 NAMES = ("shapes", "pairs", "latents", *long_tail.NAMES, *find.NAMES)
 

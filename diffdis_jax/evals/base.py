@@ -20,11 +20,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
+from diffdis_jax.common.progress import Progress
 from diffdis_jax.data import records, sources, transforms
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.run.progress import Progress
 
 CHUNK = 1024  # images that share a seed; the noise of an image depends on it, not on the device's batch size
 TEXTS = 8192  # embedded at a time, of which a progress line is

@@ -19,10 +19,10 @@ from etils import epath
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
+from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.evals.drawn_prompts import Part
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import buckets, files
 
 _UNREADABLE = (UserError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile)
 

@@ -12,12 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
+from diffdis_jax.common.params import merge
 from diffdis_jax.errors import check_choice
 from diffdis_jax.evals import resize
 from diffdis_jax.interop import inception as inception_file
 from diffdis_jax.models.inception import WIDTH, Features
 from diffdis_jax.parallel import batches, programs, sharding
-from diffdis_jax.params import merge
 
 WIDTHS = (64, 192, 768, WIDTH)  # of the layers of Features
 

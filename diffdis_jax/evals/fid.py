@@ -13,6 +13,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
+from diffdis_jax.common import buckets, code_digest
+from diffdis_jax.common.progress import Progress
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, check_choice
@@ -23,8 +25,7 @@ from diffdis_jax.evals.features import Extractor
 from diffdis_jax.interop import inception as inception_file
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
-from diffdis_jax.run import buckets, code_digest, provenance
-from diffdis_jax.run.progress import Progress
+from diffdis_jax.run import provenance
 
 FEW = 10_000  # images, below which FID is too high by as much as models differ
 FEW_NOTE = f"of fewer than {FEW} images FID is biased upwards; compare it only at equal numbers, or compare KID"
@@ -35,7 +36,7 @@ EXTRACTING = (
   *("data/records.py", "data/transforms.py"),
 )
 SAMPLING = (
-  *("models", "diffusion", "inference.py", "params.py", "parallel/batches.py", "parallel/sharding.py"),
+  *("models", "method", "inference.py", "common/params.py", "parallel/batches.py", "parallel/sharding.py"),
   *("data/tokenizer.py", "data/clip_merges.txt.gz"),
 )
 EXTRACTING_PACKAGES = ("jax", "jaxlib", "flax", "pillow")

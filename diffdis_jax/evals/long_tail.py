@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from diffdis_jax.common.progress import Progress
 from diffdis_jax.data import long_tail, sources
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import base, nearest
 from diffdis_jax.models import lgr
-from diffdis_jax.run.progress import Progress
 
 # Classes by their training images, more than the first number and no more than the second.
 GROUPS = {

@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from diffdis_jax.common import files
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import files
 
 # CLIP's plain prompt first: it is the "single template". The others are the seven that forward selection picked from
 # eighty in OpenAI's notebook Prompt_Engineering_for_ImageNet.ipynb.

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from diffdis_jax.common import buckets
 from diffdis_jax.data import records, transforms
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, resize
-from diffdis_jax.run import buckets
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 THREADS = 8  # that decode

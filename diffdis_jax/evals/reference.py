@@ -18,10 +18,10 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
+from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.evals import distances
 from diffdis_jax.models.inception import WIDTH
-from diffdis_jax.run import buckets, files
 
 FORM = "it should be an .npz with mu [2048] and sigma [2048, 2048], as pytorch-fid or this command writes it"
 # What of a reference's protocol must be as in the measurement, and what it is called.

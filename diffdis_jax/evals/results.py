@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import buckets, files
 
 Results = dict[str, dict[str, dict[str, Any]]]
 RECORD = {"dataset", "model", "pretrained", "task", "metrics", "language", "protocol"}

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from diffdis_jax.run import buckets, files
+from diffdis_jax.common import buckets, files
 
 TILE = 128  # pixels: smaller images are enlarged by a whole factor until they are about as wide
 FONT_SIZE = 13

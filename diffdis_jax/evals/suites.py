@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from diffdis_jax import evals
+from diffdis_jax.common import buckets
 from diffdis_jax.data import records, transforms
 from diffdis_jax.data.layouts import class_lists, find
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, emoji, prompts
+from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals.base import Eval
 from diffdis_jax.evals.fid import Fid
 from diffdis_jax.evals.retrieval import Retrieval
 from diffdis_jax.evals.zero_shot import ZeroShot
-from diffdis_jax.run import buckets, provenance
+from diffdis_jax.run import provenance
 
 SINGLE_TEMPLATE = "a photo of a {}."
 DECODED = 10  # images of a set, drawn at random, that have to be images before it is measured

@@ -13,11 +13,11 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, Int
 
+from diffdis_jax.common import code_digest, files
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import code_digest, files
 
 # What embeds texts.
-CODE = ("models", "inference.py", "params.py", "parallel/batches.py", "parallel/sharding.py")
+CODE = ("models", "method", "inference.py", "common/params.py", "parallel/batches.py", "parallel/sharding.py")
 PACKAGES = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 LIMIT = 4 * 2**30  # bytes that a folder may hold before the oldest files go; ImageNet's 81 prompts have 249 MB
 

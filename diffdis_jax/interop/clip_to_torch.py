@@ -10,10 +10,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping, openclip, sections, tensor_files, to_torch
 from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
-from diffdis_jax.params import Params
 
 TRANSFORMERS, OPEN_CLIP = "model.safetensors", "open_clip_model.safetensors"
 HEAD = "head.safetensors"  # of a long-tailed run's second stage

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from diffdis_jax.common.params import Params
+from diffdis_jax.common.progress import Progress
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import compvis, mapping, openclip, sections, shapes, tensor_files
 from diffdis_jax.interop.tensor_files import Tensor, Tensors, read_json
 from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
-from diffdis_jax.params import Params
-from diffdis_jax.run.progress import Progress
 
 WITH_WEIGHTS = ("unet", "vae", "text_encoder")
 PARTS = (*WITH_WEIGHTS, "tokenizer")

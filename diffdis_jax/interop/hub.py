@@ -13,9 +13,9 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
+from diffdis_jax.common import progress
 from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.interop import from_torch, tensor_files
-from diffdis_jax.run import progress
 
 PREFIX = "hf:"
 _NAME = r"[\w.-]+/[\w.-]+"

@@ -13,11 +13,11 @@ from absl import logging
 from flax import nnx
 from jaxtyping import Float
 
+from diffdis_jax.common.params import Params, flatten
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import tensor_files
+from diffdis_jax.method.network import abstract_module
 from diffdis_jax.models import inception
-from diffdis_jax.models.build import abstract_module
-from diffdis_jax.params import Params, flatten
 
 PUBLISHED = "6726825d"  # the beginning of the SHA-256 of the file as published, by its name
 SOURCE = (

@@ -16,7 +16,8 @@ from typing import Any
 
 from etils import epath
 
-from diffdis_jax.run import buckets, files, history
+from diffdis_jax.common import buckets, files
+from diffdis_jax.run import history
 
 PAPER = "*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discrimination Capability*"
 SAMPLES = "samples.png"

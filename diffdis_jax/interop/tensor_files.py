@@ -19,8 +19,8 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from diffdis_jax.common import files
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import files
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
+from diffdis_jax.common.params import Params
+from diffdis_jax.common.progress import Progress
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping, sections, tensor_files
-from diffdis_jax.params import Params
-from diffdis_jax.run.progress import Progress
 from diffdis_jax.structs import AnyArray
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from diffdis_jax.common.params import Params, first_match
 from diffdis_jax.models.sections import ClipModel, TextEncoderSize, VisionEncoderSize
-from diffdis_jax.params import Params, first_match
 
 
 class Start(NamedTuple):

@@ -50,7 +50,7 @@ class LanguageGuidedHead(nnx.Module):
     self.key_norm = LayerNorm(width, rngs=rngs)
     self.q: Any = dense(width, width, identity, False)
     self.k: Any = dense(width, width, identity, False)
-    # T_c, which selection fills (evals/anchors.py).
+    # T_c, which selection fills (training/anchors.py).
     self.anchors = nnx.Param(jnp.zeros((classes, anchors, width), jnp.float32))
 
   def __call__(self, f: Float[Array, "b d"], logit_scale: Float[Array, ""]) -> ClassLogits:

@@ -31,9 +31,8 @@ from etils import epath
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from diffdis_jax.common import buckets, signals
 from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
-from diffdis_jax.parallel import signals
-from diffdis_jax.run import buckets
 
 HEARTBEAT_TIMEOUT = 10  # seconds after which a silent process is dead, and the others end
 SHUTDOWN_TIMEOUT = 3600  # seconds that processes which are done wait for the one that still writes

@@ -18,9 +18,9 @@ import jax
 from absl import logging
 from etils import epath
 
+from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import buckets, files
 
 LONG = 2.0  # seconds: what took less the last time is not announced
 _COMPILER = "compiler"  # how the names of threads begin that compile
@@ -97,7 +97,7 @@ class Ahead:
     """Begins, unless it has begun; several processes need not begin together."""
     if self._result is not None or self._compiled is not None:
       return
-    # Not a daemon thread, which Python would end inside the compiler. cli.py waits for none.
+    # Not a daemon thread, which Python would end inside the compiler. common/cli.py waits for none.
     thread = futures.ThreadPoolExecutor(1, thread_name_prefix=_COMPILER)
     self._result = thread.submit(_compile, self._name, self._f, *self._args)
     thread.shutdown(wait=False)

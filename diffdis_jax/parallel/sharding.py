@@ -16,8 +16,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffdis_jax.common.params import first_match
 from diffdis_jax.errors import UserError
-from diffdis_jax.params import first_match
 
 AXES = ("data", "fsdp", "tensor")
 # `fsdp` before `data`: in the other order, where all three axes exceed 1, XLA's partitioner (jaxlib 0.10 to 0.12) moves

@@ -23,10 +23,11 @@ from grain import checkpoint as grain_checkpoint
 from orbax import checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from diffdis_jax.common import buckets
+from diffdis_jax.common.params import Params
 from diffdis_jax.errors import Preempted, UserError, check_choice, check_number, may_pass, parse_json
 from diffdis_jax.parallel import processes
-from diffdis_jax.params import Params
-from diffdis_jax.run import buckets, committed
+from diffdis_jax.run import committed
 
 _Arrays = dict[str, tuple[tuple[int, ...], Any]]  # dotted path -> shape, dtype
 

@@ -9,8 +9,8 @@ import sys
 
 from etils import epath
 
+from diffdis_jax.common import buckets
 from diffdis_jax.errors import UserError, parse_json
-from diffdis_jax.run import buckets
 
 COMMIT_MARK = "commit_success.txt"
 

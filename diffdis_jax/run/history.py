@@ -16,8 +16,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import Preempted, UserError, parse_json
-from diffdis_jax.run import buckets, files
 
 FILE = "history.jsonl"
 

@@ -11,8 +11,8 @@ import jax
 from absl import logging
 from etils import epath
 
+from diffdis_jax.common import buckets
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import buckets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import diffdis_jax
+from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import buckets, committed, files, history, workdir
-from diffdis_jax.run import config as run_config
+from diffdis_jax.run import committed, history, workdir
 
 ROOT = pathlib.Path(__file__).parents[2]  # of the checkout; of an installed package the folder that it lies in
 # The folders of an absolute path or of a bucket's address, wherever in a text it stands.
@@ -155,10 +155,10 @@ def _hash(config: dict[str, Any]) -> str:
   """The same wherever the run and its data lie."""
   fields = {
     field: str(value).rstrip("/").rpartition("/")[2] if field.split(".")[-1] == "path" else value
-    for field, value in run_config.identity(config).items()
+    for field, value in workdir.identity(config).items()
     if field != "init_from"
   }
-  return run_config.digest(fields)
+  return workdir.digest(fields)
 
 
 def _config(path: str) -> dict[str, Any] | None:

@@ -22,9 +22,9 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
+from diffdis_jax.common import buckets
+from diffdis_jax.common.files import read_json, write_whole
 from diffdis_jax.errors import UserError, not_installed
-from diffdis_jax.run import buckets
-from diffdis_jax.run.files import read_json, write_whole
 
 PROJECT = "diffdis_jax"
 FILE = "trackers.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -19,9 +20,10 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from diffdis_jax.common import buckets
+from diffdis_jax.common.files import read_json, write_whole
 from diffdis_jax.errors import UserError, parse_json
-from diffdis_jax.run import buckets, committed
-from diffdis_jax.run.files import read_json, write_whole
+from diffdis_jax.run import committed
 
 BEAT = 5.0  # seconds between two signs of life of the process that holds a workdir
 PATIENCE = 20.0  # seconds without one after which it is dead, if it is on another machine
@@ -287,6 +289,16 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     for field in sorted(there.keys() | here.keys())
     if (field in there, there.get(field)) != (field in here, here.get(field)) and not may_change(field)
   ]
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+  """What the numbers of a training depend on: the fields outside `MAY_CHANGE`, by their dotted paths."""
+  return {field: value for field, value in flatten(config).items() if not may_change(field)}
+
+
+def digest(fields: Mapping[str, Any]) -> str:
+  """Eight hexadecimal digits of the SHA-256 of the fields as JSON, sorted."""
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def may_change(field: str) -> bool:

@@ -26,7 +26,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from diffdis_jax.run import buckets, files, history, progress
+from diffdis_jax.common import buckets, files, progress
+from diffdis_jax.run import history
 from diffdis_jax.run.trackers import Tracker
 
 

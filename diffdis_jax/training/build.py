@@ -6,9 +6,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffdis_jax.errors import UserError, check_number, read_section
-from diffdis_jax.models.build import LONG_TAIL, Network
+from diffdis_jax.method.network import LONG_TAIL, Network
 from diffdis_jax.training.long_tail import LongTail
-from diffdis_jax.training.objectives import Loss
+from diffdis_jax.training.loss_function import Loss
 from diffdis_jax.training.optim import Optim
 from diffdis_jax.training.step import Step
 

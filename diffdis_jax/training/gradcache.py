@@ -22,16 +22,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from diffdis_jax.models.build import Network
+from diffdis_jax.common.params import Params
+from diffdis_jax.method import encode
+from diffdis_jax.method.diffdis import DiffDis
+from diffdis_jax.method.draws import Draws, Keys
+from diffdis_jax.method.network import Network
 from diffdis_jax.models.clip import Clip
-from diffdis_jax.models.diffdis import DiffDis
 from diffdis_jax.parallel import sharding
-from diffdis_jax.params import Params
 from diffdis_jax.structs import AnyBatch, Batch, Pairs, TextCondition
-from diffdis_jax.training import encode, objectives
-from diffdis_jax.training.draws import Draws, Keys
+from diffdis_jax.training import loss_function as objectives
+from diffdis_jax.training.loss_function import Loss
 from diffdis_jax.training.metrics import Metrics, mean_of
-from diffdis_jax.training.objectives import Loss
 
 LOGIT_SCALE = "logit_scale"
 # Of a row, the two vectors of which the contrastive loss is: ê_0 and e, or what CLIP's two towers give; f32.

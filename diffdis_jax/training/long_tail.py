@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from diffdis_jax.errors import check_choice, check_number
-from diffdis_jax.models.build import Network
+from diffdis_jax.method import encode, losses
+from diffdis_jax.method.diffdis import DiffDis
+from diffdis_jax.method.draws import Keys
+from diffdis_jax.method.network import Network
 from diffdis_jax.models.clip import Clip
-from diffdis_jax.models.diffdis import DiffDis
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import LabelledBatch
-from diffdis_jax.training import encode, losses, mixing
-from diffdis_jax.training.draws import Keys
+from diffdis_jax.training import mixing
 from diffdis_jax.training.metrics import Metrics, mean_of
 
 ANCHOR_CHOICES = ("linear_loss", "first", "random")
@@ -133,7 +134,7 @@ def head_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
   """Stage 2: cross-entropy of the visual branch plus that of the language branch, on mixed images and targets."""
   images, head = batch.image, network.model.head
-  assert head is not None  # models/build.py
+  assert head is not None  # method/network.py
   mix = mixing.draw_mix(
     keys["mix"],
     size=images.shape[1],

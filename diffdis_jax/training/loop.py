@@ -18,21 +18,22 @@ from clu.metrics import Average
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffdis_jax import evals
+from diffdis_jax import config as run_config
+from diffdis_jax.common import buckets, files
+from diffdis_jax.common.params import Params
 from diffdis_jax.data import copies, loader
 from diffdis_jax.data.build import Data, LatentShapes, open_loader, read_data
 from diffdis_jax.errors import Preempted, UserError, check_number, read_section
-from diffdis_jax.estimates.programs import abstract_batch, rate_at_peak
-from diffdis_jax.evals import anchors
-from diffdis_jax.evals.watch import Watch
+from diffdis_jax.evals import registry as evals
 from diffdis_jax.inference import Inference, Sampling, read_sampling
-from diffdis_jax.models.build import LONG_TAIL, Network
+from diffdis_jax.method import encode
+from diffdis_jax.method.network import LONG_TAIL, Network
 from diffdis_jax.parallel import processes, programs, sharding
-from diffdis_jax.params import Params
-from diffdis_jax.run import buckets, checkpoint, files, history, profile, trackers, workdir, writers
-from diffdis_jax.run import config as run_config
-from diffdis_jax.training import encode, facts, start
+from diffdis_jax.run import checkpoint, history, profile, trackers, workdir, writers
+from diffdis_jax.training import anchors, facts, start
 from diffdis_jax.training.build import build_step, read_long_tail
+from diffdis_jax.training.evaluator import Watch
+from diffdis_jax.training.flops import abstract_batch, rate_at_peak
 from diffdis_jax.training.metrics import Metrics
 from diffdis_jax.training.optim import Optim
 from diffdis_jax.training.step import Step, TrainState, is_running

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from diffdis_jax.common.params import Params, first_match
 from diffdis_jax.errors import UserError, check_choice, check_number, check_regex
-from diffdis_jax.params import Params, first_match
-from diffdis_jax.training.losses import MAX_LOGIT_SCALE
+from diffdis_jax.method.losses import MAX_LOGIT_SCALE
 
 FROZEN = "frozen"
 # Measured, not trained: the latents' shift and scale.

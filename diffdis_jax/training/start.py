@@ -16,12 +16,13 @@ import jax
 import numpy as np
 from absl import logging
 
+from diffdis_jax import config as run_config
+from diffdis_jax.common import buckets, files
+from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError
-from diffdis_jax.models.build import HEAD_PREFIX, LONG_TAIL
+from diffdis_jax.method.network import HEAD_PREFIX, LONG_TAIL
 from diffdis_jax.parallel import sharding
-from diffdis_jax.params import Params
-from diffdis_jax.run import buckets, checkpoint, files
-from diffdis_jax.run import config as run_config
+from diffdis_jax.run import checkpoint
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Step, TrainState
 

@@ -1,6 +1,6 @@
 """The training state and the train step: the one jit boundary. What it minimises is in objectives.py.
 
-Parameters are a flat dict (params.py). Those whose group is `frozen` get no gradient, no optimizer state and no
+Parameters are a flat dict (common/params.py). Those whose group is `frozen` get no gradient, no optimizer state and no
 average.
 """
 
@@ -19,15 +19,16 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
 
+from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError
-from diffdis_jax.models.build import Network
+from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import programs, sharding
-from diffdis_jax.params import Params
 from diffdis_jax.structs import LabelledBatch, TrainingBatch
-from diffdis_jax.training import gradcache, objectives
+from diffdis_jax.training import gradcache
+from diffdis_jax.training import loss_function as objectives
 from diffdis_jax.training import optim as optimizers
+from diffdis_jax.training.loss_function import Loss
 from diffdis_jax.training.metrics import Metrics
-from diffdis_jax.training.objectives import Loss
 from diffdis_jax.training.optim import Optim
 
 # One key for each random choice of a step. Their numbers are part of a run's identity: append, never reorder.

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 from absl import app
 
-from diffdis_jax.ablations import columns, render, summary
-from diffdis_jax.ablations import tables as ablation_tables
-from diffdis_jax.ablations.columns import Column
-from diffdis_jax.ablations.tables import Row
+from diffdis_jax.ablate import columns, render, summary
+from diffdis_jax.ablate import tables as ablation_tables
+from diffdis_jax.ablate.columns import Column
+from diffdis_jax.ablate.tables import Row
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results
 

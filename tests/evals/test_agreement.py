@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from diffdis_jax import evals
 from diffdis_jax.data import shapes
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import agreement
+from diffdis_jax.evals import registry as evals
 
 
 class Renderer:

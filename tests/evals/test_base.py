@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from diffdis_jax import evals
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
+from diffdis_jax.evals import registry as evals
 
 
 def slow_ranks(queries, keys, query_groups, key_groups):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import configs.emoji
-from diffdis_jax import evals, evaluate
+from diffdis_jax import evaluate
 from diffdis_jax.data.prepare import builder
 from diffdis_jax.data.prepare import emoji as prepared
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, emoji, suites, tables
+from diffdis_jax.evals import registry as evals
 from tests.emoji_packages import CONCEPTS, write_packages
 
 SIZE = 8

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffdis_jax import evals
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import distances, drawn_prompts, reference, resize
 from diffdis_jax.evals import fid as fid_module
+from diffdis_jax.evals import registry as evals
 from diffdis_jax.interop.inception import Weights
 from diffdis_jax.parallel import sharding
 from tests.changed_code import change, copy_package

@@ -9,13 +9,14 @@ import types
 import numpy as np
 import pytest
 
-from diffdis_jax import evals
 from diffdis_jax.data import shapes_lt
 from diffdis_jax.data.build import read_data
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import anchors, base, tables
+from diffdis_jax.evals import base, tables
+from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals.long_tail import GROUPS, LongTail
+from diffdis_jax.training import anchors
 from diffdis_jax.training import long_tail as stages
 from tests import tiny_lt
 from tests.once import shared_folder

@@ -5,7 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from diffdis_jax.evals import anchors, nearest
+from diffdis_jax.evals import nearest
+from diffdis_jax.training import anchors
 
 IMAGES, SENTENCES, CLASSES = 30, 50, 6
 

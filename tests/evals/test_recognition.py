@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffdis_jax import evals
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, recognition
+from diffdis_jax.evals import registry as evals
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "grey": (120, 120, 120)}
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from clip_benchmark.metrics import zeroshot_retrieval
 
-from diffdis_jax import evals
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import registry as evals
 
 DATA = {"split": "test"}
 NAMES = [

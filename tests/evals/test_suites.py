@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffdis_jax import evals
 from diffdis_jax.data import sources
 from diffdis_jax.data.layouts import class_lists, labelled
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, results, suites, tables
+from diffdis_jax.evals import registry as evals
 from tests.benchmark_sets import TORCHVISION, write_coco, write_flickr, write_wds
 from tests.raw_pairs import encode
 

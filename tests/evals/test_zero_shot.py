@@ -6,12 +6,12 @@ import torch
 from clip_benchmark.metrics import zeroshot_classification
 from sklearn.metrics import balanced_accuracy_score
 
-from diffdis_jax import evals
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import builder, image_folder
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, prompts
+from diffdis_jax.evals import registry as evals
 from tests.raw_pairs import picture
 
 NAMES = ("red fox", "grey cat", "brown dog", "black crow", "white swan", "green frog", "blue whale")

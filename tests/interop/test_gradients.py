@@ -10,14 +10,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from ml_collections import ConfigDict
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffdis_jax.diffusion.schedules import Process
 from diffdis_jax.interop import mapping, sections
-from diffdis_jax.models import build
-from diffdis_jax.models.diffdis import to_signed
+from diffdis_jax.method import losses
+from diffdis_jax.method import network as build
+from diffdis_jax.method.diffdis import to_signed
+from diffdis_jax.method.draws import noised_generation
+from diffdis_jax.method.schedules import Process
 from diffdis_jax.structs import Batch
-from diffdis_jax.training import losses
-from diffdis_jax.training.draws import noised_generation
-from diffdis_jax.training.objectives import Loss, generation_loss
+from diffdis_jax.training.loss_function import Loss, generation_loss
 from diffdis_jax.training.step import step_keys
 from tests import steps
 from tests.models import from_torch, networks

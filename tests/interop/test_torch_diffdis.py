@@ -22,12 +22,12 @@ from ml_collections import ConfigDict
 from safetensors.torch import load_file, save_file
 
 from configs import diffdis_cc3m
-from diffdis_jax.diffusion import schedules
+from diffdis_jax.common.params import Params
 from diffdis_jax.export_weights import export_weights
 from diffdis_jax.interop import mapping, to_torch, torch_diffdis
-from diffdis_jax.models.diffdis import DiffDis, to_signed
+from diffdis_jax.method import schedules
+from diffdis_jax.method.diffdis import DiffDis, to_signed
 from diffdis_jax.models.sections import read_model
-from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint, workdir
 from tests import steps
 from tests.models import from_torch, networks

@@ -12,8 +12,8 @@ import uuid
 
 import pytest
 
-from diffdis_jax.estimates import targets
-from diffdis_jax.run import buckets
+from diffdis_jax.common import buckets
+from diffdis_jax.preflight import targets
 from tests.launch.programs import ROOT, Programs
 
 pytest_plugins = ("tests.bucket_server",)

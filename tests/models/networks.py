@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from diffdis_jax.models import build
+from diffdis_jax.common.params import flatten, merge
+from diffdis_jax.method import network as build
 from diffdis_jax.models.sections import read_model
-from diffdis_jax.params import flatten, merge
 from tests import tiny
 
 BOTH = ("generation", "discrimination")

@@ -14,7 +14,7 @@ import torch
 from ml_collections import ConfigDict
 
 from configs import clip_cc3m
-from diffdis_jax.models.build import Network
+from diffdis_jax.method.network import Network
 from tests import tiny_clip
 from tests.models import open_clip_twin
 

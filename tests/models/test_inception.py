@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
+from diffdis_jax.common.params import flatten, merge
 from diffdis_jax.evals import resize
 from diffdis_jax.evals.features import Extractor
 from diffdis_jax.interop import inception as read_inception
+from diffdis_jax.method.network import abstract_module
 from diffdis_jax.models import inception
-from diffdis_jax.models.build import abstract_module
 from diffdis_jax.parallel import sharding
-from diffdis_jax.params import flatten, merge
 from tests.inception_weights import LAYERS, randomise
 
 pytest_plugins = ("tests.inception_weights",)

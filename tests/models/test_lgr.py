@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffdis_jax.models import build, lgr
-from diffdis_jax.params import flatten
+from diffdis_jax.common.params import flatten
+from diffdis_jax.method import network as build
+from diffdis_jax.models import lgr
 from tests.models.networks import Network, random_params, relative_error
 from tests.test_precision import precisions
 

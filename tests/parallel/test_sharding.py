@@ -13,12 +13,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import diffdis_cc3m
+from diffdis_jax.common.params import first_match
 from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
-from diffdis_jax.estimates import chips, hlo, programs, targets
-from diffdis_jax.models.build import Network
-from diffdis_jax.parallel import sharding
-from diffdis_jax.params import first_match
+from diffdis_jax.method.network import Network
+from diffdis_jax.parallel import chips, sharding
+from diffdis_jax.preflight import hlo, targets
+from diffdis_jax.training import flops
 from diffdis_jax.training.build import build_step
 from tests import steps
 
@@ -231,7 +232,7 @@ def test_only_parameters_and_embeddings_are_gathered_in_a_step():
   config, mesh = steps.make_config(**{"model.unet.attention": (False,)}), steps.make_mesh(1, 8, 1)
   trainer = build_step(config, mesh)
   lowered = trainer.train_step.lower(
-    trainer.abstract_state, programs.abstract_batch(trainer.network, read_data(config), mesh, config.batch_size)
+    trainer.abstract_state, flops.abstract_batch(trainer.network, read_data(config), mesh, config.batch_size)
   )
   text = lowered.compile().as_text()
   b, d = config.batch_size, config.model.text_encoder.width

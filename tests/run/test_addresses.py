@@ -6,8 +6,9 @@ import os
 
 import pytest
 
+from diffdis_jax import config
+from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import buckets, config, files
 from tests import tiny
 
 

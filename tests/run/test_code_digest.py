@@ -6,7 +6,7 @@ import importlib.metadata
 
 import pytest
 
-from diffdis_jax.run import code_digest
+from diffdis_jax.common import code_digest
 from tests.changed_code import change, copy_package
 
 

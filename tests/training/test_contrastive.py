@@ -17,10 +17,12 @@ from open_clip_train.scheduler import cosine_lr
 
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
-from diffdis_jax.models.build import Network
+from diffdis_jax.method import encode
+from diffdis_jax.method.network import Network
 from diffdis_jax.models.clip import normalise
 from diffdis_jax.structs import Batch
-from diffdis_jax.training import encode, objectives, optim
+from diffdis_jax.training import loss_function as objectives
+from diffdis_jax.training import optim
 from diffdis_jax.training.build import build_step
 from tests import steps, tiny_clip
 from tests.models import open_clip_twin

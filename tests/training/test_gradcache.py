@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffdis_jax.estimates import hlo
-from diffdis_jax.models.build import Network
+from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import sharding
-from diffdis_jax.training import gradcache, objectives, optim
+from diffdis_jax.preflight import hlo
+from diffdis_jax.training import gradcache, optim
+from diffdis_jax.training import loss_function as objectives
 from diffdis_jax.training.gradcache import GradCache
 from diffdis_jax.training.step import step_keys
 from tests import steps, tiny_clip

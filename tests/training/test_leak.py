@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from scipy import linalg, special
 
-from diffdis_jax.models.diffdis import DiffDis
+from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.structs import LatentBatch
 from diffdis_jax.training.step import step_keys
 from tests import steps

@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from configs import places_lt
 from diffdis_jax.errors import UserError
 from diffdis_jax.inference import query_noise
-from diffdis_jax.models.build import Network
+from diffdis_jax.method import encode, losses
+from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import LabelledBatch
-from diffdis_jax.training import encode, losses, mixing, objectives
+from diffdis_jax.training import loss_function as objectives
+from diffdis_jax.training import mixing
 from diffdis_jax.training.build import build_step, read_long_tail
 from diffdis_jax.training.long_tail import LongTail
 from diffdis_jax.training.step import step_keys

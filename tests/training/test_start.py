@@ -9,8 +9,8 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
+from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError
-from diffdis_jax.params import Params
 from diffdis_jax.run import checkpoint
 from diffdis_jax.training import loop, start
 from diffdis_jax.training.build import build_step

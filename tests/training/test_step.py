@@ -12,11 +12,11 @@ import pytest
 
 from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
-from diffdis_jax.estimates import programs
-from diffdis_jax.models import joint
-from diffdis_jax.models.diffdis import DiffDis, to_signed
+from diffdis_jax.method import encode, joint
+from diffdis_jax.method.diffdis import DiffDis, to_signed
 from diffdis_jax.structs import DiscriminationPass, GenerationPass, LatentBatch
-from diffdis_jax.training import encode, objectives, step
+from diffdis_jax.training import flops, step
+from diffdis_jax.training import loss_function as objectives
 from diffdis_jax.training.build import build_step
 from tests import steps, tiny
 
@@ -192,7 +192,7 @@ def test_another_seed_takes_the_same_compiled_step():
   for seed in (0, 7):
     config.seed = seed
     trainer = build_step(config, mesh)
-    batch = programs.abstract_batch(trainer.network, read_data(config), mesh, config.batch_size)
+    batch = flops.abstract_batch(trainer.network, read_data(config), mesh, config.batch_size)
     texts.append(trainer.train_step.lower(trainer.abstract_state, batch).as_text())
     assert int(trainer.place_seed()) == seed
   assert texts[0] == texts[1]

@@ -6,9 +6,9 @@ import collections
 import pathlib
 from typing import Any
 
+from diffdis_jax.common.files import read_json
 from diffdis_jax.data.layouts.labelled import Captioned, Files, Origin
 from diffdis_jax.errors import UserError
-from diffdis_jax.run.files import read_json
 
 ENDING = ".jpg"
 

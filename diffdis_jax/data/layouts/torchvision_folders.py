@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from diffdis_jax.common.files import read_json
 from diffdis_jax.data.layouts import class_lists, pickles
 from diffdis_jax.data.layouts.labelled import Arrays, Files, Images, Named, Origin
 from diffdis_jax.errors import UserError
-from diffdis_jax.run.files import read_json
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # as torchvision's ImageFolder
 

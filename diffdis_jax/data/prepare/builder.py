@@ -20,11 +20,11 @@ import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python import array_record_data_source
 
+from diffdis_jax.common import files
 from diffdis_jax.data.prepare import staging
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.data.prepare.staging import Report, Stage
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import files
 
 DUPLICATE = "duplicate image"
 

@@ -20,13 +20,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import BFloat16, UInt8
 
+from diffdis_jax.common import buckets
 from diffdis_jax.data import records, sources
 from diffdis_jax.data.prepare import staging
 from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.data.transforms import Augmentation, augment
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import buckets
 
 IMAGES = 1024  # of a part
 CHUNK = 256  # views encoded at a time

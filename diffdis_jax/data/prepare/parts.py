@@ -12,11 +12,11 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from diffdis_jax.common import files as run_files
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.webdataset import TarReader, split_of
 from diffdis_jax.data.records import Unusable, read_file
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import files as run_files
 
 ITEMS = 2000  # of a part of loose files
 

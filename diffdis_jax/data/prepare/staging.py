@@ -24,12 +24,11 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import example_serializer
 
+from diffdis_jax.common import files, progress, signals
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import pairs
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.errors import UserError
-from diffdis_jax.parallel import signals
-from diffdis_jax.run import files, progress
 
 DIGEST = 16  # bytes of an image's digest
 FIRST = 10  # skipped pairs named in a report, of each reason

@@ -1,0 +1,149 @@
+"""The paper's ablation tables, or any grid, as runs that can be stopped at any time.
+
+  python -m diffdis_jax.ablate plan  --base=configs/NAME.py[:args] --tables=2,3,4,5,7 --seeds=0,1,2 --out=DIR
+  python -m diffdis_jax.ablate run   ... the same [--jobs=N] [--only=K | --only=K/N]
+  python -m diffdis_jax.ablate table ... the same [--columns=A,B]
+
+or --grid="loss.ita_weight=0.01,0.03;text_diffusion.gamma=0.1,1.0" instead of --tables, or beside them. --config.a.b=v
+sets a field of all runs. `plan` lists the runs, each with its number, how far it is, and its hours; `run` does those
+that are not finished, one after another, or --only run K, in this process, as a job of an array does; `table` writes
+tables.json, tables.md and tables.png into DIR. At SIGTERM `run` saves and exits with code 75, at Ctrl-C with code 130.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from diffdis_jax import evaluate
+from diffdis_jax.ablate import columns, render, summary, tables
+from diffdis_jax.ablate import plan as planning
+from diffdis_jax.ablate import run as running
+from diffdis_jax.ablate import status as outlook
+from diffdis_jax.ablate.folder import Folder
+from diffdis_jax.ablate.plan import Plan, Run
+from diffdis_jax.common import cli, files
+from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.evals import results as result_files
+from diffdis_jax.evals.results import ResultFile
+from diffdis_jax.inference import read_sampling
+from diffdis_jax.parallel import processes, sharding
+from diffdis_jax.training import loop
+
+VERBS = ("plan", "run", "table")
+
+
+def main(argv: Sequence[str]) -> None:
+  verb = argv[1] if argv[1:] else ""
+  if verb not in VERBS:
+    raise UserError(f"python -m diffdis_jax.ablate {verb or '...'}: the first argument is one of {', '.join(VERBS)}")
+  plan, folder = make_plan(), Folder(FLAGS.out)
+  folder.check(plan)
+  if verb == "plan":
+    if FLAGS.step_seconds is not None:
+      check_number("--step_seconds", FLAGS.step_seconds, at_least=0)
+    sys.stdout.write("\n".join(outlook.lines(plan, folder, FLAGS.step_seconds)) + "\n")
+  elif verb == "run":
+    run(plan, folder)
+  else:
+    write_tables(plan, folder)
+
+
+def make_plan() -> Plan:
+  """Of the flags. Raises UserError: flags, or a base, that make none."""
+  path, overrides = cli.config_given()
+  base = FLAGS.base
+  asked = []
+  if FLAGS.tables:
+    schedule = FLAGS.schedule or base.text_diffusion.schedule
+    asked += tables.choose(FLAGS.tables, tables.Unstated(schedule=schedule, gamma=FLAGS.table7_gamma))
+  if FLAGS.grid is not None:
+    asked.append(tables.grid(FLAGS.grid, base))
+  if not asked:
+    raise UserError('there is nothing to run; give --tables=2,3,4,5,7, or --grid="field=value,value", or both')
+  try:
+    seeds = [int(seed) for seed in FLAGS.seeds]
+  except ValueError:
+    raise UserError(f"--seeds={','.join(FLAGS.seeds)} should be whole numbers, such as 0,1,2") from None
+  plan = planning.make(base, planning.find_autoencoder(path, overrides, base), asked, seeds)
+  for each in plan.runs:
+    try:
+      loop.read_sections(ConfigDict(each.config))
+    except UserError as error:
+      raise UserError(f"run {each.name}: {error}") from error
+  return plan
+
+
+def run(plan: Plan, folder: Folder) -> None:
+  """The run that --only names, in this process; or several, each in one of its own."""
+  numbers = running.select(plan, FLAGS.only)
+  if FLAGS.only.isdecimal():
+    if FLAGS.jobs > 1:
+      raise UserError(f"--jobs={FLAGS.jobs} does several runs, and --only={FLAGS.only} is one; leave out one of them")
+    perform(plan.runs[numbers[0]], plan, folder)
+    return
+  folder.open(plan)
+  # The same command; of a flag that is given twice the last value holds.
+  command = lambda number: [sys.executable, "-m", "diffdis_jax.ablate", *sys.argv[1:], f"--only={number}", "--jobs=1"]
+  if code := running.perform_all(plan, numbers, folder, command, jobs=FLAGS.jobs):
+    sys.exit(code)
+
+
+def perform(one: Run, plan: Plan, folder: Folder) -> None:
+  """Trains and measures a run in this process, or with others as one of its processes."""
+  cli.compilation_cache(str(folder.path))
+  cli.use_all_cores()
+  jax.config.update("jax_numpy_dtype_promotion", "strict")
+  processes.start()
+  processes.on_first(lambda: folder.open(plan))
+  # While it trains, train hears SIGTERM and Ctrl-C and saves. Else what is there is on the disk: it ends at once.
+  with processes.Stop(sharding.batch_sharding(sharding.make_mesh(**one.config["mesh"]))).listening():
+    running.perform(one, folder, train=loop.train_and_evaluate, measure=measure)
+
+
+def measure(one: Run, path: str, out: str) -> None:
+  """Every evaluation of a run, by the newest checkpoint's averaged weights; those in `out` already are not repeated."""
+  section = one.config["inference"]
+  protocol = {} if "contrastive" in one.config["objectives"] else vars(read_sampling(section))
+  sections = evaluate.with_parts(evaluate.sections_of_config(one.evals, tasks=None), out)
+  evaluate.evaluate(path, sections, kept=ResultFile(out), text_cache=files.user_cache("texts"), **protocol)
+
+
+def write_tables(plan: Plan, folder: Folder) -> None:
+  """tables.json, tables.md and tables.png of what is finished."""
+  chosen = columns.choose(columns.columns_of(plan.base["evals"]), FLAGS.columns)
+  base, _ = cli.config_given()
+  found = summary.summarise(plan, folder, chosen, base=base)
+  text = render.markdown(found)
+  picture = render.plot(found) if FLAGS.plot else None
+  result_files.write_text(str(folder.path / "tables.json"), json.dumps(found, indent=2) + "\n")
+  result_files.write_text(str(folder.path / "tables.md"), text)
+  if picture is not None:
+    files.write_whole(folder.path / "tables.png", picture)
+  sys.stdout.write(text)
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  cli.config_flag("base")
+  cli.process_flags()
+  flags.DEFINE_string("out", None, "folder of the runs, their results and the tables", required=True)
+  flags.DEFINE_list("tables", [], "of the paper's appendix: some of 2,3,4,5,7")
+  flags.DEFINE_string("grid", None, "field=value,value;field=value: a table of every combination")
+  flags.DEFINE_list("seeds", ["0", "1", "2"], "of every row")
+  flags.DEFINE_string("only", "", "of run: K, the number of a run, or K/N, every N-th run from the K-th on")
+  flags.DEFINE_integer(
+    "jobs", 1, "of run: how many runs at a time, each on its share of the cores: for a CPU", lower_bound=1
+  )
+  flags.DEFINE_string("schedule", "", "text schedule of Tables 2 and 7, not stated by the paper; by default the base's")
+  flags.DEFINE_float("table7_gamma", 1.0, "gamma of Table 7, not stated by the paper")
+  flags.DEFINE_float("step_seconds", None, "of plan: of a training step, where no run tells", lower_bound=0)
+  flags.DEFINE_list("columns", [], "of table: which, by the names in tables.json; by default all")
+  flags.DEFINE_boolean("plot", True, "of table: draw tables.png, which needs the extra `plot`")
+  cli.run(main, positional=1)

@@ -1,0 +1,86 @@
+"""What the columns of a table are: they follow from the evaluations that the base config has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffdis_jax.common.guesses import did_you_mean
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals.results import Results
+
+RECALL = ("image_retrieval_recall@1", "text_retrieval_recall@1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Column:
+  """A figure of each run: the mean of one metric or of several.
+
+  Attributes:
+    name: data set and metric, as in metrics.jsonl; `recall@1` is the mean over MSCOCO and Flickr30k.
+    title: with an arrow to the better side.
+    cells: (task, data set, metric).
+    scale: by which the metric is multiplied; 100 for per cent.
+  """
+
+  name: str
+  title: str
+  cells: tuple[tuple[str, str, str], ...]
+  scale: float
+
+  def read(self, results: Results) -> float | None:
+    """The figure of these results, or None where they lack it."""
+    values = [results.get(task, {}).get(name, {}).get("metrics", {}).get(metric) for task, name, metric in self.cells]
+    if any(value is None for value in values):
+      return None
+    return self.scale * sum(values) / len(values)
+
+
+def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ...]:
+  """Of a config's `evals`: agreement, recognition and FID, then top-1, then R@1.
+
+  With a set `coco` and a set `flickr` of retrieval, as in the paper, the mean of their four R@1 is one column. R@1 of
+  any other set is the mean of both ways.
+  """
+  found = []
+  sets = {task: [name for name, section in evaluations.items() if section["task"] == task] for task in _TASKS}
+  for name in sets["agreement"]:
+    found += [
+      _percent("agreement", name, f"agreement_{which}", f"drawn right, {which} pairs") for which in ("seen", "unseen")
+    ]
+  found += [_percent("recognition", name, "recognised_acc1", f"drawn right, {name}") for name in sets["recognition"]]
+  for name in sets["fid"]:
+    column = f"{name}/fid" if name != "fid" else "fid"
+    found.append(Column(name=column, title="FID ↓", cells=(("fid", name, "fid"),), scale=1.0))
+  for name in sets["zero_shot"]:
+    title = "ImageNet top-1" if name == "imagenet" else f"top-1 {name}"
+    found.append(_percent("zero_shot", name, "acc1", title))
+    if evaluations[name].get("seen_split"):
+      found.append(_percent("zero_shot", name, "acc1_seen", f"top-1 {name}, seen classes"))
+  paper = [name for name in ("coco", "flickr") if name in sets["retrieval"]]
+  if len(paper) == 2:
+    cells = tuple(("retrieval", name, metric) for name in paper for metric in RECALL)
+    found.append(Column(name="recall@1", title="mean R@1 ↑", cells=cells, scale=100.0))
+  for name in sets["retrieval"]:
+    if len(paper) < 2 or name not in paper:
+      cells = tuple(("retrieval", name, metric) for metric in RECALL)
+      title = f"R@1 {name.removesuffix('_retrieval')} ↑"
+      found.append(Column(name=f"{name}/recall@1", title=title, cells=cells, scale=100.0))
+  return tuple(found)
+
+
+def choose(columns: Sequence[Column], names: Sequence[str]) -> tuple[Column, ...]:
+  """The columns of these names, in their order; all for none. Raises UserError: one is unknown."""
+  known = {column.name: column for column in columns}
+  for name in names:
+    if name not in known:
+      raise UserError(f"--columns has {name!r}; {did_you_mean(name, known)}")
+  return tuple(known[name] for name in names or known)
+
+
+_TASKS = ("agreement", "recognition", "fid", "zero_shot", "retrieval")
+
+
+def _percent(task: str, name: str, metric: str, title: str) -> Column:
+  return Column(name=f"{name}/{metric}", title=f"{title} ↑", cells=((task, name, metric),), scale=100.0)

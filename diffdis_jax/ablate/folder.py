@@ -1,0 +1,131 @@
+"""The folder of an ablation: base.json, runs/NAME/, results/NAME.HASH.json, logs/NAME.log, and the tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from etils import epath
+
+from diffdis_jax.ablate.plan import Plan, Run
+from diffdis_jax.common import buckets, files
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import results as result_files
+from diffdis_jax.evals.results import Results
+from diffdis_jax.run import checkpoint, history, workdir
+from diffdis_jax.run.workdir import identity
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+  """How far a run is.
+
+  Attributes:
+    step: of its newest checkpoint.
+    num_steps: at which it is trained.
+    measured: whether every evaluation has its result.
+    seconds: of a step, where metrics.jsonl tells; without evaluations and saves.
+  """
+
+  step: int
+  num_steps: int
+  measured: bool
+  seconds: float | None
+
+  @property
+  def is_trained(self) -> bool:
+    """Whether its last step is saved."""
+    return self.step >= self.num_steps
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether there is nothing left to do."""
+    return self.is_trained and self.measured
+
+  @property
+  def words(self) -> str:
+    """For people."""
+    if self.is_finished:
+      return "finished"
+    if self.is_trained:
+      return "to measure"
+    return f"step {self.step} of {self.num_steps}" if self.step else "missing"
+
+
+class Folder:
+  """What lies where under --out. It may be a bucket's address."""
+
+  def __init__(self, out: epath.PathLike):
+    self.path = buckets.path(out)
+
+  def workdir(self, run: Run) -> str:
+    """Of its training. Absolute, so that `init_from` is the same from wherever a command is started."""
+    return str(buckets.absolute(self.path) / "runs" / run.name)
+
+  def results(self, run: Run) -> str:
+    """The file of its evaluations, as evaluate writes it."""
+    return str(self.path / "results" / f"{run.name}.{run.measurement}.json")
+
+  def log(self, run: Run) -> epath.Path:
+    """What its process said."""
+    return self.path / "logs" / f"{run.name}.log"
+
+  def config(self, run: Run) -> dict[str, Any]:
+    """Of its training: `init_from` is the workdir of its autoencoder, if it has one."""
+    return run.config | ({"init_from": self.workdir(run.autoencoder)} if run.autoencoder else {})
+
+  def read(self, run: Run) -> Results | None:
+    """Its results, if every evaluation has one. Raises UserError: the file holds something else."""
+    path = self.results(run)
+    found = result_files.read(path) if buckets.path(path).exists() else {}
+    whole = all(name in found.get(section["task"], {}) for name, section in run.evals.items())
+    return found if whole else None
+
+  def state(self, run: Run) -> State:
+    """How far it is. What has its results was trained to its end, also where its workdir was removed since."""
+    measured, num_steps = self.read(run) is not None, run.config["num_steps"]
+    step = num_steps if run.evals and measured else checkpoint.latest_step(self.workdir(run)) or 0
+    return State(
+      step=step,
+      num_steps=num_steps,
+      measured=measured,
+      seconds=seconds_per_step(buckets.path(self.workdir(run))),
+    )
+
+  def check(self, plan: Plan) -> None:
+    """Raises UserError where the folder's runs are of another base."""
+    file = self.path / "base.json"
+    if not file.exists():
+      if self.path.is_dir() and any(self.path.iterdir()):
+        raise UserError(f"--out={self.path} is not empty and holds no ablations (no base.json); take a new folder")
+      return
+    try:
+      there = files.read_json(file)
+    except UserError as error:
+      raise UserError(f"{error}; take a new --out") from error
+    if not isinstance(there, dict) or workdir.SECTIONS - there.keys():
+      raise UserError(f"{file} is no base of ablations; take a new --out")
+    if differing := workdir.differences(identity(there), identity(_without_seed(plan.base))):
+      raise UserError(
+        f"--out={self.path} holds ablations of another base: {', '.join(differing)}; take its base or a new --out"
+      )
+
+  def open(self, plan: Plan) -> None:
+    """Creates it with its base, or checks that it has the same. Raises UserError: it has another, or is no folder."""
+    self.check(plan)
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      files.write_json(self.path / "base.json", _without_seed(plan.base))
+    except OSError as error:
+      raise UserError(f"cannot write to --out={self.path}: {error.strerror or error}") from error
+
+
+def seconds_per_step(path: epath.Path) -> float | None:
+  """The mean over the lines of a workdir's metrics.jsonl, which stand for equally many steps; None without a speed."""
+  speeds = [history.metrics_of(line).get("steps_per_sec") for line in files.lines(path / "metrics.jsonl")]
+  seconds = [1 / speed for speed in speeds if speed]
+  return sum(seconds) / len(seconds) if seconds else None
+
+
+def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
+  return {field: value for field, value in config.items() if field != "seed"}

@@ -1,0 +1,177 @@
+"""Which runs a list of tables needs: one for each resolved config, by its hash, however many rows share it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffdis_jax.ablate import tables
+from diffdis_jax.common import cli
+from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.evals import registry as evals
+from diffdis_jax.run import workdir
+from diffdis_jax.run.workdir import digest, identity
+
+# What the training of the autoencoder takes over from the base and from a row. All else is as its config file has it,
+# its seed too: one autoencoder serves the runs of every seed.
+OF_AUTOENCODER = r"^(image_size$|mesh\.|model\.autoencoder\.|data\.(name|path|split|mixture|loader)(\.|$))"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+  """A training, and how it is measured.
+
+  Attributes:
+    name: of its workdir: what it changes in the base, its seed, and its hash.
+    config: nested dicts; its `init_from` is empty where `autoencoder` says what the run starts from.
+    autoencoder: the run that has to end before this one starts, if there is one.
+    evals: of its config, those that measure what its objectives train.
+  """
+
+  name: str
+  config: dict[str, Any]
+  autoencoder: Run | None
+  evals: dict[str, Any]
+
+  @property
+  def measurement(self) -> str:
+    """A hash of how it is measured, which may change without a new training."""
+    return digest({"evals": self.evals, "inference": self.config["inference"]})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """Tables, and the runs of their rows.
+
+  Attributes:
+    base: the config that the rows change, without a seed.
+    tables: as they were asked for.
+    seeds: of every row.
+    rows: (name of a table, number of a row) -> its runs, in the order of the seeds.
+    runs: each once, in the order in which they are to be done: autoencoders, then all rows of one seed after another.
+  """
+
+  base: dict[str, Any]
+  tables: tuple[tables.Table, ...]
+  seeds: tuple[int, ...]
+  rows: Mapping[tuple[str, int], tuple[Run, ...]]
+  runs: tuple[Run, ...]
+
+
+def make(base: ConfigDict, autoencoder: ConfigDict | None, asked: Sequence[tables.Table], seeds: Sequence[int]) -> Plan:
+  """The plan of some tables.
+
+  Args:
+    base: the config that rows change.
+    autoencoder: the config of the autoencoder that its runs start from; None where they start from `base.init_from`.
+    asked: tables.
+    seeds: of every row.
+
+  Raises:
+    UserError: the base has no evaluations, or lacks a field that a row changes; a seed is given twice; or two runs
+      would have one name.
+  """
+  if not base.evals:
+    raise UserError("the base config has no evaluations (evals), so that there is nothing to put into a table")
+  if not seeds or len(set(seeds)) < len(seeds):
+    raise UserError(f"--seeds={','.join(map(str, seeds))} should be different numbers, such as 0,1,2")
+  for seed in seeds:
+    check_number("--seeds", seed, at_least=0, at_most=2**32 - 1)
+  known: dict[tuple[str, str], Run] = {}
+  rows: dict[tuple[str, int], list[Run]] = {}
+  for seed in seeds:
+    for table in asked:
+      for number, row in enumerate(table.rows):
+        run = _make_run(base, autoencoder, row, seed, known)
+        rows.setdefault((table.name, number), []).append(run)
+  return Plan(
+    base=as_dict(base),
+    tables=tuple(asked),
+    seeds=tuple(seeds),
+    rows={key: tuple(found) for key, found in rows.items()},
+    runs=tuple(sorted(known.values(), key=lambda run: run.autoencoder is not None)),
+  )
+
+
+def find_autoencoder(path: str, overrides: Mapping[str, Any], base: ConfigDict) -> ConfigDict | None:
+  """The config of the autoencoder that belongs to a base, by the argument `autoencoder` of its file.
+
+  Args:
+    path: FILE.py[:args] of the base.
+    overrides: dotted path -> value, given for the base; the autoencoder takes those of OF_AUTOENCODER.
+    base: the config, overrides included.
+
+  Returns:
+    None where the base starts from a run that `init_from` names, needs no autoencoder, or its file knows none.
+  """
+  if base.init_from or {"contrastive", "reconstruction"} & {*base.objectives}:
+    return None
+  file, _, argument = path.partition(":")
+  try:
+    config = cli.read_config(f"{file}:{','.join(filter(None, ('autoencoder', argument)))}")
+  except UserError:
+    return None
+  if config.objectives != ("reconstruction",):
+    return None
+  return _changed(config, {field: value for field, value in overrides.items() if re.search(OF_AUTOENCODER, field)})
+
+
+def as_dict(config: ConfigDict) -> dict[str, Any]:
+  """A config as nested dicts."""
+  return config.copy_and_resolve_references().to_dict()
+
+
+def _make_run(
+  base: ConfigDict, autoencoder: ConfigDict | None, row: tables.Row, seed: int, known: dict[tuple[str, str], Run]
+) -> Run:
+  """The run of a row, from `known`, or new and put there with its autoencoder."""
+  config = _changed(base, {**row.changes, "seed": seed})
+  trained = {
+    name: section
+    for name, section in as_dict(config)["evals"].items()
+    if {*evals.MEASURES.get(section["task"], config.objectives)} & {*config.objectives}
+  }
+  if not trained:
+    raise UserError(f"row {row.label}: no evaluation of the base measures objectives {', '.join(config.objectives)}")
+  config.train_evals = tuple(name for name in config.train_evals if name in trained)
+  first = None
+  if autoencoder is not None and "contrastive" not in config.objectives:
+    own = {field: value for field, value in row.changes.items() if re.search(OF_AUTOENCODER, field)}
+    plain = as_dict(_changed(autoencoder, own))
+    first = _add(known, Run(f"autoencoder-{digest(identity(plain))}", plain, None, {}))
+  plain = as_dict(config)
+  fields = identity(plain) | ({"init_from": first.name} if first else {})
+  return _add(known, Run(f"{_describe(as_dict(base), plain)}-seed_{seed}-{digest(fields)}", plain, first, trained))
+
+
+def _add(known: dict[tuple[str, str], Run], run: Run) -> Run:
+  """The run of this name and measurement that is known, or else this one. Raises UserError: another has its name."""
+  for other in known.values():
+    if other.name == run.name and identity(other.config) != identity(run.config):
+      raise UserError(f"two runs have the name {run.name}: their hashes agree by chance; change a field of one of them")
+  return known.setdefault((run.name, run.measurement), run)
+
+
+def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+  """A copy with other values of some fields. Raises UserError: it has no such field."""
+  config = config.copy_and_resolve_references().unlock()
+  for field, value in changes.items():
+    tables.field_of(config, field)
+    section, _, name = field.rpartition(".")
+    (tables.field_of(config, section) if section else config)[name] = value
+  return config
+
+
+def _describe(base: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+  """What a training changes in the base, as part of a file's name: `gamma_1.0-target_noise`."""
+  there, here = workdir.flatten(base), workdir.flatten(config)
+  changed = [
+    f"{field.split('.')[-1]}_{tables.shown(value)}"
+    for field, value in here.items()
+    if field not in ("seed", "init_from") and not workdir.may_change(field) and there.get(field) != value
+  ]
+  return re.sub(r"[^\w.+-]+", "_", "-".join(changed))[:80] or "base"

@@ -1,0 +1,252 @@
+"""Doing the runs of a plan: one in this process, or several in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from diffdis_jax.ablate.folder import Folder
+from diffdis_jax.ablate.plan import Plan, Run
+from diffdis_jax.common import buckets, signals
+from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
+from diffdis_jax.parallel import processes
+from diffdis_jax.run import workdir
+
+PATIENCE = 10.0  # seconds between two looks at a run that another process has
+BAD_INPUT = 2  # the exit code of a UserError
+
+
+def select(plan: Plan, only: str) -> list[int]:
+  """Numbers of the runs that `only` means: `K` that run, `K/N` every N-th one from the K-th on, "" all.
+
+  Raises:
+    UserError: it is something else, or no run.
+  """
+  number, slash, count = only.partition("/")
+  if not only:
+    return list(range(len(plan.runs)))
+  if not number.isdecimal() or (slash and not count.isdecimal()):
+    raise UserError(f"--only={only} should be K, the number of a run, or K/N, every N-th run from the K-th on")
+  if slash and int(number) >= int(count):
+    raise UserError(f"--only={only} should have a K from 0 to {max(int(count) - 1, 0)}, below its N")
+  if not slash and int(number) >= len(plan.runs):
+    raise UserError(f"--only={only}: the plan has runs 0 to {len(plan.runs) - 1}")
+  return list(range(int(number), len(plan.runs), int(count))) if slash else [int(number)]
+
+
+def perform(
+  run: Run,
+  folder: Folder,
+  *,
+  train: Callable[[ConfigDict, str], Any],
+  measure: Callable[[Run, str, str], Any],
+) -> None:
+  """Trains a run, its autoencoder first, and measures it, each from where it was stopped.
+
+  What another process is at is waited for.
+
+  Args:
+    run: of a plan.
+    folder: of the ablation.
+    train: (config, workdir) trains it to its end.
+    measure: (run, workdir, file of results) measures it and writes the file.
+
+  Raises:
+    UserError, Preempted: as `train` and `measure` do.
+  """
+  if folder.state(run).is_finished:
+    return
+  if run.autoencoder:
+    perform(run.autoencoder, folder, train=train, measure=measure)
+  path = folder.workdir(run)
+  _when_free(lambda: folder.state(run).is_trained, lambda: train(ConfigDict(folder.config(run)).lock(), path))
+
+  def measured() -> None:
+    with contextlib.ExitStack() as stack:
+      processes.on_first(lambda: stack.enter_context(workdir.Lock(path)))
+      measure(run, path, folder.results(run))
+
+  _when_free(lambda: folder.state(run).measured, measured)
+
+
+def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
+  """Does it, unless it is done; while another process has the workdir, waits for it."""
+  while not is_done():
+    try:
+      action()
+      return
+    except workdir.InUse as error:
+      if jax.process_count() > 1:
+        raise
+      logging.info("waiting: %s", error)
+      time.sleep(PATIENCE)
+
+
+def perform_all(
+  plan: Plan, numbers: Sequence[int], folder: Folder, command: Callable[[int], list[str]], *, jobs: int = 1
+) -> int:
+  """Does the runs of these numbers that are not finished, each in a process of its own; autoencoders first.
+
+  One that fails is told, and the others go on. What a process says goes to its log, in a bucket when it has ended.
+
+  Args:
+    plan: of the runs.
+    numbers: of some of them.
+    folder: of the ablation.
+    command: of the process of a run, by its number.
+    jobs: how many at a time. Each has its share of this process's cores, however few are left: on other cores its sums
+      would have another order.
+
+  Returns:
+    0, or the exit code for runs that failed: 2 if each of them had bad input, else 1.
+
+  Raises:
+    Preempted: SIGTERM or, as Interrupted, Ctrl-C came, to this process or to one of the runs', and all of them have
+      saved and ended.
+  """
+  failed: dict[str, int] = {}
+
+  def one(number: int, cores: set[int] | None) -> None:
+    run, log = plan.runs[number], folder.log(plan.runs[number])
+    words, last = folder.state(run).words, len(plan.runs) - 1
+    logging.info("run %d of 0 to %d: %s; %s; log in %s", number, last, run.name, words, log)
+    code = children.run(command(number), log, cores)
+    if code == INTERRUPTED:
+      raise Interrupted
+    if code == PREEMPTED or children.asked:
+      raise Preempted
+    if code:
+      failed[run.name] = code
+      logging.error("run %d, %s: failed with code %d: %s; log in %s", number, run.name, code, _last_words(log), log)
+
+  with _Children().listening() as children:
+    left = [number for number in numbers if not folder.state(plan.runs[number]).is_finished]
+    is_shared = {run.autoencoder for run in plan.runs}.__contains__
+    _side_by_side(one, [number for number in left if is_shared(plan.runs[number])], jobs, children)
+    others = []
+    for number in left:
+      run = plan.runs[number]
+      if run.autoencoder and run.autoencoder.name in failed:
+        logging.error("run %d, %s: left out, since its autoencoder failed", number, run.name)
+        failed[run.name] = failed[run.autoencoder.name]
+      elif not is_shared(run):
+        others.append(number)
+    _side_by_side(one, others, jobs, children)
+  if failed:
+    logging.error("%d of %d runs failed; the same command tries them again", len(failed), len(numbers))
+  else:
+    logging.info("all %d runs are finished", len(numbers))
+  return 0 if not failed else BAD_INPUT if {*failed.values()} == {BAD_INPUT} else 1
+
+
+def _side_by_side(
+  one: Callable[[int, set[int] | None], None], numbers: Sequence[int], jobs: int, children: _Children
+) -> None:
+  """Calls `one` for each number, `jobs` of them at a time, with cores of its own. Raises what it raises."""
+  free: queue.SimpleQueue[set[int] | None] = queue.SimpleQueue()
+  for share in _shares(jobs):
+    free.put(share)
+
+  def with_share(number: int) -> None:
+    share = free.get()
+    try:
+      one(number, share)
+    finally:
+      free.put(share)
+
+  with futures.ThreadPoolExecutor(jobs) as pool:
+    submitted = [pool.submit(with_share, number) for number in numbers]
+    try:
+      for done in futures.as_completed(submitted):
+        done.result()
+    except BaseException:  # else the pool would go on with the next run
+      children.stop()
+      raise
+
+
+def _shares(count: int) -> list[set[int] | None]:
+  """This process's cores, dealt out; None, all of them, for one, or where a process cannot be kept to some."""
+  if count == 1 or not hasattr(os, "sched_getaffinity"):
+    return [None] * count
+  cores = sorted(os.sched_getaffinity(0))
+  return [{*cores[share::count]} or {cores[share % len(cores)]} for share in range(count)]
+
+
+class _Children:
+  """Processes that get SIGTERM when this one gets it, or Ctrl-C, and save; at a second Ctrl-C they are killed."""
+
+  def __init__(self) -> None:
+    self.asked = self._interrupted = False
+    self._running: set[subprocess.Popen[bytes]] = set()
+
+  @contextlib.contextmanager
+  def listening(self) -> Iterator[_Children]:
+    """Takes both signals, where this is the main thread; leaves no process behind."""
+    # The handler does nothing: a thread stops the runs' processes, whose ends the main thread waits for.
+    listener = signals.Listener([signal.SIGTERM, signal.SIGINT], lambda number, frame: None, self._hear)
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+      listener.start()
+    try:
+      yield self
+    except Preempted:
+      if self._interrupted:
+        raise Interrupted from None
+      raise
+    finally:
+      self.stop()
+      if is_main:
+        listener.stop()
+
+  def _hear(self, number: int) -> None:
+    if number == signal.SIGINT and self._interrupted:
+      for process in tuple(self._running):
+        process.kill()
+      signals.end_interrupted()
+    if number == signal.SIGINT:
+      self._interrupted = True
+      logging.warning("interrupted: what runs saves and ends; a second Ctrl-C ends it at once, without a save")
+    self.stop()
+
+  def run(self, command: Sequence[str], log: epath.Path, cores: set[int] | None) -> int:
+    """The exit code of a process on these cores, whose output is appended to the file `log`."""
+    if self.asked:
+      return PREEMPTED
+    with buckets.appended(log) as out:
+      process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+      self._running.add(process)
+      if cores is not None:
+        os.sched_setaffinity(process.pid, cores)  # before it has a second thread
+      if self.asked:
+        process.terminate()
+      try:
+        return process.wait()
+      finally:
+        self._running.discard(process)
+
+  def stop(self) -> None:
+    """Sends SIGTERM to those that run, and starts no other."""
+    self.asked = True
+    for process in tuple(self._running):
+      process.terminate()
+
+
+def _last_words(log: Any) -> str:
+  """The last line of a log that says what was wrong."""
+  said = log.read_bytes().decode(errors="replace") if log.exists() else ""
+  lines = [line for line in said.splitlines() if line.strip()]
+  errors = [line for line in lines if line.startswith("error: ")]
+  return (errors or lines or ["nothing was said"])[-1].removeprefix("error: ")

@@ -1,0 +1,188 @@
+"""Tables of figures: mean, spread and number over seeds, and paired differences to the base row."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffdis_jax.ablate import significance
+from diffdis_jax.ablate.columns import Column
+from diffdis_jax.ablate.folder import Folder
+from diffdis_jax.ablate.plan import Plan, Run
+from diffdis_jax.ablate.tables import PAPER_METRICS, Row, Table
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals.results import Results, differences
+from diffdis_jax.run import provenance
+
+Figures = Mapping[str, Mapping[int, float]]  # of a row: column -> seed -> figure
+# What of a protocol follows from a field that rows may change; else it is the field's own last name.
+FOLLOWS = {
+  "num_steps": "checkpoint",
+  "text_diffusion.target": "unit_query",  # queries of the target `noise` have no length of their own
+  "inference.generation_steps": "steps",
+  "inference.generation_guidance": "guidance",
+}
+
+
+def summarise(plan: Plan, folder: Folder, columns: Sequence[Column], *, base: str) -> dict[str, Any]:
+  """What tables.json holds, of the runs that are finished; the same for the same results.
+
+  Args:
+    plan: tables and their runs.
+    folder: of the ablation.
+    columns: of every table.
+    base: how the base config was named.
+
+  Raises:
+    UserError: results that are none, or two of one table by different protocols.
+  """
+  results = {run: folder.read(run) for run in plan.runs if run.evals}
+  for table in plan.tables:
+    check_protocols(table, {run: results[run] for run in runs_of(plan, table)}, folder)
+  return {
+    "base": provenance.public(base),
+    "provenance": provenance.together(
+      record for run, found in results.items() if found is not None for record in _records(run, found).values()
+    ),
+    "seeds": list(plan.seeds),
+    "columns": {column.name: column.title for column in columns},
+    "paper_columns": PAPER_METRICS,
+    "tables": {table.name: _table(plan, table, results, columns) for table in plan.tables},
+    "runs": {run.name: _run(run, results.get(run)) for run in plan.runs},
+  }
+
+
+def runs_of(plan: Plan, table: Table) -> list[Run]:
+  """The runs of a table, each once."""
+  return [*dict.fromkeys(run for place in range(len(table.rows)) for run in plan.rows[table.name, place])]
+
+
+def check_protocols(table: Table, results: Mapping[Run, Results | None], folder: Folder) -> None:
+  """Raises UserError where two runs of a table were measured differently, but for what its rows change themselves."""
+  changed = {field for row in table.rows for field in row.changes}
+  ignored = {"weights", *(FOLLOWS.get(field, field.split(".")[-1]) for field in changed)}
+  first: dict[tuple[str, str], tuple[Run, Mapping[str, Any]]] = {}
+  for run, found in results.items():
+    for name, section in run.evals.items() if found is not None else ():
+      protocol = found[section["task"]][name]["protocol"] if found else {}
+      other, theirs = first.setdefault((section["task"], name), (run, protocol))
+      if different := differences([theirs, protocol], ignored=ignored):
+        field, (there, here) = next(iter(different.items()))
+        raise UserError(
+          f"table {table.name} would mix protocols: {name} was measured with {field} {there!r} in"
+          f" {folder.results(other)} and {here!r} in {folder.results(run)}; remove one of them, and measure it again"
+        )
+
+
+def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[str]]) -> dict[str, Any]:
+  """What tables.json holds of a table.
+
+  Args:
+    table: title, rows and which row is the base.
+    figures: of each row.
+    runs: names of each row's runs, all of them, finished or not.
+
+  Returns:
+    title; rows, of which each cell is as `cells_of` gives it; and `count`, that of `significance.count`.
+  """
+  cells = cells_of(figures, base=table.base)
+  rows = [
+    _row(row, cells[place], is_base=place == table.base, runs=runs[place]) for place, row in enumerate(table.rows)
+  ]
+  differences = [
+    significance.Difference(**cell["difference"]) for row in cells for cell in row.values() if cell["difference"]
+  ]
+  return {"title": table.title, "rows": rows, "count": significance.as_json(significance.count(differences))}
+
+
+def cells_of(figures: Sequence[Figures], *, base: int) -> list[dict[str, dict[str, Any]]]:
+  """Of each row, column -> cell.
+
+  Args:
+    figures: of each row.
+    base: the number of the row that the others are compared with.
+
+  Returns:
+    Cells of values, mean, sd (of a sample; None of one value), n; and `difference`, that to the base row over the seeds
+    that both have, as `significance.Difference` with Holm's correction over all of these cells; None without a common
+    seed, and in the base row.
+  """
+  places, pairs = [], []
+  for place, row in enumerate(figures):
+    for name, values in row.items():
+      others = figures[base][name]
+      common = [values[seed] - others[seed] for seed in values if seed in others]
+      if common and place != base:
+        places.append((place, name))
+        pairs.append(common)
+  found = significance.correct([significance.paired(each) for each in pairs])
+  differences = {place: significance.as_json(each) for place, each in zip(places, found, strict=True)}
+  return [
+    {name: {**_moments(values), "difference": differences.get((place, name))} for name, values in row.items()}
+    for place, row in enumerate(figures)
+  ]
+
+
+def _moments(values: Mapping[int, float]) -> dict[str, Any]:
+  numbers = [*values.values()]
+  mean = statistics.fmean(numbers) if numbers else None
+  sd = statistics.stdev(numbers) if len(numbers) > 1 else None
+  return {"values": {str(seed): value for seed, value in values.items()}, "mean": mean, "sd": sd, "n": len(numbers)}
+
+
+def _table(
+  plan: Plan, table: Table, results: Mapping[Run, Results | None], columns: Sequence[Column]
+) -> dict[str, Any]:
+  places = range(len(table.rows))
+  figures = [_figures(plan, table, place, results, columns) for place in places]
+  return table_of(table, figures, [[run.name for run in plan.rows[table.name, place]] for place in places])
+
+
+def _figures(
+  plan: Plan, table: Table, place: int, results: Mapping[Run, Results | None], columns: Sequence[Column]
+) -> Figures:
+  """Of the runs of a row that are finished and measure it."""
+  found: dict[str, dict[int, float]] = {column.name: {} for column in columns}
+  for seed, run in zip(plan.seeds, plan.rows[table.name, place], strict=True):
+    for column in columns:
+      value = column.read(results[run] or {})
+      if value is not None:
+        found[column.name][seed] = value
+  return found
+
+
+def _row(row: Row, cells: Mapping[str, Any], *, is_base: bool, runs: Sequence[str]) -> dict[str, Any]:
+  paper = dict(zip(PAPER_METRICS, row.paper, strict=True)) if row.paper else {}
+  return {
+    "label": row.label,
+    "changes": dict(row.changes),
+    "is_base": is_base,
+    "runs": list(runs),
+    "cells": dict(cells),
+    "paper": paper,
+  }
+
+
+def _run(run: Run, results: Results | None) -> dict[str, Any]:
+  """Of a run: its config, and the metrics and protocols of its evaluations, None where it is not finished.
+
+  `provenance` is the run's own, with what it began from; None in results of an earlier version.
+  """
+  measured: dict[str, Any] | None = None
+  origin: dict[str, Any] | None = None
+  if results is not None:
+    records = _records(run, results)
+    measured = {name: {key: record[key] for key in ("metrics", "protocol")} for name, record in records.items()}
+    origin = next((record["provenance"]["run"] for record in records.values() if "provenance" in record), None)
+  return {
+    "config": provenance.public(run.config),
+    "autoencoder": run.autoencoder.name if run.autoencoder else None,
+    "evaluations": measured,
+    "provenance": origin,
+  }
+
+
+def _records(run: Run, results: Results) -> dict[str, dict[str, Any]]:
+  """Data set -> the record of that evaluation."""
+  return {name: results[section["task"]][name] for name, section in run.evals.items()}

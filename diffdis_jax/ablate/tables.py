@@ -1,0 +1,217 @@
+"""The ablation tables of the paper's appendix as data, and any grid in the same form.
+
+A row is what it changes in a base config. Rows name every field that their table is about, also where the value is the
+base's, so that a table means the same on any base.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffdis_jax.common import guesses
+from diffdis_jax.errors import UserError, check_number
+
+GAMMA, SCHEDULE, TARGET = "text_diffusion.gamma", "text_diffusion.schedule", "text_diffusion.target"
+PAPER_METRICS = {"fid": "FID ↓", "imagenet/acc1": "ImageNet top-1 ↑", "recall@1": "mean R@1 ↑"}
+"""What the paper's tables report: FID on MSCOCO, zero-shot top-1 in per cent, mean R@1 of MSCOCO and Flickr30k in per
+cent. The keys are the columns' names, as `columns.columns_of` gives them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+  """`paper`: the figures of PAPER_METRICS in its order, or none."""
+
+  label: str
+  changes: Mapping[str, Any]  # dotted path of a field -> its value
+  paper: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+  """`base`: the number of the row that the others are compared with."""
+
+  name: str
+  title: str
+  rows: tuple[Row, ...]
+  base: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unstated:
+  """What the paper does not state of its ablations.
+
+  Attributes:
+    schedule: the text schedule of Tables 2 and 7.
+    gamma: γ of Table 7. That of Tables 2 and 3 is 1. Table 7's row of t_z = 1000 differs from the final model's, so
+      that its base is another configuration, probably one with γ = 1 too.
+
+  Raises:
+    UserError: γ is outside of (0, 1].
+  """
+
+  schedule: str
+  gamma: float = 1.0
+
+  def __post_init__(self) -> None:
+    check_number("table7_gamma", self.gamma, above=0, at_most=1)
+
+
+def paper_tables(unstated: Unstated) -> dict[str, Table]:
+  """Tables 2, 3, 4, 5 and 7 of the appendix, by number; their base rows are those of the final model.
+
+  "linear" is Stable Diffusion's schedule of that name, here `scaled_linear`.
+  """
+  query = lambda gamma, **fields: {GAMMA: gamma, SCHEDULE: unstated.schedule, **fields}
+  block = lambda share, own: {"model.share_attention": share, "model.modality_ffn": own}
+  timestep = lambda t_z: query(unstated.gamma, **{"condition_timestep": t_z})
+  tables = (
+    Table(
+      name="2",
+      title="Target of the text diffusion, γ = 1",
+      rows=(
+        Row(label="noise", changes=query(1.0, **{TARGET: "noise"}), paper=(10.78, 22.62, 29.38)),
+        Row(label="data", changes=query(1.0, **{TARGET: "data"}), paper=(11.52, 23.44, 28.64)),
+      ),
+      base=1,
+    ),
+    Table(
+      name="3",
+      title="Schedule of the text diffusion, γ = 1",
+      rows=(
+        Row(label="cosine", changes={GAMMA: 1.0, SCHEDULE: "cosine"}, paper=(11.90, 22.35, 28.59)),
+        Row(label="linear", changes={GAMMA: 1.0, SCHEDULE: "scaled_linear"}, paper=(11.52, 22.70, 31.07)),
+      ),
+      base=0 if unstated.schedule == "cosine" else 1,
+    ),
+    Table(
+      name="4",
+      title="Dual-stream deep fusion",
+      rows=(
+        Row(label="disabled", changes={"model.fusion": False}, paper=(10.05, 24.53, 32.97)),
+        Row(label="enabled", changes={"model.fusion": True}, paper=(9.80, 25.92, 33.60)),
+      ),
+      base=1,
+    ),
+    Table(
+      name="5",
+      title="Attention and feed-forward of the fusion block",
+      rows=(
+        Row(label="shared attention, shared FFN", changes=block(True, False), paper=(10.26, 25.92, 33.75)),
+        Row(label="own attention, own FFN", changes=block(False, True), paper=(10.19, 26.25, 33.07)),
+        Row(label="shared attention, own FFN", changes=block(True, True), paper=(9.80, 25.92, 33.60)),
+      ),
+      base=2,
+    ),
+    Table(
+      name="7",
+      title=f"Timestep t_z of the clean image, γ = {unstated.gamma:g}",
+      rows=(
+        Row(label="0", changes=timestep(0), paper=(12.35, 21.97, 27.20)),
+        Row(label="999", changes=timestep(999), paper=(12.02, 21.73, 27.56)),
+        Row(label="1000", changes=timestep(1000), paper=(11.35, 22.13, 27.56)),
+      ),
+      base=2,
+    ),
+  )
+  return {table.name: table for table in tables}
+
+
+def choose(names: Sequence[str], unstated: Unstated) -> list[Table]:
+  """The paper's tables of these numbers.
+
+  Raises:
+    UserError: one is unknown or named twice.
+  """
+  known = paper_tables(unstated)
+  for i, name in enumerate(names):
+    if name not in known:
+      raise UserError(f"--tables has {name!r}; there are {','.join(known)}, the ablation tables of the appendix")
+    if name in names[:i]:
+      raise UserError(f"--tables names {name} twice; name each table once")
+  return [known[name] for name in names]
+
+
+def grid(text: str, base: ConfigDict) -> Table:
+  """The table of every combination of values of some fields.
+
+  Args:
+    text: `loss.ita_weight=0.01,0.03;text_diffusion.gamma=0.1,1.0`. Values are Python's, and words stand for themselves.
+    base: the config of whose fields these are. Its own combination, if it is among them, is the base row; else the
+      first one is.
+
+  Raises:
+    UserError: no such field, no value, one of another type or twice, or `seed`.
+  """
+  axes: dict[str, list[Any]] = {}
+  for entry in filter(None, (part.strip() for part in text.split(";"))):
+    field, equals, values = (part.strip() for part in entry.partition("="))
+    if not equals or not values:
+      raise UserError(f"--grid has {entry!r}; write it as field=value,value;field=value, such as loss.ita_weight=0.1,1")
+    if field in axes:
+      raise UserError(f"--grid has {field} twice; give all of its values in one list")
+    axes[field] = _read_values(field, values, base)
+  if not axes:
+    raise UserError("--grid is empty; write it as field=value,value, such as loss.ita_weight=0.03,0.1")
+  rows = []
+  for values in itertools.product(*axes.values()):
+    changes = dict(zip(axes, values, strict=True))
+    label = ", ".join(f"{name} = {shown(value)}" for name, value in changes.items())
+    rows.append(Row(label=label, changes=changes))
+  own = {field: field_of(base, field) for field in axes}
+  first = next((i for i, row in enumerate(rows) if row.changes == own), 0)
+  return Table(name="grid", title=" × ".join(axes), rows=tuple(rows), base=first)
+
+
+def shown(value: Any) -> str:
+  """A value as a label has it."""
+  return " + ".join(map(shown, value)) if isinstance(value, tuple) else str(value)
+
+
+def field_of(config: ConfigDict, field: str) -> Any:
+  """The value of a field, or its section, by its dotted path.
+
+  Raises:
+    UserError: the config has none of this name; the message says which is near.
+  """
+  guesses.check_key(config, field)
+  value: Any = config
+  for part in field.split("."):
+    value = value[part]
+  return value
+
+
+def _read_values(field: str, text: str, base: ConfigDict) -> list[Any]:
+  present = field_of(base, field)
+  if isinstance(present, ConfigDict):
+    raise UserError(f"--grid: {field} is a section, not a field; it has {', '.join(present) or 'no field'}")
+  if field == "seed":
+    raise UserError("--grid has seed; the seeds of every row are --seeds=0,1,2")
+  try:
+    values = list(ast.literal_eval(f"[{text}]"))
+  except (ValueError, SyntaxError):
+    values = [part.strip() for part in text.split(",")]
+  values = [_of_type(field, value, present) for value in values]
+  for i, value in enumerate(values):
+    if value in values[:i]:
+      raise UserError(f"--grid: {field} has {value!r} twice, which would be two runs of one name; give each value once")
+  return values
+
+
+def _of_type(field: str, value: Any, present: Any) -> Any:
+  if isinstance(present, bool) and str(value).lower() in ("true", "false"):
+    return str(value).lower() == "true"
+  if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if isinstance(present, tuple) and isinstance(value, list):
+    return tuple(value)
+  if type(value) is not type(present):
+    raise UserError(
+      f"--grid: {field} has {value!r}; it should be of type {type(present).__name__}, like the base's {present!r}"
+    )
+  return value

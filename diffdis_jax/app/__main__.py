@@ -1,0 +1,195 @@
+"""Serves a page on this machine, to draw, classify and search with a run, and to look inside of it.
+
+  python -m diffdis_jax.app --workdir=DIR [--data=PREPARED_DIR --split=S]
+
+It needs the extra `app`: pip install -e '.[app]' in the repository's folder. The page is at http://127.0.0.1:7860 and
+is seen by this machine alone, unless --host says otherwise. It has the tabs that the run can serve: of a run without
+generation, all but draw; of a CLIP, classify and search.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError
+from typing import Any
+
+import jax
+from absl import flags, logging
+
+from diffdis_jax import config as run_config
+from diffdis_jax import inference
+from diffdis_jax.app import player as players
+from diffdis_jax.app import search
+from diffdis_jax.app.limits import Limits
+from diffdis_jax.common import cli
+from diffdis_jax.data import sources
+from diffdis_jax.errors import UserError, not_installed
+from diffdis_jax.evals import prompts
+from diffdis_jax.parallel import sharding
+from diffdis_jax.run import checkpoint
+
+FLAGS = flags.FLAGS
+BATCH_SIZE = 16
+
+
+def define_flags() -> None:
+  """The command line. Defined on call, so that two verbs can be imported side by side."""
+  limits = Limits()
+  flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+  flags.DEFINE_string("data", None, "folder written by prepare_data to search; by default the run's first evaluation's")
+  flags.DEFINE_string("split", None, "split of --data")
+  flags.DEFINE_integer("num_images", 2000, "images of it that are searched", lower_bound=1)
+  flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0 shows the page to the network")
+  flags.DEFINE_integer("port", 7860, "port to listen at; 0 takes a free one", lower_bound=0, upper_bound=65535)
+  flags.DEFINE_list("allowed_hosts", [], "names by which the page is asked for besides, such as that of a proxy")
+  flags.DEFINE_float("upload_mb", limits.upload_mb, "largest upload, MB")
+  flags.DEFINE_float("uploads_mb", limits.uploads_mb, "of all uploads that are kept, MB; the oldest are deleted")
+  flags.DEFINE_float("megapixels", limits.megapixels, "largest uploaded image, millions of pixels")
+  flags.DEFINE_float("seconds", limits.seconds, "after which a request is ended")
+  flags.DEFINE_integer("waiting", limits.waiting, "requests that may wait; further ones are refused")
+  flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
+  flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  if importlib.util.find_spec("gradio") is None:
+    raise not_installed("the page", "gradio", "app")
+  limits = Limits(
+    upload_mb=FLAGS.upload_mb,
+    uploads_mb=FLAGS.uploads_mb,
+    megapixels=FLAGS.megapixels,
+    seconds=FLAGS.seconds,
+    waiting=FLAGS.waiting,
+  )
+  cli.compilation_cache(FLAGS.workdir)
+  serve(
+    FLAGS.workdir,
+    limits,
+    data=FLAGS.data,
+    split=FLAGS.split,
+    num_images=FLAGS.num_images,
+    step=FLAGS.step,
+    ema=FLAGS.ema,
+    host=FLAGS.host,
+    port=FLAGS.port,
+    allowed_hosts=FLAGS.allowed_hosts,
+  )
+
+
+def serve(
+  run: str,
+  limits: Limits,
+  *,
+  data: str | None,
+  split: str | None,
+  num_images: int,
+  step: int | None,
+  ema: bool,
+  host: str,
+  port: int,
+  allowed_hosts: Sequence[str] = (),
+) -> None:
+  """Serves the page until it is told to stop.
+
+  Args:
+    run: a workdir.
+    limits: of requests.
+    data, split: prepared folder to search; None takes what the run's config measures on.
+    num_images: of it.
+    step: which checkpoint; None takes the newest.
+    ema: averaged weights, where the run keeps them.
+    host, port: where to listen.
+    allowed_hosts: names by which the page is asked for, beside its address.
+
+  Raises:
+    UserError: no such run, data or checkpoint, a run that no tab can serve, or nobody can listen there.
+  """
+  config = run_config.load(run)
+  players.tabs(config.objectives)
+  step, ema = checkpoint.choose(run, step, ema=ema)
+  source = open_data(config.evals.to_dict(), data, split, image_size=config.image_size)
+  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+  model, params = inference.load(run, step=step, ema=ema, batch_size=BATCH_SIZE, mesh=mesh)
+  player = players.Player(model, params, seconds=limits.seconds)
+  index = None
+  if source is not None and "search" in player.tabs:
+    index = search.Index(player, source, num_images)
+
+  from diffdis_jax.app import uploads
+
+  preparing = threading.Thread(target=prepare, args=(player, index), name="prepare")
+  with uploads.folder() as folder:
+    from diffdis_jax.app import page, server
+
+    contents = contents_of(config, f"{run}, checkpoint {step}{', averaged weights' if ema else ''}")
+    blocks = page.build(player, index, limits, contents)
+    preparing.start()
+    try:
+      server.serve(blocks, limits, folder=folder, host=host, port=port, allowed_hosts=allowed_hosts)
+    finally:
+      player.close()
+      preparing.join()
+
+
+def prepare(player: players.Player, index: search.Index | None) -> None:
+  """Compiles what answers take, then embeds the images to search, while the page is there already."""
+  try:
+    player.warm_up()
+    logging.info("every program is compiled")
+  except (UserError, RuntimeError, CancelledError) as error:  # too large, or closed meanwhile
+    if not player.closed.is_set():
+      logging.warning("the model does not answer: %s", error)
+    return
+  if index is not None:
+    index.fill()
+
+
+def open_data(
+  evals: Mapping[str, Any], data: str | None, split: str | None, *, image_size: int
+) -> sources.Source | None:
+  """What is searched: the folder, or else the first data set that the run's config measures on; None without either.
+
+  Raises:
+    UserError: no such folder or split.
+  """
+  if data:
+    if not split:
+      raise UserError("--data needs --split, the name of one of its splits")
+    return sources.open_source(name="pairs", path=data, split=split, image_size=image_size)
+  if split:
+    raise UserError("--split is a split of --data; give --data too")
+  section = next((section["data"] for section in evals.values() if "data" in section), None)
+  if section is None:
+    return None
+  try:
+    return sources.open_source(**section)
+  except UserError as error:
+    logging.warning("no images to search: %s; give --data and --split", error)
+    return None
+
+
+def contents_of(config: Any, about: str) -> Any:
+  """What the page's fields begin with: prompts, class names and templates of the run's own config."""
+  from diffdis_jax.app import page
+
+  zero_shot = next((each for each in config.evals.to_dict().values() if each["task"] == "zero_shot"), {})
+  names, templates = zero_shot.get("classnames", ()), zero_shot.get("templates", ())
+  named = not isinstance(names, str) and names
+  how = inference.read_sampling(config.inference.to_dict())
+  return page.Contents(
+    title=about,
+    about=about,
+    prompt=config.sample_prompts[0] if config.sample_prompts else "a red star",
+    names=", ".join(names) if named else "cat, dog, horse",
+    template=templates[0] if templates and not isinstance(templates, str) else prompts.TEMPLATES[0],
+    steps=how.generation_steps,
+    guidance=how.generation_guidance,
+  )
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)

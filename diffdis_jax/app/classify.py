@@ -1,0 +1,107 @@
+"""The tab *classify*: an image among class names that the user types."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from diffdis_jax.app import charts
+from diffdis_jax.app.draw import MOST_SEED
+from diffdis_jax.app.limits import Limits, last_within, read_image, read_names, read_template, read_whole
+from diffdis_jax.app.player import Player
+from diffdis_jax.data import transforms
+from diffdis_jax.evals import prompts
+
+MOST_DRAWS = 64
+SHOWN = 12  # names, of which the likeliest come first
+
+
+class Guess(NamedTuple):
+  """A class name's share of the softmax over τ ⟨ê_0, e⟩.
+
+  Attributes:
+    name: as typed.
+    share: of the query averaged over the draws.
+    low, high: least and most of it among the draws taken alone.
+    firsts: of how many draws taken alone it is the likeliest.
+  """
+
+  name: str
+  share: float
+  low: float
+  high: float
+  firsts: int
+
+
+def guesses(
+  names: Sequence[str],
+  texts: Float[np.ndarray, "n d"],
+  queries: Float[np.ndarray, "k d"],
+  temperature: float,
+) -> list[Guess]:
+  """The names, likeliest first.
+
+  Args:
+    names: of the classes.
+    texts: their text queries e, L2-normalised.
+    queries: ê_0 of each draw of the noise, L2-normalised.
+    temperature: τ of the contrastive loss.
+  """
+  alone = _softmax(temperature * queries @ texts.T)
+  mean = queries.mean(axis=0)
+  share = _softmax(temperature * (mean / np.linalg.norm(mean)) @ texts.T)
+  firsts = np.bincount(alone.argmax(axis=1), minlength=len(names))
+  order = np.argsort(-share, kind="stable")
+  columns = share, alone.min(axis=0), alone.max(axis=0)
+  shares = np.stack(columns, axis=1).tolist()
+  return [Guess(names[int(i)], *shares[int(i)], firsts=int(firsts[i])) for i in order]
+
+
+def _softmax(logits: Float[np.ndarray, "*b n"]) -> Float[np.ndarray, "*b n"]:
+  odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+  return odds / odds.sum(axis=-1, keepdims=True)
+
+
+def read_square(path: str | os.PathLike[str] | None, player: Player, limits: Limits) -> UInt8[np.ndarray, "s s 3"]:
+  """An upload's central square, as evaluations cut it. Raises UserError: as `read_image`."""
+  return np.asarray(transforms.resize(read_image(path, limits), player.network.image_size))
+
+
+def answer(
+  player: Player,
+  limits: Limits,
+  path: str | os.PathLike[str] | None,
+  names: str | None,
+  template: str | None,
+  draws: Any,
+  seed: Any,
+) -> Iterator[str]:
+  """HTML with the bars.
+
+  Raises:
+    UserError: no usable image, a field out of its range, or no more time.
+  """
+  classes = read_names(names, limits)
+  filled = read_template(template, limits)
+  whole_draws = read_whole("draws", draws, at_least=1, at_most=MOST_DRAWS)
+  whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
+  square = read_square(path, player, limits)
+  texts = player.text_queries([prompts.fill(filled, name) for name in classes])
+  queries = last_within(limits.seconds, player.image_queries(square, seed=whole_seed, draws=whole_draws))
+  yield show(guesses(classes, texts, queries, player.temperature), draws=len(queries))
+
+
+def show(found: Sequence[Guess], *, draws: int) -> str:
+  """The likeliest names as bars, with the spread of the draws."""
+  note = lambda guess: f"first in {guess.firsts}/{draws}" if draws > 1 else ""
+  rows = [charts.Bar(guess.name, guess.share, guess.low, guess.high, note(guess)) for guess in found[:SHOWN]]
+  whiskers = (
+    f" The whiskers go from the least to the most of {draws} draws of the noise, each alone." if draws > 1 else ""
+  )
+  rest = f" {len(found) - SHOWN} less likely names are left out." if len(found) > SHOWN else ""
+  said = f"{found[0].name}: {found[0].share:.1%}."
+  return charts.block(charts.line(said + whiskers + rest), charts.bars(rows))

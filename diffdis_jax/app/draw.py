@@ -1,0 +1,64 @@
+"""The tab *draw*: an image from a prompt, while it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from diffdis_jax.app import charts
+from diffdis_jax.app.limits import Limits, read_text, read_whole, within
+from diffdis_jax.app.player import Drawing, Player
+from diffdis_jax.errors import check_number
+
+MOST_STEPS = 200
+MOST_GUIDANCE = 30
+MOST_SEED = 2**31 - 1
+FRAMES = 20  # shown of one drawing; decoding a latent costs about as much as a step
+
+
+def answer(
+  player: Player,
+  limits: Limits,
+  prompt: str | None,
+  seed: Any,
+  steps: Any,
+  guidance_scale: Any,
+) -> Iterator[str]:
+  """HTML after each step that is shown; the last one has the image.
+
+  Raises:
+    UserError: a field out of its range, or no more time.
+  """
+  prompt = read_text(prompt, "prompt", limits)
+  whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
+  whole_steps = read_whole("steps", steps, at_least=1, at_most=MOST_STEPS)
+  check_number("guidance", guidance_scale, at_least=0, at_most=MOST_GUIDANCE)
+  drawings = player.draw(
+    prompt, seed=whole_seed, steps=whole_steps, guidance_scale=float(guidance_scale), frames=FRAMES
+  )
+  yield charts.block(charts.line(f"Step 0 of {whole_steps}"), charts.progress(0, whole_steps))
+  shown: list[Drawing] = []
+  for drawing in within(limits.seconds, drawings):
+    shown.append(drawing)
+    yield show(shown, prompt)
+
+
+def show(drawings: Sequence[Drawing], prompt: str) -> str:
+  """Side by side, after the last of these steps, what is there, the emptied prediction and the guided one; below, the
+  two predictions after each of them."""
+  drawing = drawings[-1]
+  done = drawing.step == drawing.steps
+  where = f"{drawing.steps} steps" if done else f"Step {drawing.step} of {drawing.steps}, t = {drawing.t}"
+  return charts.block(
+    charts.line(where),
+    charts.progress(drawing.step, drawing.steps),
+    charts.row(
+      [
+        charts.figure(drawing.noisy, prompt if done else "So far", "the image" if done else "z_t, decoded"),
+        charts.figure(drawing.emptied, "Emptied", "what the network makes of z_t without the prompt"),
+        charts.figure(drawing.guided, "Guided", "what it makes of z_t with the prompt and guidance"),
+      ]
+    ),
+    charts.line("Over the steps, by t: the emptied prediction above, the guided one below."),
+    charts.strip([(str(each.t), (each.emptied, each.guided)) for each in drawings]),
+  )

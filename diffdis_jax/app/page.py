@@ -1,0 +1,257 @@
+"""The page: the tabs that a run can serve, laid out in Gradio. What a tab answers is in the file of its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+from gradio import themes
+
+from diffdis_jax.app import charts, classify, draw, inside, search
+from diffdis_jax.app.limits import Limits
+from diffdis_jax.app.player import Player
+from diffdis_jax.errors import UserError
+
+PICKS = 12  # images of the folder that can be picked
+KEPT = 3600  # seconds for which an upload stays on disk
+# No font from elsewhere: the page asks this machine alone.
+FONT = ["system-ui", "sans-serif"]
+MONOSPACE = ["ui-monospace", "monospace"]
+CSS = (
+  charts.CSS
+  + """
+.gradio-container { width: 100% !important; max-width: 1180px !important; margin: 0 auto !important; }
+.head h1 { margin-bottom: 2px; } .head p { color: var(--body-text-color-subdued); }
+.picks .grid-wrap { overflow: visible !important; max-height: none !important; min-height: 0 !important; }
+.picks .grid-wrap { height: auto !important; padding: 8px; }
+.picks .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; gap: 8px; }
+.picks .grid-container { grid-template-rows: none !important; }
+.picks, .picks > * { min-height: 0 !important; height: auto !important; }
+.picks .thumbnail-lg, .picks .thumbnail-item { min-width: 0; width: 100%; height: auto; aspect-ratio: 1; }
+.upload img { object-fit: contain; }
+@media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
+"""
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contents:
+  """What the page begins with.
+
+  Attributes:
+    title: of the run.
+    about: a line about it.
+    prompt: that is drawn first.
+    names: class names, as they stand in their field.
+    template: of the names.
+    steps, guidance: of drawing.
+  """
+
+  title: str
+  about: str
+  prompt: str
+  names: str
+  template: str
+  steps: int
+  guidance: float
+
+
+def build(player: Player, index: search.Index | None, limits: Limits, contents: Contents) -> gr.Blocks:
+  """The page; `queue` and `launch` are the caller's."""
+  page = gr.Blocks(title=f"DiffDis: {contents.title}", analytics_enabled=False, delete_cache=(KEPT, KEPT))
+  with page:
+    gr.Markdown(f"# DiffDis\n{html.escape(contents.about)}", elem_classes="head")
+    picks = _picks(index)
+    with gr.Tabs():
+      for name in player.tabs:
+        if name == "search" and index is None:
+          continue
+        with gr.Tab(name.capitalize(), id=name, render_children=True):
+          if name == "draw":
+            _draw_tab(player, limits, contents)
+          elif name == "classify":
+            _classify_tab(player, limits, contents, picks)
+          elif name == "search" and index is not None:
+            _search_tab(player, index, limits, picks)
+          elif name == "inside":
+            _inside_tab(player, limits, contents, picks)
+  return page.queue(max_size=limits.waiting, default_concurrency_limit=limits.at_once)
+
+
+def theme() -> themes.Base:
+  """Colours and fonts."""
+  return themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONT, font_mono=MONOSPACE)
+
+
+def said(answer: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
+  """The answer, whose UserError the page shows as a message."""
+
+  @functools.wraps(answer)
+  def shown(*inputs: Any) -> Iterator[str]:
+    try:
+      yield from answer(*inputs)
+    except UserError as error:
+      raise gr.Error(html.escape(str(error)), title="This cannot be done", print_exception=False) from error
+
+  return shown
+
+
+def _answer(name: str) -> gr.HTML:
+  """Where a tab's answer stands."""
+  return gr.HTML(elem_classes="answer", elem_id=f"{name}-answer")
+
+
+def _ask(
+  button: gr.Button, answer: Callable[..., Iterator[str]], inputs: Sequence[Any], output: gr.HTML, *, name: str
+) -> None:
+  """The button, and the return key in a field of one line, ask."""
+  fields = [field.submit for field in inputs if isinstance(field, gr.Textbox) and field.lines == 1]
+  gr.on(
+    [button.click, *fields],
+    said(answer),
+    inputs,
+    output,
+    api_name=name,
+    show_progress="minimal",
+    trigger_mode="once",
+    concurrency_id="model",
+  )
+
+
+def _picks(index: search.Index | None) -> list[Any]:
+  """Images of the folder, at even distances."""
+  if index is None:
+    return []
+  places = range(0, len(index.indices), max(1, len(index.indices) // PICKS))
+  return [index.record(place)[0] for place in places[:PICKS]]
+
+
+def _unchecked(field: Any) -> Any:
+  """A slider or number that hands on whatever is sent: the answers check it, and say what would be right."""
+  field.preprocess = lambda value: value
+  return field
+
+
+def _slider(label: str, least: float, most: float, value: float, *, step: float = 1) -> Any:
+  return _unchecked(gr.Slider(least, most, value, step=step, label=label))
+
+
+def _unopened(upload: Any) -> str | None:
+  """The path of an uploaded file, which nobody has opened yet."""
+  if upload is not None and upload.path is None:
+    raise gr.Error("an image is uploaded as a file, not as an address", print_exception=False)
+  return None if upload is None else upload.path
+
+
+def _image_field(picks: Sequence[Any], *, name: str) -> gr.Image:
+  """An upload with images to pick below it."""
+  small = "small" if picks and picks[0].shape[0] < charts.PIXELATED else ""
+  field: Any = gr.Image(
+    sources=["upload", "clipboard"],
+    type="filepath",
+    format="png",
+    label="Image",
+    height=240,
+    elem_id=f"{name}-image",
+    elem_classes=["upload", small],
+    buttons=[],
+  )
+  # Gradio would open the file before `limits.read_image` has checked it.
+  field.preprocess = _unopened
+  if picks:
+    gallery = gr.Gallery(
+      list(picks),
+      label="or pick one",
+      show_label=False,
+      columns=6,
+      height="auto",
+      format="png",
+      allow_preview=False,
+      interactive=False,
+      object_fit="cover",
+      buttons=[],
+      elem_id=f"{name}-picks",
+      elem_classes=["picks", small],
+    )
+
+    def pick(event: gr.SelectData) -> Any:
+      return picks[int(event.index)]
+
+    gallery.select(pick, None, field, api_visibility="private", show_progress="hidden")
+  return field
+
+
+def _seed() -> Any:
+  return _unchecked(gr.Number(0, label="Seed", precision=0, minimum=0, maximum=draw.MOST_SEED))
+
+
+def _text(value: str, label: str, limits: Limits, *, lines: int = 1, texts: int = 1, info: str = "") -> gr.Textbox:
+  return gr.Textbox(
+    value, label=label, lines=lines, max_lines=max(lines, 1), max_length=limits.characters * texts, info=info or None
+  )
+
+
+def _draw_tab(player: Player, limits: Limits, contents: Contents) -> None:
+  prompt = _text(contents.prompt, "Prompt", limits)
+  with gr.Row():
+    steps = _slider("Steps", 1, draw.MOST_STEPS, contents.steps)
+    scale = _slider("Guidance", 0, draw.MOST_GUIDANCE, contents.guidance, step=0.5)
+    seed = _seed()
+  button = gr.Button("Draw", variant="primary", elem_id="draw-button")
+  _ask(
+    button, functools.partial(draw.answer, player, limits), [prompt, seed, steps, scale], _answer("draw"), name="draw"
+  )
+
+
+def _classify_tab(player: Player, limits: Limits, contents: Contents, picks: Sequence[Any]) -> None:
+  with gr.Row():
+    with gr.Column(scale=2, min_width=300):
+      image = _image_field(picks, name="classify")
+    with gr.Column(scale=3, min_width=300):
+      names, template = _names_fields(limits, contents)
+      with gr.Row(visible=not player.network.is_clip):
+        draws = _slider("Noise draws", 1, classify.MOST_DRAWS, 8)
+        seed = _seed()
+      button = gr.Button("Classify", variant="primary", elem_id="classify-button")
+      inputs = [image, names, template, draws, seed]
+      _ask(button, functools.partial(classify.answer, player, limits), inputs, _answer("classify"), name="classify")
+
+
+def _names_fields(limits: Limits, contents: Contents) -> tuple[gr.Textbox, gr.Textbox]:
+  names = _text(contents.names, "Class names", limits, lines=3, texts=limits.names, info="with commas between them")
+  return names, _text(contents.template, "Template", limits, info="{} is the name")
+
+
+def _search_tab(player: Player, index: search.Index, limits: Limits, picks: Sequence[Any]) -> None:
+  with gr.Row():
+    with gr.Column(scale=2, min_width=300):
+      text = _text("", "By text", limits)
+      by_text = gr.Button("Search by text", variant="primary", elem_id="search-text-button")
+      image = _image_field(picks, name="search")
+      by_image = gr.Button("Search by image", elem_id="search-image-button")
+    with gr.Column(scale=3, min_width=300):
+      output = _answer("search")
+  _ask(by_text, functools.partial(search.by_text, player, index, limits), [text], output, name="search_text")
+  _ask(by_image, functools.partial(search.by_image, player, index, limits), [image], output, name="search_image")
+
+
+def _inside_tab(player: Player, limits: Limits, contents: Contents, picks: Sequence[Any]) -> None:
+  with gr.Row():
+    with gr.Column(scale=2, min_width=300):
+      image = _image_field(picks, name="inside")
+    with gr.Column(scale=3, min_width=300):
+      names, template = _names_fields(limits, contents)
+      with gr.Row():
+        steps = _slider("Steps", 1, inside.MOST_STEPS, 10)
+        draws = _slider("Noise draws", 1, inside.MOST_DRAWS, 8)
+        seed = _seed()
+      button = gr.Button("Look inside", variant="primary", elem_id="inside-button")
+  inputs = [image, names, template, steps, draws, seed]
+  _ask(button, functools.partial(inside.answer, player, limits), inputs, _answer("inside"), name="inside")

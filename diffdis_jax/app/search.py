@@ -1,0 +1,129 @@
+"""The tab *search*: images of a prepared folder by text, and by image."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float, UInt8
+
+from diffdis_jax.app import charts
+from diffdis_jax.app.classify import read_square
+from diffdis_jax.app.limits import Limits, last_within, read_text
+from diffdis_jax.app.player import Player
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import base
+
+FOUND = 12  # images of an answer
+SEED = 0  # of the images' noise
+
+
+class Hit(NamedTuple):
+  """A record of the folder by its place among those that are searched, with ⟨ê_0, e⟩ or ⟨ê_0, ê_0'⟩."""
+
+  place: int
+  score: float
+
+
+class Index:
+  """Images of a source with their queries, which a thread embeds while requests are answered.
+
+  Args:
+    player: whose model embeds.
+    source: as `data.sources.open_source` gives it.
+    num_images: that are searched, always the same ones; None for all.
+
+  Raises:
+    UserError: the source has no record.
+  """
+
+  def __init__(self, player: Player, source: Any, num_images: int | None):
+    self._player, self.source = player, source
+    self.indices = base.subset(len(source), num_images)
+    self._queries = np.zeros((len(self.indices), 0), np.float32)
+    self.embedded = 0
+    self._error = ""
+    self._begun = threading.Event()  # some are embedded, or none will be
+
+  def fill(self) -> None:
+    """Embeds all, a batch a turn of the model. An image that cannot be read ends it, and searches then say so."""
+    size = self._player.model.batch_size
+    try:
+      for start in range(0, len(self.indices), size):
+        if self._player.closed.is_set():
+          return
+        images = base.Images(self.source, self.indices[start : start + size], self._player.network.image_size)
+        queries = self._player.embed_images(images, seed=SEED + start)
+        if not self.embedded:
+          self._queries = np.zeros((len(self.indices), queries.shape[1]), np.float32)
+        self._queries[start : start + len(queries)] = queries
+        self.embedded = start + len(queries)
+        self._begun.set()
+      logging.info("%d images can be searched", self.embedded)
+    except (UserError, RuntimeError, CancelledError) as error:  # the latter two of a model that is closed
+      self._error = str(error)
+      if not self._player.closed.is_set():
+        logging.warning("the search ends after %d images: %s", self.embedded, error)
+    finally:
+      self._begun.set()
+
+  def nearest(self, query: Float[np.ndarray, " d"], count: int, *, seconds: float = 0.0) -> list[Hit]:
+    """The images with the highest inner products, best first, of those that are embedded by now.
+
+    Args:
+      seconds: to wait for the first ones.
+
+    Raises:
+      UserError: none is embedded yet.
+    """
+    self._begun.wait(seconds)
+    done = self.embedded
+    if not done:
+      raise UserError(self._error or "no image is embedded yet; try again in a moment")
+    scores = self._queries[:done] @ query
+    return [Hit(int(place), float(scores[place])) for place in np.argsort(-scores, kind="stable")[:count]]
+
+  def record(self, place: int) -> tuple[UInt8[np.ndarray, "s s 3"], str]:
+    """The image's central square, and what the record calls it."""
+    record = base.read(self.source, self.indices[place])
+    side = self._player.network.image_size
+    return base.to_square(record["image"], side), name_of(record)
+
+  def state(self) -> str:
+    """How far embedding is."""
+    done, total = self.embedded, len(self.indices)
+    if done == total:
+      return f"{total:,} images are searched."
+    return f"{done:,} of {total:,} images are searched so far. {self._error}".strip()
+
+
+def name_of(record: Mapping[str, Any]) -> str:
+  """A record's caption, or else its class or its key."""
+  return next((value for field in ("caption", "class", "key") if isinstance(value := record.get(field), str)), "")
+
+
+def by_text(player: Player, index: Index, limits: Limits, text: str | None) -> Iterator[str]:
+  """HTML with the images that fit the text best. Raises UserError: no text, too long, or nothing embedded yet."""
+  yield show(index, player.text_queries([read_text(text, "text", limits)])[0], seconds=limits.seconds)
+
+
+def by_image(player: Player, index: Index, limits: Limits, path: str | None) -> Iterator[str]:
+  """HTML with the images nearest to an upload. Raises UserError: no usable image, or nothing embedded yet."""
+  square = read_square(path, player, limits)
+  draws = player.model.sampling.draws
+  queries = last_within(limits.seconds, player.image_queries(square, seed=SEED, draws=draws))
+  mean = queries.mean(axis=0)
+  yield show(index, mean / np.linalg.norm(mean), seconds=limits.seconds)
+
+
+def show(index: Index, query: Float[np.ndarray, " d"], *, seconds: float) -> str:
+  """The nearest images with their captions and scores; waits so long for the first that are embedded."""
+  figures = []
+  for hit in index.nearest(query, FOUND, seconds=seconds):
+    image, name = index.record(hit.place)
+    figures.append(charts.figure(image, name, f"{hit.score:.3f}"))
+  return charts.block(charts.line(index.state()), charts.row(figures), least=120)

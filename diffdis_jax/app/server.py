@@ -1,0 +1,84 @@
+"""Serves the page on this machine until it is asked to end."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import gradio as gr
+from absl import logging
+from starlette.middleware import Middleware
+
+from diffdis_jax.app import page
+from diffdis_jax.app.body_limit import BodyLimit
+from diffdis_jax.app.limits import Limits
+from diffdis_jax.app.same_site import SameSite
+from diffdis_jax.app.uploads import Quota
+from diffdis_jax.errors import UserError
+
+AROUND = 100_000  # bytes of a form around the file in it
+
+
+def serve(
+  blocks: gr.Blocks, limits: Limits, *, folder: pathlib.Path, host: str, port: int, allowed_hosts: Sequence[str]
+) -> None:
+  """Serves until SIGINT or SIGTERM.
+
+  Args:
+    blocks: the page, with its queue.
+    limits: of uploads.
+    folder: of them.
+    host: address to listen at.
+    port: 0 for any that is free.
+    allowed_hosts: names by which the page is asked for, beside its address.
+
+  Raises:
+    UserError: nobody can listen there.
+  """
+  stop = threading.Event()
+
+  def asked(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    stop.set()
+
+  before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+  upload, uploads = int(limits.upload_mb * 1e6), int(limits.uploads_mb * 1e6)
+  middleware: list[Any] = [
+    Middleware(SameSite, listens_at=host, names=allowed_hosts),
+    Middleware(BodyLimit, limit=upload + AROUND, total=uploads + AROUND, seconds=limits.seconds),
+    Middleware(Quota, folder=folder, limit=uploads, seconds=limits.seconds),
+  ]
+  try:
+    _, address, _ = blocks.launch(
+      server_name=host,
+      server_port=port or _free_port(host),
+      prevent_thread_lock=True,
+      quiet=True,
+      share=False,
+      ssr_mode=False,
+      max_file_size=upload,
+      footer_links=[],
+      run_history=False,
+      state_session_capacity=limits.at_once + limits.waiting,
+      theme=page.theme(),
+      css=page.CSS,
+      app_kwargs={"middleware": middleware},
+    )
+    logging.info("the page is at %s; Ctrl-C ends it", address)
+    stop.wait()
+  except OSError as error:
+    raise UserError(f"cannot listen at {host}, port {port}: {error}; take another --port or --host") from error
+  finally:
+    blocks.close(verbose=False)
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def _free_port(host: str) -> int:
+  with socket.create_server((host, 0)) as server:
+    return server.getsockname()[1]

@@ -1,0 +1,158 @@
+"""Times the joint step against its two single tasks, in one run on one machine.
+
+  python -m diffdis_jax.benchmark --config=configs/benchmark.py --out=benchmark.json
+
+What takes turns is timed round by round, so that a machine whose speed drifts does so for all of it alike. With
+--preflight=F.json, which `preflight --out` wrote of the same config, the step stands beside what that said of it.
+
+  python -m diffdis_jax.benchmark data --config=configs/diffdis_cc3m.py:runlocal --out=data.json
+
+times the data's way from tars to batches instead; the config is the model whose steps wait for it.
+
+  python -m diffdis_jax.benchmark table6 --config=configs/table6.py[:small=True] --out=table6.json
+
+times what the paper's Table 6 has, of CLIP, Stable Diffusion and DiffDis, and writes the table to table6.md beside it.
+
+  python -m diffdis_jax.benchmark peer --config=configs/benchmark.py --out=peer.json
+
+times the config's UNet, forwards and backwards, against diffusers' with the same weights under PyTorch.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from diffdis_jax import inference
+from diffdis_jax.benchmark import data, peer, steps, table6
+from diffdis_jax.common import cli, files
+from diffdis_jax.data.build import read_data
+from diffdis_jax.errors import UserError
+from diffdis_jax.method.network import Network
+from diffdis_jax.parallel import sharding
+from diffdis_jax.run import provenance
+from diffdis_jax.training.build import build_step, plain
+
+
+def main(argv: Sequence[str]) -> None:
+  if argv[1:] not in ([], ["data"], ["table6"], ["peer"]):
+    raise UserError(
+      f"unexpected argument {argv[1]!r}; python -m diffdis_jax.benchmark [data|table6|peer] --config=... --out=..."
+    )
+  kind = argv[1] if argv[1:] else "steps"
+  if ("models" in FLAGS.config) != (kind == "table6"):
+    raise UserError("table6 takes --config=configs/table6.py, the other benchmarks the config of one model")
+  cli.compilation_cache()
+  cli.use_all_cores()
+  files.check_out(FLAGS.out)
+  if kind == "table6" and FLAGS.out.endswith(".md"):
+    raise UserError(f"--out={FLAGS.out} should end in .json; the table is written beside it, as .md")
+  if FLAGS.scratch is not None and not os.path.isdir(FLAGS.scratch):
+    raise UserError(f"no folder --scratch={FLAGS.scratch}; create it first")
+  if kind == "peer":  # before jax has its devices: else it leaves PyTorch no memory of a GPU
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  made = provenance.provenance(origin(FLAGS.config))
+  if kind == "table6":
+    models = table6_models(FLAGS.config, sharding.make_mesh(**FLAGS.config.mesh))
+    with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
+      results = table6.time_table6(
+        models,
+        pathlib.Path(folder),
+        images=FLAGS.images,
+        rounds=FLAGS.rounds,
+        generated=FLAGS.config.generated,
+        classified=FLAGS.config.classified,
+      )
+  else:
+    results = dict(steps=time_steps, data=time_data, peer=time_peer)[kind](FLAGS.config)
+  files.write_out(FLAGS.out, files.as_json({**results, "provenance": made}))
+  if kind == "table6":
+    files.write_out(f"{FLAGS.out.removesuffix('.json')}.md", table6.markdown(results))
+
+
+def origin(config: ConfigDict) -> dict[str, Any]:
+  """Of what is timed, for the record; of several models by their names."""
+  if "models" in config:
+    return {name: provenance.of_config(each) for name, each in config.models.items()}
+  return provenance.of_config(config)
+
+
+def time_steps(config: ConfigDict) -> dict[str, Any]:
+  """The joint step and its two single tasks, the config's beside preflight's word where there is one."""
+  mesh, trainers, planned = sharding.make_mesh(**config.mesh), {}, None
+  if FLAGS.preflight:
+    report, size = read_preflight(FLAGS.preflight), config.batch_size
+    planned = steps.preflighted(report, config.objectives, batch_size=size, chips=mesh.size)
+  for name, objectives in steps.OBJECTIVES.items():
+    config.objectives = objectives
+    trainers[name] = build_step(config, mesh)
+  results = steps.time_steps(trainers, batch_size=config.batch_size, rounds=FLAGS.rounds)
+  if planned:
+    name, train = planned
+    results["preflight"] = steps.beside_preflight(name, train, results["seconds"][name])
+  return results
+
+
+def read_preflight(path: str) -> dict[str, Any]:
+  """What `preflight --out` wrote."""
+  try:
+    return dict(files.read_json(path))
+  except (UserError, ValueError, TypeError) as error:
+    raise UserError(f"--preflight={path} is no file that preflight --out wrote: {error}") from error
+
+
+def time_peer(config: ConfigDict) -> dict[str, Any]:
+  """The UNet and diffusers'."""
+  return peer.time_peer(Network.of(config), batch_size=config.batch_size, rounds=FLAGS.rounds)
+
+
+def time_data(config: ConfigDict) -> dict[str, Any]:
+  """The data's way, in a temporary folder under --scratch."""
+  trainer = build_step(config, sharding.make_mesh(**config.mesh))
+  with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
+    return data.benchmark_data(
+      trainer,
+      read_data(config),
+      pathlib.Path(folder),
+      batch_size=config.batch_size,
+      images=FLAGS.images,
+      num_pairs=FLAGS.pairs,
+      rounds=FLAGS.rounds,
+    )
+
+
+def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:
+  """Those that configs/table6.py names. Nothing is allocated."""
+  models = {}
+  for name, each in config.models.items():
+    step = build_step(each, mesh)
+    sampling = inference.read_sampling(each.inference.to_dict())
+    models[name] = table6.Model(
+      step=step,
+      counted=build_step(plain(each), mesh),
+      data=read_data(each),
+      inference=inference.Inference(step.network, sampling, mesh=mesh, batch_size=each.batch_size),
+      batch_size=each.batch_size,
+      trained=config.trained[name],
+    )
+  return models
+
+
+FLAGS = flags.FLAGS
+
+if __name__ == "__main__":
+  cli.config_flag()
+  flags.DEFINE_string("out", None, "JSON file to write", required=True)
+  flags.DEFINE_string("preflight", None, "of the steps: the JSON file that preflight --out wrote of the same config")
+  flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)
+  flags.DEFINE_integer("images", 200, "of `data` and `table6`: distinct 512 px JPEGs", lower_bound=data.BATCH)
+  flags.DEFINE_integer("pairs", 200_000, "of `data`: small pairs prepared while memory is watched", lower_bound=1)
+  flags.DEFINE_string("scratch", None, "of `data` and `table6`: folder for a temporary folder, of about 5 kB a pair")
+  cli.run(main, positional=1)

@@ -1,0 +1,167 @@
+"""Times the UNet, forwards and backwards, against diffusers' under PyTorch, in turns, in one process.
+
+Both have the same weights, noised latents and text conditions. On a GPU diffusers' is compiled by `torch.compile`, in
+channels-last layout; on a CPU both use all cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jaxtyping import Array, Float
+
+from diffdis_jax.common.params import Params, flatten, merge
+from diffdis_jax.errors import UserError, not_installed
+from diffdis_jax.interop import mapping, sections
+from diffdis_jax.method.network import Network, abstract_module, initial_state
+from diffdis_jax.models.sections import Model
+from diffdis_jax.models.unet import UNet
+from diffdis_jax.parallel import sharding
+
+Inputs = Mapping[str, np.ndarray]
+# One pass forwards and backwards, finished; returns the predicted noise [b, h, w, c].
+Pass = Callable[[], Float[Any, "b h w c"]]
+
+
+def time_peer(network: Network, *, batch_size: int, rounds: int) -> dict[str, Any]:
+  """Seconds of ours and of diffusers' (median and all rounds), their ratio, and how far their predictions lie apart.
+
+  Args:
+    network: of which the UNet is timed, up path included.
+    batch_size: of both.
+    rounds: timed passes of each; one more warms up.
+
+  Raises:
+    UserError: a network without a UNet, PyTorch or diffusers not installed, or no device that both can use.
+  """
+  model = network.model
+  if not isinstance(model, Model):
+    raise UserError("benchmark peer times a UNet, and this config is a CLIP; take configs/benchmark.py")
+  device, inputs = _device_of_torch(), _inputs(network, model, batch_size)
+  params, ours = _ours(network, model, inputs)
+  ways = {"ours": ours, "diffusers": _theirs(network, model, params, inputs, device)}
+  found = {name: np.asarray(once(), np.float64) for name, once in ways.items()}
+  difference = np.abs(found["ours"] - found["diffusers"]).max() / np.abs(found["diffusers"]).max()
+  seconds: dict[str, list[float]] = {name: [] for name in ways}
+  for index in range(rounds):
+    for name, once in ways.items():
+      begin = time.perf_counter()
+      once()
+      seconds[name].append(time.perf_counter() - begin)
+    logging.info("round %d of %d", index + 1, rounds)
+  median = {name: statistics.median(values) for name, values in seconds.items()}
+  ratio = median["ours"] / median["diffusers"]
+  logging.info("ours %.3f s, diffusers' %.3f s: %.2f times as long", median["ours"], median["diffusers"], ratio)
+  return dict(
+    device=jax.devices()[0].device_kind,
+    dtype=model.dtype,
+    batch_size=batch_size,
+    latents=list(network.latent_shape),
+    parameters=sum(leaf.size for leaf in params.values()),
+    seconds=median,
+    rounds=seconds,
+    ours_over_diffusers=ratio,
+    largest_difference=float(difference),
+  )
+
+
+def _device_of_torch() -> str:
+  try:
+    import diffusers  # noqa: F401
+    import torch
+  except ImportError as error:
+    raise not_installed("benchmark peer", str(error.name), "torch") from error
+  backend = jax.default_backend()
+  if backend == "cpu":
+    return "cpu"
+  if backend == "gpu" and torch.cuda.is_available():
+    return "cuda"
+  raise UserError(f"JAX computes on {backend}, which this PyTorch cannot; install a PyTorch for it, or JAX for CPUs")
+
+
+def _inputs(network: Network, model: Model, batch_size: int) -> Inputs:
+  """z_t, t_z, c and the noise to predict."""
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: rng.standard_normal((batch_size, *shape), np.float32)
+  return dict(
+    z=normal(*network.latent_shape),
+    t=rng.integers(0, 1000, batch_size, np.int32),
+    c=normal(network.max_length, model.text_encoder.width),
+    noise=normal(*network.latent_shape),
+  )
+
+
+def _ours(network: Network, model: Model, inputs: Inputs) -> tuple[Params, Pass]:
+  """Fresh parameters of the UNet, and its pass."""
+  build = lambda rngs: UNet(
+    **dataclasses.asdict(model.unet),
+    context_width=model.text_encoder.width,
+    latent_channels=model.autoencoder.latent_channels,
+    remat=model.remat,
+    up_path=True,
+    dtype=network.dtype,
+    rngs=rngs,
+  )
+  graphdef, abstract = abstract_module(build)
+  devices = jax.devices() if jax.default_backend() == "cpu" else jax.devices()[:1]
+  mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1, devices=devices)
+  sharding.check_batch(mesh, len(inputs["z"]), 1)
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  params = jax.jit(lambda key: flatten(initial_state(build, key)), out_shardings=whole)(jax.random.key(0))
+  batch = sharding.to_global(inputs, mesh)
+
+  def loss(params: Params, z: Array, t: Array, c: Array, noise: Array) -> tuple[Array, Array]:
+    prediction = merge(graphdef, abstract, params)(z, t, c)
+    return jnp.mean(jnp.square(noise - prediction)), prediction
+
+  passes = jax.jit(network.traced_for(mesh, jax.value_and_grad(loss, has_aux=True)))
+
+  def once() -> Float[Array, "b h w c"]:
+    (_, prediction), gradients = passes(params, *(batch[name] for name in inputs))
+    jax.block_until_ready(gradients)
+    return prediction
+
+  return params, once
+
+
+def _theirs(network: Network, model: Model, params: Params, inputs: Inputs, device: str) -> Pass:
+  """diffusers' with the same parameters, whose pass computes in the same dtype."""
+  import torch
+  from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+  config = sections.write_unet(
+    dataclasses.asdict(model.unet),
+    latent_channels=model.autoencoder.latent_channels,
+    context_width=model.text_encoder.width,
+    sample_size=network.latent_shape[0],
+  )
+  unet: Any = UNet2DConditionModel.from_config(config)
+  entries = {path: mapping.from_path(f"unet.{path}") for path in params}
+  state = {entry.name: np.array(entry.to_theirs(np.asarray(params[path]))) for path, entry in entries.items()}
+  unet.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+  torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = network.matmul_precision != "highest"
+  nchw = lambda x: torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(device)
+  z, noise = nchw(inputs["z"]), nchw(inputs["noise"])
+  t, c = (torch.from_numpy(inputs[name]).to(device) for name in "tc")
+  run = unet.to(device)
+  if device == "cuda":
+    run = torch.compile(unet.to(memory_format=torch.channels_last))
+
+  def once() -> Float[np.ndarray, "b h w c"]:
+    unet.zero_grad()
+    with torch.autocast(device, torch.bfloat16, enabled=model.dtype == "bfloat16"):
+      prediction = run(z, t, encoder_hidden_states=c).sample
+    torch.mean(torch.square(noise - prediction.float())).backward()
+    if device == "cuda":
+      torch.cuda.synchronize()
+    return prediction.detach().float().cpu().numpy().transpose(0, 2, 3, 1)
+
+  return once

@@ -1,0 +1,250 @@
+"""The paper's Table 6: what training, generation and discrimination cost, of CLIP, Stable Diffusion and DiffDis.
+
+They take turns, round by round, in one process, so that a machine whose speed drifts does so for all of them alike.
+Images are synthetic photographs, which are decoded as those of a data set are. The paper's seconds are of machines and
+numbers of images that it does not state, so that ratios are what can be compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from diffdis_jax.benchmark import data as synthetic
+from diffdis_jax.data import loader, sources
+from diffdis_jax.data.build import Data, open_loader
+from diffdis_jax.data.prepare import builder, parts
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.evals import base
+from diffdis_jax.inference import Inference
+from diffdis_jax.parallel import sharding
+from diffdis_jax.structs import TrainingBatch
+from diffdis_jax.training import flops
+from diffdis_jax.training.step import Step
+
+NAMES = {"clip": "CLIP", "stable_diffusion": "Stable Diffusion", "diffdis": "DiffDis"}
+LOADED_STEPS = 3  # of a round, with the loader
+PROMPTS = 64  # texts that are embedded in a round
+# Of the appendix: hours of training, seconds of generation and of discrimination, zero-shot ImageNet, FID.
+PAPER: dict[str, dict[str, float]] = {
+  "clip": dict(training=31, discrimination=148, zero_shot=21.1),
+  "stable_diffusion": dict(training=32, generation=3530, fid=10.8),
+  "diffdis": dict(training=54, generation=3550, discrimination=252, zero_shot=25.92, fid=9.80),
+}
+# What each figure is over.
+BASES = {"training": "stable_diffusion", "generation": "stable_diffusion", "discrimination": "clip"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+  """One of the three.
+
+  Attributes:
+    step, counted: its training step, and the same as operations are counted in (training/build.plain).
+    data: what it trains on, but for where that lies.
+    inference: of the same network.
+    batch_size: global, of training and of inference.
+    trained: images that a whole training takes.
+  """
+
+  step: Step
+  counted: Step
+  data: Data
+  inference: Inference
+  batch_size: int
+  trained: int
+
+  @property
+  def draws(self) -> bool:
+    return "generation" in self.step.network.objectives
+
+  @property
+  def discriminates(self) -> bool:
+    return bool({"discrimination", "contrastive"} & {*self.step.network.objectives})
+
+
+def time_table6(
+  models: Mapping[str, Model], folder: pathlib.Path, *, images: int, rounds: int, generated: int, classified: int
+) -> dict[str, Any]:
+  """Seconds of everything, medians and all rounds; operations; and what follows of them for the paper's numbers.
+
+  Args:
+    models: by the keys of NAMES.
+    folder: empty; the images are written there.
+    images: distinct ones of 512 px.
+    rounds: timed ones; one more warms up.
+    generated, classified: images of the table's columns.
+  """
+  prepared = _write_images(folder, images, max(model.data.image_size for model in models.values()))
+  ways = {name: _Timed(model, prepared).ways for name, model in models.items()}
+  seconds: dict[str, dict[str, list[float]]] = {name: {way: [] for way in ways[name]} for name in ways}
+  for index in range(rounds + 1):
+    for name in ways:
+      for way, once in ways[name].items():
+        begin = time.perf_counter()
+        count = once()
+        if index:
+          seconds[name][way].append((time.perf_counter() - begin) / count)
+    logging.info("round %d of %d", index, rounds)
+
+  mesh = models["clip"].step.mesh
+  found = {}
+  for name, model in models.items():
+    median = {way: statistics.median(values) for way, values in seconds[name].items()}
+    found[name] = dict(
+      image_size=model.data.image_size,
+      parameters=sum(math.prod(leaf.shape) for leaf in model.step.shapes.values()),
+      batch_size=model.batch_size,
+      seconds=median,
+      rounds=seconds[name],
+      gigaflop=_operations(model),
+      extrapolated=_extrapolated(median, model.trained, generated, classified),
+    )
+  return dict(
+    device=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+    trained={name: model.trained for name, model in models.items()},
+    generated=generated,
+    classified=classified,
+    generation_steps=models["diffdis"].inference.sampling.generation_steps,
+    models=found,
+    ratios=ratios({name: each["extrapolated"] for name, each in found.items()}),
+    ratios_of_operations=ratios({name: each["gigaflop"] for name, each in found.items()}),
+  )
+
+
+def _write_images(folder: pathlib.Path, images: int, image_size: int) -> str:
+  """JPEGs as prepare_data stores them for this image size, a little larger than they are seen. Returns their folder."""
+  raw, out = folder / "raw", folder / "pairs"
+  raw.mkdir()
+  rng = np.random.default_rng(0)
+  photos = [synthetic.photo(rng, synthetic.SOURCE) for _ in range(images)]
+  synthetic.write_tar(raw / "train-00000.tar", photos, synthetic.REPEATS * images, seed=0)
+  builder.prepare(parts.tars(raw), out, settings=builder.Settings(short_side=image_size * 9 // 8))
+  return str(out)
+
+
+class _Timed:
+  """A model with its state and data. `ways`: name -> a function that does something once and returns of how many.
+
+  Of images all but `text`, of texts that one.
+  """
+
+  def __init__(self, model: Model, prepared: str):
+    self._model = model
+    step, batch_size = model.step, model.batch_size
+    data = dataclasses.replace(model.data, sources={"data": {"name": "pairs", "path": prepared}}, is_mixture=False)
+    self._batches = open_loader(data, batch_size=batch_size, seed=0)
+    self._substitutions = loader.Substitutions()
+    self._batch = self._draw()
+    self._state = step.with_params(step.init_params(jax.random.key(0)))
+    self._source = sources.open_source(name="pairs", path=prepared, image_size=data.image_size)
+    self._places = np.arange(batch_size) % len(self._source)
+    self._images = base.Images(self._source, self._places, data.image_size)[np.arange(batch_size)]
+    self._tokens = Tokenizer(data.max_length)([f"a photo of {i} houses" for i in range(max(batch_size, PROMPTS))])
+    self.ways: dict[str, Callable[[], int]] = dict(training_step=self._train, training=self._train_with_loader)
+    if model.draws:
+      self._noise = model.inference.noise(batch_size, seed=0)
+      self.ways["generation"] = self._generate
+    if model.discriminates:
+      self.ways |= dict(
+        discrimination_decoded=self._discriminate, discrimination=self._decode_and_discriminate, text=self._embed_texts
+      )
+
+  def _draw(self) -> TrainingBatch:
+    batch = self._substitutions.take(next(self._batches))
+    return self._model.data.batch_type(**sharding.to_global(batch, self._model.step.mesh))
+
+  def _train(self) -> int:
+    self._state, metrics = self._model.step.train_step(self._state, self._batch)
+    jax.block_until_ready(metrics)
+    return self._model.batch_size
+
+  def _train_with_loader(self) -> int:
+    for _ in range(LOADED_STEPS):  # as train does: a batch is drawn while the step before it runs
+      batch = self._draw()
+      self._state, metrics = self._model.step.train_step(self._state, batch)
+    jax.block_until_ready(self._state)
+    return LOADED_STEPS * self._model.batch_size
+
+  def _generate(self) -> int:
+    self._model.inference.generate(self._state.params, self._tokens[: self._model.batch_size], self._noise)
+    return self._model.batch_size
+
+  def _discriminate(self) -> int:
+    self._model.inference.embed_images(self._state.params, self._images, seed=0)
+    return self._model.batch_size
+
+  def _decode_and_discriminate(self) -> int:
+    base.embed_images(self._model.inference, self._state.params, self._source, self._places, seed=0)
+    return self._model.batch_size
+
+  def _embed_texts(self) -> int:
+    self._model.inference.embed_texts(self._state.params, self._tokens)
+    return len(self._tokens)
+
+
+def _operations(model: Model) -> dict[str, float]:
+  """Of matrix products and convolutions, 1e9 an image; nothing that is computed twice counts twice."""
+  traced = dict(training=flops.trace_train(model.step, model.counted, model.data, batch_size=model.batch_size))
+  network, sampling = model.counted.network, model.inference.sampling
+  counted = Inference(network, sampling, mesh=model.step.mesh, batch_size=model.batch_size)
+  for way, is_done in (("generation", model.draws), ("discrimination", model.discriminates)):
+    if is_done:
+      traced[way] = flops.trace_inference(way, model.inference, counted)
+  return {way: program.operations / program.rows / 1e9 for way, program in traced.items()}
+
+
+def _extrapolated(seconds: Mapping[str, float], trained: int, generated: int, classified: int) -> dict[str, float]:
+  """The table's columns from seconds an image: hours of training, with the loader; seconds of the others."""
+  counts = dict(training=trained / 3600, generation=generated, discrimination=classified)
+  return {way: count * seconds[way] for way, count in counts.items() if way in seconds}
+
+
+def ratios(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+  """DiffDis over what each column is compared with."""
+  return {f"{way}_over_{over}": values["diffdis"][way] / values[over][way] for way, over in BASES.items()}
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+  """The paper's table with ours beside it. Accuracy and FID are no part of what is timed here."""
+  rows = [
+    "| | training | operations of a step, an image | generation | discrimination | zero-shot ImageNet | FID |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  own = {name: each["extrapolated"] for name, each in results["models"].items()}
+  for name, title in NAMES.items():
+    training, *others = _times(name, PAPER)
+    quality = f"{PAPER[name]['zero_shot']} %" if "zero_shot" in PAPER[name] else "", str(PAPER[name].get("fid", ""))
+    of_paper = "CLIP-L/14" if name == "clip" else title
+    rows.append(f"| {of_paper}, paper | {' | '.join([training, '', *others, *quality])} |")
+    training, *others = _times(name, own)
+    model = results["models"][name]
+    size = f"{model['parameters'] / 1e6:,.1f} M parameters, {model['image_size']} px"
+    gigaflop = f"{model['gigaflop']['training']:,.4g} GFLOP"
+    rows.append(f"| {title}, here: {size} | {' | '.join([training, gigaflop, *others, '', ''])} |")
+  trained = ", ".join(f"{title} {results['trained'][name]:,}" for name, title in NAMES.items())
+  note = (
+    f"In brackets: over Stable Diffusion, of discrimination over CLIP. Here: {results['device']}, extrapolated from"
+    f" medians an image to trainings of {trained} images, {results['generated']:,} generated and"
+    f" {results['classified']:,} classified ones; {results['generation_steps']} sampling steps. The paper states"
+    " neither its machine nor how many images."
+  )
+  return "\n".join([*rows, "", note, ""])
+
+
+def _times(name: str, values: Mapping[str, Mapping[str, float]]) -> list[str]:
+  """A model's cells of the three columns of times, each with its ratio to the column's base; "" for what it lacks."""
+  cells = []
+  for way, unit in (("training", "h"), ("generation", "s"), ("discrimination", "s")):
+    value = values[name].get(way)
+    cells.append("" if value is None else f"{value:,.4g} {unit} ({value / values[BASES[way]][way]:.2f})")
+  return cells

@@ -1,0 +1,308 @@
+"""What every command line shares: flags, one-line errors, logging, compilation cache.
+
+A verb ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr, a full
+disk with one line and code 1, on which launchers try again, a bug with its traceback and code 1, a preemption with code
+75, Ctrl-C with one line and code 130.
+
+jax is imported where it is used: it takes two seconds, which commands that compute nothing have no need of.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib.util
+import itertools
+import logging as python_logging
+import os
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from diffdis_jax.common import buckets, files, guesses, signals
+from diffdis_jax.errors import Preempted, UserError, may_pass
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+LONGEST_WORD = 1000  # characters, of a message
+_TEXTS = {"prompt", "eval"}  # flags that may hold any text
+_FOLDERS = {"workdir", "out"}  # flags that an unset variable of a shell leaves empty, which would be this folder
+# Errors of the path that someone gave, rather than of a disk, which may be well the next time.
+_OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
+_OF_A_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+_MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")  # absl's words
+
+
+def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
+  """Parses the flags and calls `main(argv)`; never returns. `positional`: how many arguments may follow the program's
+  name.
+
+  With several processes, or while a thread compiles, an error ends this process at once: waiting for the others, or for
+  the compiler, in Python's clean-up would take minutes.
+  """
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA, which has it from TensorFlow
+  sys.excepthook = _excepthook
+  sys.unraisablehook = _unraisablehook
+  signals.CtrlC().start()
+  logging.get_absl_handler().addFilter(_is_ours)
+  flags.DEFINE_boolean("quiet", False, "no progress: warnings and errors alone")
+  _make_own_flags_known()
+  if {"--help", "-help", "-h", "-?"} & {*sys.argv[1:]}:
+    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+
+  def guarded(argv: list[str]) -> Any:
+    if flags.FLAGS.quiet:
+      logging.set_verbosity(logging.WARNING)
+    try:
+      if extra := argv[1 + positional :]:
+        raise UserError(f"unexpected argument {extra[0]!r}; every argument is a flag, --name=value")
+      _check_paths()
+      return main(argv)
+    except UserError as error:
+      _stop(error)
+    except OSError as error:
+      _stop_for(error)
+    except Preempted as stopped:
+      if _is_compiling():
+        _exit_at_once(stopped.code)
+      sys.exit(stopped.code)
+    except Exception as error:
+      if not may_pass(error):
+        raise
+      _stop_for(error)
+
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def _check_paths() -> None:
+  """Raises UserError: a folder's flag is empty, an address in any flag or field is of no kind that can be read, or the
+  workdir is none that can be."""
+  values = {name: flags.FLAGS[name] for name in flags.FLAGS}
+  for name in _FOLDERS & {*values}:
+    if values[name].present and values[name].value == "":
+      raise UserError(f"--{name}= is empty; give a path")
+  for name in {*values} - _TEXTS:
+    value = values[name].value
+    found = guesses.fields_of(value).values() if isinstance(value, ConfigDict) else [value]
+    for each in itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in found):
+      if isinstance(each, str):
+        buckets.check(each)
+  if "workdir" in values:
+    given = values["workdir"].value or []
+    for folder in [given] if isinstance(given, str) else given:
+      files.check_workdir(folder)
+
+
+def _stop_for(error: Exception) -> NoReturn:
+  """For what a disk, a network or a right is to blame, one line; a bug is raised again."""
+  number, path = getattr(error, "errno", None), getattr(error, "filename", None)
+  said = getattr(error, "strerror", None) or error
+  where = f" ({path})" if path else ""
+  if number in _OF_A_FULL_DISK:
+    _stop(f"{said}{where}; make room, and run the same command again", code=1)
+  if may_pass(error) or number is None:  # without a number: what a bucket's server answered
+    _stop(f"{error or said}{where}; is there a network, and a right to it? Run the same command again", code=1)
+  if number in _OF_A_PATH and path:
+    _stop(f"cannot use {path}: {said}")
+  if isinstance(error, PermissionError):
+    _stop(f"cannot go on: {said}")
+  raise error
+
+
+def config_flag(alias: str = "config", *, required: bool = True) -> flags.FlagHolder[ConfigDict]:
+  """Defines the flag --config=FILE.py[:args], with --config.a.b=value for single fields.
+
+  `alias`: another name of the flag, by which the file is asked for; its fields are --config.a.b all the same.
+  """
+  holder = config_flags.DEFINE_config_file("config", None, "configuration: FILE.py[:args]")
+  flags.FLAGS["config"].parser = _ConfigFile(alias)
+  if alias != "config":
+    flags.DEFINE_alias(alias, "config")
+    flags.FLAGS[alias].help = flags.FLAGS["config"].help
+  if required:
+    flags.mark_flag_as_required(alias)
+  return holder
+
+
+def process_flags() -> None:
+  """The flags that every verb with a network has."""
+  flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where the environment does not tell")
+  flags.DEFINE_integer("num_processes", None, "processes of the run", lower_bound=1)
+  flags.DEFINE_integer("process_id", None, "this process's number, from 0", lower_bound=0)
+  flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
+
+
+def config_given() -> tuple[str, dict[str, Any]]:
+  """FILE.py[:args] of the flag --config, and the values that --config.a.b=value gave to single fields."""
+  flag = flags.FLAGS["config"]
+  return config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+
+
+def read_config(path: str, flag: str = "config") -> ConfigDict:
+  """The config of FILE.py[:args], not locked. Raises UserError: every mistake in the path, the file or its arguments.
+
+  `flag`: that named it, for the message.
+  """
+  file, colon, argument = path.partition(":")
+  if not os.path.isfile(file):
+    folder = pathlib.Path(file).parent
+    raise UserError(f"no config file {file}; {guesses.did_you_mean(file, map(str, folder.glob('*.py')))}")
+  if not file.endswith(".py"):
+    raise UserError(f"--{flag}={path} should name a Python file, such as configs/shapes.py")
+  try:
+    spec: Any = importlib.util.spec_from_file_location("config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return ConfigDict(module.get_config(*([argument] if colon else [])))
+  except ValueError as error:
+    raise UserError(f"--{flag}={path}: {error}") from error
+  except Exception as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+    where = f" (line {lines[-1]})" if lines else ""
+    raise UserError(f"--{flag}={path}: {type(error).__name__}: {error}{where}") from error
+
+
+def _make_own_flags_known() -> None:
+  """To --help, which lists the flags of the command's own file: also those that this package defines elsewhere."""
+  for module, defined in flags.FLAGS.flags_by_module_dict().items():
+    for flag in defined:
+      if module.startswith("diffdis_jax.") or flag.name == "config":
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def compilation_cache(workdir: str = "") -> None:
+  """Keeps compiled programs between runs: in $JAX_COMPILATION_CACHE_DIR; or else, where `workdir` is in a bucket, which
+  all hosts of the run share, and the one that takes a dead one's place, in its folder `xla`; or else in the user's
+  cache directory.
+  """
+  import jax
+
+  default = f"{workdir.rstrip('/')}/xla" if buckets.is_url(workdir) else files.user_cache("xla")
+  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", default)
+  jax.config.update("jax_compilation_cache_dir", str(buckets.path(folder)))
+  if buckets.is_url(folder) and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
+    # XLA's own, of its GPU tuning, for which jax would give it the address as a path on this machine.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+  _write_from_every_cpu_process()
+
+
+def _write_from_every_cpu_process() -> None:
+  """Of several processes on CPUs, each keeps what it compiled. jax writes from process 0 alone (jax/_src/compiler.py,
+  _cache_write), which serves the others on TPUs and GPUs, but not on CPUs: there a program's key tells the processes
+  apart (cache_key.py, _hash_accelerator_config), and all but process 0 would compile anew at every start.
+  """
+  from jax._src import compiler, distributed
+
+  write = getattr(compiler, "_cache_write", None)
+  if write is None or hasattr(write, "__wrapped__"):
+    return
+
+  @functools.wraps(write)
+  def from_this_process(key: str, seconds: float, name: str, backend: Any, *args: Any, **kwargs: Any) -> None:
+    state = distributed.global_state
+    if backend.platform != "cpu":
+      return write(key, seconds, name, backend, *args, **kwargs)
+    own, state.process_id = state.process_id, 0
+    try:
+      return write(key, seconds, name, backend, *args, **kwargs)
+    finally:
+      state.process_id = own
+
+  compiler._cache_write = from_this_process
+
+
+def use_all_cores() -> None:
+  """On a CPU, as many devices as cores, rounded down to a power of two, at most 8: one device leaves cores idle.
+
+  No effect on accelerators, or where XLA_FLAGS or JAX_NUM_CPU_DEVICES say how many.
+  """
+  chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  if not chosen and "JAX_NUM_CPU_DEVICES" not in os.environ:
+    import jax
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", min(8, 2 ** (cores.bit_length() - 1)))
+
+
+class _ConfigFile(flags.ArgumentParser):
+  """Loads a config file; every mistake in the path, the file or the overrides is a UserError."""
+
+  def __init__(self, flag: str):
+    self._flag = flag
+
+  def parse(self, path: str) -> ConfigDict:
+    config = read_config(path, self._flag)
+    for override in filter(None, map(_OVERRIDE.match, sys.argv[1:])):
+      guesses.check_key(config, override[1], list(flags.FLAGS))
+    return config.lock()
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    guess = guesses.guess_flag(error.flagname, list(flags.FLAGS), guesses.fields_of(config) if config else ())
+    _stop(UserError(f"unknown flag --{error.flagname}; {guess}"))
+  except (UserError, flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
+    missing = _MISSING.findall(str(error))
+    _stop(_missing_flags(missing) if missing else error)
+
+
+def _missing_flags(names: Sequence[str]) -> UserError:
+  described = " and ".join(f"--{name} ({flags.FLAGS[name].help})" for name in names)
+  return UserError(f"{described} {'is' if len(names) == 1 else 'are'} missing")
+
+
+def _stop(error: Exception | str, *, code: int = 2) -> NoReturn:
+  sys.stderr.write(f"error: {' '.join(map(_shortened, str(error).split()))}\n")
+  _exit_at_once_if_waiting(code)
+  sys.exit(code)
+
+
+def _shortened(word: str) -> str:
+  """Of a message, which may quote all that someone gave."""
+  return word if len(word) <= LONGEST_WORD else f"{word[:100]}...{word[-20:]}"
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+  if issubclass(kind, KeyboardInterrupt):
+    sys.stdout.flush()
+    signals.end_interrupted()
+  sys.__excepthook__(kind, error, trace)
+  _exit_at_once_if_waiting(1)
+
+
+def _unraisablehook(dropped: Any) -> None:
+  """Python drops what is raised within a callback of its garbage collector, and jax has set one."""
+  if issubclass(dropped.exc_type, KeyboardInterrupt):
+    signals.end_interrupted()
+  sys.__unraisablehook__(dropped)
+
+
+def _exit_at_once_if_waiting(code: int) -> None:
+  """Where Python's clean-up would wait for other processes, or for a compiler (programs.Ahead)."""
+  distributed = sys.modules.get("jax.distributed")
+  if (distributed is not None and distributed.is_initialized()) or _is_compiling():
+    _exit_at_once(code)
+
+
+def _is_compiling() -> bool:
+  programs = sys.modules.get("diffdis_jax.parallel.programs")
+  return programs is not None and programs.is_compiling()
+
+
+def _exit_at_once(code: int) -> NoReturn:
+  sys.stdout.flush()
+  signals.exit_at_once(code)
+
+
+def _is_ours(record: python_logging.LogRecord) -> bool:
+  """Lets our own progress through, of the libraries only warnings; with --verbosity=1 everything."""
+  return record.levelno >= python_logging.WARNING or record.pathname.startswith(_PACKAGE) or logging.get_verbosity() > 0

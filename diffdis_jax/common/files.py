@@ -1,0 +1,171 @@
+"""Files and output folders, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from diffdis_jax.common import buckets
+from diffdis_jax.errors import UserError, may_pass, parse_json
+
+
+def user_cache(name: str) -> str:
+  """A folder of the user's cache directory."""
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return os.path.join(home, "diffdis_jax", name)
+
+
+def empty_folder(out: str | os.PathLike[str]) -> epath.Path:
+  """The folder of this name, absent or empty.
+
+  Raises:
+    UserError: it has something in it, is no folder, or is where a disk is mounted, which nothing can replace.
+  """
+  folder = buckets.path(out)
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"--out={folder} is a file; it should be a folder, absent or empty")
+  if folder.is_dir() and any(folder.iterdir()):
+    raise UserError(f"--out={folder} is not empty; give a new folder")
+  if not buckets.is_url(folder) and pathlib.Path(folder).is_mount():
+    raise UserError(f"--out={folder} is where a disk is mounted; give a folder in it, such as {folder / 'out'}")
+  return folder
+
+
+@contextlib.contextmanager
+def whole_folder(out: epath.PathLike) -> Iterator[pathlib.Path]:
+  """A local folder to write into. At the end it takes the name `out`, or is copied there, to a bucket; it vanishes if
+  something goes wrong.
+
+  Raises:
+    UserError: `out` is not empty, or cannot be written.
+  """
+  folder = empty_folder(out)
+  with _in_a_bucket(folder) if buckets.is_url(folder) else _on_a_disk(pathlib.Path(folder).resolve()) as temporary:
+    yield temporary
+
+
+@contextlib.contextmanager
+def _in_a_bucket(out: epath.Path) -> Iterator[pathlib.Path]:
+  with tempfile.TemporaryDirectory(prefix="diffdis") as temporary:
+    yield pathlib.Path(temporary)
+    try:
+      buckets.upload(pathlib.Path(temporary), out)
+    except BaseException:
+      with contextlib.suppress(Exception):  # of the bucket, which must not take the place of what went wrong
+        out.rmtree()
+      raise
+
+
+@contextlib.contextmanager
+def _on_a_disk(out: pathlib.Path) -> Iterator[pathlib.Path]:
+  temporary = None
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    temporary.chmod(0o755)
+    yield temporary
+    os.replace(temporary, out)
+  except OSError as error:
+    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+  finally:
+    if temporary is not None:
+      shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
+  """Writes a file, under another name first; an object of a bucket appears whole by itself."""
+  if buckets.is_url(path):
+    path.write_bytes(content)
+    return
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    temporary.write_bytes(content)
+    temporary.replace(path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    raise
+
+
+def check_workdir(folder: str) -> None:
+  """Before anything else is done, which may take long. Raises UserError: no such folder can be made or looked into."""
+  if buckets.is_url(folder):
+    return
+  path = pathlib.Path(folder)
+  there = next(each for each in (path, *path.absolute().parents) if each.exists())
+  if not there.is_dir():
+    raise UserError(f"--workdir={folder} cannot be: {there} is a file; give a folder")
+  if not os.access(there, os.R_OK | os.X_OK):
+    raise UserError(f"cannot read --workdir={folder}: {os.strerror(errno.EACCES)}; this user may not look into {there}")
+
+
+def check_out(out: str) -> None:
+  """Before work whose result goes there at the end, so that it is not lost.
+
+  Raises:
+    UserError: `out` is a folder, or no file of this name can be written.
+  """
+  path = buckets.path(out)
+  if path.is_dir():
+    raise UserError(f"--out={out} is a folder; it should name the file to write")
+  if "://" not in out and not path.parent.is_dir():  # an object store has no empty folders
+    raise UserError(f"--out={out} lies in no folder that exists; create it first")
+  probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    probe.write_bytes(b"")
+    probe.unlink()
+  except OSError as error:
+    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+
+
+def write_out(out: str, text: str) -> None:
+  """Raises UserError: it cannot be written."""
+  try:
+    write_whole(buckets.path(out), text.encode())
+  except OSError as error:
+    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+
+
+def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
+  """The value in a JSON file, local or wherever etils.epath reads.
+
+  Args:
+    path: of the file.
+    name: of it in the message; by default its path.
+
+  Raises:
+    UserError: there is none, it cannot be read, or it is not JSON.
+    OSError: its storage cannot be reached.
+  """
+  name = name or os.fspath(path)
+  try:
+    content = buckets.path(path).read_bytes()
+  except (OSError, ValueError) as error:  # the latter of a name that no file can have
+    if may_pass(error):
+      raise
+    raise UserError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
+  return parse_json(content, name)
+
+
+def as_json(content: Any) -> str:
+  """JSON for people to read."""
+  return json.dumps(content, indent=2) + "\n"
+
+
+def lines(path: epath.Path) -> list[str]:
+  """Of a text file that a run appends to; none where there is none. Bytes that a power cut left are replaced."""
+  return path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+  """Writes a JSON file for people to read. Raises OSError where it cannot be written."""
+  write_whole(buckets.path(path), as_json(content).encode())

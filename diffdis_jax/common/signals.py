@@ -1,0 +1,134 @@
+"""Signals that ask a command to end: Ctrl-C, and SIGTERM, which announces a preemption. No jax.
+
+Python runs a signal's handler in the main thread, and only when that comes back from a compiler or a device, perhaps
+minutes later. So a thread hears of each signal too, at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Collection
+from types import FrameType
+from typing import Any, NoReturn
+
+from absl import logging
+
+from diffdis_jax.errors import INTERRUPTED
+
+PATIENCE = 3.0  # seconds in which the main thread must hear of Ctrl-C, or the command ends without its clean-up
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+
+
+class Listener:
+  """Takes signals from `start` to `stop`. Listeners nest: the one started last hears them.
+
+  One that is ignored stays so, as SIGINT is in what a shell without job control runs in the background.
+
+  Args:
+    numbers: of the signals.
+    handler: as `signal.signal` takes it, for the main thread.
+    hear: is called with the number, at once, in another thread.
+  """
+
+  def __init__(
+    self, numbers: Collection[int], handler: Callable[[int, FrameType | None], None], hear: Callable[[int], None]
+  ):
+    self._numbers, self._handler, self._hear = numbers, handler, hear
+    self._before: dict[int, Any] = {}
+
+  def start(self) -> None:
+    """In the main thread."""
+    reader, self._writer = os.pipe()
+    os.set_blocking(self._writer, False)
+    for number in self._numbers:
+      if signal.getsignal(number) is not signal.SIG_IGN:
+        self._before[number] = signal.signal(number, self._handler)
+    self._writer_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+    threading.Thread(target=self._read, args=(reader,), name="signals", daemon=True).start()
+
+  def stop(self) -> None:
+    """In the main thread."""
+    signal.set_wakeup_fd(self._writer_before)
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+    os.close(self._writer)
+
+  def _read(self, reader: int) -> None:
+    with os.fdopen(reader, "rb", buffering=0) as numbers:
+      while number := numbers.read(1):
+        # The number also comes where somebody else has taken the signal meanwhile.
+        if signal.getsignal(number[0]) == self._handler:
+          self._hear(number[0])
+
+
+class CtrlC:
+  """Ctrl-C for a command that has nothing to save: KeyboardInterrupt in the main thread.
+
+  A second one ends the process at once, and so does the first where the main thread does not hear of it in time.
+  """
+
+  def __init__(self) -> None:
+    self._count = 0
+    self._raised = threading.Event()
+
+  def start(self) -> None:
+    """From here to the end of the process."""
+    Listener([signal.SIGINT], self._raise, self._hear).start()
+
+  def _raise(self, number: int, frame: FrameType | None) -> None:
+    del number, frame
+    self._raised.set()
+    raise KeyboardInterrupt
+
+  def _hear(self, number: int) -> None:
+    del number
+    self._count += 1
+    if self._count > 1:
+      end_interrupted()
+    timer = threading.Timer(PATIENCE, lambda: self._raised.is_set() or end_interrupted())
+    timer.daemon = True
+    timer.start()
+
+
+def end_interrupted() -> NoReturn:
+  """Ends this process at once, after Ctrl-C, with one line."""
+  sys.stderr.write("interrupted\n")
+  exit_at_once(INTERRUPTED)
+
+
+def exit_at_once(code: int) -> NoReturn:
+  """As SIGKILL would, which every file of a run survives, but with this code and without the workers."""
+  kill_workers()
+  logging.flush()
+  os._exit(code)
+
+
+def kill_workers() -> None:
+  """Of this process, those that multiprocessing started."""
+  for worker in multiprocessing.active_children():
+    worker.kill()
+
+
+def leave_to_parent(*_: int) -> None:
+  """In a worker: Ctrl-C in a terminal reaches it too, but its parent decides when it ends."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def while_importing() -> None:
+  """What Ctrl-C does until a command, or a worker of one, comes to its own code: imports take seconds.
+
+  It ends the command; a worker leaves it to the command. Other programs that import the package keep theirs.
+  """
+  if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    return
+  if sys.argv[0] == "-m":  # of Python while it looks for the module, and imports its package
+    module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
+    if module.partition(".")[0] == _PACKAGE.name:
+      signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+  elif multiprocessing.parent_process() is not None and _PACKAGE in pathlib.Path(sys.argv[0]).resolve().parents:
+    leave_to_parent()

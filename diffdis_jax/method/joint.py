@@ -1,0 +1,86 @@
+"""Both passes as one batch of 2b rows, which costs less than one after the other.
+
+Down path and middle have the same weights in both passes, so their convolutions and matrix products run on all rows at
+once. What is computed is what `DiffDis.generation` and `DiffDis.discrimination` compute; the tests hold it equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from diffdis_jax.method.diffdis import DiffDis
+from diffdis_jax.method.fusion import FusionBlock
+from diffdis_jax.models.unet import image_only
+from diffdis_jax.models.unet_blocks import SpatialTransformer
+from diffdis_jax.structs import DiscriminationPass, GenerationPass
+
+
+def pair(first: Array, second: Array, parts: int = 1) -> Array:
+  """Two batches [b, ...] as one of 2b rows.
+
+  Rows that lie on devices in `parts` parts (parallel/sharding.batch_parts) stay where they are: of each part, first
+  one's rows, then the other's.
+  """
+  split = lambda x: x.reshape(parts, -1, *x.shape[1:])
+  return jnp.concatenate([split(first), split(second)], axis=1).reshape(-1, *first.shape[1:])
+
+
+def unpair(x: Array, parts: int = 1) -> tuple[Array, Array]:
+  """The two batches that `pair` made one of."""
+  first, second = jnp.split(x.reshape(parts, -1, *x.shape[1:]), 2, axis=1)
+  return first.reshape(-1, *x.shape[1:]), second.reshape(-1, *x.shape[1:])
+
+
+def both_passes(
+  model: DiffDis, generation: GenerationPass, discrimination: DiscriminationPass, *, parts: int = 1
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b d"]]:
+  """ε̂_z of the generation pass, and ê_0 or ε̂_e of the discrimination pass."""
+  x = pair(generation.z_t, discrimination.z, parts)
+  t = pair(generation.t_z, discrimination.t_z, parts)
+  c = pair(generation.c, discrimination.c_null, parts)
+  e_t = model.text_stream.time_conditioned(discrimination.e_t, discrimination.t_e)
+  if model.text_stream.blocks:
+
+    def fuse(
+      index: int, block: SpatialTransformer, x: Array, c: Array, h_e: Array
+    ) -> tuple[Float[Array, "b2 h w c"], Float[Array, "b d"]]:
+      return fuse_second_half(model.text_stream.blocks[index], block, x, c, h_e, e_t, parts)
+
+    down = model.unet.down_and_middle(x, t, c, attention=fuse, carry=jnp.zeros_like(e_t))
+    h_e = down.carry
+  else:
+    down = model.unet.down_and_middle(x, t, c, attention=image_only)
+    h_e = e_t
+
+  first = lambda x: unpair(x, parts)[0]
+  skips = tuple(map(first, down.skips))
+  up = dataclasses.replace(down, h=first(down.h), skips=skips, temb=first(down.temb), carry=None)
+  query = model.alignment(h_e, unpair(down.h, parts)[1])
+  return model.unet.up_path(up, generation.c), query
+
+
+def fuse_second_half(
+  fusion: FusionBlock,
+  image_block: SpatialTransformer,
+  x: Float[Array, "b2 h w c"],
+  c: Float[Array, "b2 l d"],
+  h_e: Float[Array, "b e"],
+  e_t: Float[Array, "b e"],
+  parts: int,
+) -> tuple[Float[Array, "b2 h w c"], Float[Array, "b e"]]:
+  """`FusionBlock` on the second of the two batches in `x`, which has b2 = 2b rows; the image block alone on the first,
+  which has no text token.
+
+  Only self-attention differs between the two, so that it alone works on the halves.
+  """
+  block = image_block.block
+  u = fusion.fc_in(h_e + e_t)[:, None]
+  alone, image = unpair(image_block.to_tokens(x), parts)
+  alone = alone + block.attn1(block.norm1(alone))
+  u, image = fusion.self_attention(block, u, image)
+  image = block.after_self_attention(pair(alone, image, parts), c)
+  u = fusion.feed_forward(block, u)
+  return image_block.to_image(image, x), fusion.fc_out(u)[:, 0]

@@ -1,0 +1,58 @@
+"""Shows a run, or several side by side, as one HTML file.
+
+  python -m diffdis_jax.report --workdir=DIR[,DIR2...] --out=report.html
+
+The file holds everything and loads nothing: curves, sample images, evaluations, data, parameters, config, restarts and
+cost. It can be written while the run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags, logging
+
+from diffdis_jax.common import cli, files
+from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.report import page
+from diffdis_jax.report.read import read
+
+FLAGS = flags.FLAGS
+MOST_RUNS = 8  # that have a colour of their own
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  report(FLAGS.workdir, FLAGS.out, hour_price=FLAGS.hour_price)
+
+
+def report(paths: Sequence[str], out: str, *, hour_price: float | None = None) -> None:
+  """Writes the page.
+
+  Args:
+    paths: workdirs.
+    out: file to write; one that is there is replaced.
+    hour_price: of one device for an hour.
+
+  Raises:
+    UserError: no run in one of them, one that is named twice, too many, or `out` cannot be written.
+  """
+  paths = [path.rstrip("/") for path in paths if path]
+  if len(set(paths)) < len(paths):
+    raise UserError(f"--workdir={','.join(paths)} names a folder twice")
+  if not 1 <= len(paths) <= MOST_RUNS:
+    raise UserError(f"--workdir names {len(paths)} folders; it should be one to {MOST_RUNS}, with commas between them")
+  if hour_price is not None:
+    check_number("--hour_price", hour_price, at_least=0)
+  files.check_out(out)
+  runs = [read(path, name) for path, name in zip(paths, page.names_of(paths), strict=True)]
+  text = page.render(runs, hour_price=hour_price)
+  files.write_out(out, text)
+  logging.info("%s, %.1f MB", out, len(text.encode()) / 1e6)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_list("workdir", None, "folder of a run, or several with commas between them", required=True)
+  flags.DEFINE_string("out", None, "HTML file to write", required=True)
+  flags.DEFINE_float("hour_price", None, "of one device for an hour, for the cost of a run", lower_bound=0.0)
+  cli.run(main)

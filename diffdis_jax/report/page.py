@@ -1,0 +1,185 @@
+"""The page: everything as JSON inside a template that draws it. Nothing is fetched from anywhere."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib.resources
+import json
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import diffdis_jax
+from diffdis_jax.report import charts, curves, pictures, summary
+from diffdis_jax.report.read import Run
+
+DIGITS = 5  # of a number on a curve
+MOST_GRIDS = 240  # of all runs
+GRID_BYTES = 7_000_000  # of all of them, as text; the rest of a page's 10 MB is for curves and cards
+CARD_BYTES = 400_000
+PLACE = re.compile(r"\{\{(\w+)\}\}")  # of the template
+
+
+def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float | None = None) -> str:
+  """One HTML page of these runs.
+
+  Args:
+    runs: one, or several to compare.
+    hour_price: of one device for an hour; None where it is not known.
+    now: seconds since 1970; None for the present.
+  """
+  now = time.time() if now is None else now
+  with concurrent.futures.ThreadPoolExecutor(1) as beside:
+    embedded = beside.submit(embed, runs)
+    data = data_of(runs, hour_price=hour_price, now=now)
+  template = importlib.resources.files("diffdis_jax.report").joinpath("template.html").read_text(encoding="utf-8")
+  title = ", ".join(run.name for run in runs)
+  texts = {"title": escape(title), "data": as_json(data), "pictures": as_json(embedded.result())}
+  # All places at once: what a run says may look like one.
+  return PLACE.sub(lambda place: texts[place[1]], template)
+
+
+def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dict[str, Any]:
+  """All that the page shows but for its pictures."""
+  facts = [facts_of(run, hour_price=hour_price, now=now) for run in runs]
+  rates = [name for each in facts for name in each["curves"] if name.startswith("rate/")]
+  metrics = dict.fromkeys([*(name for run in runs for name in charts.distinct(run.curves)), *rates])
+  if not any(np.nansum(run.curves["substituted"].values) for run in runs if "substituted" in run.curves):
+    metrics.pop("substituted", None)
+  return {
+    "runs": facts,
+    "charts": charts.group(metrics),
+    "differences": differences(runs),
+    "written": now,
+    "version": diffdis_jax.__version__,
+  }
+
+
+def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any]:
+  """What the page shows of one run, but for its pictures."""
+  made = summary.starts(run, now=now)
+  every = {**run.curves, **summary.learning_rates(run)}
+  return {
+    "name": run.name,
+    "status": summary.status(run),
+    "step": run.step,
+    "num_steps": run.config["num_steps"],
+    "batch_size": run.config["batch_size"],
+    "objectives": run.config["objectives"],
+    "written": run.written,
+    "curves": {name: thinned(curve) for name, curve in every.items()},
+    "substituted": int(np.nansum(run.curves["substituted"].values)) if "substituted" in run.curves else 0,
+    "starts": made,
+    "cost": summary.cost(run, made, hour_price=hour_price),
+    "parameters": summary.parameters(run),
+    "rates": run.config["optim"]["rates"],
+    "checkpoints": [{"step": step, "metrics": metrics} for step, metrics in sorted(run.checkpoints.items())],
+    "results": results_of(run),
+    "data": next((event["data"] for event in reversed(run.events) if "data" in event), []),
+    "cards": [{"name": name, "facts": card["facts"]} for name, card in run.cards.items()],
+    "config": summary.fields(run),
+    "differing": summary.differing(run),
+  }
+
+
+def thinned(curve: curves.Curve) -> dict[str, Any]:
+  """A curve for the page; `least` and `most` only where buckets hold more than one point, and the number of points and
+  of those that were not finite."""
+  band = curves.thin(curve)
+  found = {"steps": band.steps.tolist(), "mean": numbers(band.mean), "points": len(curve.steps)}
+  found["not_finite"] = int((~np.isfinite(curve.values)).sum())
+  if len(band.steps) < len(curve.steps):
+    found |= {"least": numbers(band.least), "most": numbers(band.most)}
+  finite = np.flatnonzero(np.isfinite(curve.values))
+  if len(finite):
+    values, steps = curve.values[finite], curve.steps[finite]
+    for name, place in (("last", -1), ("lowest", values.argmin()), ("highest", values.argmax())):
+      found[name] = {"step": int(steps[place]), "value": float(f"{values[place]:.{DIGITS + 1}g}")}
+  return found
+
+
+def numbers(values: np.ndarray) -> list[float | None]:
+  return [float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None for value in values.tolist()]
+
+
+def results_of(run: Run) -> list[dict[str, Any]]:
+  """A row for each data set that `evaluate` has measured, of every file that lies in the workdir."""
+  return [
+    {"file": file, "task": task, "dataset": dataset, "metrics": record["metrics"], "protocol": record.get("protocol")}
+    for file, tasks in run.results.items()
+    for task, sets in tasks.items()
+    for dataset, record in sets.items()
+  ]
+
+
+def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
+  """Fields in which the runs' configs differ: `field`, and the `values` as JSON, None where a run has no such field."""
+  every = [summary.fields(run) for run in runs]
+  names = sorted({name for fields in every for name in fields})
+  rows = [{"field": name, "values": [fields.get(name) for fields in every]} for name in names]
+  return [row for row in rows if len(set(row["values"])) > 1]
+
+
+def embed(runs: Sequence[Run]) -> list[dict[str, Any]]:
+  """Of each run the pictures of its samples and of its data cards."""
+  found = []
+  kept = {
+    (i, name): spread(files, max(2, MOST_GRIDS // sum(len(run.grids) for run in runs)))
+    for i, run in enumerate(runs)
+    for name, files in run.grids.items()
+  }
+  paths = [path for files in kept.values() for _, path in files]
+  made = iter(pictures.embed(paths, most_bytes=GRID_BYTES))
+  shown = {key: [(step, next(made)) for step, _ in files] for key, files in kept.items()}
+  sheets = [card["picture"] for run in runs for card in run.cards.values()]
+  drawn = iter(pictures.embed(sheets, most_bytes=CARD_BYTES))
+  for i, run in enumerate(runs):
+    grids = [
+      {
+        "name": name,
+        "all": len(files),
+        "grids": [{"step": step, **vars(each)} for step, each in shown[i, name] if each],
+      }
+      for name, files in run.grids.items()
+    ]
+    cards = [vars(picture) if picture else None for picture in (next(drawn) for _ in run.cards)]
+    found.append({"grids": grids, "cards": cards})
+  return found
+
+
+def spread(files: Sequence[Any], most: int) -> list[Any]:
+  """At most so many of them, evenly apart, the last among them."""
+  if len(files) <= most:
+    return list(files)
+  return [files[i] for i in np.unique(np.linspace(0, len(files) - 1, most).astype(int))]
+
+
+def as_json(value: Any) -> str:
+  """JSON that may stand inside a script element, whatever is in it. Numbers that are not finite are null."""
+  text = json.dumps(_finite(value), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+  return text.replace("&", "\\u0026").replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {key: _finite(each) for key, each in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(each) for each in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def escape(text: str) -> str:
+  return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+  """The last part of each path, or as many as tell them apart."""
+  parts: Mapping[str, list[str]] = {path: path.rstrip("/").split("/") for path in paths}
+  depth = 1
+  while len({"/".join(parts[path][-depth:]) for path in paths}) < len(paths):
+    depth += 1
+  return ["/".join(parts[path][-depth:]) for path in paths]

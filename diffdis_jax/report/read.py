@@ -1,0 +1,132 @@
+"""What a run has left in its workdir, also while it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from diffdis_jax import config as run_config
+from diffdis_jax.common import buckets, files
+from diffdis_jax.errors import UserError
+from diffdis_jax.report import curves
+from diffdis_jax.run import committed, history
+
+ALIVE = 60.0  # seconds since the last sign of life of a run that goes on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """A workdir, read.
+
+  Attributes:
+    name: of the folder, or more of its path where several runs are called the same.
+    config: nested.
+    curves: metric -> curve.
+    grids: name -> [(step, file)] of pictures in samples/, by step.
+    events: of history.jsonl.
+    checkpoints: step -> what was measured when it was saved.
+    results: file -> what evaluate has left in the folder.
+    cards: data source -> what prepare_data wrote of it: `facts` of card.json and the `picture` beside it.
+    written: when metrics.jsonl was last written, seconds since 1970.
+    alive: whether a process has the workdir now.
+  """
+
+  name: str
+  config: dict[str, Any]
+  curves: Mapping[str, curves.Curve]
+  grids: Mapping[str, list[tuple[int, epath.Path]]]
+  events: list[dict[str, Any]]
+  checkpoints: Mapping[int, Mapping[str, float]]
+  results: Mapping[str, Any]
+  cards: Mapping[str, dict[str, Any]]
+  written: float | None
+  alive: bool
+
+  @property
+  def step(self) -> int:
+    """The last one that was reported; 0 before the first."""
+    return max((int(curve.steps[-1]) for curve in self.curves.values()), default=0)
+
+
+def read(path: str, name: str) -> Run:
+  """Reads a workdir; touches nothing.
+
+  Raises:
+    UserError: no folder of a run.
+  """
+  folder, config = buckets.path(path), run_config.load(path).to_dict()
+  metrics = folder / "metrics.jsonl"
+  exists = metrics.exists()
+  return Run(
+    name=name,
+    config=config,
+    curves=curves.read(files.lines(metrics)),
+    grids=_grids(folder / "samples"),
+    events=history.read(path),
+    checkpoints=_checkpoints(path),
+    results=_results(folder),
+    cards=_cards(config["data"]),
+    written=metrics.stat().mtime if exists else None,
+    alive=_is_alive(folder / "lock.json"),
+  )
+
+
+def _grids(folder: epath.Path) -> dict[str, list[tuple[int, epath.Path]]]:
+  found: dict[str, list[tuple[int, epath.Path]]] = {}
+  for path in sorted(folder.glob("*.png")) if folder.is_dir() else ():
+    if match := re.fullmatch(r"(.+)_(\d+)\.png", path.name):
+      found.setdefault(match[1], []).append((int(match[2]), path))
+  return {name: sorted(files, key=lambda each: each[0]) for name, files in found.items()}
+
+
+def _checkpoints(path: str) -> dict[int, dict[str, float]]:
+  folder, found = committed.folder(path), {}
+  for step in committed.committed_steps(folder):
+    try:
+      found[step] = committed.metrics_of(folder, step)
+    except (OSError, UserError):  # it was removed just now, or is damaged
+      continue
+  return found
+
+
+def _results(folder: epath.Path) -> dict[str, Any]:
+  """Files that `evaluate` wrote: {task: {data set: record with metrics}}."""
+  found = {}
+  for path in sorted(folder.glob("*.json")):
+    tasks = _read_json(path)
+    records = [record for sets in tasks.values() if isinstance(sets, dict) for record in sets.values()]
+    if records and all(isinstance(record, dict) and "metrics" in record for record in records):
+      found[path.name] = tasks
+  return found
+
+
+def _cards(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Of the run's sources that prepare_data wrote, and that can be reached from here."""
+  sections = data["mixture"] or {"data": data}
+  found = {}
+  for name, section in sections.items():
+    folder = buckets.path(section["path"]) if section.get("path") else None
+    if folder is not None and (facts := _read_json(folder / "card.json")):
+      found[str(section["path"]) if name == "data" else name] = {"facts": facts, "picture": folder / "card.png"}
+  return found
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+  """An object; of anything else, such as a file that is not there, an empty one."""
+  try:
+    found = files.read_json(path)
+  except (OSError, UserError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
+def _is_alive(lock: epath.Path) -> bool:
+  try:
+    return time.time() - lock.stat().mtime < ALIVE
+  except OSError:
+    return False

@@ -1,0 +1,127 @@
+"""What a report says of a run beside its curves: how it stands, what it cost, its learning rates and config."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from diffdis_jax import config as run_config
+from diffdis_jax.errors import read_section
+from diffdis_jax.report.curves import Curve
+from diffdis_jax.report.read import Run
+from diffdis_jax.run import workdir
+
+HOUR = 3600.0
+RATE_POINTS = 400
+
+
+def status(run: Run) -> dict[str, str]:
+  """`state`: one of running, finished, stopped, failed, killed, unfinished; `message` of what failed."""
+  last = run.events[-1] if run.events else {}
+  if last.get("event") == "end":
+    return {"state": last["why"], "message": last.get("message", "")}
+  if run.alive:
+    return {"state": "running", "message": ""}
+  if last:
+    return {"state": "killed", "message": ""}
+  # Of a run from before there was a history.
+  return {"state": "finished" if run.step >= run.config["num_steps"] else "unfinished", "message": ""}
+
+
+def starts(run: Run, *, now: float) -> list[dict[str, Any]]:
+  """Each start: from which step and when, on what, for how many seconds (at least, of one that was killed), how it
+  ended, and the steps after its last checkpoint that were taken again."""
+  places = [i for i, event in enumerate(run.events) if event["event"] == "start"]
+  found = []
+  for place, after in itertools.pairwise([*places, len(run.events)]):
+    start, ends = run.events[place], run.events[place + 1 : after]
+    next_start = run.events[after] if after < len(run.events) else None
+    if ends:
+      until, how = ends[-1]["time"], ends[-1]["why"]
+    elif next_start:
+      until, how = next_start.get("until"), "killed"
+    else:
+      until, how = (now, "running") if run.alive else (run.written, "killed")
+    reached = (next_start or {}).get("reached", start["step"])
+    found.append(
+      {
+        **{name: start.get(name) for name in ("step", "time", "devices", "device_kind", "processes", "host", "jax")},
+        "seconds": max(0.0, (until or start["time"]) - start["time"]),
+        "how": how,
+        "repeated": max(0, reached - next_start["step"]) if next_start else 0,
+      }
+    )
+  return found
+
+
+def cost(run: Run, made: Sequence[Mapping[str, Any]], *, hour_price: float | None) -> dict[str, Any]:
+  """Device-hours by kind, and where the time went.
+
+  Args:
+    made: of `starts`.
+    hour_price: of one device for an hour, in whatever money; None where it is not known.
+  """
+  hours: dict[str, float] = {}
+  for start in made:
+    kind = start["device_kind"] or "unknown"
+    hours[kind] = hours.get(kind, 0.0) + start["seconds"] * (start["devices"] or 1) / HOUR
+  in_steps = _seconds_in_steps(run)
+  total = sum(start["seconds"] for start in made)
+  return {
+    "device_hours": hours,
+    "seconds": total if made else None,
+    "seconds_in_steps": in_steps,
+    "images": run.step * run.config["batch_size"],
+    "price": None if hour_price is None else hour_price * sum(hours.values()),
+  }
+
+
+def _seconds_in_steps(run: Run) -> float:
+  """Time of the steps whose speed was reported: no evaluation, no save, no start."""
+  if "steps_per_sec" not in run.curves:
+    return 0.0
+  curve = run.curves["steps_per_sec"]
+  counts = np.diff(np.r_[0, curve.steps])
+  counted = np.isfinite(curve.values) & (curve.values > 0)
+  return float((counts[counted] / curve.values[counted]).sum())
+
+
+def learning_rates(run: Run) -> dict[str, Curve]:
+  """`rate/GROUP` of each group that is trained, at the steps so far: those of the config's schedule."""
+  from diffdis_jax.training import optim  # jax takes two seconds, in which the pictures are made
+
+  if not run.step:
+    return {}
+  section = read_section(optim.Optim, run.config["optim"], "optim")
+  steps = np.unique(np.linspace(1, run.step, RATE_POINTS).astype(int))
+  found = {}
+  for group in section.rates:
+    if group not in parameters(run) and parameters(run):
+      continue
+    schedule = optim.rate_schedule(section, group, num_steps=run.config["num_steps"])
+    # The first step is taken at the schedule's 0.
+    rates = np.asarray(schedule(np.asarray(steps - 1, np.float32)), np.float64)
+    found[f"rate/{group}"] = Curve(steps, np.broadcast_to(rates, steps.shape))
+  return found
+
+
+def parameters(run: Run) -> dict[str, dict[str, int]]:
+  """Numbers of parameters by group and part of the network, as the last start told; empty where none did."""
+  told = [event["parameters"] for event in run.events if "parameters" in event]
+  return told[-1] if told else {}
+
+
+def fields(run: Run) -> dict[str, str]:
+  """Every field of the config, by its dotted name, as JSON."""
+  return {name: json.dumps(value) for name, value in workdir.flatten(run.config).items()}
+
+
+def differing(run: Run) -> list[str]:
+  """Fields that differ from the default that every config has."""
+  defaults = workdir.flatten(run_config.defaults(accumulate=run.config["optim"].get("accumulate", 1)))
+  own = fields(run)
+  return [name for name, value in defaults.items() if name in own and own[name] != json.dumps(value)]

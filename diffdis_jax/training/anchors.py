@@ -1,0 +1,133 @@
+"""Anchor sentences (AnSS): of each class's sentences those that the language-guided head attends to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float, Int
+
+from diffdis_jax.common.params import Params
+from diffdis_jax.data import long_tail, sources
+from diffdis_jax.data.build import Data, open_tokens
+from diffdis_jax.data.corpus import Corpus
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import base, nearest
+from diffdis_jax.training.long_tail import LongTail
+
+TRAINING_IMAGES = 50  # of a class, where they are taken of the training split
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchors:
+  """What was chosen.
+
+  Attributes:
+    embeddings: of each class's anchors, the best first; where a class has fewer, zeros at the end.
+    places: of these in the whole corpus, -1 where there is none.
+    losses: their linear loss; infinite where there is none, or it was not asked for.
+  """
+
+  embeddings: Float[np.ndarray, "k s d"]
+  places: Int[np.ndarray, "k s"]
+  losses: Float[np.ndarray, "k s"]
+
+  def describe(self, corpus: Corpus) -> dict[str, Any]:
+    """For people: class -> its sentences, with their losses."""
+    flat = corpus.flat
+    return {
+      name: [
+        {"sentence": flat[place], "loss": float(loss) if np.isfinite(loss) else None}
+        for place, loss in zip(places.tolist(), losses.tolist(), strict=True)
+        if place >= 0
+      ]
+      for name, places, losses in zip(corpus.classnames, self.places, self.losses, strict=True)
+    }
+
+
+class Selection:
+  """How the anchors of a backbone after stage 1 are chosen.
+
+  Args:
+    data: of the long-tailed set.
+    section: says how they are chosen, and by which images.
+    classes: that the head has.
+    count: anchors of each.
+    seed: of the query's noise, which is one for each image; and of random choices.
+
+  Attributes:
+    corpus: all sentences.
+
+  Raises:
+    UserError: damaged data, a class of which no image is there, or another number of classes than the head has.
+  """
+
+  def __init__(self, data: Data, section: LongTail, *, classes: int, count: int, seed: int):
+    where = data.sources["data"]
+    self.corpus = long_tail.open_corpus(**where)
+    if len(self.corpus.classnames) != classes:
+      raise UserError(f"model.head.classes is {classes}, and the text corpus has {len(self.corpus.classnames)} classes")
+    self._tokens = open_tokens(where, max_length=data.max_length)
+    self._section, self._count, self._seed = section, count, seed
+    split = "val" if section.anchor_images == "val" else "train"
+    source = sources.open_source(**{**where, "split": split}, image_size=data.image_size)
+    assert isinstance(source, long_tail.LabelledSource)
+    self._source, self._indices = source, np.arange(len(source))
+    if split == "train":
+      self._indices = first_of_each(source.labels, TRAINING_IMAGES)
+    self._labels = source.labels[self._indices]
+    if (absent := np.setdiff1d(np.arange(classes), self._labels)).size:
+      raise UserError(f"no image of {self.corpus.classnames[absent[0]]!r} to choose its sentences by, in split {split}")
+
+  def run(self, inference: Any, params: Params) -> Anchors:
+    """By this backbone: a network, which may have a head, and its parameters."""
+    ids, choice = self._tokens.ids, self._section.anchor_choice
+    losses = np.full(len(ids), np.inf, np.float32)
+    if choice == "linear_loss":
+      images = base.embed_images(
+        inference, params, self._source, self._indices, seed=self._seed, fraction=self._section.fraction
+      )
+      losses = nearest.linear_loss(
+        inference.embed_texts(params, ids),
+        images,
+        text_labels=self.corpus.labels,
+        image_labels=self._labels,
+        logit_scale=float(params["logit_scale"]),
+      )
+    places = choose(losses, self._tokens.starts, choice, count=self._count, seed=self._seed)
+    logging.info("anchors: %d of %d sentences, by %s", (places >= 0).sum(), len(ids), choice)
+    chosen = inference.text_features(params, ids[places[places >= 0]])
+    embeddings = np.zeros((*places.shape, chosen.shape[-1]), np.float32)
+    embeddings[places >= 0] = chosen
+    return Anchors(embeddings, places, np.where(places >= 0, losses[places], np.inf).astype(np.float32))
+
+
+def choose(
+  losses: Float[np.ndarray, " m"], starts: Int[np.ndarray, " k1"], choice: str, *, count: int, seed: int
+) -> Int[np.ndarray, "k s"]:
+  """Places of each class's anchors, -1 where it has no more sentences.
+
+  Args:
+    losses: of all sentences.
+    starts: where each class's begin; last, how many there are.
+    choice: of LongTail.anchor_choice. Of equal losses the sentence that stands first comes first.
+  """
+  rng, places = np.random.default_rng(seed), np.full((len(starts) - 1, count), -1, np.int64)
+  for label, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    order = np.arange(end - start)
+    if choice == "linear_loss":
+      order = np.argsort(losses[start:end], kind="stable")
+    elif choice == "random":
+      order = np.sort(rng.permutation(order)[:count])
+    places[label, : len(order[:count])] = start + order[:count]
+  return places
+
+
+def first_of_each(labels: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
+  """Places of the first `count` of each class, in order."""
+  order = np.argsort(labels, kind="stable")
+  counts = np.bincount(labels)
+  rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+  return np.sort(order[rank < count])

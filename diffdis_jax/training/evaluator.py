@@ -1,0 +1,88 @@
+"""Evaluations and sample images while a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from absl import logging
+from jaxtyping import UInt8
+
+from diffdis_jax.common.params import Params
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import samples
+from diffdis_jax.evals.base import Eval
+from diffdis_jax.inference import Inference
+from diffdis_jax.parallel import processes
+from diffdis_jax.run.writers import Writer
+from diffdis_jax.training.step import TrainState
+
+
+class Watch:
+  """Evaluations and sample images during training.
+
+  Args:
+    inference: of the network in training.
+    eval_every, sample_every: after how many steps; both after the last one too.
+    evaluations: by name.
+    prompts: of the sample images.
+    seed: of their noise.
+    best_metric: which of the metrics decides on the best checkpoints; empty for none.
+  """
+
+  def __init__(
+    self,
+    inference: Inference,
+    *,
+    eval_every: int,
+    sample_every: int,
+    evaluations: Mapping[str, Eval],
+    prompts: Sequence[str],
+    seed: int,
+    best_metric: str,
+  ):
+    self._inference, self._eval_every, self._sample_every = inference, eval_every, sample_every
+    self._evals, self._prompts = evaluations, prompts
+    self._seed, self._best = seed, best_metric
+
+  def is_due(self, step: int, *, last: bool) -> bool:
+    """Whether there is something to do after this step."""
+    return self._evaluates(step, last) or self._draws(step, last)
+
+  def after_step(self, step: int, state: TrainState, writer: Writer, *, last: bool) -> dict[str, float]:
+    """Does what is due, and writes it when all of it is done; returns the metrics, the same on every process.
+
+    Raises:
+      Preempted: the processes stop in the middle of it; nothing was written.
+      UserError: `checkpoint.best_metric` is none of the metrics.
+    """
+    params = {**state.params, **state.ema}
+    found = {}
+    for name, evaluation in self._evals.items() if self._evaluates(step, last) else ():
+      metrics = evaluation.run(self._inference, params)
+      logging.info("step %d  %s  %s", step, name, "  ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
+      found[name] = {f"{name}/{key}": value for key, value in metrics.items()}
+    grid = self._grid(params) if self._draws(step, last) else None
+    for metrics in found.values():
+      writer.scalars(step, metrics)
+    if grid is not None:
+      writer.image(step, "samples", grid)
+    if not self._best or not found:
+      return {}
+    together = {key: value for metrics in found.values() for key, value in metrics.items()}
+    if self._best not in together:
+      raise UserError(f"checkpoint.best_metric={self._best} is none of {', '.join(together)}")
+    return {self._best: float(processes.from_first(np.float32(together[self._best])))}
+
+  def _evaluates(self, step: int, last: bool) -> bool:
+    return bool(self._evals) and (last or step % self._eval_every == 0)
+
+  def _draws(self, step: int, last: bool) -> bool:
+    return bool(self._prompts) and (last or step % self._sample_every == 0)
+
+  def _grid(self, params: Params) -> UInt8[np.ndarray, "h w 3"]:
+    tokens = Tokenizer(self._inference.max_length)(self._prompts)
+    noise = self._inference.noise(len(tokens), self._seed)
+    images = self._inference.generate(params, tokens, noise)
+    return np.asarray(samples.draw_grid(images, self._prompts, columns=8))

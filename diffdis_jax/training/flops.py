@@ -1,0 +1,156 @@
+"""Operations of a traced function: matrix products and convolutions, each turn of a loop counted.
+
+XLA's own count takes a loop's body once, and adds what a layout pads and what rematerialisation repeats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from diffdis_jax.common.params import Params
+from diffdis_jax.data.build import Data
+from diffdis_jax.inference import Inference
+from diffdis_jax.method.network import Network
+from diffdis_jax.parallel import chips, sharding
+from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch, TrainingBatch
+from diffdis_jax.training.build import build_step, plain
+from diffdis_jax.training.step import Step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+  """One program, traced.
+
+  Attributes:
+    lower: what `targets.compile` takes.
+    rows: images of one call.
+    parameters: of the network.
+    operations: of matrix products and convolutions, over all devices, with nothing computed twice.
+    turns: the program's own operations over those with every loop's body counted once, as compilers do.
+  """
+
+  lower: Callable[[], jax.stages.Lowered]
+  rows: int
+  parameters: int
+  operations: float
+  turns: float
+
+
+def abstract_batch(network: Network, data: Data, mesh: Mesh, batch_size: int) -> TrainingBatch:
+  """Shapes of a global batch, of images or latents as the data section has it."""
+
+  def rows(dtype: Any, *shape: int) -> Any:
+    return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+
+  tokens = rows(jnp.int32, data.max_length)
+  if data.batch_type is LatentBatch:
+    moments = rows(jnp.bfloat16, *network.latent_shape)
+    return LatentBatch(mean=moments, log_variance=moments, tokens=tokens)
+  image = rows(jnp.uint8, data.image_size, data.image_size, 3)
+  if data.sampling is not None:
+    return LabelledBatch(image=image, label=rows(jnp.int32), tokens=tokens if data.sampling.sentences else None)
+  own_view = data.discrimination_augmentation is not None
+  return Batch(image=image, tokens=tokens, discrimination_image=image if own_view else None)
+
+
+def trace_train(step: Step, counted: Step, data: Data, *, batch_size: int) -> Program:
+  """The train step. Operations are counted in `counted`, the same step in which nothing is computed twice and none of
+  them is inside a kernel."""
+  batch = abstract_batch(step.network, data, step.mesh, batch_size)
+  traced, plain = (each.train_step.trace(each.abstract_state, batch) for each in (step, counted))
+  return _program(traced, batch_size, step.shapes, plain.jaxpr)
+
+
+def trace_inference(name: str, inference: Inference, counted: Inference) -> Program:
+  """One call of "generation" or "discrimination"; operations are counted in `counted`, as of `trace_train`."""
+  return _program(inference.trace(name), inference.batch_size, inference.shapes, counted.trace(name).jaxpr)
+
+
+def rate_at_peak(config: ConfigDict, trainer: Step, data: Data) -> float | None:
+  """Steps a second at the chips' peak in bf16, of which a run's MFU is a share; None on chips that are not known.
+
+  By the operations of the step in which nothing is computed twice, as `preflight` counts them.
+  """
+  chip = chips.find(jax.devices()[0].device_kind)
+  if chip is None:
+    return None
+  program = trace_train(trainer, build_step(plain(config), trainer.mesh), data, batch_size=config.batch_size)
+  return chip.flops * trainer.mesh.size / program.operations
+
+
+def _program(traced: jax.stages.Traced, rows: int, shapes: Params, plain: core.ClosedJaxpr) -> Program:
+  own = functools.partial(count, traced.jaxpr)
+  return Program(
+    lower=traced.lower,
+    rows=rows,
+    parameters=sum(math.prod(leaf.shape) for leaf in shapes.values()),
+    operations=count(plain),
+    turns=own() / own(turns=False),
+  )
+
+
+def count(jaxpr: core.ClosedJaxpr, *, turns: bool = True) -> float:
+  """Floating-point operations, two for a multiply-add, over all devices.
+
+  Args:
+    turns: whether a loop counts as often as it turns, or once. A `while` whose turns are not known counts once.
+  """
+  return _of(jaxpr.jaxpr, turns)
+
+
+def _of(jaxpr: core.Jaxpr, turns: bool) -> float:
+  total = 0.0
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+      total += _product(equation)
+    elif name == "conv_general_dilated":
+      total += _convolution(equation)
+    elif name == "cond":
+      total += max(_of(branch.jaxpr, turns) for branch in params["branches"])
+    else:
+      inner = sum(_of(inner, turns) for inner in _inner(params))
+      total += inner * _repeats(name, params, turns)
+  return total
+
+
+def _product(equation: Any) -> float:
+  (contracting, _), _ = equation.params["dimension_numbers"]
+  lhs = equation.invars[0].aval.shape
+  return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracting)
+
+
+def _convolution(equation: Any) -> float:
+  kernel = equation.invars[1].aval.shape
+  outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+  taps = math.prod(kernel) / outputs
+  # Of a dilated input, all but one in so many are zeros.
+  return 2.0 * math.prod(equation.outvars[0].aval.shape) * taps / math.prod(equation.params["lhs_dilation"])
+
+
+def _repeats(name: str, params: dict[str, Any], turns: bool) -> float:
+  if name == "scan":
+    return params["length"] if turns else 1
+  if name == "shard_map":
+    return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+  if name == "pallas_call":
+    return math.prod(params["grid_mapping"].grid)
+  return 1
+
+
+def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+  for value in params.values():
+    for each in value if isinstance(value, (tuple, list)) else (value,):
+      each = getattr(each, "jaxpr", each)
+      if isinstance(each, core.Jaxpr):
+        yield each

@@ -1,0 +1,63 @@
+"""Plans of the tiny config, and files of results with known figures."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import diffdis_cc3m, emoji
+from diffdis_jax.ablate import plan as planning
+from diffdis_jax.ablate import tables
+from diffdis_jax.ablate.folder import Folder
+from diffdis_jax.ablate.plan import Plan, Run
+from tests import tiny
+
+PAPER = ("2", "3", "4", "5", "7")
+METRICS = {
+  "agreement": ("agreement_seen", "agreement_unseen"),
+  "zero_shot": ("acc1",),
+  "retrieval": ("image_retrieval_recall@1", "text_retrieval_recall@1"),
+  "fid": ("fid",),
+}
+
+
+def base(name: str = "tiny") -> ConfigDict:
+  """Of each kind of base: the tiny shapes, the emoji, the paper's run with its evaluations."""
+  arg = "imagenet=I,coco=C,flickr=F,fid=C,inception=W"
+  return {"tiny": tiny.get_config, "emoji": emoji.get_config, "paper": lambda: diffdis_cc3m.get_config(arg)}[name]()
+
+
+def make_plan(config: ConfigDict | None = None, *, names: Sequence[str] = PAPER, seeds=(0, 1, 2), grid="") -> Plan:
+  """Of the tiny config and its autoencoder."""
+  config = config or base()
+  unstated = tables.Unstated(schedule=config.text_diffusion.schedule)
+  asked = [tables.grid(grid, config)] if grid else tables.choose(names, unstated)
+  return planning.make(config, tiny.get_config("autoencoder"), asked, seeds)
+
+
+def write(
+  folder: Folder, run: Run, figures: Mapping[str, float], *, without: Sequence[str] = (), **protocol: Any
+) -> None:
+  """The results of a run: every metric of an evaluation is that of `figures`, or 0.5.
+
+  Args:
+    folder: of the ablation.
+    run: of a plan.
+    figures: data set -> its figure.
+    without: data sets that are not measured yet.
+    protocol: of all evaluations.
+  """
+  found: dict[str, dict[str, Any]] = {}
+  for name, section in run.evals.items():
+    if name not in without:
+      metrics = {metric: figures.get(name, 0.5) for metric in METRICS[section["task"]]}
+      record = {"dataset": name, "model": "m", "pretrained": "p", "task": section["task"], "language": "en"}
+      record |= {"metrics": metrics, "protocol": {"num_images": 64, "weights": run.name, **protocol}}
+      found.setdefault(section["task"], {})[name] = record
+  path = pathlib.Path(folder.results(run))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(found))

@@ -1,0 +1,238 @@
+"""Which runs the paper's tables and a grid are made of, and what their names depend on."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import pytest
+
+from diffdis_jax.ablate import plan as planning
+from diffdis_jax.ablate import tables
+from diffdis_jax.ablate.folder import Folder
+from diffdis_jax.common import cli
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import workdir
+from tests import tiny
+from tests.ablate.synthetic import base, make_plan
+
+
+@pytest.mark.parametrize("name", ["tiny", "emoji", "paper"])
+def test_the_papers_tables_are_nine_runs_a_seed(name):
+  """EXPERIMENTS: Table 2's data row, Table 3's of the base's schedule and Table 7's t_z = 1000 are one run; so are the
+  base rows of Tables 4 and 5."""
+  config = base(name)
+  asked = tables.choose(["2", "3", "4", "5", "7"], tables.Unstated(schedule=config.text_diffusion.schedule))
+  plan = planning.make(config, None, asked, (0, 1, 2))
+  assert len(plan.runs) == 27 and len({run.name for run in plan.runs}) == 27
+  number = {"cosine": 0, "scaled_linear": 1}[config.text_diffusion.schedule]
+  assert plan.rows["2", 1] == plan.rows["3", number] == plan.rows["7", 2]
+  assert plan.rows["4", 1] == plan.rows["5", 2]
+  assert [run.config["seed"] for run in plan.rows["4", 0]] == [0, 1, 2]
+  assert [run.config["seed"] for run in plan.runs] == [0] * 9 + [1] * 9 + [2] * 9
+  assert {table.name: table.base for table in asked} == {"2": 1, "3": number, "4": 1, "5": 2, "7": 2}
+
+
+def test_rows_change_what_the_paper_says():
+  plan = make_plan(seeds=(5,))
+  changed = {}
+  there = workdir.flatten(plan.base)
+  for (table, row), (run,) in plan.rows.items():
+    here = workdir.flatten(run.config)
+    changed[table, row] = {field: here[field] for field in here if here[field] != there[field] and field != "seed"}
+  one = {"text_diffusion.gamma": 1.0}
+  assert changed == {
+    ("2", 0): one | {"text_diffusion.target": "noise"},
+    ("2", 1): one,
+    ("3", 0): one | {"text_diffusion.schedule": "cosine"},
+    ("3", 1): one,
+    ("4", 0): {"model.fusion": False},
+    ("4", 1): {},
+    ("5", 0): {"model.modality_ffn": False},
+    ("5", 1): {"model.share_attention": False},
+    ("5", 2): {},
+    ("7", 0): one | {"condition_timestep": 0},
+    ("7", 1): one | {"condition_timestep": 999},
+    ("7", 2): one,
+  }
+
+
+def test_what_the_paper_does_not_state_is_a_choice():
+  chosen = tables.paper_tables(tables.Unstated(schedule="cosine", gamma=0.3))
+  assert {row.changes["text_diffusion.gamma"] for row in chosen["7"].rows} == {0.3}
+  assert {row.changes["text_diffusion.gamma"] for row in (*chosen["2"].rows, *chosen["3"].rows)} == {1.0}
+  assert {row.changes["text_diffusion.schedule"] for row in (*chosen["2"].rows, *chosen["7"].rows)} == {"cosine"}
+  with pytest.raises(UserError, match="table7_gamma is 1.5; it must be at most 1 and above 0|table7_gamma is 1.5"):
+    tables.Unstated(schedule="cosine", gamma=1.5)
+
+
+def test_one_autoencoder_comes_first_and_serves_every_run():
+  plan = make_plan()
+  first, *others = plan.runs
+  assert len(others) == 27 and first.name.startswith("autoencoder-") and not first.evals
+  assert {run.autoencoder for run in others} == {first}
+  assert first.config["objectives"] == ("reconstruction",)
+
+
+def test_an_autoencoder_of_its_own_for_what_it_depends_on():
+  plan = make_plan(grid="image_size=16,32", seeds=(0, 1))
+  small, large = plan.runs[:2]
+  assert [run.config["image_size"] for run in (small, large)] == [16, 32]
+  assert [run.autoencoder for run in plan.runs[2:]] == [small, large] * 2
+  assert len(make_plan(grid="loss.ita_weight=0.1,0.2", seeds=(0, 1)).runs) == 5
+
+
+def test_an_autoencoder_takes_over_what_is_its_own_of_the_base(tmp_path):
+  path, config = "tests/tiny.py", base()
+  given = {"image_size": 32, "num_steps": 3, "data.path": "somewhere", "loss.ita_weight": 0.5}
+  found = planning.find_autoencoder(path, given, config)
+  assert (found.image_size, found.num_steps, found.data.path) == (32, 8, "somewhere")
+  config.init_from = "elsewhere"
+  assert planning.find_autoencoder(path, given, config) is None
+  assert planning.find_autoencoder("configs/emoji.py:path=P", {}, base("emoji")).data.path == "P"
+  contrastive = "configs/emoji.py:objectives=contrastive"
+  assert planning.find_autoencoder(contrastive, {}, cli.read_config(contrastive)) is None
+  assert planning.find_autoencoder("configs/diffdis_cc3m.py", {}, base("paper")) is None
+
+
+def test_a_run_is_known_by_what_its_training_depends_on(tmp_path, monkeypatch):
+  name = lambda config, **fields: make_plan(config, names=["4"], seeds=(0,), **fields).rows["4", 1][0].name
+  config = base()
+  first = name(config)
+  # Frozen: a run that is there must be found again by later versions.
+  assert planning.digest({"a.b": 0.1, "c": (1, 2), "d": "x"}) == planning.digest({"d": "x", "c": [1, 2], "a.b": 0.1})
+  assert planning.digest({"a.b": 0.1, "c": (1, 2), "d": "x"}) == "ec4025ea"  # of sha256sum
+  config.mesh.data, config.log_every, config.data.loader.num_threads = 1, 1, 3
+  config.evals.test.data.num_images = 8
+  config.seed = 17  # the rows have their own
+  assert name(config) == first
+  monkeypatch.chdir(tmp_path)
+  assert name(config) == first
+  config.loss.ita_weight = 0.5
+  assert name(config) != first
+
+
+def test_a_field_that_came_later_leaves_names_alone(monkeypatch):
+  before = planning.identity(planning.as_dict(base()))
+  from diffdis_jax import config as run_config
+
+  defaults = run_config.defaults
+  monkeypatch.setattr(run_config, "defaults", lambda **options: defaults(**options) | {"newer": {"field": 3}})
+  config = base()
+  config.newer = {"field": 3}
+  assert planning.identity(planning.as_dict(config)) == before
+  config.newer.field = 4
+  assert planning.identity(planning.as_dict(config)) == before | {"newer.field": 4}
+
+
+def test_the_same_training_measured_twice():
+  plan = make_plan(grid="inference.draws=1,4", seeds=(0,))
+  (one,), (four,) = plan.rows["grid", 0], plan.rows["grid", 1]
+  folder = Folder("out")
+  assert one.name == four.name and folder.workdir(one) == folder.workdir(four)
+  assert folder.results(one) != folder.results(four)
+
+
+def test_a_row_is_measured_for_what_it_is_trained_for():
+  plan = make_plan(grid="objectives=('generation',),('discrimination',),('generation','discrimination')", seeds=(0,))
+  generation, discrimination, both = (plan.rows["grid", place][0] for place in range(3))
+  assert [*generation.evals] == ["generated"]
+  assert {*discrimination.evals} == {"test", "unseen", "test_retrieval"}
+  assert {*both.evals} == {*generation.evals, *discrimination.evals}
+  assert plan.tables[0].base == 2 and plan.tables[0].rows[2].label == "objectives = generation + discrimination"
+
+
+def test_grids():
+  table = tables.grid("loss.ita_weight=0.003,0.01; text_diffusion.schedule=cosine,scaled_linear", base())
+  fields = ("loss.ita_weight", "text_diffusion.schedule")
+  assert [tuple(row.changes[field] for field in fields) for row in table.rows] == [
+    (0.003, "cosine"),
+    (0.003, "scaled_linear"),
+    (0.01, "cosine"),
+    (0.01, "scaled_linear"),
+  ]
+  assert table.base == 3  # as the base is
+  assert tables.grid("model.fusion=false,true", base()).rows[0].changes == {"model.fusion": False}
+  assert tables.grid("text_diffusion.gamma=1", base()).rows[0].changes == {"text_diffusion.gamma": 1.0}
+
+
+@pytest.mark.parametrize(
+  "grid, message",
+  [
+    ("loss.ita_wieght=1", r"unknown config key loss.ita_wieght; did you mean loss.ita_weight\?"),
+    ("loss=1", "loss is a section, not a field; it has "),
+    ("loss.ita_weight", "write it as field=value,value"),
+    ("loss.ita_weight=", "write it as field=value,value"),
+    (" ; ", "--grid is empty"),
+    ("loss.ita_weight=big", "'big'; it should be of type float, like the base's 0.01"),
+    ("model.fusion=1", "1; it should be of type bool"),
+    ("seed=0,1", "the seeds of every row are --seeds"),
+    ("loss.ita_weight=0.1,0.2,0.1", "0.1 twice, which would be two runs of one name"),
+    ("loss.ita_weight=0.1;loss.ita_weight=0.2", "loss.ita_weight twice"),
+  ],
+)
+def test_wrong_grids(grid, message):
+  with pytest.raises(UserError, match=message) as error:
+    tables.grid(grid, base())
+  assert "\n" not in str(error.value)
+
+
+def test_wrong_tables_seeds_and_bases():
+  unstated = tables.Unstated(schedule="cosine")
+  with pytest.raises(UserError, match="--tables has '6'; there are 2,3,4,5,7"):
+    tables.choose(["2", "6"], unstated)
+  with pytest.raises(UserError, match="--tables names 2 twice"):
+    tables.choose(["2", "2"], unstated)
+  with pytest.raises(UserError, match="--seeds=0,0 should be different numbers"):
+    make_plan(seeds=(0, 0))
+  for seed in (-1, 2**32):
+    with pytest.raises(UserError, match=f"--seeds is {seed}; it must be at least 0 and at most 4294967295"):
+      make_plan(seeds=(0, seed))
+  clip = base("emoji")
+  del clip.model.fusion
+  with pytest.raises(UserError, match="unknown config key model.fusion"):
+    planning.make(clip, None, tables.choose(["4"], unstated), (0,))
+  config = base()
+  config.evals = {}
+  with pytest.raises(UserError, match="no evaluations"):
+    planning.make(config, None, tables.choose(["4"], unstated), (0,))
+  with pytest.raises(UserError, match="no evaluation of the base measures objectives reconstruction"):
+    make_plan(tiny_with_one_evaluation(), grid="objectives=('reconstruction',)")
+
+
+def tiny_with_one_evaluation():
+  config = tiny.get_config()
+  del config.evals["generated"]
+  return config
+
+
+def test_a_folder_is_of_one_base(tmp_path):
+  plan, folder = make_plan(), Folder(tmp_path / "out")
+  folder.check(plan)
+  assert not (tmp_path / "out").exists()
+  folder.open(plan)
+  folder.open(make_plan(grid="loss.ita_weight=0.1", seeds=(7,)))  # other rows of the same base
+  other = base()
+  other.loss.ita_weight = 0.5
+  before = (tmp_path / "out" / "base.json").read_bytes()
+  with pytest.raises(UserError, match="ablations of another base: loss.ita_weight is 0.01 there and 0.5 here"):
+    folder.open(make_plan(other))
+  assert (tmp_path / "out" / "base.json").read_bytes() == before
+  (tmp_path / "out" / "base.json").write_text("{")
+  with pytest.raises(UserError, match="is not JSON"):
+    folder.check(plan)
+  for content in ("{}", "[]"):
+    (tmp_path / "out" / "base.json").write_text(content)
+    with pytest.raises(UserError, match="base.json is no base of ablations; take a new --out"):
+      folder.check(plan)
+  with pytest.raises(UserError, match="is not empty and holds no ablations"):
+    Folder(pathlib.Path(__file__).parent).check(plan)
+
+
+def test_init_from_is_the_autoencoders_workdir_from_wherever_one_starts(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  run = make_plan().runs[1]
+  relative, absolute = Folder("out"), Folder(os.path.abspath("out"))
+  assert relative.config(run)["init_from"] == absolute.config(run)["init_from"] == absolute.workdir(run.autoencoder)
+  assert run.config["init_from"] == ""
+  assert Folder("gs://bucket/out").workdir(run) == f"gs://bucket/out/runs/{run.name}"

@@ -1,0 +1,304 @@
+"""How runs are done: in which order, what happens to one that fails or is stopped, and what is waited for."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from etils import epath
+
+from diffdis_jax.ablate import run as running
+from diffdis_jax.ablate.folder import Folder, State, seconds_per_step
+from diffdis_jax.errors import Interrupted, Preempted, UserError
+from diffdis_jax.run import workdir
+from tests.ablate import synthetic
+from tests.ablate.synthetic import make_plan
+from tests.command_runs import ROOT
+from tests.interrupting import Terminal, is_alive, not_ignored
+
+
+@pytest.fixture
+def plan():
+  """An autoencoder, and two rows of one seed."""
+  return make_plan(names=["4"], seeds=(0,))
+
+
+class Done:
+  """What has been done, instead of training: the state of every run."""
+
+  def __init__(self, folder: Folder, monkeypatch: pytest.MonkeyPatch):
+    self.folder, self.trained, self.measured = folder, [], []
+    monkeypatch.setattr(folder, "state", self.state)
+
+  def state(self, run):
+    is_trained = self.folder.workdir(run) in self.trained
+    return State(step=8 * is_trained, num_steps=8, measured=not run.evals or run.name in self.measured, seconds=None)
+
+  def train(self, config, path):
+    assert config.is_locked
+    self.trained.append(path)
+
+  def measure(self, run, path, out):
+    assert self.folder.workdir(run) == path and self.folder.results(run) == out
+    with pytest.raises(workdir.InUse):
+      workdir.Lock(path).__enter__()
+    self.measured.append(run.name)
+
+
+@pytest.fixture
+def done(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir, "ENDING", 0.0)
+  return Done(Folder(tmp_path), monkeypatch)
+
+
+def test_the_autoencoder_is_trained_first_and_once(plan, done):
+  first, off, on = plan.runs
+  for run in (on, off, on):
+    running.perform(run, done.folder, train=done.train, measure=done.measure)
+  assert done.trained == [done.folder.workdir(run) for run in (first, on, off)]
+  assert done.measured == [on.name, off.name]
+
+
+def test_what_another_process_has_is_waited_for(plan, done, monkeypatch):
+  """Its training here, until it ends; what it has done is not done again."""
+  monkeypatch.setattr(running, "PATIENCE", 0.01)
+  first, *_ = plan.runs
+  path, waits = done.folder.workdir(first), []
+
+  def train(config, path):
+    waits.append(path)
+    if len(waits) == 3:
+      done.trained.append(path)  # by the other process
+    raise workdir.InUse("in use by process 1 on another; wait for it")
+
+  running.perform(first, done.folder, train=train, measure=done.measure)
+  assert waits == [path] * 3 and not done.measured
+
+
+def test_which_runs_only_means(plan):
+  assert running.select(plan, "") == [0, 1, 2]
+  assert running.select(plan, "1") == [1]
+  assert running.select(plan, "0/2") == [0, 2] and running.select(plan, "1/2") == [1]
+  assert running.select(plan, "3/4") == []  # a task of an array that is larger than the plan
+
+
+@pytest.mark.parametrize(
+  "only, message",
+  [
+    ("3", "the plan has runs 0 to 2"),
+    ("a", "should be K"),
+    ("1/b", "should be K"),
+    ("2/2", "below its N"),
+    ("0/0", "below its N"),
+  ],
+)
+def test_no_such_run(plan, only, message):
+  with pytest.raises(UserError, match=message):
+    running.select(plan, only)
+
+
+def script(lines: dict[int, str]):
+  return lambda number: [sys.executable, "-IS", "-c", lines.get(number, "pass")]
+
+
+def test_one_that_fails_is_told_and_the_others_go_on(plan, tmp_path, caplog):
+  folder = Folder(tmp_path)
+  said = "import sys; sys.stderr.write('step 1\\nerror: no such data\\nbye\\n'); sys.exit(2)"
+  code = running.perform_all(plan, [1, 2], folder, script({1: said, 2: f"open({str(tmp_path / 'other')!r}, 'w')"}))
+  assert code == 2 and (tmp_path / "other").exists()
+  assert folder.log(plan.runs[1]).read_text() == "step 1\nerror: no such data\nbye\n"
+  assert (
+    f"run 1, {plan.runs[1].name}: failed with code 2: no such data; log in {folder.log(plan.runs[1])}" in caplog.text
+  )
+  assert "1 of 2 runs failed" in caplog.text
+  assert running.perform_all(plan, [1, 2], folder, script({1: said, 2: "raise SystemExit(1)"})) == 1
+  assert folder.log(plan.runs[1]).read_text().count("no such data") == 2
+
+
+def test_a_failed_autoencoder_fails_what_starts_from_it(plan, tmp_path, caplog):
+  code = running.perform_all(plan, [0, 1, 2], Folder(tmp_path), script({0: "raise SystemExit(3)", 1: "assert False"}))
+  assert code == 1 and caplog.text.count("left out, since its autoencoder failed") == 2
+  assert [path.name for path in (tmp_path / "logs").iterdir()] == [f"{plan.runs[0].name}.log"]
+
+
+def test_what_is_finished_is_left_alone(plan, done):
+  for run in plan.runs:
+    done.trained.append(done.folder.workdir(run))
+    done.measured.append(run.name)
+  assert running.perform_all(plan, [0, 1, 2], done.folder, script({n: "raise SystemExit(9)" for n in range(3)})) == 0
+
+
+def test_results_alone_are_a_finished_run(plan, tmp_path):
+  """Checkpoints may be removed, or left on another machine: nothing is trained again, the autoencoder neither."""
+  folder, (first, run, other) = Folder(tmp_path), plan.runs
+  synthetic.write(folder, run, {})
+
+  def fail(*_):
+    raise AssertionError("trained or measured again")
+
+  running.perform(run, folder, train=fail, measure=fail)
+  assert folder.state(run).is_finished and folder.state(run).words == "finished"
+  assert not folder.state(other).is_finished and folder.state(first).words == "missing"
+
+
+def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):
+  begun, saved = tmp_path / "begun", tmp_path / "saved"
+  waits = (
+    "import pathlib, signal, sys, time\n"
+    f"def save(*_):\n  pathlib.Path({str(saved)!r}).touch(); sys.exit(75)\n"
+    f"signal.signal(signal.SIGTERM, save); pathlib.Path({str(begun)!r}).touch(); time.sleep(60)"
+  )
+
+  def stop():
+    while not begun.exists():
+      threading.Event().wait(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  before = signal.getsignal(signal.SIGTERM)
+  threading.Thread(target=stop).start()
+  with pytest.raises(Preempted):
+    running.perform_all(plan, [0, 1], Folder(tmp_path / "out"), script({0: waits, 1: "assert False"}))
+  assert saved.exists() and signal.getsignal(signal.SIGTERM) == before
+  assert not Folder(tmp_path / "out").log(plan.runs[1]).exists()
+
+
+def test_jobs_run_side_by_side_on_cores_of_their_own(plan, tmp_path, caplog):
+  """Each writes its cores, and ends when the other one is there; the autoencoder is before them."""
+  note = lambda n: (
+    f"import os, pathlib, time; d = pathlib.Path({str(tmp_path)!r}); c = os.sched_getaffinity(0)\n"
+    + (f"(d / 'new{n}').write_text(' '.join(map(str, c))); (d / 'new{n}').rename(d / 'cores{n}')\n")
+  )
+  waits = lambda n, other: note(n) + f"while not (d / 'cores{other}').exists(): time.sleep(0.01)"
+  lines = {0: note(0) + "assert len([*d.glob('cores*')]) == 1", 1: waits(1, 2), 2: waits(2, 1)}
+  assert running.perform_all(plan, [0, 1, 2], Folder(tmp_path / "out"), script(lines), jobs=2) == 0
+  first, one, other = ({*map(int, (tmp_path / f"cores{n}").read_text().split())} for n in range(3))
+  cores = os.sched_getaffinity(0)
+  assert first in (one, other) and one | other == cores
+  assert len(cores) == 1 or not one & other
+
+
+def test_jobs_go_on_when_one_fails_and_end_when_one_is_preempted(plan, tmp_path):
+  folder = Folder(tmp_path)
+  other = f"open({str(tmp_path / 'other')!r}, 'w')"
+  assert running.perform_all(plan, [1, 2], folder, script({1: "raise SystemExit(3)", 2: other}), jobs=2) == 1
+  assert (tmp_path / "other").exists()
+  waits = "import time; time.sleep(60)"
+  begin = time.monotonic()
+  with pytest.raises(Preempted):
+    running.perform_all(plan, [1, 2], folder, script({1: "raise SystemExit(75)", 2: waits}), jobs=2)
+  assert time.monotonic() - begin < 30
+
+
+def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path):
+  begun, next_one = tmp_path / "begun", tmp_path / "next"
+  lines = {1: f"import time; open({str(begun)!r}, 'w'); time.sleep(60)", 2: f"open({str(next_one)!r}, 'w')"}
+
+  def interrupt():
+    while not begun.exists():
+      threading.Event().wait(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+  threading.Thread(target=interrupt).start()
+  begin = time.monotonic()
+  with not_ignored(), pytest.raises(Interrupted):
+    running.perform_all(plan, [1, 2], Folder(tmp_path / "out"), script(lines))
+  assert time.monotonic() - begin < 30 and not next_one.exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_counts_where_python_drops_its_exception():
+  class Dropping:
+    def __del__(self):
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(0.1)
+
+  with not_ignored():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted), running._Children().listening() as children:
+      Dropping()
+      assert children.asked and children.run(["false"], epath.Path("unwritten"), None) == running.PREEMPTED
+      raise Preempted  # as a run does that was ended
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+# A run's process, which a terminal's Ctrl-C and the SIGTERM of its parent both reach. It saves once, or never ends.
+SAVING = """
+import os, pathlib, signal, sys, time
+folder, slow = pathlib.Path(sys.argv[1]), sys.argv[2] == "slow"
+def save(*_):
+  if slow:
+    return
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  time.sleep(0.5)
+  (folder / f"saved.{os.getpid()}").touch()
+  os._exit(130)
+for number in (signal.SIGINT, signal.SIGTERM):
+  signal.signal(number, save)
+(folder / f"begun.{os.getpid()}").touch()
+while True:
+  time.sleep(1)
+"""
+ALL = """
+import pathlib, sys
+from absl import flags
+from diffdis_jax import cli
+from diffdis_jax.ablations import run
+from diffdis_jax.ablate.folder import Folder
+from tests.ablate.synthetic import make_plan
+
+FOLDER = flags.DEFINE_string("folder", "", "")
+HOW = flags.DEFINE_string("how", "", "")
+
+def main(_):
+  folder, plan = pathlib.Path(FOLDER.value), make_plan(names=["4"], seeds=(0,))
+  command = lambda number: [sys.executable, "-IS", str(folder / "saving.py"), str(folder), HOW.value]
+  sys.exit(run.perform_all(plan, [1, 2], Folder(folder / "out"), command, jobs=2))
+
+if __name__ == "__main__":
+  cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("how", ["saves", "slow"])
+def test_ctrl_c_in_a_terminal_lets_the_runs_save_and_a_second_one_kills_them(tmp_path, how):
+  (tmp_path / "saving.py").write_text(SAVING)
+  (tmp_path / "all.py").write_text(ALL)
+  command = [sys.executable, str(tmp_path / "all.py"), f"--folder={tmp_path}", f"--how={how}", "--quiet"]
+  environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  with Terminal(command, environment, tmp_path / "stderr") as terminal:
+    terminal.wait_until(lambda: len([*tmp_path.glob("begun.*")]) == 2)
+    terminal.ctrl_c()
+    if how == "slow":
+      terminal.wait_until(lambda: terminal.said)
+      time.sleep(0.5)
+      assert terminal.process.poll() is None
+      terminal.ctrl_c()
+    assert terminal.end(seconds=20) == 130
+    line, *others = terminal.said.splitlines()
+    assert "a second Ctrl-C ends it at once" in line and others == ["interrupted"] * (how == "slow")
+  assert len([*tmp_path.glob("saved.*")]) == (2 if how == "saves" else 0)
+  assert not any(is_alive(path.suffix[1:]) for path in tmp_path.glob("begun.*"))
+
+
+@pytest.mark.parametrize("code, cause", [(75, Preempted), (130, Interrupted)])
+def test_a_run_that_was_stopped_ends_all(plan, tmp_path, code, cause):
+  with pytest.raises(Preempted) as error:
+    running.perform_all(plan, [0, 1], Folder(tmp_path), script({0: f"raise SystemExit({code})", 1: "assert False"}))
+  assert error.type is cause
+
+
+def test_seconds_of_a_step(tmp_path):
+  """Lines of 2 and 4 steps a second, as many steps each: 0.375 s. Evaluations and a line cut off say nothing."""
+  assert seconds_per_step(workdir.epath.Path(tmp_path)) is None
+  lines = [{"step": 4, "steps_per_sec": 2.0}, {"step": 4, "test/acc1": 1.0}, {"step": 8, "steps_per_sec": 4.0}]
+  lines.append({"step": 9, "steps_per_sec": None})
+  text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 12, "steps_p'
+  (pathlib.Path(tmp_path) / "metrics.jsonl").write_text(text)
+  assert seconds_per_step(workdir.epath.Path(tmp_path)) == 0.375

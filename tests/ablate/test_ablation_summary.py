@@ -1,0 +1,254 @@
+"""Cells of tables made of results with known means, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from diffdis_jax.ablate import columns, render, summary, tables
+from diffdis_jax.ablate import status as outlook
+from diffdis_jax.ablate.folder import Folder, State
+from diffdis_jax.errors import UserError
+from tests.ablate.synthetic import base, make_plan, write
+
+
+def difference_of(values, base):
+  """The cell of the first of two rows of one column, the second of which is the base."""
+  found, against = summary.cells_of([{"top-1": values}, {"top-1": base}], base=1)
+  assert against["top-1"]["difference"] is None
+  return found["top-1"]
+
+
+def test_a_cell_by_hand():
+  """Values 90, 92, 97: mean 93, variance (9 + 1 + 16) / 2 = 13. Differences to 88, 91, 91: 2, 1, 6, mean 3, variance
+  (1 + 4 + 9) / 2 = 7, standard error sqrt(7 / 3) = 1.5275; 4.3027 of them, t(0.975, 2), are 6.572."""
+  found = difference_of({0: 90.0, 1: 92.0, 2: 97.0}, {0: 88.0, 1: 91.0, 2: 91.0})
+  assert found["values"] == {"0": 90.0, "1": 92.0, "2": 97.0}
+  assert (found["mean"], found["n"]) == (93.0, 3) and math.isclose(found["sd"], math.sqrt(13))
+  difference = found["difference"]
+  assert difference["mean"] == 3.0 and math.isclose(difference["se"], math.sqrt(7 / 3))
+  np.testing.assert_allclose([difference["low"], difference["high"]], [3 - 6.572, 3 + 6.572], atol=1e-3)
+  assert difference["p_holm"] == difference["p"] > 0.05 and not difference["is_significant"]
+
+
+@pytest.mark.parametrize(
+  "values, other, difference",
+  [
+    # Two standard errors away five times over, which of one degree of freedom is 1 in 8.
+    ({0: 5.0, 1: 7.0}, {0: 2.0, 1: 5.0}, {"mean": 2.5, "se": 0.5, "n": 2, "is_significant": False}),
+    # Seeds that only one of the rows has are left out of the pairs.
+    ({0: 5.0, 1: 7.0}, {1: 5.0, 2: 100.0}, {"mean": 2.0, "se": None, "n": 1, "p": None, "is_significant": False}),
+    # Equal in every seed, or a constant gain: there is no spread to judge by.
+    ({0: 5.0, 1: 6.0}, {0: 5.0, 1: 6.0}, {"mean": 0.0, "se": 0.0, "n": 2, "p": None, "is_significant": False}),
+    ({0: 5.0, 1: 6.0}, {0: 4.0, 1: 5.0}, {"mean": 1.0, "se": 0.0, "n": 2, "p": None, "is_significant": False}),
+    (
+      {0: 5.0, 1: 7.0, 2: 6.0},
+      {0: 3.0, 1: 5.1, 2: 3.9},
+      {"mean": pytest.approx(2.0), "n": 3, "is_significant": True},
+    ),
+  ],
+)
+def test_pairs(values, other, difference):
+  assert difference.items() <= difference_of(values, other)["difference"].items()
+
+
+@pytest.mark.parametrize("values, other", [({0: 5.0}, {}), ({}, {0: 5.0}), ({0: 5.0}, {1: 5.0})])
+def test_rows_without_a_common_seed_have_no_difference(values, other):
+  assert difference_of(values, other)["difference"] is None
+
+
+def test_a_row_without_runs_is_blank():
+  assert difference_of({}, {0: 1.0}) == {"values": {}, "mean": None, "sd": None, "n": 0, "difference": None}
+
+
+def test_holm_is_over_all_cells_of_a_table():
+  """Three rows and two columns: four differences to the base row, whose p is that of scipy."""
+  rng = np.random.default_rng(0)
+  figures = [{name: dict(enumerate(rng.normal(size=4).tolist())) for name in ("a", "b")} for _ in range(3)]
+  cells = summary.cells_of(figures, base=1)
+  found = [cells[place][name]["difference"] for place in (0, 2) for name in ("a", "b")]
+  pairs = [([*figures[place][name].values()], [*figures[1][name].values()]) for place in (0, 2) for name in ("a", "b")]
+  p = [stats.ttest_rel(ours, base).pvalue for ours, base in pairs]
+  np.testing.assert_allclose([each["p"] for each in found], p)
+  least = int(np.argmin(p))
+  np.testing.assert_allclose(found[least]["p_holm"], min(1.0, 4 * p[least]))
+
+
+def summarised(plan, folder):
+  return summary.summarise(plan, folder, columns.columns_of(plan.base["evals"]), base="tests/tiny.py")
+
+
+@pytest.fixture
+def measured(tmp_path):
+  """Table 4 with its three seeds; of the row without fusion the last is missing, and the second not finished."""
+  plan, folder = make_plan(names=["4"]), Folder(tmp_path)
+  for seed, run in enumerate(plan.rows["4", 1]):
+    write(folder, run, {"test": 0.9 + seed / 100, "generated": 1.0})
+  off = plan.rows["4", 0]
+  write(folder, off[0], {"test": 0.7})
+  write(folder, off[1], {"test": 0.7}, without=["unseen"])
+  return plan, folder
+
+
+def test_a_table_of_known_results(measured):
+  found = summarised(*measured)
+  assert found["columns"] == {
+    "generated/agreement_seen": "drawn right, seen pairs ↑",
+    "generated/agreement_unseen": "drawn right, unseen pairs ↑",
+    "test/acc1": "top-1 test ↑",
+    "unseen/acc1": "top-1 unseen ↑",
+    "test_retrieval/recall@1": "R@1 test ↑",
+  }
+  off, on = found["tables"]["4"]["rows"]
+  assert (off["label"], off["is_base"], on["label"], on["is_base"]) == ("disabled", False, "enabled", True)
+  assert on["paper"] == {"fid": 9.80, "imagenet/acc1": 25.92, "recall@1": 33.60}
+  np.testing.assert_allclose([*on["cells"]["test/acc1"]["values"].values()], [90, 91, 92])
+  np.testing.assert_allclose([on["cells"]["test/acc1"][name] for name in ("mean", "sd", "n")], [91, 1, 3])
+  assert on["cells"]["test/acc1"]["difference"] is None
+  np.testing.assert_allclose([*off["cells"]["test/acc1"]["values"].values()], [70])
+  assert off["cells"]["test/acc1"]["sd"] is None
+  np.testing.assert_allclose(off["cells"]["test/acc1"]["difference"]["mean"], -20)
+  off_runs = [found["runs"][name] for name in off["runs"]]
+  assert [run["evaluations"] is None for run in off_runs] == [False, True, True]
+  assert off_runs[0]["config"]["model"]["fusion"] is False
+  assert json.loads(json.dumps(found)) == json.loads(json.dumps(summarised(*measured)))
+
+
+def test_markdown_of_known_results(measured):
+  text = render.markdown(summarised(*measured))
+  lines = text.splitlines()
+  at = next(i for i, line in enumerate(lines) if line.startswith("## Table 4: Dual-stream deep fusion"))
+  head, _, off, difference, paper, on, paper_on = lines[at + 2 : at + 9]
+  assert head == (
+    "|  | drawn right, seen pairs ↑ | drawn right, unseen pairs ↑ | top-1 test ↑ | top-1 unseen ↑ | R@1 test ↑"
+    " | FID ↓ (paper) | ImageNet top-1 ↑ (paper) | mean R@1 ↑ (paper) |"
+  )
+  half = "50.00 (n = 1)"
+  assert off == f"| disabled | {half} | {half} | 70.00 (n = 1) | {half} | {half} |  |  |  |"
+  assert difference == "| − base | -50.00 | -50.00 | -20.00 | +0.00 | +0.00 |  |  |  |"
+  assert paper == "| *paper* |  |  |  |  |  | 10.05 | 24.53 | 32.97 |"
+  assert on.startswith("| **enabled** | 100.00 ± 0.00 | 100.00 ± 0.00 | 91.00 ± 1.00 | 50.00 ± 0.00 |")
+  assert paper_on == "| *paper* |  |  |  |  |  | 9.80 | 25.92 | 33.60 |"
+
+
+def test_the_papers_figures_stand_under_ours(tmp_path):
+  """FID as it is, top-1 in per cent, and the mean of the four R@1."""
+  plan, folder = make_plan(base("paper"), names=["7"], seeds=(0,)), Folder(tmp_path)
+  for place in range(3):
+    (run,) = plan.rows["7", place]
+    write(folder, run, {"fid": 10 + place, "imagenet": 0.25, "coco": 0.2, "flickr": 0.4})
+  found = summarised(plan, folder)
+  assert [*found["columns"]] == ["fid", "imagenet/acc1", "recall@1"]
+  means = [cell["mean"] for cell in found["tables"]["7"]["rows"][1]["cells"].values()]
+  np.testing.assert_allclose(means, [11, 25, 30])
+  lines = render.markdown(found).splitlines()
+  assert "| *paper* | 12.02 | 21.73 | 27.56 |" in lines and "|  | FID ↓ | ImageNet top-1 ↑ | mean R@1 ↑ |" in lines
+
+
+def test_only_what_survives_is_bold(tmp_path):
+  """Differences of test: -2, 3 and -1; of unseen: -20, -20.2 and -20.1, t 348, p 8e-6, which Holm doubles. The three
+  other columns are 50 in all runs and count for nothing."""
+  plan, folder = make_plan(names=["4"]), Folder(tmp_path)
+  for seed in range(3):
+    write(folder, plan.rows["4", 0][seed], {"test": (0.80, 0.86, 0.80)[seed], "unseen": (0.1, 0.2, 0.3)[seed]})
+    write(folder, plan.rows["4", 1][seed], {"test": (0.82, 0.83, 0.81)[seed], "unseen": (0.3, 0.402, 0.501)[seed]})
+  found = summarised(plan, folder)
+  text = render.markdown(found)
+  equal = "+0.00 in every seed, *undecided*"
+  assert (
+    f"| − base | {equal} | {equal} | +0.00 [-6.57, +6.57], p 1.000, Holm 1.000, *undecided*, MDE 8.6 |"
+    f" **-20.10 [-20.35, -19.85], p < 0.001, Holm < 0.001** | {equal} |"
+  ) in text
+  assert "\n1 of 2 differences bold; chance alone makes any bold in at most 5 % of such tables. " in text
+  assert "Before Holm's correction 1 have p < 0.05; chance gives 0.1." in text
+  assert found["tables"]["4"]["count"] == {
+    "differences": 2,
+    "significant": 1,
+    "uncorrected": 1,
+    "uncorrected_by_chance": pytest.approx(0.1),
+  }
+
+
+def test_columns_of_the_emoji_and_a_choice_of_them():
+  found = columns.columns_of(base("emoji").evals.to_dict())
+  names = [column.name for column in found]
+  assert {"val_vendor/acc1", "test_vendor/acc1_seen", "val_vendor_retrieval/recall@1"} <= {*names}
+  assert [column.name for column in columns.choose(found, names[2:0:-1])] == names[2:0:-1]
+  with pytest.raises(UserError, match=r"--columns has 'val_vendor/acc'; did you mean val_vendor/acc1\?"):
+    columns.choose(found, ["val_vendor/acc"])
+
+
+def test_the_column_of_recognition():
+  (column,) = columns.columns_of({"drawn": {"task": "recognition"}})
+  results = {"recognition": {"drawn": {"metrics": {"recognised_acc1": 0.25, "judge_acc1": 0.5}}}}
+  assert (column.name, column.title, column.read(results)) == ("drawn/recognised_acc1", "drawn right, drawn ↑", 25.0)
+
+
+def test_protocols_are_not_mixed(tmp_path):
+  plan, folder = make_plan(names=["4"], seeds=(0,)), Folder(tmp_path)
+  (off,), (on,) = plan.rows["4", 0], plan.rows["4", 1]
+  write(folder, off, {}, draws=1)
+  write(folder, on, {}, draws=4)
+  with pytest.raises(UserError) as error:
+    summarised(plan, folder)
+  for said in ("table 4 would mix protocols", "draws 1 in", "and 4 in", folder.results(off), folder.results(on)):
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "grid, names, protocols",
+  [
+    ("inference.draws=1,4", [], [{"draws": 1}, {"draws": 4}]),
+    ("inference.generation_steps=2,4", [], [{"steps": 2}, {"steps": 4}]),
+    ("num_steps=4,8", [], [{"checkpoint": 4}, {"checkpoint": 8}]),
+    ("", ["2"], [{"unit_query": False}, {"unit_query": True}]),
+  ],
+)
+def test_what_the_rows_change_themselves_may_differ(tmp_path, grid, names, protocols):
+  plan, folder = make_plan(names=names, grid=grid, seeds=(0,)), Folder(tmp_path)
+  for run, protocol in zip(summary.runs_of(plan, plan.tables[0]), protocols, strict=True):
+    write(folder, run, {}, **protocol)
+  assert len(summarised(plan, folder)["tables"]) == 1
+
+
+def test_a_file_that_holds_no_results_is_told(measured):
+  plan, folder = measured
+  with open(folder.results(plan.rows["4", 1][0]), "w") as file:
+    file.write("[]")
+  with pytest.raises(UserError, match="holds no results of evaluate"):
+    summarised(plan, folder)
+
+
+def test_the_figure_shows_every_row(measured):
+  """A panel for each column, and more of it where there is a second table."""
+  image = Image.open(io.BytesIO(render.plot(summarised(*measured))))
+  assert image.format == "PNG" and image.width > 2000
+  plan, folder = make_plan(names=["4", "5"]), measured[1]
+  assert Image.open(io.BytesIO(render.plot(summarised(plan, folder)))).height > image.height
+
+
+def test_outlook(tmp_path, monkeypatch):
+  """9 steps of 2 s are left of one run, 36 s of steps of another at the speed of the first, and 8 of an autoencoder."""
+  plan, folder = make_plan(names=["4"], seeds=(0,)), Folder(tmp_path)
+  first, second, third = plan.runs
+  states = {
+    first: State(step=0, num_steps=8, measured=True, seconds=None),
+    second: State(step=9, num_steps=18, measured=False, seconds=2.0),
+    third: State(step=0, num_steps=18, measured=False, seconds=None),
+  }
+  monkeypatch.setattr(folder, "state", states.get)
+  lines = outlook.lines(plan, folder, None)
+  assert lines[0].split() == ["0", first.name, "missing", "?", "h"]
+  assert lines[1].split() == ["1", second.name, *"step 9 of 18".split(), "0.01", "h"]
+  assert "table 4, enabled: runs 2" in lines
+  assert lines[-1].startswith("3 runs, 0 finished; 0.01 hours of steps left") and "and 1 runs whose speed" in lines[-1]
+  for run in plan.runs:
+    states[run] = State(step=18, num_steps=18, measured=True, seconds=2.0)
+  assert outlook.lines(plan, folder, None)[-1] == "3 runs, 3 finished"
+  assert tables.PAPER_METRICS.keys() == {"fid", "imagenet/acc1", "recall@1"}

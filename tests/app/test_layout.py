@@ -1,0 +1,50 @@
+"""Which tabs the page has, by the run that it serves."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffdis_jax.app.__main__ import contents_of
+from diffdis_jax.app.limits import Limits
+from diffdis_jax.app.player import Player
+from diffdis_jax.app.search import Index
+from tests import steps, tiny, tiny_clip
+from tests.app.test_tabs import Source
+from tests.models.networks import random_params
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # of Gradio's own imports
+
+
+def tabs(config, *, source: Source | None) -> list[str]:
+  from diffdis_jax.app import page
+
+  inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=2)
+  player = Player(inference, random_params(inference.shapes, seed=0), seconds=300)
+  index = None if source is None else Index(player, source, None)
+  blocks = page.build(player, index, Limits(), contents_of(config, "a run"))
+  player.close()
+  return [each["props"]["label"] for each in blocks.get_config_file()["components"] if each["type"] == "tabitem"]
+
+
+def config_of(*objectives: str):
+  config = tiny.get_config()
+  config.objectives = objectives
+  return config
+
+
+@pytest.mark.parametrize(
+  "config, expected",
+  [
+    (config_of("generation", "discrimination"), ["Draw", "Classify", "Search", "Inside"]),
+    (config_of("generation"), ["Draw"]),
+    (config_of("discrimination"), ["Classify", "Search", "Inside"]),
+    (tiny_clip.get_config(), ["Classify", "Search"]),
+  ],
+  ids=["both", "generation", "discrimination", "clip"],
+)
+def test_a_run_has_the_tabs_that_it_can_serve(config, expected):
+  assert tabs(config, source=Source("red", "blue")) == expected
+
+
+def test_without_a_folder_there_is_nothing_to_search():
+  assert tabs(config_of("discrimination"), source=None) == ["Classify", "Inside"]

@@ -1,0 +1,112 @@
+"""Which Host and Origin are answered."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from diffdis_jax.app.same_site import SameSite
+
+HERE = "127.0.0.1:7860"
+
+
+async def answers(scope, receive, send):
+  await send({"type": "http.response.start", "status": 200})
+
+
+def answer(host: str | None, origin: str | None = None, *, at: str = "127.0.0.1", names=(), kind: str = "http") -> int:
+  """Status; 0 for a websocket that is closed."""
+  sent = []
+
+  async def send(message):
+    sent.append(message)
+
+  headers = [(name, value.encode()) for name, value in ((b"host", host), (b"origin", origin)) if value is not None]
+  asyncio.run(SameSite(answers, listens_at=at, names=names)({"type": kind, "headers": headers}, None, send))
+  assert sent[0].get("status") != 403 or b"detail" in sent[1]["body"]
+  return sent[0].get("status", 0)
+
+
+@pytest.mark.parametrize(
+  "host", [HERE, "localhost:7860", "LOCALHOST", "[::1]:7860", "localhost:9999", "127.0.0.1", "page.example:80"]
+)
+def test_the_page_is_asked_for_by_its_own_names_at_any_port(host):
+  """Such as one that ssh -L forwards."""
+  names = ("Page.example",)
+  assert answer(host, names=names) == 200
+  for scheme in ("http", "https"):
+    assert answer(host, f"{scheme}://{host}".lower(), names=names) == 200
+
+
+@pytest.mark.parametrize(
+  "host",
+  [
+    "evil.example",
+    "evil.example:7860",
+    "127.0.0.1.evil.example",
+    "localhost.evil.example",
+    "evil.example@127.0.0.1.x",
+    "192.168.0.7:7860",
+    "0.0.0.0:7860",
+    "[::ffff:1.2.3.4]",
+    "[::1",
+    "127.0.0.1:7860, evil.example",
+    "evil.example/127.0.0.1",
+    "",
+    None,
+  ],
+)
+def test_another_host_is_refused(host):
+  assert answer(host) == 403
+  assert answer(host, kind="websocket") == 0
+
+
+@pytest.mark.parametrize(
+  "origin",
+  [
+    "http://evil.example",
+    "null",
+    "",
+    "http://127.0.0.1:3000",
+    "http://127.0.0.1",
+    "http://localhost:7860",
+    "http://127.0.0.1:7860.evil.example",
+    "http://evil.example#127.0.0.1:7860",
+    "http://evil.example@127.0.0.1:7860",
+    "file://",
+    "http://[",
+  ],
+)
+def test_a_foreign_origin_is_refused(origin):
+  assert answer(HERE, origin) == 403
+  assert answer(HERE, origin, kind="websocket") == 0
+
+
+def test_two_hosts_are_refused():
+  sent = []
+
+  async def send(message):
+    sent.append(message)
+
+  headers = [(b"host", HERE.encode()), (b"host", b"evil.example")]
+  asyncio.run(SameSite(answers, listens_at="127.0.0.1")({"type": "http", "headers": headers}, None, send))
+  assert sent[0]["status"] == 403
+
+
+def test_at_every_address_any_address_may_be_asked_for_and_no_other_name():
+  for at in ("0.0.0.0", "::"):
+    for host in ("192.168.0.7:7860", "[fe80::1]:7860", "localhost"):
+      assert answer(host, f"http://{host}", at=at) == 200
+    assert answer("evil.example", at=at) == 403
+    assert answer("192.168.0.7:7860", "http://evil.example", at=at) == 403
+  assert answer("machine.example:7860", at="machine.example") == 200
+
+
+def test_a_proxy_that_asks_by_the_address_and_hands_on_the_origin():
+  assert answer(HERE, "https://page.example", names=("page.example",)) == 200
+  assert answer(HERE, "https://other.example", names=("page.example",)) == 403
+
+
+def test_the_start_of_the_server_passes():
+  assert answer(None, kind="lifespan") == 200

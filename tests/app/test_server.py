@@ -1,0 +1,101 @@
+"""Two hundred hostile requests to the server of the page, without a model behind it."""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.served_app import Served, started
+
+REQUESTS, AT_ONCE = 200, 10
+GROWTH = 20  # MB that may be added after the first quarter
+UPLOADS = 3_000_000  # bytes that are kept, and that may be received at a time
+SERVER = f"""
+from absl import logging
+from diffdis_jax.studio import uploads
+
+logging.set_verbosity(logging.INFO)
+with uploads.folder() as folder:
+  import gradio as gr
+  from diffdis_jax.studio import server
+  from diffdis_jax.app.limits import Limits
+
+  with gr.Blocks(analytics_enabled=False) as blocks:
+    gr.Textbox("the page").submit(lambda text: text, api_name="say")
+  limits = Limits(upload_mb=0.5, uploads_mb={UPLOADS / 1e6}, seconds=5)
+  server.serve(blocks, limits, folder=folder, host="127.0.0.1", port=0, allowed_hosts=["page.example"])
+"""
+EVIL = "http://evil.example"
+CALL, UPLOAD = "/gradio_api/call/say", "/gradio_api/upload"
+# Headers, path, what is uploaded, and the status that must come back.
+KINDS = (
+  ({"host": "evil.example"}, "/config", b"", 403),
+  ({"origin": EVIL}, "/config", b"", 403),
+  ({"origin": "null"}, CALL, b'{"data": ["a"]}', 403),
+  ({"origin": EVIL, "content-type": "text/plain"}, CALL, b'{"data": ["a"]}', 403),
+  ({"host": "evil.example:7860", "origin": EVIL + ":7860"}, CALL, b'{"data": ["a"]}', 403),
+  ({"origin": EVIL}, UPLOAD, bytes(1000), 403),
+  ({}, UPLOAD, bytes(700_000), 413),
+  ({}, UPLOAD, b"large", 200),
+  ({}, "/gradio_api/file=/etc/passwd", b"", 403),
+  ({}, CALL, b"{", 422),
+  ({}, CALL, b"leaves", 0),
+  ({}, UPLOAD, b"leaves", 0),
+  ({"host": "localhost:9999", "origin": "http://localhost:9999"}, "/config", b"", 200),  # as ssh -L forwards
+  ({"host": "page.example", "origin": "https://page.example"}, "/config", b"", 200),
+)
+
+
+def status(address: str, number: int) -> tuple[int, int]:
+  """Of a request: what must come, and what comes."""
+  headers, path, body, expected = KINDS[number % len(KINDS)]
+  if body == b"leaves":
+    return expected, leave(address, path)
+  with httpx.Client(base_url=address, timeout=30, headers=headers) as client:
+    if path == UPLOAD:
+      data = number.to_bytes(4, "big") * 100_000 if body == b"large" else body
+      return expected, client.post(path, files={"files": (f"{number}.png", data)}).status_code
+    return expected, (client.post(path, content=body) if body else client.get(path)).status_code
+
+
+def leave(address: str, path: str) -> int:
+  """Begins to send a body, and leaves."""
+  place = urlsplit(address)
+  with socket.create_connection((place.hostname, place.port), 30) as connection:
+    head = f"POST {path} HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Length: 100000\r\n"
+    head += "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    part = 'Content-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    connection.sendall((head + part).encode() + bytes(50_000))
+  return 0
+
+
+def size(folder: pathlib.Path) -> int:
+  return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_hostile_requests_are_refused_and_nothing_of_them_stays(tmp_path, stop):
+  requests = REQUESTS if stop == signal.SIGTERM else len(KINDS)
+  with started(["-c", SERVER], tmp_path / "log", {}, stop=stop) as served:
+    first = every(served, range(requests // 4))
+    before = served.memory()
+    rest = every(served, range(requests // 4, requests))
+    after = served.memory()
+    kept = size(served.uploads)
+  wrong = collections.Counter(each for each in first + rest if each[0] != each[1])
+  assert not wrong and len(first + rest) == requests
+  assert after - before < GROWTH, f"{before} MB, then {after} MB"
+  assert 0 < kept <= 2 * UPLOADS
+  assert "Traceback" not in served.log.read_text(), served.log.read_text()[-2000:]
+
+
+def every(served: Served, numbers: range) -> list[tuple[int, int]]:
+  with ThreadPoolExecutor(AT_ONCE) as pool:
+    return list(pool.map(lambda number: status(served.address, number), numbers))

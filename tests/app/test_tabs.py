@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import re
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.special
+from PIL import Image
+
+from diffdis_jax.app import charts, classify, draw, inside, search
+from diffdis_jax.app import player as players
+from diffdis_jax.app.limits import Limits
+from diffdis_jax.app.player import Drawing, Estimate
+from diffdis_jax.errors import UserError
+from tests import studio_pictures as pictures
+
+RNG = np.random.default_rng(0)
+LIMITS = Limits()
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+  return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+class Player(players.Player):
+  """A model whose query of an image is its mean colour, and of a text the colour that it names."""
+
+  COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
+  temperature = 3.0
+
+  def __init__(self):
+    self.network = SimpleNamespace(image_size=8, is_clip=False)
+    self.model = SimpleNamespace(batch_size=2, sampling=SimpleNamespace(draws=1))
+    self.closed = threading.Event()
+
+  def text_queries(self, texts):
+    return unit(np.array([next(c for name, c in self.COLOURS.items() if name in text) for text in texts]))
+
+  def embed_images(self, images, *, seed):
+    return unit(np.stack([images[np.array([i])][0] for i in range(len(images))]).mean(axis=(1, 2)) + 1e-3)
+
+  def image_queries(self, image, *, seed, draws):
+    for estimate in self.estimates(image, seed=seed, steps=1, draws=draws):
+      yield estimate.queries
+
+  def estimates(self, image, *, seed, steps, draws):
+    noise = np.random.default_rng(seed).normal(0, 0.1, (draws, 3))
+    for step in range(1, steps + 1):
+      yield Estimate(step, steps, 999 - step, unit(image.mean(axis=(0, 1)) / 255 + noise / step))
+
+  def draw(self, prompt, *, seed, steps, guidance_scale, frames):
+    for step in range(1, steps + 1):
+      yield Drawing(step, steps, 999 - step, *(np.full((8, 8, 3), value, np.uint8) for value in (1, 2, 3)))
+
+
+class Source:
+  """Squares of one colour."""
+
+  def __init__(self, *colours):
+    self.colours = colours
+
+  def __len__(self):
+    return len(self.colours)
+
+  def __getitem__(self, index):
+    pixels = np.broadcast_to(np.array(Player.COLOURS[self.colours[index]], np.uint8) * 255, (8, 8, 3))
+    return {"image": np.ascontiguousarray(pixels), "caption": f"<{self.colours[index]}>"}
+
+
+def colour(tmp_path, name: str) -> str:
+  buffer = io.BytesIO()
+  Image.fromarray(Source(name)[0]["image"]).save(buffer, format="PNG")
+  return pictures.write(tmp_path, f"{name}.png", buffer.getvalue())
+
+
+def pixels(html: str) -> list[np.ndarray]:
+  found = re.findall(r"data:image/png;base64,([^\"]+)", html)
+  return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
+
+
+def test_shares_are_the_softmax_of_the_mean_query_and_the_spread_that_of_the_draws():
+  texts, queries = unit(RNG.normal(size=(4, 5))), unit(RNG.normal(size=(3, 5)))
+  found = classify.guesses("abcd", texts, queries, 7.0)
+  alone = scipy.special.softmax(7 * queries.astype(np.float64) @ texts.T, axis=1)
+  mean = scipy.special.softmax(7 * unit(queries.mean(axis=0)).astype(np.float64) @ texts.T)
+  assert [guess.name for guess in found] == ["abcd"[i] for i in np.argsort(-mean)]
+  for guess in found:
+    i = "abcd".index(guess.name)
+    np.testing.assert_allclose(
+      (guess.share, guess.low, guess.high), (mean[i], alone[:, i].min(), alone[:, i].max()), rtol=1e-5
+    )
+    assert guess.firsts == (alone.argmax(axis=1) == i).sum()
+
+
+def test_an_image_is_classified_with_bars_and_whiskers(tmp_path):
+  ask = lambda draws: [
+    *classify.answer(Player(), LIMITS, colour(tmp_path, "red"), "red, green,blue", "a {}", draws, 0)
+  ][-1]
+  many, one = ask(8), ask(1)
+  assert re.findall(r'<div class="bar"><span>(\w+)', many)[0] == "red" and many.count('class="bar"') == 3
+  assert "first in 8/8" in many and 'class="spread"' in many
+  assert "first in" not in one and 'class="spread"' not in one
+
+
+def test_names_are_escaped():
+  html = classify.show([classify.Guess("<script>", 1.0, 0.0, 1.0, 2)], draws=2)
+  assert "<script>" not in html and "&lt;script&gt;" in html
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"path": None}, "no image yet"),
+    ({"names": "red"}, "1 class names"),
+    ({"template": "a"}, "no place"),
+    ({"draws": 65}, "draws is 65"),
+    ({"seed": 0.5}, "seed is 0.5"),
+  ],
+)
+def test_wrong_inputs_of_classify(tmp_path, change, message):
+  given = {"path": colour(tmp_path, "red"), "names": "red, blue", "template": "{}", "draws": 2, "seed": 0} | change
+  with pytest.raises(UserError, match=message):
+    next(classify.answer(Player(), LIMITS, **given))
+
+
+def test_a_drawing_shows_its_three_images_after_each_step_and_all_steps_below():
+  first, *steps = draw.answer(Player(), LIMITS, " a star ", 0, 3, 2)
+  assert "Step 0 of 3" in first and not pixels(first)
+  assert [len(pixels(html)) for html in steps] == [5, 7, 9]
+  assert [image.mean() for image in pixels(steps[-1])] == [1, 2, 3, 2, 3, 2, 3, 2, 3]
+  assert "Step 2 of 3, t = 997" in steps[1] and "a star" not in steps[1]
+  assert "3 steps" in steps[2] and "a star" in steps[2]
+
+
+@pytest.mark.parametrize(
+  "place, value, message",
+  [
+    (0, "", "no prompt yet"),
+    (0, "x" * 10**6, "1,000,000 characters"),
+    (1, -1, "seed is -1"),
+    (2, 201, "steps is 201"),
+    (3, 31, "guidance is 31"),
+    (3, None, "guidance is None"),
+  ],
+)
+def test_wrong_inputs_of_draw(place, value, message):
+  given = ["a star", 0, 3, 2]
+  given[place] = value
+  with pytest.raises(UserError, match=message):
+    next(draw.answer(Player(), LIMITS, *given))
+
+
+def test_images_are_found_by_text_and_by_image(tmp_path):
+  player = Player()
+  index = search.Index(player, Source("red", "green", "blue", "green", "red"), None)
+  with pytest.raises(UserError, match="no image is embedded yet"):
+    index.nearest(player.text_queries(["green"])[0], 2)
+  filling = threading.Timer(0.2, index.fill)
+  filling.start()
+  assert "&lt;" in next(search.by_text(player, index, LIMITS, "a green one")), "waits for the first images"
+  filling.join()
+  assert index.state() == "5 images are searched."
+  assert sorted(hit.place for hit in index.nearest(player.text_queries(["green"])[0], 2)) == [1, 3]
+  for html in (
+    *search.by_text(player, index, LIMITS, "a green one"),
+    *search.by_image(player, index, LIMITS, colour(tmp_path, "green")),
+  ):
+    assert [tuple(image[0, 0]) for image in pixels(html)][:2] == [(0, 255, 0)] * 2
+    assert html.count("&lt;green&gt;") == 4 and "<green>" not in html  # alt text and caption of each
+
+
+def test_what_is_embedded_can_be_searched_where_the_rest_cannot_be_read():
+  class Damaged(Source):
+    def __getitem__(self, index):
+      return super().__getitem__(index) if index < 3 else {"image": b"", "caption": ""}
+
+  index = search.Index(Player(), Damaged("red", "green", "blue", "red", "red"), None)
+  index.fill()
+  assert index.embedded == 2
+  assert index.state().startswith("2 of 5 images are searched so far. record 3 of the data set is no use")
+  assert [hit.place for hit in index.nearest(np.array([0, 1, 0], np.float32), 9)] == [1, 0]
+
+
+def test_inside_shows_scores_and_paths_after_each_step(tmp_path):
+  given = colour(tmp_path, "blue"), "red, green, blue", "{}", 4, 3, 0
+  shown = [*inside.answer(Player(), LIMITS, *given)]
+  assert len(shown) == 4
+  assert "Step 4 of 4, t = 995: blue, 0.99" in shown[-1] or "Step 4 of 4, t = 995: blue, 1.0" in shown[-1]
+  score, paths = re.findall(r"<svg.*?</svg>", shown[-1], flags=re.DOTALL)
+  assert score.count("<polyline") == 3 * (3 + 1)  # each name's draws and their mean
+  assert paths.count("<polyline") == 3 and paths.count("<circle") == 2 * 3 + 3
+  assert all(len(points.split()) == 4 for points in re.findall(r'points="([^"]+)"', score))
+
+
+@pytest.mark.parametrize("place, value, message", [(3, 0, "steps is 0"), (4, 17, "draws is 17"), (1, "", "0 class")])
+def test_wrong_inputs_of_inside(tmp_path, place, value, message):
+  given = [colour(tmp_path, "blue"), "red, blue", "{}", 2, 2, 0]
+  given[place] = value
+  with pytest.raises(UserError, match=message):
+    next(inside.answer(Player(), LIMITS, *given))
+
+
+def test_agreement_is_the_mean_cosine_of_all_pairs():
+  queries = unit(RNG.normal(size=(5, 7)))
+  expected = np.mean([a @ b for a, b in itertools.combinations(queries, 2)])
+  assert inside.agreement(queries) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_the_plane_has_the_two_directions_of_most_variance():
+  texts, first = unit(RNG.normal(size=(6, 5))), unit(RNG.normal(size=(3, 5)))
+  directions = inside.plane(texts, first)
+  np.testing.assert_allclose(directions.T @ directions, np.eye(2), atol=1e-5)
+  spread = (np.concatenate([texts, first]) - texts.mean(axis=0)).astype(np.float64)
+  values, vectors = np.linalg.eigh(spread.T @ spread)
+  expected = vectors[:, np.argsort(-values)[:2]]
+  np.testing.assert_allclose(np.abs((expected * directions).sum(axis=0)), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-0.03, 0.41), (5, 5), (0.9051, 0.9060)])
+def test_ticks_are_round_numbers_within_the_range(low, high):
+  found = charts.ticks(low, high)
+  assert 2 <= len(found) <= 11
+  assert (found >= min(low, high - 0.5) - 1e-9).all() and (found <= max(high, low + 0.5) + 1e-9).all()
+  size = np.diff(found)[0]
+  assert np.isclose(size / 10 ** np.floor(np.log10(size) + 1e-9), [1, 2, 5]).any()
+
+
+def test_large_images_have_small_ones_in_the_strip():
+  html = charts.strip([("9", (np.zeros((256, 256, 3), np.uint8),))])
+  (image,) = pixels(html)
+  assert image.shape == (64, 64, 3)

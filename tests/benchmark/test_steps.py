@@ -1,0 +1,72 @@
+"""The steps by the command line, and a measured one beside what preflight said of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from diffdis_jax.benchmark import __main__ as benchmark
+from diffdis_jax.benchmark import steps
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import provenance
+from tests import tiny
+from tests.command_runs import call
+
+pytest_plugins = ("tests.command_runs",)
+SECONDS = dict(joint=0.09, generation=0.06, discrimination=0.04)
+TRAIN = dict(
+  chip="TPU v5", chips=4, images=64, seconds=0.06, seconds_by_cycles=0.09, seconds_by_roof=None, seconds_bound=0.03
+)
+
+
+@pytest.mark.parametrize(
+  "objectives, measured",
+  [(("generation", "discrimination"), 0.09), (("generation",), 0.06), (("discrimination",), 0.04)],
+)
+def test_the_step_of_the_configs_objectives_is_over_each_time_that_was_given(objectives, measured):
+  name, train = steps.preflighted(dict(train=TRAIN), objectives, batch_size=64, chips=4)
+  found = steps.beside_preflight(name, train, SECONDS[name])
+  assert found["over"] == pytest.approx(
+    dict(seconds=measured / 0.06, seconds_by_cycles=measured / 0.09, seconds_bound=measured / 0.03)
+  )
+  assert found["measured"] == measured and found["chip"] == "TPU v5"
+
+
+@pytest.mark.parametrize(
+  "report, objectives, message",
+  [
+    (dict(generation=TRAIN), ("generation",), "--programs=train"),
+    (dict(train=TRAIN), ("reconstruction",), "objectives generation"),
+    (dict(train=TRAIN | dict(images=32)), ("generation",), "of 32 images on 4 x TPU v5; here are 64 images"),
+    (dict(train=TRAIN | dict(chips=8)), ("generation",), "of 64 images on 8 x TPU v5; here are 64 images on 4"),
+  ],
+)
+def test_a_report_of_another_step_is_refused(report, objectives, message):
+  with pytest.raises(UserError, match=message):
+    steps.preflighted(report, objectives, batch_size=64, chips=4)
+
+
+@pytest.mark.parametrize("content", [None, "{", "3"])
+def test_a_file_that_preflight_did_not_write_is_refused(tmp_path, content):
+  file = tmp_path / "preflight.json"
+  if content is not None:
+    file.write_text(content)
+  with pytest.raises(UserError, match=r"preflight\.json is no file that preflight --out wrote"):
+    benchmark.read_preflight(str(file))
+
+
+def test_the_record_says_what_was_timed_where(environment, tmp_path):
+  out = tmp_path / "benchmark.json"
+  flags = ("--config=tests/tiny.py", "--config.seed=5", "--config.data.path=/somewhere/shapes", "--rounds=1")
+  done = call("benchmark", environment, *flags, f"--out={out}")
+  assert done.returncode == 0, done.stderr
+  found = json.loads(out.read_text())
+  config = tiny.get_config()
+  config.update(seed=5)
+  config.data.path = "shapes"
+  made = found["provenance"]
+  assert made.items() >= provenance.code().items() and made["device"] == {"kind": "cpu", "count": 1}
+  assert made["run"] == provenance.of_config(config)
+  assert made["run"]["objectives"] == ["generation", "discrimination"] and made["run"]["seed"] == 5
+  assert found["joint_over_generation"] > 0 and "/" not in json.dumps(made)

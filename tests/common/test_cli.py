@@ -1,0 +1,253 @@
+"""Command lines as a user types them, on a verb that does nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from diffdis_jax import __main__ as main_module
+from diffdis_jax.common import cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+VERB = """
+import sys
+import time
+from absl import flags, logging
+from diffdis_jax import cli
+from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import processes
+
+CONFIG = cli.config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+STEPS = flags.DEFINE_integer("steps", 3, "sampling steps")
+PROCESS = flags.DEFINE_integer("process", None, "index of this process, of two")
+PORT = flags.DEFINE_integer("port", None, "port of the first of them")
+SAY = flags.DEFINE_boolean("say", False, "write to the log")
+FAIL = flags.DEFINE_enum("fail", None, ["user", "bug", "folder", "full", "net", "server", "right"], "how to fail")
+
+
+def main(_):
+  cli.compilation_cache()
+  import jax
+  from orbax import checkpoint
+
+  if PROCESS.value is not None:
+    jax.distributed.initialize(f"localhost:{PORT.value}", 2, PROCESS.value)
+  if SAY.value:
+    logging.warning("a warning")
+    processes.log_place()
+  if FAIL.value == "user":
+    raise UserError("first line\\n  second line")
+  if FAIL.value == "folder":
+    open(".")
+  if FAIL.value == "full":
+    raise OSError(28, "No space left on device", "run/file")
+  if FAIL.value == "net":
+    raise ConnectionRefusedError(111, "Connection refused")
+  if FAIL.value == "server":
+    raise OSError("Forbidden: b/run\\nsomeone does not have storage.objects.get access")
+  if FAIL.value == "right":
+    raise PermissionError(13, "Permission denied")
+  if FAIL.value == "bug":
+    raise RuntimeError("a bug")
+  if PROCESS.value is not None:
+    time.sleep(3600)
+  checkpoint.CheckpointManager(WORKDIR.value)
+  sys.stdout.write(f"{jax.config.jax_compilation_cache_dir} {CONFIG.value.to_json()}")
+
+
+if __name__ == "__main__":
+  cli.run(main)
+"""
+
+CONFIG = """
+from ml_collections import ConfigDict, config_dict
+from configs import common
+
+def get_config(arg=None):
+  arg = common.parse_arg(arg, gamma=1.0, runlocal=False)
+  return ConfigDict(dict(
+    seed=0, gamma=arg.gamma, optim=dict(rate=1e-3, betas=(0.9, 0.99)), init_from=config_dict.placeholder(str)))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("cli")
+  (path / "verb.py").write_text(VERB)
+  (path / "tiny.py").write_text(CONFIG)
+  return path
+
+
+def start(folder, *flags: str, **environment: str) -> subprocess.Popen:
+  env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TF_"))}
+  env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
+  command = [sys.executable, str(folder / "verb.py"), *flags]
+  return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(folder, *flags: str, **environment: str) -> tuple[int, str, str]:
+  process = start(folder, *flags, **environment)
+  out, err = process.communicate(timeout=60)
+  return process.returncode, out, err
+
+
+def test_a_good_command_line_is_quiet_and_has_its_overrides(folder):
+  flags = ["--config=tiny.py:runlocal,gamma=2", "--workdir=good"]
+  overrides = ["--config.optim.rate=1", "--config.optim.betas=(0, 1)", "--config.init_from=X"]
+  code, out, err = run(folder, *flags, *overrides, XDG_CACHE_HOME="/cache")
+  assert (code, err) == (0, "")
+  cache, _, config = out.partition(" ")
+  assert cache == "/cache/diffdis_jax/xla"
+  assert json.loads(config) == {"gamma": 2.0, "init_from": "X", "optim": {"betas": [0, 1], "rate": 1.0}, "seed": 0}
+
+
+def test_the_cache_folder_can_be_chosen(folder):
+  _, out, _ = run(folder, "--config=tiny.py", "--workdir=good", JAX_COMPILATION_CACHE_DIR="/mine")
+  assert out.startswith("/mine ")
+
+
+def test_the_cache_of_a_run_in_a_bucket_is_there_too(monkeypatch):
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_enable_xla_caches")
+  before = {name: getattr(jax.config, name) for name in names}
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  try:
+    cli.compilation_cache("gs://bucket/run/")
+    assert [getattr(jax.config, name) for name in names] == ["gs://bucket/run/xla", "none"]
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+
+
+GOOD = ("--config=tiny.py", "--workdir=run")
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (GOOD + ("--config.optim.rat=1",), "unknown config key optim.rat; did you mean optim.rate?"),
+    (GOOD + ("--config.rate", "1"), "unknown config key rate; did you mean optim.rate?"),
+    (GOOD + ("--rate=1",), "unknown flag --rate; did you mean --config.optim.rate?"),
+    (GOOD + ("--config.seed.x=1",), "unknown config key seed.x; did you mean seed?"),
+    (GOOD + ("--config.zzzz=1",), "unknown config key zzzz; known: gamma, init_from, optim.betas, optim.rate, seed"),
+    (GOOD + ("--config.seed=abc",), "flag --config.seed=abc: invalid literal for int()"),
+    (GOOD + ("--config.optim=3",), "flag --config.optim=3: Failed to parse '3' as a ConfigDict"),
+    (GOOD + ("--config.optim.betas=(1,",), "flag --config.optim.betas=(1,: Error while parsing"),
+    (GOOD + ("--stps=3",), "unknown flag --stps; did you mean --steps?"),
+    (GOOD + ("--steps=many",), "flag --steps=many: invalid literal for int()"),
+    (GOOD + ("--fail=no",), "flag --fail=no: value should be one of <user|bug|folder|full|net|server|right>"),
+    (GOOD + ("--fail=right",), "error: cannot go on: Permission denied"),
+    (GOOD[:1] + ("--workdir=s3://b/run",), "s3://b/run is no address that can be read; give a local path or gs://"),
+    (GOOD + ("--config.init_from=gs:/b",), "gs:/b is no address that can be read"),
+    (GOOD[:1] + (f"--workdir={'a' * 5000}",), "File name too long"),
+    (GOOD + ("extra",), "unexpected argument 'extra'; every argument is a flag, --name=value"),
+    (GOOD[:1], "error: --workdir (folder of the run) is missing\n"),
+    (GOOD[1:], "error: --config (configuration: FILE.py[:args]) is missing\n"),
+    ((), "--config (configuration: FILE.py[:args]) and --workdir (folder of the run) are missing\n"),
+    (GOOD[:1] + ("--workdir=",), "error: --workdir= is empty; give a path\n"),
+    (GOOD + ("--config.optim.betas[9]=1",), "out of range"),
+    (GOOD + ("--fail=folder",), "error: cannot use "),
+    (("--config=tny.py", "--workdir=run"), "no config file tny.py; did you mean tiny.py?"),
+    (("--config=tiny.txt", "--workdir=run"), "--config=tiny.txt should name a Python file, such as configs/shapes.py"),
+    (("--config=tiny.py:gama=1", "--workdir=run"), "unknown argument 'gama'; known: gamma, runlocal"),
+    (("--config=wrong.py", "--workdir=run"), "--config=wrong.py: NameError: name 'nothing' is not defined (line 2)"),
+    (GOOD + ("--fail=user",), "first line second line"),
+  ],
+)
+def test_bad_input_is_one_line(folder, flags, message):
+  (folder / "wrong.py").write_text("def get_config():\n  return nothing\n")
+  (folder / "tiny.txt").write_text("{}")
+  code, out, err = run(folder, *flags)
+  assert (code, out) == (2, "")
+  assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1
+  assert message in err
+  assert not (folder / "run").exists()
+
+
+def test_a_full_disk_is_one_line_on_which_launchers_try_again(folder):
+  said = "error: No space left on device (run/file); make room, and run the same command again\n"
+  assert run(folder, *GOOD, "--fail=full") == (1, "", said)
+
+
+@pytest.mark.parametrize("kind, said", [("net", "Connection refused"), ("server", "Forbidden: b/run someone does not")])
+def test_what_may_pass_is_one_line_on_which_launchers_try_again(folder, kind, said):
+  code, out, err = run(folder, *GOOD, f"--fail={kind}")
+  assert (code, out, err.count("\n")) == (1, "", 1)
+  assert err.startswith("error: ") and said in err
+
+
+def test_a_bug_keeps_its_traceback(folder):
+  code, _, err = run(folder, *GOOD, "--fail=bug")
+  assert code == 1
+  assert "Traceback" in err and "RuntimeError: a bug" in err
+
+
+@pytest.mark.parametrize(
+  "kind, code, message", [("bug", 1, "RuntimeError: a bug"), ("user", 2, "error: first line second line\n")]
+)
+def test_one_of_two_processes_fails_at_once(folder, kind, code, message):
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = f"--port={probe.getsockname()[1]}"
+  other = start(folder, *GOOD, port, "--process=0")
+  try:
+    begin = time.monotonic()
+    failed, _, err = run(folder, *GOOD, port, "--process=1", f"--fail={kind}")
+    assert failed == code and message in err
+    assert time.monotonic() - begin < 30
+  finally:
+    other.kill()
+    other.communicate()
+
+
+def test_help_has_the_commands_own_flags_alone_and_its_example():
+  for command in ("train", "report"):
+    done = subprocess.run(
+      [sys.executable, "-m", "diffdis_jax", command, "--help"],
+      cwd=ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu"},
+      text=True,
+      capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python -m diffdis_jax.{command} --" in done.stdout
+    found = set(re.findall(r"^  --(?:\[no\])?(\w+):", done.stdout, re.MULTILINE))
+    own = {"train": {"config", "eval", "profile", "tracker", "num_processes"}, "report": {"out", "hour_price"}}[command]
+    assert own | {"workdir", "quiet"} <= found
+    assert not found & {"alsologtostderr", "verbosity", "tfds_dir", "jax_log_compiles"}
+
+
+def test_every_command_is_listed_and_says_how_it_is_called(capsys):
+  commands = main_module.commands()
+  files = [path.stem for path in (ROOT / "diffdis_jax").glob("*.py") if "\n  cli.run(main" in path.read_text()]
+  assert sorted(commands) == sorted(files) and {"train", "report", "evaluate"} <= {*commands}
+  for command, what in commands.items():
+    assert 10 < len(what) < 120 and not what.endswith(".")
+    assert f"python -m diffdis_jax.{command}" in (ROOT / "diffdis_jax" / f"{command}.py").read_text()
+  assert main_module.main([]) == 0
+  listed = capsys.readouterr().out
+  assert all(f"  {command} " in listed and what in listed for command, what in commands.items())
+
+
+def test_a_command_that_does_not_exist_is_one_line(capsys):
+  assert main_module.main(["evalute"]) == 2
+  assert capsys.readouterr().err == "error: no command 'evalute'; did you mean evaluate?\n"
+  assert main_module.main(["xyz"]) == 2
+  assert capsys.readouterr().err == "error: no command 'xyz'; python -m diffdis_jax lists them\n"
+
+
+def test_quiet_leaves_warnings(folder):
+  code, out, err = run(folder, *GOOD, "--quiet", "--say")
+  assert code == 0 and "a warning" in err and "host 0 of 1" not in err
+  _, _, err = run(folder, *GOOD, "--say")
+  assert "a warning" in err and "host 0 of 1" in err

@@ -1,0 +1,95 @@
+"""Names that a user types, and what they are answered with."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import pytest
+
+import diffdis_jax
+from configs import clip_cc3m, diffdis_cc3m, shapes
+from diffdis_jax.common import guesses
+from diffdis_jax.errors import UserError
+
+CONFIG = shapes.get_config()
+OF_TRAIN = ("config", "workdir", "eval", "tracker", "profile", "num_processes", "process_id", "quiet")
+OF_GENERATE = ("workdir", "out", "prompt", "prompts_file", "num_images", "seed", "noise", "steps", "guidance")
+
+
+@pytest.mark.parametrize(
+  "key, answer",
+  [
+    ("optim.lr", "did you mean optim.rates.new?"),
+    ("lr", "did you mean optim.rates.new?"),
+    ("learning_rate", "did you mean optim.rates.new?"),
+    ("epochs", "did you mean num_steps? (an epoch is PAIRS/batch_size)"),
+    ("steps", "did you mean num_steps?"),
+    ("max_steps", "did you mean num_steps?"),
+    ("wandb", "did you mean --tracker? (--tracker=wandb)"),
+    ("precision", "did you mean model.dtype? (float32 or bfloat16)"),
+    ("bf16", "did you mean model.dtype? (float32 or bfloat16)"),
+    ("grad_accum", "did you mean optim.accumulate?"),
+    ("optim.gradient_accumulation_steps", "did you mean optim.accumulate?"),
+    ("resume", "training resumes when its command is given again with the same --workdir"),
+    ("weight_decay", "did you mean optim.weight_decay?"),
+    ("bs", "did you mean batch_size? (the global one)"),
+    ("ema", "did you mean optim.ema_decay?"),
+    ("warmup", "did you mean optim.warmup_steps?"),
+    ("output_dir", "did you mean --workdir?"),
+    ("Resolution", "did you mean image_size?"),
+    ("lr_scheduler", "did you mean optim.schedule_kind?"),
+    ("optimizer", "it is AdamW, whose fields are optim.b1, optim.b2, optim.eps and optim.weight_decay"),
+    ("schedule", "did you mean image_diffusion.schedule or text_diffusion.schedule?"),
+    ("optim.weight_deacy", "did you mean optim.weight_decay?"),
+    ("data.lodaer.prefetch", "did you mean data.loader.prefetch?"),
+    ("seed.x", "did you mean seed?"),
+    ("data.foo", "known: data.augment, data.caption_fields, data.discrimination_augment, data.discrimination_view,"),
+    ("foo", "known: batch_size, checkpoint, condition_timestep, data, eval_every, evals, image_diffusion,"),
+  ],
+)
+def test_a_config_key(key, answer):
+  with pytest.raises(UserError, match=re.escape(f"unknown config key {key}; {answer}")) as error:
+    guesses.check_key(CONFIG, key, OF_TRAIN)
+  assert len(str(error.value)) < 450
+
+
+def test_a_rate_is_of_a_group_that_the_config_has():
+  config = shapes.get_config()
+  config.optim.rates = dict(backbone=1e-3)
+  with pytest.raises(UserError, match=r"did you mean optim.rates.backbone\?"):
+    guesses.check_key(config, "optim.lr")
+
+
+@pytest.mark.parametrize(
+  "flags, config, name, answer",
+  [
+    (OF_TRAIN, CONFIG, "lr", "did you mean --config.optim.rates.new?"),
+    (OF_TRAIN, CONFIG, "epochs", "did you mean --config.num_steps? (an epoch is PAIRS/batch_size)"),
+    (OF_TRAIN, CONFIG, "batch_size", "did you mean --config.batch_size? (the global one)"),
+    (OF_TRAIN, CONFIG, "seed", "did you mean --config.seed?"),
+    (OF_TRAIN, CONFIG, "num_steps", "did you mean --config.num_steps?"),
+    (OF_TRAIN, CONFIG, "workdirs", "did you mean --workdir?"),
+    (OF_GENERATE, None, "cfg_scale", "did you mean --guidance?"),
+    (OF_GENERATE, None, "num_inference_steps", "did you mean --steps?"),
+    (OF_GENERATE, None, "num_samples", "did you mean --num_images?"),
+    (OF_GENERATE, None, "outdir", "did you mean --out?"),
+    (OF_GENERATE, None, "ckpt", "did you mean --workdir?"),
+    (OF_GENERATE, None, "promt", "did you mean --prompt?"),
+    (OF_GENERATE, None, "height", "see --help"),
+  ],
+)
+def test_a_flag(flags, config, name, answer):
+  assert guesses.guess_flag(name, flags, guesses.fields_of(config) if config else ()) == answer
+
+
+def test_every_answer_is_a_field_or_a_flag_that_there_is():
+  made = (shapes.get_config(), diffdis_cc3m.get_config("path=DIR"), clip_cc3m.get_config("path=DIR"))
+  fields = {path for config in made for path in guesses.fields_of(config)}
+  package = pathlib.Path(diffdis_jax.__file__).parent
+  text = "".join(path.read_text() for path in package.rglob("*.py"))
+  flags = set(re.findall(r"""DEFINE_\w+\(\s*"(\w+)\"""", text))
+  targets = {target for targets, _ in guesses._MEANT.values() for target in targets}
+  assert len(targets) > 40 and "workdir" in flags
+  assert not {target for target in targets if not target.startswith("--")} - fields
+  assert not {target[2:] for target in targets if target.startswith("--")} - flags

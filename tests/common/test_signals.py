@@ -1,0 +1,148 @@
+"""Ctrl-C to commands that have nothing to save: one line, code 130, whatever the main thread is at."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.command_runs import ROOT
+from tests.interrupting import Terminal, not_ignored
+
+VERB = """
+import ctypes, gc, pathlib, signal, sys, tempfile, time
+from absl import flags
+from diffdis_jax import cli
+from diffdis_jax.common import signals
+
+HOW = flags.DEFINE_string("how", "", "")
+FOLDER = flags.DEFINE_string("folder", "", "")
+
+
+def deaf():
+  # Waits for a lock that nobody frees, as a compiler works: without Python's lock, and through signals.
+  libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+  libc.pthread_mutex_lock(mutex)
+  libc.pthread_mutex_lock(mutex)
+
+
+def main(_):
+  folder = pathlib.Path(FOLDER.value)
+  with tempfile.TemporaryDirectory(dir=folder):
+    (folder / "begun").touch()
+    if HOW.value == "sleeps":
+      time.sleep(60)
+    if HOW.value == "deaf":
+      deaf()
+    if HOW.value == "deaf for long":
+      signals.PATIENCE = 60
+      deaf()
+    if HOW.value == "collects":
+      gc.callbacks.append(lambda *_: time.sleep(60))
+      gc.collect()
+    if HOW.value == "ends slowly":
+      try:
+        time.sleep(60)
+      finally:
+        (folder / "ending").touch()
+        time.sleep(60)
+
+
+if __name__ == "__main__":
+  cli.run(main)
+"""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def begin(tmp_path: pathlib.Path):
+  """Starts that verb, and returns when it is where Ctrl-C shall find it."""
+  (tmp_path / "verb.py").write_text(VERB)
+  (tmp_path / "work").mkdir()
+
+  def start(how: str) -> Terminal:
+    command = [sys.executable, str(tmp_path / "verb.py"), f"--how={how}", f"--folder={tmp_path / 'work'}"]
+    terminal = Terminal(command, ENVIRONMENT, tmp_path / "stderr")
+    terminal.wait_until((tmp_path / "work" / "begun").exists)
+    time.sleep(0.2)
+    return terminal
+
+  return start
+
+
+def left(tmp_path: pathlib.Path) -> list[str]:
+  return sorted(path.name for path in (tmp_path / "work").iterdir())
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing_half_written(begin, tmp_path):
+  with begin("sleeps") as terminal:
+    terminal.ctrl_c()
+    assert (terminal.end(seconds=2), terminal.said) == (130, "interrupted\n")
+  assert left(tmp_path) == ["begun"]
+
+
+def test_a_main_thread_that_does_not_hear_of_it_is_not_waited_for(begin):
+  with begin("deaf") as terminal:
+    terminal.ctrl_c()
+    assert (terminal.end(seconds=10), terminal.said) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("how", ["deaf for long", "ends slowly"])
+def test_a_second_one_ends_it_at_once(begin, tmp_path, how):
+  with begin(how) as terminal:
+    terminal.ctrl_c()
+    terminal.wait_until(lambda: how != "ends slowly" or (tmp_path / "work" / "ending").exists())
+    time.sleep(0.5)
+    assert terminal.process.poll() is None
+    terminal.ctrl_c()
+    assert (terminal.end(seconds=2), terminal.said) == (130, "interrupted\n")
+
+
+def test_it_counts_where_python_drops_its_exception(begin):
+  """In a callback of the garbage collector, of which jax has one."""
+  with begin("collects") as terminal:
+    terminal.ctrl_c()
+    assert (terminal.end(seconds=2), terminal.said) == (130, "interrupted\n")
+
+
+def test_who_ignores_it_goes_on_ignoring_it(tmp_path):
+  (tmp_path / "verb.py").write_text(VERB)
+  command = [sys.executable, str(tmp_path / "verb.py"), "--how=sleeps", f"--folder={tmp_path}"]
+  ignoring = ["bash", "-c", '"$@" & echo $!; wait', "bash", *command]  # as a script does in the background
+  shell = subprocess.Popen(ignoring, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+  try:
+    pid = int(shell.stdout.readline())
+    while not (tmp_path / "begun").exists():
+      assert shell.poll() is None
+      time.sleep(0.01)
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert shell.poll() is None
+  finally:
+    os.killpg(shell.pid, signal.SIGKILL)
+    shell.communicate()
+
+
+@pytest.mark.parametrize("how", ["diffdis_jax.generate", "diffdis_jax"])
+def test_a_command_that_still_imports_ends_in_silence(tmp_path, how):
+  """By a jax whose import takes a minute."""
+  begun = tmp_path / "begun"
+  (tmp_path / "jax.py").write_text(f"import time\nopen({str(begun)!r}, 'w')\ntime.sleep(60)\n")
+  command = [sys.executable, "-m", how, *(["generate"] if how == "diffdis_jax" else []), "--workdir=x"]
+  environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+  with Terminal(command, environment, tmp_path / "stderr") as terminal:
+    terminal.wait_until(begun.exists)
+    terminal.ctrl_c()
+    assert (terminal.end(seconds=2), terminal.said) == (130, "")
+
+
+def test_a_program_that_imports_the_package_keeps_its_own():
+  code = "import signal, diffdis_jax; raise SystemExit(signal.getsignal(signal.SIGINT) != signal.default_int_handler)"
+  with not_ignored():
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT)
+  assert done.returncode == 0

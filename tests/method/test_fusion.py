@@ -1,0 +1,130 @@
+"""The dual-stream fusion block against a float64 PyTorch one, and what each switch changes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from flax import nnx
+
+from diffdis_jax.method.fusion import FusionBlock
+from diffdis_jax.models.unet_blocks import SpatialTransformer
+from tests.models import from_torch, networks, oracle
+
+WIDTH, QUERY_WIDTH, CONTEXT_WIDTH, HEADS = 8, 12, 16, 2
+SWITCHES = [(True, True), (True, False), (False, True), (False, False)]
+OWN_ATTENTION = {f"attn.{name}.kernel" for name in ("q", "k", "v", "out")} | {"attn.out.bias"}
+OWN_FFN = {f"ff.{name}.{kind}" for name in ("proj", "out") for kind in ("kernel", "bias")} | {
+  "norm.norm.scale",
+  "norm.norm.bias",
+}
+PROJECTIONS = {f"{name}.{kind}" for name in ("fc_in", "fc_out") for kind in ("kernel", "bias")}
+
+
+class Both(nnx.Module):
+  """The image stream's block under the path that from_torch knows, and the text token's."""
+
+  def __init__(self, *, share_attention: bool, modality_ffn: bool, rngs: nnx.Rngs):
+    common = dict(num_heads=HEADS, dtype=jnp.float32, rngs=rngs)
+    attention = SpatialTransformer(WIDTH, context_width=CONTEXT_WIDTH, groups=4, **common)
+    self.unet = nnx.Dict(middle=nnx.Dict(attention=attention))
+    self.text = FusionBlock(
+      WIDTH, query_width=QUERY_WIDTH, share_attention=share_attention, modality_ffn=modality_ffn, **common
+    )
+
+  def __call__(self, x, c, h_e, e_t):
+    return self.text(self.unet.middle.attention, x, c, h_e, e_t)
+
+
+class MidBlock(torch.nn.Module):
+  def __init__(self):
+    super().__init__()
+    block = Transformer2DModel(
+      num_attention_heads=HEADS,
+      attention_head_dim=WIDTH // HEADS,
+      in_channels=WIDTH,
+      cross_attention_dim=CONTEXT_WIDTH,
+      norm_num_groups=4,
+    )
+    self.mid_block = torch.nn.ModuleDict({"attentions": torch.nn.ModuleList([block])})
+
+
+def build(share_attention: bool, modality_ffn: bool):
+  """Our network, its parameters, and the image stream's block in float64 PyTorch."""
+  switches = dict(share_attention=share_attention, modality_ffn=modality_ffn)
+  network = networks.Network.of(lambda rngs: Both(**switches, rngs=rngs))
+  theirs = from_torch.randomise(MidBlock(), seed=0)
+  image = {path: leaf for path, leaf in network.shapes.items() if path.startswith("unet.")}
+  text = {path: leaf for path, leaf in network.shapes.items() if path.startswith("text.")}
+  params = from_torch.to_ours(theirs, image) | networks.random_params(text, seed=1)
+  return network, params, theirs.mid_block["attentions"][0].double()
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(2)
+  shapes = dict(x=(3, 4, 6, WIDTH), c=(3, 5, CONTEXT_WIDTH), h_e=(3, QUERY_WIDTH), e_t=(3, QUERY_WIDTH))
+  return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("share_attention, modality_ffn", SWITCHES)
+def test_block_equals_the_papers(share_attention, modality_ffn, inputs):
+  network, params, image_block = build(share_attention, modality_ffn)
+  ours = network.jit(lambda block, **inputs: block(**inputs))(params, **inputs)
+
+  expected = oracle.fused_block(
+    image_block,
+    oracle.Weights(params, "text."),
+    x=from_torch.nchw(np.asarray(inputs["x"])).double(),
+    c=torch.from_numpy(np.array(inputs["c"])).double(),
+    u=torch.from_numpy(np.array(inputs["h_e"] + inputs["e_t"])).double(),
+    num_heads=HEADS,
+    share_attention=share_attention,
+    modality_ffn=modality_ffn,
+  )
+  assert networks.relative_error(ours[0], from_torch.nhwc(expected[0])) < 1e-5
+  assert networks.relative_error(ours[1], expected[1].detach()) < 1e-5
+
+
+@pytest.mark.parametrize("share_attention, modality_ffn", SWITCHES)
+def test_switches_decide_the_parameters(share_attention, modality_ffn):
+  network, _, _ = build(share_attention, modality_ffn)
+  own = {path.removeprefix("text.") for path in network.shapes if path.startswith("text.")}
+  assert own == PROJECTIONS | (set() if share_attention else OWN_ATTENTION) | (OWN_FFN if modality_ffn else set())
+
+
+def test_every_parameter_of_the_text_token_learns(inputs):
+  network, params, _ = build(share_attention=False, modality_ffn=True)  # where it has the most of its own
+  total = network.pure(lambda block: sum(jnp.sum(jnp.sin(y)) for y in block(**inputs)))
+  gradient = jax.jit(jax.grad(total))(params)
+  assert all(np.abs(gradient[path]).max() > 1e-4 for path in params if path.startswith("text."))
+
+
+def test_text_token_takes_no_cross_attention_of_its_own(inputs):
+  """With the image stream's tokens as they are, c reaches the text token only at the next block."""
+  network, params, _ = build(True, True)
+  run = network.jit(lambda block, **inputs: block(**inputs))
+  x, h_e = run(params, **inputs)
+  x_other, h_e_other = run(params, **inputs | dict(c=inputs["c"] + 1))
+  assert np.abs(x - x_other).max() > 1e-2
+  np.testing.assert_array_equal(h_e, h_e_other)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_query_init_scales_what_the_query_brings_in(scale):
+  block = lambda **how: FusionBlock(
+    WIDTH,
+    query_width=QUERY_WIDTH,
+    num_heads=HEADS,
+    share_attention=True,
+    modality_ffn=True,
+    dtype=jnp.float32,
+    rngs=nnx.Rngs(0),
+    **how,
+  )
+  kernel, scaled = block().fc_in.kernel[...], block(query_init=scale).fc_in.kernel[...]
+  assert 0.5 / QUERY_WIDTH < jnp.var(kernel) < 2 / QUERY_WIDTH
+  np.testing.assert_array_equal(scaled, scale * kernel)

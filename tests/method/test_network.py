@@ -1,0 +1,126 @@
+"""Sizes that the paper's network must have, and models that cannot be built."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import shapes
+from diffdis_jax.common.params import flatten
+from diffdis_jax.errors import UserError
+from diffdis_jax.method import network as build
+from diffdis_jax.method.alignment import AlignmentTransformer
+from diffdis_jax.models import sizes
+from diffdis_jax.models.sections import read_model
+from tests import tiny
+from tests.models import networks
+from tests.models.networks import BOTH
+
+
+def test_sd_v1_has_its_exact_number_of_parameters():
+  shapes = networks.Network.of(networks.builder(sizes.sd_v1(), BOTH)).shapes
+  count = lambda *prefixes: sum(math.prod(leaf.shape) for path, leaf in shapes.items() if path.startswith(prefixes))
+  statistics = count("autoencoder.shift", "autoencoder.scale")
+  assert statistics == 2 * 4
+  assert count("unet.") == 859_520_964
+  assert count("autoencoder.") - statistics == 83_653_863
+  assert count("text_encoder.") == 123_060_480
+  new = count("text_stream.", "alignment.", "logit_scale")
+  assert new == count("") - count("unet.", "autoencoder.", "text_encoder.")
+  assert abs(new / 125_000_000 - 1) < 0.01
+
+
+def test_fused_blocks_of_sd_v1_are_six_on_the_way_down_and_one_in_the_middle():
+  unet = dict(sizes.sd_v1().unet, widths=(8, 16, 24, 24), num_heads=2, groups=4)
+  net = networks.diffdis(unet=unet)
+  fc_in = {path: leaf.shape[1] for path, leaf in net.shapes.items() if path.endswith("fc_in.kernel")}
+  assert list(fc_in.values()) == [8, 8, 16, 16, 24, 24, 24]
+
+
+def test_initial_parameters_are_those_of_nnx_rngs():
+  sizes = dict(query_width=8, image_width=8, width=8, depth=1, num_heads=2, dtype=np.float32)
+  make = lambda rngs: AlignmentTransformer(**sizes, rngs=rngs)
+  key = jax.random.key(3)
+  ours, expected = flatten(build.initial_state(make, key)), flatten(nnx.state(make(nnx.Rngs(key))))
+  assert ours.keys() == expected.keys()
+  for path in ours:
+    np.testing.assert_array_equal(ours[path], expected[path])
+  kernels = [np.asarray(value).ravel()[:4].tolist() for path, value in ours.items() if path.endswith("kernel")]
+  assert len({tuple(kernel) for kernel in kernels}) == len(kernels), "each parameter draws with a key of its own"
+
+
+@pytest.mark.parametrize("config", [tiny.get_config(), shapes.get_config("objectives=contrastive")])
+@pytest.mark.parametrize("temperature", [None, 40.0])
+def test_the_scale_starts_at_the_logarithm_of_the_temperature(config, temperature):
+  config = config.copy_and_resolve_references()
+  if temperature is not None:
+    config.model.temperature = temperature
+  params = build.Network.of(config).initialise(jax.random.key(0))
+  assert float(params["logit_scale"]) == pytest.approx(math.log(temperature or 1 / 0.07), rel=1e-6)
+
+
+def check(model: dict[str, Any], objectives: tuple[str, ...], image_size: int, max_length: int) -> None:
+  build.check_objectives(objectives)
+  section = read_model(ConfigDict(model))
+  build.check_sizes(section, objectives=objectives, image_size=image_size, max_length=max_length)
+
+
+def broken(section: str | None, **changes: Any) -> dict[str, Any]:
+  model = networks.tiny_model()
+  (model if section is None else model[section]).update(changes)
+  return model
+
+
+@pytest.mark.parametrize(
+  "model, objectives, image_size, message",
+  [
+    (broken(None), (), 16, "objectives is empty; choose among generation, discrimination, reconstruction"),
+    (broken(None), ("generate",), 16, "objectives is 'generate'; it must be one of generation"),
+    (broken(None), ("contrastive", "discrimination"), 16, "contrastive trains CLIP's two towers alone"),
+    (broken(None), ("reconstruction", "generation"), 16, "reconstruction trains the autoencoder alone"),
+    (broken(None, dtype="float16"), BOTH, 16, "model.dtype is 'float16'; it must be one of float32, bfloat16"),
+    (broken(None, matmul_precision="exact"), BOTH, 16, "model.matmul_precision is 'exact'; it must be one of auto, "),
+    (broken(None, remat="all"), BOTH, 16, "model.remat is 'all'; it must be one of none, full, dots"),
+    (broken("text_encoder", activation="relu"), BOTH, 16, "model.text_encoder.activation is 'relu'; .*quick_gelu"),
+    (broken(None), BOTH, 20, "image_size is 20; .* must be a multiple of 8, such as 16"),
+    (broken(None), ("reconstruction",), 15, "image_size is 15; .* must be a multiple of 2, such as 16"),
+    (broken("unet", attention=(True,)), BOTH, 16, "model.unet.attention has 1 entries and widths 3"),
+    (broken("unet", widths=(8, 15, 24)), BOTH, 16, "model.unet.widths has 15; .*num_heads=2 and groups=4"),
+    (broken("unet", groups=16), BOTH, 16, "model.unet.widths has 8; .*groups=16"),
+    (broken("text_encoder", num_heads=5), BOTH, 16, "model.text_encoder.width has .*multiple of num_heads=5"),
+    (broken("alignment", num_heads=5), BOTH, 16, "model.alignment.width has .*multiple of num_heads=5"),
+    (broken("alignment", map_parts=-1), BOTH, 16, "model.alignment.map_parts is -1; it must be .*0"),
+    (broken("alignment", map_parts=3), BOTH, 16, "model.alignment.map_parts is 3; the middle feature map is 2 x 2"),
+  ],
+)
+def test_models_that_cannot_be_built_are_named(model, objectives, image_size, message):
+  with pytest.raises(UserError, match=message) as error:
+    check(model, objectives, image_size, 8)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("objectives", [("generation",), ("discrimination",), BOTH, ("reconstruction",)])
+def test_models_that_can_be_built_pass(objectives):
+  check(networks.tiny_model(), objectives, 16, 8)
+
+
+def test_only_what_is_built_must_fit():
+  check(broken("alignment", map_parts=3), ("generation",), 16, 8)
+
+
+def test_token_vectors_are_there_where_queries_are_compared():
+  model = read_model(ConfigDict(broken("text_encoder", token_query=8.0)))
+  tables = lambda objectives: build.build_diffdis(model, objectives, nnx.Rngs(0)).text_encoder
+  assert hasattr(tables(BOTH), "query_tokens") and not hasattr(tables(("generation",)), "query_tokens")
+
+
+@pytest.mark.parametrize("max_length", [1, 9])
+def test_texts_that_do_not_fit(max_length):
+  with pytest.raises(UserError, match=f"data.max_length is {max_length}; it must be from 2 to .*max_length, 8"):
+    check(networks.tiny_model(), BOTH, 16, max_length)

@@ -1,0 +1,126 @@
+"""Schedules against diffusers, and the forward process against float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.method import schedules
+
+DIFFUSERS_NAMES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
+T0 = np.array([0, 1, 500, 999], np.int32)
+
+
+def _normal(seed, shape=(4, 3, 2)):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
+@pytest.mark.parametrize("name", DIFFUSERS_NAMES)
+def test_betas_and_alpha_bar_equal_diffusers(name, scheduler):
+  theirs = scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule=DIFFUSERS_NAMES[name])
+  ours = schedules.noise_schedule(name)
+  np.testing.assert_allclose(ours.betas, theirs.betas.numpy(), atol=1e-7)
+  np.testing.assert_allclose(ours.alpha_bar, theirs.alphas_cumprod.numpy(), atol=1e-6)
+  assert ours.num_timesteps == 1000
+
+
+def test_ends_of_the_schedules():
+  """scaled_linear and linear share their ends and differ between; cosine's last beta is capped."""
+  scaled, linear, cosine = (schedules.noise_schedule(n) for n in ("scaled_linear", "linear", "cosine"))
+  np.testing.assert_allclose(scaled.betas[[0, -1]], [0.00085, 0.012])
+  np.testing.assert_allclose(linear.betas[[0, -1]], [0.00085, 0.012])
+  assert np.all(scaled.betas[1:-1] < linear.betas[1:-1])
+  assert cosine.betas[-1] == 0.999 and np.all(cosine.betas[:-1] < 0.999)
+
+
+def test_unknown_schedule_lists_the_known():
+  with pytest.raises(UserError, match="'sigmoid'.*scaled_linear, linear, cosine"):
+    schedules.noise_schedule("sigmoid")
+
+
+def test_leading_equals_diffusers_at_every_step_count():
+  theirs = DDIMScheduler(timestep_spacing="leading", steps_offset=1)
+  for n in range(1, 1000):
+    theirs.set_timesteps(n)
+    ours = schedules.leading(n)
+    np.testing.assert_array_equal(ours.t, theirs.timesteps.numpy())
+    np.testing.assert_array_equal(ours.t_prev, np.maximum(ours.t - 1000 // n, 0))
+
+
+def test_trailing_equals_diffusers_at_every_step_count():
+  """diffusers gives one step too many, at t = -1, for 61 and other counts: the first n are compared."""
+  theirs = DDIMScheduler(timestep_spacing="trailing")
+  for n in range(1, 1001):
+    theirs.set_timesteps(n)
+    ours = schedules.trailing(n)
+    np.testing.assert_array_equal(ours.t, theirs.timesteps.numpy()[:n])
+    assert len(ours.t) == n and ours.t[0] == 999 and ours.t_prev[-1] == schedules.DATA
+    np.testing.assert_array_equal(ours.t_prev[:-1], ours.t[1:])
+
+
+@pytest.mark.parametrize("num_timesteps", [10, 100])
+def test_spacing_of_other_lengths(num_timesteps):
+  for n in (1, 3, 9):
+    assert schedules.trailing(n, num_timesteps).t[0] == num_timesteps - 1
+    assert 1 <= schedules.leading(n, num_timesteps).t[-1] <= schedules.leading(n, num_timesteps).t[0] < num_timesteps
+
+
+@pytest.mark.parametrize("spacing, n", [("leading", 0), ("leading", 1000), ("trailing", 0), ("trailing", 1001)])
+def test_impossible_step_counts(spacing, n):
+  with pytest.raises(UserError, match=f"{n} sampling steps"):
+    {"leading": schedules.leading, "trailing": schedules.trailing}[spacing](n)
+
+
+@pytest.mark.parametrize("name", DIFFUSERS_NAMES)
+def test_add_noise_equals_diffusers(name):
+  schedule = schedules.noise_schedule(name)
+  theirs = DDIMScheduler()
+  theirs.alphas_cumprod = torch.tensor(schedule.alpha_bar)
+  x0, noise = _normal(0), _normal(1)
+  want = theirs.add_noise(*(torch.tensor(a, dtype=torch.float64) for a in (x0, noise)), torch.tensor(T0))
+  got = schedules.add_noise(schedule, jnp.asarray(x0), noise=jnp.asarray(noise), t=jnp.asarray(T0))
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.3])
+@pytest.mark.parametrize("name", DIFFUSERS_NAMES)
+def test_the_inverses_undo_add_noise(name, gamma):
+  """Against float64, and to what f32 leaves of a signal scaled by γ √ᾱ."""
+  schedule = schedules.noise_schedule(name)
+  x0, noise, t = jnp.asarray(_normal(2)), jnp.asarray(_normal(3)), jnp.asarray(T0)
+  x_t = schedules.add_noise(schedule, x0, noise=noise, t=t, gamma=gamma)
+  a = np.sqrt(schedule.alpha_bar[T0])[:, None, None]
+  s = np.sqrt(1 - schedule.alpha_bar[T0])[:, None, None]
+  np.testing.assert_allclose(x_t, gamma * a * np.float64(x0) + s * np.float64(noise), atol=1e-6)
+  data = schedules.predict_data(schedule, x_t, noise=noise, t=t, gamma=gamma)
+  assert np.all(np.abs(data - x0) * gamma * a < 1e-6)
+  epsilon = schedules.predict_noise(schedule, x_t, data=x0, t=t, gamma=gamma)
+  assert np.all(np.abs(epsilon - noise) * s < 1e-6)
+
+
+def test_to_data_reads_both_targets():
+  schedule = schedules.noise_schedule("linear")
+  x0, noise, t = jnp.asarray(_normal(4)), jnp.asarray(_normal(5)), jnp.asarray([0, 100, 300, 600])
+  x_t = schedules.add_noise(schedule, x0, noise=noise, t=t, gamma=0.5)
+  for target, prediction in (("data", x0), ("noise", noise)):
+    got = schedules.to_data(schedule, x_t, prediction=prediction, target=target, t=t, gamma=0.5)
+    np.testing.assert_allclose(got, x0, atol=1e-5)
+  with pytest.raises(UserError, match="'epsilon'.*data, noise"):
+    schedules.to_data(schedule, x_t, prediction=x0, target="epsilon", t=t)
+
+
+def test_forward_process_under_jit_and_at_any_rank():
+  schedule = schedules.noise_schedule("scaled_linear")
+  add = jax.jit(lambda x, noise, t: schedules.add_noise(schedule, x, noise=noise, t=t))
+  for shape in ((4,), (4, 5), (4, 2, 2, 3)):
+    x0, noise = jnp.asarray(_normal(6, shape)), jnp.asarray(_normal(7, shape))
+    for i, t in enumerate(T0):
+      a, s = np.sqrt(schedule.alpha_bar[t]), np.sqrt(1 - schedule.alpha_bar[t])
+      np.testing.assert_allclose(add(x0, noise, jnp.asarray(T0))[i], a * x0[i] + s * noise[i], atol=1e-6)

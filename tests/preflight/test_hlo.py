@@ -1,0 +1,328 @@
+"""Collectives read from programs' text: lines as compilers write them, and a program of our own."""
+
+from __future__ import annotations
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from diffdis_jax.parallel import chips
+from diffdis_jax.preflight import hlo, times
+from tests import steps
+
+GROUPS = "channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}"
+
+
+@pytest.mark.parametrize(
+  "line, kind, shapes, size",
+  [
+    (f"%g = bf16[64,768]{{1,0:T(8,128)(2,1)}} all-gather(%a), {GROUPS}", "all-gather", ((64, 768),), 2 * 64 * 768),
+    (
+      f"%r = (f32[3,8]{{1,0}}, /*index=1*/bf16[4]{{0:T(1024)(128)}}) all-reduce(%a, %b), {GROUPS}",
+      "all-reduce",
+      ((3, 8), (4,)),
+      4 * 24 + 2 * 4,
+    ),
+    (f"ROOT %s = f32[2,8]{{1,0}} reduce-scatter(%a), {GROUPS}", "reduce-scatter", ((2, 8),), 64),
+    (f"%g = (f32[2,8], f32[8,8]) all-gather-start(%a), {GROUPS}", "all-gather", ((8, 8),), 256),
+    (
+      "%p = (u32[4], u32[4], u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1}}",
+      "collective-permute",
+      ((4,),),
+      16,
+    ),
+    (f"%r = f32[] all-reduce-start(%a), {GROUPS}", "all-reduce", ((),), 4),
+    ("%t = pred[16]{0} all-to-all(%a), dimensions={0}", "all-to-all", ((16,),), 16),
+    # Asynchronous, as XLA writes them for GPUs: (operands, results), or of an all-reduce results alone.
+    (
+      f"%s = ((f32[1024]{{0}}), f32[128]{{0}}) reduce-scatter-start(f32[1024]{{0}} %p), {GROUPS}, to_apply=%add",
+      "reduce-scatter",
+      ((128,),),
+      4 * 128,
+    ),
+    (f"%s = (f32[1024], f32[128]) reduce-scatter-start(f32[1024] %p), {GROUPS}", "reduce-scatter", ((128,),), 4 * 128),
+    (
+      f"%s = ((f32[1024]{{0}}, bf16[64,8]{{1,0}}), (f32[128]{{0}}, bf16[8,8]{{1,0}})) reduce-scatter-start(%p, %q), "
+      f"{GROUPS}, to_apply=%add",
+      "reduce-scatter",
+      ((128,), (8, 8)),
+      4 * 128 + 2 * 64,
+    ),
+    (
+      f"%t = ((f32[4,8]{{1,0}}), f32[4,8]{{1,0}}, u32[], u32[]) all-to-all-start(%p), {GROUPS}",
+      "all-to-all",
+      ((4, 8),),
+      4 * 32,
+    ),
+    (
+      f"%t = ((f32[1,8], /*index=1*/f32[1,8]), (f32[1,8], f32[1,8])) all-to-all-start(%p, %q), {GROUPS}",
+      "all-to-all",
+      ((1, 8), (1, 8)),
+      2 * 4 * 8,
+    ),
+    (
+      f"%r = (f32[1024]{{0}}, bf16[64,8]{{1,0}}) all-reduce-start(%p, %q), {GROUPS}, to_apply=%add",
+      "all-reduce",
+      ((1024,), (64, 8)),
+      4 * 1024 + 2 * 64 * 8,
+    ),
+  ],
+)
+def test_one_collective(line, kind, shapes, size):
+  (found,) = hlo.collectives(f"ENTRY %main {{\n  {line}\n}}")
+  group = (0, 1, 2, 3) if GROUPS in line else (0, 1) if "pairs" in line else ()
+  assert found == hlo.Collective(kind=kind, shapes=shapes, bytes=size, group=group)
+
+
+def test_a_reduce_scatter_of_the_tpu_compiler_ends_with_its_computation():
+  text = """
+%all-reduce-scatter.1 (input: f32[8,8]) -> f32[2,8] {
+  %r = f32[8,8] all-reduce(%input), channel_id=1
+}
+
+ENTRY %main.2 (p: f32[8,8]) -> f32[8,8] {
+  %s = f32[2,8] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %g = f32[8,8] all-gather(%s), channel_id=2
+}
+"""
+  assert hlo.bytes_by_kind(text) == {"reduce-scatter": 4 * 16, "all-gather": 4 * 64}
+
+
+def test_a_collective_spread_over_several_operations_counts_once():
+  """As the TPU compiler writes one: in each of the operations beside which it goes on, with the same channel."""
+  part = "bf16[64,8] all-gather(%a), channel_id={}, replica_groups={{{{0,1}}}}, {}metadata={{}}"
+  spread = 'frontend_attributes={chain_id="2"}, '
+  lines = [part.format(*each) for each in ((7, spread), (7, spread), (8, spread), (9, ""), (9, ""))]
+  text = "".join(f"%fused.{i} (a: bf16[32,8]) -> bf16[64,8] {{\n  %g = {line}\n}}\n" for i, line in enumerate(lines))
+  assert hlo.bytes_by_kind(text) == {"all-gather": (1 + 1 + 2) * 2 * 64 * 8}
+
+
+def test_estimated_cycles():
+  line = '  %f = f32[8] fusion(%a), kind=kLoop, backend_config={{"estimated_cycles":"{}","flag_configs":[]}}'
+  assert hlo.estimated_cycles("\n".join(line.format(cycles) for cycles in (1200, 34))) == 1234
+  assert hlo.estimated_cycles("  %f = f32[8] add(%a, %b)") == 0
+
+
+@pytest.mark.parametrize(
+  "line",
+  ["%d = f32[8,8] all-gather-done(%g)", "%f = f32[8] fusion(%all-reduce.1), calls=%x", "%a = f32[8] add(%a, %b)"],
+)
+def test_no_collective(line):
+  assert not hlo.collectives(line)
+
+
+def test_bytes_of_a_compiled_program():
+  mesh = steps.make_mesh(8)
+  split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+  x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+  compiled = lambda f, out: jax.jit(f, in_shardings=split, out_shardings=out).lower(x).compile().as_text()
+  assert hlo.bytes_by_kind(compiled(lambda x: x + 1, whole)) == {"all-gather": 4 * 64 * 32}
+  assert hlo.bytes_by_kind(compiled(lambda x: x.sum(axis=0), whole)) == {"all-reduce": 4 * 32}
+  assert hlo.bytes_by_kind(compiled(lambda x: x + 1, split)) == {}
+
+
+@pytest.mark.parametrize(
+  "kind, f",
+  [
+    ("reduce-scatter", lambda x: jax.lax.psum_scatter(x, "data", tiled=True)),
+    ("all-to-all", lambda x: jax.lax.all_to_all(x, "data", 0, 1, tiled=True)),
+  ],
+)
+def test_bytes_of_what_a_device_ends_up_with(kind, f):
+  """Of its 8 x 32 numbers: an eighth of their sums, or as many of the others'."""
+  mesh, rows = steps.make_mesh(8), PartitionSpec("data")
+  x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, rows))
+  text = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=rows, out_specs=rows)).lower(x).compile().as_text()
+  assert hlo.bytes_by_kind(text) == {kind: 4 * 8 * 32 // (8 if kind == "reduce-scatter" else 1)}
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_the_loop_turns():
+  """Of five turns, in each of which an inner loop turns three times: 15 sums, 5 gathers, and one sum after them."""
+  mesh, rows = steps.make_mesh(8), PartitionSpec("data")
+
+  def inner(c, _):
+    return jnp.sin(jax.lax.psum(c, "data")) + c, None
+
+  def outer(c, _):
+    return jax.lax.all_gather(jax.lax.scan(inner, c, length=3)[0], "data").mean(axis=0) * c, None
+
+  f = lambda x: jax.lax.psum(jax.lax.scan(outer, x, length=5)[0].sum(), "data") + x
+  x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, rows))
+  text = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=rows, out_specs=rows)).lower(x).compile().as_text()
+  own = 4 * 8 * 32  # bytes of a device's rows
+  assert hlo.bytes_by_kind(text) == {"all-reduce": 15 * own + 4, "all-gather": 5 * 8 * own}
+  assert sorted((each.kind, each.times) for each in hlo.collectives(text)) == [
+    *(("all-gather", 5), ("all-reduce", 1), ("all-reduce", 15))
+  ]
+  chip = chips.CHIPS["h100"]
+  moved = (15 * own + 4) * 2 * 7 / 8 + 5 * 8 * own * 7 / 8
+  assert times.seconds_between_chips(text, chip, near=8) == pytest.approx(moved / chip.links)
+
+
+CALLS = """
+%less (p: f32[8]) -> pred[] {
+  %n = s32[]{:T(128)} constant(7), metadata={}
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%until (p: f32[8]) -> pred[] {
+  ROOT %eq = pred[] compare(%i, %n), direction=EQ
+}
+
+%body (p: f32[8]) -> f32[8] {
+  %r = f32[8] all-reduce(%p), channel_id=1
+}
+
+%wrapped (p: f32[8]) -> f32[64] {
+  %g = f32[64] all-gather(%p), channel_id=2
+}
+
+%branch (p: f32[8]) -> f32[8] {
+  %t = f32[8] all-to-all(%p), channel_id=3
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = f32[8] while(%p), condition=LOOP
+  %a = (f32[8], f32[64]) async-start(%w), calls=%wrapped
+  %d = f32[64] async-done(%a), calls=%wrapped
+  %c = f32[8] conditional(%i, %p, %p), branch_computations={%branch, %other}
+}
+"""
+
+
+@pytest.mark.parametrize(
+  "loop, turns",
+  [
+    ('%until, body=%body, backend_config={"known_trip_count":{"n":"6"}}', 6),
+    ("%less, body=%body", 7),  # as the TPU compiler writes it
+    ("%until, body=%body", 1),
+  ],
+)
+def test_calls_of_other_kinds_count_once_and_so_does_a_loop_of_unknown_turns(loop, turns):
+  expected = {"all-reduce": turns * 32, "all-gather": 256, "all-to-all": 32}
+  assert hlo.bytes_by_kind(CALLS.replace("LOOP", loop)) == expected
+
+
+@pytest.mark.parametrize(
+  "groups, expected",
+  [
+    ("replica_groups={{0,2},{1,3}}", (0, 2)),
+    ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+    ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", (0, 1, 4, 5)),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=3] {'axis_0'}", (0, 3)),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=3,'axis_2'=2] {'axis_0','axis_2'}", (0, 1, 6, 7)),
+    ("replica_groups={}", ()),
+  ],
+)
+def test_groups(groups, expected):
+  (found,) = hlo.collectives(f"  %g = f32[8] all-gather(%a), channel_id=1, {groups}, dimensions={{0}}")
+  assert found.group == expected
+
+
+@pytest.mark.parametrize(
+  "kind, received",
+  [
+    ("all-gather", 300),
+    ("reduce-scatter", 1200),
+    ("all-reduce", 600),
+    ("all-to-all", 300),
+    ("collective-permute", 400),
+  ],
+)
+def test_what_reaches_a_device(kind, received):
+  """Of a result of 400 bytes with four devices, of which it has its own part already."""
+  assert hlo.Collective(kind=kind, shapes=((100,),), bytes=400, group=(0, 1, 2, 3)).received == received
+
+
+COST = (
+  '{"custom_call_config":{"body":"A=","cost_estimate":{"flops":"7000","transcendentals":"50","bytes_accessed":"64"}}}'
+)
+PROGRAM = """
+%fused (a: f32[8]) -> f32[8] {
+  %inner = f32[1024] add(%a, %a)
+}
+
+ENTRY %main (p: f32[128,8]) -> f32[8] {
+  %p = bf16[128,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %near = bf16[128,8]{1,0:T(8,128)(2,1)S(1)} copy(%p)
+  %wait-start = (f32[128,8], f32[128,8], u32[]) copy-start(%p)
+  %pair = (f32[8]{0}, /*index=1*/bf16[4]{0}) fusion(%near, %p, %p), kind=kLoop, calls=%fused
+  %one = f32[8]{0} get-tuple-element(%pair), index=0
+  %k.1 = f32[8]{0} custom-call(%one), custom_call_target="tpu_custom_call", backend_config={COST}
+  ROOT %k.2 = f32[8]{0} custom-call(%k.1), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_memory_traffic():
+  """What an operation reads and writes, each operand once, nothing of what lies in memory on the chip."""
+  size = 2 * 128 * 8
+  text = PROGRAM.replace("{COST}", COST)
+  assert hlo.traffic(text) == {"near": size, "pair": size + 4 * 8 + 2 * 4, "k.1": 64, "k.2": 64}
+  assert not hlo.has_loops(text)
+  assert hlo.has_loops(text.replace("ROOT", "%w = f32[8] while(%k.1), body=%fused\n  ROOT"))
+
+
+def test_what_kernels_declare():
+  assert hlo.kernels(PROGRAM.replace("{COST}", COST)) == {"k.1": hlo.Kernel(flops=7000, transcendentals=50, bytes=64)}
+
+
+ALIKE = """
+%adds.1 (a.1: f32[8]) -> f32[8] {
+  %a.1 = f32[8]{0} parameter(0)
+  ROOT %sum.1 = f32[8]{0} add(%a.1, %a.1), metadata={op_name="first/add"}
+}
+
+%fused.1 (a.2: f32[8]) -> f32[8] {
+  %a.2 = f32[8]{0} parameter(0)
+  ROOT %b.2 = f32[8]{0} fusion(%a.2), kind=kLoop, calls=%adds.1
+}
+
+%adds.2 (a.3: f32[8]) -> f32[8] {
+  %a.3 = f32[8]{0} parameter(0)
+  ROOT %sum.3 = f32[8]{0} add(%a.3, %a.3), metadata={op_name="second/add"}
+}
+
+%fused.2 (a.4: f32[8]) -> f32[8] {
+  %a.4 = f32[8]{0} parameter(0)
+  ROOT %b.4 = f32[8]{0} fusion(%a.4), kind=kLoop, calls=%adds.2
+}
+
+%fused.3 (a.5: f32[8]) -> f32[8] {
+  %a.5 = f32[8]{0} parameter(0)
+  ROOT %b.5 = f32[8]{0} multiply(%a.5, %a.5)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %near = f32[8]{0:T(8)S(1)} copy(%p)
+  %one = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused.1, metadata={op_name="first"}
+  %two = f32[8]{0} fusion(%one), kind=kLoop, calls=%fused.2, metadata={op_name="second"}
+  %other = f32[8]{0} fusion(%one), kind=kLoop, calls=%fused.3
+  %of_near = f32[8]{0} fusion(%near), kind=kLoop, calls=%fused.1
+  %k.1 = f32[8]{0} custom-call(%two), custom_call_target="tpu_custom_call", backend_config={"body":"A="}
+  %k.2 = f32[8]{0} custom-call(%k.1), custom_call_target="tpu_custom_call", backend_config={"body":"A="}
+  ROOT %k.3 = f32[8]{0} custom-call(%k.2), custom_call_target="tpu_custom_call", backend_config={"body":"B="}
+}
+"""
+
+
+def test_operations_alike_but_for_names():
+  """The same computation of the same shapes in the same memory, or the same kernel."""
+  groups = collections.defaultdict(set)
+  for name, number in hlo.alike(ALIKE).items():
+    groups[number].add(name)
+  assert {"one", "two"} in groups.values() and {"k.1", "k.2"} in groups.values()
+  assert {frozenset(names) for names in groups.values() if len(names) == 1} == {
+    frozenset({name}) for name in ("p", "near", "other", "of_near", "k.3")
+  }
+
+
+def test_a_schedule_is_written_once_for_operations_alike():
+  written = {"two": 5, "k.1": 7, "k.3": 9, "in_a_loop": 11}
+  assert times.cycles_of_all(ALIKE, written) == {"one": 5, "two": 5, "k.1": 7, "k.2": 7, "k.3": 9, "in_a_loop": 11}

@@ -1,0 +1,110 @@
+"""The page in Chromium, as a reader sees it. It needs apt-get install chromium chromium-driver."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+
+import pytest
+
+from diffdis_jax.report import __main__ as report
+from tests.report import written_run
+
+pytestmark = pytest.mark.slow
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
+FLAGS += (
+  "--disable-background-networking",
+  "--disable-component-update",
+  "--disable-sync",
+  "--force-prefers-reduced-motion",
+)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, pathlib.Path]:
+  """Of one run, and of two."""
+  folder = tmp_path_factory.mktemp("browser")
+  runs = [written_run.write(folder / name / "run", batch_size=size) for name, size in (("a", 16), ("b", 32))]
+  for name, some in (("one", runs[:1]), ("two", runs)):
+    report.report(some, str(folder / f"{name}.html"))
+  return {name: folder / f"{name}.html" for name in ("one", "two")}
+
+
+@pytest.fixture(params=[390, 1280])
+def driver(request, tmp_path):
+  """At the width of a phone, and at that of a laptop."""
+  from selenium import webdriver
+
+  options = webdriver.ChromeOptions()
+  for flag in (*FLAGS, f"--user-data-dir={tmp_path}", "--window-size=1280,900"):
+    options.add_argument(flag)
+  if request.param < 500:  # the least of a window
+    size = {"width": request.param, "height": 844, "pixelRatio": 1.0}
+    options.add_experimental_option("mobileEmulation", {"deviceMetrics": size})
+  options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+  options.binary_location = shutil.which("chromium") or ""
+  driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+  driver.width = request.param
+  yield driver
+  driver.quit()
+
+
+def texts(driver, selector: str) -> list[str]:
+  return [" ".join(each.text.split()) for each in driver.find_elements("css selector", selector)]
+
+
+def is_clean(driver) -> bool:
+  """No error in the console, and nothing wider than the window."""
+  wide = driver.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
+  assert driver.execute_script("return innerWidth") == driver.width
+  return wide == 0 and driver.get_log("browser") == []
+
+
+def test_a_run_is_read_off_the_page(driver, pages):
+  driver.get(pages["one"].as_uri())
+  assert is_clean(driver)
+  tiles = texts(driver, "header .tile")
+  assert any(tile.startswith("Step 300 of 400") for tile in tiles)
+  assert any(tile.startswith("Loss 0.3333 lowest 0.3333 at 300") for tile in tiles)
+  assert any(tile.startswith("test/acc1 0.3") for tile in tiles)
+  assert any(tile.startswith("Starts 2 10 steps repeated") for tile in tiles)
+  assert texts(driver, "header .pill") == ["stopped"]
+  assert texts(driver, "h2") == [
+    *("Samples", "Losses", "Evaluations", "Speed", "Optimisation", "Data", "Parameters", "History and cost", "Config")
+  ]
+  assert len(driver.find_elements("css selector", ".chart svg path")) >= 8
+  assert "corrupt image" in texts(driver, "#data-set")[0] and "</script>" in texts(driver, "#data-set")[0]
+  assert "100 parameters, 70 of them trained" in texts(driver, "#parameters")[0]
+
+
+def test_the_slider_the_curves_and_the_config_answer(driver, pages):
+  driver.get(pages["one"].as_uri())
+  source = lambda: driver.find_element("css selector", ".live img").get_attribute("src")
+  assert texts(driver, "output") == ["step 300"]
+  last, slider = source(), driver.find_element("css selector", "input[type=range]")
+  slider.send_keys("\ue012")  # arrow left
+  assert texts(driver, "output") == ["step 200"] and source() != last
+
+  stage = driver.find_element("css selector", "#losses .chart [tabindex]")
+  driver.execute_script("arguments[0].focus()", stage)
+  stage.send_keys("\ue012")
+  assert texts(driver, "#losses .tip")[0] == "step 300 0.3333"
+
+  rows = len(driver.find_elements("css selector", "#config tbody tr"))
+  driver.find_element("css selector", "#only").click()
+  assert len(driver.find_elements("css selector", "#config tbody tr")) > rows
+  driver.find_element("css selector", "#config input[type=search]").send_keys("num_steps")
+  assert texts(driver, "#config tbody tr") == ["num_steps 400"]
+  before = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+  driver.find_element("css selector", "nav button").click()
+  assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") != before
+  assert is_clean(driver)
+
+
+def test_two_runs_are_beside_each_other(driver, pages):
+  driver.get(pages["two"].as_uri())
+  assert is_clean(driver)
+  assert texts(driver, "header tbody tr")[1].startswith("b/run stopped 300 of 400 0.3333")
+  assert len(driver.find_elements("css selector", ".live img")) == 2
+  assert "batch_size 16 32" in texts(driver, "#config tbody tr")
+  assert len(driver.find_elements("css selector", "#losses .chart:first-child .legend span.swatch")) == 2

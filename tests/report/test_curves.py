@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import fractions
+import json
+import math
+
+import numpy as np
+import pytest
+
+from diffdis_jax.report import charts, curves
+
+
+def lines_of(*objects):
+  return [json.dumps(each) for each in objects]
+
+
+def test_each_metric_has_the_steps_at_which_it_was_written():
+  lines = lines_of({"step": 2, "loss": 1.5, "lr": None}, {"step": 4, "loss": 0.5, "lr": 3.0}, {"step": 4, "a/b": 7})
+  found = curves.read([*lines, '{"step": 6, "lo'])
+  assert found.keys() == {"loss", "lr", "a/b"}
+  np.testing.assert_array_equal(found["loss"].steps, [2, 4])
+  np.testing.assert_array_equal(found["loss"].values, [1.5, 0.5])
+  np.testing.assert_array_equal(found["lr"].values, [math.nan, 3.0])
+  assert (found["a/b"].steps.tolist(), found["a/b"].values.tolist()) == ([4], [7.0])
+
+
+@pytest.mark.parametrize("broken", ["{", "3", "", '{"loss": 1.0}', '{"step": null, "loss": 1.0}'])
+def test_lines_are_read_alike_whether_one_of_them_is_broken_or_not(broken):
+  lines = lines_of(*({"step": i, "loss": i / 7} for i in range(1, 2500)))
+  whole, rest = curves.read(lines), curves.read([*lines[:1200], broken, *lines[1200:]])
+  np.testing.assert_array_equal(rest["loss"].steps, whole["loss"].steps)
+  np.testing.assert_array_equal(rest["loss"].values, [i / 7 for i in range(1, 2500)])
+
+
+@pytest.mark.parametrize(
+  "value",
+  ['"<img src=x>"', "[1]", '{"a": 1}', "1" + "0" * 400, '[["a"]]'],
+  ids=["text", "list", "object", "huge", "deep"],
+)
+def test_what_is_no_number_is_left_out(value, caplog):
+  found = curves.read(['{"step": 1, "loss": 2.0, "lr": 1}', f'{{"step": 2, "loss": {value}, "lr": 2}}'])
+  assert found["loss"].steps.tolist() == [1] and found["lr"].values.tolist() == [1.0, 2.0]
+  assert "text where numbers should be" in caplog.text
+
+
+def test_lines_that_cannot_be_read_are_counted_but_for_the_last(caplog):
+  lines = lines_of({"step": 1, "loss": 2.0})
+  curves.read([*lines, '{"step": 2, "lo'])
+  assert not caplog.text
+  curves.read(["{", '{"step":' * 20_000, *lines, "{"])
+  assert "metrics.jsonl has 2 lines that cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("step", ['"x"', "true", "-1", "1e400", "1" + "0" * 30, "[1]"])
+def test_a_line_whose_step_is_no_number_of_steps_is_left_out(step):
+  found = curves.read(['{"step": 1, "loss": 2.0}', f'{{"step": {step}, "loss": 3.0}}', '{"step":' * 20_000])
+  assert found["loss"].values.tolist() == [2.0]
+
+
+def test_short_curves_stay_as_they_are():
+  curve = curves.Curve(np.array([3, 5]), np.array([1.0, math.nan]))
+  band = curves.thin(curve, 2)
+  for values in (band.mean, band.least, band.most):
+    np.testing.assert_array_equal(values, curve.values)
+
+
+def test_a_bucket_has_mean_least_and_most_of_its_finite_values():
+  rng = np.random.default_rng(0)
+  steps = np.sort(rng.choice(10_000, 3000, replace=False)) + 17
+  values = rng.normal(size=3000)
+  values[1234] = 1e6  # a spike of one step
+  values[[5, 700, 2999]] = math.nan
+  values[900:1000] = math.nan  # more than a bucket
+  band = curves.thin(curves.Curve(steps, values), 100)
+  width = fractions.Fraction(int(steps[-1] - steps[0] + 1), 100)
+  places = np.array([(int(step) - int(steps[0])) // width for step in steps])
+  of_bucket = [values[places == k] for k in range(100)]
+  finite = [each[np.isfinite(each)] for each in of_bucket]
+  assert len(band.steps) == 100 and band.steps[-1] == steps[-1]
+  assert [len(each) == 0 for each in finite] == np.isnan(band.mean).tolist() and np.isnan(band.mean).any()
+  for values, f in ((band.mean, np.mean), (band.least, np.min), (band.most, np.max)):
+    np.testing.assert_allclose(values, [f(each) if len(each) else math.nan for each in finite], rtol=1e-12)
+  assert np.nanmax(band.most) == 1e6
+
+
+def test_charts_keep_losses_quarters_evaluations_and_rates_together():
+  names = ["loss", "loss_generation", *(f"loss_generation_q{i}" for i in (1, 2, 3, 4)), "grad_norm", "temperature"]
+  names += ["steps_per_sec", "mfu", "coco/recall", "flickr/recall", "coco/acc", "rate/new", "rate/unet", "substituted"]
+  found = charts.group(names)
+  assert sorted(metric for chart in found for metric, _ in chart["series"]) == sorted(names), "each in one chart"
+  by_title = {chart["title"]: chart for chart in found}
+  quarters = by_title["Loss, generation, by quarter of the timestep"]
+  assert [metric for metric, _ in quarters["series"]] == [f"loss_generation_q{i}" for i in (1, 2, 3, 4)]
+  assert by_title["recall"]["series"] == [["coco/recall", "coco"], ["flickr/recall", "flickr"]]
+  assert by_title["Learning rates"]["series"] == [["rate/new", "new"], ["rate/unet", "unet"]]
+  sections = {title: chart["section"] for title, chart in by_title.items()}
+  assert sections["acc"] == "evaluations" and sections["Steps a second"] == "speed" and sections["Loss"] == "losses"
+  assert by_title["Share of the chips' peak (MFU)"]["format"] == "share"
+
+
+def test_an_evaluation_that_repeats_another_is_left_out():
+  curve = lambda *values: curves.Curve(np.arange(len(values)), np.array(values))
+  every = {"a/acc": curve(1.0, 2.0), "a/same": curve(1.0, 2.0), "b/acc": curve(1.0, 2.0), "loss": curve(1.0, 2.0)}
+  assert charts.distinct(every) == ["a/acc", "b/acc", "loss"]

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import html.parser
+import json
+import math
+import re
+
+import pytest
+
+from diffdis_jax.report import page, read
+from tests.report import written_run
+
+
+class Scripts(html.parser.HTMLParser):
+  """The contents of script elements, and every address that the page names."""
+
+  def __init__(self, text: str):
+    super().__init__()
+    self.scripts, self.addresses, self._open = [], [], None
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self._open = dict(attrs) if tag == "script" else None
+    self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "action")]
+
+  def handle_data(self, data):
+    if self._open is not None:
+      self.scripts.append((self._open, data))
+
+  def handle_endtag(self, tag):
+    self._open = None
+
+  def json(self, id: str):
+    (text,) = [text for attributes, text in self.scripts if attributes.get("id") == id]
+    return json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("pages")
+  paths = [written_run.write(folder / name / "run", batch_size=size) for name, size in (("a", 16), ("b<script>", 32))]
+  return [read.read(path, name) for path, name in zip(paths, page.names_of(paths), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def pages(runs):
+  return [page.render(some, hour_price=2.0, now=written_run.DAY + 1000) for some in (runs[:1], runs)]
+
+
+def test_names_are_as_long_as_it_takes_to_tell_them_apart():
+  assert page.names_of(["x/a", "x/b/"]) == ["a", "b"]
+  assert page.names_of(["x/1/run", "x/2/run", "y"]) == ["1/run", "2/run", "y"]
+
+
+def test_the_page_holds_what_the_run_left(pages):
+  found = Scripts(pages[0]).json("data")
+  (run,) = found["runs"]
+  assert (run["name"], run["step"], run["num_steps"], run["status"]["state"]) == ("a/run", 300, 400, "stopped")
+  loss = run["curves"]["loss"]
+  assert loss["steps"] == list(range(10, 310, 10)) and loss["mean"][:2] == [10.0, 5.0]
+  assert loss["last"] == {"step": 300, "value": pytest.approx(1 / 3, rel=1e-5)}
+  assert run["curves"]["grad_norm"]["highest"] == {"step": 150, "value": 77.0}
+  assert run["curves"]["steps_per_sec"]["mean"][0] is None and run["curves"]["steps_per_sec"]["not_finite"] == 1
+  assert run["curves"]["test/acc1"]["mean"] == [0.1, 0.2, 0.3]
+  assert run["substituted"] == 1 and run["cost"]["price"] == pytest.approx(2 * 600 / 3600)
+  assert run["checkpoints"] == [{"step": 200, "metrics": {"test/acc1": 0.25}}, {"step": 300, "metrics": {}}]
+  assert run["cards"][0]["facts"]["splits"]["train"]["pairs"] == 1200
+  assert run["parameters"]["new"] == {"unet": 60, "alignment": 10}
+  assert {chart["section"] for chart in found["charts"]} == {"losses", "evaluations", "speed", "optimisation", "data"}
+  (pictures,) = Scripts(pages[0]).json("pictures")
+  assert [grid["step"] for grid in pictures["grids"][0]["grids"]] == [100, 200, 300] and pictures["cards"][0]
+
+
+def test_runs_are_compared_where_their_configs_differ(pages):
+  found = Scripts(pages[1]).json("data")
+  assert [run["name"] for run in found["runs"]] == ["a/run", "b<script>/run"]
+  assert {"field": "batch_size", "values": ["16", "32"]} in found["differences"]
+  assert {row["field"] for row in found["differences"]} == {"batch_size", "data.path"}
+
+
+def test_the_page_loads_nothing_and_what_it_holds_cannot_break_out_of_it(pages):
+  for text in pages:
+    parsed = Scripts(text)
+    assert parsed.addresses == [], "every address is made by the script, and is #, or data:"
+    assert len(parsed.scripts) == 3
+    assert set(re.findall(r"https?://[^\"'\s]+", text)) == {"http://www.w3.org/2000/svg"}  # a name, never loaded
+    assert "default-src 'none'" in text
+    assert not re.search(r"\{\{\w+\}\}", text), "a place of the template that was not filled"
+
+
+def test_texts_of_a_run_that_look_like_places_of_the_template_are_texts(tmp_path):
+  """As a class or a prompt may be called."""
+  names = ("{{pictures}}", "{{data}}", "{{title}}", "{{other}}", r"\g<1>")
+  path = written_run.write(tmp_path / "{{pictures}} {{data}}", sample_prompts=names)
+  text = page.render([read.read(path, "{{pictures}} {{data}}")], now=written_run.DAY)
+  parsed = Scripts(text)
+  (run,), (pictures,) = parsed.json("data")["runs"], parsed.json("pictures")
+  assert run["name"] == "{{pictures}} {{data}}" and json.loads(run["config"]["sample_prompts"]) == list(names)
+  assert len(pictures["grids"][0]["grids"]) == 3 and pictures["cards"][0]
+  assert "<title>{{pictures}} {{data}}</title>" in text and len(parsed.scripts) == 3
+
+
+def test_numbers_that_are_not_finite_are_null():
+  assert page.as_json({"a": [1.5, math.nan], "b": (math.inf, "<")}) == '{"a":[1.5,null],"b":[null,"\\u003c"]}'
+
+
+def test_no_more_pictures_than_fit_and_the_last_among_them(runs, monkeypatch):
+  monkeypatch.setattr(page, "MOST_GRIDS", 4)
+  found = page.embed(runs)
+  assert [[grid["step"] for grid in run["grids"][0]["grids"]] for run in found] == [[100, 300]] * 2
+  assert [run["grids"][0]["all"] for run in found] == [3, 3]

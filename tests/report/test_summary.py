@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.report import read, summary
+from tests.report import written_run
+from tests.report.written_run import DAY
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  return read.read(written_run.write(tmp_path_factory.mktemp("summary") / "run"), "run")
+
+
+def test_what_a_run_left_is_found(run):
+  assert run.step == 300 and run.curves["loss"].steps[-1] == 300
+  assert [step for step, _ in run.grids["samples"]] == [100, 200, 300]
+  assert run.checkpoints == {200: {"test/acc1": 0.25}, 300: {}}, "not the one that was never committed"
+  assert run.results["results.json"]["zero_shot"]["birds/val"]["metrics"] == {"acc1": 0.75}
+  (card,) = run.cards.values()
+  assert card["facts"] == written_run.CARD and card["picture"].exists()
+  assert not run.alive
+
+
+@pytest.mark.parametrize(
+  "events, alive, step, expected",
+  [
+    ([{"event": "start"}, {"event": "end", "why": "finished"}], False, 400, "finished"),
+    ([{"event": "end", "why": "failed", "message": "too hot"}], True, 100, "failed"),
+    ([{"event": "start"}], True, 100, "running"),
+    ([{"event": "start"}], False, 100, "killed"),
+    ([], True, 100, "running"),
+    ([], False, 400, "finished"),
+    ([], False, 100, "unfinished"),
+  ],
+)
+def test_how_a_run_stands(run, events, alive, step, expected):
+  curve = run.curves["loss"]
+  curves = {"loss": dataclasses.replace(curve, steps=np.array([step]), values=np.array([1.0]))}
+  run = dataclasses.replace(run, events=events, alive=alive, curves=curves)
+  found = summary.status(run)
+  assert found["state"] == expected and found["message"] == ("too hot" if expected == "failed" else "")
+
+
+def test_starts_and_what_they_cost(run):
+  made = summary.starts(run, now=DAY + 1000)
+  assert [start["seconds"] for start in made] == [100.0, 200.0]
+  assert [start["how"] for start in made] == ["killed", "stopped"]
+  assert [start["repeated"] for start in made] == [10, 0]  # from step 50 back to step 40
+  cost = summary.cost(run, made, hour_price=1.5)
+  assert cost["device_hours"] == {"TPU v4": pytest.approx(2 * 300 / 3600)}
+  assert cost["price"] == pytest.approx(1.5 * 2 * 300 / 3600) and cost["seconds"] == 300
+  assert cost["seconds_in_steps"] == pytest.approx(290 / 5)  # all but the first ten, at five a second
+  assert cost["images"] == 300 * 16
+  assert summary.cost(run, made, hour_price=None)["price"] is None
+
+
+def test_a_run_that_goes_on_costs_until_now(run):
+  run = dataclasses.replace(run, events=run.events[:2], alive=True)
+  made = summary.starts(run, now=DAY + 1000)
+  assert (made[-1]["seconds"], made[-1]["how"]) == (500.0, "running")
+  killed = summary.starts(dataclasses.replace(run, alive=False, written=DAY + 600), now=DAY + 1000)
+  assert (killed[-1]["seconds"], killed[-1]["how"]) == (100.0, "killed")
+
+
+def test_learning_rates_are_those_of_the_schedule(run):
+  found = summary.learning_rates(run)
+  assert found.keys() == {"rate/new"}, "of the groups that are trained"
+  peak, warmup = run.config["optim"]["rates"]["new"], run.config["optim"]["warmup_steps"]
+  assert run.config["optim"]["schedule_kind"] == "cosine" and warmup == 50
+  by_hand = [
+    peak * (k / warmup if k < warmup else 0.5 * (1 + math.cos(math.pi * (k - warmup) / (400 - warmup))))
+    for k in found["rate/new"].steps - 1
+  ]
+  np.testing.assert_allclose(found["rate/new"].values, by_hand, rtol=1e-5)
+
+
+def test_learning_rates_of_a_long_tailed_run_change_once_an_epoch(tmp_path):
+  changes = {"optim.schedule_kind": "epoch_cosine", "optim.epoch_steps": 50, "optim.warmup_rate": 1e-6}
+  run = read.read(written_run.write(tmp_path / "run", **changes), "run")
+  found = summary.learning_rates(run)["rate/new"]
+  peak = run.config["optim"]["rates"]["new"]
+  assert run.config["optim"]["warmup_steps"] == 50 and run.config["num_steps"] == 400
+  late = np.maximum((found.steps - 1) // 50 - 1, 0)  # epochs, one late
+  by_hand = np.where(late < 1, 1e-6, 0.5 * peak * (1 + np.cos(np.pi * late / 8)))
+  np.testing.assert_allclose(found.values, by_hand, rtol=1e-5)
+
+
+def test_fields_that_differ_from_the_defaults(run):
+  differing = summary.differing(run)
+  assert {"num_steps", "batch_size", "data.path"} <= {*differing} and "seed" not in differing
+  fields = summary.fields(run)
+  assert json.loads(fields["num_steps"]) == 400 and json.loads(fields["optim.groups"])[0][1] == "frozen"
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+  with pytest.raises(UserError, match="no config.json in"):
+    read.read(str(tmp_path), "x")

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from diffdis_jax.config import base, check_types, defaults, load, with_evals
+from diffdis_jax.errors import UserError
+from diffdis_jax.models import sizes
+from diffdis_jax.run import workdir
+from tests import tiny, tiny_clip
+
+SECTION = '{"name": "birds", "task": "zero_shot", "data": {"path": "BIRDS", "split": "val"}, "templates": ["a {}"]}'
+
+
+def make_config() -> ConfigDict:
+  config = base(ConfigDict(dict(width=8)), image_size=32)
+  config.evals = dict(test=dict(task="retrieval"))
+  config.train_evals = ("test",)
+  return config.lock()
+
+
+def test_every_field_has_a_default_but_those_that_are_given():
+  fields = make_config().to_dict()
+  assert fields.keys() - defaults(accumulate=1).keys() == {"image_size"}
+  assert defaults(accumulate=1)["optim"] == fields["optim"]
+  # What runs did before there was a choice, where it makes a difference.
+  assert defaults(accumulate=2)["optim"] == fields["optim"] | {"contrastive_batch": "microbatch"}
+  assert fields["optim"]["contrastive_batch"] == "whole"
+  assert defaults(accumulate=1)["model"] == {
+    name: sizes.sd_v1()[name] for name in ("matmul_precision", "attention_kernel", "temperature")
+  }
+
+
+def test_a_run_from_before_contrastive_batches_goes_on_as_it_was(tmp_path):
+  """Its microbatches were batches of their own; with one of them, that is the whole batch."""
+  config = make_config().to_dict()
+  older = {name: value for name, value in config["optim"].items() if name != "contrastive_batch"}
+  (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "1" / "commit_success.txt").touch()
+
+  def go_on(accumulate: int, contrastive_batch: str) -> None:
+    text = json.dumps(config | {"optim": older | {"accumulate": accumulate}})
+    (tmp_path / "config.json").write_text(text)
+    optim = older | {"accumulate": accumulate, "contrastive_batch": contrastive_batch}
+    workdir.check_config(tmp_path, config | {"optim": optim}, defaults=defaults(accumulate=accumulate))
+
+  go_on(1, "whole")
+  go_on(2, "microbatch")
+  with pytest.raises(UserError, match="optim.contrastive_batch is absent there and 'whole' here"):
+    go_on(2, "whole")
+
+
+def test_evaluations_are_added_and_nothing_else_is_changed():
+  config = make_config()
+  found = with_evals(config, [SECTION, '{"name": "drawn", "task": "agreement", "per_class": 2}'])
+  assert found.is_locked and found.train_evals == ("test", "birds", "drawn")
+  assert found.evals.drawn.to_dict() == {"task": "agreement", "per_class": 2}
+  assert found.evals.birds.data.to_dict() == {"name": "pairs", "image_size": 32, "path": "BIRDS", "split": "val"}
+  assert list(found.evals.birds.templates) == ["a {}"] and "name" not in found.evals.birds
+  assert found.evals.test == config.evals.test and config.train_evals == ("test",)
+  rest = lambda config: {name: value for name, value in config.to_dict().items() if "evals" not in name}
+  assert rest(found) == rest(config)
+  assert with_evals(config, []).to_dict() == config.to_dict()
+
+
+def test_what_is_given_of_the_data_stays():
+  text = '{"name": "s", "task": "zero_shot", "data": {"name": "shapes", "image_size": 16}}'
+  assert with_evals(make_config(), [text]).evals.s.data.to_dict() == {"name": "shapes", "image_size": 16}
+
+
+@pytest.mark.parametrize(
+  "texts, message",
+  [
+    (["{"], '--eval={ is not JSON: .*; write it as \'{"name": "coco", "task": "retrieval"'),
+    (['{"a":' * 20_000], "nested more than 64 deep; write it as"),
+    (["3"], "--eval=3 should be an object with a name and a task, such as"),
+    (['{"name": "a"}'], "should be an object with a name and a task"),
+    (['{"task": "retrieval"}'], "has the name None; it should be a word"),
+    (['{"name": "a/b", "task": "retrieval"}'], "has the name 'a/b'; it should be a word"),
+    (['{"name": "test", "task": "retrieval"}'], "the config has an evaluation test already; take another name"),
+    ([SECTION, SECTION], "the config has an evaluation birds already"),
+  ],
+)
+def test_mistakes_are_one_line(texts, message):
+  with pytest.raises(UserError, match=message) as error:
+    with_evals(make_config(), texts)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("objectives", 3, r"objectives is 3; it must be a sequence, such as \('generation', 'discrimination'\)"),
+    ("objectives", [1], r"objectives\[0\] is 1; it must be a text"),
+    ("model", 3, "model is 3; it must be a section of fields"),
+    ("model.unet", 3, "model.unet is 3; it must be a section"),
+    ("model.unet.widths", 16, "model.unet.widths is 16; it must be a sequence"),
+    ("model.unet.attention", ["yes"], r"model.unet.attention\[0\] is 'yes'; it must be True or False"),
+    ("model.fusion", 1, "model.fusion is 1; it must be True or False"),
+    ("model.alignment.depth", 2.5, "model.alignment.depth is 2.5; it must be a whole number"),
+    ("image_size", "big", "image_size is 'big'; it must be a whole number"),
+    ("seed", True, "seed is True; it must be a whole number"),
+    ("evals", 5, "evals is 5; it must be a section"),
+    ("evals.test", 5, "evals.test is 5; it must be a section"),
+    ("evals.test.task", 5, "evals.test.task is 5; it must be a text"),
+    ("inference", None, "inference is None; it must be a section"),
+    ("data.path", None, "data.path is None; it must be a text"),
+    ("optim.groups", [["a"]], r"optim.groups\[0\] is \('a',\); it must have 2 elements"),
+    ("optim.groups", ["ab"], r"optim.groups\[0\] is 'ab'; it must be a sequence"),
+    ("train_evals", [3], r"train_evals\[0\] is 3; it must be a text"),
+  ],
+)
+def test_a_field_of_another_type_is_one_line(tmp_path, field, value, message):
+  fields = json.loads(tiny.get_config().to_json())
+  section = fields
+  for name in field.split(".")[:-1]:
+    section = section[name]
+  section[field.split(".")[-1]] = value
+  (tmp_path / "config.json").write_text(json.dumps(fields))
+  with pytest.raises(UserError, match=f"config.json: {message}") as error:
+    load(tmp_path)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["image_size", "inference", "evals", "data.max_length", "evals.test.task"])
+def test_a_field_that_is_not_there_is_one_line(field):
+  fields = json.loads(tiny.get_config().to_json())
+  section = fields
+  for name in field.split(".")[:-1]:
+    section = section[name]
+  del section[field.split(".")[-1]]
+  with pytest.raises(UserError, match=f"{field} is missing"):
+    check_types(fields)
+
+
+def test_configs_are_of_the_types_of_their_defaults(tmp_path):
+  for config in (tiny.get_config(), tiny.get_config("autoencoder"), tiny_clip.get_config()):
+    check_types(config.to_dict())
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert load(tmp_path).to_dict() == config.to_dict()
