@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.update(name="pairs", path=args.path, max_length=77)
   config.data.augment.update(RECIPES[args.recipe])
   config.data.loader.update(num_threads=16, prefetch=16)
-  config.loss.equal_captions = "negatives" if args.recipe == "openclip" else "left_out"
+  config.loss.duplicate_captions = "negatives" if args.recipe == "openclip" else "mask"
   for tower in (config.model.text_encoder, config.model.vision_encoder):
     tower.activation = "gelu"
   config.batch_size = BATCH

@@ -149,7 +149,7 @@ def run_local(config: ConfigDict, path: str) -> None:
   config.data.loader.update(num_threads=2, prefetch=4)
   if not path:
     config.data.name = "shapes"
-  config.optim.random_frozen = "^autoencoder|^text_encoder"  # there is nothing to load them from
+  config.optim.allow_uninitialized = "^autoencoder|^text_encoder"  # there is nothing to load them from
   config.optim.warmup_steps = 5
   config.log_every, config.save_every, config.sample_every, config.eval_every = 5, 10, 20, 20
   config.checkpoint.keep_every = 0

@@ -26,7 +26,8 @@ A classifier of the real icons says how many generated ones it recognises, and h
 than those of a concept are to each other: evaluate ... --tasks=recognition
 
 Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, concepts not in train; openmoji, line
-drawings, where OpenMoji's package is there. test_vendor is a development set: map_parts, token_query and τ were chosen
+drawings, where OpenMoji's package is there. test_vendor is a development set: spatial_pool, token_embedding_weight and
+τ were chosen
 by accuracy on it. Records have a field `concept`. On a GPU: --config.batch_size=512 --config.model.dtype=bfloat16 and
 more steps.
 """
@@ -63,8 +64,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config = common.base(medium(), image_size=32)
   config.model.query_init = 0.0  # a shorter plateau at the start
   # Neither is the paper's. Both were chosen by accuracy on test_vendor (docs/emoji.md).
-  config.model.alignment.map_parts = 4
-  config.model.text_encoder.token_query = 8.0
+  config.model.alignment.spatial_pool = 4
+  config.model.text_encoder.token_embedding_weight = 8.0
   config.model.temperature = TEMPERATURE
   config.data.update(name="pairs", path=args.path, max_length=16)
   config.optim.update(schedule_kind="cosine", weight_decay=0.05, b2=0.99)
@@ -102,7 +103,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.text_diffusion.update(schedule="scaled_linear", gamma=0.1)
   config.save_every = config.eval_every = config.sample_every = 900
   config.sample_prompts = PROMPTS
-  config.inference.update(draws=4, generation_steps=50, generation_guidance=7.5)
+  config.inference.update(num_noise_samples=4, generation_steps=50, generation_guidance=7.5)
   if args.objectives == "contrastive":
     to_clip(config)
   elif args.objectives != "both":
@@ -139,10 +140,10 @@ def add_evaluations(config: ConfigDict, path: str) -> None:
 def to_clip(config: ConfigDict) -> None:
   """Makes it a CLIP. Its text tower has one layer more, CLIP's projection, and trains as it does beside the UNet."""
   config.objectives = ("contrastive",)
-  token_query = config.model.text_encoder.token_query
+  token_embedding_weight = config.model.text_encoder.token_embedding_weight
   config.model = clip_medium()
   config.model.temperature = TEMPERATURE
-  config.model.text_encoder.token_query = token_query
+  config.model.text_encoder.token_embedding_weight = token_embedding_weight
   config.optim.groups = (("^logit_scale", "temperature"), (".*", "new"))
   config.optim.no_decay = r"bias$|norm|positions|class_token|logit_scale"
   config.sample_prompts = ()

@@ -79,7 +79,7 @@ def get_config(arg: str = "") -> ConfigDict:
     second_stage(config, classes=known.classes, anchors=ANCHORS, visual=known.visual, language=1e-6)
   config.log_every, config.save_every, config.eval_every = epoch, 5 * epoch, config.num_steps
   data = dict(name=known.name, path=args.path, split="test", image_size=config.image_size)
-  config.evals.test = dict(task="long_tail", data=data, fraction=0.875)
+  config.evals.test = dict(task="long_tail", data=data, crop_pct=0.875)
   config.train_evals = ("test",)
   return config
 
@@ -87,7 +87,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def long_tailed(config: ConfigDict) -> None:
   """What both stages have in common, and any long-tailed set."""
   config.sample_posterior = False  # as where images are embedded
-  config.data.sampling = dict(class_power=0.5, sentences="class_contrastive" in config.objectives)
+  config.data.sampling = dict(sampling_exponent=0.5, sentences="class_contrastive" in config.objectives)
   config.long_tail = dict(
     label_smoothing=0.1,
     distill_weight=0.5,
@@ -96,7 +96,7 @@ def long_tailed(config: ConfigDict) -> None:
     cutmix_share=0.5,
     anchor_choice="linear_loss",  # linear_loss, first, random
     anchor_images="val",  # val, train50
-    fraction=0.875,
+    crop_pct=0.875,
   )  # training.long_tail.LongTail says what its fields are
   # One-dimensional parameters do not decay; the scale of the logits, which is a number, does.
   config.optim.update(schedule_kind="epoch_cosine", no_decay=r"bias$|norm|class_token", clip_norm=0.0, ema_decay=0.0)

@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
     ("^unet", "unet"),
     (".*", "new"),
   )
-  config.optim.random_frozen = "^text_encoder.tokens"
+  config.optim.allow_uninitialized = "^text_encoder.tokens"
   config.optim.rates = dict(text=5e-4, unet=3.5e-3, new=1.5e-3)
   config.save_every = config.eval_every = config.sample_every = 750
   zero_shot = lambda split: dict(
@@ -70,7 +70,7 @@ def get_config(arg: str = "") -> ConfigDict:
       task="retrieval",
       data=dict(name="shapes", split="test", image_size=32, seed=1, num_images=896),
       caption_field="plain_caption",
-      equal_captions=True,  # else each of the 16 images of a class is wrong for the captions of the other 15
+      duplicate_captions=True,  # else each of the 16 images of a class is wrong for the captions of the other 15
     ),
   )
   config.train_evals = ("test", "unseen")

@@ -40,12 +40,12 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
       condition_timestep=1000,  # t_z of the clean image in discrimination
       sample_posterior=True,  # latents: a sample of the autoencoder's posterior, or its mode
       loss=dict(
-        ita_weight=1.0, condition_dropout=0.1, image_dropout=0.1, kl_weight=1e-4, equal_captions="left_out"
+        ita_weight=1.0, condition_dropout=0.1, image_dropout=0.1, kl_weight=1e-4, duplicate_captions="mask"
       ),  # objectives.Loss says what its fields are
       optim=dict(
         groups=(("^autoencoder", "frozen"), (".*", "new")),  # (regex over parameter paths, group); the first match wins
         rates=dict(new=1e-3),  # peak learning rate of each group but `frozen`
-        random_frozen="^$",  # regex of the frozen parameters that stay random on purpose; this one: of none
+        allow_uninitialized="^$",  # regex of the frozen parameters that stay random on purpose; this one: of none
         schedule_kind="constant",  # constant, cosine, linear; epoch_cosine, of long-tailed runs
         warmup_steps=1000,
         final_fraction=0.0,
@@ -90,7 +90,7 @@ def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
       train_evals=(),  # which of them to run every eval_every steps
       sample_prompts=(),
       inference=dict(
-        steps=1, draws=1, guidance=1.0, unit_query=True, generation_steps=50, generation_guidance=7.5
+        steps=1, num_noise_samples=1, guidance=1.0, normalize_query=True, generation_steps=50, generation_guidance=7.5
       ),  # inference.Sampling says what its fields are
     )
   )

@@ -64,10 +64,9 @@ SETTINGS = {  # of an evaluation, that a flag of the same name may set
 NOT_OF_A_SUITE = ("classnames", "templates", "label_field", "seen_split", "caption_field")  # which has its own
 # As inference.load takes them.
 PROTOCOL = (
-  "steps",
-  "draws",
+  "num_noise_samples",
   "guidance",
-  "unit_query",
+  "normalize_query",
   "generation_steps",
   "generation_guidance",
   "batch_size",
@@ -93,10 +92,10 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_images", None, "measure on this many images; by default on all", lower_bound=1)
   flags.DEFINE_boolean("shuffle_labels", None, "leak test: images shuffled against labels; accuracy must be chance")
   flags.DEFINE_integer("seed", None, "of the noise", lower_bound=0, upper_bound=2**32 - 1)
-  flags.DEFINE_integer("steps", None, "denoising steps of the text query", lower_bound=1, upper_bound=1000)
-  flags.DEFINE_integer("draws", None, "draws of the query's noise to average", lower_bound=1)
+  flags.DEFINE_integer("query_steps", None, "denoising steps of the text query", lower_bound=1, upper_bound=1000)
+  flags.DEFINE_integer("num_noise_samples", None, "draws of the query's noise to average", lower_bound=1)
   flags.DEFINE_float("guidance", None, "guidance scale of the text query; 1 is none")
-  flags.DEFINE_boolean("unit_query", None, "of several steps, normalise each step's query before it is fed back")
+  flags.DEFINE_boolean("normalize_query", None, "of several steps, normalise each step's query before it is fed back")
   flags.DEFINE_integer("generation_steps", None, "sampling steps of images", lower_bound=1, upper_bound=1000)
   flags.DEFINE_float("generation_guidance", None, "guidance scale of images; 1 is none")
   flags.DEFINE_integer("image_size", None, "side of the images, pixels; by default the run's", lower_bound=1)
@@ -149,10 +148,12 @@ def main(argv: Sequence[str]) -> None:
   settings = _given(name for names in SETTINGS.values() for name in names)
   asked = _sections(config.evals.to_dict(), objectives=config.objectives, image_size=config.image_size)
   sections = with_parts(override(asked, settings), FLAGS.out)
-  kept = read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint")
+  kept = read_section(checkpoint.CheckpointPolicy, config.checkpoint.to_dict(), "checkpoint")
   step = _best_step(FLAGS.workdir, kept) if FLAGS.best else FLAGS.step
   texts = files.user_cache("texts") if FLAGS.text_cache is None else FLAGS.text_cache
   protocol = {"step": step, "ema": FLAGS.ema, "text_cache": texts, **_given(PROTOCOL)}
+  if FLAGS.query_steps is not None:
+    protocol["steps"] = FLAGS.query_steps
   if FLAGS.suite:
     measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
   else:
@@ -322,7 +323,7 @@ def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[S
   ]
 
 
-def _best_step(run: str, kept: checkpoint.Kept) -> int:
+def _best_step(run: str, kept: checkpoint.CheckpointPolicy) -> int:
   """Raises UserError where the run keeps no best checkpoint, or --step names one too."""
   if FLAGS.step is not None:
     raise UserError("--best and --step are both given; give one of them")

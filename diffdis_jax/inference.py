@@ -39,9 +39,10 @@ class Sampling:
 
   Attributes:
     steps: denoising steps of the text query. One, from noise, is the paper's norm (Algorithm 3, Table 6).
-    draws: draws of the text query's noise to average (not stated by the paper).
+    num_noise_samples: draws of the text query's noise to average (not stated by the paper).
     guidance: s of the text query's guidance, where the null condition is the image z = 0; 1 is none.
-    unit_query: of several steps and target `data`, whether each step's ê_0 is normalised before it is fed back: the
+    normalize_query: of several steps and target `data`, whether each step's ê_0 is normalised before it is fed back:
+      the
       process is defined on vectors of length 1, and the loss never sees a length (not stated by the paper). With one
       step, or with target `noise`, it changes nothing.
     generation_steps: DDIM steps of an image.
@@ -52,15 +53,15 @@ class Sampling:
   """
 
   steps: int = 1
-  draws: int = 1
+  num_noise_samples: int = 1
   guidance: float = 1.0
-  unit_query: bool = True
+  normalize_query: bool = True
   generation_steps: int = 50
   generation_guidance: float = 7.5
 
   def __post_init__(self) -> None:
     check_number("steps", self.steps, at_least=1, at_most=1000)
-    check_number("draws", self.draws, at_least=1)
+    check_number("num_noise_samples", self.num_noise_samples, at_least=1)
     check_number("guidance", self.guidance, at_least=0.0)
     check_number("generation_steps", self.generation_steps, at_least=1, at_most=999)
     check_number("generation_guidance", self.generation_guidance, at_least=0.0)
@@ -95,12 +96,12 @@ def query_denoiser(
   z: Float[Array, "b h w c"],
   *,
   guidance_scale: float,
-  unit_query: bool,
+  normalize_query: bool,
 ) -> samplers.Denoise:
   """(e_t, t_e) -> ê_0, or with target `noise` ε̂_e, under the condition of the clean latents z. No caption goes in.
 
-  With `unit_query` and target `data`, ê_0 has length 1 at every step, as e has. With target `noise` it follows from
-  e_t and the predicted noise, and stays what it is.
+  With `normalize_query` and target `data`, ê_0 has length 1 at every step, as e has. With target `noise` it follows
+  from e_t and the predicted noise, and stays what it is.
   """
   c_null = model.encode_text(model.text_encoder.null_tokens(network.max_length)).c
 
@@ -110,7 +111,7 @@ def query_denoiser(
     return model.discrimination(e_t=e_t, t_e=t_e, z=z, t_z=t_z, c_null=c)
 
   predict = guidance.guided(denoise, condition=z, null=jnp.zeros_like(z), scale=guidance_scale)
-  if not unit_query or network.text_process.target != "data":
+  if not normalize_query or network.text_process.target != "data":
     return predict
   # After guidance, whose mix of two vectors has any length.
   return lambda e_t, t_e: losses.unit_norm(predict(e_t, t_e))
@@ -124,16 +125,16 @@ def denoise_queries(
   *,
   steps: int,
   guidance_scale: float,
-  unit_query: bool,
+  normalize_query: bool,
 ) -> Float[Array, "b d"]:
   """The paper's Algorithm 3: from noise to the text query of an image, L2-normalised. No caption goes in.
 
   Its inner product with a caption's e is their score. One step is one evaluation of the network, at t_e = T - 1. Of k
-  draws of the noise the mean is taken (not stated by the paper, which draws once). `unit_query`: as `query_denoiser`
-  takes it.
+  draws of the noise the mean is taken (not stated by the paper, which draws once). `normalize_query`: as
+  `query_denoiser` takes it.
   """
   z = model.encode_image(images)
-  denoise = query_denoiser(model, network, z, guidance_scale=guidance_scale, unit_query=unit_query)
+  denoise = query_denoiser(model, network, z, guidance_scale=guidance_scale, normalize_query=normalize_query)
 
   def from_noise(e_T: Float[Array, "b d"]) -> Float[Array, "b d"]:
     e_0 = samplers.sample(
@@ -191,9 +192,12 @@ class Inference:
     self.network, self.sampling = network, sampling
     self.image_size, self.max_length, self.shapes = network.image_size, network.max_length, network.shapes
     precision = dict(matmul_precision=network.matmul_precision)
-    self._unit_query = sampling.unit_query and network.text_process.target == "data"
+    self._normalize_query = sampling.normalize_query and network.text_process.target == "data"
     denoising = dict(
-      steps=sampling.steps, draws=sampling.draws, guidance=sampling.guidance, unit_query=self._unit_query
+      steps=sampling.steps,
+      num_noise_samples=sampling.num_noise_samples,
+      guidance=sampling.guidance,
+      normalize_query=self._normalize_query,
     )
     self.protocol: dict[str, Any] = ({} if network.is_clip else denoising) | precision
     self.generation_protocol = dict(steps=sampling.generation_steps, guidance=sampling.generation_guidance, **precision)
@@ -324,7 +328,7 @@ class Inference:
     if isinstance(model, Clip):
       return model.encode_image(images)
     how = self.sampling
-    e_T = query_noise(key, draws=how.draws, places=places, width=self.network.model.query_width)
+    e_T = query_noise(key, draws=how.num_noise_samples, places=places, width=self.network.model.query_width)
     return denoise_queries(
       model,
       self.network,
@@ -332,7 +336,7 @@ class Inference:
       e_T,
       steps=how.steps,
       guidance_scale=how.guidance,
-      unit_query=self._unit_query,
+      normalize_query=self._normalize_query,
     )
 
   def _text_features(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b d"]:

@@ -63,8 +63,8 @@ def test_it_goes_on_to_the_same_numbers_and_evaluates_to_them(run):
   # Its config as one made today has it, with the fields that came since.
   config = common.base(ConfigDict(), image_size=16)
   config.update(workdir.load_config(run).copy_and_resolve_references().unlock())
-  assert "random_frozen" not in json.loads((pathlib.Path(run) / "config.json").read_text())["optim"]
-  assert config.optim.random_frozen == common.base(ConfigDict(), image_size=16).optim.random_frozen
+  assert "allow_uninitialized" not in json.loads((pathlib.Path(run) / "config.json").read_text())["optim"]
+  assert config.optim.allow_uninitialized == common.base(ConfigDict(), image_size=16).optim.allow_uninitialized
   config.train_evals = ()
   loop.train_and_evaluate(config, run)
   lines = [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]

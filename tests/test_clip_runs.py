@@ -75,7 +75,7 @@ def test_a_run_measures_itself_and_keeps_its_best(run):
   assert [line["step"] for line in losses] == [4, 8] and list(accuracy) == [4, 8]
   assert {"loss_contrastive", "alignment_accuracy", "temperature", "grad_norm"} <= losses[-1].keys()
   assert checkpoint.latest_step(run) == 8
-  best = checkpoint.best(run, checkpoint.Kept(**workdir.load_config(run).checkpoint))
+  best = checkpoint.best(run, checkpoint.CheckpointPolicy(**workdir.load_config(run).checkpoint))
   assert best is not None and best.value == pytest.approx(max(accuracy.values()))
 
 
@@ -98,11 +98,13 @@ def test_gone_on_with_from_its_first_save_it_ends_in_the_same_bits(run, environm
 
 def test_evaluation_gives_what_the_run_measured(run):
   (dataset, section), *_ = evaluate.sections_of_config(workdir.load_config(run).evals.to_dict(), tasks=None)
-  retrieval = ("shapes", {"task": "retrieval", "data": SHAPES, "equal_captions": True})
+  retrieval = ("shapes", {"task": "retrieval", "data": SHAPES, "duplicate_captions": True})
   results = evaluate.evaluate(run, [(dataset, section), retrieval])
   record = results["zero_shot"][dataset]
   assert record["metrics"]["acc1"] == pytest.approx(metrics_of(run)[-1]["test/acc1"])
-  assert not {"steps", "draws", "guidance"} & record["protocol"].keys() and record["protocol"]["checkpoint"] == 8
+  assert (
+    not {"steps", "num_noise_samples", "guidance"} & record["protocol"].keys() and record["protocol"]["checkpoint"] == 8
+  )
   assert 0 < results["retrieval"]["shapes"]["metrics"]["image_retrieval_recall@10"] <= 1
 
 
@@ -123,7 +125,10 @@ def test_larger_images_are_embedded_by_interpolated_positions(run, embedded):
 
 def test_what_a_clip_does_not_do_is_refused(run, tmp_path):
   for use, message in (
-    (lambda: inference.load(run, draws=2), "this run is a CLIP, which samples nothing; draws has no effect"),
+    (
+      lambda: inference.load(run, num_noise_samples=2),
+      "this run is a CLIP, which samples nothing; num_noise_samples has no effect",
+    ),
     (lambda: inference.load(run, image_size=18), "image_size is 18; patches of 4 px do not tile it"),
     (lambda: generate.generate(run, ["a red star"], str(tmp_path / "out")), "this run is a CLIP, which has no"),
   ):
@@ -175,7 +180,7 @@ def test_an_export_comes_back_bit_for_bit_and_trains_on(run, exported, tmp_path,
   "changes, message",
   [
     ({"model.vision_encoder.activation": "quick_gelu"}, "open_clip has one for both towers"),
-    ({"model.text_encoder.token_query": 8.0}, "neither library has such token vectors"),
+    ({"model.text_encoder.token_embedding_weight": 8.0}, "neither library has such token vectors"),
     ({"model.text_encoder.eos_id": 5}, "open_clip takes the largest token, 49407"),
   ],
 )

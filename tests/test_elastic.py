@@ -85,7 +85,7 @@ def test_by_another_number_of_hosts_the_next_global_batch_is_the_same(saved, con
 def keep(workdir, metrics: dict[int, float | None], **options) -> list[int]:
   """The steps that are left after saves with these metrics."""
   for step, value in metrics.items():  # a checkpointer each: what was saved before is known after a restart
-    with checkpoint.Checkpointer(workdir, checkpoint.Kept(**options)) as checkpointer:
+    with checkpoint.Checkpointer(workdir, checkpoint.CheckpointPolicy(**options)) as checkpointer:
       params = {"a": np.full(3, step, np.float32)}
       state = steps.TrainState(step=step, params=jax.device_put(params), ema={}, opt_state=())
       checkpointer.save(step, state, metrics={} if value is None else {"test/acc1": value})
@@ -107,7 +107,7 @@ def test_keep_policies_that_contradict_themselves(options):
   with pytest.raises(
     UserError, match="keep_best needs the name of a metric|best_is is 'highest'; it must be one of max, min"
   ):
-    checkpoint.Kept(**options)
+    checkpoint.CheckpointPolicy(**options)
 
 
 def test_the_best_metric_is_of_an_evaluation_in_training(config, tmp_path):

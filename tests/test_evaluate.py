@@ -24,7 +24,7 @@ class Inference:
 
   image_size = 32
   max_length = 16
-  protocol = {"steps": 1, "draws": 2, "guidance": 1.0}
+  protocol = {"steps": 1, "num_noise_samples": 2, "guidance": 1.0}
 
   def embed_texts(self, params, tokens):
     return np.random.default_rng(0).normal(size=(len(tokens), 8)).astype(np.float32)
@@ -42,14 +42,14 @@ def test_records(tmp_path, monkeypatch, ema, kept):
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: asked.append(how) or (Inference(), {}))
   tasks = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
   sections = {task: {"task": task, "data": DATA, "seed": 2} for task in tasks}
-  found = evaluate.evaluate("run", [("set", section) for section in sections.values()], ema=ema, draws=2)
-  assert asked == [{"step": 7, "ema": ema and kept, "draws": 2}]
+  found = evaluate.evaluate("run", [("set", section) for section in sections.values()], ema=ema, num_noise_samples=2)
+  assert asked == [{"step": 7, "ema": ema and kept, "num_noise_samples": 2}]
   for task, kind in tasks.items():
     record = found[task]["set"]
     assert set(record) == {"dataset", "model", "pretrained", "task", "metrics", "language", "protocol", "provenance"}
     assert (record["dataset"], record["pretrained"], record["task"], record["language"]) == ("set", "run", kind, "en")
     assert record["metrics"] == evals.create(**sections[task]).run(Inference(), {})
-    expected = {"steps": 1, "draws": 2, "guidance": 1.0, "seed": 2, "num_images": 112, "checkpoint": 7}
+    expected = {"steps": 1, "num_noise_samples": 2, "guidance": 1.0, "seed": 2, "num_images": 112, "checkpoint": 7}
     assert (expected | {"ema": ema and kept}).items() <= record["protocol"].items()
   assert json.loads(json.dumps(found)) == found
 
@@ -129,16 +129,16 @@ def test_command_line(run, tmp_path):
     out,
     "--noema",
     "--num_images=50",
-    "--draws=2",
+    "--num_noise_samples=2",
     "--shuffle_labels",
-    "--nounit_query",
+    "--nonormalize_query",
     f"--text_cache={tmp_path}/texts",
   )
   assert good.returncode == 0, good.stderr
   assert len(list((tmp_path / "texts").glob("*.npy"))) == 1
   protocol = json.loads(out.read_text())["zero_shot"]["few"]["protocol"]
-  expected = {"num_images": 50, "num_classes": 56, "draws": 2, "shuffle_labels": True, "ema": False}
-  expected["unit_query"] = False
+  expected = {"num_images": 50, "num_classes": 56, "num_noise_samples": 2, "shuffle_labels": True, "ema": False}
+  expected["normalize_query"] = False
   assert expected.items() <= protocol.items()
   assert [path.name for path in out.parent.iterdir()] == ["out.json"]
 
@@ -149,7 +149,7 @@ def test_command_line(run, tmp_path):
     (["--data=nowhere", "--split=test"], "no prepared data set in 'nowhere'"),
     (["--split=test"], "give --data too"),
     (["--step=9"], "no checkpoint 9"),
-    (["--steps=0"], "steps"),
+    (["--query_steps=0"], "query_steps"),
   ],
 )
 def test_bad_input(run, tmp_path, flags, message):

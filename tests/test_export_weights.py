@@ -67,7 +67,7 @@ def make_run(folder: pathlib.Path, imported: str, **changes: object) -> str:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, imported) -> str:
-  beside_tokens = {"model.alignment.map_parts": 2, "model.text_encoder.token_query": 0.7}
+  beside_tokens = {"model.alignment.spatial_pool": 2, "model.text_encoder.token_embedding_weight": 0.7}
   return make_run(tmp_path_factory.mktemp("export") / "run", imported, **beside_tokens)
 
 

@@ -28,7 +28,7 @@ from diffdis_jax.models.clip import normalise
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training import start
 from diffdis_jax.training.build import build_step
-from diffdis_jax.training.step import Step
+from diffdis_jax.training.step import Trainer
 from tests import compvis_names, pipelines
 from tests.command_runs import call
 from tests.models import networks
@@ -116,18 +116,18 @@ def test_training_starts_from_it(imported):
 
 
 @pytest.fixture(scope="module")
-def trainer(imported) -> Step:
+def trainer(imported) -> Trainer:
   return trainer_of(imported)
 
 
-def trainer_of(run: str, *, query_init: float = 1.0) -> Step:
+def trainer_of(run: str, *, query_init: float = 1.0) -> Trainer:
   """Of the run's own config, to start from it."""
   config = workdir.load_config(run).copy_and_resolve_references().unlock()
   config.batch_size, config.model.query_init = 8, query_init
   return build_step(config, make_mesh())
 
 
-def started(run: str, scratch: pathlib.Path, trainer: Step, *, seed: int = 0) -> Params:
+def started(run: str, scratch: pathlib.Path, trainer: Trainer, *, seed: int = 0) -> Params:
   """The parameters with which training starts from this run."""
   config = workdir.load_config(run).copy_and_resolve_references().unlock()
   config.batch_size = 8

@@ -102,13 +102,15 @@ def test_image_queries_depend_on_seed_and_place_but_not_on_the_batch(inference):
   assert np.abs(other[:5] - found[:5]).max(axis=1).min() > 1e-4, "each image has a query of its own"
 
 
-@pytest.mark.parametrize("target, unit_query", [("noise", True), ("data", True), ("data", False)])
-def test_several_steps_draws_and_guidance_are_ddim_by_hand(target, unit_query):
+@pytest.mark.parametrize("target, normalize_query", [("noise", True), ("data", True), ("data", False)])
+def test_several_steps_draws_and_guidance_are_ddim_by_hand(target, normalize_query):
   """Of target data, ê_0 is normalised after guidance and before it is fed back, unless that is switched off."""
   s, gamma, schedule = 2.5, 0.4, "cosine"
   changes = {"text_diffusion.target": target, "text_diffusion.gamma": gamma, "text_diffusion.schedule": schedule}
-  inference = make("discrimination", changes=changes, steps=3, draws=2, guidance=s, unit_query=unit_query)
-  assert inference.protocol["unit_query"] is (unit_query and target == "data")
+  inference = make(
+    "discrimination", changes=changes, steps=3, num_noise_samples=2, guidance=s, normalize_query=normalize_query
+  )
+  assert inference.protocol["normalize_query"] is (normalize_query and target == "data")
   images, n = BATCH.image[:3], 3
   model = model_of(inference)
   z = jax.jit(model.encode_image)(images)
@@ -128,13 +130,13 @@ def test_several_steps_draws_and_guidance_are_ddim_by_hand(target, unit_query):
       if target == "noise":
         epsilon, data = prediction, (e_t - sigma * prediction) / signal
       else:
-        data = unit(prediction) if unit_query else prediction
+        data = unit(prediction) if normalize_query else prediction
         epsilon = (e_t - signal * data) / sigma
       lengths.append(np.linalg.norm(data, axis=-1))
       prev = 1.0 if t_prev is None else alpha_bar[t_prev]
       e_t = (gamma * np.sqrt(prev) * data + np.sqrt(1 - prev) * epsilon).astype(np.float32)
     draws.append(unit(data))
-  assert np.allclose(lengths, 1, atol=1e-5) == (unit_query and target == "data")
+  assert np.allclose(lengths, 1, atol=1e-5) == (normalize_query and target == "data")
   found = inference.embed_images(params_of(inference), images, seed=9)
   np.testing.assert_allclose(found, unit(np.mean(draws, axis=0)), atol=2e-4)
 
@@ -145,7 +147,7 @@ def test_one_step_gives_the_same_whether_the_query_is_normalised_in_it_or_not():
     inference = make("discrimination", changes={"text_diffusion.gamma": 0.4}, **sampling)
     return inference.embed_images(params_of(inference), BATCH.image[:4], seed=3)
 
-  once, twice = ([embed(steps=n, unit_query=unit_query) for unit_query in (True, False)] for n in (1, 2))
+  once, twice = ([embed(steps=n, normalize_query=normalize_query) for normalize_query in (True, False)] for n in (1, 2))
   np.testing.assert_allclose(*once, atol=1e-6)
   assert np.abs(np.subtract(*twice)).max() > 1e-3
 
@@ -233,7 +235,7 @@ def test_what_a_run_was_not_trained_for_is_refused():
     generating.embed_texts({}, BATCH.tokens[:0])
 
 
-@pytest.mark.parametrize("protocol", [{"draws": 0}, {"steps": 0}, {"steps": 1001}, {"generation_steps": 0}])
+@pytest.mark.parametrize("protocol", [{"num_noise_samples": 0}, {"steps": 0}, {"steps": 1001}, {"generation_steps": 0}])
 def test_a_protocol_out_of_range_is_refused_at_once(protocol):
   with pytest.raises(UserError, match="inference.(draws|steps|generation_steps) is (0|1001); it must be at least 1"):
     make(**protocol)
@@ -246,8 +248,14 @@ def test_load_takes_averaged_parameters_where_there_are_some(tmp_path):
   averaged = {name: value + 1 for name, value in params.items() if not name.endswith("bias")}
   with checkpoint.Checkpointer(str(tmp_path)) as checkpointer:
     checkpointer.save(7, TrainState(step=7, params=params, ema=averaged, opt_state=()))
-  inference, loaded = load(str(tmp_path), draws=3)
-  expected = {"steps": 1, "draws": 3, "guidance": 1.0, "unit_query": True, "matmul_precision": "highest"}
+  inference, loaded = load(str(tmp_path), num_noise_samples=3)
+  expected = {
+    "steps": 1,
+    "num_noise_samples": 3,
+    "guidance": 1.0,
+    "normalize_query": True,
+    "matmul_precision": "highest",
+  }
   assert inference.protocol == expected
   for name, value in {**params, **averaged}.items():
     np.testing.assert_array_equal(loaded[name], value, err_msg=name)

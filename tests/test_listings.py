@@ -96,7 +96,7 @@ def linear(din: int, dout: int, *, bias: bool = True) -> int:
 def query_tokens(model: ConfigDict) -> int:
   """A second vector for each token, where the query takes them in."""
   text = model.text_encoder
-  return text.vocab_size * text.width if text.token_query else 0
+  return text.vocab_size * text.width if text.token_embedding_weight else 0
 
 
 def text_stream(model: ConfigDict) -> int:
@@ -117,7 +117,7 @@ def alignment(model: ConfigDict) -> int:
   """In, transformer layers with an MLP of ratio 4, last norm, predictor; norm and matrix of the map's parts."""
   d, w = model.text_encoder.width, model.alignment.width
   layer = 4 * linear(w, w) + linear(w, 4 * w) + linear(4 * w, w) + 2 * 2 * w
-  c, parts = model.unet.widths[-1], model.alignment.map_parts
+  c, parts = model.unet.widths[-1], model.alignment.spatial_pool
   of_map = 2 * c + linear(parts**2 * c, d) if parts else 0
   ends = linear(d, w) + linear(model.unet.widths[-1], w) + 2 * w + linear(w, d)
   return ends + model.alignment.depth * layer + of_map

@@ -22,7 +22,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.training import start
 from diffdis_jax.training.build import build_step
-from diffdis_jax.training.step import Step
+from diffdis_jax.training.step import Trainer
 from tests import steps, tiny_clip
 from tests.command_runs import ROOT, call
 from tests.models.networks import random_params
@@ -200,7 +200,7 @@ def test_a_wrong_start_ends_the_command_in_one_line(run, environment, tmp_path):
   assert done.stderr.count("error: ") == 1 and "stage 2 goes on from stage 1" in done.stderr
 
 
-def trainer_of(stage: int) -> Step:
+def trainer_of(stage: int) -> Trainer:
   """Of a tiny DiffDis."""
   config = steps.make_config()
   config.optim.epoch_steps = 2

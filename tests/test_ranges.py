@@ -59,7 +59,7 @@ ZERO = {
   "log_every": 0,
   "image_size": 0,
   "checkpoint.keep_last": 0,
-  "inference.draws": 0,
+  "inference.num_noise_samples": 0,
   "model.autoencoder.scale": 0.0,
   "model.temperature": 0.0,
   "mesh.fsdp": 0,

@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if "data" in section:
       section.data.update(image_size=16, num_images=64)
   # So that a test may start a run from nothing.
-  config.optim.random_frozen = "^autoencoder|^text_encoder.tokens"
+  config.optim.allow_uninitialized = "^autoencoder|^text_encoder.tokens"
   config.train_evals = ()
   config.sample_prompts = ()
   config.inference.update(generation_steps=4)

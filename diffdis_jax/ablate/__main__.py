@@ -102,7 +102,7 @@ def perform(one: Run, plan: Plan, folder: Folder) -> None:
   processes.start()
   processes.on_first(lambda: folder.open(plan))
   # While it trains, train hears SIGTERM and Ctrl-C and saves. Else what is there is on the disk: it ends at once.
-  with processes.Stop(sharding.batch_sharding(sharding.make_mesh(**one.config["mesh"]))).listening():
+  with processes.PreemptionHandler(sharding.batch_sharding(sharding.make_mesh(**one.config["mesh"]))).listening():
     running.perform(one, folder, train=loop.train_and_evaluate, measure=measure)
 
 

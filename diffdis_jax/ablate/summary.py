@@ -19,7 +19,7 @@ Figures = Mapping[str, Mapping[int, float]]  # of a row: column -> seed -> figur
 # What of a protocol follows from a field that rows may change; else it is the field's own last name.
 FOLLOWS = {
   "num_steps": "checkpoint",
-  "text_diffusion.target": "unit_query",  # queries of the target `noise` have no length of their own
+  "text_diffusion.target": "normalize_query",  # queries of the target `noise` have no length of their own
   "inference.generation_steps": "steps",
   "inference.generation_guidance": "guidance",
 }

@@ -251,7 +251,7 @@ class Player:
       self.network,
       jnp.broadcast_to(z, (len(e_t), *z.shape[1:])),
       guidance_scale=how.guidance,
-      unit_query=how.unit_query,
+      normalize_query=how.normalize_query,
     )
     t = jnp.full(len(e_t), t_e)
     prediction = denoise(e_t, t).astype(e_t.dtype)

@@ -114,7 +114,7 @@ def by_text(player: Player, index: Index, limits: Limits, text: str | None) -> I
 def by_image(player: Player, index: Index, limits: Limits, path: str | None) -> Iterator[str]:
   """HTML with the images nearest to an upload. Raises UserError: no usable image, or nothing embedded yet."""
   square = read_square(path, player, limits)
-  draws = player.model.sampling.draws
+  draws = player.model.sampling.num_noise_samples
   queries = last_within(limits.seconds, player.image_queries(square, seed=SEED, draws=draws))
   mean = queries.mean(axis=0)
   yield show(index, mean / np.linalg.norm(mean), seconds=limits.seconds)

@@ -34,7 +34,7 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation, random_square
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import writers
-from diffdis_jax.training.step import Step, is_running
+from diffdis_jax.training.step import Trainer, is_running
 
 SOURCE, CROP, SHORT_SIDE = 512, 256, 288  # pixels
 BATCH = 16
@@ -84,7 +84,7 @@ def write_tar(path: pathlib.Path, images: list[bytes], count: int, seed: int) ->
 
 
 def benchmark_data(
-  trainer: Step, data: Data, folder: pathlib.Path, *, batch_size: int, images: int, num_pairs: int, rounds: int
+  trainer: Trainer, data: Data, folder: pathlib.Path, *, batch_size: int, images: int, num_pairs: int, rounds: int
 ) -> dict[str, Any]:
   """Every figure, the bars, and whether each is met.
 
@@ -204,7 +204,9 @@ def loader_speed(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
   }
 
 
-def data_wait(trainer: Step, data: Data, folder: pathlib.Path, *, batch_size: int, steps: int = 30) -> dict[str, float]:
+def data_wait(
+  trainer: Trainer, data: Data, folder: pathlib.Path, *, batch_size: int, steps: int = 30
+) -> dict[str, float]:
   """Share of a small model's steps spent waiting, from records of short side 288."""
   data = dataclasses.replace(
     data, sources={"data": {"name": "pairs", "path": str(folder / "reencoded")}}, is_mixture=False

@@ -17,7 +17,7 @@ from absl import logging
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch
-from diffdis_jax.training.step import Step
+from diffdis_jax.training.step import Trainer
 
 OBJECTIVES = {
   "joint": ("generation", "discrimination"),
@@ -26,7 +26,7 @@ OBJECTIVES = {
 }
 
 
-def time_steps(trainers: Mapping[str, Step], *, batch_size: int, rounds: int) -> dict[str, Any]:
+def time_steps(trainers: Mapping[str, Trainer], *, batch_size: int, rounds: int) -> dict[str, Any]:
   """Seconds of each step (median and all rounds), floating-point operations as the compiler counts them, and ratios.
 
   Args:

@@ -29,7 +29,6 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import TrainingBatch
 from diffdis_jax.training import flops
-from diffdis_jax.training.step import Step
 
 NAMES = {"clip": "CLIP", "stable_diffusion": "Stable Diffusion", "diffdis": "DiffDis"}
 LOADED_STEPS = 3  # of a round, with the loader
@@ -56,8 +55,8 @@ class Model:
     trained: images that a whole training takes.
   """
 
-  step: Step
-  counted: Step
+  step: Trainer
+  counted: Trainer
   data: Data
   inference: Inference
   batch_size: int

@@ -287,7 +287,7 @@ def _unraisablehook(dropped: Any) -> None:
 
 
 def _exit_at_once_if_waiting(code: int) -> None:
-  """Where Python's clean-up would wait for other processes, or for a compiler (programs.Ahead)."""
+  """Where Python's clean-up would wait for other processes, or for a compiler (programs.AheadOfTime)."""
   distributed = sys.modules.get("jax.distributed")
   if (distributed is not None and distributed.is_initialized()) or _is_compiling():
     _exit_at_once(code)

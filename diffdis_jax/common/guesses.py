@@ -138,6 +138,15 @@ _TABLE = (
   ("ckpt ckpt_path checkpoint checkpoint_path model model_path run", "--workdir init_from", ""),
   ("metrics task eval evals", "--tasks --eval", ""),
   ("chip chips tpu accelerator mesh_shape", "--topology", ""),
+  # Names that some fields and flags had here before.
+  ("unit_query", "inference.normalize_query --normalize_query", ""),
+  ("draws", "inference.num_noise_samples --num_noise_samples", ""),
+  ("equal_captions", "loss.duplicate_captions", "mask or negatives"),
+  ("random_frozen", "optim.allow_uninitialized", ""),
+  ("map_parts", "model.alignment.spatial_pool", ""),
+  ("token_query", "model.text_encoder.token_embedding_weight", ""),
+  ("class_power", "", "it is data.sampling.sampling_exponent"),
+  ("fraction", "", "it is long_tail.crop_pct"),
 )
 _MEANT = {name: (targets.split(), note) for names, targets, note in _TABLE for name in names.split()}
 

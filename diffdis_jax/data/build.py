@@ -47,15 +47,16 @@ class Sampling:
   """How images of a long-tailed set are drawn; a config's `data.sampling`.
 
   Attributes:
-    class_power: a class of n images has the share n^class_power of the draws; 0.5 is VL-LTR's square-root sampling.
+    sampling_exponent: a class of n images has the share n^sampling_exponent of the draws; 0.5 is VL-LTR's square-root
+      sampling.
     sentences: whether a sentence of its class comes with each image.
   """
 
-  class_power: float
+  sampling_exponent: float
   sentences: bool
 
   def __post_init__(self) -> None:
-    check_number("class_power", self.class_power, at_least=0.0, at_most=1.0)
+    check_number("sampling_exponent", self.sampling_exponent, at_least=0.0, at_most=1.0)
     check_choice("sentences", self.sentences, (True, False))
 
 
@@ -202,7 +203,7 @@ def _open_labelled(data: Data, *, batch_size: int, seed: int, rows: Sequence[int
   return loader.labelled_loader(
     source,
     tokens=tokens,
-    class_power=data.sampling.class_power,
+    sampling_exponent=data.sampling.sampling_exponent,
     batch_size=batch_size,
     image_size=data.image_size,
     seed=seed,

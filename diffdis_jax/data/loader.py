@@ -91,7 +91,7 @@ def labelled_loader(
   source: LabelledSource,
   *,
   tokens: Tokens | None,
-  class_power: float,
+  sampling_exponent: float,
   batch_size: int,
   image_size: int,
   seed: int,
@@ -108,13 +108,13 @@ def labelled_loader(
 
   Args:
     tokens: the classes' sentences, or None.
-    class_power: a class of n images has the share n^class_power of the draws, and its images are drawn alike: 0.5 is
-      VL-LTR's square-root sampling, 1 draws all images alike, 0 all classes.
+    sampling_exponent: a class of n images has the share n^sampling_exponent of the draws, and its images are drawn
+      alike: 0.5 is VL-LTR's square-root sampling, 1 draws all images alike, 0 all classes.
     seed: of draws and augmentation.
     rows: places in the global batch of this host's rows; None for all.
   """
   example = _LabelledExample(source, image_size, augmentation, tokens)
-  own = _Rows(_ByClass(example, source.labels, class_power, seed), tuple(rows or range(batch_size)), batch_size)
+  own = _Rows(_ByClass(example, source.labels, sampling_exponent, seed), tuple(rows or range(batch_size)), batch_size)
   batches = grain.MapDataset.source(own).batch(len(own.places), batch_fn=_stack)
   return _read_ahead(batches, num_threads=num_threads, num_workers=num_workers, prefetch=prefetch)
 
@@ -211,12 +211,12 @@ class _ImageExample(_Example):
 class _ByClass:
   """An endless dataset that draws a class, then one of its images: a function of (seed, place)."""
 
-  def __init__(self, example: _LabelledExample, labels: Int[np.ndarray, " n"], class_power: float, seed: int):
+  def __init__(self, example: _LabelledExample, labels: Int[np.ndarray, " n"], sampling_exponent: float, seed: int):
     self._example, self._seed = example, seed
     self._order = np.argsort(labels, kind="stable")
     counts = class_counts(labels, int(labels.max()) + 1)
     self._ends = np.cumsum(counts)
-    shares = np.where(counts > 0, counts.astype(np.float64) ** class_power, 0.0)
+    shares = np.where(counts > 0, counts.astype(np.float64) ** sampling_exponent, 0.0)
     self._shares = np.cumsum(shares) / shares.sum()
     self._starts = self._ends - counts
 

@@ -129,14 +129,14 @@ def _decoded(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
 
 
 def to_square(
-  image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int, fraction: float = 1.0
+  image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int, crop_pct: float = 1.0
 ) -> UInt8[np.ndarray, "s s 3"]:
   """The image's central square, resized. Raises records.Unusable: bytes that show no image.
 
   Args:
-    fraction: of the square's side that is kept, its middle; 0.875 is 224 px of 256.
+    crop_pct: of the square's side that is kept, its middle; 0.875 is 224 px of 256.
   """
-  side = int(image_size / fraction)
+  side = int(image_size / crop_pct)
   start = (side - image_size) // 2
   return np.asarray(transforms.resize(_decoded(image), side))[start : start + image_size, start : start + image_size]
 
@@ -156,7 +156,7 @@ class Images:
   source: Any
   indices: Int[np.ndarray, " n"]
   image_size: int
-  fraction: float = 1.0
+  crop_pct: float = 1.0
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -166,14 +166,14 @@ class Images:
 
   def _square(self, index: int) -> UInt8[np.ndarray, "s s 3"]:
     with _usable(index):
-      return to_square(self.source[index]["image"], self.image_size, self.fraction)
+      return to_square(self.source[index]["image"], self.image_size, self.crop_pct)
 
 
-def chunks(source: Any, indices: Int[np.ndarray, " n"], *, image_size: int, fraction: float = 1.0) -> Iterator[Images]:
-  """The images of `indices` in order, as squares of `image_size`, at most `CHUNK` at a time; `fraction` as `to_square`
+def chunks(source: Any, indices: Int[np.ndarray, " n"], *, image_size: int, crop_pct: float = 1.0) -> Iterator[Images]:
+  """The images of `indices` in order, as squares of `image_size`, at most `CHUNK` at a time; `crop_pct` as `to_square`
   has it."""
   for start in range(0, len(indices), CHUNK):
-    yield Images(source, indices[start : start + CHUNK], image_size, fraction)
+    yield Images(source, indices[start : start + CHUNK], image_size, crop_pct)
 
 
 def embed_images(
@@ -183,11 +183,11 @@ def embed_images(
   indices: Int[np.ndarray, " n"],
   *,
   seed: int,
-  fraction: float = 1.0,
+  crop_pct: float = 1.0,
 ) -> Float[np.ndarray, "n d"]:
   """ê_0 of each image, L2-normalised, in the order of `indices`. Each chunk has a seed of its own."""
   found, progress = [], Progress("embedded", len(indices), "images")
-  for i, images in enumerate(chunks(source, indices, image_size=inference.image_size, fraction=fraction)):
+  for i, images in enumerate(chunks(source, indices, image_size=inference.image_size, crop_pct=crop_pct)):
     found.append(inference.embed_images(params, images, seed=seed + i * CHUNK))
     progress.add(len(images))
   return np.concatenate(found)

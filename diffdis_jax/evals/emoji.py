@@ -53,7 +53,7 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[tuple[str, dict[str
     if split in WITH_UNSEEN:
       zero_shot["seen_split"] = "train"
     found.append((f"emoji/{split}", zero_shot))
-    found.append((f"emoji/{split}", {"task": "retrieval", "data": data, "equal_captions": True}))
+    found.append((f"emoji/{split}", {"task": "retrieval", "data": data, "duplicate_captions": True}))
   return found
 
 

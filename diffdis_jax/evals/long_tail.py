@@ -32,7 +32,7 @@ class LongTail:
     data: section of a long-tailed set's split, as `data.sources.open_source` takes it.
     neighbours: sentences that vote in KNN-Acc.
     visual_share: of the visual branch in the head's prediction: VL-LTR's 0.2, of iNaturalist 0.7.
-    fraction: of the side of an image's central square that is seen; VL-LTR's 0.875.
+    crop_pct: of the side of an image's central square that is seen; VL-LTR's 0.875.
     seed: of the query's noise, one for each image.
 
   Raises:
@@ -47,21 +47,21 @@ class LongTail:
     data: Mapping[str, Any],
     neighbours: int = 5,
     visual_share: float = 0.2,
-    fraction: float = 0.875,
+    crop_pct: float = 0.875,
     seed: int = 0,
   ):
     if data.get("name") not in long_tail.NAMES:
       raise UserError(f"task long_tail is measured on {', '.join(long_tail.NAMES)}, not on {data.get('name')!r}")
     check_number("neighbours", neighbours, at_least=1)
     check_number("visual_share", visual_share, at_least=0.0, at_most=1.0)
-    check_number("fraction", fraction, above=0.0, at_most=1.0)
+    check_number("crop_pct", crop_pct, above=0.0, at_most=1.0)
     source = sources.open_source(**data)
     assert isinstance(source, long_tail.LabelledSource)
     self.source, self.labels, self._data = source, source.labels, data
     where = {name: value for name, value in data.items() if name not in ("split", "image_size")}
     self.corpus = long_tail.open_corpus(**where)
     self.train_counts = long_tail.train_counts(**where)
-    self._neighbours, self._visual_share, self._fraction, self._seed = neighbours, visual_share, fraction, seed
+    self._neighbours, self._visual_share, self._fraction, self._seed = neighbours, visual_share, crop_pct, seed
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""
@@ -77,7 +77,7 @@ class LongTail:
       "classes_of_groups": {name: group(name) for name in GROUPS},
       "neighbours": self._neighbours,
       "visual_share": self._visual_share,
-      "fraction": self._fraction,
+      "crop_pct": self._fraction,
       "ties": "the first counts",
     }
 
@@ -86,7 +86,7 @@ class LongTail:
     knn_acc: most of an image's nearest sentences are. acc: the head's prediction, and acc_summed_GROUP by the sum of
     its branches' logits, by which VL-LTR gives its groups."""
     indices = np.arange(len(self.labels))
-    images = base.embed_images(inference, params, self.source, indices, seed=self._seed, fraction=self._fraction)
+    images = base.embed_images(inference, params, self.source, indices, seed=self._seed, crop_pct=self._fraction)
     texts, of_text = base.embed_texts(inference, params, self.corpus.flat), self.corpus.labels
     classes = of_text[nearest.nearest(images, texts, count=self._neighbours)]
     found = self.labels[nearest.nearest(texts, images, count=1)[:, 0]]
@@ -105,7 +105,7 @@ class LongTail:
   def _class_logits(self, inference: Any, params: Mapping[str, Any]) -> Float[np.ndarray, "n 2 k"]:
     indices = np.arange(len(self.labels))
     found, progress = [], Progress("classified", len(indices), "images")
-    chunks = base.chunks(self.source, indices, image_size=inference.image_size, fraction=self._fraction)
+    chunks = base.chunks(self.source, indices, image_size=inference.image_size, crop_pct=self._fraction)
     for i, images in enumerate(chunks):
       found.append(inference.class_logits(params, images, seed=self._seed + i * base.CHUNK))
       progress.add(len(images))

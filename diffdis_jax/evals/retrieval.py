@@ -20,8 +20,8 @@ class Retrieval:
     data: section of a data source, as `data.sources.open_source` takes it.
     caption_field: the record's field with the caption, or with several captions of the same image; empty for all the
       captions that training draws from.
-    equal_captions: images whose captions are all the same, in the same order, are one target: any of them is right for
-      such a caption. CLIP_benchmark, and we by default, count only the query's own image or own captions.
+    duplicate_captions: images whose captions are all the same, in the same order, are one target: any of them is right
+      for such a caption. CLIP_benchmark, and we by default, count only the query's own image or own captions.
     num_images: this many images, the same ones each time; None for all.
     seed: of the query's noise, and of the shuffle.
     shuffle_labels: the leak test. Each record keeps its place and its captions but shows another one's image, so recall
@@ -38,19 +38,19 @@ class Retrieval:
     *,
     data: Mapping[str, Any],
     caption_field: str = "",
-    equal_captions: bool = False,
+    duplicate_captions: bool = False,
     num_images: int | None = None,
     seed: int = 0,
     shuffle_labels: bool = False,
   ):
     self.source = sources.open_source(**data)
     self._indices = base.subset(len(self.source), num_images)
-    self._equal_captions = equal_captions
+    self._equal_captions = duplicate_captions
     self._seed = seed
     self._shuffle_labels = shuffle_labels
     captions = [base.captions(base.fields(self.source, i), caption_field) for i in self._indices]
     self.texts = [text for texts in captions for text in texts]
-    self.image_groups = _group(captions) if equal_captions else np.arange(len(captions))
+    self.image_groups = _group(captions) if duplicate_captions else np.arange(len(captions))
     self.text_groups = np.repeat(self.image_groups, [len(texts) for texts in captions])
 
   def protocol(self, inference: Any) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Retrieval:
       "seed": self._seed,
       "num_images": len(self._indices),
       "num_texts": len(self.texts),
-      "equal_captions": self._equal_captions,
+      "duplicate_captions": self._equal_captions,
       "ties": base.TIES,
       **base.origin(self.source),
       "shuffle_labels": self._shuffle_labels,

@@ -27,10 +27,10 @@ def check(model: Mapping[str, Any]) -> None:
       f"model.text_encoder.activation is {text['activation']} and model.vision_encoder.activation"
       f" {vision['activation']}; open_clip has one for both towers"
     )
-  if text.get("token_query"):
+  if text.get("token_embedding_weight"):
     raise UserError(
-      f"model.text_encoder.token_query is {text['token_query']}; neither library has such token vectors, so only a run"
-      " with 0 can be exported"
+      f"model.text_encoder.token_embedding_weight is {text['token_embedding_weight']}; neither library has"
+      " such token vectors, so only a run with 0 can be exported"
     )
   if text["eos_id"] != text["vocab_size"] - 1:
     raise UserError(

@@ -172,7 +172,7 @@ def _add_diffdis(path: pathlib.Path, model: dict[str, Any], fields: dict[str, An
   try:
     model |= {name: own["model"][name] for name in ("fusion", "share_attention", "modality_ffn", "alignment")}
     model["text_encoder"]["projection"] = own["model"]["text_encoder"]["projection"]
-    model["text_encoder"]["token_query"] = own["model"]["text_encoder"].get("token_query", 0.0)
+    model["text_encoder"]["token_embedding_weight"] = own["model"]["text_encoder"].get("token_embedding_weight", 0.0)
     fields |= {f"text_diffusion.{name}": own["text_diffusion"][name] for name in ("schedule", "target", "gamma")}
     fields["condition_timestep"] = own["condition_timestep"]
   except (KeyError, TypeError) as error:

@@ -12,9 +12,9 @@ FOLDER is what export_weights writes: a StableDiffusionPipeline with two files b
   diffdis.safetensors    text_stream, alignment, logit_scale, text_projection where the query goes through CLIP's, and
                          query_tokens where token vectors are added to it
   diffdis_config.json    of the run's config: model.{fusion, share_attention, modality_ffn, alignment}, text_diffusion,
-                         model.text_encoder.{width, vocab_size, projection, token_query, bos_id, eos_id},
-                         condition_timestep, max_length, inference.unit_query; token_query is 0 and unit_query true
-                         where they are absent
+                         model.text_encoder.{width, vocab_size, projection, token_embedding_weight, bos_id, eos_id},
+                         condition_timestep, max_length, inference.normalize_query; token_embedding_weight is 0 and
+                         normalize_query true where they are absent
 """
 
 from __future__ import annotations
@@ -168,27 +168,29 @@ class TransformerLayer(nn.Module):
 class AlignmentTransformer(nn.Module):
   """Transformer over [text token, middle feature map], and a linear predictor on the text token."""
 
-  def __init__(self, *, query_width: int, image_width: int, width: int, depth: int, num_heads: int, map_parts: int = 0):
+  def __init__(
+    self, *, query_width: int, image_width: int, width: int, depth: int, num_heads: int, spatial_pool: int = 0
+  ):
     super().__init__()
     self.text_in, self.image_in = nn.Linear(query_width, width), nn.Linear(image_width, width)
     self.layers = nn.ModuleList(TransformerLayer(width, num_heads=num_heads) for _ in range(depth))
     self.norm = nn.LayerNorm(width)
     self.predictor = nn.Linear(width, query_width)
-    self.map_parts = map_parts
-    if map_parts:
-      self.map_norm, self.map_out = nn.LayerNorm(image_width), nn.Linear(map_parts**2 * image_width, query_width)
+    self.spatial_pool = spatial_pool
+    if spatial_pool:
+      self.map_norm, self.map_out = nn.LayerNorm(image_width), nn.Linear(spatial_pool**2 * image_width, query_width)
 
   def forward(self, h_e: Query, features: Features) -> Query:
     tokens = torch.cat([self.text_in(h_e)[:, None], self.image_in(features.flatten(2).transpose(1, 2))], dim=1)
     for layer in self.layers:
       tokens = layer(tokens)
     query = self.predictor(self.norm(tokens[:, 0]))
-    return query + self.from_map(features) if self.map_parts else query
+    return query + self.from_map(features) if self.spatial_pool else query
 
   def from_map(self, features: Features) -> Query:
     """What the layout of the middle feature map adds: its means over parts, a matrix for each."""
     normed = self.map_norm(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    return self.map_out(F.adaptive_avg_pool2d(normed, self.map_parts).permute(0, 2, 3, 1).flatten(1))
+    return self.map_out(F.adaptive_avg_pool2d(normed, self.spatial_pool).permute(0, 2, 3, 1).flatten(1))
 
 
 class DiffDis(nn.Module):
@@ -201,10 +203,10 @@ class DiffDis(nn.Module):
     self.bos_id, self.eos_id, self.max_length = text["bos_id"], text["eos_id"], config["max_length"]
     self.target, self.gamma, self.alpha_bar = process["target"], process["gamma"], alpha_bar(process["schedule"])
     self.condition_timestep = config["condition_timestep"]
-    self.unit_query = config.get("inference", {}).get("unit_query", True)
+    self.normalize_query = config.get("inference", {}).get("normalize_query", True)
     self.query_width = text["projection"] or text["width"]
-    self.token_query = text.get("token_query", 0.0)
-    self.query_tokens = nn.Embedding(text["vocab_size"], text["width"]) if self.token_query else None
+    self.token_embedding_weight = text.get("token_embedding_weight", 0.0)
+    self.query_tokens = nn.Embedding(text["vocab_size"], text["width"]) if self.token_embedding_weight else None
 
     levels = [level for level in unet.down_blocks if isinstance(level, CrossAttnDownBlock2D)]
     image_blocks = [block for level in [*levels, unet.mid_block] for block in level.attentions]
@@ -240,7 +242,8 @@ class DiffDis(nn.Module):
   def embed_text(self, input_ids: Int[Tensor, "b l"]) -> Query:
     """Text queries e: the condition at the first end-of-text token, through the projection if any, L2-normalised.
 
-    With `query_tokens` the mean of the caption's tokens' vectors there is added to that condition, times `token_query`.
+    With `query_tokens` the mean of the caption's tokens' vectors there is added to that condition, times
+    `token_embedding_weight`.
     """
     end = (input_ids == self.eos_id).int().argmax(dim=1)
     query = self.text_encoder(input_ids).last_hidden_state[torch.arange(len(input_ids)), end]
@@ -248,7 +251,7 @@ class DiffDis(nn.Module):
       place = torch.arange(input_ids.shape[1], device=input_ids.device)
       inside = ((place > 0) & (place < end[:, None])).to(query.dtype)
       total = (inside[..., None] * self.query_tokens(input_ids)).sum(dim=1)
-      query = query + self.token_query * total / inside.sum(dim=1, keepdim=True).clamp(min=1)
+      query = query + self.token_embedding_weight * total / inside.sum(dim=1, keepdim=True).clamp(min=1)
     return F.normalize((query if self.text_projection is None else self.text_projection(query)).float(), dim=-1)
 
   def predict(self, z: Features, e_t: Query, t_e: Timesteps) -> Query:
@@ -303,7 +306,7 @@ class DiffDis(nn.Module):
     One step, the prediction at T-1, is the paper's norm. To average several draws, average their results and normalise
     again. Never start from a caption's own noised query.
 
-    With target `data` and `unit_query`, each step's ê_0 is normalised before it is fed back, since the process is
+    With target `data` and `normalize_query`, each step's ê_0 is normalised before it is fed back, since the process is
     defined on vectors of length 1. With target `noise` it follows from the predicted noise, and stays what it is.
 
     Raises:
@@ -313,7 +316,7 @@ class DiffDis(nn.Module):
     for t, t_prev in zip(timesteps[:-1], timesteps[1:], strict=True):
       t_e = torch.full((len(z),), t, device=z.device)
       e_0 = self.predict_query(z, e_t, t_e)
-      if self.unit_query and self.target == "data":
+      if self.normalize_query and self.target == "data":
         e_0 = F.normalize(e_0, dim=-1)
       signal, sigma = self._rates(t_e)
       epsilon = (e_t - self.gamma * signal * e_0) / sigma

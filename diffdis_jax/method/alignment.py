@@ -19,7 +19,7 @@ class AlignmentTransformer(nnx.Module):
     image_width: channels of the middle feature map.
     width, depth, num_heads: 768, 6 and 12 in the paper. No position embedding, a final LayerNorm and a GELU MLP of
       ratio 4 are not stated by the paper.
-    map_parts: where above 0, the map's means over so many parts along each side, with a matrix of their own for each
+    spatial_pool: where above 0, the map's means over so many parts along each side, with a matrix of their own for each
       part, are added to what the text token gives: the layout, which attention without positions reads badly. The
       paper has no such thing.
   """
@@ -34,9 +34,9 @@ class AlignmentTransformer(nnx.Module):
     num_heads: int,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
-    map_parts: int = 0,
+    spatial_pool: int = 0,
   ):
-    self.map_parts = map_parts
+    self.spatial_pool = spatial_pool
     self.text_in = linear(query_width, width, dtype=dtype, rngs=rngs)
     self.image_in = linear(image_width, width, dtype=dtype, rngs=rngs)
     self.layers = nnx.List(
@@ -45,9 +45,9 @@ class AlignmentTransformer(nnx.Module):
     )
     self.norm = LayerNorm(width, rngs=rngs)
     self.predictor = linear(width, query_width, dtype=dtype, rngs=rngs)
-    if map_parts:
+    if spatial_pool:
       self.map_norm = LayerNorm(image_width, rngs=rngs)
-      self.map_out = linear(map_parts**2 * image_width, query_width, dtype=dtype, rngs=rngs)
+      self.map_out = linear(spatial_pool**2 * image_width, query_width, dtype=dtype, rngs=rngs)
 
   def __call__(self, h_e: Float[Array, "b d"], features: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
     """ê_0 or ε̂_e, f32."""
@@ -56,13 +56,13 @@ class AlignmentTransformer(nnx.Module):
     for layer in self.layers:
       h = layer(h)
     query = self.predictor(self.norm(h[:, :1]))[:, 0]
-    if self.map_parts:
+    if self.spatial_pool:
       query = query + self.from_map(features)
     return query.astype(jnp.float32)
 
   def from_map(self, features: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
     """What the map's layout adds."""
     image = self.map_norm(rearrange(features, "b h w c -> b (h w) c"))
-    height, width = (side // self.map_parts for side in features.shape[1:3])
-    sizes = dict(i=self.map_parts, j=self.map_parts, h=height, w=width)
+    height, width = (side // self.spatial_pool for side in features.shape[1:3])
+    sizes = dict(i=self.spatial_pool, j=self.spatial_pool, h=height, w=width)
     return self.map_out(reduce(image, "b (i h j w) c -> b (i j c)", "mean", **sizes))

@@ -22,7 +22,7 @@ Keys = Mapping[str, PRNGKeyArray]
 
 
 @struct.dataclass
-class Draws:
+class StepNoise:
   """The random choices of each row, by the name of their key. Noise is from N(0, I)."""
 
   t_z: Int[AnyArray, "b"]
@@ -35,7 +35,7 @@ class Draws:
   posterior_discrimination: Float[AnyArray, "b h w c"] | None = None  # where that pass has a view of its own, too
 
 
-def draw(
+def sample_noise(
   keys: Keys,
   batch: AnyBatch,
   *,
@@ -43,11 +43,11 @@ def draw(
   condition_dropout: float,
   image_dropout: float,
   sample_posterior: bool,
-) -> Draws:
+) -> StepNoise:
   """The draws of a batch, by a key for each. What a network has no use for, the compiler leaves out.
 
   Args:
-    keys: by the names of `Draws`.
+    keys: by the names of `StepNoise`.
     batch: gives the number of rows, and whether discrimination has a view of its own.
     network: gives the shapes, and the number of timesteps.
     condition_dropout, image_dropout, sample_posterior: as objectives.Loss has them.
@@ -56,7 +56,7 @@ def draw(
   normal = lambda name, *shape: jax.random.normal(keys[name], (b, *shape))
   timesteps = lambda name, process: jax.random.randint(keys[name], (b,), 0, process.noise.num_timesteps)
   own_view = isinstance(batch, Batch) and batch.discrimination_image is not None
-  return Draws(
+  return StepNoise(
     t_z=timesteps("t_z", network.image_process),
     noise_z=normal("noise_z", *latents),
     drop_condition=jax.random.bernoulli(keys["drop_condition"], condition_dropout, (b,)),
@@ -72,7 +72,7 @@ def noised_generation(
   z: Float[Array, "b h w c"],
   c: Float[Array, "b l d"],
   c_null: Float[Array, "b l d"],
-  draws: Draws,
+  draws: StepNoise,
   *,
   process: Process,
 ) -> GenerationPass:
@@ -85,7 +85,7 @@ def noised_discrimination(
   z: Float[Array, "b h w c"],
   e: Float[Array, "b e"],
   c_null: Float[Array, "b l d"],
-  draws: Draws,
+  draws: StepNoise,
   *,
   process: Process,
   condition_timestep: int,

@@ -16,7 +16,7 @@ from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import schedules
 from diffdis_jax.method.diffdis import DiffDis, to_signed
-from diffdis_jax.method.draws import Draws
+from diffdis_jax.method.draws import StepNoise
 from diffdis_jax.method.network import Network
 from diffdis_jax.models.autoencoder import at_noise
 from diffdis_jax.models.clip import Clip, normalise
@@ -38,7 +38,7 @@ class Encoded:
 
 
 def encode_images(
-  model: DiffDis, batch: AnyBatch, draws: Draws
+  model: DiffDis, batch: AnyBatch, draws: StepNoise
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"] | None]:
   """z, and the discrimination pass's own z where it has a view of its own.
 
@@ -66,7 +66,7 @@ def encode_captions(model: DiffDis, batch: AnyBatch) -> TextCondition:
   return model.text_encoder.with_query(batch.condition.astype(model.text_encoder.dtype), batch.tokens)
 
 
-def encode_rows(model: DiffDis, batch: AnyBatch, draws: Draws) -> Encoded:
+def encode_rows(model: DiffDis, batch: AnyBatch, draws: StepNoise) -> Encoded:
   """z = V(x);  c, e = T(y). No row depends on another."""
   text = encode_captions(model, batch)
   z, own = encode_images(model, batch, draws)

@@ -71,11 +71,11 @@ def check_sizes(model: Model | ClipModel, *, objectives: Sequence[str], image_si
   if image_size % stride:
     near = max(1, round(image_size / stride)) * stride
     raise UserError(f"image_size is {image_size}; {why}, so it must be a multiple of {stride}, such as {near}")
-  if isinstance(model, Model) and (parts := model.alignment.map_parts) and {*ALIGNED} & {*objectives}:
+  if isinstance(model, Model) and (parts := model.alignment.spatial_pool) and {*ALIGNED} & {*objectives}:
     side = image_size // stride
     if side % parts:
       raise UserError(
-        f"model.alignment.map_parts is {parts}; the middle feature map is {side} x {side}, so it must divide {side}"
+        f"model.alignment.spatial_pool is {parts}; the middle feature map is {side} x {side}, so it must divide {side}"
       )
   if not 2 <= max_length <= model.text_encoder.max_length:
     raise UserError(
@@ -96,7 +96,7 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
   if "reconstruction" in objectives:
     return DiffDis(autoencoder=autoencoder, text_encoder=None, unet=None, text_stream=None, alignment=None)
   aligned = bool({*ALIGNED} & {*objectives})
-  text_sizes = sizes["text_encoder"] | ({} if aligned else {"token_query": 0.0})
+  text_sizes = sizes["text_encoder"] | ({} if aligned else {"token_embedding_weight": 0.0})
   text_encoder = TextEncoder(**text_sizes, **common)
   unet = UNet(
     **sizes["unet"],

@@ -88,7 +88,7 @@ def attend_with_lse(
   *,
   mask: Bool[Array, "n m"] | None = None,
 ) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
-  """Attention, and the logarithm of each softmax's denominator, f32, with which `with_one_more` goes on."""
+  """Attention, and the logarithm of each softmax's denominator, f32, with which `merge_extra_key` goes on."""
   attended, lse = _choose(q, k, mask, with_lse=True).run(q, k, v, mask, True)
   assert lse is not None
   return attended, lse
@@ -193,7 +193,7 @@ class Kernel(NamedTuple):
     alone: whether no other platform's compiler takes it.
     has_lse: whether it gives lse, and a gradient for it.
     is_possible: whether it takes these q and k, and this mask.
-    is_fast: whether it is faster there than `at_once`, given numbers of queries and keys.
+    is_fast: whether it is faster there than `xla`, given numbers of queries and keys.
   """
 
   run: Callable[..., Any]
@@ -234,7 +234,7 @@ KERNELS = {
   ),
   # On CPU, batched small matrix products are slow and keep every score for the backward pass; one head of one sample
   # at a time was 3 times faster with gradients at 257 tokens and 1.5 times at 1024, and no faster at 64.
-  "by_head": Kernel(
+  "xla_per_head": Kernel(
     run=lambda q, k, v, mask, with_lse: _attend_by_head(q, k, v, mask=mask),
     platform="cpu",
     alone=False,
@@ -242,7 +242,7 @@ KERNELS = {
     is_possible=lambda q, k, mask: True,
     is_fast=lambda n, m: n * m >= 128 * 128,
   ),
-  "at_once": Kernel(
+  "xla": Kernel(
     run=_attend_at_once,
     platform=None,
     alone=False,
@@ -269,7 +269,7 @@ def _choose(q: Array, k: Array, mask: Array | None, *, with_lse: bool = False) -
     if not kernel.is_possible(q, k, mask) or (with_lse and not kernel.has_lse):
       continue
     if forced != AUTO:
-      is_chosen = name in (forced, "at_once")
+      is_chosen = name in (forced, "xla")
     else:
       here = compiled_for if kernel.alone else platform()
       is_chosen = kernel.platform in (None, here) and kernel.is_fast(q.shape[1], k.shape[1])
@@ -278,7 +278,7 @@ def _choose(q: Array, k: Array, mask: Array | None, *, with_lse: bool = False) -
   raise AssertionError("at_once takes everything")
 
 
-def with_one_more(
+def merge_extra_key(
   attended: Float[Array, "b n h d"],
   lse: Float[Array, "b n h"],
   q: Float[Array, "b n h d"],
@@ -301,7 +301,7 @@ def attend_with_one_more(
 ) -> Float[Array, "b n h d"]:
   """Attention to the keys of `k` and to the one of `more`, exactly, by whatever the kernel can do."""
   if _choose(q, k, None).has_lse:
-    return with_one_more(*attend_with_lse(q, k, v), q, more.k, more.v)
+    return merge_extra_key(*attend_with_lse(q, k, v), q, more.k, more.v)
   # No length is better than another to such a kernel, which computes scores in pieces.
   return attend(q, jnp.concatenate([k, more.k], axis=1), jnp.concatenate([v, more.v], axis=1))
 
@@ -310,6 +310,6 @@ def attend_together(text: Projected, image: Projected) -> tuple[Float[Array, "b 
   """Attention over the tokens [text, image], split again into the text token's and the image tokens' result.
 
   Without the concatenation: each stream attends to the image tokens, and the text token's key is merged in exactly
-  (`with_one_more`). So the image tokens' number stays a power of two, which fills a TPU's tiles; n + 1 would not.
+  (`merge_extra_key`). So the image tokens' number stays a power of two, which fills a TPU's tiles; n + 1 would not.
   """
   return attend_with_one_more(text.q, image.k, image.v, text), attend_with_one_more(*image, text)

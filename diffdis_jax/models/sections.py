@@ -60,11 +60,11 @@ class AlignmentSize:
   width: int
   depth: int
   num_heads: int
-  map_parts: int = 0
+  spatial_pool: int = 0
 
   def __post_init__(self) -> None:
     _check_counts(self, "width", "depth", "num_heads")
-    check_number("map_parts", self.map_parts, at_least=0)
+    check_number("spatial_pool", self.spatial_pool, at_least=0)
     _check_multiple("width", self.width, self, "num_heads")
 
 
@@ -82,7 +82,7 @@ class TextEncoderSize:
   bos_id: int
   eos_id: int
   projection: int
-  token_query: float = 0.0
+  token_embedding_weight: float = 0.0
 
   def __post_init__(self) -> None:
     _check_counts(self, "vocab_size", "width", "depth", "num_heads", "mlp_width")
@@ -91,7 +91,7 @@ class TextEncoderSize:
     for name in ("bos_id", "eos_id"):
       check_number(name, getattr(self, name), at_least=0, at_most=self.vocab_size - 1)
     check_number("projection", self.projection, at_least=0)
-    check_number("token_query", self.token_query, at_least=0.0)
+    check_number("token_embedding_weight", self.token_embedding_weight, at_least=0.0)
     _check_multiple("width", self.width, self, "num_heads")
 
 

@@ -25,7 +25,7 @@ def sd_v1() -> ConfigDict:
         num_heads=8,
         groups=32,
       ),
-      alignment=dict(width=768, depth=6, num_heads=12, map_parts=0),
+      alignment=dict(width=768, depth=6, num_heads=12, spatial_pool=0),
       text_encoder=dict(
         vocab_size=49408,
         max_length=77,
@@ -37,7 +37,7 @@ def sd_v1() -> ConfigDict:
         bos_id=49406,
         eos_id=49407,
         projection=0,
-        token_query=0.0,
+        token_embedding_weight=0.0,
       ),
       autoencoder=dict(
         widths=(128, 256, 512, 512),

@@ -20,7 +20,8 @@ class TextEncoder(nnx.Module):
 
   Args:
     projection: width of CLIP's text projection applied to the query, 0 for none.
-    token_query: weight of a second vector for each token, whose mean over the caption is added to the query. 0 in CLIP
+    token_embedding_weight: weight of a second vector for each token, whose mean over the caption is added to the
+      query. 0 in CLIP
       and in the paper. It starts at nothing, and learns sooner than the layers which images a word goes with.
     remat: a key of layers.REMAT_POLICIES, applied to each layer.
   """
@@ -41,10 +42,10 @@ class TextEncoder(nnx.Module):
     dtype: DTypeLike,
     rngs: nnx.Rngs,
     remat: str = "none",
-    token_query: float = 0.0,
+    token_embedding_weight: float = 0.0,
   ):
     self.bos_id, self.eos_id, self.dtype, self.remat = bos_id, eos_id, dtype, remat
-    self.token_query = token_query
+    self.token_embedding_weight = token_embedding_weight
     init = nnx.initializers.normal(0.02)
     self.tokens = nnx.Embed(vocab_size, width, embedding_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
     self.positions = nnx.Param(0.5 * init(rngs.params(), (max_length, width), jnp.float32))
@@ -53,7 +54,7 @@ class TextEncoder(nnx.Module):
       for _ in range(depth)
     )
     self.norm = LayerNorm(width, rngs=rngs)
-    if token_query:
+    if token_embedding_weight:
       zeros = nnx.initializers.zeros_init()
       self.query_tokens = nnx.Embed(
         vocab_size, width, embedding_init=zeros, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
@@ -86,12 +87,12 @@ class TextEncoder(nnx.Module):
     # Padding is the end-of-text token too, so the first one counts.
     end = jnp.argmax(tokens == self.eos_id, axis=1)
     query = jnp.take_along_axis(c, end[:, None, None], axis=1)[:, 0]
-    if self.token_query:
+    if self.token_embedding_weight:
       # Without the start and what comes after the text.
       place = jnp.arange(tokens.shape[1])
       inside = ((place > 0) & (place < end[:, None])).astype(query.dtype)
       total = jnp.einsum("bl,bld->bd", inside, self._rows(self.query_tokens, tokens))
-      query = query + self.token_query * total / jnp.maximum(inside.sum(axis=1, keepdims=True), 1)
+      query = query + self.token_embedding_weight * total / jnp.maximum(inside.sum(axis=1, keepdims=True), 1)
     if self.projection is not None:
       query = self.projection(query)
     return query.astype(jnp.float32)

@@ -168,7 +168,7 @@ def _initialize(processes: Processes, timeout: int) -> None:
   timer = threading.Timer(timeout, give_up)
   timer.daemon = True
   timer.start()
-  # SIGTERM is ours, see Stop: jax's own service would swallow it, and asks for agreement at steps alone.
+  # SIGTERM is ours, see PreemptionHandler: jax's own service would swallow it, and asks for agreement at steps alone.
   jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
     processes.coordinator_address,
@@ -286,7 +286,7 @@ def _appears(path: epath.Path) -> bool:
   return True
 
 
-class Stop:
+class PreemptionHandler:
   """SIGTERM, which announces a preemption, and Ctrl-C; and the agreement of all processes on where to stop.
 
   Before `begin` there is nothing to save, and either ends this process at once with code 75 or 130, also while its main

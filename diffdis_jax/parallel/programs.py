@@ -81,7 +81,7 @@ def is_compiling() -> bool:
   return any(thread.name.startswith(_COMPILER) for thread in threading.enumerate())
 
 
-class Ahead:
+class AheadOfTime:
   """A jitted function that a thread compiles from shapes, while this one does what comes before the first call.
 
   Args:

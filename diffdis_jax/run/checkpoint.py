@@ -62,7 +62,7 @@ class Restored:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Kept:
+class CheckpointPolicy:
   """Which checkpoints stay; a config's `checkpoint` section.
 
   Attributes:
@@ -105,8 +105,10 @@ class Checkpointer:
     save_timeout: seconds after which a save in the background has failed.
   """
 
-  def __init__(self, workdir: epath.PathLike, kept: Kept | None = None, *, save_timeout: int = 1200) -> None:
-    kept = kept or Kept()
+  def __init__(
+    self, workdir: epath.PathLike, kept: CheckpointPolicy | None = None, *, save_timeout: int = 1200
+  ) -> None:
+    kept = kept or CheckpointPolicy()
     self._workdir = workdir
     if processes.is_first():
       _set_aside_uncommitted(committed.folder(workdir))
@@ -252,7 +254,7 @@ class Best(NamedTuple):
   value: float
 
 
-def best(workdir: epath.PathLike, kept: Kept) -> Best | None:
+def best(workdir: epath.PathLike, kept: CheckpointPolicy) -> Best | None:
   """By `kept.best_metric`, among the checkpoints that are there; the earliest of equals. None where none has it."""
   folder, found = committed.folder(workdir), []
   for step in committed.committed_steps(folder) if kept.best_metric else ():

@@ -36,7 +36,7 @@ MAY_CHANGE = (
   r"^keep",
   r"^(checkpoint|evals|mesh|profile)(\.|$)",
   r"^data\.loader\.(num_threads|prefetch)$",
-  r"^optim\.random_frozen$",  # of the start alone
+  r"^optim\.allow_uninitialized$",  # of the start alone
 )
 """Fields (dotted paths) that may differ when a run goes on: they leave the numbers of the training alone."""
 SECTIONS = {"objectives", "model", "data", "optim"}  # of every run's config

@@ -87,7 +87,7 @@ class Selection:
     losses = np.full(len(ids), np.inf, np.float32)
     if choice == "linear_loss":
       images = base.embed_images(
-        inference, params, self._source, self._indices, seed=self._seed, fraction=self._section.fraction
+        inference, params, self._source, self._indices, seed=self._seed, crop_pct=self._section.crop_pct
       )
       losses = nearest.linear_loss(
         inference.embed_texts(params, ids),

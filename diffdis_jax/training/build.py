@@ -10,20 +10,20 @@ from diffdis_jax.method.network import LONG_TAIL, Network
 from diffdis_jax.training.long_tail import LongTail
 from diffdis_jax.training.loss_function import Loss
 from diffdis_jax.training.optim import Optim
-from diffdis_jax.training.step import Step
+from diffdis_jax.training.step import Trainer
 
 
 def plain(config: ConfigDict) -> ConfigDict:
   """The config that operations are counted by: nothing is computed twice, and none of them is inside a kernel. A batch
   that is one whole in several microbatches is taken at once, without the pass that GradCache adds."""
   changed = config.copy_and_resolve_references().unlock()
-  changed.model.update(remat="none", attention_kernel="at_once")
+  changed.model.update(remat="none", attention_kernel="xla")
   if changed.optim.contrastive_batch == "whole":
     changed.optim.accumulate = 1
   return changed
 
 
-def build_step(config: ConfigDict, mesh: Mesh) -> Step:
+def build_step(config: ConfigDict, mesh: Mesh) -> Trainer:
   """The training step of a config, for a mesh. Nothing is allocated.
 
   Raises:
@@ -48,7 +48,7 @@ def build_step(config: ConfigDict, mesh: Mesh) -> Step:
       f"optim.accumulate is {optim.accumulate}; objective class_contrastive takes a batch whole: leave it at 1, or let"
       " each microbatch be a batch of its own by optim.contrastive_batch='microbatch'"
     )
-  return Step(
+  return Trainer(
     Network.of(config),
     mesh,
     optim=optim,

@@ -19,7 +19,7 @@ from diffdis_jax.run.writers import Writer
 from diffdis_jax.training.step import TrainState
 
 
-class Watch:
+class Evaluator:
   """Evaluations and sample images during training.
 
   Args:

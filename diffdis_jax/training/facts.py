@@ -13,10 +13,10 @@ from clu import parameter_overview
 
 from diffdis_jax.data.build import Data
 from diffdis_jax.run import provenance
-from diffdis_jax.training.step import Step
+from diffdis_jax.training.step import Trainer
 
 
-def parameter_groups(trainer: Step) -> dict[str, dict[str, int]]:
+def parameter_groups(trainer: Trainer) -> dict[str, dict[str, int]]:
   """Numbers of parameters by group of the optimizer and part of the network."""
   sizes: dict[str, Counter[str]] = {}
   for path, group in trainer.groups.items():
@@ -24,7 +24,7 @@ def parameter_groups(trainer: Step) -> dict[str, dict[str, int]]:
   return {group: dict(parts) for group, parts in sizes.items()}
 
 
-def of_start(trainer: Step, data: Data, *, init_from: str | None) -> dict[str, Any]:
+def of_start(trainer: Trainer, data: Data, *, init_from: str | None) -> dict[str, Any]:
   """What history.jsonl gets to know of a start.
 
   Args:
@@ -45,12 +45,12 @@ def of_start(trainer: Step, data: Data, *, init_from: str | None) -> dict[str, A
   }
 
 
-def overview(trainer: Step) -> str:
+def overview(trainer: Trainer) -> str:
   """A table of the parameters: path, shape, dtype, number."""
   return parameter_overview.get_parameter_overview(trainer.shapes, include_stats=False) + "\n"
 
 
-def log(trainer: Step, data: Data) -> None:
+def log(trainer: Trainer, data: Data) -> None:
   """Mesh, data and parameters by group, so that a wrong regex shows before the first step."""
   logging.info("mesh %s", dict(trainer.mesh.shape))
   for line in data.describe():

@@ -24,7 +24,7 @@ from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import chips, sharding
 from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch, TrainingBatch
 from diffdis_jax.training.build import build_step, plain
-from diffdis_jax.training.step import Step
+from diffdis_jax.training.step import Trainer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def abstract_batch(network: Network, data: Data, mesh: Mesh, batch_size: int) ->
   return Batch(image=image, tokens=tokens, discrimination_image=image if own_view else None)
 
 
-def trace_train(step: Step, counted: Step, data: Data, *, batch_size: int) -> Program:
+def trace_train(step: Trainer, counted: Trainer, data: Data, *, batch_size: int) -> Program:
   """The train step. Operations are counted in `counted`, the same step in which nothing is computed twice and none of
   them is inside a kernel."""
   batch = abstract_batch(step.network, data, step.mesh, batch_size)
@@ -76,7 +76,7 @@ def trace_inference(name: str, inference: Inference, counted: Inference) -> Prog
   return _program(inference.trace(name), inference.batch_size, inference.shapes, counted.trace(name).jaxpr)
 
 
-def rate_at_peak(config: ConfigDict, trainer: Step, data: Data) -> float | None:
+def rate_at_peak(config: ConfigDict, trainer: Trainer, data: Data) -> float | None:
   """Steps a second at the chips' peak in bf16, of which a run's MFU is a share; None on chips that are not known.
 
   By the operations of the step in which nothing is computed twice, as `preflight` counts them.

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from diffdis_jax.common.params import Params
 from diffdis_jax.method import encode
 from diffdis_jax.method.diffdis import DiffDis
-from diffdis_jax.method.draws import Draws, Keys
+from diffdis_jax.method.draws import Keys, StepNoise
 from diffdis_jax.method.network import Network
 from diffdis_jax.models.clip import Clip
 from diffdis_jax.parallel import sharding
@@ -47,7 +47,7 @@ class Microbatch(NamedTuple):
   """What a pass starts from. CLIP makes no random choices."""
 
   batch: AnyBatch
-  draws: Draws | None
+  draws: StepNoise | None
 
 
 class GradCache:
@@ -67,7 +67,7 @@ class GradCache:
     """The gradient of the trainable parameters, f32, and the metrics: those of all rows at once."""
     gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
     params = gathered(trainable), gathered(fixed)
-    draws = None if self.network.is_clip else self.section.draw(keys, batch, self.network)
+    draws = None if self.network.is_clip else self.section.sample_noise(keys, batch, self.network)
     rows = Microbatch(batch, draws)
 
     total, metrics = jnp.zeros(()), {}

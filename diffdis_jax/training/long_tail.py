@@ -42,7 +42,7 @@ class LongTail:
       (AnSS); or for comparison the first of its text, or random ones.
     anchor_images: what the linear loss is taken on, one of ANCHOR_IMAGES: the validation split, as VL-LTR's shipped
       configs do, or the first 50 training images of each class, as its README says.
-    fraction: of the side of an image's central square that is seen there, 224 px of 256.
+    crop_pct: of the side of an image's central square that is seen there, 224 px of 256.
 
   Raises:
     UserError: a value out of its range.
@@ -55,7 +55,7 @@ class LongTail:
   cutmix_share: float = 0.5
   anchor_choice: str = "linear_loss"
   anchor_images: str = "val"
-  fraction: float = 0.875
+  crop_pct: float = 0.875
 
   def __post_init__(self) -> None:
     check_number("label_smoothing", self.label_smoothing, at_least=0.0, below=1.0)
@@ -63,7 +63,7 @@ class LongTail:
       check_number(name, getattr(self, name), at_least=0.0, at_most=1.0)
     for name in ("mixup", "cutmix"):
       check_number(name, getattr(self, name), at_least=0.0)
-    check_number("fraction", self.fraction, above=0.0, at_most=1.0)
+    check_number("crop_pct", self.crop_pct, above=0.0, at_most=1.0)
     check_choice("anchor_choice", self.anchor_choice, ANCHOR_CHOICES)
     check_choice("anchor_images", self.anchor_images, ANCHOR_IMAGES)
 

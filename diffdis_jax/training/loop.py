@@ -32,18 +32,18 @@ from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.run import checkpoint, history, profile, trackers, workdir, writers
 from diffdis_jax.training import anchors, facts, start
 from diffdis_jax.training.build import build_step, read_long_tail
-from diffdis_jax.training.evaluator import Watch
+from diffdis_jax.training.evaluator import Evaluator
 from diffdis_jax.training.flops import abstract_batch, rate_at_peak
 from diffdis_jax.training.metrics import Metrics
 from diffdis_jax.training.optim import Optim
-from diffdis_jax.training.step import Step, TrainState, is_running
+from diffdis_jax.training.step import Trainer, TrainState, is_running
 
 MOST_STEPS = 2**31 - 1  # which a step's number, an int32, counts to
 MOST_ROWS = 2**22  # of a global batch, far above any that was trained with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pace:
+class Intervals:
   """How long a run is, and after how many steps what happens.
 
   Raises:
@@ -69,15 +69,15 @@ class Prepared:
 
   mesh: Mesh
   data: Data
-  trainer: Step
-  train_step: programs.Ahead
+  trainer: Trainer
+  train_step: programs.AheadOfTime
 
   @classmethod
   def of(cls, config: ConfigDict, mesh: Mesh) -> Prepared:
     """Raises UserError: bad config or data."""
     data, trainer = read_data(config), build_step(config, mesh)
     shapes = abstract_batch(trainer.network, data, mesh, config.batch_size)
-    train_step = programs.Ahead("the training step", trainer.train_step, trainer.abstract_state, shapes)
+    train_step = programs.AheadOfTime("the training step", trainer.train_step, trainer.abstract_state, shapes)
     return cls(mesh, data, trainer, train_step)
 
   def compile_ahead(self) -> None:
@@ -89,8 +89,8 @@ class Prepared:
 class Sections(NamedTuple):
   """What of a config is checked in a moment."""
 
-  pace: Pace
-  kept: checkpoint.Kept
+  intervals: Intervals
+  kept: checkpoint.CheckpointPolicy
   sampling: Sampling
 
 
@@ -99,8 +99,8 @@ def read_sections(config: ConfigDict) -> Sections:
   run_config.check_types(config.to_dict())
   read_section(Optim, config.optim.to_dict(), "optim")  # build_step reads it again, with what needs the devices
   return Sections(
-    Pace(**{field.name: config[field.name] for field in dataclasses.fields(Pace)}),
-    read_section(checkpoint.Kept, config.checkpoint.to_dict(), "checkpoint"),
+    Intervals(**{field.name: config[field.name] for field in dataclasses.fields(Intervals)}),
+    read_section(checkpoint.CheckpointPolicy, config.checkpoint.to_dict(), "checkpoint"),
     read_sampling(config.inference.to_dict()),
   )
 
@@ -121,11 +121,11 @@ def train_and_evaluate(
     UserError: bad config, data or workdir, or a loss that is no longer finite.
     Preempted: SIGTERM or, as Interrupted, Ctrl-C came; the steps so far are saved.
   """
-  pace, kept, sampling = read_sections(config)  # first: then comes what takes seconds to build
-  span = profile.parse(profiled, num_steps=pace.num_steps) if profiled else None
+  intervals, kept, sampling = read_sections(config)  # first: then comes what takes seconds to build
+  span = profile.parse(profiled, num_steps=intervals.num_steps) if profiled else None
   trackers.check(tracker)
   mesh = prepared.mesh if prepared else sharding.make_mesh(**config.mesh)
-  stop = processes.Stop(sharding.batch_sharding(mesh))
+  stop = processes.PreemptionHandler(sharding.batch_sharding(mesh))
   if jax.process_count() == 1:  # each of several has said so when it joined the others
     processes.log_place()
   with contextlib.ExitStack() as stack:
@@ -136,12 +136,12 @@ def train_and_evaluate(
     data, trainer, train_step = prepared.data, prepared.trainer, prepared.train_step
     iterator = open_loader(
       data,
-      batch_size=pace.batch_size,
+      batch_size=intervals.batch_size,
       seed=config.seed,
-      rows=sharding.local_rows(mesh, pace.batch_size),
+      rows=sharding.local_rows(mesh, intervals.batch_size),
       latents=latent_shapes(trainer.network),
     )
-    watch = make_watch(config, pace, sampling, trainer, stop)
+    evaluator = make_evaluator(config, intervals, sampling, trainer, stop)
     selection = make_selection(config, data, trainer)
     facts.log(trainer, data)
     if checkpoint.latest_step(path) is None:
@@ -157,7 +157,7 @@ def train_and_evaluate(
     if is_writer:
       files.write_whole(buckets.path(path) / "parameters.txt", facts.overview(trainer).encode())
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, kept))
-    if checkpointer.latest_step() != pace.num_steps:
+    if checkpointer.latest_step() != intervals.num_steps:
       train_step.start()  # beside what reads and draws parameters, of which each may take a minute
     made = functools.partial(choose_anchors, selection, path, trainer, sampling, stop) if selection else no_params
     state, meta = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator, made)
@@ -171,12 +171,14 @@ def train_and_evaluate(
     profiler = stack.enter_context(contextlib.closing(profile.Profiler(span, path, start_step=step)))
     peak_rate = rate_at_peak(config, trainer, data)
 
-    loop = Loop(pace, data, trainer, train_step, iterator, watch, checkpointer, writer, stop, profiler, peak_rate)
+    loop = Loop(
+      intervals, data, trainer, train_step, iterator, evaluator, checkpointer, writer, stop, profiler, peak_rate
+    )
     loop.run(state, meta)
     log_best(path, kept, checkpointer)
 
 
-def log_best(path: str, kept: checkpoint.Kept, checkpointer: checkpoint.Checkpointer) -> None:
+def log_best(path: str, kept: checkpoint.CheckpointPolicy, checkpointer: checkpoint.Checkpointer) -> None:
   """Which checkpoint of a finished run is the best, where that is defined."""
   if not kept.best_metric:
     return
@@ -189,31 +191,31 @@ def log_best(path: str, kept: checkpoint.Kept, checkpointer: checkpoint.Checkpoi
 class Loop:
   """The steps of a run, and what happens between them."""
 
-  pace: Pace
+  intervals: Intervals
   data: Data
-  trainer: Step
-  train_step: programs.Ahead
+  trainer: Trainer
+  train_step: programs.AheadOfTime
   iterator: grain.DatasetIterator
-  watch: Watch
+  evaluator: Evaluator
   checkpointer: checkpoint.Checkpointer
   writer: writers.Writer
-  stop: processes.Stop
+  stop: processes.PreemptionHandler
   profiler: profile.Profiler
   peak_rate: float | None
 
   def run(self, state: TrainState, meta: Mapping[str, Any]) -> None:
     """Steps to the last one from `state`, which has been saved with `meta`, or is new. Raises as train_and_evaluate."""
-    pace, start_step = self.pace, int(state.step)
+    intervals, start_step = self.intervals, int(state.step)
     progress = writers.Progress(
-      start_step=start_step, num_steps=pace.num_steps, batch_size=pace.batch_size, peak_rate=self.peak_rate
+      start_step=start_step, num_steps=intervals.num_steps, batch_size=intervals.batch_size, peak_rate=self.peak_rate
     )
     substitutions, totals = loader.Substitutions(), read_totals(meta)
     if processes.is_first():
       saved = np.array(meta.get("substituted", ()), np.int64)
       substitutions.new[: len(saved)] += saved  # there are more reasons now than when some runs were saved
     # A run that was stopped in the middle of an evaluation saved without it. What was due then is done now.
-    if not meta.get("watched", True):
-      self.watch.after_step(start_step, state, self.writer, last=start_step == pace.num_steps)
+    if not meta.get("evaluated", True):
+      self.evaluator.after_step(start_step, state, self.writer, last=start_step == intervals.num_steps)
 
     metrics: Any = None
     train_step: Callable[..., tuple[TrainState, Metrics]] | None = None
@@ -237,27 +239,27 @@ class Loop:
         with progress.paused():
           self.profiler.close()
 
-      last = step == pace.num_steps
-      if last or step % pace.log_every == 0:
+      last = step == intervals.num_steps
+      if last or step % intervals.log_every == 0:
         means = check_finite(totals, step, self.checkpointer)
         counts = substitutions.report(processes.over_hosts)
         self.writer.scalars(step, means | progress.report(step, means) | counts)
         totals = None
-      found, preempted, due = {}, self.stop.agreed(), self.watch.is_due(step, last=last)
-      saves = last or bool(preempted) or step % pace.save_every == 0
+      found, preempted, due = {}, self.stop.agreed(), self.evaluator.is_due(step, last=last)
+      saves = last or bool(preempted) or step % intervals.save_every == 0
       if due or saves:
         jax.block_until_ready(metrics)  # its time is that of steps
       # Evaluation before the save, whose checkpoint is kept by what was measured; unless there is no time for it.
       if due and not preempted:
         try:
           with progress.paused():
-            found, due = self.watch.after_step(step, state, self.writer, last=last), False
+            found, due = self.evaluator.after_step(step, state, self.writer, last=last), False
         except Preempted as stopped:
           preempted, saves = type(stopped), True
       # The save before the next batch is drawn, so that the iterator's position is that of the next step.
       if saves:
         with progress.paused():
-          self._save(step, state, totals, substitutions, found, watched=not due)
+          self._save(step, state, totals, substitutions, found, evaluated=not due)
       if preempted:
         logging.warning("asked to stop: saving step %d; the same command goes on from there", step)
         raise preempted
@@ -270,14 +272,14 @@ class Loop:
     substitutions: loader.Substitutions,
     found: Mapping[str, float],
     *,
-    watched: bool,
+    evaluated: bool,
   ) -> None:
     # A checkpoint that cannot go on is worse than none.
     if totals is not None:
       check_finite(totals, step, self.checkpointer)
     pending = processes.over_hosts(substitutions.new).tolist()
     self.writer.flush()
-    meta = {"totals": write_totals(totals), "substituted": pending, "watched": watched}
+    meta = {"totals": write_totals(totals), "substituted": pending, "evaluated": evaluated}
     self.checkpointer.save(step, state, self.iterator, meta=meta, metrics=found)
 
 
@@ -319,7 +321,9 @@ def check_finite(totals: Metrics, step: int, checkpointer: checkpoint.Checkpoint
   return means
 
 
-def make_watch(config: ConfigDict, pace: Pace, sampling: Sampling, trainer: Step, stop: processes.Stop) -> Watch:
+def make_evaluator(
+  config: ConfigDict, intervals: Intervals, sampling: Sampling, trainer: Trainer, stop: processes.PreemptionHandler
+) -> Evaluator:
   """The evaluations and samples of a config.
 
   Raises:
@@ -333,10 +337,10 @@ def make_watch(config: ConfigDict, pace: Pace, sampling: Sampling, trainer: Step
     raise UserError(f"checkpoint.best_metric={best} should begin with one of train_evals, {config.train_evals}")
   for name in config.train_evals:
     evals.check_objectives(name, config.evals[name].task, config.objectives)
-  return Watch(
+  return Evaluator(
     Inference(trainer.network, sampling, mesh=trainer.mesh, after_batch=stop.raise_if_agreed),
-    eval_every=pace.eval_every,
-    sample_every=pace.sample_every,
+    eval_every=intervals.eval_every,
+    sample_every=intervals.sample_every,
     evaluations={name: evals.create(**config.evals[name].to_dict()) for name in config.train_evals},
     prompts=list(config.sample_prompts) if "generation" in config.objectives else [],
     seed=config.seed,
@@ -344,7 +348,7 @@ def make_watch(config: ConfigDict, pace: Pace, sampling: Sampling, trainer: Step
   )
 
 
-def make_selection(config: ConfigDict, data: Data, trainer: Step) -> anchors.Selection | None:
+def make_selection(config: ConfigDict, data: Data, trainer: Trainer) -> anchors.Selection | None:
   """How the head's anchors are chosen; None for a run without a head. Raises UserError: as `Selection`."""
   head, section = trainer.network.model.head, read_long_tail(config)
   if head is None or section is None:
@@ -359,7 +363,12 @@ def no_params(params: Params) -> Params:
 
 
 def choose_anchors(
-  selection: anchors.Selection, path: str, trainer: Step, sampling: Sampling, stop: processes.Stop, params: Params
+  selection: anchors.Selection,
+  path: str,
+  trainer: Trainer,
+  sampling: Sampling,
+  stop: processes.PreemptionHandler,
+  params: Params,
 ) -> Params:
   """The head's anchors, by the backbone among `params`; anchors.json in the workdir says which they are.
 

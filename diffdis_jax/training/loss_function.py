@@ -16,7 +16,7 @@ from diffdis_jax.common.params import Params
 from diffdis_jax.errors import check_choice, check_number
 from diffdis_jax.method import encode, joint, losses, schedules
 from diffdis_jax.method.diffdis import DiffDis, to_signed
-from diffdis_jax.method.draws import Draws, Keys, draw, noised_discrimination, noised_generation
+from diffdis_jax.method.draws import Keys, StepNoise, noised_discrimination, noised_generation, sample_noise
 from diffdis_jax.method.network import Network
 from diffdis_jax.models.autoencoder import sample_posterior
 from diffdis_jax.models.clip import Clip
@@ -28,7 +28,7 @@ from diffdis_jax.training.metrics import Metrics, mean_of
 
 # Share of the running latent statistics that each reconstruction step keeps.
 STATISTICS_DECAY = 0.98
-EQUAL_CAPTIONS = ("left_out", "negatives")
+DUPLICATE_CAPTIONS = ("mask", "negatives")
 
 LossFn = Callable[..., tuple[Float[Array, ""], tuple[Metrics, Params]]]
 
@@ -43,8 +43,8 @@ class Loss:
     image_dropout: share of samples whose image discrimination does not see, for guidance.
     kl_weight: of an autoencoder's training.
     sample_posterior: latents are a sample of the autoencoder's posterior, or else its mode.
-    equal_captions: what pairs with equal captions are to each other in a contrastive batch, one of EQUAL_CAPTIONS: left
-      out of both softmaxes, or negatives, as in open_clip. Not stated by the paper.
+    duplicate_captions: what pairs with equal captions are to each other in a contrastive batch, one of
+      DUPLICATE_CAPTIONS: left out of both softmaxes, or negatives, as in open_clip. Not stated by the paper.
     long_tail: of a long-tailed run alone, its config's `long_tail`.
 
   Raises:
@@ -56,7 +56,7 @@ class Loss:
   image_dropout: float
   kl_weight: float
   sample_posterior: bool
-  equal_captions: str = "left_out"
+  duplicate_captions: str = "mask"
   long_tail: LongTail | None = None
 
   def __post_init__(self) -> None:
@@ -64,11 +64,11 @@ class Loss:
     check_number("condition_dropout", self.condition_dropout, at_least=0.0, at_most=1.0)
     check_number("image_dropout", self.image_dropout, at_least=0.0, below=1.0)
     check_number("kl_weight", self.kl_weight, at_least=0.0)
-    check_choice("equal_captions", self.equal_captions, EQUAL_CAPTIONS)
+    check_choice("duplicate_captions", self.duplicate_captions, DUPLICATE_CAPTIONS)
 
-  def draw(self, keys: Keys, batch: AnyBatch, network: Network) -> Draws:
+  def sample_noise(self, keys: Keys, batch: AnyBatch, network: Network) -> StepNoise:
     """The random choices of each row of a batch."""
-    return draw(
+    return sample_noise(
       keys,
       batch,
       network=network,
@@ -79,7 +79,7 @@ class Loss:
 
   def captions(self, tokens: Int[Array, "b l"]) -> UInt32[Array, "b"] | None:
     """As `losses.contrastive` takes them."""
-    return losses.caption_ids(tokens) if self.equal_captions == "left_out" else None
+    return losses.caption_ids(tokens) if self.duplicate_captions == "mask" else None
 
 
 def loss_function(network: Network, section: Loss) -> LossFn:
@@ -116,7 +116,7 @@ def diffusion_loss(
   model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Network, section: Loss
 ) -> tuple[Float[Array, ""], Metrics]:
   """The paper's Algorithm 1: L = L_IG + λ L_ITA on the same images and captions (x, y), or one of the two losses."""
-  draws = section.draw(keys, batch, network)
+  draws = section.sample_noise(keys, batch, network)
   encoded = encode.encode_rows(model, batch, draws)
   rows = rows_of(model, encoded, encode.null_condition(model, batch), draws, network=network)
 
@@ -142,7 +142,7 @@ def rows_of(
   model: DiffDis,
   encoded: encode.Encoded,
   null: Float[Array, "1 l d"],
-  draws: Draws,
+  draws: StepNoise,
   *,
   network: Network,
   passes: Sequence[str] = (),
@@ -179,7 +179,7 @@ def rows_of(
   return Rows(None if noise_z is None else losses.denoising(draws.noise_z, noise_z), query)
 
 
-def generation_loss(per_sample: Float[Array, "b"], draws: Draws) -> tuple[Float[Array, ""], Metrics]:
+def generation_loss(per_sample: Float[Array, "b"], draws: StepNoise) -> tuple[Float[Array, ""], Metrics]:
   """L_IG = mean ‖ε_z − Φ_u(z_t, t_z, c)‖²."""
   quarters = quarters_of("loss_generation", per_sample, draws.t_z)
   return per_sample.mean(), {"loss_generation": mean_of(per_sample), **quarters}
@@ -189,7 +189,7 @@ def discrimination_loss(
   query: Float[Array, "b d"],
   e: Float[Array, "b d"],
   logit_scale: Float[Array, ""],
-  draws: Draws,
+  draws: StepNoise,
   *,
   captions: UInt32[Array, "b"] | None,
 ) -> tuple[Float[Array, ""], Metrics]:

@@ -45,7 +45,7 @@ class Optim:
     contrastive_batch: one of CONTRASTIVE_BATCHES: `whole`, all microbatches of a step are one contrastive batch, and
       their number leaves the step's result as it is (gradcache.py); `microbatch`, each is one of its own, with its own
       timesteps and noise.
-    random_frozen: regex of the frozen parameters that may be random: start.py refuses the others.
+    allow_uninitialized: regex of the frozen parameters that may be random: start.py refuses the others.
 
   Raises:
     UserError: a value out of its range.
@@ -65,7 +65,7 @@ class Optim:
   ema_decay: float
   accumulate: int
   contrastive_batch: str = "microbatch"  # what a config means that was written before there was a choice
-  random_frozen: str = "^$"
+  allow_uninitialized: str = "^$"
   epoch_steps: int = 0
   warmup_rate: float = 0.0
   first_moment: str = "float32"
@@ -73,7 +73,7 @@ class Optim:
   def __post_init__(self) -> None:
     for regex in (*(regex for regex, _ in self.groups), self.no_decay):
       check_regex("groups or no_decay", regex)
-    check_regex("random_frozen", self.random_frozen)
+    check_regex("allow_uninitialized", self.allow_uninitialized)
     for group, rate in self.rates.items():
       check_number(f"rates.{group}", rate, at_least=0.0)
     check_choice("schedule_kind", self.schedule_kind, SCHEDULE_KINDS)

@@ -24,7 +24,7 @@ from diffdis_jax.method.network import HEAD_PREFIX, LONG_TAIL
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint
 from diffdis_jax.training import optim
-from diffdis_jax.training.step import Step, TrainState
+from diffdis_jax.training.step import Trainer, TrainState
 
 ANCHORS = f"{HEAD_PREFIX}anchors"  # of a long-tailed run's second stage: chosen before its first step
 
@@ -32,7 +32,7 @@ ANCHORS = f"{HEAD_PREFIX}anchors"  # of a long-tailed run's second stage: chosen
 def restore_or_init(
   init_from: str,
   seed: int,
-  trainer: Step,
+  trainer: Trainer,
   checkpointer: checkpoint.Checkpointer,
   iterator: grain.DatasetIterator,
   made: Callable[[Params], Params] = lambda params: {},
@@ -63,7 +63,7 @@ def restore_or_init(
   return trainer.with_params(params | made(params)), {}
 
 
-def find_initial(path: str, trainer: Step) -> set[str]:
+def find_initial(path: str, trainer: Trainer) -> set[str]:
   """Names of the parameters that a new run takes from the run in `path`: those that both have. None for "".
 
   Of what import_weights wrote only those that its source had: the others were drawn at random there, and are drawn here
@@ -81,7 +81,7 @@ def find_initial(path: str, trainer: Step) -> set[str]:
   return names
 
 
-def _find_backbone(path: str, trainer: Step) -> set[str]:
+def _find_backbone(path: str, trainer: Trainer) -> set[str]:
   """As `_names_in_common`: all but the head of a long-tailed run, whose second stage goes on from its first.
 
   Raises:
@@ -109,7 +109,7 @@ def _find_backbone(path: str, trainer: Step) -> set[str]:
   return names | {name for name in trainer.shapes if name == ANCHORS}
 
 
-def _names_in_common(path: str, trainer: Step) -> set[str]:
+def _names_in_common(path: str, trainer: Trainer) -> set[str]:
   saved = checkpoint.saved_params(path)
   common = saved.keys() & trainer.shapes.keys() - _drawn_by_import(path, saved)
   if not common:
@@ -136,24 +136,26 @@ def _drawn_by_import(path: str, saved: Collection[str]) -> set[str]:
     raise UserError(f"{file} does not say what was loaded; it should be as import_weights wrote it") from error
 
 
-def _check_frozen(path: str, trainer: Step, loaded: Collection[str]) -> None:
-  """Raises UserError for frozen parameters that are not loaded and not named in optim.random_frozen."""
+def _check_frozen(path: str, trainer: Trainer, loaded: Collection[str]) -> None:
+  """Raises UserError for frozen parameters that are not loaded and not named in optim.allow_uninitialized."""
   # A run of the autoencoder measures its statistics; in any other run they are as frozen as its weights.
   measured = optim.STATISTICS if "reconstruction" in trainer.network.objectives else "^$"
   expected = [name for name, group in trainer.groups.items() if group == optim.FROZEN and name not in loaded]
   left = [
-    name for name in expected if not re.search(trainer.optim.random_frozen, name) and not re.search(measured, name)
+    name
+    for name in expected
+    if not re.search(trainer.optim.allow_uninitialized, name) and not re.search(measured, name)
   ]
   if left:
     lacking = f"that init_from={path} does not have" if path else "that nothing was loaded for"
     raise UserError(
       f"optim.groups freezes {len(left)} parameters ({parts_of(left)}) {lacking}, the first {left[0]}; load them"
       " (--config.init_from=WORKDIR of import_weights or of an autoencoder's run), train them (optim.groups), or name"
-      " them in optim.random_frozen"
+      " them in optim.allow_uninitialized"
     )
 
 
-def load_initial(path: str, trainer: Step) -> Params:
+def load_initial(path: str, trainer: Trainer) -> Params:
   """The parameters of `find_initial`; averaged ones where the other run keeps them. None for "".
 
   Raises:

@@ -67,7 +67,7 @@ def is_running(metrics: Metrics | None) -> bool:
   return metrics is not None and not all(value.is_ready() for value in jax.tree.leaves(metrics))
 
 
-class Step:
+class Trainer:
   """A network's training step, compiled for a mesh.
 
   Args:
@@ -118,12 +118,12 @@ class Step:
     )
 
   @functools.cached_property
-  def initialise(self) -> programs.Ahead:
+  def initialise(self) -> programs.AheadOfTime:
     """Key -> fresh parameters, born sharded."""
     # It runs once, so on a CPU, where compiling costs more than running, the compiler need not try hard.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     initialise = jax.jit(self.network.initialise, out_shardings=self.state_shardings.params, compiler_options=options)
-    return programs.Ahead("the initialisation", initialise, jax.random.key(0))
+    return programs.AheadOfTime("the initialisation", initialise, jax.random.key(0))
 
   def init_params(self, key: jax.Array) -> Params:
     """Fresh parameters, born sharded."""

@@ -139,8 +139,8 @@ TABLES = {
     "emoji.md",
     {
       "nothing, the config": "held_temperature_discrimination_1800_epyc",
-      "`map_parts` alone, no `token_query`": "map_parts_alone_1800",
-      "`token_query` alone, no `map_parts`": "token_query_alone_1800",
+      "`spatial_pool` alone, no `token_embedding_weight`": "map_parts_alone_1800",
+      "`token_embedding_weight` alone, no `spatial_pool`": "token_query_alone_1800",
       "token vectors frozen as they begin": "tokens_frozen_1800",
       "learning rate of the text tower × 0.35, its token vectors included": "text_slow_1800",
       "both at once, as in former configs": "text_frozen_1800",

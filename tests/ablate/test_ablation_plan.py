@@ -126,7 +126,7 @@ def test_a_field_that_came_later_leaves_names_alone(monkeypatch):
 
 
 def test_the_same_training_measured_twice():
-  plan = make_plan(grid="inference.draws=1,4", seeds=(0,))
+  plan = make_plan(grid="inference.num_noise_samples=1,4", seeds=(0,))
   (one,), (four,) = plan.rows["grid", 0], plan.rows["grid", 1]
   folder = Folder("out")
   assert one.name == four.name and folder.workdir(one) == folder.workdir(four)

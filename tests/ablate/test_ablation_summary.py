@@ -193,8 +193,8 @@ def test_the_column_of_recognition():
 def test_protocols_are_not_mixed(tmp_path):
   plan, folder = make_plan(names=["4"], seeds=(0,)), Folder(tmp_path)
   (off,), (on,) = plan.rows["4", 0], plan.rows["4", 1]
-  write(folder, off, {}, draws=1)
-  write(folder, on, {}, draws=4)
+  write(folder, off, {}, num_noise_samples=1)
+  write(folder, on, {}, num_noise_samples=4)
   with pytest.raises(UserError) as error:
     summarised(plan, folder)
   for said in ("table 4 would mix protocols", "draws 1 in", "and 4 in", folder.results(off), folder.results(on)):
@@ -204,10 +204,10 @@ def test_protocols_are_not_mixed(tmp_path):
 @pytest.mark.parametrize(
   "grid, names, protocols",
   [
-    ("inference.draws=1,4", [], [{"draws": 1}, {"draws": 4}]),
+    ("inference.num_noise_samples=1,4", [], [{"num_noise_samples": 1}, {"num_noise_samples": 4}]),
     ("inference.generation_steps=2,4", [], [{"steps": 2}, {"steps": 4}]),
     ("num_steps=4,8", [], [{"checkpoint": 4}, {"checkpoint": 8}]),
-    ("", ["2"], [{"unit_query": False}, {"unit_query": True}]),
+    ("", ["2"], [{"normalize_query": False}, {"normalize_query": True}]),
   ],
 )
 def test_what_the_rows_change_themselves_may_differ(tmp_path, grid, names, protocols):

@@ -24,7 +24,7 @@ def make(config, **sampling) -> Player:
 
 @pytest.fixture(scope="module")
 def player():
-  player = make(tiny.get_config(), generation_steps=3, generation_guidance=2.0, steps=2, draws=3)
+  player = make(tiny.get_config(), generation_steps=3, generation_guidance=2.0, steps=2, num_noise_samples=3)
   yield player
   player.close()
 

@@ -35,7 +35,7 @@ class Player(players.Player):
 
   def __init__(self):
     self.network = SimpleNamespace(image_size=8, is_clip=False)
-    self.model = SimpleNamespace(batch_size=2, sampling=SimpleNamespace(draws=1))
+    self.model = SimpleNamespace(batch_size=2, sampling=SimpleNamespace(num_noise_samples=1))
     self.closed = threading.Event()
 
   def text_queries(self, texts):

@@ -33,10 +33,10 @@ class Source:
     return {"image": np.full((4, 4, 3), self.labels[index], np.uint8), "label": int(self.labels[index]), "index": index}
 
 
-def make(source=None, class_power=0.5, batch_size=8, **settings):
+def make(source=None, sampling_exponent=0.5, batch_size=8, **settings):
   tokens = Tokens(np.stack([np.arange(12), np.arange(12)], axis=1).astype(np.int32), STARTS)
   settings = {"tokens": tokens, "image_size": 4, "seed": 3, "num_threads": 0, **settings}
-  return labelled_loader(source or Source(), class_power=class_power, batch_size=batch_size, **settings)
+  return labelled_loader(source or Source(), sampling_exponent=sampling_exponent, batch_size=batch_size, **settings)
 
 
 def take(iterator, n):
@@ -46,7 +46,7 @@ def take(iterator, n):
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_classes_have_their_shares(power):
   """Chi-square against n^power; 0.5 is square-root sampling."""
-  labels = np.concatenate([batch["label"] for batch in take(make(class_power=power, batch_size=500), 8)])
+  labels = np.concatenate([batch["label"] for batch in take(make(sampling_exponent=power, batch_size=500), 8)])
   shares = np.array(COUNTS, float) ** power
   expected = len(labels) * shares / shares.sum()
   found = np.bincount(labels, minlength=len(COUNTS))

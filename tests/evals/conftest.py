@@ -48,7 +48,7 @@ class Inference:
 
   image_size = SIZE
   max_length = LENGTH
-  protocol = {"steps": 1, "draws": 1, "guidance": 1.0}
+  protocol = {"steps": 1, "num_noise_samples": 1, "guidance": 1.0}
   generation_protocol = {"steps": 50, "guidance": 7.5}
 
   def __init__(self, names, noise=0.0):

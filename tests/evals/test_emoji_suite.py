@@ -80,7 +80,7 @@ def test_every_split_both_ways(tmp_path, monkeypatch):
   assert test["acc1_seen"] == test["acc1_unseen"] == test["acc5"] == 1.0
   assert (drawn["acc1"], drawn["acc1_seen"], drawn["acc1_unseen"]) == (0.8, 1.0, 0.5)
   assert retrieval["emoji/openmoji"][ways[1]] == 0.8
-  assert results["retrieval"]["emoji/val_concepts"]["protocol"]["equal_captions"] is True
+  assert results["retrieval"]["emoji/val_concepts"]["protocol"]["duplicate_captions"] is True
   assert not [*suites.means(results)]
   assert "zero_shot, emoji/openmoji, acc1 | 0.8000 |" in tables.table({"mine": results})
 

@@ -74,7 +74,7 @@ def own_cache(monkeypatch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured():
-  evaluation = LongTail(data=DATA, fraction=1.0)
+  evaluation = LongTail(data=DATA, crop_pct=1.0)
   inference = Inference(evaluation.labels)
   return evaluation, inference, evaluation.run(inference, {"logit_scale": 2.0})
 
@@ -118,7 +118,7 @@ def test_groups_go_by_training_images(measured):
 
 
 def test_a_backbone_alone_has_three_figures():
-  evaluation = LongTail(data=DATA, fraction=1.0)
+  evaluation = LongTail(data=DATA, crop_pct=1.0)
   metrics = evaluation.run(Inference(evaluation.labels, head=False), {})
   assert {"image_acc", "text_acc", "knn_acc", "knn_acc_low"} <= metrics.keys()
   assert not [name for name in metrics if name.startswith("acc")]
@@ -128,7 +128,7 @@ def test_the_protocol_says_how(measured):
   evaluation, inference, _ = measured
   protocol = evaluation.protocol(inference)
   assert protocol["classes_of_groups"] | {"many": 10, "median": 22, "low": 32} == protocol["classes_of_groups"]
-  assert (protocol["num_images"], protocol["num_sentences"], protocol["fraction"]) == (1280, 64 * 140, 1.0)
+  assert (protocol["num_images"], protocol["num_sentences"], protocol["crop_pct"]) == (1280, 64 * 140, 1.0)
   assert protocol["visual_share"] == 0.2 and protocol["neighbours"] == 5 and protocol["split"] == "test"
 
 
@@ -163,7 +163,7 @@ def test_anchors_leave_distractors_out():
   config.image_size = SIZE
   data = read_data(config)
   for images in ("val", "train50"):
-    section = stages.LongTail(fraction=1.0, anchor_images=images)
+    section = stages.LongTail(crop_pct=1.0, anchor_images=images)
     selection = anchors.Selection(data, section, classes=CLASSES, count=64, seed=0)
     model = Inference(selection._source.labels, noise=0.3)
     chosen = selection.run(model, {"logit_scale": np.float32(3.0)})
@@ -189,7 +189,7 @@ def test_a_class_without_images_or_of_another_number():
   "settings, message",
   [
     (dict(data=dict(DATA, name="shapes")), "task long_tail is measured on shapes_lt, places_lt, imagenet_lt"),
-    (dict(data=DATA, fraction=0.0), "fraction is 0.0"),
+    (dict(data=DATA, crop_pct=0.0), "crop_pct is 0.0"),
     (dict(data=DATA, visual_share=1.5), "visual_share is 1.5"),
     (dict(data=DATA, neighbours=0), "neighbours is 0"),
   ],
@@ -202,6 +202,6 @@ def test_settings_that_measure_nothing(settings, message):
 def test_the_middle_of_an_image():
   image = np.zeros((32, 64, 3), np.uint8)
   image[:, 16:48] = np.arange(32, dtype=np.uint8)[:, None]
-  middle = base.to_square(image, 28, fraction=0.875)
+  middle = base.to_square(image, 28, crop_pct=0.875)
   np.testing.assert_array_equal(middle, image[2:30, 18:46])
   assert int(224 / 0.875) == 256

@@ -78,7 +78,7 @@ def test_equal_captions_are_one_target_on_request(use, fakes):
   use(test=fakes.Source(labels))
   inference = fakes.Inference(labels)
   strict = evals.create("retrieval", data=DATA).run(inference, {})
-  merged = evals.create("retrieval", data=DATA, equal_captions=True).run(inference, {})
+  merged = evals.create("retrieval", data=DATA, duplicate_captions=True).run(inference, {})
   assert strict["text_retrieval_recall@1"] == strict["image_retrieval_recall@1"] == 0.5
   assert merged["text_retrieval_recall@1"] == merged["image_retrieval_recall@1"] == 1
 

@@ -316,5 +316,5 @@ def test_few_classes_have_no_top_5_and_the_protocol_says_all(use, fakes):
   inference = fakes.Inference(["cat", "dog"])
   assert not any("acc5" in name for name in evaluation.run(inference, {}))
   protocol = evaluation.protocol(inference)
-  expected = {"steps": 1, "draws": 1, "guidance": 1.0, "seed": 3, "num_images": 2, "num_classes": 2}
+  expected = {"steps": 1, "num_noise_samples": 1, "guidance": 1.0, "seed": 3, "num_images": 2, "num_classes": 2}
   assert expected.items() <= protocol.items() and protocol["templates"][0] == "a photo of a {}."

@@ -120,7 +120,7 @@ def assert_same_query(twin: torch_diffdis.DiffDis, expected: Any, given: dict[st
     {"model.share_attention": False},
     {"model.modality_ffn": False},
     {"model.text_encoder.projection": 12},
-    {"model.alignment.map_parts": 2},
+    {"model.alignment.spatial_pool": 2},
     {"condition_timestep": 0},
     {"text_diffusion.target": "noise"},
     {"text_diffusion.target": "noise", "text_diffusion.schedule": "linear", "text_diffusion.gamma": 1.0},
@@ -169,11 +169,11 @@ def test_predicted_query_equals_ours_at_full_size(arg, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "num_steps, target, unit_query", [(1, "data", True), (3, "data", True), (3, "data", False), (3, "noise", True)]
+  "num_steps, target, normalize_query", [(1, "data", True), (3, "data", True), (3, "data", False), (3, "noise", True)]
 )
-def test_embeddings_equal_ours(num_steps, target, unit_query, tmp_path):
+def test_embeddings_equal_ours(num_steps, target, normalize_query, tmp_path):
   config = tiny_config(**{"text_diffusion.target": target, "text_diffusion.schedule": "cosine"})
-  config.inference.unit_query = unit_query
+  config.inference.normalize_query = normalize_query
   inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4, steps=num_steps)
   params, _ = tiny_network()
   batch = steps.make_batch(config)
@@ -196,15 +196,17 @@ def test_a_folder_that_says_nothing_of_the_querys_length_normalises_it(folder, t
     (tmp_path / file.name).symlink_to(file)
   file = tmp_path / "diffdis_config.json"
   config = json.loads(file.read_text())
-  assert config["inference"].pop("unit_query") is True
+  assert config["inference"].pop("normalize_query") is True
   file.unlink()
   file.write_text(json.dumps(config))
-  assert torch_diffdis.DiffDis.from_pretrained(tmp_path).unit_query is True
+  assert torch_diffdis.DiffDis.from_pretrained(tmp_path).normalize_query is True
   file.write_text(json.dumps({name: value for name, value in config.items() if name != "inference"}))
-  assert torch_diffdis.DiffDis.from_pretrained(tmp_path).unit_query is True
+  assert torch_diffdis.DiffDis.from_pretrained(tmp_path).normalize_query is True
 
 
-@pytest.mark.parametrize("changes", [{"model.text_encoder.projection": 12}, {"model.text_encoder.token_query": 0.7}])
+@pytest.mark.parametrize(
+  "changes", [{"model.text_encoder.projection": 12}, {"model.text_encoder.token_embedding_weight": 0.7}]
+)
 def test_text_query_is_ours(changes, tmp_path):
   config = tiny_config(**changes)
   params, _ = tiny_network(**changes)

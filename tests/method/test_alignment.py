@@ -10,9 +10,9 @@ from diffdis_jax.method.alignment import AlignmentTransformer
 from tests.models import from_torch, networks, oracle
 
 
-@pytest.mark.parametrize("map_parts", [0, 2])
-def test_alignment_equals_pytorch(map_parts):
-  sizes = dict(query_width=12, image_width=8, width=16, depth=2, num_heads=4, map_parts=map_parts)
+@pytest.mark.parametrize("spatial_pool", [0, 2])
+def test_alignment_equals_pytorch(spatial_pool):
+  sizes = dict(query_width=12, image_width=8, width=16, depth=2, num_heads=4, spatial_pool=spatial_pool)
   network = networks.Network.of(lambda rngs: AlignmentTransformer(**sizes, dtype=np.float32, rngs=rngs))
   params = networks.random_params(network.shapes, seed=0)
   rng = np.random.default_rng(1)
@@ -25,6 +25,6 @@ def test_alignment_equals_pytorch(map_parts):
     features=from_torch.nchw(features).double(),
     depth=2,
     num_heads=4,
-    map_parts=map_parts,
+    spatial_pool=spatial_pool,
   )
   assert networks.relative_error(ours, expected.detach()) < 1e-5

@@ -95,8 +95,13 @@ def broken(section: str | None, **changes: Any) -> dict[str, Any]:
     (broken("unet", groups=16), BOTH, 16, "model.unet.widths has 8; .*groups=16"),
     (broken("text_encoder", num_heads=5), BOTH, 16, "model.text_encoder.width has .*multiple of num_heads=5"),
     (broken("alignment", num_heads=5), BOTH, 16, "model.alignment.width has .*multiple of num_heads=5"),
-    (broken("alignment", map_parts=-1), BOTH, 16, "model.alignment.map_parts is -1; it must be .*0"),
-    (broken("alignment", map_parts=3), BOTH, 16, "model.alignment.map_parts is 3; the middle feature map is 2 x 2"),
+    (broken("alignment", spatial_pool=-1), BOTH, 16, "model.alignment.spatial_pool is -1; it must be .*0"),
+    (
+      broken("alignment", spatial_pool=3),
+      BOTH,
+      16,
+      "model.alignment.spatial_pool is 3; the middle feature map is 2 x 2",
+    ),
   ],
 )
 def test_models_that_cannot_be_built_are_named(model, objectives, image_size, message):
@@ -111,11 +116,11 @@ def test_models_that_can_be_built_pass(objectives):
 
 
 def test_only_what_is_built_must_fit():
-  check(broken("alignment", map_parts=3), ("generation",), 16, 8)
+  check(broken("alignment", spatial_pool=3), ("generation",), 16, 8)
 
 
 def test_token_vectors_are_there_where_queries_are_compared():
-  model = read_model(ConfigDict(broken("text_encoder", token_query=8.0)))
+  model = read_model(ConfigDict(broken("text_encoder", token_embedding_weight=8.0)))
   tables = lambda objectives: build.build_diffdis(model, objectives, nnx.Rngs(0)).text_encoder
   assert hasattr(tables(BOTH), "query_tokens") and not hasattr(tables(("generation",)), "query_tokens")
 

@@ -75,13 +75,13 @@ def fused_block(
 
 
 def alignment(
-  weights: Weights, *, h_e: Tensor, features: Tensor, depth: int, num_heads: int, map_parts: int = 0
+  weights: Weights, *, h_e: Tensor, features: Tensor, depth: int, num_heads: int, spatial_pool: int = 0
 ) -> Tensor:
   """ê_0 from the hidden text query and the middle feature map [b c h w]."""
   of_map = 0.0
-  if map_parts:
+  if spatial_pool:
     normed = weights.layer_norm("map_norm", features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    means = F.adaptive_avg_pool2d(normed, map_parts)
+    means = F.adaptive_avg_pool2d(normed, spatial_pool)
     of_map = weights.linear("map_out", means.permute(0, 2, 3, 1).flatten(1))
   image = weights.linear("image_in", features.flatten(2).transpose(1, 2))
   tokens = torch.cat([weights.linear("text_in", h_e)[:, None], image], dim=1)

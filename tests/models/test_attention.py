@@ -55,7 +55,7 @@ def test_attention_in_bfloat16_has_its_softmax_in_float32(n):
 @pytest.mark.parametrize("n", [6, 128])
 def test_one_more_key_is_merged_exactly(n):
   q, k, v = qkv(n, n + 1)
-  merged = jax.jit(lambda q, k, v: attention.with_one_more(*attention.attend_with_lse(q, k, v), q, *one))
+  merged = jax.jit(lambda q, k, v: attention.merge_extra_key(*attention.attend_with_lse(q, k, v), q, *one))
   k, v, one = k[:, 1:], v[:, 1:], (k[:, :1], v[:, :1])
   expected = softmax_attention(q, *(np.concatenate(pair, axis=1) for pair in zip(one, (k, v))))
   assert networks.relative_error(merged(q, k, v), expected) < 1e-5

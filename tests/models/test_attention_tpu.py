@@ -179,30 +179,30 @@ def chosen(monkeypatch, compiled_for: str, n: int, m: int, *, d: int = 40, dtype
 
 def test_the_choice_by_platform(monkeypatch):
   choose = functools.partial(chosen, monkeypatch)
-  assert [choose(platform, 1024, 1024) for platform in ("tpu", "gpu", "cpu")] == ["pallas", "cudnn", "by_head"]
-  assert {choose(platform, 64, 64) for platform in ("tpu", "gpu", "cpu")} == {"at_once"}
-  assert {choose(platform, 1, 1024) for platform in ("tpu", "gpu", "cpu")} == {"at_once"}
+  assert [choose(platform, 1024, 1024) for platform in ("tpu", "gpu", "cpu")] == ["pallas", "cudnn", "xla_per_head"]
+  assert {choose(platform, 64, 64) for platform in ("tpu", "gpu", "cpu")} == {"xla"}
+  assert {choose(platform, 1, 1024) for platform in ("tpu", "gpu", "cpu")} == {"xla"}
   mask = jnp.ones((256, 256), bool)
-  assert [choose(platform, 256, 256, mask=mask) for platform in ("tpu", "gpu", "cpu")] == ["at_once"] * 2 + ["by_head"]
-  assert choose("gpu", 256, 256, dtype=jnp.float32) == choose("gpu", 256, 256, d=160) == "at_once"
-  assert choose("gpu", 256, 256, with_lse=True) == "at_once" and choose("tpu", 256, 256, with_lse=True) == "pallas"
-  assert choose("tpu", 1024, 77) == "pallas" and choose("tpu", 128, 2**14) == "at_once"
+  assert [choose(platform, 256, 256, mask=mask) for platform in ("tpu", "gpu", "cpu")] == ["xla"] * 2 + ["xla_per_head"]
+  assert choose("gpu", 256, 256, dtype=jnp.float32) == choose("gpu", 256, 256, d=160) == "xla"
+  assert choose("gpu", 256, 256, with_lse=True) == "xla" and choose("tpu", 256, 256, with_lse=True) == "pallas"
+  assert choose("tpu", 1024, 77) == "pallas" and choose("tpu", 128, 2**14) == "xla"
 
 
 def test_cpus_that_stand_in_for_others_get_no_kernel_of_theirs(monkeypatch):
   for platform in ("tpu", "gpu"):
     with attention.standing_in_for(platform):
-      assert chosen(monkeypatch, "cpu", 1024, 1024) == "at_once"
+      assert chosen(monkeypatch, "cpu", 1024, 1024) == "xla"
 
 
 def test_a_kernel_can_be_forced(monkeypatch):
-  with attention.by("at_once"):
-    assert chosen(monkeypatch, "tpu", 1024, 1024) == "at_once"
-  with attention.by("by_head"):
-    assert chosen(monkeypatch, "tpu", 6, 6) == "by_head"
+  with attention.by("xla"):
+    assert chosen(monkeypatch, "tpu", 1024, 1024) == "xla"
+  with attention.by("xla_per_head"):
+    assert chosen(monkeypatch, "tpu", 6, 6) == "xla_per_head"
   with attention.by("pallas"):
     assert chosen(monkeypatch, "tpu", 6, 6) == "pallas"
-    assert chosen(monkeypatch, "tpu", 6, 6, mask=jnp.ones((6, 6), bool)) == "at_once"
+    assert chosen(monkeypatch, "tpu", 6, 6, mask=jnp.ones((6, 6), bool)) == "xla"
     with pytest.raises(UserError, match="attention_kernel is 'pallas', which runs on tpu alone, not on cpu"):
       chosen(monkeypatch, "cpu", 6, 6)
   assert chosen(monkeypatch, "tpu", 1024, 1024) == "pallas"

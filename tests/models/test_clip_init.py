@@ -62,7 +62,7 @@ def test_each_kind_of_parameter_starts_as_in_open_clip():
 
 def test_second_token_vectors_start_at_nothing():
   config = tiny_clip.get_config()
-  config.model.text_encoder.token_query = 8.0
+  config.model.text_encoder.token_embedding_weight = 8.0
   params = Network.of(config).initialise(jax.random.key(0))
   assert not params["text_encoder.query_tokens.embedding"].any() and params["text_encoder.tokens.embedding"].any()
 

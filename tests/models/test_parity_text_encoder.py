@@ -76,7 +76,7 @@ def test_query_through_clips_projection():
 
 
 def test_token_vectors_in_the_query():
-  network, plain = ours(token_query=0.7), ours()
+  network, plain = ours(token_embedding_weight=0.7), ours()
   params = networks.random_params(network.shapes, seed=0)
   table = params["query_tokens.embedding"]
   text = network.jit(lambda model, tokens: model(tokens))(params, TOKENS)
@@ -89,7 +89,7 @@ def test_token_vectors_in_the_query():
 
 
 def test_token_vectors_start_at_nothing():
-  section = networks.tiny_model()["text_encoder"] | {"token_query": 8.0}
+  section = networks.tiny_model()["text_encoder"] | {"token_embedding_weight": 8.0}
   model = TextEncoder(**section, dtype=np.float32, rngs=nnx.Rngs(0))
   np.testing.assert_array_equal(model.query_tokens.embedding[...], 0.0)
 

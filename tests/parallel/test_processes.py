@@ -92,7 +92,7 @@ def test_bad_settings(given, message):
   [([signal.SIGTERM], Preempted), ([signal.SIGINT], Interrupted), ([signal.SIGINT, signal.SIGTERM], Interrupted)],
 )
 def test_a_signal_stops_a_single_process(numbers, cause):
-  stop = processes.Stop(sharding.batch_sharding(steps.make_mesh()))
+  stop = processes.PreemptionHandler(sharding.batch_sharding(steps.make_mesh()))
   with not_ignored():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with stop.listening():
@@ -132,7 +132,7 @@ def main(_):
       raise RuntimeError("the first error")
     processes.barrier("never")
   if HOW.value == "stop":
-    stop = processes.Stop(sharding.batch_sharding(mesh))
+    stop = processes.PreemptionHandler(sharding.batch_sharding(mesh))
     with stop.listening():
       stop.begin()
       for step in range(200):
@@ -142,7 +142,7 @@ def main(_):
           sys.stdout.write(f"stopped at {step}\\n")
           raise cause
   if HOW.value in ("early", "twice"):
-    stop = processes.Stop(sharding.batch_sharding(mesh))
+    stop = processes.PreemptionHandler(sharding.batch_sharding(mesh))
     with stop.listening():
       if HOW.value == "twice":
         stop.begin()

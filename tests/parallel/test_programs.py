@@ -84,7 +84,7 @@ def test_a_program_compiles_ahead_of_its_first_call(cache, caplog):
     assert arrays.wait(60), "the main thread waits for the compiler"
     return (x * 5).sum()
 
-  ahead = programs.Ahead("the sum", jax.jit(f), jax.ShapeDtypeStruct((4,), jnp.float32))
+  ahead = programs.AheadOfTime("the sum", jax.jit(f), jax.ShapeDtypeStruct((4,), jnp.float32))
   ahead.start()
   assert tracing.wait(60)
   x = jnp.ones(4)  # while it compiles
@@ -98,7 +98,7 @@ def test_a_program_is_compiled_once_and_waited_for_once(cache, caplog, monkeypat
   logging.set_verbosity(logging.INFO)
   met = []
   monkeypatch.setattr(programs.processes, "barrier", met.append)
-  ahead = programs.Ahead("the sum", jax.jit(lambda x: (x * 9).sum()), jnp.ones(4))
+  ahead = programs.AheadOfTime("the sum", jax.jit(lambda x: (x * 9).sum()), jnp.ones(4))
   ahead.start()
   ahead.start()
   first = ahead.compiled()
@@ -109,7 +109,7 @@ def test_a_program_is_compiled_once_and_waited_for_once(cache, caplog, monkeypat
 
 
 def test_a_program_that_was_not_begun_compiles_at_its_first_call(cache):
-  ahead = programs.Ahead("the sum", jax.jit(lambda x: (x * 6).sum()), jnp.ones(4))
+  ahead = programs.AheadOfTime("the sum", jax.jit(lambda x: (x * 6).sum()), jnp.ones(4))
   assert ahead.compiled()(jnp.ones(4)) == 24
 
 
@@ -117,7 +117,7 @@ def test_what_fails_in_compiling_ahead_fails_where_it_is_needed(cache):
   def f(x):
     raise ValueError("no such shape")
 
-  ahead = programs.Ahead("the sum", jax.jit(f), jnp.ones(4))
+  ahead = programs.AheadOfTime("the sum", jax.jit(f), jnp.ones(4))
   ahead.start()
   with pytest.raises(ValueError, match="no such shape"):
     ahead.compiled()
@@ -131,7 +131,7 @@ def test_a_hit_in_the_cache_counts_for_the_thread_that_had_it(cache, caplog, mon
   jax.clear_caches()
 
   def other(x):
-    ahead = programs.Ahead("the sum", jax.jit(lambda x: (x * 7).sum()), x)
+    ahead = programs.AheadOfTime("the sum", jax.jit(lambda x: (x * 7).sum()), x)
     ahead.start()
     ahead.compiled()
     return (x * 8).sum()
@@ -166,7 +166,7 @@ def main(argv):
     tracing.set()
     time.sleep(60)
     return x
-  programs.Ahead("the sum", jax.jit(f), jnp.ones(3)).start()
+  programs.AheadOfTime("the sum", jax.jit(f), jnp.ones(3)).start()
   tracing.wait()
   raise ERROR
 

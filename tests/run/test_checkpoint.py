@@ -88,7 +88,7 @@ def assert_same_bits(got, want) -> None:
 
 
 def save(workdir, *steps: int, state: State | None = None, **options) -> None:
-  with checkpoint.Checkpointer(workdir, checkpoint.Kept(**options)) as checkpointer:
+  with checkpoint.Checkpointer(workdir, checkpoint.CheckpointPolicy(**options)) as checkpointer:
     for step in steps:
       checkpointer.save(step, state or make_state(step), make_iterator())
 

@@ -152,12 +152,12 @@ def test_equal_captions_are_negatives_or_left_out():
   model = Network.of(config).with_params(params)
   pairs = encode.encode_pairs(model, batch)
   logits = np.exp(2.0) * np.asarray(pairs.image, np.float64) @ np.asarray(pairs.text, np.float64).T
-  for equal, found in (("negatives", logits), ("left_out", logits.copy())):
-    if equal == "left_out":
+  for equal, found in (("negatives", logits), ("mask", logits.copy())):
+    if equal == "mask":
       found[-1, -2] = found[-2, -1] = -np.inf
     own = np.diag(logits)
     expected = np.mean([np.log(np.exp(found).sum(axis)) - own for axis in (0, 1)])
-    section = objectives.Loss(**{**config.loss, "equal_captions": equal}, sample_posterior=True)
+    section = objectives.Loss(**{**config.loss, "duplicate_captions": equal}, sample_posterior=True)
     loss, _ = objectives.contrastive_loss(pairs, jnp.float32(2.0), captions=section.captions(batch.tokens))
     assert float(loss) == pytest.approx(expected, rel=1e-5)
   assert not np.isclose(np.exp(logits[-1, -2]), 0)
@@ -179,10 +179,10 @@ def test_the_rate_is_open_clips_a_step_later_while_it_warms_up():
 
 def test_the_recipes_differ_in_the_images_and_in_equal_captions():
   paper, openclip = (tiny_clip.get_config(f"recipe={name}") for name in ("paper", "openclip"))
-  assert (paper.loss.equal_captions, openclip.loss.equal_captions) == ("left_out", "negatives")
+  assert (paper.loss.duplicate_captions, openclip.loss.duplicate_captions) == ("mask", "negatives")
   assert Augmentation(**openclip.data.augment) == Augmentation(crop="random_resized", crop_scale=(0.9, 1.0))
   assert paper.data.augment.randaugment_operations == 2
-  openclip.loss.equal_captions, openclip.data.augment = paper.loss.equal_captions, paper.data.augment
+  openclip.loss.duplicate_captions, openclip.data.augment = paper.loss.duplicate_captions, paper.data.augment
   assert paper.to_dict() == openclip.to_dict()
 
 
@@ -196,7 +196,7 @@ def test_the_recipes_differ_in_the_images_and_in_equal_captions():
     ({"image_size": 18}, "image_size is 18; patches of 4 px do not tile it, so it must be a multiple of 4, such as 16"),
     ({"data.max_length": 9}, "data.max_length is 9; it must be from 2 to model.text_encoder.max_length, 8"),
     ({"model.remat": "some"}, "model.remat is 'some'; it must be one of none, full"),
-    ({"loss.equal_captions": "kept"}, "loss.equal_captions is 'kept'; it must be one of left_out, negatives"),
+    ({"loss.duplicate_captions": "kept"}, "loss.duplicate_captions is 'kept'; it must be one of mask, negatives"),
     ({"data.discrimination_view": "own"}, "objective contrastive has one view of an image"),
     ({"objectives": ("generation",)}, "model has a vision_encoder, which is CLIP's"),
   ],

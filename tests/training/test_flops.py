@@ -81,7 +81,7 @@ def test_what_one_contrastive_batch_in_four_microbatches_costs(name, config, exp
   """The first pass, as a part of the step: discrimination forwards, or both towers forwards; not in preflight's."""
   mesh, counts, counted = steps.make_mesh(), [], set()
   config.batch_size = 64
-  config.model.update(remat="none", attention_kernel="at_once")
+  config.model.update(remat="none", attention_kernel="xla")
   for config.optim.accumulate in (1, 4):
     step = build_step(config, mesh)
     batch = flops.abstract_batch(step.network, read_data(config), mesh, config.batch_size)

@@ -14,7 +14,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint
 from diffdis_jax.training import loop, start
 from diffdis_jax.training.build import build_step
-from diffdis_jax.training.step import Step
+from diffdis_jax.training.step import Trainer
 from tests import steps, tiny
 from tests.models.networks import random_params
 
@@ -22,13 +22,13 @@ TOKENS = "^text_encoder.tokens"
 NOTHING = "^$"
 
 
-def make_step(config: ConfigDict) -> Step:
+def make_step(config: ConfigDict) -> Trainer:
   return build_step(config, steps.make_mesh())
 
 
 def tiny_config(**changes: object) -> ConfigDict:
   """The tiny config with nothing random on purpose but the token table, as in the config that it is made from."""
-  return steps.make_config(**{"optim.random_frozen": TOKENS, **changes})
+  return steps.make_config(**{"optim.allow_uninitialized": TOKENS, **changes})
 
 
 def save(params: Params, path: pathlib.Path) -> str:
@@ -37,7 +37,7 @@ def save(params: Params, path: pathlib.Path) -> str:
   return str(path)
 
 
-def frozen_at_random(trainer: Step, init_from: str = "") -> dict[str, int]:
+def frozen_at_random(trainer: Trainer, init_from: str = "") -> dict[str, int]:
   """Part -> how many of its parameters the run is refused for."""
   try:
     start.find_initial(init_from, trainer)
@@ -74,7 +74,7 @@ def test_the_message_names_the_first_how_many_and_the_mend():
   message = (
     rf"optim\.groups freezes {number} parameters \(autoencoder {number}\) that nothing was loaded for, the first"
     r" autoencoder\.conv_in\.\w+; load them \(--config\.init_from=WORKDIR of import_weights or of an autoencoder's run"
-    r"\), train them \(optim\.groups\), or name them in optim\.random_frozen"
+    r"\), train them \(optim\.groups\), or name them in optim\.allow_uninitialized"
   )
   with pytest.raises(UserError, match=message):
     start.find_initial("", step)
@@ -97,17 +97,17 @@ def test_what_the_other_run_does_not_have(tmp_path):
 
 def test_a_run_is_refused_before_its_workdir_is_made(tmp_path):
   config = tiny.get_config()
-  config.optim.random_frozen = TOKENS
+  config.optim.allow_uninitialized = TOKENS
   with pytest.raises(UserError, match="optim.groups freezes"):
     loop.train_and_evaluate(config, str(tmp_path / "run"))
   assert not list(tmp_path.iterdir())
 
 
 def test_statistics_are_measured_by_a_run_of_the_autoencoder():
-  step = make_step(steps.make_config("reconstruction", **{"optim.random_frozen": NOTHING}))
+  step = make_step(steps.make_config("reconstruction", **{"optim.allow_uninitialized": NOTHING}))
   assert start.find_initial("", step) == set()
 
 
 def test_a_regex_that_is_none():
-  with pytest.raises(UserError, match=r"optim.random_frozen has '\(', which is no regular expression"):
-    make_step(steps.make_config(**{"optim.random_frozen": "("}))
+  with pytest.raises(UserError, match=r"optim.allow_uninitialized has '\(', which is no regular expression"):
+    make_step(steps.make_config(**{"optim.allow_uninitialized": "("}))

@@ -393,7 +393,7 @@ def test_stored_posteriors_train_as_their_images_do(sample):
   for total in found:
     assert abs(float(total) - float(expected)) < 0.01 * abs(float(expected))
   section = objectives.Loss(**config.loss, sample_posterior=sample)
-  draws = lambda step_number: section.draw(step.step_keys(0, step_number, jnp.int32(0)), stored, loss.network)
+  draws = lambda step_number: section.sample_noise(step.step_keys(0, step_number, jnp.int32(0)), stored, loss.network)
   z = lambda step_number, batch=stored: encode.encode_images(model, batch, draws(step_number))[0]
   # The loss hardly sees whether the latents' shift and scale were applied.
   np.testing.assert_allclose(z(jnp.int32(0)), z(jnp.int32(0), batch), atol=0.03)
