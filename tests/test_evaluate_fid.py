@@ -75,7 +75,8 @@ def test_its_features_are_torch_fidelitys_of_the_kept_images(run, inception_file
 DRIVER = """
 from diffdis_jax.evals import drawn_prompts
 drawn_prompts.PART = 4
-from diffdis_jax import cli, evaluate
+from diffdis_jax import evaluate
+from diffdis_jax.common import cli
 evaluate.define_flags()
 cli.run(evaluate.main)
 """

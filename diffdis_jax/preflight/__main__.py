@@ -41,6 +41,7 @@ from diffdis_jax.training.build import build_step, plain
 
 CC3M_PAIRS = 2_905_954
 # What traces and compiles.
+PROGRAMS = ("train", "generation", "discrimination")
 COMPILERS = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 COMPILERS += (*targets.CUDA, *targets.CUDNN)
 
@@ -196,7 +197,6 @@ def read_kept(file: epath.Path) -> dict[str, Any] | None:
     return None
 
 
-PROGRAMS = ("train", "generation", "discrimination")
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
