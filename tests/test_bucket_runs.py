@@ -8,7 +8,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import uuid
@@ -129,11 +128,9 @@ def test_a_second_run_is_refused(url, on_a_bucket):
   assert not buckets.files_below(url)
 
 
-def test_an_export_from_and_to_a_bucket(tmp_path, bucket, url, on_a_bucket):
-  with tarfile.open(ROOT / "tests" / "before" / "run.tar.xz") as tar:
-    tar.extractall(tmp_path, filter="data")
-  buckets.upload(tmp_path / "run", url)
-  succeed("export_weights", on_a_bucket, f"--workdir={tmp_path}/run", f"--out={tmp_path}/out")
+def test_an_export_from_and_to_a_bucket(tmp_path, bucket, url, on_a_bucket, exportable_run):
+  buckets.upload(pathlib.Path(exportable_run), url)
+  succeed("export_weights", on_a_bucket, f"--workdir={exportable_run}", f"--out={tmp_path}/out")
   succeed("export_weights", on_a_bucket, f"--workdir={url}", f"--out={url}-out")
   files = {path.relative_to(tmp_path / "out"): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
   assert set(buckets.files_below(f"{url}-out")) == {str(name) for name in files}

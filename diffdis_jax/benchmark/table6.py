@@ -29,6 +29,7 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import TrainingBatch
 from diffdis_jax.training import flops
+from diffdis_jax.training.step import Trainer
 
 NAMES = {"clip": "CLIP", "stable_diffusion": "Stable Diffusion", "diffdis": "DiffDis"}
 LOADED_STEPS = 3  # of a round, with the loader

@@ -146,14 +146,14 @@ def train_and_evaluate(
     facts.log(trainer, data)
     if checkpoint.latest_step(path) is None:
       start.find_initial(config.init_from, trainer)
-    fields, defaults = config.to_dict(), run_config.defaults(accumulate=config.optim.accumulate)
-    workdir.check_config(path, fields, defaults=defaults)
+    fields = config.to_dict()
+    workdir.check_config(path, fields)
     processes.check_shared(path)
 
     # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
     processes.on_first(lambda: stack.enter_context(workdir.Lock(path)))
     is_writer = processes.is_first()
-    workdir.open_for_training(path, fields, defaults=defaults, is_writer=is_writer)
+    workdir.open_for_training(path, fields, is_writer=is_writer)
     if is_writer:
       files.write_whole(buckets.path(path) / "parameters.txt", facts.overview(trainer).encode())
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, kept))
