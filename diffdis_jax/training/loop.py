@@ -29,7 +29,7 @@ from diffdis_jax.inference import Inference, Sampling, read_sampling
 from diffdis_jax.method import encode
 from diffdis_jax.method.network import LONG_TAIL, Network
 from diffdis_jax.parallel import processes, programs, sharding
-from diffdis_jax.run import checkpoint, history, profile, trackers, workdir, writers
+from diffdis_jax.run import checkpoint, committed, history, profile, trackers, workdir, writers
 from diffdis_jax.training import anchors, facts, start
 from diffdis_jax.training.build import build_step, read_long_tail
 from diffdis_jax.training.evaluator import Evaluator
@@ -144,7 +144,7 @@ def train_and_evaluate(
     evaluator = make_evaluator(config, intervals, sampling, trainer, stop)
     selection = make_selection(config, data, trainer)
     facts.log(trainer, data)
-    if checkpoint.latest_step(path) is None:
+    if committed.latest_step(path) is None:
       start.find_initial(config.init_from, trainer)
     fields = config.to_dict()
     workdir.check_config(path, fields)
