@@ -206,7 +206,7 @@ class Loop:
   def run(self, state: TrainState, meta: Mapping[str, Any]) -> None:
     """Steps to the last one from `state`, which has been saved with `meta`, or is new. Raises as train_and_evaluate."""
     intervals, start_step = self.intervals, int(state.step)
-    progress = writers.Progress(
+    progress = writers.Throughput(
       start_step=start_step, num_steps=intervals.num_steps, batch_size=intervals.batch_size, peak_rate=self.peak_rate
     )
     substitutions, totals = loader.Substitutions(), read_totals(meta)
