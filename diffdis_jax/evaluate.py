@@ -46,7 +46,7 @@ from diffdis_jax.evals.text_cache import CachedTexts
 from diffdis_jax.method.network import check_objectives
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
-from diffdis_jax.run import checkpoint, provenance
+from diffdis_jax.run import checkpoint, provenance, restore
 
 FLAGS = flags.FLAGS
 Section = tuple[str, dict[str, Any]]  # data set, and {task, what that evaluation takes}
@@ -193,7 +193,7 @@ def evaluate(
   made = [(dataset, section["task"], evals.create(**section)) for dataset, section in sections]
   for dataset, _, evaluation in made:
     check(dataset, evaluation)
-  step, ema = checkpoint.choose(run, step, ema=ema)
+  step, ema = restore.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, **protocol)
   common = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
   origin = provenance.provenance(provenance.of_run(run, step=step))

@@ -28,7 +28,7 @@ from diffdis_jax.method.diffdis import DiffDis, to_signed
 from diffdis_jax.method.network import ALIGNED, Network
 from diffdis_jax.models.clip import Clip
 from diffdis_jax.parallel import batches, programs, sharding
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import restore
 
 MOST_ROWS = 2**16  # of a compiled call
 
@@ -414,4 +414,4 @@ def load(
     raise UserError(f"this run is a CLIP, which samples nothing; {', '.join(sampling)} has no effect, leave it out")
   how = read_sampling(config.inference.to_dict(), **sampling)
   inference = Inference(network, how, batch_size=batch_size, mesh=mesh)
-  return inference, checkpoint.restore_params(path, step=step, ema=ema, abstract=inference.abstract_params())
+  return inference, restore.restore_params(path, step=step, ema=ema, abstract=inference.abstract_params())

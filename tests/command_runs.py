@@ -57,3 +57,16 @@ def joint_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, s
     assert done.returncode == 0, done.stderr
 
   return str(made_once(tmp_path_factory, "joint", train))
+
+
+@pytest.fixture(scope="session")
+def exportable_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> str:
+  """Workdir of a finished run of both objectives, on an untrained autoencoder such as diffusers has: of no patches."""
+
+  def train(workdir: pathlib.Path) -> None:
+    fields = {"num_steps": 2, "model.autoencoder.widths": (8, 8), "model.autoencoder.patch": 1}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    done = call("train", environment, "--config=tests/tiny.py", *flags, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+
+  return str(made_once(tmp_path_factory, "exportable", train))

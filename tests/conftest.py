@@ -46,7 +46,6 @@ LONGEST = (
   "test_gradcache.py",
   "test_requirements.py",
   "test_pages.py",
-  "test_before.py",
   "test_evaluate_fid.py",
   "test_agreement.py",
 )

@@ -22,14 +22,14 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import Network
 from diffdis_jax.models.clip import normalise
-from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.run import checkpoint, committed, restore, workdir
 from diffdis_jax.training import start
 from diffdis_jax.training.build import build_step
 from tests import steps, tiny_clip
 from tests.command_runs import call
 from tests.models.from_torch import nchw
 from tests.models.networks import relative_error
-from tests.test_resume import metrics, restore
+from tests.test_resume import metrics, restore_training
 from tests.untrained import State
 
 pytest_plugins = ("tests.command_runs",)
@@ -74,7 +74,7 @@ def test_a_run_measures_itself_and_keeps_its_best(run):
   accuracy = {line["step"]: line["test/acc1"] for line in lines if "test/acc1" in line}
   assert [line["step"] for line in losses] == [4, 8] and list(accuracy) == [4, 8]
   assert {"loss_contrastive", "alignment_accuracy", "temperature", "grad_norm"} <= losses[-1].keys()
-  assert checkpoint.latest_step(run) == 8
+  assert committed.latest_step(run) == 8
   best = checkpoint.best(run, checkpoint.CheckpointPolicy(**workdir.load_config(run).checkpoint))
   assert best is not None and best.value == pytest.approx(max(accuracy.values()))
 
@@ -89,7 +89,7 @@ def test_gone_on_with_from_its_first_save_it_ends_in_the_same_bits(run, environm
   assert done.returncode == 0, done.stderr
 
   assert metrics(resumed) == metrics(pathlib.Path(run))
-  (expected, next_batch), (found, next_found) = restore(pathlib.Path(run)), restore(resumed)
+  (expected, next_batch), (found, next_found) = restore_training(pathlib.Path(run)), restore_training(resumed)
   np.testing.assert_array_equal(next_found, next_batch)
   assert int(found.step) == 8
   for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
@@ -158,7 +158,7 @@ def test_open_clip_embeds_what_the_run_embeds(exported, embedded):
 
 
 def saved(run: str) -> Params:
-  return {path: np.asarray(value) for path, value in checkpoint.restore_params(run).items()}
+  return {path: np.asarray(value) for path, value in restore.restore_params(run).items()}
 
 
 @pytest.mark.parametrize("file", ["", "open_clip_model.safetensors"])

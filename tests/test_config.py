@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 from diffdis_jax.config import base, check_types, defaults, load, with_evals
 from diffdis_jax.errors import UserError
 from diffdis_jax.models import sizes
-from diffdis_jax.run import workdir
 from tests import tiny, tiny_clip
 
 SECTION = '{"name": "birds", "task": "zero_shot", "data": {"path": "BIRDS", "split": "val"}, "templates": ["a {}"]}'
@@ -31,25 +30,6 @@ def test_every_field_has_a_default_but_those_that_are_given():
   assert defaults(accumulate=1)["model"] == {
     name: sizes.sd_v1()[name] for name in ("matmul_precision", "attention_kernel", "temperature")
   }
-
-
-def test_a_run_from_before_contrastive_batches_goes_on_as_it_was(tmp_path):
-  """Its microbatches were batches of their own; with one of them, that is the whole batch."""
-  config = make_config().to_dict()
-  older = {name: value for name, value in config["optim"].items() if name != "contrastive_batch"}
-  (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-  (tmp_path / "checkpoints" / "1" / "commit_success.txt").touch()
-
-  def go_on(accumulate: int, contrastive_batch: str) -> None:
-    text = json.dumps(config | {"optim": older | {"accumulate": accumulate}})
-    (tmp_path / "config.json").write_text(text)
-    optim = older | {"accumulate": accumulate, "contrastive_batch": contrastive_batch}
-    workdir.check_config(tmp_path, config | {"optim": optim}, defaults=defaults(accumulate=accumulate))
-
-  go_on(1, "whole")
-  go_on(2, "microbatch")
-  with pytest.raises(UserError, match="optim.contrastive_batch is absent there and 'whole' here"):
-    go_on(2, "whole")
 
 
 def test_evaluations_are_added_and_nothing_else_is_changed():

@@ -38,7 +38,7 @@ def test_records(tmp_path, monkeypatch, ema, kept):
   saved = tmp_path / "7"
   (saved / "ema" if kept else saved).mkdir(parents=True)
   asked = []
-  monkeypatch.setattr(evaluate.checkpoint, "find", lambda workdir, step: saved)
+  monkeypatch.setattr(evaluate.restore, "find", lambda workdir, step: saved)
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: asked.append(how) or (Inference(), {}))
   tasks = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
   sections = {task: {"task": task, "data": DATA, "seed": 2} for task in tasks}
@@ -56,7 +56,7 @@ def test_records(tmp_path, monkeypatch, ema, kept):
 
 def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
   (tmp_path / "7").mkdir()
-  monkeypatch.setattr(evaluate.checkpoint, "find", lambda workdir, step: tmp_path / "7")
+  monkeypatch.setattr(evaluate.restore, "find", lambda workdir, step: tmp_path / "7")
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(), {}))
   run = evals.ZeroShot.run
   done = []

@@ -25,7 +25,7 @@ from diffdis_jax.evals import registry as evals
 from diffdis_jax.inference import Inference, read_sampling
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.run import restore, workdir
 from tests.command_runs import ROOT
 
 pytest_plugins = ("tests.untrained", "tests.inception_weights", "tests.command_runs")
@@ -53,7 +53,7 @@ def test_its_features_are_torch_fidelitys_of_the_kept_images(run, inception_file
   config = workdir.load_config(run)
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   inference = Inference(Network.of(config), read_sampling(config.inference.to_dict()), mesh=mesh, batch_size=3)
-  params = checkpoint.restore_params(run, abstract=inference.abstract_params())
+  params = restore.restore_params(run, abstract=inference.abstract_params())
   made = evals.create(**section(6), inception=str(inception_file), parts=str(tmp_path), keep_images=True)
   metrics = made.run(inference, params)
   files = sorted((tmp_path / "images").iterdir())

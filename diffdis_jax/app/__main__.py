@@ -28,7 +28,7 @@ from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.evals import prompts
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import restore
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 16
@@ -109,7 +109,7 @@ def serve(
   """
   config = run_config.load(run)
   players.tabs(config.objectives)
-  step, ema = checkpoint.choose(run, step, ema=ema)
+  step, ema = restore.choose(run, step, ema=ema)
   source = open_data(config.evals.to_dict(), data, split, image_size=config.image_size)
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   model, params = inference.load(run, step=step, ema=ema, batch_size=BATCH_SIZE, mesh=mesh)

@@ -215,7 +215,7 @@ def data_wait(
   iterator, substitutions = open_loader(data, batch_size=batch_size, seed=0), loader.Substitutions()
   draw = lambda: data.batch_type(**sharding.to_global(substitutions.take(next(iterator)), trainer.mesh))
   state, metrics = jax.block_until_ready(trainer.train_step(state, draw()))
-  progress = writers.Progress(start_step=0, num_steps=steps, batch_size=batch_size)
+  progress = writers.Throughput(start_step=0, num_steps=steps, batch_size=batch_size)
   for _ in range(steps):  # as train does: a batch is drawn while the step before it runs
     with progress.waiting_for_data(functools.partial(is_running, metrics)):
       batch = draw()

@@ -103,9 +103,9 @@ class Data:
     """A line for each source, with what its preparation counted."""
     lines = []
     for section in self.sources.values():
-      weight = section.get("weight")
-      rest = {field: value for field, value in section.items() if field != "weight"}
-      lines.append(sources.describe(**rest) + ("" if weight is None else f", weight {weight}"))
+      rest = {"name": "pairs", "image_size": self.image_size, **section}
+      weight = f", weight {rest.pop('weight')}" if "weight" in rest else ""
+      lines.append(sources.read(**rest).describe() + weight)
     return lines
 
   def latent_facts(self) -> dict[str, Mapping[str, Any]]:

@@ -47,7 +47,6 @@ def open_for_training(
   workdir: epath.PathLike,
   config: Mapping[str, Any],
   *,
-  defaults: Mapping[str, Any] | None = None,
   is_writer: bool = True,
 ) -> epath.Path:
   """Creates the folder and writes its config.json, or checks that the run in it has the same config.
@@ -57,14 +56,13 @@ def open_for_training(
   Args:
     workdir: the folder; local, or any path that etils.epath reads.
     config: the run's, as nested dicts of tuples, numbers, strings, booleans and None.
-    defaults: as `check_config` takes them.
     is_writer: whether this process writes; one of several processes does.
 
   Raises:
     UserError: the folder cannot be made, or holds a run whose config differs in a field outside MAY_CHANGE.
   """
   path = buckets.path(workdir)
-  replaced = check_config(workdir, config, defaults=defaults)
+  replaced = check_config(workdir, config)
   if is_writer:
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     try:
@@ -82,16 +80,12 @@ def open_for_training(
   return path
 
 
-def check_config(
-  workdir: epath.PathLike, config: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None
-) -> list[str]:
+def check_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> list[str]:
   """Checks that a run may go on under this config, if there is one in the folder that has a checkpoint.
 
   Args:
     workdir: the folder.
     config: nested dicts.
-    defaults: values of fields, nested as in the config. A run that an earlier version wrote may lack some of them; they
-      then have these values there.
 
   Returns:
     What differs in fields outside MAY_CHANGE, a phrase for each, where the run there has no checkpoint.
@@ -103,9 +97,7 @@ def check_config(
   if not (path / "config.json").exists():
     return []
   config_there = _read(path)
-  there, here, default = (flatten(fields) for fields in (config_there, config, defaults or {}))
-  newer = {field for field in here.keys() - there.keys() if (field, here[field]) in default.items()}
-  differing = differences(there, {field: value for field, value in here.items() if field not in newer})
+  differing = differences(flatten(config_there), flatten(config))
   is_begun = SECTIONS <= config_there.keys() and not committed.committed_steps(committed.folder(workdir))
   if differing and not is_begun:
     raise UserError(f"{path} holds a run of another config: {', '.join(differing)}; take its config or a new --workdir")

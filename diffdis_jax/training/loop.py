@@ -29,7 +29,7 @@ from diffdis_jax.inference import Inference, Sampling, read_sampling
 from diffdis_jax.method import encode
 from diffdis_jax.method.network import LONG_TAIL, Network
 from diffdis_jax.parallel import processes, programs, sharding
-from diffdis_jax.run import checkpoint, history, profile, trackers, workdir, writers
+from diffdis_jax.run import checkpoint, committed, history, profile, trackers, workdir, writers
 from diffdis_jax.training import anchors, facts, start
 from diffdis_jax.training.build import build_step, read_long_tail
 from diffdis_jax.training.evaluator import Evaluator
@@ -144,16 +144,16 @@ def train_and_evaluate(
     evaluator = make_evaluator(config, intervals, sampling, trainer, stop)
     selection = make_selection(config, data, trainer)
     facts.log(trainer, data)
-    if checkpoint.latest_step(path) is None:
+    if committed.latest_step(path) is None:
       start.find_initial(config.init_from, trainer)
-    fields, defaults = config.to_dict(), run_config.defaults(accumulate=config.optim.accumulate)
-    workdir.check_config(path, fields, defaults=defaults)
+    fields = config.to_dict()
+    workdir.check_config(path, fields)
     processes.check_shared(path)
 
     # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
     processes.on_first(lambda: stack.enter_context(workdir.Lock(path)))
     is_writer = processes.is_first()
-    workdir.open_for_training(path, fields, defaults=defaults, is_writer=is_writer)
+    workdir.open_for_training(path, fields, is_writer=is_writer)
     if is_writer:
       files.write_whole(buckets.path(path) / "parameters.txt", facts.overview(trainer).encode())
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, kept))
@@ -206,7 +206,7 @@ class Loop:
   def run(self, state: TrainState, meta: Mapping[str, Any]) -> None:
     """Steps to the last one from `state`, which has been saved with `meta`, or is new. Raises as train_and_evaluate."""
     intervals, start_step = self.intervals, int(state.step)
-    progress = writers.Progress(
+    progress = writers.Throughput(
       start_step=start_step, num_steps=intervals.num_steps, batch_size=intervals.batch_size, peak_rate=self.peak_rate
     )
     substitutions, totals = loader.Substitutions(), read_totals(meta)

@@ -22,7 +22,7 @@ from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import HEAD_PREFIX, LONG_TAIL
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import checkpoint, committed, restore
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer, TrainState
 
@@ -97,7 +97,7 @@ def _find_backbone(path: str, trainer: Trainer) -> set[str]:
       f"init_from={path} was trained for {', '.join(config.objectives)}, and stage 2 goes on from stage 1: train"
       " configs/places_lt.py:stage=1 from it first, and take that run"
     )
-  if is_second and (step := checkpoint.latest_step(path) or 0) != config.num_steps:
+  if is_second and (step := committed.latest_step(path) or 0) != config.num_steps:
     raise UserError(f"init_from={path} is stage 1 at step {step} of {config.num_steps}; train it to its end first")
   names = _names_in_common(path, trainer)
   wanted = {name for name in trainer.shapes if not name.startswith(HEAD_PREFIX)}
@@ -110,7 +110,7 @@ def _find_backbone(path: str, trainer: Trainer) -> set[str]:
 
 
 def _names_in_common(path: str, trainer: Trainer) -> set[str]:
-  saved = checkpoint.saved_params(path)
+  saved = restore.saved_params(path)
   common = saved.keys() & trainer.shapes.keys() - _drawn_by_import(path, saved)
   if not common:
     raise UserError(f"init_from={path} has no parameter of this network; it holds {parts_of(saved)}")
@@ -165,13 +165,13 @@ def load_initial(path: str, trainer: Trainer) -> Params:
   if not names:
     return {}
   names -= {ANCHORS}  # which are chosen anew
-  saved = checkpoint.saved_params(path)
+  saved = restore.saved_params(path)
   abstract = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     saved,
     sharding.shardings(saved, trainer.mesh, saved),
   )
-  params = checkpoint.restore_params(path, abstract=abstract)
+  params = restore.restore_params(path, abstract=abstract)
   logging.info("init_from %s: loaded %s", path, parts_of(names))
   logging.info("initialised: %s", parts_of(trainer.shapes.keys() - names) or "nothing")
   logging.info("ignored: %s", parts_of(saved.keys() - names) or "nothing")
