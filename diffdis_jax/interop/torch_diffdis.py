@@ -80,8 +80,8 @@ def trailing(steps: int) -> list[int]:
   """The timesteps of `steps` DDIM steps, from T-1 down, and -1 for the data: 999, 666, 332, -1 for three."""
   if not 1 <= steps <= NUM_TIMESTEPS:
     raise ValueError(f"steps is {steps}; it must be 1 to {NUM_TIMESTEPS}")
-  # From T down, so that the first step is always at T-1, the noise that it starts from. A fractional stride may give one
-  # entry too many.
+  # From T down, so that the first step is always at T-1, where e_T is noise. A fractional stride may give an entry too
+  # many.
   t = torch.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / steps, dtype=torch.float64).round().long()
   return [*(t[:steps] - 1).tolist(), -1]
 
