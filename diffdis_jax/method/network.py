@@ -20,7 +20,7 @@ from diffdis_jax.method.alignment import AlignmentTransformer
 from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.method.fusion import TextStream
 from diffdis_jax.method.schedules import Process
-from diffdis_jax.models import attention, clip_init
+from diffdis_jax.models import attention, clip
 from diffdis_jax.models.attention import AUTO
 from diffdis_jax.models.autoencoder import Autoencoder
 from diffdis_jax.models.clip import Clip, VisionEncoder
@@ -248,9 +248,7 @@ class Network:
     if not isinstance(self.model, ClipModel):
       return flatten(initial_state(_builder(self.model, self.objectives), key))
     of_head = {path for path in self.shapes if path.startswith(HEAD_PREFIX)}
-    params = clip_init.initialise(
-      key, {path: leaf for path, leaf in self.shapes.items() if path not in of_head}, self.model
-    )
+    params = clip.initialise(key, {path: leaf for path, leaf in self.shapes.items() if path not in of_head}, self.model)
     if of_head:
       built = flatten(initial_state(_builder(self.model, self.objectives), key))
       params |= {path: built[path] for path in of_head}

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from diffdis_jax.errors import UserError, check_choice, check_number, check_numbers, read_section
 from diffdis_jax.models.attention import AUTO, KERNELS
-from diffdis_jax.models.layers import ACTIVATIONS, DTYPES, REMAT_POLICIES
+from diffdis_jax.models.layers import ACTIVATIONS, DTYPES
+from diffdis_jax.models.remat import REMAT_POLICIES
 from diffdis_jax.models.sizes import TEMPERATURE
 
 MATMUL_PRECISIONS = (AUTO, "default", "high", "highest")
@@ -150,7 +151,7 @@ class Model:
       on TPUs and TF32 on GPUs; on CPUs all are the same. `auto` is highest where dtype is float32, so that it means
       that, and default where it is bfloat16.
     attention_kernel: one of attention.KERNELS wherever it can run; `auto` is the fastest on the device.
-    remat: what the backward pass keeps, one of layers.REMAT_POLICIES.
+    remat: what the backward pass keeps, one of remat.REMAT_POLICIES.
 
   Raises:
     UserError: a value out of its range.
@@ -211,7 +212,7 @@ class ClipModel:
 
   Attributes:
     temperature, dtype, matmul_precision, attention_kernel: as Model's.
-    remat: what the backward pass keeps of each layer, one of layers.REMAT_POLICIES.
+    remat: what the backward pass keeps of each layer, one of remat.REMAT_POLICIES.
 
   Raises:
     UserError: a value out of its range, or towers that do not end in one width.

@@ -92,7 +92,7 @@ def test_gradients_equal_those_of_pytorch():
   def loss(model, images):
     text, null = model.encode_text(jnp.asarray(TOKENS, jnp.int32)), model.encode_text(jnp.asarray(NULL, jnp.int32))
     batch = Batch(image=jnp.asarray(images), tokens=jnp.asarray(TOKENS, jnp.int32))
-    draws = section.draw(keys, batch, build.Network.of(config))
+    draws = section.sample_noise(keys, batch, build.Network.of(config))
     c_null = np.ones((len(images), 1, 1), np.float32) * null.c
     process = Process(schedule=config.image_diffusion.schedule)
     inputs = noised_generation(model.encode_image(batch.image), text.c, c_null, draws, process=process)
