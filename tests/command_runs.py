@@ -20,7 +20,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
   """Of the commands: what one of them compiled, quickly rather than well, the others find."""
   cache = str(shared_folder(tmp_path_factory) / "xla")
   quick = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-  kept = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+  kept = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  kept["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # as tests/conftest.py
   kept["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
   return {**os.environ, **quick, **kept}
 
