@@ -48,7 +48,7 @@ LONGEST = (
   "test_pages.py",
   "test_before.py",
   "test_evaluate_fid.py",
-  "test_agreement.py",
+  "test_generation_accuracy.py",
 )
 
 

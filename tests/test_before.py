@@ -21,6 +21,7 @@ from configs import common
 from diffdis_jax import evaluate, export_weights, inference
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.evals import sections
 from diffdis_jax.run import workdir
 from diffdis_jax.training import loop
 
@@ -51,7 +52,7 @@ def test_it_embeds_and_draws_the_same(run):
 
 
 def test_it_goes_on_to_the_same_numbers_and_evaluates_to_them(run):
-  found = evaluate.evaluate(run, evaluate.sections_of_config(workdir.load_config(run).evals.to_dict(), tasks=None))
+  found = evaluate.evaluate(run, sections.of_config(workdir.load_config(run).evals.to_dict(), tasks=None))
   for task, sets in EXPECTED["evaluations"].items():
     for name, metrics in sets.items():
       now = found[task][name]["metrics"]
