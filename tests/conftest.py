@@ -49,7 +49,7 @@ LONGEST = (
   "test_requirements.py",
   "test_pages.py",
   "test_evaluate_fid.py",
-  "test_agreement.py",
+  "test_generation_accuracy.py",
 )
 
 

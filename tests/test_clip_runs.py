@@ -20,6 +20,7 @@ from diffdis_jax import evaluate, export_weights, generate, import_weights, infe
 from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import sections
 from diffdis_jax.method.network import Network
 from diffdis_jax.models.clip import normalise
 from diffdis_jax.run import checkpoint, committed, restore, workdir
@@ -97,10 +98,10 @@ def test_gone_on_with_from_its_first_save_it_ends_in_the_same_bits(run, environm
 
 
 def test_evaluation_gives_what_the_run_measured(run):
-  (dataset, section), *_ = evaluate.sections_of_config(workdir.load_config(run).evals.to_dict(), tasks=None)
-  retrieval = ("shapes", {"task": "retrieval", "data": SHAPES, "duplicate_captions": True})
-  results = evaluate.evaluate(run, [(dataset, section), retrieval])
-  record = results["zero_shot"][dataset]
+  section, *_ = sections.of_config(workdir.load_config(run).evals.to_dict(), tasks=None)
+  retrieval = sections.Section("shapes", "retrieval", {"data": SHAPES, "duplicate_captions": True})
+  results = evaluate.evaluate(run, [section, retrieval])
+  record = results["zero_shot"][section.dataset]
   assert record["metrics"]["acc1"] == pytest.approx(metrics_of(run)[-1]["test/acc1"])
   assert (
     not {"steps", "num_noise_samples", "guidance"} & record["protocol"].keys() and record["protocol"]["checkpoint"] == 8

@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from configs import places_lt
-from diffdis_jax import evaluate, export_weights
+from diffdis_jax import export_weights
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import sections
 from diffdis_jax.run import checkpoint, committed, restore, workdir
 from diffdis_jax.training import start
 from diffdis_jax.training.build import build_step
@@ -236,4 +237,4 @@ def test_starts_that_are_none(stage, kind, message, tmp_path):
 
 def test_long_tail_takes_no_prepared_folder(tmp_path):
   with pytest.raises(UserError, match="leave out --data"):
-    evaluate.sections_of_folder("folder", "test", tasks=["long_tail"], image_size=16)
+    sections.of_folder("folder", "test", tasks=["long_tail"], image_size=16)

@@ -101,7 +101,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.train --workdir=RUN --config=configs/clip_cc3m.py",
     "python -m diffdis_jax.train --config=configs/NAME.py --workdir=RUN --eval=",
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot,retrieval --data=",
-    "python -m diffdis_jax.evaluate --workdir=RUN --tasks=recognition --data=",
+    "python -m diffdis_jax.evaluate --workdir=RUN --tasks=generation_accuracy --data=",
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=fid --data=",
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=median_rank --data=",
     "python -m diffdis_jax.evaluate --workdir=RUN --suite=",

@@ -67,7 +67,7 @@ def test_answers_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
   copy = copy_package(tmp_path, monkeypatch)
   asked = dict(topology="h100:8", slices=1, programs=["train"], search=False, num_pairs=1, epochs=1.0)
   monkeypatch.setattr(preflight, "FLAGS", types.SimpleNamespace(**asked))
-  name = lambda: preflight.cache_file("{}", "cuda", None).name
+  name = lambda: preflight.key_of("{}", "cuda", None)
   names = [name()]
   assert name() == names[0]
   monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")

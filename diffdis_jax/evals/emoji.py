@@ -11,6 +11,7 @@ from diffdis_jax.data import records
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.base import Eval
 from diffdis_jax.evals.retrieval import Retrieval
+from diffdis_jax.evals.sections import Section
 from diffdis_jax.evals.zero_shot import ZeroShot
 
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
@@ -22,8 +23,8 @@ SETS = {f"emoji/{split}": count for split, count in COUNTS.items()}
 ANEW = "prepare it anew by python -m diffdis_jax.prepare_data emoji"
 
 
-def sections(root: pathlib.Path, *, image_size: int) -> list[tuple[str, dict[str, Any]]]:
-  """(data set, what its evaluation takes): zero-shot classification and retrieval on each split that is there.
+def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
+  """Zero-shot classification and retrieval on each split that is there.
 
   Of retrieval, whatever bears the query's caption is right: in `val_concepts` several artists' images have the same.
 
@@ -49,11 +50,11 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[tuple[str, dict[str
   found = []
   for split in splits:
     data = {"name": "pairs", "path": str(path), "split": split, "image_size": image_size}
-    zero_shot = {"task": "zero_shot", "data": data, "label_field": "concept", "templates": TEMPLATES}
+    zero_shot: dict[str, Any] = {"data": data, "label_field": "concept", "templates": TEMPLATES}
     if split in WITH_UNSEEN:
       zero_shot["seen_split"] = "train"
-    found.append((f"emoji/{split}", zero_shot))
-    found.append((f"emoji/{split}", {"task": "retrieval", "data": data, "duplicate_captions": True}))
+    found.append(Section(f"emoji/{split}", "zero_shot", zero_shot))
+    found.append(Section(f"emoji/{split}", "retrieval", {"data": data, "duplicate_captions": True}))
   return found
 
 
