@@ -26,11 +26,10 @@ from diffdis_jax.data.build import Data, LatentShapes, open_loader, read_data
 from diffdis_jax.errors import Preempted, UserError, check_number, read_section
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.inference import Inference, Sampling, read_sampling
-from diffdis_jax.method import encode
 from diffdis_jax.method.network import LONG_TAIL, Network
 from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.run import checkpoint, committed, history, profile, trackers, workdir, writers
-from diffdis_jax.training import anchors, facts, start
+from diffdis_jax.training import anchors, facts, start, stored_inputs
 from diffdis_jax.training.build import build_step, read_long_tail
 from diffdis_jax.training.evaluator import Evaluator
 from diffdis_jax.training.flops import abstract_batch, rate_at_peak
@@ -161,7 +160,7 @@ def train_and_evaluate(
       train_step.start()  # beside what reads and draws parameters, of which each may take a minute
     made = functools.partial(choose_anchors, selection, path, trainer, sampling, stop) if selection else no_params
     state, meta = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator, made)
-    encode.check_stored(data.latent_facts(), state.params, trainer.trainable)
+    stored_inputs.check_stored(data.latent_facts(), state.params, trainer.trainable)
     step = int(state.step)
     known = facts.of_start(trainer, data, init_from=None if step else config.init_from)
     stack.enter_context(history.recorded(path, step=step, is_writer=is_writer, facts=known))
