@@ -37,13 +37,13 @@ from absl import flags, logging
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
 from diffdis_jax.common import buckets, cli, files, guesses
-from diffdis_jax.errors import UserError, read_section
+from diffdis_jax.config.sections import CheckpointPolicy
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, suites, tables
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import ResultFile, Results
 from diffdis_jax.evals.text_cache import CachedTexts
-from diffdis_jax.method.network import check_objectives
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
 from diffdis_jax.run import checkpoint, provenance
@@ -143,13 +143,11 @@ def main(argv: Sequence[str]) -> None:
   processes.start()
   if processes.is_first() and buckets.path(FLAGS.out).parent.is_dir():
     files.check_out(FLAGS.out)
-  config = run_config.load(FLAGS.workdir)
-  check_objectives(config.objectives)
+  record = run_config.load(FLAGS.workdir)
   settings = _given(name for names in SETTINGS.values() for name in names)
-  asked = _sections(config.evals.to_dict(), objectives=config.objectives, image_size=config.image_size)
+  asked = _sections(record.evals, objectives=record.objectives, image_size=record.image_size)
   sections = with_parts(override(asked, settings), FLAGS.out)
-  kept = read_section(checkpoint.CheckpointPolicy, config.checkpoint.to_dict(), "checkpoint")
-  step = _best_step(FLAGS.workdir, kept) if FLAGS.best else FLAGS.step
+  step = _best_step(FLAGS.workdir, record.checkpoint) if FLAGS.best else FLAGS.step
   texts = files.user_cache("texts") if FLAGS.text_cache is None else FLAGS.text_cache
   protocol = {"step": step, "ema": FLAGS.ema, "text_cache": texts, **_given(PROTOCOL)}
   if FLAGS.query_steps is not None:
@@ -323,7 +321,7 @@ def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[S
   ]
 
 
-def _best_step(run: str, kept: checkpoint.CheckpointPolicy) -> int:
+def _best_step(run: str, kept: CheckpointPolicy) -> int:
   """Raises UserError where the run keeps no best checkpoint, or --step names one too."""
   if FLAGS.step is not None:
     raise UserError("--best and --step are both given; give one of them")

@@ -8,9 +8,8 @@ each computes its rows of every batch.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,49 +21,18 @@ from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray, UInt8
 from diffdis_jax import config as run_config
 from diffdis_jax.common.params import Params
 from diffdis_jax.common.progress import Progress
-from diffdis_jax.errors import UserError, check_number, read_section
+from diffdis_jax.config.model import ClipModel
+from diffdis_jax.config.objectives import ALIGNED, GENERATIVE, WITH_HEAD
+from diffdis_jax.config.sections import Sampling
+from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.method import encode, guidance, losses, samplers, schedules
 from diffdis_jax.method.diffdis import DiffDis, to_signed
-from diffdis_jax.method.network import ALIGNED, Network
+from diffdis_jax.method.network import Network
 from diffdis_jax.models.clip import Clip
 from diffdis_jax.parallel import batches, programs, sharding
 from diffdis_jax.run import checkpoint
 
 MOST_ROWS = 2**16  # of a compiled call
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-  """How to sample; a config's `inference` section.
-
-  Attributes:
-    steps: denoising steps of the text query. One, from noise, is the paper's norm (Algorithm 3, Table 6).
-    num_noise_samples: draws of the text query's noise to average (not stated by the paper).
-    guidance: s of the text query's guidance, where the null condition is the image z = 0; 1 is none.
-    normalize_query: of several steps and target `data`, whether each step's ê_0 is normalised before it is fed back:
-      the
-      process is defined on vectors of length 1, and the loss never sees a length (not stated by the paper). With one
-      step, or with target `noise`, it changes nothing.
-    generation_steps: DDIM steps of an image.
-    generation_guidance: s = 1 + w of an image's guidance.
-
-  Raises:
-    UserError: a value out of its range.
-  """
-
-  steps: int = 1
-  num_noise_samples: int = 1
-  guidance: float = 1.0
-  normalize_query: bool = True
-  generation_steps: int = 50
-  generation_guidance: float = 7.5
-
-  def __post_init__(self) -> None:
-    check_number("steps", self.steps, at_least=1, at_most=1000)
-    check_number("num_noise_samples", self.num_noise_samples, at_least=1)
-    check_number("guidance", self.guidance, at_least=0.0)
-    check_number("generation_steps", self.generation_steps, at_least=1, at_most=999)
-    check_number("generation_guidance", self.generation_guidance, at_least=0.0)
 
 
 def draw_images(
@@ -243,7 +211,7 @@ class Inference:
 
     As in its training an image is denoised once, in one step. Its noise is the first draw's of `embed_images`.
     """
-    self._require("long_tail_head")
+    self._require(*WITH_HEAD)
     places = np.arange(len(images), dtype=np.int32)
     return self._batched(functools.partial(self._compiled_classes, params, jax.random.key(seed)), images, places)
 
@@ -259,7 +227,7 @@ class Inference:
 
     `done` is called with the number of new images after each call of it; None shows how far it is.
     """
-    self._require("generation")
+    self._require(*GENERATIVE)
     done = done or Progress("drawn", len(tokens), "images").add
     return self._batched(functools.partial(self._compiled_drawing, params), tokens, noise, done=done)
 
@@ -377,11 +345,6 @@ class Inference:
     return self.network.with_params(params).encode_text(tokens).c.astype(jnp.bfloat16)
 
 
-def read_sampling(section: Mapping[str, Any], **changes: Any) -> Sampling:
-  """A config's `inference` section, with some fields replaced. Raises UserError: a value out of its range."""
-  return read_section(Sampling, {**section, **changes}, "inference")
-
-
 def load(
   path: str,
   *,
@@ -407,11 +370,10 @@ def load(
     UserError: no run or no checkpoint there, one that does not fit its config, an image size that the network cannot
       take, or fields of Sampling for a CLIP.
   """
-  config = run_config.load(path)
-  config.image_size = config.image_size if image_size is None else image_size
-  network = Network.of(config)
-  if sampling and network.is_clip:
+  run = run_config.load(path)
+  changes = {} if image_size is None else {"image_size": image_size}
+  if sampling and isinstance(run.model, ClipModel):
     raise UserError(f"this run is a CLIP, which samples nothing; {', '.join(sampling)} has no effect, leave it out")
-  how = read_sampling(config.inference.to_dict(), **sampling)
-  inference = Inference(network, how, batch_size=batch_size, mesh=mesh)
+  run = run.replace(changes | {f"inference.{name}": value for name, value in sampling.items()})
+  inference = Inference(Network.of(run), run.inference, batch_size=batch_size, mesh=mesh)
   return inference, checkpoint.restore_params(path, step=step, ema=ema, abstract=inference.abstract_params())

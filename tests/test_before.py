@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from configs import common
 from diffdis_jax import evaluate, export_weights, inference
+from diffdis_jax.config import Run
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.run import workdir
@@ -66,7 +67,7 @@ def test_it_goes_on_to_the_same_numbers_and_evaluates_to_them(run):
   assert "allow_uninitialized" not in json.loads((pathlib.Path(run) / "config.json").read_text())["optim"]
   assert config.optim.allow_uninitialized == common.base(ConfigDict(), image_size=16).optim.allow_uninitialized
   config.train_evals = ()
-  loop.train_and_evaluate(config, run)
+  loop.train_and_evaluate(Run.of(config), run)
   lines = [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]
   trained = [line for line in EXPECTED["metrics"] if "loss" in line]
   assert [line["step"] for line in lines] == [line["step"] for line in trained] == list(range(1, 9))

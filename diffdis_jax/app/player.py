@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax import inference
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.objectives import COMPARING, DENOISING, GENERATIVE
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import guidance, losses, samplers, schedules
@@ -27,10 +28,10 @@ from diffdis_jax.parallel import programs, sharding
 
 ROWS = 8  # noise draws a compiled step
 TABS = {  # what each needs a run to be trained for, any of these
-  "draw": ("generation",),
-  "classify": ("discrimination", "contrastive"),
-  "search": ("discrimination", "contrastive"),
-  "inside": ("discrimination",),
+  "draw": GENERATIVE,
+  "classify": COMPARING,
+  "search": COMPARING,
+  "inside": DENOISING,
 }
 
 

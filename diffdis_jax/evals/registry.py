@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from diffdis_jax.config.objectives import ALIGNED, GENERATIVE
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, check_type
 from diffdis_jax.evals.agreement import Agreement
@@ -16,7 +17,6 @@ from diffdis_jax.evals.long_tail import LongTail
 from diffdis_jax.evals.recognition import Recognition
 from diffdis_jax.evals.retrieval import Retrieval
 from diffdis_jax.evals.zero_shot import ZeroShot
-from diffdis_jax.method.network import ALIGNED
 
 EVALS = {
   "zero_shot": ZeroShot,
@@ -31,9 +31,9 @@ _LIKE = {"int": 0, "float": 0.0, "bool": False}  # annotation of a setting -> a 
 MEASURES = {
   "zero_shot": ALIGNED,
   "retrieval": ALIGNED,
-  "agreement": ("generation",),
-  "recognition": ("generation",),
-  "fid": ("generation",),
+  "agreement": GENERATIVE,
+  "recognition": GENERATIVE,
+  "fid": GENERATIVE,
   "long_tail": ALIGNED,
 }
 

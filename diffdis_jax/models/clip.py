@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int, UInt8
 from diffdis_jax.errors import UserError
 from diffdis_jax.models.layers import LayerNorm, TransformerLayer, conv, linear, run_block
 from diffdis_jax.models.lgr import LanguageGuidedHead
-from diffdis_jax.models.sizes import TEMPERATURE
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.structs import TextCondition
 
@@ -68,7 +67,7 @@ class VisionEncoder(nnx.Module):
     projection: int,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
-    remat: str = "none",
+    remat: str,
   ):
     if image_size % patch:
       raise UserError(f"patches of {patch} px do not tile an image of {image_size} px; give a multiple of {patch}")
@@ -123,8 +122,8 @@ class Clip(nnx.Module):
     *,
     text_encoder: TextEncoder,
     vision_encoder: VisionEncoder,
-    head: LanguageGuidedHead | None = None,
-    temperature: float = TEMPERATURE,
+    head: LanguageGuidedHead | None,
+    temperature: float,
   ):
     self.text_encoder = text_encoder
     self.vision_encoder = vision_encoder

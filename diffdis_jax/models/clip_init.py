@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from diffdis_jax.common.params import Params, first_match
-from diffdis_jax.models.sections import ClipModel, TextEncoderSize, VisionEncoderSize
+from diffdis_jax.config.model import ClipModel, TextEncoderSize, VisionEncoderSize
 
 
 class Start(NamedTuple):

@@ -6,9 +6,11 @@ Images are NHWC.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -36,12 +38,25 @@ REMAT_POLICIES = {
 }
 
 
+_KEEPS_ALL: contextvars.ContextVar[bool] = contextvars.ContextVar("keeps_all", default=False)
+
+
+@contextlib.contextmanager
+def keeping_all() -> Iterator[None]:
+  """Around what is traced with nothing computed twice, whatever a network's `remat` says."""
+  token = _KEEPS_ALL.set(True)
+  try:
+    yield
+  finally:
+    _KEEPS_ALL.reset(token)
+
+
 def run_block(f: Callable[..., Any], block: nnx.Module, *args: Any, remat: str) -> Any:
   """f(block, *args), of which the backward pass keeps what `remat`, a key of REMAT_POLICIES, says.
 
   Not by nnx.remat, which writes parameters back, and so cannot stand inside a sampler's loop.
   """
-  if remat == "none":
+  if remat == "none" or _KEEPS_ALL.get():
     return f(block, *args)
   graphdef, state = nnx.split(block)
   pure = jax.checkpoint(lambda state, *args: f(nnx.merge(graphdef, state), *args), policy=REMAT_POLICIES[remat])

@@ -18,10 +18,10 @@ from typing import Any
 
 from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 
 from diffdis_jax.common import buckets
-from diffdis_jax.common.files import read_json, write_whole
+from diffdis_jax.common.files import write_whole
+from diffdis_jax.config.fields import SECTIONS, normalise, read_json_object
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import committed
 
@@ -39,17 +39,10 @@ MAY_CHANGE = (
   r"^optim\.allow_uninitialized$",  # of the start alone
 )
 """Fields (dotted paths) that may differ when a run goes on: they leave the numbers of the training alone."""
-SECTIONS = {"objectives", "model", "data", "optim"}  # of every run's config
 REPORTS = ("metrics.jsonl", "history.jsonl", "trackers.json", "events.out.tfevents.*", "samples", "plugins")
 
 
-def open_for_training(
-  workdir: epath.PathLike,
-  config: Mapping[str, Any],
-  *,
-  defaults: Mapping[str, Any] | None = None,
-  is_writer: bool = True,
-) -> epath.Path:
+def open_for_training(workdir: epath.PathLike, config: Mapping[str, Any], *, is_writer: bool = True) -> epath.Path:
   """Creates the folder and writes its config.json, or checks that the run in it has the same config.
 
   A run without a checkpoint does not hold its config: what it has reported is set aside, so that it mixes with nothing.
@@ -57,14 +50,13 @@ def open_for_training(
   Args:
     workdir: the folder; local, or any path that etils.epath reads.
     config: the run's, as nested dicts of tuples, numbers, strings, booleans and None.
-    defaults: as `check_config` takes them.
     is_writer: whether this process writes; one of several processes does.
 
   Raises:
     UserError: the folder cannot be made, or holds a run whose config differs in a field outside MAY_CHANGE.
   """
   path = buckets.path(workdir)
-  replaced = check_config(workdir, config, defaults=defaults)
+  replaced = check_config(workdir, config)
   if is_writer:
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     try:
@@ -82,16 +74,12 @@ def open_for_training(
   return path
 
 
-def check_config(
-  workdir: epath.PathLike, config: Mapping[str, Any], *, defaults: Mapping[str, Any] | None = None
-) -> list[str]:
+def check_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> list[str]:
   """Checks that a run may go on under this config, if there is one in the folder that has a checkpoint.
 
   Args:
     workdir: the folder.
     config: nested dicts.
-    defaults: values of fields, nested as in the config. A run that an earlier version wrote may lack some of them; they
-      then have these values there.
 
   Returns:
     What differs in fields outside MAY_CHANGE, a phrase for each, where the run there has no checkpoint.
@@ -102,10 +90,8 @@ def check_config(
   path = buckets.path(workdir)
   if not (path / "config.json").exists():
     return []
-  config_there = _read(path)
-  there, here, default = (flatten(fields) for fields in (config_there, config, defaults or {}))
-  newer = {field for field in here.keys() - there.keys() if (field, here[field]) in default.items()}
-  differing = differences(there, {field: value for field, value in here.items() if field not in newer})
+  config_there = read_json_object(path)
+  differing = differences(flatten(config_there), flatten(config))
   is_begun = SECTIONS <= config_there.keys() and not committed.committed_steps(committed.folder(workdir))
   if differing and not is_begun:
     raise UserError(f"{path} holds a run of another config: {', '.join(differing)}; take its config or a new --workdir")
@@ -233,43 +219,9 @@ def _is_dead(other: dict[str, Any]) -> bool:
   return other.get("machine") == _machine() and _started(other.get("pid")) != other.get("started")
 
 
-def load_config(workdir: epath.PathLike) -> ConfigDict:
-  """The config of the run in this folder, locked. Sequences come back as tuples.
-
-  Raises:
-    UserError: no such folder, or no config.json of a run in it.
-  """
-  path = buckets.path(workdir)
-  if not (path / "config.json").exists():  # which raises for a bucket that is away, where `is_dir` says no
-    what = "config.json in" if path.is_dir() else "folder"
-    raise UserError(f"no {what} {workdir}; --workdir names the folder of a training run")
-  config = _read(path)
-  if missing := SECTIONS - config.keys():
-    raise UserError(
-      f"{path / 'config.json'} is of no training run, it has no {min(missing)!r}; --workdir names the folder of one"
-    )
-  return ConfigDict(config).lock()
-
-
-def _read(path: epath.Path) -> dict[str, Any]:
-  config = _normalise(read_json(path / "config.json"))
-  if not isinstance(config, dict):
-    raise UserError(f"{path / 'config.json'} is of no training run; it should hold a JSON object")
-  return config
-
-
-def _normalise(value: Any) -> Any:
-  """Lists, which are what JSON makes of tuples, as tuples again."""
-  if isinstance(value, dict):
-    return {key: _normalise(child) for key, child in value.items()}
-  if isinstance(value, (list, tuple)):
-    return tuple(map(_normalise, value))
-  return value
-
-
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of a config by their dotted paths, lists as tuples. A section without fields stands for itself."""
-  return _flatten(_normalise(config))
+  return _flatten(normalise(config))
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -112,19 +112,6 @@ def test_a_run_is_known_by_what_its_training_depends_on(tmp_path, monkeypatch):
   assert name(config) != first
 
 
-def test_a_field_that_came_later_leaves_names_alone(monkeypatch):
-  before = planning.identity(planning.as_dict(base()))
-  from diffdis_jax import config as run_config
-
-  defaults = run_config.defaults
-  monkeypatch.setattr(run_config, "defaults", lambda **options: defaults(**options) | {"newer": {"field": 3}})
-  config = base()
-  config.newer = {"field": 3}
-  assert planning.identity(planning.as_dict(config)) == before
-  config.newer.field = 4
-  assert planning.identity(planning.as_dict(config)) == before | {"newer.field": 4}
-
-
 def test_the_same_training_measured_twice():
   plan = make_plan(grid="inference.num_noise_samples=1,4", seeds=(0,))
   (one,), (four,) = plan.rows["grid", 0], plan.rows["grid", 1]

@@ -10,17 +10,18 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from ml_collections import ConfigDict
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from diffdis_jax.config import Run
 from diffdis_jax.interop import mapping, sections
 from diffdis_jax.method import losses
-from diffdis_jax.method import network as build
 from diffdis_jax.method.diffdis import to_signed
 from diffdis_jax.method.draws import noised_generation
 from diffdis_jax.method.schedules import Process
 from diffdis_jax.structs import Batch
-from diffdis_jax.training.loss_function import Loss, generation_loss
+from diffdis_jax.training.loss_function import generation_loss, noise_of
 from diffdis_jax.training.step import step_keys
 from tests import steps
 from tests.models import from_torch, networks
+from tests.steps import network_of
 
 BOS, EOS = steps.BOS, steps.EOS
 TOKENS = np.array([[BOS, 5, 6, EOS, EOS, EOS, EOS, EOS], [BOS, 1, 2, 3, 4, EOS, EOS, EOS], [BOS] + [EOS] * 7] * 2)
@@ -87,14 +88,14 @@ def test_gradients_equal_those_of_pytorch():
   images = np.random.default_rng(0).integers(0, 256, (len(TOKENS), 16, 16, 3), np.uint8)
   keys = step_keys(0, jnp.int32(1), jnp.int32(0))
 
-  section = Loss(**config.loss, sample_posterior=False)
+  run = Run.of(config)
 
   def loss(model, images):
     text, null = model.encode_text(jnp.asarray(TOKENS, jnp.int32)), model.encode_text(jnp.asarray(NULL, jnp.int32))
     batch = Batch(image=jnp.asarray(images), tokens=jnp.asarray(TOKENS, jnp.int32))
-    draws = section.draw(keys, batch, build.Network.of(config))
+    draws = noise_of(run, keys, batch, network_of(config))
     c_null = np.ones((len(images), 1, 1), np.float32) * null.c
-    process = Process(schedule=config.image_diffusion.schedule)
+    process = Process.of(run.image_diffusion)
     inputs = noised_generation(model.encode_image(batch.image), text.c, c_null, draws, process=process)
     per_sample = losses.denoising(draws.noise_z, model.generation(**vars(inputs)))
     return generation_loss(per_sample, draws)[0]
