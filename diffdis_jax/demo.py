@@ -18,6 +18,7 @@ from absl import flags, logging
 
 from diffdis_jax import evaluate, inference
 from diffdis_jax.common import buckets, cli, files
+from diffdis_jax.config import Run
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
@@ -46,16 +47,17 @@ def main(argv: Sequence[str]) -> None:
   config.init_from = str(out / "autoencoder")
   config.sample_prompts = ()  # grid.png has these very prompts
   # One device trains the autoencoder as fast as two; the other cores compile what comes next.
-  small = loop.Prepared.of(autoencoder, sharding.make_mesh(**autoencoder.mesh, devices=jax.devices()[:1]))
-  large = loop.Prepared.of(config, sharding.make_mesh(**config.mesh))
+  first, second = Run.of(autoencoder), Run.of(config)
+  small = loop.Prepared.of(first, sharding.make_mesh(**vars(first.mesh), devices=jax.devices()[:1]))
+  large = loop.Prepared.of(second, sharding.make_mesh(**vars(second.mesh)))
   if not resumed:
     logging.info("compiling DiffDis while its autoencoder trains")
     large.compile_ahead()
-  loop.train_and_evaluate(autoencoder, config.init_from, prepared=small)
-  loop.train_and_evaluate(config, run, prepared=large)
+  loop.train_and_evaluate(first, second.init_from, prepared=small)
+  loop.train_and_evaluate(second, run, prepared=large)
 
   tasks = ("zero_shot", "generation_accuracy")
-  found = evaluate.evaluate(run, sections.of_config(config.evals.to_dict(), tasks=tasks))
+  found = evaluate.evaluate(run, sections.of_config(second.evals, tasks=tasks))
   metrics = {name: record["metrics"] for records in found.values() for name, record in records.items()}
   draw_classes(run, out / "grid.png")
   results = dict(
@@ -67,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
   )
   if not resumed:
     results["seconds"] = time.monotonic() - begin
-  made = provenance.provenance(provenance.of_run(run, step=config.num_steps))
+  made = provenance.provenance(provenance.of_run(run, step=second.num_steps))
   files.write_json(out / "results.json", {**results, "provenance": made})
   logging.info("%s", "  ".join(f"{name} {value:.3f}" for name, value in results.items()))
   logging.info("results in %s, images in %s", out / "results.json", out / "grid.png")

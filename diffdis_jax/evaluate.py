@@ -36,7 +36,8 @@ from absl import flags, logging
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
 from diffdis_jax.common import buckets, cli, files, guesses
-from diffdis_jax.errors import UserError, read_section
+from diffdis_jax.config.sections import CheckpointPolicy
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, registry, suites, tables
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import sections as eval_sections
@@ -44,7 +45,6 @@ from diffdis_jax.evals import settings as eval_settings
 from diffdis_jax.evals.results import ResultFile, Results
 from diffdis_jax.evals.sections import Section
 from diffdis_jax.evals.text_cache import CachedTexts
-from diffdis_jax.method.network import check_objectives
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
 from diffdis_jax.run import checkpoint, provenance, restore
@@ -94,15 +94,13 @@ def main(argv: Sequence[str]) -> None:
   # Hours of work are not to end in an --out that cannot be written.
   if processes.is_first() and buckets.path(FLAGS.out).parent.is_dir():
     files.check_out(FLAGS.out)
-  config = run_config.load(FLAGS.workdir)
-  check_objectives(config.objectives)
-  asked = _sections(config.evals.to_dict(), objectives=config.objectives, image_size=config.image_size)
+  record = run_config.load(FLAGS.workdir)
+  asked = _sections(record.evals, objectives=record.objectives, image_size=record.image_size)
   # In this order: flags may name --parts, and what has none of its own gets one.
   sections = eval_sections.with_parts(eval_sections.override(asked, _given(SETTINGS)), FLAGS.out)
-  kept = read_section(checkpoint.CheckpointPolicy, config.checkpoint.to_dict(), "checkpoint")
   protocol = {**_sampling(), **_given(LOADING)}
   if FLAGS.best:
-    protocol["step"] = _best_step(FLAGS.workdir, kept)
+    protocol["step"] = _best_step(FLAGS.workdir, record.checkpoint)
   protocol["text_cache"] = files.user_cache("texts") if FLAGS.text_cache is None else FLAGS.text_cache
   if FLAGS.suite:
     measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
@@ -232,7 +230,7 @@ def sections_of_suite(*, objectives: Sequence[str], image_size: int) -> list[Sec
   return suites.sections(FLAGS.suite, FLAGS.data_root, objectives=objectives, image_size=image_size)
 
 
-def _best_step(run: str, kept: checkpoint.CheckpointPolicy) -> int:
+def _best_step(run: str, kept: CheckpointPolicy) -> int:
   """Raises UserError where the run keeps no best checkpoint, or --step names one too."""
   if FLAGS.step is not None:
     raise UserError("--best and --step are both given; give one of them")

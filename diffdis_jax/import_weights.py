@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from diffdis_jax.common import buckets, cli, files
 from diffdis_jax.common.params import Params
-from diffdis_jax.config import base
+from diffdis_jax.config import Run, base
 from diffdis_jax.data.tokenizer import VOCAB_SIZE, load_merges, make_vocab
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, hub, mapping
@@ -93,14 +93,15 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
   config = make_config(found)
   if found.tokenizer:
     check_tokenizer(found.tokenizer)
-  network = Network.of(config)
+  run = Run.of(config)
+  network = Network.of(run)
   matched = from_torch.match(found, network.shapes)
   report(matched, network.shapes)
   new = network.shapes.keys() - matched.names.keys()
   params = initialise(network, new, seed=seed) | from_torch.read(matched)
 
   with files.whole_folder(folder) as temporary:
-    workdir.open_for_training(str(temporary), config.to_dict())
+    workdir.open_for_training(str(temporary), run.to_dict())
     origin = {"source": source, "loaded": matched.names, "ignored": matched.ignored}
     origin["initialised"] = sorted(new)
     (temporary / "import.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")

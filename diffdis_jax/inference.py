@@ -9,7 +9,7 @@ batch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,11 +21,13 @@ from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray, UInt8
 from diffdis_jax import config as run_config
 from diffdis_jax.common.params import Params
 from diffdis_jax.common.progress import Progress
-from diffdis_jax.errors import UserError, check_number, read_section
+from diffdis_jax.config.model import ClipModel
+from diffdis_jax.config.objectives import ALIGNED, GENERATIVE, WITH_HEAD
+from diffdis_jax.config.sections import Sampling
+from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.method import algorithms, features
 from diffdis_jax.method.diffdis import DiffDis, to_signed
-from diffdis_jax.method.network import ALIGNED, Network
-from diffdis_jax.method.sampling import Sampling
+from diffdis_jax.method.network import Network
 from diffdis_jax.method.step_noise import query_noise
 from diffdis_jax.models.clip import Clip
 from diffdis_jax.parallel import batches, programs, sharding
@@ -121,7 +123,7 @@ class Inference:
 
     As in its training an image is denoised once, in one step. Its noise is the first sample of `embed_images`.
     """
-    self._require("long_tail_head")
+    self._require(*WITH_HEAD)
     places = np.arange(len(images), dtype=np.int32)
     return self._batched(functools.partial(self._compiled_class_logits, params, jax.random.key(seed)), images, places)
 
@@ -137,7 +139,7 @@ class Inference:
 
     `done` is called with the number of new images after each call of it; None shows how far it is.
     """
-    self._require("generation")
+    self._require(*GENERATIVE)
     done = done or Progress("generated", len(tokens), "images").add
     return self._batched(functools.partial(self._compiled_generate, params), tokens, noise, done=done)
 
@@ -249,11 +251,6 @@ class Inference:
     return self.network.with_params(params).encode_text(tokens).c.astype(jnp.bfloat16)
 
 
-def read_sampling(section: Mapping[str, Any], **changes: Any) -> Sampling:
-  """A config's `inference` section, with some fields replaced. Raises UserError: a value out of its range."""
-  return read_section(Sampling, {**section, **changes}, "inference")
-
-
 def load(
   path: str,
   *,
@@ -279,11 +276,10 @@ def load(
     UserError: no run or no checkpoint there, one that does not fit its config, an image size that the network cannot
       take, or fields of Sampling for a CLIP.
   """
-  config = run_config.load(path)
-  config.image_size = config.image_size if image_size is None else image_size
-  network = Network.of(config)
-  if sampling and network.is_clip:
+  run = run_config.load(path)
+  changes = {} if image_size is None else {"image_size": image_size}
+  if sampling and isinstance(run.model, ClipModel):
     raise UserError(f"this run is a CLIP, which samples nothing; {', '.join(sampling)} has no effect, leave it out")
-  how = read_sampling(config.inference.to_dict(), **sampling)
-  inference = Inference(network, how, batch_size=batch_size, mesh=mesh)
+  run = run.replace(changes | {f"inference.{name}": value for name, value in sampling.items()})
+  inference = Inference(Network.of(run), run.inference, batch_size=batch_size, mesh=mesh)
   return inference, restore.restore_params(path, step=step, ema=ema, abstract=inference.abstract_params())

@@ -40,6 +40,7 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, cli, files
+from diffdis_jax.config.data import Augmentation
 from diffdis_jax.data.layouts import find
 from diffdis_jax.data.layouts.tfds_folder import INFO
 from diffdis_jax.data.prepare import (
@@ -55,7 +56,6 @@ from diffdis_jax.data.prepare import (
   zero_shot_sets,
 )
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError, check_type, parse_json, read_section
 
 # name -> how its raw data are found, its builder
@@ -189,7 +189,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
       shape=(h, w, 2 * c),
       image_size=model.image_size,
       views=_VIEWS.value,
-      augmentation=_augmentation(run_config.load(run).data.augment.to_dict()),
+      augmentation=_augmentation(dataclasses.asdict(run_config.load(run).data.augment)),
       fingerprint=stored_inputs.fingerprint(params),
       text=text,
     ),

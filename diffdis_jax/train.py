@@ -14,6 +14,7 @@ from absl import flags
 
 from diffdis_jax import config as run_config
 from diffdis_jax.common import cli
+from diffdis_jax.config import Run
 from diffdis_jax.run import trackers
 
 FLAGS = flags.FLAGS
@@ -21,7 +22,7 @@ FLAGS = flags.FLAGS
 
 def main(argv: Sequence[str]) -> None:
   del argv
-  config = run_config.with_evals(FLAGS.config, FLAGS.eval)
+  run = Run.of(run_config.with_evals(FLAGS.config, FLAGS.eval))
   trackers.check(FLAGS.tracker or "")
 
   # Not at the top: these take seconds, and what is wrong with the command line is said before.
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
   cli.use_all_cores()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   processes.start()
-  loop.train_and_evaluate(config, FLAGS.workdir, tracker=FLAGS.tracker or "", profiled=FLAGS.profile or "")
+  loop.train_and_evaluate(run, FLAGS.workdir, tracker=FLAGS.tracker or "", profiled=FLAGS.profile or "")
 
 
 if __name__ == "__main__":

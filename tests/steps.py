@@ -10,17 +10,18 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffdis_jax.common.params import Params
-from diffdis_jax.data.build import open_loader, read_data
-from diffdis_jax.inference import Inference, read_sampling
+from diffdis_jax.config import Run, read_fields
+from diffdis_jax.data.build import open_loader
+from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch
-from diffdis_jax.training import loss_function as objectives
-from diffdis_jax.training.build import build_step
+from diffdis_jax.training import plugs, step
 from diffdis_jax.training.loop import latent_shapes
 from diffdis_jax.training.step import Metrics, TrainState, step_keys
 from tests import tiny
@@ -69,19 +70,28 @@ def make_batch(config: ConfigDict, seed: int = 0) -> Batch:
 
 
 def make_inference(config: ConfigDict, *, mesh: Mesh | None = None, batch_size: int = 64, **sampling: Any) -> Inference:
-  network = Network.of(config)
-  return Inference(network, read_sampling(config.inference.to_dict(), **sampling), mesh=mesh, batch_size=batch_size)
+  run = Run.of(config).replace({f"inference.{name}": value for name, value in sampling.items()})
+  return Inference(Network.of(run), run.inference, mesh=mesh, batch_size=batch_size)
+
+
+def config_of(workdir: epath.PathLike) -> ConfigDict:
+  """Of the run in this folder, not locked."""
+  return ConfigDict(read_fields(workdir))
+
+
+def network_of(config: ConfigDict) -> Network:
+  return Network.of(Run.of(config))
+
+
+def build_trainer(config: ConfigDict, mesh: Mesh) -> step.Trainer:
+  """Not compiled."""
+  return step.Trainer(Run.of(config), mesh)
 
 
 def open_batches(config: ConfigDict, rows: Sequence[int] | None = None) -> grain.DatasetIterator:
   """The batches that a run of this config trains on, as train opens them."""
-  return open_loader(
-    read_data(config),
-    batch_size=config.batch_size,
-    seed=config.seed,
-    rows=rows,
-    latents=latent_shapes(Network.of(config)),
-  )
+  run = Run.of(config)
+  return open_loader(run, rows=rows, latents=latent_shapes(Network.of(run)))
 
 
 class Trainer:
@@ -89,7 +99,7 @@ class Trainer:
 
   def __init__(self, config: ConfigDict, mesh: Mesh | None = None):
     self.config, self.mesh = config, make_mesh() if mesh is None else mesh
-    self.step = build_step(config, self.mesh)
+    self.step = build_trainer(config, self.mesh)
     self.params = random_params(self.step.shapes, seed=0)
     lowered = self.step.train_step.lower(self.step.abstract_state, self.place(make_batch(config)))
     self._train_step = lowered.compile()
@@ -122,12 +132,11 @@ class Loss:
   """A config's loss as a function of (trained parameters, batch, keys), the others fixed; not compiled."""
 
   def __init__(self, config: ConfigDict, *, trained: str = ""):
-    self.network = Network.of(config)
+    self.network = network_of(config)
     self.params = random_params(self.network.shapes, seed=0)
     self.trained = {path: value for path, value in self.params.items() if re.search(trained, path)}
     self._fixed = {path: value for path, value in self.params.items() if path not in self.trained}
-    section = objectives.Loss(**config.loss, sample_posterior=config.sample_posterior)
-    self._loss = objectives.loss_function(self.network, section)
+    self._loss = plugs.loss_function(self.network, Run.of(config))
 
   def __call__(self, trained: Params, batch: Batch, keys: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
     # As it gets them in the compiled step.

@@ -16,20 +16,20 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 from configs import clip_cc3m
+from diffdis_jax import config as run_config
 from diffdis_jax import evaluate, export_weights, generate, import_weights, inference
 from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import sections
-from diffdis_jax.method.network import Network
 from diffdis_jax.models.clip import normalise
 from diffdis_jax.run import checkpoint, committed, restore, workdir
 from diffdis_jax.training import start
-from diffdis_jax.training.build import build_step
 from tests import steps, tiny_clip
 from tests.command_runs import call
 from tests.models.from_torch import nchw
 from tests.models.networks import relative_error
+from tests.steps import build_trainer, config_of, network_of
 from tests.test_resume import metrics, restore_training
 from tests.untrained import State
 
@@ -76,7 +76,7 @@ def test_a_run_measures_itself_and_keeps_its_best(run):
   assert [line["step"] for line in losses] == [4, 8] and list(accuracy) == [4, 8]
   assert {"loss_contrastive", "alignment_accuracy", "temperature", "grad_norm"} <= losses[-1].keys()
   assert committed.latest_step(run) == 8
-  best = checkpoint.best(run, checkpoint.CheckpointPolicy(**workdir.load_config(run).checkpoint))
+  best = checkpoint.best(run, run_config.load(run).checkpoint)
   assert best is not None and best.value == pytest.approx(max(accuracy.values()))
 
 
@@ -98,7 +98,7 @@ def test_gone_on_with_from_its_first_save_it_ends_in_the_same_bits(run, environm
 
 
 def test_evaluation_gives_what_the_run_measured(run):
-  section, *_ = sections.of_config(workdir.load_config(run).evals.to_dict(), tasks=None)
+  section, *_ = sections.of_config(config_of(run).evals.to_dict(), tasks=None)
   retrieval = sections.Section("shapes", "retrieval", {"data": SHAPES, "duplicate_captions": True})
   results = evaluate.evaluate(run, [section, retrieval])
   record = results["zero_shot"][section.dataset]
@@ -170,8 +170,8 @@ def test_an_export_comes_back_bit_for_bit_and_trains_on(run, exported, tmp_path,
   assert before.keys() == after.keys()
   for path, value in before.items():
     np.testing.assert_array_equal(after[path], value, err_msg=path)
-  assert workdir.load_config(imported).model.to_dict() == workdir.load_config(run).model.to_dict()
-  trainer = build_step(tiny_clip.get_config(), steps.make_mesh())
+  assert config_of(imported).model.to_dict() == config_of(run).model.to_dict()
+  trainer = build_trainer(tiny_clip.get_config(), steps.make_mesh())
   for path, value in start.load_initial(imported, trainer).items():
     np.testing.assert_array_equal(value, before.pop(path), err_msg=path)
   assert not before
@@ -186,7 +186,7 @@ def test_an_export_comes_back_bit_for_bit_and_trains_on(run, exported, tmp_path,
   ],
 )
 def test_a_clip_that_neither_library_can_hold(run, tmp_path, changes, message):
-  config = workdir.load_config(run).copy_and_resolve_references().unlock()
+  config = config_of(run)
   config.update_from_flattened_dict(changes)
   workdir.open_for_training(str(tmp_path / "run"), config.to_dict())
   with pytest.raises(UserError, match=message):
@@ -212,7 +212,7 @@ def test_a_released_size_leaves_for_both_libraries_and_comes_back(tmp_path, name
   config.model.dtype = "float32"
   run, out, back = (str(tmp_path / name) for name in ("run", "out", "back"))
   workdir.open_for_training(run, config.to_dict())
-  params = jax.jit(Network.of(config).initialise)(jax.random.key(0))
+  params = jax.jit(network_of(config).initialise)(jax.random.key(0))
   with checkpoint.Checkpointer(run) as checkpointer:
     checkpointer.save(1, State(params, {}, {}))
   export_weights.export_weights(run, out)

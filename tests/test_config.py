@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import re
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
 
-from diffdis_jax.config import base, check_types, defaults, load, with_evals
+from diffdis_jax.config import Run, base, load, with_evals
+from diffdis_jax.config.run import default_fields
 from diffdis_jax.errors import UserError
-from diffdis_jax.models import sizes
-from tests import tiny, tiny_clip
+from diffdis_jax.run import workdir
+from tests import tiny, tiny_clip, tiny_lt
 
 SECTION = '{"name": "birds", "task": "zero_shot", "data": {"path": "BIRDS", "split": "val"}, "templates": ["a {}"]}'
 
@@ -22,14 +25,8 @@ def make_config() -> ConfigDict:
 
 def test_every_field_has_a_default_but_those_that_are_given():
   fields = make_config().to_dict()
-  assert fields.keys() - defaults(accumulate=1).keys() == {"image_size"}
-  assert defaults(accumulate=1)["optim"] == fields["optim"]
-  # What runs did before there was a choice, where it makes a difference.
-  assert defaults(accumulate=2)["optim"] == fields["optim"] | {"contrastive_batch": "microbatch"}
-  assert fields["optim"]["contrastive_batch"] == "whole"
-  assert defaults(accumulate=1)["model"] == {
-    name: sizes.sd_v1()[name] for name in ("matmul_precision", "attention_kernel", "temperature")
-  }
+  assert fields.keys() - default_fields().keys() == {"image_size", "model"}
+  assert {**fields, **default_fields(), "evals": fields["evals"], "train_evals": fields["train_evals"]} == fields
 
 
 def test_evaluations_are_added_and_nothing_else_is_changed():
@@ -104,19 +101,52 @@ def test_a_field_of_another_type_is_one_line(tmp_path, field, value, message):
   assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("field", ["image_size", "inference", "evals", "data.max_length", "evals.test.task"])
+def tiny_fields() -> dict[str, Any]:
+  return json.loads(tiny.get_config().to_json())
+
+
+def section_of(fields: dict[str, Any], path: str) -> dict[str, Any]:
+  for name in path.split(".")[:-1]:
+    fields = fields[name]
+  return fields
+
+
+# Of those the names are the config's own.
+FREE = re.compile(r"evals\.|optim\.rates\.|data\.seed$")
+FIELDS = [field for field in workdir.flatten(tiny_fields()) if not FREE.match(field)]
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "inference", "evals", "optim.rates", "evals.test.task"])
 def test_a_field_that_is_not_there_is_one_line(field):
-  fields = json.loads(tiny.get_config().to_json())
-  section = fields
-  for name in field.split(".")[:-1]:
-    section = section[name]
-  del section[field.split(".")[-1]]
-  with pytest.raises(UserError, match=f"{field} is missing"):
-    check_types(fields)
+  """None is filled in by its default."""
+  fields = tiny_fields()
+  del section_of(fields, field)[field.split(".")[-1]]
+  with pytest.raises(UserError, match=f"{field} is missing; every config of a run has it"):
+    Run.of(fields)
 
 
-def test_configs_are_of_the_types_of_their_defaults(tmp_path):
-  for config in (tiny.get_config(), tiny.get_config("autoencoder"), tiny_clip.get_config()):
-    check_types(config.to_dict())
+@pytest.mark.parametrize(
+  "field, answer",
+  [
+    ("inference.draws", "did you mean inference.num_noise_samples?"),
+    ("inference.unit_query", "did you mean inference.normalize_query?"),
+    ("loss.equal_captions", "did you mean loss.duplicate_captions? (mask or negatives)"),
+    ("optim.random_frozen", "did you mean optim.allow_uninitialized?"),
+    ("model.alignment.map_parts", "did you mean model.alignment.spatial_pool?"),
+    ("model.text_encoder.token_query", "did you mean model.text_encoder.token_embedding_weight?"),
+    ("sede", "did you mean seed?"),
+  ],
+)
+def test_a_field_by_a_former_name_is_answered_by_the_new_one(tmp_path, field, answer):
+  fields = tiny_fields()
+  section_of(fields, field)[field.split(".")[-1]] = 1
+  (tmp_path / "config.json").write_text(json.dumps(fields))
+  with pytest.raises(UserError, match=re.escape(f"config.json: unknown config key {field}; {answer}")) as error:
+    load(tmp_path)
+  assert "\n" not in str(error.value)
+
+
+def test_configs_come_back_equal(tmp_path):
+  for config in (tiny.get_config(), tiny.get_config("autoencoder"), tiny_clip.get_config(), tiny_lt.get_config()):
     (tmp_path / "config.json").write_text(config.to_json())
-    assert load(tmp_path).to_dict() == config.to_dict()
+    assert load(tmp_path).to_dict() == config.to_dict() == Run.of(config).to_dict()

@@ -22,13 +22,13 @@ import pytest
 from ml_collections import ConfigDict
 
 import configs
-from diffdis_jax.data.build import read_data
+from diffdis_jax.config import Run
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.method import schedules
 from diffdis_jax.parallel import sharding
-from diffdis_jax.training.build import build_step
+from tests.steps import build_trainer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NOT_ONE_MODEL = {"__init__", "common", "table6"}
@@ -60,7 +60,7 @@ def get_config(name: str, arg: str = "") -> ConfigDict:
 @functools.cache
 def listing(name: str, arg: str) -> list[str]:
   """A line for each parameter: path dtype[shape] group (axes), on a mesh of two devices a side."""
-  step = build_step(get_config(name, arg), sharding.make_mesh(data=2, fsdp=2, tensor=2))
+  step = build_trainer(get_config(name, arg), sharding.make_mesh(data=2, fsdp=2, tensor=2))
   axes = lambda path: ",".join(axis or "-" for axis in step.state_shardings.params[path].spec)
   return [
     f"{path} {leaf.dtype.name}[{','.join(map(str, leaf.shape))}] {step.groups[path]} ({axes(path)})"
@@ -99,11 +99,11 @@ def test_parameters_equal_the_golden_listing(name, arg):
 def test_generation_trains_on_undistorted_squares():
   """The stretched crop and RandAugment belong to discrimination, where it has a view of its own."""
   config = get_config("diffdis_cc3m", "path=somewhere")
-  shared = read_data(config)
-  assert shared.augmentation == Augmentation(crop="random", flip=True) and shared.discrimination_augmentation is None
+  shared = Run.of(config).data
+  assert shared.augment == Augmentation(crop="random", flip=True) and shared.own_augment is None
   config.data.discrimination_view = "own"
   own = Augmentation(crop="random_resized", randaugment_operations=2)
-  assert read_data(config).discrimination_augmentation == own
+  assert Run.of(config).data.own_augment == own
 
 
 # The ablations that leave every parameter as it is, and the one field that each is about.
@@ -178,7 +178,7 @@ def test_sets_that_measure_nothing(arg, message):
 @pytest.mark.parametrize("recipe", ["paper", "openclip"])
 def test_the_clip_baselines_are_four_rows_of_one_table(model, parameters, recipe):
   config = get_config("clip_cc3m", f"model={model},recipe={recipe},path=somewhere")
-  step = build_step(config, sharding.make_mesh(data=8, fsdp=1, tensor=1))
+  step = build_trainer(config, sharding.make_mesh(data=8, fsdp=1, tensor=1))
   assert sum(math.prod(leaf.shape) for leaf in step.shapes.values()) == parameters
   assert (config.batch_size, config.num_steps, config.optim.rates.new, config.optim.weight_decay) == (
     1024,
@@ -187,7 +187,7 @@ def test_the_clip_baselines_are_four_rows_of_one_table(model, parameters, recipe
     0.1,
   )
   assert -(-config.num_steps // config.eval_every) == 20 and config.eval_every % config.save_every == 0
-  augmentation = read_data(config).augmentation
+  augmentation = Run.of(config).data.augment
   assert bool(augmentation.randaugment_operations) == (recipe == "paper") and not augmentation.flip
   assert {config.model.text_encoder.activation, config.model.vision_encoder.activation} == {"gelu"}
 
@@ -253,14 +253,14 @@ def test_long_tailed_runs_have_the_rates_of_vl_ltr(arg):
   assert (first.optim.rates.backbone, first.optim.warmup_rate, first.optim.weight_decay) == (1e-5, 1e-6, 0.05)
   assert second.optim.rates.to_dict() == dict(visual=5e-5, language=1e-6) and second.optim.warmup_steps == 0
   assert second.model.head.to_dict() == dict(classes=365, anchors=64)
-  augmentation = read_data(first).augmentation
+  augmentation = Run.of(first).data.augment
   assert (augmentation.crop_scale, augmentation.flip, augmentation.erase) == ((0.08, 1.0), True, 0.25)
   assert get_config("places_lt", "set=imagenet").optim.rates.backbone == 3.5e-5
   imagenet = get_config("places_lt", "stage=2,set=imagenet")
   assert imagenet.optim.rates.visual == 1e-3 and imagenet.model.head.classes == 1000
   # Decay is for all but one-dimensional parameters: for the scale of the logits, which is a number, too.
   for config in (first, second):
-    step = build_step(config, sharding.make_mesh(data=8, fsdp=1, tensor=1))
+    step = build_trainer(config, sharding.make_mesh(data=8, fsdp=1, tensor=1))
     for path in step.trainable:
       assert bool(re.search(config.optim.no_decay, path)) == (len(step.shapes[path].shape) == 1), path
 

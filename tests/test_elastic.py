@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from clu.metrics import Average
 
+from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint
 from diffdis_jax.training import loop, start
-from diffdis_jax.training.build import build_step
 from tests import steps
 from tests.models.networks import random_params
+from tests.steps import build_trainer
 
 SAVED_ON = (2, 2, 2)
 STEPS = 3
@@ -32,7 +33,7 @@ def config():
 def saved(tmp_path_factory, config):
   """Workdir, state and next global batch of a run of three steps."""
   path = str(tmp_path_factory.mktemp("elastic"))
-  trainer = build_step(config, steps.make_mesh(*SAVED_ON))
+  trainer = build_trainer(config, steps.make_mesh(*SAVED_ON))
   state = trainer.with_params(jax.device_put(random_params(trainer.shapes, seed=0), trainer.state_shardings.params))
   iterator = steps.open_batches(config)
   for _ in range(STEPS):
@@ -46,9 +47,9 @@ def saved(tmp_path_factory, config):
 @pytest.mark.parametrize("shape", [(4, 2, 1), (8, 1, 1), (1, 1, 1)])
 def test_on_another_mesh_every_bit_and_the_next_batch_are_the_same(saved, config, shape):
   path, expected, next_batch = saved
-  trainer, iterator = build_step(config, steps.make_mesh(*shape)), steps.open_batches(config)
+  trainer, iterator = build_trainer(config, steps.make_mesh(*shape)), steps.open_batches(config)
   with checkpoint.Checkpointer(path) as checkpointer:
-    state, meta = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
+    state, meta = start.restore_or_init(trainer, checkpointer, iterator)
   assert int(state.step) == STEPS
   for (name, a), b in zip(
     jax.tree.leaves_with_path((expected.params, expected.ema, expected.opt_state)),
@@ -69,13 +70,13 @@ def test_on_another_mesh_every_bit_and_the_next_batch_are_the_same(saved, config
 def test_by_another_number_of_hosts_the_next_global_batch_is_the_same(saved, config, hosts):
   """Rows as sharding.local_rows gives them on a mesh whose hosts hold no contiguous ones."""
   path, _, next_batch = saved
-  trainer = build_step(config, steps.make_mesh(*SAVED_ON))
+  trainer = build_trainer(config, steps.make_mesh(*SAVED_ON))
   found = {name: np.zeros_like(values) for name, values in next_batch.items()}
   for host in range(hosts):
     rows = [row for row in range(config.batch_size) if row // 2 % hosts == host]
     iterator = steps.open_batches(config, rows)
     with checkpoint.Checkpointer(path) as checkpointer:
-      start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
+      start.restore_or_init(trainer, checkpointer, iterator)
     for name, values in next(iterator).items():
       found[name][rows] = values
   for name, values in next_batch.items():
@@ -114,7 +115,7 @@ def test_the_best_metric_is_of_an_evaluation_in_training(config, tmp_path):
   bad = config.copy_and_resolve_references()
   bad.checkpoint.update(keep_best=1, best_metric="test/acc1")
   with pytest.raises(UserError, match="best_metric=test/acc1 should begin with one of train_evals"):
-    loop.train_and_evaluate(bad, str(tmp_path / "run"))
+    loop.train_and_evaluate(Run.of(bad), str(tmp_path / "run"))
 
 
 def test_totals_keep_their_bits_through_json():

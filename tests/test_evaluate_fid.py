@@ -19,14 +19,15 @@ import torch
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from diffdis_jax.config import Run
 from diffdis_jax.data import shapes
 from diffdis_jax.evals import distances, resize
 from diffdis_jax.evals import registry as evals
-from diffdis_jax.inference import Inference, read_sampling
-from diffdis_jax.method.network import Network
+from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import restore, workdir
+from diffdis_jax.run import restore
 from tests.command_runs import ROOT
+from tests.steps import config_of, network_of
 
 pytest_plugins = ("tests.untrained", "tests.inception_weights", "tests.command_runs")
 KILLS = int(os.environ.get("DIFFDIS_KILLS", "5"))
@@ -50,9 +51,9 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
 def test_its_features_are_torch_fidelitys_of_the_kept_images(run, inception_file, tmp_path, monkeypatch):
   # The distance itself takes seconds at this width, and has its own tests.
   monkeypatch.setattr(distances, "frechet", lambda a, b: float(np.square(a.mean - b.mean).sum()))
-  config = workdir.load_config(run)
+  config = config_of(run)
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-  inference = Inference(Network.of(config), read_sampling(config.inference.to_dict()), mesh=mesh, batch_size=3)
+  inference = Inference(network_of(config), Run.of(config).inference, mesh=mesh, batch_size=3)
   params = restore.restore_params(run, abstract=inference.abstract_params())
   made = evals.create(**section(6), inception=str(inception_file), parts=str(tmp_path), keep_images=True)
   metrics = made.run(inference, params)

@@ -17,11 +17,11 @@ from diffdis_jax import export_weights, import_weights, inference
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping, to_torch
-from diffdis_jax.method import network as build
 from diffdis_jax.run import checkpoint, restore, workdir
 from tests import pipelines
 from tests.command_runs import ROOT, call
 from tests.models.networks import random_params
+from tests.steps import config_of, network_of
 from tests.untrained import State
 
 pytest_plugins = ("tests.command_runs", "tests.pipelines")
@@ -43,10 +43,10 @@ LINES = ({"step": 4, "test/acc1": 0.25}, METRICS, {"step": 8, "test/acc1": 0.9})
 
 def make_run(folder: pathlib.Path, imported: str, **changes: object) -> str:
   """A run of the imported network with other random parameters and averages, and latents of uneven statistics."""
-  config = workdir.load_config(imported).copy_and_resolve_references().unlock()
+  config = config_of(imported)
   config.update_from_flattened_dict(changes)
   workdir.open_for_training(str(folder), config.to_dict())
-  shapes = build.Network.of(config).shapes
+  shapes = network_of(config).shapes
   statistics = {
     "autoencoder.shift": np.float32([0.5, -0.5, 0.1, 0.0]),
     "autoencoder.scale": np.float32([0.2, 0.3, 0.5, 1.0]),
@@ -114,12 +114,12 @@ def test_what_was_imported_comes_back_bit_for_bit(sd, imported, tmp_path):
 
 def test_an_export_is_imported_back_with_what_diffdis_adds(run, exported):
   found = from_torch.open_source(exported)
-  config, expected = import_weights.make_config(found), workdir.load_config(run)
+  config, expected = import_weights.make_config(found), config_of(run)
   for field in ("image_size", "text_diffusion", "image_diffusion", "condition_timestep", "objectives"):
     assert config.to_dict()[field] == expected.to_dict()[field]
   for part in ("alignment", "text_encoder"):
     assert config.model[part].to_dict() == expected.model[part].to_dict()
-  matched = from_torch.match(found, build.Network.of(config).shapes)
+  matched = from_torch.match(found, network_of(config).shapes)
   loaded = from_torch.read(matched)
   params = restore.restore_params(run)
   assert loaded.keys() == params.keys() - set(mapping.STATISTICS) and not matched.ignored
@@ -136,7 +136,7 @@ def test_the_folder_is_whole(run, exported):
   expected = {*configs, *parts, *to_torch.FILES.values(), *(f"tokenizer/{name}" for name in tokenizer)}
   expected |= {"README.md", "samples.png"}
   assert files == expected
-  own, config = json.loads((exported / "diffdis_config.json").read_text()), workdir.load_config(run)
+  own, config = json.loads((exported / "diffdis_config.json").read_text()), config_of(run)
   assert own["model"]["alignment"] == config.model.alignment.to_dict()
   assert own["text_diffusion"] == config.text_diffusion.to_dict()
   assert (own["max_length"], own["condition_timestep"]) == (pipelines.LENGTH, 1000)

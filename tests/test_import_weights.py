@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -23,17 +24,15 @@ from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping
-from diffdis_jax.method import network as build
 from diffdis_jax.models.clip import normalise
-from diffdis_jax.run import checkpoint, committed, restore, workdir
+from diffdis_jax.run import checkpoint, committed, restore
 from diffdis_jax.training import start
-from diffdis_jax.training.build import build_step
 from diffdis_jax.training.step import Trainer
 from tests import compvis_names, pipelines
 from tests.command_runs import call
 from tests.models import networks
 from tests.models.from_torch import nchw, randomise
-from tests.steps import make_mesh, open_batches
+from tests.steps import build_trainer, config_of, make_mesh, network_of, open_batches
 
 pytest_plugins = ("tests.command_runs", "tests.pipelines")
 
@@ -55,7 +54,7 @@ def load(source: pathlib.Path) -> tuple[ConfigDict, Params, list[str]]:
   """The verb's reading half: the config, the parameters that the source has, and what is ignored."""
   found = from_torch.open_source(source)
   config = import_weights.make_config(found)
-  matched = from_torch.match(found, build.Network.of(config).shapes)
+  matched = from_torch.match(found, network_of(config).shapes)
   return config, from_torch.read(matched), matched.ignored
 
 
@@ -86,7 +85,7 @@ def test_an_imported_workdir_draws_what_stable_diffusion_draws(sd, imported, noi
 
 
 def test_a_workdir_says_where_everything_came_from(sd, imported):
-  config, origin = workdir.load_config(imported), json.loads((pathlib.Path(imported) / "import.json").read_text())
+  config, origin = config_of(imported), json.loads((pathlib.Path(imported) / "import.json").read_text())
   params = restore.restore_params(imported)
   assert params.keys() == origin["loaded"].keys() | set(origin["initialised"])
   names = [
@@ -106,9 +105,9 @@ def test_a_workdir_says_where_everything_came_from(sd, imported):
 
 def test_training_starts_from_it(imported):
   """As `train --config.init_from` does, discrimination alone included."""
-  config = workdir.load_config(imported).copy_and_resolve_references().unlock()
+  config = config_of(imported)
   config.batch_size, config.objectives, config.init_from = 8, ("discrimination",), imported
-  step = build_step(config, make_mesh())
+  step = build_trainer(config, make_mesh())
   loaded = start.load_initial(imported, step)
   new = step.shapes.keys() - loaded.keys()
   assert {path.split(".")[0] for path in new} == {"text_stream", "alignment", "logit_scale"}
@@ -122,17 +121,18 @@ def trainer(imported) -> Trainer:
 
 def trainer_of(run: str, *, query_init: float = 1.0) -> Trainer:
   """Of the run's own config, to start from it."""
-  config = workdir.load_config(run).copy_and_resolve_references().unlock()
+  config = config_of(run)
   config.batch_size, config.model.query_init = 8, query_init
-  return build_step(config, make_mesh())
+  return build_trainer(config, make_mesh())
 
 
 def started(run: str, scratch: pathlib.Path, trainer: Trainer, *, seed: int = 0) -> Params:
   """The parameters with which training starts from this run."""
-  config = workdir.load_config(run).copy_and_resolve_references().unlock()
+  config = config_of(run)
   config.batch_size = 8
+  trainer.run = dataclasses.replace(trainer.run, init_from=run, seed=seed)
   with checkpoint.Checkpointer(str(scratch)) as checkpointer:
-    return start.restore_or_init(run, seed, trainer, checkpointer, open_batches(config))[0].params
+    return start.restore_or_init(trainer, checkpointer, open_batches(config))[0].params
 
 
 def differing(one: Params, other: Params) -> set[str]:
@@ -206,7 +206,7 @@ def test_other_forms_of_a_folder(sd, imported, tmp_path, case):
     positions = {"text_model.embeddings.position_ids": np.arange(12)[None]}
     save_file({f"text_model.{name}": x for name, x in values[text].items()} | positions, text)
   config, loaded, ignored = load(folder)
-  assert config.to_dict() == workdir.load_config(imported).to_dict()
+  assert config.to_dict() == config_of(imported).to_dict()
   assert_same_params(loaded, imported, rtol=tolerance)
   assert len(ignored) == (case == "names of older libraries")
 
@@ -229,7 +229,7 @@ def test_single_files(sd, imported, tmp_path, suffix):
     save_torch({name: x.contiguous() for name, x in state.items()}, path)
   config, loaded, ignored = load(path)
   assert_same_params(loaded, imported)
-  assert config.model.to_dict() == workdir.load_config(imported).model.to_dict()
+  assert config.model.to_dict() == config_of(imported).model.to_dict()
   assert config.image_size == 512  # Stable Diffusion's own: the file does not say
   assert len(ignored) == (len(ema) + 1 if suffix == "ckpt" else 0)
 

@@ -16,8 +16,8 @@ from diffdis_jax import __main__ as main_module
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
 # The rooms of the package, from the ground up: a folder, or a file at the root. It may import those before it.
 CORE = (
-  *("errors", "structs", "common", "__init__"),
-  *("parallel", "data", "run", "models", "config", "method"),
+  *("errors", "structs", "common", "config", "__init__"),
+  *("parallel", "data", "run", "models", "method"),
   *("interop", "inference", "evals", "training"),
   *("train", "evaluate", "generate", "prepare_data", "import_weights", "export_weights", "demo"),
 )

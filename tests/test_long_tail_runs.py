@@ -22,12 +22,12 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import sections
 from diffdis_jax.run import checkpoint, committed, restore, workdir
 from diffdis_jax.training import start
-from diffdis_jax.training.build import build_step
 from diffdis_jax.training.step import Trainer
 from tests import steps, tiny_clip
 from tests.command_runs import ROOT, call
 from tests.models.networks import random_params
 from tests.once import made_once
+from tests.steps import build_trainer, config_of
 from tests.test_resume import kill_when, metrics, restore_training, steps_logged
 from tests.untrained import State
 
@@ -75,7 +75,7 @@ def test_the_first_stage_starts_from_the_run_and_distils_from_it(run, first):
   assert after.keys() < before.keys() and not [name for name in after if name.startswith("unet.up")]
   changed = {name for name in after if (before[name] != after[name]).any()}
   assert "logit_scale" in changed and not [name for name in changed if name.startswith("autoencoder")]
-  trainer = build_step(workdir.load_config(first), steps.make_mesh())
+  trainer = build_trainer(config_of(first), steps.make_mesh())
   state, _ = restore_training(pathlib.Path(first))
   assert state.teacher.keys() == set(trainer.trainable)
   for name, value in state.teacher.items():
@@ -164,7 +164,7 @@ def assert_same_end(killed: pathlib.Path, whole: pathlib.Path) -> None:
 def untrained(path: pathlib.Path, config: ConfigDict, step: int) -> str:
   """A run of this config that was never trained."""
   workdir.open_for_training(str(path), config.to_dict())
-  params = random_params(build_step(config, steps.make_mesh()).shapes, seed=0)
+  params = random_params(build_trainer(config, steps.make_mesh()).shapes, seed=0)
   with checkpoint.Checkpointer(str(path)) as checkpointer:
     checkpointer.save(step, State(params, {}, {}))
   return str(path)
@@ -209,7 +209,7 @@ def trainer_of(stage: int) -> Trainer:
     places_lt.first_stage(config, rate=1e-3, text=True)
   else:
     places_lt.second_stage(config, classes=64, anchors=3, visual=1e-3, language=1e-3)
-  return build_step(config, steps.make_mesh())
+  return build_trainer(config, steps.make_mesh())
 
 
 def first_stage(config: ConfigDict) -> ConfigDict:

@@ -12,9 +12,8 @@ import pytest
 from jax.extend import core
 from jax.lax import Precision
 
-from diffdis_jax.method.network import Network
-from diffdis_jax.training.build import build_step
 from tests import steps
+from tests.steps import build_trainer, network_of
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
@@ -47,7 +46,7 @@ def trace(name: str, **changes: Any) -> core.ClosedJaxpr:
   config = steps.make_config(**changes)
   if name != "train":
     return steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4).trace(name).jaxpr
-  step = build_step(config, steps.make_mesh())
+  step = build_trainer(config, steps.make_mesh())
   batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, steps.make_batch(config)))
   return step.train_step.trace(step.abstract_state, batch).jaxpr
 
@@ -75,7 +74,7 @@ def test_a_bfloat16_program_asks_for_nothing_more(name):
 
 
 def test_a_precision_can_be_asked_for():
-  asked = lambda **changes: Network.of(steps.make_config(**{f"model.{k}": v for k, v in changes.items()}))
+  asked = lambda **changes: network_of(steps.make_config(**{f"model.{k}": v for k, v in changes.items()}))
   assert asked(dtype="float32").matmul_precision == "highest"
   assert asked(dtype="bfloat16").matmul_precision == "default"
   assert asked(dtype="float32", matmul_precision="default").matmul_precision == "default"
@@ -87,7 +86,7 @@ def test_a_precision_can_be_asked_for():
 def test_a_run_from_before_there_was_a_choice_loads():
   config = steps.make_config()
   del config.model.matmul_precision
-  assert Network.of(config).matmul_precision == "highest"
+  assert network_of(config).matmul_precision == "highest"
 
 
 def test_numbers_on_a_cpu_are_the_same():

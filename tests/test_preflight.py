@@ -16,9 +16,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import SingleDeviceSharding
 
-from diffdis_jax.data.build import read_data
+from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
-from diffdis_jax.method.network import Network
 from diffdis_jax.models import attention
 from diffdis_jax.parallel import chips
 from diffdis_jax.preflight import __main__ as preflight
@@ -27,6 +26,7 @@ from diffdis_jax.training import flops
 from tests import steps, tiny_clip
 from tests.changed_code import change, copy_package
 from tests.command_runs import call
+from tests.steps import network_of
 
 pytest_plugins = ("tests.command_runs",)
 
@@ -108,8 +108,7 @@ def test_a_program_is_rematerialised_as_its_config_says():
 def test_batches_of_images_and_of_latents():
   config, mesh = steps.make_config(), steps.make_mesh(2, 2, 2)
   shapes = lambda: {
-    name: x and x.shape
-    for name, x in vars(flops.abstract_batch(Network.of(config), read_data(config), mesh, config.batch_size)).items()
+    name: x and x.shape for name, x in vars(flops.abstract_batch(Run.of(config), network_of(config), mesh)).items()
   }
   assert shapes() == dict(image=(16, 16, 16, 3), tokens=(16, 8), discrimination_image=None)
   config.data.discrimination_view = "own"

@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
+from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.training import loop
 from tests import tiny, tiny_clip
@@ -87,7 +88,7 @@ def refused(tmp_path, field: str, value: Any, config: ConfigDict | None = None) 
   config = config or tiny.get_config()
   config.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=field.split(".")[-1]) as error:
-    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    loop.train_and_evaluate(Run.of(config), str(tmp_path / "run"))
   assert "\n" not in str(error.value)
   assert not list(tmp_path.iterdir())
 

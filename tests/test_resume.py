@@ -14,12 +14,12 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from diffdis_jax.run import checkpoint, committed, workdir
+from diffdis_jax.run import checkpoint, committed
 from diffdis_jax.training import start
-from diffdis_jax.training.build import build_step
 from diffdis_jax.training.step import TrainState
 from tests import steps
 from tests.command_runs import ROOT, SAVE_EVERY, STEPS, joint_flags
+from tests.steps import build_trainer, config_of
 
 pytest_plugins = ("tests.command_runs",)
 
@@ -53,11 +53,11 @@ def metrics(run: pathlib.Path) -> list[dict[str, float]]:
 
 def restore_training(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
   """The last state, and the images of the batch after it."""
-  config = workdir.load_config(str(run))
-  trainer = build_step(config, steps.make_mesh())
+  config = config_of(str(run))
+  trainer = build_trainer(config, steps.make_mesh())
   iterator = steps.open_batches(config)
   with checkpoint.Checkpointer(str(run)) as checkpointer:
-    state, _ = start.restore_or_init(config.init_from, config.seed, trainer, checkpointer, iterator)
+    state, _ = start.restore_or_init(trainer, checkpointer, iterator)
   return jax.device_get(state), next(iterator)["image"]
 
 

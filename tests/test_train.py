@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diffdis_jax import evaluate, inference
+from diffdis_jax.config import Run
 from diffdis_jax.data import shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
@@ -25,6 +26,7 @@ from diffdis_jax.training import flops as estimated
 from diffdis_jax.training import loop
 from tests import steps, tiny
 from tests.command_runs import STEPS, call
+from tests.steps import build_trainer, config_of
 
 pytest_plugins = ("tests.command_runs",)
 
@@ -46,7 +48,7 @@ def refused(config: ConfigDict, path: pathlib.Path, message: str) -> None:
   """The run is refused in one line, and leaves what was there, or was not there, as it was."""
   before = files_of(path) if path.exists() else None
   with pytest.raises(UserError, match=message) as error:
-    loop.train_and_evaluate(config, str(path))
+    loop.train_and_evaluate(Run.of(config), str(path))
   assert "\n" not in str(error.value)
   assert (files_of(path) if path.exists() else None) == before
 
@@ -138,7 +140,7 @@ def test_a_run_takes_what_was_compiled_before_it_for_the_devices_it_was_compiled
   prepared.compile_ahead()
   for program in (prepared.trainer.initialise, prepared.train_step):
     program.compiled()
-  loop.train_and_evaluate(config, str(tmp_path), prepared=prepared)
+  loop.train_and_evaluate(Run.of(config), str(tmp_path), prepared=prepared)
   compiled = [message.split(" in ")[0] for message in caplog.messages if message.startswith("compiled")]
   assert sorted(compiled) == ["compiled the initialisation", "compiled the state", "compiled the training step"]
   found, expected = lines_of(str(tmp_path)), lines_of(autoencoder_run)  # of a process that has one device
@@ -296,7 +298,7 @@ def test_bad_configs_are_refused_before_the_workdir_is_made(tmp_path, changes, m
 
 
 def test_a_workdir_of_another_config_names_every_field_and_both_values(joint_run):
-  config = loop.workdir.load_config(joint_run).copy_and_resolve_references().unlock()
+  config = config_of(joint_run)
   config.batch_size, config.optim.rates.new = 32, 0.5
   message = r"batch_size is 16 there and 32 here, optim\.rates\.new is 0\.0015 there and 0\.5 here"
   refused(config, pathlib.Path(joint_run), message)
@@ -344,7 +346,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
   config.optim.update(clip_norm=0.0, warmup_steps=0, rates=dict(new=1e30))
   config.update(save_every=1, log_every=1, num_steps=6)
   with pytest.raises(UserError, match="is not finite by step 2; the last good checkpoint is step 1; lower optim.rates"):
-    loop.train_and_evaluate(config, str(tmp_path))
+    loop.train_and_evaluate(Run.of(config), str(tmp_path))
   assert committed.latest_step(str(tmp_path)) == 1
   assert all(np.isfinite(x).all() for x in restore.restore_params(str(tmp_path), ema=False).values())
   assert [line["step"] for line in lines_of(str(tmp_path))] == [1]
@@ -389,12 +391,12 @@ def test_the_share_of_the_chips_peak_is_by_the_operations_of_a_step_in_which_not
   """A step of a convolution's and a product's known operations is in test_operations; here, which step is counted."""
   config = tiny.get_config("autoencoder")
   mesh = steps.make_mesh()
-  trainer, data = loop.build_step(config, mesh), loop.read_data(config)
-  assert estimated.rate_at_peak(config, trainer, data) is None, "the peak of a CPU is not known"
+  trainer = build_trainer(config, mesh)
+  assert estimated.rate_at_peak(trainer) is None, "the peak of a CPU is not known"
   cpu = dataclasses.replace(chips.CHIPS["v4"], kind="cpu", flops=1e12)
   monkeypatch.setitem(chips.CHIPS, "cpu", cpu)
-  program = estimated.trace_train(trainer, trainer, data, batch_size=config.batch_size)
-  plain = estimated.rate_at_peak(config, trainer, data)
+  program = estimated.trace_train(trainer)
+  plain = estimated.rate_at_peak(trainer)
   assert plain == pytest.approx(1e12 * mesh.size / program.operations)
   config.model.remat = "full"
-  assert estimated.rate_at_peak(config, loop.build_step(config, mesh), data) == pytest.approx(plain)
+  assert estimated.rate_at_peak(build_trainer(config, mesh)) == pytest.approx(plain)

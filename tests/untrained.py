@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from configs import shapes
-from diffdis_jax.method.network import Network
 from diffdis_jax.run import checkpoint, workdir
 from tests.once import made_once
+from tests.steps import network_of
 
 STEP = 3
 
@@ -42,7 +42,7 @@ def _make_run(folder: pathlib.Path) -> None:
   config.evals = {"few": {"task": "zero_shot", "data": config.evals["test"].data.to_dict() | {"num_images": 128}}}
   workdir.open_for_training(path, config.to_dict())
   rng = np.random.default_rng(0)
-  abstract = Network.of(config).shapes
+  abstract = network_of(config).shapes
   params = {name: rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype) for name, leaf in abstract.items()}
   with checkpoint.Checkpointer(path) as checkpointer:
     checkpointer.save(STEP, State(params, params, {}))

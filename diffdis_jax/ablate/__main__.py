@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 
+from diffdis_jax import config as run_config
 from diffdis_jax import evaluate
 from diffdis_jax.ablate import columns, render, summary, tables
 from diffdis_jax.ablate import plan as planning
@@ -28,11 +28,11 @@ from diffdis_jax.ablate import status as outlook
 from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.common import cli, files
+from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import sections
 from diffdis_jax.evals.results import ResultFile
-from diffdis_jax.inference import read_sampling
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.training import loop
 
@@ -58,10 +58,10 @@ def main(argv: Sequence[str]) -> None:
 def make_plan() -> Plan:
   """Of the flags. Raises UserError: flags, or a base, that make none."""
   path, overrides = cli.config_given()
-  base = FLAGS.base
+  base = run_config.Run.of(FLAGS.base).to_dict()
   asked = []
   if FLAGS.tables:
-    schedule = FLAGS.schedule or base.text_diffusion.schedule
+    schedule = FLAGS.schedule or base["text_diffusion"]["schedule"]
     asked += tables.choose(FLAGS.tables, tables.Unstated(schedule=schedule, gamma=FLAGS.table7_gamma))
   if FLAGS.grid is not None:
     asked.append(tables.grid(FLAGS.grid, base))
@@ -74,7 +74,7 @@ def make_plan() -> Plan:
   plan = planning.make(base, planning.find_autoencoder(path, overrides, base), asked, seeds)
   for each in plan.runs:
     try:
-      loop.read_sections(ConfigDict(each.config))
+      run_config.Run.of(each.config)
     except UserError as error:
       raise UserError(f"run {each.name}: {error}") from error
   return plan
@@ -109,8 +109,7 @@ def perform(one: Run, plan: Plan, folder: Folder) -> None:
 
 def measure(one: Run, path: str, out: str) -> None:
   """Every evaluation of a run, by the newest checkpoint's averaged weights; those in `out` already are not repeated."""
-  section = one.config["inference"]
-  protocol = {} if "contrastive" in one.config["objectives"] else vars(read_sampling(section))
+  protocol = {} if Objectives(one.config["objectives"]).is_clip else one.config["inference"]
   asked = sections.with_parts(sections.of_config(one.evals, tasks=None), out)
   evaluate.evaluate(path, asked, kept=ResultFile(out), text_cache=files.user_cache("texts"), **protocol)
 

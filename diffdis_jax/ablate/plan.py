@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from diffdis_jax.ablate import tables
 from diffdis_jax.common import cli
+from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.run import workdir
 from diffdis_jax.run.workdir import digest, identity
 
+Config = Mapping[str, Any]  # nested dicts
 # What the training of the autoencoder takes over from the base and from a row. All else is as its config file has it,
 # its seed too: one autoencoder serves the runs of every seed.
 OF_AUTOENCODER = r"^(image_size$|mesh\.|model\.autoencoder\.|data\.(name|path|split|mixture|loader)(\.|$))"
@@ -62,12 +63,13 @@ class Plan:
   runs: tuple[Run, ...]
 
 
-def make(base: ConfigDict, autoencoder: ConfigDict | None, asked: Sequence[tables.Table], seeds: Sequence[int]) -> Plan:
+def make(base: Config, autoencoder: Config | None, asked: Sequence[tables.Table], seeds: Sequence[int]) -> Plan:
   """The plan of some tables.
 
   Args:
-    base: the config that rows change.
-    autoencoder: the config of the autoencoder that its runs start from; None where they start from `base.init_from`.
+    base: the config that rows change, as nested dicts.
+    autoencoder: the config of the autoencoder that its runs start from; None where the base says
+      what they start from, or they start from nothing.
     asked: tables.
     seeds: of every row.
 
@@ -75,7 +77,7 @@ def make(base: ConfigDict, autoencoder: ConfigDict | None, asked: Sequence[table
     UserError: the base has no evaluations, or lacks a field that a row changes; a seed is given twice; or two runs
       would have one name.
   """
-  if not base.evals:
+  if not base["evals"]:
     raise UserError("the base config has no evaluations (evals), so that there is nothing to put into a table")
   if not seeds or len(set(seeds)) < len(seeds):
     raise UserError(f"--seeds={','.join(map(str, seeds))} should be different numbers, such as 0,1,2")
@@ -89,7 +91,7 @@ def make(base: ConfigDict, autoencoder: ConfigDict | None, asked: Sequence[table
         run = _make_run(base, autoencoder, row, seed, known)
         rows.setdefault((table.name, number), []).append(run)
   return Plan(
-    base=as_dict(base),
+    base=dict(base),
     tables=tuple(asked),
     seeds=tuple(seeds),
     rows={key: tuple(found) for key, found in rows.items()},
@@ -97,7 +99,7 @@ def make(base: ConfigDict, autoencoder: ConfigDict | None, asked: Sequence[table
   )
 
 
-def find_autoencoder(path: str, overrides: Mapping[str, Any], base: ConfigDict) -> ConfigDict | None:
+def find_autoencoder(path: str, overrides: Mapping[str, Any], base: Config) -> dict[str, Any] | None:
   """The config of the autoencoder that belongs to a base, by the argument `autoencoder` of its file.
 
   Args:
@@ -108,44 +110,41 @@ def find_autoencoder(path: str, overrides: Mapping[str, Any], base: ConfigDict) 
   Returns:
     None where the base starts from a run that `init_from` names, needs no autoencoder, or its file knows none.
   """
-  if base.init_from or {"contrastive", "reconstruction"} & {*base.objectives}:
+  if base["init_from"] or not _needs_autoencoder(base["objectives"]):
     return None
   file, _, argument = path.partition(":")
   try:
-    config = cli.read_config(f"{file}:{','.join(filter(None, ('autoencoder', argument)))}")
+    config = cli.read_config(f"{file}:{','.join(filter(None, ('autoencoder', argument)))}").to_dict()
   except UserError:
     return None
-  if config.objectives != ("reconstruction",):
+  if not Objectives(config["objectives"]).is_autoencoder:
     return None
   return _changed(config, {field: value for field, value in overrides.items() if re.search(OF_AUTOENCODER, field)})
 
 
-def as_dict(config: ConfigDict) -> dict[str, Any]:
-  """A config as nested dicts."""
-  return config.copy_and_resolve_references().to_dict()
+def _needs_autoencoder(objectives: Sequence[str]) -> bool:
+  """Whether such a run starts from a trained one."""
+  return Objectives(objectives).first.network in ("diffdis", "either")
 
 
 def _make_run(
-  base: ConfigDict, autoencoder: ConfigDict | None, row: tables.Row, seed: int, known: dict[tuple[str, str], Run]
+  base: Config, autoencoder: Config | None, row: tables.Row, seed: int, known: dict[tuple[str, str], Run]
 ) -> Run:
   """The run of a row, from `known`, or new and put there with its autoencoder."""
   config = _changed(base, {**row.changes, "seed": seed})
-  trained = {
-    name: section
-    for name, section in as_dict(config)["evals"].items()
-    if {*evals.MEASURES.get(section["task"], config.objectives)} & {*config.objectives}
-  }
+  objectives: Sequence[str] = config["objectives"]
+  measures = lambda task: {*evals.MEASURES.get(task, objectives)} & {*objectives}
+  trained = {name: section for name, section in config["evals"].items() if measures(section["task"])}
   if not trained:
-    raise UserError(f"row {row.label}: no evaluation of the base measures objectives {', '.join(config.objectives)}")
-  config.train_evals = tuple(name for name in config.train_evals if name in trained)
+    raise UserError(f"row {row.label}: no evaluation of the base measures objectives {', '.join(objectives)}")
+  config["train_evals"] = tuple(name for name in config["train_evals"] if name in trained)
   first = None
-  if autoencoder is not None and "contrastive" not in config.objectives:
+  if autoencoder is not None and _needs_autoencoder(objectives):
     own = {field: value for field, value in row.changes.items() if re.search(OF_AUTOENCODER, field)}
-    plain = as_dict(_changed(autoencoder, own))
+    plain = _changed(autoencoder, own)
     first = _add(known, Run(f"autoencoder-{digest(identity(plain))}", plain, None, {}))
-  plain = as_dict(config)
-  fields = identity(plain) | ({"init_from": first.name} if first else {})
-  return _add(known, Run(f"{_describe(as_dict(base), plain)}-seed_{seed}-{digest(fields)}", plain, first, trained))
+  fields = identity(config) | ({"init_from": first.name} if first else {})
+  return _add(known, Run(f"{_describe(base, config)}-seed_{seed}-{digest(fields)}", config, first, trained))
 
 
 def _add(known: dict[tuple[str, str], Run], run: Run) -> Run:
@@ -156,9 +155,9 @@ def _add(known: dict[tuple[str, str], Run], run: Run) -> Run:
   return known.setdefault((run.name, run.measurement), run)
 
 
-def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+def _changed(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
   """A copy with other values of some fields. Raises UserError: it has no such field."""
-  config = config.copy_and_resolve_references().unlock()
+  config = copy.deepcopy(dict(config))
   for field, value in changes.items():
     tables.field_of(config, field)
     section, _, name = field.rpartition(".")

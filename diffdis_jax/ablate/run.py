@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 
+from diffdis_jax import config as run_config
 from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.common import buckets, signals
@@ -51,7 +51,7 @@ def perform(
   run: Run,
   folder: Folder,
   *,
-  train: Callable[[ConfigDict, str], Any],
+  train: Callable[[run_config.Run, str], Any],
   measure: Callable[[Run, str, str], Any],
 ) -> None:
   """Trains a run, its autoencoder first, and measures it, each from where it was stopped.
@@ -61,7 +61,7 @@ def perform(
   Args:
     run: of a plan.
     folder: of the ablation.
-    train: (config, workdir) trains it to its end.
+    train: (its record, workdir) trains it to its end.
     measure: (run, workdir, file of results) measures it and writes the file.
 
   Raises:
@@ -72,7 +72,7 @@ def perform(
   if run.autoencoder:
     perform(run.autoencoder, folder, train=train, measure=measure)
   path = folder.workdir(run)
-  _when_free(lambda: folder.state(run).is_trained, lambda: train(ConfigDict(folder.config(run)).lock(), path))
+  _when_free(lambda: folder.state(run).is_trained, lambda: train(run_config.Run.of(folder.config(run)), path))
 
   def measured() -> None:
     with contextlib.ExitStack() as stack:

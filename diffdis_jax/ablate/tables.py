@@ -12,8 +12,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from diffdis_jax.common import guesses
 from diffdis_jax.errors import UserError, check_number
 
@@ -137,7 +135,7 @@ def choose(names: Sequence[str], unstated: Unstated) -> list[Table]:
   return [known[name] for name in names]
 
 
-def grid(text: str, base: ConfigDict) -> Table:
+def grid(text: str, base: Mapping[str, Any]) -> Table:
   """The table of every combination of values of some fields.
 
   Args:
@@ -173,7 +171,7 @@ def shown(value: Any) -> str:
   return " + ".join(map(shown, value)) if isinstance(value, tuple) else str(value)
 
 
-def field_of(config: ConfigDict, field: str) -> Any:
+def field_of(config: Mapping[str, Any], field: str) -> Any:
   """The value of a field, or its section, by its dotted path.
 
   Raises:
@@ -186,9 +184,9 @@ def field_of(config: ConfigDict, field: str) -> Any:
   return value
 
 
-def _read_values(field: str, text: str, base: ConfigDict) -> list[Any]:
+def _read_values(field: str, text: str, base: Mapping[str, Any]) -> list[Any]:
   present = field_of(base, field)
-  if isinstance(present, ConfigDict):
+  if isinstance(present, Mapping):
     raise UserError(f"--grid: {field} is a section, not a field; it has {', '.join(present) or 'no field'}")
   if field == "seed":
     raise UserError("--grid has seed; the seeds of every row are --seeds=0,1,2")

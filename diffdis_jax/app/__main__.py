@@ -23,6 +23,7 @@ from diffdis_jax import inference
 from diffdis_jax.app import search, step_sampler
 from diffdis_jax.app.limits import Limits
 from diffdis_jax.common import cli
+from diffdis_jax.config import Run
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.evals import prompts
@@ -106,10 +107,10 @@ def serve(
   Raises:
     UserError: no such run, data or checkpoint, a run that no tab can serve, or nobody can listen there.
   """
-  config = run_config.load(run)
-  step_sampler.tabs(config.objectives)
+  record = run_config.load(run)
+  step_sampler.tabs(record.objectives)
   step, ema = restore.choose(run, step, ema=ema)
-  source = open_data(config.evals.to_dict(), data, split, image_size=config.image_size)
+  source = open_data(record.evals, data, split, image_size=record.image_size)
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   model, params = inference.load(run, step=step, ema=ema, batch_size=BATCH_SIZE, mesh=mesh)
   sampler = step_sampler.StepSampler(model, params, seconds=limits.seconds)
@@ -123,7 +124,7 @@ def serve(
   with uploads.folder() as folder:
     from diffdis_jax.app import page, server
 
-    contents = contents_of(config, f"{run}, checkpoint {step}{', averaged weights' if ema else ''}")
+    contents = contents_of(record, f"{run}, checkpoint {step}{', averaged weights' if ema else ''}")
     blocks = page.build(sampler, index, limits, contents)
     preparing.start()
     try:
@@ -170,22 +171,21 @@ def open_data(
     return None
 
 
-def contents_of(config: Any, about: str) -> Any:
+def contents_of(run: Run, about: str) -> Any:
   """What the page's fields begin with: prompts, class names and templates of the run's own config."""
   from diffdis_jax.app import page
 
-  zero_shot = next((each for each in config.evals.to_dict().values() if each["task"] == "zero_shot"), {})
+  zero_shot = next((each for each in run.evals.values() if each["task"] == "zero_shot"), {})
   names, templates = zero_shot.get("classnames", ()), zero_shot.get("templates", ())
   named = not isinstance(names, str) and names
-  how = inference.read_sampling(config.inference.to_dict())
   return page.Contents(
     title=about,
     about=about,
-    prompt=config.sample_prompts[0] if config.sample_prompts else "a red star",
+    prompt=run.sample_prompts[0] if run.sample_prompts else "a red star",
     names=", ".join(names) if named else "cat, dog, horse",
     template=templates[0] if templates and not isinstance(templates, str) else prompts.TEMPLATES[0],
-    steps=how.generation_steps,
-    guidance=how.generation_guidance,
+    steps=run.inference.generation_steps,
+    guidance=run.inference.generation_guidance,
   )
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax import inference
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.objectives import COMPARING, DENOISING, GENERATIVE
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import algorithms, encode, losses, samplers, schedules
@@ -33,10 +34,10 @@ from diffdis_jax.structs import AnyArray
 
 ROWS = 8  # rows of a compiled step, at most: an image's z is one, noise samples of its text query are as many as asked
 TABS = {  # what each needs a run to be trained for, any of these
-  "draw": ("generation",),
-  "classify": ("discrimination", "contrastive"),
-  "search": ("discrimination", "contrastive"),
-  "inside": ("discrimination",),
+  "draw": GENERATIVE,
+  "classify": COMPARING,
+  "search": COMPARING,
+  "inside": DENOISING,
 }
 
 

@@ -33,12 +33,12 @@ from ml_collections import ConfigDict
 from diffdis_jax import inference
 from diffdis_jax.benchmark import data, peer, steps, table6
 from diffdis_jax.common import cli, files
-from diffdis_jax.data.build import read_data
+from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
-from diffdis_jax.training.build import build_step, plain
+from diffdis_jax.training.step import Trainer
 
 
 def main(argv: Sequence[str]) -> None:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         classified=FLAGS.config.classified,
       )
   else:
-    results = dict(steps=time_steps, data=time_data, peer=time_peer)[kind](FLAGS.config)
+    results = dict(steps=time_steps, data=time_data, peer=time_peer)[kind](Run.of(FLAGS.config))
   files.write_out(FLAGS.out, files.as_json({**results, "provenance": made}))
   if kind == "table6":
     files.write_out(f"{FLAGS.out.removesuffix('.json')}.md", table6.markdown(results))
@@ -80,20 +80,19 @@ def main(argv: Sequence[str]) -> None:
 def origin(config: ConfigDict) -> dict[str, Any]:
   """Of what is timed, for the record; of several models by their names."""
   if "models" in config:
-    return {name: provenance.of_config(each) for name, each in config.models.items()}
-  return provenance.of_config(config)
+    return {name: provenance.of_config(each.to_dict()) for name, each in config.models.items()}
+  return provenance.of_config(config.copy_and_resolve_references().to_dict())
 
 
-def time_steps(config: ConfigDict) -> dict[str, Any]:
+def time_steps(run: Run) -> dict[str, Any]:
   """The joint step and its two single tasks, the config's beside preflight's word where there is one."""
-  mesh, trainers, planned = sharding.make_mesh(**config.mesh), {}, None
+  mesh, trainers, planned = sharding.make_mesh(**vars(run.mesh)), {}, None
   if FLAGS.preflight:
-    report, size = read_preflight(FLAGS.preflight), config.batch_size
-    planned = steps.preflighted(report, config.objectives, batch_size=size, chips=mesh.size)
+    report, size = read_preflight(FLAGS.preflight), run.batch_size
+    planned = steps.preflighted(report, run.objectives, batch_size=size, chips=mesh.size)
   for name, objectives in steps.OBJECTIVES.items():
-    config.objectives = objectives
-    trainers[name] = build_step(config, mesh)
-  results = steps.time_steps(trainers, batch_size=config.batch_size, rounds=FLAGS.rounds)
+    trainers[name] = Trainer(run.replace({"objectives": objectives}), mesh)
+  results = steps.time_steps(trainers, batch_size=run.batch_size, rounds=FLAGS.rounds)
   if planned:
     name, train = planned
     results["preflight"] = steps.beside_preflight(name, train, results["seconds"][name])
@@ -108,20 +107,18 @@ def read_preflight(path: str) -> dict[str, Any]:
     raise UserError(f"--preflight={path} is no file that preflight --out wrote: {error}") from error
 
 
-def time_peer(config: ConfigDict) -> dict[str, Any]:
+def time_peer(run: Run) -> dict[str, Any]:
   """The UNet and diffusers'."""
-  return peer.time_peer(Network.of(config), batch_size=config.batch_size, rounds=FLAGS.rounds)
+  return peer.time_peer(Network.of(run), batch_size=run.batch_size, rounds=FLAGS.rounds)
 
 
-def time_data(config: ConfigDict) -> dict[str, Any]:
+def time_data(run: Run) -> dict[str, Any]:
   """The data's way, in a temporary folder under --scratch."""
-  trainer = build_step(config, sharding.make_mesh(**config.mesh))
+  trainer = Trainer(run, sharding.make_mesh(**vars(run.mesh)))
   with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
     return data.benchmark_data(
       trainer,
-      read_data(config),
       pathlib.Path(folder),
-      batch_size=config.batch_size,
       images=FLAGS.images,
       num_pairs=FLAGS.pairs,
       rounds=FLAGS.rounds,
@@ -132,16 +129,10 @@ def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:
   """Those that configs/table6.py names. Nothing is allocated."""
   models = {}
   for name, each in config.models.items():
-    step = build_step(each, mesh)
-    sampling = inference.read_sampling(each.inference.to_dict())
-    models[name] = table6.Model(
-      step=step,
-      counted=build_step(plain(each), mesh),
-      data=read_data(each),
-      inference=inference.Inference(step.network, sampling, mesh=mesh, batch_size=each.batch_size),
-      batch_size=each.batch_size,
-      trained=config.trained[name],
-    )
+    run = Run.of(each)
+    step = Trainer(run, mesh)
+    model = inference.Inference(step.network, run.inference, mesh=mesh, batch_size=run.batch_size)
+    models[name] = table6.Model(step=step, inference=model, trained=config.trained[name])
   return models
 
 

@@ -28,7 +28,7 @@ from absl import logging
 from PIL import Image
 
 from diffdis_jax.data import image_files, loader, sources
-from diffdis_jax.data.build import Data, open_loader
+from diffdis_jax.data.build import batch_type, open_loader
 from diffdis_jax.data.prepare import builder, latents, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation, random_square
@@ -84,15 +84,13 @@ def write_tar(path: pathlib.Path, images: list[bytes], count: int, seed: int) ->
 
 
 def benchmark_data(
-  trainer: Trainer, data: Data, folder: pathlib.Path, *, batch_size: int, images: int, num_pairs: int, rounds: int
+  trainer: Trainer, folder: pathlib.Path, *, images: int, num_pairs: int, rounds: int
 ) -> dict[str, Any]:
   """Every figure, the bars, and whether each is met.
 
   Args:
     trainer: of the small model whose steps wait for data.
-    data: what it trains on, but for where that lies.
     folder: empty; everything is written there.
-    batch_size: of the small model.
     images: distinct ones of 512 px; REPEATS times as many pairs.
     num_pairs: of the preparation whose memory is watched.
     rounds: of what takes turns.
@@ -104,7 +102,7 @@ def benchmark_data(
   results: dict[str, Any] = prepare_speed(raw, folder, REPEATS * images)
   write_latents(folder)
   results |= loader_speed(folder, rounds)
-  results |= data_wait(trainer, data, folder, batch_size=batch_size)
+  results |= data_wait(trainer, folder)
   results |= first_batch(folder)
   results |= memory(folder, num_pairs)
   higher = set(BARS) - {"data_wait", "first_batch_seconds"}
@@ -204,18 +202,15 @@ def loader_speed(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
   }
 
 
-def data_wait(
-  trainer: Trainer, data: Data, folder: pathlib.Path, *, batch_size: int, steps: int = 30
-) -> dict[str, float]:
+def data_wait(trainer: Trainer, folder: pathlib.Path, *, steps: int = 30) -> dict[str, float]:
   """Share of a small model's steps spent waiting, from records of short side 288."""
-  data = dataclasses.replace(
-    data, sources={"data": {"name": "pairs", "path": str(folder / "reencoded")}}, is_mixture=False
-  )
+  source = {"name": "pairs", "path": str(folder / "reencoded")}
+  run = dataclasses.replace(trainer.run, data=dataclasses.replace(trainer.run.data, source=source, mixture={}), seed=0)
   state = trainer.with_params(trainer.init_params(jax.random.key(0)))
-  iterator, substitutions = open_loader(data, batch_size=batch_size, seed=0), loader.Substitutions()
-  draw = lambda: data.batch_type(**sharding.to_global(substitutions.take(next(iterator)), trainer.mesh))
+  iterator, substitutions = open_loader(run), loader.Substitutions()
+  draw = lambda: batch_type(run.data)(**sharding.to_global(substitutions.take(next(iterator)), trainer.mesh))
   state, metrics = jax.block_until_ready(trainer.train_step(state, draw()))
-  progress = writers.Throughput(start_step=0, num_steps=steps, batch_size=batch_size)
+  progress = writers.Throughput(start_step=0, num_steps=steps, batch_size=run.batch_size)
   for _ in range(steps):  # as train does: a batch is drawn while the step before it runs
     with progress.waiting_for_data(functools.partial(is_running, metrics)):
       batch = draw()

@@ -19,10 +19,10 @@ from absl import logging
 from jaxtyping import Array, Float
 
 from diffdis_jax.common.params import Params, flatten, merge
+from diffdis_jax.config.model import Model
 from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.interop import mapping, sections
 from diffdis_jax.method.network import Network, abstract_module, initial_state
-from diffdis_jax.models.sections import Model
 from diffdis_jax.models.unet import UNet
 from diffdis_jax.parallel import sharding
 

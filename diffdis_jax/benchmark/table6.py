@@ -21,7 +21,7 @@ from absl import logging
 
 from diffdis_jax.benchmark import data as synthetic
 from diffdis_jax.data import loader, sources
-from diffdis_jax.data.build import Data, open_loader
+from diffdis_jax.data.build import batch_type, open_loader
 from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import base
@@ -49,27 +49,27 @@ class Model:
   """One of the three.
 
   Attributes:
-    step, counted: its training step, and the same as operations are counted in (training/build.plain).
-    data: what it trains on, but for where that lies.
+    step: its training step.
     inference: of the same network.
-    batch_size: global, of training and of inference.
     trained: images that a whole training takes.
   """
 
   step: Trainer
-  counted: Trainer
-  data: Data
   inference: Inference
-  batch_size: int
   trained: int
 
   @property
+  def batch_size(self) -> int:
+    """Global, of training and of inference."""
+    return self.step.run.batch_size
+
+  @property
   def draws(self) -> bool:
-    return "generation" in self.step.network.objectives
+    return self.step.run.objectives.generates
 
   @property
   def discriminates(self) -> bool:
-    return bool({"discrimination", "contrastive"} & {*self.step.network.objectives})
+    return self.step.run.objectives.aligned
 
 
 def time_table6(
@@ -84,7 +84,7 @@ def time_table6(
     rounds: timed ones; one more warms up.
     generated, classified: images of the table's columns.
   """
-  prepared = _write_images(folder, images, max(model.data.image_size for model in models.values()))
+  prepared = _write_images(folder, images, max(model.step.run.image_size for model in models.values()))
   ways = {name: _Timed(model, prepared).ways for name, model in models.items()}
   seconds: dict[str, dict[str, list[float]]] = {name: {way: [] for way in ways[name]} for name in ways}
   for index in range(rounds + 1):
@@ -101,7 +101,7 @@ def time_table6(
   for name, model in models.items():
     median = {way: statistics.median(values) for way, values in seconds[name].items()}
     found[name] = dict(
-      image_size=model.data.image_size,
+      image_size=model.step.run.image_size,
       parameters=sum(math.prod(leaf.shape) for leaf in model.step.shapes.values()),
       batch_size=model.batch_size,
       seconds=median,
@@ -141,14 +141,15 @@ class _Timed:
   def __init__(self, model: Model, prepared: str):
     self._model = model
     step, batch_size = model.step, model.batch_size
-    data = dataclasses.replace(model.data, sources={"data": {"name": "pairs", "path": prepared}}, is_mixture=False)
-    self._batches = open_loader(data, batch_size=batch_size, seed=0)
+    run = step.run
+    data = dataclasses.replace(run.data, source={"name": "pairs", "path": prepared}, mixture={})
+    self._batches = open_loader(dataclasses.replace(run, data=data, seed=0))
     self._substitutions = loader.Substitutions()
     self._batch = self._draw()
     self._state = step.with_params(step.init_params(jax.random.key(0)))
-    self._source = sources.open_source(name="pairs", path=prepared, image_size=data.image_size)
+    self._source = sources.open_source(name="pairs", path=prepared, image_size=run.image_size)
     self._places = np.arange(batch_size) % len(self._source)
-    self._images = base.Images(self._source, self._places, data.image_size)[np.arange(batch_size)]
+    self._images = base.Images(self._source, self._places, run.image_size)[np.arange(batch_size)]
     self._tokens = Tokenizer(data.max_length)([f"a photo of {i} houses" for i in range(max(batch_size, PROMPTS))])
     self.ways: dict[str, Callable[[], int]] = dict(training_step=self._train, training=self._train_with_loader)
     if model.draws:
@@ -161,7 +162,7 @@ class _Timed:
 
   def _draw(self) -> TrainingBatch:
     batch = self._substitutions.take(next(self._batches))
-    return self._model.data.batch_type(**sharding.to_global(batch, self._model.step.mesh))
+    return batch_type(self._model.step.run.data)(**sharding.to_global(batch, self._model.step.mesh))
 
   def _train(self) -> int:
     self._state, metrics = self._model.step.train_step(self._state, self._batch)
@@ -194,12 +195,10 @@ class _Timed:
 
 def _operations(model: Model) -> dict[str, float]:
   """Of matrix products and convolutions, 1e9 an image; nothing that is computed twice counts twice."""
-  traced = dict(training=flops.trace_train(model.step, model.counted, model.data, batch_size=model.batch_size))
-  network, sampling = model.counted.network, model.inference.sampling
-  counted = Inference(network, sampling, mesh=model.step.mesh, batch_size=model.batch_size)
+  traced = dict(training=flops.trace_train(model.step))
   for way, is_done in (("generation", model.draws), ("discrimination", model.discriminates)):
     if is_done:
-      traced[way] = flops.trace_inference(way, model.inference, counted)
+      traced[way] = flops.trace_inference(way, model.inference)
   return {way: program.operations / program.rows / 1e9 for way, program in traced.items()}
 
 

@@ -88,7 +88,7 @@ def _check_paths() -> None:
       raise UserError(f"--{name}= is empty; give a path")
   for name in {*values} - _TEXTS:
     value = values[name].value
-    found = guesses.fields_of(value).values() if isinstance(value, ConfigDict) else [value]
+    found = guesses.fields_of(value.to_dict()).values() if isinstance(value, ConfigDict) else [value]
     for each in itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in found):
       if isinstance(each, str):
         buckets.check(each)
@@ -213,7 +213,7 @@ class _ConfigFile(flags.ArgumentParser):
   def parse(self, path: str) -> ConfigDict:
     config = read_config(path, self._flag)
     for override in filter(None, map(_OVERRIDE.match, sys.argv[1:])):
-      guesses.check_key(config, override[1], list(flags.FLAGS))
+      guesses.check_key(config.to_dict(), override[1], list(flags.FLAGS))
     return config.lock()
 
 
@@ -222,7 +222,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
-    guess = guesses.guess_flag(error.flagname, list(flags.FLAGS), guesses.fields_of(config) if config else ())
+    guess = guesses.guess_flag(error.flagname, list(flags.FLAGS), guesses.fields_of(config.to_dict()) if config else ())
     _stop(UserError(f"unknown flag --{error.flagname}; {guess}"))
   except (UserError, flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
     missing = _MISSING.findall(str(error))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
-
-from ml_collections import ConfigDict
 
 from diffdis_jax.errors import UserError
 
@@ -151,7 +149,7 @@ _TABLE = (
 _MEANT = {name: (targets.split(), note) for names, targets, note in _TABLE for name in names.split()}
 
 
-def check_key(config: ConfigDict, key: str, flags: Collection[str] = ()) -> None:
+def check_key(config: Mapping[str, Any], key: str, flags: Collection[str] = ()) -> None:
   """Raises UserError unless `key` is one of the config's fields or their sections; `a.b[0]` is an element of `a.b`.
 
   `flags`: the command's, which may be meant instead.
@@ -188,14 +186,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
   return _ask(nearest) if nearest else f"known: {', '.join(known) or 'none'}"
 
 
-def fields_of(config: ConfigDict) -> dict[str, Any]:
+def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
   """A config's fields by their dotted paths. A section without fields stands for itself."""
   return dict(_leaves(config))
 
 
-def _leaves(section: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
   for key, value in section.items():
-    if isinstance(value, ConfigDict) and len(value):
+    if isinstance(value, Mapping) and value:
       yield from _leaves(value, f"{prefix}{key}.")
     else:
       yield f"{prefix}{key}", value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,13 +10,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
+from diffdis_jax.config.data import Augmentation
 from diffdis_jax.data import image_files, randaugment_timm
-from diffdis_jax.data.randaugment import MAGNITUDES, randaugment
-from diffdis_jax.errors import UserError, check_choice, check_number, check_numbers
+from diffdis_jax.data.randaugment import randaugment
 
 WHITE = (255, 255, 255)
-CROPS = ("centre", "random", "random_resized")
-RANDAUGMENTS = {"torchvision": MAGNITUDES - 1, "timm": randaugment_timm.LARGEST}  # and the largest magnitude of each
 TRIES = 10  # of drawing a box that fits, as in torchvision
 STRIP = 2**20  # pixels that are converted at a time, so that a large image needs no second copy of four bytes a pixel
 
@@ -78,68 +75,6 @@ def resize(image: Image.Image, size: int, *, place: float = 0.5) -> Image.Image:
   side = min(image.size)
   left, top = place * (image.width - side), place * (image.height - side)
   return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Augmentation:
-  """How training images vary. The defaults change nothing but the size. None of it is stated by the paper.
-
-  Attributes:
-    crop: "centre" and "random", the largest square, from the middle or from a random place; or "random_resized", a box
-      of random area and ratio, stretched to a square. A model that draws images learns to draw stretched ones from it.
-    crop_scale: of "random_resized" alone, the range of the box's area, as a fraction of the image's. torchvision's
-      default is (0.08, 1), open_clip's (0.9, 1).
-    crop_ratio: of "random_resized" alone, the range of the box's width over its height.
-    flip: mirror left and right half of the time. Wrong where captions tell left from right.
-    shift: largest move, as a fraction of the side.
-    zoom: largest relative change of size, so that 0.1 means 1/1.1 to 1.1.
-    rotation: largest turn, degrees. Shift, zoom and turn uncover white.
-    brightness, contrast, saturation: largest relative change of each, so that 0.2 means a factor of 0.8 to 1.2.
-    hue: largest turn of the colour circle, as a fraction of it, at most 0.5.
-    randaugment_operations: how many operations of RandAugment, after the crop; 2 with magnitude 9 is customary.
-    randaugment_kind: whose operations, one of RANDAUGMENTS.
-    randaugment_magnitude: their strength, torchvision's 0 to 30, timm's 0 to 10.
-    randaugment_deviation: of timm's alone, the standard deviation of the strength.
-    erase: how often a random box is noise at last, timm's random erasing.
-  """
-
-  crop: str = "centre"
-  crop_scale: Sequence[float] = (0.5, 1.0)
-  crop_ratio: Sequence[float] = (3 / 4, 4 / 3)
-  flip: bool = False
-  shift: float = 0.0
-  zoom: float = 0.0
-  rotation: float = 0.0
-  brightness: float = 0.0
-  contrast: float = 0.0
-  saturation: float = 0.0
-  hue: float = 0.0
-  randaugment_operations: int = 0
-  randaugment_magnitude: int = 9
-  randaugment_kind: str = "torchvision"
-  randaugment_deviation: float = 0.0
-  erase: float = 0.0
-
-  def __post_init__(self) -> None:
-    check_choice("crop", self.crop, CROPS)
-    for name, limits in (("crop_scale", dict(above=0.0, at_most=1.0)), ("crop_ratio", dict(above=0.0))):
-      bounds = getattr(self, name)
-      check_numbers(name, bounds, **limits)
-      if len(bounds) != 2:
-        raise UserError(f"{name} is {bounds!r}; it must be two numbers, the least and the most")
-      check_number(f"{name}[1]", bounds[1], at_least=bounds[0])
-    check_number("shift", self.shift, at_least=0.0, at_most=1.0)
-    check_number("zoom", self.zoom, at_least=0.0)
-    check_number("rotation", self.rotation, at_least=0.0, at_most=180.0)
-    for name in ("brightness", "contrast", "saturation"):
-      check_number(name, getattr(self, name), at_least=0.0, at_most=1.0)
-    check_number("hue", self.hue, at_least=0.0, at_most=0.5)
-    check_number("randaugment_operations", self.randaugment_operations, at_least=0)
-    check_choice("randaugment_kind", self.randaugment_kind, RANDAUGMENTS)
-    largest = RANDAUGMENTS[self.randaugment_kind]
-    check_number("randaugment_magnitude", self.randaugment_magnitude, at_least=0, at_most=largest)
-    check_number("randaugment_deviation", self.randaugment_deviation, at_least=0.0)
-    check_number("erase", self.erase, at_least=0.0, at_most=1.0)
 
 
 def augment(

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from diffdis_jax.common.guesses import did_you_mean
+from diffdis_jax.config.objectives import ALIGNED, GENERATIVE
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import settings
@@ -17,7 +18,6 @@ from diffdis_jax.evals.long_tail import LongTail
 from diffdis_jax.evals.retrieval import Retrieval
 from diffdis_jax.evals.settings import Setting
 from diffdis_jax.evals.zero_shot import ZeroShot
-from diffdis_jax.method.network import ALIGNED
 
 EVALS = {
   "zero_shot": ZeroShot,
@@ -31,8 +31,8 @@ FORMER = {"agreement": "generation_accuracy", "recognition": "generation_accurac
 MEASURES = {
   "zero_shot": ALIGNED,
   "retrieval": ALIGNED,
-  "generation_accuracy": ("generation",),
-  "fid": ("generation",),
+  "generation_accuracy": GENERATIVE,
+  "fid": GENERATIVE,
   "long_tail": ALIGNED,
 }
 MOST_SEED = 2**32 - 1  # of jax's random keys

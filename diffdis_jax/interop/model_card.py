@@ -17,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from diffdis_jax.common import buckets, files
+from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.run import history
 
 PAPER = "*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discrimination Capability*"
@@ -153,7 +154,7 @@ class Card:
     """README.md, and samples.png where the run has drawn some by then."""
     address = self.repo or "FOLDER"
     prompt = (self.fields.get("sample_prompts") or ("a bear searching for food near the river",))[0]
-    is_clip = "contrastive" in self.fields["objectives"]
+    is_clip = Objectives(self.fields["objectives"]).is_clip
     inference = self.fields.get("inference", {})
     parts = {
       "paper": PAPER,

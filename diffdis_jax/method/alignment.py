@@ -34,7 +34,7 @@ class AlignmentTransformer(nnx.Module):
     num_heads: int,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
-    spatial_pool: int = 0,
+    spatial_pool: int,
   ):
     self.spatial_pool = spatial_pool
     self.text_in = linear(query_width, width, dtype=dtype, rngs=rngs)

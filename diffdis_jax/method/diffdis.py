@@ -14,7 +14,6 @@ from diffdis_jax.method.alignment import AlignmentTransformer
 from diffdis_jax.method.fusion import TextStream
 from diffdis_jax.models.autoencoder import Autoencoder, sample_posterior
 from diffdis_jax.models.lgr import LanguageGuidedHead
-from diffdis_jax.models.sizes import TEMPERATURE
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.models.unet import UNet
 from diffdis_jax.models.unet_blocks import SpatialTransformer
@@ -38,12 +37,12 @@ class DiffDis(nnx.Module):
     self,
     *,
     autoencoder: Autoencoder,
-    text_encoder: TextEncoder | None,
-    unet: UNet | None,
-    text_stream: TextStream | None,
-    alignment: AlignmentTransformer | None,
+    text_encoder: TextEncoder | None = None,
+    unet: UNet | None = None,
+    text_stream: TextStream | None = None,
+    alignment: AlignmentTransformer | None = None,
     head: LanguageGuidedHead | None = None,
-    temperature: float = TEMPERATURE,
+    temperature: float,
   ):
     self.autoencoder = autoencoder
     # Any, for a part or None: a pass is run only where the objectives have given it its parts.

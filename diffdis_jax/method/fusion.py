@@ -37,7 +37,7 @@ class FusionBlock(nnx.Module):
     modality_ffn: bool,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
-    query_init: float = 1.0,
+    query_init: float,
   ):
     self.fc_in = linear(query_width, width, dtype=dtype, rngs=rngs, init_scale=query_init)
     self.attn = None if share_attention else Attention(width, num_heads=num_heads, dtype=dtype, rngs=rngs)
@@ -100,7 +100,7 @@ class TextStream(nnx.Module):
     modality_ffn: bool,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
-    query_init: float = 1.0,
+    query_init: float,
   ):
     # The width of the sinusoid is not stated by the paper; the query's own keeps one number fewer.
     self.embedder = TimestepEmbedder(query_width, query_width, dtype=dtype, rngs=rngs)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
-from diffdis_jax.models.sections import MAX_TEMPERATURE
+from diffdis_jax.config.model import MAX_TEMPERATURE
 
 MAX_LOGIT_SCALE = float(np.log(MAX_TEMPERATURE))
 _MIN_SQUARE = 1e-24

@@ -5,109 +5,59 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from diffdis_jax.common.params import Params, flatten, merge
-from diffdis_jax.errors import UserError, check_choice, check_number, read_section
+from diffdis_jax.config.model import AUTO, ClipModel, Model
+from diffdis_jax.config.objectives import Objectives
+from diffdis_jax.config.run import Run
+from diffdis_jax.errors import UserError
 from diffdis_jax.method.alignment import AlignmentTransformer
 from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.method.fusion import TextStream
 from diffdis_jax.method.schedules import Process
 from diffdis_jax.models import attention, clip
-from diffdis_jax.models.attention import AUTO
 from diffdis_jax.models.autoencoder import Autoencoder
 from diffdis_jax.models.clip import Clip, VisionEncoder
 from diffdis_jax.models.layers import DTYPES
 from diffdis_jax.models.lgr import LanguageGuidedHead
-from diffdis_jax.models.sections import CLIP_PARTS, PARTS, ClipModel, Model, read_clip, read_model
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.models.unet import UNet
 from diffdis_jax.parallel import sharding
 
-# Stages 1 and 2 of VL-LTR's long-tailed recognition (paper appendix, Table 8), on either network.
-LONG_TAIL = ("class_contrastive", "long_tail_head")
-OBJECTIVES = ("generation", "discrimination", "reconstruction", "contrastive", *LONG_TAIL)
-# Objectives that no other can stand beside, and what they train.
-ALONE = {
-  "reconstruction": "the autoencoder",
-  "contrastive": "CLIP's two towers",
-  "class_contrastive": "an image and a text side",
-  "long_tail_head": "the language-guided head",
-}
-MOST_PIXELS = 8192  # a side of an image, of which one row of a batch then has 0.2 GB
 HEAD_PREFIX = "head."  # of its parameters' paths
-# Objectives whose networks compare images with texts.
-ALIGNED = ("discrimination", "contrastive", *LONG_TAIL)
 
 
-def check_objectives(objectives: Sequence[str]) -> None:
-  """Raises UserError for objectives that are unknown or do not go together."""
-  if not objectives:
-    raise UserError(f"objectives is empty; choose among {', '.join(OBJECTIVES)}")
-  for objective in objectives:
-    check_choice("objectives", objective, OBJECTIVES)
-  for objective, trained in ALONE.items():
-    if objective in objectives and len(objectives) > 1:
-      raise UserError(f"objectives: {objective} trains {trained} alone and cannot be combined with others")
-
-
-def check_sizes(model: Model | ClipModel, *, objectives: Sequence[str], image_size: int, max_length: int) -> None:
-  """Raises UserError for images and texts that the network cannot take."""
-  check_number("image_size", image_size, at_least=1, at_most=MOST_PIXELS)
-  if isinstance(model, ClipModel):
-    stride = model.vision_encoder.patch
-    why = f"patches of {stride} px do not tile it"
-  else:
-    factor = model.autoencoder.factor
-    stride = factor if "reconstruction" in objectives else factor * 2 ** (len(model.unet.widths) - 1)
-    why = f"autoencoder and UNet together halve it down by {stride}"
-  if image_size % stride:
-    near = max(1, round(image_size / stride)) * stride
-    raise UserError(f"image_size is {image_size}; {why}, so it must be a multiple of {stride}, such as {near}")
-  if isinstance(model, Model) and (parts := model.alignment.spatial_pool) and {*ALIGNED} & {*objectives}:
-    side = image_size // stride
-    if side % parts:
-      raise UserError(
-        f"model.alignment.spatial_pool is {parts}; the middle feature map is {side} x {side}, so it must divide {side}"
-      )
-  if not 2 <= max_length <= model.text_encoder.max_length:
-    raise UserError(
-      f"data.max_length is {max_length}; it must be from 2 to model.text_encoder.max_length,"
-      f" {model.text_encoder.max_length}"
-    )
-
-
-def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> DiffDis:
+def build_diffdis(model: Model, objectives: Objectives, rngs: nnx.Rngs) -> DiffDis:
   """The module.
 
   Generation alone has no text stream and no alignment transformer: it is the Stable Diffusion baseline. Reconstruction
   is the autoencoder alone.
   """
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], rngs=rngs)
-  sizes = {name: dataclasses.asdict(getattr(model, name)) for name in PARTS}
-  autoencoder = Autoencoder(**sizes["autoencoder"], **common)
-  if "reconstruction" in objectives:
-    return DiffDis(autoencoder=autoencoder, text_encoder=None, unet=None, text_stream=None, alignment=None)
-  aligned = bool({*ALIGNED} & {*objectives})
-  text_sizes = sizes["text_encoder"] | ({} if aligned else {"token_embedding_weight": 0.0})
-  text_encoder = TextEncoder(**text_sizes, **common)
+  autoencoder = Autoencoder(**vars(model.autoencoder), **common)
+  if objectives.is_autoencoder:
+    return DiffDis(autoencoder=autoencoder, temperature=model.temperature)
+  text = model.text_encoder
+  if not objectives.aligned:
+    text = dataclasses.replace(text, token_embedding_weight=0.0)
+  text_encoder = TextEncoder(**vars(text), remat="none", **common)
   unet = UNet(
-    **sizes["unet"],
+    **vars(model.unet),
     context_width=model.text_encoder.width,
     latent_channels=model.autoencoder.latent_channels,
     remat=model.remat,
-    up_path="generation" in objectives,
+    up_path=objectives.generates,
     **common,
   )
   text_stream = alignment = None
-  if aligned:
+  if objectives.aligned:
     text_stream = TextStream(
       unet.fused_widths if model.fusion else (),
       query_width=model.query_width,
@@ -118,7 +68,7 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
       **common,
     )
     alignment = AlignmentTransformer(
-      query_width=model.query_width, image_width=model.unet.widths[-1], **sizes["alignment"], **common
+      query_width=model.query_width, image_width=model.unet.widths[-1], **vars(model.alignment), **common
     )
   return DiffDis(
     autoencoder=autoencoder,
@@ -135,16 +85,15 @@ def build_head(model: Model | ClipModel, rngs: nnx.Rngs) -> LanguageGuidedHead |
   """Where the model has one."""
   if model.head is None:
     return None
-  return LanguageGuidedHead(width=model.query_width, **dataclasses.asdict(model.head), rngs=rngs)
+  return LanguageGuidedHead(width=model.query_width, **vars(model.head), rngs=rngs)
 
 
 def build_clip(model: ClipModel, rngs: nnx.Rngs) -> Clip:
   """CLIP's two towers."""
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], remat=model.remat, rngs=rngs)
-  text, vision = (dataclasses.asdict(getattr(model, name)) for name in CLIP_PARTS)
   return Clip(
-    text_encoder=TextEncoder(**text, **common),
-    vision_encoder=VisionEncoder(**vision, **common),
+    text_encoder=TextEncoder(**vars(model.text_encoder), **common),
+    vision_encoder=VisionEncoder(**vars(model.vision_encoder), **common),
     head=build_head(model, rngs),
     temperature=model.temperature,
   )
@@ -156,8 +105,7 @@ class Network:
 
   Attributes:
     model: sizes and switches.
-    objectives: what it is trained for. `contrastive` makes it a CLIP; those of long-tailed recognition take either
-      network, and all others a DiffDis.
+    objectives: what it is trained for (config/objectives.py).
     image_size: side of the square images, pixels.
     max_length: tokens of a caption.
     image_process, text_process: the two diffusion processes. CLIP has no use for them.
@@ -166,7 +114,7 @@ class Network:
   """
 
   model: Model | ClipModel
-  objectives: tuple[str, ...]
+  objectives: Objectives
   image_size: int
   max_length: int
   image_process: Process
@@ -176,29 +124,17 @@ class Network:
   abstract: nnx.State
 
   @classmethod
-  def of(cls, config: ConfigDict) -> Network:
-    """The network of a config, from shapes alone: nothing is allocated.
-
-    Raises:
-      UserError: a field out of its range, or a network that cannot be built.
-    """
-    objectives = tuple(config.objectives)
-    check_objectives(objectives)
-    model = _read_sections(config.model, objectives)
-    check_sizes(model, objectives=objectives, image_size=config.image_size, max_length=config.data.max_length)
-    check_number("condition_timestep", config.condition_timestep, at_least=0, at_most=1000)
-    image, text = (
-      read_section(Process, config[name].to_dict(), name) for name in ("image_diffusion", "text_diffusion")
-    )
-    graphdef, abstract = abstract_module(_builder(model, objectives))
+  def of(cls, run: Run) -> Network:
+    """The network of a run, from shapes alone: nothing is allocated."""
+    graphdef, abstract = abstract_module(_builder(run.model, run.objectives))
     return cls(
-      model=model,
-      objectives=objectives,
-      image_size=config.image_size,
-      max_length=config.data.max_length,
-      image_process=image,
-      text_process=text,
-      condition_timestep=config.condition_timestep,
+      model=run.model,
+      objectives=run.objectives,
+      image_size=run.image_size,
+      max_length=run.data.max_length,
+      image_process=Process.of(run.image_diffusion),
+      text_process=Process.of(run.text_diffusion),
+      condition_timestep=run.condition_timestep,
       graphdef=graphdef,
       abstract=abstract,
     )
@@ -231,6 +167,10 @@ class Network:
     f = attention.by(self.model.attention_kernel)(f)
     return sharding.traced_for(mesh, f, matmul_precision=self.matmul_precision)
 
+  def counted(self) -> Network:
+    """The same with attention that is no kernel, so that the operations of what it traces can be counted."""
+    return dataclasses.replace(self, model=dataclasses.replace(self.model, attention_kernel="xla"))
+
   @property
   def latent_shape(self) -> tuple[int, int, int]:
     """[h, w, c] of one image's latent. Raises UserError for a CLIP, which has none."""
@@ -255,19 +195,7 @@ class Network:
     return params
 
 
-def _read_sections(section: ConfigDict, objectives: Sequence[str]) -> Model | ClipModel:
-  """Raises UserError: as `read_model`, or a head without its objective, or the objective without a head."""
-  of_clip = "contrastive" in objectives or ({*LONG_TAIL} & {*objectives} and "vision_encoder" in section)
-  model = read_clip(section) if of_clip else read_model(section)
-  if (model.head is not None) != ("long_tail_head" in objectives):
-    raise UserError(
-      f"objectives is {', '.join(objectives)}, and model.head is {'missing' if model.head is None else 'there'}; a head"
-      " belongs to long_tail_head alone: take configs/places_lt.py:stage=2"
-    )
-  return model
-
-
-def _builder(model: Model | ClipModel, objectives: Sequence[str]) -> Callable[[nnx.Rngs], DiffDis | Clip]:
+def _builder(model: Model | ClipModel, objectives: Objectives) -> Callable[[nnx.Rngs], DiffDis | Clip]:
   """A function from rngs to the module with fresh parameters."""
   if isinstance(model, ClipModel):
     return functools.partial(build_clip, model)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from diffdis_jax.errors import UserError, check_choice, check_number
+from diffdis_jax.config.sections import SCHEDULES, TARGETS, ImageDiffusion, TextDiffusion
+from diffdis_jax.errors import UserError, check_choice
 
 Target = str  # one of TARGETS
-TARGETS = ("data", "noise")
 BETA_START, BETA_END, BETA_MAX = 0.00085, 0.012, 0.999
 DATA = -1  # the timestep, one before the first, at which ᾱ = 1: the data itself
 
@@ -60,8 +60,7 @@ def _cosine(n: int) -> Float[np.ndarray, "T"]:
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], BETA_MAX)
 
 
-_BETAS = {"scaled_linear": _scaled_linear, "linear": _linear, "cosine": _cosine}
-SCHEDULES = tuple(_BETAS)
+_BETAS = {"scaled_linear": _scaled_linear, "linear": _linear, "cosine": _cosine}  # SCHEDULES
 
 
 def noise_schedule(name: str, num_timesteps: int = 1000) -> Schedule:
@@ -79,25 +78,22 @@ def noise_schedule(name: str, num_timesteps: int = 1000) -> Schedule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
-  """One of the two diffusion processes; a config's `image_diffusion` or `text_diffusion`.
+  """One of the two diffusion processes, as its config section has it.
 
   Attributes:
     schedule: name of the noise schedule, one of SCHEDULES.
-    target: what the network predicts (appendix, Table 2). Always the noise for images.
-    gamma: feature scaling γ of the data, above 0 and at most 1. Always 1 for images.
-
-  Raises:
-    UserError: a value out of its range.
+    target: what the network predicts (appendix, Table 2), one of TARGETS.
+    gamma: feature scaling γ of the data.
   """
 
   schedule: str
-  target: Target = "noise"
-  gamma: float = 1.0
+  target: Target
+  gamma: float
 
-  def __post_init__(self) -> None:
-    check_choice("schedule", self.schedule, SCHEDULES)
-    check_target(self.target)
-    check_number("gamma", self.gamma, above=0.0, at_most=1.0)
+  @classmethod
+  def of(cls, section: ImageDiffusion | TextDiffusion) -> Process:
+    """The process of a config's section."""
+    return cls(schedule=section.schedule, target=section.target, gamma=section.gamma)
 
   @functools.cached_property
   def noise(self) -> Schedule:

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
+from diffdis_jax.config.model import AUTO
 from diffdis_jax.errors import UserError
 from diffdis_jax.models import attention_tpu
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Attended
 
 F32 = jnp.float32
-AUTO = "auto"
 _STOOD_FOR: contextvars.ContextVar[str | None] = contextvars.ContextVar("stood_for", default=None)
 _FORCED: contextvars.ContextVar[str] = contextvars.ContextVar("forced", default=AUTO)
 

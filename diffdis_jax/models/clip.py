@@ -1,7 +1,7 @@
 """CLIP, the baseline of the paper's Table 1: a vision transformer beside the text tower, and how it starts.
 
-From scratch it starts with OpenAI's spreads in the text tower, and in the vision tower, for which OpenAI gave none, with
-PyTorch's defaults, as open_clip has them (transformer.py, `init_parameters`).
+From scratch it starts with OpenAI's spreads in the text tower, and in the vision tower, for which OpenAI gave none,
+with PyTorch's defaults, as open_clip has them (transformer.py, `init_parameters`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.common.params import Params, first_match
+from diffdis_jax.config.model import ClipModel, TextEncoderSize, VisionEncoderSize
 from diffdis_jax.errors import UserError
 from diffdis_jax.models.layers import LayerNorm, TransformerLayer, conv, linear
 from diffdis_jax.models.lgr import LanguageGuidedHead
 from diffdis_jax.models.remat import run_block
-from diffdis_jax.models.sections import ClipModel, TextEncoderSize, VisionEncoderSize
-from diffdis_jax.models.sizes import TEMPERATURE
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.structs import TextCondition
 
@@ -76,7 +75,7 @@ class VisionEncoder(nnx.Module):
     projection: int,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
-    remat: str = "none",
+    remat: str,
   ):
     if image_size % patch:
       raise UserError(f"patches of {patch} px do not tile an image of {image_size} px; give a multiple of {patch}")
@@ -134,8 +133,8 @@ class Clip(nnx.Module):
     *,
     text_encoder: TextEncoder,
     vision_encoder: VisionEncoder,
-    head: LanguageGuidedHead | None = None,
-    temperature: float = TEMPERATURE,
+    head: LanguageGuidedHead | None,
+    temperature: float,
   ):
     self.text_encoder = text_encoder
     self.vision_encoder = vision_encoder

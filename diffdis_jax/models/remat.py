@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,13 +23,25 @@ REMAT_POLICIES = {
   "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION_INPUTS),
 }
 
+_KEEPS_ALL: contextvars.ContextVar[bool] = contextvars.ContextVar("keeps_all", default=False)
+
+
+@contextlib.contextmanager
+def keeping_all() -> Iterator[None]:
+  """Around what is traced with nothing computed twice, whatever a network's `remat` says."""
+  token = _KEEPS_ALL.set(True)
+  try:
+    yield
+  finally:
+    _KEEPS_ALL.reset(token)
+
 
 def run_block(f: Callable[..., Any], block: nnx.Module, *args: Any, remat: str) -> Any:
   """f(block, *args), of which the backward pass keeps what `remat`, a key of REMAT_POLICIES, says.
 
   Not by nnx.remat, which writes parameters back, and so cannot stand inside a sampler's loop.
   """
-  if remat == "none":
+  if remat == "none" or _KEEPS_ALL.get():
     return f(block, *args)
   # Split, since jax.checkpoint takes arrays alone: a module closed over would be kept whole for the backward pass.
   graphdef, state = nnx.split(block)

@@ -1,56 +1,15 @@
 """Sizes of the network: `sd_v1` is the paper's, the others are the same code with smaller numbers."""
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
-TEMPERATURE = 1 / 0.07  # CLIP's τ at the start
+from diffdis_jax.config.model import ClipModel, Model
 
 
 def sd_v1() -> ConfigDict:
   """Stable Diffusion v1 with CLIP ViT-L/14's text tower: 859,520,964 + 83,653,863 + 123,060,480 parameters."""
-  return ConfigDict(
-    dict(
-      fusion=True,
-      share_attention=True,
-      modality_ffn=True,
-      query_init=1.0,
-      temperature=TEMPERATURE,
-      dtype="bfloat16",
-      matmul_precision="auto",
-      attention_kernel="auto",
-      remat="none",
-      unet=dict(
-        widths=(320, 640, 1280, 1280),
-        attention=(True, True, True, False),
-        depth=2,
-        num_heads=8,
-        groups=32,
-      ),
-      alignment=dict(width=768, depth=6, num_heads=12, spatial_pool=0),
-      text_encoder=dict(
-        vocab_size=49408,
-        max_length=77,
-        width=768,
-        depth=12,
-        num_heads=12,
-        mlp_width=3072,
-        activation="quick_gelu",
-        bos_id=49406,
-        eos_id=49407,
-        projection=0,
-        token_embedding_weight=0.0,
-      ),
-      autoencoder=dict(
-        widths=(128, 256, 512, 512),
-        depth=2,
-        patch=1,
-        latent_channels=4,
-        groups=32,
-        attention=True,
-        shift=0.0,
-        scale=0.18215,
-      ),
-    )
-  )
+  return _section_of(Model())
 
 
 def small() -> ConfigDict:
@@ -78,26 +37,7 @@ def medium() -> ConfigDict:
 
 def clip_vit_l14() -> ConfigDict:
   """The CLIP baseline of the paper's Table 1, ViT-L/14: 303,966,208 + 123,650,304 + 1 parameters, as OpenAI's."""
-  return ConfigDict(
-    dict(
-      temperature=TEMPERATURE,
-      dtype="bfloat16",
-      matmul_precision="auto",
-      attention_kernel="auto",
-      remat="none",
-      text_encoder=dict(sd_v1().text_encoder, projection=768),
-      vision_encoder=dict(
-        image_size=224,
-        patch=14,
-        width=1024,
-        depth=24,
-        num_heads=16,
-        mlp_width=4096,
-        activation="quick_gelu",
-        projection=768,
-      ),
-    )
-  )
+  return _section_of(ClipModel())
 
 
 def clip_vit_b32() -> ConfigDict:
@@ -123,3 +63,8 @@ def clip_medium() -> ConfigDict:
   model.text_encoder.update(medium().text_encoder, projection=128)
   model.vision_encoder.update(patch=4, width=128, depth=4, mlp_width=512, projection=128)
   return model
+
+
+def _section_of(model: Model | ClipModel) -> ConfigDict:
+  """Without the head, which only a long-tailed run has."""
+  return ConfigDict({name: value for name, value in dataclasses.asdict(model).items() if name != "head"})

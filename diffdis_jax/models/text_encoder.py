@@ -41,8 +41,8 @@ class TextEncoder(nnx.Module):
     projection: int,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
-    remat: str = "none",
-    token_embedding_weight: float = 0.0,
+    remat: str,
+    token_embedding_weight: float,
   ):
     self.bos_id, self.eos_id, self.dtype, self.remat = bos_id, eos_id, dtype, remat
     self.token_embedding_weight = token_embedding_weight

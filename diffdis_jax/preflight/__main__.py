@@ -23,20 +23,18 @@ from typing import Any
 import jax
 from absl import flags, logging
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, cli, code_digest, files
 from diffdis_jax.common.store import Store
-from diffdis_jax.data.build import read_data
+from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError, install
-from diffdis_jax.inference import Inference, read_sampling
+from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import attention
 from diffdis_jax.parallel import chips, sharding
 from diffdis_jax.preflight import calibration, report, search, targets
 from diffdis_jax.training import flops
-from diffdis_jax.training.build import build_step, plain
+from diffdis_jax.training.step import Trainer
 
 CC3M_PAIRS = 2_905_954
 # What traces and compiles.
@@ -45,31 +43,26 @@ COMPILERS = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "j
 COMPILERS += (*targets.CUDA, *targets.CUDNN)
 
 
-def trace_program(name: str, config: ConfigDict, mesh: Mesh) -> flops.Program:
-  """Raises UserError for a config that the mesh cannot run, or that lacks this program."""
+def trace_program(name: str, run: Run, mesh: Mesh) -> flops.Program:
+  """Raises UserError for a run that the mesh cannot train, or that lacks this program."""
   if name == "train":
-    step, counted = build_step(config, mesh), build_step(plain(config), mesh)
-    return flops.trace_train(step, counted, read_data(config), batch_size=config.batch_size)
-  if name not in config.objectives:
-    raise UserError(f"--programs has {name}; this config's objectives are {', '.join(config.objectives)} alone")
-  sampling = read_sampling(config.inference.to_dict())
-  inference, counted = (
-    Inference(Network.of(each), sampling, mesh=mesh, batch_size=config.batch_size) for each in (config, plain(config))
-  )
-  return flops.trace_inference(name, inference, counted)
+    return flops.trace_train(Trainer(run, mesh))
+  if name not in run.objectives:
+    raise UserError(f"--programs has {name}; this config's objectives are {', '.join(run.objectives)} alone")
+  return flops.trace_inference(name, Inference(Network.of(run), run.inference, mesh=mesh, batch_size=run.batch_size))
 
 
 def compile_one(
-  name: str, config: ConfigDict, target: targets.Target, *, num_pairs: int, epochs: float, hlo: str | None = None
+  name: str, run: Run, target: targets.Target, *, num_pairs: int, epochs: float, hlo: str | None = None
 ) -> dict[str, Any]:
   """The report of one program; `hlo`, a folder, gets the program's text.
 
   Raises:
-    UserError: a config, mesh or batch that cannot run there.
+    UserError: a network, mesh or batch that cannot run there.
   """
-  mesh = sharding.make_mesh(**config.mesh, devices=target.devices)
+  mesh = sharding.make_mesh(**vars(run.mesh), devices=target.devices)
   with attention.standing_in_for(target.chip.platform):
-    program = trace_program(name, config, mesh)
+    program = trace_program(name, run, mesh)
     lowered = program.lower()
   shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   logging.info("%s: compiling for %d x %s (%s), compiler %s", name, mesh.size, target.chip.kind, shape, target.compiler)
@@ -82,27 +75,22 @@ def compile_one(
   return result
 
 
-def run(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
+def compile_all(run: Run, target: targets.Target) -> dict[str, Any]:
   """Every program asked for, and where the train step does not fit and --search is given, what would make it fit."""
-  run_config.check_types(config.to_dict())
   settings = dict(num_pairs=FLAGS.num_pairs, epochs=FLAGS.epochs)
-  results: dict[str, Any] = {
-    name: compile_one(name, config, target, hlo=FLAGS.hlo, **settings) for name in FLAGS.programs
-  }
+  results: dict[str, Any] = {name: compile_one(name, run, target, hlo=FLAGS.hlo, **settings) for name in FLAGS.programs}
   if FLAGS.search and "train" in results and not results["train"]["fits"]:
     tried = search.candidates(
-      remat=config.model.remat,
-      mesh=config.mesh.to_dict(),
-      batch_size=config.batch_size,
-      accumulate=config.optim.accumulate,
+      remat=run.model.remat,
+      mesh=vars(run.mesh),
+      batch_size=run.batch_size,
+      accumulate=run.optim.accumulate,
       chips=len(target.devices),
       slices=FLAGS.slices,
     )
 
     def attempt(changes: search.Changes) -> dict[str, Any]:
-      changed = config.copy_and_resolve_references().unlock()
-      changed.update_from_flattened_dict(changes)
-      return compile_one("train", changed, target, **settings)
+      return compile_one("train", run.replace(changes), target, **settings)
 
     results["search"] = search.first_fit(tried, attempt)
   return results
@@ -177,7 +165,7 @@ def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
       for line in report.lines(name, results[name]):
         logging.info("%s", line)
   else:
-    results = run(FLAGS.config, present or targets.find(platform, topology, FLAGS.slices))
+    results = compile_all(Run.of(FLAGS.config), present or targets.find(platform, topology, FLAGS.slices))
     store.write_json(key, results)
   if "search" in results:
     logging.info("%s", describe_search(results["search"]))

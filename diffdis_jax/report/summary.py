@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from diffdis_jax import config as run_config
+from diffdis_jax.config.run import default_fields
+from diffdis_jax.config.sections import Optim
 from diffdis_jax.errors import read_section
 from diffdis_jax.report.curves import Curve
 from diffdis_jax.report.read import Run
@@ -96,7 +97,7 @@ def learning_rates(run: Run) -> dict[str, Curve]:
 
   if not run.step:
     return {}
-  section = read_section(optim.Optim, run.config["optim"], "optim")
+  section = read_section(Optim, run.config["optim"], "optim")
   steps = np.unique(np.linspace(1, run.step, RATE_POINTS).astype(int))
   found = {}
   for group in section.rates:
@@ -122,6 +123,6 @@ def fields(run: Run) -> dict[str, str]:
 
 def differing(run: Run) -> list[str]:
   """Fields that differ from the default that every config has."""
-  defaults = workdir.flatten(run_config.defaults(accumulate=run.config["optim"].get("accumulate", 1)))
+  defaults = workdir.flatten(default_fields())
   own = fields(run)
   return [name for name, value in defaults.items() if name in own and own[name] != json.dumps(value)]

@@ -7,7 +7,6 @@ A checkpoint counts once it holds Orbax's commit mark, its last file to be writt
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import os
@@ -23,43 +22,11 @@ from orbax import checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from diffdis_jax.common import buckets
-from diffdis_jax.errors import Preempted, UserError, check_choice, check_number
+from diffdis_jax.config.sections import CheckpointPolicy
+from diffdis_jax.errors import Preempted, UserError
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import committed, restore
 from diffdis_jax.run.restore import Restored, State
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointPolicy:
-  """Which checkpoints stay; a config's `checkpoint` section.
-
-  Attributes:
-    keep_last: how many of the newest checkpoints.
-    keep_every: checkpoints whose step is a multiple of this as well; 0 for none.
-    keep_best: and so many of those that were saved with the best `best_metric`; 0 for none.
-    best_metric: a metric that `Checkpointer.save` is given.
-    best_is: whether the best is its "max" or its "min".
-
-  Raises:
-    UserError: a number out of its range, or a policy that contradicts itself.
-  """
-
-  keep_last: int = 2
-  keep_every: int = 0
-  keep_best: int = 0
-  best_metric: str = ""
-  best_is: str = "max"
-
-  def __post_init__(self) -> None:
-    check_number("keep_last", self.keep_last, at_least=1)
-    for name in ("keep_every", "keep_best"):
-      check_number(name, getattr(self, name), at_least=0)
-    check_choice("best_is", self.best_is, ("max", "min"))
-    if bool(self.keep_best) != bool(self.best_metric):
-      raise UserError(
-        f"keep_best is {self.keep_best} and best_metric {self.best_metric!r}; keep_best needs the name of a metric such"
-        " as 'test/acc1'"
-      )
 
 
 class Checkpointer:

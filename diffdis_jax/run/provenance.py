@@ -17,10 +17,10 @@ from typing import Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 import diffdis_jax
 from diffdis_jax.common import buckets, files
+from diffdis_jax.config.fields import read_fields
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import committed, history, workdir
 
@@ -74,10 +74,9 @@ def of_run(path: str, *, step: int | None) -> dict[str, Any]:
   return {**_link(path, step), "init_from": _began_from(path)}
 
 
-def of_config(config: ConfigDict) -> dict[str, Any]:
+def of_config(fields: Mapping[str, Any]) -> dict[str, Any]:
   """As `of_run`, of a network that is not trained."""
-  fields = config.copy_and_resolve_references().to_dict()
-  return {**_fields(fields), "steps": 0, "commits": [], "clean": None, "init_from": []}
+  return {**_fields(dict(fields)), "steps": 0, "commits": [], "clean": None, "init_from": []}
 
 
 def behind(init_from: str) -> list[dict[str, Any]]:
@@ -157,7 +156,7 @@ def _hash(config: dict[str, Any]) -> str:
 
 def _config(path: str) -> dict[str, Any] | None:
   try:
-    return workdir.load_config(path).to_dict()
+    return read_fields(path)
   except (UserError, OSError):
     return None
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 
 from diffdis_jax.common import buckets
-from diffdis_jax.common.files import read_json, write_whole
+from diffdis_jax.common.files import write_whole
+from diffdis_jax.config.fields import SECTIONS, normalise, read_json_object
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import committed
 
@@ -39,16 +39,10 @@ MAY_CHANGE = (
   r"^optim\.allow_uninitialized$",  # of the start alone
 )
 """Fields (dotted paths) that may differ when a run goes on: they leave the numbers of the training alone."""
-SECTIONS = {"objectives", "model", "data", "optim"}  # of every run's config
 REPORTS = ("metrics.jsonl", "history.jsonl", "trackers.json", "events.out.tfevents.*", "samples", "plugins")
 
 
-def open_for_training(
-  workdir: epath.PathLike,
-  config: Mapping[str, Any],
-  *,
-  is_writer: bool = True,
-) -> epath.Path:
+def open_for_training(workdir: epath.PathLike, config: Mapping[str, Any], *, is_writer: bool = True) -> epath.Path:
   """Creates the folder and writes its config.json, or checks that the run in it has the same config.
 
   A run without a checkpoint does not hold its config: what it has reported is set aside, so that it mixes with nothing.
@@ -96,7 +90,7 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> list[str
   path = buckets.path(workdir)
   if not (path / "config.json").exists():
     return []
-  config_there = _read(path)
+  config_there = read_json_object(path)
   differing = differences(flatten(config_there), flatten(config))
   is_begun = SECTIONS <= config_there.keys() and not committed.committed_steps(committed.folder(workdir))
   if differing and not is_begun:
@@ -225,43 +219,9 @@ def _is_dead(other: dict[str, Any]) -> bool:
   return other.get("machine") == _machine() and _started(other.get("pid")) != other.get("started")
 
 
-def load_config(workdir: epath.PathLike) -> ConfigDict:
-  """The config of the run in this folder, locked. Sequences come back as tuples.
-
-  Raises:
-    UserError: no such folder, or no config.json of a run in it.
-  """
-  path = buckets.path(workdir)
-  if not (path / "config.json").exists():  # which raises for a bucket that is away, where `is_dir` says no
-    what = "config.json in" if path.is_dir() else "folder"
-    raise UserError(f"no {what} {workdir}; --workdir names the folder of a training run")
-  config = _read(path)
-  if missing := SECTIONS - config.keys():
-    raise UserError(
-      f"{path / 'config.json'} is of no training run, it has no {min(missing)!r}; --workdir names the folder of one"
-    )
-  return ConfigDict(config).lock()
-
-
-def _read(path: epath.Path) -> dict[str, Any]:
-  config = _normalise(read_json(path / "config.json"))
-  if not isinstance(config, dict):
-    raise UserError(f"{path / 'config.json'} is of no training run; it should hold a JSON object")
-  return config
-
-
-def _normalise(value: Any) -> Any:
-  """Lists, which are what JSON makes of tuples, as tuples again."""
-  if isinstance(value, dict):
-    return {key: _normalise(child) for key, child in value.items()}
-  if isinstance(value, (list, tuple)):
-    return tuple(map(_normalise, value))
-  return value
-
-
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of a config by their dotted paths, lists as tuples. A section without fields stands for itself."""
-  return _flatten(_normalise(config))
+  return _flatten(normalise(config))
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

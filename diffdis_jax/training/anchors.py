@@ -9,14 +9,19 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, Int
 
+from diffdis_jax.common import buckets, files
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.run import Run
 from diffdis_jax.data import long_tail, sources
-from diffdis_jax.data.build import Data, open_tokens
+from diffdis_jax.data.build import open_tokens
 from diffdis_jax.data.corpus import Corpus
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, nearest
-from diffdis_jax.training.long_tail import LongTail
+from diffdis_jax.inference import Inference
+from diffdis_jax.method.network import HEAD_PREFIX
+from diffdis_jax.parallel import processes, sharding
 
+ANCHORS = f"{HEAD_PREFIX}anchors"  # chosen before the first step
 TRAINING_IMAGES = 50  # of a class, where they are taken of the training split
 
 
@@ -51,11 +56,8 @@ class Selection:
   """How the anchors of a backbone after stage 1 are chosen.
 
   Args:
-    data: of the long-tailed set.
-    section: says how they are chosen, and by which images.
-    classes: that the head has.
-    count: anchors of each.
-    seed: of the query's noise, which is one for each image; and of random choices.
+    run: of stage 2. Its `long_tail` says how they are chosen, and by which images; its seed is that of random choices,
+      and of the query's noise, which is one for each image.
 
   Attributes:
     corpus: all sentences.
@@ -64,22 +66,36 @@ class Selection:
     UserError: damaged data, a class of which no image is there, or another number of classes than the head has.
   """
 
-  def __init__(self, data: Data, section: LongTail, *, classes: int, count: int, seed: int):
-    where = data.sources["data"]
+  def __init__(self, run: Run):
+    head, section, where = run.model.head, run.long_tail, run.data.source
+    assert head is not None and section is not None  # config/run.py
+    self._section, self._count, self._seed = section, head.anchors, run.seed
     self.corpus = long_tail.open_corpus(**where)
-    if len(self.corpus.classnames) != classes:
-      raise UserError(f"model.head.classes is {classes}, and the text corpus has {len(self.corpus.classnames)} classes")
-    self._tokens = open_tokens(where, max_length=data.max_length)
-    self._section, self._count, self._seed = section, count, seed
+    if len(self.corpus.classnames) != head.classes:
+      raise UserError(
+        f"model.head.classes is {head.classes}, and the text corpus has {len(self.corpus.classnames)} classes"
+      )
+    self._tokens = open_tokens(run.data)
     split = "val" if section.anchor_images == "val" else "train"
-    source = sources.open_source(**{**where, "split": split}, image_size=data.image_size)
+    source = sources.open_source(**{**where, "split": split}, image_size=run.image_size)
     assert isinstance(source, long_tail.LabelledSource)
     self._source, self._indices = source, np.arange(len(source))
     if split == "train":
       self._indices = first_of_each(source.labels, TRAINING_IMAGES)
     self._labels = source.labels[self._indices]
-    if (absent := np.setdiff1d(np.arange(classes), self._labels)).size:
+    if (absent := np.setdiff1d(np.arange(head.classes), self._labels)).size:
       raise UserError(f"no image of {self.corpus.classnames[absent[0]]!r} to choose its sentences by, in split {split}")
+
+  def params(self, inference: Inference, path: str, params: Params) -> Params:
+    """The head's anchors, by the backbone among `params`; anchors.json in the workdir `path` says which they are.
+
+    Raises:
+      Preempted: the processes stop in the middle of it; the same command begins it again.
+    """
+    chosen = self.run(inference, params)
+    if processes.is_first():
+      files.write_json(buckets.path(path) / "anchors.json", chosen.describe(self.corpus))
+    return sharding.replicated({ANCHORS: chosen.embeddings}, inference.mesh)
 
   def run(self, inference: Any, params: Params) -> Anchors:
     """By this backbone: a network, which may have a head, and its parameters."""

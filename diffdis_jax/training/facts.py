@@ -11,7 +11,7 @@ import jax
 from absl import logging
 from clu import parameter_overview
 
-from diffdis_jax.data.build import Data
+from diffdis_jax.data.build import describe
 from diffdis_jax.run import provenance
 from diffdis_jax.training.step import Trainer
 
@@ -24,12 +24,12 @@ def parameter_groups(trainer: Trainer) -> dict[str, dict[str, int]]:
   return {group: dict(parts) for group, parts in sizes.items()}
 
 
-def of_start(trainer: Trainer, data: Data, *, init_from: str | None) -> dict[str, Any]:
+def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
   """What history.jsonl gets to know of a start.
 
   Args:
-    trainer, data: of the run.
-    init_from: of a run that begins, the config's; None of one that goes on.
+    trainer: of the run.
+    begins: whether it does; else it goes on.
   """
   return {
     "processes": jax.process_count(),
@@ -38,10 +38,10 @@ def of_start(trainer: Trainer, data: Data, *, init_from: str | None) -> dict[str
     "host": socket.gethostname(),
     "jax": jax.__version__,
     **provenance.code(),
-    **({} if init_from is None else {"init_from": provenance.behind(init_from)}),
+    **({"init_from": provenance.behind(trainer.run.init_from)} if begins else {}),
     "mesh": dict(trainer.mesh.shape),
     "parameters": parameter_groups(trainer),
-    "data": data.describe(),
+    "data": describe(trainer.run.data),
   }
 
 
@@ -50,10 +50,10 @@ def overview(trainer: Trainer) -> str:
   return parameter_overview.get_parameter_overview(trainer.shapes, include_stats=False) + "\n"
 
 
-def log(trainer: Trainer, data: Data) -> None:
+def log(trainer: Trainer) -> None:
   """Mesh, data and parameters by group, so that a wrong regex shows before the first step."""
   logging.info("mesh %s", dict(trainer.mesh.shape))
-  for line in data.describe():
+  for line in describe(trainer.run.data):
     logging.info("data: %s", line)
   logging.info(
     "objectives %s; parameters: %s",

@@ -15,15 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from diffdis_jax.common.params import Params
-from diffdis_jax.data.build import Data
+from diffdis_jax.config.run import Run
+from diffdis_jax.data.build import batch_type
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import chips, sharding
 from diffdis_jax.structs import Batch, LabelledBatch, LatentBatch, TrainingBatch
-from diffdis_jax.training.build import build_step, plain
 from diffdis_jax.training.step import Trainer
 
 
@@ -46,37 +45,39 @@ class Program:
   turns: float
 
 
-def abstract_batch(network: Network, data: Data, mesh: Mesh, batch_size: int) -> TrainingBatch:
-  """Shapes of a global batch, of images or latents as the data section has it."""
+def abstract_batch(run: Run, network: Network, mesh: Mesh) -> TrainingBatch:
+  """Shapes of a run's global batch, of images or latents as its data section has it."""
 
   def rows(dtype: Any, *shape: int) -> Any:
-    return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+    return jax.ShapeDtypeStruct((run.batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
 
+  data = run.data
   tokens = rows(jnp.int32, data.max_length)
-  if data.batch_type is LatentBatch:
+  if batch_type(data) is LatentBatch:
     moments = rows(jnp.bfloat16, *network.latent_shape)
     return LatentBatch(mean=moments, log_variance=moments, tokens=tokens)
-  image = rows(jnp.uint8, data.image_size, data.image_size, 3)
+  image = rows(jnp.uint8, run.image_size, run.image_size, 3)
   if data.sampling is not None:
     return LabelledBatch(image=image, label=rows(jnp.int32), tokens=tokens if data.sampling.sentences else None)
-  own_view = data.discrimination_augmentation is not None
-  return Batch(image=image, tokens=tokens, discrimination_image=image if own_view else None)
+  return Batch(image=image, tokens=tokens, discrimination_image=None if data.own_augment is None else image)
 
 
-def trace_train(step: Trainer, counted: Trainer, data: Data, *, batch_size: int) -> Program:
-  """The train step. Operations are counted in `counted`, the same step in which nothing is computed twice and none of
-  them is inside a kernel."""
-  batch = abstract_batch(step.network, data, step.mesh, batch_size)
-  traced, plain = (each.train_step.trace(each.abstract_state, batch) for each in (step, counted))
-  return _program(traced, batch_size, step.shapes, plain.jaxpr)
+def trace_train(trainer: Trainer) -> Program:
+  """The train step. Operations are those of `Trainer.counted`."""
+  batch = abstract_batch(trainer.run, trainer.network, trainer.mesh)
+  traced = trainer.train_step.trace(trainer.abstract_state, batch)
+  return _program(traced, trainer.run.batch_size, trainer.shapes, trainer.counted(batch))
 
 
-def trace_inference(name: str, inference: Inference, counted: Inference) -> Program:
-  """One call of "generation" or "discrimination"; operations are counted in `counted`, as of `trace_train`."""
+def trace_inference(name: str, inference: Inference) -> Program:
+  """One call of "generation" or "discrimination"; none of the operations that are counted is inside a kernel."""
+  counted = Inference(
+    inference.network.counted(), inference.sampling, mesh=inference.mesh, batch_size=inference.batch_size
+  )
   return _program(inference.trace(name), inference.batch_size, inference.shapes, counted.trace(name).jaxpr)
 
 
-def rate_at_peak(config: ConfigDict, trainer: Trainer, data: Data) -> float | None:
+def rate_at_peak(trainer: Trainer) -> float | None:
   """Steps a second at the chips' peak in bf16, of which a run's MFU is a share; None on chips that are not known.
 
   By the operations of the step in which nothing is computed twice, as `preflight` counts them.
@@ -84,8 +85,8 @@ def rate_at_peak(config: ConfigDict, trainer: Trainer, data: Data) -> float | No
   chip = chips.find(jax.devices()[0].device_kind)
   if chip is None:
     return None
-  program = trace_train(trainer, build_step(plain(config), trainer.mesh), data, batch_size=config.batch_size)
-  return chip.flops * trainer.mesh.size / program.operations
+  operations = count(trainer.counted(abstract_batch(trainer.run, trainer.network, trainer.mesh)))
+  return chip.flops * trainer.mesh.size / operations
 
 
 def _program(traced: jax.stages.Traced, rows: int, shapes: Params, plain: core.ClosedJaxpr) -> Program:

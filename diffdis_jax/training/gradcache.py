@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.run import Run
 from diffdis_jax.method import algorithms, encode
 from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.method.encode import Encoded, Latents
@@ -32,7 +33,6 @@ from diffdis_jax.models.clip import Clip
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import AnyBatch, Batch, Pairs, TextCondition
 from diffdis_jax.training import loss_function as objectives
-from diffdis_jax.training.loss_function import Loss
 from diffdis_jax.training.metrics import Metrics, mean_of
 from diffdis_jax.training.stored_inputs import TEXT_ENCODER
 
@@ -57,27 +57,27 @@ class GradCache:
 
   Args:
     network: any but an autoencoder alone.
-    section: the run's `loss`.
+    run: says what the loss is.
     mesh: each of its devices takes its own rows in n parts.
     n: number of microbatches.
   """
 
-  def __init__(self, network: Network, section: Loss, mesh: Mesh, n: int):
-    self.network, self.section, self.mesh, self.n = network, section, mesh, n
+  def __init__(self, network: Network, run: Run, mesh: Mesh, n: int):
+    self.network, self.run, self.mesh, self.n = network, run, mesh, n
 
   def __call__(self, trainable: Params, fixed: Params, batch: AnyBatch, keys: Keys) -> tuple[Params, Metrics]:
     """The gradient of the trainable parameters, f32, and the metrics: those of all rows at once."""
     gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
     params = gathered(trainable), gathered(fixed)
     # Before the rows are split, so that the noise does not depend on n and is the same in both passes.
-    noise = None if self.network.is_clip else self.section.sample_noise(keys, batch, self.network)
+    noise = None if self.network.is_clip else objectives.noise_of(self.run, keys, batch, self.network)
     rows = Microbatch(batch, noise)
 
     total, metrics = jnp.zeros(()), {}
     first: Rows = {}
     cache: Rows = {}
     of_scale = jnp.zeros(())
-    if self.network.objectives != ("generation",):
+    if self.network.objectives.contrasts:
       _, first = self._in_turn(self.first_pass, params, (rows,))
       scale = {**fixed, **trainable}[LOGIT_SCALE]
       contrast = jax.value_and_grad(self._contrast, argnums=(0, 1), has_aux=True)
@@ -139,11 +139,11 @@ class GradCache:
   ) -> tuple[Float[Array, ""], Metrics]:
     """CLIP's loss or λ L_ITA, of the whole batch; here alone do rows meet."""
     query, e = (representations[name] for name in REPRESENTATIONS)
-    captions = self.section.captions(rows.batch.tokens)
+    captions = objectives.captions_of(self.run.loss, rows.batch.tokens)
     if rows.noise is None:
       return objectives.contrastive_loss(Pairs(image=query, text=e), logit_scale, captions=captions)
     found = algorithms.alignment_loss(query, e, logit_scale, rows.noise, captions=captions)
-    return self.section.ita_weight * found.loss, objectives.discrimination_metrics(found, logit_scale, rows.noise)
+    return self.run.loss.ita_weight * found.loss, objectives.discrimination_metrics(found, logit_scale, rows.noise)
 
   def _in_turn(
     self,

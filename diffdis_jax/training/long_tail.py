@@ -7,14 +7,14 @@ goes in at the image's side: it would name the class.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from diffdis_jax.errors import check_choice, check_number
+from diffdis_jax.config.run import Run
+from diffdis_jax.config.sections import LongTail
 from diffdis_jax.method import features, losses
 from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.method.network import Network
@@ -23,58 +23,33 @@ from diffdis_jax.models.clip import Clip
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import LabelledBatch, Pairs
 from diffdis_jax.training import long_tail_losses, mixing
+from diffdis_jax.training.loss_function import Total
 from diffdis_jax.training.metrics import Metrics, mean_of
 
-ANCHOR_CHOICES = ("linear_loss", "first", "random")
-ANCHOR_IMAGES = ("val", "train50")
+
+def of_first_stage(
+  model: DiffDis | Clip,
+  batch: LabelledBatch,
+  keys: Keys,
+  *,
+  network: Network,
+  run: Run,
+  teacher: DiffDis | Clip | None,
+) -> Total:
+  """`class_contrastive_loss`, as a plug."""
+  assert teacher is not None and run.long_tail is not None
+  common: dict[str, Any] = dict(network=network, section=run.long_tail, sample_posterior=run.sample_posterior)
+  return Total(*class_contrastive_loss(model, teacher, batch, keys, **common))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LongTail:
-  """A config's `long_tail` section. The values are VL-LTR's.
-
-  Attributes:
-    label_smoothing: ε of both stages' targets.
-    distill_weight: β of stage 1's L = (1 − β) L_class + β L_distill.
-    mixup, cutmix: a of their Beta(a, a) in stage 2; 0 leaves one out.
-    cutmix_share: how often it is CutMix where both are there.
-    anchor_choice: which sentences of a class stage 2 keeps, one of ANCHOR_CHOICES: those of the smallest linear loss
-      (AnSS); or for comparison the first of its text, or random ones.
-    anchor_images: what the linear loss is taken on, one of ANCHOR_IMAGES: the validation split, as VL-LTR's shipped
-      configs do, or the first 50 training images of each class, as its README says.
-    crop_pct: of the side of an image's central square that is seen there, 224 px of 256.
-
-  Raises:
-    UserError: a value out of its range.
-  """
-
-  label_smoothing: float = 0.1
-  distill_weight: float = 0.5
-  mixup: float = 0.8
-  cutmix: float = 1.0
-  cutmix_share: float = 0.5
-  anchor_choice: str = "linear_loss"
-  anchor_images: str = "val"
-  crop_pct: float = 0.875
-
-  def __post_init__(self) -> None:
-    check_number("label_smoothing", self.label_smoothing, at_least=0.0, below=1.0)
-    for name in ("distill_weight", "cutmix_share"):
-      check_number(name, getattr(self, name), at_least=0.0, at_most=1.0)
-    for name in ("mixup", "cutmix"):
-      check_number(name, getattr(self, name), at_least=0.0)
-    check_number("crop_pct", self.crop_pct, above=0.0, at_most=1.0)
-    check_choice("anchor_choice", self.anchor_choice, ANCHOR_CHOICES)
-    check_choice("anchor_images", self.anchor_images, ANCHOR_IMAGES)
-
-
-def stage_loss(
-  model: DiffDis | Clip, teacher: DiffDis | Clip | None, batch: LabelledBatch, keys: Keys, **settings: Any
-) -> tuple[Float[Array, ""], Metrics]:
-  """Stage 1's loss where there is a teacher, else stage 2's; `settings` as the two take them."""
-  if teacher is None:
-    return head_loss(model, batch, keys, **settings)
-  return class_contrastive_loss(model, teacher, batch, keys, **settings)
+def of_second_stage(
+  model: DiffDis | Clip, batch: LabelledBatch, keys: Keys, *, network: Network, run: Run, teacher: None
+) -> Total:
+  """`head_loss`, as a plug."""
+  del teacher
+  assert run.long_tail is not None
+  common: dict[str, Any] = dict(network=network, section=run.long_tail, sample_posterior=run.sample_posterior)
+  return Total(*head_loss(model, batch, keys, **common))
 
 
 def class_contrastive_loss(
@@ -91,7 +66,7 @@ def class_contrastive_loss(
 
   Args:
     teacher: the network as it was at the start; it sees the same images, noise and sentences.
-    sample_posterior: as objectives.Loss has it.
+    sample_posterior: as the config has it.
   """
   assert batch.tokens is not None  # data/build.py reads sentences for this objective
   noise = _sample_noise(keys, len(batch.label), network, sample_posterior)

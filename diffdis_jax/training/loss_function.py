@@ -1,11 +1,10 @@
 """What a step minimises, and what it reports. `diffusion_loss` is the paper's Algorithm 1 (method/algorithms.py);
-`reconstruction_loss` trains an autoencoder, and `contrastive_loss` CLIP, the paper's baseline. The two stages of
-long-tailed recognition are in long_tail.py."""
+`reconstruction_loss` trains an autoencoder, and `contrastive_loss` CLIP, the paper's baseline."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,8 @@ from clu.metrics import Average
 from jaxtyping import Array, Float, Int, UInt32
 
 from diffdis_jax.common.params import Params
-from diffdis_jax.errors import check_choice, check_number
+from diffdis_jax.config.run import Run
+from diffdis_jax.config.sections import Loss
 from diffdis_jax.method import algorithms, encode, losses
 from diffdis_jax.method.diffdis import DiffDis, to_signed
 from diffdis_jax.method.network import Network
@@ -21,105 +21,69 @@ from diffdis_jax.method.step_noise import Keys, StepNoise, sample_noise
 from diffdis_jax.models.autoencoder import sample_posterior
 from diffdis_jax.models.clip import Clip
 from diffdis_jax.parallel import sharding
-from diffdis_jax.structs import AnyBatch, Batch, LabelledBatch, Pairs, TrainingBatch
-from diffdis_jax.training import long_tail
-from diffdis_jax.training.long_tail import LongTail
+from diffdis_jax.structs import AnyBatch, Batch, Pairs
 from diffdis_jax.training.metrics import Metrics, mean_of
 
 # Share of the running latent statistics that each reconstruction step keeps.
 STATISTICS_DECAY = 0.98
-DUPLICATE_CAPTIONS = ("mask", "negatives")
-
-LossFn = Callable[..., tuple[Float[Array, ""], tuple[Metrics, Params]]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loss:
-  """A config's `loss` section, and `sample_posterior`.
+class Total(NamedTuple):
+  """The loss of a step, its metrics, and the latent statistics that it measured."""
 
-  Attributes:
-    ita_weight: λ of L = L_IG + λ L_ITA; 1 is not stated by the paper.
-    condition_dropout: share of samples whose caption generation does not see, for guidance.
-    image_dropout: share of samples whose image discrimination does not see, for guidance.
-    kl_weight: of an autoencoder's training.
-    sample_posterior: latents are a sample of the autoencoder's posterior, or else its mode.
-    duplicate_captions: what pairs with equal captions are to each other in a contrastive batch, one of
-      DUPLICATE_CAPTIONS: left out of both softmaxes, or negatives, as in open_clip. Not stated by the paper.
-    long_tail: of a long-tailed run alone, its config's `long_tail`.
-
-  Raises:
-    UserError: a value out of its range.
-  """
-
-  ita_weight: float
-  condition_dropout: float
-  image_dropout: float
-  kl_weight: float
-  sample_posterior: bool
-  duplicate_captions: str = "mask"
-  long_tail: LongTail | None = None
-
-  def __post_init__(self) -> None:
-    check_number("ita_weight", self.ita_weight, at_least=0.0)
-    check_number("condition_dropout", self.condition_dropout, at_least=0.0, at_most=1.0)
-    check_number("image_dropout", self.image_dropout, at_least=0.0, below=1.0)
-    check_number("kl_weight", self.kl_weight, at_least=0.0)
-    check_choice("duplicate_captions", self.duplicate_captions, DUPLICATE_CAPTIONS)
-
-  def sample_noise(self, keys: Keys, batch: AnyBatch, network: Network) -> StepNoise:
-    """The random choices of each row of a batch."""
-    return sample_noise(
-      keys,
-      batch,
-      network=network,
-      condition_dropout=self.condition_dropout,
-      image_dropout=self.image_dropout,
-      sample_posterior=self.sample_posterior,
-    )
-
-  def captions(self, tokens: Int[Array, "b l"]) -> UInt32[Array, "b"] | None:
-    """As `losses.contrastive` takes them."""
-    return losses.caption_ids(tokens) if self.duplicate_captions == "mask" else None
+  total: Float[Array, ""]
+  metrics: Metrics
+  statistics: Params = {}
 
 
-def loss_function(network: Network, section: Loss) -> LossFn:
-  """(trainable, fixed, batch, keys, teacher) -> loss, (metrics, new latent statistics), for the network's objectives.
+ModelLoss = Callable[..., Total]
+"""(model, batch, keys, *, network, run, teacher) -> Total."""
 
-  `teacher`, the trainable parameters as they were at the start, is class_contrastive's alone.
-  """
 
-  def loss(
-    trainable: Params, fixed: Params, batch: TrainingBatch, keys: Keys, teacher: Params | None = None
-  ) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:
-    model = network.with_params({**fixed, **trainable})
-    statistics = {}
-    if isinstance(batch, LabelledBatch):
-      assert section.long_tail is not None  # training/build.py
-      start = network.with_params({**fixed, **teacher}) if teacher else None
-      common = dict(network=network, section=section.long_tail, sample_posterior=section.sample_posterior)
-      total, metrics = long_tail.stage_loss(model, start, batch, keys, **common)
-    elif isinstance(model, Clip):
-      assert isinstance(batch, Batch)  # data/build.py refuses latents
-      pairs = encode.encode_pairs(model, batch)
-      total, metrics = contrastive_loss(pairs, model.logit_scale[...], captions=section.captions(batch.tokens))
-    elif "reconstruction" in network.objectives:
-      assert isinstance(batch, Batch)
-      total, metrics, statistics = reconstruction_loss(model, batch, keys, kl_weight=section.kl_weight)
-    else:
-      total, metrics = diffusion_loss(model, batch, keys, network=network, section=section)
-    return total, ({"loss": mean_of(total[None]), **metrics}, statistics)
+def of_diffusion(model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Network, run: Run, teacher: None) -> Total:
+  """Of generation and discrimination."""
+  del teacher
+  return Total(*diffusion_loss(model, batch, keys, network=network, run=run))
 
-  return loss
+
+def of_contrastive(model: Clip, batch: Batch, keys: Keys, *, network: Network, run: Run, teacher: None) -> Total:
+  """Of CLIP, which makes no random choices."""
+  del keys, network, teacher
+  pairs = encode.encode_pairs(model, batch)
+  return Total(*contrastive_loss(pairs, model.logit_scale[...], captions=captions_of(run.loss, batch.tokens)))
+
+
+def of_reconstruction(model: DiffDis, batch: Batch, keys: Keys, *, network: Network, run: Run, teacher: None) -> Total:
+  """Of an autoencoder."""
+  del network, teacher
+  return Total(*reconstruction_loss(model, batch, keys, kl_weight=run.loss.kl_weight))
+
+
+def noise_of(run: Run, keys: Keys, batch: AnyBatch, network: Network) -> StepNoise:
+  """The random choices of each row of a batch."""
+  return sample_noise(
+    keys,
+    batch,
+    network=network,
+    condition_dropout=run.loss.condition_dropout,
+    image_dropout=run.loss.image_dropout,
+    sample_posterior=run.sample_posterior,
+  )
+
+
+def captions_of(section: Loss, tokens: Int[Array, "b l"]) -> UInt32[Array, "b"] | None:
+  """As `losses.contrastive` takes them."""
+  return losses.caption_ids(tokens) if section.duplicate_captions == "mask" else None
 
 
 def diffusion_loss(
-  model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Network, section: Loss
+  model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Network, run: Run
 ) -> tuple[Float[Array, ""], Metrics]:
   """The paper's Algorithm 1, and its two losses by themselves for the log."""
-  noise = section.sample_noise(keys, batch, network)
-  captions = section.captions(batch.tokens)
+  noise = noise_of(run, keys, batch, network)
+  captions = captions_of(run.loss, batch.tokens)
   found = algorithms.training_losses(
-    model, batch, noise, network=network, ita_weight=section.ita_weight, captions=captions
+    model, batch, noise, network=network, ita_weight=run.loss.ita_weight, captions=captions
   )
   metrics: Metrics = {}
   if found.generation is not None:

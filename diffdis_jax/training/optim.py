@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -11,85 +10,14 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from diffdis_jax.common.params import Params, first_match
-from diffdis_jax.errors import UserError, check_choice, check_number, check_regex
+from diffdis_jax.config.sections import Optim
+from diffdis_jax.errors import UserError, check_choice
 from diffdis_jax.method.losses import MAX_LOGIT_SCALE
 
 FROZEN = "frozen"
 # Measured, not trained: the latents' shift and scale.
 STATISTICS = r"^autoencoder\.(shift|scale)$"
-SCHEDULE_KINDS = ("constant", "cosine", "linear", "epoch_cosine")
-CONTRASTIVE_BATCHES = ("whole", "microbatch")
 MOMENTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Optim:
-  """A config's `optim` section. None of its values is stated by the paper for DiffDis.
-
-  Attributes:
-    groups: (regex, group); the first that is found in a parameter's path wins. Group `frozen` is not trained.
-    rates: peak learning rate of each group but `frozen`.
-    schedule_kind: after the warm-up: one of SCHEDULE_KINDS; `epoch_cosine` is VL-LTR's (`epoch_schedule`).
-    warmup_steps: from rate 0 to the peak, linearly.
-    final_fraction: of the peak, at the end of a decay.
-    epoch_steps: of `epoch_cosine` alone, steps of an epoch, after which the rate changes.
-    warmup_rate: of `epoch_cosine` alone, the rate at which the warm-up begins.
-    weight_decay: AdamW's.
-    no_decay: regex of the paths without weight decay.
-    b1, b2, eps: AdamW's.
-    first_moment: a key of MOMENTS, in which AdamW's first moment is kept. The second stays f32: with b2 = 0.999 it
-      changes by less than bf16 can tell, and would stand still.
-    clip_norm: largest global norm of the gradient; 0 for no clipping.
-    ema_decay: of the averaged weights; a short run does not reach it (`update_ema`).
-    accumulate: microbatches that a step takes one after another, so that less has to be in memory at a time.
-    contrastive_batch: one of CONTRASTIVE_BATCHES: `whole`, all microbatches of a step are one contrastive batch, and
-      their number leaves the step's result as it is (gradcache.py); `microbatch`, each is one of its own, with its own
-      timesteps and noise.
-    allow_uninitialized: regex of the frozen parameters that may be random: start.py refuses the others.
-
-  Raises:
-    UserError: a value out of its range.
-  """
-
-  groups: Sequence[tuple[str, str]]
-  rates: Mapping[str, float]
-  schedule_kind: str
-  warmup_steps: int
-  final_fraction: float
-  weight_decay: float
-  no_decay: str
-  b1: float
-  b2: float
-  eps: float
-  clip_norm: float
-  ema_decay: float
-  accumulate: int
-  contrastive_batch: str = "microbatch"  # what a config means that was written before there was a choice
-  allow_uninitialized: str = "^$"
-  epoch_steps: int = 0
-  warmup_rate: float = 0.0
-  first_moment: str = "float32"
-
-  def __post_init__(self) -> None:
-    for regex in (*(regex for regex, _ in self.groups), self.no_decay):
-      check_regex("groups or no_decay", regex)
-    check_regex("allow_uninitialized", self.allow_uninitialized)
-    for group, rate in self.rates.items():
-      check_number(f"rates.{group}", rate, at_least=0.0)
-    check_choice("schedule_kind", self.schedule_kind, SCHEDULE_KINDS)
-    check_number("final_fraction", self.final_fraction, at_least=0.0, at_most=1.0)
-    for name in ("warmup_steps", "weight_decay", "clip_norm"):
-      check_number(name, getattr(self, name), at_least=0)
-    for name in ("b1", "b2", "ema_decay"):
-      check_number(name, getattr(self, name), at_least=0.0, below=1.0)
-    check_number("eps", self.eps, above=0.0)
-    check_number("accumulate", self.accumulate, at_least=1)
-    check_choice("contrastive_batch", self.contrastive_batch, CONTRASTIVE_BATCHES)
-    check_choice("first_moment", self.first_moment, MOMENTS)
-    check_number("epoch_steps", self.epoch_steps, at_least=1 if self.schedule_kind == "epoch_cosine" else 0)
-    check_number("warmup_rate", self.warmup_rate, at_least=0.0)
-    if self.epoch_steps and self.warmup_steps % self.epoch_steps:
-      raise UserError(f"warmup_steps is {self.warmup_steps}; it must be whole epochs of {self.epoch_steps} steps")
 
 
 def groups_of(paths: Iterable[str], groups: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -102,9 +30,7 @@ def groups_of(paths: Iterable[str], groups: Sequence[tuple[str, str]]) -> dict[s
   return {path: first_match(path, rules, "optim.groups") for path in paths}
 
 
-def schedule(
-  peak: float, *, kind: str, warmup_steps: int, num_steps: int, final_fraction: float = 0.0
-) -> optax.Schedule:
+def schedule(peak: float, *, kind: str, warmup_steps: int, num_steps: int, final_fraction: float) -> optax.Schedule:
   """Linear warm-up from 0 to `peak`, then `constant`, or `cosine` or `linear` decay to `final_fraction` of it."""
   rest = max(num_steps - warmup_steps, 1)
   after = {

@@ -19,19 +19,16 @@ from absl import logging
 from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, files
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError
-from diffdis_jax.method.network import HEAD_PREFIX, LONG_TAIL
+from diffdis_jax.method.network import HEAD_PREFIX
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint, committed, restore
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer, TrainState
 
-ANCHORS = f"{HEAD_PREFIX}anchors"  # of a long-tailed run's second stage: chosen before its first step
-
 
 def restore_or_init(
-  init_from: str,
-  seed: int,
   trainer: Trainer,
   checkpointer: checkpoint.Checkpointer,
   iterator: grain.DatasetIterator,
@@ -58,8 +55,9 @@ def restore_or_init(
       teacher=restored.teacher,
     )
     return state, restored.meta
-  loaded = load_initial(init_from, trainer)  # first, so that what is wrong with it shows before anything is compiled
-  params = trainer.init_params(jax.random.key(seed)) | loaded
+  run = trainer.run
+  loaded = load_initial(run.init_from, trainer)  # first: what is wrong with it shows before anything is compiled
+  params = trainer.init_params(jax.random.key(run.seed)) | loaded
   return trainer.with_params(params | made(params)), {}
 
 
@@ -70,43 +68,49 @@ def find_initial(path: str, trainer: Trainer) -> set[str]:
   by this run's own seed and config. From shapes alone: what does not fit is found before gigabytes are read.
 
   Raises:
-    UserError: no run there, nothing in common, a parameter of another shape, or a frozen one that would stay random.
+    UserError: no run there, or not the one that the objective goes on from; nothing in common, a parameter of another
+      shape, or a frozen one that would stay random.
   """
-  names = set()
-  if {*LONG_TAIL} & {*trainer.network.objectives}:
-    names = _find_backbone(path, trainer)
-  elif path:
-    names = _names_in_common(path, trainer)
+  objectives = trainer.run.objectives
+  if objectives.first.starts_from:
+    _check_earlier(path, objectives)
+  names = _names_in_common(path, trainer) if path else set()
+  if objectives.first.starts_from:
+    _check_backbone(path, trainer, names)
+  names |= trainer.plug.chosen
   _check_frozen(path, trainer, names)
   return names
 
 
-def _find_backbone(path: str, trainer: Trainer) -> set[str]:
-  """As `_names_in_common`: all but the head of a long-tailed run, whose second stage goes on from its first.
-
-  Raises:
-    UserError: besides, a run without an image or a text side, or one that is not stage 1, or not at its end.
-  """
-  is_second = "long_tail_head" in trainer.network.objectives
+def _check_earlier(path: str, objectives: Objectives) -> None:
+  """Raises UserError unless the run in `path` is the one that this objective goes on from, at its end."""
+  name, row = objectives[0], objectives.first
   if not path:
-    start = "stage 1's workdir" if is_second else "a trained DiffDis or CLIP, which is stage 1's teacher too"
-    raise UserError(f"init_from is empty; a long-tailed run starts from {start}: give --config.init_from=WORKDIR")
-  config = run_config.load(path)
-  if is_second and "class_contrastive" not in config.objectives:
     raise UserError(
-      f"init_from={path} was trained for {', '.join(config.objectives)}, and stage 2 goes on from stage 1: train"
-      " configs/places_lt.py:stage=1 from it first, and take that run"
+      f"init_from is empty; objective {name} starts from {row.starts_from}: give --config.init_from=WORKDIR"
     )
-  if is_second and (step := committed.latest_step(path) or 0) != config.num_steps:
-    raise UserError(f"init_from={path} is stage 1 at step {step} of {config.num_steps}; train it to its end first")
-  names = _names_in_common(path, trainer)
+  earlier = run_config.load(path)
+  if not row.follows:
+    return
+  if row.follows not in earlier.objectives:
+    raise UserError(
+      f"init_from={path} was trained for {', '.join(earlier.objectives)}, and {name} goes on from {row.follows}: train"
+      " that from it first (configs/places_lt.py:stage=1), and take that run"
+    )
+  if (step := committed.latest_step(path) or 0) != earlier.num_steps:
+    raise UserError(
+      f"init_from={path} is {row.follows} at step {step} of {earlier.num_steps}; train it to its end first"
+    )
+
+
+def _check_backbone(path: str, trainer: Trainer, names: Collection[str]) -> None:
+  """Raises UserError where the run in `path` has not all but the head."""
   wanted = {name for name in trainer.shapes if not name.startswith(HEAD_PREFIX)}
-  if missing := sorted(wanted - names):
+  if missing := sorted(wanted - set(names)):
     raise UserError(
       f"init_from={path} lacks an image or a text side: it has no {missing[0]}, nor {len(missing) - 1} more of"
       f" {parts_of(missing)}; take a run that was trained for discrimination or contrastive"
     )
-  return names | {name for name in trainer.shapes if name == ANCHORS}
 
 
 def _names_in_common(path: str, trainer: Trainer) -> set[str]:
@@ -139,12 +143,12 @@ def _drawn_by_import(path: str, saved: Collection[str]) -> set[str]:
 def _check_frozen(path: str, trainer: Trainer, loaded: Collection[str]) -> None:
   """Raises UserError for frozen parameters that are not loaded and not named in optim.allow_uninitialized."""
   # A run of the autoencoder measures its statistics; in any other run they are as frozen as its weights.
-  measured = optim.STATISTICS if "reconstruction" in trainer.network.objectives else "^$"
+  measured = optim.STATISTICS if trainer.run.objectives.is_autoencoder else "^$"
   expected = [name for name, group in trainer.groups.items() if group == optim.FROZEN and name not in loaded]
   left = [
     name
     for name in expected
-    if not re.search(trainer.optim.allow_uninitialized, name) and not re.search(measured, name)
+    if not re.search(trainer.run.optim.allow_uninitialized, name) and not re.search(measured, name)
   ]
   if left:
     lacking = f"that init_from={path} does not have" if path else "that nothing was loaded for"
@@ -164,7 +168,7 @@ def load_initial(path: str, trainer: Trainer) -> Params:
   names = find_initial(path, trainer)
   if not names:
     return {}
-  names -= {ANCHORS}  # which are chosen anew
+  names -= trainer.plug.chosen  # anew
   saved = restore.saved_params(path)
   abstract = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),

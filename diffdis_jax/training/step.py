@@ -1,4 +1,4 @@
-"""The training state and the train step: the one jit boundary. What it minimises is in objectives.py.
+"""The training state and the train step: the one jit boundary. What it minimises is in plugs.py.
 
 Parameters are a flat dict (common/params.py). Those whose group is `frozen` get no gradient, no optimizer state and no
 average.
@@ -16,20 +16,21 @@ import numpy as np
 import optax
 from clu.metrics import Average
 from flax import struct
+from jax.extend import core
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
 
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.objectives import Objectives
+from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import Network
+from diffdis_jax.models import remat
 from diffdis_jax.parallel import programs, sharding
 from diffdis_jax.structs import LabelledBatch, TrainingBatch
-from diffdis_jax.training import gradcache
-from diffdis_jax.training import loss_function as objectives
+from diffdis_jax.training import gradcache, plugs
 from diffdis_jax.training import optim as optimizers
-from diffdis_jax.training.loss_function import Loss
 from diffdis_jax.training.metrics import Metrics
-from diffdis_jax.training.optim import Optim
 
 # One key for each random choice of a step. Their numbers are part of a run's identity: append, never reorder.
 KEYS = (
@@ -37,15 +38,12 @@ KEYS = (
   "mix",
 )
 
-# Objectives of which each microbatch is a batch of its own, whatever optim.contrastive_batch says: none contrasts rows.
-_NOT_CONTRASTIVE = ("reconstruction", "long_tail_head")
-
 
 @struct.dataclass
 class TrainState:
   """What training changes, and the seed. Also the shardings of it, and its shapes.
 
-  Of class_contrastive `teacher` has the trainable parameters as they were at the start, which never change.
+  `teacher` has the trainable parameters as they were at the start, which never change, where an objective keeps them.
   """
 
   step: Any  # i32[], the number of finished steps; of its shardings and shapes, one of those
@@ -71,15 +69,13 @@ class Trainer:
   """A network's training step, compiled for a mesh.
 
   Args:
-    network: what is trained.
+    run: says what is trained, and how.
     mesh: devices.
-    optim, loss: the run's sections.
-    batch_size: global.
-    num_steps: of the whole run.
-    seed: of all random choices.
 
   Attributes:
-    optim: as given.
+    run, mesh: as given.
+    network: of the run.
+    plug: of its objectives.
     shapes: parameter path -> ShapeDtypeStruct.
     groups: parameter path -> group of the optimizer.
     trainable: paths of the parameters that are trained.
@@ -91,18 +87,16 @@ class Trainer:
     UserError: sections that do not fit the network, or a batch that the mesh cannot split.
   """
 
-  def __init__(
-    self, network: Network, mesh: Mesh, *, optim: Optim, loss: Loss, batch_size: int, num_steps: int, seed: int
-  ):
-    sharding.check_batch(mesh, batch_size, optim.accumulate)
-    self.network, self.mesh, self.optim, self._seed = network, mesh, optim, seed
+  def __init__(self, run: Run, mesh: Mesh):
+    sharding.check_batch(mesh, run.batch_size, run.optim.accumulate)
+    self.run, self.mesh, self.plug = run, mesh, plugs.plug_of(run.objectives)
+    self.network = network = Network.of(run)
     self.shapes = network.shapes
-    self.groups = optimizers.groups_of(self.shapes, optim.groups)
+    self.groups = optimizers.groups_of(self.shapes, run.optim.groups)
     self.trainable = [path for path, group in self.groups.items() if group != optimizers.FROZEN]
-    _check_trainable(network.objectives, self.trainable)
-    self._tx = optimizers.build_optimizer(self.trainable, optim, num_steps=num_steps)
-    self._loss = objectives.loss_function(network, loss)
-    self._loss_section = loss
+    _check_trainable(run.objectives, self.trainable)
+    self._tx = optimizers.build_optimizer(self.trainable, run.optim, num_steps=run.num_steps)
+    self._loss = plugs.loss_function(network, run)
 
     # From shapes alone: where each array lies is known before the first one is allocated.
     abstract_state = jax.eval_shape(self._around, self.shapes)
@@ -136,7 +130,7 @@ class Trainer:
 
   def place_seed(self) -> UInt32[Array, ""]:
     """A global array, which every process makes from its own number."""
-    return jax.make_array_from_callback((), self.state_shardings.seed, lambda _: np.asarray(self._seed, np.uint32))
+    return jax.make_array_from_callback((), self.state_shardings.seed, lambda _: np.asarray(self.run.seed, np.uint32))
 
   def _around(self, params: Params) -> TrainState:
     trainable = {path: params[path] for path in self.trainable}
@@ -146,26 +140,38 @@ class Trainer:
       ema=dict(trainable),
       opt_state=self._tx.init(trainable),
       seed=jnp.zeros((), jnp.uint32),  # with_params puts the run's in its place
-      teacher=dict(trainable) if "class_contrastive" in self.network.objectives else {},
+      teacher=dict(trainable) if self.run.objectives.teacher else {},
     )
 
-  def _train_step(self, state: TrainState, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
+  def counted(self, batch: TrainingBatch) -> core.ClosedJaxpr:
+    """The step by which operations are counted: nothing is computed twice, and none of them is inside a kernel. A batch
+    that is one whole in several microbatches is taken at once, without the pass that GradCache adds."""
+    whole = self.run.optim.contrastive_batch == "whole"
+    step = functools.partial(self._train_step, microbatches=1 if whole else None)
+    with remat.keeping_all():
+      traced = jax.jit(self.network.counted().traced_for(self.mesh, step)).trace(self.abstract_state, batch)
+    return traced.jaxpr
+
+  def _train_step(
+    self, state: TrainState, batch: TrainingBatch, *, microbatches: int | None = None
+  ) -> tuple[TrainState, Metrics]:
     # Differentiated with respect to these alone, so that frozen parameters cost no gradient and no memory for one.
     trainable = {path: state.params[path] for path in self.trainable}
     fixed = {path: value for path, value in state.params.items() if path not in trainable}
     keys = functools.partial(step_keys, state.seed, state.step)
-    gradient, metrics, statistics = self._gradient(trainable, fixed, batch, keys, state.teacher)
+    n = microbatches or self.run.optim.accumulate
+    gradient, metrics, statistics = self._gradient(trainable, fixed, batch, keys, state.teacher, n)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
       updates, opt_state = self._tx.update(gradient, state.opt_state, trainable)
     trainable = cast(Params, optax.apply_updates(trainable, updates))
-    if "contrastive" in self.network.objectives:
+    if self.run.objectives.is_clip:
       trainable = optimizers.limit_logit_scale(trainable)
     metrics["grad_norm"] = Average(total=optax.tree.norm(gradient), count=jnp.ones(()))
     return (
       TrainState(
         step=state.step + 1,
         params={**fixed, **trainable, **statistics},
-        ema=optimizers.update_ema(trainable, state.ema, decay=self.optim.ema_decay, step=state.step),
+        ema=optimizers.update_ema(trainable, state.ema, decay=self.run.optim.ema_decay, step=state.step),
         opt_state=opt_state,
         seed=state.seed,
         teacher=state.teacher,
@@ -180,13 +186,13 @@ class Trainer:
     batch: TrainingBatch,
     keys: Callable[[Int[Array, ""]], dict[str, jax.Array]],
     teacher: Params,
+    n: int,
   ) -> tuple[Params, Metrics, Params]:
-    """Of the whole batch, or the mean over microbatches that are batches of their own; metrics, added up; and the new
+    """Of the whole batch, or the mean over n microbatches that are batches of their own; metrics, added up; and the new
     latent statistics. `keys`: of a microbatch, by its number."""
-    n = self.optim.accumulate
-    if n > 1 and self.optim.contrastive_batch == "whole" and not {*_NOT_CONTRASTIVE} & {*self.network.objectives}:
-      assert not isinstance(batch, LabelledBatch)  # training/build.py refuses it
-      whole = gradcache.GradCache(self.network, self._loss_section, self.mesh, n)
+    if n > 1 and self.run.optim.contrastive_batch == "whole" and self.run.objectives.grad_cache:
+      assert not isinstance(batch, LabelledBatch)
+      whole = gradcache.GradCache(self.network, self.run, self.mesh, n)
       return *whole(trainable, fixed, batch, keys(jnp.zeros((), jnp.int32))), {}
 
     gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
@@ -216,10 +222,10 @@ class Trainer:
     return mean(gradient), metrics, mean(statistics)
 
 
-def _check_trainable(names: Sequence[str], trainable: Sequence[str]) -> None:
+def _check_trainable(objectives: Objectives, trainable: Sequence[str]) -> None:
   if not trainable:
     raise UserError("optim.groups freezes every parameter; give at least one group a rate")
-  if "reconstruction" not in names and any(path.startswith("autoencoder.") for path in trainable):
+  if not objectives.is_autoencoder and any(path.startswith("autoencoder.") for path in trainable):
     raise UserError(
       "optim.groups trains the autoencoder, whose latents are the data of generation and discrimination; freeze it"
       " ('^autoencoder', 'frozen'), and train it first with objectives=('reconstruction',)"

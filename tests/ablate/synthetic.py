@@ -35,8 +35,9 @@ def make_plan(config: ConfigDict | None = None, *, names: Sequence[str] = PAPER,
   """Of the tiny config and its autoencoder."""
   config = config or base()
   unstated = tables.Unstated(schedule=config.text_diffusion.schedule)
-  asked = [tables.grid(grid, config)] if grid else tables.choose(names, unstated)
-  return planning.make(config, tiny.get_config("autoencoder"), asked, seeds)
+  fields = config.to_dict()
+  asked = [tables.grid(grid, fields)] if grid else tables.choose(names, unstated)
+  return planning.make(fields, tiny.get_config("autoencoder").to_dict(), asked, seeds)
 
 
 def write(

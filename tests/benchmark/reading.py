@@ -18,13 +18,14 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from diffdis_jax.config import Run
 from diffdis_jax.data import sources
 from diffdis_jax.evals import base
 from diffdis_jax.evals.zero_shot import ZeroShot
-from diffdis_jax.inference import Inference, read_sampling
-from diffdis_jax.method.network import Network
+from diffdis_jax.inference import Inference
 from tests import tiny
 from tests.models.networks import random_params
+from tests.steps import network_of
 
 DISTINCT, WIDTH, HEIGHT, CLASSES = 256, 500, 375, 10
 
@@ -51,9 +52,9 @@ class Photographs:
 
 def main(length: int = 50_000) -> None:
   source, config = Photographs(length), tiny.get_config()
-  network = Network.of(config)
+  network = network_of(config)
   inference, params = (
-    Inference(network, read_sampling(config.inference.to_dict())),
+    Inference(network, Run.of(config).inference),
     random_params(network.shapes, seed=0),
   )
   sources.open_source = lambda **section: source

@@ -9,15 +9,15 @@ import pytest
 from configs import clip_cc3m
 from diffdis_jax.benchmark import peer
 from diffdis_jax.errors import UserError
-from diffdis_jax.method.network import Network
 from tests import steps
+from tests.steps import network_of
 
 
 @pytest.mark.parametrize("dtype, limit", [("float32", 1e-5), ("bfloat16", 3e-2)])
 def test_both_predict_the_same_noise(dtype, limit):
   config = steps.make_config("generation", **{"model.dtype": dtype})
   config.model.unet.update(widths=(8, 16), attention=(True, False))
-  found = peer.time_peer(Network.of(config), batch_size=8, rounds=2)
+  found = peer.time_peer(network_of(config), batch_size=8, rounds=2)
   assert found["largest_difference"] < limit
   assert found["batch_size"] == 8 and found["dtype"] == dtype
   assert {name: len(each) for name, each in found["rounds"].items()} == {"ours": 2, "diffusers": 2}
@@ -26,10 +26,10 @@ def test_both_predict_the_same_noise(dtype, limit):
 
 def test_a_clip_has_no_unet():
   with pytest.raises(UserError, match="peer times a UNet, and this config is a CLIP"):
-    peer.time_peer(Network.of(clip_cc3m.get_config()), batch_size=8, rounds=1)
+    peer.time_peer(network_of(clip_cc3m.get_config()), batch_size=8, rounds=1)
 
 
 def test_without_pytorch_the_extra_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
   with pytest.raises(UserError, match=r"needs (torch|diffusers), which is not installed; pip install -e '\.\[torch\]'"):
-    peer.time_peer(Network.of(steps.make_config("generation")), batch_size=8, rounds=1)
+    peer.time_peer(network_of(steps.make_config("generation")), batch_size=8, rounds=1)

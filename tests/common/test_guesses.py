@@ -53,7 +53,7 @@ OF_GENERATE = ("workdir", "out", "prompt", "prompts_file", "num_images", "seed",
 )
 def test_a_config_key(key, answer):
   with pytest.raises(UserError, match=re.escape(f"unknown config key {key}; {answer}")) as error:
-    guesses.check_key(CONFIG, key, OF_TRAIN)
+    guesses.check_key(CONFIG.to_dict(), key, OF_TRAIN)
   assert len(str(error.value)) < 450
 
 
@@ -61,7 +61,7 @@ def test_a_rate_is_of_a_group_that_the_config_has():
   config = shapes.get_config()
   config.optim.rates = dict(backbone=1e-3)
   with pytest.raises(UserError, match=r"did you mean optim.rates.backbone\?"):
-    guesses.check_key(config, "optim.lr")
+    guesses.check_key(config.to_dict(), "optim.lr")
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,12 @@ def test_a_rate_is_of_a_group_that_the_config_has():
   ],
 )
 def test_a_flag(flags, config, name, answer):
-  assert guesses.guess_flag(name, flags, guesses.fields_of(config) if config else ()) == answer
+  assert guesses.guess_flag(name, flags, guesses.fields_of(config.to_dict()) if config else ()) == answer
 
 
 def test_every_answer_is_a_field_or_a_flag_that_there_is():
   made = (shapes.get_config(), diffdis_cc3m.get_config("path=DIR"), clip_cc3m.get_config("path=DIR"))
-  fields = {path for config in made for path in guesses.fields_of(config)}
+  fields = {path for config in made for path in guesses.fields_of(config.to_dict())}
   package = pathlib.Path(diffdis_jax.__file__).parent
   text = "".join(path.read_text() for path in package.rglob("*.py"))
   flags = set(re.findall(r"""DEFINE_\w+\(\s*"(\w+)\"""", text))

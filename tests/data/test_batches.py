@@ -5,20 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffdis_jax.config import Run
 from diffdis_jax.data import loader
-from diffdis_jax.data.build import read_data
+from diffdis_jax.data.build import batch_type, describe, latent_facts
 from diffdis_jax.data.prepare import builder, latents, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.diffdis import to_signed
-from diffdis_jax.method.network import Network
 from diffdis_jax.structs import Batch, LatentBatch
 from diffdis_jax.training import stored_inputs
-from diffdis_jax.training.build import build_step
 from tests import steps, tiny
 from tests.models.networks import random_params
 from tests.raw_pairs import picture, write_tar
+from tests.steps import build_trainer, network_of
 
 N = 20
 
@@ -37,7 +37,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params():
-  return random_params(Network.of(tiny.get_config()).shapes, seed=0)
+  return random_params(network_of(tiny.get_config()).shapes, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,8 @@ def text_conditions(model, params):
 
 
 def check_encoders(config, params):
-  trainer = build_step(config, steps.make_mesh())
-  stored_inputs.check_stored(read_data(config).latent_facts(), params, trainer.trainable)
+  trainer = build_trainer(config, steps.make_mesh())
+  stored_inputs.check_stored(latent_facts(Run.of(config).data), params, trainer.trainable)
 
 
 def config_of(**changes):
@@ -96,9 +96,9 @@ def test_latents_are_the_posteriors_of_the_images(data, cache, params):
   config = config_of(**{"data.name": "latents", "data.path": str(cache)})
   images = next(steps.open_batches(config_of(**{"data.name": "pairs", "data.path": str(data / "pairs")})))
   stored = next(steps.open_batches(config))
-  assert read_data(config).batch_type is LatentBatch
+  assert batch_type(Run.of(config).data) is LatentBatch
   np.testing.assert_array_equal(stored["tokens"], images["tokens"])
-  model = Network.of(config).with_params(params)
+  model = network_of(config).with_params(params)
   posterior = model.autoencoder.encode(to_signed(jnp.asarray(images["image"])))
   for name in ("mean", "log_variance"):
     np.testing.assert_allclose(
@@ -118,7 +118,7 @@ FROZEN_ENCODERS = (("^autoencoder|^text_encoder", "frozen"), (".*", "new"))
 def test_text_conditions_are_the_captions(cache_with_text, params):
   config = config_of(**{"data.name": "latents", "data.path": str(cache_with_text), "optim.groups": FROZEN_ENCODERS})
   batch = jax.tree.map(jnp.asarray, LatentBatch(**loader.Substitutions().take(next(steps.open_batches(config)))))
-  model = Network.of(config).with_params(params)
+  model = network_of(config).with_params(params)
   expected, found = model.encode_text(batch.tokens), encode.encode_captions(model, batch)
   assert len({np.asarray(row).tobytes() for row in batch.condition}) == N
   np.testing.assert_allclose(found.c, expected.c, rtol=0.01, atol=0.01)
@@ -170,14 +170,14 @@ def test_mixtures(data, cache):
   prepared = {"path": str(data / "pairs"), "weight": 3.0}
   config = config_of()
   config.data.mixture = {"prepared": prepared, "drawn": {"name": "shapes", "weight": 1.0}}
-  assert read_data(config).batch_type is Batch
+  assert batch_type(Run.of(config).data) is Batch
   assert next(steps.open_batches(config))["image"].shape == (N, 16, 16, 3)
-  drawn, pairs_line = read_data(config).describe()
+  drawn, pairs_line = describe(Run.of(config).data)
   assert drawn == "shapes, split train, weight 1.0"
   assert pairs_line.endswith("split train: 20 records; skipped 1 with missing image, weight 3.0")
   config.data.mixture.cached = {"name": "latents", "path": str(cache)}
   with pytest.raises(UserError, match="data.mixture has latents and images; take either"):
-    assert read_data(config).batch_type
+    batch_type(Run.of(config).data)
 
 
 def test_fingerprint_is_of_the_encoder(params):

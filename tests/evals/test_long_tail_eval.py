@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import types
 
 import numpy as np
 import pytest
 
+from diffdis_jax.config import Run
 from diffdis_jax.data import shapes_lt
-from diffdis_jax.data.build import read_data
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, tables
@@ -161,10 +162,11 @@ def test_anchors_leave_distractors_out():
   """By the linear loss fewer of them are kept than the 40 of 140 that chance keeps."""
   config = tiny_lt.get_config("stage=2")
   config.image_size = SIZE
-  data = read_data(config)
+  config.model.head.update(classes=CLASSES, anchors=64)
+  run = Run.of(config)
   for images in ("val", "train50"):
     section = stages.LongTail(crop_pct=1.0, anchor_images=images)
-    selection = anchors.Selection(data, section, classes=CLASSES, count=64, seed=0)
+    selection = anchors.Selection(dataclasses.replace(run, long_tail=section))
     model = Inference(selection._source.labels, noise=0.3)
     chosen = selection.run(model, {"logit_scale": np.float32(3.0)})
     assert chosen.embeddings.shape == (CLASSES, 64, 48) and (np.diff(chosen.losses, axis=1) >= 0).all()
@@ -180,9 +182,10 @@ def test_anchors_leave_distractors_out():
 
 
 def test_a_class_without_images_or_of_another_number():
-  data = read_data(tiny_lt.get_config("stage=2"))
+  config = tiny_lt.get_config("stage=2")
+  config.model.head.classes = 65
   with pytest.raises(UserError, match="model.head.classes is 65, and the text corpus has 64 classes"):
-    anchors.Selection(data, stages.LongTail(), classes=65, count=3, seed=0)
+    anchors.Selection(Run.of(config))
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,16 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from ml_collections import ConfigDict
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from diffdis_jax.config import Run
 from diffdis_jax.interop import mapping, sections
 from diffdis_jax.method import algorithms
-from diffdis_jax.method import network as build
 from diffdis_jax.method.diffdis import to_signed
 from diffdis_jax.structs import Batch
-from diffdis_jax.training.loss_function import Loss
+from diffdis_jax.training.loss_function import noise_of
 from diffdis_jax.training.step import step_keys
 from tests import steps
 from tests.models import from_torch, networks
+from tests.steps import network_of
 
 BOS, EOS = steps.BOS, steps.EOS
 TOKENS = np.array([[BOS, 5, 6, EOS, EOS, EOS, EOS, EOS], [BOS, 1, 2, 3, 4, EOS, EOS, EOS], [BOS] + [EOS] * 7] * 2)
@@ -85,12 +86,12 @@ def test_gradients_equal_those_of_pytorch():
   images = np.random.default_rng(0).integers(0, 256, (len(TOKENS), 16, 16, 3), np.uint8)
   keys = step_keys(0, jnp.int32(1), jnp.int32(0))
 
-  section = Loss(**config.loss, sample_posterior=False)
+  run = Run.of(config)
 
   def loss(model, images):
     batch = Batch(image=jnp.asarray(images), tokens=jnp.asarray(TOKENS, jnp.int32))
-    whole = build.Network.of(config)
-    noise = section.sample_noise(keys, batch, whole)
+    whole = network_of(config)
+    noise = noise_of(run, keys, batch, whole)
     return algorithms.training_losses(model, batch, noise, network=whole, ita_weight=1.0).total
 
   ours = jax.jit(jax.grad(network.pure(loss)))(params, images)

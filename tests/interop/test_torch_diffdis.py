@@ -27,7 +27,6 @@ from diffdis_jax.export_weights import export_weights
 from diffdis_jax.interop import mapping, to_torch, torch_diffdis
 from diffdis_jax.method import schedules
 from diffdis_jax.method.diffdis import DiffDis, to_signed
-from diffdis_jax.models.sections import read_model
 from diffdis_jax.run import checkpoint, workdir
 from tests import steps
 from tests.models import from_torch, networks
@@ -87,7 +86,7 @@ def tiny_network(**switches: Any) -> tuple[Params, Callable[..., jax.Array]]:
 
 def inputs(config: ConfigDict, size: tuple[int, int]) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(3)
-  n, width = len(T_E), read_model(config.model).query_width
+  n, width = len(T_E), config.model.text_encoder.projection or config.model.text_encoder.width
   return dict(
     e_t=rng.standard_normal((n, width)).astype(np.float32),
     t_e=T_E,

@@ -13,14 +13,15 @@ from ml_collections import ConfigDict
 
 from configs import shapes
 from diffdis_jax.common.params import flatten
+from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import network as build
 from diffdis_jax.method.alignment import AlignmentTransformer
 from diffdis_jax.models import sizes
-from diffdis_jax.models.sections import read_model
 from tests import tiny
 from tests.models import networks
 from tests.models.networks import BOTH
+from tests.steps import network_of
 
 
 def test_sd_v1_has_its_exact_number_of_parameters():
@@ -61,14 +62,15 @@ def test_the_scale_starts_at_the_logarithm_of_the_temperature(config, temperatur
   config = config.copy_and_resolve_references()
   if temperature is not None:
     config.model.temperature = temperature
-  params = build.Network.of(config).initialise(jax.random.key(0))
+  params = network_of(config).initialise(jax.random.key(0))
   assert float(params["logit_scale"]) == pytest.approx(math.log(temperature or 1 / 0.07), rel=1e-6)
 
 
 def check(model: dict[str, Any], objectives: tuple[str, ...], image_size: int, max_length: int) -> None:
-  build.check_objectives(objectives)
-  section = read_model(ConfigDict(model))
-  build.check_sizes(section, objectives=objectives, image_size=image_size, max_length=max_length)
+  config = tiny.get_config()
+  config.model, config.objectives, config.image_size = ConfigDict(model), objectives, image_size
+  config.data.max_length = max_length
+  Run.of(config)
 
 
 def broken(section: str | None, **changes: Any) -> dict[str, Any]:
@@ -120,8 +122,8 @@ def test_only_what_is_built_must_fit():
 
 
 def test_token_vectors_are_there_where_queries_are_compared():
-  model = read_model(ConfigDict(broken("text_encoder", token_embedding_weight=8.0)))
-  tables = lambda objectives: build.build_diffdis(model, objectives, nnx.Rngs(0)).text_encoder
+  model = broken("text_encoder", token_embedding_weight=8.0)
+  tables = lambda objectives: networks.builder(model, objectives)(nnx.Rngs(0)).text_encoder
   assert hasattr(tables(BOTH), "query_tokens") and not hasattr(tables(("generation",)), "query_tokens")
 
 

@@ -13,8 +13,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diffdis_jax.common.params import flatten, merge
+from diffdis_jax.config.model import read_model
+from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.method import network as build
-from diffdis_jax.models.sections import read_model
 from tests import tiny
 
 BOTH = ("generation", "discrimination")
@@ -74,7 +75,9 @@ def diffdis(objectives: tuple[str, ...] = BOTH, **changes: Any) -> Network:
 
 def builder(model: Mapping[str, Any], objectives: Sequence[str]) -> Callable[[nnx.Rngs], nnx.Module]:
   """A function from rngs to the network of a `model` section."""
-  return functools.partial(build.build_diffdis, read_model(ConfigDict(model)), objectives)
+  return functools.partial(
+    build.build_diffdis, read_model(ConfigDict(model).to_dict(), Objectives(objectives)), Objectives(objectives)
+  )
 
 
 def relative_error(actual: Any, expected: Any) -> float:

@@ -14,9 +14,9 @@ import torch
 from ml_collections import ConfigDict
 
 from configs import clip_cc3m
-from diffdis_jax.method.network import Network
 from tests import tiny_clip
 from tests.models import open_clip_twin
+from tests.steps import network_of
 
 SEEDS = 3
 
@@ -32,7 +32,7 @@ def pooled(draws: list[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 def check(config: ConfigDict, theirs: list[Mapping[str, np.ndarray]], *, least: float) -> None:
   """Equal deviations up to `least` or what chance explains, and uniform where theirs is."""
-  network = Network.of(config)
+  network = network_of(config)
   initialise = jax.jit(network.initialise)
   ours = pooled([initialise(jax.random.key(seed)) for seed in range(len(theirs))])
   expected = pooled(theirs)
@@ -63,12 +63,12 @@ def test_each_kind_of_parameter_starts_as_in_open_clip():
 def test_second_token_vectors_start_at_nothing():
   config = tiny_clip.get_config()
   config.model.text_encoder.token_embedding_weight = 8.0
-  params = Network.of(config).initialise(jax.random.key(0))
+  params = network_of(config).initialise(jax.random.key(0))
   assert not params["text_encoder.query_tokens.embedding"].any() and params["text_encoder.tokens.embedding"].any()
 
 
 def test_every_parameter_draws_with_a_key_of_its_own():
-  params = Network.of(tiny_clip.get_config()).initialise(jax.random.key(0))
+  params = network_of(tiny_clip.get_config()).initialise(jax.random.key(0))
   drawn = [tuple(np.ravel(value)[:4].tolist()) for path, value in params.items() if path.endswith("kernel")]
   assert len(set(drawn)) == len(drawn)
 

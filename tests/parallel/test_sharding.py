@@ -14,14 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import diffdis_cc3m
 from diffdis_jax.common.params import first_match
-from diffdis_jax.data.build import read_data
 from diffdis_jax.errors import UserError
-from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import chips, sharding
 from diffdis_jax.preflight import hlo, targets
 from diffdis_jax.training import flops
-from diffdis_jax.training.build import build_step
 from tests import steps
+from tests.steps import build_trainer, network_of
 
 # (data, fsdp, tensor), all those of eight devices that split a batch of 16.
 SHAPES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
@@ -120,7 +118,7 @@ def test_a_residual_on_a_mesh_with_three_axes():
 def test_parameters_are_born_sharded_and_their_state_lies_with_them():
   config = steps.make_config("discrimination")
   mesh = steps.make_mesh(2, 2, 2)
-  trainer = build_step(config, mesh)
+  trainer = build_trainer(config, mesh)
   params = trainer.init_params(jax.random.key(0))
   state = trainer.with_params(dict(params))
   assert params.keys() == trainer.shapes.keys()
@@ -149,7 +147,7 @@ def test_parameters_are_born_sharded_and_their_state_lies_with_them():
 
 def test_initial_parameters_do_not_depend_on_the_mesh():
   config = steps.make_config("reconstruction")
-  one, eight = (build_step(config, steps.make_mesh(*shape)) for shape in ((1, 1, 1), (2, 2, 2)))
+  one, eight = (build_trainer(config, steps.make_mesh(*shape)) for shape in ((1, 1, 1), (2, 2, 2)))
   expected, found = (jax.device_get(trainer.init_params(jax.random.key(3))) for trainer in (one, eight))
   for name in expected:
     np.testing.assert_allclose(found[name], expected[name], rtol=1e-6, atol=1e-7, err_msg=name)
@@ -214,7 +212,7 @@ def test_an_unmatched_parameter_is_an_error():
 def test_every_parameter_of_every_part_matches_a_rule_that_fits_its_rank():
   for objectives in (("generation", "discrimination"), ("reconstruction",)):
     config = steps.make_config(*objectives)
-    for name, leaf in Network.of(config).shapes.items():
+    for name, leaf in network_of(config).shapes.items():
       rule = first_match(name, sharding.RULES, "sharding.RULES")
       assert len(rule) in (0, len(leaf.shape)), name
 
@@ -230,10 +228,8 @@ def test_rows_go_to_the_devices_whole_and_in_order():
 def test_only_parameters_and_embeddings_are_gathered_in_a_step():
   """No image and no activation: whatever is made whole has a parameter's shape, or is a row's vector or two numbers."""
   config, mesh = steps.make_config(**{"model.unet.attention": (False,)}), steps.make_mesh(1, 8, 1)
-  trainer = build_step(config, mesh)
-  lowered = trainer.train_step.lower(
-    trainer.abstract_state, flops.abstract_batch(trainer.network, read_data(config), mesh, config.batch_size)
-  )
+  trainer = build_trainer(config, mesh)
+  lowered = trainer.train_step.lower(trainer.abstract_state, flops.abstract_batch(trainer.run, trainer.network, mesh))
   text = lowered.compile().as_text()
   b, d = config.batch_size, config.model.text_encoder.width
   allowed = {leaf.shape for leaf in trainer.shapes.values()} | {(b, d), (b, 2)}
@@ -250,7 +246,7 @@ def test_only_parameters_and_embeddings_are_gathered_in_a_step():
 
 @pytest.mark.parametrize("mesh_shape", [(1, 8, 1), (1, 4, 2)])
 def test_the_papers_state_on_eight_devices_is_at_most_a_seventh(mesh_shape):
-  trainer = build_step(diffdis_cc3m.get_config("latents=none"), steps.make_mesh(*mesh_shape))
+  trainer = build_trainer(diffdis_cc3m.get_config("latents=none"), steps.make_mesh(*mesh_shape))
   whole = local = 0
   for leaf in jax.tree.leaves(trainer.abstract_state):
     size = leaf.dtype.itemsize

@@ -15,19 +15,20 @@ from open_clip.loss import ClipLoss
 from open_clip.model import CLIP
 from open_clip_train.scheduler import cosine_lr
 
+from diffdis_jax.config import Run
+from diffdis_jax.config.sections import Loss
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import encode
-from diffdis_jax.method.network import Network
 from diffdis_jax.models.clip import normalise
 from diffdis_jax.structs import Batch
 from diffdis_jax.training import loss_function as objectives
-from diffdis_jax.training import optim
-from diffdis_jax.training.build import build_step
+from diffdis_jax.training import optim, plugs
 from tests import steps, tiny_clip
 from tests.models import open_clip_twin
 from tests.models.from_torch import nchw, randomise
 from tests.models.networks import relative_error
+from tests.steps import build_trainer, network_of
 
 STEPS = 5
 MAX_LOGIT_SCALE = np.log(100.0)
@@ -84,8 +85,7 @@ def test_loss_and_gradients_equal_open_clips(remat):
   config = make_config(**{"model.remat": remat})
   theirs = make_theirs(config)
   params, batch = open_clip_twin.to_ours(dict(theirs.named_parameters())), steps.make_batch(config)
-  section = objectives.Loss(**config.loss, sample_posterior=config.sample_posterior)
-  total = objectives.loss_function(Network.of(config), section)
+  total = plugs.loss_function(network_of(config), Run.of(config))
   value_and_grad = jax.value_and_grad(lambda params, batch: total(params, {}, batch, {}), has_aux=True)
   lowered = jax.jit(value_and_grad).lower(params, jax.tree.map(jnp.asarray, batch))
   assert ("optimization_barrier" in lowered.as_text()) == (remat == "full")  # around what is computed again
@@ -149,7 +149,7 @@ def test_equal_captions_are_negatives_or_left_out():
   config = make_config()
   params = open_clip_twin.to_ours(dict(make_theirs(config).named_parameters()))
   batch, params = jax.tree.map(jnp.asarray, (steps.make_batch(config), params))
-  model = Network.of(config).with_params(params)
+  model = network_of(config).with_params(params)
   pairs = encode.encode_pairs(model, batch)
   logits = np.exp(2.0) * np.asarray(pairs.image, np.float64) @ np.asarray(pairs.text, np.float64).T
   for equal, found in (("negatives", logits), ("mask", logits.copy())):
@@ -157,8 +157,10 @@ def test_equal_captions_are_negatives_or_left_out():
       found[-1, -2] = found[-2, -1] = -np.inf
     own = np.diag(logits)
     expected = np.mean([np.log(np.exp(found).sum(axis)) - own for axis in (0, 1)])
-    section = objectives.Loss(**{**config.loss, "duplicate_captions": equal}, sample_posterior=True)
-    loss, _ = objectives.contrastive_loss(pairs, jnp.float32(2.0), captions=section.captions(batch.tokens))
+    section = Loss(**{**config.loss, "duplicate_captions": equal})
+    loss, _ = objectives.contrastive_loss(
+      pairs, jnp.float32(2.0), captions=objectives.captions_of(section, batch.tokens)
+    )
     assert float(loss) == pytest.approx(expected, rel=1e-5)
   assert not np.isclose(np.exp(logits[-1, -2]), 0)
 
@@ -203,10 +205,10 @@ def test_the_recipes_differ_in_the_images_and_in_equal_captions():
 )
 def test_what_is_no_clip_is_refused(changes, message):
   with pytest.raises(UserError, match=message) as error:
-    build_step(make_config(**changes), steps.make_mesh())
+    build_trainer(make_config(**changes), steps.make_mesh())
   assert "\n" not in str(error.value)
 
 
 def test_a_diffdis_network_has_no_contrastive_objective():
   with pytest.raises(UserError, match="model has no vision_encoder, which objective contrastive trains"):
-    Network.of(steps.make_config("contrastive"))
+    network_of(steps.make_config("contrastive"))

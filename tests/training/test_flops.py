@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from configs import clip_cc3m, diffdis_cc3m
-from diffdis_jax.data.build import read_data
 from diffdis_jax.preflight import __main__ as preflight
 from diffdis_jax.training import flops
-from diffdis_jax.training.build import build_step
 from tests import steps
+from tests.steps import build_trainer
 
 
 def count(f, *shapes, **options) -> float:
@@ -83,9 +82,9 @@ def test_what_one_contrastive_batch_in_four_microbatches_costs(name, config, exp
   config.batch_size = 64
   config.model.update(remat="none", attention_kernel="xla")
   for config.optim.accumulate in (1, 4):
-    step = build_step(config, mesh)
-    batch = flops.abstract_batch(step.network, read_data(config), mesh, config.batch_size)
+    step = build_trainer(config, mesh)
+    batch = flops.abstract_batch(step.run, step.network, mesh)
     counts.append(flops.count(step.train_step.trace(step.abstract_state, batch).jaxpr))
-    counted.add(preflight.trace_program("train", config, mesh).operations)
+    counted.add(preflight.trace_program("train", step.run, mesh).operations)
   assert counts[1] / counts[0] - 1 == pytest.approx(expected, rel=0.1), name
   assert counted == {counts[0]}

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffdis_jax.method.network import Network
+from diffdis_jax.config import Run
 from diffdis_jax.parallel import sharding
 from diffdis_jax.preflight import hlo
-from diffdis_jax.training import gradcache, optim
-from diffdis_jax.training import loss_function as objectives
+from diffdis_jax.training import gradcache, optim, plugs
 from diffdis_jax.training.gradcache import GradCache
 from diffdis_jax.training.step import step_keys
 from tests import steps, tiny_clip
 from tests.models.networks import random_params, relative_error
+from tests.steps import network_of
 
 ONE, DATA, FSDP, ALL = (1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)
 FROZEN_TEXT = {"optim.groups": (("^autoencoder|^text_encoder", "frozen"), (".*", "new"))}
@@ -59,8 +59,8 @@ class Problem:
 
   def __init__(self, case: str):
     config = make_config(case)
-    self.network = Network.of(config)
-    self.section = objectives.Loss(**config.loss, sample_posterior=config.sample_posterior)
+    self.network = network_of(config)
+    self.run = Run.of(config)
     groups = optim.groups_of(self.network.shapes, config.optim.groups)
     params = random_params(self.network.shapes, seed=0)
     parts = [{k: x for k, x in params.items() if (groups[k] == optim.FROZEN) == frozen} for frozen in (False, True)]
@@ -81,13 +81,13 @@ class Problem:
 
   @functools.cached_property
   def expected(self) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    loss = jax.grad(objectives.loss_function(self.network, self.section), has_aux=True)
+    loss = jax.grad(plugs.loss_function(self.network, self.run), has_aux=True)
     gradient, (metrics, _) = self._run(loss, steps.make_mesh())
     return gradient, steps.means(metrics)
 
   def in_microbatches(self, n: int, *shape: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     mesh = steps.make_mesh(*shape)
-    gradient, metrics = self._run(GradCache(self.network, self.section, mesh, n).__call__, mesh)
+    gradient, metrics = self._run(GradCache(self.network, self.run, mesh, n).__call__, mesh)
     return gradient, steps.means(metrics)
 
 
@@ -213,7 +213,7 @@ def test_gradients_are_reduced_over_devices_once_after_the_loops(in_four):
   inside = [each for block in blocks if name(block) in loops for each in hlo.collectives(block)]
   assert not inside
   # Each parameter's gradient once; beside them numbers, and the cache of both sides of the loss.
-  shapes, mesh = Network.of(make_config("clip")).shapes, steps.make_mesh(*FSDP)
+  shapes, mesh = network_of(make_config("clip")).shapes, steps.make_mesh(*FSDP)
   local = lambda path, shape: sharding.shardings({path: shapes[path]}, mesh, shapes)[path].shard_shape(shape)
   expected = collections.Counter(local(path, leaf.shape) for path, leaf in shapes.items())
   found = {kind: collections.Counter() for kind in ("all-gather", "all-reduce", "reduce-scatter")}

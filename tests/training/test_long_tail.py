@@ -13,19 +13,18 @@ import torch
 from torch.nn import functional as F
 
 from configs import places_lt
+from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import features, losses
-from diffdis_jax.method.network import Network
 from diffdis_jax.method.step_noise import query_noise
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import LabelledBatch
-from diffdis_jax.training import long_tail_losses, mixing
-from diffdis_jax.training import loss_function as objectives
-from diffdis_jax.training.build import build_step, read_long_tail
+from diffdis_jax.training import long_tail_losses, mixing, plugs
 from diffdis_jax.training.long_tail import LongTail
 from diffdis_jax.training.step import step_keys
 from tests import steps, tiny_clip
 from tests.models.networks import random_params, relative_error
+from tests.steps import build_trainer, network_of
 
 B, D = 8, 16
 RNG = np.random.default_rng(0)
@@ -134,7 +133,7 @@ class Trainer:
 
   def __init__(self, config, mesh=None):
     self.mesh = mesh or steps.make_mesh()
-    self.step = build_step(config, self.mesh)
+    self.step = build_trainer(config, self.mesh)
     self.params = random_params(self.step.shapes, seed=0)
     place = self.step.state_shardings.params
     self.state = self.step.with_params(jax.device_put(self.params, place))
@@ -178,11 +177,10 @@ class Loss:
   """A stage's loss of random parameters on one batch, with nothing trained."""
 
   def __init__(self, config):
-    self.network, self.batch = Network.of(config), make_batch(config)
+    self.network, self.batch = network_of(config), make_batch(config)
     self.params = random_params(self.network.shapes, seed=0)
     self.keys = step_keys(config.seed, jnp.int32(0), jnp.int32(0))
-    section = objectives.Loss(**config.loss, sample_posterior=False, long_tail=read_long_tail(config))
-    self._loss = objectives.loss_function(self.network, section)
+    self._loss = plugs.loss_function(self.network, Run.of(config))
 
   def metrics(self, teacher=None):
     """By name; `teacher` has other values for some of the parameters."""
@@ -362,7 +360,7 @@ def test_the_head_stays_in_f32_where_the_network_is_split_and_in_bfloat16():
 def test_fields_that_do_not_go_together(stage, changes, message):
   config = make_config(stage, **changes)
   with pytest.raises(UserError, match=message) as error:
-    build_step(config, steps.make_mesh())
+    build_trainer(config, steps.make_mesh())
   assert "\n" not in str(error.value)
 
 
@@ -370,4 +368,4 @@ def test_a_long_tailed_objective_needs_its_section():
   config = steps.make_config()
   config.objectives = ("class_contrastive",)
   with pytest.raises(UserError, match="long_tail is missing"):
-    build_step(config, steps.make_mesh())
+    build_trainer(config, steps.make_mesh())

@@ -10,20 +10,21 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffdis_jax.common.params import Params
+from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint
 from diffdis_jax.training import loop, start
-from diffdis_jax.training.build import build_step
 from diffdis_jax.training.step import Trainer
 from tests import steps, tiny
 from tests.models.networks import random_params
+from tests.steps import build_trainer
 
 TOKENS = "^text_encoder.tokens"
 NOTHING = "^$"
 
 
 def make_step(config: ConfigDict) -> Trainer:
-  return build_step(config, steps.make_mesh())
+  return build_trainer(config, steps.make_mesh())
 
 
 def tiny_config(**changes: object) -> ConfigDict:
@@ -99,7 +100,7 @@ def test_a_run_is_refused_before_its_workdir_is_made(tmp_path):
   config = tiny.get_config()
   config.optim.allow_uninitialized = TOKENS
   with pytest.raises(UserError, match="optim.groups freezes"):
-    loop.train_and_evaluate(config, str(tmp_path / "run"))
+    loop.train_and_evaluate(Run.of(config), str(tmp_path / "run"))
   assert not list(tmp_path.iterdir())
 
 

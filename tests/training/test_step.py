@@ -10,15 +10,15 @@ import numpy as np
 import optax
 import pytest
 
-from diffdis_jax.data.build import read_data
+from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import encode, joint
 from diffdis_jax.method.diffdis import DiffDis, to_signed
 from diffdis_jax.structs import DiscriminationPass, GenerationPass, LatentBatch
 from diffdis_jax.training import flops, step
 from diffdis_jax.training import loss_function as objectives
-from diffdis_jax.training.build import build_step
 from tests import steps, tiny
+from tests.steps import build_trainer
 
 T = steps.NUM_TIMESTEPS
 
@@ -191,8 +191,8 @@ def test_another_seed_takes_the_same_compiled_step():
   config, mesh, texts = tiny.get_config("autoencoder"), steps.make_mesh(), []
   for seed in (0, 7):
     config.seed = seed
-    trainer = build_step(config, mesh)
-    batch = flops.abstract_batch(trainer.network, read_data(config), mesh, config.batch_size)
+    trainer = build_trainer(config, mesh)
+    batch = flops.abstract_batch(trainer.run, trainer.network, mesh)
     texts.append(trainer.train_step.lower(trainer.abstract_state, batch).as_text())
     assert int(trainer.place_seed()) == seed
   assert texts[0] == texts[1]
@@ -350,7 +350,7 @@ def test_bad_configs_are_refused_before_anything_is_allocated(changes, message):
   if "optim.rates" in changes:
     config.optim.rates = changes["optim.rates"]
   with pytest.raises(UserError, match=message) as error:
-    build_step(config, steps.make_mesh())
+    build_trainer(config, steps.make_mesh())
   assert "\n" not in str(error.value)
 
 
@@ -392,8 +392,8 @@ def test_stored_posteriors_train_as_their_images_do(sample):
   expected, *found = (loss(loss.trained, each, steps.make_keys())[0] for each in (batch, stored, with_text))
   for total in found:
     assert abs(float(total) - float(expected)) < 0.01 * abs(float(expected))
-  section = objectives.Loss(**config.loss, sample_posterior=sample)
-  noise = lambda step_number: section.sample_noise(step.step_keys(0, step_number, jnp.int32(0)), stored, loss.network)
+  run, keys = Run.of(config), lambda step_number: step.step_keys(0, step_number, jnp.int32(0))
+  noise = lambda step_number: objectives.noise_of(run, keys(step_number), stored, loss.network)
   z = lambda step_number, batch=stored: encode.encode_images(model, batch, noise(step_number)).z
   # The loss hardly sees whether the latents' shift and scale were applied.
   np.testing.assert_allclose(z(jnp.int32(0)), z(jnp.int32(0), batch), atol=0.03)

@@ -1,4 +1,4 @@
-"""A config's `model` section as frozen dataclasses, each of which knows the range of its numbers."""
+"""A config's `model` section as frozen dataclasses. Defaults are those of Stable Diffusion v1 and of CLIP ViT-L/14."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from diffdis_jax.config.objectives import WITH_HEAD, Objectives
 from diffdis_jax.errors import UserError, check_choice, check_number, check_numbers, read_section
-from diffdis_jax.models.attention import AUTO, KERNELS
-from diffdis_jax.models.layers import ACTIVATIONS, DTYPES
-from diffdis_jax.models.remat import REMAT_POLICIES
-from diffdis_jax.models.sizes import TEMPERATURE
 
+# Names of what models/layers.py and models/attention.py have.
+DTYPES = ("float32", "bfloat16")
+ACTIVATIONS = ("quick_gelu", "gelu")
+REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch", "attention")
+AUTO = "auto"
+ATTENTION_KERNELS = (AUTO, "pallas", "cudnn", "xla_per_head", "xla")
 MATMUL_PRECISIONS = (AUTO, "default", "high", "highest")
-MAX_TEMPERATURE = 100.0  # CLIP's
+TEMPERATURE, MAX_TEMPERATURE = 1 / 0.07, 100.0  # CLIP's τ at the start, and its limit
 
 
 def _check_counts(section: Any, *names: str) -> None:
   for name in names:
     check_number(name, getattr(section, name), at_least=1)
-
-
-def _check_temperature(section: Any) -> None:
-  check_number("temperature", section.temperature, at_least=1.0, at_most=MAX_TEMPERATURE)
 
 
 def _check_multiple(name: str, value: int, section: Any, *divisors: str) -> None:
@@ -37,11 +34,11 @@ def _check_multiple(name: str, value: int, section: Any, *divisors: str) -> None
 class UNetSize:
   """`model.unet`; unet.UNet says what the fields are."""
 
-  widths: Sequence[int]
-  attention: Sequence[bool]
-  depth: int
-  num_heads: int
-  groups: int
+  widths: Sequence[int] = (320, 640, 1280, 1280)
+  attention: Sequence[bool] = (True, True, True, False)
+  depth: int = 2
+  num_heads: int = 8
+  groups: int = 32
 
   def __post_init__(self) -> None:
     _check_counts(self, "depth", "num_heads", "groups")
@@ -58,9 +55,9 @@ class UNetSize:
 class AlignmentSize:
   """`model.alignment`; alignment.AlignmentTransformer says what the fields are."""
 
-  width: int
-  depth: int
-  num_heads: int
+  width: int = 768
+  depth: int = 6
+  num_heads: int = 12
   spatial_pool: int = 0
 
   def __post_init__(self) -> None:
@@ -73,16 +70,16 @@ class AlignmentSize:
 class TextEncoderSize:
   """`model.text_encoder`; text_encoder.TextEncoder says what the fields are."""
 
-  vocab_size: int
-  max_length: int
-  width: int
-  depth: int
-  num_heads: int
-  mlp_width: int
-  activation: str
-  bos_id: int
-  eos_id: int
-  projection: int
+  vocab_size: int = 49408
+  max_length: int = 77
+  width: int = 768
+  depth: int = 12
+  num_heads: int = 12
+  mlp_width: int = 3072
+  activation: str = "quick_gelu"
+  bos_id: int = 49406
+  eos_id: int = 49407
+  projection: int = 0
   token_embedding_weight: float = 0.0
 
   def __post_init__(self) -> None:
@@ -100,14 +97,14 @@ class TextEncoderSize:
 class AutoencoderSize:
   """`model.autoencoder`; autoencoder.Autoencoder says what the fields are."""
 
-  widths: Sequence[int]
-  depth: int
-  patch: int
-  latent_channels: int
-  groups: int
-  attention: bool
-  shift: float
-  scale: float
+  widths: Sequence[int] = (128, 256, 512, 512)
+  depth: int = 2
+  patch: int = 1
+  latent_channels: int = 4
+  groups: int = 32
+  attention: bool = True
+  shift: float = 0.0
+  scale: float = 0.18215
 
   def __post_init__(self) -> None:
     _check_counts(self, "depth", "patch", "latent_channels", "groups")
@@ -138,47 +135,60 @@ class HeadSize:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-  """A config's `model` section.
+class Computing:
+  """What both networks have.
 
   Attributes:
-    fusion, share_attention, modality_ffn: the fusion block's switches (appendix, Tables 4 and 5).
-    query_init: scale of FC_in's initial kernel; not stated by the paper.
     temperature: τ of the contrastive loss at the start, 1 to 100; it is learned, or stays where `optim.groups` freezes
       logit_scale, its logarithm. Not stated by the paper.
     dtype: of matrix products and convolutions, float32 or bfloat16.
     matmul_precision: how they multiply f32, one of MATMUL_PRECISIONS. JAX's own default is the chip's fastest way, bf16
       on TPUs and TF32 on GPUs; on CPUs all are the same. `auto` is highest where dtype is float32, so that it means
       that, and default where it is bfloat16.
-    attention_kernel: one of attention.KERNELS wherever it can run; `auto` is the fastest on the device.
-    remat: what the backward pass keeps, one of remat.REMAT_POLICIES.
+    attention_kernel: one of ATTENTION_KERNELS wherever it can run; `auto` is the fastest on the device.
+    remat: what the backward pass keeps of each block or layer, one of REMAT_POLICIES.
+    head: of a long-tailed run's second stage alone.
 
   Raises:
     UserError: a value out of its range.
   """
 
-  fusion: bool
-  share_attention: bool
-  modality_ffn: bool
-  query_init: float
   temperature: float = TEMPERATURE
-  dtype: str
-  remat: str
+  dtype: str = "bfloat16"
+  remat: str = "none"
   matmul_precision: str = AUTO
   attention_kernel: str = AUTO
-  unet: UNetSize
-  alignment: AlignmentSize
-  text_encoder: TextEncoderSize
-  autoencoder: AutoencoderSize
   head: HeadSize | None = None
 
   def __post_init__(self) -> None:
-    check_number("query_init", self.query_init, at_least=0.0)
-    _check_temperature(self)
+    check_number("temperature", self.temperature, at_least=1.0, at_most=MAX_TEMPERATURE)
     check_choice("dtype", self.dtype, DTYPES)
     check_choice("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
-    check_choice("attention_kernel", self.attention_kernel, (AUTO, *KERNELS))
+    check_choice("attention_kernel", self.attention_kernel, ATTENTION_KERNELS)
     check_choice("remat", self.remat, REMAT_POLICIES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model(Computing):
+  """A config's `model` section.
+
+  Attributes:
+    fusion, share_attention, modality_ffn: the fusion block's switches (appendix, Tables 4 and 5).
+    query_init: scale of FC_in's initial kernel; not stated by the paper.
+  """
+
+  fusion: bool = True
+  share_attention: bool = True
+  modality_ffn: bool = True
+  query_init: float = 1.0
+  unet: UNetSize = UNetSize()
+  alignment: AlignmentSize = AlignmentSize()
+  text_encoder: TextEncoderSize = TextEncoderSize()
+  autoencoder: AutoencoderSize = AutoencoderSize()
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check_number("query_init", self.query_init, at_least=0.0)
 
   @property
   def query_width(self) -> int:
@@ -190,14 +200,14 @@ class Model:
 class VisionEncoderSize:
   """`model.vision_encoder` of a CLIP; clip.VisionEncoder says what the fields are."""
 
-  image_size: int
-  patch: int
-  width: int
-  depth: int
-  num_heads: int
-  mlp_width: int
-  activation: str
-  projection: int
+  image_size: int = 224
+  patch: int = 14
+  width: int = 1024
+  depth: int = 24
+  num_heads: int = 16
+  mlp_width: int = 4096
+  activation: str = "quick_gelu"
+  projection: int = 768
 
   def __post_init__(self) -> None:
     _check_counts(self, "image_size", "patch", "width", "depth", "num_heads", "mlp_width", "projection")
@@ -207,32 +217,18 @@ class VisionEncoderSize:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClipModel:
+class ClipModel(Computing):
   """The `model` section of a CLIP, whose objective is `contrastive`.
 
-  Attributes:
-    temperature, dtype, matmul_precision, attention_kernel: as Model's.
-    remat: what the backward pass keeps of each layer, one of remat.REMAT_POLICIES.
-
   Raises:
-    UserError: a value out of its range, or towers that do not end in one width.
+    UserError: besides, towers that do not end in one width.
   """
 
-  temperature: float = TEMPERATURE
-  dtype: str
-  remat: str = "none"
-  matmul_precision: str = AUTO
-  attention_kernel: str = AUTO
-  text_encoder: TextEncoderSize
-  vision_encoder: VisionEncoderSize
-  head: HeadSize | None = None
+  text_encoder: TextEncoderSize = TextEncoderSize(projection=768)
+  vision_encoder: VisionEncoderSize = VisionEncoderSize()
 
   def __post_init__(self) -> None:
-    _check_temperature(self)
-    check_choice("dtype", self.dtype, DTYPES)
-    check_choice("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
-    check_choice("attention_kernel", self.attention_kernel, (AUTO, *KERNELS))
-    check_choice("remat", self.remat, REMAT_POLICIES)
+    super().__post_init__()
     text, vision = self.text_encoder.projection, self.vision_encoder.projection
     if text != vision:
       raise UserError(
@@ -246,33 +242,36 @@ class ClipModel:
     return self.text_encoder.projection
 
 
-PARTS = {"unet": UNetSize, "alignment": AlignmentSize, "text_encoder": TextEncoderSize, "autoencoder": AutoencoderSize}
-CLIP_PARTS = {"text_encoder": TextEncoderSize, "vision_encoder": VisionEncoderSize}
-HEAD = {"head": HeadSize}
+_PARTS = {
+  "unet": UNetSize,
+  "alignment": AlignmentSize,
+  "text_encoder": TextEncoderSize,
+  "autoencoder": AutoencoderSize,
+  "vision_encoder": VisionEncoderSize,
+  "head": HeadSize,
+}
 
 
-def read_model(section: ConfigDict) -> Model:
-  """The `model` section of a DiffDis config.
+def read_model(fields: Mapping[str, Any], objectives: Objectives) -> Model | ClipModel:
+  """The `model` section of a config with these objectives.
 
   Raises:
-    UserError: a field that is unknown or missing, or out of its range.
+    UserError: a field that is unknown or missing, or out of its range; or another network than the objectives train.
   """
-  if "vision_encoder" in section:
-    raise UserError("model has a vision_encoder, which is CLIP's; its one objective is objectives=('contrastive',)")
-  return read_section(Model, _with_parts(section, PARTS | HEAD), "model")
-
-
-def read_clip(section: ConfigDict) -> ClipModel:
-  """The `model` section of a CLIP config. Raises as `read_model`."""
-  if "vision_encoder" not in section:
+  has_vision = "vision_encoder" in fields
+  if objectives.is_clip and not has_vision:
     raise UserError(
-      "model has no vision_encoder, which objective contrastive trains; take a config of CLIP, such as"
+      f"model has no vision_encoder, which objective {objectives[0]} trains; take a config of CLIP, such as"
       " configs/clip_cc3m.py"
     )
-  return read_section(ClipModel, _with_parts(section, CLIP_PARTS | HEAD), "model")
-
-
-def _with_parts(section: ConfigDict, kinds: Mapping[str, type[Any]]) -> dict[str, Any]:
-  fields = section.to_dict()
-  given = {name: kind for name, kind in kinds.items() if name in fields}
-  return fields | {name: read_section(kind, fields[name], f"model.{name}") for name, kind in given.items()}
+  if has_vision and objectives.first.network not in ("clip", "either"):
+    raise UserError("model has a vision_encoder, which is CLIP's; its one objective is objectives=('contrastive',)")
+  has_head = "head" in fields
+  if has_head != objectives.first.head:
+    raise UserError(
+      f"objectives is {', '.join(objectives)}, and model.head is {'there' if has_head else 'missing'}; a head belongs"
+      f" to {', '.join(WITH_HEAD)} alone: take configs/places_lt.py:stage=2"
+    )
+  parts = {name: read_section(kind, fields[name], f"model.{name}") for name, kind in _PARTS.items() if name in fields}
+  optional = {} if has_head else {"head": None}
+  return read_section(ClipModel if has_vision else Model, {**fields, **parts, **optional}, "model")

@@ -1,0 +1,109 @@
+"""The config of a run as a ConfigDict, which config files fill in, and as its workdir's config.json holds it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from diffdis_jax.common import buckets
+from diffdis_jax.common.files import read_json
+from diffdis_jax.config.run import Run, default_fields
+from diffdis_jax.errors import UserError, parse_json
+
+SECTIONS = {"objectives", "model", "data", "optim"}  # of every run's config
+
+
+def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
+  """Every field that a run has, with its default (run.Run): both objectives; autoencoder frozen, everything else
+  trained at one rate from random parameters."""
+  return ConfigDict({**default_fields(), "image_size": image_size, "model": model})
+
+
+def load(path: epath.PathLike) -> Run:
+  """The record of the run in a workdir.
+
+  Raises:
+    UserError: as `read_fields` and `Run.of`.
+  """
+  fields = read_fields(path)
+  try:
+    return Run.of(fields)
+  except UserError as error:
+    raise UserError(f"{buckets.path(path) / 'config.json'}: {error}") from error
+
+
+def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
+  """The config of the run in this folder, unchecked. Sequences come back as tuples.
+
+  Raises:
+    UserError: no such folder, or no config.json of a run in it.
+  """
+  path = buckets.path(workdir)
+  if not (path / "config.json").exists():  # which raises for a bucket that is away, where `is_dir` says no
+    what = "config.json in" if path.is_dir() else "folder"
+    raise UserError(f"no {what} {workdir}; --workdir names the folder of a training run")
+  config = read_json_object(path)
+  if missing := SECTIONS - config.keys():
+    raise UserError(
+      f"{path / 'config.json'} is of no training run, it has no {min(missing)!r}; --workdir names the folder of one"
+    )
+  return config
+
+
+def read_json_object(path: epath.Path) -> dict[str, Any]:
+  """What config.json in this folder holds. Raises UserError: no JSON object."""
+  config = normalise(read_json(path / "config.json"))
+  if not isinstance(config, dict):
+    raise UserError(f"{path / 'config.json'} is of no training run; it should hold a JSON object")
+  return config
+
+
+def normalise(value: Any) -> Any:
+  """Lists, which are what JSON makes of tuples, as tuples again."""
+  if isinstance(value, dict):
+    return {key: normalise(child) for key, child in value.items()}
+  if isinstance(value, (list, tuple)):
+    return tuple(map(normalise, value))
+  return value
+
+
+def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
+  """The config with more evaluations in `evals` and `train_evals`, locked.
+
+  Args:
+    config: a run's.
+    texts: each a JSON object: `name` of the data set, `task`, and what the evaluation takes. Where it has `data`, their
+      `name` is `pairs` and their `image_size` the run's, unless it says otherwise.
+
+  Raises:
+    UserError: no such object, or a name that is missing, taken, or no word.
+  """
+  config = config.copy_and_resolve_references().unlock()
+  for text in texts:
+    section = _read_eval(text)
+    name = section.pop("name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+      raise UserError(f"--eval={text} has the name {name!r}; it should be a word of letters, digits, - and _")
+    if name in config.evals:
+      raise UserError(f"--eval={text}: the config has an evaluation {name} already; take another name")
+    if isinstance(section.get("data"), dict):
+      buckets.check(str(section["data"].get("path", "")))
+      section["data"] = {"name": "pairs", "image_size": config.image_size} | section["data"]
+    config.evals[name] = section
+    config.train_evals = (*config.train_evals, name)
+  return config.lock()
+
+
+def _read_eval(text: str) -> dict[str, Any]:
+  example = '{"name": "coco", "task": "retrieval", "data": {"path": "DIR", "split": "test"}}'
+  try:
+    section = parse_json(text, f"--eval={text}")
+  except UserError as error:
+    raise UserError(f"{error}; write it as '{example}'") from error
+  if not isinstance(section, dict) or not isinstance(section.get("task"), str):
+    raise UserError(f"--eval={text} should be an object with a name and a task, such as '{example}'")
+  return section

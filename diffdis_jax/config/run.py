@@ -1,0 +1,254 @@
+"""One record of a run: every section of its config, read and checked once, at the top of each command."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffdis_jax.common import guesses
+from diffdis_jax.config.data import Data
+from diffdis_jax.config.model import ClipModel, Model, read_model
+from diffdis_jax.config.objectives import LABELLED, Objectives
+from diffdis_jax.config.sections import (
+  CheckpointPolicy,
+  ImageDiffusion,
+  LongTail,
+  Loss,
+  MeshShape,
+  Optim,
+  Sampling,
+  TextDiffusion,
+)
+from diffdis_jax.errors import UserError, check_number, check_type, read_section
+
+MOST_STEPS = 2**31 - 1  # which a step's number, an int32, counts to
+MOST_ROWS = 2**22  # of a global batch, far above any that was trained with
+MOST_PIXELS = 8192  # a side of an image, of which one row of a batch then has 0.2 GB
+STEPS = ("batch_size", "num_steps", "log_every", "save_every", "eval_every", "sample_every")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """A run's config, field for field. Defaults are the paper's values, or this project's where the paper is silent.
+
+  Attributes:
+    seed: of all random choices.
+    image_size: side of the square images, pixels.
+    batch_size: global.
+    num_steps: of the whole run.
+    objectives: what it is trained for, of objectives.TABLE.
+    init_from: workdir to take matching parameters from; empty for none.
+    condition_timestep: t_z of the clean image in discrimination (appendix, Table 7), 0 to 1000.
+    sample_posterior: latents are a sample of the autoencoder's posterior, or else its mode.
+    long_tail: of a long-tailed run alone.
+    log_every, save_every, eval_every, sample_every: after how many steps; all of them after the last one too.
+    evals: data set -> task and its settings.
+    train_evals: which of them to run every `eval_every` steps.
+    sample_prompts: of the images that are generated every `sample_every` steps.
+
+  Raises:
+    UserError: a number out of its range, or fields that do not go together.
+  """
+
+  seed: int = 0
+  image_size: int
+  batch_size: int = 64
+  num_steps: int = 1000
+  objectives: Objectives = Objectives(("generation", "discrimination"))
+  init_from: str = ""
+  model: Model | ClipModel
+  image_diffusion: ImageDiffusion = ImageDiffusion()
+  text_diffusion: TextDiffusion = TextDiffusion()
+  condition_timestep: int = 1000
+  sample_posterior: bool = True
+  loss: Loss = Loss()
+  long_tail: LongTail | None = None
+  optim: Optim = Optim()
+  mesh: MeshShape = MeshShape()
+  data: Data = Data()
+  checkpoint: CheckpointPolicy = CheckpointPolicy()
+  log_every: int = 50
+  save_every: int = 1000
+  eval_every: int = 1000
+  sample_every: int = 1000
+  evals: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  train_evals: Sequence[str] = ()
+  sample_prompts: Sequence[str] = ()
+  inference: Sampling = Sampling()
+
+  def __post_init__(self) -> None:
+    check_number("seed", self.seed, at_least=0, at_most=2**32 - 1)
+    for name in STEPS:
+      check_number(name, getattr(self, name), at_least=1, at_most=MOST_STEPS)
+    check_number("batch_size", self.batch_size, at_most=MOST_ROWS)
+    check_number("condition_timestep", self.condition_timestep, at_least=0, at_most=1000)
+    self._check_objectives()
+    self._check_labelled()
+    self._check_sizes()
+    self._check_evals()
+
+  @classmethod
+  def of(cls, config: ConfigDict | Mapping[str, Any]) -> Run:
+    """The record of a config.
+
+    Raises:
+      UserError: a field that is unknown or missing, of another type, or out of its range; or fields that do not go
+        together.
+    """
+    fields = config.copy_and_resolve_references().to_dict() if isinstance(config, ConfigDict) else config
+    check_fields(fields)
+    parts: dict[str, Any] = {name: read_section(kind, fields[name], name) for name, kind in _SECTIONS.items()}
+    parts["objectives"] = Objectives(fields["objectives"])
+    parts["objectives"].check()
+    parts["model"] = read_model(fields["model"], parts["objectives"])
+    parts["data"] = Data.of(fields["data"])
+    if "long_tail" in fields:
+      parts["long_tail"] = read_section(LongTail, fields["long_tail"], "long_tail")
+    return cls(**{**fields, **parts})
+
+  def to_dict(self) -> dict[str, Any]:
+    """The inverse of `of`, as config.json has it: without sections that this run does not have."""
+    return _to_dict({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+
+  def replace(self, changes: Mapping[str, Any]) -> Run:
+    """This with other values of some fields, by their dotted paths. Raises UserError: as `of`."""
+    fields = self.to_dict()
+    for path, value in changes.items():
+      *sections, name = path.split(".")
+      section = functools.reduce(lambda section, each: section[each], sections, fields)
+      section[name] = value
+    return Run.of(fields)
+
+  def _check_objectives(self) -> None:
+    """What an objective asks of the other sections."""
+    if self.objectives.is_clip and self.data.discrimination_view != "shared":
+      raise UserError(
+        f"data.discrimination_view is {self.data.discrimination_view!r}; objective {self.objectives[0]} has one view of"
+        " an image, by data.augment, so leave it at 'shared'"
+      )
+    in_parts = self.optim.accumulate > 1 and self.optim.contrastive_batch == "whole"
+    if in_parts and self.objectives.contrasts and not self.objectives.grad_cache:
+      raise UserError(
+        f"optim.accumulate is {self.optim.accumulate}; objective {self.objectives[0]} takes a batch whole: leave it at"
+        " 1, or let each microbatch be a batch of its own by optim.contrastive_batch='microbatch'"
+      )
+
+  def _check_labelled(self) -> None:
+    """A run on labels has what it needs, and no other has it."""
+    asked, sampling = self.objectives.labelled, self.data.sampling
+    for name, section in (("long_tail", self.long_tail), ("data.sampling", sampling)):
+      if (section is not None) != asked:
+        raise UserError(
+          f"objectives is {', '.join(self.objectives)}, and {name} is {'missing' if section is None else 'there'}; it"
+          f" belongs to {' and '.join(LABELLED)}: take configs/places_lt.py or configs/shapes_lt.py"
+        )
+    if sampling is not None and sampling.sentences != self.objectives.first.sentences:
+      raise UserError(
+        f"data.sampling.sentences is {sampling.sentences}; class_contrastive needs sentences, and long_tail_head has"
+        " its anchors instead"
+      )
+
+  def _check_sizes(self) -> None:
+    """The network can take the images and the texts."""
+    model = self.model
+    check_number("image_size", self.image_size, at_least=1, at_most=MOST_PIXELS)
+    if isinstance(model, ClipModel):
+      stride = model.vision_encoder.patch
+      why = f"patches of {stride} px do not tile it"
+    else:
+      factor = model.autoencoder.factor
+      stride = factor if self.objectives.is_autoencoder else factor * 2 ** (len(model.unet.widths) - 1)
+      why = f"autoencoder and UNet together halve it down by {stride}"
+    if self.image_size % stride:
+      near = max(1, round(self.image_size / stride)) * stride
+      raise UserError(f"image_size is {self.image_size}; {why}, so it must be a multiple of {stride}, such as {near}")
+    if isinstance(model, Model) and (parts := model.alignment.spatial_pool) and self.objectives.aligned:
+      side = self.image_size // stride
+      if side % parts:
+        raise UserError(
+          f"model.alignment.spatial_pool is {parts}; the middle feature map is {side} x {side}, so it must divide"
+          f" {side}"
+        )
+    if not 2 <= self.data.max_length <= model.text_encoder.max_length:
+      raise UserError(
+        f"data.max_length is {self.data.max_length}; it must be from 2 to model.text_encoder.max_length,"
+        f" {model.text_encoder.max_length}"
+      )
+
+  def _check_evals(self) -> None:
+    """What is measured while it trains is there."""
+    if missing := {*self.train_evals} - {*self.evals}:
+      there = ", ".join(self.evals) or "none"
+      raise UserError(f"train_evals names {', '.join(sorted(missing))}; evals has {there}")
+    best = self.checkpoint.best_metric
+    if best and best.split("/")[0] not in self.train_evals:
+      raise UserError(f"checkpoint.best_metric={best} should begin with one of train_evals, {self.train_evals}")
+
+
+_SECTIONS = {
+  "image_diffusion": ImageDiffusion,
+  "text_diffusion": TextDiffusion,
+  "loss": Loss,
+  "optim": Optim,
+  "mesh": MeshShape,
+  "checkpoint": CheckpointPolicy,
+  "inference": Sampling,
+}
+OPTIONAL = ("long_tail", "data.sampling", "model.head")  # sections that only some runs have
+_ABSENT = {path.rpartition(".")[2] for path in OPTIONAL}
+_FREE = "optim.rates"  # whose fields are named by optim.groups
+
+
+def default_fields() -> dict[str, Any]:
+  """Every field that a run has but those that it has to be given, `model` and `image_size`, with its default."""
+  defaults = {}
+  for field in dataclasses.fields(Run):
+    if field.default is not dataclasses.MISSING:
+      defaults[field.name] = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+      defaults[field.name] = field.default_factory()
+  return _to_dict(defaults)
+
+
+def check_fields(fields: Mapping[str, Any]) -> None:
+  """Checks which fields there are, and their types; ranges are the sections' affair.
+
+  Raises:
+    UserError: a field is missing, unknown, or of another type than its default.
+  """
+  given = fields.get("model")
+  model = ClipModel() if isinstance(given, Mapping) and "vision_encoder" in given else Model()
+  like = {**default_fields(), "image_size": 0, "model": _to_dict(model)}
+  check_type("", fields, like)
+  _check_there(fields, like, "")
+  for name, section in fields["evals"].items():
+    if "task" not in section:
+      raise UserError(f"evals.{name}.task is missing; every config of a run has it")
+    check_type(f"evals.{name}.task", section["task"], "")
+
+
+def _check_there(fields: Mapping[str, Any], like: Mapping[str, Any], prefix: str) -> None:
+  """Every field of `like`, and no other. A section that is empty there has any, and `data` those of its source too."""
+  for name, value in like.items():
+    if name not in fields:
+      raise UserError(f"{prefix}{name} is missing; every config of a run has it")
+    if isinstance(value, Mapping) and value and f"{prefix}{name}" != _FREE:
+      _check_there(fields[name], value, f"{prefix}{name}.")
+  for name in fields.keys() - like.keys() if prefix != "data." else ():
+    if f"{prefix}{name}" not in OPTIONAL:
+      guesses.check_key(default_fields() | {"model": _to_dict(Model()), "image_size": 0}, f"{prefix}{name}")
+
+
+def _to_dict(value: Any) -> Any:
+  """Sections as nested dicts, without the optional ones that are not there."""
+  if isinstance(value, Data):
+    return value.to_dict()
+  if dataclasses.is_dataclass(value):
+    value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+  if isinstance(value, Mapping):
+    return {name: _to_dict(each) for name, each in value.items() if each is not None or name not in _ABSENT}
+  return tuple(value) if isinstance(value, Objectives) else value
