@@ -234,7 +234,7 @@ class Inference:
   def _generate(
     self, params: Params, tokens: Int[Array, "b l"], noise: Float[Array, "b h w c"]
   ) -> UInt8[Array, "b H W 3"]:
-    how = dict(steps=self.sampling.generation_steps, guidance_scale=self.sampling.generation_guidance)
+    how: dict[str, Any] = dict(steps=self.sampling.generation_steps, guidance_scale=self.sampling.generation_guidance)
     return algorithms.generate(self._diffdis(params), tokens, noise, network=self.network, **how)
 
   def _reconstruct(self, params: Params, images: UInt8[Array, "b H W 3"]) -> UInt8[Array, "b H W 3"]:

@@ -9,6 +9,7 @@ import pathlib
 import re
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def scans(jaxpr) -> list[int]:
   for equation in jaxpr.eqns:
     if equation.primitive.name == "scan":
       found.append(equation.params["length"])
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
       found += scans(inner)
   return found
 
