@@ -68,6 +68,7 @@ def check_sizes(model: Model | ClipModel, *, objectives: Sequence[str], image_si
     factor = model.autoencoder.factor
     stride = factor if "reconstruction" in objectives else factor * 2 ** (len(model.unet.widths) - 1)
     why = f"autoencoder and UNet together halve it down by {stride}"
+  # Every level must halve evenly: the up path joins maps of equal sizes.
   if image_size % stride:
     near = max(1, round(image_size / stride)) * stride
     raise UserError(f"image_size is {image_size}; {why}, so it must be a multiple of {stride}, such as {near}")
@@ -93,9 +94,11 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], rngs=rngs)
   sizes = {name: dataclasses.asdict(getattr(model, name)) for name in PARTS}
   autoencoder = Autoencoder(**sizes["autoencoder"], **common)
+  # First of all, since nothing else is built for it: an autoencoder alone has no text and no UNet.
   if "reconstruction" in objectives:
     return DiffDis(autoencoder=autoencoder, text_encoder=None, unet=None, text_stream=None, alignment=None)
   aligned = bool({*ALIGNED} & {*objectives})
+  # Token embeddings are a part of e alone, which generation never reads.
   text_sizes = sizes["text_encoder"] | ({} if aligned else {"token_embedding_weight": 0.0})
   text_encoder = TextEncoder(**text_sizes, **common)
   unet = UNet(
@@ -108,6 +111,7 @@ def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> Di
   )
   text_stream = alignment = None
   if aligned:
+    # One fusion block for each attention block of the UNet's first half; none where fusion is off (Table 4).
     text_stream = TextStream(
       unet.fused_widths if model.fusion else (),
       query_width=model.query_width,

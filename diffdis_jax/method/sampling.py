@@ -33,6 +33,7 @@ class Sampling:
   generation_guidance: float = 7.5
 
   def __post_init__(self) -> None:
+    # At most the number of timesteps; for generation one fewer, since its spacing begins at t = 1.
     check_number("steps", self.steps, at_least=1, at_most=1000)
     check_number("num_noise_samples", self.num_noise_samples, at_least=1)
     check_number("guidance", self.guidance, at_least=0.0)
