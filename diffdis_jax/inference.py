@@ -76,6 +76,7 @@ class Inference:
     )
     self.protocol: dict[str, Any] = ({} if network.is_clip else denoising) | precision
     self.generation_protocol = dict(steps=sampling.generation_steps, guidance=sampling.generation_guidance, **precision)
+    # Whole on each device by default: sampling keeps no optimizer state, and no weights then travel at each step.
     self.mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
     check_number("batch_size", batch_size, at_least=1, at_most=MOST_ROWS)
     self.after_batch = after_batch
@@ -109,6 +110,7 @@ class Inference:
     what its image encoder gives, L2-normalised, whatever the seed.
     """
     self._require(*ALIGNED)
+    # Places go in as rows, so that padding and the split over devices leave each image its own noise.
     places = np.arange(len(images), dtype=np.int32)
     return self._batched(functools.partial(self._compiled_embed_images, params, jax.random.key(seed)), images, places)
 
@@ -161,11 +163,13 @@ class Inference:
 
   def noise(self, n: int, seed: int, *, first: int = 0) -> Float[np.ndarray, "n h w c"]:
     """Initial noise of the images first, first + 1, ...; image i's depends on the seed and i alone."""
+    # A key an image, not one for all: asking for more images changes none of those before.
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(first, first + n))
     return np.asarray(jax.vmap(lambda key: jax.random.normal(key, self.noise_shape()))(keys))
 
   def abstract_params(self) -> Params:
     """Shapes of the parameters, each with its place on the mesh."""
+    # With their places, so that a checkpoint is read straight onto the devices, each its own part.
     return jax.tree.map(
       lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
       self.shapes,
@@ -228,6 +232,7 @@ class Inference:
     self, params: Params, key: PRNGKeyArray, images: UInt8[Array, "b H W 3"], places: Int[Array, "b"]
   ) -> Float[Array, "b 2 k"]:
     model = self.network.with_params(params)
+    # In training each step has new noise; here it is of the image's place, so that an evaluation can be repeated.
     noise_e = query_noise(key, num_noise_samples=1, places=places, width=self.network.model.query_width)[0]
     f = features.image_features(model, images, features.FeatureNoise(noise_e=noise_e), network=self.network)
     logits = model.head(f, model.logit_scale[...])
@@ -236,7 +241,7 @@ class Inference:
   def _generate(
     self, params: Params, tokens: Int[Array, "b l"], noise: Float[Array, "b h w c"]
   ) -> UInt8[Array, "b H W 3"]:
-    how = dict(steps=self.sampling.generation_steps, guidance_scale=self.sampling.generation_guidance)
+    how: dict[str, Any] = dict(steps=self.sampling.generation_steps, guidance_scale=self.sampling.generation_guidance)
     return algorithms.generate(self._diffdis(params), tokens, noise, network=self.network, **how)
 
   def _reconstruct(self, params: Params, images: UInt8[Array, "b H W 3"]) -> UInt8[Array, "b H W 3"]:
@@ -245,6 +250,7 @@ class Inference:
 
   def _moments(self, params: Params, images: UInt8[Array, "b H W 3"]) -> BFloat16[Array, "b h w d"]:
     posterior = self._diffdis(params).autoencoder.encode(to_signed(images))
+    # In bf16, which halves what a set of stored latents takes.
     return jnp.concatenate([posterior.mean, posterior.log_variance], axis=-1).astype(jnp.bfloat16)
 
   def _conditions(self, params: Params, tokens: Int[Array, "b l"]) -> BFloat16[Array, "b l d"]:
@@ -276,6 +282,7 @@ def load(
     UserError: no run or no checkpoint there, one that does not fit its config, an image size that the network cannot
       take, or fields of Sampling for a CLIP.
   """
+  # From the network's shapes to its parameters in this order: nothing is allocated before the config has been checked.
   run = run_config.load(path)
   changes = {} if image_size is None else {"image_size": image_size}
   if sampling and isinstance(run.model, ClipModel):

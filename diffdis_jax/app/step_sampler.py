@@ -208,7 +208,7 @@ class StepSampler:
       parts = [
         self.call(program, self._params, x_t[start : start + ROWS], now, *args) for start in range(0, len(x_t), ROWS)
       ]
-      step = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+      step: Any = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
       x_t = step.z_prev if isinstance(step, GenerationStep) else step.x_prev
       yield step
 
@@ -251,7 +251,7 @@ class StepSampler:
   ) -> DdimStep:
     """Its x_0 is L2-normalised, to be shown; x_prev, which goes on, is not."""
     model: Any = self.network.with_params(params)
-    how = dict(guidance_scale=self.model.sampling.guidance, normalize_query=self.model.sampling.normalize_query)
+    how = self.model.sampling
     step = algorithms.text_query_step(
       model,
       e_t,
@@ -259,6 +259,7 @@ class StepSampler:
       z=jnp.broadcast_to(z, (len(e_t), *z.shape[1:])),
       c_null=encode.null_condition(model, self.network.max_length),
       network=self.network,
-      **how,
+      guidance_scale=how.guidance,
+      normalize_query=how.normalize_query,
     )
-    return step.replace(x_0=losses.unit_norm(step.x_0))
+    return DdimStep(x_prev=step.x_prev, x_0=losses.unit_norm(step.x_0))

@@ -54,4 +54,5 @@ def guide(
   )
   prediction = denoise(jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2, axis=0), both)
   unconditional, conditional = jnp.unstack(prediction.reshape(len(x_t), 2, *prediction.shape[1:]), axis=1)
+  # Not (1 − s) ε_u + s ε_c, which is the same on paper and rounds otherwise than Stable Diffusion's pipeline.
   return Guided(unconditional + scale * (conditional - unconditional), unconditional)

@@ -42,9 +42,11 @@ def build_diffdis(model: Model, objectives: Objectives, rngs: nnx.Rngs) -> DiffD
   """
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], rngs=rngs)
   autoencoder = Autoencoder(**vars(model.autoencoder), **common)
+  # First of all, since nothing else is built for it: an autoencoder alone has no text and no UNet.
   if objectives.is_autoencoder:
     return DiffDis(autoencoder=autoencoder, temperature=model.temperature)
   text = model.text_encoder
+  # Token embeddings are a part of e alone, which generation never reads.
   if not objectives.aligned:
     text = dataclasses.replace(text, token_embedding_weight=0.0)
   text_encoder = TextEncoder(**vars(text), remat="none", **common)
@@ -58,6 +60,7 @@ def build_diffdis(model: Model, objectives: Objectives, rngs: nnx.Rngs) -> DiffD
   )
   text_stream = alignment = None
   if objectives.aligned:
+    # One fusion block for each attention block of the UNet's first half; none where fusion is off (Table 4).
     text_stream = TextStream(
       unet.fused_widths if model.fusion else (),
       query_width=model.query_width,

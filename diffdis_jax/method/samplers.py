@@ -7,8 +7,10 @@ timesteps alone.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -17,6 +19,10 @@ from jaxtyping import Array, Float, Int
 from diffdis_jax.method import schedules
 from diffdis_jax.method.schedules import DATA, Process, Timesteps
 from diffdis_jax.structs import AnyArray
+
+# NumPy's where the steps are planned or taken one by one, JAX's inside a program.
+Timestep = np.integer | Int[np.ndarray, "*s"] | Int[AnyArray, "*s"]
+Coefficient = np.floating | Float[np.ndarray, "*s"] | Float[AnyArray, "*s"]
 
 
 @struct.dataclass
@@ -30,14 +36,14 @@ class DdimCoefficients:
     x_t, prediction: f32.
   """
 
-  t: Int[AnyArray | np.integer, "*s"]
-  x_t: Float[AnyArray | np.floating, "*s"]
-  prediction: Float[AnyArray | np.floating, "*s"]
+  t: Timestep
+  x_t: Coefficient
+  prediction: Coefficient
 
   def each(self) -> Iterator[DdimCoefficients]:
     """The steps one by one, for a caller that has something to do between them."""
-    for i in range(len(self.t)):
-      yield DdimCoefficients(t=self.t[i], x_t=self.x_t[i], prediction=self.prediction[i])
+    for i in range(np.size(self.t)):
+      yield jax.tree.map(operator.itemgetter(i), self)
 
 
 @struct.dataclass

@@ -68,12 +68,13 @@ def class_contrastive_loss(
     teacher: the network as it was at the start; it sees the same images, noise and sentences.
     sample_posterior: as the config has it.
   """
-  assert batch.tokens is not None  # data/build.py reads sentences for this objective
+  tokens = batch.tokens
+  assert tokens is not None  # data/build.py reads sentences for this objective
   noise = _sample_noise(keys, len(batch.label), network, sample_posterior)
 
   def embed(model: DiffDis | Clip) -> Pairs:
     image = features.image_features(model, batch.image, noise, network=network)
-    return Pairs(image=losses.unit_norm(image), text=model.encode_text(batch.tokens).e)
+    return Pairs(image=losses.unit_norm(image), text=model.encode_text(tokens).e)
 
   pairs, of_teacher = embed(model), embed(teacher)
   scale, gather = model.logit_scale[...], sharding.everywhere

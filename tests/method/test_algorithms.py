@@ -9,6 +9,7 @@ import pathlib
 import re
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,29 +22,22 @@ from tests import steps
 from tests.models.networks import random_params
 
 ROOT = pathlib.Path(diffdis_jax.__file__).parents[1]
-# `function` ([file](path#Lline)), as the pages name them.
-REFERENCE = re.compile(r"`(\w+)`\s+\(\[[^\]]*\]\(([^)#]+\.py)#L(\d+)\)\)")
-
-
-def references(page: str) -> dict[str, tuple[str, int]]:
-  """Function -> its file and line, by a page."""
-  text = (ROOT / page).read_text()
-  found = REFERENCE.findall(text)
-  return {name: (str((ROOT / page).parent.joinpath(path).resolve()), int(line)) for name, path, line in found}
+# `function` (`file:line`), as the pages name them.
+REFERENCE = re.compile(r"`(\w+)`\s+\(`(diffdis_jax/[\w/]+\.py):(\d+)`\)")
 
 
 def defined(file: str) -> dict[str, int]:
   """Function -> line of its definition."""
-  tree = ast.parse(pathlib.Path(file).read_text())
+  tree = ast.parse((ROOT / file).read_text())
   return {node.name: node.lineno for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize("page", ["docs/method.md", "README.md"])
 def test_the_pages_name_the_functions_and_their_lines(page):
-  found = references(page)
-  assert {"training_losses", "generate", "denoise_text_query"} <= found.keys()
-  for name, (file, line) in found.items():
-    assert defined(file)[name] == line, f"{page}: {name} is at line {defined(file)[name]} of {file}"
+  found = REFERENCE.findall((ROOT / page).read_text())
+  assert {"training_losses", "generate", "denoise_text_query"} <= {name for name, _, _ in found}
+  for name, file, line in found:
+    assert defined(file)[name] == int(line), f"{page}: {name} is at {file}:{defined(file)[name]}"
 
 
 @pytest.mark.parametrize("number, name", [(1, "training_losses"), (2, "generate"), (3, "denoise_text_query")])
@@ -97,7 +91,7 @@ def scans(jaxpr) -> list[int]:
   for equation in jaxpr.eqns:
     if equation.primitive.name == "scan":
       found.append(equation.params["length"])
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
       found += scans(inner)
   return found
 
