@@ -207,7 +207,7 @@ class Inference:
     self._batched = batches.Batches(self.mesh, batch_size, after_batch)
     self.batch_size = self._batched.size
     compiled = lambda name, f: programs.Program(name, jax.jit(network.traced_for(self.mesh, f)))
-    self._compiled_texts = compiled("text queries", self._text_queries)
+    self._compiled_embed_texts = compiled("text embeddings", self._embed_texts)
     self._compiled_images = compiled("image queries", self._image_queries)
     self._compiled_text_features = compiled("text features", self._text_features)
     self._compiled_classes = compiled("class logits", self._class_logits)
@@ -217,8 +217,8 @@ class Inference:
     self._compiled_conditions = compiled("text conditions", self._conditions)
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
-    """Text queries e, L2-normalised."""
-    return self._batched(functools.partial(self._compiled_texts, params), tokens)
+    """Text embeddings e, L2-normalised."""
+    return self._batched(functools.partial(self._compiled_embed_texts, params), tokens)
 
   def embed_images(
     self, params: Params, images: UInt8[np.ndarray, "n H W 3"] | Any, *, seed: int
@@ -318,7 +318,7 @@ class Inference:
       raise UserError("this run is a CLIP, which neither draws nor encodes images to latents; take a run of DiffDis")
     return model
 
-  def _text_queries(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b d"]:
+  def _embed_texts(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b d"]:
     return self.network.with_params(params).encode_text(tokens).e
 
   def _image_queries(

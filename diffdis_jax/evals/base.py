@@ -25,6 +25,7 @@ from diffdis_jax.data import records, sources, transforms
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import resize
 
 CHUNK = 1024  # images that share a seed; the noise of an image depends on it, not on the device's batch size
 TEXTS = 8192  # embedded at a time, of which a progress line is
@@ -75,7 +76,7 @@ def get_field(record: Mapping[str, Any], field: str) -> Any:
   return record[field]
 
 
-def captions(record: Mapping[str, Any], field: str = "") -> tuple[str, ...]:
+def captions(record: Mapping[str, Any], field: str = "") -> Sequence[str]:
   """The captions in this field of a record; without one, all of its captions, of which training draws.
 
   Raises:
@@ -111,11 +112,11 @@ def origin(source: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _usable(index: SupportsIndex) -> Iterator[None]:
+def _usable(index: SupportsIndex, what: str = "the data set") -> Iterator[None]:
   try:
     yield
   except records.Unusable as error:
-    raise UserError(f"record {index} of the data set is no use: {error}; prepare the data set again") from error
+    raise UserError(f"record {index} of {what} is no use: {error}; prepare the data set again") from error
 
 
 def read_image(source: Any, index: SupportsIndex) -> Image.Image:
@@ -151,12 +152,23 @@ def decoders() -> ThreadPoolExecutor:
 @dataclasses.dataclass(frozen=True)
 class Images:
   """Images of a source as squares, u8[n h w 3], decoded when they are asked for: a host decodes its own rows alone, on
-  all of its cores."""
+  all of its cores.
+
+  Attributes:
+    source: its records have `image`, encoded or as u8[h w 3].
+    indices: which of them, in which order.
+    image_size: side of the squares, pixels.
+    crop_pct: as `to_square` takes it.
+    resampling: one of `resize.RESAMPLING`, for squares as FID's reference takes them; empty for those of `to_square`.
+    what: the source is, for messages.
+  """
 
   source: Any
   indices: Int[np.ndarray, " n"]
   image_size: int
   crop_pct: float = 1.0
+  resampling: str = ""
+  what: str = "the data set"
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -165,8 +177,11 @@ class Images:
     return np.stack(list(decoders().map(self._square, self.indices[places].tolist())))
 
   def _square(self, index: int) -> UInt8[np.ndarray, "s s 3"]:
-    with _usable(index):
-      return to_square(self.source[index]["image"], self.image_size, self.crop_pct)
+    with _usable(index, self.what):
+      image = self.source[index]["image"]
+      if self.resampling:
+        return resize.square(_decoded(image), self.image_size, self.resampling)
+      return to_square(image, self.image_size, self.crop_pct)
 
 
 def chunks(source: Any, indices: Int[np.ndarray, " n"], *, image_size: int, crop_pct: float = 1.0) -> Iterator[Images]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,17 +62,18 @@ def draw(source: Any, *, num_images: int | None, captions: str, seed: int) -> li
     order = rng.permutation(len(source))
     which = rng.random(len(source))
     chosen = [(int(i), float(u)) for i, u in zip(order, which)][: _count(len(source), num_images)]
-    found = [(i, *_one(base.captions(base.read(source, i)), u)) for i, u in chosen]
+    found = [_one(i, base.captions(base.read(source, i)), u) for i, u in chosen]
   else:
-    every = [(i, k, text) for i in range(len(source)) for k, text in enumerate(base.captions(base.read(source, i)))]
+    texts = (base.captions(base.read(source, i)) for i in range(len(source)))
+    every = [_Prompt(i, k, text) for i, several in enumerate(texts) for k, text in enumerate(several)]
     found = [every[i] for i in rng.permutation(len(every))[: _count(len(every), num_images)]]
   return [
     Part(
       number=start // PART,
       first=start,
-      records=np.array([record for record, _, _ in found[start : start + PART]], np.int32),
-      captions=np.array([caption for _, caption, _ in found[start : start + PART]], np.int32),
-      prompts=tuple(text for _, _, text in found[start : start + PART]),
+      records=np.array([each.record for each in found[start : start + PART]], np.int32),
+      captions=np.array([each.caption for each in found[start : start + PART]], np.int32),
+      prompts=tuple(each.text for each in found[start : start + PART]),
     )
     for start in range(0, len(found), PART)
   ]
@@ -93,10 +95,19 @@ def records(parts: list[Part]) -> Int[np.ndarray, " n"]:
   return np.concatenate([part.records for part in parts])
 
 
-def _one(texts: tuple[str, ...], u: float) -> tuple[int, str]:
-  """The caption at the fraction u of them, 0 <= u < 1."""
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+  """A text, of which record and which of its captions."""
+
+  record: int
+  caption: int
+  text: str
+
+
+def _one(record: int, texts: Sequence[str], u: float) -> _Prompt:
+  """The caption at u of them, 0 <= u < 1."""
   place = int(u * len(texts))
-  return place, texts[place]
+  return _Prompt(record, place, texts[place])
 
 
 def _count(available: int, num_images: int | None) -> int:

@@ -18,7 +18,7 @@ from diffdis_jax.common.progress import Progress
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, check_choice
-from diffdis_jax.evals import distances, drawn_prompts, real_images, reference, resize
+from diffdis_jax.evals import base, distances, drawn_prompts, reference, resize
 from diffdis_jax.evals.drawn_prompts import Part
 from diffdis_jax.evals.feature_parts import PartsFolder
 from diffdis_jax.evals.features import Extractor
@@ -32,7 +32,7 @@ FEW_NOTE = f"of fewer than {FEW} images FID is biased upwards; compare it only a
 MEASURES = ("fid", "kid", "kid_std")
 # What makes features of images, and what draws images of prompts.
 EXTRACTING = (
-  *("models/inception.py", "interop/inception.py", "evals/features.py", "evals/resize.py", "evals/real_images.py"),
+  *("models/inception.py", "interop/inception.py", "evals/features.py", "evals/resize.py", "evals/base.py"),
   *("data/records.py", "data/transforms.py"),
 )
 SAMPLING = (
@@ -216,7 +216,7 @@ class Fid:
       self._real_indices = np.unique(drawn_prompts.records(self._plan))
       self._images |= self._prompts
     elif which != "all":
-      self._real = real_images.open_folder(which)
+      self._real = reference.open_folder(which)
       self._real_indices, self._images = np.arange(len(self._real)), {"which": which}
     self._reference_name = f"{which} of {self._data.get('path') or self._data.get('name')}"
     if file and buckets.path(file).exists():
@@ -238,7 +238,8 @@ class Fid:
     parts, progress = [], Progress("FID: looked at", len(self._real_indices), "images", every=0)
     for start in range(0, len(self._real_indices), drawn_prompts.PART):
       rows = self._real_indices[start : start + drawn_prompts.PART]
-      parts.append(extractor(real_images.RealImages(self._real, rows, image_size, self._resampling)))
+      images = base.Images(self._real, rows, image_size, resampling=self._resampling, what="the reference's images")
+      parts.append(extractor(images))
       progress.add(len(rows))
     protocol = {
       **self._made,

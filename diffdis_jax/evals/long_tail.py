@@ -61,7 +61,7 @@ class LongTail:
     where = {name: value for name, value in data.items() if name not in ("split", "image_size")}
     self.corpus = long_tail.open_corpus(**where)
     self.train_counts = long_tail.train_counts(**where)
-    self._neighbours, self._visual_share, self._fraction, self._seed = neighbours, visual_share, crop_pct, seed
+    self._neighbours, self._visual_share, self._crop_pct, self._seed = neighbours, visual_share, crop_pct, seed
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""
@@ -77,7 +77,7 @@ class LongTail:
       "classes_of_groups": {name: group(name) for name in GROUPS},
       "neighbours": self._neighbours,
       "visual_share": self._visual_share,
-      "crop_pct": self._fraction,
+      "crop_pct": self._crop_pct,
       "ties": "the first counts",
     }
 
@@ -86,7 +86,7 @@ class LongTail:
     knn_acc: most of an image's nearest sentences are. acc: the head's prediction, and acc_summed_GROUP by the sum of
     its branches' logits, by which VL-LTR gives its groups."""
     indices = np.arange(len(self.labels))
-    images = base.embed_images(inference, params, self.source, indices, seed=self._seed, crop_pct=self._fraction)
+    images = base.embed_images(inference, params, self.source, indices, seed=self._seed, crop_pct=self._crop_pct)
     texts, of_text = base.embed_texts(inference, params, self.corpus.flat), self.corpus.labels
     classes = of_text[nearest.nearest(images, texts, count=self._neighbours)]
     found = self.labels[nearest.nearest(texts, images, count=1)[:, 0]]
@@ -105,7 +105,7 @@ class LongTail:
   def _class_logits(self, inference: Any, params: Mapping[str, Any]) -> Float[np.ndarray, "n 2 k"]:
     indices = np.arange(len(self.labels))
     found, progress = [], Progress("classified", len(indices), "images")
-    chunks = base.chunks(self.source, indices, image_size=inference.image_size, crop_pct=self._fraction)
+    chunks = base.chunks(self.source, indices, image_size=inference.image_size, crop_pct=self._crop_pct)
     for i, images in enumerate(chunks):
       found.append(inference.class_logits(params, images, seed=self._seed + i * base.CHUNK))
       progress.add(len(images))

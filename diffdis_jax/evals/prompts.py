@@ -50,7 +50,7 @@ def comparable(name: str) -> str:
   return " ".join(name.replace("_", " ").lower().split())
 
 
-def read_strings(path: str, *, what: str) -> tuple[str, ...]:
+def read_strings(path: str, *, what: str) -> Sequence[str]:
   """A JSON file with one list of strings.
 
   Raises:
@@ -83,7 +83,7 @@ def resolve_classnames(classnames: Sequence[str] | Mapping[str, str] | str) -> C
   if isinstance(found, Mapping) and _are_strings(found.values()):
     return ClassNames(names=tuple(found.values()), keys=tuple(found), by_key=True)
   names = read_strings(classnames, what="class names") if isinstance(classnames, str) else tuple(classnames)
-  return ClassNames(names=names, keys=names)
+  return ClassNames(names=tuple(names), keys=tuple(names))
 
 
 def repeated_names(names: Sequence[str]) -> list[str]:
@@ -97,7 +97,7 @@ def repeated(names: Sequence[str]) -> str:
   return ", ".join(map(repr, found[:10])) + (", ..." if len(found) > 10 else "")
 
 
-def resolve_templates(templates: Sequence[str] | str) -> tuple[str, ...]:
+def resolve_templates(templates: Sequence[str] | str) -> Sequence[str]:
   """Templates given as such or as a JSON file's path; empty means `TEMPLATES`.
 
   Raises:

@@ -10,8 +10,9 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from diffdis_jax.models.inception import WIDTH
 FORM = "it should be an .npz with mu [2048] and sigma [2048, 2048], as pytorch-fid or this command writes it"
 # What of a reference's protocol must be as in the measurement, and what it is called.
 SAME = {"resize": "resize", "weights_sha256": "Inception weights"}
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,30 @@ class Reference:
   def sha256(self) -> str:
     """Of mean and covariance."""
     return hashlib.sha256(self.gaussian.mean.tobytes() + self.gaussian.covariance.tobytes()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """A source of the images in a folder, in the order of their names; of the folders in it, none."""
+
+  files: Sequence[pathlib.Path]
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return {"image": self.files[index].read_bytes(), "caption": "", "key": self.files[index].name}
+
+
+def open_folder(path: str | os.PathLike[str]) -> Folder:
+  """Raises UserError: no folder there, or fewer than two images in it."""
+  folder = buckets.local(path, "the reference's folder")
+  if not folder.is_dir():
+    raise UserError(f"no folder {folder}; it should hold the reference's images, {', '.join(ENDINGS)}")
+  found = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
+  if len(found) < 2:
+    raise UserError(f"{folder} holds {len(found)} images ({', '.join(ENDINGS)}); a reference takes at least 2")
+  return Folder(found)
 
 
 def of_features(features: Float[np.ndarray, "n d"], *, protocol: Mapping[str, Any], name: str) -> Reference:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from diffdis_jax.data import sources
 from diffdis_jax.evals import base
@@ -45,7 +46,7 @@ class Retrieval:
   ):
     self.source = sources.open_source(**data)
     self._indices = base.subset(len(self.source), num_images)
-    self._equal_captions = duplicate_captions
+    self._duplicate_captions = duplicate_captions
     self._seed = seed
     self._shuffle_labels = shuffle_labels
     captions = [base.captions(base.fields(self.source, i), caption_field) for i in self._indices]
@@ -60,7 +61,7 @@ class Retrieval:
       "seed": self._seed,
       "num_images": len(self._indices),
       "num_texts": len(self.texts),
-      "duplicate_captions": self._equal_captions,
+      "duplicate_captions": self._duplicate_captions,
       "ties": base.TIES,
       **base.origin(self.source),
       "shuffle_labels": self._shuffle_labels,
@@ -78,7 +79,7 @@ class Retrieval:
     return {f"{way}_retrieval_recall@{k}": float((found[way] < k).mean()) for k in RECALL_AT for way in found}
 
 
-def _group(captions: Sequence[tuple[str, ...]]) -> np.ndarray:
+def _group(captions: Sequence[Sequence[str]]) -> Int[np.ndarray, " n"]:
   """The same number for images whose captions are the same."""
-  numbers: dict[tuple[str, ...], int] = {}
-  return np.array([numbers.setdefault(texts, len(numbers)) for texts in captions])
+  numbers: dict[Sequence[str], int] = {}
+  return np.array([numbers.setdefault(tuple(texts), len(numbers)) for texts in captions])

@@ -84,7 +84,7 @@ def test_nothing_is_compiled_anew_for_other_requests(player):
     [*player.estimates(IMAGE, seed=9, steps=steps_, draws=draws)]
   player.text_queries(["a", "b", "c"])
   assert [compiled(program) for program in programs] == [1] * 5
-  assert compiled(player.model._compiled_texts) == compiled(player.model._compiled_images) == 1
+  assert compiled(player.model._compiled_embed_texts) == compiled(player.model._compiled_images) == 1
 
 
 def test_text_queries_in_any_number(player):
