@@ -62,6 +62,7 @@ def subset(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:
     return np.arange(length)
   if num_images < 1:
     raise UserError(f"num_images is {num_images}; it should be at least 1, or None for all")
+  # Sorted, so that a source that is read from a disk is read from its beginning to its end.
   return np.sort(np.random.default_rng(0).permutation(length)[:num_images])
 
 
@@ -82,6 +83,7 @@ def captions(record: Mapping[str, Any], field: str = "") -> Sequence[str]:
   Raises:
     UserError: no such field, or no caption in it.
   """
+  # A field that was asked for by name counts alone, also where the record lists its captions.
   if not field and (several := records.captions_of(record)):
     return tuple(several)
   field = field or "caption"
@@ -137,6 +139,7 @@ def to_square(
   Args:
     crop_pct: of the square's side that is kept, its middle; 0.875 is 224 px of 256.
   """
+  # Resized first and cut then, as torchvision and timm do it.
   side = int(image_size / crop_pct)
   start = (side - image_size) // 2
   return np.asarray(transforms.resize(_decoded(image), side))[start : start + image_size, start : start + image_size]
@@ -201,6 +204,7 @@ def embed_images(
   crop_pct: float = 1.0,
 ) -> Float[np.ndarray, "n d"]:
   """ê_0 of each image, L2-normalised, in the order of `indices`. Each chunk has a seed of its own."""
+  # A chunk, not a batch, has a seed: another batch size on another machine gives the same figures.
   found, progress = [], Progress("embedded", len(indices), "images")
   for i, images in enumerate(chunks(source, indices, image_size=inference.image_size, crop_pct=crop_pct)):
     found.append(inference.embed_images(params, images, seed=seed + i * CHUNK))
@@ -210,6 +214,7 @@ def embed_images(
 
 def embed_texts(inference: Any, params: Mapping[str, Any], texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
   """e of each text, L2-normalised."""
+  # Text by text there is no noise, and so no seed. The pieces are for the progress line and the memory of tokens.
   tokenizer = Tokenizer(inference.max_length)
   found, progress = [], Progress("embedded", len(texts), "texts")
   for start in range(0, len(texts), TEXTS):
@@ -231,6 +236,7 @@ def ranks(
   A tie counts against the query, and so does a NaN: a model that maps everything to one point ranks last, not first.
   Scores are computed on the device, `BLOCK` queries at a time.
   """
+  # Keys go to the device once; queries in blocks, since all scores of MSCOCO are 25,000 x 5,000.
   size, on_device = min(BLOCK, len(queries)), jnp.asarray(keys)
   found = []
   for start in range(0, len(queries), BLOCK):
@@ -244,9 +250,11 @@ def ranks(
 def _ranks(
   queries: Float[Array, "q d"], keys: Float[Array, "k d"], query_groups: Int[Array, " q"], key_groups: Int[Array, " k"]
 ) -> Int[Array, " q"]:
+  # The default precision of a TPU rounds to bf16, in which distinct scores become ties.
   scores = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
   own = query_groups[:, None] == key_groups[None]
   best = jnp.where(own, scores, -jnp.inf).max(axis=1, keepdims=True)
+  # "Not smaller" instead of "larger or equal": a NaN is neither, and so counts against the query.
   return (~own & ~(scores < best)).sum(axis=1)
 
 

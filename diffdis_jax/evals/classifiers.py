@@ -63,6 +63,7 @@ def apply(
   f: Callable[[Any, Array], Array], model: Any, images: UInt8[np.ndarray, "n s s 3"], *, batch_size: int
 ) -> Any:
   """f(model, images) of all images. The last batch is filled with zeros, since another shape is another compilation."""
+  # The network is an argument: weights that are closed over would be constants of the program.
   compiled, found = nnx.jit(f), []
   for start in range(0, len(images), batch_size):
     part = images[start : start + batch_size]
@@ -130,6 +131,7 @@ def train_on_shapes(
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     return cross_entropy(logits.colour, target[:, 0]).mean() + cross_entropy(logits.shape, target[:, 1]).mean()
 
+  # Rows are drawn with replacement, so that the number of steps is free of the number of renders.
   drawn = (rng.integers(num_images, size=batch_size) for _ in range(num_steps))
   schedule = optax.cosine_decay_schedule(4e-3, num_steps)
   fit(model, optax.adam(schedule), loss, (Examples(images[rows], targets[rows]) for rows in drawn))
@@ -173,6 +175,7 @@ def train_on_labels(
   images: Sequence[Image.Image], labels: Int[np.ndarray, " n"], *, num_classes: int, epochs: int, seed: int
 ) -> LabelClassifier:
   """Trains on varied views of the images by AdamW under a one-cycle schedule, which peaks at PEAK_RATE."""
+  # What is left of an epoch is no batch, so that a step is compiled once; few images are one batch.
   batch_size = min(BATCH, len(images))
   num_steps = epochs * (len(images) // batch_size)
   model = LabelClassifier(num_classes, rngs=nnx.Rngs(seed))

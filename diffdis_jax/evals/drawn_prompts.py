@@ -59,16 +59,19 @@ def draw(source: Any, *, num_images: int | None, captions: str, seed: int) -> li
   check_number("prompts_seed", seed, at_least=0)
   rng = np.random.default_rng(seed)
   if captions == "per_image":
+    # All places and captions are drawn before any is dropped, so that fewer images are the first of more.
     order = rng.permutation(len(source))
     which = rng.random(len(source))
     chosen = [(int(i), float(u)) for i, u in zip(order, which)][: _count(len(source), num_images)]
     found = [_one(i, base.captions(base.read(source, i)), u) for i, u in chosen]
   else:
+    # Each caption is as likely as any other, so that a record with more of them comes up more often.
     texts = (base.captions(base.read(source, i)) for i in range(len(source)))
     every = [_Prompt(i, k, text) for i, several in enumerate(texts) for k, text in enumerate(several)]
     found = [every[i] for i in rng.permutation(len(every))[: _count(len(every), num_images)]]
   return [
     Part(
+      # A part is the unit of what is kept: a killed command loses at most this many images.
       number=start // PART,
       first=start,
       records=np.array([each.record for each in found[start : start + PART]], np.int32),

@@ -20,6 +20,7 @@ def nearest(
   queries: Float[np.ndarray, "q d"], keys: Float[np.ndarray, "m d"], *, count: int, block: int = KEYS
 ) -> Int[np.ndarray, "q n"]:
   """Places of the `count` keys of the largest inner products with each query, the best first."""
+  # Scores of all images with all sentences of Places-LT would not fit: the best of a block meet the best so far.
   count, block = min(count, len(keys)), min(block, len(keys))
   blocks = [_padded(keys, start, block) for start in range(0, len(keys), block)]
   found = []
@@ -57,6 +58,7 @@ def _better(
   """The best so far and of these keys, whose places begin at `first`; places from `end` on are padding."""
   places = first + jnp.arange(len(keys), dtype=jnp.int32)
   scores = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
+  # Padding and NaN must never win; -inf loses even against the initial best, whose place is 0.
   scores = jnp.where((places < end) & ~jnp.isnan(scores), scores, -jnp.inf)
   of_block, which = jax.lax.top_k(scores, min(count, len(keys)))
   # Earlier places stand first, and of equal values top_k takes the first.
@@ -66,6 +68,7 @@ def _better(
 
 def vote(classes: Int[np.ndarray, "q n"]) -> Int[np.ndarray, " q"]:
   """The most frequent class of each row; of equally frequent ones that which is met first."""
+  # argmax takes the first of equal counts, which is the class of the better sentence.
   counts = (classes[:, :, None] == classes[:, None, :]).sum(axis=2)
   return classes[np.arange(len(classes)), counts.argmax(axis=1)]
 

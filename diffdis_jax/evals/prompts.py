@@ -79,6 +79,7 @@ def resolve_classnames(classnames: Sequence[str] | Mapping[str, str] | str) -> C
   Raises:
     UserError: the file is unreadable, or holds neither.
   """
+  # An object is keyed by the data's own names, so that the order of the classes does not matter; a list is by number.
   found = _read_json(classnames, what="class names") if isinstance(classnames, str) else classnames
   if isinstance(found, Mapping) and _are_strings(found.values()):
     return ClassNames(names=tuple(found.values()), keys=tuple(found), by_key=True)
@@ -104,6 +105,7 @@ def resolve_templates(templates: Sequence[str] | str) -> Sequence[str]:
     UserError: the file is unreadable, or a template has no place for the class name.
   """
   found = read_strings(templates, what="templates") if templates and isinstance(templates, str) else tuple(templates)
+  # A template without a slot gives every class the same embedding, and accuracy of chance without an error.
   for template in found:
     if not _SLOT.search(template):
       raise UserError(f"template {template!r} has no place for the class name; write {{}} or {{c}} where it goes")

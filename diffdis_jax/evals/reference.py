@@ -89,6 +89,7 @@ def write(path: str | os.PathLike[str], reference: Reference) -> None:
     "sigma": reference.gaussian.covariance,
     "num_images": np.asarray(reference.gaussian.count),
     "protocol": np.asarray(json.dumps(reference.protocol)),
+    # More than pytorch-fid keeps, since KID cannot be had from mean and covariance.
     "features": reference.features,
   }
   np.savez(buffer, **content)
@@ -108,6 +109,7 @@ def read(path: str | os.PathLike[str]) -> Reference:
   try:
     with buckets.path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
       content = {name: file[name] for name in file.files}
+    # f64 whatever the file has: the trace of the square root is a small difference of large numbers.
     mean, covariance = (content[name].astype(np.float64) for name in ("mu", "sigma"))
     protocol = (
       parse_json(str(content["protocol"]), f"the protocol in --reference={path}") if "protocol" in content else None
@@ -115,6 +117,7 @@ def read(path: str | os.PathLike[str]) -> Reference:
     count = int(content["num_images"]) if "num_images" in content else None
   except (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
     raise UserError(f"cannot read --reference={path}: {error}; {FORM}") from error
+  # A file of another layer or network has other widths; FID of it would be another measure.
   if mean.shape != (WIDTH,) or covariance.shape != (WIDTH, WIDTH):
     raise UserError(f"--reference={path} has mu {list(mean.shape)} and sigma {list(covariance.shape)}; {FORM}")
   if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
@@ -137,6 +140,7 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str) -> None:
   Raises:
     UserError: they were made by another resize, with other weights, or of other images than those asked for.
   """
+  # Other tools write no protocol. They are what users have, so the doubt is said and the file taken.
   protocol = reference.protocol
   if protocol is None:
     logging.warning(
@@ -156,6 +160,7 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str) -> None:
       f"--reference={path} is of other images, {protocol.get('images')}, than those asked for, {expected['images']};"
       " name a new file, which is then made"
     )
+  # Only a warning: most changes of code leave the features as they are, and the file took long.
   if protocol.get("code") != expected["code"]:
     logging.warning(
       "--reference=%s was made by other code or with other versions of JAX or Pillow; to have it made again, name a new"

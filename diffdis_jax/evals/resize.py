@@ -77,6 +77,7 @@ def square(image: Image.Image, size: int, resampling: str) -> UInt8[np.ndarray, 
 
   Source: U-ViT, datasets.py center_crop, which takes Lanczos (not stated by the paper).
   """
+  # Cut in whole pixels and before the resize, as U-ViT does: transforms.resize, of training, does both in one.
   side = min(image.size)
   left, top = (image.width - side) // 2, (image.height - side) // 2
   central = image.crop((left, top, left + side, top + side))

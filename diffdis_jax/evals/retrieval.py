@@ -51,6 +51,7 @@ class Retrieval:
     self._shuffle_labels = shuffle_labels
     captions = [base.captions(base.fields(self.source, i), caption_field) for i in self._indices]
     self.texts = [text for texts in captions for text in texts]
+    # Groups decide what is right: an image's own captions, or those of all images with the same ones.
     self.image_groups = _group(captions) if duplicate_captions else np.arange(len(captions))
     self.text_groups = np.repeat(self.image_groups, [len(texts) for texts in captions])
 
@@ -70,6 +71,7 @@ class Retrieval:
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
     """image_retrieval_recall@k, a text finds its image; text_retrieval_recall@k, an image finds one of its texts."""
     order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
+    # The leak test shuffles what is shown and not what is asked: places, and with them the noise, stay.
     images = base.embed_images(inference, params, self.source, order, seed=self._seed)
     texts = base.embed_texts(inference, params, self.texts)
     found = {
