@@ -133,7 +133,6 @@ def add_evaluations(config: ConfigDict, path: str) -> None:
       data=data("train"),
       splits=("val_vendor", "test_vendor"),
       label_field="concept",
-      template="{}",  # as PROMPTS
     )
 
 

@@ -3,21 +3,20 @@
   python -m diffdis_jax.evaluate --workdir=DIR --tasks=zero_shot,retrieval --out=F.json
       [--data=PREPARED_DIR --split=S --classnames=F.json --templates=F.json --label_field=FIELD]
 
-Without --data it measures on the sets that the run's config names under `evals`. F.json holds
-{task: {data set: record}}, each record in CLIP_benchmark's schema with the protocol beside it. Of --tasks=long_tail,
-F.md has the layout of the paper's Table 8.
+Without --data it measures the `evals` of the run's config. F.json holds {task: {data set: record}}, each record in
+CLIP_benchmark's schema with the protocol beside it. Of --tasks=long_tail, F.md has the paper's Table 8.
 
   python -m diffdis_jax.evaluate --workdir=DIR --tasks=fid --data=PREPARED_DIR --split=S --inception=W.pth --out=F.json
       [--reference=STATISTICS.npz --num_images=N --parts=DIR2 --keep_images]
 
-What fid has sampled is kept in F.parts, or in --parts: the same command goes on from there.
+keeps what it has sampled in F.parts, or in --parts, from where the same command resumes.
 
   python -m diffdis_jax.evaluate --workdir=DIR --suite=zero_shot12|retrieval|fid|paper --data_root=ROOT --out=F.json
       [--incomplete --num_images=N --seed=N --shuffle_labels, and what fid takes]
 
-measures the paper's benchmarks, each where it lies under ROOT in one of the layouts in which it is published, gives
-their means, and writes F.md, a table in the paper's layout, beside F.json. F.json is written after each set, and the
-same command goes on from there. --suite=emoji measures what prepare_data emoji wrote, in ROOT itself or in ROOT/emoji.
+measures the paper's benchmarks, each where it lies under ROOT in a published layout, and writes their means, and F.md
+with a table in the paper's layout. F.json is written after each set, and the same command resumes there. --suite=emoji
+measures what prepare_data emoji wrote, in ROOT itself or in ROOT/emoji.
 
   python -m diffdis_jax.evaluate --compare=A.json,B.json --out=F.md
 
@@ -35,7 +34,7 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.common import buckets, cli, files, guesses
+from diffdis_jax.common import buckets, cli, files
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, registry, suites, tables
@@ -55,7 +54,7 @@ SETTINGS = eval_settings.merged({task: registry.settings_of(task) for task in re
 SAMPLING = eval_settings.of(inference.Sampling)
 LOADING = eval_settings.of(inference.load)
 RENAMED = {"steps": "query_steps"}  # field of Sampling -> its flag, which would else be taken for the images' steps
-OF_A_SUITE = ("seed", "num_images", "shuffle_labels", *registry.settings_of("fid"))  # all else a suite has of its own
+OF_A_SUITE = {"seed", "num_images", "shuffle_labels", *registry.settings_of("fid")}  # all else a suite has of its own
 
 
 def define_flags() -> None:
@@ -66,13 +65,9 @@ def define_flags() -> None:
   flags.DEFINE_list("tasks", None, f"any of {', '.join(registry.EVALS)}; by default those of the config's sets")
   flags.DEFINE_string("data", None, "folder written by prepare_data; by default the sets of the run's config")
   flags.DEFINE_string("split", None, "split of --data")
-  for name, setting in (SETTINGS | LOADING).items():
-    setting.define(name)
-  for name, setting in SAMPLING.items():
+  for name, setting in (SETTINGS | LOADING | SAMPLING).items():
     setting.define(RENAMED.get(name, name))
-  flags.DEFINE_string(
-    "text_cache", None, "folder of embedded texts, empty for none; by default in the user's cache directory"
-  )
+  flags.DEFINE_string("text_cache", None, "folder of embedded texts, empty for none; by default in the user's cache")
   flags.DEFINE_boolean("best", False, "the checkpoint with the best checkpoint.best_metric of the run")
   flags.DEFINE_string("suite", None, f"benchmarks, the paper's or emoji: one of {', '.join(suites.SUITES)}")
   flags.DEFINE_string("data_root", None, "folder of a suite's data sets in published layouts; of emoji prepared")
@@ -107,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
   else:
     results = evaluate(FLAGS.workdir, sections, measured=functools.partial(result_files.write, FLAGS.out), **protocol)
     if "long_tail" in results:
-      write_table(FLAGS.workdir, results, FLAGS.out)
+      tables.write(FLAGS.workdir, results, FLAGS.out)
 
 
 def evaluate(
@@ -185,21 +180,13 @@ def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete
   Raises:
     UserError: as `evaluate`, or a data set that is not the published one.
   """
-  kept = ResultFile(out)
-  check = functools.partial(suites.check, incomplete=incomplete)
+  kept, check = ResultFile(out), functools.partial(suites.check, incomplete=incomplete)
   results = evaluate(run, sections, kept=kept, check=check, **protocol)
   # Means come last: a suite that was killed has none that later sets would belie.
   for task, means in suites.means(results).items():
     results[task] |= means
   kept.write()
-  write_table(run, results, out)
-
-
-def write_table(run: str, results: Results, out: str) -> None:
-  """Writes the results as a table in the paper's layout beside the JSON file `out`, on process 0."""
-  if processes.is_first():
-    title = pathlib.PurePath(run).name
-    result_files.write_text(f"{out.removesuffix('.json')}.md", tables.table({title: results}))
+  tables.write(run, results, out)
 
 
 def _sections(sets: Mapping[str, Any], *, objectives: Sequence[str], image_size: int) -> list[Section]:
@@ -218,15 +205,14 @@ def _sections(sets: Mapping[str, Any], *, objectives: Sequence[str], image_size:
 
 def sections_of_suite(*, objectives: Sequence[str], image_size: int) -> list[Section]:
   """The sets of --suite that lie under --data_root. Raises UserError: no such suite, none there, or other flags."""
-  if FLAGS.suite not in suites.SUITES:
-    raise UserError(f"unknown suite {FLAGS.suite!r}; {guesses.did_you_mean(FLAGS.suite, suites.SUITES)}")
+  suites.check_name(FLAGS.suite)
   if not FLAGS.data_root:
     raise UserError("--suite needs --data_root=DIR, the folder of its data sets")
   if not FLAGS.out.endswith(".json"):
     raise UserError(f"--out={FLAGS.out} should end in .json; the suite's table is written beside it, as .md")
-  settings = (name for name in SETTINGS if name not in OF_A_SUITE)
-  if given := [name for name in ("data", "split", "tasks", *settings) if FLAGS[name].value is not None]:
-    raise UserError(f"--{given[0]} has no effect on a suite, which has its own; leave it out")
+  for name in ("data", "split", "tasks", *SETTINGS):
+    if name not in OF_A_SUITE and FLAGS[name].value is not None:
+      raise UserError(f"--{name} has no effect on a suite, which has its own; leave it out")
   return suites.sections(FLAGS.suite, FLAGS.data_root, objectives=objectives, image_size=image_size)
 
 
@@ -242,19 +228,19 @@ def _best_step(run: str, kept: CheckpointPolicy) -> int:
 
 def _sampling() -> dict[str, Any]:
   """The fields of Sampling that flags give. Raises UserError: one is out of its range."""
-  given = {name: FLAGS[RENAMED.get(name, name)].value for name in SAMPLING}
-  given = {name: value for name, value in given.items() if value is not None}
+  given = _given(SAMPLING)
   try:
     inference.Sampling(**given)
   except UserError as error:
-    # Its message begins with the field. Here it is a flag, and none of a config's.
+    # Its message begins with the field, which is a flag here.
     field, _, rest = str(error).partition(" ")
     raise UserError(f"--{RENAMED.get(field, field)} {rest}") from error
   return given
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-  return {name: FLAGS[name].value for name in settings if FLAGS[name].value is not None}
+  found = {name: FLAGS[RENAMED.get(name, name)].value for name in settings}
+  return {name: value for name, value in found.items() if value is not None}
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class Inference:
 
     # One program for each public function, compiled at its first call. Parameters are arguments and no constants, so
     # that an evaluation during training takes the newest ones without compiling again.
-    self._compiled_embed_texts = compiled("text queries", self._embed_texts)
+    self._compiled_embed_texts = compiled("text embeddings", self._embed_texts)
     self._compiled_embed_images = compiled("image queries", self._embed_images)
     self._compiled_text_features = compiled("text features", self._text_features)
     self._compiled_class_logits = compiled("class logits", self._class_logits)
@@ -98,7 +98,7 @@ class Inference:
     self._compiled_conditions = compiled("text conditions", self._conditions)
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
-    """Text queries e, L2-normalised."""
+    """Text embeddings e, L2-normalised."""
     return self._batched(functools.partial(self._compiled_embed_texts, params), tokens)
 
   def embed_images(

@@ -5,6 +5,7 @@ They share nothing with the model that they judge: neither weights nor layers. N
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -31,13 +32,21 @@ VIEW = transforms.Augmentation(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """A batch to train on: images and, for each, the number of its class, or of its colour and its shape."""
+
+  images: UInt8[np.ndarray, "b s s 3"]
+  targets: Int[np.ndarray, "b *k"]
+
+
 def fit(
   model: nnx.Module,
   optimizer: optax.GradientTransformation,
   loss: Callable[[Any, Array, Array], Array],
-  batches: Iterable[tuple[np.ndarray, np.ndarray]],
+  batches: Iterable[Examples],
 ) -> None:
-  """Trains a classifier in place: loss(model, images, targets), one step for each (images, targets)."""
+  """Trains a classifier in place: loss(model, images, targets), one step a batch."""
   state = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 
   @nnx.jit
@@ -46,14 +55,15 @@ def fit(
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
       state.update(model, grads)
 
-  for images, targets in batches:
-    step(model, state, jnp.asarray(images), jnp.asarray(targets))
+  for batch in batches:
+    step(model, state, jnp.asarray(batch.images), jnp.asarray(batch.targets))
 
 
 def apply(
   f: Callable[[Any, Array], Array], model: Any, images: UInt8[np.ndarray, "n s s 3"], *, batch_size: int
 ) -> Any:
   """f(model, images) of all images. The last batch is filled with zeros, since another shape is another compilation."""
+  # The network is an argument: weights that are closed over would be constants of the program.
   compiled, found = nnx.jit(f), []
   for start in range(0, len(images), batch_size):
     part = images[start : start + batch_size]
@@ -121,9 +131,10 @@ def train_on_shapes(
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     return cross_entropy(logits.colour, target[:, 0]).mean() + cross_entropy(logits.shape, target[:, 1]).mean()
 
+  # Rows are drawn with replacement, so that the number of steps is free of the number of renders.
   drawn = (rng.integers(num_images, size=batch_size) for _ in range(num_steps))
   schedule = optax.cosine_decay_schedule(4e-3, num_steps)
-  fit(model, optax.adam(schedule), loss, ((images[rows], targets[rows]) for rows in drawn))
+  fit(model, optax.adam(schedule), loss, (Examples(images[rows], targets[rows]) for rows in drawn))
   return model
 
 
@@ -164,6 +175,7 @@ def train_on_labels(
   images: Sequence[Image.Image], labels: Int[np.ndarray, " n"], *, num_classes: int, epochs: int, seed: int
 ) -> LabelClassifier:
   """Trains on varied views of the images by AdamW under a one-cycle schedule, which peaks at PEAK_RATE."""
+  # What is left of an epoch is no batch, so that a step is compiled once; few images are one batch.
   batch_size = min(BATCH, len(images))
   num_steps = epochs * (len(images) // batch_size)
   model = LabelClassifier(num_classes, rngs=nnx.Rngs(seed))
@@ -171,10 +183,10 @@ def train_on_labels(
   def loss(model: LabelClassifier, image: Array, label: Int[Array, "b"]) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(model(image), label).mean()
 
-  def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  def batches() -> Iterator[Examples]:
     for number, rows in enumerate(_epochs(len(images), batch_size, num_steps=num_steps, seed=seed)):
       views = base.decoders().map(lambda i, number=number: _view(images[i], seed=(seed, number, i)), rows.tolist())
-      yield np.stack(list(views)), labels[rows]
+      yield Examples(np.stack(list(views)), labels[rows])
       if number % 500 == 0:
         logging.info("training the judge: step %d of %d", number, num_steps)
 

@@ -35,6 +35,7 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
   Raises:
     UserError: there is none, or it lacks a split.
   """
+  # As the other suites look under ROOT/NAME; but the prepared folder itself is what a user has at hand.
   path = next((each for each in (root, root / "emoji") if (each / "dataset_info.json").exists()), None)
   if path is None:
     raise UserError(
@@ -42,6 +43,7 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
       " python -m diffdis_jax.prepare_data emoji"
     )
   there = records.read_info(path).splits
+  # A partial set would give a partial table without a word; only OpenMoji is a package of its own.
   if missing := [split for split in ("train", *COUNTS) if split not in there and split != OPTIONAL]:
     raise UserError(f"{path} has no split {missing[0]}, which the suite emoji needs; {ANEW}")
   splits = [split for split in COUNTS if split in there]
@@ -51,6 +53,7 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
   for split in splits:
     data = {"name": "pairs", "path": str(path), "split": split, "image_size": image_size}
     zero_shot: dict[str, Any] = {"data": data, "label_field": "concept", "templates": TEMPLATES}
+    # Its drawings have concepts that training saw in other styles, and concepts that it never saw.
     if split in WITH_UNSEEN:
       zero_shot["seen_split"] = "train"
     found.append(Section(f"emoji/{split}", "zero_shot", zero_shot))

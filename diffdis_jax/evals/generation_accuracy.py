@@ -76,6 +76,7 @@ class GenerationAccuracy:
   ):
     of_labels = _given(splits=splits, label_field=label_field, epochs=epochs, held_out=held_out)
     of_shapes = _given(classifier_steps=classifier_steps, required_accuracy=required_accuracy)
+    # Without this, a forgotten `data` would quietly measure shapes.
     if wrong := [*(of_shapes if data is not None else of_labels)]:
       judged, remedy = ("labelled images", "leave it out") if data is not None else ("rendered shapes", "give data too")
       raise UserError(f"{wrong[0]} has no effect where {judged} are judged; {remedy}")
@@ -185,6 +186,7 @@ class LabelJudge:
     self._labels = np.array([index[name] for labels in names.values() for name in labels])
     self.asked = np.array(sorted({index[name] for name in names[split]}))
     self._seed, self._epochs = seed, epochs
+    # The order is of the seed alone, so that the judge of another call is the same one.
     order, count = np.random.default_rng(seed).permutation(len(self._labels)), round(held_out * len(self._labels))
     if not count:
       raise UserError(f"held_out={held_out} of {len(order)} images is none; ask for a larger share")
@@ -202,6 +204,7 @@ class LabelJudge:
     """For generated images of any size, once, on the images that are not held out."""
     del image_size
     if self._trained is None:
+      # Read once and kept as they are: every epoch takes other views of them.
       images = [base.read_image(source, i) for source in self._sources for i in range(len(source))]
       model = classifiers.train_on_labels(
         [images[i] for i in self._trained_on],
@@ -210,6 +213,7 @@ class LabelJudge:
         epochs=self._epochs,
         seed=self._seed,
       )
+      # Held-out images are judged as generated ones are: as a whole, in one view.
       real = np.stack([np.asarray(transforms.resize(images[i], SIZE)) for i in self._measured_on])
       places = ranks(classifiers.classify(model, real), self._labels[self._measured_on])
       self._trained = Trained(model, _accuracy("judge_", places))
@@ -228,6 +232,7 @@ class LabelJudge:
     if self._own is None:
       every = [np.arange(len(source)) for source in self._sources]
       squares = [base.Images(source, rows, SIZE)[rows] for source, rows in zip(self._sources, every, strict=True)]
+      # The first source is the split of `data`, on which the generator was trained.
       labels, others = np.split(self._labels, [len(squares[0])])
       self._own = copies.OwnDistances(squares[0], labels, num_classes=len(self.classnames))
       # Of real images that were not trained on: what no copies come to, without which a share means nothing.
@@ -238,6 +243,7 @@ class LabelJudge:
 
 def ranks(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
   """How many other classes are as likely as each row's own, or likelier; 0 is right. A NaN ranks before all."""
+  # As in base.ranks a tie is wrong, so that a classifier that says the same of all is right on none.
   own = np.take_along_axis(logits, labels[:, None], axis=1)
   others = np.arange(logits.shape[1]) != labels[:, None]
   return (others & ~(logits < own)).sum(axis=1)

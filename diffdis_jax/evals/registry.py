@@ -69,6 +69,7 @@ def create(task: str, **section: Any) -> Eval:
     UserError: no such evaluation, or settings or data that it refuses.
   """
   check_task(task)
+  # Types first, then the data's fields, then the range of the seed: the constructor opens the data, which takes longer.
   settings.check(f"evaluation {task}", EVALS[task], section)
   if section.get("data") is not None:
     settings.check(f"data of evaluation {task}", sources.open_source, section["data"])

@@ -66,6 +66,7 @@ def of_folder(folder: str, split: str | None, *, tasks: Sequence[str], image_siz
     raise UserError("--data needs --split, the name of one of its splits")
   for task in tasks:
     registry.check_task(task)
+  # It needs sentences and training counts, which no prepared folder has.
   if "long_tail" in tasks:
     raise UserError("long_tail is measured on the set that the run's config names; leave out --data")
   data = {"name": "pairs", "path": folder, "split": split, "image_size": image_size}
@@ -79,6 +80,7 @@ def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[S
     UserError: a task is unknown, or a setting has no effect on any section.
   """
   of_tasks = {section.task: registry.settings_of(section.task) for section in sections}
+  # A flag that no evaluation takes is a slip; one that some take and others do not is meant for those.
   for name in settings:
     if not any(name in known for known in of_tasks.values()):
       raise UserError(f"--{name} has no effect on these tasks; leave it out")
@@ -96,6 +98,7 @@ def with_parts(sections: Sequence[Section], out: str) -> list[Section]:
     UserError: several sets, but one file of statistics.
   """
   of_fid = [section.settings for section in sections if section.task == "fid"]
+  # Statistics are of one set's real images. A second set would be compared with the first one's.
   references = [settings["reference"] for settings in of_fid if settings.get("reference")]
   if len(set(references)) < len(references):
     raise UserError(f"--reference={references[0]} is of one data set, and fid is measured on several; give --data")

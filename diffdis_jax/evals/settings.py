@@ -49,12 +49,14 @@ class Setting:
 
 def of(made: Callable[..., Any]) -> dict[str, Setting]:
   """The settings of a function or class by name; those without a default, and objects, are none of a flag's."""
+  # The docstring is what a reader of the code sees; --help says the same, word for word.
   said = _documented(made)
   found = {}
   for name, parameter in inspect.signature(made).parameters.items():
     kinds = _kinds(made, name)
     # A text is how a flag gives whatever can be a text: the path of a JSON file instead of a list, say.
     kind = next((kind for kind in _DEFINE if kind in kinds and not (kind is Sequence and str in kinds)), None)
+    # What has no default is the data, or a path: the command gives it by flags of its own.
     if parameter.default is not inspect.Parameter.empty and kind is not None:
       found[name] = Setting(kind, said.get(name, ""))
   return found

@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from diffdis_jax.common import buckets
+from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.data import records, transforms
 from diffdis_jax.data.layouts import class_lists, find
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled
@@ -82,6 +83,12 @@ OF_THE_PAPER = {"zero_shot12": ZERO_SHOT12, "retrieval": RETRIEVAL, "fid": FID, 
 SUITES = (*OF_THE_PAPER, "emoji")
 
 
+def check_name(suite: str) -> None:
+  """Raises UserError: there is no such suite."""
+  if suite not in SUITES:
+    raise UserError(f"unknown suite {suite!r}; {did_you_mean(suite, SUITES)}")
+
+
 def sections(suite: str, root: str, *, objectives: Collection[str], image_size: int) -> list[Section]:
   """Those of a suite's sets that lie under `root`; the others are warned of.
 
@@ -92,17 +99,20 @@ def sections(suite: str, root: str, *, objectives: Collection[str], image_size: 
     image_size: of the run.
 
   Raises:
-    UserError: no such folder, or none of the sets in it.
+    UserError: no such suite or folder, or none of the sets in it.
   """
+  check_name(suite)
   folder = buckets.local(root, "--data_root")
   if not folder.is_dir():
     raise UserError(f"no folder --data_root={root}; it should hold the data sets, each in a folder of its name")
   if suite == "emoji":
     return emoji.sections(folder, image_size=image_size)
+  # A suite that was named is measured or refused. `paper` is all of them, of which a run may be trained for some.
   able = {task for task, any_of in registry.MEASURES.items() if suite != "paper" or {*any_of} & {*objectives}}
   for task in sorted({each.task for each in OF_THE_PAPER[suite].values()} - able):
     logging.warning("%s is left out: the run's objectives are %s", task, ", ".join(objectives))
   wanted = {name: each for name, each in OF_THE_PAPER[suite].items() if each.task in able}
+  # Sets are large and few users have all twelve: those that lie there are measured.
   there = [name for name in wanted if find.is_there(folder, name)]
   missing = [name for name in wanted if name not in there]
   if not there:
@@ -140,6 +150,7 @@ def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
   source = evaluation.source if isinstance(evaluation, ZeroShot | Retrieval | Fid) else None
   if not isinstance(source, Labelled | Captioned):
     return
+  # torchvision's folders say which split they are; a copy of another kind may be any of the published ones.
   counts = SETS[name].counts
   expected = counts.get(source.origin.split, ()) if source.origin.layout == "torchvision" else ()
   expected = expected or [count for several in counts.values() for count in several]
@@ -151,6 +162,7 @@ def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
     )
   if isinstance(source, Labelled):
     _check_classes(name, source, incomplete)
+  # A download that broke off leaves files without content. Ten of them show it, before hours of others.
   for index in np.random.default_rng(0).permutation(len(source))[:DECODED]:
     _check_image(name, source, int(index))
 
@@ -163,6 +175,7 @@ def _check_classes(name: str, source: Labelled, incomplete: bool) -> None:
       f" {source.classnames[absent[0]]!r}; download it anew, or give --incomplete to measure what is there"
     )
   ours = class_lists.load()[name].templates
+  # Prompts decide a point or two, so that all layouts of a set are measured with one list.
   theirs = source.origin.templates and prompts.resolve_templates(source.origin.templates)
   if theirs and [prompts.fill(template, "{}") for template in theirs] != [*ours]:
     logging.warning("%s: %d templates came with the data, and OpenAI's %d are used", name, len(theirs), len(ours))

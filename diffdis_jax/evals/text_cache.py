@@ -44,6 +44,7 @@ class CachedTexts:
 
   def embed_texts(self, params: Mapping[str, Any], tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Text embeddings e, L2-normalised."""
+    # The key is of the bytes, which an array of another type or order would change.
     tokens = np.ascontiguousarray(tokens, np.int32)
     key = f"{self._known} {tokens.shape}".encode() + tokens.tobytes()
     found = self._store.read_array(key, rows=len(tokens), dtype=np.float32) if processes.is_first() else None
