@@ -120,7 +120,6 @@ def time_data(run: Run) -> dict[str, Any]:
       trainer,
       pathlib.Path(folder),
       images=FLAGS.images,
-      num_pairs=FLAGS.pairs,
       rounds=FLAGS.rounds,
     )
 
@@ -144,6 +143,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("preflight", None, "of the steps: the JSON file that preflight --out wrote of the same config")
   flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)
   flags.DEFINE_integer("images", 200, "of `data` and `table6`: distinct 512 px JPEGs", lower_bound=data.BATCH)
-  flags.DEFINE_integer("pairs", 200_000, "of `data`: small pairs prepared while memory is watched", lower_bound=1)
-  flags.DEFINE_string("scratch", None, "of `data` and `table6`: folder for a temporary folder, of about 5 kB a pair")
+  flags.DEFINE_string(
+    "scratch", None, "of `data` and `table6`: folder for a temporary folder, of about 3 MB for each of --images"
+  )
   cli.run(main, positional=1)

@@ -197,7 +197,13 @@ def test_protocols_are_not_mixed(tmp_path):
   write(folder, on, {}, num_noise_samples=4)
   with pytest.raises(UserError) as error:
     summarised(plan, folder)
-  for said in ("table 4 would mix protocols", "draws 1 in", "and 4 in", folder.results(off), folder.results(on)):
+  for said in (
+    "table 4 would mix protocols",
+    "num_noise_samples 1 in",
+    "and 4 in",
+    folder.results(off),
+    folder.results(on),
+  ):
     assert said in str(error.value)
 
 
