@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,11 +35,12 @@ from diffdis_jax.inference import Inference, read_sampling
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import attention
 from diffdis_jax.parallel import chips, sharding
-from diffdis_jax.preflight import calibration, report, search, targets
+from diffdis_jax.preflight import calibration, report, targets
 from diffdis_jax.training import flops
 from diffdis_jax.training.build import build_step, plain
 
 CC3M_PAIRS = 2_905_954
+Changes = dict[str, Any]  # config field -> value, of --search
 # What traces and compiles.
 COMPILERS = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 COMPILERS += (*targets.CUDA, *targets.CUDNN)
@@ -48,6 +49,7 @@ COMPILERS += (*targets.CUDA, *targets.CUDNN)
 def trace_program(name: str, config: ConfigDict, mesh: Mesh) -> flops.Program:
   """Raises UserError for a config that the mesh cannot run, or that lacks this program."""
   if name == "train":
+    # A second step counts operations, with plain attention: a kernel's are hidden from its trace.
     step, counted = build_step(config, mesh), build_step(plain(config), mesh)
     return flops.trace_train(step, counted, read_data(config), batch_size=config.batch_size)
   if name not in config.objectives:
@@ -67,6 +69,8 @@ def compile_one(
   Raises:
     UserError: a config, mesh or batch that cannot run there.
   """
+  # The mesh is of the target's devices, and the code traced for its platform, whatever this machine has: attention
+  # picks its kernel by them.
   mesh = sharding.make_mesh(**config.mesh, devices=target.devices)
   with attention.standing_in_for(target.chip.platform):
     program = trace_program(name, config, mesh)
@@ -90,7 +94,7 @@ def run(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
     name: compile_one(name, config, target, hlo=FLAGS.hlo, **settings) for name in FLAGS.programs
   }
   if FLAGS.search and "train" in results and not results["train"]["fits"]:
-    tried = search.candidates(
+    tried = candidates(
       remat=config.model.remat,
       mesh=config.mesh.to_dict(),
       batch_size=config.batch_size,
@@ -99,13 +103,49 @@ def run(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
       slices=FLAGS.slices,
     )
 
-    def attempt(changes: search.Changes) -> dict[str, Any]:
+    def attempt(changes: Changes) -> dict[str, Any]:
       changed = config.copy_and_resolve_references().unlock()
       changed.update_from_flattened_dict(changes)
       return compile_one("train", changed, target, **settings)
 
-    results["search"] = search.first_fit(tried, attempt)
+    results["search"] = first_fit(tried, attempt)
   return results
+
+
+def candidates(
+  *, remat: str, mesh: Mapping[str, int], batch_size: int, accumulate: int, chips: int, slices: int = 1
+) -> Iterator[Changes]:
+  """Changes of these config fields, those that cost least first: rematerialisation, sharding over a slice, both, then
+  smaller batches."""
+  more_remat: Changes = {} if remat == "full" else {"model.remat": "full"}
+  fsdp: Changes = {}
+  if mesh["tensor"] > 0:
+    fsdp = {"mesh.data": slices, "mesh.fsdp": chips // slices // mesh["tensor"]}
+  sharded = mesh["fsdp"] == -1 or mesh["fsdp"] == fsdp.get("mesh.fsdp")
+  # By what they cost: remat is operations, sharding is traffic, a smaller batch is another experiment.
+  options = [more_remat, {} if sharded else fsdp]
+  both = {**options[0], **options[1]}
+  tried: list[Changes] = [{}]
+  for changes in (*options, both):
+    if changes not in tried:
+      tried.append(changes)
+      yield changes
+  # A batch must divide over the chips in each microbatch; what is left over is a config that cannot run.
+  smallest = chips * accumulate
+  batch_size //= 2
+  while batch_size >= smallest and batch_size % smallest == 0:
+    yield {**both, "batch_size": batch_size}
+    batch_size //= 2
+
+
+def first_fit(tried: Iterable[Changes], attempt: Callable[[Changes], dict[str, Any]]) -> list[dict[str, Any]]:
+  """Each of the changes tried, up to the first that fits: the changes, and the report that `attempt` made of them."""
+  trials = []
+  for changes in tried:
+    trials.append(dict(changes=changes, report=attempt(changes)))
+    if trials[-1]["report"]["fits"]:
+      break
+  return trials
 
 
 def describe_search(trials: Sequence[dict[str, Any]]) -> str:
@@ -126,6 +166,7 @@ def cache_file(config: str, platform: str, present: targets.Target | None) -> ep
   asked = [FLAGS.topology, FLAGS.slices, platform, sorted(FLAGS.programs), FLAGS.search, FLAGS.num_pairs, FLAGS.epochs]
   kinds = [device.device_kind for device in present.devices] if present else []
   flags_of_xla = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", *targets.MEMORY_VARIABLES)]
+  # Code too: the same question of another version has another answer.
   code = code_digest.of(".", packages=COMPILERS)
   key = json.dumps([config, asked, kinds, flags_of_xla, code], sort_keys=True)
   return buckets.path(files.user_cache("preflight")) / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
@@ -152,6 +193,7 @@ def main(argv: Sequence[str]) -> None:
     logging.warning("libtpu is not installed (%s); XLA compiles for CPU devices instead", install("tpu"))
   elif platform == "cpu" and topology and FLAGS.platform is None:
     logging.warning("jax's CUDA plugin is not installed (%s); XLA compiles for CPU devices instead", install("cuda"))
+  # Nothing may have asked for devices before this line, after which JAX's platforms are fixed.
   targets.prepare(platform, topology, FLAGS.slices)
   if platform != "cpu" and topology:
     jax.config.update("jax_enable_compilation_cache", False)  # without the device, its programs cannot be read back
@@ -170,6 +212,7 @@ def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
   """Every program of the config that was asked for, from the cache where the same was asked before."""
   present = targets.find(platform, topology, FLAGS.slices) if topology is None else None
   kept = cache_file(FLAGS.config.to_json_best_effort(), platform, present)
+  # --hlo wants the programs' text, which is not kept.
   results = None if FLAGS.hlo else read_kept(kept)
   if results is not None:
     logging.info("the same was asked before; from %s", kept)
