@@ -26,12 +26,12 @@ from absl import logging
 from configs import diffdis_cc3m
 from diffdis_jax.benchmark import data
 from diffdis_jax.common import files
+from diffdis_jax.config.run import Run
 from diffdis_jax.data import image_files, sources
-from diffdis_jax.data.build import read_data
 from diffdis_jax.data.prepare import builder, latents, parts
 from diffdis_jax.data.transforms import random_square
 from diffdis_jax.parallel import sharding
-from diffdis_jax.training.build import build_step
+from diffdis_jax.training.step import Trainer
 
 LATENT = (32, 32, 8)  # moments of a 256 px image in Stable Diffusion's autoencoder
 VIEWS = 2
@@ -54,7 +54,8 @@ def main(out: str, num_pairs: str = "200000", scratch: str | None = None) -> Non
   """Writes every figure, the bars, and whether each is met."""
   logging.set_verbosity(logging.INFO)
   config = diffdis_cc3m.get_config("runlocal")
-  trainer = build_step(config, sharding.make_mesh(**config.mesh))
+  run = Run.of(config)
+  trainer = Trainer(run, sharding.make_mesh(**vars(run.mesh)))
   with tempfile.TemporaryDirectory(dir=scratch) as name:
     folder = pathlib.Path(name)
     results: dict[str, Any] = data.prepare_speed(data.write_photos(folder, IMAGES), folder, data.REPEATS * IMAGES)
