@@ -27,11 +27,13 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
+from diffdis_jax.config.data import Augmentation, Loading
+from diffdis_jax.config.model import TextEncoderSize
 from diffdis_jax.data import image_files, loader, sources
 from diffdis_jax.data.build import batch_type, open_loader
 from diffdis_jax.data.prepare import builder, latents, parts
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.data.transforms import Augmentation, random_square
+from diffdis_jax.data.transforms import random_square
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import writers
 from diffdis_jax.training.step import Trainer, is_running
@@ -140,13 +142,12 @@ def write_latents(folder: pathlib.Path) -> None:
 def make_loader(source: sources.Source, *, threads: int = 1, seed: int = 0) -> grain.DatasetIterator:
   return loader.train_loader(
     source,
-    tokenizer=Tokenizer(),
+    tokenizer=Tokenizer(TextEncoderSize().max_length),
     batch_size=BATCH,
     image_size=CROP,
     seed=seed,
     augmentation=AUGMENTATION,
-    num_threads=threads,
-    prefetch=2,
+    loading=Loading(num_threads=threads, prefetch=2),
   )
 
 
