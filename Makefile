@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 # Two processes, whatever the machine: a file's tests share what they compile, and each process takes several GB. The
 # longest files go first, as tests/conftest.py orders them.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

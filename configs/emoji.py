@@ -22,8 +22,8 @@ objectives take fewer steps, and with --config.num_steps=5400 as many. CLIP need
   ... --config=configs/emoji.py:objectives=discrimination,path=data/emoji --config.init_from=runs/emoji/generation
   ... --config=configs/emoji.py:objectives=contrastive,path=data/emoji
 
-A classifier of the real icons says how many generated ones it recognises, and how many are nearer to a training image
-than those of a concept are to each other: evaluate ... --tasks=recognition
+A classifier of the real icons gives the accuracy of generated ones, and how many are nearer to a training image than
+those of a concept are to each other: evaluate ... --tasks=generation_accuracy
 
 Splits: train; val_vendor and test_vendor, styles not in train; val_concepts, concepts not in train; openmoji, line
 drawings, where OpenMoji's package is there. test_vendor is a development set: spatial_pool, token_embedding_weight and
@@ -129,11 +129,10 @@ def add_evaluations(config: ConfigDict, path: str) -> None:
     config.train_evals = ("val_vendor", "val_concepts")
   if "generation" in config.objectives:
     config.evals["drawn"] = dict(
-      task="recognition",
+      task="generation_accuracy",
       data=data("train"),
       splits=("val_vendor", "test_vendor"),
       label_field="concept",
-      template="{}",  # as PROMPTS
     )
 
 

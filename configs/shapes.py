@@ -65,7 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.evals = dict(
     test=zero_shot("test"),
     unseen=zero_shot("unseen"),
-    generated=dict(task="agreement", per_class=4, classifier_steps=200),
+    generated=dict(task="generation_accuracy", per_class=4, classifier_steps=200),
     test_retrieval=dict(
       task="retrieval",
       data=dict(name="shapes", split="test", image_size=32, seed=1, num_images=896),

@@ -22,7 +22,7 @@ from diffdis_jax.config import Run
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import samples
+from diffdis_jax.evals import samples, sections
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
 from diffdis_jax.training import loop
@@ -56,15 +56,16 @@ def main(argv: Sequence[str]) -> None:
   loop.train_and_evaluate(first, second.init_from, prepared=small)
   loop.train_and_evaluate(second, run, prepared=large)
 
-  found = evaluate.evaluate(run, evaluate.sections_of_config(second.evals, tasks=("zero_shot", "agreement")))
+  tasks = ("zero_shot", "generation_accuracy")
+  found = evaluate.evaluate(run, sections.of_config(second.evals, tasks=tasks))
   metrics = {name: record["metrics"] for records in found.values() for name, record in records.items()}
   draw_classes(run, out / "grid.png")
   results = dict(
     zero_shot_top1=metrics["test"]["acc1"],
     zero_shot_unseen_top1=metrics["unseen"]["acc1"],
-    generation_agreement=metrics["generated"]["agreement_seen"],
-    generation_agreement_unseen=metrics["generated"]["agreement_unseen"],
-    classifier_accuracy=metrics["generated"]["classifier_accuracy"],
+    generation_agreement=metrics["generated"]["acc1_seen"],
+    generation_agreement_unseen=metrics["generated"]["acc1_unseen"],
+    classifier_accuracy=metrics["generated"]["judge_acc1"],
   )
   if not resumed:
     results["seconds"] = time.monotonic() - begin

@@ -28,7 +28,7 @@ from diffdis_jax.data.tokenizer import END, START, Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import clip_to_torch, hub, to_torch
 from diffdis_jax.interop.model_card import Card
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import restore
 
 FLAGS = flags.FLAGS
 # Fields of a run's config that say what its weights mean.
@@ -112,8 +112,8 @@ def export_weights(
     clip_to_torch.check(fields["model"])
   else:
     to_torch.check(fields["model"], fields["objectives"])
-  step, ema = checkpoint.choose(run, step, ema=ema)
-  params = checkpoint.restore_params(run, step=step, ema=ema)
+  step, ema = restore.choose(run, step, ema=ema)
+  params = restore.restore_params(run, step=step, ema=ema)
   with files.whole_folder(folder) as temporary:
     own = {name: fields[name] for name in (CLIP_FIELDS if is_clip else OWN_FIELDS)}
     own |= {"max_length": fields["data"]["max_length"]}

@@ -25,7 +25,7 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import samples
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import restore
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 16
@@ -112,7 +112,7 @@ def generate(
     )
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
   z_T = read_noise(noise) if noise else None
-  step, ema = checkpoint.choose(run, step, ema=ema)
+  step, ema = restore.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
   if z_T is None:
     z_T = model.noise(len(prompts), seed)

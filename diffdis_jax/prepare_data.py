@@ -166,7 +166,7 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
 def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   """Encodes every image of a prepared data set by a run's autoencoder, in this process."""
   from diffdis_jax import inference  # here, since the processes of the preparation import this file too
-  from diffdis_jax.method import encode
+  from diffdis_jax.training import stored_inputs
 
   found = latents.find_parts(data)
   model, params = inference.load(run, image_size=_IMAGE_SIZE.value, batch_size=_BATCH_SIZE.value)
@@ -177,7 +177,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
     text = latents.TextConditions(
       encode=lambda captions: model.conditions(params, tokenizer(captions)),
       shape=(model.max_length, width),
-      fingerprint=encode.fingerprint(params, encode.TEXT_ENCODER),
+      fingerprint=stored_inputs.fingerprint(params, stored_inputs.TEXT_ENCODER),
     )
   reports = builder.prepare(
     found,
@@ -190,7 +190,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
       image_size=model.image_size,
       views=_VIEWS.value,
       augmentation=_augmentation(dataclasses.asdict(run_config.load(run).data.augment)),
-      fingerprint=encode.fingerprint(params),
+      fingerprint=stored_inputs.fingerprint(params),
       text=text,
     ),
   )

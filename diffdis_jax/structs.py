@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -66,6 +66,13 @@ class TextCondition:
 
   c: Float[AnyArray, "b l d"]
   e: Float[AnyArray, "b e"]
+
+
+class Attended(NamedTuple):
+  """Attention's result, and the logarithm of each softmax's denominator, f32; None where it was not asked for."""
+
+  out: Float[AnyArray, "b n h d"]
+  lse: Float[AnyArray, "b n h"] | None
 
 
 @struct.dataclass

@@ -20,7 +20,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
   """Of the commands: what one of them compiled, quickly rather than well, the others find."""
   cache = str(shared_folder(tmp_path_factory) / "xla")
   quick = {"JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-  kept = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+  kept = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  kept["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"  # as tests/conftest.py
   kept["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
   return {**os.environ, **quick, **kept}
 
@@ -57,3 +58,16 @@ def joint_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, s
     assert done.returncode == 0, done.stderr
 
   return str(made_once(tmp_path_factory, "joint", train))
+
+
+@pytest.fixture(scope="session")
+def exportable_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> str:
+  """Workdir of a finished run of both objectives, on an untrained autoencoder such as diffusers has: of no patches."""
+
+  def train(workdir: pathlib.Path) -> None:
+    fields = {"num_steps": 2, "model.autoencoder.widths": (8, 8), "model.autoencoder.patch": 1}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    done = call("train", environment, "--config=tests/tiny.py", *flags, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+
+  return str(made_once(tmp_path_factory, "exportable", train))

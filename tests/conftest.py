@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 
 # Most of the tests' time is the compiler's, and this more than halves it. Read when jax makes its first array, also by
 # what the tests start. A compiler without one of these flags ends at once and says so.
@@ -16,7 +17,8 @@ import jaxtyping
 import pytest
 
 import tests.typechecking  # noqa: F401
-from tests.once import shared_folder
+from tests import compiled
+from tests.once import made_once
 
 # Before any module of the package is imported: shapes, dtypes and types of all its functions are then checked at calls.
 jaxtyping.install_import_hook("diffdis_jax", "tests.typechecking.check")
@@ -46,17 +48,23 @@ LONGEST = (
   "test_gradcache.py",
   "test_requirements.py",
   "test_pages.py",
-  "test_before.py",
   "test_evaluate_fid.py",
-  "test_agreement.py",
+  "test_generation_accuracy.py",
 )
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-  """What takes long to compile is found again, by the tests themselves and by what they start."""
-  jax.config.update("jax_compilation_cache_dir", str(shared_folder(tmp_path_factory) / "xla"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+  """What is compiled is found again: by the tests, by what they start, and by the next run of the tests."""
+  from diffdis_jax.common import repairs
+
+  repairs.repair_compilation_cache()
+  folder = made_once(tmp_path_factory, "xla", compiled.restore)
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # they put the folder's path into each key
+  yield
+  compiled.keep(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

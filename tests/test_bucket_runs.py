@@ -8,7 +8,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import uuid
@@ -23,10 +22,10 @@ from diffdis_jax.ablate import run as ablation_run
 from diffdis_jax.common import buckets
 from diffdis_jax.data import copies, sources
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import checkpoint, workdir, writers
+from diffdis_jax.run import committed, workdir, writers
 from tests import raw_pairs
 from tests.command_runs import ROOT, SAVE_EVERY, STEPS, call, joint_flags
-from tests.test_resume import kill_when, metrics, restore
+from tests.test_resume import kill_when, metrics, restore_training
 
 pytest_plugins = ("tests.command_runs", "tests.bucket_server")
 # Of sessions that gcsfs's own thread holds to the end.
@@ -45,7 +44,7 @@ def on_a_bucket(environment, bucket_environment):
 
 def assert_same_end(run, whole):
   assert metrics(run) == metrics(whole)
-  (expected, next_batch), (found, next_found) = restore(whole), restore(run)
+  (expected, next_batch), (found, next_found) = restore_training(whole), restore_training(run)
   np.testing.assert_array_equal(next_found, next_batch)
   for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
     assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
@@ -59,8 +58,8 @@ def succeed(verb, environment, *flags):
 
 def test_a_run_is_killed_resumes_and_is_used(tmp_path, url, on_a_bucket, environment, joint_run, autoencoder_run):
   command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), f"--workdir={url}"]
-  kill_when(command, on_a_bucket, lambda: (checkpoint.latest_step(url) or 0) >= SAVE_EVERY)
-  assert SAVE_EVERY <= checkpoint.latest_step(url) < STEPS
+  kill_when(command, on_a_bucket, lambda: (committed.latest_step(url) or 0) >= SAVE_EVERY)
+  assert SAVE_EVERY <= committed.latest_step(url) < STEPS
   done = subprocess.run(command, cwd=ROOT, env=on_a_bucket, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert_same_end(buckets.path(url), pathlib.Path(joint_run))
@@ -98,7 +97,7 @@ def test_two_processes_one_of_which_is_killed(tmp_path, url, on_a_bucket, enviro
   log = (tmp_path / "log").open("w")
   launcher = subprocess.Popen([*launch, *train, f"--workdir={url}"], cwd=ROOT, env=on_a_bucket, stdout=log, stderr=log)
   deadline = time.monotonic() + 300
-  while not checkpoint.latest_step(url):
+  while not committed.latest_step(url):
     assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
     time.sleep(0.01)
   for stat in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
@@ -129,11 +128,9 @@ def test_a_second_run_is_refused(url, on_a_bucket):
   assert not buckets.files_below(url)
 
 
-def test_an_export_from_and_to_a_bucket(tmp_path, bucket, url, on_a_bucket):
-  with tarfile.open(ROOT / "tests" / "before" / "run.tar.xz") as tar:
-    tar.extractall(tmp_path, filter="data")
-  buckets.upload(tmp_path / "run", url)
-  succeed("export_weights", on_a_bucket, f"--workdir={tmp_path}/run", f"--out={tmp_path}/out")
+def test_an_export_from_and_to_a_bucket(tmp_path, bucket, url, on_a_bucket, exportable_run):
+  buckets.upload(pathlib.Path(exportable_run), url)
+  succeed("export_weights", on_a_bucket, f"--workdir={exportable_run}", f"--out={tmp_path}/out")
   succeed("export_weights", on_a_bucket, f"--workdir={url}", f"--out={url}-out")
   files = {path.relative_to(tmp_path / "out"): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
   assert set(buckets.files_below(f"{url}-out")) == {str(name) for name in files}

@@ -21,15 +21,16 @@ from diffdis_jax import evaluate, export_weights, generate, import_weights, infe
 from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import sections
 from diffdis_jax.models.clip import normalise
-from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.run import checkpoint, committed, restore, workdir
 from diffdis_jax.training import start
 from tests import steps, tiny_clip
 from tests.command_runs import call
 from tests.models.from_torch import nchw
 from tests.models.networks import relative_error
 from tests.steps import build_trainer, config_of, network_of
-from tests.test_resume import metrics, restore
+from tests.test_resume import metrics, restore_training
 from tests.untrained import State
 
 pytest_plugins = ("tests.command_runs",)
@@ -74,7 +75,7 @@ def test_a_run_measures_itself_and_keeps_its_best(run):
   accuracy = {line["step"]: line["test/acc1"] for line in lines if "test/acc1" in line}
   assert [line["step"] for line in losses] == [4, 8] and list(accuracy) == [4, 8]
   assert {"loss_contrastive", "alignment_accuracy", "temperature", "grad_norm"} <= losses[-1].keys()
-  assert checkpoint.latest_step(run) == 8
+  assert committed.latest_step(run) == 8
   best = checkpoint.best(run, run_config.load(run).checkpoint)
   assert best is not None and best.value == pytest.approx(max(accuracy.values()))
 
@@ -89,7 +90,7 @@ def test_gone_on_with_from_its_first_save_it_ends_in_the_same_bits(run, environm
   assert done.returncode == 0, done.stderr
 
   assert metrics(resumed) == metrics(pathlib.Path(run))
-  (expected, next_batch), (found, next_found) = restore(pathlib.Path(run)), restore(resumed)
+  (expected, next_batch), (found, next_found) = restore_training(pathlib.Path(run)), restore_training(resumed)
   np.testing.assert_array_equal(next_found, next_batch)
   assert int(found.step) == 8
   for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
@@ -97,10 +98,10 @@ def test_gone_on_with_from_its_first_save_it_ends_in_the_same_bits(run, environm
 
 
 def test_evaluation_gives_what_the_run_measured(run):
-  (dataset, section), *_ = evaluate.sections_of_config(config_of(run).evals.to_dict(), tasks=None)
-  retrieval = ("shapes", {"task": "retrieval", "data": SHAPES, "duplicate_captions": True})
-  results = evaluate.evaluate(run, [(dataset, section), retrieval])
-  record = results["zero_shot"][dataset]
+  section, *_ = sections.of_config(config_of(run).evals.to_dict(), tasks=None)
+  retrieval = sections.Section("shapes", "retrieval", {"data": SHAPES, "duplicate_captions": True})
+  results = evaluate.evaluate(run, [section, retrieval])
+  record = results["zero_shot"][section.dataset]
   assert record["metrics"]["acc1"] == pytest.approx(metrics_of(run)[-1]["test/acc1"])
   assert (
     not {"steps", "num_noise_samples", "guidance"} & record["protocol"].keys() and record["protocol"]["checkpoint"] == 8
@@ -158,7 +159,7 @@ def test_open_clip_embeds_what_the_run_embeds(exported, embedded):
 
 
 def saved(run: str) -> Params:
-  return {path: np.asarray(value) for path, value in checkpoint.restore_params(run).items()}
+  return {path: np.asarray(value) for path, value in restore.restore_params(run).items()}
 
 
 @pytest.mark.parametrize("file", ["", "open_clip_model.safetensors"])

@@ -31,9 +31,9 @@ def test_every_field_has_a_default_but_those_that_are_given():
 
 def test_evaluations_are_added_and_nothing_else_is_changed():
   config = make_config()
-  found = with_evals(config, [SECTION, '{"name": "drawn", "task": "agreement", "per_class": 2}'])
+  found = with_evals(config, [SECTION, '{"name": "drawn", "task": "generation_accuracy", "per_class": 2}'])
   assert found.is_locked and found.train_evals == ("test", "birds", "drawn")
-  assert found.evals.drawn.to_dict() == {"task": "agreement", "per_class": 2}
+  assert found.evals.drawn.to_dict() == {"task": "generation_accuracy", "per_class": 2}
   assert found.evals.birds.data.to_dict() == {"name": "pairs", "image_size": 32, "path": "BIRDS", "split": "val"}
   assert list(found.evals.birds.templates) == ["a {}"] and "name" not in found.evals.birds
   assert found.evals.test == config.evals.test and config.train_evals == ("test",)

@@ -241,8 +241,8 @@ def test_the_emoji_are_measured_for_what_is_trained():
     get_config("emoji", arg)
     for arg in ("", "objectives=generation", "objectives=discrimination", "objectives=contrastive")
   )
-  assert tasks(both) == {"zero_shot", "retrieval", "recognition"}
-  assert tasks(generation) == {"recognition"} and generation.train_evals == ()
+  assert tasks(both) == {"zero_shot", "retrieval", "generation_accuracy"}
+  assert tasks(generation) == {"generation_accuracy"} and generation.train_evals == ()
   assert tasks(discrimination) == tasks(clip) == {"zero_shot", "retrieval"}
 
 

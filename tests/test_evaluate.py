@@ -5,6 +5,7 @@ import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import pytest
 from diffdis_jax import evaluate
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
-from diffdis_jax.evals import results
+from diffdis_jax.evals import results, sections
+from diffdis_jax.evals.sections import Section
 
 pytest_plugins = ("tests.untrained",)
 
@@ -38,17 +40,19 @@ def test_records(tmp_path, monkeypatch, ema, kept):
   saved = tmp_path / "7"
   (saved / "ema" if kept else saved).mkdir(parents=True)
   asked = []
-  monkeypatch.setattr(evaluate.checkpoint, "find", lambda workdir, step: saved)
+  monkeypatch.setattr(evaluate.restore, "find", lambda workdir, step: saved)
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: asked.append(how) or (Inference(), {}))
   tasks = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}
-  sections = {task: {"task": task, "data": DATA, "seed": 2} for task in tasks}
-  found = evaluate.evaluate("run", [("set", section) for section in sections.values()], ema=ema, num_noise_samples=2)
+  settings = {task: {"data": DATA, "seed": 2} for task in tasks}
+  found = evaluate.evaluate(
+    "run", [Section("set", task, each) for task, each in settings.items()], ema=ema, num_noise_samples=2
+  )
   assert asked == [{"step": 7, "ema": ema and kept, "num_noise_samples": 2}]
   for task, kind in tasks.items():
     record = found[task]["set"]
     assert set(record) == {"dataset", "model", "pretrained", "task", "metrics", "language", "protocol", "provenance"}
     assert (record["dataset"], record["pretrained"], record["task"], record["language"]) == ("set", "run", kind, "en")
-    assert record["metrics"] == evals.create(**sections[task]).run(Inference(), {})
+    assert record["metrics"] == evals.create(task, **settings[task]).run(Inference(), {})
     expected = {"steps": 1, "num_noise_samples": 2, "guidance": 1.0, "seed": 2, "num_images": 112, "checkpoint": 7}
     assert (expected | {"ema": ema and kept}).items() <= record["protocol"].items()
   assert json.loads(json.dumps(found)) == found
@@ -56,7 +60,7 @@ def test_records(tmp_path, monkeypatch, ema, kept):
 
 def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
   (tmp_path / "7").mkdir()
-  monkeypatch.setattr(evaluate.checkpoint, "find", lambda workdir, step: tmp_path / "7")
+  monkeypatch.setattr(evaluate.restore, "find", lambda workdir, step: tmp_path / "7")
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(), {}))
   run = evals.ZeroShot.run
   done = []
@@ -69,46 +73,62 @@ def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
 
   monkeypatch.setattr(evals.ZeroShot, "run", interrupted)
   write = functools.partial(results.write, f"{tmp_path}/F.json")
-  sections = [(name, {"task": "zero_shot", "data": DATA}) for name in ("first", "second")]
+  asked = [Section(name, "zero_shot", {"data": DATA}) for name in ("first", "second")]
   with pytest.raises(KeyboardInterrupt):
-    evaluate.evaluate("run", sections, measured=write)
+    evaluate.evaluate("run", asked, measured=write)
   assert list(results.read(f"{tmp_path}/F.json")["zero_shot"]) == ["first"]
 
 
 def test_sections():
-  config = {"evals": {"a": {"task": "zero_shot"}, "b": {"task": "agreement"}, "c": {"task": "zero_shot"}}}
-  select = lambda tasks: [name for name, _ in evaluate.sections_of_config(config["evals"], tasks=tasks)]
+  config = {"a": {"task": "zero_shot"}, "b": {"task": "generation_accuracy"}, "c": {"task": "zero_shot"}}
+  select = lambda tasks: [section.dataset for section in sections.of_config(config, tasks=tasks)]
   assert select(None) == ["a", "b", "c"] and select(["zero_shot"]) == ["a", "c"]
-  with pytest.raises(UserError, match="no data set for retrieval, only for agreement, zero_shot"):
+  with pytest.raises(UserError, match="no data set for retrieval, only for generation_accuracy, zero_shot"):
     select(["zero_shot", "retrieval"])
   with pytest.raises(UserError, match="names no data set"):
-    evaluate.sections_of_config({}, tasks=None)
+    sections.of_config({}, tasks=None)
 
-  (name, section), _ = evaluate.sections_of_folder("x/emoji", "val", tasks=["zero_shot", "retrieval"], image_size=32)
-  assert name == "emoji/val" and section["task"] == "zero_shot" and section["data"]["path"] == "x/emoji"
+  section, _ = sections.of_folder("x/emoji", "val", tasks=["zero_shot", "retrieval"], image_size=32)
+  assert (
+    section.dataset == "emoji/val" and section.task == "zero_shot" and section.settings["data"]["path"] == "x/emoji"
+  )
   with pytest.raises(UserError, match="--data needs --split"):
-    evaluate.sections_of_folder("x/emoji", None, tasks=["zero_shot"], image_size=32)
-  with pytest.raises(UserError, match="takes no --data"):
-    evaluate.sections_of_folder("x/emoji", "val", tasks=["agreement"], image_size=32)
+    sections.of_folder("x/emoji", None, tasks=["zero_shot"], image_size=32)
+
+
+@pytest.mark.parametrize("former", ["agreement", "recognition"])
+def test_a_former_name_of_a_task_is_answered_by_the_new_one(former):
+  message = f"task {former} is now called generation_accuracy"
+  with pytest.raises(UserError, match=message):
+    sections.of_config({"a": {"task": "zero_shot"}}, tasks=[former])
+  with pytest.raises(UserError, match=message):
+    sections.of_folder("x/emoji", "val", tasks=[former], image_size=32)
+  with pytest.raises(UserError, match=message):  # of a run that was trained under it
+    sections.override(sections.of_config({"a": {"task": former}}, tasks=None), {})
 
 
 def test_override():
-  sections = [("a", {"task": "zero_shot", "seed": 0, "classnames": ("x",)}), ("b", {"task": "agreement"})]
-  changed = evaluate.override(sections, {"seed": 3, "templates": "F.json"})
-  assert changed == [
-    ("a", {"task": "zero_shot", "seed": 3, "classnames": ("x",), "templates": "F.json"}),
-    ("b", {"task": "agreement", "seed": 3}),
+  asked = [Section("a", "zero_shot", {"seed": 0, "classnames": ("x",)}), Section("b", "generation_accuracy", {})]
+  assert sections.override(asked, {"seed": 3, "templates": "F.json"}) == [
+    Section("a", "zero_shot", {"seed": 3, "classnames": ("x",), "templates": "F.json"}),
+    Section("b", "generation_accuracy", {"seed": 3}),
   ]
   with pytest.raises(UserError, match="--templates has no effect"):
-    evaluate.override(sections[1:], {"templates": "F.json"})
+    sections.override(asked[1:], {"templates": "F.json"})
   with pytest.raises(UserError, match="unknown task 'zeroshot'; did you mean zero_shot?"):
-    evaluate.override([("a", {"task": "zeroshot"})], {})
+    sections.override([Section("a", "zeroshot", {})], {})
 
 
-def test_every_setting_that_a_flag_may_set_is_one():
-  for task, names in evaluate.SETTINGS.items():
-    assert set(names) <= set(inspect.signature(evals.EVALS[task]).parameters)
-  assert set(evaluate.SETTINGS) == set(evals.EVALS)
+def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
+  """But for objects, which no flag can give, and what has no default."""
+  for task, made in evals.EVALS.items():
+    parameters = inspect.signature(made).parameters
+    assert parameters.keys() - {*evals.settings_of(task)} == parameters.keys() & {"data"}
+    assert all(setting.help for setting in evals.settings_of(task).values()), task
+  assert all(setting.help for setting in [*evaluate.SAMPLING.values(), *evaluate.LOADING.values()])
+  kinds = {"num_images": int, "crop_pct": float, "shuffle_labels": bool, "classnames": str, "splits": Sequence}
+  assert {name: evaluate.SETTINGS[name].kind for name in kinds} == kinds
+  assert evaluate.SETTINGS["seed"].help.startswith("zero_shot, retrieval: of the query's noise, and of the shuffle; ")
 
 
 def command(run, out, *flags):
@@ -149,7 +169,10 @@ def test_command_line(run, tmp_path):
     (["--data=nowhere", "--split=test"], "no prepared data set in 'nowhere'"),
     (["--split=test"], "give --data too"),
     (["--step=9"], "no checkpoint 9"),
-    (["--query_steps=0"], "query_steps"),
+    (["--query_steps=0"], "--query_steps is 0; it must be at least 1"),
+    (["--image_size=0"], "image_size is 0"),
+    (["--steps=3"], "did you mean --query_steps?"),
+    (["--tasks=agreement"], "task agreement is now called generation_accuracy"),
   ],
 )
 def test_bad_input(run, tmp_path, flags, message):

@@ -25,7 +25,7 @@ from diffdis_jax.evals import distances, resize
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import restore
 from tests.command_runs import ROOT
 from tests.steps import config_of, network_of
 
@@ -54,7 +54,7 @@ def test_its_features_are_torch_fidelitys_of_the_kept_images(run, inception_file
   config = config_of(run)
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   inference = Inference(network_of(config), Run.of(config).inference, mesh=mesh, batch_size=3)
-  params = checkpoint.restore_params(run, abstract=inference.abstract_params())
+  params = restore.restore_params(run, abstract=inference.abstract_params())
   made = evals.create(**section(6), inception=str(inception_file), parts=str(tmp_path), keep_images=True)
   metrics = made.run(inference, params)
   files = sorted((tmp_path / "images").iterdir())
@@ -76,7 +76,8 @@ def test_its_features_are_torch_fidelitys_of_the_kept_images(run, inception_file
 DRIVER = """
 from diffdis_jax.evals import drawn_prompts
 drawn_prompts.PART = 4
-from diffdis_jax import cli, evaluate
+from diffdis_jax import evaluate
+from diffdis_jax.common import cli
 evaluate.define_flags()
 cli.run(evaluate.main)
 """

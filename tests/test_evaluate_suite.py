@@ -76,7 +76,7 @@ class Inference:
 @pytest.fixture
 def quick(monkeypatch):
   """No checkpoint, no texts cut into tokens."""
-  monkeypatch.setattr(evaluate.checkpoint, "choose", lambda run, step, ema: (7, ema))
+  monkeypatch.setattr(evaluate.restore, "choose", lambda run, step, ema: (7, ema))
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(), {}))
   monkeypatch.setattr(evaluate, "fingerprint", lambda params: "weights")
   monkeypatch.setattr(base, "Tokenizer", lambda length: list)

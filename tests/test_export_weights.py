@@ -17,7 +17,7 @@ from diffdis_jax import export_weights, import_weights, inference
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping, to_torch
-from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.run import checkpoint, restore, workdir
 from tests import pipelines
 from tests.command_runs import ROOT, call
 from tests.models.networks import random_params
@@ -121,7 +121,7 @@ def test_an_export_is_imported_back_with_what_diffdis_adds(run, exported):
     assert config.model[part].to_dict() == expected.model[part].to_dict()
   matched = from_torch.match(found, network_of(config).shapes)
   loaded = from_torch.read(matched)
-  params = checkpoint.restore_params(run)
+  params = restore.restore_params(run)
   assert loaded.keys() == params.keys() - set(mapping.STATISTICS) and not matched.ignored
   for path, value in loaded.items():
     if "quant." not in path:  # which have taken in the latents' shift and scale
@@ -173,7 +173,7 @@ def test_the_model_card(exported):
 @pytest.mark.parametrize("ema, dtype", [(True, "float32"), (False, "float32"), (False, "bfloat16"), (True, "float16")])
 def test_averaged_or_raw_weights_in_any_dtype(run, tmp_path, ema, dtype):
   export_weights.export_weights(run, str(tmp_path / "out"), ema=ema, dtype=dtype)
-  params = checkpoint.restore_params(run, ema=ema)
+  params = restore.restore_params(run, ema=ema)
   for component in ("unet", "text_encoder", "diffdis"):
     for name, value in load_file(tmp_path / "out" / to_torch.FILES[component]).items():
       entry = mapping.from_name(component, name)
@@ -219,7 +219,7 @@ def test_bad_arguments(run, tmp_path):
 
 def test_values_that_do_not_fit_leave_nothing(imported, tmp_path):
   run = make_run(tmp_path / "run", imported)
-  params = dict(checkpoint.restore_params(run, ema=False))
+  params = dict(restore.restore_params(run, ema=False))
   params["unet.conv_in.bias"] = np.full(params["unet.conv_in.bias"].shape, 1e6, np.float32)
   with checkpoint.Checkpointer(run) as checkpointer:
     checkpointer.save(6, State(params, {}, {}))

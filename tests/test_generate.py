@@ -43,7 +43,7 @@ def model(tmp_path_factory, monkeypatch):
     return model, {}
 
   monkeypatch.setattr(generate.inference, "load", load)
-  monkeypatch.setattr(generate.checkpoint, "find", lambda workdir, step: saved)
+  monkeypatch.setattr(generate.restore, "find", lambda workdir, step: saved)
   return model
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import constants, snapshot_download
 from diffdis_jax import export_weights, import_weights
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import hub as hub_files
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import restore
 from tests.command_runs import call
 from tests.hub_server import TOKEN, Hub
 
@@ -54,7 +54,7 @@ def test_an_import_from_the_hub_is_that_of_the_folder(hub, sd, imported, tmp_pat
   commit = repo.tags["v1"] = repo.commits[0].sha
   repo.commit({"README.md": b"nothing else any more"}, "no weights")
   import_weights.import_weights("hf:org/sd@v1", str(tmp_path / "run"))
-  loaded, expected = checkpoint.restore_params(str(tmp_path / "run")), checkpoint.restore_params(imported)
+  loaded, expected = restore.restore_params(str(tmp_path / "run")), restore.restore_params(imported)
   assert loaded.keys() == expected.keys()
   for path, value in loaded.items():
     np.testing.assert_array_equal(value, expected[path], err_msg=path)
@@ -140,7 +140,7 @@ def test_a_push_is_the_export_as_one_commit_and_comes_back(hub, token, imported,
   StableDiffusionPipeline.from_pretrained(snapshot_download("me/new", endpoint=hub.endpoint))
 
   import_weights.import_weights("hf:me/new", str(tmp_path / "again"))
-  before, after = (checkpoint.restore_params(path) for path in (imported, str(tmp_path / "again")))
+  before, after = (restore.restore_params(path) for path in (imported, str(tmp_path / "again")))
   for path, value in after.items():
     np.testing.assert_array_equal(value, before[path], err_msg=path)
 

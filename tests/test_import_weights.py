@@ -25,7 +25,7 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping
 from diffdis_jax.models.clip import normalise
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import checkpoint, committed, restore
 from diffdis_jax.training import start
 from diffdis_jax.training.step import Trainer
 from tests import compvis_names, pipelines
@@ -60,7 +60,7 @@ def load(source: pathlib.Path) -> tuple[ConfigDict, Params, list[str]]:
 
 def assert_same_params(loaded: Params, run: str, rtol: float = 0.0) -> None:
   """All of Stable Diffusion's in the run's checkpoint, and no others."""
-  expected = checkpoint.restore_params(run)
+  expected = restore.restore_params(run)
   origin = json.loads((pathlib.Path(run) / "import.json").read_text())
   assert loaded.keys() == origin["loaded"].keys()
   for path, value in loaded.items():
@@ -86,7 +86,7 @@ def test_an_imported_workdir_draws_what_stable_diffusion_draws(sd, imported, noi
 
 def test_a_workdir_says_where_everything_came_from(sd, imported):
   config, origin = config_of(imported), json.loads((pathlib.Path(imported) / "import.json").read_text())
-  params = checkpoint.restore_params(imported)
+  params = restore.restore_params(imported)
   assert params.keys() == origin["loaded"].keys() | set(origin["initialised"])
   names = [
     entry.name
@@ -100,7 +100,7 @@ def test_a_workdir_says_where_everything_came_from(sd, imported):
   assert (config.image_size, config.data.max_length) == (32, pipelines.LENGTH)
   assert config.model.unet.to_dict() == dict(widths=(32, 64), attention=(True, False), depth=1, num_heads=8, groups=32)
   np.testing.assert_array_equal(params["autoencoder.scale"], np.full(4, 0.18215, np.float32))
-  assert checkpoint.latest_step(imported) == 0
+  assert committed.latest_step(imported) == 0
 
 
 def test_training_starts_from_it(imported):
@@ -141,7 +141,7 @@ def differing(one: Params, other: Params) -> set[str]:
 
 
 def test_what_an_import_did_not_load_is_drawn_by_the_runs_own_seed(imported, trainer, tmp_path):
-  saved, origin = checkpoint.restore_params(imported), json.loads((pathlib.Path(imported) / "import.json").read_text())
+  saved, origin = restore.restore_params(imported), json.loads((pathlib.Path(imported) / "import.json").read_text())
   first, second = (started(imported, tmp_path / str(seed), trainer, seed=seed) for seed in (0, 1))
   new = {path for path in origin["initialised"] if path.endswith("kernel") and not path.endswith("fc_out.kernel")}
   assert len(new) > 20
@@ -152,7 +152,7 @@ def test_what_an_import_did_not_load_is_drawn_by_the_runs_own_seed(imported, tra
 
 
 def test_new_parameters_are_drawn_by_the_runs_own_config(imported, tmp_path):
-  kernels = [path for path in checkpoint.saved_params(imported) if path.endswith("fc_in.kernel")]
+  kernels = [path for path in restore.saved_params(imported) if path.endswith("fc_in.kernel")]
   params = started(imported, tmp_path, trainer_of(imported, query_init=0.0))
   assert kernels and not any(np.asarray(params[path]).any() for path in kernels)
 
@@ -160,7 +160,7 @@ def test_new_parameters_are_drawn_by_the_runs_own_config(imported, tmp_path):
 def test_without_import_json_all_that_fits_is_taken(imported, trainer, tmp_path):
   copy = copied(pathlib.Path(imported), tmp_path / "copy")
   (copy / "import.json").unlink()
-  assert not differing(started(str(copy), tmp_path / "scratch", trainer, seed=1), checkpoint.restore_params(imported))
+  assert not differing(started(str(copy), tmp_path / "scratch", trainer, seed=1), restore.restore_params(imported))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"source": "x"}', '{"loaded": 3}'])
@@ -263,7 +263,7 @@ def test_clip_of_transformers(tmp_path, given):
     expected = theirs(input_ids=tokens, pixel_values=pixels)
   assert networks.relative_error(image, expected.image_embeds) < 1e-5
   assert networks.relative_error(text, expected.text_embeds) < 1e-5
-  params = checkpoint.restore_params(str(tmp_path / "run"))
+  params = restore.restore_params(str(tmp_path / "run"))
   assert float(params["logit_scale"]) == theirs.logit_scale.item()
   assert json.loads((tmp_path / "run" / "import.json").read_text())["initialised"] == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import pathlib
 from collections.abc import Iterator
@@ -62,9 +63,21 @@ def path(request: pytest.FixtureRequest) -> pathlib.Path:
   return request.param
 
 
+@functools.cache
+def tree_of(path: pathlib.Path) -> ast.Module:
+  return ast.parse(path.read_text())
+
+
+@functools.cache
+def modules_of(path: pathlib.Path) -> frozenset[str]:
+  """Dotted names, wherever in the file they stand."""
+  return frozenset(imported_modules(tree_of(path)))
+
+
+@functools.cache
 def own_imports(path: pathlib.Path) -> set[str]:
   """Files of the package that this one imports, wherever in it."""
-  modules = (module.partition(".") for module in imported_modules(ast.parse(path.read_text())))
+  modules = (module.partition(".") for module in modules_of(path))
   return {file_of(rest) for package, _, rest in modules if package == "diffdis_jax"}
 
 
@@ -87,24 +100,24 @@ def test_no_circle_inside_a_room():
 
 
 def test_only_demo_imports_configs(path):
-  roots = {module.split(".")[0] for module in imported_modules(ast.parse(path.read_text()))}
+  roots = {module.split(".")[0] for module in modules_of(path)}
   assert "configs" not in roots or name_of(path) == "demo"
 
 
 def test_no_torch_and_no_tests(path):
-  roots = {module.split(".")[0] for module in imported_modules(ast.parse(path.read_text()))}
+  roots = {module.split(".")[0] for module in modules_of(path)}
   allowed = {"torch", "diffusers"} if str(path.relative_to(ROOT)) in TORCH_FILES else set()
   assert not roots & {"torch", "torchvision", "diffusers", "open_clip", "tests"} - allowed
 
 
 def test_no_print(path):
-  calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+  calls = [node.func for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
   assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
 
 
 def test_only_sharding_names_mesh_axes(path):
   if name_of(path) != "parallel/sharding":
-    modules = set(imported_modules(ast.parse(path.read_text())))
+    modules = modules_of(path)
     assert not {module for module in modules if module.endswith((".PartitionSpec", ".NamedSharding"))}
 
 

@@ -103,7 +103,7 @@ def test_image_queries_depend_on_seed_and_place_but_not_on_the_batch(inference):
 
 
 @pytest.mark.parametrize("target, normalize_query", [("noise", True), ("data", True), ("data", False)])
-def test_several_steps_draws_and_guidance_are_ddim_by_hand(target, normalize_query):
+def test_several_steps_noise_samples_and_guidance_are_ddim_by_hand(target, normalize_query):
   """Of target data, ê_0 is normalised after guidance and before it is fed back, unless that is switched off."""
   s, gamma, schedule = 2.5, 0.4, "cosine"
   changes = {"text_diffusion.target": target, "text_diffusion.gamma": gamma, "text_diffusion.schedule": schedule}
@@ -237,7 +237,9 @@ def test_what_a_run_was_not_trained_for_is_refused():
 
 @pytest.mark.parametrize("protocol", [{"num_noise_samples": 0}, {"steps": 0}, {"steps": 1001}, {"generation_steps": 0}])
 def test_a_protocol_out_of_range_is_refused_at_once(protocol):
-  with pytest.raises(UserError, match="inference.(draws|steps|generation_steps) is (0|1001); it must be at least 1"):
+  with pytest.raises(
+    UserError, match="inference.(num_noise_samples|steps|generation_steps) is (0|1001); it must be at least 1"
+  ):
     make(**protocol)
 
 

@@ -8,7 +8,7 @@ import pathlib
 import signal
 import sys
 
-from diffdis_jax.run import checkpoint, history
+from diffdis_jax.run import committed, history
 from tests.command_runs import call
 from tests.interrupting import Terminal
 from tests.test_kills import steps_logged
@@ -29,7 +29,7 @@ def test_ctrl_c_saves_and_one_that_has_saved_nothing_takes_another_config(tmp_pa
     terminal.wait_until(lambda: len(steps_logged(run)) > 2)
     os.killpg(terminal.process.pid, signal.SIGKILL)
     terminal.process.wait()
-  assert checkpoint.latest_step(run) is None
+  assert committed.latest_step(run) is None
 
   other = {"seed": 1, "data.loader.num_workers": 1}
   with Terminal([*train, *flags(run, **other)], environment, tmp_path / "stderr") as terminal:
@@ -39,7 +39,7 @@ def test_ctrl_c_saves_and_one_that_has_saved_nothing_takes_another_config(tmp_pa
     said = terminal.said
   assert "Traceback" not in said and "KeyboardInterrupt" not in said
   assert "the config of a run without a checkpoint is replaced: data.loader.num_workers is 0 there and 1 here," in said
-  step = checkpoint.latest_step(run)
+  step = committed.latest_step(run)
   assert step and steps_logged(run) == list(range(1, step + 1)) and f"saving step {step}" in said
   assert [event.get("why", "") for event in history.read(run)] == ["", "stopped"]
   assert len(history.read(run / "replaced_1")) == 1 and steps_logged(run / "replaced_1")[:3] == [1, 2, 3]

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import committed
 from tests.command_runs import ROOT
 from tests.test_resume import metrics, restore, steps_logged
 
@@ -50,7 +50,7 @@ def children(parent: int) -> list[int]:
 
 
 def newest(run: pathlib.Path) -> int:
-  return checkpoint.latest_step(str(run)) or 0
+  return committed.latest_step(str(run)) or 0
 
 
 def wait_for_a_moment(launcher: subprocess.Popen, run: pathlib.Path, chance: random.Random) -> str:

@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from configs import places_lt
-from diffdis_jax import evaluate, export_weights
+from diffdis_jax import export_weights
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.evals import sections
+from diffdis_jax.run import checkpoint, committed, restore, workdir
 from diffdis_jax.training import start
 from diffdis_jax.training.step import Trainer
 from tests import steps, tiny_clip
@@ -27,7 +28,7 @@ from tests.command_runs import ROOT, call
 from tests.models.networks import random_params
 from tests.once import made_once
 from tests.steps import build_trainer, config_of
-from tests.test_resume import kill_when, metrics, restore, steps_logged
+from tests.test_resume import kill_when, metrics, restore_training, steps_logged
 from tests.untrained import State
 
 pytest_plugins = ("tests.command_runs", "tests.untrained")
@@ -65,7 +66,7 @@ def tokens_are_kept(environment: dict[str, str]) -> Iterator[None]:
 
 
 def saved(path: str) -> dict[str, np.ndarray]:
-  return {name: np.asarray(value) for name, value in checkpoint.restore_params(path).items()}
+  return {name: np.asarray(value) for name, value in restore.restore_params(path).items()}
 
 
 @pytest.mark.slow
@@ -75,7 +76,7 @@ def test_the_first_stage_starts_from_the_run_and_distils_from_it(run, first):
   changed = {name for name in after if (before[name] != after[name]).any()}
   assert "logit_scale" in changed and not [name for name in changed if name.startswith("autoencoder")]
   trainer = build_trainer(config_of(first), steps.make_mesh())
-  state, _ = restore(pathlib.Path(first))
+  state, _ = restore_training(pathlib.Path(first))
   assert state.teacher.keys() == set(trainer.trainable)
   for name, value in state.teacher.items():
     np.testing.assert_array_equal(value, before[name], err_msg=name)
@@ -123,7 +124,7 @@ def test_killed_once_it_ends_in_the_same_bits(clip, environment, tmp_path):
   command = [sys.executable, "-m", "diffdis_jax.train", *flags(1, clip, killed)]
   chosen = random.randint(4, 7)
   kill_when(command, environment, lambda: chosen in steps_logged(killed))
-  assert (checkpoint.latest_step(str(killed)) or 0) < STEPS
+  assert (committed.latest_step(str(killed)) or 0) < STEPS
   assert subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL).returncode == 0
   assert_same_end(killed, whole)
   lines = [line for line in metrics(whole) if "loss" in line]
@@ -145,7 +146,7 @@ def test_killed_five_times_at_random_it_ends_in_the_same_bits(stage, run, first,
     logged = set(steps_logged(killed))
     later = chance.randint(0, 3)
     kill_when(command, environment, lambda logged=logged, later=later: len({*steps_logged(killed)} - logged) > later)
-    if (checkpoint.latest_step(str(killed)) or 0) == STEPS:
+    if (committed.latest_step(str(killed)) or 0) == STEPS:
       break
   assert subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL).returncode == 0
   assert_same_end(killed, whole)
@@ -153,7 +154,7 @@ def test_killed_five_times_at_random_it_ends_in_the_same_bits(stage, run, first,
 
 def assert_same_end(killed: pathlib.Path, whole: pathlib.Path) -> None:
   assert metrics(killed) == metrics(whole)
-  (expected, next_batch), (found, next_found) = restore(whole), restore(killed)
+  (expected, next_batch), (found, next_found) = restore_training(whole), restore_training(killed)
   np.testing.assert_array_equal(next_found, next_batch)
   assert jax.tree.structure(found) == jax.tree.structure(expected)
   for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
@@ -236,4 +237,4 @@ def test_starts_that_are_none(stage, kind, message, tmp_path):
 
 def test_long_tail_takes_no_prepared_folder(tmp_path):
   with pytest.raises(UserError, match="leave out --data"):
-    evaluate.sections_of_folder("folder", "test", tasks=["long_tail"], image_size=16)
+    sections.of_folder("folder", "test", tasks=["long_tail"], image_size=16)

@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 from typing import Any
 
@@ -102,7 +101,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.train --workdir=RUN --config=configs/clip_cc3m.py",
     "python -m diffdis_jax.train --config=configs/NAME.py --workdir=RUN --eval=",
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot,retrieval --data=",
-    "python -m diffdis_jax.evaluate --workdir=RUN --tasks=recognition --data=",
+    "python -m diffdis_jax.evaluate --workdir=RUN --tasks=generation_accuracy --data=",
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=fid --data=",
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=median_rank --data=",
     "python -m diffdis_jax.evaluate --workdir=RUN --suite=",
@@ -182,12 +181,10 @@ def test_the_environment_has_the_package_with_its_version_and_none_of_the_extras
 
 
 @pytest.fixture(scope="module")
-def folder(plain: pathlib.Path) -> pathlib.Path:
+def folder(plain: pathlib.Path, exportable_run: str) -> pathlib.Path:
   """The copy, with a small run where the pages have theirs, and two files of results."""
   for name in ("RUN", "runs/demo/diffdis"):
-    with tarfile.open(pages.ROOT / "tests" / "before" / "run.tar.xz") as tar:
-      tar.extractall(plain / "extracted", filter="data")
-    shutil.move(plain / "extracted" / "run", plain / name)
+    shutil.copytree(exportable_run, plain / name)
   for name in ("diffdis", "clip"):
     words = dict(dataset="test", model="m", pretrained=name, task="zeroshot_classification")
     record = base.make_record(**words, metrics={"acc1": 0.5}, protocol={"num_images": 4}, provenance={})

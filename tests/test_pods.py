@@ -13,10 +13,10 @@ import time
 import numpy as np
 import pytest
 
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import committed, restore
 from tests import slow_compiling
 from tests.command_runs import ROOT, call
-from tests.test_resume import metrics, restore, steps_logged
+from tests.test_resume import metrics, restore_training, steps_logged
 
 pytest_plugins = ("tests.command_runs",)
 pytestmark = pytest.mark.slow
@@ -53,7 +53,7 @@ def test_two_processes_of_four_devices_equal_one_of_one(runs):
     np.testing.assert_allclose(
       [line[name] for line in found], [line[name] for line in expected], rtol=1e-5, err_msg=name
     )
-  expected, found = (checkpoint.restore_params(str(run), ema=False) for run in runs)
+  expected, found = (restore.restore_params(str(run), ema=False) for run in runs)
   for name, value in expected.items():
     # A key's bias moves all scores of a query alike, so that its gradient is what rounding leaves of nothing, and Adam
     # makes steps of that as large as any.
@@ -62,7 +62,7 @@ def test_two_processes_of_four_devices_equal_one_of_one(runs):
 
 
 def test_one_process_goes_on_from_two_with_the_same_next_batch(runs):
-  (_, expected), (state, found) = restore(runs[0]), restore(runs[1])
+  (_, expected), (state, found) = restore_training(runs[0]), restore_training(runs[1])
   assert int(state.step) == STEPS
   np.testing.assert_array_equal(found, expected)
 
@@ -119,7 +119,7 @@ def test_sigterm_saves_and_the_run_goes_on_without_losing_a_step(environment, tm
   assert launcher.wait(60) == 75, launcher.stderr.read()
   assert time.monotonic() - begin < 30
   launcher.stderr.close()
-  step = checkpoint.latest_step(str(run))
+  step = committed.latest_step(str(run))
   assert steps_logged(run)[-1] == step and not list(run.glob("lock.json"))
   assert not list((run / "checkpoints").glob("*tmp*"))
 

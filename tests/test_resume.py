@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import checkpoint, committed
 from diffdis_jax.training import start
 from diffdis_jax.training.step import TrainState
 from tests import steps
@@ -51,7 +51,7 @@ def metrics(run: pathlib.Path) -> list[dict[str, float]]:
   return [{name: value for name, value in line.items() if name not in speeds} for line in lines]
 
 
-def restore(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
+def restore_training(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
   """The last state, and the images of the batch after it."""
   config = config_of(str(run))
   trainer = build_trainer(config, steps.make_mesh())
@@ -67,7 +67,7 @@ def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(tmp_path, j
 
   chosen = random.randint(SAVE_EVERY - 1, 2 * SAVE_EVERY - 1)
   kill_when(command, environment, lambda: chosen in steps_logged(killed))
-  first = checkpoint.latest_step(str(killed)) or 0
+  first = committed.latest_step(str(killed)) or 0
   assert first < STEPS, f"killed after step {chosen}, too late"
 
   unfinished = lambda: {path.name for path in (killed / "checkpoints").glob("*.orbax-checkpoint-tmp*")}
@@ -75,7 +75,7 @@ def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(tmp_path, j
   new = lambda: [int(name.split(".")[0]) for name in unfinished() - left_behind]
   kill_when(command, environment, lambda: any(step > first + SAVE_EVERY for step in new()))
   assert new(), "the save was finished before the kill"
-  assert first < checkpoint.latest_step(str(killed)) < STEPS
+  assert first < committed.latest_step(str(killed)) < STEPS
 
   done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
@@ -83,7 +83,7 @@ def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(tmp_path, j
   assert steps_logged(killed) == list(range(1, STEPS + 1))
   assert metrics(killed) == metrics(whole)
 
-  (expected, next_batch), (found, next_found) = restore(whole), restore(killed)
+  (expected, next_batch), (found, next_found) = restore_training(whole), restore_training(killed)
   np.testing.assert_array_equal(next_found, next_batch)
   assert int(found.step) == STEPS
   assert jax.tree.structure(found) == jax.tree.structure(expected)

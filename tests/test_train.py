@@ -20,7 +20,7 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.parallel import chips, sharding
-from diffdis_jax.run import checkpoint, history, provenance
+from diffdis_jax.run import checkpoint, committed, history, provenance, restore
 from diffdis_jax.structs import Batch
 from diffdis_jax.training import flops as estimated
 from diffdis_jax.training import loop
@@ -77,15 +77,15 @@ def test_a_run_holds_what_the_readme_says(joint_run):
   start, end = history.read(run)
   assert (start["event"], start["step"], start["devices"], end["why"]) == ("start", 0, 1, "finished")
   assert start["parameters"]["frozen"]["autoencoder"] > 0 and start["data"]
-  assert checkpoint.latest_step(joint_run) == STEPS
+  assert committed.latest_step(joint_run) == STEPS
   assert pixels(run / "samples" / f"samples_{STEPS:08d}.png").std() > 0
   assert not list(run.rglob("*tmp*"))
 
 
 def test_a_joint_run_starts_from_the_autoencoder_and_keeps_it(joint_run, autoencoder_run):
-  expected = checkpoint.restore_params(autoencoder_run)
-  raw = checkpoint.restore_params(autoencoder_run, ema=False)
-  found = checkpoint.restore_params(joint_run, ema=False)
+  expected = restore.restore_params(autoencoder_run)
+  raw = restore.restore_params(autoencoder_run, ema=False)
+  found = restore.restore_params(joint_run, ema=False)
   for name, value in expected.items():
     np.testing.assert_array_equal(found[name], value, err_msg=name)
   kernel = "autoencoder.conv_in.kernel"
@@ -277,7 +277,10 @@ def test_bad_command_lines_are_one_line_and_leave_nothing(environment, tmp_path,
     ({"data.name": "pairs", "data.path": "nowhere"}, "no prepared data set in 'nowhere'"),
     ({"train_evals": ("tset",)}, "train_evals names tset; evals has generated, test, test_retrieval, unseen"),
     ({"train_evals": ("test",), "objectives": ("generation",)}, "train_evals has test, whose task zero_shot measures"),
-    ({"train_evals": ("generated",), "objectives": ("discrimination",)}, "generated, whose task agreement measures"),
+    (
+      {"train_evals": ("generated",), "objectives": ("discrimination",)},
+      "generated, whose task generation_accuracy measures",
+    ),
     ({"image_diffusion.schedule": "cosin"}, "image_diffusion.schedule is 'cosin'; it must be one of scaled_linear"),
     ({"text_diffusion.schedule": "cosin"}, "text_diffusion.schedule is 'cosin'; it must be one of scaled_linear"),
     ({"text_diffusion.target": "date"}, "text_diffusion.target is 'date'; it must be one of data, noise"),
@@ -331,7 +334,7 @@ def test_init_from_that_does_not_fit(tmp_path, autoencoder_run, joint_run, case)
 
 
 def without_autoencoder(run: str, copy: pathlib.Path) -> pathlib.Path:
-  params = checkpoint.restore_params(run)
+  params = restore.restore_params(run)
   text = {name: value for name, value in params.items() if name.startswith("text_encoder.")}
   with checkpoint.Checkpointer(str(copy)) as checkpointer:
     checkpointer.save(1, steps.TrainState(step=1, params=text, ema={}, opt_state=()))
@@ -344,8 +347,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
   config.update(save_every=1, log_every=1, num_steps=6)
   with pytest.raises(UserError, match="is not finite by step 2; the last good checkpoint is step 1; lower optim.rates"):
     loop.train_and_evaluate(Run.of(config), str(tmp_path))
-  assert checkpoint.latest_step(str(tmp_path)) == 1
-  assert all(np.isfinite(x).all() for x in checkpoint.restore_params(str(tmp_path), ema=False).values())
+  assert committed.latest_step(str(tmp_path)) == 1
+  assert all(np.isfinite(x).all() for x in restore.restore_params(str(tmp_path), ema=False).values())
   assert [line["step"] for line in lines_of(str(tmp_path))] == [1]
   assert not list((tmp_path / "checkpoints").glob("*tmp*"))
 

@@ -31,6 +31,7 @@ from diffdis_jax.common import cli, files
 from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import results as result_files
+from diffdis_jax.evals import sections
 from diffdis_jax.evals.results import ResultFile
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.training import loop
@@ -109,8 +110,8 @@ def perform(one: Run, plan: Plan, folder: Folder) -> None:
 def measure(one: Run, path: str, out: str) -> None:
   """Every evaluation of a run, by the newest checkpoint's averaged weights; those in `out` already are not repeated."""
   protocol = {} if Objectives(one.config["objectives"]).is_clip else one.config["inference"]
-  sections = evaluate.with_parts(evaluate.sections_of_config(one.evals, tasks=None), out)
-  evaluate.evaluate(path, sections, kept=ResultFile(out), text_cache=files.user_cache("texts"), **protocol)
+  asked = sections.with_parts(sections.of_config(one.evals, tasks=None), out)
+  evaluate.evaluate(path, asked, kept=ResultFile(out), text_cache=files.user_cache("texts"), **protocol)
 
 
 def write_tables(plan: Plan, folder: Folder) -> None:

@@ -38,18 +38,19 @@ class Column:
 
 
 def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ...]:
-  """Of a config's `evals`: agreement, recognition and FID, then top-1, then R@1.
+  """Of a config's `evals`: accuracy of generated images and FID, then top-1, then R@1.
 
   With a set `coco` and a set `flickr` of retrieval, as in the paper, the mean of their four R@1 is one column. R@1 of
   any other set is the mean of both ways.
   """
   found = []
   sets = {task: [name for name, section in evaluations.items() if section["task"] == task] for task in _TASKS}
-  for name in sets["agreement"]:
-    found += [
-      _percent("agreement", name, f"agreement_{which}", f"drawn right, {which} pairs") for which in ("seen", "unseen")
-    ]
-  found += [_percent("recognition", name, "recognised_acc1", f"drawn right, {name}") for name in sets["recognition"]]
+  for name in sets["generation_accuracy"]:
+    # Rendered shapes have pairs that training never saw, which are a figure of their own; labelled images have none.
+    labelled = "data" in evaluations[name]
+    metrics = {"acc1": name} if labelled else {f"acc1_{which}": f"{which} pairs" for which in ("seen", "unseen")}
+    for metric, title in metrics.items():
+      found.append(_percent("generation_accuracy", name, metric, f"generated images, {title}"))
   for name in sets["fid"]:
     column = f"{name}/fid" if name != "fid" else "fid"
     found.append(Column(name=column, title="FID ↓", cells=(("fid", name, "fid"),), scale=1.0))
@@ -79,7 +80,7 @@ def choose(columns: Sequence[Column], names: Sequence[str]) -> tuple[Column, ...
   return tuple(known[name] for name in names or known)
 
 
-_TASKS = ("agreement", "recognition", "fid", "zero_shot", "retrieval")
+_TASKS = ("generation_accuracy", "fid", "zero_shot", "retrieval")
 
 
 def _percent(task: str, name: str, metric: str, title: str) -> Column:

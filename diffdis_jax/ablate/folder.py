@@ -12,7 +12,7 @@ from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import Results
-from diffdis_jax.run import checkpoint, history, workdir
+from diffdis_jax.run import committed, history, workdir
 from diffdis_jax.run.workdir import identity
 
 
@@ -84,7 +84,7 @@ class Folder:
   def state(self, run: Run) -> State:
     """How far it is. What has its results was trained to its end, also where its workdir was removed since."""
     measured, num_steps = self.read(run) is not None, run.config["num_steps"]
-    step = num_steps if run.evals and measured else checkpoint.latest_step(self.workdir(run)) or 0
+    step = num_steps if run.evals and measured else committed.latest_step(self.workdir(run)) or 0
     return State(
       step=step,
       num_steps=num_steps,

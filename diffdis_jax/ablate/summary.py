@@ -167,7 +167,7 @@ def _row(row: Row, cells: Mapping[str, Any], *, is_base: bool, runs: Sequence[st
 def _run(run: Run, results: Results | None) -> dict[str, Any]:
   """Of a run: its config, and the metrics and protocols of its evaluations, None where it is not finished.
 
-  `provenance` is the run's own, with what it began from; None in results of an earlier version.
+  `provenance` is the run's own, with what it began from; None in results that have none.
   """
   measured: dict[str, Any] | None = None
   origin: dict[str, Any] | None = None

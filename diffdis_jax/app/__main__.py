@@ -20,8 +20,7 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.app import player as players
-from diffdis_jax.app import search
+from diffdis_jax.app import search, step_sampler
 from diffdis_jax.app.limits import Limits
 from diffdis_jax.common import cli
 from diffdis_jax.config import Run
@@ -29,7 +28,7 @@ from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, not_installed
 from diffdis_jax.evals import prompts
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import restore
 
 FLAGS = flags.FLAGS
 BATCH_SIZE = 16
@@ -109,39 +108,39 @@ def serve(
     UserError: no such run, data or checkpoint, a run that no tab can serve, or nobody can listen there.
   """
   record = run_config.load(run)
-  players.tabs(record.objectives)
-  step, ema = checkpoint.choose(run, step, ema=ema)
+  step_sampler.tabs(record.objectives)
+  step, ema = restore.choose(run, step, ema=ema)
   source = open_data(record.evals, data, split, image_size=record.image_size)
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   model, params = inference.load(run, step=step, ema=ema, batch_size=BATCH_SIZE, mesh=mesh)
-  player = players.Player(model, params, seconds=limits.seconds)
+  sampler = step_sampler.StepSampler(model, params, seconds=limits.seconds)
   index = None
-  if source is not None and "search" in player.tabs:
-    index = search.Index(player, source, num_images)
+  if source is not None and "search" in sampler.tabs:
+    index = search.Index(sampler, source, num_images)
 
   from diffdis_jax.app import uploads
 
-  preparing = threading.Thread(target=prepare, args=(player, index), name="prepare")
+  preparing = threading.Thread(target=prepare, args=(sampler, index), name="prepare")
   with uploads.folder() as folder:
     from diffdis_jax.app import page, server
 
     contents = contents_of(record, f"{run}, checkpoint {step}{', averaged weights' if ema else ''}")
-    blocks = page.build(player, index, limits, contents)
+    blocks = page.build(sampler, index, limits, contents)
     preparing.start()
     try:
       server.serve(blocks, limits, folder=folder, host=host, port=port, allowed_hosts=allowed_hosts)
     finally:
-      player.close()
+      sampler.close()
       preparing.join()
 
 
-def prepare(player: players.Player, index: search.Index | None) -> None:
+def prepare(sampler: step_sampler.StepSampler, index: search.Index | None) -> None:
   """Compiles what answers take, then embeds the images to search, while the page is there already."""
   try:
-    player.warm_up()
+    sampler.warm_up()
     logging.info("every program is compiled")
   except (UserError, RuntimeError, CancelledError) as error:  # too large, or closed meanwhile
-    if not player.closed.is_set():
+    if not sampler.closed.is_set():
       logging.warning("the model does not answer: %s", error)
     return
   if index is not None:

@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from diffdis_jax.app import charts
 from diffdis_jax.app.draw import MOST_SEED
 from diffdis_jax.app.limits import Limits, last_within, read_image, read_names, read_template, read_whole
-from diffdis_jax.app.player import Player
+from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.data import transforms
 from diffdis_jax.evals import prompts
 
@@ -66,13 +66,15 @@ def _softmax(logits: Float[np.ndarray, "*b n"]) -> Float[np.ndarray, "*b n"]:
   return odds / odds.sum(axis=-1, keepdims=True)
 
 
-def read_square(path: str | os.PathLike[str] | None, player: Player, limits: Limits) -> UInt8[np.ndarray, "s s 3"]:
+def read_square(
+  path: str | os.PathLike[str] | None, sampler: StepSampler, limits: Limits
+) -> UInt8[np.ndarray, "s s 3"]:
   """An upload's central square, as evaluations cut it. Raises UserError: as `read_image`."""
-  return np.asarray(transforms.resize(read_image(path, limits), player.network.image_size))
+  return np.asarray(transforms.resize(read_image(path, limits), sampler.network.image_size))
 
 
 def answer(
-  player: Player,
+  sampler: StepSampler,
   limits: Limits,
   path: str | os.PathLike[str] | None,
   names: str | None,
@@ -89,10 +91,10 @@ def answer(
   filled = read_template(template, limits)
   whole_draws = read_whole("draws", draws, at_least=1, at_most=MOST_DRAWS)
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
-  square = read_square(path, player, limits)
-  texts = player.text_queries([prompts.fill(filled, name) for name in classes])
-  queries = last_within(limits.seconds, player.image_queries(square, seed=whole_seed, draws=whole_draws))
-  yield show(guesses(classes, texts, queries, player.temperature), draws=len(queries))
+  square = read_square(path, sampler, limits)
+  texts = sampler.text_queries([prompts.fill(filled, name) for name in classes])
+  queries = last_within(limits.seconds, sampler.image_queries(square, seed=whole_seed, num_noise_samples=whole_draws))
+  yield show(guesses(classes, texts, queries, sampler.temperature), draws=len(queries))
 
 
 def show(found: Sequence[Guess], *, draws: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffdis_jax.app import charts
 from diffdis_jax.app.limits import Limits, read_text, read_whole, within
-from diffdis_jax.app.player import Drawing, Player
+from diffdis_jax.app.step_sampler import Frame, StepSampler
 from diffdis_jax.errors import check_number
 
 MOST_STEPS = 200
@@ -17,7 +17,7 @@ FRAMES = 20  # shown of one drawing; decoding a latent costs about as much as a 
 
 
 def answer(
-  player: Player,
+  sampler: StepSampler,
   limits: Limits,
   prompt: str | None,
   seed: Any,
@@ -33,17 +33,17 @@ def answer(
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
   whole_steps = read_whole("steps", steps, at_least=1, at_most=MOST_STEPS)
   check_number("guidance", guidance_scale, at_least=0, at_most=MOST_GUIDANCE)
-  drawings = player.draw(
+  drawings = sampler.generate(
     prompt, seed=whole_seed, steps=whole_steps, guidance_scale=float(guidance_scale), frames=FRAMES
   )
   yield charts.block(charts.line(f"Step 0 of {whole_steps}"), charts.progress(0, whole_steps))
-  shown: list[Drawing] = []
+  shown: list[Frame] = []
   for drawing in within(limits.seconds, drawings):
     shown.append(drawing)
     yield show(shown, prompt)
 
 
-def show(drawings: Sequence[Drawing], prompt: str) -> str:
+def show(drawings: Sequence[Frame], prompt: str) -> str:
   """Side by side, after the last of these steps, what is there, the emptied prediction and the guided one; below, the
   two predictions after each of them."""
   drawing = drawings[-1]

@@ -13,7 +13,7 @@ from diffdis_jax.app import charts
 from diffdis_jax.app.classify import read_square
 from diffdis_jax.app.draw import MOST_SEED
 from diffdis_jax.app.limits import Limits, read_names, read_template, read_whole, within
-from diffdis_jax.app.player import Estimate, Player
+from diffdis_jax.app.step_sampler import Estimate, StepSampler
 from diffdis_jax.evals import prompts
 
 MOST_STEPS = 50
@@ -22,7 +22,7 @@ SHOWN = 6  # names, those that score best at the end
 
 
 def answer(
-  player: Player,
+  sampler: StepSampler,
   limits: Limits,
   path: str | os.PathLike[str] | None,
   names: str | None,
@@ -41,10 +41,10 @@ def answer(
   whole_steps = read_whole("steps", steps, at_least=1, at_most=MOST_STEPS)
   whole_draws = read_whole("draws", draws, at_least=1, at_most=MOST_DRAWS)
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
-  square = read_square(path, player, limits)
-  texts = player.text_queries([prompts.fill(filled, name) for name in classes])
+  square = read_square(path, sampler, limits)
+  texts = sampler.text_queries([prompts.fill(filled, name) for name in classes])
   found: list[Estimate] = []
-  estimates = player.estimates(square, seed=whole_seed, steps=whole_steps, draws=whole_draws)
+  estimates = sampler.estimates(square, seed=whole_seed, steps=whole_steps, num_noise_samples=whole_draws)
   for estimate in within(limits.seconds, estimates):
     found.append(estimate)
     yield show(found, classes, texts)

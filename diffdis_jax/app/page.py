@@ -16,7 +16,7 @@ from gradio import themes
 
 from diffdis_jax.app import charts, classify, draw, inside, search
 from diffdis_jax.app.limits import Limits
-from diffdis_jax.app.player import Player
+from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.errors import UserError
 
 PICKS = 12  # images of the folder that can be picked
@@ -63,25 +63,25 @@ class Contents:
   guidance: float
 
 
-def build(player: Player, index: search.Index | None, limits: Limits, contents: Contents) -> gr.Blocks:
+def build(sampler: StepSampler, index: search.Index | None, limits: Limits, contents: Contents) -> gr.Blocks:
   """The page; `queue` and `launch` are the caller's."""
   page = gr.Blocks(title=f"DiffDis: {contents.title}", analytics_enabled=False, delete_cache=(KEPT, KEPT))
   with page:
     gr.Markdown(f"# DiffDis\n{html.escape(contents.about)}", elem_classes="head")
     picks = _picks(index)
     with gr.Tabs():
-      for name in player.tabs:
+      for name in sampler.tabs:
         if name == "search" and index is None:
           continue
         with gr.Tab(name.capitalize(), id=name, render_children=True):
           if name == "draw":
-            _draw_tab(player, limits, contents)
+            _draw_tab(sampler, limits, contents)
           elif name == "classify":
-            _classify_tab(player, limits, contents, picks)
+            _classify_tab(sampler, limits, contents, picks)
           elif name == "search" and index is not None:
-            _search_tab(player, index, limits, picks)
+            _search_tab(sampler, index, limits, picks)
           elif name == "inside":
-            _inside_tab(player, limits, contents, picks)
+            _inside_tab(sampler, limits, contents, picks)
   return page.queue(max_size=limits.waiting, default_concurrency_limit=limits.at_once)
 
 
@@ -198,7 +198,7 @@ def _text(value: str, label: str, limits: Limits, *, lines: int = 1, texts: int 
   )
 
 
-def _draw_tab(player: Player, limits: Limits, contents: Contents) -> None:
+def _draw_tab(sampler: StepSampler, limits: Limits, contents: Contents) -> None:
   prompt = _text(contents.prompt, "Prompt", limits)
   with gr.Row():
     steps = _slider("Steps", 1, draw.MOST_STEPS, contents.steps)
@@ -206,22 +206,22 @@ def _draw_tab(player: Player, limits: Limits, contents: Contents) -> None:
     seed = _seed()
   button = gr.Button("Draw", variant="primary", elem_id="draw-button")
   _ask(
-    button, functools.partial(draw.answer, player, limits), [prompt, seed, steps, scale], _answer("draw"), name="draw"
+    button, functools.partial(draw.answer, sampler, limits), [prompt, seed, steps, scale], _answer("draw"), name="draw"
   )
 
 
-def _classify_tab(player: Player, limits: Limits, contents: Contents, picks: Sequence[Any]) -> None:
+def _classify_tab(sampler: StepSampler, limits: Limits, contents: Contents, picks: Sequence[Any]) -> None:
   with gr.Row():
     with gr.Column(scale=2, min_width=300):
       image = _image_field(picks, name="classify")
     with gr.Column(scale=3, min_width=300):
       names, template = _names_fields(limits, contents)
-      with gr.Row(visible=not player.network.is_clip):
+      with gr.Row(visible=not sampler.network.is_clip):
         draws = _slider("Noise draws", 1, classify.MOST_DRAWS, 8)
         seed = _seed()
       button = gr.Button("Classify", variant="primary", elem_id="classify-button")
       inputs = [image, names, template, draws, seed]
-      _ask(button, functools.partial(classify.answer, player, limits), inputs, _answer("classify"), name="classify")
+      _ask(button, functools.partial(classify.answer, sampler, limits), inputs, _answer("classify"), name="classify")
 
 
 def _names_fields(limits: Limits, contents: Contents) -> tuple[gr.Textbox, gr.Textbox]:
@@ -229,7 +229,7 @@ def _names_fields(limits: Limits, contents: Contents) -> tuple[gr.Textbox, gr.Te
   return names, _text(contents.template, "Template", limits, info="{} is the name")
 
 
-def _search_tab(player: Player, index: search.Index, limits: Limits, picks: Sequence[Any]) -> None:
+def _search_tab(sampler: StepSampler, index: search.Index, limits: Limits, picks: Sequence[Any]) -> None:
   with gr.Row():
     with gr.Column(scale=2, min_width=300):
       text = _text("", "By text", limits)
@@ -238,11 +238,11 @@ def _search_tab(player: Player, index: search.Index, limits: Limits, picks: Sequ
       by_image = gr.Button("Search by image", elem_id="search-image-button")
     with gr.Column(scale=3, min_width=300):
       output = _answer("search")
-  _ask(by_text, functools.partial(search.by_text, player, index, limits), [text], output, name="search_text")
-  _ask(by_image, functools.partial(search.by_image, player, index, limits), [image], output, name="search_image")
+  _ask(by_text, functools.partial(search.by_text, sampler, index, limits), [text], output, name="search_text")
+  _ask(by_image, functools.partial(search.by_image, sampler, index, limits), [image], output, name="search_image")
 
 
-def _inside_tab(player: Player, limits: Limits, contents: Contents, picks: Sequence[Any]) -> None:
+def _inside_tab(sampler: StepSampler, limits: Limits, contents: Contents, picks: Sequence[Any]) -> None:
   with gr.Row():
     with gr.Column(scale=2, min_width=300):
       image = _image_field(picks, name="inside")
@@ -254,4 +254,4 @@ def _inside_tab(player: Player, limits: Limits, contents: Contents, picks: Seque
         seed = _seed()
       button = gr.Button("Look inside", variant="primary", elem_id="inside-button")
   inputs = [image, names, template, steps, draws, seed]
-  _ask(button, functools.partial(inside.answer, player, limits), inputs, _answer("inside"), name="inside")
+  _ask(button, functools.partial(inside.answer, sampler, limits), inputs, _answer("inside"), name="inside")

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from diffdis_jax.app import charts
 from diffdis_jax.app.classify import read_square
 from diffdis_jax.app.limits import Limits, last_within, read_text
-from diffdis_jax.app.player import Player
+from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 
@@ -33,7 +33,7 @@ class Index:
   """Images of a source with their queries, which a thread embeds while requests are answered.
 
   Args:
-    player: whose model embeds.
+    sampler: whose model embeds.
     source: as `data.sources.open_source` gives it.
     num_images: that are searched, always the same ones; None for all.
 
@@ -41,8 +41,8 @@ class Index:
     UserError: the source has no record.
   """
 
-  def __init__(self, player: Player, source: Any, num_images: int | None):
-    self._player, self.source = player, source
+  def __init__(self, sampler: StepSampler, source: Any, num_images: int | None):
+    self._sampler, self.source = sampler, source
     self.indices = base.subset(len(source), num_images)
     self._queries = np.zeros((len(self.indices), 0), np.float32)
     self.embedded = 0
@@ -51,13 +51,13 @@ class Index:
 
   def fill(self) -> None:
     """Embeds all, a batch a turn of the model. An image that cannot be read ends it, and searches then say so."""
-    size = self._player.model.batch_size
+    size = self._sampler.model.batch_size
     try:
       for start in range(0, len(self.indices), size):
-        if self._player.closed.is_set():
+        if self._sampler.closed.is_set():
           return
-        images = base.Images(self.source, self.indices[start : start + size], self._player.network.image_size)
-        queries = self._player.embed_images(images, seed=SEED + start)
+        images = base.Images(self.source, self.indices[start : start + size], self._sampler.network.image_size)
+        queries = self._sampler.embed_images(images, seed=SEED + start)
         if not self.embedded:
           self._queries = np.zeros((len(self.indices), queries.shape[1]), np.float32)
         self._queries[start : start + len(queries)] = queries
@@ -66,7 +66,7 @@ class Index:
       logging.info("%d images can be searched", self.embedded)
     except (UserError, RuntimeError, CancelledError) as error:  # the latter two of a model that is closed
       self._error = str(error)
-      if not self._player.closed.is_set():
+      if not self._sampler.closed.is_set():
         logging.warning("the search ends after %d images: %s", self.embedded, error)
     finally:
       self._begun.set()
@@ -90,7 +90,7 @@ class Index:
   def record(self, place: int) -> tuple[UInt8[np.ndarray, "s s 3"], str]:
     """The image's central square, and what the record calls it."""
     record = base.read(self.source, self.indices[place])
-    side = self._player.network.image_size
+    side = self._sampler.network.image_size
     return base.to_square(record["image"], side), name_of(record)
 
   def state(self) -> str:
@@ -106,16 +106,16 @@ def name_of(record: Mapping[str, Any]) -> str:
   return next((value for field in ("caption", "class", "key") if isinstance(value := record.get(field), str)), "")
 
 
-def by_text(player: Player, index: Index, limits: Limits, text: str | None) -> Iterator[str]:
+def by_text(sampler: StepSampler, index: Index, limits: Limits, text: str | None) -> Iterator[str]:
   """HTML with the images that fit the text best. Raises UserError: no text, too long, or nothing embedded yet."""
-  yield show(index, player.text_queries([read_text(text, "text", limits)])[0], seconds=limits.seconds)
+  yield show(index, sampler.text_queries([read_text(text, "text", limits)])[0], seconds=limits.seconds)
 
 
-def by_image(player: Player, index: Index, limits: Limits, path: str | None) -> Iterator[str]:
+def by_image(sampler: StepSampler, index: Index, limits: Limits, path: str | None) -> Iterator[str]:
   """HTML with the images nearest to an upload. Raises UserError: no usable image, or nothing embedded yet."""
-  square = read_square(path, player, limits)
-  draws = player.model.sampling.num_noise_samples
-  queries = last_within(limits.seconds, player.image_queries(square, seed=SEED, draws=draws))
+  square = read_square(path, sampler, limits)
+  samples = sampler.model.sampling.num_noise_samples
+  queries = last_within(limits.seconds, sampler.image_queries(square, seed=SEED, num_noise_samples=samples))
   mean = queries.mean(axis=0)
   yield show(index, mean / np.linalg.norm(mean), seconds=limits.seconds)
 

@@ -211,7 +211,7 @@ def data_wait(trainer: Trainer, folder: pathlib.Path, *, steps: int = 30) -> dic
   iterator, substitutions = open_loader(run), loader.Substitutions()
   draw = lambda: batch_type(run.data)(**sharding.to_global(substitutions.take(next(iterator)), trainer.mesh))
   state, metrics = jax.block_until_ready(trainer.train_step(state, draw()))
-  progress = writers.Progress(start_step=0, num_steps=steps, batch_size=run.batch_size)
+  progress = writers.Throughput(start_step=0, num_steps=steps, batch_size=run.batch_size)
   for _ in range(steps):  # as train does: a batch is drawn while the step before it runs
     with progress.waiting_for_data(functools.partial(is_running, metrics)):
       batch = draw()

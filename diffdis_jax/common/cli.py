@@ -10,7 +10,6 @@ jax is imported where it is used: it takes two seconds, which commands that comp
 from __future__ import annotations
 
 import errno
-import functools
 import importlib.util
 import itertools
 import logging as python_logging
@@ -25,7 +24,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from diffdis_jax.common import buckets, files, guesses, signals
+from diffdis_jax.common import buckets, files, guesses, repairs, signals
 from diffdis_jax.errors import Preempted, UserError, may_pass
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -189,32 +188,7 @@ def compilation_cache(workdir: str = "") -> None:
   if buckets.is_url(folder) and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
     # XLA's own, of its GPU tuning, for which jax would give it the address as a path on this machine.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-  _write_from_every_cpu_process()
-
-
-def _write_from_every_cpu_process() -> None:
-  """Of several processes on CPUs, each keeps what it compiled. jax writes from process 0 alone (jax/_src/compiler.py,
-  _cache_write), which serves the others on TPUs and GPUs, but not on CPUs: there a program's key tells the processes
-  apart (cache_key.py, _hash_accelerator_config), and all but process 0 would compile anew at every start.
-  """
-  from jax._src import compiler, distributed
-
-  write = getattr(compiler, "_cache_write", None)
-  if write is None or hasattr(write, "__wrapped__"):
-    return
-
-  @functools.wraps(write)
-  def from_this_process(key: str, seconds: float, name: str, backend: Any, *args: Any, **kwargs: Any) -> None:
-    state = distributed.global_state
-    if backend.platform != "cpu":
-      return write(key, seconds, name, backend, *args, **kwargs)
-    own, state.process_id = state.process_id, 0
-    try:
-      return write(key, seconds, name, backend, *args, **kwargs)
-    finally:
-      state.process_id = own
-
-  compiler._cache_write = from_this_process
+  repairs.repair_compilation_cache()
 
 
 def use_all_cores() -> None:

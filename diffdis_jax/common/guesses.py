@@ -20,7 +20,7 @@ _TABLE = (
   ),
   (
     "steps max_steps total_steps train_steps training_steps num_train_steps max_train_steps iterations iters max_iters",
-    "num_steps --steps",
+    "num_steps --steps --query_steps",
     "",
   ),
   (
@@ -109,7 +109,7 @@ _TABLE = (
   ),
   (
     "num_inference_steps inference_steps ddim_steps sampling_steps sample_steps num_sampling_steps diffusion_steps",
-    "--steps inference.generation_steps",
+    "--steps --generation_steps inference.generation_steps",
     "",
   ),
   ("cond_drop_prob drop_prob uncond_prob p_uncond ucg_rate caption_dropout cfg_dropout", "loss.condition_dropout", ""),

@@ -34,8 +34,9 @@ def describe(data: Data) -> list[str]:
   lines = []
   for section in data.sources.values():
     weight = section.get("weight")
-    rest = {field: value for field, value in section.items() if field != "weight"}
-    lines.append(sources.describe(**rest) + ("" if weight is None else f", weight {weight}"))
+    fields = {"name": "pairs", "image_size": 0, **section}
+    fields.pop("weight", None)
+    lines.append(sources.read(**fields).describe() + ("" if weight is None else f", weight {weight}"))
   return lines
 
 

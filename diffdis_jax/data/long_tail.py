@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from absl import logging
 from jaxtyping import Int
 
-from diffdis_jax.common import buckets, code_digest, files
+from diffdis_jax.common import buckets, code_digest
+from diffdis_jax.common.store import Store
 from diffdis_jax.data import shapes_lt
 from diffdis_jax.data.corpus import Corpus, Tokenizer, Tokens, tokenise
 from diffdis_jax.data.layouts import long_tailed
@@ -73,23 +70,14 @@ def kept_tokens(corpus: Corpus, tokenizer: Tokenizer, *, max_length: int, folder
 
   Args:
     tokenizer: to sentences of `max_length` tokens.
-    folder: where they are kept, by a hash of the sentences and of what makes tokens of them. One that cannot be written
-      is warned of.
+    folder: where they are kept, by a hash of the sentences and of what makes tokens of them.
   """
   made_by = code_digest.of(*TOKENIZER, packages=TOKENIZER_PACKAGES)
-  digest = hashlib.sha256("\0".join([made_by, str(max_length), *corpus.flat]).encode()).hexdigest()
-  file = pathlib.Path(folder) / f"{digest}.npy"
-  try:
-    ids = np.load(file, allow_pickle=False)
-    if ids.shape == (len(corpus.flat), max_length) and ids.dtype == np.int32:
-      return Tokens(ids, np.cumsum([0, *map(len, corpus.sentences)]))
-  except (OSError, ValueError, EOFError):
-    pass  # not there yet, or damaged
-  tokens, content = tokenise(corpus, tokenizer), io.BytesIO()
-  np.save(content, tokens.ids)
-  try:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    files.write_whole(file, content.getvalue())
-  except OSError as error:
-    logging.warning("tokens are not kept in %s: %s", folder, error.strerror or error)
+  key = "\0".join([made_by, str(max_length), *corpus.flat]).encode()
+  store = Store(folder, "tokens")
+  ids = store.read_array(key, rows=len(corpus.flat), dtype=np.int32)
+  if ids is not None:
+    return Tokens(ids, np.cumsum([0, *map(len, corpus.sentences)]))
+  tokens = tokenise(corpus, tokenizer)
+  store.write_array(key, tokens.ids)
   return tokens

@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from diffdis_jax.common import buckets
 from diffdis_jax.data import latents, long_tail, records, shapes
 from diffdis_jax.data.layouts import find
 from diffdis_jax.errors import UserError, check_number
-
-NAMES = ("shapes", "pairs", "latents", *long_tail.NAMES, *find.NAMES)
 
 
 @runtime_checkable
@@ -33,60 +32,151 @@ class Described(Protocol):
   def fields(self, index: int) -> dict[str, Any]: ...
 
 
-def open_source(
-  *,
-  name: str,
-  image_size: int,
-  split: str = "train",
-  path: str | os.PathLike[str] = "",
-  seed: int = 0,
-  num_images: int | None = None,
-  caption_fields: Sequence[str] = (),
-) -> Source:
-  """The source of this name.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+  """What a config says of a source. A kind of source says how it is opened, and which of these fields it lacks.
 
-  Args:
-    name: `shapes`, rendered by index; `pairs`, a folder written by prepare_data; `latents`, one of encoded images; a
-      long-tailed set of `data.long_tail`; or a published set, such as `cifar10`, in place, wherever under `path` it
-      lies in a layout that `data.layouts` reads.
+  Attributes:
+    name: one of KINDS.
     image_size: side in pixels at which shapes are rendered. Stored images keep theirs until the loader resizes them.
     split: of `shapes`: train, test, unseen, all. Of `pairs`: what the folder has. A published set is measured on one
       split alone, whatever this says.
     path: the prepared folder, local or any that etils.epath reads; unused by `shapes`. Of a published set, the folder
       of all of them.
     seed: of the rendered shapes.
-    num_images: number of shapes; by default shapes.SPLITS. Of `pairs`: only the first so many. Not of a published set.
+    num_images: number of shapes; by default shapes.SPLITS. Of `pairs` and `latents`: only the first so many.
     caption_fields: fields of a record whose texts are its captions; none for the captions that it came with.
 
   Raises:
-    UserError: unknown name, unknown split, a path that holds no prepared data set or one of the other kind, or fields
-      that its first record does not have.
+    UserError: a number out of its range, or a field that this kind lacks.
   """
-  if name not in NAMES:
-    raise UserError(f"unknown data source {name!r}; there are {', '.join(NAMES)}")
-  if num_images is not None and num_images < 1:
-    raise UserError(f"num_images is {num_images}; at least 1, or None for all")
-  if name in long_tail.NAMES:
-    if num_images is not None or caption_fields:
-      raise UserError(f"{name} has no fields num_images and caption_fields; it is opened as a whole")
-    return long_tail.open_labelled(name=name, path=path, split=split, image_size=image_size, seed=seed)
-  if name in find.NAMES:
-    if num_images is not None:
-      raise UserError(f"{name} has no field num_images; it is opened as a whole")
-    published = find.open_set(buckets.local(path, "data.path"), name)
-    return records.Recaptioned(published, caption_fields) if caption_fields else published
-  if name == "pairs":
-    if "latents" in (records.read_info(path).metadata or {}):
-      raise UserError(f"{path} holds latents, not images; train from it with data.name=latents, and measure on images")
-    return records.open_pairs(path, split=split, num_images=num_images, caption_fields=caption_fields)
-  if name == "latents":
-    return latents.open_latents(path, split=split, num_images=num_images, caption_fields=caption_fields)
-  if split not in shapes.SPLITS:
-    raise UserError(f"shapes has no split {split!r}; there are {', '.join(shapes.SPLITS)}")
-  rendered = shapes.Shapes(split=split, image_size=image_size, seed=seed, num_images=num_images)
-  if missing := [field for field in caption_fields if field not in rendered[0]]:
-    raise UserError(f"shapes has no caption field {missing[0]!r}; its records have {', '.join(sorted(rendered[0]))}")
-  return records.Recaptioned(rendered, caption_fields) if caption_fields else rendered
+
+  LACKS: ClassVar[tuple[str, ...]] = ()
+
+  name: str
+  image_size: int
+  split: str = "train"
+  path: str | os.PathLike[str] = ""
+  seed: int = 0
+  num_images: int | None = None
+  caption_fields: Sequence[str] = ()
+
+  def __post_init__(self) -> None:
+    # Before a file is opened: what is wrong with the fields themselves is told first.
+    if self.num_images is not None and self.num_images < 1:
+      raise UserError(f"num_images is {self.num_images}; at least 1, or None for all")
+    if any(getattr(self, field) for field in self.LACKS):
+      fields = f"field{'s' * (len(self.LACKS) > 1)} {' and '.join(self.LACKS)}"
+      raise UserError(f"{self.name} has no {fields}; it is opened as a whole")
+
+  def open(self) -> Source:
+    """Raises UserError: no such split or data, or fields that its first record does not have."""
+    raise NotImplementedError
+
+  def describe(self) -> str:
+    """One line about it, with what its preparation counted."""
+    return f"{self.name}{f' in {path}' if (path := str(self.path)) else ''}, split {self.split}"
+
+  def _recaptioned(self, source: Source) -> Source:
+    return records.Recaptioned(source, self.caption_fields) if self.caption_fields else source
+
+
+class _Shapes(Section):
+  """Rendered by index."""
+
+  def open(self) -> Source:
+    if self.split not in shapes.SPLITS:
+      raise UserError(f"shapes has no split {self.split!r}; there are {', '.join(shapes.SPLITS)}")
+    rendered = shapes.Shapes(split=self.split, image_size=self.image_size, seed=self.seed, num_images=self.num_images)
+    if missing := [field for field in self.caption_fields if field not in rendered[0]]:
+      raise UserError(f"shapes has no caption field {missing[0]!r}; its records have {', '.join(sorted(rendered[0]))}")
+    return self._recaptioned(rendered)
+
+
+class _Pairs(Section):
+  """A folder written by prepare_data."""
+
+  def open(self) -> Source:
+    # Latents lie in such folders too. Without this the first batch would fail, and not say of what.
+    if "latents" in (records.read_info(self.path).metadata or {}):
+      raise UserError(
+        f"{self.path} holds latents, not images; train from it with data.name=latents, and measure on images"
+      )
+    return records.open_pairs(
+      self.path, split=self.split, num_images=self.num_images, caption_fields=self.caption_fields
+    )
+
+  def describe(self) -> str:
+    if not str(self.path):
+      return super().describe()
+    info = records.read_info(self.path)
+    report = (info.metadata or {}).get(self.split, {})
+    counts = [
+      f"{what} {', '.join(f'{n:,} with {reason}' for reason, n in report[what].items())}"
+      for what in ("skipped", "changed")
+      if report.get(what)
+    ]
+    there = f"{info.name} {info.version} in {self.path}, split {self.split}"
+    return "; ".join([f"{there}: {info.splits[self.split].num_examples:,} records", *counts])
+
+
+class _Latents(_Pairs):
+  """Such a folder, of encoded images."""
+
+  def open(self) -> Source:
+    return latents.open_latents(
+      self.path, split=self.split, num_images=self.num_images, caption_fields=self.caption_fields
+    )
+
+
+class _LongTailed(Section):
+  """A set of `data.long_tail`."""
+
+  LACKS = ("num_images", "caption_fields")
+
+  def open(self) -> Source:
+    return long_tail.open_labelled(
+      name=self.name, path=self.path, split=self.split, image_size=self.image_size, seed=self.seed
+    )
+
+
+class _Published(Section):
+  """A set in place, wherever under `path` it lies in a layout that `data.layouts` reads."""
+
+  LACKS = ("num_images",)
+
+  def open(self) -> Source:
+    return self._recaptioned(find.open_set(buckets.local(self.path, "data.path"), self.name))
+
+
+KINDS: dict[str, type[Section]] = {
+  "shapes": _Shapes,
+  "pairs": _Pairs,
+  "latents": _Latents,
+  **dict.fromkeys(long_tail.NAMES, _LongTailed),
+  **dict.fromkeys(find.NAMES, _Published),
+}
+
+
+def read(*, name: str, **fields: Any) -> Section:
+  """The section of this kind.
+
+  Args:
+    name: one of KINDS.
+    fields: the rest of `Section`'s.
+
+  Raises:
+    UserError: unknown name, or as `Section`.
+    TypeError: a field that no section has.
+  """
+  if name not in KINDS:
+    raise UserError(f"unknown data source {name!r}; there are {', '.join(KINDS)}")
+  return KINDS[name](name=name, **fields)
+
+
+def open_source(*, name: str, image_size: int, **fields: Any) -> Source:
+  """The source that `read` makes a section of. Raises UserError: as `read` and `Section.open`."""
+  return read(name=name, image_size=image_size, **fields).open()
 
 
 class Mixture(NamedTuple):
@@ -113,19 +203,3 @@ def open_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) 
       raise UserError(f"data.mixture.{name}: {error}") from error
     weights.append(float(weight))
   return Mixture(tuple(made), tuple(weights))
-
-
-def describe(*, path: str | os.PathLike[str] = "", split: str = "train", **section: Any) -> str:
-  """One line about a section's source, with what its preparation counted."""
-  if not str(path) or section.get("name") in long_tail.NAMES:
-    return f"{section.get('name')}{f' in {path}' if str(path) else ''}, split {split}"
-  info = records.read_info(path)
-  report = (info.metadata or {}).get(split, {})
-  counts = [
-    f"{what} {', '.join(f'{n:,} with {reason}' for reason, n in report[what].items())}"
-    for what in ("skipped", "changed")
-    if report.get(what)
-  ]
-  return "; ".join(
-    [f"{info.name} {info.version} in {path}, split {split}: {info.splits[split].num_examples:,} records", *counts]
-  )

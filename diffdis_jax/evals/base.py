@@ -25,6 +25,7 @@ from diffdis_jax.data import records, sources, transforms
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import resize
 
 CHUNK = 1024  # images that share a seed; the noise of an image depends on it, not on the device's batch size
 TEXTS = 8192  # embedded at a time, of which a progress line is
@@ -61,6 +62,7 @@ def subset(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:
     return np.arange(length)
   if num_images < 1:
     raise UserError(f"num_images is {num_images}; it should be at least 1, or None for all")
+  # Sorted, so that a source that is read from a disk is read from its beginning to its end.
   return np.sort(np.random.default_rng(0).permutation(length)[:num_images])
 
 
@@ -75,12 +77,13 @@ def get_field(record: Mapping[str, Any], field: str) -> Any:
   return record[field]
 
 
-def captions(record: Mapping[str, Any], field: str = "") -> tuple[str, ...]:
+def captions(record: Mapping[str, Any], field: str = "") -> Sequence[str]:
   """The captions in this field of a record; without one, all of its captions, of which training draws.
 
   Raises:
     UserError: no such field, or no caption in it.
   """
+  # A field that was asked for by name counts alone, also where the record lists its captions.
   if not field and (several := records.captions_of(record)):
     return tuple(several)
   field = field or "caption"
@@ -111,11 +114,11 @@ def origin(source: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _usable(index: SupportsIndex) -> Iterator[None]:
+def _usable(index: SupportsIndex, what: str = "the data set") -> Iterator[None]:
   try:
     yield
   except records.Unusable as error:
-    raise UserError(f"record {index} of the data set is no use: {error}; prepare the data set again") from error
+    raise UserError(f"record {index} of {what} is no use: {error}; prepare the data set again") from error
 
 
 def read_image(source: Any, index: SupportsIndex) -> Image.Image:
@@ -136,6 +139,7 @@ def to_square(
   Args:
     crop_pct: of the square's side that is kept, its middle; 0.875 is 224 px of 256.
   """
+  # Resized first and cut then, as torchvision and timm do it.
   side = int(image_size / crop_pct)
   start = (side - image_size) // 2
   return np.asarray(transforms.resize(_decoded(image), side))[start : start + image_size, start : start + image_size]
@@ -151,12 +155,23 @@ def decoders() -> ThreadPoolExecutor:
 @dataclasses.dataclass(frozen=True)
 class Images:
   """Images of a source as squares, u8[n h w 3], decoded when they are asked for: a host decodes its own rows alone, on
-  all of its cores."""
+  all of its cores.
+
+  Attributes:
+    source: its records have `image`, encoded or as u8[h w 3].
+    indices: which of them, in which order.
+    image_size: side of the squares, pixels.
+    crop_pct: as `to_square` takes it.
+    resampling: one of `resize.RESAMPLING`, for squares as FID's reference takes them; empty for those of `to_square`.
+    what: the source is, for messages.
+  """
 
   source: Any
   indices: Int[np.ndarray, " n"]
   image_size: int
   crop_pct: float = 1.0
+  resampling: str = ""
+  what: str = "the data set"
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -165,8 +180,11 @@ class Images:
     return np.stack(list(decoders().map(self._square, self.indices[places].tolist())))
 
   def _square(self, index: int) -> UInt8[np.ndarray, "s s 3"]:
-    with _usable(index):
-      return to_square(self.source[index]["image"], self.image_size, self.crop_pct)
+    with _usable(index, self.what):
+      image = self.source[index]["image"]
+      if self.resampling:
+        return resize.square(_decoded(image), self.image_size, self.resampling)
+      return to_square(image, self.image_size, self.crop_pct)
 
 
 def chunks(source: Any, indices: Int[np.ndarray, " n"], *, image_size: int, crop_pct: float = 1.0) -> Iterator[Images]:
@@ -186,6 +204,7 @@ def embed_images(
   crop_pct: float = 1.0,
 ) -> Float[np.ndarray, "n d"]:
   """ê_0 of each image, L2-normalised, in the order of `indices`. Each chunk has a seed of its own."""
+  # A chunk, not a batch, has a seed: another batch size on another machine gives the same figures.
   found, progress = [], Progress("embedded", len(indices), "images")
   for i, images in enumerate(chunks(source, indices, image_size=inference.image_size, crop_pct=crop_pct)):
     found.append(inference.embed_images(params, images, seed=seed + i * CHUNK))
@@ -195,6 +214,7 @@ def embed_images(
 
 def embed_texts(inference: Any, params: Mapping[str, Any], texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
   """e of each text, L2-normalised."""
+  # Text by text there is no noise, and so no seed. The pieces are for the progress line and the memory of tokens.
   tokenizer = Tokenizer(inference.max_length)
   found, progress = [], Progress("embedded", len(texts), "texts")
   for start in range(0, len(texts), TEXTS):
@@ -216,6 +236,7 @@ def ranks(
   A tie counts against the query, and so does a NaN: a model that maps everything to one point ranks last, not first.
   Scores are computed on the device, `BLOCK` queries at a time.
   """
+  # Keys go to the device once; queries in blocks, since all scores of MSCOCO are 25,000 x 5,000.
   size, on_device = min(BLOCK, len(queries)), jnp.asarray(keys)
   found = []
   for start in range(0, len(queries), BLOCK):
@@ -229,9 +250,11 @@ def ranks(
 def _ranks(
   queries: Float[Array, "q d"], keys: Float[Array, "k d"], query_groups: Int[Array, " q"], key_groups: Int[Array, " k"]
 ) -> Int[Array, " q"]:
+  # The default precision of a TPU rounds to bf16, in which distinct scores become ties.
   scores = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
   own = query_groups[:, None] == key_groups[None]
   best = jnp.where(own, scores, -jnp.inf).max(axis=1, keepdims=True)
+  # "Not smaller" instead of "larger or equal": a NaN is neither, and so counts against the query.
   return (~own & ~(scores < best)).sum(axis=1)
 
 

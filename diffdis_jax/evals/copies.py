@@ -33,6 +33,8 @@ class OwnDistances:
     self._images = images
     self._least = np.full(num_classes, np.nan)
     for k in np.unique(labels):
+      # Two images of one class in different styles: how near different pictures of a thing come to each other. What is
+      # nearer than that to a training image owes it more than the class.
       own = squared_distances(images[labels == k], images[labels == k])
       if len(own) > 1:
         self._least[k] = own[np.triu_indices(len(own), 1)].min()
@@ -42,10 +44,12 @@ class OwnDistances:
 
     Images of a class with fewer than two training images are left out; None where all are.
     """
+    # Nothing tells how near images of a class come to each other where there is one of them.
     judged = self._is_judged(labels)
     if not judged.any():
       return None
     images, least = images[judged], self._least[labels[judged]]
+    # In blocks: the distances of all images to all others may not fit in memory.
     blocks = range(0, len(images), ROWS)
     nearest = [squared_distances(images[start : start + ROWS], self._images).min(axis=1) for start in blocks]
     return float((np.concatenate(nearest) < least).mean())

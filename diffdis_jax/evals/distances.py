@@ -43,10 +43,12 @@ def gaussian(features: Float[np.ndarray, "n d"]) -> Gaussian:
   count, width = features.shape
   if count < 2:
     raise UserError(f"{count} image{'s' * (count != 1)}: a covariance takes at least 2 images, and FID thousands")
+  # In blocks: features are f32, and a copy of 30,000 of them in f64 is half a gigabyte.
   blocks = [slice(start, start + BLOCK) for start in range(0, count, BLOCK)]
   mean = np.sum([features[rows].sum(axis=0, dtype=np.float64) for rows in blocks], axis=0) / count
   if not np.isfinite(mean).all():
     raise UserError("features that are not finite: the images or the weights are broken")
+  # The mean first and the covariance of what is centred: E[xx] - E[x]E[x] loses digits, which FID needs.
   covariance = np.zeros((width, width))
   for rows in blocks:
     centred = features[rows].astype(np.float64) - mean
@@ -60,6 +62,7 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
   The last trace is that of (R S2 R)^½ where R R = S1: real and never negative, also where there are fewer samples than
   dimensions. A product's square root itself, as scipy's sqrtm takes it, is neither.
   """
+  # Rounding makes the smallest eigenvalues of a covariance negative, here and below; they are 0.
   values, vectors = np.linalg.eigh(a.covariance)
   root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
   products = np.linalg.eigvalsh(root @ b.covariance @ root)
@@ -87,9 +90,11 @@ def kernel(
   subset_size = min(subset_size, len(x), len(y))
   if subset_size < 2:
     raise UserError(f"{len(x)} and {len(y)} images: KID takes at least 2 of each")
+  # The legacy generator, since only that draws the subsets that torch-fidelity draws.
   rng = np.random.RandomState(seed)
   found = []
   for _ in range(subsets):
+    # x before y in each turn: the order of the draws is part of the figure.
     first, second = (rows[rng.choice(len(rows), subset_size, replace=False)].astype(np.float64) for rows in (x, y))
     found.append(_mmd(first, second))
   return Kernel(float(np.mean(found)), float(np.std(found)), subset_size)

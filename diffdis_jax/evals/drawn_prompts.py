@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,20 +59,24 @@ def draw(source: Any, *, num_images: int | None, captions: str, seed: int) -> li
   check_number("prompts_seed", seed, at_least=0)
   rng = np.random.default_rng(seed)
   if captions == "per_image":
+    # All places and captions are drawn before any is dropped, so that fewer images are the first of more.
     order = rng.permutation(len(source))
     which = rng.random(len(source))
     chosen = [(int(i), float(u)) for i, u in zip(order, which)][: _count(len(source), num_images)]
-    found = [(i, *_one(base.captions(base.read(source, i)), u)) for i, u in chosen]
+    found = [_one(i, base.captions(base.read(source, i)), u) for i, u in chosen]
   else:
-    every = [(i, k, text) for i in range(len(source)) for k, text in enumerate(base.captions(base.read(source, i)))]
+    # Each caption is as likely as any other, so that a record with more of them comes up more often.
+    texts = (base.captions(base.read(source, i)) for i in range(len(source)))
+    every = [_Prompt(i, k, text) for i, several in enumerate(texts) for k, text in enumerate(several)]
     found = [every[i] for i in rng.permutation(len(every))[: _count(len(every), num_images)]]
   return [
     Part(
+      # A part is the unit of what is kept: a killed command loses at most this many images.
       number=start // PART,
       first=start,
-      records=np.array([record for record, _, _ in found[start : start + PART]], np.int32),
-      captions=np.array([caption for _, caption, _ in found[start : start + PART]], np.int32),
-      prompts=tuple(text for _, _, text in found[start : start + PART]),
+      records=np.array([each.record for each in found[start : start + PART]], np.int32),
+      captions=np.array([each.caption for each in found[start : start + PART]], np.int32),
+      prompts=tuple(each.text for each in found[start : start + PART]),
     )
     for start in range(0, len(found), PART)
   ]
@@ -93,10 +98,19 @@ def records(parts: list[Part]) -> Int[np.ndarray, " n"]:
   return np.concatenate([part.records for part in parts])
 
 
-def _one(texts: tuple[str, ...], u: float) -> tuple[int, str]:
-  """The caption at the fraction u of them, 0 <= u < 1."""
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+  """A text, of which record and which of its captions."""
+
+  record: int
+  caption: int
+  text: str
+
+
+def _one(record: int, texts: Sequence[str], u: float) -> _Prompt:
+  """The caption at u of them, 0 <= u < 1."""
   place = int(u * len(texts))
-  return place, texts[place]
+  return _Prompt(record, place, texts[place])
 
 
 def _count(available: int, num_images: int | None) -> int:

@@ -11,6 +11,7 @@ from diffdis_jax.data import records
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.base import Eval
 from diffdis_jax.evals.retrieval import Retrieval
+from diffdis_jax.evals.sections import Section
 from diffdis_jax.evals.zero_shot import ZeroShot
 
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
@@ -22,8 +23,8 @@ SETS = {f"emoji/{split}": count for split, count in COUNTS.items()}
 ANEW = "prepare it anew by python -m diffdis_jax.prepare_data emoji"
 
 
-def sections(root: pathlib.Path, *, image_size: int) -> list[tuple[str, dict[str, Any]]]:
-  """(data set, what its evaluation takes): zero-shot classification and retrieval on each split that is there.
+def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
+  """Zero-shot classification and retrieval on each split that is there.
 
   Of retrieval, whatever bears the query's caption is right: in `val_concepts` several artists' images have the same.
 
@@ -34,6 +35,7 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[tuple[str, dict[str
   Raises:
     UserError: there is none, or it lacks a split.
   """
+  # As the other suites look under ROOT/NAME; but the prepared folder itself is what a user has at hand.
   path = next((each for each in (root, root / "emoji") if (each / "dataset_info.json").exists()), None)
   if path is None:
     raise UserError(
@@ -41,6 +43,7 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[tuple[str, dict[str
       " python -m diffdis_jax.prepare_data emoji"
     )
   there = records.read_info(path).splits
+  # A partial set would give a partial table without a word; only OpenMoji is a package of its own.
   if missing := [split for split in ("train", *COUNTS) if split not in there and split != OPTIONAL]:
     raise UserError(f"{path} has no split {missing[0]}, which the suite emoji needs; {ANEW}")
   splits = [split for split in COUNTS if split in there]
@@ -49,11 +52,12 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[tuple[str, dict[str
   found = []
   for split in splits:
     data = {"name": "pairs", "path": str(path), "split": split, "image_size": image_size}
-    zero_shot = {"task": "zero_shot", "data": data, "label_field": "concept", "templates": TEMPLATES}
+    zero_shot: dict[str, Any] = {"data": data, "label_field": "concept", "templates": TEMPLATES}
+    # Its drawings have concepts that training saw in other styles, and concepts that it never saw.
     if split in WITH_UNSEEN:
       zero_shot["seen_split"] = "train"
-    found.append((f"emoji/{split}", zero_shot))
-    found.append((f"emoji/{split}", {"task": "retrieval", "data": data, "duplicate_captions": True}))
+    found.append(Section(f"emoji/{split}", "zero_shot", zero_shot))
+    found.append(Section(f"emoji/{split}", "retrieval", {"data": data, "duplicate_captions": True}))
   return found
 
 

@@ -47,6 +47,8 @@ class PartsFolder:
     Raises:
       UserError: one that cannot be read, or was made otherwise; on every process.
     """
+    # One process looks, and all hear the same: on a shared disk two could see different states of it, and one would
+    # generate while the other waits.
     found = np.zeros(len(parts), np.uint8)
 
     def look() -> None:
@@ -67,6 +69,7 @@ class PartsFolder:
   ) -> None:
     """Writes the images, where they are kept, and then the part. Raises UserError: they cannot be written."""
     try:
+      # Images first: a part is finished where its features are, and then its images must be there too.
       if self.keep_images:
         (self._folder / "images").mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
@@ -93,6 +96,7 @@ class PartsFolder:
 
   def _header(self, part: Part) -> dict[str, Any]:
     header = {**self.header, "first": part.first, "prompts": list(part.prompts)}
+    # Tuples become lists, and keys texts, in a file; compared as they are, equal headers would differ.
     return json.loads(json.dumps(header))  # as it will be read
 
   def _is_finished(self, part: Part) -> bool:
@@ -100,6 +104,8 @@ class PartsFolder:
       return False
     content = self._load(part)
     there, here = content["header"], self._header(part)
+    # Features of another protocol among these would spoil the figure unseen. Nothing is removed for the user, who may
+    # have mistyped the folder.
     for name in sorted(there.keys() | here.keys()):
       if there.get(name) != here.get(name):
         raise UserError(
@@ -108,6 +114,7 @@ class PartsFolder:
         )
     if content["features"].shape[0] != len(part):
       raise UserError(f"{self._file(part)} has {len(content['features'])} images, not {len(part)}; remove it")
+    # Features without the images that are asked for now: the part is generated again, to the same features.
     return not self.keep_images or all(self._image(part.first + i).exists() for i in range(len(part)))
 
   def _load(self, part: Part) -> dict[str, Any]:

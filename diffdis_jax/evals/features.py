@@ -48,8 +48,10 @@ class Extractor:
     check_choice("resize", kind, resize.KINDS)
     self._kind = kind
     self._batched = batches.Batches(mesh, batch_size, after_batch)
+    # On every device: the network is small, and sharded weights would be gathered for each batch.
     self._params = sharding.replicated(params, mesh)
     compiled = lambda name, f: programs.Program(name, jax.jit(sharding.traced_for(mesh, f, matmul_precision="highest")))
+    # Two programs: the resize depends on the images' size, and the network, which takes long to compile, does not.
     self._normalise = compiled("the resize for Inception", self._normalised)
     self._network = compiled("Inception", self._layers)
 
@@ -59,7 +61,9 @@ class Extractor:
 
   def layers(self, images: UInt8[np.ndarray, "n h w 3"] | Any) -> Features:
     """All four layers' features."""
+    # clean-fid resizes by PIL, which runs on the host. TensorFlow's resize is a few gathers, on the device.
     shown = _Clean(images) if self._kind == "clean" else images
+    # All layers as one array, since rows of batches are gathered from all processes as one.
     rows = self._batched(lambda x: self._network(self._params, self._normalise(x)), shown)
     found: list[Any] = np.split(rows, np.cumsum(WIDTHS)[:-1], axis=1)
     return Features(*found)

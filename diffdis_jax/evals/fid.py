@@ -18,7 +18,7 @@ from diffdis_jax.common.progress import Progress
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, check_choice
-from diffdis_jax.evals import distances, drawn_prompts, real_images, reference, resize
+from diffdis_jax.evals import base, distances, drawn_prompts, reference, resize
 from diffdis_jax.evals.drawn_prompts import Part
 from diffdis_jax.evals.feature_parts import PartsFolder
 from diffdis_jax.evals.features import Extractor
@@ -32,7 +32,7 @@ FEW_NOTE = f"of fewer than {FEW} images FID is biased upwards; compare it only a
 MEASURES = ("fid", "kid", "kid_std")
 # What makes features of images, and what draws images of prompts.
 EXTRACTING = (
-  *("models/inception.py", "interop/inception.py", "evals/features.py", "evals/resize.py", "evals/real_images.py"),
+  *("models/inception.py", "interop/inception.py", "evals/features.py", "evals/resize.py", "evals/base.py"),
   *("data/records.py", "data/transforms.py"),
 )
 SAMPLING = (
@@ -86,6 +86,7 @@ class Fid:
     parts: str = "",
     keep_images: bool = False,
   ):
+    # In this order: settings, weights, data, prompts, reference; a slip in a word must not wait for a disk.
     _check_settings(inception, num_images, resize, resampling, reference, parts, keep_images)
     self._data, self._seed, self._parts, self._keep_images = dict(data), seed, parts, keep_images
     self._weights = inception_file.read(inception)
@@ -111,6 +112,8 @@ class Fid:
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference; what is known of the reference only after it."""
+    # Before the run there is none yet, where it is made of the data; the results file leaves these fields out when it
+    # compares (results.AFTERWARDS).
     found = self._reference
     return {
       **_drawing(inference),
@@ -134,6 +137,7 @@ class Fid:
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
     """fid, kid and kid_std, where the reference has the features that KID takes, and num_images."""
+    # Parts before the reference: a folder of another protocol is refused before minutes go into real images.
     extractor, folder, finished = self._extractor_of(inference), None, np.zeros(len(self._plan), bool)
     if self._parts:
       folder = PartsFolder(self._parts, self._header(inference, params), self._keep_images)
@@ -146,6 +150,7 @@ class Fid:
         progress.add(len(part))
       else:
         progress.pass_over(len(part))
+        # Only process 0 measures, so the others need not read what another run left.
         features.append(folder.read(part) if folder and processes.is_first() else np.empty((0, 0), np.float32))
     return {**self._measure(features), "num_images": float(self._count)}
 
@@ -153,6 +158,7 @@ class Fid:
     self, part: Part, inference: Any, params: Mapping[str, Any], extractor: Extract, folder: PartsFolder | None
   ) -> Float[np.ndarray, "n d"]:
     """The features of a part's images, written if there is a folder. Image i's noise is of the seed and i alone."""
+    # `first` makes the noise that of the image's place among all, whatever the parts are.
     tokens = self._tokenizer(inference.max_length)(part.prompts)
     noise = inference.noise(len(part), self._seed, first=part.first)
     images = inference.generate(params, tokens, noise)
@@ -163,6 +169,7 @@ class Fid:
 
   def _measure(self, features: list[Float[np.ndarray, "_ _"]]) -> dict[str, float]:
     """On process 0, for all."""
+    # NaN stands for a figure that there is not, in an array that process 0 can send to all.
     found = np.full(len(MEASURES), np.nan)
 
     def measure() -> None:
@@ -194,6 +201,7 @@ class Fid:
 
   def _extractor_of(self, inference: Any) -> Extract:
     """Compiled once for an inference."""
+    # While a run trains, the same evaluation is called again and again, each time with the same inference.
     if self._extractor is None or self._extractor[0] is not inference:
       made = Extractor(
         self._weights.params,
@@ -209,6 +217,7 @@ class Fid:
     """Reads the file, if there is one, or else finds the images of which it will be made."""
     self._reference_file, self._resampling, self._reference = file, resampling, None
     self._code = code_digest.of(*EXTRACTING, packages=EXTRACTING_PACKAGES)
+    # "all" by default, but only what was asked for is a reason to refuse a file: others do not say what theirs is of.
     which = images or "all"
     self._real, self._real_indices = self.source, np.arange(len(self.source))
     self._images: dict[str, Any] = {"which": which, "data": self._data}
@@ -216,7 +225,7 @@ class Fid:
       self._real_indices = np.unique(drawn_prompts.records(self._plan))
       self._images |= self._prompts
     elif which != "all":
-      self._real = real_images.open_folder(which)
+      self._real = reference.open_folder(which)
       self._real_indices, self._images = np.arange(len(self._real)), {"which": which}
     self._reference_name = f"{which} of {self._data.get('path') or self._data.get('name')}"
     if file and buckets.path(file).exists():
@@ -233,12 +242,14 @@ class Fid:
 
   def _make_reference(self, extractor: Extract, image_size: int) -> None:
     """Unless there is one, on process 0: makes it on all, and writes it where it has a name."""
+    # Process 0 may have read a file that the others cannot see.
     if bool(processes.from_first(np.uint8(self._reference is not None))):
       return
     parts, progress = [], Progress("FID: looked at", len(self._real_indices), "images", every=0)
     for start in range(0, len(self._real_indices), drawn_prompts.PART):
       rows = self._real_indices[start : start + drawn_prompts.PART]
-      parts.append(extractor(real_images.RealImages(self._real, rows, image_size, self._resampling)))
+      images = base.Images(self._real, rows, image_size, resampling=self._resampling, what="the reference's images")
+      parts.append(extractor(images))
       progress.add(len(rows))
     protocol = {
       **self._made,

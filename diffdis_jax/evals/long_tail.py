@@ -59,10 +59,11 @@ class LongTail:
     source = sources.open_source(**data)
     assert isinstance(source, long_tail.LabelledSource)
     self.source, self.labels, self._data = source, source.labels, data
+    # The sentences and the training counts are the set's, whatever split is measured.
     where = {name: value for name, value in data.items() if name not in ("split", "image_size")}
     self.corpus = long_tail.open_corpus(**where)
     self.train_counts = long_tail.train_counts(**where)
-    self._neighbours, self._visual_share, self._fraction, self._seed = neighbours, visual_share, crop_pct, seed
+    self._neighbours, self._visual_share, self._crop_pct, self._seed = neighbours, visual_share, crop_pct, seed
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""
@@ -78,7 +79,7 @@ class LongTail:
       "classes_of_groups": {name: group(name) for name in GROUPS},
       "neighbours": self._neighbours,
       "visual_share": self._visual_share,
-      "crop_pct": self._fraction,
+      "crop_pct": self._crop_pct,
       "ties": "the first counts",
     }
 
@@ -86,16 +87,19 @@ class LongTail:
     """image_acc: an image's nearest sentence is of its class. text_acc: a sentence's nearest image is of its class.
     knn_acc: most of an image's nearest sentences are. acc: the head's prediction, and acc_summed_GROUP by the sum of
     its branches' logits, by which VL-LTR gives its groups."""
+    # All of a split: groups of rare classes have few images, and a part of them would be noise.
     indices = np.arange(len(self.labels))
-    images = base.embed_images(inference, params, self.source, indices, seed=self._seed, crop_pct=self._fraction)
+    images = base.embed_images(inference, params, self.source, indices, seed=self._seed, crop_pct=self._crop_pct)
     texts, of_text = base.embed_texts(inference, params, self.corpus.flat), self.corpus.labels
     classes = of_text[nearest.nearest(images, texts, count=self._neighbours)]
     found = self.labels[nearest.nearest(texts, images, count=1)[:, 0]]
     metrics = {"text_acc": float((found == of_text).mean())}
     metrics |= self._by_group("image_acc", classes[:, 0] == self.labels)
     metrics |= self._by_group("knn_acc", nearest.vote(classes) == self.labels)
+    # Stage 1 has a backbone alone; the head comes with stage 2.
     if inference.network.model.head is not None:
       logits = self._class_logits(inference, params)
+      # The mix of the branches' softmax is VL-LTR's prediction. By the sum of logits, below, its code gives the groups.
       predicted = np.asarray(lgr.mixed_prediction(jnp.asarray(logits).swapaxes(0, 1), self._visual_share))
       metrics |= self._by_group("acc", predicted.argmax(axis=1) == self.labels)
       for number, branch in enumerate(("visual", "language")):
@@ -105,8 +109,9 @@ class LongTail:
 
   def _class_logits(self, inference: Any, params: Mapping[str, Any]) -> Float[np.ndarray, "n 2 k"]:
     indices = np.arange(len(self.labels))
+    # The same seeds as base.embed_images, so that the head sees the noise by which its backbone is measured.
     found, progress = [], Progress("classified", len(indices), "images")
-    chunks = base.chunks(self.source, indices, image_size=inference.image_size, crop_pct=self._fraction)
+    chunks = base.chunks(self.source, indices, image_size=inference.image_size, crop_pct=self._crop_pct)
     for i, images in enumerate(chunks):
       found.append(inference.class_logits(params, images, seed=self._seed + i * base.CHUNK))
       progress.add(len(images))

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 QUERIES, KEYS = 1024, 16384  # rows and columns of a block
@@ -19,15 +20,16 @@ def nearest(
   queries: Float[np.ndarray, "q d"], keys: Float[np.ndarray, "m d"], *, count: int, block: int = KEYS
 ) -> Int[np.ndarray, "q n"]:
   """Places of the `count` keys of the largest inner products with each query, the best first."""
+  # Scores of all images with all sentences of Places-LT would not fit: the best of a block meet the best so far.
   count, block = min(count, len(keys)), min(block, len(keys))
   blocks = [_padded(keys, start, block) for start in range(0, len(keys), block)]
   found = []
   for start in range(0, len(queries), QUERIES):
     rows = jnp.asarray(_padded(queries, start, min(QUERIES, len(queries))))
-    best = jnp.full((len(rows), count), -jnp.inf), jnp.zeros((len(rows), count), jnp.int32)
+    best = Best(jnp.full((len(rows), count), -jnp.inf), jnp.zeros((len(rows), count), jnp.int32))
     for number, part in enumerate(blocks):
       best = _better(best, rows, part, jnp.int32(number * block), jnp.int32(len(keys)), count=count)
-    found.append(np.asarray(best[1]))
+    found.append(np.asarray(best.places))
   return np.concatenate(found)[: len(queries)]
 
 
@@ -36,29 +38,37 @@ def _padded(x: Float[np.ndarray, "n d"], start: int, size: int) -> Float[np.ndar
   return x[np.minimum(np.arange(start, start + size), len(x) - 1)]
 
 
+class Best(struct.PyTreeNode):
+  """Of each query the largest scores so far, and whose they are; the best first."""
+
+  scores: Float[Array, "q n"]
+  places: Int[Array, "q n"]
+
+
 @functools.partial(jax.jit, static_argnames="count")
 def _better(
-  best: tuple[Float[Array, "q n"], Int[Array, "q n"]],
+  best: Best,
   queries: Float[Array, "q d"],
   keys: Float[Array, "m d"],
   first: Int[Array, ""],
   end: Int[Array, ""],
   *,
   count: int,
-) -> tuple[Float[Array, "q n"], Int[Array, "q n"]]:
+) -> Best:
   """The best so far and of these keys, whose places begin at `first`; places from `end` on are padding."""
   places = first + jnp.arange(len(keys), dtype=jnp.int32)
   scores = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
+  # Padding and NaN must never win; -inf loses even against the initial best, whose place is 0.
   scores = jnp.where((places < end) & ~jnp.isnan(scores), scores, -jnp.inf)
   of_block, which = jax.lax.top_k(scores, min(count, len(keys)))
   # Earlier places stand first, and of equal values top_k takes the first.
-  values = jnp.concatenate([best[0], of_block], axis=1)
-  values, order = jax.lax.top_k(values, count)
-  return values, jnp.take_along_axis(jnp.concatenate([best[1], places[which]], axis=1), order, axis=1)
+  scores, order = jax.lax.top_k(jnp.concatenate([best.scores, of_block], axis=1), count)
+  return Best(scores, jnp.take_along_axis(jnp.concatenate([best.places, places[which]], axis=1), order, axis=1))
 
 
 def vote(classes: Int[np.ndarray, "q n"]) -> Int[np.ndarray, " q"]:
   """The most frequent class of each row; of equally frequent ones that which is met first."""
+  # argmax takes the first of equal counts, which is the class of the better sentence.
   counts = (classes[:, :, None] == classes[:, None, :]).sum(axis=2)
   return classes[np.arange(len(classes)), counts.argmax(axis=1)]
 

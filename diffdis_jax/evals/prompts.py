@@ -50,7 +50,7 @@ def comparable(name: str) -> str:
   return " ".join(name.replace("_", " ").lower().split())
 
 
-def read_strings(path: str, *, what: str) -> tuple[str, ...]:
+def read_strings(path: str, *, what: str) -> Sequence[str]:
   """A JSON file with one list of strings.
 
   Raises:
@@ -79,11 +79,12 @@ def resolve_classnames(classnames: Sequence[str] | Mapping[str, str] | str) -> C
   Raises:
     UserError: the file is unreadable, or holds neither.
   """
+  # An object is keyed by the data's own names, so that the order of the classes does not matter; a list is by number.
   found = _read_json(classnames, what="class names") if isinstance(classnames, str) else classnames
   if isinstance(found, Mapping) and _are_strings(found.values()):
     return ClassNames(names=tuple(found.values()), keys=tuple(found), by_key=True)
   names = read_strings(classnames, what="class names") if isinstance(classnames, str) else tuple(classnames)
-  return ClassNames(names=names, keys=names)
+  return ClassNames(names=tuple(names), keys=tuple(names))
 
 
 def repeated_names(names: Sequence[str]) -> list[str]:
@@ -97,13 +98,14 @@ def repeated(names: Sequence[str]) -> str:
   return ", ".join(map(repr, found[:10])) + (", ..." if len(found) > 10 else "")
 
 
-def resolve_templates(templates: Sequence[str] | str) -> tuple[str, ...]:
+def resolve_templates(templates: Sequence[str] | str) -> Sequence[str]:
   """Templates given as such or as a JSON file's path; empty means `TEMPLATES`.
 
   Raises:
     UserError: the file is unreadable, or a template has no place for the class name.
   """
   found = read_strings(templates, what="templates") if templates and isinstance(templates, str) else tuple(templates)
+  # A template without a slot gives every class the same embedding, and accuracy of chance without an error.
   for template in found:
     if not _SLOT.search(template):
       raise UserError(f"template {template!r} has no place for the class name; write {{}} or {{c}} where it goes")

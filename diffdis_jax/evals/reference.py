@@ -10,8 +10,9 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from diffdis_jax.models.inception import WIDTH
 FORM = "it should be an .npz with mu [2048] and sigma [2048, 2048], as pytorch-fid or this command writes it"
 # What of a reference's protocol must be as in the measurement, and what it is called.
 SAME = {"resize": "resize", "weights_sha256": "Inception weights"}
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,30 @@ class Reference:
     return hashlib.sha256(self.gaussian.mean.tobytes() + self.gaussian.covariance.tobytes()).hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """A source of the images in a folder, in the order of their names; of the folders in it, none."""
+
+  files: Sequence[pathlib.Path]
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return {"image": self.files[index].read_bytes(), "caption": "", "key": self.files[index].name}
+
+
+def open_folder(path: str | os.PathLike[str]) -> Folder:
+  """Raises UserError: no folder there, or fewer than two images in it."""
+  folder = buckets.local(path, "the reference's folder")
+  if not folder.is_dir():
+    raise UserError(f"no folder {folder}; it should hold the reference's images, {', '.join(ENDINGS)}")
+  found = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
+  if len(found) < 2:
+    raise UserError(f"{folder} holds {len(found)} images ({', '.join(ENDINGS)}); a reference takes at least 2")
+  return Folder(found)
+
+
 def of_features(features: Float[np.ndarray, "n d"], *, protocol: Mapping[str, Any], name: str) -> Reference:
   """Raises UserError: fewer than two images."""
   return Reference(distances.gaussian(features), features, {**protocol, "num_images": len(features)}, name)
@@ -63,6 +89,7 @@ def write(path: str | os.PathLike[str], reference: Reference) -> None:
     "sigma": reference.gaussian.covariance,
     "num_images": np.asarray(reference.gaussian.count),
     "protocol": np.asarray(json.dumps(reference.protocol)),
+    # More than pytorch-fid keeps, since KID cannot be had from mean and covariance.
     "features": reference.features,
   }
   np.savez(buffer, **content)
@@ -82,6 +109,7 @@ def read(path: str | os.PathLike[str]) -> Reference:
   try:
     with buckets.path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
       content = {name: file[name] for name in file.files}
+    # f64 whatever the file has: the trace of the square root is a small difference of large numbers.
     mean, covariance = (content[name].astype(np.float64) for name in ("mu", "sigma"))
     protocol = (
       parse_json(str(content["protocol"]), f"the protocol in --reference={path}") if "protocol" in content else None
@@ -89,6 +117,7 @@ def read(path: str | os.PathLike[str]) -> Reference:
     count = int(content["num_images"]) if "num_images" in content else None
   except (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
     raise UserError(f"cannot read --reference={path}: {error}; {FORM}") from error
+  # A file of another layer or network has other widths; FID of it would be another measure.
   if mean.shape != (WIDTH,) or covariance.shape != (WIDTH, WIDTH):
     raise UserError(f"--reference={path} has mu {list(mean.shape)} and sigma {list(covariance.shape)}; {FORM}")
   if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
@@ -111,6 +140,7 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str) -> None:
   Raises:
     UserError: they were made by another resize, with other weights, or of other images than those asked for.
   """
+  # Other tools write no protocol. They are what users have, so the doubt is said and the file taken.
   protocol = reference.protocol
   if protocol is None:
     logging.warning(
@@ -130,6 +160,7 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str) -> None:
       f"--reference={path} is of other images, {protocol.get('images')}, than those asked for, {expected['images']};"
       " name a new file, which is then made"
     )
+  # Only a warning: most changes of code leave the features as they are, and the file took long.
   if protocol.get("code") != expected["code"]:
     logging.warning(
       "--reference=%s was made by other code or with other versions of JAX or Pillow; to have it made again, name a new"

@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-import inspect
-import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+import functools
+from collections.abc import Collection
 from typing import Any
 
+from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.config.objectives import ALIGNED, GENERATIVE
 from diffdis_jax.data import sources
-from diffdis_jax.errors import UserError, check_type
-from diffdis_jax.evals.agreement import Agreement
+from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.evals import settings
 from diffdis_jax.evals.base import Eval
 from diffdis_jax.evals.fid import Fid
+from diffdis_jax.evals.generation_accuracy import GenerationAccuracy
 from diffdis_jax.evals.long_tail import LongTail
-from diffdis_jax.evals.recognition import Recognition
 from diffdis_jax.evals.retrieval import Retrieval
+from diffdis_jax.evals.settings import Setting
 from diffdis_jax.evals.zero_shot import ZeroShot
 
 EVALS = {
   "zero_shot": ZeroShot,
   "retrieval": Retrieval,
-  "agreement": Agreement,
-  "recognition": Recognition,
+  "generation_accuracy": GenerationAccuracy,
   "fid": Fid,
   "long_tail": LongTail,
 }
-_LIKE = {"int": 0, "float": 0.0, "bool": False}  # annotation of a setting -> a value of its type
+FORMER = {"agreement": "generation_accuracy", "recognition": "generation_accuracy"}  # names of tasks -> today's
 # What a run has to be trained for, one of them.
 MEASURES = {
   "zero_shot": ALIGNED,
   "retrieval": ALIGNED,
-  "agreement": GENERATIVE,
-  "recognition": GENERATIVE,
+  "generation_accuracy": GENERATIVE,
   "fid": GENERATIVE,
   "long_tail": ALIGNED,
 }
+MOST_SEED = 2**32 - 1  # of jax's random keys
+
+
+@functools.cache
+def settings_of(task: str) -> dict[str, Setting]:
+  """The settings of an evaluation that a flag can give. Raises UserError: no such evaluation."""
+  check_task(task)
+  return settings.of(EVALS[task])
+
+
+def check_task(task: str) -> None:
+  """Raises UserError: there is no evaluation of this name, or it has another name today."""
+  if task in FORMER:
+    raise UserError(f"task {task} is now called {FORMER[task]}; write that instead")
+  if task not in EVALS:
+    raise UserError(f"unknown task {task!r}; {did_you_mean(task, EVALS)}")
 
 
 def check_objectives(name: str, task: str, objectives: Collection[str]) -> None:
@@ -53,28 +68,10 @@ def create(task: str, **section: Any) -> Eval:
   Raises:
     UserError: no such evaluation, or settings or data that it refuses.
   """
-  if task not in EVALS:
-    raise UserError(f"unknown evaluation {task!r}; there are {', '.join(EVALS)}")
-  _check_takes(f"evaluation {task}", EVALS[task], section)
-  if "data" in section:
-    _check_takes(f"data of evaluation {task}", sources.open_source, section["data"])
+  check_task(task)
+  # Types first, then the data's fields, then the range of the seed: the constructor opens the data, which takes longer.
+  settings.check(f"evaluation {task}", EVALS[task], section)
+  if section.get("data") is not None:
+    settings.check(f"data of evaluation {task}", sources.open_source, section["data"])
+  check_number(f"evaluation {task}: seed", section.get("seed", 0), at_least=0, at_most=MOST_SEED)
   return EVALS[task](**section)
-
-
-def _check_takes(what: str, made: Callable[..., Any], settings: Any) -> None:
-  """Raises UserError unless `made` can be called with these settings."""
-  taken = inspect.signature(made)
-  if not isinstance(settings, Mapping):
-    raise UserError(f"{what} is {settings!r}; it should have {', '.join(taken.parameters)}")
-  try:
-    taken.bind(**settings)
-  except TypeError as error:
-    raise UserError(f"{what}: {error}; it takes {', '.join(taken.parameters)}") from error
-  for name, value in settings.items():
-    kinds = str(taken.parameters[name].annotation).split(" | ") if name in taken.parameters else ["Any"]
-    if kinds == ["Any"] or (value is None and "None" in kinds):
-      continue
-    if kinds[0] in _LIKE:
-      check_type(f"{what}: {name}", value, _LIKE[kinds[0]])
-    elif not isinstance(value, str | Sequence | Mapping | os.PathLike):
-      raise UserError(f"{what}: {name} is {value!r}; it must be {' or '.join(kinds)}")

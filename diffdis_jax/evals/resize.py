@@ -6,6 +6,8 @@ values of 0 to 255, of which the network sees (value - 128) / 128. Statistics by
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
@@ -28,17 +30,26 @@ def tensorflow(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b 299 299 3"]:
   Source: torch-fidelity, interpolate_compat_tensorflow.py.
   """
   x = images.astype(jnp.float32)
-  low, high, part = _grid(x.shape[2])
-  x = _between(x[:, :, low], x[:, :, high], part[:, None])
-  low, high, part = _grid(x.shape[1])
-  return _between(x[:, low], x[:, high], part[:, None, None])
+  # Columns first, then rows, each rounded to f32: the other order gives other last bits.
+  columns, rows = _grid(x.shape[2]), _grid(x.shape[1])
+  x = _between(x[:, :, columns.low], x[:, :, columns.high], columns.part[:, None])
+  return _between(x[:, rows.low], x[:, rows.high], rows.part[:, None, None])
 
 
-def _grid(size: int) -> tuple[Int[np.ndarray, "299"], Int[np.ndarray, "299"], Float[np.ndarray, "299"]]:
+@dataclasses.dataclass(frozen=True)
+class _Grid:
   """Of each of the new places: the old ones below and above, and how far it is between them."""
+
+  low: Int[np.ndarray, "299"]
+  high: Int[np.ndarray, "299"]
+  part: Float[np.ndarray, "299"]
+
+
+def _grid(size: int) -> _Grid:
   place = np.arange(SIDE, dtype=np.float32) * (np.float32(size) / np.float32(SIDE))
   low = np.floor(place).astype(np.int32)
-  return low, np.minimum(low + 1, size - 1), place - low.astype(np.float32)
+  # Past the last pixel's corner there is nothing to go towards, and its own value counts.
+  return _Grid(low, np.minimum(low + 1, size - 1), place - low.astype(np.float32))
 
 
 def _between(
@@ -52,10 +63,12 @@ def clean(images: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b 299 299 
 
   Source: clean-fid, resize.py.
   """
-  to_side = lambda channel: Image.fromarray(channel).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-  resized = [
-    np.stack([np.asarray(to_side(image[..., i].astype(np.float32))) for i in range(3)], axis=-1) for image in images
-  ]
+
+  def to_side(channel: UInt8[np.ndarray, "h w"]) -> Float[np.ndarray, "299 299"]:
+    # In f32, since PIL rounds what it resizes in bytes, which is what clean-fid is there to avoid.
+    return np.asarray(Image.fromarray(channel.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+  resized = [np.stack([to_side(image[..., i]) for i in range(3)], axis=-1) for image in images]
   return np.stack(resized).clip(0, 255)
 
 
@@ -64,6 +77,7 @@ def square(image: Image.Image, size: int, resampling: str) -> UInt8[np.ndarray, 
 
   Source: U-ViT, datasets.py center_crop, which takes Lanczos (not stated by the paper).
   """
+  # Cut in whole pixels and before the resize, as U-ViT does: transforms.resize, of training, does both in one.
   side = min(image.size)
   left, top = (image.width - side) // 2, (image.height - side) // 2
   central = image.crop((left, top, left + side, top + side))

@@ -60,6 +60,7 @@ class ResultFile:
   def __init__(self, path: str):
     self._path, self.results = path, {}
     if buckets.path(path).exists():
+      # Means are left out: with a set more they are others.
       for task, records in read(path).items():
         self.results[task] = {name: record for name, record in records.items() if not is_mean(name)}
 
@@ -70,12 +71,14 @@ class ResultFile:
       UserError: it is, by another protocol or with other weights.
     """
     record = self.results.get(task, {}).get(dataset)
+    # Two sets by different protocols in one table would be compared by its readers.
     if record is not None and (different := differences([record["protocol"], protocol], ignored=AFTERWARDS)):
       field, (before, now) = next(iter(different.items()))
       raise UserError(
         f"--out={self._path} has {dataset} by another protocol, {field} {_short(before)} where this measurement has"
         f" {_short(now)}; name a new file, or remove it"
       )
+    # The file may be on process 0's disk alone; whether to measure is one decision.
     found = bool(processes.from_first(np.uint8(record is not None)))
     if found:
       logging.info("%s: %s is already in %s", task, dataset, self._path)
@@ -103,6 +106,7 @@ def write_text(path: str, text: str) -> None:
 
 def differences(protocols: Iterable[Mapping[str, Any]], *, ignored: Iterable[str] = ()) -> dict[str, list[Any]]:
   """Field -> its value in each of the protocols, of the fields in which they differ; None where one lacks it."""
+  # One of them was read from a file, where tuples are lists.
   plain = [json.loads(json.dumps(dict(protocol))) for protocol in protocols]
   fields = dict.fromkeys(field for protocol in plain for field in protocol if field not in {*ignored})
   values = {field: [protocol.get(field) for protocol in plain] for field in fields}

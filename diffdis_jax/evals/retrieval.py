@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from diffdis_jax.data import sources
 from diffdis_jax.evals import base
@@ -45,11 +46,12 @@ class Retrieval:
   ):
     self.source = sources.open_source(**data)
     self._indices = base.subset(len(self.source), num_images)
-    self._equal_captions = duplicate_captions
+    self._duplicate_captions = duplicate_captions
     self._seed = seed
     self._shuffle_labels = shuffle_labels
     captions = [base.captions(base.fields(self.source, i), caption_field) for i in self._indices]
     self.texts = [text for texts in captions for text in texts]
+    # Groups decide what is right: an image's own captions, or those of all images with the same ones.
     self.image_groups = _group(captions) if duplicate_captions else np.arange(len(captions))
     self.text_groups = np.repeat(self.image_groups, [len(texts) for texts in captions])
 
@@ -60,7 +62,7 @@ class Retrieval:
       "seed": self._seed,
       "num_images": len(self._indices),
       "num_texts": len(self.texts),
-      "duplicate_captions": self._equal_captions,
+      "duplicate_captions": self._duplicate_captions,
       "ties": base.TIES,
       **base.origin(self.source),
       "shuffle_labels": self._shuffle_labels,
@@ -69,6 +71,7 @@ class Retrieval:
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
     """image_retrieval_recall@k, a text finds its image; text_retrieval_recall@k, an image finds one of its texts."""
     order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
+    # The leak test shuffles what is shown and not what is asked: places, and with them the noise, stay.
     images = base.embed_images(inference, params, self.source, order, seed=self._seed)
     texts = base.embed_texts(inference, params, self.texts)
     found = {
@@ -78,7 +81,7 @@ class Retrieval:
     return {f"{way}_retrieval_recall@{k}": float((found[way] < k).mean()) for k in RECALL_AT for way in found}
 
 
-def _group(captions: Sequence[tuple[str, ...]]) -> np.ndarray:
+def _group(captions: Sequence[Sequence[str]]) -> Int[np.ndarray, " n"]:
   """The same number for images whose captions are the same."""
-  numbers: dict[tuple[str, ...], int] = {}
-  return np.array([numbers.setdefault(texts, len(numbers)) for texts in captions])
+  numbers: dict[Sequence[str], int] = {}
+  return np.array([numbers.setdefault(tuple(texts), len(numbers)) for texts in captions])

@@ -38,8 +38,10 @@ def draw_grid(images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], *, 
   if not len(images) or len(images) != len(captions):
     raise ValueError(f"{len(images)} images and {len(captions)} captions; each image needs one")
   count, height, width, _ = images.shape
+  # A whole factor: between pixels nothing is made up that the model did not generate.
   factor = max(1, round(TILE / width))
   font = ImageFont.load_default(FONT_SIZE)
+  # The longest caption decides for all rows, so that tiles stay in line.
   lines = [wrap(caption, font, width * factor) for caption in captions]
   text_height = LINE_HEIGHT * max(map(len, lines))
   step_x, step_y = width * factor + GAP, height * factor + text_height + GAP

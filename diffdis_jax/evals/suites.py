@@ -10,22 +10,24 @@ set.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from diffdis_jax.common import buckets
+from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.data import records, transforms
 from diffdis_jax.data.layouts import class_lists, find
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, emoji, prompts
-from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import base, emoji, prompts, registry
 from diffdis_jax.evals.base import Eval
 from diffdis_jax.evals.fid import Fid
+from diffdis_jax.evals.results import Results
 from diffdis_jax.evals.retrieval import Retrieval
+from diffdis_jax.evals.sections import Section
 from diffdis_jax.evals.zero_shot import ZeroShot
 from diffdis_jax.run import provenance
 
@@ -81,10 +83,14 @@ OF_THE_PAPER = {"zero_shot12": ZERO_SHOT12, "retrieval": RETRIEVAL, "fid": FID, 
 SUITES = (*OF_THE_PAPER, "emoji")
 
 
-def sections(
-  suite: str, root: str, *, objectives: Collection[str], image_size: int
-) -> list[tuple[str, dict[str, Any]]]:
-  """(data set, what its evaluation takes) of the sets of a suite that lie under `root`; the others are warned of.
+def check_name(suite: str) -> None:
+  """Raises UserError: there is no such suite."""
+  if suite not in SUITES:
+    raise UserError(f"unknown suite {suite!r}; {did_you_mean(suite, SUITES)}")
+
+
+def sections(suite: str, root: str, *, objectives: Collection[str], image_size: int) -> list[Section]:
+  """Those of a suite's sets that lie under `root`; the others are warned of.
 
   Args:
     suite: one of `SUITES`.
@@ -93,17 +99,20 @@ def sections(
     image_size: of the run.
 
   Raises:
-    UserError: no such folder, or none of the sets in it.
+    UserError: no such suite or folder, or none of the sets in it.
   """
+  check_name(suite)
   folder = buckets.local(root, "--data_root")
   if not folder.is_dir():
     raise UserError(f"no folder --data_root={root}; it should hold the data sets, each in a folder of its name")
   if suite == "emoji":
     return emoji.sections(folder, image_size=image_size)
-  able = {task for task, any_of in evals.MEASURES.items() if suite != "paper" or {*any_of} & {*objectives}}
+  # A suite that was named is measured or refused. `paper` is all of them, of which a run may be trained for some.
+  able = {task for task, any_of in registry.MEASURES.items() if suite != "paper" or {*any_of} & {*objectives}}
   for task in sorted({each.task for each in OF_THE_PAPER[suite].values()} - able):
     logging.warning("%s is left out: the run's objectives are %s", task, ", ".join(objectives))
   wanted = {name: each for name, each in OF_THE_PAPER[suite].items() if each.task in able}
+  # Sets are large and few users have all twelve: those that lie there are measured.
   there = [name for name in wanted if find.is_there(folder, name)]
   missing = [name for name in wanted if name not in there]
   if not there:
@@ -111,19 +120,16 @@ def sections(
     raise UserError(f"no data set of {suite} in --data_root={root}; its folders were looked for: {looked}")
   if missing:
     logging.warning("%s: not in %s, and so not measured: %s", suite, root, ", ".join(missing))
-  return [(name, _section(name, root, image_size)) for name in there]
+  return [_section(name, root, image_size) for name in there]
 
 
-def _section(name: str, root: str, image_size: int) -> dict[str, Any]:
-  section: dict[str, Any] = {
-    "task": SETS[name].task,
-    "data": {"name": name, "path": root, "image_size": image_size},
-  }
+def _section(name: str, root: str, image_size: int) -> Section:
+  settings: dict[str, Any] = {"data": {"name": name, "path": root, "image_size": image_size}}
   if name in ZERO_SHOT12:
     known = class_lists.load()[name]
-    section |= {"classnames": known.classnames, "templates": known.templates}
-    section |= {"single_template": SINGLE_TEMPLATE, "metric": SETS[name].metric}
-  return section
+    settings |= {"classnames": known.classnames, "templates": known.templates}
+    settings |= {"single_template": SINGLE_TEMPLATE, "metric": SETS[name].metric}
+  return Section(name, SETS[name].task, settings)
 
 
 def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
@@ -144,6 +150,7 @@ def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
   source = evaluation.source if isinstance(evaluation, ZeroShot | Retrieval | Fid) else None
   if not isinstance(source, Labelled | Captioned):
     return
+  # torchvision's folders say which split they are; a copy of another kind may be any of the published ones.
   counts = SETS[name].counts
   expected = counts.get(source.origin.split, ()) if source.origin.layout == "torchvision" else ()
   expected = expected or [count for several in counts.values() for count in several]
@@ -155,6 +162,7 @@ def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
     )
   if isinstance(source, Labelled):
     _check_classes(name, source, incomplete)
+  # A download that broke off leaves files without content. Ten of them show it, before hours of others.
   for index in np.random.default_rng(0).permutation(len(source))[:DECODED]:
     _check_image(name, source, int(index))
 
@@ -167,6 +175,7 @@ def _check_classes(name: str, source: Labelled, incomplete: bool) -> None:
       f" {source.classnames[absent[0]]!r}; download it anew, or give --incomplete to measure what is there"
     )
   ours = class_lists.load()[name].templates
+  # Prompts decide a point or two, so that all layouts of a set are measured with one list.
   theirs = source.origin.templates and prompts.resolve_templates(source.origin.templates)
   if theirs and [prompts.fill(template, "{}") for template in theirs] != [*ours]:
     logging.warning("%s: %d templates came with the data, and OpenAI's %d are used", name, len(theirs), len(ours))
@@ -188,22 +197,23 @@ def is_whole(name: str, record: Mapping[str, Any]) -> bool:
   return protocol["num_images"] in counts and not protocol.get("shuffle_labels")
 
 
-def means(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-  """(task, record) of the means over the sets that were measured.
+def means(results: Mapping[str, Mapping[str, Any]]) -> Results:
+  """{task: {name: record}} of the means over the sets that were measured.
 
   Of zero-shot classification the unweighted mean of each set's own metric, of retrieval that of recall@1 both ways. Its
   name is `mean_over_12`, or `mean_over_2`, if all the sets are there, whole; else `mean_of_k`.
   """
+  made: Results = {}
   for task, wanted in (("zero_shot", ZERO_SHOT12), ("retrieval", RETRIEVAL)):
     found = {name: results[task][name] for name in wanted if name in results.get(task, {})}
     if not found:
       continue
+    # The name tells at a glance whether it may stand beside the paper's: a mean over other sets does not compare.
     whole = len(found) == len(wanted) and all(is_whole(name, record) for name, record in found.items())
     name = f"mean_over_{len(wanted)}" if whole else f"mean_of_{len(found)}"
     first = next(iter(found.values()))
-    yield (
-      task,
-      base.make_record(
+    made[task] = {
+      name: base.make_record(
         dataset=name,
         model=first["model"],
         pretrained=first["pretrained"],
@@ -211,8 +221,9 @@ def means(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[
         metrics=_zero_shot_means(found) if task == "zero_shot" else _retrieval_means(found),
         protocol={"sets": {each: record["protocol"]["num_images"] for each, record in found.items()}, "whole": whole},
         provenance={**provenance.together(found.values()), "run": first.get("provenance", {}).get("run")},
-      ),
-    )
+      )
+    }
+  return made
 
 
 def figure(name: str, record: Mapping[str, Any], *, single: bool = False) -> float:
@@ -221,8 +232,11 @@ def figure(name: str, record: Mapping[str, Any], *, single: bool = False) -> flo
 
 
 def _zero_shot_means(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-  mean = lambda single: float(np.mean([figure(name, record, single=single) for name, record in found.items()]))
-  return {"mean": mean(False), "mean_single_template": mean(True)}
+
+  def mean(*, single: bool) -> float:
+    return float(np.mean([figure(name, record, single=single) for name, record in found.items()]))
+
+  return {"mean": mean(single=False), "mean_single_template": mean(single=True)}
 
 
 def _retrieval_means(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

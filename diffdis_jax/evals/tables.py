@@ -11,6 +11,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import suites
 from diffdis_jax.evals.results import Results, differences, is_mean
+from diffdis_jax.parallel import processes
 
 NONE = "–"
 # What two models may differ in and still be measured alike.
@@ -47,10 +48,18 @@ def compare(paths: Sequence[str], out: str) -> None:
     raise UserError(f"--out={out} should name the Markdown table to write, such as F.md")
   if len(set(paths)) < len(paths):
     raise UserError(f"--compare={','.join(paths)} names a file twice")
+  # Short names where they tell the files apart.
   names = [pathlib.PurePath(path).stem for path in paths]
   titles = names if len(set(names)) == len(names) else paths
   found = {title: result_files.read(path) for title, path in zip(titles, paths, strict=True)}
   result_files.write_text(out, table(found))
+
+
+def write(run: str, results: Results, out: str) -> None:
+  """Writes a run's results as a table beside the JSON file `out`, on process 0. Raises UserError: it cannot be."""
+  if processes.is_first():
+    title = pathlib.PurePath(run).name
+    result_files.write_text(f"{out.removesuffix('.json')}.md", table({title: results}))
 
 
 def table(by_name: Mapping[str, Results]) -> str:
@@ -84,6 +93,7 @@ def _zero_shot(by_name: Mapping[str, Results], notes: list[str]) -> str:
     for title, known in PAPER.items()
     if "imagenet1k" in known
   ]
+  # The mean is marked if one of its columns is.
   heads = [*(suites.SETS[name].title + marks[name] for name in names), f"mean over 12{max(marks.values())}"]
   per_class = ", ".join(suites.SETS[name].title for name in names if suites.SETS[name].metric == suites.PER_CLASS)
   note = f"Top-1 accuracy in per cent, the mean over classes for {per_class}. {PAPER_NOTE}"
@@ -143,6 +153,7 @@ def _fid(by_name: Mapping[str, Results], notes: list[str]) -> str:
       value = metrics.get(name, {}).get(metric)
       cells.append(NONE if value is None else f"{value * (1000 if metric == 'kid' else 1):.{digits}f}")
     rows.append((title, cells))
+  # The paper's figure is of MSCOCO; under another set it would ask to be compared.
   if not suites.FID.keys() & {*names}:
     return f"## FID\n\n{_markdown(heads, rows)}"
   known = PAPER["the paper's DiffDis"]["fid"]
@@ -198,6 +209,7 @@ def _others(by_name: Mapping[str, Results], notes: list[str]) -> str:
 def _mark(task: str, name: str, by_name: Mapping[str, Results], notes: list[str]) -> str:
   """A dagger where the protocols of the files differ for this set, and how they differ among the notes."""
   found = {title: results[task][name] for title, results in by_name.items() if name in results.get(task, {})}
+  # Weights and checkpoint differ between models by nature, and are what is compared.
   different = differences([record["protocol"] for record in found.values()], ignored=OF_A_MODEL)
   for field, values in different.items():
     said = "; ".join(f"{title}: {_short(value)}" for title, value in zip(found, values, strict=True))

@@ -75,17 +75,20 @@ class ZeroShot:
     self._single = prompts.resolve_templates((single_template,))[0] if single_template else self.templates[0]
     self._metric = metric
 
+    # Names first: labels that are numbers are places in them.
     given = prompts.resolve_classnames(classnames) if classnames else None
     labels = _read_labels(self.source, label_field, given)
     classes = given or _occurring(labels)
     places = _places(labels, classes)
     kept = classes
     if only_classes_present:
+      # Fewer classes are an easier question, which is why it is no default.
       present, places = np.unique(places, return_inverse=True)
       names, keys = (tuple(field[i] for i in present) for field in (classes.names, classes.keys))
       kept = classes._replace(names=names, keys=keys)
     self.classnames = kept.names
     self.labels = places[self._indices]
+    # ImageNet's folders without a list of names: every prompt would be "a photo of a n01440764".
     if all(_NUMBER.fullmatch(name) for name in self.classnames):
       raise UserError(
         f"the class names are numbers such as {self.classnames[0]}; give a JSON list of names in their order as"
@@ -119,9 +122,11 @@ class ZeroShot:
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
     """acc1, acc5, the mean and the lowest recall of a class: of all templates averaged, and of the single one."""
+    # The leak test changes which image is shown, and nothing else: labels, places and noise stay.
     order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
     images = base.embed_images(inference, params, self.source, order, seed=self._seed)
     by_template = self._embed_classes(inference, params)
+    # The mean of unit vectors, normalised again, as CLIP builds its classifier of several templates.
     mean = np.stack([by_template[template] for template in self.templates]).mean(axis=0)
     ensemble = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
     metrics = self._measure(images, ensemble)
@@ -129,6 +134,7 @@ class ZeroShot:
     return metrics | {f"{name}_single_template": value for name, value in single.items()}
 
   def _embed_classes(self, inference: Any, params: Mapping[str, Any]) -> dict[str, Float[np.ndarray, "k d"]]:
+    # The single template is often among the others, and is then embedded once.
     templates = [*dict.fromkeys((*self.templates, self._single))]
     texts = [prompts.fill(template, name) for template in templates for name in self.classnames]
     embedded = base.embed_texts(inference, params, texts)
@@ -155,6 +161,7 @@ class ZeroShot:
 
 def class_recalls(right: Bool[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " k"]:
   """The share of right answers of each class that occurs, by its number."""
+  # Classes without an image have no recall; they still stand among the answers.
   counts = np.bincount(labels)
   hits = np.bincount(labels, weights=right)
   return hits[counts > 0] / counts[counts > 0]
@@ -202,6 +209,7 @@ def _check_number(label: Any, field: str, record: Mapping[str, Any], classes: pr
 def _check_names(named: Collection[tuple[int, str]], classes: prompts.ClassNames) -> None:
   """Raises UserError where the data's name for a number is not that of the class list."""
   for number, name in sorted(named):
+    # A folder that is called by its number says nothing of the order of the names.
     is_number = name.isdecimal() and int(name) == number
     if not is_number and prompts.comparable(name) != prompts.comparable(classes.names[number]):
       raise UserError(
@@ -218,6 +226,7 @@ def _occurring(labels: Sequence[str | int]) -> prompts.ClassNames:
 
 def _places(labels: Sequence[str | int], classes: prompts.ClassNames) -> Int[np.ndarray, " n"]:
   """Each label's place in the class list."""
+  # Spelling of the data and of a list differ in case and underscores, and mean the same class.
   index = {prompts.comparable(key): i for i, key in enumerate(classes.keys)}
   names = {label for label in labels if isinstance(label, str)}
   if names and len(index) < len(classes.keys):

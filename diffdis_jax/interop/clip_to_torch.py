@@ -22,6 +22,7 @@ HEAD = "head.safetensors"  # of a long-tailed run's second stage
 def check(model: Mapping[str, Any]) -> None:
   """Raises UserError for a network that the two libraries cannot hold."""
   text, vision = model["text_encoder"], model["vision_encoder"]
+  # transformers has an activation for each tower; open_clip's `quick_gelu` is one switch.
   if text["activation"] != vision["activation"]:
     raise UserError(
       f"model.text_encoder.activation is {text['activation']} and model.vision_encoder.activation"
@@ -53,15 +54,15 @@ def write(folder: pathlib.Path, params: Params, *, model: Mapping[str, Any], dty
   """
   check(model)
   text, vision = model["text_encoder"], model["vision_encoder"]
-  entries = [mapping.from_path(path, mapping.CLIP) for path in params]
-  converted = lambda component: {
-    entry.name: to_torch.convert(entry, params[entry.path], dtype) for entry in entries if entry.component == component
-  }
-  arrays, head = converted("clip"), converted("head")
-  if head:
-    tensor_files.save(head, folder / HEAD)
-  tensor_files.save(arrays, folder / TRANSFORMERS)
-  tensor_files.save(openclip.restore(arrays), folder / OPEN_CLIP)
+  arrays: dict[str, dict[str, Any]] = {"clip": {}, "head": {}}
+  for entry in (mapping.from_path(path, mapping.CLIP) for path in params):
+    arrays[entry.component][entry.name] = to_torch.convert(entry, params[entry.path], dtype)
+  # A file of its own: transformers and open_clip have no place for a head, and warn of names that they do not know.
+  if arrays["head"]:
+    tensor_files.save(arrays["head"], folder / HEAD)
+  tensor_files.save(arrays["clip"], folder / TRANSFORMERS)
+  tensor_files.save(openclip.restore(arrays["clip"]), folder / OPEN_CLIP)
+  # Last: a folder without configs is one whose export was cut off, which neither library loads.
   configs = {
     "config.json": sections.write_clip(text, vision),
     "preprocessor_config.json": _preprocessor(vision["image_size"]),

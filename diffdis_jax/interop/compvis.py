@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from typing import NamedTuple
 
 from diffdis_jax.interop.tensor_files import Tensors
 
@@ -48,8 +49,15 @@ _VAE_PARTS = (
 )
 
 
-def split(tensors: Tensors) -> tuple[dict[str, Tensors], list[str]]:
-  """The tensors of each component in diffusers' names, and the names of those that belong to none."""
+class Split(NamedTuple):
+  """A file's tensors by component, in diffusers' names, and the file's names of those that belong to none."""
+
+  components: dict[str, Tensors]
+  others: list[str]
+
+
+def split(tensors: Tensors) -> Split:
+  """A single file's tensors as diffusers would have them in a folder for each component."""
   components: dict[str, Tensors] = {component: {} for component in PREFIXES}
   others = []
   for name, tensor in tensors.items():
@@ -59,14 +67,17 @@ def split(tensors: Tensors) -> tuple[dict[str, Tensors], list[str]]:
         break
     else:
       others.append(name)
+  # Depth and levels first, which the file's names alone tell: its blocks are numbered through.
   depth, levels = unet_depth(components["unet"]), vae_levels(components["vae"])
   components["unet"] = {unet_name(name, depth=depth): tensor for name, tensor in components["unet"].items()}
   components["vae"] = {vae_name(name, levels=levels): tensor for name, tensor in components["vae"].items()}
-  return components, others
+  return Split(components, others)
 
 
 def unet_depth(names: Collection[str]) -> int:
   """Residual blocks a level on the way down, from the UNet's names in the file."""
+  # The blocks of a level are its residual ones and its downsampling, which the last level lacks; the first convolution
+  # makes up for that, so that they divide evenly.
   blocks = {name.split(".")[1] for name in names if name.startswith("input_blocks.")}
   levels = 1 + len({name.split(".")[1] for name in names if re.match(r"input_blocks\.\d+\.0\.op\.", name)})
   return max(len(blocks) // levels - 1, 1)
@@ -90,6 +101,7 @@ def unet_name(name: str, *, depth: int) -> str:
   way, block, slot, resampling, rest = match.groups()
   level, i = divmod(int(block) - (way == "input"), depth + 1)
   side = "down" if way == "input" else "up"
+  # Slot 1 is attention where the level has it, but the upsampling where not: what tells them apart is `op` or `conv`.
   if resampling:
     return f"{side}_blocks.{level}.{side}samplers.0.conv.{rest}"
   return f"{side}_blocks.{level}.{'resnets' if slot == '0' else 'attentions'}.{i}.{rest}"

@@ -77,8 +77,10 @@ def open_source(path: pathlib.Path) -> Source:
     return _open_single_file(path)
   if not path.is_dir():
     raise UserError(f"no file or folder {path}; --source names a checkpoint")
+  # One part's folder is enough, so that the error of a pipeline without its index is about that.
   if (path / "model_index.json").exists() or any((path / part).is_dir() for part in PARTS):
     return _open_diffusers(path)
+  # An exported folder has both libraries' configs. transformers' goes first, as it states every size.
   if (path / "config.json").exists() and read_json(path / "config.json").get("model_type") == "clip":
     return _open_clip_model(path)
   if (path / "open_clip_config.json").exists():
@@ -99,7 +101,9 @@ def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matche
   matched = Matched({}, {}, list(source.others))
   for component, tensors in source.components.items():
     for name in list(tensors):
+      # Popped, since a tensor keeps its file open.
       tensor, entry = tensors.pop(name), mapping.from_name(component, name)
+      # Files have buffers that no table names, and parts that this network was built without, such as an up path.
       if entry is None or entry.path not in network:
         matched.ignored.append(f"{component}/{name}")
         continue
@@ -121,6 +125,7 @@ def read(matched: Matched) -> Params:
   """The parameters in f32. Their tensors are used up, and the files closed."""
   params, progress = {}, Progress("read", len(matched.tensors), "arrays")
   for path in list(matched.tensors):
+    # A copy in C order: transposed views would keep the file's own array alive beside it.
     params[path] = jnp.asarray(np.array(matched.tensors.pop(path).read(), np.float32, order="C"))
     progress.add(1)
   return params
@@ -129,26 +134,25 @@ def read(matched: Matched) -> Params:
 def _in_our_layout(tensor: Tensor, entry: mapping.Entry, shape: tuple[int, ...]) -> Tensor:
   """Where one side has a 1x1 convolution and the other a matrix, they are the same numbers."""
   expected = entry.shape_in_theirs(shape)
-  squeezed = lambda shape: [n for n in shape if n != 1]
-  if squeezed(tensor.shape) != squeezed(expected):
+  if [n for n in tensor.shape if n != 1] != [n for n in expected if n != 1]:
     raise UserError(
       f"{entry.component} parameter {entry.name} has shape {tensor.shape} in the checkpoint; its model has {expected}"
     )
+  # Reshaped before it is transposed: the table's axes count the expected shape's.
   return tensor.map(lambda x: entry.to_ours(x.reshape(expected)), shape)
 
 
 def _open_diffusers(folder: pathlib.Path) -> Source:
   check_version(folder)
-  unet = read_json(folder / "unet" / "config.json")
-
-  where = lambda part: str(folder / part / "config.json")
-  config = {part: read_json(folder / part / "config.json") for part in ("vae", "text_encoder")}
+  files = {part: folder / part / "config.json" for part in WITH_WEIGHTS}
+  unet, vae, text = (read_json(file) for file in files.values())
   model = {
-    "unet": sections.read_unet(unet, where("unet")),
-    "autoencoder": sections.read_vae(config["vae"], where("vae")),
-    "text_encoder": sections.read_text(config["text_encoder"], where("text_encoder")),
+    "unet": sections.read_unet(unet, str(files["unet"])),
+    "autoencoder": sections.read_vae(vae, str(files["vae"])),
+    "text_encoder": sections.read_text(text, str(files["text_encoder"])),
   }
-  sections.check_widths(unet, model, where("unet"))
+  # After all three are read: their own fields may be right, and yet not fit each other.
+  sections.check_widths(unet, model, str(files["unet"]))
   factor = 2 ** (len(model["autoencoder"]["widths"]) - 1)
   sample_size = unet.get("sample_size")
   fields = {"image_size": sample_size * factor if isinstance(sample_size, int) else IMAGE_SIZE}
@@ -157,10 +161,7 @@ def _open_diffusers(folder: pathlib.Path) -> Source:
   if scheduler.exists():
     fields["image_diffusion.schedule"] = sections.read_scheduler(read_json(scheduler), str(scheduler))
 
-  components = {
-    part: {_canonical(part, name): tensor for name, tensor in tensor_files.open_folder(folder / part).items()}
-    for part in WITH_WEIGHTS
-  }
+  components = {part: _canonical(part, tensor_files.open_folder(folder / part)) for part in WITH_WEIGHTS}
   if (folder / "diffdis.safetensors").exists():  # what export_weights wrote
     components["diffdis"] = tensor_files.open_file(folder / "diffdis.safetensors")
     _add_diffdis(folder / "diffdis_config.json", model, fields)
@@ -184,6 +185,7 @@ def check_version(folder: pathlib.Path) -> None:
   index = read_json(folder / "model_index.json")
   unet = read_json(folder / "unet" / "config.json") if (folder / "unet").is_dir() else {}
   context, name = unet.get("cross_attention_dim"), index.get("_class_name")
+  # By config alone, before any name is matched: these have most of v1's names, and would fail on one that says nothing.
   if context == 2048 or unet.get("addition_embed_type") or "text_encoder_2" in index:
     raise UserError(f"{folder} is a Stable Diffusion XL checkpoint ({name}, text condition of width {context}); {V1}")
   if context == 1024 or isinstance(unet.get("attention_head_dim"), list):
@@ -201,42 +203,49 @@ def _token_length(tokenizer: pathlib.Path, positions: int) -> int:
   return min(int(length), positions) if isinstance(length, int | float) else positions
 
 
-def _canonical(part: str, name: str) -> str:
-  """The name that mapping.py has, for what older and newer libraries write differently."""
-  if part == "text_encoder" and not name.startswith(("text_model.", "text_projection.")):
-    return f"text_model.{name}"  # transformers 5 writes it without
-  if part == "vae":  # diffusers before 0.13
-    name = re.sub(r"attentions\.0\.(query|key|value)\.", lambda match: f"attentions.0.to_{match[1][0]}.", name)
-    name = name.replace("attentions.0.proj_attn.", "attentions.0.to_out.0.")
-  return name
+# What older and newer libraries write differently: part -> (regex of their names, that of mapping.py).
+_SPELLINGS = {
+  "text_encoder": ((r"^(?!text_model\.|text_projection\.)", "text_model."),),  # transformers 5 writes it without
+  "vae": (  # diffusers before 0.13
+    (r"(attentions\.0\.)(?:(q)uery|(k)ey|(v)alue)\.", r"\1to_\2\3\4."),
+    (r"attentions\.0\.proj_attn\.", "attentions.0.to_out.0."),
+  ),
+}
+
+
+def _canonical(part: str, tensors: Tensors) -> Tensors:
+  for pattern, name in _SPELLINGS.get(part, ()):
+    tensors = {re.sub(pattern, name, theirs): tensor for theirs, tensor in tensors.items()}
+  return tensors
 
 
 def _open_single_file(path: pathlib.Path) -> Source:
   tensors = tensor_files.open_file(path)
-  has = lambda prefix: any(name.startswith(prefix) for name in tensors)
+  marks = ("conditioner.", "cond_stage_model.model.", "model.diffusion_model.input_blocks.")
+  found = {
+    prefix for prefix in (*marks, *compvis.PREFIXES.values()) if any(name.startswith(prefix) for name in tensors)
+  }
   if openclip.is_state_dict(tensors):
     return _open_openclip(tensors, path.parent / "open_clip_config.json")
-  if has("conditioner."):
+  # Both of these have model.diffusion_model.* too, so that they come before the test for v1.
+  if "conditioner." in found:
     raise UserError(f"{path} is a Stable Diffusion XL checkpoint (it has conditioner.*); {V1}")
-  if has("cond_stage_model.model."):
+  if "cond_stage_model.model." in found:
     raise UserError(f"{path} is a Stable Diffusion 2 checkpoint (it has cond_stage_model.model.*); {V1}")
-  if not has("model.diffusion_model.input_blocks."):
+  if "model.diffusion_model.input_blocks." not in found:
     examples = ", ".join(list(tensors)[:3]) or "none"
     raise UserError(f"{path} is neither a Stable Diffusion v1 nor an open_clip checkpoint; its tensors: {examples}")
-  for prefix in compvis.PREFIXES.values():
-    if not has(prefix):
-      raise UserError(
-        f"{path} has no {prefix}*; a whole Stable Diffusion v1 has {', '.join(compvis.PREFIXES.values())}"
-      )
+  if lacking := [prefix for prefix in compvis.PREFIXES.values() if prefix not in found]:
+    prefixes = ", ".join(compvis.PREFIXES.values())
+    raise UserError(f"{path} has no {lacking[0]}*; a whole Stable Diffusion v1 has {prefixes}")
 
   components, others = compvis.split(tensors)
-  components["text_encoder"] = {
-    _canonical("text_encoder", name): tensor for name, tensor in components["text_encoder"].items()
-  }
+  components["text_encoder"] = _canonical("text_encoder", components["text_encoder"])
   where = str(path)
   model = {
     "unet": shapes.unet(components["unet"], where),
     "autoencoder": dict(shapes.vae(components["vae"], where), scale=SCALE),
+    # v1's text tower is OpenAI's ViT-L/14. Which GELU it has leaves no trace in the file.
     "text_encoder": dict(shapes.text(components["text_encoder"], where), activation="quick_gelu"),
   }
   fields = {"image_size": IMAGE_SIZE, "data.max_length": model["text_encoder"]["max_length"]}

@@ -58,6 +58,7 @@ def fetch(address: str) -> Fetched:
   hub = _library()
   with _in_one_line(repo, revision):
     info = hub.HfApi().model_info(repo, revision=revision)
+    # The commit, not the branch: config and weights are two downloads, between which a branch may move.
     commit, wanted = str(info.sha), choose([file.rfilename for file in info.siblings or ()], repo)
 
     def download(files: list[str]) -> pathlib.Path:
@@ -79,7 +80,11 @@ def choose(names: Collection[str], repo: str) -> Wanted:
   Raises:
     UserError: no safetensors, or several single files.
   """
-  inside = lambda folder, pattern: [name for name in names if re.fullmatch(folder + f"(?:{pattern})", name)]
+
+  def inside(folder: str, pattern: str) -> list[str]:
+    return [name for name in names if re.fullmatch(f"{folder}(?:{pattern})", name)]
+
+  # A pipeline before a CLIP: its root may hold a config.json too.
   if "model_index.json" in names:
     parts = "|".join((*from_torch.PARTS, "scheduler"))
     config = inside("", _OF_A_PIPELINE) + inside(f"(?:{parts})/", _OF_A_PART)
@@ -141,6 +146,7 @@ class Push:
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     with _in_one_line(self.repo):
+      # Its head before the commit, which names it as parent: what somebody pushes in between makes the hub refuse.
       self._api.create_repo(self.repo, private=self._private, exist_ok=True)
       there = self._api.model_info(self.repo)
       old = {file.rfilename for file in there.siblings or () if file.rfilename.endswith(_OF_AN_EXPORT)}
@@ -170,7 +176,7 @@ def _in_one_line(repo: str, revision: str | None = None) -> Iterator[None]:
   # Of httpx, which raises it where nobody answers. It depends on huggingface_hub's version which httpx that is.
   transport = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
   where = constants.ENDPOINT
-  said = lambda error: " ".join(str(error).split())[:300]
+  # From narrow to wide: most of huggingface_hub's errors derive from one that stands below.
   try:
     yield
   except errors.GatedRepoError as error:
@@ -184,10 +190,14 @@ def _in_one_line(repo: str, revision: str | None = None) -> Iterator[None]:
       f"cannot ask {where} for {repo}: HF_HUB_OFFLINE is set; unset it, or name a local folder"
     ) from error
   except errors.HfHubHTTPError as error:
-    message = said(error.server_message or error)
+    message = _said(error.server_message or error)
     raise UserError(f"{where} refuses {repo}, status {error.response.status_code}: {message}") from error
   except (transport, errors.LocalEntryNotFoundError) as error:
-    message = said(error) or type(error).__name__
+    message = _said(error) or type(error).__name__
     raise UserError(f"cannot reach {where} for {repo}: {message}; is there a network?") from error
   except (OSError, RuntimeError, ValueError) as error:  # of a file here, or of an upload, with the cause behind it
-    raise UserError(f"{repo} on {where}: {said(error)} {said(error.__cause__ or '')}".strip()) from error
+    raise UserError(f"{repo} on {where}: {_said(error)} {_said(error.__cause__ or '')}".strip()) from error
+
+
+def _said(error: object) -> str:
+  return " ".join(str(error).split())[:300]

@@ -84,6 +84,7 @@ def read(path: str) -> Weights:
   params, digest = {}, hashlib.sha256()
   for name in sorted(tensors):
     value = tensors[name].read().astype(np.float32, order="C")
+    # Of the tensors as the file has them, before they are transposed: the same from a pickle and from safetensors.
     digest.update(name.encode() + value.tobytes())
     if value.ndim == 4:
       value = np.ascontiguousarray(value.transpose(2, 3, 1, 0))

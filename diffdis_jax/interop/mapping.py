@@ -60,11 +60,8 @@ class Entry(NamedTuple):
     return ours.transpose(self.axes) if self.axes else ours
 
   def to_ours(self, theirs: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    # argsort of a permutation is its inverse.
     return theirs.transpose(np.argsort(self.axes)) if self.axes else theirs
-
-  def shape_in_ours(self, theirs: Sequence[int]) -> tuple[int, ...]:
-    """Shape that an array of this shape on their side has on ours."""
-    return tuple(theirs[i] for i in np.argsort(self.axes)) if self.axes else tuple(theirs)
 
   def shape_in_theirs(self, ours: Sequence[int]) -> tuple[int, ...]:
     """Shape that an array of this shape on our side has on theirs."""
@@ -83,7 +80,7 @@ def from_path(path: str, components: Sequence[str] = DIFFDIS) -> Entry:
   """
   for component in components:
     for row in TABLE[component]:
-      if indices := _match(row.ours, path):
+      if indices := _regex(row.ours).fullmatch(path):
         return Entry(component, path, _fill(row.theirs, indices), row.axes)
   raise KeyError(f"interop/mapping.py has no row for parameter {path}")
 
@@ -91,15 +88,18 @@ def from_path(path: str, components: Sequence[str] = DIFFDIS) -> Entry:
 def from_name(component: str, name: str) -> Entry | None:
   """Where their parameter goes, or None: their files hold things that we have no use for."""
   for row in TABLE[component]:
-    if indices := _match(row.theirs, name):
+    if indices := _regex(row.theirs).fullmatch(name):
       return Entry(component, _fill(row.ours, indices), name, row.axes)
   return None
 
 
 def under(ours: str, theirs: str, rows: Sequence[Row]) -> Rows:
   """The rows below a prefix on each side; an empty prefix adds nothing."""
-  below = lambda prefix, name: f"{prefix}.{name}" if prefix else name
-  return tuple(Row(below(ours, row.ours), below(theirs, row.theirs), row.axes) for row in rows)
+  return tuple(Row(_below(ours, row.ours), _below(theirs, row.theirs), row.axes) for row in rows)
+
+
+def _below(prefix: str, name: str) -> str:
+  return f"{prefix}.{name}" if prefix else name
 
 
 def _same(rows: Rows, *names: str) -> Rows:
@@ -107,22 +107,18 @@ def _same(rows: Rows, *names: str) -> Rows:
   return tuple(row for name in names for row in under(name, name, rows))
 
 
+# Each name is held against every row before the one that fits, so that patterns are compiled once.
 @functools.cache
 def _regex(pattern: str) -> re.Pattern[str]:
-  # The first group is there for patterns without an index: a match is never an empty tuple.
-  return re.compile("()" + re.escape(pattern).replace(r"\#", r"(\d+)"))
+  return re.compile(re.escape(pattern).replace(r"\#", r"(\d+)"))
 
 
-def _match(pattern: str, name: str) -> tuple[str, ...] | None:
-  match = _regex(pattern).fullmatch(name)
-  return match and match.groups()
+def _fill(pattern: str, indices: re.Match[str]) -> str:
+  return "".join(part + index for part, index in zip(pattern.split("#"), (*indices.groups(), ""), strict=True))
 
 
-def _fill(pattern: str, indices: tuple[str, ...]) -> str:
-  return "".join(part + index for part, index in zip(pattern.split("#"), (*indices[1:], ""), strict=True))
-
-
-# Single layers. Kernels are [in, out] and [h, w, in, out] here, [out, in] and [out, in, h, w] there.
+# Single layers. Kernels alone are laid out differently, since Flax multiplies x @ w and PyTorch x @ w.T: [in, out] and
+# [h, w, in, out] here, [out, in] and [out, in, h, w] there.
 LINEAR = (Row("kernel", "weight", (1, 0)), Row("bias", "bias"))
 CONV = (Row("kernel", "weight", (3, 2, 0, 1)), Row("bias", "bias"))
 NORM = (Row("norm.scale", "weight"), Row("norm.bias", "bias"))
@@ -155,6 +151,7 @@ SPATIAL_TRANSFORMER = (
     ),
   ),
 )
+# One sub-table for both ways: a down block has no upsampling, but a row that no parameter has harms nothing.
 UNET_LEVEL = (
   *_same(RESNET, "resnets.#"),
   *_same(SPATIAL_TRANSFORMER, "attentions.#"),
@@ -176,6 +173,7 @@ VAE_MIDDLE = (
   *under("attention.attn", "attentions.0", ATTENTION),
   *under("resnet2", "resnets.1", RESNET),
 )
+# Encoder and decoder are one module here, two there; what lies between them is on the autoencoder itself there.
 VAE = (
   *under("conv_in", "encoder.conv_in", CONV),
   *under("down.#.resnets.#", "encoder.down_blocks.#.resnets.#", RESNET),
@@ -215,14 +213,15 @@ TEXT_TOWER = (
 )
 VISION_TOWER = (
   *under("patch", "embeddings.patch_embedding", CONV),
+  # Without `.weight`, as CLIPModel has it: no nn.Embedding, as its positions are.
   Row("class_token", "embeddings.class_embedding"),
   Row("positions", "embeddings.position_embedding.weight"),
-  *under("pre_norm", "pre_layrnorm", NORM),
+  *under("pre_norm", "pre_layrnorm", NORM),  # transformers' spelling
   *CLIP_LAYERS,
   *under("norm", "post_layernorm", NORM),
 )
 
-# DiffDis' own.
+# DiffDis' own. The PyTorch model was written beside this one, so that most names are the same.
 OWN_ATTENTION = _same(LINEAR, "q", "k", "v", "out")
 FUSION_BLOCK = (
   *_same(LINEAR, "fc_in", "fc_out", "ff.proj", "ff.out"),

@@ -24,26 +24,8 @@ PAPER = "*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discri
 SAMPLES = "samples.png"
 LONGEST = 60  # characters of a protocol's value
 
-DIFFDIS = """---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [diffdis, stable-diffusion, jax]
----
-# DiffDis
-
-One UNet that draws images from text and aligns images with text, by denoising a text embedding under the condition of
-an image ({paper},
-ICCV 2023, [arXiv 2308.09306](https://arxiv.org/abs/2308.09306)). An independent implementation, diffdis_jax, wrote it:
-{what}.
-{samples}
-## Drawing, with diffusers
-
-```python
-from diffusers import StableDiffusionPipeline
-pipeline = StableDiffusionPipeline.from_pretrained("{address}")
-image = pipeline("{prompt}", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
-```
-{twin}{jax}
+# What both kinds have below their own beginning.
+REST = """
 ## Training
 
 {training}
@@ -54,13 +36,7 @@ image = pipeline("{prompt}", num_inference_steps={steps}, guidance_scale={guidan
 
 ## Known failures
 
-The paper says of its own model, which was trained on CC3M:
-
-- Watermarks: photographs of CC3M often carry them, and the model draws them too.
-- People and animals are its weakest subjects.
-
-Expect the same of any model that was trained on CC3M. On what this one was trained is said above; whether it fails in
-the same ways was not measured. No safety checker comes with it, and the biases of its training data are in it.
+{failures}
 
 ## Config
 
@@ -69,10 +45,39 @@ the same ways was not measured. No safety checker comes with it, and the biases 
 ```
 """
 
+DIFFDIS = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [diffdis, stable-diffusion, jax]
+---
+# DiffDis
+
+One UNet that generates images from text and aligns images with text, by denoising a text embedding under the condition
+of an image ({paper},
+ICCV 2023, [arXiv 2308.09306](https://arxiv.org/abs/2308.09306)). An independent implementation, diffdis_jax, wrote it:
+{what}.
+{samples}
+## Generating images, with diffusers
+
+```python
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained("{address}")
+image = pipeline("{prompt}", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
+```
+{twin}{jax}"""
+
+FAILURES = """The paper says of its own model, which was trained on CC3M:
+
+- Watermarks: photographs of CC3M often carry them, and the model generates them too.
+- People and animals are its weakest subjects.
+
+Expect the same of any model that was trained on CC3M. On what this one was trained is said above; whether it fails in
+the same ways was not measured. No safety checker comes with it, and the biases of its training data are in it."""
+
 TWIN = """
 ## Aligning images with texts, with PyTorch
 
-`diffdis.safetensors` and `diffdis_config.json` are read by the PyTorch twin, one file,
+`diffdis.safetensors` and `diffdis_config.json` are read by the PyTorch model, one file,
 `diffdis_jax/interop/torch_diffdis.py`.
 
 ```python
@@ -120,25 +125,7 @@ model, processor = CLIPModel.from_pretrained("{address}"), CLIPProcessor.from_pr
 import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms("{open_clip}")
 ```
-{jax}
-## Training
-
-{training}
-
-## Figures
-
-{figures}
-
-## Known failures
-
-The biases of its training data are in it; they were not measured.
-
-## Config
-
-```json
-{config}
-```
-"""
+{jax}"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,14 +170,18 @@ class Card:
       "samples": "" if is_clip else self._samples(folder),
       "training": self._training(),
       "figures": "\n".join(self._figures()) or "None were measured.",
+      "failures": "The biases of its training data are in it; they were not measured." if is_clip else FAILURES,
       "config": json.dumps(self.own, indent=2, sort_keys=True),
     }
+    # Where there is nothing of DiffDis' own, as in a run of generation alone, the PyTorch model cannot load it.
     parts["twin"] = TWIN.format(**parts) if (folder / "diffdis.safetensors").exists() else ""
-    text = (CLIP if is_clip else DIFFDIS).format(**parts)
+    # Last: what stands in the other parts may hold braces, such as a prompt, and is not formatted again.
+    text = ((CLIP if is_clip else DIFFDIS) + REST).format(**parts)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
   def _samples(self, folder: pathlib.Path) -> str:
     """Copies the newest grid that the run had drawn by this step."""
+    # Not the newest file: a run that was trained on has later ones than the checkpoint that is exported.
     named = {path: re.fullmatch(r"samples_(\d+)\.png", path.name) for path in self.run.glob("samples/samples_*.png")}
     drawn = {int(match[1]): path for path, match in named.items() if match}
     steps = [step for step in drawn if step <= self.step]
@@ -204,6 +195,7 @@ class Card:
     )
 
   def _training(self) -> str:
+    # An import is a checkpoint of step 0; its config's batch, data and rates are defaults that nothing was done by.
     origin = _parse(self.run / "import.json")
     if self.step == 0 and "source" in origin:
       new = f"; {len(origin['initialised'])} of its parameters are random" * bool(origin.get("initialised"))
@@ -230,6 +222,7 @@ class Card:
     """The last losses up to this step, what evaluations in training gave, and the results of evaluate."""
     last: dict[str, Any] = {}
     for text in files.lines(self.run / "metrics.jsonl"):
+      # Evaluations report at other steps than losses, so that the last value of each metric is looked for by itself.
       line = history.metrics_of(text)
       if line.get("step", self.step + 1) <= self.step:
         last |= {name: (value, line["step"]) for name, value in line.items() if name != "step"}
@@ -241,6 +234,7 @@ class Card:
     yield from self._results()
 
   def _results(self) -> Iterator[str]:
+    # Any JSON of the workdir's root may be of evaluate, whose --out is free: what counts is its form.
     rows = []
     for path in sorted(self.run.glob("*.json")):
       for task, records in _parse(path).items():
@@ -258,10 +252,13 @@ def _is_joint(fields: Mapping[str, Any]) -> bool:
 
 def _data(section: Mapping[str, Any]) -> str:
   """What the run was trained on."""
-  one = lambda source: " ".join(filter(None, (source["name"], _public(source.get("path") or ""))))
   if mixture := section.get("mixture"):
-    return "; ".join(f"{one(source)}, weight {source['weight']}" for source in mixture.values())
-  return f"{one(section)}, split {section['split']}"
+    return "; ".join(f"{_source(source)}, weight {source['weight']}" for source in mixture.values())
+  return f"{_source(section)}, split {section['split']}"
+
+
+def _source(section: Mapping[str, Any]) -> str:
+  return " ".join(filter(None, (section["name"], _public(section.get("path") or ""))))
 
 
 def _public(name: Any) -> Any:
@@ -278,11 +275,13 @@ def _download(repo: str) -> str:
 
 def _protocol(record: Mapping[str, Any]) -> str:
   """What fits into a table's cell; lists by their length."""
+  # `pretrained` is CLIP_benchmark's name of the field; a protocol's own fields come after it, and win.
   cell = {"checkpoint": record.get("pretrained"), **(record.get("protocol") or {})}
   shown = {
     name: f"{len(value)} of them" if isinstance(value, list | dict) else _public(value) for name, value in cell.items()
   }
   words = (f"{name} {value}" for name, value in shown.items() if value not in (None, "") and len(str(value)) <= LONGEST)
+  # Either sign would end the table's cell.
   return re.sub(r"[|\n]", " ", ", ".join(words))
 
 

@@ -70,10 +70,12 @@ def convert(tensors: Tensors) -> Tensors:
   """The same tensors as CLIPModel has them: the projections transposed, q, k and v apart."""
   converted: Tensors = {}
   for name, tensor in tensors.items():
+    # By its new name, which both of the projections' rules below go by.
     name = _renamed(name, 0, 1)
     if name in _PROJECTIONS and len(tensor.shape) == 2:
       tensor = tensor.map(lambda x: x.T, tensor.shape[::-1])
     if match := re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name):
+      # Unread, three views: each reads the fused tensor again, so that no more than one of them is in memory.
       parts = {f"{match[1]}.{part}_proj.{match[2]}": _third(tensor, i) for i, part in enumerate("qkv")}
     else:
       parts = {name: tensor}
@@ -98,6 +100,7 @@ def _renamed(name: str, source: int, target: int) -> str:
     if name.startswith(row[source]):
       name = row[target] + name[len(row[source]) :]
       break
+  # Both towers' layers are called alike, so that these stand apart from the towers' beginnings.
   for row in _LAYERS:
     name = name.replace(row[source], row[target])
   return name
@@ -164,6 +167,7 @@ def read_config(config: Mapping[str, Any], found: Mapping[str, Any], where: str)
       section["mlp_width"] = int(section["width"] * tower["mlp_ratio"])
     if "head_width" in tower:
       section["num_heads"] = section["width"] // _number(tower, "head_width", 64, here)
+    # open_clip's default is the exact GELU; OpenAI's weights are published with the switch set.
     section["activation"] = "quick_gelu" if config.get("quick_gelu") else "gelu"
     model[part] = section | {"projection": _number(config, "embed_dim", section["projection"], where)}
   return model
@@ -172,21 +176,25 @@ def read_config(config: Mapping[str, Any], found: Mapping[str, Any], where: str)
 def write_config(model: Mapping[str, Any], *, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
   """open_clip_config.json of a `model` section; mean and std are of the pixels."""
   text, vision = model["text_encoder"], model["vision_encoder"]
-  own = lambda section, fields: {theirs: section[ours] for ours, theirs in fields} | {"mlp_ratio": _ratio(section)}
   return {
     "model_cfg": {
       "embed_dim": text["projection"],
       "quick_gelu": text["activation"] == "quick_gelu",
-      "vision_cfg": own(vision, _VISION) | {"head_width": vision["width"] // vision["num_heads"]},
-      "text_cfg": own(text, _TEXT),
+      "vision_cfg": _tower(vision, _VISION) | {"head_width": vision["width"] // vision["num_heads"]},
+      "text_cfg": _tower(text, _TEXT),
     },
     "preprocess_cfg": {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "shortest"},
   }
 
 
+def _tower(section: Mapping[str, Any], fields: Collection[tuple[str, str]]) -> dict[str, Any]:
+  return {theirs: section[ours] for ours, theirs in fields} | {"mlp_ratio": _ratio(section)}
+
+
 def _ratio(section: Mapping[str, Any]) -> float:
   """Of the MLP's width, as it is multiplied and rounded down there."""
   width, hidden = section["width"], section["mlp_width"]
+  # Half a unit more where the quotient is rounded down, so that int() there gives the same width.
   return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 

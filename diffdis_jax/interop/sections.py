@@ -89,6 +89,7 @@ SAMPLER = dict(steps_offset=1, set_alpha_to_one=False, clip_sample=False, timest
 
 def read_unet(config: Config, where: str) -> dict[str, Any]:
   """`model.unet`. Each of these functions raises a UserError that starts with `where` for what is not supported."""
+  # Which levels have attention is said by the names of the way down; those of the way up must then mirror it.
   section = _read(config, UNET, FIXED_UNET, where)
   attention = tuple(
     block == "CrossAttnDownBlock2D" for block in config.get("down_block_types", _unet_blocks((True, True, True, False)))
@@ -174,6 +175,7 @@ def read_scheduler(config: Config, where: str) -> str:
   names = {name: ours for ours, name in SCHEDULES.items()}
   if theirs not in names:
     raise UserError(f"{where}: beta_schedule is {theirs!r}; it must be one of {', '.join(names)}")
+  # Stable Diffusion's own range, which `method/schedules.py` has fixed. A cosine schedule does without.
   if names[theirs] != "cosine":
     _require(config, BETAS, where)
   return names[theirs]
@@ -188,6 +190,7 @@ def _read(config: Config, fields: Fields, fixed: Config, where: str) -> dict[str
   section = {}
   for ours, theirs, default in fields:
     value = config.get(theirs, default)
+    # JSON has lists, a config tuples. A float may be written as a whole number; a bool is no whole number here.
     value = tuple(value) if isinstance(value, list) else value
     if type(value) is not type(default) and not (type(default) is float and type(value) is int):
       raise UserError(f"{where}: {theirs} is {value!r}; it should be a value such as {default!r}")
@@ -201,6 +204,7 @@ def _write(section: Config, fields: Fields, fixed: Config) -> dict[str, Any]:
 
 def _require(config: Config, expected: Config, where: str) -> None:
   for field, value in expected.items():
+    # A field that is not there has the library's default, which is this value: old files lack what came later.
     found = config.get(field, value)
     if (tuple(found) if isinstance(found, list) else found) != value:
       raise UserError(f"{where}: {field} is {found!r}; Stable Diffusion v1 and this package have {value!r}")
@@ -212,9 +216,9 @@ def _activation(section: dict[str, Any], where: str) -> dict[str, Any]:
   return section
 
 
-def _unet_blocks(attention: Sequence[bool], *, up: bool = False) -> tuple[str, ...]:
+def _unet_blocks(attention: Sequence[bool], *, up: bool = False) -> Sequence[str]:
   names = tuple(f"{'CrossAttn' * has}{'Up' if up else 'Down'}Block2D" for has in attention)
-  return names[::-1] if up else names
+  return names[::-1] if up else names  # the way up is listed from the middle on
 
 
 def _vae_blocks(section: Config) -> dict[str, Any]:

@@ -6,17 +6,19 @@ Head counts, groups and activations leave no trace there: they are Stable Diffus
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop.tensor_files import Tensors
 
 UNET_HEADS, GROUPS = 8, 32
-CLIP_HEAD_WIDTH = 64
+CLIP_HEAD_WIDTH = 64  # in each published CLIP: heads grow with the width
 
 
 def unet(tensors: Tensors, where: str) -> dict[str, Any]:
   """`model.unet`, from diffusers' names."""
+  # Of the first level's blocks: all of them have the same number, in Stable Diffusion and here.
   levels, depth = _count(tensors, "down_blocks.#."), _count(tensors, "down_blocks.0.resnets.#.")
   return dict(
     widths=tuple(_shape(tensors, f"down_blocks.{i}.resnets.0.conv1.weight", where)[0] for i in range(levels)),
@@ -43,6 +45,7 @@ def vae(tensors: Tensors, where: str) -> dict[str, Any]:
 
 def text(tensors: Tensors, where: str) -> dict[str, Any]:
   """`model.text_encoder` but for its activation and projection, from transformers' names."""
+  # Of the embeddings: layers have the width several times, in shapes that differ between towers.
   vocab_size, width = _shape(tensors, "text_model.embeddings.token_embedding.weight", where)
   return dict(
     vocab_size=vocab_size,
@@ -54,6 +57,7 @@ def text(tensors: Tensors, where: str) -> dict[str, Any]:
 def vision(tensors: Tensors, where: str) -> dict[str, Any]:
   """`model.vision_encoder` but for its activation, from transformers' names."""
   width, _, patch, _ = _shape(tensors, "vision_model.embeddings.patch_embedding.weight", where)
+  # One for each patch of a square image, and the class token's.
   positions = _shape(tensors, "vision_model.embeddings.position_embedding.weight", where)[0]
   return dict(
     image_size=patch * round((positions - 1) ** 0.5),
@@ -78,7 +82,7 @@ def _count(tensors: Tensors, pattern: str) -> int:
   return len({match[1] for match in map(regex.match, tensors) if match})
 
 
-def _shape(tensors: Tensors, name: str, where: str) -> tuple[int, ...]:
+def _shape(tensors: Tensors, name: str, where: str) -> Sequence[int]:
   if name not in tensors:
     raise UserError(f"{where} lacks parameter {name}; it is no whole checkpoint")
   return tensors[name].shape

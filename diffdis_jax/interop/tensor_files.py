@@ -80,12 +80,10 @@ def preferred(names: Iterable[str]) -> str | None:
 
   Safetensors rather than .bin, full precision rather than a variant.
   """
-
-  def rank(entry: re.Match[str]) -> tuple[bool, bool, str]:
-    return entry["kind"] != "safetensors", bool(entry["variant"] or entry["variant2"]), entry[0]
-
-  found = min(filter(None, map(_ENTRY.fullmatch, names)), key=rank, default=None)
-  return found and found[0]
+  entries = filter(None, map(_ENTRY.fullmatch, names))
+  # By name at last, so that of two such files each machine takes the same one, whatever order its disk lists them in.
+  ranked = [(each["kind"] != "safetensors", bool(each["variant"] or each["variant2"]), each[0]) for each in entries]
+  return min(ranked)[-1] if ranked else None
 
 
 def open_folder(folder: pathlib.Path) -> Tensors:
@@ -139,6 +137,7 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
   try:
     file = safe_open(path, framework="numpy")
     slices = {name: file.get_slice(name) for name in file.keys()}
+    # Now, by the header: at the first tensor that is read, the others may have taken minutes.
     for name, each in slices.items():
       if re.match(r"F[4-8](_|$)", dtype := each.get_dtype()):
         raise UserError(f"{path} holds {name} as {dtype}, which numpy cannot read; convert it to F16, BF16 or F32")
@@ -172,9 +171,9 @@ def _open_pickle(path: pathlib.Path) -> Tensors:
   state = content.get("state_dict", content) if isinstance(content, dict) else None
   if not isinstance(state, dict):
     raise UserError(f"{path} holds no state dict, but a {type(content).__name__}")
-  to_numpy = lambda tensor: tensor.detach().float().numpy()
+  # Mapped, not loaded: only what `read` asks for comes into memory. In f32, since numpy has no bf16 of its own.
   return {
-    name: Tensor(tuple(tensor.shape), functools.partial(to_numpy, tensor))
+    name: Tensor(tuple(tensor.shape), lambda tensor=tensor: tensor.detach().float().numpy())
     for name, tensor in state.items()
     if isinstance(tensor, torch.Tensor)
   }

@@ -82,6 +82,7 @@ def write(
     UserError: a run that no pipeline can hold, or values beyond the dtype's range.
   """
   sample_size = image_size // 2 ** (len(model["autoencoder"]["widths"]) - 1)
+  # First, since it changes two convolutions, and takes away the parameters that the table has no row for.
   scaling_factor = fold_statistics(params)
   configs = {
     "model_index.json": INDEX,
@@ -105,6 +106,7 @@ def write(
     if own:
       arrays = {}
       for entry in own:
+        # Popped, so that each array is in memory once: converted, or not yet.
         arrays[entry.name] = convert(entry, params.pop(entry.path), dtype)
         progress.add(1)
       tensor_files.save(arrays, folder / file)
@@ -129,27 +131,28 @@ def fold_statistics(params: Params) -> float:
   """
   shift, scale = (np.asarray(params.pop(path), np.float64) for path in mapping.STATISTICS)
   if (scale == scale[0]).all() and (shift == 0).all():
-    return float(str(np.float32(scale[0])))
+    return float(str(np.float32(scale[0])))  # 0.18215 as it is written, not as f32 has it: 0.18215000629
+  # Which s is taken is free: the geometric mean keeps each r near 1.
   factor = float(np.exp(np.log(scale).mean()))
   r = scale / factor
-  f64 = lambda path: np.asarray(params[path], np.float64)
-  f32 = lambda x: x.astype(np.float32)
 
+  # The encoder's last convolution: of its 2c outputs the means are moved and scaled, the log-variances only moved.
   ones, zeros = np.ones_like(r), np.zeros_like(r)
-  kernel, bias = f64("autoencoder.quant.kernel"), f64("autoencoder.quant.bias")
-  params["autoencoder.quant.kernel"] = f32(kernel * np.concatenate([r, ones]))
-  params["autoencoder.quant.bias"] = f32(
-    (bias - np.concatenate([shift, zeros])) * np.concatenate([r, ones]) + np.concatenate([zeros, 2 * np.log(r)])
-  )
-  kernel, bias = f64("autoencoder.post_quant.kernel"), f64("autoencoder.post_quant.bias")
-  params["autoencoder.post_quant.kernel"] = f32(kernel / r[:, None])
-  params["autoencoder.post_quant.bias"] = f32(bias + shift @ kernel[0, 0])
+  kernel, bias = (np.asarray(params[f"autoencoder.quant.{part}"], np.float64) for part in ("kernel", "bias"))
+  bias = (bias - np.concatenate([shift, zeros])) * np.concatenate([r, ones]) + np.concatenate([zeros, 2 * np.log(r)])
+  params["autoencoder.quant.kernel"] = (kernel * np.concatenate([r, ones])).astype(np.float32)
+  params["autoencoder.quant.bias"] = bias.astype(np.float32)
+  # The decoder's first undoes both: latent = latent' / r + shift.
+  kernel, bias = (np.asarray(params[f"autoencoder.post_quant.{part}"], np.float64) for part in ("kernel", "bias"))
+  params["autoencoder.post_quant.kernel"] = (kernel / r[:, None]).astype(np.float32)
+  params["autoencoder.post_quant.bias"] = (bias + shift @ kernel[0, 0]).astype(np.float32)
   return factor
 
 
 def convert(entry: mapping.Entry, value: np.floating | Float[AnyArray, "..."], dtype: str) -> np.ndarray:
   """Their layout and dtype, a copy."""
   with np.errstate(over="ignore"):
+    # Half precision may overflow without a word; what became of it is looked at below.
     array = np.array(entry.to_theirs(np.asarray(value)), DTYPES[dtype], order="C")
   if not np.isfinite(array.astype(np.float32)).all():
     raise UserError(f"parameter {entry.path} is beyond the range of {dtype}, or not finite; take another --dtype")

@@ -19,12 +19,13 @@ FOLDER is what export_weights writes: a StableDiffusionPipeline with two files b
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import pathlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +47,30 @@ Part = Any  # a module of diffusers or transformers; by nn.Module's annotations,
 NUM_TIMESTEPS = 1000
 
 
+class Streams(NamedTuple):
+  """The two streams after a block: image features, and the text token's hidden state h_e."""
+
+  image: Features
+  h_e: Query
+
+
+class Rates(NamedTuple):
+  """√ᾱ(t) and √(1 − ᾱ(t)), f32."""
+
+  signal: Float[Tensor, "b 1"]
+  sigma: Float[Tensor, "b 1"]
+
+
 def alpha_bar(schedule: str) -> Float[Tensor, " n"]:
   """ᾱ(t) of a noise schedule, float64. Its last entry, at t = -1, is the data's: 1."""
-  linspace = lambda start, end, n: torch.linspace(start, end, n, dtype=torch.float64, device="cpu")
+  # float64, as method/schedules.py has it, so that a sampler's coefficients are exact; on the CPU, as not every device
+  # knows float64.
+  linspace = functools.partial(torch.linspace, dtype=torch.float64, device="cpu")
   curve = torch.cos((linspace(0, 1, NUM_TIMESTEPS + 1) + 0.008) / 1.008 * math.pi / 2) ** 2
   betas = {
     "scaled_linear": linspace(0.00085**0.5, 0.012**0.5, NUM_TIMESTEPS) ** 2,
     "linear": linspace(0.00085, 0.012, NUM_TIMESTEPS),
+    # From ratios of the curve, cut at 0.999, where the last one would be 1 and ᾱ(T-1) exactly 0.
     "cosine": (1 - curve[1:] / curve[:-1]).clamp(max=0.999),
   }
   return F.pad(torch.cumprod(1 - betas[schedule], dim=0), (0, 1), value=1.0)
@@ -62,6 +80,8 @@ def trailing(steps: int) -> list[int]:
   """The timesteps of `steps` DDIM steps, from T-1 down, and -1 for the data: 999, 666, 332, -1 for three."""
   if not 1 <= steps <= NUM_TIMESTEPS:
     raise ValueError(f"steps is {steps}; it must be 1 to {NUM_TIMESTEPS}")
+  # From T down, so that the first step is always at T-1, where e_T is noise. A fractional stride may give an entry too
+  # many.
   t = torch.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / steps, dtype=torch.float64).round().long()
   return [*(t[:steps] - 1).tolist(), -1]
 
@@ -113,8 +133,8 @@ class FusionBlock(nn.Module):
     self.ff = GEGLU(width) if modality_ffn else None
     self.fc_out = nn.Linear(width, query_width)
 
-  def forward(self, image_block: Part, x: Features, c: Tokens, h_e: Query, e_t: Query) -> tuple[Features, Query]:
-    """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added anew here."""
+  def forward(self, image_block: Part, x: Features, c: Tokens, h_e: Query, e_t: Query) -> Streams:
+    """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added again here."""
     block = image_block.transformer_blocks[0]
     u = self.fc_in(h_e + e_t)
     image = image_block.proj_in(image_block.norm(x)).flatten(2).transpose(1, 2)
@@ -122,21 +142,26 @@ class FusionBlock(nn.Module):
     tokens = tokens + self._joint_attention(block.attn1, block.norm1(tokens))
 
     u, image = tokens[:, 0], tokens[:, 1:]
+    # In Stable Diffusion's order. The text token skips cross-attention: it is the text.
     image = image + block.attn2(block.norm2(image), encoder_hidden_states=c)  # the text token takes none
     image = image + block.ff(block.norm3(image))
     norm = block.norm3 if self.norm is None else self.norm
     ff = block.ff if self.ff is None else self.ff
     u = u + ff(norm(u))
-    return x + image_block.proj_out(image.transpose(1, 2).reshape(x.shape)), self.fc_out(u)
+    return Streams(x + image_block.proj_out(image.transpose(1, 2).reshape(x.shape)), self.fc_out(u))
 
   def _joint_attention(self, attn1: Part, tokens: Tokens) -> Tokens:
     """Stable Diffusion's self-attention, with one more token."""
     if self.attn is None:
       return attn1(tokens)
-    both = lambda text, image, x: torch.cat([text(x[:, :1]), image(x[:, 1:])], dim=1)
+    # Own projections, but one attention: the text token sees the image's keys, and the image the text token's.
     pairs = ((self.attn.q, attn1.to_q), (self.attn.k, attn1.to_k), (self.attn.v, attn1.to_v))
-    qkv = (both(text, image, tokens) for text, image in pairs)
-    return both(self.attn.out, attn1.to_out[0], attend(*qkv, num_heads=attn1.heads))
+    qkv = (self._side_by_side(text, image, tokens) for text, image in pairs)
+    return self._side_by_side(self.attn.out, attn1.to_out[0], attend(*qkv, num_heads=attn1.heads))
+
+  @staticmethod
+  def _side_by_side(text: Part, image: Part, x: Tokens) -> Tokens:
+    return torch.cat([text(x[:, :1]), image(x[:, 1:])], dim=1)
 
 
 class TextStream(nn.Module):
@@ -225,9 +250,11 @@ class DiffDis(nn.Module):
       ValueError: diffdis.safetensors and diffdis_config.json do not fit each other.
     """
     folder = pathlib.Path(folder)
+    # By class, not by the pipeline, whose scheduler and tokenizer are not needed here.
     kinds = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
     parts = {name: kind.from_pretrained(folder, subfolder=name) for name, kind in kinds.items()}
     model = cls(json.loads((folder / "diffdis_config.json").read_text()), **parts)
+    # Not strict: diffusers' own parts were loaded by their own files above, and are not in this one.
     keys = model.load_state_dict(load_file(folder / "diffdis.safetensors"), strict=False)
     missing = [key for key in keys.missing_keys if key.split(".")[0] not in parts]
     if missing or keys.unexpected_keys:
@@ -245,6 +272,7 @@ class DiffDis(nn.Module):
     With `query_tokens` the mean of the caption's tokens' vectors there is added to that condition, times
     `token_embedding_weight`.
     """
+    # The first one: padding is the end-of-text token too.
     end = (input_ids == self.eos_id).int().argmax(dim=1)
     query = self.text_encoder(input_ids).last_hidden_state[torch.arange(len(input_ids)), end]
     if self.query_tokens is not None:
@@ -267,11 +295,12 @@ class DiffDis(nn.Module):
     e_t = self.text_stream.time_conditioned(e_t.to(dtype), t_e)
     fusion_blocks = iter(self.text_stream.blocks)
 
-    def attention(image_block: Part, h: Features, h_e: Query) -> tuple[Features, Query]:
+    def attention(image_block: Part, h: Features, h_e: Query) -> Streams:
       if not self.text_stream.blocks:
-        return image_block(h, encoder_hidden_states=c, return_dict=False)[0], h_e
+        return Streams(image_block(h, encoder_hidden_states=c, return_dict=False)[0], h_e)
       return next(fusion_blocks)(image_block, h, c, h_e, e_t)
 
+    # h_e starts at 0, and each block adds e_t. The order of blocks is UNet2DConditionModel.forward's, skips left out.
     h, h_e = unet.conv_in(z.to(dtype)), torch.zeros_like(e_t)
     for level in unet.down_blocks:
       for i, resnet in enumerate(level.resnets):
@@ -283,6 +312,7 @@ class DiffDis(nn.Module):
     h = unet.mid_block.resnets[0](h, temb)
     h, h_e = attention(unet.mid_block.attentions[0], h, h_e)
     h = unet.mid_block.resnets[1](h, temb)
+    # Without fusion the query meets the image here alone.
     return self.alignment(h_e if self.text_stream.blocks else e_t, h).float()
 
   def predict_query(self, z: Features, e_t: Query, t_e: Timesteps) -> Query:
@@ -316,6 +346,7 @@ class DiffDis(nn.Module):
     for t, t_prev in zip(timesteps[:-1], timesteps[1:], strict=True):
       t_e = torch.full((len(z),), t, device=z.device)
       e_0 = self.predict_query(z, e_t, t_e)
+      # Before ε is taken from it, so that both together still make e_t.
       if self.normalize_query and self.target == "data":
         e_0 = F.normalize(e_0, dim=-1)
       signal, sigma = self._rates(t_e)
@@ -328,7 +359,7 @@ class DiffDis(nn.Module):
     """Logits τ ⟨ê_0, e⟩ of image queries and text queries, τ = min(exp(logit_scale), 100)."""
     return self.logit_scale.exp().clamp(max=100) * image @ text.T
 
-  def _rates(self, t: Timesteps) -> tuple[Float[Tensor, "b 1"], Float[Tensor, "b 1"]]:
-    """√ᾱ(t) and √(1 − ᾱ(t)), f32."""
+  def _rates(self, t: Timesteps) -> Rates:
     a = self.alpha_bar[t.cpu()][:, None]
-    return a.sqrt().float().to(t.device), (1 - a).sqrt().float().to(t.device)
+    # The roots in float64, and only then f32: 1 − ᾱ of a small t would lose its digits.
+    return Rates(a.sqrt().float().to(t.device), (1 - a).sqrt().float().to(t.device))

@@ -51,13 +51,16 @@ class AlignmentTransformer(nnx.Module):
 
   def __call__(self, h_e: Float[Array, "b d"], features: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
     """ê_0 or ε̂_e, f32."""
+    # A projection for each kind of token, since h_e and the map differ in width.
     image = self.image_in(rearrange(features, "b h w c -> b (h w) c"))
     h = jnp.concatenate([self.text_in(h_e)[:, None], image], axis=1)
     for layer in self.layers:
       h = layer(h)
+    # The text token alone is read out; it has the image by attention.
     query = self.predictor(self.norm(h[:, :1]))[:, 0]
     if self.spatial_pool:
       query = query + self.from_map(features)
+    # The loss normalises ê_0 and DDIM divides by √(1 − ᾱ): both want f32, whatever the blocks compute in.
     return query.astype(jnp.float32)
 
   def from_map(self, features: Float[Array, "b h w c"]) -> Float[Array, "b d"]:

@@ -90,6 +90,7 @@ class DiffDis(nnx.Module):
       t_z: the image's timestep, 1000 in the paper (Table 7).
       c_null: the empty prompt's condition: no caption may leak.
     """
+    # Once for the whole pass: the same time-conditioned e_t is added again at every block (Figure 3).
     e_t = self.text_stream.time_conditioned(e_t, t_e)
     if not self.text_stream.blocks:  # without fusion the query meets the image in the alignment transformer alone
       return self.alignment(e_t, self.unet.down_and_middle(z, t_z, c_null).h)
@@ -99,5 +100,6 @@ class DiffDis(nnx.Module):
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b d"]]:
       return self.text_stream.blocks[index](block, x, c, h_e, e_t)
 
+    # h_e, the hidden text query, is handed from block to block beside the image, from zeros on.
     down = self.unet.down_and_middle(z, t_z, c_null, attention=fuse, carry=jnp.zeros_like(e_t))
     return self.alignment(down.carry, down.h)

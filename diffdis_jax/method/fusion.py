@@ -55,7 +55,9 @@ class FusionBlock(nnx.Module):
   ) -> tuple[Float[Array, "b h w c"], Float[Array, "b e"]]:
     """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added anew here."""
     block = image_block.block
+    # 1. The text token; 2. one self-attention over both streams; 3. each its own way; 4. back to the query's width.
     u = self.fc_in(h_e + e_t)[:, None]
+    # GroupNorm before proj_in sees image tokens only, so that without a text token it gives what it gave before.
     image = image_block.to_tokens(x)
 
     u, image = self.self_attention(block, u, image)
@@ -69,6 +71,7 @@ class FusionBlock(nnx.Module):
     self, block: BasicTransformerBlock, u: Float[Array, "b 1 c"], image: Float[Array, "b n c"]
   ) -> tuple[Float[Array, "b 1 c"], Float[Array, "b n c"]]:
     """Self-attention over [text token, image tokens], split, and added to each stream."""
+    # The image's own weights by default (Table 5), so that the text token starts from pretrained attention.
     text_attn = block.attn1 if self.attn is None else self.attn
     of_u, of_image = attend_together(
       text_attn.project(block.norm1(u)),

@@ -7,53 +7,52 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
+from diffdis_jax.structs import AnyArray
+
 Condition = Any  # pytree of arrays that share the batch axis
-ConditionalDenoise = Callable[[Float[Array, "b ..."], Int[Array, "b"], Condition], Float[Array, "b ..."]]
+Denoise = Callable[[Float[Array, "b ..."], Int[Array, "b"], Condition], Float[Array, "b ..."]]
 
 
-def branches(
-  denoise: ConditionalDenoise, *, condition: Condition, null: Condition
-) -> Callable[[Float[Array, "b ..."], Int[Array, "b"]], tuple[Float[Array, "b ..."], Float[Array, "b ..."]]]:
-  """Both predictions at (x, t), ε_u under the null condition and ε_c under the condition, from one batch of 2b.
+@struct.dataclass
+class Guided:
+  """Predictions at one (x_t, t).
+
+  Attributes:
+    guided: ε_u + s (ε_c − ε_u).
+    unconditional: ε_u; None where s is 1.
+  """
+
+  guided: Float[AnyArray, "b ..."]
+  unconditional: Float[AnyArray, "b ..."] | None
+
+
+def guide(
+  denoise: Denoise,
+  x_t: Float[Array, "b ..."],
+  t: Int[Array, "b"],
+  *,
+  condition: Condition,
+  null: Condition,
+  scale: float | Float[Array, ""],
+) -> Guided:
+  """ε_u + s (ε_c − ε_u), both branches in one batch of 2b. s = 1 + w of the paper.
 
   Args:
-    denoise: (x_t, t, condition) -> prediction.
+    denoise: (x_t, t, condition) -> prediction. Its target may be the data too: guidance is the same affine mix.
     condition: leaves [b, ...].
     null: same structure; leaves [b, ...], or anything that broadcasts to them.
+    scale: s. At a Python 1 the unconditional branch is not computed; of an array both are, whatever its value.
   """
+  if not isinstance(scale, jax.Array) and scale == 1:
+    return Guided(denoise(x_t, t, condition), None)
   # A sample's two branches lie side by side, so that a batch sharded over devices is doubled without moving.
   both = jax.tree.map(
     lambda u, c: jnp.stack((jnp.broadcast_to(u, c.shape), c), axis=1).reshape(-1, *c.shape[1:]), null, condition
   )
-
-  def predict(x: Float[Array, "b ..."], t: Int[Array, "b"]) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
-    prediction = denoise(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2, axis=0), both)
-    unconditional, conditional = jnp.unstack(prediction.reshape(len(x), 2, *prediction.shape[1:]), axis=1)
-    return unconditional, conditional
-
-  return predict
-
-
-def mix(
-  unconditional: Float[Array, "b ..."], conditional: Float[Array, "b ..."], scale: float | Float[Array, ""]
-) -> Float[Array, "b ..."]:
-  """ε_u + s (ε_c − ε_u)."""
-  return unconditional + scale * (conditional - unconditional)
-
-
-def guided(
-  denoise: ConditionalDenoise, *, condition: Condition, null: Condition, scale: float
-) -> Callable[[Float[Array, "b ..."], Int[Array, "b"]], Float[Array, "b ..."]]:
-  """ε_u + s (ε_c − ε_u) as a function of (x_t, t), both branches in one batch of 2b. s = 1 + w of the paper.
-
-  Args:
-    denoise: (x_t, t, condition) -> prediction. Its target may be the data too: guidance is the same affine mix.
-    condition, null: as `branches` takes them.
-    scale: s. At 1 the unconditional branch is not computed.
-  """
-  if scale == 1.0:
-    return lambda x, t: denoise(x, t, condition)
-  both = branches(denoise, condition=condition, null=null)
-  return lambda x, t: mix(*both(x, t), scale)
+  prediction = denoise(jnp.repeat(x_t, 2, axis=0), jnp.repeat(t, 2, axis=0), both)
+  unconditional, conditional = jnp.unstack(prediction.reshape(len(x_t), 2, *prediction.shape[1:]), axis=1)
+  # Not (1 − s) ε_u + s ε_c, which is the same on paper and rounds otherwise than Stable Diffusion's pipeline.
+  return Guided(unconditional + scale * (conditional - unconditional), unconditional)

@@ -9,13 +9,22 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float
 
 from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.method.fusion import FusionBlock
 from diffdis_jax.models.unet import image_only
 from diffdis_jax.models.unet_blocks import SpatialTransformer
-from diffdis_jax.structs import DiscriminationPass, GenerationPass
+from diffdis_jax.structs import AnyArray, DiscriminationPass, GenerationPass
+
+
+@struct.dataclass
+class BothPredictions:
+  """ε̂_z of the generation pass; ê_0 or ε̂_e of the discrimination pass."""
+
+  noise_z: Float[AnyArray, "b h w c"]
+  prediction_e: Float[AnyArray, "b d"]
 
 
 def pair(first: Array, second: Array, parts: int = 1) -> Array:
@@ -24,7 +33,10 @@ def pair(first: Array, second: Array, parts: int = 1) -> Array:
   Rows that lie on devices in `parts` parts (parallel/sharding.batch_parts) stay where they are: of each part, first
   one's rows, then the other's.
   """
-  split = lambda x: x.reshape(parts, -1, *x.shape[1:])
+
+  def split(x: Array) -> Array:
+    return x.reshape(parts, -1, *x.shape[1:])
+
   return jnp.concatenate([split(first), split(second)], axis=1).reshape(-1, *first.shape[1:])
 
 
@@ -36,8 +48,9 @@ def unpair(x: Array, parts: int = 1) -> tuple[Array, Array]:
 
 def both_passes(
   model: DiffDis, generation: GenerationPass, discrimination: DiscriminationPass, *, parts: int = 1
-) -> tuple[Float[Array, "b h w c"], Float[Array, "b d"]]:
-  """ε̂_z of the generation pass, and ê_0 or ε̂_e of the discrimination pass."""
+) -> BothPredictions:
+  """Φ_u and Φ_θ of one batch. `parts`: as `pair` takes them."""
+  # Generation's rows come first throughout; what is unpaired below counts on it.
   x = pair(generation.z_t, discrimination.z, parts)
   t = pair(generation.t_z, discrimination.t_z, parts)
   c = pair(generation.c, discrimination.c_null, parts)
@@ -52,14 +65,18 @@ def both_passes(
     down = model.unet.down_and_middle(x, t, c, attention=fuse, carry=jnp.zeros_like(e_t))
     h_e = down.carry
   else:
+    # Without fusion (Table 4) the query meets the image in the alignment transformer alone.
     down = model.unet.down_and_middle(x, t, c, attention=image_only)
     h_e = e_t
 
-  first = lambda x: unpair(x, parts)[0]
+  def first(x: Array) -> Array:
+    return unpair(x, parts)[0]
+
+  # From here the passes part: discrimination has no up path, so only generation's half of the skips goes on.
   skips = tuple(map(first, down.skips))
   up = dataclasses.replace(down, h=first(down.h), skips=skips, temb=first(down.temb), carry=None)
-  query = model.alignment(h_e, unpair(down.h, parts)[1])
-  return model.unet.up_path(up, generation.c), query
+  prediction = model.alignment(h_e, unpair(down.h, parts)[1])
+  return BothPredictions(noise_z=model.unet.up_path(up, generation.c), prediction_e=prediction)
 
 
 def fuse_second_half(
@@ -78,9 +95,12 @@ def fuse_second_half(
   """
   block = image_block.block
   u = fusion.fc_in(h_e + e_t)[:, None]
+  # GroupNorm and proj_in work row by row, so that they run on both halves at once.
   alone, image = unpair(image_block.to_tokens(x), parts)
   alone = alone + block.attn1(block.norm1(alone))
   u, image = fusion.self_attention(block, u, image)
+  # Together again for cross-attention and the feed-forward network, most of the block's cost. c has null rows for the
+  # second half, so that no caption leaks into it.
   image = block.after_self_attention(pair(alone, image, parts), c)
   u = fusion.feed_forward(block, u)
   return image_block.to_image(image, x), fusion.fc_out(u)[:, 0]

@@ -1,5 +1,5 @@
-"""Losses, all in f32: arrays to one number a sample, of which the step takes the mean. `contrastive`,
-`class_contrastive` and `distill` take their own means, since their two directions have different anchors."""
+"""The paper's losses L_IG and L_ITA, and the autoencoder's, all in f32: arrays to one number a sample, of which the
+step takes the mean. `contrastive` takes its own means, since its two directions have different anchors."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Contrastive:
 
 
 @struct.dataclass
-class ClassContrastive:
-  """What `class_contrastive` gives."""
+class Direction:
+  """One of `contrastive`'s two directions: each anchor's loss, and whether its own candidate is the nearest."""
 
-  loss: Float[Array, ""]
-  accuracy: Float[Array, ""]
+  loss: Float[Array, "b"]
+  is_nearest: Bool[Array, "b"]
 
 
 @struct.dataclass
@@ -87,7 +87,7 @@ def _direction(
   captions: Integer[Array, "b"],
   allowed: Bool[Array, "b"],
   gather: Callable[[Array], Array],
-) -> tuple[Float[Array, "b"], Bool[Array, "b"]]:
+) -> Direction:
   """For each anchor, −log softmax of its own candidate's logit, and whether no other's is larger.
 
   The softmax is over the anchor's own candidate and the `allowed` ones of other captions. No more than _LOGITS logits
@@ -99,14 +99,15 @@ def _direction(
   their_captions, allowed = gather(jnp.stack([captions, allowed.astype(captions.dtype)], axis=1)).T
   allowed = allowed > 0
 
-  def of_rows(rows: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+  def of_rows(rows: tuple[Array, Array, Array]) -> Direction:
     anchors, captions, places = rows
     logits = scale * jnp.einsum("id,jd->ij", anchors, everyone, precision=jax.lax.Precision.HIGHEST)
+    # By place, not by caption: a row is its own positive even where another row has the same caption.
     own = places[:, None] == jnp.arange(b)
     among = own | (allowed & (captions[:, None] != their_captions))
     positive = jnp.where(own, logits, 0.0).sum(axis=1)
     nearest = jnp.argmax(jnp.where(among, logits, -jnp.inf), axis=1) == places
-    return jax.nn.logsumexp(logits, axis=1, where=among) - positive, nearest
+    return Direction(jax.nn.logsumexp(logits, axis=1, where=among) - positive, nearest)
 
   parts = 1
   while b * b // parts > _LOGITS and b % (2 * parts) == 0:
@@ -116,7 +117,8 @@ def _direction(
     return of_rows(rows)
   # Rows are dealt out in turn, so that each device's rows stay on it.
   split = tuple(jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1) for x in rows)
-  return tuple(x.swapaxes(0, 1).reshape(b) for x in jax.lax.map(jax.checkpoint(of_rows), split))
+  # Checkpointed, or else the backward pass would keep the logits of all parts, which is what the parts are to avoid.
+  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b), jax.lax.map(jax.checkpoint(of_rows), split))
 
 
 def _mean_over(per_sample: Float[Array, "b"], rows: Bool[Array, "b"]) -> Float[Array, ""]:
@@ -155,87 +157,15 @@ def contrastive(
   image, text = unit_norm(query), e.astype(jnp.float32)
   captions = jnp.arange(b) if captions is None else captions
   common: dict[str, Any] = dict(scale=temperature(logit_scale), captions=captions, gather=gather)
-  query_to_text, hits = _direction(image, text, allowed=jnp.ones(b, bool), **common)
-  text_to_query, _ = _direction(text, image, allowed=kept, **common)
-  text_to_query = jnp.where(kept, text_to_query, 0.0)
+  query_to_text = _direction(image, text, allowed=jnp.ones(b, bool), **common)
+  text_to_query = jnp.where(kept, _direction(text, image, allowed=kept, **common).loss, 0.0)
   return Contrastive(
-    loss=0.5 * (query_to_text.mean() + _mean_over(text_to_query, kept)),
-    query_to_text=query_to_text,
+    loss=0.5 * (query_to_text.loss.mean() + _mean_over(text_to_query, kept)),
+    query_to_text=query_to_text.loss,
     text_to_query=text_to_query,
-    accuracy=_mean_over(hits.astype(jnp.float32), kept),
+    # Of the rows with an image alone: the others say how much e_t gives away, not how well the image is read.
+    accuracy=_mean_over(query_to_text.is_nearest.astype(jnp.float32), kept),
   )
-
-
-def class_contrastive(
-  image: Float[Array, "b d"],
-  text: Float[Array, "b d"],
-  logit_scale: Float[Array, ""],
-  *,
-  labels: Int[Array, "b"],
-  smoothing: float,
-  gather: Callable[[Array], Array] = lambda x: x,
-) -> ClassContrastive:
-  """VL-LTR's class-wise contrastive loss: cross-entropy of s_ij = exp(logit_scale) ⟨image_i, text_j⟩, both ways, with
-  every pair of one class a positive (Tian et al., 2022; the code's label smoothing).
-
-  Args:
-    image, text: L2-normalised.
-    logit_scale: not limited, other than in `contrastive`.
-    labels: the class of each pair. Row i's target is 1 over all j of its class, divided by their number.
-    smoothing: share ε of the target that is spread evenly over all j.
-    gather: as `contrastive` has it.
-
-  Returns:
-    loss, the mean over both directions; accuracy, the share of images whose nearest text is of their class.
-  """
-  theirs = gather(labels)
-
-  def direction(anchors: Float[Array, "b d"], candidates: Float[Array, "b d"]) -> tuple[Array, Array]:
-    logits = _logits(anchors, gather(candidates), logit_scale)
-    same = (labels[:, None] == theirs).astype(jnp.float32)
-    target = same / same.sum(axis=1, keepdims=True)
-    hits = jnp.take_along_axis(same, jnp.argmax(logits, axis=1, keepdims=True), axis=1)[:, 0]
-    log_p = jax.nn.log_softmax(logits, axis=1)
-    return -((1.0 - smoothing) * (target * log_p).sum(axis=1) + smoothing * log_p.mean(axis=1)), hits
-
-  (image_to_text, hits), (text_to_image, _) = direction(image, text), direction(text, image)
-  return ClassContrastive(loss=0.5 * (image_to_text.mean() + text_to_image.mean()), accuracy=hits.mean())
-
-
-def distill(
-  image: Float[Array, "b d"],
-  text: Float[Array, "b d"],
-  logit_scale: Float[Array, ""],
-  *,
-  teacher_image: Float[Array, "b d"],
-  teacher_text: Float[Array, "b d"],
-  teacher_logit_scale: Float[Array, ""],
-  gather: Callable[[Array], Array] = lambda x: x,
-) -> Float[Array, ""]:
-  """VL-LTR's distillation, −Σ_j softmax(teacher)_j log softmax(student)_j on the logits of `class_contrastive`.
-
-  The mean over rows and over both directions. All four are L2-normalised; no gradient goes to the teacher.
-  """
-
-  def direction(anchors: Array, candidates: Array, of_teacher: Array, their_candidates: Array) -> Array:
-    student = jax.nn.log_softmax(_logits(anchors, gather(candidates), logit_scale), axis=1)
-    teacher = jax.nn.softmax(_logits(of_teacher, gather(their_candidates), teacher_logit_scale), axis=1)
-    return -(jax.lax.stop_gradient(teacher) * student).sum(axis=1).mean()
-
-  image_to_text = direction(image, text, teacher_image, teacher_text)
-  return 0.5 * (image_to_text + direction(text, image, teacher_text, teacher_image))
-
-
-def _logits(
-  anchors: Float[Array, "b d"], candidates: Float[Array, "m d"], logit_scale: Float[Array, ""]
-) -> Float[Array, "b m"]:
-  cosines = jnp.einsum("id,jd->ij", anchors, candidates, precision=jax.lax.Precision.HIGHEST)
-  return jnp.exp(logit_scale.astype(jnp.float32)) * cosines
-
-
-def soft_cross_entropy(logits: Float[Array, "b k"], target: Float[Array, "b k"]) -> Float[Array, "b"]:
-  """−Σ_k target_k log softmax(logits)_k of each row."""
-  return -(target * jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)).sum(axis=-1)
 
 
 def caption_ids(tokens: Int[Array, "b l"]) -> UInt32[Array, "b"]:

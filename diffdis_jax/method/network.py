@@ -22,7 +22,7 @@ from diffdis_jax.method.alignment import AlignmentTransformer
 from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.method.fusion import TextStream
 from diffdis_jax.method.schedules import Process
-from diffdis_jax.models import attention, clip_init
+from diffdis_jax.models import attention, clip
 from diffdis_jax.models.autoencoder import Autoencoder
 from diffdis_jax.models.clip import Clip, VisionEncoder
 from diffdis_jax.models.layers import DTYPES
@@ -42,9 +42,11 @@ def build_diffdis(model: Model, objectives: Objectives, rngs: nnx.Rngs) -> DiffD
   """
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], rngs=rngs)
   autoencoder = Autoencoder(**vars(model.autoencoder), **common)
+  # First of all, since nothing else is built for it: an autoencoder alone has no text and no UNet.
   if objectives.is_autoencoder:
     return DiffDis(autoencoder=autoencoder, temperature=model.temperature)
   text = model.text_encoder
+  # Token embeddings are a part of e alone, which generation never reads.
   if not objectives.aligned:
     text = dataclasses.replace(text, token_embedding_weight=0.0)
   text_encoder = TextEncoder(**vars(text), remat="none", **common)
@@ -58,6 +60,7 @@ def build_diffdis(model: Model, objectives: Objectives, rngs: nnx.Rngs) -> DiffD
   )
   text_stream = alignment = None
   if objectives.aligned:
+    # One fusion block for each attention block of the UNet's first half; none where fusion is off (Table 4).
     text_stream = TextStream(
       unet.fused_widths if model.fusion else (),
       query_width=model.query_width,
@@ -188,9 +191,7 @@ class Network:
     if not isinstance(self.model, ClipModel):
       return flatten(initial_state(_builder(self.model, self.objectives), key))
     of_head = {path for path in self.shapes if path.startswith(HEAD_PREFIX)}
-    params = clip_init.initialise(
-      key, {path: leaf for path, leaf in self.shapes.items() if path not in of_head}, self.model
-    )
+    params = clip.initialise(key, {path: leaf for path, leaf in self.shapes.items() if path not in of_head}, self.model)
     if of_head:
       built = flatten(initial_state(_builder(self.model, self.objectives), key))
       params |= {path: built[path] for path in of_head}

@@ -56,6 +56,7 @@ def _linear(n: int) -> Float[np.ndarray, "T"]:
 
 def _cosine(n: int) -> Float[np.ndarray, "T"]:
   """Nichol and Dhariwal 2021, eq. 17, s = 0.008."""
+  # β from ratios of ᾱ, as in their code, and not ᾱ itself: the bound on β changes the last timesteps.
   alpha_bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], BETA_MAX)
 
@@ -109,6 +110,7 @@ def leading(num_steps: int, num_timesteps: int = 1000) -> Timesteps:
   """
   if not 1 <= num_steps < num_timesteps:
     raise UserError(f"{num_steps} sampling steps; leading spacing takes 1 to {num_timesteps - 1}")
+  # The offset and ᾱ(0) at the end are those of Stable Diffusion's published settings, which exports must match.
   t = np.arange(num_steps)[::-1] * (num_timesteps // num_steps) + 1
   return Timesteps(t=t.astype(np.int32), t_prev=np.append(t[1:], 0).astype(np.int32))
 
@@ -130,6 +132,7 @@ def trailing(num_steps: int, num_timesteps: int = 1000) -> Timesteps:
 
 def _rates(schedule: Schedule, t: Int[Array, "b"], ndim: int) -> tuple[Array, Array]:
   """√ᾱ(t) and √(1 − ᾱ(t)), f32, with as many trailing axes of size 1 as broadcast over rank `ndim`."""
+  # Roots in float64 and then rounded once: 1 − ᾱ in f32 would lose digits at small t, where ᾱ is near 1.
   shape = t.shape + (1,) * (ndim - t.ndim)
   tables = np.sqrt(schedule.alpha_bar), np.sqrt(1 - schedule.alpha_bar)
   signal, noise = (jnp.asarray(table, jnp.float32)[t].reshape(shape) for table in tables)
@@ -145,6 +148,7 @@ def add_noise(
   gamma: float = 1.0,
 ) -> Float[Array, "b ..."]:
   """x_t = γ √ᾱ x_0 + √(1 − ᾱ) ε, in f32."""
+  # γ scales the data and not the noise: the signal gets weaker, and e_t tells less of its caption.
   a, s = _rates(schedule, t, x0.ndim)
   return gamma * a * x0 + s * noise
 
@@ -158,6 +162,7 @@ def predict_data(
   gamma: float = 1.0,
 ) -> Float[Array, "b ..."]:
   """x_0 = (x_t − √(1 − ᾱ) ε) / (γ √ᾱ), in f32."""
+  # γ belongs here: without it ê_0 of target `noise` would be γ e, and e_t's next mean γ² e.
   a, s = _rates(schedule, t, x_t.ndim)
   return (x_t - s * noise) / (gamma * a)
 

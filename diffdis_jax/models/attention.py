@@ -22,6 +22,7 @@ from diffdis_jax.config.model import AUTO
 from diffdis_jax.errors import UserError
 from diffdis_jax.models import attention_tpu
 from diffdis_jax.parallel import sharding
+from diffdis_jax.structs import Attended
 
 F32 = jnp.float32
 _STOOD_FOR: contextvars.ContextVar[str | None] = contextvars.ContextVar("stood_for", default=None)
@@ -62,6 +63,13 @@ def by(kernel: str) -> Iterator[None]:
     _FORCED.reset(token)
 
 
+class Streams(NamedTuple):
+  """What the text token and the image tokens get from attention over both."""
+
+  text: Float[Array, "b 1 h d"]
+  image: Float[Array, "b n h d"]
+
+
 class Projected(NamedTuple):
   """Queries, keys and values by head."""
 
@@ -78,7 +86,7 @@ def attend(
   mask: Bool[Array, "n m"] | None = None,
 ) -> Float[Array, "b n h d"]:
   """Softmax attention, softmax in f32, scaled by 1/√d. `mask` is True where a query may look."""
-  return _choose(q, k, mask).run(q, k, v, mask, False)[0]
+  return _choose(q, k, mask).run(q, k, v, mask, False).out
 
 
 def attend_with_lse(
@@ -87,21 +95,17 @@ def attend_with_lse(
   v: Float[Array, "b m h d"],
   *,
   mask: Bool[Array, "n m"] | None = None,
-) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
-  """Attention, and the logarithm of each softmax's denominator, f32, with which `merge_extra_key` goes on."""
-  attended, lse = _choose(q, k, mask, with_lse=True).run(q, k, v, mask, True)
-  assert lse is not None
-  return attended, lse
+) -> Attended:
+  """Attention, and the logarithm of each softmax's denominator, f32, which `merge_extra_key` takes."""
+  return _choose(q, k, mask, with_lse=True).run(q, k, v, mask, True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_at_once(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> tuple[Array, Array | None]:
-  return _attend_forward(q, k, v, mask, with_lse)[0]
+def _attend_at_once(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> Attended:
+  return _attend_forward(q, k, v, mask, with_lse).result
 
 
-def _attend_forward(
-  q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool
-) -> tuple[tuple[Array, Array | None], tuple[Array, ...]]:
+def _attend_forward(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> attention_tpu.Forward:
   """Weights, not scores, are kept for the backward pass, in the compute dtype. A column of ones beside v sums them in
   the same product, and only its result is divided by the sum: at 1024 tokens, passes over scores and weights are what
   attention costs."""
@@ -113,6 +117,7 @@ def _attend_forward(
 
   scores = scores_of(q)
   # Less the largest score, which divides out again, so that no exponential overflows.
+  # In the compute dtype before they are summed, so that what is divided by is the sum of what is multiplied.
   weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True)).astype(v.dtype)
   with_ones = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
   sums = jnp.einsum("bhnm,bmhd->bnhd", weights, with_ones, preferred_element_type=F32)
@@ -123,12 +128,10 @@ def _attend_forward(
     # The largest scores once more: to hand out those above, the TPU compiler would store every score.
     top = scores_of(jax.lax.optimization_barrier(q)).max(axis=-1)
     lse = rearrange(top, "b h n -> b n h") + jnp.log(total)
-  return (attended, lse), (q, k, v, weights, total, attended)
+  return attention_tpu.Forward(Attended(attended, lse), (q, k, v, weights, total, attended))
 
 
-def _attend_backward(
-  with_lse: bool, kept: tuple[Array, ...], gradients: tuple[Array, Array | None]
-) -> tuple[Array, Array, Array, None]:
+def _attend_backward(with_lse: bool, kept: tuple[Array, ...], gradients: Attended) -> tuple[Array, Array, Array, None]:
   del with_lse
   q, k, v, weights, total, attended = kept
   gradient, of_lse = gradients
@@ -149,46 +152,47 @@ def _attend_backward(
 _attend_at_once.defvjp(_attend_forward, _attend_backward)
 
 
-def _attend_by_head(q: Array, k: Array, v: Array, *, mask: Array | None) -> tuple[Array, Array]:
+def _attend_by_head(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> Attended:
+  del with_lse
   batch = q.shape[0]
   scale = 1.0 / math.sqrt(q.shape[-1])
 
   # Scores of one head stay in a core's cache, and are computed again in the backward pass instead of being kept.
   @jax.checkpoint
-  def one(qkv: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+  def one(qkv: tuple[Array, Array, Array]) -> Attended:
     q, k, v = qkv
     scores = jnp.dot(q, k.T, preferred_element_type=F32) * scale
     if mask is not None:
       scores = jnp.where(mask, scores, jnp.finfo(F32).min)
-    return jnp.dot(jax.nn.softmax(scores, axis=-1).astype(v.dtype), v), jax.nn.logsumexp(scores, axis=-1)
+    return Attended(jnp.dot(jax.nn.softmax(scores, axis=-1).astype(v.dtype), v), jax.nn.logsumexp(scores, axis=-1))
 
   split = functools.partial(rearrange, pattern="b n h d -> (b h) n d")
   attended, lse = jax.lax.map(one, (split(q), split(k), split(v)))
-  return rearrange(attended, "(b h) n d -> b n h d", b=batch), rearrange(lse, "(b h) n -> b n h", b=batch)
+  return Attended(rearrange(attended, "(b h) n d -> b n h d", b=batch), rearrange(lse, "(b h) n -> b n h", b=batch))
 
 
-def _attend_on_tpu(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> tuple[Array, Array]:
+def _attend_on_tpu(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> Attended:
   del mask, with_lse
   return attention_tpu.attend_with_lse(q, k, v)
 
 
-def _attend_by_cudnn(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> tuple[Array, None]:
+def _attend_by_cudnn(q: Array, k: Array, v: Array, mask: Array | None, with_lse: bool) -> Attended:
   """Its gradient takes even numbers of tokens alone; an odd one gets one more, which the true lengths leave out."""
   del mask, with_lse
   n, m = q.shape[1], k.shape[1]
   lengths: dict[str, Any] = {}
   if n % 2 or m % 2:
-    rows = lambda length: jnp.full(len(q), length, jnp.int32)
-    lengths = dict(query_seq_lengths=rows(n), key_value_seq_lengths=rows(m))
+    rows = jnp.ones(len(q), jnp.int32)
+    lengths = dict(query_seq_lengths=n * rows, key_value_seq_lengths=m * rows)
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :n], None
+  return Attended(jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :n], None)
 
 
 class Kernel(NamedTuple):
   """One way to compute attention.
 
   Attributes:
-    run: (q, k, v, mask, with_lse) -> (attended, lse).
+    run: (q, k, v, mask, with_lse) -> Attended.
     platform: where it is the choice.
     alone: whether no other platform's compiler takes it.
     has_lse: whether it gives lse, and a gradient for it.
@@ -197,11 +201,11 @@ class Kernel(NamedTuple):
   """
 
   run: Callable[..., Any]
-  platform: str | None
-  alone: bool
-  has_lse: bool
-  is_possible: Callable[[Array, Array, Array | None], bool]
-  is_fast: Callable[[int, int], bool]
+  platform: str | None = None
+  alone: bool = False
+  has_lse: bool = True
+  is_possible: Callable[[Array, Array, Array | None], bool] = lambda q, k, mask: True
+  is_fast: Callable[[int, int], bool] = lambda n, m: True
 
 
 # In the order in which they are tried.
@@ -213,7 +217,6 @@ KERNELS = {
     run=_attend_on_tpu,
     platform="tpu",
     alone=True,
-    has_lse=True,
     is_possible=lambda q, k, mask: (
       mask is None
       and q.shape[0] % sharding.batch_parts() == 0
@@ -235,21 +238,11 @@ KERNELS = {
   # On CPU, batched small matrix products are slow and keep every score for the backward pass; one head of one sample
   # at a time was 3 times faster with gradients at 257 tokens and 1.5 times at 1024, and no faster at 64.
   "xla_per_head": Kernel(
-    run=lambda q, k, v, mask, with_lse: _attend_by_head(q, k, v, mask=mask),
+    run=_attend_by_head,
     platform="cpu",
-    alone=False,
-    has_lse=True,
-    is_possible=lambda q, k, mask: True,
     is_fast=lambda n, m: n * m >= 128 * 128,
   ),
-  "xla": Kernel(
-    run=_attend_at_once,
-    platform=None,
-    alone=False,
-    has_lse=True,
-    is_possible=lambda q, k, mask: True,
-    is_fast=lambda n, m: True,
-  ),
+  "xla": Kernel(run=_attend_at_once),
 }
 
 
@@ -275,7 +268,7 @@ def _choose(q: Array, k: Array, mask: Array | None, *, with_lse: bool = False) -
       is_chosen = kernel.platform in (None, here) and kernel.is_fast(q.shape[1], k.shape[1])
     if is_chosen:
       return kernel
-  raise AssertionError("at_once takes everything")
+  raise AssertionError("xla takes everything")
 
 
 def merge_extra_key(
@@ -301,15 +294,17 @@ def attend_with_one_more(
 ) -> Float[Array, "b n h d"]:
   """Attention to the keys of `k` and to the one of `more`, exactly, by whatever the kernel can do."""
   if _choose(q, k, None).has_lse:
-    return merge_extra_key(*attend_with_lse(q, k, v), q, more.k, more.v)
+    attended, lse = attend_with_lse(q, k, v)
+    assert lse is not None  # as asked for
+    return merge_extra_key(attended, lse, q, more.k, more.v)
   # No length is better than another to such a kernel, which computes scores in pieces.
   return attend(q, jnp.concatenate([k, more.k], axis=1), jnp.concatenate([v, more.v], axis=1))
 
 
-def attend_together(text: Projected, image: Projected) -> tuple[Float[Array, "b 1 h d"], Float[Array, "b n h d"]]:
-  """Attention over the tokens [text, image], split again into the text token's and the image tokens' result.
+def attend_together(text: Projected, image: Projected) -> Streams:
+  """Attention over the tokens [text, image], split again by stream.
 
   Without the concatenation: each stream attends to the image tokens, and the text token's key is merged in exactly
   (`merge_extra_key`). So the image tokens' number stays a power of two, which fills a TPU's tiles; n + 1 would not.
   """
-  return attend_with_one_more(text.q, image.k, image.v, text), attend_with_one_more(*image, text)
+  return Streams(attend_with_one_more(text.q, image.k, image.v, text), attend_with_one_more(*image, text))

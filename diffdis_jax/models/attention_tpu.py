@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from diffdis_jax.parallel import sharding
+from diffdis_jax.structs import Attended
 
 F32 = jnp.float32
 LANES, SUBLANES = 128, 8
@@ -54,13 +55,14 @@ def choose_blocks(n: int, m: int, h: int) -> Blocks:
   def largest(whole: int, unit: int, limit: int) -> int:
     return max(size for size in range(unit, max(min(limit, whole), unit) + 1, unit) if whole % size == 0)
 
+  # Queries first: heads take what these leave of MAX_SCORES.
   queries = largest(n, LANES, MAX_SCORES // m)
   return Blocks(largest(h, 1, MAX_SCORES // (m * queries)), queries)
 
 
 def attend_with_lse(
   q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"], *, interpret: bool = False
-) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h"]]:
+) -> Attended:
   """softmax(q k / √d) v, and the logarithm of each softmax's denominator, f32; both have gradients.
 
   On the mesh that is traced for, every device works on its own rows and heads.
@@ -68,22 +70,35 @@ def attend_with_lse(
   Args:
     interpret: run on any platform, slowly, as the tests do.
   """
-  results: Any = _attend(*(rearrange(x, "b n h d -> b h d n") for x in (q, k, v)), interpret)
-  attended, lse = results
-  return rearrange(attended, "b h d n -> b n h d"), rearrange(lse, "b h 1 n -> b n h") / LOG2_E
+  result: Any = _attend(*(rearrange(x, "b n h d -> b h d n") for x in (q, k, v)), interpret)
+  out, lse = result
+  return Attended(rearrange(out, "b h d n -> b n h d"), rearrange(lse, "b h 1 n -> b n h") / LOG2_E)
+
+
+class _Out(NamedTuple):
+  """What the forward kernel writes: the result [b, h, d, n], and lse to base 2, f32 [b, h, 1, n]."""
+
+  out: Array
+  lse: Array
+
+
+class Forward(NamedTuple):
+  """What JAX's custom_vjp takes of a forward pass: its result, and what the backward pass gets to see."""
+
+  result: Any
+  kept: tuple[Array, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(q: Array, k: Array, v: Array, interpret: bool) -> tuple[Array, Array]:
-  return _attend_forward(q, k, v, interpret)[0]
+def _attend(q: Array, k: Array, v: Array, interpret: bool) -> _Out:
+  return _attend_forward(q, k, v, interpret).result
 
 
-def _attend_forward(q: Array, k: Array, v: Array, interpret: bool) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-  """The results are [b, h, d, n] and, to base 2, [b, h, 1, n]."""
-
-  def own(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+def _attend_forward(q: Array, k: Array, v: Array, interpret: bool) -> Forward:
+  def own(q: Array, k: Array, v: Array) -> _Out:
+    # Inside, where shapes are those of one device: blocks must divide its heads, not the whole mesh's.
     call = _Call(q, k)
-    return call(
+    results = call(
       _forward_kernel,
       name="attention",
       inputs=(call.of_queries, call.of_keys, call.of_keys),
@@ -91,15 +106,14 @@ def _attend_forward(q: Array, k: Array, v: Array, interpret: bool) -> tuple[tupl
       products=2,
       interpret=interpret,
     )(q, k, v)
+    return _Out(*results)
 
-  attended, lse = sharding.on_own_heads(own)(q, k, v)
-  return (attended, lse), (q, k, v, attended, lse)
+  result = sharding.on_own_heads(own)(q, k, v)
+  return Forward(result, (q, k, v, *result))
 
 
-def _attend_backward(
-  interpret: bool, kept: tuple[Array, ...], gradients: tuple[Array, Array]
-) -> tuple[Array, Array, Array]:
-  def own(q: Array, k: Array, v: Array, *rest: Array) -> tuple[Array, Array, Array]:
+def _attend_backward(interpret: bool, kept: tuple[Array, ...], gradients: _Out) -> tuple[Array, ...]:
+  def own(q: Array, k: Array, v: Array, *rest: Array) -> Any:
     call = _Call(q, k)
     queries, row = call.of_queries, call.of_row
     return call(
@@ -126,6 +140,7 @@ class _Call:
     in_lanes, m = (_filled(tokens, LANES) for tokens in (n, k.shape[3]))
     heads, queries = choose_blocks(in_lanes, m, h)
     self.heads = heads
+    # Blocks of queries last, which is the innermost loop: keys stay on the chip while queries pass.
     self.grid = (b, h // heads, in_lanes // queries)
     self.of_queries = pl.BlockSpec((1, heads, d, queries), lambda i, j, at: (i, j, 0, at))
     self.of_keys = pl.BlockSpec((1, heads, d, m), lambda i, j, at: (i, j, 0, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffdis_jax.models.layers import Attention, GroupNorm, conv
 from diffdis_jax.models.unet_blocks import Downsample, ResnetBlock, Upsample
 from diffdis_jax.structs import Posterior
 
-EPS = 1e-6
+EPS = 1e-6  # of the autoencoder's norms; the UNet's residual blocks have 1e-5
 START_LOG_VARIANCE = -6.0
 
 
@@ -40,6 +41,7 @@ class Middle(nnx.Module):
   """Residual block, attention (optional), residual block."""
 
   def __init__(self, width: int, *, attention: bool, groups: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    # Without a time embedding: an autoencoder sees clean images.
     resnet: dict[str, Any] = dict(time_width=None, groups=groups, eps=EPS, dtype=dtype, rngs=rngs)
     self.resnet1 = ResnetBlock(width, width, **resnet)
     self.attention = MiddleAttention(width, groups=groups, dtype=dtype, rngs=rngs) if attention else None
@@ -58,6 +60,7 @@ class Level(nnx.Module):
   def __init__(
     self, din: int, dout: int, depth: int, *, resample: nnx.Module | None, groups: int, dtype: DTypeLike, rngs: nnx.Rngs
   ):
+    # The change of width is the first block's.
     widths = [din] + [dout] * depth
     self.resnets = nnx.List(
       ResnetBlock(a, b, time_width=None, groups=groups, eps=EPS, dtype=dtype, rngs=rngs)
@@ -102,7 +105,7 @@ class Autoencoder(nnx.Module):
   ):
     self.patch = patch
     common: dict[str, Any] = dict(groups=groups, dtype=dtype, rngs=rngs)
-    new_conv = lambda din, dout, size: conv(din, dout, size, dtype=dtype, rngs=rngs)
+    new_conv = functools.partial(conv, dtype=dtype, rngs=rngs)
     last = len(widths) - 1
 
     self.conv_in = new_conv(3 * patch**2, widths[0], 3)
@@ -119,6 +122,7 @@ class Autoencoder(nnx.Module):
     self.encoder_middle = Middle(widths[-1], attention=attention, **common)
     self.encoder_norm = GroupNorm(widths[-1], groups=groups, eps=EPS, rngs=rngs)
     self.encoder_out = new_conv(widths[-1], 2 * latent_channels, 3)
+    # Keys are counted (method/network.py), so that parameters made in another order would start as others.
     self.quant = new_conv(2 * latent_channels, 2 * latent_channels, 1)
     # Training starts with little noise on the latents: at unit variance it hides the image from the decoder at first.
     self.quant.bias = nnx.Param(jnp.repeat(jnp.asarray([0.0, START_LOG_VARIANCE]), latent_channels))
@@ -143,6 +147,7 @@ class Autoencoder(nnx.Module):
 
   def encode(self, x: Float[Array, "b H W 3"]) -> Posterior:
     """Posterior over latents, f32. Log-variances are clipped to [-30, 20] as in Stable Diffusion."""
+    # Channels before patches, so that each colour's pixels lie side by side, as the decoder unfolds them.
     h = self.conv_in(rearrange(x, "b (h p) (w q) c -> b h w (c p q)", p=self.patch, q=self.patch))
     for level in self.down:
       h = level(h)
@@ -152,6 +157,7 @@ class Autoencoder(nnx.Module):
 
   def decode(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
     """Image from an unscaled latent, f32, not clipped."""
+    # Nothing is clipped to [-1, 1]: the reconstruction's loss needs its gradient beyond, too.
     h = self.decoder_middle(self.decoder_in(self.post_quant(latent)))
     for level in self.up:
       h = level(h)
@@ -159,6 +165,7 @@ class Autoencoder(nnx.Module):
     return rearrange(x, "b h w (c p q) -> b (h p) (w q) c", p=self.patch, q=self.patch)
 
   def to_z(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    # To zero mean and unit variance, which the noise schedules take for granted.
     return (latent - self.shift[...]) * self.scale[...]
 
   def from_z(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

@@ -1,9 +1,13 @@
-"""CLIP, the baseline of the paper's Table 1: a vision transformer beside the text tower."""
+"""CLIP, the baseline of the paper's Table 1: a vision transformer beside the text tower, and how it starts.
+
+From scratch it starts with OpenAI's spreads in the text tower, and in the vision tower, for which OpenAI gave none,
+with PyTorch's defaults, as open_clip has them (transformer.py, `init_parameters`).
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +16,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
+from diffdis_jax.common.params import Params, first_match
+from diffdis_jax.config.model import ClipModel, TextEncoderSize, VisionEncoderSize
 from diffdis_jax.errors import UserError
-from diffdis_jax.models.layers import LayerNorm, TransformerLayer, conv, linear, run_block
+from diffdis_jax.models.layers import LayerNorm, TransformerLayer, conv, linear
 from diffdis_jax.models.lgr import LanguageGuidedHead
+from diffdis_jax.models.remat import run_block
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.structs import TextCondition
 
@@ -25,6 +32,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def normalise(image: UInt8[Array, "b H W 3"] | Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
   """Pixels of 0 to 255, u8 or f32, to zero mean and unit variance, by CLIP's statistics."""
+  # On the device and in f32: on the host a batch would be four times the bytes to move.
   scale, shift = (jnp.asarray(value, jnp.float32) for value in (PIXEL_STD, PIXEL_MEAN))
   return (image.astype(jnp.float32) / 255.0 - shift) / scale
 
@@ -48,7 +56,7 @@ class VisionEncoder(nnx.Module):
     image_size: side of the square images that the learned positions are of.
     patch: side of a patch; each is one token.
     projection: width of the result.
-    remat: a key of layers.REMAT_POLICIES, applied to each layer.
+    remat: a key of remat.REMAT_POLICIES, applied to each layer.
 
   Raises:
     UserError: patches do not tile the image.
@@ -72,11 +80,12 @@ class VisionEncoder(nnx.Module):
     if image_size % patch:
       raise UserError(f"patches of {patch} px do not tile an image of {image_size} px; give a multiple of {patch}")
     self.side, self.dtype, self.remat = patch, dtype, remat
-    whole = ((0, 0), (0, 0))
+    whole = ((0, 0), (0, 0))  # no padding: patches tile the image
     self.patch = conv(3, width, patch, stride=patch, padding=whole, use_bias=False, dtype=dtype, rngs=rngs)
     init = nnx.initializers.normal(width**-0.5)
     self.class_token = nnx.Param(init(rngs.params(), (width,), jnp.float32))
     self.positions = nnx.Param(init(rngs.params(), ((image_size // patch) ** 2 + 1, width), jnp.float32))
+    # transformers' "pre_layrnorm", before the layers too, which the text tower has not.
     self.pre_norm = LayerNorm(width, rngs=rngs)
     self.layers = nnx.List(
       TransformerLayer(width, num_heads=num_heads, mlp_width=mlp_width, activation=activation, dtype=dtype, rngs=rngs)
@@ -101,10 +110,12 @@ class VisionEncoder(nnx.Module):
     patches = self.patch(x)
     tokens = rearrange(patches, "b h w d -> b (h w) d")
     positions = resize_positions(self.positions[...], rows=patches.shape[1], columns=patches.shape[2])
+    # The class token first, as resize_positions and the last line take it.
     start = jnp.broadcast_to(self.class_token[...].astype(self.dtype), (len(x), 1, tokens.shape[-1]))
     h = self.pre_norm(jnp.concatenate([start, tokens], axis=1) + positions.astype(self.dtype))
     for layer in self.layers:
       h = run_block(lambda layer, h: layer(h), layer, h, remat=self.remat)
+    # Of the class token alone, so that the norm and the projection leave out all patches.
     return self.projection(self.norm(h[:, :1]))[:, 0].astype(jnp.float32)
 
 
@@ -142,3 +153,73 @@ class Clip(nnx.Module):
   def encode_text(self, tokens: Int[Array, "b l"]) -> TextCondition:
     """The condition, which CLIP has no use for, and the L2-normalised embedding e."""
     return self.text_encoder(tokens)
+
+
+class Start(NamedTuple):
+  """What a parameter is drawn from: "normal" of this deviation, "uniform" within ± this bound, or "constant"."""
+
+  kind: str
+  value: float
+
+
+Rules = tuple[tuple[str, Start], ...]
+
+# Of both towers.
+COMMON: Rules = (
+  (r"norm\.scale$", Start("constant", 1.0)),
+  (r"norm\.bias$|\.(q|k|v|out)\.bias$", Start("constant", 0.0)),
+)
+
+
+def initialise(key: jax.Array, shapes: Params, model: ClipModel) -> Params:
+  """Fresh parameters f32, each drawn with a key of its own.
+
+  Raises:
+    UserError: a parameter that no rule matches.
+  """
+  scale = (r"^logit_scale$", Start("constant", math.log(model.temperature)))
+  rules = (scale, *COMMON, *_text(model.text_encoder), *_vision(model.vision_encoder))
+  # A key for each place in the listing, so that no parameter's value depends on another's shape.
+  return {
+    path: _draw(jax.random.fold_in(key, i), leaf.shape, first_match(path, rules, "models/clip.py"))
+    for i, (path, leaf) in enumerate(shapes.items())
+  }
+
+
+def _draw(key: jax.Array, shape: tuple[int, ...], start: Start) -> Float[Array, "..."]:
+  if start.kind == "normal":
+    return start.value * jax.random.normal(key, shape)
+  if start.kind == "uniform":
+    return jax.random.uniform(key, shape, minval=-start.value, maxval=start.value)
+  return jnp.full(shape, start.value, jnp.float32)
+
+
+def _text(size: TextEncoderSize) -> Rules:
+  """Residual branches start the smaller the more of them there are. Only the biases of the MLP are PyTorch's."""
+  spread, residual = size.width**-0.5, (2 * size.depth) ** -0.5
+  return (
+    (r"^text_encoder\.tokens\.", Start("normal", 0.02)),
+    # Not CLIP's: second token vectors, which start at nothing.
+    (r"^text_encoder\.query_tokens\.", Start("constant", 0.0)),
+    (r"^text_encoder\.positions$", Start("normal", 0.01)),
+    (r"^text_encoder\..*\.(q|k|v)\.kernel$", Start("normal", spread)),
+    (r"^text_encoder\..*\.(out|fc2)\.kernel$", Start("normal", spread * residual)),
+    (r"^text_encoder\..*\.fc1\.kernel$", Start("normal", (2 * size.width) ** -0.5)),
+    (r"^text_encoder\.projection\.kernel$", Start("normal", spread)),
+    (r"^text_encoder\..*\.fc1\.bias$", Start("uniform", size.width**-0.5)),
+    (r"^text_encoder\..*\.fc2\.bias$", Start("uniform", size.mlp_width**-0.5)),
+  )
+
+
+def _vision(size: VisionEncoderSize) -> Rules:
+  """PyTorch's defaults are uniform: within ± fan_in^-1/2, and by Xavier's rule over q, k and v as one matrix."""
+  spread = size.width**-0.5
+  return (
+    (r"^vision_encoder\.(class_token|positions|projection\.kernel)$", Start("normal", spread)),
+    (r"^vision_encoder\.patch\.kernel$", Start("uniform", (3 * size.patch**2) ** -0.5)),
+    # Xavier: sqrt(6 / (fan_in + fan_out)), of one matrix of width by three times width.
+    (r"^vision_encoder\..*\.(q|k|v)\.kernel$", Start("uniform", math.sqrt(6 / (4 * size.width)))),
+    (r"^vision_encoder\..*\.(out|fc1)\.kernel$", Start("uniform", spread)),
+    (r"^vision_encoder\..*\.fc1\.bias$", Start("uniform", spread)),
+    (r"^vision_encoder\..*\.fc2\.(kernel|bias)$", Start("uniform", size.mlp_width**-0.5)),
+  )

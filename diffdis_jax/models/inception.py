@@ -55,10 +55,12 @@ class ConvNorm(nnx.Module):
 
   def __init__(self, din: int, dout: int, size: tuple[int, int], *, stride: int = 1, same: bool = True, rngs: nnx.Rngs):
     """`size`: height, then width."""
+    # Said outright: SAME of a stride of 2 would pad on one side.
     padding = tuple((side // 2, side // 2) for side in size) if same else "VALID"
     self.conv = nnx.Conv(
       din, dout, size, strides=stride, padding=padding, use_bias=False, precision=jax.lax.Precision.HIGHEST, rngs=rngs
     )
+    # By stored statistics: a batch's own would make an image's features depend on its neighbours.
     self.bn: Any = nnx.BatchNorm(dout, use_running_average=True, epsilon=EPS, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -214,4 +216,5 @@ class Inception(nnx.Module):
     small = self.mixed_6a(self.mixed_5d(self.mixed_5c(self.mixed_5b(second))))
     middle = self.mixed_6e(self.mixed_6d(self.mixed_6c(self.mixed_6b(small))))
     last = self.mixed_7c(self.mixed_7b(self.mixed_7a(middle)))
+    # Means over positions, where the original has an average pool of the whole map.
     return Features(*(x.mean(axis=(1, 2)) for x in (first, second, middle, last)))

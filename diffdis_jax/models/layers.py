@@ -6,11 +6,9 @@ Images are NHWC.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,61 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from diffdis_jax.models import remat
 from diffdis_jax.models.attention import Projected, attend, platform
 
 F32 = jnp.float32
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-# What the backward pass keeps of a block: everything; nothing but its input; matrix products; those without a batch;
-# its input and attention's q, k and v.
-_ATTENTION_INPUTS = "attention_inputs"
-REMAT_POLICIES = {
-  "none": None,
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_saveable,
-  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-  "attention": jax.checkpoint_policies.save_only_these_names(_ATTENTION_INPUTS),
-}
-
-
-_KEEPS_ALL: contextvars.ContextVar[bool] = contextvars.ContextVar("keeps_all", default=False)
-
-
-@contextlib.contextmanager
-def keeping_all() -> Iterator[None]:
-  """Around what is traced with nothing computed twice, whatever a network's `remat` says."""
-  token = _KEEPS_ALL.set(True)
-  try:
-    yield
-  finally:
-    _KEEPS_ALL.reset(token)
-
-
-def run_block(f: Callable[..., Any], block: nnx.Module, *args: Any, remat: str) -> Any:
-  """f(block, *args), of which the backward pass keeps what `remat`, a key of REMAT_POLICIES, says.
-
-  Not by nnx.remat, which writes parameters back, and so cannot stand inside a sampler's loop.
-  """
-  if remat == "none" or _KEEPS_ALL.get():
-    return f(block, *args)
-  graphdef, state = nnx.split(block)
-  pure = jax.checkpoint(lambda state, *args: f(nnx.merge(graphdef, state), *args), policy=REMAT_POLICIES[remat])
-  inputs = (state, *args)
-  return pure(*(inputs if platform() == "tpu" else _gradients_together(inputs)))
-
-
-@jax.custom_vjp
-def _gradients_together(x: Any) -> Any:
-  """x, none of whose gradients is there before all are.
-
-  Else XLA's compiler for GPUs puts off the products for the gradients of parameters until the backward pass is through
-  all blocks, and holds what they multiply, which was to be computed again to save memory. What TPUs' does was not
-  looked at.
-  """
-  return x
-
-
-_gradients_together.defvjp(lambda x: (x, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))
 
 
 def by_rows(f: Callable[[Array], Array], x: Float[Array, "*rows d"]) -> Float[Array, "*rows e"]:
@@ -100,7 +48,10 @@ def linear(
   din: int, dout: int, *, dtype: DTypeLike, rngs: nnx.Rngs, use_bias: bool = True, init_scale: float = 1.0
 ) -> Linear:
   """Its kernel starts as `init_scale` times LeCun's normal."""
-  kernel_init = lambda *args: init_scale * nnx.initializers.lecun_normal()(*args)
+
+  def kernel_init(*args: Any) -> Array:
+    return init_scale * nnx.initializers.lecun_normal()(*args)
+
   return Linear(din, dout, use_bias=use_bias, dtype=dtype, param_dtype=F32, kernel_init=kernel_init, rngs=rngs)
 
 
@@ -122,8 +73,12 @@ def convolve(
   if platform() != "cpu" or (rows > channels and size != strides):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **settings)
   padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  # Along an axis, the positions that an offset into the kernel meets.
-  met = lambda axis, offset: slice(offset, offset + (sides[axis] - 1) * strides[axis] + 1, strides[axis])
+
+  def met(axis: int, offset: int) -> slice:
+    """Along an axis, the positions that an offset into the kernel meets."""
+    return slice(offset, offset + (sides[axis] - 1) * strides[axis] + 1, strides[axis])
+
+  # In the order of the kernel's own axes, so that reshaping it copies nothing.
   patches = [padded[:, met(0, i), met(1, j)] for i in range(size[0]) for j in range(size[1])]
   product = jnp.concatenate(patches, axis=-1).reshape(rows, -1) @ kernel.reshape(-1, channels)
   return product.reshape(len(x), *sides, channels)
@@ -141,6 +96,7 @@ def conv(
   use_bias: bool = True,
 ) -> nnx.Conv:
   """Convolution with PyTorch's symmetric padding: (size - 1) / 2 on either side, whatever the stride."""
+  # Flax's own "SAME" pads a stride of 2 on one side alone, and images would be shifted by a pixel against PyTorch's.
   if padding == "SAME":
     padding = ((size // 2, size // 2),) * 2
   numerics: dict[str, Any] = dict(dtype=dtype, param_dtype=F32, conv_general_dilated=convolve)
@@ -229,7 +185,8 @@ class Attention(nnx.Module):
   def project(self, x: Float[Array, "b n d"], context: Float[Array, "b m c"] | None = None) -> Projected:
     """q, k and v, each [b, n, heads, d / heads]."""
     context = x if context is None else context
-    q, k, v = (checkpoint_name(y, _ATTENTION_INPUTS) for y in (self.q(x), self.k(context), self.v(context)))
+    # Named for remat's `attention`, which computes all else again but not these three products.
+    q, k, v = (checkpoint_name(y, remat.ATTENTION_INPUTS) for y in (self.q(x), self.k(context), self.v(context)))
     heads = functools.partial(rearrange, pattern="b n (h d) -> b n h d", h=self.num_heads)
     return Projected(heads(q), heads(k), heads(v))
 
@@ -271,6 +228,7 @@ def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
   return x * jax.nn.sigmoid(1.702 * x)
 
 
+# Exact, by erf: jax.nn.gelu's default is the tanh approximation, and PyTorch's is not.
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": functools.partial(jax.nn.gelu, approximate=False)}
 
 
@@ -302,6 +260,8 @@ class TransformerLayer(nnx.Module):
 
 def sinusoidal(t: Int[Array, "b"], width: int) -> Float[Array, "b d"]:
   """Sinusoidal embedding of timesteps as in Stable Diffusion: [cos, sin], frequencies 10000^(-i / (width / 2)), f32."""
+  # In f32 whatever the compute dtype: bf16 keeps 8 bits of an angle up to 1000. Cosines first, by diffusers'
+  # `flip_sin_to_cos`.
   half = width // 2
   frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=F32) / half)
   angles = t.astype(F32)[:, None] * frequencies[None]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from diffdis_jax.models.layers import LayerNorm
 from diffdis_jax.structs import AnyArray
@@ -40,16 +43,14 @@ class LanguageGuidedHead(nnx.Module):
   def __init__(self, *, width: int, classes: int, anchors: int, rngs: nnx.Rngs):
     # VL-LTR's is cut at ± 2, which is a hundred deviations away.
     init = nnx.initializers.normal(VISUAL_DEVIATION)
-    dense = lambda din, dout, kernel_init, use_bias: nnx.Linear(
-      din, dout, use_bias=use_bias, kernel_init=kernel_init, param_dtype=jnp.float32, precision=EXACT, rngs=rngs
-    )
-    identity = lambda key, shape, dtype=jnp.float32, **_: jnp.eye(*shape, dtype=dtype)
-    self.fc1: Any = dense(width, 4 * width, init, True)
-    self.fc2: Any = dense(4 * width, classes, init, True)
+    dense = functools.partial(nnx.Linear, param_dtype=jnp.float32, precision=EXACT, rngs=rngs)
+    self.fc1: Any = dense(width, 4 * width, kernel_init=init)
+    self.fc2: Any = dense(4 * width, classes, kernel_init=init)
     self.query_norm = LayerNorm(width, rngs=rngs)
     self.key_norm = LayerNorm(width, rngs=rngs)
-    self.q: Any = dense(width, width, identity, False)
-    self.k: Any = dense(width, width, identity, False)
+    # Identities, as in VL-LTR: attention starts from how near image and sentence already are.
+    self.q: Any = dense(width, width, kernel_init=_identity, use_bias=False)
+    self.k: Any = dense(width, width, kernel_init=_identity, use_bias=False)
     # T_c, which selection fills (training/anchors.py).
     self.anchors = nnx.Param(jnp.zeros((classes, anchors, width), jnp.float32))
 
@@ -65,6 +66,11 @@ class LanguageGuidedHead(nnx.Module):
     g = jnp.einsum("bks,ksd->bkd", weights, sentences, precision=EXACT)
     cosines = jnp.einsum("bd,bkd->bk", unit(f), unit(g), precision=EXACT)
     return ClassLogits(visual=visual, language=jnp.exp(logit_scale.astype(jnp.float32)) * cosines)
+
+
+def _identity(key: PRNGKeyArray, shape: Sequence[int], dtype: DTypeLike = jnp.float32, **_: Any) -> Float[Array, "d d"]:
+  del key
+  return jnp.eye(*shape, dtype=dtype)
 
 
 def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:

@@ -8,7 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear, run_block
+from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear
+from diffdis_jax.models.remat import run_block
 from diffdis_jax.structs import TextCondition
 
 
@@ -20,10 +21,9 @@ class TextEncoder(nnx.Module):
 
   Args:
     projection: width of CLIP's text projection applied to the query, 0 for none.
-    token_embedding_weight: weight of a second vector for each token, whose mean over the caption is added to the
-      query. 0 in CLIP
-      and in the paper. It starts at nothing, and learns sooner than the layers which images a word goes with.
-    remat: a key of layers.REMAT_POLICIES, applied to each layer.
+    token_embedding_weight: weight of a second vector for each token, whose mean over the caption is added to the query.
+      0 in CLIP and in the paper. It starts at nothing, and learns sooner than the layers which images a word goes with.
+    remat: a key of remat.REMAT_POLICIES, applied to each layer.
   """
 
   def __init__(
@@ -68,6 +68,7 @@ class TextEncoder(nnx.Module):
   def __call__(self, tokens: Int[Array, "b l"]) -> TextCondition:
     length = tokens.shape[1]
     h = self._rows(self.tokens, tokens) + self.positions[:length].astype(self.dtype)
+    # Causal for all of the length: what stands behind the first end of text cannot reach it.
     causal = jnp.tril(jnp.ones((length, length), bool))
     for layer in self.layers:
       h = run_block(lambda layer, h: layer(h, mask=causal), layer, h, remat=self.remat)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +12,31 @@ from flax import nnx, struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffdis_jax.models.layers import GroupNorm, TimestepEmbedder, conv, run_block
+from diffdis_jax.models.layers import GroupNorm, TimestepEmbedder, conv
+from diffdis_jax.models.remat import run_block
 from diffdis_jax.models.unet_blocks import Downsample, ResnetBlock, SpatialTransformer, Upsample
 
-EPS = 1e-5
+EPS = 1e-5  # of residual blocks and the last norm; an attention block's norm has 1e-6, as diffusers has them
 
 # (index of the attention block, block, image features, text condition, carry) -> (image features, carry).
 AttentionFn = Callable[[int, SpatialTransformer, Array, Array, Any], tuple[Array, Any]]
 
 
-def image_only(index: int, block: SpatialTransformer, x: Array, c: Array, carry: Any) -> tuple[Array, Any]:
+class AttentionOutput(NamedTuple):
+  """What an attention block gives: image features, and what its caller carries to the next block."""
+
+  x: Float[Array, "b h w c"]
+  carry: Any
+
+
+def image_only(index: int, block: SpatialTransformer, x: Array, c: Array, carry: Any) -> AttentionOutput:
   """Stable Diffusion's own attention: there is no second stream."""
   del index
-  return block(x, c), carry
+  return AttentionOutput(block(x, c), carry)
+
+
+def _call(block: Any, *args: Array) -> Array:
+  return block(*args)
 
 
 class DownLevel(nnx.Module):
@@ -40,6 +53,7 @@ class UpLevel(nnx.Module):
   """As DownLevel, one block deeper, each residual block fed with a skip, then doubling of the resolution."""
 
   def __init__(self, din: int, dout: int, skips: Sequence[int], *, attention: bool, upsample: bool, make: BlockMaker):
+    # Each residual block eats one skip, beside what the block before it gives.
     widths = [din] + [dout] * len(skips)
     self.resnets = nnx.List(make.resnet(a + skip, dout) for a, skip in zip(widths[:-1], skips, strict=True))
     self.attentions = nnx.List(make.attention(dout) for _ in skips if attention)
@@ -101,7 +115,7 @@ class UNet(nnx.Module):
     context_width: width of the text condition c.
     latent_channels: channels of z, in and out.
     groups: groups of every GroupNorm.
-    remat: a key of layers.REMAT_POLICIES, applied to each block.
+    remat: a key of remat.REMAT_POLICIES, applied to each block.
     up_path: whether there is a second half; discrimination alone does without.
   """
 
@@ -133,8 +147,10 @@ class UNet(nnx.Module):
     )
     self.middle = Middle(widths[-1], make=make)
 
+    # Discrimination alone reads the middle: the second half would be held, and never used.
     if not up_path:
       return
+    # The widths of `down_and_middle`'s skips, in its order, taken from the end on the way up.
     skips = [widths[0]]
     for i, width in enumerate(widths):
       skips += [width] * depth + ([width] if i < last else [])
@@ -167,26 +183,23 @@ class UNet(nnx.Module):
   ) -> DownOutput:
     """The first half. `attention` runs each attention block and hands `carry` from one to the next."""
     temb = self.time(t)
-    resnet = lambda block, x: self._run(lambda block, x, temb: block(x, temb), block, x, temb)
-
-    def attend(index: int, block: SpatialTransformer, x: Array, carry: Any) -> tuple[Array, Any]:
-      return self._run(lambda block, x, c, carry: attention(index, block, x, c, carry), block, x, c, carry)
-
     h = self.conv_in(x)
+    # A skip for each residual block and each change of resolution, the first convolution's before all.
     skips, index = [h], 0
     for level in self.down:
       for i, block in enumerate(level.resnets):
-        h = resnet(block, h)
+        h = self._run(_call, block, h, temb)
         if level.attentions:
-          h, carry = attend(index, level.attentions[i], h, carry)
+          # `index` counts through all levels: a second stream has a block of its own for each of these.
+          h, carry = self._run(functools.partial(attention, index), level.attentions[i], h, c, carry)
           index += 1
         skips.append(h)
       if level.downsample is not None:
         h = level.downsample(h)
         skips.append(h)
-    h = resnet(self.middle.resnet1, h)
-    h, carry = attend(index, self.middle.attention, h, carry)
-    h = resnet(self.middle.resnet2, h)
+    h = self._run(_call, self.middle.resnet1, h, temb)
+    h, carry = self._run(functools.partial(attention, index), self.middle.attention, h, c, carry)
+    h = self._run(_call, self.middle.resnet2, h, temb)
     return DownOutput(h=h, skips=tuple(skips), temb=temb, carry=carry)
 
   def up_path(self, down: DownOutput, c: Float[Array, "b l d"]) -> Float[Array, "b h w c"]:
@@ -194,12 +207,14 @@ class UNet(nnx.Module):
     h, skips = down.h, list(down.skips)
     for level in self.up:
       for i, block in enumerate(level.resnets):
+        # The last skip first, and the features before it, as Stable Diffusion's weights have the channels.
         h = jnp.concatenate([h, skips.pop()], axis=-1)
-        h = self._run(lambda block, x, temb: block(x, temb), block, h, down.temb)
+        h = self._run(_call, block, h, down.temb)
         if level.attentions:
-          h = self._run(lambda block, x, c: block(x, c), level.attentions[i], h, c)
+          h = self._run(_call, level.attentions[i], h, c)
       if level.upsample is not None:
         h = level.upsample(h)
+    # f32 from here on: the loss and the sampler take differences of it.
     return self.conv_out(jax.nn.silu(self.norm_out(h))).astype(jnp.float32)
 
   def __call__(

@@ -40,6 +40,7 @@ class ResnetBlock(nnx.Module):
     h = self.conv1(jax.nn.silu(self.norm1(x)))
     if self.time is not None:
       assert temb is not None
+      # SiLU again, here: each block has a projection of its own of the one embedding.
       h = h + self.time(jax.nn.silu(temb))[:, None, None, :]
     h = self.conv2(jax.nn.silu(self.norm2(h)))
     return h + (x if self.shortcut is None else self.shortcut(x))
@@ -58,6 +59,7 @@ class BasicTransformerBlock(nnx.Module):
 
   def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b l e"]) -> Float[Array, "b n d"]:
     x = x + self.attn1(self.norm1(x))
+    # Apart, since fusion has its own self-attention, over one token more, and goes on with the same rest.
     return self.after_self_attention(x, c)
 
   def after_self_attention(self, x: Float[Array, "b n d"], c: Float[Array, "b l e"]) -> Float[Array, "b n d"]:
@@ -70,6 +72,7 @@ class SpatialTransformer(nnx.Module):
 
   def __init__(self, width: int, *, num_heads: int, context_width: int, groups: int, dtype: DTypeLike, rngs: nnx.Rngs):
     self.norm = GroupNorm(width, groups=groups, eps=1e-6, rngs=rngs)
+    # 1x1 convolutions, as v1's weights are; diffusers has matrices for version 2.
     self.proj_in = conv(width, width, 1, dtype=dtype, rngs=rngs)
     self.block = BasicTransformerBlock(width, num_heads=num_heads, context_width=context_width, dtype=dtype, rngs=rngs)
     self.proj_out = conv(width, width, 1, dtype=dtype, rngs=rngs)
@@ -89,6 +92,7 @@ class Downsample(nnx.Module):
   """3x3 convolution of stride 2. The autoencoder pads on the right and bottom only, the UNet on all sides."""
 
   def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs, asymmetric: bool = False):
+    # The autoencoder's halves as PyTorch's F.pad(x, (0, 1, 0, 1)) before an unpadded convolution does.
     padding = ((0, 1), (0, 1)) if asymmetric else "SAME"
     self.conv = conv(width, width, 3, stride=2, padding=padding, dtype=dtype, rngs=rngs)
 
@@ -103,4 +107,5 @@ class Upsample(nnx.Module):
     self.conv = conv(width, width, 3, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
+    # PyTorch's `nearest` for a factor of 2, with nothing to round.
     return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))

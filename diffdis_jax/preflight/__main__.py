@@ -15,7 +15,6 @@ says how far the TPU compiler's estimates lie above the least time of plain prod
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -23,10 +22,10 @@ from typing import Any
 
 import jax
 from absl import flags, logging
-from etils import epath
 from jax.sharding import Mesh
 
 from diffdis_jax.common import buckets, cli, code_digest, files
+from diffdis_jax.common.store import Store
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError, install
 from diffdis_jax.inference import Inference
@@ -39,6 +38,7 @@ from diffdis_jax.training.step import Trainer
 
 CC3M_PAIRS = 2_905_954
 # What traces and compiles.
+PROGRAMS = ("train", "generation", "discrimination")
 COMPILERS = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 COMPILERS += (*targets.CUDA, *targets.CUDNN)
 
@@ -103,8 +103,8 @@ def describe_search(trials: Sequence[dict[str, Any]]) -> str:
   return "fits with " + " ".join(f"--config.{name}={value}" for name, value in trials[-1]["changes"].items())
 
 
-def cache_file(config: str, platform: str, present: targets.Target | None) -> epath.Path:
-  """Where the results of this config, target, package and compiler are kept.
+def key_of(config: str, platform: str, present: targets.Target | None) -> bytes:
+  """What the results depend on: config, target, package and compiler.
 
   Args:
     config: as JSON.
@@ -115,8 +115,7 @@ def cache_file(config: str, platform: str, present: targets.Target | None) -> ep
   kinds = [device.device_kind for device in present.devices] if present else []
   flags_of_xla = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", *targets.MEMORY_VARIABLES)]
   code = code_digest.of(".", packages=COMPILERS)
-  key = json.dumps([config, asked, kinds, flags_of_xla, code], sort_keys=True)
-  return buckets.path(files.user_cache("preflight")) / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+  return json.dumps([config, asked, kinds, flags_of_xla, code], sort_keys=True).encode()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -157,34 +156,22 @@ def main(argv: Sequence[str]) -> None:
 def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
   """Every program of the config that was asked for, from the cache where the same was asked before."""
   present = targets.find(platform, topology, FLAGS.slices) if topology is None else None
-  kept = cache_file(FLAGS.config.to_json_best_effort(), platform, present)
-  results = None if FLAGS.hlo else read_kept(kept)
+  store = Store(files.user_cache("preflight"), "preflight's answers")
+  key = key_of(FLAGS.config.to_json_best_effort(), platform, present)
+  results = None if FLAGS.hlo else store.read_json(key)
   if results is not None:
-    logging.info("the same was asked before; from %s", kept)
+    logging.info("the same was asked before; from %s", store.file(key, ".json"))
     for name in FLAGS.programs:
       for line in report.lines(name, results[name]):
         logging.info("%s", line)
   else:
     results = compile_all(Run.of(FLAGS.config), present or targets.find(platform, topology, FLAGS.slices))
-    try:
-      kept.parent.mkdir(parents=True, exist_ok=True)
-      files.write_whole(kept, json.dumps(results).encode())
-    except OSError as error:
-      logging.warning("the answer is not kept in %s: %s", kept.parent, error.strerror or error)
+    store.write_json(key, results)
   if "search" in results:
     logging.info("%s", describe_search(results["search"]))
   return results
 
 
-def read_kept(file: epath.Path) -> dict[str, Any] | None:
-  """What was answered before; None where it was not, or the file is damaged."""
-  try:
-    return files.read_json(file)
-  except (OSError, UserError):
-    return None
-
-
-PROGRAMS = ("train", "generation", "discrimination")
 FLAGS = flags.FLAGS
 
 if __name__ == "__main__":

@@ -31,6 +31,11 @@ def committed_steps(path: epath.Path) -> list[int]:
   return [int(each.name) for each in all_steps(path) if (each / COMMIT_MARK).exists()]
 
 
+def latest_step(workdir: epath.PathLike) -> int | None:
+  """The newest committed step of a run, or None."""
+  return max(committed_steps(folder(workdir)), default=None)
+
+
 def metrics_of(path: epath.Path, step: int) -> dict[str, float]:
   """What was measured when this checkpoint was saved; empty where nothing was.
 

@@ -84,12 +84,15 @@ def behind(init_from: str) -> list[dict[str, Any]]:
 
   Recorded when the run begins, it is known also when the folders are gone.
   """
-  return _behind(init_from, ())
+  if not init_from:
+    return []
+  step = max(committed.committed_steps(committed.folder(init_from)), default=None)
+  return [_link(init_from, step), *_began_from(init_from)]
 
 
 def together(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
   """The provenance of a figure that was made of several records, each value that occurs once: `commits`, `versions`,
-  `devices`, `processors`; null stands for a record of an earlier version, which has none. `clean`: whether all were."""
+  `devices`, `processors`; null stands for a record that has none. `clean`: whether all were."""
   found = [record.get("provenance") or {} for record in records]
 
   def values(name: str) -> list[Any]:
@@ -114,20 +117,11 @@ def public(value: Any) -> Any:
   return _FOLDERS.sub("", value) if isinstance(value, str) else value
 
 
-def _behind(init_from: str, seen: tuple[str, ...]) -> list[dict[str, Any]]:
-  if not init_from or init_from in seen:  # runs of earlier versions may name each other
-    return []
-  step = max(committed.committed_steps(committed.folder(init_from)), default=None)
-  return [_link(init_from, step), *_began_from(init_from, (*seen, init_from))]
-
-
-def _began_from(path: str, seen: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-  """Of the run's own record; of one that an earlier version began, of the folder that its config names."""
-  for event in reversed(history.read(path)):
-    if isinstance(found := event.get("init_from"), list):
-      return found
-  config = _config(path)
-  return _behind(str(config.get("init_from") or ""), seen) if config else []
+def _began_from(path: str) -> list[dict[str, Any]]:
+  """What the run's first start recorded; nothing for an import, which has no history."""
+  # From the end: a run whose first start never saved begins again, and may then begin from another one.
+  found = (event["init_from"] for event in reversed(history.read(path)) if isinstance(event.get("init_from"), list))
+  return next(found, [])
 
 
 def _link(path: str, step: int | None) -> dict[str, Any]:

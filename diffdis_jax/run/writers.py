@@ -137,8 +137,8 @@ def _drop_lines_beyond(path: epath.Path, step: int) -> None:
     files.write_whole(path, "".join(line + "\n" for line in kept).encode())
 
 
-class Progress:
-  """Speed of a run: feeds the progress line and the speed columns of metrics.jsonl."""
+class Throughput:
+  """How fast a run is: the progress line, and the columns of metrics.jsonl that tell speeds."""
 
   def __init__(
     self,

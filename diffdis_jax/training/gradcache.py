@@ -8,7 +8,7 @@ microbatches twice:
 3. again with gradient: those of the sums of <representation, cached gradient>, added up, are the loss's gradient.
 
 L_IG couples no rows, so that generation is in the second pass alone. logit_scale, the loss's own parameter, has its
-gradient from step 2, once. Both passes have the same draws and the same latents.
+gradient from step 2, once. Both passes have the same noise and the same latents.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from jaxtyping import Array, Float
 
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.run import Run
-from diffdis_jax.method import encode
+from diffdis_jax.method import algorithms, encode
 from diffdis_jax.method.diffdis import DiffDis
-from diffdis_jax.method.draws import Keys, StepNoise
+from diffdis_jax.method.encode import Encoded, Latents
 from diffdis_jax.method.network import Network
+from diffdis_jax.method.step_noise import Keys, StepNoise
 from diffdis_jax.models.clip import Clip
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import AnyBatch, Batch, Pairs, TextCondition
 from diffdis_jax.training import loss_function as objectives
 from diffdis_jax.training.metrics import Metrics, mean_of
+from diffdis_jax.training.stored_inputs import TEXT_ENCODER
 
 LOGIT_SCALE = "logit_scale"
 # Of a row, the two vectors of which the contrastive loss is: ê_0 and e, or what CLIP's two towers give; f32.
@@ -47,7 +49,7 @@ class Microbatch(NamedTuple):
   """What a pass starts from. CLIP makes no random choices."""
 
   batch: AnyBatch
-  draws: StepNoise | None
+  noise: StepNoise | None
 
 
 class GradCache:
@@ -67,8 +69,9 @@ class GradCache:
     """The gradient of the trainable parameters, f32, and the metrics: those of all rows at once."""
     gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
     params = gathered(trainable), gathered(fixed)
-    draws = None if self.network.is_clip else objectives.noise_of(self.run, keys, batch, self.network)
-    rows = Microbatch(batch, draws)
+    # Before the rows are split, so that the noise does not depend on n and is the same in both passes.
+    noise = None if self.network.is_clip else objectives.noise_of(self.run, keys, batch, self.network)
+    rows = Microbatch(batch, noise)
 
     total, metrics = jnp.zeros(()), {}
     first: Rows = {}
@@ -84,9 +87,9 @@ class GradCache:
     gradient, second = self._in_turn(second_pass, params, (rows, first, cache), summed=trainable)
     if LOGIT_SCALE in gradient:  # where the passes leave 0
       gradient[LOGIT_SCALE] += of_scale
-    if draws is not None and "loss_generation" in second:
-      loss, found = objectives.generation_loss(second["loss_generation"], draws)
-      total, metrics = total + loss, {**metrics, **found}
+    if noise is not None and "loss_generation" in second:
+      per_sample = second["loss_generation"]
+      total, metrics = total + per_sample.mean(), metrics | objectives.generation_metrics(per_sample, noise)
     return gradient, {"loss": mean_of(total[None]), **metrics}
 
   def first_pass(self, trainable: Params, fixed: Params, rows: Microbatch) -> tuple[Params, Rows]:
@@ -94,12 +97,12 @@ class GradCache:
     model = self.network.with_params({**fixed, **trainable})
     if isinstance(model, Clip):
       return {}, _pairs(model, rows)
-    assert rows.draws is not None
-    encoded = encode.encode_rows(model, rows.batch, rows.draws)
+    assert rows.noise is not None
+    encoded = encode.encode_rows(model, rows.batch, rows.noise)
     found = self._predict(model, rows, encoded, passes=("discrimination",))
-    found["z"] = encoded.z
-    if encoded.z_discrimination is not None:
-      found["z_discrimination"] = encoded.z_discrimination
+    found["z"] = encoded.latents.z
+    if encoded.latents.z_discrimination is not None:
+      found["z_discrimination"] = encoded.latents.z_discrimination
     if _text_is_encoded_once(trainable, rows.batch):
       found["c"] = encoded.text.c
     return {}, found
@@ -122,10 +125,10 @@ class GradCache:
 
     return jax.grad(share, has_aux=True)(trainable)
 
-  def _predict(self, model: DiffDis, rows: Microbatch, encoded: encode.Encoded, *, passes: Sequence[str]) -> Rows:
-    assert rows.draws is not None
-    null = encode.null_condition(model, rows.batch)
-    found = objectives.rows_of(model, encoded, null, rows.draws, network=self.network, passes=passes)
+  def _predict(self, model: DiffDis, rows: Microbatch, encoded: Encoded, *, passes: Sequence[str]) -> Rows:
+    assert rows.noise is not None
+    c_null = encode.null_condition(model, rows.batch.tokens.shape[1])
+    found = algorithms.denoise_rows(model, encoded, c_null, rows.noise, network=self.network, passes=passes)
     of_rows = {} if found.loss_generation is None else {"loss_generation": found.loss_generation}
     if found.query is not None:
       of_rows |= {"query": found.query.astype(jnp.float32), "e": encoded.text.e}
@@ -137,10 +140,10 @@ class GradCache:
     """CLIP's loss or λ L_ITA, of the whole batch; here alone do rows meet."""
     query, e = (representations[name] for name in REPRESENTATIONS)
     captions = objectives.captions_of(self.run.loss, rows.batch.tokens)
-    if rows.draws is None:
+    if rows.noise is None:
       return objectives.contrastive_loss(Pairs(image=query, text=e), logit_scale, captions=captions)
-    loss, metrics = objectives.discrimination_loss(query, e, logit_scale, rows.draws, captions=captions)
-    return self.run.loss.ita_weight * loss, metrics
+    found = algorithms.alignment_loss(query, e, logit_scale, rows.noise, captions=captions)
+    return self.run.loss.ita_weight * found.loss, objectives.discrimination_metrics(found, logit_scale, rows.noise)
 
   def _in_turn(
     self,
@@ -178,14 +181,14 @@ def _pairs(clip: Clip, rows: Microbatch) -> Rows:
 
 def _text_is_encoded_once(trainable: Params, batch: AnyBatch) -> bool:
   """Rather than in each pass: a text tower in training has its gradient in the second, and a stored c costs nothing."""
-  trained = any(encode.TEXT_ENCODER.match(path) for path in trainable)
+  trained = any(TEXT_ENCODER.match(path) for path in trainable)
   return not trained and (isinstance(batch, Batch) or batch.condition is None)
 
 
-def _encoded(model: DiffDis, rows: Microbatch, first: Rows) -> encode.Encoded:
+def _encoded(model: DiffDis, rows: Microbatch, first: Rows) -> Encoded:
   """What the first pass encoded, and the rest of it anew."""
-  assert rows.draws is not None
+  assert rows.noise is not None
   if "z" not in first:
-    return encode.encode_rows(model, rows.batch, rows.draws)
+    return encode.encode_rows(model, rows.batch, rows.noise)
   text = encode.encode_captions(model, rows.batch) if "c" not in first else TextCondition(c=first["c"], e=first["e"])
-  return encode.Encoded(z=first["z"], z_discrimination=first.get("z_discrimination"), text=text)
+  return Encoded(latents=Latents(first["z"], first.get("z_discrimination")), text=text)

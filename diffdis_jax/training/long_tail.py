@@ -15,14 +15,14 @@ from jaxtyping import Array, Float
 
 from diffdis_jax.config.run import Run
 from diffdis_jax.config.sections import LongTail
-from diffdis_jax.method import encode, losses
+from diffdis_jax.method import features, losses
 from diffdis_jax.method.diffdis import DiffDis
-from diffdis_jax.method.draws import Keys
 from diffdis_jax.method.network import Network
+from diffdis_jax.method.step_noise import Keys
 from diffdis_jax.models.clip import Clip
 from diffdis_jax.parallel import sharding
-from diffdis_jax.structs import LabelledBatch
-from diffdis_jax.training import mixing
+from diffdis_jax.structs import LabelledBatch, Pairs
+from diffdis_jax.training import long_tail_losses, mixing
 from diffdis_jax.training.loss_function import Total
 from diffdis_jax.training.metrics import Metrics, mean_of
 
@@ -68,24 +68,25 @@ def class_contrastive_loss(
     teacher: the network as it was at the start; it sees the same images, noise and sentences.
     sample_posterior: as the config has it.
   """
-  assert batch.tokens is not None  # data/build.py reads sentences for this objective
-  draws = _draw(keys, len(batch.label), network, sample_posterior)
-  embed = lambda model: (
-    losses.unit_norm(encode.image_features(model, batch.image, draws, network=network)),
-    model.encode_text(batch.tokens).e,
-  )
-  image, text = embed(model)
-  of_teacher = embed(teacher)
+  tokens = batch.tokens
+  assert tokens is not None  # data/build.py reads sentences for this objective
+  noise = _sample_noise(keys, len(batch.label), network, sample_posterior)
+
+  def embed(model: DiffDis | Clip) -> Pairs:
+    image = features.image_features(model, batch.image, noise, network=network)
+    return Pairs(image=losses.unit_norm(image), text=model.encode_text(tokens).e)
+
+  pairs, of_teacher = embed(model), embed(teacher)
   scale, gather = model.logit_scale[...], sharding.everywhere
-  classes = losses.class_contrastive(
-    image, text, scale, labels=batch.label, smoothing=section.label_smoothing, gather=gather
+  classes = long_tail_losses.class_contrastive(
+    pairs.image, pairs.text, scale, labels=batch.label, smoothing=section.label_smoothing, gather=gather
   )
-  distilled = losses.distill(
-    image,
-    text,
+  distilled = long_tail_losses.distill(
+    pairs.image,
+    pairs.text,
     scale,
-    teacher_image=of_teacher[0],
-    teacher_text=of_teacher[1],
+    teacher_image=of_teacher.image,
+    teacher_text=of_teacher.text,
     teacher_logit_scale=teacher.logit_scale[...],
     gather=gather,
   )
@@ -118,17 +119,17 @@ def head_loss(
     cutmix_share=section.cutmix_share,
   )
   target = mixing.mix_targets(batch.label, mix, classes=head.classes, smoothing=section.label_smoothing)
-  draws = _draw(keys, len(batch.label), network, sample_posterior)
-  f = encode.image_features(model, mixing.mix_images(images, mix), draws, network=network)
+  noise = _sample_noise(keys, len(batch.label), network, sample_posterior)
+  f = features.image_features(model, mixing.mix_images(images, mix), noise, network=network)
   logits = model.head(f, model.logit_scale[...])
-  visual, language = (losses.soft_cross_entropy(x, target) for x in (logits.visual, logits.language))
+  visual, language = (long_tail_losses.soft_cross_entropy(x, target) for x in (logits.visual, logits.language))
   metrics: Metrics = {"loss_visual": mean_of(visual), "loss_language": mean_of(language)}
   return visual.mean() + language.mean(), metrics
 
 
-def _draw(keys: Keys, b: int, network: Network, sample_posterior: bool) -> encode.FeatureDraws:
-  """New at each step; of a CLIP nothing, and what a network has no use for, the compiler leaves out."""
+def _sample_noise(keys: Keys, b: int, network: Network, sample_posterior: bool) -> features.FeatureNoise:
+  """New at each step; for CLIP none, and what a network has no use for, the compiler leaves out."""
   if network.is_clip:
-    return encode.FeatureDraws()
+    return features.FeatureNoise()
   noise_e = jax.random.normal(keys["noise_e"], (b, network.model.query_width))
-  return encode.FeatureDraws(noise_e=noise_e, posterior=keys["posterior"] if sample_posterior else None)
+  return features.FeatureNoise(noise_e=noise_e, posterior=keys["posterior"] if sample_posterior else None)

@@ -26,11 +26,10 @@ from diffdis_jax.data.build import LatentShapes, batch_type, latent_facts, open_
 from diffdis_jax.errors import Preempted, UserError
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.inference import Inference
-from diffdis_jax.method import encode
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import processes, programs, sharding
-from diffdis_jax.run import checkpoint, history, profile, trackers, workdir, writers
-from diffdis_jax.training import facts, start
+from diffdis_jax.run import checkpoint, committed, history, profile, trackers, workdir, writers
+from diffdis_jax.training import facts, start, stored_inputs
 from diffdis_jax.training.evaluator import Evaluator
 from diffdis_jax.training.flops import abstract_batch, rate_at_peak
 from diffdis_jax.training.metrics import Metrics
@@ -91,7 +90,7 @@ def train_and_evaluate(
     evaluator = make_evaluator(run, inference)
     selection = trainer.plug.selection(run) if trainer.plug.selection else None
     facts.log(trainer)
-    if checkpoint.latest_step(path) is None:
+    if committed.latest_step(path) is None:
       start.find_initial(run.init_from, trainer)
     fields = run.to_dict()
     workdir.check_config(path, fields)  # open_for_training does it again, when no other process can change the folder
@@ -108,7 +107,7 @@ def train_and_evaluate(
       train_step.start()  # beside what reads and draws parameters, of which each may take a minute
     made = functools.partial(selection.params, inference, path) if selection else no_params
     state, meta = start.restore_or_init(trainer, checkpointer, iterator, made)
-    encode.check_stored(latent_facts(run.data), state.params, trainer.trainable)
+    stored_inputs.check_stored(latent_facts(run.data), state.params, trainer.trainable)
     step = int(state.step)
     known = facts.of_start(trainer, begins=not step)
     stack.enter_context(history.recorded(path, step=step, is_writer=is_writer, facts=known))
@@ -150,7 +149,7 @@ class Loop:
   def run_to_end(self, state: TrainState, meta: Mapping[str, Any]) -> None:
     """Steps to the last one from `state`, which has been saved with `meta`, or is new. Raises as train_and_evaluate."""
     run, start_step = self.run, int(state.step)
-    progress = writers.Progress(
+    progress = writers.Throughput(
       start_step=start_step, num_steps=run.num_steps, batch_size=run.batch_size, peak_rate=self.peak_rate
     )
     substitutions, totals = loader.Substitutions(), read_totals(meta)

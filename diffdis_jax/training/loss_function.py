@@ -1,9 +1,9 @@
-"""What a step minimises. `diffusion_loss` is the paper's Algorithm 1; `reconstruction_loss` trains an autoencoder, and
-`contrastive_loss` CLIP, the paper's baseline."""
+"""What a step minimises, and what it reports. `diffusion_loss` is the paper's Algorithm 1 (method/algorithms.py);
+`reconstruction_loss` trains an autoencoder, and `contrastive_loss` CLIP, the paper's baseline."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int, UInt32
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.run import Run
 from diffdis_jax.config.sections import Loss
-from diffdis_jax.method import encode, joint, losses, schedules
+from diffdis_jax.method import algorithms, encode, losses
 from diffdis_jax.method.diffdis import DiffDis, to_signed
-from diffdis_jax.method.draws import Keys, StepNoise, noised_discrimination, noised_generation, sample_noise
 from diffdis_jax.method.network import Network
+from diffdis_jax.method.step_noise import Keys, StepNoise, sample_noise
 from diffdis_jax.models.autoencoder import sample_posterior
 from diffdis_jax.models.clip import Clip
 from diffdis_jax.parallel import sharding
@@ -79,94 +79,32 @@ def captions_of(section: Loss, tokens: Int[Array, "b l"]) -> UInt32[Array, "b"] 
 def diffusion_loss(
   model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Network, run: Run
 ) -> tuple[Float[Array, ""], Metrics]:
-  """The paper's Algorithm 1: L = L_IG + λ L_ITA on the same images and captions (x, y), or one of the two losses."""
-  draws = noise_of(run, keys, batch, network)
-  encoded = encode.encode_rows(model, batch, draws)
-  rows = rows_of(model, encoded, encode.null_condition(model, batch), draws, network=network)
-
-  total, metrics = jnp.zeros(()), {}
-  if rows.loss_generation is not None:
-    loss, found = generation_loss(rows.loss_generation, draws)
-    total, metrics = total + loss, {**metrics, **found}
-  if rows.query is not None:
-    captions = captions_of(run.loss, batch.tokens)
-    loss, found = discrimination_loss(rows.query, encoded.text.e, model.logit_scale[...], draws, captions=captions)
-    total, metrics = total + run.loss.ita_weight * loss, {**metrics, **found}
-  return total, metrics
-
-
-class Rows(NamedTuple):
-  """What the two passes give of each row: L_IG, and ê_0. None of a pass that was not asked for."""
-
-  loss_generation: Float[Array, "b"] | None
-  query: Float[Array, "b e"] | None
-
-
-def rows_of(
-  model: DiffDis,
-  encoded: encode.Encoded,
-  null: Float[Array, "1 l d"],
-  draws: StepNoise,
-  *,
-  network: Network,
-  passes: Sequence[str] = (),
-) -> Rows:
-  """Algorithm 1 up to where rows meet: no row depends on another.
-
-  Args:
-    null: c of the empty caption.
-    passes: `generation`, `discrimination` or both; else the network's objectives.
-  """
-  z, text = encoded.z, encoded.text
-  own = z if encoded.z_discrimination is None else encoded.z_discrimination
-  c_null = jnp.broadcast_to(null, text.c.shape)
-  # t_z, t_e ~ U{0 ... T-1};  mask e for generation, mask c for discrimination
-  generation = noised_generation(z, text.c, c_null, draws, process=network.image_process)
-  discrimination = noised_discrimination(
-    own, text.e, c_null, draws, process=network.text_process, condition_timestep=network.condition_timestep
+  """The paper's Algorithm 1, and its two losses by themselves for the log."""
+  noise = noise_of(run, keys, batch, network)
+  captions = captions_of(run.loss, batch.tokens)
+  found = algorithms.training_losses(
+    model, batch, noise, network=network, ita_weight=run.loss.ita_weight, captions=captions
   )
-
-  # Of two tasks, both passes run as one batch, which costs less and gives the same (method/joint.py).
-  # ε̂_z = Φ_u(z_t, t_z, c);  ê_0 or ε̂_e = Φ_θ(e_t, t_e, z)
-  noise_z = query = None
-  passes = passes or network.objectives
-  if "discrimination" not in passes:
-    noise_z = model.generation(**vars(generation))
-  elif "generation" not in passes:
-    query = model.discrimination(**vars(discrimination))
-  else:
-    noise_z, query = joint.both_passes(model, generation, discrimination, parts=sharding.batch_parts())
-
-  if query is not None:
-    process, e_t, t_e = network.text_process, discrimination.e_t, discrimination.t_e
-    query = schedules.to_data(process.noise, e_t, prediction=query, target=process.target, t=t_e, gamma=process.gamma)
-  return Rows(None if noise_z is None else losses.denoising(draws.noise_z, noise_z), query)
+  metrics: Metrics = {}
+  if found.generation is not None:
+    metrics |= generation_metrics(found.generation, noise)
+  if found.alignment is not None:
+    metrics |= discrimination_metrics(found.alignment, model.logit_scale[...], noise)
+  return found.total, metrics
 
 
-def generation_loss(per_sample: Float[Array, "b"], draws: StepNoise) -> tuple[Float[Array, ""], Metrics]:
-  """L_IG = mean ‖ε_z − Φ_u(z_t, t_z, c)‖²."""
-  quarters = quarters_of("loss_generation", per_sample, draws.t_z)
-  return per_sample.mean(), {"loss_generation": mean_of(per_sample), **quarters}
+def generation_metrics(per_sample: Float[Array, "b"], noise: StepNoise) -> Metrics:
+  """L_IG, and by the quarter of t_z."""
+  return {"loss_generation": mean_of(per_sample), **quarters_of("loss_generation", per_sample, noise.t_z)}
 
 
-def discrimination_loss(
-  query: Float[Array, "b d"],
-  e: Float[Array, "b d"],
-  logit_scale: Float[Array, ""],
-  draws: StepNoise,
-  *,
-  captions: UInt32[Array, "b"] | None,
-) -> tuple[Float[Array, ""], Metrics]:
-  """L_ITA: InfoNCE between the denoised text queries ê_0 and the batch's text queries e."""
-  result = losses.contrastive(
-    query, e, logit_scale, captions=captions, dropped=draws.drop_image, gather=sharding.everywhere
-  )
-  metrics = {
+def discrimination_metrics(result: losses.Contrastive, logit_scale: Float[Array, ""], noise: StepNoise) -> Metrics:
+  """L_ITA, and by the quarter of t_e; the latter from ê_0 to e, since only that direction has a t_e for each row."""
+  return {
     "loss_discrimination": mean_of(result.loss[None]),
     **alignment(result, logit_scale),
-    **quarters_of("loss_discrimination", result.query_to_text, draws.t_e),
+    **quarters_of("loss_discrimination", result.query_to_text, noise.t_e),
   }
-  return result.loss, metrics
 
 
 def contrastive_loss(
@@ -205,7 +143,7 @@ def reconstruction_loss(
 
 
 def alignment(result: losses.Contrastive, logit_scale: Float[Array, ""]) -> Metrics:
-  """How well a contrastive batch is told apart, and how sharply."""
+  """Accuracy among the texts of a contrastive batch, and the temperature."""
   temperature = losses.temperature(logit_scale)
   return {"alignment_accuracy": mean_of(result.accuracy[None]), "temperature": mean_of(temperature[None])}
 

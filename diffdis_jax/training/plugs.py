@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.config.run import Run
-from diffdis_jax.method.draws import Keys
 from diffdis_jax.method.network import Network
+from diffdis_jax.method.step_noise import Keys
 from diffdis_jax.structs import TrainingBatch
 from diffdis_jax.training import anchors, long_tail
 from diffdis_jax.training import loss_function as losses

@@ -23,7 +23,7 @@ from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import HEAD_PREFIX
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import checkpoint, committed, restore
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer, TrainState
 
@@ -97,7 +97,7 @@ def _check_earlier(path: str, objectives: Objectives) -> None:
       f"init_from={path} was trained for {', '.join(earlier.objectives)}, and {name} goes on from {row.follows}: train"
       " that from it first (configs/places_lt.py:stage=1), and take that run"
     )
-  if (step := checkpoint.latest_step(path) or 0) != earlier.num_steps:
+  if (step := committed.latest_step(path) or 0) != earlier.num_steps:
     raise UserError(
       f"init_from={path} is {row.follows} at step {step} of {earlier.num_steps}; train it to its end first"
     )
@@ -114,7 +114,7 @@ def _check_backbone(path: str, trainer: Trainer, names: Collection[str]) -> None
 
 
 def _names_in_common(path: str, trainer: Trainer) -> set[str]:
-  saved = checkpoint.saved_params(path)
+  saved = restore.saved_params(path)
   common = saved.keys() & trainer.shapes.keys() - _drawn_by_import(path, saved)
   if not common:
     raise UserError(f"init_from={path} has no parameter of this network; it holds {parts_of(saved)}")
@@ -169,13 +169,13 @@ def load_initial(path: str, trainer: Trainer) -> Params:
   if not names:
     return {}
   names -= trainer.plug.chosen  # anew
-  saved = checkpoint.saved_params(path)
+  saved = restore.saved_params(path)
   abstract = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     saved,
     sharding.shardings(saved, trainer.mesh, saved),
   )
-  params = checkpoint.restore_params(path, abstract=abstract)
+  params = restore.restore_params(path, abstract=abstract)
   logging.info("init_from %s: loaded %s", path, parts_of(names))
   logging.info("initialised: %s", parts_of(trainer.shapes.keys() - names) or "nothing")
   logging.info("ignored: %s", parts_of(saved.keys() - names) or "nothing")

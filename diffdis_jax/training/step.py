@@ -25,7 +25,7 @@ from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import Network
-from diffdis_jax.models import layers
+from diffdis_jax.models import remat
 from diffdis_jax.parallel import programs, sharding
 from diffdis_jax.structs import LabelledBatch, TrainingBatch
 from diffdis_jax.training import gradcache, plugs
@@ -148,7 +148,7 @@ class Trainer:
     that is one whole in several microbatches is taken at once, without the pass that GradCache adds."""
     whole = self.run.optim.contrastive_batch == "whole"
     step = functools.partial(self._train_step, microbatches=1 if whole else None)
-    with layers.keeping_all():
+    with remat.keeping_all():
       traced = jax.jit(self.network.counted().traced_for(self.mesh, step)).trace(self.abstract_state, batch)
     return traced.jaxpr
 

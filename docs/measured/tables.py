@@ -55,7 +55,12 @@ class Measured:
 def shapes(rows: dict[str, str], *, base: str) -> Measured:
   """Of rendered shapes: accuracy of generated images, zero-shot top-1 and the mean of both R@1."""
   evaluations = json.loads((HERE / "shapes_tables/base.json").read_text())["evals"]
-  found = columns.columns_of(evaluations)
+  # Today's names are generation_accuracy and acc1_seen. The results have the names of their day.
+  former = [
+    columns.Column(name=f"generated/{metric}", title="", cells=(("agreement", "generated", metric),), scale=100.0)
+    for metric in ("agreement_seen", "agreement_unseen")
+  ]
+  found = [*former, *columns.columns_of(evaluations)]
   titled = [dataclasses.replace(each, title=title) for each, title in zip(found, SHAPES_TITLES, strict=True)]
   return Measured(page="results.md", folder="shapes_tables/results", rows=rows, base=base, columns=titled)
 

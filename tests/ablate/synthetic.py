@@ -18,7 +18,7 @@ from tests import tiny
 
 PAPER = ("2", "3", "4", "5", "7")
 METRICS = {
-  "agreement": ("agreement_seen", "agreement_unseen"),
+  "generation_accuracy": ("acc1_seen", "acc1_unseen"),
   "zero_shot": ("acc1",),
   "retrieval": ("image_retrieval_recall@1", "text_retrieval_recall@1"),
   "fid": ("fid",),

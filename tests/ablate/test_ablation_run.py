@@ -248,8 +248,8 @@ while True:
 ALL = """
 import pathlib, sys
 from absl import flags
-from diffdis_jax import cli
-from diffdis_jax.ablations import run
+from diffdis_jax.common import cli
+from diffdis_jax.ablate import run
 from diffdis_jax.ablate.folder import Folder
 from tests.ablate.synthetic import make_plan
 

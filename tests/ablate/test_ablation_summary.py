@@ -99,8 +99,8 @@ def measured(tmp_path):
 def test_a_table_of_known_results(measured):
   found = summarised(*measured)
   assert found["columns"] == {
-    "generated/agreement_seen": "drawn right, seen pairs ↑",
-    "generated/agreement_unseen": "drawn right, unseen pairs ↑",
+    "generated/acc1_seen": "generated images, seen pairs ↑",
+    "generated/acc1_unseen": "generated images, unseen pairs ↑",
     "test/acc1": "top-1 test ↑",
     "unseen/acc1": "top-1 unseen ↑",
     "test_retrieval/recall@1": "R@1 test ↑",
@@ -126,8 +126,8 @@ def test_markdown_of_known_results(measured):
   at = next(i for i, line in enumerate(lines) if line.startswith("## Table 4: Dual-stream deep fusion"))
   head, _, off, difference, paper, on, paper_on = lines[at + 2 : at + 9]
   assert head == (
-    "|  | drawn right, seen pairs ↑ | drawn right, unseen pairs ↑ | top-1 test ↑ | top-1 unseen ↑ | R@1 test ↑"
-    " | FID ↓ (paper) | ImageNet top-1 ↑ (paper) | mean R@1 ↑ (paper) |"
+    "|  | generated images, seen pairs ↑ | generated images, unseen pairs ↑ | top-1 test ↑ | top-1 unseen ↑"
+    " | R@1 test ↑ | FID ↓ (paper) | ImageNet top-1 ↑ (paper) | mean R@1 ↑ (paper) |"
   )
   half = "50.00 (n = 1)"
   assert off == f"| disabled | {half} | {half} | 70.00 (n = 1) | {half} | {half} |  |  |  |"
@@ -184,10 +184,10 @@ def test_columns_of_the_emoji_and_a_choice_of_them():
     columns.choose(found, ["val_vendor/acc"])
 
 
-def test_the_column_of_recognition():
-  (column,) = columns.columns_of({"drawn": {"task": "recognition"}})
-  results = {"recognition": {"drawn": {"metrics": {"recognised_acc1": 0.25, "judge_acc1": 0.5}}}}
-  assert (column.name, column.title, column.read(results)) == ("drawn/recognised_acc1", "drawn right, drawn ↑", 25.0)
+def test_the_column_of_labelled_images_that_are_generated():
+  (column,) = columns.columns_of({"drawn": {"task": "generation_accuracy", "data": {}}})
+  results = {"generation_accuracy": {"drawn": {"metrics": {"acc1": 0.25, "judge_acc1": 0.5}}}}
+  assert (column.name, column.title, column.read(results)) == ("drawn/acc1", "generated images, drawn ↑", 25.0)
 
 
 def test_protocols_are_not_mixed(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 
 from diffdis_jax.app.__main__ import contents_of
 from diffdis_jax.app.limits import Limits
-from diffdis_jax.app.player import Player
 from diffdis_jax.app.search import Index
+from diffdis_jax.app.step_sampler import StepSampler
 from tests import steps, tiny, tiny_clip
 from tests.app.test_tabs import Source
 from tests.models.networks import random_params
@@ -19,10 +19,10 @@ def tabs(config, *, source: Source | None) -> list[str]:
   from diffdis_jax.app import page
 
   inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=2)
-  player = Player(inference, random_params(inference.shapes, seed=0), seconds=300)
-  index = None if source is None else Index(player, source, None)
-  blocks = page.build(player, index, Limits(), contents_of(config, "a run"))
-  player.close()
+  sampler = StepSampler(inference, random_params(inference.shapes, seed=0), seconds=300)
+  index = None if source is None else Index(sampler, source, None)
+  blocks = page.build(sampler, index, Limits(), contents_of(config, "a run"))
+  sampler.close()
   return [each["props"]["label"] for each in blocks.get_config_file()["components"] if each["type"] == "tabitem"]
 
 

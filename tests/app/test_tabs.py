@@ -12,10 +12,9 @@ import pytest
 import scipy.special
 from PIL import Image
 
-from diffdis_jax.app import charts, classify, draw, inside, search
-from diffdis_jax.app import player as players
+from diffdis_jax.app import charts, classify, draw, inside, search, step_sampler
 from diffdis_jax.app.limits import Limits
-from diffdis_jax.app.player import Drawing, Estimate
+from diffdis_jax.app.step_sampler import Estimate, Frame
 from diffdis_jax.errors import UserError
 from tests import studio_pictures as pictures
 
@@ -27,7 +26,7 @@ def unit(x: np.ndarray) -> np.ndarray:
   return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
-class Player(players.Player):
+class StepSampler(step_sampler.StepSampler):
   """A model whose query of an image is its mean colour, and of a text the colour that it names."""
 
   COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
@@ -44,18 +43,18 @@ class Player(players.Player):
   def embed_images(self, images, *, seed):
     return unit(np.stack([images[np.array([i])][0] for i in range(len(images))]).mean(axis=(1, 2)) + 1e-3)
 
-  def image_queries(self, image, *, seed, draws):
-    for estimate in self.estimates(image, seed=seed, steps=1, draws=draws):
+  def image_queries(self, image, *, seed, num_noise_samples):
+    for estimate in self.estimates(image, seed=seed, steps=1, num_noise_samples=num_noise_samples):
       yield estimate.queries
 
-  def estimates(self, image, *, seed, steps, draws):
-    noise = np.random.default_rng(seed).normal(0, 0.1, (draws, 3))
+  def estimates(self, image, *, seed, steps, num_noise_samples):
+    noise = np.random.default_rng(seed).normal(0, 0.1, (num_noise_samples, 3))
     for step in range(1, steps + 1):
       yield Estimate(step, steps, 999 - step, unit(image.mean(axis=(0, 1)) / 255 + noise / step))
 
-  def draw(self, prompt, *, seed, steps, guidance_scale, frames):
+  def generate(self, prompt, *, seed, steps, guidance_scale, frames):
     for step in range(1, steps + 1):
-      yield Drawing(step, steps, 999 - step, *(np.full((8, 8, 3), value, np.uint8) for value in (1, 2, 3)))
+      yield Frame(step, steps, 999 - step, *(np.full((8, 8, 3), value, np.uint8) for value in (1, 2, 3)))
 
 
 class Source:
@@ -68,7 +67,7 @@ class Source:
     return len(self.colours)
 
   def __getitem__(self, index):
-    pixels = np.broadcast_to(np.array(Player.COLOURS[self.colours[index]], np.uint8) * 255, (8, 8, 3))
+    pixels = np.broadcast_to(np.array(StepSampler.COLOURS[self.colours[index]], np.uint8) * 255, (8, 8, 3))
     return {"image": np.ascontiguousarray(pixels), "caption": f"<{self.colours[index]}>"}
 
 
@@ -99,7 +98,7 @@ def test_shares_are_the_softmax_of_the_mean_query_and_the_spread_that_of_the_dra
 
 def test_an_image_is_classified_with_bars_and_whiskers(tmp_path):
   ask = lambda draws: [
-    *classify.answer(Player(), LIMITS, colour(tmp_path, "red"), "red, green,blue", "a {}", draws, 0)
+    *classify.answer(StepSampler(), LIMITS, colour(tmp_path, "red"), "red, green,blue", "a {}", draws, 0)
   ][-1]
   many, one = ask(8), ask(1)
   assert re.findall(r'<div class="bar"><span>(\w+)', many)[0] == "red" and many.count('class="bar"') == 3
@@ -125,11 +124,11 @@ def test_names_are_escaped():
 def test_wrong_inputs_of_classify(tmp_path, change, message):
   given = {"path": colour(tmp_path, "red"), "names": "red, blue", "template": "{}", "draws": 2, "seed": 0} | change
   with pytest.raises(UserError, match=message):
-    next(classify.answer(Player(), LIMITS, **given))
+    next(classify.answer(StepSampler(), LIMITS, **given))
 
 
 def test_a_drawing_shows_its_three_images_after_each_step_and_all_steps_below():
-  first, *steps = draw.answer(Player(), LIMITS, " a star ", 0, 3, 2)
+  first, *steps = draw.answer(StepSampler(), LIMITS, " a star ", 0, 3, 2)
   assert "Step 0 of 3" in first and not pixels(first)
   assert [len(pixels(html)) for html in steps] == [5, 7, 9]
   assert [image.mean() for image in pixels(steps[-1])] == [1, 2, 3, 2, 3, 2, 3, 2, 3]
@@ -152,23 +151,23 @@ def test_wrong_inputs_of_draw(place, value, message):
   given = ["a star", 0, 3, 2]
   given[place] = value
   with pytest.raises(UserError, match=message):
-    next(draw.answer(Player(), LIMITS, *given))
+    next(draw.answer(StepSampler(), LIMITS, *given))
 
 
 def test_images_are_found_by_text_and_by_image(tmp_path):
-  player = Player()
-  index = search.Index(player, Source("red", "green", "blue", "green", "red"), None)
+  sampler = StepSampler()
+  index = search.Index(sampler, Source("red", "green", "blue", "green", "red"), None)
   with pytest.raises(UserError, match="no image is embedded yet"):
-    index.nearest(player.text_queries(["green"])[0], 2)
+    index.nearest(sampler.text_queries(["green"])[0], 2)
   filling = threading.Timer(0.2, index.fill)
   filling.start()
-  assert "&lt;" in next(search.by_text(player, index, LIMITS, "a green one")), "waits for the first images"
+  assert "&lt;" in next(search.by_text(sampler, index, LIMITS, "a green one")), "waits for the first images"
   filling.join()
   assert index.state() == "5 images are searched."
-  assert sorted(hit.place for hit in index.nearest(player.text_queries(["green"])[0], 2)) == [1, 3]
+  assert sorted(hit.place for hit in index.nearest(sampler.text_queries(["green"])[0], 2)) == [1, 3]
   for html in (
-    *search.by_text(player, index, LIMITS, "a green one"),
-    *search.by_image(player, index, LIMITS, colour(tmp_path, "green")),
+    *search.by_text(sampler, index, LIMITS, "a green one"),
+    *search.by_image(sampler, index, LIMITS, colour(tmp_path, "green")),
   ):
     assert [tuple(image[0, 0]) for image in pixels(html)][:2] == [(0, 255, 0)] * 2
     assert html.count("&lt;green&gt;") == 4 and "<green>" not in html  # alt text and caption of each
@@ -179,7 +178,7 @@ def test_what_is_embedded_can_be_searched_where_the_rest_cannot_be_read():
     def __getitem__(self, index):
       return super().__getitem__(index) if index < 3 else {"image": b"", "caption": ""}
 
-  index = search.Index(Player(), Damaged("red", "green", "blue", "red", "red"), None)
+  index = search.Index(StepSampler(), Damaged("red", "green", "blue", "red", "red"), None)
   index.fill()
   assert index.embedded == 2
   assert index.state().startswith("2 of 5 images are searched so far. record 3 of the data set is no use")
@@ -188,7 +187,7 @@ def test_what_is_embedded_can_be_searched_where_the_rest_cannot_be_read():
 
 def test_inside_shows_scores_and_paths_after_each_step(tmp_path):
   given = colour(tmp_path, "blue"), "red, green, blue", "{}", 4, 3, 0
-  shown = [*inside.answer(Player(), LIMITS, *given)]
+  shown = [*inside.answer(StepSampler(), LIMITS, *given)]
   assert len(shown) == 4
   assert "Step 4 of 4, t = 995: blue, 0.99" in shown[-1] or "Step 4 of 4, t = 995: blue, 1.0" in shown[-1]
   score, paths = re.findall(r"<svg.*?</svg>", shown[-1], flags=re.DOTALL)
@@ -202,7 +201,7 @@ def test_wrong_inputs_of_inside(tmp_path, place, value, message):
   given = [colour(tmp_path, "blue"), "red, blue", "{}", 2, 2, 0]
   given[place] = value
   with pytest.raises(UserError, match=message):
-    next(inside.answer(Player(), LIMITS, *given))
+    next(inside.answer(StepSampler(), LIMITS, *given))
 
 
 def test_agreement_is_the_mean_cosine_of_all_pairs():

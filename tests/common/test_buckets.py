@@ -30,7 +30,7 @@ def url(bucket):
 def elsewhere(code: str) -> None:
   """Runs it in another process, with `buckets` at hand."""
   done = subprocess.run(
-    [sys.executable, "-c", f"from diffdis_jax.run import buckets\n{code}"], capture_output=True, text=True
+    [sys.executable, "-c", f"from diffdis_jax.common import buckets\n{code}"], capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr
 

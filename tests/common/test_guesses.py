@@ -9,11 +9,14 @@ import pytest
 
 import diffdis_jax
 from configs import clip_cc3m, diffdis_cc3m, shapes
+from diffdis_jax import evaluate
 from diffdis_jax.common import guesses
 from diffdis_jax.errors import UserError
 
 CONFIG = shapes.get_config()
 OF_TRAIN = ("config", "workdir", "eval", "tracker", "profile", "num_processes", "process_id", "quiet")
+OF_EVALUATE = ("workdir", "out", "tasks", "data", "split", "query_steps", "num_noise_samples", "guidance", "step")
+OF_EVALUATE += ("normalize_query", "generation_steps", "generation_guidance", "image_size", "batch_size", "num_images")
 OF_GENERATE = ("workdir", "out", "prompt", "prompts_file", "num_images", "seed", "noise", "steps", "guidance")
 
 
@@ -77,6 +80,10 @@ def test_a_rate_is_of_a_group_that_the_config_has():
     (OF_GENERATE, None, "ckpt", "did you mean --workdir?"),
     (OF_GENERATE, None, "promt", "did you mean --prompt?"),
     (OF_GENERATE, None, "height", "see --help"),
+    (OF_EVALUATE, None, "steps", "did you mean --query_steps?"),
+    (OF_EVALUATE, None, "draws", "did you mean --num_noise_samples?"),
+    (OF_EVALUATE, None, "unit_query", "did you mean --normalize_query?"),
+    (OF_EVALUATE, None, "ddim_steps", "did you mean --generation_steps?"),
   ],
 )
 def test_a_flag(flags, config, name, answer):
@@ -89,6 +96,7 @@ def test_every_answer_is_a_field_or_a_flag_that_there_is():
   package = pathlib.Path(diffdis_jax.__file__).parent
   text = "".join(path.read_text() for path in package.rglob("*.py"))
   flags = set(re.findall(r"""DEFINE_\w+\(\s*"(\w+)\"""", text))
+  flags |= {*evaluate.SETTINGS, *evaluate.LOADING, *evaluate.SAMPLING, *evaluate.RENAMED.values()}  # derived
   targets = {target for targets, _ in guesses._MEANT.values() for target in targets}
   assert len(targets) > 40 and "workdir" in flags
   assert not {target for target in targets if not target.startswith("--")} - fields

@@ -32,7 +32,7 @@ def test_a_line_now_and_then_with_what_is_left(monkeypatch):
 WORK = """
 import sys, time
 from absl import flags, logging
-from diffdis_jax.run import progress
+from diffdis_jax.common import progress
 
 flags.FLAGS(sys.argv[:1])
 logging.use_absl_handler()

@@ -17,7 +17,7 @@ from tests.interrupting import Terminal, not_ignored
 VERB = """
 import ctypes, gc, pathlib, signal, sys, tempfile, time
 from absl import flags
-from diffdis_jax import cli
+from diffdis_jax.common import cli
 from diffdis_jax.common import signals
 
 HOW = flags.DEFINE_string("how", "", "")

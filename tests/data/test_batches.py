@@ -12,9 +12,9 @@ from diffdis_jax.data.prepare import builder, latents, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
-from diffdis_jax.method import encode
 from diffdis_jax.method.diffdis import to_signed
 from diffdis_jax.structs import Batch, LatentBatch
+from diffdis_jax.training import stored_inputs
 from tests import steps, tiny
 from tests.models.networks import random_params
 from tests.raw_pairs import picture, write_tar
@@ -64,7 +64,7 @@ def write_latents(data, out, params, text=False):
       image_size=16,
       views=1,
       augmentation=Augmentation(),
-      fingerprint=encode.fingerprint(params),
+      fingerprint=stored_inputs.fingerprint(params),
       text=text_conditions(model, params) if text else None,
     ),
   )
@@ -76,13 +76,13 @@ def text_conditions(model, params):
   return latents.TextConditions(
     encode=lambda captions: model.conditions(params, tokenizer(captions)),
     shape=(model.max_length, model.network.model.text_encoder.width),
-    fingerprint=encode.fingerprint(params, encode.TEXT_ENCODER),
+    fingerprint=stored_inputs.fingerprint(params, stored_inputs.TEXT_ENCODER),
   )
 
 
 def check_encoders(config, params):
   trainer = build_trainer(config, steps.make_mesh())
-  encode.check_stored(latent_facts(Run.of(config).data), params, trainer.trainable)
+  stored_inputs.check_stored(latent_facts(Run.of(config).data), params, trainer.trainable)
 
 
 def config_of(**changes):
@@ -181,8 +181,8 @@ def test_mixtures(data, cache):
 
 
 def test_fingerprint_is_of_the_encoder(params):
-  number = encode.fingerprint(params)
-  assert number == encode.fingerprint({**params, "autoencoder.scale": params["autoencoder.scale"] + 1})
+  number = stored_inputs.fingerprint(params)
+  assert number == stored_inputs.fingerprint({**params, "autoencoder.scale": params["autoencoder.scale"] + 1})
   path = "autoencoder.quant.kernel"
-  assert number != encode.fingerprint({**params, path: params[path] + 0.01})
+  assert number != stored_inputs.fingerprint({**params, path: params[path] + 0.01})
   assert isinstance(jax.device_get(number), float)

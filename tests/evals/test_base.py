@@ -63,8 +63,11 @@ def test_squares_are_the_middle_of_the_image():
 
 
 def test_unknown_evaluation_and_unknown_setting():
-  with pytest.raises(UserError, match="unknown evaluation 'zeroshot'; there are zero_shot, retrieval"):
+  with pytest.raises(UserError, match=r"unknown task 'zeroshot'; did you mean zero_shot\?"):
     evals.create("zeroshot")
+  for former in ("agreement", "recognition"):
+    with pytest.raises(UserError, match=f"^task {former} is now called generation_accuracy; write that instead$"):
+      evals.create(former)
   with pytest.raises(UserError, match="zero_shot: .*'label_fields'.*; it takes data, classnames"):
     evals.create("zero_shot", data={}, label_fields="concept")
   with pytest.raises(UserError, match="data of evaluation zero_shot is 'path'; it should have name, image_size"):
@@ -81,17 +84,18 @@ def test_unknown_evaluation_and_unknown_setting():
     ("zero_shot", {"num_images": "many"}, "zero_shot: num_images is 'many'; it must be a whole number"),
     ("zero_shot", {"only_classes_present": "yes"}, "only_classes_present is 'yes'; it must be True or False"),
     ("retrieval", {"caption_field": 3}, "retrieval: caption_field is 3; it must be str"),
-    ("agreement", {"per_class": 1.5}, "agreement: per_class is 1.5; it must be a whole number"),
-    ("agreement", {"required_accuracy": "high"}, "required_accuracy is 'high'; it must be a number"),
+    ("generation_accuracy", {"per_class": 1.5}, "generation_accuracy: per_class is 1.5; it must be a whole number"),
+    ("generation_accuracy", {"required_accuracy": "high"}, "required_accuracy is 'high'; it must be a number"),
     (
       "retrieval",
       {"data": {"name": "shapes", "image_size": "big"}},
       "retrieval: image_size is 'big'; it must be a whole",
     ),
     ("retrieval", {"data": {"name": 5, "image_size": 8}}, "retrieval: name is 5; it must be str"),
+    ("retrieval", {"seed": -1}, "retrieval: seed is -1; it must be at least 0 and at most 4294967295"),
   ],
 )
 def test_a_setting_of_another_type_is_one_line(task, settings, message):
-  data = {} if task == "agreement" else {"data": {"name": "shapes", "image_size": 8}}
+  data = {} if task == "generation_accuracy" else {"data": {"name": "shapes", "image_size": 8}}
   with pytest.raises(UserError, match=message):
     evals.create(task, **data | settings)

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 import configs.emoji
-from diffdis_jax import evaluate
 from diffdis_jax.data.prepare import builder
 from diffdis_jax.data.prepare import emoji as prepared
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, emoji, suites, tables
-from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals.sections import override
 from tests.emoji_packages import CONCEPTS, write_packages
 
 SIZE = 8
@@ -57,17 +56,17 @@ def test_every_split_both_ways(tmp_path, monkeypatch):
   write(tmp_path / "root" / "emoji", tmp_path, monkeypatch, changed=wrong)
   made = sections(tmp_path / "root")
   assert made == sections(tmp_path / "root" / "emoji")
-  assert [(name, section["task"]) for name, section in made] == [
+  assert [(section.dataset, section.task) for section in made] == [
     (f"emoji/{split}", task)
     for split in ("test_vendor", "val_vendor", "val_concepts", "openmoji")
     for task in ("zero_shot", "retrieval")
   ]
   results = {"zero_shot": {}, "retrieval": {}}
-  for name, section in made:
-    evaluation = evals.create(**section)
+  for section in made:
+    name, evaluation = section.dataset, section.create()
     metrics = evaluation.run(Inference(), {})
     protocol = evaluation.protocol(Inference())
-    results[section["task"]][name] = base.make_record(
+    results[section.task][name] = base.make_record(
       dataset=name, model="m", pretrained="run", task=evaluation.task, metrics=metrics, protocol=protocol, provenance={}
     )
   zero_shot = {name: record["metrics"] for name, record in results["zero_shot"].items()}
@@ -81,15 +80,15 @@ def test_every_split_both_ways(tmp_path, monkeypatch):
   assert (drawn["acc1"], drawn["acc1_seen"], drawn["acc1_unseen"]) == (0.8, 1.0, 0.5)
   assert retrieval["emoji/openmoji"][ways[1]] == 0.8
   assert results["retrieval"]["emoji/val_concepts"]["protocol"]["duplicate_captions"] is True
-  assert not [*suites.means(results)]
+  assert not suites.means(results)
   assert "zero_shot, emoji/openmoji, acc1 | 0.8000 |" in tables.table({"mine": results})
 
 
 def test_what_is_checked(tmp_path, monkeypatch):
   root = tmp_path / "emoji"
   write(root, tmp_path, monkeypatch)
-  (name, section), *_ = sections(tmp_path)
-  evaluation = evals.create(**section)
+  section, *_ = sections(tmp_path)
+  name, evaluation = section.dataset, section.create()
   message = (
     "emoji/test_vendor has 5 images, and should have 1,364; prepare it anew by python -m .*, or give --incomplete"
   )
@@ -120,4 +119,4 @@ def test_without_openmoji(tmp_path, monkeypatch, caplog):
   with caplog.at_level("INFO"):
     made = sections(tmp_path)
   assert len(made) == 6 and "has no split openmoji, and so it is not measured" in caplog.text
-  assert evaluate.override(made, {"num_images": 2})[0][1]["num_images"] == 2
+  assert override(made, {"num_images": 2})[0].settings["num_images"] == 2

@@ -13,7 +13,6 @@ from diffdis_jax.data import sources
 from diffdis_jax.data.layouts import class_lists, labelled
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, results, suites, tables
-from diffdis_jax.evals import registry as evals
 from tests.benchmark_sets import TORCHVISION, write_coco, write_flickr, write_wds
 from tests.raw_pairs import encode
 
@@ -64,7 +63,7 @@ def as_texts(monkeypatch):
 
 def sections(root, suite="zero_shot12", **settings):
   made = suites.sections(suite, str(root), objectives=("discrimination",), image_size=SIZE)
-  return {name: evals.create(**section, **settings) for name, section in made}
+  return {section.dataset: section.changed(**settings).create() for section in made}
 
 
 def record(name, evaluation, metrics, inference):
@@ -125,8 +124,7 @@ def source_of(count, *, split="test", layout="wds", absent=(), broken=(), name="
 
 def made(monkeypatch, source, name="cifar10"):
   monkeypatch.setattr(sources, "open_source", lambda **data: source)
-  section = suites._section(name, "/data", SIZE)
-  return evals.create(**section)
+  return suites._section(name, "/data", SIZE).create()
 
 
 def test_what_is_checked_before_measuring(monkeypatch):
@@ -162,7 +160,7 @@ def test_a_set_without_a_split_is_whole_or_its_published_part(monkeypatch):
 
 def test_what_is_looked_for(tmp_path, caplog):
   make = lambda suite, objectives=("discrimination", "generation"), root=tmp_path: [
-    name for name, _ in suites.sections(suite, str(root), objectives=objectives, image_size=SIZE)
+    section.dataset for section in suites.sections(suite, str(root), objectives=objectives, image_size=SIZE)
   ]
   with pytest.raises(
     UserError, match="no data set of retrieval in --data_root=.*mscoco_captions: mscoco_captions, mscoco"
@@ -202,22 +200,27 @@ def fabricated(count, *, images=None, seed=0, **protocol):
 
 
 def with_means(found):
-  for task, mean in [*suites.means(found)]:
-    found[task][mean["dataset"]] = mean
+  for task, made in suites.means(found).items():
+    found[task] |= made
   return found
+
+
+def means_of(found):
+  """The records in the order of their tasks."""
+  return [record for records in suites.means(found).values() for record in records.values()]
 
 
 def test_means_are_of_the_code_that_measured_their_sets():
   found = fabricated(2)
   del found["zero_shot"][[*found["zero_shot"]][1]]["provenance"]["commit"]
-  zero_shot, retrieval = (mean["provenance"] for _, mean in suites.means(found))
+  zero_shot, retrieval = (mean["provenance"] for mean in means_of(found))
   assert (zero_shot["commits"], retrieval["commits"]) == (["0" * 40, None], ["0" * 40])
   assert zero_shot["run"] == retrieval["run"] == {"seed": 3} and retrieval["clean"] is True
 
 
 def test_means():
   found = fabricated(12)
-  (_, zero_shot), (_, retrieval) = suites.means(found)
+  zero_shot, retrieval = means_of(found)
   own = [found["zero_shot"][name]["metrics"][each.metric] for name, each in suites.ZERO_SHOT12.items()]
   assert zero_shot["dataset"] == "mean_over_12" and zero_shot["metrics"]["mean"] == pytest.approx(np.mean(own))
   assert zero_shot["metrics"]["mean_single_template"] != zero_shot["metrics"]["mean"]
@@ -239,7 +242,8 @@ def test_means():
   ],
 )
 def test_a_mean_over_less_has_another_name(found, names):
-  assert [mean["dataset"] for _, mean in suites.means(found)] == names
+  assert [mean["dataset"] for mean in means_of(found)] == names
+  assert [*suites.means(found)["zero_shot"]] == names[:1]
 
 
 def test_table():

@@ -67,7 +67,7 @@ def test_others_are_embedded_anew(tmp_path, other):
 def test_texts_are_embedded_anew_by_changed_code(tmp_path, monkeypatch):
   copy = copy_package(tmp_path, monkeypatch)
   embed(tmp_path / "kept")
-  change(copy / "reports" / "page.py")
+  change(copy / "report" / "page.py")
   assert embed(tmp_path / "kept")[1] == 0
   change(copy / "models" / "text_encoder.py")
   assert [embed(tmp_path / "kept")[1] for _ in range(2)] == [1, 0]

@@ -12,12 +12,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffdis_jax.config import Run
 from diffdis_jax.interop import mapping, sections
-from diffdis_jax.method import losses
+from diffdis_jax.method import algorithms
 from diffdis_jax.method.diffdis import to_signed
-from diffdis_jax.method.draws import noised_generation
-from diffdis_jax.method.schedules import Process
 from diffdis_jax.structs import Batch
-from diffdis_jax.training.loss_function import generation_loss, noise_of
+from diffdis_jax.training.loss_function import noise_of
 from diffdis_jax.training.step import step_keys
 from tests import steps
 from tests.models import from_torch, networks
@@ -91,14 +89,10 @@ def test_gradients_equal_those_of_pytorch():
   run = Run.of(config)
 
   def loss(model, images):
-    text, null = model.encode_text(jnp.asarray(TOKENS, jnp.int32)), model.encode_text(jnp.asarray(NULL, jnp.int32))
     batch = Batch(image=jnp.asarray(images), tokens=jnp.asarray(TOKENS, jnp.int32))
-    draws = noise_of(run, keys, batch, network_of(config))
-    c_null = np.ones((len(images), 1, 1), np.float32) * null.c
-    process = Process.of(run.image_diffusion)
-    inputs = noised_generation(model.encode_image(batch.image), text.c, c_null, draws, process=process)
-    per_sample = losses.denoising(draws.noise_z, model.generation(**vars(inputs)))
-    return generation_loss(per_sample, draws)[0]
+    whole = network_of(config)
+    noise = noise_of(run, keys, batch, whole)
+    return algorithms.training_losses(model, batch, noise, network=whole, ita_weight=1.0).total
 
   ours = jax.jit(jax.grad(network.pure(loss)))(params, images)
   theirs = expected_gradients(modules, images, keys, config.loss.condition_dropout)

@@ -67,7 +67,7 @@ def test_stable_diffusion_at_full_size_is_covered_on_both_sides(component, prefi
   assert ours == theirs
   for name, shape in theirs.items():
     entry = mapping.from_name(component, name)
-    assert entry.shape_in_ours(shape) == golden("diffdis_cc3m")[entry.path]
+    assert entry.to_ours(np.broadcast_to(0.0, shape)).shape == golden("diffdis_cc3m")[entry.path]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,6 @@ def test_values_come_back_bit_for_bit(path, shape, dtype):
   ours = np.random.default_rng(0).standard_normal(shape).astype(dtype)
   theirs = entry.to_theirs(ours)
   assert theirs.shape == entry.shape_in_theirs(shape)
-  assert entry.shape_in_ours(theirs.shape) == shape
   assert entry.to_ours(theirs).tobytes() == ours.tobytes()
 
 

@@ -142,7 +142,7 @@ def test_new_parameters_at_full_size_are_ours():
     twin = torch_diffdis.DiffDis(twin_config(config), unet=unet, vae=None, text_encoder=None)
   new = {name: tuple(x.shape) for name, x in twin.named_parameters() if not name.startswith("unet.")}
   entries = {name: mapping.from_name("diffdis", name) for name in new}
-  found = {entries[name].path: entries[name].shape_in_ours(shape) for name, shape in new.items()}
+  found = {entries[name].path: entries[name].to_ours(np.broadcast_to(0.0, shape)).shape for name, shape in new.items()}
   ours = {path: leaf.shape for path, leaf in network_of(config).shapes.items()}
   assert found == {path: ours[path] for path in ours if path.startswith(("text_stream.", "alignment.", "logit_scale"))}
   assert sum(math.prod(shape) for shape in found.values()) == 126_067_201

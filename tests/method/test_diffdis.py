@@ -145,9 +145,9 @@ def test_both_passes_as_one_batch_give_what_each_gives(switches, inputs):
   z_t = rng.standard_normal(inputs["z"].shape).astype(np.float32)
   generation = dict(z_t=z_t, t_z=np.array([0, 250, 500, 999], np.int32), c=c)
   joint = net.jit(run_jointly)
-  predicted, query = joint(params, generation=generation, discrimination=inputs)
-  assert networks.relative_error(predicted, net.jit(generate)(params, **generation)) < 1e-5
-  assert networks.relative_error(query, net.jit(discriminate)(params, **inputs)) < 1e-5
+  both = joint(params, generation=generation, discrimination=inputs)
+  assert networks.relative_error(both.noise_z, net.jit(generate)(params, **generation)) < 1e-5
+  assert networks.relative_error(both.prediction_e, net.jit(discriminate)(params, **inputs)) < 1e-5
 
   # No text token, clean image or parameter of theirs reaches generation.
   others = inputs | {name: inputs[name] + np.float32(1) for name in ("z", "e_t", "c_null")}

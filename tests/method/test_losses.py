@@ -56,7 +56,7 @@ def test_denoising_is_the_mean_square_of_each_sample():
 
 
 def test_contrastive_equals_torch_cross_entropy():
-  got = losses.contrastive(*_jax(QUERY, E, SCALE))
+  got = jax.jit(losses.contrastive)(*_jax(QUERY, E, SCALE))
   logits, labels = torch.tensor(_logits()), torch.arange(B)
   rows = F.cross_entropy(logits, labels, reduction="none")
   columns = F.cross_entropy(logits.T, labels, reduction="none")
@@ -70,7 +70,7 @@ def test_contrastive_and_its_gradients_equal_open_clips_loss():
   clip_loss = pytest.importorskip("open_clip.loss").ClipLoss()
   query, e, scale = (torch.tensor(np.float64(a), requires_grad=True) for a in (QUERY, E, SCALE))
   clip_loss(F.normalize(query, dim=-1), e, scale.exp()).backward()
-  gradients = jax.grad(lambda *a: losses.contrastive(*a).loss, argnums=(0, 1, 2))(*_jax(QUERY, E, SCALE))
+  gradients = jax.jit(jax.grad(lambda *a: losses.contrastive(*a).loss, argnums=(0, 1, 2)))(*_jax(QUERY, E, SCALE))
   for got, want in zip(gradients, (query.grad, e.grad, scale.grad)):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
@@ -80,7 +80,7 @@ def test_contrastive_and_its_gradients_equal_open_clips_loss():
 @pytest.mark.parametrize("logits", [losses._LOGITS, B * B // 4])
 def test_contrastive_masks_equal_the_definition(captions, dropped, logits, monkeypatch):
   monkeypatch.setattr(losses, "_LOGITS", logits)
-  got = losses.contrastive(
+  got = jax.jit(lambda *a, **kwargs: losses.contrastive(*a, **kwargs))(  # traced again, with the other _LOGITS
     *_jax(QUERY, E, SCALE),
     captions=None if captions is None else jnp.asarray(captions),
     dropped=None if dropped is None else jnp.asarray(dropped),
@@ -98,11 +98,9 @@ def test_dropped_rows_learn_from_their_query_only():
   """Their query gets a gradient, through ê → e; it moves no other row's loss."""
   query, e, scale, dropped = _jax(QUERY, E, SCALE, DROPPED)
 
-  def loss(q):
-    return losses.contrastive(q, e, scale, dropped=dropped)
-
-  assert np.all(np.abs(jax.grad(lambda q: loss(q).loss)(query)).sum(axis=1) > 0)
-  moved = loss(jnp.where(dropped[:, None], -query, query))
+  loss = jax.jit(lambda q: losses.contrastive(q, e, scale, dropped=dropped))
+  assert np.all(np.abs(jax.jit(jax.grad(lambda q: loss(q).loss))(query)).sum(axis=1) > 0)
+  moved = loss(jnp.asarray(np.where(DROPPED[:, None], -QUERY, QUERY)))
   before = loss(query)
   np.testing.assert_array_equal(moved.text_to_query, before.text_to_query)
   np.testing.assert_array_equal(moved.query_to_text[~DROPPED], before.query_to_text[~DROPPED])
@@ -112,14 +110,13 @@ def test_dropped_rows_learn_from_their_query_only():
 def test_all_rows_dropped_or_all_captions_the_same_is_finite():
   query, e, scale = _jax(QUERY, E, SCALE)
 
-  def loss(q, **kwargs):
-    return losses.contrastive(q, e, scale, **kwargs).loss
-
+  contrastive = jax.jit(losses.contrastive)
+  loss = jax.jit(jax.value_and_grad(lambda q, **kwargs: losses.contrastive(q, e, scale, **kwargs).loss))
   for kwargs, want in (
-    ({"dropped": jnp.ones(B, bool)}, losses.contrastive(query, e, scale).query_to_text.mean() / 2),
+    ({"dropped": jnp.ones(B, bool)}, np.mean(contrastive(query, e, scale).query_to_text) / 2),
     ({"captions": jnp.zeros(B, int)}, 0.0),
   ):
-    value, gradient = jax.value_and_grad(loss)(query, **kwargs)
+    value, gradient = loss(query, **kwargs)
     np.testing.assert_allclose(value, want, rtol=1e-6)
     assert np.all(np.isfinite(gradient))
 
@@ -128,10 +125,11 @@ def test_accuracy_counts_rows_with_an_image_among_distinct_captions():
   query = np.eye(4, dtype=np.float32)[[1, 1, 0, 3]]  # row 0 picks row 1's caption, row 2 picks row 0's
   query[0, 0] = 0.5
   e, scale = jnp.eye(4), jnp.asarray(SCALE)
+  contrastive = jax.jit(losses.contrastive)
   captions = jnp.asarray([0, 0, 1, 2])
 
   def accuracy(**kwargs):
-    return float(losses.contrastive(jnp.asarray(query), e, scale, **kwargs).accuracy)
+    return float(contrastive(jnp.asarray(query), e, scale, **kwargs).accuracy)
 
   assert accuracy() == 0.5
   assert accuracy(captions=captions) == 0.75
@@ -147,14 +145,15 @@ def test_temperature_stops_at_100_and_can_come_down():
 
 def test_gradients_are_finite_at_zero_queries():
   _, e, scale = _jax(QUERY, E, SCALE)
-  gradient = jax.grad(lambda q: losses.contrastive(q, e, scale).loss)(jnp.zeros((B, D)))
+  gradient = jax.jit(jax.grad(lambda q: losses.contrastive(q, e, scale).loss))(jnp.zeros((B, D)))
   assert np.all(np.isfinite(gradient))
 
 
 def test_contrastive_in_half_precision_is_computed_in_f32():
   query, e, scale = _jax(QUERY, E, SCALE)
-  half = losses.contrastive(query.astype(jnp.bfloat16), e.astype(jnp.bfloat16), scale)
-  rounded = losses.contrastive(
+  contrastive = jax.jit(losses.contrastive)
+  half = contrastive(query.astype(jnp.bfloat16), e.astype(jnp.bfloat16), scale)
+  rounded = contrastive(
     query.astype(jnp.bfloat16).astype(jnp.float32), e.astype(jnp.bfloat16).astype(jnp.float32), scale
   )
   assert half.loss.dtype == jnp.float32
@@ -213,7 +212,7 @@ def test_memory_does_not_grow_as_the_square_of_the_batch():
 def test_unit_norm_equals_torch_and_is_safe_at_zero():
   x = np.concatenate([QUERY, np.zeros((1, D), np.float32), QUERY[:1] * 1e-8])
   np.testing.assert_allclose(losses.unit_norm(jnp.asarray(x)), F.normalize(torch.tensor(x), dim=-1), atol=1e-6)
-  gradient = jax.grad(lambda x: (losses.unit_norm(x) * E[0]).sum())(jnp.asarray(x))
+  gradient = jax.jit(jax.grad(lambda x: (losses.unit_norm(x) * E[0]).sum()))(jnp.asarray(x))
   assert np.all(np.isfinite(gradient)) and np.all(gradient[B] == 0)
 
 
@@ -227,18 +226,20 @@ def test_caption_ids_are_equal_exactly_where_captions_are():
   two[:, 1], two[:, 3] = np.divmod(np.arange(300 * 300), 300)
   swapped = base[:, [0, 2, 1, 3, *range(4, 77)]]
   captions = np.unique(np.concatenate([base, one, two, swapped]), axis=0)
-  ids = losses.caption_ids(jnp.asarray(captions))
+  caption_ids = jax.jit(losses.caption_ids)
+  ids = caption_ids(jnp.asarray(captions))
   assert ids.dtype == jnp.uint32
   assert len(np.unique(ids)) >= len(captions) - 4  # of 1e10 pairs 2.3 collide by chance
-  assert len(np.unique(losses.caption_ids(jnp.asarray(one)))) == len(one)
-  twice = losses.caption_ids(jnp.asarray(np.concatenate([base, base])))
+  assert len(np.unique(caption_ids(jnp.asarray(one)))) == len(one)
+  twice = caption_ids(jnp.asarray(np.concatenate([base, base])))
   assert twice[0] == twice[1]
 
 
 def test_quarters_of_the_timesteps():
   t = np.array([0, 249, 250, 499, 500, 749, 750, 999, 3], np.int32)
   per_sample = np.arange(9, dtype=np.float32)
-  sums, counts = losses.by_timestep_quarter(*_jax(per_sample, t))
+  by_quarter = jax.jit(losses.by_timestep_quarter, static_argnums=2)
+  sums, counts = by_quarter(*_jax(per_sample, t), 1000)
   np.testing.assert_array_equal(sums, [0 + 1 + 8, 2 + 3, 4 + 5, 6 + 7])
   np.testing.assert_array_equal(counts, [3, 2, 2, 2])
   np.testing.assert_array_equal(losses.by_timestep_quarter(*_jax(per_sample, t // 10), 100).count, [3, 2, 2, 2])
@@ -251,7 +252,7 @@ def test_reconstruction_equals_torch():
   posterior = normal(torch.tensor(mean, dtype=torch.float64), torch.exp(torch.tensor(log_variance).double() / 2))
   kl = torch.distributions.kl_divergence(posterior, normal(0.0, 1.0)).mean(dim=(1, 2, 3))
   l1 = F.l1_loss(torch.tensor(x_hat), torch.tensor(x), reduction="none").mean(dim=(1, 2, 3))
-  got = losses.reconstruction(
+  got = jax.jit(losses.reconstruction, static_argnames="kl_weight")(
     *_jax(x, x_hat), mean=jnp.asarray(mean), log_variance=jnp.asarray(log_variance), kl_weight=0.1
   )
   np.testing.assert_allclose(got.kl, kl, rtol=1e-5)

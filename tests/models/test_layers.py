@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffdis_jax.models import attention, layers
+from diffdis_jax.models import attention, layers, remat
 from tests.models import networks
 
 
@@ -96,7 +96,7 @@ def test_rematerialisation_can_keep_attentions_inputs_alone(capsys):
   attention = layers.Attention(8, num_heads=2, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
   def total(x):
-    return jnp.sum(layers.run_block(lambda block, x: jnp.sin(block(jnp.sin(x))), attention, x, remat="attention"))
+    return jnp.sum(remat.run_block(lambda block, x: jnp.sin(block(jnp.sin(x))), attention, x, remat="attention"))
 
   jax.ad_checkpoint.print_saved_residuals(total, jnp.ones((2, 5, 8)))
   kept = [line for line in capsys.readouterr().out.splitlines() if "from a constant" not in line]
@@ -104,14 +104,14 @@ def test_rematerialisation_can_keep_attentions_inputs_alone(capsys):
   assert len(kept) == 4 and "from the argument x" in kept[0]
 
 
-@pytest.mark.parametrize("remat, target", [("full", "gpu"), ("attention", "gpu"), ("full", "cpu"), ("full", "tpu")])
-def test_a_rematerialised_blocks_gradients_are_there_together(remat, target):
+@pytest.mark.parametrize("policy, target", [("full", "gpu"), ("attention", "gpu"), ("full", "cpu"), ("full", "tpu")])
+def test_a_rematerialised_blocks_gradients_are_there_together(policy, target):
   """Else the compiler for GPUs puts off those of the parameters, and holds what it computed again for them."""
   graphdef, state = nnx.split(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
 
   def loss(state, x, scale):
     block = lambda block, x, scale: scale.astype(x.dtype) * jnp.sin(block(x))
-    return jnp.sum(layers.run_block(block, nnx.merge(graphdef, state), x, scale, remat=remat))
+    return jnp.sum(remat.run_block(block, nnx.merge(graphdef, state), x, scale, remat=policy))
 
   x, scale = jax.random.normal(jax.random.key(0), (2, 4)), jnp.asarray(2)  # an integer, which has no gradient
   with attention.standing_in_for(target):

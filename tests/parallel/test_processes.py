@@ -112,7 +112,7 @@ import json, os, signal, sys, time
 from absl import flags
 import jax, numpy as np
 from jax import monitoring
-from diffdis_jax import cli
+from diffdis_jax.common import cli
 from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.run import workdir
 from diffdis_jax.errors import UserError

@@ -156,7 +156,7 @@ def test_an_end_does_not_wait_for_what_compiles_ahead(error, code, message):
 _ENDS_WHILE_COMPILING = """
 import threading, time
 import jax, jax.numpy as jnp
-from diffdis_jax import cli
+from diffdis_jax.common import cli
 from diffdis_jax.errors import Preempted, UserError
 from diffdis_jax.parallel import programs
 

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from orbax import checkpoint as ocp
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import checkpoint, committed, restore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, sharding_of):
   with checkpoint.Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, State(params, {}, ()))
     jax.block_until_ready(step(params))
-  restored = checkpoint.restore_params(tmp_path)
+  restored = restore.restore_params(tmp_path)
   np.testing.assert_array_equal(restored["a"], np.arange(1 << 20))
 
 
@@ -147,10 +147,10 @@ def test_a_state_without_average_and_optimizer_state(tmp_path):
 def test_parameters_alone_with_and_without_average(tmp_path):
   save(tmp_path, 1, 2)
   state = make_state(2)
-  assert_same_bits(checkpoint.restore_params(tmp_path), dict(sorted({**state.params, **state.ema}.items())))
-  assert_same_bits(checkpoint.restore_params(tmp_path, ema=False), state.params)
-  assert_same_bits(checkpoint.restore_params(tmp_path, step=1, ema=False), make_state(1).params)
-  on_four = checkpoint.restore_params(tmp_path, abstract=abstract(state, on_mesh(4)).params)
+  assert_same_bits(restore.restore_params(tmp_path), dict(sorted({**state.params, **state.ema}.items())))
+  assert_same_bits(restore.restore_params(tmp_path, ema=False), state.params)
+  assert_same_bits(restore.restore_params(tmp_path, step=1, ema=False), make_state(1).params)
+  on_four = restore.restore_params(tmp_path, abstract=abstract(state, on_mesh(4)).params)
   assert_same_bits(on_four, {**state.params, **state.ema})
   assert {len(x.sharding.device_set) for x in on_four.values()} == {4}
 
@@ -159,7 +159,7 @@ def test_saving_a_step_again_changes_nothing(tmp_path):
   with checkpoint.Checkpointer(tmp_path) as checkpointer:
     assert checkpointer.save(1, make_state(1))
     assert not checkpointer.save(1, make_state(5))
-  assert_same_bits(checkpoint.restore_params(tmp_path, ema=False), make_state(1).params)
+  assert_same_bits(restore.restore_params(tmp_path, ema=False), make_state(1).params)
 
 
 def test_keeps_the_last_ones_and_every_tenth(tmp_path):
@@ -171,8 +171,8 @@ def test_without_a_commit_mark_it_is_refused_skipped_and_saved_again(tmp_path, c
   save(tmp_path, 1, 7)
   (tmp_path / "checkpoints" / "7" / "commit_success.txt").unlink()
   with pytest.raises(UserError, match="checkpoint 7 in .* was never committed.*committed there: 1$"):
-    checkpoint.restore_params(tmp_path, step=7)
-  assert_same_bits(checkpoint.restore_params(tmp_path, ema=False), make_state(1).params)
+    restore.restore_params(tmp_path, step=7)
+  assert_same_bits(restore.restore_params(tmp_path, ema=False), make_state(1).params)
   assert (tmp_path / "checkpoints" / "7").exists(), "reading changes nothing"
 
   with checkpoint.Checkpointer(tmp_path) as checkpointer:
@@ -180,17 +180,17 @@ def test_without_a_commit_mark_it_is_refused_skipped_and_saved_again(tmp_path, c
     assert "7 has no commit_success.txt and is ignored" in caplog.text
     assert checkpointer.save(5, make_state(5))
     assert checkpointer.save(7, make_state(8))
-  assert_same_bits(checkpoint.restore_params(tmp_path, step=7, ema=False), make_state(8).params)
+  assert_same_bits(restore.restore_params(tmp_path, step=7, ema=False), make_state(8).params)
 
 
 def test_no_checkpoint(tmp_path):
   with pytest.raises(UserError, match="no checkpoint in .*checkpoints; train first"):
-    checkpoint.restore_params(tmp_path)
-  assert checkpoint.latest_step(tmp_path) is None
+    restore.restore_params(tmp_path)
+  assert committed.latest_step(tmp_path) is None
   assert list(tmp_path.iterdir()) == []
   save(tmp_path, 1)
   with pytest.raises(UserError, match="no checkpoint 3 in .*; committed there: 1$"):
-    checkpoint.restore_params(tmp_path, step=3)
+    restore.restore_params(tmp_path, step=3)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -232,7 +232,7 @@ def test_a_flipped_bit_in_the_shardings_is_one_line(tmp_path, right, wrong):
   file = tmp_path / "checkpoints" / "1" / "params" / "_sharding"
   file.write_text(file.read_text().replace(right, wrong, 1))
   with pytest.raises(UserError, match="checkpoints/1 cannot be read: its params: "):
-    checkpoint.restore_params(tmp_path, ema=False)
+    restore.restore_params(tmp_path, ema=False)
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"a": 1}', "[" * 20_000, "{"])
@@ -260,7 +260,7 @@ def test_the_reads_of_other_arrays_end_before_a_damaged_one_is_told(tmp_path, mo
   save(tmp_path, 1)
   monkeypatch.setattr(ocp.type_handlers.ArrayHandler, "deserialize", one_fails)
   with pytest.raises(UserError, match="cannot be read: its params: cut short"):
-    checkpoint.restore_params(tmp_path, ema=False)
+    restore.restore_params(tmp_path, ema=False)
   assert ended == ["whole"]
 
 
@@ -286,12 +286,12 @@ def test_another_model_is_told_which_array_differs(tmp_path):
   wanted["text.bias"] = jax.ShapeDtypeStruct((6,), jnp.float32)
   wanted["unet.new"] = jax.ShapeDtypeStruct((2,), jnp.float32)
   with pytest.raises(UserError, match=r"2 arrays; the first, text.bias, is float32\[5\] there and float32\[6\] here"):
-    checkpoint.restore_params(tmp_path, abstract=wanted)
+    restore.restore_params(tmp_path, abstract=wanted)
 
 
 KILLED = """
 import sys, types, jax.numpy as jnp
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import checkpoint, committed, restore
 with checkpoint.Checkpointer(sys.argv[1]) as checkpointer:
   for step in (1, 2):
     params = {"a.b": jnp.full((1 << 25,), step, jnp.float32)}
@@ -310,9 +310,9 @@ def test_a_save_killed_half_way_leaves_the_last_good_checkpoint(tmp_path):
   assert process.wait() == -signal.SIGKILL
   assert list(folder.glob("2*tmp*")), "killed too late"
 
-  assert checkpoint.latest_step(tmp_path) == 1
-  np.testing.assert_array_equal(checkpoint.restore_params(tmp_path)["a.b"][::4096], 1)
+  assert committed.latest_step(tmp_path) == 1
+  np.testing.assert_array_equal(restore.restore_params(tmp_path)["a.b"][::4096], 1)
   with checkpoint.Checkpointer(tmp_path) as checkpointer:
     assert checkpointer.save(2, State({"a.b": jnp.zeros(3)}, {}, ()))
   assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["1", "2"]
-  assert checkpoint.latest_step(tmp_path) == 2
+  assert committed.latest_step(tmp_path) == 2

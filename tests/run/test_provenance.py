@@ -106,7 +106,7 @@ def test_it_has_versions_device_and_processors():
 
 
 def write_run(path: epath.PathLike, *, steps: int, began_from: str = "", recorded: bool = True, **changes) -> str:
-  """A workdir of so many finished steps. `recorded`: with a history; without one, as earlier versions left it."""
+  """A workdir of so many finished steps. `recorded`: with a history; an import has none."""
   config = tiny.get_config()
   config.update(init_from=began_from, **changes)
   folder = workdir.open_for_training(str(path), config.to_dict())
@@ -166,20 +166,6 @@ def test_the_chain_is_known_without_the_folders(tmp_path):
     pass  # it goes on
   after = provenance.of_run(last, step=50)
   assert after == before | {"steps": 50, "commits": ["a" * 40, "b" * 40], "clean": False}
-
-
-def test_of_a_run_of_an_earlier_version_the_folders_tell(tmp_path):
-  first = write_run(tmp_path / "a", steps=20, recorded=False)
-  last = write_run(tmp_path / "b", steps=30, began_from=first, recorded=False)
-  found = provenance.of_run(last, step=30)
-  assert [link["steps"] for link in found["init_from"]] == [20] and found["commits"] == [] and found["clean"] is None
-  shutil.rmtree(tmp_path / "a")
-  unknown = {"config_hash": None, "seed": None, "objectives": None, "steps": None, "commits": [], "clean": None}
-  assert provenance.of_run(last, step=30)["init_from"] == [unknown]
-  shutil.copytree(last, tmp_path / "a")
-  fields = json.loads((tmp_path / "a" / "config.json").read_text()) | {"init_from": last}
-  (tmp_path / "a" / "config.json").write_text(json.dumps(fields))
-  assert len(provenance.of_run(last, step=30)["init_from"]) == 2  # and no circle
 
 
 def test_an_import_says_of_what(tmp_path):

@@ -129,7 +129,7 @@ def test_progress_counts_steps_waiting_and_pauses(caplog):
   caplog.set_level("INFO")
   logging.set_verbosity(logging.INFO)
   clock = Clock()
-  progress = writers.Progress(start_step=10, num_steps=110, batch_size=32, clock=clock)
+  progress = writers.Throughput(start_step=10, num_steps=110, batch_size=32, clock=clock)
   with progress.paused():
     clock.now += 1000.0
   for _ in range(10):
@@ -161,7 +161,7 @@ def test_progress_knows_the_share_of_the_chips_peak(caplog):
   caplog.set_level("INFO")
   logging.set_verbosity(logging.INFO)
   clock = Clock()
-  progress = writers.Progress(start_step=0, num_steps=40, batch_size=2, peak_rate=8.0, clock=clock)
+  progress = writers.Throughput(start_step=0, num_steps=40, batch_size=2, peak_rate=8.0, clock=clock)
   steps = progress.steps()
   for _ in range(10):
     next(steps)
@@ -175,5 +175,5 @@ def test_progress_knows_the_share_of_the_chips_peak(caplog):
 
 
 def test_progress_gives_the_steps_that_are_left():
-  assert list(writers.Progress(start_step=3, num_steps=6, batch_size=1).steps()) == [4, 5, 6]
-  assert list(writers.Progress(start_step=6, num_steps=6, batch_size=1).steps()) == []
+  assert list(writers.Throughput(start_step=3, num_steps=6, batch_size=1).steps()) == [4, 5, 6]
+  assert list(writers.Throughput(start_step=6, num_steps=6, batch_size=1).steps()) == []

@@ -136,9 +136,9 @@ def test_other_noise_in_the_second_pass_is_another_gradient(monkeypatch):
   original = GradCache.second_pass
 
   def second_pass(self: GradCache, trainable: Any, fixed: Any, rows: gradcache.Microbatch, *rest: Any, **size: int):
-    assert rows.draws is not None
-    draws = rows.draws.replace(noise_e=-rows.draws.noise_e)
-    return original(self, trainable, fixed, rows._replace(draws=draws), *rest, **size)
+    assert rows.noise is not None
+    noise = rows.noise.replace(noise_e=-rows.noise.noise_e)
+    return original(self, trainable, fixed, rows._replace(noise=noise), *rest, **size)
 
   monkeypatch.setattr(GradCache, "second_pass", second_pass)
   case = problem("discrimination, text frozen")

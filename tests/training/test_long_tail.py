@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from configs import places_lt
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
-from diffdis_jax.inference import query_noise
-from diffdis_jax.method import encode, losses
+from diffdis_jax.method import features, losses
+from diffdis_jax.method.step_noise import query_noise
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import LabelledBatch
-from diffdis_jax.training import mixing, plugs
+from diffdis_jax.training import long_tail_losses, mixing, plugs
 from diffdis_jax.training.long_tail import LongTail
 from diffdis_jax.training.step import step_keys
 from tests import steps, tiny_clip
@@ -57,7 +57,7 @@ def by_torch(scale, smoothing):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_class_wise_contrast_equals_torchs_cross_entropy(scale, smoothing):
   def ours(image, text, scale):
-    result = losses.class_contrastive(image, text, scale, labels=jnp.asarray(LABELS), smoothing=smoothing)
+    result = long_tail_losses.class_contrastive(image, text, scale, labels=jnp.asarray(LABELS), smoothing=smoothing)
     return result.loss, result.accuracy
 
   (loss, accuracy), gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2), has_aux=True))(IMAGE, TEXT, scale)
@@ -72,7 +72,7 @@ def test_distillation_equals_torchs_cross_entropy_with_the_teachers_softmax(scal
   their_scale = np.float32(2.0)
 
   def ours(image, text, scale, teacher_image):
-    return losses.distill(
+    return long_tail_losses.distill(
       *(image, text, scale),
       teacher_image=teacher_image,
       teacher_text=jnp.asarray(THEIR_TEXT),
@@ -98,9 +98,9 @@ def test_rows_on_eight_devices_give_the_same_losses():
 
   def ours(image, text, labels):
     common = dict(gather=sharding.everywhere)
-    contrast = losses.class_contrastive(image, text, jnp.float32(2.6), labels=labels, smoothing=0.1, **common)
+    contrast = long_tail_losses.class_contrastive(image, text, jnp.float32(2.6), labels=labels, smoothing=0.1, **common)
     theirs = dict(teacher_image=text, teacher_text=image, teacher_logit_scale=jnp.float32(1.0))
-    return contrast.loss, losses.distill(image, text, jnp.float32(2.6), **theirs, **common)
+    return contrast.loss, long_tail_losses.distill(image, text, jnp.float32(2.6), **theirs, **common)
 
   alone = jax.jit(ours)(IMAGE, TEXT, LABELS.astype(np.int32))
   rows = sharding.to_global(dict(image=IMAGE, text=TEXT, labels=LABELS.astype(np.int32)), mesh)
@@ -206,7 +206,7 @@ def test_the_first_stages_loss_by_hand(clip):
   def embed(params):
     model = network.with_params(params)
     noise = jax.random.normal(keys["noise_e"], (b, network.model.query_width))
-    f = encode.image_features(model, jnp.asarray(batch.image), encode.FeatureDraws(noise_e=noise), network=network)
+    f = features.image_features(model, jnp.asarray(batch.image), features.FeatureNoise(noise_e=noise), network=network)
     return losses.unit_norm(f), model.encode_text(jnp.asarray(batch.tokens)).e, model.logit_scale[...]
 
   with jax.default_matmul_precision("highest"):
@@ -230,12 +230,14 @@ def test_an_images_feature_is_what_inference_embeds():
   network, params = inference.network, random_params(inference.network.shapes, seed=0)
   images = steps.make_batch(config).image
   embedded = inference.embed_images(params, images, seed=3)
-  noise = query_noise(jax.random.key(3), draws=1, places=jnp.arange(B), width=inference.network.model.query_width)[0]
+  noise = query_noise(
+    jax.random.key(3), num_noise_samples=1, places=jnp.arange(B), width=inference.network.model.query_width
+  )[0]
 
   @jax.jit
   def feature(params):
-    draws = encode.FeatureDraws(noise_e=noise)
-    return encode.image_features(network.with_params(params), jnp.asarray(images), draws, network=network)
+    given = features.FeatureNoise(noise_e=noise)
+    return features.image_features(network.with_params(params), jnp.asarray(images), given, network=network)
 
   with jax.default_matmul_precision("highest"):
     found = feature(params)
@@ -274,7 +276,7 @@ def test_the_second_stages_loss_by_hand():
     model = network.with_params(params)
     noise = jax.random.normal(keys["noise_e"], (B, network.model.query_width))
     images = mixing.mix_images(jnp.asarray(batch.image), mix)
-    f = encode.image_features(model, images, encode.FeatureDraws(noise_e=noise), network=network)
+    f = features.image_features(model, images, features.FeatureNoise(noise_e=noise), network=network)
     return dataclasses.asdict(model.head(f, model.logit_scale[...]))
 
   with jax.default_matmul_precision("highest"):
@@ -290,12 +292,14 @@ def test_inference_gives_the_heads_logits_on_images_as_they_are():
   inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4)
   network, params = inference.network, random_params(inference.network.shapes, seed=0)
   images = steps.make_batch(config).image
-  noise = query_noise(jax.random.key(3), draws=1, places=jnp.arange(B), width=inference.network.model.query_width)[0]
+  noise = query_noise(
+    jax.random.key(3), num_noise_samples=1, places=jnp.arange(B), width=inference.network.model.query_width
+  )[0]
 
   @jax.jit
   def logits(params):
     model = network.with_params(params)
-    f = encode.image_features(model, jnp.asarray(images), encode.FeatureDraws(noise_e=noise), network=network)
+    f = features.image_features(model, jnp.asarray(images), features.FeatureNoise(noise_e=noise), network=network)
     found = model.head(f, model.logit_scale[...])
     return jnp.stack([found.visual, found.language], axis=1)
 

@@ -38,7 +38,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
 
   def both_passes(model: DiffDis, *passes: GenerationPass | DiscriminationPass, **settings: int) -> Any:
     outputs = original(model, *passes, **settings)
-    for name, inputs, output in zip(("generation", "discrimination"), passes, outputs):
+    for name, inputs, output in zip(("generation", "discrimination"), passes, vars(outputs).values(), strict=True):
       seen[name] = {**vars(inputs), "output": output}
     return outputs
 
@@ -393,8 +393,8 @@ def test_stored_posteriors_train_as_their_images_do(sample):
   for total in found:
     assert abs(float(total) - float(expected)) < 0.01 * abs(float(expected))
   run, keys = Run.of(config), lambda step_number: step.step_keys(0, step_number, jnp.int32(0))
-  draws = lambda step_number: objectives.noise_of(run, keys(step_number), stored, loss.network)
-  z = lambda step_number, batch=stored: encode.encode_images(model, batch, draws(step_number))[0]
+  noise = lambda step_number: objectives.noise_of(run, keys(step_number), stored, loss.network)
+  z = lambda step_number, batch=stored: encode.encode_images(model, batch, noise(step_number)).z
   # The loss hardly sees whether the latents' shift and scale were applied.
   np.testing.assert_allclose(z(jnp.int32(0)), z(jnp.int32(0), batch), atol=0.03)
   assert (np.asarray(z(jnp.int32(0))) != np.asarray(z(jnp.int32(1)))).any() == sample

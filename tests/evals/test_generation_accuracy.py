@@ -1,3 +1,5 @@
+"""The judge of labelled images with a generator of coloured discs, and that of rendered shapes with renders."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from diffdis_jax.data import sources
+from diffdis_jax.data import shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, recognition
+from diffdis_jax.evals import base, classifiers, generation_accuracy
 from diffdis_jax.evals import registry as evals
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "grey": (120, 120, 120)}
@@ -63,25 +65,27 @@ def evaluation(request):
   patch = pytest.MonkeyPatch()
   patch.setattr(sources, "open_source", lambda **section: SPLITS[section["split"]])
   request.addfinalizer(patch.undo)
-  return evals.create("recognition", data={"split": "train"}, splits=("other",), template="a {}", epochs=8, per_class=5)
+  return evals.create(
+    "generation_accuracy", data={"split": "train"}, splits=("other",), template="a {}", epochs=8, per_class=5
+  )
 
 
 SPLITS = {"train": records("red", "green", "blue", each=64), "other": records("red", "grey", each=32)}
 
 
-def test_what_was_asked_for_is_recognised(evaluation):
+def test_a_generator_of_what_was_asked_for_is_accurate(evaluation):
   painter = Painter()
   metrics = evaluation.run(painter, {})
-  assert metrics["judge_acc1"] >= 0.95 and metrics["recognised_acc1"] >= 0.95
-  assert metrics["judge_acc5"] == metrics["recognised_acc5"] == 1.0  # of four classes
+  assert metrics["judge_acc1"] >= 0.95 and metrics["acc1"] >= 0.95
+  assert metrics["judge_acc5"] == metrics["acc5"] == 1.0  # of four classes
   assert sorted(painter.asked) == ["blue"] * 5 + ["green"] * 5 + ["red"] * 5
 
 
-def test_what_was_not_asked_for_is_not_recognised(evaluation):
-  assert evaluation.run(Painter(red="green", green="blue", blue="grey"), {})["recognised_acc1"] <= 0.1
+def test_a_generator_of_something_else_is_not_accurate(evaluation):
+  assert evaluation.run(Painter(red="green", green="blue", blue="grey"), {})["acc1"] <= 0.1
   one_wrong = evaluation.run(Painter(red="grey"), {})
-  assert one_wrong["recognised_acc1"] == pytest.approx(2 / 3, abs=0.1)
-  assert one_wrong["judge_acc1"] == evaluation.get_judge()[1]["judge_acc1"]  # trained once
+  assert one_wrong["acc1"] == pytest.approx(2 / 3, abs=0.1)
+  assert one_wrong["judge_acc1"] == evaluation.judge.train().accuracy["judge_acc1"]  # trained once
 
 
 def test_copies_of_training_images_are_counted(evaluation, monkeypatch):
@@ -96,8 +100,8 @@ def test_copies_of_training_images_are_counted(evaluation, monkeypatch):
     least = {name: min(distance(a, b) for i, a in enumerate(x) for b in x[:i]) for name, x in own.items()}
     return np.mean([min(distance(image, x) for x in training) < least[k] for image, k in zip(images, labels)])
 
-  monkeypatch.setattr(recognition, "classify", lambda model, images: np.zeros((len(images), 4), np.float32))
-  monkeypatch.setattr(evaluation, "get_judge", lambda: (None, {}))
+  monkeypatch.setattr(classifiers, "classify", lambda model, images: np.zeros((len(images), 4), np.float32))
+  monkeypatch.setattr(evaluation.judge, "_trained", generation_accuracy.Trained(None, {}))
   painter = Painter()
   metrics = evaluation.run(painter, {})
   fresh = [base.to_square(paint(name, 1000 + i), 32) for i, name in enumerate(painter.asked)]
@@ -120,34 +124,34 @@ def test_images_held_out_are_not_trained_on(evaluation, monkeypatch):
 
   def train(images, labels, **settings):
     seen.update(images=[np.asarray(image).tobytes() for image in images], labels=labels)
-    return recognition.Classifier(3, rngs=nnx.Rngs(0))
+    return classifiers.LabelClassifier(3, rngs=nnx.Rngs(0))
 
   def classify(model, images):
     seen.update(measured=len(images))
     return np.zeros((len(images), 3), np.float32)
 
-  monkeypatch.setattr(recognition, "train_classifier", train)
-  monkeypatch.setattr(recognition, "classify", classify)
-  evaluation = evals.create("recognition", data={"split": "train"}, held_out=0.25)
-  assert evaluation.get_judge()[1] == {"judge_acc1": 0.0, "judge_acc5": 1.0}
+  monkeypatch.setattr(classifiers, "train_on_labels", train)
+  monkeypatch.setattr(classifiers, "classify", classify)
+  evaluation = evals.create("generation_accuracy", data={"split": "train"}, held_out=0.25)
+  assert evaluation.judge.train().accuracy == {"judge_acc1": 0.0, "judge_acc5": 1.0}
   everything = [record["image"].tobytes() for record in SPLITS["train"]]
   assert len(seen["images"]) == 144 and seen["measured"] == 48
   assert len({*everything} - {*seen["images"]}) == 48
   own = {record["image"].tobytes(): record["label"] for record in SPLITS["train"]}
-  assert [evaluation.classnames[k] for k in seen["labels"]] == [own[image] for image in seen["images"]]
+  assert [evaluation.judge.classnames[k] for k in seen["labels"]] == [own[image] for image in seen["images"]]
 
 
 def test_an_image_that_is_none_is_named(monkeypatch):
   broken = [*records("red", "blue", each=9), {"image": b"no image", "label": "red"}]
   monkeypatch.setattr(sources, "open_source", lambda **section: broken)
   with pytest.raises(UserError, match="record 18 of the data set is no use: corrupt image"):
-    evals.create("recognition", data={"split": "train"}).get_judge()
+    evals.create("generation_accuracy", data={"split": "train"}).judge.train()
 
 
 def test_ties_and_nans_are_wrong():
   logits = np.array([[3.0, 1.0, 2.0], [3.0, 3.0, 1.0], [np.nan, 1.0, 2.0], [0.0, 1.0, 2.0]], np.float32)
-  np.testing.assert_array_equal(recognition.ranks(logits, np.array([0, 0, 0, 0])), [0, 1, 2, 2])
-  np.testing.assert_array_equal(recognition.ranks(logits[2:], np.array([2, 1])), [1, 1])
+  np.testing.assert_array_equal(generation_accuracy.ranks(logits, np.array([0, 0, 0, 0])), [0, 1, 2, 2])
+  np.testing.assert_array_equal(generation_accuracy.ranks(logits[2:], np.array([2, 1])), [1, 1])
 
 
 @pytest.mark.parametrize(
@@ -164,4 +168,76 @@ def test_ties_and_nans_are_wrong():
 def test_wrong_settings_are_refused(splits, settings, message, monkeypatch):
   monkeypatch.setattr(sources, "open_source", lambda **section: splits[section["split"]])
   with pytest.raises(UserError, match=message):
-    evals.create("recognition", data={"split": "train"}, **settings)
+    evals.create("generation_accuracy", data={"split": "train"}, **settings)
+
+
+class Renderer:
+  """A generator that draws really what the prompt says, or what `instead` makes of it."""
+
+  image_size = 32
+  max_length = 16
+  generation_protocol = {"steps": 30, "guidance": 2.0}
+
+  def __init__(self, instead=lambda colour, shape: (colour, shape)):
+    self.instead = instead
+
+  def noise(self, n, seed):
+    return np.full((n, 4, 4, 4), seed, np.float32)
+
+  def generate(self, params, tokens, noise):
+    assert len(tokens) == len(noise)
+    decode = Tokenizer(self.max_length).decode
+    return np.stack([self.draw(decode(row), np.random.default_rng([99, i])) for i, row in enumerate(tokens)])
+
+  def draw(self, text, rng):
+    pair = next((c, s) for c, s in shapes.PAIRS if c in text and s in text)
+    colour, shape = self.instead(*pair)
+    return shapes.render(shapes.make_scene(rng, colour=colour, shape=shape), image_size=32, rng=rng)
+
+
+@pytest.fixture(scope="module")
+def of_shapes():
+  return evals.create("generation_accuracy", per_class=2)
+
+
+def test_renders_of_what_was_asked_for_are_accurate(of_shapes):
+  metrics = of_shapes.run(Renderer(), {})
+  assert metrics["judge_acc1"] >= 0.99
+  assert metrics["acc1"] >= 0.97 and metrics["acc1_unseen"] >= 0.9
+  expected = {"steps": 30, "guidance": 2.0, "num_images": 128, "num_classes": 64, "templates": ["a {}"]}
+  assert expected.items() <= of_shapes.protocol(Renderer()).items()
+
+
+def test_wrong_shapes_wrong_colours_and_unseen_pairs_show(of_shapes):
+  colours = list(shapes.COLOURS)
+  wrong_shape = of_shapes.run(Renderer(lambda c, s: (c, "star" if s == "circle" else "circle")), {})
+  assert wrong_shape["acc1"] <= 0.03 and wrong_shape["acc1_colour"] >= 0.98
+  wrong_colour = of_shapes.run(Renderer(lambda c, s: (colours[colours.index(c) - 1], s)), {})
+  assert wrong_colour["acc1"] <= 0.03 and wrong_colour["acc1_shape"] >= 0.97
+  wrong_unseen = of_shapes.run(
+    Renderer(lambda c, s: (c, "star" if s != "star" else "ring") if (c, s) in shapes.UNSEEN else (c, s)), {}
+  )
+  assert wrong_unseen["acc1_seen"] >= 0.97 and wrong_unseen["acc1_unseen"] <= 0.1
+
+
+def test_a_bad_classifier_is_no_judge():
+  with pytest.raises(UserError, match="of real renders, below 98%"):
+    evals.create("generation_accuracy", classifier_steps=2).run(Renderer(), {})
+
+
+def test_other_sizes_come_to_the_judge_at_its_own():
+  assert classifiers.render(image_size=64, num_images=3, seed=0).shape == (3, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"epochs": 3}, "epochs has no effect where rendered shapes are judged; give data too"),
+    ({"splits": ("train",)}, "splits has no effect where rendered shapes are judged; give data too"),
+    ({"data": {"split": "train"}, "classifier_steps": 3}, "classifier_steps has no effect where labelled images"),
+  ],
+)
+def test_settings_of_the_other_judge_are_refused(settings, message, monkeypatch):
+  monkeypatch.setattr(sources, "open_source", lambda **section: SPLITS[section["split"]])
+  with pytest.raises(UserError, match=message):
+    evals.create("generation_accuracy", **settings)

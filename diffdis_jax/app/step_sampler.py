@@ -1,7 +1,7 @@
-"""A trained model that answers requests step by step, each of its programs in one shape, so that none compiles anew.
+"""A trained model that answers requests step by step, each of its programs in one shape, so that none compiles again.
 
-The sampler's maths are those of Algorithms 2 and 3 (inference.py), one step a call: what is shown after the last step
-is what `Inference` gives.
+A step is that of Algorithm 2 or 3 (method/algorithms.py), one a call: what is shown after the last step is what
+`Inference` gives.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax import inference
@@ -23,10 +24,15 @@ from diffdis_jax.common.params import Params
 from diffdis_jax.config.objectives import COMPARING, DENOISING, GENERATIVE
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.method import guidance, losses, samplers, schedules
+from diffdis_jax.method import algorithms, encode, losses, samplers, schedules
+from diffdis_jax.method.algorithms import GenerationStep
+from diffdis_jax.method.samplers import DdimCoefficients, DdimStep
+from diffdis_jax.method.schedules import Process, Timesteps
+from diffdis_jax.method.step_noise import query_noise
 from diffdis_jax.parallel import programs, sharding
+from diffdis_jax.structs import AnyArray
 
-ROWS = 8  # noise draws a compiled step
+ROWS = 8  # rows of a compiled step, at most: an image's z is one, noise samples of its text query are as many as asked
 TABS = {  # what each needs a run to be trained for, any of these
   "draw": GENERATIVE,
   "classify": COMPARING,
@@ -44,7 +50,7 @@ def tabs(objectives: Sequence[str]) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
+class Frame:
   """An image after a step of Algorithm 2, decoded; all three u8[H W 3].
 
   Attributes:
@@ -70,7 +76,7 @@ class Estimate:
   Attributes:
     step, steps: this one, from 1, of how many.
     t: the timestep at which the network was asked.
-    queries: ê_0 of each draw of the noise, L2-normalised.
+    queries: ê_0 of each noise sample, L2-normalised.
   """
 
   step: int
@@ -79,8 +85,16 @@ class Estimate:
   queries: Float[np.ndarray, "k d"]
 
 
-class Player:
-  """A run's model on one device, whose programs run in turns: requests side by side each get every so-manieth step.
+@struct.dataclass
+class Conditions:
+  """c of the prompt, and of the empty one."""
+
+  c: Float[AnyArray, "1 l d"]
+  c_null: Float[AnyArray, "1 l d"]
+
+
+class StepSampler:
+  """A run's model on one device. Concurrent requests are interleaved, one program at a time.
 
   Args:
     model: its batch size is that of texts, and of images of a search.
@@ -96,11 +110,12 @@ class Player:
     self._turns = ThreadPoolExecutor(1, thread_name_prefix="model")
     self.closed = threading.Event()
     precision = self.network.matmul_precision
-    compiled = lambda name, f: programs.Program(
-      name, jax.jit(sharding.traced_for(model.mesh, f, matmul_precision=precision))
-    )
+
+    def compiled(name: str, f: Callable[..., Any]) -> programs.Program:
+      return programs.Program(name, jax.jit(sharding.traced_for(model.mesh, f, matmul_precision=precision)))
+
     self._conditions = compiled("a prompt's condition", self._encode_prompt)
-    self._drawing_step = compiled("a drawing step", self._draw_once)
+    self._generation_step = compiled("a generation step", self._generate_once)
     self._preview = compiled("previews", self._decode)
     self._latent = compiled("an image's latent", self._encode_image)
     self._query_step = compiled("a step of the text query", self._denoise_once)
@@ -139,63 +154,73 @@ class Player:
     return self.call(lambda: self.model.embed_images(self._params, images, seed=seed))
 
   def image_queries(
-    self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, draws: int
+    self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, num_noise_samples: int
   ) -> Iterator[Float[np.ndarray, "k d"]]:
-    """After each of the run's own number of steps, ê_0 of each draw of the noise; of a CLIP, its one embedding."""
+    """After each of the run's own number of steps, ê_0 of each noise sample; for CLIP, its one embedding."""
     if self.network.is_clip:
       yield self.embed_images(image[None], seed=seed)
-    else:
-      for estimate in self.estimates(image, seed=seed, steps=self.model.sampling.steps, draws=draws):
-        yield estimate.queries
+      return
+    how = dict(steps=self.model.sampling.steps, num_noise_samples=num_noise_samples)
+    for estimate in self.estimates(image, seed=seed, **how):
+      yield estimate.queries
 
-  def draw(self, prompt: str, *, seed: int, steps: int, guidance_scale: float, frames: int) -> Iterator[Drawing]:
+  def generate(self, prompt: str, *, seed: int, steps: int, guidance_scale: float, frames: int) -> Iterator[Frame]:
     """Algorithm 2, shown after the last step and, evenly spread, after `frames` - 1 of the others.
 
     Raises:
       UserError: a run without generation, no such number of steps, or no turn in time.
     """
-    c, c_null = self.call(self._conditions, self._params, self._tokens([prompt]))
-    z_t = self.model.noise(1, seed)
-    timesteps = schedules.leading(steps)
-    process = self.network.image_process
-    plan = _rows(samplers.plan(process.noise, timesteps, target=process.target))
+    conditions = self.call(self._conditions, self._params, self._tokens([prompt]))
+    timesteps, z_T = schedules.leading(steps), self.model.noise(1, seed)
     every = math.ceil(steps / frames)
-    for i, t in enumerate(timesteps.t):
-      z_t, emptied, guided = self.call(
-        self._drawing_step, self._params, z_t, t, plan[i], c, c_null, np.float32(guidance_scale)
-      )
+    # The scale is an argument, an array: as a constant each scale would be a program of its own.
+    given = conditions, np.float32(guidance_scale)
+    for i, step in enumerate(self._denoise(self._generation_step, z_T, self.network.image_process, timesteps, *given)):
+      # Decoding costs about as much as a step, so not each is shown, but always the last.
       if (steps - 1 - i) % every == 0:
-        shown = self.call(self._preview, self._params, np.concatenate([z_t, emptied, guided]))
-        yield Drawing(i + 1, steps, int(t), *shown)
+        shown = np.concatenate([step.z_prev, step.z_0_null, step.z_0])
+        yield Frame(i + 1, steps, int(timesteps.t[i]), *self.call(self._preview, self._params, shown))
 
-  def estimates(self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, steps: int, draws: int) -> Iterator[Estimate]:
-    """Algorithm 3 from several draws of the noise, after each step. Their mean is what `Inference.embed_images` gives.
+  def estimates(
+    self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, steps: int, num_noise_samples: int
+  ) -> Iterator[Estimate]:
+    """Algorithm 3 from several noise samples, after each step. Their mean is what `Inference.embed_images` gives.
 
     Raises:
       UserError: a run without discrimination, no such number of steps, or no turn in time.
     """
-    width = self.network.model.query_width
-    blocks = math.ceil(draws / ROWS)
-    noise = inference.query_noise(jax.random.key(seed), draws=blocks * ROWS, places=jnp.arange(1), width=width)
-    e_t = np.asarray(noise)[:, 0]
+    width, rows = self.network.model.query_width, math.ceil(num_noise_samples / ROWS) * ROWS
+    noise = query_noise(jax.random.key(seed), num_noise_samples=rows, places=jnp.arange(1), width=width)
+    e_T, timesteps = np.asarray(noise)[:, 0], schedules.trailing(steps)
     z = self.call(self._latent, self._params, image[None])
-    timesteps = schedules.trailing(steps)
-    process = self.network.text_process
-    plan = _rows(samplers.plan(process.noise, timesteps, target=process.target, gamma=process.gamma))
-    for i, t in enumerate(timesteps.t):
-      parts = [self.call(self._query_step, self._params, z, rows, t, plan[i]) for rows in np.split(e_t, blocks)]
-      e_t, e_0 = (np.concatenate(part) for part in zip(*parts, strict=True))
-      yield Estimate(i + 1, steps, int(t), e_0[:draws])
+    for i, step in enumerate(self._denoise(self._query_step, e_T, self.network.text_process, timesteps, z)):
+      yield Estimate(i + 1, steps, int(timesteps.t[i]), step.x_0[:num_noise_samples])
+
+  def _denoise(
+    self, program: programs.Program, x_t: Float[np.ndarray, "n ..."], process: Process, timesteps: Timesteps, *args: Any
+  ) -> Iterator[Any]:
+    """What each of DDIM's steps gives, from x_T on, ROWS rows a call.
+
+    Args:
+      program: (params, x_t, coefficients, *args) -> GenerationStep or DdimStep.
+    """
+    for now in samplers.ddim_coefficients(process, timesteps).each():
+      parts = [
+        self.call(program, self._params, x_t[start : start + ROWS], now, *args) for start in range(0, len(x_t), ROWS)
+      ]
+      step: Any = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+      x_t = step.z_prev if isinstance(step, GenerationStep) else step.x_prev
+      yield step
 
   def warm_up(self) -> None:
     """Runs every program that an answer takes once, so that it is compiled."""
     side = self.network.image_size
     blank = np.zeros((side, side, 3), np.uint8)
     if "draw" in self.tabs:
-      list(self.draw("a", seed=0, steps=1, guidance_scale=2.0, frames=1))
+      list(self.generate("a", seed=0, steps=1, guidance_scale=2.0, frames=1))
     if "classify" in self.tabs:
       self.text_queries(["a"])
-      list(self.image_queries(blank, seed=0, draws=1))
+      list(self.image_queries(blank, seed=0, num_noise_samples=1))
 
   def _decode(self, params: Params, z: Float[Array, "n h w c"]) -> UInt8[Array, "n H W 3"]:
     model: Any = self.network.with_params(params)
@@ -205,61 +230,36 @@ class Player:
     model: Any = self.network.with_params(params)
     return model.encode_image(image)
 
-  def _encode_prompt(
-    self, params: Params, tokens: Int[Array, "1 l"]
-  ) -> tuple[Float[Array, "1 l d"], Float[Array, "1 l d"]]:
-    """c of the prompt, and of the empty one."""
+  def _encode_prompt(self, params: Params, tokens: Int[Array, "1 l"]) -> Conditions:
     model: Any = self.network.with_params(params)
-    null = model.text_encoder.null_tokens(tokens.shape[1])
-    return model.encode_text(tokens).c, model.encode_text(null).c
+    return Conditions(c=model.encode_text(tokens).c, c_null=encode.null_condition(model, tokens.shape[1]))
 
-  def _draw_once(
+  def _generate_once(
     self,
     params: Params,
     z_t: Float[Array, "1 h w c"],
-    t_z: Int[Array, ""],
-    now: Float[Array, "3"],
-    c: Float[Array, "1 l d"],
-    c_null: Float[Array, "1 l d"],
-    scale: Float[Array, ""],
-  ) -> tuple[Float[Array, "1 h w c"], Float[Array, "1 h w c"], Float[Array, "1 h w c"]]:
-    """z at the next timestep; ẑ_0 under the empty prompt; ẑ_0 with guidance."""
+    now: DdimCoefficients,
+    conditions: Conditions,
+    guidance_scale: Float[Array, ""],
+  ) -> GenerationStep:
     model: Any = self.network.with_params(params)
-    process = self.network.image_process
-    denoise = lambda z_t, t_z, c: model.generation(z_t=z_t, t_z=t_z, c=c)
-    both = guidance.branches(denoise, condition=c, null=c_null)
-    t = jnp.full(len(z_t), t_z)
-    emptied, conditional = (prediction.astype(z_t.dtype) for prediction in both(z_t, t))
-    guided = guidance.mix(emptied, conditional, scale)
-    to_data = lambda prediction: schedules.to_data(
-      process.noise, z_t, prediction=prediction, target=process.target, t=t, gamma=process.gamma
-    )
-    return samplers.step(samplers.Coefficients(*now), z_t, prediction=guided), to_data(emptied), to_data(guided)
+    given = dict(c=conditions.c, c_null=conditions.c_null, guidance_scale=guidance_scale)
+    return algorithms.generation_step(model, z_t, now, network=self.network, **given)
 
   def _denoise_once(
-    self,
-    params: Params,
-    z: Float[Array, "1 h w c"],
-    e_t: Float[Array, "k d"],
-    t_e: Int[Array, ""],
-    now: Float[Array, "3"],
-  ) -> tuple[Float[Array, "k d"], Float[Array, "k d"]]:
-    """e at the next timestep, and ê_0 by this step, L2-normalised."""
+    self, params: Params, e_t: Float[Array, "k d"], now: DdimCoefficients, z: Float[Array, "1 h w c"]
+  ) -> DdimStep:
+    """Its x_0 is L2-normalised, to be shown; x_prev, which goes on, is not."""
     model: Any = self.network.with_params(params)
-    process, how = self.network.text_process, self.model.sampling
-    denoise = inference.query_denoiser(
+    how = self.model.sampling
+    step = algorithms.text_query_step(
       model,
-      self.network,
-      jnp.broadcast_to(z, (len(e_t), *z.shape[1:])),
+      e_t,
+      now,
+      z=jnp.broadcast_to(z, (len(e_t), *z.shape[1:])),
+      c_null=encode.null_condition(model, self.network.max_length),
+      network=self.network,
       guidance_scale=how.guidance,
       normalize_query=how.normalize_query,
     )
-    t = jnp.full(len(e_t), t_e)
-    prediction = denoise(e_t, t).astype(e_t.dtype)
-    e_0 = schedules.to_data(process.noise, e_t, prediction=prediction, target=process.target, t=t, gamma=process.gamma)
-    return samplers.step(samplers.Coefficients(*now), e_t, prediction=prediction), losses.unit_norm(e_0)
-
-
-def _rows(plan: samplers.Coefficients) -> Float[np.ndarray, "s 3"]:
-  """The three coefficients of each step."""
-  return np.stack([plan.x_t, plan.prediction, plan.noise], axis=1)
+    return DdimStep(x_prev=step.x_prev, x_0=losses.unit_norm(step.x_0))

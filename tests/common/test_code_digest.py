@@ -21,7 +21,7 @@ def test_each_file_counts_and_its_name(tmp_path, monkeypatch):
   copy = copy_package(tmp_path, monkeypatch)
   models, tokens = lambda: code_digest.of("models"), lambda: code_digest.of("data/clip_merges.txt.gz")
   first = models(), tokens(), code_digest.of(".")
-  change(copy / "reports" / "page.py")
+  change(copy / "report" / "page.py")
   assert (models(), tokens()) == first[:2] and code_digest.of(".") != first[2]
   change(copy / "models" / "clip.py")
   second = models()

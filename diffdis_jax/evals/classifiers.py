@@ -1,0 +1,214 @@
+"""Small classifiers of real images, which judge generated ones, and their training.
+
+They share nothing with the model that they judge: neither weights nor layers. None is the paper's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image
+
+from diffdis_jax.data import shapes, transforms
+from diffdis_jax.evals import base
+
+SIZE = 32  # pixels: a classifier sees every image at this size
+COLOURS = tuple(shapes.COLOURS)
+PAIRS = np.array([(COLOURS.index(colour), shapes.SHAPES.index(shape)) for colour, shape in shapes.PAIRS])
+BATCH = 64
+PARTS = 4  # along each side: the classifier of labelled images takes features' means over so many parts
+PEAK_RATE = 2.5e-3
+VIEW = transforms.Augmentation(
+  shift=0.08, zoom=0.15, rotation=10.0, brightness=0.2, contrast=0.2, saturation=0.3, hue=0.02
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """A batch to train on: images and, for each, the number of its class, or of its colour and its shape."""
+
+  images: UInt8[np.ndarray, "b s s 3"]
+  targets: Int[np.ndarray, "b *k"]
+
+
+def fit(
+  model: nnx.Module,
+  optimizer: optax.GradientTransformation,
+  loss: Callable[[Any, Array, Array], Array],
+  batches: Iterable[Examples],
+) -> None:
+  """Trains a classifier in place: loss(model, images, targets), one step a batch."""
+  state = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+
+  @nnx.jit
+  def step(model: Any, state: nnx.Optimizer, images: Array, targets: Array) -> None:
+    grads = nnx.grad(loss)(model, images, targets)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
+      state.update(model, grads)
+
+  for batch in batches:
+    step(model, state, jnp.asarray(batch.images), jnp.asarray(batch.targets))
+
+
+def apply(
+  f: Callable[[Any, Array], Array], model: Any, images: UInt8[np.ndarray, "n s s 3"], *, batch_size: int
+) -> Any:
+  """f(model, images) of all images. The last batch is filled with zeros, since another shape is another compilation."""
+  # The network is an argument: weights that are closed over would be constants of the program.
+  compiled, found = nnx.jit(f), []
+  for start in range(0, len(images), batch_size):
+    part = images[start : start + batch_size]
+    padded = np.pad(part, ((0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)))
+    found.append(np.asarray(jax.device_get(compiled(model, jnp.asarray(padded))))[: len(part)])
+  return np.concatenate(found)
+
+
+class ShapeLogits(struct.PyTreeNode):
+  """What a classifier of rendered shapes says of each image, for the colour and for the shape."""
+
+  colour: Float[Array, "b c"]
+  shape: Float[Array, "b k"]
+
+
+class ShapeClassifier(nnx.Module):
+  """Three convolutions, pooling and two heads.
+
+  Besides the pixels it sees how much each of them differs from the background, which is taken from the border.
+  """
+
+  def __init__(self, *, rngs: nnx.Rngs, widths: Sequence[int] = (24, 48, 96)):
+    first, second, third = widths
+    self.convs = nnx.List(
+      [
+        nnx.Conv(4, first, (5, 5), strides=2, rngs=rngs),
+        nnx.Conv(first, second, (3, 3), strides=2, rngs=rngs),
+        nnx.Conv(second, third, (3, 3), rngs=rngs),
+      ]
+    )
+    self.norms = nnx.List([nnx.GroupNorm(width, num_groups=8, rngs=rngs) for width in widths])
+    self.colour = nnx.Linear(2 * third, len(COLOURS), rngs=rngs)
+    self.shape = nnx.Linear(2 * third, len(shapes.SHAPES), rngs=rngs)
+
+  def __call__(self, image: UInt8[Array, "b h w 3"]) -> ShapeLogits:
+    x = image.astype(jnp.float32) / 127.5 - 1
+    # A shape of nearly the background's colour is as visible in this channel as any other: it is scaled to the largest
+    # difference of its own image.
+    border = jnp.concatenate([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], axis=1)
+    contrast = jnp.abs(x - jnp.median(border, axis=1)[:, None, None]).sum(-1, keepdims=True)
+    x = jnp.concatenate([x, 2 * contrast / (contrast.max((1, 2), keepdims=True) + 1e-3) - 1], axis=-1)
+    for conv, norm in zip(self.convs, self.norms, strict=True):
+      x = nnx.relu(norm(conv(x)))
+    # The mean tells the colour, whatever the place; the maximum tells a corner, however small.
+    pooled = jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], axis=-1)
+    return ShapeLogits(colour=self.colour(pooled), shape=self.shape(pooled))
+
+
+def render(*, image_size: int, num_images: int, seed: int) -> UInt8[np.ndarray, "n s s 3"]:
+  """Real images of all the classes in turn, rendered at the generator's size and then brought to the judge's."""
+  source = shapes.Shapes(split="all", image_size=image_size, seed=seed, num_images=num_images)
+  return np.stack([base.to_square(source[i]["image"], SIZE) for i in range(num_images)])
+
+
+def train_on_shapes(
+  *, image_size: int, seed: int, num_steps: int, batch_size: int = 64, num_images: int = 8192
+) -> ShapeClassifier:
+  """Trains on `num_images` renders by Adam under a cosine schedule."""
+  images = render(image_size=image_size, num_images=num_images, seed=seed)
+  targets = PAIRS[np.arange(num_images) % len(PAIRS)]
+  model, rng = ShapeClassifier(rngs=nnx.Rngs(seed)), np.random.default_rng(seed)
+
+  def loss(model: ShapeClassifier, image: Array, target: Int[Array, "b 2"]) -> Array:
+    logits = model(image)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    return cross_entropy(logits.colour, target[:, 0]).mean() + cross_entropy(logits.shape, target[:, 1]).mean()
+
+  # Rows are drawn with replacement, so that the number of steps is free of the number of renders.
+  drawn = (rng.integers(num_images, size=batch_size) for _ in range(num_steps))
+  schedule = optax.cosine_decay_schedule(4e-3, num_steps)
+  fit(model, optax.adam(schedule), loss, (Examples(images[rows], targets[rows]) for rows in drawn))
+  return model
+
+
+def pairs_of(model: ShapeClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> Int[np.ndarray, "n 2"]:
+  """The colour's and the shape's number, as the classifier sees them."""
+
+  def named(model: ShapeClassifier, image: Array) -> Int[Array, "b 2"]:
+    logits = model(image)
+    return jnp.stack([logits.colour.argmax(-1), logits.shape.argmax(-1)], axis=-1)
+
+  return apply(named, model, images, batch_size=256)
+
+
+class LabelClassifier(nnx.Module):
+  """Five convolutions with BatchNorm, their means over 4 x 4 parts of the image, and one head with dropout."""
+
+  def __init__(self, num_classes: int, *, rngs: nnx.Rngs, widths: Sequence[int] = (32, 64, 64, 128, 128)):
+    strides = (2, 1, 1, 2, 1)
+    self.convs = nnx.List(
+      nnx.Conv(a, b, (3, 3), strides=stride, use_bias=False, rngs=rngs)
+      for a, b, stride in zip((3, *widths[:-1]), widths, strides, strict=True)
+    )
+    self.norms = nnx.List(nnx.BatchNorm(width, momentum=0.9, rngs=rngs) for width in widths)
+    self.dropout = nnx.Dropout(0.3, rngs=rngs)
+    self.head = nnx.Linear(PARTS * PARTS * widths[-1], num_classes, rngs=rngs)
+
+  def __call__(self, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b k"]:
+    x = image.astype(jnp.float32) / 127.5 - 1.0
+    for conv, norm in zip(self.convs, self.norms, strict=True):
+      x = nnx.relu(norm(conv(x)))
+    # A mean over the whole image would lose where things are, by which many icons differ alone.
+    b, h, w, c = x.shape
+    parts = x.reshape(b, PARTS, h // PARTS, PARTS, w // PARTS, c).mean((2, 4))
+    return self.head(self.dropout(parts.reshape(b, -1)))
+
+
+def train_on_labels(
+  images: Sequence[Image.Image], labels: Int[np.ndarray, " n"], *, num_classes: int, epochs: int, seed: int
+) -> LabelClassifier:
+  """Trains on varied views of the images by AdamW under a one-cycle schedule, which peaks at PEAK_RATE."""
+  # What is left of an epoch is no batch, so that a step is compiled once; few images are one batch.
+  batch_size = min(BATCH, len(images))
+  num_steps = epochs * (len(images) // batch_size)
+  model = LabelClassifier(num_classes, rngs=nnx.Rngs(seed))
+
+  def loss(model: LabelClassifier, image: Array, label: Int[Array, "b"]) -> Array:
+    return optax.softmax_cross_entropy_with_integer_labels(model(image), label).mean()
+
+  def batches() -> Iterator[Examples]:
+    for number, rows in enumerate(_epochs(len(images), batch_size, num_steps=num_steps, seed=seed)):
+      views = base.decoders().map(lambda i, number=number: _view(images[i], seed=(seed, number, i)), rows.tolist())
+      yield Examples(np.stack(list(views)), labels[rows])
+      if number % 500 == 0:
+        logging.info("training the judge: step %d of %d", number, num_steps)
+
+  # BatchNorm takes the batch's moments while it trains, and their averages when it judges.
+  model.train()
+  fit(model, optax.adamw(optax.cosine_onecycle_schedule(num_steps, PEAK_RATE), weight_decay=0.01), loss, batches())
+  model.eval()
+  return model
+
+
+def _epochs(n: int, batch_size: int, *, num_steps: int, seed: int) -> Iterator[Int[np.ndarray, " b"]]:
+  """Rows of each step: all in random order, then all again. What is left of an epoch is left out."""
+  rng = np.random.default_rng(seed)
+  for _ in range(0, num_steps, n // batch_size):
+    order = rng.permutation(n)
+    yield from order[: n // batch_size * batch_size].reshape(-1, batch_size)
+
+
+def _view(image: Image.Image, *, seed: Sequence[int]) -> UInt8[np.ndarray, "s s 3"]:
+  return transforms.augment(image, np.random.default_rng(seed), size=SIZE, how=VIEW)
+
+
+def classify(model: LabelClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n k"]:
+  """Logits of the classes."""
+  return apply(lambda model, image: model(image), model, images, batch_size=BATCH)

@@ -1,0 +1,118 @@
+"""What an evaluation takes, read off its constructor: which settings, of which type, and, from its docstring, what for.
+
+The constructor is the one place where a setting is named: configs are checked against it, and `evaluate` has a flag for
+each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from diffdis_jax.errors import UserError, check_type
+
+_LIKE = {int: 0, float: 0.0, bool: False}  # type of a setting -> a value of it
+_DEFINE = {
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  bool: flags.DEFINE_boolean,
+  str: flags.DEFINE_string,
+  Sequence: flags.DEFINE_list,
+}
+# An entry of a docstring's Args or Attributes: names, and the text with its lines that are indented further.
+_ENTRY = re.compile(r"^  ([\w, ]+): (.+(?:\n    .+)*)", re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """A setting that a flag can give: one value, or a list of texts.
+
+  Attributes:
+    kind: a key of `_DEFINE`.
+    help: what the docstring says of it.
+  """
+
+  kind: Any
+  help: str
+
+  def define(self, name: str) -> None:
+    """Defines its flag, whose value is None where it is not given: defaults stand at the constructor alone."""
+    _DEFINE[self.kind](name, None, self.help)
+
+
+def of(made: Callable[..., Any]) -> dict[str, Setting]:
+  """The settings of a function or class by name; those without a default, and objects, are none of a flag's."""
+  # The docstring is what a reader of the code sees; --help says the same, word for word.
+  said = _documented(made)
+  found = {}
+  for name, parameter in inspect.signature(made).parameters.items():
+    kinds = _kinds(made, name)
+    # A text is how a flag gives whatever can be a text: the path of a JSON file instead of a list, say.
+    kind = next((kind for kind in _DEFINE if kind in kinds and not (kind is Sequence and str in kinds)), None)
+    # What has no default is the data, or a path: the command gives it by flags of its own.
+    if parameter.default is not inspect.Parameter.empty and kind is not None:
+      found[name] = Setting(kind, said.get(name, ""))
+  return found
+
+
+def merged(by_name: Mapping[str, Mapping[str, Setting]]) -> dict[str, Setting]:
+  """Each setting of several evaluations once; its help says of which they are.
+
+  Args:
+    by_name: of each evaluation, its settings.
+  """
+  found: dict[str, Setting] = {}
+  for name in dict.fromkeys(name for settings in by_name.values() for name in settings):
+    tasks: dict[str, list[str]] = {}
+    for task, settings in by_name.items():
+      if name in settings:
+        tasks.setdefault(settings[name].help, []).append(task)
+    text = "; ".join(f"{', '.join(several)}: {said}" for said, several in tasks.items())
+    found[name] = Setting(next(each[name].kind for each in by_name.values() if name in each), text)
+  return found
+
+
+def check(what: str, made: Callable[..., Any], given: Any) -> None:
+  """Raises UserError unless `made` can be called with these settings, each of a type that its signature has."""
+  taken = inspect.signature(made)
+  if not isinstance(given, Mapping):
+    raise UserError(f"{what} is {given!r}; it should have {', '.join(taken.parameters)}")
+  try:
+    taken.bind(**given)
+  except TypeError as error:
+    raise UserError(f"{what}: {error}; it takes {', '.join(taken.parameters)}") from error
+  for name, value in given.items():
+    kinds = _kinds(made, name)
+    # An object is checked by what opens it, which can say what fields it should have.
+    if not kinds or kinds[0] in (Any, Mapping) or (value is None and types.NoneType in kinds):
+      continue
+    if kinds[0] in _LIKE:
+      check_type(f"{what}: {name}", value, _LIKE[kinds[0]])
+    elif not isinstance(value, kinds):
+      raise UserError(f"{what}: {name} is {value!r}; it must be {taken.parameters[name].annotation}")
+
+
+def _kinds(made: Callable[..., Any], name: str) -> tuple[Any, ...]:
+  """The types of a parameter, without what they are of: of `Sequence[str] | str`, Sequence and str."""
+  hints = typing.get_type_hints(made.__init__ if isinstance(made, type) else made)
+  if name not in hints:
+    return ()
+  union = isinstance(hints[name], types.UnionType) or typing.get_origin(hints[name]) is typing.Union
+  return tuple(typing.get_origin(kind) or kind for kind in (typing.get_args(hints[name]) if union else [hints[name]]))
+
+
+def _documented(made: Callable[..., Any]) -> dict[str, str]:
+  """Parameter -> its first sentence in the docstring's Args, or Attributes of a dataclass."""
+  sections = re.split(r"^(?:Args|Attributes):\n", inspect.getdoc(made) or "", flags=re.MULTILINE)
+  found = {}
+  for names, text in _ENTRY.findall("".join(sections[1:]).split("\n\n")[0]):
+    sentence = re.split(r"\.\s", " ".join(text.split()))[0].removesuffix(".")
+    found |= {name.strip(): sentence for name in names.split(",")}
+  return found

@@ -1,0 +1,300 @@
+"""The paper's Algorithms 1, 2 and 3, in its symbols (docs/method.md): training, generation, discrimination.
+
+`training_losses` is Algorithm 1, `generate` Algorithm 2, `denoise_text_query` Algorithm 3. What is done for a chip's
+sake stands elsewhere and is tested to give the same: both passes as one batch (joint.py), a batch in microbatches
+(training/gradcache.py), rows over devices (parallel/sharding.py), compiled calls of one shape (inference.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt8, UInt32
+
+from diffdis_jax.method import encode, guidance, joint, losses, samplers, schedules
+from diffdis_jax.method.diffdis import DiffDis
+from diffdis_jax.method.encode import Encoded
+from diffdis_jax.method.losses import Contrastive
+from diffdis_jax.method.network import Network
+from diffdis_jax.method.samplers import DdimCoefficients, DdimStep
+from diffdis_jax.method.step_noise import StepNoise
+from diffdis_jax.parallel import sharding
+from diffdis_jax.structs import AnyArray, AnyBatch, DiscriminationPass, GenerationPass
+
+
+@struct.dataclass
+class TrainingLosses:
+  """What Algorithm 1 gives. None of a task that the network is not trained for.
+
+  Attributes:
+    total: L.
+    generation: L_IG of each row.
+    alignment: L_ITA, and how well the rows are classified.
+  """
+
+  total: Float[AnyArray, ""]
+  generation: Float[AnyArray, "b"] | None
+  alignment: Contrastive | None
+
+
+def training_losses(
+  model: DiffDis,
+  batch: AnyBatch,
+  noise: StepNoise,
+  *,
+  network: Network,
+  ita_weight: float,
+  captions: UInt32[Array, "b"] | None = None,
+) -> TrainingLosses:
+  """Algorithm 1: L = L_IG + λ L_ITA on the same images and captions (x, y), or one of the two losses.
+
+  Args:
+    batch: x, or the autoencoder's posteriors over them, and y.
+    noise: the step's random choices: t_z, ε_z, t_e, ε_e, and which rows are masked for guidance.
+    ita_weight: λ; 1 is not stated by the paper.
+    captions: as losses.contrastive takes them.
+  """
+  # z = V(x);  c, e = T(y)
+  encoded = encode.encode_rows(model, batch, noise)
+  c_null = encode.null_condition(model, batch.tokens.shape[1])
+  # Noise both, and ask the network for ε_z and for e.
+  rows = denoise_rows(model, encoded, c_null, noise, network=network)
+
+  # L = L_IG + λ L_ITA. Only here do rows meet: L_ITA compares each ê_0 with the e of all rows on all devices.
+  total, alignment = jnp.zeros(()), None
+  if rows.loss_generation is not None:
+    total = total + rows.loss_generation.mean()
+  if rows.query is not None:
+    alignment = alignment_loss(rows.query, encoded.text.e, model.logit_scale[...], noise, captions=captions)
+    total = total + ita_weight * alignment.loss
+  return TrainingLosses(total=total, generation=rows.loss_generation, alignment=alignment)
+
+
+@struct.dataclass
+class DenoisedRows:
+  """What the two passes give of each row: L_IG, and ê_0. None of a pass that was not asked for."""
+
+  loss_generation: Float[AnyArray, "b"] | None
+  query: Float[AnyArray, "b e"] | None
+
+
+def denoise_rows(
+  model: DiffDis,
+  encoded: Encoded,
+  c_null: Float[Array, "1 l d"],
+  noise: StepNoise,
+  *,
+  network: Network,
+  passes: Sequence[str] = (),
+) -> DenoisedRows:
+  """Algorithm 1 up to where rows meet: no row depends on another, so that GradCache may split them.
+
+  Args:
+    c_null: c of the empty caption.
+    passes: `generation`, `discrimination` or both; else the network's objectives.
+  """
+  z, c, e = encoded.latents.z, encoded.text.c, encoded.text.e
+  z_clean = z if encoded.latents.z_discrimination is None else encoded.latents.z_discrimination
+  c_null = jnp.broadcast_to(c_null, c.shape)
+  of_image, of_text = network.image_process, network.text_process
+
+  # Generation. z_t = √ᾱ(t_z) z + √(1 − ᾱ(t_z)) ε_z;  e is masked: its token is absent from this pass.
+  z_t = schedules.add_noise(of_image.noise, z, noise=noise.noise_z, t=noise.t_z, gamma=of_image.gamma)
+  # Some rows lose their caption, so that the unconditional ε_u of guidance is learned too.
+  c = jnp.where(noise.drop_condition[:, None, None], c_null, c)
+  generation = GenerationPass(z_t=z_t, t_z=noise.t_z, c=c)
+
+  # Discrimination. e_t = γ √ᾱ(t_e) e + √(1 − ᾱ(t_e)) ε_e;  c is masked: else it would tell which caption is asked for.
+  # e_t is data, not a path for gradients: a text encoder in training learns from e as the target only.
+  e_0 = jax.lax.stop_gradient(e)
+  e_t = schedules.add_noise(of_text.noise, e_0, noise=noise.noise_e, t=noise.t_e, gamma=of_text.gamma)
+  # Some rows lose their image (not stated by the paper), again for guidance.
+  z_clean = jnp.where(noise.drop_image[:, None, None, None], 0.0, z_clean)
+  # The image is clean, and its timestep says so: 1000 is one past those that generation samples (Table 7).
+  t_z = jnp.full((len(z),), network.condition_timestep, jnp.int32)
+  discrimination = DiscriminationPass(e_t=e_t, t_e=noise.t_e, z=z_clean, t_z=t_z, c_null=c_null)
+
+  # ε̂_z = Φ_u(z_t, t_z, c);  ê_0 or ε̂_e = Φ_θ(e_t, t_e, z)
+  noise_z = prediction = None
+  passes = passes or network.objectives
+  if "discrimination" not in passes:
+    noise_z = model.generation(**vars(generation))
+  elif "generation" not in passes:
+    prediction = model.discrimination(**vars(discrimination))
+  else:  # both as one batch, which costs less and gives the same
+    both = joint.both_passes(model, generation, discrimination, parts=sharding.batch_parts())
+    noise_z, prediction = both.noise_z, both.prediction_e
+
+  # L_IG = ‖ε_z − ε̂_z‖² of each row, and ê_0 by the target of the text process (Table 2).
+  loss = None if noise_z is None else losses.denoising(noise.noise_z, noise_z)
+  if prediction is None:
+    return DenoisedRows(loss_generation=loss, query=None)
+  query = schedules.to_data(
+    of_text.noise, e_t, prediction=prediction, target=of_text.target, t=noise.t_e, gamma=of_text.gamma
+  )
+  return DenoisedRows(loss_generation=loss, query=query)
+
+
+def alignment_loss(
+  query: Float[Array, "b e"],
+  e: Float[Array, "b e"],
+  logit_scale: Float[Array, ""],
+  noise: StepNoise,
+  *,
+  captions: UInt32[Array, "b"] | None,
+) -> Contrastive:
+  """L_ITA of Algorithm 1: InfoNCE between ê_0 and e of the global batch, at whatever t_e was sampled."""
+  return losses.contrastive(
+    query, e, logit_scale, captions=captions, dropped=noise.drop_image, gather=sharding.everywhere
+  )
+
+
+def generate(
+  model: DiffDis,
+  tokens: Int[Array, "b l"],
+  z_T: Float[Array, "b h w c"],
+  *,
+  network: Network,
+  steps: int,
+  guidance_scale: float,
+) -> UInt8[Array, "b H W 3"]:
+  """Algorithm 2: from noise to an image under a caption, by DDIM with η = 0 and guidance."""
+  # c = T(y), and the null condition of guidance
+  c, c_null = model.encode_text(tokens).c, encode.null_condition(model, tokens.shape[1])
+
+  def step(z_t: Float[Array, "b h w c"], now: DdimCoefficients) -> tuple[Float[Array, "b h w c"], None]:
+    return generation_step(
+      model, z_t, now, c=c, c_null=c_null, network=network, guidance_scale=guidance_scale
+    ).z_prev, None
+
+  # Stable Diffusion's own timesteps, so that exported weights give the same images there. One scan: the network is
+  # compiled once, whatever the number of steps.
+  timesteps = samplers.ddim_coefficients(network.image_process, schedules.leading(steps))
+  z_0, _ = jax.lax.scan(step, z_T, timesteps)
+  # x = V⁻¹(z_0)
+  return model.decode_image(z_0)
+
+
+@struct.dataclass
+class GenerationStep:
+  """What a step of Algorithm 2 gives.
+
+  Attributes:
+    z_prev: z at the timestep before.
+    z_0: ẑ_0 as this step sees it, with guidance.
+    z_0_null: the same under the empty caption; None where guidance is off.
+  """
+
+  z_prev: Float[AnyArray, "b h w c"]
+  z_0: Float[AnyArray, "b h w c"]
+  z_0_null: Float[AnyArray, "b h w c"] | None
+
+
+def generation_step(
+  model: DiffDis,
+  z_t: Float[Array, "b h w c"],
+  now: DdimCoefficients,
+  *,
+  c: Float[Array, "b l d"],
+  c_null: Float[Array, "1 l d"],
+  network: Network,
+  guidance_scale: float | Float[Array, ""],
+) -> GenerationStep:
+  """One step of Algorithm 2's loop."""
+  process = network.image_process
+
+  def predict(z_t: Float[Array, "b h w c"], t_z: Int[Array, "b"], c: Float[Array, "b l d"]) -> Float[Array, "b h w c"]:
+    return model.generation(z_t=z_t, t_z=t_z, c=c)
+
+  # ε̂ = ε_u + s (ε_c − ε_u)
+  t_z = jnp.full(len(z_t), now.t)
+  found = guidance.guide(predict, z_t, t_z, condition=c, null=c_null, scale=guidance_scale)
+  # ẑ_0 = (z_t − √(1 − ᾱ) ε̂) / √ᾱ;  z_prev = √ᾱ_prev ẑ_0 + √(1 − ᾱ_prev) ε̂
+  step = samplers.ddim_step(process, now, z_t, found.guided)
+  unguided = None if found.unconditional is None else samplers.ddim_step(process, now, z_t, found.unconditional).x_0
+  return GenerationStep(z_prev=step.x_prev, z_0=step.x_0, z_0_null=unguided)
+
+
+def denoise_text_query(
+  model: DiffDis,
+  z: Float[Array, "b h w c"],
+  e_T: Float[Array, "k b d"],
+  *,
+  network: Network,
+  steps: int,
+  guidance_scale: float,
+  normalize_query: bool,
+) -> Float[Array, "b d"]:
+  """Algorithm 3: from noise to the text query of an image, L2-normalised. Its score with a caption is ⟨ê_0, e⟩.
+
+  No caption goes in, noised or not: e_t of the true caption would carry the answer.
+
+  Args:
+    z: V(x), clean.
+    e_T: N(0, I). Of k samples of it the mean is taken (not stated by the paper, which takes one).
+    steps: n. One step is one evaluation of the network, at t_e = T - 1, the paper's norm (Table 6).
+    guidance_scale, normalize_query: as `text_query_step` takes them.
+  """
+  process, c_null = network.text_process, encode.null_condition(model, network.max_length)
+  # From t_e = T - 1, where e_t is pure noise, to the data; Stable Diffusion's spacing would start below it.
+  timesteps = samplers.ddim_coefficients(process, schedules.trailing(steps))
+
+  def step(e_t: Float[Array, "b d"], now: DdimCoefficients) -> tuple[Float[Array, "b d"], None]:
+    found = text_query_step(
+      model,
+      e_t,
+      now,
+      z=z,
+      c_null=c_null,
+      network=network,
+      guidance_scale=guidance_scale,
+      normalize_query=normalize_query,
+    )
+    return found.x_prev, None
+
+  def from_noise(e_T: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    # The process ends at γ e_0, whose length the loss never saw.
+    e_0, _ = jax.lax.scan(step, e_T, timesteps)
+    return losses.unit_norm(e_0 / process.gamma)
+
+  # One sample after the other: all at once would take k times the memory.
+  return losses.unit_norm(jax.lax.map(from_noise, e_T).mean(axis=0))
+
+
+def text_query_step(
+  model: DiffDis,
+  e_t: Float[Array, "b d"],
+  now: DdimCoefficients,
+  *,
+  z: Float[Array, "b h w c"],
+  c_null: Float[Array, "1 l d"],
+  network: Network,
+  guidance_scale: float = 1.0,
+  normalize_query: bool = False,
+) -> DdimStep:
+  """One step of Algorithm 3's loop, where x is e.
+
+  Args:
+    guidance_scale: s; the null condition is the image z = 0 (not stated by the paper).
+    normalize_query: of target `data`, give ê_0 length 1, as e has (not stated by the paper). With target `noise` ê_0
+      follows from e_t and the predicted noise, and stays what it is.
+  """
+  process = network.text_process
+
+  def predict(e_t: Float[Array, "b d"], t_e: Int[Array, "b"], z: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
+    # As in training: a clean image at its own timestep, and no caption.
+    t_z = jnp.full(t_e.shape, network.condition_timestep, jnp.int32)
+    c = jnp.broadcast_to(c_null, (len(e_t), *c_null.shape[1:]))
+    return model.discrimination(e_t=e_t, t_e=t_e, z=z, t_z=t_z, c_null=c)
+
+  # ê_0 or ε̂_e = Φ_θ(e_t, t_e, z)
+  t_e = jnp.full(len(e_t), now.t)
+  prediction = guidance.guide(predict, e_t, t_e, condition=z, null=jnp.zeros_like(z), scale=guidance_scale).guided
+  if normalize_query and process.target == "data":
+    # After guidance, whose mix of two vectors has any length.
+    prediction = losses.unit_norm(prediction)
+  # e_prev = γ √ᾱ_prev ê_0 + √(1 − ᾱ_prev) ε̂_e
+  return samplers.ddim_step(process, now, e_t, prediction)

@@ -1,0 +1,91 @@
+"""Every random choice of a training step, sampled for all of its rows at once; and the noise that Algorithm 3 takes.
+
+A step's are sampled before a batch is split into microbatches, so that they do not depend on how many there are, and
+that a row which is computed twice has the same noise both times.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from diffdis_jax.method.network import Network
+from diffdis_jax.method.schedules import Process
+from diffdis_jax.structs import AnyArray, AnyBatch, Batch
+
+Keys = Mapping[str, PRNGKeyArray]
+
+
+@struct.dataclass
+class StepNoise:
+  """The random choices of each row, by the name of their key. Noise is from N(0, I)."""
+
+  t_z: Int[AnyArray, "b"]
+  noise_z: Float[AnyArray, "b h w c"]
+  drop_condition: Bool[AnyArray, "b"]
+  t_e: Int[AnyArray, "b"]
+  noise_e: Float[AnyArray, "b e"]
+  drop_image: Bool[AnyArray, "b"]
+  posterior: Float[AnyArray, "b h w c"] | None = None  # where latents are samples of it, and not its mode
+  posterior_discrimination: Float[AnyArray, "b h w c"] | None = None  # where that pass has a view of its own, too
+
+
+def sample_noise(
+  keys: Keys,
+  batch: AnyBatch,
+  *,
+  network: Network,
+  condition_dropout: float,
+  image_dropout: float,
+  sample_posterior: bool,
+) -> StepNoise:
+  """The random choices for a batch.
+
+  Args:
+    keys: by the names of `StepNoise`.
+    batch: gives the number of rows, and whether discrimination has a view of its own.
+    network: gives the shapes, and the number of timesteps.
+    condition_dropout, image_dropout, sample_posterior: as a config's `loss` section has them.
+  """
+  b, latents = len(batch.tokens), network.latent_shape
+
+  def normal(name: str, *shape: int) -> Float[Array, "b ..."]:
+    return jax.random.normal(keys[name], (b, *shape))
+
+  def timesteps(name: str, process: Process) -> Int[Array, "b"]:
+    return jax.random.randint(keys[name], (b,), 0, process.noise.num_timesteps)
+
+  own_view = isinstance(batch, Batch) and batch.discrimination_image is not None
+  # A key for each choice, so that none depends on which others there are. All are sampled whatever the objectives: what
+  # a network has no use for, the compiler leaves out.
+  return StepNoise(
+    t_z=timesteps("t_z", network.image_process),
+    noise_z=normal("noise_z", *latents),
+    drop_condition=jax.random.bernoulli(keys["drop_condition"], condition_dropout, (b,)),
+    # The two timesteps are independent: the paper samples one for each task.
+    t_e=timesteps("t_e", network.text_process),
+    noise_e=normal("noise_e", network.model.query_width),
+    drop_image=jax.random.bernoulli(keys["drop_image"], image_dropout, (b,)),
+    posterior=normal("posterior", *latents) if sample_posterior else None,
+    posterior_discrimination=normal("posterior_discrimination", *latents) if sample_posterior and own_view else None,
+  )
+
+
+def query_noise(
+  key: PRNGKeyArray, *, num_noise_samples: int, places: Int[Array, "b"], width: int
+) -> Float[Array, "{num_noise_samples} b {width}"]:
+  """e_T ~ N(0, I) of the images at these places in their data set."""
+
+  # Of key, sample and place alone, so that an image's score does not depend on the batch in which it is computed.
+  def noise(sample: Int[Array, ""], place: Int[Array, ""]) -> Float[Array, "d"]:
+    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, sample), place), (width,))
+
+  def of_places(sample: Int[Array, ""]) -> Float[Array, "b d"]:
+    return jax.vmap(functools.partial(noise, sample))(places)
+
+  return jax.vmap(of_places)(jnp.arange(num_noise_samples))

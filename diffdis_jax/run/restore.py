@@ -1,0 +1,244 @@
+"""Reads a run's checkpoints, whole to resume it, or its parameters alone to use it beside a run that still trains."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+from etils import epath
+from orbax import checkpoint as ocp
+
+from diffdis_jax.common.params import Params
+from diffdis_jax.errors import UserError, may_pass, parse_json
+from diffdis_jax.run import committed
+
+_Arrays = dict[str, jax.ShapeDtypeStruct]  # by dotted path, without a sharding
+
+
+@runtime_checkable
+class State(Protocol):
+  """What of the training state is saved. `ema` holds the averaged ones of `params`, `teacher` those that a run distils
+  from; either may be empty."""
+
+  @property
+  def params(self) -> Params: ...
+
+  @property
+  def ema(self) -> Params: ...
+
+  @property
+  def opt_state(self) -> Any: ...
+
+  @property
+  def teacher(self) -> Params: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A checkpoint in memory. The data iterator is restored in place."""
+
+  params: Params
+  ema: Params
+  opt_state: Any
+  teacher: Params
+  meta: dict[str, Any]
+
+
+def find(workdir: epath.PathLike, step: int | None = None) -> epath.Path:
+  """The folder of a committed checkpoint, the newest one for None.
+
+  Raises:
+    UserError: there is none, or its save was interrupted.
+  """
+  folder = committed.folder(workdir)
+  steps = committed.committed_steps(folder)
+  there = f"committed there: {', '.join(map(str, steps)) or 'none'}"
+  if step is None and not steps:
+    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save")
+  step = steps[-1] if step is None else step
+  if step not in steps:
+    # The user sees its folder there, and is told why it does not count.
+    if (folder / str(step)).exists():
+      raise UserError(f"checkpoint {step} in {folder} was never committed: it has no {committed.COMMIT_MARK}; {there}")
+    raise UserError(f"no checkpoint {step} in {folder}; {there}")
+  return folder / str(step)
+
+
+class Chosen(NamedTuple):
+  """A committed checkpoint, and whether its averaged weights are taken."""
+
+  step: int
+  ema: bool
+
+
+def choose(workdir: epath.PathLike, step: int | None, *, ema: bool) -> Chosen:
+  """What `restore_params` takes for these wishes.
+
+  Raises:
+    UserError: there is no such checkpoint, or its save was interrupted.
+  """
+  saved = find(workdir, step)
+  return Chosen(int(saved.name), ema and (saved / "ema").exists())
+
+
+def read_state(path: epath.Path, abstract: State, data_iterator: Any = None) -> Restored:
+  """A whole checkpoint, as `checkpoint.Checkpointer.restore` says; `path` is its folder."""
+  restored = Restored(
+    params=_read_tree(path / "params", abstract.params),
+    ema=_read_tree(path / "ema", abstract.ema),
+    opt_state=_read_tree(path / "opt_state", abstract.opt_state),
+    teacher=_read_tree(path / "teacher", abstract.teacher),
+    meta=_read(path / "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()),
+  )
+  # Last: a checkpoint that does not fit the model is refused before the iterator has moved. Then it starts to read
+  # ahead, while the first step compiles.
+  if data_iterator is not None:
+    position = _read_position(path / "data")
+    _guard(path / "data", lambda: data_iterator.set_state(position))
+    data_iterator.start_prefetch()
+  return restored
+
+
+def restore_params(
+  workdir: epath.PathLike, *, step: int | None = None, ema: bool = True, abstract: Params | None = None
+) -> Params:
+  """Parameters of a run, for use without its optimizer.
+
+  Args:
+    workdir: folder of the run.
+    step: which checkpoint; None takes the newest.
+    ema: whether averaged parameters, where the run keeps them, replace the raw ones.
+    abstract: ShapeDtypeStructs with shardings; without it everything lands on the first device.
+
+  Raises:
+    UserError: no such checkpoint, or one that is incomplete or does not fit `abstract`.
+  """
+  path = find(workdir, step)
+  if not (ema and (path / "ema").exists()):
+    return _read_tree(path / "params", abstract)
+  # Averages are kept of what is trained alone. The rest, such as a frozen autoencoder, is the raw parameters'; the raw
+  # ones that averages replace are not read at all, which is half of the bytes.
+  averaged = _saved(path / "ema").keys()
+  raw = _read_tree(path / "params", abstract, without=averaged)
+  return raw | _read_tree(path / "ema", abstract and {name: abstract[name] for name in averaged if name in abstract})
+
+
+def saved_params(workdir: epath.PathLike, *, step: int | None = None) -> Params:
+  """Shapes and dtypes of a run's parameters, as jax.ShapeDtypeStruct.
+
+  Raises:
+    UserError: no such checkpoint.
+  """
+  return dict(_saved(find(workdir, step) / "params"))
+
+
+def _read_position(path: epath.Path) -> dict[str, Any]:
+  """The data iterator's position."""
+
+  # Each process has saved it, and it is the same for all. So the first file serves any number of them, and a run
+  # resumes on another number of hosts; Grain's own handler would want one file for each.
+  def read() -> dict[str, Any]:
+    files = sorted(path.glob("process_*-of-*.json"))
+    if not files:
+      raise ValueError("it has no process_*.json")
+    return parse_json(files[0].read_bytes(), files[0].name)
+
+  return _guard(path, read)
+
+
+def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[str] = ()) -> Any:
+  """One item of a checkpoint. An item without arrays is not stored, so that `abstract` itself is its value.
+
+  Arrays of a flat dict whose names are in `without` are left out, unread.
+  """
+  if abstract is not None and not jax.tree.leaves(abstract):
+    return abstract
+  # Shapes first: they are a few kilobytes, and say in one line what does not fit before gigabytes are read.
+  saved = _saved(path)
+  if abstract is None:
+    abstract = saved
+  _check_fits(path, saved, abstract)
+  # Without a sharding Orbax takes the one that was saved, whose devices this machine may not have.
+  one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one_device), abstract)
+  # After the check, which looks at all arrays: one that is left out has to fit as well.
+  target = {name: x for name, x in target.items() if name not in without} if without else target
+  if not jax.tree.leaves(target):
+    return target
+  # A registry of this call's own, since Orbax's global one is shared with whatever else the process reads.
+  readers = ocp.type_handlers.create_type_handler_registry((jax.Array, _PatientReader()))
+  restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+  args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=bool(without))
+  return _read(path, ocp.PyTreeCheckpointHandler(type_handler_registry=readers), args)
+
+
+class _PatientReader(ocp.type_handlers.ArrayHandler):
+  """Where an array cannot be read, waits for the others before it raises. Else Orbax closes its event loop at once, and
+  each read that ends later prints a traceback."""
+
+  async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[jax.Array]:
+    # Orbax starts one task for each array and gives no list of them: they are those that are there now and were not.
+    earlier = asyncio.all_tasks()
+    try:
+      return await super().deserialize(infos, args)
+    finally:
+      while reads := asyncio.all_tasks() - earlier:
+        await asyncio.gather(*reads, return_exceptions=True)
+
+
+def _saved(path: epath.Path) -> _Arrays:
+  return _arrays(_guard(path, lambda: ocp.StandardCheckpointHandler().metadata(path).tree))
+
+
+def _arrays(tree: Any) -> _Arrays:
+  leaves = jax.tree.leaves_with_path(tree)
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+  return {name(key): jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for key, x in leaves}
+
+
+def _check_fits(path: epath.Path, saved: _Arrays, abstract: Any) -> None:
+  wanted = _arrays(abstract)
+  differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
+  if differing:
+    name = differing[0]
+    raise UserError(
+      f"checkpoint {path} does not fit this model in {len(differing)} arrays; the first, {name}, is "
+      f"{_describe(saved.get(name))} there and {_describe(wanted.get(name))} here; take the config it was saved with"
+    )
+
+
+def _describe(array: jax.ShapeDtypeStruct | None) -> str:
+  return "absent" if array is None else f"{array.dtype}{list(array.shape)}"
+
+
+def _read(path: epath.Path, handler: Any, args: Any) -> Any:
+  def restore() -> Any:
+    with ocp.Checkpointer(handler) as checkpointer:
+      return checkpointer.restore(path, args=args)
+
+  return _guard(path, restore)
+
+
+# What readers raise for bytes that are not those that were written; NotImplementedError is of Orbax's `_sharding`.
+_OF_DAMAGE = (UserError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, OSError)
+
+
+def _guard(path: epath.Path, read: Callable[[], Any]) -> Any:
+  """Calls `read`; a checkpoint that lacks files or bytes is bad input, and not a bug."""
+  # Each message says what to do, since the run cannot go on by itself: it must not fall back to an older step unasked.
+  otherwise = "take another step, or move its folder elsewhere to go on from the one before"
+  if not path.exists():
+    raise UserError(f"checkpoint {path.parent} is incomplete: it has no {path.name}; {otherwise}")
+  try:
+    return read()
+  except Exception as error:
+    # Orbax raises a bare Exception for an array, with what was wrong as its cause.
+    reason = error.__cause__ if type(error) is Exception else error
+    if not isinstance(reason, _OF_DAMAGE) or may_pass(reason):
+      raise
+    text = " ".join(str(reason).split())[:200]
+    raise UserError(f"checkpoint {path.parent} cannot be read: its {path.name}: {text}; {otherwise}") from error

@@ -1,0 +1,90 @@
+"""VL-LTR's losses (Tian et al., ECCV 2022), all in f32; the paper's Table 8 trains with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+
+@struct.dataclass
+class ClassContrastive:
+  """What `class_contrastive` gives."""
+
+  loss: Float[Array, ""]
+  accuracy: Float[Array, ""]
+
+
+def class_contrastive(
+  image: Float[Array, "b d"],
+  text: Float[Array, "b d"],
+  logit_scale: Float[Array, ""],
+  *,
+  labels: Int[Array, "b"],
+  smoothing: float,
+  gather: Callable[[Array], Array] = lambda x: x,
+) -> ClassContrastive:
+  """VL-LTR's class-wise contrastive loss: cross-entropy of s_ij = exp(logit_scale) ⟨image_i, text_j⟩, both ways, with
+  every pair of one class a positive (Tian et al., 2022; the code's label smoothing).
+
+  Args:
+    image, text: L2-normalised.
+    logit_scale: not limited, other than in `contrastive`.
+    labels: the class of each pair. Row i's target is 1 over all j of its class, divided by their number.
+    smoothing: share ε of the target that is spread evenly over all j.
+    gather: as `contrastive` has it.
+
+  Returns:
+    loss, the mean over both directions; accuracy, the share of images whose nearest text is of their class.
+  """
+  theirs = gather(labels)
+
+  def direction(anchors: Float[Array, "b d"], candidates: Float[Array, "b d"]) -> tuple[Array, Array]:
+    logits = _logits(anchors, gather(candidates), logit_scale)
+    same = (labels[:, None] == theirs).astype(jnp.float32)
+    target = same / same.sum(axis=1, keepdims=True)
+    hits = jnp.take_along_axis(same, jnp.argmax(logits, axis=1, keepdims=True), axis=1)[:, 0]
+    log_p = jax.nn.log_softmax(logits, axis=1)
+    return -((1.0 - smoothing) * (target * log_p).sum(axis=1) + smoothing * log_p.mean(axis=1)), hits
+
+  (image_to_text, hits), (text_to_image, _) = direction(image, text), direction(text, image)
+  return ClassContrastive(loss=0.5 * (image_to_text.mean() + text_to_image.mean()), accuracy=hits.mean())
+
+
+def distill(
+  image: Float[Array, "b d"],
+  text: Float[Array, "b d"],
+  logit_scale: Float[Array, ""],
+  *,
+  teacher_image: Float[Array, "b d"],
+  teacher_text: Float[Array, "b d"],
+  teacher_logit_scale: Float[Array, ""],
+  gather: Callable[[Array], Array] = lambda x: x,
+) -> Float[Array, ""]:
+  """VL-LTR's distillation, −Σ_j softmax(teacher)_j log softmax(student)_j on the logits of `class_contrastive`.
+
+  The mean over rows and over both directions. All four are L2-normalised; no gradient goes to the teacher.
+  """
+
+  def direction(anchors: Array, candidates: Array, of_teacher: Array, their_candidates: Array) -> Array:
+    student = jax.nn.log_softmax(_logits(anchors, gather(candidates), logit_scale), axis=1)
+    teacher = jax.nn.softmax(_logits(of_teacher, gather(their_candidates), teacher_logit_scale), axis=1)
+    return -(jax.lax.stop_gradient(teacher) * student).sum(axis=1).mean()
+
+  image_to_text = direction(image, text, teacher_image, teacher_text)
+  return 0.5 * (image_to_text + direction(text, image, teacher_text, teacher_image))
+
+
+def _logits(
+  anchors: Float[Array, "b d"], candidates: Float[Array, "m d"], logit_scale: Float[Array, ""]
+) -> Float[Array, "b m"]:
+  cosines = jnp.einsum("id,jd->ij", anchors, candidates, precision=jax.lax.Precision.HIGHEST)
+  return jnp.exp(logit_scale.astype(jnp.float32)) * cosines
+
+
+def soft_cross_entropy(logits: Float[Array, "b k"], target: Float[Array, "b k"]) -> Float[Array, "b"]:
+  """−Σ_k target_k log softmax(logits)_k of each row."""
+  return -(target * jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)).sum(axis=-1)

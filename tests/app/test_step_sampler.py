@@ -1,0 +1,132 @@
+"""Answers step by step against whole loops, which tests/test_inference.py compares with DDIM by hand."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from diffdis_jax.app import step_sampler as module
+from diffdis_jax.app.step_sampler import StepSampler
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
+from tests import steps, tiny, tiny_clip
+from tests.models.networks import random_params
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+
+
+def make(config, **sampling) -> StepSampler:
+  inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=2, **sampling)
+  return StepSampler(inference, random_params(inference.shapes, seed=0), seconds=300)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+  sampler = make(tiny.get_config(), generation_steps=3, generation_guidance=2.0, steps=2, num_noise_samples=3)
+  yield sampler
+  sampler.close()
+
+
+def compiled(program) -> int:
+  return len(program._compiled)
+
+
+def test_the_last_frame_is_the_image_that_generate_gives(sampler):
+  model = sampler.model
+  *_, last = sampler.generate("a red star", seed=4, steps=3, guidance_scale=2.0, frames=20)
+  expected = model.generate(sampler._params, Tokenizer(model.max_length)(["a red star"]), model.noise(1, 4))[0]
+  assert np.abs(last.noisy.astype(int) - expected.astype(int)).max() <= 1
+  assert expected.std() > 1
+
+
+def test_frames_are_spread_evenly_and_end_with_the_last_step(sampler):
+  shown = lambda steps, frames: [
+    drawing.step for drawing in sampler.generate("a", seed=0, steps=steps, guidance_scale=2.0, frames=frames)
+  ]
+  assert shown(3, 20) == [1, 2, 3]
+  assert shown(7, 3) == [1, 4, 7]
+  assert shown(6, 1) == [6]
+
+
+def test_the_emptied_prediction_knows_nothing_of_the_prompt_and_the_guided_one_goes_by_the_scale(sampler):
+  first = lambda prompt, scale: next(sampler.generate(prompt, seed=1, steps=2, guidance_scale=scale, frames=2))
+  star, ring, unguided, none = (first(*each) for each in (("a star", 3), ("a ring", 3), ("a star", 0), ("", 3)))
+  np.testing.assert_array_equal(star.emptied, ring.emptied)
+  assert np.abs(star.guided.astype(int) - ring.guided).max() > 1
+  for drawing in (unguided, none):  # no guidance at all, or that of the empty prompt
+    assert np.abs(drawing.guided.astype(int) - drawing.emptied).max() <= 1
+
+
+def test_the_mean_of_the_noise_samples_is_the_query_that_embed_images_gives(sampler):
+  *_, last = sampler.estimates(IMAGE, seed=7, steps=2, num_noise_samples=3)
+  assert last.queries.shape == (3, 16) and (last.step, last.steps, last.t) == (2, 2, 499)
+  np.testing.assert_allclose(np.linalg.norm(last.queries, axis=1), 1, rtol=1e-5)
+  mean = last.queries.mean(axis=0)
+  expected = sampler.model.embed_images(sampler._params, IMAGE[None], seed=7)[0]
+  np.testing.assert_allclose(mean / np.linalg.norm(mean), expected, atol=1e-5)
+  *_, again = sampler.image_queries(IMAGE, seed=7, num_noise_samples=3)
+  np.testing.assert_array_equal(again, last.queries)
+
+
+def test_a_noise_samples_estimate_is_the_same_whatever_their_number(sampler):
+  few, many = ([*sampler.estimates(IMAGE, seed=7, steps=1, num_noise_samples=n)][-1].queries for n in (2, 11))
+  np.testing.assert_allclose(many[:2], few, atol=1e-6)
+  assert np.abs(np.diff(many, axis=0)).max(axis=1).min() > 1e-4
+
+
+def test_nothing_is_compiled_again_for_other_requests(sampler):
+  sampler.warm_up()
+  programs = (sampler._conditions, sampler._generation_step, sampler._preview, sampler._latent, sampler._query_step)
+  for steps_, scale, samples in ((1, 0.0, 1), (5, 1.0, 9)):
+    [*sampler.generate("a longer prompt of words", seed=9, steps=steps_, guidance_scale=scale, frames=2)]
+    [*sampler.estimates(IMAGE, seed=9, steps=steps_, num_noise_samples=samples)]
+  sampler.text_queries(["a", "b", "c"])
+  assert [compiled(program) for program in programs] == [1] * 5
+  assert compiled(sampler.model._compiled_embed_texts) == compiled(sampler.model._compiled_embed_images) == 1
+
+
+def test_text_queries_in_any_number(sampler):
+  texts = ["a star", "a ring", "a red ring"]
+  expected = sampler.model.embed_texts(sampler._params, Tokenizer(sampler.model.max_length)(texts))
+  np.testing.assert_allclose(sampler.text_queries(texts), expected, atol=1e-6)
+
+
+def test_a_clip_has_one_query_and_the_loss_temperature():
+  sampler = make(tiny_clip.get_config())
+  (queries,) = sampler.image_queries(IMAGE, seed=0, num_noise_samples=8)
+  np.testing.assert_array_equal(queries, sampler.model.embed_images(sampler._params, IMAGE[None], seed=0))
+  scale = float(sampler._params["logit_scale"])
+  assert sampler.temperature == pytest.approx(min(np.exp(scale), 100), rel=1e-6)
+  sampler.close()
+
+
+@pytest.mark.parametrize(
+  "objectives, expected",
+  [
+    (("generation", "discrimination"), ("draw", "classify", "search", "inside")),
+    (("generation",), ("draw",)),
+    (("discrimination",), ("classify", "search", "inside")),
+    (("contrastive",), ("classify", "search")),
+  ],
+)
+def test_a_run_has_the_tabs_that_it_can_serve(objectives, expected):
+  assert module.tabs(objectives) == expected
+
+
+def test_an_autoencoder_has_no_page():
+  with pytest.raises(UserError, match="objectives are reconstruction"):
+    module.tabs(("reconstruction",))
+
+
+def test_a_busy_model_is_a_message_and_the_next_request_has_its_turn(sampler, monkeypatch):
+  monkeypatch.setattr(sampler, "_seconds", 0.2)
+  held = threading.Event()
+  blocker = threading.Thread(target=lambda: sampler._turns.submit(held.wait).result())
+  blocker.start()
+  with pytest.raises(UserError, match=r"busy for more than 0.2 s"):
+    sampler.call(np.ones, 3)
+  held.set()
+  blocker.join()
+  np.testing.assert_array_equal(sampler.call(np.ones, 3), np.ones(3))
