@@ -16,11 +16,14 @@ The paper's figures (Image-, Text-, KNN-Acc after stage 1, Acc after stage 2): C
 DiffDis 37.0 / 52.5 / 40.5, 44.4 %.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from configs import common
+from diffdis_jax.config.data import ClassSampling
+from diffdis_jax.config.sections import LongTail
 from diffdis_jax.models.sizes import clip_vit_l14, sd_v1
 
 BATCH = 1024
@@ -87,17 +90,9 @@ def get_config(arg: str = "") -> ConfigDict:
 def long_tailed(config: ConfigDict) -> None:
   """What both stages have in common, and any long-tailed set."""
   config.sample_posterior = False  # as where images are embedded
-  config.data.sampling = dict(sampling_exponent=0.5, sentences="class_contrastive" in config.objectives)
-  config.long_tail = dict(
-    label_smoothing=0.1,
-    distill_weight=0.5,
-    mixup=0.8,
-    cutmix=1.0,
-    cutmix_share=0.5,
-    anchor_choice="linear_loss",  # linear_loss, first, random
-    anchor_images="val",  # val, train50
-    crop_pct=0.875,
-  )  # training.long_tail.LongTail says what its fields are
+  sentences = "class_contrastive" in config.objectives
+  config.data.sampling = dataclasses.asdict(ClassSampling(sentences=sentences))
+  config.long_tail = dataclasses.asdict(LongTail())
   # One-dimensional parameters do not decay; the scale of the logits, which is a number, does.
   config.optim.update(schedule_kind="epoch_cosine", no_decay=r"bias$|norm|class_token", clip_norm=0.0, ema_decay=0.0)
 

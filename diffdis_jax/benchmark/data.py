@@ -21,11 +21,12 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from diffdis_jax.config.data import Augmentation, Loading
+from diffdis_jax.config.model import TextEncoderSize
 from diffdis_jax.data import loader, sources
 from diffdis_jax.data.build import batch_type, open_loader
 from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import writers
 from diffdis_jax.training.step import Trainer, is_running
@@ -108,13 +109,12 @@ def open_pairs(folder: pathlib.Path) -> sources.Source:
 def make_loader(source: sources.Source, *, threads: int = 1, seed: int = 0) -> grain.DatasetIterator:
   return loader.train_loader(
     source,
-    tokenizer=Tokenizer(),
+    tokenizer=Tokenizer(TextEncoderSize().max_length),
     batch_size=BATCH,
     image_size=CROP,
     seed=seed,
     augmentation=AUGMENTATION,
-    num_threads=threads,
-    prefetch=2,
+    loading=Loading(num_threads=threads, prefetch=2),
   )
 
 

@@ -80,7 +80,7 @@ def open_loader(
     seed=run.seed,
     augmentation=data.augment,
     rows=rows,
-    **vars(data.loader),
+    loading=data.loader,
   )
   if data.sampling is not None:
     return _open_labelled(data, data.sampling, **common)

@@ -14,17 +14,18 @@ from absl import logging
 from jaxtyping import Int
 
 from diffdis_jax.common import signals
+from diffdis_jax.config.data import Augmentation, Loading
 from diffdis_jax.data import records
 from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.long_tail import LabelledSource, class_counts
 from diffdis_jax.data.sources import Mixture, Source
-from diffdis_jax.data.transforms import Augmentation, augment, decode
+from diffdis_jax.data.transforms import augment, decode
 from diffdis_jax.errors import UserError
 
 SUBSTITUTED = "substituted"  # of a batch: i32[b r], by how many records of each of records.REASONS a row was missed
 ATTEMPTS = 100  # records in a row that may be unusable
-_AS_STORED = Augmentation()
+_AS_STORED, _LOADING = Augmentation(), Loading()
 Tokenizer = Callable[[Sequence[str]], Int[np.ndarray, "n l"]]
 
 
@@ -40,9 +41,7 @@ def train_loader(
   shard_index: int = 0,
   shard_count: int = 1,
   rows: Sequence[int] | None = None,
-  num_threads: int = 16,
-  num_workers: int = 0,
-  prefetch: int = 4,
+  loading: Loading = _LOADING,
 ) -> grain.DatasetIterator:
   """Endless batches {'image': u8[b h w 3], 'tokens': i32[b l], SUBSTITUTED} of this host, shuffled anew each epoch.
 
@@ -62,9 +61,7 @@ def train_loader(
     discrimination_augmentation: of a second view of each image, 'discrimination_image': u8[b h w 3]; None for none.
     shard_index: this host, of `shard_count`.
     rows: places in the global batch of this host's rows, as many on each host.
-    num_threads: that read ahead, 0 to do everything in the calling thread.
-    num_workers: processes that prepare batches, 0 for none. They inherit `num_threads`.
-    prefetch: batches read ahead by the threads.
+    loading: how batches are read ahead. Processes that prepare batches have threads of their own, as many.
 
   Raises:
     UserError: a batch size that the hosts do not divide.
@@ -84,7 +81,7 @@ def train_loader(
   dataset = grain.MapDataset.mix(datasets, source.weights) if isinstance(source, Mixture) else datasets[0]
   own = grain.MapDataset.source(_Rows(dataset, tuple(rows), batch_size))
   batches = own.batch(len(rows), batch_fn=_Collate(tokenizer))
-  return _read_ahead(batches, num_threads=num_threads, num_workers=num_workers, prefetch=prefetch)
+  return _read_ahead(batches, loading)
 
 
 def labelled_loader(
@@ -97,9 +94,7 @@ def labelled_loader(
   seed: int,
   augmentation: Augmentation = _AS_STORED,
   rows: Sequence[int] | None = None,
-  num_threads: int = 16,
-  num_workers: int = 0,
-  prefetch: int = 4,
+  loading: Loading = _LOADING,
 ) -> grain.DatasetIterator:
   """Endless batches {'image': u8[b h w 3], 'label': i32[b], SUBSTITUTED}, and 'tokens': i32[b l], a sentence of each
   image's class, where `tokens` has them. Images are drawn with replacement.
@@ -116,15 +111,14 @@ def labelled_loader(
   example = _LabelledExample(source, image_size, augmentation, tokens)
   own = _Rows(_ByClass(example, source.labels, sampling_exponent, seed), tuple(rows or range(batch_size)), batch_size)
   batches = grain.MapDataset.source(own).batch(len(own.places), batch_fn=_stack)
-  return _read_ahead(batches, num_threads=num_threads, num_workers=num_workers, prefetch=prefetch)
+  return _read_ahead(batches, loading)
 
 
-def _read_ahead(
-  batches: grain.MapDataset, *, num_threads: int, num_workers: int, prefetch: int
-) -> grain.DatasetIterator:
-  iterable = batches.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
-  if num_workers:
-    iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers), signals.leave_to_parent)
+def _read_ahead(batches: grain.MapDataset, how: Loading) -> grain.DatasetIterator:
+  options = grain.ReadOptions(num_threads=how.num_threads, prefetch_buffer_size=how.prefetch)
+  iterable = batches.to_iter_dataset(options)
+  if how.num_workers:
+    iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=how.num_workers), signals.leave_to_parent)
   return iter(iterable)
 
 

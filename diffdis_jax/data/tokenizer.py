@@ -69,7 +69,7 @@ class Tokenizer:
   text would end; to open_clip's, whose tokens have other names, it is text too.
   """
 
-  def __init__(self, max_length: int = 77):
+  def __init__(self, max_length: int):
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch when imported
     from transformers import CLIPTokenizer
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from diffdis_jax.common.progress import Progress
+from diffdis_jax.config import sections
 from diffdis_jax.data import long_tail, sources
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import base, nearest
@@ -47,7 +48,7 @@ class LongTail:
     data: Mapping[str, Any],
     neighbours: int = 5,
     visual_share: float = 0.2,
-    crop_pct: float = 0.875,
+    crop_pct: float = sections.LongTail.crop_pct,
     seed: int = 0,
   ):
     if data.get("name") not in long_tail.NAMES:

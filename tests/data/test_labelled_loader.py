@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 from scipy import stats
 
+from diffdis_jax.config.data import Loading
 from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.loader import SUBSTITUTED, labelled_loader
 from diffdis_jax.data.records import REASONS, Unusable
@@ -36,6 +37,8 @@ class Source:
 def make(source=None, sampling_exponent=0.5, batch_size=8, **settings):
   tokens = Tokens(np.stack([np.arange(12), np.arange(12)], axis=1).astype(np.int32), STARTS)
   settings = {"tokens": tokens, "image_size": 4, "seed": 3, "num_threads": 0, **settings}
+  how = {name: settings.pop(name) for name in ("num_threads", "num_workers", "prefetch") if name in settings}
+  settings["loading"] = Loading(**how)
   return labelled_loader(source or Source(), sampling_exponent=sampling_exponent, batch_size=batch_size, **settings)
 
 

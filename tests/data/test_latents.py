@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from diffdis_jax.config.data import Loading
 from diffdis_jax.data import records, sources
 from diffdis_jax.data.loader import SUBSTITUTED, train_loader
 from diffdis_jax.data.prepare import builder, card, latents, parts
@@ -97,7 +98,9 @@ def test_views_have_the_captions_in_turns_with_their_conditions(tmp_path):
   for i in range(3):
     captions = [source.read(i, k)[1]["caption"] for k in range(VIEWS)]
     assert captions == ([f"a {i}", f"b {i}", f"a {i}"] if i < 2 else [f"a {i}"] * VIEWS)
-  iterator = train_loader(source, tokenizer=Tokenizer(8), batch_size=3, image_size=8, seed=0, num_threads=0)
+  iterator = train_loader(
+    source, tokenizer=Tokenizer(8), batch_size=3, image_size=8, seed=0, loading=Loading(num_threads=0)
+  )
   spoken = set()
   for _ in range(20):
     batch = next(iterator)
@@ -118,7 +121,9 @@ def test_views_have_the_captions_in_turns_with_their_conditions(tmp_path):
 def test_batches_draw_a_view_each_time(data, tmp_path):
   prepare(data, tmp_path / "out")
   source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
-  iterator = train_loader(source, tokenizer=Tokenizer(8), batch_size=N - 1, image_size=8, seed=0, num_threads=0)
+  iterator = train_loader(
+    source, tokenizer=Tokenizer(8), batch_size=N - 1, image_size=8, seed=0, loading=Loading(num_threads=0)
+  )
   batches = [next(iterator) for _ in range(8)]
   for batch in batches:
     assert batch.keys() == {"mean", "log_variance", "tokens", SUBSTITUTED}

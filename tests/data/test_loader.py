@@ -8,6 +8,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from diffdis_jax.config.data import Loading
 from diffdis_jax.data import records, sources
 from diffdis_jax.data.loader import SUBSTITUTED, Substitutions, train_loader
 from diffdis_jax.data.prepare import builder, parts
@@ -34,6 +35,8 @@ class Numbered:
 def make(source=None, **kwargs):
   source = source or sources.open_source(name="shapes", image_size=16, num_images=40)
   settings = {"tokenizer": TOKENIZER, "batch_size": 12, "image_size": 16, "seed": 5, "num_threads": 0, **kwargs}
+  how = {name: settings.pop(name) for name in ("num_threads", "num_workers", "prefetch") if name in settings}
+  settings["loading"] = Loading(**how)
   return train_loader(source, **settings)
 
 

@@ -48,7 +48,7 @@ SENTENCES = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-  return Tokenizer()
+  return Tokenizer(77)
 
 
 def test_ids_equal_open_clip(tokenizer):
