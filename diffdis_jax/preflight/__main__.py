@@ -36,6 +36,9 @@ from diffdis_jax.preflight import calibration, report, targets
 from diffdis_jax.training import flops
 from diffdis_jax.training.step import Trainer
 
+FLAGS = flags.FLAGS
+
+PROGRAMS = ("train", "generation", "discrimination")
 CC3M_PAIRS = 2_905_954
 Changes = dict[str, Any]  # config field -> value, of --search
 # What traces and compiles.
@@ -158,6 +161,22 @@ def key_of(config: str, platform: str, present: targets.Target | None) -> bytes:
   return json.dumps([config, asked, kinds, flags_of_xla, code], sort_keys=True).encode()
 
 
+def define_flags() -> None:
+  """The command line."""
+  cli.config_flag(required=False)
+  flags.DEFINE_string(
+    "topology", None, "chips and their layout, such as v5e:8x8, h100:8, or h100:8x4 for four hosts of eight"
+  )
+  flags.DEFINE_integer("slices", 1, "how many of them, joined by the data centre's network", lower_bound=1)
+  flags.DEFINE_enum("platform", None, targets.PLATFORMS, "compiler; that of the topology's chips where it is installed")
+  flags.DEFINE_list("programs", ["train"], f"some of {','.join(PROGRAMS)}")
+  flags.DEFINE_bool("search", False, "where the train step does not fit, try remat, fsdp and smaller batches")
+  flags.DEFINE_float("epochs", 6, "of the run, for its cost", lower_bound=0)
+  flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "of the training set, for the run's cost", lower_bound=1)
+  flags.DEFINE_string("out", None, "JSON file to write")
+  flags.DEFINE_string("hlo", None, "folder for the compiled programs' text")
+
+
 def main(argv: Sequence[str]) -> None:
   if argv[1:] not in ([], ["calibration"]):
     raise UserError(
@@ -214,19 +233,6 @@ def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
   return results
 
 
-FLAGS = flags.FLAGS
-
 if __name__ == "__main__":
-  cli.config_flag(required=False)
-  flags.DEFINE_string(
-    "topology", None, "chips and their layout, such as v5e:8x8, h100:8, or h100:8x4 for four hosts of eight"
-  )
-  flags.DEFINE_integer("slices", 1, "how many of them, joined by the data centre's network", lower_bound=1)
-  flags.DEFINE_enum("platform", None, targets.PLATFORMS, "compiler; that of the topology's chips where it is installed")
-  flags.DEFINE_list("programs", ["train"], f"some of {','.join(PROGRAMS)}")
-  flags.DEFINE_bool("search", False, "where the train step does not fit, try remat, fsdp and smaller batches")
-  flags.DEFINE_float("epochs", 6, "of the run, for its cost", lower_bound=0)
-  flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "of the training set, for the run's cost", lower_bound=1)
-  flags.DEFINE_string("out", None, "JSON file to write")
-  flags.DEFINE_string("hlo", None, "folder for the compiled programs' text")
+  define_flags()
   cli.run(main, positional=1)
