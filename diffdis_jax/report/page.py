@@ -33,6 +33,7 @@ def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float |
     now: seconds since 1970; None for the present.
   """
   now = time.time() if now is None else now
+  # Pillow works without Python's lock, so that curves are read while pictures are made.
   with concurrent.futures.ThreadPoolExecutor(1) as beside:
     embedded = beside.submit(embed, runs)
     data = data_of(runs, hour_price=hour_price, now=now)
@@ -48,6 +49,7 @@ def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dic
   facts = [facts_of(run, hour_price=hour_price, now=now) for run in runs]
   rates = [name for each in facts for name in each["curves"] if name.startswith("rate/")]
   metrics = dict.fromkeys([*(name for run in runs for name in charts.distinct(run.curves)), *rates])
+  # Nearly always 0, and then a chart of nothing.
   if not any(np.nansum(run.curves["substituted"].values) for run in runs if "substituted" in run.curves):
     metrics.pop("substituted", None)
   return {
@@ -120,6 +122,7 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
   """Fields in which the runs' configs differ: `field`, and the `values` as JSON, None where a run has no such field."""
   every = [summary.fields(run) for run in runs]
   names = sorted({name for fields in every for name in fields})
+  # As JSON, by which a tuple of one config and a list of another are equal.
   rows = [{"field": name, "values": [fields.get(name) for fields in every]} for name in names]
   return [row for row in rows if len(set(row["values"])) > 1]
 

@@ -50,6 +50,7 @@ def load() -> dict[str, ClassList]:
 
 def normalised(name: str) -> str:
   """What the spellings of a class name have in common: `/a/apse/indoor` is `apse indoor`, `F-16A_B` is `f 16a b`."""
+  # First of all the letter that SUN397's paths begin with, which is no part of the name.
   name = name.strip()
   return " ".join(_SIGNS.split(name[3:] if _LETTER.match(name) else name)).strip().lower()
 
@@ -67,6 +68,8 @@ def match(found: Sequence[str], known: ClassList, *, where: str) -> Int[np.ndarr
       lists differ in order.
   """
   index, shared = _index(known)
+  # By name wherever a name is enough. Two classes of one name go by their numbers, which is safe only where all others
+  # stand in the usual order, too.
   places = np.array([_place(number, name, index, known, where) for number, name in enumerate(found)], np.int64)
   if any(normalised(name) in shared for name in found):
     for number, place in enumerate(places):
@@ -81,15 +84,21 @@ def match(found: Sequence[str], known: ClassList, *, where: str) -> Int[np.ndarr
   return places
 
 
-def _index(known: ClassList) -> tuple[dict[str, int], set[str]]:
+class _Index(NamedTuple):
   """Normalised name -> place, and the names that stand for several places."""
+
+  places: dict[str, int]
+  shared: set[str]
+
+
+def _index(known: ClassList) -> _Index:
   index: dict[str, int] = {}
   shared = set()
   for names in (known.classnames, known.names_in_data):
     for place, name in enumerate(map(normalised, names)):
       if index.setdefault(name, place) != place:
         shared.add(name)
-  return index, shared
+  return _Index(index, shared)
 
 
 def _place(number: int, name: str, index: dict[str, int], known: ClassList, where: str) -> int:

@@ -13,7 +13,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -44,6 +44,20 @@ class Settings:
   drop_duplicates: bool = False
   num_processes: int = 1
   beam_options: tuple[str, ...] = ()
+
+
+class _Shard(NamedTuple):
+  """A file of records, and how many it has."""
+
+  path: pathlib.Path
+  length: int
+
+
+class _Shards(NamedTuple):
+  """What became of a split's parts, and their files of records; those without records are left out."""
+
+  report: Report
+  files: list[_Shard]
 
 
 class CaptionedImages(tfds.core.GeneratorBasedBuilder):
@@ -100,6 +114,7 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     parts = [part for parts in self._parts.values() for part in parts]
     settings = self._settings
     staging.write_all(self._stage, parts, num_processes=settings.num_processes, beam_options=settings.beam_options)
+    # After all parts are written: which one has an image first depends on no process's speed.
     duplicates = self._find_duplicates() if settings.drop_duplicates else {}
     infos, metadata = [], cast(dict[str, Any], self.info.metadata)
     for split, parts in self._parts.items():
@@ -113,15 +128,13 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
       metadata[name] = facts
     self.info.set_splits(tfds.core.SplitDict(infos))
 
-  def _shards(
-    self, parts: Sequence[Part], duplicates: Mapping[str, list[int]]
-  ) -> tuple[Report, list[tuple[pathlib.Path, int]]]:
-    """What became of the parts, and each file of records with its length; those without records are left out."""
+  def _shards(self, parts: Sequence[Part], duplicates: Mapping[str, list[int]]) -> _Shards:
     total, shards = Report(), []
     for part in parts:
       report, path = self._stage.report_of(part), self._stage.records_of(part)
       assert report is not None  # write_all has written them all
       if dropped := duplicates.get(part.name, []):
+        # Beside the part's own file, which stays as its report says it is.
         path = path.with_suffix(".unique")
         keys = _copy_without(self._stage.records_of(part), path, set(dropped))
         report.pairs -= len(dropped)
@@ -129,11 +142,12 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
           report.skip(key, DUPLICATE)
       total.add(report)
       if report.pairs:
-        shards.append((path, report.pairs))
-    return total, shards
+        shards.append(_Shard(path, report.pairs))
+    return _Shards(total, shards)
 
   def _find_duplicates(self) -> dict[str, list[int]]:
     """Part -> places of records whose image came before. Memory: 16 bytes and an index for each record."""
+    # `train` last, so that of an image in two splits the held-out one stays.
     order = sorted(self._parts, key=lambda split: split == "train")
     parts = [part for split in order for part in self._parts[split]]
     digests = [self._stage.digests_of(part) for part in parts]
@@ -143,16 +157,16 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     borders = np.cumsum([len(array) for array in digests])[:-1]
     return {part.name: np.flatnonzero(own).tolist() for part, own in zip(parts, np.split(repeated, borders))}
 
-  def _link(self, split: str, shards: Sequence[tuple[pathlib.Path, int]]) -> tfds.core.SplitInfo:
+  def _link(self, split: str, shards: Sequence[_Shard]) -> tfds.core.SplitInfo:
     template = tfds.core.ShardedFileTemplate(
       data_dir=self.data_path, dataset_name=self.name, split=split, filetype_suffix="array_record"
     )
-    for i, (path, _) in enumerate(shards):
-      _link_or_copy(path, pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=len(shards))))
+    for i, shard in enumerate(shards):
+      _link_or_copy(shard.path, pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=len(shards))))
     return tfds.core.SplitInfo(
       name=split,
-      shard_lengths=[length for _, length in shards],
-      num_bytes=sum(path.stat().st_size for path, _ in shards),
+      shard_lengths=[shard.length for shard in shards],
+      num_bytes=sum(shard.path.stat().st_size for shard in shards),
       filename_template=template,
     )
 
@@ -168,6 +182,7 @@ def _copy_without(path: pathlib.Path, out: pathlib.Path, dropped: set[int]) -> l
 
 
 def _link_or_copy(path: pathlib.Path, link: pathlib.Path) -> None:
+  # Not moved: a preparation that is killed here has to find it again. Some file systems have no links.
   try:
     os.link(path, link)
   except OSError as error:
@@ -227,10 +242,12 @@ def prepare(
     partial.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"cannot make the folder of --out={out}: {error.strerror}; name one that can be written") from error
+  # The lock first: two processes would write over each other's parts.
   with _only_process(partial), staging.writing(partial):
     stage = (make_stage or functools.partial(Stage, short_side=settings.short_side))(partial / "parts")
     _check_same(partial, parts, builder, stage)
     stage.folder.mkdir(exist_ok=True)
+    # TFDS reuses a folder that is there.
     shutil.rmtree(partial / "tfds", ignore_errors=True)
     made = builder(parts=parts, stage=stage, settings=settings, data_dir=partial / "tfds")
     try:
@@ -245,6 +262,7 @@ def prepare(
       files.write_whole(folder / name, text.encode())
     report = {split: dataclasses.asdict(report) for split, report in made.reports.items()}
     files.write_json(folder / "report.json", report)
+    # By one rename, so that `out` is whole or not there; what is left of the preparation goes after it.
     folder.replace(out)
     shutil.rmtree(partial)
   logging.info("wrote %s", out)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import io
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -35,12 +35,27 @@ class RawPair:
   refused: str = ""
 
 
-def mend(caption: str) -> tuple[str, list[str]]:
-  """A caption as it is stored, and what was changed: control characters become spaces, its end is cut off if too long.
+class Mended(NamedTuple):
+  """A caption as it is stored, and what was changed in it."""
+
+  caption: str
+  changed: list[str]
+
+
+class Record(NamedTuple):
+  """The fields {image, caption, metadata} of a pair, and what was changed in them."""
+
+  fields: dict[str, Any]
+  changed: list[str]
+
+
+def mend(caption: str) -> Mended:
+  """A caption without control characters, which become spaces, and without its end if it is too long.
 
   Raises:
     Unusable: nothing remains.
   """
+  # Characters first, since a caption of nothing else is a missing one.
   changed = []
   if _CONTROL.search(caption):
     caption = _CONTROL.sub(" ", caption).strip()
@@ -50,7 +65,7 @@ def mend(caption: str) -> tuple[str, list[str]]:
     changed.append(LONG)
   if not caption:
     raise Unusable("missing caption")
-  return caption, changed
+  return Mended(caption, changed)
 
 
 def shrink(image: Image.Image, short_side: int) -> bytes:
@@ -62,8 +77,8 @@ def shrink(image: Image.Image, short_side: int) -> bytes:
   return file.getvalue()
 
 
-def to_record(pair: RawPair, *, short_side: int | None = None) -> tuple[dict[str, Any], list[str]]:
-  """The record {image, caption, metadata} of a pair, and what was changed in it.
+def to_record(pair: RawPair, *, short_side: int | None = None) -> Record:
+  """What a pair becomes.
 
   Args:
     pair: as read.
@@ -77,7 +92,9 @@ def to_record(pair: RawPair, *, short_side: int | None = None) -> tuple[dict[str
   if pair.image is None:
     raise Unusable("missing image")
   caption, changed = mend(read_caption(pair.caption))
+  # Read for its errors alone: it is stored as it is, so that no number is written differently.
   read_metadata(pair.metadata)
+  # Decoded even where its bytes are kept: what cannot be read in training is left out here, and counted.
   image, data = read_image(pair.image), pair.image
   if short_side is not None and min(image.size) > short_side:
     data = shrink(image, short_side)
@@ -86,7 +103,7 @@ def to_record(pair: RawPair, *, short_side: int | None = None) -> tuple[dict[str
     metadata = (pair.metadata or b"{}").decode()
   except UnicodeDecodeError as error:
     raise Unusable("corrupt json") from error
-  return {"image": data, "caption": caption, "metadata": metadata}, changed
+  return Record({"image": data, "caption": caption, "metadata": metadata}, changed)
 
 
 def digest(data: bytes) -> bytes:
