@@ -3,7 +3,7 @@
   python -m diffdis_jax.report --workdir=DIR[,DIR2...] --out=report.html
 
 The file holds everything and loads nothing: curves, sample images, evaluations, data, parameters, config, restarts and
-cost. It can be written while the run goes on.
+cost. It can be written while the run is running.
 """
 
 from __future__ import annotations

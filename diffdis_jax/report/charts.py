@@ -22,7 +22,7 @@ _QUARTER = re.compile(r"(loss_\w+)_q([1-4])")
 
 
 def distinct(curves: Mapping[str, Curve]) -> list[str]:
-  """The metrics but for those of an evaluation that are equal, at every step, to one before: with one template, the
+  """The metrics except those of an evaluation that are equal, at every step, to one before: with one template, the
   accuracy of all templates is that of the first."""
   kept: dict[str, Curve] = {}
   for name, curve in curves.items():

@@ -45,7 +45,7 @@ def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float |
 
 
 def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dict[str, Any]:
-  """All that the page shows but for its pictures."""
+  """All that the page shows except its pictures."""
   facts = [facts_of(run, hour_price=hour_price, now=now) for run in runs]
   rates = [name for each in facts for name in each["curves"] if name.startswith("rate/")]
   metrics = dict.fromkeys([*(name for run in runs for name in charts.distinct(run.curves)), *rates])
@@ -62,7 +62,7 @@ def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dic
 
 
 def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any]:
-  """What the page shows of one run, but for its pictures."""
+  """What the page shows of one run, except its pictures."""
   made = summary.starts(run, now=now)
   every = {**run.curves, **summary.learning_rates(run)}
   return {

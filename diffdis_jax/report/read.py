@@ -1,4 +1,4 @@
-"""What a run has left in its workdir, also while it goes on."""
+"""What a run has left in its workdir, also while it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.report import curves
 from diffdis_jax.run import committed, history
 
-ALIVE = 60.0  # seconds since the last sign of life of a run that goes on
+ALIVE = 60.0  # seconds since the last sign of life of a run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def read(path: str, name: str) -> Run:
     UserError: no folder of a run.
   """
   folder, config = buckets.path(path), run_config.load(path).to_dict()
-  # A run that goes on writes while it is read: each file is whole or a line short, and they need not be of one moment.
+  # A run writes while it is read: each file is whole or a line short, and they need not be of one moment.
   metrics = folder / "metrics.jsonl"
   exists = metrics.exists()
   return Run(

@@ -27,7 +27,7 @@ class ClassList(NamedTuple):
 
   Attributes:
     set_name: in CLIP_benchmark's words.
-    classnames: what goes into the prompts: OpenAI's, but for Pets and EuroSAT (CLIP_benchmark's) in another order.
+    classnames: what goes into the prompts: OpenAI's, except Pets and EuroSAT (CLIP_benchmark's) in another order.
     templates: OpenAI's prompt templates, `{}` for the class name.
     names_in_data: what folders and files of the data call the same classes; empty where it is the same.
   """

@@ -45,7 +45,7 @@ SETS = {
 
 
 def train_labels(path: pathlib.Path, name: str) -> Int[np.ndarray, " n"]:
-  """The class of each training image, by the list alone. Raises UserError: as `open_split`, but for missing images."""
+  """The class of each training image, by the list alone. Raises UserError: as `open_split`, except missing images."""
   return _read_split(path, name, "train").labels
 
 

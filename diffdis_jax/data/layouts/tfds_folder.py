@@ -99,6 +99,6 @@ def _open(path: pathlib.Path, split: str) -> Any:
     return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
   except NotImplementedError as error:
     raise UserError(
-      f"{path} holds {builder.info.file_format}, whose records cannot be read by their number; write it anew by"
+      f"{path} holds {builder.info.file_format}, whose records cannot be read by their number; write it again by"
       " tfds build --file_format=array_record, or convert it by tfds convert_format"
     ) from error

@@ -1,6 +1,6 @@
 """The twelve sets in the folders that their authors publish and torchvision's classes read.
 
-Order, labels and class names are those of torchvision's class, but for Caltech-101, whose folder BACKGROUND_Google is a
+Order, labels and class names are those of torchvision's class, except Caltech-101, whose folder BACKGROUND_Google is a
 class here, as in CLIP_benchmark, and SUN397, whose images torchvision takes in whatever order the disk gives and which
 are in the order of their paths here.
 """

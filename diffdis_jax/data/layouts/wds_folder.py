@@ -36,7 +36,7 @@ def read(path: pathlib.Path) -> Named:
     raise UserError(f"{path} is of type {kind} (dataset_type.txt), not of images with one label each")
   classes = _lines(path / "classnames.txt")
   if not classes:
-    raise UserError(f"no {path / 'classnames.txt'}; labels are told by name, and their numbers alone do not say which")
+    raise UserError(f"no {path / 'classnames.txt'}; labels go by name, and their numbers alone do not say which")
   # Labels now, images when they are asked for: a set's labels are small files beside each image.
   samples = list(_samples(path, "cls"))
   labels = [_label(sample["cls"], len(classes)) for sample in samples]

@@ -211,7 +211,7 @@ def prepare(
   settings: Settings | None = None,
   make_stage: Callable[..., Stage] | None = None,
 ) -> dict[str, Report]:
-  """Writes folder `out`, whole or not at all. Killed at any point and called again, it goes on to the same records.
+  """Writes folder `out`, whole or not at all. Killed at any point and called again, it resumes, with the same records.
 
   What is finished of it lies in the folder `.NAME.partial` beside it until then.
 

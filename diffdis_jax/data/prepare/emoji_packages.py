@@ -92,7 +92,7 @@ def check(source: pathlib.Path, packages: Sequence[Package]) -> None:
   if missing := [package for package in packages if not (source / package.file).is_file()]:
     named = ", ".join(f"{package.name} {package.version}" for package in missing)
     raise UserError(f"{source} lacks {named}; in this folder: {_fetch(missing)}")
-  # Missing ones are told all at once, since one command fetches them.
+  # Missing ones are named all at once, since one command fetches them.
   for package in packages:
     path = source / package.file
     try:
@@ -102,7 +102,7 @@ def check(source: pathlib.Path, packages: Sequence[Package]) -> None:
     if found != package.sha256:
       raise UserError(
         f"{path} is not {package.name} {package.version} as published: its SHA-256 begins with {found[:8]}, not with"
-        f" {package.sha256[:8]}; fetch it anew: {_fetch([package])}"
+        f" {package.sha256[:8]}; fetch it again: {_fetch([package])}"
       )
 
 
@@ -115,7 +115,7 @@ def read_json(source: pathlib.Path, package: Package, member: str) -> Any:
       assert file is not None  # a folder of that name
       return json.load(file)  # npm puts all of a package below `package/`
   except (OSError, EOFError, KeyError, ValueError, AssertionError, tarfile.TarError) as error:
-    raise UserError(f"cannot read {member} of {path}: {error}; fetch it anew: {_fetch([package])}") from error
+    raise UserError(f"cannot read {member} of {path}: {error}; fetch it again: {_fetch([package])}") from error
 
 
 def _fetch(packages: Sequence[Package]) -> str:

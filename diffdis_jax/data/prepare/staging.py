@@ -101,7 +101,7 @@ class Stage:
     return features()
 
   def identity(self) -> dict[str, Any]:
-    """What a preparation must have in common with the one that it goes on with."""
+    """What a preparation must have in common with the one that it resumes."""
     return {"short side": self.short_side}
 
   def facts(self) -> dict[str, Any]:
