@@ -81,7 +81,7 @@ def test_answers_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
 
 def test_programs_are_traced_from_shapes_alone():
   config, mesh = steps.make_config(), steps.make_mesh(2, 2, 2)
-  traced = {name: preflight.trace_program(name, config, mesh) for name in PROGRAMS}
+  traced = {name: preflight.trace_program(name, config, mesh) for name in preflight.PROGRAMS}
   assert {program.rows for program in traced.values()} == {16}
   generation = config.inference.generation_steps
   # The UNet in a loop costs more than the decoder after it.
