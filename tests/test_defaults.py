@@ -14,7 +14,7 @@ import pytest
 import diffdis_jax
 from diffdis_jax.config import Run, data, model, sections
 from diffdis_jax.config.objectives import TABLE
-from diffdis_jax.models import attention, layers
+from diffdis_jax.models import attention, layers, remat
 from diffdis_jax.training import optim, plugs
 
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
@@ -69,7 +69,7 @@ def test_the_test_sees_a_default():
   [
     (model.DTYPES, layers.DTYPES),
     (model.ACTIVATIONS, layers.ACTIVATIONS),
-    (model.REMAT_POLICIES, layers.REMAT_POLICIES),
+    (model.REMAT_POLICIES, remat.REMAT_POLICIES),
     (model.ATTENTION_KERNELS[1:], attention.KERNELS),
     (sections.MOMENTS, optim.MOMENTS),
   ],
