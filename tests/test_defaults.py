@@ -28,7 +28,14 @@ FIELDS = {field.name for kind in (Run, *SECTIONS) for field in dataclasses.field
 # What a section's fields go into.
 FED = ("method", "models", "training", "data/build.py", "data/loader.py", "data/tokenizer.py", "run/checkpoint.py")
 # Of the same name, but of no config: data that are not scaled, a norm's, a function, a state's seed.
-OTHERS = {("schedules", "gamma"), ("samplers", "gamma"), ("layers", "eps"), ("unet", "attention"), ("step", "seed")}
+OTHERS = {
+  ("lgr", "dtype"),
+  ("schedules", "gamma"),
+  ("samplers", "gamma"),
+  ("layers", "eps"),
+  ("unet", "attention"),
+  ("step", "seed"),
+}
 
 
 def defaults(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
