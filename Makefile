@@ -1,4 +1,4 @@
-# make demo, make test, make lint and make docs each set up .venv by themselves.
+# make demo, make test, make check, make lint and make docs each set up .venv by themselves.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,16 +8,29 @@ RUNS ?= runs/demo
 # Python keeps what it compiles, also where the environment says otherwise: a command's imports take half as long then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test check lint docs clean
 
 # Huge pages, where the kernel leaves that to programs: a step's temporaries are tens of megabytes, and new each time.
 demo: $(VENV)/.installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
 
-# Two processes, whatever the machine: a file's tests share what they compile, and each process takes several GB. The
-# longest files go first, as tests/conftest.py orders them.
+# As many processes as there are cores and memory for, and the longest files first: tests/conftest.py says both. A file's
+# tests stay in one process, since they share what they make. Huge pages as above.
+PYTEST = GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-test
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(PYTEST) $(TESTS)
+
+# Of each equation the fastest proof, beside style and types: what one waits for between two edits.
+EQUATIONS := method/test_schedules.py method/test_samplers.py method/test_losses.py method/test_guidance.py \
+  method/test_fusion.py method/test_alignment.py method/test_joint.py \
+  method/test_diffdis.py::test_discrimination_equals_the_papers models/test_attention.py models/test_layers.py \
+  training/test_contrastive.py::test_loss_and_gradients_equal_open_clips training/test_optim.py \
+  training/test_long_tail.py::test_class_wise_contrast_equals_torchs_cross_entropy \
+  training/test_long_tail.py::test_distillation_equals_torchs_cross_entropy_with_the_teachers_softmax \
+  data/test_transforms.py data/test_randaugment_timm.py evals/test_distances.py evals/test_retrieval.py
+check: lint
+	$(PYTEST) $(addprefix tests/,$(EQUATIONS))
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -27,6 +27,14 @@ from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
 from diffdis_jax.training import loop
 
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """The command line."""
+  flags.DEFINE_string("out", "runs/demo", "folder of the two runs, results.json and grid.png")
+  flags.DEFINE_integer("seed", 0, "of both runs: parameters, order of the images, noise", lower_bound=0)
+
 
 def main(argv: Sequence[str]) -> None:
   del argv
@@ -85,9 +93,6 @@ def draw_classes(run: str, path: os.PathLike[str]) -> None:
   samples.save_grid(np.asarray(images), captions, path, columns=len(shapes.SHAPES))
 
 
-FLAGS = flags.FLAGS
-
 if __name__ == "__main__":
-  flags.DEFINE_string("out", "runs/demo", "folder of the two runs, results.json and grid.png")
-  flags.DEFINE_integer("seed", 0, "of both runs: parameters, order of the images, noise", lower_bound=0)
+  define_flags()
   cli.run(main)

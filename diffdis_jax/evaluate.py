@@ -147,11 +147,8 @@ def evaluate(
     model = CachedTexts(model, pathlib.Path(text_cache), weights)
   if kept is not None:
     common["weights"] = weights
-    made = [
-      (section, evaluation)
-      for section, evaluation in made
-      if not kept.has(section.task, section.dataset, {**evaluation.protocol(model), **common})
-    ]
+    known = [kept.has(each.task, each.dataset, {**how.protocol(model), **common}) for each, how in made]
+    made = [each for each, is_known in zip(made, known, strict=True) if not is_known]
   results: Results = {} if kept is None else kept.results
   for place, (section, evaluation) in enumerate(made, 1):
     logging.info("%s: %s, %d of %d", section.task, section.dataset, place, len(made))

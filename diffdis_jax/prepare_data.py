@@ -70,35 +70,38 @@ DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[buil
 }
 NAMES = (*DATA_SETS, "latents", "card")
 
-_SOURCE = flags.DEFINE_string("source", None, "folder of the raw data")
-_OUT = flags.DEFINE_string(
-  "out", None, "folder to write; absent or empty. One in a bucket is written in the user's cache directory first"
-)
-_DATA = flags.DEFINE_string("data", None, "prepared data set, of `latents` and `card`")
-_WORKDIR = flags.DEFINE_string("workdir", None, "run or import whose autoencoder makes `latents`")
-_VIEWS = flags.DEFINE_integer("views", 1, "of each image in `latents`", lower_bound=1, upper_bound=1000)
-_AUGMENT = flags.DEFINE_string(
-  "augment", None, 'of the views: JSON such as {"crop": "random", "flip": true}; by default data.augment of the run'
-)
-_IMAGE_SIZE = flags.DEFINE_integer(
-  "image_size", None, "of the views in `latents`, in pixels, which has to be training's; by default the run's"
-)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "views encoded at a time for `latents`", lower_bound=1)
-_TEXT = flags.DEFINE_bool(
-  "text", False, "store in `latents` what the text encoder makes of the captions too: 118 kB a view at full size"
-)
-_SHORT_SIDE = flags.DEFINE_integer(
-  "short_side",
-  None,
-  "images whose short side is longer are stored as JPEG of this short side; 0 keeps every image's bytes."
-  f" By default {cc3m.SHORT_SIDE} for cc3m, 0 for the others",
-  lower_bound=0,
-)
-_DROP_DUPLICATES = flags.DEFINE_bool("drop_duplicates", False, "of images with the same bytes, keep the first alone")
-_NUM_PROCESSES = flags.DEFINE_integer(
-  "num_processes", None, "that read, check and write; by default one a core", lower_bound=1
-)
-_BEAM = flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """The command line."""
+  flags.DEFINE_string("source", None, "folder of the raw data")
+  flags.DEFINE_string(
+    "out", None, "folder to write; absent or empty. One in a bucket is written in the user's cache directory first"
+  )
+  flags.DEFINE_string("data", None, "prepared data set, of `latents` and `card`")
+  flags.DEFINE_string("workdir", None, "run or import whose autoencoder makes `latents`")
+  flags.DEFINE_integer("views", 1, "of each image in `latents`", lower_bound=1, upper_bound=1000)
+  flags.DEFINE_string(
+    "augment", None, 'of the views: JSON such as {"crop": "random", "flip": true}; by default data.augment of the run'
+  )
+  flags.DEFINE_integer(
+    "image_size", None, "of the views in `latents`, in pixels, which has to be training's; by default the run's"
+  )
+  flags.DEFINE_integer("batch_size", 64, "views encoded at a time for `latents`", lower_bound=1)
+  flags.DEFINE_boolean(
+    "text", False, "store in `latents` what the text encoder makes of the captions too: 118 kB a view at full size"
+  )
+  flags.DEFINE_integer(
+    "short_side",
+    None,
+    "images whose short side is longer are stored as JPEG of this short side; 0 keeps every image's bytes."
+    f" By default {cc3m.SHORT_SIDE} for cc3m, 0 for the others",
+    lower_bound=0,
+  )
+  flags.DEFINE_boolean("drop_duplicates", False, "of images with the same bytes, keep the first alone")
+  flags.DEFINE_integer("num_processes", None, "that read, check and write; by default one a core", lower_bound=1)
+  flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
 
 
 def main(argv: list[str]) -> None:
@@ -108,13 +111,13 @@ def main(argv: list[str]) -> None:
     raise UserError(f"prepare_data takes one name of {', '.join(NAMES)}, not {name}: {usage}")
   tfds.disable_progress_bar()
   if name == "card":
-    write_card(buckets.local(_given(_DATA, name), "--data"))
+    write_card(buckets.local(_given("data", name), "--data"))
   elif name == "latents":
-    run, data = _given(_WORKDIR, name), _given(_DATA, name)
-    publish(functools.partial(write_latents, run, data), _given(_OUT, name), finished="report.json")
+    run, data = _given("workdir", name), _given("data", name)
+    publish(functools.partial(write_latents, run, data), _given("out", name), finished="report.json")
   else:
-    source = buckets.local(_given(_SOURCE, name), "--source")
-    publish(functools.partial(write_pairs, name, source), _given(_OUT, name), finished="card.json")
+    source = buckets.local(_given("source", name), "--source")
+    publish(functools.partial(write_pairs, name, source), _given("out", name), finished="card.json")
 
 
 def publish(write: Callable[[pathlib.Path], None], out: str, *, finished: str) -> None:
@@ -147,14 +150,14 @@ def publish(write: Callable[[pathlib.Path], None], out: str, *, finished: str) -
 def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
   """Prepares the data set of this name from the raw data in `source`."""
   find_parts, kind = DATA_SETS[name]
-  short_side = _SHORT_SIDE.value
+  short_side = FLAGS.short_side
   if short_side is None and name == "cc3m":
     short_side = cc3m.SHORT_SIDE
   settings = builder.Settings(
     short_side=short_side or None,
-    drop_duplicates=_DROP_DUPLICATES.value,
-    num_processes=_NUM_PROCESSES.value or cores(),
-    beam_options=tuple(_BEAM.value),
+    drop_duplicates=FLAGS.drop_duplicates,
+    num_processes=FLAGS.num_processes or cores(),
+    beam_options=tuple(FLAGS.beam_pipeline_options),
   )
   if (out / "report.json").exists() and not (out / "card.json").exists():
     logging.info("%s is written but for its card", out)
@@ -169,10 +172,10 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   from diffdis_jax.training import stored_inputs
 
   found = latents.find_parts(data)
-  model, params = inference.load(run, image_size=_IMAGE_SIZE.value, batch_size=_BATCH_SIZE.value)
+  model, params = inference.load(run, image_size=FLAGS.image_size, batch_size=FLAGS.batch_size)
   h, w, c = model.noise_shape()
   text = None
-  if _TEXT.value:
+  if FLAGS.text:
     tokenizer, width = Tokenizer(model.max_length), model.network.model.text_encoder.width
     text = latents.TextConditions(
       encode=lambda captions: model.conditions(params, tokenizer(captions)),
@@ -188,7 +191,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
       encode=functools.partial(model.moments, params),
       shape=(h, w, 2 * c),
       image_size=model.image_size,
-      views=_VIEWS.value,
+      views=FLAGS.views,
       augmentation=_augmentation(dataclasses.asdict(run_config.load(run).data.augment)),
       fingerprint=stored_inputs.fingerprint(params),
       text=text,
@@ -199,9 +202,9 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
 
 
 def _augmentation(default: Mapping[str, Any]) -> Augmentation:
-  fields = parse_json(_AUGMENT.value, f"--augment={_AUGMENT.value}") if _AUGMENT.value else default
+  fields = parse_json(FLAGS.augment, f"--augment={FLAGS.augment}") if FLAGS.augment else default
   if not isinstance(fields, Mapping):
-    raise UserError(f"--augment={_AUGMENT.value}: it should be an object of fields of data.augment")
+    raise UserError(f"--augment={FLAGS.augment}: it should be an object of fields of data.augment")
   check_type("augment", fields, dataclasses.asdict(Augmentation()))
   return read_section(Augmentation, fields, "augment")
 
@@ -223,11 +226,14 @@ def cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _given(flag: flags.FlagHolder[str | None], name: str) -> str:
-  if not flag.value:
-    raise UserError(f"prepare_data {name} needs --{flag.name}=DIR: {flags.FLAGS[flag.name].help}")
-  return flag.value
+def _given(flag: str, name: str) -> str:
+  """The value of a flag that this data set needs."""
+  value = FLAGS[flag].value
+  if not value:
+    raise UserError(f"prepare_data {name} needs --{flag}=DIR: {FLAGS[flag].help}")
+  return value
 
 
 if __name__ == "__main__":
+  define_flags()
   cli.run(main, positional=1)

@@ -20,6 +20,20 @@ from diffdis_jax.run import trackers
 FLAGS = flags.FLAGS
 
 
+def define_flags() -> None:
+  """The command line."""
+  cli.config_flag()
+  cli.process_flags()
+  flags.DEFINE_string("workdir", None, "folder of the run: created, or gone on with", required=True)
+  flags.DEFINE_multi_string(
+    "eval", [], 'one more evaluation while training, JSON: {"name": ..., "task": "zero_shot", "data": {"path": ...}}'
+  )
+  flags.DEFINE_enum("tracker", None, list(trackers.TRACKERS), "where numbers and images go beside TensorBoard")
+  flags.DEFINE_string(
+    "profile", None, "START:STEPS: write a trace of so many steps from START on, for xprof and Perfetto"
+  )
+
+
 def main(argv: Sequence[str]) -> None:
   del argv
   run = Run.of(run_config.with_evals(FLAGS.config, FLAGS.eval))
@@ -39,14 +53,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  cli.config_flag()
-  cli.process_flags()
-  flags.DEFINE_string("workdir", None, "folder of the run: created, or gone on with", required=True)
-  flags.DEFINE_multi_string(
-    "eval", [], 'one more evaluation while training, JSON: {"name": ..., "task": "zero_shot", "data": {"path": ...}}'
-  )
-  flags.DEFINE_enum("tracker", None, list(trackers.TRACKERS), "where numbers and images go beside TensorBoard")
-  flags.DEFINE_string(
-    "profile", None, "START:STEPS: write a trace of so many steps from START on, for xprof and Perfetto"
-  )
+  define_flags()
   cli.run(main)

@@ -6,12 +6,15 @@ would be compiled. What was compiled for a processor's features does not run whe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import platform
 import shutil
-import uuid
+from collections.abc import Iterator
+
+import filelock
 
 LIMIT = 2 * 2**30  # bytes kept: several times what one run of the tests needs
 
@@ -31,25 +34,35 @@ def kept_folder() -> pathlib.Path:
 def restore(folder: pathlib.Path) -> None:
   """What former runs kept, in this run's own folder. A run writes there alone: its commands may be killed."""
   folder.mkdir()
-  for entry in entries(kept_folder()):
-    link(entry, folder / entry.name)
+  with locked() as kept:
+    for entry in entries(kept):
+      link(entry, folder / entry.name)
 
 
 def keep(folder: pathlib.Path) -> None:
   """What this run added, but for parts of entries. Beyond LIMIT goes what was not used for longest."""
+  with locked() as kept:
+    for entry in entries(folder):
+      if not (kept / entry.name).exists() and is_whole(entry):
+        part = kept / "part"
+        part.unlink(missing_ok=True)  # of a run that was killed
+        link(entry, part)
+        os.replace(part, kept / entry.name)
+    used = {entry: entry.stat() for entry in entries(kept)}
+    size = 0
+    for entry in sorted(used, key=lambda entry: -max(used[entry].st_atime, used[entry].st_mtime)):
+      size += used[entry].st_size
+      if size > LIMIT:
+        entry.unlink()
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[pathlib.Path]:
+  """The kept folder, for this process alone."""
   kept = kept_folder()
   kept.mkdir(parents=True, exist_ok=True)
-  for entry in entries(folder):
-    if not (kept / entry.name).exists() and is_whole(entry):
-      part = kept / f"{uuid.uuid4().hex}.part"
-      link(entry, part)
-      os.replace(part, kept / entry.name)
-  used = {entry: entry.stat() for entry in entries(kept)}
-  size = 0
-  for entry in sorted(used, key=lambda entry: -max(used[entry].st_atime, used[entry].st_mtime)):
-    size += used[entry].st_size
-    if size > LIMIT:
-      entry.unlink(missing_ok=True)
+  with filelock.FileLock(kept / "lock"):
+    yield kept
 
 
 def entries(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -53,6 +53,9 @@ LONGEST = (
 )
 
 
+PROCESS_BYTES = 5 * 2**30  # of memory, that one process of the tests may take
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
   """What is compiled is found again: by the tests, by what they start, and by the next run of the tests."""
@@ -65,6 +68,14 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
   jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # they put the folder's path into each key
   yield
   compiled.keep(folder)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+  """A process a core, while each has its memory: what jax has compiled and traced stays there."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return max(1, min(cores, memory // PROCESS_BYTES))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

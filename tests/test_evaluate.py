@@ -128,7 +128,7 @@ def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
   assert all(setting.help for setting in [*evaluate.SAMPLING.values(), *evaluate.LOADING.values()])
   kinds = {"num_images": int, "crop_pct": float, "shuffle_labels": bool, "classnames": str, "splits": Sequence}
   assert {name: evaluate.SETTINGS[name].kind for name in kinds} == kinds
-  assert evaluate.SETTINGS["seed"].help.startswith("zero_shot, retrieval: of the query's noise, and of the shuffle; ")
+  assert evaluate.SETTINGS["seed"].help.startswith("zero_shot: of the query's noise, and of the shuffle; retrieval: of")
 
 
 def command(run, out, *flags):

@@ -60,6 +60,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
   "is how the environment of these tests is made": ("make .venv/.installed",),
   "is these tests themselves, and needs their extras": (
     "make test",
+    "make check",
     "make lint",
     "make docs",
     "python -m pytest",

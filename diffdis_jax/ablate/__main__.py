@@ -21,10 +21,9 @@ from absl import flags
 
 from diffdis_jax import config as run_config
 from diffdis_jax import evaluate
-from diffdis_jax.ablate import columns, render, summary, tables
+from diffdis_jax.ablate import columns, render, status, summary, tables
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import run as running
-from diffdis_jax.ablate import status as outlook
 from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.common import cli, files
@@ -36,7 +35,28 @@ from diffdis_jax.evals.results import ResultFile
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.training import loop
 
+FLAGS = flags.FLAGS
+
 VERBS = ("plan", "run", "table")
+
+
+def define_flags() -> None:
+  """The command line."""
+  cli.config_flag("base")
+  cli.process_flags()
+  flags.DEFINE_string("out", None, "folder of the runs, their results and the tables", required=True)
+  flags.DEFINE_list("tables", [], "of the paper's appendix: some of 2,3,4,5,7")
+  flags.DEFINE_string("grid", None, "field=value,value;field=value: a table of every combination")
+  flags.DEFINE_list("seeds", ["0", "1", "2"], "of every row")
+  flags.DEFINE_string("only", "", "of run: K, the number of a run, or K/N, every N-th run from the K-th on")
+  flags.DEFINE_integer(
+    "jobs", 1, "of run: how many runs at a time, each on its share of the cores: for a CPU", lower_bound=1
+  )
+  flags.DEFINE_string("schedule", "", "text schedule of Tables 2 and 7, not stated by the paper; by default the base's")
+  flags.DEFINE_float("table7_gamma", 1.0, "gamma of Table 7, not stated by the paper")
+  flags.DEFINE_float("step_seconds", None, "of plan: of a training step, where no run tells", lower_bound=0)
+  flags.DEFINE_list("columns", [], "of table: which, by the names in tables.json; by default all")
+  flags.DEFINE_boolean("plot", True, "of table: draw tables.png, which needs the extra `plot`")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -48,9 +68,9 @@ def main(argv: Sequence[str]) -> None:
   if verb == "plan":
     if FLAGS.step_seconds is not None:
       check_number("--step_seconds", FLAGS.step_seconds, at_least=0)
-    sys.stdout.write("\n".join(outlook.lines(plan, folder, FLAGS.step_seconds)) + "\n")
+    sys.stdout.write("\n".join(status.lines(plan, folder, FLAGS.step_seconds)) + "\n")
   elif verb == "run":
-    run(plan, folder)
+    run_selected(plan, folder)
   else:
     write_tables(plan, folder)
 
@@ -80,22 +100,22 @@ def make_plan() -> Plan:
   return plan
 
 
-def run(plan: Plan, folder: Folder) -> None:
+def run_selected(plan: Plan, folder: Folder) -> None:
   """The run that --only names, in this process; or several, each in one of its own."""
   numbers = running.select(plan, FLAGS.only)
   if FLAGS.only.isdecimal():
     if FLAGS.jobs > 1:
       raise UserError(f"--jobs={FLAGS.jobs} does several runs, and --only={FLAGS.only} is one; leave out one of them")
-    perform(plan.runs[numbers[0]], plan, folder)
+    run_one(plan.runs[numbers[0]], plan, folder)
     return
   folder.open(plan)
   # The same command; of a flag that is given twice the last value holds.
   command = lambda number: [sys.executable, "-m", "diffdis_jax.ablate", *sys.argv[1:], f"--only={number}", "--jobs=1"]
-  if code := running.perform_all(plan, numbers, folder, command, jobs=FLAGS.jobs):
+  if code := running.run_all(plan, numbers, folder, command, jobs=FLAGS.jobs):
     sys.exit(code)
 
 
-def perform(one: Run, plan: Plan, folder: Folder) -> None:
+def run_one(one: Run, plan: Plan, folder: Folder) -> None:
   """Trains and measures a run in this process, or with others as one of its processes."""
   cli.compilation_cache(str(folder.path))
   cli.use_all_cores()
@@ -104,7 +124,7 @@ def perform(one: Run, plan: Plan, folder: Folder) -> None:
   processes.on_first(lambda: folder.open(plan))
   # While it trains, train hears SIGTERM and Ctrl-C and saves. Else what is there is on the disk: it ends at once.
   with processes.PreemptionHandler(sharding.batch_sharding(sharding.make_mesh(**one.config["mesh"]))).listening():
-    running.perform(one, folder, train=loop.train_and_evaluate, measure=measure)
+    running.run(one, folder, train=loop.train_and_evaluate, measure=measure)
 
 
 def measure(one: Run, path: str, out: str) -> None:
@@ -128,22 +148,6 @@ def write_tables(plan: Plan, folder: Folder) -> None:
   sys.stdout.write(text)
 
 
-FLAGS = flags.FLAGS
-
 if __name__ == "__main__":
-  cli.config_flag("base")
-  cli.process_flags()
-  flags.DEFINE_string("out", None, "folder of the runs, their results and the tables", required=True)
-  flags.DEFINE_list("tables", [], "of the paper's appendix: some of 2,3,4,5,7")
-  flags.DEFINE_string("grid", None, "field=value,value;field=value: a table of every combination")
-  flags.DEFINE_list("seeds", ["0", "1", "2"], "of every row")
-  flags.DEFINE_string("only", "", "of run: K, the number of a run, or K/N, every N-th run from the K-th on")
-  flags.DEFINE_integer(
-    "jobs", 1, "of run: how many runs at a time, each on its share of the cores: for a CPU", lower_bound=1
-  )
-  flags.DEFINE_string("schedule", "", "text schedule of Tables 2 and 7, not stated by the paper; by default the base's")
-  flags.DEFINE_float("table7_gamma", 1.0, "gamma of Table 7, not stated by the paper")
-  flags.DEFINE_float("step_seconds", None, "of plan: of a training step, where no run tells", lower_bound=0)
-  flags.DEFINE_list("columns", [], "of table: which, by the names in tables.json; by default all")
-  flags.DEFINE_boolean("plot", True, "of table: draw tables.png, which needs the extra `plot`")
+  define_flags()
   cli.run(main, positional=1)

@@ -47,8 +47,8 @@ def select(plan: Plan, only: str) -> list[int]:
   return list(range(int(number), len(plan.runs), int(count))) if slash else [int(number)]
 
 
-def perform(
-  run: Run,
+def run(
+  one: Run,
   folder: Folder,
   *,
   train: Callable[[run_config.Run, str], Any],
@@ -59,7 +59,7 @@ def perform(
   What another process is at is waited for.
 
   Args:
-    run: of a plan.
+    one: of a plan.
     folder: of the ablation.
     train: (its record, workdir) trains it to its end.
     measure: (run, workdir, file of results) measures it and writes the file.
@@ -67,19 +67,21 @@ def perform(
   Raises:
     UserError, Preempted: as `train` and `measure` do.
   """
-  if folder.state(run).is_finished:
+  if folder.state(one).is_finished:
     return
-  if run.autoencoder:
-    perform(run.autoencoder, folder, train=train, measure=measure)
-  path = folder.workdir(run)
-  _when_free(lambda: folder.state(run).is_trained, lambda: train(run_config.Run.of(folder.config(run)), path))
+  # The autoencoder first: a run begins from its last checkpoint.
+  if one.autoencoder:
+    run(one.autoencoder, folder, train=train, measure=measure)
+  path = folder.workdir(one)
+  _when_free(lambda: folder.state(one).is_trained, lambda: train(run_config.Run.of(folder.config(one)), path))
 
   def measured() -> None:
+    # Training locks the workdir itself; measuring needs the same lock, or two processes would write one file.
     with contextlib.ExitStack() as stack:
       processes.on_first(lambda: stack.enter_context(workdir.Lock(path)))
-      measure(run, path, folder.results(run))
+      measure(one, path, folder.results(one))
 
-  _when_free(lambda: folder.state(run).measured, measured)
+  _when_free(lambda: folder.state(one).measured, measured)
 
 
 def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
@@ -95,7 +97,7 @@ def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
       time.sleep(PATIENCE)
 
 
-def perform_all(
+def run_all(
   plan: Plan, numbers: Sequence[int], folder: Folder, command: Callable[[int], list[str]], *, jobs: int = 1
 ) -> int:
   """Does the runs of these numbers that are not finished, each in a process of its own; autoencoders first.

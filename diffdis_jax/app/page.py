@@ -130,7 +130,7 @@ def _picks(index: search.Index | None) -> list[Any]:
   if index is None:
     return []
   places = range(0, len(index.indices), max(1, len(index.indices) // PICKS))
-  return [index.record(place)[0] for place in places[:PICKS]]
+  return [index.record(place).image for place in places[:PICKS]]
 
 
 def _unchecked(field: Any) -> Any:

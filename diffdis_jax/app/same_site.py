@@ -11,7 +11,7 @@ import re
 import socket
 from collections.abc import Collection
 
-from diffdis_jax.app.body_limit import App, Message, Receive, Send, refuse
+from diffdis_jax.app.uploads import App, Message, Receive, Send, refuse
 
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d+)?")
 ORIGIN = re.compile(rf"https?://(?P<host>{HOST.pattern})")

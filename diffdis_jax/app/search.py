@@ -29,6 +29,13 @@ class Hit(NamedTuple):
   score: float
 
 
+class Found(NamedTuple):
+  """An image's central square, and what its record calls it."""
+
+  image: UInt8[np.ndarray, "s s 3"]
+  name: str
+
+
 class Index:
   """Images of a source with their queries, which a thread embeds while requests are answered.
 
@@ -87,11 +94,11 @@ class Index:
     scores = self._queries[:done] @ query
     return [Hit(int(place), float(scores[place])) for place in np.argsort(-scores, kind="stable")[:count]]
 
-  def record(self, place: int) -> tuple[UInt8[np.ndarray, "s s 3"], str]:
-    """The image's central square, and what the record calls it."""
+  def record(self, place: int) -> Found:
+    """The image at this place among those that are searched."""
     record = base.read(self.source, self.indices[place])
-    side = self._sampler.network.image_size
-    return base.to_square(record["image"], side), name_of(record)
+    side = self._player.network.image_size
+    return Found(base.to_square(record["image"], side), name_of(record))
 
   def state(self) -> str:
     """How far embedding is."""

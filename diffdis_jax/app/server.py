@@ -15,10 +15,9 @@ from absl import logging
 from starlette.middleware import Middleware
 
 from diffdis_jax.app import page
-from diffdis_jax.app.body_limit import BodyLimit
 from diffdis_jax.app.limits import Limits
 from diffdis_jax.app.same_site import SameSite
-from diffdis_jax.app.uploads import Quota
+from diffdis_jax.app.uploads import BodyLimit, Quota
 from diffdis_jax.errors import UserError
 
 AROUND = 100_000  # bytes of a form around the file in it

@@ -209,7 +209,7 @@ class StepSampler:
         self.call(program, self._params, x_t[start : start + ROWS], now, *args) for start in range(0, len(x_t), ROWS)
       ]
       step: Any = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
-      x_t = step.z_prev if isinstance(step, GenerationStep) else step.x_prev
+      x_t = np.asarray(step.z_prev if isinstance(step, GenerationStep) else step.x_prev)
       yield step
 
   def warm_up(self) -> None:

@@ -40,6 +40,20 @@ from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
 from diffdis_jax.training.step import Trainer
 
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """The command line."""
+  cli.config_flag()
+  flags.DEFINE_string("out", None, "JSON file to write", required=True)
+  flags.DEFINE_string("preflight", None, "of the steps: the JSON file that preflight --out wrote of the same config")
+  flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)
+  flags.DEFINE_integer("images", 200, "of `data` and `table6`: distinct 512 px JPEGs", lower_bound=data.BATCH)
+  flags.DEFINE_string(
+    "scratch", None, "of `data` and `table6`: folder for a temporary one, of about 3 MB for each image"
+  )
+
 
 def main(argv: Sequence[str]) -> None:
   if argv[1:] not in ([], ["data"], ["table6"], ["peer"]):
@@ -120,7 +134,6 @@ def time_data(run: Run) -> dict[str, Any]:
       trainer,
       pathlib.Path(folder),
       images=FLAGS.images,
-      num_pairs=FLAGS.pairs,
       rounds=FLAGS.rounds,
     )
 
@@ -136,14 +149,6 @@ def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:
   return models
 
 
-FLAGS = flags.FLAGS
-
 if __name__ == "__main__":
-  cli.config_flag()
-  flags.DEFINE_string("out", None, "JSON file to write", required=True)
-  flags.DEFINE_string("preflight", None, "of the steps: the JSON file that preflight --out wrote of the same config")
-  flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)
-  flags.DEFINE_integer("images", 200, "of `data` and `table6`: distinct 512 px JPEGs", lower_bound=data.BATCH)
-  flags.DEFINE_integer("pairs", 200_000, "of `data`: small pairs prepared while memory is watched", lower_bound=1)
-  flags.DEFINE_string("scratch", None, "of `data` and `table6`: folder for a temporary folder, of about 5 kB a pair")
+  define_flags()
   cli.run(main, positional=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -78,10 +78,15 @@ def time_steps(trainers: Mapping[str, Trainer], *, batch_size: int, rounds: int)
   return results
 
 
-def preflighted(
-  report: Mapping[str, Any], objectives: Sequence[str], *, batch_size: int, chips: int
-) -> tuple[str, Mapping[str, Any]]:
-  """The step that `preflight` was asked about, by its name in OBJECTIVES, and what it said of it.
+class Preflighted(NamedTuple):
+  """A step by its name in OBJECTIVES, and what `preflight` said of it."""
+
+  name: str
+  train: Mapping[str, Any]
+
+
+def preflighted(report: Mapping[str, Any], objectives: Sequence[str], *, batch_size: int, chips: int) -> Preflighted:
+  """The step that `preflight` was asked about.
 
   Args:
     report: of preflight's file.
@@ -102,7 +107,7 @@ def preflighted(
       f"--preflight is of {train['images']} images on {train['chips']} x {train['chip']}; here are {batch_size} images"
       f" on {chips}"
     )
-  return name, train
+  return Preflighted(name, train)
 
 
 def beside_preflight(name: str, train: Mapping[str, Any], measured: float) -> dict[str, Any]:

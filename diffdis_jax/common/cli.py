@@ -19,7 +19,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -137,10 +137,17 @@ def process_flags() -> None:
   flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
 
 
-def config_given() -> tuple[str, dict[str, Any]]:
+class Given(NamedTuple):
   """FILE.py[:args] of the flag --config, and the values that --config.a.b=value gave to single fields."""
+
+  path: str
+  overrides: dict[str, Any]
+
+
+def config_given() -> Given:
+  """What the command line says of its config."""
   flag = flags.FLAGS["config"]
-  return config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+  return Given(config_flags.get_config_filename(flag), config_flags.get_override_values(flag))
 
 
 def read_config(path: str, flag: str = "config") -> ConfigDict:

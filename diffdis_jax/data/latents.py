@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +12,13 @@ from jaxtyping import BFloat16
 
 from diffdis_jax.data import records
 from diffdis_jax.errors import UserError
+
+
+class View(NamedTuple):
+  """Moments of a view of an image, and the other fields of its record."""
+
+  moments: BFloat16[np.ndarray, "h w d"]
+  record: dict[str, Any]
 
 
 class Latents:
@@ -33,14 +40,15 @@ class Latents:
     return len(self._stored) // self.views
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    return self.read(index, 0)[1]
+    return self.read(index, 0).record
 
-  def read(self, index: int, view: int) -> tuple[BFloat16[np.ndarray, "h w d"], dict[str, Any]]:
-    """Moments and the record's other fields. Raises as records.Pairs does."""
+  def read(self, index: int, view: int) -> View:
+    """Raises as records.Pairs does."""
     record = self._stored[index * self.views + view]
     if "condition" in record:
+      # Stored as 16-bit integers, for TFDS knows no bfloat16.
       record["condition"] = record["condition"].view(ml_dtypes.bfloat16)
-    return record.pop("moments").view(ml_dtypes.bfloat16), record
+    return View(record.pop("moments").view(ml_dtypes.bfloat16), record)
 
 
 def open_latents(

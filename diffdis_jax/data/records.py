@@ -278,8 +278,15 @@ def builder(path: str | os.PathLike[str]) -> Any:
     raise UserError(f"{path} is no whole data set: {said}; copy it again, or prepare it again") from error
 
 
-def _open(path: str | os.PathLike[str], split: str) -> tuple[Any, Sequence[Any]]:
+class _Split(NamedTuple):
   """The records of a split, images undecoded, and their files."""
+
+  stored: Any
+  files: Sequence[Any]
+
+
+def _open(path: str | os.PathLike[str], split: str) -> _Split:
+  """Raises UserError: one of the files is missing."""
   import tensorflow_datasets as tfds
 
   found = builder(copies.folder_of(path, split=split))
@@ -290,4 +297,4 @@ def _open(path: str | os.PathLike[str], split: str) -> tuple[Any, Sequence[Any]]
       f"{missing[0]} is missing{more}; put it back and run the same command again, or prepare the data set again"
     )
   undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in found.info.features else None
-  return found.as_data_source(split=split, decoders=undecoded), files
+  return _Split(found.as_data_source(split=split, decoders=undecoded), files)

@@ -10,7 +10,7 @@ import os
 import pathlib
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from diffdis_jax.data.records import NOT_PLAIN, TOO_LARGE, Unusable
 from diffdis_jax.errors import UserError
@@ -81,7 +81,7 @@ def index(path: pathlib.Path, field_of: Callable[[str], str | None]) -> Index:
   with open(path, "rb") as file:
     entries = _Entries(file)
     for entry in entries:
-      key, _, ending = _split_name(entry.name)
+      key, ending = _split_name(entry.name)
       field = field_of(ending.lower())
       if field is None or entry.isdir():
         continue
@@ -131,8 +131,14 @@ class _Headers:
     return self._file.read(size)
 
 
-def _split_name(name: str) -> tuple[str, str, str]:
-  """A member's path -> key, dot, ending. The key goes to the first dot of the file's name, as in webdataset."""
+class _Name(NamedTuple):
+  """A member's path up to the first dot of the file's name, as in webdataset, and what is behind that."""
+
+  key: str
+  ending: str
+
+
+def _split_name(name: str) -> _Name:
   folder, slash, base = name.rpartition("/")
-  stem, dot, ending = base.partition(".")
-  return folder + slash + stem, dot, ending
+  stem, _, ending = base.partition(".")
+  return _Name(folder + slash + stem, ending)

@@ -45,7 +45,9 @@ Extract = Callable[[Any], Float[np.ndarray, "n d"]]  # features of images
 
 
 class Fid:
-  """FID and KID by the 2015 Inception network, whose weights are a file of the user's.
+  """Task `fid`: FID and KID by the 2015 Inception network, whose weights are a file of the user's.
+
+  Source: Heusel et al., 2017 (FID), Bińkowski et al., 2018 (KID); numbers, prompts and real images as U-ViT has them.
 
   Args:
     data: section of a data source with captions, as `data.sources.open_source` takes it.

@@ -3,8 +3,6 @@
 The judge of rendered shapes is all but perfect. That of labelled images errs too, so its own accuracy on real images
 that it was not trained on stands beside every figure. Most of what it was trained on the generator was trained on as
 well, and it names copies right; how many generated images are near to copies stands there too.
-
-The evaluation is not the paper's, which measures generation by FID alone.
 """
 
 from __future__ import annotations
@@ -35,10 +33,11 @@ class Trained:
 
 
 class GenerationAccuracy:
-  """The share of generated images that show the class that was asked for, as a classifier of real images names them.
+  """Task `generation_accuracy`: the share of generated images that show what was asked for, as a classifier judges.
 
   Without `data` the images are rendered shapes, and right are those of the colour and the shape asked for. With `data`
-  they are of its classes, and right are those whose class is named first, or among the first five.
+  they are of its classes, and right are those whose class is named first, or among the first five. Source: none; it
+  stands for FID where there are too few images for that.
 
   Args:
     data: section of a data source, as `data.sources.open_source` takes it. One image or more is generated for each of

@@ -27,7 +27,10 @@ GROUPS = {
 
 
 class LongTail:
-  """Image-, Text- and KNN-Acc of a backbone; of a run with a head its accuracy too, each by groups of classes.
+  """Task `long_tail`: Image-, Text- and KNN-Acc of a backbone; of a run with a head its accuracy too, each by groups of
+  classes.
+
+  Source: the paper's Table 8; VL-LTR (Tian et al., ECCV 2022) for what its columns are.
 
   Args:
     data: section of a long-tailed set's split, as `data.sources.open_source` takes it.

@@ -15,7 +15,9 @@ RECALL_AT = (1, 5, 10)
 
 
 class Retrieval:
-  """The share of queries with at least one right answer among the first k.
+  """Task `retrieval`: the share of queries with at least one right answer among the first k, both ways.
+
+  Source: the paper's retrieval on MSCOCO and Flickr30k; recall as CLIP_benchmark's zeroshot_retrieval.py counts it.
 
   Args:
     data: section of a data source, as `data.sources.open_source` takes it.

@@ -69,13 +69,10 @@ def merged(by_name: Mapping[str, Mapping[str, Setting]]) -> dict[str, Setting]:
     by_name: of each evaluation, its settings.
   """
   found: dict[str, Setting] = {}
-  for name in dict.fromkeys(name for settings in by_name.values() for name in settings):
-    tasks: dict[str, list[str]] = {}
-    for task, settings in by_name.items():
-      if name in settings:
-        tasks.setdefault(settings[name].help, []).append(task)
-    text = "; ".join(f"{', '.join(several)}: {said}" for said, several in tasks.items())
-    found[name] = Setting(next(each[name].kind for each in by_name.values() if name in each), text)
+  for task, settings in by_name.items():
+    for name, setting in settings.items():
+      before = f"{found[name].help}; " if name in found else ""
+      found[name] = Setting(setting.kind, f"{before}{task}: {setting.help}")
   return found
 
 

@@ -20,7 +20,10 @@ _NUMBER = re.compile(r"n\d{8}")  # of WordNet, as ImageNet's class folders are c
 
 
 class ZeroShot:
-  """Top-1, top-5 and mean per-class recall over a class list.
+  """Task `zero_shot`: top-1, top-5 and mean per-class recall over a class list.
+
+  An image's class is that whose text embedding, of its name in prompt templates, is nearest to the image's denoised
+  query. Source: the paper's Table 1; prompts and their mean after CLIP (Radford et al., 2021).
 
   Args:
     data: section of a data source, as `data.sources.open_source` takes it.

@@ -34,8 +34,8 @@ class Contrastive:
 class Direction:
   """One of `contrastive`'s two directions: each anchor's loss, and whether its own candidate is the nearest."""
 
-  loss: Float[Array, "b"]
-  is_nearest: Bool[Array, "b"]
+  loss: Float[Array, "*b"]
+  is_nearest: Bool[Array, "*b"]
 
 
 @struct.dataclass

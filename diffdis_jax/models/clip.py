@@ -1,7 +1,7 @@
 """CLIP, the baseline of the paper's Table 1: a vision transformer beside the text tower, and how it starts.
 
-From scratch it starts with OpenAI's spreads in the text tower, and in the vision tower, for which OpenAI gave none,
-with PyTorch's defaults, as open_clip has them (transformer.py, `init_parameters`).
+From scratch, the text tower has OpenAI's spreads, and the vision tower, for which OpenAI gave none, PyTorch's defaults,
+as open_clip has both (transformer.py, `init_parameters`).
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ class Batches:
       return {str(i): array[rows] for i, array in enumerate(arrays)}
 
     outputs = []
+    # Padded by a row that is there, not by zeros, so that f sees nothing that it could fail on.
     # Arrays may decode images when rows are asked for: those of the next call, while devices compute this one's.
     with ThreadPoolExecutor(1) as reader:
       ahead = reader.submit(read, 0)
@@ -58,6 +59,7 @@ class Batches:
         local = ahead.result()
         if start + self.size < n:
           ahead = reader.submit(read, start + self.size)
+        # The host waits for each result: without it, all chunks would lie on the devices together.
         outputs.append(processes.whole(f(*sharding.to_global(local, self._mesh).values())))
         done(min(self.size, n - start))
         self._after_batch()

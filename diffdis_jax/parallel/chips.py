@@ -8,7 +8,7 @@ import math
 from diffdis_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Charged:
   """What the TPU compiler's `optimal_seconds` charges for a kernel by its declared cost: the longest of operations,
   transcendentals and bytes, at so many a second. Found by kernels of known cost (JAX 0.10.2, libtpu 0.0.42.1)."""
@@ -21,7 +21,7 @@ class Charged:
     return max(flops / self.flops, transcendentals / self.transcendentals, bytes / self.bandwidth)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Chip:
   """One device.
 
@@ -56,72 +56,53 @@ class Chip:
 
 
 GIB = 2**30
-# By NVIDIA's data sheets: of bf16 with sums in f32, without sparsity, which many of them count in.
-_A100 = Chip(flops=312e12, memory=80 * GIB, bandwidth=2.039e12, kind="NVIDIA A100-SXM4-80GB", links=300e9, network=25e9)
-_H100 = Chip(flops=989e12, memory=80 * GIB, bandwidth=3.35e12, kind="NVIDIA H100 80GB HBM3", links=450e9, network=50e9)
 _PCIE_4, _PCIE_5 = 32e9, 64e9  # of 16 lanes, bytes a second in one direction
+# By NVIDIA's data sheets: of bf16 with sums in f32, without sparsity, which many of them count in.
+_A100 = Chip(312e12, 80 * GIB, 2.039e12, "NVIDIA A100-SXM4-80GB", links=300e9, network=25e9)
+_H100 = Chip(989e12, 80 * GIB, 3.35e12, "NVIDIA H100 80GB HBM3", links=450e9, network=50e9)
+_A100_40 = dataclasses.replace(_A100, kind="NVIDIA A100-SXM4-40GB", memory=40 * GIB, bandwidth=1.555e12)
 _NVIDIA = {
   "a100": _A100,
-  "a100-40": dataclasses.replace(_A100, kind="NVIDIA A100-SXM4-40GB", memory=40 * GIB, bandwidth=1.555e12),
+  "a100-40": _A100_40,
   "a100pcie": dataclasses.replace(_A100, kind="NVIDIA A100 80GB PCIe", bandwidth=1.935e12, links=_PCIE_4),
-  "a100pcie-40": dataclasses.replace(
-    _A100, kind="NVIDIA A100-PCIE-40GB", memory=40 * GIB, bandwidth=1.555e12, links=_PCIE_4
-  ),
+  "a100pcie-40": dataclasses.replace(_A100_40, kind="NVIDIA A100-PCIE-40GB", links=_PCIE_4),
   "h100": _H100,
-  "h100pcie": dataclasses.replace(
-    _H100, kind="NVIDIA H100 PCIe", flops=756e12, bandwidth=2.0e12, links=_PCIE_5, network=25e9
-  ),
-  "h100nvl": dataclasses.replace(
-    _H100, kind="NVIDIA H100 NVL", flops=835e12, memory=94e9, bandwidth=3.9e12, links=300e9, network=25e9
-  ),
+  "h100pcie": Chip(756e12, 80 * GIB, 2.0e12, "NVIDIA H100 PCIe", links=_PCIE_5, network=25e9),
+  "h100nvl": Chip(835e12, 94e9, 3.9e12, "NVIDIA H100 NVL", links=300e9, network=25e9),
   "h200": dataclasses.replace(_H100, kind="NVIDIA H200", memory=141e9, bandwidth=4.8e12),
-  "b200": Chip(flops=2250e12, memory=180e9, bandwidth=8.0e12, kind="NVIDIA B200", links=900e9, network=50e9),
+  "b200": Chip(2250e12, 180e9, 8.0e12, "NVIDIA B200", links=900e9, network=50e9),
   # Data sheet of the L4 (2023): 242 TFLOPS with sparsity, 300 GB/s.
-  "l4": Chip(flops=121e12, memory=24 * GIB, bandwidth=0.3e12, kind="NVIDIA L4", links=_PCIE_4),
+  "l4": Chip(121e12, 24 * GIB, 0.3e12, "NVIDIA L4", links=_PCIE_4),
   # Data sheet of the A10G, for AWS (2022): 70 TFLOPS, where an A10 has 125; 600 GB/s.
-  "a10g": Chip(flops=70e12, memory=24 * GIB, bandwidth=0.6e12, kind="NVIDIA A10G", links=_PCIE_4),
+  "a10g": Chip(70e12, 24 * GIB, 0.6e12, "NVIDIA A10G", links=_PCIE_4),
   # White paper of the Ada architecture (2022), appendix A: 165.2 TFLOPS with sums in f32, 330.3 in f16; 1,008 GB/s.
-  "rtx4090": Chip(flops=165.2e12, memory=24 * GIB, bandwidth=1.008e12, kind="NVIDIA GeForce RTX 4090", links=_PCIE_4),
+  "rtx4090": Chip(165.2e12, 24 * GIB, 1.008e12, "NVIDIA GeForce RTX 4090", links=_PCIE_4),
 }
+# Of a TPU a bare name of JAX's, such as "TPU v5", is not its family but one chip of it: `lite` is said of the others.
 CHIPS = {
   "v4": Chip(
-    flops=275e12,
-    memory=32 * GIB,
-    bandwidth=1.228e12,
-    kind="TPU v4",
-    links=300e9,
-    clock=1.05e9,
-    charged=Charged(flops=274e12, transcendentals=1.0755e12, bandwidth=0.9825e12),
+    *(275e12, 32 * GIB, 1.228e12, "TPU v4"), links=300e9, clock=1.05e9, charged=Charged(274e12, 1.0755e12, 0.9825e12)
   ),
   "v5e": Chip(
-    flops=197e12,
-    memory=16 * GIB,
-    bandwidth=0.819e12,
-    kind="TPU v5 lite",
+    *(197e12, 16 * GIB, 0.819e12, "TPU v5 lite"),
     aliases=("TPU v5e", "TPU v5litepod"),
     links=200e9,
     clock=1.5e9,
-    charged=Charged(flops=197e12, transcendentals=1.536e12, bandwidth=0.7377e12),
+    charged=Charged(197e12, 1.536e12, 0.7377e12),
   ),
   "v5p": Chip(
-    flops=459e12,
-    memory=95 * GIB,
-    bandwidth=2.765e12,
-    kind="TPU v5",
+    *(459e12, 95 * GIB, 2.765e12, "TPU v5"),
     aliases=("TPU v5p",),
     links=600e9,
     clock=1.75e9,
-    charged=Charged(flops=394e12, transcendentals=3.072e12, bandwidth=2.3504e12),
+    charged=Charged(394e12, 3.072e12, 2.3504e12),
   ),
   "v6e": Chip(
-    flops=918e12,
-    memory=32 * GIB,
-    bandwidth=1.64e12,
-    kind="TPU v6 lite",
+    *(918e12, 32 * GIB, 1.64e12, "TPU v6 lite"),
     aliases=("TPU v6e",),
     links=448e9,
     clock=1.75e9,
-    charged=Charged(flops=918e12, transcendentals=1.792e12, bandwidth=1.638e12),
+    charged=Charged(918e12, 1.792e12, 1.638e12),
   ),
 } | _NVIDIA
 
@@ -130,6 +111,7 @@ _TORUS_3D = (
   *("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
   "16x16x16",
 )
+# Of GPUs, those of a host and then hosts; 24 GB cards are rented in single hosts.
 _ONE_HOST = ("1", "2", "4", "8")
 _GPUS = (*_ONE_HOST, "4x2", "8x2", "8x4", "8x8", "8x16")
 LAYOUTS = {name: _TORUS_2D for name in ("v5e", "v6e")} | {name: _TORUS_3D for name in ("v4", "v5p")}

@@ -22,6 +22,7 @@ def fingerprint(params: Mapping[str, Any]) -> str:
   names, digest = sorted(params), hashlib.sha256()
   if not names:
     return digest.hexdigest()
+  # One program for all of them, which reads arrays where they lie: no process need have a whole one.
   sums = jax.jit(lambda arrays: jnp.stack([_sums(x) for x in arrays]))([params[name] for name in names])
   for name, pair in zip(names, processes.whole(sums), strict=True):
     digest.update(f"{name} {params[name].shape} {params[name].dtype} {pair.tolist()}\n".encode())

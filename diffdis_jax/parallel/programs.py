@@ -118,6 +118,7 @@ def _compile(name: str, f: Any, *args: Any) -> jax.stages.Compiled:
     logging.info("compiling %s", name)
   elif max(last.compiled or 0.0, last.cached or 0.0) >= LONG:
     logging.info("compiling %s, which took %s the last time", name, last)
+  # By the thread's own count of hits, since other threads compile other programs at the same time.
   begin, hits = time.monotonic(), _hits.count
   program = f.lower(*args).compile()
   seconds, cached = time.monotonic() - begin, _hits.count > hits
@@ -134,6 +135,7 @@ def _times_file(name: str, args: Any) -> epath.Path | None:
     return None
   leaves, tree = jax.tree.flatten(args)
   shapes = [(x.shape, str(x.dtype)) for x in leaves]
+  # What the compile time depends on, as far as it is known without lowering the program, which takes seconds itself.
   place = jax.__version__, jax.devices()[0].device_kind, jax.device_count(), jax.process_count()
   key = hashlib.sha256(repr((name, place, shapes, str(tree))).encode()).hexdigest()
   return buckets.path(folder) / "seconds" / f"{key[:32]}.json"
@@ -143,6 +145,7 @@ def _read(file: epath.Path | None) -> Times:
   try:
     return Times(**files.read_json(file)) if file is not None else Times()
   except (OSError, UserError, TypeError):
+    # A file of another version, or half of one: nothing but a line of the log depends on it.
     return Times()
 
 
@@ -168,6 +171,7 @@ class Program:
 
   def __call__(self, *args: Any) -> Any:
     leaves, tree = jax.tree.flatten(args)
+    # Places too: the compiled program takes no array that lies elsewhere, where jax.jit would compile again by itself.
     key = tree, tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
     if key not in self._compiled:
       self._compiled[key] = compiled(self.name, self._f, *args)

@@ -182,16 +182,11 @@ def _gather(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> jax.Arr
   return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, stored), used)
 
 
-def _gather_forward(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> tuple[jax.Array, None]:
-  return _gather(x, stored, used), None
-
-
-def _gather_backward(stored: NamedSharding, used: NamedSharding, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-  del used
-  return (jax.lax.with_sharding_constraint(gradient, stored),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
+# Backwards the gradient gets the stored split and nothing else, so that it is summed and split at once.
+_gather.defvjp(
+  lambda x, stored, used: (_gather(x, stored, used), None),
+  lambda stored, used, _, gradient: (jax.lax.with_sharding_constraint(gradient, stored),),
+)
 
 
 def on_own_rows(f: Callable[..., Any], mesh: Mesh, summed: Mapping[str, Any]) -> Callable[..., Any]:
@@ -213,6 +208,7 @@ def on_own_rows(f: Callable[..., Any], mesh: Mesh, summed: Mapping[str, Any]) ->
 
   def reduce(path: str, x: jax.Array) -> jax.Array:
     x = jax.lax.with_sharding_constraint(x, _only(stored[path], ("tensor",)))
+    # An axis of one device has nothing to add up, and a reduction over it would still be an operation.
     left = {axis for axis in rows if mesh.shape[axis] > 1}
     if "fsdp" in left and "fsdp" in stored[path]:
       x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=stored[path].index("fsdp"), tiled=True)
@@ -274,5 +270,6 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
 def to_global(batch: Mapping[str, np.ndarray | None], mesh: Mesh) -> dict[str, Any]:
   """This process's `local_rows` of a batch to global arrays on the mesh; a field that is None stays it."""
   place = batch_sharding(mesh)
-  to_array = lambda rows: None if rows is None else jax.make_array_from_process_local_data(place, rows)
-  return {name: to_array(rows) for name, rows in batch.items()}
+  return {
+    name: None if rows is None else jax.make_array_from_process_local_data(place, rows) for name, rows in batch.items()
+  }

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,11 +32,15 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import attention
 from diffdis_jax.parallel import chips, sharding
-from diffdis_jax.preflight import calibration, report, search, targets
+from diffdis_jax.preflight import calibration, report, targets
 from diffdis_jax.training import flops
 from diffdis_jax.training.step import Trainer
 
+FLAGS = flags.FLAGS
+
+PROGRAMS = ("train", "generation", "discrimination")
 CC3M_PAIRS = 2_905_954
+Changes = dict[str, Any]  # config field -> value, of --search
 # What traces and compiles.
 PROGRAMS = ("train", "generation", "discrimination")
 COMPILERS = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -60,6 +64,8 @@ def compile_one(
   Raises:
     UserError: a network, mesh or batch that cannot run there.
   """
+  # The mesh is of the target's devices, and the code traced for its platform, whatever this machine has: attention
+  # picks its kernel by them.
   mesh = sharding.make_mesh(**vars(run.mesh), devices=target.devices)
   with attention.standing_in_for(target.chip.platform):
     program = trace_program(name, run, mesh)
@@ -80,7 +86,7 @@ def compile_all(run: Run, target: targets.Target) -> dict[str, Any]:
   settings = dict(num_pairs=FLAGS.num_pairs, epochs=FLAGS.epochs)
   results: dict[str, Any] = {name: compile_one(name, run, target, hlo=FLAGS.hlo, **settings) for name in FLAGS.programs}
   if FLAGS.search and "train" in results and not results["train"]["fits"]:
-    tried = search.candidates(
+    tried = candidates(
       remat=run.model.remat,
       mesh=vars(run.mesh),
       batch_size=run.batch_size,
@@ -89,11 +95,47 @@ def compile_all(run: Run, target: targets.Target) -> dict[str, Any]:
       slices=FLAGS.slices,
     )
 
-    def attempt(changes: search.Changes) -> dict[str, Any]:
+    def attempt(changes: Changes) -> dict[str, Any]:
       return compile_one("train", run.replace(changes), target, **settings)
 
-    results["search"] = search.first_fit(tried, attempt)
+    results["search"] = first_fit(tried, attempt)
   return results
+
+
+def candidates(
+  *, remat: str, mesh: Mapping[str, int], batch_size: int, accumulate: int, chips: int, slices: int = 1
+) -> Iterator[Changes]:
+  """Changes of these config fields, those that cost least first: rematerialisation, sharding over a slice, both, then
+  smaller batches."""
+  more_remat: Changes = {} if remat == "full" else {"model.remat": "full"}
+  fsdp: Changes = {}
+  if mesh["tensor"] > 0:
+    fsdp = {"mesh.data": slices, "mesh.fsdp": chips // slices // mesh["tensor"]}
+  sharded = mesh["fsdp"] == -1 or mesh["fsdp"] == fsdp.get("mesh.fsdp")
+  # By what they cost: remat is operations, sharding is traffic, a smaller batch is another experiment.
+  options = [more_remat, {} if sharded else fsdp]
+  both = {**options[0], **options[1]}
+  tried: list[Changes] = [{}]
+  for changes in (*options, both):
+    if changes not in tried:
+      tried.append(changes)
+      yield changes
+  # A batch must divide over the chips in each microbatch; what is left over is a config that cannot run.
+  smallest = chips * accumulate
+  batch_size //= 2
+  while batch_size >= smallest and batch_size % smallest == 0:
+    yield {**both, "batch_size": batch_size}
+    batch_size //= 2
+
+
+def first_fit(tried: Iterable[Changes], attempt: Callable[[Changes], dict[str, Any]]) -> list[dict[str, Any]]:
+  """Each of the changes tried, up to the first that fits: the changes, and the report that `attempt` made of them."""
+  trials = []
+  for changes in tried:
+    trials.append(dict(changes=changes, report=attempt(changes)))
+    if trials[-1]["report"]["fits"]:
+      break
+  return trials
 
 
 def describe_search(trials: Sequence[dict[str, Any]]) -> str:
@@ -114,8 +156,25 @@ def key_of(config: str, platform: str, present: targets.Target | None) -> bytes:
   asked = [FLAGS.topology, FLAGS.slices, platform, sorted(FLAGS.programs), FLAGS.search, FLAGS.num_pairs, FLAGS.epochs]
   kinds = [device.device_kind for device in present.devices] if present else []
   flags_of_xla = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", *targets.MEMORY_VARIABLES)]
+  # Code too: the same question of another version has another answer.
   code = code_digest.of(".", packages=COMPILERS)
   return json.dumps([config, asked, kinds, flags_of_xla, code], sort_keys=True).encode()
+
+
+def define_flags() -> None:
+  """The command line."""
+  cli.config_flag(required=False)
+  flags.DEFINE_string(
+    "topology", None, "chips and their layout, such as v5e:8x8, h100:8, or h100:8x4 for four hosts of eight"
+  )
+  flags.DEFINE_integer("slices", 1, "how many of them, joined by the data centre's network", lower_bound=1)
+  flags.DEFINE_enum("platform", None, targets.PLATFORMS, "compiler; that of the topology's chips where it is installed")
+  flags.DEFINE_list("programs", ["train"], f"some of {','.join(PROGRAMS)}")
+  flags.DEFINE_bool("search", False, "where the train step does not fit, try remat, fsdp and smaller batches")
+  flags.DEFINE_float("epochs", 6, "of the run, for its cost", lower_bound=0)
+  flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "of the training set, for the run's cost", lower_bound=1)
+  flags.DEFINE_string("out", None, "JSON file to write")
+  flags.DEFINE_string("hlo", None, "folder for the compiled programs' text")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -139,6 +198,7 @@ def main(argv: Sequence[str]) -> None:
     logging.warning("libtpu is not installed (%s); XLA compiles for CPU devices instead", install("tpu"))
   elif platform == "cpu" and topology and FLAGS.platform is None:
     logging.warning("jax's CUDA plugin is not installed (%s); XLA compiles for CPU devices instead", install("cuda"))
+  # Nothing may have asked for devices before this line, after which JAX's platforms are fixed.
   targets.prepare(platform, topology, FLAGS.slices)
   if platform != "cpu" and topology:
     jax.config.update("jax_enable_compilation_cache", False)  # without the device, its programs cannot be read back
@@ -158,6 +218,7 @@ def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
   present = targets.find(platform, topology, FLAGS.slices) if topology is None else None
   store = Store(files.user_cache("preflight"), "preflight's answers")
   key = key_of(FLAGS.config.to_json_best_effort(), platform, present)
+  # --hlo wants the programs' text, which is not kept.
   results = None if FLAGS.hlo else store.read_json(key)
   if results is not None:
     logging.info("the same was asked before; from %s", store.file(key, ".json"))
@@ -172,19 +233,6 @@ def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
   return results
 
 
-FLAGS = flags.FLAGS
-
 if __name__ == "__main__":
-  cli.config_flag(required=False)
-  flags.DEFINE_string(
-    "topology", None, "chips and their layout, such as v5e:8x8, h100:8, or h100:8x4 for four hosts of eight"
-  )
-  flags.DEFINE_integer("slices", 1, "how many of them, joined by the data centre's network", lower_bound=1)
-  flags.DEFINE_enum("platform", None, targets.PLATFORMS, "compiler; that of the topology's chips where it is installed")
-  flags.DEFINE_list("programs", ["train"], f"some of {','.join(PROGRAMS)}")
-  flags.DEFINE_bool("search", False, "where the train step does not fit, try remat, fsdp and smaller batches")
-  flags.DEFINE_float("epochs", 6, "of the run, for its cost", lower_bound=0)
-  flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "of the training set, for the run's cost", lower_bound=1)
-  flags.DEFINE_string("out", None, "JSON file to write")
-  flags.DEFINE_string("hlo", None, "folder for the compiled programs' text")
+  define_flags()
   cli.run(main, positional=1)

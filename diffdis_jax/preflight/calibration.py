@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,14 @@ from diffdis_jax.preflight import targets
 from diffdis_jax.training import flops
 
 ESTIMATES = {"seconds": "its sum", "seconds_by_cycles": "by cycles", "seconds_by_roof": "by roof"}
+
+
+class Costs(NamedTuple):
+  """A lowered program, its floating-point operations, and the bytes that it reads and writes at least."""
+
+  lowered: jax.stages.Lowered
+  flops: float
+  moved: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,13 +45,14 @@ class Plain:
   shapes: tuple[tuple[int, ...], ...]
   dtype: Any = jnp.bfloat16
 
-  def lower(self, device: Any) -> tuple[jax.stages.Lowered, float, int]:
-    """For this device, with its floating-point operations and the bytes that it reads and writes at least."""
+  def lower(self, device: Any) -> Costs:
+    """For this device."""
     place = jax.sharding.SingleDeviceSharding(device)
     traced = jax.jit(self.f).trace(*(jax.ShapeDtypeStruct(s, self.dtype, sharding=place) for s in self.shapes))
+    # Each argument and result once: what the compiler reads again is its own doing.
     arrays = [*self.shapes, *(each.shape for each in jax.tree.leaves(traced.out_info))]
     moved = sum(map(math.prod, arrays)) * jnp.dtype(self.dtype).itemsize
-    return traced.lower(), flops.count(traced.jaxpr), moved
+    return Costs(traced.lower(), flops.count(traced.jaxpr), moved)
 
 
 def _product(rows: int, inner: int, columns: int) -> Plain:
@@ -61,6 +70,7 @@ def _convolution(side: int, channels: int) -> Plain:
 def _gradient_of_kernel(side: int, channels: int) -> Plain:
   image, kernel = (16, side, side, channels), jax.ShapeDtypeStruct((3, 3, channels, channels), jnp.bfloat16)
 
+  # The transpose alone, since jax.vjp would run the convolution itself too.
   def gradient(x: Array, dy: Array) -> Array:
     return jax.linear_transpose(lambda kernel: _convolve(x, kernel), kernel)(dy)[0]
 
@@ -71,6 +81,8 @@ def _sum(dtype: Any) -> Plain:
   return Plain(f=lambda x, y: x + y, shapes=((2**13, 2**13),) * 2, dtype=dtype)
 
 
+# The first is bound by operations alone and the sums by memory alone: they say how the estimate errs at either bound.
+# The others are what a UNet's step is made of.
 PROGRAMS = {
   "product 8192 x 8192 x 8192": _product(8192, 8192, 8192),
   "product 16384 x 320 x 320": _product(16384, 320, 320),
@@ -97,9 +109,10 @@ def calibrate(target: targets.Target) -> dict[str, dict[str, float | None]]:
     raise UserError(f"the compiler for {target.chip.kind} here, {target.compiler}, estimates no time; only TPUs' does")
   results = {}
   for name, program in PROGRAMS.items():
-    lowered, flops, moved = program.lower(target.devices[0])
-    compiled = targets.compile(lowered, target)
-    least = max(flops / target.chip.flops, moved / target.chip.bandwidth)
+    costs = program.lower(target.devices[0])
+    compiled = targets.compile(costs.lowered, target)
+    # The longer of the two, as if one ran entirely beside the other: no program can be faster.
+    least = max(costs.flops / target.chip.flops, costs.moved / target.chip.bandwidth)
     results[name] = {"seconds_least": least} | {each: getattr(compiled, each) for each in ESTIMATES}
     logging.info("%s", line(name, results[name]))
   return results

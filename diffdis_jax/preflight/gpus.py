@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from diffdis_jax.parallel.chips import Chip
 
 KIB, MIB = 2**10, 2**20
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gpu:
-  """One kind of GPU, by NVIDIA's data sheets and the CUDA programming guide's table of compute capabilities.
+class Gpu(NamedTuple):
+  """What the compiler asks of one kind of GPU beyond what parallel/chips.py has, by NVIDIA's data sheets and the CUDA
+  programming guide's table of compute capabilities.
 
   Attributes:
-    name: as the driver gives it.
     capability: CUDA's compute capability.
     cores: streaming multiprocessors.
     lanes: of a core for f32.
     clock: boost, GHz.
     memory: bytes, as the driver gives them.
-    bandwidth: of it, bytes a second.
     cache: second level, bytes.
     shared_memory: of a core, bytes. A block may have all but one KiB of it.
     links: NVLinks; 0 without.
@@ -26,13 +27,11 @@ class Gpu:
     corrects: whether its memory corrects errors.
   """
 
-  name: str
   capability: tuple[int, int]
   cores: int
   lanes: int
   clock: float
   memory: int
-  bandwidth: float
   cache: int
   shared_memory: int
   links: int
@@ -40,82 +39,19 @@ class Gpu:
   corrects: bool = True
 
 
-_H100 = Gpu(
-  name="NVIDIA H100 80GB HBM3",
-  capability=(9, 0),
-  cores=132,
-  lanes=128,
-  clock=1.98,
-  memory=81_008 * MIB,
-  bandwidth=3.35e12,
-  cache=50 * MIB,
-  shared_memory=228 * KIB,
-  links=18,
-)
-_A100 = Gpu(
-  name="NVIDIA A100-SXM4-80GB",
-  capability=(8, 0),
-  cores=108,
-  lanes=64,
-  clock=1.41,
-  memory=81_152 * MIB,
-  bandwidth=2.039e12,
-  cache=40 * MIB,
-  shared_memory=164 * KIB,
-  links=12,
-)
-_L4 = Gpu(
-  name="NVIDIA L4",
-  capability=(8, 9),
-  cores=58,
-  lanes=128,
-  clock=2.04,
-  memory=23_034 * MIB,
-  bandwidth=0.3e12,
-  cache=48 * MIB,
-  shared_memory=100 * KIB,
-  links=0,
-  threads=1536,
-)
+# By their names in chips.CHIPS. What a variant shares with another card stands again: a row can be held against one
+# data sheet.
 GPUS = {
-  "a100": _A100,
-  "a100-40": dataclasses.replace(_A100, name="NVIDIA A100-SXM4-40GB", memory=40_960 * MIB, bandwidth=1.555e12),
-  "h100": _H100,
-  "h100pcie": dataclasses.replace(_H100, name="NVIDIA H100 PCIe", cores=114, clock=1.755, bandwidth=2.0e12, links=0),
-  "h200": dataclasses.replace(_H100, name="NVIDIA H200", memory=143_771 * MIB, bandwidth=4.8e12),
-  "b200": Gpu(
-    name="NVIDIA B200",
-    capability=(10, 0),
-    cores=148,
-    lanes=128,
-    clock=1.965,
-    memory=183_359 * MIB,
-    bandwidth=8.0e12,
-    cache=126 * MIB,
-    shared_memory=228 * KIB,
-    links=18,
-  ),
-  "l4": _L4,
-  "a10g": dataclasses.replace(
-    _L4,
-    name="NVIDIA A10G",
-    capability=(8, 6),
-    cores=80,
-    clock=1.71,
-    memory=23_028 * MIB,
-    bandwidth=0.6e12,
-    cache=6 * MIB,
-  ),
-  "rtx4090": dataclasses.replace(
-    _L4,
-    name="NVIDIA GeForce RTX 4090",
-    cores=128,
-    clock=2.52,
-    memory=24_564 * MIB,
-    bandwidth=1.008e12,
-    cache=72 * MIB,
-    corrects=False,
-  ),
+  "a100": Gpu((8, 0), 108, 64, 1.41, 81_152 * MIB, 40 * MIB, 164 * KIB, 12),
+  "a100-40": Gpu((8, 0), 108, 64, 1.41, 40_960 * MIB, 40 * MIB, 164 * KIB, 12),
+  "h100": Gpu((9, 0), 132, 128, 1.98, 81_008 * MIB, 50 * MIB, 228 * KIB, 18),
+  "h100pcie": Gpu((9, 0), 114, 128, 1.755, 81_008 * MIB, 50 * MIB, 228 * KIB, 0),
+  "h200": Gpu((9, 0), 132, 128, 1.98, 143_771 * MIB, 50 * MIB, 228 * KIB, 18),
+  "b200": Gpu((10, 0), 148, 128, 1.965, 183_359 * MIB, 126 * MIB, 228 * KIB, 18),
+  # Cards of Ada and the A10G hold fewer threads a core; a card for games has no error correction.
+  "l4": Gpu((8, 9), 58, 128, 2.04, 23_034 * MIB, 48 * MIB, 100 * KIB, 0, threads=1536),
+  "a10g": Gpu((8, 6), 80, 128, 1.71, 23_028 * MIB, 6 * MIB, 100 * KIB, 0, threads=1536),
+  "rtx4090": Gpu((8, 9), 128, 128, 2.52, 24_564 * MIB, 72 * MIB, 100 * KIB, 0, threads=1536, corrects=False),
 }
 # Of every one of these.
 _LIMITS = """
@@ -134,15 +70,15 @@ _LIMITS = """
 """
 
 
-def target_config(gpu: Gpu, *, cuda: tuple[int, ...], cudnn: tuple[int, ...]) -> str:
+def target_config(gpu: Gpu, chip: Chip, *, cuda: Sequence[int], cudnn: Sequence[int]) -> str:
   """What the compiler takes for `target_config`.
 
   Args:
+    chip: the same card; its `kind` is the driver's name of it.
     cuda, cudnn: versions that a program is to run with, as (major, minor, patch).
   """
   major, minor = gpu.capability
-  fields = lambda version: " ".join(f"{name}: {part}" for name, part in zip(("major", "minor", "patch"), version))
-  dotted = lambda version: ".".join(map(str, version))
+  runtime, dnn = (".".join(map(str, version)) for version in (cuda, cudnn))
   links = f"device_interconnect_info {{ active_links: {gpu.links} }}" if gpu.links else ""
   return f"""
 gpu_device_info {{{_LIMITS}
@@ -152,22 +88,26 @@ gpu_device_info {{{_LIMITS}
   fpus_per_core: {gpu.lanes}
   clock_rate_ghz: {gpu.clock}
   device_memory_size: {gpu.memory}
-  memory_bandwidth: {gpu.bandwidth:.0f}
+  memory_bandwidth: {chip.bandwidth:.0f}
   l2_cache_size: {gpu.cache}
   shared_memory_per_core: {gpu.shared_memory}
   shared_memory_per_block_optin: {gpu.shared_memory - KIB}
   cuda_compute_capability {{ major: {major} minor: {minor} }}
   device_vendor: "NVIDIA Corporation"
-  name: "{gpu.name}"
+  name: "{chip.kind}"
   platform_version: "Compute Capability {major}.{minor}"
-  runtime_version: "{dotted(cuda)}"
-  compile_time_toolkit_version: "{dotted(cuda)}"
-  driver_version: "{dotted(cuda)}"
-  dnn_version: "{dotted(cudnn)}"
+  runtime_version: "{runtime}"
+  compile_time_toolkit_version: "{runtime}"
+  driver_version: "{runtime}"
+  dnn_version: "{dnn}"
   {links}
 }}
 platform_name: "CUDA"
-dnn_version_info {{ {fields(cudnn)} }}
-runtime_version {{ {fields(cuda)} }}
-device_description_str: "{gpu.name}"
+dnn_version_info {{ {_fields(cudnn)} }}
+runtime_version {{ {_fields(cuda)} }}
+device_description_str: "{chip.kind}"
 """
+
+
+def _fields(version: Sequence[int]) -> str:
+  return " ".join(f"{name}: {part}" for name, part in zip(("major", "minor", "patch"), version))

@@ -7,6 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,7 @@ _ON_CHIP = re.compile(r"S\([1-9]\)")
 _ESTIMATED_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
+Numbers = tuple[int, ...]  # a shape, or devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +59,9 @@ class Collective:
   """
 
   kind: str
-  shapes: tuple[tuple[int, ...], ...]
+  shapes: tuple[Numbers, ...]
   bytes: int
-  group: tuple[int, ...] = ()
+  group: Numbers = ()
   times: int = 1
 
   @property
@@ -69,6 +71,7 @@ class Collective:
     if not self.group:
       return moved
     others, share = len(self.group) - 1, 1 - 1 / len(self.group)
+    # By ring algorithms, the least that any can do: an all-reduce is a reduce-scatter and an all-gather.
     of_result = {"all-reduce": 2 * share, "reduce-scatter": others, "collective-permute": 1.0}
     return moved * of_result.get(self.kind, share)
 
@@ -119,6 +122,7 @@ def _runs(text: str) -> Callable[[str], int]:
   callers: dict[str, list[tuple[str, int]]] = {}
   for inside, lines in bodies.items():
     for line in lines:
+      # Both halves name what they run: counted twice, a collective in it would be.
       if _SECOND_HALF.search(line):
         continue
       turns = _turns(line, bodies)
@@ -157,7 +161,7 @@ def estimated_cycles(text: str) -> int:
   return sum(int(cycles) for cycles in _ESTIMATED_CYCLES.findall(text))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(text: str) -> Numbers:
   return tuple(int(number) for number in text.split(",") if number)
 
 
@@ -230,12 +234,22 @@ def _bodies(text: str) -> dict[str, list[str]]:
   return found
 
 
-def _own(text: str) -> Iterator[tuple[str, str, str, str, str]]:
-  """Name, shape, opcode, operands of each operation of the program's own computation, and what follows them."""
+class _Operation(NamedTuple):
+  """A line of a computation, as it is written; `rest` is what follows the operands."""
+
+  name: str
+  shape: str
+  opcode: str
+  operands: str
+  rest: str
+
+
+def _own(text: str) -> Iterator[_Operation]:
+  """Each operation of the program's own computation."""
   for line in text[text.find("ENTRY ") :].splitlines():
     line = _COMMENT.sub("", line)
     if match := _OPERATION.match(line):
-      yield match[1], match[2], match[3], match[4], line[match.end(4) :]
+      yield _Operation(match[1], match[2], match[3], match[4], line[match.end(4) :])
 
 
 def _in_memory(shape: str) -> int:
@@ -246,7 +260,7 @@ def _in_memory(shape: str) -> int:
   )
 
 
-def _group(line: str) -> tuple[int, ...]:
+def _group(line: str) -> Numbers:
   """The first group, in whichever of three ways they are written: listed, counted through, or along a mesh's axes."""
   if listed := _LISTED.search(line):
     return _numbers(listed[1])

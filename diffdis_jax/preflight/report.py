@@ -41,12 +41,14 @@ def summarise(program: Program, compiled: Compiled, target: Target, *, num_pairs
   example, September 2024), which by our count of operations is 50 % of peak, a third of them the encoding of images.
   For a step of as many tokens a chip, without encoding, the sum says 48 %, cycles 35 %.
   """
+  # The program's operations are all devices' together, the compiler's figures are one's.
   chips, chip = len(target.devices), target.chip
   bound = program.operations / chips / chip.flops
   seconds, by_cycles = (
     each * program.turns if each else None for each in (compiled.seconds, compiled.seconds_by_cycles)
   )
   estimates = dict(seconds=seconds, seconds_by_cycles=by_cycles, seconds_bound=bound)
+  # The first that there is, in this order; the bound, which is always there, last.
   planned_by, planned = next((name, each) for name, each in estimates.items() if each)
   estimates.update(seconds_by_roof=compiled.seconds_by_roof, seconds_between_chips=compiled.seconds_between_chips)
   result = dict(
@@ -86,6 +88,7 @@ def lines(name: str, result: dict[str, Any]) -> list[str]:
   said = [f"{name}: {result['parameters']:,} parameters, {result['images']} images on {chip}"]
   if not result["for_this_chip"]:
     said.append(f"compiled by XLA for {result['compiler']}: memory and collectives are that program's, not the chip's")
+  # The TPU compiler refuses what does not fit, so that there is no program of which more could be said.
   if result["compiler"] == "tpu" and not memory["arguments"]:
     said.append(f"memory a chip: {memory['total']:.2f} GiB wanted of {memory['chip']:.0f}: DOES NOT FIT")
     return said
@@ -106,6 +109,7 @@ def lines(name: str, result: dict[str, Any]) -> list[str]:
     said.append(f"between chips: at least {1e3 * between:.1f} ms, at all their links can carry; beside the rest or not")
   of_rate, of_cost = BOUNDS[result["planned_by"]]
   said.append(f"{of_rate}{result['images_per_second']:.0f} images/s")
+  # A bound at the chips' peak has no traffic in it either, but then says `at least` already.
   beside = "" if result["planned_by"] == "seconds_bound" else ", not in that time"
   moved = ", ".join(f"{kind} {size:.3f}" for kind, size in result["collectives_gib"].items())
   said.append(f"collectives{beside}, GiB a chip: {moved or 'none'}")

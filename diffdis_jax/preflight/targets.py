@@ -104,6 +104,7 @@ class Compiled:
 
 def choose_platform(platform: str | None, topology: Topology | None) -> str:
   """The compiler for a topology: the one asked for, or that of its chips where it is installed, or XLA's for CPUs."""
+  # A machine may have both compilers: which one is asked for is said by the chips, not by what is installed.
   own = "tpu" if topology and topology.is_tpu else "cuda"
   if platform is None:
     platform = own if topology and is_installed(own) else "cpu"
@@ -211,12 +212,12 @@ def gpu_devices(topology: Topology) -> list[Any]:
 
   a_host, *rest = topology.shape
   hosts = rest[0] if rest else 1
-  config = gpus.target_config(_gpu(topology), cuda=_version(CUDA), cudnn=_version(CUDNN))
+  config = gpus.target_config(_gpu(topology), topology.chip, cuda=_version(CUDA), cudnn=_version(CUDNN))
   layout = f"1x{hosts}x{a_host}"  # slices, hosts of one, devices of one
   return list(topologies.get_topology_desc(platform="cuda", target_config=config, topology=layout).devices)
 
 
-def _version(names: Sequence[str]) -> tuple[int, ...]:
+def _version(names: Sequence[str]) -> list[int]:
   """Of the first of these packages that is installed: major, minor, patch.
 
   Raises:
@@ -224,7 +225,7 @@ def _version(names: Sequence[str]) -> tuple[int, ...]:
   """
   for name in names:
     try:
-      return tuple(int(part) for part in importlib.metadata.version(name).split(".")[:3])
+      return [int(part) for part in importlib.metadata.version(name).split(".")[:3]]
     except importlib.metadata.PackageNotFoundError:
       continue
   raise not_installed("the compiler", f"one of {', '.join(names)}", "cuda")
@@ -232,6 +233,7 @@ def _version(names: Sequence[str]) -> tuple[int, ...]:
 
 def tpu_devices(topology: Topology, slices: int) -> list[Any]:
   """Devices to compile for, none of which need be there."""
+  # Before libtpu is loaded, which reads them once. What the user has set stays.
   for name, value in _LIBTPU.items():
     os.environ.setdefault(name, value)
   from jax.experimental import topologies
@@ -249,7 +251,7 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
   """Compiles, and reads what came out. A program too large for the TPU compiler is an answer, not an error."""
   chip = target.chip
   if target.compiler == "tpu":
-    schedules.clear()
+    schedules.clear()  # what lies there is taken for this program's
   try:
     program = lowered.compile(compiler_options=dict(target.options) or None)
   except jax.errors.JaxRuntimeError as error:

@@ -40,6 +40,7 @@ def seconds_by_roof(text: str, cycles: Mapping[str, int], chip: Chip) -> float |
   if not cycles or not chip.clock or hlo.has_loops(text):
     return None
   moved = hlo.traffic(text)
+  # Both: a kernel has cycles and may have no traffic that the text shows, a copy has traffic alone.
   names = moved.keys() | (cycles.keys() & hlo.operations(text))
   usable = _USABLE * chip.bandwidth
   return sum(max(cycles.get(name, 0) / chip.clock, moved.get(name, 0) / usable) for name in names)

@@ -21,6 +21,13 @@ FLAGS = flags.FLAGS
 MOST_RUNS = 8  # that have a colour of their own
 
 
+def define_flags() -> None:
+  """The command line."""
+  flags.DEFINE_list("workdir", None, "folder of a run, or several with commas between them", required=True)
+  flags.DEFINE_string("out", None, "HTML file to write", required=True)
+  flags.DEFINE_float("hour_price", None, "of one device for an hour, for the cost of a run", lower_bound=0.0)
+
+
 def main(argv: Sequence[str]) -> None:
   del argv
   report(FLAGS.workdir, FLAGS.out, hour_price=FLAGS.hour_price)
@@ -52,7 +59,5 @@ def report(paths: Sequence[str], out: str, *, hour_price: float | None = None) -
 
 
 if __name__ == "__main__":
-  flags.DEFINE_list("workdir", None, "folder of a run, or several with commas between them", required=True)
-  flags.DEFINE_string("out", None, "HTML file to write", required=True)
-  flags.DEFINE_float("hour_price", None, "of one device for an hour, for the cost of a run", lower_bound=0.0)
+  define_flags()
   cli.run(main)

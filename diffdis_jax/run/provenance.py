@@ -13,7 +13,7 @@ import pathlib
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -170,21 +170,28 @@ def _processors() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _checkout(root: pathlib.Path) -> tuple[str | None, bool | None]:
-  """Commit, and whether the files are its own. What git does not track counts in the package alone: elsewhere lie
-  runs."""
+class Checkout(NamedTuple):
+  """A checkout's commit, and whether its files are the commit's own; None where there is no checkout."""
+
+  commit: str | None
+  clean: bool | None
+
+
+def _checkout(root: pathlib.Path) -> Checkout:
+  """What git says. What it does not track counts in the package alone: elsewhere lie runs."""
   if (root / ".commit").is_file():  # launch/tpu_pod.sh's word for the commit whose files it has copied
-    return (root / ".commit").read_text().strip(), True
+    return Checkout((root / ".commit").read_text().strip(), True)
+  # Only the root itself: a wheel may lie inside of somebody's own repository.
   if not (root / ".git").exists():
-    return None, None
+    return Checkout(None, None)
   try:
     status = _git(root, "status", "--porcelain=v2", "--branch", "--untracked-files=no")
     untracked = _git(root, "ls-files", "--others", "--exclude-standard", "--", "diffdis_jax")
-  except (OSError, subprocess.SubprocessError):
-    return None, None
+  except (OSError, subprocess.SubprocessError):  # no git, or one that refuses
+    return Checkout(None, None)
   commit = re.search(r"^# branch\.oid ([0-9a-f]{40,64})$", status, re.M)
   changed = [line for line in status.splitlines() if not line.startswith("#")]
-  return (commit[1], not changed and not untracked) if commit else (None, None)
+  return Checkout(commit[1], not changed and not untracked) if commit else Checkout(None, None)
 
 
 def _git(root: pathlib.Path, *arguments: str) -> str:

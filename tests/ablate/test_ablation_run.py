@@ -60,7 +60,7 @@ def done(tmp_path, monkeypatch):
 def test_the_autoencoder_is_trained_first_and_once(plan, done):
   first, off, on = plan.runs
   for run in (on, off, on):
-    running.perform(run, done.folder, train=done.train, measure=done.measure)
+    running.run(run, done.folder, train=done.train, measure=done.measure)
   assert done.trained == [done.folder.workdir(run) for run in (first, on, off)]
   assert done.measured == [on.name, off.name]
 
@@ -77,7 +77,7 @@ def test_what_another_process_has_is_waited_for(plan, done, monkeypatch):
       done.trained.append(path)  # by the other process
     raise workdir.InUse("in use by process 1 on another; wait for it")
 
-  running.perform(first, done.folder, train=train, measure=done.measure)
+  running.run(first, done.folder, train=train, measure=done.measure)
   assert waits == [path] * 3 and not done.measured
 
 
@@ -110,19 +110,19 @@ def script(lines: dict[int, str]):
 def test_one_that_fails_is_told_and_the_others_go_on(plan, tmp_path, caplog):
   folder = Folder(tmp_path)
   said = "import sys; sys.stderr.write('step 1\\nerror: no such data\\nbye\\n'); sys.exit(2)"
-  code = running.perform_all(plan, [1, 2], folder, script({1: said, 2: f"open({str(tmp_path / 'other')!r}, 'w')"}))
+  code = running.run_all(plan, [1, 2], folder, script({1: said, 2: f"open({str(tmp_path / 'other')!r}, 'w')"}))
   assert code == 2 and (tmp_path / "other").exists()
   assert folder.log(plan.runs[1]).read_text() == "step 1\nerror: no such data\nbye\n"
   assert (
     f"run 1, {plan.runs[1].name}: failed with code 2: no such data; log in {folder.log(plan.runs[1])}" in caplog.text
   )
   assert "1 of 2 runs failed" in caplog.text
-  assert running.perform_all(plan, [1, 2], folder, script({1: said, 2: "raise SystemExit(1)"})) == 1
+  assert running.run_all(plan, [1, 2], folder, script({1: said, 2: "raise SystemExit(1)"})) == 1
   assert folder.log(plan.runs[1]).read_text().count("no such data") == 2
 
 
 def test_a_failed_autoencoder_fails_what_starts_from_it(plan, tmp_path, caplog):
-  code = running.perform_all(plan, [0, 1, 2], Folder(tmp_path), script({0: "raise SystemExit(3)", 1: "assert False"}))
+  code = running.run_all(plan, [0, 1, 2], Folder(tmp_path), script({0: "raise SystemExit(3)", 1: "assert False"}))
   assert code == 1 and caplog.text.count("left out, since its autoencoder failed") == 2
   assert [path.name for path in (tmp_path / "logs").iterdir()] == [f"{plan.runs[0].name}.log"]
 
@@ -131,7 +131,7 @@ def test_what_is_finished_is_left_alone(plan, done):
   for run in plan.runs:
     done.trained.append(done.folder.workdir(run))
     done.measured.append(run.name)
-  assert running.perform_all(plan, [0, 1, 2], done.folder, script({n: "raise SystemExit(9)" for n in range(3)})) == 0
+  assert running.run_all(plan, [0, 1, 2], done.folder, script({n: "raise SystemExit(9)" for n in range(3)})) == 0
 
 
 def test_results_alone_are_a_finished_run(plan, tmp_path):
@@ -142,7 +142,7 @@ def test_results_alone_are_a_finished_run(plan, tmp_path):
   def fail(*_):
     raise AssertionError("trained or measured again")
 
-  running.perform(run, folder, train=fail, measure=fail)
+  running.run(run, folder, train=fail, measure=fail)
   assert folder.state(run).is_finished and folder.state(run).words == "finished"
   assert not folder.state(other).is_finished and folder.state(first).words == "missing"
 
@@ -163,7 +163,7 @@ def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):
   before = signal.getsignal(signal.SIGTERM)
   threading.Thread(target=stop).start()
   with pytest.raises(Preempted):
-    running.perform_all(plan, [0, 1], Folder(tmp_path / "out"), script({0: waits, 1: "assert False"}))
+    running.run_all(plan, [0, 1], Folder(tmp_path / "out"), script({0: waits, 1: "assert False"}))
   assert saved.exists() and signal.getsignal(signal.SIGTERM) == before
   assert not Folder(tmp_path / "out").log(plan.runs[1]).exists()
 
@@ -176,7 +176,7 @@ def test_jobs_run_side_by_side_on_cores_of_their_own(plan, tmp_path, caplog):
   )
   waits = lambda n, other: note(n) + f"while not (d / 'cores{other}').exists(): time.sleep(0.01)"
   lines = {0: note(0) + "assert len([*d.glob('cores*')]) == 1", 1: waits(1, 2), 2: waits(2, 1)}
-  assert running.perform_all(plan, [0, 1, 2], Folder(tmp_path / "out"), script(lines), jobs=2) == 0
+  assert running.run_all(plan, [0, 1, 2], Folder(tmp_path / "out"), script(lines), jobs=2) == 0
   first, one, other = ({*map(int, (tmp_path / f"cores{n}").read_text().split())} for n in range(3))
   cores = os.sched_getaffinity(0)
   assert first in (one, other) and one | other == cores
@@ -186,12 +186,12 @@ def test_jobs_run_side_by_side_on_cores_of_their_own(plan, tmp_path, caplog):
 def test_jobs_go_on_when_one_fails_and_end_when_one_is_preempted(plan, tmp_path):
   folder = Folder(tmp_path)
   other = f"open({str(tmp_path / 'other')!r}, 'w')"
-  assert running.perform_all(plan, [1, 2], folder, script({1: "raise SystemExit(3)", 2: other}), jobs=2) == 1
+  assert running.run_all(plan, [1, 2], folder, script({1: "raise SystemExit(3)", 2: other}), jobs=2) == 1
   assert (tmp_path / "other").exists()
   waits = "import time; time.sleep(60)"
   begin = time.monotonic()
   with pytest.raises(Preempted):
-    running.perform_all(plan, [1, 2], folder, script({1: "raise SystemExit(75)", 2: waits}), jobs=2)
+    running.run_all(plan, [1, 2], folder, script({1: "raise SystemExit(75)", 2: waits}), jobs=2)
   assert time.monotonic() - begin < 30
 
 
@@ -207,7 +207,7 @@ def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path):
   threading.Thread(target=interrupt).start()
   begin = time.monotonic()
   with not_ignored(), pytest.raises(Interrupted):
-    running.perform_all(plan, [1, 2], Folder(tmp_path / "out"), script(lines))
+    running.run_all(plan, [1, 2], Folder(tmp_path / "out"), script(lines))
   assert time.monotonic() - begin < 30 and not next_one.exists()
 
 
@@ -259,7 +259,7 @@ HOW = flags.DEFINE_string("how", "", "")
 def main(_):
   folder, plan = pathlib.Path(FOLDER.value), make_plan(names=["4"], seeds=(0,))
   command = lambda number: [sys.executable, "-IS", str(folder / "saving.py"), str(folder), HOW.value]
-  sys.exit(run.perform_all(plan, [1, 2], Folder(folder / "out"), command, jobs=2))
+  sys.exit(run.run_all(plan, [1, 2], Folder(folder / "out"), command, jobs=2))
 
 if __name__ == "__main__":
   cli.run(main)
@@ -290,7 +290,7 @@ def test_ctrl_c_in_a_terminal_lets_the_runs_save_and_a_second_one_kills_them(tmp
 @pytest.mark.parametrize("code, cause", [(75, Preempted), (130, Interrupted)])
 def test_a_run_that_was_stopped_ends_all(plan, tmp_path, code, cause):
   with pytest.raises(Preempted) as error:
-    running.perform_all(plan, [0, 1], Folder(tmp_path), script({0: f"raise SystemExit({code})", 1: "assert False"}))
+    running.run_all(plan, [0, 1], Folder(tmp_path), script({0: f"raise SystemExit({code})", 1: "assert False"}))
   assert error.type is cause
 
 

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from diffdis_jax.ablate import columns, render, summary, tables
-from diffdis_jax.ablate import status as outlook
+from diffdis_jax.ablate import columns, render, status, summary, tables
 from diffdis_jax.ablate.folder import Folder, State
 from diffdis_jax.errors import UserError
 from tests.ablate.synthetic import base, make_plan, write
@@ -197,7 +196,13 @@ def test_protocols_are_not_mixed(tmp_path):
   write(folder, on, {}, num_noise_samples=4)
   with pytest.raises(UserError) as error:
     summarised(plan, folder)
-  for said in ("table 4 would mix protocols", "draws 1 in", "and 4 in", folder.results(off), folder.results(on)):
+  for said in (
+    "table 4 would mix protocols",
+    "num_noise_samples 1 in",
+    "and 4 in",
+    folder.results(off),
+    folder.results(on),
+  ):
     assert said in str(error.value)
 
 
@@ -233,7 +238,7 @@ def test_the_figure_shows_every_row(measured):
   assert Image.open(io.BytesIO(render.plot(summarised(plan, folder)))).height > image.height
 
 
-def test_outlook(tmp_path, monkeypatch):
+def test_status(tmp_path, monkeypatch):
   """9 steps of 2 s are left of one run, 36 s of steps of another at the speed of the first, and 8 of an autoencoder."""
   plan, folder = make_plan(names=["4"], seeds=(0,)), Folder(tmp_path)
   first, second, third = plan.runs
@@ -243,12 +248,12 @@ def test_outlook(tmp_path, monkeypatch):
     third: State(step=0, num_steps=18, measured=False, seconds=None),
   }
   monkeypatch.setattr(folder, "state", states.get)
-  lines = outlook.lines(plan, folder, None)
+  lines = status.lines(plan, folder, None)
   assert lines[0].split() == ["0", first.name, "missing", "?", "h"]
   assert lines[1].split() == ["1", second.name, *"step 9 of 18".split(), "0.01", "h"]
   assert "table 4, enabled: runs 2" in lines
   assert lines[-1].startswith("3 runs, 0 finished; 0.01 hours of steps left") and "and 1 runs whose speed" in lines[-1]
   for run in plan.runs:
     states[run] = State(step=18, num_steps=18, measured=True, seconds=2.0)
-  assert outlook.lines(plan, folder, None)[-1] == "3 runs, 3 finished"
+  assert status.lines(plan, folder, None)[-1] == "3 runs, 3 finished"
   assert tables.PAPER_METRICS.keys() == {"fid", "imagenet/acc1", "recall@1"}

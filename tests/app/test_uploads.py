@@ -1,4 +1,4 @@
-"""The folder of uploads: its size, and that it goes."""
+"""What requests may send; the folder of uploads: its size, and that it goes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import pathlib
 import time
 
 import pytest
+from starlette.requests import Request
 
 from diffdis_jax.app import uploads
+from diffdis_jax.app.uploads import BodyLimit
 
 
 def size(folder: pathlib.Path) -> int:
@@ -77,3 +79,138 @@ def test_many_small_files_count_by_what_they_take_on_disk(tmp_path):
   quota = uploads.Quota(app, folder=tmp_path, limit=10 * uploads.BLOCK, seconds=60)
   asyncio.run(quota({"type": "http", "method": "POST", "path": "/gradio_api/upload"}, None, None))
   assert len(os.listdir(tmp_path)) == 10
+
+
+def ask(
+  body: list[bytes], *, limit: int, length: bytes | None = None, kind: str = "http", total: int = 10**6
+) -> tuple[list, list]:
+  """What the client gets, and the parts of the body that the application has read."""
+  sent, read, parts = [], [], iter(body)
+
+  async def app(scope, receive, send):
+    while part := (await receive()).get("body"):
+      read.append(part)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+  async def receive():
+    return {"type": "http.request", "body": next(parts, b"")}
+
+  async def send(message):
+    sent.append(message)
+
+  headers = [] if length is None else [(b"content-length", length)]
+  asyncio.run(BodyLimit(app, limit=limit, total=total, seconds=60)({"type": kind, "headers": headers}, receive, send))
+  return sent, read
+
+
+def test_a_body_within_the_limit_is_read():
+  sent, read = ask([b"12345", b"67890"], limit=10, length=b"10")
+  assert sent[0]["status"] == 200 and read == [b"12345", b"67890"]
+
+
+def test_a_body_that_says_that_it_is_longer_is_not_read():
+  for length in (b"11", b"much", b"-1"):
+    sent, read = ask([b"12345"], limit=10, length=length)
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    assert sent[0]["status"] == 413 and not read and b"more than 10 bytes" in sent[1]["body"]
+
+
+def test_a_body_that_does_not_say_so_is_read_to_the_limit_alone():
+  sent, read = ask([b"12345", b"67890", b"1", b"2"], limit=10)
+  assert sent[0]["status"] == 413 and read == [b"12345", b"67890"]
+
+
+def test_what_is_no_request_passes():
+  sent, read = ask([b"x" * 100], limit=10, kind="websocket")
+  assert sent[0]["status"] == 200 and read == [b"x" * 100]
+
+
+class Body:
+  """Of a request, whose parts come when they are sent."""
+
+  def __init__(self):
+    self.parts: asyncio.Queue[dict] = asyncio.Queue()
+    self.sent: list[dict] = []
+
+  def send(self, part: bytes, *, more: bool = True) -> None:
+    self.parts.put_nowait({"type": "http.request", "body": part, "more_body": more})
+
+  def ask(self, limited: BodyLimit) -> asyncio.Task:
+    async def send(message):
+      self.sent.append(message)
+
+    return asyncio.create_task(limited({"type": "http", "headers": []}, self.parts.get, send))
+
+
+async def reads_all(scope, receive, send):
+  """As Starlette reads a body."""
+  async for _ in Request(scope, receive).stream():
+    pass
+  await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+def test_bodies_are_limited_together_and_the_next_ones_are_read_again():
+  async def run() -> list[int]:
+    limited = BodyLimit(reads_all, limit=10, total=15, seconds=60)
+    bodies = [Body() for _ in range(3)]
+    for number, body in enumerate(bodies):
+      task = body.ask(limited)
+      body.send(b"x" * 8)
+      await asyncio.sleep(0.01)
+      if number == 1:
+        await task
+        bodies[0].send(b"", more=False)
+        await asyncio.sleep(0.01)
+    bodies[2].send(b"", more=False)
+    await task
+    return [body.sent[0]["status"] for body in bodies]
+
+  assert asyncio.run(run()) == [200, 503, 200]
+
+
+def test_a_slow_body_is_refused():
+  async def run() -> dict:
+    body = Body()
+    task = body.ask(BodyLimit(reads_all, limit=10, total=15, seconds=0.05))
+    body.send(b"x")
+    await asyncio.wait_for(task, 5)
+    return body.sent[0]
+
+  assert asyncio.run(run())["status"] == 408
+
+
+def test_waiting_after_the_body_has_no_limit():
+  """As an answer's stream does, to hear that its client has left."""
+
+  async def waits(scope, receive, send):
+    await receive()
+    await asyncio.sleep(0.1)
+    assert (await receive())["type"] == "http.disconnect"
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+  async def run() -> list[dict]:
+    body = Body()
+    task = body.ask(BodyLimit(waits, limit=10, total=15, seconds=0.05))
+    body.send(b"", more=False)
+    body.parts.put_nowait({"type": "http.disconnect"})
+    await task
+    return body.sent
+
+  assert asyncio.run(run())[0]["status"] == 200
+
+
+def test_a_client_that_leaves_is_no_error_and_any_other_is():
+  async def run(app) -> list[dict]:
+    body = Body()
+    task = body.ask(BodyLimit(app, limit=10, total=15, seconds=60))
+    body.send(b"x")
+    body.parts.put_nowait({"type": "http.disconnect"})
+    await task
+    return body.sent
+
+  async def fails(scope, receive, send):
+    raise ValueError("of the app")
+
+  assert asyncio.run(run(reads_all)) == []
+  with pytest.raises(ValueError, match="of the app"):
+    asyncio.run(run(fails))

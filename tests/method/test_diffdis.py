@@ -151,12 +151,12 @@ def test_both_passes_as_one_batch_give_what_each_gives(switches, inputs):
 
   # No text token, clean image or parameter of theirs reaches generation.
   others = inputs | {name: inputs[name] + np.float32(1) for name in ("z", "e_t", "c_null")}
-  unchanged, changed_query = joint(changed(params, NEW), generation=generation, discrimination=others)
-  np.testing.assert_array_equal(unchanged, predicted)
-  assert np.abs(changed_query - query).max() > 1e-3
+  other = joint(changed(params, NEW), generation=generation, discrimination=others)
+  np.testing.assert_array_equal(other.noise_z, both.noise_z)
+  assert np.abs(other.prediction_e - both.prediction_e).max() > 1e-3
   # And no caption reaches discrimination.
-  _, same = joint(params, generation=generation | dict(c=c + 1, z_t=z_t + 1), discrimination=inputs)
-  np.testing.assert_array_equal(same, query)
+  same = joint(params, generation=generation | dict(c=c + 1, z_t=z_t + 1), discrimination=inputs).prediction_e
+  np.testing.assert_array_equal(same, both.prediction_e)
 
 
 @pytest.mark.parametrize("name", ["z", "e_t", "t_e", "c_null"])

@@ -50,7 +50,7 @@ def inputs(n: int, m: int, *, heads: int = 1, channels: int = 8, dtype=jnp.float
 def with_gradients(attend, q, k, v, g, of_lse):
   with jax.default_matmul_precision("highest"):
     value, vjp = jax.vjp(attend, q, k, v)
-    return *value, *vjp((g, of_lse))
+    return *value, *vjp(type(value)(g, of_lse))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

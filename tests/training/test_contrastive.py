@@ -150,7 +150,7 @@ def test_equal_captions_are_negatives_or_left_out():
   params = open_clip_twin.to_ours(dict(make_theirs(config).named_parameters()))
   batch, params = jax.tree.map(jnp.asarray, (steps.make_batch(config), params))
   model = network_of(config).with_params(params)
-  pairs = encode.encode_pairs(model, batch)
+  pairs = jax.jit(lambda batch: encode.encode_pairs(model, batch))(batch)
   logits = np.exp(2.0) * np.asarray(pairs.image, np.float64) @ np.asarray(pairs.text, np.float64).T
   for equal, found in (("negatives", logits), ("mask", logits.copy())):
     if equal == "mask":

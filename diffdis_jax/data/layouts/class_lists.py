@@ -81,15 +81,22 @@ def match(found: Sequence[str], known: ClassList, *, where: str) -> Int[np.ndarr
   return places
 
 
-def _index(known: ClassList) -> tuple[dict[str, int], set[str]]:
+class _Index(NamedTuple):
   """Normalised name -> place, and the names that stand for several places."""
+
+  places: dict[str, int]
+  shared: set[str]
+
+
+def _index(known: ClassList) -> _Index:
   index: dict[str, int] = {}
   shared = set()
+  # The list's own names first: of a name that both have, its place in the list counts.
   for names in (known.classnames, known.names_in_data):
     for place, name in enumerate(map(normalised, names)):
       if index.setdefault(name, place) != place:
         shared.add(name)
-  return index, shared
+  return _Index(index, shared)
 
 
 def _place(number: int, name: str, index: dict[str, int], known: ClassList, where: str) -> int:

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -66,21 +67,26 @@ def open_split(path: pathlib.Path, name: str, split: str) -> Labelled:
   return Labelled(Files(files), labels, names, Origin("long_tailed", str(path), split))
 
 
-def _read_split(
-  path: pathlib.Path, name: str, split: str
-) -> tuple[pathlib.Path, list[pathlib.Path], Int[np.ndarray, " n"]]:
-  """The list, its images, and their classes."""
+class _Listed(NamedTuple):
+  """A list, its images, and their classes."""
+
+  list: pathlib.Path
+  images: list[pathlib.Path]
+  labels: Int[np.ndarray, " n"]
+
+
+def _read_split(path: pathlib.Path, name: str, split: str) -> _Listed:
   known = SETS[name]
   if split not in known.counts:
     raise UserError(f"{name} has no split {split!r}; there are {', '.join(known.counts)}")
   file = path / f"{known.prefix}_{split}.txt"
-  files, labels = _read_list(file, path)
+  _, files, labels = listed = _read_list(file, path)
   if len(files) != known.counts[split]:
     raise UserError(f"{file} names {len(files):,} images, and should name {known.counts[split]:,}; download it again")
   if (absent := np.setdiff1d(np.arange(known.classes), labels)).size or labels.max() >= known.classes:
     wrong = f"the label {labels.max()}" if labels.max() >= known.classes else f"no image of class {absent[0]}"
     raise UserError(f"{file} has {wrong}; {name} has {known.classes} classes, from 0; download it again")
-  return file, files, labels
+  return listed
 
 
 def open_corpus(path: pathlib.Path, name: str) -> Corpus:
@@ -97,7 +103,7 @@ def _check_count(path: pathlib.Path, name: str, count: int) -> None:
     )
 
 
-def _read_list(file: pathlib.Path, root: pathlib.Path) -> tuple[list[pathlib.Path], Int[np.ndarray, " n"]]:
+def _read_list(file: pathlib.Path, root: pathlib.Path) -> _Listed:
   try:
     rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
   except (OSError, UnicodeDecodeError) as error:
@@ -107,7 +113,7 @@ def _read_list(file: pathlib.Path, root: pathlib.Path) -> tuple[list[pathlib.Pat
       raise UserError(f"{file} has the line {' '.join(row)!r}; a line should be a path and the number of a class")
   if not rows:
     raise UserError(f"{file} is empty; download it again")
-  return [root / name.lstrip("/") for name, _ in rows], np.array([int(label) for _, label in rows])
+  return _Listed(file, [root / name.lstrip("/") for name, _ in rows], np.array([int(label) for _, label in rows]))
 
 
 def _check_there(file: pathlib.Path, files: list[pathlib.Path]) -> None:

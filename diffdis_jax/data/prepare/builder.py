@@ -13,7 +13,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -44,6 +44,13 @@ class Settings:
   drop_duplicates: bool = False
   num_processes: int = 1
   beam_options: tuple[str, ...] = ()
+
+
+class Shards(NamedTuple):
+  """What became of a split's parts, and each file of records with its length."""
+
+  report: Report
+  files: list[tuple[pathlib.Path, int]]
 
 
 class CaptionedImages(tfds.core.GeneratorBasedBuilder):
@@ -113,11 +120,10 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
       metadata[name] = facts
     self.info.set_splits(tfds.core.SplitDict(infos))
 
-  def _shards(
-    self, parts: Sequence[Part], duplicates: Mapping[str, list[int]]
-  ) -> tuple[Report, list[tuple[pathlib.Path, int]]]:
-    """What became of the parts, and each file of records with its length; those without records are left out."""
+  def _shards(self, parts: Sequence[Part], duplicates: Mapping[str, list[int]]) -> Shards:
+    """Of these parts; files without records are left out."""
     total, shards = Report(), []
+    # In the order of the parts, so that killed and whole preparations end in the same records.
     for part in parts:
       report, path = self._stage.report_of(part), self._stage.records_of(part)
       assert report is not None  # write_all has written them all
@@ -130,7 +136,7 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
       total.add(report)
       if report.pairs:
         shards.append((path, report.pairs))
-    return total, shards
+    return Shards(total, shards)
 
   def _find_duplicates(self) -> dict[str, list[int]]:
     """Part -> places of records whose image came before. Memory: 16 bytes and an index for each record."""

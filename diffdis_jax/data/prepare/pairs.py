@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import io
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -35,8 +35,22 @@ class RawPair:
   refused: str = ""
 
 
-def mend(caption: str) -> tuple[str, list[str]]:
-  """A caption as it is stored, and what was changed: control characters become spaces, its end is cut off if too long.
+class Mended(NamedTuple):
+  """A caption as it is stored, and what was changed in it."""
+
+  caption: str
+  changed: list[str]
+
+
+class Changed(NamedTuple):
+  """A record {image, caption, metadata}, and what was changed in its pair."""
+
+  record: dict[str, Any]
+  changed: list[str]
+
+
+def mend(caption: str) -> Mended:
+  """Control characters become spaces; the end is cut off if it is too long.
 
   Raises:
     Unusable: nothing remains.
@@ -50,7 +64,7 @@ def mend(caption: str) -> tuple[str, list[str]]:
     changed.append(LONG)
   if not caption:
     raise Unusable("missing caption")
-  return caption, changed
+  return Mended(caption, changed)
 
 
 def shrink(image: Image.Image, short_side: int) -> bytes:
@@ -62,8 +76,8 @@ def shrink(image: Image.Image, short_side: int) -> bytes:
   return file.getvalue()
 
 
-def to_record(pair: RawPair, *, short_side: int | None = None) -> tuple[dict[str, Any], list[str]]:
-  """The record {image, caption, metadata} of a pair, and what was changed in it.
+def to_record(pair: RawPair, *, short_side: int | None = None) -> Changed:
+  """The record of a pair.
 
   Args:
     pair: as read.
@@ -86,7 +100,7 @@ def to_record(pair: RawPair, *, short_side: int | None = None) -> tuple[dict[str
     metadata = (pair.metadata or b"{}").decode()
   except UnicodeDecodeError as error:
     raise Unusable("corrupt json") from error
-  return {"image": data, "caption": caption, "metadata": metadata}, changed
+  return Changed({"image": data, "caption": caption, "metadata": metadata}, changed)
 
 
 def digest(data: bytes) -> bytes:
