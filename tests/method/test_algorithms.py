@@ -17,7 +17,6 @@ import pytest
 import diffdis_jax
 from diffdis_jax.method import algorithms, features, samplers, schedules
 from diffdis_jax.method.features import FeatureNoise
-from diffdis_jax.method.network import Network
 from tests import steps
 from tests.models.networks import random_params
 
@@ -46,7 +45,7 @@ def test_each_function_says_which_algorithm_it_is(number, name):
 
 
 def network_of(**changes):
-  network = Network.of(steps.make_config(**changes))
+  network = steps.network_of(steps.make_config(**changes))
   return network, random_params(network.shapes, seed=0)
 
 
