@@ -11,13 +11,11 @@ parameter came from.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import jax
 from absl import flags, logging
@@ -34,18 +32,9 @@ from diffdis_jax.interop.tensor_files import read_json
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import sizes
 from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.structs import TrainState
 
 FLAGS = flags.FLAGS
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-  """What a checkpoint of step 0 holds."""
-
-  params: Params
-  ema: Params = dataclasses.field(default_factory=dict)
-  opt_state: Any = dataclasses.field(default_factory=dict)
-  teacher: Params = dataclasses.field(default_factory=dict)
 
 
 def define_flags() -> None:
@@ -106,7 +95,7 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
     origin["initialised"] = sorted(new)
     (temporary / "import.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     with checkpoint.Checkpointer(str(temporary)) as checkpointer:
-      checkpointer.save(0, State(params), meta={"source": source})
+      checkpointer.save(0, TrainState(params=params), meta={"source": source})
   logging.info("%d parameters in %s", len(params), out)
 
 

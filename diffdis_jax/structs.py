@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -58,6 +58,27 @@ class LabelledBatch:
 
 AnyBatch = Batch | LatentBatch
 TrainingBatch = AnyBatch | LabelledBatch
+
+
+@struct.dataclass
+class TrainState:
+  """What training changes, and the seed: as it is, as it is saved and read again; and the shardings of it, its shapes.
+
+  Attributes:
+    step: i32[], the number of finished steps; of shardings and shapes, one of those. None where a checkpoint says it.
+    params: flat (common/params.py).
+    ema: the averaged ones of them; may be empty.
+    opt_state: the optimizer's.
+    seed: u32[], of all random choices; here, so that runs of other seeds share the compiled step. It is not saved.
+    teacher: where an objective keeps them, the trainable parameters as they were at the start, which never change.
+  """
+
+  step: Any = None
+  params: dict[str, Any] = struct.field(default_factory=dict)
+  ema: dict[str, Any] = struct.field(default_factory=dict)
+  opt_state: Any = struct.field(default_factory=dict)
+  seed: Any = None
+  teacher: dict[str, Any] = struct.field(default_factory=dict)
 
 
 @struct.dataclass

@@ -20,10 +20,10 @@ from diffdis_jax.data.build import open_loader
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import sharding
-from diffdis_jax.structs import Batch
+from diffdis_jax.structs import Batch, TrainState
 from diffdis_jax.training import plugs, step
 from diffdis_jax.training.loop import latent_shapes
-from diffdis_jax.training.step import Metrics, TrainState, step_keys
+from diffdis_jax.training.step import Metrics, step_keys
 from tests import tiny
 from tests.models.networks import random_params
 

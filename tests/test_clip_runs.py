@@ -24,6 +24,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import sections
 from diffdis_jax.models.clip import normalise
 from diffdis_jax.run import checkpoint, committed, restore, workdir
+from diffdis_jax.structs import TrainState
 from diffdis_jax.training import start
 from tests import steps, tiny_clip
 from tests.command_runs import call
@@ -31,7 +32,6 @@ from tests.models.from_torch import nchw
 from tests.models.networks import relative_error
 from tests.steps import build_trainer, config_of, network_of
 from tests.test_resume import metrics, restore_training
-from tests.untrained import State
 
 pytest_plugins = ("tests.command_runs",)
 
@@ -214,7 +214,7 @@ def test_a_released_size_leaves_for_both_libraries_and_comes_back(tmp_path, name
   workdir.open_for_training(run, config.to_dict())
   params = jax.jit(network_of(config).initialise)(jax.random.key(0))
   with checkpoint.Checkpointer(run) as checkpointer:
-    checkpointer.save(1, State(params, {}, {}))
+    checkpointer.save(1, TrainState(params=params))
   export_weights.export_weights(run, out)
   import_weights.import_weights(f"{out}/open_clip_model.safetensors", back)
   loaded = saved(back)

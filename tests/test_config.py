@@ -134,11 +134,13 @@ def test_a_field_that_is_not_there_is_one_line(field):
     ("optim.random_frozen", "did you mean optim.allow_uninitialized?"),
     ("model.alignment.map_parts", "did you mean model.alignment.spatial_pool?"),
     ("model.text_encoder.token_query", "did you mean model.text_encoder.token_embedding_weight?"),
+    ("data.sampling.class_power", "it is data.sampling.sampling_exponent"),
+    ("long_tail.fraction", "it is long_tail.crop_pct"),
     ("sede", "did you mean seed?"),
   ],
 )
 def test_a_field_by_a_former_name_is_answered_by_the_new_one(tmp_path, field, answer):
-  fields = tiny_fields()
+  fields = json.loads((tiny_lt if "long_tail" in field or "sampling" in field else tiny).get_config().to_json())
   section_of(fields, field)[field.split(".")[-1]] = 1
   (tmp_path / "config.json").write_text(json.dumps(fields))
   with pytest.raises(UserError, match=re.escape(f"config.json: unknown config key {field}; {answer}")) as error:

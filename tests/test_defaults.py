@@ -14,7 +14,7 @@ import pytest
 import diffdis_jax
 from diffdis_jax.config import Run, data, model, sections
 from diffdis_jax.config.objectives import TABLE
-from diffdis_jax.models import attention, layers
+from diffdis_jax.models import attention, layers, remat
 from diffdis_jax.training import optim, plugs
 
 ROOT = pathlib.Path(diffdis_jax.__file__).parent
@@ -28,7 +28,14 @@ FIELDS = {field.name for kind in (Run, *SECTIONS) for field in dataclasses.field
 # What a section's fields go into.
 FED = ("method", "models", "training", "data/build.py", "data/loader.py", "data/tokenizer.py", "run/checkpoint.py")
 # Of the same name, but of no config: data that are not scaled, a norm's, a function, a state's seed.
-OTHERS = {("schedules", "gamma"), ("samplers", "gamma"), ("layers", "eps"), ("unet", "attention"), ("step", "seed")}
+OTHERS = {
+  ("lgr", "dtype"),
+  ("schedules", "gamma"),
+  ("samplers", "gamma"),
+  ("layers", "eps"),
+  ("unet", "attention"),
+  ("step", "seed"),
+}
 
 
 def defaults(tree: ast.AST) -> Iterator[tuple[str, ast.expr]]:
@@ -69,7 +76,7 @@ def test_the_test_sees_a_default():
   [
     (model.DTYPES, layers.DTYPES),
     (model.ACTIVATIONS, layers.ACTIVATIONS),
-    (model.REMAT_POLICIES, layers.REMAT_POLICIES),
+    (model.REMAT_POLICIES, remat.REMAT_POLICIES),
     (model.ATTENTION_KERNELS[1:], attention.KERNELS),
     (sections.MOMENTS, optim.MOMENTS),
   ],

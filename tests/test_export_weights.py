@@ -18,11 +18,11 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping, to_torch
 from diffdis_jax.run import checkpoint, restore, workdir
+from diffdis_jax.structs import TrainState
 from tests import pipelines
 from tests.command_runs import ROOT, call
 from tests.models.networks import random_params
 from tests.steps import config_of, network_of
-from tests.untrained import State
 
 pytest_plugins = ("tests.command_runs", "tests.pipelines")
 
@@ -56,7 +56,7 @@ def make_run(folder: pathlib.Path, imported: str, **changes: object) -> str:
     values["autoencoder.conv_out.kernel"] *= 0.3  # images neither black nor white
   averaged = {path: value for path, value in ema.items() if not path.startswith("autoencoder.")}
   with checkpoint.Checkpointer(str(folder)) as checkpointer:
-    checkpointer.save(5, State(params, averaged, {}))
+    checkpointer.save(5, TrainState(params=params, ema=averaged))
   (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in LINES) + '{"step": 9, "lo')
   (folder / "samples").mkdir()
   for step in (2, 4, 8):
@@ -222,7 +222,7 @@ def test_values_that_do_not_fit_leave_nothing(imported, tmp_path):
   params = dict(restore.restore_params(run, ema=False))
   params["unet.conv_in.bias"] = np.full(params["unet.conv_in.bias"].shape, 1e6, np.float32)
   with checkpoint.Checkpointer(run) as checkpointer:
-    checkpointer.save(6, State(params, {}, {}))
+    checkpointer.save(6, TrainState(params=params))
   message = "parameter unet.conv_in.bias is beyond the range of float16, or not finite; take another --dtype"
   refused(run, tmp_path / "out", message, dtype="float16")
 

@@ -13,7 +13,7 @@ from diffdis_jax.inference import Inference, load
 from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.models import attention
 from diffdis_jax.run import checkpoint, workdir
-from diffdis_jax.training.step import TrainState
+from diffdis_jax.structs import TrainState
 from tests import steps
 from tests.models.networks import random_params
 

@@ -21,6 +21,7 @@ from diffdis_jax import export_weights
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import sections
 from diffdis_jax.run import checkpoint, committed, restore, workdir
+from diffdis_jax.structs import TrainState
 from diffdis_jax.training import start
 from diffdis_jax.training.step import Trainer
 from tests import steps, tiny_clip
@@ -29,7 +30,6 @@ from tests.models.networks import random_params
 from tests.once import made_once
 from tests.steps import build_trainer, config_of
 from tests.test_resume import kill_when, metrics, restore_training, steps_logged
-from tests.untrained import State
 
 pytest_plugins = ("tests.command_runs", "tests.untrained")
 
@@ -166,7 +166,7 @@ def untrained(path: pathlib.Path, config: ConfigDict, step: int) -> str:
   workdir.open_for_training(str(path), config.to_dict())
   params = random_params(build_trainer(config, steps.make_mesh()).shapes, seed=0)
   with checkpoint.Checkpointer(str(path)) as checkpointer:
-    checkpointer.save(step, State(params, {}, {}))
+    checkpointer.save(step, TrainState(params=params))
   return str(path)
 
 

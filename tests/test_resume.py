@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from diffdis_jax.run import checkpoint, committed
+from diffdis_jax.structs import TrainState
 from diffdis_jax.training import start
-from diffdis_jax.training.step import TrainState
 from tests import steps
 from tests.command_runs import ROOT, SAVE_EVERY, STEPS, joint_flags
 from tests.steps import build_trainer, config_of

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
-from typing import Any
 
 import numpy as np
 import pytest
 
 from configs import shapes
 from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.structs import TrainState
 from tests.once import made_once
 from tests.steps import network_of
 
 STEP = 3
-
-
-@dataclasses.dataclass
-class State:
-  params: dict[str, Any]
-  ema: dict[str, Any]
-  opt_state: Any
-  teacher: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @pytest.fixture(scope="session")
@@ -45,4 +36,4 @@ def _make_run(folder: pathlib.Path) -> None:
   abstract = network_of(config).shapes
   params = {name: rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype) for name, leaf in abstract.items()}
   with checkpoint.Checkpointer(path) as checkpointer:
-    checkpointer.save(STEP, State(params, params, {}))
+    checkpointer.save(STEP, TrainState(params=params, ema=params))

@@ -82,7 +82,8 @@ WITH_HEAD = tuple(name for name, row in TABLE.items() if row.head)
 
 
 class Objectives(tuple[str, ...]):
-  """The names of a run's objectives, and what they ask for together."""
+  """The names of a run's objectives, and what they ask for together: a property that is called as a field of Objective
+  says whether any of them has it, or for `grad_cache` all."""
 
   __slots__ = ()
 

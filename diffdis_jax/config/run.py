@@ -10,8 +10,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffdis_jax.common import guesses
-from diffdis_jax.config.data import Data
-from diffdis_jax.config.model import ClipModel, Model, read_model
+from diffdis_jax.config.data import ClassSampling, Data
+from diffdis_jax.config.model import ClipModel, HeadSize, Model, read_model
 from diffdis_jax.config.objectives import LABELLED, Objectives
 from diffdis_jax.config.sections import (
   CheckpointPolicy,
@@ -198,8 +198,7 @@ _SECTIONS = {
   "checkpoint": CheckpointPolicy,
   "inference": Sampling,
 }
-OPTIONAL = ("long_tail", "data.sampling", "model.head")  # sections that only some runs have
-_ABSENT = {path.rpartition(".")[2] for path in OPTIONAL}
+_ABSENT = {"long_tail", "sampling", "head"}  # sections that only some runs have, where this one has not
 _FREE = "optim.rates"  # whose fields are named by optim.groups
 
 
@@ -220,27 +219,42 @@ def check_fields(fields: Mapping[str, Any]) -> None:
   Raises:
     UserError: a field is missing, unknown, or of another type than its default.
   """
-  given = fields.get("model")
-  model = ClipModel() if isinstance(given, Mapping) and "vision_encoder" in given else Model()
-  like = {**default_fields(), "image_size": 0, "model": _to_dict(model)}
+  like = _like(fields)
   check_type("", fields, like)
-  _check_there(fields, like, "")
+  _check_there(fields, like, "", like)
   for name, section in fields["evals"].items():
     if "task" not in section:
       raise UserError(f"evals.{name}.task is missing; every config of a run has it")
     check_type(f"evals.{name}.task", section["task"], "")
 
 
-def _check_there(fields: Mapping[str, Any], like: Mapping[str, Any], prefix: str) -> None:
-  """Every field of `like`, and no other. A section that is empty there has any, and `data` those of its source too."""
+def _like(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """A run's fields with their defaults: of the kind of network that these have, and with the optional sections that
+  they have."""
+  there = lambda section, name: isinstance(found := fields.get(section), Mapping) and name in found
+  model = ClipModel() if there("model", "vision_encoder") else Model()
+  like = {**default_fields(), "image_size": 0, "model": _to_dict(model)}
+  if there("model", "head"):
+    like["model"]["head"] = _to_dict(HeadSize(classes=2, anchors=1))
+  if there("data", "sampling"):
+    like["data"]["sampling"] = _to_dict(ClassSampling(sentences=True))
+  if "long_tail" in fields:
+    like["long_tail"] = _to_dict(LongTail())
+  return like
+
+
+def _check_there(fields: Mapping[str, Any], like: Mapping[str, Any], prefix: str, whole: Mapping[str, Any]) -> None:
+  """Every field of `like`, and no other. A section that is empty there has any, and `data` those of its source too.
+
+  `whole`: what `like` is a section of, in which an unknown field is looked for.
+  """
   for name, value in like.items():
     if name not in fields:
       raise UserError(f"{prefix}{name} is missing; every config of a run has it")
     if isinstance(value, Mapping) and value and f"{prefix}{name}" != _FREE:
-      _check_there(fields[name], value, f"{prefix}{name}.")
+      _check_there(fields[name], value, f"{prefix}{name}.", whole)
   for name in fields.keys() - like.keys() if prefix != "data." else ():
-    if f"{prefix}{name}" not in OPTIONAL:
-      guesses.check_key(default_fields() | {"model": _to_dict(Model()), "image_size": 0}, f"{prefix}{name}")
+    guesses.check_key(whole, f"{prefix}{name}")
 
 
 def _to_dict(value: Any) -> Any:

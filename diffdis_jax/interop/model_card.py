@@ -247,7 +247,8 @@ class Card:
 
 
 def _is_joint(fields: Mapping[str, Any]) -> bool:
-  return {"generation", "discrimination"} <= {*fields["objectives"]}
+  objectives = Objectives(fields["objectives"])
+  return objectives.generates and objectives.aligned
 
 
 def _data(section: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from diffdis_jax.common.params import Params
 from diffdis_jax.common.progress import Progress
+from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping, sections, tensor_files
 from diffdis_jax.structs import AnyArray
@@ -46,7 +47,7 @@ INDEX = dict(
 
 def check(model: Mapping[str, Any], objectives: tuple[str, ...]) -> None:
   """Raises UserError for a run that no diffusers pipeline can hold."""
-  if "generation" not in objectives:
+  if not Objectives(objectives).generates:
     trained = ", ".join(objectives)
     raise UserError(f"objectives is {trained}; a diffusers pipeline needs generation, whose UNet has an up path")
   patch = model["autoencoder"]["patch"]

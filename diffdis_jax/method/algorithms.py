@@ -272,8 +272,8 @@ def text_query_step(
   z: Float[Array, "b h w c"],
   c_null: Float[Array, "1 l d"],
   network: Network,
-  guidance_scale: float = 1.0,
-  normalize_query: bool = False,
+  guidance_scale: float,
+  normalize_query: bool,
 ) -> DdimStep:
   """One step of Algorithm 3's loop, where x is e.
 

@@ -44,7 +44,9 @@ def image_features(
   c_null = encode.null_condition(model, network.max_length)
   # ê_0 of the one step itself, since the head reads lengths, which the whole of Algorithm 3 normalises away.
   (last,) = samplers.ddim_coefficients(network.text_process, schedules.trailing(1)).each()
-  step = algorithms.text_query_step(model, noise.noise_e, last, z=z, c_null=c_null, network=network)
+  step = algorithms.text_query_step(
+    model, noise.noise_e, last, z=z, c_null=c_null, network=network, guidance_scale=1.0, normalize_query=False
+  )
   return step.x_0.astype(jnp.float32)
 
 

@@ -26,7 +26,8 @@ from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.errors import Preempted, UserError
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import committed, restore
-from diffdis_jax.run.restore import Restored, State
+from diffdis_jax.run.restore import Restored
+from diffdis_jax.structs import TrainState
 
 
 class Checkpointer:
@@ -79,7 +80,7 @@ class Checkpointer:
   def save(
     self,
     step: int,
-    state: State,
+    state: TrainState,
     data_iterator: Any = None,
     *,
     meta: dict[str, Any] | None = None,
@@ -97,7 +98,7 @@ class Checkpointer:
     # A save at an interruption may fall on a step that `save_every` has saved.
     if step in self._manager.all_steps():
       return False
-    trees = {"params": state.params, "ema": state.ema, "opt_state": state.opt_state, "teacher": state.teacher}
+    trees = {name: getattr(state, name) for name in restore.STORED}
     # One process has nobody to share the writing with.
     if jax.process_count() == 1:
       trees = jax.tree.map(_on_one_device, trees)
@@ -110,7 +111,7 @@ class Checkpointer:
     with _os_errors():
       return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
 
-  def restore(self, step: int, abstract: State, data_iterator: Any = None) -> Restored:
+  def restore(self, step: int, abstract: TrainState, data_iterator: Any = None) -> Restored:
     """Reads a checkpoint onto the devices that `abstract` asks for, and sets the data iterator to it.
 
     Args:

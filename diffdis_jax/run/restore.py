@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -15,36 +14,16 @@ from orbax import checkpoint as ocp
 from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError, may_pass, parse_json
 from diffdis_jax.run import committed
+from diffdis_jax.structs import TrainState
 
+STORED = ("params", "ema", "opt_state", "teacher")  # of a TrainState; its step is the folder's name
 _Arrays = dict[str, jax.ShapeDtypeStruct]  # by dotted path, without a sharding
 
 
-@runtime_checkable
-class State(Protocol):
-  """What of the training state is saved. `ema` holds the averaged ones of `params`, `teacher` those that a run distils
-  from; either may be empty."""
-
-  @property
-  def params(self) -> Params: ...
-
-  @property
-  def ema(self) -> Params: ...
-
-  @property
-  def opt_state(self) -> Any: ...
-
-  @property
-  def teacher(self) -> Params: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
+class Restored(NamedTuple):
   """A checkpoint in memory. The data iterator is restored in place."""
 
-  params: Params
-  ema: Params
-  opt_state: Any
-  teacher: Params
+  state: TrainState
   meta: dict[str, Any]
 
 
@@ -85,22 +64,17 @@ def choose(workdir: epath.PathLike, step: int | None, *, ema: bool) -> Chosen:
   return Chosen(int(saved.name), ema and (saved / "ema").exists())
 
 
-def read_state(path: epath.Path, abstract: State, data_iterator: Any = None) -> Restored:
+def read_state(path: epath.Path, abstract: TrainState, data_iterator: Any = None) -> Restored:
   """A whole checkpoint, as `checkpoint.Checkpointer.restore` says; `path` is its folder."""
-  restored = Restored(
-    params=_read_tree(path / "params", abstract.params),
-    ema=_read_tree(path / "ema", abstract.ema),
-    opt_state=_read_tree(path / "opt_state", abstract.opt_state),
-    teacher=_read_tree(path / "teacher", abstract.teacher),
-    meta=_read(path / "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore()),
-  )
+  read = {name: _read_tree(path / name, getattr(abstract, name)) for name in STORED}
+  meta = _read(path / "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
   # Last: a checkpoint that does not fit the model is refused before the iterator has moved. Then it starts to read
   # ahead, while the first step compiles.
   if data_iterator is not None:
     position = _read_position(path / "data")
     _guard(path / "data", lambda: data_iterator.set_state(position))
     data_iterator.start_prefetch()
-  return restored
+  return Restored(TrainState(**read), meta)
 
 
 def restore_params(

@@ -16,7 +16,7 @@ from diffdis_jax.evals.base import Eval
 from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import processes
 from diffdis_jax.run.writers import Writer
-from diffdis_jax.training.step import TrainState
+from diffdis_jax.structs import TrainState
 
 
 class Evaluator:

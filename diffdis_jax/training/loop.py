@@ -29,11 +29,12 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.run import checkpoint, committed, history, profile, trackers, workdir, writers
+from diffdis_jax.structs import TrainState
 from diffdis_jax.training import facts, start, stored_inputs
 from diffdis_jax.training.evaluator import Evaluator
 from diffdis_jax.training.flops import abstract_batch, rate_at_peak
 from diffdis_jax.training.metrics import Metrics
-from diffdis_jax.training.step import Trainer, TrainState, is_running
+from diffdis_jax.training.step import Trainer, is_running
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ or random text while its loss looks healthy.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -24,8 +25,9 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import HEAD_PREFIX
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint, committed, restore
+from diffdis_jax.structs import TrainState
 from diffdis_jax.training import optim
-from diffdis_jax.training.step import Trainer, TrainState
+from diffdis_jax.training.step import Trainer
 
 
 def restore_or_init(
@@ -46,15 +48,7 @@ def restore_or_init(
     # A global array, which every process makes from its own number.
     place = trainer.state_shardings.step
     number = jax.make_array_from_callback((), place, lambda _: np.asarray(step, np.int32))
-    state = TrainState(
-      step=number,
-      params=restored.params,
-      ema=restored.ema,
-      opt_state=restored.opt_state,
-      seed=trainer.place_seed(),
-      teacher=restored.teacher,
-    )
-    return state, restored.meta
+    return dataclasses.replace(restored.state, step=number, seed=trainer.place_seed()), restored.meta
   run = trainer.run
   loaded = load_initial(run.init_from, trainer)  # first: what is wrong with it shows before anything is compiled
   params = trainer.init_params(jax.random.key(run.seed)) | loaded

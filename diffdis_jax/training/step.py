@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from clu.metrics import Average
-from flax import struct
 from jax.extend import core
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
@@ -27,7 +26,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import remat
 from diffdis_jax.parallel import programs, sharding
-from diffdis_jax.structs import LabelledBatch, TrainingBatch
+from diffdis_jax.structs import LabelledBatch, TrainingBatch, TrainState
 from diffdis_jax.training import gradcache, plugs
 from diffdis_jax.training import optim as optimizers
 from diffdis_jax.training.metrics import Metrics
@@ -37,21 +36,6 @@ KEYS = (
   *("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop_image", "posterior_discrimination"),
   "mix",
 )
-
-
-@struct.dataclass
-class TrainState:
-  """What training changes, and the seed. Also the shardings of it, and its shapes.
-
-  `teacher` has the trainable parameters as they were at the start, which never change, where an objective keeps them.
-  """
-
-  step: Any  # i32[], the number of finished steps; of its shardings and shapes, one of those
-  params: Params
-  ema: Params
-  opt_state: Any
-  seed: Any = None  # u32[], of all random choices; here, so that runs of other seeds share the compiled step
-  teacher: Params = struct.field(default_factory=dict)
 
 
 def step_keys(seed: int | UInt32[Array, ""], step: Int[Array, ""], microbatch: Int[Array, ""]) -> dict[str, jax.Array]:

@@ -28,11 +28,12 @@ from diffdis_jax.interop import mapping, to_torch, torch_diffdis
 from diffdis_jax.method import schedules
 from diffdis_jax.method.diffdis import DiffDis, to_signed
 from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.structs import TrainState
 from tests import steps
 from tests.models import from_torch, networks
 from tests.test_imports import FILES, imported_modules
 from tests.test_inference import query_noise
-from tests.untrained import STEP, State
+from tests.untrained import STEP
 
 T_E = np.array([0, 1, 500, 999], np.int32)
 
@@ -221,7 +222,7 @@ def run(tmp_path_factory) -> str:
   path, (params, _) = str(tmp_path_factory.mktemp("run")), tiny_network()
   workdir.open_for_training(path, tiny_config().to_dict())
   with checkpoint.Checkpointer(path) as checkpointer:
-    checkpointer.save(STEP, State(params, params, {}))
+    checkpointer.save(STEP, TrainState(params=params, ema=params))
   return path
 
 

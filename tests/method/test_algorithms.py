@@ -17,7 +17,6 @@ import pytest
 import diffdis_jax
 from diffdis_jax.method import algorithms, features, samplers, schedules
 from diffdis_jax.method.features import FeatureNoise
-from diffdis_jax.method.network import Network
 from tests import steps
 from tests.models.networks import random_params
 
@@ -46,7 +45,7 @@ def test_each_function_says_which_algorithm_it_is(number, name):
 
 
 def network_of(**changes):
-  network = Network.of(steps.make_config(**changes))
+  network = steps.network_of(steps.make_config(**changes))
   return network, random_params(network.shapes, seed=0)
 
 
@@ -67,7 +66,8 @@ def test_an_images_feature_is_algorithm_three_with_one_step():
     z, c_null = model.encode_image(jnp.asarray(images)), model.encode_text(model.text_encoder.null_tokens(8)).c
 
     def step(e_t, now):
-      return algorithms.text_query_step(model, e_t, now, z=z, c_null=c_null, network=network).x_prev, None
+      how = dict(z=z, c_null=c_null, network=network, guidance_scale=1.0, normalize_query=False)
+      return algorithms.text_query_step(model, e_t, now, **how).x_prev, None
 
     coefficients = samplers.ddim_coefficients(process, schedules.trailing(1))
     return jax.lax.scan(step, jnp.asarray(e_T), coefficients)[0] / process.gamma

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import re
 import shutil
@@ -21,15 +20,7 @@ from orbax import checkpoint as ocp
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint, committed, restore
-
-
-@dataclasses.dataclass(frozen=True)
-class State:
-  params: dict
-  ema: dict
-  opt_state: object
-  teacher: dict = dataclasses.field(default_factory=dict)
-
+from diffdis_jax.structs import TrainState
 
 OPTIMIZER = optax.chain(
   optax.clip_by_global_norm(1.0),
@@ -40,7 +31,7 @@ OPTIMIZER = optax.chain(
 )
 
 
-def make_state(seed: int = 0) -> State:
+def make_state(seed: int = 0) -> TrainState:
   rng = np.random.default_rng(seed)
   params = {
     "unet.conv": jnp.asarray(rng.normal(size=(16, 3)), jnp.float32),
@@ -48,18 +39,19 @@ def make_state(seed: int = 0) -> State:
     "text.bias": jnp.asarray(rng.normal(size=5), jnp.float32),
   }
   opt_state = jax.tree.map(lambda x: x + jnp.asarray(seed + 1, x.dtype), OPTIMIZER.init(params))
-  return State(params, {name: params[name] * 2 for name in ("unet.conv", "unet.conv.kernel")}, opt_state)
+  ema = {name: params[name] * 2 for name in ("unet.conv", "unet.conv.kernel")}
+  return TrainState(params=params, ema=ema, opt_state=opt_state)
 
 
-def place(state: State, sharding_of) -> State:
-  return State(*(jax.tree.map(lambda x: jax.device_put(x, sharding_of(x)), tree) for tree in vars(state).values()))
+def place(state: TrainState, sharding_of) -> TrainState:
+  return jax.tree.map(lambda x: jax.device_put(x, sharding_of(x)), state)
 
 
-def abstract(state: State, sharding_of) -> State:
+def abstract(state: TrainState, sharding_of) -> TrainState:
   def one(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x))
 
-  return State(*(jax.tree.map(one, tree) for tree in vars(state).values()))
+  return jax.tree.map(one, state)
 
 
 def one_device(_) -> SingleDeviceSharding:
@@ -87,7 +79,7 @@ def assert_same_bits(got, want) -> None:
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def save(workdir, *steps: int, state: State | None = None, **options) -> None:
+def save(workdir, *steps: int, state: TrainState | None = None, **options) -> None:
   with checkpoint.Checkpointer(workdir, checkpoint.CheckpointPolicy(**options)) as checkpointer:
     for step in steps:
       checkpointer.save(step, state or make_state(step), make_iterator())
@@ -105,8 +97,10 @@ def test_round_trip_keeps_every_bit_on_any_mesh(tmp_path, before, after):
   with checkpoint.Checkpointer(tmp_path) as checkpointer:
     assert checkpointer.latest_step() == 2
     restored = checkpointer.restore(2, abstract(state, on_mesh(after)), data)
-  assert_same_bits((restored.params, restored.ema, restored.opt_state), (state.params, state.ema, state.opt_state))
-  assert restored.params["unet.conv"].sharding == on_mesh(after)(state.params["unet.conv"])
+  assert_same_bits(
+    (restored.state.params, restored.state.ema, restored.state.opt_state), (state.params, state.ema, state.opt_state)
+  )
+  assert restored.state.params["unet.conv"].sharding == on_mesh(after)(state.params["unet.conv"])
   assert restored.meta == {"step": 2, "note": "x"}
   np.testing.assert_array_equal([next(data) for _ in range(20)], following)
 
@@ -120,28 +114,30 @@ def everywhere(_) -> NamedSharding:
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path, sharding_of):
   step = jax.jit(lambda params: jax.tree.map(lambda x: x * 0, params), donate_argnums=0)
   params = {"a": jnp.arange(1 << 20, dtype=jnp.float32)}
-  params = place(State(params, {}, ()), sharding_of).params
+  params = place(TrainState(params=params), sharding_of).params
   jax.block_until_ready(step(jax.tree.map(jnp.copy, params)))  # compiled, so that it is quick below
   with checkpoint.Checkpointer(tmp_path) as checkpointer:
-    checkpointer.save(1, State(params, {}, ()))
+    checkpointer.save(1, TrainState(params=params))
     jax.block_until_ready(step(params))
   restored = restore.restore_params(tmp_path)
   np.testing.assert_array_equal(restored["a"], np.arange(1 << 20))
 
 
 def test_saving_compiles_nothing_for_arrays_that_all_devices_hold(tmp_path, caplog):
-  state = place(State({"a": jnp.ones((8, 24)), "b": jnp.ones((16, 5, 7))}, {}, ()), everywhere)
+  state = place(TrainState(params={"a": jnp.ones((8, 24)), "b": jnp.ones((16, 5, 7))}), everywhere)
   with jax.log_compiles(), checkpoint.Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, state)
   assert "Compiling" not in caplog.text
 
 
 def test_a_state_without_average_and_optimizer_state(tmp_path):
-  state = State(make_state().params, {}, optax.sgd(0.1).init({}))
+  state = TrainState(params=make_state().params, opt_state=optax.sgd(0.1).init({}))
   save(tmp_path, 1, state=state)
   with checkpoint.Checkpointer(tmp_path) as checkpointer:
     restored = checkpointer.restore(1, abstract(state, one_device))
-  assert_same_bits((restored.params, restored.ema, restored.opt_state), (state.params, {}, state.opt_state))
+  assert_same_bits(
+    (restored.state.params, restored.state.ema, restored.state.opt_state), (state.params, {}, state.opt_state)
+  )
 
 
 def test_parameters_alone_with_and_without_average(tmp_path):
@@ -215,7 +211,9 @@ def test_a_checkpoint_with_a_missing_file_is_one_line(tmp_path, item):
 )
 def test_a_checkpoint_with_a_damaged_file_is_one_line(tmp_path, item, damage):
   large = {"unet.conv": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)}
-  state = State(large, large, large)  # small arrays lie in the index, not in files of their own
+  state = TrainState(
+    params=large, ema=large, opt_state=large
+  )  # small arrays lie in the index, not in files of their own
   save(tmp_path, 1, state=state)
   files = [path for path in (tmp_path / "checkpoints" / "1" / item).rglob("*") if path.is_file()]
   arrays = max(files, key=lambda path: path.stat().st_size)
@@ -292,6 +290,7 @@ def test_another_model_is_told_which_array_differs(tmp_path):
 KILLED = """
 import sys, types, jax.numpy as jnp
 from diffdis_jax.run import checkpoint, committed, restore
+from diffdis_jax.structs import TrainState
 with checkpoint.Checkpointer(sys.argv[1]) as checkpointer:
   for step in (1, 2):
     params = {"a.b": jnp.full((1 << 25,), step, jnp.float32)}
@@ -313,6 +312,6 @@ def test_a_save_killed_half_way_leaves_the_last_good_checkpoint(tmp_path):
   assert committed.latest_step(tmp_path) == 1
   np.testing.assert_array_equal(restore.restore_params(tmp_path)["a.b"][::4096], 1)
   with checkpoint.Checkpointer(tmp_path) as checkpointer:
-    assert checkpointer.save(2, State({"a.b": jnp.zeros(3)}, {}, ()))
+    assert checkpointer.save(2, TrainState(params={"a.b": jnp.zeros(3)}))
   assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["1", "2"]
   assert committed.latest_step(tmp_path) == 2
