@@ -19,12 +19,12 @@ GROWTH = 20  # MB that may be added after the first quarter
 UPLOADS = 3_000_000  # bytes that are kept, and that may be received at a time
 SERVER = f"""
 from absl import logging
-from diffdis_jax.studio import uploads
+from diffdis_jax.app import uploads
 
 logging.set_verbosity(logging.INFO)
 with uploads.folder() as folder:
   import gradio as gr
-  from diffdis_jax.studio import server
+  from diffdis_jax.app import server
   from diffdis_jax.app.limits import Limits
 
   with gr.Blocks(analytics_enabled=False) as blocks:
