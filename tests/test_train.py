@@ -100,9 +100,9 @@ def check_provenance(found: dict, run: str, autoencoder: str) -> None:
   assert {name: found[name] for name in known} == known and len(known["commit"]) == 40
   assert found["device"] == {"kind": "cpu", "count": 1} and found["processors"] >= 1
   fields = json.loads((pathlib.Path(run) / "config.json").read_text())
-  of_joint = provenance.of_config(ConfigDict(fields))
+  of_joint = provenance.of_config(fields)
   trained = {"commits": [known["commit"]], "clean": known["clean"]}
-  of_autoencoder = provenance.of_config(tiny.get_config("autoencoder")) | trained | {"steps": 8}
+  of_autoencoder = provenance.of_config(tiny.get_config("autoencoder").to_dict()) | trained | {"steps": 8}
   assert of_autoencoder.pop("init_from") == []
   assert found["run"] == of_joint | trained | {"steps": STEPS, "seed": 0, "init_from": [of_autoencoder]}
   assert found["run"]["config_hash"] != of_autoencoder["config_hash"] and of_autoencoder["objectives"] == [
