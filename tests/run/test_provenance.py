@@ -133,7 +133,10 @@ def test_a_config_has_one_hash_wherever_its_run_and_data_lie(tmp_path):
   config.update(log_every=1, init_from="/somewhere")
   assert provenance.of_config(config.to_dict())["config_hash"] in hashes
   config.seed = 1
-  assert provenance.of_config(config.to_dict())["config_hash"] not in hashes and provenance.of_config(config.to_dict())["seed"] == 1
+  assert (
+    provenance.of_config(config.to_dict())["config_hash"] not in hashes
+    and provenance.of_config(config.to_dict())["seed"] == 1
+  )
 
 
 def chain(first: epath.PathLike, second: epath.PathLike, third: epath.PathLike) -> str:

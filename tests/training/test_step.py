@@ -356,20 +356,18 @@ def test_bad_configs_are_refused_before_anything_is_allocated(changes, message):
 
 def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
   config = steps.make_config(sample_posterior=False)
-  seen = {}
-  for name in ("generation", "discrimination"):
-    original = getattr(objectives, f"noised_{name}")
+  seen, original = [], joint.both_passes
 
-    def record(z: jax.Array, *rest: Any, name: str = name, original: Callable = original, **settings: Any) -> Any:
-      seen.setdefault(name, []).append(z)
-      return original(z, *rest, **settings)
+  def record(model: DiffDis, generation: GenerationPass, discrimination: DiscriminationPass, **settings: Any) -> Any:
+    seen.append((generation.z_t, discrimination.z))
+    return original(model, generation, discrimination, **settings)
 
-    monkeypatch.setattr(objectives, f"noised_{name}", record)
+  monkeypatch.setattr(joint, "both_passes", record)
   loss = steps.Loss(config)
   batch, other = steps.make_batch(config), steps.make_batch(config, seed=1)
   for each in (batch, other, batch.replace(discrimination_image=other.image)):
     loss(loss.trained, each, steps.make_keys())
-  generation, discrimination = seen["generation"], seen["discrimination"]
+  generation, discrimination = zip(*seen, strict=True)
   np.testing.assert_array_equal(generation[2], generation[0])
   np.testing.assert_array_equal(discrimination[2], discrimination[1])
   assert np.abs(discrimination[2] - discrimination[0]).max() > 0.01
