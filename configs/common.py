@@ -86,7 +86,10 @@ def _tuples(value: Any) -> Any:
 def evaluations(args: ConfigDict, image_size: int) -> ConfigDict:
   """Of the sets that the arguments imagenet, coco and flickr name: zero-shot classification, and retrieval on
   Karpathy's test splits."""
-  data = lambda path, split: dict(name="pairs", path=path, split=split, image_size=image_size)
+
+  def data(path: str, split: str) -> dict[str, Any]:
+    return dict(name="pairs", path=path, split=split, image_size=image_size)
+
   sets = ConfigDict()
   if args.imagenet_names and not args.imagenet:
     raise ValueError("imagenet_names has no effect without imagenet=DIR")

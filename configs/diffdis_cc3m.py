@@ -3,6 +3,9 @@
   python -m diffdis_jax.prepare_data cc3m --source=TARS --out=DIR
   python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:path=DIR --workdir=DIR2 --config.init_from=SD_WORKDIR
 
+Not run at full size. From cached latents `preflight` estimates 16 chip-hours by the compiler's sum on 16 v5p at batch
+1024, at most 51 on 64 v5e, and at least 3.6 on 8 H100 (docs/preflight.md).
+
 From latents, whose encoding is a third of the cost of a step (with --text the captions' too, at 118 kB a view):
 
   python -m diffdis_jax.prepare_data latents --workdir=SD_WORKDIR --data=DIR --out=LATENTS --image_size=256 --views=4 \
@@ -10,8 +13,8 @@ From latents, whose encoding is a third of the cost of a step (with --text the c
   python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:latents=LATENTS --workdir=DIR2 \
       --config.init_from=SD_WORKDIR
 
-Every 2,000 steps it draws sample_prompts, and measures the data sets that imagenet=DIR,coco=DIR,flickr=DIR name, each
-a folder written by prepare_data (`folder`, `coco`, `flickr30k`; of the latter two with Karpathy's splits). ImageNet's
+Every 2,000 steps it generates sample_prompts, and measures the data sets that imagenet=DIR,coco=DIR,flickr=DIR name,
+each a folder written by prepare_data (`folder`, `coco`, `flickr30k`; the latter two with Karpathy's splits). ImageNet's
 class folders are numbers such as n01440764: imagenet_names=F.json is a list of 1,000 names in their order. Without it
 the folders' own names are the classes.
 

@@ -5,6 +5,8 @@
 at full size, CLIP-L/14 at 224 px, Stable Diffusion and DiffDis at 256 px, `batch=N` images in all; or small=True, the
 networks of `runlocal` at 32 px, for a laptop. The paper's hours are of 20 epochs of CC3M for CLIP; of how many for the
 others it does not state, here as many as configs/diffdis_cc3m.py has.
+
+Not run at full size; small=True shows that it runs.
 """
 
 from ml_collections import ConfigDict

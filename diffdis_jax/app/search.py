@@ -97,7 +97,7 @@ class Index:
   def record(self, place: int) -> Found:
     """The image at this place among those that are searched."""
     record = base.read(self.source, self.indices[place])
-    side = self._player.network.image_size
+    side = self._sampler.network.image_size
     return Found(base.to_square(record["image"], side), name_of(record))
 
   def state(self) -> str:

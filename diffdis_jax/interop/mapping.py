@@ -4,7 +4,7 @@ Theirs are those of PyTorch's state dicts, by component:
 
   unet, vae     diffusers' UNet2DConditionModel and AutoencoderKL
   text_encoder  transformers' CLIPTextModel, with the prefix `text_model.` of published checkpoints
-  diffdis       the PyTorch twin's own parameters, torch_diffdis.py
+  diffdis       the PyTorch model's own parameters, torch_diffdis.py
   clip          transformers' CLIPModel, both towers
   head          the language-guided head of long-tailed recognition, in nobody's names but ours
 
@@ -86,7 +86,7 @@ def from_path(path: str, components: Sequence[str] = DIFFDIS) -> Entry:
 
 
 def from_name(component: str, name: str) -> Entry | None:
-  """Where their parameter goes, or None: their files hold things that we have no use for."""
+  """Where their parameter goes, or None: their files hold things that nothing here uses."""
   for row in TABLE[component]:
     if indices := _regex(row.theirs).fullmatch(name):
       return Entry(component, _fill(row.ours, indices), name, row.axes)

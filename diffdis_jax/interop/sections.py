@@ -130,7 +130,7 @@ def write_vae(section: Config, *, scaling_factor: float, sample_size: int) -> di
 
 
 def read_text(config: Config, where: str) -> dict[str, Any]:
-  """`model.text_encoder`, but for its ids of start and end, which old config.json files have wrong."""
+  """`model.text_encoder`, except its ids of start and end, which old config.json files have wrong."""
   return _activation(_read(config, TEXT, FIXED_TEXT, where), where)
 
 
@@ -146,7 +146,7 @@ def write_text(section: Config) -> dict[str, Any]:
 
 
 def read_vision(config: Config, where: str) -> dict[str, Any]:
-  """`model.vision_encoder`, but for its projection."""
+  """`model.vision_encoder`, except its projection."""
   return _activation(_read(config, VISION, FIXED_VISION, where), where)
 
 

@@ -30,7 +30,7 @@ def unet(tensors: Tensors, where: str) -> dict[str, Any]:
 
 
 def vae(tensors: Tensors, where: str) -> dict[str, Any]:
-  """`model.autoencoder` but for its scale, from diffusers' names."""
+  """`model.autoencoder` except its scale, from diffusers' names."""
   levels = _count(tensors, "encoder.down_blocks.#.")
   return dict(
     widths=tuple(_shape(tensors, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", where)[0] for i in range(levels)),
@@ -44,7 +44,7 @@ def vae(tensors: Tensors, where: str) -> dict[str, Any]:
 
 
 def text(tensors: Tensors, where: str) -> dict[str, Any]:
-  """`model.text_encoder` but for its activation and projection, from transformers' names."""
+  """`model.text_encoder` except its activation and projection, from transformers' names."""
   # Of the embeddings: layers have the width several times, in shapes that differ between towers.
   vocab_size, width = _shape(tensors, "text_model.embeddings.token_embedding.weight", where)
   return dict(
@@ -55,7 +55,7 @@ def text(tensors: Tensors, where: str) -> dict[str, Any]:
 
 
 def vision(tensors: Tensors, where: str) -> dict[str, Any]:
-  """`model.vision_encoder` but for its activation, from transformers' names."""
+  """`model.vision_encoder` except its activation, from transformers' names."""
   width, _, patch, _ = _shape(tensors, "vision_model.embeddings.patch_embedding.weight", where)
   # One for each patch of a square image, and the class token's.
   positions = _shape(tensors, "vision_model.embeddings.position_embedding.weight", where)[0]

@@ -1,6 +1,6 @@
 """Our parameters to a folder that diffusers' StableDiffusionPipeline loads, without PyTorch.
 
-Beside the pipeline stands what DiffDis adds, in the names of the PyTorch twin (torch_diffdis.py).
+Beside the pipeline stands what DiffDis adds, in the names of the PyTorch model (torch_diffdis.py).
 """
 
 from __future__ import annotations

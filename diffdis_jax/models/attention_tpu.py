@@ -161,13 +161,12 @@ class _Call:
   ) -> Any:
     """The kernel, to be called with arrays; `outputs` are pairs of a block and an array of the result's shape."""
     shapes = [jax.ShapeDtypeStruct(like.shape, like.dtype) for _, like in outputs]
-    size = lambda x: x.size * x.dtype.itemsize
 
     def called(*arrays: Array) -> Any:
       cost = pl.CostEstimate(
         flops=2 * products * self._scores * self._d,
         transcendentals=self._scores,
-        bytes_accessed=sum(map(size, (*arrays, *shapes))),
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)),
       )
       return pl.pallas_call(
         functools.partial(kernel, **self._options),

@@ -151,7 +151,7 @@ class Clip(nnx.Module):
     return query * jax.lax.rsqrt(jnp.sum(query**2, axis=-1, keepdims=True) + 1e-12)
 
   def encode_text(self, tokens: Int[Array, "b l"]) -> TextCondition:
-    """The condition, which CLIP has no use for, and the L2-normalised embedding e."""
+    """The condition, which CLIP does not use, and the L2-normalised embedding e."""
     return self.text_encoder(tokens)
 
 

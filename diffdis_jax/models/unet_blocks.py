@@ -59,7 +59,7 @@ class BasicTransformerBlock(nnx.Module):
 
   def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b l e"]) -> Float[Array, "b n d"]:
     x = x + self.attn1(self.norm1(x))
-    # Apart, since fusion has its own self-attention, over one token more, and goes on with the same rest.
+    # Apart, since fusion has its own self-attention, over one token more, and the same rest after it.
     return self.after_self_attention(x, c)
 
   def after_self_attention(self, x: Float[Array, "b n d"], c: Float[Array, "b l e"]) -> Float[Array, "b n d"]:

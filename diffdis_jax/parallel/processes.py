@@ -52,7 +52,7 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-  """What `jax.distributed.initialize` is told. None everywhere: it asks the TPU's own environment.
+  """What `jax.distributed.initialize` gets. None everywhere: it asks the TPU's own environment.
 
   Attributes:
     local_device_ids: of the accelerators, those that are this process's; None for all that the host has.

@@ -39,8 +39,8 @@ class Gpu(NamedTuple):
   corrects: bool = True
 
 
-# By their names in chips.CHIPS. What a variant shares with another card stands again: a row can be held against one
-# data sheet.
+# By their names in chips.CHIPS. What a variant shares with another card stands again, so that a row can be held against
+# one data sheet.
 GPUS = {
   "a100": Gpu((8, 0), 108, 64, 1.41, 81_152 * MIB, 40 * MIB, 164 * KIB, 12),
   "a100-40": Gpu((8, 0), 108, 64, 1.41, 40_960 * MIB, 40 * MIB, 164 * KIB, 12),

@@ -23,14 +23,14 @@ _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r" while\(.*condition=%([\w.\-]+)")
 _BOUND = re.compile(r"%(\S+) = s32\[\]\S* constant\((\d+)\)")
 _BELOW = re.compile(r"ROOT .* compare\(%\S+, %([\w.\-]+)\), direction=LT")
-# One collective that the TPU compiler spreads over the operations it runs beside, each of which lists it anew.
+# One collective that the TPU compiler spreads over the operations it runs beside, each of which lists it again.
 _SPREAD = re.compile(r"channel_id=(\d+),.* frontend_attributes=\{[^}]*chain_id=")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
 _COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 # `%name = SHAPE opcode(operands)` of the program's own computation.
 _OPERATION = re.compile(r"\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(?:,|$)")
-# What reads and writes nothing of its own, or goes on beside other operations, as all that comes in two halves does.
+# What reads and writes nothing of its own, or runs beside other operations, as all that comes in two halves does.
 _NO_TRAFFIC = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id"}
 _NO_TRAFFIC |= {"while", "conditional", "call"}
 _NAME = re.compile(r"%([\w.\-]+)")

@@ -33,7 +33,7 @@ def summarise(program: Program, compiled: Compiled, target: Target, *, num_pairs
   times the turns of loops, by operations, whose bodies they take once; a program with loops has not the third. Images
   and chip-hours go by `planned_by`: `seconds` where there is one, else `seconds_by_cycles`, else `seconds_bound`, the
   time that the chips need at their peak. What moves between chips takes time that is in none of them:
-  `seconds_between_chips`, at all that links can carry, goes on beside the rest, after it, or in part.
+  `seconds_between_chips`, at all that links can carry, runs beside the rest, after it, or in part.
 
   Why not the slower one: cycles charge what is read and written in bf16 twice what the sum does (on v5p 574 against
   1,133 bytes a cycle, where memory gives 1,580), so they are an upper figure. A step that others have measured agrees

@@ -3,7 +3,7 @@
   python -m diffdis_jax.report --workdir=DIR[,DIR2...] --out=report.html
 
 The file holds everything and loads nothing: curves, sample images, evaluations, data, parameters, config, restarts and
-cost. It can be written while the run goes on.
+cost. It can be written while the run is running.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def report(paths: Sequence[str], out: str, *, hour_price: float | None = None) -
   Raises:
     UserError: no run in one of them, one that is named twice, too many, or `out` cannot be written.
   """
+  # With or without a slash at its end it is the same folder, which would stand beside itself.
   paths = [path.rstrip("/") for path in paths if path]
   if len(set(paths)) < len(paths):
     raise UserError(f"--workdir={','.join(paths)} names a folder twice")
@@ -51,6 +52,7 @@ def report(paths: Sequence[str], out: str, *, hour_price: float | None = None) -
     raise UserError(f"--workdir names {len(paths)} folders; it should be one to {MOST_RUNS}, with commas between them")
   if hour_price is not None:
     check_number("--hour_price", hour_price, at_least=0)
+  # Before runs are read, which takes minutes of a long one in a bucket.
   files.check_out(out)
   runs = [read(path, name) for path, name in zip(paths, page.names_of(paths), strict=True)]
   text = page.render(runs, hour_price=hour_price)

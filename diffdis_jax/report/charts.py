@@ -22,10 +22,11 @@ _QUARTER = re.compile(r"(loss_\w+)_q([1-4])")
 
 
 def distinct(curves: Mapping[str, Curve]) -> list[str]:
-  """The metrics but for those of an evaluation that are equal, at every step, to one before: with one template, the
+  """The metrics except those of an evaluation that are equal, at every step, to one before: with one template, the
   accuracy of all templates is that of the first."""
   kept: dict[str, Curve] = {}
   for name, curve in curves.items():
+    # Within one data set alone: equal figures of two sets are two results.
     dataset = name.split("/")[0] if "/" in name else None
     others = (other for key, other in kept.items() if dataset and key.split("/")[0] == dataset)
     if not any(np.array_equal(curve.values, o.values) and np.array_equal(curve.steps, o.steps) for o in others):
@@ -35,6 +36,7 @@ def distinct(curves: Mapping[str, Curve]) -> list[str]:
 
 def group(metrics: Iterable[str]) -> list[dict[str, Any]]:
   """Charts in the order of the page: `section`, `title`, `format` (number or share) and `series`, [metric, label]."""
+  # Each metric is on one chart: what a chart takes is gone from here, and what is left at the end gets one of its own.
   left = dict.fromkeys(metrics)
   charts = []
 
@@ -54,6 +56,7 @@ def group(metrics: Iterable[str]) -> list[dict[str, Any]]:
   for base, names in quartered.items():
     labels = [f"{name[-1]}/4 of the noise" if name[-1] != "4" else "4/4, the noisiest" for name in names]
     take("losses", f"Loss, {base.removeprefix('loss_')}, by quarter of the timestep", names, labels)
+  # By metric, so that several sets' accuracies share an axis; before speed, of which `rate/` looks alike.
   measured: dict[str, list[str]] = {}
   for name in left:
     if "/" in name and not name.startswith("rate/"):

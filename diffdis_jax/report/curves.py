@@ -63,8 +63,10 @@ def _joined(lines: Iterable[Any]) -> dict[str, Curve]:
     for place, name in enumerate(names):
       if name != "step":
         pieces.setdefault(name, []).append(Curve(steps, values[:, place]))
-  join = lambda name, field: np.concatenate([getattr(piece, field) for piece in pieces[name]])
-  return {name: Curve(join(name, "steps"), join(name, "values")) for name in pieces}
+  return {
+    name: Curve(np.concatenate([each.steps for each in own]), np.concatenate([each.values for each in own]))
+    for name, own in pieces.items()
+  }
 
 
 def _parsed(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -89,7 +91,12 @@ def thin(curve: Curve, buckets: int = BUCKETS) -> Band:
   starts = np.flatnonzero(np.r_[True, np.diff(places) > 0])
   finite = np.isfinite(values)
   count = np.add.reduceat(finite.astype(np.int64), starts)
-  reduced = lambda f, empty: np.where(count > 0, f.reduceat(np.where(finite, values, empty), starts), np.nan)
+
+  def reduced(f: np.ufunc, empty: float) -> Float[np.ndarray, " k"]:
+    """f over each bucket's finite values; `empty` is what changes nothing in it."""
+    return np.where(count > 0, f.reduceat(np.where(finite, values, empty), starts), np.nan)
+
+  # Least and most beside the mean, so that a spike of one step still shows.
   mean = reduced(np.add, 0.0) / np.maximum(count, 1)
   return Band(
     steps[np.r_[starts[1:] - 1, len(steps) - 1]], mean, reduced(np.minimum, np.inf), reduced(np.maximum, -np.inf)

@@ -33,6 +33,7 @@ def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float |
     now: seconds since 1970; None for the present.
   """
   now = time.time() if now is None else now
+  # Pillow works without Python's lock, so that curves are read while pictures are made.
   with concurrent.futures.ThreadPoolExecutor(1) as beside:
     embedded = beside.submit(embed, runs)
     data = data_of(runs, hour_price=hour_price, now=now)
@@ -44,10 +45,11 @@ def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float |
 
 
 def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dict[str, Any]:
-  """All that the page shows but for its pictures."""
+  """All that the page shows except its pictures."""
   facts = [facts_of(run, hour_price=hour_price, now=now) for run in runs]
   rates = [name for each in facts for name in each["curves"] if name.startswith("rate/")]
   metrics = dict.fromkeys([*(name for run in runs for name in charts.distinct(run.curves)), *rates])
+  # Nearly always 0, and then a chart of nothing.
   if not any(np.nansum(run.curves["substituted"].values) for run in runs if "substituted" in run.curves):
     metrics.pop("substituted", None)
   return {
@@ -60,7 +62,7 @@ def data_of(runs: Sequence[Run], *, hour_price: float | None, now: float) -> dic
 
 
 def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any]:
-  """What the page shows of one run, but for its pictures."""
+  """What the page shows of one run, except its pictures."""
   made = summary.starts(run, now=now)
   every = {**run.curves, **summary.learning_rates(run)}
   return {
@@ -120,6 +122,7 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
   """Fields in which the runs' configs differ: `field`, and the `values` as JSON, None where a run has no such field."""
   every = [summary.fields(run) for run in runs]
   names = sorted({name for fields in every for name in fields})
+  # As JSON, by which a tuple of one config and a list of another are equal.
   rows = [{"field": name, "values": [fields.get(name) for fields in every]} for name in names]
   return [row for row in rows if len(set(row["values"])) > 1]
 

@@ -1,4 +1,4 @@
-"""What a run has left in its workdir, also while it goes on."""
+"""What a run has left in its workdir, also while it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.report import curves
 from diffdis_jax.run import committed, history
 
-ALIVE = 60.0  # seconds since the last sign of life of a run that goes on
+ALIVE = 60.0  # seconds since the last sign of life of a run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ def read(path: str, name: str) -> Run:
     UserError: no folder of a run.
   """
   folder, config = buckets.path(path), run_config.load(path).to_dict()
+  # A run writes while it is read: each file is whole or a line short, and they need not be of one moment.
   metrics = folder / "metrics.jsonl"
   exists = metrics.exists()
   return Run(
@@ -97,6 +98,7 @@ def _checkpoints(path: str) -> dict[int, dict[str, float]]:
 def _results(folder: epath.Path) -> dict[str, Any]:
   """Files that `evaluate` wrote: {task: {data set: record with metrics}}."""
   found = {}
+  # evaluate's --out may have any name, so that what a file is shows in its form.
   for path in sorted(folder.glob("*.json")):
     tasks = _read_json(path)
     records = [record for sets in tasks.values() if isinstance(sets, dict) for record in sets.values()]
@@ -107,6 +109,7 @@ def _results(folder: epath.Path) -> dict[str, Any]:
 
 def _cards(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   """Of the run's sources that prepare_data wrote, and that can be reached from here."""
+  # One that lies on another machine is left out: the page is of what can be read here.
   sections = data["mixture"] or {"data": data}
   found = {}
   for name, section in sections.items():

@@ -70,6 +70,7 @@ def cost(run: Run, made: Sequence[Mapping[str, Any]], *, hour_price: float | Non
   for start in made:
     kind = start["device_kind"] or "unknown"
     hours[kind] = hours.get(kind, 0.0) + start["seconds"] * (start["devices"] or 1) / HOUR
+  # By kind: an hour of one is not an hour of another, and a run may have moved.
   in_steps = _seconds_in_steps(run)
   total = sum(start["seconds"] for start in made)
   return {
@@ -86,6 +87,7 @@ def _seconds_in_steps(run: Run) -> float:
   if "steps_per_sec" not in run.curves:
     return 0.0
   curve = run.curves["steps_per_sec"]
+  # A speed is that of the steps since the report before it.
   counts = np.diff(np.r_[0, curve.steps])
   counted = np.isfinite(curve.values) & (curve.values > 0)
   return float((counts[counted] / curve.values[counted]).sum())

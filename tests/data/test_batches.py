@@ -12,6 +12,7 @@ from diffdis_jax.data.prepare import builder, latents, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
+from diffdis_jax.method import encode
 from diffdis_jax.method.diffdis import to_signed
 from diffdis_jax.structs import Batch, LatentBatch
 from diffdis_jax.training import stored_inputs

@@ -27,7 +27,7 @@ class ClassList(NamedTuple):
 
   Attributes:
     set_name: in CLIP_benchmark's words.
-    classnames: what goes into the prompts: OpenAI's, but for Pets and EuroSAT (CLIP_benchmark's) in another order.
+    classnames: what goes into the prompts: OpenAI's, except Pets and EuroSAT (CLIP_benchmark's) in another order.
     templates: OpenAI's prompt templates, `{}` for the class name.
     names_in_data: what folders and files of the data call the same classes; empty where it is the same.
   """
@@ -50,6 +50,7 @@ def load() -> dict[str, ClassList]:
 
 def normalised(name: str) -> str:
   """What the spellings of a class name have in common: `/a/apse/indoor` is `apse indoor`, `F-16A_B` is `f 16a b`."""
+  # First of all the letter that SUN397's paths begin with, which is no part of the name.
   name = name.strip()
   return " ".join(_SIGNS.split(name[3:] if _LETTER.match(name) else name)).strip().lower()
 
@@ -67,6 +68,8 @@ def match(found: Sequence[str], known: ClassList, *, where: str) -> Int[np.ndarr
       lists differ in order.
   """
   index, shared = _index(known)
+  # By name wherever a name is enough. Two classes of one name go by their numbers, which is safe only where all others
+  # stand in the usual order, too.
   places = np.array([_place(number, name, index, known, where) for number, name in enumerate(found)], np.int64)
   if any(normalised(name) in shared for name in found):
     for number, place in enumerate(places):

@@ -61,6 +61,7 @@ def folders(set_name: str) -> list[str]:
     own = [set_name, *CAPTIONED[set_name]]
     return own if set_name == "mscoco_val2014" else [*own, *(f"wds_{name}" for name in own)]
   names = LABELLED[set_name]
+  # Under the set's own name first: what somebody renamed to it is meant.
   own = [set_name, *dict.fromkeys(name for name in (names.tfds, *names.others) if name != set_name)]
   # VTAB's copies first: they are of a test split where the set itself has none.
   return [*own, *(f"wds_vtab-{name}" for name in own), *(f"wds_{name}" for name in own)]
@@ -76,6 +77,7 @@ def find_labelled(root: pathlib.Path, set_name: str) -> Callable[[], Named] | No
       return functools.partial(tfds_folder.read, stored, split=names.split, called=names.called)
     if published := torchvision_folders.find(folder, set_name):
       return functools.partial(torchvision_folders.read, published, set_name)
+  # At last the root itself as torchvision's, where a user has all sets side by side in their published folders.
   if published := torchvision_folders.find(root, set_name, below=False):
     return functools.partial(torchvision_folders.read, published, set_name)
   return None
@@ -86,6 +88,7 @@ def find_captioned(root: pathlib.Path, set_name: str) -> Callable[[], Captioned]
   for folder in (root / name for name in folders(set_name)):
     if found := _caption_files(folder, set_name):
       return found
+    # The folders of Karpathy's splits hold part of val2014 alone.
     if set_name == "mscoco_val2014" and folder.name not in OF_VAL2014:
       continue
     if wds_folder.is_one(folder):

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from diffdis_jax.common.files import read_json
-from diffdis_jax.data.layouts.labelled import Captioned, Files, Origin
+from diffdis_jax.data.layouts.labelled import Captioned, Origin, image_files
 from diffdis_jax.errors import UserError
 
 ENDING = ".jpg"
@@ -22,6 +22,7 @@ def read_coco(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Capti
   captions = collections.defaultdict(list)
   try:
     content: Any = read_json(table)
+    # Captions lie in the order in which they were written; the images' numbers give one that every copy has.
     for annotation in content["annotations"]:
       if text := annotation["caption"].strip():
         captions[annotation["image_id"]].append(text)
@@ -33,7 +34,7 @@ def read_coco(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Capti
   # Some copies name the image with its folder in front.
   paths = [images / pathlib.PurePosixPath(files[number]).name for number in sorted(files)]
   texts = [tuple(captions[number]) for number in sorted(files)]
-  return Captioned(Files(paths), texts, Origin("files", str(table), split))
+  return Captioned(image_files(paths), texts, Origin("files", str(table), split))
 
 
 def read_flickr(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Captioned:
@@ -50,9 +51,10 @@ def read_flickr(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Cap
   for number, line in enumerate(lines, 2):
     if not line.strip():
       continue
+    # At the ending, not the first comma: captions have commas, and file names may.
     name, sign, caption = line.strip().partition(f"{ENDING},")
     if not sign or not caption.strip():
       raise UserError(f"{table}, line {number}: {line.strip()[:40]!r} is not IMAGE{ENDING},CAPTION")
     captions[f"{name}{ENDING}"].append(caption.strip())
   texts = [tuple(found) for found in captions.values()]
-  return Captioned(Files([images / name for name in captions]), texts, Origin("files", str(table), split))
+  return Captioned(image_files([images / name for name in captions]), texts, Origin("files", str(table), split))

@@ -6,8 +6,9 @@ What is here is a data source, as `data.sources` says, and besides gives a recor
 from __future__ import annotations
 
 import dataclasses
+import operator
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,68 +17,47 @@ from jaxtyping import Int, UInt8
 from diffdis_jax.data.records import MOST_BYTES, read_file
 from diffdis_jax.data.tars import Member
 
+# Bytes stay encoded until a loader's thread needs them; CIFAR's pickles have pixels alone.
 Encoded = bytes | UInt8[np.ndarray, "h w 3"]
 
 
 @runtime_checkable
 class Images(Protocol):
-  """Images by index: encoded bytes, or u8[h w 3]."""
+  """Images by index: encoded bytes, or u8[h w 3]. An array of them is one."""
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> Any: ...
+  def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
-  """Image files. Reading one raises Unusable as `records.read_file` does."""
+class Lazy:
+  """Images that are read one by one, from whatever stands for each of them. Picklable, for the loader's processes."""
 
-  paths: Sequence[pathlib.Path]
-
-  def __len__(self) -> int:
-    return len(self.paths)
-
-  def __getitem__(self, index: int) -> bytes:
-    return read_file(self.paths[index])
-
-
-@dataclasses.dataclass(frozen=True)
-class Arrays:
-  """Decoded images."""
-
-  pixels: UInt8[np.ndarray, "n h w 3"]
+  items: Any
+  read: Callable[[Any], Encoded]
 
   def __len__(self) -> int:
-    return len(self.pixels)
-
-  def __getitem__(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-    return self.pixels[index]
-
-
-@dataclasses.dataclass(frozen=True)
-class Members:
-  """Image files inside uncompressed tars. Reading one raises Unusable as `tars.Member.read` does."""
-
-  members: Sequence[Member]
-
-  def __len__(self) -> int:
-    return len(self.members)
-
-  def __getitem__(self, index: int) -> bytes:
-    return self.members[index].read(MOST_BYTES)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-  """The images of another source's records."""
-
-  records: Any
-
-  def __len__(self) -> int:
-    return len(self.records)
+    return len(self.items)
 
   def __getitem__(self, index: int) -> Encoded:
-    return self.records[index]["image"]
+    return self.read(self.items[index])
+
+
+def image_files(paths: Sequence[pathlib.Path]) -> Lazy:
+  """Image files. Reading one raises Unusable as `records.read_file` does."""
+  return Lazy(paths, read_file)
+
+
+def image_members(found: Sequence[Member]) -> Lazy:
+  """Image files inside uncompressed tars. Reading one raises Unusable as `tars.Member.read` does."""
+  # Not by a lambda, which no pickle takes.
+  return Lazy(found, operator.methodcaller("read", MOST_BYTES))
+
+
+def images_of(source: Any) -> Lazy:
+  """The images of another source's records."""
+  return Lazy(source, operator.itemgetter("image"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +87,30 @@ class Named:
   origin: Origin
 
 
+class _Source:
+  """A source whose records are `fields`, which a subclass gives, and an image."""
+
+  images: Images
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return {**self.fields(index), "image": self.images[index]}
+
+  def fields(self, index: int) -> dict[str, Any]:
+    """The record without its image: labels are asked for of a whole set, whose images take minutes to read."""
+    # Python's own sequences count from the end below 0, where a loader's mistake would go unseen.
+    if not 0 <= index < len(self):
+      raise IndexError(f"index {index} outside of {len(self)} images")
+    return self._fields(index)
+
+  def _fields(self, index: int) -> dict[str, Any]:
+    raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
-class Labelled:
+class Labelled(_Source):
   """A source of images with the number of their class, in the order of a set's class list, and its name."""
 
   images: Images
@@ -116,36 +118,19 @@ class Labelled:
   classnames: Sequence[str]
   origin: Origin
 
-  def __len__(self) -> int:
-    return len(self.labels)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return {**self.fields(index), "image": self.images[index]}
-
-  def fields(self, index: int) -> dict[str, Any]:
-    """The record without its image."""
-    if not 0 <= index < len(self):
-      raise IndexError(f"index {index} outside of {len(self)} images")
+  def _fields(self, index: int) -> dict[str, Any]:
     label = int(self.labels[index])
     return {"label": label, "class": self.classnames[label], "caption": self.classnames[label]}
 
 
 @dataclasses.dataclass(frozen=True)
-class Captioned:
+class Captioned(_Source):
   """A source of images with one caption or more."""
 
   images: Images
   captions: Sequence[tuple[str, ...]]
   origin: Origin
 
-  def __len__(self) -> int:
-    return len(self.captions)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return {**self.fields(index), "image": self.images[index]}
-
-  def fields(self, index: int) -> dict[str, Any]:
-    """The record without its image."""
-    if not 0 <= index < len(self):
-      raise IndexError(f"index {index} outside of {len(self)} images")
+  def _fields(self, index: int) -> dict[str, Any]:
+    # The first one is the caption, by the convention of retrieval; training draws among all of them.
     return {"caption": self.captions[index][0], "captions": list(self.captions[index])}

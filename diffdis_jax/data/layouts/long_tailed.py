@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from diffdis_jax.data import corpus
 from diffdis_jax.data.corpus import Corpus
-from diffdis_jax.data.layouts.labelled import Files, Labelled, Origin
+from diffdis_jax.data.layouts.labelled import Labelled, Origin, image_files
 from diffdis_jax.errors import UserError
 
 
@@ -37,6 +37,7 @@ class LongTailed:
   wordnet: bool
 
 
+# The counts of the lists as published, by which a cut-off download is found.
 SETS = {
   "places_lt": LongTailed("Places_LT", 365, {"train": 62_500, "val": 7_300, "test": 36_500}, wordnet=False),
   "imagenet_lt": LongTailed("ImageNet_LT", 1000, {"train": 115_846, "val": 20_000, "test": 50_000}, wordnet=True),
@@ -44,8 +45,8 @@ SETS = {
 
 
 def train_labels(path: pathlib.Path, name: str) -> Int[np.ndarray, " n"]:
-  """The class of each training image, by the list alone. Raises UserError: as `open_split`, but for missing images."""
-  return _read_split(path, name, "train")[2]
+  """The class of each training image, by the list alone. Raises UserError: as `open_split`, except missing images."""
+  return _read_split(path, name, "train").labels
 
 
 def open_split(path: pathlib.Path, name: str, split: str) -> Labelled:
@@ -60,29 +61,32 @@ def open_split(path: pathlib.Path, name: str, split: str) -> Labelled:
     UserError: no such list, lines of another form, another number of images or classes than the published one, or
       images that are not there.
   """
-  file, files, labels = _read_split(path, name, split)
-  _check_there(file, files)
+  listed = _read_split(path, name, split)
+  # Before anything is read of it: a run must not end at its first image of a folder that is not there.
+  _check_there(listed)
   names = corpus.read_names(path / "labels.txt", wordnet=SETS[name].wordnet)
   _check_count(path, name, len(names))
-  return Labelled(Files(files), labels, names, Origin("long_tailed", str(path), split))
+  return Labelled(image_files(listed.files), listed.labels, names, Origin("long_tailed", str(path), split))
 
 
-class _Listed(NamedTuple):
-  """A list, its images, and their classes."""
+class _List(NamedTuple):
+  """A published list: where it lies, its images, and their classes."""
 
-  list: pathlib.Path
-  images: list[pathlib.Path]
+  path: pathlib.Path
+  files: list[pathlib.Path]
   labels: Int[np.ndarray, " n"]
 
 
-def _read_split(path: pathlib.Path, name: str, split: str) -> _Listed:
+def _read_split(path: pathlib.Path, name: str, split: str) -> _List:
   known = SETS[name]
   if split not in known.counts:
     raise UserError(f"{name} has no split {split!r}; there are {', '.join(known.counts)}")
   file = path / f"{known.prefix}_{split}.txt"
-  _, files, labels = listed = _read_list(file, path)
-  if len(files) != known.counts[split]:
-    raise UserError(f"{file} names {len(files):,} images, and should name {known.counts[split]:,}; download it again")
+  listed = _read_list(file, path)
+  # A list that was cut off would be another set, and look like any.
+  if (count := len(listed.files)) != known.counts[split]:
+    raise UserError(f"{file} names {count:,} images, and should name {known.counts[split]:,}; download it again")
+  labels = listed.labels
   if (absent := np.setdiff1d(np.arange(known.classes), labels)).size or labels.max() >= known.classes:
     wrong = f"the label {labels.max()}" if labels.max() >= known.classes else f"no image of class {absent[0]}"
     raise UserError(f"{file} has {wrong}; {name} has {known.classes} classes, from 0; download it again")
@@ -103,7 +107,7 @@ def _check_count(path: pathlib.Path, name: str, count: int) -> None:
     )
 
 
-def _read_list(file: pathlib.Path, root: pathlib.Path) -> _Listed:
+def _read_list(file: pathlib.Path, root: pathlib.Path) -> _List:
   try:
     rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
   except (OSError, UnicodeDecodeError) as error:
@@ -113,21 +117,23 @@ def _read_list(file: pathlib.Path, root: pathlib.Path) -> _Listed:
       raise UserError(f"{file} has the line {' '.join(row)!r}; a line should be a path and the number of a class")
   if not rows:
     raise UserError(f"{file} is empty; download it again")
-  return _Listed(file, [root / name.lstrip("/") for name, _ in rows], np.array([int(label) for _, label in rows]))
+  # A path that begins with a slash would leave the root.
+  return _List(file, [root / name.lstrip("/") for name, _ in rows], np.array([int(label) for _, label in rows]))
 
 
-def _check_there(file: pathlib.Path, files: list[pathlib.Path]) -> None:
+def _check_there(listed: _List) -> None:
   """Each folder is listed once, since asking for every file takes minutes where it lies on another machine."""
   wanted: dict[pathlib.Path, set[str]] = {}
-  for each in files:
+  for each in listed.files:
     wanted.setdefault(each.parent, set()).add(each.name)
   absent = {
     folder / name
     for folder, names in wanted.items()
     for name in names.difference(os.listdir(folder) if folder.is_dir() else ())
   }
-  if missing := [each for each in files if each in absent]:
+  # In the list's order, so that the first one named is the first line that is wrong.
+  if missing := [each for each in listed.files if each in absent]:
     raise UserError(
-      f"{len(missing):,} of the {len(files):,} images that {file} names are missing, the first {missing[0]}; put the"
-      " folders train and val of the whole set beside the lists"
+      f"{len(missing):,} of the {len(listed.files):,} images that {listed.path} names are missing, the first"
+      f" {missing[0]}; put the folders train and val of the whole set beside the lists"
     )

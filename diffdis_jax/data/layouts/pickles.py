@@ -53,6 +53,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   """
   try:
     with open(path, "rb") as file:
+      # Python 2's bytes as latin-1, which maps each of them to one character and back.
       found = _Unpickler(file, encoding="latin1").load()
   except _Refused as refused:
     raise UserError(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffdis_jax.data import records
-from diffdis_jax.data.layouts.labelled import Captioned, Named, Origin, Stored
+from diffdis_jax.data.layouts.labelled import Captioned, Named, Origin, images_of
 from diffdis_jax.errors import UserError
 
 INFO = "dataset_info.json"
@@ -21,9 +21,9 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
   return max(found, key=_version, default=None)
 
 
-def _version(path: pathlib.Path) -> tuple[int, ...]:
+def _version(path: pathlib.Path) -> list[int]:
   parts = path.name.split(".")
-  return tuple(map(int, parts)) if all(part.isdecimal() for part in parts) else ()
+  return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else []
 
 
 def read(path: pathlib.Path, *, split: str, called: str) -> Named:
@@ -42,15 +42,17 @@ def read(path: pathlib.Path, *, split: str, called: str) -> Named:
     return _prepared(path, info)
   if split.partition("[")[0] not in info.splits:
     raise UserError(f"{path} has no split {split}, only {', '.join(sorted(info.splits))}")
+  # Names are needed, since numbers alone do not say in which order the builder counted.
   label: Any = info.features["label"] if "label" in info.features else None
   names = label.names if label is not None and hasattr(label, "names") else None
   if "image" not in info.features or not names:
     raise UserError(f"{path} has no images with a `label` of named classes; its fields are {', '.join(info.features)}")
+  # All labels at once and no image: decoding is left out, and a whole set is measured anyway.
   stored = _open(path, split)
   labels = np.array([int(stored[i]["label"]) for i in range(len(stored))], np.int64)
   if labels.size and not 0 <= labels.min() <= labels.max() < len(names):
     raise UserError(f"{path} has labels from {labels.min()} to {labels.max()}, but {len(names)} classes")
-  return Named(Stored(stored), labels, names, Origin("tfds", str(path), called))
+  return Named(images_of(stored), labels, names, Origin("tfds", str(path), called))
 
 
 def read_captions(path: pathlib.Path) -> Captioned:
@@ -64,7 +66,7 @@ def read_captions(path: pathlib.Path) -> Captioned:
   for i in range(len(pairs)):
     record = pairs[i]
     captions.append(tuple(records.captions_of(record)) or (record["caption"],))
-  return Captioned(Stored(pairs), captions, Origin("prepared", str(path), split))
+  return Captioned(images_of(pairs), captions, Origin("prepared", str(path), split))
 
 
 def _prepared(path: pathlib.Path, info: Any) -> Named:
@@ -76,7 +78,7 @@ def _prepared(path: pathlib.Path, info: Any) -> Named:
     raise UserError(f"{path} has records without `class`; write it by prepare_data folder, of class folders")
   classes, labels = np.unique(np.array(names, np.str_), return_inverse=True)
   origin = Origin("prepared", str(path), "all" if split == "train" else split)
-  return Named(Stored(pairs), labels.astype(np.int64), classes.tolist(), origin)
+  return Named(images_of(pairs), labels.astype(np.int64), classes.tolist(), origin)
 
 
 def _split(path: pathlib.Path, info: Any) -> str:
@@ -97,6 +99,6 @@ def _open(path: pathlib.Path, split: str) -> Any:
     return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
   except NotImplementedError as error:
     raise UserError(
-      f"{path} holds {builder.info.file_format}, whose records cannot be read by their number; write it anew by"
+      f"{path} holds {builder.info.file_format}, whose records cannot be read by their number; write it again by"
       " tfds build --file_format=array_record, or convert it by tfds convert_format"
     ) from error

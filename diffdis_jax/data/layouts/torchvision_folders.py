@@ -1,6 +1,6 @@
 """The twelve sets in the folders that their authors publish and torchvision's classes read.
 
-Order, labels and class names are those of torchvision's class, but for Caltech-101, whose folder BACKGROUND_Google is a
+Order, labels and class names are those of torchvision's class, except Caltech-101, whose folder BACKGROUND_Google is a
 class here, as in CLIP_benchmark, and SUN397, whose images torchvision takes in whatever order the disk gives and which
 are in the order of their paths here.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from diffdis_jax.common.files import read_json
 from diffdis_jax.data.layouts import class_lists, pickles
-from diffdis_jax.data.layouts.labelled import Arrays, Files, Images, Named, Origin
+from diffdis_jax.data.layouts.labelled import Images, Named, Origin, image_files
 from diffdis_jax.errors import UserError
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # as torchvision's ImageFolder
@@ -61,6 +61,7 @@ def read(path: pathlib.Path, set_name: str) -> Named:
     return folder.read(path, origin)
   except OSError as error:
     raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
+  # What a reader below runs into where a file is of another form: each reads as if it were right.
   except (KeyError, IndexError, ValueError, TypeError) as error:
     raise UserError(f"{path} is not of the form of torchvision's {set_name}: {error!r}") from error
 
@@ -73,6 +74,7 @@ def _named(images: Images, names: Sequence[str], classes: Sequence[str], origin:
 
 def _numbered(images: Images, labels: Any, classes: Sequence[str], origin: Origin) -> Named:
   """Of every image's class by its place in `classes`. Raises UserError: there is none at such a place."""
+  # Numbers of another copy would be taken for other classes without a word, so that both ends are checked.
   labels = np.asarray(labels, np.int64)
   if labels.shape != (len(images),):
     raise UserError(f"{origin.path} has {len(images)} images and {labels.size} labels; download it again")
@@ -88,7 +90,7 @@ def _cifar(batch: str, labels: str, meta: str, names: str) -> Callable[[pathlib.
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3 * 32 * 32,):
       raise UserError(f"{path / batch} does not hold rows of 3072 bytes; download it again")
     images = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    return _numbered(Arrays(images), found[labels], classes, origin)
+    return _numbered(images, found[labels], classes, origin)
 
   return read_batch
 
@@ -96,7 +98,7 @@ def _cifar(batch: str, labels: str, meta: str, names: str) -> Callable[[pathlib.
 def _class_folders(path: pathlib.Path, origin: Origin) -> Named:
   classes = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
   files = [file for name in classes for file in _images_below(path / name)]
-  return _named(Files(files), [file.relative_to(path).parts[0] for file in files], classes, origin)
+  return _named(image_files(files), [file.relative_to(path).parts[0] for file in files], classes, origin)
 
 
 def _images_below(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -111,11 +113,12 @@ def _imagenet(path: pathlib.Path, origin: Origin) -> Named:
 
 def _cars(path: pathlib.Path, origin: Origin) -> Named:
   """The devkit's cars_meta.mat says in which order its labels count, from 1."""
+  # atleast_1d, here and below: scipy squeezes a list of one.
   rows = _matlab(path / "cars_test_annos_withlabels.mat")["annotations"]
   rows = np.atleast_1d(rows)
   classes = _matlab(path / "devkit" / "cars_meta.mat")["class_names"].tolist()
   files = [path / "cars_test" / str(row["fname"]) for row in rows]
-  return _numbered(Files(files), [int(row["class"]) - 1 for row in rows], classes, origin)
+  return _numbered(image_files(files), [int(row["class"]) - 1 for row in rows], classes, origin)
 
 
 def _flowers(path: pathlib.Path, origin: Origin) -> Named:
@@ -124,7 +127,7 @@ def _flowers(path: pathlib.Path, origin: Origin) -> Named:
   labels = np.atleast_1d(_matlab(path / "imagelabels.mat")["labels"])
   files = [path / "jpg" / f"image_{number:05d}.jpg" for number in numbers]
   classes = class_lists.load()["flowers"].classnames
-  return _numbered(Files(files), [int(labels[number - 1]) - 1 for number in numbers], classes, origin)
+  return _numbered(image_files(files), [int(labels[number - 1]) - 1 for number in numbers], classes, origin)
 
 
 def _matlab(path: pathlib.Path) -> dict[str, Any]:
@@ -142,19 +145,20 @@ def _food(path: pathlib.Path, origin: Origin) -> Named:
   table = read_json(path / "meta" / "test.json")
   names = [name for name, images in table.items() for _ in images]
   files = [path / "images" / f"{image}.jpg" for images in table.values() for image in images]
-  return _named(Files(files), names, sorted(table), origin)
+  return _named(image_files(files), names, sorted(table), origin)
 
 
 def _sun(path: pathlib.Path, origin: Origin) -> Named:
+  # ClassName.txt has the letter in front of each name; folders have one of that letter above the class's.
   classes = [line[3:].strip() for line in (path / "ClassName.txt").read_text().splitlines() if line.strip()]
   files = sorted(path.rglob("sun_*.jpg"))
-  return _named(Files(files), ["/".join(file.relative_to(path).parts[1:-1]) for file in files], classes, origin)
+  return _named(image_files(files), ["/".join(file.relative_to(path).parts[1:-1]) for file in files], classes, origin)
 
 
 def _dtd(path: pathlib.Path, origin: Origin) -> Named:
   lines = (path / "labels" / "test1.txt").read_text().split()
   names = [line.split("/")[0] for line in lines]
-  return _named(Files([path / "images" / line for line in lines]), names, sorted({*names}), origin)
+  return _named(image_files([path / "images" / line for line in lines]), names, sorted({*names}), origin)
 
 
 def _aircraft(path: pathlib.Path, origin: Origin) -> Named:
@@ -163,7 +167,7 @@ def _aircraft(path: pathlib.Path, origin: Origin) -> Named:
   classes = [line.strip() for line in (data / "variants.txt").read_text().splitlines() if line.strip()]
   rows = [line.strip().split(" ", 1) for line in (data / "images_variant_test.txt").read_text().splitlines()]
   files = [data / "images" / f"{image}.jpg" for image, _ in rows]
-  return _named(Files(files), [name for _, name in rows], classes, origin)
+  return _named(image_files(files), [name for _, name in rows], classes, origin)
 
 
 def _pets(path: pathlib.Path, origin: Origin) -> Named:
@@ -171,11 +175,12 @@ def _pets(path: pathlib.Path, origin: Origin) -> Named:
   rows = [line.split() for line in (path / "annotations" / "test.txt").read_text().splitlines()]
   rows = [row for row in rows if row and not row[0].startswith("#")]
   names = [row[0].rsplit("_", 1)[0] for row in rows]
+  # The name is what counts; by the number, classes stand in torchvision's order.
   by_number = sorted({(int(row[1]), name) for row, name in zip(rows, names)})
   classes = [name for _, name in by_number]
   if len({number for number, _ in by_number}) < len(by_number) or len({*classes}) < len(classes):
     raise UserError(f"{path}/annotations/test.txt: numbers and names of its classes contradict each other")
-  return _named(Files([path / "images" / f"{row[0]}.jpg" for row in rows]), names, classes, origin)
+  return _named(image_files([path / "images" / f"{row[0]}.jpg" for row in rows]), names, classes, origin)
 
 
 FOLDERS = {

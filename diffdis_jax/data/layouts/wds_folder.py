@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from diffdis_jax.data import tars
-from diffdis_jax.data.layouts.labelled import Captioned, Members, Named, Origin
+from diffdis_jax.data.layouts.labelled import Captioned, Lazy, Named, Origin, image_members
 from diffdis_jax.data.records import MOST_TEXT_BYTES, Unusable
 from diffdis_jax.errors import UserError
 
@@ -36,7 +36,8 @@ def read(path: pathlib.Path) -> Named:
     raise UserError(f"{path} is of type {kind} (dataset_type.txt), not of images with one label each")
   classes = _lines(path / "classnames.txt")
   if not classes:
-    raise UserError(f"no {path / 'classnames.txt'}; labels are told by name, and their numbers alone do not say which")
+    raise UserError(f"no {path / 'classnames.txt'}; labels go by name, and their numbers alone do not say which")
+  # Labels now, images when they are asked for: a set's labels are small files beside each image.
   samples = list(_samples(path, "cls"))
   labels = [_label(sample["cls"], len(classes)) for sample in samples]
   origin = Origin("wds", str(path), SPLIT, tuple(_lines(path / "zeroshot_classification_templates.txt")))
@@ -56,6 +57,7 @@ def read_captions(path: pathlib.Path) -> Captioned:
 
 
 def _kind(path: pathlib.Path) -> str:
+  # A folder of classification may lack the file.
   return (_lines(path / "dataset_type.txt") or ["classification"])[0].lower()
 
 
@@ -77,11 +79,13 @@ def _samples(path: pathlib.Path, field: str) -> Iterator[Sample]:
   count = (path / SPLIT / "nshards.txt").read_text().strip()
   if not count.isdecimal() or not int(count):
     raise UserError(f"{path}/{SPLIT}/nshards.txt says {count!r}; it should be the number of tars")
+  # By their number, not by what lies there: a tar that was not downloaded must be missed.
   for shard in range(int(count)):
     tar = path / SPLIT / f"{shard}.tar"
     if not tar.is_file():
       raise UserError(f"no {tar}, one of {count} by nshards.txt; download it")
     index = tars.index(tar, _field_of)
+    # Cut off, it would be a smaller set, whose figures look like any other's.
     if not index.whole:
       raise UserError(f"{tar} is damaged or cut off; download it again")
     for key, sample in index.samples.items():
@@ -108,5 +112,5 @@ def _bytes(member: tars.Member) -> bytes:
     raise UserError(f"{member.path} holds a text that cannot be read: {error}; download it again") from error
 
 
-def _images(samples: Sequence[Sample]) -> Members:
-  return Members([sample["image"] for sample in samples])
+def _images(samples: Sequence[Sample]) -> Lazy:
+  return image_members([sample["image"] for sample in samples])

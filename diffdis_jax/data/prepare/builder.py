@@ -46,11 +46,18 @@ class Settings:
   beam_options: tuple[str, ...] = ()
 
 
-class Shards(NamedTuple):
-  """What became of a split's parts, and each file of records with its length."""
+class _Shard(NamedTuple):
+  """A file of records, and how many it has."""
+
+  path: pathlib.Path
+  length: int
+
+
+class _Shards(NamedTuple):
+  """What became of a split's parts, and their files of records; those without records are left out."""
 
   report: Report
-  files: list[tuple[pathlib.Path, int]]
+  files: list[_Shard]
 
 
 class CaptionedImages(tfds.core.GeneratorBasedBuilder):
@@ -107,6 +114,7 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     parts = [part for parts in self._parts.values() for part in parts]
     settings = self._settings
     staging.write_all(self._stage, parts, num_processes=settings.num_processes, beam_options=settings.beam_options)
+    # After all parts are written: which one has an image first depends on no process's speed.
     duplicates = self._find_duplicates() if settings.drop_duplicates else {}
     infos, metadata = [], cast(dict[str, Any], self.info.metadata)
     for split, parts in self._parts.items():
@@ -120,14 +128,14 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
       metadata[name] = facts
     self.info.set_splits(tfds.core.SplitDict(infos))
 
-  def _shards(self, parts: Sequence[Part], duplicates: Mapping[str, list[int]]) -> Shards:
-    """Of these parts; files without records are left out."""
+  def _shards(self, parts: Sequence[Part], duplicates: Mapping[str, list[int]]) -> _Shards:
     total, shards = Report(), []
     # In the order of the parts, so that killed and whole preparations end in the same records.
     for part in parts:
       report, path = self._stage.report_of(part), self._stage.records_of(part)
       assert report is not None  # write_all has written them all
       if dropped := duplicates.get(part.name, []):
+        # Beside the part's own file, which stays as its report says it is.
         path = path.with_suffix(".unique")
         keys = _copy_without(self._stage.records_of(part), path, set(dropped))
         report.pairs -= len(dropped)
@@ -135,11 +143,12 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
           report.skip(key, DUPLICATE)
       total.add(report)
       if report.pairs:
-        shards.append((path, report.pairs))
-    return Shards(total, shards)
+        shards.append(_Shard(path, report.pairs))
+    return _Shards(total, shards)
 
   def _find_duplicates(self) -> dict[str, list[int]]:
     """Part -> places of records whose image came before. Memory: 16 bytes and an index for each record."""
+    # `train` last, so that of an image in two splits the held-out one stays.
     order = sorted(self._parts, key=lambda split: split == "train")
     parts = [part for split in order for part in self._parts[split]]
     digests = [self._stage.digests_of(part) for part in parts]
@@ -149,16 +158,16 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     borders = np.cumsum([len(array) for array in digests])[:-1]
     return {part.name: np.flatnonzero(own).tolist() for part, own in zip(parts, np.split(repeated, borders))}
 
-  def _link(self, split: str, shards: Sequence[tuple[pathlib.Path, int]]) -> tfds.core.SplitInfo:
+  def _link(self, split: str, shards: Sequence[_Shard]) -> tfds.core.SplitInfo:
     template = tfds.core.ShardedFileTemplate(
       data_dir=self.data_path, dataset_name=self.name, split=split, filetype_suffix="array_record"
     )
-    for i, (path, _) in enumerate(shards):
-      _link_or_copy(path, pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=len(shards))))
+    for i, shard in enumerate(shards):
+      _link_or_copy(shard.path, pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=len(shards))))
     return tfds.core.SplitInfo(
       name=split,
-      shard_lengths=[length for _, length in shards],
-      num_bytes=sum(path.stat().st_size for path, _ in shards),
+      shard_lengths=[shard.length for shard in shards],
+      num_bytes=sum(shard.path.stat().st_size for shard in shards),
       filename_template=template,
     )
 
@@ -174,6 +183,7 @@ def _copy_without(path: pathlib.Path, out: pathlib.Path, dropped: set[int]) -> l
 
 
 def _link_or_copy(path: pathlib.Path, link: pathlib.Path) -> None:
+  # Not moved: a preparation that is killed here has to find it again. Some file systems have no links.
   try:
     os.link(path, link)
   except OSError as error:
@@ -202,7 +212,7 @@ def prepare(
   settings: Settings | None = None,
   make_stage: Callable[..., Stage] | None = None,
 ) -> dict[str, Report]:
-  """Writes folder `out`, whole or not at all. Killed at any point and called again, it goes on to the same records.
+  """Writes folder `out`, whole or not at all. Killed at any point and called again, it resumes, with the same records.
 
   What is finished of it lies in the folder `.NAME.partial` beside it until then.
 
@@ -233,10 +243,12 @@ def prepare(
     partial.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"cannot make the folder of --out={out}: {error.strerror}; name one that can be written") from error
+  # The lock first: two processes would write over each other's parts.
   with _only_process(partial), staging.writing(partial):
     stage = (make_stage or functools.partial(Stage, short_side=settings.short_side))(partial / "parts")
     _check_same(partial, parts, builder, stage)
     stage.folder.mkdir(exist_ok=True)
+    # TFDS reuses a folder that is there.
     shutil.rmtree(partial / "tfds", ignore_errors=True)
     made = builder(parts=parts, stage=stage, settings=settings, data_dir=partial / "tfds")
     try:
@@ -251,6 +263,7 @@ def prepare(
       files.write_whole(folder / name, text.encode())
     report = {split: dataclasses.asdict(report) for split, report in made.reports.items()}
     files.write_json(folder / "report.json", report)
+    # By one rename, so that `out` is whole or not there; what is left of the preparation goes after it.
     folder.replace(out)
     shutil.rmtree(partial)
   logging.info("wrote %s", out)

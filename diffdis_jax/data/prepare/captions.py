@@ -61,6 +61,7 @@ def find_flickr30k(source: pathlib.Path) -> list[Part]:
   table = source / "dataset_flickr30k.json"
   if not table.exists():
     raise UserError(f"no {table}; it comes with Karpathy's splits (caption_datasets.zip)")
+  # Copies call it differently.
   folders = [source / name for name in ("flickr30k-images", "flickr30k_images", "images")]
   return _karpathy(table, next((folder for folder in folders if folder.is_dir()), source))
 
@@ -75,11 +76,13 @@ def find_coco(source: pathlib.Path) -> list[Part]:
   """
   parts.check_folder(source, "a folder with annotations/captions_train2017.json and train2017/, or dataset_coco.json")
   images = source / "images" if (source / "images").is_dir() else source
+  # Karpathy's splits first, by which retrieval is measured; the annotations of both years may lie beside them.
   if (source / "dataset_coco.json").exists():
     return _karpathy(source / "dataset_coco.json", images)
   found: list[Part] = []
   for table in sorted([*source.glob("captions_*.json"), *source.glob("annotations/captions_*.json")]):
     if match := COCO_FILE.fullmatch(table.name):
+      # 2014 and 2017 part the same images differently, so that one's training images are the other's validation.
       if any(part.split == match[1] for part in found):
         raise UserError(f"{source} has two files of split {match[1]}; keep those of one year")
       found += parts.files(_coco_items(table, f"{match[1]}{match[2]}"), split=match[1], root=images)
@@ -92,6 +95,7 @@ def _karpathy(table: pathlib.Path, root: pathlib.Path) -> list[Part]:
   by_split: dict[str, list[Item]] = collections.defaultdict(list)
   try:
     for image in parts.read_json(table)["images"]:
+      # As the field trains on: `restval` is what of val2014 Karpathy left for training.
       split = "train" if image["split"] == "restval" else image["split"]
       file = "/".join(filter(None, (image.get("filepath"), image["filename"])))
       captions = [sentence["raw"].strip() for sentence in image["sentences"]]
@@ -114,6 +118,7 @@ def _coco_items(table: pathlib.Path, folder: str) -> Iterator[Item]:
 
 
 def _item(file: str, captions: list[str], number: Any) -> Item:
+  # An image whose captions are all empty becomes a pair without one, which the preparation counts.
   captions = [caption for caption in captions if caption]
   metadata = json.dumps({"captions": captions, "image_id": number}, ensure_ascii=False)
   return Item(file, captions[0] if captions else "", metadata)

@@ -72,6 +72,7 @@ def describe(path: pathlib.Path) -> Card:
     facts = _describe(source, spread(len(source), SAMPLE))
     report = (info.metadata or {}).get(split, {})
     splits[split] = {"pairs": len(source), "bytes": int(split_info.num_bytes), **facts, "report": report}
+    # Of the first split that has images: one sheet a card.
     sheet = sheet or list(_tiles(source, spread(len(source), SHEET)))
   images, captions = zip(*sheet, strict=True) if sheet else ((), ())
   return Card(info.name, str(info.version), splits, np.asarray(images, np.uint8), list(captions))
@@ -79,6 +80,7 @@ def describe(path: pathlib.Path) -> Card:
 
 def spread(n: int, count: int) -> Int[np.ndarray, " k"]:
   """At most `count` of n places, evenly apart, from the first on."""
+  # Not at random, so that the same folder has the same card.
   return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
 
 
@@ -88,6 +90,7 @@ def _describe(source: sources.Source, places: Int[np.ndarray, " k"]) -> dict[str
   for place in places:
     try:
       record = source[int(place)]
+      # The header alone: no pixel is needed for what is said here.
       header = records.read_header(record["image"])
     except records.Unusable:
       formats["unreadable"] += 1

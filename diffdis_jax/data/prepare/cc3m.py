@@ -59,6 +59,7 @@ def find_parts(source: pathlib.Path) -> list[Part]:
 
 
 def _split_of(table: pathlib.Path) -> str:
+  # By words, so that Train_GCC-training.tsv and cc3m_val.tsv are known as well.
   for word in re.split(r"[^a-z]+", table.stem.lower()):
     if word in SPLITS:
       return SPLITS[word]
@@ -70,6 +71,7 @@ def _rows(table: pathlib.Path) -> Iterator[Item]:
 
   csv.field_size_limit(2**31 - 1)  # instead of 131,072 characters
   with open(table, encoding="utf-8", errors="surrogateescape", newline="") as file:
+    # Without quotes: captions have single ones, at which csv would read on to the end of the file.
     rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     columns = {name.strip().lower(): name for name in rows.fieldnames or ()}
     caption = next((columns[name] for name in CAPTIONS if name in columns), None)

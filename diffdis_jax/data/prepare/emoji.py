@@ -170,7 +170,7 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   with_openmoji = (source / ICONS[OPENMOJI].file).is_file()
   needed = [package for vendor, package in ICONS.items() if vendor != OPENMOJI or with_openmoji]
   emoji_packages.check(source, [EMOJIBASE, *needed])
-  _renderer()
+  _renderer()  # for its error, before minutes of reading
   chosen, concepts = read_choices(), read_concepts(source)
   found: list[Part] = []
   for split in SPLITS:
@@ -198,12 +198,14 @@ def read_concepts(source: pathlib.Path) -> list[Concept]:
 
 def icons_of(split: str, concepts: Sequence[Concept], chosen: Mapping[str, Any]) -> list[Icon]:
   """Of a split of `SPLITS`, artist by artist, by name."""
+  # Held out for every artist alike: a concept that one of them shows is one that training has seen.
   held_out = {int(place) for place in chosen["held_out"].split()}
   every = {*range(len(concepts))}
   wanted = {"test_vendor": every, "val_concepts": held_out}.get(split, every - held_out)
   found = []
   for vendor in SPLITS[split]:
     icons = _icons_of_vendor(vendor, concepts, chosen["vendors"][vendor], wanted)
+    # By name, as they were first published: the order in which they are dealt out below depends on it.
     found += sorted(icons, key=lambda icon: icon.name)
   return found
 
@@ -241,6 +243,7 @@ def read_icons(source: pathlib.Path, vendor: str) -> dict[str, str]:
   content = emoji_packages.read_json(source, ICONS[vendor], "icons.json")
   default = {"left": 0, "top": 0, "width": content.get("width", 16), "height": content.get("height", 16)}
   svgs = {}
+  # Iconify's icons lack the outer element; a box that an icon does not state is the set's.
   for name, icon in content["icons"].items():
     box = " ".join(str(icon.get(side, default[side])) for side in default)
     svgs[name] = (
@@ -260,6 +263,7 @@ def render(svg: str, *, scale: int = 1) -> bytes:
   except ValueError:
     return svg.encode()
   image = image_files.open_image(bytes(drawn)).convert("RGB")
+  # A box, so that each pixel is the mean of those that it covers and nothing rings.
   if scale > 1:
     image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
   file = io.BytesIO()
@@ -280,5 +284,6 @@ def read_choices() -> dict[str, Any]:
 
 
 def _in_ascii(name: str) -> str:
+  # As icon sets call their files: an apostrophe goes without a hyphen, accents go, all else becomes one hyphen.
   plain = unicodedata.normalize("NFKD", name.replace("’", "")).encode("ascii", "ignore").decode()
   return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")

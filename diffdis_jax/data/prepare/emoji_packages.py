@@ -13,12 +13,12 @@ from typing import Any
 from diffdis_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Package:
   """A version of an npm package.
 
   Attributes:
-    name, version: in the registry.
+    name, version: in npm's registry.
     sha256: of its tarball.
     licence: of what is taken from it, an SPDX identifier.
     author, url: to be named with it.
@@ -37,86 +37,52 @@ class Package:
 
 
 EMOJIBASE = Package(
-  name="emojibase-data",
-  version="17.0.0",
-  sha256="d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
-  licence="MIT",
-  author="Miles Johnson",
-  url="https://github.com/milesj/emojibase",
+  *("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
+  *("MIT", "Miles Johnson", "https://github.com/milesj/emojibase"),
 )
-# Of each artist.
+
+
+def _icons(set_name: str, version: str, sha256: str, licence: str, author: str, repository: str) -> Package:
+  return Package(f"@iconify-json/{set_name}", version, sha256, licence, author, f"https://github.com/{repository}")
+
+
+# Of each artist. Versions are pinned by hash: another version has other icons, and the pairs would be others.
 ICONS = {
-  "noto": Package(
-    name="@iconify-json/noto",
-    version="1.2.9",
-    sha256="3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-    licence="Apache-2.0",
-    author="Google",
-    url="https://github.com/googlefonts/noto-emoji",
+  "noto": _icons(
+    *("noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
+    *("Apache-2.0", "Google", "googlefonts/noto-emoji"),
   ),
-  "fluent-emoji-flat": Package(
-    name="@iconify-json/fluent-emoji-flat",
-    version="1.2.6",
-    sha256="7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
-    licence="MIT",
-    author="Microsoft Corporation",
-    url="https://github.com/microsoft/fluentui-emoji",
+  "fluent-emoji-flat": _icons(
+    *("fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
+    *("MIT", "Microsoft Corporation", "microsoft/fluentui-emoji"),
   ),
-  "fluent-emoji": Package(
-    name="@iconify-json/fluent-emoji",
-    version="1.2.7",
-    sha256="8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
-    licence="MIT",
-    author="Microsoft Corporation",
-    url="https://github.com/microsoft/fluentui-emoji",
+  "fluent-emoji": _icons(
+    *("fluent-emoji", "1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"),
+    *("MIT", "Microsoft Corporation", "microsoft/fluentui-emoji"),
   ),
-  "fxemoji": Package(
-    name="@iconify-json/fxemoji",
-    version="1.2.2",
-    sha256="f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
-    licence="CC-BY-4.0",
-    author="Mozilla",
-    url="https://github.com/mozilla/fxemoji",
+  "fxemoji": _icons(
+    *("fxemoji", "1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef"),
+    *("CC-BY-4.0", "Mozilla", "mozilla/fxemoji"),
   ),
-  "emojione": Package(
-    name="@iconify-json/emojione",
-    version="1.2.3",
-    sha256="26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
-    licence="CC-BY-4.0",
-    author="Emoji One",
-    url="https://github.com/EmojiTwo/emojitwo",
+  "emojione": _icons(
+    *("emojione", "1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
+    *("CC-BY-4.0", "Emoji One", "EmojiTwo/emojitwo"),
   ),
-  "streamline-emojis": Package(
-    name="@iconify-json/streamline-emojis",
-    version="1.2.4",
-    sha256="5dac87c876b322500989828c5823143e0100d78881627a2e4081a4b897cbfdbc",
-    licence="CC-BY-4.0",
-    author="Streamline",
-    url="https://github.com/webalys-hq/streamline-vectors",
+  "streamline-emojis": _icons(
+    *("streamline-emojis", "1.2.4", "5dac87c876b322500989828c5823143e0100d78881627a2e4081a4b897cbfdbc"),
+    *("CC-BY-4.0", "Streamline", "webalys-hq/streamline-vectors"),
   ),
-  "noto-v1": Package(
-    name="@iconify-json/noto-v1",
-    version="1.2.5",
-    sha256="2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
-    licence="Apache-2.0",
-    author="Google",
-    url="https://github.com/googlefonts/noto-emoji",
+  "noto-v1": _icons(
+    *("noto-v1", "1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
+    *("Apache-2.0", "Google", "googlefonts/noto-emoji"),
   ),
-  "twemoji": Package(
-    name="@iconify-json/twemoji",
-    version="1.2.5",
-    sha256="19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
-    licence="CC-BY-4.0",
-    author="Twitter",
-    url="https://github.com/jdecked/twemoji",
+  "twemoji": _icons(
+    *("twemoji", "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
+    *("CC-BY-4.0", "Twitter", "jdecked/twemoji"),
   ),
-  "openmoji": Package(
-    name="@iconify-json/openmoji",
-    version="1.2.29",
-    sha256="03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5",
-    licence="CC-BY-SA-4.0",
-    author="OpenMoji",
-    url="https://github.com/hfg-gmuend/openmoji",
+  "openmoji": _icons(
+    *("openmoji", "1.2.29", "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5"),
+    *("CC-BY-SA-4.0", "OpenMoji", "hfg-gmuend/openmoji"),
   ),
 }
 
@@ -126,16 +92,17 @@ def check(source: pathlib.Path, packages: Sequence[Package]) -> None:
   if missing := [package for package in packages if not (source / package.file).is_file()]:
     named = ", ".join(f"{package.name} {package.version}" for package in missing)
     raise UserError(f"{source} lacks {named}; in this folder: {_fetch(missing)}")
+  # Missing ones are named all at once, since one command fetches them.
   for package in packages:
     path = source / package.file
     try:
       found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
+    except OSError as error:  # a folder of that name, or no right to read it
       raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if found != package.sha256:
       raise UserError(
         f"{path} is not {package.name} {package.version} as published: its SHA-256 begins with {found[:8]}, not with"
-        f" {package.sha256[:8]}; fetch it anew: {_fetch([package])}"
+        f" {package.sha256[:8]}; fetch it again: {_fetch([package])}"
       )
 
 
@@ -146,9 +113,9 @@ def read_json(source: pathlib.Path, package: Package, member: str) -> Any:
     with tarfile.open(path) as tar:
       file = tar.extractfile(f"package/{member}")
       assert file is not None  # a folder of that name
-      return json.load(file)
+      return json.load(file)  # npm puts all of a package below `package/`
   except (OSError, EOFError, KeyError, ValueError, AssertionError, tarfile.TarError) as error:
-    raise UserError(f"cannot read {member} of {path}: {error}; fetch it anew: {_fetch([package])}") from error
+    raise UserError(f"cannot read {member} of {path}: {error}; fetch it again: {_fetch([package])}") from error
 
 
 def _fetch(packages: Sequence[Package]) -> str:

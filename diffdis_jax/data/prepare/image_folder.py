@@ -33,9 +33,11 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   parts.check_folder(source, "a folder of class folders")
   children = sorted(path for path in source.iterdir() if path.is_dir())
   splits = {path.name: path for path in children if path.name in SPLITS}
+  # A class may be called `test`: only where all folders are splits are they taken for such.
   if splits and len(splits) < len(children):
     raise UserError(f"{source} mixes splits and classes: {', '.join(path.name for path in children[:10])}")
   roots = splits or {"train": source}
+  # Over all splits, so that a class which one of them lacks moves no other's number.
   classes = in_order({path.name for root in roots.values() for path in root.iterdir() if path.is_dir()})
   found: list[Part] = []
   for split, root in roots.items():

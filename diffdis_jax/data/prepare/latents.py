@@ -13,7 +13,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -67,11 +67,13 @@ def find_parts(data: str | os.PathLike[str]) -> list[Part]:
 
 def features(shape: tuple[int, int, int], text_shape: tuple[int, int] | None = None) -> tfds.features.FeaturesDict:
   """Of a record; bf16 is stored as the u16 of the same bits."""
-  text = tfds.features.Text
-  tensor = lambda shape: tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes")
-  condition = {} if text_shape is None else {"condition": tensor(text_shape)}
+  # As bytes, since TFDS's records hold numbers as int64 else.
+  shapes = {"moments": shape} if text_shape is None else {"moments": shape, "condition": text_shape}
   return tfds.features.FeaturesDict(
-    {"moments": tensor(shape), **condition, "caption": text(), "key": text(), "metadata": text()}
+    {
+      **{name: tfds.features.Tensor(shape=each, dtype=np.uint16, encoding="bytes") for name, each in shapes.items()},
+      **{name: tfds.features.Text() for name in ("caption", "key", "metadata")},
+    }
   )
 
 
@@ -91,6 +93,14 @@ class TextConditions:
   encode: EncodeText
   shape: tuple[int, int]
   fingerprint: float
+
+
+class _Views(NamedTuple):
+  """The views of one image, what else is in its record, and each view's caption."""
+
+  images: UInt8[np.ndarray, "k H W 3"]
+  record: dict[str, Any]
+  captions: list[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +147,7 @@ class LatentStage(staging.Stage):
     assert isinstance(source, records.Pairs)
     serialize = staging.serializer(self.features())
     places, size = list(part), max(1, CHUNK // self.views)
+    # Threads decode and augment a chunk; the network then gets it as one batch, in the records' order.
     with ThreadPoolExecutor() as pool:
       for start in range(0, len(places), size):
         found = list(pool.map(functools.partial(self._views, source), places[start : start + size]))
@@ -145,9 +156,11 @@ class LatentStage(staging.Stage):
             report.skip(f"{part.split}/{place}", str(each))
         usable = [each for each in found if not isinstance(each, records.Unusable)]
         if not usable:
-          continue
-        moments = self.encode(np.concatenate([views for views, *_ in usable]))
+          continue  # nothing to stack
+        # One call for the views of all images of the chunk: the network has a batch of its own.
+        moments = self.encode(np.concatenate([each.images for each in usable]))
         fields = [{**text, "caption": caption} for _, text, captions in usable for caption in captions]
+        # Each view's own caption, as training would encode it: conditions differ where views have other captions.
         if self.text is not None:
           conditions = self.text.encode([text["caption"] for text in fields])
           fields = [{**text, "condition": as_stored(c)} for text, c in zip(fields, conditions, strict=True)]
@@ -155,10 +168,7 @@ class LatentStage(staging.Stage):
           report.pairs += 1
           yield serialize({"moments": as_stored(one), **text})
 
-  def _views(
-    self, source: records.Pairs, place: int
-  ) -> tuple[UInt8[np.ndarray, "k H W 3"], dict[str, Any], list[str]] | records.Unusable:
-    """The views of one image, what else is in its record, and each view's caption."""
+  def _views(self, source: records.Pairs, place: int) -> _Views | records.Unusable:
     try:
       record = source.stored(place)
       image = records.read_image(record.pop("image"))
@@ -167,9 +177,10 @@ class LatentStage(staging.Stage):
         captions = records.captions_of(records.read_metadata(record["metadata"])) or captions
     except records.Unusable as error:
       return error
-    view = lambda k: augment(image, np.random.default_rng((place, k)), size=self.image_size, how=self.augmentation)
-    return (
-      np.stack([view(k) for k in range(self.views)]),
+    # Seeded by place and view, so that it makes no difference which thread, process or attempt draws it.
+    rngs = [np.random.default_rng((place, k)) for k in range(self.views)]
+    return _Views(
+      np.stack([augment(image, rng, size=self.image_size, how=self.augmentation) for rng in rngs]),
       record,
       [captions[k % len(captions)] for k in range(self.views)],
     )

@@ -42,19 +42,20 @@ class Mended(NamedTuple):
   changed: list[str]
 
 
-class Changed(NamedTuple):
-  """A record {image, caption, metadata}, and what was changed in its pair."""
+class Record(NamedTuple):
+  """The fields {image, caption, metadata} of a pair, and what was changed in them."""
 
-  record: dict[str, Any]
+  fields: dict[str, Any]
   changed: list[str]
 
 
 def mend(caption: str) -> Mended:
-  """Control characters become spaces; the end is cut off if it is too long.
+  """A caption without control characters, which become spaces, and without its end if it is too long.
 
   Raises:
     Unusable: nothing remains.
   """
+  # Characters first, since a caption of nothing else is a missing one.
   changed = []
   if _CONTROL.search(caption):
     caption = _CONTROL.sub(" ", caption).strip()
@@ -76,8 +77,8 @@ def shrink(image: Image.Image, short_side: int) -> bytes:
   return file.getvalue()
 
 
-def to_record(pair: RawPair, *, short_side: int | None = None) -> Changed:
-  """The record of a pair.
+def to_record(pair: RawPair, *, short_side: int | None = None) -> Record:
+  """What a pair becomes.
 
   Args:
     pair: as read.
@@ -91,7 +92,9 @@ def to_record(pair: RawPair, *, short_side: int | None = None) -> Changed:
   if pair.image is None:
     raise Unusable("missing image")
   caption, changed = mend(read_caption(pair.caption))
+  # Read for its errors alone: it is stored as it is, so that no number is written differently.
   read_metadata(pair.metadata)
+  # Decoded even where its bytes are kept: what cannot be read in training is left out here, and counted.
   image, data = read_image(pair.image), pair.image
   if short_side is not None and min(image.size) > short_side:
     data = shrink(image, short_side)
@@ -100,7 +103,7 @@ def to_record(pair: RawPair, *, short_side: int | None = None) -> Changed:
     metadata = (pair.metadata or b"{}").decode()
   except UnicodeDecodeError as error:
     raise Unusable("corrupt json") from error
-  return Changed({"image": data, "caption": caption, "metadata": metadata}, changed)
+  return Record({"image": data, "caption": caption, "metadata": metadata}, changed)
 
 
 def digest(data: bytes) -> bytes:

@@ -49,12 +49,14 @@ class TarPart:
     return self.path.stem
 
   def identity(self) -> list[Any]:
+    # Name and size, not a hash, which would read all of a data set before each start.
     return [self.path.name, self.path.stat().st_size]
 
   def __iter__(self) -> Iterator[RawPair]:
     reader = TarReader(self.path)
     for pair in reader:
       yield dataclasses.replace(pair, key=f"{self.name}/{pair.key}")
+    # Known only now, since a tar has no list of its members.
     self.truncated = reader.truncated
 
 
@@ -78,6 +80,7 @@ class FilesPart:
   truncated: bool = False
 
   def identity(self) -> list[Any]:
+    # The ends alone: a split has millions of files, and this is compared at each start.
     return [self.name, self.items[0].file, self.items[-1].file, len(self.items)]
 
   def __iter__(self) -> Iterator[RawPair]:
@@ -108,6 +111,7 @@ def tars(source: pathlib.Path) -> list[Part]:
   by_split = collections.defaultdict(list)
   for path in sorted(source.glob("*.tar")):
     split = split_of(path)
+    # `all` is TFDS's own name for the union of splits.
     if split is None or split == "all":
       raise UserError(f"cannot tell the split of {path.name}; name tars SPLIT-00000.tar, SPLIT not 'all', or 00000.tar")
     by_split[split].append(TarPart(path, split))
@@ -122,6 +126,7 @@ def files(items: Iterable[Item], *, split: str, root: pathlib.Path) -> list[Part
   Raises:
     UserError: two parts of the same name, which a split's name with odd characters leads to.
   """
+  # Cut as they are read: a table may have millions of rows.
   items, found = iter(items), []
   while chunk := tuple(itertools.islice(items, ITEMS)):
     found.append(FilesPart(f"{split}-{len(found):05d}", split, root, chunk))

@@ -101,7 +101,7 @@ class Stage:
     return features()
 
   def identity(self) -> dict[str, Any]:
-    """What a preparation must have in common with the one that it goes on with."""
+    """What a preparation must have in common with the one that it resumes."""
     return {"short side": self.short_side}
 
   def facts(self) -> dict[str, Any]:
@@ -130,6 +130,7 @@ class Stage:
       return report
     report, digests = Report(), []
     with writing(self.folder):
+      # The report last: it is what says that the other two files are whole.
       write_records(self.records_of(part), self.serialized(part, report, digests))
       files.write_whole(self.folder / f"{part.name}.digests", b"".join(digests))
       files.write_whole(self.folder / f"{part.name}.json", json.dumps(dataclasses.asdict(report)).encode())
@@ -163,10 +164,12 @@ def serializer(spec: tfds.features.FeaturesDict) -> Any:
 
 def write_records(path: pathlib.Path, serialized: Iterator[bytes]) -> None:
   """Writes an ArrayRecord file whole or not at all. Raises OSError where it cannot be written."""
+  # A name of this process: after a kill another one may write the same part while the first still ends.
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     with _os_errors():
       writer = ArrayRecordWriter(str(temporary), "group_size:1")
+    # Around each write by itself: an error of the records' own source is not this file's.
     for record in serialized:
       with _os_errors():
         writer.write(record)
@@ -220,6 +223,7 @@ def write_all(stage: Stage, parts: Sequence[Part], *, num_processes: int, beam_o
   Raises:
     UserError: as Stage.write, or no Apache Beam.
   """
+  # By their reports, which are written last; Beam's workers and this machine's processes go by the same files.
   missing = [part for part in parts if stage.report_of(part) is None]
   if len(missing) < len(parts):
     logging.info("going on: %d of %d parts are written", len(parts) - len(missing), len(parts))
@@ -240,6 +244,7 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
     for part in parts:
       yield part, stage.write(part)
     return
+  # Spawned: TFDS has threads by now, of which a fork would copy the locks and not the threads.
   context = multiprocessing.get_context("spawn")
   workers = min(num_processes, len(parts))
   with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_begin_worker) as pool:
@@ -273,6 +278,7 @@ def _write_by_beam(stage: Stage, parts: Sequence[Part], options: Sequence[str]) 
     pipeline_options: Any = importlib.import_module("apache_beam.options.pipeline_options")
   except ImportError as error:
     raise UserError(f"--beam_pipeline_options needs Apache Beam ({error}); pip install apache-beam") from error
+  # Reshuffled, since Beam would else fuse both steps and write every part on one worker.
   flags = [f"--{option}" for option in options]
   with beam.Pipeline(options=pipeline_options.PipelineOptions(flags)) as pipeline:
     _ = pipeline | beam.Create(list(parts)) | beam.Reshuffle() | beam.Map(stage.write)

@@ -12,6 +12,7 @@ from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, Unusable
 
 FIELDS = {**dict.fromkeys(tars.IMAGE_ENDINGS, "image"), "txt": "caption", "json": "metadata"}
+# The last word before the number is the split, whatever stands before it.
 _SPLIT = re.compile(r"(?:(?:.*?-)??([A-Za-z]\w*)-)?\d+(?:-of-\d+)?\.tar")
 
 
@@ -33,8 +34,10 @@ class TarReader:
   def __iter__(self) -> Iterator[RawPair]:
     index = tars.index(self.path, FIELDS.get)
     self.truncated = not index.whole
+    # One open file for all members: a tar has thousands.
     with open(self.path, "rb") as file:
       for key, members in index.samples.items():
+        # What a pair of a damaged tar lacks may lie behind the damage; without image and caption it is none.
         if index.whole or {"image", "caption"} <= members.keys():
           pair = RawPair(key)
           try:

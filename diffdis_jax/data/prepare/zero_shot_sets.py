@@ -50,6 +50,7 @@ class SetPart:
 
   def __iter__(self) -> Iterator[RawPair]:
     source, known = _open(self.root, self.set_name), class_lists.load()[self.set_name]
+    # `class` is the data's own name: what measures the prepared set looks it up as in the published one.
     names = known.names_in_data or known.classnames
     for index in range(self.first, self.first + self.count):
       fields = source.fields(index)
@@ -57,7 +58,7 @@ class SetPart:
       try:
         image = source.images[index]
       except Unusable:
-        image = None
+        image = None  # which the preparation counts, as of any source
       data = _png(image) if isinstance(image, np.ndarray) else image
       yield RawPair(f"{index:08d}", data, fields["caption"].encode(), json.dumps(metadata).encode())
 
@@ -86,6 +87,7 @@ def _open(root: pathlib.Path, set_name: str) -> Labelled:
 
 
 def _png(image: np.ndarray) -> bytes:
+  # Lossless: CIFAR's 32 px would not survive a JPEG.
   file = io.BytesIO()
   Image.fromarray(image).save(file, "PNG")
   return file.getvalue()

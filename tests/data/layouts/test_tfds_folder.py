@@ -84,7 +84,7 @@ def test_refused(tmp_path):
     read(tmp_path, "food101")
   info = write(tmp_path, "dtd", ["banded"], {"test": [0]}) / "dataset_info.json"
   info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
-  with pytest.raises(UserError, match="whose records cannot be read by their number; write it anew by tfds build"):
+  with pytest.raises(UserError, match="whose records cannot be read by their number; write it again by tfds build"):
     read(tmp_path, "dtd")
 
 

@@ -77,7 +77,7 @@ def test_one_label_a_class_of_another_order(tmp_path):
   ("file", "content", "message"),
   [
     ("classnames.txt", "Pug\nBoxer\n", "has the label '2'; there are 2 classes, counted from 0"),
-    ("classnames.txt", "", "no .*classnames.txt; labels are told by name"),
+    ("classnames.txt", "", "no .*classnames.txt; labels go by name"),
     ("classnames.txt", "Pug\nBoxer\nLynx\n", "class 2 is 'Lynx', which is none of the 37 classes of pets"),
     ("test/nshards.txt", "4", "no .*3.tar, one of 4 by nshards.txt"),
     ("test/nshards.txt", "many", "says 'many'; it should be the number of tars"),

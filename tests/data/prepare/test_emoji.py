@@ -124,7 +124,7 @@ def test_wrong_packages(source, monkeypatch, wrong, message):
 
 def test_a_package_without_its_file(source, monkeypatch):
   write_packages(source, monkeypatch)
-  with pytest.raises(UserError, match="cannot read x.json of .*noto-1.2.9.tgz: .*; fetch it anew: npm pack @iconify"):
+  with pytest.raises(UserError, match="cannot read x.json of .*noto-1.2.9.tgz: .*; fetch it again: npm pack @iconify"):
     emoji_packages.read_json(source, emoji_packages.ICONS["noto"], "x.json")
 
 
