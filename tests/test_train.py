@@ -19,6 +19,7 @@ from diffdis_jax.data import shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import sections as sections_of
 from diffdis_jax.parallel import chips, sharding
 from diffdis_jax.run import checkpoint, committed, history, provenance, restore
 from diffdis_jax.structs import Batch
@@ -100,9 +101,9 @@ def check_provenance(found: dict, run: str, autoencoder: str) -> None:
   assert {name: found[name] for name in known} == known and len(known["commit"]) == 40
   assert found["device"] == {"kind": "cpu", "count": 1} and found["processors"] >= 1
   fields = json.loads((pathlib.Path(run) / "config.json").read_text())
-  of_joint = provenance.of_config(ConfigDict(fields))
+  of_joint = provenance.of_config(fields)
   trained = {"commits": [known["commit"]], "clean": known["clean"]}
-  of_autoencoder = provenance.of_config(tiny.get_config("autoencoder")) | trained | {"steps": 8}
+  of_autoencoder = provenance.of_config(tiny.get_config("autoencoder").to_dict()) | trained | {"steps": 8}
   assert of_autoencoder.pop("init_from") == []
   assert found["run"] == of_joint | trained | {"steps": STEPS, "seed": 0, "init_from": [of_autoencoder]}
   assert found["run"]["config_hash"] != of_autoencoder["config_hash"] and of_autoencoder["objectives"] == [
@@ -136,7 +137,7 @@ def test_a_run_takes_what_was_compiled_before_it_for_the_devices_it_was_compiled
   caplog.set_level("INFO")
   logging.set_verbosity(logging.INFO)
   config = tiny.get_config("autoencoder")
-  prepared = loop.Prepared.of(config, sharding.make_mesh(**config.mesh, devices=jax.devices()[:1]))
+  prepared = loop.Prepared.of(Run.of(config), sharding.make_mesh(**config.mesh, devices=jax.devices()[:1]))
   prepared.compile_ahead()
   for program in (prepared.trainer.initialise, prepared.train_step):
     program.compiled()
@@ -217,7 +218,7 @@ def test_a_run_is_evaluated_as_evaluate_does_it_with_averaged_parameters(watched
     return models[0], params
 
   monkeypatch.setattr(inference, "load", load_once)
-  sections = [(name, config["evals"][name]) for name in ("test", "a", "b")]
+  sections = sections_of.of_config({name: config["evals"][name] for name in ("test", "a", "b")}, tasks=None)
   averaged, raw = (evaluate.evaluate(watched_run, sections, step=WATCHED, ema=ema) for ema in (True, False))
   named = lambda results: {
     f"{name}/{metric}": value
@@ -241,7 +242,7 @@ def test_the_step_of_the_best_recorded_metric_is_kept(watched_run, recorded):
   "flags, message",
   [
     (["--config=tests/tiny.py", "--eval={"], "--eval={ is not JSON"),
-    (["--config=tests/tiny.py", '--eval={"name": "a", "task": "clipscore"}'], "unknown evaluation 'clipscore'"),
+    (["--config=tests/tiny.py", '--eval={"name": "a", "task": "clipscore"}'], "unknown task 'clipscore'"),
     (["--config=tests/tiny.py", "--config.optim.allow_uninitialized=^$"], "optim.groups freezes"),
     (["--config=tests/tiny.py", "--config.batchsize=3"], "unknown config key batchsize; did you mean batch_size?"),
     (["--config=tests/tiny.py:autoencodr"], "unknown argument 'autoencodr'; known: autoencoder"),
@@ -269,7 +270,7 @@ def test_bad_command_lines_are_one_line_and_leave_nothing(environment, tmp_path,
     ({"mesh.fsdp": 3}, "mesh data=-1, fsdp=3, tensor=1 takes 3 devices .* but there are 8"),
     ({"model.dtype": "float8"}, "model.dtype is 'float8'; it must be one of float32, bfloat16"),
     ({"data.name": "shape"}, "unknown data source 'shape'; there are shapes, pairs"),
-    ({"data.augment": {"crop": "all"}}, "data.augment.crop is 'all'; it must be one of centre, random, random_resized"),
+    ({"data.augment.crop": "all"}, "data.augment.crop is 'all'; it must be one of centre, random, random_resized"),
     ({"data.discrimination_view": "other"}, "data.discrimination_view is 'other'; it must be one of shared, own"),
     ({"data.mixture": {"a": {"weight": 0}}}, "data.mixture.a.weight is 0; it must be above 0"),
     ({"data.mixture": {"a": {"pth": "x"}}}, "data.mixture.a: .*'pth'"),

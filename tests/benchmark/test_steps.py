@@ -67,6 +67,6 @@ def test_the_record_says_what_was_timed_where(environment, tmp_path):
   config.data.path = "shapes"
   made = found["provenance"]
   assert made.items() >= provenance.code().items() and made["device"] == {"kind": "cpu", "count": 1}
-  assert made["run"] == provenance.of_config(config)
+  assert made["run"] == provenance.of_config(config.to_dict())
   assert made["run"]["objectives"] == ["generation", "discrimination"] and made["run"]["seed"] == 5
   assert found["joint_over_generation"] > 0 and "/" not in json.dumps(made)
