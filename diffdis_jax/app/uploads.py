@@ -51,12 +51,13 @@ class BodyLimit:
   async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":
       return await self._app(scope, receive, send)
+    too_long = 413, f"more than {self._limit:,} bytes; the page takes no more at once"
     said = dict(scope["headers"]).get(b"content-length", b"0")
     # A word is no number to int(), and -1 would pass as below the limit.
     if not said.isdigit() or int(said) > self._limit:
-      return await self._refuse_long(send)
+      return await refuse(send, *too_long)
     read, started, received, end = 0, False, False, 0.0
-    refusal: Callable[[Send], Awaitable[None]] | None = None
+    refusal: tuple[int, str] | None = None
 
     async def limited() -> Message:
       nonlocal read, received, refusal, end
@@ -64,16 +65,16 @@ class BodyLimit:
       try:  # after the body comes, some time, that the client has left
         message = await asyncio.wait_for(receive(), None if received else end - time.monotonic())
       except TimeoutError:
-        refusal = self._refuse_slow
+        refusal = 408, f"the request did not come within {self._seconds:g} s"
         return {"type": "http.disconnect"}
       length = len(message.get("body", b""))
       read += length
       self._receiving += length
       received = not message.get("more_body")
       if read > self._limit:
-        refusal = self._refuse_long
+        refusal = too_long
       elif self._receiving > self._total:
-        refusal = self._refuse_many
+        refusal = 503, "too much is being uploaded at the moment; try again"
       # As if the client had left: whoever reads the body stops, and frees what it holds.
       return {"type": "http.disconnect"} if refusal else message
 
@@ -95,16 +96,7 @@ class BodyLimit:
       # However it ended: else the total would fill up for good.
       self._receiving -= read
     if refusal and not started:
-      await refusal(send)
-
-  async def _refuse_long(self, send: Send) -> None:
-    await refuse(send, 413, f"more than {self._limit:,} bytes; the page takes no more at once")
-
-  async def _refuse_slow(self, send: Send) -> None:
-    await refuse(send, 408, f"the request did not come within {self._seconds:g} s")
-
-  async def _refuse_many(self, send: Send) -> None:
-    await refuse(send, 503, "too much is being uploaded at the moment; try again")
+      await refuse(send, *refusal)
 
 
 @contextlib.contextmanager

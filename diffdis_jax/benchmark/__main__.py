@@ -125,7 +125,6 @@ def read_preflight(path: str) -> dict[str, Any]:
 
 
 def time_peer(run: Run) -> dict[str, Any]:
-  """The UNet and diffusers'."""
   return peer.time_peer(Network.of(run), batch_size=run.batch_size, rounds=FLAGS.rounds)
 
 
@@ -133,12 +132,7 @@ def time_data(run: Run) -> dict[str, Any]:
   """The data's way, in a temporary folder under --scratch."""
   trainer = Trainer(run, sharding.make_mesh(**vars(run.mesh)))
   with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
-    return data.benchmark_data(
-      trainer,
-      pathlib.Path(folder),
-      images=FLAGS.images,
-      rounds=FLAGS.rounds,
-    )
+    return data.benchmark_data(trainer, pathlib.Path(folder), images=FLAGS.images, rounds=FLAGS.rounds)
 
 
 def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:
