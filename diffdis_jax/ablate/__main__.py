@@ -56,7 +56,7 @@ def define_flags() -> None:
   flags.DEFINE_float("table7_gamma", 1.0, "gamma of Table 7, not stated by the paper")
   flags.DEFINE_float("step_seconds", None, "of plan: of a training step, where no run tells", lower_bound=0)
   flags.DEFINE_list("columns", [], "of table: which, by the names in tables.json; by default all")
-  flags.DEFINE_boolean("plot", True, "of table: draw tables.png, which needs the extra `plot`")
+  flags.DEFINE_boolean("plot", True, "of table: write tables.png, which needs the extra `plot`")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> None:
   if verb not in VERBS:
     raise UserError(f"python -m diffdis_jax.ablate {verb or '...'}: the first argument is one of {', '.join(VERBS)}")
   plan, folder = make_plan(), Folder(FLAGS.out)
+  # For every verb: `plan` and `table` would else show runs of another base as these.
   folder.check(plan)
   if verb == "plan":
     if FLAGS.step_seconds is not None:
@@ -78,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
 def make_plan() -> Plan:
   """Of the flags. Raises UserError: flags, or a base, that make none."""
   path, overrides = cli.config_given()
+  # By itself first: a mistake in the base should not read as one of a row.
   base = run_config.Run.of(FLAGS.base).to_dict()
   asked = []
   if FLAGS.tables:
@@ -92,6 +94,7 @@ def make_plan() -> Plan:
   except ValueError:
     raise UserError(f"--seeds={','.join(FLAGS.seeds)} should be whole numbers, such as 0,1,2") from None
   plan = planning.make(base, planning.find_autoencoder(path, overrides, base), asked, seeds)
+  # All of them before any is started: a row that no run can have should not fail after hours.
   for each in plan.runs:
     try:
       run_config.Run.of(each.config)
@@ -103,6 +106,8 @@ def make_plan() -> Plan:
 def run_selected(plan: Plan, folder: Folder) -> None:
   """The run that --only names, in this process; or several, each in one of its own."""
   numbers = running.select(plan, FLAGS.only)
+  # In this process: a job of an array gets its own signals, and only so can it be one of several processes that train
+  # together.
   if FLAGS.only.isdecimal():
     if FLAGS.jobs > 1:
       raise UserError(f"--jobs={FLAGS.jobs} does several runs, and --only={FLAGS.only} is one; leave out one of them")
@@ -118,7 +123,9 @@ def run_selected(plan: Plan, folder: Folder) -> None:
 def run_one(one: Run, plan: Plan, folder: Folder) -> None:
   """Trains and measures a run in this process, or with others as one of its processes."""
   cli.compilation_cache(str(folder.path))
+  # Before `processes.start`, after which the number of devices is fixed.
   cli.use_all_cores()
+  # As `train` has it: two dtypes that meet are an error, and no silent conversion.
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   processes.start()
   processes.on_first(lambda: folder.open(plan))
@@ -129,6 +136,7 @@ def run_one(one: Run, plan: Plan, folder: Folder) -> None:
 
 def measure(one: Run, path: str, out: str) -> None:
   """Every evaluation of a run, by the newest checkpoint's averaged weights; those in `out` already are not repeated."""
+  # CLIP takes no steps of denoising, so that `inference` says nothing of it.
   protocol = {} if Objectives(one.config["objectives"]).is_clip else one.config["inference"]
   asked = sections.with_parts(sections.of_config(one.evals, tasks=None), out)
   evaluate.evaluate(path, asked, kept=ResultFile(out), text_cache=files.user_cache("texts"), **protocol)
@@ -140,6 +148,7 @@ def write_tables(plan: Plan, folder: Folder) -> None:
   base, _ = cli.config_given()
   found = summary.summarise(plan, folder, chosen, base=base)
   text = render.markdown(found)
+  # Before any file is written: where matplotlib is missing nothing is half done.
   picture = render.plot(found) if FLAGS.plot else None
   result_files.write_text(str(folder.path / "tables.json"), json.dumps(found, indent=2) + "\n")
   result_files.write_text(str(folder.path / "tables.md"), text)

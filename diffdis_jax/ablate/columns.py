@@ -32,6 +32,7 @@ class Column:
   def read(self, results: Results) -> float | None:
     """The figure of these results, or None where they lack it."""
     values = [results.get(task, {}).get(name, {}).get("metrics", {}).get(metric) for task, name, metric in self.cells]
+    # Never a mean over some of them: in that row the column would mean something else.
     if any(value is None for value in values):
       return None
     return self.scale * sum(values) / len(values)
@@ -52,6 +53,7 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
     for metric, title in metrics.items():
       found.append(_percent("generation_accuracy", name, metric, f"generated images, {title}"))
   for name in sets["fid"]:
+    # A config's only set, which is named as its task, has the name of the paper's column (tables.PAPER_METRICS).
     column = f"{name}/fid" if name != "fid" else "fid"
     found.append(Column(name=column, title="FID ↓", cells=(("fid", name, "fid"),), scale=1.0))
   for name in sets["zero_shot"]:
@@ -60,6 +62,7 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
     if evaluations[name].get("seen_split"):
       found.append(_percent("zero_shot", name, "acc1_seen", f"top-1 {name}, seen classes"))
   paper = [name for name in ("coco", "flickr") if name in sets["retrieval"]]
+  # Both or neither: over one of them the mean would not be the paper's.
   if len(paper) == 2:
     cells = tuple(("retrieval", name, metric) for name in paper for metric in RECALL)
     found.append(Column(name="recall@1", title="mean R@1 ↑", cells=cells, scale=100.0))

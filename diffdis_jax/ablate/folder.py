@@ -64,6 +64,7 @@ class Folder:
 
   def results(self, run: Run) -> str:
     """The file of its evaluations, as evaluate writes it."""
+    # With a hash of how it was measured: another protocol writes another file, and costs no training.
     return str(self.path / "results" / f"{run.name}.{run.measurement}.json")
 
   def log(self, run: Run) -> epath.Path:
@@ -72,12 +73,14 @@ class Folder:
 
   def config(self, run: Run) -> dict[str, Any]:
     """Of its training: `init_from` is the workdir of its autoencoder, if it has one."""
+    # Not in the plan's config: a path would make the run's hash, and so its name, depend on the folder.
     return run.config | ({"init_from": self.workdir(run.autoencoder)} if run.autoencoder else {})
 
   def read(self, run: Run) -> Results | None:
     """Its results, if every evaluation has one. Raises UserError: the file holds something else."""
     path = self.results(run)
     found = result_files.read(path) if buckets.path(path).exists() else {}
+    # They are written one by one: a file with some of them is of a run that was stopped.
     whole = all(name in found.get(section["task"], {}) for name, section in run.evals.items())
     return found if whole else None
 
@@ -96,6 +99,7 @@ class Folder:
     """Raises UserError where the folder's runs are of another base."""
     file = self.path / "base.json"
     if not file.exists():
+      # A folder of something else is left as it is.
       if self.path.is_dir() and any(self.path.iterdir()):
         raise UserError(f"--out={self.path} is not empty and holds no ablations (no base.json); take a new folder")
       return
@@ -105,6 +109,7 @@ class Folder:
       raise UserError(f"{error}; take a new --out") from error
     if not isinstance(there, dict) or workdir.SECTIONS - there.keys():
       raise UserError(f"{file} is no base of ablations; take a new --out")
+    # By what the numbers depend on: how often a run logs or saves may change between two calls.
     if differing := workdir.differences(identity(there), identity(_without_seed(plan.base))):
       raise UserError(
         f"--out={self.path} holds ablations of another base: {', '.join(differing)}; take its base or a new --out"
@@ -123,9 +128,11 @@ class Folder:
 def seconds_per_step(path: epath.Path) -> float | None:
   """The mean over the lines of a workdir's metrics.jsonl, which stand for equally many steps; None without a speed."""
   speeds = [history.metrics_of(line).get("steps_per_sec") for line in files.lines(path / "metrics.jsonl")]
+  # Times of equally many steps have a mean; the mean of speeds would favour the fast ones.
   seconds = [1 / speed for speed in speeds if speed]
   return sum(seconds) / len(seconds) if seconds else None
 
 
 def _without_seed(config: dict[str, Any]) -> dict[str, Any]:
+  # --seeds may grow later: rows of more seeds belong to the same ablation.
   return {field: value for field, value in config.items() if field != "seed"}

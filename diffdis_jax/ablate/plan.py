@@ -22,6 +22,7 @@ Config = Mapping[str, Any]  # nested dicts
 OF_AUTOENCODER = r"^(image_size$|mesh\.|model\.autoencoder\.|data\.(name|path|split|mixture|loader)(\.|$))"
 
 
+# By identity, so that runs can be keys: a dict, such as the config, has no hash.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
   """A training, and how it is measured.
@@ -86,6 +87,7 @@ def make(base: Config, autoencoder: Config | None, asked: Sequence[tables.Table]
   known: dict[tuple[str, str], Run] = {}
   rows: dict[tuple[str, int], list[Run]] = {}
   for seed in seeds:
+    # Seed by seed: an ablation that is stopped has all rows of some seeds, which can be compared.
     for table in asked:
       for number, row in enumerate(table.rows):
         run = _make_run(base, autoencoder, row, seed, known)
@@ -95,6 +97,7 @@ def make(base: Config, autoencoder: Config | None, asked: Sequence[tables.Table]
     tables=tuple(asked),
     seeds=tuple(seeds),
     rows={key: tuple(found) for key, found in rows.items()},
+    # `sorted` is stable: autoencoders first, and all others in the order above.
     runs=tuple(sorted(known.values(), key=lambda run: run.autoencoder is not None)),
   )
 
@@ -114,6 +117,7 @@ def find_autoencoder(path: str, overrides: Mapping[str, Any], base: Config) -> d
     return None
   file, _, argument = path.partition(":")
   try:
+    # A file that does not know the argument, or has another use for it, has no autoencoder.
     config = cli.read_config(f"{file}:{','.join(filter(None, ('autoencoder', argument)))}").to_dict()
   except UserError:
     return None
@@ -134,6 +138,7 @@ def _make_run(
   config = _changed(base, {**row.changes, "seed": seed})
   objectives: Sequence[str] = config["objectives"]
   measures = lambda task: {*evals.MEASURES.get(task, objectives)} & {*objectives}
+  # What a row does not train it would measure as chance; its cell stays blank instead.
   trained = {name: section for name, section in config["evals"].items() if measures(section["task"])}
   if not trained:
     raise UserError(f"row {row.label}: no evaluation of the base measures objectives {', '.join(objectives)}")
@@ -143,6 +148,7 @@ def _make_run(
     own = {field: value for field, value in row.changes.items() if re.search(OF_AUTOENCODER, field)}
     plain = _changed(autoencoder, own)
     first = _add(known, Run(f"autoencoder-{digest(identity(plain))}", plain, None, {}))
+  # The autoencoder's name, which ends in its hash, and not its path: wherever the folder lies, the run has one name.
   fields = identity(config) | ({"init_from": first.name} if first else {})
   return _add(known, Run(f"{_describe(base, config)}-seed_{seed}-{digest(fields)}", config, first, trained))
 
@@ -152,6 +158,7 @@ def _add(known: dict[tuple[str, str], Run], run: Run) -> Run:
   for other in known.values():
     if other.name == run.name and identity(other.config) != identity(run.config):
       raise UserError(f"two runs have the name {run.name}: their hashes agree by chance; change a field of one of them")
+  # Rows that train the same and are measured differently are two runs in one workdir.
   return known.setdefault((run.name, run.measurement), run)
 
 
@@ -173,4 +180,5 @@ def _describe(base: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     for field, value in here.items()
     if field not in ("seed", "init_from") and not workdir.may_change(field) and there.get(field) != value
   ]
+  # 80 characters: a folder's name may have 255 bytes, and seed and hash are still to come.
   return re.sub(r"[^\w.+-]+", "_", "-".join(changed))[:80] or "base"

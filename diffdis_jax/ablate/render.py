@@ -74,6 +74,7 @@ def _figure(cell: Mapping[str, Any], seeds: int) -> str:
   if not cell["n"]:
     return BLANK
   spread = "" if cell["sd"] is None else f" ± {cell['sd']:.2f}"
+  # A single seed has no spread beside it that would show how many there are.
   return f"{cell['mean']:.2f}{spread}" + (f" (n = {cell['n']})" if cell["n"] < seeds or seeds == 1 else "")
 
 
@@ -111,6 +112,7 @@ def plot(summary: Mapping[str, Any]) -> bytes:
   tables, columns = [*summary["tables"].values()], summary["columns"]
   heights = [len(table["rows"]) + 1.2 for table in tables]
   size = (2.2 + PANEL_WIDTH * len(columns), 0.5 + ROW_HEIGHT * sum(heights) + 0.45 * len(tables))
+  # Without pyplot, which would look for a display and keep each figure.
   figure = Figure(figsize=size, layout="constrained")
   # One scale a column, so that tables can be compared.
   panels = figure.subplots(len(tables), len(columns), squeeze=False, height_ratios=heights, sharex="col", sharey="row")
@@ -120,8 +122,10 @@ def plot(summary: Mapping[str, Any]) -> bytes:
     for axes, name in zip(line, columns, strict=True):
       _draw(axes, table["rows"], name)
     line[0].set_yticks(range(len(table["rows"])), [row["label"] for row in table["rows"]], fontsize=8)
+    # From the top down, as in the table.
     line[0].set_ylim(len(table["rows"]) - 0.5, -0.5)
     line[0].set_title(_title(number, table), fontsize=9, loc="left", fontweight="bold")
+  # As bytes, so that the caller writes it whole, also into a bucket.
   buffer = io.BytesIO()
   FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=200)
   return buffer.getvalue()

@@ -44,6 +44,7 @@ def select(plan: Plan, only: str) -> list[int]:
     raise UserError(f"--only={only} should have a K from 0 to {max(int(count) - 1, 0)}, below its N")
   if not slash and int(number) >= len(plan.runs):
     raise UserError(f"--only={only}: the plan has runs 0 to {len(plan.runs) - 1}")
+  # Nothing for a K beyond the last run: a job of an array that is larger than the plan.
   return list(range(int(number), len(plan.runs), int(count))) if slash else [int(number)]
 
 
@@ -67,6 +68,7 @@ def run(
   Raises:
     UserError, Preempted: as `train` and `measure` do.
   """
+  # Before its autoencoder: where the results are, no workdir has to be.
   if folder.state(one).is_finished:
     return
   # The autoencoder first: a run begins from its last checkpoint.
@@ -91,6 +93,7 @@ def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
       action()
       return
     except workdir.InUse as error:
+      # One of several processes cannot wait alone: the others are on their way to what all of them do together.
       if jax.process_count() > 1:
         raise
       logging.info("waiting: %s", error)
@@ -102,7 +105,7 @@ def run_all(
 ) -> int:
   """Does the runs of these numbers that are not finished, each in a process of its own; autoencoders first.
 
-  One that fails is told, and the others go on. What a process says goes to its log, in a bucket when it has ended.
+  One that fails is reported, and the others continue. What a process says goes to its log, in a bucket at its end.
 
   Args:
     plan: of the runs.
@@ -128,6 +131,7 @@ def run_all(
     code = children.run(command(number), log, cores)
     if code == INTERRUPTED:
       raise Interrupted
+    # Also of a run that ended well after the signal: no other one is to begin.
     if code == PREEMPTED or children.asked:
       raise Preempted
     if code:
@@ -137,12 +141,14 @@ def run_all(
   with _Children().listening() as children:
     left = [number for number in numbers if not folder.state(plan.runs[number]).is_finished]
     is_shared = {run.autoencoder for run in plan.runs}.__contains__
+    # All of them before any other run, since each of those starts from the last checkpoint of one.
     _side_by_side(one, [number for number in left if is_shared(plan.runs[number])], jobs, children)
     others = []
     for number in left:
       run = plan.runs[number]
       if run.autoencoder and run.autoencoder.name in failed:
         logging.error("run %d, %s: left out, since its autoencoder failed", number, run.name)
+        # With its code: where the autoencoder's input was bad, this run needs no other cause.
         failed[run.name] = failed[run.autoencoder.name]
       elif not is_shared(run):
         others.append(number)
@@ -158,6 +164,7 @@ def _side_by_side(
   one: Callable[[int, set[int] | None], None], numbers: Sequence[int], jobs: int, children: _Children
 ) -> None:
   """Calls `one` for each number, `jobs` of them at a time, with cores of its own. Raises what it raises."""
+  # As many shares as threads, so that a thread always finds one.
   free: queue.SimpleQueue[set[int] | None] = queue.SimpleQueue()
   for share in _shares(jobs):
     free.put(share)
@@ -174,7 +181,7 @@ def _side_by_side(
     try:
       for done in futures.as_completed(submitted):
         done.result()
-    except BaseException:  # else the pool would go on with the next run
+    except BaseException:  # else the pool would start the next run
       children.stop()
       raise
 
@@ -184,6 +191,7 @@ def _shares(count: int) -> list[set[int] | None]:
   if count == 1 or not hasattr(os, "sched_getaffinity"):
     return [None] * count
   cores = sorted(os.sched_getaffinity(0))
+  # With more jobs than cores some share one.
   return [{*cores[share::count]} or {cores[share % len(cores)]} for share in range(count)]
 
 
@@ -228,7 +236,10 @@ class _Children:
     if self.asked:
       return PREEMPTED
     with buckets.appended(log) as out:
+      # Without a standard input: several processes would read one terminal.
       process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+      # Before the second look at `asked`: a signal since the first one has stopped only the processes that were in the
+      # set.
       self._running.add(process)
       if cores is not None:
         os.sched_setaffinity(process.pid, cores)  # before it has a second thread
@@ -248,6 +259,7 @@ class _Children:
 
 def _last_words(log: Any) -> str:
   """The last line of a log that says what was wrong."""
+  # A process that was killed may have written half of a character.
   said = log.read_bytes().decode(errors="replace") if log.exists() else ""
   lines = [line for line in said.splitlines() if line.strip()]
   errors = [line for line in lines if line.startswith("error: ")]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -101,12 +100,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
   order = np.argsort(p_values, kind="stable")
   steps = (len(p_values) - np.arange(len(p_values))) * np.asarray(p_values)[order]
   adjusted = np.empty(len(p_values))
+  # The running maximum keeps the order: a larger p never gets a smaller adjusted one.
   adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
   return adjusted.tolist()
 
 
 def correct(differences: Sequence[Difference]) -> list[Difference]:
   """The differences of a table, in their order, with Holm's correction over all that have a p."""
+  # Only of differences that were tested: others would make the correction stricter for nothing.
   adjusted = iter(holm([each.p for each in differences if each.p is not None]))
   found = []
   for each in differences:
@@ -125,8 +126,3 @@ def count(differences: Sequence[Difference]) -> Count:
     uncorrected=sum(p < ALPHA for p in p_values),
     uncorrected_by_chance=ALPHA * len(p_values),
   )
-
-
-def as_json(struct: Difference | Count) -> dict[str, Any]:
-  """Its fields by name."""
-  return dataclasses.asdict(struct)

@@ -47,6 +47,7 @@ def _rows(plan: Plan) -> list[str]:
 def _seconds(run: Run, states: Mapping[Run, State], step_seconds: float | None) -> float | None:
   """Of a step: the run's own, or the median of those with the same objectives, or what was given for all but
   autoencoders."""
+  # Runs of the same objectives take about as long a step; an autoencoder takes another.
   alike: Sequence[Any] = [
     state.seconds for other, state in states.items() if other.config["objectives"] == run.config["objectives"]
   ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,8 +60,9 @@ def runs_of(plan: Plan, table: Table) -> list[Run]:
 
 
 def check_protocols(table: Table, results: Mapping[Run, Results | None], folder: Folder) -> None:
-  """Raises UserError where two runs of a table were measured differently, but for what its rows change themselves."""
+  """Raises UserError where two runs of a table were measured differently, except for what its rows change."""
   changed = {field for row in table.rows for field in row.changes}
+  # `weights` says which model was measured, and is another one in each run.
   ignored = {"weights", *(FOLLOWS.get(field, field.split(".")[-1]) for field in changed)}
   first: dict[tuple[str, str], tuple[Run, Mapping[str, Any]]] = {}
   for run, found in results.items():
@@ -93,7 +95,7 @@ def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[s
   differences = [
     significance.Difference(**cell["difference"]) for row in cells for cell in row.values() if cell["difference"]
   ]
-  return {"title": table.title, "rows": rows, "count": significance.as_json(significance.count(differences))}
+  return {"title": table.title, "rows": rows, "count": dataclasses.asdict(significance.count(differences))}
 
 
 def cells_of(figures: Sequence[Figures], *, base: int) -> list[dict[str, dict[str, Any]]]:
@@ -111,13 +113,15 @@ def cells_of(figures: Sequence[Figures], *, base: int) -> list[dict[str, dict[st
   places, pairs = [], []
   for place, row in enumerate(figures):
     for name, values in row.items():
+      # Paired by seed: runs of one seed see the same images in the same order, so that differences spread less.
       others = figures[base][name]
       common = [values[seed] - others[seed] for seed in values if seed in others]
       if common and place != base:
         places.append((place, name))
         pairs.append(common)
+  # All cells of a table together: whoever looks for bold ones looks at all of them.
   found = significance.correct([significance.paired(each) for each in pairs])
-  differences = {place: significance.as_json(each) for place, each in zip(places, found, strict=True)}
+  differences = {place: dataclasses.asdict(each) for place, each in zip(places, found, strict=True)}
   return [
     {name: {**_moments(values), "difference": differences.get((place, name))} for name, values in row.items()}
     for place, row in enumerate(figures)

@@ -85,6 +85,7 @@ def paper_tables(unstated: Unstated) -> dict[str, Table]:
         Row(label="cosine", changes={GAMMA: 1.0, SCHEDULE: "cosine"}, paper=(11.90, 22.35, 28.59)),
         Row(label="linear", changes={GAMMA: 1.0, SCHEDULE: "scaled_linear"}, paper=(11.52, 22.70, 31.07)),
       ),
+      # The row that has the schedule of the other tables.
       base=0 if unstated.schedule == "cosine" else 1,
     ),
     Table(
@@ -191,6 +192,8 @@ def _read_values(field: str, text: str, base: Mapping[str, Any]) -> list[Any]:
   if field == "seed":
     raise UserError("--grid has seed; the seeds of every row are --seeds=0,1,2")
   try:
+    # As a list's items, since a tuple has commas of its own: ('generation',),('discrimination',). Words, such as
+    # cosine, are no literals; they are split at commas.
     values = list(ast.literal_eval(f"[{text}]"))
   except (ValueError, SyntaxError):
     values = [part.strip() for part in text.split(",")]
@@ -202,8 +205,10 @@ def _read_values(field: str, text: str, base: Mapping[str, Any]) -> list[Any]:
 
 
 def _of_type(field: str, value: Any, present: Any) -> Any:
+  # Python writes True; many write true.
   if isinstance(present, bool) and str(value).lower() in ("true", "false"):
     return str(value).lower() == "true"
+  # 1 and 1.0 train the same, but would be two hashes and so two runs. True is an int to Python, and no number here.
   if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if isinstance(present, tuple) and isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Serves a page on this machine, to draw, classify and search with a run, and to look inside of it.
+"""Serves a page on this machine, to generate, classify and search with a run, and to look inside of it.
 
   python -m diffdis_jax.app --workdir=DIR [--data=PREPARED_DIR --split=S]
 
@@ -55,6 +55,7 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   del argv
+  # Asked for before the run is loaded, which takes long; the page itself is imported last.
   if importlib.util.find_spec("gradio") is None:
     raise not_installed("the page", "gradio", "app")
   limits = Limits(
@@ -92,7 +93,7 @@ def serve(
   port: int,
   allowed_hosts: Sequence[str] = (),
 ) -> None:
-  """Serves the page until it is told to stop.
+  """Serves the page until SIGINT or SIGTERM.
 
   Args:
     run: a workdir.
@@ -108,9 +109,13 @@ def serve(
     UserError: no such run, data or checkpoint, a run that no tab can serve, or nobody can listen there.
   """
   record = run_config.load(run)
+  # For its UserError alone: a run that no tab can serve ends before its weights are read.
   step_sampler.tabs(record.objectives)
+  # Once: the page names the checkpoint that it serves, also where the run saves a newer one meanwhile.
   step, ema = restore.choose(run, step, ema=ema)
+  # Before the weights, too: a mistyped --data ends at once.
   source = open_data(record.evals, data, split, image_size=record.image_size)
+  # One device: a request has one image, which several could not share as rows.
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   model, params = inference.load(run, step=step, ema=ema, batch_size=BATCH_SIZE, mesh=mesh)
   sampler = step_sampler.StepSampler(model, params, seconds=limits.seconds)
@@ -118,10 +123,12 @@ def serve(
   if source is not None and "search" in sampler.tabs:
     index = search.Index(sampler, source, num_images)
 
+  # Here, since starlette is installed with the extra `app` alone.
   from diffdis_jax.app import uploads
 
   preparing = threading.Thread(target=prepare, args=(sampler, index), name="prepare")
   with uploads.folder() as folder:
+    # After the folder is set: Gradio reads $GRADIO_TEMP_DIR when it is imported, and again later.
     from diffdis_jax.app import page, server
 
     contents = contents_of(record, f"{run}, checkpoint {step}{', averaged weights' if ema else ''}")
@@ -130,6 +137,7 @@ def serve(
     try:
       server.serve(blocks, limits, folder=folder, host=host, port=port, allowed_hosts=allowed_hosts)
     finally:
+      # First, since it stops the thread: else `join` would wait until every image is embedded.
       sampler.close()
       preparing.join()
 
@@ -167,6 +175,7 @@ def open_data(
   try:
     return sources.open_source(**section)
   except UserError as error:
+    # Nobody has asked for this set: the other tabs do without it.
     logging.warning("no images to search: %s; give --data and --split", error)
     return None
 
@@ -177,6 +186,7 @@ def contents_of(run: Run, about: str) -> Any:
 
   zero_shot = next((each for each in run.evals.values() if each["task"] == "zero_shot"), {})
   names, templates = zero_shot.get("classnames", ()), zero_shot.get("templates", ())
+  # A string is the path of a file of names, of which there may be more than a request may have.
   named = not isinstance(names, str) and names
   return page.Contents(
     title=about,

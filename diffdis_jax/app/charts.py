@@ -15,7 +15,7 @@ from PIL import Image
 THUMBNAIL = 64  # pixels
 PIXELATED = 128  # pixels: images of smaller sides are enlarged without smoothing
 VISIBLE = 0.002  # of a spread, below which there is nothing to see
-# Okabe and Ito's, which the colour-blind tell apart; readable on white and on near black.
+# Okabe and Ito's, which the colour-blind can distinguish; readable on white and on near black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#7a7a7a")
 CSS = """
 .dd { font-size: 14px; line-height: 1.4; color: var(--body-text-color); }
@@ -59,7 +59,6 @@ def block(*parts: str, least: int = 170) -> str:
 
 
 def line(text: str) -> str:
-  """A line of plain text."""
   return f"<p>{html.escape(text)}</p>"
 
 
@@ -69,20 +68,20 @@ def row(parts: Sequence[str]) -> str:
 
 
 def progress(done: int, of: int) -> str:
-  """A thin bar."""
   return f'<div class="progress"><i style="width:{100 * done / of:.1f}%"></i></div>'
 
 
 def encode(image: UInt8[np.ndarray, "h w 3"]) -> str:
   """A PNG as a data URL, so that nothing has to be kept for the page to ask for."""
   buffer = io.BytesIO()
+  # Fast rather than small: three images after each step are encoded while the user waits.
   Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
   return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def figure(image: UInt8[np.ndarray, "h w 3"], title: str, note: str = "") -> str:
-  """An image with a caption."""
   small = ' class="small"' if image.shape[0] < PIXELATED else ""
+  # A caption is the data's, a prompt the user's: either may look like HTML.
   title, note = html.escape(title), html.escape(note)
   return (
     f'<figure><img{small} src="{encode(image)}" alt="{title}"><figcaption>{title}<small>{note}</small></figcaption>'
@@ -141,8 +140,19 @@ def legend(names: Sequence[str]) -> str:
 
 
 def colour(index: int) -> str:
-  """Of the index-th name."""
   return COLOURS[index % len(COLOURS)]
+
+
+class _Pixel(NamedTuple):
+  """A place in the picture, from the left and the top."""
+
+  x: float
+  y: float
+
+
+class _Range(NamedTuple):
+  low: float
+  high: float
 
 
 class Frame:
@@ -156,17 +166,16 @@ class Frame:
   LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 30
 
   def __init__(self, x: tuple[float, float], y: tuple[float, float]):
-    self._x, self._y = (_widened(*x), _widened(*y))
+    self._x, self._y = _widened(*x), _widened(*y)
     self._parts: list[str] = []
 
-  def place(self, x: float, y: float) -> tuple[float, float]:
-    """Pixels."""
+  def place(self, x: float, y: float) -> _Pixel:
     (left, right), (low, high) = self._x, self._y
     width, height = self.WIDTH - self.LEFT - self.RIGHT, self.HEIGHT - self.TOP - self.BOTTOM
-    return self.LEFT + (x - left) / (right - left) * width, self.TOP + (high - y) / (high - low) * height
+    # The data's y grows upwards, and SVG's downwards.
+    return _Pixel(self.LEFT + (x - left) / (right - left) * width, self.TOP + (high - y) / (high - low) * height)
 
   def curve(self, points: Sequence[tuple[float, float]], paint: str, *, width: float, opacity: float = 1.0) -> None:
-    """Straight lines from point to point."""
     placed = " ".join(f"{x:.1f},{y:.1f}" for x, y in (self.place(*point) for point in points))
     self._parts.append(
       f'<polyline points="{placed}" fill="none" stroke="{paint}" stroke-width="{width}" stroke-opacity="{opacity}"'
@@ -183,6 +192,7 @@ class Frame:
   def label(self, x: float, y: float, text: str) -> None:
     """Text beside a point, on the side where there is room."""
     px, py = self.place(x, y)
+    # Browsers cut off at the edge of an SVG what is beyond it.
     right = px > self.WIDTH * 0.7
     anchor, offset = ("end", -9) if right else ("start", 9)
     self._parts.append(
@@ -190,15 +200,15 @@ class Frame:
     )
 
   def x_tick(self, x: float, text: str) -> None:
-    """A label below the axis."""
-    px, _ = self.place(x, self._y[0])
+    px = self.place(x, self._y.low).x
     self._parts.append(
       f'<text class="tick" x="{px:.1f}" y="{self.HEIGHT - 10}" text-anchor="middle">{html.escape(text)}</text>'
     )
 
   def y_tick(self, y: float, text: str) -> None:
     """A label and a line across."""
-    _, py = self.place(self._x[0], y)
+    py = self.place(self._x.low, y).y
+    # In front of all others: SVG paints in order, and the line belongs below the curves.
     self._parts.insert(
       0,
       f'<line class="axis" x1="{self.LEFT}" x2="{self.WIDTH - self.RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>'
@@ -206,7 +216,6 @@ class Frame:
     )
 
   def html(self, title: str, note: str) -> str:
-    """The whole, with its heading."""
     return (
       f'<figure><h4>{html.escape(title)}</h4><svg viewBox="0 0 {self.WIDTH} {self.HEIGHT}" role="img"'
       f' aria-label="{html.escape(title)}">{"".join(self._parts)}</svg>'
@@ -214,9 +223,10 @@ class Frame:
     )
 
 
-def _widened(low: float, high: float) -> tuple[float, float]:
+def _widened(low: float, high: float) -> _Range:
   """A range that has a length."""
-  return (low, high) if high > low else (low - 0.5, high + 0.5)
+  # One value, or equal ones, are no range: `place` and `ticks` would divide by zero.
+  return _Range(low, high) if high > low else _Range(low - 0.5, high + 0.5)
 
 
 def ticks(low: float, high: float, count: int = 5) -> Float[np.ndarray, " n"]:
@@ -224,5 +234,6 @@ def ticks(low: float, high: float, count: int = 5) -> Float[np.ndarray, " n"]:
   low, high = _widened(low, high)
   rough = (high - low) / count
   size = 10 ** np.floor(np.log10(rough))
+  # The nearest of the steps that people count by; 10 too, since the rough one may lie just below it.
   step = size * min((1, 2, 5, 10), key=lambda factor: abs(factor * size - rough))
   return np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step

@@ -53,8 +53,10 @@ def guesses(
   """
   alone = _softmax(temperature * queries @ texts.T)
   mean = queries.mean(axis=0)
+  # τ is for unit vectors, and the mean of several is shorter.
   share = _softmax(temperature * (mean / np.linalg.norm(mean)) @ texts.T)
   firsts = np.bincount(alone.argmax(axis=1), minlength=len(names))
+  # Stable, so that equal names stay in the order in which they were typed.
   order = np.argsort(-share, kind="stable")
   columns = share, alone.min(axis=0), alone.max(axis=0)
   shares = np.stack(columns, axis=1).tolist()
@@ -62,6 +64,7 @@ def guesses(
 
 
 def _softmax(logits: Float[np.ndarray, "*b n"]) -> Float[np.ndarray, "*b n"]:
+  # Without the maximum taken off float32 overflows at 88, and τ may be 100.
   odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
   return odds / odds.sum(axis=-1, keepdims=True)
 
@@ -87,6 +90,7 @@ def answer(
   Raises:
     UserError: no usable image, a field out of its range, or no more time.
   """
+  # All fields before the model: what is wrong with them is said without waiting for a turn.
   classes = read_names(names, limits)
   filled = read_template(template, limits)
   whole_draws = read_whole("draws", draws, at_least=1, at_most=MOST_DRAWS)
@@ -99,8 +103,10 @@ def answer(
 
 def show(found: Sequence[Guess], *, draws: int) -> str:
   """The likeliest names as bars, with the spread of the draws."""
-  note = lambda guess: f"first in {guess.firsts}/{draws}" if draws > 1 else ""
-  rows = [charts.Bar(guess.name, guess.share, guess.low, guess.high, note(guess)) for guess in found[:SHOWN]]
+  rows = [
+    charts.Bar(each.name, each.share, each.low, each.high, f"first in {each.firsts}/{draws}" if draws > 1 else "")
+    for each in found[:SHOWN]
+  ]
   whiskers = (
     f" The whiskers go from the least to the most of {draws} draws of the noise, each alone." if draws > 1 else ""
   )

@@ -1,4 +1,4 @@
-"""The tab *draw*: an image from a prompt, while it is drawn."""
+"""The tab *draw*: an image from a prompt, while it is generated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffdis_jax.errors import check_number
 MOST_STEPS = 200
 MOST_GUIDANCE = 30
 MOST_SEED = 2**31 - 1
-FRAMES = 20  # shown of one drawing; decoding a latent costs about as much as a step
+FRAMES = 20  # shown of one image; decoding a latent costs about as much as a step
 
 
 def answer(
@@ -33,32 +33,33 @@ def answer(
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
   whole_steps = read_whole("steps", steps, at_least=1, at_most=MOST_STEPS)
   check_number("guidance", guidance_scale, at_least=0, at_most=MOST_GUIDANCE)
-  drawings = sampler.generate(
+  frames = sampler.generate(
     prompt, seed=whole_seed, steps=whole_steps, guidance_scale=float(guidance_scale), frames=FRAMES
   )
+  # At once: the first step may still wait for its program to be compiled.
   yield charts.block(charts.line(f"Step 0 of {whole_steps}"), charts.progress(0, whole_steps))
   shown: list[Frame] = []
-  for drawing in within(limits.seconds, drawings):
-    shown.append(drawing)
+  for frame in within(limits.seconds, frames):
+    shown.append(frame)
     yield show(shown, prompt)
 
 
-def show(drawings: Sequence[Frame], prompt: str) -> str:
+def show(frames: Sequence[Frame], prompt: str) -> str:
   """Side by side, after the last of these steps, what is there, the emptied prediction and the guided one; below, the
   two predictions after each of them."""
-  drawing = drawings[-1]
-  done = drawing.step == drawing.steps
-  where = f"{drawing.steps} steps" if done else f"Step {drawing.step} of {drawing.steps}, t = {drawing.t}"
+  frame = frames[-1]
+  done = frame.step == frame.steps
+  where = f"{frame.steps} steps" if done else f"Step {frame.step} of {frame.steps}, t = {frame.t}"
   return charts.block(
     charts.line(where),
-    charts.progress(drawing.step, drawing.steps),
+    charts.progress(frame.step, frame.steps),
     charts.row(
       [
-        charts.figure(drawing.noisy, prompt if done else "So far", "the image" if done else "z_t, decoded"),
-        charts.figure(drawing.emptied, "Emptied", "what the network makes of z_t without the prompt"),
-        charts.figure(drawing.guided, "Guided", "what it makes of z_t with the prompt and guidance"),
+        charts.figure(frame.noisy, prompt if done else "So far", "the image" if done else "z_t, decoded"),
+        charts.figure(frame.emptied, "Emptied", "what the network makes of z_t without the prompt"),
+        charts.figure(frame.guided, "Guided", "what it makes of z_t with the prompt and guidance"),
       ]
     ),
     charts.line("Over the steps, by t: the emptied prediction above, the guided one below."),
-    charts.strip([(str(each.t), (each.emptied, each.guided)) for each in drawings]),
+    charts.strip([(str(each.t), (each.emptied, each.guided)) for each in frames]),
   )

@@ -72,19 +72,23 @@ def show(estimates: Sequence[Estimate], names: Sequence[str], texts: Float[np.nd
 def agreement(queries: Float[np.ndarray, "k d"]) -> float:
   """Mean cosine of two different draws' estimates, which are unit vectors; at least two."""
   k = len(queries)
+  # For unit vectors |Σ q|² is k plus the inner products of all ordered pairs, of which there are k (k - 1).
   return float((np.square(queries.sum(axis=0)).sum() - k) / (k * (k - 1)))
 
 
 def score_chart(t: Sequence[int], scores: Float[np.ndarray, "s k n"], steps: int) -> str:
   """⟨ê_0, e⟩ of each name after each step: the mean of the draws, and each draw thinly."""
   low, high = float(scores.min()), float(scores.max())
+  # As wide as all steps from the first one on: the curves grow, and the axis stays.
   frame = charts.Frame((1, max(steps, 2)), (low, high))
   for value in charts.ticks(low, high):
     frame.y_tick(float(value), f"{value:.2g}")
+  # About six labels have room side by side.
   every = max(1, steps // 6)
   for i, at in enumerate(t):
     if i % every == 0:
       frame.x_tick(i + 1, str(at))
+  # From the last name on, so that the best one lies on top.
   for name in reversed(range(scores.shape[2])):
     paint = charts.colour(name)
     for draw in range(scores.shape[1]):
@@ -99,6 +103,8 @@ def plane(texts: Float[np.ndarray, "n d"], first: Float[np.ndarray, "k d"]) -> F
   """The two directions, orthonormal, in which names and first estimates differ most: later steps do not turn them."""
   points = np.concatenate([texts, first])
   directions = np.linalg.svd(points - texts.mean(axis=0), full_matrices=False)[2][:2].T
+  # The sign of a singular vector is arbitrary. The largest entry is made positive, so that no machine mirrors the
+  # picture.
   return directions * np.where(directions[np.abs(directions).argmax(axis=0), [0, 1]] < 0, -1.0, 1.0).astype(np.float32)
 
 

@@ -50,6 +50,7 @@ class Limits:
   def __post_init__(self) -> None:
     for name in ("upload_mb", "megapixels", "seconds"):
       check_number(name, getattr(self, name), above=0)
+    # Else the quota would delete an upload before its request reads it.
     check_number("uploads_mb", self.uploads_mb, at_least=self.upload_mb)
     for name in ("characters", "names", "at_once", "waiting"):
       check_number(name, getattr(self, name), at_least=1)
@@ -64,14 +65,17 @@ def read_image(path: str | os.PathLike[str] | None, limits: Limits) -> Image.Ima
   if path is None:
     raise UserError("there is no image yet; upload one, or pick one of those below")
   try:
+    # Before it is read, whatever the server has refused already: its limit is of a form, not of the file in it.
     size = os.path.getsize(path)
     if size > limits.upload_mb * 1e6:
       raise UserError(f"the file has {size / 1e6:.1f} MB; at most {limits.upload_mb:g} MB can be uploaded")
     data = pathlib.Path(path).read_bytes()
   except OSError as error:
+    # The quota may have deleted it while its request waited.
     raise UserError(f"the upload cannot be read ({error.strerror or error}); upload it again") from error
   if not data:
     raise UserError("the file is empty; upload an image, such as a PNG or a JPEG")
+  # A file of some kB can decode to gigabytes (a decompression bomb): the header says so before.
   _check_pixels(data, limits)
   try:
     return records.read_image(data)
@@ -112,11 +116,13 @@ def read_names(text: str | None, limits: Limits, *, at_least: int = 2) -> tuple[
     UserError: too few, too many, one twice, or one too long.
   """
   text = text or ""
+  # Before it is split: a million characters may be half a million names.
   if len(text) > limits.names * limits.characters:
     raise UserError(f"the class names have {len(text):,} characters; type shorter ones, or fewer")
   names = tuple(name.strip() for name in re.split(r"[,\n]", text) if name.strip())
   for name in names:
     read_text(name, "class name", limits)
+  # Names that differ in case alone have one text query, and would halve each other's share.
   if repeated := prompts.repeated([prompts.comparable(name) for name in names]):
     raise UserError(f"class names occur more than once: {repeated}; type each once")
   if not at_least <= len(names) <= limits.names:
@@ -132,6 +138,7 @@ def read_template(text: str | None, limits: Limits) -> str:
 def read_whole(name: str, value: Any, *, at_least: int, at_most: int) -> int:
   """A number of a slider or a field. Raises UserError: no whole number, or out of its range."""
   check_number(name, value, at_least=at_least, at_most=at_most)
+  # After the range, which NaN is outside of: int() raises for it. Gradio sends 3.0 for 3.
   if value != int(value):
     raise UserError(f"{name} is {value}; it must be a whole number")
   return int(value)
@@ -142,6 +149,7 @@ def within(seconds: float, items: Iterable[T]) -> Iterator[T]:
   end = time.monotonic() + seconds
   for item in items:
     yield item
+    # Between items: a step that is under way cannot be stopped, and what it gave is shown.
     if time.monotonic() > end:
       raise UserError(f"this took longer than {seconds:g} s and was stopped; take fewer steps, draws or names")
 

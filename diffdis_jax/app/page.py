@@ -7,7 +7,7 @@ import functools
 import html
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
@@ -48,10 +48,10 @@ class Contents:
   Attributes:
     title: of the run.
     about: a line about it.
-    prompt: that is drawn first.
+    prompt: of the field at first.
     names: class names, as they stand in their field.
     template: of the names.
-    steps, guidance: of drawing.
+    steps, guidance: of generation.
   """
 
   title: str
@@ -67,10 +67,12 @@ def build(sampler: StepSampler, index: search.Index | None, limits: Limits, cont
   """The page; `queue` and `launch` are the caller's."""
   page = gr.Blocks(title=f"DiffDis: {contents.title}", analytics_enabled=False, delete_cache=(KEPT, KEPT))
   with page:
+    # Escaped: a folder's name may hold what Markdown takes for HTML.
     gr.Markdown(f"# DiffDis\n{html.escape(contents.about)}", elem_classes="head")
     picks = _picks(index)
     with gr.Tabs():
       for name in sampler.tabs:
+        # The run can search, but it names no images and --data neither.
         if name == "search" and index is None:
           continue
         with gr.Tab(name.capitalize(), id=name, render_children=True):
@@ -86,7 +88,6 @@ def build(sampler: StepSampler, index: search.Index | None, limits: Limits, cont
 
 
 def theme() -> themes.Base:
-  """Colours and fonts."""
   return themes.Soft(primary_hue="indigo", neutral_hue="slate", font=FONT, font_mono=MONOSPACE)
 
 
@@ -98,13 +99,13 @@ def said(answer: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
     try:
       yield from answer(*inputs)
     except UserError as error:
+      # Gradio shows a message as HTML, and it may repeat what was typed. Bad input needs no traceback in the log.
       raise gr.Error(html.escape(str(error)), title="This cannot be done", print_exception=False) from error
 
   return shown
 
 
 def _answer(name: str) -> gr.HTML:
-  """Where a tab's answer stands."""
   return gr.HTML(elem_classes="answer", elem_id=f"{name}-answer")
 
 
@@ -112,6 +113,7 @@ def _ask(
   button: gr.Button, answer: Callable[..., Iterator[str]], inputs: Sequence[Any], output: gr.HTML, *, name: str
 ) -> None:
   """The button, and the return key in a field of one line, ask."""
+  # In a field of several lines the return key begins a new line.
   fields = [field.submit for field in inputs if isinstance(field, gr.Textbox) and field.lines == 1]
   gr.on(
     [button.click, *fields],
@@ -120,7 +122,9 @@ def _ask(
     output,
     api_name=name,
     show_progress="minimal",
+    # A second click, while the first is answered, would ask again.
     trigger_mode="once",
+    # Without a common name the limit of requests at a time would be each button's, and not that of all together.
     concurrency_id="model",
   )
 
@@ -145,6 +149,7 @@ def _slider(label: str, least: float, most: float, value: float, *, step: float 
 
 def _unopened(upload: Any) -> str | None:
   """The path of an uploaded file, which nobody has opened yet."""
+  # An address would have to be fetched, so that anybody could reach what only this machine can (SSRF).
   if upload is not None and upload.path is None:
     raise gr.Error("an image is uploaded as a file, not as an address", print_exception=False)
   return None if upload is None else upload.path
@@ -193,6 +198,7 @@ def _seed() -> Any:
 
 
 def _text(value: str, label: str, limits: Limits, *, lines: int = 1, texts: int = 1, info: str = "") -> gr.Textbox:
+  # A browser keeps to `max_length`; programs do not, so that the answers check it too.
   return gr.Textbox(
     value, label=label, lines=lines, max_lines=max(lines, 1), max_length=limits.characters * texts, info=info or None
   )
@@ -224,9 +230,14 @@ def _classify_tab(sampler: StepSampler, limits: Limits, contents: Contents, pick
       _ask(button, functools.partial(classify.answer, sampler, limits), inputs, _answer("classify"), name="classify")
 
 
-def _names_fields(limits: Limits, contents: Contents) -> tuple[gr.Textbox, gr.Textbox]:
+class _NamesFields(NamedTuple):
+  names: gr.Textbox
+  template: gr.Textbox
+
+
+def _names_fields(limits: Limits, contents: Contents) -> _NamesFields:
   names = _text(contents.names, "Class names", limits, lines=3, texts=limits.names, info="with commas between them")
-  return names, _text(contents.template, "Template", limits, info="{} is the name")
+  return _NamesFields(names, _text(contents.template, "Template", limits, info="{} is the name"))
 
 
 def _search_tab(sampler: StepSampler, index: search.Index, limits: Limits, picks: Sequence[Any]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Collection
 
 from diffdis_jax.app.uploads import App, Message, Receive, Send, refuse
 
+# Nothing but a name and a port, and matched as a whole: user@name, name/path or name#name would disguise another site.
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d+)?")
 ORIGIN = re.compile(rf"https?://(?P<host>{HOST.pattern})")
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -38,22 +39,28 @@ class SameSite:
     self._known = {*LOCAL, *self._named, *(name.lower() for name in machine)}
 
   async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    # The server's own start and end, which have no headers.
     if scope["type"] == "lifespan" or not (reason := self._foreign(scope)):
       return await self._app(scope, receive, send)
     if scope["type"] == "websocket":
+      # A websocket has no status before it is accepted; 1008 is a violated policy (RFC 6455).
       return await send({"type": "websocket.close", "code": 1008, "reason": reason})
     await refuse(send, 403, reason)
 
   def _foreign(self, scope: Message) -> str:
     """Why a request is none of the page's; empty where it is."""
+    # As latin-1 any bytes are text; what is no name does not match below.
     hosts, origins = (
       [value.decode("latin-1") for name, value in scope["headers"] if name == wanted] for wanted in (b"host", b"origin")
     )
+    # Of two headers Host a server in front may believe the other one, so that neither is believed.
     host = HOST.fullmatch(hosts[0].lower()) if len(hosts) == 1 else None
     if host is None or not self._is_known(host["name"].strip("[]")):
       return "the page is not served by this name; --allowed_hosts adds names"
     for origin in origins:
       site = ORIGIN.fullmatch(origin.lower())
+      # With its port: another port of this machine is another site. A server in front may ask by the address and hand
+      # on the browser's Origin, with a name that the user gave.
       if site is None or (site["host"] != host[0] and site["name"] not in self._named):
         return "the page answers no other site"
     return ""

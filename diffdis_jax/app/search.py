@@ -51,6 +51,7 @@ class Index:
   def __init__(self, sampler: StepSampler, source: Any, num_images: int | None):
     self._sampler, self.source = sampler, source
     self.indices = base.subset(len(source), num_images)
+    # The first batch shows how wide queries are.
     self._queries = np.zeros((len(self.indices), 0), np.float32)
     self.embedded = 0
     self._error = ""
@@ -67,6 +68,7 @@ class Index:
         queries = self._sampler.embed_images(images, seed=SEED + start)
         if not self.embedded:
           self._queries = np.zeros((len(self.indices), queries.shape[1]), np.float32)
+        # In this order: other threads read the first `embedded` rows at any time.
         self._queries[start : start + len(queries)] = queries
         self.embedded = start + len(queries)
         self._begun.set()
@@ -76,6 +78,7 @@ class Index:
       if not self._sampler.closed.is_set():
         logging.warning("the search ends after %d images: %s", self.embedded, error)
     finally:
+      # After an error too: else each search would wait for all of its time.
       self._begun.set()
 
   def nearest(self, query: Float[np.ndarray, " d"], count: int, *, seconds: float = 0.0) -> list[Hit]:
@@ -91,6 +94,7 @@ class Index:
     done = self.embedded
     if not done:
       raise UserError(self._error or "no image is embedded yet; try again in a moment")
+    # `done` was read once: the other thread may have embedded more since.
     scores = self._queries[:done] @ query
     return [Hit(int(place), float(scores[place])) for place in np.argsort(-scores, kind="stable")[:count]]
 
@@ -123,6 +127,7 @@ def by_image(sampler: StepSampler, index: Index, limits: Limits, path: str | Non
   square = read_square(path, sampler, limits)
   samples = sampler.model.sampling.num_noise_samples
   queries = last_within(limits.seconds, sampler.image_queries(square, seed=SEED, num_noise_samples=samples))
+  # As `Inference.embed_images` does for the images that are searched.
   mean = queries.mean(axis=0)
   yield show(index, mean / np.linalg.norm(mean), seconds=limits.seconds)
 

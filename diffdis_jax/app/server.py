@@ -45,8 +45,11 @@ def serve(
     del number, frame
     stop.set()
 
+  # Before the launch, so that a signal during it is not lost either.
   before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
   upload, uploads = int(limits.upload_mb * 1e6), int(limits.uploads_mb * 1e6)
+  # The first one is asked first: a foreign request is refused before its body is read, a long body before it is on the
+  # disk.
   middleware: list[Any] = [
     Middleware(SameSite, listens_at=host, names=allowed_hosts),
     Middleware(BodyLimit, limit=upload + AROUND, total=uploads + AROUND, seconds=limits.seconds),
@@ -56,13 +59,17 @@ def serve(
     _, address, _ = blocks.launch(
       server_name=host,
       server_port=port or _free_port(host),
+      # The server has a thread of its own; signals reach this one, which waits below.
       prevent_thread_lock=True,
       quiet=True,
       share=False,
+      # Rendering on the server would start a second one, of Node.
       ssr_mode=False,
       max_file_size=upload,
       footer_links=[],
+      # Else Gradio keeps a record of what was asked in the browser, which outlives the page.
       run_history=False,
+      # Gradio would keep 10,000 sessions, and each takes memory.
       state_session_capacity=limits.at_once + limits.waiting,
       theme=page.theme(),
       css=page.CSS,
@@ -79,5 +86,6 @@ def serve(
 
 
 def _free_port(host: str) -> int:
+  # Gradio writes the number that it is given into the page's address, 0 too.
   with socket.create_server((host, 0)) as server:
     return server.getsockname()[1]

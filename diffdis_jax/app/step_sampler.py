@@ -107,6 +107,7 @@ class StepSampler:
     self.network = model.network
     self.tabs = tabs(self.network.objectives)
     self._tokenizer = Tokenizer(model.max_length)
+    # One thread: the device runs one program at a time, and so requests get their turns in the order in which they ask.
     self._turns = ThreadPoolExecutor(1, thread_name_prefix="model")
     self.closed = threading.Event()
     precision = self.network.matmul_precision
@@ -125,6 +126,7 @@ class StepSampler:
 
   def call(self, f: Callable[..., Any], *args: Any) -> Any:
     """f(*args), as numpy arrays, when it is this call's turn. Raises UserError: the turn did not come in time."""
+    # As numpy within the turn: JAX returns before the device is done, and the next turn would begin too early.
     job = self._turns.submit(lambda: jax.tree.map(np.asarray, f(*args)))
     try:
       return job.result(timeout=self._seconds)
@@ -189,6 +191,7 @@ class StepSampler:
     Raises:
       UserError: a run without discrimination, no such number of steps, or no turn in time.
     """
+    # Whole blocks of ROWS: a shorter last one would be another program to compile. What is too much is left out below.
     width, rows = self.network.model.query_width, math.ceil(num_noise_samples / ROWS) * ROWS
     noise = query_noise(jax.random.key(seed), num_noise_samples=rows, places=jnp.arange(1), width=width)
     e_T, timesteps = np.asarray(noise)[:, 0], schedules.trailing(steps)
@@ -205,6 +208,7 @@ class StepSampler:
       program: (params, x_t, coefficients, *args) -> GenerationStep or DdimStep.
     """
     for now in samplers.ddim_coefficients(process, timesteps).each():
+      # A turn for each block, so that another request need not wait for all of them.
       parts = [
         self.call(program, self._params, x_t[start : start + ROWS], now, *args) for start in range(0, len(x_t), ROWS)
       ]
@@ -216,6 +220,7 @@ class StepSampler:
     """Runs every program that an answer takes once, so that it is compiled."""
     side = self.network.image_size
     blank = np.zeros((side, side, 3), np.uint8)
+    # One step compiles what any number of steps takes, since coefficients are arguments.
     if "draw" in self.tabs:
       list(self.generate("a", seed=0, steps=1, guidance_scale=2.0, frames=1))
     if "classify" in self.tabs:
@@ -249,7 +254,7 @@ class StepSampler:
   def _denoise_once(
     self, params: Params, e_t: Float[Array, "k d"], now: DdimCoefficients, z: Float[Array, "1 h w c"]
   ) -> DdimStep:
-    """Its x_0 is L2-normalised, to be shown; x_prev, which goes on, is not."""
+    """Its x_0 is L2-normalised, to be shown; x_prev, from which the next step starts, is not."""
     model: Any = self.network.with_params(params)
     how = self.model.sampling
     step = algorithms.text_query_step(

@@ -25,6 +25,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 async def refuse(send: Send, status: int, detail: str) -> None:
   """Answers with this status, and the reason as JSON."""
+  # Closed: the rest of an unread body would be taken for the next request.
   headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
   await send({"type": "http.response.start", "status": status, "headers": headers})
   await send({"type": "http.response.body", "body": json.dumps({"detail": detail}).encode()})
@@ -50,11 +51,13 @@ class BodyLimit:
   async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":
       return await self._app(scope, receive, send)
+    too_long = 413, f"more than {self._limit:,} bytes; the page takes no more at once"
     said = dict(scope["headers"]).get(b"content-length", b"0")
+    # A word is no number to int(), and -1 would pass as below the limit.
     if not said.isdigit() or int(said) > self._limit:
-      return await self._refuse_long(send)
+      return await refuse(send, *too_long)
     read, started, received, end = 0, False, False, 0.0
-    refusal: Callable[[Send], Awaitable[None]] | None = None
+    refusal: tuple[int, str] | None = None
 
     async def limited() -> Message:
       nonlocal read, received, refusal, end
@@ -62,18 +65,20 @@ class BodyLimit:
       try:  # after the body comes, some time, that the client has left
         message = await asyncio.wait_for(receive(), None if received else end - time.monotonic())
       except TimeoutError:
-        refusal = self._refuse_slow
+        refusal = 408, f"the request did not come within {self._seconds:g} s"
         return {"type": "http.disconnect"}
       length = len(message.get("body", b""))
       read += length
       self._receiving += length
       received = not message.get("more_body")
       if read > self._limit:
-        refusal = self._refuse_long
+        refusal = too_long
       elif self._receiving > self._total:
-        refusal = self._refuse_many
+        refusal = 503, "too much is being uploaded at the moment; try again"
+      # As if the client had left: whoever reads the body stops, and frees what it holds.
       return {"type": "http.disconnect"} if refusal else message
 
+    # A request has one answer: what the app says of a body that was broken off is held back.
     async def watched(message: Message) -> None:
       nonlocal started
       if not refusal:
@@ -88,18 +93,10 @@ class BodyLimit:
       if not refusal:
         raise
     finally:
+      # However it ended: else the total would fill up for good.
       self._receiving -= read
     if refusal and not started:
-      await refusal(send)
-
-  async def _refuse_long(self, send: Send) -> None:
-    await refuse(send, 413, f"more than {self._limit:,} bytes; the page takes no more at once")
-
-  async def _refuse_slow(self, send: Send) -> None:
-    await refuse(send, 408, f"the request did not come within {self._seconds:g} s")
-
-  async def _refuse_many(self, send: Send) -> None:
-    await refuse(send, 503, "too much is being uploaded at the moment; try again")
+      await refuse(send, *refusal)
 
 
 @contextlib.contextmanager
@@ -108,6 +105,7 @@ def folder() -> Iterator[pathlib.Path]:
   before = os.environ.get(FOLDER)
   if before:
     os.makedirs(before, exist_ok=True)
+  # A request that still writes while the page ends is no error.
   with tempfile.TemporaryDirectory(prefix="diffdis-", dir=before, ignore_cleanup_errors=True) as made:
     os.environ[FOLDER] = made
     try:
@@ -138,13 +136,16 @@ class Quota:
     try:
       await self._app(scope, receive, send)
     finally:
+      # After a failed upload too, whose part lies there.
       if scope["type"] == "http" and scope["path"].endswith("/upload"):
         self._prune()
 
   def _prune(self) -> None:
     files = [(path, status) for path, status in _files(self._folder) if path not in self._own]
     total, now = 0, time.time()
+    # From the newest on, so that the oldest are beyond the limit.
     for path, status in sorted(files, key=lambda file: file[1].st_mtime, reverse=True):
+      # By what it takes on the disk: else empty files could fill it without end.
       total += max(status.st_size, BLOCK)
       being_received = path.parent == self._folder and now - status.st_mtime < self._seconds
       if total > self._limit and not being_received:

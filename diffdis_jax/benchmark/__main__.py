@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
     raise UserError("table6 takes --config=configs/table6.py, the other benchmarks the config of one model")
   cli.compilation_cache()
   cli.use_all_cores()
+  # This and all below before anything is timed: a mistyped path should not cost the minutes.
   files.check_out(FLAGS.out)
   if kind == "table6" and FLAGS.out.endswith(".md"):
     raise UserError(f"--out={FLAGS.out} should end in .json; the table is written beside it, as .md")
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"no folder --scratch={FLAGS.scratch}; create it first")
   if kind == "peer":  # before jax has its devices: else it leaves PyTorch no memory of a GPU
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  # Before the measurement, during which the checkout may change.
   made = provenance.provenance(origin(FLAGS.config))
   if kind == "table6":
     models = table6_models(FLAGS.config, sharding.make_mesh(**FLAGS.config.mesh))
@@ -102,6 +104,7 @@ def time_steps(run: Run) -> dict[str, Any]:
   """The joint step and its two single tasks, the config's beside preflight's word where there is one."""
   mesh, trainers, planned = sharding.make_mesh(**vars(run.mesh)), {}, None
   if FLAGS.preflight:
+    # Read and compared before anything is timed, too.
     report, size = read_preflight(FLAGS.preflight), run.batch_size
     planned = steps.preflighted(report, run.objectives, batch_size=size, chips=mesh.size)
   for name, objectives in steps.OBJECTIVES.items():
@@ -122,7 +125,6 @@ def read_preflight(path: str) -> dict[str, Any]:
 
 
 def time_peer(run: Run) -> dict[str, Any]:
-  """The UNet and diffusers'."""
   return peer.time_peer(Network.of(run), batch_size=run.batch_size, rounds=FLAGS.rounds)
 
 
@@ -130,12 +132,7 @@ def time_data(run: Run) -> dict[str, Any]:
   """The data's way, in a temporary folder under --scratch."""
   trainer = Trainer(run, sharding.make_mesh(**vars(run.mesh)))
   with tempfile.TemporaryDirectory(dir=FLAGS.scratch) as folder:
-    return data.benchmark_data(
-      trainer,
-      pathlib.Path(folder),
-      images=FLAGS.images,
-      rounds=FLAGS.rounds,
-    )
+    return data.benchmark_data(trainer, pathlib.Path(folder), images=FLAGS.images, rounds=FLAGS.rounds)
 
 
 def table6_models(config: ConfigDict, mesh: Mesh) -> dict[str, table6.Model]:

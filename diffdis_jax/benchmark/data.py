@@ -44,6 +44,7 @@ def photo(rng: np.random.Generator, side: int) -> bytes:
   noise = lambda n: Image.fromarray(rng.integers(0, 256, (n, n, 3), np.uint8))
   layer = lambda n: noise(n).resize((side, side), Image.Resampling.BICUBIC)
   grain_ = rng.normal(0, 4, (side, side, 3))
+  # Size and time of decoding follow from entropy: plain colours would be decoded too fast, pure noise too slowly.
   pixels = 0.75 * np.asarray(layer(12), np.float32) + 0.2 * np.asarray(layer(side // 8), np.float32) + grain_
   file = io.BytesIO()
   Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
@@ -60,6 +61,7 @@ def write_tar(path: pathlib.Path, images: list[bytes], count: int, seed: int) ->
   rng = np.random.default_rng(seed)
   with tarfile.open(path, "w") as tar:
     for i in range(count):
+      # What img2dataset packs: image, caption, and a json beside them.
       for ending, data in (("jpg", images[i % len(images)]), ("txt", caption(rng).encode()), ("json", b"{}")):
         member = tarfile.TarInfo(f"{i:06d}.{ending}")
         member.size = len(data)
@@ -94,6 +96,7 @@ def prepare_speed(raw: pathlib.Path, folder: pathlib.Path, images: int) -> dict[
   """Pairs a second of processor time, one process, of 512 px JPEGs that are kept, and that are stored smaller."""
   speeds = {}
   for name, short_side in (("kept", None), ("reencoded", SHORT_SIDE)):
+    # The processor's time: by the clock it would be the speed of what else this machine does.
     begin = time.process_time()
     builder.prepare(parts.tars(raw), folder / name, settings=builder.Settings(short_side=short_side))
     speeds[f"prepare_{name}_per_core"] = images / (time.process_time() - begin)
@@ -137,6 +140,7 @@ def loader_speed(iterators: Mapping[str, Iterator[Any]], batches: Mapping[str, i
       if index:  # the first round warms up
         seconds[name].append((time.perf_counter() - begin) / images[name])
         processor[name].append((time.process_time() - cpu) / images[name])
+  # The median: a round that something else disturbed does not count.
   rates = {name: 1 / statistics.median(values) for name, values in seconds.items()}
   cpu_rates = {name: 1 / statistics.median(values) for name, values in processor.items()}
   logging.info("images/s of processor time: %s", ", ".join(f"{name} {rate:.0f}" for name, rate in cpu_rates.items()))
@@ -156,6 +160,7 @@ def data_wait(trainer: Trainer, prepared: pathlib.Path, *, steps: int = 30) -> d
   state = trainer.with_params(trainer.init_params(jax.random.key(0)))
   iterator, substitutions = open_loader(run), loader.Substitutions()
   draw = lambda: batch_type(run.data)(**sharding.to_global(substitutions.take(next(iterator)), trainer.mesh))
+  # The first step compiles, and is not timed.
   state, metrics = jax.block_until_ready(trainer.train_step(state, draw()))
   progress = writers.Throughput(start_step=0, num_steps=steps, batch_size=run.batch_size)
   for _ in range(steps):  # as train does: a batch is drawn while the step before it runs

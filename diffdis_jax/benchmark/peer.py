@@ -10,7 +10,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ def time_peer(network: Network, *, batch_size: int, rounds: int) -> dict[str, An
   device, inputs = _device_of_torch(), _inputs(network, model, batch_size)
   params, ours = _ours(network, model, inputs)
   ways = {"ours": ours, "diffusers": _theirs(network, model, params, inputs, device)}
+  # The pass that warms up also shows that both compute the same.
   found = {name: np.asarray(once(), np.float64) for name, once in ways.items()}
   difference = np.abs(found["ours"] - found["diffusers"]).max() / np.abs(found["diffusers"]).max()
   seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -89,6 +90,7 @@ def _device_of_torch() -> str:
 
 def _inputs(network: Network, model: Model, batch_size: int) -> Inputs:
   """z_t, t_z, c and the noise to predict."""
+  # Noise for all of them: what a pass costs does not depend on the values.
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.standard_normal((batch_size, *shape), np.float32)
   return dict(
@@ -99,8 +101,19 @@ def _inputs(network: Network, model: Model, batch_size: int) -> Inputs:
   )
 
 
-def _ours(network: Network, model: Model, inputs: Inputs) -> tuple[Params, Pass]:
+class _Ours(NamedTuple):
   """Fresh parameters of the UNet, and its pass."""
+
+  params: Params
+  once: Pass
+
+
+class _Loss(NamedTuple):
+  value: Float[Array, ""]
+  prediction: Float[Array, "b h w c"]
+
+
+def _ours(network: Network, model: Model, inputs: Inputs) -> _Ours:
   build = lambda rngs: UNet(
     **dataclasses.asdict(model.unet),
     context_width=model.text_encoder.width,
@@ -111,25 +124,28 @@ def _ours(network: Network, model: Model, inputs: Inputs) -> tuple[Params, Pass]
     rngs=rngs,
   )
   graphdef, abstract = abstract_module(build)
+  # PyTorch has one GPU, or all cores of a CPU; those are as many devices to JAX.
   devices = jax.devices() if jax.default_backend() == "cpu" else jax.devices()[:1]
   mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1, devices=devices)
+  # For its UserError: a batch that the devices do not divide ends in one line.
   sharding.check_batch(mesh, len(inputs["z"]), 1)
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   params = jax.jit(lambda key: flatten(initial_state(build, key)), out_shardings=whole)(jax.random.key(0))
   batch = sharding.to_global(inputs, mesh)
 
-  def loss(params: Params, z: Array, t: Array, c: Array, noise: Array) -> tuple[Array, Array]:
+  def loss(params: Params, z: Array, t: Array, c: Array, noise: Array) -> _Loss:
     prediction = merge(graphdef, abstract, params)(z, t, c)
-    return jnp.mean(jnp.square(noise - prediction)), prediction
+    return _Loss(jnp.mean(jnp.square(noise - prediction)), prediction)
 
   passes = jax.jit(network.traced_for(mesh, jax.value_and_grad(loss, has_aux=True)))
 
   def once() -> Float[Array, "b h w c"]:
     (_, prediction), gradients = passes(params, *(batch[name] for name in inputs))
+    # The call returns before it is computed; PyTorch on a GPU is waited for below.
     jax.block_until_ready(gradients)
     return prediction
 
-  return params, once
+  return _Ours(params, once)
 
 
 def _theirs(network: Network, model: Model, params: Params, inputs: Inputs, device: str) -> Pass:
@@ -146,13 +162,17 @@ def _theirs(network: Network, model: Model, params: Params, inputs: Inputs, devi
   unet: Any = UNet2DConditionModel.from_config(config)
   entries = {path: mapping.from_path(f"unet.{path}") for path in params}
   state = {entry.name: np.array(entry.to_theirs(np.asarray(params[path]))) for path, entry in entries.items()}
+  # Strict: with a parameter too many or too few it would be another network.
   unet.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+  # By itself PyTorch takes TF32 for convolutions, and not for products.
   torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = network.matmul_precision != "highest"
+  # A copy: with the strides of NHWC PyTorch takes it for channels-last, for which it has other convolutions.
   nchw = lambda x: torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).to(device)
   z, noise = nchw(inputs["z"]), nchw(inputs["noise"])
   t, c = (torch.from_numpy(inputs[name]).to(device) for name in "tc")
   run = unet.to(device)
   if device == "cuda":
+    # The fastest that PyTorch has there, or the comparison would flatter ours.
     run = torch.compile(unet.to(memory_format=torch.channels_last))
 
   def once() -> Float[np.ndarray, "b h w c"]:

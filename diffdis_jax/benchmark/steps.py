@@ -38,11 +38,13 @@ def time_steps(trainers: Mapping[str, Trainer], *, batch_size: int, rounds: int)
   rng = np.random.default_rng(0)
   pixels = rng.integers(0, 256, (batch_size, network.image_size, network.image_size, 3), np.uint8)
   tokens = rng.integers(0, 49406, (batch_size, network.max_length), np.int32)
+  # On the devices before the clock starts: the loader's part is measured elsewhere.
   batch = Batch(**sharding.to_global(dict(image=pixels, tokens=tokens), mesh))
 
   states, steps, operations = {}, {}, {}
   for name, step in trainers.items():
     states[name] = step.with_params(step.init_params(jax.random.key(0)))
+    # Ahead of time: the compiler's count is of the very program that is timed. It counts one device's share.
     steps[name] = step.train_step.lower(states[name], batch).compile()
     operations[name] = float((steps[name].cost_analysis() or {}).get("flops", float("nan"))) * mesh.size
     logging.info("%s: compiled, %.1f GFLOP a step", name, operations[name] / 1e9)
@@ -102,6 +104,7 @@ def preflighted(report: Mapping[str, Any], objectives: Sequence[str], *, batch_s
       "--preflight takes what preflight --programs=train wrote of this config, with objectives generation,"
       " discrimination or both"
     )
+  # Time does not grow in proportion to either, so that nothing can be scaled to fit.
   if (train["images"], train["chips"]) != (batch_size, chips):
     raise UserError(
       f"--preflight is of {train['images']} images on {train['chips']} x {train['chip']}; here are {batch_size} images"

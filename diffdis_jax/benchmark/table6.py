@@ -64,7 +64,7 @@ class Model:
     return self.step.run.batch_size
 
   @property
-  def draws(self) -> bool:
+  def generates(self) -> bool:
     return self.step.run.objectives.generates
 
   @property
@@ -123,11 +123,8 @@ def time_table6(
 
 def _write_images(folder: pathlib.Path, images: int, image_size: int) -> str:
   """JPEGs as prepare_data stores them for this image size, a little larger than they are seen. Returns their folder."""
-  raw, out = folder / "raw", folder / "pairs"
-  raw.mkdir()
-  rng = np.random.default_rng(0)
-  photos = [synthetic.photo(rng, synthetic.SOURCE) for _ in range(images)]
-  synthetic.write_tar(raw / "train-00000.tar", photos, synthetic.REPEATS * images, seed=0)
+  out = folder / "pairs"
+  raw = synthetic.write_photos(folder, images)
   builder.prepare(parts.tars(raw), out, settings=builder.Settings(short_side=image_size * 9 // 8))
   return str(out)
 
@@ -145,14 +142,16 @@ class _Timed:
     data = dataclasses.replace(run.data, source={"name": "pairs", "path": prepared}, mixture={})
     self._batches = open_loader(dataclasses.replace(run, data=data, seed=0))
     self._substitutions = loader.Substitutions()
+    # One batch for all steps without the loader, and its shapes for the compilation.
     self._batch = self._draw()
     self._state = step.with_params(step.init_params(jax.random.key(0)))
     self._source = sources.open_source(name="pairs", path=prepared, image_size=run.image_size)
+    # A small --images has fewer images than a batch.
     self._places = np.arange(batch_size) % len(self._source)
     self._images = base.Images(self._source, self._places, run.image_size)[np.arange(batch_size)]
     self._tokens = Tokenizer(data.max_length)([f"a photo of {i} houses" for i in range(max(batch_size, PROMPTS))])
     self.ways: dict[str, Callable[[], int]] = dict(training_step=self._train, training=self._train_with_loader)
-    if model.draws:
+    if model.generates:
       self._noise = model.inference.noise(batch_size, seed=0)
       self.ways["generation"] = self._generate
     if model.discriminates:
@@ -173,6 +172,7 @@ class _Timed:
     for _ in range(LOADED_STEPS):  # as train does: a batch is drawn while the step before it runs
       batch = self._draw()
       self._state, metrics = self._model.step.train_step(self._state, batch)
+    # Once at the end, since a wait after each step would keep the loader from running beside it.
     jax.block_until_ready(self._state)
     return LOADED_STEPS * self._model.batch_size
 
@@ -196,7 +196,8 @@ class _Timed:
 def _operations(model: Model) -> dict[str, float]:
   """Of matrix products and convolutions, 1e9 an image; nothing that is computed twice counts twice."""
   traced = dict(training=flops.trace_train(model.step))
-  for way, is_done in (("generation", model.draws), ("discrimination", model.discriminates)):
+  # By tracing: what the compiler counts includes what rematerialisation computes again.
+  for way, is_done in (("generation", model.generates), ("discrimination", model.discriminates)):
     if is_done:
       traced[way] = flops.trace_inference(way, model.inference)
   return {way: program.operations / program.rows / 1e9 for way, program in traced.items()}

@@ -34,6 +34,7 @@ def describe(data: Data) -> list[str]:
   lines = []
   for section in data.sources.values():
     weight = section.get("weight")
+    # Nothing is opened or rendered for a description, so that any size will do.
     fields = {"name": "pairs", "image_size": 0, **section}
     fields.pop("weight", None)
     lines.append(sources.read(**fields).describe() + ("" if weight is None else f", weight {weight}"))
@@ -89,6 +90,7 @@ def open_loader(
   else:
     source = sources.open_source(**data.source, image_size=run.image_size)
   if batch_type(data) is LatentBatch:
+    # The shapes stand in the folder's description: what does not fit ends here, before a step is compiled for it.
     opened = source.sources if isinstance(source, sources.Mixture) else (source,)
     _check_latents(run, [each for each in opened if isinstance(each, Latents)], latents)
   return loader.train_loader(
@@ -98,10 +100,12 @@ def open_loader(
 
 def _open_labelled(data: Data, sampling: ClassSampling, **common: Any) -> grain.DatasetIterator:
   source = sources.open_source(**data.source, image_size=common["image_size"])
+  # `_check_sampling` has seen to it.
   assert isinstance(source, long_tail.LabelledSource)
   tokens = None
   if sampling.sentences:
     tokens = open_tokens(data)
+    # A label is a place in both: sentences of another list of classes would be wrong in silence.
     if len(tokens.starts) - 1 != len(source.classnames):
       raise UserError(f"the text corpus has {len(tokens.starts) - 1} classes, and the images {len(source.classnames)}")
   return loader.labelled_loader(source, tokens=tokens, sampling_exponent=sampling.sampling_exponent, **common)
@@ -128,16 +132,19 @@ class LatentShapes:
 
 def _check_latents(run: Run, cached: Sequence[Latents], expected: LatentShapes | None) -> None:
   """Raises UserError unless a run can train from these latents."""
+  # A stored latent is of one view, and has no pixels to take another one of.
   if expected is None or run.data.own_augment is not None:
     raise UserError(
       "objectives reconstruction and contrastive, and data.discrimination_view='own', need images; take another"
       " data.name"
     )
+  # A batch is of one structure: the step is compiled for one.
   if len({"text" in each.facts for each in cached}) > 1:
     raise UserError("data.mixture has latents with text conditions and without; take either")
   h, w, c = expected.latent
   for each in cached:
     _check_text(run.data, each, expected.text_width)
+    # The last axis has the mean, then the log variance.
     if each.shape != (h, w, 2 * c) or each.facts["image_size"] != run.image_size:
       raise UserError(
         f"these latents are of {each.facts['image_size']} px images and of shape {each.shape}; the config's are of"

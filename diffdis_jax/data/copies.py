@@ -52,6 +52,7 @@ def folder_of(path: str | os.PathLike[str], *, split: str | None = None) -> str:
 def _copied(url: str, split: str | None) -> pathlib.Path:
   there = buckets.files_below(url)
   wanted = {name: facts for name, facts in there.items() if _RECORDS not in name or f"-{split}{_RECORDS}" in name}
+  # A hash: an address may be longer than a file's name, and has slashes.
   folder = pathlib.Path(files.user_cache("data")) / hashlib.sha256(url.encode()).hexdigest()[:32]
   folder.mkdir(parents=True, exist_ok=True)
   with _one_process(folder):
@@ -62,12 +63,14 @@ def _copied(url: str, split: str | None) -> pathlib.Path:
     for start in range(0, len(missing), _AT_ONCE):
       some = missing[start : start + _AT_ONCE]
       buckets.download({f"{url}/{name}": folder / name for name in some})
+      # After every few files: what a killed process has copied is not copied again.
       known |= {name: wanted[name]["etag"] for name in some}
       files.write_whole(manifest, json.dumps(known).encode())
   return folder
 
 
 def _is_there(file: pathlib.Path, etag: str | None, facts: Mapping[str, Any]) -> bool:
+  # The bucket's tag shows whether the bytes are still those; the size, whether the copy is whole.
   return etag == facts["etag"] and file.is_file() and file.stat().st_size == facts["size"]
 
 

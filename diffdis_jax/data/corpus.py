@@ -82,6 +82,7 @@ def read_corpus(path: pathlib.Path, *, wordnet: bool) -> Corpus:
   """
   names = read_names(path / "labels.txt", wordnet=wordnet)
   files = [path / "wiki" / f"desc_{number}.txt" for number in range(len(names))]
+  # Looked for before any is read: a corpus that is half there says how much is missing.
   if missing := [number for number, file in enumerate(files) if not file.is_file()]:
     raise UserError(
       f"{len(missing)} of {len(names)} classes have no text, the first {names[missing[0]]!r}: no file"
@@ -114,6 +115,7 @@ def page_text(page: str) -> str:
   """
   sections, title = {_SUMMARY: []}, _SUMMARY
   for line in filter(None, (line.strip() for line in page.splitlines())):
+    # Subsections, which begin with more signs, are sections too.
     if line.startswith("=="):
       title = line.strip("= ")
       sections[title] = []
@@ -125,6 +127,7 @@ def page_text(page: str) -> str:
 
 def _read_page(file: pathlib.Path) -> str:
   content = file.read_bytes()
+  # UTF-8 first, which refuses what is none; GBK takes almost any bytes for some characters.
   for encoding in ("utf-8", "gbk"):
     try:
       text = page_text(content.decode(encoding))
@@ -148,6 +151,7 @@ def read_names(file: pathlib.Path, *, wordnet: bool) -> list[str]:
     by_number = {int(row[-1]): row[0].replace("_", " ").replace("/", " ") for row in rows}
   except ValueError as error:
     raise UserError(f"{file} has a line without a class's number at its end: {error}") from error
+  # Images name a class by its number: a gap would shift every class behind it.
   if sorted(by_number) != [*range(len(rows))]:
     raise UserError(f"{file} has {len(rows)} lines, whose numbers should be 0 to {len(rows) - 1}, each once")
   return [by_number[number] for number in range(len(rows))]

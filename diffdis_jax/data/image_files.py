@@ -6,6 +6,7 @@ Pillow reads forty formats, one of them by running Ghostscript; each is code tha
 from __future__ import annotations
 
 import io
+from typing import NamedTuple
 
 from PIL import Image, TiffImagePlugin
 
@@ -29,8 +30,13 @@ def open_image(data: bytes) -> Image.Image:
   return image
 
 
-def _tile(image: Image.Image) -> tuple[int, int]:
-  """Width and height of a TIFF's tiles, each of which is decoded whole, even where the image is smaller."""
+class _Tile(NamedTuple):
+  width: int
+  height: int
+
+
+def _tile(image: Image.Image) -> _Tile:
+  """Of a TIFF's tiles, each of which is decoded whole, even where the image is smaller."""
   if not isinstance(image, TiffImagePlugin.TiffImageFile):
-    return 0, 0
-  return image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 0), image.tag_v2.get(TiffImagePlugin.TILELENGTH, 0)
+    return _Tile(0, 0)
+  return _Tile(image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 0), image.tag_v2.get(TiffImagePlugin.TILELENGTH, 0))

@@ -65,6 +65,7 @@ def open_latents(
     raise UserError(f"{path} holds no latents; write them with python -m diffdis_jax.prepare_data latents")
   if caption_fields and "text" in facts:
     raise UserError(f"{path} stores the conditions of its own captions; leave caption_fields out")
+  # The views of an image are records of their own, side by side.
   number = num_images and num_images * facts["views"]
   stored = records.open_pairs(path, split=split, num_images=number, caption_fields=caption_fields)
   return Latents(stored, facts)

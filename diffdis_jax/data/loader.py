@@ -43,7 +43,7 @@ def train_loader(
   rows: Sequence[int] | None = None,
   loading: Loading = _LOADING,
 ) -> grain.DatasetIterator:
-  """Endless batches {'image': u8[b h w 3], 'tokens': i32[b l], SUBSTITUTED} of this host, shuffled anew each epoch.
+  """Endless batches {'image': u8[b h w 3], 'tokens': i32[b l], SUBSTITUTED} of this host, shuffled again each epoch.
 
   Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', SUBSTITUTED}, a view drawn each time, and
   'condition': bf16[b l d] where the cache has it.
@@ -55,7 +55,7 @@ def train_loader(
   batches nor the other rows depend on it.
 
   Args:
-    source: or several with weights; each is shuffled and begun anew on its own.
+    source: or several with weights; each is shuffled and begun again on its own.
     batch_size: global; each host gets `batch_size // shard_count` rows.
     seed: of order and augmentation.
     discrimination_augmentation: of a second view of each image, 'discrimination_image': u8[b h w 3]; None for none.
@@ -76,9 +76,13 @@ def train_loader(
       example = _LatentExample(part)
     else:
       example = _ImageExample(part, image_size, augmentation, discrimination_augmentation)
+    # A seed a source: two of one length would be shuffled alike.
     order = grain.MapDataset.range(len(part)).seed(seed + i).shuffle()
+    # `repeat` last: each epoch it gives new seeds to what stands before it, the order and the augmentation.
     datasets.append(order.random_map(example).repeat())
   dataset = grain.MapDataset.mix(datasets, source.weights) if isinstance(source, Mixture) else datasets[0]
+  # Rows are taken out of the global order, and not the source shared out: so batches are the same for any number of
+  # hosts.
   own = grain.MapDataset.source(_Rows(dataset, tuple(rows), batch_size))
   batches = own.batch(len(rows), batch_fn=_Collate(tokenizer))
   return _read_ahead(batches, loading)
@@ -118,6 +122,7 @@ def _read_ahead(batches: grain.MapDataset, how: Loading) -> grain.DatasetIterato
   options = grain.ReadOptions(num_threads=how.num_threads, prefetch_buffer_size=how.prefetch)
   iterable = batches.to_iter_dataset(options)
   if how.num_workers:
+    # Ctrl-C in a terminal reaches the workers too; when they end their parent decides.
     iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=how.num_workers), signals.leave_to_parent)
   return iter(iterable)
 
@@ -135,6 +140,7 @@ class _Rows:
   batch_size: int
 
   def __len__(self) -> int:
+    # To Grain an endless dataset is one whose last index still fits 64 bits.
     return sys.maxsize // self.batch_size * len(self.places)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
@@ -152,12 +158,14 @@ class _Example(grain.transforms.RandomMap):
 
   def random_map(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     missed = np.zeros(len(records.REASONS), np.int32)
+    # The next by place, which every host finds alike; a small source is not asked twice for the same one.
     for attempt in range(min(ATTEMPTS, len(self.source))):
       try:
         example = self.make((place + attempt) % len(self.source), rng)
       except records.Unusable as error:
         missed[records.REASONS.index(str(error))] += 1
       else:
+        # Counted in the batch, since workers of other processes share no counter with this one.
         return {**example, SUBSTITUTED: missed}
     raise UserError(f"{missed.sum()} records in a row cannot be used: {listed(missed)}; prepare the data set again")
 
@@ -210,12 +218,15 @@ class _ByClass:
     self._order = np.argsort(labels, kind="stable")
     counts = class_counts(labels, int(labels.max()) + 1)
     self._ends = np.cumsum(counts)
+    # 0 ** 0 is 1: with exponent 0 a class without images would have a share.
     shares = np.where(counts > 0, counts.astype(np.float64) ** sampling_exponent, 0.0)
     self._shares = np.cumsum(shares) / shares.sum()
     self._starts = self._ends - counts
 
   def __getitem__(self, place: int) -> dict[str, Any]:
+    # A generator a place, so that it makes no difference which host, thread or start asks for it.
     rng = np.random.default_rng((self._seed, place))
+    # The last sum may be rounded to below 1, and the draw lie above it.
     label = min(np.searchsorted(self._shares, rng.random(), side="right"), len(self._ends) - 1)
     return self._example.random_map(int(self._order[rng.integers(self._starts[label], self._ends[label])]), rng)
 
@@ -248,6 +259,7 @@ class _LatentExample(_Example):
     moments, record = self.source.read(place, int(rng.integers(self.source.views)))
     mean, log_variance = np.split(moments, 2, axis=-1)
     example = {"mean": mean, "log_variance": log_variance}
+    # Such a condition is of this one caption: tokens of another would not be its text.
     if "condition" in record:
       return {**example, "condition": record["condition"], "caption": record["caption"]}
     return {**example, "caption": draw_caption(record, rng)}

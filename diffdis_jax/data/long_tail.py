@@ -62,6 +62,7 @@ def train_counts(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0,
 
 def class_counts(labels: Int[np.ndarray, " n"], classes: int) -> Int[np.ndarray, " k"]:
   """How many records each class has."""
+  # As long as there are classes: the last ones may have no image.
   return np.bincount(labels, minlength=classes)
 
 
@@ -74,6 +75,7 @@ def kept_tokens(corpus: Corpus, tokenizer: Tokenizer, *, max_length: int, folder
   """
   made_by = code_digest.of(*TOKENIZER, packages=TOKENIZER_PACKAGES)
   key = "\0".join([made_by, str(max_length), *corpus.flat]).encode()
+  # The key has what makes the tokens too: another version of a package may make others.
   store = Store(folder, "tokens")
   ids = store.read_array(key, rows=len(corpus.flat), dtype=np.int32)
   if ids is not None:

@@ -67,6 +67,7 @@ def read_file(path: pathlib.Path) -> bytes:
     raise
   if stat.S_ISDIR(status.st_mode):
     raise Unusable("missing image")
+  # A pipe or a device might never end.
   if not stat.S_ISREG(status.st_mode):
     raise Unusable(NOT_PLAIN)
   if status.st_size > MOST_BYTES:
@@ -205,6 +206,7 @@ class Pairs:
     record = self.stored(index)
     metadata = read_metadata(record.pop("metadata"))
     caption = read_caption(record.pop("caption"))
+    # In this order: a json may have fields of the same names, and what the preparation has checked wins.
     record = {**metadata, "caption": caption, "key": record.pop("key").decode(errors="replace"), **record}
     return with_captions(record, self._caption_fields) if self._caption_fields else record
 
@@ -213,13 +215,11 @@ class Pairs:
     try:
       return dict(self._records[index])
     except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
-      self._check_files()
+      # A file that is gone is for the user to mend; else each of its records would be counted as damaged.
+      for file in self._files:
+        if not buckets.path(file).exists():
+          raise UserError(f"{file} has vanished; put it back and run the same command again, which resumes") from error
       raise Unusable("unreadable record") from error
-
-  def _check_files(self) -> None:
-    for file in self._files:
-      if not buckets.path(file).exists():
-        raise UserError(f"{file} has vanished; put it back and run the same command again, which goes on")
 
 
 def open_pairs(
@@ -232,6 +232,7 @@ def open_pairs(
     raise UserError(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
   stored, files = _open(path, split)
   if copies.reads_in_place(path):
+    # Read once here: if the bucket does not answer, its name is said now, and not at the first batch.
     with copies.naming_silence([str(path)]):
       _first_usable(Pairs(stored, num_images, files))
   if caption_fields:
@@ -253,11 +254,7 @@ def _first_usable(pairs: Pairs) -> dict[str, Any]:
 
 
 def read_info(path: str | os.PathLike[str]) -> Any:
-  """The tfds.core.DatasetInfo of a prepared data set.
-
-  Raises:
-    UserError: there is none at this path.
-  """
+  """The tfds.core.DatasetInfo of a prepared data set. Raises UserError: there is none at this path."""
   if not str(path) or not (buckets.path(path) / "dataset_info.json").exists():
     how = "" if str(path) else ", and name its folder, as in --config=FILE.py:path=DIR or --config.data.path=DIR"
     raise UserError(
@@ -296,5 +293,6 @@ def _open(path: str | os.PathLike[str], split: str) -> _Split:
     raise UserError(
       f"{missing[0]} is missing{more}; put it back and run the same command again, or prepare the data set again"
     )
+  # Images are decoded by the loader's threads, in `image_files`' formats and bounds.
   undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in found.info.features else None
   return _Split(found.as_data_source(split=split, decoders=undecoded), files)

@@ -105,6 +105,7 @@ OUTLINES: dict[str, tuple[Points, ...]] = {  # filled outline, then holes, withi
 SHAPES = tuple(OUTLINES)
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 CLASSNAMES = tuple(f"{colour} {shape}" for colour, shape in PAIRS)
+# 3 and 8 have no common factor: each shape is held out once, as each colour is.
 UNSEEN = tuple((colour, SHAPES[(3 * i + 2) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
 SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
 
@@ -168,8 +169,10 @@ def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[
   angle = math.radians(scene.rotation)
   cos, sin = math.cos(angle) * scene.radius * side, math.sin(angle) * scene.radius * side
   x0, y0 = (0.5 + scene.x) * side, (0.5 + scene.y) * side
+  # ImageDraw has no antialiasing: it draws larger, and the mean of the pixels smooths the edges.
   mask = Image.new("L", (side, side), 0)
   draw = ImageDraw.Draw(mask)
+  # All but the ring have no hole.
   for fill, outline in zip((255, 0), OUTLINES[scene.shape], strict=False):
     draw.polygon([(x0 + x * cos - y * sin, y0 + x * sin + y * cos) for x, y in outline], fill=fill)
   coverage = np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[:, :, None] / 255
@@ -193,6 +196,7 @@ class Shapes:
 
   def __init__(self, *, split: str, image_size: int, seed: int = 0, num_images: int | None = None):
     self._pairs = _pairs_of(split)
+    # With the split, or splits of one class would share images.
     self._seed = (seed, tuple(SPLITS).index(split))
     self._image_size = image_size
     self._num_images = SPLITS[split] if num_images is None else num_images

@@ -80,6 +80,7 @@ class LongTailedShapes:
       raise UserError(f"shapes_lt has no split {split!r}; there are {', '.join(SPLITS)}")
     own = counts(seed) if split == "train" else np.full(len(PAIRS), EACH[split])
     self.labels = np.repeat(np.arange(len(PAIRS)), own)
+    # 1, since 0 and 2 are the draws of `counts` and of the corpus: one seed must not make them alike.
     self._image_size, self._seed = image_size, (seed, 1, SPLITS.index(split))
 
   def __len__(self) -> int:
@@ -106,6 +107,7 @@ def make_corpus(seed: int) -> Corpus:
   sentences = []
   for number, (colour, shape) in enumerate(PAIRS):
     fill = lambda template, pair: template.format(colour=pair[0], shape=pair[1], corners=_CORNERS[pair[1]])
+    # From 1 on: 0 would be the class itself.
     others = [PAIRS[(number + rng.integers(1, len(PAIRS))) % len(PAIRS)] for _ in range(OTHERS)]
     wrong = [fill(template, other) for template, other in zip(ABOUT, others, strict=True)]
     own = [*corpus.sentences_of(CLASSNAMES[number], ""), *(fill(template, (colour, shape)) for template in ABOUT)]

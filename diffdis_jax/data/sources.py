@@ -62,7 +62,7 @@ class Section:
   caption_fields: Sequence[str] = ()
 
   def __post_init__(self) -> None:
-    # Before a file is opened: what is wrong with the fields themselves is told first.
+    # Before a file is opened: what is wrong with the fields themselves is reported first.
     if self.num_images is not None and self.num_images < 1:
       raise UserError(f"num_images is {self.num_images}; at least 1, or None for all")
     if any(getattr(self, field) for field in self.LACKS):
@@ -194,12 +194,14 @@ def open_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) 
   """
   made, weights = [], []
   for name, section in sections.items():
+    # A copy, since the weight is taken out of it.
     section = {"name": "pairs", **section}
     weight = section.pop("weight", 1.0)
     check_number(f"data.mixture.{name}.weight", weight, above=0)
     try:
       made.append(open_source(**section, image_size=image_size))
     except TypeError as error:
+      # A field that no section has: what a user has typed.
       raise UserError(f"data.mixture.{name}: {error}") from error
     weights.append(float(weight))
   return Mixture(tuple(made), tuple(weights))

@@ -106,6 +106,7 @@ class _Entries:
     end, reached = os.fstat(self._file.fileno()).st_size, -1
     headers: Any = _Headers(self._file)
     try:
+      # Uncompressed alone: in a compressed tar no file has a place.
       tar: Any = tarfile.open(fileobj=headers, mode="r:")
       while (entry := tar.next()) is not None:
         if not reached < tar.offset <= end or entry.size < 0:  # such a header could lead back
@@ -115,6 +116,7 @@ class _Entries:
         yield entry
     except (tarfile.TarError, ValueError, OverflowError, RecursionError):  # a damaged header leads tarfile into any
       return
+    # To tarfile a tar that is cut off between two files has ended well; only blocks of zeros show that it has.
     self._file.seek(tar.offset)
     self.whole = self._file.read(_BLOCK) == bytes(_BLOCK)
 

@@ -28,6 +28,7 @@ def clean(caption: str) -> str:
   if caption.isascii() and caption.isprintable() and "&" not in caption:
     unescaped = caption  # as most are: nothing to repair
   else:
+    # Twice: captions of the web are often escaped twice.
     unescaped = html.unescape(html.unescape(ftfy.fix_text(caption)))
   return " ".join(unescaped.split()).lower()
 
@@ -80,6 +81,7 @@ class Tokenizer:
     self._clip: Any = CLIPTokenizer(vocab=self.vocab, merges=merges, model_max_length=max_length)
 
   def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "n l"]:
+    # transformers raises for an empty list.
     if not captions:
       return np.zeros((0, self.max_length), np.int32)
     cleaned = [spell_out(clean(caption)) for caption in captions]
@@ -87,6 +89,7 @@ class Tokenizer:
     return np.asarray(encoded["input_ids"], np.int32)
 
   def __reduce__(self):
+    # A worker of the loader builds its own, rather than get 49,408 entries by pickle.
     return Tokenizer, (self.max_length,)
 
   def decode(self, tokens: Int[np.ndarray, " l"]) -> str:

@@ -31,11 +31,14 @@ def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
   if isinstance(image, np.ndarray):
     return Image.fromarray(image)
   with image_files.open_image(image) as opened:
+    # To its end: a file that is cut off raises here, where that is counted.
     opened.load()
     ImageOps.exif_transpose(opened, in_place=True)
     upright = opened
+  # Pillow itself would cut 16 bits off at 255, so that all but the darkest were white.
   if upright.mode.startswith("I") or upright.mode == "F":
     return _in_strips(upright, _from_sixteen_bit_grey)
+  # Of palettes and colour keys too: by itself Pillow shows what lies below the transparency, often black.
   if upright.has_transparency_data:
     return _in_strips(upright, _on_white)
   return upright if upright.mode == "RGB" else upright.convert("RGB")
@@ -58,6 +61,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _from_sixteen_bit_grey(image: Image.Image) -> Image.Image:
+  # 65535 / 257 is 255.
   values = np.clip(np.asarray(image).astype(np.float64) / 257, 0, 255)
   return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
 
@@ -73,6 +77,7 @@ def resize(image: Image.Image, size: int, *, place: float = 0.5) -> Image.Image:
   if image.size == (size, size):
     return image
   side = min(image.size)
+  # The box is resampled once: to scale first and then cut would round scale and place to whole pixels.
   left, top = place * (image.width - side), place * (image.height - side)
   return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
@@ -97,6 +102,7 @@ def augment(
   elif how.randaugment_operations:
     image = randaugment(image, rng, **common)
   pixels = np.asarray(jitter_colour(image, rng, how=how))
+  # Last, as in timm: nothing changes the noise afterwards.
   return randaugment_timm.erase(pixels, rng, probability=how.erase) if how.erase else pixels
 
 
@@ -148,6 +154,7 @@ def random_resized_crop(
   `scale` and `ratio` are those of `draw_box`. No pixel outside of the box has a part in the result.
   """
   box = draw_box(image.width, image.height, rng, scale=scale, ratio=ratio)
+  # Not by `box` of resize, whose filter reaches beyond the box.
   inside = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
   return inside.resize((size, size), Image.Resampling.BICUBIC)
 
@@ -162,6 +169,7 @@ def random_affine(
   dx, dy = rng.uniform(-shift, shift, 2) * image.size
   cos, sin = math.cos(angle) / factor, math.sin(angle) / factor
   x, y = image.width / 2, image.height / 2
+  # Pillow asks of each pixel of the result where it comes from, so that this is the way back.
   inverse = (cos, sin, x - cos * (x + dx) - sin * (y + dy), -sin, cos, y + sin * (x + dx) - cos * (y + dy))
   return image.transform(image.size, Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC, fillcolor=WHITE)
 
@@ -177,6 +185,7 @@ def jitter_colour(image: Image.Image, rng: np.random.Generator, *, how: Augmenta
     if strength:
       image = enhancer(image).enhance(rng.uniform(1 - strength, 1 + strength))
   if how.hue:
+    # Pillow's hue is a circle of 256 levels.
     turn = round(256 * rng.uniform(-how.hue, how.hue))
     hue, saturation, value = image.convert("HSV").split()
     turned = hue.point([(h + turn) % 256 for h in range(256)])

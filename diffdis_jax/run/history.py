@@ -2,7 +2,7 @@
 
 A `start` says from which step, on which devices, with what it trains; `reached` and `until` are the last step that was
 reported before, and when: steps between `step` and `reached` are taken again. An `end` says why. A start that no end
-follows was killed, or still goes on.
+follows was killed, or still runs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapp
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-  """The lines of the file, but for those that were cut off; empty where there is none."""
+  """The lines of the file, except those that were cut off; empty where there is none."""
   return [line for line in map(parse, files.lines(buckets.path(workdir) / FILE)) if _is_event(line)]
 
 

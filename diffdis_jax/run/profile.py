@@ -52,7 +52,7 @@ class Profiler:
     self._folder: tempfile.TemporaryDirectory[str] | None = None
     self._annotation: Any = None
     if span and span.start <= start_step:
-      logging.warning("no profile: step %d was taken before; this run goes on after step %d", span.start, start_step)
+      logging.warning("no profile: step %d was taken before; this run resumes after step %d", span.start, start_step)
       self._span = None
 
   def before(self, step: int, running: Any) -> None:
@@ -60,7 +60,9 @@ class Profiler:
     if self._span is None or not self._span.start <= step <= self._span.last:
       return
     if self._folder is None:
+      # Else the trace would begin within the steps before.
       jax.block_until_ready(running)
+      # The profiler writes to this machine alone, and the workdir may be in a bucket.
       self._folder = tempfile.TemporaryDirectory(prefix="profile")
       jax.profiler.start_trace(self._folder.name)
     self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
@@ -74,7 +76,7 @@ class Profiler:
     return self._folder is not None and self._span is not None and step == self._span.last
 
   def close(self) -> None:
-    """Writes what is traced, if a trace is going on."""
+    """Writes what is traced, if there is a trace."""
     if self._folder is None or self._span is None:
       return
     jax.profiler.stop_trace()
@@ -83,6 +85,7 @@ class Profiler:
     for path in pathlib.Path(self._folder.name).rglob("*"):
       for kind in (".xplane.pb", ".trace.json.gz"):
         if path.name.endswith(kind):
+          # By the number of the process: two on one machine would give one name by themselves.
           (out / f"host_{jax.process_index():03d}{kind}").write_bytes(path.read_bytes())
     self._folder.cleanup()
     self._folder = None

@@ -96,6 +96,7 @@ def together(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
   found = [record.get("provenance") or {} for record in records]
 
   def values(name: str) -> list[Any]:
+    # As text, since dicts have no hash; sorted, so that the same records give the same bytes.
     return [json.loads(text) for text in sorted({json.dumps(each.get(name), sort_keys=True) for each in found})]
 
   return {

@@ -40,7 +40,7 @@ def find(workdir: epath.PathLike, step: int | None = None) -> epath.Path:
     raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save")
   step = steps[-1] if step is None else step
   if step not in steps:
-    # The user sees its folder there, and is told why it does not count.
+    # The user sees its folder there, and learns why it does not count.
     if (folder / str(step)).exists():
       raise UserError(f"checkpoint {step} in {folder} was never committed: it has no {committed.COMMIT_MARK}; {there}")
     raise UserError(f"no checkpoint {step} in {folder}; {there}")
@@ -203,8 +203,8 @@ _OF_DAMAGE = (UserError, ValueError, KeyError, TypeError, AttributeError, NotImp
 
 def _guard(path: epath.Path, read: Callable[[], Any]) -> Any:
   """Calls `read`; a checkpoint that lacks files or bytes is bad input, and not a bug."""
-  # Each message says what to do, since the run cannot go on by itself: it must not fall back to an older step unasked.
-  otherwise = "take another step, or move its folder elsewhere to go on from the one before"
+  # Each message says what to do, since the run cannot resume by itself: it must not fall back to an older step unasked.
+  otherwise = "take another step, or move its folder elsewhere to resume from the one before"
   if not path.exists():
     raise UserError(f"checkpoint {path.parent} is incomplete: it has no {path.name}; {otherwise}")
   try:

@@ -1,8 +1,8 @@
 """Trackers beside TensorBoard and metrics.jsonl: Weights & Biases, and trackio. The same numbers and pictures, by the
 same names.
 
-A run's id is kept in its workdir, in trackers.json, so that a run that goes on is the same run there. Both are told
-where to write, and whether to reach their servers, by their own environment variables: WANDB_MODE=offline,
+A run's id is kept in its workdir, in trackers.json, so that a resumed run is the same run there. Both read
+from their own environment variables where to write, and whether to reach their servers: WANDB_MODE=offline,
 TRACKIO_DIR, ...
 """
 

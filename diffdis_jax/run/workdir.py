@@ -1,4 +1,4 @@
-"""The folder of a run: config.json, whether a run may go on under the present config, and who is in it."""
+"""The folder of a run: config.json, whether a run may resume under the present config, and who is in it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MAY_CHANGE = (
   r"^data\.loader\.(num_threads|prefetch)$",
   r"^optim\.allow_uninitialized$",  # of the start alone
 )
-"""Fields (dotted paths) that may differ when a run goes on: they leave the numbers of the training alone."""
+"""Fields (dotted paths) that may differ when a run resumes: they leave the numbers of the training alone."""
 REPORTS = ("metrics.jsonl", "history.jsonl", "trackers.json", "events.out.tfevents.*", "samples", "plugins")
 
 
@@ -75,7 +75,7 @@ def open_for_training(workdir: epath.PathLike, config: Mapping[str, Any], *, is_
 
 
 def check_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> list[str]:
-  """Checks that a run may go on under this config, if there is one in the folder that has a checkpoint.
+  """Checks that a run may resume under this config, if there is one in the folder that has a checkpoint.
 
   Args:
     workdir: the folder.
@@ -116,7 +116,7 @@ class InUse(UserError):
 class Lock:
   """The right to write into a workdir, for one process at a time. A context manager.
 
-  Its file, `lock.json`, is written anew every BEAT seconds. What a killed process has left is taken over: at once if
+  Its file, `lock.json`, is written again every BEAT seconds. What a killed process has left is taken over: at once if
   that was on this machine, where one can look, else when it has not changed for PATIENCE seconds.
   """
 
@@ -146,7 +146,7 @@ class Lock:
 
   def __exit__(self, *_: object) -> None:
     self._done.set()
-    self._thread.join()  # or a beat under way would write the file anew
+    self._thread.join()  # or a beat under way would write the file again
     if (self._read() or {}).get("owner") == self._own["owner"]:
       self._file.unlink(missing_ok=True)
 
@@ -156,6 +156,7 @@ class Lock:
     while other is not None and not _is_dead(other):
       here = other.get("machine") == _machine()
       if time.monotonic() - begin > (ENDING if here else PATIENCE):
+        # Clocks of two machines differ, so that only a file that does not change tells that its process is dead.
         if other == first and not here:
           break
         raise self._in_use(other)
@@ -180,6 +181,7 @@ class Lock:
           sys.stderr.write(
             f"error: --workdir={self._workdir} was taken over by process {other.get('pid')} on {other.get('host')}\n"
           )
+          # sys.exit would end this thread alone, and each further write would mix two runs.
           os._exit(2)
         self._beat()
       except Exception as error:  # of whatever storage it is, which may be back at the next beat
@@ -203,15 +205,18 @@ def _machine() -> str:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
   except OSError:
+    # Without /proc nothing can be looked up: no other process then counts as one of this machine.
     return f"{socket.gethostname()} {secrets.token_hex(8)}"
 
 
 def _started(pid: int | None) -> str:
   """When the process started, or "" if it is dead."""
   try:
+    # Behind the last bracket: the program's name before it may hold spaces and brackets.
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
   except OSError:
     return ""
+  # A zombie has ended. The start time, since the number is given to later processes as well.
   return "" if fields[0] == "Z" else fields[19]
 
 

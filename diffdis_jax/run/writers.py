@@ -50,7 +50,9 @@ class Writer:
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     """One line of metrics.jsonl and one point of every TensorBoard curve. A value that is not finite becomes null."""
     numbers = {name: np.asarray(value).item() for name, value in values.items()}
+    # JSON knows neither NaN nor infinity, and strict readers refuse the line.
     line = {"step": step, **{name: x if math.isfinite(x) else None for name, x in numbers.items()}}
+    # Closed after each line: a killed process has lost none.
     with (self._appended / "metrics.jsonl").open("a", encoding="utf-8") as file:
       file.write(json.dumps(line, allow_nan=False) + "\n")
     self._write_values(step, [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()])
@@ -87,6 +89,7 @@ class Writer:
     self._write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
   def _write_event(self, event: Event) -> None:
+    # Without TensorBoard's own writer, whose thread holds events back for up to two minutes.
     with (self._appended / self._events).open("ab") as file:
       RecordWriter(file).write(event.SerializeToString())
 
@@ -117,7 +120,7 @@ def open_writer(
   is_writer: bool,
   open_tracker: Callable[[], Tracker | None] = lambda: None,
 ) -> Writer:
-  """The writer of a run that begins, or goes on, after `start_step` steps. A tracker is opened where it writes.
+  """The writer of a run that begins, or resumes, after `start_step` steps. A tracker is opened where it writes.
 
   Lines of metrics.jsonl beyond that step are dropped: they are from steps that are about to be taken again.
   """
@@ -132,6 +135,7 @@ def open_writer(
 
 def _drop_lines_beyond(path: epath.Path, step: int) -> None:
   lines = files.lines(path)
+  # A line without a step was cut off, and goes too.
   kept = [line for line in lines if history.metrics_of(line).get("step", step + 1) <= step]
   if len(kept) < len(lines):
     files.write_whole(path, "".join(line + "\n" for line in kept).encode())
@@ -204,6 +208,7 @@ class Throughput:
       `steps_per_sec`, `images_per_sec`, and `data_wait`, the share of time spent waiting for data, in [0, 1]; where the
       chips' peak is known `mfu`, the share of it that the steps' operations are. NaN where no step counted.
     """
+    # The clock may not have moved since the last report.
     seconds = max(self._clock() - self._begin, 1e-9)
     counted = step - self._step
     rate = counted / seconds if counted else math.nan
