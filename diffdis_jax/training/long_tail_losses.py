@@ -42,16 +42,17 @@ def class_contrastive(
   """
   theirs = gather(labels)
 
-  def direction(anchors: Float[Array, "b d"], candidates: Float[Array, "b d"]) -> tuple[Array, Array]:
+  def direction(anchors: Float[Array, "b d"], candidates: Float[Array, "b d"]) -> ClassContrastive:
     logits = _logits(anchors, gather(candidates), logit_scale)
     same = (labels[:, None] == theirs).astype(jnp.float32)
     target = same / same.sum(axis=1, keepdims=True)
     hits = jnp.take_along_axis(same, jnp.argmax(logits, axis=1, keepdims=True), axis=1)[:, 0]
     log_p = jax.nn.log_softmax(logits, axis=1)
-    return -((1.0 - smoothing) * (target * log_p).sum(axis=1) + smoothing * log_p.mean(axis=1)), hits
+    per_row = -((1.0 - smoothing) * (target * log_p).sum(axis=1) + smoothing * log_p.mean(axis=1))
+    return ClassContrastive(loss=per_row.mean(), accuracy=hits.mean())
 
-  (image_to_text, hits), (text_to_image, _) = direction(image, text), direction(text, image)
-  return ClassContrastive(loss=0.5 * (image_to_text.mean() + text_to_image.mean()), accuracy=hits.mean())
+  image_to_text, text_to_image = direction(image, text), direction(text, image)
+  return ClassContrastive(loss=0.5 * (image_to_text.loss + text_to_image.loss), accuracy=image_to_text.accuracy)
 
 
 def distill(

@@ -36,14 +36,14 @@ class Plug:
   chosen: frozenset[str] = frozenset()
 
 
-_DIFFUSION = Plug(losses.of_diffusion)
+_DIFFUSION = Plug(losses.diffusion_loss)
 PLUGS = {
   "generation": _DIFFUSION,
   "discrimination": _DIFFUSION,
-  "reconstruction": Plug(losses.of_reconstruction),
-  "contrastive": Plug(losses.of_contrastive),
-  "class_contrastive": Plug(long_tail.of_first_stage),
-  "long_tail_head": Plug(long_tail.of_second_stage, selection=anchors.Selection, chosen=frozenset({anchors.ANCHORS})),
+  "reconstruction": Plug(losses.reconstruction_loss),
+  "contrastive": Plug(losses.clip_loss),
+  "class_contrastive": Plug(long_tail.class_contrastive_loss),
+  "long_tail_head": Plug(long_tail.head_loss, selection=anchors.Selection, chosen=frozenset({anchors.ANCHORS})),
 }
 
 

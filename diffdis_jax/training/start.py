@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -30,12 +30,19 @@ from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
 
 
+class Start(NamedTuple):
+  """The state that a run goes on from, and what was saved with it (`loop.Loop`); of a new run nothing was."""
+
+  state: TrainState
+  meta: dict[str, Any]
+
+
 def restore_or_init(
   trainer: Trainer,
   checkpointer: checkpoint.Checkpointer,
   iterator: grain.DatasetIterator,
   made: Callable[[Params], Params] = lambda params: {},
-) -> tuple[TrainState, dict[str, Any]]:
+) -> Start:
   """The last checkpoint's state and meta, with the data iterator set to its next batch; or the state of step 0.
 
   Args:
@@ -48,11 +55,11 @@ def restore_or_init(
     # A global array, which every process makes from its own number.
     place = trainer.state_shardings.step
     number = jax.make_array_from_callback((), place, lambda _: np.asarray(step, np.int32))
-    return dataclasses.replace(restored.state, step=number, seed=trainer.place_seed()), restored.meta
+    return Start(dataclasses.replace(restored.state, step=number, seed=trainer.place_seed()), restored.meta)
   run = trainer.run
   loaded = load_initial(run.init_from, trainer)  # first: what is wrong with it shows before anything is compiled
   params = trainer.init_params(jax.random.key(run.seed)) | loaded
-  return trainer.with_params(params | made(params)), {}
+  return Start(trainer.with_params(params | made(params)), {})
 
 
 def find_initial(path: str, trainer: Trainer) -> set[str]:
