@@ -76,7 +76,7 @@ class GradCache:
   def __call__(self, trainable: Params, fixed: Params, batch: AnyBatch, keys: Keys) -> Gradient:
     """The gradient of the trainable parameters, f32, and the metrics: those of all rows at once."""
     gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
-    params = gathered(trainable), gathered(fixed)
+    params = gathered(trainable), gathered(fixed)  # once, for both passes
     # Before the rows are split, so that the noise does not depend on n and is the same in both passes.
     noise = None if self.network.is_clip else objectives.noise_of(self.run, keys, batch, self.network)
     rows = Microbatch(batch, noise)
@@ -87,7 +87,7 @@ class GradCache:
     of_scale = jnp.zeros(())
     if self.network.objectives.contrasts:
       first = self._in_turn(self.first_pass, params, (rows,)).rows
-      scale = {**fixed, **trainable}[LOGIT_SCALE]
+      scale = {**fixed, **trainable}[LOGIT_SCALE]  # a config may freeze it
       contrast = jax.value_and_grad(self._contrast, argnums=(0, 1), has_aux=True)
       (total, metrics), (cache, of_scale) = contrast({name: first[name] for name in REPRESENTATIONS}, scale, rows)
 
@@ -126,9 +126,11 @@ class GradCache:
         found = _pairs(model, rows)
       else:
         found = self._predict(model, rows, _encoded(model, rows, first), passes=self.network.objectives)
+      # Linear in the representations, with the cache held: its gradient is the chain rule's second factor.
       total = sum((jnp.sum(found[name] * cache[name]) for name in cache), start=jnp.zeros(()))
       if "loss_generation" not in found:
         return total, {}
+      # By the batch's size, and not the microbatch's, so that the shares add up to the mean.
       return total + jnp.sum(found["loss_generation"]) / batch_size, {"loss_generation": found["loss_generation"]}
 
     return Pass(*jax.grad(share, has_aux=True)(trainable))
@@ -172,6 +174,7 @@ class GradCache:
     def of_device(params: tuple[Params, Params], leaves: list[Array]) -> Pass:
       def one(total: Params, microbatch: list[Array]) -> Pass:
         gradient, found = f(*params, *jax.tree.unflatten(kind, microbatch))
+        # In the parameters' own f32: in bf16 a sum soon loses what is added.
         return Pass({path: total[path] + x.astype(total[path].dtype) for path, x in gradient.items()}, found)
 
       zeros = {path: jnp.zeros(x.shape, x.dtype) for path, x in (summed or {}).items()}
@@ -197,7 +200,7 @@ def _text_is_encoded_once(trainable: Params, batch: AnyBatch) -> bool:
 def _encoded(model: DiffDis, rows: Microbatch, first: Rows) -> Encoded:
   """What the first pass encoded, and the rest of it anew."""
   assert rows.noise is not None
-  if "z" not in first:
+  if "z" not in first:  # generation alone, which has no first pass
     return encode.encode_rows(model, rows.batch, rows.noise)
   text = encode.encode_captions(model, rows.batch) if "c" not in first else TextCondition(c=first["c"], e=first["e"])
   return Encoded(latents=Latents(first["z"], first.get("z_discrimination")), text=text)

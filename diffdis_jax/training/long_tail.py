@@ -44,9 +44,12 @@ def class_contrastive_loss(
 
   def embed(model: DiffDis | Clip) -> Pairs:
     image = features.image_features(model, batch.image, noise, network=network)
+    # VL-LTR compares vectors of length 1; ê_0 and CLIP's image feature have any.
     return Pairs(image=losses.unit_norm(image), text=model.encode_text(tokens).e)
 
+  # By one noise, so that student and teacher differ in their parameters alone.
   pairs, of_teacher = embed(model), embed(teacher)
+  # Against the global batch, as VL-LTR gathers its own from all GPUs.
   scale, gather = model.logit_scale[...], sharding.everywhere
   classes = long_tail_losses.class_contrastive(
     pairs.image, pairs.text, scale, labels=batch.label, smoothing=section.label_smoothing, gather=gather
@@ -64,7 +67,7 @@ def class_contrastive_loss(
     "loss_class_contrastive": mean_of(classes.loss[None]),
     "loss_distill": mean_of(distilled[None]),
     "class_accuracy": mean_of(classes.accuracy[None]),
-    "temperature": mean_of(jnp.exp(scale)[None]),
+    "temperature": mean_of(jnp.exp(scale)[None]),  # without CLIP's limit, which VL-LTR does not have
   }
   return Total((1.0 - section.distill_weight) * classes.loss + section.distill_weight * distilled, metrics)
 
@@ -85,10 +88,12 @@ def head_loss(
   )
   target = mixing.mix_targets(batch.label, mix, classes=head.classes, smoothing=section.label_smoothing)
   noise = _sample_noise(keys, len(batch.label), network, run.sample_posterior)
+  # Pixels are mixed, so that the frozen network has to see each mixture: its features cannot be kept.
   f = features.image_features(model, mixing.mix_images(images, mix), noise, network=network)
   logits = model.head(f, model.logit_scale[...])
   visual, language = (long_tail_losses.soft_cross_entropy(x, target) for x in (logits.visual, logits.language))
   metrics: Metrics = {"loss_visual": mean_of(visual), "loss_language": mean_of(language)}
+  # Unweighted, as in VL-LTR. Shares of 0.2 and 0.8 are the prediction's (lgr.mixed_prediction).
   return Total(visual.mean() + language.mean(), metrics)
 
 

@@ -24,7 +24,7 @@ from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import AnyBatch, Batch, Pairs
 from diffdis_jax.training.metrics import Metrics, mean_of
 
-# Share of the running latent statistics that each reconstruction step keeps.
+# Share of the running latent statistics that each reconstruction step keeps: they look back over some 50 steps.
 STATISTICS_DECAY = 0.98
 
 
@@ -74,6 +74,7 @@ def diffusion_loss(model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Netw
     model, batch, noise, network=network, ita_weight=run.loss.ita_weight, captions=captions
   )
   metrics: Metrics = {}
+  # What the run is not trained for has no loss, and leaves no line in the log.
   if found.generation is not None:
     metrics |= generation_metrics(found.generation, noise)
   if found.alignment is not None:
@@ -104,6 +105,7 @@ def clip_loss(model: Clip, batch: Batch, keys: Keys, *, network: Network, run: R
 
 def contrastive_loss(pairs: Pairs, logit_scale: Float[Array, ""], *, captions: UInt32[Array, "b"] | None) -> Total:
   """CLIP's loss (Radford et al., 2021): InfoNCE between images and texts, both ways, over all of the batch."""
+  # Whole on every device: the negatives of a row are those of the global batch.
   result = losses.contrastive(pairs.image, pairs.text, logit_scale, captions=captions, gather=sharding.everywhere)
   return Total(result.loss, {"loss_contrastive": mean_of(result.loss[None]), **alignment(result, logit_scale)})
 
@@ -129,6 +131,7 @@ def reconstruction_loss(
   latent = jax.lax.stop_gradient(latent)
   keep, shift, scale = STATISTICS_DECAY, model.autoencoder.shift[...], model.autoencoder.scale[...]
   mean, deviation = latent.mean(axis=(0, 1, 2)), latent.std(axis=(0, 1, 2))
+  # Of the deviation, and not of its reciprocal, the mean is taken. Latents that are all alike deviate by 0.
   statistics = {
     "autoencoder.shift": keep * shift + (1.0 - keep) * mean,
     "autoencoder.scale": 1.0 / (keep / scale + (1.0 - keep) * jnp.maximum(deviation, 1e-6)),

@@ -58,6 +58,7 @@ def restore_or_init(
     return Start(dataclasses.replace(restored.state, step=number, seed=trainer.place_seed()), restored.meta)
   run = trainer.run
   loaded = load_initial(run.init_from, trainer)  # first: what is wrong with it shows before anything is compiled
+  # All are drawn, those too that were loaded: what a parameter begins with does not depend on the others.
   params = trainer.init_params(jax.random.key(run.seed)) | loaded
   return Start(trainer.with_params(params | made(params)), {})
 
@@ -91,7 +92,7 @@ def _check_earlier(path: str, objectives: Objectives) -> None:
       f"init_from is empty; objective {name} starts from {row.starts_from}: give --config.init_from=WORKDIR"
     )
   earlier = run_config.load(path)
-  if not row.follows:
+  if not row.follows:  # stage 1 takes a run of any length
     return
   if row.follows not in earlier.objectives:
     raise UserError(
@@ -119,7 +120,7 @@ def _names_in_common(path: str, trainer: Trainer) -> set[str]:
   common = saved.keys() & trainer.shapes.keys() - _drawn_by_import(path, saved)
   if not common:
     raise UserError(f"init_from={path} has no parameter of this network; it holds {parts_of(saved)}")
-  for name in sorted(common):
+  for name in sorted(common):  # a set's order changes, and the message should not
     if saved[name].shape != trainer.shapes[name].shape:
       raise UserError(
         f"init_from={path}: {name} has shape {saved[name].shape} there and {trainer.shapes[name].shape} in this"
@@ -171,6 +172,7 @@ def load_initial(path: str, trainer: Trainer) -> Params:
     return {}
   names -= trainer.plug.chosen  # anew
   saved = restore.saved_params(path)
+  # Split at once as this mesh has them, so that no device ever holds the whole.
   abstract = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     saved,

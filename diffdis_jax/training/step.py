@@ -149,13 +149,15 @@ class Trainer:
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
       updates, opt_state = self._tx.update(gradient, state.opt_state, trainable)
     trainable = cast(Params, optax.apply_updates(trainable, updates))
+    # Of CLIP as open_clip does it, after the step; in DiffDis the loss limits τ (losses.temperature).
     if self.run.objectives.is_clip:
       trainable = optimizers.limit_logit_scale(trainable)
+    # Before the optimizer clips it: after that it says no more than clip_norm.
     metrics["grad_norm"] = Average(total=optax.tree.norm(gradient), count=jnp.ones(()))
     return (
       TrainState(
         step=state.step + 1,
-        params={**fixed, **trainable, **statistics},
+        params={**fixed, **trainable, **statistics},  # in this order: the statistics are among the fixed
         ema=optimizers.update_ema(trainable, state.ema, decay=self.run.optim.ema_decay, step=state.step),
         opt_state=opt_state,
         seed=state.seed,
@@ -178,10 +180,15 @@ class Trainer:
     if n > 1 and self.run.optim.contrastive_batch == "whole" and self.run.objectives.grad_cache:
       assert not isinstance(batch, LabelledBatch)
       whole = gradcache.GradCache(self.network, self.run, self.mesh, n)
+      # By the keys of microbatch 0, which are those of a batch that is not split.
       return whole(trainable, fixed, batch, keys(jnp.zeros((), jnp.int32)))
 
     gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
-    loss = lambda trainable, fixed, *args: self._loss(gathered(trainable), gathered(fixed), *args)
+
+    def loss(trainable: Params, fixed: Params, *args: Any) -> Any:
+      # Inside of what is differentiated, so that gradients go back the same way, to where the parameters are stored.
+      return self._loss(gathered(trainable), gathered(fixed), *args)
+
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def one(microbatch: Int[Array, ""], batch: TrainingBatch) -> Gradient:
@@ -204,6 +211,7 @@ class Trainer:
 
     total, _ = jax.lax.scan(body, zeros, (jnp.arange(n), split))
     mean = functools.partial(jax.tree.map, lambda x: x / n)
+    # Metrics are sums and counts, and so are added; the parts are equal, so that the mean of their means is the mean.
     return Gradient(mean(total.gradient), total.metrics, mean(total.statistics))
 
 
