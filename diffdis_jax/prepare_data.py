@@ -29,7 +29,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -157,7 +156,7 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
   settings = builder.Settings(
     short_side=short_side or None,  # 0, too, keeps the bytes
     drop_duplicates=FLAGS.drop_duplicates,
-    num_processes=FLAGS.num_processes or cores(),
+    num_processes=FLAGS.num_processes or cli.cores(),
     beam_options=tuple(FLAGS.beam_pipeline_options),
   )
   # Killed between the two: the card needs the records alone.
@@ -223,11 +222,6 @@ def write_card(folder: pathlib.Path) -> None:
     if made.captions:
       samples.save_grid(made.images, made.captions, folder / "card.png")
     files.write_whole(folder / "card.json", made.to_json().encode())
-
-
-def cores() -> int:
-  # Of a container or a Slurm step, which may have fewer than the machine.
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _given(flag: str, name: str) -> str:

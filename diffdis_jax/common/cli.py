@@ -209,8 +209,12 @@ def use_all_cores() -> None:
     import jax
 
     # A power of two, so that batches can be split evenly.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", min(8, 2 ** (cores.bit_length() - 1)))
+    jax.config.update("jax_num_cpu_devices", min(8, 2 ** (cores().bit_length() - 1)))
+
+
+def cores() -> int:
+  """Processor cores of this process: in a container or a Slurm step perhaps fewer than the machine has."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _ConfigFile(flags.ArgumentParser):

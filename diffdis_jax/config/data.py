@@ -172,11 +172,6 @@ class Data:
     return {**fields.pop("source"), **fields}
 
   @property
-  def is_mixture(self) -> bool:
-    """Of several sources."""
-    return bool(self.mixture)
-
-  @property
   def sources(self) -> dict[str, Mapping[str, Any]]:
     """Name -> what `data.sources.open_source` takes, and `weight` where there are several."""
     # By name, so that the order in which a file lists them does not decide which record comes when.

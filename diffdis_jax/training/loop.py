@@ -18,7 +18,6 @@ from clu.metrics import Average
 from jax.sharding import Mesh
 
 from diffdis_jax.common import buckets, files
-from diffdis_jax.common.params import Params
 from diffdis_jax.config.run import Run
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.data import copies, loader
@@ -107,7 +106,7 @@ def train_and_evaluate(
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, run.checkpoint))
     if checkpointer.latest_step() != run.num_steps:
       train_step.start()  # beside what reads and draws parameters, of which each may take a minute
-    made = functools.partial(selection.params, inference, path) if selection else no_params
+    made = functools.partial(selection.params, inference, path) if selection else None
     state, meta = start.restore_or_init(trainer, checkpointer, iterator, made)
     # Not before: the fingerprints are of parameters, which are there only now.
     stored_inputs.check_stored(latent_facts(run.data), state.params, trainer.trainable)
@@ -287,9 +286,3 @@ def make_evaluator(run: Run, inference: Inference) -> Evaluator:
     seed=run.seed,
     best_metric=run.checkpoint.best_metric,
   )
-
-
-def no_params(params: Params) -> Params:
-  """Of a run whose parameters are all loaded or drawn."""
-  del params
-  return {}

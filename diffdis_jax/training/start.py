@@ -41,12 +41,12 @@ def restore_or_init(
   trainer: Trainer,
   checkpointer: checkpoint.Checkpointer,
   iterator: grain.DatasetIterator,
-  made: Callable[[Params], Params] = lambda params: {},
+  made: Callable[[Params], Params] | None = None,
 ) -> Start:
   """The last checkpoint's state and meta, with the data iterator set to its next batch; or the state of step 0.
 
   Args:
-    made: of the parameters of step 0, those that are computed from the others.
+    made: of the parameters of step 0, those that are computed from the others; None for none.
   """
   step = checkpointer.latest_step()
   if step is not None:
@@ -60,7 +60,7 @@ def restore_or_init(
   loaded = load_initial(run.init_from, trainer)  # first: what is wrong with it shows before anything is compiled
   # All are drawn, those too that were loaded: what a parameter begins with does not depend on the others.
   params = trainer.init_params(jax.random.key(run.seed)) | loaded
-  return Start(trainer.with_params(params | made(params)), {})
+  return Start(trainer.with_params(params | made(params) if made else params), {})
 
 
 def find_initial(path: str, trainer: Trainer) -> set[str]:

@@ -167,7 +167,7 @@ def test_the_rate_is_open_clips_a_step_later_while_it_warms_up():
   """Theirs begins at peak / warmup, ours at 0; the decay is the same."""
   peak, warmup, total = 1e-3, 4, 20
   optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=peak)
-  ours = optim.schedule(peak, kind="cosine", warmup_steps=warmup, num_steps=total)
+  ours = optim.schedule(peak, kind="cosine", warmup_steps=warmup, num_steps=total, final_fraction=0.0)
   theirs = cosine_lr(optimizer, peak, warmup, total)
   rates = []
   for step in range(total):

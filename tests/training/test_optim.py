@@ -155,7 +155,7 @@ def test_schedules(kind, after):
 
 
 def test_schedule_without_warm_up_starts_at_its_peak():
-  schedule = optim.schedule(2.0, kind="linear", warmup_steps=0, num_steps=4)
+  schedule = optim.schedule(2.0, kind="linear", warmup_steps=0, num_steps=4, final_fraction=0.0)
   np.testing.assert_allclose([schedule(i) for i in range(5)], [2.0, 1.5, 1.0, 0.5, 0.0])
 
 
