@@ -25,6 +25,7 @@ def commands() -> dict[str, str]:
   found = {}
   package = pathlib.Path(__file__).parent
   for path in sorted([*package.glob("*.py"), *package.glob("*/__main__.py")]):
+    # Read as text: to import all commands would take many seconds, and the packages of every extra.
     text = path.read_text(encoding="utf-8")
     if "\n  cli.run(main" in text:
       paragraph = " ".join((ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].split())
@@ -39,12 +40,13 @@ def main(argv: Sequence[str]) -> int:
     width = max(map(len, found))
     sys.stdout.write(USAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in found.items())))
     return 0
-  if argv[0] not in found:
+  if argv[0] not in found:  # before runpy, which would run any module of the package
     nearest = difflib.get_close_matches(argv[0], found, n=1)
     hint = f"did you mean {nearest[0]}?" if nearest else "python -m diffdis_jax lists them"
     sys.stderr.write(f"error: no command {argv[0]!r}; {hint}\n")
     return 2
   sys.argv = [f"diffdis_jax.{argv[0]}", *argv[1:]]
+  # As if by python -m: --help and the flags belong to the file that runs as __main__.
   runpy.run_module(f"diffdis_jax.{argv[0]}", run_name="__main__", alter_sys=True)
   return 0
 

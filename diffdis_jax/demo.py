@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
   resumed = (out / "autoencoder").exists()
 
   autoencoder, config = configs.get_config("autoencoder"), configs.get_config()
+  # Of both, so that another seed is another autoencoder too.
   autoencoder.seed = config.seed = FLAGS.seed
   config.init_from = str(out / "autoencoder")
   config.sample_prompts = ()  # grid.png has these very prompts
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     generation_agreement_unseen=metrics["generated"]["acc1_unseen"],
     classifier_accuracy=metrics["generated"]["judge_acc1"],
   )
-  if not resumed:
+  if not resumed:  # or else the time would be of a part
     results["seconds"] = time.monotonic() - begin
   made = provenance.provenance(provenance.of_run(run, step=second.num_steps))
   files.write_json(out / "results.json", {**results, "provenance": made})

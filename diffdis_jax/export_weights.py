@@ -41,6 +41,7 @@ OWN_FIELDS = (
   "condition_timestep",
   "inference",
 )
+# A CLIP has no diffusion process.
 CLIP_FIELDS = ("model", "image_size", "objectives")
 
 
@@ -80,7 +81,7 @@ def push_weights(run: str, repo: str, out: str | None = None, *, private: bool =
   Raises:
     UserError: as `export_weights`; or no token, no network, or the hub refuses it.
   """
-  push = hub.Push(repo, private=private)
+  push = hub.Push(repo, private=private)  # first: a missing token shows before the export
   with tempfile.TemporaryDirectory() as temporary:
     folder = buckets.local(out or f"{temporary}/export", "--out")
     step = export_weights(run, str(folder), repo=repo, **how)
@@ -105,6 +106,7 @@ def export_weights(
   Raises:
     UserError: no such checkpoint, a run that no pipeline or CLIP of theirs can hold, or `out` cannot be written.
   """
+  # Whatever can be refused is, before gigabytes are read.
   folder = files.empty_folder(out)
   fields = run_config.load(run).to_dict()
   is_clip = "vision_encoder" in fields["model"]
@@ -116,6 +118,7 @@ def export_weights(
   params = restore.restore_params(run, step=step, ema=ema)
   with files.whole_folder(folder) as temporary:
     own = {name: fields[name] for name in (CLIP_FIELDS if is_clip else OWN_FIELDS)}
+    # The tokenizer pads to the captions' length in training, which may be less than the text encoder's.
     own |= {"max_length": fields["data"]["max_length"]}
     (write_clip if is_clip else write_pipeline)(temporary, params, own, dtype=dtype)
     Card(run=buckets.path(run), fields=fields, own=own, step=step, ema=ema, dtype=dtype, repo=repo).write(temporary)
@@ -139,7 +142,7 @@ def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *,
     dtype=dtype,
   )
   write_tokenizer(folder / "tokenizer", own["max_length"])
-  if not (folder / to_torch.FILES["diffdis"]).exists():
+  if not (folder / to_torch.FILES["diffdis"]).exists():  # said, since a pipeline loads without it
     logging.info("it was not trained for discrimination")
 
 
@@ -153,6 +156,7 @@ def write_tokenizer(folder: pathlib.Path, max_length: int) -> None:
   """CLIP's tokenizer, in the files of older and newer transformers."""
   folder.mkdir(exist_ok=True)
   Tokenizer(max_length).save(folder)
+  # As in CLIP's own files: the end token pads, and stands for what is unknown.
   special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
   (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
 

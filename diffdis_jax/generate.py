@@ -104,7 +104,7 @@ def generate(
   Raises:
     UserError: bad settings, noise or checkpoint, or `out` cannot be written.
   """
-  folder = files.empty_folder(out)
+  folder = files.empty_folder(out)  # first: what is in the way shows before anything is loaded
   if (count := len(prompts) * num_images) > MOST_IMAGES:
     raise UserError(
       f"{len(prompts)} prompts with --num_images={num_images} are {count} images; one call draws at most {MOST_IMAGES},"
@@ -113,9 +113,10 @@ def generate(
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
   z_T = read_noise(noise) if noise else None
   step, ema = restore.choose(run, step, ema=ema)
+  # A batch of the compiled program is computed whole, however few images it is for.
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
   if z_T is None:
-    z_T = model.noise(len(prompts), seed)
+    z_T = model.noise(len(prompts), seed)  # of all of them, so that no image depends on how they are parted
   z_T = check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
   tokens = Tokenizer(model.max_length)(prompts)
   chunks = (slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK))
@@ -130,6 +131,7 @@ def generate(
     images,
     prompts,
     protocol={**model.generation_protocol, **start, "checkpoint": step, "ema": ema},
+    # A prompt a row, where a row can hold it.
     columns=num_images if 1 < num_images <= MOST_COLUMNS else COLUMNS,
   )
   logging.info("%d images in %s", len(prompts), out)
@@ -150,7 +152,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
   try:
     with open(file, "rb") as opened:  # which may be a pipe, or a device without end
       content = opened.read(MOST_BYTES + 1)
-    lines = content.decode("utf-8-sig").splitlines()
+    lines = content.decode("utf-8-sig").splitlines()  # without the mark that some editors put first
   except (OSError, ValueError) as error:
     raise UserError(f"cannot read --prompts_file={file}: {error}; it should be text with one prompt a line") from error
   if len(content) > MOST_BYTES:

@@ -73,7 +73,7 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
   Raises:
     UserError: a source that cannot be read or is of another kind, or `out` cannot be written.
   """
-  folder = files.empty_folder(out)
+  folder = files.empty_folder(out)  # first: what is in the way shows before anything is read
   if source.startswith(hub.PREFIX):
     path, source = hub.fetch(source)
   else:
@@ -84,17 +84,20 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
     check_tokenizer(found.tokenizer)
   run = Run.of(config)
   network = Network.of(run)
-  matched = from_torch.match(found, network.shapes)
+  matched = from_torch.match(found, network.shapes)  # by shapes: what does not fit shows before tensors are read
   report(matched, network.shapes)
   new = network.shapes.keys() - matched.names.keys()
   params = initialise(network, new, seed=seed) | from_torch.read(matched)
 
   with files.whole_folder(folder) as temporary:
+    # A run's workdir, which generate, evaluate and init_from read as any other's.
     workdir.open_for_training(str(temporary), run.to_dict())
+    # What is not in `loaded` is drawn again by the run that starts from here (training/start.py).
     origin = {"source": source, "loaded": matched.names, "ignored": matched.ignored}
     origin["initialised"] = sorted(new)
     (temporary / "import.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     with checkpoint.Checkpointer(str(temporary)) as checkpointer:
+      # Step 0, without an optimizer's state: nothing was trained here.
       checkpointer.save(0, TrainState(params=params), meta={"source": source})
   logging.info("%d parameters in %s", len(params), out)
 
@@ -133,6 +136,7 @@ def check_tokenizer(folder: pathlib.Path) -> None:
   vocab = read_json(files[0])
   if files[0].name == "tokenizer.json":
     words = (vocab.get("model") or {}).get("vocab")
+    # The start and the end token stand beside the vocabulary there.
     added = {token["content"]: token["id"] for token in vocab.get("added_tokens", ())}
     vocab = words | added if isinstance(words, dict) else {}
   if vocab != make_vocab(load_merges()):
@@ -154,6 +158,7 @@ def initialise(network: Network, paths: Collection[str], *, seed: int) -> Params
 
 def report(matched: Matched, network: Collection[str]) -> None:
   """Counts what is loaded, initialised and ignored by component; import.json has every name."""
+  # The latents' shift and scale come from the source's config, and from no tensor.
   new = [path for path in network if path not in matched.names and path not in mapping.STATISTICS]
   for what, names in (("loaded", matched.names.values()), ("initialised", new), ("ignored", matched.ignored)):
     parts = Counter(re.split(r"[/.]", name)[0] for name in names)

@@ -29,7 +29,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -109,7 +108,7 @@ def main(argv: list[str]) -> None:
   if name not in NAMES:
     usage = "python -m diffdis_jax.prepare_data cc3m --source=DIR --out=DIR"
     raise UserError(f"prepare_data takes one name of {', '.join(NAMES)}, not {name}: {usage}")
-  tfds.disable_progress_bar()
+  tfds.disable_progress_bar()  # it would write over ours
   if name == "card":
     write_card(buckets.local(_given("data", name), "--data"))
   elif name == "latents":
@@ -138,11 +137,12 @@ def publish(write: Callable[[pathlib.Path], None], out: str, *, finished: str) -
   url = out.rstrip("/")
   if (buckets.path(url) / INFO).exists():
     raise UserError(f"--out={url} holds a data set; name a new folder")
+  # By the address, so that the same command finds what it has prepared when it was killed.
   folder = pathlib.Path(files.user_cache("prepared")) / hashlib.sha256(url.encode()).hexdigest()[:32]
   logging.info("preparing %s in %s", url, folder)
-  if not (folder / finished).exists():
+  if not (folder / finished).exists():  # or else it was killed in copying
     write(folder)
-  buckets.upload(folder, url, last=INFO)
+  buckets.upload(folder, url, last=INFO)  # by which a data set is known to be there
   shutil.rmtree(folder)
   logging.info("copied to %s", url)
 
@@ -154,11 +154,12 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
   if short_side is None and name == "cc3m":
     short_side = cc3m.SHORT_SIDE
   settings = builder.Settings(
-    short_side=short_side or None,
+    short_side=short_side or None,  # 0, too, keeps the bytes
     drop_duplicates=FLAGS.drop_duplicates,
-    num_processes=FLAGS.num_processes or cores(),
+    num_processes=FLAGS.num_processes or cli.cores(),
     beam_options=tuple(FLAGS.beam_pipeline_options),
   )
+  # Killed between the two: the card needs the records alone.
   if (out / "report.json").exists() and not (out / "card.json").exists():
     logging.info("%s is written but for its card", out)
   else:
@@ -171,7 +172,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   from diffdis_jax import inference  # here, since the processes of the preparation import this file too
   from diffdis_jax.training import stored_inputs
 
-  found = latents.find_parts(data)
+  found = latents.find_parts(data)  # first: a wrong folder shows before weights are read
   model, params = inference.load(run, image_size=FLAGS.image_size, batch_size=FLAGS.batch_size)
   h, w, c = model.noise_shape()
   text = None
@@ -189,7 +190,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
     make_stage=functools.partial(
       latents.LatentStage,
       encode=functools.partial(model.moments, params),
-      shape=(h, w, 2 * c),
+      shape=(h, w, 2 * c),  # mean and log-variance
       image_size=model.image_size,
       views=FLAGS.views,
       augmentation=_augmentation(dataclasses.asdict(run_config.load(run).data.augment)),
@@ -205,6 +206,7 @@ def _augmentation(default: Mapping[str, Any]) -> Augmentation:
   fields = parse_json(FLAGS.augment, f"--augment={FLAGS.augment}") if FLAGS.augment else default
   if not isinstance(fields, Mapping):
     raise UserError(f"--augment={FLAGS.augment}: it should be an object of fields of data.augment")
+  # As a config's, whose types are checked before its ranges.
   check_type("augment", fields, dataclasses.asdict(Augmentation()))
   return read_section(Augmentation, fields, "augment")
 
@@ -220,10 +222,6 @@ def write_card(folder: pathlib.Path) -> None:
     if made.captions:
       samples.save_grid(made.images, made.captions, folder / "card.png")
     files.write_whole(folder / "card.json", made.to_json().encode())
-
-
-def cores() -> int:
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _given(flag: str, name: str) -> str:

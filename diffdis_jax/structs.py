@@ -42,7 +42,7 @@ class LatentBatch:
   """One batch of captioned images as the autoencoder's posteriors over them, before shift and scale."""
 
   mean: BFloat16[AnyArray, "b h w c"]
-  log_variance: BFloat16[AnyArray, "b h w c"]
+  log_variance: BFloat16[AnyArray, "b h w c"]  # kept, so that each step samples the posterior anew
   tokens: Int[AnyArray, "b l"]
   condition: BFloat16[AnyArray, "b l d"] | None = None  # c, where it is stored too
 
@@ -56,6 +56,7 @@ class LabelledBatch:
   tokens: Int[AnyArray, "b l"] | None = None
 
 
+# Each kind of batch is a type of its own, so that no field means one thing in one run and another in the next.
 AnyBatch = Batch | LatentBatch
 TrainingBatch = AnyBatch | LabelledBatch
 
@@ -112,6 +113,7 @@ class Posterior:
   log_variance: Float[AnyArray, "b h w c"]
 
 
+# A struct for each pass, so that neither can be given the other's timestep or condition.
 @struct.dataclass
 class GenerationPass:
   """Arguments of Φ_u(z_t, t_z, c): noised latents, their timestep, the captions' condition."""

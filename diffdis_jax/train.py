@@ -46,8 +46,8 @@ def main(argv: Sequence[str]) -> None:
   from diffdis_jax.training import loop
 
   cli.compilation_cache(FLAGS.workdir)
-  cli.use_all_cores()
-  jax.config.update("jax_numpy_dtype_promotion", "strict")
+  cli.use_all_cores()  # before the first device is asked for, as must be processes.start
+  jax.config.update("jax_numpy_dtype_promotion", "strict")  # bf16 with f32 by accident is an error
   processes.start()
   loop.train_and_evaluate(run, FLAGS.workdir, tracker=FLAGS.tracker or "", profiled=FLAGS.profile or "")
 

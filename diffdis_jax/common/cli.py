@@ -52,6 +52,7 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   logging.get_absl_handler().addFilter(_is_ours)
   flags.DEFINE_boolean("quiet", False, "no progress: warnings and errors alone")
   _make_own_flags_known()
+  # Not left to absl, whose help exits with 1.
   if {"--help", "-help", "-h", "-?"} & {*sys.argv[1:]}:
     app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
 
@@ -166,7 +167,7 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return ConfigDict(module.get_config(*([argument] if colon else [])))
-  except ValueError as error:
+  except ValueError as error:  # which get_config raises of its arguments, in a sentence of its own
     raise UserError(f"--{flag}={path}: {error}") from error
   except Exception as error:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
@@ -207,8 +208,13 @@ def use_all_cores() -> None:
   if not chosen and "JAX_NUM_CPU_DEVICES" not in os.environ:
     import jax
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", min(8, 2 ** (cores.bit_length() - 1)))
+    # A power of two, so that batches can be split evenly.
+    jax.config.update("jax_num_cpu_devices", min(8, 2 ** (cores().bit_length() - 1)))
+
+
+def cores() -> int:
+  """Processor cores of this process: in a container or a Slurm step perhaps fewer than the machine has."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _ConfigFile(flags.ArgumentParser):
@@ -221,7 +227,7 @@ class _ConfigFile(flags.ArgumentParser):
     config = read_config(path, self._flag)
     for override in filter(None, map(_OVERRIDE.match, sys.argv[1:])):
       guesses.check_key(config.to_dict(), override[1], list(flags.FLAGS))
-    return config.lock()
+    return config.lock()  # so that no code adds a field by misspelling one
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -231,6 +237,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
     guess = guesses.guess_flag(error.flagname, list(flags.FLAGS), guesses.fields_of(config.to_dict()) if config else ())
     _stop(UserError(f"unknown flag --{error.flagname}; {guess}"))
+  # Flags of our own raise UserError, absl's its own, and ConfigDict the others, of single fields.
   except (UserError, flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
     missing = _MISSING.findall(str(error))
     _stop(_missing_flags(missing) if missing else error)
@@ -269,6 +276,7 @@ def _unraisablehook(dropped: Any) -> None:
 
 def _exit_at_once_if_waiting(code: int) -> None:
   """Where Python's clean-up would wait for other processes, or for a compiler (programs.AheadOfTime)."""
+  # Looked up and not imported: where jax was not imported, nobody waits.
   distributed = sys.modules.get("jax.distributed")
   if (distributed is not None and distributed.is_initialized()) or _is_compiling():
     _exit_at_once(code)
@@ -280,7 +288,7 @@ def _is_compiling() -> bool:
 
 
 def _exit_at_once(code: int) -> NoReturn:
-  sys.stdout.flush()
+  sys.stdout.flush()  # which os._exit does not do
   signals.exit_at_once(code)
 
 

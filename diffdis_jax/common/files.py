@@ -70,10 +70,11 @@ def _on_a_disk(out: pathlib.Path) -> Iterator[pathlib.Path]:
   temporary = None
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place, since a rename cannot go from one disk to another.
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    temporary.chmod(0o755)
+    temporary.chmod(0o755)  # mkdtemp's 700 would stay, and lock other users out
     yield temporary
-    os.replace(temporary, out)
+    os.replace(temporary, out)  # which an empty folder gives way to
   except OSError as error:
     raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
   finally:
@@ -86,11 +87,12 @@ def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
   if buckets.is_url(path):
     path.write_bytes(content)
     return
+  # By its process, so that two that write the same file do not mix their bytes.
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     temporary.write_bytes(content)
     temporary.replace(path)
-  except BaseException:
+  except BaseException:  # Ctrl-C too
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
     raise
@@ -119,6 +121,7 @@ def check_out(out: str) -> None:
     raise UserError(f"--out={out} is a folder; it should name the file to write")
   if "://" not in out and not path.parent.is_dir():  # an object store has no empty folders
     raise UserError(f"--out={out} lies in no folder that exists; create it first")
+  # Tried, since permissions say nothing of a disk that is full or read-only.
   probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     probe.write_bytes(b"")

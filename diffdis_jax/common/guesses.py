@@ -174,6 +174,7 @@ def guess_flag(name: str, flags: Collection[str], fields: Collection[str]) -> st
     return found
   same = _highest(path for path in fields if path.split(".")[-1] == name)
   near = difflib.get_close_matches(name, flags, n=1)
+  # A field of that very name, unless a flag is but a letter away.
   if same and not (near and difflib.SequenceMatcher(None, name, near[0]).ratio() > 0.9):
     return _ask(f"--config.{path}" for path in same)
   return _ask([f"--{near[0]}"]) if near else "see --help"
@@ -201,9 +202,11 @@ def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def _of_the_table(name: str, fields: Collection[str], flags: Collection[str], prefix: str = "") -> str:
   """The table's answer to a name; empty where it has none that this command knows. `prefix`: before a field."""
+  # Other projects write a name with - or _, and some in capitals.
   targets, note = _MEANT.get(name.split(".")[-1].lower().replace("-", "_"), ([], ""))
   if note and not targets:
     return note
+  # Flags first where a flag was given, fields first where a field was.
   fields_and_flags = sorted(targets, key=lambda target: target.startswith("--") != bool(prefix))
   for target in fields_and_flags:
     if target.startswith("--"):
@@ -227,6 +230,7 @@ def _near_field(key: str, known: Collection[str]) -> str:
     return _ask(same)
   beside = {path.split(".")[-1]: path for path in known if path.rpartition(".")[0] == section}
   leaves, whole = {path.split(".")[-1]: path for path in known}, {path: path for path in known}
+  # The least likeness is asked of a field in the section that was named.
   for names, word, cutoff in ((beside, leaf, 0.6), (whole, key, 0.75), (leaves, leaf, 0.75)):
     if near := difflib.get_close_matches(word, names, n=1, cutoff=cutoff):
       return _ask([names[near[0]]])

@@ -23,6 +23,7 @@ def flatten(state: nnx.State) -> Params:
 
 def merge(graphdef: nnx.GraphDef, abstract: nnx.State, params: Params) -> Any:
   """The module with `params` in place. `abstract` is the state that `params` was flattened from, values unused."""
+  # Replaced in its variable, whose kind and metadata nnx needs to find it again.
   flat = [(path, var.replace(params[".".join(map(str, path))])) for path, var in nnx.to_flat_state(abstract)]
   return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
@@ -34,6 +35,6 @@ def first_match(path: str, rules: Sequence[tuple[str, Any]], what: str) -> Any:
     UserError: no rule matches; `what` names the table in the message.
   """
   for pattern, value in rules:
-    if re.search(pattern, path):
+    if re.search(pattern, path):  # anywhere in it: a rule that means the beginning says ^
       return value
   raise UserError(f"no rule of {what} matches parameter {path}; add one, such as ('.*', ...) at the end")

@@ -51,7 +51,7 @@ class Progress:
     if now - self._said < self._every:
       return
     self._said = now
-    each = (now - self._begin) / self._new
+    each = (now - self._begin) / self._new  # of those made here: those passed over took no time
     logging.info(
       "%s %d of %d %s, %s each, %s left",
       *(self._what, self._done, self._total, self._unit),

@@ -23,6 +23,7 @@ def _write_whole() -> None:
   """
   from jax._src import lru_cache
 
+  # Wrapped already, where a process asks for the cache a second time.
   put = getattr(lru_cache.LRUCache, "put", None)
   if put is None or hasattr(put, "__wrapped__"):
     return
@@ -37,7 +38,7 @@ def _write_whole() -> None:
     part = entry.with_name(f"{uuid.uuid4().hex}.part")
     try:
       part.write_bytes(value)
-      os.replace(part, entry)
+      os.replace(part, entry)  # at once, whoever reads or writes it meanwhile
     finally:
       part.unlink(missing_ok=True)
 
@@ -60,7 +61,7 @@ def _write_from_every_cpu_process() -> None:
     state = distributed.global_state
     if backend.platform != "cpu":
       return write(key, seconds, name, backend, *args, **kwargs)
-    own, state.process_id = state.process_id, 0
+    own, state.process_id = state.process_id, 0  # by which alone jax decides whether to write
     try:
       return write(key, seconds, name, backend, *args, **kwargs)
     finally:

@@ -44,15 +44,17 @@ class Listener:
   def start(self) -> None:
     """In the main thread."""
     reader, self._writer = os.pipe()
-    os.set_blocking(self._writer, False)
+    os.set_blocking(self._writer, False)  # or else set_wakeup_fd refuses it
     for number in self._numbers:
       if signal.getsignal(number) is not signal.SIG_IGN:
         self._before[number] = signal.signal(number, self._handler)
+    # No warning of a full pipe: what is in it already will be heard.
     self._writer_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
     threading.Thread(target=self._read, args=(reader,), name="signals", daemon=True).start()
 
   def stop(self) -> None:
     """In the main thread."""
+    # First, so that no signal is written into a pipe that is closed; and closing it ends the thread.
     signal.set_wakeup_fd(self._writer_before)
     for number, handler in self._before.items():
       signal.signal(number, handler)
@@ -90,6 +92,7 @@ class CtrlC:
     self._count += 1
     if self._count > 1:
       end_interrupted()
+    # By a thread, since the main one may be in a compiler.
     timer = threading.Timer(PATIENCE, lambda: self._raised.is_set() or end_interrupted())
     timer.daemon = True
     timer.start()
@@ -103,7 +106,7 @@ def end_interrupted() -> NoReturn:
 
 def exit_at_once(code: int) -> NoReturn:
   """As SIGKILL would, which every file of a run survives, but with this code and without the workers."""
-  kill_workers()
+  kill_workers()  # or else they outlive it, since os._exit ends no children
   logging.flush()
   os._exit(code)
 

@@ -41,6 +41,7 @@ class Store:
     """The array of this key; None where there is none, or it does not have so many rows of this type."""
 
     def decode(content: bytes) -> np.ndarray:
+      # No pickles, which could run anything: the folder may be another's.
       found = np.load(io.BytesIO(content), allow_pickle=False)
       if len(found) != rows or found.dtype != dtype:
         raise ValueError(f"{len(found)} rows of {found.dtype} instead of {rows} of {np.dtype(dtype)}")
@@ -90,4 +91,4 @@ class Store:
     for file in sorted(kept, key=lambda file: file.stat().st_mtime, reverse=True):
       size += file.stat().st_size
       if size > (self._limit or 0):
-        file.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)  # another process may make room too

@@ -66,11 +66,13 @@ class Augmentation:
     check_number("shift", self.shift, at_least=0.0, at_most=1.0)
     check_number("zoom", self.zoom, at_least=0.0)
     check_number("rotation", self.rotation, at_least=0.0, at_most=180.0)
+    # Up to 1, since a factor of 1 − x must not be negative; half a turn reaches every hue.
     for name in ("brightness", "contrast", "saturation"):
       check_number(name, getattr(self, name), at_least=0.0, at_most=1.0)
     check_number("hue", self.hue, at_least=0.0, at_most=0.5)
     check_number("randaugment_operations", self.randaugment_operations, at_least=0)
     check_choice("randaugment_kind", self.randaugment_kind, RANDAUGMENTS)
+    # After the kind, since the two libraries count strength on scales of their own.
     largest = RANDAUGMENTS[self.randaugment_kind]
     check_number("randaugment_magnitude", self.randaugment_magnitude, at_least=0, at_most=largest)
     check_number("randaugment_deviation", self.randaugment_deviation, at_least=0.0)
@@ -135,6 +137,7 @@ class Data:
     UserError: a value out of its range.
   """
 
+  # Rendered shapes, which need no file.
   source: Mapping[str, Any] = dataclasses.field(
     default_factory=lambda: dict(name="shapes", path="", split="train", caption_fields=())
   )
@@ -152,6 +155,7 @@ class Data:
   @classmethod
   def of(cls, fields: Mapping[str, Any]) -> Data:
     """The section as a config has it. Raises UserError: a wrong field or value."""
+    # Taken out one after another. What is left is the source's, of which each kind has fields of its own.
     fields = dict(fields)
     parts = {name: read_section(kind, fields.pop(name), f"data.{name}") for name, kind in _PARTS.items()}
     sampling = fields.pop("sampling", None)
@@ -168,13 +172,9 @@ class Data:
     return {**fields.pop("source"), **fields}
 
   @property
-  def is_mixture(self) -> bool:
-    """Of several sources."""
-    return bool(self.mixture)
-
-  @property
   def sources(self) -> dict[str, Mapping[str, Any]]:
     """Name -> what `data.sources.open_source` takes, and `weight` where there are several."""
+    # By name, so that the order in which a file lists them does not decide which record comes when.
     return dict(sorted(self.mixture.items())) or {"data": self.source}
 
   @property

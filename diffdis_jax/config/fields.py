@@ -67,7 +67,7 @@ def normalise(value: Any) -> Any:
   if isinstance(value, dict):
     return {key: normalise(child) for key, child in value.items()}
   if isinstance(value, (list, tuple)):
-    return tuple(map(normalise, value))
+    return tuple(map(normalise, value))  # as a Run has them, so that equal configs compare equal
   return value
 
 
@@ -82,15 +82,17 @@ def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
   Raises:
     UserError: no such object, or a name that is missing, taken, or no word.
   """
-  config = config.copy_and_resolve_references().unlock()
+  config = config.copy_and_resolve_references().unlock()  # --config locks it, against misspelt fields
   for text in texts:
     section = _read_eval(text)
     name = section.pop("name", None)
+    # The name stands before the slash in its metrics' names.
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
       raise UserError(f"--eval={text} has the name {name!r}; it should be a word of letters, digits, - and _")
     if name in config.evals:
       raise UserError(f"--eval={text}: the config has an evaluation {name} already; take another name")
     if isinstance(section.get("data"), dict):
+      # Here, since what looks through flags and fields for addresses does not look into JSON.
       buckets.check(str(section["data"].get("path", "")))
       section["data"] = {"name": "pairs", "image_size": config.image_size} | section["data"]
     config.evals[name] = section

@@ -10,7 +10,7 @@ from diffdis_jax.config.objectives import WITH_HEAD, Objectives
 from diffdis_jax.errors import UserError, check_choice, check_number, check_numbers, read_section
 
 # Names of what models/layers.py and models/attention.py have.
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")  # no float16, whose range asks for a scaled loss
 ACTIVATIONS = ("quick_gelu", "gelu")
 REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch", "attention")
 AUTO = "auto"
@@ -34,6 +34,7 @@ def _check_multiple(name: str, value: int, section: Any, *divisors: str) -> None
 class UNetSize:
   """`model.unet`; unet.UNet says what the fields are."""
 
+  # At its lowest resolution, Stable Diffusion v1 attends in the middle block alone.
   widths: Sequence[int] = (320, 640, 1280, 1280)
   attention: Sequence[bool] = (True, True, True, False)
   depth: int = 2
@@ -47,6 +48,7 @@ class UNetSize:
       raise UserError(
         f"attention has {len(self.attention)} entries and widths {len(self.widths)}; give one for each level"
       )
+    # Heads part the channels of an attention, groups those of a GroupNorm.
     for width in self.widths:
       _check_multiple("widths", width, self, "num_heads", "groups")
 
@@ -55,6 +57,7 @@ class UNetSize:
 class AlignmentSize:
   """`model.alignment`; alignment.AlignmentTransformer says what the fields are."""
 
+  # 6 blocks: appendix, with Table 4. Width 768 in heads of 64: main paper.
   width: int = 768
   depth: int = 6
   num_heads: int = 12
@@ -84,8 +87,9 @@ class TextEncoderSize:
 
   def __post_init__(self) -> None:
     _check_counts(self, "vocab_size", "width", "depth", "num_heads", "mlp_width")
-    check_number("max_length", self.max_length, at_least=2)
+    check_number("max_length", self.max_length, at_least=2)  # start and end, of an empty caption
     check_choice("activation", self.activation, ACTIVATIONS)
+    # JAX does not fail at a place beyond a table: it takes the last row, or NaN.
     for name in ("bos_id", "eos_id"):
       check_number(name, getattr(self, name), at_least=0, at_most=self.vocab_size - 1)
     check_number("projection", self.projection, at_least=0)
@@ -103,6 +107,7 @@ class AutoencoderSize:
   latent_channels: int = 4
   groups: int = 32
   attention: bool = True
+  # Stable Diffusion v1's own factor. An autoencoder that is trained here measures its own (training/loss_function.py).
   shift: float = 0.0
   scale: float = 0.18215
 
@@ -119,6 +124,7 @@ class AutoencoderSize:
   @property
   def factor(self) -> int:
     """Pixels a side for one latent position."""
+    # Every level but the last halves the side.
     return self.patch * 2 ** (len(self.widths) - 1)
 
 
@@ -161,6 +167,7 @@ class Computing:
   head: HeadSize | None = None
 
   def __post_init__(self) -> None:
+    # From 1: CLIP's training keeps ln τ at 0 or above (optim.limit_logit_scale).
     check_number("temperature", self.temperature, at_least=1.0, at_most=MAX_TEMPERATURE)
     check_choice("dtype", self.dtype, DTYPES)
     check_choice("matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
@@ -187,7 +194,7 @@ class Model(Computing):
   autoencoder: AutoencoderSize = AutoencoderSize()
 
   def __post_init__(self) -> None:
-    super().__post_init__()
+    super().__post_init__()  # which no dataclass calls by itself
     check_number("query_init", self.query_init, at_least=0.0)
 
   @property
@@ -224,6 +231,7 @@ class ClipModel(Computing):
     UserError: besides, towers that do not end in one width.
   """
 
+  # A projection, unlike the text encoder of Stable Diffusion, since the towers must end in one width.
   text_encoder: TextEncoderSize = TextEncoderSize(projection=768)
   vision_encoder: VisionEncoderSize = VisionEncoderSize()
 
@@ -258,6 +266,7 @@ def read_model(fields: Mapping[str, Any], objectives: Objectives) -> Model | Cli
   Raises:
     UserError: a field that is unknown or missing, or out of its range; or another network than the objectives train.
   """
+  # The network before its fields: of the wrong one, every field would be unknown or missing.
   has_vision = "vision_encoder" in fields
   if objectives.is_clip and not has_vision:
     raise UserError(
@@ -273,5 +282,4 @@ def read_model(fields: Mapping[str, Any], objectives: Objectives) -> Model | Cli
       f" to {', '.join(WITH_HEAD)} alone: take configs/places_lt.py:stage=2"
     )
   parts = {name: read_section(kind, fields[name], f"model.{name}") for name, kind in _PARTS.items() if name in fields}
-  optional = {} if has_head else {"head": None}
-  return read_section(ClipModel if has_vision else Model, {**fields, **parts, **optional}, "model")
+  return read_section(ClipModel if has_vision else Model, {**fields, **parts}, "model")

@@ -43,9 +43,12 @@ class Objective:
 
 
 TABLE = {
+  # The two of the paper, the only ones that may stand side by side.
   "generation": Objective(generates=True, grad_cache=True),
   "discrimination": Objective(aligned=True, contrasts=True, grad_cache=True),
+  # The autoencoder of a run from scratch; the paper takes Stable Diffusion's.
   "reconstruction": Objective(trains="the autoencoder", network="autoencoder", needs_images=True),
+  # CLIP, the baseline of the paper's Table 1. Its image encoder reads pixels.
   "contrastive": Objective(
     trains="CLIP's two towers", network="clip", aligned=True, needs_images=True, contrasts=True, grad_cache=True
   ),
@@ -91,6 +94,7 @@ class Objectives(tuple[str, ...]):
     """Raises UserError for objectives that are unknown or do not go together."""
     if not self:
       raise UserError(f"objectives is empty; choose among {', '.join(TABLE)}")
+    # All names before any row, which an unknown name does not have.
     for name in self:
       check_choice("objectives", name, TABLE)
     for name in self:
@@ -135,6 +139,7 @@ class Objectives(tuple[str, ...]):
 
   @property
   def grad_cache(self) -> bool:
+    # All: a batch goes through GradCache or it does not.
     return all(row.grad_cache for row in self.rows)
 
   @property

@@ -81,7 +81,8 @@ class Run:
   inference: Sampling = Sampling()
 
   def __post_init__(self) -> None:
-    check_number("seed", self.seed, at_least=0, at_most=2**32 - 1)
+    # Numbers first: what does not go together is said with numbers that are right by themselves.
+    check_number("seed", self.seed, at_least=0, at_most=2**32 - 1)  # TrainState.seed is a u32
     for name in STEPS:
       check_number(name, getattr(self, name), at_least=1, at_most=MOST_STEPS)
     check_number("batch_size", self.batch_size, at_most=MOST_ROWS)
@@ -100,10 +101,12 @@ class Run:
         together.
     """
     fields = config.copy_and_resolve_references().to_dict() if isinstance(config, ConfigDict) else config
+    # Fields and types first: of a missing field a dataclass would say what Python says of a missing argument.
     check_fields(fields)
     parts: dict[str, Any] = {name: read_section(kind, fields[name], name) for name, kind in _SECTIONS.items()}
     parts["objectives"] = Objectives(fields["objectives"])
     parts["objectives"].check()
+    # After the objectives, which say whose network it has to be.
     parts["model"] = read_model(fields["model"], parts["objectives"])
     parts["data"] = Data.of(fields["data"])
     if "long_tail" in fields:
@@ -116,6 +119,7 @@ class Run:
 
   def replace(self, changes: Mapping[str, Any]) -> Run:
     """This with other values of some fields, by their dotted paths. Raises UserError: as `of`."""
+    # By way of the fields, so that the changes are checked with all the rest.
     fields = self.to_dict()
     for path, value in changes.items():
       *sections, name = path.split(".")
@@ -161,6 +165,7 @@ class Run:
       why = f"patches of {stride} px do not tile it"
     else:
       factor = model.autoencoder.factor
+      # An autoencoder alone has no UNet, whose levels halve the latent further.
       stride = factor if self.objectives.is_autoencoder else factor * 2 ** (len(model.unet.widths) - 1)
       why = f"autoencoder and UNet together halve it down by {stride}"
     if self.image_size % stride:
@@ -185,6 +190,7 @@ class Run:
       there = ", ".join(self.evals) or "none"
       raise UserError(f"train_evals names {', '.join(sorted(missing))}; evals has {there}")
     best = self.checkpoint.best_metric
+    # A metric is named EVALUATION/METRIC (training/evaluator.py).
     if best and best.split("/")[0] not in self.train_evals:
       raise UserError(f"checkpoint.best_metric={best} should begin with one of train_evals, {self.train_evals}")
 
@@ -231,8 +237,13 @@ def check_fields(fields: Mapping[str, Any]) -> None:
 def _like(fields: Mapping[str, Any]) -> dict[str, Any]:
   """A run's fields with their defaults: of the kind of network that these have, and with the optional sections that
   they have."""
-  there = lambda section, name: isinstance(found := fields.get(section), Mapping) and name in found
+
+  def there(section: str, name: str) -> bool:
+    found = fields.get(section)
+    return isinstance(found, Mapping) and name in found
+
   model = ClipModel() if there("model", "vision_encoder") else Model()
+  # What has no default gets any value of its type, which is all that is compared.
   like = {**default_fields(), "image_size": 0, "model": _to_dict(model)}
   if there("model", "head"):
     like["model"]["head"] = _to_dict(HeadSize(classes=2, anchors=1))
@@ -265,4 +276,5 @@ def _to_dict(value: Any) -> Any:
     value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
   if isinstance(value, Mapping):
     return {name: _to_dict(each) for name, each in value.items() if each is not None or name not in _ABSENT}
+  # A ConfigDict lets no plain tuple take the place of an Objectives.
   return tuple(value) if isinstance(value, Objectives) else value

@@ -9,12 +9,13 @@ from typing import ClassVar
 from diffdis_jax.errors import UserError, check_choice, check_number, check_regex
 
 NUM_TIMESTEPS = 1000  # of both diffusion processes
+# Stable Diffusion's code and the appendix call `scaled_linear` linear; `linear` here is evenly spaced in β.
 SCHEDULES = ("scaled_linear", "linear", "cosine")
 TARGETS = ("data", "noise")
 DUPLICATE_CAPTIONS = ("mask", "negatives")
 SCHEDULE_KINDS = ("constant", "cosine", "linear", "epoch_cosine")
 CONTRASTIVE_BATCHES = ("whole", "microbatch")
-MOMENTS = ("float32", "bfloat16")
+MOMENTS = ("float32", "bfloat16")  # names, since a config is read before jax is imported
 ANCHOR_CHOICES = ("linear_loss", "first", "random")
 ANCHOR_IMAGES = ("val", "train50")
 
@@ -29,6 +30,7 @@ class ImageDiffusion:
   """
 
   schedule: str = "scaled_linear"
+  # No fields: Stable Diffusion's weights predict the noise of unscaled latents.
   target: ClassVar[str] = "noise"
   gamma: ClassVar[float] = 1.0
 
@@ -48,11 +50,13 @@ class TextDiffusion:
 
   schedule: str = "cosine"
   target: str = "data"
+  # Of 1,024 captions, e_t by itself would name its own in 21 % of the timesteps at γ = 1, in 6 % at 0.3.
   gamma: float = 0.3
 
   def __post_init__(self) -> None:
     check_choice("schedule", self.schedule, SCHEDULES)
     check_choice("target", self.target, TARGETS)
+    # Above 0, since Algorithm 3 divides by it.
     check_number("gamma", self.gamma, above=0.0, at_most=1.0)
 
 
@@ -78,6 +82,7 @@ class Loss:
   def __post_init__(self) -> None:
     check_number("ita_weight", self.ita_weight, at_least=0.0)
     check_number("condition_dropout", self.condition_dropout, at_least=0.0, at_most=1.0)
+    # Below 1: these rows leave the loss from texts to images, of which nothing would be left.
     check_number("image_dropout", self.image_dropout, at_least=0.0, below=1.0)
     check_number("kl_weight", self.kl_weight, at_least=0.0)
     check_choice("duplicate_captions", self.duplicate_captions, DUPLICATE_CAPTIONS)
@@ -112,12 +117,14 @@ class Optim:
     UserError: a value out of its range.
   """
 
+  # The last rule takes all the rest: a parameter that no rule matches is refused.
   groups: Sequence[tuple[str, str]] = (("^autoencoder", "frozen"), (".*", "new"))
   rates: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(new=1e-3))
   schedule_kind: str = "constant"
   warmup_steps: int = 1000
   final_fraction: float = 0.0
   weight_decay: float = 1e-4
+  # Decay pulls towards 0. A norm's scale belongs at 1, and logit_scale wherever the loss puts it.
   no_decay: str = r"bias$|norm|positions|logit_scale"
   b1: float = 0.9
   b2: float = 0.999
@@ -132,21 +139,26 @@ class Optim:
   first_moment: str = "float32"
 
   def __post_init__(self) -> None:
+    # Now, and not at the first parameter, which comes when the network is built.
     for regex in (*(regex for regex, _ in self.groups), self.no_decay):
       check_regex("groups or no_decay", regex)
     check_regex("allow_uninitialized", self.allow_uninitialized)
+    # A rate of 0 is one: configs/emoji.py holds the temperature by it.
     for group, rate in self.rates.items():
       check_number(f"rates.{group}", rate, at_least=0.0)
     check_choice("schedule_kind", self.schedule_kind, SCHEDULE_KINDS)
     check_number("final_fraction", self.final_fraction, at_least=0.0, at_most=1.0)
     for name in ("warmup_steps", "weight_decay", "clip_norm"):
       check_number(name, getattr(self, name), at_least=0)
+    # Below 1: Adam divides a moment by 1 − b^t.
     for name in ("b1", "b2", "ema_decay"):
       check_number(name, getattr(self, name), at_least=0.0, below=1.0)
+    # Above 0: of a token that no caption has had yet, both moments are 0.
     check_number("eps", self.eps, above=0.0)
     check_number("accumulate", self.accumulate, at_least=1)
     check_choice("contrastive_batch", self.contrastive_batch, CONTRASTIVE_BATCHES)
     check_choice("first_moment", self.first_moment, MOMENTS)
+    # That schedule divides by it, and counts the warm-up in whole epochs.
     check_number("epoch_steps", self.epoch_steps, at_least=1 if self.schedule_kind == "epoch_cosine" else 0)
     check_number("warmup_rate", self.warmup_rate, at_least=0.0)
     if self.epoch_steps and self.warmup_steps % self.epoch_steps:
@@ -207,7 +219,7 @@ class CheckpointPolicy:
     UserError: a number out of its range, or a policy that contradicts itself.
   """
 
-  keep_last: int = 2
+  keep_last: int = 2  # where the newest is damaged, the run goes on from the one before
   keep_every: int = 0
   keep_best: int = 0
   best_metric: str = ""
@@ -247,13 +259,14 @@ class Sampling:
   num_noise_samples: int = 1
   guidance: float = 1.0
   normalize_query: bool = True
-  generation_steps: int = 50
+  generation_steps: int = 50  # the paper states neither: these are the defaults of StableDiffusionPipeline
   generation_guidance: float = 7.5
 
   def __post_init__(self) -> None:
     check_number("steps", self.steps, at_least=1, at_most=1000)
     check_number("num_noise_samples", self.num_noise_samples, at_least=1)
     check_number("guidance", self.guidance, at_least=0.0)
+    # At most 999: Stable Diffusion's steps begin at 1 (schedules.leading).
     check_number("generation_steps", self.generation_steps, at_least=1, at_most=999)
     check_number("generation_guidance", self.generation_guidance, at_least=0.0)
 
@@ -268,6 +281,7 @@ class MeshShape:
     tensor: parts of the layers' widths.
   """
 
+  # Not checked here, where nobody knows how many devices there are.
   data: int = -1
   fsdp: int = 1
   tensor: int = 1

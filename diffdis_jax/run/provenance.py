@@ -19,7 +19,7 @@ import jax
 from etils import epath
 
 import diffdis_jax
-from diffdis_jax.common import buckets, files
+from diffdis_jax.common import buckets, cli, files
 from diffdis_jax.config.fields import read_fields
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import committed, history, workdir
@@ -44,7 +44,7 @@ def provenance(run: Mapping[str, Any]) -> dict[str, Any]:
     run: as given.
   """
   device = {"kind": jax.devices()[0].device_kind, "count": jax.device_count()}
-  return {**code(), "device": device, "processors": _processors(), "run": dict(run)}
+  return {**code(), "device": device, "processors": cli.cores(), "run": dict(run)}
 
 
 @functools.cache
@@ -165,10 +165,6 @@ def _config(path: str) -> dict[str, Any] | None:
 def _imported(file: epath.Path) -> str | None:
   source = history.parse(" ".join(files.lines(file))).get("source")
   return public(source) if isinstance(source, str) else None
-
-
-def _processors() -> int:
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Checkout(NamedTuple):

@@ -44,6 +44,7 @@ class Anchors:
     flat = corpus.flat
     return {
       name: [
+        # None, since JSON has no infinity.
         {"sentence": flat[place], "loss": float(loss) if np.isfinite(loss) else None}
         for place, loss in zip(places.tolist(), losses.tolist(), strict=True)
         if place >= 0
@@ -83,6 +84,7 @@ class Selection:
     if split == "train":
       self._indices = first_of_each(source.labels, TRAINING_IMAGES)
     self._labels = source.labels[self._indices]
+    # The loss of a sentence is a mean over its class's images: of none it would be 0 / 0.
     if (absent := np.setdiff1d(np.arange(head.classes), self._labels)).size:
       raise UserError(f"no image of {self.corpus.classnames[absent[0]]!r} to choose its sentences by, in split {split}")
 
@@ -100,7 +102,7 @@ class Selection:
   def run(self, inference: Any, params: Params) -> Anchors:
     """By this backbone: a network, which may have a head, and its parameters."""
     ids, choice = self._tokens.ids, self._section.anchor_choice
-    losses = np.full(len(ids), np.inf, np.float32)
+    losses = np.full(len(ids), np.inf, np.float32)  # of the other choices, which look at no image
     if choice == "linear_loss":
       images = base.embed_images(
         inference, params, self._source, self._indices, seed=self._seed, crop_pct=self._section.crop_pct
@@ -114,7 +116,9 @@ class Selection:
       )
     places = choose(losses, self._tokens.starts, choice, count=self._count, seed=self._seed)
     logging.info("anchors: %d of %d sentences, by %s", (places >= 0).sum(), len(ids), choice)
+    # Of any length, unlike the normalised ones of the loss: VL-LTR's head attends over raw features.
     chosen = inference.text_features(params, ids[places[places >= 0]])
+    # Where a class has fewer, zeros, which the head's attention leaves out (models/lgr.py).
     embeddings = np.zeros((*places.shape, chosen.shape[-1]), np.float32)
     embeddings[places >= 0] = chosen
     return Anchors(embeddings, places, np.where(places >= 0, losses[places], np.inf).astype(np.float32))
@@ -145,5 +149,6 @@ def first_of_each(labels: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, 
   """Places of the first `count` of each class, in order."""
   order = np.argsort(labels, kind="stable")
   counts = np.bincount(labels)
+  # Sorted stably, an image's distance from its class's first is its number among them.
   rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
   return np.sort(order[rank < count])

@@ -57,13 +57,14 @@ class Evaluator:
       Preempted: the processes stop in the middle of it; nothing was written.
       UserError: `checkpoint.best_metric` is none of the metrics.
     """
-    params = {**state.params, **state.ema}
+    params = {**state.params, **state.ema}  # the averages, as evaluate and generate take them by default
     found = {}
     for name, evaluation in self._evals.items() if self._evaluates(step, last) else ():
       metrics = evaluation.run(self._inference, params)
       logging.info("step %d  %s  %s", step, name, "  ".join(f"{key} {value:.3f}" for key, value in metrics.items()))
       found[name] = {f"{name}/{key}": value for key, value in metrics.items()}
     grid = self._grid(params) if self._draws(step, last) else None
+    # Written when all of it is there: a stop in the middle leaves none, and the restart does it again from its start.
     for metrics in found.values():
       writer.scalars(step, metrics)
     if grid is not None:
@@ -73,6 +74,7 @@ class Evaluator:
     together = {key: value for metrics in found.values() for key, value in metrics.items()}
     if self._best not in together:
       raise UserError(f"checkpoint.best_metric={self._best} is none of {', '.join(together)}")
+    # Process 0's: of metrics that round apart, two processes might keep different checkpoints.
     return {self._best: float(processes.from_first(np.float32(together[self._best])))}
 
   def _evaluates(self, step: int, last: bool) -> bool:
@@ -83,6 +85,7 @@ class Evaluator:
 
   def _grid(self, params: Params) -> UInt8[np.ndarray, "h w 3"]:
     tokens = Tokenizer(self._inference.max_length)(self._prompts)
+    # The same noise each time, so that two grids differ by what was learned between them.
     noise = self._inference.noise(len(tokens), self._seed)
     images = self._inference.generate(params, tokens, noise)
     return np.asarray(samples.draw_grid(images, self._prompts, columns=8))

@@ -38,6 +38,7 @@ def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
     "host": socket.gethostname(),
     "jax": jax.__version__,
     **provenance.code(),
+    # A run that goes on has its parameters from its own checkpoint.
     **({"init_from": provenance.behind(trainer.run.init_from)} if begins else {}),
     "mesh": dict(trainer.mesh.shape),
     "parameters": parameter_groups(trainer),
@@ -47,6 +48,7 @@ def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
 
 def overview(trainer: Trainer) -> str:
   """A table of the parameters: path, shape, dtype, number."""
+  # Without statistics, which need values: there are only shapes yet.
   return parameter_overview.get_parameter_overview(trainer.shapes, include_stats=False) + "\n"
 
 

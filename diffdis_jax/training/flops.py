@@ -71,6 +71,7 @@ def trace_train(trainer: Trainer) -> Program:
 
 def trace_inference(name: str, inference: Inference) -> Program:
   """One call of "generation" or "discrimination"; none of the operations that are counted is inside a kernel."""
+  # The plain form is counted and the other is run: a kernel hides its products, and pads them.
   counted = Inference(
     inference.network.counted(), inference.sampling, mesh=inference.mesh, batch_size=inference.batch_size
   )
@@ -118,6 +119,7 @@ def _of(jaxpr: core.Jaxpr, turns: bool) -> float:
     elif name == "conv_general_dilated":
       total += _convolution(equation)
     elif name == "cond":
+      # One branch runs, and a trace does not say which.
       total += max(_of(branch.jaxpr, turns) for branch in params["branches"])
     else:
       inner = sum(_of(inner, turns) for inner in _inner(params))
@@ -128,12 +130,14 @@ def _of(jaxpr: core.Jaxpr, turns: bool) -> float:
 def _product(equation: Any) -> float:
   (contracting, _), _ = equation.params["dimension_numbers"]
   lhs = equation.invars[0].aval.shape
+  # The output has the batch's axes and the free ones of both sides; the contracted ones are the sum's length.
   return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracting)
 
 
 def _convolution(equation: Any) -> float:
   kernel = equation.invars[1].aval.shape
   outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+  # A kernel's input axis has the channels of one group, so that groups need no term of their own.
   taps = math.prod(kernel) / outputs
   # Of a dilated input, all but one in so many are zeros.
   return 2.0 * math.prod(equation.outvars[0].aval.shape) * taps / math.prod(equation.params["lhs_dilation"])
@@ -142,6 +146,7 @@ def _convolution(equation: Any) -> float:
 def _repeats(name: str, params: dict[str, Any], turns: bool) -> float:
   if name == "scan":
     return params["length"] if turns else 1
+  # Its body is one device's, and a kernel's one block's of its grid.
   if name == "shard_map":
     return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
   if name == "pallas_call":
@@ -150,8 +155,9 @@ def _repeats(name: str, params: dict[str, Any], turns: bool) -> float:
 
 
 def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+  # jit, scan, remat and derivatives of one's own each keep their body under another name, alone or among others.
   for value in params.values():
     for each in value if isinstance(value, (tuple, list)) else (value,):
-      each = getattr(each, "jaxpr", each)
+      each = getattr(each, "jaxpr", each)  # out of a ClosedJaxpr
       if isinstance(each, core.Jaxpr):
         yield each

@@ -33,6 +33,7 @@ from diffdis_jax.models.clip import Clip
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import AnyBatch, Batch, Pairs, TextCondition
 from diffdis_jax.training import loss_function as objectives
+from diffdis_jax.training.loss_function import Gradient
 from diffdis_jax.training.metrics import Metrics, mean_of
 from diffdis_jax.training.stored_inputs import TEXT_ENCODER
 
@@ -52,6 +53,13 @@ class Microbatch(NamedTuple):
   noise: StepNoise | None
 
 
+class Pass(NamedTuple):
+  """What a pass gives: gradients, summed over rows, and what the next one takes of each row."""
+
+  gradient: Params
+  rows: Rows
+
+
 class GradCache:
   """Gradient and metrics of a network's loss on a whole batch, `n` microbatches one after another.
 
@@ -65,10 +73,10 @@ class GradCache:
   def __init__(self, network: Network, run: Run, mesh: Mesh, n: int):
     self.network, self.run, self.mesh, self.n = network, run, mesh, n
 
-  def __call__(self, trainable: Params, fixed: Params, batch: AnyBatch, keys: Keys) -> tuple[Params, Metrics]:
+  def __call__(self, trainable: Params, fixed: Params, batch: AnyBatch, keys: Keys) -> Gradient:
     """The gradient of the trainable parameters, f32, and the metrics: those of all rows at once."""
     gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
-    params = gathered(trainable), gathered(fixed)
+    params = gathered(trainable), gathered(fixed)  # once, for both passes
     # Before the rows are split, so that the noise does not depend on n and is the same in both passes.
     noise = None if self.network.is_clip else objectives.noise_of(self.run, keys, batch, self.network)
     rows = Microbatch(batch, noise)
@@ -78,8 +86,8 @@ class GradCache:
     cache: Rows = {}
     of_scale = jnp.zeros(())
     if self.network.objectives.contrasts:
-      _, first = self._in_turn(self.first_pass, params, (rows,))
-      scale = {**fixed, **trainable}[LOGIT_SCALE]
+      first = self._in_turn(self.first_pass, params, (rows,)).rows
+      scale = {**fixed, **trainable}[LOGIT_SCALE]  # a config may freeze it
       contrast = jax.value_and_grad(self._contrast, argnums=(0, 1), has_aux=True)
       (total, metrics), (cache, of_scale) = contrast({name: first[name] for name in REPRESENTATIONS}, scale, rows)
 
@@ -90,13 +98,13 @@ class GradCache:
     if noise is not None and "loss_generation" in second:
       per_sample = second["loss_generation"]
       total, metrics = total + per_sample.mean(), metrics | objectives.generation_metrics(per_sample, noise)
-    return gradient, {"loss": mean_of(total[None]), **metrics}
+    return Gradient(gradient, {"loss": mean_of(total[None]), **metrics})
 
-  def first_pass(self, trainable: Params, fixed: Params, rows: Microbatch) -> tuple[Params, Rows]:
+  def first_pass(self, trainable: Params, fixed: Params, rows: Microbatch) -> Pass:
     """No gradient. Of DiffDis the discrimination pass alone, and what both passes have in common."""
     model = self.network.with_params({**fixed, **trainable})
     if isinstance(model, Clip):
-      return {}, _pairs(model, rows)
+      return Pass({}, _pairs(model, rows))
     assert rows.noise is not None
     encoded = encode.encode_rows(model, rows.batch, rows.noise)
     found = self._predict(model, rows, encoded, passes=("discrimination",))
@@ -105,11 +113,11 @@ class GradCache:
       found["z_discrimination"] = encoded.latents.z_discrimination
     if _text_is_encoded_once(trainable, rows.batch):
       found["c"] = encoded.text.c
-    return {}, found
+    return Pass({}, found)
 
   def second_pass(
     self, trainable: Params, fixed: Params, rows: Microbatch, first: Rows, cache: Rows, *, batch_size: int
-  ) -> tuple[Params, Rows]:
+  ) -> Pass:
     """The gradient of these rows' share: of L_IG, a mean over the whole batch, and of L_ITA by way of the cache."""
 
     def share(trainable: Params) -> tuple[Float[Array, ""], Rows]:
@@ -118,12 +126,14 @@ class GradCache:
         found = _pairs(model, rows)
       else:
         found = self._predict(model, rows, _encoded(model, rows, first), passes=self.network.objectives)
+      # Linear in the representations, with the cache held: its gradient is the chain rule's second factor.
       total = sum((jnp.sum(found[name] * cache[name]) for name in cache), start=jnp.zeros(()))
       if "loss_generation" not in found:
         return total, {}
+      # By the batch's size, and not the microbatch's, so that the shares add up to the mean.
       return total + jnp.sum(found["loss_generation"]) / batch_size, {"loss_generation": found["loss_generation"]}
 
-    return jax.grad(share, has_aux=True)(trainable)
+    return Pass(*jax.grad(share, has_aux=True)(trainable))
 
   def _predict(self, model: DiffDis, rows: Microbatch, encoded: Encoded, *, passes: Sequence[str]) -> Rows:
     assert rows.noise is not None
@@ -141,17 +151,18 @@ class GradCache:
     query, e = (representations[name] for name in REPRESENTATIONS)
     captions = objectives.captions_of(self.run.loss, rows.batch.tokens)
     if rows.noise is None:
-      return objectives.contrastive_loss(Pairs(image=query, text=e), logit_scale, captions=captions)
+      of_clip = objectives.contrastive_loss(Pairs(image=query, text=e), logit_scale, captions=captions)
+      return of_clip.total, of_clip.metrics
     found = algorithms.alignment_loss(query, e, logit_scale, rows.noise, captions=captions)
     return self.run.loss.ita_weight * found.loss, objectives.discrimination_metrics(found, logit_scale, rows.noise)
 
   def _in_turn(
     self,
-    f: Callable[..., tuple[Params, Rows]],
+    f: Callable[..., Pass],
     params: tuple[Params, Params],
     rows: tuple[Any, ...],
     summed: Params | None = None,
-  ) -> tuple[Params, Rows]:
+  ) -> Pass:
     """f(trainable, fixed, *rows) of each microbatch: its gradients added up, and what it gives of each row.
 
     Args:
@@ -160,17 +171,18 @@ class GradCache:
     """
     leaves, kind = jax.tree.flatten(rows)
 
-    def of_device(params: tuple[Params, Params], leaves: list[Array]) -> tuple[Params, Rows]:
-      def one(total: Params, microbatch: list[Array]) -> tuple[Params, Rows]:
+    def of_device(params: tuple[Params, Params], leaves: list[Array]) -> Pass:
+      def one(total: Params, microbatch: list[Array]) -> Pass:
         gradient, found = f(*params, *jax.tree.unflatten(kind, microbatch))
-        return {path: total[path] + x.astype(total[path].dtype) for path, x in gradient.items()}, found
+        # In the parameters' own f32: in bf16 a sum soon loses what is added.
+        return Pass({path: total[path] + x.astype(total[path].dtype) for path, x in gradient.items()}, found)
 
       zeros = {path: jnp.zeros(x.shape, x.dtype) for path, x in (summed or {}).items()}
       split = [x.reshape(self.n, -1, *x.shape[1:]) for x in leaves]
       total, found = jax.lax.scan(one, zeros, split)
-      return total, {name: x.reshape(-1, *x.shape[2:]) for name, x in found.items()}
+      return Pass(total, {name: x.reshape(-1, *x.shape[2:]) for name, x in found.items()})
 
-    return sharding.on_own_rows(of_device, self.mesh, summed or {})(params, leaves)
+    return Pass(*sharding.on_own_rows(of_device, self.mesh, summed or {})(params, leaves))
 
 
 def _pairs(clip: Clip, rows: Microbatch) -> Rows:
@@ -188,7 +200,7 @@ def _text_is_encoded_once(trainable: Params, batch: AnyBatch) -> bool:
 def _encoded(model: DiffDis, rows: Microbatch, first: Rows) -> Encoded:
   """What the first pass encoded, and the rest of it anew."""
   assert rows.noise is not None
-  if "z" not in first:
+  if "z" not in first:  # generation alone, which has no first pass
     return encode.encode_rows(model, rows.batch, rows.noise)
   text = encode.encode_captions(model, rows.batch) if "c" not in first else TextCondition(c=first["c"], e=first["e"])
   return Encoded(latents=Latents(first["z"], first.get("z_discrimination")), text=text)

@@ -7,14 +7,10 @@ goes in at the image's side: it would name the class.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from diffdis_jax.config.run import Run
-from diffdis_jax.config.sections import LongTail
 from diffdis_jax.method import features, losses
 from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.method.network import Network
@@ -27,7 +23,7 @@ from diffdis_jax.training.loss_function import Total
 from diffdis_jax.training.metrics import Metrics, mean_of
 
 
-def of_first_stage(
+def class_contrastive_loss(
   model: DiffDis | Clip,
   batch: LabelledBatch,
   keys: Keys,
@@ -36,47 +32,24 @@ def of_first_stage(
   run: Run,
   teacher: DiffDis | Clip | None,
 ) -> Total:
-  """`class_contrastive_loss`, as a plug."""
-  assert teacher is not None and run.long_tail is not None
-  common: dict[str, Any] = dict(network=network, section=run.long_tail, sample_posterior=run.sample_posterior)
-  return Total(*class_contrastive_loss(model, teacher, batch, keys, **common))
-
-
-def of_second_stage(
-  model: DiffDis | Clip, batch: LabelledBatch, keys: Keys, *, network: Network, run: Run, teacher: None
-) -> Total:
-  """`head_loss`, as a plug."""
-  del teacher
-  assert run.long_tail is not None
-  common: dict[str, Any] = dict(network=network, section=run.long_tail, sample_posterior=run.sample_posterior)
-  return Total(*head_loss(model, batch, keys, **common))
-
-
-def class_contrastive_loss(
-  model: DiffDis | Clip,
-  teacher: DiffDis | Clip,
-  batch: LabelledBatch,
-  keys: Keys,
-  *,
-  network: Network,
-  section: LongTail,
-  sample_posterior: bool,
-) -> tuple[Float[Array, ""], Metrics]:
   """Stage 1: L = (1 − β) L_class + β L_distill on images, each with one sentence of its class.
 
   Args:
     teacher: the network as it was at the start; it sees the same images, noise and sentences.
-    sample_posterior: as the config has it.
   """
-  tokens = batch.tokens
+  tokens, section = batch.tokens, run.long_tail
+  assert teacher is not None and section is not None  # the objective's row and config/run.py
   assert tokens is not None  # data/build.py reads sentences for this objective
-  noise = _sample_noise(keys, len(batch.label), network, sample_posterior)
+  noise = _sample_noise(keys, len(batch.label), network, run.sample_posterior)
 
   def embed(model: DiffDis | Clip) -> Pairs:
     image = features.image_features(model, batch.image, noise, network=network)
+    # VL-LTR compares vectors of length 1; ê_0 and CLIP's image feature have any.
     return Pairs(image=losses.unit_norm(image), text=model.encode_text(tokens).e)
 
+  # By one noise, so that student and teacher differ in their parameters alone.
   pairs, of_teacher = embed(model), embed(teacher)
+  # Against the global batch, as VL-LTR gathers its own from all GPUs.
   scale, gather = model.logit_scale[...], sharding.everywhere
   classes = long_tail_losses.class_contrastive(
     pairs.image, pairs.text, scale, labels=batch.label, smoothing=section.label_smoothing, gather=gather
@@ -94,23 +67,18 @@ def class_contrastive_loss(
     "loss_class_contrastive": mean_of(classes.loss[None]),
     "loss_distill": mean_of(distilled[None]),
     "class_accuracy": mean_of(classes.accuracy[None]),
-    "temperature": mean_of(jnp.exp(scale)[None]),
+    "temperature": mean_of(jnp.exp(scale)[None]),  # without CLIP's limit, which VL-LTR does not have
   }
-  return (1.0 - section.distill_weight) * classes.loss + section.distill_weight * distilled, metrics
+  return Total((1.0 - section.distill_weight) * classes.loss + section.distill_weight * distilled, metrics)
 
 
 def head_loss(
-  model: DiffDis | Clip,
-  batch: LabelledBatch,
-  keys: Keys,
-  *,
-  network: Network,
-  section: LongTail,
-  sample_posterior: bool,
-) -> tuple[Float[Array, ""], Metrics]:
+  model: DiffDis | Clip, batch: LabelledBatch, keys: Keys, *, network: Network, run: Run, teacher: None
+) -> Total:
   """Stage 2: cross-entropy of the visual branch plus that of the language branch, on mixed images and targets."""
-  images, head = batch.image, network.model.head
-  assert head is not None  # method/network.py
+  del teacher
+  images, head, section = batch.image, network.model.head, run.long_tail
+  assert head is not None and section is not None  # config/run.py
   mix = mixing.draw_mix(
     keys["mix"],
     size=images.shape[1],
@@ -119,12 +87,14 @@ def head_loss(
     cutmix_share=section.cutmix_share,
   )
   target = mixing.mix_targets(batch.label, mix, classes=head.classes, smoothing=section.label_smoothing)
-  noise = _sample_noise(keys, len(batch.label), network, sample_posterior)
+  noise = _sample_noise(keys, len(batch.label), network, run.sample_posterior)
+  # Pixels are mixed, so that the frozen network has to see each mixture: its features cannot be kept.
   f = features.image_features(model, mixing.mix_images(images, mix), noise, network=network)
   logits = model.head(f, model.logit_scale[...])
   visual, language = (long_tail_losses.soft_cross_entropy(x, target) for x in (logits.visual, logits.language))
   metrics: Metrics = {"loss_visual": mean_of(visual), "loss_language": mean_of(language)}
-  return visual.mean() + language.mean(), metrics
+  # Unweighted, as in VL-LTR. Shares of 0.2 and 0.8 are the prediction's (lgr.mixed_prediction).
+  return Total(visual.mean() + language.mean(), metrics)
 
 
 def _sample_noise(keys: Keys, b: int, network: Network, sample_posterior: bool) -> features.FeatureNoise:

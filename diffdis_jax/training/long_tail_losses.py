@@ -42,16 +42,19 @@ def class_contrastive(
   """
   theirs = gather(labels)
 
-  def direction(anchors: Float[Array, "b d"], candidates: Float[Array, "b d"]) -> tuple[Array, Array]:
+  def direction(anchors: Float[Array, "b d"], candidates: Float[Array, "b d"]) -> ClassContrastive:
     logits = _logits(anchors, gather(candidates), logit_scale)
     same = (labels[:, None] == theirs).astype(jnp.float32)
+    # Never 0 / 0: a pair is of its own class. `same` is symmetric, so that one rule serves both directions.
     target = same / same.sum(axis=1, keepdims=True)
     hits = jnp.take_along_axis(same, jnp.argmax(logits, axis=1, keepdims=True), axis=1)[:, 0]
     log_p = jax.nn.log_softmax(logits, axis=1)
-    return -((1.0 - smoothing) * (target * log_p).sum(axis=1) + smoothing * log_p.mean(axis=1)), hits
+    per_row = -((1.0 - smoothing) * (target * log_p).sum(axis=1) + smoothing * log_p.mean(axis=1))
+    return ClassContrastive(loss=per_row.mean(), accuracy=hits.mean())
 
-  (image_to_text, hits), (text_to_image, _) = direction(image, text), direction(text, image)
-  return ClassContrastive(loss=0.5 * (image_to_text.mean() + text_to_image.mean()), accuracy=hits.mean())
+  image_to_text, text_to_image = direction(image, text), direction(text, image)
+  # A zero-shot classifier goes from image to text, and so does the accuracy.
+  return ClassContrastive(loss=0.5 * (image_to_text.loss + text_to_image.loss), accuracy=image_to_text.accuracy)
 
 
 def distill(
@@ -72,6 +75,7 @@ def distill(
   def direction(anchors: Array, candidates: Array, of_teacher: Array, their_candidates: Array) -> Array:
     student = jax.nn.log_softmax(_logits(anchors, gather(candidates), logit_scale), axis=1)
     teacher = jax.nn.softmax(_logits(of_teacher, gather(their_candidates), teacher_logit_scale), axis=1)
+    # Cross-entropy rather than KL: they differ by the teacher's entropy, which has no gradient.
     return -(jax.lax.stop_gradient(teacher) * student).sum(axis=1).mean()
 
   image_to_text = direction(image, text, teacher_image, teacher_text)
@@ -81,6 +85,7 @@ def distill(
 def _logits(
   anchors: Float[Array, "b d"], candidates: Float[Array, "m d"], logit_scale: Float[Array, ""]
 ) -> Float[Array, "b m"]:
+  # Left to itself, a TPU would multiply f32 in bf16, and a GPU in TF32.
   cosines = jnp.einsum("id,jd->ij", anchors, candidates, precision=jax.lax.Precision.HIGHEST)
   return jnp.exp(logit_scale.astype(jnp.float32)) * cosines
 

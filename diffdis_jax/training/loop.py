@@ -18,7 +18,6 @@ from clu.metrics import Average
 from jax.sharding import Mesh
 
 from diffdis_jax.common import buckets, files
-from diffdis_jax.common.params import Params
 from diffdis_jax.config.run import Run
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.data import copies, loader
@@ -73,6 +72,7 @@ def train_and_evaluate(
     UserError: bad data or workdir, a config that the devices cannot train, or a loss that is no longer finite.
     Preempted: SIGTERM or, as Interrupted, Ctrl-C came; the steps so far are saved.
   """
+  # Flags first: they need neither devices nor data.
   span = profile.parse(profiled, num_steps=run.num_steps) if profiled else None
   trackers.check(tracker)
   mesh = prepared.trainer.mesh if prepared else sharding.make_mesh(**vars(run.mesh))
@@ -106,8 +106,9 @@ def train_and_evaluate(
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, run.checkpoint))
     if checkpointer.latest_step() != run.num_steps:
       train_step.start()  # beside what reads and draws parameters, of which each may take a minute
-    made = functools.partial(selection.params, inference, path) if selection else no_params
+    made = functools.partial(selection.params, inference, path) if selection else None
     state, meta = start.restore_or_init(trainer, checkpointer, iterator, made)
+    # Not before: the fingerprints are of parameters, which are there only now.
     stored_inputs.check_stored(latent_facts(run.data), state.params, trainer.trainable)
     step = int(state.step)
     known = facts.of_start(trainer, begins=not step)
@@ -117,6 +118,7 @@ def train_and_evaluate(
     stack.enter_context(contextlib.closing(writer))
     profiler = stack.enter_context(contextlib.closing(profile.Profiler(span, path, start_step=step)))
 
+    # What was entered closes from the last to the first: trace, lines, history, pending save, lock.
     peak_rate = rate_at_peak(trainer)
     loop = Loop(run, trainer, train_step, iterator, evaluator, checkpointer, writer, stop, profiler, peak_rate)
     loop.run_to_end(state, meta)
@@ -172,11 +174,12 @@ class Loop:
         batch = batch_type(run.data)(**sharding.to_global(rows, self.trainer.mesh))
       if train_step is None:
         train_step = self.train_step.compiled()
-        self.stop.begin()
+        self.stop.begin()  # until now there was nothing to save, and a signal ended the process at once
       state, metrics = train_step(state, batch)
       if step == start_step + 1:
         jax.block_until_ready(metrics)  # starting is no speed
         progress.restart(step)
+      # Added up on the devices: to fetch them here would wait for the step.
       totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
       if self.profiler.after(step):
         jax.block_until_ready(metrics)
@@ -236,6 +239,7 @@ def latent_shapes(network: Network) -> LatentShapes | None:
 
 def write_totals(totals: Metrics | None) -> dict[str, list[float]]:
   """Metrics summed since the last report, as JSON, bit for bit."""
+  # A double holds every f32, and JSON gives a double back as it was.
   return {name: [float(x.total), float(x.count)] for name, x in jax.device_get(totals or {}).items()}
 
 
@@ -255,7 +259,7 @@ def check_finite(totals: Metrics, step: int, checkpointer: checkpoint.Checkpoint
   """
   means = {name: float(x.total) / float(x.count) if x.count else math.nan for name, x in jax.device_get(totals).items()}
   if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
-    checkpointer.wait()
+    checkpointer.wait()  # the save that is still being written may be the last good one
     kept = checkpointer.latest_step()
     raise UserError(
       f"loss {means['loss']} or gradient norm {means['grad_norm']} is not finite by step {step}; the last good"
@@ -282,9 +286,3 @@ def make_evaluator(run: Run, inference: Inference) -> Evaluator:
     seed=run.seed,
     best_metric=run.checkpoint.best_metric,
   )
-
-
-def no_params(params: Params) -> Params:
-  """Of a run whose parameters are all loaded or drawn."""
-  del params
-  return {}

@@ -1,5 +1,5 @@
 """What a step minimises, and what it reports. `diffusion_loss` is the paper's Algorithm 1 (method/algorithms.py);
-`reconstruction_loss` trains an autoencoder, and `contrastive_loss` CLIP, the paper's baseline."""
+`reconstruction_loss` trains an autoencoder, and `clip_loss` CLIP, the paper's baseline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import AnyBatch, Batch, Pairs
 from diffdis_jax.training.metrics import Metrics, mean_of
 
-# Share of the running latent statistics that each reconstruction step keeps.
+# Share of the running latent statistics that each reconstruction step keeps: they look back over some 50 steps.
 STATISTICS_DECAY = 0.98
 
 
@@ -36,27 +36,16 @@ class Total(NamedTuple):
   statistics: Params = {}
 
 
+class Gradient(NamedTuple):
+  """The gradient of `Total.total` with respect to the trainable parameters, and the rest of a Total."""
+
+  gradient: Params
+  metrics: Metrics
+  statistics: Params = {}
+
+
 ModelLoss = Callable[..., Total]
 """(model, batch, keys, *, network, run, teacher) -> Total."""
-
-
-def of_diffusion(model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Network, run: Run, teacher: None) -> Total:
-  """Of generation and discrimination."""
-  del teacher
-  return Total(*diffusion_loss(model, batch, keys, network=network, run=run))
-
-
-def of_contrastive(model: Clip, batch: Batch, keys: Keys, *, network: Network, run: Run, teacher: None) -> Total:
-  """Of CLIP, which makes no random choices."""
-  del keys, network, teacher
-  pairs = encode.encode_pairs(model, batch)
-  return Total(*contrastive_loss(pairs, model.logit_scale[...], captions=captions_of(run.loss, batch.tokens)))
-
-
-def of_reconstruction(model: DiffDis, batch: Batch, keys: Keys, *, network: Network, run: Run, teacher: None) -> Total:
-  """Of an autoencoder."""
-  del network, teacher
-  return Total(*reconstruction_loss(model, batch, keys, kl_weight=run.loss.kl_weight))
 
 
 def noise_of(run: Run, keys: Keys, batch: AnyBatch, network: Network) -> StepNoise:
@@ -76,21 +65,21 @@ def captions_of(section: Loss, tokens: Int[Array, "b l"]) -> UInt32[Array, "b"] 
   return losses.caption_ids(tokens) if section.duplicate_captions == "mask" else None
 
 
-def diffusion_loss(
-  model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Network, run: Run
-) -> tuple[Float[Array, ""], Metrics]:
+def diffusion_loss(model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Network, run: Run, teacher: None) -> Total:
   """The paper's Algorithm 1, and its two losses by themselves for the log."""
+  del teacher
   noise = noise_of(run, keys, batch, network)
   captions = captions_of(run.loss, batch.tokens)
   found = algorithms.training_losses(
     model, batch, noise, network=network, ita_weight=run.loss.ita_weight, captions=captions
   )
   metrics: Metrics = {}
+  # What the run is not trained for has no loss, and leaves no line in the log.
   if found.generation is not None:
     metrics |= generation_metrics(found.generation, noise)
   if found.alignment is not None:
     metrics |= discrimination_metrics(found.alignment, model.logit_scale[...], noise)
-  return found.total, metrics
+  return Total(found.total, metrics)
 
 
 def generation_metrics(per_sample: Float[Array, "b"], noise: StepNoise) -> Metrics:
@@ -107,18 +96,25 @@ def discrimination_metrics(result: losses.Contrastive, logit_scale: Float[Array,
   }
 
 
-def contrastive_loss(
-  pairs: Pairs, logit_scale: Float[Array, ""], *, captions: UInt32[Array, "b"] | None
-) -> tuple[Float[Array, ""], Metrics]:
+def clip_loss(model: Clip, batch: Batch, keys: Keys, *, network: Network, run: Run, teacher: None) -> Total:
+  """`contrastive_loss` of CLIP, which makes no random choices."""
+  del keys, network, teacher
+  pairs = encode.encode_pairs(model, batch)
+  return contrastive_loss(pairs, model.logit_scale[...], captions=captions_of(run.loss, batch.tokens))
+
+
+def contrastive_loss(pairs: Pairs, logit_scale: Float[Array, ""], *, captions: UInt32[Array, "b"] | None) -> Total:
   """CLIP's loss (Radford et al., 2021): InfoNCE between images and texts, both ways, over all of the batch."""
+  # Whole on every device: the negatives of a row are those of the global batch.
   result = losses.contrastive(pairs.image, pairs.text, logit_scale, captions=captions, gather=sharding.everywhere)
-  return result.loss, {"loss_contrastive": mean_of(result.loss[None]), **alignment(result, logit_scale)}
+  return Total(result.loss, {"loss_contrastive": mean_of(result.loss[None]), **alignment(result, logit_scale)})
 
 
 def reconstruction_loss(
-  model: DiffDis, batch: Batch, keys: Keys, *, kl_weight: float
-) -> tuple[Float[Array, ""], Metrics, Params]:
+  model: DiffDis, batch: Batch, keys: Keys, *, network: Network, run: Run, teacher: None
+) -> Total:
   """L1 + KL of the autoencoder, and its latents' running shift and scale to zero mean and unit variance."""
+  del network, teacher
   x = to_signed(batch.image)
   posterior = model.autoencoder.encode(x)
   latent = sample_posterior(posterior, keys["posterior"])
@@ -127,7 +123,7 @@ def reconstruction_loss(
     model.autoencoder.decode(latent),
     mean=posterior.mean,
     log_variance=posterior.log_variance,
-    kl_weight=kl_weight,
+    kl_weight=run.loss.kl_weight,
   )
   metrics: Metrics = {name: mean_of(value) for name, value in (("loss_l1", result.l1), ("loss_kl", result.kl))}
 
@@ -135,11 +131,12 @@ def reconstruction_loss(
   latent = jax.lax.stop_gradient(latent)
   keep, shift, scale = STATISTICS_DECAY, model.autoencoder.shift[...], model.autoencoder.scale[...]
   mean, deviation = latent.mean(axis=(0, 1, 2)), latent.std(axis=(0, 1, 2))
+  # Of the deviation, and not of its reciprocal, the mean is taken. Latents that are all alike deviate by 0.
   statistics = {
     "autoencoder.shift": keep * shift + (1.0 - keep) * mean,
     "autoencoder.scale": 1.0 / (keep / scale + (1.0 - keep) * jnp.maximum(deviation, 1e-6)),
   }
-  return result.loss.mean(), metrics, statistics
+  return Total(result.loss.mean(), metrics, statistics)
 
 
 def alignment(result: losses.Contrastive, logit_scale: Float[Array, ""]) -> Metrics:

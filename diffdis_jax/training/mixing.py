@@ -37,12 +37,16 @@ def draw_mix(key: PRNGKeyArray, *, size: int, mixup: float, cutmix: float, cutmi
     mixup, cutmix: a of each; 0 leaves it out, and with both 0 nothing is mixed.
     cutmix_share: how often it is CutMix where both are there.
   """
+  # Each choice has its key, whichever of them are made.
   which, of_mixup, of_cutmix, row, column = jax.random.split(key, 5)
   if mixup and cutmix:
     is_cutmix = jax.random.bernoulli(which, cutmix_share)
   else:
     is_cutmix = jnp.asarray(bool(cutmix))
-  beta = lambda key, a: jax.random.beta(key, a, a) if a else jnp.ones(())
+
+  def beta(key: PRNGKeyArray, a: float) -> Float[Array, ""]:
+    return jax.random.beta(key, a, a) if a else jnp.ones(())  # Beta(0, 0) is none; with λ = 1 an image stays itself
+
   share = jnp.where(is_cutmix, beta(of_cutmix, cutmix), beta(of_mixup, mixup))
   centre = jax.random.randint(row, (), 0, size), jax.random.randint(column, (), 0, size)
   return boxed(share, is_cutmix, *centre, size=size)
@@ -52,10 +56,12 @@ def boxed(
   share: Float[Array, ""], is_cutmix: Bool[Array, ""], row: Int[Array, ""], column: Int[Array, ""], *, size: int
 ) -> Mix:
   """The mix of λ, and of a box around this pixel; of CutMix λ is then what the box, cut to the image, leaves."""
+  # As timm halves it: sides are even, and the box is a little smaller than 1 − λ asks for.
   half = jnp.floor(size * jnp.sqrt(1.0 - share)).astype(jnp.int32) // 2
   edges = [jnp.clip(edge, 0, size) for edge in (row - half, row + half, column - half, column + half)]
   top, bottom, left, right = edges
   outside = 1.0 - ((bottom - top) * (right - left)).astype(jnp.float32) / (size * size)
+  # timm's correct_lam: targets are mixed as the pixels were.
   return Mix(jnp.where(is_cutmix, outside, share), is_cutmix, top, bottom, left, right)
 
 
@@ -66,6 +72,7 @@ def mix_images(images: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"], mix: M
   rows, columns = (jnp.arange(side) for side in own.shape[1:3])
   inside = ((rows >= mix.top) & (rows < mix.bottom))[:, None] & ((columns >= mix.left) & (columns < mix.right))
   cut = jnp.where(inside[None, :, :, None], other, own)
+  # Both are computed, and one taken: which, is known on the device alone.
   return jnp.where(mix.is_cutmix, cut, mix.share * own + (1.0 - mix.share) * other)
 
 

@@ -26,13 +26,13 @@ def groups_of(paths: Iterable[str], groups: Sequence[tuple[str, str]]) -> dict[s
   Raises:
     UserError: a parameter that no regex matches.
   """
-  rules = ((STATISTICS, FROZEN), *groups)
+  rules = ((STATISTICS, FROZEN), *groups)  # first, so that no config can train them
   return {path: first_match(path, rules, "optim.groups") for path in paths}
 
 
 def schedule(peak: float, *, kind: str, warmup_steps: int, num_steps: int, final_fraction: float) -> optax.Schedule:
   """Linear warm-up from 0 to `peak`, then `constant`, or `cosine` or `linear` decay to `final_fraction` of it."""
-  rest = max(num_steps - warmup_steps, 1)
+  rest = max(num_steps - warmup_steps, 1)  # optax refuses a decay over no steps
   after = {
     "constant": lambda: optax.constant_schedule(peak),
     "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=final_fraction),
@@ -90,8 +90,10 @@ def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> 
   decayed = {path: first_match(path, ((section.no_decay, False), ("", True)), "optim.no_decay") for path in labels}
 
   def adamw(group: str) -> optax.GradientTransformation:
-    # Parameters of other groups arrive as empty nodes, and stay so.
-    mask = lambda params: {path: decayed[path] if labels[path] == group else node for path, node in params.items()}
+    def mask(params: Params) -> Params:
+      # Parameters of other groups arrive as empty nodes, and stay so.
+      return {path: decayed[path] if labels[path] == group else node for path, node in params.items()}
+
     return optax.adamw(
       rate_schedule(section, group, num_steps=num_steps),
       b1=section.b1,
@@ -102,14 +104,14 @@ def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> 
       mask=mask,
     )
 
-  # Before the groups part: one norm over all that is trained.
+  # Before the groups part: one norm over all that is trained. Sorted, since a set has another order in each process.
   clip = optax.clip_by_global_norm(section.clip_norm) if section.clip_norm else optax.identity()
   return optax.chain(clip, optax.partition({group: adamw(group) for group in sorted(set(labels.values()))}, labels))
 
 
 def limit_logit_scale(params: Params) -> Params:
   """The parameters with CLIP's logit_scale within [0, ln 100], as open_clip limits it after each step."""
-  if "logit_scale" not in params:
+  if "logit_scale" not in params:  # it is frozen
     return params
   return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0.0, MAX_LOGIT_SCALE)}
 

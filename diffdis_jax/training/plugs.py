@@ -36,14 +36,15 @@ class Plug:
   chosen: frozenset[str] = frozenset()
 
 
-_DIFFUSION = Plug(losses.of_diffusion)
+# One for both: Algorithm 1 leaves out the loss of an objective that is not there.
+_DIFFUSION = Plug(losses.diffusion_loss)
 PLUGS = {
   "generation": _DIFFUSION,
   "discrimination": _DIFFUSION,
-  "reconstruction": Plug(losses.of_reconstruction),
-  "contrastive": Plug(losses.of_contrastive),
-  "class_contrastive": Plug(long_tail.of_first_stage),
-  "long_tail_head": Plug(long_tail.of_second_stage, selection=anchors.Selection, chosen=frozenset({anchors.ANCHORS})),
+  "reconstruction": Plug(losses.reconstruction_loss),
+  "contrastive": Plug(losses.clip_loss),
+  "class_contrastive": Plug(long_tail.class_contrastive_loss),
+  "long_tail_head": Plug(long_tail.head_loss, selection=anchors.Selection, chosen=frozenset({anchors.ANCHORS})),
 }
 
 
@@ -63,6 +64,7 @@ def loss_function(network: Network, run: Run) -> LossFn:
     trainable: Params, fixed: Params, batch: TrainingBatch, keys: Keys, teacher: Params | None = None
   ) -> tuple[Float[Array, ""], tuple[Metrics, Params]]:
     model = network.with_params({**fixed, **trainable})
+    # What is frozen is the same now and then, and so is kept once.
     start = network.with_params({**fixed, **teacher}) if teacher else None
     found = loss_of(model, batch, keys, network=network, run=run, teacher=start)
     return found.total, ({"loss": mean_of(found.total[None]), **found.metrics}, found.statistics)

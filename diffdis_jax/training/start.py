@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -30,16 +30,23 @@ from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
 
 
+class Start(NamedTuple):
+  """The state that a run goes on from, and what was saved with it (`loop.Loop`); of a new run nothing was."""
+
+  state: TrainState
+  meta: dict[str, Any]
+
+
 def restore_or_init(
   trainer: Trainer,
   checkpointer: checkpoint.Checkpointer,
   iterator: grain.DatasetIterator,
-  made: Callable[[Params], Params] = lambda params: {},
-) -> tuple[TrainState, dict[str, Any]]:
+  made: Callable[[Params], Params] | None = None,
+) -> Start:
   """The last checkpoint's state and meta, with the data iterator set to its next batch; or the state of step 0.
 
   Args:
-    made: of the parameters of step 0, those that are computed from the others.
+    made: of the parameters of step 0, those that are computed from the others; None for none.
   """
   step = checkpointer.latest_step()
   if step is not None:
@@ -48,11 +55,12 @@ def restore_or_init(
     # A global array, which every process makes from its own number.
     place = trainer.state_shardings.step
     number = jax.make_array_from_callback((), place, lambda _: np.asarray(step, np.int32))
-    return dataclasses.replace(restored.state, step=number, seed=trainer.place_seed()), restored.meta
+    return Start(dataclasses.replace(restored.state, step=number, seed=trainer.place_seed()), restored.meta)
   run = trainer.run
   loaded = load_initial(run.init_from, trainer)  # first: what is wrong with it shows before anything is compiled
+  # All are drawn, those too that were loaded: what a parameter begins with does not depend on the others.
   params = trainer.init_params(jax.random.key(run.seed)) | loaded
-  return trainer.with_params(params | made(params)), {}
+  return Start(trainer.with_params(params | made(params) if made else params), {})
 
 
 def find_initial(path: str, trainer: Trainer) -> set[str]:
@@ -84,7 +92,7 @@ def _check_earlier(path: str, objectives: Objectives) -> None:
       f"init_from is empty; objective {name} starts from {row.starts_from}: give --config.init_from=WORKDIR"
     )
   earlier = run_config.load(path)
-  if not row.follows:
+  if not row.follows:  # stage 1 takes a run of any length
     return
   if row.follows not in earlier.objectives:
     raise UserError(
@@ -112,7 +120,7 @@ def _names_in_common(path: str, trainer: Trainer) -> set[str]:
   common = saved.keys() & trainer.shapes.keys() - _drawn_by_import(path, saved)
   if not common:
     raise UserError(f"init_from={path} has no parameter of this network; it holds {parts_of(saved)}")
-  for name in sorted(common):
+  for name in sorted(common):  # a set's order changes, and the message should not
     if saved[name].shape != trainer.shapes[name].shape:
       raise UserError(
         f"init_from={path}: {name} has shape {saved[name].shape} there and {trainer.shapes[name].shape} in this"
@@ -164,6 +172,7 @@ def load_initial(path: str, trainer: Trainer) -> Params:
     return {}
   names -= trainer.plug.chosen  # anew
   saved = restore.saved_params(path)
+  # Split at once as this mesh has them, so that no device ever holds the whole.
   abstract = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     saved,

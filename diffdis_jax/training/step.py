@@ -29,6 +29,7 @@ from diffdis_jax.parallel import programs, sharding
 from diffdis_jax.structs import LabelledBatch, TrainingBatch, TrainState
 from diffdis_jax.training import gradcache, plugs
 from diffdis_jax.training import optim as optimizers
+from diffdis_jax.training.loss_function import Gradient
 from diffdis_jax.training.metrics import Metrics
 
 # One key for each random choice of a step. Their numbers are part of a run's identity: append, never reorder.
@@ -148,13 +149,15 @@ class Trainer:
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
       updates, opt_state = self._tx.update(gradient, state.opt_state, trainable)
     trainable = cast(Params, optax.apply_updates(trainable, updates))
+    # Of CLIP as open_clip does it, after the step; in DiffDis the loss limits τ (losses.temperature).
     if self.run.objectives.is_clip:
       trainable = optimizers.limit_logit_scale(trainable)
+    # Before the optimizer clips it: after that it says no more than clip_norm.
     metrics["grad_norm"] = Average(total=optax.tree.norm(gradient), count=jnp.ones(()))
     return (
       TrainState(
         step=state.step + 1,
-        params={**fixed, **trainable, **statistics},
+        params={**fixed, **trainable, **statistics},  # in this order: the statistics are among the fixed
         ema=optimizers.update_ema(trainable, state.ema, decay=self.run.optim.ema_decay, step=state.step),
         opt_state=opt_state,
         seed=state.seed,
@@ -171,23 +174,28 @@ class Trainer:
     keys: Callable[[Int[Array, ""]], dict[str, jax.Array]],
     teacher: Params,
     n: int,
-  ) -> tuple[Params, Metrics, Params]:
+  ) -> Gradient:
     """Of the whole batch, or the mean over n microbatches that are batches of their own; metrics, added up; and the new
     latent statistics. `keys`: of a microbatch, by its number."""
     if n > 1 and self.run.optim.contrastive_batch == "whole" and self.run.objectives.grad_cache:
       assert not isinstance(batch, LabelledBatch)
       whole = gradcache.GradCache(self.network, self.run, self.mesh, n)
-      return *whole(trainable, fixed, batch, keys(jnp.zeros((), jnp.int32))), {}
+      # By the keys of microbatch 0, which are those of a batch that is not split.
+      return whole(trainable, fixed, batch, keys(jnp.zeros((), jnp.int32)))
 
     gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
-    loss = lambda trainable, fixed, *args: self._loss(gathered(trainable), gathered(fixed), *args)
+
+    def loss(trainable: Params, fixed: Params, *args: Any) -> Any:
+      # Inside of what is differentiated, so that gradients go back the same way, to where the parameters are stored.
+      return self._loss(gathered(trainable), gathered(fixed), *args)
+
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def one(microbatch: Int[Array, ""], batch: TrainingBatch) -> tuple[Params, Metrics, Params]:
+    def one(microbatch: Int[Array, ""], batch: TrainingBatch) -> Gradient:
       (_, (metrics, statistics)), gradient = value_and_grad(
         trainable, fixed, batch, keys(microbatch), gathered(teacher)
       )
-      return gradient, metrics, statistics
+      return Gradient(gradient, metrics, statistics)
 
     if n == 1:
       return one(jnp.zeros((), jnp.int32), batch)
@@ -201,9 +209,10 @@ class Trainer:
       index, rows = microbatch
       return jax.tree.map(jnp.add, total, one(index, jax.tree.unflatten(kind, rows))), None
 
-    (gradient, metrics, statistics), _ = jax.lax.scan(body, zeros, (jnp.arange(n), split))
+    total, _ = jax.lax.scan(body, zeros, (jnp.arange(n), split))
     mean = functools.partial(jax.tree.map, lambda x: x / n)
-    return mean(gradient), metrics, mean(statistics)
+    # Metrics are sums and counts, and so are added; the parts are equal, so that the mean of their means is the mean.
+    return Gradient(mean(total.gradient), total.metrics, mean(total.statistics))
 
 
 def _check_trainable(objectives: Objectives, trainable: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError
 
-# What decides which posterior an image has.
+# What decides which posterior an image has: not the decoder, nor shift and scale, which are applied after reading.
 ENCODER = re.compile(r"autoencoder\.(conv_in|down|encoder\w*|quant)\.")
 # What decides which condition a caption has.
 TEXT_ENCODER = re.compile(r"text_encoder\.")
@@ -21,6 +21,7 @@ TEXT_ENCODER = re.compile(r"text_encoder\.")
 
 def fingerprint(params: Params, which: re.Pattern[str] = ENCODER) -> float:
   """A number that tells one encoder from another: the sum of its parameters' mean magnitudes, f32."""
+  # Sorted: in another order the sum would round otherwise.
   encoder = {path: value for path, value in sorted(params.items()) if which.match(path)}
   return float(jax.jit(lambda encoder: sum(jnp.mean(jnp.abs(value)) for value in encoder.values()))(encoder))
 
@@ -43,6 +44,7 @@ def check_stored(facts: Mapping[str, Mapping[str, Any]], params: Params, trained
         )
       stored.append(("text conditions", "text encoder", fact["text"]["fingerprint"], TEXT_ENCODER))
     for what, encoder, expected, which in stored:
+      # Another device sums in another order, and comes to the same but for rounding.
       if not math.isclose(expected, fingerprint(params, which), rel_tol=1e-4):
         raise UserError(
           f"the {what} in {path} were made by another {encoder}; set init_from to the workdir that they were made with"

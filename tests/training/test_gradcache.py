@@ -87,7 +87,7 @@ class Problem:
 
   def in_microbatches(self, n: int, *shape: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     mesh = steps.make_mesh(*shape)
-    gradient, metrics = self._run(GradCache(self.network, self.run, mesh, n).__call__, mesh)
+    gradient, metrics, _ = self._run(GradCache(self.network, self.run, mesh, n).__call__, mesh)
     return gradient, steps.means(metrics)
 
 
