@@ -81,7 +81,7 @@ def test_answers_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
 
 def test_programs_are_traced_from_shapes_alone():
   config, mesh = steps.make_config(), steps.make_mesh(2, 2, 2)
-  traced = {name: preflight.trace_program(name, config, mesh) for name in preflight.PROGRAMS}
+  traced = {name: preflight.trace_program(name, Run.of(config), mesh) for name in preflight.PROGRAMS}
   assert {program.rows for program in traced.values()} == {16}
   generation = config.inference.generation_steps
   # The UNet in a loop costs more than the decoder after it.
@@ -89,9 +89,9 @@ def test_programs_are_traced_from_shapes_alone():
   assert traced["train"].turns == traced["discrimination"].turns == 1
   assert traced["train"].operations > traced["discrimination"].operations > 0
   alone = {"optim.accumulate": 2, "optim.contrastive_batch": "microbatch"}
-  twice = preflight.trace_program("train", steps.make_config(**alone), mesh)
+  twice = preflight.trace_program("train", Run.of(steps.make_config(**alone)), mesh)
   assert twice.turns == pytest.approx(2) and twice.operations == pytest.approx(traced["train"].operations, rel=0.1)
-  whole = preflight.trace_program("train", steps.make_config(**{"optim.accumulate": 2}), mesh)
+  whole = preflight.trace_program("train", Run.of(steps.make_config(**{"optim.accumulate": 2})), mesh)
   assert whole.operations == traced["train"].operations and 1.9 < whole.turns <= 2
 
 
@@ -99,7 +99,7 @@ def test_a_program_is_rematerialised_as_its_config_says():
   """And not as that in which operations are counted, whose config once shared its sections with it."""
   config, mesh = steps.make_config(**{"model.remat": "full"}), steps.make_mesh()
   convolutions = lambda config: (
-    preflight.trace_program("train", config, mesh).lower().as_text().count("stablehlo.convolution")
+    preflight.trace_program("train", Run.of(config), mesh).lower().as_text().count("stablehlo.convolution")
   )
   assert convolutions(config) > convolutions(steps.make_config())
   assert config.model.remat == "full" and config.model.attention_kernel == "auto"
@@ -119,24 +119,24 @@ def test_batches_of_images_and_of_latents():
 
 def test_a_program_not_trained_for():
   with pytest.raises(UserError, match="--programs has generation; this config's objectives are discrimination alone"):
-    preflight.trace_program("generation", steps.make_config("discrimination"), steps.make_mesh())
+    preflight.trace_program("generation", Run.of(steps.make_config("discrimination")), steps.make_mesh())
 
 
 def test_the_step_of_a_clip():
   """Three times the products of both towers' layers, and those around them; rematerialised, no more are counted."""
   config, mesh = tiny_clip.get_config(), steps.make_mesh(2, 2, 2)
-  counted = preflight.trace_program("train", config, mesh)
+  counted = preflight.trace_program("train", Run.of(config), mesh)
   layer = lambda tokens, width, hidden: 2 * tokens * (4 * width**2 + 2 * width * hidden + 2 * tokens * width)
   least = 3 * config.batch_size * 2 * (layer(8, 16, 32) + layer(17, 16, 32))
   assert least < counted.operations < 1.5 * least and counted.rows == config.batch_size
   config.model.remat = "full"
-  assert preflight.trace_program("train", config, mesh).operations == counted.operations
+  assert preflight.trace_program("train", Run.of(config), mesh).operations == counted.operations
   # One contrastive batch of two microbatches has one more forward pass of both towers, which teaches nothing.
   config.optim.accumulate = 2
-  twice = preflight.trace_program("train", config, mesh)
+  twice = preflight.trace_program("train", Run.of(config), mesh)
   assert twice.operations == counted.operations and 1.9 < twice.turns < 2
   with pytest.raises(UserError, match="--programs has discrimination; this config's objectives are contrastive alone"):
-    preflight.trace_program("discrimination", config, mesh)
+    preflight.trace_program("discrimination", Run.of(config), mesh)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_what_cpu_devices_compile_is_traced_for_the_chip(monkeypatch, chip, expe
   compiled = targets.Compiled(arguments=0, temporaries=0, outputs=0, fits=True)
   monkeypatch.setattr(targets, "compile", lambda lowered, target: compiled)
   target = targets.Target(devices=jax.devices()[:1], chip=chips.CHIPS[chip], compiler="cpu", exact=False)
-  preflight.compile_one("train", steps.make_config(), target, num_pairs=1, epochs=1)
+  preflight.compile_one("train", Run.of(steps.make_config()), target, num_pairs=1, epochs=1)
   assert set(asked) == {expected} and attention.platform() == "cpu"
 
 

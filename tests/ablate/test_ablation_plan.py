@@ -23,7 +23,7 @@ def test_the_papers_tables_are_nine_runs_a_seed(name):
   base rows of Tables 4 and 5."""
   config = base(name)
   asked = tables.choose(["2", "3", "4", "5", "7"], tables.Unstated(schedule=config.text_diffusion.schedule))
-  plan = planning.make(config, None, asked, (0, 1, 2))
+  plan = planning.make(config.to_dict(), None, asked, (0, 1, 2))
   assert len(plan.runs) == 27 and len({run.name for run in plan.runs}) == 27
   number = {"cosine": 0, "scaled_linear": 1}[config.text_diffusion.schedule]
   assert plan.rows["2", 1] == plan.rows["3", number] == plan.rows["7", 2]
@@ -85,14 +85,14 @@ def test_an_autoencoder_of_its_own_for_what_it_depends_on():
 def test_an_autoencoder_takes_over_what_is_its_own_of_the_base(tmp_path):
   path, config = "tests/tiny.py", base()
   given = {"image_size": 32, "num_steps": 3, "data.path": "somewhere", "loss.ita_weight": 0.5}
-  found = planning.find_autoencoder(path, given, config)
-  assert (found.image_size, found.num_steps, found.data.path) == (32, 8, "somewhere")
+  found = planning.find_autoencoder(path, given, config.to_dict())
+  assert (found["image_size"], found["num_steps"], found["data"]["path"]) == (32, 8, "somewhere")
   config.init_from = "elsewhere"
-  assert planning.find_autoencoder(path, given, config) is None
-  assert planning.find_autoencoder("configs/emoji.py:path=P", {}, base("emoji")).data.path == "P"
+  assert planning.find_autoencoder(path, given, config.to_dict()) is None
+  assert planning.find_autoencoder("configs/emoji.py:path=P", {}, base("emoji").to_dict())["data"]["path"] == "P"
   contrastive = "configs/emoji.py:objectives=contrastive"
-  assert planning.find_autoencoder(contrastive, {}, cli.read_config(contrastive)) is None
-  assert planning.find_autoencoder("configs/diffdis_cc3m.py", {}, base("paper")) is None
+  assert planning.find_autoencoder(contrastive, {}, cli.read_config(contrastive).to_dict()) is None
+  assert planning.find_autoencoder("configs/diffdis_cc3m.py", {}, base("paper").to_dict()) is None
 
 
 def test_a_run_is_known_by_what_its_training_depends_on(tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_a_row_is_measured_for_what_it_is_trained_for():
 
 
 def test_grids():
-  table = tables.grid("loss.ita_weight=0.003,0.01; text_diffusion.schedule=cosine,scaled_linear", base())
+  table = tables.grid("loss.ita_weight=0.003,0.01; text_diffusion.schedule=cosine,scaled_linear", base().to_dict())
   fields = ("loss.ita_weight", "text_diffusion.schedule")
   assert [tuple(row.changes[field] for field in fields) for row in table.rows] == [
     (0.003, "cosine"),
@@ -139,8 +139,8 @@ def test_grids():
     (0.01, "scaled_linear"),
   ]
   assert table.base == 3  # as the base is
-  assert tables.grid("model.fusion=false,true", base()).rows[0].changes == {"model.fusion": False}
-  assert tables.grid("text_diffusion.gamma=1", base()).rows[0].changes == {"text_diffusion.gamma": 1.0}
+  assert tables.grid("model.fusion=false,true", base().to_dict()).rows[0].changes == {"model.fusion": False}
+  assert tables.grid("text_diffusion.gamma=1", base().to_dict()).rows[0].changes == {"text_diffusion.gamma": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_grids():
 )
 def test_wrong_grids(grid, message):
   with pytest.raises(UserError, match=message) as error:
-    tables.grid(grid, base())
+    tables.grid(grid, base().to_dict())
   assert "\n" not in str(error.value)
 
 
@@ -178,11 +178,11 @@ def test_wrong_tables_seeds_and_bases():
   clip = base("emoji")
   del clip.model.fusion
   with pytest.raises(UserError, match="unknown config key model.fusion"):
-    planning.make(clip, None, tables.choose(["4"], unstated), (0,))
+    planning.make(clip.to_dict(), None, tables.choose(["4"], unstated), (0,))
   config = base()
   config.evals = {}
   with pytest.raises(UserError, match="no evaluations"):
-    planning.make(config, None, tables.choose(["4"], unstated), (0,))
+    planning.make(config.to_dict(), None, tables.choose(["4"], unstated), (0,))
   with pytest.raises(UserError, match="no evaluation of the base measures objectives reconstruction"):
     make_plan(tiny_with_one_evaluation(), grid="objectives=('reconstruction',)")
 

@@ -13,6 +13,7 @@ import time
 import pytest
 from etils import epath
 
+from diffdis_jax import config as run_config
 from diffdis_jax.ablate import run as running
 from diffdis_jax.ablate.folder import Folder, State, seconds_per_step
 from diffdis_jax.errors import Interrupted, Preempted, UserError
@@ -40,8 +41,8 @@ class Done:
     is_trained = self.folder.workdir(run) in self.trained
     return State(step=8 * is_trained, num_steps=8, measured=not run.evals or run.name in self.measured, seconds=None)
 
-  def train(self, config, path):
-    assert config.is_locked
+  def train(self, record, path):
+    assert isinstance(record, run_config.Run)
     self.trained.append(path)
 
   def measure(self, run, path, out):

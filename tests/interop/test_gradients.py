@@ -27,7 +27,7 @@ NULL = np.array([[BOS] + [EOS] * 7])
 
 
 def make_config() -> ConfigDict:
-  config = steps.make_config("generation", **{"loss.condition_dropout": 0.5})
+  config = steps.make_config("generation", sample_posterior=False, **{"loss.condition_dropout": 0.5})
   config.model.unet.update(widths=(8, 16), attention=(True, False))
   config.model.autoencoder.update(widths=(8, 8), patch=1, attention=True, scale=0.5)
   return config

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import clip_cc3m, diffdis_cc3m
+from diffdis_jax.config import Run
 from diffdis_jax.preflight import __main__ as preflight
 from diffdis_jax.training import flops
 from tests import steps
@@ -52,7 +53,7 @@ def multiply_adds(*objectives: str) -> float:
   """Billions for one sample of the paper's network, from the training step: of the products that teach."""
   config = diffdis_cc3m.get_config("latents=none")
   config.objectives, config.batch_size, config.model.remat = objectives, 2, "none"
-  program = preflight.trace_program("train", config, steps.make_mesh())
+  program = preflight.trace_program("train", Run.of(config), steps.make_mesh())
   return program.operations / 2 / config.batch_size / 1e9
 
 
