@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from diffdis_jax.config import Run
+from diffdis_jax.config import sections as stages
 from diffdis_jax.data import shapes_lt
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
@@ -18,7 +19,6 @@ from diffdis_jax.evals import base, tables
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals.long_tail import GROUPS, LongTail
 from diffdis_jax.training import anchors
-from diffdis_jax.training import long_tail as stages
 from tests import tiny_lt
 from tests.once import shared_folder
 

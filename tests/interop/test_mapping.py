@@ -92,7 +92,7 @@ def test_no_row_shadows_another():
       names = [row._asdict()[side].replace("#", "0") for row in rows]
       assert len(set(names)) == len(rows)
       for name in names:
-        assert sum(mapping._match(row._asdict()[side], name) is not None for row in rows) == 1, name
+        assert sum(mapping._regex(row._asdict()[side]).fullmatch(name) is not None for row in rows) == 1, name
 
 
 @pytest.mark.parametrize("path", [*mapping.STATISTICS, "unet.conv_in.weight", "unet.down.x.resnets.0.conv1.kernel"])

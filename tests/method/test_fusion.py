@@ -32,7 +32,12 @@ class Both(nnx.Module):
     attention = SpatialTransformer(WIDTH, context_width=CONTEXT_WIDTH, groups=4, **common)
     self.unet = nnx.Dict(middle=nnx.Dict(attention=attention))
     self.text = FusionBlock(
-      WIDTH, query_width=QUERY_WIDTH, share_attention=share_attention, modality_ffn=modality_ffn, **common
+      WIDTH,
+      query_width=QUERY_WIDTH,
+      share_attention=share_attention,
+      modality_ffn=modality_ffn,
+      query_init=1.0,
+      **common,
     )
 
   def __call__(self, x, c, h_e, e_t):
@@ -123,7 +128,7 @@ def test_query_init_scales_what_the_query_brings_in(scale):
     modality_ffn=True,
     dtype=jnp.float32,
     rngs=nnx.Rngs(0),
-    **how,
+    **{"query_init": 1.0, **how},
   )
   kernel, scaled = block().fc_in.kernel[...], block(query_init=scale).fc_in.kernel[...]
   assert 0.5 / QUERY_WIDTH < jnp.var(kernel) < 2 / QUERY_WIDTH
