@@ -45,7 +45,7 @@ def test_fused_blocks_of_sd_v1_are_six_on_the_way_down_and_one_in_the_middle():
 
 
 def test_initial_parameters_are_those_of_nnx_rngs():
-  sizes = dict(query_width=8, image_width=8, width=8, depth=1, num_heads=2, dtype=np.float32)
+  sizes = dict(query_width=8, image_width=8, width=8, depth=1, num_heads=2, spatial_pool=0, dtype=np.float32)
   make = lambda rngs: AlignmentTransformer(**sizes, rngs=rngs)
   key = jax.random.key(3)
   ours, expected = flatten(build.initial_state(make, key)), flatten(nnx.state(make(nnx.Rngs(key))))

@@ -18,6 +18,7 @@ from open_clip.model import resize_pos_embed
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from diffdis_jax.config.model import TEMPERATURE
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping
 from diffdis_jax.models import sizes
@@ -48,10 +49,12 @@ RELEASED = [
 
 def ours(section: Mapping[str, Any], *, dtype: Any = jnp.float32) -> networks.Network:
   def make(rngs: nnx.Rngs) -> Clip:
-    args = dict(dtype=dtype, rngs=rngs)
+    args = dict(dtype=dtype, remat="none", rngs=rngs)
     return Clip(
       text_encoder=TextEncoder(**section["text_encoder"], **args),
       vision_encoder=VisionEncoder(**section["vision_encoder"], **args),
+      head=None,
+      temperature=TEMPERATURE,
     )
 
   return networks.Network.of(make)
