@@ -83,12 +83,6 @@ def test_a_precision_can_be_asked_for():
   assert {precision for _, precision in found} == {Precision.HIGH}
 
 
-def test_a_run_from_before_there_was_a_choice_loads():
-  config = steps.make_config()
-  del config.model.matmul_precision
-  assert network_of(config).matmul_precision == "highest"
-
-
 def test_numbers_on_a_cpu_are_the_same():
   batch = steps.make_batch(steps.make_config())
 

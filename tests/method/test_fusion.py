@@ -31,6 +31,7 @@ class Both(nnx.Module):
     common = dict(num_heads=HEADS, dtype=jnp.float32, rngs=rngs)
     attention = SpatialTransformer(WIDTH, context_width=CONTEXT_WIDTH, groups=4, **common)
     self.unet = nnx.Dict(middle=nnx.Dict(attention=attention))
+<<<<<<< HEAD
     self.text = FusionBlock(
       WIDTH,
       query_width=QUERY_WIDTH,
@@ -39,6 +40,10 @@ class Both(nnx.Module):
       query_init=1.0,
       **common,
     )
+=======
+    switches = dict(share_attention=share_attention, modality_ffn=modality_ffn)
+    self.text = FusionBlock(WIDTH, query_width=QUERY_WIDTH, query_init=1.0, **switches, **common)
+>>>>>>> run
 
   def __call__(self, x, c, h_e, e_t):
     return self.text(self.unet.middle.attention, x, c, h_e, e_t)
@@ -120,7 +125,7 @@ def test_text_token_takes_no_cross_attention_of_its_own(inputs):
 
 @pytest.mark.parametrize("scale", [0.0, 0.5])
 def test_query_init_scales_what_the_query_brings_in(scale):
-  block = lambda **how: FusionBlock(
+  block = lambda query_init: FusionBlock(
     WIDTH,
     query_width=QUERY_WIDTH,
     num_heads=HEADS,
@@ -128,8 +133,12 @@ def test_query_init_scales_what_the_query_brings_in(scale):
     modality_ffn=True,
     dtype=jnp.float32,
     rngs=nnx.Rngs(0),
+<<<<<<< HEAD
     **{"query_init": 1.0, **how},
+=======
+    query_init=query_init,
+>>>>>>> run
   )
-  kernel, scaled = block().fc_in.kernel[...], block(query_init=scale).fc_in.kernel[...]
+  kernel, scaled = block(1.0).fc_in.kernel[...], block(scale).fc_in.kernel[...]
   assert 0.5 / QUERY_WIDTH < jnp.var(kernel) < 2 / QUERY_WIDTH
   np.testing.assert_array_equal(scaled, scale * kernel)

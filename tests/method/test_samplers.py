@@ -61,10 +61,19 @@ def _run(denoise, x, process, timesteps):
   return jax.lax.scan(step, x, samplers.ddim_coefficients(process, timesteps))[0] / process.gamma
 
 
+def process_of(schedule: str, target: str = "noise", gamma: float = 1.0) -> Process:
+  """By default as of images."""
+  return Process(schedule=schedule, target=target, gamma=gamma)
+
+
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_ddim_step_equals_diffusers(name, target):
+<<<<<<< HEAD
   process = Process(schedule=name, target=target, gamma=1.0)
+=======
+  process = process_of(schedule=name, target=target)
+>>>>>>> run
   for num_steps in (1, 7, 50, 600):
     theirs = _theirs(name, target, num_steps)
     steps = schedules.leading(num_steps)
@@ -81,7 +90,11 @@ def test_stable_diffusions_step_equals_diffusers_in_f32(num_steps):
   steps = schedules.leading(num_steps)
   for t, t_prev in zip(steps.t.tolist(), steps.t_prev.tolist()):
     x, prediction = _torch(X, PREDICTION, dtype=torch.float32)
+<<<<<<< HEAD
     got = _step(Process(schedule="scaled_linear", target="noise", gamma=1.0), t, t_prev, X, PREDICTION)
+=======
+    got = _step(process_of(schedule="scaled_linear"), t, t_prev, X, PREDICTION)
+>>>>>>> run
     _assert_close(got, theirs.step(prediction, t, x).prev_sample.numpy())
 
 
@@ -92,14 +105,14 @@ def test_gamma_is_the_plain_process_of_scaled_data(target):
   theirs = _theirs("linear", target, 20)
   for t, t_prev in zip(steps.t.tolist(), steps.t_prev.tolist()):
     x, prediction = _torch(X, gamma * PREDICTION if target == "data" else PREDICTION)
-    got = _step(Process(schedule="linear", target=target, gamma=gamma), t, t_prev, X, PREDICTION)
+    got = _step(process_of(schedule="linear", target=target, gamma=gamma), t, t_prev, X, PREDICTION)
     _assert_close(got, theirs.step(prediction, t, x).prev_sample.numpy())
 
 
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
 def test_a_true_prediction_stays_on_the_marginal_and_names_the_data(target):
   """From x_t of known data and noise, DDIM gives exactly x_{t_prev} of the same two."""
-  process, t, t_prev = Process(schedule="cosine", target=target, gamma=0.4), 800, 350
+  process, t, t_prev = process_of(schedule="cosine", target=target, gamma=0.4), 800, 350
   x0, noise = jnp.asarray(X), jnp.asarray(NOISE)
 
   def at(t):
@@ -119,7 +132,7 @@ def _denoise(x, t):
 @pytest.mark.parametrize("spacing", [schedules.leading, schedules.trailing])
 @pytest.mark.parametrize("target, gamma", [("data", 0.3), ("noise", 1.0)])
 def test_a_scan_equals_its_steps_one_by_one(target, gamma, spacing):
-  process, steps = Process(schedule="scaled_linear", target=target, gamma=gamma), spacing(6)
+  process, steps = process_of(schedule="scaled_linear", target=target, gamma=gamma), spacing(6)
   coefficients = samplers.ddim_coefficients(process, steps)
   assert coefficients.t.tolist() == steps.t.tolist()
   x = jnp.asarray(X)
@@ -134,14 +147,18 @@ def test_whole_ddim_run_equals_diffusers():
   x = torch.tensor(X, dtype=torch.float64)
   for t in theirs.timesteps:
     x = theirs.step(torch.tanh(x + t / 1000), int(t), x).prev_sample
+<<<<<<< HEAD
   got = _run(
     _denoise, jnp.asarray(X), Process(schedule="scaled_linear", target="noise", gamma=1.0), schedules.leading(30)
   )
+=======
+  got = _run(_denoise, jnp.asarray(X), process_of(schedule="scaled_linear"), schedules.leading(30))
+>>>>>>> run
   np.testing.assert_allclose(got, x.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_one_trailing_step_is_the_data_prediction_at_the_last_timestep():
-  process = Process(schedule="cosine", target="data", gamma=0.3)
+  process = process_of(schedule="cosine", target="data", gamma=0.3)
   (now,) = samplers.ddim_coefficients(process, schedules.trailing(1)).each()
   assert now.t == 999
   got = samplers.ddim_step(process, now, jnp.asarray(X), jnp.asarray(PREDICTION))
@@ -153,7 +170,11 @@ def test_half_precision_predictions_keep_the_state_in_f32():
   def half(x, t):
     return _denoise(x, t).astype(jnp.bfloat16)
 
+<<<<<<< HEAD
   assert (
     _run(half, jnp.asarray(X), Process(schedule="linear", target="noise", gamma=1.0), schedules.leading(3)).dtype
     == jnp.float32
   )
+=======
+  assert _run(half, jnp.asarray(X), process_of(schedule="linear"), schedules.leading(3)).dtype == jnp.float32
+>>>>>>> run
