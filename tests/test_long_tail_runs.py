@@ -221,11 +221,15 @@ def first_stage(config: ConfigDict) -> ConfigDict:
 @pytest.mark.parametrize(
   "stage, kind, message",
   [
-    (1, None, "init_from is empty; a long-tailed run starts from a trained DiffDis or CLIP"),
-    (2, None, "init_from is empty; a long-tailed run starts from stage 1's workdir"),
+    (1, None, "init_from is empty; objective class_contrastive starts from a trained DiffDis or CLIP"),
+    (2, None, "init_from is empty; objective long_tail_head starts from stage 1's workdir"),
     (1, steps.make_config("generation"), "lacks an image or a text side: it has no alignment.*or contrastive"),
-    (2, steps.make_config(), "was trained for generation, discrimination, and stage 2 goes on from stage 1"),
-    (2, first_stage(steps.make_config()), "is stage 1 at step 4 of 8; train it to its end first"),
+    (
+      2,
+      steps.make_config(),
+      "was trained for generation, discrimination, and long_tail_head starts from class_contrastive",
+    ),
+    (2, first_stage(steps.make_config()), "is class_contrastive at step 4 of 8; train it to its end first"),
   ],
 )
 def test_starts_that_are_none(stage, kind, message, tmp_path):

@@ -31,6 +31,7 @@ def _make_run(folder: pathlib.Path) -> None:
   config.model.autoencoder.update(widths=(8, 8, 8), groups=4)
   config.inference.update(generation_steps=2)
   config.evals = {"few": {"task": "zero_shot", "data": config.evals["test"].data.to_dict() | {"num_images": 128}}}
+  config.train_evals, config.checkpoint.best_metric, config.checkpoint.keep_best = (), "", 0
   workdir.open_for_training(path, config.to_dict())
   rng = np.random.default_rng(0)
   abstract = network_of(config).shapes

@@ -72,7 +72,7 @@ def create(task: str, **section: Any) -> Eval:
   # Types first, then the data's fields, then the range of the seed: the constructor opens the data, which takes longer.
   settings.check(f"evaluation {task}", EVALS[task], section)
   if (data := section.get("data")) is not None:
-    kind = sources.KINDS.get(data.get("name"), sources.Section) if isinstance(data, Mapping) else sources.Section
+    kind = sources.KINDS.get(str(data.get("name")), sources.Section) if isinstance(data, Mapping) else sources.Section
     settings.check(f"data of evaluation {task}", kind, data)
   check_number(f"evaluation {task}: seed", section.get("seed", 0), at_least=0, at_most=MOST_SEED)
   return EVALS[task](**section)

@@ -96,7 +96,7 @@ def _check_earlier(path: str, objectives: Objectives) -> None:
     return
   if row.follows not in earlier.objectives:
     raise UserError(
-      f"init_from={path} was trained for {', '.join(earlier.objectives)}, and {name} goes on from {row.follows}: train"
+      f"init_from={path} was trained for {', '.join(earlier.objectives)}, and {name} starts from {row.follows}: train"
       " that from it first (configs/places_lt.py:stage=1), and take that run"
     )
   if (step := committed.latest_step(path) or 0) != earlier.num_steps:

@@ -31,19 +31,8 @@ class Both(nnx.Module):
     common = dict(num_heads=HEADS, dtype=jnp.float32, rngs=rngs)
     attention = SpatialTransformer(WIDTH, context_width=CONTEXT_WIDTH, groups=4, **common)
     self.unet = nnx.Dict(middle=nnx.Dict(attention=attention))
-<<<<<<< HEAD
-    self.text = FusionBlock(
-      WIDTH,
-      query_width=QUERY_WIDTH,
-      share_attention=share_attention,
-      modality_ffn=modality_ffn,
-      query_init=1.0,
-      **common,
-    )
-=======
     switches = dict(share_attention=share_attention, modality_ffn=modality_ffn)
     self.text = FusionBlock(WIDTH, query_width=QUERY_WIDTH, query_init=1.0, **switches, **common)
->>>>>>> run
 
   def __call__(self, x, c, h_e, e_t):
     return self.text(self.unet.middle.attention, x, c, h_e, e_t)
@@ -133,11 +122,7 @@ def test_query_init_scales_what_the_query_brings_in(scale):
     modality_ffn=True,
     dtype=jnp.float32,
     rngs=nnx.Rngs(0),
-<<<<<<< HEAD
-    **{"query_init": 1.0, **how},
-=======
     query_init=query_init,
->>>>>>> run
   )
   kernel, scaled = block(1.0).fc_in.kernel[...], block(scale).fc_in.kernel[...]
   assert 0.5 / QUERY_WIDTH < jnp.var(kernel) < 2 / QUERY_WIDTH

@@ -69,11 +69,7 @@ def process_of(schedule: str, target: str = "noise", gamma: float = 1.0) -> Proc
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_ddim_step_equals_diffusers(name, target):
-<<<<<<< HEAD
-  process = Process(schedule=name, target=target, gamma=1.0)
-=======
   process = process_of(schedule=name, target=target)
->>>>>>> run
   for num_steps in (1, 7, 50, 600):
     theirs = _theirs(name, target, num_steps)
     steps = schedules.leading(num_steps)
@@ -90,11 +86,7 @@ def test_stable_diffusions_step_equals_diffusers_in_f32(num_steps):
   steps = schedules.leading(num_steps)
   for t, t_prev in zip(steps.t.tolist(), steps.t_prev.tolist()):
     x, prediction = _torch(X, PREDICTION, dtype=torch.float32)
-<<<<<<< HEAD
-    got = _step(Process(schedule="scaled_linear", target="noise", gamma=1.0), t, t_prev, X, PREDICTION)
-=======
     got = _step(process_of(schedule="scaled_linear"), t, t_prev, X, PREDICTION)
->>>>>>> run
     _assert_close(got, theirs.step(prediction, t, x).prev_sample.numpy())
 
 
@@ -147,13 +139,7 @@ def test_whole_ddim_run_equals_diffusers():
   x = torch.tensor(X, dtype=torch.float64)
   for t in theirs.timesteps:
     x = theirs.step(torch.tanh(x + t / 1000), int(t), x).prev_sample
-<<<<<<< HEAD
-  got = _run(
-    _denoise, jnp.asarray(X), Process(schedule="scaled_linear", target="noise", gamma=1.0), schedules.leading(30)
-  )
-=======
   got = _run(_denoise, jnp.asarray(X), process_of(schedule="scaled_linear"), schedules.leading(30))
->>>>>>> run
   np.testing.assert_allclose(got, x.numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -170,11 +156,4 @@ def test_half_precision_predictions_keep_the_state_in_f32():
   def half(x, t):
     return _denoise(x, t).astype(jnp.bfloat16)
 
-<<<<<<< HEAD
-  assert (
-    _run(half, jnp.asarray(X), Process(schedule="linear", target="noise", gamma=1.0), schedules.leading(3)).dtype
-    == jnp.float32
-  )
-=======
   assert _run(half, jnp.asarray(X), process_of(schedule="linear"), schedules.leading(3)).dtype == jnp.float32
->>>>>>> run
