@@ -22,7 +22,7 @@ import pytest
 
 from diffdis_jax.run import committed
 from tests.command_runs import ROOT
-from tests.test_resume import metrics, restore, steps_logged
+from tests.test_resume import metrics, restore_training, steps_logged
 
 pytest_plugins = ("tests.command_runs",)
 KILLS = int(os.environ.get("DIFFDIS_KILLS", "6"))
@@ -114,7 +114,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(tmp_path, environment
 def assert_same_end(run: pathlib.Path, whole: pathlib.Path) -> None:
   """Metrics, the state restored by one process, and the batch that would be next."""
   assert metrics(run) == metrics(whole)
-  (expected, next_batch), (found, next_found) = restore(whole), restore(run)
+  (expected, next_batch), (found, next_found) = restore_training(whole), restore_training(run)
   np.testing.assert_array_equal(next_found, next_batch)
   for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
     assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
