@@ -94,8 +94,10 @@ def test_two_processes_one_of_which_is_killed(tmp_path, url, on_a_bucket, enviro
   whole = [*launch, *train, f"--workdir={tmp_path / 'whole'}"]
   subprocess.run(whole, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
 
-  log = (tmp_path / "log").open("w")
-  launcher = subprocess.Popen([*launch, *train, f"--workdir={url}"], cwd=ROOT, env=on_a_bucket, stdout=log, stderr=log)
+  with (tmp_path / "log").open("w") as log:  # the launcher has a descriptor of its own
+    launcher = subprocess.Popen(
+      [*launch, *train, f"--workdir={url}"], cwd=ROOT, env=on_a_bucket, stdout=log, stderr=log
+    )
   deadline = time.monotonic() + 300
   while not committed.latest_step(url):
     assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
