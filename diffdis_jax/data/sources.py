@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -177,6 +178,10 @@ def read(*, name: str, **fields: Any) -> Section:
 def open_source(*, name: str, image_size: int, **fields: Any) -> Source:
   """The source that `read` makes a section of. Raises UserError: as `read` and `Section.open`."""
   return read(name=name, image_size=image_size, **fields).open()
+
+
+# What it may be called with is what a section has, so that a misspelt field is refused before anything is opened.
+vars(open_source)["__signature__"] = inspect.signature(Section)
 
 
 class Mixture(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from diffdis_jax.common.guesses import did_you_mean
@@ -71,8 +71,7 @@ def create(task: str, **section: Any) -> Eval:
   check_task(task)
   # Types first, then the data's fields, then the range of the seed: the constructor opens the data, which takes longer.
   settings.check(f"evaluation {task}", EVALS[task], section)
-  if (data := section.get("data")) is not None:
-    kind = sources.KINDS.get(str(data.get("name")), sources.Section) if isinstance(data, Mapping) else sources.Section
-    settings.check(f"data of evaluation {task}", kind, data)
+  if section.get("data") is not None:
+    settings.check(f"data of evaluation {task}", sources.open_source, section["data"])
   check_number(f"evaluation {task}: seed", section.get("seed", 0), at_least=0, at_most=MOST_SEED)
   return EVALS[task](**section)
