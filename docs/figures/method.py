@@ -1,0 +1,231 @@
+"""Draws the figure of the method: python -m docs.figures.method writes method.svg and method_dark.svg beside itself.
+
+One UNet, four uses of it, one a strip. Sizes are for a phone: at 360 px wide the smallest letter is 10 px high.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from html import escape
+
+WIDTH, STRIP, GAP, TOP = 720, 262, 26, 8
+FOLDER = pathlib.Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Palette:
+  """Colours of one theme: ground, text, soft text, the image stream, the text stream, and what is not run."""
+
+  ground: str
+  ink: str
+  soft: str
+  image: str
+  image_fill: str
+  text: str
+  text_fill: str
+  off: str
+
+
+THEMES = {
+  "method.svg": Palette("#ffffff", "#1b1f24", "#57606a", "#b35900", "#fff1e0", "#0a58b0", "#e3f0ff", "#c4cad1"),
+  "method_dark.svg": Palette("#0d1117", "#e6edf3", "#9da7b3", "#ffab57", "#33210d", "#6cb6ff", "#0d2440", "#3d444d"),
+}
+
+
+class Canvas:
+  """Elements of an SVG, one after another."""
+
+  def __init__(self, palette: Palette):
+    self.palette = palette
+    self.parts: list[str] = []
+
+  def text(self, x: float, y: float, words: str, *, size: int = 22, colour: str = "", anchor: str = "middle") -> None:
+    """Words whose `_x` is a subscript: z_t."""
+    colour = colour or self.palette.ink
+    inner = "".join(
+      f'<tspan dy="6" font-size="{size - 6}">{escape(part[1:])}</tspan><tspan dy="-6">​</tspan>'
+      if part.startswith("_")
+      else escape(part)
+      for part in _split(words)
+    )
+    self.parts.append(f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}">{inner}</text>')
+
+  def box(self, x: float, y: float, w: float, h: float, *, stroke: str, fill: str, dashed: bool = False) -> None:
+    dash = ' stroke-dasharray="6 6"' if dashed else ""
+    self.parts.append(
+      f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="9" fill="{fill}" stroke="{stroke}" stroke-width="2"{dash}/>'
+    )
+
+  def polygon(self, points: list[tuple[float, float]], *, stroke: str, fill: str, dashed: bool = False) -> None:
+    dash = ' stroke-dasharray="6 6"' if dashed else ""
+    listed = " ".join(f"{x},{y}" for x, y in points)
+    self.parts.append(
+      f'<polygon points="{listed}" fill="{fill}" stroke="{stroke}" stroke-width="2" stroke-linejoin="round"{dash}/>'
+    )
+
+  def arrow(self, path: str, colour: str) -> None:
+    """A line along an SVG path, with a head at its end."""
+    head = "image" if colour == self.palette.image else "text" if colour == self.palette.text else "ink"
+    self.parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="3" marker-end="url(#{head})"/>')
+
+  def dot(self, x: float, y: float, colour: str) -> None:
+    self.parts.append(f'<circle cx="{x}" cy="{y}" r="6" fill="{colour}"/>')
+
+  def svg(self, height: int, title: str) -> str:
+    """The document."""
+    palette = self.palette
+    heads = "".join(
+      f'<marker id="{name}" viewBox="0 0 10 10" refX="7" refY="5" markerWidth="5" markerHeight="5" orient="auto">'
+      f'<path d="M0,0 L10,5 L0,10 z" fill="{colour}"/></marker>'
+      for name, colour in (("image", palette.image), ("text", palette.text), ("ink", palette.soft))
+    )
+    return (
+      f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}"'
+      f' font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"><title>{escape(title)}</title>'
+      f"<defs>{heads}</defs>"
+      f'<rect width="{WIDTH}" height="{height}" fill="{palette.ground}"/>{"".join(self.parts)}</svg>\n'
+    )
+
+
+def _split(words: str) -> list[str]:
+  """`z_t, e` -> `z`, `_t`, `, e`: a subscript is the letters and digits after an underscore."""
+  parts, rest = [], words
+  while "_" in rest:
+    before, _, after = rest.partition("_")
+    length = next((i for i, letter in enumerate(after) if not letter.isalnum()), len(after))
+    parts += [before, "_" + after[:length]]
+    rest = after[length:]
+  return [part for part in [*parts, rest] if part]
+
+
+@dataclasses.dataclass(frozen=True)
+class Strip:
+  """One use of the UNet.
+
+  Attributes:
+    title: what it is.
+    image: what enters the image stream, in two lines.
+    caption: what cross-attention reads.
+    query: what enters the text stream; None where there is none, and the UNet is Stable Diffusion's.
+    out: what comes out, in two lines.
+    loop: what is fed back, in words; empty for nothing.
+  """
+
+  title: str
+  image: tuple[str, str]
+  caption: str
+  query: tuple[str, str] | None
+  out: tuple[str, str]
+  loop: str = ""
+
+
+STRIPS = (
+  Strip(
+    "Training: generation pass",
+    ("z + noise ε_z", "= z_t at step t_z"),
+    "caption c",
+    None,
+    ("ε̂_z", "loss L_IG"),
+  ),
+  Strip(
+    "Training: discrimination pass",
+    ("clean z", "at step 1000"),
+    "empty caption",
+    ("γe + noise ε_e", "= e_t at step t_e"),
+    ("ê_0", "loss L_ITA"),
+  ),
+  Strip(
+    "Generation",
+    ("pure noise z_T", ""),
+    "prompt c",
+    None,
+    ("z_0", "→ image"),
+    "DDIM steps",
+  ),
+  Strip(
+    "Classification",
+    ("clean z of", "the image"),
+    "empty caption",
+    ("pure noise e_T", ""),
+    ("ê_0 · e", "per name"),
+  ),
+)
+
+
+def draw(canvas: Canvas, strip: Strip, top: float) -> None:
+  """A strip, with its upper edge at `top`."""
+  p = canvas.palette
+  discriminates = strip.query is not None
+  middle = top + 118  # of the image stream
+  canvas.text(4, top + 24, strip.title, size=26, anchor="start")
+  canvas.text(300, top + 58, strip.caption, size=21, colour=p.soft)
+  canvas.arrow(f"M300,{top + 66} L300,{middle - 40}", p.soft)
+
+  # The UNet: down path, middle, up path, which discrimination does not run.
+  canvas.polygon(
+    [(216, middle - 52), (356, middle - 24), (356, middle + 24), (216, middle + 52)], stroke=p.image, fill=p.image_fill
+  )
+  canvas.box(362, middle - 24, 56, 48, stroke=p.image, fill=p.image_fill)
+  off = dict(stroke=p.off, fill=p.ground, dashed=True) if discriminates else dict(stroke=p.image, fill=p.image_fill)
+  canvas.polygon([(424, middle - 24), (564, middle - 52), (564, middle + 52), (424, middle + 24)], **off)
+  canvas.text(282, middle + 8, "down", size=21, colour=p.image)
+  canvas.text(390, middle + 8, "mid", size=21, colour=p.image)
+  canvas.text(498, middle + 8, "not run" if discriminates else "up", size=21, colour=p.soft if discriminates else p.image)
+  for i, line in enumerate(strip.image):
+    canvas.text(96, middle - 2 + 26 * i if strip.image[1] else middle + 8, line, colour=p.image)
+  canvas.arrow(f"M188,{middle} L210,{middle}", p.image)
+
+  below = middle + 94  # the text stream
+  if strip.query is None:
+    canvas.arrow(f"M568,{middle} L594,{middle}", p.image)
+    for i, line in enumerate(strip.out):
+      canvas.text(656, middle - 2 + 27 * i, line, colour=p.image)
+    if strip.loop:
+      canvas.arrow(f"M656,{middle + 42} C640,{middle + 112} 130,{middle + 112} 104,{middle + 24}", p.soft)
+      canvas.text(376, middle + 86, strip.loop, size=21, colour=p.soft)
+    return
+  for i, line in enumerate(strip.query):
+    canvas.text(96, below - 2 + 26 * i if strip.query[1] else below + 8, line, colour=p.text)
+  canvas.arrow(f"M188,{below} L420,{below}", p.text)
+  # Deep fusion: at each attention block of down path and middle the text token attends with the image tokens.
+  for x, height in ((246, 46), (292, 36), (338, 28), (390, 24)):
+    canvas.dot(x, below, p.text)
+    canvas.arrow(f"M{x},{below - 8} L{x},{middle + height + 6}", p.text)
+  canvas.text(306, below + 34, "deep fusion", size=21, colour=p.text)
+  # The alignment transformer reads the text token and the middle feature map.
+  canvas.box(428, below - 34, 140, 68, stroke=p.text, fill=p.text_fill)
+  canvas.text(498, below - 6, "alignment", size=21, colour=p.text)
+  canvas.text(498, below + 20, "transformer", size=21, colour=p.text)
+  canvas.arrow(f"M406,{middle + 26} C420,{middle + 46} 470,{middle + 40} 470,{below - 38}", p.image)
+  canvas.arrow(f"M572,{below} L594,{below}", p.text)
+  for i, line in enumerate(strip.out):
+    canvas.text(652, below - 2 + 27 * i, line, colour=p.text)
+
+
+def picture(palette: Palette) -> str:
+  """The figure as SVG."""
+  canvas = Canvas(palette)
+  heights = [STRIP if strip.query else STRIP - 42 if strip.loop else STRIP - 84 for strip in STRIPS]
+  top = TOP
+  for i, (strip, height) in enumerate(zip(STRIPS, heights, strict=True)):
+    if i:
+      canvas.parts.append(
+        f'<line x1="0" x2="{WIDTH}" y1="{top - GAP / 2}" y2="{top - GAP / 2}" stroke="{palette.off}" stroke-width="1"/>'
+      )
+    draw(canvas, strip, top)
+    top += height + GAP
+  title = (
+    "DiffDis: one UNet. It generates images by removing noise from an image latent z, and classifies images by removing"
+    " noise from a text query e under the condition of the clean image."
+  )
+  return canvas.svg(int(top), title)
+
+
+def main() -> None:
+  for name, palette in THEMES.items():
+    (FOLDER / name).write_text(picture(palette), encoding="utf-8")
+
+
+if __name__ == "__main__":
+  main()
