@@ -44,7 +44,7 @@ class Canvas:
     """Words whose `_x` is a subscript: z_t."""
     colour = colour or self.palette.ink
     inner = "".join(
-      f'<tspan dy="6" font-size="{size - 6}">{escape(part[1:])}</tspan><tspan dy="-6">​</tspan>'
+      f'<tspan dy="6" font-size="{size - 6}">{escape(part[1:])}</tspan><tspan dy="-6">&#8203;</tspan>'
       if part.startswith("_")
       else escape(part)
       for part in _split(words)
@@ -171,7 +171,8 @@ def draw(canvas: Canvas, strip: Strip, top: float) -> None:
   canvas.polygon([(424, middle - 24), (564, middle - 52), (564, middle + 52), (424, middle + 24)], **off)
   canvas.text(282, middle + 8, "down", size=21, colour=p.image)
   canvas.text(390, middle + 8, "mid", size=21, colour=p.image)
-  canvas.text(498, middle + 8, "not run" if discriminates else "up", size=21, colour=p.soft if discriminates else p.image)
+  up, colour = ("not run", p.soft) if discriminates else ("up", p.image)
+  canvas.text(498, middle + 8, up, size=21, colour=colour)
   for i, line in enumerate(strip.image):
     canvas.text(96, middle - 2 + 26 * i if strip.image[1] else middle + 8, line, colour=p.image)
   canvas.arrow(f"M188,{middle} L210,{middle}", p.image)
