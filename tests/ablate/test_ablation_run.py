@@ -153,7 +153,8 @@ def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):
   waits = (
     "import pathlib, signal, sys, time\n"
     f"def save(*_):\n  pathlib.Path({str(saved)!r}).touch(); sys.exit(75)\n"
-    f"signal.signal(signal.SIGTERM, save); pathlib.Path({str(begun)!r}).touch(); time.sleep(60)"
+    f"signal.signal(signal.SIGTERM, save); pathlib.Path({str(begun)!r}).touch()\n"
+    "while True:\n  time.sleep(0.01)"  # in steps: Python hears of a signal between them
   )
 
   def stop():
@@ -198,7 +199,8 @@ def test_jobs_go_on_when_one_fails_and_end_when_one_is_preempted(plan, tmp_path)
 
 def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path):
   begun, next_one = tmp_path / "begun", tmp_path / "next"
-  lines = {1: f"import time; open({str(begun)!r}, 'w'); time.sleep(60)", 2: f"open({str(next_one)!r}, 'w')"}
+  waits = f"import time; open({str(begun)!r}, 'w')\nwhile True:\n  time.sleep(0.01)"
+  lines = {1: waits, 2: f"open({str(next_one)!r}, 'w')"}
 
   def interrupt():
     while not begun.exists():

@@ -130,9 +130,11 @@ def test_who_ignores_it_goes_on_ignoring_it(tmp_path):
 
 @pytest.mark.parametrize("how", ["diffdis_jax.generate", "diffdis_jax"])
 def test_a_command_that_still_imports_ends_in_silence(tmp_path, how):
-  """By a jax whose import takes a minute."""
+  """By a jax whose import takes a minute, in steps: one signal just before a single long sleep is heard after it."""
   begun = tmp_path / "begun"
-  (tmp_path / "jax.py").write_text(f"import time\nopen({str(begun)!r}, 'w')\ntime.sleep(60)\n")
+  (tmp_path / "jax.py").write_text(
+    f"import time\nopen({str(begun)!r}, 'w')\nfor _ in range(6000):\n  time.sleep(0.01)\n"
+  )
   command = [sys.executable, "-m", how, *(["generate"] if how == "diffdis_jax" else []), "--workdir=x"]
   environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
   with Terminal(command, environment, tmp_path / "stderr") as terminal:
