@@ -10,13 +10,16 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-USAGE = """DiffDis in JAX: draws images from text, and aligns images with text.
+from diffdis_jax.common import usage
+
+USAGE = """DiffDis in JAX: one diffusion model that generates images from text and classifies images.
 
   python -m diffdis_jax.COMMAND --flag=value ...
 
 {commands}
 
-  python -m diffdis_jax.COMMAND --help     its flags, and an example
+  python -m diffdis_jax.COMMAND --help     an example, and the command's flags
+  python -m diffdis_jax --version          the version
 """
 
 
@@ -36,6 +39,9 @@ def commands() -> dict[str, str]:
 def main(argv: Sequence[str]) -> int:
   """The exit code, unless a command of that name takes over."""
   found = commands()
+  if argv and argv[0] == "--version":
+    sys.stdout.write(f"{usage.version()}\n")
+    return 0
   if not argv or argv[0] in ("-h", "--help", "help"):
     width = max(map(len, found))
     sys.stdout.write(USAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in found.items())))

@@ -1,9 +1,9 @@
-"""The main job end to end on rendered shapes, with no download: autoencoder, DiffDis, evaluation, generation.
+"""Trains, evaluates and samples a small DiffDis on rendered shapes, with no download.
 
-  python -m diffdis_jax.demo --out=runs/demo [--seed=1]
+  python -m diffdis_jax.demo --out=runs/demo
 
-Leaves results.json and grid.png in the folder; run again, it goes on from where it was stopped, and then does not say
-how many seconds it took.
+Writes results.json, grid.png and report.html into the folder. Run it again to resume where it was stopped;
+results.json then lacks the time it took.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   """The command line."""
   flags.DEFINE_string("out", "runs/demo", "folder of the two runs, results.json and grid.png")
-  flags.DEFINE_integer("seed", 0, "of both runs: parameters, order of the images, noise", lower_bound=0)
+  flags.DEFINE_integer("seed", 0, "seed of both runs: parameters, order of the images, noise", lower_bound=0)
 
 
 def main(argv: Sequence[str]) -> None:

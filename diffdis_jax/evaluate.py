@@ -1,26 +1,29 @@
-"""Measures a trained run.
+"""Measures a trained run by zero-shot accuracy, retrieval, FID and other tasks.
 
-  python -m diffdis_jax.evaluate --workdir=DIR --tasks=zero_shot,retrieval --out=F.json
-      [--data=PREPARED_DIR --split=S --classnames=F.json --templates=F.json --label_field=FIELD]
+  python -m diffdis_jax.evaluate --workdir=runs/demo/diffdis --tasks=zero_shot --out=zero_shot.json
 
-Without --data it measures the `evals` of the run's config. F.json holds {task: {data set: record}}, each record in
-CLIP_benchmark's schema with the protocol beside it. Of --tasks=long_tail, F.md has the paper's Table 8.
+Without --data it measures the `evals` of the run's config. The JSON file holds {task: {data set: record}}, each record
+in CLIP_benchmark's schema with its protocol. With --tasks=long_tail a Markdown file beside it has the paper's Table 8.
 
-  python -m diffdis_jax.evaluate --workdir=DIR --tasks=fid --data=PREPARED_DIR --split=S --inception=W.pth --out=F.json
-      [--reference=STATISTICS.npz --num_images=N --parts=DIR2 --keep_images]
+A prepared data set, with class names and templates of your own:
 
-keeps what it has sampled in F.parts, or in --parts, from where the same command resumes.
+  python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot,retrieval --data=PREPARED_DIR \
+      --split=test --classnames=NAMES.json --templates=TEMPLATES.json --out=F.json
 
-  python -m diffdis_jax.evaluate --workdir=DIR --suite=zero_shot12|retrieval|fid|paper --data_root=ROOT --out=F.json
-      [--incomplete --num_images=N --seed=N --shuffle_labels, and what fid takes]
+FID and KID. Generated images are kept in F.parts, or in --parts, and the same command resumes from them:
 
-measures the paper's benchmarks, each where it lies under ROOT in a published layout, and writes their means, and F.md
-with a table in the paper's layout. F.json is written after each set, and the same command resumes there. --suite=emoji
-measures what prepare_data emoji wrote, in ROOT itself or in ROOT/emoji.
+  python -m diffdis_jax.evaluate --workdir=RUN --tasks=fid --data=PREPARED_DIR --split=val \
+      --inception=WEIGHTS.pth --out=F.json
+
+The paper's benchmarks, each found under ROOT in a published layout. F.json is written after each data set, and the
+same command resumes there; F.md has the means in the paper's layout. A suite also takes --num_images, --seed,
+--shuffle_labels and the flags of fid. --suite=emoji measures what `prepare_data emoji` wrote, in ROOT or ROOT/emoji:
+
+  python -m diffdis_jax.evaluate --workdir=RUN --suite=paper --data_root=ROOT --out=F.json
+
+Several results side by side, with the differences between their protocols:
 
   python -m diffdis_jax.evaluate --compare=A.json,B.json --out=F.md
-
-puts the results of several files side by side, and says where their protocols differ.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.common import buckets, cli, files
+from diffdis_jax.common import buckets, cli, files, usage
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, registry, suites, tables
@@ -50,7 +53,8 @@ from diffdis_jax.run import checkpoint, provenance, restore
 
 FLAGS = flags.FLAGS
 # Of each evaluation what its constructor takes, and of a run's sampling and loading what they take.
-SETTINGS = eval_settings.merged({task: registry.settings_of(task) for task in registry.EVALS})
+SETTINGS_OF = {task: registry.settings_of(task) for task in registry.EVALS}
+SETTINGS = eval_settings.merged(SETTINGS_OF)
 SAMPLING = eval_settings.of(inference.Sampling)
 LOADING = eval_settings.of(inference.load)
 RENAMED = {"steps": "query_steps"}  # field of Sampling -> its flag, which would else be taken for the images' steps
@@ -58,21 +62,33 @@ OF_A_SUITE = {"seed", "num_images", "shuffle_labels", *registry.settings_of("fid
 
 
 def define_flags() -> None:
-  """The command line. Defined on call, so that two verbs can be imported side by side."""
-  cli.process_flags()
+  """The command line, by group. Defined on call, so that two verbs can be imported side by side."""
   flags.DEFINE_string("workdir", None, "folder of the run")
+  usage.mark_required("workdir")
   flags.DEFINE_string("out", None, "JSON file to write; with --compare a Markdown file", required=True)
-  flags.DEFINE_list("tasks", None, f"any of {', '.join(registry.EVALS)}; by default those of the config's sets")
-  flags.DEFINE_string("data", None, "folder written by prepare_data; by default the sets of the run's config")
+  flags.DEFINE_list("tasks", None, f"any of {', '.join(registry.EVALS)}; by default those of the config's data sets")
+  flags.DEFINE_string("data", None, "folder written by prepare_data; by default the data sets of the run's config")
   flags.DEFINE_string("split", None, "split of --data")
-  for name, setting in (SETTINGS | LOADING | SAMPLING).items():
-    setting.define(RENAMED.get(name, name))
-  flags.DEFINE_string("text_cache", None, "folder of embedded texts, empty for none; by default in the user's cache")
   flags.DEFINE_boolean("best", False, "the checkpoint with the best checkpoint.best_metric of the run")
-  flags.DEFINE_string("suite", None, f"benchmarks, the paper's or emoji: one of {', '.join(suites.SUITES)}")
-  flags.DEFINE_string("data_root", None, "folder of a suite's data sets in published layouts; of emoji prepared")
-  flags.DEFINE_boolean("incomplete", False, "measure a suite's sets even with another number of images than published")
-  flags.DEFINE_list("compare", None, "JSON files of results to put side by side; takes --out alone")
+  flags.DEFINE_string("text_cache", None, "folder of text embeddings, empty for none; by default in the user's cache")
+  for name, setting in (LOADING | SAMPLING).items():
+    setting.define(RENAMED.get(name, name))
+  shared = {name for name in SETTINGS if sum(name in settings for settings in SETTINGS_OF.values()) > 1}
+  with usage.group("Flags of several tasks"):
+    for name in sorted(shared):
+      SETTINGS[name].define(name)
+  for task, settings in SETTINGS_OF.items():
+    with usage.group(f"Flags of {task}"):
+      for name in settings:
+        if name not in shared:
+          settings[name].define(name)
+  with usage.group("Flags of a suite"):
+    flags.DEFINE_string("suite", None, f"benchmarks to measure: one of {', '.join(suites.SUITES)}")
+    flags.DEFINE_string("data_root", None, "folder of a suite's data sets in published layouts; for emoji, prepared")
+    flags.DEFINE_boolean("incomplete", False, "measure data sets whose number of images is not the published one, too")
+  with usage.group("Flags of compare"):
+    flags.DEFINE_list("compare", None, "JSON files of results to compare; takes --out and no --workdir")
+  cli.process_flags()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,13 +1,15 @@
-"""Turns a run into a folder that PyTorch users load: a StableDiffusionPipeline, and what DiffDis adds beside it; of a
-CLIP, what transformers and open_clip load.
+"""Exports a run as a folder that PyTorch users can load, or to the Hugging Face hub.
 
-  python -m diffdis_jax.export_weights --workdir=RUN --out=DIR
-  python -m diffdis_jax.export_weights --workdir=RUN --push=ORG/NAME [--noprivate]
+  python -m diffdis_jax.export_weights --workdir=runs/demo/diffdis --out=exported
 
-DIR holds what `diffusers.StableDiffusionPipeline.from_pretrained` reads; where the run was trained for discrimination,
-diffdis.safetensors and diffdis_config.json for the PyTorch twin, interop/torch_diffdis.py; and README.md, a model card.
-Of a CLIP it holds what `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("local-dir:DIR")` read, a
-tokenizer and a model card. --push writes the same to the Hugging Face hub, as one commit.
+DiffDis: `diffusers.StableDiffusionPipeline.from_pretrained` reads the folder. If the run was trained for
+discrimination, diffdis.safetensors and diffdis_config.json are for the PyTorch model in interop/torch_diffdis.py.
+
+CLIP: `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("local-dir:DIR")` read the folder.
+
+Both get README.md, a model card. --push writes the same to the Hugging Face hub, as one commit:
+
+  python -m diffdis_jax.export_weights --workdir=runs/demo/diffdis --push=ORG/NAME --noprivate
 """
 
 from __future__ import annotations
@@ -41,19 +43,19 @@ OWN_FIELDS = (
   "condition_timestep",
   "inference",
 )
-# A CLIP has no diffusion process.
+# CLIP has no diffusion process.
 CLIP_FIELDS = ("model", "image_size", "objectives")
 
 
 def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-  flags.DEFINE_string("out", None, "folder to write; absent or empty; may be left out with --push")
+  flags.DEFINE_string("out", None, "folder to write; absent or empty; required without --push")
   flags.DEFINE_string("push", None, "ORG/NAME on the Hugging Face hub to write to, as one commit; takes a token")
-  flags.DEFINE_boolean("private", True, "with --push, whether a repository that has to be made is private")
+  flags.DEFINE_boolean("private", True, "with --push, whether a newly created repository is private")
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
-  flags.DEFINE_enum("dtype", "float32", list(to_torch.DTYPES), "of the written weights")
+  flags.DEFINE_enum("dtype", "float32", list(to_torch.DTYPES), "dtype of the written weights")
 
 
 def main(argv: Sequence[str]) -> None:

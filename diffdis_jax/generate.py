@@ -1,9 +1,9 @@
-"""Draws what it is asked to.
+"""Generates images from prompts.
 
-  python -m diffdis_jax.generate --workdir=DIR --prompt="a red star" [--prompt=...] --out=DIR2
+  python -m diffdis_jax.generate --workdir=runs/demo/diffdis --prompt="a red star" --out=images
 
-Writes 00000.png, 00001.png, ... (all the images of the first prompt first), grid.png of the first 64, and prompts.json
-with the prompt of each file and the protocol.
+Writes 00000.png, 00001.png, ... (all images of the first prompt first), grid.png of the first 64, and prompts.json
+with each file's prompt and the sampling settings.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def define_flags() -> None:
   cli.process_flags()
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
   flags.DEFINE_string("out", None, "folder to write; absent or empty", required=True)
-  flags.DEFINE_multi_string("prompt", [], "what to draw; may be repeated")
+  flags.DEFINE_multi_string("prompt", [], "text to generate an image of; may be repeated")
   flags.DEFINE_string("prompts_file", None, "text file with one prompt a line, instead of --prompt")
   flags.DEFINE_integer("num_images", 1, "images of each prompt", lower_bound=1, upper_bound=MOST_IMAGES)
-  flags.DEFINE_integer("seed", 0, "of the initial noise", lower_bound=0, upper_bound=2**32 - 1)
-  flags.DEFINE_string("noise", None, "initial noise instead of --seed: .npy file, [n, h, w, c]")
+  flags.DEFINE_integer("seed", 0, "seed of the initial noise", lower_bound=0, upper_bound=2**32 - 1)
+  flags.DEFINE_string("noise", None, "initial noise instead of --seed: a .npy file, [n, h, w, c]")
   flags.DEFINE_integer("steps", None, "sampling steps", lower_bound=1, upper_bound=1000)
   flags.DEFINE_float("guidance", None, "guidance scale; 1 is none")
-  flags.DEFINE_integer("batch_size", BATCH_SIZE, "images a compiled call", lower_bound=1)
+  flags.DEFINE_integer("batch_size", BATCH_SIZE, "images per compiled call", lower_bound=1)
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
 

@@ -1,12 +1,17 @@
-"""Turns a PyTorch checkpoint into a workdir, from which `generate` draws and `train --config.init_from=DIR` starts.
+"""Imports a PyTorch checkpoint as a workdir, to generate and train from.
 
-  python -m diffdis_jax.import_weights --source=DIR_or_FILE --out=DIR
-  python -m diffdis_jax.import_weights --source=hf:ORG/NAME[@REVISION] --out=DIR
+  python -m diffdis_jax.import_weights --source=stable-diffusion-v1-4 --out=runs/imported
 
-Sources: a folder of Stable Diffusion v1 as diffusers has it, or a single file of it (.safetensors, .ckpt) in the names
-of CompVis; a folder of transformers' CLIPModel; open_clip's weights; the same on the Hugging Face hub, as safetensors.
-What DiffDis adds is initialised at random, and anew by the run that starts from here. import.json says where each
-parameter came from.
+`generate` samples from the workdir, and `train --config.init_from=DIR` starts from it.
+
+--source is one of
+
+  DIR                       Stable Diffusion v1 as diffusers writes it, or transformers' CLIPModel
+  FILE.safetensors, .ckpt   Stable Diffusion v1 with CompVis' names, or open_clip's weights
+  hf:ORG/NAME[@REVISION]    the same on the Hugging Face hub, as safetensors
+
+Parameters that only DiffDis has are initialised at random; a run that starts from here initialises them again, from
+its own seed. import.json says where each parameter came from.
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "seed",
     0,
-    "of the parameters that the source does not have; training draws its own",
+    "seed of the parameters that the source does not have; training initialises its own",
     lower_bound=0,
     upper_bound=2**32 - 1,
   )

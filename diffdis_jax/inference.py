@@ -273,8 +273,8 @@ def load(
     path: the workdir.
     step: which checkpoint; None takes the newest.
     ema: averaged weights, where the run keeps them.
-    image_size: pixels; None takes the run's own.
-    batch_size: rows a compiled call.
+    image_size: image size in pixels; None takes the run's own.
+    batch_size: rows per compiled call.
     mesh: devices that share the rows of a call; all of them by default.
     sampling: fields of Sampling that replace the run's own.
 

@@ -1,27 +1,28 @@
-"""Raw pairs -> a TFDS folder of ArrayRecord files, which the data source `pairs` reads.
+"""Prepares raw image-text pairs as a TFDS folder of ArrayRecord files, which training reads.
 
-  python -m diffdis_jax.prepare_data cc3m --source=DIR --out=DIR [--num_processes=N] [--drop_duplicates]
+  python -m diffdis_jax.prepare_data cc3m --source=cc3m_tars --out=data/cc3m
 
-| name | --source |
-|---|---|
-| pairs, cc3m | webdataset tars SPLIT-00000.tar in img2dataset's layout: KEY.jpg, .png or .webp, KEY.txt, KEY.json |
-| cc3m | or a folder of train.tsv, val.tsv, whose first line names columns caption and filepath, and the image files |
-| coco | folder with annotations/captions_*.json and the images, or with Karpathy's dataset_coco.json |
-| flickr30k | folder with Karpathy's dataset_flickr30k.json and the images |
-| folder | CLASS/IMAGE or SPLIT/CLASS/IMAGE |
-| emoji | folder of npm tarballs of icon sets, which the error for a missing one names; rendered to 64 px |
-| cifar10, pets, ... | folder in which one of the twelve zero-shot sets lies, in a layout that evaluate --suite reads |
+Every image is decoded. Pairs that cannot be used are skipped and counted by reason in report.json and in the data
+set's metadata. A killed command resumes when it is run again, and ends in the same records. card.json and card.png
+describe what was written. The first argument says what --source is:
 
-  python -m diffdis_jax.prepare_data latents --workdir=RUN --data=DIR --out=DIR2 [--image_size=PIXELS] [--views=K] \
-      [--augment=JSON] [--text]
+  pairs, cc3m         webdataset tars SPLIT-00000.tar as img2dataset writes them:
+                      KEY.jpg, .png or .webp, KEY.txt, KEY.json
+  cc3m                or train.tsv and val.tsv, with columns caption and filepath, and the images
+  coco                annotations/captions_*.json and the images, or Karpathy's dataset_coco.json
+  flickr30k           Karpathy's dataset_flickr30k.json and the images
+  folder              CLASS/IMAGE or SPLIT/CLASS/IMAGE
+  emoji               npm tarballs of icon sets, rendered to 64 px; a missing one is named
+  cifar10, pets, ...  one of the twelve zero-shot sets, in a layout that evaluate --suite reads
 
-stores the posterior of RUN's autoencoder over K augmented views of each image of a prepared data set, for training with
-`data.name=latents` at that image size; with --text the condition of its frozen text encoder too. `card --data=DIR`
-writes the card of a prepared data set anew.
+`latents` stores a run's latents of --views augmented views of each image of a prepared data set, for training with
+data.name=latents at that image size; with --text also the output of its frozen text encoder:
 
-Every image is decoded; pairs that cannot be used are skipped, counted by reason, and reported in report.json and in the
-data set's metadata. Killed at any point, the same command goes on and ends in the same records. card.json and card.png
-describe what was written.
+  python -m diffdis_jax.prepare_data latents --workdir=RUN --data=DIR --out=DIR2 --views=4
+
+`card` writes the card of a prepared data set again:
+
+  python -m diffdis_jax.prepare_data card --data=DIR
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import tensorflow_datasets as tfds
 from absl import flags, logging
 
 from diffdis_jax import config as run_config
-from diffdis_jax.common import buckets, cli, files
+from diffdis_jax.common import buckets, cli, files, usage
 from diffdis_jax.config.data import Augmentation
 from diffdis_jax.data.layouts import find
 from diffdis_jax.data.layouts.tfds_folder import INFO
@@ -74,33 +75,32 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """The command line."""
-  flags.DEFINE_string("source", None, "folder of the raw data")
   flags.DEFINE_string(
     "out", None, "folder to write; absent or empty. One in a bucket is written in the user's cache directory first"
   )
-  flags.DEFINE_string("data", None, "prepared data set, of `latents` and `card`")
-  flags.DEFINE_string("workdir", None, "run or import whose autoencoder makes `latents`")
-  flags.DEFINE_integer("views", 1, "of each image in `latents`", lower_bound=1, upper_bound=1000)
-  flags.DEFINE_string(
-    "augment", None, 'of the views: JSON such as {"crop": "random", "flip": true}; by default data.augment of the run'
-  )
-  flags.DEFINE_integer(
-    "image_size", None, "of the views in `latents`, in pixels, which has to be training's; by default the run's"
-  )
-  flags.DEFINE_integer("batch_size", 64, "views encoded at a time for `latents`", lower_bound=1)
-  flags.DEFINE_boolean(
-    "text", False, "store in `latents` what the text encoder makes of the captions too: 118 kB a view at full size"
-  )
-  flags.DEFINE_integer(
-    "short_side",
-    None,
-    "images whose short side is longer are stored as JPEG of this short side; 0 keeps every image's bytes."
-    f" By default {cc3m.SHORT_SIDE} for cc3m, 0 for the others",
-    lower_bound=0,
-  )
-  flags.DEFINE_boolean("drop_duplicates", False, "of images with the same bytes, keep the first alone")
-  flags.DEFINE_integer("num_processes", None, "that read, check and write; by default one a core", lower_bound=1)
-  flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
+  with usage.group("Flags of raw data"):
+    flags.DEFINE_string("source", None, "folder of the raw data")
+    flags.DEFINE_integer(
+      "short_side",
+      None,
+      "images with a longer short side are stored as JPEG with this short side; 0 keeps every image's bytes."
+      f" By default {cc3m.SHORT_SIDE} for cc3m, 0 for the others",
+      lower_bound=0,
+    )
+    flags.DEFINE_boolean("drop_duplicates", False, "keep only the first of images with the same bytes")
+    flags.DEFINE_integer("num_processes", None, "processes that prepare; by default one a core", lower_bound=1)
+    flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
+  with usage.group("Flags of latents; card takes --data only"):
+    flags.DEFINE_string("workdir", None, "run or import whose autoencoder encodes the images")
+    flags.DEFINE_string("data", None, "prepared data set")
+    flags.DEFINE_integer("views", 1, "views of each image", lower_bound=1, upper_bound=1000)
+    flags.DEFINE_string(
+      "augment", None, 'JSON such as {"crop": "random", "flip": true}; by default data.augment of the run'
+    )
+    flags.DEFINE_integer("image_size", None, "pixels of a view, as in the training to come; by default the run's")
+    flags.DEFINE_integer("batch_size", 64, "views encoded at a time", lower_bound=1)
+    flags.DEFINE_boolean("text", False, "store the text encoder's output too: 118 kB a view at full size")
+  usage.mark_required("out", "source", "workdir", "data")
 
 
 def main(argv: list[str]) -> None:

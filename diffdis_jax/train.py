@@ -1,9 +1,12 @@
 """Trains a config.
 
-  python -m diffdis_jax.train --config=configs/NAME.py[:args] --workdir=DIR [--config.a.b=v ...] [--eval=JSON ...]
+  python -m diffdis_jax.train --config=configs/shapes.py:autoencoder --workdir=runs/autoencoder
 
-Run again with the same workdir, it goes on from the last checkpoint to the same numbers, on any number of processes and
-devices. At SIGTERM it saves and exits with code 75, at Ctrl-C with code 130.
+Run it again with the same --workdir to resume from the last checkpoint; the numbers are those of a run that was never
+stopped, on any number of processes and devices. SIGTERM saves and exits with code 75, Ctrl-C with code 130.
+
+  --config=configs/NAME.py[:argument=value,...]   the config, with arguments of its own
+  --config.optim.accumulate=2                     sets a field of the config
 """
 
 from __future__ import annotations
@@ -24,13 +27,18 @@ def define_flags() -> None:
   """The command line."""
   cli.config_flag()
   cli.process_flags()
-  flags.DEFINE_string("workdir", None, "folder of the run: created, or gone on with", required=True)
+  flags.DEFINE_string("workdir", None, "folder of the run; created, or resumed if it holds one", required=True)
   flags.DEFINE_multi_string(
-    "eval", [], 'one more evaluation while training, JSON: {"name": ..., "task": "zero_shot", "data": {"path": ...}}'
+    "eval",
+    [],
+    'one more evaluation during training, as JSON: {"name": ..., "task": "zero_shot", "data": {"path": ...}}; may be'
+    " repeated",
   )
-  flags.DEFINE_enum("tracker", None, list(trackers.TRACKERS), "where numbers and images go beside TensorBoard")
+  flags.DEFINE_enum(
+    "tracker", None, list(trackers.TRACKERS), "where numbers and images are sent, in addition to TensorBoard"
+  )
   flags.DEFINE_string(
-    "profile", None, "START:STEPS: write a trace of so many steps from START on, for xprof and Perfetto"
+    "profile", None, "START:STEPS: write a trace of STEPS steps from step START, for xprof and Perfetto"
   )
 
 

@@ -1,13 +1,16 @@
-"""The paper's ablation tables, or any grid, as runs that can be stopped at any time.
+"""Runs the paper's ablation tables, or any grid of config fields.
 
-  python -m diffdis_jax.ablate plan  --base=configs/NAME.py[:args] --tables=2,3,4,5,7 --seeds=0,1,2 --out=DIR
-  python -m diffdis_jax.ablate run   ... the same [--jobs=N] [--only=K | --only=K/N]
-  python -m diffdis_jax.ablate table ... the same [--columns=A,B]
+  python -m diffdis_jax.ablate plan --base=configs/shapes.py --tables=2,3,4,5,7 --out=runs/ablations
 
-or --grid="loss.ita_weight=0.01,0.03;text_diffusion.gamma=0.1,1.0" instead of --tables, or beside them. --config.a.b=v
-sets a field of all runs. `plan` lists the runs, each with its number, how far it is, and its hours; `run` does those
-that are not finished, one after another, or --only run K, in this process, as a job of an array does; `table` writes
-tables.json, tables.md and tables.png into DIR. At SIGTERM `run` saves and exits with code 75, at Ctrl-C with code 130.
+The same flags then go to `ablate run` and `ablate table`:
+
+  plan    lists the runs: number, progress, hours
+  run     trains those that are not finished, one after another; --only=K just run K, for job arrays
+  table   writes tables.json, tables.md and tables.png into --out
+
+--grid="loss.ita_weight=0.01,0.03;text_diffusion.gamma=0.1,1.0" replaces --tables, or is added to them.
+--config.a.b=value sets a field of all runs. Runs can be stopped at any time and resume: SIGTERM saves and exits with
+code 75, Ctrl-C with code 130.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import run as running
 from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.ablate.plan import Plan, Run
-from diffdis_jax.common import cli, files
+from diffdis_jax.common import cli, files, usage
 from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import results as result_files
@@ -43,20 +46,21 @@ VERBS = ("plan", "run", "table")
 def define_flags() -> None:
   """The command line."""
   cli.config_flag("base")
-  cli.process_flags()
   flags.DEFINE_string("out", None, "folder of the runs, their results and the tables", required=True)
-  flags.DEFINE_list("tables", [], "of the paper's appendix: some of 2,3,4,5,7")
+  flags.DEFINE_list("tables", [], "tables of the paper's appendix, any of 2,3,4,5,7")
   flags.DEFINE_string("grid", None, "field=value,value;field=value: a table of every combination")
-  flags.DEFINE_list("seeds", ["0", "1", "2"], "of every row")
-  flags.DEFINE_string("only", "", "of run: K, the number of a run, or K/N, every N-th run from the K-th on")
-  flags.DEFINE_integer(
-    "jobs", 1, "of run: how many runs at a time, each on its share of the cores: for a CPU", lower_bound=1
-  )
+  flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of every row")
   flags.DEFINE_string("schedule", "", "text schedule of Tables 2 and 7, not stated by the paper; by default the base's")
   flags.DEFINE_float("table7_gamma", 1.0, "gamma of Table 7, not stated by the paper")
-  flags.DEFINE_float("step_seconds", None, "of plan: of a training step, where no run tells", lower_bound=0)
-  flags.DEFINE_list("columns", [], "of table: which, by the names in tables.json; by default all")
-  flags.DEFINE_boolean("plot", True, "of table: write tables.png, which needs the extra `plot`")
+  with usage.group("Flags of plan"):
+    flags.DEFINE_float("step_seconds", None, "seconds of a training step, while no run has measured it", lower_bound=0)
+  with usage.group("Flags of run"):
+    flags.DEFINE_string("only", "", "K, the number of a run, or K/N, every N-th run from the K-th on")
+    flags.DEFINE_integer("jobs", 1, "how many runs at a time, each on its share of a CPU's cores", lower_bound=1)
+  with usage.group("Flags of table"):
+    flags.DEFINE_list("columns", [], "which columns, by their names in tables.json; by default all")
+    flags.DEFINE_boolean("plot", True, "write tables.png, which needs the extra `plot`")
+  cli.process_flags()
 
 
 def main(argv: Sequence[str]) -> None:

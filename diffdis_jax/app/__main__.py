@@ -1,10 +1,10 @@
-"""Serves a page on this machine, to generate, classify and search with a run, and to look inside of it.
+"""Serves a local web page to generate, classify and search, and to look inside a run.
 
-  python -m diffdis_jax.app --workdir=DIR [--data=PREPARED_DIR --split=S]
+  python -m diffdis_jax.app --workdir=runs/demo/diffdis
 
-It needs the extra `app`: pip install -e '.[app]' in the repository's folder. The page is at http://127.0.0.1:7860 and
-is seen by this machine alone, unless --host says otherwise. It has the tabs that the run can serve: of a run without
-generation, all but draw; of a CLIP, classify and search.
+It needs the extra `app`: pip install -e '.[app]' in the repository's folder. The page is at http://127.0.0.1:7860, and
+only this machine can open it unless --host says otherwise. It has the tabs that the run can serve: a run without
+generation has no draw tab; CLIP has classify and search.
 """
 
 from __future__ import annotations
@@ -38,16 +38,18 @@ def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
   limits = Limits()
   flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-  flags.DEFINE_string("data", None, "folder written by prepare_data to search; by default the run's first evaluation's")
+  flags.DEFINE_string(
+    "data", None, "folder written by prepare_data to search; by default that of the run's first evaluation"
+  )
   flags.DEFINE_string("split", None, "split of --data")
-  flags.DEFINE_integer("num_images", 2000, "images of it that are searched", lower_bound=1)
+  flags.DEFINE_integer("num_images", 2000, "how many of its images are searched", lower_bound=1)
   flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0 shows the page to the network")
   flags.DEFINE_integer("port", 7860, "port to listen at; 0 takes a free one", lower_bound=0, upper_bound=65535)
-  flags.DEFINE_list("allowed_hosts", [], "names by which the page is asked for besides, such as that of a proxy")
+  flags.DEFINE_list("allowed_hosts", [], "further host names of the page, such as a proxy's")
   flags.DEFINE_float("upload_mb", limits.upload_mb, "largest upload, MB")
-  flags.DEFINE_float("uploads_mb", limits.uploads_mb, "of all uploads that are kept, MB; the oldest are deleted")
+  flags.DEFINE_float("uploads_mb", limits.uploads_mb, "largest size of all kept uploads, MB; the oldest are deleted")
   flags.DEFINE_float("megapixels", limits.megapixels, "largest uploaded image, millions of pixels")
-  flags.DEFINE_float("seconds", limits.seconds, "after which a request is ended")
+  flags.DEFINE_float("seconds", limits.seconds, "time after which a request is ended, in seconds")
   flags.DEFINE_integer("waiting", limits.waiting, "requests that may wait; further ones are refused")
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")

@@ -1,21 +1,21 @@
-"""Times the joint step against its two single tasks, in one run on one machine.
+"""Times the joint training step against its two single tasks, on this machine.
 
   python -m diffdis_jax.benchmark --config=configs/benchmark.py --out=benchmark.json
 
-What takes turns is timed round by round, so that a machine whose speed drifts does so for all of it alike. With
---preflight=F.json, which `preflight --out` wrote of the same config, the step stands beside what that said of it.
+The steps are timed in turns, round by round, so that a machine whose speed drifts affects all of them alike. With
+--preflight=F.json, written by `preflight --out` for the same config, the measured time is compared with the estimate.
+
+Times data loading instead, from tars to batches; the config is that of the model whose steps wait for it:
 
   python -m diffdis_jax.benchmark data --config=configs/diffdis_cc3m.py:runlocal --out=data.json
 
-times the data's way from tars to batches instead; the config is the model whose steps wait for it.
+Times the rows of the paper's Table 6: CLIP, Stable Diffusion and DiffDis; table6.md gets the table:
 
-  python -m diffdis_jax.benchmark table6 --config=configs/table6.py[:small=True] --out=table6.json
+  python -m diffdis_jax.benchmark table6 --config=configs/table6.py --out=table6.json
 
-times what the paper's Table 6 has, of CLIP, Stable Diffusion and DiffDis, and writes the table to table6.md beside it.
+Times the config's UNet, forward and backward, against diffusers' with the same weights in PyTorch:
 
   python -m diffdis_jax.benchmark peer --config=configs/benchmark.py --out=peer.json
-
-times the config's UNet, forwards and backwards, against diffusers' with the same weights under PyTorch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 
 from diffdis_jax import inference
 from diffdis_jax.benchmark import data, peer, steps, table6
-from diffdis_jax.common import cli, files
+from diffdis_jax.common import cli, files, usage
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import Network
@@ -47,12 +47,11 @@ def define_flags() -> None:
   """The command line."""
   cli.config_flag()
   flags.DEFINE_string("out", None, "JSON file to write", required=True)
-  flags.DEFINE_string("preflight", None, "of the steps: the JSON file that preflight --out wrote of the same config")
   flags.DEFINE_integer("rounds", 5, "timed steps of each kind", lower_bound=1)
-  flags.DEFINE_integer("images", 200, "of `data` and `table6`: distinct 512 px JPEGs", lower_bound=data.BATCH)
-  flags.DEFINE_string(
-    "scratch", None, "of `data` and `table6`: folder for a temporary one, of about 3 MB for each image"
-  )
+  flags.DEFINE_string("preflight", None, "the JSON file that preflight --out wrote for the same config; for steps only")
+  with usage.group("Flags of data and table6"):
+    flags.DEFINE_integer("images", 200, "how many distinct 512 px JPEGs", lower_bound=data.BATCH)
+    flags.DEFINE_string("scratch", None, "folder for temporary files, about 3 MB for each image")
 
 
 def main(argv: Sequence[str]) -> None:

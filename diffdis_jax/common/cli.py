@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from diffdis_jax.common import buckets, files, guesses, repairs, signals
+from diffdis_jax.common import buckets, files, guesses, repairs, signals, usage
 from diffdis_jax.errors import Preempted, UserError, may_pass
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -35,7 +35,6 @@ _FOLDERS = {"workdir", "out"}  # flags that an unset variable of a shell leaves 
 # Errors of the path that someone gave, rather than of a disk, which may be well the next time.
 _OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 _OF_A_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
-_MISSING = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None")  # absl's words
 
 
 def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
@@ -50,11 +49,13 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   sys.unraisablehook = _unraisablehook
   signals.CtrlC().start()
   logging.get_absl_handler().addFilter(_is_ours)
-  flags.DEFINE_boolean("quiet", False, "no progress: warnings and errors alone")
+  flags.DEFINE_boolean("quiet", False, "write warnings and errors only, no progress")
   _make_own_flags_known()
   # Not left to absl, whose help exits with 1.
   if {"--help", "-help", "-h", "-?"} & {*sys.argv[1:]}:
-    app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+    _write_and_exit(usage.text(sys.modules["__main__"].__doc__ or "", sys.argv[0]))
+  if "--version" in sys.argv[1:]:
+    _write_and_exit(f"{usage.version()}\n")
 
   def guarded(argv: list[str]) -> Any:
     if flags.FLAGS.quiet:
@@ -78,6 +79,15 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
       _stop_for(error)
 
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _write_and_exit(text: str) -> NoReturn:
+  try:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+  except BrokenPipeError:  # of a pager that was closed
+    os._exit(0)
+  sys.exit(0)
 
 
 def _check_paths() -> None:
@@ -125,17 +135,19 @@ def config_flag(alias: str = "config", *, required: bool = True) -> flags.FlagHo
   if alias != "config":
     flags.DEFINE_alias(alias, "config")
     flags.FLAGS[alias].help = flags.FLAGS["config"].help
+    flags.FLAGS["config"].help = f"the same as --{alias}; --config.a.b=value sets a field of it"
   if required:
     flags.mark_flag_as_required(alias)
   return holder
 
 
 def process_flags() -> None:
-  """The flags that every verb with a network has."""
-  flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where the environment does not tell")
-  flags.DEFINE_integer("num_processes", None, "processes of the run", lower_bound=1)
-  flags.DEFINE_integer("process_id", None, "this process's number, from 0", lower_bound=0)
-  flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
+  """The flags that every verb with a network has; the last group of --help."""
+  with usage.group(usage.PROCESSES):
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0")
+    flags.DEFINE_integer("num_processes", None, "processes of the run", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "this process's number, from 0", lower_bound=0)
+    flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
 
 
 class Given(NamedTuple):
@@ -239,7 +251,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     _stop(UserError(f"unknown flag --{error.flagname}; {guess}"))
   # Flags of our own raise UserError, absl's its own, and ConfigDict the others, of single fields.
   except (UserError, flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
-    missing = _MISSING.findall(str(error))
+    missing = usage.MISSING.findall(str(error))
     _stop(_missing_flags(missing) if missing else error)
 
 

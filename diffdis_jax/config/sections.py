@@ -242,14 +242,14 @@ class Sampling:
   """How to sample; a config's `inference` section.
 
   Attributes:
-    steps: denoising steps of the text query. One, from noise, is the paper's norm (Algorithm 3, Table 6).
-    num_noise_samples: draws of the text query's noise to average (not stated by the paper).
-    guidance: s of the text query's guidance, where the null condition is the image z = 0; 1 is none.
-    normalize_query: of several steps and target `data`, whether each step's ê_0 is normalised before it is fed back.
+    steps: denoising steps of the text query. The paper uses one, from noise (Algorithm 3, Table 6).
+    num_noise_samples: noise samples of the text query to average (not stated by the paper).
+    guidance: scale s of the text query's guidance, whose null condition is the image z = 0; 1 is none.
+    normalize_query: with several steps and target `data`, normalise each step's ê_0 before it is fed back.
       The process is defined on vectors of length 1, and the loss never sees a length (not stated by the paper). With
       one step, or with target `noise`, it changes nothing.
     generation_steps: DDIM steps of an image.
-    generation_guidance: s = 1 + w of an image's guidance.
+    generation_guidance: scale s = 1 + w of an image's guidance.
 
   Raises:
     UserError: a value out of its range.

@@ -52,19 +52,18 @@ class Fid:
   Args:
     data: section of a data source with captions, as `data.sources.open_source` takes it.
     inception: file of the network's weights, torch-fidelity's or pytorch-fid's, or a safetensors copy.
-    num_images: how many to generate; None for 30,000, or as many as there are captions for.
-    captions: "per_image", one caption of each of so many records; or "all", captions whatever their record.
+    num_images: how many images to generate; None for 30,000, or as many as there are captions for.
+    captions: which to sample: "per_image", one caption a record; or "all", from all captions of all records.
     reference: .npz of the real images' statistics. Where there is none yet it is made and written; without a name it is
       made each time.
-    reference_images: what it is made of: "all" of the data's images, those "prompted", that is of the drawn captions,
-      or a folder of images. Empty for all; if given, a file of other images is refused.
-    resize: to Inception's input, "tensorflow" or "clean"; see `resize`.
-    resampling: of real images to the model's size, "lanczos" or "bicubic".
-    seed: of the initial noise.
-    prompts_seed: of the drawn captions.
-    parts: folder in which what is sampled is kept, 500 images a file, so that a run that is killed goes on from there;
-      empty for none.
-    keep_images: keep the images themselves there, too, as PNG.
+    reference_images: the real images: "all" of the data, those "prompted", which belong to the sampled captions, or a
+      folder of images. Empty for all; if given, a file of other images is refused.
+    resize: resizing to Inception's input, "tensorflow" or "clean"; see `resize`.
+    resampling: resizing of real images to the model's size, "lanczos" or "bicubic".
+    seed: seed of the initial noise.
+    prompts_seed: seed of the choice of captions.
+    parts: folder that keeps features of generated images, 500 a file, from which a killed run resumes; empty for none.
+    keep_images: keep the images themselves there too, as PNG.
 
   Raises:
     UserError: weights, data, statistics or settings that are none, or do not fit each other.

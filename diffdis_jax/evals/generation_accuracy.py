@@ -42,15 +42,17 @@ class GenerationAccuracy:
   Args:
     data: section of a data source, as `data.sources.open_source` takes it. One image or more is generated for each of
       the classes of its split, which should be what the generator was trained on: copies are looked for there.
-    splits: of the same data, on whose images the classifier is trained and measured too; all are held in memory.
+    splits: further splits of the same data, on which the classifier is trained and measured too; all are held
+      in memory.
     label_field: the record's field with the class's name.
-    template: the prompt, `{}` for the name; by default "a {}" of shapes, the name alone of labelled images.
-    per_class: images generated for each class; by default 4 of shapes, 1 of labelled images.
-    seed: of the initial noise, of the classifier and of its held-out images.
-    epochs: of the classifier's training on labelled images; by default 20.
-    held_out: share of the labelled images that it is measured on instead of trained; by default 0.1.
-    classifier_steps: of the classifier's training on shapes; by default 500.
-    required_accuracy: of the classifier on fresh renders of shapes, below which it is no judge; by default 0.98.
+    template: the prompt, `{}` for the name; by default "a {}" for shapes, only the name for labelled images.
+    per_class: images generated for each class; by default 4 for shapes, 1 for labelled images.
+    seed: seed of the initial noise, of the classifier and of its held-out images.
+    epochs: epochs of the classifier's training on labelled images; by default 20.
+    held_out: share of the labelled images held out to measure the classifier; by default 0.1.
+    classifier_steps: steps of the classifier's training on shapes; by default 500.
+    required_accuracy: accuracy that the classifier must reach on new renders of shapes, or the evaluation stops; by
+      default 0.98.
 
   Raises:
     UserError: a label that is no text, fewer than two classes, so few images that none are held out, or settings of

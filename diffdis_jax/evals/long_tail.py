@@ -35,9 +35,9 @@ class LongTail:
   Args:
     data: section of a long-tailed set's split, as `data.sources.open_source` takes it.
     neighbours: sentences that vote in KNN-Acc.
-    visual_share: of the visual branch in the head's prediction: VL-LTR's 0.2, of iNaturalist 0.7.
-    crop_pct: of the side of an image's central square that is seen; VL-LTR's 0.875.
-    seed: of the query's noise, one for each image.
+    visual_share: weight of the visual branch in the head's prediction: VL-LTR's 0.2; for iNaturalist 0.7.
+    crop_pct: share of the side of an image's central square that is cropped; VL-LTR's 0.875.
+    seed: seed of the query's noise, one for each image.
 
   Raises:
     UserError: other data, or damaged ones.

@@ -25,8 +25,8 @@ class Retrieval:
       captions that training draws from.
     duplicate_captions: images whose captions are all the same, in the same order, are one target: any of them is right
       for such a caption. CLIP_benchmark, and we by default, count only the query's own image or own captions.
-    num_images: this many images, the same ones each time; None for all.
-    seed: of the query's noise, and of the shuffle.
+    num_images: how many images to measure, the same ones each time; None for all.
+    seed: seed of the query's noise, and of the shuffle.
     shuffle_labels: the leak test. Each record keeps its place and its captions but shows another one's image, so recall
       must fall to chance.
 

@@ -63,17 +63,20 @@ def of(made: Callable[..., Any]) -> dict[str, Setting]:
 
 
 def merged(by_name: Mapping[str, Mapping[str, Setting]]) -> dict[str, Setting]:
-  """Each setting of several evaluations once; its help says of which they are.
+  """Each setting of several evaluations once; its help says what it is for each of them.
 
   Args:
     by_name: of each evaluation, its settings.
   """
-  found: dict[str, Setting] = {}
+  kinds = {name: setting.kind for settings in by_name.values() for name, setting in settings.items()}
+  said: dict[str, dict[str, list[str]]] = {}  # name -> help -> the tasks of which it is said
   for task, settings in by_name.items():
     for name, setting in settings.items():
-      before = f"{found[name].help}; " if name in found else ""
-      found[name] = Setting(setting.kind, f"{before}{task}: {setting.help}")
-  return found
+      said.setdefault(name, {}).setdefault(setting.help, []).append(task)
+  return {
+    name: Setting(kind, "; ".join(f"{', '.join(tasks)}: {text}" for text, tasks in said[name].items()))
+    for name, kind in kinds.items()
+  }
 
 
 def check(what: str, made: Callable[..., Any], given: Any) -> None:

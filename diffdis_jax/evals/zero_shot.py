@@ -30,18 +30,18 @@ class ZeroShot:
     classnames: names, an object {name in the data: name in the prompts}, or a JSON file's path to either; empty for the
       labels that occur in the data, sorted, with spaces for underscores. Names compare as by `prompts.comparable`.
     templates: prompt templates, or a JSON file's path; empty for `prompts.TEMPLATES`.
-    single_template: what is measured alone besides; empty for the first of the templates.
-    metric: which of the figures is the data set's own, "acc1" or "mean_per_class_recall"; for the record alone.
+    single_template: template that is also measured on its own; empty for the first of the templates.
+    metric: the data set's own metric, "acc1" or "mean_per_class_recall"; only written to the record.
     label_field: the record's field with the class name, or with its number in `classnames`. Where it is the number, a
       name may occur twice, as two do in the usual list of ImageNet; between equal names it is a tie, which is wrong.
       Where records have both the number and, as `class`, the name, as `prepare_data folder` makes them, the list must
       have the same names in the same places. A `class` that is itself the number fits any name.
     only_classes_present: leave out the class names that no record has.
-    seen_classes: classes of the training set; acc1 is then also given on these and on the others apart, each of them
-      against the whole class list.
+    seen_classes: classes of the training set; acc1 is then also reported on seen and on unseen classes, both against
+      the whole class list.
     seen_split: the split of the same data whose labels are `seen_classes`.
-    num_images: this many images, the same ones each time; None for all.
-    seed: of the query's noise, and of the shuffle.
+    num_images: how many images to measure, the same ones each time; None for all.
+    seed: seed of the query's noise, and of the shuffle.
     shuffle_labels: the leak test. Each record keeps its place and its label but shows another one's image, so accuracy
       must fall to chance; where it does not, something other than the pixels gives the label away.
 

@@ -1,16 +1,15 @@
-"""What a config's step would need and cost on machines that need not be there.
+"""Estimates memory, step time and cost of a config on chips that are not there.
 
-  python -m diffdis_jax.preflight --config=configs/diffdis_cc3m.py --topology=v5e:8x8 [--config.a.b=v ...] \
-      [--programs=train,generation,discrimination] [--search] [--out=F.json]
+  python -m diffdis_jax.preflight --config=configs/diffdis_cc3m.py --topology=v5e:8x8
 
-compiles the very train step from shapes alone, with the compiler for TPUs or for NVIDIA's GPUs (the extras `tpu` and
-`cuda`), and says whether it fits, how long a step should take by that compiler's own estimate, and what the whole run
-costs. The GPUs' compiler estimates no time: what is given is a bound from the chip's peak figures. Without either, XLA
-compiles for as many CPU devices, and memory and collectives are those of a CPU's program.
+It compiles the real training step from shapes, with the compiler for TPUs or for NVIDIA's GPUs (the extras `tpu` and
+`cuda`), and reports whether it fits, the time of a step, and the cost of the whole run. For TPUs the time is the
+compiler's own estimate; for GPUs it is a bound from the chip's peak figures. Without these extras XLA compiles for as
+many CPU devices, and memory and collectives are those of a CPU's program.
 
-  python -m diffdis_jax.preflight calibration --topology=v5p:2x2x1 [--out=F.json]
+Calibration compares the TPU compiler's estimates of plain products, convolutions and sums with their least time:
 
-says how far the TPU compiler's estimates lie above the least time of plain products, convolutions and sums.
+  python -m diffdis_jax.preflight calibration --topology=v5p:2x2x1 --out=calibration.json
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import jax
 from absl import flags, logging
 from jax.sharding import Mesh
 
-from diffdis_jax.common import buckets, cli, code_digest, files
+from diffdis_jax.common import buckets, cli, code_digest, files, usage
 from diffdis_jax.common.store import Store
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError, install
@@ -42,7 +41,6 @@ PROGRAMS = ("train", "generation", "discrimination")
 CC3M_PAIRS = 2_905_954
 Changes = dict[str, Any]  # config field -> value, of --search
 # What traces and compiles.
-PROGRAMS = ("train", "generation", "discrimination")
 COMPILERS = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 COMPILERS += (*targets.CUDA, *targets.CUDNN)
 
@@ -164,15 +162,18 @@ def key_of(config: str, platform: str, present: targets.Target | None) -> bytes:
 def define_flags() -> None:
   """The command line."""
   cli.config_flag(required=False)
+  usage.mark_required("config")
   flags.DEFINE_string(
     "topology", None, "chips and their layout, such as v5e:8x8, h100:8, or h100:8x4 for four hosts of eight"
   )
-  flags.DEFINE_integer("slices", 1, "how many of them, joined by the data centre's network", lower_bound=1)
-  flags.DEFINE_enum("platform", None, targets.PLATFORMS, "compiler; that of the topology's chips where it is installed")
-  flags.DEFINE_list("programs", ["train"], f"some of {','.join(PROGRAMS)}")
-  flags.DEFINE_bool("search", False, "where the train step does not fit, try remat, fsdp and smaller batches")
-  flags.DEFINE_float("epochs", 6, "of the run, for its cost", lower_bound=0)
-  flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "of the training set, for the run's cost", lower_bound=1)
+  flags.DEFINE_integer("slices", 1, "how many such slices, joined by the data centre's network", lower_bound=1)
+  flags.DEFINE_enum(
+    "platform", None, targets.PLATFORMS, "compiler; by default that of the topology's chips, if it is installed"
+  )
+  flags.DEFINE_list("programs", ["train"], f"any of {','.join(PROGRAMS)}")
+  flags.DEFINE_bool("search", False, "if the training step does not fit, try remat, fsdp and smaller batches")
+  flags.DEFINE_float("epochs", 6, "epochs of the run, for its cost", lower_bound=0)
+  flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "size of the training set, for the run's cost", lower_bound=1)
   flags.DEFINE_string("out", None, "JSON file to write")
   flags.DEFINE_string("hlo", None, "folder for the compiled programs' text")
 

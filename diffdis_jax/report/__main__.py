@@ -1,9 +1,9 @@
 """Shows a run, or several side by side, as one HTML file.
 
-  python -m diffdis_jax.report --workdir=DIR[,DIR2...] --out=report.html
+  python -m diffdis_jax.report --workdir=runs/demo/diffdis --out=report.html
 
 The file holds everything and loads nothing: curves, sample images, evaluations, data, parameters, config, restarts and
-cost. It can be written while the run is running.
+cost. It can be written while the run is running. --workdir=DIR,DIR2 shows runs side by side.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ MOST_RUNS = 8  # that have a colour of their own
 
 def define_flags() -> None:
   """The command line."""
-  flags.DEFINE_list("workdir", None, "folder of a run, or several with commas between them", required=True)
+  flags.DEFINE_list("workdir", None, "folder of a run, or several, separated by commas", required=True)
   flags.DEFINE_string("out", None, "HTML file to write", required=True)
-  flags.DEFINE_float("hour_price", None, "of one device for an hour, for the cost of a run", lower_bound=0.0)
+  flags.DEFINE_float("hour_price", None, "price of one device for an hour, for the cost of a run", lower_bound=0.0)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -14,8 +15,10 @@ import time
 import jax
 import pytest
 
+import diffdis_jax
 from diffdis_jax import __main__ as main_module
-from diffdis_jax.common import cli
+from diffdis_jax.common import cli, usage
+from diffdis_jax.evals import registry
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -210,21 +213,98 @@ def test_one_of_two_processes_fails_at_once(folder, kind, code, message):
     other.communicate()
 
 
-def test_help_has_the_commands_own_flags_alone_and_its_example():
-  for command in ("train", "report"):
+COMMANDS = [*main_module.commands()]
+FLAG = re.compile(r"^  --(?:\[no\])?(\w+)(?:=\S+)? *\n? *(\(required\))?", re.MULTILINE)
+# Flags that a command asks for in some calls alone: the call, and what it says is missing.
+ASKED_FOR = {
+  ("evaluate", "workdir"): ("--out=F.json", "--workdir=DIR is missing"),
+  ("preflight", "config"): ("--topology=v5e:2x2", "--config=FILE.py is missing"),
+  ("prepare_data", "source"): ("cc3m --out=DIR", "prepare_data cc3m needs --source=DIR"),
+  ("prepare_data", "out"): ("cc3m --source=DIR", "prepare_data cc3m needs --out=DIR"),
+  ("prepare_data", "workdir"): ("latents --data=DIR --out=DIR2", "prepare_data latents needs --workdir=DIR"),
+  ("prepare_data", "data"): ("latents --workdir=DIR --out=DIR2", "prepare_data latents needs --data=DIR"),
+}
+
+
+@functools.cache
+def said(*lines: tuple[str, ...]) -> list[tuple[int, str]]:
+  """Exit code and words of each of these commands, whose flags are parsed in one process, and no more."""
+  command = [sys.executable, "tests/parse_commands.py"]
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, input=json.dumps(lines), check=True)
+  return [(code, text) for code, text in json.loads(done.stdout)]
+
+
+def helps() -> dict[str, str]:
+  answers = said(*[(command, "--help") for command in COMMANDS])
+  assert [code for code, _ in answers] == [0] * len(COMMANDS)
+  return {command: text for command, (_, text) in zip(COMMANDS, answers, strict=True)}
+
+
+def groups(shown: str) -> dict[str, list[str]]:
+  """The names of the flags by the heading over them, of a --help."""
+  _, *parts = re.split(r"^(Flags.*):$", shown, flags=re.MULTILINE)
+  return {title: [name for name, _ in FLAG.findall(text)] for title, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def test_an_example_stands_first_in_every_help_and_its_flags_exist():
+  for command, shown in helps().items():
+    example, what = shown.split("\n\n")[:2]
+    assert re.match(rf"python -m diffdis_jax\.{command} ", example), shown
+    assert " ".join(what.split()).startswith(main_module.commands()[command]), shown
+    names = {name for each in groups(shown).values() for name in each}
+    used = re.findall(r"--(?:no)?([a-z]\w*)", shown.partition("\nFlags:")[0])
+    assert {*used} - {"init_from"} <= names, f"{command}: { ({*used} - names) }"
+    assert max(map(len, shown.splitlines())) <= usage.WIDTH
+
+
+def test_a_required_flag_is_marked_in_every_help_and_leaving_it_out_is_an_error(tmp_path):
+  without = said(*[(command,) for command in COMMANDS])
+  for (command, shown), (code, error) in zip(helps().items(), without, strict=True):
+    marked = {name for name, mark in FLAG.findall(shown) if mark}
+    # Without any flag, absl names all that it asks for.
+    missing = {*re.findall(r"--(\w+) \(", error)} if code else set()
+    assert code == (2 if missing else 0)
+    assert missing | {name for of, name in ASKED_FOR if of == command} == marked, shown
+  for (command, name), (line, message) in ASKED_FOR.items():
     done = subprocess.run(
-      [sys.executable, "-m", "diffdis_jax", command, "--help"],
-      cwd=ROOT,
-      env={**os.environ, "JAX_PLATFORMS": "cpu"},
+      [sys.executable, "-m", "diffdis_jax", command, *line.split()],
+      cwd=tmp_path,
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
       text=True,
       capture_output=True,
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"python -m diffdis_jax.{command} --" in done.stdout
-    found = set(re.findall(r"^  --(?:\[no\])?(\w+):", done.stdout, re.MULTILINE))
-    own = {"train": {"config", "eval", "profile", "tracker", "num_processes"}, "report": {"out", "hour_price"}}[command]
-    assert own | {"workdir", "quiet"} <= found
-    assert not found & {"alsologtostderr", "verbosity", "tfds_dir", "jax_log_compiles"}
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}"), f"{command} --{name}: {done.stderr}"
+
+
+def test_flags_of_processes_come_last_in_every_help_that_has_them():
+  processes = {"coordinator_address", "num_processes", "process_id", "coordinator_timeout"}
+  having = set()
+  for command, shown in helps().items():
+    found = groups(shown)
+    assert [*found][0] == usage.GENERAL and {"quiet", "version"} <= {*found[usage.GENERAL]}
+    assert not {name for each in found.values() for name in each} & {"alsologtostderr", "verbosity", "tfds_dir"}
+    if usage.PROCESSES in found:
+      having.add(command)
+      assert [*found][-1] == usage.PROCESSES and {*found[usage.PROCESSES]} == processes
+      assert not processes & {name for title, each in found.items() if title != usage.PROCESSES for name in each}
+  assert having == {"ablate", "evaluate", "generate", "train"}
+
+
+def test_evaluates_flags_stand_with_the_task_that_takes_them():
+  found = groups(helps()["evaluate"])
+  for task in registry.EVALS:
+    for name in registry.settings_of(task):
+      of = [each for each in registry.EVALS if name in registry.settings_of(each)]
+      assert name in found[f"Flags of {task}" if of == [task] else "Flags of several tasks"]
+  assert found["Flags of a suite"] == ["suite", "data_root", "incomplete"] and found["Flags of compare"] == ["compare"]
+
+
+def test_the_version_of_every_command(capsys):
+  expected = f"diffdis_jax {diffdis_jax.__version__}\n"
+  assert said(*[(command, "--version") for command in COMMANDS]) == [(0, expected)] * len(COMMANDS)
+  assert main_module.main(["--version"]) == 0
+  assert capsys.readouterr().out == expected
 
 
 def test_every_command_is_listed_and_says_how_it_is_called(capsys):
@@ -238,6 +318,7 @@ def test_every_command_is_listed_and_says_how_it_is_called(capsys):
   assert main_module.main([]) == 0
   listed = capsys.readouterr().out
   assert all(f"  {command} " in listed and what in listed for command, what in commands.items())
+  assert max(map(len, listed.splitlines())) <= usage.WIDTH
 
 
 def test_a_command_that_does_not_exist_is_one_line(capsys):
