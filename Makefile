@@ -13,6 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Huge pages, where the kernel leaves that to programs: a step's temporaries are tens of megabytes, and new each time.
 demo: $(VENV)/.installed
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
+	$(BIN)/python -m diffdis_jax.report --workdir=$(RUNS)/diffdis --out=$(RUNS)/report.html
 
 # As many processes as there are cores and memory for, and the longest files first: tests/conftest.py says both. A file's
 # tests stay in one process, since they share what they make. Huge pages as above.

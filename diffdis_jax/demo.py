@@ -2,13 +2,15 @@
 
   python -m diffdis_jax.demo --out=runs/demo
 
-Writes results.json, grid.png and report.html into the folder. Run it again to resume where it was stopped;
-results.json then lacks the time it took.
+Writes results.json and grid.png into the folder. Run it again to resume where it was stopped; results.json then lacks
+the time it took.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import time
 from collections.abc import Sequence
 
@@ -22,6 +24,7 @@ from diffdis_jax.config import Run
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import samples, sections
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
@@ -67,8 +70,12 @@ def main(argv: Sequence[str]) -> None:
 
   tasks = ("zero_shot", "generation_accuracy")
   found = evaluate.evaluate(run, sections.of_config(second.evals, tasks=tasks))
+  result_files.write(f"{run}/evaluation.json", found)  # in the workdir, where a report looks for it
   metrics = {name: record["metrics"] for records in found.values() for name, record in records.items()}
   draw_classes(run, out / "grid.png")
+  pictures = out / "diffdis" / "samples"
+  pictures.mkdir(exist_ok=True)
+  shutil.copy(out / "grid.png", pictures / f"grid_{second.num_steps:08d}.png")
   results = dict(
     zero_shot_top1=metrics["test"]["acc1"],
     zero_shot_unseen_top1=metrics["unseen"]["acc1"],
@@ -81,7 +88,10 @@ def main(argv: Sequence[str]) -> None:
   made = provenance.provenance(provenance.of_run(run, step=second.num_steps))
   files.write_json(out / "results.json", {**results, "provenance": made})
   logging.info("%s", "  ".join(f"{name} {value:.3f}" for name, value in results.items()))
-  logging.info("results in %s, images in %s", out / "results.json", out / "grid.png")
+  logging.info("finished: images in %s, results in %s", out / "grid.png", out / "results.json")
+  command = f"python -m diffdis_jax.%s --workdir={shlex.quote(run)}"
+  logging.info('to generate more: %s --prompt="a red star" --out=images', command % "generate")
+  logging.info("to see all of it: %s --out=report.html", command % "report")
 
 
 def draw_classes(run: str, path: os.PathLike[str]) -> None:

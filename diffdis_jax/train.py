@@ -51,13 +51,15 @@ def main(argv: Sequence[str]) -> None:
   import jax
 
   from diffdis_jax.parallel import processes
-  from diffdis_jax.training import loop
+  from diffdis_jax.training import facts, loop
 
   cli.compilation_cache(FLAGS.workdir)
   cli.use_all_cores()  # before the first device is asked for, as must be processes.start
   jax.config.update("jax_numpy_dtype_promotion", "strict")  # bf16 with f32 by accident is an error
   processes.start()
   loop.train_and_evaluate(run, FLAGS.workdir, tracker=FLAGS.tracker or "", profiled=FLAGS.profile or "")
+  if processes.is_first():
+    facts.log_end(run, FLAGS.workdir)
 
 
 if __name__ == "__main__":

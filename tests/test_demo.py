@@ -9,6 +9,7 @@ import sys
 from PIL import Image
 
 import diffdis_jax
+from diffdis_jax.report import read
 from tests.command_runs import ROOT
 
 pytest_plugins = ("tests.command_runs",)
@@ -57,6 +58,16 @@ def test_the_demo_compiles_ahead_and_goes_on_where_it_was_stopped(environment, t
   assert [each["steps"] for each in runs] == [8, 8] and "/" not in json.dumps(made)
   with Image.open(out / "grid.png") as grid:
     assert grid.width > 8 * 16 and grid.height > 8 * 16
+  said = [line.split("] ", 1)[1] for line in log.splitlines()[-3:]]
+  assert said[0] == f"finished: images in {out}/grid.png, results in {out}/results.json"
+  assert said[1].startswith(f"to generate more: python -m diffdis_jax.generate --workdir={out}/diffdis --prompt=")
+  assert said[2] == f"to see all of it: python -m diffdis_jax.report --workdir={out}/diffdis --out=report.html"
+
+  # What the report of the run finds there.
+  found = read.read(str(out / "diffdis"), "diffdis")
+  ((step, picture),) = found.grids["grid"]
+  assert step == 8 and picture.read_bytes() == (out / "grid.png").read_bytes()
+  assert {*found.results["evaluation.json"]} == {"zero_shot", "generation_accuracy"}
 
   # What is trained is only evaluated again, to the same figures, and how long the whole took is not known.
   log = demo()

@@ -6,12 +6,12 @@ Only one process writes; on the others a Writer does nothing.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import io
 import json
 import math
 import os
 import pathlib
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -141,8 +141,14 @@ def _drop_lines_beyond(path: epath.Path, step: int) -> None:
     files.write_whole(path, "".join(line + "\n" for line in kept).encode())
 
 
+# What a loss adds up; its quarters of the timestep are in metrics.jsonl.
+_PART = re.compile(r"loss_(?!.*_q[1-4]$)\w+")
+# As the paper names them; others by their column.
+_SYMBOLS = {"loss_generation": "L_IG", "loss_discrimination": "L_ITA", "loss_class_contrastive": "class"}
+
+
 class Throughput:
-  """How fast a run is: the progress line, and the columns of metrics.jsonl that tell speeds."""
+  """How fast a run is: the progress line, which fits a terminal, and the speeds in metrics.jsonl."""
 
   def __init__(
     self,
@@ -202,7 +208,7 @@ class Throughput:
 
     Args:
       step: steps finished, more than at the last report.
-      metrics: `loss` and every `loss_*` are shown.
+      metrics: `loss` and its parts are shown.
 
     Returns:
       `steps_per_sec`, `images_per_sec`, and `data_wait`, the share of time spent waiting for data, in [0, 1]; where the
@@ -224,14 +230,23 @@ class Throughput:
     return speeds
 
   def _line(self, step: int, metrics: Mapping[str, Any], speeds: Mapping[str, float]) -> str:
-    losses = {name: float(x) for name, x in metrics.items() if name == "loss" or name.startswith("loss_")}
-    parts = [f"step {step}/{self._num_steps}", *(f"{n.removeprefix('loss_')} {x:.4f}" for n, x in losses.items())]
-    if not math.isnan(speeds["steps_per_sec"]):
-      parts += [
-        f"{speeds['steps_per_sec']:.3g} steps/s",
-        f"{speeds['images_per_sec']:.3g} images/s",
-        *([f"MFU {speeds['mfu']:.1%}"] if "mfu" in speeds else []),
-        f"waiting for data {speeds['data_wait']:.0%}",
-        f"ETA {datetime.timedelta(seconds=round((self._num_steps - step) / speeds['steps_per_sec']))}",
+    parts = {name: float(x) for name, x in metrics.items() if _PART.fullmatch(name)}
+    shown = [f"step {step}/{self._num_steps}", f"loss {float(metrics['loss']):.4f}"]
+    if len(parts) > 1:  # a single one is the loss itself
+      shown += [f"{_SYMBOLS.get(name, name.removeprefix('loss_'))} {x:.3g}" for name, x in parts.items()]
+    if not math.isnan(rate := speeds["steps_per_sec"]):
+      shown += [
+        f"{rate:.3g} steps/s" if rate >= 1 else f"{1 / rate:.3g} s/step",
+        f"data wait {speeds['data_wait']:.0%}",
+        f"{_duration((self._num_steps - step) / rate)} left",
       ]
-    return "  ".join(parts)
+    return "  ".join(shown)
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  days, rest = divmod(hours, 24)
+  if days > 1:
+    return f"{days}d{rest:02}h"
+  return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

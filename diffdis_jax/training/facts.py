@@ -1,8 +1,9 @@
-"""What a run tells of itself when it starts."""
+"""What a run says of itself when it starts and when it has finished."""
 
 from __future__ import annotations
 
 import math
+import shlex
 import socket
 from collections import Counter
 from typing import Any
@@ -11,6 +12,8 @@ import jax
 from absl import logging
 from clu import parameter_overview
 
+from diffdis_jax.common import buckets
+from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import describe
 from diffdis_jax.run import provenance
 from diffdis_jax.training.step import Trainer
@@ -50,6 +53,25 @@ def overview(trainer: Trainer) -> str:
   """A table of the parameters: path, shape, dtype, number."""
   # Without statistics, which need values: there are only shapes yet.
   return parameter_overview.get_parameter_overview(trainer.shapes, include_stats=False) + "\n"
+
+
+def log_end(run: Run, path: str) -> None:
+  """Where a finished run's picture and numbers are, and what to type next; three lines at most."""
+  folder = buckets.path(path)
+  samples = folder / "samples"
+  pictures = sorted(samples.glob("*_[0-9]*.png") if samples.is_dir() else (), key=lambda each: each.stem.split("_")[-1])
+  picture = f"last samples in {pictures[-1]}, " if pictures else ""
+  logging.info("finished at step %d: %smetrics in %s", run.num_steps, picture, folder / "metrics.jsonl")
+  quoted = shlex.quote(path)
+  command = f"python -m diffdis_jax.%s --workdir={quoted}"
+  if run.objectives.is_autoencoder:
+    logging.info("to train DiffDis with this autoencoder: --config.init_from=%s", quoted)
+  elif run.objectives.generates:
+    prompt = shlex.quote(next(iter(run.sample_prompts), "a red star"))
+    logging.info("to generate images: %s --prompt=%s --out=images", command % "generate", prompt)
+  elif run.evals:
+    logging.info("to measure it: %s --out=results.json", command % "evaluate")
+  logging.info("to see all of it: %s --out=report.html", command % "report")
 
 
 def log(trainer: Trainer) -> None:

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import shlex
+
+import pytest
+from absl import logging
+
+from diffdis_jax import __main__ as main_module
+from diffdis_jax.config import Run
+from diffdis_jax.training import facts
+from tests import tiny, tiny_clip
+
+
+@pytest.mark.parametrize(
+  "config, next_one",
+  [
+    (tiny.get_config("autoencoder"), "--config.init_from="),
+    (tiny.get_config(), "python -m diffdis_jax.generate --workdir="),
+    (tiny_clip.get_config(), "python -m diffdis_jax.evaluate --workdir="),
+  ],
+)
+def test_a_finished_run_says_where_its_picture_is_and_what_to_type_next(tmp_path, caplog, config, next_one):
+  caplog.set_level("INFO")
+  logging.set_verbosity(logging.INFO)
+  run, path = Run.of(config), str(tmp_path / "a run")
+  (tmp_path / "a run" / "samples").mkdir(parents=True)
+  for name in ("samples_00000004", "samples_00000008", "notes"):
+    (tmp_path / "a run" / "samples" / f"{name}.png").touch()
+  facts.log_end(run, path)
+  where, second, third = caplog.messages
+  assert where == (
+    f"finished at step {run.num_steps}: last samples in {path}/samples/samples_00000008.png,"
+    f" metrics in {path}/metrics.jsonl"
+  )
+  assert next_one in second and "python -m diffdis_jax.report --workdir=" in third
+  # What it says can be typed, though the folder's name has a space.
+  for line in (second, third):
+    words = shlex.split(line.split(": ", 1)[1])
+    assert f"--workdir={path}" in words or f"--config.init_from={path}" in words
+    if words[0] == "python":
+      assert words[2].removeprefix("diffdis_jax.") in main_module.commands()
+
+
+def test_a_finished_run_without_samples_names_none(tmp_path, caplog):
+  caplog.set_level("INFO")
+  logging.set_verbosity(logging.INFO)
+  facts.log_end(Run.of(tiny.get_config()), str(tmp_path))
+  assert caplog.messages[0] == f"finished at step 8: metrics in {tmp_path}/metrics.jsonl"
