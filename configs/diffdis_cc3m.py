@@ -98,7 +98,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.objectives = (args.objectives,)
 
   config.data.update(name="latents" if args.latents else "pairs", path=args.latents or args.path, max_length=77)
-  # Generation draws what it sees: an undistorted square, as in Stable Diffusion's training. The view is shared by both
+  # Generation takes an undistorted square, as in Stable Diffusion's training. The view is shared by both
   # objectives, since the paper states none for DiffDis; with --config.data.discrimination_view=own, discrimination gets
   # its own, by what the paper's CLIP baseline is trained on: random crop and RandAugment.
   config.data.augment.update(crop="random", flip=True)

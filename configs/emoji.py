@@ -10,7 +10,7 @@
   python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --tasks=zero_shot,retrieval --out=emoji.json
   python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --suite=emoji --data_root=data --out=suite.json
 
-Generation first, then both objectives from there, since the paper too starts from a model that draws. After 1,800 steps
+Generation first, then both objectives from there, since the paper too starts from a generative model. After 1,800 steps
 each it classified a third more than after 1,800 of both alone (one run, docs/emoji.md). In single runs accuracy rose
 further with 1,800 steps twice more, --config.init_from being the last run's folder (docs/results.md).
 
@@ -42,7 +42,7 @@ from ml_collections import ConfigDict
 from configs import common
 from diffdis_jax.models.sizes import clip_medium, medium
 
-# How each task's view of an image varies. Where colours do, the white ground does, so that it would be drawn grey.
+# How each task's view of an image varies. Where colours do, the white ground does, so that it would be generated grey.
 GENERATED = dict(shift=0.06, zoom=0.15, rotation=10.0)
 ENCODED = GENERATED | dict(brightness=0.2, contrast=0.2, saturation=0.3, hue=0.04)
 DISCRIMINATED = dict(shift=0.08, zoom=0.2, rotation=12.0, brightness=0.3, contrast=0.3, saturation=0.5, hue=0.05)

@@ -1,4 +1,4 @@
-"""What a user is told when something is wrong, and ranges of numbers. No jax, so that data workers may import it."""
+"""Errors as a user sees them, and ranges of numbers. No jax, so that data workers may import it."""
 
 from __future__ import annotations
 

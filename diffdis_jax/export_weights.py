@@ -129,7 +129,7 @@ def export_weights(
 
 
 def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:
-  """A StableDiffusionPipeline, and the PyTorch twin's file where the run was trained for discrimination.
+  """A StableDiffusionPipeline, and the PyTorch model's file where the run was trained for discrimination.
 
   Args:
     own: of the run's config, OWN_FIELDS and `max_length`.

@@ -87,11 +87,11 @@ def generate(
   batch_size: int = BATCH_SIZE,
   **protocol: Any,
 ) -> None:
-  """Draws the prompts and writes the folder `out`.
+  """Generates images of the prompts and writes the folder `out`.
 
   Args:
     run: a workdir.
-    prompts: what to draw.
+    prompts: texts to generate images of.
     out: folder, absent or empty.
     num_images: images of each prompt.
     seed: of the initial noise.
@@ -107,7 +107,7 @@ def generate(
   folder = files.empty_folder(out)  # first: what is in the way shows before anything is loaded
   if (count := len(prompts) * num_images) > MOST_IMAGES:
     raise UserError(
-      f"{len(prompts)} prompts with --num_images={num_images} are {count} images; one call draws at most {MOST_IMAGES},"
+      f"{len(prompts)} prompts with --num_images={num_images} are {count} images; one call makes at most {MOST_IMAGES},"
       " so give fewer, and several calls with other --seed"
     )
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
@@ -120,7 +120,7 @@ def generate(
   z_T = check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
   tokens = Tokenizer(model.max_length)(prompts)
   chunks = (slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK))
-  done = progress.Progress("drawn", len(prompts), "images")
+  done = progress.Progress("generated", len(prompts), "images")
   images = (image for rows in chunks for image in model.generate(params, tokens[rows], z_T[rows], done=done.add))
   if not processes.is_first():
     deque(images, maxlen=0)  # its share of each
@@ -147,7 +147,7 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     raise UserError("--prompt and --prompts_file are both given; give one of them")
   if not file:
     if not prompts:
-      raise UserError('nothing to draw; give --prompt="a red star" (may be repeated) or --prompts_file')
+      raise UserError('no prompt; give --prompt="a red star" (may be repeated) or --prompts_file')
     return list(prompts)
   try:
     with open(file, "rb") as opened:  # which may be a pipe, or a device without end
@@ -183,7 +183,7 @@ def check_noise(noise: np.ndarray, *, expected: tuple[int, ...]) -> Float32[np.n
   if noise.shape != expected:
     raise UserError(f"--noise has shape {noise.shape}; this run and these prompts need {expected}, [n, h, w, c]")
   if not np.isfinite(noise).all():
-    raise UserError("--noise holds values that are not finite; it should be drawn from a standard normal")
+    raise UserError("--noise holds values that are not finite; it should be sampled from a standard normal")
   return np.asarray(noise, np.float32)
 
 

@@ -97,7 +97,7 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
   with files.whole_folder(folder) as temporary:
     # A run's workdir, which generate, evaluate and init_from read as any other's.
     workdir.open_for_training(str(temporary), run.to_dict())
-    # What is not in `loaded` is drawn again by the run that starts from here (training/start.py).
+    # What is not in `loaded` is initialised again by the run that starts from here (training/start.py).
     origin = {"source": source, "loaded": matched.names, "ignored": matched.ignored}
     origin["initialised"] = sorted(new)
     (temporary / "import.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")

@@ -52,7 +52,7 @@ class Inference:
     image_size: of images, in and out.
     max_length: tokens of a caption.
     shapes: of the parameters.
-    mesh, after_batch: as given, for what goes on to compute with the images.
+    mesh, after_batch: as given, for further computation on the images.
   """
 
   def __init__(

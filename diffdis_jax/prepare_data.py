@@ -121,7 +121,7 @@ def main(argv: list[str]) -> None:
 
 def publish(write: Callable[[pathlib.Path], None], out: str, *, finished: str) -> None:
   """Has the folder `out` written. For a bucket that is a local folder, which is copied there at the end and removed.
-  Killed at any point, the same command goes on with it.
+  If it is killed, the same command resumes.
 
   Args:
     write: writes a local folder.
@@ -161,7 +161,7 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
   )
   # Killed between the two: the card needs the records alone.
   if (out / "report.json").exists() and not (out / "card.json").exists():
-    logging.info("%s is written but for its card", out)
+    logging.info("%s is written, except for its card", out)
   else:
     builder.prepare(find_parts(source), out, builder=kind, settings=settings)
   write_card(out)

@@ -42,14 +42,14 @@ class LatentBatch:
   """One batch of captioned images as the autoencoder's posteriors over them, before shift and scale."""
 
   mean: BFloat16[AnyArray, "b h w c"]
-  log_variance: BFloat16[AnyArray, "b h w c"]  # kept, so that each step samples the posterior anew
+  log_variance: BFloat16[AnyArray, "b h w c"]  # kept, so that each step samples the posterior again
   tokens: Int[AnyArray, "b l"]
   condition: BFloat16[AnyArray, "b l d"] | None = None  # c, where it is stored too
 
 
 @struct.dataclass
 class LabelledBatch:
-  """One batch of images with the number of their class, and a sentence of that class where one is drawn."""
+  """One batch of images with the number of their class, and a sentence of that class where one is sampled."""
 
   image: UInt8[AnyArray, "b h w 3"]
   label: Int[AnyArray, "b"]
@@ -127,7 +127,7 @@ class GenerationPass:
 class DiscriminationPass:
   """Arguments of Φ_θ(e_t, t_e, z): noised text query, its timestep, clean latents and theirs, the empty prompt's c.
 
-  Its t_z is one number for all rows, 1000 in the paper (Table 7); GenerationPass.t_z is drawn.
+  Its t_z is one number for all rows, 1000 in the paper (Table 7); GenerationPass.t_z is sampled.
   """
 
   e_t: Float[AnyArray, "b e"]

@@ -111,14 +111,14 @@ setup() {
 }
 
 # On a host, in ~/diffdis: .pid has the number of the command's process and when that began, by which another process
-# that got the number since is told from it. is_running leaves the number in $pid.
+# that got the number since is recognised. is_running leaves the number in $pid.
 # shellcheck disable=SC2016  # for the host to expand
 on_every_host='began() { sed -n "s/.*) \([^Z]\) /\1 /p" "/proc/$1/stat" 2>/dev/null | cut -d" " -f20; };'\
 ' is_running() { read -r pid since 2>/dev/null <.pid && [ "$since" ] && [ "$since" = "$(began "$pid")" ]; };'
 
 # What every host does with the command in attempt $1. The lock waits for an attempt that is still ending; where the
-# connection is lost the command goes on, and gcloud connects and asks for the same attempt again: to that the answer is
-# how it ended. The command does not get the lock, which a process that it leaves behind would keep; it leads a group, of
+# connection is lost the command keeps running, and gcloud connects and asks for the same attempt again: the answer is how
+# it ended. The command does not get the lock, which a process that it leaves behind would keep; it leads a group, of
 # which nothing is left afterwards. Should the shell with the lock die, the next one waits for the command itself. The
 # last line tells the launcher this host's code: ssh to several hosts returns one for all of them.
 on_host() {
@@ -176,7 +176,7 @@ case $subcommand in
     workdir=$(workdir_of "$@")
     trap finish TERM INT
     worst=0
-    for number in "${each[@]}"; do # one that fails is told, and the next ones go on
+    for number in "${each[@]}"; do # one that fails is reported, and the next ones run
       code=0
       supervise "${DELAY:-10}" newest_step attempt "$@" ${number:+--only="$number"} || code=$?
       if ((code)); then worst=$code; fi

@@ -32,7 +32,7 @@ def call(verb: str, environment: dict[str, str], *flags: str) -> subprocess.Comp
 
 
 def joint_flags(autoencoder: str) -> list[str]:
-  """Of the joint run, but for its workdir."""
+  """Of the joint run, except for its workdir."""
   fields = {"num_steps": STEPS, "save_every": SAVE_EVERY, "log_every": 1, "init_from": autoencoder}
   return ["--config=tests/tiny.py", *(f"--config.{name}={value}" for name, value in fields.items())]
 

@@ -40,7 +40,7 @@ def restore(folder: pathlib.Path) -> None:
 
 
 def keep(folder: pathlib.Path) -> None:
-  """What this run added, but for parts of entries. Beyond LIMIT goes what was not used for longest."""
+  """What this run added, except for parts of entries. Beyond LIMIT goes what was not used for longest."""
   with locked() as kept:
     for entry in entries(folder):
       if not (kept / entry.name).exists() and is_whole(entry):

@@ -36,7 +36,7 @@ def is_alive(pid: int | str) -> bool:
 
 
 class Terminal:
-  """A command in a terminal. Its stderr goes to a file, which anybody may go on writing to.
+  """A command in a terminal. Its stderr goes to a file, which anybody may keep writing to.
 
   Args:
     command: what is typed.

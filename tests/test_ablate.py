@@ -65,7 +65,7 @@ def test_killed_once_it_ends_in_the_same_table(tmp_path, environment, joint_run,
     assert not list(out.glob("results/*.json"))
     done = call("ablate", environment, "run", *flags, f"--out={out}", "--only=0")
     assert done.returncode == 0, done.stderr
-  assert "going on from step" not in done.stderr  # nothing was trained
+  assert "resuming from step" not in done.stderr  # nothing was trained
 
   first, second = (tables_of(environment, out, *flags[1:]) for out in (whole, killed))
   assert first == second

@@ -44,4 +44,4 @@ def test_what_was_not_used_for_longest_goes(tmp_path, cache, monkeypatch):
   monkeypatch.setattr(compiled, "LIMIT", 2500)
   compiled.keep(run)
   assert sorted(path.name for path in compiled.entries(cache)) == ["a-cache", "b-cache"]
-  assert len([*run.iterdir()]) == 3, "the run itself goes on with all of them"
+  assert len([*run.iterdir()]) == 3, "the run itself keeps all of them"

@@ -1,4 +1,4 @@
-"""A run that is told to stop before its first step."""
+"""A run that is stopped before its first step."""
 
 from __future__ import annotations
 

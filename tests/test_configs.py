@@ -1,6 +1,6 @@
 """Every shipped config resolves to the parameters, optimizer groups and partitions of its golden listing.
 
-After a deliberate change, write the listings anew, and read their difference:
+After a deliberate change, write the listings again, and read their difference:
 
   python -m tests.test_configs
 """
@@ -217,7 +217,7 @@ def test_arguments_that_are_no_choice(name, arg):
 
 
 def test_the_emoji_clip_shares_all_that_it_can_with_the_diffdis():
-  """Text tower but for its projection, data, images, batch, what is measured; beside one task samples too."""
+  """Text tower except for its projection, data, images, batch, what is measured; beside one task samples too."""
   joint, alone, clip = (
     flat(get_config("emoji", arg)) for arg in ("", "objectives=discrimination", "objectives=contrastive")
   )

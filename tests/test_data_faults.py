@@ -1,4 +1,4 @@
-"""One record in a hundred is spoiled in each way, all at once: preparation and training count them and go on."""
+"""One record in a hundred is spoiled in each way, all at once: preparation and training count them and continue."""
 
 import pytest
 from absl import logging

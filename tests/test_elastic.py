@@ -1,4 +1,4 @@
-"""A checkpoint of one mesh is gone on with on another, and by another number of hosts."""
+"""A checkpoint of one mesh is resumed on another, and by another number of hosts."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_the_paper_suite(run, environment, tmp_path):
   flags = [f"--workdir={run}", "--suite=paper", f"--data_root={root}", f"--out={out}", "--batch_size=8"]
   refused = call("evaluate", environment, *flags)
   message = (
-    f"error: dtd in {root}/dtd/dtd has 4 images, and should have 1,880; download it anew, or give --incomplete to"
+    f"error: dtd in {root}/dtd/dtd has 4 images, and should have 1,880; download it again, or give --incomplete to"
   )
   assert refused.returncode == 2 and not out.parent.exists()
   assert refused.stderr.splitlines()[-1] == f"{message} measure what is there"

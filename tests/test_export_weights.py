@@ -1,4 +1,4 @@
-"""Runs for PyTorch users through the verb: what diffusers draws from the folder, and what is refused."""
+"""Runs for PyTorch users through the verb: what diffusers generates from the folder, and what is refused."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_the_model_card(exported):
     "- training: step 5, loss 0.123457, loss_generation 0.1\n",
     "- evaluated while training: step 4, test/acc1 0.25\n",
     "| zero_shot | emoji | acc1 0.5, acc5 0.75 | checkpoint step 5, steps 1, templates 2 of them, folder emoji |\n",
-    "![Samples, each with its prompt](samples.png)\n\n*Drawn at step 4 of the training",
+    "![Samples, each with its prompt](samples.png)\n\n*Generated at step 4 of the training",
     'StableDiffusionPipeline.from_pretrained("FOLDER")',
     "Watermarks",
     "People and animals",

@@ -20,7 +20,7 @@ NAMED_LATER = {"trackers.py": {*trackers.TRACKERS}, "targets.py": {*targets.PLAT
 
 
 def texts() -> list[tuple[pathlib.Path, str]]:
-  """Every file of the repository that is text, but for changes of the past."""
+  """Every file of the repository that is text, except for the change log."""
   listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
   found = []
   for name in listed.stdout.splitlines():

@@ -116,7 +116,7 @@ def test_noise_whose_header_claims_more_than_the_file_is_not_allocated(tmp_path)
 
 
 def test_more_images_than_a_call_draws(model, tmp_path):
-  with pytest.raises(UserError, match="2 prompts with --num_images=50001 are 100002 images; one call draws at most"):
+  with pytest.raises(UserError, match="2 prompts with --num_images=50001 are 100002 images; one call makes at most"):
     generate.generate("run", ["a", "b"], str(tmp_path / "out"), num_images=50_001)
   assert not (tmp_path / "out").exists()
 
@@ -140,7 +140,7 @@ def test_prompts(tmp_path):
   for prompts, name, message in (
     ([], "endless.txt", "is larger than 64 MiB"),
     ([], "a\0b", "cannot read --prompts_file"),
-    ([], None, "nothing to draw"),
+    ([], None, "no prompt; give"),
     (["a star"], "prompts.txt", "give one of them"),
     ([], "empty.txt", "no prompt in"),
     ([], "absent.txt", "cannot read --prompts_file"),
@@ -173,7 +173,7 @@ def test_command_line(run, tmp_path):
   command = [sys.executable, "-m", "diffdis_jax.generate", f"--workdir={run}", f"--out={tmp_path / 'out'}"]
   bad = subprocess.run(command, capture_output=True, text=True)
   assert bad.returncode == 2 and not (tmp_path / "out").exists()
-  assert bad.stderr == 'error: nothing to draw; give --prompt="a red star" (may be repeated) or --prompts_file\n'
+  assert bad.stderr == 'error: no prompt; give --prompt="a red star" (may be repeated) or --prompts_file\n'
   flags = ["--prompt=a red star", "--prompt=a ring, blue", "--steps=3", "--seed=4", "--noema"]
   good = subprocess.run([*command, *flags], capture_output=True, text=True)
   assert good.returncode == 0, good.stderr

@@ -107,7 +107,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(tmp_path, environment
       break
   assert kills == KILLS
   logging.info("lost steps: %s", json.dumps(sorted(lost)))
-  # A save goes on in the background: until it is committed, the steps after it are lost with those before it.
+  # A save runs in the background: until it is committed, the steps after it are lost with those before it.
   assert max(lost) < 2 * SAVE_EVERY
 
 

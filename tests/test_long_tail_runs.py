@@ -113,7 +113,7 @@ def test_a_second_stage_is_measured_in_table_8s_columns(second, environment, tmp
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-  """Workdir of a CLIP that was never trained, of 16 px images."""
+  """Workdir of CLIP that was never trained, of 16 px images."""
   return untrained(tmp_path_factory.mktemp("long_tail") / "clip", tiny_clip.get_config(), 8)
 
 
@@ -198,7 +198,7 @@ def test_a_clips_head_leaves_beside_it(tmp_path):
 def test_a_wrong_start_ends_the_command_in_one_line(run, environment, tmp_path):
   done = call("train", environment, *flags(2, run, tmp_path / "out"))
   assert done.returncode == 2 and not (tmp_path / "out").exists()
-  assert done.stderr.count("error: ") == 1 and "stage 2 goes on from stage 1" in done.stderr
+  assert done.stderr.count("error: ") == 1 and "long_tail_head starts from class_contrastive" in done.stderr
 
 
 def trainer_of(stage: int) -> Trainer:

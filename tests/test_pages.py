@@ -249,6 +249,6 @@ def test_the_long_commands_run_one_after_the_other(folder, typed):
     if beginning == README_TRAINS:
       shutil.rmtree(folder / "RUN")
     run_as_typed(beginning, behind, files, folder, typed)
-  run_as_typed(README_TRAINS, "", (), folder, typed)  # again: it goes on from its end
+  run_as_typed(README_TRAINS, "", (), folder, typed)  # again: it resumes at its end
   starts = [event["step"] for event in history.read(str(folder / "RUN")) if event["event"] == "start"]
   assert starts == [0, 20]

@@ -39,7 +39,7 @@ def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
     assert sheet.width > 128
   (tmp_path / "out" / "card.json").unlink()  # killed while it wrote the card
   on = run("pairs", f"--source={raw}", f"--out={tmp_path / 'out'}")
-  assert on.returncode == 0 and "is written but for its card" in on.stderr
+  assert on.returncode == 0 and "is written, except for its card" in on.stderr
   assert (tmp_path / "out" / "card.json").exists()
   again = run("pairs", f"--source={raw}", f"--out={tmp_path / 'out'}")
   assert again.returncode == 2

@@ -1,4 +1,4 @@
-"""A run that is killed, twice, and goes on ends in the same bits as one left alone."""
+"""A run that is killed, twice, and resumes ends in the same bits as one left alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def steps_logged(run: pathlib.Path) -> list[int]:
 
 
 def metrics(run: pathlib.Path) -> list[dict[str, float]]:
-  """Every line but for its speeds."""
+  """Every line except for its speeds."""
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   speeds = {"steps_per_sec", "images_per_sec", "data_wait"}
   return [{name: value for name, value in line.items() if name not in speeds} for line in lines]

@@ -247,7 +247,7 @@ def test_the_step_of_the_best_recorded_metric_is_kept(watched_run, recorded):
     (["--config=tests/tiny.py", "--config.batchsize=3"], "unknown config key batchsize; did you mean batch_size?"),
     (["--config=tests/tiny.py:autoencodr"], "unknown argument 'autoencodr'; known: autoencoder"),
     (["--config=tests/tiny.py", "--config.image_size=18"], "image_size is 18"),
-    (["--config=tests/tiny.py"], "--workdir (folder of the run: created, or gone on with) is missing"),
+    (["--config=tests/tiny.py"], "--workdir (folder of the run; created, or resumed if it holds one) is missing"),
   ],
 )
 def test_bad_command_lines_are_one_line_and_leave_nothing(environment, tmp_path, flags, message):

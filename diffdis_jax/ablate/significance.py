@@ -1,6 +1,6 @@
 """What paired differences of a few seeds show: an interval, p, Holm's correction, and what the design can detect.
 
-All of it is the two-sided t-test of a mean. It takes the differences of the seeds for draws of one normal distribution.
+All of it is the two-sided t-test of a mean. It takes the seeds' differences for samples of one normal distribution.
 """
 
 from __future__ import annotations

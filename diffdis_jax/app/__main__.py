@@ -4,7 +4,7 @@
 
 It needs the extra `app`: pip install -e '.[app]' in the repository's folder. The page is at http://127.0.0.1:7860, and
 only this machine can open it unless --host says otherwise. It has the tabs that the run can serve: a run without
-generation has no draw tab; CLIP has classify and search.
+generation has no tab to generate; CLIP has classify and search.
 """
 
 from __future__ import annotations

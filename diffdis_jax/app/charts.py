@@ -106,7 +106,7 @@ def thumbnail(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h2 w2 3"]
 
 
 class Bar(NamedTuple):
-  """A share, 0 to 1, and its lowest and highest value over the draws."""
+  """A share, 0 to 1, and its lowest and highest value over the noise samples."""
 
   name: str
   share: float

@@ -25,9 +25,9 @@ class Guess(NamedTuple):
 
   Attributes:
     name: as typed.
-    share: of the query averaged over the draws.
-    low, high: least and most of it among the draws taken alone.
-    firsts: of how many draws taken alone it is the likeliest.
+    share: of the query averaged over the noise samples.
+    low, high: least and most of it among the noise samples, each alone.
+    firsts: for how many noise samples, each alone, it is the likeliest.
   """
 
   name: str
@@ -48,7 +48,7 @@ def guesses(
   Args:
     names: of the classes.
     texts: their text queries e, L2-normalised.
-    queries: ê_0 of each draw of the noise, L2-normalised.
+    queries: ê_0 of each noise sample, L2-normalised.
     temperature: τ of the contrastive loss.
   """
   alone = _softmax(temperature * queries @ texts.T)
@@ -93,7 +93,7 @@ def answer(
   # All fields before the model: what is wrong with them is said without waiting for a turn.
   classes = read_names(names, limits)
   filled = read_template(template, limits)
-  whole_draws = read_whole("draws", draws, at_least=1, at_most=MOST_DRAWS)
+  whole_draws = read_whole("noise samples", draws, at_least=1, at_most=MOST_DRAWS)
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
   square = read_square(path, sampler, limits)
   texts = sampler.text_queries([prompts.fill(filled, name) for name in classes])
@@ -102,14 +102,12 @@ def answer(
 
 
 def show(found: Sequence[Guess], *, draws: int) -> str:
-  """The likeliest names as bars, with the spread of the draws."""
+  """The likeliest names as bars, with the spread over the noise samples."""
   rows = [
     charts.Bar(each.name, each.share, each.low, each.high, f"first in {each.firsts}/{draws}" if draws > 1 else "")
     for each in found[:SHOWN]
   ]
-  whiskers = (
-    f" The whiskers go from the least to the most of {draws} draws of the noise, each alone." if draws > 1 else ""
-  )
+  whiskers = f" The whiskers show the least and the most of {draws} noise samples, each alone." if draws > 1 else ""
   rest = f" {len(found) - SHOWN} less likely names are left out." if len(found) > SHOWN else ""
   said = f"{found[0].name}: {found[0].share:.1%}."
   return charts.block(charts.line(said + whiskers + rest), charts.bars(rows))

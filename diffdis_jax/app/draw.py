@@ -1,4 +1,4 @@
-"""The tab *draw*: an image from a prompt, while it is generated."""
+"""The tab *Generate*: an image from a prompt, while it is generated."""
 
 from __future__ import annotations
 

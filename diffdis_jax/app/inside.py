@@ -1,4 +1,4 @@
-"""The tab *inside*: how the estimate of an image's text query moves over steps and draws of the noise."""
+"""The tab *inside*: how the estimate of an image's text query moves over steps and noise samples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def answer(
   classes = read_names(names, limits)
   filled = read_template(template, limits)
   whole_steps = read_whole("steps", steps, at_least=1, at_most=MOST_STEPS)
-  whole_draws = read_whole("draws", draws, at_least=1, at_most=MOST_DRAWS)
+  whole_draws = read_whole("noise samples", draws, at_least=1, at_most=MOST_DRAWS)
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
   square = read_square(path, sampler, limits)
   texts = sampler.text_queries([prompts.fill(filled, name) for name in classes])
@@ -51,7 +51,7 @@ def answer(
 
 
 def show(estimates: Sequence[Estimate], names: Sequence[str], texts: Float[np.ndarray, "n d"]) -> str:
-  """Scores of the best names over the steps, and the paths of the draws on a plane."""
+  """Scores of the best names over the steps, and the paths of the noise samples on a plane."""
   last = estimates[-1]
   queries = np.stack([estimate.queries for estimate in estimates])
   scores = queries @ texts.T
@@ -59,7 +59,7 @@ def show(estimates: Sequence[Estimate], names: Sequence[str], texts: Float[np.nd
   chosen = [names[int(i)] for i in best]
   said = f"Step {last.step} of {last.steps}, t = {last.t}: {chosen[0]}, {scores[-1, :, best[0]].mean():.3f}."
   if queries.shape[1] > 1:
-    said += f" Two draws' estimates have a cosine of {agreement(last.queries):.3f} on average."
+    said += f" Estimates of two noise samples have a cosine of {agreement(last.queries):.3f} on average."
   charted = [
     score_chart([estimate.t for estimate in estimates], scores[:, :, best], last.steps),
     plane_chart(queries, texts[best], chosen),
@@ -70,14 +70,14 @@ def show(estimates: Sequence[Estimate], names: Sequence[str], texts: Float[np.nd
 
 
 def agreement(queries: Float[np.ndarray, "k d"]) -> float:
-  """Mean cosine of two different draws' estimates, which are unit vectors; at least two."""
+  """Mean cosine of the estimates of two different noise samples, which are unit vectors; at least two."""
   k = len(queries)
   # For unit vectors |Σ q|² is k plus the inner products of all ordered pairs, of which there are k (k - 1).
   return float((np.square(queries.sum(axis=0)).sum() - k) / (k * (k - 1)))
 
 
 def score_chart(t: Sequence[int], scores: Float[np.ndarray, "s k n"], steps: int) -> str:
-  """⟨ê_0, e⟩ of each name after each step: the mean of the draws, and each draw thinly."""
+  """⟨ê_0, e⟩ of each name after each step: the mean of the noise samples, and each of them thinly."""
   low, high = float(scores.min()), float(scores.max())
   # As wide as all steps from the first one on: the curves grow, and the axis stays.
   frame = charts.Frame((1, max(steps, 2)), (low, high))
@@ -109,7 +109,7 @@ def plane(texts: Float[np.ndarray, "n d"], first: Float[np.ndarray, "k d"]) -> F
 
 
 def plane_chart(queries: Float[np.ndarray, "s k d"], texts: Float[np.ndarray, "n d"], names: Sequence[str]) -> str:
-  """Each draw's path from its first estimate, a small point, to its last, and the names' text queries, large ones."""
+  """Each noise sample's path from its first estimate, a small point, to its last, and the names' text queries, large ones."""
   directions = plane(texts, queries[0])
   moved, fixed = queries @ directions, texts @ directions
   everything = np.concatenate([moved.reshape(-1, 2), fixed])
@@ -119,8 +119,10 @@ def plane_chart(queries: Float[np.ndarray, "s k d"], texts: Float[np.ndarray, "n
     path = [(float(x), float(y)) for x, y in moved[:, draw]]
     frame.curve(path, "var(--body-text-color-subdued)", width=1.2, opacity=0.7)
     frame.dot(*path[0], "var(--body-text-color-subdued)", radius=1.8)
-    frame.dot(*path[-1], "var(--body-text-color)", radius=3, title=f"draw {draw + 1}")
+    frame.dot(*path[-1], "var(--body-text-color)", radius=3, title=f"noise sample {draw + 1}")
   for i, (name, (x, y)) in enumerate(zip(names, fixed.tolist(), strict=True)):
     frame.dot(x, y, charts.colour(i), radius=6, title=name)
     frame.label(x, y, name)
-  return frame.html("Paths of the draws", "estimates and text queries, on the two directions in which they differ most")
+  return frame.html(
+    "Paths of the noise samples", "estimates and text queries, on the two directions in which they differ most"
+  )

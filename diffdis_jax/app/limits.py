@@ -151,7 +151,7 @@ def within(seconds: float, items: Iterable[T]) -> Iterator[T]:
     yield item
     # Between items: a step that is under way cannot be stopped, and what it gave is shown.
     if time.monotonic() > end:
-      raise UserError(f"this took longer than {seconds:g} s and was stopped; take fewer steps, draws or names")
+      raise UserError(f"this took longer than {seconds:g} s and was stopped; take fewer steps, noise samples or names")
 
 
 def last_within(seconds: float, items: Iterable[T]) -> T:

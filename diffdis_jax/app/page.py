@@ -19,6 +19,7 @@ from diffdis_jax.app.limits import Limits
 from diffdis_jax.app.step_sampler import StepSampler
 from diffdis_jax.errors import UserError
 
+TITLES = {"draw": "Generate"}  # of tabs whose title is not their name in the page's API
 PICKS = 12  # images of the folder that can be picked
 KEPT = 3600  # seconds for which an upload stays on disk
 # No font from elsewhere: the page asks this machine alone.
@@ -75,7 +76,7 @@ def build(sampler: StepSampler, index: search.Index | None, limits: Limits, cont
         # The run can search, but it names no images and --data neither.
         if name == "search" and index is None:
           continue
-        with gr.Tab(name.capitalize(), id=name, render_children=True):
+        with gr.Tab(TITLES.get(name, name.capitalize()), id=name, render_children=True):
           if name == "draw":
             _draw_tab(sampler, limits, contents)
           elif name == "classify":
@@ -210,7 +211,7 @@ def _draw_tab(sampler: StepSampler, limits: Limits, contents: Contents) -> None:
     steps = _slider("Steps", 1, draw.MOST_STEPS, contents.steps)
     scale = _slider("Guidance", 0, draw.MOST_GUIDANCE, contents.guidance, step=0.5)
     seed = _seed()
-  button = gr.Button("Draw", variant="primary", elem_id="draw-button")
+  button = gr.Button("Generate", variant="primary", elem_id="draw-button")
   _ask(
     button, functools.partial(draw.answer, sampler, limits), [prompt, seed, steps, scale], _answer("draw"), name="draw"
   )
@@ -223,7 +224,7 @@ def _classify_tab(sampler: StepSampler, limits: Limits, contents: Contents, pick
     with gr.Column(scale=3, min_width=300):
       names, template = _names_fields(limits, contents)
       with gr.Row(visible=not sampler.network.is_clip):
-        draws = _slider("Noise draws", 1, classify.MOST_DRAWS, 8)
+        draws = _slider("Noise samples", 1, classify.MOST_DRAWS, 8)
         seed = _seed()
       button = gr.Button("Classify", variant="primary", elem_id="classify-button")
       inputs = [image, names, template, draws, seed]
@@ -261,7 +262,7 @@ def _inside_tab(sampler: StepSampler, limits: Limits, contents: Contents, picks:
       names, template = _names_fields(limits, contents)
       with gr.Row():
         steps = _slider("Steps", 1, inside.MOST_STEPS, 10)
-        draws = _slider("Noise draws", 1, inside.MOST_DRAWS, 8)
+        draws = _slider("Noise samples", 1, inside.MOST_DRAWS, 8)
         seed = _seed()
       button = gr.Button("Look inside", variant="primary", elem_id="inside-button")
   inputs = [image, names, template, steps, draws, seed]

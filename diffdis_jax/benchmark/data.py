@@ -163,7 +163,7 @@ def data_wait(trainer: Trainer, prepared: pathlib.Path, *, steps: int = 30) -> d
   # The first step compiles, and is not timed.
   state, metrics = jax.block_until_ready(trainer.train_step(state, draw()))
   progress = writers.Throughput(start_step=0, num_steps=steps, batch_size=run.batch_size)
-  for _ in range(steps):  # as train does: a batch is drawn while the step before it runs
+  for _ in range(steps):  # as train does: a batch is loaded while the step before it runs
     with progress.waiting_for_data(functools.partial(is_running, metrics)):
       batch = draw()
     state, metrics = trainer.train_step(state, batch)

@@ -169,7 +169,7 @@ class _Timed:
     return self._model.batch_size
 
   def _train_with_loader(self) -> int:
-    for _ in range(LOADED_STEPS):  # as train does: a batch is drawn while the step before it runs
+    for _ in range(LOADED_STEPS):  # as train does: a batch is loaded while the step before it runs
       batch = self._draw()
       self._state, metrics = self._model.step.train_step(self._state, batch)
     # Once at the end, since a wait after each step would keep the loader from running beside it.

@@ -137,7 +137,7 @@ class Mirror:
 
   Args:
     to: the folder in the bucket.
-    of: files there to go on with.
+    of: files there to append to.
   """
 
   def __init__(self, to: epath.Path, *, of: Sequence[str] = (), clock: Callable[[], float] = time.monotonic):

@@ -121,7 +121,7 @@ def _stop_for(error: Exception) -> NoReturn:
   if number in _OF_A_PATH and path:
     _stop(f"cannot use {path}: {said}")
   if isinstance(error, PermissionError):
-    _stop(f"cannot go on: {said}")
+    _stop(f"cannot continue: {said}")
   raise error
 
 

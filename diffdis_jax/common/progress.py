@@ -68,7 +68,7 @@ class Progress:
 
 @contextlib.contextmanager
 def bar(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callable[[int], object]]:
-  """A bar on a terminal while work goes on that writes lines of its own; elsewhere nothing.
+  """A bar on a terminal for work that writes its own log lines; elsewhere nothing.
 
   Args:
     what, total, unit: as `Progress` takes them.

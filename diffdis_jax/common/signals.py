@@ -123,7 +123,7 @@ def leave_to_parent(*_: int) -> None:
 
 
 def while_importing() -> None:
-  """What Ctrl-C does until a command, or a worker of one, comes to its own code: imports take seconds.
+  """What Ctrl-C does until a command, or a worker of one, runs its own code: imports take seconds.
 
   It ends the command; a worker leaves it to the command. Other programs that import the package keep theirs.
   """

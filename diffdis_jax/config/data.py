@@ -21,7 +21,7 @@ class Augmentation:
 
   Attributes:
     crop: "centre" and "random", the largest square, from the middle or from a random place; or "random_resized", a box
-      of random area and ratio, stretched to a square. A model that draws images learns to draw stretched ones from it.
+      of random area and ratio, stretched to a square. A generative model trained on it generates stretched images.
     crop_scale: of "random_resized" alone, the range of the box's area, as a fraction of the image's. torchvision's
       default is (0.08, 1), open_clip's (0.9, 1).
     crop_ratio: of "random_resized" alone, the range of the box's width over its height.
@@ -101,10 +101,10 @@ class Loading:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassSampling:
-  """How images of a long-tailed set are drawn; a config's `data.sampling`.
+  """How images of a long-tailed set are sampled; a config's `data.sampling`.
 
   Attributes:
-    sampling_exponent: a class of n images has the share n^sampling_exponent of the draws; 0.5 is VL-LTR's square-root
+    sampling_exponent: a class of n images has the share n^sampling_exponent of the samples; 0.5 is VL-LTR's square-root
       sampling.
     sentences: whether a sentence of its class comes with each image.
   """

@@ -205,7 +205,7 @@ class Model(Computing):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionEncoderSize:
-  """`model.vision_encoder` of a CLIP; clip.VisionEncoder says what the fields are."""
+  """`model.vision_encoder` of CLIP; clip.VisionEncoder says what the fields are."""
 
   image_size: int = 224
   patch: int = 14
@@ -225,7 +225,7 @@ class VisionEncoderSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipModel(Computing):
-  """The `model` section of a CLIP, whose objective is `contrastive`.
+  """The `model` section of CLIP, whose objective is `contrastive`.
 
   Raises:
     UserError: besides, towers that do not end in one width.

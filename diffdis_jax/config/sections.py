@@ -219,7 +219,7 @@ class CheckpointPolicy:
     UserError: a number out of its range, or a policy that contradicts itself.
   """
 
-  keep_last: int = 2  # where the newest is damaged, the run goes on from the one before
+  keep_last: int = 2  # if the newest is damaged, the run resumes from the one before
   keep_every: int = 0
   keep_best: int = 0
   best_metric: str = ""

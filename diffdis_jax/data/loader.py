@@ -45,7 +45,7 @@ def train_loader(
 ) -> grain.DatasetIterator:
   """Endless batches {'image': u8[b h w 3], 'tokens': i32[b l], SUBSTITUTED} of this host, shuffled again each epoch.
 
-  Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', SUBSTITUTED}, a view drawn each time, and
+  Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', SUBSTITUTED}, a random view each time, and
   'condition': bf16[b l d] where the cache has it.
 
   Global batch k is made of the same records and augmentations for any number of hosts, of which each takes its rows:
@@ -101,15 +101,15 @@ def labelled_loader(
   loading: Loading = _LOADING,
 ) -> grain.DatasetIterator:
   """Endless batches {'image': u8[b h w 3], 'label': i32[b], SUBSTITUTED}, and 'tokens': i32[b l], a sentence of each
-  image's class, where `tokens` has them. Images are drawn with replacement.
+  image's class, where `tokens` has them. Images are sampled with replacement.
 
   What stands at each place of each global batch follows from (seed, place) alone; for all else see `train_loader`.
 
   Args:
     tokens: the classes' sentences, or None.
-    sampling_exponent: a class of n images has the share n^sampling_exponent of the draws, and its images are drawn
-      alike: 0.5 is VL-LTR's square-root sampling, 1 draws all images alike, 0 all classes.
-    seed: of draws and augmentation.
+    sampling_exponent: a class of n images has the share n^sampling_exponent of the samples, each of its images
+      alike: 0.5 is VL-LTR's square-root sampling; 1 samples all images alike, 0 all classes.
+    seed: of sampling and augmentation.
     rows: places in the global batch of this host's rows; None for all.
   """
   example = _LabelledExample(source, image_size, augmentation, tokens)
@@ -175,7 +175,7 @@ class _Example(grain.transforms.RandomMap):
 
 
 def draw_caption(record: Mapping[str, Any], rng: np.random.Generator) -> str:
-  """The record's caption, or one drawn from its captions where it has several."""
+  """The record's caption, or a random one of its captions where it has several."""
   captions = records.captions_of(record)
   return captions[rng.integers(len(captions))] if captions else record["caption"]
 
@@ -211,7 +211,7 @@ class _ImageExample(_Example):
 
 
 class _ByClass:
-  """An endless dataset that draws a class, then one of its images: a function of (seed, place)."""
+  """An endless dataset that samples a class, then one of its images: a function of (seed, place)."""
 
   def __init__(self, example: _LabelledExample, labels: Int[np.ndarray, " n"], sampling_exponent: float, seed: int):
     self._example, self._seed = example, seed
@@ -226,7 +226,7 @@ class _ByClass:
   def __getitem__(self, place: int) -> dict[str, Any]:
     # A generator a place, so that it makes no difference which host, thread or start asks for it.
     rng = np.random.default_rng((self._seed, place))
-    # The last sum may be rounded to below 1, and the draw lie above it.
+    # The last sum may be rounded to below 1, and the sample lie above it.
     label = min(np.searchsorted(self._shares, rng.random(), side="right"), len(self._ends) - 1)
     return self._example.random_map(int(self._order[rng.integers(self._starts[label], self._ends[label])]), rng)
 

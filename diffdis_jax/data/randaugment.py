@@ -63,7 +63,7 @@ def _between(start: float, end: float, magnitude: int) -> float:
 
 
 def randaugment(image: Image.Image, rng: np.random.Generator, *, operations: int, magnitude: int) -> Image.Image:
-  """Applies so many operations drawn uniformly, one after the other, each to either side where it has two."""
+  """Applies so many operations, sampled uniformly, one after the other, each to either side where it has two."""
   for _ in range(operations):
     name = list(OPERATIONS)[rng.integers(len(OPERATIONS))]
     amount = strength(name, magnitude, image.size)

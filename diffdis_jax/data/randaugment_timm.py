@@ -14,12 +14,12 @@ from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
 LARGEST = 10.0  # magnitude
-PROBABILITY = 0.5  # of each operation that is drawn
+PROBABILITY = 0.5  # of each operation that is sampled
 # Of CLIP's training images, of 255: what turns uncover, and the noise that erases.
 MEAN, STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)
 FILL = tuple(round(255 * value) for value in MEAN)
 ERASED, ERASED_RATIO, TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10
-# An operation of an image with a fraction of LARGEST, whose sign was drawn where it has two sides.
+# An operation of an image with a fraction of LARGEST, whose sign was sampled where it has two sides.
 Operation = Callable[[Image.Image, float], Image.Image]
 
 
@@ -63,7 +63,7 @@ _ONE_SIDED = ("AutoContrast", "Equalize", "Invert", "PosterizeIncreasing", "Sola
 def randaugment(
   image: Image.Image, rng: np.random.Generator, *, operations: int, magnitude: float, deviation: float
 ) -> Image.Image:
-  """Draws so many operations uniformly, and does each of them half of the time.
+  """Samples so many operations uniformly, and does each of them half of the time.
 
   Args:
     magnitude: mean strength of an operation, of LARGEST; it is normal with this `deviation`, cut to 0 ... LARGEST.
@@ -85,7 +85,7 @@ def erase(
   """With this probability a random box is noise (Zhong et al., 2020).
 
   Its area and ratio are timm's. Each value is normal, with the mean and deviation of CLIP's training images; timm's,
-  which is drawn after the images were normalised, is not cut to 0 ... 255.
+  which is sampled after the images were normalised, is not cut to 0 ... 255.
   """
   if rng.random() >= probability:
     return pixels

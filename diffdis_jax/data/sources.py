@@ -185,7 +185,7 @@ vars(open_source)["__signature__"] = inspect.signature(Section)
 
 
 class Mixture(NamedTuple):
-  """Several sources, of which each example is drawn in turn so that their shares are those of the weights."""
+  """Several sources, of which each example is taken in turn so that their shares are those of the weights."""
 
   sources: tuple[Source, ...]
   weights: tuple[float, ...]

@@ -15,7 +15,7 @@ from diffdis_jax.data import image_files, randaugment_timm
 from diffdis_jax.data.randaugment import randaugment
 
 WHITE = (255, 255, 255)
-TRIES = 10  # of drawing a box that fits, as in torchvision
+TRIES = 10  # of sampling a box that fits, as in torchvision
 STRIP = 2**20  # pixels that are converted at a time, so that a large image needs no second copy of four bytes a pixel
 
 
@@ -107,7 +107,7 @@ def augment(
 
 
 def random_square(image: Image.Image, rng: np.random.Generator, *, size: int) -> Image.Image:
-  """Short side to `size` pixels, then a square from a uniformly drawn place, as Stable Diffusion's training cuts it.
+  """Short side to `size` pixels, then a square from a uniformly random place, as Stable Diffusion's training cuts it.
 
   The place is any fraction of a pixel, and the scale exactly that of the short side. A square image is only resized.
   """

@@ -40,7 +40,7 @@ class Eval(Protocol):
   task: str
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """How `run` measures with this inference: steps, draws, guidance, seed, number of images, ..."""
+    """How `run` measures with this inference: steps, noise samples, guidance, seed, number of images, ..."""
     ...
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
@@ -51,7 +51,7 @@ class Eval(Protocol):
 def subset(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:
   """Indices, in order, of `num_images` records of a source of `length`; of all of them for None.
 
-  They are drawn at random, since sources often have their classes in turn, but always the same ones.
+  A random subset, since sources often list their classes in turn, but always the same one.
 
   Raises:
     UserError: the source is empty, or fewer than one image is asked for.
@@ -78,7 +78,7 @@ def get_field(record: Mapping[str, Any], field: str) -> Any:
 
 
 def captions(record: Mapping[str, Any], field: str = "") -> Sequence[str]:
-  """The captions in this field of a record; without one, all of its captions, of which training draws.
+  """The captions in this field of a record; without one, all of its captions, of which training samples one.
 
   Raises:
     UserError: no such field, or no caption in it.
@@ -118,7 +118,7 @@ def _usable(index: SupportsIndex, what: str = "the data set") -> Iterator[None]:
   try:
     yield
   except records.Unusable as error:
-    raise UserError(f"record {index} of {what} is no use: {error}; prepare the data set again") from error
+    raise UserError(f"record {index} of {what} cannot be used: {error}; prepare the data set again") from error
 
 
 def read_image(source: Any, index: SupportsIndex) -> Image.Image:

@@ -33,8 +33,8 @@ class OwnDistances:
     self._images = images
     self._least = np.full(num_classes, np.nan)
     for k in np.unique(labels):
-      # Two images of one class in different styles: how near different pictures of a thing come to each other. What is
-      # nearer than that to a training image owes it more than the class.
+      # Two images of one class in different styles: how near different pictures of a thing are to each other. What is
+      # nearer than that to a training image shares more with it than the class.
       own = squared_distances(images[labels == k], images[labels == k])
       if len(own) > 1:
         self._least[k] = own[np.triu_indices(len(own), 1)].min()
@@ -44,7 +44,7 @@ class OwnDistances:
 
     Images of a class with fewer than two training images are left out; None where all are.
     """
-    # Nothing tells how near images of a class come to each other where there is one of them.
+    # With one image of a class, the distance within the class is unknown.
     judged = self._is_judged(labels)
     if not judged.any():
       return None

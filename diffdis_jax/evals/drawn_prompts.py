@@ -1,4 +1,4 @@
-"""Which captions of a data set images are generated for, drawn by a seed, in parts."""
+"""Which captions of a data set images are generated for, sampled by a seed, in parts."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Part:
 def draw(source: Any, *, num_images: int | None, captions: str, seed: int) -> list[Part]:
   """Prompts out of a source's captions, in the order in which their images are generated.
 
-  The first n of a draw are the draw of n. (Count and rule are not stated by the paper.)
+  The first n of a sample are the sample of n. (Count and rule are not stated by the paper.)
 
   Args:
     source: records with captions.
     num_images: how many; None for MOST, or fewer where there are not so many.
     captions: "per_image", that of different records, one caption of each; or "all", of all captions alike, so that two
       images may have a record in common.
-    seed: of the draw.
+    seed: of the sample.
 
   Raises:
     UserError: fewer than two images, or more than there are.
@@ -59,7 +59,7 @@ def draw(source: Any, *, num_images: int | None, captions: str, seed: int) -> li
   check_number("prompts_seed", seed, at_least=0)
   rng = np.random.default_rng(seed)
   if captions == "per_image":
-    # All places and captions are drawn before any is dropped, so that fewer images are the first of more.
+    # All places and captions are sampled before any is dropped, so that fewer images are the first of more.
     order = rng.permutation(len(source))
     which = rng.random(len(source))
     chosen = [(int(i), float(u)) for i, u in zip(order, which)][: _count(len(source), num_images)]

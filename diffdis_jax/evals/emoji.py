@@ -20,7 +20,7 @@ COUNTS = {"test_vendor": 1_364, "val_vendor": 895, "val_concepts": 757, "openmoj
 OPTIONAL = "openmoji"
 WITH_UNSEEN = ("test_vendor", "openmoji")  # splits with concepts that training saw and with others
 SETS = {f"emoji/{split}": count for split, count in COUNTS.items()}
-ANEW = "prepare it anew by python -m diffdis_jax.prepare_data emoji"
+AGAIN = "prepare it again with python -m diffdis_jax.prepare_data emoji"
 
 
 def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
@@ -45,7 +45,7 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
   there = records.read_info(path).splits
   # A partial set would give a partial table without a word; only OpenMoji is a package of its own.
   if missing := [split for split in ("train", *COUNTS) if split not in there and split != OPTIONAL]:
-    raise UserError(f"{path} has no split {missing[0]}, which the suite emoji needs; {ANEW}")
+    raise UserError(f"{path} has no split {missing[0]}, which the suite emoji needs; {AGAIN}")
   splits = [split for split in COUNTS if split in there]
   if OPTIONAL not in splits:
     logging.info("%s has no split %s, and so it is not measured", path, OPTIONAL)
@@ -53,7 +53,7 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
   for split in splits:
     data = {"name": "pairs", "path": str(path), "split": split, "image_size": image_size}
     zero_shot: dict[str, Any] = {"data": data, "label_field": "concept", "templates": TEMPLATES}
-    # Its drawings have concepts that training saw in other styles, and concepts that it never saw.
+    # Its icons have concepts that training saw in other styles, and concepts that it never saw.
     if split in WITH_UNSEEN:
       zero_shot["seen_split"] = "train"
     found.append(Section(f"emoji/{split}", "zero_shot", zero_shot))
@@ -67,6 +67,6 @@ def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
   count, expected = len(evaluation.source), SETS[name]
   if count != expected and not incomplete:
     raise UserError(
-      f"{name} has {count:,} images, and should have {expected:,}; {ANEW}, or give --incomplete to measure what is"
+      f"{name} has {count:,} images, and should have {expected:,}; {AGAIN}, or give --incomplete to measure what is"
       " there"
     )

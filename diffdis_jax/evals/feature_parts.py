@@ -1,4 +1,4 @@
-"""Features of generated images in a folder of parts, so that sampling that is killed goes on where it was.
+"""Features of generated images in a folder of parts, so that killed sampling can be resumed.
 
 A part is a file of the features and the prompts of at most 500 images, written whole, with a header that says how they
 were made. Features are all that is needed for every measure; the images themselves are kept on request.

@@ -30,7 +30,7 @@ from diffdis_jax.run import provenance
 FEW = 10_000  # images, below which FID is too high by as much as models differ
 FEW_NOTE = f"of fewer than {FEW} images FID is biased upwards; compare it only at equal numbers, or compare KID"
 MEASURES = ("fid", "kid", "kid_std")
-# What makes features of images, and what draws images of prompts.
+# Computes features of images; generates images of prompts.
 EXTRACTING = (
   *("models/inception.py", "interop/inception.py", "evals/features.py", "evals/resize.py", "evals/base.py"),
   *("data/records.py", "data/transforms.py"),
@@ -175,10 +175,10 @@ class Fid:
 
     def measure() -> None:
       assert self._reference is not None
-      drawn, real = np.concatenate(features), self._reference
-      found[0] = distances.frechet(distances.gaussian(drawn), real.gaussian)
+      generated, real = np.concatenate(features), self._reference
+      found[0] = distances.frechet(distances.gaussian(generated), real.gaussian)
       if real.features is not None:
-        kid = distances.kernel(drawn, real.features)
+        kid = distances.kernel(generated, real.features)
         found[1:] = kid.mean, kid.std
         self._subset_size = kid.subset_size
 
@@ -271,7 +271,7 @@ class Fid:
 
 
 def _drawing(inference: Any) -> dict[str, Any]:
-  """How images are drawn."""
+  """How images are generated."""
   network = inference.network
   return {
     **inference.generation_protocol,

@@ -236,7 +236,7 @@ class LabelJudge:
       # The first source is the split of `data`, on which the generator was trained.
       labels, others = np.split(self._labels, [len(squares[0])])
       self._own = copies.OwnDistances(squares[0], labels, num_classes=len(self.classnames))
-      # Of real images that were not trained on: what no copies come to, without which a share means nothing.
+      # The same share for real images that were not trained on: the baseline without copies.
       if squares[1:]:
         self._real_nearer = _given(real_nearer_than_own=self._own.share_nearer(np.concatenate(squares[1:]), others))
     return {**_given(nearer_than_own=self._own.share_nearer(images, classes)), **self._real_nearer}

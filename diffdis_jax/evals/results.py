@@ -1,4 +1,4 @@
-"""The file of results: {task: {data set: record}}, written after each set, so that a second call goes on from there."""
+"""The file of results: {task: {data set: record}}, written after each set, so that a second call resumes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ResultFile:
   """Results of a suite, on the disk after each set. Means over sets are written at the end, and not read back.
 
   Args:
-    path: of the file; what is in it, if anything, is gone on from.
+    path: of the file; what it already has is kept.
 
   Raises:
     UserError: the file is there and holds no results.

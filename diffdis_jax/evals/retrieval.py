@@ -22,7 +22,7 @@ class Retrieval:
   Args:
     data: section of a data source, as `data.sources.open_source` takes it.
     caption_field: the record's field with the caption, or with several captions of the same image; empty for all the
-      captions that training draws from.
+      captions that training samples from.
     duplicate_captions: images whose captions are all the same, in the same order, are one target: any of them is right
       for such a caption. CLIP_benchmark, and we by default, count only the query's own image or own captions.
     num_images: how many images to measure, the same ones each time; None for all.

@@ -32,7 +32,7 @@ from diffdis_jax.evals.zero_shot import ZeroShot
 from diffdis_jax.run import provenance
 
 SINGLE_TEMPLATE = "a photo of a {}."
-DECODED = 10  # images of a set, drawn at random, that have to be images before it is measured
+DECODED = 10  # images of a set, a random sample, that have to be readable before it is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
   if len(source) not in expected and not incomplete:
     said = " or ".join(f"{count:,}" for count in expected)
     raise UserError(
-      f"{name} in {source.origin.path} has {len(source):,} images, and should have {said}; download it anew, or give"
+      f"{name} in {source.origin.path} has {len(source):,} images, and should have {said}; download it again, or give"
       " --incomplete to measure what is there"
     )
   if isinstance(source, Labelled):
@@ -172,7 +172,7 @@ def _check_classes(name: str, source: Labelled, incomplete: bool) -> None:
   if absent.size and not incomplete:
     raise UserError(
       f"{name} in {source.origin.path} has no image of {absent.size} of {len(source.classnames)} classes, such as"
-      f" {source.classnames[absent[0]]!r}; download it anew, or give --incomplete to measure what is there"
+      f" {source.classnames[absent[0]]!r}; download it again, or give --incomplete to measure what is there"
     )
   ours = class_lists.load()[name].templates
   # Prompts decide a point or two, so that all layouts of a set are measured with one list.
@@ -187,7 +187,9 @@ def _check_image(name: str, source: Labelled | Captioned, index: int) -> None:
     decoded = transforms.decode(image) if isinstance(image, np.ndarray) else records.read_image(image)
     decoded.load()
   except records.Unusable as error:
-    raise UserError(f"{name} in {source.origin.path}: image {index} is no use: {error}; download it anew") from error
+    raise UserError(
+      f"{name} in {source.origin.path}: image {index} cannot be used: {error}; download it again"
+    ) from error
 
 
 def is_whole(name: str, record: Mapping[str, Any]) -> bool:

@@ -159,7 +159,7 @@ def _fid(by_name: Mapping[str, Results], notes: list[str]) -> str:
   known = PAPER["the paper's DiffDis"]["fid"]
   cells = [known if name in suites.FID and metric == "fid" else NONE for name, metric, _ in columns]
   rows.append(("the paper's DiffDis", cells))
-  note = "The paper says of its FID that it is of images drawn for MSCOCO's captions, and not how many."
+  note = "The paper says of its FID that it is of images generated from MSCOCO's captions, and not how many."
   return f"## FID\n\n{_markdown(heads, rows)}\n\n{note}"
 
 

@@ -236,7 +236,7 @@ def _places(labels: Sequence[str | int], classes: prompts.ClassNames) -> Int[np.
     repeated = prompts.repeated([prompts.comparable(key) for key in classes.keys])
     raise UserError(f"class list with duplicates: {repeated}; each class name should occur once")
   if repeated := prompts.repeated(classes.names):
-    logging.warning("equal class names cannot be told apart, and count as wrong: %s", repeated)
+    logging.warning("equal class names cannot be distinguished and count as wrong: %s", repeated)
   if missing := sorted(name for name in names if prompts.comparable(name) not in index):
     shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
     raise UserError(f"{len(missing)} labels of the data are not in the class list: {shown}; add them to the class list")

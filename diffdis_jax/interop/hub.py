@@ -74,7 +74,7 @@ def fetch(address: str) -> Fetched:
 def choose(names: Collection[str], repo: str) -> Wanted:
   """The files of a repository that an import reads, of weights safetensors alone.
 
-  Of each part of a pipeline, and of a CLIP, the weights that `tensor_files.open_folder` would read there; of a
+  Of each part of a pipeline, and for CLIP, the weights that `tensor_files.open_folder` would read there; of a
   repository with the config files of neither, its single file.
 
   Raises:

@@ -166,7 +166,7 @@ def _open_pickle(path: pathlib.Path) -> Tensors:
     reason = re.search(r"GLOBAL ([\w.]+)", str(error))
     what = f"it would call {reason[1]}" if reason else "it is more than tensors"
     raise UserError(f"{path} needs code execution to be read: {what}; pickles are never executed here") from error
-  except Exception as error:  # of a damaged pickle, whatever its instructions come to
+  except Exception as error:  # of a damaged pickle, whatever its instructions do
     raise UserError(f"{path} cannot be read as a PyTorch file: {str(error)[:200]}; copy it again") from error
   state = content.get("state_dict", content) if isinstance(content, dict) else None
   if not isinstance(state, dict):

@@ -53,7 +53,7 @@ class FusionBlock(nnx.Module):
     h_e: Float[Array, "b e"],
     e_t: Float[Array, "b e"],
   ) -> tuple[Float[Array, "b h w c"], Float[Array, "b e"]]:
-    """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added anew here."""
+    """Image features and hidden text query h_e, each updated. `e_t` is time-conditioned and added again here."""
     block = image_block.block
     # 1. The text token; 2. one self-attention over both streams; 3. each its own way; 4. back to the query's width.
     u = self.fc_in(h_e + e_t)[:, None]

@@ -72,7 +72,7 @@ def both_passes(
   def first(x: Array) -> Array:
     return unpair(x, parts)[0]
 
-  # From here the passes part: discrimination has no up path, so only generation's half of the skips goes on.
+  # From here the passes differ: discrimination has no up path, so only generation's half of the skips is used.
   skips = tuple(map(first, down.skips))
   up = dataclasses.replace(down, h=first(down.h), skips=skips, temb=first(down.temb), carry=None)
   prediction = model.alignment(h_e, unpair(down.h, parts)[1])

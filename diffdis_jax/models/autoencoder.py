@@ -173,13 +173,13 @@ class Autoencoder(nnx.Module):
 
 
 def sample_posterior(posterior: Posterior, key: jax.Array | None) -> Float[Array, "b h w c"]:
-  """A draw from the posterior, or its mode where `key` is None."""
+  """A sample from the posterior, or its mode where `key` is None."""
   noise = None if key is None else jax.random.normal(key, posterior.mean.shape, jnp.float32)
   return at_noise(posterior, noise)
 
 
 def at_noise(posterior: Posterior, noise: Float[Array, "b h w c"] | None) -> Float[Array, "b h w c"]:
-  """What `noise`, drawn from N(0, I), stands for in the posterior; its mode where that is None."""
+  """What `noise`, sampled from N(0, I), stands for in the posterior; its mode where that is None."""
   if noise is None:
     return posterior.mean
   return posterior.mean + jnp.exp(0.5 * posterior.log_variance) * noise

@@ -156,7 +156,7 @@ class Clip(nnx.Module):
 
 
 class Start(NamedTuple):
-  """What a parameter is drawn from: "normal" of this deviation, "uniform" within ± this bound, or "constant"."""
+  """What a parameter is sampled from: "normal" of this deviation, "uniform" within ± this bound, or "constant"."""
 
   kind: str
   value: float
@@ -172,7 +172,7 @@ COMMON: Rules = (
 
 
 def initialise(key: jax.Array, shapes: Params, model: ClipModel) -> Params:
-  """Fresh parameters f32, each drawn with a key of its own.
+  """Fresh parameters f32, each sampled with a key of its own.
 
   Raises:
     UserError: a parameter that no rule matches.

@@ -323,7 +323,7 @@ class PreemptionHandler:
     self._begun = True
 
   def agreed(self) -> type[Preempted] | None:
-    """Why every process stops here: Preempted, or Interrupted, which comes first; None where they go on."""
+    """Why every process stops here: Preempted, or Interrupted, which comes first; None if they continue."""
     if jax.process_count() == 1:
       return _CAUSES[self._asked]
     answer, rows = self._answer, np.full(jax.device_count() // jax.process_count(), self._asked, np.int32)

@@ -151,7 +151,7 @@ def shardings(abstract: Any, mesh: Mesh, parameters: Mapping[str, Any]) -> Any:
 def replicated(params: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """Arrays that every process has, each of them whole on every device."""
   place = NamedSharding(mesh, REPLICATED)
-  # x=x, since the callback may be called when the loop has gone on.
+  # x=x, since the callback may be called after the loop has moved on.
   return {path: jax.make_array_from_callback(x.shape, place, lambda i, x=x: x[i]) for path, x in params.items()}
 
 

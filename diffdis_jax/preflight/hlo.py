@@ -187,7 +187,7 @@ def has_loops(text: str) -> bool:
 
 def traffic(text: str) -> dict[str, int]:
   """Bytes that each operation of the program reads from the device's memory and writes to it, those apart that stay in
-  memory on the chip. Without operations that go on beside others, and those that run computations of their own."""
+  memory on the chip. Without asynchronous operations, and those that run computations of their own."""
   sizes, found = {}, {}
   for name, shape, opcode, operands, _ in _own(text):
     sizes[name] = _in_memory(shape)

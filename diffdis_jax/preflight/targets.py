@@ -78,7 +78,7 @@ class Compiled:
       It has none for kernels, which count by their schedules.
     seconds_by_roof: of each operation the longer of its schedule and its memory traffic, added up; None where there are
       no schedules, or loops.
-    seconds_between_chips: what they send each other, at all the links can carry. It may go on beside the rest or not.
+    seconds_between_chips: what they send each other, at all the links can carry. It may overlap with the rest or not.
       None where part of it takes a way of unknown speed.
     operations: as the compiler counts them, padding included, a loop's body once.
     collectives: bytes by kind.

@@ -139,7 +139,7 @@ class Checkpointer:
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     # A UserError, such as a loss that is not finite, reaches every process; after a bug in one process the others
-    # will not come to the barrier at which `close` waits for them.
+    # will not reach the barrier at which `close` waits for them.
     if kind is None or issubclass(kind, (UserError, Preempted)) or jax.process_count() == 1:
       self.close()
 

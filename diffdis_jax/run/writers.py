@@ -183,7 +183,7 @@ class Throughput:
 
   @contextlib.contextmanager
   def waiting_for_data(self, is_busy: Callable[[], bool]) -> Iterator[None]:
-    """Around drawing the next batch: its time is the share `data_wait`, unless `is_busy` says at its end that the
+    """Around loading the next batch: its time is the share `data_wait`, unless `is_busy` says at its end that the
     devices are still at an earlier step, so that none of it was lost."""
     begin = self._clock()
     yield

@@ -32,7 +32,7 @@ def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
 
   Args:
     trainer: of the run.
-    begins: whether it does; else it goes on.
+    begins: whether the run is new; otherwise it resumes.
   """
   return {
     "processes": jax.process_count(),
@@ -41,7 +41,7 @@ def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
     "host": socket.gethostname(),
     "jax": jax.__version__,
     **provenance.code(),
-    # A run that goes on has its parameters from its own checkpoint.
+    # A resumed run has its parameters from its own checkpoint.
     **({"init_from": provenance.behind(trainer.run.init_from)} if begins else {}),
     "mesh": dict(trainer.mesh.shape),
     "parameters": parameter_groups(trainer),

@@ -198,7 +198,7 @@ def _text_is_encoded_once(trainable: Params, batch: AnyBatch) -> bool:
 
 
 def _encoded(model: DiffDis, rows: Microbatch, first: Rows) -> Encoded:
-  """What the first pass encoded, and the rest of it anew."""
+  """What the first pass encoded; the rest is computed again."""
   assert rows.noise is not None
   if "z" not in first:  # generation alone, which has no first pass
     return encode.encode_rows(model, rows.batch, rows.noise)

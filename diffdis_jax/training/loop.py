@@ -105,7 +105,7 @@ def train_and_evaluate(
       files.write_whole(buckets.path(path) / "parameters.txt", facts.overview(trainer).encode())
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, run.checkpoint))
     if checkpointer.latest_step() != run.num_steps:
-      train_step.start()  # beside what reads and draws parameters, of which each may take a minute
+      train_step.start()  # in parallel to reading and initialising parameters, which may take a minute each
     made = functools.partial(selection.params, inference, path) if selection else None
     state, meta = start.restore_or_init(trainer, checkpointer, iterator, made)
     # Not before: the fingerprints are of parameters, which are there only now.
@@ -167,7 +167,7 @@ class Loop:
     train_step: Callable[..., tuple[TrainState, Metrics]] | None = None
     for step in progress.steps():
       self.profiler.before(step, metrics)
-      # The next batch is drawn while the devices still work on the step before, so that its time is hidden.
+      # The next batch is loaded while the devices still work on the step before, so that its time is hidden.
       waiting = progress.waiting_for_data(functools.partial(is_running, metrics))
       with waiting, copies.naming_silence(run.data.paths):
         rows = substitutions.take(next(self.iterator))
@@ -203,12 +203,12 @@ class Loop:
             found, due = self.evaluator.after_step(step, state, self.writer, last=last), False
         except Preempted as stopped:
           preempted, saves = type(stopped), True
-      # The save before the next batch is drawn, so that the iterator's position is that of the next step.
+      # The save before the next batch is loaded, so that the iterator's position is that of the next step.
       if saves:
         with progress.paused():
           self._save(step, state, totals, substitutions, found, evaluated=not due)
       if preempted:
-        logging.warning("asked to stop: saving step %d; the same command goes on from there", step)
+        logging.warning("asked to stop: saving step %d; run the same command again to resume", step)
         raise preempted
 
   def _save(
@@ -221,7 +221,7 @@ class Loop:
     *,
     evaluated: bool,
   ) -> None:
-    # A checkpoint that cannot go on is worse than none.
+    # A checkpoint from which training cannot resume is worse than none.
     if totals is not None:
       check_finite(totals, step, self.checkpointer)
     pending = processes.over_hosts(substitutions.new).tolist()

@@ -1,4 +1,4 @@
-"""Mixup and CutMix of a batch with itself backwards, as VL-LTR takes them from timm: one draw a batch.
+"""Mixup and CutMix of a batch with itself backwards, as VL-LTR takes them from timm: one random choice a batch.
 
 Rows are mixed with those of the global batch, whatever the number of devices; VL-LTR's partners are of one process.
 """

@@ -31,7 +31,7 @@ from diffdis_jax.training.step import Trainer
 
 
 class Start(NamedTuple):
-  """The state that a run goes on from, and what was saved with it (`loop.Loop`); of a new run nothing was."""
+  """The state that a run resumes from, and what was saved with it (`loop.Loop`); of a new run nothing was."""
 
   state: TrainState
   meta: dict[str, Any]
@@ -51,14 +51,14 @@ def restore_or_init(
   step = checkpointer.latest_step()
   if step is not None:
     restored = checkpointer.restore(step, trainer.abstract_state, iterator)
-    logging.info("going on from step %d", step)
+    logging.info("resuming from step %d", step)
     # A global array, which every process makes from its own number.
     place = trainer.state_shardings.step
     number = jax.make_array_from_callback((), place, lambda _: np.asarray(step, np.int32))
     return Start(dataclasses.replace(restored.state, step=number, seed=trainer.place_seed()), restored.meta)
   run = trainer.run
   loaded = load_initial(run.init_from, trainer)  # first: what is wrong with it shows before anything is compiled
-  # All are drawn, those too that were loaded: what a parameter begins with does not depend on the others.
+  # All are initialised, also those that were loaded: the initial value of one does not depend on the others.
   params = trainer.init_params(jax.random.key(run.seed)) | loaded
   return Start(trainer.with_params(params | made(params) if made else params), {})
 
@@ -66,11 +66,11 @@ def restore_or_init(
 def find_initial(path: str, trainer: Trainer) -> set[str]:
   """Names of the parameters that a new run takes from the run in `path`: those that both have. None for "".
 
-  Of what import_weights wrote only those that its source had: the others were drawn at random there, and are drawn here
-  by this run's own seed and config. From shapes alone: what does not fit is found before gigabytes are read.
+  Of what import_weights wrote only those that its source had: the others were initialised at random there, and
+  are initialised again here by this run's own seed and config. From shapes alone: what does not fit is found before gigabytes are read.
 
   Raises:
-    UserError: no run there, or not the one that the objective goes on from; nothing in common, a parameter of another
+    UserError: no run there, or not the one that the objective starts from; nothing in common, a parameter of another
       shape, or a frozen one that would stay random.
   """
   objectives = trainer.run.objectives
@@ -85,7 +85,7 @@ def find_initial(path: str, trainer: Trainer) -> set[str]:
 
 
 def _check_earlier(path: str, objectives: Objectives) -> None:
-  """Raises UserError unless the run in `path` is the one that this objective goes on from, at its end."""
+  """Raises UserError unless the run in `path` is the one that this objective starts from, at its end."""
   name, row = objectives[0], objectives.first
   if not path:
     raise UserError(
@@ -170,7 +170,7 @@ def load_initial(path: str, trainer: Trainer) -> Params:
   names = find_initial(path, trainer)
   if not names:
     return {}
-  names -= trainer.plug.chosen  # anew
+  names -= trainer.plug.chosen  # initialised again
   saved = restore.saved_params(path)
   # Split at once as this mesh has them, so that no device ever holds the whole.
   abstract = jax.tree.map(

@@ -44,7 +44,7 @@ def check_stored(facts: Mapping[str, Mapping[str, Any]], params: Params, trained
         )
       stored.append(("text conditions", "text encoder", fact["text"]["fingerprint"], TEXT_ENCODER))
     for what, encoder, expected, which in stored:
-      # Another device sums in another order, and comes to the same but for rounding.
+      # Another device sums in another order; the result differs by rounding only.
       if not math.isclose(expected, fingerprint(params, which), rel_tol=1e-4):
         raise UserError(
           f"the {what} in {path} were made by another {encoder}; set init_from to the workdir that they were made with"

@@ -35,8 +35,8 @@ def config_of(*objectives: str):
 @pytest.mark.parametrize(
   "config, expected",
   [
-    (config_of("generation", "discrimination"), ["Draw", "Classify", "Search", "Inside"]),
-    (config_of("generation"), ["Draw"]),
+    (config_of("generation", "discrimination"), ["Generate", "Classify", "Search", "Inside"]),
+    (config_of("generation"), ["Generate"]),
     (config_of("discrimination"), ["Classify", "Search", "Inside"]),
     (tiny_clip.get_config(), ["Classify", "Search"]),
   ],

@@ -120,7 +120,7 @@ def test_an_image_is_picked_classified_and_looked_into(page):
   page.fill("Class names", "red star, blue ring, cat")
   page.click("#classify-button")
   page.wait(lambda: len(page.all("#classify-answer .bar")) == 3)
-  assert "8 draws of the noise" in page.text("#classify-answer p") and page.is_clean()
+  assert "8 noise samples" in page.text("#classify-answer p") and page.is_clean()
 
   page.tab("Inside")
   page.click("#inside-picks button.thumbnail-item")
@@ -160,7 +160,7 @@ def test_a_bad_image_is_a_message_and_the_page_goes_on(page, served, tmp_path, d
   page.wait(lambda: message in page.text(".toast-wrap, .toast-body"))
   page.click(".toast-close")
   page.wait(lambda: not page.all(".toast-body"))
-  page.tab("Draw")
+  page.tab("Generate")
   page.click("#draw-button")
   page.wait(lambda: page.text("#draw-answer p").startswith("2 steps"))
   assert "Traceback" not in served.log.read_text()

@@ -117,7 +117,7 @@ def test_names_are_escaped():
     ({"path": None}, "no image yet"),
     ({"names": "red"}, "1 class names"),
     ({"template": "a"}, "no place"),
-    ({"draws": 65}, "draws is 65"),
+    ({"draws": 65}, "noise samples is 65"),
     ({"seed": 0.5}, "seed is 0.5"),
   ],
 )
@@ -181,7 +181,7 @@ def test_what_is_embedded_can_be_searched_where_the_rest_cannot_be_read():
   index = search.Index(StepSampler(), Damaged("red", "green", "blue", "red", "red"), None)
   index.fill()
   assert index.embedded == 2
-  assert index.state().startswith("2 of 5 images are searched so far. record 3 of the data set is no use")
+  assert index.state().startswith("2 of 5 images are searched so far. record 3 of the data set cannot be used")
   assert [hit.place for hit in index.nearest(np.array([0, 1, 0], np.float32), 9)] == [1, 0]
 
 
@@ -191,12 +191,14 @@ def test_inside_shows_scores_and_paths_after_each_step(tmp_path):
   assert len(shown) == 4
   assert "Step 4 of 4, t = 995: blue, 0.99" in shown[-1] or "Step 4 of 4, t = 995: blue, 1.0" in shown[-1]
   score, paths = re.findall(r"<svg.*?</svg>", shown[-1], flags=re.DOTALL)
-  assert score.count("<polyline") == 3 * (3 + 1)  # each name's draws and their mean
+  assert score.count("<polyline") == 3 * (3 + 1)  # each name's noise samples and their mean
   assert paths.count("<polyline") == 3 and paths.count("<circle") == 2 * 3 + 3
   assert all(len(points.split()) == 4 for points in re.findall(r'points="([^"]+)"', score))
 
 
-@pytest.mark.parametrize("place, value, message", [(3, 0, "steps is 0"), (4, 17, "draws is 17"), (1, "", "0 class")])
+@pytest.mark.parametrize(
+  "place, value, message", [(3, 0, "steps is 0"), (4, 17, "noise samples is 17"), (1, "", "0 class")]
+)
 def test_wrong_inputs_of_inside(tmp_path, place, value, message):
   given = [colour(tmp_path, "blue"), "red, blue", "{}", 2, 2, 0]
   given[place] = value

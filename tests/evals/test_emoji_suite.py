@@ -90,7 +90,7 @@ def test_what_is_checked(tmp_path, monkeypatch):
   section, *_ = sections(tmp_path)
   name, evaluation = section.dataset, section.create()
   message = (
-    "emoji/test_vendor has 5 images, and should have 1,364; prepare it anew by python -m .*, or give --incomplete"
+    "emoji/test_vendor has 5 images, and should have 1,364; prepare it again with python -m .*, or give --incomplete"
   )
   with pytest.raises(UserError, match=message):
     suites.check(name, evaluation, incomplete=False)
@@ -108,7 +108,7 @@ def test_a_set_without_a_split(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(prepared, "SPLITS", {k: v for k, v in prepared.SPLITS.items() if k != "val_vendor"})
     write(tmp_path / "emoji", tmp_path, patch)
-  with pytest.raises(UserError, match="emoji has no split val_vendor, which the suite emoji needs; prepare it anew"):
+  with pytest.raises(UserError, match="emoji has no split val_vendor, which the suite emoji needs; prepare it again"):
     sections(tmp_path)
 
 

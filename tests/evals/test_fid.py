@@ -1,4 +1,4 @@
-"""The evaluation around the network: what is sampled, kept, gone on with, compared and refused. The generator and the
+"""The evaluation around the network: what is sampled, kept, resumed, compared and refused. The generator and the
 features are stand-ins, which give for an image's prompt and noise always the same."""
 
 from __future__ import annotations
@@ -416,7 +416,7 @@ def test_a_folder_of_too_few_images(tmp_path):
 def test_real_images_that_are_broken_end_it(stand_ins):
   evaluation = make()
   stand_ins.broken = True
-  with pytest.raises(UserError, match="record 0 of the reference's images is no use: corrupt image"):
+  with pytest.raises(UserError, match="record 0 of the reference's images cannot be used: corrupt image"):
     evaluation.run(Inference(), {})
 
 

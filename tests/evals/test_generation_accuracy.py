@@ -144,7 +144,7 @@ def test_images_held_out_are_not_trained_on(evaluation, monkeypatch):
 def test_an_image_that_is_none_is_named(monkeypatch):
   broken = [*records("red", "blue", each=9), {"image": b"no image", "label": "red"}]
   monkeypatch.setattr(sources, "open_source", lambda **section: broken)
-  with pytest.raises(UserError, match="record 18 of the data set is no use: corrupt image"):
+  with pytest.raises(UserError, match="record 18 of the data set cannot be used: corrupt image"):
     evals.create("generation_accuracy", data={"split": "train"}).judge.train()
 
 
@@ -172,7 +172,7 @@ def test_wrong_settings_are_refused(splits, settings, message, monkeypatch):
 
 
 class Renderer:
-  """A generator that draws really what the prompt says, or what `instead` makes of it."""
+  """A generator that really renders what the prompt says, or what `instead` makes of it."""
 
   image_size = 32
   max_length = 16

@@ -133,14 +133,14 @@ def test_what_is_checked_before_measuring(monkeypatch):
     name, made(monkeypatch, source, name), incomplete=incomplete
   )
   check(source_of(1_040))
-  message = "cifar10 in /data/x has 1,039 images, and should have 1,040; download it anew, or give --incomplete"
+  message = "cifar10 in /data/x has 1,039 images, and should have 1,040; download it again, or give --incomplete"
   with pytest.raises(UserError, match=message):
     check(source_of(1_039))
   check(source_of(30), incomplete=True)
   with pytest.raises(UserError, match="has no image of 1 of 10 classes, such as 'bird'"):
     check(source_of(1_040, absent=(2,)))
   check(source_of(30, absent=(2,)), incomplete=True)
-  with pytest.raises(UserError, match="cifar10 in /data/x: image 3 is no use: missing image"):
+  with pytest.raises(UserError, match="cifar10 in /data/x: image 3 cannot be used: missing image"):
     check(source_of(5, broken=(3,)), incomplete=True)
   with pytest.raises(UserError, match="template 'a photo' has no place for the class name"):
     check(source_of(1_040, templates=("a photo",)))

@@ -292,11 +292,11 @@ def test_a_damaged_record_is_one_clear_line(use, fakes):
   source = fakes.Source(["cat", "dog"])
   use(test=Damaged(source))
   for task in ("zero_shot", "retrieval"):
-    with pytest.raises(UserError, match="record 1 of the data set is no use: unreadable record; prepare"):
+    with pytest.raises(UserError, match="record 1 of the data set cannot be used: unreadable record; prepare"):
       evals.create(task, data=DATA)
   use(test=Damaged(source, b"no image"))
   for task in ("zero_shot", "retrieval"):
-    with pytest.raises(UserError, match="record 1 of the data set is no use: corrupt image; prepare"):
+    with pytest.raises(UserError, match="record 1 of the data set cannot be used: corrupt image; prepare"):
       evals.create(task, data=DATA).run(fakes.Inference(["cat", "dog"]), {})
 
 

@@ -139,7 +139,7 @@ def test_predicted_query_equals_ours(changes, tmp_path):
 def test_new_parameters_at_full_size_are_ours():
   config = diffdis_cc3m.get_config()
   with torch.device("meta"):
-    unet = UNet2DConditionModel(cross_attention_dim=768)  # Stable Diffusion v1's but for this
+    unet = UNet2DConditionModel(cross_attention_dim=768)  # Stable Diffusion v1's except for this
     twin = torch_diffdis.DiffDis(twin_config(config), unet=unet, vae=None, text_encoder=None)
   new = {name: tuple(x.shape) for name, x in twin.named_parameters() if not name.startswith("unet.")}
   entries = {name: mapping.from_name("diffdis", name) for name in new}

@@ -14,8 +14,8 @@ import pytest
 
 from tests.launch.programs import ROOT, wait_for
 
-# A process of a run. Told by FOLDER/plan, attempt by attempt, what process 1 does; process 0 goes on until it is told
-# to stop, and saves then, which the plan's word "stubborn" denies it. Without a plan left, both finish.
+# A process of a run. FOLDER/plan says, attempt by attempt, what process 1 does; process 0 runs until it is asked to
+# stop, and saves then, which the plan's word "stubborn" denies it. Without a plan left, both finish.
 PROCESS = """
 import os, pathlib, signal, subprocess, sys, time
 folder, me = pathlib.Path(sys.argv[1]), int(os.environ["DIFFDIS_PROCESS_ID"])

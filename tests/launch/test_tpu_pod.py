@@ -302,7 +302,7 @@ def test_stop_asks_the_command_to_save(host):
 
 @pytest.mark.parametrize("kept", ["{pid} 1", "{pid}", "", None])
 def test_stop_leaves_whoever_has_the_number_of_a_command_that_is_gone(host, kept):
-  """A host that went down keeps .pid; what begins later gets the number anew."""
+  """A host that went down keeps .pid; what begins later gets the number again."""
   made = host("true")
   other = subprocess.Popen(["sleep", "300"])
   try:

@@ -53,7 +53,7 @@ def test_initial_parameters_are_those_of_nnx_rngs():
   for path in ours:
     np.testing.assert_array_equal(ours[path], expected[path])
   kernels = [np.asarray(value).ravel()[:4].tolist() for path, value in ours.items() if path.endswith("kernel")]
-  assert len({tuple(kernel) for kernel in kernels}) == len(kernels), "each parameter draws with a key of its own"
+  assert len({tuple(kernel) for kernel in kernels}) == len(kernels), "each parameter is sampled with a key of its own"
 
 
 @pytest.mark.parametrize("config", [tiny.get_config(), shapes.get_config("objectives=contrastive")])

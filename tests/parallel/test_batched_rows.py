@@ -60,7 +60,7 @@ def test_what_reading_or_computing_raises_ends_the_work():
   class Damaged(Rows):
     def __getitem__(self, places):
       if 5 in places:
-        raise UserError("record 5 is no use")
+        raise UserError("record 5 cannot be used")
       return super().__getitem__(places)
 
   computed = []

@@ -92,7 +92,7 @@ ENTRY %main.2 (p: f32[8,8]) -> f32[8,8] {
 
 
 def test_a_collective_spread_over_several_operations_counts_once():
-  """As the TPU compiler writes one: in each of the operations beside which it goes on, with the same channel."""
+  """As the TPU compiler writes one: in each of the operations that it overlaps, with the same channel."""
   part = "bf16[64,8] all-gather(%a), channel_id={}, replica_groups={{{{0,1}}}}, {}metadata={{}}"
   spread = 'frontend_attributes={chain_id="2"}, '
   lines = [part.format(*each) for each in ((7, spread), (7, spread), (8, spread), (9, ""), (9, ""))]

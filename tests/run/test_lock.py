@@ -83,7 +83,7 @@ def test_a_lock_that_cannot_be_read_for_a_moment_ends_nothing(tmp_path, holder):
   lock = tmp_path / "lock.json"
 
   def to_folder():
-    while not lock.is_dir():  # the holder may write its file anew before the folder is there
+    while not lock.is_dir():  # the holder may write its file again before the folder is there
       lock.unlink(missing_ok=True)
       with contextlib.suppress(FileExistsError):
         lock.mkdir()

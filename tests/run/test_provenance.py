@@ -166,7 +166,7 @@ def test_the_chain_is_known_without_the_folders(tmp_path):
   shutil.rmtree(tmp_path / "b")
   assert provenance.of_run(last, step=40) == before
   with history.recorded(last, step=40, is_writer=True, facts={"commit": "b" * 40, "clean": False}):
-    pass  # it goes on
+    pass  # it continues
   after = provenance.of_run(last, step=50)
   assert after == before | {"steps": 50, "commits": ["a" * 40, "b" * 40], "clean": False}
 

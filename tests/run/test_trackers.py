@@ -19,7 +19,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.run import trackers, writers
 
 LOG_BLOCK = 32768  # bytes
-# A run that is begun, and one that goes on, each in a process of its own as after a kill.
+# A new run, and a resumed one, each in a process of its own as after a kill.
 RUN = """
 import sys
 import numpy as np

@@ -95,7 +95,7 @@ problem = functools.cache(Problem)
 
 
 def assert_same_gradient(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-  """Each to 1e-5, but for the biases of k, which softmax leaves no gradient but rounding."""
+  """Each to 1e-5, except for the biases of k, which softmax leaves no gradient but rounding."""
   assert found.keys() == expected.keys()
   for path, value in expected.items():
     if not path.endswith("k.bias"):

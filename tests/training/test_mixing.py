@@ -1,4 +1,4 @@
-"""Mixup and CutMix against timm, and their draws against their distributions."""
+"""Mixup and CutMix against timm, and their samples against their distributions."""
 
 import types
 

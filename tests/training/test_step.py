@@ -376,7 +376,7 @@ def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
 
 @pytest.mark.parametrize("sample", [True, False])
 def test_stored_posteriors_train_as_their_images_do(sample):
-  """But for bf16, in which they are stored; and a draw is taken anew at each step."""
+  """Except for bf16, in which they are stored; and each step samples again."""
   config = steps.make_config(sample_posterior=sample)
   loss = steps.Loss(config)
   batch = jax.tree.map(jnp.asarray, steps.make_batch(config))

@@ -132,5 +132,5 @@ class Captioned(_Source):
   origin: Origin
 
   def _fields(self, index: int) -> dict[str, Any]:
-    # The first one is the caption, by the convention of retrieval; training draws among all of them.
+    # The first one is the caption, by the convention of retrieval; training samples from all of them.
     return {"caption": self.captions[index][0], "captions": list(self.captions[index])}

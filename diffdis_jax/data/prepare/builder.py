@@ -255,7 +255,7 @@ def prepare(
       with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download there
         made.download_and_prepare()
     except UserError as error:
-      if str(error).startswith("no usable pair"):  # going on would not help
+      if str(error).startswith("no usable pair"):  # trying again would not help
         shutil.rmtree(partial)
       raise
     folder = pathlib.Path(made.data_dir)

@@ -1,6 +1,6 @@
 """MSCOCO captions and Flickr30k, from the files as their authors publish them: several captions an image.
 
-A record's caption is the first one; all of them are its field `captions`, of which training draws one each time.
+A record's caption is the first one; all of them are its field `captions`, of which training samples one each time.
 """
 
 from __future__ import annotations

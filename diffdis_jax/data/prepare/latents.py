@@ -1,7 +1,7 @@
 """The latent cache: the autoencoder's posterior over several augmented views of each image, in place of the image.
 
 A record is one view: {moments: bf16[h w 2c], mean then log-variance, as u16; caption; key; metadata}. The views of an
-image follow one another, so that training reads no more than the view it draws. With the text condition, a record has
+image follow one another, so that training reads no more than the view it samples. With the text condition, a record has
 {condition: bf16[l d], as u16} too, and its caption is the one that the condition is of: of an image's several captions
 the views have one each, in turns.
 """
@@ -177,7 +177,7 @@ class LatentStage(staging.Stage):
         captions = records.captions_of(records.read_metadata(record["metadata"])) or captions
     except records.Unusable as error:
       return error
-    # Seeded by place and view, so that it makes no difference which thread, process or attempt draws it.
+    # Seeded by place and view, so that it makes no difference which thread, process or attempt samples it.
     rngs = [np.random.default_rng((place, k)) for k in range(self.views)]
     return _Views(
       np.stack([augment(image, rng, size=self.image_size, how=self.augmentation) for rng in rngs]),

@@ -32,7 +32,7 @@ class Part(Protocol):
   def __iter__(self) -> Iterator[Any]: ...
 
   def identity(self) -> list[Any]:
-    """JSON that differs when the part does, so that a preparation does not go on with another source."""
+    """JSON that differs when the part does, so that a preparation is not resumed with another source."""
     ...
 
 

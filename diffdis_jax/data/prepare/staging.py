@@ -1,4 +1,4 @@
-"""Parts of a raw data set -> one ArrayRecord file each, by several processes, going on after a kill at any point.
+"""Parts of a raw data set -> one ArrayRecord file each, by several processes, resumable after a kill at any point.
 
 A part's file counts once its report, PART.json, lies beside it; the report is the last thing written. A part depends on
 nothing but itself, so that any number of processes, or Apache Beam's workers, write the same files.
@@ -226,7 +226,7 @@ def write_all(stage: Stage, parts: Sequence[Part], *, num_processes: int, beam_o
   # By their reports, which are written last; Beam's workers and this machine's processes go by the same files.
   missing = [part for part in parts if stage.report_of(part) is None]
   if len(missing) < len(parts):
-    logging.info("going on: %d of %d parts are written", len(parts) - len(missing), len(parts))
+    logging.info("resuming: %d of %d parts are written", len(parts) - len(missing), len(parts))
   if beam_options:
     _write_by_beam(stage, missing, beam_options)
     return
