@@ -10,8 +10,8 @@
   python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --tasks=zero_shot,retrieval --out=emoji.json
   python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --suite=emoji --data_root=data --out=suite.json
 
-Generation first, then both objectives from there, since the paper too starts from a generative model. After 1,800 steps
-each it classified a third more than after 1,800 of both alone (one run, docs/emoji.md). In single runs accuracy rose
+Generation first, then both objectives from there, since the paper also starts from a generative model. After 1,800
+steps each, accuracy was a third higher than after 1,800 of both alone (one run, docs/emoji.md). In single runs it rose
 further with 1,800 steps twice more, --config.init_from being the last run's folder (docs/results.md).
 
 Autoencoder and generation took 9 and 24 min on two cores of an AMD EPYC, the run itself 118 min on one: 1.5 hours of
@@ -20,8 +20,8 @@ test_vendor, R@1 56 %, accuracy of generated images 41.5 % top-1 (docs/results.m
 
 DIR_OF_TARBALLS is a folder of npm packages; docs/data.md has the line that fetches them.
 
-For comparison, one objective alone, and a CLIP on the same pairs with the same text tower, views, batch and steps. Both
-objectives take fewer steps, and with --config.num_steps=5400 as many. CLIP needs no autoencoder:
+Baselines: one objective alone, or CLIP with the same text tower, on the same pairs, views, batch and steps. The joint
+run takes fewer steps, and with --config.num_steps=5400 as many. CLIP needs no autoencoder:
 
   ... --config=configs/emoji.py:objectives=discrimination,path=data/emoji --config.init_from=runs/emoji/generation
   ... --config=configs/emoji.py:objectives=contrastive,path=data/emoji
@@ -145,7 +145,7 @@ def add_evaluations(config: ConfigDict, path: str) -> None:
 
 
 def to_clip(config: ConfigDict) -> None:
-  """Makes it a CLIP. Its text tower has one layer more, CLIP's projection, and trains as it does beside the UNet."""
+  """Makes it CLIP. Its text tower has one layer more, CLIP's projection, and trains as it does beside the UNet."""
   config.objectives = ("contrastive",)
   token_embedding_weight = config.model.text_encoder.token_embedding_weight
   config.model = clip_medium()

@@ -8,7 +8,7 @@
 never trained on. Result of four seeds on an AMD EPYC: zero-shot top-1 99.9 ± 0.2 % on seen pairs and 97.0 ± 1.2 % on
 unseen pairs, accuracy of generated images 94.8 ± 3.7 and 92.2 ± 3.1 % (docs/results.md).
 
-A CLIP on the same pairs, batches and texts needs no autoencoder: --config=configs/shapes.py:objectives=contrastive
+CLIP on the same pairs, batches and texts needs no autoencoder: --config=configs/shapes.py:objectives=contrastive
 """
 
 from ml_collections import ConfigDict
@@ -80,7 +80,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def to_clip(config: ConfigDict) -> None:
-  """Makes it a CLIP, whose text tower trains as it does beside the UNet."""
+  """Makes it CLIP, whose text tower trains as it does beside the UNet."""
   config.objectives = ("contrastive",)
   config.model = clip_small()
   config.optim.update(

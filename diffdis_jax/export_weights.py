@@ -149,7 +149,7 @@ def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *,
 
 
 def write_clip(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:
-  """A CLIP for transformers and for open_clip; `own` is CLIP_FIELDS and `max_length`."""
+  """A CLIP model for transformers and for open_clip; `own` is CLIP_FIELDS and `max_length`."""
   clip_to_torch.write(folder, params, model=own["model"], dtype=dtype)
   write_tokenizer(folder, own["max_length"])
 

@@ -196,11 +196,11 @@ class Inference:
       raise UserError(f"this run was not trained for {objectives[0]}; its objectives are {trained}")
 
   def _diffdis(self, params: Params) -> DiffDis:
-    """Raises UserError for a CLIP."""
+    """Raises UserError for CLIP."""
     model = self.network.with_params(params)
     if isinstance(model, Clip):
       raise UserError(
-        "this run is a CLIP, which neither generates images nor encodes them to latents; take a run of DiffDis"
+        "this run is a CLIP model, which neither generates images nor encodes them to latents; take a run of DiffDis"
       )
     return model
 
@@ -280,13 +280,15 @@ def load(
 
   Raises:
     UserError: no run or no checkpoint there, one that does not fit its config, an image size that the network cannot
-      take, or fields of Sampling for a CLIP.
+      take, or fields of Sampling for CLIP.
   """
   # From the network's shapes to its parameters in this order: nothing is allocated before the config has been checked.
   run = run_config.load(path)
   changes = {} if image_size is None else {"image_size": image_size}
   if sampling and isinstance(run.model, ClipModel):
-    raise UserError(f"this run is a CLIP, which samples nothing; {', '.join(sampling)} has no effect, leave it out")
+    raise UserError(
+      f"this run is a CLIP model, which samples nothing; {', '.join(sampling)} has no effect, leave it out"
+    )
   run = run.replace(changes | {f"inference.{name}": value for name, value in sampling.items()})
   inference = Inference(Network.of(run), run.inference, batch_size=batch_size, mesh=mesh)
   return inference, restore.restore_params(path, step=step, ema=ema, abstract=inference.abstract_params())

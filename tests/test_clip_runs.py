@@ -128,10 +128,10 @@ def test_what_a_clip_does_not_do_is_refused(run, tmp_path):
   for use, message in (
     (
       lambda: inference.load(run, num_noise_samples=2),
-      "this run is a CLIP, which samples nothing; num_noise_samples has no effect",
+      "this run is a CLIP model, which samples nothing; num_noise_samples has no effect",
     ),
     (lambda: inference.load(run, image_size=18), "image_size is 18; patches of 4 px do not tile it"),
-    (lambda: generate.generate(run, ["a red star"], str(tmp_path / "out")), "this run is a CLIP, which has no"),
+    (lambda: generate.generate(run, ["a red star"], str(tmp_path / "out")), "this run is a CLIP model, which has no"),
   ):
     with pytest.raises(UserError, match=message) as error:
       use()

@@ -109,7 +109,7 @@ def plane(texts: Float[np.ndarray, "n d"], first: Float[np.ndarray, "k d"]) -> F
 
 
 def plane_chart(queries: Float[np.ndarray, "s k d"], texts: Float[np.ndarray, "n d"], names: Sequence[str]) -> str:
-  """Each noise sample's path from its first estimate, a small point, to its last, and the names' text queries, large ones."""
+  """The path of each noise sample from its first estimate to its last, as points, and the names' text queries."""
   directions = plane(texts, queries[0])
   moved, fixed = queries @ directions, texts @ directions
   everything = np.concatenate([moved.reshape(-1, 2), fixed])

@@ -44,7 +44,7 @@ def time_peer(network: Network, *, batch_size: int, rounds: int) -> dict[str, An
   """
   model = network.model
   if not isinstance(model, Model):
-    raise UserError("benchmark peer times a UNet, and this config is a CLIP; take configs/benchmark.py")
+    raise UserError("benchmark peer times a UNet, and this config is a CLIP model; take configs/benchmark.py")
   device, inputs = _device_of_torch(), _inputs(network, model, batch_size)
   params, ours = _ours(network, model, inputs)
   ways = {"ours": ours, "diffusers": _theirs(network, model, params, inputs, device)}

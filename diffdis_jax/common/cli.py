@@ -117,7 +117,7 @@ def _stop_for(error: Exception) -> NoReturn:
   if number in _OF_A_FULL_DISK:
     _stop(f"{said}{where}; make room, and run the same command again", code=1)
   if may_pass(error) or number is None:  # without a number: what a bucket's server answered
-    _stop(f"{error or said}{where}; is there a network, and a right to it? Run the same command again", code=1)
+    _stop(f"{error or said}{where}; check the network and your permissions, and run the same command again", code=1)
   if number in _OF_A_PATH and path:
     _stop(f"cannot use {path}: {said}")
   if isinstance(error, PermissionError):

@@ -45,7 +45,7 @@ def train_loader(
 ) -> grain.DatasetIterator:
   """Endless batches {'image': u8[b h w 3], 'tokens': i32[b l], SUBSTITUTED} of this host, shuffled again each epoch.
 
-  Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', SUBSTITUTED}, a random view each time, and
+  Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', SUBSTITUTED}, a random view each time;
   'condition': bf16[b l d] where the cache has it.
 
   Global batch k is made of the same records and augmentations for any number of hosts, of which each takes its rows:

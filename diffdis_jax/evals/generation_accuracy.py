@@ -138,7 +138,7 @@ class ShapeJudge:
       fresh = classifiers.render(image_size=image_size, num_images=2048, seed=self._seed + 1)
       right = (classifiers.pairs_of(model, fresh) == PAIRS[np.arange(len(fresh)) % len(PAIRS)]).all(axis=-1)
       accuracy = float(right.mean())
-      logging.info("the independent classifier is right on %.2f %% of fresh renders", 100 * accuracy)
+      logging.info("the independent classifier is right on %.2f %% of new renders", 100 * accuracy)
       if accuracy < self._required:
         raise UserError(
           f"the classifier that should judge is right on only {accuracy:.1%} of real renders, below "
@@ -218,7 +218,9 @@ class LabelJudge:
       real = np.stack([np.asarray(transforms.resize(images[i], SIZE)) for i in self._measured_on])
       places = ranks(classifiers.classify(model, real), self._labels[self._measured_on])
       self._trained = Trained(model, _accuracy("judge_", places))
-      logging.info("the judge names %.1f %% of the real images held out", 100 * self._trained.accuracy["judge_acc1"])
+      logging.info(
+        "the classifier is right on %.1f %% of held-out real images", 100 * self._trained.accuracy["judge_acc1"]
+      )
     return self._trained
 
   def measure(

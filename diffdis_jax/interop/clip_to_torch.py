@@ -1,4 +1,4 @@
-"""A CLIP's parameters to a folder that transformers' CLIPModel and open_clip load, without PyTorch.
+"""CLIP's parameters to a folder that transformers' CLIPModel and open_clip load, without PyTorch.
 
 Both libraries' files lie in one folder, as in those that are shared: config.json and model.safetensors, and
 open_clip_config.json and open_clip_model.safetensors.

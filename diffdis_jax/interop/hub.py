@@ -84,7 +84,7 @@ def choose(names: Collection[str], repo: str) -> Wanted:
   def inside(folder: str, pattern: str) -> list[str]:
     return [name for name in names if re.fullmatch(f"{folder}(?:{pattern})", name)]
 
-  # A pipeline before a CLIP: its root may hold a config.json too.
+  # A pipeline before CLIP: its root may hold a config.json too.
   if "model_index.json" in names:
     parts = "|".join((*from_torch.PARTS, "scheduler"))
     config = inside("", _OF_A_PIPELINE) + inside(f"(?:{parts})/", _OF_A_PART)

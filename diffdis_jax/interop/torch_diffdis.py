@@ -333,8 +333,8 @@ class DiffDis(nn.Module):
   def embed_image(self, z: Features, steps: int, noise: Query) -> Query:
     """The denoised text query, L2-normalised: `steps` DDIM steps from e_T = noise ~ N(0, I) (the paper's Algorithm 3).
 
-    The paper uses one step, the prediction at T-1. To average several noise samples, average their results and normalise
-    again. Never start from a caption's own noised query.
+    The paper uses one step, the prediction at T-1. To average several noise samples, average their results and
+    normalise again. Never start from a caption's own noised query.
 
     With target `data` and `normalize_query`, each step's ê_0 is normalised before it is fed back, since the process is
     defined on vectors of length 1. With target `noise` it follows from the predicted noise, and stays what it is.

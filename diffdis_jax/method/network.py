@@ -176,9 +176,9 @@ class Network:
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
-    """[h, w, c] of one image's latent. Raises UserError for a CLIP, which has none."""
+    """[h, w, c] of one image's latent. Raises UserError for CLIP, which has none."""
     if isinstance(self.model, ClipModel):
-      raise UserError("this run is a CLIP, which has no autoencoder and so no latents; take a run of DiffDis")
+      raise UserError("this run is a CLIP model, which has no autoencoder and so no latents; take a run of DiffDis")
     side = self.image_size // self.model.autoencoder.factor
     return side, side, self.model.autoencoder.latent_channels
 

@@ -49,7 +49,7 @@ def clip_vit_b32() -> ConfigDict:
 
 
 def clip_small() -> ConfigDict:
-  """A CLIP of a few million parameters, f32, for 32 px images on a CPU; its text tower is that of `small`."""
+  """A CLIP model of a few million parameters, f32, for 32 px images on a CPU; its text tower is that of `small`."""
   model = clip_vit_b32()
   model.dtype = "float32"
   model.text_encoder.update(small().text_encoder, projection=96)

@@ -215,14 +215,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
-  """Every program of the config that was asked for, from the cache where the same was asked before."""
+  """Every program of the config that was asked for, from the cache of earlier calls where it is there."""
   present = targets.find(platform, topology, FLAGS.slices) if topology is None else None
   store = Store(files.user_cache("preflight"), "preflight's answers")
   key = key_of(FLAGS.config.to_json_best_effort(), platform, present)
   # --hlo wants the programs' text, which is not kept.
   results = None if FLAGS.hlo else store.read_json(key)
   if results is not None:
-    logging.info("the same was asked before; from %s", store.file(key, ".json"))
+    logging.info("result of an earlier call, from %s", store.file(key, ".json"))
     for name in FLAGS.programs:
       for line in report.lines(name, results[name]):
         logging.info("%s", line)

@@ -45,7 +45,7 @@ def schedule(peak: float, *, kind: str, warmup_steps: int, num_steps: int, final
 def epoch_schedule(
   peak: float, *, epoch_steps: int, warmup_steps: int, num_steps: int, warmup_rate: float
 ) -> optax.Schedule:
-  """VL-LTR's: timm's cosine, which changes once an epoch, and one epoch late, since timm steps it at the end of an epoch.
+  """VL-LTR's: timm's cosine, which changes once an epoch, and one epoch late, since timm steps it after each epoch.
 
   In epoch n, from 0, it is that of t = max(n - 1, 0): while t is in the warm-up, on the way from `warmup_rate` to the
   peak; then half a cosine over all epochs, the warm-up's included.

@@ -66,8 +66,9 @@ def restore_or_init(
 def find_initial(path: str, trainer: Trainer) -> set[str]:
   """Names of the parameters that a new run takes from the run in `path`: those that both have. None for "".
 
-  Of what import_weights wrote only those that its source had: the others were initialised at random there, and
-  are initialised again here by this run's own seed and config. From shapes alone: what does not fit is found before gigabytes are read.
+  Of what import_weights wrote only those that its source had: the others were initialised at random there, and are
+  initialised again here by this run's own seed and config. From shapes alone: what does not fit is found before
+  gigabytes are read.
 
   Raises:
     UserError: no run there, or not the one that the objective starts from; nothing in common, a parameter of another

@@ -40,7 +40,7 @@ KEYS = (
 
 
 def step_keys(seed: int | UInt32[Array, ""], step: Int[Array, ""], microbatch: Int[Array, ""]) -> dict[str, jax.Array]:
-  """The keys of one microbatch, a function of (seed, step, microbatch) alone, so that a resumed run samples the same."""
+  """The keys of one microbatch, a function of (seed, step, microbatch) alone, so a resumed run samples the same."""
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), microbatch)
   return {name: jax.random.fold_in(key, i) for i, name in enumerate(KEYS)}
 

@@ -25,7 +25,7 @@ def test_both_predict_the_same_noise(dtype, limit):
 
 
 def test_a_clip_has_no_unet():
-  with pytest.raises(UserError, match="peer times a UNet, and this config is a CLIP"):
+  with pytest.raises(UserError, match="peer times a UNet, and this config is a CLIP model"):
     peer.time_peer(network_of(clip_cc3m.get_config()), batch_size=8, rounds=1)
 
 

@@ -1,4 +1,4 @@
-"""How a CLIP starts, against open_clip: spread and shape of each kind of parameter."""
+"""How CLIP starts, against open_clip: spread and shape of each kind of parameter."""
 
 from __future__ import annotations
 

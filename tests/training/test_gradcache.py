@@ -151,7 +151,7 @@ def test_other_noise_in_the_second_pass_is_another_gradient(monkeypatch):
 
 
 def trained(n: int, **changes: Any) -> tuple[dict[str, np.ndarray], dict[str, float], str]:
-  """A CLIP's gradient as AdamW got it, its metrics, and the program's text, of a step on eight devices."""
+  """CLIP's gradient as AdamW got it, its metrics, and the program's text, of a step on eight devices."""
   # With b1 = 0, the first moment is the newest gradient.
   changes = {"optim.accumulate": n, "optim.b1": 0.0, "optim.clip_norm": 0.01, **changes}
   trainer = steps.Trainer(make_config("clip", **changes), steps.make_mesh(*FSDP))

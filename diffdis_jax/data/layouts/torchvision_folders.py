@@ -134,7 +134,7 @@ def _matlab(path: pathlib.Path) -> dict[str, Any]:
   import scipy.io  # here, since it takes a while and two sets alone need it
 
   if not path.exists():
-    raise UserError(f"no {path}; it tells the classes, put it there")
+    raise UserError(f"no {path}; it lists the classes, put it there")
   try:
     return scipy.io.loadmat(path, squeeze_me=True)
   except Exception as error:  # scipy raises whatever the bytes lead into
