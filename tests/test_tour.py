@@ -1,20 +1,28 @@
-"""The notebook of docs: that it has no outputs, and that every cell runs, with small numbers for its parameters."""
+"""The notebook of docs: that it is saved with its outputs, and that every cell runs, with small numbers for its
+parameters; in the slow tests with its own."""
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import re
 
 import nbclient
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
+from docs import tour_page
 from tests.command_runs import ROOT
 
 pytest_plugins = ("tests.command_runs",)
 
+PICTURES = 7  # of its cells
 SMALL = """
 AUTOENCODER_STEPS, AUTOENCODER_BATCH, STEPS, BATCH = 2, 8, 2, 8
-DRAWING_STEPS, GUIDANCE, TESTED = 2, 3.0, 8
+GENERATION_STEPS, GUIDANCE, TESTED = 2, 3.0, 8
 SIZES = dict(
   unet=dict(widths=(8,), attention=(True,), num_heads=2, groups=4),
   alignment=dict(width=16, depth=1, num_heads=2),
@@ -33,31 +41,68 @@ def assigned(source: str) -> set[str]:
   return set(re.findall(r"\b[A-Z_]{3,}\b", re.sub("(?m) *#.*$", "", source)))
 
 
-def test_it_is_short_and_has_no_outputs(notebook):
+def test_it_is_short_and_saved_with_the_outputs_of_one_run_from_top_to_bottom(notebook):
   nbformat.validate(notebook)
   code = [cell for cell in notebook.cells if cell.cell_type == "code"]
   assert len(notebook.cells) < 15 and len(code) >= 6
-  assert not [cell for cell in code if cell.outputs or cell.execution_count is not None]
+  assert (ROOT / "docs" / "tour.ipynb").stat().st_size < 1_500_000
+  assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+  pictures = 0
+  for cell in code:
+    assert cell.outputs, cell.source
+    for output in cell.outputs:
+      # Neither errors nor what goes to stderr, where warnings do.
+      assert output.output_type == "display_data" or (output.output_type, output.name) == ("stream", "stdout"), output
+      if output.output_type == "stream":
+        assert not re.search(r"Warning|Traceback|(?<![\w.])/(?:home|root|tmp|work|usr|opt|var|Users)/", output.text)
+      else:
+        with Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))) as picture:
+          assert 200 < picture.width < 1000 and np.asarray(picture).std() > 10
+        pictures += 1
+  assert pictures == PICTURES
+
+
+def test_the_site_shows_it_as_a_page(notebook):
+  page = tour_page.markdown(json.loads((ROOT / "docs" / "tour.ipynb").read_text()))
+  assert page.startswith("# ") and page.count("```python\n") == sum(cell.cell_type == "code" for cell in notebook.cells)
+  assert page.count('src="data:image/png;base64,') == PICTURES and "top-1 of 64 classes" in page
+
+
+@pytest.fixture
+def run_notebook(environment, tmp_path, monkeypatch):
+  """Runs one in an empty folder, and returns what it wrote."""
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+  def run(notebook: nbformat.NotebookNode) -> str:
+    client = nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == PICTURES
+    return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+
+  return run
 
 
 # The kernel's, which speaks to this process alone.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def test_every_cell_runs_in_an_empty_folder(notebook, environment, tmp_path, monkeypatch):
-  for name, value in environment.items():
-    monkeypatch.setenv(name, value)
-  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+@pytest.mark.slow
+def test_it_runs_from_top_to_bottom_and_learns(notebook, run_notebook):
+  said = run_notebook(nbformat.from_dict(notebook))
+  accuracy, chance = map(float, re.findall(r"not trained on: ([\d.]+)%\nchance: ([\d.]+)%", said)[0])
+  assert accuracy > 10 * chance
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_every_cell_runs_in_an_empty_folder(notebook, run_notebook):
   notebook = nbformat.from_dict(notebook)
   (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
   assert assigned(parameters.source) == assigned(SMALL)  # so that none is left at its full size
   parameters.source = SMALL
-  client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
-  client.execute()
-
-  outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-  assert sum("image/png" in output.get("data", {}) for output in outputs) == 7
-  said = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+  said = run_notebook(notebook)
   assert "top-1 of 64 classes on 8 images that were not trained on" in said
-  images, queries = map(float, re.findall(r"differ by ([\d.]+) of 1 at most, text queries by (\S+)", said)[0])
+  images, queries = map(float, re.findall(r"differ by ([\d.]+) of 1 at most, text embeddings by (\S+)", said)[0])
   assert images <= 0.02 and queries <= 1e-5  # two of 255 levels, one of them by rounding
   written = {path.name for path in (tmp_path / "tour").iterdir()}
   assert {path.name for path in tmp_path.iterdir()} == {"tour"} and written == {"autoencoder", "diffdis", "export"}

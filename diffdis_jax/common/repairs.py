@@ -47,8 +47,8 @@ def _write_whole() -> None:
 
 def _write_from_every_cpu_process() -> None:
   """Of several processes on CPUs, each keeps what it compiled. jax writes from process 0 alone (jax/_src/compiler.py,
-  _cache_write), which serves the others on TPUs and GPUs, but not on CPUs: there a program's key tells the processes
-  apart (cache_key.py, _hash_accelerator_config), and all but process 0 would compile again at every start.
+  _cache_write), which serves the others on TPUs and GPUs, but not on CPUs: there a program's key differs between the
+  processes (cache_key.py, _hash_accelerator_config), and all but process 0 would compile again at every start.
   """
   from jax._src import compiler, distributed
 

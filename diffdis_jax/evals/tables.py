@@ -48,7 +48,7 @@ def compare(paths: Sequence[str], out: str) -> None:
     raise UserError(f"--out={out} should name the Markdown table to write, such as F.md")
   if len(set(paths)) < len(paths):
     raise UserError(f"--compare={','.join(paths)} names a file twice")
-  # Short names where they tell the files apart.
+  # Short names where they differ.
   names = [pathlib.PurePath(path).stem for path in paths]
   titles = names if len(set(names)) == len(names) else paths
   found = {title: result_files.read(path) for title, path in zip(titles, paths, strict=True)}

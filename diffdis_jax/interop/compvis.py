@@ -101,7 +101,7 @@ def unet_name(name: str, *, depth: int) -> str:
   way, block, slot, resampling, rest = match.groups()
   level, i = divmod(int(block) - (way == "input"), depth + 1)
   side = "down" if way == "input" else "up"
-  # Slot 1 is attention where the level has it, but the upsampling where not: what tells them apart is `op` or `conv`.
+  # Slot 1 is attention where the level has it, but the upsampling where not: they differ by `op` or `conv`.
   if resampling:
     return f"{side}_blocks.{level}.{side}samplers.0.conv.{rest}"
   return f"{side}_blocks.{level}.{'resnets' if slot == '0' else 'attentions'}.{i}.{rest}"

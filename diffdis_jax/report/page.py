@@ -180,7 +180,7 @@ def escape(text: str) -> str:
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
-  """The last part of each path, or as many as tell them apart."""
+  """The last part of each path, or as many parts as make the names different."""
   parts: Mapping[str, list[str]] = {path: path.rstrip("/").split("/") for path in paths}
   depth = 1
   while len({"/".join(parts[path][-depth:]) for path in paths}) < len(paths):
