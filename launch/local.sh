@@ -9,8 +9,8 @@
 #   --dry-run        print the commands
 #
 # When one process fails, the others are stopped and all are started again; not after code 2, bad input, or 130, Ctrl-C
-# to a process. SIGTERM or Ctrl-C here is passed to all, so that they save, and nothing is started again; a second one kills
-# them.
+# to a process. SIGTERM or Ctrl-C here is passed to all, so that they save, and nothing is started again; a second one
+# kills them.
 set -euo pipefail
 # shellcheck source=launch/supervise.sh
 source "$(dirname "${BASH_SOURCE[0]}")/supervise.sh"
