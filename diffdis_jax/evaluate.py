@@ -7,12 +7,12 @@ in CLIP_benchmark's schema with its protocol. With --tasks=long_tail a Markdown 
 
 A prepared data set, with class names and templates of your own:
 
-  python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot,retrieval --data=PREPARED_DIR \
+  python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot,retrieval --data=PREPARED_DIR \\
       --split=test --classnames=NAMES.json --templates=TEMPLATES.json --out=F.json
 
 FID and KID. Generated images are kept in F.parts, or in --parts, and the same command resumes from them:
 
-  python -m diffdis_jax.evaluate --workdir=RUN --tasks=fid --data=PREPARED_DIR --split=val \
+  python -m diffdis_jax.evaluate --workdir=RUN --tasks=fid --data=PREPARED_DIR --split=val \\
       --inception=WEIGHTS.pth --out=F.json
 
 The paper's benchmarks, each found under ROOT in a published layout. F.json is written after each data set, and the

@@ -1,8 +1,8 @@
-"""Prepares raw image-text pairs as a TFDS folder of ArrayRecord files, which training reads.
+"""Prepares raw image-text pairs as a data set of ArrayRecord files.
 
   python -m diffdis_jax.prepare_data cc3m --source=cc3m_tars --out=data/cc3m
 
-Every image is decoded. Pairs that cannot be used are skipped and counted by reason in report.json and in the data
+The data set is a TFDS folder, which data.name=pairs reads. Every image is decoded. Pairs that cannot be used are skipped and counted by reason in report.json and in the data
 set's metadata. A killed command resumes when it is run again, and ends in the same records. card.json and card.png
 describe what was written. The first argument says what --source is:
 

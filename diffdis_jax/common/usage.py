@@ -53,9 +53,9 @@ def text(doc: str, program: str) -> str:
     doc: the command's docstring: a sentence, an indented example, and the rest.
     program: that absl knows the command's flags by.
   """
-  summary, example, *rest = inspect.cleandoc(doc).split("\n\n")
-  paragraphs = [textwrap.dedent(example), *map(_filled, [summary, *rest])]
-  return "\n\n".join([*paragraphs, *_groups(program)]) + "\n"
+  summary, *rest = inspect.cleandoc(doc).split("\n\n")
+  example = [textwrap.dedent(rest.pop(0))] if rest else []
+  return "\n\n".join([*example, *map(_filled, [summary, *rest]), *_groups(program)]) + "\n"
 
 
 def version() -> str:
