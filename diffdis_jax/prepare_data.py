@@ -2,9 +2,10 @@
 
   python -m diffdis_jax.prepare_data cc3m --source=cc3m_tars --out=data/cc3m
 
-The data set is a TFDS folder, which data.name=pairs reads. Every image is decoded. Pairs that cannot be used are skipped and counted by reason in report.json and in the data
-set's metadata. A killed command resumes when it is run again, and ends in the same records. card.json and card.png
-describe what was written. The first argument says what --source is:
+The data set is a TFDS folder, which data.name=pairs reads. Every image is decoded. Pairs that cannot be used are
+skipped and counted by reason in report.json and in the data set's metadata. A killed command resumes when it is run
+again, and ends in the same records. card.json and card.png describe what was written. The first argument says what
+--source is:
 
   pairs, cc3m         webdataset tars SPLIT-00000.tar as img2dataset writes them:
                       KEY.jpg, .png or .webp, KEY.txt, KEY.json
