@@ -1,4 +1,4 @@
-"""Lists the commands, or runs one: python -m diffdis_jax [COMMAND --flag=value ...]."""
+"""Lists the commands, or runs one: diffdis [COMMAND --flag=value ...], which is python -m diffdis_jax as well."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import re
 import runpy
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 USAGE = """DiffDis in JAX: draws images from text, and aligns images with text.
 
-  python -m diffdis_jax.COMMAND --flag=value ...
+  diffdis COMMAND --flag=value ...     (or: python -m diffdis_jax.COMMAND ...)
 
 {commands}
 
-  python -m diffdis_jax.COMMAND --help     its flags, and an example
+  diffdis COMMAND --help     its flags, and an example
 """
 
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
   if argv[0] not in found:  # before runpy, which would run any module of the package
     nearest = difflib.get_close_matches(argv[0], found, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else "python -m diffdis_jax lists them"
+    hint = f"did you mean {nearest[0]}?" if nearest else "diffdis --help lists them"
     sys.stderr.write(f"error: no command {argv[0]!r}; {hint}\n")
     return 2
   sys.argv = [f"diffdis_jax.{argv[0]}", *argv[1:]]
@@ -51,5 +52,10 @@ def main(argv: Sequence[str]) -> int:
   return 0
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+  """The command `diffdis` of an installed package."""
   sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+  run()
