@@ -133,8 +133,13 @@ def while_importing() -> None:
     if _PACKAGE in pathlib.Path(sys.argv[0]).resolve().parents:
       leave_to_parent()
     return
-  command = pathlib.Path(sys.argv[0]).name  # `diffdis`, the script of an installed package
-  if command == "-m" and "-m" in sys.orig_argv:  # of Python while it looks for the module, and imports its package
-    command = sys.orig_argv[sys.orig_argv.index("-m") + 1].partition(".")[0]
-  if command in ("diffdis", _PACKAGE.name):
+  if is_command():
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+
+
+def is_command() -> bool:
+  """Whether this process is a command of the package, as the package is being imported."""
+  name = pathlib.Path(sys.argv[0]).name  # `diffdis`, the script of an installed package
+  if name == "-m" and "-m" in sys.orig_argv:  # of Python while it looks for the module, and imports its package
+    name = sys.orig_argv[sys.orig_argv.index("-m") + 1].partition(".")[0]
+  return name in ("diffdis", _PACKAGE.name)
