@@ -21,8 +21,8 @@ _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/k
 def ask() -> None:
   """Starts the command of this process again, in it and before any import, with a C library that asks for them.
 
-  The C library reads its settings when a process begins. Nothing is done where they are set already, for a process that
-  is no command of the package, on a host with an accelerator, or where the kernel does not leave the choice to programs.
+  The C library reads its settings when a process begins. Nothing is done where they are set already, in a process
+  that is no command of the package, on a host with an accelerator, or where the kernel leaves no choice to programs.
   """
   if not signals.is_command() or _TUNABLES in os.environ or "LD_PRELOAD" in os.environ or not sys.executable:
     return
