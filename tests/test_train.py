@@ -335,8 +335,8 @@ def test_a_longer_run_says_what_its_rates_do(caplog):
   config.optim.update(schedule_kind="linear", warmup_steps=0, rates=dict(new=0.1))
   facts.log_longer(Run.of(config), before=10, step=5)
   assert caplog.messages == [
-    "the run gets longer: 20 steps instead of 10; its linear schedule is that of the longer run from step 5 on: new 0.05"
-    " to 0.075"
+    "the run gets longer: 20 steps instead of 10; its linear schedule is that of the longer run from step 5 on:"
+    " new 0.05 to 0.075"
   ]
 
 

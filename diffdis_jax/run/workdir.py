@@ -103,7 +103,7 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> list[str
 
 
 def lengthened(workdir: epath.PathLike, config: Mapping[str, Any]) -> int | None:
-  """The `num_steps` so far of a run with a checkpoint that this config makes longer; None where it makes none longer."""
+  """The `num_steps` of the run there, where it has a checkpoint and this config makes it longer; or else None."""
   path = buckets.path(workdir)
   if not (path / "config.json").exists() or not committed.committed_steps(committed.folder(workdir)):
     return None
