@@ -101,7 +101,8 @@ def test_exit_codes_fail_restart_or_count(programs, given, restarts):
 @pytest.mark.parametrize(
   "subcommand, calls",
   [
-    ("stop", [["kubectl", "delete", "secret", "run-env", "--ignore-not-found"], ["kubectl", "delete", "jobset", "run"]]),
+    ("stop", [["kubectl", "delete", "secret", "run-env", "--ignore-not-found"],
+              ["kubectl", "delete", "jobset", "run"]]),
     ("logs", [["kubectl", "logs", "--follow", "--prefix", "--max-log-requests=1000",
                "--selector=jobset.sigs.k8s.io/jobset-name=run"]]),
   ],
