@@ -1,12 +1,12 @@
 # An image for hosts with GPUs or TPUs, in whose working directory every `python -m diffdis_jax` command runs.
 #
-#   docker build --build-arg EXTRA=cuda -t REGISTRY/diffdis:cuda .     # NVIDIA GPUs
-#   docker build --build-arg EXTRA=tpu -t REGISTRY/diffdis:tpu .       # TPUs
+#   docker build --build-arg EXTRAS=cuda -t REGISTRY/diffdis:cuda .     # NVIDIA GPUs
+#   docker build --build-arg EXTRAS=tpu -t REGISTRY/diffdis:tpu .       # TPUs; EXTRAS=tpu,wandb for a tracker too
 #   docker run --gpus=all REGISTRY/diffdis:cuda \
 #       python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:runlocal --workdir=/tmp/run
 FROM python:3.12-slim
 
-ARG EXTRA=cuda
+ARG EXTRAS=cuda
 
 # The driver's libraries come from the host: by the container toolkit, or on GKE in /usr/local/nvidia.
 ENV PYTHONUNBUFFERED=1 \
@@ -24,8 +24,8 @@ COPY pyproject.toml requirements.txt README.md LICENSE NOTICE ./
 COPY diffdis_jax/__init__.py diffdis_jax/
 COPY diffdis_jax/data/clip_merges.LICENSE diffdis_jax/data/
 COPY diffdis_jax/data/layouts/zero_shot_sets.LICENSE diffdis_jax/data/layouts/
-RUN case "$EXTRA" in cuda | tpu) ;; *) echo "EXTRA is '$EXTRA'; it is cuda or tpu" >&2; exit 2 ;; esac \
-    && python -m pip install --no-cache-dir --editable ".[$EXTRA]"
+RUN case ",$EXTRAS," in *,cuda,* | *,tpu,*) ;; *) echo "EXTRAS is '$EXTRAS'; it should have cuda or tpu" >&2; exit 2 ;; esac \
+    && python -m pip install --no-cache-dir --editable ".[$EXTRAS]"
 
 COPY diffdis_jax diffdis_jax
 COPY configs configs

@@ -1,4 +1,4 @@
-"""Lists the commands, or runs one: python -m diffdis_jax [COMMAND --flag=value ...]."""
+"""Lists the commands, or runs one: diffdis [COMMAND --flag=value ...], which is python -m diffdis_jax as well."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import re
 import runpy
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from diffdis_jax.common import usage
 
 USAGE = """DiffDis in JAX: one diffusion model that generates images from text and classifies images.
 
-  python -m diffdis_jax.COMMAND --flag=value ...
+  diffdis COMMAND --flag=value ...     (or: python -m diffdis_jax.COMMAND ...)
 
 {commands}
 
-  python -m diffdis_jax.COMMAND --help     an example, and the command's flags
-  python -m diffdis_jax --version          the version
+  diffdis COMMAND --help     an example, and the command's flags
+  diffdis --version          the version
 """
 
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
   if argv[0] not in found:  # before runpy, which would run any module of the package
     nearest = difflib.get_close_matches(argv[0], found, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else "python -m diffdis_jax lists them"
+    hint = f"did you mean {nearest[0]}?" if nearest else "diffdis --help lists them"
     sys.stderr.write(f"error: no command {argv[0]!r}; {hint}\n")
     return 2
   sys.argv = [f"diffdis_jax.{argv[0]}", *argv[1:]]
@@ -57,5 +58,10 @@ def main(argv: Sequence[str]) -> int:
   return 0
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+  """The command `diffdis` of an installed package."""
   sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+  run()

@@ -23,7 +23,6 @@ from diffdis_jax.common import buckets, cli, files
 from diffdis_jax.config import Run
 from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import samples, sections
 from diffdis_jax.parallel import sharding
@@ -44,16 +43,12 @@ def main(argv: Sequence[str]) -> None:
   cli.compilation_cache()
   cli.use_all_cores()
   jax.config.update("jax_numpy_dtype_promotion", "strict")
-  try:
-    from configs import shapes as configs  # not at the top: an installed package has no configs
-  except ImportError as error:
-    raise UserError("demo needs the configs of a checkout; clone the repository, and type make demo there") from error
   begin = time.monotonic()
   out = buckets.local(FLAGS.out, "--out")
   run = str(out / "diffdis")
   resumed = (out / "autoencoder").exists()
 
-  autoencoder, config = configs.get_config("autoencoder"), configs.get_config()
+  autoencoder, config = cli.read_config("shapes:autoencoder"), cli.read_config("shapes")
   # Of both, so that another seed is another autoencoder too.
   autoencoder.seed = config.seed = FLAGS.seed
   config.init_from = str(out / "autoencoder")

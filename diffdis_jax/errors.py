@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 DEEPEST = 64  # levels of JSON: its readers call themselves once a level, and no file of ours has more than ten
@@ -53,6 +54,25 @@ def may_pass(error: BaseException) -> bool:
   return known or type(error).__module__.startswith(_NETWORKING)
 
 
+_ranges: dict[str, str] | None = None  # that `ranges` is collecting
+
+
+@contextlib.contextmanager
+def ranges() -> Iterator[dict[str, str]]:
+  """Collects name -> range, in words, of every check of a value that is made meanwhile: `config show` prints them."""
+  global _ranges
+  _ranges, before = {}, _ranges
+  try:
+    yield _ranges
+  finally:
+    _ranges = before
+
+
+def _says(name: str, said: str) -> None:
+  if _ranges is not None and said:
+    _ranges[name] = said
+
+
 def check_number(
   name: str,
   value: Any,
@@ -66,14 +86,15 @@ def check_number(
 
   `above` and `below` are limits that the value must not reach.
   """
+  limits = (("at least", at_least), ("above", above), ("at most", at_most), ("below", below))
+  said = " and ".join(f"{words} {limit:.10g}" for words, limit in limits if math.isfinite(limit))
+  _says(name, said)
   number = isinstance(value, (int, float)) and not isinstance(value, bool)
   is_long = isinstance(value, int) and abs(value) >= 2**63  # which no array holds
   if number and not is_long and math.isfinite(value) and at_least <= value <= at_most and above < value < below:
     return
-  if number and is_long:
-    at_most = min(at_most, 2**63 - 1)
-  limits = (("at least", at_least), ("above", above), ("at most", at_most), ("below", below))
-  said = " and ".join(f"{words} {limit:.10g}" for words, limit in limits if math.isfinite(limit))
+  if number and is_long and not math.isfinite(at_most):
+    said = " and ".join(filter(None, (said, f"at most {2**63 - 1:.10g}")))
   raise UserError(f"{name} is {value!r}; it must be {said or 'a finite number'}")
 
 
@@ -118,6 +139,7 @@ def check_numbers(name: str, values: Any, **limits: float) -> None:
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
   """Raises UserError unless the value is one of the choices."""
+  _says(name, ", ".join(map(str, choices)))
   if value not in choices:
     raise UserError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
 

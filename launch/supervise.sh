@@ -30,6 +30,18 @@ refuse_unless_number() {
   if ! [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] || (($2 < $3)); then refuse "$1 is '$2'; it should be a whole number from $3 up"; fi
 }
 
+case ${ENV:=} in */*) ENV='' ;; esac # with a slash it is a shell's own, the file that it starts with
+
+# refuse_unless_set ENV: names of variables, with commas between them, of which each must have a value.
+refuse_unless_set() {
+  local name
+  for name in ${1//,/ }; do
+    [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] ||
+      refuse "ENV is '$1'; it should be names of variables, such as WANDB_API_KEY,HF_TOKEN"
+    [[ ${!name:-} ]] || refuse "ENV names $name, which is not set; export it first"
+  done
+}
+
 # call COMMAND...: runs it; with --dry-run ($dry_run) prints it instead.
 call() { if [[ ${dry_run:-} ]]; then printf '%q ' "$@" && echo; else "$@"; fi; }
 

@@ -10,13 +10,15 @@
 #   launch/tpu_pod.sh delete              give the slice back
 #
 # Settings: NAME, ZONE, TYPE (v5litepod-64), RUNTIME (v2-alpha-tpuv5-lite), SPOT=1, PROJECT, MAX_RESTARTS (3, without a
-# new checkpoint). --dry-run before the subcommand prints the commands. COMMAND's --workdir must be a folder that all
+# new checkpoint), EXTRAS (tpu, or more of pyproject.toml's, such as tpu,wandb), ENV (names of variables of this shell that
+# the command gets, such as WANDB_API_KEY,HF_TOKEN; their values show in no list of processes). --dry-run before the subcommand prints the commands. COMMAND's --workdir must be a folder that all
 # hosts share: gs://BUCKET/RUN. Ctrl-C ends a run as stop does.
 set -euo pipefail
 # shellcheck source=launch/supervise.sh
 source "$(dirname "${BASH_SOURCE[0]}")/supervise.sh"
 
 POLL=${POLL:-30} # seconds between two looks at the slice
+EXTRAS=${EXTRAS:-tpu}
 dry_run='' stopping=''
 while [[ ${1:-} == -* ]]; do
   case $1 in
@@ -51,6 +53,9 @@ for setting in "${needed[@]}"; do
   [[ ${!setting:-} ]] ||
     refuse "set $setting, as in NAME=run ZONE=us-west4-a TYPE=v5litepod-64 RUNTIME=v2-alpha-tpuv5-lite"
 done
+[[ $EXTRAS =~ ^[a-z]+(,[a-z]+)*$ ]] ||
+  refuse "EXTRAS is '$EXTRAS'; it should be extras of pyproject.toml, such as tpu,wandb"
+refuse_unless_set "$ENV"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NAME=${NAME:?} where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 
@@ -98,16 +103,28 @@ create() {
 # uv brings a Python of its own: that of a TPU VM may be older than this package asks for.
 setup() {
   local commit folder
-  commit=$(git rev-parse HEAD) || return 1
-  if [[ ! $dry_run ]] && on_all "grep -qx $commit diffdis/.commit" >/dev/null 2>&1; then return; fi
+  commit="$(git rev-parse HEAD) $EXTRAS" || return 1
+  if [[ ! $dry_run ]] && on_all "grep -qx '$commit' diffdis/.commit" >/dev/null 2>&1; then return; fi
   folder=$(mktemp -d)
   git archive --output="$folder/diffdis.tar.gz" HEAD &&
     call gcloud compute tpus tpu-vm scp "$folder/diffdis.tar.gz" "$NAME:" "${where[@]}" --worker=all &&
     on_all "set -e; mkdir -p diffdis; tar -xzf diffdis.tar.gz -C diffdis; cd diffdis; rm -f .commit;\
  python3 -m pip install -q --user uv; ~/.local/bin/uv venv -q --clear --python=3.12 .venv;\
- ~/.local/bin/uv pip install -q -e '.[tpu]'; echo $commit >.commit" ||
+ ~/.local/bin/uv pip install -q -e '.[$EXTRAS]'; echo '$commit' >.commit" ||
     return 1
   rm -r "$folder"
+}
+
+# The variables that ENV names, as a file of the hosts that nobody else there may read.
+hand_over() {
+  local folder name
+  [[ $ENV ]] || return 0
+  folder=$(mktemp -d)
+  for name in ${ENV//,/ }; do printf 'export %s=%q\n' "$name" "${!name}"; done >"$folder/.env" # a built-in: no process
+  chmod 600 "$folder/.env" && call gcloud compute tpus tpu-vm scp "$folder/.env" "$NAME:diffdis/" "${where[@]}" --worker=all
+  local code=$?
+  rm -r "$folder"
+  return "$code"
 }
 
 # On a host, in ~/diffdis: .pid has the number of the command's process and when that began, by which another process
@@ -127,6 +144,7 @@ on_host() {
   printf '%s' "set -e; $on_every_host cd diffdis; exec 9>.lock; flock 9; while is_running; do sleep 1; done;" \
     " if [ \"\$(cat .attempt 2>/dev/null)\" = $attempt ]; then code=\$(cat .code 2>/dev/null || echo 255);" \
     " echo \"host ended with code \$code\"; exit \$code; fi; rm -f .code; echo $attempt >.attempt;" \
+    " $(if [[ $ENV ]]; then echo '. ./.env'; else echo 'rm -f .env'; fi);" \
     " export DIFFDIS_LAUNCHED=1 PATH=\$PWD/.venv/bin:\$PATH; touch run.log; from=\$((\$(wc -c <run.log) + 1));" \
     " set -m;$(printf ' %q' "$@") </dev/null >>run.log 2>&1 9>&- & pid=\$!; set +m;" \
     " echo \$pid \$(began \$pid) >.pid; tail -c +\$from -F --pid=\$pid run.log 2>/dev/null 9>&- &" \
@@ -146,7 +164,7 @@ finish() {
 # Code 2, 130 or 75 of any host, or else the highest: others may have died of its end.
 run_once() {
   local said pid code attempt="$EPOCHSECONDS-$RANDOM$RANDOM"
-  create && setup || return 1
+  create && setup && hand_over || return 1
   if [[ $stopping ]]; then return 1; fi
   if [[ $dry_run ]]; then on_all "$(on_host "$attempt" "$@")" && return; fi
   said=$(mktemp)

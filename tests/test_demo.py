@@ -15,8 +15,8 @@ from tests.command_runs import ROOT
 pytest_plugins = ("tests.command_runs",)
 
 _WITH_THE_TINY_CONFIG = """
-import runpy, sys, types
-import configs
+import runpy
+from diffdis_jax.common import cli
 from tests import tiny
 
 def get_config(arg=""):
@@ -26,7 +26,7 @@ def get_config(arg=""):
     config.train_evals = ("test",)
   return config
 
-configs.shapes = types.SimpleNamespace(get_config=get_config)
+cli.read_config = lambda path: get_config(path.partition(":")[2])
 runpy.run_module("diffdis_jax.demo", run_name="__main__", alter_sys=True)
 """
 

@@ -24,7 +24,7 @@ CORE = (
 # Each in one room with a __main__.py of its own. The core imports none of them.
 TOOLS = ("app", "preflight", "report", "benchmark", "ablate")
 ROOMS = (*CORE, *TOOLS, "__main__")
-COMMANDS = {*CORE[-7:], *TOOLS}
+COMMANDS = {*CORE[-7:], *TOOLS, "config"}
 # Torch is an extra: for these alone, of which two ask for it only where they read a pickle, or time it.
 TORCH_FILES = {"interop/tensor_files.py", "interop/torch_diffdis.py", "benchmark/peer.py"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.read_text())

@@ -23,8 +23,8 @@ from diffdis_jax.evals import sections as sections_of
 from diffdis_jax.parallel import chips, sharding
 from diffdis_jax.run import checkpoint, committed, history, provenance, restore
 from diffdis_jax.structs import Batch
+from diffdis_jax.training import facts, loop
 from diffdis_jax.training import flops as estimated
-from diffdis_jax.training import loop
 from tests import steps, tiny
 from tests.command_runs import STEPS, call
 from tests.steps import build_trainer, config_of
@@ -303,6 +303,41 @@ def test_a_workdir_of_another_config_names_every_field_and_both_values(joint_run
   config.batch_size, config.optim.rates.new = 32, 0.5
   message = r"batch_size is 16 there and 32 here, optim\.rates\.new is 0\.0015 there and 0\.5 here"
   refused(config, pathlib.Path(joint_run), message)
+
+
+def test_a_run_that_is_made_longer_ends_in_the_bits_of_one_that_was_as_long(tmp_path, caplog):
+  """With rates that do not fall, so that its length changes nothing before its end."""
+  caplog.set_level(logging.INFO)
+  config = tiny.get_config("autoencoder")
+  config.update(num_steps=6, save_every=6, log_every=1)
+  config.optim.update(schedule_kind="constant", warmup_steps=2)
+  whole, longer = str(tmp_path / "whole"), str(tmp_path / "longer")
+  loop.train_and_evaluate(Run.of(config), whole)
+  for num_steps in (4, 6):
+    config.num_steps = num_steps
+    loop.train_and_evaluate(Run.of(config), longer)
+  assert "the run gets longer: 6 steps instead of 4; learning rates stay as they are" in caplog.messages
+  expected, found = (restore.restore_params(run, ema=False) for run in (whole, longer))
+  assert expected.keys() == found.keys()
+  assert [name for name in expected if expected[name].tobytes() != found[name].tobytes()] == []
+  assert [line["step"] for line in lines_of(longer)] == [1, 2, 3, 4, 5, 6]
+  starts = [event for event in history.read(longer) if event["event"] == "start"]
+  assert [(start["step"], start["num_steps"]) for start in starts] == [(0, 4), (4, 6)]
+
+  config.num_steps = 4
+  refused(config, pathlib.Path(longer), "num_steps is 6 there and 4 here")
+
+
+def test_a_longer_run_says_what_its_rates_do(caplog):
+  caplog.set_level(logging.INFO)
+  config = tiny.get_config("autoencoder")
+  config.update(num_steps=20)
+  config.optim.update(schedule_kind="linear", warmup_steps=0, rates=dict(new=0.1))
+  facts.log_longer(Run.of(config), before=10, step=5)
+  assert caplog.messages == [
+    "the run gets longer: 20 steps instead of 10; its linear schedule is that of the longer run from step 5 on:"
+    " new 0.05 to 0.075"
+  ]
 
 
 def test_a_checkpoint_without_its_commit_mark(joint_run, tmp_path):

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from diffdis_jax.common import buckets, files, guesses, repairs, signals, usage
+from diffdis_jax.common import buckets, files, guesses, repairs, shipped, signals, usage
 from diffdis_jax.errors import Preempted, UserError, may_pass
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -126,11 +126,13 @@ def _stop_for(error: Exception) -> NoReturn:
 
 
 def config_flag(alias: str = "config", *, required: bool = True) -> flags.FlagHolder[ConfigDict]:
-  """Defines the flag --config=FILE.py[:args], with --config.a.b=value for single fields.
+  """Defines the flag --config=NAME[:args] or FILE.py[:args], with --config.a.b=value for single fields.
 
   `alias`: another name of the flag, by which the file is asked for; its fields are --config.a.b all the same.
   """
-  holder = config_flags.DEFINE_config_file("config", None, "configuration: FILE.py[:args]")
+  holder = config_flags.DEFINE_config_file(
+    "config", None, "configuration: NAME[:args] of one that comes with the package, or FILE.py[:args]"
+  )
   flags.FLAGS["config"].parser = _ConfigFile(alias)
   if alias != "config":
     flags.DEFINE_alias(alias, "config")
@@ -164,16 +166,24 @@ def config_given() -> Given:
 
 
 def read_config(path: str, flag: str = "config") -> ConfigDict:
-  """The config of FILE.py[:args], not locked. Raises UserError: every mistake in the path, the file or its arguments.
+  """The config of NAME[:args] or FILE.py[:args], not locked.
 
-  `flag`: that named it, for the message.
+  Args:
+    path: name of a config that comes with the package, such as `shapes`, or any Python file with a `get_config`.
+    flag: that named it, for the message.
+
+  Raises:
+    UserError: every mistake in the path, the file or its arguments.
   """
-  file, colon, argument = path.partition(":")
+  given, colon, argument = path.partition(":")
+  file = shipped.file_of(given)
   if not os.path.isfile(file):
-    folder = pathlib.Path(file).parent
-    raise UserError(f"no config file {file}; {guesses.did_you_mean(file, map(str, folder.glob('*.py')))}")
+    folder = pathlib.Path(given).parent
+    near = [*shipped.names(), *map(str, folder.glob("*.py"))]
+    raise UserError(f"no config {given}; {guesses.did_you_mean(given, near)}")
   if not file.endswith(".py"):
-    raise UserError(f"--{flag}={path} should name a Python file, such as configs/shapes.py")
+    raise UserError(f"--{flag}={path} should name a config such as shapes, or a Python file")
+  shipped.provide(file)
   try:
     spec: Any = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)

@@ -129,9 +129,17 @@ def while_importing() -> None:
   """
   if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
     return
-  if sys.argv[0] == "-m":  # of Python while it looks for the module, and imports its package
-    module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
-    if module.partition(".")[0] == _PACKAGE.name:
-      signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-  elif multiprocessing.parent_process() is not None and _PACKAGE in pathlib.Path(sys.argv[0]).resolve().parents:
-    leave_to_parent()
+  if multiprocessing.parent_process() is not None:
+    if _PACKAGE in pathlib.Path(sys.argv[0]).resolve().parents:
+      leave_to_parent()
+    return
+  if is_command():
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+
+
+def is_command() -> bool:
+  """Whether this process is a command of the package, as the package is being imported."""
+  name = pathlib.Path(sys.argv[0]).name  # `diffdis`, the script of an installed package
+  if name == "-m" and "-m" in sys.orig_argv:  # of Python while it looks for the module, and imports its package
+    name = sys.orig_argv[sys.orig_argv.index("-m") + 1].partition(".")[0]
+  return name in ("diffdis", _PACKAGE.name)

@@ -25,7 +25,7 @@ class Augmentation:
     crop_scale: of "random_resized" alone, the range of the box's area, as a fraction of the image's. torchvision's
       default is (0.08, 1), open_clip's (0.9, 1).
     crop_ratio: of "random_resized" alone, the range of the box's width over its height.
-    flip: mirror left and right half of the time. Wrong where captions tell left from right.
+    flip: mirror left and right half of the time. It is wrong where captions tell left from right.
     shift: largest move, as a fraction of the side.
     zoom: largest relative change of size, so that 0.1 means 1/1.1 to 1.1.
     rotation: largest turn, degrees. Shift, zoom and turn uncover white.
@@ -84,9 +84,9 @@ class Loading:
   """How batches are read ahead; a config's `data.loader`.
 
   Attributes:
-    num_threads: that read ahead, 0 to do everything in the calling thread.
-    num_workers: processes that prepare batches, 0 for none.
-    prefetch: batches read ahead by the threads, at least 1.
+    num_threads: threads that read ahead; 0 to do everything in the calling thread.
+    num_workers: processes that prepare batches; 0 for none.
+    prefetch: batches read ahead by the threads.
   """
 
   num_threads: int = 4
@@ -122,11 +122,11 @@ class Data:
   """What a run trains on; a config's `data` section.
 
   Attributes:
-    source: what `data.sources.open_source` takes, in the section beside the other fields: `name`, `path`, `split`,
-      `caption_fields` (fields of a record, whose texts are its captions; none: those that it came with), and whatever
-      else that source has.
-    max_length: tokens of a caption.
-    augment: of an image.
+    source: a field of the source, as data/sources.py has them. They stand in the section beside the other fields:
+      `name`, `path`, `split`, `caption_fields` (fields of a record, whose texts are its captions; none: those that it
+      came with), and whatever else that source has.
+    max_length: most tokens of a caption.
+    augment: how images vary.
     discrimination_view: of an image, one of VIEWS: shared by both objectives, or discrimination's own, by
       `discrimination_augment`.
     mixture: name -> weight, name, path, split: several sources instead of the one above.

@@ -32,7 +32,15 @@ def _check_multiple(name: str, value: int, section: Any, *divisors: str) -> None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetSize:
-  """`model.unet`; unet.UNet says what the fields are."""
+  """`model.unet`.
+
+  Attributes:
+    widths: channels of each level; each level but the last halves the resolution.
+    attention: for each level, whether it has attention blocks; the middle always has one.
+    depth: residual blocks of a level on the way down; one more on the way up.
+    num_heads: attention heads at every level.
+    groups: of every GroupNorm.
+  """
 
   # At its lowest resolution, Stable Diffusion v1 attends in the middle block alone.
   widths: Sequence[int] = (320, 640, 1280, 1280)
@@ -55,7 +63,16 @@ class UNetSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlignmentSize:
-  """`model.alignment`; alignment.AlignmentTransformer says what the fields are."""
+  """`model.alignment`, the alignment transformer.
+
+  Attributes:
+    width: of its tokens.
+    depth: layers.
+    num_heads: attention heads of a layer.
+    spatial_pool: parts along each side of the middle feature map whose means are added to the text token's output, with
+      a matrix of their own for each part; 0, the paper's, for none. They say where things are, which attention without
+      positions reads badly.
+  """
 
   # 6 blocks: appendix, with Table 4. Width 768 in heads of 64: main paper.
   width: int = 768
@@ -71,7 +88,21 @@ class AlignmentSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextEncoderSize:
-  """`model.text_encoder`; text_encoder.TextEncoder says what the fields are."""
+  """`model.text_encoder`.
+
+  Attributes:
+    vocab_size: of the tokenizer.
+    max_length: tokens of the longest text.
+    width: of a token.
+    depth: layers.
+    num_heads: attention heads of a layer.
+    mlp_width: hidden width of a layer's MLP.
+    activation: of the MLP, one of ACTIVATIONS.
+    bos_id, eos_id: tokens that begin and end a text.
+    projection: width of CLIP's text projection applied to the query; 0 for none.
+    token_embedding_weight: weight of a second vector for each token, whose mean over the caption is added to the query;
+      0 in CLIP and in the paper.
+  """
 
   vocab_size: int = 49408
   max_length: int = 77
@@ -99,7 +130,17 @@ class TextEncoderSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderSize:
-  """`model.autoencoder`; autoencoder.Autoencoder says what the fields are."""
+  """`model.autoencoder`.
+
+  Attributes:
+    widths: channels of each level, from the image down; each level but the last halves the resolution.
+    depth: residual blocks of a level in the encoder; the decoder has one more.
+    patch: side of the pixel patches that are folded into channels at first and unfolded at last; 1 in Stable Diffusion.
+    latent_channels: of a latent.
+    groups: of every GroupNorm.
+    attention: whether the middle has a self-attention.
+    shift, scale: z = (latent − shift) · scale, for all channels; where it is trained here, it measures its own.
+  """
 
   widths: Sequence[int] = (128, 256, 512, 512)
   depth: int = 2
@@ -130,7 +171,12 @@ class AutoencoderSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadSize:
-  """`model.head`, of a long-tailed run's second stage alone; lgr.LanguageGuidedHead says what the fields are."""
+  """`model.head`, of a long-tailed run's second stage alone.
+
+  Attributes:
+    classes: how many.
+    anchors: sentences of each class.
+  """
 
   classes: int
   anchors: int
@@ -180,8 +226,11 @@ class Model(Computing):
   """A config's `model` section.
 
   Attributes:
-    fusion, share_attention, modality_ffn: the fusion block's switches (appendix, Tables 4 and 5).
+    fusion: whether the fusion blocks are there (appendix, Table 4).
+    share_attention: whether text and image tokens share a fusion block's attention (Table 5).
+    modality_ffn: whether the text token has a feed-forward network of its own (Table 5).
     query_init: scale of FC_in's initial kernel; not stated by the paper.
+    unet, alignment, text_encoder, autoencoder: sizes of the parts.
   """
 
   fusion: bool = True
@@ -205,7 +254,18 @@ class Model(Computing):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionEncoderSize:
-  """`model.vision_encoder` of CLIP; clip.VisionEncoder says what the fields are."""
+  """`model.vision_encoder`, for CLIP.
+
+  Attributes:
+    image_size: side of the square images that the learned positions are of, pixels.
+    patch: side of a patch, pixels; each is one token.
+    width: of a token.
+    depth: layers.
+    num_heads: attention heads of a layer.
+    mlp_width: hidden width of a layer's MLP.
+    activation: of the MLP, one of ACTIVATIONS.
+    projection: width of the image's embedding.
+  """
 
   image_size: int = 224
   patch: int = 14
@@ -225,7 +285,10 @@ class VisionEncoderSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipModel(Computing):
-  """The `model` section of CLIP, whose objective is `contrastive`.
+  """The `model` section for CLIP, whose objective is `contrastive`.
+
+  Attributes:
+    text_encoder, vision_encoder: sizes of the towers.
 
   Raises:
     UserError: besides, towers that do not end in one width.

@@ -28,7 +28,7 @@ from diffdis_jax.errors import UserError, check_number, check_type, read_section
 MOST_STEPS = 2**31 - 1  # which a step's number, an int32, counts to
 MOST_ROWS = 2**22  # of a global batch, far above any that was trained with
 MOST_PIXELS = 8192  # a side of an image, of which one row of a batch then has 0.2 GB
-STEPS = ("batch_size", "num_steps", "log_every", "save_every", "eval_every", "sample_every")
+STEPS = ("num_steps", "log_every", "save_every", "eval_every", "sample_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,14 +38,17 @@ class Run:
   Attributes:
     seed: of all random choices.
     image_size: side of the square images, pixels.
-    batch_size: global.
-    num_steps: of the whole run.
+    batch_size: images of a step, over all devices.
+    num_steps: training steps of the whole run.
     objectives: what it is trained for, of objectives.TABLE.
-    init_from: workdir to take matching parameters from; empty for none.
+    init_from: workdir of the run to take matching parameters from; empty for none.
     condition_timestep: t_z of the clean image in discrimination (appendix, Table 7), 0 to 1000.
     sample_posterior: latents are a sample of the autoencoder's posterior, or else its mode.
     long_tail: of a long-tailed run alone.
-    log_every, save_every, eval_every, sample_every: after how many steps; all of them after the last one too.
+    log_every: steps between two lines of metrics; the last step has one too, as for the next three.
+    save_every: steps between two checkpoints.
+    eval_every: steps between two evaluations while training.
+    sample_every: steps between two grids of generated images.
     evals: data set -> task and its settings.
     train_evals: which of them to run every `eval_every` steps.
     sample_prompts: of the images that are generated every `sample_every` steps.
@@ -85,7 +88,7 @@ class Run:
     check_number("seed", self.seed, at_least=0, at_most=2**32 - 1)  # TrainState.seed is a u32
     for name in STEPS:
       check_number(name, getattr(self, name), at_least=1, at_most=MOST_STEPS)
-    check_number("batch_size", self.batch_size, at_most=MOST_ROWS)
+    check_number("batch_size", self.batch_size, at_least=1, at_most=MOST_ROWS)
     check_number("condition_timestep", self.condition_timestep, at_least=0, at_most=1000)
     self._check_objectives()
     self._check_labelled()
@@ -128,7 +131,8 @@ class Run:
     return Run.of(fields)
 
   def _check_objectives(self) -> None:
-    """What an objective asks of the other sections."""
+    """They go together, and with the other sections."""
+    self.objectives.check()
     if self.objectives.is_clip and self.data.discrimination_view != "shared":
       raise UserError(
         f"data.discrimination_view is {self.data.discrimination_view!r}; objective {self.objectives[0]} has one view of"

@@ -68,7 +68,7 @@ class Loss:
     ita_weight: λ of L = L_IG + λ L_ITA; 1 is not stated by the paper.
     condition_dropout: share of samples whose caption generation does not see, for guidance.
     image_dropout: share of samples whose image discrimination does not see, for guidance.
-    kl_weight: of an autoencoder's training.
+    kl_weight: weight of the KL term in an autoencoder's training.
     duplicate_captions: what pairs with equal captions are to each other in a contrastive batch, one of
       DUPLICATE_CAPTIONS: left out of both softmaxes, or negatives, as in open_clip. Not stated by the paper.
   """
@@ -95,23 +95,24 @@ class Optim:
   Attributes:
     groups: (regex, group); the first that is found in a parameter's path wins. Group `frozen` is not trained.
     rates: peak learning rate of each group but `frozen`.
-    schedule_kind: after the warm-up: one of SCHEDULE_KINDS; `epoch_cosine` is VL-LTR's (`epoch_schedule`).
-    warmup_steps: from rate 0 to the peak, linearly.
-    final_fraction: of the peak, at the end of a decay.
+    schedule_kind: how the rate changes after the warm-up, one of SCHEDULE_KINDS; `epoch_cosine` is VL-LTR's.
+    warmup_steps: steps from rate 0 to the peak, linearly.
+    final_fraction: of the peak, the rate at the end of a decay.
     epoch_steps: of `epoch_cosine` alone, steps of an epoch, after which the rate changes.
     warmup_rate: of `epoch_cosine` alone, the rate at which the warm-up begins.
-    weight_decay: AdamW's.
+    weight_decay: AdamW's weight decay.
     no_decay: regex of the paths without weight decay.
-    b1, b2, eps: AdamW's.
-    first_moment: one of MOMENTS, in which AdamW's first moment is kept. The second stays f32: with b2 = 0.999 it
+    b1: AdamW's decay of the first moment.
+    b2: AdamW's decay of the second moment.
+    eps: AdamW's ε, added to the root of the second moment.
+    first_moment: dtype in which AdamW's first moment is kept, one of MOMENTS. The second stays f32: with b2 = 0.999 it
       changes by less than bf16 can tell, and would stand still.
     clip_norm: largest global norm of the gradient; 0 for no clipping.
-    ema_decay: of the averaged weights; a short run does not reach it (`update_ema`).
+    ema_decay: decay of the averaged weights; a short run does not reach it (`update_ema`).
     accumulate: microbatches that a step takes one after another, so that less has to be in memory at a time.
-    contrastive_batch: one of CONTRASTIVE_BATCHES: `whole`, all microbatches of a step are one contrastive batch, and
-      their number leaves the step's result as it is (gradcache.py); `microbatch`, each is one of its own, with its own
-      timesteps and noise.
-    allow_uninitialized: regex of the frozen parameters that may be random: start.py refuses the others.
+    contrastive_batch: `whole`, all microbatches of a step are one contrastive batch, and their number does not change
+      the step's result (GradCache); `microbatch`, each is a batch of its own, with its own timesteps and noise.
+    allow_uninitialized: regex of the frozen parameters that may be random; a run refuses to start with others.
 
   Raises:
     UserError: a value out of its range.
@@ -211,8 +212,8 @@ class CheckpointPolicy:
   Attributes:
     keep_last: how many of the newest checkpoints.
     keep_every: checkpoints whose step is a multiple of this as well; 0 for none.
-    keep_best: and so many of those that were saved with the best `best_metric`; 0 for none.
-    best_metric: a metric that `Checkpointer.save` is given.
+    keep_best: how many of those with the best `best_metric` as well; 0 for none.
+    best_metric: EVALUATION/METRIC, of an evaluation in train_evals; needed by keep_best.
     best_is: whether the best is its "max" or its "min".
 
   Raises:

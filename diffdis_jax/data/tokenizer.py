@@ -14,13 +14,17 @@ from typing import Any
 
 import ftfy
 import numpy as np
+import tokenizers
 from jaxtyping import Int
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 START = "<|startoftext|>"
 END = "<|endoftext|>"
 START_ID = 49406
 END_ID = 49407
 VOCAB_SIZE = 49408
+# What a text is cut into before pairs are merged: CLIP's own pattern.
+PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def clean(caption: str) -> str:
@@ -71,22 +75,34 @@ class Tokenizer:
   """
 
   def __init__(self, max_length: int):
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch when imported
-    from transformers import CLIPTokenizer
-
     self.max_length = max_length
     self.merges = load_merges()
     self.vocab = make_vocab(self.merges)
-    merges: Any = list(self.merges)  # its annotation has lines of text alone
-    self._clip: Any = CLIPTokenizer(vocab=self.vocab, merges=merges, model_max_length=max_length)
+    # The parts of transformers' CLIPTokenizer, which takes seconds to import.
+    clip = tokenizers.Tokenizer(
+      models.BPE(vocab=self.vocab, merges=list(self.merges), end_of_word_suffix="</w>", unk_token=END)
+    )
+    clip.normalizer = normalizers.Sequence(
+      [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    clip.pre_tokenizer = pre_tokenizers.Sequence(
+      [
+        pre_tokenizers.Split(tokenizers.Regex(PIECES), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+      ]
+    )
+    clip.decoder = decoders.ByteLevel()
+    clip.add_special_tokens([START, END])  # which are in the vocabulary already
+    clip.post_processor = processors.RobertaProcessing((END, END_ID), (START, START_ID), False, False)
+    # Start and end are counted, and a caption that is too long keeps both.
+    clip.enable_truncation(max_length)
+    clip.enable_padding(length=max_length, pad_id=END_ID, pad_token=END)
+    self._clip = clip
 
   def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "n l"]:
-    # transformers raises for an empty list.
-    if not captions:
-      return np.zeros((0, self.max_length), np.int32)
     cleaned = [spell_out(clean(caption)) for caption in captions]
-    encoded = self._clip(cleaned, padding="max_length", truncation=True, max_length=self.max_length)
-    return np.asarray(encoded["input_ids"], np.int32)
+    encoded = [each.ids for each in self._clip.encode_batch_fast(cleaned)]
+    return np.array(encoded, np.int32).reshape(len(captions), self.max_length)
 
   def __reduce__(self):
     # A worker of the loader builds its own, rather than get 49,408 entries by pickle.
@@ -94,12 +110,16 @@ class Tokenizer:
 
   def decode(self, tokens: Int[np.ndarray, " l"]) -> str:
     """Ids -> cleaned caption, without start, end and padding."""
-    return self._clip.decode(tokens, skip_special_tokens=True)
+    return self._clip.decode(tokens.tolist(), skip_special_tokens=True).replace("</w>", " ").strip()
 
   def save(self, folder: str | pathlib.Path) -> None:
     """Writes what `CLIPTokenizer.from_pretrained(folder)` reads, vocab.json and merges.txt of older versions too."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch when imported
+    from transformers import CLIPTokenizer  # only here: it takes seconds
+
     folder = pathlib.Path(folder)
-    self._clip.save_pretrained(folder)
+    merges: Any = list(self.merges)  # its annotation has lines of text alone
+    CLIPTokenizer(vocab=self.vocab, merges=merges, model_max_length=self.max_length).save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -17,11 +17,8 @@ class AlignmentTransformer(nnx.Module):
   Args:
     query_width: width of the text query, in and out.
     image_width: channels of the middle feature map.
-    width, depth, num_heads: 768, 6 and 12 in the paper. No position embedding, a final LayerNorm and a GELU MLP of
-      ratio 4 are not stated by the paper.
-    spatial_pool: where above 0, the map's means over so many parts along each side, with a matrix of their own for each
-      part, are added to what the text token gives: the layout, which attention without positions reads badly. The
-      paper has no such thing.
+    width, depth, num_heads, spatial_pool: as config.model.AlignmentSize. No position embedding, a final LayerNorm and a
+      GELU MLP of ratio 4 are not stated by the paper.
   """
 
   def __init__(

@@ -78,15 +78,7 @@ class Autoencoder(nnx.Module):
   """KL autoencoder between images in [-1, 1] and latents.
 
   Args:
-    widths: channels of each level, from the image down; each level but the last halves the resolution.
-    depth: residual blocks a level in the encoder; the decoder has one more.
-    patch: side of the pixel patches folded into channels before the first convolution and unfolded after the last; 1 in
-      Stable Diffusion. 2 costs a quarter at the first level, which decides on a CPU.
-    latent_channels: channels of a latent.
-    groups: groups of the GroupNorms.
-    attention: whether the middle has a self-attention.
-    shift, scale: z = (latent - shift) * scale, one value for all channels. Stable Diffusion v1: 0, 0.18215. They are
-      the starting point only when the autoencoder is trained, where the latents' own mean and deviation take over.
+    widths, depth, patch, latent_channels, groups, attention, shift, scale: as config.model.AutoencoderSize.
   """
 
   def __init__(

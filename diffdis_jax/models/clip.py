@@ -53,9 +53,7 @@ class VisionEncoder(nnx.Module):
   """CLIP's vision tower: image to one vector, the class token's, through a projection.
 
   Args:
-    image_size: side of the square images that the learned positions are of.
-    patch: side of a patch; each is one token.
-    projection: width of the result.
+    image_size, patch, width, depth, num_heads, mlp_width, activation, projection: as config.model.VisionEncoderSize.
     remat: a key of remat.REMAT_POLICIES, applied to each layer.
 
   Raises:

@@ -20,9 +20,8 @@ class TextEncoder(nnx.Module):
   token, optionally through CLIP's text projection, L2-normalised; which vector it is, is not stated by the paper.
 
   Args:
-    projection: width of CLIP's text projection applied to the query, 0 for none.
-    token_embedding_weight: weight of a second vector for each token, whose mean over the caption is added to the query.
-      0 in CLIP and in the paper. It starts at nothing, and learns sooner than the layers which images a word goes with.
+    vocab_size, max_length, width, depth, num_heads, mlp_width, activation, bos_id, eos_id, projection,
+      token_embedding_weight: as config.model.TextEncoderSize.
     remat: a key of remat.REMAT_POLICIES, applied to each layer.
   """
 

@@ -108,13 +108,9 @@ class UNet(nnx.Module):
   """ε = UNet(z_t, t_z, c).
 
   Args:
-    widths: channels of each level; each level but the last halves the resolution.
-    attention: for each level, whether it has attention blocks. The middle always has one.
-    depth: residual blocks a level on the way down; one more on the way up.
-    num_heads: attention heads at every level (SD v1: 8).
+    widths, attention, depth, num_heads, groups: as config.model.UNetSize.
     context_width: width of the text condition c.
     latent_channels: channels of z, in and out.
-    groups: groups of every GroupNorm.
     remat: a key of remat.REMAT_POLICIES, applied to each block.
     up_path: whether there is a second half; discrimination alone does without.
   """

@@ -101,13 +101,17 @@ def learning_rates(run: Run) -> dict[str, Curve]:
     return {}
   section = read_section(Optim, run.config["optim"], "optim")
   steps = np.unique(np.linspace(1, run.step, RATE_POINTS).astype(int))
+  lengths = [(event["step"], event["num_steps"]) for event in run.events if event.get("num_steps")]
   found = {}
   for group in section.rates:
     if group not in parameters(run) and parameters(run):
       continue
-    schedule = optim.rate_schedule(section, group, num_steps=run.config["num_steps"])
-    # The first step is taken at the schedule's 0.
-    rates = np.asarray(schedule(np.asarray(steps - 1, np.float32)), np.float64)
+    rates = np.empty(len(steps), np.float64)
+    # A run that was made longer has the schedule of its length at each start.
+    for first, num_steps in [(0, run.config["num_steps"]), *lengths]:
+      schedule = optim.rate_schedule(section, group, num_steps=num_steps)
+      # The first step is taken at the schedule's 0.
+      rates = np.where(steps > first, np.asarray(schedule(np.asarray(steps - 1, np.float32)), np.float64), rates)
     found[f"rate/{group}"] = Curve(steps, np.broadcast_to(rates, steps.shape))
   return found
 

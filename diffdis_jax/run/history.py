@@ -93,7 +93,7 @@ def parse(line: str) -> dict[str, Any]:
 
 def _is_event(line: Mapping[str, Any]) -> bool:
   """Whether a line says what the file's lines do, for its readers to count with."""
-  optional = all(_is_number(line.get(name) or 0) for name in ("reached", "until", "devices"))
+  optional = all(_is_number(line.get(name) or 0) for name in ("reached", "until", "devices", "num_steps"))
   optional &= isinstance(line.get("parameters", {}), dict) and isinstance(line.get("data", []), list)
   known = is_step(line.get("step")) if line.get("event") == "start" else isinstance(line.get("why"), str)
   return line.get("event") in ("start", "end") and _is_number(line.get("time")) and known and optional

@@ -85,17 +85,35 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> list[str
     What differs in fields outside MAY_CHANGE, a phrase for each, where the run there has no checkpoint.
 
   Raises:
-    UserError: something differs, and the run there has a checkpoint; or config.json is of no training run.
+    UserError: something differs, and the run there has a checkpoint; or config.json is of no training run. A larger
+      `num_steps` is taken: the run gets longer.
   """
   path = buckets.path(workdir)
   if not (path / "config.json").exists():
     return []
   config_there = read_json_object(path)
-  differing = differences(flatten(config_there), flatten(config))
-  is_begun = SECTIONS <= config_there.keys() and not committed.committed_steps(committed.folder(workdir))
-  if differing and not is_begun:
+  there, here = flatten(config_there), flatten(config)
+  may_be_replaced = SECTIONS <= config_there.keys() and not committed.committed_steps(committed.folder(workdir))
+  if not may_be_replaced and steps_before(there, here) is not None:
+    del there["num_steps"], here["num_steps"]
+  differing = differences(there, here)
+  if differing and not may_be_replaced:
     raise UserError(f"{path} holds a run of another config: {', '.join(differing)}; take its config or a new --workdir")
   return differing
+
+
+def lengthened(workdir: epath.PathLike, config: Mapping[str, Any]) -> int | None:
+  """The `num_steps` of the run there, where it has a checkpoint and this config makes it longer; or else None."""
+  path = buckets.path(workdir)
+  if not (path / "config.json").exists() or not committed.committed_steps(committed.folder(workdir)):
+    return None
+  return steps_before(flatten(read_json_object(path)), flatten(config))
+
+
+def steps_before(there: Mapping[str, Any], here: Mapping[str, Any]) -> int | None:
+  """`num_steps` there, if that is fewer than here, of configs as `flatten` gives them."""
+  before, after = there.get("num_steps"), here.get("num_steps")
+  return before if isinstance(before, int) and isinstance(after, int) and before < after else None
 
 
 def _set_aside(path: epath.Path) -> epath.Path:

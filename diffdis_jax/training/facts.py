@@ -16,6 +16,7 @@ from diffdis_jax.common import buckets
 from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import describe
 from diffdis_jax.run import provenance
+from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
 
 
@@ -44,6 +45,7 @@ def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
     # A resumed run has its parameters from its own checkpoint.
     **({"init_from": provenance.behind(trainer.run.init_from)} if begins else {}),
     "mesh": dict(trainer.mesh.shape),
+    "num_steps": trainer.run.num_steps,  # which a later start may raise
     "parameters": parameter_groups(trainer),
     "data": describe(trainer.run.data),
   }
@@ -72,6 +74,21 @@ def log_end(run: Run, path: str) -> None:
   elif run.evals:
     logging.info("to measure it: %s --out=results.json", command % "evaluate")
   logging.info("to see all of it: %s --out=report.html", command % "report")
+
+
+def log_longer(run: Run, before: int, step: int) -> None:
+  """What it does to the learning rate that a run of `before` steps gets longer at this step."""
+  rate = lambda num_steps, group: float(optim.rate_schedule(run.optim, group, num_steps=num_steps)(step))
+  changes = {group: (rate(before, group), rate(run.num_steps, group)) for group in run.optim.rates}
+  said = ", ".join(f"{group} {old:.3g} to {new:.3g}" for group, (old, new) in changes.items() if old != new)
+  logging.info(
+    "the run gets longer: %d steps instead of %d; %s",
+    run.num_steps,
+    before,
+    f"its {run.optim.schedule_kind} schedule is that of the longer run from step {step} on: {said}"
+    if said
+    else "learning rates stay as they are",
+  )
 
 
 def log(trainer: Trainer) -> None:

@@ -100,6 +100,7 @@ def train_and_evaluate(
     # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
     processes.on_first(lambda: stack.enter_context(workdir.Lock(path)))
     is_writer = processes.is_first()
+    before = workdir.lengthened(path, fields)
     workdir.open_for_training(path, fields, is_writer=is_writer)
     if is_writer:
       files.write_whole(buckets.path(path) / "parameters.txt", facts.overview(trainer).encode())
@@ -111,6 +112,8 @@ def train_and_evaluate(
     # Not before: the fingerprints are of parameters, which are there only now.
     stored_inputs.check_stored(latent_facts(run.data), state.params, trainer.trainable)
     step = int(state.step)
+    if before is not None:
+      facts.log_longer(run, before, step)
     known = facts.of_start(trainer, begins=not step)
     stack.enter_context(history.recorded(path, step=step, is_writer=is_writer, facts=known))
     track = functools.partial(trackers.open_tracker, tracker, path, fields)

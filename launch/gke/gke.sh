@@ -8,7 +8,8 @@
 # Settings: NAME, IMAGE (with this repository in its working directory), HOSTS, CHIPS (of each host), RESOURCE
 # (google.com/tpu or nvidia.com/gpu), SELECTOR (YAML of node labels, such as
 # "{cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, cloud.google.com/gke-tpu-topology: 8x8}"), MAX_RESTARTS
-# (100, after crashes in the whole run). --dry-run before the subcommand prints the commands and the manifest.
+# (100, after crashes in the whole run), ENV (names of variables of this shell that the command gets, such as
+# WANDB_API_KEY,HF_TOKEN: as a Secret NAME-env, so that their values stand in no manifest of the run). --dry-run before the subcommand prints the commands and the manifest.
 set -euo pipefail
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -44,6 +45,7 @@ if [[ $subcommand == run ]]; then
   refuse_unless_number HOSTS "$HOSTS" 1
   refuse_unless_number CHIPS "$CHIPS" 1
   refuse_unless_number MAX_RESTARTS "$MAX_RESTARTS" 0
+  refuse_unless_set "$ENV"
 fi
 
 quoted() { # as a JSON string, which is YAML too
@@ -53,16 +55,31 @@ quoted() { # as a JSON string, which is YAML too
 }
 
 manifest() {
-  local text argument setting command=()
+  local text argument setting command=() env_from='[]'
   text=$(<"$here/jobset.yaml")
   for setting in NAME IMAGE HOSTS CHIPS RESOURCE SELECTOR MAX_RESTARTS; do text=${text//@$setting@/"${!setting}"}; done
+  if [[ $ENV ]]; then env_from="[{secretRef: {name: $NAME-env}}]"; fi
+  text=${text//@ENV_FROM@/"$env_from"}
   for argument in "$@"; do command+=("$(quoted "$argument"),"); done
   printf '%s\n' "${text//@COMMAND@/"[${command[*]}]"}"
+}
+
+secret() {
+  local name
+  printf '%s\n' "apiVersion: v1" "kind: Secret" "metadata: {name: $NAME-env}" "stringData:"
+  for name in ${ENV//,/ }; do printf '  %s: %s\n' "$name" "$(quoted "${!name}")"; done
 }
 
 case $subcommand in
   run)
     text=$(manifest "$@")
+    if [[ $ENV ]]; then
+      if [[ $dry_run ]]; then
+        note "would hand over $ENV as the Secret $NAME-env"
+      else
+        secret | kubectl apply -f - >&2
+      fi
+    fi
     if [[ $dry_run ]]; then echo "$text"; fi
     call kubectl create -f - <<<"$text" || {
       code=$?
@@ -71,5 +88,8 @@ case $subcommand in
     }
     ;;
   logs) call kubectl logs --follow --prefix --max-log-requests=1000 --selector="jobset.sigs.k8s.io/jobset-name=$NAME" ;;
-  stop) call kubectl delete jobset "$NAME" ;;
+  stop)
+    call kubectl delete secret "$NAME-env" --ignore-not-found
+    call kubectl delete jobset "$NAME"
+    ;;
 esac

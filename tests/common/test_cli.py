@@ -155,13 +155,14 @@ GOOD = ("--config=tiny.py", "--workdir=run")
     (GOOD[:1] + (f"--workdir={'a' * 5000}",), "File name too long"),
     (GOOD + ("extra",), "unexpected argument 'extra'; every argument is a flag, --name=value"),
     (GOOD[:1], "error: --workdir (folder of the run) is missing\n"),
-    (GOOD[1:], "error: --config (configuration: FILE.py[:args]) is missing\n"),
-    ((), "--config (configuration: FILE.py[:args]) and --workdir (folder of the run) are missing\n"),
+    (GOOD[1:], "error: --config (configuration: NAME[:args] of one that comes with the package, or FILE.py[:args]) is"),
+    ((), "or FILE.py[:args]) and --workdir (folder of the run) are missing\n"),
     (GOOD[:1] + ("--workdir=",), "error: --workdir= is empty; give a path\n"),
     (GOOD + ("--config.optim.betas[9]=1",), "out of range"),
     (GOOD + ("--fail=folder",), "error: cannot use "),
-    (("--config=tny.py", "--workdir=run"), "no config file tny.py; did you mean tiny.py?"),
-    (("--config=tiny.txt", "--workdir=run"), "--config=tiny.txt should name a Python file, such as configs/shapes.py"),
+    (("--config=tny.py", "--workdir=run"), "no config tny.py; did you mean tiny.py?"),
+    (("--config=shape", "--workdir=run"), "no config shape; did you mean shapes?"),
+    (("--config=tiny.txt", "--workdir=run"), "--config=tiny.txt should name a config such as shapes, or a Python file"),
     (("--config=tiny.py:gama=1", "--workdir=run"), "unknown argument 'gama'; known: gamma, runlocal"),
     (("--config=wrong.py", "--workdir=run"), "--config=wrong.py: NameError: name 'nothing' is not defined (line 2)"),
     (GOOD + ("--fail=user",), "first line second line"),
@@ -326,7 +327,7 @@ def test_a_command_that_does_not_exist_is_one_line(capsys):
   assert main_module.main(["evalute"]) == 2
   assert capsys.readouterr().err == "error: no command 'evalute'; did you mean evaluate?\n"
   assert main_module.main(["xyz"]) == 2
-  assert capsys.readouterr().err == "error: no command 'xyz'; python -m diffdis_jax lists them\n"
+  assert capsys.readouterr().err == "error: no command 'xyz'; diffdis --help lists them\n"
 
 
 def test_quiet_leaves_warnings(folder):

@@ -50,6 +50,22 @@ def test_one_pod_a_host_runs_the_command_as_it_is(programs):
   assert job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "8x8"
 
 
+def test_variables_are_handed_over_as_a_secret(programs):
+  """By standard input, so that they show in no list of processes; the run's manifest has its name alone."""
+  value = 'a "b" $(c)'
+  done = programs.run("gke/gke.sh", "run", "--", *TRAIN, **SETTINGS, ENV="WANDB_API_KEY", WANDB_API_KEY=value)
+  assert done.returncode == 0, done.stderr
+  secret, jobset = (yaml.safe_load(record["stdin"]) for record in programs.records)
+  assert (secret["kind"], secret["metadata"], secret["stringData"]) == (
+    "Secret",
+    {"name": "run-env"},
+    {"WANDB_API_KEY": value},
+  )
+  (container,) = job_of(jobset)["template"]["spec"]["containers"]
+  assert container["envFrom"] == [{"secretRef": {"name": "run-env"}}] and value not in str(jobset)
+  assert value not in str(programs.calls)
+
+
 def test_pods_find_each_other(programs):
   jobset = applied(programs, NAME="my-run", HOSTS="2")
   (container,) = job_of(jobset)["template"]["spec"]["containers"]
@@ -83,16 +99,17 @@ def test_exit_codes_fail_restart_or_count(programs, given, restarts):
 
 
 @pytest.mark.parametrize(
-  "subcommand, call",
+  "subcommand, calls",
   [
-    ("stop", ["kubectl", "delete", "jobset", "run"]),
-    ("logs", ["kubectl", "logs", "--follow", "--prefix", "--max-log-requests=1000",
-              "--selector=jobset.sigs.k8s.io/jobset-name=run"]),
+    ("stop", [["kubectl", "delete", "secret", "run-env", "--ignore-not-found"],
+              ["kubectl", "delete", "jobset", "run"]]),
+    ("logs", [["kubectl", "logs", "--follow", "--prefix", "--max-log-requests=1000",
+               "--selector=jobset.sigs.k8s.io/jobset-name=run"]]),
   ],
 )  # fmt: skip
-def test_other_subcommands_need_only_a_name(programs, subcommand, call):
+def test_other_subcommands_need_only_a_name(programs, subcommand, calls):
   assert programs.run("gke/gke.sh", subcommand, NAME="run").returncode == 0
-  assert programs.calls == [call]
+  assert programs.calls == calls
 
 
 def test_a_failing_kubectl_fails(programs):

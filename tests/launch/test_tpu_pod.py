@@ -87,7 +87,48 @@ def test_setup_happens_once_on_all_hosts(programs):
   assert all("--worker=all" in call for call in programs.calls)
   install = programs.calls[2][-1]
   commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-  assert "uv pip install" in install and "'.[tpu]'" in install and install.endswith(f"echo {commit} >.commit")
+  assert "uv pip install" in install and "'.[tpu]'" in install and install.endswith(f"echo '{commit} tpu' >.commit")
+
+
+def test_setup_installs_the_extras_that_are_asked_for(programs):
+  programs.answer({DONE: [Answer(code=1)]})
+  assert programs.run("tpu_pod.sh", "setup", **SETTINGS, EXTRAS="tpu,wandb").returncode == 0
+  install = programs.calls[2][-1]
+  assert "'.[tpu,wandb]'" in install and install.endswith(" tpu,wandb' >.commit")
+
+
+def test_variables_are_handed_over_in_a_file_and_in_no_command(programs, tmp_path):
+  """A command shows in the list of processes, here and on the hosts."""
+  programs.answer({STATE: [ACTIVE], RUN: [said(0)]})
+  secret = 'it\'s $(a) "secret"'
+  names = dict(ENV="WANDB_API_KEY,HF_TOKEN", WANDB_API_KEY=secret, HF_TOKEN="t")
+  done = programs.run("tpu_pod.sh", "run", "--", *TRAIN, **SETTINGS, **names)
+  assert done.returncode == 0, done.stderr
+  copied = [record for record in programs.records if "scp" in record["call"] and "run:diffdis/" in record["call"]]
+  assert len(copied) == 1 and "--worker=all" in copied[0]["call"]
+  assert "secret" not in str(programs.calls) and "secret" not in done.stdout + done.stderr
+  sent = next(call[-1] for call in programs.calls if RUN in call[-1])
+  assert "; . ./.env; export DIFFDIS_LAUNCHED=1" in sent
+  file = next(word for word in copied[0]["call"] if word.endswith("/.env"))
+  assert not pathlib.Path(file).exists(), "it is left on this machine"
+
+
+def test_without_variables_those_of_the_last_run_are_removed(programs):
+  assert run(programs, said(0))[0] == 0
+  assert "; rm -f .env; export" in next(call[-1] for call in programs.calls if RUN in call[-1])
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    ({"EXTRAS": "tpu; rm -r x"}, "EXTRAS is 'tpu; rm -r x'; it should be extras of pyproject.toml, such as tpu,wandb"),
+    ({"ENV": "A-B"}, "ENV is 'A-B'; it should be names of variables, such as WANDB_API_KEY,HF_TOKEN"),
+    ({"ENV": "NOT_SET_HERE"}, "ENV names NOT_SET_HERE, which is not set; export it first"),
+  ],
+)
+def test_extras_and_variables_that_are_none_are_refused(programs, settings, message):
+  done = programs.run("tpu_pod.sh", "run", "--", *TRAIN, **SETTINGS, **settings)
+  assert (done.returncode, programs.calls) == (2, []) and message in done.stderr
 
 
 def test_run_sends_the_command_as_it_is_to_all_hosts(programs, tmp_path):

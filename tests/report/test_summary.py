@@ -81,6 +81,16 @@ def test_learning_rates_are_those_of_the_schedule(run):
   np.testing.assert_allclose(found["rate/new"].values, by_hand, rtol=1e-5)
 
 
+def test_learning_rates_of_a_run_that_was_made_longer_are_those_of_its_length_at_the_time(run):
+  longer = [{**run.events[0], "step": 0, "num_steps": 200}, {**run.events[0], "step": 200, "num_steps": 400}]
+  found = summary.learning_rates(dataclasses.replace(run, events=longer))["rate/new"]
+  peak, warmup = run.config["optim"]["rates"]["new"], run.config["optim"]["warmup_steps"]
+  length = np.where(found.steps > 200, 400, 200)
+  k = found.steps - 1
+  decay = 0.5 * (1 + np.cos(np.pi * (k - warmup) / (length - warmup)))
+  np.testing.assert_allclose(found.values, peak * np.where(k < warmup, k / warmup, decay), rtol=1e-4, atol=1e-9)
+
+
 def test_learning_rates_of_a_long_tailed_run_change_once_an_epoch(tmp_path):
   changes = {"optim.schedule_kind": "epoch_cosine", "optim.epoch_steps": 50, "optim.warmup_rate": 1e-6}
   run = read.read(written_run.write(tmp_path / "run", **changes), "run")

@@ -78,6 +78,21 @@ def test_other_config_is_refused_with_every_differing_field(tmp_path):
   assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_run_with_a_checkpoint_may_get_longer_and_not_shorter(tmp_path):
+  workdir.open_for_training(tmp_path, make_config().to_dict())
+  longer = make_config(num_steps=150).to_dict()
+  assert workdir.lengthened(tmp_path, longer) is None  # without a checkpoint it is another run's config
+  commit(tmp_path)
+  assert workdir.lengthened(tmp_path, make_config().to_dict()) is None
+  assert workdir.lengthened(tmp_path, longer) == 100 and workdir.check_config(tmp_path, longer) == []
+  workdir.open_for_training(tmp_path, longer)
+  assert read_fields(tmp_path)["num_steps"] == 150
+  with pytest.raises(UserError, match="num_steps is 150 there and 100 here; take"):
+    workdir.check_config(tmp_path, make_config().to_dict())
+  with pytest.raises(UserError, match="another config: batch_size is 64 there and 32 here; take"):
+    workdir.check_config(tmp_path, make_config(num_steps=200, batch_size=32).to_dict())
+
+
 REPORTED = ("metrics.jsonl", "history.jsonl", "trackers.json", "events.out.tfevents.1.host", "samples/a.png")
 
 

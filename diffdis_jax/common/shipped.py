@@ -1,0 +1,50 @@
+"""The config files that come with the package, by their names.
+
+They lie in the repository's `configs`. `diffdis_jax/configs` is a link to that folder, so that a wheel brings them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import sys
+
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+_SHARED = {"__init__", "common"}  # what the files have in common: no configs
+
+
+def folder() -> pathlib.Path:
+  """Where they lie."""
+  return (_PACKAGE / "configs").resolve()
+
+
+def names() -> dict[str, pathlib.Path]:
+  """The file of each name, such as `shapes`."""
+  return {path.stem: path for path in sorted(folder().glob("*.py")) if path.stem not in _SHARED}
+
+
+def file_of(given: str) -> str:
+  """The file of a name; anything else is a path, as it stands."""
+  return str(names().get(given, given))
+
+
+def provide(file: str | os.PathLike[str]) -> None:
+  """Makes `from configs import common` work in a config file, wherever it lies and wherever the command was typed.
+
+  A folder `configs` where the command was typed is a part of that package too, and of a file of one's own the first.
+  """
+  theirs, ours = (pathlib.Path.cwd() / "configs").resolve(), folder()
+  of_their_own = theirs.is_dir() and ours not in pathlib.Path(file).resolve().parents
+  places = list(dict.fromkeys(map(str, [theirs, ours] if of_their_own else [ours])))
+  if getattr(sys.modules.get("configs"), "__path__", None) == places:
+    return
+  # Of another folder, or never imported: what hangs on it is imported again, from the new places.
+  for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+    del sys.modules[name]
+  spec = importlib.util.spec_from_file_location("configs", ours / "__init__.py", submodule_search_locations=places)
+  if spec is None or spec.loader is None:
+    raise FileNotFoundError(ours / "__init__.py")
+  module = importlib.util.module_from_spec(spec)
+  sys.modules["configs"] = module
+  spec.loader.exec_module(module)

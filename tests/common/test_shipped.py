@@ -1,0 +1,58 @@
+"""Configs by name: in another folder, beside configs of one's own."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from diffdis_jax.common import shipped
+from tests.command_runs import ROOT
+
+OWN = """from configs import common, shapes{more}
+
+def get_config():
+  config = shapes.get_config()
+{body}  return config
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+def show(*args: str) -> subprocess.CompletedProcess[str]:
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  command = [sys.executable, "-m", "diffdis_jax", "config", "show", *args, "--fields=batch_size"]
+  return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_names_are_the_files_of_configs():
+  assert {*shipped.names()} == {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "common"}
+  assert shipped.file_of("shapes") == str(ROOT / "configs/shapes.py") and shipped.file_of("a/b.py") == "a/b.py"
+
+
+def test_a_config_is_found_by_its_name_in_another_folder(elsewhere):
+  done = show("shapes")
+  assert done.returncode == 0 and "batch_size = 48" in done.stdout, done.stderr
+
+
+def test_ones_own_file_takes_what_the_others_have_in_common(elsewhere):
+  (elsewhere / "mine.py").write_text(OWN.format(more="", body="  config.batch_size = 7\n"))
+  assert "batch_size = 7" in show("mine.py").stdout
+
+
+def test_a_folder_of_the_same_name_is_in_nobodys_way(elsewhere):
+  """Its files find each other and the package's; the package's configs find their own."""
+  (elsewhere / "configs").mkdir()
+  (elsewhere / "configs/sizes.py").write_text("BATCH = 5\n")
+  (elsewhere / "configs/mine.py").write_text(OWN.format(more=", sizes", body="  config.batch_size = sizes.BATCH\n"))
+  assert "batch_size = 5" in show("configs/mine.py").stdout
+  (elsewhere / "configs/common.py").write_text("raise AssertionError('of another project')\n")
+  done = show("shapes")
+  assert done.returncode == 0 and "batch_size = 48" in done.stdout, done.stderr
