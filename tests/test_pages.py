@@ -85,7 +85,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.ablate plan --base=configs/diffdis_cc3m.py",
     "python -m diffdis_jax.preflight",
     "python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:path=gs://",
-    "python -m diffdis_jax.train ... --workdir=gs://",
+    "python -m diffdis_jax.train ...",
   ),
   "needs an extra": (
     "python -m diffdis_jax.app --workdir=RUN",
