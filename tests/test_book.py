@@ -31,14 +31,15 @@ MOST_IN_A_FIRST_PARAGRAPH = 40
 
 # Words to leave -> the field's. Honest uses pass: an artist's drawings, noise that is drawn.
 PICTURES = r"(?:image|picture|icon|sample|grid|emoji)s?"
+AS_SAMPLES = "(?! with replacement| alike)"  # of a data set
 LEAVE = {
   r"\b(?:told|tell|tells|telling)(?: \w+){0,3} apart\b": "classified, or accuracy",
   r"\bdrawn right\b": "accuracy of generated images",
   r"\b(?:comes|came) to\b(?! (?:life|itself|rest))": "is, was",
   r"\bbut for\b": "except",
   r"\banew\b": "again",
-  rf"\bdraw(?:s|n|ing)? (?:an? |the |its |their |all |more |\d+ )?{PICTURES}\b(?! alike)": "generate images, generated images",
-  rf"\b{PICTURES} (?:is |are |was |were |be )?(?:drawn|it draws|that it drew)\b(?! with replacement| alike)": "generated images",
+  rf"\bdraw(?:s|n|ing)? (?:an? |the |its |their |all |more |\d+ )?{PICTURES}\b{AS_SAMPLES}": "generate, generated",
+  rf"\b{PICTURES} (?:is |are |was |were |be )?(?:drawn|it draws|that it drew)\b{AS_SAMPLES}": "generated images",
   r"(?<!artists' )(?<!line )\bdrawings\b(?! of \d)": "generated images",
   r"\bdraws what\b|\bdraw a prompt\b": "generates, generate",
   r"\b(?:is|are|was|were) told\b": "is reported",
@@ -52,7 +53,7 @@ LEAVE = {
 _BLOCK = re.compile(r"^ *```.*?^ *```", re.M | re.S)
 _NO_WORDS = re.compile(r"<!--.*?-->|<[^>]+>|^:::.*$", re.M | re.S)
 _LINK = re.compile(r"!?\[([^\]]*)\]\(([^)]*)\)")
-_SENTENCE = re.compile(r"(?<=[.!?])[)\"*]*\s+(?=[\"'*`(\[]*[A-Z0-9])")
+_SENTENCE = re.compile(r"(?<=[.!?])[)\"*]*\s+(?=[\"'*(\[]*[`A-Z0-9])")
 _ITEM = re.compile(r"^\s*(?:[-*]|\d+\.) ")
 # What has a number in its name; and then numbers that stand alone, with their decimals.
 _NAMES = "Algorithms?|Tables?|Figures?|section|stage|seed|Python|CUDA"
