@@ -217,6 +217,13 @@ def test_links_lead_to_files(path):
   assert found and [target for target in found if not (path.parent / target.partition("#")[0]).exists()] == []
 
 
+def test_the_modules_of_the_reference_exist():
+  named = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+  files = [ROOT / name.replace(".", "/") for name in named]
+  assert len(named) > 30
+  assert [str(file) for file in files if not (file.with_suffix(".py").exists() or file.is_dir())] == []
+
+
 @pytest.mark.parametrize("name", method.THEMES)
 def test_the_figure_of_the_method_is_its_scripts(name):
   assert (method.FOLDER / name).read_text(encoding="utf-8") == method.picture(method.THEMES[name])
