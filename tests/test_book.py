@@ -188,6 +188,12 @@ def test_numbers_stand_in_tables(path):
   assert found == []
 
 
+@pytest.mark.parametrize("path", [README, *(ROOT / "docs").rglob("*.md")], ids=name_of)
+def test_no_line_of_prose_begins_with_a_comment(path):
+  """With which Markdown ends the paragraph before it."""
+  assert re.findall(r"^\s*<!--=.*", path.read_text(encoding="utf-8"), re.M) == []
+
+
 @pytest.mark.parametrize("path", BOOK, ids=name_of)
 def test_a_page_begins_with_whom_it_is_for(path):
   """A heading, and one short paragraph."""
