@@ -16,7 +16,7 @@ rose further with 1,800 steps twice more, --config.init_from being the last run'
 
 Autoencoder and generation took 9 and 24 min on two cores of an AMD EPYC, the run itself 118 min on one: 1.5 hours of
 two cores. Result, seed 0, one run: zero-shot top-1 45.1 % of 895 concepts on val_vendor and 58.0 % of 1,364 on
-test_vendor, R@1 56 %, accuracy of generated images 41.5 % top-1 (docs/results.md).
+test_vendor, R@1 56 %, accuracy of generated images 41.5 % top-1 (docs/log/emoji.md).
 
 DIR_OF_TARBALLS is a folder of npm packages; docs/data.md has the line that fetches them.
 
