@@ -1,0 +1,58 @@
+"""The wheel: a command and configs by name, anywhere."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from diffdis_jax.common import shipped
+from tests.command_runs import ROOT
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """What `pip install .` puts beside other packages, from a copy of what git tracks."""
+  copy, folder = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
+  archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE)
+  if archive.returncode:
+    pytest.skip("no checkout of git")
+  subprocess.run(["tar", "-x", "-C", copy], input=archive.stdout, check=True)
+  pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-build-isolation"]
+  subprocess.run([*pip, "--no-deps", "--no-index", f"--wheel-dir={folder}", str(copy)], check=True)
+  (wheel,) = folder.glob("*.whl")
+  with zipfile.ZipFile(wheel) as file:
+    file.extractall(folder / "packages")
+  return folder / "packages"
+
+
+def test_it_has_the_command_and_every_config(installed):
+  (entry,) = installed.glob("*.dist-info/entry_points.txt")
+  assert "diffdis = diffdis_jax.__main__:run" in entry.read_text().splitlines()
+  names = {path.stem for path in (installed / "diffdis_jax/configs").glob("*.py")}
+  assert names == {*shipped.names(), "__init__", "common"}
+  assert {path.name for path in installed.iterdir() if path.is_dir() and ".dist-info" not in path.name} == {
+    "diffdis_jax"
+  }
+
+
+def test_a_config_is_trained_by_its_name_in_another_folder(installed, tmp_path):
+  """Up to the first check that needs data, which comes after the config is read."""
+  script = tmp_path / "bin" / "diffdis"  # as pip writes it
+  script.parent.mkdir()
+  script.write_text("import sys\nfrom diffdis_jax.__main__ import run\nsys.exit(run())\n")
+  environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
+
+  def diffdis(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), *args]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+  shown = diffdis("config", "show", "shapes", "--fields=batch_size")
+  assert shown.returncode == 0 and shown.stdout.startswith("batch_size = 48"), shown.stderr
+  refused = diffdis("train", "--config=diffdis_cc3m:path=nowhere", "--workdir=run")
+  assert refused.returncode == 2 and "error: no prepared data set in 'nowhere'" in refused.stderr, refused.stderr
+  assert "diffdis_jax" in diffdis("--version").stdout and not (tmp_path / "run").exists()
