@@ -28,7 +28,9 @@ Several results side by side, with the differences between their protocols:
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -49,7 +51,7 @@ from diffdis_jax.evals.sections import Section
 from diffdis_jax.evals.text_cache import CachedTexts
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
-from diffdis_jax.run import checkpoint, provenance, restore
+from diffdis_jax.run import checkpoint, provenance, restore, trackers
 
 FLAGS = flags.FLAGS
 # Of each evaluation what its constructor takes, and of a run's sampling and loading what they take.
@@ -69,6 +71,7 @@ def define_flags() -> None:
   flags.DEFINE_list("tasks", None, f"any of {', '.join(registry.EVALS)}; by default those of the config's data sets")
   flags.DEFINE_string("data", None, "folder written by prepare_data; by default the data sets of the run's config")
   flags.DEFINE_string("split", None, "split of --data")
+  flags.DEFINE_enum("tracker", None, list(trackers.TRACKERS), "the run's tracker, which gets the figures too")
   flags.DEFINE_boolean("best", False, "the checkpoint with the best checkpoint.best_metric of the run")
   flags.DEFINE_string("text_cache", None, "folder of text embeddings, empty for none; by default in the user's cache")
   for name, setting in (LOADING | SAMPLING).items():
@@ -99,6 +102,7 @@ def main(argv: Sequence[str]) -> None:
   # Not required of the flag itself, since --compare reads no run.
   if not FLAGS.workdir:
     raise UserError("--workdir=DIR is missing, the folder of the run to measure")
+  trackers.check(FLAGS.tracker or "")
   cli.compilation_cache(FLAGS.workdir)
   cli.use_all_cores()
   processes.start()
@@ -114,11 +118,27 @@ def main(argv: Sequence[str]) -> None:
     protocol["step"] = _best_step(FLAGS.workdir, record.checkpoint)
   protocol["text_cache"] = files.user_cache("texts") if FLAGS.text_cache is None else FLAGS.text_cache
   if FLAGS.suite:
-    measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
+    results = measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
   else:
     results = evaluate(FLAGS.workdir, sections, measured=functools.partial(result_files.write, FLAGS.out), **protocol)
     if "long_tail" in results:
       tables.write(FLAGS.workdir, results, FLAGS.out)
+  if processes.is_first():
+    track(FLAGS.tracker or "", FLAGS.workdir, record.to_dict(), results)
+
+
+def track(kind: str, run: str, config: Mapping[str, Any], results: Results) -> None:
+  """Figures to the run's tracker, as TASK/DATASET/METRIC at the step of their checkpoint; `kind` empty: to none."""
+  tracker = trackers.open_tracker(kind, run, config)
+  if tracker is None:
+    return
+  with contextlib.closing(tracker):
+    for task, records in results.items():
+      for dataset, record in records.items():
+        finite = {name: value for name, value in record["metrics"].items() if math.isfinite(value)}
+        # The means of a suite have no protocol of their own; all its sets are of one checkpoint.
+        step = next(each["protocol"]["checkpoint"] for each in records.values() if "checkpoint" in each["protocol"])
+        tracker.scalars(step, {f"{task}/{dataset}/{name}": value for name, value in finite.items()})
 
 
 def evaluate(
@@ -187,7 +207,7 @@ def evaluate(
   return results
 
 
-def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete: bool, **protocol: Any) -> None:
+def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete: bool, **protocol: Any) -> Results:
   """Measures what of a suite is not in `out` yet, and writes the whole with its means, and a table beside it.
 
   Raises:
@@ -200,6 +220,7 @@ def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete
     results[task] |= means
   kept.write()
   tables.write(run, results, out)
+  return results
 
 
 def _sections(sets: Mapping[str, Any], *, objectives: Sequence[str], image_size: int) -> list[Section]:

@@ -179,3 +179,24 @@ def test_bad_input(run, tmp_path, flags, message):
   bad = command(run, tmp_path / "out.json", *flags)
   assert bad.returncode == 2 and not list(tmp_path.iterdir())
   assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and message in bad.stderr
+
+
+def test_figures_go_to_the_runs_tracker_at_the_step_of_their_checkpoint(monkeypatch):
+  said = []
+
+  class Recorder:
+    scalars = staticmethod(lambda step, values: said.append((step, values)))
+    close = staticmethod(lambda: said.append("closed"))
+
+  asked = []
+  monkeypatch.setattr(evaluate.trackers, "open_tracker", lambda *args: asked.append(args) or Recorder())
+  of_a_set = {"metrics": {"acc1": 0.5, "acc5": float("nan")}, "protocol": {"checkpoint": 16}}
+  results = {"zero_shot": {"pets": of_a_set, "mean_of_1": {"metrics": {"mean": 0.5}, "protocol": {"whole": False}}}}
+  evaluate.track("wandb", "run", {"seed": 0}, results)
+  assert asked == [("wandb", "run", {"seed": 0})]
+  assert said == [(16, {"zero_shot/pets/acc1": 0.5}), (16, {"zero_shot/mean_of_1/mean": 0.5}), "closed"]
+
+
+def test_without_a_tracker_figures_go_to_none(tmp_path):
+  evaluate.track("", str(tmp_path), {}, {"zero_shot": {}})
+  assert [*tmp_path.iterdir()] == []
