@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from html import escape
 
 WIDTH, STRIP, GAP, TOP = 720, 262, 26, 8
@@ -57,7 +58,7 @@ class Canvas:
       f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="9" fill="{fill}" stroke="{stroke}" stroke-width="2"{dash}/>'
     )
 
-  def polygon(self, points: list[tuple[float, float]], *, stroke: str, fill: str, dashed: bool = False) -> None:
+  def polygon(self, points: Sequence[tuple[float, float]], *, stroke: str, fill: str, dashed: bool = False) -> None:
     dash = ' stroke-dasharray="6 6"' if dashed else ""
     listed = " ".join(f"{x},{y}" for x, y in points)
     self.parts.append(
