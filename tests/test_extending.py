@@ -30,6 +30,7 @@ def module(tmp_path_factory):
     path = folder / f"{name}.py"
     path.write_text(pages.python_block(PAGE, containing))
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
     made = importlib.util.module_from_spec(spec)
     patch.setitem(sys.modules, name, made)
     spec.loader.exec_module(made)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from html import escape
 
 WIDTH, STRIP, GAP, TOP = 720, 262, 26, 8
@@ -57,7 +58,7 @@ class Canvas:
       f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="9" fill="{fill}" stroke="{stroke}" stroke-width="2"{dash}/>'
     )
 
-  def polygon(self, points: list[tuple[float, float]], *, stroke: str, fill: str, dashed: bool = False) -> None:
+  def polygon(self, points: Sequence[tuple[float, float]], *, stroke: str, fill: str, dashed: bool = False) -> None:
     dash = ' stroke-dasharray="6 6"' if dashed else ""
     listed = " ".join(f"{x},{y}" for x, y in points)
     self.parts.append(
@@ -167,8 +168,9 @@ def draw(canvas: Canvas, strip: Strip, top: float) -> None:
     [(216, middle - 52), (356, middle - 24), (356, middle + 24), (216, middle + 52)], stroke=p.image, fill=p.image_fill
   )
   canvas.box(362, middle - 24, 56, 48, stroke=p.image, fill=p.image_fill)
-  off = dict(stroke=p.off, fill=p.ground, dashed=True) if discriminates else dict(stroke=p.image, fill=p.image_fill)
-  canvas.polygon([(424, middle - 24), (564, middle - 52), (564, middle + 52), (424, middle + 24)], **off)
+  way_up = [(424, middle - 24), (564, middle - 52), (564, middle + 52), (424, middle + 24)]
+  stroke, fill = (p.off, p.ground) if discriminates else (p.image, p.image_fill)
+  canvas.polygon(way_up, stroke=stroke, fill=fill, dashed=discriminates)
   canvas.text(282, middle + 8, "down", size=21, colour=p.image)
   canvas.text(390, middle + 8, "mid", size=21, colour=p.image)
   up, colour = ("not run", p.soft) if discriminates else ("up", p.image)
