@@ -184,7 +184,7 @@ def draw(canvas: Canvas, strip: Strip, top: float) -> None:
       canvas.text(656, middle - 2 + 27 * i, line, colour=p.image)
     if strip.loop:
       canvas.arrow(f"M656,{middle + 42} C640,{middle + 112} 130,{middle + 112} 104,{middle + 24}", p.soft)
-      canvas.text(376, middle + 86, strip.loop, size=21, colour=p.soft)
+      canvas.text(376, middle + 76, strip.loop, size=21, colour=p.soft)
     return
   for i, line in enumerate(strip.query):
     canvas.text(96, below - 2 + 26 * i if strip.query[1] else below + 8, line, colour=p.text)
@@ -207,6 +207,8 @@ def draw(canvas: Canvas, strip: Strip, top: float) -> None:
 def picture(palette: Palette) -> str:
   """The figure as SVG."""
   canvas = Canvas(palette)
+  canvas.text(582, TOP + 24, "image stream", size=21, colour=palette.image, anchor="end")
+  canvas.text(716, TOP + 24, "text stream", size=21, colour=palette.text, anchor="end")
   heights = [STRIP if strip.query else STRIP - 42 if strip.loop else STRIP - 84 for strip in STRIPS]
   top = TOP
   for i, (strip, height) in enumerate(zip(STRIPS, heights, strict=True)):
