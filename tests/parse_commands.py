@@ -13,6 +13,7 @@ import io
 import json
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,4 +42,5 @@ def outcome(command: Sequence[str]) -> tuple[int, str]:
 
 
 app.run = parse_alone
+warnings.simplefilter("ignore", RuntimeWarning)  # of runpy: one command has imported the next
 json.dump([outcome(command) for command in json.load(sys.stdin)], sys.stdout)

@@ -65,7 +65,7 @@ def test_every_product_of_a_float32_program_is_one(name):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_bfloat16_program_asks_for_nothing_more(name):
-  """But for the contrastive loss's logits, which are f32 in any program: forwards, and backwards to both sides."""
+  """Except for the contrastive loss's logits, which are f32 in any program: forwards, and backwards to both sides."""
   found = precisions(trace(name, **{"model.dtype": "bfloat16"}))
   exact = {key: found.pop(key) for key in list(found) if key[1] == Precision.HIGHEST}
   assert exact.keys() == ({("dot_general", Precision.HIGHEST)} if name == "train" else set())

@@ -59,7 +59,7 @@ def test_the_train_step_on_cpu_devices_and_again_from_the_cache(quick, tmp_path)
 
   again = call("preflight", quick, *flags, f"--out={out}")
   assert again.returncode == 0 and json.loads(out.read_text()) == results
-  assert "asked before" in again.stderr and "compiling" not in again.stderr
+  assert "result of an earlier call" in again.stderr and "compiling" not in again.stderr
 
 
 def test_answers_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):

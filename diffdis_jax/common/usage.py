@@ -66,7 +66,11 @@ def version() -> str:
 
 def _filled(paragraph: str) -> str:
   """Wrapped to the terminal; what is indented, or a table, stays as it is."""
-  return paragraph if paragraph.startswith((" ", "|")) else textwrap.fill(" ".join(paragraph.split()), WIDTH)
+  return (
+    paragraph
+    if paragraph.startswith((" ", "|"))
+    else textwrap.fill(" ".join(paragraph.split()), WIDTH, break_on_hyphens=False)
+  )
 
 
 def _groups(program: str) -> Iterator[str]:
@@ -101,7 +105,7 @@ def _form(flag: flags.Flag) -> str:
 
 
 def _row(form: str, said: str) -> str:
-  lines = textwrap.wrap(said, WIDTH - COLUMN) or [""]
+  lines = textwrap.wrap(said, WIDTH - COLUMN, break_on_hyphens=False) or [""]
   beginning = f"  {form}"
   if len(beginning) + 2 > COLUMN:
     lines.insert(0, "")

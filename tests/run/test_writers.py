@@ -186,7 +186,7 @@ JOINT = ("loss_generation", "loss_discrimination")
     (
       ("loss_class_contrastive", "loss_distill"),
       0.01,
-      "step 1000000/2000000  loss 9.8765  class 9.88  distill 9.88  100 steps/s  data wait 20%  2h47m left",
+      "step 1000000/2000000  loss 9.8765  class 9.88  distill 9.88  100 steps/s  data wait 20%  2h46m left",
     ),
   ],
 )

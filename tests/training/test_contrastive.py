@@ -122,7 +122,7 @@ def test_parameters_after_five_steps_equal_those_of_torch(trainer, logit_scale):
       theirs.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
     assert relative_error(steps.means(metrics[i])["loss"], loss.item()) < 1e-4
   params, expected = jax.device_get(state.params), open_clip_twin.to_ours(dict(theirs.named_parameters()))
-  # But for the biases of k, whose gradient is rounding alone, which Adam makes as large as any.
+  # Except for the biases of k, whose gradient is rounding alone, which Adam makes as large as any.
   learned = lambda params: {path: x for path, x in params.items() if not path.endswith(("k.bias", "logit_scale"))}
   assert largest_error(learned(params), learned(expected)) < 1e-4
   assert float(params["logit_scale"]) == pytest.approx(theirs.logit_scale.item(), rel=1e-4)

@@ -40,7 +40,7 @@ def test_they_are_clip_benchmarks_and_open_clips():
 
 
 def test_a_name_is_one_class():
-  """But for the two of ImageNet that are the name of two classes each."""
+  """Except for the two of ImageNet that are the name of two classes each."""
   for name, known in class_lists.load().items():
     assert class_lists._index(known)[1] == ({"missile", "sunglasses"} if name == "imagenet1k" else set())
     for names in (known.classnames, known.names_in_data):
