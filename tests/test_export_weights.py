@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping, to_torch
 from diffdis_jax.run import checkpoint, restore, workdir
 from diffdis_jax.structs import TrainState
-from tests import pipelines
+from tests import pages, pipelines
 from tests.command_runs import ROOT, call
 from tests.models.networks import random_params
 from tests.steps import config_of, network_of
@@ -147,6 +148,16 @@ def test_the_tokenizer_gives_the_runs_tokens(exported):
   assert theirs.model_max_length == pipelines.LENGTH
   given = theirs(pipelines.PROMPTS, padding="max_length", truncation=True)["input_ids"]
   np.testing.assert_array_equal(given, Tokenizer(pipelines.LENGTH)(pipelines.PROMPTS))
+
+
+def test_the_pages_code_generates_and_classifies(exported, environment, tmp_path):
+  (tmp_path / "DIR").symlink_to(exported)
+  block = pages.python_block("docs/weights.md", "from_pretrained")
+  there = {**environment, "PYTHONPATH": str(ROOT)}
+  command = [sys.executable, "-c", block]
+  done = subprocess.run(command, cwd=tmp_path, env=there, capture_output=True, text=True, timeout=600)
+  assert done.returncode == 0, done.stderr
+  assert re.fullmatch(r"tensor\(\[[01]\]\)\n", done.stdout)
 
 
 def test_the_model_card(exported):

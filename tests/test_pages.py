@@ -42,6 +42,8 @@ RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   ),
   "python -m diffdis_jax.export_weights --workdir=RUN --out=DIR": ("", ("DIR/unet/config.json", "DIR/README.md")),
   "python -m diffdis_jax.generate --workdir=RUN": ("", ("images/00000.png", "images/00007.png", "images/grid.png")),
+  "python -m diffdis_jax.generate --workdir=runs/demo/diffdis": ("", ("pictures/00001.png", "pictures/grid.png")),
+  "python -m diffdis_jax.export_weights --workdir=docs/tour/diffdis": ("", ("exported/unet/config.json",)),
 }
 # In this order. Compiling for real sizes takes minutes; what is put behind makes them short.
 SHORT = "--config.num_steps=2 --config.log_every=1"
@@ -63,7 +65,6 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "make check",
     "make lint",
     "make docs",
-    "python -m pytest",
     "pytest",
     "python -m tests.test_configs",
   ),
@@ -77,15 +78,12 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.train --config=configs/shapes.py:autoencoder --workdir=runs/shapes/autoencoder",
     "python -m diffdis_jax.train --config=configs/shapes.py --workdir=runs/shapes/diffdis",
   ),
-  "needs the code of another commit": (
-    "python -m diffdis_jax.ablate run --base=configs/shapes.py --tables=2,3,4,5,7 --out=runs/ablations",
-  ),
   "needs a cluster, a bucket or a compiler of another device": (
     "python -m diffdis_jax.ablate run ...",
     "python -m diffdis_jax.ablate plan --base=configs/diffdis_cc3m.py",
     "python -m diffdis_jax.preflight",
     "python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:path=gs://",
-    "python -m diffdis_jax.train ... --workdir=gs://",
+    "python -m diffdis_jax.train ...",
   ),
   "needs an extra": (
     "python -m diffdis_jax.app --workdir=RUN",
@@ -184,7 +182,7 @@ def test_the_environment_has_the_package_with_its_version_and_none_of_the_extras
 @pytest.fixture(scope="module")
 def folder(plain: pathlib.Path, exportable_run: str) -> pathlib.Path:
   """The copy, with a small run where the pages have theirs, and two files of results."""
-  for name in ("RUN", "runs/demo/diffdis"):
+  for name in ("RUN", "runs/demo/diffdis", "docs/tour/diffdis"):
     shutil.copytree(exportable_run, plain / name)
   for name in ("diffdis", "clip"):
     words = dict(dataset="test", model="m", pretrained=name, task="zeroshot_classification")
@@ -235,12 +233,14 @@ def test_a_command_runs(folder, typed, beginning):
 
 
 def test_the_blocks_of_python_run(folder, typed):
-  """README's, with a run where `make demo` leaves it; evaluation.md's, with the images that it takes for granted."""
+  """README's and the quickstart's, with a run where `make demo` leaves it; evaluation.md's, with images beside it."""
   readme = pages.python_block("README.md", "model.generate")
-  images = "\nimport numpy as np\nimages = np.zeros((3, model.image_size, model.image_size, 3), np.uint8)\n"
+  quickstart = pages.python_block("docs/quickstart.md", "model.generate")
+  images = "import numpy as np\nimages = np.zeros((3, model.image_size, model.image_size, 3), np.uint8)"
   evaluation = pages.python_block("docs/evaluation.md", "inference.load")
-  said = run([f"{folder}/.venv/bin/python", "-c", readme + images + evaluation + "print(nearest.shape)"], folder, typed)
-  assert re.fullmatch(r"\[[01] [01]\]\n\(3,\)\n", said)
+  script = f"{readme}\n{quickstart}\n{images}\n{evaluation}\nprint(nearest.shape)"
+  said = run([f"{folder}/.venv/bin/python", "-c", script], folder, typed)
+  assert re.fullmatch(r"(\[[01] [01]\]\n){2}\(3,\)\n", said)
 
 
 @pytest.mark.slow

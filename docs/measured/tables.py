@@ -1,220 +1,390 @@
-"""The tables of paired differences in results.md and emoji.md, from the results in this folder.
+"""What README, results.md and the log say in numbers, from the records in this folder.
 
   python -m docs.measured.tables
 
-writes them into the pages, each between its two comments. `ablate table` makes the tables of runs that lie in an --out;
-these were trained by former configs, whose runs today's code would name otherwise. Statistics and layout are the same.
+writes it into the pages. A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, a number in the text
+between `<!-- =TOPIC/RECORD -->` and `<!-- = -->`. tests/test_measured.py fails where page and records differ.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import pathlib
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 
 from absl import app
 
-from diffdis_jax.ablate import columns, render, summary
-from diffdis_jax.ablate import tables as ablation_tables
-from diffdis_jax.ablate.columns import Column
-from diffdis_jax.ablate.tables import Row
+from diffdis_jax.ablate import significance
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import results
+from docs.measured import paired, records
 
-HERE = pathlib.Path(__file__).parent
-SHAPES_TITLES = (
-  "generated images, seen pairs ↑",
-  "generated images, unseen pairs ↑",
-  "top-1, seen pairs ↑",
-  "top-1, unseen pairs ↑",
-  "R@1 ↑",
+ROOT = pathlib.Path(__file__).parents[2]
+README, RESULTS = "README.md", "docs/results.md"
+
+# What holds digits and is no measured number. Everything else has to come from a record.
+NAMES = re.compile(
+  r"""<!--.*?-->|\]\([^)]*\)|`[^`]*`|\btop-[15]\b|\bR@1\b|\b95\x20%(?=\s(interval|CI))|\bCC3M\b|\bViT-[BL]/\d\d\b
+  |\b[Tt]ables?\s\d(,\s\d)*((\sto|\sand)\s\d)*|\bDiffDis\sv\d|\bStable\sDiffusion\sv1\b|\bê_0\b|\bFlickr30k\b""",
+  re.X | re.S,
 )
+_KEY = re.compile(r"\{([^{}]+)\}")
+_NUMBER = re.compile(r"\d[\d,.]*")
+_INLINE = re.compile(r"<!-- =(.*?) -->(.*?)<!-- = -->", re.S)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Measured:
-  """A table.
+def number(key: str) -> str:
+  """The value that a record has: `TOPIC/RECORD`, or `TOPIC/RECORD#SEED` where there are several.
 
-  Attributes:
-    page: in docs/.
-    folder: of the results, in docs/measured.
-    rows: label -> how the names of its files begin, before `-seed_N`.
-    base: label of the row that the others are compared with.
-    columns: figures.
+  Raises:
+    UserError: there is none.
   """
-
-  page: str
-  folder: str
-  rows: dict[str, str]
-  base: str
-  columns: Sequence[Column]
+  topic, _, name = key.partition("/")
+  name, _, seed = name.partition("#")
+  return f"{records.value(topic, name, seed):,}"
 
 
-def shapes(rows: dict[str, str], *, base: str) -> Measured:
-  """Of rendered shapes: accuracy of generated images, zero-shot top-1 and the mean of both R@1."""
-  evaluations = json.loads((HERE / "shapes_tables/base.json").read_text())["evals"]
-  # Today's names are generation_accuracy and acc1_seen. The results have the names of their day.
-  former = [
-    columns.Column(name=f"generated/{metric}", title="", cells=(("agreement", "generated", metric),), scale=100.0)
-    for metric in ("agreement_seen", "agreement_unseen")
+def say(text: str) -> str:
+  """The text with the numbers that `{TOPIC/RECORD}` stand for. Raises UserError: it has a number of its own."""
+  if loose := loose_numbers(_KEY.sub("", text)):
+    raise UserError(f"{text!r} has the numbers {', '.join(loose)}, which should be records in docs/measured")
+  return _KEY.sub(lambda key: number(key[1]), text)
+
+
+def loose_numbers(text: str) -> list[str]:
+  """The numbers of a text that are no part of a name."""
+  return _NUMBER.findall(NAMES.sub(" ", text))
+
+
+def interval(mean: float, half: float, *, sign: str = "", unit: str = "") -> str:
+  """`12.3 ± 0.4`, a mean and half of its 95 % interval."""
+  # Rounded first, so that no -0.0 is left.
+  rounded = round(mean, 1)
+  text = f"{rounded or 0.0:{sign if rounded else ''}.1f}".replace("-", "−")
+  return f"{text} ± {half:.1f}{unit}"
+
+
+def of_runs(*names: str, unit: str = " %") -> tuple[str, str]:
+  """Mean and 95 % interval over all runs of these records of the demo, and how many there are."""
+  values = [value for name in names for value in records.record("demo", name).values.values()]
+  return interval(statistics.fmean(values), _half(significance.paired(values)), unit=unit), str(len(values))
+
+
+def difference(name: str, row: str, column: str) -> tuple[str, str, int]:
+  """Of a cell of paired.TABLES: the mean difference to the base row with its 95 % interval, the verdict, n."""
+  found = _cell(name, row, column)
+  return interval(found.mean, _half(found), sign="+"), verdict(found), found.n
+
+
+def _cell(name: str, row: str, column: str) -> significance.Difference:
+  (cells,) = (each["cells"] for each in paired.table(name)["rows"] if each["label"] == row)
+  return significance.Difference(**cells[column]["difference"])
+
+
+def verdict(found: significance.Difference) -> str:
+  """In words: what is not significant after Holm's correction is undecided, with a note where its own p is small."""
+  if found.is_significant:
+    return "better" if found.mean > 0 else "worse"
+  return "undecided" if found.p is None or found.p >= significance.ALPHA else "undecided after correction"
+
+
+def _half(found: significance.Difference) -> float:
+  if found.low is None or found.high is None:
+    raise UserError("a figure without a spread has no interval")
+  return (found.high - found.low) / 2
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  lines = [head, ["---"] * len(head), *rows]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---- the short tables
+
+
+def shown() -> str:
+  """README's: what was shown, at most five rows."""
+  shapes = say("rendered shapes, {demo/classes} classes, {demo/image_size} px")
+  short = say("emoji, {emoji/val_vendor} classes, {emoji/image_size} px, {emoji/short_steps} steps")
+  rows = [
+    (say("top-1, unseen pairs of colour and shape"), shapes, *of_runs(*_both("unseen"))),
+    (say("accuracy of generated images, unseen pairs"), "the same", *of_runs(*_both("generated_unseen"))),
+    (say("gain in top-1, unseen vendor: generation before discrimination"), short, *_change(*FIRST)),
+    (say("the same gain: joint training instead of discrimination alone"), "the same", *_change(*JOINT)),
+    (say("the same gain: DiffDis instead of CLIP, equal samples and additions"), "the same", *_change(*FAIR)),
   ]
-  found = [*former, *columns.columns_of(evaluations)]
-  titled = [dataclasses.replace(each, title=title) for each, title in zip(found, SHAPES_TITLES, strict=True)]
-  return Measured(page="results.md", folder="shapes_tables/results", rows=rows, base=base, columns=titled)
+  return _table(("what", "scale", "mean ± 95 % interval", "n"), rows)
 
 
-def emoji(page: str, rows: dict[str, str], *, base: str, most: int = 5) -> Measured:
-  """Of the emoji: zero-shot top-1, and the mean of both R@1; the first `most` columns."""
-  top1 = lambda split, metric, title: columns.Column(
-    name=f"{split}/{metric}", title=f"{title} ↑", cells=(("zero_shot", split, metric),), scale=100.0
+VAL, TEST = "val_vendor/acc1", "test_vendor/acc1"
+FIRST = ("generation first", "1,800 steps", VAL)
+JOINT = ("both objectives", "both objectives", VAL)
+FAIR = ("clip", "DiffDis, discrimination alone, with CLIP's additions alone", VAL)
+
+
+def _both(name: str) -> tuple[str, str]:
+  return f"{name}/epyc", f"{name}/xeon"
+
+
+def _change(name: str, row: str, column: str) -> tuple[str, str]:
+  text, said, n = difference(name, row, column)
+  return f"{text} points" + (f", {said}" if "undecided" in said else ""), str(n)
+
+
+def demo() -> str:
+  """One network classifies and generates."""
+  rows = [
+    (say("top-1, seen pairs"), *of_runs(*_both("seen"))),
+    (say("top-1, unseen pairs"), *of_runs(*_both("unseen"))),
+    (say("generated images, seen pairs"), *of_runs(*_both("generated_seen"))),
+    (say("generated images, unseen pairs"), *of_runs(*_both("generated_unseen"))),
+    (say("the worst of the unseen pairs, top-1"), *of_runs(*_both("worst"))),
+  ]
+  return _table(("accuracy", "mean ± 95 % interval", "n"), rows)
+
+
+ABLATIONS = (
+  ("table 2", "noise", "text target: noise instead of data"),
+  ("table 3", "cosine", "text schedule: cosine instead of linear"),
+  ("table 4", "disabled", "no fusion block"),
+  ("table 5", "shared attention, shared FFN", "shared FFN instead of own"),
+  ("table 5", "own attention, own FFN", "own attention instead of shared"),
+  ("table 7", "0", "lowest timestep of the clean image"),
+  ("table 7", "999", "last timestep but one"),
+)
+GENERATED, UNSEEN, SEEN = "generated/acc1_seen", "unseen/acc1", "test/acc1"
+
+
+def ablations() -> str:
+  """Of the paper's ablations on shapes, two columns."""
+  rows = []
+  for name, row, label in ABLATIONS:
+    pairs = [difference(name, row, column) for column in (GENERATED, UNSEEN)]
+    said = {verdict for _, verdict, _ in pairs}
+    rows.append((say(label), *(text for text, _, _ in pairs), _worst(said)))
+  return _table(("change", "generated, seen pairs", "top-1, unseen pairs", "verdict"), rows)
+
+
+def _worst(said: set[str]) -> str:
+  """One verdict for a row: each cell's where one is significant."""
+  decided = sorted(each for each in said if not each.startswith("undecided"))
+  return ", ".join(decided) or max(said, key=len)  # undecided after correction, where one cell is
+
+
+def joint() -> str:
+  """Joint training over each objective alone: on shapes the signs are turned, whose base is joint training."""
+  cells = [
+    ("generated shapes, seen pairs", "joint training", "generation alone", GENERATED, -1),
+    ("top-1, unseen shapes", "joint training", "discrimination alone", UNSEEN, -1),
+    ("top-1, emoji, `val_vendor`", *JOINT, 1),
+    ("top-1, emoji, `test_vendor`", *JOINT[:2], TEST, 1),
+  ]
+  rows = []
+  for label, name, row, column, sign in cells:
+    _, said, n = difference(name, row, column)
+    found = _cell(name, row, column)
+    rows.append((say(label), interval(sign * found.mean, _half(found), sign="+"), said, str(n)))
+  return _table(("joint training − one objective, points", "mean ± 95 % interval", "verdict", "n"), rows)
+
+
+def _paired_rows(cells: Sequence[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
+  rows = []
+  for label, name, row, column in cells:
+    text, said, n = difference(name, row, column)
+    rows.append((say(label), text, said, str(n)))
+  return rows
+
+
+def first() -> str:
+  """Generation before discrimination."""
+  name, row = FIRST[:2]
+  cells = (
+    ("top-1, `val_vendor`", name, row, VAL),
+    ("top-1, `test_vendor`", name, row, TEST),
+    ("R@1, `test_vendor`", name, row, "recall@1"),
+    ("top-1, unseen concepts", name, row, "val_concepts/acc1"),
   )
-  recall = tuple(("retrieval", "test_vendor_retrieval", metric) for metric in columns.RECALL)
-  found = (
-    top1("val_vendor", "acc1", "`val_vendor`, 895 concepts"),
-    top1("test_vendor", "acc1", "`test_vendor`, 1,364 concepts"),
-    top1("test_vendor", "acc1_seen", "its 1,206 seen concepts"),
-    columns.Column(name="recall@1", title="its R@1 ↑", cells=recall, scale=100.0),
-    top1("val_concepts", "acc1", "`val_concepts`, 158 unseen concepts"),
-  )
-  return Measured(page=page, folder="emoji", rows=rows, base=base, columns=found[:most])
+  return _table(("gain in points", "mean ± 95 % interval", "verdict", "n"), _paired_rows(cells))
 
 
-NOISE, UNIT = "gamma_1.0-target_noise", "gamma_1.0"
-TABLES = {
-  "table 2": shapes({"noise": NOISE, "data": UNIT}, base="data"),
-  "table 3": shapes({"cosine": "gamma_1.0-schedule_cosine", "linear": UNIT}, base="linear"),
-  "table 4": shapes({"disabled": "fusion_False", "enabled": "base"}, base="enabled"),
-  "table 5": shapes(
-    {
-      "shared attention, shared FFN": "modality_ffn_False",
-      "own attention, own FFN": "share_attention_False",
-      "shared attention, own FFN": "base",
-    },
-    base="shared attention, own FFN",
-  ),
-  "table 7": shapes(
-    {"0": "condition_timestep_0-gamma_1.0", "999": "condition_timestep_999-gamma_1.0", "1000": UNIT}, base="1000"
-  ),
-  "joint training": shapes(
-    {
-      "generation alone": "objectives_generation",
-      "discrimination alone": "objectives_discrimination",
-      "both": "base",
-    },
-    base="both",
-  ),
-  "gamma": shapes(
-    {
-      "0.3, linear": "base",
-      "0.1, linear": "gamma_0.1",
-      "1.0, linear": UNIT,
-      "0.1, cosine": "gamma_0.1-schedule_cosine",
-      "0.3, cosine": "schedule_cosine",
-      "1.0, cosine": "gamma_1.0-schedule_cosine",
-    },
-    base="0.3, linear",
-  ),
-  "clip": emoji(
-    "results.md",
-    {
-      "CLIP": "held_temperature_clip_1800",
-      "DiffDis, discrimination alone, with CLIP's switches": "token_query_alone_1800",
-      "DiffDis, discrimination alone": "held_temperature_discrimination_1800",
-      "DiffDis, both objectives": "held_temperature_both_1800",
-    },
-    base="CLIP",
-  ),
-  "both objectives": emoji(
-    "results.md",
-    {"discrimination alone": "held_temperature_discrimination_1800", "both objectives": "held_temperature_both_1800"},
-    base="discrimination alone",
-  ),
-  "generation first": emoji(
-    "results.md",
-    {
-      "0 steps": "held_temperature_discrimination_1800_epyc",
-      "1,800 steps": "generation_first_discrimination_1800",
-      "3,600 steps (seed 0)": "generation_3600_first_discrimination_1800",
-    },
-    base="0 steps",
-  ),
-  "one change": emoji(
-    "emoji.md",
-    {
-      "nothing, the config": "held_temperature_discrimination_1800_epyc",
-      "`spatial_pool` alone, no `token_embedding_weight`": "map_parts_alone_1800",
-      "`token_embedding_weight` alone, no `spatial_pool`": "token_query_alone_1800",
-      "token vectors frozen as they begin": "tokens_frozen_1800",
-      "learning rate of the text tower × 0.35, its token vectors included": "text_slow_1800",
-      "both at once, as in former configs": "text_frozen_1800",
-      "batches of 128 for 900 steps, the same samples": "batch_128_900",
-      "all pairs of one concept are positives of each other": "positives_1800",
-      "stronger views": "strong_views_1800",
-      "icons cut to what is drawn, with 3 % of margin": "cut_to_drawing_1800",
-    },
-    base="nothing, the config",
-    most=3,
-  ),
-  "without the switches": emoji(
-    "emoji.md",
-    {"CLIP": "clip", "discrimination alone": "discrimination", "both objectives": "both"},
-    base="discrimination alone",
-  ),
+def clip() -> str:
+  """DiffDis − CLIP on emoji."""
+  cells = []
+  for label, row in (
+    ("CLIP's additions alone", FAIR[1]),
+    ("both additions", "DiffDis, discrimination alone"),
+    ("both additions, joint training", "DiffDis, both objectives"),
+  ):
+    for split, column in (("val", VAL), ("test", TEST)):
+      cells.append((f"{label}, `{split}_vendor`", "clip", row, column))
+  return _table(("DiffDis − CLIP, points", "mean ± 95 % interval", "verdict", "n"), _paired_rows(cells))
+
+
+def neighbours() -> str:
+  """The best run on emoji and a baseline without training; of one run, so that the interval is the binomial one."""
+  run = records.results("emoji")["generation_5400_first_discrimination-seed_0"]["zero_shot"]
+  best = {split: 100 * run[split]["metrics"]["acc1"] for split in ("val_vendor", "test_vendor")}
+  known = {name: records.record("emoji", f"others/{name}").values for name in ("neighbours", "neighbours_cut")}
+  rows = [
+    ("DiffDis, the best run", *(_binomial(best[split], split) for split in best)),
+    ("nearest neighbours", *(_binomial(known["neighbours"][split], split) for split in best)),
+    ("the same, icons cut to their content", "", _binomial(known["neighbours_cut"]["test_vendor"], "test_vendor")),
+  ]
+  return _table(("top-1, one run", "`val_vendor`", "`test_vendor`"), rows)
+
+
+def _binomial(percent: float, split: str) -> str:
+  share, n = percent / 100, records.value("emoji", split)
+  return interval(percent, 100 * 1.96 * (share * (1 - share) / n) ** 0.5, unit=" %")
+
+
+def icons() -> str:
+  """Accuracy of generated icons."""
+  (found,) = records.results("emoji")["guidance_7.5_both_drawn-seed_0"]["generation_accuracy"].values()
+  metrics = {name: f"{100 * value:.1f} %" for name, value in found["metrics"].items()}
+  rows = [
+    (say("generated icons"), metrics["acc1"], metrics["acc5"], f"{found['protocol']['num_images']:,}"),
+    (
+      say("real icons, held out"),
+      metrics["judge_acc1"],
+      metrics["judge_acc5"],
+      f"{found['protocol']['judge']['measured_on']:,}",
+    ),
+  ]
+  return _table(("one run", "top-1", "top-5", "images"), rows)
+
+
+LONG_TAIL = {
+  "acc": "accuracy",
+  "acc_low": "accuracy, rare classes",
+  "image_acc": "Image-Acc",
+  "knn_acc": "KNN-Acc",
+  "text_acc": "Text-Acc",
 }
 
 
-def figures_of(measured: Measured, start: str) -> dict[str, dict[int, float]]:
-  """Column -> seed -> figure, of the files of a row.
+def long_tail() -> str:
+  """DiffDis − CLIP, corrected over all differences of the entry in the log."""
+  found = {name: each for name, each in records.load("long_tail").items() if name.startswith("difference/")}
+  corrected = dict(zip(found, significance.holm([_given(each.p) for each in found.values()]), strict=True))
+  rows = []
+  for metric, label in LONG_TAIL.items():
+    name = f"difference/diffdis-clip/{metric}"
+    each = found[name]
+    judged = significance.Difference(
+      mean=_given(each.mean),
+      n=int(_given(each.n)),
+      se=each.se,
+      p=each.p,
+      p_holm=corrected[name],
+      is_significant=corrected[name] < significance.ALPHA,
+    )
+    text = interval(judged.mean, _quantile(judged.n) * _given(judged.se), sign="+")
+    rows.append((say(label), text, verdict(judged), str(judged.n)))
+  return _table(("DiffDis − CLIP, points", "mean ± 95 % interval", "verdict", "n"), rows)
 
-  Raises:
-    UserError: there is none, a seed has two, or one lacks a figure.
-  """
-  found: dict[str, dict[int, float]] = {column.name: {} for column in measured.columns}
-  files = sorted((HERE / measured.folder).glob(f"{start}-seed_*.json"))
-  if not files:
-    raise UserError(f"docs/measured/{measured.folder} has no results {start}-seed_*.json")
-  for file in files:
-    seed = int(file.name.removeprefix(f"{start}-seed_").split("-")[0].removesuffix(".json"))
-    if any(seed in values for values in found.values()):
-      raise UserError(f"{file.name} is a second file of seed {seed}; leave one of them in docs/measured")
-    read = results.read(str(file))
-    for column in measured.columns:
-      if (value := column.read(read)) is not None:
-        found[column.name][seed] = value
-  return found
+
+def _given(value: float | None) -> float:
+  if value is None:
+    raise UserError("a record of a difference should have mean, se, n and p")
+  return value
 
 
-def table(name: str) -> dict:
-  """What tables.json would hold of it."""
-  measured = TABLES[name]
-  rows = tuple(Row(label=label, changes={}) for label in measured.rows)
-  asked = ablation_tables.Table(name=name, title=name, rows=rows, base=[*measured.rows].index(measured.base))
-  figures = [figures_of(measured, start) for start in measured.rows.values()]
-  seeds = [sorted({seed for values in row.values() for seed in values}) for row in figures]
-  runs = [[f"{start}-seed_{seed}" for seed in each] for start, each in zip(measured.rows.values(), seeds, strict=True)]
-  return summary.table_of(asked, figures, runs)
+def _quantile(n: int) -> float:
+  from scipy import stats  # as in significance
+
+  return float(stats.t.ppf(1 - significance.ALPHA / 2, n - 1))
+
+
+COSTS = {
+  "joint/generation/time": "a joint step / a generation step",
+  "joint/both/time": "a joint step / a step of each objective",
+  "table6/diffdis/discrimination": "DiffDis' classification / CLIP's, small networks",
+  "diffusers/ratio": "our UNet / diffusers' UNet in PyTorch",
+  "open_clip/ratio#five rounds": "our CLIP step / open_clip's in PyTorch",
+}
+
+
+def costs() -> str:
+  """Ratios of times."""
+  rows = [(say(label), f"{number(f'peers/{key}')} ×") for key, label in COSTS.items()]
+  return _table(("one CPU run each", "time"), rows)
+
+
+def paper() -> str:
+  """The paper's own figures of Table 1 and of its ablations."""
+  found = records.load("paper")
+  rows = [(each.what, "", f"{each.value}", "") for name, each in found.items() if re.match(r"table 1/.*ViT", name)]
+  for name, each in found.items():
+    if re.match(r"table [2-57]/", name):
+      rows.append((each.what, *(f"{each.values[column]:.2f}" for column in ("FID", "ZS", "R@1"))))
+  return _table(("row", "FID ↓", "ImageNet top-1 ↑", "R@1 ↑"), rows)
+
+
+def paper_costs() -> str:
+  """The paper's own figures of Tables 6 and 8."""
+  found = records.load("paper")
+  rows = [
+    (found[f"table 6/{kind}"].what, *(f"{found[f'table 6/{kind}'].values.get(name, '')}" for name in names))
+    for kind, names in (
+      ("training", ("CLIP-L/14", "Stable Diffusion", "DiffDis")),
+      ("generation", ("", "Stable Diffusion", "DiffDis")),
+      ("discrimination", ("CLIP", "", "DiffDis")),
+    )
+  ]
+  long_tail = (f"{found[f'table 8/{name}'].values['acc']}" for name in ("CLIP-L/14", "DiffDis"))
+  clip, diffdis = long_tail
+  rows.append(("Table 8, accuracy on Places-LT in %", clip, "", diffdis))
+  return _table(("what", "CLIP", "Stable Diffusion", "DiffDis"), rows)
+
+
+PLACES: dict[str, tuple[str, Callable[[], str]]] = {
+  "shown": (README, shown),
+  "accuracy of the demo": (RESULTS, demo),
+  "ablations": (RESULTS, ablations),
+  "joint": (RESULTS, joint),
+  "first": (RESULTS, first),
+  "against CLIP": (RESULTS, clip),
+  "neighbours": (RESULTS, neighbours),
+  "icons": (RESULTS, icons),
+  "long tail": (RESULTS, long_tail),
+  "costs": (RESULTS, costs),
+  "paper": (RESULTS, paper),
+  "paper costs": (RESULTS, paper_costs),
+  **{name: (each.page, lambda name=name: paired.whole(name)) for name, each in paired.TABLES.items()},
+}
+PAGES = [*dict.fromkeys(page for page, _ in PLACES.values())]
 
 
 def written(page: str, text: str) -> str:
-  """The text of a page with its tables replaced. Raises UserError: it has no place for one."""
-  for name, measured in TABLES.items():
-    if measured.page == page:
-      made = render.table_of(table(name), columns={each.name: each.title for each in measured.columns}, paper={})
-      begin, end = f"<!-- {name}, by docs/measured/tables.py -->", f"<!-- end of {name} -->"
-      text, count = re.subn(
-        f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, new=f"{begin}\n\n{made}\n\n{end}": new, text, flags=re.S
-      )
-      if count != 1:
-        raise UserError(f"docs/{page} should hold {begin} and {end} once, between which the table is written")
-  return text
+  """The text of a page with its tables and numbers replaced.
+
+  Raises:
+    UserError: it has no place for a table, or names a record that is not there.
+  """
+  for name, (where, make) in PLACES.items():
+    if where == page:
+      begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+      found = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.S)
+      if len(found.findall(text)) != 1:
+        raise UserError(f"{page} should hold {begin} and {end} once, between which the table is written")
+      new = f"{begin}\n\n{make()}\n\n{end}"
+      text = found.sub(lambda _, new=new: new, text)
+  return _INLINE.sub(lambda place: f"<!-- ={place[1]} -->{number(place[1])}<!-- = -->", text)
+
+
+def unrecorded(text: str) -> list[str]:
+  """The numbers of a page that stand in no place, and are no part of a name."""
+  outside = _INLINE.sub(" ", text)
+  for name in PLACES:
+    outside = re.sub(f"<!-- {re.escape(name)} -->.*?<!-- end of {re.escape(name)} -->", " ", outside, flags=re.S)
+  return loose_numbers(outside)
 
 
 def main(_: Sequence[str]) -> None:
-  for page in sorted({measured.page for measured in TABLES.values()}):
-    path = HERE.parent / page
-    path.write_text(written(page, path.read_text()))
+  for page in PAGES:
+    path = ROOT / page
+    path.write_text(written(page, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""What was measured, a JSON file of records a topic, and what reads it: tables.py, the figures and the tests.
+
+Two kinds of topics:
+
+  emoji, shapes: what `evaluate` wrote for each run. `results` gives it as its file had it, with today's names.
+  all others: records of figures, by name. `load` gives them as `Record`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from diffdis_jax.errors import UserError
+
+HERE = pathlib.Path(__file__).parent
+TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval"}  # as clip_benchmark names them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+  """A figure that was measured, or read in the paper.
+
+  Attributes:
+    what: is measured.
+    unit: of the values; "" for a number without one.
+    values: by seed, where each is known; else of the only run.
+    mean, sd, n: where each seed's value was not kept. Else they follow from values.
+    se, p: of a mean of paired differences, as above.
+    page: of docs, or the paper, where it stands.
+    of: command, processor, commit, ..., each where it is known. In the file a name in `settings` can stand for these.
+  """
+
+  what: str
+  page: str
+  unit: str = ""
+  values: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  mean: float | None = None
+  sd: float | None = None
+  n: int | None = None
+  se: float | None = None
+  p: float | None = None
+  of: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def value(self) -> float:
+    """Of the only run.
+
+    Raises:
+      UserError: there are several.
+    """
+    if len(self.values) != 1:
+      raise UserError(f"{self.what!r} has {len(self.values)} values; ask for one by its seed")
+    return next(iter(self.values.values()))
+
+
+@functools.cache
+def read(topic: str) -> dict[str, Any]:
+  """The file of a topic. Raises UserError: there is none."""
+  path = HERE / f"{topic}.json"
+  if not path.exists():
+    known = ", ".join(sorted(each.stem for each in HERE.glob("*.json")))
+    raise UserError(f"docs/measured has no topic {topic!r}; it has {known}")
+  return json.loads(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def load(topic: str) -> dict[str, Record]:
+  """Name -> record, of a topic of figures. Raises UserError: there is no such topic."""
+  stored = read(topic)
+  settings = stored.get("settings", {})
+  return {
+    name: Record(**{**each, "of": _settings(each.get("of", {}), settings)}) for name, each in stored["records"].items()
+  }
+
+
+def _settings(of: str | Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+  if isinstance(of, str):
+    return settings[of]
+  own = dict(of)
+  return {**settings.get(own.pop("settings", ""), {}), **own}
+
+
+def record(topic: str, name: str) -> Record:
+  """One of `load`. Raises UserError: there is none of this name."""
+  found = load(topic)
+  if name not in found:
+    raise UserError(f"docs/measured/{topic}.json has no record {name!r}; it has {', '.join(found)}")
+  return found[name]
+
+
+def value(topic: str, name: str, seed: str = "") -> float:
+  """The value of a record: of a seed, or of the only run. Raises UserError: there is none."""
+  found = record(topic, name)
+  if not seed:
+    return found.value
+  if seed not in found.values:
+    raise UserError(f"{name!r} of docs/measured/{topic}.json has no {seed!r}; it has {', '.join(found.values)}")
+  return found.values[seed]
+
+
+@functools.cache
+def results(topic: str) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+  """Run -> what `evaluate` wrote for it, {task: {data set: record}}; `emoji` or `shapes`."""
+  stored = read(topic)
+  return {name: _results_of(run, stored["protocols"]) for name, run in stored["runs"].items()}
+
+
+def _results_of(run: Mapping[str, Any], protocols: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+  own = {name: run[name] for name in ("checkpoint", "weights") if name in run}
+  found: dict[str, dict[str, dict[str, Any]]] = {}
+  for task, sets in run["metrics"].items():
+    for dataset, (protocol, metrics) in sets.items():
+      found.setdefault(task, {})[dataset] = {
+        "dataset": dataset,
+        "model": "diffdis_jax",
+        "pretrained": run["run"],
+        "task": TASKS.get(task, task),
+        "metrics": metrics,
+        "language": "en",
+        "protocol": {**protocols[protocol], **own},
+      }
+  return found
