@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.data.shapes import COLOURS, OUTLINES, SHAPES, UNSEEN
 from docs.figures.style import LARGE, SMALL, Axes, Canvas, Palette, Scale, mixed
-from docs.measured import records, tables
+from docs.measured import paired, records
 
 LEFT, RIGHT = 70, 700  # of most plots' frames
 
@@ -34,12 +35,12 @@ def forest(palette: Palette, names: Mapping[str, str], titles: Sequence[tuple[st
   """Paired differences of some tables, one panel a figure that was measured, one line a comparison.
 
   Args:
-    names: table of docs/measured/tables.py -> heading.
+    names: table of docs/measured/paired.py -> heading.
     titles: of the panels, in two lines.
     title: what the figure shows, in words.
   """
-  found = {name: tables.table(name) for name in names}
-  columns = [column.name for column in tables.TABLES[next(iter(names))].columns]
+  found = {name: paired.table(name) for name in names}
+  columns = [column.name for column in paired.TABLES[next(iter(names))].columns]
   differences = [
     (name, row["label"].replace("`", ""), {column: row["cells"][column]["difference"] for column in columns})
     for name, table in found.items()
@@ -67,7 +68,9 @@ def forest(palette: Palette, names: Mapping[str, str], titles: Sequence[tuple[st
       body.text(4, y, f"{names[name]}, against {base}", size=SMALL, anchor="start")
       last = name
     y += 34
-    body.text(4, y, label, size=SMALL, anchor="start", colour=palette.soft)
+    for i, line in enumerate(textwrap.wrap(label, 58)):
+      y += 26 if i else 0
+      body.text(4, y, line, size=SMALL, anchor="start", colour=palette.soft)
     y += 22
     for scale, column in zip(scales, columns, strict=True):
       if (difference := row[column]) is not None:
@@ -150,9 +153,10 @@ def emoji_forest(palette: Palette) -> str:
 def emoji_changes_forest(palette: Palette) -> str:
   return forest(
     palette,
-    {"one change": "One change"},
+    {"one change": "One change", "without the additions": "Without the two additions"},
     EMOJI_TITLES[:3],
-    title="Emoji: paired differences in accuracy with 95 % intervals over three seeds, one change of the config each.",
+    title="Emoji: paired differences in accuracy with 95 % intervals over three seeds, one change of the config each,"
+    " and CLIP and both objectives without the additions.",
   )
 
 
@@ -174,7 +178,7 @@ def emoji_generation_first(palette: Palette) -> str:
       3600: "generation_3600_first_discrimination_1800",
     },
   }
-  asked = tables.TABLES["generation first"]
+  asked = paired.TABLES["generation first"]
   canvas = Canvas(palette)
   canvas.text(4, 26, "zero-shot top-1, %", size=SMALL, anchor="start", colour=palette.soft)
   colours = {5400: palette.text, 1800: palette.soft}
@@ -185,7 +189,7 @@ def emoji_generation_first(palette: Palette) -> str:
     axes.grid_y((20, 30, 40, 50, 60, 70))
     axes.grid_x((0, 1800, 3600, 5400), "{:,}".format)
     for steps, starts in runs.items():
-      seeds = {x: [*tables.figures_of(asked, start)[column].values()] for x, start in starts.items()}
+      seeds = {x: [*paired.figures_of(asked, start)[column].values()] for x, start in starts.items()}
       axes.line([(x, sum(values) / len(values)) for x, values in seeds.items()], colours[steps])
       for x, values in seeds.items():
         for value in values:
