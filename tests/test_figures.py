@@ -84,3 +84,15 @@ def test_coordinates_are_tenths(value, written):
 def test_a_scale_of_decades_is_even():
   scale = style.Scale(0.01, 100, 0, 400, log=True)
   assert [round(scale(value)) for value in (0.01, 0.1, 1, 10, 100)] == [0, 100, 200, 300, 400]
+
+
+@pytest.mark.parametrize(
+  ("words", "parts"),
+  [
+    ("z_t at t_z", ["z", "_t", " at t", "_z"]),
+    ("L_ITA", ["L", "_ITA"]),
+    ("no long_name, ε̂_0", ["no long_name, ε̂", "_0"]),
+  ],
+)
+def test_subscripts_follow_single_letters(words, parts):
+  assert style._split(words) == parts

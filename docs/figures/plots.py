@@ -65,12 +65,12 @@ def forest(palette: Palette, names: Mapping[str, str], titles: Sequence[tuple[st
     if name != last:
       base = next(each["label"] for each in found[name]["rows"] if each["is_base"]).replace("`", "")
       y += 46 if last else 30
-      body.text(4, y, f"{names[name]}, against {base}", size=SMALL, anchor="start")
+      body.label(4, y, f"{names[name]}, against {base}")
       last = name
     y += 34
     for i, line in enumerate(textwrap.wrap(label, 58)):
       y += 26 if i else 0
-      body.text(4, y, line, size=SMALL, anchor="start", colour=palette.soft)
+      body.label(4, y, line, colour=palette.soft)
     y += 22
     for scale, column in zip(scales, columns, strict=True):
       if (difference := row[column]) is not None:
@@ -83,7 +83,9 @@ def forest(palette: Palette, names: Mapping[str, str], titles: Sequence[tuple[st
       words = f"{tick:+g}".replace("-", "−") if tick else "0"
       canvas.text(scale(tick), bottom + 26, words, size=SMALL, colour=palette.soft, anchor=anchor)
   canvas.parts += body.parts
-  legend(canvas, bottom + 62, [("undecided", palette.soft), ("significant (Holm)", palette.text)])
+  judged = [each for _, _, row in differences for each in row.values() if each is not None]
+  entries = [("undecided", palette.soft), ("significant (Holm)", palette.text)]
+  legend(canvas, bottom + 62, entries[: 2 if any(each["is_significant"] for each in judged) else 1])
   canvas.text(canvas.width - 4, bottom + 62, "points, 95 % intervals", size=SMALL, anchor="end", colour=palette.soft)
   return canvas.svg(bottom + 76, title)
 
@@ -377,8 +379,7 @@ def demo_seeds(palette: Palette) -> str:
   axes.grid_x((50, 60, 70, 80, 90, 100), lines=True)
   for i, (name, words) in enumerate(rows.items()):
     y = top + height * i + 28
-    canvas.fill(20, y - 20, 14 + 11.2 * len(words), 27, palette.ground)
-    canvas.text(24, y, words, size=SMALL, anchor="start")
+    canvas.label(24, y, words)
     for j, (processor, (_, colour)) in enumerate(processors.items()):
       values = [*records.record("demo", f"{name}/{processor}").values.values()]
       at, mean = y + 20 + 20 * j, sum(values) / len(values)

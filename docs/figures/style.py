@@ -52,6 +52,11 @@ class Canvas:
     self.palette, self.width = palette, width
     self.parts: list[str] = []
 
+  def label(self, x: float, y: float, words: str, *, colour: str = "") -> None:
+    """Small words from x on, before whatever lies behind them."""
+    self.fill(x - 4, y - 20, 8 + 11.3 * len(words), 26, self.palette.ground)
+    self.text(x, y, words, size=SMALL, colour=colour, anchor="start")
+
   def text(
     self, x: float, y: float, words: str, *, size: int = NORMAL, colour: str = "", anchor: str = "middle"
   ) -> None:
@@ -210,11 +215,14 @@ def _opacity(opacity: float) -> str:
 
 
 def _split(words: str) -> list[str]:
-  """`z_t, e` -> `z`, `_t`, `, e`: a subscript is the letters and digits after an underscore."""
-  parts, rest = [], words
+  """`z_t, e` -> `z`, `_t`, `, e`: the letters and digits after an underscore behind a single letter, not `a_name`."""
+  parts, rest, done = [], words, ""
   while "_" in rest:
     before, _, after = rest.partition("_")
     length = next((i for i, letter in enumerate(after) if not letter.isalnum()), len(after))
-    parts += [before, "_" + after[:length]]
-    rest = after[length:]
-  return [part for part in [*parts, rest] if part]
+    if len(before) > 1 and before[-2:].isalnum():
+      done, rest = f"{done}{before}_", after
+      continue
+    parts += [done + before, "_" + after[:length]]
+    done, rest = "", after[length:]
+  return [part for part in [*parts, done + rest] if part]
