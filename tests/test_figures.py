@@ -7,6 +7,7 @@ anything changes them.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from xml.etree import ElementTree
@@ -14,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from docs.figures import __main__ as figures
-from docs.figures import plots, style
+from docs.figures import measure_demo, plots, style
 
 NAMES = [f"{name}{suffix}.svg" for name in figures.FIGURES for suffix in style.THEMES]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -96,3 +97,10 @@ def test_a_scale_of_decades_is_even():
 )
 def test_subscripts_follow_single_letters(words, parts):
   assert style._split(words) == parts
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_the_best_of_n_is_counted_over_all_choices(n):
+  choices = [*itertools.combinations(range(5), n)]
+  counted = [sum(min(choice) == rank for choice in choices) / len(choices) for rank in range(5)]
+  assert measure_demo.first_of(n, 5) == pytest.approx(counted)

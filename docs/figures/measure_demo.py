@@ -75,10 +75,9 @@ def classes(run: pathlib.Path) -> dict[str, Any]:
 
 
 def best_of_n(run: pathlib.Path) -> dict[str, Any]:
-  """Accuracy of the image that the model itself ranks first of n.
+  """Accuracy of the image that the model itself ranks first of n: by ê_0 of the image and e of its prompt.
 
-  It is the mean over all choices of n of a prompt's CANDIDATES images: the image of rank r is the first of n in
-  C(CANDIDATES - 1 - r, n - 1) of C(CANDIDATES, n).
+  It is the mean over all choices of n of a prompt's CANDIDATES images.
   """
   model, params = inference.load(str(run))
   texts = [f"a {name}" for name in shapes.CLASSNAMES]
@@ -95,10 +94,7 @@ def best_of_n(run: pathlib.Path) -> dict[str, Any]:
   made = {}
   for which, chosen in (("seen", seen), ("unseen", ~seen)):
     by_rank = ranked[:, chosen].mean(axis=1)
-    values = {}
-    for n in KEPT_OF:
-      weights = [math.comb(CANDIDATES - 1 - rank, n - 1) / math.comb(CANDIDATES, n) for rank in range(CANDIDATES)]
-      values[str(n)] = round(100 * float(np.dot(weights, by_rank)), 2)
+    values = {str(n): round(100 * float(np.dot(first_of(n, CANDIDATES), by_rank)), 2) for n in KEPT_OF}
     made[f"best of n/{which}"] = {
       "what": f"accuracy of the first of n generated images by the model's own query, {which} pairs, by n",
       "unit": "%",
@@ -106,6 +102,11 @@ def best_of_n(run: pathlib.Path) -> dict[str, Any]:
       "of": {"images": CANDIDATES, "settings": "demo"},
     }
   return made
+
+
+def first_of(n: int, total: int) -> list[float]:
+  """Of each rank, 0 the best, how often its image is the best of n that are chosen out of all."""
+  return [math.comb(total - 1 - rank, n - 1) / math.comb(total, n) for rank in range(total)]
 
 
 def denoising(run: pathlib.Path) -> dict[str, Any]:
