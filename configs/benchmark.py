@@ -2,7 +2,7 @@
 
   python -m diffdis_jax.benchmark --config=configs/benchmark.py --out=benchmark.json
 
-For timing alone: nothing was trained by it. What it measured: docs/performance.md.
+For timing alone: nothing was trained by it. What it measured: docs/log/compilers.md.
 """
 
 from ml_collections import ConfigDict

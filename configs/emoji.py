@@ -11,12 +11,12 @@
   python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --suite=emoji --data_root=data --out=suite.json
 
 Generation first, then both objectives from there, since the paper too starts from a model that draws. After 1,800 steps
-each it classified a third more than after 1,800 of both alone (one run, docs/emoji.md). In single runs accuracy rose
-further with 1,800 steps twice more, --config.init_from being the last run's folder (docs/results.md).
+each it classified a third more than after 1,800 of both alone (one run). In single runs accuracy rose further with
+1,800 steps twice more, --config.init_from being the last run's folder (docs/log/emoji.md).
 
 Autoencoder and generation took 9 and 24 min on two cores of an AMD EPYC, the run itself 118 min on one: 1.5 hours of
 two cores. Result, seed 0, one run: zero-shot top-1 45.1 % of 895 concepts on val_vendor and 58.0 % of 1,364 on
-test_vendor, R@1 56 %, accuracy of generated images 41.5 % top-1 (docs/results.md).
+test_vendor, R@1 56 %, accuracy of generated images 41.5 % top-1 (docs/log/emoji.md).
 
 DIR_OF_TARBALLS is a folder of npm packages; docs/data.md has the line that fetches them.
 
@@ -46,7 +46,8 @@ from diffdis_jax.models.sizes import clip_medium, medium
 GENERATED = dict(shift=0.06, zoom=0.15, rotation=10.0)
 ENCODED = GENERATED | dict(brightness=0.2, contrast=0.2, saturation=0.3, hue=0.04)
 DISCRIMINATED = dict(shift=0.08, zoom=0.2, rotation=12.0, brightness=0.3, contrast=0.3, saturation=0.5, hue=0.05)
-# τ is held here. Where it is learned it grows to 36, and captions then fit the training images alone (docs/emoji.md).
+# τ is held here. Where it is learned it grows to 36, and captions then fit the training images alone
+# (docs/log/emoji.md).
 TEMPERATURE = 12.0
 NUM_STEPS = dict(both=3600, generation=1800, discrimination=5400, contrastive=5400)
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
@@ -68,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
     raise ValueError(f"argument objectives={args.objectives} should be one of {', '.join(NUM_STEPS)}")
   config = common.base(medium(), image_size=32)
   config.model.query_init = 0.0  # a shorter plateau at the start
-  # Neither is the paper's. Both were chosen by accuracy on test_vendor (docs/emoji.md).
+  # Neither is the paper's. Both were chosen by accuracy on test_vendor (docs/log/emoji.md).
   config.model.alignment.spatial_pool = 4
   config.model.text_encoder.token_embedding_weight = 8.0
   config.model.temperature = TEMPERATURE

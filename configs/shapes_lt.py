@@ -8,7 +8,7 @@ START is a run of configs/shapes.py, either network, trained shorter than there:
 after its autoencoder, or for CLIP with :objectives=contrastive. seed=N also decides which classes are rare.
 
 Result of three seeds, with a wider small network than now: top-1 61.0 ± 7.1 % for DiffDis and 40.4 ± 3.8 % for CLIP, on
-low classes 49.2 ± 5.7 and 20.4 ± 5.7 % (docs/results.md). Hours were not recorded.
+low classes 49.2 ± 5.7 and 20.4 ± 5.7 % (docs/log/shapes.md). Hours were not recorded.
 
 They are rare in these two stages alone: START has seen some 257 images with captions of each of 56 of the 64 classes,
 27 of the 32 low ones (at most 20 training images) among them.

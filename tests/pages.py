@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
 _BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
 _INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 _COMMAND = re.compile(r"(?:^|.* )(?=(?:\.venv/bin/)?(?:python -m|pytest|diffdis |make ))")

@@ -1,60 +1,178 @@
-"""The tables of paired differences in docs/ are those of the results in docs/measured."""
+"""README's table, results.md and the tables of the log say what the records in docs/measured hold."""
 
 from __future__ import annotations
 
-import json
-import pathlib
+import re
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from diffdis_jax.errors import UserError
-from docs.measured import tables
+from docs.measured import paired, records, tables
 
-DOCS = pathlib.Path(tables.__file__).parents[1]
-SHAPES = [
-  name for name, measured in tables.TABLES.items() if measured.page == "results.md" and "shapes" in measured.folder
-]
+SHAPES = [name for name, measured in paired.TABLES.items() if measured.topic == "shapes"]
+LOG = sorted(path for path in (tables.ROOT / "docs/log").glob("*.md") if path.name != "index.md")
 
 
-@pytest.mark.parametrize("page", ["results.md", "emoji.md"])
-def test_pages_have_the_tables_of_their_results(page):
-  text = (DOCS / page).read_text()
-  assert tables.written(page, text) == text
+def page(name: str) -> str:
+  return (tables.ROOT / name).read_text(encoding="utf-8")
+
+
+def table_of(name: str) -> list[list[str]]:
+  """The rows of a table of README or results.md, without its head."""
+  where, make = tables.PLACES[name]
+  assert make() in page(where)
+  return [line.strip("|").split("|") for line in make().splitlines()[2:]]
+
+
+@pytest.mark.parametrize("name", tables.PAGES)
+def test_a_page_says_what_the_records_hold(name):
+  assert tables.written(name, page(name)) == page(name)
+
+
+def test_no_number_of_the_results_stands_in_no_record():
+  assert tables.unrecorded(page(tables.RESULTS)) == []
+
+
+def test_readmes_results_are_one_table_of_five_rows_by_the_script():
+  text = page(tables.README)
+  (shown,) = re.findall(r"^## What was shown$(.*?)^## ", text, re.M | re.S)
+  assert tables.unrecorded(shown) == []
+  assert len(re.findall(r"^\|", shown, re.M)) - 2 == len(table_of("shown")) <= 5
+
+
+@pytest.mark.parametrize(
+  "text",
+  ["A model reaches 93.2 %.", "Of 64 classes", "<!--=demo/chance-->1.6<!--=--> % and 1.7 %", "| top-1 | 12 |"],
+)
+def test_a_number_without_a_record_is_found(text):
+  assert tables.unrecorded(text)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "Tables 2 to 5 and 7 give top-1, R@1 and a 95 % interval",
+    "[log](log/a.md#2026-11-26-a)",
+    "`--steps=4`",
+    "ViT-B/32",
+  ],
+)
+def test_names_may_hold_digits(text):
+  assert tables.unrecorded(text) == []
+
+
+def test_a_number_that_differs_from_its_record_is_written_again():
+  said = "<!--=demo/classes-->63<!--=-->"
+  assert tables._INLINE.search(said)
+  results = page(tables.RESULTS)
+  changed = results.replace("<!--=demo/classes-->64<!--=-->", said).replace("|+7.1 ± 3.5|", "|+7.2 ± 3.5|")
+  assert changed != results and tables.written(tables.RESULTS, changed) == results
 
 
 def test_of_65_differences_on_shapes_none_survives():
   """At two standard errors 14 are bold, and chance gives 11.9."""
-  counts = [tables.table(name)["count"] for name in SHAPES]
-  assert sum(count["differences"] for count in counts) == 65
+  counts = [paired.table(name)["count"] for name in SHAPES]
+  assert sum(count["differences"] for count in counts) == records.value("shapes", "differences") == 65
   assert sum(count["significant"] for count in counts) == 0
   assert sum(count["uncorrected"] for count in counts) == 5
-  cells = [cell for name in SHAPES for row in tables.table(name)["rows"] for cell in row["cells"].values()]
+  cells = [cell for name in SHAPES for row in paired.table(name)["rows"] for cell in row["cells"].values()]
   differences = [cell["difference"] for cell in cells if cell["difference"]]
   assert sum(abs(each["mean"]) >= 2 * each["se"] for each in differences) == 14
   assert 65 * 2 * stats.t.sf(2, 2) == pytest.approx(11.9, abs=0.05)
 
 
-def test_a_difference_on_the_page_is_that_of_its_files():
-  """Generation first, `val_vendor`, read without the project's code."""
-  read = lambda start: [
-    100 * json.loads(path.read_text())["zero_shot"]["val_vendor"]["metrics"]["acc1"]
-    for path in sorted((DOCS / "measured/emoji").glob(f"{start}-seed_[012].json"))
-  ]
-  first = np.array(read("generation_first_discrimination_1800"))
-  none = np.array(read("held_temperature_discrimination_1800_epyc"))
+def accuracy_of(start: str) -> np.ndarray:
+  """Top-1 on `val_vendor` by seed, in per cent, from the file itself."""
+  runs = records.read("emoji")["runs"]
+  return np.array(
+    [100 * runs[f"{start}-seed_{seed}"]["metrics"]["zero_shot"]["val_vendor"][1]["acc1"] for seed in (0, 1, 2)]
+  )
+
+
+def test_a_difference_on_a_page_is_that_of_its_runs():
+  """Generation first, `val_vendor`, computed without the project's code, in the log, the results and README."""
+  first = accuracy_of("generation_first_discrimination_1800")
+  none = accuracy_of("held_temperature_discrimination_1800_epyc")
   test = stats.ttest_rel(first, none)
   low, high = test.confidence_interval(0.95)
-  said = f"{(first - none).mean():+.2f} [{low:+.2f}, {high:+.2f}], p {test.pvalue:.3f}, "
-  assert len(first) == 3 and said in (DOCS / "results.md").read_text()
+  mean = (first - none).mean()
+  assert f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], p {test.pvalue:.3f}, " in page(paired.EMOJI_LOG)
+  said = f"{mean:+.1f} ± {(high - low) / 2:.1f}"
+  assert table_of("first")[0] == ["top-1, `val_vendor`", said, "better", "3"]
+  assert table_of("shown")[2][2:] == [f"{said} points", "3"]
+
+
+def test_a_mean_on_a_page_is_that_of_its_runs():
+  """Unseen pairs of the demo, over both processors."""
+  values = [value for cpu in ("epyc", "xeon") for value in records.record("demo", f"unseen/{cpu}").values.values()]
+  half = stats.t.ppf(0.975, 7) * np.std(values, ddof=1) / np.sqrt(8)
+  assert table_of("accuracy of the demo")[1] == ["top-1, unseen pairs", f"{np.mean(values):.1f} ± {half:.1f} %", "8"]
+
+
+def test_what_the_correction_leaves_undecided_is_said_so():
+  assert [row[2] for row in table_of("long tail")] == ["undecided after correction"] * 4 + ["undecided"]
+  assert {row[3] for row in table_of("ablations")} == {"undecided", "undecided after correction"}
+
+
+def test_runs_have_what_evaluate_wrote():
+  found = records.results("emoji")["both-seed_0"]["zero_shot"]["val_concepts"]
+  assert found["dataset"] == "val_concepts" and found["task"] == "zeroshot_classification"
+  assert found["metrics"]["acc1"] == 0.0845442536327609
+  assert (found["protocol"]["num_noise_samples"], found["protocol"]["checkpoint"]) == (4, 1800)
+  assert len(records.results("emoji")) == 69 and len(records.results("shapes")) == 42
+
+
+@pytest.mark.parametrize("topic", [path.stem for path in sorted(records.HERE.glob("*.json"))])
+def test_every_record_says_what_it_is_and_where_it_stands(topic):
+  for name, found in records.load(topic).items():
+    assert found.what and (found.values or found.mean is not None), name
+    assert found.page.startswith("paper") or (tables.ROOT / "docs" / found.page).exists(), name
+
+
+@pytest.mark.parametrize("path", LOG, ids=lambda path: path.name)
+def test_entries_of_the_log_are_dated_and_say_what_came_out(path):
+  entries = re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.M)[1:]
+  dates = [re.match(r"(\d{4}-\d\d-\d\d): \S.*\n\nAsked: \S.*\n\nResult: \S.*\n", entry) for entry in entries]
+  assert entries and all(dates)
+  found = [date[1] for date in dates if date]
+  assert found == sorted(found, reverse=True), "the newest first"
+
+
+def test_the_index_of_the_log_has_every_entry():
+  """As mkdocs makes the anchors of headings."""
+  index = page("docs/log/index.md")
+  for path in LOG:
+    for date, title in re.findall(r"^## (\S+): (.*)$", path.read_text(encoding="utf-8"), re.M):
+      anchor = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", f"{date} {title}".lower()))
+      assert f"| {date} | [{title}]({path.name}#{anchor}) |" in index
 
 
 def test_a_page_without_a_place_is_refused():
-  with pytest.raises(UserError, match="docs/emoji.md should hold <!-- one change"):
-    tables.written("emoji.md", "no place")
+  with pytest.raises(UserError, match="docs/log/emoji.md should hold <!-- clip -->"):
+    tables.written(paired.EMOJI_LOG, "no place")
 
 
-def test_a_row_without_files_is_refused():
-  with pytest.raises(UserError, match=r"docs/measured/emoji has no results nothing-seed_\*.json"):
-    tables.figures_of(tables.TABLES["clip"], "nothing")
+def test_a_row_without_runs_is_refused():
+  with pytest.raises(UserError, match=r"docs/measured/emoji.json has no runs nothing-seed_N"):
+    paired.figures_of(paired.TABLES["clip"], "nothing")
+
+
+@pytest.mark.parametrize(
+  "key, said",
+  [
+    ("nothing/classes", "docs/measured has no topic 'nothing'; it has demo, emoji"),
+    ("demo/nothing", "docs/measured/demo.json has no record 'nothing'; it has seen/epyc"),
+    ("demo/unseen/epyc#9", "'unseen/epyc' of docs/measured/demo.json has no '9'; it has 0, 1, 2, 3"),
+    ("demo/unseen/epyc", "has 4 values; ask for one by its seed"),
+  ],
+)
+def test_a_record_that_is_not_there_is_refused(key, said):
+  with pytest.raises(UserError, match=re.escape(said)):
+    tables.number(key)
+
+
+def test_a_label_with_a_number_of_its_own_is_refused():
+  with pytest.raises(UserError, match="'64 classes' has the numbers 64, which should be records in docs/measured"):
+    tables.say("64 classes")

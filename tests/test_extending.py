@@ -1,0 +1,89 @@
+"""The code of docs/extending.md, as it stands there: a data set, an evaluation and a config."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffdis_jax.config.run import Run
+from diffdis_jax.data.prepare import builder
+from diffdis_jax.evals import settings
+from tests import pages
+from tests.raw_pairs import load
+
+PAGE = "docs/extending.md"
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+  """A block of the page as a module of its own."""
+
+  def make(name: str, containing: str) -> types.ModuleType:
+    path = tmp_path / f"{name}.py"
+    path.write_text(pages.python_block(PAGE, containing))
+    spec = importlib.util.spec_from_file_location(name, path)
+    made = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, made)
+    spec.loader.exec_module(made)
+    return made
+
+  return make
+
+
+@pytest.fixture
+def prepared(module, tmp_path) -> tuple[pathlib.Path, dict]:
+  """Two birds and a broken image, prepared; and what was reported of them."""
+  source = tmp_path / "BIRDS"
+  (source / "images").mkdir(parents=True)
+  rows = [{"file": f"{i}.png", "text": f"bird {i} on a branch", "species": f"species {i}"} for i in range(3)]
+  (source / "captions.json").write_text(json.dumps(rows))
+  rng = np.random.default_rng(0)
+  for row in rows[:2]:
+    Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(source / "images" / row["file"])
+  (source / "images/2.png").write_bytes(b"no image")
+  birds = module("birds_pairs", "class Birds")
+  out = tmp_path / "birds"
+  return out, builder.prepare(birds.find_parts(source), out, builder=birds.Birds)
+
+
+def test_a_data_set(prepared):
+  out, reports = prepared
+  assert reports["train"].pairs == 2 and len(reports["train"].skipped) == 1
+  records = load(out, "train")
+  assert {(record["caption"], record["species"]) for record in records} == {
+    (f"bird {i} on a branch", f"species {i}") for i in range(2)
+  }
+
+
+@pytest.mark.parametrize("order, rank", [((0, 1), 0.0), ((1, 0), 1.0)])
+def test_an_evaluation(module, prepared, order, rank):
+  made = module("median_rank", "class MedianRank").MedianRank
+  assert settings.of(made).keys() == {"num_images", "seed"}
+  inference = types.SimpleNamespace(
+    image_size=32,
+    max_length=16,
+    protocol={"steps": 1},
+    embed_texts=lambda params, tokens: np.eye(2, dtype=np.float32),
+    embed_images=lambda params, images, seed: np.eye(2, dtype=np.float32)[list(order)],
+  )
+  evaluation = made(data=dict(name="pairs", path=str(prepared[0]), split="train", image_size=32))
+  assert evaluation.protocol(inference) == {"steps": 1, "seed": 0, "num_images": 2}
+  assert evaluation.run(inference, {}) == {"median_rank": rank}
+
+
+def test_a_config(module):
+  get_config = module("birds_config", "def get_config").get_config
+  autoencoder = Run.of(get_config("autoencoder,path=data/birds"))
+  assert tuple(autoencoder.objectives) == ("reconstruction",)
+  config = get_config("path=data/birds")
+  assert Run.of(config).num_steps == 4500
+  snippet = pages.python_block(PAGE, "config.train_evals")
+  exec(snippet, {"config": config, "args": types.SimpleNamespace(path="data/birds")})
+  assert config.train_evals == ("ranks",) and config.evals["ranks"]["task"] == "median_rank"
