@@ -430,11 +430,10 @@ def demo_by_class(palette: Palette) -> str:
     for j, shape in enumerate(SHAPES):
       value, x, y = found[f"{colour} {shape}"], left + side * j, top + side * i
       share = max(0.0, (value - 50) / 50)
-      canvas.fill(x + 2, y + 2, side - 4, side - 4, mixed(palette.ground, palette.text, 0.15 + 0.6 * share))
+      canvas.fill(x + 2, y + 2, side - 4, side - 4, mixed(palette.ground, palette.text, 0.05 + 0.35 * share))
       if (colour, shape) in UNSEEN:
         canvas.box(x + 3, y + 3, side - 6, side - 6, stroke=palette.image, fill="none", round=3, width=5)
-      ink = palette.ground if share > 0.55 else palette.ink
-      canvas.text(x + side / 2, y + side / 2 + 7, f"{value:.0f}", size=SMALL, colour=ink)
+      canvas.text(x + side / 2, y + side / 2 + 7, f"{value:.0f}", size=SMALL)
   bottom = top + side * len(COLOURS)
   canvas.box(left + 4, bottom + 14, 22, 22, stroke=palette.image, fill="none", round=3, width=5)
   canvas.text(left + 38, bottom + 32, "never seen in training", size=SMALL, anchor="start")
