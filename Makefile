@@ -1,4 +1,4 @@
-# make demo, make test, make check, make lint and make docs each set up .venv by themselves.
+# make demo, make test, make check, make lint, make docs and make figures each set up .venv by themselves.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ RUNS ?= runs/demo
 # Python keeps what it compiles, also where the environment says otherwise: a command's imports take half as long then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check lint docs clean
+.PHONY: demo test check lint docs figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
@@ -40,6 +40,10 @@ lint: $(VENV)/.installed-test
 # The pages in docs/ as a site in site/.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The figures of the book, from the records in docs/measured. No plotting library draws them.
+figures: $(VENV)/.installed
+	$(BIN)/python -m docs.figures
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

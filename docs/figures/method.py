@@ -1,4 +1,4 @@
-"""Draws the figure of the method: python -m docs.figures.method writes method.svg and method_dark.svg beside itself.
+"""The figure of the method. `make figures` writes it as method.svg and method_dark.svg.
 
 One UNet, four uses of it, one a strip. Sizes are for a phone: at 360 px wide the smallest letter is 10 px high.
 """
@@ -6,98 +6,10 @@ One UNet, four uses of it, one a strip. Sizes are for a phone: at 360 px wide th
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-from collections.abc import Sequence
-from html import escape
 
-WIDTH, STRIP, GAP, TOP = 720, 262, 26, 8
-FOLDER = pathlib.Path(__file__).parent
+from docs.figures.style import WIDTH, Canvas, Palette
 
-
-@dataclasses.dataclass(frozen=True)
-class Palette:
-  """Colours of one theme: ground, text, soft text, the image stream, the text stream, and what is not run."""
-
-  ground: str
-  ink: str
-  soft: str
-  image: str
-  image_fill: str
-  text: str
-  text_fill: str
-  off: str
-
-
-THEMES = {
-  "method.svg": Palette("#ffffff", "#1b1f24", "#57606a", "#b35900", "#fff1e0", "#0a58b0", "#e3f0ff", "#c4cad1"),
-  "method_dark.svg": Palette("#0d1117", "#e6edf3", "#9da7b3", "#ffab57", "#33210d", "#6cb6ff", "#0d2440", "#3d444d"),
-}
-
-
-class Canvas:
-  """Elements of an SVG, one after another."""
-
-  def __init__(self, palette: Palette):
-    self.palette = palette
-    self.parts: list[str] = []
-
-  def text(self, x: float, y: float, words: str, *, size: int = 22, colour: str = "", anchor: str = "middle") -> None:
-    """Words whose `_x` is a subscript: z_t."""
-    colour = colour or self.palette.ink
-    inner = "".join(
-      f'<tspan dy="6" font-size="{size - 6}">{escape(part[1:])}</tspan><tspan dy="-6">&#8203;</tspan>'
-      if part.startswith("_")
-      else escape(part)
-      for part in _split(words)
-    )
-    self.parts.append(f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}">{inner}</text>')
-
-  def box(self, x: float, y: float, w: float, h: float, *, stroke: str, fill: str, dashed: bool = False) -> None:
-    dash = ' stroke-dasharray="6 6"' if dashed else ""
-    self.parts.append(
-      f'<rect x="{x}" y="{y}" width="{w}" height="{h}" rx="9" fill="{fill}" stroke="{stroke}" stroke-width="2"{dash}/>'
-    )
-
-  def polygon(self, points: Sequence[tuple[float, float]], *, stroke: str, fill: str, dashed: bool = False) -> None:
-    dash = ' stroke-dasharray="6 6"' if dashed else ""
-    listed = " ".join(f"{x},{y}" for x, y in points)
-    self.parts.append(
-      f'<polygon points="{listed}" fill="{fill}" stroke="{stroke}" stroke-width="2" stroke-linejoin="round"{dash}/>'
-    )
-
-  def arrow(self, path: str, colour: str) -> None:
-    """A line along an SVG path, with a head at its end."""
-    head = "image" if colour == self.palette.image else "text" if colour == self.palette.text else "ink"
-    self.parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="3" marker-end="url(#{head})"/>')
-
-  def dot(self, x: float, y: float, colour: str) -> None:
-    self.parts.append(f'<circle cx="{x}" cy="{y}" r="6" fill="{colour}"/>')
-
-  def svg(self, height: int, title: str) -> str:
-    """The document."""
-    palette = self.palette
-    heads = "".join(
-      f'<marker id="{name}" viewBox="0 0 10 10" refX="7" refY="5" markerWidth="5" markerHeight="5" orient="auto">'
-      f'<path d="M0,0 L10,5 L0,10 z" fill="{colour}"/></marker>'
-      for name, colour in (("image", palette.image), ("text", palette.text), ("ink", palette.soft))
-    )
-    return (
-      f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}"'
-      f' font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"><title>{escape(title)}</title>'
-      f"<defs>{heads}</defs>"
-      f'<rect width="{WIDTH}" height="{height}" fill="{palette.ground}"/>{"".join(self.parts)}</svg>\n'
-    )
-
-
-def _split(words: str) -> list[str]:
-  """`z_t, e` -> `z`, `_t`, `, e`: a subscript is the letters and digits after an underscore."""
-  parts, rest = [], words
-  while "_" in rest:
-    before, _, after = rest.partition("_")
-    length = next((i for i, letter in enumerate(after) if not letter.isalnum()), len(after))
-    parts += [before, "_" + after[:length]]
-    rest = after[length:]
-  return [part for part in [*parts, rest] if part]
+STRIP, GAP, TOP = 262, 26, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +80,12 @@ def draw(canvas: Canvas, strip: Strip, top: float) -> None:
     [(216, middle - 52), (356, middle - 24), (356, middle + 24), (216, middle + 52)], stroke=p.image, fill=p.image_fill
   )
   canvas.box(362, middle - 24, 56, 48, stroke=p.image, fill=p.image_fill)
-  way_up = [(424, middle - 24), (564, middle - 52), (564, middle + 52), (424, middle + 24)]
-  stroke, fill = (p.off, p.ground) if discriminates else (p.image, p.image_fill)
-  canvas.polygon(way_up, stroke=stroke, fill=fill, dashed=discriminates)
+  canvas.polygon(
+    [(424, middle - 24), (564, middle - 52), (564, middle + 52), (424, middle + 24)],
+    stroke=p.off if discriminates else p.image,
+    fill=p.ground if discriminates else p.image_fill,
+    dashed=discriminates,
+  )
   canvas.text(282, middle + 8, "down", size=21, colour=p.image)
   canvas.text(390, middle + 8, "mid", size=21, colour=p.image)
   up, colour = ("not run", p.soft) if discriminates else ("up", p.image)
@@ -225,12 +140,3 @@ def picture(palette: Palette) -> str:
     " noise from a text query e under the condition of the clean image."
   )
   return canvas.svg(int(top), title)
-
-
-def main() -> None:
-  for name, palette in THEMES.items():
-    (FOLDER / name).write_text(picture(palette), encoding="utf-8")
-
-
-if __name__ == "__main__":
-  main()

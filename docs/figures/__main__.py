@@ -1,0 +1,28 @@
+"""Draws every figure of the book beside this file: python -m docs.figures, or make figures."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+
+from docs.figures import method, plots
+from docs.figures.style import THEMES
+
+FOLDER = pathlib.Path(__file__).parent
+FIGURES = {"method": method.picture, **plots.PLOTS}
+
+
+def drawn() -> Iterator[tuple[str, str]]:
+  """Name and text of each file."""
+  for name, draw in FIGURES.items():
+    for suffix, palette in THEMES.items():
+      yield f"{name}{suffix}.svg", draw(palette)
+
+
+def main() -> None:
+  for name, svg in drawn():
+    (FOLDER / name).write_text(svg, encoding="utf-8")
+
+
+if __name__ == "__main__":
+  main()

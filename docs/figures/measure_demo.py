@@ -1,0 +1,158 @@
+"""Measures the run of `make demo` for the figures: python -m docs.figures.measure_demo --demo=runs/demo
+
+Writes docs/measured/demo_run.json and denoising.png there. Takes some minutes of one core; --parts=LIST does a part.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from diffdis_jax import config as run_config
+from diffdis_jax import inference
+from diffdis_jax.app.step_sampler import StepSampler
+from diffdis_jax.common import cli, files
+from diffdis_jax.data import shapes
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.evals import base, classifiers, prompts, sections
+from diffdis_jax.evals.generation_accuracy import PAIRS, ShapeJudge
+from diffdis_jax.evals.zero_shot import ZeroShot, class_recalls
+from diffdis_jax.run import provenance
+from docs.measured import records
+
+FLAGS = flags.FLAGS
+CURVES = ("loss", "loss_generation", "loss_discrimination")
+POINTS = 75  # of a curve, at most
+PROMPTS = ("a red circle", "a green star", "a purple ring")  # training never saw the second pair
+FRAMES = 6
+CANDIDATES = 16  # images generated for each prompt
+KEPT_OF = (1, 2, 4, 8)
+
+
+def define_flags() -> None:
+  """The command line."""
+  flags.DEFINE_string("demo", "runs/demo", "what make demo wrote")
+  flags.DEFINE_list("parts", [*PARTS], f"of {', '.join(PARTS)}")
+
+
+def training(run: pathlib.Path) -> dict[str, Any]:
+  """Loss and parts over steps, means of neighbouring lines of metrics.jsonl."""
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  lines = [line for line in lines if "loss" in line]
+  width = math.ceil(len(lines) / POINTS)
+  groups = [lines[start : start + width] for start in range(0, len(lines), width)]
+  return {
+    f"training/{name}": {
+      "what": f"{name} of metrics.jsonl by step, means of {width * lines[0]['step']} steps",
+      "values": {str(group[-1]["step"]): round(float(np.mean([line[name] for line in group])), 5) for group in groups},
+    }
+    for name in CURVES
+  }
+
+
+def classes(run: pathlib.Path) -> dict[str, Any]:
+  """Zero-shot accuracy of each class, as the demo's own evaluation measures all of them."""
+  model, params = inference.load(str(run))
+  found: dict[str, float] = {}
+  for section in sections.of_config(run_config.load(str(run)).evals, tasks=("zero_shot",)):
+    zero_shot = section.create()
+    assert isinstance(zero_shot, ZeroShot)
+    names, labels = zero_shot.classnames, zero_shot.labels
+    images = base.embed_images(model, params, zero_shot.source, np.arange(len(labels)), seed=0)
+    texts = base.embed_texts(model, params, [prompts.fill(zero_shot.templates[0], name) for name in names])
+    right = base.ranks(images, texts, query_groups=labels, key_groups=np.arange(len(names))) == 0
+    recalls = class_recalls(right, labels)
+    found |= {names[k]: round(100 * float(x), 2) for k, x in zip(np.unique(labels), recalls, strict=True)}
+  what = "zero-shot top-1 of 64 classes, by class: 16 images of each seen pair, 112 of each unseen one"
+  return {"accuracy by class": {"what": what, "unit": "%", "values": {name: found[name] for name in shapes.CLASSNAMES}}}
+
+
+def best_of_n(run: pathlib.Path) -> dict[str, Any]:
+  """Accuracy of the image that the model itself ranks first of n: by ê_0 of the image and e of its prompt.
+
+  It is the mean over all choices of n of a prompt's CANDIDATES images.
+  """
+  model, params = inference.load(str(run))
+  texts = [f"a {name}" for name in shapes.CLASSNAMES]
+  asked = np.tile(np.arange(len(texts)), CANDIDATES)
+  tokens = Tokenizer(model.max_length)(texts)
+  images = model.generate(params, tokens[asked], model.noise(len(asked), seed=0))
+  queries, e = model.embed_images(params, images, seed=0), model.embed_texts(params, tokens)
+  scores = np.einsum("nd,nd->n", queries, e[asked]).reshape(CANDIDATES, len(texts))
+  judge = ShapeJudge(0, classifier_steps=200).train(model.image_size).model
+  squares = np.stack([base.to_square(image, classifiers.SIZE) for image in images])
+  right = (classifiers.pairs_of(judge, squares) == PAIRS[asked]).all(axis=-1).astype(float)
+  ranked = np.take_along_axis(right.reshape(scores.shape), np.argsort(-scores, axis=0, kind="stable"), axis=0)
+  seen = np.array([pair in shapes.SEEN for pair in shapes.PAIRS])
+  made = {}
+  for which, chosen in (("seen", seen), ("unseen", ~seen)):
+    by_rank = ranked[:, chosen].mean(axis=1)
+    values = {str(n): round(100 * float(np.dot(first_of(n, CANDIDATES), by_rank)), 2) for n in KEPT_OF}
+    made[f"best of n/{which}"] = {
+      "what": f"accuracy of the first of n generated images by the model's own query, {which} pairs, by n",
+      "unit": "%",
+      "values": values,
+      "of": {"images": CANDIDATES, "settings": "demo"},
+    }
+  return made
+
+
+def first_of(n: int, total: int) -> list[float]:
+  """Of each rank, 0 the best, how often its image is the best of n that are chosen out of all."""
+  return [math.comb(total - 1 - rank, n - 1) / math.comb(total, n) for rank in range(total)]
+
+
+def denoising(run: pathlib.Path) -> dict[str, Any]:
+  """The images of denoising.png: for each prompt a row of z_t, decoded, and below it a row of predictions of z_0."""
+  model, params = inference.load(str(run), batch_size=8)
+  how, sampler = model.sampling, StepSampler(model, params, seconds=600)
+  rows, times = [], []
+  for prompt in PROMPTS:
+    steps = how.generation_steps
+    drawn = sampler.generate(prompt, seed=0, steps=steps, guidance_scale=how.generation_guidance, frames=steps)
+    frames = [*drawn]
+    places = np.linspace(0, len(frames) - 1, FRAMES + 1).round().astype(int)
+    # What a step gives is z at the timestep of the next one, and after the last one the image.
+    times = [frames[i + 1].t if i + 1 < len(frames) else 0 for i in places]
+    rows += [np.concatenate([frames[i].noisy for i in places], axis=1)]
+    rows += [np.concatenate([frames[i].guided for i in places], axis=1)]
+  sampler.close()
+  Image.fromarray(np.concatenate(rows)).save(records.HERE / "denoising.png", optimize=True)
+  of = {"prompts": PROMPTS, "t": times, "image_size": model.image_size, "guidance": how.generation_guidance}
+  what = "denoising.png: DDIM steps of a generation, by prompt z_t decoded and the prediction of z_0"
+  values = {"steps": how.generation_steps}
+  return {"denoising": {"what": what, "values": values, "of": {**of, "settings": "demo"}}}
+
+
+PARTS: Mapping[str, Callable[[pathlib.Path], dict[str, Any]]] = {
+  "training": training,
+  "classes": classes,
+  "best_of_n": best_of_n,
+  "denoising": denoising,
+}
+
+
+def main(_: Sequence[str]) -> None:
+  cli.compilation_cache()
+  run, path = pathlib.Path(FLAGS.demo) / "diffdis", records.HERE / "demo_run.json"
+  found = json.loads(path.read_text())["records"] if path.exists() else {}
+  for part in FLAGS.parts:
+    found |= {name: {"of": "demo", "page": "log/shapes.md", **each} for name, each in PARTS[part](run).items()}
+    made = provenance.provenance(provenance.of_run(str(run), step=run_config.load(str(run)).num_steps))
+    settings = {"demo": {"command": "make demo; python -m docs.figures.measure_demo", "seed": 0, "provenance": made}}
+    about = "One run of make demo, seed 0, as the figures of docs show it, a record a line."
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(each, ensure_ascii=False)}" for name, each in found.items())
+    head = f'"about": {json.dumps(about)},\n"settings": {json.dumps(settings)},'
+    files.write_whole(path, f'{{\n{head}\n"records": {{\n{lines}\n}}\n}}\n'.encode())
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)
