@@ -15,7 +15,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m diffdis_jax.report --workdir=$(RUNS)/diffdis --out=$(RUNS)/report.html
 
 # As many processes as there are cores and memory for, and the longest files first: tests/conftest.py says both. A file's
-# tests stay in one process, since they share what they make. Huge pages, as common/huge_pages.py has commands ask for them.
+# tests stay in one process, since they share what they make. Huge pages, as common/huge_pages.py has
+# commands ask for them.
 PYTEST = GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed-test
