@@ -12,6 +12,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for
 _BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
 _INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 _COMMAND = re.compile(r"(?:^|.* )(?=(?:\.venv/bin/)?(?:python -m|pytest|diffdis |make ))")
+_MODULE = "python -m diffdis_jax."
 _VARIABLE = re.compile(r'(\w+)="(.*)"')
 
 
@@ -40,8 +41,13 @@ def commands() -> Iterator[Command]:
         yield from _in_block(page, block, variables)
     for inline in _INLINE.findall(_BLOCK.sub("", text)):
       line = " ".join(inline.split())
-      if line.startswith("python -m diffdis_jax.") and " " in line.removeprefix("python -m "):
+      if as_module(line).startswith(_MODULE) and " " in as_module(line).removeprefix(_MODULE):
         yield Command(page, line, "")
+
+
+def as_module(line: str) -> str:
+  """`diffdis COMMAND ...` as `python -m diffdis_jax.COMMAND ...`, and a config's file by its name."""
+  return re.sub(r"(--(?:config|base)=)configs/(\w+)\.py", r"\1\2", re.sub(r"^diffdis (?=[a-z])", _MODULE, line))
 
 
 def python_block(page: str, containing: str) -> str:
@@ -58,5 +64,5 @@ def _in_block(page: str, block: str, variables: dict[str, str]) -> Iterator[Comm
       variables[variable[1]] = variable[2]
     line = re.sub(r"\$(\w+)", lambda name: variables.get(name[1], name[0]), line)
     found = None if variable else _COMMAND.match(line)
-    if found and "diffdis_jax.NAME" not in line:  # which is of the drawing of the folders
+    if found and not re.search(r"diffdis(_jax.| )NAME", line):  # which is of the drawing of the folders
       yield Command(page, line[found.end() :], line[: found.end()].strip())

@@ -34,9 +34,11 @@ UNREACHABLE = "error sending request|dns error|Failed to fetch|Could not connect
 RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.report --workdir=RUN": ("", ("report.html",)),
   "python -m diffdis_jax.evaluate --compare=": ("", ("table.md",)),
-  "python -m diffdis_jax.ablate plan --base=configs/shapes.py": ("", ()),
+  "python -m diffdis_jax.config show": ("", ()),
+  "python -m diffdis_jax.config diff": ("", ()),
+  "python -m diffdis_jax.ablate plan --base=shapes": ("", ()),
   # The page says that the figure needs an extra.
-  "python -m diffdis_jax.ablate table --base=configs/shapes.py --tables=2,3,4,5,7 --seeds=0,1,2": (
+  "python -m diffdis_jax.ablate table --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2": (
     "--noplot",
     ("runs/ablations/tables.json", "runs/ablations/tables.md"),
   ),
@@ -47,15 +49,15 @@ RUN: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 # In this order. Compiling for real sizes takes minutes; what is put behind makes them short.
 SHORT = "--config.num_steps=2 --config.log_every=1"
-README_TRAINS = "python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:runlocal --workdir=RUN"
+README_TRAINS = "python -m diffdis_jax.train --config=diffdis_cc3m:runlocal --workdir=RUN"
 RUN_SLOWLY: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot,retrieval --out=": ("", ("emoji.json",)),
   "python -m diffdis_jax.evaluate --workdir=runs/demo/diffdis --tasks=zero_shot": ("", ("F.json",)),
   README_TRAINS: ("", ("RUN/samples/samples_00000020.png", "RUN/checkpoints/20/commit_success.txt")),
-  "python -m diffdis_jax.train --config=configs/shapes.py:autoencoder --workdir=runs/lt/autoencoder": (SHORT, ()),
-  "python -m diffdis_jax.train --config=configs/shapes.py --workdir=runs/lt/diffdis": (SHORT, ()),
-  "python -m diffdis_jax.train --config=configs/shapes_lt.py:stage=1": (SHORT, ()),
-  "python -m diffdis_jax.train --config=configs/shapes_lt.py:stage=2": (SHORT, ()),
+  "python -m diffdis_jax.train --config=shapes:autoencoder --workdir=runs/lt/autoencoder": (SHORT, ()),
+  "python -m diffdis_jax.train --config=shapes --workdir=runs/lt/diffdis": (SHORT, ()),
+  "python -m diffdis_jax.train --config=shapes_lt:stage=1": (SHORT, ()),
+  "python -m diffdis_jax.train --config=shapes_lt:stage=2": (SHORT, ()),
   "python -m diffdis_jax.evaluate --workdir=runs/lt/stage2": ("", ("runs/lt/F.json", "runs/lt/F.md")),
 }
 NOT_RUN: dict[str, tuple[str, ...]] = {
@@ -71,34 +73,35 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
   "trains for minutes to hours; tests/test_demo.py and tests/test_ablate.py run it with small networks": (
     "make demo",
     "python -m diffdis_jax.demo --out=runs/s1",
-    "python -m diffdis_jax.ablate run --base=configs/shapes.py --tables=2,3,4,5,7 --seeds=0,1,2",
+    "python -m diffdis_jax.ablate run --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2",
   ),
   "times full-size networks or gigabytes of data": ("python -m diffdis_jax.benchmark",),
   "is the first two commands of docs/long_tail.md with other folders": (
-    "python -m diffdis_jax.train --config=configs/shapes.py:autoencoder --workdir=runs/shapes/autoencoder",
-    "python -m diffdis_jax.train --config=configs/shapes.py --workdir=runs/shapes/diffdis",
+    "python -m diffdis_jax.train --config=shapes:autoencoder --workdir=runs/shapes/autoencoder",
+    "python -m diffdis_jax.train --config=shapes --workdir=runs/shapes/diffdis",
   ),
   "needs a cluster, a bucket or a compiler of another device": (
     "python -m diffdis_jax.ablate run ...",
-    "python -m diffdis_jax.ablate plan --base=configs/diffdis_cc3m.py",
+    "python -m diffdis_jax.ablate plan --base=diffdis_cc3m",
     "python -m diffdis_jax.preflight",
-    "python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:path=gs://",
+    "python -m diffdis_jax.train --config=diffdis_cc3m:path=gs://",
     "python -m diffdis_jax.train ...",
   ),
   "needs an extra": (
     "python -m diffdis_jax.app --workdir=RUN",
     "python -m diffdis_jax.train ... --tracker=wandb",
+    "python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot --out=F.json --tracker=wandb",
   ),
   "needs data or weights": (
     "python -m diffdis_jax.prepare_data",
     "python -m diffdis_jax.import_weights",
-    "python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:path=DATA",
-    "python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:latents=LATENTS",
-    "python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:runlocal,path=",
-    "python -m diffdis_jax.train --config=configs/places_lt.py",
-    "python -m diffdis_jax.train --workdir=RUN --config=configs/diffdis_cc3m.py",
-    "python -m diffdis_jax.train --workdir=RUN --config=configs/clip_cc3m.py",
-    "python -m diffdis_jax.train --config=configs/NAME.py --workdir=RUN --eval=",
+    "python -m diffdis_jax.train --config=diffdis_cc3m:path=DATA",
+    "python -m diffdis_jax.train --config=diffdis_cc3m:latents=LATENTS",
+    "python -m diffdis_jax.train --config=diffdis_cc3m:runlocal,path=",
+    "python -m diffdis_jax.train --config=places_lt",
+    "python -m diffdis_jax.train --workdir=RUN --config=diffdis_cc3m",
+    "python -m diffdis_jax.train --workdir=RUN --config=clip_cc3m",
+    "python -m diffdis_jax.train --config=NAME --workdir=RUN --eval=",
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot,retrieval --data=",
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=generation_accuracy --data=",
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=fid --data=",
@@ -110,21 +113,22 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.export_weights --workdir=RUN --push=",
   ),
   "is a pattern, of which the other commands are examples": (
-    "python -m diffdis_jax.train --config=configs/NAME.py[:args]",
+    "python -m diffdis_jax.train --config=NAME[:args]",
     "python -m diffdis_jax.train ... --profile=100:5",
   ),
 }
 BEGINNINGS = (*RUN, *RUN_SLOWLY, *(line for lines in NOT_RUN.values() for line in lines))
 
 COMMANDS = [*pages.commands()]
-LINES = [*dict.fromkeys(command.line.removeprefix(".venv/bin/") for command in COMMANDS)]
+# Each as python -m, which `diffdis COMMAND` is another way to write, and with its config by name.
+LINES = [*dict.fromkeys(pages.as_module(command.line.removeprefix(".venv/bin/")) for command in COMMANDS)]
 # What stands for something else: in the place of `...` what is required.
 MEANT = {
-  "configs/NAME.py": "configs/shapes.py",
+  "--config=NAME": "--config=shapes",
   "steps=N": "steps=2",
   "step_seconds=S": "step_seconds=1",
-  "train ...": "train --config=configs/shapes.py --workdir=RUN",
-  "ablate run ...": "ablate run --base=configs/shapes.py --tables=4",
+  "train ...": "train --config=shapes --workdir=RUN",
+  "ablate run ...": "ablate run --base=shapes --tables=4",
 }
 
 
