@@ -95,7 +95,7 @@ def test_it_runs_from_top_to_bottom_and_learns(notebook, run_notebook):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def test_every_cell_runs_in_an_empty_folder(notebook, run_notebook):
+def test_every_cell_runs_in_an_empty_folder(notebook, run_notebook, tmp_path):
   notebook = nbformat.from_dict(notebook)
   (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
   assert assigned(parameters.source) == assigned(SMALL)  # so that none is left at its full size

@@ -230,7 +230,8 @@ class Throughput:
     return speeds
 
   def _line(self, step: int, metrics: Mapping[str, Any], speeds: Mapping[str, float]) -> str:
-    parts = {name: float(x) for name, x in metrics.items() if _PART.fullmatch(name)}
+    known = [name for name in _SYMBOLS if name in metrics]  # L_IG first; jax sorts metrics by their names
+    parts = {name: float(metrics[name]) for name in [*known, *metrics] if _PART.fullmatch(name)}
     shown = [f"step {step}/{self._num_steps}", f"loss {float(metrics['loss']):.4f}"]
     if len(parts) > 1:  # a single one is the loss itself
       shown += [f"{_SYMBOLS.get(name, name.removeprefix('loss_'))} {x:.3g}" for name, x in parts.items()]

@@ -170,7 +170,7 @@ def test_progress_knows_the_share_of_the_chips_peak(caplog):
   assert math.isnan(progress.report(11, {"loss": 1.0})["mfu"])
 
 
-JOINT = ("loss_generation", "loss_discrimination")
+JOINT = ("loss_discrimination", "loss_generation")  # as jax sorts them
 
 
 @pytest.mark.parametrize(
