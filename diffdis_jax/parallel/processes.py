@@ -244,6 +244,15 @@ def on_first(action: Callable[[], Any]) -> None:
     raise UserError(message.decode(errors="replace"))
 
 
+def first_message(message: str) -> str:
+  """The message of the first process that has one, on every process; empty where none has. Cut to _MESSAGE bytes."""
+  if jax.process_count() == 1:
+    return message
+  mine = np.frombuffer(message.encode()[:_MESSAGE].ljust(_MESSAGE, b"\0"), np.uint8)
+  said = (row.tobytes().rstrip(b"\0") for row in gathered(mine))
+  return next(filter(None, said), b"").decode(errors="replace")
+
+
 def check_shared(workdir: str) -> None:
   """Creates the folder, and looks whether every process sees it.
 

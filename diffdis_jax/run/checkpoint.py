@@ -1,6 +1,7 @@
 """Saves a run's Orbax checkpoints: `<workdir>/checkpoints/<step>/{params,ema,opt_state,teacher,data,meta}`.
 
-A checkpoint counts once it holds Orbax's commit mark, its last file to be written. Training saves and resumes through
+A checkpoint counts once it holds Orbax's commit mark, its last file to be written; before it come the digests of the
+others, see digests.py. Training saves and resumes through
 `Checkpointer`; what only reads is in restore.py.
 """
 
@@ -25,7 +26,7 @@ from diffdis_jax.common import buckets
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.errors import Preempted, UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import committed, restore
+from diffdis_jax.run import committed, digests, restore
 from diffdis_jax.run.restore import Restored
 from diffdis_jax.structs import TrainState
 
@@ -46,6 +47,7 @@ class Checkpointer:
   ) -> None:
     kept = kept or CheckpointPolicy()
     self._workdir = workdir
+    self._saving = -1  # the step whose save is in progress
     # Before the manager lists the folder: it would trust step folders without a mark. The barrier keeps the other
     # processes from listing it meanwhile, so that all of them know the same steps.
     if processes.is_first():
@@ -65,7 +67,8 @@ class Checkpointer:
         preservation_policy=policies.AnyPreservationPolicy(rules),
         cleanup_tmp_directories=True,
         best_fn=rank if kept.keep_best else None,
-        async_options=ocp.AsyncOptions(timeout_secs=save_timeout),
+        # In the background too, on process 0, when every process has written its files.
+        async_options=ocp.AsyncOptions(timeout_secs=save_timeout, post_finalization_callback=self._write_digests),
       ),
     )
 
@@ -109,6 +112,8 @@ class Checkpointer:
     items["meta"] = ocp.args.JsonSave({"step": step, **(meta or {})})
     # `force`: the caller has decided that it is time to save.
     with _os_errors():
+      self._manager.wait_until_finished()  # as its `save` begins: the digests of the one before are written
+      self._saving = step
       return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
 
   def restore(self, step: int, abstract: TrainState, data_iterator: Any = None) -> Restored:
@@ -123,6 +128,14 @@ class Checkpointer:
       UserError: no such checkpoint, or one that is incomplete or does not fit `abstract`.
     """
     return restore.read_state(restore.find(self._workdir, step), abstract, data_iterator)
+
+  def _write_digests(self) -> None:
+    """Called by Orbax before it writes the commit mark."""
+    folder = committed.folder(self._workdir)
+    # On a disk it still has another name, by which it is no checkpoint.
+    unfinished = f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
+    names = [path.name for path in folder.iterdir() if path.name.startswith(unfinished)]
+    digests.write(folder / (names[0] if names else str(self._saving)))
 
   def wait(self) -> None:
     """Returns when the save in progress is committed. Raises what went wrong with it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from etils import epath
@@ -13,10 +13,12 @@ from orbax import checkpoint as ocp
 
 from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError, may_pass, parse_json
-from diffdis_jax.run import committed
+from diffdis_jax.parallel import processes
+from diffdis_jax.run import committed, digests
 from diffdis_jax.structs import TrainState
 
 STORED = ("params", "ema", "opt_state", "teacher")  # of a TrainState; its step is the folder's name
+_Read = TypeVar("_Read")
 _Arrays = dict[str, jax.ShapeDtypeStruct]  # by dotted path, without a sharding
 
 
@@ -66,15 +68,19 @@ def choose(workdir: epath.PathLike, step: int | None, *, ema: bool) -> Chosen:
 
 def read_state(path: epath.Path, abstract: TrainState, data_iterator: Any = None) -> Restored:
   """A whole checkpoint, as `checkpoint.Checkpointer.restore` says; `path` is its folder."""
-  read = {name: _read_tree(path / name, getattr(abstract, name)) for name in STORED}
-  meta = _read(path / "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-  # Last: a checkpoint that does not fit the model is refused before the iterator has moved. Then it starts to read
-  # ahead, while the first step compiles.
+
+  def read() -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+    trees = {name: _read_tree(path / name, getattr(abstract, name)) for name in STORED}
+    meta = _read(path / "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+    return TrainState(**trees), meta, {} if data_iterator is None else _read_position(path / "data")
+
+  state, meta, position = _checked(path, None, read)
+  # Last: a checkpoint that does not fit the model, or is damaged, is refused before the iterator has moved. Then it
+  # starts to read ahead, while the first step compiles.
   if data_iterator is not None:
-    position = _read_position(path / "data")
     _guard(path / "data", lambda: data_iterator.set_state(position))
     data_iterator.start_prefetch()
-  return Restored(TrainState(**read), meta)
+  return Restored(state, meta)
 
 
 def restore_params(
@@ -93,7 +99,11 @@ def restore_params(
   """
   path = find(workdir, step)
   if not (ema and (path / "ema").exists()):
-    return _read_tree(path / "params", abstract)
+    return _checked(path, ("params",), lambda: _read_tree(path / "params", abstract))
+  return _checked(path, ("params", "ema"), lambda: _read_averaged(path, abstract))
+
+
+def _read_averaged(path: epath.Path, abstract: Params | None) -> Params:
   # Averages are kept of what is trained alone. The rest, such as a frozen autoencoder, is the raw parameters'; the raw
   # ones that averages replace are not read at all, which is half of the bytes.
   averaged = _saved(path / "ema").keys()
@@ -197,16 +207,53 @@ def _read(path: epath.Path, handler: Any, args: Any) -> Any:
   return _guard(path, restore)
 
 
+def _checked(path: epath.Path, items: Collection[str] | None, read: Callable[[], _Read]) -> _Read:
+  """Calls `read`, and checks the digests of these items of the checkpoint meanwhile; of all of them for None.
+
+  Several processes share the check of the large files, and raise the same error.
+  """
+  count, index = jax.process_count(), jax.process_index()
+  with digests.checking(path, items, share=slice(index, None, count)) as check:
+    if check.early is not None:
+      raise _damaged(path, check.early)
+    try:
+      found = read()
+    except UserError as error:
+      # The digests name the file, and tell damage from a model that does not fit. The other processes may be held up
+      # in the reading: this one looks by itself.
+      damage = check.late() if count == 1 else digests.damage(path)
+      if damage is not None:
+        raise _damaged(path, damage) from error
+      raise
+    damage = check.late()
+    message = "" if damage is None else str(_damaged(path, damage))
+  if message := processes.first_message(message):
+    raise UserError(message)
+  return found
+
+
+def _damaged(path: epath.Path, damage: digests.Damage) -> UserError:
+  item, otherwise = damage.file.partition("/")[0], _OTHERWISE
+  earlier = [step for step in committed.committed_steps(path.parent) if step < int(path.name)]
+  whole = next((step for step in reversed(earlier) if digests.damage(path.parent / str(step)) is None), None)
+  if whole is not None:
+    otherwise = (
+      f"take --step={whole}, the newest whole one before it, or move the folders of later ones elsewhere to resume from"
+      " that one"
+    )
+  return UserError(f"checkpoint {path} cannot be read: its {item}: {damage.file} {damage.what}; {otherwise}")
+
+
+# Each message says what to do, since the run cannot resume by itself: it must not fall back to an older step unasked.
+_OTHERWISE = "take another step, or move its folder elsewhere to resume from the one before"
 # What readers raise for bytes that are not those that were written; NotImplementedError is of Orbax's `_sharding`.
 _OF_DAMAGE = (UserError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, OSError)
 
 
 def _guard(path: epath.Path, read: Callable[[], Any]) -> Any:
   """Calls `read`; a checkpoint that lacks files or bytes is bad input, and not a bug."""
-  # Each message says what to do, since the run cannot resume by itself: it must not fall back to an older step unasked.
-  otherwise = "take another step, or move its folder elsewhere to resume from the one before"
   if not path.exists():
-    raise UserError(f"checkpoint {path.parent} is incomplete: it has no {path.name}; {otherwise}")
+    raise UserError(f"checkpoint {path.parent} is incomplete: it has no {path.name}; {_OTHERWISE}")
   try:
     return read()
   except Exception as error:
@@ -215,4 +262,4 @@ def _guard(path: epath.Path, read: Callable[[], Any]) -> Any:
     if not isinstance(reason, _OF_DAMAGE) or may_pass(reason):
       raise
     text = " ".join(str(reason).split())[:200]
-    raise UserError(f"checkpoint {path.parent} cannot be read: its {path.name}: {text}; {otherwise}") from error
+    raise UserError(f"checkpoint {path.parent} cannot be read: its {path.name}: {text}; {_OTHERWISE}") from error

@@ -1,0 +1,122 @@
+"""Damage in a checkpoint is refused by the name of the file, whatever byte it is in."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import checkpoint, digests, restore
+from diffdis_jax.structs import TrainState
+from tests.run.test_checkpoint import abstract, assert_same_bits, make_iterator, make_state, one_device, save
+
+FLIPS = 200
+
+
+def large_state() -> TrainState:
+  """With an array that has a file of its own, beside those that lie in the index."""
+  state = make_state()
+  large = jnp.asarray(np.random.default_rng(1).normal(size=(64, 64)), jnp.float32)
+  return TrainState(params=state.params | {"unet.large": large}, ema=state.ema, opt_state=state.opt_state)
+
+
+def checkpoint_files(workdir, step):
+  return sorted(path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file())
+
+
+def flip(path, random_):
+  content = bytearray(path.read_bytes())
+  content[random_.randrange(len(content))] ^= 1 << random_.randrange(8)
+  path.write_bytes(bytes(content))
+
+
+def test_no_flipped_bit_is_restored_in_silence(tmp_path):
+  state, random_, refused = large_state(), random.Random(0), 0
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, state, make_iterator(), meta={"note": "x"}, metrics={"acc": 0.5})
+    checkpointer.wait()
+    files, following = checkpoint_files(tmp_path, 1), next(make_iterator())
+    read_by_nobody = {"commit_success.txt", "_CHECKPOINT_METADATA"}
+    for i in range(FLIPS):
+      path, data = files[i % len(files)], make_iterator()
+      whole = path.read_bytes()
+      flip(path, random_)
+      try:
+        restored = checkpointer.restore(1, abstract(state, one_device), data)
+      except UserError as error:
+        refused += 1
+        assert "\n" not in str(error) and path.relative_to(tmp_path / "checkpoints" / "1").as_posix() in str(error)
+      else:
+        assert path.parent.name == "1" and path.name in read_by_nobody, path
+        assert_same_bits(restored.state, state)
+        assert restored.meta == {"step": 1, "note": "x"}
+        np.testing.assert_array_equal(next(data), following)
+      path.write_bytes(whole)
+  assert len(files) > 20 and refused > 0.8 * FLIPS
+
+
+@pytest.mark.parametrize("name", ["params", "ema"])
+def test_parameters_alone_are_checked_too(tmp_path, name):
+  save(tmp_path, 1, state=large_state())
+  file = max((tmp_path / "checkpoints" / "1" / name).rglob("d/*"), key=lambda path: path.stat().st_size)
+  flip(file, random.Random(0))
+  with pytest.raises(UserError, match=rf"checkpoints/1 cannot be read: its {name}: {name}/.*{file.name} holds other"):
+    restore.restore_params(tmp_path)
+  restored = restore.restore_params(tmp_path, ema=False) if name == "ema" else None
+  assert restored is None or {*restored} == {*large_state().params}
+
+
+def test_the_newest_whole_one_before_it_is_named(tmp_path):
+  save(tmp_path, 1, 2, 3, 4, keep_last=9)
+  for step in (3, 4):
+    flip(next(path for path in checkpoint_files(tmp_path, step) if path.parent.name == "d"), random.Random(step))
+  with pytest.raises(
+    UserError, match="checkpoints/4 cannot be read: .*; take --step=2, the newest whole one before it"
+  ):
+    restore.restore_params(tmp_path)
+
+
+def test_one_without_digests_is_read_with_one_line(tmp_path, caplog):
+  save(tmp_path, 1)
+  (tmp_path / "checkpoints" / "1" / digests.NAME).unlink()
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    restored = checkpointer.restore(1, abstract(make_state(1), one_device), make_iterator())
+  assert_same_bits(restored.state, make_state(1))
+  assert [record.getMessage() for record in caplog.records if "digests.json" in record.getMessage()] == [
+    f"checkpoint {tmp_path}/checkpoints/1 has no digests.json, as those of earlier versions; it is read unchecked"
+  ]
+
+
+def test_digests_are_written_before_the_commit_mark(tmp_path, monkeypatch):
+  def full(folder):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(digests, "write", full)
+  with pytest.raises(OSError, match="No space left"):
+    save(tmp_path, 1)
+  assert not (tmp_path / "checkpoints" / "1").exists()
+
+
+def test_digests_of_every_file(tmp_path):
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, make_state(), make_iterator(), metrics={"acc": 0.5})
+  folder = tmp_path / "checkpoints" / "1"
+  listed = json.loads((folder / digests.NAME).read_text())["files"]
+  others = {digests.NAME, "commit_success.txt", "_CHECKPOINT_METADATA"}
+  assert {*listed} == {path.relative_to(folder).as_posix() for path in checkpoint_files(tmp_path, 1)} - others
+
+
+def test_a_copied_run_is_whole_and_a_cut_file_is_named(tmp_path):
+  save(tmp_path / "a", 1)
+  shutil.copytree(tmp_path / "a", tmp_path / "b")
+  folder = tmp_path / "b" / "checkpoints" / "1"
+  assert digests.damage(folder) is None
+  (folder / "meta" / "metadata").write_bytes(b"{}")
+  assert digests.damage(folder) == digests.Damage("meta/metadata", "has 2 bytes, not 11 as saved")
+  (folder / "meta" / "metadata").unlink()
+  assert digests.damage(folder) == digests.Damage("meta/metadata", "is missing")
