@@ -22,9 +22,10 @@ from diffdis_jax.ablate import run as ablation_run
 from diffdis_jax.common import buckets
 from diffdis_jax.data import copies, sources
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import committed, workdir, writers
+from diffdis_jax.run import checkpoint, committed, digests, restore, workdir, writers
 from tests import raw_pairs
 from tests.command_runs import ROOT, SAVE_EVERY, STEPS, call, joint_flags
+from tests.run.test_checkpoint import make_iterator, make_state, save
 from tests.test_resume import kill_when, metrics, restore_training
 
 pytest_plugins = ("tests.command_runs", "tests.bucket_server")
@@ -266,6 +267,39 @@ def test_a_run_without_a_checkpoint_is_set_aside(url):
   left = sorted(name for name in buckets.files_below(url) if "events" not in name)
   aside = [f"replaced_1/{name}" for name in ("config.json", "metrics.jsonl", "samples/samples_00000001.png")]
   assert left == ["config.json", *aside]
+
+
+def test_a_damaged_object_of_a_checkpoint_is_named_without_reading_any(url, monkeypatch, tmp_path):
+  with checkpoint.Checkpointer(url) as checkpointer:
+    for step in (1, 2):
+      checkpointer.save(step, make_state(), make_iterator())
+  folder = buckets.path(url) / "checkpoints" / "2"
+  with monkeypatch.context() as patched:
+    patched.setattr(digests, "_digest", lambda *_: pytest.fail("an object was read"))
+    assert digests.damage(folder) is None
+    name = next(name for name in buckets.files_below(folder) if name.startswith("params/d/"))
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=f"checkpoints/2 cannot be read: its params: {name} holds .*take --step=1, the"):
+      restore.restore_params(url)
+    (folder / name).write_bytes(whole)
+    restore.restore_params(url)
+  # Copied to a disk, its files are read: there no server keeps their digests.
+  local = tmp_path / "2"
+  for name in buckets.files_below(folder):
+    (local / name).parent.mkdir(parents=True, exist_ok=True)
+    (local / name).write_bytes((folder / name).read_bytes())
+  assert digests.damage(local) is None
+  (local / "meta" / "metadata").write_bytes(b"{'step': 2}")
+  assert digests.damage(local) == digests.Damage("meta/metadata", "holds other bytes than were saved")
+
+
+def test_a_checkpoint_copied_into_a_bucket_is_checked(url, tmp_path):
+  save(tmp_path, 1)
+  buckets.upload(tmp_path / "checkpoints" / "1", url)
+  assert digests.damage(url) is None
+  (buckets.path(url) / "meta" / "metadata").write_bytes(b"{'step': 1}")
+  assert digests.damage(url) == digests.Damage("meta/metadata", "holds other bytes than were saved")
 
 
 def test_pictures_of_a_run_in_a_bucket(url):
