@@ -19,12 +19,12 @@ CORE = (
   *("errors", "structs", "common", "config", "__init__"),
   *("parallel", "data", "run", "models", "method"),
   *("interop", "inference", "evals", "training"),
-  *("train", "evaluate", "generate", "prepare_data", "import_weights", "export_weights", "demo"),
+  *("train", "evaluate", "generate", "prepare_data", "import_weights", "export_weights", "verify", "demo"),
 )
 # Each in one room with a __main__.py of its own. The core imports none of them.
 TOOLS = ("app", "preflight", "report", "benchmark", "ablate")
 ROOMS = (*CORE, *TOOLS, "__main__")
-COMMANDS = {*CORE[-7:], *TOOLS, "config"}
+COMMANDS = {*CORE[-8:], *TOOLS, "config"}
 # Torch is an extra: for these alone, of which two ask for it only where they read a pickle, or time it.
 TORCH_FILES = {"interop/tensor_files.py", "interop/torch_diffdis.py", "benchmark/peer.py"}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.read_text())

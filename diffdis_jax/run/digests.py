@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import functools
 import json
+import math
 import os
 import pathlib
 import zlib
@@ -95,6 +96,20 @@ def damage(folder: epath.PathLike) -> Damage | None:
   if not isinstance(found, Digests):
     return found
   return _first(map(_checker(path, found), items_of(found, None)))
+
+
+def newest_whole(checkpoints: epath.Path, *, before: float = math.inf) -> int | None:
+  """The newest step below `before` whose files are all as they were saved; None where none is known to be.
+
+  Args:
+    checkpoints: their folder.
+    before: a step.
+  """
+  steps = (step for step in reversed(committed.committed_steps(checkpoints)) if step < before)
+  for path in (checkpoints / str(step) for step in steps):
+    if (path / NAME).exists() and damage(path) is None:
+      return int(path.name)
+  return None
 
 
 class Checking(NamedTuple):

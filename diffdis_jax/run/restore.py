@@ -234,8 +234,7 @@ def _checked(path: epath.Path, items: Collection[str] | None, read: Callable[[],
 
 def _damaged(path: epath.Path, damage: digests.Damage) -> UserError:
   item, otherwise = damage.file.partition("/")[0], _OTHERWISE
-  earlier = [step for step in committed.committed_steps(path.parent) if step < int(path.name)]
-  whole = next((step for step in reversed(earlier) if digests.damage(path.parent / str(step)) is None), None)
+  whole = digests.newest_whole(path.parent, before=int(path.name))
   if whole is not None:
     otherwise = (
       f"take --step={whole}, the newest whole one before it, or move the folders of later ones elsewhere to resume from"

@@ -1,0 +1,83 @@
+"""Checks the files of a run's checkpoints against the digests that were saved with them.
+
+  python -m diffdis_jax.verify --workdir=RUN
+
+Writes one line for each checkpoint. Exits with code 2 where one is damaged, and names the newest whole one. Nothing is
+changed. A checkpoint in a bucket is compared by the digests that its server keeps, and is not downloaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from absl import flags
+from etils import epath
+
+from diffdis_jax.common import cli
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import committed, digests
+
+FLAGS = flags.FLAGS
+
+
+class Verified(NamedTuple):
+  """One checkpoint. `state`: what is said of it; `damaged`: whether a file of it is not as it was saved."""
+
+  step: int
+  state: str
+  damaged: bool = False
+
+
+def define_flags() -> None:
+  """The command line."""
+  flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  folder, damaged, count = committed.folder(FLAGS.workdir), 0, 0
+  for found in verify(FLAGS.workdir):
+    sys.stdout.write(f"checkpoint {found.step}: {found.state}\n")
+    sys.stdout.flush()  # a line as soon as it is known: each may take minutes
+    damaged, count = damaged + found.damaged, count + 1
+  if damaged:
+    whole = digests.newest_whole(folder)
+    then = "none is known to be whole" if whole is None else f"the newest whole one is {whole}: take --step={whole}"
+    raise UserError(f"{damaged} of {count} checkpoints in {folder} {'is' if damaged == 1 else 'are'} damaged; {then}")
+
+
+def verify(workdir: epath.PathLike) -> Iterator[Verified]:
+  """Looks at each checkpoint of a run, by step.
+
+  Raises:
+    UserError: there is none.
+    OSError: its storage cannot be reached.
+  """
+  folder = committed.folder(workdir)
+  paths = committed.all_steps(folder)
+  if not paths:
+    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save")
+  for path in paths:
+    yield _verified(path)
+
+
+def _verified(path: epath.Path) -> Verified:
+  step, mark = int(path.name), path / committed.COMMIT_MARK
+  if not mark.exists():
+    return Verified(step, f"does not count: it has no {mark.name}; its save was interrupted, or is in progress")
+  damage, found = digests.damage(path), digests.read(path)
+  if not mark.exists():
+    return Verified(step, "removed meanwhile: the run keeps only some")
+  if damage is not None:
+    return Verified(step, f"damaged: {damage.file} {damage.what}", damaged=True)
+  if not isinstance(found, digests.Digests):
+    return Verified(step, f"not checked: it has no {digests.NAME}, as those of earlier versions")
+  size = sum(file.size for file in found.files.values())
+  return Verified(step, f"whole: {len(found.files)} files, {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main)
