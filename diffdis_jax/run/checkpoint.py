@@ -125,7 +125,7 @@ class Checkpointer:
       data_iterator: a Grain iterator built as the saved one was.
 
     Raises:
-      UserError: no such checkpoint, or one that is incomplete or does not fit `abstract`.
+      UserError: no such checkpoint, or one that is damaged or does not fit `abstract`.
     """
     return restore.read_state(restore.find(self._workdir, step), abstract, data_iterator)
 

@@ -63,7 +63,9 @@ def write(folder: epath.PathLike) -> None:
   else:
     local = pathlib.Path(path)
     names = sorted(each.relative_to(local).as_posix() for each in local.rglob("*") if each.is_file())
-    algorithm, found = "crc32", {name: _digest(path / name, "crc32") for name in names}
+    with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="digests") as pool:
+      values = pool.map(lambda name: _digest(path / name, "crc32"), names)
+      algorithm, found = "crc32", dict(zip(names, values, strict=True))
   content: dict[str, Any] = {"algorithm": algorithm}
   content["files"] = {name: file for name, file in sorted(found.items()) if name not in _LATER}
   # Its own, for a flipped bit in this very file.

@@ -95,15 +95,19 @@ def restore_params(
     abstract: ShapeDtypeStructs with shardings; without it everything lands on the first device.
 
   Raises:
-    UserError: no such checkpoint, or one that is incomplete or does not fit `abstract`.
+    UserError: no such checkpoint, or one that is damaged or does not fit `abstract`.
   """
   path = find(workdir, step)
-  if not (ema and (path / "ema").exists()):
+  if not ema:
     return _checked(path, ("params",), lambda: _read_tree(path / "params", abstract))
+  # Averages too where there are none now: their folder may be what is missing.
   return _checked(path, ("params", "ema"), lambda: _read_averaged(path, abstract))
 
 
 def _read_averaged(path: epath.Path, abstract: Params | None) -> Params:
+  """Parameters, averaged where the run keeps that."""
+  if not (path / "ema").exists():
+    return _read_tree(path / "params", abstract)
   # Averages are kept of what is trained alone. The rest, such as a frozen autoencoder, is the raw parameters'; the raw
   # ones that averages replace are not read at all, which is half of the bytes.
   averaged = _saved(path / "ema").keys()
@@ -211,6 +215,9 @@ def _checked(path: epath.Path, items: Collection[str] | None, read: Callable[[],
   """Calls `read`, and checks the digests of these items of the checkpoint meanwhile; of all of them for None.
 
   Several processes share the check of the large files, and raise the same error.
+
+  Raises:
+    UserError: a file is not as it was saved, or what `read` raises.
   """
   count, index = jax.process_count(), jax.process_index()
   with digests.checking(path, items, share=slice(index, None, count)) as check:
@@ -218,9 +225,11 @@ def _checked(path: epath.Path, items: Collection[str] | None, read: Callable[[],
       raise _damaged(path, check.early)
     try:
       found = read()
-    except UserError as error:
-      # The digests name the file, and tell damage from a model that does not fit. The other processes may be held up
-      # in the reading: this one looks by itself.
+    except Exception as error:
+      if may_pass(error):
+        raise
+      # The digests name the file, and separate damage from a model that does not fit. The other processes may be held
+      # up in the reading: this one looks by itself.
       damage = check.late() if count == 1 else digests.damage(path)
       if damage is not None:
         raise _damaged(path, damage) from error

@@ -71,6 +71,14 @@ def test_parameters_alone_are_checked_too(tmp_path, name):
   assert restored is None or {*restored} == {*large_state().params}
 
 
+def test_averages_that_are_gone_are_missed(tmp_path):
+  save(tmp_path, 1)
+  shutil.rmtree(tmp_path / "checkpoints" / "1" / "ema")
+  with pytest.raises(UserError, match="checkpoints/1 cannot be read: its ema: ema/.* is missing"):
+    restore.restore_params(tmp_path)
+  restore.restore_params(tmp_path, ema=False)
+
+
 def test_the_newest_whole_one_before_it_is_named(tmp_path):
   save(tmp_path, 1, 2, 3, 4, keep_last=9)
   for step in (3, 4):
