@@ -74,6 +74,8 @@ def _verified(path: epath.Path) -> Verified:
     return Verified(step, f"damaged: {damage.file} {damage.what}", damaged=True)
   if not isinstance(found, digests.Digests):
     return Verified(step, f"not checked: it has no {digests.NAME}, as those of earlier versions")
+  if not digests.is_checkable(path, found):
+    return Verified(step, f"not checked: its {digests.NAME} needs google-crc32c; pip install google-crc32c")
   size = sum(file.size for file in found.files.values())
   return Verified(step, f"whole: {len(found.files)} files, {size / 1e6:.1f} MB")
 

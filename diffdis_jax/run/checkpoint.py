@@ -53,6 +53,8 @@ class Checkpointer:
     if processes.is_first():
       _set_aside_uncommitted(committed.folder(workdir))
     processes.barrier("uncommitted checkpoints are set aside")
+    if kept.keep_best:
+      restore.check_metrics(committed.folder(workdir))  # before Orbax reads them, and deletes those that are not best
     # A checkpoint stays if any rule keeps it.
     rules: list[Any] = [policies.LatestN(kept.keep_last)]
     if kept.keep_every:

@@ -1,8 +1,9 @@
 """Digests of a checkpoint's files, by which a damaged one is refused. Without Orbax and jax.
 
-They lie in `digests.json` in the checkpoint's folder, written after the files and before the commit mark. CRC32 finds
-every flipped bit and every damaged stretch of up to 32 bits, and all but one in 4 billion of other damages. In a bucket
-the server's own CRC32C of each object stands for it, which is listed, so that no byte is read back.
+They lie in `digests.json` in the checkpoint's folder, written after the files and before the commit mark. A CRC finds
+every flipped bit and every damaged stretch of up to 32 bits, and all but one in 4 billion of other damages. It is
+CRC32C where google-crc32c is installed, which is three times as fast as zlib's CRC32. In a bucket it is what the server
+keeps of each object: it is listed, so that no byte is read back.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class _File(NamedTuple):
 
 
 class Digests(NamedTuple):
-  """Of a checkpoint, as they were saved. `algorithm`: crc32, or crc32c of a bucket."""
+  """Of a checkpoint, as they were saved. `algorithm`: crc32 or crc32c."""
 
   algorithm: str
   files: dict[str, _File]
@@ -63,9 +64,10 @@ def write(folder: epath.PathLike) -> None:
   else:
     local = pathlib.Path(path)
     names = sorted(each.relative_to(local).as_posix() for each in local.rglob("*") if each.is_file())
+    algorithm = "crc32" if _algorithm("crc32c") is None else "crc32c"
     with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="digests") as pool:
-      values = pool.map(lambda name: _digest(path / name, "crc32"), names)
-      algorithm, found = "crc32", dict(zip(names, values, strict=True))
+      values = pool.map(lambda name: _digest(path / name, algorithm), names)
+      found = dict(zip(names, values, strict=True))
   content: dict[str, Any] = {"algorithm": algorithm}
   content["files"] = {name: file for name, file in sorted(found.items()) if name not in _LATER}
   # Its own, for a flipped bit in this very file.
@@ -91,13 +93,21 @@ def items_of(found: Digests, items: Collection[str] | None) -> list[str]:
   return sorted(names, key=lambda name: (found.files[name].size, name))
 
 
-def damage(folder: epath.PathLike) -> Damage | None:
-  """What is wrong with a checkpoint's files, the first by size; None where all are whole, or there are no digests."""
+def is_checkable(folder: epath.Path, found: Digests) -> bool:
+  """Whether the package for this algorithm is installed, or none is needed."""
+  return _algorithm(found.algorithm) is not None or buckets.is_url(folder)
+
+
+def damage(folder: epath.PathLike, items: Collection[str] | None = None) -> Damage | None:
+  """What is wrong with the files of these items of a checkpoint, or of all; the first by size.
+
+  None where all are whole, or there are no digests. Where they are not `is_checkable`, sizes alone are looked at.
+  """
   path = buckets.path(folder)
   found = read(path)
   if not isinstance(found, Digests):
     return found
-  return _first(map(_checker(path, found), items_of(found, None)))
+  return _first(map(_checker(path, found), items_of(found, items)))
 
 
 def newest_whole(checkpoints: epath.Path, *, before: float = math.inf) -> int | None:
@@ -109,7 +119,8 @@ def newest_whole(checkpoints: epath.Path, *, before: float = math.inf) -> int | 
   """
   steps = (step for step in reversed(committed.committed_steps(checkpoints)) if step < before)
   for path in (checkpoints / str(step) for step in steps):
-    if (path / NAME).exists() and damage(path) is None:
+    found = read(path)
+    if isinstance(found, Digests) and is_checkable(path, found) and damage(path) is None:
       return int(path.name)
   return None
 
@@ -139,6 +150,10 @@ def checking(folder: epath.Path, items: Collection[str] | None, *, share: slice 
       logging.warning("checkpoint %s has no %s, as those of earlier versions; it is read unchecked", folder, NAME)
     yield Checking(found, lambda: found)
     return
+  if not is_checkable(folder, found) and not share.start:
+    logging.warning(
+      "checkpoint %s is read unchecked: its %s needs google-crc32c; pip install google-crc32c", folder, NAME
+    )
   check, names = _checker(folder, found), items_of(found, items)
   small = [name for name in names if found.files[name].size <= _SMALL]
   early = _first(map(check, small))
@@ -160,6 +175,7 @@ def _first(results: Iterator[Damage | None]) -> Damage | None:
 def _checker(folder: epath.Path, found: Digests) -> Callable[[str], Damage | None]:
   """What looks at one file of the checkpoint."""
   listed = _listed(folder) if buckets.is_url(folder) else None
+  checkable = is_checkable(folder, found)
 
   def check(name: str) -> Damage | None:
     saved = found.files[name]
@@ -169,8 +185,10 @@ def _checker(folder: epath.Path, found: Digests) -> Callable[[str], Damage | Non
         return Damage(name, "is missing")
       if now.size != saved.size:
         return Damage(name, f"has {now.size} bytes, not {saved.size} as saved")
-      # One that was copied into a bucket has the other kind of digest.
-      digest = now.digest if listed is not None and found.algorithm == "crc32c" else None
+      if not checkable:
+        return None
+      # The server keeps no CRC32, which one that was copied into a bucket may have.
+      digest = now.digest if found.algorithm == "crc32c" else ""
       digest = digest or _digest(folder / name, found.algorithm).digest
     except OSError as error:
       if may_pass(error):
@@ -197,20 +215,21 @@ def _size(path: epath.Path) -> _File | None:
 def _digest(path: epath.Path, algorithm: str) -> _File:
   """Of a file's content, read in chunks."""
   extend, value, size = _algorithm(algorithm), 0, 0
+  assert extend is not None
   with path.open("rb") as file:
     for chunk in iter(functools.partial(file.read, _CHUNK), b""):
       value, size = extend(chunk, value), size + len(chunk)
   return _File(size, f"{value:08x}")
 
 
-def _algorithm(name: str) -> Callable[[bytes, int], int]:
-  """Takes bytes, and the digest of those before them. Raises UserError: the package for it is not installed."""
+def _algorithm(name: str) -> Callable[[bytes, int], int] | None:
+  """Takes bytes, and the digest of those before them. None: the package for it is not installed."""
   if name == "crc32":
     return zlib.crc32
   try:
     import google_crc32c
-  except ImportError as error:
-    raise UserError(f"{NAME} of a bucket needs the package google-crc32c: pip install google-crc32c") from error
+  except ImportError:
+    return None
   return lambda chunk, before: google_crc32c.extend(before, chunk)
 
 

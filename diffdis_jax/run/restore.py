@@ -241,6 +241,15 @@ def _checked(path: epath.Path, items: Collection[str] | None, read: Callable[[],
   return found
 
 
+def check_metrics(checkpoints: epath.Path) -> None:
+  """Raises UserError: what a checkpoint was measured at, by which the best ones are kept, is not as it was saved."""
+  for step in committed.committed_steps(checkpoints):
+    damage = digests.damage(checkpoints / str(step), ("metrics",))
+    if damage is not None:
+      what = f"its metrics: {damage.file} {damage.what}; move its folder elsewhere"
+      raise UserError(f"checkpoint {checkpoints / str(step)} cannot be read: {what}")
+
+
 def _damaged(path: epath.Path, damage: digests.Damage) -> UserError:
   item, otherwise = damage.file.partition("/")[0], _OTHERWISE
   whole = digests.newest_whole(path.parent, before=int(path.name))

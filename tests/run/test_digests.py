@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import checkpoint, digests, restore
+from diffdis_jax.run import checkpoint, committed, digests, restore
 from diffdis_jax.structs import TrainState
 from tests.run.test_checkpoint import abstract, assert_same_bits, make_iterator, make_state, one_device, save
 
@@ -128,3 +129,41 @@ def test_a_copied_run_is_whole_and_a_cut_file_is_named(tmp_path):
   assert digests.damage(folder) == digests.Damage("meta/metadata", "has 2 bytes, not 11 as saved")
   (folder / "meta" / "metadata").unlink()
   assert digests.damage(folder) == digests.Damage("meta/metadata", "is missing")
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["crc32c", "crc32"])
+def test_with_and_without_the_faster_package(tmp_path, monkeypatch, installed):
+  if not installed:
+    monkeypatch.setitem(sys.modules, "google_crc32c", None)
+  save(tmp_path, 1)
+  content = json.loads((tmp_path / "checkpoints" / "1" / digests.NAME).read_text())
+  assert content["algorithm"] == ("crc32c" if installed else "crc32")
+  monkeypatch.undo()
+  restore.restore_params(tmp_path)
+  flip(tmp_path / "checkpoints" / "1" / "params" / "_METADATA", random.Random(0))
+  with pytest.raises(UserError, match="its params: params/_METADATA holds other bytes than were saved"):
+    restore.restore_params(tmp_path)
+
+
+def test_one_saved_with_a_package_that_is_not_here_is_read_with_one_line(tmp_path, monkeypatch, caplog):
+  save(tmp_path, 1)
+  monkeypatch.setitem(sys.modules, "google_crc32c", None)
+  restore.restore_params(tmp_path)
+  assert [record.getMessage() for record in caplog.records if "google" in record.getMessage()] == [
+    f"checkpoint {tmp_path}/checkpoints/1 is read unchecked: its digests.json needs google-crc32c; "
+    "pip install google-crc32c"
+  ]
+  assert digests.newest_whole(committed.folder(tmp_path)) is None
+
+
+def test_damaged_metrics_are_refused_before_a_checkpoint_is_deleted_by_them(tmp_path):
+  kept = checkpoint.CheckpointPolicy(keep_last=1, keep_best=1, best_metric="acc")
+  with checkpoint.Checkpointer(tmp_path, kept) as checkpointer:
+    for step, accuracy in ((1, 0.5), (2, 0.25), (3, 0.125)):
+      checkpointer.save(step, make_state(), metrics={"acc": accuracy})
+  folder = tmp_path / "checkpoints"
+  assert sorted(path.name for path in folder.iterdir()) == ["1", "3"]
+  assert digests.damage(folder / "1") is None and digests.damage(folder / "3") is None
+  (folder / "1" / "metrics" / "metrics").write_text('{"acc": 0.1}')
+  with pytest.raises(UserError, match="checkpoints/1 cannot be read: its metrics: metrics/metrics .*; move its folder"):
+    checkpoint.Checkpointer(tmp_path, kept)
