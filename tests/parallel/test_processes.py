@@ -15,6 +15,8 @@ import pytest
 from diffdis_jax.errors import Interrupted, Preempted, UserError
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.parallel.processes import Processes
+from diffdis_jax.run import checkpoint
+from diffdis_jax.structs import TrainState
 from tests import steps
 from tests.command_runs import ROOT
 from tests.interrupting import not_ignored
@@ -114,7 +116,7 @@ import jax, numpy as np
 from jax import monitoring
 from diffdis_jax.common import cli
 from diffdis_jax.parallel import processes, programs, sharding
-from diffdis_jax.run import workdir
+from diffdis_jax.run import restore, workdir
 from diffdis_jax.errors import UserError
 
 HOW = flags.DEFINE_string("how", "", "")
@@ -175,7 +177,13 @@ def main(_):
       np.testing.assert_array_equal(processes.whole(placed), rows)
     assert processes.over_hosts(np.array([jax.process_index() + 1, 5])).tolist() == [3, 10]
     assert processes.from_first(np.float32(7 - jax.process_index())) == 7
+    assert processes.first_message("" if first else "of the second") == "of the second"
+    assert processes.first_message("") == ""
     processes.check_shared(WORKDIR.value)
+  if HOW.value == "restore":
+    params = {"a": jax.ShapeDtypeStruct((1 << 19,), np.float32, sharding=sharding.batch_sharding(mesh))}
+    found = restore.restore_params(WORKDIR.value, abstract=params)
+    sys.stdout.write(f"{processes.whole(found['a'])[-1]}\\n")
 
 
 if __name__ == "__main__":
@@ -216,6 +224,22 @@ def test_two_processes_agree_and_share(tmp_path):
     assert code == 0, err
     assert f"host {i} of 2, 4 of 8 devices (cpu)" in err
   assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_damaged_checkpoint_is_the_same_line_on_all(tmp_path):
+  array = np.random.default_rng(0).normal(size=1 << 19).astype(np.float32)
+  with checkpoint.Checkpointer(tmp_path / "run") as checkpointer:
+    checkpointer.save(1, TrainState(params={"a": jax.numpy.asarray(array)}))
+  for code, out, err in both(tmp_path, "--how=restore", f"--workdir={tmp_path / 'run'}"):
+    assert code == 0 and out.splitlines()[-1] == str(float(array[-1])), err
+  (file,) = (path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.stat().st_size > 1 << 20)
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 1
+  file.write_bytes(content)
+  for code, out, err in both(tmp_path, "--how=restore", f"--workdir={tmp_path / 'run'}"):
+    assert code == 2 and str(float(array[-1])) not in out, err
+    line = err.splitlines()[-1]
+    assert line.startswith("error: checkpoint ") and f"{file.name} holds other bytes than were saved; " in line
 
 
 def test_one_raises_and_all_end_at_once_with_its_error_shown(tmp_path):
