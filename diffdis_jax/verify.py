@@ -1,6 +1,6 @@
 """Checks the files of a run's checkpoints against the digests that were saved with them.
 
-  python -m diffdis_jax.verify --workdir=RUN
+  diffdis verify --workdir=RUN
 
 Writes one line for each checkpoint. Exits with code 2 where one is damaged, and names the newest whole one. Nothing is
 changed. A checkpoint in a bucket is compared by the digests that its server keeps, and is not downloaded.
