@@ -88,6 +88,9 @@ def define_flags() -> None:
       f" By default {cc3m.SHORT_SIDE} for cc3m, 0 for the others",
       lower_bound=0,
     )
+    flags.DEFINE_boolean(
+      "reduced_decoding", True, "decode JPEGs of twice --short_side or more at 1/2, 1/4 or 1/8 of their size"
+    )
     flags.DEFINE_boolean("drop_duplicates", False, "keep only the first of images with the same bytes")
     flags.DEFINE_integer("num_processes", None, "processes that prepare; by default one a core", lower_bound=1)
     flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
@@ -156,6 +159,7 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
     short_side = cc3m.SHORT_SIDE
   settings = builder.Settings(
     short_side=short_side or None,  # 0, too, keeps the bytes
+    reduced_decoding=FLAGS.reduced_decoding,
     drop_duplicates=FLAGS.drop_duplicates,
     num_processes=FLAGS.num_processes or cli.cores(),
     beam_options=tuple(FLAGS.beam_pipeline_options),

@@ -14,11 +14,13 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from diffdis_jax.common import buckets
 from diffdis_jax.data import copies, image_files
-from diffdis_jax.data.transforms import decode
+from diffdis_jax.data.transforms import Decoded, decode_reduced
 from diffdis_jax.errors import UserError, parse_json
 
 MIN_SIDE = 2  # pixels: dead links are often answered by an image of one pixel
@@ -95,13 +97,20 @@ def read_image(data: bytes | None) -> Image.Image:
   Raises:
     Unusable: no bytes, or none that show an image.
   """
-  if not data:
+  return read_decoded(data, at_least=None).image
+
+
+def read_decoded(image: bytes | UInt8[np.ndarray, "h w 3"] | None, *, at_least: int | None) -> Decoded:
+  """As `read_image`, but a JPEG at a fraction of its size, as `decode_reduced` has it; an array as it is."""
+  if isinstance(image, np.ndarray):
+    return decode_reduced(image, at_least=at_least)
+  if not image:
     raise Unusable("missing image")
   with _unusable():
-    image = decode(data)
-  if min(image.size) < MIN_SIDE:
+    decoded = decode_reduced(image, at_least=at_least)
+  if min(decoded.width, decoded.height) < MIN_SIDE:
     raise Unusable("image of one pixel's width")
-  return image
+  return decoded
 
 
 @contextlib.contextmanager

@@ -8,15 +8,37 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import ExifTags, Image, ImageEnhance, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 from diffdis_jax.config.data import Augmentation
 from diffdis_jax.data import image_files, randaugment_timm
 from diffdis_jax.data.randaugment import randaugment
 
 WHITE = (255, 255, 255)
+FACTORS = (8, 4, 2)  # by which libjpeg can decode fewer pixels
 TRIES = 10  # of sampling a box that fits, as in torchvision
 STRIP = 2**20  # pixels that are converted at a time, so that a large image needs no second copy of four bytes a pixel
+
+
+class Decoded(NamedTuple):
+  """An upright RGB image, perhaps of fewer pixels than its file has.
+
+  Attributes:
+    image: each side the file's over `factor`, rounded up: the last pixel may lie partly beyond the edge.
+    width, height: of the file's image, upright, pixels.
+    factor: one of FACTORS, or 1.
+  """
+
+  image: Image.Image
+  width: int
+  height: int
+  factor: int = 1
+
+  @classmethod
+  def of(cls, image: Image.Image | Decoded) -> Decoded:
+    """The same, or an image with all of its pixels."""
+    return image if isinstance(image, Decoded) else cls(image, *image.size)
 
 
 def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
@@ -28,13 +50,49 @@ def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
     Image.DecompressionBombError: more pixels than `image_files.open_image` takes.
     Exception: the bytes are no image that Pillow can read to its end.
   """
+  return decode_reduced(image, at_least=None).image
+
+
+def decode_reduced(image: bytes | UInt8[np.ndarray, "h w 3"], *, at_least: int | None) -> Decoded:
+  """As `decode`, but a JPEG at the smallest size, of 1/8, 1/4, 1/2 and 1, whose short side has `at_least` pixels.
+
+  Args:
+    image: arrays and other formats keep all of their pixels.
+    at_least: 1 or more; None for all pixels.
+
+  Raises:
+    Exception: as `decode`, for the same files.
+  """
   if isinstance(image, np.ndarray):
-    return Image.fromarray(image)
+    return Decoded.of(Image.fromarray(image))
   with image_files.open_image(image) as opened:
+    sides = opened.size
+    factor = 1 if at_least is None else _reduce(opened, at_least)
     # To its end: a file that is cut off raises here, where that is counted.
     opened.load()
     ImageOps.exif_transpose(opened, in_place=True)
-    upright = opened
+    upright = _to_rgb(opened)
+  # What is turned has sides that divide, so that sides are never exchanged where something is taken off.
+  width, height = (side * factor - -stored % factor for side, stored in zip(upright.size, sides, strict=True))
+  return Decoded(upright, width, height, factor)
+
+
+def _reduce(opened: Image.Image, at_least: int) -> int:
+  """Has a JPEG decoded at a fraction of its size; returns by how much it is smaller."""
+  if not isinstance(opened, JpegImageFile) or min(opened.size) < FACTORS[-1] * at_least:
+    return 1
+  # Turning would bring the partial last pixel to the left or the top.
+  is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+  for factor in FACTORS:
+    divides = not any(side % factor for side in opened.size)
+    if min(opened.size) >= factor * at_least and (divides or not is_turned):
+      # Without a mode: grey and CMYK are converted by us, as at full size.
+      drafted = opened.draft(None, (opened.width // factor, opened.height // factor))
+      return factor if drafted else 1
+  return 1
+
+
+def _to_rgb(upright: Image.Image) -> Image.Image:
   # Pillow itself would cut 16 bits off at 255, so that all but the darkest were white.
   if upright.mode.startswith("I") or upright.mode == "F":
     return _in_strips(upright, _from_sixteen_bit_grey)
@@ -66,7 +124,27 @@ def _from_sixteen_bit_grey(image: Image.Image) -> Image.Image:
   return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
 
 
-def resize(image: Image.Image, size: int, *, place: float = 0.5) -> Image.Image:
+def needed_side(size: int, *views: Augmentation) -> int | None:
+  """Pixels of an image's short side from which any of these views, `size` pixels square, still samples `size` pixels a
+  side; None where one of them is to have all pixels. As `decode_reduced` takes it."""
+  if not all(how.reduced_decoding for how in views):
+    return None
+  return max(_needed_side(size, how) for how in views)
+
+
+def _needed_side(size: int, how: Augmentation) -> int:
+  wanted, share = size * (1 + how.zoom), 1.0
+  if how.crop == "random_resized":
+    # The smallest box is of the least area and the most oblong ratio; where no try fits, the ratio alone counts.
+    low, high = how.crop_ratio
+    oblong = min(low, 1 / high, 1.0)
+    share = min(math.sqrt(how.crop_scale[0] * oblong), oblong)
+    wanted += 1  # a box's sides are rounded
+  # Without a rest of floating point: 256 is not to become 257.
+  return math.ceil(round(wanted / share, 6))
+
+
+def resize(image: Image.Image | Decoded, size: int, *, place: float = 0.5) -> Image.Image:
   """Short side to `size` pixels (bicubic, antialiased), then a square. Both sides have one scale: nothing is stretched.
 
   Args:
@@ -74,26 +152,31 @@ def resize(image: Image.Image, size: int, *, place: float = 0.5) -> Image.Image:
     size: side of the square, pixels.
     place: of the square along the long side, from 0, left or top, to 1; by default the middle.
   """
-  if image.size == (size, size):
+  image, *sides, factor = Decoded.of(image)
+  if sides == [size * factor, size * factor]:
     return image
-  side = min(image.size)
+  # In pixels of the image there is, and to a fraction of one: an odd width is not a whole number of larger pixels.
+  width, height = (side / factor for side in sides)
+  side = min(width, height)
   # The box is resampled once: to scale first and then cut would round scale and place to whole pixels.
-  left, top = place * (image.width - side), place * (image.height - side)
+  left, top = place * (width - side), place * (height - side)
   return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
 def augment(
-  image: Image.Image, rng: np.random.Generator, *, size: int, how: Augmentation
+  image: Image.Image | Decoded, rng: np.random.Generator, *, size: int, how: Augmentation
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """A varied view of the image, `size` pixels square."""
+  """A varied view of the image, `size` pixels square. The generator gives the same view whatever the image's factor."""
+  whole = Decoded.of(image)
   if how.shift or how.zoom or how.rotation:
-    image = random_affine(image, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
+    moved = random_affine(whole.image, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
+    whole = whole._replace(image=moved)
   if how.crop == "random":
-    image = random_square(image, rng, size=size)
+    image = random_square(whole, rng, size=size)
   elif how.crop == "random_resized":
-    image = random_resized_crop(image, rng, size=size, scale=how.crop_scale, ratio=how.crop_ratio)
+    image = random_resized_crop(whole, rng, size=size, scale=how.crop_scale, ratio=how.crop_ratio)
   else:
-    image = resize(image, size)
+    image = resize(whole, size)
   if how.flip and rng.random() < 0.5:
     image = ImageOps.mirror(image)
   common = dict(operations=how.randaugment_operations, magnitude=how.randaugment_magnitude)
@@ -106,7 +189,7 @@ def augment(
   return randaugment_timm.erase(pixels, rng, probability=how.erase) if how.erase else pixels
 
 
-def random_square(image: Image.Image, rng: np.random.Generator, *, size: int) -> Image.Image:
+def random_square(image: Image.Image | Decoded, rng: np.random.Generator, *, size: int) -> Image.Image:
   """Short side to `size` pixels, then a square from a uniformly random place, as Stable Diffusion's training cuts it.
 
   The place is any fraction of a pixel, and the scale exactly that of the short side. A square image is only resized.
@@ -147,16 +230,22 @@ def draw_box(
 
 
 def random_resized_crop(
-  image: Image.Image, rng: np.random.Generator, *, size: int, scale: Sequence[float], ratio: Sequence[float]
+  image: Image.Image | Decoded, rng: np.random.Generator, *, size: int, scale: Sequence[float], ratio: Sequence[float]
 ) -> Image.Image:
   """A random box, stretched to a square of `size` pixels: torchvision's RandomResizedCrop, bicubic and antialiased.
 
-  `scale` and `ratio` are those of `draw_box`. No pixel outside of the box has a part in the result.
+  `scale` and `ratio` are those of `draw_box`, in pixels of the file. No pixel outside of the box has a part in the
+  result.
   """
-  box = draw_box(image.width, image.height, rng, scale=scale, ratio=ratio)
-  # Not by `box` of resize, whose filter reaches beyond the box.
-  inside = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-  return inside.resize((size, size), Image.Resampling.BICUBIC)
+  image, width, height, factor = Decoded.of(image)
+  box = draw_box(width, height, rng, scale=scale, ratio=ratio)
+  left, top, right, bottom = (
+    place / factor for place in (box.left, box.top, box.left + box.width, box.top + box.height)
+  )
+  # Not by `box` of resize alone, whose filter reaches beyond the box.
+  x, y = math.floor(left), math.floor(top)
+  inside = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+  return inside.resize((size, size), Image.Resampling.BICUBIC, box=(left - x, top - y, right - x, bottom - y))
 
 
 def random_affine(
