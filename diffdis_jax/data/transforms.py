@@ -57,7 +57,8 @@ def decode_reduced(image: bytes | UInt8[np.ndarray, "h w 3"], *, at_least: int |
   """As `decode`, but a JPEG at the smallest size, of 1/8, 1/4, 1/2 and 1, whose short side has `at_least` pixels.
 
   Args:
-    image: arrays and other formats keep all of their pixels.
+    image: arrays and other formats keep all of their pixels, and a JPEG that EXIF turns is reduced only where both
+      sides divide.
     at_least: 1 or more; None for all pixels.
 
   Raises:
@@ -169,7 +170,7 @@ def augment(
   """A varied view of the image, `size` pixels square. The generator gives the same view whatever the image's factor."""
   whole = Decoded.of(image)
   if how.shift or how.zoom or how.rotation:
-    moved = random_affine(whole.image, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
+    moved = random_affine(whole, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
     whole = whole._replace(image=moved)
   if how.crop == "random":
     image = random_square(whole, rng, size=size)
@@ -249,15 +250,17 @@ def random_resized_crop(
 
 
 def random_affine(
-  image: Image.Image, rng: np.random.Generator, *, shift: float, zoom: float, rotation: float
+  image: Image.Image | Decoded, rng: np.random.Generator, *, shift: float, zoom: float, rotation: float
 ) -> Image.Image:
   """Turns and scales about the middle, then moves; log of the scale uniform, uncovered pixels white."""
+  image, *sides, factor = Decoded.of(image)
+  width, height = (side / factor for side in sides)
   angle = math.radians(rng.uniform(-rotation, rotation))
   log_zoom = math.log1p(zoom)
   factor = math.exp(rng.uniform(-log_zoom, log_zoom))
-  dx, dy = rng.uniform(-shift, shift, 2) * image.size
+  dx, dy = rng.uniform(-shift, shift, 2) * (width, height)
   cos, sin = math.cos(angle) / factor, math.sin(angle) / factor
-  x, y = image.width / 2, image.height / 2
+  x, y = width / 2, height / 2
   # Pillow asks of each pixel of the result where it comes from, so that this is the way back.
   inverse = (cos, sin, x - cos * (x + dx) - sin * (y + dy), -sin, cos, y + sin * (x + dx) - cos * (y + dy))
   return image.transform(image.size, Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC, fillcolor=WHITE)

@@ -202,8 +202,7 @@ def chunks(
   crop_pct: float = 1.0,
   reduced_decoding: bool = False,
 ) -> Iterator[Images]:
-  """The images of `indices` in order, as squares of `image_size`, at most `CHUNK` at a time; the rest as `to_square` has
-  it."""
+  """The images of `indices` in order, as squares, at most `CHUNK` at a time; settings as `to_square` has them."""
   for start in range(0, len(indices), CHUNK):
     part = indices[start : start + CHUNK]
     yield Images(source, part, image_size, crop_pct, reduced_decoding=reduced_decoding)

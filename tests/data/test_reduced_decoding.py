@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffdis_jax.config.data import CROPS
 from diffdis_jax.data import records, transforms
 from diffdis_jax.data.loader import train_loader
 from diffdis_jax.data.prepare.pairs import RawPair, to_record
@@ -125,7 +126,7 @@ def test_never_fewer_pixels_than_are_wanted():
   for _ in range(150):
     width, height = (int(side) for side in np.exp(rng.uniform(np.log(8), np.log(900), 2)))
     size, low = int(rng.integers(4, 200)), float(rng.uniform(0.05, 1.0))
-    crop = transforms.CROPS[rng.integers(3)]
+    crop = CROPS[rng.integers(3)]
     ratio = tuple(sorted(np.exp(rng.uniform(-0.7, 0.7, 2)).tolist()))
     how = Augmentation(crop=crop, crop_scale=(low, 1.0), crop_ratio=ratio, zoom=float(rng.choice([0, 0.3])))
     found = decode_reduced(jpeg(width, height), at_least=needed_side(size, how))
@@ -169,7 +170,7 @@ def test_batches_of_training_are_reduced_unless_turned_off():
     train_loader(
       _One(data),
       tokenizer=lambda texts: np.zeros((len(texts), 4), np.int32),
-      batch_size=1,
+      batch_size=2,
       image_size=256,
       seed=0,
       augmentation=Augmentation(**how),
