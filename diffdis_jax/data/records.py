@@ -124,11 +124,7 @@ def _unusable() -> Iterator[None]:
 
 
 def read_caption(data: bytes | None) -> str:
-  """UTF-8 bytes -> the caption without surrounding white space.
-
-  Raises:
-    Unusable: no caption, or bytes that are not UTF-8.
-  """
+  """UTF-8 bytes -> the caption without surrounding white space. Raises Unusable: none there, or bytes not in UTF-8."""
   if data is None or not data.strip():
     raise Unusable("missing caption")
   try:
@@ -138,11 +134,7 @@ def read_caption(data: bytes | None) -> str:
 
 
 def read_metadata(data: bytes | None) -> dict[str, Any]:
-  """The json beside an image; empty where there is none.
-
-  Raises:
-    Unusable: not JSON, or no object.
-  """
+  """The json beside an image; empty where there is none. Raises Unusable: not JSON, or no object."""
   try:
     metadata = parse_json(data or b"{}", "metadata")
   except UserError as error:

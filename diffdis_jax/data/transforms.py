@@ -40,6 +40,11 @@ class Decoded(NamedTuple):
     """The same, or an image with all of its pixels."""
     return image if isinstance(image, Decoded) else cls(image, *image.size)
 
+  @property
+  def sides(self) -> tuple[float, float]:
+    """Width and height in pixels of `image`, to a fraction of one where `factor` does not divide them."""
+    return self.width / self.factor, self.height / self.factor
+
 
 def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
   """Encoded bytes or an RGB array -> RGB image, upright by EXIF, transparency composited on white.
@@ -73,7 +78,7 @@ def decode_reduced(image: bytes | UInt8[np.ndarray, "h w 3"], *, at_least: int |
     opened.load()
     ImageOps.exif_transpose(opened, in_place=True)
     upright = _to_rgb(opened)
-  # What is turned has sides that divide, so that sides are never exchanged where something is taken off.
+  # -stored % factor is how far the last pixel lies beyond the edge: zero where EXIF exchanges the sides.
   width, height = (side * factor - -stored % factor for side, stored in zip(upright.size, sides, strict=True))
   return Decoded(upright, width, height, factor)
 
@@ -126,8 +131,8 @@ def _from_sixteen_bit_grey(image: Image.Image) -> Image.Image:
 
 
 def needed_side(size: int, *views: Augmentation) -> int | None:
-  """Pixels of an image's short side from which any of these views, `size` pixels square, still samples `size` pixels a
-  side; None where one of them is to have all pixels. As `decode_reduced` takes it."""
+  """What `decode_reduced` takes as `at_least`, so that whatever part of the image these views show, `size` pixels
+  square, has as many pixels a side; None where one of them is to have all pixels."""
   if not all(how.reduced_decoding for how in views):
     return None
   return max(_needed_side(size, how) for how in views)
@@ -153,21 +158,20 @@ def resize(image: Image.Image | Decoded, size: int, *, place: float = 0.5) -> Im
     size: side of the square, pixels.
     place: of the square along the long side, from 0, left or top, to 1; by default the middle.
   """
-  image, *sides, factor = Decoded.of(image)
-  if sides == [size * factor, size * factor]:
-    return image
-  # In pixels of the image there is, and to a fraction of one: an odd width is not a whole number of larger pixels.
-  width, height = (side / factor for side in sides)
+  whole = Decoded.of(image)
+  if whole.sides == (size, size):
+    return whole.image
+  width, height = whole.sides
   side = min(width, height)
   # The box is resampled once: to scale first and then cut would round scale and place to whole pixels.
   left, top = place * (width - side), place * (height - side)
-  return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+  return whole.image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
 def augment(
   image: Image.Image | Decoded, rng: np.random.Generator, *, size: int, how: Augmentation
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """A varied view of the image, `size` pixels square. The generator gives the same view whatever the image's factor."""
+  """A varied view of the image, `size` pixels square; at any factor of `Decoded` the same part of it."""
   whole = Decoded.of(image)
   if how.shift or how.zoom or how.rotation:
     moved = random_affine(whole, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
@@ -238,14 +242,13 @@ def random_resized_crop(
   `scale` and `ratio` are those of `draw_box`, in pixels of the file. No pixel outside of the box has a part in the
   result.
   """
-  image, width, height, factor = Decoded.of(image)
-  box = draw_box(width, height, rng, scale=scale, ratio=ratio)
-  left, top, right, bottom = (
-    place / factor for place in (box.left, box.top, box.left + box.width, box.top + box.height)
-  )
+  whole = Decoded.of(image)
+  box = draw_box(whole.width, whole.height, rng, scale=scale, ratio=ratio)
+  left, top, width, height = (pixels / whole.factor for pixels in box)
+  right, bottom = left + width, top + height
   # Not by `box` of resize alone, whose filter reaches beyond the box.
   x, y = math.floor(left), math.floor(top)
-  inside = image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+  inside = whole.image.crop((x, y, math.ceil(right), math.ceil(bottom)))
   return inside.resize((size, size), Image.Resampling.BICUBIC, box=(left - x, top - y, right - x, bottom - y))
 
 
@@ -253,8 +256,8 @@ def random_affine(
   image: Image.Image | Decoded, rng: np.random.Generator, *, shift: float, zoom: float, rotation: float
 ) -> Image.Image:
   """Turns and scales about the middle, then moves; log of the scale uniform, uncovered pixels white."""
-  image, *sides, factor = Decoded.of(image)
-  width, height = (side / factor for side in sides)
+  whole = Decoded.of(image)
+  width, height = whole.sides
   angle = math.radians(rng.uniform(-rotation, rotation))
   log_zoom = math.log1p(zoom)
   factor = math.exp(rng.uniform(-log_zoom, log_zoom))
@@ -263,7 +266,8 @@ def random_affine(
   x, y = width / 2, height / 2
   # Pillow asks of each pixel of the result where it comes from, so that this is the way back.
   inverse = (cos, sin, x - cos * (x + dx) - sin * (y + dy), -sin, cos, y + sin * (x + dx) - cos * (y + dy))
-  return image.transform(image.size, Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC, fillcolor=WHITE)
+  kind, filter_ = Image.Transform.AFFINE, Image.Resampling.BICUBIC
+  return whole.image.transform(whole.image.size, kind, inverse, filter_, fillcolor=WHITE)
 
 
 def jitter_colour(image: Image.Image, rng: np.random.Generator, *, how: Augmentation) -> Image.Image:

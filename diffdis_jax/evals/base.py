@@ -132,11 +132,7 @@ def _in_full(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
 
 
 def to_square(
-  image: bytes | UInt8[np.ndarray, "h w 3"],
-  image_size: int,
-  crop_pct: float = 1.0,
-  *,
-  reduced_decoding: bool = False,
+  image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int, crop_pct: float = 1.0, *, reduced_decoding: bool = False
 ) -> UInt8[np.ndarray, "s s 3"]:
   """The image's central square, resized. Raises records.Unusable: bytes that show no image.
 
@@ -195,12 +191,7 @@ class Images:
 
 
 def chunks(
-  source: Any,
-  indices: Int[np.ndarray, " n"],
-  *,
-  image_size: int,
-  crop_pct: float = 1.0,
-  reduced_decoding: bool = False,
+  source: Any, indices: Int[np.ndarray, " n"], *, image_size: int, crop_pct: float = 1.0, reduced_decoding: bool = False
 ) -> Iterator[Images]:
   """The images of `indices` in order, as squares, at most `CHUNK` at a time; settings as `to_square` has them."""
   for start in range(0, len(indices), CHUNK):

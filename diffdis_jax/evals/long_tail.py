@@ -70,7 +70,7 @@ class LongTail:
     self.corpus = long_tail.open_corpus(**where)
     self.train_counts = long_tail.train_counts(**where)
     self._neighbours, self._visual_share, self._seed = neighbours, visual_share, seed
-    self._squares = dict(crop_pct=crop_pct, reduced_decoding=reduced_decoding)
+    self._squares: dict[str, Any] = dict(crop_pct=crop_pct, reduced_decoding=reduced_decoding)
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""

@@ -71,10 +71,12 @@ def mend(caption: str) -> Mended:
 
 def shrink(image: Decoded, short_side: int) -> bytes:
   """JPEG of the image with its short side reduced to `short_side` pixels."""
-  sides = image.width, image.height
-  width, height = (max(short_side, round(side * short_side / min(sides))) for side in sides)
-  file, box = io.BytesIO(), (0, 0, image.width / image.factor, image.height / image.factor)
-  image.image.resize((width, height), Image.Resampling.BICUBIC, box).save(file, "JPEG", quality=JPEG_QUALITY)
+  scale = short_side / min(image.width, image.height)
+  width, height = (max(short_side, round(side * scale)) for side in (image.width, image.height))
+  file = io.BytesIO()
+  image.image.resize((width, height), Image.Resampling.BICUBIC, box=(0, 0, *image.sides)).save(
+    file, "JPEG", quality=JPEG_QUALITY
+  )
   return file.getvalue()
 
 
