@@ -188,6 +188,12 @@ def test_numbers_stand_in_tables(path):
   assert found == []
 
 
+@pytest.mark.parametrize("path", [README, *(ROOT / "docs").rglob("*.md")], ids=name_of)
+def test_no_line_of_prose_begins_with_a_comment(path):
+  """With which Markdown ends the paragraph before it."""
+  assert re.findall(r"^\s*<!--=.*", path.read_text(encoding="utf-8"), re.M) == []
+
+
 @pytest.mark.parametrize("path", BOOK, ids=name_of)
 def test_a_page_begins_with_whom_it_is_for(path):
   """A heading, and one short paragraph."""
@@ -215,6 +221,13 @@ def test_links_lead_to_files(path):
   targets += re.findall(r'(?:src|srcset)="([^"]+)"', path.read_text(encoding="utf-8"))
   found = [target for target in targets if not re.match(r"https?:|#|mailto:", target)]
   assert found and [target for target in found if not (path.parent / target.partition("#")[0]).exists()] == []
+
+
+def test_the_modules_of_the_reference_exist():
+  named = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+  files = [ROOT / name.replace(".", "/") for name in named]
+  assert len(named) > 30
+  assert [str(file) for file in files if not (file.with_suffix(".py").exists() or file.is_dir())] == []
 
 
 @pytest.mark.parametrize("name", method.THEMES)

@@ -21,26 +21,30 @@ from tests.raw_pairs import load
 PAGE = "docs/extending.md"
 
 
-@pytest.fixture
-def module(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
   """A block of the page as a module of its own."""
+  folder = tmp_path_factory.mktemp("page")
 
   def make(name: str, containing: str) -> types.ModuleType:
-    path = tmp_path / f"{name}.py"
+    path = folder / f"{name}.py"
     path.write_text(pages.python_block(PAGE, containing))
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
     made = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, made)
+    patch.setitem(sys.modules, name, made)
     spec.loader.exec_module(made)
     return made
 
-  return make
+  with pytest.MonkeyPatch.context() as patch:
+    yield make
 
 
-@pytest.fixture
-def prepared(module, tmp_path) -> tuple[pathlib.Path, dict]:
-  """Two birds and a broken image, prepared; and what was reported of them."""
-  source = tmp_path / "BIRDS"
+@pytest.fixture(scope="module")
+def prepared(module, tmp_path_factory) -> tuple[pathlib.Path, dict]:
+  """Two birds and a broken image, prepared; and what was reported of them. Once, since TFDS knows a set by its name."""
+  folder = tmp_path_factory.mktemp("birds")
+  source = folder / "BIRDS"
   (source / "images").mkdir(parents=True)
   rows = [{"file": f"{i}.png", "text": f"bird {i} on a branch", "species": f"species {i}"} for i in range(3)]
   (source / "captions.json").write_text(json.dumps(rows))
@@ -49,7 +53,7 @@ def prepared(module, tmp_path) -> tuple[pathlib.Path, dict]:
     Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(source / "images" / row["file"])
   (source / "images/2.png").write_bytes(b"no image")
   birds = module("birds_pairs", "class Birds")
-  out = tmp_path / "birds"
+  out = folder / "out"
   return out, builder.prepare(birds.find_parts(source), out, builder=birds.Birds)
 
 

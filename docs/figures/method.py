@@ -80,12 +80,9 @@ def draw(canvas: Canvas, strip: Strip, top: float) -> None:
     [(216, middle - 52), (356, middle - 24), (356, middle + 24), (216, middle + 52)], stroke=p.image, fill=p.image_fill
   )
   canvas.box(362, middle - 24, 56, 48, stroke=p.image, fill=p.image_fill)
-  canvas.polygon(
-    [(424, middle - 24), (564, middle - 52), (564, middle + 52), (424, middle + 24)],
-    stroke=p.off if discriminates else p.image,
-    fill=p.ground if discriminates else p.image_fill,
-    dashed=discriminates,
-  )
+  way_up = [(424, middle - 24), (564, middle - 52), (564, middle + 52), (424, middle + 24)]
+  stroke, fill = (p.off, p.ground) if discriminates else (p.image, p.image_fill)
+  canvas.polygon(way_up, stroke=stroke, fill=fill, dashed=discriminates)
   canvas.text(282, middle + 8, "down", size=21, colour=p.image)
   canvas.text(390, middle + 8, "mid", size=21, colour=p.image)
   up, colour = ("not run", p.soft) if discriminates else ("up", p.image)
@@ -101,7 +98,7 @@ def draw(canvas: Canvas, strip: Strip, top: float) -> None:
       canvas.text(656, middle - 2 + 27 * i, line, colour=p.image)
     if strip.loop:
       canvas.arrow(f"M656,{middle + 42} C640,{middle + 112} 130,{middle + 112} 104,{middle + 24}", p.soft)
-      canvas.text(376, middle + 86, strip.loop, size=21, colour=p.soft)
+      canvas.text(376, middle + 76, strip.loop, size=21, colour=p.soft)
     return
   for i, line in enumerate(strip.query):
     canvas.text(96, below - 2 + 26 * i if strip.query[1] else below + 8, line, colour=p.text)
@@ -124,6 +121,8 @@ def draw(canvas: Canvas, strip: Strip, top: float) -> None:
 def picture(palette: Palette) -> str:
   """The figure as SVG."""
   canvas = Canvas(palette)
+  canvas.text(582, TOP + 24, "image stream", size=21, colour=palette.image, anchor="end")
+  canvas.text(716, TOP + 24, "text stream", size=21, colour=palette.text, anchor="end")
   heights = [STRIP if strip.query else STRIP - 42 if strip.loop else STRIP - 84 for strip in STRIPS]
   top = TOP
   for i, (strip, height) in enumerate(zip(STRIPS, heights, strict=True)):

@@ -314,7 +314,9 @@ def costs() -> str:
 def paper() -> str:
   """The paper's own figures of Table 1 and of its ablations."""
   found = records.load("paper")
-  rows = [(each.what, "", f"{each.value}", "") for name, each in found.items() if re.match(r"table 1/.*ViT", name)]
+  rows: list[tuple[str, ...]] = [
+    (each.what, "", f"{each.value}", "") for name, each in found.items() if re.match(r"table 1/.*ViT", name)
+  ]
   for name, each in found.items():
     if re.match(r"table [2-57]/", name):
       rows.append((each.what, *(f"{each.values[column]:.2f}" for column in ("FID", "ZS", "R@1"))))
