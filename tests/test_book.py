@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from docs.figures import method
 from tests import pages
 
 ROOT = pages.ROOT
@@ -228,8 +227,3 @@ def test_the_modules_of_the_reference_exist():
   files = [ROOT / name.replace(".", "/") for name in named]
   assert len(named) > 30
   assert [str(file) for file in files if not (file.with_suffix(".py").exists() or file.is_dir())] == []
-
-
-@pytest.mark.parametrize("name", method.THEMES)
-def test_the_figure_of_the_method_is_its_scripts(name):
-  assert (method.FOLDER / name).read_text(encoding="utf-8") == method.picture(method.THEMES[name])
