@@ -515,7 +515,11 @@ def denoising(palette: Palette) -> str:
 PLOTS = {
   plot.__name__: plot
   for plot in (
+    demo_training,
     demo_seeds,
+    demo_by_class,
+    best_of_n,
+    denoising,
     ablations_forest,
     emoji_forest,
     emoji_changes_forest,
