@@ -1,11 +1,16 @@
-"""Turns a run into a folder that PyTorch users load: a StableDiffusionPipeline, and what DiffDis adds beside it; of a
-CLIP, what transformers and open_clip load.
+"""Turns a run into a folder that PyTorch users load: a pipeline of diffusers that generates and classifies; of a CLIP,
+what transformers and open_clip load.
 
   python -m diffdis_jax.export_weights --workdir=RUN --out=DIR
   python -m diffdis_jax.export_weights --workdir=RUN --push=ORG/NAME [--noprivate]
 
-DIR holds what `diffusers.StableDiffusionPipeline.from_pretrained` reads; where the run was trained for discrimination,
-diffdis.safetensors and diffdis_config.json for the PyTorch twin, interop/torch_diffdis.py; and README.md, a model card.
+DIR is loaded in one line, which needs diffusers and transformers alone:
+
+  pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)
+
+It generates as StableDiffusionPipeline does, which reads DIR too, and has classify, rank, embed_images and embed_texts.
+DIR holds the pipeline's parts in their folders, pipeline.py, and README.md, a model card; where the run was trained for
+discrimination the part `diffdis`; and head.safetensors, the head of a long-tailed run.
 Of a CLIP it holds what `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("local-dir:DIR")` read, a
 tokenizer and a model card. --push writes the same to the Hugging Face hub, as one commit.
 """
@@ -104,7 +109,8 @@ def export_weights(
     repo: `ORG/NAME` on the hub, for the model card.
 
   Raises:
-    UserError: no such checkpoint, a run that no pipeline or CLIP of theirs can hold, or `out` cannot be written.
+    UserError: no such checkpoint, an autoencoder alone, a CLIP that their libraries cannot hold, or `out` cannot be
+      written.
   """
   # Whatever can be refused is, before gigabytes are read.
   folder = files.empty_folder(out)
@@ -113,7 +119,7 @@ def export_weights(
   if is_clip:
     clip_to_torch.check(fields["model"])
   else:
-    to_torch.check(fields["model"], fields["objectives"])
+    to_torch.check(fields["objectives"])
   step, ema = restore.choose(run, step, ema=ema)
   params = restore.restore_params(run, step=step, ema=ema)
   with files.whole_folder(folder) as temporary:
@@ -127,7 +133,7 @@ def export_weights(
 
 
 def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:
-  """A StableDiffusionPipeline, and the PyTorch twin's file where the run was trained for discrimination.
+  """A pipeline of diffusers.
 
   Args:
     own: of the run's config, OWN_FIELDS and `max_length`.
@@ -143,7 +149,7 @@ def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *,
   )
   write_tokenizer(folder / "tokenizer", own["max_length"])
   if not (folder / to_torch.FILES["diffdis"]).exists():  # said, since a pipeline loads without it
-    logging.info("it was not trained for discrimination")
+    logging.info("it was not trained for discrimination: the pipeline generates and does not classify")
 
 
 def write_clip(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:

@@ -1,0 +1,83 @@
+"""The model card's code, run as it is printed where a PyTorch user has neither JAX nor this package."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from diffdis_jax.export_weights import export_weights
+from tests.hub_server import Hub
+from tests.interop.test_torch_pipeline import export_of
+
+pytest_plugins = ("tests.untrained", "tests.hub_server")
+
+# First on the path, and then not to be imported: what a PyTorch user has not.
+ABSENT = (
+  "import sys\nfor name in ('jax', 'flax', 'jaxtyping', 'diffdis_jax', 'accelerate'):\n  sys.modules[name] = None\n"
+)
+ONLINE = {"HF_HUB_OFFLINE": "0"}
+
+
+def code_of(folder: pathlib.Path) -> str:
+  """The card's blocks of Python, one after the other."""
+  return "\n".join(re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S))
+
+
+def run_code(code: str, cwd: pathlib.Path, **environment: str) -> str:
+  """What it prints. Whatever it downloads or copies is kept in `cwd`."""
+  (cwd / "card.py").write_text(ABSENT + code)
+  kept = {"HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+  path = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+  command = [sys.executable, "card.py"]
+  done = subprocess.run(command, cwd=cwd, env=path | kept | environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert "packages that were not found" not in done.stderr
+  return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory) -> pathlib.Path:
+  path = tmp_path_factory.mktemp("export") / "out"
+  export_weights(run, str(path))
+  return path
+
+
+def test_from_a_folder(folder, tmp_path):
+  code = code_of(folder)
+  lines = [line for line in code.splitlines() if line]
+  assert len(lines) == 4  # an import, two to generate, one to classify
+  (tmp_path / "FOLDER").symlink_to(folder)
+  # What a pipeline saved is whole in another process too.
+  saved = 'pipe.save_pretrained("saved")\n' + "\n".join(lines[:2]).replace('"FOLDER"', '"saved"') + "\n"
+  printed = run_code(code + saved + 'print(pipe.classify(image, ["a", "b"]).labels)\n', tmp_path)
+  assert printed.count("\n") == 2 and printed.startswith("['")
+
+
+def test_of_a_run_that_only_classifies(run, tmp_path):
+  export_of(run, tmp_path, objectives=("discrimination",))
+  (tmp_path / "FOLDER").symlink_to(tmp_path / "out")
+  Image.new("RGB", (50, 40)).save(tmp_path / "photo.png")
+  assert run_code(code_of(tmp_path / "out"), tmp_path).startswith("['")
+
+
+def test_from_the_hub_and_then_offline(run, hub: Hub, tmp_path):
+  export_weights(run, str(tmp_path / "out"), repo="me/tiny")
+  code = code_of(tmp_path / "out")
+  assert 'from_pretrained("me/tiny", custom_pipeline="me/tiny", trust_remote_code=True)' in code
+  hub.add("me/tiny", tmp_path / "out")
+  online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
+  assert run_code(code, tmp_path, **online).startswith("['")
+  # From the cache: as the card's sentence says it.
+  offline = 'from huggingface_hub import snapshot_download\nfolder = snapshot_download("me/tiny")\n'
+  offline += code.replace('"me/tiny"', "folder")
+  assert run_code(offline, tmp_path).startswith("['")
+
+
+def test_of_a_clip(tmp_path):
+  pytest.importorskip("open_clip")
