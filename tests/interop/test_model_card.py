@@ -12,16 +12,14 @@ import pytest
 from PIL import Image
 
 from diffdis_jax.export_weights import export_weights
+from tests import tiny_clip
 from tests.hub_server import Hub
-from tests.interop.test_torch_pipeline import export_of
+from tests.interop.test_torch_pipeline import export_config, export_of
 
 pytest_plugins = ("tests.untrained", "tests.hub_server")
 
-# First on the path, and then not to be imported: what a PyTorch user has not.
-ABSENT = (
-  "import sys\nfor name in ('jax', 'flax', 'jaxtyping', 'diffdis_jax', 'accelerate'):\n  sys.modules[name] = None\n"
-)
-ONLINE = {"HF_HUB_OFFLINE": "0"}
+# Not to be imported, since a PyTorch user has none of them.
+ABSENT = "import sys\nfor name in ('jax', 'flax', 'jaxtyping', 'diffdis_jax'):\n  sys.modules[name] = None\n"
 
 
 def code_of(folder: pathlib.Path) -> str:
@@ -43,9 +41,9 @@ def run_code(code: str, cwd: pathlib.Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory) -> pathlib.Path:
-  path = tmp_path_factory.mktemp("export") / "out"
-  export_weights(run, str(path))
-  return path
+  path = tmp_path_factory.mktemp("made")
+  export_of(run, path)
+  return path / "out"
 
 
 def test_from_a_folder(folder, tmp_path):
@@ -67,10 +65,10 @@ def test_of_a_run_that_only_classifies(run, tmp_path):
 
 
 def test_from_the_hub_and_then_offline(run, hub: Hub, tmp_path):
-  export_weights(run, str(tmp_path / "out"), repo="me/tiny")
-  code = code_of(tmp_path / "out")
+  export_weights(export_of(run, tmp_path), str(tmp_path / "pushed"), repo="me/tiny")
+  code = code_of(tmp_path / "pushed")
   assert 'from_pretrained("me/tiny", custom_pipeline="me/tiny", trust_remote_code=True)' in code
-  hub.add("me/tiny", tmp_path / "out")
+  hub.add("me/tiny", tmp_path / "pushed")
   online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
   assert run_code(code, tmp_path, **online).startswith("['")
   # From the cache: as the card's sentence says it.
@@ -80,4 +78,7 @@ def test_from_the_hub_and_then_offline(run, hub: Hub, tmp_path):
 
 
 def test_of_a_clip(tmp_path):
-  pytest.importorskip("open_clip")
+  export_config(tiny_clip.get_config(), tmp_path)
+  (tmp_path / "FOLDER").symlink_to(tmp_path / "out")
+  said = 'print(model.logit_scale.shape, tuple(preprocess(__import__("PIL.Image").Image.new("RGB", (9, 8))).shape))'
+  assert run_code(f"{code_of(tmp_path / 'out')}\n{said}\n", tmp_path) == "torch.Size([]) (3, 16, 16)\n"

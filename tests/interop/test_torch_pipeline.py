@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
 from ml_collections import ConfigDict
 from PIL import Image
 from safetensors.numpy import load_file
@@ -54,18 +56,36 @@ def export_of(run: str, folder: pathlib.Path, **changes: Any) -> str:
 def export_config(config: ConfigDict, folder: pathlib.Path) -> str:
   path = str(folder / "run")
   workdir.open_for_training(path, config.to_dict())
+  params = random_params(steps.network_of(config).shapes, seed=1)
+  if "autoencoder.scale" in params:
+    channels = len(params["autoencoder.scale"])
+    params["autoencoder.shift"] = np.linspace(-0.5, 0.5, channels, dtype=np.float32)
+    params["autoencoder.scale"] = np.linspace(0.2, 1, channels, dtype=np.float32)
+    params["autoencoder.conv_out.kernel"] *= 0.3  # images neither black nor white
   with checkpoint.Checkpointer(path) as checkpointer:
-    checkpointer.save(STEP, TrainState(params=random_params(steps.network_of(config).shapes, seed=1)))
+    checkpointer.save(STEP, TrainState(params=params))
   export_weights(path, str(folder / "out"))
   return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_modules(tmp_path_factory) -> Iterator[None]:
+  """A folder for the code that diffusers copies before it imports it, which the tests' processes would share."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    yield
+
+
 @pytest.fixture(scope="module")
-def folder(run, tmp_path_factory) -> pathlib.Path:
-  """Export of the run in tests/untrained.py, whose autoencoder has patches of 4 x 4 pixels."""
-  path = tmp_path_factory.mktemp("export") / "out"
-  export_weights(run, str(path))
-  return path
+def made(run, tmp_path_factory) -> str:
+  """Workdir of a run like that in tests/untrained.py, whose autoencoder has patches of 4 x 4 pixels."""
+  return export_of(run, tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def folder(made) -> pathlib.Path:
+  """Its export."""
+  return pathlib.Path(made).with_name("out")
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +127,8 @@ def unit(x: np.ndarray) -> np.ndarray:
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def test_patches_generate_what_the_run_generates(run, folder, pipe):
-  model, params = inference.load(run, batch_size=8, generation_steps=STEPS)
+def test_patches_generate_what_the_run_generates(made, folder, pipe):
+  model, params = inference.load(made, batch_size=8, generation_steps=STEPS)
   noise = model.noise(2, seed=3)
   expected = model.generate(params, Tokenizer(model.max_length)(pipelines.PROMPTS), noise)
   found = pipelines.draw(pipe, noise, steps=STEPS)
@@ -123,8 +143,8 @@ def test_patches_generate_what_the_run_generates(run, folder, pipe):
 
 
 @pytest.mark.parametrize("changes", [{}, {"guidance": 2.0, "steps": 3, "num_noise_samples": 2}], ids=["paper", "more"])
-def test_it_embeds_and_classifies_as_the_run_does(run, pipe, photos, changes, monkeypatch):
-  model, params = inference.load(run, batch_size=8, **changes)
+def test_it_embeds_and_classifies_as_the_run_does(made, pipe, photos, changes, monkeypatch):
+  model, params = inference.load(made, batch_size=8, **changes)
   images = squares(photos, model.image_size)
   samples = model.sampling.num_noise_samples
   noise = torch.from_numpy(np.stack([query_noise(len(images), seed=7, draw=draw) for draw in range(samples)]))
@@ -239,8 +259,8 @@ def test_discrimination_alone_classifies_and_generates_nothing(run, tmp_path):
   comes_back(tmp_path / "out", path, tmp_path / "again")
 
 
-def test_patches_are_imported_back(run, folder, tmp_path):
-  comes_back(folder, run, tmp_path / "again")
+def test_patches_are_imported_back(made, folder, tmp_path):
+  comes_back(folder, made, tmp_path / "again")
 
 
 def comes_back(folder: pathlib.Path, run: str, again: pathlib.Path) -> None:
