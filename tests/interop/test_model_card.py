@@ -16,7 +16,7 @@ from tests import tiny_clip
 from tests.hub_server import Hub
 from tests.interop.test_torch_pipeline import export_config, export_of
 
-pytest_plugins = ("tests.untrained", "tests.hub_server")
+pytest_plugins = ("tests.hub_server",)
 
 # Not to be imported, since a PyTorch user has none of them.
 ABSENT = "import sys\nfor name in ('jax', 'flax', 'jaxtyping', 'diffdis_jax'):\n  sys.modules[name] = None\n"
@@ -40,9 +40,9 @@ def run_code(code: str, cwd: pathlib.Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(run, tmp_path_factory) -> pathlib.Path:
+def folder(tmp_path_factory) -> pathlib.Path:
   path = tmp_path_factory.mktemp("made")
-  export_of(run, path)
+  export_of(path)
   return path / "out"
 
 
@@ -57,15 +57,15 @@ def test_from_a_folder(folder, tmp_path):
   assert printed.count("\n") == 2 and printed.startswith("['")
 
 
-def test_of_a_run_that_only_classifies(run, tmp_path):
-  export_of(run, tmp_path, objectives=("discrimination",))
+def test_of_a_run_that_only_classifies(tmp_path):
+  export_of(tmp_path, objectives=("discrimination",))
   (tmp_path / "FOLDER").symlink_to(tmp_path / "out")
   Image.new("RGB", (50, 40)).save(tmp_path / "photo.png")
   assert run_code(code_of(tmp_path / "out"), tmp_path).startswith("['")
 
 
-def test_from_the_hub_and_then_offline(run, hub: Hub, tmp_path):
-  export_weights(export_of(run, tmp_path), str(tmp_path / "pushed"), repo="me/tiny")
+def test_from_the_hub_and_then_offline(hub: Hub, tmp_path):
+  export_weights(export_of(tmp_path), str(tmp_path / "pushed"), repo="me/tiny")
   code = code_of(tmp_path / "pushed")
   assert 'from_pretrained("me/tiny", custom_pipeline="me/tiny", trust_remote_code=True)' in code
   hub.add("me/tiny", tmp_path / "pushed")

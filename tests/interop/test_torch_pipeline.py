@@ -28,12 +28,9 @@ from diffdis_jax.export_weights import export_weights
 from diffdis_jax.interop import torch_pipeline
 from diffdis_jax.run import checkpoint, restore, workdir
 from diffdis_jax.structs import TrainState
-from tests import pipelines, steps
+from tests import pipelines, steps, tiny
 from tests.models.networks import random_params
 from tests.test_inference import query_noise
-from tests.untrained import STEP
-
-pytest_plugins = ("tests.untrained", "tests.pipelines")
 
 NAMES, TEMPLATES = ["red star", "blue ring", "green cross"], ["a photo of a {}.", "the {c}"]
 STEPS = 3
@@ -46,14 +43,16 @@ def load(folder: pathlib.Path, **how: Any) -> Any:
   return pipe
 
 
-def export_of(run: str, folder: pathlib.Path, **changes: Any) -> str:
-  """Workdir of a run with these changes and random parameters, exported to `folder`/out."""
-  config = steps.config_of(run)
+def export_of(folder: pathlib.Path, **changes: Any) -> str:
+  """Workdir of a tiny run with these changes, whose autoencoder has patches of 4 x 4 pixels; see `export_config`."""
+  config = tiny.get_config()
+  config.model.unet.update(widths=(8, 16), attention=(True, False))
   config.update_from_flattened_dict(changes)
   return export_config(config, folder)
 
 
 def export_config(config: ConfigDict, folder: pathlib.Path) -> str:
+  """Workdir of a run with random parameters, never trained; its export is `folder`/out."""
   path = str(folder / "run")
   workdir.open_for_training(path, config.to_dict())
   params = random_params(steps.network_of(config).shapes, seed=1)
@@ -63,7 +62,7 @@ def export_config(config: ConfigDict, folder: pathlib.Path) -> str:
     params["autoencoder.scale"] = np.linspace(0.2, 1, channels, dtype=np.float32)
     params["autoencoder.conv_out.kernel"] *= 0.3  # images neither black nor white
   with checkpoint.Checkpointer(path) as checkpointer:
-    checkpointer.save(STEP, TrainState(params=params))
+    checkpointer.save(3, TrainState(params=params))
   export_weights(path, str(folder / "out"))
   return path
 
@@ -77,9 +76,8 @@ def own_modules(tmp_path_factory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def made(run, tmp_path_factory) -> str:
-  """Workdir of a run like that in tests/untrained.py, whose autoencoder has patches of 4 x 4 pixels."""
-  return export_of(run, tmp_path_factory.mktemp("made"))
+def made(tmp_path_factory) -> str:
+  return export_of(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +126,10 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def test_patches_generate_what_the_run_generates(made, folder, pipe):
-  model, params = inference.load(made, batch_size=8, generation_steps=STEPS)
+  model, params = inference.load(made, mesh=steps.make_mesh(), batch_size=8, generation_steps=STEPS)
   noise = model.noise(2, seed=3)
   expected = model.generate(params, Tokenizer(model.max_length)(pipelines.PROMPTS), noise)
-  found = pipelines.draw(pipe, noise, steps=STEPS)
+  found = pipelines.draw(pipe, noise, steps=STEPS, guidance=model.sampling.generation_guidance)
   assert pipelines.psnr(found, expected) >= 60
   assert found.std() > 10 and pipelines.psnr(found[:1], found[1:]) < 30
   size = model.image_size
@@ -144,7 +142,7 @@ def test_patches_generate_what_the_run_generates(made, folder, pipe):
 
 @pytest.mark.parametrize("changes", [{}, {"guidance": 2.0, "steps": 3, "num_noise_samples": 2}], ids=["paper", "more"])
 def test_it_embeds_and_classifies_as_the_run_does(made, pipe, photos, changes, monkeypatch):
-  model, params = inference.load(made, batch_size=8, **changes)
+  model, params = inference.load(made, mesh=steps.make_mesh(), batch_size=8, **changes)
   images = squares(photos, model.image_size)
   samples = model.sampling.num_noise_samples
   noise = torch.from_numpy(np.stack([query_noise(len(images), seed=7, draw=draw) for draw in range(samples)]))
@@ -204,7 +202,7 @@ def test_its_modules_stay_as_they_were_and_no_gradient_is_kept(pipe, photos):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(folder, pipe, photos, dtype):
   noise = torch.from_numpy(query_noise(2, seed=1))
-  half = load(folder, torch_dtype=dtype)
+  half = load(folder, dtype=dtype)
   assert {parameter.dtype for parameter in half.diffdis.parameters()} == {dtype}
   found, expected = (each.embed_images(photos[:2], noise=noise) for each in (half, pipe))
   assert found.dtype == torch.float32 and (found * expected).sum(dim=-1).min() > 0.99
@@ -227,17 +225,16 @@ def test_it_is_saved_and_loaded_again(folder, pipe, photos, tmp_path):
   assert type(again).__name__ == "DiffDisPipeline" and again.vae_scale_factor == pipe.vae_scale_factor
 
 
-def test_without_patches_it_draws_the_same_bits_as_stable_diffusion(imported, tmp_path):
-  run = export_of(imported, tmp_path)
-  noise = np.random.default_rng(0).standard_normal((2, 16, 16, 4)).astype(np.float32)
+def test_without_patches_it_draws_the_same_bits_as_stable_diffusion(tmp_path):
+  one_by_one = {"model.autoencoder.patch": 1, "model.autoencoder.widths": (8, 8)}
+  run = export_of(tmp_path, **one_by_one)
+  noise = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
   plain = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
   pipe = load(tmp_path / "out")
   expected = pipelines.draw(plain, noise, steps=STEPS)
   np.testing.assert_array_equal(pipelines.draw(pipe, noise, steps=STEPS), expected)
-  model, params = inference.load(run, batch_size=8)
-  image = pipelines.draw(pipe, noise, steps=1)
-  query = query_of(pipe, image)
-  np.testing.assert_allclose(query, model.embed_images(params, image, seed=2), atol=1e-4)
+  model, params = inference.load(run, mesh=steps.make_mesh(), batch_size=8)
+  np.testing.assert_allclose(query_of(pipe, expected), model.embed_images(params, expected, seed=2), atol=1e-4)
 
 
 def query_of(pipe: Any, images: np.ndarray) -> torch.Tensor:
@@ -246,9 +243,9 @@ def query_of(pipe: Any, images: np.ndarray) -> torch.Tensor:
   return pipe.embed_images(images, noise=torch.from_numpy(noise))
 
 
-def test_discrimination_alone_classifies_and_generates_nothing(run, tmp_path):
-  path = export_of(run, tmp_path, objectives=("discrimination",))
-  pipe, (model, params) = load(tmp_path / "out"), inference.load(path, batch_size=8)
+def test_discrimination_alone_classifies_and_generates_nothing(tmp_path):
+  path = export_of(tmp_path, objectives=("discrimination",))
+  pipe, (model, params) = load(tmp_path / "out"), inference.load(path, mesh=steps.make_mesh(), batch_size=8)
   assert not hasattr(pipe.unet, "up_blocks")
   images = squares([Image.linear_gradient("L"), Image.radial_gradient("L")], model.image_size)
   np.testing.assert_allclose(query_of(pipe, images), model.embed_images(params, images, seed=2), atol=1e-4)
@@ -272,18 +269,18 @@ def comes_back(folder: pathlib.Path, run: str, again: pathlib.Path) -> None:
       np.testing.assert_array_equal(found[path], value, err_msg=path)
 
 
-def test_generation_alone_classifies_nothing(run, tmp_path):
-  export_of(run, tmp_path, objectives=("generation",))
+def test_generation_alone_classifies_nothing(tmp_path):
+  export_of(tmp_path, objectives=("generation",))
   pipe = load(tmp_path / "out")
   assert not (tmp_path / "out" / "diffdis").exists()
-  assert pipe("a red star", num_inference_steps=1).images[0].size == (32, 32)
+  assert pipe("a red star", num_inference_steps=1).images[0].size == (16, 16)
   for call in (lambda: pipe.classify(Image.new("RGB", (9, 9)), ["a"]), lambda: pipe.embed_texts(["a"])):
     with pytest.raises(ValueError, match="not trained for discrimination and only generates"):
       call()
 
 
 def test_a_long_tailed_head_leaves_beside_it(tmp_path):
-  config = steps.make_config()
+  config = tiny.get_config()
   config.optim.epoch_steps = 2
   places_lt.second_stage(config, classes=64, anchors=3, visual=1e-3, language=1e-3)
   run = export_config(config, tmp_path)
