@@ -40,9 +40,7 @@ It needs `pip install torch diffusers transformers`. The code of the model comes
 ```python
 {load}
 ```
-{uses}
-Offline, give both arguments the folder that `huggingface_hub.snapshot_download` returns.
-{jax}"""
+{uses}{jax}"""
 
 # One block of code goes on from the one before.
 LOAD = """from diffusers import DiffusionPipeline
@@ -81,6 +79,12 @@ PLAIN = """
 PATCHES = """
 diffusers' own StableDiffusionPipeline cannot load it: its autoencoder folds patches of {patch} × {patch} pixels into
 channels, which takes the code that comes with it.
+"""
+
+# diffusers asks the hub for the version of a repository's code even where all of it is in the cache.
+OFFLINE = """
+To use it offline, call `huggingface_hub.snapshot_download("{repo}")` once, and give `from_pretrained` the folder that
+it returns in both places.
 """
 
 HEAD = """

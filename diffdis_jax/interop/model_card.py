@@ -84,6 +84,7 @@ class Card:
     uses += "" if generates else card_texts.ONLY_CLASSIFIES
     plain = card_texts.PLAIN.format(address=address) * generates
     uses += card_texts.PATCHES.format(patch=patch) if patch > 1 else plain
+    uses += card_texts.OFFLINE.format(repo=self.repo) if self.repo else ""
     uses += card_texts.HEAD * (folder / to_torch.HEAD).exists()
     own = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.py"))
     return {

@@ -70,11 +70,11 @@ def test_from_the_hub_and_then_offline(hub: Hub, tmp_path):
   assert 'from_pretrained("me/tiny", custom_pipeline="me/tiny", trust_remote_code=True)' in code
   hub.add("me/tiny", tmp_path / "pushed")
   online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
-  assert run_code(code, tmp_path, **online).startswith("['")
-  # From the cache: as the card's sentence says it.
-  offline = 'from huggingface_hub import snapshot_download\nfolder = snapshot_download("me/tiny")\n'
-  offline += code.replace('"me/tiny"', "folder")
-  assert run_code(offline, tmp_path).startswith("['")
+  # Then from the cache, as the card's sentence says it.
+  assert 'call `huggingface_hub.snapshot_download("me/tiny")` once' in (tmp_path / "pushed" / "README.md").read_text()
+  whole = 'from huggingface_hub import snapshot_download\nfolder = snapshot_download("me/tiny")\n'
+  assert run_code(code + whole, tmp_path, **online).startswith("['")
+  assert run_code(whole + code.replace('"me/tiny"', "folder"), tmp_path).startswith("['")
 
 
 def test_of_a_clip(tmp_path):
