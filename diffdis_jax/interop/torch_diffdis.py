@@ -37,6 +37,7 @@ except ImportError:
 else:
   Query = jt.Float[Tensor, "b e"]
   Tokens = jt.Float[Tensor, "b n d"]
+  Null = jt.Float[Tensor, "1 n d"]
   Features = jt.Float[Tensor, "b c h w"]
   Timesteps = jt.Int[Tensor, "b"]
 Part = Any  # a module of diffusers or transformers; by nn.Module's annotations, each attribute of it may be a Tensor
@@ -290,7 +291,7 @@ class DiffDis(ModelMixin, ConfigMixin):
     return (model, info) if asked else model
 
   @torch.no_grad()
-  def null_condition(self, text_encoder: Part) -> Tokens:
+  def null_condition(self, text_encoder: Part) -> Null:
     """c of the empty prompt, [1, l, d]."""
     null = [[self.bos_id] + [self.eos_id] * (self.max_length - 1)]
     return text_encoder(torch.tensor(null, device=text_encoder.device)).last_hidden_state
@@ -313,7 +314,7 @@ class DiffDis(ModelMixin, ConfigMixin):
       query = query + self.token_embedding_weight * total / inside.sum(dim=1, keepdim=True).clamp(min=1)
     return F.normalize((query if self.text_projection is None else self.text_projection(query)).float(), dim=-1)
 
-  def predict(self, z: Features, e_t: Query, t_e: Timesteps, *, unet: Part, c_null: Tokens) -> Query:
+  def predict(self, z: Features, e_t: Query, t_e: Timesteps, *, unet: Part, c_null: Null) -> Query:
     """Φ_θ(e_t, t_e, z): ê_0 or ε̂_e, as the run's target says. The UNet's up path does not run.
 
     The image is clean, which its own timestep says: 1000, one past the generative range (Table 7). Its text condition
@@ -353,7 +354,7 @@ class DiffDis(ModelMixin, ConfigMixin):
     # Without fusion the query meets the image here alone.
     return self.alignment(h_e if self.text_stream.blocks else e_t, h).float()
 
-  def predict_query(self, z: Features, e_t: Query, t_e: Timesteps, *, unet: Part, c_null: Tokens) -> Query:
+  def predict_query(self, z: Features, e_t: Query, t_e: Timesteps, *, unet: Part, c_null: Null) -> Query:
     """ê_0, whatever the target: not normalised. Arguments are those of `predict`."""
     return self.to_query(self.predict(z, e_t, t_e, unet=unet, c_null=c_null), e_t, t_e)
 
@@ -366,7 +367,7 @@ class DiffDis(ModelMixin, ConfigMixin):
 
   @torch.no_grad()
   def embed_image(
-    self, z: Features, noise: Query, *, unet: Part, c_null: Tokens, steps: int = 1, guidance: float = 1.0
+    self, z: Features, noise: Query, *, unet: Part, c_null: Null, steps: int = 1, guidance: float = 1.0
   ) -> Query:
     """The denoised text query, L2-normalised: `steps` DDIM steps from e_T = noise ~ N(0, I) (the paper's Algorithm 3).
 
