@@ -35,7 +35,7 @@ ICCV 2023, [arXiv 2308.09306](https://arxiv.org/abs/2308.09306)). An independent
 {samples}
 ## Use
 
-It needs `pip install torch diffusers transformers`. The code of the model comes with it: pipeline.py{code}.
+It needs `pip install torch diffusers transformers`. The model's code comes with it: {code}.
 
 ```python
 {load}
@@ -53,7 +53,7 @@ from diffusers.utils import load_image
 image = load_image("photo.png")"""
 
 CLASSIFIES = """
-Classify images among any texts, here in the words of the training; `templates` are prompts with `{{}}` for the name:
+Classify images among any texts; `templates` are prompts with `{{}}` where the name goes:
 
 ```python
 print(pipe.classify(image, {names}, templates=["{{}}"]).labels)

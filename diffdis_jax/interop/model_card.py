@@ -76,11 +76,11 @@ class Card:
     is_aligned, patch = (folder / "diffdis").is_dir(), self.fields["model"]["autoencoder"]["patch"]
     prompts = [*(self.fields.get("sample_prompts") or ("a bear searching for food near the river", "a red car"))]
     inference = self.fields["inference"]
-    # As Python writes it: a prompt may hold quotes.
+    # By json, which writes strings as Python does: a prompt may hold quotes.
     draw = card_texts.GENERATES.format(
-      prompt=repr(prompts[0]), steps=inference["generation_steps"], guidance=inference["generation_guidance"]
+      prompt=json.dumps(prompts[0]), steps=inference["generation_steps"], guidance=inference["generation_guidance"]
     )
-    uses = card_texts.CLASSIFIES.format(names=repr(prompts[:3])) if is_aligned else card_texts.ONLY_GENERATES
+    uses = card_texts.CLASSIFIES.format(names=json.dumps(prompts[:3])) if is_aligned else card_texts.ONLY_GENERATES
     uses += "" if generates else card_texts.ONLY_CLASSIFIES
     plain = card_texts.PLAIN.format(address=address) * generates
     uses += card_texts.PATCHES.format(patch=patch) if patch > 1 else plain
@@ -89,7 +89,7 @@ class Card:
     own = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.py"))
     return {
       "tag": "text-to-image" if generates else "zero-shot-image-classification",
-      "code": "".join(f", {name}" for name in own),
+      "code": ", ".join([to_torch.PIPELINE, *own]),
       "load": card_texts.LOAD.format(address=address) + "\n" * generates + (draw if generates else card_texts.OPENS),
       "uses": uses,
     }

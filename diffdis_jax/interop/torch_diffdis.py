@@ -275,13 +275,14 @@ class DiffDis(ModelMixin, ConfigMixin):
     """
     asked = kwargs.pop("output_loading_info", False)
     try:
-      model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+      found: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
     except OSError as error:
       said = " ".join(str(error).split())
       raise OSError(
         f"{pretrained_model_name_or_path}: the weights of DiffDis are missing or cannot be read, download or export"
         f" them again ({said})"
       ) from error
+    model, info = found
     # diffusers warns of these, and goes on with random numbers in the missing ones' place.
     missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing or unknown:

@@ -36,7 +36,7 @@ class PatchAutoencoderKL(AutoencoderKL):
     # A colour's pixels of a patch lie side by side, rows first, as in training.
     return super().encode(F.pixel_unshuffle(x, self.patch), return_dict=return_dict)
 
-  def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
+  def decode(self, z: Any, return_dict: bool = True, generator: Any = None) -> Any:
     """Images [b, 3, H, W] of latents, as AutoencoderKL's."""
     (folded,) = super().decode(z, return_dict=False, generator=generator)
     sample = F.pixel_shuffle(folded, self.patch)

@@ -104,8 +104,8 @@ class DiffDisPipeline(StableDiffusionPipeline):
     scheduler,
     safety_checker,
     feature_extractor,
-    image_encoder=None,
-    diffdis=None,
+    image_encoder: Any = None,
+    diffdis: Any = None,
     requires_safety_checker=True,
   ):
     super().__init__(
@@ -164,7 +164,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
     by_template = self.embed_texts(texts, batch_size=how.get("batch_size", 32)).unflatten(0, (len(templates), -1))
     # The mean of unit vectors, normalised again, as CLIP builds its classifier of several templates.
     scores = self._diffdis().similarity(found, F.normalize(by_template.mean(dim=0), dim=-1)).softmax(dim=-1)
-    return Classification([names[i] for i in scores.argmax(dim=-1).tolist()], scores)
+    return Classification([names[int(i)] for i in scores.argmax(dim=-1)], scores)
 
   def rank(self, images: Images, text: str, **how: Any) -> Ranking:
     r"""
@@ -249,7 +249,8 @@ class DiffDisPipeline(StableDiffusionPipeline):
 
     how = dict(unet=self.unet, steps=steps, guidance=diffdis.sampling["guidance"])
     found = []
-    with self._evaluating(), self.progress_bar(total=len(given)) as bar:
+    progress_bar: Any = self.progress_bar  # which is decorated, so that type checkers do not know its arguments
+    with self._evaluating(), progress_bar(total=len(given)) as bar:
       c_null = diffdis.null_condition(self.text_encoder)
       for first in range(0, len(given), batch_size):
         pixels = torch.from_numpy(np.stack(squares[first : first + batch_size])).to(device)
