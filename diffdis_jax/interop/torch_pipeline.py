@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import pathlib
@@ -94,7 +95,6 @@ class DiffDisPipeline(StableDiffusionPipeline):
   # For `save_pretrained`. Read here: diffusers overwrites its copy when it loads another model's file.
   source = pathlib.Path(__file__).read_text(encoding="utf-8")
 
-  # Without types: each file's classes are made anew when diffusers loads it again, and would not be what these say.
   def __init__(
     self,
     vae,
@@ -123,6 +123,10 @@ class DiffDisPipeline(StableDiffusionPipeline):
     if (patch := getattr(vae, "patch", 1)) > 1:
       self.vae_scale_factor *= patch
       self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+  # diffusers holds each part against its annotation, which older versions take for a class, not for a string. No
+  # narrower one: a file's classes are others each time that it is loaded.
+  __init__.__annotations__ = dict.fromkeys(inspect.signature(__init__).parameters, object)
 
   @functools.wraps(StableDiffusionPipeline.__call__)
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
