@@ -77,7 +77,7 @@ class Card:
     prompts = [*(self.fields.get("sample_prompts") or ("a bear searching for food near the river", "a red car"))]
     inference = self.fields["inference"]
     # By json, which writes strings as Python does: a prompt may hold quotes.
-    draw = card_texts.GENERATES.format(
+    generate = card_texts.GENERATES.format(
       prompt=json.dumps(prompts[0]), steps=inference["generation_steps"], guidance=inference["generation_guidance"]
     )
     uses = card_texts.CLASSIFIES.format(names=json.dumps(prompts[:3])) if is_aligned else card_texts.ONLY_GENERATES
@@ -90,7 +90,9 @@ class Card:
     return {
       "tag": "text-to-image" if generates else "zero-shot-image-classification",
       "code": ", ".join([to_torch.PIPELINE, *own]),
-      "load": card_texts.LOAD.format(address=address) + "\n" * generates + (draw if generates else card_texts.OPENS),
+      "load": card_texts.LOAD.format(address=address)
+      + "\n" * generates
+      + (generate if generates else card_texts.OPENS),
       "uses": uses,
     }
 

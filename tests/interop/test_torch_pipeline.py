@@ -225,7 +225,7 @@ def test_it_is_saved_and_loaded_again(folder, pipe, photos, tmp_path):
   assert type(again).__name__ == "DiffDisPipeline" and again.vae_scale_factor == pipe.vae_scale_factor
 
 
-def test_without_patches_it_draws_the_same_bits_as_stable_diffusion(tmp_path):
+def test_without_patches_it_generates_the_same_bits_as_stable_diffusion(tmp_path):
   one_by_one = {"model.autoencoder.patch": 1, "model.autoencoder.widths": (8, 8)}
   run = export_of(tmp_path, **one_by_one)
   noise = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
