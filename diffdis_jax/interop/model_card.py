@@ -51,7 +51,7 @@ class Card:
   def write(self, folder: pathlib.Path) -> None:
     """README.md, and samples.png where the run has some by then. Last: it says which of the files there are."""
     address = self.repo or "FOLDER"
-    is_clip = Objectives(self.fields["objectives"]).is_clip
+    is_clip = "vision_encoder" in self.fields["model"]  # of long-tailed runs the objectives do not say it
     parts = {
       "paper": PAPER,
       "what": f"checkpoint of step {self.step}, {'averaged' if self.ema else 'raw'} weights, {self.dtype}",
