@@ -4,6 +4,7 @@
 
 | name | --source |
 |---|---|
+| files | pictures of one's own: x.jpg with x.txt or x.caption, metadata.jsonl or .csv, parquet, or save_to_disk's |
 | pairs, cc3m | webdataset tars SPLIT-00000.tar in img2dataset's layout: KEY.jpg, .png or .webp, KEY.txt, KEY.json |
 | cc3m | or a folder of train.tsv, val.tsv, whose first line names columns caption and filepath, and the image files |
 | coco | folder with annotations/captions_*.json and the images, or with Karpathy's dataset_coco.json |
@@ -11,6 +12,12 @@
 | folder | CLASS/IMAGE or SPLIT/CLASS/IMAGE |
 | emoji | folder of npm tarballs of icon sets, which the error for a missing one names; rendered to 64 px |
 | cifar10, pets, ... | folder in which one of the twelve zero-shot sets lies, in a layout that evaluate --suite reads |
+
+  python -m diffdis_jax.prepare_data files --source=DIR [--out=DIR] [--preview=F.png] [--held_out=0.05] \
+      [--caption_fields=a,b]
+
+looks which of those layouts it is, and holds out a share of the pairs as split `val`. --preview writes a grid of 16
+pairs first, and without --out nothing else.
 
   python -m diffdis_jax.prepare_data latents --workdir=RUN --data=DIR --out=DIR2 [--image_size=PIXELS] [--views=K] \
       [--augment=JSON] [--text]
@@ -31,7 +38,7 @@ import functools
 import hashlib
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -50,15 +57,27 @@ from diffdis_jax.data.prepare import (
   emoji,
   image_folder,
   latents,
+  own_pairs,
   parts,
+  pictures,
   staging,
   zero_shot_sets,
 )
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, check_type, parse_json, read_section
 
+PREVIEWED, COLUMNS = 16, 4  # pairs of --preview, and how many stand side by side
+
+
+def find_files(source: pathlib.Path) -> list[parts.Part]:
+  """Of one's own pictures, as the flags ask for them."""
+  held_out = own_pairs.HELD_OUT if FLAGS.held_out is None else FLAGS.held_out
+  return pictures.find_parts(source, own_pairs.Asked(caption_fields=tuple(FLAGS.caption_fields), held_out=held_out))
+
+
 # name -> how its raw data are found, its builder
 DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[builder.CaptionedImages]]] = {
+  "files": (find_files, pictures.OwnPictures),
   "pairs": (parts.tars, builder.Pairs),
   "cc3m": (cc3m.find_parts, cc3m.Cc3m),
   "coco": (captions.find_coco, captions.Coco),
@@ -98,6 +117,15 @@ def define_flags() -> None:
     f" By default {cc3m.SHORT_SIDE} for cc3m, 0 for the others",
     lower_bound=0,
   )
+  flags.DEFINE_list("caption_fields", [], "of `files`: columns whose texts are the captions; of files, txt or caption")
+  flags.DEFINE_float(
+    "held_out",
+    None,
+    f"of `files`: share of the pairs for split `val`, at least one; 0 for none. By default {own_pairs.HELD_OUT}",
+    lower_bound=0.0,
+    upper_bound=0.5,
+  )
+  flags.DEFINE_string("preview", None, f"of `files`: PNG to write first, a grid of {PREVIEWED} pairs")
   flags.DEFINE_boolean("drop_duplicates", False, "of images with the same bytes, keep the first alone")
   flags.DEFINE_integer("num_processes", None, "that read, check and write; by default one a core", lower_bound=1)
   flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
@@ -108,6 +136,9 @@ def main(argv: list[str]) -> None:
   if name not in NAMES:
     usage = "python -m diffdis_jax.prepare_data cc3m --source=DIR --out=DIR"
     raise UserError(f"prepare_data takes one name of {', '.join(NAMES)}, not {name}: {usage}")
+  for flag in ("caption_fields", "held_out", "preview"):
+    if FLAGS[flag].present and name != "files":
+      raise UserError(f"--{flag} belongs to prepare_data files; leave it out")
   tfds.disable_progress_bar()  # it would write over ours
   if name == "card":
     write_card(buckets.local(_given("data", name), "--data"))
@@ -116,6 +147,10 @@ def main(argv: list[str]) -> None:
     publish(functools.partial(write_latents, run, data), _given("out", name), finished="report.json")
   else:
     source = buckets.local(_given("source", name), "--source")
+    if FLAGS.preview:
+      write_preview(find_files(source), FLAGS.preview)
+      if not FLAGS.out:
+        return
     publish(functools.partial(write_pairs, name, source), _given("out", name), finished="card.json")
 
 
@@ -163,8 +198,28 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
   if (out / "report.json").exists() and not (out / "card.json").exists():
     logging.info("%s is written but for its card", out)
   else:
-    builder.prepare(find_parts(source), out, builder=kind, settings=settings)
+    reports = builder.prepare(find_parts(source), out, builder=kind, settings=settings)
+    log_total(reports)
   write_card(out)
+
+
+def log_total(reports: Mapping[str, staging.Report]) -> None:
+  """What became of all pairs, in one line."""
+  total = staging.Report()
+  for report in reports.values():
+    total.add(report)
+  by_split = ", ".join(f"{split} {report.pairs:,}" for split, report in reports.items())
+  logging.info("%d pairs (%s); skipped: %s", total.pairs, by_split, total.reasons() or "none")
+
+
+def write_preview(found: Sequence[parts.Part], path: str) -> None:
+  """A grid of some pairs. Raises UserError: none of those looked at can be used, or the file cannot be written."""
+  from diffdis_jax.evals import samples  # here, since the processes of the preparation import this file too
+
+  files.check_out(path, "preview")
+  shown = pictures.look(found, PREVIEWED)
+  samples.save_grid(shown.images, shown.captions, path, columns=COLUMNS)
+  logging.info("wrote %s, %d pairs", path, len(shown.captions))
 
 
 def write_latents(run: str, data: str, out: pathlib.Path) -> None:
