@@ -18,7 +18,7 @@ more and 2 operations of magnitude 9. Both recipes have the exact GELU, so that 
 whether equal captions are negatives, as open_clip has them.
 
 CLIP overfits CC3M: its best checkpoint comes well before the last. After each epoch the data sets that
-imagenet=DIR,coco=DIR,flickr=DIR name are measured, as in diffdis_cc3m.py, and the checkpoint of the highest top-1 on
+imagenet=DIR,coco=DIR,flickr=DIR,held_out=DIR name are measured, as in diffdis_cc3m.py, and the checkpoint of the highest top-1 on
 ImageNet is kept beside the newest. Whether Table 1 is of the best or of the last is not stated: report both.
 
 On a laptop, 20 steps of small towers on rendered shapes, or with path=DIR on pairs of one's own:
@@ -54,6 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
     imagenet_names="",
     coco="",
     flickr="",
+    held_out="",
   )
   for name, choices in (("model", MODELS), ("recipe", RECIPES)):
     if args[name] not in choices:
@@ -86,7 +87,7 @@ def get_config(arg: str = "") -> ConfigDict:
     run_local(config, args.path)
   config.evals.update(common.evaluations(args, config.image_size))
   config.train_evals = tuple(config.evals)
-  best = "imagenet" if args.imagenet else next(iter(config.evals), "")
+  best = "imagenet" if args.imagenet else next((name for name in config.evals if name != "held_out"), "")
   if best in config.evals and config.evals[best].task == "zero_shot":
     config.checkpoint.update(keep_best=1, best_metric=f"{best}/acc1")
   return config

@@ -12,7 +12,7 @@ from diffdis_jax.common.files import read_json
 from diffdis_jax.config import base
 from diffdis_jax.errors import UserError
 
-__all__ = ["CC3M_PAIRS", "base", "evaluations", "parse_arg", "take_network"]
+__all__ = ["CC3M_PAIRS", "base", "evaluations", "held_out_loss", "parse_arg", "take_network"]
 
 CC3M_PAIRS = 2_905_954  # that the paper counts; links expire, and prepare_data says how many there were
 
@@ -85,7 +85,7 @@ def _tuples(value: Any) -> Any:
 
 def evaluations(args: ConfigDict, image_size: int) -> ConfigDict:
   """Of the sets that the arguments imagenet, coco and flickr name: zero-shot classification, and retrieval on
-  Karpathy's test splits."""
+  Karpathy's test splits; of held_out, the losses on its split `val`."""
 
   def data(path: str, split: str) -> dict[str, Any]:
     return dict(name="pairs", path=path, split=split, image_size=image_size)
@@ -105,4 +105,11 @@ def evaluations(args: ConfigDict, image_size: int) -> ConfigDict:
   for name in ("coco", "flickr"):
     if args[name]:
       sets[name] = dict(task="retrieval", data=data(args[name], "test"))
+  if args.held_out:
+    sets.held_out = held_out_loss(data(args.held_out, "val"))
   return sets
+
+
+def held_out_loss(data: dict[str, Any]) -> dict[str, Any]:
+  """The losses of at most 256 pairs that are not trained on, the same ones each time, since training waits."""
+  return dict(task="held_out_loss", data=data, num_images=256)
