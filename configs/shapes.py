@@ -63,7 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.evals = dict(
     test=dict(**zero_shot, data=data["test"]),
     unseen=dict(**zero_shot, data=data["unseen"]),
-    held_out=common.held_out_loss(data["test"]),
+    held_out=dict(**common.held_out_loss(data["test"]), caption_field="plain_caption"),  # as it is trained
     generated=dict(task="generation_accuracy", per_class=4, classifier_steps=200),
     test_retrieval=dict(
       task="retrieval",
