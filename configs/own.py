@@ -71,9 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train_evals = ("held_out",)
     config.checkpoint.update(keep_best=1, best_metric="held_out/loss_generation", best_is="min")
   else:
-    common.say(
-      "own: no split val, so that no loss is measured on what is not trained on; prepare it with --held_out=0.05"
-    )
+    common.say("own: no split val, so that overfitting is not seen; prepare the data with --held_out=0.05")
   return config
 
 
@@ -114,9 +112,7 @@ def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:
   held_out = f", {pairs['val']:,} held out" if pairs.get("val") else ""
   common.say(f"own: {train:,} pairs{held_out}: batch_size {size}, at most an eighth of them")
   passes = config.num_steps * size / train
-  common.say(
-    f"own: {config.num_steps:,} steps of {size}, {passes:.0f} passes over the pairs; a tenth of them is warm-up"
-  )
+  common.say(f"own: {config.num_steps:,} steps, {passes:.0f} passes over the pairs; a tenth of them is warm-up")
 
 
 def to_autoencoder(config: ConfigDict) -> None:

@@ -85,7 +85,7 @@ def test_each_choice_is_said_in_a_line(tmp_path, stable_diffusion, said):
   own.get_config(f"path={path},from={stable_diffusion}")
   assert [line.split(",")[0] for line in said] == [
     "own: 475 pairs",
-    "own: 742 steps of 32",
+    "own: 742 steps",
     f"own: memory=24 GB: {said[2].split()[3]} images of 512 px at a time (optim.accumulate={said[2].split('=')[2][0]})",
   ]
   said.clear()
