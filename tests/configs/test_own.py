@@ -82,11 +82,12 @@ def test_a_small_card_keeps_less(tmp_path, stable_diffusion, said, memory, avera
 
 def test_each_choice_is_said_in_a_line(tmp_path, stable_diffusion, said):
   path = prepared(tmp_path / "data", train=475, val=25)
-  own.get_config(f"path={path},from={stable_diffusion}")
+  config = own.get_config(f"path={path},from={stable_diffusion}")
+  parts = config.optim.accumulate
   assert [line.split(",")[0] for line in said] == [
     "own: 475 pairs",
     "own: 742 steps",
-    f"own: memory=24 GB: {said[2].split()[3]} images of 512 px at a time (optim.accumulate={said[2].split('=')[2][0]})",
+    f"own: memory=24 GB: {32 // parts} images of 512 px at a time (optim.accumulate={parts})",
   ]
   said.clear()
   own.get_config(f"path={prepared(tmp_path / 'other', train=475)}")

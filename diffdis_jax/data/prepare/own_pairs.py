@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import parts
@@ -30,6 +30,7 @@ class Asked:
   held_out: float = HELD_OUT
 
 
+@runtime_checkable
 class Pairs(Protocol):
   """Pairs of one split of the source, by their places."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import pathlib
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,11 +88,11 @@ class Samples:
   samples: Sequence[Sample]
   fields: tuple[str, ...] = ()
 
-  @property
+  @functools.cached_property
   def keys(self) -> Sequence[str]:
     return [sample.key for sample in self.samples]
 
-  @property
+  @functools.cached_property
   def whole(self) -> Sequence[int]:
     return [i for i, sample in enumerate(self.samples) if sample.image and any(sample.captions)]
 
