@@ -36,7 +36,7 @@ from configs import common
 from diffdis_jax.models.sizes import medium
 
 SMALLEST, LARGEST = 8, 64  # batch
-PASSES = {"pretrained": 50, "scratch": 300, "autoencoder": 100}  # over the pairs, within these steps
+PASSES = {"pretrained": 50, "scratch": 150, "autoencoder": 100}  # over the pairs, within these steps
 STEPS = {"pretrained": (500, 10_000), "scratch": (2000, 40_000), "autoencoder": (1500, 10_000)}
 # GB of one device -> images of 256 px that a step takes at a time; of 512 px a quarter. Compiled for 24 GB alone.
 AT_A_TIME = {24: 8, 40: 16, 80: 32}
@@ -81,7 +81,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def scratch_network(config: ConfigDict) -> None:
   """For 64 px: latents of 16 x 16, as those of emoji.py, whose text process it has too."""
   config.model.query_init = 0.0
-  config.model.autoencoder.widths = (24, 48, 96)
+  config.model.autoencoder.widths = (16, 32, 64)
   config.model.text_encoder.max_length = config.data.max_length = 32
   config.text_diffusion.update(schedule="scaled_linear", gamma=0.1)
   config.inference.update(num_noise_samples=4, generation_steps=50, generation_guidance=4.0)
