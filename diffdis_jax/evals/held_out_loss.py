@@ -128,7 +128,7 @@ class _Passes:
     self._programs: dict[str, programs.Program] = {}
 
   def __call__(
-    self, name: str, params: Params, images: Any, tokens: Int[np.ndarray, "n l"], *, seed: int
+    self, name: str, params: Mapping[str, Any], images: Any, tokens: Int[np.ndarray, "n l"], *, seed: int
   ) -> np.ndarray:
     """Of `generation` L_IG [n t], of `discrimination` ê_0 [n t d]. A pair's noise depends on seed and place alone."""
     if name not in self._programs:

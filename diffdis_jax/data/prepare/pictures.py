@@ -107,22 +107,20 @@ def _cut(source: pathlib.Path, found: Sequence[Pairs], held_out: float) -> list[
   """Parts of ITEMS pairs, `train` first."""
   named = {"validation": "val", "valid": "val"}
   splits = [named.get(pairs.split, pairs.split) for pairs in found]
+  keys = [pairs.keys for pairs in found]
   chosen: list[set[int]] = [set() for _ in found]
   if held_out and "train" in splits and "val" not in splits:
     of_train = [i for i, split in enumerate(splits) if split == "train"]
-    if sum(len(found[i].keys) for i in of_train) < 2:
+    if sum(len(keys[i]) for i in of_train) < 2:
       raise UserError(f"{source} has one pair; give at least two, of which one is held out, or --held_out=0")
-    for i in of_train:
-      chosen[i] = {place for place in found[i].whole if _hash(found[i].keys[place]) < held_out}
-    if not any(chosen):
-      _, i, place = min(
-        ((_hash(found[i].keys[place]), i, place) for i in of_train for place in found[i].whole), default=(0.0, 0, 0)
-      )
+    hashes = {(i, place): _hash(keys[i][place]) for i in of_train for place in found[i].whole}
+    held = [where for where, value in hashes.items() if value < held_out] or sorted(hashes, key=hashes.__getitem__)[:1]
+    for i, place in held:
       chosen[i].add(place)
   by_split: dict[str, list[Part]] = {}
   for held in (False, True):
-    for pairs, split, apart in zip(found, splits, chosen, strict=True):
-      places = [place for place in range(len(pairs.keys)) if (place in apart) == held]
+    for pairs, of_pairs, split, apart in zip(found, keys, splits, chosen, strict=True):
+      places = [place for place in range(len(of_pairs)) if (place in apart) == held]
       split = "val" if held else split
       of_split = by_split.setdefault(split, []) if places else []
       for first in range(0, len(places), ITEMS):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import pathlib
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,11 +87,11 @@ class Samples:
   samples: Sequence[Sample]
   fields: tuple[str, ...] = ()
 
-  @functools.cached_property
+  @property
   def keys(self) -> Sequence[str]:
     return [sample.key for sample in self.samples]
 
-  @functools.cached_property
+  @property
   def whole(self) -> Sequence[int]:
     return [i for i, sample in enumerate(self.samples) if sample.image and any(sample.captions)]
 
@@ -105,8 +104,11 @@ def _by_split(root: pathlib.Path, samples: Sequence[Sample], fields: tuple[str, 
   first = {sample.key.partition("/")[0] for sample in samples}
   if not first <= SPLITS or not all("/" in sample.key for sample in samples):
     return [Samples("train", root, samples, fields)]
-  of = lambda split: [sample for sample in samples if sample.key.partition("/")[0] == split]
-  return [Samples(split, root, of(split), fields) for split in sorted(first)]
+  found: list[Pairs] = []
+  for split in sorted(first):
+    of_split = [sample for sample in samples if sample.key.partition("/")[0] == split]
+    found.append(Samples(split, root, of_split, fields))
+  return found
 
 
 def beside(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Pairs]:
