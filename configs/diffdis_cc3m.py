@@ -16,7 +16,8 @@ From latents, whose encoding is a third of the cost of a step (with --text the c
 Every 2,000 steps it generates sample_prompts, and measures the data sets that imagenet=DIR,coco=DIR,flickr=DIR name,
 each a folder written by prepare_data (`folder`, `coco`, `flickr30k`; the latter two with Karpathy's splits). ImageNet's
 class folders are numbers such as n01440764: imagenet_names=F.json is a list of 1,000 names in their order. Without it
-the folders' own names are the classes.
+the folders' own names are the classes. held_out=DIR is what prepare_data cc3m wrote: the losses on its split `val`
+show whether the run overfits.
 
 With inception=F, the weights of FID's network (docs/evaluation.md), and fid=DIR, a prepared set with captions and a
 split `val` such as COCO 2014, it measures FID and KID of 1,000 images too: enough to see a run go wrong, too few to
@@ -87,6 +88,7 @@ def get_config(arg: str = "") -> ConfigDict:
     imagenet_names="",
     coco="",
     flickr="",
+    held_out="",
     fid="",
     inception="",
   )

@@ -135,6 +135,8 @@ def add_evaluations(config: ConfigDict, path: str) -> None:
       "val_vendor_retrieval": dict(task="retrieval", data=data("val_vendor")),
     }
     config.train_evals = ("val_vendor", "val_concepts")
+  config.evals["held_out"] = common.held_out_loss(data("val_vendor"))
+  config.train_evals = (*config.train_evals, "held_out")
   if "generation" in config.objectives:
     config.evals["drawn"] = dict(
       task="generation_accuracy",

@@ -63,6 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.evals = dict(
     test=dict(**zero_shot, data=data["test"]),
     unseen=dict(**zero_shot, data=data["unseen"]),
+    held_out=dict(**common.held_out_loss(data["test"]), caption_field="plain_caption"),  # as it is trained
     generated=dict(task="generation_accuracy", per_class=4, classifier_steps=200),
     test_retrieval=dict(
       task="retrieval",
@@ -71,7 +72,7 @@ def get_config(arg: str = "") -> ConfigDict:
       duplicate_captions=True,  # else each of the 16 images of a class is wrong for the captions of the other 15
     ),
   )
-  config.train_evals = ("test", "unseen")
+  config.train_evals = ("test", "unseen", "held_out")
   config.sample_prompts = tuple(f"a {name}" for name in CLASSNAMES)
   config.inference.update(generation_steps=30, generation_guidance=4.0)
   if args.objectives == "contrastive":
