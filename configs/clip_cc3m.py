@@ -1,7 +1,7 @@
 """CLIP on CC3M from scratch, the baseline of the paper's Table 1: two towers, two recipes.
 
-  python -m diffdis_jax.prepare_data cc3m --source=TARS --out=DIR
-  python -m diffdis_jax.train --config=configs/clip_cc3m.py:model=vit_b32,recipe=paper,path=DIR,imagenet=DIR2 \
+  diffdis prepare_data cc3m --source=TARS --out=DIR
+  diffdis train --config=clip_cc3m:model=vit_b32,recipe=paper,path=DIR,imagenet=DIR2 \
       --workdir=RUN
 
 Zero-shot ImageNet there, after 20 epochs in batches of 1024 by AdamW, rate 1e-3, weight decay 0.1:
@@ -24,7 +24,7 @@ both.
 
 On a laptop, 20 steps of small towers on rendered shapes, or with path=DIR on pairs of one's own:
 
-  python -m diffdis_jax.train --config=configs/clip_cc3m.py:runlocal --workdir=RUN
+  diffdis train --config=clip_cc3m:runlocal --workdir=RUN
 """
 
 from ml_collections import ConfigDict

@@ -1,16 +1,16 @@
 """The paper's run: DiffDis on CC3M at 256 px, from Stable Diffusion v1-1's weights.
 
-  python -m diffdis_jax.prepare_data cc3m --source=TARS --out=DIR
-  python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:path=DIR --workdir=DIR2 --config.init_from=SD_WORKDIR
+  diffdis prepare_data cc3m --source=TARS --out=DIR
+  diffdis train --config=diffdis_cc3m:path=DIR --workdir=DIR2 --config.init_from=SD_WORKDIR
 
 Not run at full size. From cached latents `preflight` estimates 16 chip-hours by the compiler's sum on 16 v5p at batch
 1024, at most 51 on 64 v5e, and at least 3.6 on 8 H100 (docs/preflight.md).
 
 From latents, whose encoding is a third of the cost of a step (with --text the captions' too, at 118 kB a view):
 
-  python -m diffdis_jax.prepare_data latents --workdir=SD_WORKDIR --data=DIR --out=LATENTS --image_size=256 --views=4 \
+  diffdis prepare_data latents --workdir=SD_WORKDIR --data=DIR --out=LATENTS --image_size=256 --views=4 \
       --augment='{"crop": "random", "flip": true}'
-  python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:latents=LATENTS --workdir=DIR2 \
+  diffdis train --config=diffdis_cc3m:latents=LATENTS --workdir=DIR2 \
       --config.init_from=SD_WORKDIR
 
 Every 2,000 steps it generates sample_prompts, and measures the data sets that imagenet=DIR,coco=DIR,flickr=DIR name,
@@ -25,7 +25,7 @@ compare with the paper.
 
 On a laptop, 20 steps of a toy of the same parts on rendered shapes, or with path=DIR on pairs of one's own:
 
-  python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:runlocal --workdir=DIR2
+  diffdis train --config=diffdis_cc3m:runlocal --workdir=DIR2
 
 Ablations, as the appendix numbers its tables:
 

@@ -1,16 +1,16 @@
 """Pictures of one's own with captions: Stable Diffusion's weights fine-tuned on them, or a small network from scratch.
 
-  python -m diffdis_jax.prepare_data files --source=PICTURES --out=DATA --preview=preview.png
+  diffdis prepare_data files --source=PICTURES --out=DATA --preview=preview.png
 
 Fine-tuning all of Stable Diffusion, on one GPU of 24 GB or more:
 
-  python -m diffdis_jax.import_weights --source=SD --out=SD_RUN
-  python -m diffdis_jax.train --config=configs/own.py:path=DATA,from=SD_RUN,memory=24 --workdir=RUN
+  diffdis import_weights --source=SD --out=SD_RUN
+  diffdis train --config=own:path=DATA,from=SD_RUN,memory=24 --workdir=RUN
 
 From scratch at 64 px, on a CPU too. Its autoencoder comes first:
 
-  python -m diffdis_jax.train --config=configs/own.py:path=DATA,autoencoder --workdir=RUNS/autoencoder
-  python -m diffdis_jax.train --config=configs/own.py:path=DATA,from=RUNS/autoencoder --workdir=RUNS/diffdis
+  diffdis train --config=own:path=DATA,autoencoder --workdir=RUNS/autoencoder
+  diffdis train --config=own:path=DATA,from=RUNS/autoencoder --workdir=RUNS/diffdis
 
 Of 24 GB it takes 17.9 GiB by XLA's buffer assignment for an L4, before convolutions' workspaces, so have JAX take 90 %
 of the card instead of its default of 75 %: XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, which the launchers set. Not run.

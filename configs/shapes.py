@@ -1,14 +1,14 @@
 """DiffDis on rendered shapes: minutes on a CPU, no download.
 
-  python -m diffdis_jax.train --config=configs/shapes.py:autoencoder --workdir=runs/shapes/autoencoder
-  python -m diffdis_jax.train --config=configs/shapes.py --workdir=runs/shapes/diffdis \
+  diffdis train --config=shapes:autoencoder --workdir=runs/shapes/autoencoder
+  diffdis train --config=shapes --workdir=runs/shapes/diffdis \
       --config.init_from=runs/shapes/autoencoder
 
 `make demo` runs both, evaluates and generates, in 9 to 11 min of two quiet cores. 8 of the 64 colour-shape pairs are
 never trained on. Result of four seeds on an AMD EPYC: zero-shot top-1 99.9 ± 0.2 % on seen pairs and 97.0 ± 1.2 % on
 unseen pairs, accuracy of generated images 94.8 ± 3.7 and 92.2 ± 3.1 % (docs/log/shapes.md).
 
-CLIP on the same pairs, batches and texts needs no autoencoder: --config=configs/shapes.py:objectives=contrastive
+CLIP on the same pairs, batches and texts needs no autoencoder: --config=shapes:objectives=contrastive
 """
 
 from ml_collections import ConfigDict

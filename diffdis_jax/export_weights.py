@@ -1,6 +1,6 @@
 """Exports a run as a folder that PyTorch users can load, or to the Hugging Face hub.
 
-  python -m diffdis_jax.export_weights --workdir=runs/demo/diffdis --out=exported
+  diffdis export_weights --workdir=runs/demo/diffdis --out=exported
 
 DiffDis: one line of PyTorch, with diffusers and transformers alone, loads the folder:
 
@@ -13,7 +13,7 @@ CLIP: `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("loca
 
 Both get README.md, a model card. --push writes the same to the Hugging Face hub, as one commit:
 
-  python -m diffdis_jax.export_weights --workdir=runs/demo/diffdis --push=ORG/NAME --noprivate
+  diffdis export_weights --workdir=runs/demo/diffdis --push=ORG/NAME --noprivate
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prepares raw image-text pairs as a data set of ArrayRecord files.
 
-  python -m diffdis_jax.prepare_data cc3m --source=cc3m_tars --out=data/cc3m
+  diffdis prepare_data cc3m --source=cc3m_tars --out=data/cc3m
 
 The data set is a TFDS folder, which data.name=pairs reads. Every image is decoded. Pairs that cannot be used are
 skipped and counted by reason in report.json and in the data set's metadata. A killed command resumes when it is run
@@ -21,16 +21,16 @@ again, and ends in the same records. card.json and card.png describe what was wr
 `files` looks which of those layouts it is, and holds out a share of the pairs as split `val`. --preview writes a grid
 of 16 pairs first, and without --out nothing else:
 
-  python -m diffdis_jax.prepare_data files --source=PICTURES --out=data/own --preview=pairs.png
+  diffdis prepare_data files --source=PICTURES --out=data/own --preview=pairs.png
 
 `latents` stores a run's latents of --views augmented views of each image of a prepared data set, for training with
 data.name=latents at that image size; with --text also the output of its frozen text encoder:
 
-  python -m diffdis_jax.prepare_data latents --workdir=RUN --data=DIR --out=DIR2 --views=4
+  diffdis prepare_data latents --workdir=RUN --data=DIR --out=DIR2 --views=4
 
 `card` writes the card of a prepared data set again:
 
-  python -m diffdis_jax.prepare_data card --data=DIR
+  diffdis prepare_data card --data=DIR
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
   name = argv[1] if len(argv) > 1 else "none"
   if name not in NAMES:
-    usage = "python -m diffdis_jax.prepare_data cc3m --source=DIR --out=DIR"
+    usage = "diffdis prepare_data cc3m --source=DIR --out=DIR"
     raise UserError(f"prepare_data takes one name of {', '.join(NAMES)}, not {name}: {usage}")
   for flag in ("caption_fields", "held_out", "preview"):
     if FLAGS[flag].present and name != "files":

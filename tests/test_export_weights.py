@@ -157,7 +157,7 @@ def test_the_pages_code_generates_and_classifies(exported, environment, tmp_path
   command = [sys.executable, "-c", block]
   done = subprocess.run(command, cwd=tmp_path, env=there, capture_output=True, text=True, timeout=600)
   assert done.returncode == 0, done.stderr
-  assert re.fullmatch(r"tensor\(\[[01]\]\)\n", done.stdout)
+  assert done.stdout in ("['red star']\n", "['blue ring']\n")
 
 
 def test_the_model_card(exported):

@@ -105,7 +105,7 @@ JAX = """
 ## In JAX
 
 ```
-python -m diffdis_jax.import_weights --source={source} --out=RUN
+diffdis import_weights --source={source} --out=RUN
 ```
 """
 

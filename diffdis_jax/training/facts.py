@@ -65,7 +65,7 @@ def log_end(run: Run, path: str) -> None:
   picture = f"last samples in {pictures[-1]}, " if pictures else ""
   logging.info("finished at step %d: %smetrics in %s", run.num_steps, picture, folder / "metrics.jsonl")
   quoted = shlex.quote(path)
-  command = f"python -m diffdis_jax.%s --workdir={quoted}"
+  command = f"diffdis %s --workdir={quoted}"
   if run.objectives.is_autoencoder:
     logging.info("to train DiffDis with this autoencoder: --config.init_from=%s", quoted)
   elif run.objectives.generates:
