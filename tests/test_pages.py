@@ -187,7 +187,7 @@ def test_the_environment_has_the_package_with_its_version_and_none_of_the_extras
 @pytest.fixture(scope="module")
 def folder(plain: pathlib.Path, exportable_run: str) -> pathlib.Path:
   """The copy, with a small run where the pages have theirs, and two files of results."""
-  for name in ("RUN", "runs/demo/diffdis", "docs/tour/diffdis"):
+  for name in ("RUN", "runs/demo/diffdis"):
     shutil.copytree(exportable_run, plain / name)
   for name in ("diffdis", "clip"):
     words = dict(dataset="test", model="m", pretrained=name, task="zeroshot_classification")
