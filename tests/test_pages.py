@@ -126,6 +126,9 @@ LINES = [*dict.fromkeys(pages.as_module(command.line.removeprefix(".venv/bin/"))
 # What stands for something else: in the place of `...` what is required.
 MEANT = {
   "--config=NAME": "--config=shapes",
+  # Which needs data at once, to count them.
+  "--config=own:path=data/own,from=SD": "--config=shapes",
+  "--config=own:path=DATA,from=SD,memory=24": "--config=shapes",
   "steps=N": "steps=2",
   "step_seconds=S": "step_seconds=1",
   "train ...": "train --config=shapes --workdir=RUN",
