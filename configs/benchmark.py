@@ -1,6 +1,6 @@
 """Stable Diffusion v1's network at half its widths, 128 px: arithmetic dominates, three training states fit a laptop.
 
-  python -m diffdis_jax.benchmark --config=configs/benchmark.py --out=benchmark.json
+  diffdis benchmark --config=benchmark --out=benchmark.json
 
 For timing alone: nothing was trained by it. What it measured: docs/log/compilers.md.
 """

@@ -1,7 +1,7 @@
 """CLIP on CC3M from scratch, the baseline of the paper's Table 1: two towers, two recipes.
 
-  python -m diffdis_jax.prepare_data cc3m --source=TARS --out=DIR
-  python -m diffdis_jax.train --config=configs/clip_cc3m.py:model=vit_b32,recipe=paper,path=DIR,imagenet=DIR2 \
+  diffdis prepare_data cc3m --source=TARS --out=DIR
+  diffdis train --config=clip_cc3m:model=vit_b32,recipe=paper,path=DIR,imagenet=DIR2 \
       --workdir=RUN
 
 Zero-shot ImageNet there, after 20 epochs in batches of 1024 by AdamW, rate 1e-3, weight decay 0.1:
@@ -18,12 +18,13 @@ more and 2 operations of magnitude 9. Both recipes have the exact GELU, so that 
 whether equal captions are negatives, as open_clip has them.
 
 CLIP overfits CC3M: its best checkpoint comes well before the last. After each epoch the data sets that
-imagenet=DIR,coco=DIR,flickr=DIR name are measured, as in diffdis_cc3m.py, and the checkpoint of the highest top-1 on
-ImageNet is kept beside the newest. Whether Table 1 is of the best or of the last is not stated: report both.
+imagenet=DIR,coco=DIR,flickr=DIR,held_out=DIR name are measured, as in diffdis_cc3m.py, and the checkpoint of the
+highest top-1 on ImageNet is kept beside the newest. Whether Table 1 is of the best or of the last is not stated: report
+both.
 
 On a laptop, 20 steps of small towers on rendered shapes, or with path=DIR on pairs of one's own:
 
-  python -m diffdis_jax.train --config=configs/clip_cc3m.py:runlocal --workdir=RUN
+  diffdis train --config=clip_cc3m:runlocal --workdir=RUN
 """
 
 from ml_collections import ConfigDict
@@ -54,6 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
     imagenet_names="",
     coco="",
     flickr="",
+    held_out="",
   )
   for name, choices in (("model", MODELS), ("recipe", RECIPES)):
     if args[name] not in choices:
@@ -79,14 +81,14 @@ def get_config(arg: str = "") -> ConfigDict:
     b2=0.98,
     eps=1e-6,
     clip_norm=0.0,
-    ema_decay=0.0,  # the baseline has no averaged weights: the average is the newest
+    ema_decay=0.0,  # the baseline has no averaged weights
   )
   config.eval_every, config.save_every = EPOCH, EPOCH // 2
   if args.runlocal:
     run_local(config, args.path)
   config.evals.update(common.evaluations(args, config.image_size))
   config.train_evals = tuple(config.evals)
-  best = "imagenet" if args.imagenet else next(iter(config.evals), "")
+  best = "imagenet" if args.imagenet else next((name for name in config.evals if name != "held_out"), "")
   if best in config.evals and config.evals[best].task == "zero_shot":
     config.checkpoint.update(keep_best=1, best_metric=f"{best}/acc1")
   return config

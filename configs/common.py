@@ -8,11 +8,23 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from diffdis_jax.common import buckets
 from diffdis_jax.common.files import read_json
+from diffdis_jax.common.shipped import say
 from diffdis_jax.config import base
 from diffdis_jax.errors import UserError
 
-__all__ = ["CC3M_PAIRS", "base", "evaluations", "parse_arg", "take_network"]
+__all__ = [
+  "CC3M_PAIRS",
+  "base",
+  "evaluations",
+  "held_out_loss",
+  "num_pairs",
+  "parse_arg",
+  "read_prepared",
+  "say",
+  "take_network",
+]
 
 CC3M_PAIRS = 2_905_954  # that the paper counts; links expire, and prepare_data says how many there were
 
@@ -57,8 +69,10 @@ def _read(key: str, text: str, kind: type) -> Any:
 OF_NETWORK = ("model", "image_size", "image_diffusion", "text_diffusion", "condition_timestep", "inference")
 
 
-def take_network(config: ConfigDict, path: str) -> None:
+def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> None:
   """Puts the network of the run in `path` in place of the config's, and names the run in `init_from`.
+
+  `argument`: that named it, for the message.
 
   Raises:
     ValueError: no config.json there, or one of no run.
@@ -70,7 +84,9 @@ def take_network(config: ConfigDict, path: str) -> None:
       config[name] = ConfigDict(_tuples(fields[name])) if isinstance(fields[name], dict) else fields[name]
     config.data.max_length = fields["data"]["max_length"]
   except (OSError, UserError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"argument init={path} should be the workdir of a run: cannot read {file}: {error!r}") from error
+    raise ValueError(
+      f"argument {argument}={path} should be the workdir of a run: cannot read {file}: {error!r}"
+    ) from error
   if "head" in config.model:
     del config.model.head
   config.init_from = path
@@ -83,9 +99,33 @@ def _tuples(value: Any) -> Any:
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
+def num_pairs(path: str) -> dict[str, int]:
+  """Split -> pairs of a set that prepare_data wrote.
+
+  Raises:
+    ValueError: none there, or one without split `train`.
+  """
+  splits = read_prepared(path, "dataset_info.json").get("splits", ())
+  found = {split["name"]: sum(map(int, split["shardLengths"])) for split in splits}
+  if "train" not in found:
+    there = f"no split train in {path}, only {', '.join(found)}" if found else f"no prepared data set in {path}"
+    raise ValueError(f"{there}; write one with prepare_data files --source=PICTURES --out={path}")
+  return found
+
+
+def read_prepared(path: str, name: str) -> dict[str, Any]:
+  """A JSON file of a prepared set; empty where there is none. Raises ValueError: it is damaged."""
+  file = buckets.path(path) / name
+  try:
+    found = read_json(file) if file.exists() else {}
+  except UserError as error:
+    raise ValueError(f"{error}; prepare the data set again") from error
+  return found if isinstance(found, dict) else {}
+
+
 def evaluations(args: ConfigDict, image_size: int) -> ConfigDict:
   """Of the sets that the arguments imagenet, coco and flickr name: zero-shot classification, and retrieval on
-  Karpathy's test splits."""
+  Karpathy's test splits; of held_out, the losses on its split `val`."""
 
   def data(path: str, split: str) -> dict[str, Any]:
     return dict(name="pairs", path=path, split=split, image_size=image_size)
@@ -105,4 +145,11 @@ def evaluations(args: ConfigDict, image_size: int) -> ConfigDict:
   for name in ("coco", "flickr"):
     if args[name]:
       sets[name] = dict(task="retrieval", data=data(args[name], "test"))
+  if args.held_out:
+    sets.held_out = held_out_loss(data(args.held_out, "val"))
   return sets
+
+
+def held_out_loss(data: dict[str, Any]) -> dict[str, Any]:
+  """The losses of at most 256 pairs that are not trained on, the same ones each time, since training waits."""
+  return dict(task="held_out_loss", data=data, num_images=256)

@@ -1,22 +1,23 @@
 """The paper's run: DiffDis on CC3M at 256 px, from Stable Diffusion v1-1's weights.
 
-  python -m diffdis_jax.prepare_data cc3m --source=TARS --out=DIR
-  python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:path=DIR --workdir=DIR2 --config.init_from=SD_WORKDIR
+  diffdis prepare_data cc3m --source=TARS --out=DIR
+  diffdis train --config=diffdis_cc3m:path=DIR --workdir=DIR2 --config.init_from=SD_WORKDIR
 
 Not run at full size. From cached latents `preflight` estimates 16 chip-hours by the compiler's sum on 16 v5p at batch
 1024, at most 51 on 64 v5e, and at least 3.6 on 8 H100 (docs/preflight.md).
 
 From latents, whose encoding is a third of the cost of a step (with --text the captions' too, at 118 kB a view):
 
-  python -m diffdis_jax.prepare_data latents --workdir=SD_WORKDIR --data=DIR --out=LATENTS --image_size=256 --views=4 \
+  diffdis prepare_data latents --workdir=SD_WORKDIR --data=DIR --out=LATENTS --image_size=256 --views=4 \
       --augment='{"crop": "random", "flip": true}'
-  python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:latents=LATENTS --workdir=DIR2 \
+  diffdis train --config=diffdis_cc3m:latents=LATENTS --workdir=DIR2 \
       --config.init_from=SD_WORKDIR
 
 Every 2,000 steps it generates sample_prompts, and measures the data sets that imagenet=DIR,coco=DIR,flickr=DIR name,
 each a folder written by prepare_data (`folder`, `coco`, `flickr30k`; the latter two with Karpathy's splits). ImageNet's
 class folders are numbers such as n01440764: imagenet_names=F.json is a list of 1,000 names in their order. Without it
-the folders' own names are the classes.
+the folders' own names are the classes. held_out=DIR is what prepare_data cc3m wrote: the losses on its split `val`
+show whether the run overfits.
 
 With inception=F, the weights of FID's network (docs/evaluation.md), and fid=DIR, a prepared set with captions and a
 split `val` such as COCO 2014, it measures FID and KID of 1,000 images too: enough to see a run go wrong, too few to
@@ -24,7 +25,7 @@ compare with the paper.
 
 On a laptop, 20 steps of a toy of the same parts on rendered shapes, or with path=DIR on pairs of one's own:
 
-  python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:runlocal --workdir=DIR2
+  diffdis train --config=diffdis_cc3m:runlocal --workdir=DIR2
 
 Ablations, as the appendix numbers its tables:
 
@@ -87,6 +88,7 @@ def get_config(arg: str = "") -> ConfigDict:
     imagenet_names="",
     coco="",
     flickr="",
+    held_out="",
     fid="",
     inception="",
   )

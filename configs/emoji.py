@@ -1,14 +1,14 @@
 """DiffDis on real image-caption pairs, 64 px icons of about 1,200 concepts in several drawing styles, at 32 px.
 
-  python -m diffdis_jax.prepare_data emoji --source=DIR_OF_TARBALLS --out=data/emoji
-  python -m diffdis_jax.train --config=configs/emoji.py:autoencoder --workdir=runs/emoji/autoencoder \
+  diffdis prepare_data emoji --source=DIR_OF_TARBALLS --out=data/emoji
+  diffdis train --config=emoji:autoencoder --workdir=runs/emoji/autoencoder \
       --config.data.path=data/emoji
-  python -m diffdis_jax.train --config=configs/emoji.py:objectives=generation,path=data/emoji \
+  diffdis train --config=emoji:objectives=generation,path=data/emoji \
       --workdir=runs/emoji/generation --config.init_from=runs/emoji/autoencoder
-  python -m diffdis_jax.train --config=configs/emoji.py:path=data/emoji --workdir=runs/emoji/diffdis \
+  diffdis train --config=emoji:path=data/emoji --workdir=runs/emoji/diffdis \
       --config.init_from=runs/emoji/generation
-  python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --tasks=zero_shot,retrieval --out=emoji.json
-  python -m diffdis_jax.evaluate --workdir=runs/emoji/diffdis --suite=emoji --data_root=data --out=suite.json
+  diffdis evaluate --workdir=runs/emoji/diffdis --tasks=zero_shot,retrieval --out=emoji.json
+  diffdis evaluate --workdir=runs/emoji/diffdis --suite=emoji --data_root=data --out=suite.json
 
 Generation first, then both objectives from there, since the paper also starts from a generative model. After 1,800
 steps each, accuracy was a third higher than after 1,800 of both alone (one run). In single runs it
@@ -23,8 +23,8 @@ DIR_OF_TARBALLS is a folder of npm packages; docs/data.md has the line that fetc
 Baselines: one objective alone, or CLIP with the same text tower, on the same pairs, views, batch and steps. The joint
 run takes fewer steps, and with --config.num_steps=5400 as many. CLIP needs no autoencoder:
 
-  ... --config=configs/emoji.py:objectives=discrimination,path=data/emoji --config.init_from=runs/emoji/generation
-  ... --config=configs/emoji.py:objectives=contrastive,path=data/emoji
+  ... --config=emoji:objectives=discrimination,path=data/emoji --config.init_from=runs/emoji/generation
+  ... --config=emoji:objectives=contrastive,path=data/emoji
 
 A classifier of the real icons gives the accuracy of generated ones, and how many are nearer to a training image than
 those of a concept are to each other: evaluate ... --tasks=generation_accuracy
@@ -135,6 +135,8 @@ def add_evaluations(config: ConfigDict, path: str) -> None:
       "val_vendor_retrieval": dict(task="retrieval", data=data("val_vendor")),
     }
     config.train_evals = ("val_vendor", "val_concepts")
+  config.evals["held_out"] = common.held_out_loss(data("val_vendor"))
+  config.train_evals = (*config.train_evals, "held_out")
   if "generation" in config.objectives:
     config.evals["drawn"] = dict(
       task="generation_accuracy",

@@ -1,8 +1,8 @@
 """Long-tailed recognition, the paper's Table 8: VL-LTR (Tian et al., ECCV 2022) on Places-LT or ImageNet-LT.
 
-  python -m diffdis_jax.train --config=configs/places_lt.py:stage=1,path=PLACES,init=START --workdir=STAGE1
-  python -m diffdis_jax.train --config=configs/places_lt.py:stage=2,path=PLACES,init=STAGE1 --workdir=STAGE2
-  python -m diffdis_jax.evaluate --workdir=STAGE2 --tasks=long_tail --out=F.json
+  diffdis train --config=places_lt:stage=1,path=PLACES,init=START --workdir=STAGE1
+  diffdis train --config=places_lt:stage=2,path=PLACES,init=STAGE1 --workdir=STAGE2
+  diffdis evaluate --workdir=STAGE2 --tasks=long_tail --out=F.json
 
 START is any run with an image and a text side: DiffDis, CLIP, an imported CLIP; the network is that of its config.
 Without init=, as for preflight, backbone=diffdis|clip takes DiffDis at 256 px or CLIP ViT-L/14 at 224 px, the paper's

@@ -1,14 +1,14 @@
 """DiffDis on rendered shapes: minutes on a CPU, no download.
 
-  python -m diffdis_jax.train --config=configs/shapes.py:autoencoder --workdir=runs/shapes/autoencoder
-  python -m diffdis_jax.train --config=configs/shapes.py --workdir=runs/shapes/diffdis \
+  diffdis train --config=shapes:autoencoder --workdir=runs/shapes/autoencoder
+  diffdis train --config=shapes --workdir=runs/shapes/diffdis \
       --config.init_from=runs/shapes/autoencoder
 
 `make demo` runs both, evaluates and generates, in 9 to 11 min of two quiet cores. 8 of the 64 colour-shape pairs are
 never trained on. Result of four seeds on an AMD EPYC: zero-shot top-1 99.9 ± 0.2 % on seen pairs and 97.0 ± 1.2 % on
 unseen pairs, accuracy of generated images 94.8 ± 3.7 and 92.2 ± 3.1 % (docs/log/shapes.md).
 
-CLIP on the same pairs, batches and texts needs no autoencoder: --config=configs/shapes.py:objectives=contrastive
+CLIP on the same pairs, batches and texts needs no autoencoder: --config=shapes:objectives=contrastive
 """
 
 from ml_collections import ConfigDict
@@ -63,6 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.evals = dict(
     test=dict(**zero_shot, data=data["test"]),
     unseen=dict(**zero_shot, data=data["unseen"]),
+    held_out=dict(**common.held_out_loss(data["test"]), caption_field="plain_caption"),  # as it is trained
     generated=dict(task="generation_accuracy", per_class=4, classifier_steps=200),
     test_retrieval=dict(
       task="retrieval",
@@ -71,7 +72,7 @@ def get_config(arg: str = "") -> ConfigDict:
       duplicate_captions=True,  # else each of the 16 images of a class is wrong for the captions of the other 15
     ),
   )
-  config.train_evals = ("test", "unseen")
+  config.train_evals = ("test", "unseen", "held_out")
   config.sample_prompts = tuple(f"a {name}" for name in CLASSNAMES)
   config.inference.update(generation_steps=30, generation_guidance=4.0)
   if args.objectives == "contrastive":

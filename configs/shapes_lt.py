@@ -1,8 +1,8 @@
 """Long-tailed recognition on a laptop: rendered shapes, 200 to 2 training images a class, and sentences that distract.
 
-  python -m diffdis_jax.train --config=configs/shapes_lt.py:stage=1,init=START --workdir=STAGE1
-  python -m diffdis_jax.train --config=configs/shapes_lt.py:stage=2,init=STAGE1 --workdir=STAGE2
-  python -m diffdis_jax.evaluate --workdir=STAGE2 --tasks=long_tail --out=F.json
+  diffdis train --config=shapes_lt:stage=1,init=START --workdir=STAGE1
+  diffdis train --config=shapes_lt:stage=2,init=STAGE1 --workdir=STAGE2
+  diffdis evaluate --workdir=STAGE2 --tasks=long_tail --out=F.json
 
 START is a run of configs/shapes.py, either network, trained shorter than there: --config.num_steps=300 for DiffDis
 after its autoencoder, or for CLIP with :objectives=contrastive. seed=N also decides which classes are rare.

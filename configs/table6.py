@@ -1,6 +1,6 @@
 """What the paper's Table 6 compares: the three models, to be timed in turns.
 
-  python -m diffdis_jax.benchmark table6 --config=configs/table6.py --out=table6.json
+  diffdis benchmark table6 --config=table6 --out=table6.json
 
 at full size, CLIP-L/14 at 224 px, Stable Diffusion and DiffDis at 256 px, `batch=N` images in all; or small=True, the
 networks of `runlocal` at 32 px, for a laptop. The paper's hours are of 20 epochs of CC3M for CLIP; of how many for the

@@ -1,6 +1,6 @@
 """Trains, evaluates and samples a small DiffDis on rendered shapes, with no download.
 
-  python -m diffdis_jax.demo --out=runs/demo
+  diffdis demo --out=runs/demo
 
 Writes results.json and grid.png into the folder. Run it again to resume where it was stopped; results.json then lacks
 the time it took.
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
   files.write_json(out / "results.json", {**results, "provenance": made})
   logging.info("%s", "  ".join(f"{name} {value:.3f}" for name, value in results.items()))
   logging.info("finished: images in %s, results in %s", out / "grid.png", out / "results.json")
-  command = f"python -m diffdis_jax.%s --workdir={shlex.quote(run)}"
+  command = f"diffdis %s --workdir={shlex.quote(run)}"
   logging.info('to generate more: %s --prompt="a red star" --out=images', command % "generate")
   logging.info("to see all of it: %s --out=report.html", command % "report")
 

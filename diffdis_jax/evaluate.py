@@ -1,29 +1,29 @@
 """Measures a trained run by zero-shot accuracy, retrieval, FID and other tasks.
 
-  python -m diffdis_jax.evaluate --workdir=runs/demo/diffdis --tasks=zero_shot --out=zero_shot.json
+  diffdis evaluate --workdir=runs/demo/diffdis --tasks=zero_shot --out=zero_shot.json
 
 Without --data it measures the `evals` of the run's config. The JSON file holds {task: {data set: record}}, each record
 in CLIP_benchmark's schema with its protocol. With --tasks=long_tail a Markdown file beside it has the paper's Table 8.
 
 A prepared data set, with class names and templates of your own:
 
-  python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot,retrieval --data=PREPARED_DIR \\
+  diffdis evaluate --workdir=RUN --tasks=zero_shot,retrieval --data=PREPARED_DIR \\
       --split=test --classnames=NAMES.json --templates=TEMPLATES.json --out=F.json
 
 FID and KID. Generated images are kept in F.parts, or in --parts, and the same command resumes from them:
 
-  python -m diffdis_jax.evaluate --workdir=RUN --tasks=fid --data=PREPARED_DIR --split=val \\
+  diffdis evaluate --workdir=RUN --tasks=fid --data=PREPARED_DIR --split=val \\
       --inception=WEIGHTS.pth --out=F.json
 
 The paper's benchmarks, each found under ROOT in a published layout. F.json is written after each data set, and the
 same command resumes there; F.md has the means in the paper's layout. A suite also takes --num_images, --seed,
 --shuffle_labels and the flags of fid. --suite=emoji measures what `prepare_data emoji` wrote, in ROOT or ROOT/emoji:
 
-  python -m diffdis_jax.evaluate --workdir=RUN --suite=paper --data_root=ROOT --out=F.json
+  diffdis evaluate --workdir=RUN --suite=paper --data_root=ROOT --out=F.json
 
 Several results side by side, with the differences between their protocols:
 
-  python -m diffdis_jax.evaluate --compare=A.json,B.json --out=F.md
+  diffdis evaluate --compare=A.json,B.json --out=F.md
 """
 
 from __future__ import annotations

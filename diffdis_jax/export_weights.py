@@ -1,15 +1,19 @@
 """Exports a run as a folder that PyTorch users can load, or to the Hugging Face hub.
 
-  python -m diffdis_jax.export_weights --workdir=runs/demo/diffdis --out=exported
+  diffdis export_weights --workdir=runs/demo/diffdis --out=exported
 
-DiffDis: `diffusers.StableDiffusionPipeline.from_pretrained` reads the folder. If the run was trained for
-discrimination, diffdis.safetensors and diffdis_config.json are for the PyTorch model in interop/torch_diffdis.py.
+DiffDis: one line of PyTorch, with diffusers and transformers alone, loads the folder:
+
+  pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)
+
+It generates as StableDiffusionPipeline does, which reads the folder too unless it says otherwise, and has classify,
+rank, embed_images and embed_texts. The head of a long-tailed run is in head.safetensors.
 
 CLIP: `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("local-dir:DIR")` read the folder.
 
 Both get README.md, a model card. --push writes the same to the Hugging Face hub, as one commit:
 
-  python -m diffdis_jax.export_weights --workdir=runs/demo/diffdis --push=ORG/NAME --noprivate
+  diffdis export_weights --workdir=runs/demo/diffdis --push=ORG/NAME --noprivate
 """
 
 from __future__ import annotations
@@ -106,7 +110,8 @@ def export_weights(
     repo: `ORG/NAME` on the hub, for the model card.
 
   Raises:
-    UserError: no such checkpoint, a run that no pipeline or CLIP of theirs can hold, or `out` cannot be written.
+    UserError: no such checkpoint, an autoencoder alone, a CLIP that their libraries cannot hold, or `out` cannot be
+      written.
   """
   # Whatever can be refused is, before gigabytes are read.
   folder = files.empty_folder(out)
@@ -115,7 +120,7 @@ def export_weights(
   if is_clip:
     clip_to_torch.check(fields["model"])
   else:
-    to_torch.check(fields["model"], fields["objectives"])
+    to_torch.check(fields["objectives"])
   step, ema = restore.choose(run, step, ema=ema)
   params = restore.restore_params(run, step=step, ema=ema)
   with files.whole_folder(folder) as temporary:
@@ -129,7 +134,7 @@ def export_weights(
 
 
 def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:
-  """A StableDiffusionPipeline, and the PyTorch model's file where the run was trained for discrimination.
+  """A pipeline of diffusers.
 
   Args:
     own: of the run's config, OWN_FIELDS and `max_length`.
@@ -145,7 +150,7 @@ def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *,
   )
   write_tokenizer(folder / "tokenizer", own["max_length"])
   if not (folder / to_torch.FILES["diffdis"]).exists():  # said, since a pipeline loads without it
-    logging.info("it was not trained for discrimination")
+    logging.info("it was not trained for discrimination: the pipeline generates and does not classify")
 
 
 def write_clip(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:

@@ -1,6 +1,6 @@
 """Generates images from prompts.
 
-  python -m diffdis_jax.generate --workdir=runs/demo/diffdis --prompt="a red star" --out=images
+  diffdis generate --workdir=runs/demo/diffdis --prompt="a red star" --out=images
 
 Writes 00000.png, 00001.png, ... (all images of the first prompt first), grid.png of the first 64, and prompts.json
 with each file's prompt and the sampling settings.

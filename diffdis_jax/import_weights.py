@@ -1,6 +1,6 @@
 """Imports a PyTorch checkpoint as a workdir, to generate and train from.
 
-  python -m diffdis_jax.import_weights --source=stable-diffusion-v1-4 --out=runs/imported
+  diffdis import_weights --source=stable-diffusion-v1-4 --out=runs/imported
 
 `generate` samples from the workdir, and `train --config.init_from=DIR` starts from it.
 

@@ -1,12 +1,14 @@
 """Prepares raw image-text pairs as a data set of ArrayRecord files.
 
-  python -m diffdis_jax.prepare_data cc3m --source=cc3m_tars --out=data/cc3m
+  diffdis prepare_data cc3m --source=cc3m_tars --out=data/cc3m
 
 The data set is a TFDS folder, which data.name=pairs reads. Every image is decoded. Pairs that cannot be used are
 skipped and counted by reason in report.json and in the data set's metadata. A killed command resumes when it is run
 again, and ends in the same records. card.json and card.png describe what was written. The first argument says what
 --source is:
 
+  files               your own pictures: x.jpg with x.txt or x.caption, metadata.jsonl or
+                      .csv, parquet, or a folder of datasets' save_to_disk
   pairs, cc3m         webdataset tars SPLIT-00000.tar as img2dataset writes them:
                       KEY.jpg, .png or .webp, KEY.txt, KEY.json
   cc3m                or train.tsv and val.tsv, with columns caption and filepath, and the images
@@ -16,14 +18,19 @@ again, and ends in the same records. card.json and card.png describe what was wr
   emoji               npm tarballs of icon sets, rendered to 64 px; a missing one is named
   cifar10, pets, ...  one of the twelve zero-shot sets, in a layout that evaluate --suite reads
 
+`files` looks which of those layouts it is, and holds out a share of the pairs as split `val`. --preview writes a grid
+of 16 pairs first, and without --out nothing else:
+
+  diffdis prepare_data files --source=PICTURES --out=data/own --preview=pairs.png
+
 `latents` stores a run's latents of --views augmented views of each image of a prepared data set, for training with
 data.name=latents at that image size; with --text also the output of its frozen text encoder:
 
-  python -m diffdis_jax.prepare_data latents --workdir=RUN --data=DIR --out=DIR2 --views=4
+  diffdis prepare_data latents --workdir=RUN --data=DIR --out=DIR2 --views=4
 
 `card` writes the card of a prepared data set again:
 
-  python -m diffdis_jax.prepare_data card --data=DIR
+  diffdis prepare_data card --data=DIR
 """
 
 from __future__ import annotations
@@ -33,7 +40,7 @@ import functools
 import hashlib
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -52,15 +59,27 @@ from diffdis_jax.data.prepare import (
   emoji,
   image_folder,
   latents,
+  own_pairs,
   parts,
+  pictures,
   staging,
   zero_shot_sets,
 )
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, check_type, parse_json, read_section
 
+PREVIEWED, COLUMNS = 16, 4  # pairs of --preview, and how many stand side by side
+
+
+def find_files(source: pathlib.Path) -> list[parts.Part]:
+  """Of one's own pictures, as the flags ask for them."""
+  held_out = own_pairs.HELD_OUT if FLAGS.held_out is None else FLAGS.held_out
+  return pictures.find_parts(source, own_pairs.Asked(caption_fields=tuple(FLAGS.caption_fields), held_out=held_out))
+
+
 # name -> how its raw data are found, its builder
 DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[builder.CaptionedImages]]] = {
+  "files": (find_files, pictures.OwnPictures),
   "pairs": (parts.tars, builder.Pairs),
   "cc3m": (cc3m.find_parts, cc3m.Cc3m),
   "coco": (captions.find_coco, captions.Coco),
@@ -88,9 +107,22 @@ def define_flags() -> None:
       f" By default {cc3m.SHORT_SIDE} for cc3m, 0 for the others",
       lower_bound=0,
     )
+    flags.DEFINE_boolean(
+      "reduced_decoding", True, "decode JPEGs of twice --short_side or more at 1/2, 1/4 or 1/8 of their size"
+    )
     flags.DEFINE_boolean("drop_duplicates", False, "keep only the first of images with the same bytes")
     flags.DEFINE_integer("num_processes", None, "processes that prepare; by default one a core", lower_bound=1)
     flags.DEFINE_list("beam_pipeline_options", [], "name=value,...: run by Apache Beam instead")
+  with usage.group("Flags of files"):
+    flags.DEFINE_list("caption_fields", [], "columns whose texts are the captions; of files, txt or caption")
+    flags.DEFINE_float(
+      "held_out",
+      None,
+      f"share of the pairs for split `val`, at least one pair; 0 for none. By default {own_pairs.HELD_OUT}",
+      lower_bound=0.0,
+      upper_bound=0.5,
+    )
+    flags.DEFINE_string("preview", None, f"PNG to write first, a grid of {PREVIEWED} pairs")
   with usage.group("Flags of latents; card takes --data only"):
     flags.DEFINE_string("workdir", None, "run or import whose autoencoder encodes the images")
     flags.DEFINE_string("data", None, "prepared data set")
@@ -107,8 +139,11 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
   name = argv[1] if len(argv) > 1 else "none"
   if name not in NAMES:
-    usage = "python -m diffdis_jax.prepare_data cc3m --source=DIR --out=DIR"
+    usage = "diffdis prepare_data cc3m --source=DIR --out=DIR"
     raise UserError(f"prepare_data takes one name of {', '.join(NAMES)}, not {name}: {usage}")
+  for flag in ("caption_fields", "held_out", "preview"):
+    if FLAGS[flag].present and name != "files":
+      raise UserError(f"--{flag} belongs to prepare_data files; leave it out")
   tfds.disable_progress_bar()  # it would write over ours
   if name == "card":
     write_card(buckets.local(_given("data", name), "--data"))
@@ -117,6 +152,10 @@ def main(argv: list[str]) -> None:
     publish(functools.partial(write_latents, run, data), _given("out", name), finished="report.json")
   else:
     source = buckets.local(_given("source", name), "--source")
+    if FLAGS.preview:
+      write_preview(find_files(source), FLAGS.preview)
+      if not FLAGS.out:
+        return
     publish(functools.partial(write_pairs, name, source), _given("out", name), finished="card.json")
 
 
@@ -156,6 +195,7 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
     short_side = cc3m.SHORT_SIDE
   settings = builder.Settings(
     short_side=short_side or None,  # 0, too, keeps the bytes
+    reduced_decoding=FLAGS.reduced_decoding,
     drop_duplicates=FLAGS.drop_duplicates,
     num_processes=FLAGS.num_processes or cli.cores(),
     beam_options=tuple(FLAGS.beam_pipeline_options),
@@ -164,8 +204,28 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
   if (out / "report.json").exists() and not (out / "card.json").exists():
     logging.info("%s is written, except for its card", out)
   else:
-    builder.prepare(find_parts(source), out, builder=kind, settings=settings)
+    reports = builder.prepare(find_parts(source), out, builder=kind, settings=settings)
+    log_total(reports)
   write_card(out)
+
+
+def log_total(reports: Mapping[str, staging.Report]) -> None:
+  """What became of all pairs, in one line."""
+  total = staging.Report()
+  for report in reports.values():
+    total.add(report)
+  by_split = ", ".join(f"{split} {report.pairs:,}" for split, report in reports.items())
+  logging.info("%d pairs (%s); skipped: %s", total.pairs, by_split, total.reasons() or "none")
+
+
+def write_preview(found: Sequence[parts.Part], path: str) -> None:
+  """A grid of some pairs. Raises UserError: none of those looked at can be used, or the file cannot be written."""
+  from diffdis_jax.evals import samples  # here, since the processes of the preparation import this file too
+
+  files.check_out(path, "preview")
+  shown = pictures.look(found, PREVIEWED)
+  samples.save_grid(shown.images, shown.captions, path, columns=COLUMNS)
+  logging.info("wrote %s, %d pairs", path, len(shown.captions))
 
 
 def write_latents(run: str, data: str, out: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""Checks the files of a run's checkpoints against the digests that were saved with them.
+"""Checks the files of a run's checkpoints against the digests saved with them.
 
   diffdis verify --workdir=RUN
 

@@ -31,7 +31,7 @@ from diffdis_jax.parallel import sharding
 from tests.steps import build_trainer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-NOT_ONE_MODEL = {"__init__", "common", "table6"}
+NOT_ONE_MODEL = {"__init__", "common", "own", "table6"}  # own: without a data set there is none
 NAMES = sorted(path.stem for path in pathlib.Path(configs.__path__[0]).glob("*.py") if path.stem not in NOT_ONE_MODEL)
 # Arguments that change parameters, groups or partitions, for each config beside its default.
 ARGS = {
@@ -154,6 +154,15 @@ def test_the_papers_run_measures_the_sets_that_are_named():
   assert toy.train_evals == ("coco",) and toy.evals.coco.data.image_size == toy.image_size == 32
 
 
+@pytest.mark.parametrize("name", ["clip_cc3m", "diffdis_cc3m", "shapes", "emoji"])
+def test_what_is_held_out_is_measured_while_it_trains(name):
+  config = get_config(name, "held_out=H" if name.endswith("cc3m") else "")
+  section = config.evals.held_out
+  assert (section.task, section.num_images) == ("held_out_loss", 256) and "held_out" in config.train_evals
+  assert section.data.split != config.data.split
+  assert section.data.path == "H" and section.data.split == "val" if name.endswith("cc3m") else True
+
+
 def test_the_papers_run_draws_the_papers_prompts():
   prompts = get_config("diffdis_cc3m").sample_prompts
   assert "A bear searching for food near the river" in prompts[:4] and len(set(prompts)) == 16
@@ -197,6 +206,7 @@ def test_a_clip_keeps_its_best_by_accuracy():
   assert config.train_evals == ("coco", "imagenet")
   assert (config.checkpoint.keep_best, config.checkpoint.best_metric) == (1, "imagenet/acc1")
   assert get_config("clip_cc3m", "coco=C").checkpoint.keep_best == 0
+  assert get_config("clip_cc3m", "runlocal,held_out=H").checkpoint.best_metric == "test/acc1"
   assert get_config("clip_cc3m", "runlocal").checkpoint.best_metric == "test/acc1"
 
 
@@ -241,9 +251,9 @@ def test_the_emoji_are_measured_for_what_is_trained():
     get_config("emoji", arg)
     for arg in ("", "objectives=generation", "objectives=discrimination", "objectives=contrastive")
   )
-  assert tasks(both) == {"zero_shot", "retrieval", "generation_accuracy"}
-  assert tasks(generation) == {"generation_accuracy"} and generation.train_evals == ()
-  assert tasks(discrimination) == tasks(clip) == {"zero_shot", "retrieval"}
+  assert tasks(both) == {"zero_shot", "retrieval", "generation_accuracy", "held_out_loss"}
+  assert tasks(generation) == {"generation_accuracy", "held_out_loss"} and generation.train_evals == ("held_out",)
+  assert tasks(discrimination) == tasks(clip) == {"zero_shot", "retrieval", "held_out_loss"}
 
 
 @pytest.mark.parametrize("arg", ["backbone=diffdis", "backbone=clip"])

@@ -88,15 +88,12 @@ def test_which_weights_are_read(names, expected):
 
 def test_full_precision_rather_than_a_variant_and_what_diffdis_adds():
   fp16 = [name.replace(".safe", ".fp16.safe") for name in WEIGHTS if name.startswith("unet")]
-  names = ["model_index.json", "diffdis.safetensors", "diffdis_config.json", "tokenizer/vocab.json", *WEIGHTS, *fp16]
+  own = ["diffdis/config.json", "diffdis/diffusion_pytorch_model.safetensors"]
+  code = ["pipeline.py", "diffdis/torch_diffdis.py"]
+  names = ["model_index.json", *own, *code, "tokenizer/vocab.json", *WEIGHTS, *fp16]
   wanted = hub_files.choose(names, "org/name")
   assert set(wanted.weights) == WEIGHTS
-  assert set(wanted.config) == {
-    "model_index.json",
-    "diffdis.safetensors",
-    "diffdis_config.json",
-    "tokenizer/vocab.json",
-  }
+  assert set(wanted.config) == {"model_index.json", *own, "tokenizer/vocab.json"}
 
 
 def test_what_an_import_refuses(hub, sd, tmp_path):

@@ -25,8 +25,9 @@ CORE = (
 TOOLS = ("app", "preflight", "report", "benchmark", "ablate")
 ROOMS = (*CORE, *TOOLS, "__main__")
 COMMANDS = {*CORE[-8:], *TOOLS, "config"}
-# Torch is an extra: for these alone, of which two ask for it only where they read a pickle, or time it.
-TORCH_FILES = {"interop/tensor_files.py", "interop/torch_diffdis.py", "benchmark/peer.py"}
+# Torch is an extra: for these alone, of which those outside SHIPPED ask for it only to read a pickle, or to time it.
+SHIPPED = {f"interop/torch_{name}.py" for name in ("diffdis", "parts", "pipeline")}  # with what export_weights writes
+TORCH_FILES = {"interop/tensor_files.py", "benchmark/peer.py", *SHIPPED}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.read_text())
 NAMES = {str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__") for path in FILES}
 

@@ -192,6 +192,7 @@ def test_a_clips_head_leaves_beside_it(tmp_path):
   np.testing.assert_array_equal(head["anchors"], params["head.anchors"])
   assert len(head) == sum(name.startswith("head.") for name in params)
   assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "head" in name]
+  assert "CLIPModel.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow

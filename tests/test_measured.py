@@ -162,7 +162,7 @@ def test_a_row_without_runs_is_refused():
 @pytest.mark.parametrize(
   "key, said",
   [
-    ("nothing/classes", "docs/measured has no topic 'nothing'; it has demo, emoji"),
+    ("nothing/classes", "docs/measured has no topic 'nothing'; it has demo, demo_run, emoji"),
     ("demo/nothing", "docs/measured/demo.json has no record 'nothing'; it has seen/epyc"),
     ("demo/unseen/epyc#9", "'unseen/epyc' of docs/measured/demo.json has no '9'; it has 0, 1, 2, 3"),
     ("demo/unseen/epyc", "has 4 values; ask for one by its seed"),

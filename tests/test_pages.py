@@ -45,7 +45,7 @@ RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.export_weights --workdir=RUN --out=DIR": ("", ("DIR/unet/config.json", "DIR/README.md")),
   "python -m diffdis_jax.generate --workdir=RUN": ("", ("images/00000.png", "images/00007.png", "images/grid.png")),
   "python -m diffdis_jax.generate --workdir=runs/demo/diffdis": ("", ("pictures/00001.png", "pictures/grid.png")),
-  "python -m diffdis_jax.export_weights --workdir=docs/tour/diffdis": ("", ("exported/unet/config.json",)),
+  "python -m diffdis_jax.export_weights --workdir=runs/demo/diffdis": ("", ("exported/unet/config.json",)),
 }
 # In this order. Compiling for real sizes takes minutes; what is put behind makes them short.
 SHORT = "--config.num_steps=2 --config.log_every=1"
@@ -96,6 +96,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.prepare_data",
     "python -m diffdis_jax.import_weights",
     "python -m diffdis_jax.train --config=diffdis_cc3m:path=DATA",
+    "python -m diffdis_jax.train --config=own:path=",
     "python -m diffdis_jax.train --config=diffdis_cc3m:latents=LATENTS",
     "python -m diffdis_jax.train --config=diffdis_cc3m:runlocal,path=",
     "python -m diffdis_jax.train --config=places_lt",
@@ -125,6 +126,9 @@ LINES = [*dict.fromkeys(pages.as_module(command.line.removeprefix(".venv/bin/"))
 # What stands for something else: in the place of `...` what is required.
 MEANT = {
   "--config=NAME": "--config=shapes",
+  # Which needs data at once, to count them.
+  "--config=own:path=data/own,from=SD": "--config=shapes",
+  "--config=own:path=DATA,from=SD,memory=24": "--config=shapes",
   "steps=N": "steps=2",
   "step_seconds=S": "step_seconds=1",
   "train ...": "train --config=shapes --workdir=RUN",
@@ -186,7 +190,7 @@ def test_the_environment_has_the_package_with_its_version_and_none_of_the_extras
 @pytest.fixture(scope="module")
 def folder(plain: pathlib.Path, exportable_run: str) -> pathlib.Path:
   """The copy, with a small run where the pages have theirs, and two files of results."""
-  for name in ("RUN", "runs/demo/diffdis", "docs/tour/diffdis"):
+  for name in ("RUN", "runs/demo/diffdis"):
     shutil.copytree(exportable_run, plain / name)
   for name in ("diffdis", "clip"):
     words = dict(dataset="test", model="m", pretrained=name, task="zeroshot_classification")
@@ -209,7 +213,7 @@ def test_every_command_shows_its_help_and_takes_what_the_pages_give_it(folder, t
     run([f"{folder}/.venv/bin/python", "-c", script], folder, typed, input=json.dumps([*helps, *lines]))
   )
   for (name, _), (code, shown) in zip(helps, said):
-    assert code == 0 and f"python -m diffdis_jax.{name}" in shown and "--[no]quiet" in shown, shown
+    assert code == 0 and f"diffdis {name}" in shown and "--[no]quiet" in shown, shown
   refused = [(words, text) for words, (code, text) in zip(lines, said[len(helps) :], strict=True) if code]
   assert refused == []
   assert len(lines) > 40 and len(helps) >= 12

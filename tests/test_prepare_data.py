@@ -46,10 +46,29 @@ def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
   assert again.stderr == f"error: --out={tmp_path / 'out'} exists and is not an empty folder; name a new one\n"
 
 
+def test_own_pictures_are_shown_and_then_written(raw, tmp_path):
+  own, out, preview = tmp_path / "own", tmp_path / "out", tmp_path / "preview.png"
+  own.mkdir()
+  for i in range(20):
+    Image.new("RGB", (4, 4), (10 * i, 0, 0)).save(own / f"{i}.png")
+    (own / f"{i}.txt").write_text(f"red {i}")
+  (own / "0.png").write_bytes(b"broken")
+  look = run("files", f"--source={own}", f"--preview={preview}")
+  assert look.returncode == 0, look.stderr
+  with Image.open(preview) as grid:
+    assert grid.width == 4 * (128 + 8) + 8
+  assert {path.name for path in tmp_path.iterdir()} == {"raw", "own", "preview.png"}
+  done = run("files", f"--source={own}", f"--out={out}")
+  assert done.returncode == 0, done.stderr
+  assert "19 pairs (train " in done.stderr and "skipped: 1 with corrupt image" in done.stderr
+  report = json.loads((out / "report.json").read_text())
+  assert report["train"]["pairs"] + report["val"]["pairs"] == 19
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (("--source=raw", "--out=out"), "takes one name of pairs, cc3m, coco, flickr30k, folder, emoji, cifar10, "),
+    (("--source=raw", "--out=out"), "takes one name of files, pairs, cc3m, coco, flickr30k, folder, emoji, cifar10, "),
     (("laion", "--source=raw", "--out=out"), "not laion"),
     (("pairs", "--source=nowhere", "--out=out"), "no folder nowhere"),
     (("cc3m", "--source=nowhere", "--out=out"), "no folder nowhere"),
@@ -59,6 +78,10 @@ def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
     (("pairs", "--source=.", "--out=out"), "no .tar files in ."),
     (("emoji", "--source=raw", "--out=out"), "raw lacks emojibase-data 17.0.0, @iconify-json/noto 1.2.9, "),
     (("pairs", "--source=raw"), "--out"),
+    (("files", "--source=raw", "--out=out"), "raw holds tars; prepare_data pairs reads those"),
+    (("files", "--source=raw"), "prepare_data files needs --out=DIR"),
+    (("files", "--source=raw", "--out=out", "--held_out=0.9"), "held_out"),
+    (("pairs", "--source=raw", "--out=out", "--preview=F.png"), "--preview belongs to prepare_data files"),
     (("pairs", "--source=raw", "--output=out"), "unknown flag --output; did you mean --out?"),
   ],
 )

@@ -276,7 +276,7 @@ def test_bad_command_lines_are_one_line_and_leave_nothing(environment, tmp_path,
     ({"data.mixture": {"a": {"pth": "x"}}}, "data.mixture.a: .*'pth'"),
     ({"data.split": "training"}, "shapes has no split 'training'"),
     ({"data.name": "pairs", "data.path": "nowhere"}, "no prepared data set in 'nowhere'"),
-    ({"train_evals": ("tset",)}, "train_evals names tset; evals has generated, test, test_retrieval, unseen"),
+    ({"train_evals": ("tset",)}, "train_evals names tset; evals has generated, held_out, test, test_retrieval, unseen"),
     ({"train_evals": ("test",), "objectives": ("generation",)}, "train_evals has test, whose task zero_shot measures"),
     (
       {"train_evals": ("generated",), "objectives": ("discrimination",)},
@@ -334,10 +334,10 @@ def test_a_longer_run_says_what_its_rates_do(caplog):
   config.update(num_steps=20)
   config.optim.update(schedule_kind="linear", warmup_steps=0, rates=dict(new=0.1))
   facts.log_longer(Run.of(config), before=10, step=5)
-  assert caplog.messages == [
+  assert caplog.messages[-1] == (
     "the run gets longer: 20 steps instead of 10; its linear schedule is that of the longer run from step 5 on:"
     " new 0.05 to 0.075"
-  ]
+  )
 
 
 def test_a_checkpoint_without_its_commit_mark(joint_run, tmp_path):

@@ -1,6 +1,6 @@
 """Runs the paper's ablation tables, or any grid of config fields.
 
-  python -m diffdis_jax.ablate plan --base=configs/shapes.py --tables=2,3,4,5,7 --out=runs/ablations
+  diffdis ablate plan --base=shapes --tables=2,3,4,5,7 --out=runs/ablations
 
 The same flags then go to `ablate run` and `ablate table`:
 
@@ -66,7 +66,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   verb = argv[1] if argv[1:] else ""
   if verb not in VERBS:
-    raise UserError(f"python -m diffdis_jax.ablate {verb or '...'}: the first argument is one of {', '.join(VERBS)}")
+    raise UserError(f"diffdis ablate {verb or '...'}: the first argument is one of {', '.join(VERBS)}")
   plan, folder = make_plan(), Folder(FLAGS.out)
   # For every verb: `plan` and `table` would else show runs of another base as these.
   folder.check(plan)

@@ -1,6 +1,6 @@
 """Serves a local web page to generate, classify and search, and to look inside a run.
 
-  python -m diffdis_jax.app --workdir=runs/demo/diffdis
+  diffdis app --workdir=runs/demo/diffdis
 
 It needs the extra `app`: pip install -e '.[app]' in the repository's folder. The page is at http://127.0.0.1:7860, and
 only this machine can open it unless --host says otherwise. It has the tabs that the run can serve: a run without

@@ -1,21 +1,21 @@
 """Times the joint training step against its two single tasks, on this machine.
 
-  python -m diffdis_jax.benchmark --config=configs/benchmark.py --out=benchmark.json
+  diffdis benchmark --config=benchmark --out=benchmark.json
 
 The steps are timed in turns, round by round, so that a machine whose speed drifts affects all of them alike. With
 --preflight=F.json, written by `preflight --out` for the same config, the measured time is compared with the estimate.
 
 Times data loading instead, from tars to batches; the config is that of the model whose steps wait for it:
 
-  python -m diffdis_jax.benchmark data --config=configs/diffdis_cc3m.py:runlocal --out=data.json
+  diffdis benchmark data --config=diffdis_cc3m:runlocal --out=data.json
 
 Times the rows of the paper's Table 6: CLIP, Stable Diffusion and DiffDis; table6.md gets the table:
 
-  python -m diffdis_jax.benchmark table6 --config=configs/table6.py --out=table6.json
+  diffdis benchmark table6 --config=table6 --out=table6.json
 
 Times the config's UNet, forward and backward, against diffusers' with the same weights in PyTorch:
 
-  python -m diffdis_jax.benchmark peer --config=configs/benchmark.py --out=peer.json
+  diffdis benchmark peer --config=benchmark --out=peer.json
 """
 
 from __future__ import annotations
@@ -56,12 +56,10 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   if argv[1:] not in ([], ["data"], ["table6"], ["peer"]):
-    raise UserError(
-      f"unexpected argument {argv[1]!r}; python -m diffdis_jax.benchmark [data|table6|peer] --config=... --out=..."
-    )
+    raise UserError(f"unexpected argument {argv[1]!r}; diffdis benchmark [data|table6|peer] --config=... --out=...")
   kind = argv[1] if argv[1:] else "steps"
   if ("models" in FLAGS.config) != (kind == "table6"):
-    raise UserError("table6 takes --config=configs/table6.py, the other benchmarks the config of one model")
+    raise UserError("table6 takes --config=table6, the other benchmarks the config of one model")
   cli.compilation_cache()
   cli.use_all_cores()
   # This and all below before anything is timed: a mistyped path should not cost the minutes.

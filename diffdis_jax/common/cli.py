@@ -60,6 +60,7 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   def guarded(argv: list[str]) -> Any:
     if flags.FLAGS.quiet:
       logging.set_verbosity(logging.WARNING)
+    shipped.log_said()
     try:
       if extra := argv[1 + positional :]:
         raise UserError(f"unexpected argument {extra[0]!r}; every argument is a flag, --name=value")

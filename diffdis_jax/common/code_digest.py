@@ -22,7 +22,7 @@ def of(*paths: str, packages: tuple[str, ...] = ()) -> str:
   digest = hashlib.sha256()
   for path in (PACKAGE / path for path in paths):
     # Sorted, since a disk lists a folder in any order. The name counts too, so that a moved file is a change.
-    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+    for file in filter(_makes, sorted(path.rglob("*.py"))) if path.is_dir() else [path]:
       digest.update(
         f"{file.relative_to(PACKAGE).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
       )
@@ -30,6 +30,11 @@ def of(*paths: str, packages: tuple[str, ...] = ()) -> str:
     # A package that comes or goes is a change as well.
     digest.update(f"{name} {_version(name)}\n".encode())
   return digest.hexdigest()
+
+
+def _makes(file: pathlib.Path) -> bool:
+  """Whether it is code, and no config: those are a link in a checkout and files in a wheel, and must not differ."""
+  return PACKAGE / "configs" not in file.parents
 
 
 def _version(name: str) -> str | None:

@@ -110,24 +110,24 @@ def check_workdir(folder: str) -> None:
     raise UserError(f"cannot read --workdir={folder}: {os.strerror(errno.EACCES)}; this user may not look into {there}")
 
 
-def check_out(out: str) -> None:
-  """Before work whose result goes there at the end, so that it is not lost.
+def check_out(out: str, flag: str = "out") -> None:
+  """Before work whose result goes there at the end, so that it is not lost. `flag`: that named it.
 
   Raises:
     UserError: `out` is a folder, or no file of this name can be written.
   """
   path = buckets.path(out)
   if path.is_dir():
-    raise UserError(f"--out={out} is a folder; it should name the file to write")
+    raise UserError(f"--{flag}={out} is a folder; it should name the file to write")
   if "://" not in out and not path.parent.is_dir():  # an object store has no empty folders
-    raise UserError(f"--out={out} lies in no folder that exists; create it first")
+    raise UserError(f"--{flag}={out} lies in no folder that exists; create it first")
   # Tried, since permissions say nothing of a disk that is full or read-only.
   probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     probe.write_bytes(b"")
     probe.unlink()
   except OSError as error:
-    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
+    raise UserError(f"cannot write --{flag}={out}: {error.strerror or error}") from error
 
 
 def write_out(out: str, text: str) -> None:

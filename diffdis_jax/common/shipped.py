@@ -10,8 +10,11 @@ import os
 import pathlib
 import sys
 
+from absl import flags, logging
+
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 _SHARED = {"__init__", "common"}  # what the files have in common: no configs
+_said: list[str] = []
 
 
 def folder() -> pathlib.Path:
@@ -27,6 +30,19 @@ def names() -> dict[str, pathlib.Path]:
 def file_of(given: str) -> str:
   """The file of a name; anything else is a path, as it stands."""
   return str(names().get(given, given))
+
+
+def say(line: str) -> None:
+  """Has a line of a config file logged. It is read with the flags, before anything can be: then `log_said` does it."""
+  _said.append(line)
+  if flags.FLAGS.is_parsed():
+    log_said()
+
+
+def log_said() -> None:
+  """Logs what config files have said so far."""
+  while _said:
+    logging.info("%s", _said.pop(0))
 
 
 def provide(file: str | os.PathLike[str]) -> None:

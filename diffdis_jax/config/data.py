@@ -36,6 +36,8 @@ class Augmentation:
     randaugment_magnitude: their strength, torchvision's 0 to 30, timm's 0 to 10.
     randaugment_deviation: of timm's alone, the standard deviation of the strength.
     erase: how often a random box is noise at last, timm's random erasing.
+    reduced_decoding: decode a JPEG at 1/2, 1/4 or 1/8 of its size where what is cropped from it still has as many
+      pixels as the view. It is faster, and changes pixels slightly.
   """
 
   crop: str = "centre"
@@ -54,6 +56,7 @@ class Augmentation:
   randaugment_kind: str = "torchvision"
   randaugment_deviation: float = 0.0
   erase: float = 0.0
+  reduced_decoding: bool = True
 
   def __post_init__(self) -> None:
     check_choice("crop", self.crop, CROPS)

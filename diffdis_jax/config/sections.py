@@ -108,7 +108,8 @@ class Optim:
     first_moment: dtype in which AdamW's first moment is kept, one of MOMENTS. The second stays f32: with b2 = 0.999 it
       changes by less than bf16 can tell, and would stand still.
     clip_norm: largest global norm of the gradient; 0 for no clipping.
-    ema_decay: decay of the averaged weights; a short run does not reach it (`update_ema`).
+    ema_decay: decay of the averaged weights, which a short run does not reach (`update_ema`); 0 keeps no average, and
+      saves its four bytes a trained parameter.
     accumulate: microbatches that a step takes one after another, so that less has to be in memory at a time.
     contrastive_batch: `whole`, all microbatches of a step are one contrastive batch, and their number does not change
       the step's result (GradCache); `microbatch`, each is a batch of its own, with its own timesteps and noise.

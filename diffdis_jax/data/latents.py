@@ -62,7 +62,7 @@ def open_latents(
   """
   facts = (records.read_info(path).metadata or {}).get("latents")
   if facts is None:
-    raise UserError(f"{path} holds no latents; write them with python -m diffdis_jax.prepare_data latents")
+    raise UserError(f"{path} holds no latents; write them with diffdis prepare_data latents")
   if caption_fields and "text" in facts:
     raise UserError(f"{path} stores the conditions of its own captions; leave caption_fields out")
   # The views of an image are records of their own, side by side.

@@ -20,7 +20,7 @@ from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.long_tail import LabelledSource, class_counts
 from diffdis_jax.data.sources import Mixture, Source
-from diffdis_jax.data.transforms import augment, decode
+from diffdis_jax.data.transforms import augment, needed_side
 from diffdis_jax.errors import UserError
 
 SUBSTITUTED = "substituted"  # of a batch: i32[b r], by how many records of each of records.REASONS a row was missed
@@ -200,13 +200,13 @@ class _ImageExample(_Example):
   discrimination_augmentation: Augmentation | None
 
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
-    record = self.source[place]
-    stored = record["image"]
-    image = decode(stored) if isinstance(stored, np.ndarray) else records.read_image(stored)
+    record, own = self.source[place], self.discrimination_augmentation
+    # Decoded once, with pixels enough for both views.
+    views = [self.augmentation] if own is None else [self.augmentation, own]
+    image = records.read_decoded(record["image"], at_least=needed_side(self.image_size, *views))
     example = {"image": augment(image, rng, size=self.image_size, how=self.augmentation)}
-    if self.discrimination_augmentation is not None:
-      how = self.discrimination_augmentation
-      example["discrimination_image"] = augment(image, rng, size=self.image_size, how=how)
+    if own is not None:
+      example["discrimination_image"] = augment(image, rng, size=self.image_size, how=own)
     return {**example, "caption": draw_caption(record, rng)}
 
 
@@ -241,8 +241,8 @@ class _LabelledExample(_Example):
 
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     record = self.source[place]
-    stored, label = record["image"], record["label"]
-    image = decode(stored) if isinstance(stored, np.ndarray) else records.read_image(stored)
+    label = record["label"]
+    image = records.read_decoded(record["image"], at_least=needed_side(self.image_size, self.augmentation))
     seen = augment(image, rng, size=self.image_size, how=self.augmentation)
     example = {"image": seen, "label": np.int32(label)}
     return example if self.tokens is None else {**example, "tokens": self.tokens.draw(label, rng)}

@@ -8,15 +8,42 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import ExifTags, Image, ImageEnhance, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 from diffdis_jax.config.data import Augmentation
 from diffdis_jax.data import image_files, randaugment_timm
 from diffdis_jax.data.randaugment import randaugment
 
 WHITE = (255, 255, 255)
+FACTORS = (8, 4, 2)  # by which libjpeg can decode fewer pixels
 TRIES = 10  # of sampling a box that fits, as in torchvision
 STRIP = 2**20  # pixels that are converted at a time, so that a large image needs no second copy of four bytes a pixel
+
+
+class Decoded(NamedTuple):
+  """An upright RGB image, perhaps of fewer pixels than its file has.
+
+  Attributes:
+    image: each side the file's over `factor`, rounded up: the last pixel may lie partly beyond the edge.
+    width, height: of the file's image, upright, pixels.
+    factor: one of FACTORS, or 1.
+  """
+
+  image: Image.Image
+  width: int
+  height: int
+  factor: int = 1
+
+  @classmethod
+  def of(cls, image: Image.Image | Decoded) -> Decoded:
+    """The same, or an image with all of its pixels."""
+    return image if isinstance(image, Decoded) else cls(image, *image.size)
+
+  @property
+  def sides(self) -> tuple[float, float]:
+    """Width and height in pixels of `image`, to a fraction of one where `factor` does not divide them."""
+    return self.width / self.factor, self.height / self.factor
 
 
 def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
@@ -28,13 +55,50 @@ def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
     Image.DecompressionBombError: more pixels than `image_files.open_image` takes.
     Exception: the bytes are no image that Pillow can read to its end.
   """
+  return decode_reduced(image, at_least=None).image
+
+
+def decode_reduced(image: bytes | UInt8[np.ndarray, "h w 3"], *, at_least: int | None) -> Decoded:
+  """As `decode`, but a JPEG at the smallest size, of 1/8, 1/4, 1/2 and 1, whose short side has `at_least` pixels.
+
+  Args:
+    image: arrays and other formats keep all of their pixels, and a JPEG that EXIF turns is reduced only where both
+      sides divide.
+    at_least: 1 or more; None for all pixels.
+
+  Raises:
+    Exception: as `decode`, for the same files.
+  """
   if isinstance(image, np.ndarray):
-    return Image.fromarray(image)
+    return Decoded.of(Image.fromarray(image))
   with image_files.open_image(image) as opened:
+    sides = opened.size
+    factor = 1 if at_least is None else _reduce(opened, at_least)
     # To its end: a file that is cut off raises here, where that is counted.
     opened.load()
     ImageOps.exif_transpose(opened, in_place=True)
-    upright = opened
+    upright = _to_rgb(opened)
+  # -stored % factor is how far the last pixel lies beyond the edge: zero where EXIF exchanges the sides.
+  width, height = (side * factor - -stored % factor for side, stored in zip(upright.size, sides, strict=True))
+  return Decoded(upright, width, height, factor)
+
+
+def _reduce(opened: Image.Image, at_least: int) -> int:
+  """Has a JPEG decoded at a fraction of its size; returns by how much it is smaller."""
+  if not isinstance(opened, JpegImageFile) or min(opened.size) < FACTORS[-1] * at_least:
+    return 1
+  # Turning would bring the partial last pixel to the left or the top.
+  is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+  for factor in FACTORS:
+    divides = not any(side % factor for side in opened.size)
+    if min(opened.size) >= factor * at_least and (divides or not is_turned):
+      # Without a mode: grey and CMYK are converted by us, as at full size.
+      drafted = opened.draft(None, (opened.width // factor, opened.height // factor))
+      return factor if drafted else 1
+  return 1
+
+
+def _to_rgb(upright: Image.Image) -> Image.Image:
   # Pillow itself would cut 16 bits off at 255, so that all but the darkest were white.
   if upright.mode.startswith("I") or upright.mode == "F":
     return _in_strips(upright, _from_sixteen_bit_grey)
@@ -66,7 +130,27 @@ def _from_sixteen_bit_grey(image: Image.Image) -> Image.Image:
   return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
 
 
-def resize(image: Image.Image, size: int, *, place: float = 0.5) -> Image.Image:
+def needed_side(size: int, *views: Augmentation) -> int | None:
+  """What `decode_reduced` takes as `at_least`, so that whatever part of the image these views show, `size` pixels
+  square, has as many pixels a side; None where one of them is to have all pixels."""
+  if not all(how.reduced_decoding for how in views):
+    return None
+  return max(_needed_side(size, how) for how in views)
+
+
+def _needed_side(size: int, how: Augmentation) -> int:
+  wanted, share = size * (1 + how.zoom), 1.0
+  if how.crop == "random_resized":
+    # The smallest box is of the least area and the most oblong ratio; where no try fits, the ratio alone counts.
+    low, high = how.crop_ratio
+    oblong = min(low, 1 / high, 1.0)
+    share = min(math.sqrt(how.crop_scale[0] * oblong), oblong)
+    wanted += 1  # a box's sides are rounded
+  # Without a rest of floating point: 256 is not to become 257.
+  return math.ceil(round(wanted / share, 6))
+
+
+def resize(image: Image.Image | Decoded, size: int, *, place: float = 0.5) -> Image.Image:
   """Short side to `size` pixels (bicubic, antialiased), then a square. Both sides have one scale: nothing is stretched.
 
   Args:
@@ -74,26 +158,30 @@ def resize(image: Image.Image, size: int, *, place: float = 0.5) -> Image.Image:
     size: side of the square, pixels.
     place: of the square along the long side, from 0, left or top, to 1; by default the middle.
   """
-  if image.size == (size, size):
-    return image
-  side = min(image.size)
+  whole = Decoded.of(image)
+  if whole.sides == (size, size):
+    return whole.image
+  width, height = whole.sides
+  side = min(width, height)
   # The box is resampled once: to scale first and then cut would round scale and place to whole pixels.
-  left, top = place * (image.width - side), place * (image.height - side)
-  return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+  left, top = place * (width - side), place * (height - side)
+  return whole.image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
 def augment(
-  image: Image.Image, rng: np.random.Generator, *, size: int, how: Augmentation
+  image: Image.Image | Decoded, rng: np.random.Generator, *, size: int, how: Augmentation
 ) -> UInt8[np.ndarray, "size size 3"]:
-  """A varied view of the image, `size` pixels square."""
+  """A varied view of the image, `size` pixels square; at any factor of `Decoded` the same part of it."""
+  whole = Decoded.of(image)
   if how.shift or how.zoom or how.rotation:
-    image = random_affine(image, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
+    moved = random_affine(whole, rng, shift=how.shift, zoom=how.zoom, rotation=how.rotation)
+    whole = whole._replace(image=moved)
   if how.crop == "random":
-    image = random_square(image, rng, size=size)
+    image = random_square(whole, rng, size=size)
   elif how.crop == "random_resized":
-    image = random_resized_crop(image, rng, size=size, scale=how.crop_scale, ratio=how.crop_ratio)
+    image = random_resized_crop(whole, rng, size=size, scale=how.crop_scale, ratio=how.crop_ratio)
   else:
-    image = resize(image, size)
+    image = resize(whole, size)
   if how.flip and rng.random() < 0.5:
     image = ImageOps.mirror(image)
   common = dict(operations=how.randaugment_operations, magnitude=how.randaugment_magnitude)
@@ -106,7 +194,7 @@ def augment(
   return randaugment_timm.erase(pixels, rng, probability=how.erase) if how.erase else pixels
 
 
-def random_square(image: Image.Image, rng: np.random.Generator, *, size: int) -> Image.Image:
+def random_square(image: Image.Image | Decoded, rng: np.random.Generator, *, size: int) -> Image.Image:
   """Short side to `size` pixels, then a square from a uniformly random place, as Stable Diffusion's training cuts it.
 
   The place is any fraction of a pixel, and the scale exactly that of the short side. A square image is only resized.
@@ -147,31 +235,39 @@ def draw_box(
 
 
 def random_resized_crop(
-  image: Image.Image, rng: np.random.Generator, *, size: int, scale: Sequence[float], ratio: Sequence[float]
+  image: Image.Image | Decoded, rng: np.random.Generator, *, size: int, scale: Sequence[float], ratio: Sequence[float]
 ) -> Image.Image:
   """A random box, stretched to a square of `size` pixels: torchvision's RandomResizedCrop, bicubic and antialiased.
 
-  `scale` and `ratio` are those of `draw_box`. No pixel outside of the box has a part in the result.
+  `scale` and `ratio` are those of `draw_box`, in pixels of the file. No pixel outside of the box has a part in the
+  result.
   """
-  box = draw_box(image.width, image.height, rng, scale=scale, ratio=ratio)
-  # Not by `box` of resize, whose filter reaches beyond the box.
-  inside = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-  return inside.resize((size, size), Image.Resampling.BICUBIC)
+  whole = Decoded.of(image)
+  box = draw_box(whole.width, whole.height, rng, scale=scale, ratio=ratio)
+  left, top, width, height = (pixels / whole.factor for pixels in box)
+  right, bottom = left + width, top + height
+  # Not by `box` of resize alone, whose filter reaches beyond the box.
+  x, y = math.floor(left), math.floor(top)
+  inside = whole.image.crop((x, y, math.ceil(right), math.ceil(bottom)))
+  return inside.resize((size, size), Image.Resampling.BICUBIC, box=(left - x, top - y, right - x, bottom - y))
 
 
 def random_affine(
-  image: Image.Image, rng: np.random.Generator, *, shift: float, zoom: float, rotation: float
+  image: Image.Image | Decoded, rng: np.random.Generator, *, shift: float, zoom: float, rotation: float
 ) -> Image.Image:
   """Turns and scales about the middle, then moves; log of the scale uniform, uncovered pixels white."""
+  whole = Decoded.of(image)
+  width, height = whole.sides
   angle = math.radians(rng.uniform(-rotation, rotation))
   log_zoom = math.log1p(zoom)
   factor = math.exp(rng.uniform(-log_zoom, log_zoom))
-  dx, dy = rng.uniform(-shift, shift, 2) * image.size
+  dx, dy = rng.uniform(-shift, shift, 2) * (width, height)
   cos, sin = math.cos(angle) / factor, math.sin(angle) / factor
-  x, y = image.width / 2, image.height / 2
+  x, y = width / 2, height / 2
   # Pillow asks of each pixel of the result where it comes from, so that this is the way back.
   inverse = (cos, sin, x - cos * (x + dx) - sin * (y + dy), -sin, cos, y + sin * (x + dx) - cos * (y + dy))
-  return image.transform(image.size, Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC, fillcolor=WHITE)
+  kind, filter_ = Image.Transform.AFFINE, Image.Resampling.BICUBIC
+  return whole.image.transform(whole.image.size, kind, inverse, filter_, fillcolor=WHITE)
 
 
 def jitter_colour(image: Image.Image, rng: np.random.Generator, *, how: Augmentation) -> Image.Image:

@@ -124,25 +124,27 @@ def _usable(index: SupportsIndex, what: str = "the data set") -> Iterator[None]:
 def read_image(source: Any, index: SupportsIndex) -> Image.Image:
   """The image of a record of a source. Raises as `read` does."""
   with _usable(index):
-    return _decoded(source[int(index)]["image"])
+    return _in_full(source[int(index)]["image"])
 
 
-def _decoded(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
-  return transforms.decode(image) if isinstance(image, np.ndarray) else records.read_image(image)
+def _in_full(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
+  return records.read_decoded(image, at_least=None).image
 
 
 def to_square(
-  image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int, crop_pct: float = 1.0
+  image: bytes | UInt8[np.ndarray, "h w 3"], image_size: int, crop_pct: float = 1.0, *, reduced_decoding: bool = False
 ) -> UInt8[np.ndarray, "s s 3"]:
   """The image's central square, resized. Raises records.Unusable: bytes that show no image.
 
   Args:
     crop_pct: of the square's side that is kept, its middle; 0.875 is 224 px of 256.
+    reduced_decoding: whether a JPEG of twice that side or more is decoded at 1/2, 1/4 or 1/8 of its size.
   """
   # Resized first and cut then, as torchvision and timm do it.
   side = int(image_size / crop_pct)
   start = (side - image_size) // 2
-  return np.asarray(transforms.resize(_decoded(image), side))[start : start + image_size, start : start + image_size]
+  decoded = records.read_decoded(image, at_least=side if reduced_decoding else None)
+  return np.asarray(transforms.resize(decoded, side))[start : start + image_size, start : start + image_size]
 
 
 @functools.cache
@@ -161,7 +163,7 @@ class Images:
     source: its records have `image`, encoded or as u8[h w 3].
     indices: which of them, in which order.
     image_size: side of the squares, pixels.
-    crop_pct: as `to_square` takes it.
+    crop_pct, reduced_decoding: as `to_square` takes them.
     resampling: one of `resize.RESAMPLING`, for squares as FID's reference takes them; empty for those of `to_square`.
     what: the source is, for messages.
   """
@@ -172,6 +174,7 @@ class Images:
   crop_pct: float = 1.0
   resampling: str = ""
   what: str = "the data set"
+  reduced_decoding: bool = False
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -183,15 +186,17 @@ class Images:
     with _usable(index, self.what):
       image = self.source[index]["image"]
       if self.resampling:
-        return resize.square(_decoded(image), self.image_size, self.resampling)
-      return to_square(image, self.image_size, self.crop_pct)
+        return resize.square(_in_full(image), self.image_size, self.resampling)
+      return to_square(image, self.image_size, self.crop_pct, reduced_decoding=self.reduced_decoding)
 
 
-def chunks(source: Any, indices: Int[np.ndarray, " n"], *, image_size: int, crop_pct: float = 1.0) -> Iterator[Images]:
-  """The images of `indices` in order, as squares of `image_size`, at most `CHUNK` at a time; `crop_pct` as `to_square`
-  has it."""
+def chunks(
+  source: Any, indices: Int[np.ndarray, " n"], *, image_size: int, crop_pct: float = 1.0, reduced_decoding: bool = False
+) -> Iterator[Images]:
+  """The images of `indices` in order, as squares, at most `CHUNK` at a time; settings as `to_square` has them."""
   for start in range(0, len(indices), CHUNK):
-    yield Images(source, indices[start : start + CHUNK], image_size, crop_pct)
+    part = indices[start : start + CHUNK]
+    yield Images(source, part, image_size, crop_pct, reduced_decoding=reduced_decoding)
 
 
 def embed_images(
@@ -202,11 +207,13 @@ def embed_images(
   *,
   seed: int,
   crop_pct: float = 1.0,
+  reduced_decoding: bool = False,
 ) -> Float[np.ndarray, "n d"]:
   """ê_0 of each image, L2-normalised, in the order of `indices`. Each chunk has a seed of its own."""
   # A chunk, not a batch, has a seed: another batch size on another machine gives the same figures.
   found, progress = [], Progress("embedded", len(indices), "images")
-  for i, images in enumerate(chunks(source, indices, image_size=inference.image_size, crop_pct=crop_pct)):
+  squares = dict(image_size=inference.image_size, crop_pct=crop_pct, reduced_decoding=reduced_decoding)
+  for i, images in enumerate(chunks(source, indices, **squares)):
     found.append(inference.embed_images(params, images, seed=seed + i * CHUNK))
     progress.add(len(images))
   return np.concatenate(found)

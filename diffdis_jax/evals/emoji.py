@@ -20,7 +20,7 @@ COUNTS = {"test_vendor": 1_364, "val_vendor": 895, "val_concepts": 757, "openmoj
 OPTIONAL = "openmoji"
 WITH_UNSEEN = ("test_vendor", "openmoji")  # splits with concepts that training saw and with others
 SETS = {f"emoji/{split}": count for split, count in COUNTS.items()}
-AGAIN = "prepare it again with python -m diffdis_jax.prepare_data emoji"
+AGAIN = "prepare it again with diffdis prepare_data emoji"
 
 
 def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
@@ -40,7 +40,7 @@ def sections(root: pathlib.Path, *, image_size: int) -> list[Section]:
   if path is None:
     raise UserError(
       f"no emoji in --data_root={root}, neither in it nor in its folder emoji; write them there by"
-      " python -m diffdis_jax.prepare_data emoji"
+      " diffdis prepare_data emoji"
     )
   there = records.read_info(path).splits
   # A partial set would give a partial table without a word; only OpenMoji is a package of its own.

@@ -7,13 +7,14 @@ from collections.abc import Collection
 from typing import Any
 
 from diffdis_jax.common.guesses import did_you_mean
-from diffdis_jax.config.objectives import ALIGNED, GENERATIVE
+from diffdis_jax.config.objectives import ALIGNED, COMPARING, GENERATIVE
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import settings
 from diffdis_jax.evals.base import Eval
 from diffdis_jax.evals.fid import Fid
 from diffdis_jax.evals.generation_accuracy import GenerationAccuracy
+from diffdis_jax.evals.held_out_loss import HeldOutLoss
 from diffdis_jax.evals.long_tail import LongTail
 from diffdis_jax.evals.retrieval import Retrieval
 from diffdis_jax.evals.settings import Setting
@@ -24,6 +25,7 @@ EVALS = {
   "retrieval": Retrieval,
   "generation_accuracy": GenerationAccuracy,
   "fid": Fid,
+  "held_out_loss": HeldOutLoss,
   "long_tail": LongTail,
 }
 FORMER = {"agreement": "generation_accuracy", "recognition": "generation_accuracy"}  # names of tasks -> today's
@@ -33,6 +35,7 @@ MEASURES = {
   "retrieval": ALIGNED,
   "generation_accuracy": GENERATIVE,
   "fid": GENERATIVE,
+  "held_out_loss": tuple(dict.fromkeys(GENERATIVE + COMPARING)),
   "long_tail": ALIGNED,
 }
 MOST_SEED = 2**32 - 1  # of jax's random keys

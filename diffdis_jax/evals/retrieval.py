@@ -27,6 +27,8 @@ class Retrieval:
       for such a caption. CLIP_benchmark, and we by default, count only the query's own image or own captions.
     num_images: how many images to measure, the same ones each time; None for all.
     seed: seed of the query's noise, and of the shuffle.
+    reduced_decoding: decode JPEGs of at least twice the side that is seen at 1/2, 1/4 or 1/8 of their size. It is
+      faster, and figures then differ slightly from published protocols.
     shuffle_labels: the leak test. Each record keeps its place and its captions but shows another one's image, so recall
       must fall to chance.
 
@@ -44,12 +46,13 @@ class Retrieval:
     duplicate_captions: bool = False,
     num_images: int | None = None,
     seed: int = 0,
+    reduced_decoding: bool = False,
     shuffle_labels: bool = False,
   ):
     self.source = sources.open_source(**data)
     self._indices = base.subset(len(self.source), num_images)
     self._duplicate_captions = duplicate_captions
-    self._seed = seed
+    self._seed, self._reduced_decoding = seed, reduced_decoding
     self._shuffle_labels = shuffle_labels
     captions = [base.captions(base.fields(self.source, i), caption_field) for i in self._indices]
     self.texts = [text for texts in captions for text in texts]
@@ -67,6 +70,7 @@ class Retrieval:
       "duplicate_captions": self._duplicate_captions,
       "ties": base.TIES,
       **base.origin(self.source),
+      "reduced_decoding": self._reduced_decoding,
       "shuffle_labels": self._shuffle_labels,
     }
 
@@ -74,7 +78,9 @@ class Retrieval:
     """image_retrieval_recall@k, a text finds its image; text_retrieval_recall@k, an image finds one of its texts."""
     order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
     # The leak test shuffles what is shown and not what is asked: places, and with them the noise, stay.
-    images = base.embed_images(inference, params, self.source, order, seed=self._seed)
+    images = base.embed_images(
+      inference, params, self.source, order, seed=self._seed, reduced_decoding=self._reduced_decoding
+    )
     texts = base.embed_texts(inference, params, self.texts)
     found = {
       "image": base.ranks(texts, images, query_groups=self.text_groups, key_groups=self.image_groups),

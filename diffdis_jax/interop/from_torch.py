@@ -153,7 +153,7 @@ def _open_diffusers(folder: pathlib.Path) -> Source:
   }
   # After all three are read: their own fields may be right, and yet not fit each other.
   sections.check_widths(unet, model, str(files["unet"]))
-  factor = 2 ** (len(model["autoencoder"]["widths"]) - 1)
+  factor = model["autoencoder"]["patch"] * 2 ** (len(model["autoencoder"]["widths"]) - 1)
   sample_size = unet.get("sample_size")
   fields = {"image_size": sample_size * factor if isinstance(sample_size, int) else IMAGE_SIZE}
   fields["data.max_length"] = _token_length(folder / "tokenizer", model["text_encoder"]["max_length"])
@@ -162,9 +162,11 @@ def _open_diffusers(folder: pathlib.Path) -> Source:
     fields["image_diffusion.schedule"] = sections.read_scheduler(read_json(scheduler), str(scheduler))
 
   components = {part: _canonical(part, tensor_files.open_folder(folder / part)) for part in WITH_WEIGHTS}
-  if (folder / "diffdis.safetensors").exists():  # what export_weights wrote
-    components["diffdis"] = tensor_files.open_file(folder / "diffdis.safetensors")
-    _add_diffdis(folder / "diffdis_config.json", model, fields)
+  if (folder / "diffdis").is_dir():  # what export_weights wrote
+    components["diffdis"] = tensor_files.open_folder(folder / "diffdis")
+    _add_diffdis(folder / "diffdis" / "config.json", model, fields)
+    if "conv_out.weight" not in components["unet"]:  # of discrimination alone, without an up path
+      fields["objectives"] = ("discrimination",)
   return Source(components, model, fields, tokenizer=folder / "tokenizer")
 
 

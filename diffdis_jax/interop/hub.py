@@ -19,11 +19,11 @@ from diffdis_jax.interop import from_torch, tensor_files
 
 PREFIX = "hf:"
 _NAME = r"[\w.-]+/[\w.-]+"
-_OF_A_PIPELINE = r"model_index\.json|diffdis(_config\.json|\.safetensors)"
+_OF_A_PIPELINE = r"model_index\.json|diffdis/(config\.json|diffusion_pytorch_model\.safetensors)"
 _OF_A_PART = r"[\w.-]+\.(json|txt)"
 _OF_A_CLIP = r"config\.json|preprocessor_config\.json|open_clip_config\.json"
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_OF_AN_EXPORT = (".safetensors", ".json", ".txt")
+_OF_AN_EXPORT = (".safetensors", ".json", ".txt", ".py")
 
 
 class Fetched(NamedTuple):

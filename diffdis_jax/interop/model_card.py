@@ -18,114 +18,12 @@ from etils import epath
 
 from diffdis_jax.common import buckets, files
 from diffdis_jax.config.objectives import Objectives
+from diffdis_jax.interop import card_texts, to_torch
 from diffdis_jax.run import history
 
 PAPER = "*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discrimination Capability*"
 SAMPLES = "samples.png"
 LONGEST = 60  # characters of a protocol's value
-
-# What both kinds have below their own beginning.
-REST = """
-## Training
-
-{training}
-
-## Figures
-
-{figures}
-
-## Known failures
-
-{failures}
-
-## Config
-
-```json
-{config}
-```
-"""
-
-DIFFDIS = """---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [diffdis, stable-diffusion, jax]
----
-# DiffDis
-
-One UNet that generates images from text and aligns images with text, by denoising a text embedding under the condition
-of an image ({paper},
-ICCV 2023, [arXiv 2308.09306](https://arxiv.org/abs/2308.09306)). An independent implementation, diffdis_jax, wrote it:
-{what}.
-{samples}
-## Generating images, with diffusers
-
-```python
-from diffusers import StableDiffusionPipeline
-pipeline = StableDiffusionPipeline.from_pretrained("{address}")
-image = pipeline("{prompt}", num_inference_steps={steps}, guidance_scale={guidance}).images[0]
-```
-{pytorch}{jax}"""
-
-FAILURES = """The paper says of its own model, which was trained on CC3M:
-
-- Watermarks: photographs of CC3M often carry them, and the model generates them too.
-- People and animals are its weakest subjects.
-
-Expect the same of any model that was trained on CC3M. On what this one was trained is said above; whether it fails in
-the same ways was not measured. No safety checker comes with it, and the biases of its training data are in it."""
-
-TWIN = """
-## Aligning images with texts, with PyTorch
-
-`diffdis.safetensors` and `diffdis_config.json` are read by the PyTorch model, one file,
-`diffdis_jax/interop/torch_diffdis.py`.
-
-```python
-import torch
-from transformers import CLIPTokenizer
-from diffdis_jax.interop import torch_diffdis
-
-{download}
-model = torch_diffdis.DiffDis.from_pretrained(folder)
-tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-texts = ["{prompt}"]
-tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-z = model.encode_image(pixels)  # f32[b, 3, {size}, {size}] in [-1, 1]
-image = model.embed_image(z, steps=1, noise=torch.randn(len(z), model.query_width))
-scores = model.similarity(image, model.embed_text(tokens))
-```
-"""
-
-JAX = """
-## In JAX
-
-```
-python -m diffdis_jax.import_weights --source={source} --out=RUN
-```
-"""
-
-CLIP = """---
-library_name: transformers
-pipeline_tag: zero-shot-image-classification
-tags: [clip, jax]
----
-# CLIP
-
-Two towers that embed images and texts side by side, trained as the baseline of {paper}
-(ICCV 2023). diffdis_jax wrote it: {what}.
-
-## Loading
-
-```python
-from transformers import CLIPModel, CLIPProcessor
-model, processor = CLIPModel.from_pretrained("{address}"), CLIPProcessor.from_pretrained("{address}")
-```
-
-```python
-import open_clip
-model, _, preprocess = open_clip.create_model_and_transforms("{open_clip}")
-```
-{jax}"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,33 +49,52 @@ class Card:
   repo: str = ""
 
   def write(self, folder: pathlib.Path) -> None:
-    """README.md, and samples.png where the run had generated some by then."""
+    """README.md, and samples.png where the run had generated some by then. Last: it says which files there are."""
     address = self.repo or "FOLDER"
-    prompt = (self.fields.get("sample_prompts") or ("a bear searching for food near the river",))[0]
-    is_clip = Objectives(self.fields["objectives"]).is_clip
-    inference = self.fields.get("inference", {})
+    is_clip = "vision_encoder" in self.fields["model"]  # of long-tailed runs the objectives do not say it
     parts = {
       "paper": PAPER,
       "what": f"checkpoint of step {self.step}, {'averaged' if self.ema else 'raw'} weights, {self.dtype}",
       "address": address,
       "open_clip": f"hf-hub:{self.repo}" if self.repo else "local-dir:FOLDER",
-      "prompt": prompt,
-      "size": self.fields["image_size"],
-      "steps": inference.get("generation_steps"),
-      "guidance": inference.get("generation_guidance"),
-      "download": _download(self.repo),
-      "jax": JAX.format(source=f"hf:{self.repo}" if self.repo else "FOLDER"),
+      "jax": card_texts.JAX.format(source=f"hf:{self.repo}" if self.repo else "FOLDER"),
       "samples": "" if is_clip else self._samples(folder),
       "training": self._training(),
       "figures": "\n".join(self._figures()) or "None were measured.",
-      "failures": "The biases of its training data are in it; they were not measured." if is_clip else FAILURES,
+      "failures": card_texts.CLIP_FAILURES if is_clip else card_texts.FAILURES,
       "config": json.dumps(self.own, indent=2, sort_keys=True),
     }
-    # Where there is nothing of DiffDis' own, as in a run of generation alone, the PyTorch model cannot load it.
-    parts["pytorch"] = TWIN.format(**parts) if (folder / "diffdis.safetensors").exists() else ""
+    if not is_clip:
+      parts |= self._use(folder, address)
     # Last: what stands in the other parts may hold braces, such as a prompt, and is not formatted again.
-    text = ((CLIP if is_clip else DIFFDIS) + REST).format(**parts)
+    text = ((card_texts.CLIP if is_clip else card_texts.DIFFDIS) + card_texts.REST).format(**parts)
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+  def _use(self, folder: pathlib.Path, address: str) -> dict[str, str]:
+    """How the pipeline is loaded and called: one or two blocks of code, which run as they are printed."""
+    generates = Objectives(self.fields["objectives"]).generates
+    is_aligned, patch = (folder / "diffdis").is_dir(), self.fields["model"]["autoencoder"]["patch"]
+    prompts = [*(self.fields.get("sample_prompts") or ("a bear searching for food near the river", "a red car"))]
+    inference = self.fields["inference"]
+    # By json, which writes strings as Python does: a prompt may hold quotes.
+    generate = card_texts.GENERATES.format(
+      prompt=json.dumps(prompts[0]), steps=inference["generation_steps"], guidance=inference["generation_guidance"]
+    )
+    uses = card_texts.CLASSIFIES.format(names=json.dumps(prompts[:3])) if is_aligned else card_texts.ONLY_GENERATES
+    uses += "" if generates else card_texts.ONLY_CLASSIFIES
+    plain = card_texts.PLAIN.format(address=address) * generates
+    uses += card_texts.PATCHES.format(patch=patch) if patch > 1 else plain
+    uses += card_texts.OFFLINE.format(repo=self.repo) if self.repo else ""
+    uses += card_texts.HEAD * (folder / to_torch.HEAD).exists()
+    own = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.py"))
+    return {
+      "tag": "text-to-image" if generates else "zero-shot-image-classification",
+      "code": ", ".join([to_torch.PIPELINE, *own]),
+      "load": card_texts.LOAD.format(address=address)
+      + "\n" * generates
+      + (generate if generates else card_texts.OPENS),
+      "uses": uses,
+    }
 
   def _samples(self, folder: pathlib.Path) -> str:
     """Copies the newest grid that the run had generated by this step."""
@@ -266,12 +183,6 @@ def _public(name: Any) -> Any:
   """The last part of a path, whose folders say how somebody's machine is arranged; an address on the hub as it is."""
   is_path = isinstance(name, str) and "/" in name and not name.startswith("hf:")
   return pathlib.PurePath(name).name if is_path else name
-
-
-def _download(repo: str) -> str:
-  if not repo:
-    return "folder = FOLDER"
-  return f'import huggingface_hub\nfolder = huggingface_hub.snapshot_download("{repo}")'
 
 
 def _protocol(record: Mapping[str, Any]) -> str:

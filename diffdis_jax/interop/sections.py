@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,8 +68,6 @@ FIXED_UNET = dict(
 )
 FIXED_VAE = dict(
   act_fn="silu",
-  in_channels=3,
-  out_channels=3,
   shift_factor=None,
   latents_mean=None,
   latents_std=None,
@@ -77,6 +76,7 @@ FIXED_VAE = dict(
 )
 FIXED_TEXT = dict(layer_norm_eps=1e-5)
 FIXED_VISION = dict(layer_norm_eps=1e-5, num_channels=3)
+PATCHES = "PatchAutoencoderKL"
 FIXED_SCHEDULER = dict(num_train_timesteps=1000, prediction_type="epsilon", trained_betas=None)
 
 ACTIVATIONS = ("quick_gelu", "gelu")
@@ -116,8 +116,10 @@ def write_unet(section: Config, *, latent_channels: int, context_width: int, sam
 def read_vae(config: Config, where: str) -> dict[str, Any]:
   """`model.autoencoder`."""
   section = _read(config, VAE, FIXED_VAE, where)
-  _require(config, _vae_blocks(section), where)
-  return dict(section, patch=1, shift=0.0)
+  # Of patches, as export_weights writes it (torch_parts.py): their pixels are channels.
+  patch = math.isqrt(max(config.get("in_channels", 3) // 3, 1)) if config.get("_class_name") == PATCHES else 1
+  _require(config, _vae_blocks(section) | _vae_channels(patch), where)
+  return dict(section, patch=patch, shift=0.0)
 
 
 def write_vae(section: Config, *, scaling_factor: float, sample_size: int) -> dict[str, Any]:
@@ -125,6 +127,7 @@ def write_vae(section: Config, *, scaling_factor: float, sample_size: int) -> di
     _class_name="AutoencoderKL",
     **_write(dict(section, scale=scaling_factor), VAE, FIXED_VAE),
     **_vae_blocks(section),
+    **_vae_channels(section["patch"]),
     sample_size=sample_size,
   )
 
@@ -219,6 +222,10 @@ def _activation(section: dict[str, Any], where: str) -> dict[str, Any]:
 def _unet_blocks(attention: Sequence[bool], *, up: bool = False) -> Sequence[str]:
   names = tuple(f"{'CrossAttn' * has}{'Up' if up else 'Down'}Block2D" for has in attention)
   return names[::-1] if up else names  # the way up is listed from the middle on
+
+
+def _vae_channels(patch: int) -> dict[str, int]:
+  return dict(in_channels=3 * patch**2, out_channels=3 * patch**2)
 
 
 def _vae_blocks(section: Config) -> dict[str, Any]:

@@ -1,12 +1,14 @@
-"""Our parameters to a folder that diffusers' StableDiffusionPipeline loads, without PyTorch.
+"""Our parameters to a folder that diffusers loads, without PyTorch: a StableDiffusionPipeline, and beside it the
+component `diffdis` with what DiffDis adds, and the code of both (torch_pipeline.py, torch_diffdis.py, torch_parts.py).
 
-Beside the pipeline stands what DiffDis adds, in the names of the PyTorch model (torch_diffdis.py).
+diffusers' custom components have their class in their own folder, in the file that model_index.json names.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,8 +30,10 @@ FILES = {
   "unet": "unet/diffusion_pytorch_model.safetensors",
   "vae": "vae/diffusion_pytorch_model.safetensors",
   "text_encoder": "text_encoder/model.safetensors",
-  "diffdis": "diffdis.safetensors",
+  "diffdis": "diffdis/diffusion_pytorch_model.safetensors",
 }
+HEAD = "head.safetensors"  # of a long-tailed run's second stage; neither library has a place for it
+PIPELINE = "pipeline.py"  # as diffusers calls it
 INDEX = dict(
   _class_name="StableDiffusionPipeline",
   **VERSION,
@@ -45,17 +49,11 @@ INDEX = dict(
 )
 
 
-def check(model: Mapping[str, Any], objectives: tuple[str, ...]) -> None:
-  """Raises UserError for a run that no diffusers pipeline can hold."""
-  if not Objectives(objectives).generates:
+def check(objectives: tuple[str, ...]) -> None:
+  """Raises UserError for a run that has no UNet."""
+  if Objectives(objectives).is_autoencoder:
     trained = ", ".join(objectives)
-    raise UserError(f"objectives is {trained}; a diffusers pipeline needs generation, whose UNet has an up path")
-  patch = model["autoencoder"]["patch"]
-  if patch != 1:
-    raise UserError(
-      f"model.autoencoder.patch is {patch}; diffusers' AutoencoderKL folds no patches of pixels into channels, so this"
-      " run cannot be a diffusers pipeline"
-    )
+    raise UserError(f"objectives is {trained}; an autoencoder alone is no pipeline, export the run that trains on it")
 
 
 def write(
@@ -76,17 +74,20 @@ def write(
     model: the config's section.
     image_size: of the run's images.
     schedule: of the image process.
-    diffdis: content of diffdis_config.json, written if the run has the parameters that it is about.
+    diffdis: content of diffdis/config.json, written if the run has the parameters that it is about.
     dtype: of the files, a key of DTYPES.
 
   Raises:
-    UserError: a run that no pipeline can hold, or values beyond the dtype's range.
+    UserError: values beyond the dtype's range.
   """
-  sample_size = image_size // 2 ** (len(model["autoencoder"]["widths"]) - 1)
+  patch = model["autoencoder"]["patch"]
+  folded_size = image_size // patch
+  sample_size = folded_size // 2 ** (len(model["autoencoder"]["widths"]) - 1)
   # First, since it changes two convolutions, and takes away the parameters that the table has no row for.
   scaling_factor = fold_statistics(params)
+  index: dict[str, Any] = dict(INDEX)
   configs = {
-    "model_index.json": INDEX,
+    "model_index.json": index,
     "scheduler/scheduler_config.json": sections.write_scheduler(schedule) | VERSION,
     "unet/config.json": VERSION
     | sections.write_unet(
@@ -96,15 +97,22 @@ def write(
       sample_size=sample_size,
     ),
     "vae/config.json": VERSION
-    | sections.write_vae(model["autoencoder"], scaling_factor=scaling_factor, sample_size=image_size),
+    | sections.write_vae(model["autoencoder"], scaling_factor=scaling_factor, sample_size=folded_size),
     "text_encoder/config.json": sections.write_text(model["text_encoder"]),
   }
   entries = [mapping.from_path(path) for path in params]
+  is_aligned = "logit_scale" in params
   progress = Progress("converted", len(entries), "arrays")
-  for component, file in FILES.items():
-    (folder / file).parent.mkdir(exist_ok=True)
+  own_classes = {}
+  if patch > 1:
+    own_classes["vae"] = ("torch_parts", "PatchAutoencoderKL")
+  if "unet.conv_out.kernel" not in params:  # of discrimination alone
+    own_classes["unet"] = ("torch_parts", "DownUNet2DConditionModel")
+  for component, file in (*FILES.items(), ("head", HEAD)):
     own = [entry for entry in entries if entry.component == component]
-    if own:
+    # Of generation alone a projection of the text query may be there, which nothing then uses.
+    if own and (component != "diffdis" or is_aligned):
+      (folder / file).parent.mkdir(exist_ok=True)
       arrays = {}
       for entry in own:
         # Popped, so that each array is in memory once: converted, or not yet.
@@ -112,7 +120,15 @@ def write(
         progress.add(1)
       tensor_files.save(arrays, folder / file)
       if component == "diffdis":
-        configs["diffdis_config.json"] = diffdis
+        own_classes[component] = ("torch_diffdis", "DiffDis")
+        configs["diffdis/config.json"] = VERSION | dict(diffdis)
+
+  here = pathlib.Path(__file__)
+  for component, (module, name) in own_classes.items():
+    index[component] = (module, name)
+    configs[f"{component}/config.json"] = {**configs[f"{component}/config.json"], "_class_name": name}
+    shutil.copyfile(here.with_name(f"{module}.py"), folder / component / f"{module}.py")
+  shutil.copyfile(here.with_name("torch_pipeline.py"), folder / PIPELINE)
   write_configs(folder, configs)
 
 

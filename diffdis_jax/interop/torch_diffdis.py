@@ -1,26 +1,20 @@
-"""DiffDis for PyTorch: the discriminative half of the method in one file, around diffusers' own UNet2DConditionModel.
+"""DiffDis for PyTorch: the discriminative half of the method, around diffusers' own UNet2DConditionModel.
 
-It needs torch, diffusers, transformers and jaxtyping, and nothing of JAX or of the rest of this package, so that it can
-be copied into another project. The generative half is diffusers' StableDiffusionPipeline, on the same folder.
+It needs torch and diffusers, and nothing of JAX or of the rest of this package: export_weights puts this file beside
+its weights, as `diffdis/torch_diffdis.py`, and diffusers loads it from there as the component `diffdis` of
+DiffDisPipeline (pipeline.py), whose methods call it. The component holds what DiffDis adds to Stable Diffusion:
+text_stream, alignment, logit_scale, text_projection where the query goes through CLIP's, and query_tokens where token
+vectors are added to it. UNet and text encoder are arguments.
 
-  model = DiffDis.from_pretrained(FOLDER)
-  z = model.encode_image(pixels)
-  image = model.embed_image(z, steps=1, noise=torch.randn(len(z), model.query_width))
-  scores = model.similarity(image, model.embed_text(input_ids))
-
-FOLDER is what export_weights writes: a StableDiffusionPipeline with two files beside its own,
-  diffdis.safetensors    text_stream, alignment, logit_scale, text_projection where the query goes through CLIP's, and
-                         query_tokens where token vectors are added to it
-  diffdis_config.json    of the run's config: model.{fusion, share_attention, modality_ffn, alignment}, text_diffusion,
-                         model.text_encoder.{width, vocab_size, projection, token_embedding_weight, bos_id, eos_id},
-                         condition_timestep, max_length, inference.normalize_query; token_embedding_weight is 0 and
-                         normalize_query true where they are absent
+  diffdis = DiffDis.from_pretrained("FOLDER/diffdis")
+  c_null = diffdis.null_condition(text_encoder)
+  e_0 = diffdis.embed_image(z, noise, unet=unet, c_null=c_null)
+  scores = diffdis.similarity(e_0, diffdis.embed_text(input_ids, text_encoder=text_encoder))
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import pathlib
 from collections import OrderedDict
@@ -29,19 +23,23 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from jaxtyping import Float, Int
-from safetensors.torch import load_file
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
-Query = Float[Tensor, "b e"]
-Tokens = Float[Tensor, "b n d"]
-Features = Float[Tensor, "b c h w"]
-Timesteps = Int[Tensor, "b"]
+# Shapes in annotations, which nothing evaluates without it. By this form of import: of others diffusers tells the user
+# that a package is missing.
+try:
+  import jaxtyping as jt
+except ImportError:
+  pass
+else:
+  Query = jt.Float[Tensor, "b e"]
+  Tokens = jt.Float[Tensor, "b n d"]
+  Null = jt.Float[Tensor, "1 n d"]
+  Features = jt.Float[Tensor, "b c h w"]
+  Timesteps = jt.Int[Tensor, "b"]
 Part = Any  # a module of diffusers or transformers; by nn.Module's annotations, each attribute of it may be a Tensor
 
 NUM_TIMESTEPS = 1000
@@ -57,11 +55,11 @@ class Streams(NamedTuple):
 class Rates(NamedTuple):
   """√ᾱ(t) and √(1 − ᾱ(t)), f32."""
 
-  signal: Float[Tensor, "b 1"]
-  sigma: Float[Tensor, "b 1"]
+  signal: jt.Float[Tensor, "b 1"]
+  sigma: jt.Float[Tensor, "b 1"]
 
 
-def alpha_bar(schedule: str) -> Float[Tensor, " n"]:
+def alpha_bar(schedule: str) -> jt.Float[Tensor, " n"]:
   """ᾱ(t) of a noise schedule, float64. Its last entry, at t = -1, is the data's: 1."""
   # float64, as method/schedules.py has it, so that a sampler's coefficients are exact; on the CPU, as not every device
   # knows float64.
@@ -124,9 +122,8 @@ class FusionBlock(nn.Module):
   feed-forward network (Table 5).
   """
 
-  def __init__(self, image_block: Part, query_width: int, *, share_attention: bool, modality_ffn: bool):
+  def __init__(self, width: int, query_width: int, *, num_heads: int, share_attention: bool, modality_ffn: bool):
     super().__init__()
-    width, num_heads = image_block.proj_in.out_channels, image_block.transformer_blocks[0].attn1.heads
     self.fc_in = nn.Linear(query_width, width)
     self.attn = None if share_attention else Attention(width, num_heads=num_heads, qkv_bias=False)
     self.norm = nn.LayerNorm(width) if modality_ffn else None
@@ -165,12 +162,12 @@ class FusionBlock(nn.Module):
 
 
 class TextStream(nn.Module):
-  """Embedder of t_e, and one FusionBlock for each of `image_blocks`: none where fusion is off (Table 4)."""
+  """Embedder of t_e, and a FusionBlock for each width in `widths`: none where fusion is off (Table 4)."""
 
-  def __init__(self, image_blocks: Sequence[Part], query_width: int, **switches: bool):
+  def __init__(self, widths: Sequence[int], query_width: int, **how: Any):
     super().__init__()
     self.embedder = mlp(query_width, query_width, query_width, nn.SiLU())
-    self.blocks = nn.ModuleList(FusionBlock(block, query_width, **switches) for block in image_blocks)
+    self.blocks = nn.ModuleList(FusionBlock(width, query_width, **how) for width in widths)
 
   def time_conditioned(self, e_t: Query, t_e: Timesteps) -> Query:
     """e_t + Embedder(t_e)"""
@@ -218,55 +215,90 @@ class AlignmentTransformer(nn.Module):
     return self.map_out(F.adaptive_avg_pool2d(normed, self.spatial_pool).permute(0, 2, 3, 1).flatten(1))
 
 
-class DiffDis(nn.Module):
-  """Stable Diffusion's UNet as an aligner of images and texts. `config` is diffdis_config.json, above."""
+class DiffDis(ModelMixin, ConfigMixin):
+  """What DiffDis adds to Stable Diffusion's UNet, so that it aligns images and texts.
 
-  def __init__(self, config: Mapping[str, Any], *, unet: Part, vae: Part, text_encoder: Part):
+  Args:
+    model (`dict`): of the run's config: {fusion, share_attention, modality_ffn, alignment, unet.{widths, attention,
+      depth, num_heads}, text_encoder.{width, vocab_size, projection, bos_id, eos_id}}, and
+      text_encoder.token_embedding_weight, 0 where it is absent.
+    text_diffusion (`dict`): schedule, target and gamma of the text query's process.
+    condition_timestep (`int`): the UNet's timestep for a clean image.
+    max_length (`int`): tokens of a text.
+    image_size (`int`): side of an image, pixels.
+    inference (`dict`, *optional*): of the run's config: {steps, num_noise_samples, guidance, normalize_query}.
+    image_diffusion (`dict`, *optional*), objectives (`list`, *optional*): of the run's config; nothing here reads them.
+  """
+
+  # For `save_pretrained` of the pipeline. Read here: diffusers overwrites its copy when it loads another model's file.
+  source = pathlib.Path(__file__).read_text(encoding="utf-8")
+
+  @register_to_config
+  def __init__(
+    self,
+    model: Mapping[str, Any],
+    text_diffusion: Mapping[str, Any],
+    condition_timestep: int,
+    max_length: int,
+    image_size: int = 512,
+    inference: Mapping[str, Any] | None = None,
+    image_diffusion: Mapping[str, Any] | None = None,
+    objectives: Sequence[str] = (),
+  ):
     super().__init__()
-    self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
-    model, text, process = config["model"], config["model"]["text_encoder"], config["text_diffusion"]
-    self.bos_id, self.eos_id, self.max_length = text["bos_id"], text["eos_id"], config["max_length"]
+    unet, text, process = model["unet"], model["text_encoder"], text_diffusion
+    self.bos_id, self.eos_id, self.max_length = text["bos_id"], text["eos_id"], max_length
     self.target, self.gamma, self.alpha_bar = process["target"], process["gamma"], alpha_bar(process["schedule"])
-    self.condition_timestep = config["condition_timestep"]
-    self.normalize_query = config.get("inference", {}).get("normalize_query", True)
+    self.condition_timestep, self.image_size = condition_timestep, image_size
+    self.sampling = dict(steps=1, num_noise_samples=1, guidance=1.0, normalize_query=True) | dict(inference or {})
     self.query_width = text["projection"] or text["width"]
     self.token_embedding_weight = text.get("token_embedding_weight", 0.0)
     self.query_tokens = nn.Embedding(text["vocab_size"], text["width"]) if self.token_embedding_weight else None
 
-    levels = [level for level in unet.down_blocks if isinstance(level, CrossAttnDownBlock2D)]
-    image_blocks = [block for level in [*levels, unet.mid_block] for block in level.attentions]
-    switches = {name: model[name] for name in ("share_attention", "modality_ffn")}
-    self.text_stream = TextStream(image_blocks if model["fusion"] else (), self.query_width, **switches)
-    image_width = unet.config.block_out_channels[-1]
-    self.alignment = AlignmentTransformer(query_width=self.query_width, image_width=image_width, **model["alignment"])
+    widths = [
+      width for width, has in zip(unet["widths"], unet["attention"], strict=True) if has for _ in range(unet["depth"])
+    ]
+    last = unet["widths"][-1]  # of the middle, which always has one
+    how = {name: model[name] for name in ("share_attention", "modality_ffn")} | {"num_heads": unet["num_heads"]}
+    self.text_stream = TextStream([*widths, last] if model["fusion"] else (), self.query_width, **how)
+    self.alignment = AlignmentTransformer(query_width=self.query_width, image_width=last, **model["alignment"])
     self.text_projection = nn.Linear(text["width"], self.query_width, bias=False) if text["projection"] else None
     self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
   @classmethod
-  def from_pretrained(cls, folder: str | pathlib.Path) -> DiffDis:
-    """The model in an exported folder, f32, in evaluation mode.
+  def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    """As diffusers' models have it, but weights that do not fit the config are an error.
 
     Raises:
-      ValueError: diffdis.safetensors and diffdis_config.json do not fit each other.
+      OSError: no file of weights or config, or one that cannot be read to its end.
+      ValueError: a parameter is missing or unknown.
     """
-    folder = pathlib.Path(folder)
-    # By class, not by the pipeline, whose scheduler and tokenizer are not needed here.
-    kinds = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
-    parts = {name: kind.from_pretrained(folder, subfolder=name) for name, kind in kinds.items()}
-    model = cls(json.loads((folder / "diffdis_config.json").read_text()), **parts)
-    # Not strict: diffusers' own parts were loaded by their own files above, and are not in this one.
-    keys = model.load_state_dict(load_file(folder / "diffdis.safetensors"), strict=False)
-    missing = [key for key in keys.missing_keys if key.split(".")[0] not in parts]
-    if missing or keys.unexpected_keys:
-      raise ValueError(f"diffdis.safetensors lacks {missing} and has unknown {keys.unexpected_keys}; export again")
-    return model.float().eval()
-
-  def encode_image(self, pixels: Float[Tensor, "b 3 H W"]) -> Features:
-    """Latents z of images in [-1, 1]: the posterior's mode, scaled."""
-    return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
+    asked = kwargs.pop("output_loading_info", False)
+    try:
+      found: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+    except OSError as error:
+      said = " ".join(str(error).split())
+      raise OSError(
+        f"{pretrained_model_name_or_path}: the weights of DiffDis are missing or cannot be read, download or export"
+        f" them again ({said})"
+      ) from error
+    model, info = found
+    # diffusers warns of these, and goes on with random numbers in the missing ones' place.
+    missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing or unknown:
+      raise ValueError(
+        f"the weights in {pretrained_model_name_or_path} lack {missing} and have unknown {unknown}; export again"
+      )
+    return (model, info) if asked else model
 
   @torch.no_grad()
-  def embed_text(self, input_ids: Int[Tensor, "b l"]) -> Query:
+  def null_condition(self, text_encoder: Part) -> Null:
+    """c of the empty prompt, [1, l, d]."""
+    null = [[self.bos_id] + [self.eos_id] * (self.max_length - 1)]
+    return text_encoder(torch.tensor(null, device=text_encoder.device)).last_hidden_state
+
+  @torch.no_grad()
+  def embed_text(self, input_ids: jt.Int[Tensor, "b l"], *, text_encoder: Part) -> Query:
     """Text queries e: the condition at the first end-of-text token, through the projection if any, L2-normalised.
 
     With `query_tokens` the mean of the caption's tokens' vectors there is added to that condition, times
@@ -274,7 +306,8 @@ class DiffDis(nn.Module):
     """
     # The first one: padding is the end-of-text token too.
     end = (input_ids == self.eos_id).int().argmax(dim=1)
-    query = self.text_encoder(input_ids).last_hidden_state[torch.arange(len(input_ids)), end]
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    query = text_encoder(input_ids).last_hidden_state[rows, end].to(self.dtype)
     if self.query_tokens is not None:
       place = torch.arange(input_ids.shape[1], device=input_ids.device)
       inside = ((place > 0) & (place < end[:, None])).to(query.dtype)
@@ -282,17 +315,23 @@ class DiffDis(nn.Module):
       query = query + self.token_embedding_weight * total / inside.sum(dim=1, keepdim=True).clamp(min=1)
     return F.normalize((query if self.text_projection is None else self.text_projection(query)).float(), dim=-1)
 
-  def predict(self, z: Features, e_t: Query, t_e: Timesteps) -> Query:
+  def predict(self, z: Features, e_t: Query, t_e: Timesteps, *, unet: Part, c_null: Null) -> Query:
     """Φ_θ(e_t, t_e, z): ê_0 or ε̂_e, as the run's target says. The UNet's up path does not run.
 
     The image is clean, which its own timestep says: 1000, one past the generative range (Table 7). Its text condition
     is the empty prompt's, so that no caption leaks.
+
+    Args:
+      z: clean latents.
+      e_t: noised text query, γ √ᾱ e + √(1−ᾱ) ε.
+      t_e: its timestep, 0 to 999.
+      unet: a UNet2DConditionModel.
+      c_null: of `null_condition`.
     """
-    unet, dtype = self.unet, self.unet.dtype
+    dtype = unet.dtype
     temb = unet.time_embedding(unet.time_proj(torch.full_like(t_e, self.condition_timestep)).to(dtype))
-    null = torch.tensor([[self.bos_id] + [self.eos_id] * (self.max_length - 1)], device=z.device)
-    c = self.text_encoder(null).last_hidden_state.expand(len(z), -1, -1)
-    e_t = self.text_stream.time_conditioned(e_t.to(dtype), t_e)
+    c = c_null.to(dtype).expand(len(z), -1, -1)
+    e_t = self.text_stream.time_conditioned(e_t.to(self.dtype), t_e)
     fusion_blocks = iter(self.text_stream.blocks)
 
     def attention(image_block: Part, h: Features, h_e: Query) -> Streams:
@@ -303,10 +342,11 @@ class DiffDis(nn.Module):
     # h_e starts at 0, and each block adds e_t. The order of blocks is UNet2DConditionModel.forward's, skips left out.
     h, h_e = unet.conv_in(z.to(dtype)), torch.zeros_like(e_t)
     for level in unet.down_blocks:
-      for i, resnet in enumerate(level.resnets):
+      attentions = iter(getattr(level, "attentions", ()))
+      for resnet in level.resnets:
         h = resnet(h, temb)
-        if isinstance(level, CrossAttnDownBlock2D):
-          h, h_e = attention(level.attentions[i], h, h_e)
+        if (block := next(attentions, None)) is not None:
+          h, h_e = attention(block, h, h_e)
       for downsample in level.downsamplers or ():
         h = downsample(h)
     h = unet.mid_block.resnets[0](h, temb)
@@ -315,22 +355,21 @@ class DiffDis(nn.Module):
     # Without fusion the query meets the image here alone.
     return self.alignment(h_e if self.text_stream.blocks else e_t, h).float()
 
-  def predict_query(self, z: Features, e_t: Query, t_e: Timesteps) -> Query:
-    """ê_0, whatever the target: from the noise, ê_0 = (e_t − √(1−ᾱ) ε̂_e) / (γ √ᾱ). Not normalised.
+  def predict_query(self, z: Features, e_t: Query, t_e: Timesteps, *, unet: Part, c_null: Null) -> Query:
+    """ê_0, whatever the target: not normalised. Arguments are those of `predict`."""
+    return self.to_query(self.predict(z, e_t, t_e, unet=unet, c_null=c_null), e_t, t_e)
 
-    Args:
-      z: clean latents.
-      e_t: noised text query, γ √ᾱ e + √(1−ᾱ) ε.
-      t_e: its timestep, 0 to 999.
-    """
-    prediction = self.predict(z, e_t, t_e)
+  def to_query(self, prediction: Query, e_t: Query, t_e: Timesteps) -> Query:
+    """ê_0 of a prediction: from the noise, ê_0 = (e_t − √(1−ᾱ) ε̂_e) / (γ √ᾱ)."""
     if self.target == "data":
       return prediction
     signal, sigma = self._rates(t_e)
     return (e_t - sigma * prediction) / (self.gamma * signal)
 
   @torch.no_grad()
-  def embed_image(self, z: Features, steps: int, noise: Query) -> Query:
+  def embed_image(
+    self, z: Features, noise: Query, *, unet: Part, c_null: Null, steps: int = 1, guidance: float = 1.0
+  ) -> Query:
     """The denoised text query, L2-normalised: `steps` DDIM steps from e_T = noise ~ N(0, I) (the paper's Algorithm 3).
 
     The paper uses one step, the prediction at T-1. To average several noise samples, average their results and
@@ -339,15 +378,22 @@ class DiffDis(nn.Module):
     With target `data` and `normalize_query`, each step's ê_0 is normalised before it is fed back, since the process is
     defined on vectors of length 1. With target `noise` it follows from the predicted noise, and stays what it is.
 
+    Args:
+      guidance: s, whose null condition is the image z = 0; 1 is none.
+
     Raises:
       ValueError: not 1 to 1000 steps.
     """
     e_t, timesteps = noise, trailing(steps)
     for t, t_prev in zip(timesteps[:-1], timesteps[1:], strict=True):
       t_e = torch.full((len(z),), t, device=z.device)
-      e_0 = self.predict_query(z, e_t, t_e)
+      prediction = self.predict(z, e_t, t_e, unet=unet, c_null=c_null)
+      if guidance != 1:
+        null = self.predict(torch.zeros_like(z), e_t, t_e, unet=unet, c_null=c_null)
+        prediction = null + guidance * (prediction - null)
+      e_0 = self.to_query(prediction, e_t, t_e)
       # Before ε is taken from it, so that both together still make e_t.
-      if self.normalize_query and self.target == "data":
+      if self.sampling["normalize_query"] and self.target == "data":
         e_0 = F.normalize(e_0, dim=-1)
       signal, sigma = self._rates(t_e)
       epsilon = (e_t - self.gamma * signal * e_0) / sigma
@@ -355,9 +401,10 @@ class DiffDis(nn.Module):
       e_t = self.gamma * signal * e_0 + sigma * epsilon
     return F.normalize(e_t, dim=-1)
 
-  def similarity(self, image: Float[Tensor, "n d"], text: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
+  @torch.no_grad()
+  def similarity(self, image: jt.Float[Tensor, "n d"], text: jt.Float[Tensor, "m d"]) -> jt.Float[Tensor, "n m"]:
     """Logits τ ⟨ê_0, e⟩ of image queries and text queries, τ = min(exp(logit_scale), 100)."""
-    return self.logit_scale.exp().clamp(max=100) * image @ text.T
+    return self.logit_scale.float().exp().clamp(max=100) * image @ text.T
 
   def _rates(self, t: Timesteps) -> Rates:
     a = self.alpha_bar[t.cpu()][:, None]

@@ -89,3 +89,25 @@ def query_noise(
     return jax.vmap(functools.partial(noise, sample))(places)
 
   return jax.vmap(of_places)(jnp.arange(num_noise_samples))
+
+
+def noise_at(
+  key: PRNGKeyArray, t: Int[Array, ""], *, sample: Int[Array, ""], places: Int[Array, "b"], network: Network
+) -> StepNoise:
+  """The choices for the images at these places in their data set when a loss is measured: t_z = t_e = t, noise of key,
+  sample and place alone, nothing dropped, and the posterior's mode."""
+  rows = jnp.full(places.shape, t, jnp.int32)
+  kept = jnp.zeros(places.shape, bool)
+
+  def normal(number: int, *shape: int) -> Float[Array, "b ..."]:
+    of_sample = jax.random.fold_in(jax.random.fold_in(key, number), sample)
+    return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(of_sample, place), shape))(places)
+
+  return StepNoise(
+    t_z=rows,
+    noise_z=normal(0, *network.latent_shape),
+    drop_condition=kept,
+    t_e=rows,
+    noise_e=normal(1, network.model.query_width),
+    drop_image=kept,
+  )

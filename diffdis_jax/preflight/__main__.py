@@ -1,6 +1,6 @@
 """Estimates memory, step time and cost of a config on chips that are not there.
 
-  python -m diffdis_jax.preflight --config=configs/diffdis_cc3m.py --topology=v5e:8x8
+  diffdis preflight --config=diffdis_cc3m --topology=v5e:8x8
 
 It compiles the real training step from shapes, with the compiler for TPUs or for NVIDIA's GPUs (the extras `tpu` and
 `cuda`), and reports whether it fits, the time of a step, and the cost of the whole run. For TPUs the time is the
@@ -9,7 +9,7 @@ many CPU devices, and memory and collectives are those of a CPU's program.
 
 Calibration compares the TPU compiler's estimates of plain products, convolutions and sums with their least time:
 
-  python -m diffdis_jax.preflight calibration --topology=v5p:2x2x1 --out=calibration.json
+  diffdis preflight calibration --topology=v5p:2x2x1 --out=calibration.json
 """
 
 from __future__ import annotations
@@ -181,8 +181,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   if argv[1:] not in ([], ["calibration"]):
     raise UserError(
-      f"unexpected argument {argv[1]!r}; python -m diffdis_jax.preflight --config=... --topology=..., or calibration"
-      " --topology=..."
+      f"unexpected argument {argv[1]!r}; diffdis preflight --config=... --topology=..., or calibration --topology=..."
     )
   if not argv[1:] and FLAGS.config is None:
     raise UserError("--config=FILE.py is missing, such as configs/diffdis_cc3m.py")

@@ -1,6 +1,6 @@
 """Shows a run, or several side by side, as one HTML file.
 
-  python -m diffdis_jax.report --workdir=runs/demo/diffdis --out=report.html
+  diffdis report --workdir=runs/demo/diffdis --out=report.html
 
 The file holds everything and loads nothing: curves, sample images, evaluations, data, parameters, config, restarts and
 cost. It can be written while the run is running. --workdir=DIR,DIR2 shows runs side by side.

@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from clu import parameter_overview
 
@@ -65,7 +66,7 @@ def log_end(run: Run, path: str) -> None:
   picture = f"last samples in {pictures[-1]}, " if pictures else ""
   logging.info("finished at step %d: %smetrics in %s", run.num_steps, picture, folder / "metrics.jsonl")
   quoted = shlex.quote(path)
-  command = f"python -m diffdis_jax.%s --workdir={quoted}"
+  command = f"diffdis %s --workdir={quoted}"
   if run.objectives.is_autoencoder:
     logging.info("to train DiffDis with this autoencoder: --config.init_from=%s", quoted)
   elif run.objectives.generates:
@@ -78,7 +79,7 @@ def log_end(run: Run, path: str) -> None:
 
 def log_longer(run: Run, before: int, step: int) -> None:
   """What it does to the learning rate that a run of `before` steps gets longer at this step."""
-  rate = lambda num_steps, group: float(optim.rate_schedule(run.optim, group, num_steps=num_steps)(step))
+  rate = lambda num_steps, group: float(np.asarray(optim.rate_schedule(run.optim, group, num_steps=num_steps)(step)))
   changes = {group: (rate(before, group), rate(run.num_steps, group)) for group in run.optim.rates}
   said = ", ".join(f"{group} {old:.3g} to {new:.3g}" for group, (old, new) in changes.items() if old != new)
   logging.info(

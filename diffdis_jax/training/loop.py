@@ -87,7 +87,9 @@ def train_and_evaluate(
     trainer, train_step = prepared.trainer, prepared.train_step
     rows = sharding.local_rows(mesh, run.batch_size)
     iterator = open_loader(run, rows=rows, latents=latent_shapes(trainer.network))
-    inference = Inference(trainer.network, run.inference, mesh=mesh, after_batch=stop.raise_if_agreed)
+    inference = Inference(
+      trainer.network, run.inference, mesh=mesh, batch_size=rows_at_a_time(run), after_batch=stop.raise_if_agreed
+    )
     evaluator = make_evaluator(run, inference)
     selection = trainer.plug.selection(run) if trainer.plug.selection else None
     facts.log(trainer)
@@ -231,6 +233,11 @@ class Loop:
     self.writer.flush()
     meta = {"totals": write_totals(totals), "substituted": pending, "evaluated": evaluated}
     self.checkpointer.save(step, state, self.iterator, meta=meta, metrics=found)
+
+
+def rows_at_a_time(run: Run) -> int:
+  """Of a call of evaluations and samples: no more than a step has in memory, where it takes a batch in parts."""
+  return 64 if run.optim.accumulate == 1 else min(64, run.batch_size // run.optim.accumulate)
 
 
 def latent_shapes(network: Network) -> LatentShapes | None:

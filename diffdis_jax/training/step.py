@@ -1,7 +1,7 @@
 """The training state and the train step: the one jit boundary. What it minimises is in plugs.py.
 
 Parameters are a flat dict (common/params.py). Those whose group is `frozen` get no gradient, no optimizer state and no
-average.
+average. With optim.ema_decay of 0 nothing has one.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class Trainer:
     self.groups = optimizers.groups_of(self.shapes, run.optim.groups)
     self.trainable = [path for path, group in self.groups.items() if group != optimizers.FROZEN]
     _check_trainable(run.objectives, self.trainable)
+    self._averages = self.run.optim.ema_decay > 0  # without them, inference takes the raw parameters
     self._tx = optimizers.build_optimizer(self.trainable, run.optim, num_steps=run.num_steps)
     self._loss = plugs.loss_function(network, run)
 
@@ -122,7 +123,7 @@ class Trainer:
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
-      ema=dict(trainable),
+      ema=dict(trainable) if self._averages else {},
       opt_state=self._tx.init(trainable),
       seed=jnp.zeros((), jnp.uint32),  # with_params puts the run's in its place
       teacher=dict(trainable) if self.run.objectives.teacher else {},
@@ -158,7 +159,9 @@ class Trainer:
       TrainState(
         step=state.step + 1,
         params={**fixed, **trainable, **statistics},  # in this order: the statistics are among the fixed
-        ema=optimizers.update_ema(trainable, state.ema, decay=self.run.optim.ema_decay, step=state.step),
+        ema=optimizers.update_ema(trainable, state.ema, decay=self.run.optim.ema_decay, step=state.step)
+        if self._averages
+        else {},
         opt_state=opt_state,
         seed=state.seed,
         teacher=state.teacher,

@@ -80,12 +80,9 @@ def draw(canvas: Canvas, strip: Strip, top: float) -> None:
     [(216, middle - 52), (356, middle - 24), (356, middle + 24), (216, middle + 52)], stroke=p.image, fill=p.image_fill
   )
   canvas.box(362, middle - 24, 56, 48, stroke=p.image, fill=p.image_fill)
-  canvas.polygon(
-    [(424, middle - 24), (564, middle - 52), (564, middle + 52), (424, middle + 24)],
-    stroke=p.off if discriminates else p.image,
-    fill=p.ground if discriminates else p.image_fill,
-    dashed=discriminates,
-  )
+  way_up = [(424, middle - 24), (564, middle - 52), (564, middle + 52), (424, middle + 24)]
+  stroke, fill = (p.off, p.ground) if discriminates else (p.image, p.image_fill)
+  canvas.polygon(way_up, stroke=stroke, fill=fill, dashed=discriminates)
   canvas.text(282, middle + 8, "down", size=21, colour=p.image)
   canvas.text(390, middle + 8, "mid", size=21, colour=p.image)
   up, colour = ("not run", p.soft) if discriminates else ("up", p.image)

@@ -464,10 +464,11 @@ def best_of_n(palette: Palette) -> str:
   legend(canvas, 60, [*lines.values()], left=LEFT, step=170)
   canvas.text(4, 26, "accuracy of the image that is kept, %", size=SMALL, anchor="start", colour=palette.soft)
   values = [value for curve in curves.values() for value in curve.values()]
-  low = 5 * math.floor((min(values) - 1) / 5)
+  step = 5 if min(values) > 75 else 10
+  low = step * math.floor((min(values) - 1) / step)
   bottom = 380
   axes = Axes(canvas, Scale(0.9, 9, LEFT, RIGHT, log=True), Scale(low, 100, bottom, 84))
-  axes.grid_y(range(low, 101, 5 if 100 - low <= 30 else 10))
+  axes.grid_y(range(low, 101, step))
   axes.grid_x([*curves["seen"]])
   for name, (_, colour) in lines.items():
     axes.line(curves[name].items(), colour)
@@ -514,7 +515,11 @@ def denoising(palette: Palette) -> str:
 PLOTS = {
   plot.__name__: plot
   for plot in (
+    demo_training,
     demo_seeds,
+    demo_by_class,
+    best_of_n,
+    denoising,
     ablations_forest,
     emoji_forest,
     emoji_changes_forest,

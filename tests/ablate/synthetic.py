@@ -22,6 +22,7 @@ METRICS = {
   "zero_shot": ("acc1",),
   "retrieval": ("image_retrieval_recall@1", "text_retrieval_recall@1"),
   "fid": ("fid",),
+  "held_out_loss": ("loss_generation", "loss_discrimination"),
 }
 
 

@@ -123,8 +123,8 @@ def test_the_same_training_measured_twice():
 def test_a_row_is_measured_for_what_it_is_trained_for():
   plan = make_plan(grid="objectives=('generation',),('discrimination',),('generation','discrimination')", seeds=(0,))
   generation, discrimination, both = (plan.rows["grid", place][0] for place in range(3))
-  assert [*generation.evals] == ["generated"]
-  assert {*discrimination.evals} == {"test", "unseen", "test_retrieval"}
+  assert {*generation.evals} == {"generated", "held_out"}
+  assert {*discrimination.evals} == {"test", "unseen", "test_retrieval", "held_out"}
   assert {*both.evals} == {*generation.evals, *discrimination.evals}
   assert plan.tables[0].base == 2 and plan.tables[0].rows[2].label == "objectives = generation + discrimination"
 

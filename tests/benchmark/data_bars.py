@@ -101,8 +101,8 @@ def bare_loop(source: sources.Source) -> Iterator[None]:
     for start in range(0, len(stored) - data.BATCH + 1, data.BATCH):
       for content in stored[start : start + data.BATCH]:
         with image_files.open_image(content) as image:
-          crop = random_square(image, rng, size=data.CROP)
-        np.asarray(crop)
+          image.draft(None, (data.CROP, data.CROP))
+          np.asarray(random_square(image, rng, size=data.CROP))
       yield
 
 

@@ -251,10 +251,10 @@ def groups(shown: str) -> dict[str, list[str]]:
 def test_an_example_stands_first_in_every_help_and_its_flags_exist():
   for command, shown in helps().items():
     example, what = shown.split("\n\n")[:2]
-    assert re.match(rf"python -m diffdis_jax\.{command} ", example), shown
+    assert example.startswith(f"diffdis {command} "), shown
     assert " ".join(what.split()).startswith(main_module.commands()[command]), shown
     names = {name for each in groups(shown).values() for name in each}
-    lines = re.findall(rf"python -m diffdis_jax\.{command} .*", shown.replace("\\\n", " "))
+    lines = re.findall(rf"diffdis {command} .*", shown.replace("\\\n", " "))
     used = {name.removeprefix("no") for name in re.findall(r"--(\w+)", " ".join(lines))}
     assert used and used <= names, f"{command}: {used - names}"
     assert max(map(len, shown.splitlines())) <= usage.WIDTH
@@ -316,7 +316,7 @@ def test_every_command_is_listed_and_says_how_it_is_called(capsys):
     assert 10 < len(what) < 120 and not what.endswith(".")
     place = ROOT / "diffdis_jax" / command
     file = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
-    assert f"python -m diffdis_jax.{command}" in file.read_text()
+    assert f"diffdis {command}" in file.read_text()
   assert main_module.main([]) == 0
   listed = capsys.readouterr().out
   assert all(f"  {command} " in listed and what in listed for command, what in commands.items())

@@ -46,15 +46,15 @@ def data(tmp_path, monkeypatch):
   content |= {f"{i:02d}.txt": f"caption {i}".encode() for i in range(N)}
   write_tar(tmp_path / "raw" / "0.tar", dict(sorted(content.items())))
   builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
-  read = records.read_image
+  read = records.read_decoded
   first = picture(0, size=(12, 12))
 
-  def spoiled(image):
+  def spoiled(image, **how):
     if image == first:
       raise records.Unusable("corrupt image")
-    return read(image)
+    return read(image, **how)
 
-  monkeypatch.setattr(records, "read_image", spoiled)
+  monkeypatch.setattr(records, "read_decoded", spoiled)
   monkeypatch.setattr(latents, "CHUNK", 6)
   return tmp_path / "data"
 

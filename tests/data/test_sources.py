@@ -28,7 +28,7 @@ def test_shapes():
     ({"name": "shapes", "caption_fields": ("texts",)}, "shapes has no caption field 'texts'; its records have capt"),
     (
       {"name": "pairs"},
-      "''; write one with python -m diffdis_jax.prepare_data pairs, and name .* --config=FILE.py:path=DIR",
+      "''; write one with diffdis prepare_data pairs, and name .* --config=FILE.py:path=DIR",
     ),
     ({"name": "pairs", "path": "nowhere"}, "no prepared data set in 'nowhere'"),
   ],

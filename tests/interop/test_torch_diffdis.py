@@ -1,10 +1,10 @@
-"""The PyTorch twin, loaded from an exported folder, against our model: every ablation, one and several steps."""
+"""The PyTorch model, loaded from an exported folder, against ours: every ablation, one and several steps."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
-import json
 import logging
 import math
 import pathlib
@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from ml_collections import ConfigDict
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from configs import diffdis_cc3m
 from diffdis_jax.common.params import Params
@@ -31,7 +32,7 @@ from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.structs import TrainState
 from tests import steps
 from tests.models import from_torch, networks
-from tests.test_imports import FILES, imported_modules
+from tests.test_imports import FILES, SHIPPED, imported_modules
 from tests.test_inference import query_noise
 from tests.untrained import STEP
 
@@ -53,7 +54,42 @@ def twin_config(config: ConfigDict) -> dict[str, Any]:
   return own | {"max_length": config.data.max_length}
 
 
-def make_twin(config: ConfigDict, params: Params, folder: pathlib.Path) -> torch_diffdis.DiffDis:
+@dataclasses.dataclass
+class Twin:
+  """The PyTorch model with the three networks that its methods take, by the files of an export, as PyTorch has them."""
+
+  diffdis: torch_diffdis.DiffDis
+  unet: UNet2DConditionModel
+  vae: AutoencoderKL
+  text_encoder: CLIPTextModel
+
+  @classmethod
+  def from_pretrained(cls, folder: pathlib.Path) -> Twin:
+    kinds: dict[str, Any] = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
+    kinds["diffdis"] = torch_diffdis.DiffDis
+    return cls(**{name: kind.from_pretrained(folder / name) for name, kind in kinds.items()})
+
+  def to(self, dtype: torch.dtype) -> Twin:
+    return Twin(*(part.to(dtype) for part in vars(self).values()))
+
+  @property
+  def _given(self) -> dict[str, Any]:
+    return dict(unet=self.unet, c_null=self.diffdis.null_condition(self.text_encoder))
+
+  def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+    return self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+
+  def predict_query(self, z: torch.Tensor, e_t: torch.Tensor, t_e: torch.Tensor) -> torch.Tensor:
+    return self.diffdis.predict_query(z, e_t, t_e, **self._given)
+
+  def embed_image(self, z: torch.Tensor, steps: int, noise: torch.Tensor) -> torch.Tensor:
+    return self.diffdis.embed_image(z, noise, steps=steps, **self._given)
+
+  def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
+    return self.diffdis.embed_text(input_ids, text_encoder=self.text_encoder)
+
+
+def make_twin(config: ConfigDict, params: Params, folder: pathlib.Path) -> Twin:
   """Through the files of an export; `params` is used up."""
   to_torch.write(
     folder,
@@ -63,7 +99,7 @@ def make_twin(config: ConfigDict, params: Params, folder: pathlib.Path) -> torch
     schedule=config.image_diffusion.schedule,
     diffdis=twin_config(config),
   )
-  return torch_diffdis.DiffDis.from_pretrained(folder)
+  return Twin.from_pretrained(folder)
 
 
 def network_of(config: ConfigDict) -> networks.Network:
@@ -103,7 +139,7 @@ def to_data(config: ConfigDict, prediction: jax.Array, *, e_t: np.ndarray, t_e: 
   )
 
 
-def assert_same_query(twin: torch_diffdis.DiffDis, expected: Any, given: dict[str, np.ndarray], tolerance: float):
+def assert_same_query(twin: Twin, expected: Any, given: dict[str, np.ndarray], tolerance: float):
   e_t, t_e = torch.from_numpy(given["e_t"]), torch.from_numpy(given["t_e"])
   with torch.no_grad():
     query = twin.predict_query(from_torch.nchw(given["z"]), e_t, t_e)
@@ -139,9 +175,8 @@ def test_predicted_query_equals_ours(changes, tmp_path):
 def test_new_parameters_at_full_size_are_ours():
   config = diffdis_cc3m.get_config()
   with torch.device("meta"):
-    unet = UNet2DConditionModel(cross_attention_dim=768)  # Stable Diffusion v1's except for this
-    twin = torch_diffdis.DiffDis(twin_config(config), unet=unet, vae=None, text_encoder=None)
-  new = {name: tuple(x.shape) for name, x in twin.named_parameters() if not name.startswith("unet.")}
+    twin = torch_diffdis.DiffDis(**twin_config(config))
+  new = {name: tuple(x.shape) for name, x in twin.named_parameters()}
   entries = {name: mapping.from_name("diffdis", name) for name in new}
   found = {entries[name].path: entries[name].to_ours(np.broadcast_to(0.0, shape)).shape for name, shape in new.items()}
   ours = {path: leaf.shape for path, leaf in network_of(config).shapes.items()}
@@ -190,18 +225,11 @@ def test_embeddings_equal_ours(num_steps, target, normalize_query, tmp_path):
   assert np.abs(np.diff(image, axis=0)).max(axis=1).min() > 1e-3, "the images' queries should differ"
 
 
-def test_a_folder_that_says_nothing_of_the_querys_length_normalises_it(folder, tmp_path):
-  """As one does that was exported before there was a choice."""
-  for file in folder.iterdir():
-    (tmp_path / file.name).symlink_to(file)
-  file = tmp_path / "diffdis_config.json"
-  config = json.loads(file.read_text())
+def test_a_config_that_says_nothing_of_the_querys_length_normalises_it():
+  config = twin_config(tiny_config())
   assert config["inference"].pop("normalize_query") is True
-  file.unlink()
-  file.write_text(json.dumps(config))
-  assert torch_diffdis.DiffDis.from_pretrained(tmp_path).normalize_query is True
-  file.write_text(json.dumps({name: value for name, value in config.items() if name != "inference"}))
-  assert torch_diffdis.DiffDis.from_pretrained(tmp_path).normalize_query is True
+  assert torch_diffdis.DiffDis(**config).sampling["normalize_query"] is True
+  assert torch_diffdis.DiffDis(**(config | {"inference": None})).sampling["normalize_query"] is True
 
 
 @pytest.mark.parametrize(
@@ -236,20 +264,20 @@ def folder(run, tmp_path_factory) -> pathlib.Path:
 def test_an_exported_run_predicts_as_before(folder):
   given = inputs(tiny_config(), size=(8, 8))
   expected = tiny_network()[1](**given, t_z=np.full(len(T_E), 1000, np.int32))
-  assert_same_query(torch_diffdis.DiffDis.from_pretrained(folder), expected, given, tolerance=1e-5)
+  assert_same_query(Twin.from_pretrained(folder), expected, given, tolerance=1e-5)
 
 
 def test_a_run_exported_in_float16_computes_in_float32(run, tmp_path):
   export_weights(run, str(tmp_path / "export"), dtype="float16")
-  twin = torch_diffdis.DiffDis.from_pretrained(tmp_path / "export")
-  assert {parameter.dtype for parameter in twin.parameters()} == {torch.float32}
+  twin = Twin.from_pretrained(tmp_path / "export")
+  assert {parameter.dtype for parameter in twin.diffdis.parameters()} == {torch.float32}
   given = inputs(tiny_config(), size=(8, 8))
   expected = tiny_network()[1](**given, t_z=np.full(len(T_E), 1000, np.int32))
   assert_same_query(twin, expected, given, tolerance=1e-2)
 
 
 def test_similarity_is_scaled_cosine_with_a_limit(folder):
-  twin = torch_diffdis.DiffDis.from_pretrained(folder)
+  twin = torch_diffdis.DiffDis.from_pretrained(folder / "diffdis")
   image, text = torch.eye(16)[:2], torch.eye(16)[1:4]
   for scale, expected in ((2.0, np.exp(2.0)), (9.0, 100.0)):
     twin.logit_scale.data.fill_(scale)
@@ -257,7 +285,7 @@ def test_similarity_is_scaled_cosine_with_a_limit(folder):
 
 
 def test_bfloat16_computes_between_float32_borders(folder):
-  twin = torch_diffdis.DiffDis.from_pretrained(folder)
+  twin = Twin.from_pretrained(folder)
   given = inputs(tiny_config(), size=(8, 8))
   z, noise = from_torch.nchw(given["z"]), torch.from_numpy(given["e_t"])
   expected = twin.embed_image(z, 2, noise)
@@ -267,14 +295,12 @@ def test_bfloat16_computes_between_float32_borders(folder):
 
 
 def test_parameters_that_do_not_fit_the_config_are_refused(folder, tmp_path):
-  for file in folder.iterdir():
-    (tmp_path / file.name).symlink_to(file)
-  weights = load_file(folder / "diffdis.safetensors")
-  (tmp_path / "diffdis.safetensors").unlink()
+  own = shutil.copytree(folder / "diffdis", tmp_path / "diffdis")
+  weights = load_file(own / "diffusion_pytorch_model.safetensors")
   weights["text_stream.blocks.9.fc_in.bias"] = weights.pop("text_stream.blocks.0.fc_in.bias")
-  save_file(weights, tmp_path / "diffdis.safetensors")
-  with pytest.raises(ValueError, match=r"lacks .*blocks\.0\.fc_in\.bias.* unknown .*blocks\.9"):
-    torch_diffdis.DiffDis.from_pretrained(tmp_path)
+  save_file(weights, own / "diffusion_pytorch_model.safetensors")
+  with pytest.raises(ValueError, match=r"lack .*blocks\.0\.fc_in\.bias.* unknown .*blocks\.9"):
+    torch_diffdis.DiffDis.from_pretrained(own)
 
 
 @pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "cosine"])
@@ -293,10 +319,10 @@ def test_timesteps_equal_ours():
       torch_diffdis.trailing(n)
 
 
-def test_nothing_else_imports_the_twin_and_it_imports_nothing_of_ours():
+def test_nothing_imports_the_shipped_files_and_they_import_nothing_of_ours():
   for path in FILES:
     modules = set(imported_modules(ast.parse(path.read_text())))
-    if path.name == "torch_diffdis.py":
+    if f"interop/{path.name}" in SHIPPED:
       assert not [module for module in modules if module.startswith(("diffdis_jax", "jax.", "flax"))]
     else:
-      assert not [module for module in modules if "torch_diffdis" in module]
+      assert not [module for module in modules if "interop.torch_" in module]

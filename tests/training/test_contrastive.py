@@ -127,8 +127,7 @@ def test_parameters_after_five_steps_equal_those_of_torch(trainer, logit_scale):
   assert largest_error(learned(params), learned(expected)) < 1e-4
   assert float(params["logit_scale"]) == pytest.approx(theirs.logit_scale.item(), rel=1e-4)
   assert 0.0 <= params["logit_scale"] <= np.float32(MAX_LOGIT_SCALE)
-  for path, value in jax.device_get(state.ema).items():
-    np.testing.assert_array_equal(value, params[path])  # the baseline keeps no average
+  assert state.ema == {}  # the baseline keeps no average
 
 
 def test_several_devices_give_the_same(trainer):

@@ -15,8 +15,8 @@ from tests import tiny, tiny_clip
   "config, next_one",
   [
     (tiny.get_config("autoencoder"), "--config.init_from="),
-    (tiny.get_config(), "python -m diffdis_jax.generate --workdir="),
-    (tiny_clip.get_config(), "python -m diffdis_jax.evaluate --workdir="),
+    (tiny.get_config(), "diffdis generate --workdir="),
+    (tiny_clip.get_config(), "diffdis evaluate --workdir="),
   ],
 )
 def test_a_finished_run_says_where_its_picture_is_and_what_to_type_next(tmp_path, caplog, config, next_one):
@@ -32,7 +32,7 @@ def test_a_finished_run_says_where_its_picture_is_and_what_to_type_next(tmp_path
     f"finished at step {run.num_steps}: last samples in {path}/samples/samples_00000008.png,"
     f" metrics in {path}/metrics.jsonl"
   )
-  assert next_one in second and "python -m diffdis_jax.report --workdir=" in third
+  assert next_one in second and "diffdis report --workdir=" in third
   # What it says can be typed, though the folder's name has a space.
   for line in (second, third):
     words = shlex.split(line.split(": ", 1)[1])

@@ -240,6 +240,15 @@ def test_one_objective_trains_its_own_parts_and_averages_them(objective, frozen,
     np.testing.assert_allclose(state.ema[name], average[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def test_without_an_average_the_state_is_smaller_and_all_else_the_same():
+  averaged, alone = (steps.Trainer(steps.make_config(**{"optim.ema_decay": decay})) for decay in (0.9, 0.0))
+  batch = steps.make_batch(alone.config)
+  (expected, _), (state, _) = (each.run(each.initial(), batch, batch) for each in (averaged, alone))
+  assert state.ema == {} and expected.ema.keys() == {*alone.step.trainable}
+  for name, value in state.params.items():
+    np.testing.assert_allclose(value, expected.params[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_latent_statistics_end_at_zero_mean_and_unit_variance():
   config = steps.make_config("reconstruction", **{"optim.rates.new": 0.0, "optim.weight_decay": 0.0})
   trainer = steps.Trainer(config)

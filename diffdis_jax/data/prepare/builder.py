@@ -35,12 +35,14 @@ class Settings:
 
   Attributes:
     short_side: images whose short side is longer are stored as JPEG of this short side; None keeps every image's bytes.
+    reduced_decoding: JPEGs of twice that short side or more are decoded at 1/2, 1/4 or 1/8 of their size.
     drop_duplicates: of images with the same bytes keep the first one: of the splits but `train` in their order, then of
       `train`, so that no held-out image is trained on.
     num_processes, beam_options: as staging.write_all takes them. They change nothing in what is written.
   """
 
   short_side: int | None = None
+  reduced_decoding: bool = True
   drop_duplicates: bool = False
   num_processes: int = 1
   beam_options: tuple[str, ...] = ()
@@ -245,7 +247,10 @@ def prepare(
     raise UserError(f"cannot make the folder of --out={out}: {error.strerror}; name one that can be written") from error
   # The lock first: two processes would write over each other's parts.
   with _only_process(partial), staging.writing(partial):
-    stage = (make_stage or functools.partial(Stage, short_side=settings.short_side))(partial / "parts")
+    make_stage = make_stage or functools.partial(
+      Stage, short_side=settings.short_side, reduced_decoding=settings.reduced_decoding
+    )
+    stage = make_stage(partial / "parts")
     _check_same(partial, parts, builder, stage)
     stage.folder.mkdir(exist_ok=True)
     # TFDS reuses a folder that is there.

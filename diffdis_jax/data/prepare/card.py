@@ -18,6 +18,7 @@ from diffdis_jax.errors import UserError
 
 SAMPLE = 5000  # records of each split that sizes and lengths are taken from
 SHEET = 64  # pairs of the contact sheet
+EXAMPLES = 16  # captions of it that card.json has
 TILE = 128  # pixels, of a picture in it
 QUANTILES = {"least": 0.0, "median": 0.5, "most": 1.0}
 
@@ -55,7 +56,8 @@ class Card:
     return lines
 
   def to_json(self) -> str:
-    facts = {"name": self.name, "version": self.version, "splits": self.splits}
+    shown = list(dict.fromkeys(self.captions))[:EXAMPLES]
+    facts = {"name": self.name, "version": self.version, "splits": self.splits, "captions": shown}
     return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -25,7 +25,7 @@ from diffdis_jax.data import records, sources
 from diffdis_jax.data.prepare import staging
 from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.parts import Part
-from diffdis_jax.data.transforms import Augmentation, augment
+from diffdis_jax.data.transforms import Augmentation, augment, needed_side
 from diffdis_jax.errors import UserError
 
 IMAGES = 1024  # of a part
@@ -171,7 +171,8 @@ class LatentStage(staging.Stage):
   def _views(self, source: records.Pairs, place: int) -> _Views | records.Unusable:
     try:
       record = source.stored(place)
-      image = records.read_image(record.pop("image"))
+      needed = needed_side(self.image_size, self.augmentation)
+      image = records.read_decoded(record.pop("image"), at_least=needed)
       captions = [records.read_caption(record.pop("caption"))]
       if self.text is not None:
         captions = records.captions_of(records.read_metadata(record["metadata"])) or captions

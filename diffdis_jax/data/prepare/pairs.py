@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from diffdis_jax.data.records import Unusable, read_caption, read_image, read_metadata
+from diffdis_jax.data.records import Unusable, read_caption, read_decoded, read_metadata
+from diffdis_jax.data.transforms import Decoded
 
 MAX_CAPTION = 2000  # characters kept; CLIP reads 77 tokens
 JPEG_QUALITY = 92  # of images that are stored smaller; not stated by the paper
@@ -68,21 +69,24 @@ def mend(caption: str) -> Mended:
   return Mended(caption, changed)
 
 
-def shrink(image: Image.Image, short_side: int) -> bytes:
+def shrink(image: Decoded, short_side: int) -> bytes:
   """JPEG of the image with its short side reduced to `short_side` pixels."""
-  scale = short_side / min(image.size)
-  width, height = (max(short_side, round(side * scale)) for side in image.size)
+  scale = short_side / min(image.width, image.height)
+  width, height = (max(short_side, round(side * scale)) for side in (image.width, image.height))
   file = io.BytesIO()
-  image.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=JPEG_QUALITY)
+  image.image.resize((width, height), Image.Resampling.BICUBIC, box=(0, 0, *image.sides)).save(
+    file, "JPEG", quality=JPEG_QUALITY
+  )
   return file.getvalue()
 
 
-def to_record(pair: RawPair, *, short_side: int | None = None) -> Record:
+def to_record(pair: RawPair, *, short_side: int | None = None, reduced_decoding: bool = True) -> Record:
   """What a pair becomes.
 
   Args:
     pair: as read.
     short_side: images whose short side is longer are stored as JPEG of this short side; None keeps every image's bytes.
+    reduced_decoding: JPEGs of twice that short side or more are decoded at 1/2, 1/4 or 1/8 of their size.
 
   Raises:
     Unusable: with the first reason found.
@@ -95,8 +99,10 @@ def to_record(pair: RawPair, *, short_side: int | None = None) -> Record:
   # Read for its errors alone: it is stored as it is, so that no number is written differently.
   read_metadata(pair.metadata)
   # Decoded even where its bytes are kept: what cannot be read in training is left out here, and counted.
-  image, data = read_image(pair.image), pair.image
-  if short_side is not None and min(image.size) > short_side:
+  # For errors alone an eighth of the pixels will do: the file is read to its end for any number of them.
+  at_least = 1 if short_side is None else short_side if reduced_decoding else None
+  image, data = read_decoded(pair.image, at_least=at_least), pair.image
+  if short_side is not None and min(image.width, image.height) > short_side:
     data = shrink(image, short_side)
     changed.append("image stored smaller")
   try:

@@ -85,7 +85,7 @@ class FilesPart:
 
   def __iter__(self) -> Iterator[RawPair]:
     for item in self.items:
-      pair = RawPair(item.file, None, _encode(item.caption), _encode(item.metadata))
+      pair = RawPair(item.file, None, encode(item.caption), encode(item.metadata))
       try:
         pair.image = read_file(self.root / item.file)
       except Unusable as error:
@@ -93,7 +93,7 @@ class FilesPart:
       yield pair
 
 
-def _encode(text: str) -> bytes:
+def encode(text: str) -> bytes:
   """What was read as bytes that are not UTF-8, unchanged; of half a character, which JSON may hold, no UTF-8 either."""
   try:
     return text.encode("utf-8", "surrogateescape")

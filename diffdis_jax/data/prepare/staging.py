@@ -90,11 +90,12 @@ class Stage:
 
   Attributes:
     folder: of the files.
-    short_side: as `pairs.to_record` takes it.
+    short_side, reduced_decoding: as `pairs.to_record` takes them.
   """
 
   folder: pathlib.Path
   short_side: int | None = None
+  reduced_decoding: bool = True
 
   def features(self) -> tfds.features.FeaturesDict:
     """Of a record."""
@@ -102,7 +103,7 @@ class Stage:
 
   def identity(self) -> dict[str, Any]:
     """What a preparation must have in common with the one that it resumes."""
-    return {"short side": self.short_side}
+    return {"short side": self.short_side, "reduced decoding": self.reduced_decoding}
 
   def facts(self) -> dict[str, Any]:
     """What belongs into the data set's metadata beside the reports."""
@@ -141,7 +142,7 @@ class Stage:
     serialize = serializer(self.features())
     for pair in _reading(part):
       try:
-        record, changed = pairs.to_record(pair, short_side=self.short_side)
+        record, changed = pairs.to_record(pair, short_side=self.short_side, reduced_decoding=self.reduced_decoding)
       except records.Unusable as error:
         report.skip(pair.key, str(error))
         continue

@@ -238,7 +238,7 @@ if __name__ == "__main__":
 def test_workers_die_with_their_parent(many, tmp_path):
   script = tmp_path / "script.py"
   script.write_text(WORKERS)
-  environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+  environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
   process = subprocess.Popen([sys.executable, str(script), str(many), str(tmp_path / "out")], env=environment)
   stage = tmp_path / ".out.partial" / "parts"
   deadline = time.monotonic() + 60
@@ -282,7 +282,11 @@ def _group(process: pathlib.Path) -> int | None:
 
 def test_a_preparation_does_not_go_on_with_something_else(many, raw, tmp_path, monkeypatch):
   interrupt(many, tmp_path / "out", monkeypatch)
-  for source, settings, what in ((many, {"short_side": 4}, "short side"), (raw, {}, "source")):
+  for source, settings, what in (
+    (many, {"short_side": 4}, "short side"),
+    (many, {"reduced_decoding": False}, "reduced decoding"),
+    (raw, {}, "source"),
+  ):
     with pytest.raises(UserError, match=f"unfinished preparation with another {what}; give the same, or delete it"):
       prepare(source, tmp_path / "out", **settings)
   assert prepare(many, tmp_path / "out")["val"].pairs == 20

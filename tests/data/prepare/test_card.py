@@ -23,6 +23,7 @@ def test_card(tmp_path):
   assert facts["caption_characters"] == {"least": 5, "median": 12, "most": 12}
   assert facts["distinct_captions"] == 0.25
   assert made.images.shape == (8, card.TILE, card.TILE, 3) and made.captions[0] == "short"
+  assert json.loads(made.to_json())["captions"] == ["short", "long caption"]
   assert made.lines()[1].startswith("train: 8 pairs, ")
   assert made.lines()[2] == "train: skipped 1 with missing image"
   with pytest.raises(UserError, match="no prepared data set in"):

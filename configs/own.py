@@ -1,0 +1,172 @@
+"""Pictures of one's own with captions: Stable Diffusion's weights fine-tuned on them, or a small network from scratch.
+
+  diffdis prepare_data files --source=PICTURES --out=DATA --preview=preview.png
+
+Fine-tuning all of Stable Diffusion, on one GPU of 24 GB or more:
+
+  diffdis import_weights --source=SD --out=SD_RUN
+  diffdis train --config=own:path=DATA,from=SD_RUN,memory=24 --workdir=RUN
+
+From scratch at 64 px, on a CPU too. Its autoencoder comes first:
+
+  diffdis train --config=own:path=DATA,autoencoder --workdir=RUNS/autoencoder
+  diffdis train --config=own:path=DATA,from=RUNS/autoencoder --workdir=RUNS/diffdis
+
+Of 24 GB it takes 17.9 GiB by XLA's buffer assignment for an L4, before convolutions' workspaces, so have JAX take 90 %
+of the card instead of its default of 75 %: XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, which the launchers set. Not run.
+
+Batch and steps follow from the number of pairs. What a step keeps in memory follows from memory=GB, that of one device:
+below 80 GB no averaged weights and a first moment in bf16; everywhere rematerialisation, and as many images at a time
+as fit. `train` logs each choice, and --config.batch_size=N and the like override it. size=PIXELS is that of the images,
+by default of the run in `from`; half of it takes a quarter of the time.
+
+The losses on split `val` are measured ten times, and the checkpoint with the lowest generation loss is kept beside the
+newest: evaluate --best. None of these sizes and rates was tuned; rates of fine-tuning are those of diffdis_cc3m.py,
+those from scratch of emoji.py.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from ml_collections import ConfigDict
+
+from configs import common
+from diffdis_jax.models.sizes import medium
+
+SMALLEST, LARGEST = 8, 64  # batch
+PASSES = {"pretrained": 50, "scratch": 150, "autoencoder": 100}  # over the pairs, within these steps
+STEPS = {"pretrained": (500, 10_000), "scratch": (2000, 40_000), "autoencoder": (1500, 10_000)}
+# GB of one device -> images of 256 px that a step takes at a time; of 512 px a quarter. Compiled for 24 GB alone.
+AT_A_TIME = {24: 8, 40: 16, 80: 32}
+PROMPTS = 8
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  # `from` is a word of Python's own.
+  args = common.parse_arg(arg, **{"path": "", "from": "", "autoencoder": False, "memory": 24, "size": 0})
+  if not args.path:
+    raise ValueError("argument path=DIR is missing, the folder that prepare_data files wrote")
+  pairs = common.num_pairs(args.path)
+  config = common.base(medium(), image_size=64)
+  scratch_network(config)
+  start = "autoencoder" if args.autoencoder else "scratch"
+  if args["from"]:
+    if args.autoencoder:
+      raise ValueError("from=DIR has an autoencoder; leave out one of autoencoder and from")
+    start = take_start(config, args["from"])
+  if args.size:
+    config.image_size = args.size
+  config.data.update(name="pairs", path=args.path)
+  set_length(config, pairs, start)
+  if args.autoencoder:
+    to_autoencoder(config)
+    return config
+  if start == "pretrained":
+    fine_tune(config, args.memory)
+  else:
+    train_from_scratch(config)
+  config.sample_prompts = prompts(args.path)
+  if pairs.get("val"):
+    data = dict(name="pairs", path=args.path, split="val", image_size=config.image_size)
+    config.evals = {"held_out": common.held_out_loss(data)}
+    config.train_evals = ("held_out",)
+    config.checkpoint.update(keep_best=1, best_metric="held_out/loss_generation", best_is="min")
+  else:
+    common.say("own: no split val, so that overfitting is not seen; prepare the data with --held_out=0.05")
+  return config
+
+
+def scratch_network(config: ConfigDict) -> None:
+  """For 64 px: latents of 16 x 16, as those of emoji.py, whose text process it has too."""
+  config.model.query_init = 0.0
+  config.model.autoencoder.widths = (16, 32, 64)
+  config.model.text_encoder.max_length = config.data.max_length = 32
+  config.text_diffusion.update(schedule="scaled_linear", gamma=0.1)
+  config.inference.update(num_noise_samples=4, generation_steps=50, generation_guidance=4.0)
+
+
+def take_start(config: ConfigDict, path: str) -> str:
+  """The network of the run there; `pretrained`, or `scratch` where it has trained an autoencoder alone."""
+  common.take_network(config, path, argument="from")
+  objectives = json.loads((pathlib.Path(path) / "config.json").read_text())["objectives"]
+  if "vision_encoder" in config.model:
+    raise ValueError(f"argument from={path} is a CLIP; it should be import_weights' folder of Stable Diffusion")
+  return "scratch" if objectives == ["reconstruction"] else "pretrained"
+
+
+def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:
+  """Batch and steps for so many pairs."""
+  train = pairs["train"]
+  if train < SMALLEST:
+    raise ValueError(
+      f"path={config.data.path} has {train} pairs in split train, fewer than the smallest batch, {SMALLEST}"
+    )
+  # An eighth, so that a pass has steps; of a power of two, so that devices and microbatches divide it.
+  size = SMALLEST
+  while 2 * size <= min(LARGEST, train // 8):
+    size *= 2
+  least, most = STEPS[start]
+  config.batch_size = size
+  config.num_steps = max(least, min(most, PASSES[start] * train // size))
+  config.optim.warmup_steps = min(1000, config.num_steps // 10)
+  config.save_every = config.eval_every = config.sample_every = -(-config.num_steps // 10)
+  held_out = f", {pairs['val']:,} held out" if pairs.get("val") else ""
+  common.say(f"own: {train:,} pairs{held_out}: batch_size {size}, at most an eighth of them")
+  passes = config.num_steps * size / train
+  common.say(f"own: {config.num_steps:,} steps, {passes:.0f} passes over the pairs; a tenth of them is warm-up")
+
+
+def to_autoencoder(config: ConfigDict) -> None:
+  """As emoji.py's, without views that uncover white."""
+  config.objectives = ("reconstruction",)
+  config.data.augment.update(crop="random", flip=True)
+  config.optim.update(groups=((".*", "new"),), rates=dict(new=2e-3), ema_decay=0.998)
+  config.optim.update(schedule_kind="cosine", weight_decay=0.05, b2=0.99)
+  common.say("own: the autoencoder of a run from scratch; train that with from=WORKDIR_OF_THIS")
+
+
+def train_from_scratch(config: ConfigDict) -> None:
+  """As emoji.py's, without its vocabulary and its two additions to the paper."""
+  config.data.augment.crop = "random"
+  config.loss.ita_weight = 0.3
+  config.optim.update(
+    groups=(("^autoencoder", "frozen"), (r"^unet\.(up|norm_out|conv_out)", "drawing"), (".*", "new")),
+    rates=dict(new=5e-4, drawing=1e-3),
+    schedule_kind="cosine",
+    weight_decay=0.2,
+    b2=0.99,
+    ema_decay=0.998,
+  )
+
+
+def fine_tune(config: ConfigDict, memory: int) -> None:
+  """All of the UNet and what DiffDis adds to it, in this many GB."""
+  fitting = [gigabytes for gigabytes in AT_A_TIME if gigabytes <= memory]
+  if not fitting:
+    raise ValueError(f"memory={memory} is too little: fine-tuning Stable Diffusion takes {min(AT_A_TIME)} GB")
+  config.data.augment.crop = "random"  # no flip: captions may tell left from right
+  config.model.update(dtype="bfloat16", remat="full")
+  config.optim.update(
+    groups=(("^autoencoder|^text_encoder", "frozen"), ("^unet", "pretrained"), (".*", "new")),
+    rates=dict(pretrained=1e-5, new=1e-4),
+    weight_decay=1e-4,
+    ema_decay=0.999 if memory >= 80 else 0.0,
+    first_moment="float32" if memory >= 80 else "bfloat16",
+  )
+  at_a_time = max(1, int(AT_A_TIME[fitting[-1]] * (256 / config.image_size) ** 2))
+  at_a_time = min(config.batch_size, 2 ** (at_a_time.bit_length() - 1))
+  config.optim.accumulate = config.batch_size // at_a_time
+  average = "averaged weights" if config.optim.ema_decay else "no averaged weights"
+  common.say(
+    f"own: memory={memory} GB: {at_a_time} images of {config.image_size} px at a time"
+    f" (optim.accumulate={config.optim.accumulate}), rematerialisation, {average}, first moment in"
+    f" {config.optim.first_moment}"
+  )
+
+
+def prompts(path: str) -> tuple[str, ...]:
+  """Some captions of the set, where its card has them."""
+  found = common.read_prepared(path, "card.json").get("captions", ())
+  return tuple(dict.fromkeys(found))[:PROMPTS]

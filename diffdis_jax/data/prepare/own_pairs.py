@@ -1,0 +1,91 @@
+"""What the layouts of one's own pictures have in common: what was asked for, and how captions make a pair."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from diffdis_jax.data import records
+from diffdis_jax.data.prepare import parts
+from diffdis_jax.data.prepare.pairs import RawPair
+from diffdis_jax.data.prepare.parts import Part
+from diffdis_jax.errors import UserError
+
+CAPTIONS = ("caption", "text")  # columns, of which the first that is there counts
+HELD_OUT = 0.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+  """How to read the folder.
+
+  Attributes:
+    caption_fields: columns, or endings of files, whose texts are the captions; empty for the usual ones.
+    held_out: share of `train` that becomes `val`; 0 for none.
+  """
+
+  caption_fields: tuple[str, ...] = ()
+  held_out: float = HELD_OUT
+
+
+@runtime_checkable
+class Pairs(Protocol):
+  """Pairs of one split of the source, by their places."""
+
+  @property
+  def split(self) -> str:
+    """In the source's words."""
+    ...
+
+  @property
+  def keys(self) -> Sequence[str]:
+    """Unique in the data set."""
+    ...
+
+  @property
+  def whole(self) -> Sequence[int]:
+    """Places of the pairs that seem to have image and caption."""
+    ...
+
+  def part(self, name: str, split: str, places: Sequence[int]) -> Part:
+    """These of them."""
+    ...
+
+
+def pair_of(key: str, image: bytes | None, captions: Sequence[bytes | str], fields: Mapping[str, Any]) -> RawPair:
+  """A pair with these captions, of which empty ones do not count; several are its metadata's field `captions`.
+
+  Raises:
+    Unusable: one that is not UTF-8.
+  """
+  raw = [text if isinstance(text, bytes) else parts.encode(text) for text in captions]
+  raw = [text for text in raw if text.strip()]
+  fields = dict(fields)
+  if len(raw) > 1:
+    fields["captions"] = [records.read_caption(text) for text in raw]
+  metadata = parts.encode(json.dumps(fields, ensure_ascii=False))
+  return RawPair(key, image, raw[0] if raw else None, metadata)
+
+
+def caption_fields(where: str, columns: Mapping[str, Any] | Sequence[str], asked: Asked) -> tuple[str, ...]:
+  """The columns with the captions. Raises UserError: they are not among these."""
+  usual = [name for name in CAPTIONS if name in columns][:1]
+  missing = [name for name in asked.caption_fields if name not in columns]
+  if missing or not (asked.caption_fields or usual):
+    what = f"column {missing[0]}" if missing else f"column {' or '.join(CAPTIONS)}"
+    raise UserError(f"{where} has no {what}; name those with captions by --caption_fields, of {', '.join(columns)}")
+  return asked.caption_fields or tuple(usual)
+
+
+def texts_of(row: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, ...]:
+  """The texts in these fields of a row, each a text or a list of them."""
+  values = [row.get(field) for field in fields]
+  texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+  return tuple(text for text in texts if isinstance(text, str) and text.strip())
+
+
+def is_plain(value: Any) -> bool:
+  """Whether JSON and a reader of records have it: a text, a number, or a list of texts."""
+  return isinstance(value, (str, int, float)) or (isinstance(value, list) and all(isinstance(v, str) for v in value))

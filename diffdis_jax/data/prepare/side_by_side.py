@@ -1,0 +1,201 @@
+"""Pictures that lie as files, with captions in files beside them, or in Hugging Face's metadata.jsonl or .csv."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import pathlib
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from diffdis_jax.data import records, tars
+from diffdis_jax.data.prepare.card import spread
+from diffdis_jax.data.prepare.image_folder import SPLITS
+from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, pair_of, texts_of
+from diffdis_jax.data.prepare.pairs import RawPair
+from diffdis_jax.data.prepare.parts import Part
+from diffdis_jax.data.records import MOST_TEXT_BYTES, TOO_LARGE, Unusable, read_file
+from diffdis_jax.errors import UserError, parse_json
+
+TEXTS = ("txt", "caption")  # endings of a caption's file
+FILE_NAME = "file_name"
+TABLES = ("metadata.jsonl", "metadata.csv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """Where a pair lies; files are relative to the root, and empty where there is none.
+
+  Attributes:
+    captions: texts; or files, where `is_file`.
+    metadata: its fields.
+    metadata_file: a file with more of them.
+  """
+
+  key: str
+  image: str = ""
+  captions: tuple[str, ...] = ()
+  is_file: bool = False
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  metadata_file: str = ""
+
+
+@dataclasses.dataclass
+class SamplesPart:
+  """Pairs that lie as files under `root`."""
+
+  name: str
+  split: str
+  root: pathlib.Path
+  samples: Sequence[Sample]
+  fields: tuple[str, ...] = ()
+  truncated: bool = False
+
+  def identity(self) -> list[Any]:
+    return [self.name, self.samples[0].key, self.samples[-1].key, len(self.samples), *self.fields]
+
+  def few(self, count: int) -> Iterator[RawPair]:
+    """At most so many of them, from all over the part."""
+    places = spread(len(self.samples), count)
+    return iter(dataclasses.replace(self, samples=[self.samples[place] for place in places]))
+
+  def __iter__(self) -> Iterator[RawPair]:
+    for sample in self.samples:
+      try:
+        image = read_file(self.root / sample.image) if sample.image else None
+        texts = [_read_text(self.root / each) for each in sample.captions] if sample.is_file else sample.captions
+        more = records.read_metadata(_read_text(self.root / sample.metadata_file)) if sample.metadata_file else {}
+        yield pair_of(sample.key, image, texts, {**sample.metadata, **more})
+      except Unusable as error:
+        yield RawPair(sample.key, refused=str(error))
+
+
+def _read_text(path: pathlib.Path) -> bytes:
+  """Raises Unusable: too many bytes for one, or no plain file."""
+  if path.is_file() and path.stat().st_size > MOST_TEXT_BYTES:
+    raise Unusable(TOO_LARGE)
+  return read_file(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """Pairs that lie as files, of one split."""
+
+  split: str
+  root: pathlib.Path
+  samples: Sequence[Sample]
+  fields: tuple[str, ...] = ()
+
+  @property
+  def keys(self) -> Sequence[str]:
+    return [sample.key for sample in self.samples]
+
+  @property
+  def whole(self) -> Sequence[int]:
+    return [i for i, sample in enumerate(self.samples) if sample.image and any(sample.captions)]
+
+  def part(self, name: str, split: str, places: Sequence[int]) -> Part:
+    return SamplesPart(name, split, self.root, [self.samples[place] for place in places], self.fields)
+
+
+def _by_split(root: pathlib.Path, samples: Sequence[Sample], fields: tuple[str, ...]) -> list[Pairs]:
+  """By the first folder, where all of them lie in one that is called as a split."""
+  first = {sample.key.partition("/")[0] for sample in samples}
+  if not first <= SPLITS or not all("/" in sample.key for sample in samples):
+    return [Samples("train", root, samples, fields)]
+  found: list[Pairs] = []
+  for split in sorted(first):
+    of_split = [sample for sample in samples if sample.key.partition("/")[0] == split]
+    found.append(Samples(split, root, of_split, fields))
+  return found
+
+
+def beside(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Pairs]:
+  """x.jpg with x.txt or x.caption; x.json beside them is its metadata."""
+  endings = asked.caption_fields or TEXTS
+  if unknown := {*endings} - {*TEXTS}:
+    raise UserError(f"--caption_fields has {min(unknown)}; captions lie in files here, so it is some of txt,caption")
+  found: dict[str, dict[str, str]] = {}
+  for name in names:
+    ending = _ending(name)
+    field = "image" if is_picture(name) else ending
+    if field not in ("image", "json", *endings):
+      continue
+    sample = found.setdefault(posixpath.splitext(name)[0], {})
+    # Without --caption_fields either ending will do, and both are one caption too many.
+    field = "caption" if field in TEXTS and not asked.caption_fields else field
+    if field in sample:
+      raise UserError(f"{source} has {sample[field]} and {name}, two files for {field} of one key; keep one")
+    sample[field] = name
+  order = asked.caption_fields or ("caption",)
+  samples = [
+    Sample(
+      key,
+      files.get("image", ""),
+      tuple(files[field] for field in order if field in files),
+      is_file=True,
+      metadata_file=files.get("json", ""),
+    )
+    for key, files in found.items()
+    if files.keys() != {"json"}
+  ]
+  return _by_split(source, samples, asked.caption_fields)
+
+
+def by_table(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Pairs]:
+  """Rows of metadata.jsonl and metadata.csv, each of the pictures below it."""
+  samples: dict[str, Sample] = {}
+  fields: tuple[str, ...] = ()
+  for table in (name for name in names if posixpath.basename(name) in TABLES):
+    fields = asked.caption_fields
+    for number, row in enumerate(_rows(source / table)):
+      if not number:
+        fields = caption_fields(f"{source / table}", row, asked)
+      name, folder = row.get(FILE_NAME), posixpath.dirname(table)
+      if not isinstance(name, str) or not name:
+        raise UserError(f"{source / table}, row {number + 1} has no {FILE_NAME}; its columns are {', '.join(row)}")
+      key = posixpath.normpath(posixpath.join(folder, name))
+      if key.startswith(("../", "/")):
+        raise UserError(f"{source / table} names {name}, which is no picture below {source}")
+      if key in samples:
+        raise UserError(f"{source / table} has {name} twice; give each picture one row")
+      other = {field: value for field, value in row.items() if field not in (FILE_NAME, *fields) and is_plain(value)}
+      samples[key] = Sample(key, key, texts_of(row, fields), metadata=other)
+  # A picture that no row names is counted, as a pair without a caption.
+  rest = [Sample(name, name) for name in names if is_picture(name) and name not in samples]
+  if not samples:
+    raise UserError(f"the metadata in {source} has no rows; each is a {FILE_NAME} and a caption")
+  return _by_split(source, [*samples.values(), *rest], fields)
+
+
+def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """Raises UserError: the table cannot be read."""
+  if path.suffix == ".csv":
+    csv.field_size_limit(2**31 - 1)  # instead of 131,072 characters
+    try:
+      with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        for row in csv.DictReader(file):
+          yield {name: value for name, value in row.items() if name is not None}
+    except csv.Error as error:
+      raise UserError(f"{path} is no table of comma-separated values: {error}") from error
+    return
+  with open(path, "rb") as file:
+    for number, line in enumerate(file, 1):
+      if line.strip():
+        row = parse_json(line, f"{path}, line {number}")
+        if not isinstance(row, dict):
+          raise UserError(f"{path}, line {number} should be a JSON object with {FILE_NAME} and a caption")
+        yield row
+
+
+def _ending(name: str) -> str:
+  return posixpath.splitext(name)[1][1:].lower()
+
+
+def is_picture(name: str) -> bool:
+  return _ending(name) in tars.IMAGE_ENDINGS
+
+
+def is_text(name: str) -> bool:
+  return _ending(name) in TEXTS

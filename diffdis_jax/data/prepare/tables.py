@@ -1,0 +1,243 @@
+"""Images in columns: parquet files as img2dataset and datasets write them, and arrow files of datasets' save_to_disk.
+
+An image is encoded bytes, or a struct that has them as `bytes`. pyarrow, which reads them, comes with
+tensorflow-datasets.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from diffdis_jax.common import files
+from diffdis_jax.data.prepare.image_folder import SPLITS
+from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, pair_of, texts_of
+from diffdis_jax.data.prepare.pairs import RawPair
+from diffdis_jax.data.prepare.parts import Part
+from diffdis_jax.data.records import MOST_BYTES, TOO_LARGE, Unusable
+from diffdis_jax.errors import UserError
+
+IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture")  # the first that is there counts
+KEY = "key"  # img2dataset's
+BATCH = 32  # rows in memory at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+  """Where in a table's rows a pair lies.
+
+  Attributes:
+    others: that become metadata.
+  """
+
+  image: str
+  captions: tuple[str, ...]
+  others: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A file of rows, of one split of the source.
+
+  Attributes:
+    name: of its keys, which are NAME/KEY, or NAME/ROW where it has no column `key`.
+    keys: of its rows.
+  """
+
+  path: pathlib.Path
+  split: str
+  name: str
+  columns: Columns
+  keys: Sequence[str]
+
+  @property
+  def whole(self) -> Sequence[int]:
+    return range(len(self.keys))
+
+  def part(self, name: str, split: str, places: Sequence[int]) -> Part:
+    return TablePart(name, split, self.path, self.columns, places, [self.keys[place] for place in places])
+
+
+@dataclasses.dataclass
+class TablePart:
+  """Some rows of a file."""
+
+  name: str
+  split: str
+  path: pathlib.Path
+  columns: Columns
+  places: Sequence[int]
+  keys: Sequence[str]
+  truncated: bool = False
+
+  def identity(self) -> list[Any]:
+    size = self.path.stat().st_size
+    return [self.name, self.path.name, size, self.places[0], self.places[-1], len(self.places), *self.columns.captions]
+
+  def few(self, count: int) -> Iterator[RawPair]:
+    """The first of them: others would have to be read past these."""
+    return iter(dataclasses.replace(self, places=self.places[:count], keys=self.keys[:count]))
+
+  def __iter__(self) -> Iterator[RawPair]:
+    for key, row in zip(self.keys, _rows(self.path, self.columns, self.places)):
+      try:
+        image = _bytes_of(row[self.columns.image])
+        fields = {name: row[name] for name in self.columns.others if is_plain(row[name])}
+        yield pair_of(key, image, texts_of(row, self.columns.captions), fields)
+      except Unusable as error:
+        yield RawPair(key, refused=str(error))
+
+
+def parquet(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Pairs]:
+  """The parquet files of these names. Raises UserError: one that cannot be read, or without the columns."""
+  return [_table(source / name, _split_of(name), posixpath.splitext(name)[0], asked) for name in names]
+
+
+def on_disk(source: pathlib.Path, asked: Asked) -> list[Pairs]:
+  """What datasets' save_to_disk wrote. Raises UserError: as `parquet`."""
+  splits = {"": source}
+  if (source / "dataset_dict.json").exists():
+    splits = {name: source / name for name in files.read_json(source / "dataset_dict.json").get("splits", ())}
+  found: list[Pairs] = []
+  for split, folder in splits.items():
+    state = files.read_json(folder / "state.json")
+    for each in state.get("_data_files") or ():
+      name = posixpath.join(split, posixpath.splitext(each["filename"])[0])
+      found.append(_table(folder / each["filename"], split or str(state.get("_split") or "train"), name, asked))
+  if not found:
+    raise UserError(f"{source} has no arrow files; write it again by save_to_disk")
+  return found
+
+
+def _split_of(name: str) -> str:
+  """`train` of data/train-00000-of-00001.parquet, or the folder's name; img2dataset's 00000.parquet is `train`."""
+  words = [re.split(r"[-_.]", posixpath.basename(name))[0], posixpath.basename(posixpath.dirname(name))]
+  return next((word for word in words if word in SPLITS), "train")
+
+
+def _table(path: pathlib.Path, split: str, name: str, asked: Asked) -> Table:
+  with _readable(path):
+    schema = _schema(path)
+    columns = _columns(path, schema, asked)
+    keys = [str(row) for row in range(_length(path))]
+    if KEY in schema.names and not _is_image(schema.field(KEY).type):
+      keys = [str(row[KEY]) for row in _rows(path, Columns("", (), (KEY,)), range(len(keys)))]
+  keys = [f"{name}/{key}" for key in keys]
+  if len({*keys}) < len(keys):
+    twice, _ = collections.Counter(keys).most_common(1)[0]
+    raise UserError(f"{path} has the key {twice.removeprefix(f'{name}/')} twice; give each row its own")
+  return Table(path, split, name, columns, keys)
+
+
+def _columns(path: pathlib.Path, schema: Any, asked: Asked) -> Columns:
+  images = [field.name for field in schema if _is_image(field.type)]
+  image = next((name for name in IMAGES if name in images), images[0] if len(images) == 1 else "")
+  if not image:
+    raise UserError(
+      f"{path} has no column with an image, its bytes or a struct that has them; its columns are"
+      f" {', '.join(schema.names) or 'none'}"
+    )
+  captions = caption_fields(str(path), schema.names, asked)
+  return Columns(image, captions, tuple(name for name in schema.names if name not in (*images, *captions)))
+
+
+def _is_image(kind: Any) -> bool:
+  import pyarrow as pa
+
+  if pa.types.is_struct(kind):
+    return any(field.name == "bytes" and _is_image(field.type) for field in kind)
+  return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _bytes_of(value: Any) -> bytes | None:
+  """Raises Unusable: too many for an image."""
+  data = value.get("bytes") if isinstance(value, dict) else value
+  if data is not None and len(data) > MOST_BYTES:
+    raise Unusable(TOO_LARGE)
+  return data
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+  """Makes a UserError of what pyarrow raises for a damaged file."""
+  import pyarrow as pa
+
+  try:
+    yield
+  except (pa.ArrowException, OSError) as error:
+    raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}; copy it again") from error
+
+
+def _rows(path: pathlib.Path, columns: Columns, places: Sequence[int]) -> Iterator[dict[str, Any]]:
+  """The rows at these places, which rise. Raises UserError: the file cannot be read."""
+  wanted = [name for name in (columns.image, *columns.captions, *columns.others) if name]
+  places = list(places)
+  next_place, first = 0, 0
+  with _readable(path):
+    for batch in _batches(path, wanted, places):
+      while next_place < len(places) and places[next_place] < first + batch.num_rows:
+        yield batch.slice(places[next_place] - first, 1).to_pylist()[0]
+        next_place += 1
+      first += batch.num_rows
+
+
+def _batches(path: pathlib.Path, columns: list[str], places: Sequence[int]) -> Iterator[Any]:
+  """All rows in turn, of which those without a wanted one may lack their columns."""
+  if path.suffix != ".parquet":
+    yield from (batch.select(columns) for batch in _arrow(path))
+    return
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  with pq.ParquetFile(path) as file:
+    first = 0
+    for group in range(file.metadata.num_row_groups):
+      length = file.metadata.row_group(group).num_rows
+      if any(first <= place < first + length for place in places):
+        yield from file.iter_batches(batch_size=BATCH, row_groups=[group], columns=columns)
+      else:  # not read: only its length counts
+        yield pa.RecordBatch.from_arrays([pa.nulls(length)], names=["none"])
+      first += length
+
+
+def _arrow(path: pathlib.Path) -> Iterator[Any]:
+  import pyarrow as pa
+
+  with pa.memory_map(str(path)) as source:
+    reader = _reader(source)
+    # A stream's reader iterates, a file's has its batches by number.
+    numbers = range(getattr(reader, "num_record_batches", 0))
+    yield from (reader.get_batch(i) for i in numbers) if numbers else reader
+
+
+def _reader(source: Any) -> Any:
+  """datasets writes streams; a file that ends in a list of its batches is read too."""
+  import pyarrow as pa
+
+  is_file = source.read(6) == b"ARROW1"
+  source.seek(0)
+  return pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+
+
+def _schema(path: pathlib.Path) -> Any:
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  if path.suffix == ".parquet":
+    return pq.read_schema(path)
+  with pa.memory_map(str(path)) as source:
+    return _reader(source).schema
+
+
+def _length(path: pathlib.Path) -> int:
+  if path.suffix == ".parquet":
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path).num_rows
+  return sum(batch.num_rows for batch in _arrow(path))

@@ -1,0 +1,180 @@
+"""The losses of training on pairs that it does not see: where they rise while training's fall, a run overfits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8, UInt32
+
+from diffdis_jax.common.params import Params
+from diffdis_jax.config.sections import NUM_TIMESTEPS
+from diffdis_jax.data import sources
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import check_number
+from diffdis_jax.evals import base
+from diffdis_jax.method import algorithms, encode, losses
+from diffdis_jax.method.network import Network
+from diffdis_jax.method.step_noise import noise_at
+from diffdis_jax.parallel import batches, programs
+from diffdis_jax.structs import Batch
+
+# The middles of eight equal parts of 0 ... T-1, two in each quarter by which training reports its losses.
+TIMESTEPS = tuple((2 * i + 1) * NUM_TIMESTEPS // 16 for i in range(8))
+
+
+class HeldOutLoss:
+  """Task `held_out_loss`: L_IG and L_ITA of Algorithm 1 at eight fixed timesteps, with fixed noise; of CLIP its loss.
+
+  Latents are the posterior's mode, images their central squares, and no caption or image is dropped. So two
+  checkpoints differ by their weights alone, and a figure lies a little off training's, whose views vary.
+
+  Args:
+    data: section of a data source, as `data.sources.open_source` takes it; a split that is not trained on.
+    caption_field: the record's field with the caption; empty for the first that training has. Of several, the first.
+    num_images: this many images, the same ones each time; None for all.
+    contrastive_batch: pairs among which L_ITA tells each one's caption, fewer where there are fewer. A guess has
+      ln(contrastive_batch).
+    seed: of the noise.
+
+  Raises:
+    UserError: a record without a caption, or a number out of its range.
+  """
+
+  task = "held_out_loss"
+
+  def __init__(
+    self,
+    *,
+    data: Mapping[str, Any],
+    caption_field: str = "",
+    num_images: int | None = None,
+    contrastive_batch: int = 64,
+    seed: int = 0,
+  ):
+    check_number("contrastive_batch", contrastive_batch, at_least=2)
+    self.source = sources.open_source(**data)
+    self._indices = base.subset(len(self.source), num_images)
+    self._captions = [base.captions(base.fields(self.source, i), caption_field)[0] for i in self._indices]
+    self._batch = min(contrastive_batch, len(self._indices))
+    self._seed = seed
+    self._passes: _Passes | None = None
+
+  def protocol(self, inference: Any) -> dict[str, Any]:
+    """How `run` measures with this inference."""
+    return {
+      "matmul_precision": inference.protocol["matmul_precision"],
+      "seed": self._seed,
+      "num_images": len(self._indices),
+      "timesteps": list(TIMESTEPS),
+      "contrastive_batch": self._batch,
+      **base.origin(self.source),
+    }
+
+  def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
+    """loss_generation and loss_discrimination, each also by the quarter of the timestep; of CLIP loss_contrastive."""
+    network, metrics = inference.network, {}
+    images = base.Images(self.source, self._indices, inference.image_size)
+    tokens = Tokenizer(inference.max_length)(self._captions)
+    if self._passes is None or self._passes.inference is not inference:  # in a run it is one, and compiled once
+      self._passes = _Passes(inference)
+    if network.objectives.generates:
+      found = self._passes("generation", params, images, tokens, seed=self._seed)
+      metrics |= _by_quarter("loss_generation", found.mean(axis=0))
+    if network.objectives.aligned:
+      e = inference.embed_texts(params, tokens)
+      scale = np.asarray(jax.device_get(params["logit_scale"]))
+      captions = np.asarray(losses.caption_ids(jnp.asarray(tokens)))
+      if network.is_clip:  # which denoises nothing
+        queries = inference.embed_images(params, images, seed=self._seed)
+        metrics["loss_contrastive"] = self._contrastive(queries, e, scale, captions)
+      else:
+        queries = self._passes("discrimination", params, images, tokens, seed=self._seed)
+        found = np.array([self._contrastive(query, e, scale, captions) for query in queries.swapaxes(0, 1)])
+        metrics |= _by_quarter("loss_discrimination", found)
+    return metrics
+
+  def _contrastive(
+    self,
+    query: Float[np.ndarray, "n d"],
+    e: Float[np.ndarray, "n d"],
+    logit_scale: Float[np.ndarray, ""],
+    captions: UInt32[np.ndarray, " n"],
+  ) -> float:
+    """L_ITA among `contrastive_batch` pairs at a time, each pair counted once."""
+    n, size, total = len(e), self._batch, 0.0
+    for start in range(0, n, size):
+      # The last ones are filled up with pairs before them: all are compared with equally many, and those count once.
+      first = min(start, n - size)
+      rows = slice(first, first + size)
+      total += float(_per_pair(query[rows], e[rows], logit_scale, captions[rows])[start - first :].sum())
+    return total / n
+
+
+class _Passes:
+  """Algorithm 1 up to where rows meet, at each of TIMESTEPS, of pairs of any number: each pass one program.
+
+  Args:
+    inference: of the network, whose devices share the rows.
+  """
+
+  def __init__(self, inference: Any):
+    self.inference = inference
+    self._batched = batches.Batches(inference.mesh, inference.batch_size, inference.after_batch)
+    self._programs: dict[str, programs.Program] = {}
+
+  def __call__(
+    self, name: str, params: Mapping[str, Any], images: Any, tokens: Int[np.ndarray, "n l"], *, seed: int
+  ) -> np.ndarray:
+    """Of `generation` L_IG [n t], of `discrimination` ê_0 [n t d]. A pair's noise depends on seed and place alone."""
+    if name not in self._programs:
+      network = self.inference.network
+      traced = network.traced_for(self.inference.mesh, functools.partial(_denoised, network, name))
+      self._programs[name] = programs.Program(f"held-out {name}", jax.jit(traced))
+    places = np.arange(len(tokens), dtype=np.int32)
+    f = functools.partial(self._programs[name], params, jax.random.key(seed))
+    return self._batched(f, images, tokens, places)
+
+
+def _denoised(
+  network: Network,
+  name: str,
+  params: Params,
+  key: PRNGKeyArray,
+  images: UInt8[Array, "b H W 3"],
+  tokens: Int[Array, "b l"],
+  places: Int[Array, "b"],
+) -> Float[Array, "b t ..."]:
+  model: Any = network.with_params(params)
+  numbers, timesteps = jnp.arange(len(TIMESTEPS)), jnp.array(TIMESTEPS, jnp.int32)
+  at = functools.partial(noise_at, key, places=places, network=network)
+  encoded = encode.encode_rows(model, Batch(image=images, tokens=tokens), at(timesteps[0], sample=numbers[0]))
+  c_null = encode.null_condition(model, tokens.shape[1])
+
+  def one(at_number: tuple[Int[Array, ""], Int[Array, ""]]) -> Float[Array, "b ..."]:
+    number, t = at_number
+    noise = at(t, sample=number)
+    found: Any = algorithms.denoise_rows(model, encoded, c_null, noise, network=network, passes=(name,))
+    return found.loss_generation if name == "generation" else found.query
+
+  # One after the other: all at once would take eight times the memory.
+  return jnp.swapaxes(jax.lax.map(one, (numbers, timesteps)), 0, 1)
+
+
+@jax.jit
+def _per_pair(
+  query: Float[Array, "b d"], e: Float[Array, "b d"], logit_scale: Float[Array, ""], captions: UInt32[Array, "b"]
+) -> Float[Array, "b"]:
+  """Both directions' mean of each pair."""
+  found = losses.contrastive(query, e, logit_scale, captions=captions)
+  return 0.5 * (found.query_to_text + found.text_to_query)
+
+
+def _by_quarter(name: str, of_timesteps: Float[np.ndarray, " t"]) -> dict[str, float]:
+  """The mean over TIMESTEPS, and over those of each quarter, q1 the least noisy."""
+  quarters = of_timesteps.reshape(4, -1).mean(axis=1)
+  return {name: float(of_timesteps.mean()), **{f"{name}_q{i + 1}": float(x) for i, x in enumerate(quarters)}}

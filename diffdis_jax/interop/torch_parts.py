@@ -1,0 +1,58 @@
+"""Two parts of an exported pipeline that diffusers has not: an autoencoder on patches, and a UNet without its up path.
+
+export_weights puts this file beside the weights of the part that is one of them. It needs torch and diffusers alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
+
+SOURCE = pathlib.Path(__file__).read_text(encoding="utf-8")
+
+
+class PatchAutoencoderKL(AutoencoderKL):
+  """AutoencoderKL that folds patches of pixels into channels at first, and unfolds them at last.
+
+  Its arguments are AutoencoderKL's; `in_channels` and `out_channels` are 3 p² for patches of p × p pixels.
+  """
+
+  source = SOURCE
+
+  @property
+  def patch(self) -> int:
+    return math.isqrt(self.config["in_channels"] // 3)
+
+  def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+    """Posterior over the latents of images [b, 3, H, W] in [-1, 1], as AutoencoderKL's."""
+    # A colour's pixels of a patch lie side by side, rows first, as in training.
+    return super().encode(F.pixel_unshuffle(x, self.patch), return_dict=return_dict)
+
+  def decode(self, z: Any, return_dict: bool = True, generator: Any = None) -> Any:
+    """Images [b, 3, H, W] of latents, as AutoencoderKL's."""
+    (folded,) = super().decode(z, return_dict=False, generator=generator)
+    sample = F.pixel_shuffle(folded, self.patch)
+    return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+
+class DownUNet2DConditionModel(UNet2DConditionModel):
+  """The way down and the middle of a UNet2DConditionModel, which is all that discrimination runs. Arguments are its."""
+
+  source = SOURCE
+
+  # Its signature too: diffusers reads there which fields of config.json the class takes.
+  @functools.wraps(UNet2DConditionModel.__init__)
+  def __init__(self, *args: Any, **kwargs: Any):
+    super().__init__(*args, **kwargs)
+    del self.up_blocks, self.conv_norm_out, self.conv_act, self.conv_out
+
+  def forward(self, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError("this UNet has no up path: its run was trained for discrimination alone, and generates no images")

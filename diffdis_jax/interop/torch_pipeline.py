@@ -1,0 +1,365 @@
+"""DiffDisPipeline: diffusers' StableDiffusionPipeline, which also classifies and ranks images.
+
+It needs torch, diffusers, transformers and Pillow alone: export_weights puts this file beside its weights, as
+pipeline.py, and diffusers loads it from there.
+
+  pipe = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
+  image = pipe("a red star").images[0]
+  pipe.classify(image, ["red star", "blue ring"]).labels
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+# Shapes in annotations, which nothing evaluates without it. By this form of import: of others diffusers tells the user
+# that a package is missing.
+try:
+  import jaxtyping as jt
+except ImportError:
+  pass
+
+Images = Any  # PIL.Image, torch.Tensor or np.ndarray, or a sequence of them
+Generator = Any  # torch.Generator
+
+# The default of this project's evaluations: the seven that were selected for CLIP, and the plain one.
+TEMPLATES = (
+  "a photo of a {}.",
+  "itap of a {}.",
+  "a bad photo of the {}.",
+  "a origami {}.",
+  "a photo of the large {}.",
+  "a {} in a video game.",
+  "art of the {}.",
+  "a photo of the small {}.",
+)
+_SLOT = re.compile(r"\{c?\}")
+WANTED = "give a PIL image, a tensor or an array"
+_LIBRARIES = ("diffusers", "transformers")
+
+
+class Classification(NamedTuple):
+  """What `classify` returns.
+
+  Attributes:
+    labels: the likeliest name of each image.
+    scores: softmax over the names of τ ⟨ê_0, e⟩, f32[n, k].
+  """
+
+  labels: list[str]
+  scores: jt.Float[Tensor, "n k"]
+
+
+class Ranking(NamedTuple):
+  """What `rank` returns.
+
+  Attributes:
+    order: places of the images in what was given, the nearest to the text first.
+    scores: cosine of each image and the text, in that order, f32[n].
+  """
+
+  order: list[int]
+  scores: jt.Float[Tensor, " n"]
+
+
+class DiffDisPipeline(StableDiffusionPipeline):
+  r"""
+  Text-to-image generation with Stable Diffusion, and zero-shot classification with the same UNet.
+
+  It inherits from [`StableDiffusionPipeline`]: `pipe(prompt, ...)` takes what that takes and returns the same images.
+
+  Args:
+    vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
+      requires_safety_checker: as [`StableDiffusionPipeline`] has them.
+    diffdis (`DiffDis`, *optional*): what DiffDis adds to the UNet. Without it the pipeline only generates.
+  """
+
+  _optional_components = [*StableDiffusionPipeline._optional_components, "diffdis"]
+  # For `save_pretrained`. Read here: diffusers overwrites its copy when it loads another model's file.
+  source = pathlib.Path(__file__).read_text(encoding="utf-8")
+
+  def __init__(
+    self,
+    vae,
+    text_encoder,
+    tokenizer,
+    unet,
+    scheduler,
+    safety_checker,
+    feature_extractor,
+    image_encoder: Any = None,
+    diffdis: Any = None,
+    requires_safety_checker=True,
+  ):
+    super().__init__(
+      vae=vae,
+      text_encoder=text_encoder,
+      tokenizer=tokenizer,
+      unet=unet,
+      scheduler=scheduler,
+      safety_checker=safety_checker,
+      feature_extractor=feature_extractor,
+      image_encoder=image_encoder,
+      requires_safety_checker=requires_safety_checker,
+    )
+    self.register_modules(diffdis=diffdis)
+    if (patch := getattr(vae, "patch", 1)) > 1:
+      self.vae_scale_factor *= patch
+      self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+  # diffusers holds each part against its annotation, which older versions take for a class, not for a string. No
+  # narrower one: a file's classes are others each time that it is loaded.
+  __init__.__annotations__ = dict.fromkeys(inspect.signature(__init__).parameters, object)
+
+  @functools.wraps(StableDiffusionPipeline.__call__)
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    if not hasattr(self.unet, "up_blocks"):
+      raise ValueError(
+        "this model was trained for discrimination alone and generates no images; it has classify, rank, embed_images"
+        " and embed_texts"
+      )
+    return super().__call__(*args, **kwargs)
+
+  def classify(
+    self,
+    images: Images,
+    names: Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+    **how: Any,
+  ) -> Classification:
+    r"""
+    The likeliest of these class names for each image.
+
+    Args:
+      images (`PIL.Image.Image`, `torch.Tensor`, `np.ndarray`, or a list of them): as `embed_images` takes them.
+      names (`List[str]`): of the classes.
+      templates (`List[str]`): prompts with `{}` where the name goes. The texts' embeddings are averaged over them.
+      how: num_inference_steps, num_noise_samples, generator, noise, batch_size of `embed_images`.
+
+    Returns:
+      `Classification`: `labels`, one name an image, and `scores`, `torch.Tensor` of shape (images, names), whose rows
+      are probabilities.
+    """
+    _check_texts("names", names)
+    _check_texts("templates", templates)
+    for template in templates:
+      # Without a slot every class has the same text.
+      if not _SLOT.search(template):
+        raise ValueError(f"template {template!r} has no place for the class name; write {{}} where it goes")
+    found = self.embed_images(images, **how)
+    texts = [_SLOT.sub(lambda _, name=name: name, template) for template in templates for name in names]
+    by_template = self.embed_texts(texts, batch_size=how.get("batch_size", 32)).unflatten(0, (len(templates), -1))
+    # The mean of unit vectors, normalised again, as CLIP builds its classifier of several templates.
+    scores = self._diffdis().similarity(found, F.normalize(by_template.mean(dim=0), dim=-1)).softmax(dim=-1)
+    return Classification([names[int(i)] for i in scores.argmax(dim=-1)], scores)
+
+  def rank(self, images: Images, text: str, **how: Any) -> Ranking:
+    r"""
+    Orders images by how near they are to a text.
+
+    Args:
+      images (`PIL.Image.Image`, `torch.Tensor`, `np.ndarray`, or a list of them): as `embed_images` takes them.
+      text (`str`): a caption or a query.
+      how: num_inference_steps, num_noise_samples, generator, noise, batch_size of `embed_images`.
+
+    Returns:
+      `Ranking`: `order`, places in `images`, the nearest first, and `scores`, their cosines with the text.
+    """
+    if not isinstance(text, str):
+      raise ValueError(f"text is of type {type(text).__name__}; it should be one string")
+    cosines = self.embed_images(images, **how) @ self.embed_texts(text)[0]
+    scores, order = cosines.sort(descending=True, stable=True)
+    return Ranking(order.tolist(), scores)
+
+  @torch.no_grad()
+  def embed_texts(self, texts: str | Sequence[str], batch_size: int = 32) -> jt.Float[Tensor, "n d"]:
+    r"""
+    Text queries e, which the cosine compares with images.
+
+    Args:
+      texts (`str` or `List[str]`): cut where they are longer than the model's `max_length`.
+      batch_size (`int`): texts at a time.
+
+    Returns:
+      `torch.Tensor`: f32 of shape (texts, width), each of length 1.
+    """
+    diffdis, texts = self._diffdis(), [texts] if isinstance(texts, str) else texts
+    _check_texts("texts", texts)
+    _check_whole("batch_size", batch_size)
+    ids = self.tokenizer(
+      list(texts), padding="max_length", max_length=diffdis.max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    with self._evaluating():
+      parts = [part.to(self._execution_device) for part in ids.split(batch_size)]
+      return torch.cat([diffdis.embed_text(part, text_encoder=self.text_encoder) for part in parts])
+
+  @torch.no_grad()
+  def embed_images(
+    self,
+    images: Images,
+    num_inference_steps: int | None = None,
+    num_noise_samples: int | None = None,
+    generator: Generator | list[Generator] | None = None,
+    noise: jt.Float[Tensor, "*k n d"] | None = None,
+    batch_size: int = 32,
+  ) -> jt.Float[Tensor, "n d"]:
+    r"""
+    Denoised text queries ê_0 of images (the paper's Algorithm 3), which the cosine compares with texts.
+
+    Args:
+      images (`PIL.Image.Image`, `torch.Tensor`, `np.ndarray`, or a list of them): of any size. Tensors are
+        [3, h, w] or [n, 3, h, w], arrays [h, w, 3] or [n, h, w, 3], uint8, or float in [0, 1]. An image is resized so
+        that its short side fits, and its central square is taken.
+      num_inference_steps (`int`, *optional*): denoising steps, 1 to 1000; by default the run's, 1 in the paper.
+      num_noise_samples (`int`, *optional*): samples of the noise to average; by default the run's, 1 in the paper.
+      generator (`torch.Generator`, *optional*): of the noise, for a result that can be repeated.
+      noise (`torch.Tensor`, *optional*): the noise itself, [n, d] or [samples, n, d], in place of a generator.
+      batch_size (`int`): images at a time. Each has the same noise, whatever it is.
+
+    Returns:
+      `torch.Tensor`: f32 of shape (images, width), each of length 1.
+    """
+    diffdis, device = self._diffdis(), self._execution_device
+    steps = diffdis.sampling["steps"] if num_inference_steps is None else num_inference_steps
+    samples = diffdis.sampling["num_noise_samples"] if num_noise_samples is None else num_noise_samples
+    for name, value in (("num_inference_steps", steps), ("num_noise_samples", samples), ("batch_size", batch_size)):
+      _check_whole(name, value)
+    given = _to_list(images)
+    squares = [_square(image, diffdis.image_size) for image in given]
+    if noise is None:
+      # All at once, so that the size of a batch changes nothing.
+      shape = (samples, len(given), diffdis.query_width)
+      noise = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
+    noise = noise[None] if noise.ndim == 2 else noise
+    if noise.ndim != 3 or noise.shape[1:] != (len(given), diffdis.query_width):
+      raise ValueError(f"noise has shape {tuple(noise.shape)}; it should end in {(len(given), diffdis.query_width)}")
+
+    how = dict(unet=self.unet, steps=steps, guidance=diffdis.sampling["guidance"])
+    found = []
+    progress_bar: Any = self.progress_bar  # which is decorated, so that type checkers do not know its arguments
+    with self._evaluating(), progress_bar(total=len(given)) as bar:
+      c_null = diffdis.null_condition(self.text_encoder)
+      for first in range(0, len(given), batch_size):
+        pixels = torch.from_numpy(np.stack(squares[first : first + batch_size])).to(device)
+        z = self._encode(pixels)
+        e_T = noise[:, first : first + batch_size].to(device=device, dtype=torch.float32)
+        queries = torch.stack([diffdis.embed_image(z, sample, c_null=c_null, **how) for sample in e_T])
+        found.append(F.normalize(queries.mean(dim=0), dim=-1))
+        bar.update(len(pixels))
+    return torch.cat(found)
+
+  def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+    """Of `save_pretrained`: model_index.json as export_weights writes it, and the files of code."""
+    folder = pathlib.Path(save_directory)
+    super().save_config(folder, push_to_hub=False, **kwargs)
+    # diffusers names a class by its module in this process, which no other has.
+    index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
+    for name, value in index.items():
+      library = value[0] if isinstance(value, list) and name != "_class_name" else None
+      if library and library.split(".")[0] not in _LIBRARIES and hasattr(getattr(self, name), "source"):
+        value[0] = library.split(".")[-1]
+        (folder / name / f"{value[0]}.py").write_text(getattr(self, name).source, encoding="utf-8")
+    index["_class_name"] = StableDiffusionPipeline.__name__  # so that it goes on to load without this file
+    (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "pipeline.py").write_text(self.source, encoding="utf-8")
+
+  def _diffdis(self) -> Any:
+    if self.diffdis is None:
+      raise ValueError("this model was not trained for discrimination and only generates; it has no component diffdis")
+    return self.diffdis
+
+  def _encode(self, pixels: jt.UInt8[Tensor, "b H W 3"]) -> jt.Float[Tensor, "b c h w"]:
+    """Latents z: the posterior's mode, scaled."""
+    x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode() * self.vae.config.scaling_factor
+
+  @contextlib.contextmanager
+  def _evaluating(self) -> Iterator[None]:
+    """Evaluation mode, and afterwards what was before."""
+    training = [part for part in self.components.values() if isinstance(part, nn.Module) and part.training]
+    for part in training:
+      part.eval()
+    try:
+      yield
+    finally:
+      for part in training:
+        part.train()
+
+
+def _check_texts(what: str, texts: Any) -> None:
+  if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+    raise ValueError(f"{what} should be a list of strings")
+  if not texts:
+    raise ValueError(f"{what} is empty; give at least one")
+
+
+def _check_whole(what: str, value: Any) -> None:
+  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    raise ValueError(f"{what} is {value!r}; it should be a whole number from 1 on")
+
+
+def _to_list(images: Images) -> list[Any]:
+  """Single images, of a batch or a list."""
+  if isinstance(images, (Tensor, np.ndarray)):
+    images = list(images) if images.ndim == 4 else [images]
+  elif isinstance(images, Image.Image):
+    images = [images]
+  if not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+    raise ValueError(f"images is of type {type(images).__name__}; {WANTED}, or a list of them")
+  if not images:
+    raise ValueError("images is empty; give at least one")
+  return list(images)
+
+
+def _square(image: Any, size: int) -> np.ndarray:
+  """u8[size, size, 3]: the short side scaled to `size`, bicubic, and the central square, in one resampling."""
+  pil = _to_pil(image)
+  if pil.size != (size, size):
+    side = min(pil.size)
+    left, top = (pil.width - side) / 2, (pil.height - side) / 2
+    pil = pil.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+  return np.array(pil)
+
+
+def _to_pil(image: Any) -> Image.Image:
+  """RGB, upright by EXIF, transparency on white."""
+  if isinstance(image, Image.Image):
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel, which Pillow would cut off at 255
+      grey = np.rint(np.clip(np.asarray(image, np.float64) / 257, 0, 255)).astype(np.uint8)
+      return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
+      layer = image.convert("RGBA")
+      return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert("RGB")
+    return image.convert("RGB")
+  if isinstance(image, Tensor):
+    image = image.detach().cpu()
+    # NumPy has no bfloat16.
+    image = (image if image.dtype == torch.uint8 else image.float()).numpy()
+    image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
+  if not isinstance(image, np.ndarray):
+    raise ValueError(f"an image is of type {type(image).__name__}; {WANTED}")
+  if image.ndim != 3 or image.shape[-1] != 3:
+    raise ValueError(f"an image has shape {tuple(image.shape)}; give a tensor [3, h, w] or an array [h, w, 3]")
+  if image.dtype != np.uint8:
+    if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
+      raise ValueError("a float image should be in [0, 1]; of [-1, 1] give (image + 1) / 2")
+    image = np.rint(image * 255).astype(np.uint8)
+  return Image.fromarray(np.ascontiguousarray(image))

@@ -1,0 +1,222 @@
+"""Folders of one's own pictures in every layout that `prepare_data files` reads."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pathlib
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from diffdis_jax.data.prepare import builder, pictures
+from diffdis_jax.data.prepare.own_pairs import Asked
+from diffdis_jax.errors import UserError
+from tests.raw_pairs import load, picture
+
+COUNT = 40
+
+
+def put(path: pathlib.Path, content: bytes | str) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def beside(folder: pathlib.Path, count: int = COUNT) -> pathlib.Path:
+  """x.png with x.txt or x.caption, in two folders."""
+  for i in range(count):
+    put(folder / f"set{i % 2}" / f"{i:03d}.png", picture(i))
+    put(folder / f"set{i % 2}" / f"{i:03d}.{'txt' if i % 3 else 'caption'}", f"picture {i}\n")
+  return folder
+
+
+def prepared(source: pathlib.Path, out: pathlib.Path, **asked):
+  found = pictures.find_parts(source, Asked(**asked))
+  return builder.prepare(found, out, builder=pictures.OwnPictures)
+
+
+def captions(out: pathlib.Path, *splits: str) -> dict[str, str]:
+  return {record["key"]: record["caption"] for split in splits for record in load(out, split)}
+
+
+def test_files_beside_each_other(tmp_path):
+  source = beside(tmp_path / "raw")
+  put(source / "set0" / "alone.jpg", picture(99, "JPEG"))
+  put(source / "nobody.txt", "no picture")
+  put(source / "broken.png", "no image")
+  put(source / "broken.txt", "x")
+  put(source / ".hidden.txt", "x")
+  put(source / "set1" / "001.json", json.dumps({"place": "here"}))
+  reports = prepared(source, tmp_path / "out")
+  assert list(reports) == ["train", "val"] and reports["val"].pairs >= 1
+  skipped = [reports[split].skipped for split in reports]
+  assert {reason: sum(each.get(reason, 0) for each in skipped) for each in skipped for reason in each} == {
+    "missing caption": 1,
+    "missing image": 1,
+    "corrupt image": 1,
+  }
+  found = captions(tmp_path / "out", "train", "val")
+  assert found == {f"set{i % 2}/{i:03d}": f"picture {i}" for i in range(COUNT)}
+  (record,) = [each for split in reports for each in load(tmp_path / "out", split) if each["key"] == "set1/001"]
+  assert record["place"] == "here"
+
+
+def test_what_is_held_out_stays_so(tmp_path):
+  held = {}
+  for name, count in (("few", COUNT), ("more", COUNT + 20)):
+    prepared(beside(tmp_path / name, count), tmp_path / f"{name}.out", held_out=0.2)
+    held[name] = captions(tmp_path / f"{name}.out", "val").keys()
+  assert 2 <= len(held["few"]) <= 16 and held["few"] <= held["more"]
+  assert not held["more"] & captions(tmp_path / "more.out", "train").keys()
+  assert list(prepared(beside(tmp_path / "none"), tmp_path / "none.out", held_out=0.0)) == ["train"]
+  reports = prepared(beside(tmp_path / "two", 2), tmp_path / "two.out", held_out=1e-9)
+  assert [reports[split].pairs for split in ("train", "val")] == [1, 1]
+
+
+def test_folders_that_are_splits_stay_splits(tmp_path):
+  for split in ("train", "validation", "test"):
+    beside(tmp_path / "raw" / split, 4)
+  reports = prepared(tmp_path / "raw", tmp_path / "out")
+  assert {split: report.pairs for split, report in reports.items()} == {"train": 4, "val": 4, "test": 4}
+
+
+def test_several_captions_by_their_endings(tmp_path):
+  for i in range(4):
+    put(tmp_path / "raw" / f"{i}.png", picture(i))
+    put(tmp_path / "raw" / f"{i}.txt", f"one {i}")
+    put(tmp_path / "raw" / f"{i}.caption", f"another {i}")
+  with pytest.raises(UserError, match="has 0.caption and 0.txt, two files for caption of one key; keep one"):
+    pictures.find_parts(tmp_path / "raw", Asked())
+  prepared(tmp_path / "raw", tmp_path / "out", caption_fields=("caption", "txt"))
+  records = load(tmp_path / "out", "train")
+  assert all(each["captions"] == [f"another {each['key']}", f"one {each['key']}"] for each in records)
+
+
+def rows(count: int = COUNT) -> list[dict]:
+  return [{"file_name": f"images/{i}.png", "text": f"picture {i}", "short": f"{i}", "stars": i} for i in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_hugging_faces_metadata(tmp_path, kind):
+  source = tmp_path / "raw"
+  for i in range(COUNT + 1):  # the last is in no row
+    put(source / "images" / f"{i}.png", picture(i))
+  table = [*rows(), {**rows(1)[0], "file_name": "images/gone.png"}]
+  if kind == "jsonl":
+    put(source / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in table))
+  else:
+    with open(source / "metadata.csv", "w", newline="") as file:
+      writer = csv.DictWriter(file, table[0])
+      writer.writeheader()
+      writer.writerows(table)
+  reports = prepared(source, tmp_path / "out", caption_fields=("text", "short"))
+  assert sum(report.pairs for report in reports.values()) == COUNT
+  assert reports["train"].skipped == {"missing image": 1, "missing caption": 1}
+  record = load(tmp_path / "out", "val")[0]
+  number = int(record["key"].removesuffix(".png").removeprefix("images/"))
+  assert record["captions"] == [f"picture {number}", f"{number}"] and int(record["stars"]) == number
+  assert set(captions(tmp_path / "out", "train", "val").values()) == {f"picture {i}" for i in range(COUNT)}
+
+
+def write_table(path: pathlib.Path, kind: str, count: int = COUNT) -> None:
+  data = [picture(i) for i in range(count)]
+  names = [f"picture {i}" for i in range(count)]
+  if kind == "img2dataset":
+    columns = {"key": [f"{i:09d}" for i in range(count)], "jpg": [*data[:-1], None], "caption": names}
+    columns["exif"] = ["{}"] * count
+  else:
+    columns = {"image": [{"bytes": each, "path": "x.png"} for each in data], "text": [[n, f"a {n}"] for n in names]}
+  table = pa.table(columns)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if path.suffix == ".parquet":
+    pq.write_table(table, path, row_group_size=7)
+  else:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+      writer.write_table(table, max_chunksize=7)
+
+
+def test_img2datasets_parquet(tmp_path):
+  for shard in ("00000", "00001"):
+    write_table(tmp_path / "raw" / f"{shard}.parquet", "img2dataset")
+  reports = prepared(tmp_path / "raw", tmp_path / "out", held_out=0.2)
+  assert sum(report.pairs for report in reports.values()) == 2 * COUNT - 2
+  assert sum(report.skipped.get("missing image", 0) for report in reports.values()) == 2
+  found = captions(tmp_path / "out", "train", "val")
+  assert found.keys() == {f"{shard}/{i:09d}" for shard in ("00000", "00001") for i in range(COUNT - 1)}
+  assert all(caption == f"picture {int(key[-9:])}" for key, caption in found.items())
+
+
+def test_datasets_parquet_has_its_own_splits(tmp_path):
+  write_table(tmp_path / "raw" / "data" / "train-00000-of-00001.parquet", "datasets")
+  write_table(tmp_path / "raw" / "data" / "validation-00000-of-00001-0123abcd.parquet", "datasets", 5)
+  put(tmp_path / "raw" / "README.md", "a card")
+  reports = prepared(tmp_path / "raw", tmp_path / "out")
+  assert {split: report.pairs for split, report in reports.items()} == {"train": COUNT, "val": 5}
+  first = load(tmp_path / "out", "val")[0]
+  assert first["captions"] == ["picture 0", "a picture 0"]
+  assert first["key"] == "data/validation-00000-of-00001-0123abcd/0"
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_datasets_folder(tmp_path, several):
+  source = tmp_path / "raw"
+  folder = source / "train" if several else source
+  for i in range(2):
+    write_table(folder / f"data-{i:05d}-of-00002.arrow", "datasets")
+  names = [{"filename": f"data-{i:05d}-of-00002.arrow"} for i in range(2)]
+  put(folder / "state.json", json.dumps({"_data_files": names, "_split": "train"}))
+  put(folder / "dataset_info.json", "{}")
+  if several:
+    put(source / "dataset_dict.json", json.dumps({"splits": ["train"]}))
+  reports = prepared(source, tmp_path / "out", held_out=0.1)
+  assert sum(report.pairs for report in reports.values()) == 2 * COUNT and reports["val"].pairs >= 1
+
+
+def test_a_look_is_from_all_over_it(tmp_path):
+  source = beside(tmp_path / "raw")
+  put(source / "set0" / "000.png", "no image")
+  shown = pictures.look(pictures.find_parts(source, Asked()), 16)
+  assert len(shown.captions) == len(shown.images) == 15 and shown.captions[-1].startswith("picture 3")
+  write_table(tmp_path / "table" / "0.parquet", "datasets")
+  assert len(pictures.look(pictures.find_parts(tmp_path / "table", Asked()), 16).captions) == 16
+
+
+def columns(**values) -> bytes:
+  file = pa.BufferOutputStream()
+  pq.write_table(pa.table(values), file)
+  return file.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+  "content, asked, message",
+  [
+    ({}, {}, "no pictures in .*raw; --source is a folder of x.jpg with x.txt"),
+    ({"a.png": picture(0)}, {}, "has 1 pictures and no caption; put x.txt or x.caption beside x.jpg"),
+    ({"a.txt": b"a"}, {}, "has 1 captions and no picture; put x.jpg, .png or .webp beside x.txt"),
+    ({"0.tar": b""}, {}, "holds tars; prepare_data pairs reads those"),
+    ({"a.png": picture(0), "a.txt": b"a"}, {}, "has one pair; give at least two, .* or --held_out=0"),
+    ({"a.png": picture(0), "a.jpg": picture(1), "a.txt": b"a"}, {}, "a.jpg and a.png, two files for image of one key"),
+    ({"a.png": picture(0), "a.txt": b"a"}, {"caption_fields": ("title",)}, "--caption_fields has title; captions lie"),
+    ({"metadata.jsonl": b'{"text": "a"}\n'}, {}, "row 1 has no file_name; its columns are text"),
+    ({"metadata.jsonl": b'{"file_name": "a.png"}\n'}, {}, "has no column caption or text; name those"),
+    ({"metadata.jsonl": b"{\n"}, {}, "metadata.jsonl, line 1 is not JSON"),
+    ({"metadata.csv": b"file_name,text\na.png,a\na.png,b\n"}, {}, "has a.png twice; give each picture one row"),
+    ({"metadata.csv": b"file_name,text\n../a.png,a\n"}, {}, "names ../a.png, which is no picture below"),
+    ({"metadata.csv": b"file_name,text\n"}, {}, "has no rows; each is a file_name and a caption"),
+    ({"0.parquet": columns(url=["x"], caption=["a"])}, {}, "no column with an image, .* its columns are url, caption"),
+    ({"0.parquet": columns(image=[b"x"], title=["a"])}, {}, "has no column caption or text; .* of image, title"),
+    ({"0.parquet": columns(image=[b"x"], text=["a"])}, {"caption_fields": ("b",)}, "has no column b; name those"),
+    ({"0.parquet": columns(key=["1", "1"], jpg=[b"x"] * 2, text=["a"] * 2)}, {}, "has the key 1 twice"),
+    ({"0.parquet": b"PAR1"}, {}, "0.parquet cannot be read: .*; copy it again"),
+    ({"state.json": b'{"_data_files": []}'}, {}, "has no arrow files; write it again by save_to_disk"),
+    ({"state.json": b'{"_data_files": [{"filename": "a.arrow"}]}', "a.arrow": b"x"}, {}, "a.arrow cannot be read"),
+  ],
+)
+def test_bad_sources(tmp_path, content, asked, message):
+  (tmp_path / "raw").mkdir()
+  for name, data in content.items():
+    put(tmp_path / "raw" / name, data)
+  with pytest.raises(UserError, match=message) as error:
+    pictures.find_parts(tmp_path / "raw", Asked(**asked))
+  assert "\n" not in str(error.value)

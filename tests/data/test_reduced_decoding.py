@@ -1,0 +1,234 @@
+"""JPEGs decoded at a fraction of their size: the same views, never fewer pixels than are wanted, the same errors."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffdis_jax.config.data import CROPS
+from diffdis_jax.data import records, sources, transforms
+from diffdis_jax.data.loader import train_loader
+from diffdis_jax.data.prepare.pairs import RawPair, to_record
+from diffdis_jax.data.transforms import Augmentation, augment, decode, decode_reduced, needed_side
+from diffdis_jax.evals import base, registry
+from tests.raw_pairs import encode
+
+ORIENTATION = 0x0112
+
+
+def scene(width: int, height: int, mode: str = "RGB") -> Image.Image:
+  """Soft colours, as of light and shade, with the edges of things before them."""
+  rng = np.random.default_rng(0)
+  small = Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8))
+  pixels = 0.8 * np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32) + 20
+  y, x = np.mgrid[:height, :width]
+  pixels[np.hypot(x - 0.4 * width, y - 0.6 * height) < 0.2 * height] *= 0.7
+  pixels[(np.abs(x - 0.7 * width) < 0.1 * width) & (np.abs(y - 0.3 * height) < 0.15 * height)] += 30
+  return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).convert(mode)
+
+
+def jpeg(width: int, height: int, mode: str = "RGB", **options) -> bytes:
+  return encode(scene(width, height, mode), "JPEG", quality=92, **options)
+
+
+def turned(orientation: int) -> Image.Exif:
+  exif = Image.Exif()
+  exif[ORIENTATION] = orientation
+  return exif
+
+
+def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
+  """Decibels."""
+  error = np.square(ours.astype(float) - theirs.astype(float)).mean()
+  return 10 * math.log10(255**2 / max(error, 1e-9))
+
+
+def views(data: bytes, size: int, how: Augmentation, seed: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
+  """The view by reduced decoding, that by full decoding, and the factor."""
+  reduced = decode_reduced(data, at_least=needed_side(size, how))
+  return (
+    augment(reduced, np.random.default_rng(seed), size=size, how=how),
+    augment(decode(data), np.random.default_rng(seed), size=size, how=how),
+    reduced.factor,
+  )
+
+
+@pytest.mark.parametrize(
+  ("width", "height", "factor"),
+  [(512, 512, 2), (640, 512, 2), (1025, 769, 2), (1023, 1537, 2), (1031, 1400, 4), (2100, 2049, 8), (511, 900, 1)],
+)
+@pytest.mark.parametrize("crop", ["centre", "random"])
+def test_views_are_those_of_full_decoding(width, height, factor, crop):
+  ours, theirs, found = views(jpeg(width, height), 256, Augmentation(crop=crop, flip=True))
+  assert found == factor and ours.shape == (256, 256, 3)
+  assert psnr(ours, theirs) >= 45
+
+
+@pytest.mark.parametrize(("width", "height"), [(1024, 1024), (1301, 1103)])
+def test_boxes_of_random_size_lie_in_the_same_place(width, height):
+  data, how = jpeg(width, height), Augmentation(crop="random_resized", crop_scale=(0.5, 1.0))
+  for seed in range(8):
+    ours, theirs, factor = views(data, 256, how, seed)
+    assert factor == 2 and psnr(ours, theirs) >= 45
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("width", "height"), [(640, 512), (645, 515)])
+def test_turned_images_stay_turned(orientation, width, height):
+  data = jpeg(width, height, exif=turned(orientation))
+  reduced = decode_reduced(data, at_least=128)
+  assert (reduced.width, reduced.height) == decode(data).size
+  assert psnr(*views(data, 128, Augmentation())[:2]) >= 42  # the target is small: more of it is edges
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_grey_and_four_colours(mode, progressive):
+  data = jpeg(640, 515, mode, progressive=progressive)
+  ours, theirs, factor = views(data, 256, Augmentation())
+  assert factor == 2 and psnr(ours, theirs) >= 45
+
+
+def test_a_picture_with_a_second_one_behind_it():
+  data = encode(scene(640, 512), "MPO", save_all=True, append_images=[Image.new("RGB", (640, 512))], quality=92)
+  ours, theirs, factor = views(data, 256, Augmentation())
+  assert factor == 2 and psnr(ours, theirs) >= 45
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_other_formats_and_arrays_are_untouched(kind):
+  data = encode(scene(96, 80), kind)
+  for image in (data, np.asarray(scene(96, 80))):
+    found = decode_reduced(image, at_least=1)
+    assert found.factor == 1
+    np.testing.assert_array_equal(np.asarray(found.image), np.asarray(decode(image)))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("left", [0.3, 0.7, 0.97])
+def test_a_file_that_is_cut_off_raises(progressive, left):
+  data = jpeg(512, 512, progressive=progressive)
+  for at_least in (None, 256, 1):
+    with pytest.raises(records.Unusable, match="corrupt image"):
+      records.read_decoded(data[: int(left * len(data))], at_least=at_least)
+
+
+def test_the_width_of_one_pixel_is_that_of_the_file():
+  with pytest.raises(records.Unusable, match="one pixel's width"):
+    records.read_decoded(jpeg(1, 40), at_least=1)
+  assert records.read_decoded(jpeg(2, 40), at_least=1).width == 2
+
+
+def test_never_fewer_pixels_than_are_wanted():
+  """Of what is sampled, box or square, any size of file and any crop."""
+  rng = np.random.default_rng(0)
+  for _ in range(150):
+    width, height = (int(side) for side in np.exp(rng.uniform(np.log(8), np.log(900), 2)))
+    size, low = int(rng.integers(4, 200)), float(rng.uniform(0.05, 1.0))
+    crop = CROPS[rng.integers(3)]
+    ratio = tuple(sorted(np.exp(rng.uniform(-0.7, 0.7, 2)).tolist()))
+    how = Augmentation(crop=crop, crop_scale=(low, 1.0), crop_ratio=ratio, zoom=float(rng.choice([0, 0.3])))
+    found = decode_reduced(jpeg(width, height), at_least=needed_side(size, how))
+    assert found.image.size == (-(-width // found.factor), -(-height // found.factor))
+    if found.factor == 1:
+      continue
+    assert min(width, height) / found.factor >= size * (1 + how.zoom)
+    if crop == "random_resized":
+      for seed in range(5):
+        box = transforms.draw_box(
+          width, height, np.random.default_rng(seed), scale=how.crop_scale, ratio=how.crop_ratio
+        )
+        assert min(box.width, box.height) / found.factor >= size * (1 + how.zoom)
+
+
+def test_it_can_be_turned_off():
+  off = Augmentation(reduced_decoding=False)
+  assert needed_side(256, off) is None and needed_side(256, Augmentation(), off) is None
+  assert needed_side(256, Augmentation(), Augmentation(zoom=0.5)) == 384
+  ours, theirs, factor = views(jpeg(640, 512), 256, off)
+  assert factor == 1
+  np.testing.assert_array_equal(ours, theirs)
+
+
+class _One:
+  """A source of one record."""
+
+  def __init__(self, data: bytes):
+    self.data = data
+
+  def __len__(self) -> int:
+    return 1
+
+  def __getitem__(self, index: int) -> dict:
+    return {"image": self.data, "caption": "a scene"}
+
+
+def test_batches_of_training_are_reduced_unless_turned_off():
+  data = jpeg(640, 512)
+  read = lambda **how: next(
+    train_loader(
+      _One(data),
+      tokenizer=lambda texts: np.zeros((len(texts), 4), np.int32),
+      batch_size=2,
+      image_size=256,
+      seed=0,
+      augmentation=Augmentation(**how),
+    )
+  )["image"][0]
+  full = np.asarray(transforms.resize(decode(data), 256))
+  np.testing.assert_array_equal(read(reduced_decoding=False), full)
+  assert psnr(read(), full) >= 45 and (read() != full).any()
+
+
+def test_prepared_images_are_those_of_full_decoding():
+  data = jpeg(1301, 1025)
+  stored = [
+    to_record(RawPair("k", data, b"a scene"), short_side=288, reduced_decoding=reduced).fields["image"]
+    for reduced in (True, False)
+  ]
+  ours, theirs = (decode(each) for each in stored)
+  assert ours.size == theirs.size and min(ours.size) == 288
+  assert stored[0] != stored[1] and psnr(np.asarray(ours), np.asarray(theirs)) >= 40  # each is a JPEG of its own
+  assert to_record(RawPair("k", data, b"a scene")).fields["image"] == data
+
+
+def test_evaluations_decode_in_full_unless_asked():
+  data = jpeg(640, 515)
+  full = np.asarray(transforms.resize(decode(data), 256))
+  np.testing.assert_array_equal(base.to_square(data, 256), full)
+  reduced = base.to_square(data, 256, reduced_decoding=True)
+  assert (reduced != full).any() and psnr(reduced, full) >= 45
+  (squares,) = base.chunks(_One(data), np.arange(1), image_size=256, reduced_decoding=True)
+  np.testing.assert_array_equal(squares[np.arange(1)][0], reduced)
+  # A crop of 224 px of 256 is cut out of a square of 256 px, and these are what is wanted.
+  cropped = base.to_square(data, 224, 0.875, reduced_decoding=True)
+  np.testing.assert_array_equal(cropped, reduced[16:240, 16:240])
+
+
+@pytest.mark.parametrize("task", ["zero_shot", "retrieval"])
+def test_the_protocol_says_how_images_are_decoded(task, monkeypatch):
+  """And what is embedded are these images."""
+  data = jpeg(640, 515)
+  monkeypatch.setattr(sources, "open_source", lambda **section: _One(data))
+  for reduced_decoding in (None, False, True):
+    asked = {} if reduced_decoding is None else {"reduced_decoding": reduced_decoding}
+    fields = {"label_field": "caption"} if task == "zero_shot" else {}
+    evaluation, inference = registry.create(task, data={}, **fields, **asked), _Shown()
+    assert evaluation.protocol(inference)["reduced_decoding"] is bool(reduced_decoding)
+    evaluation.run(inference, {})
+    expected = base.to_square(data, 256, reduced_decoding=bool(reduced_decoding))
+    np.testing.assert_array_equal(inference.images[0], expected)
+
+
+class _Shown:
+  """An inference that keeps the images that it is shown."""
+
+  image_size, max_length, protocol = 256, 16, {}
+
+  def embed_images(self, params, images, *, seed):
+    self.images = images[np.arange(len(images))]
+    return np.ones((len(images), 2), np.float32)
+
+  def embed_texts(self, params, tokens):
+    return np.ones((len(tokens), 2), np.float32)

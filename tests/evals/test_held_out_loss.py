@@ -1,0 +1,153 @@
+"""The held-out loss against Algorithm 1's equations in float64, with loops, from the network's two passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffdis_jax import evaluate
+from diffdis_jax.data import sources
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import sections
+from diffdis_jax.evals.held_out_loss import TIMESTEPS
+from diffdis_jax.inference import Inference
+from tests import steps, tiny, tiny_clip
+from tests.models.networks import random_params
+
+pytest_plugins = ("tests.untrained",)
+
+COUNT, GROUP = 10, 4  # the last group is filled up with two pairs of the one before
+DATA = dict(name="shapes", split="test", image_size=16, seed=1, num_images=COUNT)
+SECTION = dict(task="held_out_loss", data=DATA, contrastive_batch=GROUP, seed=3)
+
+
+def make(*objectives: str, **changes: Any) -> Inference:
+  config = tiny.get_config()
+  config.objectives = objectives or config.objectives
+  config.update_from_flattened_dict(changes)
+  return steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4)
+
+
+def pairs() -> tuple[np.ndarray, np.ndarray]:
+  source = sources.open_source(**DATA)
+  records = [source[i] for i in range(COUNT)]
+  return np.stack([each["image"] for each in records]), Tokenizer(8)([each["caption"] for each in records])
+
+
+def noise(which: int, number: int, shape: tuple[int, ...]) -> np.ndarray:
+  """Of seed, which of the two, timestep's number and place alone."""
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), which), number)
+  return np.stack([jax.random.normal(jax.random.fold_in(key, place), shape) for place in range(COUNT)]).astype(float)
+
+
+def info_nce(query: np.ndarray, e: np.ndarray, scale: float, tokens: np.ndarray) -> float:
+  """Each pair once, among the GROUP pairs of its group; those of equal captions are not compared."""
+  query = query / np.linalg.norm(query, axis=1, keepdims=True)
+  e = e / np.linalg.norm(e, axis=1, keepdims=True)
+  total = 0.0
+  for start in range(0, COUNT, GROUP):
+    group = range(min(start, COUNT - GROUP), min(start, COUNT - GROUP) + GROUP)
+    for i in range(start, min(start + GROUP, COUNT)):
+      rivals = [j for j in group if j == i or (tokens[i] != tokens[j]).any()]
+      forth = [scale * query[i] @ e[j] for j in rivals]
+      back = [scale * query[j] @ e[i] for j in rivals]
+      own = scale * query[i] @ e[i]
+      total += (np.log(np.exp(forth).sum()) + np.log(np.exp(back).sum())) / 2 - own
+  return total / COUNT
+
+
+def expected(inference: Inference, params: dict[str, Any]) -> dict[str, np.ndarray]:
+  """Of each loss, its value at each of TIMESTEPS."""
+  images, tokens = pairs()
+  model, network = inference.network.with_params(params), inference.network
+  z, text = model.encode_image(jnp.asarray(images)), model.encode_text(jnp.asarray(tokens))
+  null = model.encode_text(model.text_encoder.null_tokens(8)).c
+  z64, e64 = np.asarray(z, np.float64), np.asarray(text.e, np.float64)
+  found: dict[str, list[float]] = {"loss_generation": [], "loss_discrimination": []}
+  for number, t in enumerate(TIMESTEPS):
+    step = jnp.full(COUNT, t)
+    if "generation" in network.objectives:
+      alpha_bar, eps = steps.ALPHA_BAR["scaled_linear"][t], noise(0, number, z.shape[1:])
+      z_t = np.sqrt(alpha_bar) * z64 + np.sqrt(1 - alpha_bar) * eps
+      guess = model.generation(z_t=jnp.asarray(z_t, jnp.float32), t_z=step, c=text.c)
+      found["loss_generation"].append(((np.asarray(guess, np.float64) - eps) ** 2).mean())
+    if "discrimination" in network.objectives:
+      process = network.text_process
+      alpha_bar, eps = steps.ALPHA_BAR["cosine"][t], noise(1, number, e64.shape[1:])
+      e_t = process.gamma * np.sqrt(alpha_bar) * e64 + np.sqrt(1 - alpha_bar) * eps
+      query = np.asarray(
+        model.discrimination(
+          e_t=jnp.asarray(e_t, jnp.float32),
+          t_e=step,
+          z=z,
+          t_z=jnp.full(COUNT, 1000),
+          c_null=jnp.broadcast_to(null, text.c.shape),
+        ),
+        np.float64,
+      )
+      if process.target == "noise":
+        query = (e_t - np.sqrt(1 - alpha_bar) * query) / (process.gamma * np.sqrt(alpha_bar))
+      scale = float(np.exp(np.float64(params["logit_scale"])))
+      found["loss_discrimination"].append(info_nce(query, e64, scale, tokens))
+  return {name: np.array(values) for name, values in found.items() if values}
+
+
+@pytest.mark.parametrize(
+  "objectives, target",
+  [(("generation", "discrimination"), "data"), (("generation",), "data"), (("discrimination",), "noise")],
+)
+def test_the_losses_are_the_equations_at_eight_timesteps(objectives, target):
+  inference = make(*objectives, **{"text_diffusion.schedule": "cosine", "text_diffusion.target": target})
+  params = random_params(inference.shapes, seed=0)
+  metrics = evals.create(**SECTION).run(inference, params)
+  want = expected(inference, params)
+  assert TIMESTEPS == (62, 187, 312, 437, 562, 687, 812, 937)
+  assert metrics.keys() == {f"{name}{q}" for name in want for q in ("", "_q1", "_q2", "_q3", "_q4")}
+  for name, values in want.items():
+    assert values.std() > 1e-3
+    assert metrics[name] == pytest.approx(values.mean(), rel=2e-5)
+    for quarter in range(4):
+      assert metrics[f"{name}_q{quarter + 1}"] == pytest.approx(values[2 * quarter : 2 * quarter + 2].mean(), rel=2e-5)
+
+
+def test_it_is_the_same_again_and_for_any_batch_of_the_device():
+  inference = make()
+  params = random_params(inference.shapes, seed=0)
+  evaluation = evals.create(**SECTION)
+  first = evaluation.run(inference, params)
+  assert evaluation.run(inference, params) == first
+  other = steps.make_inference(tiny.get_config(), mesh=steps.make_mesh(data=2), batch_size=16)
+  assert evaluation.run(other, params) == pytest.approx(first, rel=1e-5)
+  assert evals.create(**{**SECTION, "seed": 4}).run(inference, params) != first
+
+
+def test_a_clip_has_its_own_loss():
+  inference = steps.make_inference(tiny_clip.get_config(), mesh=steps.make_mesh(), batch_size=4)
+  params = random_params(inference.shapes, seed=0)
+  metrics = evals.create(**SECTION).run(inference, params)
+  images, tokens = pairs()
+  query, e = inference.embed_images(params, images, seed=0), inference.embed_texts(params, tokens)
+  scale = float(np.exp(np.float64(params["logit_scale"])))
+  assert metrics == {"loss_contrastive": pytest.approx(info_nce(query.astype(float), e.astype(float), scale, tokens))}
+
+
+def test_evaluate_measures_it_and_says_how(run):
+  data = {**DATA, "image_size": 32}
+  found = evaluate.evaluate(run, sections.of_config({"val": {**SECTION, "data": data}}, tasks=["held_out_loss"]))
+  record = found["held_out_loss"]["val"]
+  assert record["metrics"]["loss_generation"] > 0 and record["metrics"]["loss_discrimination"] > 0
+  assert record["protocol"]["timesteps"] == list(TIMESTEPS)
+  assert (record["protocol"]["num_images"], record["protocol"]["contrastive_batch"]) == (COUNT, GROUP)
+
+
+def test_settings_that_measure_nothing():
+  with pytest.raises(UserError, match="contrastive_batch is 1; it must be at least 2"):
+    evals.create(**{**SECTION, "contrastive_batch": 1})
+  with pytest.raises(UserError, match="held_out_loss measures generation or discrimination or contrastive"):
+    evals.check_objectives("val", "held_out_loss", ("reconstruction",))

@@ -1,0 +1,84 @@
+"""The model card's code, run as it is printed where a PyTorch user has neither JAX nor this package."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from diffdis_jax.export_weights import export_weights
+from tests import tiny_clip
+from tests.hub_server import Hub
+from tests.interop.test_torch_pipeline import export_config, export_of
+
+pytest_plugins = ("tests.hub_server",)
+
+# Not to be imported, since a PyTorch user has none of them.
+ABSENT = "import sys\nfor name in ('jax', 'flax', 'jaxtyping', 'diffdis_jax'):\n  sys.modules[name] = None\n"
+
+
+def code_of(folder: pathlib.Path) -> str:
+  """The card's blocks of Python, one after the other."""
+  return "\n".join(re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S))
+
+
+def run_code(code: str, cwd: pathlib.Path, **environment: str) -> str:
+  """What it prints. Whatever it downloads or copies is kept in `cwd`."""
+  (cwd / "card.py").write_text(ABSENT + code)
+  kept = {"HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+  path = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+  command = [sys.executable, "card.py"]
+  done = subprocess.run(command, cwd=cwd, env=path | kept | environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert "packages that were not found" not in done.stderr
+  return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+  path = tmp_path_factory.mktemp("made")
+  export_of(path)
+  return path / "out"
+
+
+def test_from_a_folder(folder, tmp_path):
+  code = code_of(folder)
+  lines = [line for line in code.splitlines() if line]
+  assert len(lines) == 4  # an import, two to generate, one to classify
+  (tmp_path / "FOLDER").symlink_to(folder)
+  # What a pipeline saved is whole in another process too.
+  saved = 'pipe.save_pretrained("saved")\n' + "\n".join(lines[:2]).replace('"FOLDER"', '"saved"') + "\n"
+  printed = run_code(code + saved + 'print(pipe.classify(image, ["a", "b"]).labels)\n', tmp_path)
+  assert printed.count("\n") == 2 and printed.startswith("['")
+
+
+def test_of_a_run_that_only_classifies(tmp_path):
+  export_of(tmp_path, objectives=("discrimination",))
+  (tmp_path / "FOLDER").symlink_to(tmp_path / "out")
+  Image.new("RGB", (50, 40)).save(tmp_path / "photo.png")
+  assert run_code(code_of(tmp_path / "out"), tmp_path).startswith("['")
+
+
+def test_from_the_hub_and_then_offline(hub: Hub, tmp_path):
+  export_weights(export_of(tmp_path), str(tmp_path / "pushed"), repo="me/tiny")
+  code = code_of(tmp_path / "pushed")
+  assert 'from_pretrained("me/tiny", custom_pipeline="me/tiny", trust_remote_code=True)' in code
+  hub.add("me/tiny", tmp_path / "pushed")
+  online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": ""}
+  # Then from the cache, as the card's sentence says it.
+  assert 'call `huggingface_hub.snapshot_download("me/tiny")` once' in (tmp_path / "pushed" / "README.md").read_text()
+  whole = 'from huggingface_hub import snapshot_download\nfolder = snapshot_download("me/tiny")\n'
+  assert run_code(code + whole, tmp_path, **online).startswith("['")
+  assert run_code(whole + code.replace('"me/tiny"', "folder"), tmp_path).startswith("['")
+
+
+def test_of_a_clip(tmp_path):
+  export_config(tiny_clip.get_config(), tmp_path)
+  (tmp_path / "FOLDER").symlink_to(tmp_path / "out")
+  said = 'print(model.logit_scale.shape, tuple(preprocess(__import__("PIL.Image").Image.new("RGB", (9, 8))).shape))'
+  assert run_code(f"{code_of(tmp_path / 'out')}\n{said}\n", tmp_path) == "torch.Size([]) (3, 16, 16)\n"

@@ -1,0 +1,338 @@
+"""The exported pipeline in diffusers: what it generates and how it classifies, against the run; and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
+from ml_collections import ConfigDict
+from PIL import Image
+from safetensors.numpy import load_file
+
+from configs import places_lt
+from diffdis_jax import import_weights, inference
+from diffdis_jax.data import transforms
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.evals import prompts
+from diffdis_jax.export_weights import export_weights
+from diffdis_jax.interop import torch_pipeline
+from diffdis_jax.run import checkpoint, restore, workdir
+from diffdis_jax.structs import TrainState
+from tests import pipelines, steps, tiny
+from tests.models.networks import random_params
+from tests.test_inference import query_noise
+
+NAMES, TEMPLATES = ["red star", "blue ring", "green cross"], ["a photo of a {}.", "the {c}"]
+STEPS = 3
+
+
+def load(folder: pathlib.Path, **how: Any) -> Any:
+  """As the model card loads it."""
+  pipe = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True, **how)
+  pipe.set_progress_bar_config(disable=True)
+  return pipe
+
+
+def export_of(folder: pathlib.Path, **changes: Any) -> str:
+  """Workdir of a tiny run with these changes, whose autoencoder has patches of 4 x 4 pixels; see `export_config`."""
+  config = tiny.get_config()
+  config.model.unet.update(widths=(8, 16), attention=(True, False))
+  config.update_from_flattened_dict(changes)
+  return export_config(config, folder)
+
+
+def export_config(config: ConfigDict, folder: pathlib.Path) -> str:
+  """Workdir of a run with random parameters, never trained; its export is `folder`/out."""
+  path = str(folder / "run")
+  workdir.open_for_training(path, config.to_dict())
+  params = random_params(steps.network_of(config).shapes, seed=1)
+  if "autoencoder.scale" in params:
+    channels = len(params["autoencoder.scale"])
+    params["autoencoder.shift"] = np.linspace(-0.5, 0.5, channels, dtype=np.float32)
+    params["autoencoder.scale"] = np.linspace(0.2, 1, channels, dtype=np.float32)
+    params["autoencoder.conv_out.kernel"] *= 0.3  # images neither black nor white
+  with checkpoint.Checkpointer(path) as checkpointer:
+    checkpointer.save(3, TrainState(params=params))
+  export_weights(path, str(folder / "out"))
+  return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_modules(tmp_path_factory) -> Iterator[None]:
+  """A folder for the code that diffusers copies before it imports it, which the tests' processes would share."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> str:
+  return export_of(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def folder(made) -> pathlib.Path:
+  """Its export."""
+  return pathlib.Path(made).with_name("out")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder) -> Any:
+  return load(folder)
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Image.Image]:
+  """Of several sizes and modes."""
+  rng = np.random.default_rng(0)
+  sizes = ((40, 60), (91, 70), (32, 32), (20, 33))
+  coarse = [rng.integers(0, 256, (5, 7, 3), np.uint8) for _ in sizes]
+  images = [Image.fromarray(x).resize(size, Image.Resampling.BICUBIC) for x, size in zip(coarse, sizes, strict=True)]
+  images[1].putalpha(Image.linear_gradient("L").resize(images[1].size))
+  return [*images, images[0].convert("L"), images[0].convert("P")]
+
+
+def squares(photos: list[Image.Image], size: int) -> np.ndarray:
+  """As evaluations and the app cut them."""
+  buffers = []
+  for photo in photos:
+    image = transforms.decode(_encoded(photo))
+    buffers.append(np.asarray(transforms.resize(image, size)))
+  return np.stack(buffers)
+
+
+def _encoded(image: Image.Image) -> bytes:
+  buffer = io.BytesIO()
+  image.save(buffer, "png")
+  return buffer.getvalue()
+
+
+def texts_of(names: list[str], templates: list[str]) -> list[str]:
+  return [prompts.fill(template, name) for template in templates for name in names]
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_patches_generate_what_the_run_generates(made, folder, pipe):
+  model, params = inference.load(made, mesh=steps.make_mesh(), batch_size=8, generation_steps=STEPS)
+  noise = model.noise(2, seed=3)
+  expected = model.generate(params, Tokenizer(model.max_length)(pipelines.PROMPTS), noise)
+  found = pipelines.draw(pipe, noise, steps=STEPS, guidance=model.sampling.generation_guidance)
+  assert pipelines.psnr(found, expected) >= 60
+  assert found.std() > 10 and pipelines.psnr(found[:1], found[1:]) < 30
+  size = model.image_size
+  images = pipe("a red star", num_inference_steps=1).images
+  assert images[0].size == (size, size)
+  assert pipe("a red star", num_inference_steps=1, height=2 * size, width=size).images[0].size == (size, 2 * size)
+  with pytest.raises(ValueError, match="trust_remote_code=True"):
+    StableDiffusionPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance": 2.0, "steps": 3, "num_noise_samples": 2}], ids=["paper", "more"])
+def test_it_embeds_and_classifies_as_the_run_does(made, pipe, photos, changes, monkeypatch):
+  model, params = inference.load(made, mesh=steps.make_mesh(), batch_size=8, **changes)
+  images = squares(photos, model.image_size)
+  samples = model.sampling.num_noise_samples
+  noise = torch.from_numpy(np.stack([query_noise(len(images), seed=7, draw=draw) for draw in range(samples)]))
+  monkeypatch.setitem(pipe.diffdis.sampling, "guidance", model.sampling.guidance)
+  how = dict(noise=noise, num_inference_steps=model.sampling.steps, num_noise_samples=samples, batch_size=4)
+
+  expected = model.embed_images(params, images, seed=7)
+  found = pipe.embed_images(photos, **how)
+  assert found.dtype == torch.float32 and not found.requires_grad
+  np.testing.assert_allclose(found, expected, atol=1e-4)
+  assert np.abs(np.diff(expected, axis=0)).max(axis=1).min() > 1e-3, "the images' queries should differ"
+
+  texts = texts_of(NAMES, TEMPLATES)
+  embedded = model.embed_texts(params, Tokenizer(model.max_length)(texts))
+  np.testing.assert_allclose(pipe.embed_texts(texts, batch_size=4), embedded, atol=1e-4)
+
+  classes = unit(embedded.reshape(len(TEMPLATES), len(NAMES), -1).mean(axis=0))
+  logits = np.minimum(np.exp(np.asarray(params["logit_scale"])), 100) * expected @ classes.T
+  odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+  result = pipe.classify(photos, NAMES, templates=TEMPLATES, **how)
+  np.testing.assert_allclose(result.scores, odds / odds.sum(axis=-1, keepdims=True), atol=1e-4)
+  assert result.labels == [NAMES[i] for i in logits.argmax(axis=-1)]
+
+  ranking = pipe.rank(photos, texts[0], **how)
+  cosines = expected @ embedded[0]
+  np.testing.assert_allclose(ranking.scores, cosines[ranking.order], atol=1e-4)
+  assert sorted(ranking.order) == list(range(len(photos))) and (ranking.scores.diff() <= 0).all()
+
+
+def test_its_templates_are_the_evaluations():
+  assert torch_pipeline.TEMPLATES == prompts.TEMPLATES
+
+
+def test_images_of_every_kind_in_batches_of_any_size(pipe, photos):
+  noise = torch.from_numpy(query_noise(2, seed=1))
+  square = torch.from_numpy(squares(photos[:2], 48))
+  expected = pipe.embed_images([Image.fromarray(x) for x in square.numpy()], noise=noise)
+  chw = square.movedim(-1, 1)
+  kinds = (square.numpy(), chw, chw / 255.0, list(chw), [square[0].numpy(), chw[1]], (square / 255.0).numpy())
+  for images in kinds:
+    torch.testing.assert_close(pipe.embed_images(images, noise=noise), expected, atol=0, rtol=0)
+  one = pipe.embed_images(photos[0], generator=torch.Generator().manual_seed(4))
+  assert one.shape == (1, 16)
+  torch.testing.assert_close(one, pipe.embed_images(photos[0], generator=torch.Generator().manual_seed(4)))
+  assert not torch.allclose(one, pipe.embed_images(photos[0], generator=torch.Generator().manual_seed(5)))
+  assert pipe.embed_texts("a red star").shape == (1, 16)
+
+
+def test_its_modules_stay_as_they_were_and_no_gradient_is_kept(pipe, photos):
+  pipe.unet.train()
+  scores = pipe.classify(photos[0], NAMES).scores
+  assert pipe.unet.training and not pipe.vae.training and not scores.requires_grad
+  pipe.unet.eval()
+  torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(folder, pipe, photos, dtype):
+  noise = torch.from_numpy(query_noise(2, seed=1))
+  half = load(folder, dtype=dtype)
+  assert {parameter.dtype for parameter in half.diffdis.parameters()} == {dtype}
+  found, expected = (each.embed_images(photos[:2], noise=noise) for each in (half, pipe))
+  assert found.dtype == torch.float32 and (found * expected).sum(dim=-1).min() > 0.99
+  assert (half.embed_texts(NAMES) * pipe.embed_texts(NAMES)).sum(dim=-1).min() > 0.99
+  assert half.to(torch.float32).embed_images(photos[:1]).isfinite().all()
+
+
+def test_it_is_saved_and_loaded_again(folder, pipe, photos, tmp_path):
+  pipe.save_pretrained(tmp_path)
+  code = {"pipeline.py", "diffdis/torch_diffdis.py", "vae/torch_parts.py"}
+  assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.py")} == code
+  for name in code:
+    assert (tmp_path / name).read_text() == (folder / name).read_text()
+  before, after = (json.loads((path / "model_index.json").read_text()) for path in (folder, tmp_path))
+  assert {name: after[name] for name in before if name != "_diffusers_version"} == {
+    name: value for name, value in before.items() if name != "_diffusers_version"
+  }
+  again, noise = load(tmp_path), torch.from_numpy(query_noise(2, seed=1))
+  torch.testing.assert_close(again.embed_images(photos[:2], noise=noise), pipe.embed_images(photos[:2], noise=noise))
+  assert type(again).__name__ == "DiffDisPipeline" and again.vae_scale_factor == pipe.vae_scale_factor
+
+
+def test_without_patches_it_generates_the_same_bits_as_stable_diffusion(tmp_path):
+  one_by_one = {"model.autoencoder.patch": 1, "model.autoencoder.widths": (8, 8)}
+  run = export_of(tmp_path, **one_by_one)
+  noise = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
+  plain = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+  pipe = load(tmp_path / "out")
+  expected = pipelines.draw(plain, noise, steps=STEPS)
+  np.testing.assert_array_equal(pipelines.draw(pipe, noise, steps=STEPS), expected)
+  model, params = inference.load(run, mesh=steps.make_mesh(), batch_size=8)
+  np.testing.assert_allclose(query_of(pipe, expected), model.embed_images(params, expected, seed=2), atol=1e-4)
+
+
+def query_of(pipe: Any, images: np.ndarray) -> torch.Tensor:
+  key, width = jax.random.fold_in(jax.random.key(2), 0), pipe.diffdis.query_width
+  noise = np.stack([jax.random.normal(jax.random.fold_in(key, i), (width,)) for i in range(len(images))])
+  return pipe.embed_images(images, noise=torch.from_numpy(noise))
+
+
+def test_discrimination_alone_classifies_and_generates_nothing(tmp_path):
+  path = export_of(tmp_path, objectives=("discrimination",))
+  pipe, (model, params) = load(tmp_path / "out"), inference.load(path, mesh=steps.make_mesh(), batch_size=8)
+  assert not hasattr(pipe.unet, "up_blocks")
+  images = squares([Image.linear_gradient("L"), Image.radial_gradient("L")], model.image_size)
+  np.testing.assert_allclose(query_of(pipe, images), model.embed_images(params, images, seed=2), atol=1e-4)
+  with pytest.raises(ValueError, match="trained for discrimination alone and generates no images; it has classify"):
+    pipe("a red star")
+  card = (tmp_path / "out" / "README.md").read_text()
+  assert "it classifies, and generates no images" in card and "import_weights" in card
+  comes_back(tmp_path / "out", path, tmp_path / "again")
+
+
+def test_patches_are_imported_back(made, folder, tmp_path):
+  comes_back(folder, made, tmp_path / "again")
+
+
+def comes_back(folder: pathlib.Path, run: str, again: pathlib.Path) -> None:
+  import_weights.import_weights(str(folder), str(again))
+  found, expected = restore.restore_params(str(again)), restore.restore_params(run)
+  assert found.keys() == expected.keys()
+  for path, value in expected.items():
+    if not path.startswith(("autoencoder.shift", "autoencoder.scale", "autoencoder.quant", "autoencoder.post_quant")):
+      np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
+def test_generation_alone_classifies_nothing(tmp_path):
+  export_of(tmp_path, objectives=("generation",))
+  pipe = load(tmp_path / "out")
+  assert not (tmp_path / "out" / "diffdis").exists()
+  assert pipe("a red star", num_inference_steps=1).images[0].size == (16, 16)
+  for call in (lambda: pipe.classify(Image.new("RGB", (9, 9)), ["a"]), lambda: pipe.embed_texts(["a"])):
+    with pytest.raises(ValueError, match="not trained for discrimination and only generates"):
+      call()
+
+
+def test_a_long_tailed_head_leaves_beside_it(tmp_path):
+  config = tiny.get_config()
+  config.optim.epoch_steps = 2
+  places_lt.second_stage(config, classes=64, anchors=3, visual=1e-3, language=1e-3)
+  run = export_config(config, tmp_path)
+  head, params = load_file(tmp_path / "out" / "head.safetensors"), restore.restore_params(run)
+  np.testing.assert_array_equal(head["fc1.weight"], np.asarray(params["head.fc1.kernel"]).T)
+  assert len(head) == sum(name.startswith("head.") for name in params)
+  assert "head.safetensors" in (tmp_path / "out" / "README.md").read_text()
+  assert load(tmp_path / "out").embed_texts(["a"]).shape == (1, 16)
+
+
+BLACK = Image.new("RGB", (8, 8))
+WRONG = {
+  "no names": (dict(names=[]), "names is empty; give at least one"),
+  "one name": (dict(names="cat"), "names should be a list of strings"),
+  "numbers": (dict(names=[1, 2]), "names should be a list of strings"),
+  "no slot": (dict(templates=["a photo"]), "template 'a photo' has no place for the class name"),
+  "no templates": (dict(templates=[]), "templates is empty"),
+  "no images": (dict(images=[]), "images is empty; give at least one"),
+  "a path": (
+    dict(images="cat.png"),
+    "images is of type str; give a PIL image, a tensor or an array, or a list of them",
+  ),
+  "paths": (dict(images=["cat.png"]), "an image is of type str; give a PIL image, a tensor or an array"),
+  "grey": (dict(images=torch.zeros(1, 8, 8)), r"an image has shape \(8, 8, 1\); give a tensor \[3, h, w\]"),
+  "flat": (dict(images=[np.zeros((8, 8))]), r"an image has shape \(8, 8\)"),
+  "signed": (dict(images=-torch.ones(3, 8, 8)), r"a float image should be in \[0, 1\]; of \[-1, 1\] give"),
+  "noise": (dict(noise=torch.zeros(2, 16)), r"noise has shape \(1, 2, 16\); it should end in \(1, 16\)"),
+  "steps": (dict(num_inference_steps=0), "num_inference_steps is 0; it should be a whole number from 1 on"),
+  "many": (dict(num_inference_steps=1001), "steps is 1001; it must be 1 to 1000"),
+  "batch": (dict(batch_size=0), "batch_size is 0"),
+}
+
+
+@pytest.mark.parametrize("given, message", WRONG.values(), ids=WRONG)
+def test_what_it_refuses(pipe, given, message):
+  given = {"images": BLACK, "names": NAMES, **given}
+  with pytest.raises(ValueError, match=message) as error:
+    pipe.classify(**given)
+  assert "\n" not in str(error.value)
+
+
+def test_rank_takes_one_text(pipe):
+  with pytest.raises(ValueError, match="text is of type list; it should be one string"):
+    pipe.rank(BLACK, ["a", "b"])
+
+
+def test_a_pipeline_without_its_weights(folder, tmp_path):
+  weights = pathlib.Path("diffdis", "diffusion_pytorch_model.safetensors")
+  missing, cut = (pathlib.Path(shutil.copytree(folder, tmp_path / name)) for name in ("missing", "cut"))
+  (missing / weights).unlink()
+  (cut / weights).write_bytes((cut / weights).read_bytes()[:-100])
+  for path in (missing, cut):
+    with pytest.raises(OSError, match="the weights of DiffDis are missing or cannot be read, download or") as error:
+      load(path)
+    assert "\n" not in str(error.value) and str(path / "diffdis") in str(error.value)
