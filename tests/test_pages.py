@@ -35,6 +35,7 @@ RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.report --workdir=RUN": ("", ("report.html",)),
   "python -m diffdis_jax.evaluate --compare=": ("", ("table.md",)),
   "python -m diffdis_jax.config show": ("", ()),
+  "python -m diffdis_jax.verify --workdir=RUN": ("", ()),
   "python -m diffdis_jax.config diff": ("", ()),
   "python -m diffdis_jax.ablate plan --base=shapes": ("", ()),
   # The page says that the figure needs an extra.
