@@ -38,18 +38,26 @@ gc.set_threshold(100_000, 50, 50)
 
 # Files that take a minute or about as long. They come first, so that no process is left alone with one at the end.
 LONGEST = (
+  "test_bucket_runs.py",
   "test_train.py",
-  "test_demo.py",
   "test_sharding.py",
-  "test_resume.py",
+  "test_preflight.py",
   "test_import_weights.py",
   "test_step.py",
-  "test_inference.py",
-  "test_gradcache.py",
-  "test_requirements.py",
+  "test_demo.py",
   "test_pages.py",
-  "test_evaluate_fid.py",
+  "test_ablate.py",
+  "test_tour.py",
+  "test_processes.py",
+  "test_evaluate.py",
+  "test_configs.py",
   "test_generation_accuracy.py",
+  "test_requirements.py",
+  "test_resume.py",
+  "test_gradcache.py",
+  "test_inference.py",
+  "test_torch_pipeline.py",
+  "test_evaluate_fid.py",
 )
 
 

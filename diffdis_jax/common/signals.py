@@ -6,13 +6,14 @@ minutes later. So a thread hears of each signal too, at once.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pathlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -115,6 +116,19 @@ def kill_workers() -> None:
   """Of this process, those that multiprocessing started."""
   for worker in multiprocessing.active_children():
     worker.kill()
+
+
+@contextlib.contextmanager
+def starting_workers() -> Iterator[None]:
+  """Processes that are started within do not hear of Ctrl-C from their first moment on, as by `leave_to_parent` later.
+
+  This process does: another thread takes the signal, and the main one is told when it comes back.
+  """
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a process that is started inherits
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_to_parent(*_: int) -> None:

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from diffdis_jax.common import signals
 from tests.command_runs import ROOT
 from tests.interrupting import Terminal, not_ignored
 
@@ -141,6 +142,19 @@ def test_a_command_that_still_imports_ends_in_silence(tmp_path, how):
     terminal.wait_until(begun.exists)
     terminal.ctrl_c()
     assert (terminal.end(seconds=2), terminal.said) == (130, "")
+
+
+def test_a_worker_does_not_hear_of_it_from_its_first_moment_on_and_its_parent_does():
+  code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
+  started = lambda: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+  with not_ignored():
+    assert started() == "False"
+    with pytest.raises(KeyboardInterrupt):
+      with signals.starting_workers():
+        assert started() == "True"
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+    assert started() == "False"
 
 
 def test_a_program_that_imports_the_package_keeps_its_own():

@@ -249,7 +249,8 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
   context = multiprocessing.get_context("spawn")
   workers = min(num_processes, len(parts))
   with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_begin_worker) as pool:
-    futures = {pool.submit(stage.write, part): part for part in parts}
+    with signals.starting_workers():  # as the first parts are handed in
+      futures = {pool.submit(stage.write, part): part for part in parts}
     try:
       for future in concurrent.futures.as_completed(futures):
         yield futures[future], future.result()
