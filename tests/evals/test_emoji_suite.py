@@ -89,9 +89,7 @@ def test_what_is_checked(tmp_path, monkeypatch):
   write(root, tmp_path, monkeypatch)
   section, *_ = sections(tmp_path)
   name, evaluation = section.dataset, section.create()
-  message = (
-    "emoji/test_vendor has 5 images, and should have 1,364; prepare it again with diffdis prepare_data emoji, or"
-  )
+  mend = "prepare it again with diffdis prepare_data emoji, or give --incomplete to measure what is there"
   with pytest.raises(UserError, match=f"emoji/test_vendor has 5 images, and should have 1,364; {mend}"):
     suites.check(name, evaluation, incomplete=False)
   suites.check(name, evaluation, incomplete=True)
