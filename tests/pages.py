@@ -57,6 +57,11 @@ def python_block(page: str, containing: str) -> str:
   return found
 
 
+def number_of_python_blocks(page: str) -> int:
+  """How many the page has."""
+  return sum(language == "python" for language, _ in _BLOCK.findall((ROOT / page).read_text(encoding="utf-8")))
+
+
 def _in_block(page: str, block: str, variables: dict[str, str]) -> Iterator[Command]:
   for line in re.sub(r" *\\\n *", " ", block).splitlines():
     line = re.sub(r"(^| )#( .*|$)", "", " ".join(line.split())).strip()

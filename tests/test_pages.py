@@ -241,13 +241,21 @@ def test_a_command_runs(folder, typed, beginning):
       Image.open(folder / name).load()
 
 
+def test_every_block_of_python_is_run_by_a_test():
+  """Below, in test_export_weights.py and in test_extending.py."""
+  run_by_a_test = {"README.md": 1, "docs/quickstart.md": 1, "docs/evaluation.md": 1, "docs/api.md": 1}
+  run_by_a_test |= {"docs/weights.md": 1, "docs/extending.md": 4}
+  assert {page: number for page in pages.PAGES if (number := pages.number_of_python_blocks(page))} == run_by_a_test
+
+
 def test_the_blocks_of_python_run(folder, typed):
   """README's and the quickstart's, with a run where `make demo` leaves it; evaluation.md's, with images beside it."""
   readme = pages.python_block("README.md", "model.generate")
   quickstart = pages.python_block("docs/quickstart.md", "model.generate")
   images = "import numpy as np\nimages = np.zeros((3, model.image_size, model.image_size, 3), np.uint8)"
   evaluation = pages.python_block("docs/evaluation.md", "inference.load")
-  script = f"{readme}\n{quickstart}\n{images}\n{evaluation}\nprint(nearest.shape)"
+  reference = pages.python_block("docs/api.md", "inference.load")
+  script = f"{readme}\n{quickstart}\n{images}\n{evaluation}\nprint(nearest.shape)\n{reference}"
   said = run([f"{folder}/.venv/bin/python", "-c", script], folder, typed)
   assert re.fullmatch(r"(\[[01] [01]\]\n){2}\(3,\)\n", said)
 
