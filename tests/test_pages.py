@@ -68,6 +68,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "make check",
     "make lint",
     "make docs",
+    "make figures",
     "pytest",
     "python -m tests.test_configs",
   ),
