@@ -122,7 +122,7 @@ def kill_workers() -> None:
 def starting_workers() -> Iterator[None]:
   """Processes that are started within do not hear of Ctrl-C from their first moment on, as by `leave_to_parent` later.
 
-  This process does: another thread takes the signal, and the main one is told when it comes back.
+  This process does: another thread takes the signal, and the main one hears of it when it comes back.
   """
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a process that is started inherits
   try:
