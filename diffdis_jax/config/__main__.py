@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from diffdis_jax.common import buckets, cli, guesses
+from diffdis_jax.common import buckets, cli, guesses, shipped
 from diffdis_jax.config import Run, described, fields
 from diffdis_jax.errors import UserError
 
@@ -40,7 +40,11 @@ def main(argv: Sequence[str]) -> None:
 
 def read(given: str) -> Run:
   """The record of a config, or of a run. Raises UserError: none, or one that is wrong."""
-  if not given.partition(":")[0].endswith(".py") and (buckets.is_url(given) or buckets.path(given).is_dir()):
+  name = given.partition(":")[0]
+  # A name first, as everywhere: where a run is called `shapes` too, it is written ./shapes.
+  if (
+    name not in shipped.names() and not name.endswith(".py") and (buckets.is_url(given) or buckets.path(given).is_dir())
+  ):
     return fields.load(given)
   return Run.of(cli.read_config(given, "config"))
 

@@ -38,6 +38,7 @@ def test_names_are_the_files_of_configs():
 
 
 def test_a_config_is_found_by_its_name_in_another_folder(elsewhere):
+  (elsewhere / "shapes").mkdir()  # of a run, perhaps
   done = show("shapes")
   assert done.returncode == 0 and "batch_size = 48" in done.stdout, done.stderr
 
