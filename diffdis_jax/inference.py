@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray, UInt8, UInt32
 
 from diffdis_jax import config as run_config
 from diffdis_jax.common.params import Params
@@ -34,6 +34,7 @@ from diffdis_jax.parallel import batches, programs, sharding
 from diffdis_jax.run import restore
 
 MOST_ROWS = 2**16  # of a compiled call
+ONE_SEED = 1024  # images in a row, from the first on, whose noise has one key; the next have the next one
 
 
 class Inference:
@@ -43,7 +44,7 @@ class Inference:
     network: of a run.
     sampling: how.
     mesh: devices that share the rows of a call; all of them by default.
-    batch_size: rows a compiled call; rounded up to a multiple of the devices.
+    batch_size: rows a compiled call; as `batches.Batches` has it, and so 64 a chip by default.
     after_batch: called after each compiled call, on every process equally often; what it raises ends the sampling.
 
   Attributes:
@@ -61,7 +62,7 @@ class Inference:
     sampling: Sampling,
     *,
     mesh: Mesh | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     after_batch: Callable[[], None] = lambda: None,
   ):
     self.network, self.sampling = network, sampling
@@ -78,7 +79,8 @@ class Inference:
     self.generation_protocol = dict(steps=sampling.generation_steps, guidance=sampling.generation_guidance, **precision)
     # Whole on each device by default: sampling keeps no optimizer state, and no weights then travel at each step.
     self.mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
-    check_number("batch_size", batch_size, at_least=1, at_most=MOST_ROWS)
+    if batch_size is not None:
+      check_number("batch_size", batch_size, at_least=1, at_most=MOST_ROWS)
     self.after_batch = after_batch
     self._batched = batches.Batches(self.mesh, batch_size, after_batch)
     self.batch_size = self._batched.size
@@ -106,13 +108,14 @@ class Inference:
   ) -> Float[np.ndarray, "n d"]:
     """Denoised text queries ê_0 from e_T ~ N(0, I), averaged over the noise samples, L2-normalised (Algorithm 3).
 
-    No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size. For CLIP,
-    what its image encoder gives, L2-normalised, whatever the seed.
+    No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size or the mesh.
+    For CLIP, what its image encoder gives, L2-normalised, whatever the seed.
     """
     self._require(*ALIGNED)
-    # Places go in as rows, so that padding and the split over devices leave each image its own noise.
-    places = np.arange(len(images), dtype=np.int32)
-    return self._batched(functools.partial(self._compiled_embed_images, params, jax.random.key(seed)), images, places)
+    done = Progress("embedded", len(images), "images").add
+    return self._batched(
+      functools.partial(self._compiled_embed_images, params), images, *_places(len(images), seed), done=done
+    )
 
   def text_features(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Sentences as the language-guided head takes them (method/features.py)."""
@@ -126,8 +129,10 @@ class Inference:
     As in its training an image is denoised once, in one step. Its noise is the first sample of `embed_images`.
     """
     self._require(*WITH_HEAD)
-    places = np.arange(len(images), dtype=np.int32)
-    return self._batched(functools.partial(self._compiled_class_logits, params, jax.random.key(seed)), images, places)
+    done = Progress("classified", len(images), "images").add
+    return self._batched(
+      functools.partial(self._compiled_class_logits, params), images, *_places(len(images), seed), done=done
+    )
 
   def generate(
     self,
@@ -186,8 +191,7 @@ class Inference:
       tokens, noise = rows(jnp.int32, self.max_length), rows(jnp.float32, *self.network.latent_shape)
       return self._compiled_generate.trace(params, tokens, noise)
     images = rows(jnp.uint8, self.image_size, self.image_size, 3)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return self._compiled_embed_images.trace(params, key, images, rows(jnp.int32))
+    return self._compiled_embed_images.trace(params, images, rows(jnp.uint32), rows(jnp.int32))
 
   def _require(self, *objectives: str) -> None:
     """Raises UserError for a run that was trained for none of them."""
@@ -208,7 +212,7 @@ class Inference:
     return self.network.with_params(params).encode_text(tokens).e
 
   def _embed_images(
-    self, params: Params, key: PRNGKeyArray, images: UInt8[Array, "b H W 3"], places: Int[Array, "b"]
+    self, params: Params, images: UInt8[Array, "b H W 3"], seeds: UInt32[Array, "b"], places: Int[Array, "b"]
   ) -> Float[Array, "b d"]:
     model = self.network.with_params(params)
     if isinstance(model, Clip):
@@ -218,7 +222,7 @@ class Inference:
       model,
       # z = V(x), by the posterior's mode, so that an image's score has no noise but e_T's.
       model.encode_image(images),
-      query_noise(key, num_noise_samples=how.num_noise_samples, places=places, width=width),
+      query_noise(_keys(seeds), num_noise_samples=how.num_noise_samples, places=places, width=width),
       network=self.network,
       steps=how.steps,
       guidance_scale=how.guidance,
@@ -229,11 +233,12 @@ class Inference:
     return features.text_features(self.network.with_params(params), tokens)
 
   def _class_logits(
-    self, params: Params, key: PRNGKeyArray, images: UInt8[Array, "b H W 3"], places: Int[Array, "b"]
+    self, params: Params, images: UInt8[Array, "b H W 3"], seeds: UInt32[Array, "b"], places: Int[Array, "b"]
   ) -> Float[Array, "b 2 k"]:
     model = self.network.with_params(params)
     # In training each step has new noise; here it is of the image's place, so that an evaluation can be repeated.
-    noise_e = query_noise(key, num_noise_samples=1, places=places, width=self.network.model.query_width)[0]
+    width = self.network.model.query_width
+    noise_e = query_noise(_keys(seeds), num_noise_samples=1, places=places, width=width)[0]
     f = features.image_features(model, images, features.FeatureNoise(noise_e=noise_e), network=self.network)
     logits = model.head(f, model.logit_scale[...])
     return jnp.stack([logits.visual, logits.language], axis=1)
@@ -257,13 +262,27 @@ class Inference:
     return self.network.with_params(params).encode_text(tokens).c.astype(jnp.bfloat16)
 
 
+def _places(n: int, seed: int) -> tuple[UInt32[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+  """Of each image the seed of its key, and its place among the images of that key.
+
+  They go in as rows, so that padding and the split over devices leave each image its own noise.
+  """
+  places = np.arange(n, dtype=np.int64)
+  first = places - places % ONE_SEED
+  return (seed + first).astype(np.uint32), (places - first).astype(np.int32)
+
+
+def _keys(seeds: UInt32[Array, "b"]) -> PRNGKeyArray:
+  return jax.vmap(jax.random.key)(seeds)
+
+
 def load(
   path: str,
   *,
   step: int | None = None,
   ema: bool = True,
   image_size: int | None = None,
-  batch_size: int = 64,
+  batch_size: int | None = None,
   mesh: Mesh | None = None,
   **sampling: Any,
 ) -> tuple[Inference, Params]:
@@ -274,7 +293,7 @@ def load(
     step: which checkpoint; None takes the newest.
     ema: averaged weights, where the run keeps them.
     image_size: image size in pixels; None takes the run's own.
-    batch_size: rows per compiled call.
+    batch_size: rows per compiled call; 64 a chip by default.
     mesh: devices that share the rows of a call; all of them by default.
     sampling: fields of Sampling that replace the run's own.
 

@@ -102,6 +102,15 @@ def test_image_queries_depend_on_seed_and_place_but_not_on_the_batch(inference):
   assert np.abs(other[:5] - found[:5]).max(axis=1).min() > 1e-4, "each image has a query of its own"
 
 
+def test_the_thousandth_image_has_the_next_key_wherever_calls_end(inference, monkeypatch):
+  """Figures of sets of any size stay what they were when each 1,024 images were embedded by themselves."""
+  monkeypatch.setattr("diffdis_jax.inference.ONE_SEED", 6)
+  params, images = params_of(inference), BATCH.image[:10]
+  found = inference.embed_images(params, images, seed=3)
+  apart = [make(batch_size=2).embed_images(params, part, seed=seed) for part, seed in ((images[:6], 3), (images[6:], 9))]
+  np.testing.assert_allclose(found, np.concatenate(apart), atol=1e-5)
+
+
 @pytest.mark.parametrize("target, normalize_query", [("noise", True), ("data", True), ("data", False)])
 def test_several_steps_noise_samples_and_guidance_are_ddim_by_hand(target, normalize_query):
   """Of target data, ê_0 is normalised after guidance and before it is fed back, unless that is switched off."""

@@ -27,7 +27,6 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import resize
 
-CHUNK = 1024  # images that share a seed; the noise of an image depends on it, not on the device's batch size
 TEXTS = 8192  # embedded at a time, of which a progress line is
 BLOCK = 1024  # rows of a score matrix in memory at a time
 TIES = "count as wrong"  # of equal scores; an argmax would take the first
@@ -190,15 +189,6 @@ class Images:
       return to_square(image, self.image_size, self.crop_pct, reduced_decoding=self.reduced_decoding)
 
 
-def chunks(
-  source: Any, indices: Int[np.ndarray, " n"], *, image_size: int, crop_pct: float = 1.0, reduced_decoding: bool = False
-) -> Iterator[Images]:
-  """The images of `indices` in order, as squares, at most `CHUNK` at a time; settings as `to_square` has them."""
-  for start in range(0, len(indices), CHUNK):
-    part = indices[start : start + CHUNK]
-    yield Images(source, part, image_size, crop_pct, reduced_decoding=reduced_decoding)
-
-
 def embed_images(
   inference: Any,
   params: Mapping[str, Any],
@@ -209,14 +199,9 @@ def embed_images(
   crop_pct: float = 1.0,
   reduced_decoding: bool = False,
 ) -> Float[np.ndarray, "n d"]:
-  """ê_0 of each image, L2-normalised, in the order of `indices`. Each chunk has a seed of its own."""
-  # A chunk, not a batch, has a seed: another batch size on another machine gives the same figures.
-  found, progress = [], Progress("embedded", len(indices), "images")
-  squares = dict(image_size=inference.image_size, crop_pct=crop_pct, reduced_decoding=reduced_decoding)
-  for i, images in enumerate(chunks(source, indices, **squares)):
-    found.append(inference.embed_images(params, images, seed=seed + i * CHUNK))
-    progress.add(len(images))
-  return np.concatenate(found)
+  """ê_0 of each image, L2-normalised, in the order of `indices`; settings as `to_square` has them."""
+  images = Images(source, indices, inference.image_size, crop_pct, reduced_decoding=reduced_decoding)
+  return inference.embed_images(params, images, seed=seed)
 
 
 def embed_texts(inference: Any, params: Mapping[str, Any], texts: Sequence[str]) -> Float[np.ndarray, "n d"]:

@@ -29,7 +29,7 @@ class Extractor:
     params: of the network, by path, on the host.
     kind: of the resize, one of `resize.KINDS`.
     mesh: devices that share the rows of a call; each has all of the weights.
-    batch_size: rows a compiled call.
+    batch_size: rows a compiled call, as `batches.Batches` has it.
     after_batch: called after each compiled call, as `batches.Batches` has it.
 
   Raises:
@@ -42,7 +42,7 @@ class Extractor:
     *,
     kind: str,
     mesh: Mesh,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     after_batch: Callable[[], None] = lambda: None,
   ):
     check_choice("resize", kind, resize.KINDS)

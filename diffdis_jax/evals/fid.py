@@ -6,7 +6,7 @@ The paper reports "FID score on MSCOCO image generation" and nothing of how; wha
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,8 @@ SAMPLING = (
 )
 EXTRACTING_PACKAGES = ("jax", "jaxlib", "flax", "pillow")
 SAMPLING_PACKAGES = (*EXTRACTING_PACKAGES, "transformers", "tokenizers", "ftfy")
-Extract = Callable[[Any], Float[np.ndarray, "n d"]]  # features of images
+Features = Float[np.ndarray, "n d"]
+Extract = Callable[[Any], Features]  # of images
 
 
 class Fid:
@@ -144,31 +145,43 @@ class Fid:
       folder = PartsFolder(self._parts, self._header(inference, params), self._keep_images)
       finished = folder.finished(self._plan)
     self._make_reference(extractor, inference.image_size)
-    features, progress = [], Progress("FID: sampled", self._count, "images", every=0)
+    features, progress = dict[int, Features](), Progress("FID: sampled", self._count, "images", every=0)
     for part, is_there in zip(self._plan, finished, strict=True):
-      if not is_there:
-        features.append(self._sample(part, inference, params, extractor, folder))
-        progress.add(len(part))
-      else:
+      if is_there:
         progress.pass_over(len(part))
         # Only process 0 measures, so the others need not read what another run left.
-        features.append(folder.read(part) if folder and processes.is_first() else np.empty((0, 0), np.float32))
-    return {**self._measure(features), "num_images": float(self._count)}
+        features[part.number] = folder.read(part) if folder and processes.is_first() else np.empty((0, 0), np.float32)
+    missing = [part for part, is_there in zip(self._plan, finished, strict=True) if not is_there]
+    # As many parts together as fill a call, of which many chips have many rows.
+    together = max(1, inference.batch_size // drawn_prompts.PART)
+    for first in range(0, len(missing), together):
+      features |= self._sample(missing[first : first + together], inference, params, extractor, folder)
+      progress.add(sum(map(len, missing[first : first + together])))
+    return {**self._measure([features[part.number] for part in self._plan]), "num_images": float(self._count)}
 
   def _sample(
-    self, part: Part, inference: Any, params: Mapping[str, Any], extractor: Extract, folder: PartsFolder | None
-  ) -> Float[np.ndarray, "n d"]:
-    """The features of a part's images, written if there is a folder. Image i's noise is of the seed and i alone."""
+    self,
+    parts: Sequence[Part],
+    inference: Any,
+    params: Mapping[str, Any],
+    extractor: Extract,
+    folder: PartsFolder | None,
+  ) -> dict[int, Features]:
+    """The features of these parts' images, written if there is a folder. Image i's noise is of the seed and i alone."""
     # `first` makes the noise that of the image's place among all, whatever the parts are.
-    tokens = self._tokenizer(inference.max_length)(part.prompts)
-    noise = inference.noise(len(part), self._seed, first=part.first)
+    tokens = self._tokenizer(inference.max_length)([prompt for part in parts for prompt in part.prompts])
+    noise = np.concatenate([inference.noise(len(part), self._seed, first=part.first) for part in parts])
     images = inference.generate(params, tokens, noise)
-    features = extractor(images)
-    if folder is not None:
-      processes.on_first(lambda: folder.write(part, features, images))
-    return features
+    features, ends = extractor(images), np.cumsum([len(part) for part in parts])
+    found = {}
+    for part, end in zip(parts, ends, strict=True):
+      rows = slice(end - len(part), end)
+      found[part.number] = features[rows]
+      if folder is not None:
+        processes.on_first(lambda part=part, rows=rows: folder.write(part, features[rows], images[rows]))
+    return found
 
-  def _measure(self, features: list[Float[np.ndarray, "_ _"]]) -> dict[str, float]:
+  def _measure(self, features: list[Features]) -> dict[str, float]:
     """On process 0, for all."""
     # NaN stands for a figure that there is not, in an array that process 0 can send to all.
     found = np.full(len(MEASURES), np.nan)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from diffdis_jax.common.progress import Progress
 from diffdis_jax.config import sections
 from diffdis_jax.data import long_tail, sources
 from diffdis_jax.errors import UserError, check_number
@@ -115,14 +114,9 @@ class LongTail:
     return metrics
 
   def _class_logits(self, inference: Any, params: Mapping[str, Any]) -> Float[np.ndarray, "n 2 k"]:
-    indices = np.arange(len(self.labels))
-    # The same seeds as base.embed_images, so that the head sees the noise by which its backbone is measured.
-    found, progress = [], Progress("classified", len(indices), "images")
-    chunks = base.chunks(self.source, indices, image_size=inference.image_size, **self._squares)
-    for i, images in enumerate(chunks):
-      found.append(inference.class_logits(params, images, seed=self._seed + i * base.CHUNK))
-      progress.add(len(images))
-    return np.concatenate(found)
+    images = base.Images(self.source, np.arange(len(self.labels)), inference.image_size, **self._squares)
+    # By the seed of base.embed_images, so that the head sees the noise by which its backbone is measured.
+    return inference.class_logits(params, images, seed=self._seed)
 
   def _by_group(self, name: str, right: Bool[np.ndarray, " n"]) -> dict[str, float]:
     """The share of right answers, and that among the images of each group that has any."""

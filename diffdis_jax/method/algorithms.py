@@ -148,7 +148,7 @@ def alignment_loss(
 ) -> Contrastive:
   """L_ITA of Algorithm 1: InfoNCE between ê_0 and e of the global batch, at whatever t_e was sampled."""
   return losses.contrastive(
-    query, e, logit_scale, captions=captions, dropped=noise.drop_image, gather=sharding.everywhere
+    query, e, logit_scale, captions=captions, dropped=noise.drop_image, on_rows=sharding.each_own_rows
   )
 
 

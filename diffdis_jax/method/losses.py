@@ -16,7 +16,7 @@ from diffdis_jax.config.model import MAX_TEMPERATURE
 
 MAX_LOGIT_SCALE = float(np.log(MAX_TEMPERATURE))
 _MIN_SQUARE = 1e-24
-_LOGITS = 2**22  # of the contrastive loss that exist at a time, over all devices
+_LOGITS = 2**22  # of the contrastive loss that exist at a time, on a device
 _HASH_MULTIPLIER = 2654435761  # odd, near 2^32 over the golden ratio
 
 
@@ -79,46 +79,54 @@ def temperature(logit_scale: Float[Array, ""]) -> Float[Array, ""]:
   return jnp.exp(logit_scale - jax.lax.stop_gradient(excess))
 
 
-def _direction(
-  anchors: Float[Array, "b d"],
-  candidates: Float[Array, "b d"],
-  *,
-  scale: Float[Array, ""],
-  captions: Integer[Array, "b"],
-  allowed: Bool[Array, "b"],
-  gather: Callable[[Array], Array],
-) -> Direction:
+class _Candidates(NamedTuple):
+  """What every anchor is compared with.
+
+  Attributes:
+    captions: a number for each caption, and whether its candidate is allowed. In one array: of a program that gathers
+      truth values by themselves the TPU compiler has no estimate.
+  """
+
+  vectors: Float[Array, "b d"]
+  captions: Integer[Array, "b 2"]
+  scale: Float[Array, ""]
+
+
+class _Anchors(NamedTuple):
+  """Rows of one device, or some of them, with their places in the batch."""
+
+  vectors: Float[Array, "n d"]
+  captions: Integer[Array, "n"]
+  places: Int[Array, "n"]
+
+
+def _direction(candidates: _Candidates, own: _Anchors) -> Direction:
   """For each anchor, −log softmax of its own candidate's logit, and whether no other's is larger.
 
-  The softmax is over the anchor's own candidate and the `allowed` ones of other captions. No more than _LOGITS logits
-  exist at a time, and those of a device's own anchors alone: only what `gather` gets goes to other devices.
+  The softmax is over the anchor's own candidate and the allowed ones of other captions. No more than _LOGITS logits of
+  a device exist at a time.
   """
-  b = len(anchors)
-  everyone = gather(candidates)
-  # In one array: of a program that gathers truth values by themselves the TPU compiler has no estimate.
-  their_captions, allowed = gather(jnp.stack([captions, allowed.astype(captions.dtype)], axis=1)).T
-  allowed = allowed > 0
+  n, b = len(own.vectors), len(candidates.vectors)
+  their_captions, allowed = candidates.captions.T
 
-  def of_rows(rows: tuple[Array, Array, Array]) -> Direction:
-    anchors, captions, places = rows
-    logits = scale * jnp.einsum("id,jd->ij", anchors, everyone, precision=jax.lax.Precision.HIGHEST)
+  def of_rows(rows: _Anchors) -> Direction:
+    precision = jax.lax.Precision.HIGHEST
+    logits = candidates.scale * jnp.einsum("id,jd->ij", rows.vectors, candidates.vectors, precision=precision)
     # By place, not by caption: a row is its own positive even where another row has the same caption.
-    own = places[:, None] == jnp.arange(b)
-    among = own | (allowed & (captions[:, None] != their_captions))
-    positive = jnp.where(own, logits, 0.0).sum(axis=1)
-    nearest = jnp.argmax(jnp.where(among, logits, -jnp.inf), axis=1) == places
+    itself = rows.places[:, None] == jnp.arange(b)
+    among = itself | ((allowed > 0) & (rows.captions[:, None] != their_captions))
+    positive = jnp.where(itself, logits, 0.0).sum(axis=1)
+    nearest = jnp.argmax(jnp.where(among, logits, -jnp.inf), axis=1) == rows.places
     return Direction(jax.nn.logsumexp(logits, axis=1, where=among) - positive, nearest)
 
   parts = 1
-  while b * b // parts > _LOGITS and b % (2 * parts) == 0:
+  while n * b // parts > _LOGITS and n % (2 * parts) == 0:
     parts *= 2
-  rows = anchors, captions, jnp.arange(b)
   if parts == 1:
-    return of_rows(rows)
-  # Rows are dealt out in turn, so that each device's rows stay on it.
-  split = tuple(jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1) for x in rows)
+    return of_rows(own)
+  split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), own)
   # Checkpointed, or else the backward pass would keep the logits of all parts, which is what the parts are to avoid.
-  return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b), jax.lax.map(jax.checkpoint(of_rows), split))
+  return jax.tree.map(lambda x: x.reshape(n), jax.lax.map(jax.checkpoint(of_rows), split))
 
 
 def _mean_over(per_sample: Float[Array, "b"], rows: Bool[Array, "b"]) -> Float[Array, ""]:
@@ -132,7 +140,7 @@ def contrastive(
   *,
   captions: Integer[Array, "b"] | None = None,
   dropped: Bool[Array, "b"] | None = None,
-  gather: Callable[[Array], Array] = lambda x: x,
+  on_rows: Callable[[Callable[[Any, Any], Any]], Callable[[Any, Any], Any]] = lambda f: f,
 ) -> Contrastive:
   """L_ITA, symmetric InfoNCE over the global batch on s_ij = τ ⟨norm(ê_i), e_j⟩.
 
@@ -145,7 +153,7 @@ def contrastive(
     dropped: rows whose image was replaced by zeros for guidance. How they count is not stated by the paper. Here they
       are anchors from ê to e, which trains the unconditional prediction; from e to ê, where no image stands behind
       their ê, they are neither anchors nor candidates. Each direction's mean is over its own anchors.
-    gather: puts an array whose rows are spread over devices whole on each of them (sharding.everywhere).
+    on_rows: makes of f(whole, rows) one that runs on each device's own rows (sharding.each_own_rows).
 
   Returns:
     loss, the mean of both directions; the directions' losses by sample; accuracy, the share of rows with an image whose
@@ -156,9 +164,14 @@ def contrastive(
   # e has unit length already. ê has any length, which a data target never trains.
   image, text = unit_norm(query), e.astype(jnp.float32)
   captions = jnp.arange(b) if captions is None else captions
-  common: dict[str, Any] = dict(scale=temperature(logit_scale), captions=captions, gather=gather)
-  query_to_text = _direction(image, text, allowed=jnp.ones(b, bool), **common)
-  text_to_query = jnp.where(kept, _direction(text, image, allowed=kept, **common).loss, 0.0)
+  direction, scale, places = on_rows(_direction), temperature(logit_scale), jnp.arange(b)
+
+  def losses_of(anchors: Array, candidates: Array, allowed: Array) -> Direction:
+    theirs = jnp.stack([captions, allowed.astype(captions.dtype)], axis=1)
+    return direction(_Candidates(candidates, theirs, scale), _Anchors(anchors, captions, places))
+
+  query_to_text = losses_of(image, text, jnp.ones(b, bool))
+  text_to_query = jnp.where(kept, losses_of(text, image, kept).loss, 0.0)
   return Contrastive(
     loss=0.5 * (query_to_text.loss.mean() + _mean_over(text_to_query, kept)),
     query_to_text=query_to_text.loss,

@@ -14,21 +14,30 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes, sharding
 
 
+ROWS = 64  # of a call, on each chip
+
+
+def rows_of_a_call(mesh: Mesh) -> int:
+  """64 for each chip, so that four times the chips need a quarter of the calls; on CPUs, whose devices share their
+  cores, 64 in all."""
+  return ROWS if mesh.devices.flat[0].platform == "cpu" else ROWS * mesh.size
+
+
 class Batches:
   """How many rows a compiled call has, and which of them are this process's.
 
   Args:
     mesh: devices that share the rows of a call.
-    batch_size: rows a call; rounded up to a multiple of the devices.
+    batch_size: rows a call; rounded up to a multiple of the devices. None takes `rows_of_a_call`.
     after_batch: called after each call, on every process equally often; what it raises ends the work.
 
   Attributes:
     size: rows a call.
   """
 
-  def __init__(self, mesh: Mesh, batch_size: int, after_batch: Callable[[], None]):
+  def __init__(self, mesh: Mesh, batch_size: int | None, after_batch: Callable[[], None]):
     self._mesh, self._after_batch = mesh, after_batch
-    self.size = -(-batch_size // mesh.size) * mesh.size
+    self.size = -(-(batch_size or rows_of_a_call(mesh)) // mesh.size) * mesh.size
     self._rows = np.array(sharding.local_rows(mesh, self.size))
 
   def __call__(
@@ -50,7 +59,8 @@ class Batches:
       rows = np.minimum(start + self._rows, n - 1)
       return {str(i): array[rows] for i, array in enumerate(arrays)}
 
-    outputs = []
+    outputs: list[np.ndarray] = []
+    pending: jax.Array | None = None
     # Padded by a row that is there, not by zeros, so that f sees nothing that it could fail on.
     # Arrays may decode images when rows are asked for: those of the next call, while devices compute this one's.
     with ThreadPoolExecutor(1) as reader:
@@ -59,8 +69,13 @@ class Batches:
         local = ahead.result()
         if start + self.size < n:
           ahead = reader.submit(read, start + self.size)
-        # The host waits for each result: without it, all chunks would lie on the devices together.
-        outputs.append(processes.whole(f(*sharding.to_global(local, self._mesh).values())))
+        # The host fetches a result when the next call is under way, so that devices never wait for it; and no later,
+        # or else all calls' rows would lie on the devices together.
+        pending, ended = f(*sharding.to_global(local, self._mesh).values()), pending
+        if ended is not None:
+          outputs.append(processes.whole(ended))
         done(min(self.size, n - start))
         self._after_batch()
+      assert pending is not None
+      outputs.append(processes.whole(pending))
     return np.concatenate(outputs)[:n]

@@ -229,6 +229,29 @@ def _only(partition: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
   return PartitionSpec(*(axis if axis in axes else None for axis in partition))
 
 
+def each_own_rows(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+  """f(whole, rows) -> rows, run on each device's own rows of the mesh that is being traced for, if there is one.
+
+  `whole` is gathered on every device once, before f, and its gradient is summed once, after f: a loop in f exchanges
+  nothing, whatever the compiler would have made of it.
+
+  Args:
+    f: takes two trees of arrays; the first axis of those in `rows` is the batch, a multiple of `batch_parts`.
+  """
+
+  @functools.wraps(f)
+  def local(whole: Any, rows: Any) -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {axis for axis in BATCH[0] if axis in mesh.axis_names and axis not in mesh.manual_axes}
+    if not free:
+      return f(whole, rows)
+    own = PartitionSpec(tuple(axis for axis in BATCH[0] if axis in free))
+    # As in `on_own_rows`, without the check of what varies over which axis.
+    return jax.shard_map(f, in_specs=(REPLICATED, own), out_specs=own, axis_names=free, check_vma=False)(whole, rows)
+
+  return local
+
+
 def on_own_heads(f: Callable[..., Any]) -> Callable[..., Any]:
   """f, on arrays [b, h, ...] and with results of such, run on each device's own rows and heads of the mesh that is
   being traced for. Of a kernel, which the compiler cannot split. Nothing is exchanged.

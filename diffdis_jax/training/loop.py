@@ -26,7 +26,7 @@ from diffdis_jax.errors import Preempted, UserError
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
-from diffdis_jax.parallel import processes, programs, sharding
+from diffdis_jax.parallel import batches, processes, programs, sharding
 from diffdis_jax.run import checkpoint, committed, history, profile, trackers, workdir, writers
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training import facts, start, stored_inputs
@@ -88,7 +88,7 @@ def train_and_evaluate(
     rows = sharding.local_rows(mesh, run.batch_size)
     iterator = open_loader(run, rows=rows, latents=latent_shapes(trainer.network))
     inference = Inference(
-      trainer.network, run.inference, mesh=mesh, batch_size=rows_at_a_time(run), after_batch=stop.raise_if_agreed
+      trainer.network, run.inference, mesh=mesh, batch_size=rows_at_a_time(run, mesh), after_batch=stop.raise_if_agreed
     )
     evaluator = make_evaluator(run, inference)
     selection = trainer.plug.selection(run) if trainer.plug.selection else None
@@ -235,9 +235,10 @@ class Loop:
     self.checkpointer.save(step, state, self.iterator, meta=meta, metrics=found)
 
 
-def rows_at_a_time(run: Run) -> int:
+def rows_at_a_time(run: Run, mesh: Mesh) -> int:
   """Of a call of evaluations and samples: no more than a step has in memory, where it takes a batch in parts."""
-  return 64 if run.optim.accumulate == 1 else min(64, run.batch_size // run.optim.accumulate)
+  most = batches.rows_of_a_call(mesh)
+  return most if run.optim.accumulate == 1 else min(most, run.batch_size // run.optim.accumulate)
 
 
 def latent_shapes(network: Network) -> LatentShapes | None:

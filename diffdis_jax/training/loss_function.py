@@ -106,7 +106,7 @@ def clip_loss(model: Clip, batch: Batch, keys: Keys, *, network: Network, run: R
 def contrastive_loss(pairs: Pairs, logit_scale: Float[Array, ""], *, captions: UInt32[Array, "b"] | None) -> Total:
   """CLIP's loss (Radford et al., 2021): InfoNCE between images and texts, both ways, over all of the batch."""
   # Whole on every device: the negatives of a row are those of the global batch.
-  result = losses.contrastive(pairs.image, pairs.text, logit_scale, captions=captions, gather=sharding.everywhere)
+  result = losses.contrastive(pairs.image, pairs.text, logit_scale, captions=captions, on_rows=sharding.each_own_rows)
   return Total(result.loss, {"loss_contrastive": mean_of(result.loss[None]), **alignment(result, logit_scale)})
 
 

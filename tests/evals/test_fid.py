@@ -68,7 +68,7 @@ class Killed(Exception):
 class Inference:
   """Paints noise over what a prompt's tokens stand for."""
 
-  image_size, max_length, batch_size = SIDE, 16, 16
+  image_size, max_length, batch_size = SIDE, 16, PART
 
   def __init__(self, guidance: float = 2.0):
     self.generation_protocol = {"steps": 5, "guidance": guidance, "matmul_precision": "highest"}
@@ -119,7 +119,7 @@ def features_in(folder) -> np.ndarray:
 def test_the_metrics_are_those_of_the_features(tmp_path):
   evaluation, inference = make(parts=str(tmp_path / "parts"), reference=str(tmp_path / "r.npz")), Inference()
   metrics = evaluation.run(inference, {})
-  assert inference.calls == [8, 8, 8, 8, 4] and Extractor.made == [{"kind": "tensorflow", "batch_size": 16}]
+  assert inference.calls == [8, 8, 8, 8, 4] and Extractor.made == [{"kind": "tensorflow", "batch_size": PART}]
   drawn = features_in(tmp_path / "parts")
   real = np.load(tmp_path / "r.npz")["features"]
   assert drawn.shape == (COUNT, WIDTH) and real.shape == (60, WIDTH)
@@ -177,6 +177,19 @@ def test_an_images_noise_is_of_its_place_whatever_the_parts(tmp_path, monkeypatc
   monkeypatch.setattr(drawn_prompts, "PART", 5)
   make(parts=str(tmp_path / "fives")).run(Inference(), {})
   np.testing.assert_array_equal(features_in(tmp_path / "eights"), features_in(tmp_path / "fives"))
+
+
+def test_many_chips_sample_several_parts_a_call(tmp_path):
+  make(parts=str(tmp_path / "one")).run(Inference(), {})
+  many = Inference()
+  many.batch_size = 3 * PART + 5
+  make(parts=str(tmp_path / "three")).run(many, {})
+  assert many.calls == [3 * PART, COUNT - 3 * PART]
+  np.testing.assert_array_equal(features_in(tmp_path / "three"), features_in(tmp_path / "one"))
+  (tmp_path / "three" / "part-00001.npz").unlink()
+  again = Inference()
+  make(parts=str(tmp_path / "three")).run(again, {})
+  assert again.calls == [PART]
 
 
 def test_killed_at_random_it_goes_on_to_the_same_bits(tmp_path):

@@ -179,13 +179,34 @@ def test_eight_devices_give_the_loss_and_gradient_of_one():
   np.testing.assert_allclose(gradient, want_gradient, rtol=1e-5, atol=1e-7)
 
 
+def test_a_loop_on_each_device_gives_the_loss_and_gradients_of_all_logits_at_once(monkeypatch):
+  mesh = sharding.make_mesh(data=4, fsdp=2, tensor=1, devices=jax.devices()[:8])
+  random, b = np.random.default_rng(3), 64
+  query, e = (random.normal(size=(b, D)).astype(np.float32) for _ in range(2))
+  e /= np.linalg.norm(e, axis=1, keepdims=True)
+  arguments = _jax(query, e, SCALE, (np.arange(b) // 3).astype(np.uint32), random.random(b) < 0.2)
+
+  def loss(query, e, scale, captions, dropped, on_rows):
+    return losses.contrastive(query, e, scale, captions=captions, dropped=dropped, on_rows=on_rows).loss
+
+  step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnames="on_rows")
+  want, want_gradients = step(*arguments, on_rows=lambda f: f)
+  monkeypatch.setattr(losses, "_LOGITS", b * b // 8 // 4)  # four turns on each of the devices
+  rows = [x if x.ndim == 0 else jax.device_put(x, sharding.batch_sharding(mesh)) for x in arguments]
+  with sharding.tracing(mesh):
+    got, gradients = step(*rows, on_rows=sharding.each_own_rows)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  for one, other in zip(gradients, want_gradients):
+    np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
+
+
 def compiled_contrastive(b: int, d: int, devices: int):
   """The loss with its gradients for b rows of width d, spread over devices."""
   mesh = sharding.make_mesh(data=devices, fsdp=1, tensor=1, devices=jax.devices()[:devices])
 
   def loss(query, e, scale, captions):
     with sharding.tracing(mesh):
-      return losses.contrastive(query, e, scale, captions=captions, gather=sharding.everywhere).loss
+      return losses.contrastive(query, e, scale, captions=captions, on_rows=sharding.each_own_rows).loss
 
   rows = sharding.batch_sharding(mesh)
   array = lambda *shape, dtype=jnp.float32, place=rows: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -201,6 +222,12 @@ def test_only_embeddings_go_between_devices():
   for each in moved:
     assert each.kind in ("all-gather", "all-reduce", "reduce-scatter"), each
     assert all(math.prod(shape) <= b * d for shape in each.shapes), each
+
+
+def test_nothing_is_exchanged_in_the_loop_over_logits():
+  text = compiled_contrastive(8192, 16, 8).as_text()
+  assert hlo.has_loops(text)
+  assert {each.times for each in hlo.collectives(text)} == {1}
 
 
 def test_memory_does_not_grow_as_the_square_of_the_batch():
