@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice, as a queued resource.
+# A run on a Cloud TPU slice, or several, as a queued resource.
 #
 #   launch/tpu_pod.sh create              ask for the slice, and wait until it is there
 #   launch/tpu_pod.sh setup               this commit and its environment onto every host, once
@@ -9,16 +9,19 @@
 #   launch/tpu_pod.sh stop                SIGTERM to the command, so that it saves
 #   launch/tpu_pod.sh delete              give the slice back
 #
-# Settings: NAME, ZONE, TYPE (v5litepod-64), RUNTIME (v2-alpha-tpuv5-lite), SPOT=1, PROJECT, MAX_RESTARTS (3, without a
-# new checkpoint), EXTRAS (tpu, or more of pyproject.toml's, such as tpu,wandb), ENV (names of variables of this shell that
-# the command gets, such as WANDB_API_KEY,HF_TOKEN; their values show in no list of processes). --dry-run before the subcommand prints the commands. COMMAND's --workdir must be a folder that all
-# hosts share: gs://BUCKET/RUN. Ctrl-C ends a run as stop does.
+# Settings: NAME, ZONE, TYPE (v5litepod-64), RUNTIME (v2-alpha-tpuv5-lite), SLICES (1; several are joined by the data
+# centre's network), SPOT=1, PROJECT, CREATE_FLAGS (more of gcloud's for create, such as "--reserved --network=NET
+# --service-account=ACCOUNT"), MAX_RESTARTS (3, without a new checkpoint), EXTRAS (tpu, or more of pyproject.toml's, such
+# as tpu,wandb), ENV (names of variables of this shell that the command gets, such as WANDB_API_KEY,HF_TOKEN; their values
+# show in no list of processes). --dry-run before the subcommand prints the commands. COMMAND's --workdir must be a folder
+# that all hosts share: gs://BUCKET/RUN. Ctrl-C ends a run as stop does.
 set -euo pipefail
 # shellcheck source=launch/supervise.sh
 source "$(dirname "${BASH_SOURCE[0]}")/supervise.sh"
 
 POLL=${POLL:-30} # seconds between two looks at the slice
 EXTRAS=${EXTRAS:-tpu}
+SLICES=${SLICES:-1}
 dry_run='' stopping=''
 while [[ ${1:-} == -* ]]; do
   case $1 in
@@ -56,11 +59,30 @@ done
 [[ $EXTRAS =~ ^[a-z]+(,[a-z]+)*$ ]] ||
   refuse "EXTRAS is '$EXTRAS'; it should be extras of pyproject.toml, such as tpu,wandb"
 refuse_unless_set "$ENV"
+refuse_unless_number SLICES "$SLICES" 1
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NAME=${NAME:?} where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 
+# As gcloud names the nodes of a request for several.
+if ((SLICES > 1)); then mapfile -t nodes < <(seq -f "$NAME-%.0f" 0 $((SLICES - 1))); else nodes=("$NAME"); fi
+
 resource() { call gcloud compute tpus queued-resources "$1" "$NAME" "${where[@]}" "${@:2}"; }
-on_all() { call gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all --command="$1"; }
+ssh_to() { call gcloud compute tpus tpu-vm ssh "$1" "${where[@]}" --worker=all --command="$2"; }
+copy_to() { call gcloud compute tpus tpu-vm scp "$2" "$1:$3" "${where[@]}" --worker=all; }
+on_all() { on_slices ssh_to "$@"; }
+copy_to_all() { on_slices copy_to "$@"; }
+
+# A function with each slice's name before its arguments, on all of them at once. Fails where one fails.
+on_slices() {
+  local node pid pids=() code=0
+  if [[ $dry_run ]] || ((SLICES == 1)); then # one after another, so that what is printed is in order
+    for node in "${nodes[@]}"; do "$1" "$node" "${@:2}" || return; done
+    return
+  fi
+  for node in "${nodes[@]}"; do "$1" "$node" "${@:2}" & pids+=($!); done
+  for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+  return "$code"
+}
 
 # ACTIVE, SUSPENDED, ..., or NONE where there is no such resource. Fails, and says why, where gcloud cannot tell.
 state() {
@@ -82,8 +104,11 @@ create() {
     if [[ $stopping ]]; then return 1; fi
     case $now in
       NONE)
-        resource create --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" ${SPOT:+--spot} ||
-          return 1
+        # shellcheck disable=SC2206  # words, as the user wrote them
+        local which=(--node-id="$NAME") flags=(${CREATE_FLAGS:-})
+        if ((SLICES > 1)); then which=(--node-count="$SLICES" --node-prefix="$NAME"); fi
+        resource create "${which[@]}" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" ${SPOT:+--spot} \
+          "${flags[@]}" || return 1
         asked=1
         ;;
       FAILED | SUSPENDED)
@@ -107,7 +132,7 @@ setup() {
   if [[ ! $dry_run ]] && on_all "grep -qx '$commit' diffdis/.commit" >/dev/null 2>&1; then return; fi
   folder=$(mktemp -d)
   git archive --output="$folder/diffdis.tar.gz" HEAD &&
-    call gcloud compute tpus tpu-vm scp "$folder/diffdis.tar.gz" "$NAME:" "${where[@]}" --worker=all &&
+    copy_to_all "$folder/diffdis.tar.gz" '' &&
     on_all "set -e; mkdir -p diffdis; tar -xzf diffdis.tar.gz -C diffdis; cd diffdis; rm -f .commit;\
  python3 -m pip install -q --user uv; ~/.local/bin/uv venv -q --clear --python=3.12 .venv;\
  ~/.local/bin/uv pip install -q -e '.[$EXTRAS]'; echo '$commit' >.commit" ||
@@ -121,7 +146,7 @@ hand_over() {
   [[ $ENV ]] || return 0
   folder=$(mktemp -d)
   for name in ${ENV//,/ }; do printf 'export %s=%q\n' "$name" "${!name}"; done >"$folder/.env" # a built-in: no process
-  chmod 600 "$folder/.env" && call gcloud compute tpus tpu-vm scp "$folder/.env" "$NAME:diffdis/" "${where[@]}" --worker=all
+  chmod 600 "$folder/.env" && copy_to_all "$folder/.env" diffdis/
   local code=$?
   rm -r "$folder"
   return "$code"

@@ -151,6 +151,12 @@ def process_flags() -> None:
     flags.DEFINE_integer("num_processes", None, "processes of the run", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "this process's number, from 0", lower_bound=0)
     flags.DEFINE_integer("coordinator_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
+    flags.DEFINE_integer(
+      "heartbeat_timeout",
+      None,
+      "seconds after which a silent process is taken for dead, and the others end; by default 10, over a bucket 100",
+      lower_bound=1,
+    )
 
 
 class Given(NamedTuple):

@@ -34,7 +34,10 @@ from jax.experimental import multihost_utils
 from diffdis_jax.common import buckets, signals
 from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
 
-HEARTBEAT_TIMEOUT = 10  # seconds after which a silent process is dead, and the others end
+# Seconds after which a silent process is dead, and the others end; longer where a process may be silent while it waits
+# for a bucket.
+HEARTBEAT_TIMEOUT = 10
+HEARTBEAT_TIMEOUT_OVER_BUCKETS = 100
 SHUTDOWN_TIMEOUT = 3600  # seconds that processes which are done wait for the one that still writes
 BARRIER_TIMEOUT = 3600  # seconds that a process waits for the others, such as for one that compiles for long
 _MESSAGE = 1000  # bytes of an error that the processes tell each other
@@ -68,7 +71,7 @@ def start() -> None:
   """Joins the other processes of the run and logs which one this is and its devices; alone, does nothing.
 
   From then on an exception that nothing catches, in any thread, ends this process at once, and the others within
-  HEARTBEAT_TIMEOUT seconds.
+  --heartbeat_timeout seconds.
 
   Raises:
     UserError: contradicting settings, or a device that cannot be had.
@@ -76,8 +79,14 @@ def start() -> None:
   values = flags.FLAGS.flag_values_dict()
   found = find({name: values[name] for name in _VARIABLES}, os.environ)
   if found is not None:
-    _initialize(found, values["coordinator_timeout"])
+    heartbeat = values["heartbeat_timeout"] or default_heartbeat_timeout(values.get("workdir"))
+    _initialize(found, values["coordinator_timeout"], heartbeat)
     log_place()
+
+
+def default_heartbeat_timeout(workdir: str | None) -> int:
+  """In seconds, by where a run is kept."""
+  return HEARTBEAT_TIMEOUT_OVER_BUCKETS if (workdir or "").startswith("gs://") else HEARTBEAT_TIMEOUT
 
 
 def log_place() -> None:
@@ -129,16 +138,18 @@ def _explicit(
 
 
 def _slurm(environ: Mapping[str, str]) -> Processes:
-  """One task a node has all of its GPUs; of several, each has the one of its number."""
+  """One task a node has all of its GPUs; of several, each has the one of its number, or those that Slurm shows it."""
   head = re.match(r"([^,\[]*)(?:\[([^,\-\]]+)[^\]]*\])?([^,\[]*)", environ["SLURM_STEP_NODELIST"])
   assert head is not None  # each of its parts may be empty
   port = 61440 + int(environ["SLURM_JOB_ID"]) % 4096
   one_a_node = environ["SLURM_STEP_NUM_TASKS"] == environ.get("SLURM_STEP_NUM_NODES")
+  visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+  is_bound = "SLURM_GPUS_PER_TASK" in environ or (len(visible) == 1 and visible != [""])
   return Processes(
     coordinator_address=f"{''.join(part or '' for part in head.groups())}:{port}",
     num_processes=int(environ["SLURM_STEP_NUM_TASKS"]),
     process_id=int(environ["SLURM_PROCID"]),
-    local_device_ids=None if one_a_node else (int(environ["SLURM_LOCALID"]),),
+    local_device_ids=None if one_a_node or is_bound else (int(environ["SLURM_LOCALID"]),),
   )
 
 
@@ -148,7 +159,7 @@ def _has_tpu(environ: Mapping[str, str]) -> bool:
   return "TPU_WORKER_HOSTNAMES" in environ or bool(files and importlib.util.find_spec("libtpu"))
 
 
-def _initialize(processes: Processes, timeout: int) -> None:
+def _initialize(processes: Processes, timeout: int, heartbeat: int) -> None:
   """Waits for all processes. At its own timeout jax aborts, with a stack trace, so a timer comes first."""
   if processes.coordinator_address:
     whom = f"the coordinator {processes.coordinator_address}" if processes.process_id else "the other processes"
@@ -177,7 +188,7 @@ def _initialize(processes: Processes, timeout: int) -> None:
     local_device_ids=processes.local_device_ids,
     cluster_detection_method="deactivate" if processes.coordinator_address else None,
     initialization_timeout=2 * timeout + 60,
-    heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+    heartbeat_timeout_seconds=heartbeat,
     shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
   )
   jax.devices()  # every process waits here for the others' devices

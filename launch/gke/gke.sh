@@ -5,13 +5,15 @@
 #   launch/gke/gke.sh logs                follow what the hosts say
 #   launch/gke/gke.sh stop                delete it: SIGTERM, so that it saves; also one that has ended, before the next
 #
-# Settings: NAME, IMAGE (with this repository in its working directory), HOSTS, CHIPS (of each host), RESOURCE
+# Settings: NAME, IMAGE (with this repository in its working directory), HOSTS (of a slice), SLICES (1; of TPUs, joined by
+# the data centre's network, each a job of its own in a node pool of its own), CHIPS (of each host), RESOURCE
 # (google.com/tpu or nvidia.com/gpu), SELECTOR (YAML of node labels, such as
 # "{cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, cloud.google.com/gke-tpu-topology: 8x8}"), MAX_RESTARTS
 # (100, after crashes in the whole run), ENV (names of variables of this shell that the command gets, such as
-# WANDB_API_KEY,HF_TOKEN: as a Secret NAME-env, so that their values stand in no manifest of the run). --dry-run before the subcommand prints the commands and the manifest.
+# WANDB_API_KEY,HF_TOKEN: as a Secret NAME-env, so that their values stand in no manifest of the run). --dry-run before
+# the subcommand prints the commands and the manifest.
 set -euo pipefail
-MAX_RESTARTS=${MAX_RESTARTS:-100}
+MAX_RESTARTS=${MAX_RESTARTS:-100} SLICES=${SLICES:-1}
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/supervise.sh
 source "$here/../supervise.sh"
@@ -44,6 +46,10 @@ NAME=${NAME:?}
 if [[ $subcommand == run ]]; then
   refuse_unless_number HOSTS "$HOSTS" 1
   refuse_unless_number CHIPS "$CHIPS" 1
+  refuse_unless_number SLICES "$SLICES" 1
+  if ((SLICES > 1)) && [[ $RESOURCE != google.com/tpu ]]; then
+    refuse "SLICES is $SLICES, but $RESOURCE has no slices; HOSTS is the number of all hosts"
+  fi
   refuse_unless_number MAX_RESTARTS "$MAX_RESTARTS" 0
   refuse_unless_set "$ENV"
 fi
@@ -55,11 +61,17 @@ quoted() { # as a JSON string, which is YAML too
 }
 
 manifest() {
-  local text argument setting command=() env_from='[]'
+  local text argument setting command=() env_from='[]' exclusive='{}' meeting=''
   text=$(<"$here/jobset.yaml")
-  for setting in NAME IMAGE HOSTS CHIPS RESOURCE SELECTOR MAX_RESTARTS; do text=${text//@$setting@/"${!setting}"}; done
+  for setting in NAME IMAGE HOSTS SLICES CHIPS RESOURCE SELECTOR MAX_RESTARTS; do text=${text//@$setting@/"${!setting}"}; done
   if [[ $ENV ]]; then env_from="[{secretRef: {name: $NAME-env}}]"; fi
-  text=${text//@ENV_FROM@/"$env_from"}
+  if ((SLICES > 1)); then # each slice in a node pool of its own; their hosts meet by what GKE tells each of them
+    exclusive='{alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}'
+  else
+    meeting="- {name: DIFFDIS_NUM_PROCESSES, value: \"$HOSTS\"}
+                    - {name: DIFFDIS_COORDINATOR_ADDRESS, value: \"$NAME-host-0-0.$NAME:8476\"}"
+  fi
+  text=${text//@ENV_FROM@/"$env_from"} text=${text//@MEETING@/"$meeting"} text=${text//@EXCLUSIVE@/"$exclusive"}
   for argument in "$@"; do command+=("$(quoted "$argument"),"); done
   printf '%s\n' "${text//@COMMAND@/"[${command[*]}]"}"
 }

@@ -280,7 +280,7 @@ def test_a_required_flag_is_marked_in_every_help_and_leaving_it_out_is_an_error(
 
 
 def test_flags_of_processes_come_last_in_every_help_that_has_them():
-  processes = {"coordinator_address", "num_processes", "process_id", "coordinator_timeout"}
+  processes = {"coordinator_address", "num_processes", "process_id", "coordinator_timeout", "heartbeat_timeout"}
   having = set()
   for command, shown in helps().items():
     found = groups(shown)

@@ -40,7 +40,7 @@ def test_one_pod_a_host_runs_the_command_as_it_is(programs):
   assert (jobset["apiVersion"], jobset["kind"], jobset["metadata"]) == (
     "jobset.x-k8s.io/v1alpha2",
     "JobSet",
-    {"name": "run"},
+    {"name": "run", "annotations": {}},
   )
   job = job_of(jobset)
   assert (job["parallelism"], job["completions"], job["completionMode"]) == (16, 16, "Indexed")
@@ -78,6 +78,24 @@ def test_pods_find_each_other(programs):
   }
   assert container["ports"] == [{"containerPort": 8476}]
   assert jobset["spec"]["network"] == {"enableDNSHostnames": True}
+
+
+def test_each_of_several_slices_has_a_node_pool_and_finds_the_others_by_gke(programs):
+  jobset = applied(programs, SLICES="4")
+  assert jobset["metadata"]["annotations"] == {
+    "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+  }
+  (replicated,) = jobset["spec"]["replicatedJobs"]
+  job = replicated["template"]["spec"]
+  assert (replicated["replicas"], job["parallelism"], job["completions"]) == (4, 16, 16)
+  (container,) = job["template"]["spec"]["containers"]
+  assert {entry["name"] for entry in container["env"]} == {"XLA_PYTHON_CLIENT_MEM_FRACTION", "DIFFDIS_LAUNCHED"}
+
+
+def test_gpus_have_no_slices(programs):
+  asked = SETTINGS | {"SLICES": "2", "RESOURCE": "nvidia.com/gpu"}
+  done = programs.run("gke/gke.sh", "run", "--", *TRAIN, **asked)
+  assert done.returncode == 2 and "SLICES is 2, but nvidia.com/gpu has no slices" in done.stderr
 
 
 @pytest.mark.parametrize("given, restarts", [("", 100), ("7", 7)])

@@ -47,9 +47,9 @@ class Job:
       text=True,
     )
 
-  def run(self, *answers: Answer, restarts: int = 3) -> tuple[int, str, str]:
+  def run(self, *answers: Answer, restarts: int = 3, **variables: str) -> tuple[int, str, str]:
     self.programs.answer({"srun": answers})
-    job = self.start(restarts)
+    job = self.start(restarts, **variables)
     out, err = job.communicate(timeout=30)
     return job.returncode, out, err
 
@@ -63,6 +63,13 @@ def test_runs_the_command_as_one_step(job):
   code, out, _ = job.run(Answer(stdout="0: done\n"))
   assert (code, out) == (0, "0: done\n")
   assert job.programs.calls == [SRUN]
+
+
+def test_further_flags_go_to_srun(job):
+  flags = "--container-image=a.sqsh --container-mounts=/a:/b"
+  assert job.run(Answer(), SRUN_FLAGS=flags)[0] == 0
+  (call,) = job.programs.calls
+  assert [word for word in call if word not in SRUN] == flags.split() and call[-len(TRAIN) :] == list(TRAIN)
 
 
 @pytest.mark.parametrize("returned", [75, 134])

@@ -57,6 +57,36 @@ def test_create_waits_until_the_slice_is_there(programs):
   assert programs.calls[0] == [*resource, "describe", *where, "--format=value(state.state)"]
 
 
+def test_create_hands_further_flags_through_and_asks_for_several_slices(programs):
+  programs.answer({STATE: [NONE, ACTIVE]})
+  flags = "--reserved --network=a  --service-account=b@c"
+  done = programs.run("tpu_pod.sh", "create", **SETTINGS, SLICES="3", CREATE_FLAGS=flags)
+  assert done.returncode == 0, done.stderr
+  asked = programs.calls[1]
+  assert {"--node-count=3", "--node-prefix=run"} <= set(asked) and not any("--node-id" in word for word in asked)
+  assert asked[-3:] == flags.split()
+
+
+def test_every_host_of_every_slice_gets_the_command(programs):
+  programs.answer(
+    {STATE: [ACTIVE], DONE: [Answer()], "ssh run-0": [said(0, 0)], "ssh run-1": [said(0, 75), said(0, 0)]}
+  )
+  settings = {**SETTINGS, "SLICES": "2", "MAX_RESTARTS": "0", "ENV": "HF_TOKEN", "HF_TOKEN": "t"}
+  done = programs.run("tpu_pod.sh", "run", "--", *TRAIN, **settings)
+  assert done.returncode == 0, done.stderr
+  # One of four hosts was preempted, so that the command is started again on all.
+  started = [call[5] for call in programs.calls if RUN in call[-1]]
+  assert sorted(started[:2]) == sorted(started[2:]) == ["run-0", "run-1"]
+  assert "preempted; starting again" in done.stderr
+  copied = [call[6] for call in programs.calls if "scp" in call]
+  assert sorted(copied) == ["run-0:diffdis/", "run-0:diffdis/", "run-1:diffdis/", "run-1:diffdis/"]
+
+
+def test_slices_that_are_no_number_are_refused(programs):
+  done = programs.run("tpu_pod.sh", "create", **SETTINGS, SLICES="two")
+  assert done.returncode == 2 and "SLICES is 'two'" in done.stderr and not programs.calls
+
+
 @pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
 def test_create_replaces_what_is_over(programs, state):
   programs.answer({STATE: [Answer(stdout=f"{state}\n"), NONE, ACTIVE]})

@@ -49,6 +49,14 @@ def test_slurm(nodes, host):
   assert processes.find(NOTHING, environ) == Processes(f"{host}:{61440 + 5000 % 4096}", 5, 3)
   several = environ | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}
   assert processes.find(NOTHING, several).local_device_ids == (1,)
+  # Slurm shows a task the one GPU that it has, as device 0.
+  for bound in ({"SLURM_GPUS_PER_TASK": "1"}, {"CUDA_VISIBLE_DEVICES": "3"}):
+    assert processes.find(NOTHING, several | bound).local_device_ids is None
+  assert processes.find(NOTHING, several | {"CUDA_VISIBLE_DEVICES": "0,1"}).local_device_ids == (1,)
+
+
+def test_over_a_bucket_a_process_may_be_silent_for_longer():
+  assert [processes.default_heartbeat_timeout(path) for path in (None, "runs/a", "gs://bucket/a")] == [10, 10, 100]
 
 
 def test_a_tpu_is_asked_for_its_own_environment():
