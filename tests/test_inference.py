@@ -107,7 +107,9 @@ def test_the_thousandth_image_has_the_next_key_wherever_calls_end(inference, mon
   monkeypatch.setattr("diffdis_jax.inference.ONE_SEED", 6)
   params, images = params_of(inference), BATCH.image[:10]
   found = inference.embed_images(params, images, seed=3)
-  apart = [make(batch_size=2).embed_images(params, part, seed=seed) for part, seed in ((images[:6], 3), (images[6:], 9))]
+  apart = [
+    make(batch_size=2).embed_images(params, part, seed=seed) for part, seed in ((images[:6], 3), (images[6:], 9))
+  ]
   np.testing.assert_allclose(found, np.concatenate(apart), atol=1e-5)
 
 
