@@ -57,22 +57,36 @@ MUTATIONS = (
   Mutation("method/schedules.py", "/ 1.008 * np.pi / 2) ** 2", "/ 1.008 * np.pi / 2)", SCHEDULES),
   Mutation("method/schedules.py", "(x_t - s * noise) / (gamma * a)", "(x_t - s * noise) / a", SCHEDULES),
   Mutation(
-    "method/guidance.py", "Guided(unconditional + scale *", "Guided(conditional + scale *", "tests/method/test_guidance.py"
+    "method/guidance.py",
+    "Guided(unconditional + scale *",
+    "Guided(conditional + scale *",
+    "tests/method/test_guidance.py",
   ),
   # Figures.
   Mutation("evals/distances.py", "covariance / (count - 1)", "covariance / count", DISTANCES),
   Mutation("evals/distances.py", "float(distance - 2 * np.sqrt", "float(distance - np.sqrt", DISTANCES),
   Mutation("evals/distances.py", "(k.sum() - np.trace(k)) / (m * (m - 1))", "k.sum() / (m * m)", DISTANCES),
-  Mutation("evals/zero_shot.py", "ensemble = mean / np.linalg.norm(mean, axis=-1", "ensemble = mean / np.linalg.norm(mean, axis=0", ZERO_SHOT),
-  Mutation("evals/zero_shot.py", '(ranks < 5).mean()', '(ranks <= 5).mean()', ZERO_SHOT),
+  Mutation(
+    "evals/zero_shot.py",
+    "ensemble = mean / np.linalg.norm(mean, axis=-1",
+    "ensemble = mean / np.linalg.norm(mean, axis=0",
+    ZERO_SHOT,
+  ),
+  Mutation("evals/zero_shot.py", "(ranks < 5).mean()", "(ranks <= 5).mean()", ZERO_SHOT),
   Mutation("evals/zero_shot.py", "hits[counts > 0] / counts[counts > 0]", "hits / counts.clip(1)", ZERO_SHOT),
   Mutation("evals/base.py", "~own & ~(scores < best)", "~own & (scores > best)", "tests/evals/test_base.py"),
   Mutation("evals/nearest.py", "(places < end) & ~jnp.isnan", "(places <= end) & ~jnp.isnan", NEAREST),
   Mutation("evals/nearest.py", "(own * scores).sum(axis=1) / own.sum(axis=1)", "(own * scores).sum(axis=1)", NEAREST),
   # Long-tailed.
-  Mutation("training/long_tail.py", "Total((1.0 - section.distill_weight)", "Total((0.0 + section.distill_weight)", LONG_TAIL),
-  Mutation("training/long_tail_losses.py", "target = same / same.sum(axis=1", "target = same / same.sum(axis=0", LONG_TAIL),
-  Mutation("training/long_tail_losses.py", "smoothing * log_p.mean(axis=1)", "smoothing * log_p.sum(axis=1)", LONG_TAIL),
+  Mutation(
+    "training/long_tail.py", "Total((1.0 - section.distill_weight)", "Total((0.0 + section.distill_weight)", LONG_TAIL
+  ),
+  Mutation(
+    "training/long_tail_losses.py", "target = same / same.sum(axis=1", "target = same / same.sum(axis=0", LONG_TAIL
+  ),
+  Mutation(
+    "training/long_tail_losses.py", "smoothing * log_p.mean(axis=1)", "smoothing * log_p.sum(axis=1)", LONG_TAIL
+  ),
   Mutation("models/lgr.py", "scores, axis=-1, where=there)", "scores, axis=-1)", "tests/models/test_lgr.py"),
   # Data.
   Mutation("data/loader.py", "batch * self.batch_size + self.places[row]", "batch * self.batch_size + row", LOADER),
@@ -83,12 +97,26 @@ MUTATIONS = (
   # Devices, state.
   Mutation("parallel/sharding.py", "if data % slices:", "if slices % data:", SHARDING),
   Mutation("parallel/sharding.py", 'scatter_dimension=stored[path].index("fsdp")', "scatter_dimension=0", SHARDING),
-  Mutation("run/checkpoint.py", 'sign=1 if kept.best_is == "max" else -1)', 'sign=-1 if kept.best_is == "max" else 1)', CHECKPOINT),
-  Mutation("models/attention.py", "weight = jax.nn.sigmoid(score - lse)", "weight = jax.nn.sigmoid(lse - score)", ATTENTION),
-  Mutation("models/attention.py", "mean = mean - of_lse * scale / total", "mean = mean + of_lse * scale / total", ATTENTION),
-  Mutation("training/optim.py", "optax.incremental_update(new, old, 1.0 - rate)", "optax.incremental_update(new, old, rate)", OPTIM),
+  Mutation(
+    "run/checkpoint.py",
+    'sign=1 if kept.best_is == "max" else -1)',
+    'sign=-1 if kept.best_is == "max" else 1)',
+    CHECKPOINT,
+  ),
+  Mutation(
+    "models/attention.py", "weight = jax.nn.sigmoid(score - lse)", "weight = jax.nn.sigmoid(lse - score)", ATTENTION
+  ),
+  Mutation(
+    "models/attention.py", "mean = mean - of_lse * scale / total", "mean = mean + of_lse * scale / total", ATTENTION
+  ),
+  Mutation(
+    "training/optim.py",
+    "optax.incremental_update(new, old, 1.0 - rate)",
+    "optax.incremental_update(new, old, rate)",
+    OPTIM,
+  ),
   Mutation("training/optim.py", "(1.0 + step) / (10.0 + step)", "(1.0 + step) / (1.0 + step)", OPTIM),
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)
