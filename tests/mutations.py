@@ -1,7 +1,7 @@
 """One-line mistakes, each of which a fast test must notice: python -m tests.mutations [NUMBER ...]
 
-Each is made in a copy of the repository, in which the test files nearest to it run. Prints which caught it; exits with 1
-where one was not. `tests/test_mutations.py` holds that each can still be made, and runs all of them with the slow tests.
+Each is made in a copy of the repository, in which the test files nearest to it run. Prints which caught it; exits with
+1 where one was not. `tests/test_mutations.py` holds that each can still be made, and runs all with the slow tests.
 """
 
 from __future__ import annotations
