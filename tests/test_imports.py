@@ -21,8 +21,8 @@ CORE = (
   *("interop", "inference", "evals", "training"),
   *("train", "evaluate", "generate", "prepare_data", "import_weights", "export_weights", "verify", "demo"),
 )
-# Each in one room with a __main__.py of its own. The core imports none of them.
-TOOLS = ("app", "preflight", "report", "benchmark", "ablate")
+# Each in one room with a __main__.py of its own, or one file. The core imports none of them.
+TOOLS = ("app", "preflight", "report", "status", "benchmark", "ablate")
 ROOMS = (*CORE, *TOOLS, "__main__")
 COMMANDS = {*CORE[-8:], *TOOLS, "config"}
 # Torch is an extra: for these alone, of which those outside SHIPPED ask for it only to read a pickle, or to time it.

@@ -55,7 +55,7 @@ class Progress:
     logging.info(
       "%s %d of %d %s, %s each, %s left",
       *(self._what, self._done, self._total, self._unit),
-      *(f"{each:.2f} s" if each >= 0.1 else f"{1000 * each:.2g} ms", _duration((self._total - self._done) * each)),
+      *(f"{each:.2f} s" if each >= 0.1 else f"{1000 * each:.2g} ms", duration((self._total - self._done) * each)),
     )
 
   def _advance(self, count: int) -> None:
@@ -110,7 +110,8 @@ class _AboveBars:
     return getattr(self._stream, name)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+  """In words: `80 seconds`, `12 minutes`, `2.5 hours`."""
   if seconds < 100:
     return f"{seconds:.0f} seconds"
   return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,87 @@
+"""Says how a run stands: state, step, pace, last checkpoint, cost, and why it ended.
+
+  diffdis status RUN
+
+RUN is a workdir, also one in a bucket, and may be of a run on another machine. --json writes the same as one JSON
+object. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from diffdis_jax.common import cli, progress
+from diffdis_jax.errors import UserError
+from diffdis_jax.report import summary
+from diffdis_jax.report.read import Run, read
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """The command line."""
+  flags.DEFINE_bool("json", False, "one JSON object instead of lines")
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) != 2:
+    raise UserError(f"status {' '.join(argv[1:])}: write status RUN, the workdir of one run")
+  path = argv[1].rstrip("/")
+  found = facts(read(path, path), now=time.time())
+  text = json.dumps(found) if FLAGS.json else "\n".join(lines(found))
+  sys.stdout.write(f"{text}\n")
+
+
+def facts(run: Run, *, now: float) -> dict[str, Any]:
+  """How a run stands, as JSON values; None for what is not known.
+
+  Args:
+    now: seconds since 1970.
+
+  Returns:
+    `state` and `message` as `summary.status` has them; `step` and `num_steps`; `steps_per_sec`, the last that was
+    reported; `seconds_left` at that pace; `age`, seconds since the last line of metrics.jsonl; `checkpoint`, the last
+    step that was saved; `device_hours` by kind; `starts`, how often it was started.
+  """
+  made, num_steps = summary.starts(run, now=now), run.config["num_steps"]
+  pace = run.curves.get("steps_per_sec")
+  rate = float(pace.values[-1]) if pace is not None and pace.values[-1] > 0 else None
+  return {
+    **summary.status(run),
+    "step": run.step,
+    "num_steps": num_steps,
+    "steps_per_sec": rate,
+    "seconds_left": None if rate is None else max(num_steps - run.step, 0) / rate,
+    "age": None if run.written is None else max(0.0, now - run.written),
+    "checkpoint": max(run.checkpoints, default=None),
+    "device_hours": summary.cost(run, made, hour_price=None)["device_hours"],
+    "starts": len(made),
+  }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+  """`facts` in words."""
+  said = [f"{found['state']}{': ' if found['message'] else ''}{found['message']}"]
+  step = f"step {found['step']:,} of {found['num_steps']:,}"
+  if found["steps_per_sec"] is not None:
+    step += f", {found['steps_per_sec']:.3g} steps/s"
+    if found["state"] == "running":
+      step += f", {progress.duration(found['seconds_left'])} left"
+  if found["age"] is not None:
+    step += f"; reported {progress.duration(found['age'])} ago"
+  said.append(step)
+  said.append("no checkpoint yet" if found["checkpoint"] is None else f"last checkpoint: step {found['checkpoint']:,}")
+  hours = ", ".join(f"{hours:.2f} hours of {kind}" for kind, hours in found["device_hours"].items())
+  said.append(f"{hours or 'no device-hours known'}; starts: {found['starts']}")
+  return said
+
+
+if __name__ == "__main__":
+  define_flags()
+  cli.run(main, positional=2)

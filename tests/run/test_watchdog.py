@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from diffdis_jax.run import watchdog
+from diffdis_jax.run.watchdog import FIRST_TIME, STORAGE, Watchdog
+from tests.command_runs import ROOT
+
+
+class Clock:
+  def __init__(self):
+    self.now = 0.0
+
+  def __call__(self) -> float:
+    return self.now
+
+
+def make(patience: float = 60.0):
+  clock, said = Clock(), []
+  return Watchdog(patience, end=said.append, clock=clock), clock, said
+
+
+def take(dog: Watchdog, clock: Clock, what: str, *seconds: float, storage: bool = False) -> None:
+  for each in seconds:
+    with dog.during(what, storage=storage):
+      clock.now += each
+      dog.check()
+
+
+def test_a_step_may_take_three_medians_and_the_patience():
+  dog, clock, said = make()
+  take(dog, clock, "a step", 2.0, 9.0, 4.0, 3 * 4.0 + 60.0)
+  assert not said
+  take(dog, clock, "a step", 1.0, 1.0, 1.0)  # the median is 4 still, of 1 1 1 2 4 9 72: 2
+  take(dog, clock, "a step", 3 * 2.0 + 61.0)
+  (message,) = said
+  assert message.startswith("a step has taken 67 s, where 66 s is the most it may")
+
+
+def test_the_first_of_a_kind_may_compile_and_storage_may_waver():
+  dog, clock, said = make()
+  take(dog, clock, "an evaluation", FIRST_TIME - 1)
+  take(dog, clock, "a save", 1.0, 3.0 + STORAGE - 1, storage=True)
+  assert not said
+  take(dog, clock, "a batch", FIRST_TIME + 1, storage=True)
+  assert said
+
+
+def test_what_comes_further_is_alive():
+  dog, clock, said = make(patience=5.0)
+  take(dog, clock, "an evaluation", 1.0)
+  with dog.during("an evaluation"):
+    for _ in range(9):
+      clock.now += 7.0
+      dog.check()
+      dog.alive()
+  assert not said
+
+
+def test_between_two_things_nothing_is_watched():
+  dog, clock, said = make(patience=1.0)
+  take(dog, clock, "a step", 1.0)
+  clock.now += 1e6
+  dog.check()
+  dog.alive()
+  assert not said
+
+
+def test_what_raises_is_no_duration():
+  dog, clock, said = make()
+  with pytest.raises(ZeroDivisionError), dog.during("a step"):
+    raise ZeroDivisionError
+  take(dog, clock, "a step", FIRST_TIME - 1)
+  assert not said
+
+
+HANGS = """
+import threading, time
+from diffdis_jax.run import watchdog
+def waits_for_a_dead_peer(event): event.wait()
+watchdog.FIRST_TIME, watchdog.LOOK = 0.2, 0.05
+with watchdog.Watchdog(0.1).watching() as dog, dog.during("a step"):
+  waits_for_a_dead_peer(threading.Event())
+"""
+
+
+def test_a_process_that_hangs_says_where_and_ends_with_a_code_that_is_started_again():
+  done = subprocess.run([sys.executable, "-c", HANGS], cwd=ROOT, capture_output=True, text=True, timeout=60)
+  assert done.returncode == watchdog.CODE == 1
+  assert "in waits_for_a_dead_peer" in done.stderr, "of every thread, where it stands"
+  assert done.stderr.splitlines()[-1].startswith("error: a step has taken 0")

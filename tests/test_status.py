@@ -1,0 +1,54 @@
+"""diffdis status, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from tests.command_runs import call
+from tests.report import written_run
+
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+
+def status(*arguments: str):
+  done = call("status", ENVIRONMENT, *arguments)
+  return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> str:
+  return str(written_run.write(tmp_path_factory.mktemp("status") / "run"))
+
+
+def test_how_a_run_stands(run):
+  code, out, errors = status(run)
+  assert (code, errors) == (0, "")
+  state, step, checkpoint, cost = out.splitlines()
+  assert state == "stopped" and checkpoint == "last checkpoint: step 300"
+  assert step.startswith("step 300 of 400, ") and step.endswith(" ago") and "left" not in step
+  assert " hours of " in cost and "; starts: " in cost
+
+
+def test_the_same_as_json(run):
+  code, out, _ = status(f"{run}/", "--json")
+  found = json.loads(out)
+  assert code == 0
+  assert (found["state"], found["step"], found["num_steps"], found["checkpoint"]) == (
+    "stopped",
+    300,
+    400,
+    300,
+  )
+  assert found["starts"] >= 1 and found["steps_per_sec"] > 0 and found["age"] >= 0
+
+
+@pytest.mark.parametrize(
+  "arguments, message", [([], "write status RUN"), (["a", "b"], "write status RUN"), (["nowhere"], "nowhere")]
+)
+def test_no_run_is_one_line(tmp_path, monkeypatch, arguments, message):
+  monkeypatch.chdir(tmp_path)
+  code, out, errors = status(*arguments)
+  assert code == 2 and not out and errors.count("\n") == 1 and message in errors
