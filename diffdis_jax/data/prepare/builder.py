@@ -234,7 +234,7 @@ def prepare(
   """
   settings = settings or Settings()
   if settings.beam_options:
-    staging.find_beam()
+    staging.check_beam()
   out = out.resolve()
   partial = out.with_name(f".{out.name}.partial")
   if partial.exists() and (out / "report.json").exists():  # killed between the last two steps

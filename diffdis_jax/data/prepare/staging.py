@@ -274,16 +274,17 @@ def _begin_worker() -> None:
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def find_beam() -> tuple[Any, Any]:
-  """Apache Beam, and its options. Raises UserError: it is not installed."""
+def check_beam() -> None:
+  """Raises UserError: Apache Beam is not installed."""
   try:
-    return tuple(map(importlib.import_module, ("apache_beam", "apache_beam.options.pipeline_options")))
+    importlib.import_module("apache_beam.options.pipeline_options")
   except ImportError as error:
     raise UserError(f"--beam_pipeline_options needs Apache Beam ({error}); pip install apache-beam") from error
 
 
 def _write_by_beam(stage: Stage, parts: Sequence[Part], options: Sequence[str]) -> None:
-  beam, pipeline_options = find_beam()
+  beam: Any = importlib.import_module("apache_beam")
+  pipeline_options: Any = importlib.import_module("apache_beam.options.pipeline_options")
   # Reshuffled, since Beam would else fuse both steps and write every part on one worker.
   flags = [f"--{option}" for option in options]
   with beam.Pipeline(options=pipeline_options.PipelineOptions(flags)) as pipeline:
