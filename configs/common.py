@@ -106,7 +106,10 @@ def num_pairs(path: str) -> dict[str, int]:
     ValueError: none there, or one without split `train`.
   """
   splits = read_prepared(path, "dataset_info.json").get("splits", ())
-  found = {split["name"]: sum(map(int, split["shardLengths"])) for split in splits}
+  try:
+    found = {split["name"]: sum(map(int, split["shardLengths"])) for split in splits}
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{path}/dataset_info.json is damaged: {error!r}; prepare the data set again") from error
   if "train" not in found:
     there = f"no split train in {path}, only {', '.join(found)}" if found else f"no prepared data set in {path}"
     raise ValueError(f"{there}; write one with prepare_data files --source=PICTURES --out={path}")

@@ -12,8 +12,9 @@ From scratch at 64 px, on a CPU too. Its autoencoder comes first:
   diffdis train --config=own:path=DATA,autoencoder --workdir=RUNS/autoencoder
   diffdis train --config=own:path=DATA,from=RUNS/autoencoder --workdir=RUNS/diffdis
 
-Of 24 GB it takes 17.9 GiB by XLA's buffer assignment for an L4, before convolutions' workspaces, so have JAX take 90 %
-of the card instead of its default of 75 %: XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, which the launchers set. Not run.
+Of 24 GB it takes 17.9 GiB by XLA's buffer assignment for L4, A10G and RTX 4090, before convolutions' workspaces, so
+have JAX take 90 % of the card instead of its default of 75 %: XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, which the launchers
+set. Not run.
 
 Batch and steps follow from the number of pairs. What a step keeps in memory follows from memory=GB, that of one device:
 below 80 GB no averaged weights and a first moment in bf16; everywhere rematerialisation, and as many images at a time
@@ -38,7 +39,7 @@ from diffdis_jax.models.sizes import medium
 SMALLEST, LARGEST = 8, 64  # batch
 PASSES = {"pretrained": 50, "scratch": 150, "autoencoder": 100}  # over the pairs, within these steps
 STEPS = {"pretrained": (500, 10_000), "scratch": (2000, 40_000), "autoencoder": (1500, 10_000)}
-# GB of one device -> images of 256 px that a step takes at a time; of 512 px a quarter. Compiled for 24 GB alone.
+# GB of one device -> images of 256 px that a step takes at a time; of 512 px a quarter. Compiled for 24 and 40 GB.
 AT_A_TIME = {24: 8, 40: 16, 80: 32}
 PROMPTS = 8
 

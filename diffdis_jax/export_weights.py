@@ -7,7 +7,8 @@ DiffDis: one line of PyTorch, with diffusers and transformers alone, loads the f
   pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)
 
 It generates as StableDiffusionPipeline does, which reads the folder too unless it says otherwise, and has classify,
-rank, embed_images and embed_texts. The head of a long-tailed run is in head.safetensors.
+rank, embed_images and embed_texts. The head of a long-tailed run is in head.safetensors. Of an autoencoder alone, the
+pipeline has `vae`, diffusers' AutoencoderKL.
 
 CLIP: `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("local-dir:DIR")` read the folder.
 
@@ -30,6 +31,7 @@ from absl import flags, logging
 from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, cli, files
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.data.tokenizer import END, START, Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import clip_to_torch, hub, to_torch
@@ -110,8 +112,7 @@ def export_weights(
     repo: `ORG/NAME` on the hub, for the model card.
 
   Raises:
-    UserError: no such checkpoint, an autoencoder alone, a CLIP that their libraries cannot hold, or `out` cannot be
-      written.
+    UserError: no such checkpoint, a CLIP that their libraries cannot hold, or `out` cannot be written.
   """
   # Whatever can be refused is, before gigabytes are read.
   folder = files.empty_folder(out)
@@ -119,8 +120,6 @@ def export_weights(
   is_clip = "vision_encoder" in fields["model"]
   if is_clip:
     clip_to_torch.check(fields["model"])
-  else:
-    to_torch.check(fields["objectives"])
   step, ema = restore.choose(run, step, ema=ema)
   params = restore.restore_params(run, step=step, ema=ema)
   with files.whole_folder(folder) as temporary:
@@ -148,8 +147,12 @@ def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *,
     diffdis=own,
     dtype=dtype,
   )
+  # What is missing is said, since a pipeline loads without it.
+  if Objectives(own["objectives"]).is_autoencoder:
+    logging.info("it is an autoencoder alone: the pipeline's vae encodes and decodes; it generates nothing")
+    return
   write_tokenizer(folder / "tokenizer", own["max_length"])
-  if not (folder / to_torch.FILES["diffdis"]).exists():  # said, since a pipeline loads without it
+  if not (folder / to_torch.FILES["diffdis"]).exists():
     logging.info("it was not trained for discrimination: the pipeline generates and does not classify")
 
 

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.numpy import load_file
 from transformers import CLIPTokenizer
 
@@ -209,10 +209,14 @@ def refused(run: str, out: pathlib.Path, message: str, **settings: object) -> No
   assert sorted(out.parent.iterdir()) == before
 
 
-def test_runs_that_cannot_be_exported(imported, tmp_path):
-  out = tmp_path / "out"
-  run = make_run(tmp_path / "reconstruction", imported, objectives=("reconstruction",))
-  refused(run, out, "objectives is reconstruction; an autoencoder alone is no pipeline")
+def test_an_autoencoder_alone_is_diffusers_own(imported, tmp_path, caplog):
+  run = make_run(tmp_path / "run", imported, objectives=("reconstruction",))
+  export_weights.export_weights(run, str(tmp_path / "out"))
+  assert "an autoencoder alone: the pipeline's vae encodes and decodes" in caplog.text
+  assert type(AutoencoderKL.from_pretrained(tmp_path / "out", subfolder="vae")) is AutoencoderKL
+  with pytest.raises(UserError, match="unet/config.json") as error:
+    import_weights.import_weights(str(tmp_path / "out"), str(tmp_path / "again"))
+  assert "\n" not in str(error.value) and not (tmp_path / "again").exists()
 
 
 def test_bad_arguments(run, tmp_path):

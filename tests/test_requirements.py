@@ -1,40 +1,50 @@
-"""requirements.txt resolves on every Python and machine that it says, to wheels alone."""
+"""requirements.txt and every extra resolve on every Python and machine that they say, to wheels alone."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import pathlib
 import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Sequence
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 LINUX = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28")
-MACHINES = [(python, machine) for python in ("3.11", "3.12", "3.13", "3.14") for machine in LINUX]
+NEWER_LINUX = ("x86_64-manylinux_2_31", "aarch64-manylinux_2_31")  # libtpu's wheels ask for this glibc
+MACHINES = [(python, machine) for python in PYTHONS for machine in LINUX]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
-def resolve(machine: tuple[str, str]) -> dict[str, str] | str:
-  """Package -> version, or why it cannot be done."""
+def resolve(machine: tuple[str, str], more: Sequence[str] = ()) -> dict[str, str] | str:
+  """Package -> version, or why it cannot be done. `more`: than requirements.txt asks for."""
   python, platform = machine
   command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
   # promise, which tensorflow-datasets needs, has no wheel anywhere and is pure Python.
   command += ["--only-binary=:all:", "--no-binary=promise", f"--python-version={python}"]
-  command += [f"--python-platform={platform}", "requirements.txt"]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  command += [f"--python-platform={platform}", "requirements.txt", "-"]
+  done = subprocess.run(command, cwd=ROOT, input="\n".join(more), capture_output=True, text=True, timeout=300)
   return dict(re.findall(r"^([\w.\-]+)==(\S+)$", done.stdout, re.M)) if done.returncode == 0 else done.stderr
+
+
+def resolve_all(machines: Sequence[tuple[str, str]], more: Sequence[str] = ()) -> dict[tuple[str, str], dict[str, str]]:
+  with concurrent.futures.ThreadPoolExecutor(len(machines)) as pool:
+    found = dict(zip(machines, pool.map(functools.partial(resolve, more=more), machines), strict=True))
+  errors = {machine: each for machine, each in found.items() if isinstance(each, str)}
+  if re.search("error sending request|dns error|Failed to fetch|Could not connect", " ".join(errors.values())):
+    pytest.skip("no package index can be reached")
+  assert not errors, errors
+  return found
 
 
 @pytest.fixture(scope="module")
 def resolved() -> dict[tuple[str, str], dict[str, str]]:
-  with concurrent.futures.ThreadPoolExecutor(len(MACHINES)) as pool:
-    found = dict(zip(MACHINES, pool.map(resolve, MACHINES), strict=True))
-  errors = [each for each in found.values() if isinstance(each, str)]
-  if any(re.search("error sending request|dns error|Failed to fetch|Could not connect", each) for each in errors):
-    pytest.skip("no package index can be reached")
-  assert not errors, errors[0]
-  return found
+  return resolve_all(MACHINES)
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids="-".join)
@@ -44,3 +54,13 @@ def test_a_fresh_machine_resolves(resolved, machine):
   assert (0, 10) <= numbers("jax") < (0, 13) and numbers("array-record") >= (0, 8)
   assert {"flax", "optax", "orbax-checkpoint", "transformers", "grain", "clu", "ml-collections"} <= found.keys()
   assert not [name for name in found if name in ("tensorflow", "tensorflow-cpu", "torch")]
+
+
+@pytest.mark.slow
+def test_every_extra_resolves():
+  """All of them together, so that any choice of them does."""
+  asked = [each for listed in EXTRAS.values() for each in listed if not each.startswith("diffdis_jax[")]
+  machines = [(python, machine) for python in PYTHONS for machine in NEWER_LINUX]
+  for (_, machine), found in resolve_all(machines, asked).items():
+    assert {"jax-cuda12-plugin", "torch", "gradio", "wandb", "mkdocs", "pyright"} <= found.keys()
+    assert ("libtpu" in found) == machine.startswith("x86_64")

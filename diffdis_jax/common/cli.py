@@ -13,6 +13,7 @@ import errno
 import importlib.util
 import itertools
 import logging as python_logging
+import math
 import os
 import pathlib
 import re
@@ -64,7 +65,7 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
     try:
       if extra := argv[1 + positional :]:
         raise UserError(f"unexpected argument {extra[0]!r}; every argument is a flag, --name=value")
-      _check_paths()
+      _check_values()
       return main(argv)
     except UserError as error:
       _stop(error)
@@ -91,15 +92,17 @@ def _write_and_exit(text: str) -> NoReturn:
   sys.exit(0)
 
 
-def _check_paths() -> None:
-  """Raises UserError: a folder's flag is empty, an address in any flag or field is of no kind that can be read, or the
-  workdir is none that can be."""
+def _check_values() -> None:
+  """Raises UserError: a folder's flag is empty, a number's is nan, an address in any flag or field is of no kind that
+  can be read, or the workdir is none that can be."""
   values = {name: flags.FLAGS[name] for name in flags.FLAGS}
   for name in _FOLDERS & {*values}:
     if values[name].present and values[name].value == "":
       raise UserError(f"--{name}= is empty; give a path")
   for name in {*values} - _TEXTS:
     value = values[name].value
+    if isinstance(value, float) and math.isnan(value):  # which is within any bounds for absl
+      raise UserError(f"--{name}={value} is no number; give one")
     found = guesses.fields_of(value.to_dict()).values() if isinstance(value, ConfigDict) else [value]
     for each in itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in found):
       if isinstance(each, str):

@@ -99,13 +99,35 @@ FAILURES = """The paper says of its own model, which was trained on CC3M:
 Expect the same of any model that was trained on CC3M. On what this one was trained is said above; whether it fails in
 the same ways was not measured. No safety checker comes with it, and the biases of its training data are in it."""
 
-CLIP_FAILURES = "The biases of its training data are in it; they were not measured."
+PLAIN_FAILURES = "The biases of its training data are in it; they were not measured."
 
 JAX = """
 ## In JAX
 
 ```
 diffdis import_weights --source={source} --out=RUN
+```
+"""
+
+AUTOENCODER = """---
+library_name: diffusers
+tags: [autoencoder, diffdis, jax]
+---
+# The autoencoder of a DiffDis
+
+It was trained alone, and neither generates nor classifies. diffdis_jax wrote it: {what}.
+
+## Use
+
+It needs `pip install torch diffusers transformers`. The model's code comes with it: {code}.
+
+```python
+{load}
+
+from diffusers.utils import load_image
+pixels = pipe.image_processor.preprocess(load_image("photo.png"))
+latents = pipe.vae.encode(pixels).latent_dist.mode() * pipe.vae.config.scaling_factor
+images = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
 ```
 """
 

@@ -52,23 +52,33 @@ class Card:
     """README.md, and samples.png where the run had generated some by then. Last: it says which files there are."""
     address = self.repo or "FOLDER"
     is_clip = "vision_encoder" in self.fields["model"]  # of long-tailed runs the objectives do not say it
+    is_autoencoder = Objectives(self.fields["objectives"]).is_autoencoder
     parts = {
       "paper": PAPER,
       "what": f"checkpoint of step {self.step}, {'averaged' if self.ema else 'raw'} weights, {self.dtype}",
       "address": address,
       "open_clip": f"hf-hub:{self.repo}" if self.repo else "local-dir:FOLDER",
       "jax": card_texts.JAX.format(source=f"hf:{self.repo}" if self.repo else "FOLDER"),
-      "samples": "" if is_clip else self._samples(folder),
+      "samples": "" if is_clip or is_autoencoder else self._samples(folder),
       "training": self._training(),
       "figures": "\n".join(self._figures()) or "None were measured.",
-      "failures": card_texts.CLIP_FAILURES if is_clip else card_texts.FAILURES,
+      "failures": card_texts.PLAIN_FAILURES if is_clip or is_autoencoder else card_texts.FAILURES,
       "config": json.dumps(self.own, indent=2, sort_keys=True),
     }
-    if not is_clip:
+    kind = card_texts.CLIP if is_clip else card_texts.DIFFDIS
+    if is_autoencoder:
+      kind = card_texts.AUTOENCODER
+      parts |= {"load": card_texts.LOAD.format(address=address), "code": self._code(folder)}
+    elif not is_clip:
       parts |= self._use(folder, address)
     # Last: what stands in the other parts may hold braces, such as a prompt, and is not formatted again.
-    text = ((card_texts.CLIP if is_clip else card_texts.DIFFDIS) + card_texts.REST).format(**parts)
+    text = (kind + card_texts.REST).format(**parts)
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+  def _code(self, folder: pathlib.Path) -> str:
+    return ", ".join(
+      [to_torch.PIPELINE, *sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.py"))]
+    )
 
   def _use(self, folder: pathlib.Path, address: str) -> dict[str, str]:
     """How the pipeline is loaded and called: one or two blocks of code, which run as they are printed."""
@@ -86,10 +96,9 @@ class Card:
     uses += card_texts.PATCHES.format(patch=patch) if patch > 1 else plain
     uses += card_texts.OFFLINE.format(repo=self.repo) if self.repo else ""
     uses += card_texts.HEAD * (folder / to_torch.HEAD).exists()
-    own = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.py"))
     return {
       "tag": "text-to-image" if generates else "zero-shot-image-classification",
-      "code": ", ".join([to_torch.PIPELINE, *own]),
+      "code": self._code(folder),
       "load": card_texts.LOAD.format(address=address)
       + "\n" * generates
       + (generate if generates else card_texts.OPENS),

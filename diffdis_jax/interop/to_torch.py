@@ -18,7 +18,6 @@ from jaxtyping import Float
 
 from diffdis_jax.common.params import Params
 from diffdis_jax.common.progress import Progress
-from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping, sections, tensor_files
 from diffdis_jax.structs import AnyArray
@@ -47,13 +46,8 @@ INDEX = dict(
   unet=("diffusers", "UNet2DConditionModel"),
   vae=("diffusers", "AutoencoderKL"),
 )
-
-
-def check(objectives: tuple[str, ...]) -> None:
-  """Raises UserError for a run that has no UNet."""
-  if Objectives(objectives).is_autoencoder:
-    trained = ", ".join(objectives)
-    raise UserError(f"objectives is {trained}; an autoencoder alone is no pipeline, export the run that trains on it")
+# What a run of an autoencoder alone has not.
+BEYOND_VAE = ("scheduler", "text_encoder", "tokenizer", "unet")
 
 
 def write(
@@ -66,7 +60,7 @@ def write(
   diffdis: Mapping[str, Any],
   dtype: str = "float32",
 ) -> None:
-  """Writes weights and configs of the pipeline, its tokenizer excepted.
+  """Writes weights and configs of the pipeline, its tokenizer excepted; of an autoencoder alone one with `vae` alone.
 
   Args:
     folder: empty.
@@ -100,13 +94,17 @@ def write(
     | sections.write_vae(model["autoencoder"], scaling_factor=scaling_factor, sample_size=folded_size),
     "text_encoder/config.json": sections.write_text(model["text_encoder"]),
   }
+  has_unet = "unet.conv_in.kernel" in params
+  if not has_unet:
+    index |= dict.fromkeys(BEYOND_VAE, (None, None))
+    configs = {file: content for file, content in configs.items() if file.split("/")[0] not in BEYOND_VAE}
   entries = [mapping.from_path(path) for path in params]
   is_aligned = "logit_scale" in params
   progress = Progress("converted", len(entries), "arrays")
   own_classes = {}
   if patch > 1:
     own_classes["vae"] = ("torch_parts", "PatchAutoencoderKL")
-  if "unet.conv_out.kernel" not in params:  # of discrimination alone
+  if has_unet and "unet.conv_out.kernel" not in params:  # of discrimination alone
     own_classes["unet"] = ("torch_parts", "DownUNet2DConditionModel")
   for component, file in (*FILES.items(), ("head", HEAD)):
     own = [entry for entry in entries if entry.component == component]

@@ -91,7 +91,12 @@ class DiffDisPipeline(StableDiffusionPipeline):
     diffdis (`DiffDis`, *optional*): what DiffDis adds to the UNet. Without it the pipeline only generates.
   """
 
-  _optional_components = [*StableDiffusionPipeline._optional_components, "diffdis"]
+  # The first four may be missing where the run trained an autoencoder alone.
+  _optional_components = [
+    *("scheduler", "text_encoder", "tokenizer", "unet"),
+    *StableDiffusionPipeline._optional_components,
+    "diffdis",
+  ]
   # For `save_pretrained`. Read here: diffusers overwrites its copy when it loads another model's file.
   source = pathlib.Path(__file__).read_text(encoding="utf-8")
 
@@ -130,6 +135,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
 
   @functools.wraps(StableDiffusionPipeline.__call__)
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    self._check_unet()
     if not hasattr(self.unet, "up_blocks"):
       raise ValueError(
         "this model was trained for discrimination alone and generates no images; it has classify, rank, embed_images"
@@ -280,7 +286,14 @@ class DiffDisPipeline(StableDiffusionPipeline):
     (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "pipeline.py").write_text(self.source, encoding="utf-8")
 
+  def _check_unet(self) -> None:
+    if self.unet is None:
+      raise ValueError(
+        "this model is an autoencoder alone, which neither generates nor classifies; pipe.vae encodes and decodes"
+      )
+
   def _diffdis(self) -> Any:
+    self._check_unet()
     if self.diffdis is None:
       raise ValueError("this model was not trained for discrimination and only generates; it has no component diffdis")
     return self.diffdis

@@ -142,6 +142,13 @@ def test_bad_arguments(tmp_path, stable_diffusion, splits, arg, message):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("split", ['{"name": "train"}', '{"name": "train", "shardLengths": ["many"]}', "3"])
+def test_a_damaged_set(tmp_path, split):
+  (tmp_path / "dataset_info.json").write_text(f'{{"splits": [{split}]}}')
+  with pytest.raises(ValueError, match="dataset_info.json is damaged: .*; prepare the data set again"):
+    own.get_config(f"path={tmp_path}")
+
+
 def test_no_jax_and_what_it_says_is_logged(tmp_path):
   path = prepared(tmp_path / "data", train=475, val=25)
   code = f"import sys; from configs import own; own.get_config('path={path}'); sys.exit('jax' in sys.modules)"

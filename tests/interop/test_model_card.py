@@ -64,6 +64,16 @@ def test_of_a_run_that_only_classifies(tmp_path):
   assert run_code(code_of(tmp_path / "out"), tmp_path).startswith("['")
 
 
+def test_of_an_autoencoder_alone(tmp_path):
+  export_of(tmp_path, objectives=("reconstruction",))
+  (tmp_path / "FOLDER").symlink_to(tmp_path / "out")
+  Image.new("RGB", (48, 32)).save(tmp_path / "photo.png")
+  said = "print(tuple(latents.shape), tuple(images.shape))\n"
+  assert run_code(code_of(tmp_path / "out") + said, tmp_path) == "(1, 4, 8, 12) (1, 3, 32, 48)\n"
+  card = (tmp_path / "out" / "README.md").read_text()
+  assert "import_weights" not in card and "Watermarks" not in card
+
+
 def test_from_the_hub_and_then_offline(hub: Hub, tmp_path):
   export_weights(export_of(tmp_path), str(tmp_path / "pushed"), repo="me/tiny")
   code = code_of(tmp_path / "pushed")

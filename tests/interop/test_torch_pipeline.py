@@ -29,7 +29,8 @@ from diffdis_jax.interop import torch_pipeline
 from diffdis_jax.run import checkpoint, restore, workdir
 from diffdis_jax.structs import TrainState
 from tests import pipelines, steps, tiny
-from tests.models.networks import random_params
+from tests.models import from_torch
+from tests.models.networks import random_params, relative_error
 from tests.test_inference import query_noise
 
 NAMES, TEMPLATES = ["red star", "blue ring", "green cross"], ["a photo of a {}.", "the {c}"]
@@ -277,6 +278,32 @@ def test_generation_alone_classifies_nothing(tmp_path):
   for call in (lambda: pipe.classify(Image.new("RGB", (9, 9)), ["a"]), lambda: pipe.embed_texts(["a"])):
     with pytest.raises(ValueError, match="not trained for discrimination and only generates"):
       call()
+
+
+def test_an_autoencoder_alone_encodes_and_decodes(tmp_path):
+  path = export_of(tmp_path, objectives=("reconstruction",))
+  assert {part.name for part in (tmp_path / "out").iterdir()} == {"README.md", "model_index.json", "pipeline.py", "vae"}
+  load(tmp_path / "out").save_pretrained(tmp_path / "saved")
+  network, params = steps.network_of(steps.config_of(path)), restore.restore_params(path)
+  x = np.random.default_rng(0).uniform(-1, 1, (2, network.image_size, network.image_size, 3)).astype(np.float32)
+
+  @jax.jit
+  def autoencode(params, x):
+    ours = network.with_params(params).autoencoder
+    z = ours.to_z(ours.encode(x).mean)
+    return z, ours.decode(ours.from_z(z))
+
+  z, expected = autoencode(params, x)
+  for folder in (tmp_path / "out", tmp_path / "saved"):
+    pipe = load(folder)
+    with torch.no_grad():
+      found = pipe.vae.encode(from_torch.nchw(x)).latent_dist.mode() * pipe.vae.config.scaling_factor
+      decoded = pipe.vae.decode(found / pipe.vae.config.scaling_factor).sample
+    assert relative_error(from_torch.nhwc(found), z) < 1e-5
+    assert relative_error(from_torch.nhwc(decoded), expected) < 1e-5
+    for call, given in ((pipe, ("a red star",)), (pipe.classify, (BLACK, ["a"])), (pipe.embed_texts, (["a"],))):
+      with pytest.raises(ValueError, match="is an autoencoder alone, which neither generates nor classifies; pipe.vae"):
+        call(*given)
 
 
 def test_a_long_tailed_head_leaves_beside_it(tmp_path):

@@ -233,6 +233,8 @@ def prepare(
       preparation there of another source or with other settings.
   """
   settings = settings or Settings()
+  if settings.beam_options:
+    staging.check_beam()
   out = out.resolve()
   partial = out.with_name(f".{out.name}.partial")
   if partial.exists() and (out / "report.json").exists():  # killed between the last two steps

@@ -111,8 +111,9 @@ def _cut(source: pathlib.Path, found: Sequence[Pairs], held_out: float) -> list[
   chosen: list[set[int]] = [set() for _ in found]
   if held_out and "train" in splits and "val" not in splits:
     of_train = [i for i, split in enumerate(splits) if split == "train"]
-    if sum(len(keys[i]) for i in of_train) < 2:
-      raise UserError(f"{source} has one pair; give at least two, of which one is held out, or --held_out=0")
+    if (count := sum(len(keys[i]) for i in of_train)) < 2:
+      there = "one pair" if count else "no pair"
+      raise UserError(f"{source} has {there}; give at least two, of which one is held out, or --held_out=0")
     hashes = {(i, place): _hash(keys[i][place]) for i in of_train for place in found[i].whole}
     held = [where for where, value in hashes.items() if value < held_out] or sorted(hashes, key=hashes.__getitem__)[:1]
     for i, place in held:

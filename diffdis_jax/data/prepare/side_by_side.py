@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import pathlib
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
@@ -156,7 +157,7 @@ def by_table(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[P
       if not isinstance(name, str) or not name:
         raise UserError(f"{source / table}, row {number + 1} has no {FILE_NAME}; its columns are {', '.join(row)}")
       key = posixpath.normpath(posixpath.join(folder, name))
-      if key.startswith(("../", "/")):
+      if key.startswith(("../", "/")) or not _is_file_name(key):
         raise UserError(f"{source / table} names {name}, which is no picture below {source}")
       if key in samples:
         raise UserError(f"{source / table} has {name} twice; give each picture one row")
@@ -187,6 +188,14 @@ def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict):
           raise UserError(f"{path}, line {number} should be a JSON object with {FILE_NAME} and a caption")
         yield row
+
+
+def _is_file_name(name: str) -> bool:
+  """Whether a file can be called so: JSON may have halves of characters that no name has."""
+  try:
+    return "\0" not in os.fsdecode(os.fsencode(name))
+  except UnicodeEncodeError:
+    return False
 
 
 def _ending(name: str) -> str:

@@ -274,12 +274,17 @@ def _begin_worker() -> None:
   threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _write_by_beam(stage: Stage, parts: Sequence[Part], options: Sequence[str]) -> None:
+def check_beam() -> None:
+  """Raises UserError: Apache Beam is not installed."""
   try:
-    beam: Any = importlib.import_module("apache_beam")
-    pipeline_options: Any = importlib.import_module("apache_beam.options.pipeline_options")
+    importlib.import_module("apache_beam.options.pipeline_options")
   except ImportError as error:
     raise UserError(f"--beam_pipeline_options needs Apache Beam ({error}); pip install apache-beam") from error
+
+
+def _write_by_beam(stage: Stage, parts: Sequence[Part], options: Sequence[str]) -> None:
+  beam: Any = importlib.import_module("apache_beam")
+  pipeline_options: Any = importlib.import_module("apache_beam.options.pipeline_options")
   # Reshuffled, since Beam would else fuse both steps and write every part on one worker.
   flags = [f"--{option}" for option in options]
   with beam.Pipeline(options=pipeline_options.PipelineOptions(flags)) as pipeline:

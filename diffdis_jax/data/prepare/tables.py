@@ -101,18 +101,29 @@ def parquet(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Pa
 
 def on_disk(source: pathlib.Path, asked: Asked) -> list[Pairs]:
   """What datasets' save_to_disk wrote. Raises UserError: as `parquet`."""
-  splits = {"": source}
-  if (source / "dataset_dict.json").exists():
-    splits = {name: source / name for name in files.read_json(source / "dataset_dict.json").get("splits", ())}
   found: list[Pairs] = []
-  for split, folder in splits.items():
-    state = files.read_json(folder / "state.json")
-    for each in state.get("_data_files") or ():
-      name = posixpath.join(split, posixpath.splitext(each["filename"])[0])
-      found.append(_table(folder / each["filename"], split or str(state.get("_split") or "train"), name, asked))
+  for file, split in _arrow_files(source):
+    name = posixpath.splitext(file.relative_to(source).as_posix())[0]
+    found.append(_table(file, split, name, asked))
   if not found:
     raise UserError(f"{source} has no arrow files; write it again by save_to_disk")
   return found
+
+
+def _arrow_files(source: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
+  """And their splits. Raises UserError: the files that list them are not datasets' own."""
+  try:
+    splits = [""]
+    if (source / "dataset_dict.json").exists():
+      splits = files.read_json(source / "dataset_dict.json")["splits"]
+    states = {split: files.read_json(source / split / "state.json") for split in splits}
+    return [
+      (source / split / each["filename"], split or str(state.get("_split") or "train"))
+      for split, state in states.items()
+      for each in state.get("_data_files") or ()
+    ]
+  except (AttributeError, KeyError, TypeError) as error:
+    raise UserError(f"{source} is not as datasets' save_to_disk writes it: {error!r}; write it again") from error
 
 
 def _split_of(name: str) -> str:

@@ -347,7 +347,8 @@ def test_a_source_file_that_vanishes(many, tmp_path):
 def test_beam_that_is_not_installed(many, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "apache_beam", None)
   with pytest.raises(UserError, match="needs Apache Beam .*; pip install apache-beam"):
-    prepare(many, tmp_path / "out", beam_options=("runner=DirectRunner",))
+    prepare(many, tmp_path / "new" / "out", beam_options=("runner=DirectRunner",))
+  assert not (tmp_path / "new").exists()
 
 
 def test_beam_writes_the_same_records(many, tmp_path):
