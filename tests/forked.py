@@ -100,12 +100,16 @@ class Forked(subprocess.Popen):
     pipes = [given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
     request = [*given["args"], str(given["cwd"]), {**given["env"]}]
     with _lock:
-      self.pid = _server_of(given["env"]).fork(request, [pipes[0], pipes[3], pipes[5]])
+      server = server_of(given["env"])
+      if server.refusal:
+        return start._execute_child(*values)
+      self.pid = server.fork(request, [pipes[0], pipes[3], pipes[5]])
     self._child_created = True
     start._close_pipe_fds(*pipes)
 
 
-def _server_of(environment: Mapping[str, str]) -> Server:
+def server_of(environment: Mapping[str, str]) -> Server:
+  """The one that was started with these variables, now or before."""
   key = frozenset((name, value) for name, value in environment.items() if name not in READ_LATER)
   if key in _servers:
     server = _servers.pop(key)
@@ -120,8 +124,8 @@ def _server_of(environment: Mapping[str, str]) -> Server:
 class Server:
   """The tests' end of one.
 
-  Raises:
-    RuntimeError: its libraries have started a thread, or said something, which a command would not say again.
+  Attributes:
+    refusal: why it forks nothing: its libraries have started a thread, or said what each command has to say itself.
   """
 
   def __init__(self, environment: Mapping[str, str]):
@@ -130,36 +134,36 @@ class Server:
       number = theirs.fileno()
       options: Any = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": said, "pass_fds": [number]}
       command = [sys.executable, "-c", _SERVE, str(number), *LIBRARIES]
-      self._process = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
-    self._answer()
+      self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
+      theirs.close()  # so that its end is heard
+      answer = self._connection.recv(10_000).decode()
+      said.seek(0)
+      self.refusal = "" if answer == "ready" else answer or f"it has ended: {said.read().decode()}"
 
   def fork(self, request: Sequence[Any], descriptors: Sequence[int]) -> int:
     """The number of the new process, which is a child of this one. `request`: its words, its folder, its variables."""
     with _adopting():
       socket.send_fds(self._connection, [json.dumps(request).encode()], descriptors)
-      return int(self._answer())
-
-  def _answer(self) -> str:
-    answer = self._connection.recv(10_000).decode()
-    if not answer.isdigit():
-      self.end()
-      raise RuntimeError(answer or "the server of tests/forked.py has ended")
-    return answer
+      return int(self._connection.recv(100))
 
   def end(self) -> None:
     self._connection.close()
-    self._process.wait()
+    self.process.wait()
 
 
 @contextlib.contextmanager
 def _adopting() -> Iterator[None]:
   """Who has lost its parent becomes this process's child."""
-  prctl = ctypes.CDLL(None, use_errno=True).prctl
-  for on in (1, 0):
-    if prctl(_SUBREAPER, on, 0, 0, 0):
-      raise OSError(ctypes.get_errno(), "prctl")
-    if on:
-      yield
+  _set_adopts(True)
+  try:
+    yield
+  finally:
+    _set_adopts(False)
+
+
+def _set_adopts(on: bool) -> None:
+  if ctypes.CDLL(None, use_errno=True).prctl(_SUBREAPER, int(on), 0, 0, 0):
+    raise OSError(ctypes.get_errno(), "prctl")
 
 
 def main() -> None:
@@ -177,10 +181,10 @@ def serve() -> tuple[list[Any], list[int]]:
   os.waitpid(first, 0)
   threads, said = os.listdir("/proc/self/task"), os.pread(2, 5000, 0).decode()
   if said or len(threads) > 1:
-    connection.send(f"the libraries of tests/forked.py have {len(threads)} threads, and say: {said}".encode())
+    connection.send(f"its libraries have {len(threads)} threads, and say: {said}".encode())
     os._exit(1)
   gc.freeze()  # so that no process copies what it only looks at
-  connection.send(b"0")
+  connection.send(b"ready")
   while True:
     message, descriptors = _received(connection, tests)
     reader, writer = os.pipe()

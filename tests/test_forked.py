@@ -72,6 +72,7 @@ def test_it_sees_what_a_process_of_its_own_sees(environment):
   one = forked.run(command, {**environment, "XDG_CACHE_HOME": "/elsewhere"}, modules=MODULES)  # so is the server
   environment = {**environment, "XDG_CACHE_HOME": "/cache", "PYTEST_CURRENT_TEST": "ü"}
   two = forked.run(command, environment, modules=MODULES)
+  assert not forked.server_of(environment).refusal
   real = subprocess.run(
     command, cwd=forked.ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
   )
@@ -112,7 +113,7 @@ def test_no_server_outlives_the_tests(environment):
   code = (
     "import os, sys, time; from tests import forked; forked.LIBRARIES = ('numpy.random',)\n"
     "assert forked.run([sys.executable, '-m', 'act', ''], os.environ, modules=['act']).returncode == 0\n"
-    "print(*(server._process.pid for server in forked._servers.values()), flush=True)\n"
+    "print(forked.server_of(os.environ).process.pid, flush=True)\n"
     "time.sleep(60)"
   )
   path = f"{forked.ROOT}:{environment['PYTHONPATH']}"
