@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests import forked
 from tests.once import made_once, shared_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -26,9 +27,12 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
   return {**os.environ, **quick, **kept}
 
 
-def call(verb: str, environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
+def call(
+  verb: str, environment: dict[str, str], *flags: str, own_process: bool = False
+) -> subprocess.CompletedProcess[str]:
+  """Runs the command; with `own_process` in one with its own imports, which one test of each command must do."""
   command = [sys.executable, "-m", f"diffdis_jax.{verb}", *flags]
-  return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+  return forked.run(command, environment, modules=() if own_process else forked.COMMANDS)
 
 
 def joint_flags(autoencoder: str) -> list[str]:

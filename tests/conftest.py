@@ -17,7 +17,7 @@ import jaxtyping
 import pytest
 
 import tests.typechecking  # noqa: F401
-from tests import compiled
+from tests import compiled, forked
 from tests.once import made_once
 
 # Before any module of the package is imported: shapes, dtypes and types of all its functions are then checked at calls.
@@ -76,6 +76,12 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
   jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # they put the folder's path into each key
   yield
   compiled.keep(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def servers_end() -> Iterator[None]:
+  yield
+  forked.end_servers()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -3,8 +3,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import results, sections
 from diffdis_jax.evals.sections import Section
+from tests.command_runs import call
 
 pytest_plugins = ("tests.untrained",)
 
@@ -132,9 +132,8 @@ def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
   assert evaluate.SETTINGS["seed"].help.startswith(begins)
 
 
-def command(run, out, *flags):
-  call = [sys.executable, "-m", "diffdis_jax.evaluate", f"--workdir={run}", f"--out={out}", *flags]
-  return subprocess.run(call, capture_output=True, text=True)
+def command(run, out, *flags, own_process=False):
+  return call("evaluate", {**os.environ}, f"--workdir={run}", f"--out={out}", *flags, own_process=own_process)
 
 
 def test_command_line(run, tmp_path):
@@ -154,6 +153,7 @@ def test_command_line(run, tmp_path):
     "--shuffle_labels",
     "--nonormalize_query",
     f"--text_cache={tmp_path}/texts",
+    own_process=True,
   )
   assert good.returncode == 0, good.stderr
   assert len(list((tmp_path / "texts").glob("*.npy"))) == 1

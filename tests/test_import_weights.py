@@ -449,11 +449,12 @@ def test_the_noise_schedule_is_the_sources(sd, tmp_path, scheduler, schedule):
 
 
 def test_command_line(sd, environment, tmp_path):
-  done = call("import_weights", environment, f"--source={sd}", f"--out={tmp_path / 'run'}", "--seed=1")
+  flags = [f"--source={sd}", f"--out={tmp_path / 'run'}"]
+  done = call("import_weights", environment, *flags, "--seed=1", own_process=True)
   assert done.returncode == 0, done.stderr
   for line in ("loaded 352: unet 208, vae 124, text_encoder 20", "initialised 129: ", "ignored 0: nothing"):
     assert line in done.stderr
-  done = call("import_weights", environment, f"--source={sd}", f"--out={tmp_path / 'run'}")
+  done = call("import_weights", environment, *flags)
   assert done.returncode == 2
   assert [line for line in done.stderr.splitlines() if "error" in line] == [
     f"error: --out={tmp_path / 'run'} is not empty; give a new folder"

@@ -19,6 +19,7 @@ import diffdis_jax
 from diffdis_jax import __main__ as main_module
 from diffdis_jax.common import cli, usage
 from diffdis_jax.evals import registry
+from tests import forked
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -92,15 +93,16 @@ def folder(tmp_path_factory):
   return path
 
 
-def start(folder, *flags: str, **environment: str) -> subprocess.Popen:
+def start(folder, *flags: str, own_process: bool = True, **environment: str) -> subprocess.Popen[str]:
+  """`python verb.py`, or else what is the same, `python -m verb` in its folder, without its imports."""
   env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TF_"))}
   env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
-  command = [sys.executable, str(folder / "verb.py"), *flags]
-  return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  command = [sys.executable, str(folder / "verb.py"), *flags] if own_process else [sys.executable, "-m", "verb", *flags]
+  return forked.start(command, env, folder=folder, modules=["verb"])
 
 
-def run(folder, *flags: str, **environment: str) -> tuple[int, str, str]:
-  process = start(folder, *flags, **environment)
+def run(folder, *flags: str, own_process: bool = False, **environment: str) -> tuple[int, str, str]:
+  process = start(folder, *flags, own_process=own_process, **environment)
   out, err = process.communicate(timeout=60)
   return process.returncode, out, err
 
@@ -108,7 +110,7 @@ def run(folder, *flags: str, **environment: str) -> tuple[int, str, str]:
 def test_a_good_command_line_is_quiet_and_has_its_overrides(folder):
   flags = ["--config=tiny.py:runlocal,gamma=2", "--workdir=good"]
   overrides = ["--config.optim.rate=1", "--config.optim.betas=(0, 1)", "--config.init_from=X"]
-  code, out, err = run(folder, *flags, *overrides, XDG_CACHE_HOME="/cache")
+  code, out, err = run(folder, *flags, *overrides, own_process=True, XDG_CACHE_HOME="/cache")
   assert (code, err) == (0, "")
   cache, _, config = out.partition(" ")
   assert cache == "/cache/diffdis_jax/xla"
@@ -116,7 +118,8 @@ def test_a_good_command_line_is_quiet_and_has_its_overrides(folder):
 
 
 def test_the_cache_folder_can_be_chosen(folder):
-  _, out, _ = run(folder, "--config=tiny.py", "--workdir=good", JAX_COMPILATION_CACHE_DIR="/mine")
+  flags = ["--config=tiny.py", "--workdir=good"]
+  _, out, _ = run(folder, *flags, own_process=True, JAX_COMPILATION_CACHE_DIR="/mine")
   assert out.startswith("/mine ")
 
 
@@ -191,7 +194,7 @@ def test_what_may_pass_is_one_line_on_which_launchers_try_again(folder, kind, sa
 
 
 def test_a_bug_keeps_its_traceback(folder):
-  code, _, err = run(folder, *GOOD, "--fail=bug")
+  code, _, err = run(folder, *GOOD, "--fail=bug", own_process=True)
   assert code == 1
   assert "Traceback" in err and "RuntimeError: a bug" in err
 
@@ -206,7 +209,7 @@ def test_one_of_two_processes_fails_at_once(folder, kind, code, message):
   other = start(folder, *GOOD, port, "--process=0")
   try:
     begin = time.monotonic()
-    failed, _, err = run(folder, *GOOD, port, "--process=1", f"--fail={kind}")
+    failed, _, err = run(folder, *GOOD, port, "--process=1", f"--fail={kind}", own_process=True)
     assert failed == code and message in err
     assert time.monotonic() - begin < 30
   finally:
