@@ -12,6 +12,7 @@ from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import settings
 from diffdis_jax.evals.base import Eval
+from diffdis_jax.evals.diffusion_classifier import DiffusionClassifier
 from diffdis_jax.evals.fid import Fid
 from diffdis_jax.evals.generation_accuracy import GenerationAccuracy
 from diffdis_jax.evals.held_out_loss import HeldOutLoss
@@ -23,6 +24,7 @@ from diffdis_jax.evals.zero_shot import ZeroShot
 EVALS = {
   "zero_shot": ZeroShot,
   "retrieval": Retrieval,
+  "diffusion_classifier": DiffusionClassifier,
   "generation_accuracy": GenerationAccuracy,
   "fid": Fid,
   "held_out_loss": HeldOutLoss,
@@ -33,11 +35,15 @@ FORMER = {"agreement": "generation_accuracy", "recognition": "generation_accurac
 MEASURES = {
   "zero_shot": ALIGNED,
   "retrieval": ALIGNED,
+  "diffusion_classifier": GENERATIVE,
   "generation_accuracy": GENERATIVE,
   "fid": GENERATIVE,
   "held_out_loss": tuple(dict.fromkeys(GENERATIVE + COMPARING)),
   "long_tail": ALIGNED,
 }
+GENERATING = ("generation_accuracy", "fid")  # images, of which --best_of keeps the best
+# Tasks that no config names; they are measured on the sets of another one.
+ON_THE_SETS_OF = {"diffusion_classifier": "zero_shot"}
 MOST_SEED = 2**32 - 1  # of jax's random keys
 
 
