@@ -196,7 +196,7 @@ class LabelJudge:
     self._splits = tuple(dict.fromkeys((split, *splits)))
     opened = {split: sources.open_source(**{**data, "split": split}) for split in self._splits}
     self._sources = tuple(opened.values())
-    names = {split: _labels(source, label_field) for split, source in opened.items()}
+    names = {split: base.text_labels(source, label_field).tolist() for split, source in opened.items()}
     self.classnames = tuple(sorted({name for labels in names.values() for name in labels}))
     if len(self.classnames) < 2:
       raise UserError(f"field {label_field!r} names {', '.join(self.classnames)} alone; a judge needs two classes")
@@ -267,13 +267,6 @@ def ranks(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> In
   own = np.take_along_axis(logits, labels[:, None], axis=1)
   others = np.arange(logits.shape[1]) != labels[:, None]
   return (others & ~(logits < own)).sum(axis=1)
-
-
-def _labels(source: Any, field: str) -> list[str]:
-  labels = [base.get_field(base.fields(source, i), field) for i in range(len(source))]
-  if wrong := [label for label in labels if not isinstance(label, str)]:
-    raise UserError(f"field {field!r} holds {wrong[0]!r}; a label should be a class's name: give another label_field")
-  return labels
 
 
 def _accuracy(prefix: str, places: Int[np.ndarray, " n"]) -> dict[str, float]:
