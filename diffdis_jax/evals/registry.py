@@ -17,6 +17,7 @@ from diffdis_jax.evals.fid import Fid
 from diffdis_jax.evals.generation_accuracy import GenerationAccuracy
 from diffdis_jax.evals.held_out_loss import HeldOutLoss
 from diffdis_jax.evals.hog import Hog
+from diffdis_jax.evals.linear_probe import LinearProbe
 from diffdis_jax.evals.long_tail import LongTail
 from diffdis_jax.evals.retrieval import Retrieval
 from diffdis_jax.evals.settings import Setting
@@ -30,10 +31,11 @@ EVALS = {
   "fid": Fid,
   "held_out_loss": HeldOutLoss,
   "long_tail": LongTail,
+  "linear_probe": LinearProbe,
   "hog": Hog,
 }
 FORMER = {"agreement": "generation_accuracy", "recognition": "generation_accuracy"}  # names of tasks -> today's
-# What a run has to be trained for, one of them; of hog nothing, which measures no run.
+# What a run has to be trained for, one of them. A linear probe takes any, and hog none.
 MEASURES = {
   "zero_shot": ALIGNED,
   "retrieval": ALIGNED,
