@@ -23,7 +23,7 @@ from PIL import Image
 from diffdis_jax import inference
 from diffdis_jax.common import cli, files, progress
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import samples
 from diffdis_jax.evals import settings as eval_settings
 from diffdis_jax.evals.best_of import FAILURES, BestOf, check_failures
@@ -117,6 +117,7 @@ def generate(
   Raises:
     UserError: bad settings, noise or checkpoint, or `out` cannot be written.
   """
+  check_number("best_of", best_of, at_least=1)
   folder = files.empty_folder(out)  # first: what is in the way shows before anything is loaded
   check_failures(failures)
   if (count := len(prompts) * num_images * best_of) > MOST_IMAGES:
@@ -130,7 +131,7 @@ def generate(
   step, ema = restore.choose(run, step, ema=ema)
   # A batch of the compiled program is computed whole, however few images it is for.
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
-  ranked = BestOf(model, best_of, best_at) if best_of > 1 or failures else None
+  ranked = BestOf(model, best_of, best_at) if best_of != 1 or best_at != 1 or failures else None
   model = ranked or model
   if z_T is None:
     z_T = model.noise(len(prompts), seed)  # of all of them, so that no image depends on how they are parted

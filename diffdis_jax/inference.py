@@ -52,7 +52,8 @@ class Inference:
     image_size: of images, in and out.
     max_length: tokens of a caption.
     shapes: of the parameters.
-    has_head: whether it compares images with texts, by a head that was trained.
+    aligned: whether it compares images with texts, by a head that was trained.
+    sees_noised_images: whether that head was trained on noised images too, under their own t_z.
     mesh, after_batch: as given, for further computation on the images.
   """
 
@@ -65,7 +66,8 @@ class Inference:
     batch_size: int = 64,
     after_batch: Callable[[], None] = lambda: None,
   ):
-    self.network, self.sampling, self.has_head = network, sampling, network.objectives.aligned
+    self.network, self.sampling = network, sampling
+    self.aligned, self.sees_noised_images = network.objectives.aligned, False
     self.image_size, self.max_length, self.shapes = network.image_size, network.max_length, network.shapes
     # With every figure goes what decides on it, in effect: CLIP denoises nothing, and noise targets are not normalised.
     precision = dict(matmul_precision=network.matmul_precision)
@@ -300,5 +302,5 @@ def load(
   run = run.replace(changes | {f"inference.{name}": value for name, value in sampling.items()})
   inference = Inference(Network.of(run), run.inference, batch_size=batch_size, mesh=mesh)
   # An imported Stable Diffusion has DiffDis' head as it was initialised.
-  inference.has_head &= not any(name.startswith("alignment.") for name in restore.initialised(path))
+  inference.aligned &= not any(name.startswith("alignment.") for name in restore.initialised(path))
   return inference, restore.restore_params(path, step=step, ema=ema, abstract=inference.abstract_params())

@@ -62,7 +62,9 @@ class BestOf:
   def __init__(self, inference: Any, best_of: int = 1, best_at: float = 1.0):
     check_number("best_of", best_of, at_least=1, at_most=MOST)
     check_number("best_at", best_at, above=0.0, at_most=1.0)
-    if not inference.has_head:
+    if best_of == 1 and best_at != 1:
+      raise UserError(f"best_at is {best_at}, and of one image none is chosen; give --best_of too")
+    if not inference.aligned:
       raise UserError("this run has no trained head, which ranks its images; leave out --best_of and --failures")
     self._inference, self._count, self.lowest = inference, best_of, []
     steps = inference.sampling.generation_steps
@@ -72,10 +74,10 @@ class BestOf:
     # Without a choice the protocol is the inference's, and so are the images.
     self.generation_protocol = inference.generation_protocol | (chosen if best_of > 1 else {})
     if self.is_early:
-      logging.warning(
-        "--best_at=%s: this run's head was trained with finished images alone, and ranks half-way ones less well",
-        best_at,
-      )
+      if not inference.sees_noised_images:
+        logging.warning(
+          "--best_at=%s: this run's head saw no noised images, and ranks half-way ones less well", best_at
+        )
       self._halves = _Halves(inference, self._begun)
 
   def __getattr__(self, name: str) -> Any:
@@ -175,7 +177,8 @@ def _steps(coefficients: DdimCoefficients, part: slice) -> DdimCoefficients:
 class _Halves:
   """Algorithm 2 in two parts, between which the best of several is chosen: three programs of an inference.
 
-  Half-way an image is ẑ_0, what the last step took it for, which the head reads as it reads a clean one.
+  A head that was trained on noised images too reads z_t under its own t_z. Any other reads ẑ_0, what the last step took
+  the image for, as if it were clean.
   """
 
   def __init__(self, inference: Any, begun: int):
@@ -184,6 +187,9 @@ class _Halves:
     all_steps = samplers.ddim_coefficients(network.image_process, schedules.leading(how.generation_steps))
     first, rest = (_steps(all_steps, slice(*part)) for part in ((begun - 1,), (begun, None)))
     (last,) = _steps(all_steps, slice(begun - 1, begun)).each()
+    self._noised, at = inference.sees_noised_images, network
+    if self._noised:
+      at = dataclasses.replace(network, condition_timestep=int(all_steps.t[begun]))
     guidance = dict(network=network, guidance_scale=how.generation_guidance)
 
     def begin(params: Params, tokens: Int[Array, "b l"], z_T: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
@@ -201,7 +207,7 @@ class _Halves:
       model: Any = network.with_params(params)
       e_T = query_noise(key, num_noise_samples=how.num_noise_samples, places=places, width=network.model.query_width)
       settings = dict(steps=how.steps, guidance_scale=how.guidance, normalize_query=how.normalize_query)
-      return algorithms.denoise_text_query(model, z, e_T, network=network, **settings)
+      return algorithms.denoise_text_query(model, z, e_T, network=at, **settings)
 
     def program(name: str, f: Callable[..., Array]) -> programs.Program:
       return programs.Program(name, jax.jit(network.traced_for(inference.mesh, f)))
@@ -222,7 +228,7 @@ class _Halves:
     z = self._batched(functools.partial(self._begin, params), *every, done=done)
     z_t, z_0 = np.split(z, 2, axis=-1)
     places = np.repeat(np.arange(n, dtype=np.int32), k)
-    q = self._batched(functools.partial(self._query, params, jax.random.key(0)), z_0, places)
+    q = self._batched(functools.partial(self._query, params, jax.random.key(0)), z_t if self._noised else z_0, places)
     e = np.repeat(_embed_prompts(self._inference, params, tokens), k, axis=0)
     best = _inner(q, e).reshape(n, k).argmax(axis=1)
     chosen = z_t.reshape(n, k, *shape)[np.arange(n), best]

@@ -128,7 +128,7 @@ class DiffusionClassifier:
       place += len(images)
     metrics = self.zero_shot.metrics(np.concatenate(found))
     metrics["evaluations_per_image"] = float(sum(each.classes * each.evaluations for each in plan))
-    if inference.has_head:
+    if inference.aligned:
       head = self.zero_shot.run(inference, params)
       how = inference.sampling
       cheap = how.steps * how.num_noise_samples * (1 if how.guidance == 1 else 2)

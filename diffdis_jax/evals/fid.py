@@ -165,7 +165,7 @@ class Fid:
     tokens = self._tokenizer(inference.max_length)(part.prompts)
     noise = inference.noise(len(part), self._seed, first=part.first)
     images = inference.generate(params, tokens, noise)
-    own = best_of.similarity(inference, params, images, tokens) if inference.has_head else NOTHING.similarity
+    own = best_of.similarity(inference, params, images, tokens) if inference.aligned else NOTHING.similarity
     sampled = Sampled(extractor(images), own)
     if folder is not None:
       processes.on_first(lambda: folder.write(part, sampled, images))

@@ -117,7 +117,7 @@ class GenerationAccuracy:
     images = inference.generate(params, Tokenizer(inference.max_length)(texts), noise)
     squares = np.stack([base.to_square(image, SIZE) for image in images])
     found = self.judge.measure(squares, self._classes, image_size=inference.image_size)
-    return found | (self._measure_by_head(inference, params, images) if inference.has_head else {})
+    return found | (self._measure_by_head(inference, params, images) if inference.aligned else {})
 
   def _measure_by_head(
     self, inference: Any, params: Mapping[str, Any], images: UInt8[np.ndarray, "n h w 3"]

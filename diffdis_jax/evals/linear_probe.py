@@ -156,7 +156,7 @@ class LinearProbe:
     found: dict[str, dict[str, Examples]] = {}
     for name, each in self.examples.items():
       source = self._sources[name]
-      if inference.has_head:
+      if inference.aligned:
         x = base.embed_images(inference, params, source, each.x, seed=self._seed)
         found.setdefault("embedding", {})[name] = Examples(x, each.labels)
       if not inference.network.is_clip:
@@ -167,7 +167,7 @@ class LinearProbe:
   def _middle_timestep(self, inference: Any) -> int | None:
     if inference.network.is_clip:
       return None
-    given = inference.network.condition_timestep if inference.has_head else 0
+    given = inference.network.condition_timestep if inference.aligned else 0
     return given if self._timestep is None else self._timestep
 
   def _middle_maps(self, inference: Any, params: Params, images: base.Images) -> Float[np.ndarray, "n d"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import jax
@@ -70,7 +71,7 @@ def test_the_best_of_one_is_what_there_was(model):
 
 
 def halfway_scores(inference, params, tokens, noise, begun):
-  """⟨ê_0, e⟩ [n k] of ẑ_0 after `begun` steps of a plain loop, each read as a clean latent."""
+  """⟨ê_0, e⟩ [n k] after `begun` steps of a plain loop: of ẑ_0, read as clean, or of z_t under its own t_z."""
   network, how = inference.network, inference.sampling
   module = network.with_params(params)
   text, null = module.encode_text(jnp.asarray(tokens)), encode.null_condition(module, tokens.shape[1])
@@ -85,16 +86,24 @@ def halfway_scores(inference, params, tokens, noise, begun):
       settings = dict(c=text.c, c_null=null, network=network, guidance_scale=how.generation_guidance)
       step = algorithms.generation_step(module, z, now, **settings)
       z = step.z_prev
+    t_z = int(coefficients[begun].t) if inference.sees_noised_images else network.condition_timestep
     query = algorithms.denoise_text_query(
-      module, step.z_0, e_T, network=network, steps=1, guidance_scale=1.0, normalize_query=True
+      module,
+      z if inference.sees_noised_images else step.z_0,
+      e_T,
+      network=dataclasses.replace(network, condition_timestep=t_z),
+      steps=1,
+      guidance_scale=1.0,
+      normalize_query=True,
     )
     found.append((query * text.e).sum(1))
   return np.stack(found, axis=1)
 
 
-@pytest.mark.parametrize(("best_at", "begun"), [(0.5, 2), (0.1, 1)])
-def test_half_way_the_best_of_three_is_finished(model, best_at, begun):
+@pytest.mark.parametrize(("best_at", "begun", "noised"), [(0.5, 2, False), (0.1, 1, False), (0.5, 2, True)])
+def test_half_way_the_best_of_three_is_finished(model, best_at, begun, noised, monkeypatch, caplog):
   inference, params = model
+  monkeypatch.setattr(inference, "sees_noised_images", noised)
   images, _ = candidates(inference, params, 3)
   early, tokens = BestOf(inference, 3, best_at), tokens_of(inference)
   noise = early.noise(len(PROMPTS), SEED)
@@ -103,6 +112,7 @@ def test_half_way_the_best_of_three_is_finished(model, best_at, begun):
   expected = images[np.arange(len(PROMPTS)), chosen]
   assert abs(found.astype(int) - expected).max() <= 1 and (found != expected).mean() < 0.01  # two programs for one
   assert early.generation_protocol["best_at"] == begun / STEPS
+  assert ("this run's head saw no noised images" in caplog.text) is not noised
 
 
 def test_the_similarity_is_of_an_image_and_its_own_prompt(model):
@@ -129,10 +139,10 @@ def test_those_that_rank_lowest_are_shown(model, tmp_path):
 
 def test_what_is_refused(model, tmp_path):
   inference, _ = model
-  for settings in (dict(best_of=0), dict(best_of=65), dict(best_at=0.0), dict(best_at=1.5)):
+  for settings in (dict(best_of=0), dict(best_of=65), dict(best_at=0.0), dict(best_at=1.5), dict(best_at=0.5)):
     with pytest.raises(UserError, match="best_"):
       BestOf(inference, **settings)
   with pytest.raises(UserError, match="has no trained head"):
-    BestOf(types.SimpleNamespace(has_head=False), 4)
+    BestOf(types.SimpleNamespace(aligned=False), 4)
   with pytest.raises(UserError, match=r"--failures=F.jpg should name the picture to write"):
     check_failures("F.jpg")

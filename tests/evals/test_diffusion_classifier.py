@@ -66,7 +66,7 @@ def model(batch_size: int = 64) -> types.SimpleNamespace:
   config = tiny.get_config()
   config.objectives = ("generation",)
   network = GaussianNetwork(**vars(Network.of(Run.of(config))))
-  settings = dict(image_size=8, max_length=6, protocol={}, has_head=False, after_batch=lambda: None)
+  settings = dict(image_size=8, max_length=6, protocol={}, aligned=False, after_batch=lambda: None)
   return types.SimpleNamespace(network=network, mesh=steps.make_mesh(), batch_size=batch_size, **settings)
 
 
@@ -174,7 +174,7 @@ def test_stages_that_are_none(stages):
 def test_errors_are_those_of_diffusers(sd, imported):
   """The formula of Li et al.'s eval_error on UNet2DConditionModel, of the same weights, timesteps and noise."""
   ours, params = inference.load(imported, batch_size=4)
-  assert not ours.has_head  # of an import it is as it was initialised
+  assert not ours.aligned  # of an import it is as it was initialised
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (3, 4, 4, 3), np.uint8).repeat(8, axis=1).repeat(8, axis=2)
   tokens, t = Tokenizer(ours.max_length)(pipelines.PROMPTS), np.array([1, 333, 980])

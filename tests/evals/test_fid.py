@@ -69,7 +69,7 @@ class Killed(Exception):
 class Inference:
   """Paints noise over what a prompt's tokens stand for."""
 
-  image_size, max_length, batch_size, has_head = SIDE, 16, 16, False
+  image_size, max_length, batch_size, aligned = SIDE, 16, 16, False
 
   def __init__(self, guidance: float = 2.0):
     self.generation_protocol = {"steps": 5, "guidance": guidance, "matmul_precision": "highest"}
@@ -137,7 +137,7 @@ def test_the_metrics_are_those_of_the_features(tmp_path):
 class Comparing(Inference):
   """Embeds an image as its first pixel, and a prompt by its tokens."""
 
-  has_head = True
+  aligned = True
 
   def embed_images(self, params, images, *, seed):
     return images[:, 0, 0].astype(np.float32)

@@ -35,7 +35,7 @@ class Painter:
 
   image_size = 16
   max_length = 8
-  has_head = False
+  aligned = False
   generation_protocol = {"steps": 30, "guidance": 2.0}
 
   def __init__(self, **instead):
@@ -92,7 +92,7 @@ def test_a_generator_of_something_else_is_not_accurate(evaluation):
 class Critic(Painter):
   """One whose head knows a colour by the image's middle, and a prompt by its word."""
 
-  has_head = True
+  aligned = True
 
   def embed_images(self, params, images, *, seed):
     colours = np.array([*COLOURS.values()])
@@ -200,7 +200,7 @@ class Renderer:
 
   image_size = 32
   max_length = 16
-  has_head = False
+  aligned = False
   generation_protocol = {"steps": 30, "guidance": 2.0}
 
   def __init__(self, instead=lambda colour, shape: (colour, shape)):

@@ -67,7 +67,7 @@ def test_shots_are_of_each_class_and_more_have_those_of_fewer():
 class Embedding:
   """A CLIP, whose embedding of an image is written in its pixels."""
 
-  image_size, has_head, protocol = 4, True, {}
+  image_size, aligned, protocol = 4, True, {}
   network = types.SimpleNamespace(is_clip=True)
 
   def embed_images(self, params, images, *, seed):
