@@ -101,24 +101,21 @@ class BestOf:
     done: Callable[[int], object] | None = None,
   ) -> UInt8[np.ndarray, "n H W 3"]:
     """As the inference's, of each prompt the best image. `done` is called with the numbers of all that are made."""
-    if self._count == 1:
-      images = self._inference.generate(params, tokens, noise, done=done)
-      self._keep(images, tokens, similarity(self._inference, params, images, tokens))
-      return images
     done = done or Progress("generated", len(tokens) * self._count, "images").add
     if self.is_early:
       images = self._halves(params, tokens, noise, done=done)
-      self._keep(images, tokens, similarity(self._inference, params, images, tokens))
-      return images
-    # One after the other, so that two images of a prompt are in memory, however many there are.
-    images = self._inference.generate(params, tokens, noise[:, 0], done=done)
-    scores = similarity(self._inference, params, images, tokens)
-    for k in range(1, self._count):
-      others = self._inference.generate(params, tokens, noise[:, k], done=done)
-      of_others = similarity(self._inference, params, others, tokens)
-      better = of_others > scores
-      images = np.where(better[:, None, None, None], others, images)
-      scores = np.where(better, of_others, scores)
+      scores = similarity(self._inference, params, images, tokens)
+    else:
+      # One after the other, so that two images of a prompt are in memory, however many there are.
+      first, *others = [noise] if self._count == 1 else np.moveaxis(noise, 1, 0)
+      images = self._inference.generate(params, tokens, first, done=done)
+      scores = similarity(self._inference, params, images, tokens)
+      for each in others:
+        further = self._inference.generate(params, tokens, each, done=done)
+        of_further = similarity(self._inference, params, further, tokens)
+        better = of_further > scores
+        images = np.where(better[:, None, None, None], further, images)
+        scores = np.where(better, of_further, scores)
     self._keep(images, tokens, scores)
     return images
 
