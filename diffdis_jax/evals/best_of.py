@@ -1,6 +1,6 @@
 """Generated images as the model's own head ranks them: the best of several, and the worst of all.
 
-One network draws and compares, so that its discrimination can choose among what it generates. Not the paper's.
+One network generates and compares, so that it can choose among its own images. Not the paper's.
 """
 
 from __future__ import annotations
