@@ -26,11 +26,11 @@ from diffdis_jax.evals.zero_shot import ZeroShot
 EVALS = {
   "zero_shot": ZeroShot,
   "retrieval": Retrieval,
-  "diffusion_classifier": DiffusionClassifier,
   "generation_accuracy": GenerationAccuracy,
   "fid": Fid,
   "held_out_loss": HeldOutLoss,
   "long_tail": LongTail,
+  "diffusion_classifier": DiffusionClassifier,
   "linear_probe": LinearProbe,
   "hog": Hog,
 }
