@@ -29,7 +29,7 @@ from tests.models.from_torch import nchw
 pytest_plugins = ("tests.untrained", "tests.pipelines")
 
 NAMES = ("red fox", "grey cat", "brown dog", "black crow", "white swan", "green frog", "blue whale")
-SHAPE, SPREAD, APART, SEED = (8, 8, 3), 0.15, 0.025, 4
+SHAPE, SPREAD, APART, SEED = (8, 8, 3), 0.15, 0.03, 4
 COUNT = 84
 ALPHA_BAR = steps.ALPHA_BAR["scaled_linear"]
 
