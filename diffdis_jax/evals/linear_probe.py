@@ -86,7 +86,7 @@ class LinearProbe:
     splits = dict(train=train_split, val=val_split or train_split, test=data.get("split"))
     if splits["test"] in (splits["train"], splits["val"]):
       raise UserError(
-        f"linear_probe tests on the split {splits['test']}, which it also trains or chooses on; give another"
+        f"linear_probe would test on the split {splits['test']}, on which it trains or chooses; give another"
       )
     self._sources = {name: sources.open_source(**{**data, "split": split}) for name, split in splits.items()}
     rows = {name: np.arange(len(source)) for name, source in self._sources.items()}
@@ -104,7 +104,7 @@ class LinearProbe:
       known = [i for i, label in enumerate(labels) if label in number]
       if not known or len(self.classes) < 2:
         raise UserError(
-          f"linear_probe needs two classes, and images of them in each split; there are none to {name} on"
+          f"linear_probe needs two classes in {train_split}, and images of them to train, val and test on"
         )
       self.examples[name] = Examples(rows[name][known], np.array([number[labels[i]] for i in known]))
     self._middle: tuple[Any, programs.Program] | None = None
@@ -219,7 +219,7 @@ def fit(examples: Examples, *, num_classes: int, l2: float, start: Linear | None
     return float(value), np.asarray(gradient, np.float64).ravel()
 
   found = optimize.minimize(
-    value_and_gradient, begin.ravel(), jac=True, method="L-BFGS-B", options=dict(maxiter=MOST_STEPS, gtol=1e-6)
+    value_and_gradient, begin.ravel(), jac=True, method="L-BFGS-B", options=dict(maxiter=MOST_STEPS, ftol=0, gtol=1e-7)
   ).x.reshape(begin.shape)
   return Linear(found[:-1].astype(np.float32), found[-1].astype(np.float32))
 
