@@ -32,6 +32,7 @@ import contextlib
 import functools
 import math
 import pathlib
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ from diffdis_jax.evals import base, registry, suites, tables
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import sections as eval_sections
 from diffdis_jax.evals import settings as eval_settings
+from diffdis_jax.evals.best_of import FAILURES, BestOf, check_failures
 from diffdis_jax.evals.results import ResultFile, Results
 from diffdis_jax.evals.sections import Section
 from diffdis_jax.evals.text_cache import CachedTexts
@@ -59,6 +61,7 @@ SETTINGS_OF = {task: registry.settings_of(task) for task in registry.EVALS}
 SETTINGS = eval_settings.merged(SETTINGS_OF)
 SAMPLING = eval_settings.of(inference.Sampling)
 LOADING = eval_settings.of(inference.load)
+RANKING = eval_settings.of(BestOf)
 RENAMED = {"steps": "query_steps"}  # field of Sampling -> its flag, which would else be taken for the images' steps
 OF_A_SUITE = {"seed", "num_images", "shuffle_labels", *registry.settings_of("fid")}  # all else a suite has of its own
 
@@ -85,6 +88,10 @@ def define_flags() -> None:
       for name in settings:
         if name not in shared:
           settings[name].define(name)
+  with usage.group("Flags of all that generate images"):
+    for name, setting in RANKING.items():
+      setting.define(name)
+    flags.DEFINE_string("failures", None, FAILURES)
   with usage.group("Flags of a suite"):
     flags.DEFINE_string("suite", None, f"benchmarks to measure: one of {', '.join(suites.SUITES)}")
     flags.DEFINE_string("data_root", None, "folder of a suite's data sets in published layouts; for emoji, prepared")
@@ -113,7 +120,12 @@ def main(argv: Sequence[str]) -> None:
   asked = _sections(record.evals, objectives=record.objectives, image_size=record.image_size)
   # In this order: flags may name --parts, and what has none of its own gets one.
   sections = eval_sections.with_parts(eval_sections.override(asked, _given(SETTINGS)), FLAGS.out)
-  protocol = {**_sampling(), **_given(LOADING)}
+  ranking = _given(RANKING)
+  check_failures(FLAGS.failures)
+  if (ranking or FLAGS.failures) and not any(section.task in registry.GENERATING for section in sections):
+    name = next(iter(ranking), "failures")
+    raise UserError(f"--{name} has no effect on these tasks, which generate nothing; leave it out")
+  protocol = {**_sampling(), **_given(LOADING), "ranking": ranking, "failures": FLAGS.failures or ""}
   if FLAGS.best:
     protocol["step"] = _best_step(FLAGS.workdir, record.checkpoint)
   protocol["text_cache"] = files.user_cache("texts") if FLAGS.text_cache is None else FLAGS.text_cache
@@ -151,6 +163,8 @@ def evaluate(
   measured: Callable[[Results], None] = lambda results: None,
   check: Callable[[str, base.Eval], None] = lambda dataset, evaluation: None,
   text_cache: str = "",
+  ranking: Mapping[str, Any] = types.MappingProxyType({}),
+  failures: str = "",
   **protocol: Any,
 ) -> Results:
   """{task: {data set: record}} of a run.
@@ -164,6 +178,8 @@ def evaluate(
     measured: is called with the results so far after each data set, so that an interruption loses none of them.
     check: of each data set and its evaluation, before anything is measured.
     text_cache: folder of embedded texts; empty for none.
+    ranking: settings of `evals.best_of.BestOf`, for what generates images.
+    failures: PNG to write with the generated images that rank lowest; empty for none.
     protocol: as `inference.load` takes it.
 
   Raises:
@@ -181,6 +197,8 @@ def evaluate(
   weights = fingerprint(params) if kept is not None or text_cache else ""
   if text_cache:
     model = CachedTexts(model, pathlib.Path(text_cache), weights)
+  ranked = BestOf(model, **ranking) if ranking or failures else None
+  model = ranked or model
   if kept is not None:
     common["weights"] = weights
     known = [kept.has(each.task, each.dataset, {**how.protocol(model), **common}) for each, how in made]
@@ -204,6 +222,8 @@ def evaluate(
     measured(results)
     if kept is not None:
       kept.write()
+  if ranked is not None and failures:
+    ranked.write_lowest(failures)
   return results
 
 

@@ -3,7 +3,8 @@
   diffdis generate --workdir=runs/demo/diffdis --prompt="a red star" --out=images
 
 Writes 00000.png, 00001.png, ... (all images of the first prompt first), grid.png of the first 64, and prompts.json
-with each file's prompt and the sampling settings.
+with each file's prompt and the sampling settings. With --best_of=4 four images of each are made, and the one is kept
+that the run's own head ranks first; --failures=F.png shows those of all that it ranks last.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from PIL import Image
 from diffdis_jax import inference
 from diffdis_jax.common import cli, files, progress
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import samples
+from diffdis_jax.evals import settings as eval_settings
+from diffdis_jax.evals.best_of import FAILURES, BestOf, check_failures
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import restore
 
 FLAGS = flags.FLAGS
+RANKING = eval_settings.of(BestOf)
 BATCH_SIZE = 16
 CHUNK = 256  # images in memory at a time
 GRID = 64  # images of grid.png
@@ -50,6 +54,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("steps", None, "sampling steps", lower_bound=1, upper_bound=1000)
   flags.DEFINE_float("guidance", None, "guidance scale; 1 is none")
   flags.DEFINE_integer("batch_size", BATCH_SIZE, "images per compiled call", lower_bound=1)
+  for name, setting in RANKING.items():
+    setting.define(name)
+  flags.DEFINE_string("failures", None, FAILURES)
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
   flags.DEFINE_boolean("ema", True, "averaged weights, where the run keeps them")
 
@@ -60,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
   cli.use_all_cores()
   processes.start()
   given = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}
+  given |= {name: FLAGS[name].value for name in (*RANKING, "failures")}
   generate(
     FLAGS.workdir,
     read_prompts(FLAGS.prompt, FLAGS.prompts_file),
@@ -82,6 +90,9 @@ def generate(
   num_images: int = 1,
   seed: int = 0,
   noise: str | None = None,
+  best_of: int = 1,
+  best_at: float = 1.0,
+  failures: str = "",
   step: int | None = None,
   ema: bool = True,
   batch_size: int = BATCH_SIZE,
@@ -95,7 +106,9 @@ def generate(
     out: folder, absent or empty.
     num_images: images of each prompt.
     seed: of the initial noise.
-    noise: .npy file with the initial noise, [n, h, w, c], instead of `seed`.
+    noise: .npy file with the initial noise, [n, h, w, c], instead of `seed`; [n, k, h, w, c] for the best of k.
+    best_of, best_at: as `evals.best_of.BestOf` takes them.
+    failures: PNG to write with the images that the run's head ranks lowest; empty for none.
     step: which checkpoint; None takes the newest.
     ema: averaged weights, where the run keeps them.
     batch_size: images a compiled call, at most.
@@ -104,10 +117,13 @@ def generate(
   Raises:
     UserError: bad settings, noise or checkpoint, or `out` cannot be written.
   """
+  check_number("best_of", best_of, at_least=1)
   folder = files.empty_folder(out)  # first: what is in the way shows before anything is loaded
-  if (count := len(prompts) * num_images) > MOST_IMAGES:
+  check_failures(failures)
+  if (count := len(prompts) * num_images * best_of) > MOST_IMAGES:
+    each = f"--num_images={num_images}" + (f" and --best_of={best_of}" if best_of > 1 else "")
     raise UserError(
-      f"{len(prompts)} prompts with --num_images={num_images} are {count} images; one call makes at most {MOST_IMAGES},"
+      f"{len(prompts)} prompts with {each} are {count} images; one call makes at most {MOST_IMAGES},"
       " so give fewer, and several calls with other --seed"
     )
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
@@ -115,12 +131,14 @@ def generate(
   step, ema = restore.choose(run, step, ema=ema)
   # A batch of the compiled program is computed whole, however few images it is for.
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
+  ranked = BestOf(model, best_of, best_at) if best_of != 1 or best_at != 1 or failures else None
+  model = ranked or model
   if z_T is None:
     z_T = model.noise(len(prompts), seed)  # of all of them, so that no image depends on how they are parted
   z_T = check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
   tokens = Tokenizer(model.max_length)(prompts)
   chunks = (slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK))
-  done = progress.Progress("generated", len(prompts), "images")
+  done = progress.Progress("generated", len(prompts) * best_of, "images")
   images = (image for rows in chunks for image in model.generate(params, tokens[rows], z_T[rows], done=done.add))
   if not processes.is_first():
     deque(images, maxlen=0)  # its share of each
@@ -134,6 +152,8 @@ def generate(
     # A prompt a row, where a row can hold it.
     columns=num_images if 1 < num_images <= MOST_COLUMNS else COLUMNS,
   )
+  if ranked is not None and failures:
+    ranked.write_lowest(failures)
   logging.info("%d images in %s", len(prompts), out)
 
 

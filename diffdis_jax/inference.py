@@ -53,6 +53,8 @@ class Inference:
     image_size: of images, in and out.
     max_length: tokens of a caption.
     shapes: of the parameters.
+    aligned: whether it compares images with texts, by a head that was trained.
+    sees_noised_images: whether that head was trained on noised images too, under their own t_z.
     mesh, after_batch: as given, for further computation on the images.
   """
 
@@ -66,6 +68,7 @@ class Inference:
     after_batch: Callable[[], None] = lambda: None,
   ):
     self.network, self.sampling = network, sampling
+    self.aligned, self.sees_noised_images = network.objectives.aligned, False
     self.image_size, self.max_length, self.shapes = network.image_size, network.max_length, network.shapes
     # With every figure goes what decides on it, in effect: CLIP denoises nothing, and noise targets are not normalised.
     precision = dict(matmul_precision=network.matmul_precision)
@@ -166,11 +169,18 @@ class Inference:
     """[h, w, c] of one image's initial noise."""
     return self.network.latent_shape
 
-  def noise(self, n: int, seed: int, *, first: int = 0) -> Float[np.ndarray, "n h w c"]:
-    """Initial noise of the images first, first + 1, ...; image i's depends on the seed and i alone."""
-    # A key an image, not one for all: asking for more images changes none of those before.
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(first, first + n))
-    return np.asarray(jax.vmap(lambda key: jax.random.normal(key, self.noise_shape()))(keys))
+  def noise(self, n: int, seed: int, *, first: int = 0, candidates: int = 1) -> Float[np.ndarray, "n *k h w c"]:
+    """Initial noise of the images first, first + 1, ...; image i's depends on the seed and i alone.
+
+    Of several candidates an image there are as many, [n k h w c], and the first of them is that of one.
+    """
+    # A key an image, not one for all: asking for more images changes none of those before. A further candidate's key
+    # is at a place from the end, which no image has.
+    key, places = jax.random.key(seed), jnp.arange(first, first + n)
+    keys = [key, *(jax.random.fold_in(key, 2**32 - k) for k in range(1, candidates))]
+    sample = lambda key, place: jax.random.normal(jax.random.fold_in(key, place), self.noise_shape())
+    found = [np.asarray(jax.vmap(functools.partial(sample, each))(places)) for each in keys]
+    return found[0] if candidates == 1 else np.stack(found, axis=1)
 
   def abstract_params(self) -> Params:
     """Shapes of the parameters, each with its place on the mesh."""
@@ -310,4 +320,6 @@ def load(
     )
   run = run.replace(changes | {f"inference.{name}": value for name, value in sampling.items()})
   inference = Inference(Network.of(run), run.inference, batch_size=batch_size, mesh=mesh)
+  # An imported Stable Diffusion has DiffDis' head as it was initialised.
+  inference.aligned &= not any(name.startswith("alignment.") for name in restore.initialised(path))
   return inference, restore.restore_params(path, step=step, ema=ema, abstract=inference.abstract_params())

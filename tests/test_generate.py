@@ -174,12 +174,14 @@ def test_command_line(run, tmp_path):
   bad = subprocess.run(command, capture_output=True, text=True)
   assert bad.returncode == 2 and not (tmp_path / "out").exists()
   assert bad.stderr == 'error: no prompt; give --prompt="a red star" (may be repeated) or --prompts_file\n'
-  flags = ["--prompt=a red star", "--prompt=a ring, blue", "--steps=3", "--seed=4", "--noema"]
+  flags = ["--prompt=a red star", "--prompt=a ring, blue", "--steps=3", "--seed=4", "--noema", "--best_of=2"]
+  flags += [f"--failures={tmp_path}/failures.png"]
   good = subprocess.run([*command, *flags], capture_output=True, text=True)
   assert good.returncode == 0, good.stderr
   written = json.loads((tmp_path / "out" / "prompts.json").read_text())
   assert [entry["prompt"] for entry in written["images"]] == ["a red star", "a ring, blue"]
   expected = {"steps": 3, "guidance": 4.0, "matmul_precision": "highest", "seed": 4, "checkpoint": 3, "ema": False}
-  assert written["protocol"] == expected
+  assert written["protocol"] == expected | {"best_of": 2, "best_at": 1.0}
+  assert pixels(tmp_path / "failures.png").shape[1] == 2 * 136 + 8  # both images that were kept
   image = pixels(tmp_path / "out" / "00000.png")
   assert image.shape == (32, 32, 3) and image.std() > 0

@@ -338,10 +338,10 @@ def read_model(fields: Mapping[str, Any], objectives: Objectives) -> Model | Cli
     )
   if has_vision and objectives.first.network not in ("clip", "either"):
     raise UserError("model has a vision_encoder, which is CLIP's; its one objective is objectives=('contrastive',)")
-  has_head = "head" in fields
-  if has_head != objectives.first.head:
+  aligned = "head" in fields
+  if aligned != objectives.first.head:
     raise UserError(
-      f"objectives is {', '.join(objectives)}, and model.head is {'there' if has_head else 'missing'}; a head belongs"
+      f"objectives is {', '.join(objectives)}, and model.head is {'there' if aligned else 'missing'}; a head belongs"
       f" to {', '.join(WITH_HEAD)} alone: take configs/places_lt.py:stage=2"
     )
   parts = {name: read_section(kind, fields[name], f"model.{name}") for name, kind in _PARTS.items() if name in fields}

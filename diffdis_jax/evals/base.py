@@ -17,7 +17,7 @@ from typing import Any, Protocol, SupportsIndex, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 from PIL import Image
 
 from diffdis_jax.common.progress import Progress
@@ -103,6 +103,14 @@ def fields(source: Any, index: SupportsIndex) -> dict[str, Any]:
   """A record of a source, without its image where the source can spare reading it. Raises as `read` does."""
   with _usable(index):
     return source.fields(int(index)) if isinstance(source, sources.Described) else source[int(index)]
+
+
+def text_labels(source: Any, field: str) -> Shaped[np.ndarray, " n"]:
+  """Each record's class by its name. Raises UserError: one that is no text."""
+  labels = [get_field(fields(source, i), field) for i in range(len(source))]
+  if wrong := [label for label in labels if not isinstance(label, str)]:
+    raise UserError(f"field {field!r} holds {wrong[0]!r}; a label should be a class's name: give another label_field")
+  return np.array(labels)
 
 
 def origin(source: Any) -> dict[str, Any]:

@@ -28,6 +28,14 @@ _UNREADABLE = (UserError, OSError, EOFError, KeyError, ValueError, AttributeErro
 
 
 @dataclasses.dataclass(frozen=True)
+class Sampled:
+  """Of a part's images the features, and the similarity that the run's head gives each and its prompt; none without."""
+
+  features: Float[np.ndarray, "n d"]
+  similarity: Float[np.ndarray, " m"]
+
+
+@dataclasses.dataclass(frozen=True)
 class PartsFolder:
   """A folder of parts, which process 0 alone reads and writes.
 
@@ -57,14 +65,15 @@ class PartsFolder:
     processes.on_first(look)
     return processes.from_first(found).astype(bool)
 
-  def read(self, part: Part) -> Float[np.ndarray, "n d"]:
-    """The features of a finished part. Raises UserError: unreadable."""
-    return self._load(part)["features"]
+  def read(self, part: Part) -> Sampled:
+    """What a finished part holds. Raises UserError: unreadable."""
+    content = self._load(part)
+    return Sampled(content["features"], content["similarity"])
 
   def write(
     self,
     part: Part,
-    features: Float[np.ndarray, "n d"],
+    sampled: Sampled,
     images: UInt8[np.ndarray, "n h w 3"],
   ) -> None:
     """Writes the images, where they are kept, and then the part. Raises UserError: they cannot be written."""
@@ -79,7 +88,8 @@ class PartsFolder:
       self._folder.mkdir(parents=True, exist_ok=True)
       buffer = io.BytesIO()
       header = json.dumps(self._header(part), sort_keys=True)
-      np.savez(buffer, features=features, records=part.records, captions=part.captions, header=np.asarray(header))
+      found = dict(features=sampled.features, similarity=sampled.similarity)
+      np.savez(buffer, **found, records=part.records, captions=part.captions, header=np.asarray(header))
       files.write_whole(self._file(part), buffer.getvalue())
     except OSError as error:
       raise UserError(f"cannot write to --parts={self.path}: {error.strerror or error}") from error
@@ -121,7 +131,8 @@ class PartsFolder:
     path = self._file(part)
     try:
       with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-        return {"features": file["features"], "header": parse_json(str(file["header"]), "its header")}
+        found = {name: file[name] for name in ("features", "similarity")}
+        return {**found, "header": parse_json(str(file["header"]), "its header")}
     except _UNREADABLE as error:
       raise UserError(f"cannot read {os.fspath(path)}: {error}; remove it, and it is made again") from error
 

@@ -18,9 +18,9 @@ from diffdis_jax.common.progress import Progress
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, check_choice
-from diffdis_jax.evals import base, distances, drawn_prompts, reference, resize
+from diffdis_jax.evals import base, best_of, distances, drawn_prompts, reference, resize
 from diffdis_jax.evals.drawn_prompts import Part
-from diffdis_jax.evals.feature_parts import PartsFolder
+from diffdis_jax.evals.feature_parts import PartsFolder, Sampled
 from diffdis_jax.evals.features import Extractor
 from diffdis_jax.interop import inception as inception_file
 from diffdis_jax.parallel import processes
@@ -29,7 +29,8 @@ from diffdis_jax.run import provenance
 
 FEW = 10_000  # images, below which FID is too high by as much as models differ
 FEW_NOTE = f"of fewer than {FEW} images FID is biased upwards; compare it only at equal numbers, or compare KID"
-MEASURES = ("fid", "kid", "kid_std")
+MEASURES = ("fid", "kid", "kid_std", "head_similarity")
+NOTHING = Sampled(np.empty((0, 0), np.float32), np.empty(0, np.float32))
 # Computes features of images; generates images of prompts.
 EXTRACTING = (
   *("models/inception.py", "interop/inception.py", "evals/features.py", "evals/resize.py", "evals/base.py"),
@@ -37,12 +38,11 @@ EXTRACTING = (
 )
 SAMPLING = (
   *("models", "method", "inference.py", "common/params.py", "parallel/batches.py", "parallel/sharding.py"),
-  *("data/tokenizer.py", "data/clip_merges.txt.gz"),
+  *("data/tokenizer.py", "data/clip_merges.txt.gz", "evals/best_of.py"),
 )
 EXTRACTING_PACKAGES = ("jax", "jaxlib", "flax", "pillow")
 SAMPLING_PACKAGES = (*EXTRACTING_PACKAGES, "transformers", "tokenizers", "ftfy")
-Features = Float[np.ndarray, "n d"]
-Extract = Callable[[Any], Features]  # of images
+Extract = Callable[[Any], Float[np.ndarray, "n d"]]  # features of images
 
 
 class Fid:
@@ -138,26 +138,27 @@ class Fid:
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """fid, kid and kid_std, where the reference has the features that KID takes, and num_images."""
+    """fid, kid and kid_std, where the reference has the features that KID takes, and num_images; of a run with a head
+    head_similarity, the mean ⟨ê_0, e⟩ of image and prompt."""
     # Parts before the reference: a folder of another protocol is refused before minutes go into real images.
     extractor, folder, finished = self._extractor_of(inference), None, np.zeros(len(self._plan), bool)
     if self._parts:
       folder = PartsFolder(self._parts, self._header(inference, params), self._keep_images)
       finished = folder.finished(self._plan)
     self._make_reference(extractor, inference.image_size)
-    features, progress = dict[int, Features](), Progress("FID: sampled", self._count, "images", every=0)
+    sampled, progress = dict[int, Sampled](), Progress("FID: sampled", self._count, "images", every=0)
     for part, is_there in zip(self._plan, finished, strict=True):
       if is_there:
         progress.pass_over(len(part))
         # Only process 0 measures, so the others need not read what another run left.
-        features[part.number] = folder.read(part) if folder and processes.is_first() else np.empty((0, 0), np.float32)
+        sampled[part.number] = folder.read(part) if folder and processes.is_first() else NOTHING
     missing = [part for part, is_there in zip(self._plan, finished, strict=True) if not is_there]
     # As many parts together as fill a call, of which many chips have many rows.
     together = max(1, inference.batch_size // drawn_prompts.PART)
     for first in range(0, len(missing), together):
-      features |= self._sample(missing[first : first + together], inference, params, extractor, folder)
+      sampled |= self._sample(missing[first : first + together], inference, params, extractor, folder)
       progress.add(sum(map(len, missing[first : first + together])))
-    return {**self._measure([features[part.number] for part in self._plan]), "num_images": float(self._count)}
+    return {**self._measure([sampled[part.number] for part in self._plan]), "num_images": float(self._count)}
 
   def _sample(
     self,
@@ -166,34 +167,37 @@ class Fid:
     params: Mapping[str, Any],
     extractor: Extract,
     folder: PartsFolder | None,
-  ) -> dict[int, Features]:
-    """The features of these parts' images, written if there is a folder. Image i's noise is of the seed and i alone."""
+  ) -> dict[int, Sampled]:
+    """What is taken of these parts' images, written if there is a folder. Image i's noise is of the seed and i alone."""
     # `first` makes the noise that of the image's place among all, whatever the parts are.
     tokens = self._tokenizer(inference.max_length)([prompt for part in parts for prompt in part.prompts])
     noise = np.concatenate([inference.noise(len(part), self._seed, first=part.first) for part in parts])
     images = inference.generate(params, tokens, noise)
+    own = best_of.similarity(inference, params, images, tokens) if inference.aligned else None
     features, ends = extractor(images), np.cumsum([len(part) for part in parts])
     found = {}
     for part, end in zip(parts, ends, strict=True):
       rows = slice(end - len(part), end)
-      found[part.number] = features[rows]
+      found[part.number] = of_part = Sampled(features[rows], NOTHING.similarity if own is None else own[rows])
       if folder is not None:
-        processes.on_first(lambda part=part, rows=rows: folder.write(part, features[rows], images[rows]))
+        processes.on_first(lambda part=part, rows=rows, of_part=of_part: folder.write(part, of_part, images[rows]))
     return found
 
-  def _measure(self, features: list[Features]) -> dict[str, float]:
+  def _measure(self, sampled: list[Sampled]) -> dict[str, float]:
     """On process 0, for all."""
     # NaN stands for a figure that there is not, in an array that process 0 can send to all.
     found = np.full(len(MEASURES), np.nan)
 
     def measure() -> None:
       assert self._reference is not None
-      generated, real = np.concatenate(features), self._reference
+      generated, real = np.concatenate([part.features for part in sampled]), self._reference
       found[0] = distances.frechet(distances.gaussian(generated), real.gaussian)
       if real.features is not None:
         kid = distances.kernel(generated, real.features)
-        found[1:] = kid.mean, kid.std
+        found[1:3] = kid.mean, kid.std
         self._subset_size = kid.subset_size
+      own = np.concatenate([part.similarity for part in sampled])
+      found[3] = own.mean(dtype=np.float64) if own.size else np.nan
 
     if self._count < FEW:
       logging.warning("%d images: %s", self._count, FEW_NOTE)

@@ -106,6 +106,9 @@ class GenerationAccuracy:
     the split of `data` is nearer than any two of their class there are to each other, at SIZE; and
     real_nearer_than_own, the same of real images of the other splits. Each of these two is left out where no class has
     two images.
+
+    Of a run with a head also head_similarity, ⟨ê_0, e⟩ of image and prompt, and head_acc1, the share that its own head
+    takes for what was asked for among all classes.
     """
     # Before anything is generated, which takes longer: a classifier that is no judge ends it.
     self.judge.train(inference.image_size)
@@ -113,7 +116,21 @@ class GenerationAccuracy:
     noise = inference.noise(len(texts), self._seed)
     images = inference.generate(params, Tokenizer(inference.max_length)(texts), noise)
     squares = np.stack([base.to_square(image, SIZE) for image in images])
-    return self.judge.measure(squares, self._classes, image_size=inference.image_size)
+    found = self.judge.measure(squares, self._classes, image_size=inference.image_size)
+    return found | (self._measure_by_head(inference, params, images) if inference.aligned else {})
+
+  def _measure_by_head(
+    self, inference: Any, params: Mapping[str, Any], images: UInt8[np.ndarray, "n h w 3"]
+  ) -> dict[str, float]:
+    """What the model itself says of its images: no judge of their truth, but of whether its two sides agree."""
+    prompts_of_all = [prompts.fill(self._template, name) for name in self.judge.classnames]
+    e = base.embed_texts(inference, params, prompts_of_all)
+    q = inference.embed_images(params, images, seed=self._seed)
+    places = base.ranks(q, e, query_groups=self._classes, key_groups=np.arange(len(e)))
+    return {
+      "head_similarity": float((q * e[self._classes]).sum(axis=1).mean()),
+      "head_acc1": float((places == 0).mean()),
+    }
 
 
 class ShapeJudge:
@@ -179,7 +196,7 @@ class LabelJudge:
     self._splits = tuple(dict.fromkeys((split, *splits)))
     opened = {split: sources.open_source(**{**data, "split": split}) for split in self._splits}
     self._sources = tuple(opened.values())
-    names = {split: _labels(source, label_field) for split, source in opened.items()}
+    names = {split: base.text_labels(source, label_field).tolist() for split, source in opened.items()}
     self.classnames = tuple(sorted({name for labels in names.values() for name in labels}))
     if len(self.classnames) < 2:
       raise UserError(f"field {label_field!r} names {', '.join(self.classnames)} alone; a judge needs two classes")
@@ -250,13 +267,6 @@ def ranks(logits: Float[np.ndarray, "n k"], labels: Int[np.ndarray, " n"]) -> In
   own = np.take_along_axis(logits, labels[:, None], axis=1)
   others = np.arange(logits.shape[1]) != labels[:, None]
   return (others & ~(logits < own)).sum(axis=1)
-
-
-def _labels(source: Any, field: str) -> list[str]:
-  labels = [base.get_field(base.fields(source, i), field) for i in range(len(source))]
-  if wrong := [label for label in labels if not isinstance(label, str)]:
-    raise UserError(f"field {field!r} holds {wrong[0]!r}; a label should be a class's name: give another label_field")
-  return labels
 
 
 def _accuracy(prefix: str, places: Int[np.ndarray, " n"]) -> dict[str, float]:

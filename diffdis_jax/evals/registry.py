@@ -12,9 +12,12 @@ from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import settings
 from diffdis_jax.evals.base import Eval
+from diffdis_jax.evals.diffusion_classifier import DiffusionClassifier
 from diffdis_jax.evals.fid import Fid
 from diffdis_jax.evals.generation_accuracy import GenerationAccuracy
 from diffdis_jax.evals.held_out_loss import HeldOutLoss
+from diffdis_jax.evals.hog import Hog
+from diffdis_jax.evals.linear_probe import LinearProbe
 from diffdis_jax.evals.long_tail import LongTail
 from diffdis_jax.evals.retrieval import Retrieval
 from diffdis_jax.evals.settings import Setting
@@ -27,17 +30,24 @@ EVALS = {
   "fid": Fid,
   "held_out_loss": HeldOutLoss,
   "long_tail": LongTail,
+  "diffusion_classifier": DiffusionClassifier,
+  "linear_probe": LinearProbe,
+  "hog": Hog,
 }
 FORMER = {"agreement": "generation_accuracy", "recognition": "generation_accuracy"}  # names of tasks -> today's
-# What a run has to be trained for, one of them.
+# What a run has to be trained for, one of them. A linear probe takes any, and hog none.
 MEASURES = {
   "zero_shot": ALIGNED,
   "retrieval": ALIGNED,
+  "diffusion_classifier": GENERATIVE,
   "generation_accuracy": GENERATIVE,
   "fid": GENERATIVE,
   "held_out_loss": tuple(dict.fromkeys(GENERATIVE + COMPARING)),
   "long_tail": ALIGNED,
 }
+GENERATING = ("generation_accuracy", "fid")  # images, of which --best_of keeps the best
+# Tasks that no config names; they are measured on the sets of another one.
+ON_THE_SETS_OF = {"diffusion_classifier": "zero_shot"}
 MOST_SEED = 2**32 - 1  # of jax's random keys
 
 

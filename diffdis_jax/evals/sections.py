@@ -49,11 +49,22 @@ def of_config(sets: Mapping[str, Any], *, tasks: Sequence[str] | None) -> list[S
   named = sorted({section.task for section in found})
   if not found:
     raise UserError("the run's config names no data set to measure on; give --data and --split")
+  for task in tasks or ():
+    registry.check_task(task)
+    if task not in named and (lender := registry.ON_THE_SETS_OF.get(task)) in named:
+      found += [_lent(section, task) for section in found if section.task == lender]
+  named = sorted({section.task for section in found})
   for task in tasks or named:
     registry.check_task(task)
     if task not in named:
       raise UserError(f"the run's config has no data set for {task}, only for {', '.join(named)}; give --data, --split")
   return [section for section in found if section.task in (tasks or named)]
+
+
+def _lent(section: Section, task: str) -> Section:
+  """Another task on the same set, with those of its settings that this task has too."""
+  known = {"data", *registry.settings_of(task)}
+  return Section(section.dataset, task, {name: value for name, value in section.settings.items() if name in known})
 
 
 def of_folder(folder: str, split: str | None, *, tasks: Sequence[str], image_size: int) -> list[Section]:

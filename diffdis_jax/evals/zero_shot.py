@@ -110,6 +110,12 @@ class ZeroShot:
     elif seen_classes:
       self._seen = _is_in(kept.names, prompts.resolve_classnames(seen_classes).names)
 
+  @property
+  def order(self) -> Int[np.ndarray, " n"]:
+    """Which image stands for the record of each of `labels`: its own, unless labels are shuffled."""
+    # The leak test changes which image is shown, and nothing else: labels, places and noise stay.
+    return base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
+
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""
     return {
@@ -129,10 +135,8 @@ class ZeroShot:
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
     """acc1, acc5, the mean and the lowest recall of a class: of all templates averaged, and of the single one."""
-    # The leak test changes which image is shown, and nothing else: labels, places and noise stay.
-    order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
     images = base.embed_images(
-      inference, params, self.source, order, seed=self._seed, reduced_decoding=self._reduced_decoding
+      inference, params, self.source, self.order, seed=self._seed, reduced_decoding=self._reduced_decoding
     )
     by_template = self._embed_classes(inference, params)
     # The mean of unit vectors, normalised again, as CLIP builds its classifier of several templates.
@@ -151,6 +155,10 @@ class ZeroShot:
 
   def _measure(self, images: Float[np.ndarray, "n d"], classes: Float[np.ndarray, "k d"]) -> dict[str, float]:
     ranks = base.ranks(images, classes, query_groups=self.labels, key_groups=np.arange(len(classes)))
+    return self.metrics(ranks)
+
+  def metrics(self, ranks: Int[np.ndarray, " n"]) -> dict[str, float]:
+    """What is reported, of how many classes come before each image's own; 0 is right."""
     right = ranks == 0
     recalls = class_recalls(right, self.labels)
     metrics = {
@@ -158,7 +166,7 @@ class ZeroShot:
       "mean_per_class_recall": float(recalls.mean()),
       "lowest_class_recall": float(recalls.min()),
     }
-    if len(classes) >= 5:
+    if len(self.classnames) >= 5:
       metrics["acc5"] = float((ranks < 5).mean())
     if self._seen is not None:
       seen = self._seen[self.labels]

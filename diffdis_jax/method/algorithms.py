@@ -162,6 +162,24 @@ def generate(
   guidance_scale: float,
 ) -> UInt8[Array, "b H W 3"]:
   """Algorithm 2: from noise to an image under a caption, by DDIM with η = 0 and guidance."""
+  # Stable Diffusion's own timesteps, so that exported weights give the same images there.
+  timesteps = samplers.ddim_coefficients(network.image_process, schedules.leading(steps))
+  # x = V⁻¹(z_0)
+  return model.decode_image(
+    denoise_latents(model, tokens, z_T, timesteps, network=network, guidance_scale=guidance_scale)
+  )
+
+
+def denoise_latents(
+  model: DiffDis,
+  tokens: Int[Array, "b l"],
+  z_t: Float[Array, "b h w c"],
+  timesteps: DdimCoefficients,
+  *,
+  network: Network,
+  guidance_scale: float,
+) -> Float[Array, "b h w c"]:
+  """Algorithm 2's loop over these timesteps, all or some: z at the timestep after the last."""
   # c = T(y), and the null condition of guidance
   c, c_null = model.encode_text(tokens).c, encode.null_condition(model, tokens.shape[1])
 
@@ -170,12 +188,8 @@ def generate(
       model, z_t, now, c=c, c_null=c_null, network=network, guidance_scale=guidance_scale
     ).z_prev, None
 
-  # Stable Diffusion's own timesteps, so that exported weights give the same images there. One scan: the network is
-  # compiled once, whatever the number of steps.
-  timesteps = samplers.ddim_coefficients(network.image_process, schedules.leading(steps))
-  z_0, _ = jax.lax.scan(step, z_T, timesteps)
-  # x = V⁻¹(z_0)
-  return model.decode_image(z_0)
+  # One scan: the network is compiled once, whatever the number of steps.
+  return jax.lax.scan(step, z_t, timesteps)[0]
 
 
 @struct.dataclass

@@ -11,6 +11,7 @@ import jax
 from etils import epath
 from orbax import checkpoint as ocp
 
+from diffdis_jax.common import buckets, files
 from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError, may_pass, parse_json
 from diffdis_jax.parallel import processes
@@ -122,6 +123,21 @@ def saved_params(workdir: epath.PathLike, *, step: int | None = None) -> Params:
     UserError: no such checkpoint.
   """
   return dict(_saved(find(workdir, step) / "params"))
+
+
+def initialised(workdir: epath.PathLike) -> set[str]:
+  """The parameters that import_weights initialised at random; none of another command's run.
+
+  Raises:
+    UserError: import.json cannot be read, or does not say them.
+  """
+  file = buckets.path(workdir) / "import.json"
+  if not file.exists():
+    return set()
+  try:
+    return {*files.read_json(file)["initialised"]}
+  except (UserError, KeyError, TypeError) as error:
+    raise UserError(f"{file} does not say what was initialised; it should be as import_weights wrote it") from error
 
 
 def _read_position(path: epath.Path) -> dict[str, Any]:

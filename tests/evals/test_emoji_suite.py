@@ -59,9 +59,9 @@ def test_every_split_both_ways(tmp_path, monkeypatch):
   assert [(section.dataset, section.task) for section in made] == [
     (f"emoji/{split}", task)
     for split in ("test_vendor", "val_vendor", "val_concepts", "openmoji")
-    for task in ("zero_shot", "retrieval")
+    for task in ("zero_shot", "retrieval", *(() if split == "val_concepts" else ("hog",)))
   ]
-  results = {"zero_shot": {}, "retrieval": {}}
+  results = {"zero_shot": {}, "retrieval": {}, "hog": {}}
   for section in made:
     name, evaluation = section.dataset, section.create()
     metrics = evaluation.run(Inference(), {})
@@ -81,7 +81,15 @@ def test_every_split_both_ways(tmp_path, monkeypatch):
   assert retrieval["emoji/openmoji"][ways[1]] == 0.8
   assert results["retrieval"]["emoji/val_concepts"]["protocol"]["duplicate_captions"] is True
   assert not suites.means(results)
-  assert "zero_shot, emoji/openmoji, acc1 | 0.8000 |" in tables.table({"mine": results})
+  table = tables.table({"mine": results})
+  assert "zero_shot, emoji/openmoji, acc1 | 0.8000 |" in table
+  # One table of all artists who are not in training, the baseline under the run, and the mean without val_vendor.
+  hog = [
+    results["hog"][f"emoji/{split}"]["metrics"]["acc1_seen"] for split in ("test_vendor", "val_vendor", "openmoji")
+  ]
+  baseline = " | ".join(f"{100 * share:.2f}" for share in (*hog, (hog[0] + hog[2]) / 2))
+  assert "|  | test_vendor | val_vendor | openmoji | mean of the test artists |" in table
+  assert "| mine | 100.00 | 100.00 | 100.00 | 100.00 |" in table and f"| mine, HOG | {baseline} |" in table
 
 
 def test_what_is_checked(tmp_path, monkeypatch):
@@ -110,11 +118,21 @@ def test_a_set_without_a_split(tmp_path, monkeypatch):
     sections(tmp_path)
 
 
+def test_an_artist_who_was_added_is_measured_too(tmp_path, monkeypatch):
+  """A split that this package does not know of, as whoever has other icons may prepare it."""
+  with monkeypatch.context() as patch:
+    patch.setattr(prepared, "SPLITS", {**prepared.SPLITS, "another": prepared.SPLITS["test_vendor"]})
+    write(tmp_path / "emoji", tmp_path, patch)
+  made = [(section.dataset, section.task) for section in sections(tmp_path)]
+  assert made[-3:] == [("emoji/another", task) for task in ("zero_shot", "retrieval", "hog")]
+  assert emoji.held_out(dict.fromkeys(name for name, _ in made))[-1] == "emoji/another"
+
+
 def test_without_openmoji(tmp_path, monkeypatch, caplog):
   write_packages(tmp_path / "icons", monkeypatch)
   (tmp_path / "icons" / prepared.ICONS["openmoji"].file).unlink()
   builder.prepare(prepared.find_parts(tmp_path / "icons"), tmp_path / "emoji", builder=prepared.Emoji)
   with caplog.at_level("INFO"):
     made = sections(tmp_path)
-  assert len(made) == 6 and "has no split openmoji, and so it is not measured" in caplog.text
+  assert len(made) == 8 and "has no split openmoji, and so it is not measured" in caplog.text
   assert override(made, {"num_images": 2})[0].settings["num_images"] == 2

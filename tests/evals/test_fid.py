@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from diffdis_jax.data import sources
+from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import distances, drawn_prompts, reference, resize
 from diffdis_jax.evals import fid as fid_module
@@ -68,7 +69,7 @@ class Killed(Exception):
 class Inference:
   """Paints noise over what a prompt's tokens stand for."""
 
-  image_size, max_length, batch_size = SIDE, 16, PART
+  image_size, max_length, batch_size, aligned = SIDE, 16, PART, False
 
   def __init__(self, guidance: float = 2.0):
     self.generation_protocol = {"steps": 5, "guidance": guidance, "matmul_precision": "highest"}
@@ -131,6 +132,34 @@ def test_the_metrics_are_those_of_the_features(tmp_path):
     "num_images": COUNT,
   }
   assert metrics["fid"] > 0 and kid.subset_size == COUNT
+
+
+class Comparing(Inference):
+  """Embeds an image as its first pixel, and a prompt by its tokens."""
+
+  aligned = True
+
+  def embed_images(self, params, images, *, seed):
+    return images[:, 0, 0].astype(np.float32)
+
+  def embed_texts(self, params, tokens):
+    return np.stack([np.random.default_rng(row.tolist()).normal(size=3) for row in tokens]).astype(np.float32)
+
+
+def test_the_heads_own_similarity_of_all_images_even_of_those_that_were_there(tmp_path):
+  evaluation, inference = make(parts=str(tmp_path / "parts"), keep_images=True), Comparing()
+  inference.dies_at = 2
+  with pytest.raises(Killed):
+    evaluation.run(inference, {})
+  metrics = make(parts=str(tmp_path / "parts"), keep_images=True).run(Comparing(), {})
+  scores = []
+  for part in sorted((tmp_path / "parts").glob("part-*.npz")):
+    header = json.loads(str(np.load(part)["header"]))
+    for i, prompt in enumerate(header["prompts"], start=header["first"]):
+      with Image.open(tmp_path / "parts" / "images" / f"{i:05d}.png") as image:
+        pixel = np.asarray(image)[0, 0].astype(np.float64)
+      scores.append(pixel @ np.random.default_rng(Tokenizer(16)([prompt])[0].tolist()).normal(size=3))
+  assert len(scores) == COUNT and metrics["head_similarity"] == pytest.approx(np.mean(scores), rel=1e-5)
 
 
 def test_the_real_images_are_cut_and_resized_by_lanczos(stand_ins):

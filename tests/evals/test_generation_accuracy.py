@@ -35,6 +35,7 @@ class Painter:
 
   image_size = 16
   max_length = 8
+  aligned = False
   generation_protocol = {"steps": 30, "guidance": 2.0}
 
   def __init__(self, **instead):
@@ -86,6 +87,29 @@ def test_a_generator_of_something_else_is_not_accurate(evaluation):
   one_wrong = evaluation.run(Painter(red="grey"), {})
   assert one_wrong["acc1"] == pytest.approx(2 / 3, abs=0.1)
   assert one_wrong["judge_acc1"] == evaluation.judge.train().accuracy["judge_acc1"]  # trained once
+
+
+class Critic(Painter):
+  """One whose head knows a colour by the image's middle, and a prompt by its word."""
+
+  aligned = True
+
+  def embed_images(self, params, images, *, seed):
+    colours = np.array([*COLOURS.values()])
+    nearest = ((images[:, 8, 8][:, None].astype(int) - colours) ** 2).sum(-1).argmin(1)
+    return np.eye(4, dtype=np.float32)[nearest]
+
+  def embed_texts(self, params, tokens):
+    texts = [Tokenizer(self.max_length).decode(row) for row in tokens]
+    return np.stack([np.float32([0.8 if name in text else 0.1 for name in COLOURS]) for text in texts])
+
+
+def test_the_run_judges_its_own_images_too(evaluation):
+  """Of three colours one is painted as another, which its head finds out, whatever the judge says."""
+  metrics = evaluation.run(Critic(red="grey"), {})
+  assert metrics["head_acc1"] == pytest.approx(2 / 3)
+  assert metrics["head_similarity"] == pytest.approx((0.8 + 0.8 + 0.1) / 3)
+  assert not [name for name in evaluation.run(Painter(), {}) if name.startswith("head")]
 
 
 def test_copies_of_training_images_are_counted(evaluation, monkeypatch):
@@ -176,6 +200,7 @@ class Renderer:
 
   image_size = 32
   max_length = 16
+  aligned = False
   generation_protocol = {"steps": 30, "guidance": 2.0}
 
   def __init__(self, instead=lambda colour, shape: (colour, shape)):

@@ -1,0 +1,107 @@
+"""A baseline that learns nothing: an image's class is that of the training image with the nearest edges and colours.
+
+Of held-out artists' icons it says how easy an artist is, whatever was trained: a figure of a model without it does not
+carry over from one artist to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from diffdis_jax.data import sources
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import base
+
+SIDE = 32  # pixels: images are compared at this size
+CELL, BINS, BLOCK = 8, 9, 2  # pixels of a cell, directions of 180°, and cells of a block, along each side
+CLIP = 0.2  # of a block's values, of length 1, before it is given that length again (Dalal and Triggs, L2-Hys)
+COLOUR_WEIGHT = 0.25  # of the cosine of colours, beside that of edges
+
+
+class Hog:
+  """Task `hog`: top-1 of the nearest training image, by histograms of oriented gradients and mean colours.
+
+  Source: Dalal and Triggs, 2005, for the histograms.
+
+  Args:
+    data: section of a data source, as `data.sources.open_source` takes it.
+    train_split: the split of the same data among whose images the nearest is looked for.
+    label_field: the record's field with the class name.
+    num_images: how many images to measure, those that zero_shot measures; None for all.
+
+  Raises:
+    UserError: a label that is no text, or no image of a class that is in train_split.
+  """
+
+  task = "nearest_neighbour_classification"
+
+  def __init__(
+    self,
+    *,
+    data: Mapping[str, Any],
+    train_split: str = "train",
+    label_field: str = "label",
+    num_images: int | None = None,
+  ):
+    self.source = sources.open_source(**data)
+    self._indices = base.subset(len(self.source), num_images)
+    self._train, self._split = sources.open_source(**{**data, "split": train_split}), train_split
+    self._labels = base.text_labels(self.source, label_field)[self._indices]
+    self._known = base.text_labels(self._train, label_field)
+    self._seen = np.isin(self._labels, self._known)
+    if not self._seen.any():
+      raise UserError(f"no class of these images is in the split {train_split}, among which the nearest is looked for")
+
+  def protocol(self, inference: Any) -> dict[str, Any]:
+    """How `run` measures; no inference takes part."""
+    del inference
+    return {"train_split": self._split, "num_images": len(self._labels), "num_training_images": len(self._known)}
+
+  def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
+    """acc1 of all images, and acc1_seen of those whose class the training images have."""
+    del inference, params
+    queries = base.Images(self.source, self._indices, SIDE)[np.arange(len(self._indices))]
+    keys = base.Images(self._train, np.arange(len(self._known)), SIDE)[np.arange(len(self._known))]
+    right = self._known[nearest(queries, keys)] == self._labels
+    return {"acc1": float(right.mean()), "acc1_seen": float(right[self._seen].mean())}
+
+
+def nearest(queries: UInt8[np.ndarray, "n s s 3"], keys: UInt8[np.ndarray, "m s s 3"]) -> np.ndarray:
+  """The place of each query's nearest key: the cosine of edges, and a quarter of that of colours."""
+  # Colours about the training images' mean: nearly all icons stand on white.
+  centre = colours(keys).mean(axis=0)
+  edges = unit(gradients(queries)) @ unit(gradients(keys)).T
+  return (edges + COLOUR_WEIGHT * unit(colours(queries) - centre) @ unit(colours(keys) - centre).T).argmax(axis=1)
+
+
+def gradients(images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n d"]:
+  """Histograms of oriented gradients, f32: of each cell, in blocks of 2 x 2 that overlap, each of length about 1."""
+  # The root evens out contrast; a pixel's gradient is that of its strongest channel.
+  x = np.sqrt(images.astype(np.float32) / 255)
+  dy, dx = np.zeros_like(x), np.zeros_like(x)
+  dy[:, 1:-1], dx[:, :, 1:-1] = x[:, 2:] - x[:, :-2], x[:, :, 2:] - x[:, :, :-2]
+  strongest = np.hypot(dx, dy).argmax(axis=-1)[..., None]
+  dy, dx = (np.take_along_axis(each, strongest, axis=-1)[..., 0] for each in (dy, dx))
+  length, angle = np.hypot(dx, dy), np.degrees(np.arctan2(dy, dx)) % 180
+  bins = np.minimum((angle * BINS / 180).astype(int), BINS - 1)
+  of_bins = (length[..., None] * (bins[..., None] == np.arange(BINS))).astype(np.float32)
+  n, cells = len(x), x.shape[1] // CELL
+  histograms = of_bins.reshape(n, cells, CELL, cells, CELL, BINS).sum(axis=(2, 4))
+  places = [(i, j) for i in range(cells - BLOCK + 1) for j in range(cells - BLOCK + 1)]
+  blocks = [histograms[:, i : i + BLOCK, j : j + BLOCK].reshape(n, -1) for i, j in places]
+  return np.concatenate([unit(np.minimum(unit(block), CLIP)) for block in blocks], axis=1)
+
+
+def colours(images: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n d"]:
+  """The mean colour of each cell, f32."""
+  n, cells = len(images), images.shape[1] // CELL
+  return images.astype(np.float32).reshape(n, cells, CELL, cells, CELL, 3).mean(axis=(2, 4)).reshape(n, -1)
+
+
+def unit(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+  """Rows of length 1; a row of zeros stays one."""
+  return x / np.sqrt((x**2).sum(axis=1, keepdims=True) + 1e-10)

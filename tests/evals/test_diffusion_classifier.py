@@ -1,0 +1,212 @@
+"""The Diffusion Classifier with an exact denoiser against Bayes' rule, and its errors against those of diffusers."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from diffdis_jax import evaluate, inference
+from diffdis_jax.config import Run
+from diffdis_jax.data import sources
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import diffusion_classifier, sections
+from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals.noise_errors import NoiseErrors
+from diffdis_jax.method.network import Network
+from tests import pipelines, steps, tiny
+from tests.models.from_torch import nchw
+
+pytest_plugins = ("tests.untrained", "tests.pipelines")
+
+NAMES = ("red fox", "grey cat", "brown dog", "black crow", "white swan", "green frog", "blue whale")
+SHAPE, SPREAD, APART, SEED = (8, 8, 3), 0.15, 0.03, 4
+COUNT = 84
+ALPHA_BAR = steps.ALPHA_BAR["scaled_linear"]
+
+
+def mean_of(word: jax.Array) -> jax.Array:
+  """Of the latents of the class whose name begins with this token."""
+  return APART * jax.random.normal(jax.random.fold_in(jax.random.key(11), word), SHAPE)
+
+
+class Gaussian:
+  """Latents of a class are N(mean, SPREAD² I), of which the best prediction of the noise is known."""
+
+  def encode_image(self, images):
+    return images.astype(jnp.float32) / 127.5 - 1
+
+  def encode_text(self, tokens):
+    return types.SimpleNamespace(c=tokens[..., None].astype(jnp.float32))
+
+  def generation(self, *, z_t, t_z, c):
+    alpha_bar = jnp.asarray(ALPHA_BAR, jnp.float32)[t_z][:, None, None, None]
+    mean = jax.vmap(mean_of)(c[:, 1, 0].astype(jnp.int32))
+    return jnp.sqrt(1 - alpha_bar) * (z_t - jnp.sqrt(alpha_bar) * mean) / (alpha_bar * SPREAD**2 + 1 - alpha_bar)
+
+
+class GaussianNetwork(Network):
+  latent_shape = SHAPE
+
+  def with_params(self, params):
+    return Gaussian()
+
+
+def model(batch_size: int = 64) -> types.SimpleNamespace:
+  """An inference of it, without a head."""
+  config = tiny.get_config()
+  config.objectives = ("generation",)
+  network = GaussianNetwork(**vars(Network.of(Run.of(config))))
+  settings = dict(image_size=8, max_length=6, protocol={}, aligned=False, after_batch=lambda: None)
+  return types.SimpleNamespace(network=network, mesh=steps.make_mesh(), batch_size=batch_size, **settings)
+
+
+def latents() -> np.ndarray:
+  """Of records of the classes in turn."""
+  words = Tokenizer(6)(NAMES)[:, 1]
+  rng = np.random.default_rng(0)
+  return np.stack([np.asarray(mean_of(words[i % len(NAMES)])) + SPREAD * rng.normal(size=SHAPE) for i in range(COUNT)])
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+  """Writes them as images, and gives what the images say of them."""
+  images = np.round((latents().clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+  found = [{"image": image, "label": NAMES[i % len(NAMES)]} for i, image in enumerate(images)]
+  monkeypatch.setattr(sources, "open_source", lambda **section: found)
+  return images / 127.5 - 1
+
+
+def make(stages: Sequence[str], **settings: object) -> diffusion_classifier.DiffusionClassifier:
+  how = dict(data={"split": "test"}, classnames=NAMES, templates=("{}",), seed=SEED, stages=stages)
+  return evals.create("diffusion_classifier", **how, **settings)  # pyright: ignore[reportReturnType]
+
+
+def expected_errors(z: np.ndarray, t: np.ndarray) -> np.ndarray:
+  """[n k s] by the closed form, in float64: ε − ε̂ = a ε − b (z − mean)."""
+  means = np.stack([mean_of(word) for word in Tokenizer(6)(NAMES)[:, 1]]).astype(np.float64)
+  found = np.empty((len(z), len(NAMES), len(t)))
+  of_place = lambda key, place: jax.random.normal(jax.random.fold_in(key, place), SHAPE)
+  for j, each in enumerate(t):
+    key = jax.random.fold_in(jax.random.key(SEED), each)
+    noise = np.asarray(jax.vmap(of_place, (None, 0))(key, np.arange(len(z))), np.float64)
+    alpha_bar = ALPHA_BAR[each]
+    total = alpha_bar * SPREAD**2 + 1 - alpha_bar
+    a, b = alpha_bar * SPREAD**2 / total, np.sqrt(alpha_bar * (1 - alpha_bar)) / total
+    found[:, :, j] = ((a * noise[:, None] - b * (z[:, None] - means)) ** 2).mean((2, 3, 4))
+  return found
+
+
+def test_with_the_exact_denoiser_it_is_bayes_rule(data):
+  """Of equal spreads the likeliest class is that of the nearest mean, and in expectation it has the least error."""
+  means = np.stack([mean_of(word) for word in Tokenizer(6)(NAMES)[:, 1]]).astype(np.float64)
+  labels = np.arange(COUNT) % len(NAMES)
+  nearest = ((data[:, None] - means) ** 2).sum((2, 3, 4)).argmin(1)
+  errors = expected_errors(data, np.arange(10, 1000, 20))
+  by_error = errors.mean(2).argmin(1)
+  assert (by_error == nearest).mean() >= 0.9 and 0.5 < (nearest == labels).mean() < 1  # it is not an easy question
+  metrics = make(("50:1",)).run(model(), {})
+  assert metrics["acc1"] == (by_error == labels).mean() and metrics["evaluations_per_image"] == 7 * 50
+  assert not [name for name in metrics if name.startswith("head")]
+
+  # In stages: the best three after ten, and of these the best one after fifty.
+  first = errors[:, :, 2::5].mean(2)
+  kept = np.where(first.argsort(1).argsort(1) < 3, errors.mean(2), np.inf)
+  metrics = make(("10:3", "50:1")).run(model(), {})
+  assert metrics["acc1"] == (kept.argmin(1) == labels).mean()
+  assert metrics["evaluations_per_image"] == 7 * 10 + 3 * 40
+
+
+def test_errors_by_the_closed_form_however_they_are_parted(data):
+  z, t = data[:6].astype(np.float32), np.array([7, 430, 999])
+  pairs = dict(images=np.repeat(np.arange(6), 7), classes=np.tile(np.arange(7), 6))
+  for batch_size, order in ((64, np.arange(42)), (5, np.random.default_rng(1).permutation(42))):
+    errors = NoiseErrors(model(batch_size))
+    c = errors.conditions({}, Tokenizer(6)(NAMES))
+    mixed = {name: numbers[order] for name, numbers in pairs.items()}
+    found = errors({}, c, z, seed=SEED, places=np.arange(6), t=t, **mixed)
+    np.testing.assert_allclose(found[order.argsort()].reshape(6, 7, 3), expected_errors(z, t), rtol=1e-4, atol=1e-6)
+
+
+def test_with_shuffled_labels_it_is_at_chance(data):
+  honest = make(("10:1",)).run(model(), {})["acc1"]
+  shuffled = make(("10:1",), shuffle_labels=True).run(model(), {})["acc1"]
+  assert honest > 0.5 and shuffled <= 1 / 7 + 3.1 * (1 / 7 * 6 / 7 / COUNT) ** 0.5
+
+
+def test_ties_and_nans_are_wrong_and_classes_that_were_kept_come_first():
+  error = np.array([[1.0, 2.0, 3.0], [1.0, 1.0, 3.0], [np.nan, 1.0, 2.0], [0.5, 2.0, 3.0]])
+  stage = np.array([[1, 1, 1], [1, 1, 0], [1, 1, 1], [0, 1, 1]])
+  found = diffusion_classifier.Outcome(error, stage)
+  np.testing.assert_array_equal(diffusion_classifier.ranks(found, np.array([0, 0, 0, 0])), [0, 1, 2, 2])
+  np.testing.assert_array_equal(diffusion_classifier.ranks(found, np.array([2, 2, 2, 1])), [2, 2, 2, 0])
+
+
+@pytest.mark.parametrize("counts", [(10, 50), (50, 500), (25, 250), (50, 100, 500), (1000,)])
+def test_timesteps_of_the_stages_are_the_originals(counts):
+  """Li et al.'s rule, by ranges: a grid of the last count, of which each stage takes every n-th."""
+  spacing = 1000 // counts[-1]
+  grid = [*range(spacing // 2, 1000, spacing)]
+  had: set[int] = set()
+  stages = [diffusion_classifier.Stage(count, 1) for count in counts]
+  for count, found in zip(counts, diffusion_classifier.new_timesteps(stages), strict=True):
+    step = len(grid) // count
+    fresh = [t for t in grid[step // 2 :: step] if t not in had]
+    assert found.tolist() == fresh
+    had |= {*fresh}
+
+
+@pytest.mark.parametrize("stages", [(), ("10",), ("10:5",), ("50:5", "10:1"), ("20:5", "50:1"), ("5:5", "10:5", "x:1")])
+def test_stages_that_are_none(stages):
+  with pytest.raises(UserError, match="should be EVALUATIONS:KEPT of each stage, such as 10:5,50:1"):
+    diffusion_classifier.read_stages(stages)
+
+
+def test_errors_are_those_of_diffusers(sd, imported):
+  """The formula of Li et al.'s eval_error on UNet2DConditionModel, of the same weights, timesteps and noise."""
+  ours, params = inference.load(imported, batch_size=4)
+  assert not ours.aligned  # of an import it is as it was initialised
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (3, 4, 4, 3), np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+  tokens, t = Tokenizer(ours.max_length)(pipelines.PROMPTS), np.array([1, 333, 980])
+  errors = NoiseErrors(ours)
+  c, z = errors.conditions(params, tokens), errors.latents(params, images)
+  pairs = dict(images=np.repeat(np.arange(3), 2), classes=np.tile(np.arange(2), 3))
+  found = errors(params, c, z, seed=SEED, places=np.arange(3), t=t, **pairs).reshape(3, 2, 3)
+
+  scheduler, unet = DDIMScheduler.from_pretrained(sd / "scheduler"), UNet2DConditionModel.from_pretrained(sd / "unet")
+  vae, text = AutoencoderKL.from_pretrained(sd / "vae"), CLIPTextModel.from_pretrained(sd / "text_encoder")
+  with torch.no_grad():
+    pixels = nchw(images.astype(np.float32) / 127.5 - 1)
+    latent = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+    states = text(torch.from_numpy(tokens).long()).last_hidden_state
+    for n, k, j in itertools.product(range(3), range(2), range(3)):
+      key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), t[j]), n)
+      noise = nchw(np.asarray(jax.random.normal(key, z.shape[1:]))[None])
+      alpha_bar = scheduler.alphas_cumprod[t[j]]
+      noised = latent[n : n + 1] * alpha_bar**0.5 + noise * (1 - alpha_bar) ** 0.5
+      predicted = unet(noised, torch.tensor([t[j]]), encoder_hidden_states=states[k : k + 1]).sample
+      assert abs(found[n, k, j] - float(((noise - predicted) ** 2).mean())) <= 1e-4
+  assert np.ptp(found, axis=1).min() > 1e-3  # the prompt has an effect
+
+
+def test_it_measures_the_sets_of_zero_shot_beside_the_head(run):
+  asked = sections.of_config(
+    {"few": {"task": "zero_shot", "data": dict(name="shapes", split="test", image_size=32, num_images=6)}},
+    tasks=["diffusion_classifier"],
+  )
+  found = evaluate.evaluate(run, sections.override(asked, {"stages": ["1:2", "2:1"]}), batch_size=8)
+  record = found["diffusion_classifier"]["few"]
+  classes = record["protocol"]["num_classes"]
+  assert record["metrics"]["evaluations_per_image"] == classes * 1 + 2 * 1
+  assert record["metrics"]["head_evaluations_per_image"] == 1 and 0 <= record["metrics"]["head_acc1"] <= 1
+  assert record["protocol"]["stages"] == ["1:2", "2:1"] and record["protocol"]["timesteps"] == [250, 750]

@@ -1,0 +1,72 @@
+"""The baseline of nearest edges and colours against plain loops in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diffdis_jax.data import sources
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import hog
+from diffdis_jax.evals import registry as evals
+
+
+def smooth(seed: int, n: int = 3) -> np.ndarray:
+  rng = np.random.default_rng(seed)
+  coarse = rng.integers(0, 256, (n, 8, 8, 3)).repeat(4, axis=1).repeat(4, axis=2)
+  return np.clip(coarse + rng.integers(-20, 21, coarse.shape), 0, 255).astype(np.uint8)
+
+
+def by_loops(image: np.ndarray) -> np.ndarray:
+  """Dalal and Triggs' histograms of one image, pixel by pixel."""
+  x = np.sqrt(image.astype(np.float64) / 255)
+  cells = np.zeros((4, 4, 9))
+  for i in range(32):
+    for j in range(32):
+      best = (0.0, 0.0)
+      for channel in range(3):
+        dy = x[i + 1, j, channel] - x[i - 1, j, channel] if 0 < i < 31 else 0.0
+        dx = x[i, j + 1, channel] - x[i, j - 1, channel] if 0 < j < 31 else 0.0
+        length = (dx * dx + dy * dy) ** 0.5
+        if length > best[0]:
+          best = (length, np.degrees(np.arctan2(dy, dx)) % 180)
+      cells[i // 8, j // 8, min(int(best[1] // 20), 8)] += best[0]
+  parts = []
+  for i in range(3):
+    for j in range(3):
+      block = cells[i : i + 2, j : j + 2].ravel()
+      block = np.minimum(block / np.linalg.norm(block), 0.2)
+      parts.append(block / np.linalg.norm(block))
+  return np.concatenate(parts)
+
+
+def test_histograms_are_those_of_loops():
+  images = smooth(0)
+  np.testing.assert_allclose(hog.gradients(images), np.stack([by_loops(image) for image in images]), atol=2e-3)
+  corner = images[0, 8:16, 24:32].mean((0, 1))
+  np.testing.assert_allclose(hog.colours(images)[0].reshape(4, 4, 3)[1, 3], corner, rtol=1e-5)
+
+
+@pytest.fixture
+def use(monkeypatch):
+  def write(**splits):
+    found = {name: [dict(image=i, label=k) for i, k in zip(*pair, strict=True)] for name, pair in splits.items()}
+    monkeypatch.setattr(sources, "open_source", lambda *, split: found[split])
+
+  return write
+
+
+def test_an_image_has_the_class_of_the_training_image_that_it_is_like(use):
+  train = smooth(1, 6)
+  shades = np.clip(train[[4, 0, 2, 5]] * 0.9 + 12, 0, 255).astype(np.uint8)  # paler, so that pixels differ
+  use(train=(train, [*"abcabc"]), test=(shades, ["b", "a", "a", "unseen"]))
+  metrics = evals.create("hog", data={"split": "test"}).run(None, {})
+  assert metrics == {"acc1": 0.5, "acc1_seen": pytest.approx(2 / 3)}  # the third is like an image of c
+  protocol = evals.create("hog", data={"split": "test"}, num_images=2).protocol(None)
+  assert protocol == {"train_split": "train", "num_images": 2, "num_training_images": 6}
+
+
+def test_classes_that_training_has_not(use):
+  use(train=(smooth(1), [*"abc"]), test=(smooth(2), [*"xyz"]))
+  with pytest.raises(UserError, match="no class of these images is in the split train"):
+    evals.create("hog", data={"split": "test"})

@@ -1,0 +1,160 @@
+"""Logistic regression against scikit-learn's, and the middle map against that of diffusers' UNet."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from sklearn.linear_model import LogisticRegression
+from transformers import CLIPTextModel
+
+from diffdis_jax import inference
+from diffdis_jax.data import sources
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import linear_probe
+from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals.linear_probe import Examples
+from tests.models.from_torch import nchw
+
+pytest_plugins = ("tests.pipelines",)
+
+CLASSES = ("a", "b", "c", "d")
+
+
+def examples(seed: int, n: int, width: int = 6) -> Examples:
+  """Of classes that overlap, unevenly many of each."""
+  rng = np.random.default_rng(seed)
+  labels = rng.choice(4, n, p=(0.4, 0.3, 0.2, 0.1))
+  means = np.random.default_rng(9).normal(size=(4, width))
+  return Examples((means[labels] + rng.normal(size=(n, width))).astype(np.float32), labels)
+
+
+def theirs(train: Examples, l2: float) -> LogisticRegression:
+  """scikit-learn's sums the losses and halves no C: C = 1 / (n l2)."""
+  made = LogisticRegression(C=1 / (len(train.labels) * l2), tol=1e-8, max_iter=5000)
+  return made.fit(train.x.astype(np.float64), train.labels)
+
+
+@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
+def test_it_is_scikit_learns_minimum(l2):
+  train, test = examples(0, 120), examples(1, 80)
+  found, expected = linear_probe.fit(train, num_classes=4, l2=l2), theirs(train, l2)
+  np.testing.assert_allclose(found.weight, expected.coef_.T, atol=2e-3 * np.abs(expected.coef_).max())
+  centred = found.bias - found.bias.mean()  # of the bias, what is the same for all classes is free
+  np.testing.assert_allclose(centred, expected.intercept_ - expected.intercept_.mean(), atol=5e-3)
+  assert found.accuracy(test) == pytest.approx(expected.score(test.x, test.labels))
+  warm = linear_probe.fit(train, num_classes=4, l2=l2, start=linear_probe.fit(train, num_classes=4, l2=10 * l2))
+  np.testing.assert_allclose(warm.weight, found.weight, atol=2e-3 * np.abs(expected.coef_).max())
+
+
+def test_a_tie_is_wrong():
+  nothing = linear_probe.Linear(np.zeros((6, 4), np.float32), np.zeros(4, np.float32))
+  assert nothing.accuracy(examples(0, 50)) == 0.0
+
+
+def test_shots_are_of_each_class_and_more_have_those_of_fewer():
+  labels = np.array([0] * 9 + [1] * 3 + [2])
+  few, more = (linear_probe.first_of_each(labels, count, seed=3) for count in (2, 4))
+  np.testing.assert_array_equal(np.bincount(labels[few]), [2, 2, 1])
+  np.testing.assert_array_equal(np.bincount(labels[more]), [4, 3, 1])
+  assert {*few} < {*more} and {*few} != {*linear_probe.first_of_each(labels, 2, seed=4)}
+
+
+class Embedding:
+  """A CLIP, whose embedding of an image is written in its pixels."""
+
+  image_size, aligned, protocol = 4, True, {}
+  network = types.SimpleNamespace(is_clip=True)
+
+  def embed_images(self, params, images, *, seed):
+    return images[np.arange(len(images))].reshape(len(images), -1).astype(np.float32) / 255
+
+
+def as_records(these: Examples) -> list[dict]:
+  """Of 16 px, the first two of which hold the six numbers."""
+  pixels = np.zeros((len(these.x), 16, 3), np.uint8)
+  pixels[:, :2] = (these.x * 12 + 128).clip(0, 255).reshape(-1, 2, 3)
+  return [{"image": x.reshape(4, 4, 3), "label": CLASSES[k]} for x, k in zip(pixels, these.labels, strict=True)]
+
+
+@pytest.fixture
+def splits(monkeypatch):
+  found = {name: as_records(examples(i, n)) for i, (name, n) in enumerate(dict(train=150, val=90, test=80).items())}
+  found["test"].append({**found["test"][0], "label": "of another kind"})  # which training has not
+  monkeypatch.setattr(sources, "open_source", lambda *, split: found[split])
+  return found
+
+
+def test_the_whole_of_it_with_scikit_learn(splits):
+  """For 8 shots and all: the strongest of the best l2 on val, and its accuracy on test."""
+  evaluation = evals.create("linear_probe", data={"split": "test"}, val_split="val", shots=("8", "all"), seed=2)
+  metrics = evaluation.run(Embedding(), {})
+  data = {}
+  for name, found in splits.items():
+    known = [record for record in found if record["label"] in CLASSES]
+    x = np.stack([record["image"].ravel() for record in known]).astype(np.float32) / 255
+    data[name] = Examples(x, np.array([CLASSES.index(record["label"]) for record in known]))
+  assert len(data["test"].labels) == 80
+  for suffix, rows in (("8_shots", linear_probe.first_of_each(data["train"].labels, 8, seed=2)), ("all", slice(None))):
+    train = Examples(data["train"].x[rows], data["train"].labels[rows])
+    mean, spread = train.x.mean(0), train.x.std()
+    models = {l2: theirs(Examples((train.x - mean) / spread, train.labels), l2) for l2 in linear_probe.L2}
+    score = lambda l2, name, m=models, a=mean, s=spread: m[l2].score((data[name].x - a) / s, data[name].labels)
+    best = max(score(l2, "val") for l2 in models)
+    chosen = max(l2 for l2 in models if score(l2, "val") == best)
+    assert metrics[f"l2_embedding_{suffix}"] == chosen
+    assert metrics[f"acc1_embedding_{suffix}"] == pytest.approx(score(chosen, "test"), abs=1 / 80 + 1e-9)
+  assert not [name for name in metrics if "middle" in name]
+  expected = {"num_train_images": 150, "num_val_images": 90, "num_test_images": 80, "num_classes": 4}
+  assert expected.items() <= evaluation.protocol(Embedding()).items()
+
+
+def test_without_a_split_to_choose_on_a_fifth_is_held_out(splits):
+  evaluation = evals.create("linear_probe", data={"split": "test"})
+  places = {name: {*each.x.tolist()} for name, each in evaluation.examples.items()}
+  assert len(places["val"]) == 30 and len(places["train"]) == 120 and not places["val"] & places["train"]
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    (dict(data={"split": "train"}), "would test on the split train, on which it trains or chooses"),
+    (dict(shots=("0",)), "shots has '0'; it should be numbers from 1 on, or all"),
+    (dict(timestep=1001), "timestep"),
+    (dict(label_field="kind"), "no field 'kind'"),
+  ],
+)
+def test_what_is_refused(splits, settings, message):
+  with pytest.raises(UserError, match=message):
+    evals.create("linear_probe", **{"data": {"split": "test"}, **settings})
+
+
+def test_the_middle_map_is_diffusers(sd, imported, monkeypatch):
+  """Of an import, which has no trained head: its features are the UNet's alone, at timestep 0."""
+  ours, params = inference.load(imported, batch_size=4)
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (3, 32, 32, 3), np.uint8)
+  unet, vae = UNet2DConditionModel.from_pretrained(sd / "unet"), AutoencoderKL.from_pretrained(sd / "vae")
+  text, seen = CLIPTextModel.from_pretrained(sd / "text_encoder"), []
+  unet.mid_block.register_forward_hook(lambda module, given, found: seen.append(found))
+  with torch.no_grad():
+    z = vae.encode(nchw(images.astype(np.float32) / 127.5 - 1)).latent_dist.mean * vae.config.scaling_factor
+    states = text(torch.from_numpy(Tokenizer(ours.max_length)([""])).long()).last_hidden_state
+    unet(z, torch.zeros(3, dtype=torch.long), encoder_hidden_states=states.expand(3, -1, -1))
+  records = [{"image": image, "label": "ab"[i % 2]} for i, image in enumerate(images)]
+  monkeypatch.setattr(sources, "open_source", lambda *, split: records)
+  evaluation = evals.create("linear_probe", data={"split": "test"}, val_split="val", shots=("all",))
+  kept = []
+
+  def keep(features, shots):
+    kept.append(features["test"].x)
+    return {"acc1": 0.0}
+
+  monkeypatch.setattr(evaluation, "_measure", keep)
+  assert [*evaluation.run(ours, params)] == ["acc1_middle_all"]
+  np.testing.assert_allclose(kept[0], seen[0].mean((2, 3)).numpy(), rtol=1e-4, atol=1e-4)
+  assert evaluation.protocol(ours)["timestep"] == 0
