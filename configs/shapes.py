@@ -90,5 +90,5 @@ def to_clip(config: ConfigDict) -> None:
     weight_decay=0.01,
     no_decay=r"bias$|norm|positions|class_token|logit_scale",
   )
-  del config.evals["generated"]
+  config.evals.pop("generated", None)
   config.sample_prompts = ()
