@@ -81,7 +81,7 @@ class Choice:
 
 
 def share_right(own: Float[np.ndarray, "n 1"], others: Float[np.ndarray, "n k"]) -> float:
-  """How often a row's own score is the highest. One of m equal ones counts 1/m, so that ties are chance. NaN is wrong."""
+  """How often a row's own score is the highest. One of m equal ones counts 1/m, so ties are chance; NaN is wrong."""
   # "Not smaller" instead of "equal or larger": a NaN is neither.
   above = ~(others <= own)
   return float(np.where(above.any(axis=1), 0.0, 1 / (1 + (others == own).sum(axis=1))).mean())
