@@ -31,7 +31,7 @@ from diffdis_jax.parallel import sharding
 from tests.steps import build_trainer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-NOT_ONE_MODEL = {"__init__", "common", "own", "table6"}  # own: without a data set there is none
+NOT_ONE_MODEL = {"__init__", "common", "own", "replication", "table6"}  # own: without a data set there is none
 NAMES = sorted(path.stem for path in pathlib.Path(configs.__path__[0]).glob("*.py") if path.stem not in NOT_ONE_MODEL)
 # Arguments that change parameters, groups or partitions, for each config beside its default.
 ARGS = {

@@ -124,7 +124,7 @@ def test_one_that_fails_is_told_and_the_others_go_on(plan, tmp_path, caplog):
 
 def test_a_failed_autoencoder_fails_what_starts_from_it(plan, tmp_path, caplog):
   code = running.run_all(plan, [0, 1, 2], Folder(tmp_path), script({0: "raise SystemExit(3)", 1: "assert False"}))
-  assert code == 1 and caplog.text.count("left out, since its autoencoder failed") == 2
+  assert code == 1 and caplog.text.count(f"left out, since its start {plan.runs[0].name} failed") == 2
   assert [path.name for path in (tmp_path / "logs").iterdir()] == [f"{plan.runs[0].name}.log"]
 
 
