@@ -37,7 +37,12 @@ def read(monkeypatch):
   original = cli.read_config
 
   def make(**fields):
-    chosen = lambda path, flag="config": ConfigDict(FIELDS | fields) if path == "file:x" else original(path, flag)
+
+    def chosen(path, flag="config"):
+      # The tiny config takes no argument for CLIP; there is one beside it.
+      clip = "tests/tiny_clip.py" if path == f"{BASE}:objectives=contrastive" else path
+      return ConfigDict(FIELDS | fields) if path == "file:x" else original(clip, flag)
+
     monkeypatch.setattr(cli, "read_config", chosen)
     return arms.read("file:x", base=BASE, overrides={"batch_size": 4})
 
