@@ -77,6 +77,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "make demo",
     "python -m diffdis_jax.demo --out=runs/s1",
     "python -m diffdis_jax.ablate run --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2",
+    "python -m diffdis_jax.ablate run --base=scenes --arms=replication:e1",
   ),
   "times full-size networks or gigabytes of data": ("python -m diffdis_jax.benchmark",),
   "is the first two commands of docs/long_tail.md with other folders": (

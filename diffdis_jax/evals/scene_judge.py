@@ -23,7 +23,7 @@ from diffdis_jax.evals.classifiers import COLOURS, SIZE, Examples, Trained
 
 ATTRIBUTES = ("relation", "colour", "shape", "colour", "shape")  # of a scene, its first shape's before its second's
 CROSSWISE = [0, 3, 4, 1, 2]  # the same attributes with the two shapes in each other's place
-NUM_RENDERS, NUM_MEASURED = 16384, 4096
+NUM_RENDERS, NUM_MEASURED = 8192, 2048
 PEAK_RATE = 3e-3
 
 
@@ -141,7 +141,7 @@ class SceneJudge:
   template, per_class = "{}", 1
 
   def __init__(
-    self, data: Mapping[str, Any], seed: int, *, classifier_steps: int = 1000, required_accuracy: float = 0.95
+    self, data: Mapping[str, Any], seed: int, *, classifier_steps: int = 300, required_accuracy: float = 0.98
   ):
     source = sources.open_source(**data)
     records = range(len(source))

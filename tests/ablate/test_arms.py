@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 
 import pytest
@@ -17,6 +18,7 @@ from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import workdir
+from docs.measured import records, replication
 from tests import tiny
 from tests.ablate.synthetic import write
 
@@ -108,6 +110,19 @@ def test_claims_have_verdicts(read, tmp_path):
   assert "| after − alone | test/acc1 | +11.00 [+8.52, +13.48] | 3 | 0.003, 0.003 | 3.3 | 3 |" in text
   assert "− base" not in text  # only what was named is compared
   assert {*found["runs"]} == {run.name for run in plan.runs}
+
+
+def test_what_is_kept_of_an_experiment(read, tmp_path):
+  """Records by seed, as docs/measured reads them; those of another experiment stay."""
+  plan, folder = plan_of(read(), (0, 1, 2)), Folder(tmp_path)
+  write_claim(plan, folder, [(0.50, 0.40), (0.51, 0.40), (0.52, 0.40)])
+  found = json.loads(json.dumps(summary.summarise(plan, folder, columns_of(plan.base["evals"]), base="tiny")))
+  kept = replication.merged({"records": {"e9/a/b": {}, "x/old/b": {}}}, replication.records_of(found))
+  record = records.Record(**kept["records"]["x/after/test/acc1"])
+  assert record.values == {"0": 50.0, "1": 51.0, "2": 52.0} and record.what == "after: top-1 test ↑"
+  assert "e9/a/b" in kept["records"] and "x/old/b" not in kept["records"]
+  assert {*record.of["runs"]} < {*kept["runs"]} and kept["settings"]["x"]["seeds"] == [0, 1, 2]
+  assert kept["claims"]["x"][0]["verdict"]["words"] == "higher"
 
 
 def test_a_claim_without_runs_has_no_verdict(read, tmp_path):
