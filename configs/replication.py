@@ -6,7 +6,8 @@
 
 The same command resumes. What is chosen is chosen on val, the default of configs/scenes.py.
 
-e1, do the two tasks help each other? Scenes, some 6 hours of one core.
+e1: do the two tasks help each other? e3: which parts matter? Both are of scenes, some 6 hours of one core each. With
+one --out for both, e3 finds its base runs among those of e1; `table` then writes over the other's tables.
 """
 
 from typing import Any
@@ -22,11 +23,12 @@ STEP_SECONDS = {"generation": 0.40, "discrimination": 0.30, "generation+discrimi
 QUIET = dict(train_evals=(), sample_prompts=(), save_every=450, sample_every=100_000, eval_every=100_000)
 
 
-def get_config(arg: str = "e1") -> ConfigDict:
-  args = common.parse_arg(arg, e1=False)
-  if not args.e1:
-    raise ValueError("write e1, the name of an experiment")
-  return ConfigDict(e1())
+def get_config(arg: str = "") -> ConfigDict:
+  args = common.parse_arg(arg, **dict.fromkeys(EXPERIMENTS, False))
+  asked = [name for name in EXPERIMENTS if args[name]]
+  if len(asked) != 1:
+    raise ValueError(f"argument should be one of {', '.join(EXPERIMENTS)}")
+  return ConfigDict(EXPERIMENTS[asked[0]]())
 
 
 def e1() -> dict[str, Any]:
@@ -53,9 +55,43 @@ def e1() -> dict[str, Any]:
   return dict(title="Do the tasks help each other?", arms=tuple(arms), step_seconds=STEP_SECONDS, claims=tuple(claims))
 
 
-def _arm(name: str, objectives: str, *, num_steps: int | None = None, **fields: Any) -> dict[str, Any]:
-  steps = {} if num_steps is None else dict(num_steps=num_steps)
-  return dict(name=name, args=f"objectives={objectives}", changes=dict(**QUIET, **steps), **fields)
+def e3() -> dict[str, Any]:
+  """Which parts matter? The timestep t_z of the clean image needs both objectives, or nothing else has a timestep."""
+  parts = {
+    "without fusion": dict(model=dict(fusion=False)),
+    "own attention": dict(model=dict(share_attention=False)),
+    "shared FFN": dict(model=dict(modality_ffn=False)),
+    "target noise": dict(text_diffusion=dict(target="noise")),
+    "gamma 1.0": dict(text_diffusion=dict(gamma=1.0)),
+    "gamma 0.1": dict(text_diffusion=dict(gamma=0.1)),
+    "schedule cosine": dict(text_diffusion=dict(schedule="cosine")),
+    "schedule linear": dict(text_diffusion=dict(schedule="linear")),
+  }
+  timesteps = {"timestep 0": dict(condition_timestep=0), "timestep 999": dict(condition_timestep=999)}
+  arms, claims = [], []
+  for base, changes in (("discrimination", parts), ("both", timesteps)):
+    arms.append(_arm(base, base, num_steps=STEPS))
+    arms += [_arm(name, base, num_steps=STEPS, **change) for name, change in changes.items()]
+    claims += [_claim(name, base, "test/acc1") for name in changes]
+  return dict(title="Which parts matter?", arms=tuple(arms), claims=tuple(claims))
+
+
+EXPERIMENTS = {"e1": e1, "e3": e3}
+
+
+def _arm(
+  name: str,
+  objectives: str,
+  *,
+  start: str = "",
+  minutes: float | None = None,
+  measured: bool = True,
+  **changes: Any,
+) -> dict[str, Any]:
+  """An arm with other values of some fields."""
+  changes = dict(**QUIET, **changes)
+  args = f"objectives={objectives}"
+  return dict(name=name, args=args, changes=changes, start=start, minutes=minutes, measured=measured)
 
 
 def _claim(row: str, base: str, column: str, bound: float = 3.0) -> dict[str, Any]:

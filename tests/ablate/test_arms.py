@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 
@@ -159,30 +158,44 @@ def test_what_is_wrong_is_one_line(read, fields, message):
   assert "\n" not in str(error.value)
 
 
-def test_the_first_experiment_is_as_the_protocol_has_it():
-  base = "scenes:measured=test"
-  experiment = arms.read("replication:e1", base=base, overrides={})
+def plan_of_replication(name, base="scenes:measured=test"):
+  experiment = arms.read(f"replication:{name}", base=base, overrides={})
   config = cli.read_config(base).to_dict()
-  plan = planning.make(
-    config,
-    planning.find_autoencoder(base, {}, config),
-    [experiment.table],
-    range(5),
-    own_starts=True,
-    claims=experiment.claims,
-  )
-  for run in plan.runs:
+  autoencoder = planning.find_autoencoder(base, {}, config)
+  plan = planning.make(config, autoencoder, [experiment.table], range(5), own_starts=True, claims=experiment.claims)
+  assert len({run.name for run in plan.runs}) == len(plan.runs)
+  return plan
+
+
+def test_the_first_experiment_is_as_the_protocol_has_it():
+  plan = plan_of_replication("e1")
+  for run in plan.runs[:10]:
     run_config.Run.of(run.config)
-  assert len(plan.runs) == 50 and len({run.name for run in plan.runs}) == 50
-  rows = {row.label: row for row in experiment.table.rows}
+  assert len(plan.runs) == 50
+  rows = {row.label: row for row in plan.tables[0].rows}
   page = (pathlib.Path(__file__).parents[2] / "docs/replication/protocol.md").read_text()
   section = page.split("### E1")[1].split("### E2")[0]
   names = {"test_unseen/acc1": "5-way", "test_unseen_generated/acc1_attributes": "attributes"}
-  for claim in experiment.claims:
+  for claim in plan.claims:
     assert f"| {claim.row} − {claim.base} | {names[claim.column]} |" in section and claim.bound == 3
-    assert (claim.row in rows) and (claim.base in rows)
+  assert len(plan.claims) == section.count(" − ") == 4
   assert {rows[name].changes["num_steps"] for name in ("generation", "discrimination", "both")} == {900}
   both = rows["generation, then both"]
   assert both.changes["num_steps"] == both.start.changes["num_steps"] == 450
-  shown = {**workdir.flatten(dataclasses.asdict(rows["both"])["own_base"])}
-  assert {name.split(".")[1] for name in shown if name.startswith("evals.test")} >= {"test", "test_unseen"}
+  for name, sections in ((run.name, run.evals) for run in plan.runs[:10]):
+    assert all("test" in each["data"]["split"] for key, each in sections.items() if key != "held_out"), name
+
+
+def test_the_third_experiment_has_its_base_runs_from_the_first():
+  first, third = plan_of_replication("e1"), plan_of_replication("e3")
+  names = {run.name for run in first.runs}
+  shared = [run.name.partition("-")[0] for run in third.runs if run.name in names]
+  assert sorted(shared) == sorted(["autoencoder", "both", "discrimination"] * 5)
+  assert len(third.claims) == 10 and {claim.column for claim in third.claims} == {"test/acc1"}
+  base = {run.name.partition("-seed_0")[0]: workdir.identity(run.config) for run in third.runs if "seed_0" in run.name}
+  page = (pathlib.Path(__file__).parents[2] / "docs/replication/protocol.md").read_text()
+  section = page.split("### E3")[1].split("### E4")[0]
+  for claim in third.claims:
+    name = claim.row.replace(" ", "_")
+    (field,) = (field for field, value in base[name].items() if value != base[claim.base][field])
+    assert field in section and claim.bound == 3
