@@ -34,17 +34,17 @@ def get_config(arg: str = "") -> ConfigDict:
 def e1() -> dict[str, Any]:
   """Do the tasks help each other, at equal samples and at equal minutes?"""
   minutes = STEPS * STEP_SECONDS["generation+discrimination"] / 60
-  half = dict(num_steps=STEPS // 2)
+  half = STEPS // 2
   arms = [
     _arm("generation", "generation", num_steps=STEPS),
     _arm("discrimination", "discrimination", num_steps=STEPS),
     _arm("both", "both", num_steps=STEPS),
     _arm("generation as long as both", "generation", minutes=minutes),
     _arm("discrimination as long as both", "discrimination", minutes=minutes),
-    _arm("first half generation", "generation", measured=False, **half),
-    _arm("generation, then both", "both", start="first half generation", **half),
+    _arm("first half generation", "generation", measured=False, num_steps=half),
+    _arm("generation, then both", "both", start="first half generation", num_steps=half),
     _arm("first half of the time generation", "generation", measured=False, minutes=minutes / 2),
-    _arm("generation, then both, as long as both", "both", start="first half of the time generation", **half),
+    _arm("generation, then both, as long as both", "both", start="first half of the time generation", num_steps=half),
   ]
   claims = [
     _claim("both", "discrimination", "test_unseen/acc1"),
@@ -57,7 +57,7 @@ def e1() -> dict[str, Any]:
 
 def e3() -> dict[str, Any]:
   """Which parts matter? The timestep t_z of the clean image needs both objectives, or nothing else has a timestep."""
-  parts = {
+  parts: dict[str, dict[str, Any]] = {
     "without fusion": dict(model=dict(fusion=False)),
     "own attention": dict(model=dict(share_attention=False)),
     "shared FFN": dict(model=dict(modality_ffn=False)),
@@ -67,7 +67,10 @@ def e3() -> dict[str, Any]:
     "schedule cosine": dict(text_diffusion=dict(schedule="cosine")),
     "schedule linear": dict(text_diffusion=dict(schedule="linear")),
   }
-  timesteps = {"timestep 0": dict(condition_timestep=0), "timestep 999": dict(condition_timestep=999)}
+  timesteps: dict[str, dict[str, Any]] = {
+    "timestep 0": dict(condition_timestep=0),
+    "timestep 999": dict(condition_timestep=999),
+  }
   arms, claims = [], []
   for base, changes in (("discrimination", parts), ("both", timesteps)):
     arms.append(_arm(base, base, num_steps=STEPS))

@@ -144,8 +144,8 @@ def cells_of(figures: Sequence[Figures], *, base: int | None) -> list[dict[str, 
     seed, and in the base row.
   """
   places, pairs = [], []
-  for place, row in enumerate(figures if base is not None else ()):
-    for name, values in row.items():
+  for place, row in enumerate(figures):
+    for name, values in row.items() if base is not None else ():
       # Paired by seed: runs of one seed see the same images in the same order, so that differences spread less.
       others = figures[base][name]
       common = [values[seed] - others[seed] for seed in values if seed in others]

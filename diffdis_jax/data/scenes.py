@@ -169,11 +169,11 @@ def _jittered(colour: Sequence[int], reach: int, rng: np.random.Generator) -> np
 class Scenes:
   """Random access source of `num_images` records, each a function of (seed, split, index) alone.
 
-  A record is {image: u8[h w 3], caption, captions: both true ones, relation, seen: whether both of its pairs are, key},
-  and in the splits `choice_...` negatives: {kind: false caption} of KINDS. `caption` is the one or the other, its
-  converse; negatives are worded as it is. The scenes of `scenes_of` follow in turn, in other images each time; those of
-  `val`, `val_unseen`, `test` and `test_unseen` are more than 1,024, whose captions differ. `seed` changes images, not
-  scenes.
+  A record is {image: u8[h w 3], caption, captions: both true ones, first: "red star", second, relation, seen: whether
+  both of its pairs are, key}, and in the splits `choice_...` negatives: {kind: false caption} of KINDS. `caption` is the
+  one or the other, its converse; negatives are worded as it is. The scenes of `scenes_of` follow in turn, in other
+  images each time; those of `val`, `val_unseen`, `test` and `test_unseen` are more than 1,024, whose captions differ.
+  `seed` changes images, not scenes.
   """
 
   def __init__(self, *, split: str, image_size: int, seed: int = 0, num_images: int | None = None):
@@ -208,6 +208,8 @@ class Scenes:
     return {
       "caption": caption,
       "captions": [caption, other],
+      "first": " ".join(scene.first),
+      "second": " ".join(scene.second),
       "relation": scene.relation,
       "seen": not scene.unseen,
       **negatives,

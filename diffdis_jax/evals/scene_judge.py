@@ -128,6 +128,11 @@ def right(found: Int[np.ndarray, "n 5"], asked: Int[np.ndarray, "n 5"]) -> Bool[
   return np.where((crosswise.sum(axis=1) > straight.sum(axis=1))[:, None], crosswise, straight)
 
 
+def _scene(record: Mapping[str, Any]) -> scenes.Scene:
+  first, second = (shapes.PAIRS[shapes.CLASSNAMES.index(record[name])] for name in ("first", "second"))
+  return scenes.Scene(first, second, record["relation"])
+
+
 class SceneJudge:
   """Judges images that were generated for the captions of a split of scenes, as `GenerationAccuracy` asks it.
 
@@ -144,10 +149,10 @@ class SceneJudge:
     self, data: Mapping[str, Any], seed: int, *, classifier_steps: int = 300, required_accuracy: float = 0.98
   ):
     source = sources.open_source(**data)
-    records = range(len(source))
-    self.classnames = tuple(base.get_field(base.fields(source, i), "caption") for i in records)
-    self.asked = np.arange(len(source))
-    self._targets = np.array([attributes_of(source.scene(i)) for i in records])
+    records = [base.fields(source, i) for i in range(len(source))]
+    self.classnames = tuple(record["caption"] for record in records)
+    self.asked = np.arange(len(records))
+    self._targets = np.array([attributes_of(_scene(record)) for record in records])
     self._split = data.get("split", "train")
     self._seed, self._steps, self._required = seed, classifier_steps, required_accuracy
 
