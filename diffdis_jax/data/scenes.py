@@ -170,8 +170,8 @@ class Scenes:
   """Random access source of `num_images` records, each a function of (seed, split, index) alone.
 
   A record is {image: u8[h w 3], caption, captions: both true ones, first: "red star", second, relation, seen: whether
-  both of its pairs are, key}, and in the splits `choice_...` negatives: {kind: false caption} of KINDS. `caption` is one
-  of the two; negatives are worded as it is. The scenes of `scenes_of` follow in turn, in other
+  both of its pairs are, key}, and in the splits `choice_...` negatives: {kind: false caption} of KINDS. `caption` is
+  one of the two; negatives are worded as it is. The scenes of `scenes_of` follow in turn, in other
   images each time; those of `val`, `val_unseen`, `test` and `test_unseen` are more than 1,024, whose captions differ.
   `seed` changes images, not scenes.
   """

@@ -36,12 +36,12 @@ class SceneLogits(struct.PyTreeNode):
 
 
 class SceneClassifier(nnx.Module):
-  """Four convolutions; each half of their map names one shape, by heads that all halves share."""
+  """Three convolutions; each half of their map names one shape, by heads that all halves share."""
 
-  def __init__(self, *, rngs: nnx.Rngs, widths: Sequence[int] = (24, 48, 96, 96)):
+  def __init__(self, *, rngs: nnx.Rngs, widths: Sequence[int] = (24, 48, 96)):
     self.convs = nnx.List(
       nnx.Conv(a, b, (5, 5) if i == 0 else (3, 3), strides=stride, rngs=rngs)
-      for i, (a, b, stride) in enumerate(zip((4, *widths[:-1]), widths, (2, 1, 2, 1), strict=True))
+      for i, (a, b, stride) in enumerate(zip((4, *widths[:-1]), widths, (2, 2, 1), strict=True))
     )
     self.norms = nnx.List(nnx.GroupNorm(width, num_groups=8, rngs=rngs) for width in widths)
     self.relation = nnx.Linear(16 * widths[-1], len(scenes.RELATIONS), rngs=rngs)
