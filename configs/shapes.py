@@ -77,6 +77,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.inference.update(generation_steps=30, generation_guidance=4.0)
   if args.objectives == "contrastive":
     to_clip(config)
+    del config.evals["generated"]
   return config
 
 
@@ -90,5 +91,4 @@ def to_clip(config: ConfigDict) -> None:
     weight_decay=0.01,
     no_decay=r"bias$|norm|positions|class_token|logit_scale",
   )
-  del config.evals["generated"]
   config.sample_prompts = ()

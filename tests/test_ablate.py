@@ -122,6 +122,38 @@ def test_it_saves_when_it_is_stopped(tmp_path, environment, autoencoder_run, how
   assert " of 400" in state[0] and "missing" in state[1] and "? h" not in state[1]
 
 
+@pytest.mark.slow
+def test_arms_start_from_each_other(tmp_path, environment):
+  """Two seeds of four runs each; the same command does nothing again, and the table has the comparison."""
+  flags = [BASE, "--arms=tests/tiny_arms.py", "--seeds=0,1", f"--out={tmp_path / 'out'}"]
+  done = call("ablate", environment, "run", *flags)
+  assert done.returncode == 0, done.stderr
+  assert call("ablate", environment, "run", *flags).returncode == 0
+  assert call("ablate", environment, "plan", *flags).stdout.splitlines()[-1] == "8 runs, 8 finished"
+  assert call("ablate", environment, "table", *flags, "--noplot").returncode == 0
+  table = json.loads((tmp_path / "out" / "tables.json").read_text())
+  (claim,) = table["claims"]
+  assert (claim["row"], claim["verdict"]["difference"]["n"]) == ("generation first", 2)
+  runs = {name.partition("-seed_")[0]: run for name, run in table["runs"].items() if "seed_1" in name}
+  chain = runs["generation_first"]["provenance"]["init_from"]
+  assert [each["objectives"] for each in chain] == [["generation"], ["reconstruction"]]
+  assert {each["seed"] for each in chain} == {1} and runs["alone"]["minutes"] > 0
+
+
+@pytest.mark.parametrize(
+  "flags, said",
+  [
+    (["--arms=tests/tiny_arms.py", GRID], "--arms is an experiment of its own; leave out --tables and --grid"),
+    (["--arms=tests/tiny_arm.py"], "no config tests/tiny_arm.py; did you mean tests/tiny_arms.py[?]"),
+  ],
+)
+def test_wrong_arms_are_one_line(tmp_path, environment, flags, said):
+  done = call("ablate", environment, "run", BASE, *flags, f"--out={tmp_path / 'out'}")
+  assert (done.returncode, done.stdout) == (2, "")
+  assert re.fullmatch(f"error: {said}\n", done.stderr)
+  assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
   "grid, said",
   [

@@ -31,7 +31,7 @@ from diffdis_jax.parallel import sharding
 from tests.steps import build_trainer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-NOT_ONE_MODEL = {"__init__", "common", "own", "table6"}  # own: without a data set there is none
+NOT_ONE_MODEL = {"__init__", "common", "own", "replication", "table6"}  # own: without a data set there is none
 NAMES = sorted(path.stem for path in pathlib.Path(configs.__path__[0]).glob("*.py") if path.stem not in NOT_ONE_MODEL)
 # Arguments that change parameters, groups or partitions, for each config beside its default.
 ARGS = {
@@ -47,6 +47,7 @@ ARGS = {
   ),
   "emoji": ("autoencoder", "objectives=contrastive"),
   "places_lt": ("stage=2", "backbone=clip", "stage=2,backbone=clip"),
+  "scenes": ("autoencoder", "objectives=generation", "objectives=contrastive"),
   "shapes": ("autoencoder", "objectives=contrastive"),
   "shapes_lt": ("stage=2", "backbone=clip", "stage=2,backbone=clip"),
 }
@@ -154,7 +155,7 @@ def test_the_papers_run_measures_the_sets_that_are_named():
   assert toy.train_evals == ("coco",) and toy.evals.coco.data.image_size == toy.image_size == 32
 
 
-@pytest.mark.parametrize("name", ["clip_cc3m", "diffdis_cc3m", "shapes", "emoji"])
+@pytest.mark.parametrize("name", ["clip_cc3m", "diffdis_cc3m", "scenes", "shapes", "emoji"])
 def test_what_is_held_out_is_measured_while_it_trains(name):
   config = get_config(name, "held_out=H" if name.endswith("cc3m") else "")
   section = config.evals.held_out
@@ -216,6 +217,8 @@ def test_a_clip_keeps_its_best_by_accuracy():
     ("clip_cc3m", "model=rn50"),
     ("clip_cc3m", "recipe=ours"),
     ("emoji", "objectives=x"),
+    ("scenes", "objectives=x"),
+    ("scenes", "measured=train"),
     ("shapes", "objectives=x"),
     ("places_lt", "set=x"),
     ("shapes_lt", "stage=3"),
@@ -254,6 +257,19 @@ def test_the_emoji_are_measured_for_what_is_trained():
   assert tasks(both) == {"zero_shot", "retrieval", "generation_accuracy", "held_out_loss"}
   assert tasks(generation) == {"generation_accuracy", "held_out_loss"} and generation.train_evals == ("held_out",)
   assert tasks(discrimination) == tasks(clip) == {"zero_shot", "retrieval", "held_out_loss"}
+
+
+@pytest.mark.parametrize("measured", ["val", "test"])
+def test_scenes_are_measured_for_what_is_trained_on_one_part(measured):
+  sets = {"": {"choice"}, "_retrieval": {"retrieval"}, "_generated": {"generation_accuracy"}}
+  of = {"generation": ("_generated",), "discrimination": ("", "_retrieval"), "contrastive": ("", "_retrieval")}
+  for objectives, kinds in (of | {"both": (*sets,)}).items():
+    config = get_config("scenes", f"objectives={objectives},measured={measured}")
+    assert {*config.evals} == {"held_out", *(f"{measured}{pairs}{kind}" for pairs in ("", "_unseen") for kind in kinds)}
+    for name, section in config.evals.items():
+      assert (
+        name == "held_out" or measured in section.data.split and ("unseen" in name) == ("unseen" in section.data.split)
+      )
 
 
 @pytest.mark.parametrize("arg", ["backbone=diffdis", "backbone=clip"])

@@ -38,6 +38,7 @@ RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.verify --workdir=RUN": ("", ()),
   "python -m diffdis_jax.config diff": ("", ()),
   "python -m diffdis_jax.ablate plan --base=shapes": ("", ()),
+  "python -m diffdis_jax.ablate plan --base=scenes:measured=test --arms=replication:e1": ("", ()),
   # The page says that the figure needs an extra.
   "python -m diffdis_jax.ablate table --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2": (
     "--noplot",
@@ -76,6 +77,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "make demo",
     "python -m diffdis_jax.demo --out=runs/s1",
     "python -m diffdis_jax.ablate run --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2",
+    "python -m diffdis_jax.ablate run --base=scenes --arms=replication:e1",
   ),
   "times full-size networks or gigabytes of data": ("python -m diffdis_jax.benchmark",),
   "is the first two commands of docs/long_tail.md with other folders": (

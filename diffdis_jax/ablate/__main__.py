@@ -9,6 +9,7 @@ The same flags then go to `ablate run` and `ablate table`:
   table   writes tables.json, tables.md and tables.png into --out
 
 --grid="loss.ita_weight=0.01,0.03;text_diffusion.gamma=0.1,1.0" replaces --tables, or is added to them.
+--arms=replication:e1 replaces both: an experiment with arms that start from each other, planned before its runs.
 --config.a.b=value sets a field of all runs. Runs can be stopped at any time and resume: SIGTERM saves and exits with
 code 75, Ctrl-C with code 130.
 """
@@ -24,7 +25,7 @@ from absl import flags
 
 from diffdis_jax import config as run_config
 from diffdis_jax import evaluate
-from diffdis_jax.ablate import columns, render, status, summary, tables
+from diffdis_jax.ablate import arms, columns, render, status, summary, tables
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import run as running
 from diffdis_jax.ablate.folder import Folder
@@ -49,6 +50,7 @@ def define_flags() -> None:
   flags.DEFINE_string("out", None, "folder of the runs, their results and the tables", required=True)
   flags.DEFINE_list("tables", [], "tables of the paper's appendix, any of 2,3,4,5,7")
   flags.DEFINE_string("grid", None, "field=value,value;field=value: a table of every combination")
+  flags.DEFINE_string("arms", "", "NAME[:args] or FILE.py[:args] of an experiment, in place of --tables and --grid")
   flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of every row")
   flags.DEFINE_string("schedule", "", "text schedule of Tables 2 and 7, not stated by the paper; by default the base's")
   flags.DEFINE_float("table7_gamma", 1.0, "gamma of Table 7, not stated by the paper")
@@ -91,13 +93,20 @@ def make_plan() -> Plan:
     asked += tables.choose(FLAGS.tables, tables.Unstated(schedule=schedule, gamma=FLAGS.table7_gamma))
   if FLAGS.grid is not None:
     asked.append(tables.grid(FLAGS.grid, base))
+  claims: tuple[tables.Claim, ...] = ()
+  if FLAGS.arms:
+    if asked:
+      raise UserError("--arms is an experiment of its own; leave out --tables and --grid")
+    experiment = arms.read(FLAGS.arms, base=path, overrides=overrides)
+    asked, claims = [experiment.table], experiment.claims
   if not asked:
-    raise UserError('there is nothing to run; give --tables=2,3,4,5,7, or --grid="field=value,value", or both')
+    raise UserError('there is nothing to run; give --tables=2,3,4,5,7, or --grid="field=value,value", or --arms=NAME')
   try:
     seeds = [int(seed) for seed in FLAGS.seeds]
   except ValueError:
     raise UserError(f"--seeds={','.join(FLAGS.seeds)} should be whole numbers, such as 0,1,2") from None
-  plan = planning.make(base, planning.find_autoencoder(path, overrides, base), asked, seeds)
+  autoencoder = planning.find_autoencoder(path, overrides, base)
+  plan = planning.make(base, autoencoder, asked, seeds, own_starts=bool(FLAGS.arms), claims=claims)
   # All of them before any is started: a row that no run can have should not fail after hours.
   for each in plan.runs:
     try:

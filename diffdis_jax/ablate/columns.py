@@ -39,7 +39,7 @@ class Column:
 
 
 def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ...]:
-  """Of a config's `evals`: accuracy of generated images and FID, then top-1, then R@1.
+  """Of a config's `evals`: accuracy of generated images and FID, then top-1 and choice, then R@1.
 
   With a set `coco` and a set `flickr` of retrieval, as in the paper, the mean of their four R@1 is one column. R@1 of
   any other set is the mean of both ways.
@@ -50,6 +50,8 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
     # Rendered shapes have pairs that training never saw, which are a figure of their own; labelled images have none.
     labelled = "data" in evaluations[name]
     metrics = {"acc1": name} if labelled else {f"acc1_{which}": f"{which} pairs" for which in ("seen", "unseen")}
+    if labelled and evaluations[name]["data"].get("name") == "scenes":
+      metrics |= {"acc1_attributes": f"{name}, of five attributes"}
     for metric, title in metrics.items():
       found.append(_percent("generation_accuracy", name, metric, f"generated images, {title}"))
   for name in sets["fid"]:
@@ -61,6 +63,7 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
     found.append(_percent("zero_shot", name, "acc1", title))
     if evaluations[name].get("seen_split"):
       found.append(_percent("zero_shot", name, "acc1_seen", f"top-1 {name}, seen classes"))
+  found += [_percent("choice", name, "acc1", f"choice of five, {name}") for name in sets["choice"]]
   paper = [name for name in ("coco", "flickr") if name in sets["retrieval"]]
   # Both or neither: over one of them the mean would not be the paper's.
   if len(paper) == 2:
@@ -83,7 +86,7 @@ def choose(columns: Sequence[Column], names: Sequence[str]) -> tuple[Column, ...
   return tuple(known[name] for name in names or known)
 
 
-_TASKS = ("generation_accuracy", "fid", "zero_shot", "retrieval")
+_TASKS = ("generation_accuracy", "fid", "zero_shot", "choice", "retrieval")
 
 
 def _percent(task: str, name: str, metric: str, title: str) -> Column:

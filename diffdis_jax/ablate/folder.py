@@ -72,9 +72,9 @@ class Folder:
     return self.path / "logs" / f"{run.name}.log"
 
   def config(self, run: Run) -> dict[str, Any]:
-    """Of its training: `init_from` is the workdir of its autoencoder, if it has one."""
+    """Of its training: `init_from` is the workdir of what it starts from, if there is one."""
     # Not in the plan's config: a path would make the run's hash, and so its name, depend on the folder.
-    return run.config | ({"init_from": self.workdir(run.autoencoder)} if run.autoencoder else {})
+    return run.config | ({"init_from": self.workdir(run.start)} if run.start else {})
 
   def read(self, run: Run) -> Results | None:
     """Its results, if every evaluation has one. Raises UserError: the file holds something else."""
@@ -94,6 +94,11 @@ class Folder:
       measured=measured,
       seconds=seconds_per_step(buckets.path(self.workdir(run))),
     )
+
+  def minutes(self, run: Run) -> float | None:
+    """Of its training steps, without starts, evaluations and saves; None where metrics.jsonl does not tell."""
+    seconds = seconds_per_step(buckets.path(self.workdir(run)))
+    return None if seconds is None else seconds * run.config["num_steps"] / 60
 
   def check(self, plan: Plan) -> None:
     """Raises UserError where the folder's runs are of another base."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -29,20 +28,25 @@ class Run:
 
   Attributes:
     name: of its workdir: what it changes in the base, its seed, and its hash.
-    config: nested dicts; its `init_from` is empty where `autoencoder` says what the run starts from.
-    autoencoder: the run that has to end before this one starts, if there is one.
-    evals: of its config, those that measure what its objectives train.
+    config: nested dicts; its `init_from` is empty where `start` says what the run starts from.
+    start: the run that has to end before this one starts, if there is one; it may have one itself.
+    evals: of its config, those that measure what its objectives train; none of what is a start alone.
   """
 
   name: str
   config: dict[str, Any]
-  autoencoder: Run | None
+  start: Run | None
   evals: dict[str, Any]
 
   @property
   def measurement(self) -> str:
     """A hash of how it is measured, which may change without a new training."""
     return digest({"evals": self.evals, "inference": self.config["inference"]})
+
+  @property
+  def depth(self) -> int:
+    """How many runs it has behind it."""
+    return self.start.depth + 1 if self.start else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,8 @@ class Plan:
     tables: as they were asked for.
     seeds: of every row.
     rows: (name of a table, number of a row) -> its runs, in the order of the seeds.
-    runs: each once, in the order in which they are to be done: autoencoders, then all rows of one seed after another.
+    runs: each once, in the order in which they are to be done: starts first, and all rows of one seed after another.
+    claims: which rows are compared; none for all with the base row of their table.
   """
 
   base: dict[str, Any]
@@ -62,9 +67,18 @@ class Plan:
   seeds: tuple[int, ...]
   rows: Mapping[tuple[str, int], tuple[Run, ...]]
   runs: tuple[Run, ...]
+  claims: tuple[tables.Claim, ...] = ()
 
 
-def make(base: Config, autoencoder: Config | None, asked: Sequence[tables.Table], seeds: Sequence[int]) -> Plan:
+def make(
+  base: Config,
+  autoencoder: Config | None,
+  asked: Sequence[tables.Table],
+  seeds: Sequence[int],
+  *,
+  own_starts: bool = False,
+  claims: Sequence[tables.Claim] = (),
+) -> Plan:
   """The plan of some tables.
 
   Args:
@@ -73,6 +87,8 @@ def make(base: Config, autoencoder: Config | None, asked: Sequence[tables.Table]
       what they start from, or they start from nothing.
     asked: tables.
     seeds: of every row.
+    own_starts: whether each seed has an autoencoder of its own; else one serves all.
+    claims: which rows are compared.
 
   Raises:
     UserError: the base has no evaluations, or lacks a field that a row changes; a seed is given twice; or two runs
@@ -90,15 +106,18 @@ def make(base: Config, autoencoder: Config | None, asked: Sequence[tables.Table]
     # Seed by seed: an ablation that is stopped has all rows of some seeds, which can be compared.
     for table in asked:
       for number, row in enumerate(table.rows):
-        run = _make_run(base, autoencoder, row, seed, known)
+        run = _make_run(base, autoencoder, row, seed, known, own_starts=own_starts)
         rows.setdefault((table.name, number), []).append(run)
   return Plan(
     base=dict(base),
     tables=tuple(asked),
     seeds=tuple(seeds),
     rows={key: tuple(found) for key, found in rows.items()},
-    # `sorted` is stable: autoencoders first, and all others in the order above.
-    runs=tuple(sorted(known.values(), key=lambda run: run.autoencoder is not None)),
+    # `sorted` is stable: starts first, and all others in the order above.
+    runs=tuple(
+      sorted(known.values(), key=lambda run: (seeds.index(run.config["seed"]) if own_starts else 0, run.depth))
+    ),
+    claims=tuple(claims),
   )
 
 
@@ -123,7 +142,9 @@ def find_autoencoder(path: str, overrides: Mapping[str, Any], base: Config) -> d
     return None
   if not Objectives(config["objectives"]).is_autoencoder:
     return None
-  return _changed(config, {field: value for field, value in overrides.items() if re.search(OF_AUTOENCODER, field)})
+  return tables.changed(
+    config, {field: value for field, value in overrides.items() if re.search(OF_AUTOENCODER, field)}
+  )
 
 
 def _needs_autoencoder(objectives: Sequence[str]) -> bool:
@@ -132,25 +153,40 @@ def _needs_autoencoder(objectives: Sequence[str]) -> bool:
 
 
 def _make_run(
-  base: Config, autoencoder: Config | None, row: tables.Row, seed: int, known: dict[tuple[str, str], Run]
+  base: Config,
+  autoencoder: Config | None,
+  row: tables.Row,
+  seed: int,
+  known: dict[tuple[str, str], Run],
+  *,
+  own_starts: bool,
 ) -> Run:
-  """The run of a row, from `known`, or new and put there with its autoencoder."""
-  config = _changed(base, {**row.changes, "seed": seed})
+  """The run of a row, from `known`, or new and put there with what it starts from."""
+  config = tables.changed(row.own_base or base, {**row.changes, "seed": seed})
   objectives: Sequence[str] = config["objectives"]
-  measures = lambda task: {*evals.MEASURES.get(task, objectives)} & {*objectives}
-  # What a row does not train it would measure as chance; its cell stays blank instead.
-  trained = {name: section for name, section in config["evals"].items() if measures(section["task"])}
-  if not trained:
+  trained = _measured(config, objectives) if row.measured else {}
+  if row.measured and not trained:
     raise UserError(f"row {row.label}: no evaluation of the base measures objectives {', '.join(objectives)}")
   config["train_evals"] = tuple(name for name in config["train_evals"] if name in trained)
   first = None
-  if autoencoder is not None and _needs_autoencoder(objectives):
+  if row.start is not None:
+    first = _make_run(base, autoencoder, row.start, seed, known, own_starts=own_starts)
+  elif autoencoder is not None and _needs_autoencoder(objectives):
     own = {field: value for field, value in row.changes.items() if re.search(OF_AUTOENCODER, field)}
-    plain = _changed(autoencoder, own)
-    first = _add(known, Run(f"autoencoder-{digest(identity(plain))}", plain, None, {}))
-  # The autoencoder's name, which ends in its hash, and not its path: wherever the folder lies, the run has one name.
+    plain = tables.changed(autoencoder, own | ({"seed": seed} if own_starts else {}))
+    of_seed = f"-seed_{seed}" if own_starts else ""
+    first = _add(known, Run(f"autoencoder{of_seed}-{digest(identity(plain))}", plain, None, {}))
+  # The start's name, which ends in its hash, and not its path: wherever the folder lies, the run has one name.
   fields = identity(config) | ({"init_from": first.name} if first else {})
-  return _add(known, Run(f"{_describe(base, config)}-seed_{seed}-{digest(fields)}", config, first, trained))
+  # Arms are named; else what is changed is the name.
+  name = _part_of_name(row.label) if own_starts else _describe(base, config)
+  return _add(known, Run(f"{name}-seed_{seed}-{digest(fields)}", config, first, trained))
+
+
+def _measured(config: Config, objectives: Sequence[str]) -> dict[str, Any]:
+  """The evaluations of what is trained; others would measure chance, and their cells stay blank instead."""
+  measures = lambda task: {*evals.MEASURES.get(task, objectives)} & {*objectives}
+  return {name: section for name, section in config["evals"].items() if measures(section["task"])}
 
 
 def _add(known: dict[tuple[str, str], Run], run: Run) -> Run:
@@ -162,16 +198,6 @@ def _add(known: dict[tuple[str, str], Run], run: Run) -> Run:
   return known.setdefault((run.name, run.measurement), run)
 
 
-def _changed(config: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
-  """A copy with other values of some fields. Raises UserError: it has no such field."""
-  config = copy.deepcopy(dict(config))
-  for field, value in changes.items():
-    tables.field_of(config, field)
-    section, _, name = field.rpartition(".")
-    (tables.field_of(config, section) if section else config)[name] = value
-  return config
-
-
 def _describe(base: Mapping[str, Any], config: Mapping[str, Any]) -> str:
   """What a training changes in the base, as part of a file's name: `gamma_1.0-target_noise`."""
   there, here = workdir.flatten(base), workdir.flatten(config)
@@ -180,5 +206,9 @@ def _describe(base: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     for field, value in here.items()
     if field not in ("seed", "init_from") and not workdir.may_change(field) and there.get(field) != value
   ]
+  return _part_of_name("-".join(changed)) or "base"
+
+
+def _part_of_name(text: str) -> str:
   # 80 characters: a folder's name may have 255 bytes, and seed and hash are still to come.
-  return re.sub(r"[^\w.+-]+", "_", "-".join(changed))[:80] or "base"
+  return re.sub(r"[^\w.+-]+", "_", text)[:80]

@@ -55,7 +55,7 @@ def run(
   train: Callable[[run_config.Run, str], Any],
   measure: Callable[[Run, str, str], Any],
 ) -> None:
-  """Trains a run, its autoencoder first, and measures it, each from where it was stopped.
+  """Trains a run, what it starts from first, and measures it, each from where it was stopped.
 
   What another process is at is waited for.
 
@@ -68,12 +68,12 @@ def run(
   Raises:
     UserError, Preempted: as `train` and `measure` do.
   """
-  # Before its autoencoder: where the results are, no workdir has to be.
+  # Before its start: where the results are, no workdir has to be.
   if folder.state(one).is_finished:
     return
-  # The autoencoder first: a run begins from its last checkpoint.
-  if one.autoencoder:
-    run(one.autoencoder, folder, train=train, measure=measure)
+  # The start first: a run begins from its last checkpoint.
+  if one.start:
+    run(one.start, folder, train=train, measure=measure)
   path = folder.workdir(one)
   _when_free(lambda: folder.state(one).is_trained, lambda: train(run_config.Run.of(folder.config(one)), path))
 
@@ -103,7 +103,7 @@ def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
 def run_all(
   plan: Plan, numbers: Sequence[int], folder: Folder, command: Callable[[int], list[str]], *, jobs: int = 1
 ) -> int:
-  """Does the runs of these numbers that are not finished, each in a process of its own; autoencoders first.
+  """Does the runs of these numbers that are not finished, each in a process of its own; starts first.
 
   One that fails is reported, and the others continue. What a process says goes to its log, in a bucket at its end.
 
@@ -140,24 +140,34 @@ def run_all(
 
   with _Children().listening() as children:
     left = [number for number in numbers if not folder.state(plan.runs[number]).is_finished]
-    is_shared = {run.autoencoder for run in plan.runs}.__contains__
-    # All of them before any other run, since each of those starts from the last checkpoint of one.
-    _side_by_side(one, [number for number in left if is_shared(plan.runs[number])], jobs, children)
-    others = []
-    for number in left:
-      run = plan.runs[number]
-      if run.autoencoder and run.autoencoder.name in failed:
-        logging.error("run %d, %s: left out, since its autoencoder failed", number, run.name)
-        # With its code: where the autoencoder's input was bad, this run needs no other cause.
-        failed[run.name] = failed[run.autoencoder.name]
-      elif not is_shared(run):
-        others.append(number)
-    _side_by_side(one, others, jobs, children)
+    # All of a wave before any of the next one: a run starts from the last checkpoint of one before it.
+    for wave in _waves(plan, left):
+      ready = []
+      for number in wave:
+        run = plan.runs[number]
+        if run.start and run.start.name in failed:
+          logging.error("run %d, %s: left out, since its start %s failed", number, run.name, run.start.name)
+          # With its code: where the start's input was bad, this run needs no other cause.
+          failed[run.name] = failed[run.start.name]
+        else:
+          ready.append(number)
+      _side_by_side(one, ready, jobs, children)
   if failed:
     logging.error("%d of %d runs failed; the same command tries them again", len(failed), len(numbers))
   else:
     logging.info("all %d runs are finished", len(numbers))
   return 0 if not failed else BAD_INPUT if {*failed.values()} == {BAD_INPUT} else 1
+
+
+def _waves(plan: Plan, numbers: Sequence[int]) -> list[list[int]]:
+  """The runs in their order, cut wherever one starts from another of the same wave."""
+  waves: list[list[int]] = [[]]
+  for number in numbers:
+    start = plan.runs[number].start
+    if start and start.name in {plan.runs[other].name for other in waves[-1]}:
+      waves.append([])
+    waves[-1].append(number)
+  return waves
 
 
 def _side_by_side(

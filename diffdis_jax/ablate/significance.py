@@ -95,6 +95,56 @@ def detectable(sd: float, n: int) -> float:
   return float(shift) * sd / n**0.5
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+  """Of a comparison that was named before the runs.
+
+  Attributes:
+    difference: corrected over all comparisons of the experiment.
+    bound: the largest difference that counts as none.
+    p_equivalent: of a true difference of `bound` or more, by two one-sided t-tests (TOST); None where the difference
+      has no p.
+    p_equivalent_holm: after Holm's correction over the experiment's.
+    words: "higher" or "lower" where the difference is significant, "no effect larger than BOUND" where that is, both
+      where both are, "undecided" where neither.
+  """
+
+  difference: Difference
+  bound: float
+  p_equivalent: float | None
+  p_equivalent_holm: float | None
+  words: str
+
+
+def equivalent(pairs: Sequence[float], bound: float) -> float | None:
+  """p of a true difference outside of ± bound (Schuirmann, 1987): the larger of the two one-sided tests'.
+
+  It is below 5 % where the 90 % interval, mean ± t(0.95, n - 1) se, lies within the bound.
+  """
+  from scipy import stats
+
+  found = paired(pairs)
+  if found.p is None or not found.se:
+    return None
+  return float(stats.t.sf((bound - abs(found.mean)) / found.se, found.n - 1))
+
+
+def verdicts(pairs: Sequence[Sequence[float]], bounds: Sequence[float]) -> list[Verdict]:
+  """Of the comparisons of an experiment, each with its paired differences and its bound, in their order."""
+  differences = correct([paired(each) for each in pairs])
+  p_values = [equivalent(each, bound) for each, bound in zip(pairs, bounds, strict=True)]
+  adjusted = iter(holm([p for p in p_values if p is not None]))
+  found = []
+  for difference, bound, p in zip(differences, bounds, p_values, strict=True):
+    p_holm = None if p is None else next(adjusted)
+    words = [("higher" if difference.mean > 0 else "lower")] if difference.is_significant else []
+    if p_holm is not None and p_holm < ALPHA:
+      words.append(f"no effect larger than {bound:g}")
+    said = ", ".join(words) or "undecided"
+    found.append(Verdict(difference=difference, bound=bound, p_equivalent=p, p_equivalent_holm=p_holm, words=said))
+  return found
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
   """Adjusted p (Holm, 1979), in the order of `p_values`: that of rank i of m is the largest of (m - j) p_j, j <= i."""
   order = np.argsort(p_values, kind="stable")

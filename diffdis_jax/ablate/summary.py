@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.ablate import significance
-from diffdis_jax.ablate.columns import Column
+from diffdis_jax.ablate.columns import Column, columns_of
 from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.ablate.tables import PAPER_METRICS, Row, Table
@@ -50,7 +50,8 @@ def summarise(plan: Plan, folder: Folder, columns: Sequence[Column], *, base: st
     "columns": {column.name: column.title for column in columns},
     "paper_columns": PAPER_METRICS,
     "tables": {table.name: _table(plan, table, results, columns) for table in plan.tables},
-    "runs": {run.name: _run(run, results.get(run)) for run in plan.runs},
+    "claims": claims_of(plan, results),
+    "runs": {run.name: _run(run, results.get(run), folder) for run in plan.runs},
   }
 
 
@@ -98,12 +99,44 @@ def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[s
   return {"title": table.title, "rows": rows, "count": dataclasses.asdict(significance.count(differences))}
 
 
-def cells_of(figures: Sequence[Figures], *, base: int) -> list[dict[str, dict[str, Any]]]:
+def claims_of(plan: Plan, results: Mapping[Run, Results | None]) -> list[dict[str, Any]]:
+  """Of each claim its fields, `values`, the figures of both rows by seed, and its `significance.Verdict`.
+
+  A claim without a seed that both rows have finished has no verdict, and the others are corrected without it.
+  """
+  rows = {row.label: (table.name, place) for table in plan.tables for place, row in enumerate(table.rows)}
+  found, pairs = [], []
+  for claim in plan.claims:
+    values = {}
+    for label in (claim.row, claim.base):
+      runs = plan.rows[rows[label]]
+      known = {each.name: each for run in runs for each in columns_of(run.evals)}
+      each = known[claim.column]
+      values[label] = {
+        seed: value
+        for seed, run in zip(plan.seeds, runs, strict=True)
+        if (value := each.read(results[run] or {})) is not None
+      }
+    ours, theirs = values.values()
+    pairs.append([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+    found.append({**dataclasses.asdict(claim), "values": {k: _by_text(v) for k, v in values.items()}, "verdict": None})
+  whole = [place for place, each in enumerate(pairs) if each]
+  verdicts = significance.verdicts([pairs[i] for i in whole], [plan.claims[i].bound for i in whole])
+  for place, verdict in zip(whole, verdicts, strict=True):
+    found[place]["verdict"] = dataclasses.asdict(verdict)
+  return found
+
+
+def _by_text(values: Mapping[int, float]) -> dict[str, float]:
+  return {str(seed): value for seed, value in values.items()}
+
+
+def cells_of(figures: Sequence[Figures], *, base: int | None) -> list[dict[str, dict[str, Any]]]:
   """Of each row, column -> cell.
 
   Args:
     figures: of each row.
-    base: the number of the row that the others are compared with.
+    base: the number of the row that the others are compared with; None for no comparison.
 
   Returns:
     Cells of values, mean, sd (of a sample; None of one value), n; and `difference`, that to the base row over the seeds
@@ -112,7 +145,7 @@ def cells_of(figures: Sequence[Figures], *, base: int) -> list[dict[str, dict[st
   """
   places, pairs = [], []
   for place, row in enumerate(figures):
-    for name, values in row.items():
+    for name, values in row.items() if base is not None else ():
       # Paired by seed: runs of one seed see the same images in the same order, so that differences spread less.
       others = figures[base][name]
       common = [values[seed] - others[seed] for seed in values if seed in others]
@@ -132,7 +165,7 @@ def _moments(values: Mapping[int, float]) -> dict[str, Any]:
   numbers = [*values.values()]
   mean = statistics.fmean(numbers) if numbers else None
   sd = statistics.stdev(numbers) if len(numbers) > 1 else None
-  return {"values": {str(seed): value for seed, value in values.items()}, "mean": mean, "sd": sd, "n": len(numbers)}
+  return {"values": _by_text(values), "mean": mean, "sd": sd, "n": len(numbers)}
 
 
 def _table(
@@ -168,9 +201,10 @@ def _row(row: Row, cells: Mapping[str, Any], *, is_base: bool, runs: Sequence[st
   }
 
 
-def _run(run: Run, results: Results | None) -> dict[str, Any]:
+def _run(run: Run, results: Results | None, folder: Folder) -> dict[str, Any]:
   """Of a run: its config, and the metrics and protocols of its evaluations, None where it is not finished.
 
+  `minutes` are those of its own training steps, None where its workdir is gone.
   `provenance` is the run's own, with what it began from; None in results that have none.
   """
   measured: dict[str, Any] | None = None
@@ -181,7 +215,8 @@ def _run(run: Run, results: Results | None) -> dict[str, Any]:
     origin = next((record["provenance"]["run"] for record in records.values() if "provenance" in record), None)
   return {
     "config": provenance.public(run.config),
-    "autoencoder": run.autoencoder.name if run.autoencoder else None,
+    "start": run.start.name if run.start else None,
+    "minutes": folder.minutes(run),
     "evaluations": measured,
     "provenance": origin,
   }

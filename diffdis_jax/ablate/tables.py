@@ -7,6 +7,7 @@ base's, so that a table means the same on any base.
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -23,21 +24,49 @@ cent. The keys are the columns' names, as `columns.columns_of` gives them."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """`paper`: the figures of PAPER_METRICS in its order, or none."""
+  """A row, or what the runs of one start from.
+
+  Attributes:
+    label: of the row.
+    changes: dotted path of a field -> its value.
+    paper: the figures of PAPER_METRICS in its order, or none.
+    own_base: the config that `changes` are of, as nested dicts, where it is not that of all rows.
+    start: whose run of the same seed its runs start from; None for what the base starts from.
+    measured: whether its runs are; else they are starts alone.
+  """
 
   label: str
-  changes: Mapping[str, Any]  # dotted path of a field -> its value
+  changes: Mapping[str, Any]
   paper: tuple[float, ...] = ()
+  own_base: Mapping[str, Any] | None = None
+  start: Row | None = None
+  measured: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-  """`base`: the number of the row that the others are compared with."""
+  """`base`: the number of the row that the others are compared with; None where `Claim` says what is compared."""
 
   name: str
   title: str
   rows: tuple[Row, ...]
-  base: int
+  base: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+  """A comparison that was named before the runs.
+
+  Attributes:
+    row, base: labels of the two rows.
+    column: the name of the figure.
+    bound: the largest difference that counts as none, in the figure's unit.
+  """
+
+  row: str
+  base: str
+  column: str
+  bound: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,6 +212,16 @@ def field_of(config: Mapping[str, Any], field: str) -> Any:
   for part in field.split("."):
     value = value[part]
   return value
+
+
+def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+  """A copy with other values of some fields, by their dotted paths. Raises UserError: it has no such field."""
+  config = copy.deepcopy(dict(config))
+  for field, value in changes.items():
+    field_of(config, field)
+    section, _, name = field.rpartition(".")
+    (field_of(config, section) if section else config)[name] = value
+  return config
 
 
 def _read_values(field: str, text: str, base: Mapping[str, Any]) -> list[Any]:

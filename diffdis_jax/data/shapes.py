@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image, ImageDraw
 
 COLOURS = {
@@ -163,23 +163,32 @@ def describe(rng: np.random.Generator, scene: Scene) -> str:
   return " ".join(filter(None, words))
 
 
-def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
-  """Draws the scene with antialiased edges; `rng` gives the slight jitter of both colours."""
+def coverage(
+  shape: str, *, x: float, y: float, radius: float, rotation: float, image_size: int
+) -> Float32[np.ndarray, "h w 1"]:
+  """How much of each pixel a shape covers, 0 to 1. Lengths and places as `Scene` has them, rotation in degrees."""
   side = image_size * SUPERSAMPLING
-  angle = math.radians(scene.rotation)
-  cos, sin = math.cos(angle) * scene.radius * side, math.sin(angle) * scene.radius * side
-  x0, y0 = (0.5 + scene.x) * side, (0.5 + scene.y) * side
+  angle = math.radians(rotation)
+  cos, sin = math.cos(angle) * radius * side, math.sin(angle) * radius * side
+  x0, y0 = (0.5 + x) * side, (0.5 + y) * side
   # ImageDraw has no antialiasing: it draws larger, and the mean of the pixels smooths the edges.
   mask = Image.new("L", (side, side), 0)
   draw = ImageDraw.Draw(mask)
   # All but the ring have no hole.
-  for fill, outline in zip((255, 0), OUTLINES[scene.shape], strict=False):
+  for fill, outline in zip((255, 0), OUTLINES[shape], strict=False):
     draw.polygon([(x0 + x * cos - y * sin, y0 + x * sin + y * cos) for x, y in outline], fill=fill)
-  coverage = np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[:, :, None] / 255
+  return np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[:, :, None] / 255
+
+
+def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
+  """Draws the scene with antialiased edges; `rng` gives the slight jitter of both colours."""
+  covered = coverage(
+    scene.shape, x=scene.x, y=scene.y, radius=scene.radius, rotation=scene.rotation, image_size=image_size
+  )
   reach = np.array([[BACKGROUND_JITTER], [COLOUR_JITTER]])
   jitter = rng.integers(-reach, reach, (2, 3), endpoint=True)
   back, front = np.clip(np.array((BACKGROUNDS[scene.background], COLOURS[scene.colour])) + jitter, 0, 255)
-  return (back + (front - back) * coverage + 0.5).astype(np.uint8)
+  return (back + (front - back) * covered + 0.5).astype(np.uint8)
 
 
 def _pairs_of(split: str) -> tuple[tuple[str, str], ...]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from diffdis_jax.common import buckets
-from diffdis_jax.data import latents, long_tail, records, shapes
+from diffdis_jax.data import latents, long_tail, records, scenes, shapes
 from diffdis_jax.data.layouts import find
 from diffdis_jax.errors import UserError, check_number
 
@@ -39,13 +39,15 @@ class Section:
 
   Attributes:
     name: one of KINDS.
-    image_size: side in pixels at which shapes are rendered. Stored images keep theirs until the loader resizes them.
-    split: of `shapes`: train, test, unseen, all. Of `pairs`: what the folder has. A published set is measured on one
-      split alone, whatever this says.
-    path: the prepared folder, local or any that etils.epath reads; unused by `shapes`. Of a published set, the folder
-      of all of them.
-    seed: of the rendered shapes.
-    num_images: number of shapes; by default shapes.SPLITS. Of `pairs` and `latents`: only the first so many.
+    image_size: side in pixels at which shapes and scenes are rendered. Stored images keep theirs until the loader
+      resizes them.
+    split: of `shapes`: train, test, unseen, all. Of `scenes`: one of scenes.SPLITS. Of `pairs`: what the folder has. A
+      published set is measured on one split alone, whatever this says.
+    path: the prepared folder, local or any that etils.epath reads; unused by `shapes` and `scenes`. Of a published set,
+      the folder of all of them.
+    seed: of the rendered images.
+    num_images: number of rendered images; by default SPLITS of shapes or scenes. Of `pairs` and `latents`: only the
+      first so many.
     caption_fields: fields of a record whose texts are its captions; none for the captions that it came with.
 
   Raises:
@@ -82,16 +84,28 @@ class Section:
     return records.Recaptioned(source, self.caption_fields) if self.caption_fields else source
 
 
-class _Shapes(Section):
+class _Rendered(Section):
   """Rendered by index."""
 
+  KIND: ClassVar[Any]
+  SPLITS: ClassVar[Mapping[str, int]]
+
   def open(self) -> Source:
-    if self.split not in shapes.SPLITS:
-      raise UserError(f"shapes has no split {self.split!r}; there are {', '.join(shapes.SPLITS)}")
-    rendered = shapes.Shapes(split=self.split, image_size=self.image_size, seed=self.seed, num_images=self.num_images)
+    if self.split not in self.SPLITS:
+      raise UserError(f"{self.name} has no split {self.split!r}; there are {', '.join(self.SPLITS)}")
+    rendered = self.KIND(split=self.split, image_size=self.image_size, seed=self.seed, num_images=self.num_images)
     if missing := [field for field in self.caption_fields if field not in rendered[0]]:
-      raise UserError(f"shapes has no caption field {missing[0]!r}; its records have {', '.join(sorted(rendered[0]))}")
+      there = ", ".join(sorted(rendered[0]))
+      raise UserError(f"{self.name} has no caption field {missing[0]!r}; its records have {there}")
     return self._recaptioned(rendered)
+
+
+class _Shapes(_Rendered):
+  KIND, SPLITS = shapes.Shapes, shapes.SPLITS
+
+
+class _Scenes(_Rendered):
+  KIND, SPLITS = scenes.Scenes, scenes.SPLITS
 
 
 class _Pairs(Section):
@@ -154,6 +168,7 @@ KINDS: dict[str, type[Section]] = {
   "shapes": _Shapes,
   "pairs": _Pairs,
   "latents": _Latents,
+  "scenes": _Scenes,
   **dict.fromkeys(long_tail.NAMES, _LongTailed),
   **dict.fromkeys(find.NAMES, _Published),
 }

@@ -33,6 +33,14 @@ VIEW = transforms.Augmentation(
 
 
 @dataclasses.dataclass(frozen=True)
+class Trained:
+  """A classifier, and its accuracy on real images that it was not trained on, by metric."""
+
+  model: Any
+  accuracy: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class Examples:
   """A batch to train on: images and, for each, the number of its class, or of its colour and its shape."""
 
@@ -79,6 +87,16 @@ class ShapeLogits(struct.PyTreeNode):
   shape: Float[Array, "b k"]
 
 
+def with_contrast(image: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 4"]:
+  """The image from -1 to 1, and how much each of its pixels differs from the border's median, from -1 to 1."""
+  x = image.astype(jnp.float32) / 127.5 - 1
+  # A shape of nearly the background's colour is as visible in this channel as any other: it is scaled to the largest
+  # difference of its own image.
+  border = jnp.concatenate([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], axis=1)
+  contrast = jnp.abs(x - jnp.median(border, axis=1)[:, None, None]).sum(-1, keepdims=True)
+  return jnp.concatenate([x, 2 * contrast / (contrast.max((1, 2), keepdims=True) + 1e-3) - 1], axis=-1)
+
+
 class ShapeClassifier(nnx.Module):
   """Three convolutions, pooling and two heads.
 
@@ -99,12 +117,7 @@ class ShapeClassifier(nnx.Module):
     self.shape = nnx.Linear(2 * third, len(shapes.SHAPES), rngs=rngs)
 
   def __call__(self, image: UInt8[Array, "b h w 3"]) -> ShapeLogits:
-    x = image.astype(jnp.float32) / 127.5 - 1
-    # A shape of nearly the background's colour is as visible in this channel as any other: it is scaled to the largest
-    # difference of its own image.
-    border = jnp.concatenate([x[:, 0], x[:, -1], x[:, :, 0], x[:, :, -1]], axis=1)
-    contrast = jnp.abs(x - jnp.median(border, axis=1)[:, None, None]).sum(-1, keepdims=True)
-    x = jnp.concatenate([x, 2 * contrast / (contrast.max((1, 2), keepdims=True) + 1e-3) - 1], axis=-1)
+    x = with_contrast(image)
     for conv, norm in zip(self.convs, self.norms, strict=True):
       x = nnx.relu(norm(conv(x)))
     # The mean tells the colour, whatever the place; the maximum tells a corner, however small.

@@ -7,7 +7,6 @@ well, and it names copies right; how many generated images are near to copies st
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,25 +18,19 @@ from diffdis_jax.data import shapes, sources, transforms
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import base, classifiers, copies, prompts
-from diffdis_jax.evals.classifiers import PAIRS, SIZE
+from diffdis_jax.evals.classifiers import PAIRS, SIZE, Trained
+from diffdis_jax.evals.scene_judge import SceneJudge
 
 SEEN = np.array([pair in shapes.SEEN for pair in shapes.PAIRS])
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-  """A classifier, and its accuracy on real images that it was not trained on, by metric."""
-
-  model: Any
-  accuracy: dict[str, float]
 
 
 class GenerationAccuracy:
   """Task `generation_accuracy`: the share of generated images that show what was asked for, as a classifier judges.
 
   Without `data` the images are rendered shapes, and right are those of the colour and the shape asked for. With `data`
-  they are of its classes, and right are those whose class is named first, or among the first five. Source: none; it
-  stands for FID where there are too few images for that.
+  of `scenes` they are generated for its captions, one each, and right are those on which both colours, both shapes and
+  the relation are (`scene_judge`). With other `data` they are of its classes, and right are those whose class is named
+  first, or among the first five. Source: none; it stands for FID where there are too few images for that.
 
   Args:
     data: section of a data source, as `data.sources.open_source` takes it. One image or more is generated for each of
@@ -50,9 +43,9 @@ class GenerationAccuracy:
     seed: seed of the initial noise, of the classifier and of its held-out images.
     epochs: epochs of the classifier's training on labelled images; by default 20.
     held_out: share of the labelled images held out to measure the classifier; by default 0.1.
-    classifier_steps: steps of the classifier's training on shapes; by default 500.
-    required_accuracy: accuracy that the classifier must reach on new renders of shapes, or the evaluation stops; by
-      default 0.98.
+    classifier_steps: steps of the classifier's training on shapes or scenes; by default 500 or 300.
+    required_accuracy: accuracy that the classifier must reach on new renders of shapes or scenes, or the evaluation
+      stops; by default 0.98.
 
   Raises:
     UserError: a label that is no text, fewer than two classes, so few images that none are held out, or settings of
@@ -77,11 +70,16 @@ class GenerationAccuracy:
   ):
     of_labels = _given(splits=splits, label_field=label_field, epochs=epochs, held_out=held_out)
     of_shapes = _given(classifier_steps=classifier_steps, required_accuracy=required_accuracy)
+    of_scenes = data is not None and data.get("name") == "scenes"
     # Without this, a forgotten `data` would quietly measure shapes.
-    if wrong := [*(of_shapes if data is not None else of_labels)]:
-      judged, remedy = ("labelled images", "leave it out") if data is not None else ("rendered shapes", "give data too")
+    if wrong := [*(of_labels if data is None or of_scenes else of_shapes)]:
+      judged = "rendered shapes" if data is None else "rendered scenes" if of_scenes else "labelled images"
+      remedy = "leave it out" if data is not None else "give data too"
       raise UserError(f"{wrong[0]} has no effect where {judged} are judged; {remedy}")
-    self.judge = ShapeJudge(seed, **of_shapes) if data is None else LabelJudge(data, seed, **of_labels)
+    if data is None:
+      self.judge = ShapeJudge(seed, **of_shapes)
+    else:
+      self.judge = SceneJudge(data, seed, **of_shapes) if of_scenes else LabelJudge(data, seed, **of_labels)
     per_class = self.judge.per_class if per_class is None else per_class
     check_number("per_class", per_class, at_least=1)
     self._template = prompts.resolve_templates((template or self.judge.template,))[0]
@@ -102,6 +100,7 @@ class GenerationAccuracy:
     """acc1 of generated images, and judge_acc1 of real ones that the judge was not trained on.
 
     Of shapes also acc1_seen and acc1_unseen, of pairs that training saw and of others, and acc1_colour and acc1_shape.
+    Of scenes also acc1_attributes, the share of the five that are right, acc1_relation, acc1_colour and acc1_shape.
     Of labelled images also acc5 and judge_acc5; nearer_than_own, the share of generated images whose nearest image in
     the split of `data` is nearer than any two of their class there are to each other, at SIZE; and
     real_nearer_than_own, the same of real images of the other splits. Each of these two is left out where no class has

@@ -12,6 +12,7 @@ from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import settings
 from diffdis_jax.evals.base import Eval
+from diffdis_jax.evals.choice import Choice
 from diffdis_jax.evals.diffusion_classifier import DiffusionClassifier
 from diffdis_jax.evals.fid import Fid
 from diffdis_jax.evals.generation_accuracy import GenerationAccuracy
@@ -26,6 +27,7 @@ from diffdis_jax.evals.zero_shot import ZeroShot
 EVALS = {
   "zero_shot": ZeroShot,
   "retrieval": Retrieval,
+  "choice": Choice,
   "generation_accuracy": GenerationAccuracy,
   "fid": Fid,
   "held_out_loss": HeldOutLoss,
@@ -39,6 +41,7 @@ FORMER = {"agreement": "generation_accuracy", "recognition": "generation_accurac
 MEASURES = {
   "zero_shot": ALIGNED,
   "retrieval": ALIGNED,
+  "choice": ALIGNED,
   "diffusion_classifier": GENERATIVE,
   "generation_accuracy": GENERATIVE,
   "fid": GENERATIVE,

@@ -70,7 +70,7 @@ def test_one_autoencoder_comes_first_and_serves_every_run():
   plan = make_plan()
   first, *others = plan.runs
   assert len(others) == 27 and first.name.startswith("autoencoder-") and not first.evals
-  assert {run.autoencoder for run in others} == {first}
+  assert {run.start for run in others} == {first}
   assert first.config["objectives"] == ("reconstruction",)
 
 
@@ -78,7 +78,7 @@ def test_an_autoencoder_of_its_own_for_what_it_depends_on():
   plan = make_plan(grid="image_size=16,32", seeds=(0, 1))
   small, large = plan.runs[:2]
   assert [run.config["image_size"] for run in (small, large)] == [16, 32]
-  assert [run.autoencoder for run in plan.runs[2:]] == [small, large] * 2
+  assert [run.start for run in plan.runs[2:]] == [small, large] * 2
   assert len(make_plan(grid="loss.ita_weight=0.1,0.2", seeds=(0, 1)).runs) == 5
 
 
@@ -220,6 +220,6 @@ def test_init_from_is_the_autoencoders_workdir_from_wherever_one_starts(tmp_path
   monkeypatch.chdir(tmp_path)
   run = make_plan().runs[1]
   relative, absolute = Folder("out"), Folder(os.path.abspath("out"))
-  assert relative.config(run)["init_from"] == absolute.config(run)["init_from"] == absolute.workdir(run.autoencoder)
+  assert relative.config(run)["init_from"] == absolute.config(run)["init_from"] == absolute.workdir(run.start)
   assert run.config["init_from"] == ""
   assert Folder("gs://bucket/out").workdir(run) == f"gs://bucket/out/runs/{run.name}"

@@ -14,10 +14,13 @@ import pytest
 from etils import epath
 
 from diffdis_jax import config as run_config
+from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import run as running
+from diffdis_jax.ablate import tables
 from diffdis_jax.ablate.folder import Folder, State, seconds_per_step
 from diffdis_jax.errors import Interrupted, Preempted, UserError
 from diffdis_jax.run import workdir
+from tests import tiny
 from tests.ablate import synthetic
 from tests.ablate.synthetic import make_plan
 from tests.command_runs import ROOT
@@ -64,6 +67,19 @@ def test_the_autoencoder_is_trained_first_and_once(plan, done):
     running.run(run, done.folder, train=done.train, measure=done.measure)
   assert done.trained == [done.folder.workdir(run) for run in (first, on, off)]
   assert done.measured == [on.name, off.name]
+
+
+def test_a_chain_is_trained_from_its_beginning(done):
+  """Autoencoder, generation, both; only what is a row is measured."""
+  fields = synthetic.base().to_dict()
+  start = tables.Row(label="generation", changes={"objectives": ("generation",)}, measured=False)
+  table = tables.Table(name="t", title="t", rows=(tables.Row(label="then both", changes={}, start=start),), base=None)
+  autoencoder = tiny.get_config("autoencoder").to_dict()
+  plan = planning.make(fields, autoencoder, [table], (7,), own_starts=True)
+  assert [run.name.partition("-seed_7")[0] for run in plan.runs] == ["autoencoder", "generation", "then_both"]
+  assert {run.config["seed"] for run in plan.runs} == {7}
+  running.run(plan.runs[2], done.folder, train=done.train, measure=done.measure)
+  assert done.trained == [done.folder.workdir(run) for run in plan.runs] and done.measured == [plan.runs[2].name]
 
 
 def test_what_another_process_has_is_waited_for(plan, done, monkeypatch):
@@ -124,7 +140,7 @@ def test_one_that_fails_is_told_and_the_others_go_on(plan, tmp_path, caplog):
 
 def test_a_failed_autoencoder_fails_what_starts_from_it(plan, tmp_path, caplog):
   code = running.run_all(plan, [0, 1, 2], Folder(tmp_path), script({0: "raise SystemExit(3)", 1: "assert False"}))
-  assert code == 1 and caplog.text.count("left out, since its autoencoder failed") == 2
+  assert code == 1 and caplog.text.count(f"left out, since its start {plan.runs[0].name} failed") == 2
   assert [path.name for path in (tmp_path / "logs").iterdir()] == [f"{plan.runs[0].name}.log"]
 
 

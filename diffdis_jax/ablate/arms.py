@@ -1,0 +1,132 @@
+"""An experiment planned before its runs: arms, which may start from each other, and which of them are compared.
+
+Its file has a `get_config` as a run's config has. configs/replication.py is one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffdis_jax.ablate import columns, tables
+from diffdis_jax.ablate.tables import Claim, Row, Table
+from diffdis_jax.common import cli
+from diffdis_jax.errors import UserError, check_number, read_section
+from diffdis_jax.run import workdir
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+  """One of the `arms` of such a file.
+
+  Attributes:
+    name: of the row and, in part, of its runs.
+    args: appended to the base's arguments, such as `objectives=generation`; the arm's base is the config of both.
+    changes: fields of it, nested as they are there.
+    start: the arm whose run of the same seed its runs start from; by default what the base starts from.
+    minutes: of training on one core, in place of `num_steps`, by `step_seconds`; None for the steps of the config.
+    measured: whether it is a row of the table; else it is a start alone.
+  """
+
+  name: str
+  args: str = ""
+  changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  start: str = ""
+  minutes: float | None = None
+  measured: bool = True
+
+  def __post_init__(self) -> None:
+    if self.minutes is not None:
+      check_number("minutes", self.minutes, above=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """What such a file says.
+
+  Attributes:
+    title: the question.
+    arms: each with the fields of `Arm`.
+    step_seconds: of a training step on one core, by the objectives joined with "+"; needed where an arm has `minutes`.
+    claims: comparisons, each with the fields of `tables.Claim`.
+  """
+
+  title: str
+  arms: Sequence[Mapping[str, Any]]
+  step_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  claims: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+  """A table of the arms, and what is compared in it."""
+
+  table: Table
+  claims: tuple[Claim, ...]
+
+
+def read(path: str, *, base: str, overrides: Mapping[str, Any]) -> Read:
+  """The experiment of FILE.py[:args].
+
+  Args:
+    path: of the experiment.
+    base: FILE.py[:args] of the config that all arms change.
+    overrides: dotted path -> value, given for the base.
+
+  Raises:
+    UserError: no such file; an unknown field, arm, row or column; arms that start from each other in a circle; or no
+      speed for an arm with minutes.
+  """
+  fields = cli.read_config(path, "arms").to_dict()
+  experiment = read_section(Experiment, fields, f"--arms={path}")
+  arms = {each.name: each for each in (read_section(Arm, fields, "arms") for fields in experiment.arms)}
+  if len(arms) < len(experiment.arms):
+    raise UserError(f"--arms={path} has arms of one name; there are {', '.join(arms)}")
+  rows: dict[str, Row] = {}
+
+  def row(name: str, behind: tuple[str, ...] = ()) -> Row:
+    if name not in arms:
+      raise UserError(f"arm {behind[-1]} starts from {name!r}; there are {', '.join(arms)}")
+    if name in behind:
+      raise UserError(f"arms start from each other: {' from '.join((*behind, name))}; one has to be the first")
+    if name not in rows:
+      arm = arms[name]
+      start = row(arm.start, (*behind, name)) if arm.start else None
+      rows[name] = _row(arm, start, base=base, overrides=overrides, step_seconds=experiment.step_seconds)
+    return rows[name]
+
+  measured = tuple(each for each in map(row, arms) if each.measured)
+  if not measured:
+    raise UserError(f"--arms={path} has no arm that is measured")
+  claims = tuple(read_section(Claim, each, "claims") for each in experiment.claims)
+  _check(claims, measured)
+  title = experiment.title
+  return Read(Table(name=path.rpartition(":")[2], title=title, rows=measured, base=None), claims)
+
+
+def _row(
+  arm: Arm, start: Row | None, *, base: str, overrides: Mapping[str, Any], step_seconds: Mapping[str, float]
+) -> Row:
+  file, _, args = base.partition(":")
+  config = cli.read_config(f"{file}:{','.join(filter(None, (args, arm.args)))}").to_dict()
+  changes = workdir.flatten(arm.changes) if arm.changes else {}
+  if arm.minutes is not None:
+    objectives = "+".join(changes.get("objectives", config["objectives"]))
+    if objectives not in step_seconds:
+      raise UserError(f"arm {arm.name} has minutes, and step_seconds has no {objectives!r}; measure and add it")
+    changes["num_steps"] = round(60 * arm.minutes / step_seconds[objectives])
+  own = tables.changed(config, overrides)
+  return Row(label=arm.name, changes=changes, own_base=own, start=start, measured=arm.measured)
+
+
+def _check(claims: Sequence[Claim], rows: Sequence[Row]) -> None:
+  by_label = {each.label: each for each in rows}
+  for claim in claims:
+    check_number("claims: bound", claim.bound, above=0)
+    for label in (claim.row, claim.base):
+      if label not in by_label:
+        raise UserError(f"a claim names arm {label!r}; measured are {', '.join(by_label)}")
+      known = [column.name for column in columns.columns_of((by_label[label].own_base or {})["evals"])]
+      if claim.column not in known:
+        raise UserError(f"a claim names column {claim.column!r}, which arm {label} lacks; it has {', '.join(known)}")

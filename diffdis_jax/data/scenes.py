@@ -1,0 +1,223 @@
+"""Procedural captioned images of two coloured shapes and a relation, "a red star left of a blue ring".
+
+16 of the 64 pairs of colour and shape are never in training, two of each colour and two of each shape. Each image has
+two true captions, of which the other one is the converse: "a blue ring right of a red star". Its hard negatives, false
+captions, differ from the true one in one thing. In two kinds the words are the same and their order is not.
+
+A caption alone does not tell that it is false. Where negatives are, in the splits `choice_...`, the scenes that they
+describe are there too, and equally often, so that any score of texts alone is right on half of the swapped ones. Every
+negative names as many pairs from outside of training as the truth. None of it is the paper's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from diffdis_jax.data import shapes
+from diffdis_jax.data.shapes import COLOURS, PAIRS, SHAPES
+
+Pair = tuple[str, str]  # colour and shape
+
+CONVERSES = {"left of": "right of", "above": "below"}
+RELATIONS = tuple(CONVERSES)
+KINDS = ("other_colour", "other_shape", "swapped_colours", "swapped_objects")  # of negatives
+
+# All in parts of the image's side. No two shapes touch, and none leaves the image.
+RADIUS = (0.18, 0.22)  # to the outermost point of a shape
+APART = (0.22, 0.26)  # from the middle of a scene to that of either shape, along the relation's axis
+ASIDE = 0.12  # most of either shape, across that axis
+OFF_CENTRE = 0.02  # most of a scene's middle, along either axis
+
+# 3 and 8 have no common factor, and 2 and 5 differ: each shape is held out twice, as each colour is.
+UNSEEN = tuple((colour, SHAPES[(3 * i + j) % len(SHAPES)]) for i, colour in enumerate(COLOURS) for j in (2, 5))
+SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
+# Number of images. `val` and `test` have no scene in common; what chooses a setting is measured on the former.
+MEASURED = tuple(f"{part}{pairs}" for part in ("val", "test") for pairs in ("", "_unseen"))
+SPLITS = {
+  "train": 65536,
+  **dict.fromkeys(MEASURED, 1024),
+  **dict.fromkeys((f"choice_{split}" for split in MEASURED), 4096),
+  "all": 8192,
+}
+ORBIT = 8  # scenes that swaps of colours and of objects, and the other relation, make of one
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """`first` is left of `second`, or above it."""
+
+  first: Pair
+  second: Pair
+  relation: str  # one of RELATIONS
+
+  def caption(self, *, converse: bool = False) -> str:
+    """The true one that begins with `first`, or its converse."""
+    if converse:
+      return say(self.second, CONVERSES[self.relation], self.first)
+    return say(self.first, self.relation, self.second)
+
+  @property
+  def unseen(self) -> int:
+    """How many of its pairs are never in training."""
+    return (self.first in UNSEEN) + (self.second in UNSEEN)
+
+  @property
+  def swapped_colours(self) -> Scene:
+    """Each shape in the colour of the other."""
+    (colour, shape), (other_colour, other_shape) = self.first, self.second
+    return Scene((other_colour, shape), (colour, other_shape), self.relation)
+
+  @property
+  def swapped_objects(self) -> Scene:
+    """Each shape in the place of the other."""
+    return Scene(self.second, self.first, self.relation)
+
+  def others(self, part: int) -> list[Scene]:
+    """Those with another colour (0) or shape (1) of one of the two, which no shape here has, and as many unseen pairs.
+
+    Args:
+      part: of a pair.
+    """
+    found = []
+    for value in (COLOURS, SHAPES)[part]:
+      if value in (self.first[part], self.second[part]):
+        continue
+      changed = lambda pair, value=value: (value, pair[1]) if part == 0 else (pair[0], value)
+      found.append(dataclasses.replace(self, first=changed(self.first)))
+      found.append(dataclasses.replace(self, second=changed(self.second)))
+    return [scene for scene in found if scene.unseen == self.unseen]
+
+
+def say(first: Pair, relation: str, second: Pair) -> str:
+  """A caption."""
+  return f"a {' '.join(first)} {relation} a {' '.join(second)}"
+
+
+@functools.cache
+def scenes_of(split: str) -> tuple[Scene, ...]:
+  """The scenes of a split, each once.
+
+  `train` has all of two seen pairs that share neither colour nor shape. `val` and `test` have such scenes too, and
+  `val_unseen` and `test_unseen` those with one unseen pair. Of each of these four, `choice_...` has the scenes whose
+  swapped colours name as many unseen pairs: all eight of an orbit, one after another. `all`, from which a judge of
+  images learns, has every two pairs, equal ones too.
+  """
+  pairs = {"train": SEEN, "all": PAIRS}.get(split)
+  if pairs is not None:
+    every = [Scene(first, second, relation) for first in pairs for second in pairs for relation in RELATIONS]
+    found = [scene for scene in every if split == "all" or _differs(scene)]
+    return tuple(found[i] for i in np.random.default_rng(0).permutation(len(found)))
+  unseen, is_choice = split.endswith("_unseen"), split.startswith("choice_")
+  return tuple(
+    scene
+    for orbit in _orbits()["test" in split :: 2]
+    for scene in orbit
+    if scene.unseen == unseen and (not is_choice or scene.swapped_colours.unseen == unseen)
+  )
+
+
+def _differs(scene: Scene) -> bool:
+  return all(a != b for a, b in zip(scene.first, scene.second, strict=True))
+
+
+@functools.cache
+def _orbits() -> list[tuple[Scene, ...]]:
+  """All orbits, in random order. `val` and `test` have every second one each, and so no scene in common."""
+  every = [Scene(first, second, RELATIONS[0]) for first in PAIRS for second in PAIRS]
+  found = [*dict.fromkeys(_orbit(scene) for scene in every if _differs(scene))]
+  return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+
+
+def _orbit(scene: Scene) -> tuple[Scene, ...]:
+  """The eight scenes that swaps make of one, in an order that is the same for each of them."""
+  own = (scene, scene.swapped_colours)
+  four = sorted((*own, *(each.swapped_objects for each in own)), key=lambda each: (each.first, each.second))
+  return tuple(dataclasses.replace(each, relation=relation) for each in four for relation in RELATIONS)
+
+
+def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
+  """Draws a scene; `rng` gives the background, places, sizes and turns, and the slight jitter of all colours."""
+  background = tuple(shapes.BACKGROUNDS.values())[rng.integers(len(shapes.BACKGROUNDS))]
+  image = np.broadcast_to(_jittered(background, shapes.BACKGROUND_JITTER, rng), (image_size, image_size, 3))
+  axis = RELATIONS.index(scene.relation)
+  middle, apart = rng.uniform(-OFF_CENTRE, OFF_CENTRE, 2), rng.uniform(*APART)
+  for (colour, shape), side in ((scene.first, -1), (scene.second, 1)):
+    along, across = middle[axis] + side * apart, middle[1 - axis] + rng.uniform(-ASIDE, ASIDE)
+    x, y = (across, along) if axis else (along, across)
+    covered = shapes.coverage(
+      shape,
+      x=x,
+      y=y,
+      radius=rng.uniform(*RADIUS),
+      rotation=rng.uniform(-shapes.MAX_ROTATION, shapes.MAX_ROTATION),
+      image_size=image_size,
+    )
+    image = image + (_jittered(COLOURS[colour], shapes.COLOUR_JITTER, rng) - image) * covered
+  return (image + 0.5).astype(np.uint8)
+
+
+def _jittered(colour: Sequence[int], reach: int, rng: np.random.Generator) -> np.ndarray:
+  return np.clip(np.array(colour) + rng.integers(-reach, reach, 3, endpoint=True), 0, 255)
+
+
+class Scenes:
+  """Random access source of `num_images` records, each a function of (seed, split, index) alone.
+
+  A record is {image: u8[h w 3], caption, captions: both true ones, first: "red star", second, relation, seen: whether
+  both of its pairs are, key}, and in the splits `choice_...` negatives: {kind: false caption} of KINDS. `caption` is
+  one of the two; negatives are worded as it is. The scenes of `scenes_of` follow in turn, in other
+  images each time; those of `val`, `val_unseen`, `test` and `test_unseen` are more than 1,024, whose captions differ.
+  `seed` changes images, not scenes.
+  """
+
+  def __init__(self, *, split: str, image_size: int, seed: int = 0, num_images: int | None = None):
+    self._scenes = scenes_of(split)
+    # With the split, or two splits of one scene would share images.
+    self._seed = (seed, tuple(SPLITS).index(split))
+    self._has_negatives = split.startswith("choice_")
+    self._image_size = image_size
+    self._num_images = SPLITS[split] if num_images is None else num_images
+
+  def __len__(self) -> int:
+    return self._num_images
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    fields = self.fields(index)
+    rng = np.random.default_rng((*self._seed, index, 0))
+    return {**fields, "image": render(self.scene(index), image_size=self._image_size, rng=rng)}
+
+  def scene(self, index: int) -> Scene:
+    """What the image shows. Raises IndexError: there is no such image."""
+    if not 0 <= index < self._num_images:
+      raise IndexError(f"index {index} outside of {self._num_images} images")
+    return self._scenes[index % len(self._scenes)]
+
+  def fields(self, index: int) -> dict[str, Any]:
+    """The record without its image."""
+    scene = self.scene(index)
+    # One wording for all eight scenes of an orbit: the negatives of one are then the true captions of others.
+    converse = bool(index // ORBIT % 2)
+    caption, other = scene.caption(converse=converse), scene.caption(converse=not converse)
+    negatives = {"negatives": self._negatives(scene, index, converse=converse)} if self._has_negatives else {}
+    return {
+      "caption": caption,
+      "captions": [caption, other],
+      "first": " ".join(scene.first),
+      "second": " ".join(scene.second),
+      "relation": scene.relation,
+      "seen": not scene.unseen,
+      **negatives,
+      "key": f"{index:09d}",
+    }
+
+  def _negatives(self, scene: Scene, index: int, *, converse: bool) -> Mapping[str, str]:
+    rng = np.random.default_rng((*self._seed, index, 1))
+    others = [scene.others(part) for part in (0, 1)]
+    found = (*(each[rng.integers(len(each))] for each in others), scene.swapped_colours, scene.swapped_objects)
+    return {kind: each.caption(converse=converse) for kind, each in zip(KINDS, found, strict=True)}

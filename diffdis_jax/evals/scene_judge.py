@@ -1,0 +1,188 @@
+"""Names both shapes of a rendered scene and how they stand to each other, after training on renders of any two pairs.
+
+It shares nothing with the model that it judges, and its renders none of that model's images. None of it is the paper's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from diffdis_jax.data import scenes, shapes, sources
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import base, classifiers
+from diffdis_jax.evals.classifiers import COLOURS, SIZE, Examples, Trained
+
+ATTRIBUTES = ("relation", "colour", "shape", "colour", "shape")  # of a scene, its first shape's before its second's
+CROSSWISE = [0, 3, 4, 1, 2]  # the same attributes with the two shapes in each other's place
+NUM_RENDERS, NUM_MEASURED = 8192, 2048
+PEAK_RATE = 3e-3
+
+
+class SceneLogits(struct.PyTreeNode):
+  """Of each image; the four halves are left, right, top and bottom."""
+
+  relation: Float[Array, "b r"]
+  colour: Float[Array, "b 4 c"]
+  shape: Float[Array, "b 4 k"]
+
+
+class SceneClassifier(nnx.Module):
+  """Three convolutions; each half of their map names one shape, by heads that all halves share."""
+
+  def __init__(self, *, rngs: nnx.Rngs, widths: Sequence[int] = (24, 48, 96)):
+    self.convs = nnx.List(
+      nnx.Conv(a, b, (5, 5) if i == 0 else (3, 3), strides=stride, rngs=rngs)
+      for i, (a, b, stride) in enumerate(zip((4, *widths[:-1]), widths, (2, 2, 1), strict=True))
+    )
+    self.norms = nnx.List(nnx.GroupNorm(width, num_groups=8, rngs=rngs) for width in widths)
+    self.relation = nnx.Linear(16 * widths[-1], len(scenes.RELATIONS), rngs=rngs)
+    self.colour = nnx.Linear(2 * widths[-1], len(COLOURS), rngs=rngs)
+    self.shape = nnx.Linear(2 * widths[-1], len(shapes.SHAPES), rngs=rngs)
+
+  def __call__(self, image: UInt8[Array, "b h w 3"]) -> SceneLogits:
+    x = classifiers.with_contrast(image)
+    for conv, norm in zip(self.convs, self.norms, strict=True):
+      x = nnx.relu(norm(conv(x)))
+    b, h, w, c = x.shape
+    halves = jnp.stack(
+      [x[:, :, : w // 2], x[:, :, w // 2 :], *(jnp.swapaxes(part, 1, 2) for part in jnp.split(x, 2, 1))], 1
+    )
+    pooled = jnp.concatenate([halves.mean((2, 3)), halves.max((2, 3))], axis=-1)
+    grid = x.reshape(b, 4, h // 4, 4, w // 4, c).mean((2, 4)).reshape(b, -1)
+    return SceneLogits(relation=self.relation(grid), colour=self.colour(pooled), shape=self.shape(pooled))
+
+
+def attributes_of(scene: scenes.Scene) -> tuple[int, ...]:
+  """The numbers of ATTRIBUTES."""
+  pairs = (scene.first, scene.second)
+  named = (number for colour, shape in pairs for number in (COLOURS.index(colour), shapes.SHAPES.index(shape)))
+  return (scenes.RELATIONS.index(scene.relation), *named)
+
+
+def render(*, image_size: int, num_images: int, seed: int) -> Examples:
+  """Real images, rendered at the generator's size and then brought to the judge's, and their attributes [n, 5]."""
+  source = scenes.Scenes(split="all", image_size=image_size, seed=seed, num_images=num_images)
+  images = np.stack([base.to_square(source[i]["image"], SIZE) for i in range(num_images)])
+  return Examples(images, np.array([attributes_of(source.scene(i)) for i in range(num_images)]))
+
+
+@functools.cache
+def train(*, image_size: int, seed: int, num_steps: int) -> Trained:
+  """The judge of images of this size: once in a process, by Adam under a cosine schedule.
+
+  Its accuracy, judge_acc1, is the share of new renders on which all five attributes are right.
+  """
+  examples = render(image_size=image_size, num_images=NUM_RENDERS, seed=seed)
+  model, rng = SceneClassifier(rngs=nnx.Rngs(seed)), np.random.default_rng(seed)
+
+  def loss(model: SceneClassifier, image: Array, target: Int[Array, "b 5"]) -> Array:
+    logits, cross_entropy = model(image), optax.softmax_cross_entropy_with_integer_labels
+    # Only the halves of the true relation show one shape each: left and right, or top and bottom.
+    rows, first = jnp.arange(len(target)), 2 * target[:, 0]
+    total = cross_entropy(logits.relation, target[:, 0])
+    for place in (0, 1):
+      total += cross_entropy(logits.colour[rows, first + place], target[:, 1 + 2 * place])
+      total += cross_entropy(logits.shape[rows, first + place], target[:, 2 + 2 * place])
+    return total.mean()
+
+  drawn = (rng.integers(NUM_RENDERS, size=classifiers.BATCH) for _ in range(num_steps))
+  schedule = optax.cosine_onecycle_schedule(num_steps, PEAK_RATE)
+  batches = (Examples(examples.images[rows], examples.targets[rows]) for rows in drawn)
+  classifiers.fit(model, optax.adam(schedule), loss, batches)
+  fresh = render(image_size=image_size, num_images=NUM_MEASURED, seed=seed + 1)
+  accuracy = float((attributes(model, fresh.images) == fresh.targets).all(axis=1).mean())
+  logging.info("the independent classifier is right on %.2f %% of new renders", 100 * accuracy)
+  return Trained(model, {"judge_acc1": accuracy})
+
+
+def attributes(model: SceneClassifier, images: UInt8[np.ndarray, "n s s 3"]) -> Int[np.ndarray, "n 5"]:
+  """The numbers of ATTRIBUTES, as the classifier sees them."""
+
+  def named(model: SceneClassifier, image: Array) -> Int[Array, "b 5"]:
+    logits = model(image)
+    relation, colour, shape = (each.argmax(-1) for each in (logits.relation, logits.colour, logits.shape))
+    rows = jnp.arange(len(relation))
+    at = lambda named, place: named[rows, 2 * relation + place]
+    return jnp.stack([relation, at(colour, 0), at(shape, 0), at(colour, 1), at(shape, 1)], axis=-1)
+
+  return classifiers.apply(named, model, images, batch_size=256)
+
+
+def right(found: Int[np.ndarray, "n 5"], asked: Int[np.ndarray, "n 5"]) -> Bool[np.ndarray, "n 5"]:
+  """Which attributes are right.
+
+  The two shapes are compared in the places that were asked for, or in each other's where more is right so. Then the
+  relation is wrong: it is the converse of the one asked for, or another one.
+  """
+  straight, crosswise = found == asked, found[:, CROSSWISE] == asked
+  crosswise[:, 0] = False
+  return np.where((crosswise.sum(axis=1) > straight.sum(axis=1))[:, None], crosswise, straight)
+
+
+def _scene(record: Mapping[str, Any]) -> scenes.Scene:
+  first, second = (shapes.PAIRS[shapes.CLASSNAMES.index(record[name])] for name in ("first", "second"))
+  return scenes.Scene(first, second, record["relation"])
+
+
+class SceneJudge:
+  """Judges images that were generated for the captions of a split of scenes, as `GenerationAccuracy` asks it.
+
+  Args:
+    data: section of a data source, of scenes.
+    seed: of the classifier.
+    classifier_steps: of its training.
+    required_accuracy: that it must reach on new renders.
+  """
+
+  template, per_class = "{}", 1
+
+  def __init__(
+    self, data: Mapping[str, Any], seed: int, *, classifier_steps: int = 300, required_accuracy: float = 0.98
+  ):
+    source = sources.open_source(**data)
+    records = [base.fields(source, i) for i in range(len(source))]
+    self.classnames = tuple(record["caption"] for record in records)
+    self.asked = np.arange(len(records))
+    self._targets = np.array([attributes_of(_scene(record)) for record in records])
+    self._split = data.get("split", "train")
+    self._seed, self._steps, self._required = seed, classifier_steps, required_accuracy
+
+  def protocol(self) -> dict[str, Any]:
+    """How the classifier is trained, and whose captions it judges."""
+    return {"steps": self._steps, "split": self._split}
+
+  def train(self, image_size: int) -> Trained:
+    """For generated images of this size. Raises UserError: its accuracy is below what is required."""
+    trained = train(image_size=image_size, seed=self._seed, num_steps=self._steps)
+    if (accuracy := trained.accuracy["judge_acc1"]) < self._required:
+      raise UserError(
+        f"the classifier that should judge is right on only {accuracy:.1%} of real renders, below "
+        f"{self._required:.0%}; train it for more than {self._steps} steps (classifier_steps)"
+      )
+    return trained
+
+  def measure(
+    self, images: UInt8[np.ndarray, "n s s 3"], classes: Int[np.ndarray, " n"], *, image_size: int
+  ) -> dict[str, float]:
+    """acc1, all five attributes right; acc1_attributes, the share of the five; and acc1_relation, _colour, _shape."""
+    trained = self.train(image_size)
+    found = right(attributes(trained.model, images), self._targets[classes])
+    of_kind = {
+      f"acc1_{kind}": float(found[:, [i for i, each in enumerate(ATTRIBUTES) if each == kind]].mean())
+      for kind in dict.fromkeys(ATTRIBUTES)
+    }
+    return {
+      "acc1": float(found.all(axis=1).mean()),
+      "acc1_attributes": float(found.mean()),
+      **of_kind,
+      **trained.accuracy,
+    }

@@ -1,0 +1,127 @@
+"""The judge of rendered scenes, with generators that really render what is asked for, or something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+
+from diffdis_jax.data import scenes, shapes
+from diffdis_jax.data.scenes import CONVERSES, RELATIONS, Scene
+from diffdis_jax.data.tokenizer import Tokenizer
+from diffdis_jax.errors import UserError
+from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import scene_judge
+
+STAR, RING, HEART = ("red", "star"), ("blue", "ring"), ("green", "heart")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_well() -> Iterator[None]:
+  """The judge's training takes longer than its compiling."""
+  quick = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", quick)
+
+
+def scene_of(text: str) -> Scene:
+  """What a caption says."""
+  words = text.split()
+  first, second, relation = (words[1], words[2]), (words[-2], words[-1]), " ".join(words[3:-3])
+  if relation in RELATIONS:
+    return Scene(first, second, relation)
+  return Scene(second, first, next(own for own, other in CONVERSES.items() if other == relation))
+
+
+class Renderer:
+  """Renders what the prompt says, or what `instead` makes of it."""
+
+  image_size, max_length = 32, 16
+  generation_protocol = {"steps": 30, "guidance": 2.0}
+
+  def __init__(self, instead=lambda scene: scene):
+    self.instead = instead
+
+  def noise(self, n, seed):
+    return np.full((n, 4, 4, 4), seed, np.float32)
+
+  def generate(self, params, tokens, noise):
+    texts = [Tokenizer(self.max_length).decode(row) for row in tokens]
+    said = [text.replace("<|startoftext|>", "").split("<|endoftext|>")[0] for text in texts]
+    rng = np.random.default_rng(99)
+    return np.stack([scenes.render(self.instead(scene_of(text)), image_size=32, rng=rng) for text in said])
+
+
+def test_what_is_right_of_five():
+  asked = Scene(STAR, RING, "left of")
+  expected = {
+    asked: 5,
+    asked.swapped_objects: 4,  # "a red star right of a blue ring": the relation alone is wrong
+    asked.swapped_colours: 3,
+    Scene(STAR, RING, "above"): 4,
+    Scene(RING, STAR, "above"): 4,
+    Scene(STAR, HEART, "left of"): 3,
+    Scene(HEART, STAR, "left of"): 2,  # found in the other's place, where the relation is wrong too
+    Scene(STAR, ("blue", "heart"), "left of"): 4,
+    Scene(HEART, HEART, "above"): 0,
+  }
+  found = np.array([scene_judge.attributes_of(scene) for scene in expected])
+  right = scene_judge.right(found, np.tile(scene_judge.attributes_of(asked), (len(found), 1)))
+  assert right.sum(axis=1).tolist() == [*expected.values()]
+  assert right[1].tolist() == [False, True, True, True, True]
+
+
+def test_a_caption_and_its_converse_ask_for_the_same():
+  for scene in scenes.scenes_of("test_unseen")[:40]:
+    assert scene_of(scene.caption()) == scene_of(scene.caption(converse=True)) == scene
+
+
+@pytest.fixture(scope="module", params=["val", "test_unseen"])
+def evaluation(request):
+  data = dict(name="scenes", split=request.param, image_size=32, seed=1, num_images=256)
+  return evals.create("generation_accuracy", data=data)
+
+
+def test_renders_of_what_was_asked_for_are_right(evaluation):
+  metrics = evaluation.run(Renderer(), {})
+  assert metrics["judge_acc1"] >= 0.99 and metrics["acc1"] >= 0.98 and metrics["acc1_attributes"] >= 0.99
+  assert evaluation.protocol(Renderer())["judge"] == {"steps": 300, "split": evaluation.judge.protocol()["split"]}
+  assert evaluation.protocol(Renderer())["num_images"] == 256
+
+
+def test_what_is_wrong_shows(evaluation):
+  """Swapped objects keep four of five, swapped colours three, and another colour of one shape four."""
+  colours = list(shapes.COLOURS)
+  other = lambda scene: next(c for c in colours if c not in (scene.first[0], scene.second[0]))
+  for instead, share, kind in (
+    (lambda scene: scene.swapped_objects, 0.8, "relation"),
+    (lambda scene: scene.swapped_colours, 0.6, "colour"),
+    (lambda scene: Scene((other(scene), scene.first[1]), scene.second, scene.relation), 0.8, "colour"),
+  ):
+    metrics = evaluation.run(Renderer(instead), {})
+    assert metrics["acc1"] <= 0.02 and metrics["acc1_attributes"] == pytest.approx(share, abs=0.02)
+    assert metrics[f"acc1_{kind}"] <= 0.52
+    assert all(metrics[f"acc1_{each}"] >= 0.95 for each in {"relation", "colour", "shape"} - {kind})
+
+
+def test_it_is_trained_once_for_all_splits(evaluation):
+  assert evaluation.judge.train(32) is scene_judge.train(image_size=32, seed=0, num_steps=300)
+
+
+def test_a_bad_classifier_is_no_judge(monkeypatch):
+  monkeypatch.setattr(scene_judge, "NUM_RENDERS", 256)
+  monkeypatch.setattr(scene_judge, "NUM_MEASURED", 256)
+  data = dict(name="scenes", split="val", image_size=32, num_images=8)
+  with pytest.raises(UserError, match="of real renders, below 98%; train it for more than 2 steps"):
+    evals.create("generation_accuracy", data=data, classifier_steps=2).run(Renderer(), {})
+
+
+@pytest.mark.parametrize("setting", ["epochs", "held_out", "splits", "label_field"])
+def test_settings_of_labelled_images_are_refused(setting):
+  value = {"epochs": 3, "held_out": 0.2, "splits": ("val",), "label_field": "x"}[setting]
+  message = f"{setting} has no effect where rendered scenes are judged; leave it out"
+  with pytest.raises(UserError, match=message):
+    evals.create("generation_accuracy", data=dict(name="scenes", image_size=32, num_images=8), **{setting: value})
