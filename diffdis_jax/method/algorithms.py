@@ -31,7 +31,7 @@ class TrainingLosses:
 
   Attributes:
     total: L.
-    generation: L_IG of each row.
+    generation: L_IG of each row, without weights.
     alignment: L_ITA, and how well the rows are classified.
   """
 
@@ -48,6 +48,7 @@ def training_losses(
   network: Network,
   ita_weight: float,
   captions: UInt32[Array, "b"] | None = None,
+  snr_gamma: float = 0.0,
 ) -> TrainingLosses:
   """Algorithm 1: L = L_IG + λ L_ITA on the same images and captions (x, y), or one of the two losses.
 
@@ -56,6 +57,7 @@ def training_losses(
     noise: the step's random choices: t_z, ε_z, t_e, ε_e, and which rows are masked for guidance.
     ita_weight: λ; 1 is not stated by the paper.
     captions: as losses.contrastive takes them.
+    snr_gamma: as losses.weighted_denoising takes it; 0 in the paper.
   """
   # z = V(x);  c, e = T(y)
   encoded = encode.encode_rows(model, batch, noise)
@@ -63,12 +65,21 @@ def training_losses(
   # Noise both, and ask the network for ε_z and for e.
   rows = denoise_rows(model, encoded, c_null, noise, network=network)
 
-  # L = L_IG + λ L_ITA. Only here do rows meet: L_ITA compares each ê_0 with the e of all rows on all devices.
+  # L = L_IG + λ L_ITA. Only here do rows meet: L_ITA compares each ê_0 with the e of all rows on all devices, at
+  # whatever t_e was sampled.
   total, alignment = jnp.zeros(()), None
   if rows.loss_generation is not None:
-    total = total + rows.loss_generation.mean()
+    schedule = network.image_process.noise
+    total = total + losses.weighted_denoising(rows.loss_generation, noise.t_z, schedule, snr_gamma=snr_gamma).mean()
   if rows.query is not None:
-    alignment = alignment_loss(rows.query, encoded.text.e, model.logit_scale[...], noise, captions=captions)
+    alignment = losses.contrastive(
+      rows.query,
+      encoded.text.e,
+      model.logit_scale[...],
+      captions=captions,
+      dropped=noise.drop_image,
+      gather=sharding.everywhere,
+    )
     total = total + ita_weight * alignment.loss
   return TrainingLosses(total=total, generation=rows.loss_generation, alignment=alignment)
 
@@ -136,20 +147,6 @@ def denoise_rows(
     of_text.noise, e_t, prediction=prediction, target=of_text.target, t=noise.t_e, gamma=of_text.gamma
   )
   return DenoisedRows(loss_generation=loss, query=query)
-
-
-def alignment_loss(
-  query: Float[Array, "b e"],
-  e: Float[Array, "b e"],
-  logit_scale: Float[Array, ""],
-  noise: StepNoise,
-  *,
-  captions: UInt32[Array, "b"] | None,
-) -> Contrastive:
-  """L_ITA of Algorithm 1: InfoNCE between ê_0 and e of the global batch, at whatever t_e was sampled."""
-  return losses.contrastive(
-    query, e, logit_scale, captions=captions, dropped=noise.drop_image, gather=sharding.everywhere
-  )
 
 
 def generate(

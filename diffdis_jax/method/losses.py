@@ -13,6 +13,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
 from diffdis_jax.config.model import MAX_TEMPERATURE
+from diffdis_jax.method import schedules
+from diffdis_jax.method.schedules import Schedule
 
 MAX_LOGIT_SCALE = float(np.log(MAX_TEMPERATURE))
 _MIN_SQUARE = 1e-24
@@ -61,6 +63,15 @@ def _sample_mean(x: Float[Array, "b ..."]) -> Float[Array, "b"]:
 def denoising(noise: Float[Array, "b ..."], prediction: Float[Array, "b ..."]) -> Float[Array, "b"]:
   """L_IG, mean ‖ε − ε̂‖² over the elements of each sample (DDPM, eq. 14)."""
   return _sample_mean(jnp.square(prediction.astype(jnp.float32) - noise.astype(jnp.float32)))
+
+
+def weighted_denoising(
+  per_sample: Float[Array, "b"], t: Int[Array, "b"], schedule: Schedule, *, snr_gamma: float
+) -> Float[Array, "b"]:
+  """L_IG of each sample as it is minimised: as it is where `snr_gamma` is 0; otherwise times its min-SNR weight."""
+  if not snr_gamma:
+    return per_sample
+  return per_sample * schedules.min_snr_weights(schedule, t, gamma=snr_gamma)
 
 
 def unit_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

@@ -71,7 +71,13 @@ def diffusion_loss(model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Netw
   noise = noise_of(run, keys, batch, network)
   captions = captions_of(run.loss, batch.tokens)
   found = algorithms.training_losses(
-    model, batch, noise, network=network, ita_weight=run.loss.ita_weight, captions=captions
+    model,
+    batch,
+    noise,
+    network=network,
+    ita_weight=run.loss.ita_weight,
+    captions=captions,
+    snr_gamma=run.loss.snr_gamma,
   )
   metrics: Metrics = {}
   # What the run is not trained for has no loss, and leaves no line in the log.
@@ -83,7 +89,7 @@ def diffusion_loss(model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Netw
 
 
 def generation_metrics(per_sample: Float[Array, "b"], noise: StepNoise) -> Metrics:
-  """L_IG, and by the quarter of t_z."""
+  """L_IG without weights, so that runs with other weights compare; and by the quarter of t_z."""
   return {"loss_generation": mean_of(per_sample), **quarters_of("loss_generation", per_sample, noise.t_z)}
 
 
