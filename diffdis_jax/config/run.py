@@ -28,6 +28,7 @@ from diffdis_jax.errors import UserError, check_number, check_type, read_section
 MOST_STEPS = 2**31 - 1  # which a step's number, an int32, counts to
 MOST_ROWS = 2**22  # of a global batch, far above any that was trained with
 MOST_PIXELS = 8192  # a side of an image, of which one row of a batch then has 0.2 GB
+_OF_ONE_TASK = dict(snr_gamma="generation", noised_image_share="discrimination", dispersive_weight="generation")
 STEPS = ("num_steps", "log_every", "save_every", "eval_every", "sample_every")
 
 
@@ -138,11 +139,24 @@ class Run:
         f"data.discrimination_view is {self.data.discrimination_view!r}; objective {self.objectives[0]} has one view of"
         " an image, by data.augment, so leave it at 'shared'"
       )
+    # Of a loss that is not there, a switch would be on and change nothing.
+    for name, objective in _OF_ONE_TASK.items():
+      if (value := getattr(self.loss, name)) and objective not in self.objectives:
+        raise UserError(
+          f"loss.{name} is {value}, and objectives is {', '.join(self.objectives)}; it changes {objective} alone: leave"
+          " it at 0"
+        )
     in_parts = self.optim.accumulate > 1 and self.optim.contrastive_batch == "whole"
     if in_parts and self.objectives.contrasts and not self.objectives.grad_cache:
       raise UserError(
         f"optim.accumulate is {self.optim.accumulate}; objective {self.objectives[0]} takes a batch whole: leave it at"
         " 1, or let each microbatch be a batch of its own by optim.contrastive_batch='microbatch'"
+      )
+
+    if in_parts and self.loss.dispersive_weight:
+      raise UserError(
+        f"optim.accumulate is {self.optim.accumulate}; loss.dispersive_weight takes a batch whole: leave it at 0, or"
+        " let each microbatch be a batch of its own by optim.contrastive_batch='microbatch'"
       )
 
   def _check_labelled(self) -> None:

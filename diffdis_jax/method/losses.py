@@ -179,6 +179,24 @@ def contrastive(
   )
 
 
+def dispersive(features: Float[Array, "b ..."], *, gather: Callable[[Array], Array] = lambda x: x) -> Float[Array, ""]:
+  """Dispersive Loss (Wang and He, 2025, arXiv:2506.09027), the InfoNCE-based variant with ℓ2 distances:
+  log mean_ij exp(−‖h_i − h_j‖² / (τ d)) over all pairs of the global batch, each row with itself among them.
+
+  As their published code has it: d is the number of a row's elements, and the temperature τ is 1.
+  `gather`: as `contrastive` takes it.
+  """
+  h = features.astype(jnp.float32).reshape(len(features), -1)
+  b, d = h.shape
+  h = h - h.mean(axis=0)  # distances stay, and fewer of their digits cancel below
+  everyone = gather(h)
+  product = jnp.einsum("id,jd->ij", h, everyone, precision=jax.lax.Precision.HIGHEST)
+  square, their_square = (jnp.sum(jnp.square(x), axis=1) for x in (h, everyone))
+  distance = jnp.maximum(square[:, None] + their_square - 2.0 * product, 0.0) / d
+  distance = jnp.where(jnp.eye(b, dtype=bool), 0.0, distance)
+  return jax.nn.logsumexp(-distance) - 2.0 * np.log(b).astype(np.float32)
+
+
 def caption_ids(tokens: Int[Array, "b l"]) -> UInt32[Array, "b"]:
   """A 32-bit polynomial hash of each caption.
 

@@ -57,6 +57,7 @@ def noise_of(run: Run, keys: Keys, batch: AnyBatch, network: Network) -> StepNoi
     condition_dropout=run.loss.condition_dropout,
     image_dropout=run.loss.image_dropout,
     sample_posterior=run.sample_posterior,
+    noised_image_share=run.loss.noised_image_share,
   )
 
 
@@ -78,11 +79,14 @@ def diffusion_loss(model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Netw
     ita_weight=run.loss.ita_weight,
     captions=captions,
     snr_gamma=run.loss.snr_gamma,
+    dispersive_weight=run.loss.dispersive_weight,
   )
   metrics: Metrics = {}
   # What the run is not trained for has no loss, and leaves no line in the log.
   if found.generation is not None:
     metrics |= generation_metrics(found.generation, noise)
+  if found.dispersive is not None:
+    metrics["loss_dispersive"] = mean_of(found.dispersive[None])
   if found.alignment is not None:
     metrics |= discrimination_metrics(found.alignment, model.logit_scale[...], noise)
   return Total(found.total, metrics)

@@ -35,7 +35,7 @@ from diffdis_jax.training.metrics import Metrics
 # One key for each random choice of a step. Their numbers are part of a run's identity: append, never reorder.
 KEYS = (
   *("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop_image", "posterior_discrimination"),
-  "mix",
+  *("mix", "noised_image"),
 )
 
 

@@ -26,7 +26,7 @@ from tests.steps import network_of
 ONE, DATA, FSDP, ALL = (1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)
 FROZEN_TEXT = {"optim.groups": (("^autoencoder|^text_encoder", "frozen"), (".*", "new"))}
 OWN_VIEW = {"data.discrimination_view": "own"}
-BESIDE_THE_PAPER = {"loss.snr_gamma": 2.0}
+BESIDE_THE_PAPER = {"loss.snr_gamma": 2.0, "loss.noised_image_share": 0.5}
 # What is trained -> the config's objectives, none of which is CLIP, and its changes.
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
   "clip": ((), {}),
