@@ -47,6 +47,8 @@ class Run:
     sample_posterior: latents are a sample of the autoencoder's posterior, or else its mode.
     long_tail: of a long-tailed run alone.
     log_every: steps between two lines of metrics; the last step has one too, as for the next three.
+    log_gradients: at these steps, log the cosine and the norms of the gradients of L_IG and L_ITA by block
+      (training/task_gradients.py), which takes a gradient of each more. The training's numbers stay.
     save_every: steps between two checkpoints.
     eval_every: steps between two evaluations while training.
     sample_every: steps between two grids of generated images.
@@ -76,6 +78,7 @@ class Run:
   data: Data = Data()
   checkpoint: CheckpointPolicy = CheckpointPolicy()
   log_every: int = 50
+  log_gradients: bool = False
   save_every: int = 1000
   eval_every: int = 1000
   sample_every: int = 1000
@@ -142,10 +145,9 @@ class Run:
     # Of a loss that is not there, a switch would be on and change nothing.
     for name, objective in _OF_ONE_TASK.items():
       if (value := getattr(self.loss, name)) and objective not in self.objectives:
-        raise UserError(
-          f"loss.{name} is {value}, and objectives is {', '.join(self.objectives)}; it changes {objective} alone: leave"
-          " it at 0"
-        )
+        raise UserError(f"loss.{name} is {value}; it changes {objective} alone, which objectives lacks: leave it at 0")
+    if self.log_gradients and not {*_OF_ONE_TASK.values()} <= {*self.objectives}:
+      raise UserError(f"log_gradients compares both tasks; objectives is {', '.join(self.objectives)}: leave it False")
     in_parts = self.optim.accumulate > 1 and self.optim.contrastive_batch == "whole"
     if in_parts and self.objectives.contrasts and not self.objectives.grad_cache:
       raise UserError(

@@ -386,10 +386,11 @@ def test_bf16_compute_keeps_f32_parameters_and_is_close():
     ({"objectives": ()}, "objectives is empty"),
     (
       {"objectives": ("discrimination",), "loss.snr_gamma": 5.0},
-      "loss.snr_gamma is 5.0, and objectives is discrimination; it changes generation alone: leave it at 0",
+      "loss.snr_gamma is 5.0; it changes generation alone, which objectives lacks: leave it at 0",
     ),
     ({"objectives": ("discrimination",), "loss.dispersive_weight": 0.5}, "dispersive_weight .* generation alone"),
     ({"objectives": ("generation",), "loss.noised_image_share": 0.5}, "noised_image_share .* discrimination alone"),
+    ({"objectives": ("generation",), "log_gradients": True}, "log_gradients compares both tasks; .* is generation"),
     ({"loss.dispersive_weight": 0.5, "optim.accumulate": 2}, "loss.dispersive_weight takes a batch whole"),
     ({"objectives": ("reconstruction", "generation")}, "cannot be combined"),
     ({"image_size": 18}, "image_size is 18; .* multiple of 4, such as 16"),
