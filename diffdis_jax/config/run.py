@@ -181,23 +181,21 @@ class Run:
     model = self.model
     check_number("image_size", self.image_size, at_least=1, at_most=MOST_PIXELS)
     if isinstance(model, ClipModel):
-      stride = model.vision_encoder.patch
+      tower = model.vision_encoder
+      stride, pooled = tower.stride, ("vision_encoder", tower.spatial_pool, "tower's map")
       why = f"patches of {stride} px do not tile it"
     else:
       factor = model.autoencoder.factor
       # An autoencoder alone has no UNet, whose levels halve the latent further.
       stride = factor if self.objectives.is_autoencoder else factor * 2 ** (len(model.unet.widths) - 1)
+      pooled = ("alignment", model.alignment.spatial_pool * self.objectives.aligned, "middle feature map")
       why = f"autoencoder and UNet together halve it down by {stride}"
     if self.image_size % stride:
       near = max(1, round(self.image_size / stride)) * stride
       raise UserError(f"image_size is {self.image_size}; {why}, so it must be a multiple of {stride}, such as {near}")
-    if isinstance(model, Model) and (parts := model.alignment.spatial_pool) and self.objectives.aligned:
-      side = self.image_size // stride
-      if side % parts:
-        raise UserError(
-          f"model.alignment.spatial_pool is {parts}; the middle feature map is {side} x {side}, so it must divide"
-          f" {side}"
-        )
+    (part, parts, what), side = pooled, self.image_size // stride
+    if parts and side % parts:
+      raise UserError(f"model.{part}.spatial_pool is {parts}; the {what} is {side} x {side}, so it must divide {side}")
     if not 2 <= self.data.max_length <= model.text_encoder.max_length:
       raise UserError(
         f"data.max_length is {self.data.max_length}; it must be from 2 to model.text_encoder.max_length,"
