@@ -24,7 +24,7 @@ class BothPredictions:
   """ε̂_z and the middle feature map of the generation pass; ê_0 or ε̂_e of the discrimination pass."""
 
   noise_z: Float[AnyArray, "b h w c"]
-  middle: Float[AnyArray, "b i j d"]
+  middle: Float[AnyArray, "b i j m"]
   prediction_e: Float[AnyArray, "b d"]
 
 
