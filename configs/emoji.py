@@ -53,11 +53,12 @@ DISCRIMINATED = dict(shift=0.08, zoom=0.2, rotation=12.0, brightness=0.3, contra
 TEMPERATURE = 12.0
 NUM_STEPS = dict(both=3600, generation=1800, discrimination=5400, contrastive=5400)
 RATE = 5e-4
-# Of CLIP, what else its image encoder may be: with the parts of DiffDis's head, or with its patches and levels.
+# Of CLIP, what else its image encoder may be: with the parts of DiffDis's head, or with its UNet's levels and about as
+# many parameters as the transformer.
 TOWERS = {
   "": {},
   "pooled": dict(spatial_pool=4),
-  "convolutional": dict(convolutional=True, patch=2, depth=1, widths=(32, 64, 128)),
+  "convolutional": dict(convolutional=True, patch=2, depth=2, widths=(32, 64, 128)),
 }
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
 PROMPTS = tuple(
