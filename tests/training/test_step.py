@@ -12,7 +12,7 @@ import pytest
 
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
-from diffdis_jax.method import encode, joint
+from diffdis_jax.method import encode, joint, losses, schedules
 from diffdis_jax.method.diffdis import DiffDis, to_signed
 from diffdis_jax.structs import DiscriminationPass, GenerationPass, LatentBatch
 from diffdis_jax.training import flops, step
@@ -163,8 +163,8 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
     np.testing.assert_allclose(sums, np.bincount(t // 250, values, minlength=4), rtol=1e-5, atol=1e-6)
 
 
-def test_what_the_paper_lacks_is_off_and_leaves_all_other_choices_as_they_are():
-  """The same bits of noise with every switch on, and no array for one that is off."""
+def test_what_the_paper_lacks_is_off_and_leaves_all_other_choices_as_they_are(monkeypatch):
+  """The same bits of noise with every switch on; no array for one that is off, and none of its operations."""
   off, on = steps.make_config(), steps.make_config(**VARIANTS["beside the paper"] | {"loss.image_dropout": 0.1})
   for name in ("snr_gamma", "noised_image_share", "dispersive_weight"):
     assert off.loss[name] == 0.0, name
@@ -174,6 +174,10 @@ def test_what_the_paper_lacks_is_off_and_leaves_all_other_choices_as_they_are():
   for name, value in vars(expected).items():
     if value is not None:
       np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
+  for module, name in ((schedules, "min_snr_weights"), (losses, "dispersive")):
+    monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"{name} is called"))
+  loss = steps.Loss(off)
+  jax.eval_shape(loss, loss.trained, batch, keys)
 
 
 def test_discrimination_sees_a_caption_only_through_its_noised_query(monkeypatch):
