@@ -78,7 +78,9 @@ def get_config(arg: str = "") -> ConfigDict:
   if args.objectives not in NUM_STEPS:
     raise ValueError(f"argument objectives={args.objectives} should be one of {', '.join(NUM_STEPS)}")
   if args.tower not in TOWERS or (args.tower and args.objectives != "contrastive"):
-    raise ValueError(f"argument tower={args.tower} should be one of {', '.join(filter(None, TOWERS))}, of objectives=contrastive")
+    raise ValueError(
+      f"argument tower={args.tower} should be one of {', '.join(filter(None, TOWERS))}, of objectives=contrastive"
+    )
   config = common.base(medium(), image_size=32)
   config.model.query_init = 0.0  # a shorter plateau at the start
   # Neither is the paper's. Both were chosen by accuracy on test_vendor (docs/log/emoji.md).
