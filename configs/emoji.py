@@ -26,6 +26,9 @@ run takes fewer steps, and with --config.num_steps=5400 as many. CLIP needs no a
   ... --config=emoji:objectives=discrimination,path=data/emoji --config.init_from=runs/emoji/generation
   ... --config=emoji:objectives=contrastive,path=data/emoji
 
+tower=pooled gives CLIP a head over 4 x 4 parts of its tokens, as DiffDis has over its map, and tower=convolutional the
+UNet's blocks in its image encoder; rate=R sets the peak rate, to be searched on val_vendor.
+
 A classifier of the real icons gives the accuracy of generated ones, and how many are nearer to a training image than
 those of a concept are to each other: evaluate ... --tasks=generation_accuracy
 
@@ -49,6 +52,14 @@ DISCRIMINATED = dict(shift=0.08, zoom=0.2, rotation=12.0, brightness=0.3, contra
 # τ is fixed. If learned, it grows to 36, and captions then fit the training images alone (docs/log/emoji.md).
 TEMPERATURE = 12.0
 NUM_STEPS = dict(both=3600, generation=1800, discrimination=5400, contrastive=5400)
+RATE = 5e-4
+# Of CLIP, what else its image encoder may be: with the parts of DiffDis's head, or with its UNet's levels and about as
+# many parameters as the transformer.
+TOWERS = {
+  "": {},
+  "pooled": dict(spatial_pool=4),
+  "convolutional": dict(convolutional=True, patch=2, depth=2, widths=(32, 64, 128)),
+}
 TEMPLATES = ("an emoji of {}", "{}", "icon of {}")
 PROMPTS = tuple(
   (
@@ -63,9 +74,13 @@ PROMPTS = tuple(
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  args = common.parse_arg(arg, autoencoder=False, objectives="both", path="")
+  args = common.parse_arg(arg, autoencoder=False, objectives="both", path="", tower="", rate=RATE)
   if args.objectives not in NUM_STEPS:
     raise ValueError(f"argument objectives={args.objectives} should be one of {', '.join(NUM_STEPS)}")
+  if args.tower not in TOWERS or (args.tower and args.objectives != "contrastive"):
+    raise ValueError(
+      f"argument tower={args.tower} should be one of {', '.join(filter(None, TOWERS))}, of objectives=contrastive"
+    )
   config = common.base(medium(), image_size=32)
   config.model.query_init = 0.0  # a shorter plateau at the start
   # Neither is the paper's. Both were chosen by accuracy on test_vendor (docs/log/emoji.md).
@@ -100,7 +115,7 @@ def get_config(arg: str = "") -> ConfigDict:
       (r"^unet\.(up|norm_out|conv_out)", "drawing"),  # the UNet's way up, which generation has for itself
       (".*", "new"),
     ),
-    rates=dict(new=5e-4, temperature=0.0, drawing=1e-3),
+    rates=dict(new=args.rate, temperature=0.0, drawing=1e-3),
     warmup_steps=100,
     weight_decay=0.2,
     ema_decay=0.998,
@@ -111,6 +126,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.inference.update(num_noise_samples=4, generation_steps=50, generation_guidance=7.5)
   if args.objectives == "contrastive":
     to_clip(config)
+    config.model.vision_encoder.update(TOWERS[args.tower])
   elif args.objectives != "both":
     config.objectives = (args.objectives,)
   add_evaluations(config, args.path)

@@ -7,16 +7,21 @@
 START is a run of configs/shapes.py, either network, trained shorter than there: --config.num_steps=300 for DiffDis
 after its autoencoder, or for CLIP with :objectives=contrastive. seed=N also decides which classes are rare.
 
+A START that has seen no image of the low classes is made here, for CLIP by the second line alone with backbone=clip:
+
+  diffdis train --config=shapes_lt:stage=0,autoencoder --workdir=AUTOENCODER
+  diffdis train --config=shapes_lt:stage=0 --workdir=START --config.init_from=AUTOENCODER
+
 Result of three seeds, with a wider small network than now: top-1 61.0 ± 7.1 % for DiffDis and 40.4 ± 3.8 % for CLIP, on
 low classes 49.2 ± 5.7 and 20.4 ± 5.7 % (docs/log/shapes.md). Hours were not recorded.
 
-They are rare in these two stages alone: START has seen some 257 images with captions of each of 56 of the 64 classes,
-27 of the 32 low ones (at most 20 training images) among them.
+They are rare in these two stages alone: START of configs/shapes.py has seen some 257 images with captions of each of
+56 of the 64 classes, 27 of the 32 low ones (at most 20 training images) among them.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, shapes
 from configs.places_lt import first_stage, second_stage
 from diffdis_jax.data.shapes import CLASSNAMES
 from diffdis_jax.models.sizes import clip_small, small
@@ -26,10 +31,14 @@ BACKBONES = {"diffdis": small, "clip": clip_small}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  args = common.parse_arg(arg, stage=1, backbone="diffdis", init="", seed=0)
-  for name, choices in (("backbone", BACKBONES), ("stage", (1, 2))):
+  args = common.parse_arg(arg, stage=1, backbone="diffdis", init="", seed=0, autoencoder=False)
+  for name, choices in (("backbone", BACKBONES), ("stage", (0, 1, 2))):
     if args[name] not in choices:
       raise ValueError(f"argument {name}={args[name]} should be one of {', '.join(map(str, choices))}")
+  if args.autoencoder and (args.stage or args.backbone == "clip"):
+    raise ValueError("argument autoencoder is of stage=0 with backbone=diffdis; the other runs have theirs from it")
+  if args.stage == 0:
+    return start(args)
   config = common.base(BACKBONES[args.backbone](), image_size=32)
   config.data.max_length = 16
   if args.init:
@@ -48,4 +57,19 @@ def get_config(arg: str = "") -> ConfigDict:
   data = dict(name="shapes_lt", split="test", image_size=32, seed=args.seed)
   config.evals.test = dict(task="long_tail", data=data, crop_pct=1.0)
   config.train_evals = ("test",)
+  return config
+
+
+def start(args: ConfigDict) -> ConfigDict:
+  """What stage 1 starts from: a short run of configs/shapes.py on pairs of which none is of a low class."""
+  objectives = "objectives=contrastive" if args.backbone == "clip" else ""
+  config = shapes.get_config("autoencoder" if args.autoencoder else objectives)
+  config.seed = args.seed
+  # Without caption_fields: a record's one caption is its class.
+  config.data.update(name="shapes_lt", split="start", seed=args.seed, caption_fields=())
+  # Those of configs/shapes.py are of the pairs that it holds out itself.
+  config.evals, config.train_evals = {}, ()
+  if not args.autoencoder:
+    config.num_steps = config.save_every = config.sample_every = 300
+  config.sample_prompts = CLASSNAMES if args.backbone == "diffdis" and not args.autoencoder else ()
   return config

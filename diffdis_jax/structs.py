@@ -127,7 +127,8 @@ class GenerationPass:
 class DiscriminationPass:
   """Arguments of Φ_θ(e_t, t_e, z): noised text query, its timestep, clean latents and theirs, the empty prompt's c.
 
-  Its t_z is one number for all rows, 1000 in the paper (Table 7); GenerationPass.t_z is sampled.
+  Its t_z is one number for all rows, 1000 in the paper (Table 7), except for rows whose latents are noised
+  (loss.noised_image_share); GenerationPass.t_z is sampled.
   """
 
   e_t: Float[AnyArray, "b e"]

@@ -182,6 +182,8 @@ def test_an_export_comes_back_bit_for_bit_and_trains_on(run, exported, tmp_path,
   [
     ({"model.vision_encoder.activation": "quick_gelu"}, "open_clip has one for both towers"),
     ({"model.text_encoder.token_embedding_weight": 8.0}, "neither library has such token vectors"),
+    ({"model.vision_encoder.spatial_pool": 2}, "spatial_pool is 2; neither library has .* only a run with 0"),
+    ({"model.vision_encoder.convolutional": True}, "convolutional is True; neither library has .* run with False"),
     ({"model.text_encoder.eos_id": 5}, "open_clip takes the largest token, 49407"),
   ],
 )

@@ -28,6 +28,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.method import schedules
 from diffdis_jax.parallel import sharding
+from tests import steps
 from tests.steps import build_trainer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -95,6 +96,21 @@ def test_parameters_equal_the_golden_listing(name, arg):
   differing = sorted(set(expected) ^ set(actual))
   assert not differing, f"{len(differing)} lines differ; if they should, run python -m tests.test_configs"
   assert actual == expected
+
+
+def test_emoji_has_other_towers_for_clip_and_a_rate():
+  """About as large as its own, and trained alike."""
+  sizes = {}
+  for tower, own in (("", "layers.0"), ("pooled", "map_out"), ("convolutional", "down.0")):
+    trainer = build_trainer(get_config("emoji", f"objectives=contrastive,tower={tower},rate=2e-3"), steps.make_mesh())
+    paths = [path for path in trainer.shapes if path.startswith("vision_encoder.")]
+    assert any(own in path for path in paths) and {trainer.groups[path] for path in paths} == {"new"}
+    assert trainer.run.optim.rates["new"] == 2e-3
+    sizes[tower] = sum(math.prod(trainer.shapes[path].shape) for path in paths)
+  assert 0.8 < sizes["convolutional"] / sizes[""] < 1.25 and sizes["pooled"] - sizes[""] == 16 * 128 * 128
+  for arg in ("tower=pooled", "objectives=contrastive,tower=deep"):
+    with pytest.raises(ValueError, match="tower=.* should be one of pooled, convolutional, of objectives=contrastive"):
+      get_config("emoji", arg)
 
 
 def test_generation_trains_on_undistorted_squares():

@@ -16,6 +16,7 @@ REMAT_POLICIES = ("none", "full", "dots", "dots_no_batch", "attention")
 AUTO = "auto"
 ATTENTION_KERNELS = (AUTO, "pallas", "cudnn", "xla_per_head", "xla")
 MATMUL_PRECISIONS = (AUTO, "default", "high", "highest")
+TOWER_GROUPS = 8  # of every GroupNorm of CLIP's convolutional tower
 TEMPERATURE, MAX_TEMPERATURE = 1 / 0.07, 100.0  # CLIP's τ at the start, and its limit
 
 
@@ -265,6 +266,12 @@ class VisionEncoderSize:
     mlp_width: hidden width of a layer's MLP.
     activation: of the MLP, one of ACTIVATIONS.
     projection: width of the image's embedding.
+    spatial_pool: parts along each side of the map of tokens whose means are added to the embedding, with a matrix of
+      their own for each part, as AlignmentSize.spatial_pool; 0 in CLIP.
+    convolutional: a tower of the UNet's residual blocks instead of a transformer, to compare encoders; not CLIP's. It
+      has `depth` blocks a level after the patches; width, num_heads, mlp_width and activation are the transformer's.
+    widths: of a convolutional tower alone, channels of each level, multiples of 8; each level but the last halves the
+      resolution.
   """
 
   image_size: int = 224
@@ -275,12 +282,36 @@ class VisionEncoderSize:
   mlp_width: int = 4096
   activation: str = "quick_gelu"
   projection: int = 768
+  spatial_pool: int = 0
+  convolutional: bool = False
+  widths: Sequence[int] = (64, 128, 256)
 
   def __post_init__(self) -> None:
     _check_counts(self, "image_size", "patch", "width", "depth", "num_heads", "mlp_width", "projection")
     check_choice("activation", self.activation, ACTIVATIONS)
+    check_number("spatial_pool", self.spatial_pool, at_least=0)
+    check_choice("convolutional", self.convolutional, (True, False))
+    check_numbers("widths", self.widths, at_least=1)
+    if not self.widths or any(width % TOWER_GROUPS for width in self.widths):
+      raise UserError(f"widths is {self.widths}; give a multiple of {TOWER_GROUPS} for each level")
     _check_multiple("image_size", self.image_size, self, "patch")
     _check_multiple("width", self.width, self, "num_heads")
+
+  def of_kind(self) -> dict[str, Any]:
+    """Field -> value, of those that this kind of tower has."""
+    of_transformers = ("image_size", "width", "num_heads", "mlp_width", "activation")
+    lacking = of_transformers if self.convolutional else ("widths",)
+    return {name: value for name, value in vars(self).items() if name not in (*lacking, "convolutional")}
+
+  @property
+  def stride(self) -> int:
+    """Pixels a side for one position of the tower's last map."""
+    return self.patch * 2 ** (len(self.widths) - 1) if self.convolutional else self.patch
+
+  @property
+  def last_width(self) -> int:
+    """Of that map."""
+    return self.widths[-1] if self.convolutional else self.width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from diffdis_jax.errors import UserError, check_number, check_type, read_section
 MOST_STEPS = 2**31 - 1  # which a step's number, an int32, counts to
 MOST_ROWS = 2**22  # of a global batch, far above any that was trained with
 MOST_PIXELS = 8192  # a side of an image, of which one row of a batch then has 0.2 GB
+_OF_ONE_TASK = dict(snr_gamma="generation", noised_image_share="discrimination", dispersive_weight="generation")
 STEPS = ("num_steps", "log_every", "save_every", "eval_every", "sample_every")
 
 
@@ -46,6 +47,8 @@ class Run:
     sample_posterior: latents are a sample of the autoencoder's posterior, or else its mode.
     long_tail: of a long-tailed run alone.
     log_every: steps between two lines of metrics; the last step has one too, as for the next three.
+    log_gradients: at these steps, log the cosine and the norms of the gradients of L_IG and L_ITA by block
+      (training/task_gradients.py), which takes a gradient of each more. The training's numbers stay.
     save_every: steps between two checkpoints.
     eval_every: steps between two evaluations while training.
     sample_every: steps between two grids of generated images.
@@ -75,6 +78,7 @@ class Run:
   data: Data = Data()
   checkpoint: CheckpointPolicy = CheckpointPolicy()
   log_every: int = 50
+  log_gradients: bool = False
   save_every: int = 1000
   eval_every: int = 1000
   sample_every: int = 1000
@@ -138,11 +142,23 @@ class Run:
         f"data.discrimination_view is {self.data.discrimination_view!r}; objective {self.objectives[0]} has one view of"
         " an image, by data.augment, so leave it at 'shared'"
       )
+    # Of a loss that is not there, a switch would be on and change nothing.
+    for name, objective in _OF_ONE_TASK.items():
+      if (value := getattr(self.loss, name)) and objective not in self.objectives:
+        raise UserError(f"loss.{name} is {value}; it changes {objective} alone, which objectives lacks: leave it at 0")
+    if self.log_gradients and not {*_OF_ONE_TASK.values()} <= {*self.objectives}:
+      raise UserError(f"log_gradients compares both tasks; objectives is {', '.join(self.objectives)}: leave it False")
     in_parts = self.optim.accumulate > 1 and self.optim.contrastive_batch == "whole"
     if in_parts and self.objectives.contrasts and not self.objectives.grad_cache:
       raise UserError(
         f"optim.accumulate is {self.optim.accumulate}; objective {self.objectives[0]} takes a batch whole: leave it at"
         " 1, or let each microbatch be a batch of its own by optim.contrastive_batch='microbatch'"
+      )
+
+    if in_parts and self.loss.dispersive_weight:
+      raise UserError(
+        f"optim.accumulate is {self.optim.accumulate}; loss.dispersive_weight takes a batch whole: leave it at 0, or"
+        " let each microbatch be a batch of its own by optim.contrastive_batch='microbatch'"
       )
 
   def _check_labelled(self) -> None:
@@ -165,23 +181,21 @@ class Run:
     model = self.model
     check_number("image_size", self.image_size, at_least=1, at_most=MOST_PIXELS)
     if isinstance(model, ClipModel):
-      stride = model.vision_encoder.patch
+      tower = model.vision_encoder
+      stride, pooled = tower.stride, ("vision_encoder", tower.spatial_pool, "tower's map")
       why = f"patches of {stride} px do not tile it"
     else:
       factor = model.autoencoder.factor
       # An autoencoder alone has no UNet, whose levels halve the latent further.
       stride = factor if self.objectives.is_autoencoder else factor * 2 ** (len(model.unet.widths) - 1)
+      pooled = ("alignment", model.alignment.spatial_pool * self.objectives.aligned, "middle feature map")
       why = f"autoencoder and UNet together halve it down by {stride}"
     if self.image_size % stride:
       near = max(1, round(self.image_size / stride)) * stride
       raise UserError(f"image_size is {self.image_size}; {why}, so it must be a multiple of {stride}, such as {near}")
-    if isinstance(model, Model) and (parts := model.alignment.spatial_pool) and self.objectives.aligned:
-      side = self.image_size // stride
-      if side % parts:
-        raise UserError(
-          f"model.alignment.spatial_pool is {parts}; the middle feature map is {side} x {side}, so it must divide"
-          f" {side}"
-        )
+    (part, parts, what), side = pooled, self.image_size // stride
+    if parts and side % parts:
+      raise UserError(f"model.{part}.spatial_pool is {parts}; the {what} is {side} x {side}, so it must divide {side}")
     if not 2 <= self.data.max_length <= model.text_encoder.max_length:
       raise UserError(
         f"data.max_length is {self.data.max_length}; it must be from 2 to model.text_encoder.max_length,"

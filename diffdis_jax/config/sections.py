@@ -69,6 +69,15 @@ class Loss:
     condition_dropout: share of samples whose caption generation does not see, for guidance.
     image_dropout: share of samples whose image discrimination does not see, for guidance.
     kl_weight: weight of the KL term in an autoencoder's training.
+    snr_gamma: γ of min-SNR weighting (Hang et al., 2023, arXiv:2303.09556): each sample's L_IG is multiplied by
+      min(SNR, γ) / SNR, SNR = ᾱ / (1 − ᾱ) at its t_z; 5 is theirs, 0 for none. What is logged as L_IG has no weights.
+      Not the paper's.
+    noised_image_share: share of samples whose image discrimination sees as z_t under its sampled t_z, as generation
+      does, in place of the clean image under `condition_timestep`. Not the paper's, whose Table 7 changes the clean
+      image's t_z alone.
+    dispersive_weight: weight of Dispersive Loss (Wang and He, 2025, arXiv:2506.09027) on the middle feature map of the
+      generation pass: the InfoNCE-based variant with squared ℓ2 distances and temperature 1 (losses.dispersive); 0.5 is
+      theirs, 0 for none. Not the paper's.
     duplicate_captions: what pairs with equal captions are to each other in a contrastive batch, one of
       DUPLICATE_CAPTIONS: left out of both softmaxes, or negatives, as in open_clip. Not stated by the paper.
   """
@@ -77,6 +86,9 @@ class Loss:
   condition_dropout: float = 0.1
   image_dropout: float = 0.1
   kl_weight: float = 1e-4
+  snr_gamma: float = 0.0
+  noised_image_share: float = 0.0
+  dispersive_weight: float = 0.0
   duplicate_captions: str = "mask"
 
   def __post_init__(self) -> None:
@@ -84,7 +96,9 @@ class Loss:
     check_number("condition_dropout", self.condition_dropout, at_least=0.0, at_most=1.0)
     # Below 1: these rows leave the loss from texts to images, of which nothing would be left.
     check_number("image_dropout", self.image_dropout, at_least=0.0, below=1.0)
-    check_number("kl_weight", self.kl_weight, at_least=0.0)
+    check_number("noised_image_share", self.noised_image_share, at_least=0.0, at_most=1.0)
+    for name in ("kl_weight", "snr_gamma", "dispersive_weight"):
+      check_number(name, getattr(self, name), at_least=0.0)
     check_choice("duplicate_captions", self.duplicate_captions, DUPLICATE_CAPTIONS)
 
 

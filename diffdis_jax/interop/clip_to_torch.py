@@ -21,6 +21,12 @@ TRANSFORMERS, OPEN_CLIP = "model.safetensors", "open_clip_model.safetensors"
 def check(model: Mapping[str, Any]) -> None:
   """Raises UserError for a network that the two libraries cannot hold."""
   text, vision = model["text_encoder"], model["vision_encoder"]
+  for field in ("spatial_pool", "convolutional"):
+    if vision.get(field):
+      raise UserError(
+        f"model.vision_encoder.{field} is {vision[field]}; neither library has such a tower, so only a run with"
+        f" {type(vision[field])()} can be exported"
+      )
   # transformers has an activation for each tower; open_clip's `quick_gelu` is one switch.
   if text["activation"] != vision["activation"]:
     raise UserError(

@@ -31,13 +31,15 @@ class TrainingLosses:
 
   Attributes:
     total: L.
-    generation: L_IG of each row.
+    generation: L_IG of each row, without weights.
+    dispersive: Dispersive Loss, which the paper lacks; None where its weight is 0.
     alignment: L_ITA, and how well the rows are classified.
   """
 
   total: Float[AnyArray, ""]
   generation: Float[AnyArray, "b"] | None
   alignment: Contrastive | None
+  dispersive: Float[AnyArray, ""] | None
 
 
 def training_losses(
@@ -48,6 +50,8 @@ def training_losses(
   network: Network,
   ita_weight: float,
   captions: UInt32[Array, "b"] | None = None,
+  snr_gamma: float = 0.0,
+  dispersive_weight: float = 0.0,
 ) -> TrainingLosses:
   """Algorithm 1: L = L_IG + λ L_ITA on the same images and captions (x, y), or one of the two losses.
 
@@ -56,6 +60,7 @@ def training_losses(
     noise: the step's random choices: t_z, ε_z, t_e, ε_e, and which rows are masked for guidance.
     ita_weight: λ; 1 is not stated by the paper.
     captions: as losses.contrastive takes them.
+    snr_gamma, dispersive_weight: of losses.weighted_denoising and of losses.dispersive; 0 in the paper.
   """
   # z = V(x);  c, e = T(y)
   encoded = encode.encode_rows(model, batch, noise)
@@ -63,21 +68,31 @@ def training_losses(
   # Noise both, and ask the network for ε_z and for e.
   rows = denoise_rows(model, encoded, c_null, noise, network=network)
 
-  # L = L_IG + λ L_ITA. Only here do rows meet: L_ITA compares each ê_0 with the e of all rows on all devices.
-  total, alignment = jnp.zeros(()), None
+  # L = L_IG + λ L_ITA. Only here do rows meet: L_ITA compares each ê_0 with the e of all rows on all devices, at
+  # whatever t_e was sampled.
+  total, alignment, dispersive = jnp.zeros(()), None, None
   if rows.loss_generation is not None:
-    total = total + rows.loss_generation.mean()
+    schedule = network.image_process.noise
+    total = total + losses.weighted_denoising(rows.loss_generation, noise.t_z, schedule, snr_gamma=snr_gamma).mean()
+  if rows.middle is not None and dispersive_weight:
+    dispersive = losses.dispersive(rows.middle, gather=sharding.everywhere)
+    total = total + dispersive_weight * dispersive
   if rows.query is not None:
-    alignment = alignment_loss(rows.query, encoded.text.e, model.logit_scale[...], noise, captions=captions)
+    e, logit_scale = encoded.text.e, model.logit_scale[...]
+    alignment = losses.contrastive(
+      rows.query, e, logit_scale, captions=captions, dropped=noise.drop_image, on_rows=sharding.each_own_rows
+    )
     total = total + ita_weight * alignment.loss
-  return TrainingLosses(total=total, generation=rows.loss_generation, alignment=alignment)
+  return TrainingLosses(total=total, generation=rows.loss_generation, alignment=alignment, dispersive=dispersive)
 
 
 @struct.dataclass
 class DenoisedRows:
-  """What the two passes give of each row: L_IG, and ê_0. None of a pass that was not asked for."""
+  """What the two passes give of each row: L_IG and generation's middle feature map, and ê_0. None of a pass that was
+  not asked for."""
 
   loss_generation: Float[AnyArray, "b"] | None
+  middle: Float[AnyArray, "b i j c"] | None
   query: Float[AnyArray, "b e"] | None
 
 
@@ -111,45 +126,35 @@ def denoise_rows(
   # e_t is data, not a path for gradients: a text encoder in training learns from e as the target only.
   e_0 = jax.lax.stop_gradient(e)
   e_t = schedules.add_noise(of_text.noise, e_0, noise=noise.noise_e, t=noise.t_e, gamma=of_text.gamma)
-  # Some rows lose their image (not stated by the paper), again for guidance.
-  z_clean = jnp.where(noise.drop_image[:, None, None, None], 0.0, z_clean)
   # The image is clean, and its timestep says so: 1000 is one past those that generation samples (Table 7).
   t_z = jnp.full((len(z),), network.condition_timestep, jnp.int32)
+  if noise.noised_image is not None:  # not the paper's: of some rows that keep their image it is z_t, under its t_z
+    z_noised = schedules.add_noise(of_image.noise, z_clean, noise=noise.noise_z, t=noise.t_z)
+    noised = noise.noised_image & ~noise.drop_image
+    z_clean, t_z = jnp.where(noised[:, None, None, None], z_noised, z_clean), jnp.where(noised, noise.t_z, t_z)
+  # Some rows lose their image (not stated by the paper), again for guidance.
+  z_clean = jnp.where(noise.drop_image[:, None, None, None], 0.0, z_clean)
   discrimination = DiscriminationPass(e_t=e_t, t_e=noise.t_e, z=z_clean, t_z=t_z, c_null=c_null)
 
   # ε̂_z = Φ_u(z_t, t_z, c);  ê_0 or ε̂_e = Φ_θ(e_t, t_e, z)
-  noise_z = prediction = None
+  noise_z = middle = prediction = None
   passes = passes or network.objectives
   if "discrimination" not in passes:
-    noise_z = model.generation(**vars(generation))
+    noise_z, middle = model.generation_with_middle(**vars(generation))
   elif "generation" not in passes:
     prediction = model.discrimination(**vars(discrimination))
   else:  # both as one batch, which costs less and gives the same
     both = joint.both_passes(model, generation, discrimination, parts=sharding.batch_parts())
-    noise_z, prediction = both.noise_z, both.prediction_e
+    noise_z, middle, prediction = both.noise_z, both.middle, both.prediction_e
 
   # L_IG = ‖ε_z − ε̂_z‖² of each row, and ê_0 by the target of the text process (Table 2).
   loss = None if noise_z is None else losses.denoising(noise.noise_z, noise_z)
   if prediction is None:
-    return DenoisedRows(loss_generation=loss, query=None)
+    return DenoisedRows(loss_generation=loss, middle=middle, query=None)
   query = schedules.to_data(
     of_text.noise, e_t, prediction=prediction, target=of_text.target, t=noise.t_e, gamma=of_text.gamma
   )
-  return DenoisedRows(loss_generation=loss, query=query)
-
-
-def alignment_loss(
-  query: Float[Array, "b e"],
-  e: Float[Array, "b e"],
-  logit_scale: Float[Array, ""],
-  noise: StepNoise,
-  *,
-  captions: UInt32[Array, "b"] | None,
-) -> Contrastive:
-  """L_ITA of Algorithm 1: InfoNCE between ê_0 and e of the global batch, at whatever t_e was sampled."""
-  return losses.contrastive(
-    query, e, logit_scale, captions=captions, dropped=noise.drop_image, on_rows=sharding.each_own_rows
-  )
+  return DenoisedRows(loss_generation=loss, middle=middle, query=query)
 
 
 def generate(

@@ -13,6 +13,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
 from diffdis_jax.config.model import MAX_TEMPERATURE
+from diffdis_jax.method import schedules
+from diffdis_jax.method.schedules import Schedule
 
 MAX_LOGIT_SCALE = float(np.log(MAX_TEMPERATURE))
 _MIN_SQUARE = 1e-24
@@ -61,6 +63,15 @@ def _sample_mean(x: Float[Array, "b ..."]) -> Float[Array, "b"]:
 def denoising(noise: Float[Array, "b ..."], prediction: Float[Array, "b ..."]) -> Float[Array, "b"]:
   """L_IG, mean ‖ε − ε̂‖² over the elements of each sample (DDPM, eq. 14)."""
   return _sample_mean(jnp.square(prediction.astype(jnp.float32) - noise.astype(jnp.float32)))
+
+
+def weighted_denoising(
+  per_sample: Float[Array, "b"], t: Int[Array, "b"], schedule: Schedule, *, snr_gamma: float
+) -> Float[Array, "b"]:
+  """L_IG of each sample as it is minimised: as it is where `snr_gamma` is 0; otherwise times its min-SNR weight."""
+  if not snr_gamma:
+    return per_sample
+  return per_sample * schedules.min_snr_weights(schedule, t, gamma=snr_gamma)
 
 
 def unit_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
@@ -179,6 +190,24 @@ def contrastive(
     # Of the rows with an image alone: the others say how much e_t gives away, not how well the image is read.
     accuracy=_mean_over(query_to_text.is_nearest.astype(jnp.float32), kept),
   )
+
+
+def dispersive(features: Float[Array, "b ..."], *, gather: Callable[[Array], Array] = lambda x: x) -> Float[Array, ""]:
+  """Dispersive Loss (Wang and He, 2025, arXiv:2506.09027), the InfoNCE-based variant with ℓ2 distances:
+  log mean_ij exp(−‖h_i − h_j‖² / (τ d)) over all pairs of the global batch, each row with itself among them.
+
+  As their published code has it: d is the number of a row's elements, and the temperature τ is 1.
+  `gather`: as `contrastive` takes it.
+  """
+  h = features.astype(jnp.float32).reshape(len(features), -1)
+  b, d = h.shape
+  h = h - h.mean(axis=0)  # distances stay, and fewer of their digits cancel below
+  everyone = gather(h)
+  product = jnp.einsum("id,jd->ij", h, everyone, precision=jax.lax.Precision.HIGHEST)
+  square, their_square = (jnp.sum(jnp.square(x), axis=1) for x in (h, everyone))
+  distance = jnp.maximum(square[:, None] + their_square - 2.0 * product, 0.0) / d
+  distance = jnp.where(jnp.eye(b, dtype=bool), 0.0, distance)
+  return jax.nn.logsumexp(-distance) - 2.0 * np.log(b).astype(np.float32)
 
 
 def caption_ids(tokens: Int[Array, "b l"]) -> UInt32[Array, "b"]:

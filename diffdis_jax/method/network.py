@@ -24,7 +24,7 @@ from diffdis_jax.method.fusion import TextStream
 from diffdis_jax.method.schedules import Process
 from diffdis_jax.models import attention, clip
 from diffdis_jax.models.autoencoder import Autoencoder
-from diffdis_jax.models.clip import Clip, VisionEncoder
+from diffdis_jax.models.clip import Clip, ConvolutionalEncoder, VisionEncoder
 from diffdis_jax.models.layers import DTYPES
 from diffdis_jax.models.lgr import LanguageGuidedHead
 from diffdis_jax.models.text_encoder import TextEncoder
@@ -94,9 +94,10 @@ def build_head(model: Model | ClipModel, rngs: nnx.Rngs) -> LanguageGuidedHead |
 def build_clip(model: ClipModel, rngs: nnx.Rngs) -> Clip:
   """CLIP's two towers."""
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], remat=model.remat, rngs=rngs)
+  tower = ConvolutionalEncoder if model.vision_encoder.convolutional else VisionEncoder
   return Clip(
     text_encoder=TextEncoder(**vars(model.text_encoder), **common),
-    vision_encoder=VisionEncoder(**vars(model.vision_encoder), **common),
+    vision_encoder=tower(**model.vision_encoder.of_kind(), **common),
     head=build_head(model, rngs),
     temperature=model.temperature,
   )

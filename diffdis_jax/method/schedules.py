@@ -139,6 +139,15 @@ def _rates(schedule: Schedule, t: Int[Array, "b"], ndim: int) -> tuple[Array, Ar
   return signal, noise
 
 
+def min_snr_weights(schedule: Schedule, t: Int[Array, "b"], *, gamma: float) -> Float[Array, "b"]:
+  """min(SNR, γ) / SNR, f32, of a network that predicts the noise; SNR = ᾱ / (1 − ᾱ) (Hang et al., 2023, eq. 5).
+
+  `gamma`: of the weights, and not of the process; above 0.
+  """
+  snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+  return jnp.asarray(np.minimum(snr, gamma) / snr, jnp.float32)[t]
+
+
 def add_noise(
   schedule: Schedule,
   x0: Float[Array, "b ..."],

@@ -33,6 +33,7 @@ class StepNoise:
   drop_image: Bool[AnyArray, "b"]
   posterior: Float[AnyArray, "b h w c"] | None = None  # where latents are samples of it, and not its mode
   posterior_discrimination: Float[AnyArray, "b h w c"] | None = None  # where that pass has a view of its own, too
+  noised_image: Bool[AnyArray, "b"] | None = None  # rows whose image discrimination sees as z_t, where there may be any
 
 
 def sample_noise(
@@ -43,6 +44,7 @@ def sample_noise(
   condition_dropout: float,
   image_dropout: float,
   sample_posterior: bool,
+  noised_image_share: float = 0.0,
 ) -> StepNoise:
   """The random choices for a batch.
 
@@ -50,7 +52,8 @@ def sample_noise(
     keys: by the names of `StepNoise`.
     batch: gives the number of rows, and whether discrimination has a view of its own.
     network: gives the shapes, and the number of timesteps.
-    condition_dropout, image_dropout, sample_posterior: as a config's `loss` section has them.
+    condition_dropout, image_dropout, noised_image_share: as a config's `loss` section has them.
+    sample_posterior: as a config has it.
   """
   b, latents = len(batch.tokens), network.latent_shape
 
@@ -73,6 +76,7 @@ def sample_noise(
     drop_image=jax.random.bernoulli(keys["drop_image"], image_dropout, (b,)),
     posterior=normal("posterior", *latents) if sample_posterior else None,
     posterior_discrimination=normal("posterior_discrimination", *latents) if sample_posterior and own_view else None,
+    noised_image=jax.random.bernoulli(keys["noised_image"], noised_image_share, (b,)) if noised_image_share else None,
   )
 
 

@@ -7,22 +7,24 @@ as open_clip has both (transformer.py, `init_parameters`).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, reduce
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.common.params import Params, first_match
-from diffdis_jax.config.model import ClipModel, TextEncoderSize, VisionEncoderSize
+from diffdis_jax.config.model import TOWER_GROUPS, ClipModel, TextEncoderSize, VisionEncoderSize
 from diffdis_jax.errors import UserError
-from diffdis_jax.models.layers import LayerNorm, TransformerLayer, conv, linear
+from diffdis_jax.models.layers import GroupNorm, LayerNorm, TransformerLayer, conv, linear
 from diffdis_jax.models.lgr import LanguageGuidedHead
 from diffdis_jax.models.remat import run_block
 from diffdis_jax.models.text_encoder import TextEncoder
+from diffdis_jax.models.unet import EPS, BlockMaker, DownLevel
 from diffdis_jax.structs import TextCondition
 
 # Of CLIP's own training images (OpenAI's release): RGB pixels in [0, 1].
@@ -49,11 +51,17 @@ def resize_positions(positions: Float[Array, "n d"], *, rows: int, columns: int)
   return jnp.concatenate([positions[:1], grid.reshape(rows * columns, width)])
 
 
+def mean_parts(x: Float[Array, "b h w c"], parts: int) -> Float[Array, "b d"]:
+  """Means over parts x parts boxes of a map, one after another."""
+  return reduce(x, "b (i h) (j w) c -> b (i j c)", "mean", i=parts, j=parts)
+
+
 class VisionEncoder(nnx.Module):
   """CLIP's vision tower: image to one vector, the class token's, through a projection.
 
   Args:
-    image_size, patch, width, depth, num_heads, mlp_width, activation, projection: as config.model.VisionEncoderSize.
+    image_size, patch, width, depth, num_heads, mlp_width, activation, projection, spatial_pool: as
+      config.model.VisionEncoderSize.
     remat: a key of remat.REMAT_POLICIES, applied to each layer.
 
   Raises:
@@ -74,10 +82,11 @@ class VisionEncoder(nnx.Module):
     dtype: DTypeLike,
     rngs: nnx.Rngs,
     remat: str,
+    spatial_pool: int = 0,
   ):
     if image_size % patch:
       raise UserError(f"patches of {patch} px do not tile an image of {image_size} px; give a multiple of {patch}")
-    self.side, self.dtype, self.remat = patch, dtype, remat
+    self.side, self.spatial_pool, self.dtype, self.remat = patch, spatial_pool, dtype, remat
     whole = ((0, 0), (0, 0))  # no padding: patches tile the image
     self.patch = conv(3, width, patch, stride=patch, padding=whole, use_bias=False, dtype=dtype, rngs=rngs)
     init = nnx.initializers.normal(width**-0.5)
@@ -91,6 +100,8 @@ class VisionEncoder(nnx.Module):
     )
     self.norm = LayerNorm(width, rngs=rngs)
     self.projection = linear(width, projection, use_bias=False, dtype=dtype, rngs=rngs)
+    if spatial_pool:
+      self.map_out = linear(spatial_pool**2 * width, projection, use_bias=False, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
     """Embeddings of normalised images, f32, of any length. Images of another size than the positions' get interpolated
@@ -99,12 +110,7 @@ class VisionEncoder(nnx.Module):
     Raises:
       UserError: patches do not tile the images.
     """
-    height, width = x.shape[1:3]
-    if height % self.side or width % self.side:
-      raise UserError(
-        f"images are {height} x {width} px; patches of {self.side} px do not tile them, so resize and crop them to a"
-        f" multiple of {self.side}"
-      )
+    check_tiles(x, self.side)
     patches = self.patch(x)
     tokens = rearrange(patches, "b h w d -> b (h w) d")
     positions = resize_positions(self.positions[...], rows=patches.shape[1], columns=patches.shape[2])
@@ -114,7 +120,73 @@ class VisionEncoder(nnx.Module):
     for layer in self.layers:
       h = run_block(lambda layer, h: layer(h), layer, h, remat=self.remat)
     # Of the class token alone, so that the norm and the projection leave out all patches.
-    return self.projection(self.norm(h[:, :1]))[:, 0].astype(jnp.float32)
+    query = self.projection(self.norm(h[:, :1]))[:, 0].astype(jnp.float32)
+    if not self.spatial_pool:
+      return query
+    parts = mean_parts(self.norm(h[:, 1:]).reshape(patches.shape), self.spatial_pool)
+    return query + self.map_out(parts).astype(jnp.float32)
+
+
+class ConvolutionalEncoder(nnx.Module):
+  """A vision tower for CLIP that is no transformer, to compare encoders: patches, the UNet's way down without attention
+  and timestep, the mean of its last map through a projection. Not the paper's.
+
+  Args:
+    patch, depth, widths, projection, spatial_pool: as config.model.VisionEncoderSize.
+    remat: a key of remat.REMAT_POLICIES, applied to each block.
+  """
+
+  def __init__(
+    self,
+    *,
+    patch: int,
+    depth: int,
+    widths: Sequence[int],
+    projection: int,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+    remat: str,
+    spatial_pool: int = 0,
+  ):
+    last = len(widths) - 1
+    self.stride, self.spatial_pool, self.remat = patch * 2**last, spatial_pool, remat
+    whole = ((0, 0), (0, 0))  # no padding: patches tile the image
+    self.patch = conv(3, widths[0], patch, stride=patch, padding=whole, use_bias=False, dtype=dtype, rngs=rngs)
+    make = BlockMaker(num_heads=1, context_width=1, groups=TOWER_GROUPS, time_width=None, dtype=dtype, rngs=rngs)
+    self.down = nnx.List(
+      DownLevel(widths[max(i - 1, 0)], width, depth, attention=False, downsample=i < last, make=make)
+      for i, width in enumerate(widths)
+    )
+    self.norm = GroupNorm(widths[-1], groups=TOWER_GROUPS, eps=EPS, rngs=rngs)
+    self.projection = linear(widths[-1], projection, use_bias=False, dtype=dtype, rngs=rngs)
+    if spatial_pool:
+      self.map_out = linear(spatial_pool**2 * widths[-1], projection, use_bias=False, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
+    """Embeddings of normalised images, f32, of any length.
+
+    Raises:
+      UserError: the tower's patches and levels do not halve the images evenly.
+    """
+    check_tiles(x, self.stride)
+    h = self.patch(x)
+    for level in self.down:
+      for block in level.resnets:
+        h = run_block(lambda block, h: block(h), block, h, remat=self.remat)
+      h = h if level.downsample is None else level.downsample(h)
+    h = jax.nn.silu(self.norm(h))
+    query = self.projection(h.mean(axis=(1, 2))).astype(jnp.float32)
+    return query + self.map_out(mean_parts(h, self.spatial_pool)).astype(jnp.float32) if self.spatial_pool else query
+
+
+def check_tiles(x: Float[Array, "b H W 3"], stride: int) -> None:
+  """Raises UserError for images that boxes of this side do not tile."""
+  height, width = x.shape[1:3]
+  if height % stride or width % stride:
+    raise UserError(
+      f"images are {height} x {width} px; patches of {stride} px do not tile them, so resize and crop them to a"
+      f" multiple of {stride}"
+    )
 
 
 class Clip(nnx.Module):
@@ -154,7 +226,8 @@ class Clip(nnx.Module):
 
 
 class Start(NamedTuple):
-  """What a parameter is sampled from: "normal" of this deviation, "uniform" within ± this bound, or "constant"."""
+  """What a parameter is sampled from: "normal" of this deviation, "uniform" within ± this bound, "fan_in" within ± this
+  over the root of the kernel's fan-in, or "constant"."""
 
   kind: str
   value: float
@@ -187,14 +260,15 @@ def initialise(key: jax.Array, shapes: Params, model: ClipModel) -> Params:
 def _draw(key: jax.Array, shape: tuple[int, ...], start: Start) -> Float[Array, "..."]:
   if start.kind == "normal":
     return start.value * jax.random.normal(key, shape)
-  if start.kind == "uniform":
-    return jax.random.uniform(key, shape, minval=-start.value, maxval=start.value)
+  if start.kind in ("uniform", "fan_in"):
+    bound = start.value * (math.prod(shape[:-1]) ** -0.5 if start.kind == "fan_in" else 1.0)
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
   return jnp.full(shape, start.value, jnp.float32)
 
 
 def _text(size: TextEncoderSize) -> Rules:
   """Residual branches start the smaller the more of them there are. Only the biases of the MLP are PyTorch's."""
-  spread, residual = size.width**-0.5, (2 * size.depth) ** -0.5
+  spread, residual = size.width**-0.5, (2 * depth) ** -0.5
   return (
     (r"^text_encoder\.tokens\.", Start("normal", 0.02)),
     # Not CLIP's: second token vectors, which start at nothing.
@@ -211,10 +285,14 @@ def _text(size: TextEncoderSize) -> Rules:
 
 def _vision(size: VisionEncoderSize) -> Rules:
   """PyTorch's defaults are uniform: within ± fan_in^-1/2, and by Xavier's rule over q, k and v as one matrix."""
-  spread = size.width**-0.5
+  spread = size.last_width**-0.5
   return (
+    # Not CLIP's: a convolutional tower, and a head over parts whose output has the class token's spread.
+    (r"^vision_encoder\.down\..*\.kernel$", Start("fan_in", 1.0)),
+    (r"^vision_encoder\.down\..*\.bias$", Start("constant", 0.0)),
+    (r"^vision_encoder\.map_out\.kernel$", Start("normal", spread / max(size.spatial_pool, 1))),
     (r"^vision_encoder\.(class_token|positions|projection\.kernel)$", Start("normal", spread)),
-    (r"^vision_encoder\.patch\.kernel$", Start("uniform", (3 * size.patch**2) ** -0.5)),
+    (r"^vision_encoder\.patch\.kernel$", Start("uniform", (3 * patch**2) ** -0.5)),
     # Xavier: sqrt(6 / (fan_in + fan_out)), of one matrix of width by three times width.
     (r"^vision_encoder\..*\.(q|k|v)\.kernel$", Start("uniform", math.sqrt(6 / (4 * size.width)))),
     (r"^vision_encoder\..*\.(out|fc1)\.kernel$", Start("uniform", spread)),

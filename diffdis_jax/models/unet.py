@@ -74,7 +74,7 @@ class BlockMaker:
   num_heads: int
   context_width: int
   groups: int
-  time_width: int
+  time_width: int | None
   dtype: Any
   rngs: nnx.Rngs
 

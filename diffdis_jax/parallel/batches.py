@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes, sharding
 
-
 ROWS = 64  # of a call, on each chip
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.run import Run
-from diffdis_jax.method import algorithms, encode
+from diffdis_jax.method import algorithms, encode, losses
 from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.method.encode import Encoded, Latents
 from diffdis_jax.method.network import Network
@@ -97,7 +97,8 @@ class GradCache:
       gradient[LOGIT_SCALE] += of_scale
     if noise is not None and "loss_generation" in second:
       per_sample = second["loss_generation"]
-      total, metrics = total + per_sample.mean(), metrics | objectives.generation_metrics(per_sample, noise)
+      total = total + self._weighted(per_sample, noise).mean()
+      metrics |= objectives.generation_metrics(per_sample, noise)
     return Gradient(gradient, {"loss": mean_of(total[None]), **metrics})
 
   def first_pass(self, trainable: Params, fixed: Params, rows: Microbatch) -> Pass:
@@ -131,7 +132,9 @@ class GradCache:
       if "loss_generation" not in found:
         return total, {}
       # By the batch's size, and not the microbatch's, so that the shares add up to the mean.
-      return total + jnp.sum(found["loss_generation"]) / batch_size, {"loss_generation": found["loss_generation"]}
+      assert rows.noise is not None
+      per_sample = found["loss_generation"]
+      return total + jnp.sum(self._weighted(per_sample, rows.noise)) / batch_size, {"loss_generation": per_sample}
 
     return Pass(*jax.grad(share, has_aux=True)(trainable))
 
@@ -144,6 +147,10 @@ class GradCache:
       of_rows |= {"query": found.query.astype(jnp.float32), "e": encoded.text.e}
     return of_rows
 
+  def _weighted(self, per_sample: Float[Array, "b"], noise: StepNoise) -> Float[Array, "b"]:
+    schedule, snr_gamma = self.network.image_process.noise, self.run.loss.snr_gamma
+    return losses.weighted_denoising(per_sample, noise.t_z, schedule, snr_gamma=snr_gamma)
+
   def _contrast(
     self, representations: Rows, logit_scale: Float[Array, ""], rows: Microbatch
   ) -> tuple[Float[Array, ""], Metrics]:
@@ -153,7 +160,9 @@ class GradCache:
     if rows.noise is None:
       of_clip = objectives.contrastive_loss(Pairs(image=query, text=e), logit_scale, captions=captions)
       return of_clip.total, of_clip.metrics
-    found = algorithms.alignment_loss(query, e, logit_scale, rows.noise, captions=captions)
+    found = losses.contrastive(
+      query, e, logit_scale, captions=captions, dropped=rows.noise.drop_image, on_rows=sharding.each_own_rows
+    )
     return self.run.loss.ita_weight * found.loss, objectives.discrimination_metrics(found, logit_scale, rows.noise)
 
   def _in_turn(

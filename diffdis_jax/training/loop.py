@@ -29,7 +29,7 @@ from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import batches, processes, programs, sharding
 from diffdis_jax.run import checkpoint, committed, history, profile, trackers, workdir, writers
 from diffdis_jax.structs import TrainState
-from diffdis_jax.training import facts, start, stored_inputs
+from diffdis_jax.training import facts, start, stored_inputs, task_gradients
 from diffdis_jax.training.evaluator import Evaluator
 from diffdis_jax.training.flops import abstract_batch, rate_at_peak
 from diffdis_jax.training.metrics import Metrics
@@ -38,17 +38,19 @@ from diffdis_jax.training.step import Trainer, is_running
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """What a run trains with; nothing is allocated yet."""
+  """What a run trains with; nothing is allocated yet. `gradients`: of both tasks, where they are logged."""
 
   trainer: Trainer
   train_step: programs.AheadOfTime
+  gradients: programs.AheadOfTime | None
 
   @classmethod
   def of(cls, run: Run, mesh: Mesh) -> Prepared:
     """Raises UserError: a run that cannot be trained on this mesh."""
     trainer = Trainer(run, mesh)
     shapes = abstract_batch(run, trainer.network, mesh)
-    return cls(trainer, programs.AheadOfTime("the training step", trainer.train_step, trainer.abstract_state, shapes))
+    train_step = programs.AheadOfTime("the training step", trainer.train_step, trainer.abstract_state, shapes)
+    return cls(trainer, train_step, task_gradients.compiled_beside(trainer, shapes) if run.log_gradients else None)
 
   def compile_ahead(self) -> None:
     """Has threads compile all that takes long before the first step of a new run."""
@@ -124,8 +126,7 @@ def train_and_evaluate(
     profiler = stack.enter_context(contextlib.closing(profile.Profiler(span, path, start_step=step)))
 
     # What was entered closes from the last to the first: trace, lines, history, pending save, lock.
-    peak_rate = rate_at_peak(trainer)
-    loop = Loop(run, trainer, train_step, iterator, evaluator, checkpointer, writer, stop, profiler, peak_rate)
+    loop = Loop(run, prepared, iterator, evaluator, checkpointer, writer, stop, profiler, rate_at_peak(trainer))
     loop.run_to_end(state, meta)
     log_best(path, run.checkpoint, checkpointer)
 
@@ -144,8 +145,7 @@ class Loop:
   """The steps of a run, and what happens between them."""
 
   run: Run
-  trainer: Trainer
-  train_step: programs.AheadOfTime
+  prepared: Prepared
   iterator: grain.DatasetIterator
   evaluator: Evaluator
   checkpointer: checkpoint.Checkpointer
@@ -170,16 +170,21 @@ class Loop:
 
     metrics: Any = None
     train_step: Callable[..., tuple[TrainState, Metrics]] | None = None
+    compare: Callable[..., dict[str, Any]] = lambda state, batch: {}
     for step in progress.steps():
       self.profiler.before(step, metrics)
       # The next batch is loaded while the devices still work on the step before, so that its time is hidden.
       waiting = progress.waiting_for_data(functools.partial(is_running, metrics))
       with waiting, copies.naming_silence(run.data.paths):
         rows = substitutions.take(next(self.iterator))
-        batch = batch_type(run.data)(**sharding.to_global(rows, self.trainer.mesh))
+        batch = batch_type(run.data)(**sharding.to_global(rows, self.prepared.trainer.mesh))
       if train_step is None:
-        train_step = self.train_step.compiled()
+        train_step = self.prepared.train_step.compiled()
+        compare = self.prepared.gradients.compiled() if self.prepared.gradients else compare
         self.stop.begin()  # until now there was nothing to save, and a signal ended the process at once
+      last = step == run.num_steps
+      logs = last or step % run.log_every == 0
+      gradients = compare(state, batch) if logs else {}  # before the step, which takes the state's memory
       state, metrics = train_step(state, batch)
       if step == start_step + 1:
         jax.block_until_ready(metrics)  # starting is no speed
@@ -191,11 +196,10 @@ class Loop:
         with progress.paused():
           self.profiler.close()
 
-      last = step == run.num_steps
-      if last or step % run.log_every == 0:
+      if logs:
         means = check_finite(totals, step, self.checkpointer)
         counts = substitutions.report(processes.over_hosts)
-        self.writer.scalars(step, means | progress.report(step, means) | counts)
+        self.writer.scalars(step, means | progress.report(step, means) | counts | jax.tree.map(float, gradients))
         totals = None
       found, preempted, due = {}, self.stop.agreed(), self.evaluator.is_due(step, last=last)
       saves = last or bool(preempted) or step % run.save_every == 0

@@ -57,6 +57,7 @@ def noise_of(run: Run, keys: Keys, batch: AnyBatch, network: Network) -> StepNoi
     condition_dropout=run.loss.condition_dropout,
     image_dropout=run.loss.image_dropout,
     sample_posterior=run.sample_posterior,
+    noised_image_share=run.loss.noised_image_share,
   )
 
 
@@ -71,19 +72,28 @@ def diffusion_loss(model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Netw
   noise = noise_of(run, keys, batch, network)
   captions = captions_of(run.loss, batch.tokens)
   found = algorithms.training_losses(
-    model, batch, noise, network=network, ita_weight=run.loss.ita_weight, captions=captions
+    model,
+    batch,
+    noise,
+    network=network,
+    ita_weight=run.loss.ita_weight,
+    captions=captions,
+    snr_gamma=run.loss.snr_gamma,
+    dispersive_weight=run.loss.dispersive_weight,
   )
   metrics: Metrics = {}
   # What the run is not trained for has no loss, and leaves no line in the log.
   if found.generation is not None:
     metrics |= generation_metrics(found.generation, noise)
+  if found.dispersive is not None:
+    metrics["loss_dispersive"] = mean_of(found.dispersive[None])
   if found.alignment is not None:
     metrics |= discrimination_metrics(found.alignment, model.logit_scale[...], noise)
   return Total(found.total, metrics)
 
 
 def generation_metrics(per_sample: Float[Array, "b"], noise: StepNoise) -> Metrics:
-  """L_IG, and by the quarter of t_z."""
+  """L_IG without weights, so that runs with other weights compare; and by the quarter of t_z."""
   return {"loss_generation": mean_of(per_sample), **quarters_of("loss_generation", per_sample, noise.t_z)}
 
 

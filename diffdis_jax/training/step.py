@@ -7,7 +7,7 @@ average. With optim.ema_decay of 0 nothing has one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -35,7 +35,7 @@ from diffdis_jax.training.metrics import Metrics
 # One key for each random choice of a step. Their numbers are part of a run's identity: append, never reorder.
 KEYS = (
   *("posterior", "t_z", "noise_z", "drop_condition", "t_e", "noise_e", "drop_image", "posterior_discrimination"),
-  "mix",
+  *("mix", "noised_image"),
 )
 
 
@@ -82,7 +82,6 @@ class Trainer:
     _check_trainable(run.objectives, self.trainable)
     self._averages = self.run.optim.ema_decay > 0  # without them, inference takes the raw parameters
     self._tx = optimizers.build_optimizer(self.trainable, run.optim, num_steps=run.num_steps)
-    self._loss = plugs.loss_function(network, run)
 
     # From shapes alone: where each array lies is known before the first one is allocated.
     abstract_state = jax.eval_shape(self._around, self.shapes)
@@ -138,15 +137,16 @@ class Trainer:
       traced = jax.jit(self.network.counted().traced_for(self.mesh, step)).trace(self.abstract_state, batch)
     return traced.jaxpr
 
+  def _parts(self, state: TrainState) -> tuple[Params, Params]:
+    """Differentiated with respect to the first alone: frozen parameters cost no gradient and no memory for one."""
+    trainable = {path: state.params[path] for path in self.trainable}
+    return trainable, {path: value for path, value in state.params.items() if path not in trainable}
+
   def _train_step(
     self, state: TrainState, batch: TrainingBatch, *, microbatches: int | None = None
   ) -> tuple[TrainState, Metrics]:
-    # Differentiated with respect to these alone, so that frozen parameters cost no gradient and no memory for one.
-    trainable = {path: state.params[path] for path in self.trainable}
-    fixed = {path: value for path, value in state.params.items() if path not in trainable}
-    keys = functools.partial(step_keys, state.seed, state.step)
-    n = microbatches or self.run.optim.accumulate
-    gradient, metrics, statistics = self._gradient(trainable, fixed, batch, keys, state.teacher, n)
+    trainable, fixed = self._parts(state)
+    gradient, metrics, statistics = self.gradient(state, batch, microbatches=microbatches)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
       updates, opt_state = self._tx.update(gradient, state.opt_state, trainable)
     trainable = cast(Params, optax.apply_updates(trainable, updates))
@@ -169,34 +169,44 @@ class Trainer:
       metrics,
     )
 
-  def _gradient(
+  def gradient(
     self,
-    trainable: Params,
-    fixed: Params,
+    state: TrainState,
     batch: TrainingBatch,
-    keys: Callable[[Int[Array, ""]], dict[str, jax.Array]],
-    teacher: Params,
-    n: int,
+    *,
+    network: Network | None = None,
+    run: Run | None = None,
+    microbatches: int | None = None,
   ) -> Gradient:
-    """Of the whole batch, or the mean over n microbatches that are batches of their own; metrics, added up; and the new
-    latent statistics. `keys`: of a microbatch, by its number."""
-    if n > 1 and self.run.optim.contrastive_batch == "whole" and self.run.objectives.grad_cache:
+    """Of the whole batch, or the mean over microbatches that are batches of their own; metrics, added up; and the new
+    latent statistics.
+
+    Args:
+      network, run: others than the trainer's, for a part of the loss: of fewer objectives, or with other weights.
+      microbatches: None for as many as the run has.
+    """
+    network, run = network or self.network, run or self.run
+    n = microbatches or run.optim.accumulate
+    trainable, fixed = self._parts(state)
+    keys = functools.partial(step_keys, state.seed, state.step)
+    if n > 1 and run.optim.contrastive_batch == "whole" and run.objectives.grad_cache:
       assert not isinstance(batch, LabelledBatch)
-      whole = gradcache.GradCache(self.network, self.run, self.mesh, n)
+      whole = gradcache.GradCache(network, run, self.mesh, n)
       # By the keys of microbatch 0, which are those of a batch that is not split.
       return whole(trainable, fixed, batch, keys(jnp.zeros((), jnp.int32)))
 
-    gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=self.network.dtype)
+    gathered = functools.partial(sharding.gathered, mesh=self.mesh, dtype=network.dtype)
+    loss_of = plugs.loss_function(network, run)
 
     def loss(trainable: Params, fixed: Params, *args: Any) -> Any:
       # Inside of what is differentiated, so that gradients go back the same way, to where the parameters are stored.
-      return self._loss(gathered(trainable), gathered(fixed), *args)
+      return loss_of(gathered(trainable), gathered(fixed), *args)
 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def one(microbatch: Int[Array, ""], batch: TrainingBatch) -> Gradient:
       (_, (metrics, statistics)), gradient = value_and_grad(
-        trainable, fixed, batch, keys(microbatch), gathered(teacher)
+        trainable, fixed, batch, keys(microbatch), gathered(state.teacher)
       )
       return Gradient(gradient, metrics, statistics)
 

@@ -5,6 +5,8 @@ import collections
 import numpy as np
 import pytest
 
+from configs import shapes_lt as config_of_stages
+from diffdis_jax.config import Run
 from diffdis_jax.data import long_tail, shapes, shapes_lt, sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.long_tail import in_group
@@ -32,6 +34,29 @@ def test_most_low_classes_are_not_rare_in_the_start(seed, seen):
   assert {*counts.values()} == {5} and round(300 * 48 / len(counts)) == 257
   low = np.flatnonzero(in_group(shapes_lt.counts(seed), "low"))
   assert len(low) == 32 and sum(shapes_lt.CLASSNAMES[k] in counts for k in low) == seen
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_start_that_has_seen_no_low_class(seed):
+  """Every other class as often; images of its own; and all other splits as they were."""
+  start = sources.open_source(**SHAPES, split="start", seed=seed)
+  low = in_group(shapes_lt.counts(seed), "low")
+  seen = np.bincount(start.labels, minlength=64)
+  assert (seen[low] == 0).all() and (seen[~low] == 2048).all() and len(start) == 32 * 2048
+  record = start[5000]
+  assert record["caption"] == shapes_lt.CLASSNAMES[start.labels[5000]] and not low[record["label"]]
+  first = sources.open_source(**SHAPES, split="train", seed=seed)
+  assert any((start[i]["image"] != first[i]["image"]).any() for i in range(3))
+
+
+def test_a_start_is_trained_on_that_split():
+  for arg in ("stage=0,seed=1", "stage=0,autoencoder,seed=1", "stage=0,backbone=clip,seed=1"):
+    run = Run.of(config_of_stages.get_config(arg))
+    assert run.data.source == dict(name="shapes_lt", path="", split="start", seed=1, caption_fields=())
+    assert run.seed == 1 and not run.evals
+  assert run.objectives == ("contrastive",)
+  with pytest.raises(ValueError, match="autoencoder is of stage=0 with backbone=diffdis"):
+    config_of_stages.get_config("autoencoder")
 
 
 @pytest.mark.parametrize("split, length", [("train", 2810), ("val", 1280), ("test", 1280)])

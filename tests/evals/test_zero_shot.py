@@ -10,7 +10,7 @@ from diffdis_jax.data import records
 from diffdis_jax.data.prepare import builder, image_folder
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, prompts
+from diffdis_jax.evals import prompts
 from diffdis_jax.evals import registry as evals
 from tests.raw_pairs import picture
 

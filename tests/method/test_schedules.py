@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import schedules
+from tests import steps
 
 DIFFUSERS_NAMES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 T0 = np.array([0, 1, 500, 999], np.int32)
@@ -37,6 +38,16 @@ def test_ends_of_the_schedules():
   np.testing.assert_allclose(linear.betas[[0, -1]], [0.00085, 0.012])
   assert np.all(scaled.betas[1:-1] < linear.betas[1:-1])
   assert cosine.betas[-1] == 0.999 and np.all(cosine.betas[:-1] < 0.999)
+
+
+@pytest.mark.parametrize("name", steps.ALPHA_BAR)
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_equal_their_definition(name, gamma):
+  """In float64: 1 where the image is noisier than γ, and γ / SNR where it is not."""
+  weights = schedules.min_snr_weights(schedules.noise_schedule(name), jnp.arange(1000), gamma=gamma)
+  want = [min(a / (1 - a), gamma) / (a / (1 - a)) for a in steps.ALPHA_BAR[name].tolist()]
+  np.testing.assert_allclose(weights, want, rtol=1e-6)
+  assert weights[0] < 0.01 and weights[-1] == 1.0 and weights.dtype == jnp.float32
 
 
 def test_unknown_schedule_lists_the_known():

@@ -22,7 +22,7 @@ from diffdis_jax.config.model import TEMPERATURE
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping
 from diffdis_jax.models import sizes
-from diffdis_jax.models.clip import Clip, VisionEncoder, resize_positions
+from diffdis_jax.models.clip import Clip, ConvolutionalEncoder, VisionEncoder, resize_positions
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.structs import TextCondition
 from tests.models import from_torch, networks
@@ -184,3 +184,70 @@ def test_a_released_size_equals_transformers(section, config, count):
   for row, length in zip(tokens, (1, 10, 75), strict=True):
     row[1 : 1 + length] = rng.integers(0, 49406, length)
   assert_equal_embeddings(ours(section), theirs, images(3, 224), tokens, tolerance=1e-4)
+
+
+def random_images(side: int = 8) -> np.ndarray:
+  return np.random.default_rng(5).standard_normal((3, side, side, 3)).astype(np.float32)
+
+
+def torch_of(params: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+  return {name: torch.tensor(value, dtype=torch.float64) for name, value in params.items()}
+
+
+def boxes(x: torch.Tensor, parts: int) -> torch.Tensor:
+  """Means over boxes of [b, c, h, w], each box's channels together."""
+  return torch.nn.functional.adaptive_avg_pool2d(x, parts).permute(0, 2, 3, 1).flatten(1)
+
+
+def test_a_head_over_parts_adds_their_means_by_a_matrix_of_its_own():
+  """Against transformers' tower in float64; all else is CLIP's."""
+  theirs = from_torch.randomise(tiny_theirs(image_size=16, patch=4, activation="gelu"), seed=0)
+  arrangement: dict[str, Any] = dict(image_size=16, patch=4, activation="gelu")
+  pooled = tiny(**arrangement, spatial_pool=2)
+  params = to_ours(theirs, tiny(**arrangement))
+  params["vision_encoder.map_out.kernel"] = np.random.default_rng(1).standard_normal((4 * 24, PROJECTION)) / 10
+  params = {path: np.float32(value) for path, value in params.items()}
+  assert {path: value.shape for path, value in params.items()} == {k: leaf.shape for k, leaf in pooled.shapes.items()}
+  pixels = random_images(16)
+  found = pooled.jit(lambda model, x: model.vision_encoder(x))(params, pixels)
+
+  with torch.no_grad():
+    double = theirs.double()
+    seen = double.vision_model(pixel_values=torch.tensor(np.float64(pixels)).permute(0, 3, 1, 2))
+    alone = double.visual_projection(seen.pooler_output)
+    tokens = double.vision_model.post_layernorm(seen.last_hidden_state[:, 1:])
+  added = boxes(tokens.unflatten(1, (4, 4)).permute(0, 3, 1, 2), 2) @ torch_of(params)["vision_encoder.map_out.kernel"]
+  assert networks.relative_error(found, alone + added) < 1e-5
+  assert np.abs(added).max() > 0.1 * np.abs(alone).max()
+
+
+@pytest.mark.parametrize("parts", [0, 2])
+def test_a_convolutional_tower_equals_torch_in_float64(parts):
+  args: dict[str, Any] = dict(patch=2, depth=1, widths=(8, 16), projection=PROJECTION, spatial_pool=parts)
+  network = networks.Network.of(lambda rngs: ConvolutionalEncoder(**args, remat="none", dtype=jnp.float32, rngs=rngs))
+  params = networks.random_params(network.shapes, seed=0)
+  images = random_images()
+  w = torch_of(params)
+
+  def conv(name: str, x: torch.Tensor, **how: int) -> torch.Tensor:
+    return torch.nn.functional.conv2d(x, w[f"{name}.kernel"].permute(3, 2, 0, 1), w.get(f"{name}.bias"), **how)
+
+  def activated(name: str, x: torch.Tensor) -> torch.Tensor:
+    scale, bias = w[f"{name}.norm.scale"], w[f"{name}.norm.bias"]
+    return torch.nn.functional.silu(torch.nn.functional.group_norm(x, 8, scale, bias, eps=1e-5))
+
+  h = conv("patch", torch.tensor(images, dtype=torch.float64).permute(0, 3, 1, 2), stride=2)
+  for level in (0, 1):
+    block = f"down.{level}.resnets.0"
+    inner = conv(f"{block}.conv1", activated(f"{block}.norm1", h), padding=1)
+    inner = conv(f"{block}.conv2", activated(f"{block}.norm2", inner), padding=1)
+    h = inner + (conv(f"{block}.shortcut", h) if level else h)
+    if not level:
+      h = conv("down.0.downsample.conv", h, stride=2, padding=1)
+  h = activated("norm", h)
+  want = h.mean(dim=(2, 3)) @ w["projection.kernel"]
+  if parts:
+    want = want + boxes(h, parts) @ w["map_out.kernel"]
+  np.testing.assert_allclose(network.jit(lambda model, x: model(x))(params, images), want, atol=1e-5)
+  with pytest.raises(UserError, match="patches of 4 px do not tile them"):
+    network.jit(lambda model, x: model(x))(params, random_images(6))

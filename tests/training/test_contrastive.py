@@ -193,6 +193,15 @@ def test_the_recipes_differ_in_the_images_and_in_equal_captions():
     ({"model.text_encoder.projection": 0}, "model.text_encoder.projection is 0 and vision_encoder.projection 12"),
     ({"model.vision_encoder.patch": 5}, "model.vision_encoder.image_size has 16; it must be a multiple of patch=5"),
     ({"image_size": 18}, "image_size is 18; patches of 4 px do not tile it, so it must be a multiple of 4, such as 16"),
+    (
+      {"model.vision_encoder.spatial_pool": 3},
+      "vision_encoder.spatial_pool is 3; the tower's map is 4 x 4, so it must",
+    ),
+    (
+      {"model.vision_encoder.convolutional": True, "model.vision_encoder.spatial_pool": 2},
+      "vision_encoder.spatial_pool is 2; the tower's map is 1 x 1, so it must divide 1",
+    ),
+    ({"model.vision_encoder.widths": (64, 12)}, "vision_encoder.widths is .64, 12.; give a multiple of 8 for each"),
     ({"data.max_length": 9}, "data.max_length is 9; it must be from 2 to model.text_encoder.max_length, 8"),
     ({"model.remat": "some"}, "model.remat is 'some'; it must be one of none, full"),
     ({"loss.duplicate_captions": "kept"}, "loss.duplicate_captions is 'kept'; it must be one of mask, negatives"),

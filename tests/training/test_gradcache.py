@@ -26,6 +26,7 @@ from tests.steps import network_of
 ONE, DATA, FSDP, ALL = (1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)
 FROZEN_TEXT = {"optim.groups": (("^autoencoder|^text_encoder", "frozen"), (".*", "new"))}
 OWN_VIEW = {"data.discrimination_view": "own"}
+BESIDE_THE_PAPER = {"loss.snr_gamma": 2.0, "loss.noised_image_share": 0.5}
 # What is trained -> the config's objectives, none of which is CLIP, and its changes.
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
   "clip": ((), {}),
@@ -33,6 +34,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
   "joint, text frozen": (("generation", "discrimination"), FROZEN_TEXT),
   "joint, own view": (("generation", "discrimination"), FROZEN_TEXT | OWN_VIEW),
   "joint, noise": (("generation", "discrimination"), {"text_diffusion.target": "noise", "sample_posterior": False}),
+  "joint, beside the paper": (("generation", "discrimination"), FROZEN_TEXT | BESIDE_THE_PAPER),
   "discrimination": (("discrimination",), {}),
   "discrimination, text frozen": (("discrimination",), FROZEN_TEXT),
   "generation": (("generation",), FROZEN_TEXT),
@@ -116,6 +118,7 @@ def check(case: str, n: int, *shape: int) -> None:
     ("clip", 2, ONE),
     ("clip", 4, FSDP),
     ("joint", 4, DATA),
+    ("joint, beside the paper", 2, ONE),
     ("discrimination, text frozen", 2, ONE),
   ],
 )

@@ -12,7 +12,7 @@ import pytest
 
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
-from diffdis_jax.method import encode, joint
+from diffdis_jax.method import encode, joint, losses, schedules
 from diffdis_jax.method.diffdis import DiffDis, to_signed
 from diffdis_jax.structs import DiscriminationPass, GenerationPass, LatentBatch
 from diffdis_jax.training import flops, step
@@ -38,8 +38,10 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
 
   def both_passes(model: DiffDis, *passes: GenerationPass | DiscriminationPass, **settings: int) -> Any:
     outputs = original(model, *passes, **settings)
-    for name, inputs, output in zip(("generation", "discrimination"), passes, vars(outputs).values(), strict=True):
+    both = outputs.noise_z, outputs.prediction_e
+    for name, inputs, output in zip(("generation", "discrimination"), passes, both, strict=True):
       seen[name] = {**vars(inputs), "output": output}
+    seen["generation"]["middle"] = outputs.middle
     return outputs
 
   monkeypatch.setattr(joint, "both_passes", both_passes)
@@ -75,6 +77,13 @@ VARIANTS = {
     "condition_timestep": 0,
     "sample_posterior": False,
   },
+  # What the paper lacks.
+  "beside the paper": {
+    "loss.snr_gamma": 2.0,
+    "loss.noised_image_share": 0.5,
+    "loss.dispersive_weight": 0.5,
+    "loss.image_dropout": 0.3,
+  },
 }
 
 
@@ -99,7 +108,9 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
   t_z, t_e = draw_t("t_z"), draw_t("t_e")
   no_condition = np.asarray(jax.random.bernoulli(keys["drop_condition"], config.loss.condition_dropout, (b, 1, 1)))
   no_image = np.asarray(jax.random.bernoulli(keys["drop_image"], config.loss.image_dropout, (b,)))
-  assert no_condition.any() == no_image.any() == (variant == "data") and not no_image.all()
+  beside = variant == "beside the paper"
+  assert no_image.any() == (variant != "noise") and not no_image.all()
+  assert no_condition.any() == (variant == "data") or beside
 
   alpha_bar = steps.ALPHA_BAR[config.image_diffusion.schedule][t_z][:, None, None, None]
   noise_z = np.asarray(jax.random.normal(keys["noise_z"], z.shape), np.float64)
@@ -109,6 +120,9 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
   np.testing.assert_allclose(generation["c"], np.where(no_condition, null, text.c), atol=1e-5)
   by_sample = ((generation["output"] - noise_z) ** 2).mean(axis=(1, 2, 3))
   np.testing.assert_allclose(means["loss_generation"], by_sample.mean(), rtol=1e-5)
+  snr = (alpha_bar / (1 - alpha_bar)).ravel()
+  weights = np.minimum(snr, config.loss.snr_gamma) / snr if config.loss.snr_gamma else np.ones(b)
+  assert (weights < 0.9).any() == beside
 
   gamma = config.text_diffusion.gamma
   alpha_bar = steps.ALPHA_BAR[config.text_diffusion.schedule][t_e][:, None]
@@ -117,8 +131,14 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
   discrimination = passes["discrimination"]
   np.testing.assert_array_equal(discrimination["t_e"], t_e)
   np.testing.assert_allclose(discrimination["e_t"], e_t, atol=1e-5)
-  np.testing.assert_allclose(discrimination["z"], np.where(no_image[:, None, None, None], 0, z), atol=1e-5)
-  np.testing.assert_array_equal(discrimination["t_z"], np.full(b, config.condition_timestep))
+  shown, shown_t = z.copy(), np.full(b, config.condition_timestep)
+  if beside:
+    chosen = np.asarray(jax.random.bernoulli(keys["noised_image"], config.loss.noised_image_share, (b,)))
+    assert {*zip(chosen, no_image)} == {(False, False), (False, True), (True, False), (True, True)}
+    for i in np.flatnonzero(chosen & ~no_image):
+      shown[i], shown_t[i] = generation["z_t"][i], t_z[i]
+  np.testing.assert_allclose(discrimination["z"], np.where(no_image[:, None, None, None], 0, shown), atol=1e-5)
+  np.testing.assert_array_equal(discrimination["t_z"], shown_t)
   np.testing.assert_allclose(discrimination["c_null"], np.broadcast_to(null, text.c.shape), atol=1e-5)
   query = discrimination["output"]
   if config.text_diffusion.target == "noise":
@@ -127,12 +147,37 @@ def test_joint_loss_is_the_equations_on_the_same_keys(monkeypatch, variant):
   ita, query_to_text = info_nce(query, text.e, scale, batch.tokens, no_image)
   np.testing.assert_allclose(means["loss_discrimination"], ita, rtol=1e-5)
 
-  np.testing.assert_allclose(total, by_sample.mean() + config.loss.ita_weight * ita, rtol=1e-5)
+  dispersive = 0.0
+  if beside:
+    middle = generation["middle"].reshape(b, -1)
+    pairs = [np.exp(-np.mean((one - other) ** 2)) for one in middle for other in middle]
+    dispersive = np.log(np.mean(pairs))
+    np.testing.assert_allclose(means["loss_dispersive"], dispersive, rtol=1e-5)
+    assert dispersive < -0.1
+  expected = (weights * by_sample).mean() + config.loss.ita_weight * ita + config.loss.dispersive_weight * dispersive
+  np.testing.assert_allclose(total, expected, rtol=1e-5)
   np.testing.assert_allclose(means["loss"], total, rtol=1e-6)
   for name, t, values in (("generation", t_z, by_sample), ("discrimination", t_e, query_to_text)):
     sums, counts = np.array([jax.tree.leaves(metrics[f"loss_{name}_q{i}"]) for i in (1, 2, 3, 4)]).T
     np.testing.assert_array_equal(counts, np.bincount(t // 250, minlength=4))
     np.testing.assert_allclose(sums, np.bincount(t // 250, values, minlength=4), rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_paper_lacks_is_off_and_leaves_all_other_choices_as_they_are(monkeypatch):
+  """The same bits of noise with every switch on; no array for one that is off, and none of its operations."""
+  off, on = steps.make_config(), steps.make_config(**VARIANTS["beside the paper"] | {"loss.image_dropout": 0.1})
+  for name in ("snr_gamma", "noised_image_share", "dispersive_weight"):
+    assert off.loss[name] == 0.0, name
+  batch, keys, network = steps.make_batch(off), steps.make_keys(), steps.network_of(off)
+  expected, found = (objectives.noise_of(Run.of(each), keys, batch, network) for each in (off, on))
+  assert expected.noised_image is None and found.noised_image.any()
+  for name, value in vars(expected).items():
+    if value is not None:
+      np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
+  for module, name in ((schedules, "min_snr_weights"), (losses, "dispersive")):
+    monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"{name} is called"))
+  loss = steps.Loss(off)
+  jax.eval_shape(loss, loss.trained, batch, keys)
 
 
 def test_discrimination_sees_a_caption_only_through_its_noised_query(monkeypatch):
@@ -165,6 +210,7 @@ GOLDEN_KEYS = {
   "drop_image": (522268029, 110828973),
   "posterior_discrimination": (1737289153, 2762526652),
   "mix": (3319635749, 3255860998),
+  "noised_image": (1558116093, 179335879),
 }
 
 
@@ -342,6 +388,14 @@ def test_bf16_compute_keeps_f32_parameters_and_is_close():
   "changes, message",
   [
     ({"objectives": ()}, "objectives is empty"),
+    (
+      {"objectives": ("discrimination",), "loss.snr_gamma": 5.0},
+      "loss.snr_gamma is 5.0; it changes generation alone, which objectives lacks: leave it at 0",
+    ),
+    ({"objectives": ("discrimination",), "loss.dispersive_weight": 0.5}, "dispersive_weight .* generation alone"),
+    ({"objectives": ("generation",), "loss.noised_image_share": 0.5}, "noised_image_share .* discrimination alone"),
+    ({"objectives": ("generation",), "log_gradients": True}, "log_gradients compares both tasks; .* is generation"),
+    ({"loss.dispersive_weight": 0.5, "optim.accumulate": 2}, "loss.dispersive_weight takes a batch whole"),
     ({"objectives": ("reconstruction", "generation")}, "cannot be combined"),
     ({"image_size": 18}, "image_size is 18; .* multiple of 4, such as 16"),
     ({"optim.groups": ((".*", "frozen"),)}, "freezes every parameter"),

@@ -1,0 +1,97 @@
+"""Cosine and norms of the two tasks' gradients, against float64 and the whole loss at two values of λ."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from diffdis_jax.config import Run
+from diffdis_jax.parallel import sharding
+from diffdis_jax.structs import Batch
+from diffdis_jax.training import loop, task_gradients
+from tests import steps, tiny
+from tests.models.networks import random_params
+
+# Of each block a path's beginnings, and which gradients it has.
+BLOCKS = {
+  "down": ("unet.conv_in.", "unet.down."),
+  "middle": ("unet.middle.",),
+  "text_encoder": ("text_encoder.",),
+  "shared": ("unet.conv_in.", "unet.down.", "unet.middle.", "unet.time.", "text_encoder."),
+  "up": ("unet.up.", "unet.norm_out.", "unet.conv_out."),
+  "fusion": ("text_stream.",),
+}
+DROPOUT = {"loss.condition_dropout": 0.3, "loss.image_dropout": 0.3, "batch_size": 16}
+
+
+def make_config(**changes):
+  return steps.make_config(**{"model.unet.attention": (False,), **DROPOUT, **changes})
+
+
+@functools.cache
+def expected() -> dict[str, float]:
+  """The gradient of L = L_IG + λ L_ITA is linear in λ: at 0 it is L_IG's, and at 1 L_ITA's is added."""
+  gradients = []
+  for ita_weight in (0.0, 1.0):
+    config = make_config(**{"loss.ita_weight": ita_weight})
+    loss = steps.Loss(config, trained=r"^(?!autoencoder|text_encoder\.tokens)")  # the others are frozen
+    _, gradient = loss.value_and_grad(steps.make_batch(config))
+    gradients.append({path: value.astype(np.float64) for path, value in gradient.items()})
+  of_ig, both = gradients
+  of_ita = {path: both[path] - value for path, value in of_ig.items()}
+  found = {}
+  for block, starts in BLOCKS.items():
+    paths = [path for path in both if path.startswith(starts)]
+    a, b = (np.concatenate([each[path].ravel() for path in paths]) for each in (of_ig, of_ita))
+    norms = {"generation": np.linalg.norm(a), "discrimination": np.linalg.norm(b)}
+    reached = {"up": ("generation",), "fusion": ("discrimination",)}.get(block, tuple(norms))
+    found |= {f"grad_norm_{task}_{block}": norms[task] for task in reached}
+    if len(reached) == 2:
+      found[f"grad_cosine_{block}"] = a @ b / np.prod([*norms.values()])
+      found[f"grad_ratio_{block}"] = norms["discrimination"] / norms["generation"]
+    else:
+      (other,) = norms.keys() - {*reached}
+      assert norms[other] < 1e-4 * norms[reached[0]]
+  return found
+
+
+@pytest.mark.parametrize(
+  "changes, mesh",
+  [
+    ({"loss.ita_weight": 0.01, "loss.dispersive_weight": 0.5}, (1, 1, 1)),
+    ({"optim.accumulate": 2}, (2, 2, 1)),
+  ],
+)
+def test_cosines_and_norms_equal_those_of_the_whole_loss_in_float64(changes, mesh):
+  """Whatever λ is, without other terms of the loss; in microbatches by GradCache, over devices."""
+  config = make_config(**changes)
+  trainer = steps.build_trainer(config, steps.make_mesh(*mesh))
+  params = jax.device_put(random_params(trainer.shapes, seed=0), trainer.state_shardings.params)
+  batch = Batch(**sharding.to_global(vars(steps.make_batch(config)), trainer.mesh))
+  compare = task_gradients.compiled_beside(trainer, batch).compiled()
+  found = jax.device_get(compare(trainer.with_params(params), batch))
+  assert found.keys() == expected().keys()
+  for name, value in expected().items():
+    np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=1e-5 if "cosine" in name else 0, err_msg=name)
+
+
+def test_a_run_logs_them_and_its_numbers_stay(tmp_path):
+  lines = {}
+  for switch in (False, True):
+    config = tiny.get_config()
+    config.num_steps, config.log_every, config.log_gradients = 3, 2, switch
+    loop.train_and_evaluate(Run.of(config), str(tmp_path / str(switch)))
+    written = (tmp_path / str(switch) / "metrics.jsonl").read_text().splitlines()
+    lines[switch] = [line for line in map(json.loads, written) if "loss" in line]
+  assert [line["step"] for line in lines[True]] == [2, 3]
+  for off, on in zip(lines[False], lines[True], strict=True):
+    more = on.keys() - off.keys()
+    assert {"grad_cosine_middle", "grad_ratio_text_encoder", "grad_norm_generation_up"} < more
+    assert all(name.startswith(("grad_cosine_", "grad_ratio_", "grad_norm_")) for name in more)
+    assert all(abs(on[name]) <= 1 for name in more if "cosine" in name)
+    for name in ("loss", "grad_norm", "loss_generation", "loss_discrimination"):
+      assert on[name] == off[name], name
