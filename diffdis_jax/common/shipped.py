@@ -1,6 +1,7 @@
-"""The config files that come with the package, by their names.
+"""What comes with the package and has a name: config files, and trained models.
 
-They lie in the repository's `configs`. `diffdis_jax/configs` is a link to that folder, so that a wheel brings them.
+The former lie in the repository's `configs`. `diffdis_jax/configs` is a link to that folder, so that a wheel brings
+them. The latter are files as one_file.py writes them, in `diffdis_jax/shipped`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from absl import flags, logging
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+SUFFIX = ".safetensors"  # of a model
 _SHARED = {"__init__", "common"}  # what the files have in common: no configs
 _said: list[str] = []
 
@@ -30,6 +32,11 @@ def names() -> dict[str, pathlib.Path]:
 def file_of(given: str) -> str:
   """The file of a name; anything else is a path, as it stands."""
   return str(names().get(given, given))
+
+
+def models() -> dict[str, pathlib.Path]:
+  """The file of each trained model's name."""
+  return {path.stem: path for path in sorted((_PACKAGE / "shipped").glob(f"*{SUFFIX}"))}
 
 
 def say(line: str) -> None:
