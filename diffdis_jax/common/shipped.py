@@ -6,6 +6,7 @@ them. The latter are files as one_file.py writes them, in `diffdis_jax/shipped`.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import pathlib
@@ -37,6 +38,12 @@ def file_of(given: str) -> str:
 def models() -> dict[str, pathlib.Path]:
   """The file of each trained model's name."""
   return {path.stem: path for path in sorted((_PACKAGE / "shipped").glob(f"*{SUFFIX}"))}
+
+
+def near_model(given: str | os.PathLike[str]) -> str:
+  """'; did you mean NAME?' where a trained model has almost this name; else empty."""
+  near = difflib.get_close_matches(os.fspath(given), models(), n=1)
+  return f"; did you mean {near[0]}?" if near else ""
 
 
 def say(line: str) -> None:

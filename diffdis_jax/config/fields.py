@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffdis_jax.common import buckets, guesses, one_file, shipped
+from diffdis_jax.common import buckets, one_file, shipped
 from diffdis_jax.common.files import read_json
 from diffdis_jax.config.run import Run, default_fields
 from diffdis_jax.errors import UserError, parse_json
@@ -47,10 +47,7 @@ def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
   path = buckets.path(workdir)
   if not (path / "config.json").exists():  # which raises for a bucket that is away, where `is_dir` says no
     what = "config.json in" if path.is_dir() else "folder"
-    raise UserError(
-      f"no {what} {workdir}; --workdir names the folder of a training run, or a model that comes with the package;"
-      f" {guesses.did_you_mean(str(workdir), shipped.models())}"
-    )
+    raise UserError(f"no {what} {workdir}; --workdir names the folder of a training run{shipped.near_model(workdir)}")
   config = read_json_object(path)
   if missing := SECTIONS - config.keys():
     raise UserError(

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 from orbax import checkpoint as ocp
 
-from diffdis_jax.common import one_file
+from diffdis_jax.common import one_file, shipped
 from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError, may_pass, parse_json
 from diffdis_jax.parallel import processes
@@ -41,7 +41,8 @@ def find(workdir: epath.PathLike, step: int | None = None) -> epath.Path:
   steps = committed.committed_steps(folder)
   there = f"committed there: {', '.join(map(str, steps)) or 'none'}"
   if step is None and not steps:
-    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save")
+    near = shipped.near_model(workdir)
+    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{near}")
   step = steps[-1] if step is None else step
   if step not in steps:
     # The user sees its folder there, and learns why it does not count.
