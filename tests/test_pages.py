@@ -113,7 +113,6 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=fid --data=",
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=median_rank --data=",
     "python -m diffdis_jax.evaluate --workdir=RUN --suite=",
-    "python -m diffdis_jax.evaluate --workdir=emoji-small --suite=",
     "python -m diffdis_jax.evaluate --workdir=STAGE2",
     "python -m diffdis_jax.evaluate --workdir=RUN --best",
     "python -m diffdis_jax.generate --workdir=SD",

@@ -1,8 +1,8 @@
 """The trained model that comes with the package: its file, its credits, and that it generates and classifies.
 
-No vendor's icon is in the repository. So it is asked to name images that it generates, and plain shapes that are painted
-here, which it has never seen. Figures on real icons, in docs/measured/emoji_small.json, are of the file whose digest
-stands there.
+No vendor's icon is in the repository. So it is asked to name images that it generates, and plain shapes that are
+painted here, which it has never seen. Figures on real icons, in docs/measured/emoji_small.json, are of the file whose
+digest stands there.
 """
 
 from __future__ import annotations

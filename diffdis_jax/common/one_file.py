@@ -52,10 +52,9 @@ class Record:
 def at(workdir: str | os.PathLike[str]) -> pathlib.Path | None:
   """The file that a path or a name stands for; None where it is a workdir's. A folder of that name is a workdir."""
   given = os.fspath(workdir)
-  path = pathlib.Path(given)
-  if path.suffix == SUFFIX and path.is_file():
-    return path
-  return None if path.exists() else shipped.models().get(given)
+  if given.endswith(SUFFIX) and os.path.isfile(given):
+    return pathlib.Path(given)
+  return None if os.path.exists(given) else shipped.models().get(given)
 
 
 def write(
