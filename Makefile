@@ -1,4 +1,5 @@
-# make demo, make test, make check, make lint, make docs and make figures each set up .venv by themselves.
+# make demo, make emoji-small, make test, make check, make lint, make docs and make figures each set up .venv by
+# themselves.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,11 +9,33 @@ RUNS ?= runs/demo
 # Python keeps what it compiles, also where the environment says otherwise: a command's imports take half as long then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check lint docs figures clean
+.PHONY: demo emoji-small test check lint docs figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
 	$(BIN)/python -m diffdis_jax.report --workdir=$(RUNS)/diffdis --out=$(RUNS)/report.html
+
+# The model that comes with the package, from its data on: docs/weights.md. Stopped, it resumes.
+EMOJI ?= runs/emoji
+EMOJI_DATA ?= data/emoji
+TRAIN_EMOJI = $(BIN)/python -m diffdis_jax.train --config=emoji
+emoji-small: $(EMOJI_DATA)/dataset_info.json
+	$(TRAIN_EMOJI):autoencoder --workdir=$(EMOJI)/autoencoder --config.data.path=$(EMOJI_DATA)
+	$(TRAIN_EMOJI):objectives=generation,path=$(EMOJI_DATA) --workdir=$(EMOJI)/generation \
+	  --config.init_from=$(EMOJI)/autoencoder
+	$(TRAIN_EMOJI):path=$(EMOJI_DATA) --workdir=$(EMOJI)/both --config.init_from=$(EMOJI)/generation \
+	  --config.num_steps=1800
+	$(BIN)/python -m diffdis_jax.export_weights --workdir=$(EMOJI)/both --out=$(EMOJI)/emoji-small.safetensors \
+	  --dtype=bfloat16
+
+# npm has the icons. Each package is pinned by its hash.
+EMOJI_PACKAGES = from diffdis_jax.data.prepare.emoji_packages import EMOJIBASE as e, ICONS as i; \
+  print(*(f"{each.name}@{each.version}" for each in (e, *i.values())))
+$(EMOJI_DATA)/dataset_info.json: | $(VENV)/.installed
+	$(PIP) --editable '.[emoji]'
+	mkdir -p $(EMOJI)/icons
+	cd $(EMOJI)/icons && npm pack --silent $$($(abspath $(BIN))/python -c '$(EMOJI_PACKAGES)')
+	$(BIN)/python -m diffdis_jax.prepare_data emoji --source=$(EMOJI)/icons --out=$(EMOJI_DATA)
 
 # As many processes as there are cores and memory for, and the longest files first: tests/conftest.py says both. A file's
 # tests stay in one process, since they share what they make. Huge pages, as common/huge_pages.py has

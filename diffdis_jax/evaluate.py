@@ -68,7 +68,7 @@ OF_A_SUITE = {"seed", "num_images", "shuffle_labels", *registry.settings_of("fid
 
 def define_flags() -> None:
   """The command line, by group. Defined on call, so that two verbs can be imported side by side."""
-  flags.DEFINE_string("workdir", None, "folder of the run")
+  flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model")
   usage.mark_required("workdir")
   flags.DEFINE_string("out", None, "JSON file to write; with --compare a Markdown file", required=True)
   flags.DEFINE_list("tasks", None, f"any of {', '.join(registry.EVALS)}; by default those of the config's data sets")

@@ -12,7 +12,13 @@ pipeline has `vae`, diffusers' AutoencoderKL.
 
 CLIP: `transformers.CLIPModel.from_pretrained` and `open_clip.create_model("local-dir:DIR")` read the folder.
 
-Both get README.md, a model card. --push writes the same to the Hugging Face hub, as one commit:
+Both get README.md, a model card.
+
+A file takes a run elsewhere in this package: where a workdir is read, it may be given, as in --workdir=F.safetensors.
+
+  diffdis export_weights --workdir=runs/demo/diffdis --out=F.safetensors --dtype=bfloat16
+
+--push writes the same to the Hugging Face hub, as one commit:
 
   diffdis export_weights --workdir=runs/demo/diffdis --push=ORG/NAME --noprivate
 """
@@ -29,14 +35,14 @@ import jax
 from absl import flags, logging
 
 from diffdis_jax import config as run_config
-from diffdis_jax.common import buckets, cli, files
+from diffdis_jax.common import buckets, cli, files, one_file
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.data.tokenizer import END, START, Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import clip_to_torch, hub, to_torch
 from diffdis_jax.interop.model_card import Card
-from diffdis_jax.run import restore
+from diffdis_jax.run import provenance, restore
 
 FLAGS = flags.FLAGS
 # Fields of a run's config that say what its weights mean.
@@ -49,14 +55,17 @@ OWN_FIELDS = (
   "condition_timestep",
   "inference",
 )
+LICENSES = "LICENSES.md"  # as prepare_data writes it beside records
 # CLIP has no diffusion process.
 CLIP_FIELDS = ("model", "image_size", "objectives")
 
 
 def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
-  flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-  flags.DEFINE_string("out", None, "folder to write; absent or empty; required without --push")
+  flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
+  flags.DEFINE_string(
+    "out", None, "folder to write, absent or empty, or F.safetensors for a run in one file; required without --push"
+  )
   flags.DEFINE_string("push", None, "ORG/NAME on the Hugging Face hub to write to, as one commit; takes a token")
   flags.DEFINE_boolean("private", True, "with --push, whether a newly created repository is private")
   flags.DEFINE_integer("step", None, "which checkpoint; by default the newest")
@@ -68,7 +77,11 @@ def main(argv: Sequence[str]) -> None:
   del argv
   jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator
   how = dict(step=FLAGS.step, ema=FLAGS.ema, dtype=FLAGS.dtype)
-  if FLAGS.push:
+  if FLAGS.out and FLAGS.out.endswith(one_file.SUFFIX):
+    if FLAGS.push:
+      raise UserError(f"--push writes a folder; give --out={FLAGS.out} in a call of its own")
+    write_one_file(FLAGS.workdir, FLAGS.out, **how)
+  elif FLAGS.push:
     push_weights(FLAGS.workdir, FLAGS.push, FLAGS.out, private=FLAGS.private, **how)
   elif FLAGS.out:
     export_weights(FLAGS.workdir, FLAGS.out, **how)
@@ -128,8 +141,48 @@ def export_weights(
     own |= {"max_length": fields["data"]["max_length"]}
     (write_clip if is_clip else write_pipeline)(temporary, params, own, dtype=dtype)
     Card(run=buckets.path(run), fields=fields, own=own, step=step, ema=ema, dtype=dtype, repo=repo).write(temporary)
+    if text := licences_of(run):
+      (temporary / LICENSES).write_text(text)
   logging.info("step %d in %s", step, out)
   return step
+
+
+def write_one_file(run: str, out: str, *, step: int | None = None, ema: bool = True, dtype: str = "float32") -> None:
+  """Writes a run's config, weights and provenance to one file, which is read where a workdir is.
+
+  Args:
+    run: a workdir.
+    out: FILE.safetensors.
+    step: which checkpoint; None takes the newest.
+    ema: averaged weights, where the run keeps them.
+    dtype: of the weights in it, a key of to_torch.DTYPES; they are read as float32.
+
+  Raises:
+    UserError: no such checkpoint, or `out` cannot be written.
+  """
+  path = buckets.local(out, "--out")
+  files.check_out(out)
+  fields = run_config.load(run).to_dict()
+  step, ema = restore.choose(run, step, ema=ema)
+  # Without the folders of this machine, as all that leaves it.
+  record = one_file.Record(
+    config=provenance.public(fields),
+    step=step,
+    ema=ema,
+    provenance=provenance.of_run(run, step=step),
+    licences=licences_of(run),
+  )
+  params = jax.device_get(restore.restore_params(run, step=step, ema=ema))
+  one_file.write(path, params, record, dtype=to_torch.DTYPES[dtype])
+  logging.info("step %d in %s, %.1f MB", step, out, path.stat().st_size / 1e6)
+
+
+def licences_of(run: str) -> str:
+  """Of what a run was trained on: as a run in one file has them, or as they lie beside the records of its data."""
+  if (file := one_file.at(run)) is not None:
+    return one_file.read_record(file).licences
+  found = (buckets.path(path) / LICENSES for path in run_config.load(run).data.paths)
+  return "\n".join(each.read_text() for each in found if each.exists())
 
 
 def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:

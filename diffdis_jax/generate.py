@@ -44,7 +44,7 @@ MOST_BYTES = 2**26  # of a file of prompts
 def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
   cli.process_flags()
-  flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+  flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
   flags.DEFINE_string("out", None, "folder to write; absent or empty", required=True)
   flags.DEFINE_multi_string("prompt", [], "text to generate an image of; may be repeated")
   flags.DEFINE_string("prompts_file", None, "text file with one prompt a line, instead of --prompt")

@@ -299,7 +299,7 @@ def load(
   """A run's model and parameters from its workdir.
 
   Args:
-    path: the workdir.
+    path: the workdir; or a run in one file, by its path or its name, such as `emoji-small`.
     step: which checkpoint; None takes the newest.
     ema: averaged weights, where the run keeps them.
     image_size: image size in pixels; None takes the run's own.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from absl import flags
 from etils import epath
 
-from diffdis_jax.common import cli
+from diffdis_jax.common import cli, one_file
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import committed, digests
 
@@ -52,9 +52,13 @@ def verify(workdir: epath.PathLike) -> Iterator[Verified]:
   """Looks at each checkpoint of a run, by step.
 
   Raises:
-    UserError: there is none.
+    UserError: there is none; or it is a run in one file, and damaged.
     OSError: its storage cannot be reached.
   """
+  if (file := one_file.at(workdir)) is not None:
+    one_file.read_params(file)
+    yield Verified(one_file.read_record(file).step, f"whole: 1 file, {file.stat().st_size / 1e6:.1f} MB")
+    return
   folder = committed.folder(workdir)
   paths = committed.all_steps(folder)
   if not paths:

@@ -37,7 +37,7 @@ BATCH_SIZE = 16
 def define_flags() -> None:
   """The command line. Defined on call, so that two verbs can be imported side by side."""
   limits = Limits()
-  flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+  flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
   flags.DEFINE_string(
     "data", None, "folder written by prepare_data to search; by default that of the run's first evaluation"
   )

@@ -104,6 +104,8 @@ def check_workdir(folder: str) -> None:
     return
   path = pathlib.Path(folder)
   there = next(each for each in (path, *path.absolute().parents) if each.exists())
+  if there == path and path.suffix == ".safetensors" and path.is_file():
+    return  # a run in one file, which says itself what is wrong with it
   if not there.is_dir():
     raise UserError(f"--workdir={folder} cannot be: {there} is a file; give a folder")
   if not os.access(there, os.R_OK | os.X_OK):

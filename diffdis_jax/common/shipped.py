@@ -1,10 +1,12 @@
-"""The config files that come with the package, by their names.
+"""What comes with the package and has a name: config files, and trained models.
 
-They lie in the repository's `configs`. `diffdis_jax/configs` is a link to that folder, so that a wheel brings them.
+The former lie in the repository's `configs`. `diffdis_jax/configs` is a link to that folder, so that a wheel brings
+them. The latter are files as one_file.py writes them, in `diffdis_jax/shipped`.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import pathlib
@@ -13,6 +15,7 @@ import sys
 from absl import flags, logging
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+SUFFIX = ".safetensors"  # of a model
 _SHARED = {"__init__", "common"}  # what the files have in common: no configs
 _said: list[str] = []
 
@@ -30,6 +33,17 @@ def names() -> dict[str, pathlib.Path]:
 def file_of(given: str) -> str:
   """The file of a name; anything else is a path, as it stands."""
   return str(names().get(given, given))
+
+
+def models() -> dict[str, pathlib.Path]:
+  """The file of each trained model's name."""
+  return {path.stem: path for path in sorted((_PACKAGE / "shipped").glob(f"*{SUFFIX}"))}
+
+
+def near_model(given: str | os.PathLike[str]) -> str:
+  """'; did you mean NAME?' where a trained model has almost this name; else empty."""
+  near = difflib.get_close_matches(os.fspath(given), models(), n=1)
+  return f"; did you mean {near[0]}?" if near else ""
 
 
 def say(line: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from diffdis_jax.common import buckets
+from diffdis_jax.common import buckets, one_file, shipped
 from diffdis_jax.common.files import read_json
 from diffdis_jax.config.run import Run, default_fields
 from diffdis_jax.errors import UserError, parse_json
@@ -37,15 +37,17 @@ def load(path: epath.PathLike) -> Run:
 
 
 def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
-  """The config of the run in this folder, unchecked. Sequences come back as tuples.
+  """The config of the run in this folder or file, unchecked. Sequences come back as tuples.
 
   Raises:
-    UserError: no such folder, or no config.json of a run in it.
+    UserError: no such folder, or no config.json of a run in it; or a file that is damaged.
   """
+  if (file := one_file.at(workdir)) is not None:
+    return normalise(one_file.read_record(file).config)
   path = buckets.path(workdir)
   if not (path / "config.json").exists():  # which raises for a bucket that is away, where `is_dir` says no
     what = "config.json in" if path.is_dir() else "folder"
-    raise UserError(f"no {what} {workdir}; --workdir names the folder of a training run")
+    raise UserError(f"no {what} {workdir}; --workdir names the folder of a training run{shipped.near_model(workdir)}")
   config = read_json_object(path)
   if missing := SECTIONS - config.keys():
     raise UserError(

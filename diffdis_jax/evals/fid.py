@@ -168,7 +168,7 @@ class Fid:
     extractor: Extract,
     folder: PartsFolder | None,
   ) -> dict[int, Sampled]:
-    """What is taken of these parts' images, written if there is a folder. Image i's noise is of the seed and i alone."""
+    """What is taken of their images, written if there is a folder. Image i's noise is of the seed and i alone."""
     # `first` makes the noise that of the image's place among all, whatever the parts are.
     tokens = self._tokenizer(inference.max_length)([prompt for part in parts for prompt in part.prompts])
     noise = np.concatenate([inference.noise(len(part), self._seed, first=part.first) for part in parts])

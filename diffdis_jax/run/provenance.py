@@ -19,7 +19,7 @@ import jax
 from etils import epath
 
 import diffdis_jax
-from diffdis_jax.common import buckets, cli, files
+from diffdis_jax.common import buckets, cli, files, one_file
 from diffdis_jax.config.fields import read_fields
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import committed, history, workdir
@@ -71,6 +71,8 @@ def of_run(path: str, *, step: int | None) -> dict[str, Any]:
     imported: only of a run that import_weights made, from what.
     init_from: the run that it began from, that one's own, and so on, each with these fields.
   """
+  if (file := one_file.at(path)) is not None:
+    return one_file.read_record(file).provenance
   return {**_link(path, step), "init_from": _began_from(path)}
 
 
@@ -86,6 +88,9 @@ def behind(init_from: str) -> list[dict[str, Any]]:
   """
   if not init_from:
     return []
+  if (file := one_file.at(init_from)) is not None:
+    found = one_file.read_record(file).provenance
+    return [{name: value for name, value in found.items() if name != "init_from"}, *found["init_from"]]
   step = max(committed.committed_steps(committed.folder(init_from)), default=None)
   return [_link(init_from, step), *_began_from(init_from)]
 

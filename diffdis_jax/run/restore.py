@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,7 +12,7 @@ import jax
 from etils import epath
 from orbax import checkpoint as ocp
 
-from diffdis_jax.common import buckets, files
+from diffdis_jax.common import buckets, files, one_file, shipped
 from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError, may_pass, parse_json
 from diffdis_jax.parallel import processes
@@ -40,7 +41,8 @@ def find(workdir: epath.PathLike, step: int | None = None) -> epath.Path:
   steps = committed.committed_steps(folder)
   there = f"committed there: {', '.join(map(str, steps)) or 'none'}"
   if step is None and not steps:
-    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save")
+    near = shipped.near_model(workdir)
+    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{near}")
   step = steps[-1] if step is None else step
   if step not in steps:
     # The user sees its folder there, and learns why it does not count.
@@ -63,6 +65,9 @@ def choose(workdir: epath.PathLike, step: int | None, *, ema: bool) -> Chosen:
   Raises:
     UserError: there is no such checkpoint, or its save was interrupted.
   """
+  if (file := one_file.at(workdir)) is not None:
+    there = one_file.check(file, step, ema=ema)
+    return Chosen(there.step, there.ema)
   saved = find(workdir, step)
   return Chosen(int(saved.name), ema and (saved / "ema").exists())
 
@@ -98,11 +103,21 @@ def restore_params(
   Raises:
     UserError: no such checkpoint, or one that is damaged or does not fit `abstract`.
   """
+  if (file := one_file.at(workdir)) is not None:
+    one_file.check(file, step, ema=ema)
+    return _placed(file, one_file.read_params(file), abstract)
   path = find(workdir, step)
   if not ema:
     return _checked(path, ("params",), lambda: _read_tree(path / "params", abstract))
   # Averages too where there are none now: their folder may be what is missing.
   return _checked(path, ("params", "ema"), lambda: _read_averaged(path, abstract))
+
+
+def _placed(file: pathlib.Path, params: Params, abstract: Params | None) -> Params:
+  """The arrays of a run in one file, where `abstract` has them, or on the first device."""
+  abstract = _arrays(params) if abstract is None else abstract
+  _check_fits(file, _arrays(params), abstract)
+  return {name: jax.device_put(params[name], like.sharding) for name, like in abstract.items()}
 
 
 def _read_averaged(path: epath.Path, abstract: Params | None) -> Params:
@@ -122,6 +137,8 @@ def saved_params(workdir: epath.PathLike, *, step: int | None = None) -> Params:
   Raises:
     UserError: no such checkpoint.
   """
+  if (file := one_file.at(workdir)) is not None:
+    return dict(_arrays(one_file.read_params(file)))
   return dict(_saved(find(workdir, step) / "params"))
 
 
@@ -204,7 +221,7 @@ def _arrays(tree: Any) -> _Arrays:
   return {name(key): jax.ShapeDtypeStruct(tuple(x.shape), x.dtype) for key, x in leaves}
 
 
-def _check_fits(path: epath.Path, saved: _Arrays, abstract: Any) -> None:
+def _check_fits(path: epath.Path | pathlib.Path, saved: _Arrays, abstract: Any) -> None:
   wanted = _arrays(abstract)
   differing = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
   if differing:

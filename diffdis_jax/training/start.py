@@ -24,7 +24,7 @@ from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import HEAD_PREFIX
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import checkpoint, committed, restore
+from diffdis_jax.run import checkpoint, restore
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
@@ -100,7 +100,7 @@ def _check_earlier(path: str, objectives: Objectives) -> None:
       f"init_from={path} was trained for {', '.join(earlier.objectives)}, and {name} starts from {row.follows}: train"
       " that from it first (configs/places_lt.py:stage=1), and take that run"
     )
-  if (step := committed.latest_step(path) or 0) != earlier.num_steps:
+  if (step := restore.choose(path, None, ema=True).step) != earlier.num_steps:
     raise UserError(
       f"init_from={path} is {row.follows} at step {step} of {earlier.num_steps}; train it to its end first"
     )

@@ -20,7 +20,7 @@ from diffdis_jax.errors import UserError
 from docs.measured import paired, records
 
 ROOT = pathlib.Path(__file__).parents[2]
-README, RESULTS = "README.md", "docs/results.md"
+README, RESULTS, WEIGHTS = "README.md", "docs/results.md", "docs/weights.md"
 NORMAL = statistics.NormalDist().inv_cdf(1 - significance.ALPHA / 2)  # half of a 95 % interval, in standard errors
 
 # What holds digits and is no measured number. Everything else has to come from a record.
@@ -354,7 +354,7 @@ PLACES: dict[str, tuple[str, Callable[[], str]]] = {
   "paper costs": (RESULTS, paper_costs),
   **{name: (each.page, lambda name=name: paired.whole(name)) for name, each in paired.TABLES.items()},
 }
-PAGES = [*dict.fromkeys(page for page, _ in PLACES.values())]
+PAGES = [*dict.fromkeys(page for page, _ in PLACES.values()), WEIGHTS]  # which has numbers, and no table
 
 
 def written(page: str, text: str) -> str:

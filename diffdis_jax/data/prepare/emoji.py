@@ -78,24 +78,24 @@ class Emoji(CaptionedImages):
   )
 
   def notices(self) -> dict[str, str]:
-    sets = {vendor: ICONS[vendor] for split in self._parts for vendor in SPLITS.get(split, (OPENMOJI,))}
+    splits = {vendor: [split for split in self._parts if vendor in SPLITS.get(split, (OPENMOJI,))] for vendor in ICONS}
     lines = [
       "# Licences",
       "",
       "The images are icons by the authors below, rendered at 64 px on white. A record's fields `vendor` and `licence`",
       "say whose it is. Names, groups and tags of the concepts are those of emojibase.",
       "",
-      "| field `vendor` | author | package | licence |",
-      "|---|---|---|---|",
-      *(_row(vendor, package) for vendor, package in sets.items()),
-      _row("", EMOJIBASE),
+      "| field `vendor` | splits | author | package | licence |",
+      "|---|---|---|---|---|",
+      *(_row(vendor, package, splits[vendor]) for vendor, package in ICONS.items() if splits[vendor]),
+      _row("", EMOJIBASE, ["all"]),
     ]
     return {LICENSES: "\n".join(lines) + "\n"}
 
 
-def _row(vendor: str, package: Package) -> str:
+def _row(vendor: str, package: Package, splits: Sequence[str]) -> str:
   return (
-    f"| {vendor} | [{package.author}]({package.url}) | {package.name} {package.version} "
+    f"| {vendor} | {', '.join(splits)} | [{package.author}]({package.url}) | {package.name} {package.version} "
     f"| [{package.licence}](https://spdx.org/licenses/{package.licence}.html) |"
   )
 

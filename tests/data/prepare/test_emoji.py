@@ -75,6 +75,7 @@ def test_a_few_icons(source, tmp_path, monkeypatch):
   assert pixels.shape == (64, 64, 3) and (pixels[0, 0] == 255).all() and not (pixels[32, 32] == 255).all()
   notice = (tmp_path / "out" / "LICENSES.md").read_text()
   assert all(package.name in notice for package in emoji_packages.ICONS.values()) and "CC-BY-SA-4.0" in notice
+  assert "| noto | train, val_concepts | [Google](" in notice and "| openmoji | openmoji | [OpenMoji](" in notice
 
 
 def test_without_openmoji(source, tmp_path, monkeypatch, caplog):

@@ -1,0 +1,187 @@
+"""A run in one file: its config, one set of its weights, and where both come from, as safetensors. Without jax.
+
+Such a file, FILE.safetensors or the name of one that comes with the package (shipped.py), is given where a workdir is
+read. Vectors of tokens that training never reached are left out, and one stands for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float32, Int32, Shaped
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
+
+from diffdis_jax.common import files, shipped
+from diffdis_jax.errors import UserError, parse_json
+
+SUFFIX = shipped.SUFFIX
+KEPT = "kept_tokens"  # i32[n], the tokens whose vectors are there; the last row of each table is of all others
+_TABLES = ("tokens.embedding", "query_tokens.embedding")  # how the names of the tables of token vectors end
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I32": np.int32}
+Arrays = dict[str, Shaped[np.ndarray, "..."]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+  """What a file says of its weights.
+
+  Attributes:
+    config: the run's, as its config.json has it.
+    step: of the checkpoint.
+    ema: whether they are averaged.
+    provenance: of the run (run/provenance.py).
+    licences: of what it was trained on, as text; empty where the data have none.
+  """
+
+  config: dict[str, Any]
+  step: int
+  ema: bool
+  provenance: dict[str, Any]
+  licences: str
+
+
+def at(workdir: str | os.PathLike[str]) -> pathlib.Path | None:
+  """The file that a path or a name stands for; None where it is a workdir's. A folder of that name is a workdir."""
+  given = os.fspath(workdir)
+  if given.endswith(SUFFIX) and os.path.isfile(given):
+    return pathlib.Path(given)
+  return None if os.path.exists(given) else shipped.models().get(given)
+
+
+def write(
+  path: str | os.PathLike[str], params: Mapping[str, Shaped[np.ndarray, "..."]], record: Record, *, dtype: Any
+) -> None:
+  """Writes a file, whole or not at all.
+
+  Args:
+    path: of it.
+    params: the weights, flat.
+    record: what it says of them.
+    dtype: of the weights in it.
+
+  Raises:
+    UserError: it cannot be written, or a weight is beyond the dtype's range.
+  """
+  arrays = _without_untrained(params, record)
+  with np.errstate(over="ignore"):  # what became of it is looked at
+    arrays = {name: each if name == KEPT else np.asarray(each, dtype, order="C") for name, each in arrays.items()}
+  for name, each in arrays.items():
+    if not np.isfinite(each.astype(np.float32)).all():
+      raise UserError(f"parameter {name} is beyond the range of {np.dtype(dtype)}, or not finite; take another --dtype")
+  said = json.dumps(dataclasses.asdict(record), sort_keys=True)
+  text = {"format": "diffdis_jax", "run": said, "sha256": _digest(said, arrays)}
+  try:
+    files.write_whole(pathlib.Path(path), save(arrays, metadata=text))
+  except OSError as error:
+    raise UserError(f"cannot write --out={path}: {error.strerror or error}") from error
+
+
+def read_record(path: pathlib.Path) -> Record:
+  """What it says, from its first kilobytes. Raises UserError: it is damaged, or holds no run."""
+  return _record(path, _metadata(path))
+
+
+def check(path: pathlib.Path, step: int | None, *, ema: bool) -> Record:
+  """What it says, where this is what was asked for: a step, None for any, and averaged weights if there are some.
+
+  Raises:
+    UserError: another step is in it, averaged weights alone are, or it is damaged.
+  """
+  there = read_record(path)
+  if step not in (None, there.step):
+    raise UserError(f"no checkpoint {step} in {path}, which holds that of step {there.step} alone")
+  if there.ema and not ema:
+    raise UserError(f"{path} holds averaged weights alone; leave --noema out")
+  return there
+
+
+def read_params(path: pathlib.Path) -> dict[str, Float32[np.ndarray, "..."]]:
+  """The weights, f32, with every token's vector. Raises UserError: it is damaged, or holds no run."""
+  text = _metadata(path)
+  record = _record(path, text)
+  try:
+    arrays: Arrays = {
+      name: np.frombuffer(each["data"], _DTYPES[each["dtype"]]).reshape(each["shape"])
+      for name, each in deserialize(path.read_bytes())
+    }
+  except (SafetensorError, OSError, KeyError, ValueError) as error:
+    raise _damaged(path, str(error)) from error
+  if _digest(text["run"], arrays) != text["sha256"]:
+    raise _damaged(path, "it holds other bytes than were written")
+  kept = arrays.pop(KEPT, None)
+  params = {name: each.astype(np.float32) for name, each in arrays.items()}
+  if kept is not None:
+    size = record.config["model"]["text_encoder"]["vocab_size"]
+    params |= {name: _with_all_rows(each, kept, size) for name, each in params.items() if name.endswith(_TABLES)}
+  return params
+
+
+def _without_untrained(params: Mapping[str, Shaped[np.ndarray, "..."]], record: Record) -> Arrays:
+  """The weights, without the vectors of tokens that were never trained, of which the mean is the last row.
+
+  The token vectors that are added to the text query begin at zero (models/text_encoder.py), and those of tokens that
+  discrimination never read are zero still. A run that trained none of these, or began from an import, keeps all tokens.
+  """
+  added = next((each for name, each in params.items() if name.endswith(_TABLES[1])), np.zeros((1, 1)))
+  trained = (np.asarray(added) != 0).any(axis=1)
+  origin = (record.provenance, *record.provenance.get("init_from", ()))
+  if not trained.any() or trained.all() or any("imported" in each for each in origin):
+    return dict(params)
+  # They are read as all others, and not added to the query.
+  trained[[record.config["model"]["text_encoder"][name] for name in ("bos_id", "eos_id")]] = True
+  short = {
+    name: np.concatenate([each[trained], each[~trained].mean(axis=0, keepdims=True)])
+    for name, each in params.items()
+    if name.endswith(_TABLES)
+  }
+  return {**params, **short, KEPT: np.flatnonzero(trained).astype(np.int32)}
+
+
+def _with_all_rows(
+  table: Float32[np.ndarray, "m d"], kept: Int32[np.ndarray, " n"], size: int
+) -> Float32[np.ndarray, "v d"]:
+  whole = np.repeat(table[-1:], size, axis=0)
+  whole[kept] = table[:-1]
+  return whole
+
+
+def _metadata(path: pathlib.Path) -> dict[str, str]:
+  """The texts of its header: 8 bytes of length, and as much JSON."""
+  try:
+    with path.open("rb") as file:
+      length = int.from_bytes(file.read(8), "little")
+      # A damaged length may be any number.
+      header = parse_json(file.read(min(length, path.stat().st_size)), "its header")
+      found = header["__metadata__"]
+      return {name: found[name] for name in ("run", "sha256")}
+  except (OSError, UserError, TypeError, KeyError) as error:
+    raise UserError(f"{path} holds no run, or is damaged; it should be as export_weights wrote it") from error
+
+
+def _record(path: pathlib.Path, text: Mapping[str, str]) -> Record:
+  try:
+    return Record(**parse_json(text["run"], "its run"))
+  except (UserError, TypeError) as error:
+    raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: pathlib.Path, why: str) -> UserError:
+  return UserError(f"{path} is damaged: {' '.join(why.split())[:200]}; copy it again")
+
+
+def _digest(said: str, arrays: Arrays) -> str:
+  """SHA-256 of what is said and of every array, whatever their order in the file."""
+  digest = hashlib.sha256(said.encode())
+  for name in sorted(arrays):
+    each = arrays[name]
+    digest.update(f"{name} {each.dtype} {each.shape}".encode() + each.tobytes())
+  return digest.hexdigest()

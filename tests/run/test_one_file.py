@@ -1,0 +1,191 @@
+"""A run in one file: that it stands for its workdir wherever one is read; damage, and what it does not hold."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import random
+import re
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from diffdis_jax import config as run_config
+from diffdis_jax import export_weights, inference, verify
+from diffdis_jax.common import one_file, shipped
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import checkpoint, provenance, restore, workdir
+from diffdis_jax.structs import TrainState
+from diffdis_jax.training import start
+from tests.models.networks import random_params
+from tests.steps import BOS, EOS, build_trainer, make_config, make_mesh, network_of
+
+TOKENS, QUERY = "text_encoder.tokens.embedding", "text_encoder.query_tokens.embedding"
+READ = [3, 5, 40]  # the tokens that discrimination has read
+
+
+@pytest.fixture(scope="module")
+def config():
+  return make_config(**{"model.text_encoder.token_embedding_weight": 2.0, "inference.generation_steps": 2})
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory) -> str:
+  """A run whose captions had three words, as import and training leave it: raw weights and averages of step 6."""
+  folder = tmp_path_factory.mktemp("one_file")
+  config.data.path = str(folder / "data")
+  (folder / "data").mkdir()
+  (folder / "data" / "LICENSES.md").write_text("The images are CC-BY-4.0.\n")
+  path = folder / "run"
+  workdir.open_for_training(path, config.to_dict())
+  shapes = network_of(config).shapes
+  params, ema = (random_params(shapes, seed) for seed in (1, 2))
+  for values in (params, ema):
+    rows = np.zeros_like(values[QUERY])
+    rows[READ] = values[QUERY][READ]
+    values[QUERY] = rows
+  with checkpoint.Checkpointer(str(path)) as checkpointer:
+    checkpointer.save(6, TrainState(params=params, ema=ema))
+  return str(path)
+
+
+@pytest.fixture(scope="module")
+def packed(run, tmp_path_factory) -> pathlib.Path:
+  file = tmp_path_factory.mktemp("packed") / "few.safetensors"
+  export_weights.write_one_file(run, str(file), dtype="bfloat16")
+  return file
+
+
+def test_the_file_stands_for_its_workdir(run, packed):
+  assert run_config.load(packed).to_dict() == provenance.public(run_config.load(run).to_dict())
+  assert restore.choose(packed, None, ema=True) == restore.choose(run, None, ema=True) == (6, True)
+  assert [found.state[:13] for found in verify.verify(packed)] == ["whole: 1 file"]
+  assert provenance.of_run(str(packed), step=6) == provenance.of_run(run, step=6)
+  before, after = restore.restore_params(run), restore.restore_params(packed)
+  assert before.keys() == after.keys() == restore.saved_params(packed).keys()
+  for name in before.keys() - {TOKENS, QUERY}:
+    assert after[name].dtype == np.float32
+    np.testing.assert_array_equal(after[name], np.asarray(before[name].astype("bfloat16"), np.float32), err_msg=name)
+
+
+def test_tokens_that_were_never_read_share_one_vector(run, packed):
+  before, after = restore.restore_params(run), restore.restore_params(packed)
+  kept = sorted({*READ, BOS, EOS})
+  others = [token for token in range(99) if token not in kept]
+  with safe_open(packed, "numpy") as file:
+    assert file.get_tensor(one_file.KEPT).tolist() == kept
+    assert file.get_slice(TOKENS).get_shape() == [len(kept) + 1, before[TOKENS].shape[1]]
+  for name in (TOKENS, QUERY):
+    table = np.asarray(before[name])
+    np.testing.assert_allclose(after[name][kept], table[kept], rtol=2**-8)
+    np.testing.assert_allclose(after[name][others], np.tile(table[others].mean(axis=0), (94, 1)), rtol=2**-8)
+  assert not np.asarray(after[QUERY])[others].any()
+
+
+@pytest.mark.parametrize(
+  "weight, read, origin",
+  [
+    (0.0, [], {}),  # no token vectors in the query
+    (2.0, [], {}),  # they are there, and generation alone does not train them
+    (2.0, READ, {"init_from": [{"imported": "sd"}]}),  # where the others are pretrained
+  ],
+)
+def test_every_token_is_kept_where_none_is_known_to_be_untrained(tmp_path, weight, read, origin):
+  config = make_config(**{"model.text_encoder.token_embedding_weight": weight})
+  params = random_params(network_of(config).shapes, 0)
+  if weight:
+    params[QUERY][np.setdiff1d(np.arange(99), read)] = 0
+  record = one_file.Record(config=config.to_dict(), step=1, ema=False, provenance=origin, licences="")
+  one_file.write(tmp_path / "F.safetensors", params, record, dtype=np.float32)
+  after = one_file.read_params(tmp_path / "F.safetensors")
+  assert one_file.read_record(tmp_path / "F.safetensors").licences == ""
+  for name, value in params.items():
+    np.testing.assert_array_equal(after[name], value, err_msg=name)
+
+
+def test_it_generates_and_classifies_as_its_workdir(run, packed):
+  tokens = np.array([[BOS, 3, 40, EOS, EOS, EOS, EOS, EOS]], np.int32)
+  (model, params), (_, own) = (inference.load(path, batch_size=8) for path in (str(packed), run))
+  rounded = {name: np.asarray(value.astype("bfloat16"), np.float32) for name, value in own.items()}
+  noise = model.noise(1, seed=0)
+  images = model.generate(params, tokens, noise)
+  np.testing.assert_array_equal(images, model.generate(rounded, tokens, noise))
+  assert images.std() > 5
+  np.testing.assert_array_equal(model.embed_texts(params, tokens), model.embed_texts(rounded, tokens))
+
+
+def test_a_run_starts_from_it(config, run, packed):
+  trainer = build_trainer(config, make_mesh())
+  found, expected = (start.load_initial(path, trainer) for path in (str(packed), run))
+  assert found.keys() == expected.keys() and len(found) > 100
+  (link, *rest), (other, *more) = (provenance.behind(path) for path in (str(packed), run))
+  assert (link, rest) == (other, more) and link["steps"] == 6
+
+
+def test_it_says_what_it_is(packed):
+  record = one_file.read_record(packed)
+  assert (record.step, record.ema, record.licences) == (6, True, "The images are CC-BY-4.0.\n")
+  assert str(packed.parents[1]) not in json.dumps(record.config)  # folders of this machine
+
+
+def test_a_name_stands_for_a_file_where_no_folder_has_it(packed, tmp_path, monkeypatch):
+  monkeypatch.setattr(shipped, "models", lambda: {"few": packed})
+  monkeypatch.chdir(tmp_path)
+  assert restore.choose("few", None, ema=True) == (6, True)
+  for read in (run_config.load, restore.restore_params):
+    with pytest.raises(UserError, match=r"no (folder fex|checkpoint in .*fex).*; did you mean few\?$"):
+      read("fex")
+  (tmp_path / "few").mkdir()
+  with pytest.raises(UserError, match=re.escape("no config.json in few")):
+    run_config.load("few")
+
+
+@pytest.mark.parametrize(
+  "how, said",
+  [
+    (dict(step=7), "no checkpoint 7 in .*few.safetensors, which holds that of step 6 alone"),
+    (dict(ema=False), "few.safetensors holds averaged weights alone; leave --noema out"),
+  ],
+)
+def test_what_it_does_not_hold_is_refused(packed, how, said):
+  with pytest.raises(UserError, match=said):
+    restore.restore_params(packed, **how)
+
+
+def test_a_model_of_another_size_is_refused(packed):
+  with pytest.raises(UserError, match="few.safetensors does not fit this model in 1 arrays; the first, x, is absent"):
+    shapes = dict(restore.saved_params(packed))
+    restore.restore_params(packed, abstract=shapes | {"x": jax.ShapeDtypeStruct((1,), np.float32)})
+
+
+def test_any_flipped_bit_is_found_and_said_in_one_line(packed, tmp_path):
+  rng, file, whole = random.Random(0), tmp_path / "F.safetensors", packed.read_bytes()
+  length = 8 + int.from_bytes(whole[:8], "little")
+  # Of the header's length, of the header, of weights; and a file that is cut short.
+  for at in (
+    0,
+    7,
+    9,
+    *(rng.randrange(8, length) for _ in range(60)),
+    *(rng.randrange(length, len(whole)) for _ in "12"),
+  ):
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
+    with pytest.raises(UserError, match="F.safetensors") as error:
+      one_file.read_params(file)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+  for size in (0, 5, length - 1, len(whole) - 1):
+    file.write_bytes(whole[:size])
+    with pytest.raises(UserError, match="F.safetensors"):
+      one_file.read_params(file)
+
+
+def test_weights_beyond_the_dtype_leave_no_file(tmp_path):
+  config = make_config()
+  params = random_params(network_of(config).shapes, 0)
+  params["unet.conv_in.bias"] = np.full_like(params["unet.conv_in.bias"], 1e6)
+  record = one_file.Record(config=config.to_dict(), step=1, ema=False, provenance={}, licences="")
+  with pytest.raises(UserError, match="unet.conv_in.bias is beyond the range of float16"):
+    one_file.write(tmp_path / "F.safetensors", params, record, dtype=np.float16)
+  assert not list(tmp_path.iterdir())
