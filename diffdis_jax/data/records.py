@@ -33,6 +33,7 @@ class Unusable(ValueError):
 
 NOT_PLAIN = "file that is not a plain one"  # a link or a sparse file in a tar, a pipe, a device
 TOO_LARGE = "file of too many bytes"
+NOT_FINITE = "numbers that are not finite"  # of latents or a text condition; an image's are whole numbers
 MOST_BYTES = 2**28  # of an image's file: four for each of the most pixels that are decoded
 MOST_TEXT_BYTES = 2**22  # of a caption's, or of the json beside it
 
@@ -49,6 +50,7 @@ REASONS = (
   "unreadable record",
   NOT_PLAIN,
   TOO_LARGE,
+  NOT_FINITE,
 )
 
 

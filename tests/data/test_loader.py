@@ -9,8 +9,8 @@ from absl import flags
 from PIL import Image
 
 from diffdis_jax.config.data import Loading
-from diffdis_jax.data import records, sources
-from diffdis_jax.data.loader import SUBSTITUTED, Substitutions, train_loader
+from diffdis_jax.data import loader, records, sources
+from diffdis_jax.data.loader import ROWS, SUBSTITUTED, Substitutions, train_loader
 from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
@@ -47,7 +47,7 @@ def take(iterator, n):
 def assert_same(first, second):
   assert len(first) == len(second)
   for a, b in zip(first, second, strict=True):
-    assert a.keys() == b.keys() == {"image", "tokens", SUBSTITUTED}
+    assert a.keys() == b.keys() == {"image", "tokens", SUBSTITUTED, ROWS}
     for key in a:
       np.testing.assert_array_equal(a[key], b[key])
 
@@ -152,7 +152,8 @@ class Spoiled(Numbered):
     return super().__getitem__(index)
 
 
-def test_the_next_usable_record_comes_in_the_place_of_one_that_is_not():
+def test_the_next_usable_record_comes_in_the_place_of_one_that_is_not(caplog):
+  loader._said.clear()
   batches = take(make(Spoiled(), image_size=8), 10)
   whole = take(make(Numbered(), image_size=8), 10)
   for batch, reference in zip(batches, whole, strict=True):
@@ -162,7 +163,12 @@ def test_the_next_usable_record_comes_in_the_place_of_one_that_is_not():
     np.testing.assert_array_equal(batch["tokens"], TOKENIZER([str(value) for value in there]))
   substitutions = Substitutions()
   for batch in batches:
-    assert SUBSTITUTED not in substitutions.take(batch)
+    assert substitutions.take(batch).keys() == {"image", "tokens"}
+    assert substitutions.rows.tolist() == [str(value) for value in batch["image"][:, 0, 0, 0]]
+  assert sorted(record.getMessage() for record in caplog.records) == [
+    f"record {i} cannot be used: {why}; the next one takes its place"
+    for i, why in ((20, "missing image"), (7, "missing image"), (8, "corrupt image"))
+  ]
   assert substitutions.report() == {SUBSTITUTED: 3 * (1 + 2 + 1)}
   assert substitutions.report() == {SUBSTITUTED: 0}
   reasons = dict(zip(records.REASONS, sum(batch[SUBSTITUTED] for batch in batches).sum(0), strict=True))
