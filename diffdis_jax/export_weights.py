@@ -34,7 +34,7 @@ from diffdis_jax.data.tokenizer import END, START, Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import clip_to_torch, hub, to_torch
 from diffdis_jax.interop.model_card import Card
-from diffdis_jax.run import restore
+from diffdis_jax.run import digests, restore
 
 FLAGS = flags.FLAGS
 # Fields of a run's config that say what its weights mean.
@@ -129,6 +129,7 @@ def export_weights(
     own |= {"max_length": fields["data"]["max_length"]}
     (write_clip if is_clip else write_pipeline)(temporary, params, own, dtype=dtype)
     Card(run=buckets.path(run), fields=fields, own=own, step=step, ema=ema, dtype=dtype, repo=repo).write(temporary)
+    digests.write(temporary)
   logging.info("step %d in %s", step, out)
   return step
 
