@@ -316,4 +316,8 @@ def _exit_at_once(code: int) -> NoReturn:
 
 def _is_ours(record: python_logging.LogRecord) -> bool:
   """Lets our own progress through, of the libraries only warnings; with --verbosity=1 everything."""
-  return record.levelno >= python_logging.WARNING or record.pathname.startswith(_PACKAGE) or logging.get_verbosity() > 0
+  if logging.get_verbosity() > 0 or record.pathname.startswith(_PACKAGE):
+    return True
+  # A full disk is one line of ours: what a library logs of it, with a traceback each time, it raises too.
+  full = record.exc_info and os.strerror(errno.ENOSPC) in str(record.exc_info[1])
+  return record.levelno >= python_logging.WARNING and not full

@@ -44,6 +44,11 @@ def bits(state):
   return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree.leaves_with_path(trees)}
 
 
+def with_norms(state, **values):
+  place = lambda name, value: jax.device_put(np.float32(value), state.norms[name].sharding)
+  return state.replace(norms={**state.norms, **{name: place(name, value) for name, value in values.items()}})
+
+
 CASES = {
   "plain": ({}, (1, 1, 1)),
   "GradCache": ({"optim.accumulate": 2}, (1, 1, 1)),
@@ -63,8 +68,7 @@ def test_a_bad_step_changes_nothing(monkeypatch, case):
   mean = float(state.norms["mean"])
   for i, batch in enumerate((not_finite, second)):
     if i == 1:  # as if the norms before had been a hundredth of this batch's
-      norms = {name: jax.device_put(x * (name == "count"), x.sharding) for name, x in state.norms.items()}
-      state = state.replace(norms={**norms, "mean": jax.device_put(np.float32(mean / 100), norms["mean"].sharding)})
+      state = with_norms(state, mean=mean / 100, variance=0.0)
     before = bits(state)
     state, metrics = program(state, batch)
     assert bits(state) == before and int(state.step) == 3 + i
@@ -72,8 +76,7 @@ def test_a_bad_step_changes_nothing(monkeypatch, case):
     assert all(x == 0 for name, each in metrics.items() if name != "skipped" for x in jax.tree.leaves(each))
     seen = float(metrics["skipped"].total)
     assert np.isnan(seen) if i == 0 else 0 < seen < np.inf
-  state = state.replace(norms={**state.norms, "mean": jax.device_put(np.float32(mean), state.norms["mean"].sharding)})
-  state, metrics = program(state, second)
+  state, metrics = program(with_norms(state, mean=mean), second)
   assert bits(state) != before and metrics["skipped"].count == 0 and float(state.norms["count"]) == 3
 
 
