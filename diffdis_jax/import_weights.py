@@ -86,7 +86,10 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
   # Of what export_weights wrote. Its card may have been edited, and is not read.
   damage = digests.damage(path, ending=".safetensors") if path.is_dir() else None
   if damage is not None:
-    raise UserError(f"--source={source} is damaged: {damage.file} {damage.what}; export or copy it again")
+    raise UserError(
+      f"--source={source} is damaged: {damage.file} {damage.what}; copy it again, or remove"
+      f" {digests.NAME} if that was meant"
+    )
   found = from_torch.open_source(path)
   config = make_config(found)
   if found.tokenizer:

@@ -226,7 +226,7 @@ def test_a_preparation_that_was_not_copied_whole_is_copied(tmp_path, url, monkey
       prepare_data.publish(write, url, finished="card.json")
   prepare_data.publish(write, url, finished="card.json")
   assert len(written) == 1 and not written[0].exists()
-  assert set(buckets.files_below(url)) == {"a", "dataset_info.json", "card.json"}
+  assert set(buckets.files_below(url)) == {"a", "dataset_info.json", "card.json", digests.NAME}
   with pytest.raises(UserError, match="holds a data set"):
     prepare_data.publish(write, url, finished="card.json")
 
