@@ -43,14 +43,20 @@ def not_installed(who: str, package: str, extra: str, *, otherwise: str = "") ->
   return UserError(f"{who} needs {package}, which is not installed; {install(extra)}{instead}")
 
 
-# Of a network, or of a server at its other end.
-_OF_A_NETWORK = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT}
+class Gone(OSError):
+  """What was there a while ago, such as a file of the data, is not there now; it may come back."""
+
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+# Of a network, of a server at its other end, or of a disk.
+_OF_STORAGE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT}
+_OF_STORAGE |= {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOTCONN}
 _NETWORKING = ("aiohttp.", "gcsfs.", "google.auth.")  # packages whose errors are all of one
 
 
 def may_pass(error: BaseException) -> bool:
-  """Whether it says that a network or a server could not be reached, which may be well the next time."""
-  known = isinstance(error, (ConnectionError, TimeoutError)) or getattr(error, "errno", None) in _OF_A_NETWORK
+  """Whether it says that a network, a server or a disk could not be reached, which may be well the next time."""
+  known = isinstance(error, (ConnectionError, TimeoutError, Gone)) or getattr(error, "errno", None) in _OF_STORAGE
   return known or type(error).__module__.startswith(_NETWORKING)
 
 

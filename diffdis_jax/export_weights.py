@@ -42,7 +42,7 @@ from diffdis_jax.data.tokenizer import END, START, Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import clip_to_torch, hub, to_torch
 from diffdis_jax.interop.model_card import Card
-from diffdis_jax.run import provenance, restore
+from diffdis_jax.run import digests, provenance, restore
 
 FLAGS = flags.FLAGS
 # Fields of a run's config that say what its weights mean.
@@ -143,6 +143,7 @@ def export_weights(
     Card(run=buckets.path(run), fields=fields, own=own, step=step, ema=ema, dtype=dtype, repo=repo).write(temporary)
     if text := licences_of(run):
       (temporary / LICENSES).write_text(text)
+    digests.write(temporary)
   logging.info("step %d in %s", step, out)
   return step
 

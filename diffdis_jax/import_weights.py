@@ -36,7 +36,7 @@ from diffdis_jax.interop.from_torch import Matched, Source
 from diffdis_jax.interop.tensor_files import read_json
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import sizes
-from diffdis_jax.run import checkpoint, workdir
+from diffdis_jax.run import checkpoint, digests, workdir
 from diffdis_jax.structs import TrainState
 
 FLAGS = flags.FLAGS
@@ -83,6 +83,13 @@ def import_weights(source: str, out: str, *, seed: int = 0) -> None:
     path, source = hub.fetch(source)
   else:
     path = buckets.local(source, "--source")
+  # Of what export_weights wrote. Its card may have been edited, and is not read.
+  damage = digests.damage(path, ending=".safetensors") if path.is_dir() else None
+  if damage is not None:
+    raise UserError(
+      f"--source={source} is damaged: {damage.file} {damage.what}; copy it again, or remove"
+      f" {digests.NAME} if that was meant"
+    )
   found = from_torch.open_source(path)
   config = make_config(found)
   if found.tokenizer:

@@ -67,6 +67,7 @@ from diffdis_jax.data.prepare import (
 )
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, check_type, parse_json, read_section
+from diffdis_jax.run import digests
 
 PREVIEWED, COLUMNS = 16, 4  # pairs of --preview, and how many stand side by side
 
@@ -173,6 +174,7 @@ def publish(write: Callable[[pathlib.Path], None], out: str, *, finished: str) -
   """
   if not buckets.is_url(out):
     write(pathlib.Path(out))
+    digests.write(out)
     return
   url = out.rstrip("/")
   if (buckets.path(url) / INFO).exists():
@@ -182,6 +184,7 @@ def publish(write: Callable[[pathlib.Path], None], out: str, *, finished: str) -
   logging.info("preparing %s in %s", url, folder)
   if not (folder / finished).exists():  # or else it was killed in copying
     write(folder)
+  digests.write(folder)
   buckets.upload(folder, url, last=INFO)  # by which a data set is known to be there
   shutil.rmtree(folder)
   logging.info("copied to %s", url)

@@ -72,6 +72,7 @@ class TrainState:
     opt_state: the optimizer's.
     seed: u32[], of all random choices; here, so that runs of other seeds share the compiled step. It is not saved.
     teacher: where an objective keeps them, the trainable parameters as they were at the start, which never change.
+    norms: of the gradients, by which a step is skipped (training/skips.py); may be empty. A checkpoint's meta has them.
   """
 
   step: Any = None
@@ -80,6 +81,7 @@ class TrainState:
   opt_state: Any = struct.field(default_factory=dict)
   seed: Any = None
   teacher: dict[str, Any] = struct.field(default_factory=dict)
+  norms: dict[str, Any] = struct.field(default_factory=dict)
 
 
 @struct.dataclass

@@ -1,9 +1,10 @@
-"""Checks the files of a run's checkpoints against the digests saved with them.
+"""Checks the files of a run's checkpoints against the digests saved with them, or those of prepared data or an export.
 
   diffdis verify --workdir=RUN
 
-Writes one line for each checkpoint. Exits with code 2 where one is damaged, and names the newest whole one. Nothing is
-changed. A checkpoint in a bucket is compared by the digests that its server keeps, and is not downloaded.
+Writes one line for each checkpoint, or one for a folder that prepare_data or export_weights wrote. Exits with code 2
+where one is damaged, and names the newest whole one. Nothing is changed. What is in a bucket is compared by the digests
+that its server keeps, and is not downloaded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from absl import flags
 from etils import epath
 
-from diffdis_jax.common import cli, one_file
+from diffdis_jax.common import buckets, cli, one_file
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import committed, digests
 
@@ -32,11 +33,17 @@ class Verified(NamedTuple):
 
 def define_flags() -> None:
   """The command line."""
-  flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+  flags.DEFINE_string("workdir", None, "folder of the run, of prepared data or of exported weights", required=True)
 
 
 def main(argv: Sequence[str]) -> None:
   del argv
+  path = buckets.path(FLAGS.workdir)
+  if (path / digests.NAME).exists():
+    if (damage := digests.damage(path)) is not None:
+      raise UserError(f"{path} is damaged: {damage.file} {damage.what}; copy it again, or make it again")
+    sys.stdout.write(f"{path}: {_state(path)}\n")
+    return
   folder, damaged, count = committed.folder(FLAGS.workdir), 0, 0
   for found in verify(FLAGS.workdir):
     sys.stdout.write(f"checkpoint {found.step}: {found.state}\n")
@@ -71,17 +78,23 @@ def _verified(path: epath.Path) -> Verified:
   step, mark = int(path.name), path / committed.COMMIT_MARK
   if not mark.exists():
     return Verified(step, f"does not count: it has no {mark.name}; its save was interrupted, or is in progress")
-  damage, found = digests.damage(path), digests.read(path)
+  damage = digests.damage(path)
   if not mark.exists():
     return Verified(step, "removed meanwhile: the run keeps only some")
   if damage is not None:
     return Verified(step, f"damaged: {damage.file} {damage.what}", damaged=True)
+  return Verified(step, _state(path))
+
+
+def _state(path: epath.Path) -> str:
+  """Of a folder without damage."""
+  found = digests.read(path)
   if not isinstance(found, digests.Digests):
-    return Verified(step, f"not checked: it has no {digests.NAME}, as those of earlier versions")
+    return f"not checked: it has no {digests.NAME}, as those of earlier versions"
   if not digests.is_checkable(path, found):
-    return Verified(step, f"not checked: its {digests.NAME} needs google-crc32c; pip install google-crc32c")
+    return f"not checked: its {digests.NAME} needs google-crc32c; pip install google-crc32c"
   size = sum(file.size for file in found.files.values())
-  return Verified(step, f"whole: {len(found.files)} files, {size / 1e6:.1f} MB")
+  return f"whole: {len(found.files)} files, {size / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

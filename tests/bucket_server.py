@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import socket
 import subprocess
@@ -18,14 +19,15 @@ from diffdis_jax.common import buckets
 BINARIES = pathlib.Path(wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-  """Its address. The environment of this process does not name it: see `bucket_environment`."""
-  root = tmp_path_factory.mktemp("buckets")
-  (root / "bucket").mkdir()
+def free_port() -> int:
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+    return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(root: pathlib.Path, port: int) -> Iterator[str]:
+  """The address of a server whose buckets are the folders in `root`."""
   (binary,) = BINARIES.iterdir()
   options = {"scheme": "http", "host": "127.0.0.1", "port": port, "public-host": f"127.0.0.1:{port}"}
   options |= {"backend": "filesystem", "filesystem-root": root, "log-level": "error"}
@@ -38,6 +40,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
   finally:
     process.kill()
     process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+  """Its address. The environment of this process does not name it: see `bucket_environment`."""
+  root = tmp_path_factory.mktemp("buckets")
+  (root / "bucket").mkdir()
+  with serving(root, free_port()) as address:
+    yield address
 
 
 def wait_for(address: str) -> None:
@@ -53,8 +64,12 @@ def wait_for(address: str) -> None:
 
 @pytest.fixture(scope="session")
 def bucket_environment(server: str) -> dict[str, str]:
-  """What points gcsfs and TensorStore at the server."""
-  return {"STORAGE_EMULATOR_HOST": server, "TENSORSTORE_GCS_HTTP_URL": server}
+  return environment_of(server)
+
+
+def environment_of(address: str) -> dict[str, str]:
+  """What points gcsfs and TensorStore at a server."""
+  return {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
 
 
 @pytest.fixture

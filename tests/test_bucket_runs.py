@@ -24,7 +24,7 @@ from diffdis_jax.common import buckets
 from diffdis_jax.data import copies, sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint, committed, digests, restore, workdir, writers
-from tests import raw_pairs
+from tests import bucket_server, raw_pairs
 from tests.command_runs import ROOT, SAVE_EVERY, STEPS, call, joint_flags
 from tests.run.test_checkpoint import make_iterator, make_state, save
 from tests.test_resume import kill_when, metrics, restore_training
@@ -117,6 +117,38 @@ def test_two_processes_one_of_which_is_killed(tmp_path, url, on_a_bucket, enviro
   assert_same_end(buckets.path(url), tmp_path / "whole")
 
 
+def test_a_bucket_that_is_away_for_a_while_changes_no_bit(
+  tmp_path, environment, monkeypatch, joint_run, autoencoder_run
+):
+  """While the run saves, and where the next one starts."""
+  (tmp_path / "bucket").mkdir()
+  port = bucket_server.free_port()
+  there = bucket_server.environment_of(f"http://127.0.0.1:{port}")
+  command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), "--workdir=gs://bucket/run"]
+  start = lambda: subprocess.Popen(command, cwd=ROOT, env=environment | there, stderr=subprocess.PIPE, text=True)
+  with bucket_server.serving(tmp_path, port):
+    running = start()
+    while not any(tmp_path.rglob("commit_success.txt")):
+      assert running.poll() is None
+      time.sleep(0.02)
+  time.sleep(4)
+  with bucket_server.serving(tmp_path, port):
+    said = running.communicate(timeout=300)[1]
+    assert running.returncode == 0, said
+    for name, value in there.items():
+      monkeypatch.setenv(name, value)
+    buckets.path("gs://bucket")  # first, since it says how gcsfs is imported
+    from gcsfs import GCSFileSystem
+
+    GCSFileSystem.clear_instance_cache()
+    assert_same_end(buckets.path("gs://bucket/run"), pathlib.Path(joint_run))
+  running = start()  # of a finished run, which looks for its checkpoints
+  time.sleep(6)
+  with bucket_server.serving(tmp_path, port):
+    said = running.communicate(timeout=300)[1]
+    assert running.returncode == 0 and "finished at step" in said, said
+
+
 def test_a_second_run_is_refused(url, on_a_bucket):
   code = f"from diffdis_jax.run import workdir\nwith workdir.Lock({url!r}):\n  print('locked', flush=True)\n  input()"
   holder = subprocess.Popen(
@@ -194,7 +226,7 @@ def test_a_preparation_that_was_not_copied_whole_is_copied(tmp_path, url, monkey
       prepare_data.publish(write, url, finished="card.json")
   prepare_data.publish(write, url, finished="card.json")
   assert len(written) == 1 and not written[0].exists()
-  assert set(buckets.files_below(url)) == {"a", "dataset_info.json", "card.json"}
+  assert set(buckets.files_below(url)) == {"a", "dataset_info.json", "card.json", digests.NAME}
   with pytest.raises(UserError, match="holds a data set"):
     prepare_data.publish(write, url, finished="card.json")
 

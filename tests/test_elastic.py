@@ -13,7 +13,7 @@ from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint
-from diffdis_jax.training import loop, start
+from diffdis_jax.training import loop, metrics, start
 from tests import steps
 from tests.models.networks import random_params
 from tests.steps import build_trainer
@@ -38,7 +38,7 @@ def saved(tmp_path_factory, config):
   iterator = steps.open_batches(config)
   for _ in range(STEPS):
     next(iterator)
-  meta = {"totals": loop.write_totals({"loss": Average(total=np.float32(0.1), count=np.float32(3))})}
+  meta = {"totals": metrics.write_totals({"loss": Average(total=np.float32(0.1), count=np.float32(3))})}
   with checkpoint.Checkpointer(path) as checkpointer:
     checkpointer.save(STEPS, state, iterator, meta=meta)
   return path, jax.device_get(state), next(iterator)
@@ -59,7 +59,7 @@ def test_on_another_mesh_every_bit_and_the_next_batch_are_the_same(saved, config
     assert np.asarray(b).tobytes() == a.tobytes(), jax.tree_util.keystr(name)
   for path, leaf in state.params.items():
     assert leaf.sharding == trainer.state_shardings.params[path]
-  totals = loop.read_totals(meta)
+  totals = metrics.read_totals(meta)
   assert totals == {"loss": Average(total=np.float32(0.1), count=np.float32(3))}
   assert totals["loss"].total.dtype == np.float32
   for name, values in next(iterator).items():
@@ -122,9 +122,9 @@ def test_totals_keep_their_bits_through_json():
   rng = np.random.default_rng(0)
   pairs = rng.normal(size=(100, 2)).astype(np.float32)
   totals = {f"m{i}": Average(total=total, count=count) for i, (total, count) in enumerate(pairs)}
-  meta = json.loads(json.dumps({"totals": loop.write_totals(totals)}))
-  assert loop.read_totals(meta) == totals
-  assert loop.read_totals({"totals": loop.write_totals(None)}) is None
+  meta = json.loads(json.dumps({"totals": metrics.write_totals(totals)}))
+  assert metrics.read_totals(meta) == totals
+  assert metrics.read_totals({"totals": metrics.write_totals(None)}) is None
 
 
 def test_every_host_has_rows_of_its_own(config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from diffdis_jax import export_weights, import_weights, inference
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping, to_torch
-from diffdis_jax.run import checkpoint, restore, workdir
+from diffdis_jax.run import checkpoint, digests, restore, workdir
 from diffdis_jax.structs import TrainState
 from tests import pages, pipelines
 from tests.command_runs import ROOT, call
@@ -134,7 +135,7 @@ def test_the_folder_is_whole(run, exported):
   configs = ("model_index.json", "scheduler/scheduler_config.json", "pipeline.py", "diffdis/torch_diffdis.py")
   parts = {f"{part}/config.json" for part in ("unet", "vae", "text_encoder", "diffdis")}
   expected = {*configs, *parts, *to_torch.FILES.values(), *(f"tokenizer/{name}" for name in tokenizer)}
-  expected |= {"README.md", "samples.png"}
+  expected |= {"README.md", "samples.png", digests.NAME}
   assert files == expected
   own, config = json.loads((exported / "diffdis" / "config.json").read_text()), config_of(run)
   assert own["model"]["alignment"] == config.model.alignment.to_dict()
@@ -244,3 +245,20 @@ def test_command_line(run, environment, tmp_path):
   assert done.returncode == 2
   assert "value should be one of <float32|float16|bfloat16>" in done.stderr
   assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_export_is_named(exported, tmp_path):
+  folder = tmp_path / "copy"
+  shutil.copytree(exported, folder)
+  assert digests.damage(folder) is None
+  file = folder / to_torch.FILES["unet"]
+  content = bytearray(file.read_bytes())
+  content[-1] ^= 1
+  file.write_bytes(content)
+  name = file.relative_to(folder)
+  with pytest.raises(
+    UserError, match=f"is damaged: {name} holds other bytes than were saved; copy it again, or remove"
+  ):
+    import_weights.import_weights(str(folder), str(tmp_path / "run"))
+  (folder / digests.NAME).unlink()
+  import_weights.import_weights(str(folder), str(tmp_path / "run"))

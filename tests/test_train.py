@@ -379,7 +379,7 @@ def without_autoencoder(run: str, copy: pathlib.Path) -> pathlib.Path:
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
   config = tiny.get_config("autoencoder")
-  config.optim.update(clip_norm=0.0, warmup_steps=0, rates=dict(new=1e30))
+  config.optim.update(clip_norm=0.0, warmup_steps=0, rates=dict(new=1e30), skip_bad_steps=0)
   config.update(save_every=1, log_every=1, num_steps=6)
   with pytest.raises(UserError, match="is not finite by step 2; the last good checkpoint is step 1; lower optim.rates"):
     loop.train_and_evaluate(Run.of(config), str(tmp_path))

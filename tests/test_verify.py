@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 
+from diffdis_jax.data import records, sources
+from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.run import digests
 from tests.command_runs import call
+from tests.raw_pairs import picture, write_tar
 from tests.run.test_checkpoint import save
 from tests.run.test_digests import checkpoint_files, flip, large_state
 
@@ -45,6 +49,61 @@ def test_every_checkpoint_is_a_line(tmp_path):
     f"error: 2 of 5 checkpoints in {folder} are damaged; the newest whole one is 3: take --step=3"
   ]
   assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_prepared_data_are_a_line(tmp_path):
+  raw = tmp_path / "raw"
+  raw.mkdir()
+  write_tar(raw / "0.tar", {f"{i}.{end}": x for i in range(8) for end, x in (("png", picture(i)), ("txt", b"x"))})
+  done = call("prepare_data", ENVIRONMENT, "pairs", f"--source={raw}", f"--out={tmp_path / 'out'}", "--num_processes=1")
+  assert done.returncode == 0, done.stderr
+  out = tmp_path / "out"
+  names = {file.name for file in out.iterdir()} - {digests.NAME}
+  assert {*json.loads((out / digests.NAME).read_text())["files"]} == names
+  code, lines, errors = verify(out)
+  assert (code, errors) == (0, []) and lines[0].startswith(f"{out}: whole: {len(names)} files, ")
+  random_ = random.Random(0)
+  for name in sorted(names):
+    before = (out / name).read_bytes()
+    flip(out / name, random_)
+    assert digests.damage(out) == digests.Damage(name, "holds other bytes than were saved")
+    (out / name).write_bytes(before)
+  flip(out / "dataset_info.json", random_)
+  code, lines, errors = verify(out)
+  assert (code, lines) == (2, [])
+  said = (
+    f"error: {out} is damaged: dataset_info.json holds other bytes than were saved; copy it again, or make it again"
+  )
+  assert errors == [said]
+
+
+def test_no_flipped_bit_of_a_shard_is_read_in_silence(tmp_path):
+  """ArrayRecord keeps hashes of its own, by which a record is refused when it is read."""
+  (tmp_path / "raw").mkdir()
+  content = {f"{i:02d}.{end}": x for i in range(20) for end, x in (("png", picture(i)), ("txt", b"x"))}
+  write_tar(tmp_path / "raw" / "0.tar", content)
+  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  (file,) = (tmp_path / "out").glob("*.array_record*")
+  read = lambda: sources.open_source(name="pairs", path=tmp_path / "out", image_size=8)
+  whole, content = [read()[i] for i in range(20)], file.read_bytes()
+  used = [i for i, byte in enumerate(content) if byte]  # blocks are padded with zeros, which nobody reads
+  random_, refused = random.Random(0), 0
+  for _ in range(60):
+    flipped = bytearray(content)
+    flipped[random_.choice(used)] ^= 1 << random_.randrange(8)
+    file.write_bytes(flipped)
+    try:
+      source = read()
+    except Exception:  # of an index that cannot be read
+      refused += 1
+      continue
+    assert len(source) == 20
+    for i in range(20):
+      try:
+        assert source[i] == whole[i]
+      except records.Unusable:
+        refused += 1
+  assert refused > 20
 
 
 def test_without_a_checkpoint(tmp_path):

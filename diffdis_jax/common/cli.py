@@ -26,7 +26,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from diffdis_jax.common import buckets, files, guesses, repairs, shipped, signals, usage
-from diffdis_jax.errors import Preempted, UserError, may_pass
+from diffdis_jax.errors import FULL_DISK, Preempted, UserError, may_pass
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
@@ -35,7 +35,6 @@ _TEXTS = {"prompt", "eval"}  # flags that may hold any text
 _FOLDERS = {"workdir", "out"}  # flags that an unset variable of a shell leaves empty, which would be this folder
 # Errors of the path that someone gave, rather than of a disk, which may be well the next time.
 _OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
-_OF_A_FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
 def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
@@ -118,7 +117,7 @@ def _stop_for(error: Exception) -> NoReturn:
   number, path = getattr(error, "errno", None), getattr(error, "filename", None)
   said = getattr(error, "strerror", None) or error
   where = f" ({path})" if path else ""
-  if number in _OF_A_FULL_DISK:
+  if number in FULL_DISK:
     _stop(f"{said}{where}; make room, and run the same command again", code=1)
   if may_pass(error) or number is None:  # without a number: what a bucket's server answered
     _stop(f"{error or said}{where}; check the network and your permissions, and run the same command again", code=1)
@@ -326,4 +325,8 @@ def _exit_at_once(code: int) -> NoReturn:
 
 def _is_ours(record: python_logging.LogRecord) -> bool:
   """Lets our own progress through, of the libraries only warnings; with --verbosity=1 everything."""
-  return record.levelno >= python_logging.WARNING or record.pathname.startswith(_PACKAGE) or logging.get_verbosity() > 0
+  if logging.get_verbosity() > 0 or record.pathname.startswith(_PACKAGE):
+    return True
+  # A full disk is one line of ours: what a library logs of it, with a traceback each time, it raises too.
+  full = record.exc_info and os.strerror(errno.ENOSPC) in str(record.exc_info[1])
+  return record.levelno >= python_logging.WARNING and not full

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from numpy.typing import DTypeLike
 
 from diffdis_jax.common import files
 from diffdis_jax.errors import UserError, parse_json
+
+_MARK = b"\ncrc32 "  # before a file's own CRC of what stands before, by which a flipped bit is seen
 
 
 class Store:
@@ -68,8 +71,11 @@ class Store:
       content = file.read_bytes()
     except OSError:
       return None  # not made yet, or no file of this user's: in both cases it is made
+    content, mark, digest = content.rpartition(_MARK)
     try:
-      found = decode(content)
+      if mark and digest != _digest(content):
+        raise ValueError("it holds other bytes than were written")
+      found = decode(content if mark else digest)  # without a mark, as earlier versions wrote it
     except (ValueError, EOFError, TypeError, UserError) as error:
       logging.warning("%s is damaged (%s), and is made again", file, error)
       return None
@@ -80,7 +86,7 @@ class Store:
   def _write(self, file: pathlib.Path, content: bytes) -> None:
     try:
       self._folder.mkdir(parents=True, exist_ok=True)
-      files.write_whole(file, content)
+      files.write_whole(file, content + _MARK + _digest(content))
       self._make_room(file.suffix)
     except OSError as error:
       logging.warning("%s are not kept in %s: %s", self._what, self._folder, error.strerror or error)
@@ -92,3 +98,7 @@ class Store:
       size += file.stat().st_size
       if size > (self._limit or 0):
         file.unlink(missing_ok=True)  # another process may make room too
+
+
+def _digest(content: bytes) -> bytes:
+  return b"%08x" % zlib.crc32(content)

@@ -128,6 +128,12 @@ class Optim:
     contrastive_batch: `whole`, all microbatches of a step are one contrastive batch, and their number does not change
       the step's result (GradCache); `microbatch`, each is a batch of its own, with its own timesteps and noise.
     allow_uninitialized: regex of the frozen parameters that may be random; a run refuses to start with others.
+    skip_bad_steps: how many of the last `skip_window` steps may be skipped. A step whose loss or gradient is not finite
+      is, and changes nothing; beyond that number the run goes back to its last checkpoint, once, and takes other
+      batches. 0 skips none: such a step ends the run.
+    skip_window: steps in which they are counted.
+    skip_deviations: a step is skipped too if its gradient norm, before it is clipped, is more than this many standard
+      deviations above the mean of the last hundred; 0 for no such limit.
 
   Raises:
     UserError: a value out of its range.
@@ -153,6 +159,9 @@ class Optim:
   epoch_steps: int = 0
   warmup_rate: float = 0.0
   first_moment: str = "float32"
+  skip_bad_steps: int = 10
+  skip_window: int = 1000
+  skip_deviations: float = 0.0
 
   def __post_init__(self) -> None:
     # Now, and not at the first parameter, which comes when the network is built.
@@ -177,6 +186,9 @@ class Optim:
     # That schedule divides by it, and counts the warm-up in whole epochs.
     check_number("epoch_steps", self.epoch_steps, at_least=1 if self.schedule_kind == "epoch_cosine" else 0)
     check_number("warmup_rate", self.warmup_rate, at_least=0.0)
+    check_number("skip_bad_steps", self.skip_bad_steps, at_least=0)
+    check_number("skip_window", self.skip_window, at_least=1)
+    check_number("skip_deviations", self.skip_deviations, at_least=0.0)
     if self.epoch_steps and self.warmup_steps % self.epoch_steps:
       raise UserError(f"warmup_steps is {self.warmup_steps}; it must be whole epochs of {self.epoch_steps} steps")
 

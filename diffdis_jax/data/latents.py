@@ -8,10 +8,15 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import BFloat16
+from jaxtyping import BFloat16, UInt16
 
 from diffdis_jax.data import records
 from diffdis_jax.errors import UserError
+
+
+def is_finite(*arrays: BFloat16[np.ndarray, "..."] | UInt16[np.ndarray, "..."]) -> bool:
+  """Whether all of their numbers, bf16 or its bits, are: an exponent of ones stands for those that are not."""
+  return not any(((x.view(np.uint16) & 0x7F80) == 0x7F80).any() for x in arrays)
 
 
 class View(NamedTuple):
@@ -40,10 +45,16 @@ class Latents:
     return len(self._stored) // self.views
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    return self.read(index, 0).record
+    return self._view(index, 0).record
 
   def read(self, index: int, view: int) -> View:
-    """Raises as records.Pairs does."""
+    """Raises as records.Pairs does, and records.Unusable of numbers that are not finite."""
+    found = self._view(index, view)
+    if not is_finite(found.moments, *(found.record[name] for name in ("condition",) if name in found.record)):
+      raise records.Unusable(records.NOT_FINITE)
+    return found
+
+  def _view(self, index: int, view: int) -> View:
     record = self._stored[index * self.views + view]
     if "condition" in record:
       # Stored as 16-bit integers, for TFDS knows no bfloat16.

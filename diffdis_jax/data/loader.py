@@ -23,10 +23,13 @@ from diffdis_jax.data.sources import Mixture, Source
 from diffdis_jax.data.transforms import augment, needed_side
 from diffdis_jax.errors import UserError
 
+ROWS = "rows"  # of a batch: str[b], the key of each row's record, or its place in the source
 SUBSTITUTED = "substituted"  # of a batch: i32[b r], by how many records of each of records.REASONS a row was missed
 ATTEMPTS = 100  # records in a row that may be unusable
+MOST_NAMED = 100  # unusable records, of which a process logs which they are
 _AS_STORED, _LOADING = Augmentation(), Loading()
 Tokenizer = Callable[[Sequence[str]], Int[np.ndarray, "n l"]]
+_said: set[str] = set()
 
 
 def train_loader(
@@ -43,9 +46,9 @@ def train_loader(
   rows: Sequence[int] | None = None,
   loading: Loading = _LOADING,
 ) -> grain.DatasetIterator:
-  """Endless batches {'image': u8[b h w 3], 'tokens': i32[b l], SUBSTITUTED} of this host, shuffled again each epoch.
+  """Endless batches {'image': u8[b h w 3], 'tokens': i32[b l], SUBSTITUTED, ROWS} of this host, shuffled each epoch.
 
-  Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', SUBSTITUTED}, a random view each time;
+  Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', ...}, a random view each time;
   'condition': bf16[b l d] where the cache has it.
 
   Global batch k is made of the same records and augmentations for any number of hosts, of which each takes its rows:
@@ -100,8 +103,8 @@ def labelled_loader(
   rows: Sequence[int] | None = None,
   loading: Loading = _LOADING,
 ) -> grain.DatasetIterator:
-  """Endless batches {'image': u8[b h w 3], 'label': i32[b], SUBSTITUTED}, and 'tokens': i32[b l], a sentence of each
-  image's class, where `tokens` has them. Images are sampled with replacement.
+  """Endless batches {'image': u8[b h w 3], 'label': i32[b], SUBSTITUTED, ROWS}, and 'tokens': i32[b l], a sentence of
+  each image's class, where `tokens` has them. Images are sampled with replacement.
 
   What stands at each place of each global batch follows from (seed, place) alone; for all else see `train_loader`.
 
@@ -164,6 +167,7 @@ class _Example(grain.transforms.RandomMap):
         example = self.make((place + attempt) % len(self.source), rng)
       except records.Unusable as error:
         missed[records.REASONS.index(str(error))] += 1
+        self._say((place + attempt) % len(self.source), str(error))
       else:
         # Counted in the batch, since workers of other processes share no counter with this one.
         return {**example, SUBSTITUTED: missed}
@@ -172,6 +176,23 @@ class _Example(grain.transforms.RandomMap):
   @abc.abstractmethod
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     """Raises records.Unusable."""
+
+  def _say(self, place: int, reason: str) -> None:
+    if len(_said) >= MOST_NAMED:
+      return
+    try:
+      name = name_of(self.source[place], place)
+    except records.Unusable:  # not even its key can be read
+      name = str(place)
+    said = f"record {name} cannot be used: {reason}; the next one takes its place"
+    if said not in _said:
+      _said.add(said)
+      logging.warning("%s", said)
+
+
+def name_of(record: Mapping[str, Any], place: int) -> str:
+  """What a log calls a record: its key, or its place in the source, from 0."""
+  return str(record.get("key", place))
 
 
 def draw_caption(record: Mapping[str, Any], rng: np.random.Generator) -> str:
@@ -207,7 +228,7 @@ class _ImageExample(_Example):
     example = {"image": augment(image, rng, size=self.image_size, how=self.augmentation)}
     if own is not None:
       example["discrimination_image"] = augment(image, rng, size=self.image_size, how=own)
-    return {**example, "caption": draw_caption(record, rng)}
+    return {**example, ROWS: name_of(record, place), "caption": draw_caption(record, rng)}
 
 
 class _ByClass:
@@ -244,7 +265,7 @@ class _LabelledExample(_Example):
     label = record["label"]
     image = records.read_decoded(record["image"], at_least=needed_side(self.image_size, self.augmentation))
     seen = augment(image, rng, size=self.image_size, how=self.augmentation)
-    example = {"image": seen, "label": np.int32(label)}
+    example = {"image": seen, "label": np.int32(label), ROWS: name_of(record, place)}
     return example if self.tokens is None else {**example, "tokens": self.tokens.draw(label, rng)}
 
 
@@ -258,7 +279,7 @@ class _LatentExample(_Example):
   def make(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
     moments, record = self.source.read(place, int(rng.integers(self.source.views)))
     mean, log_variance = np.split(moments, 2, axis=-1)
-    example = {"mean": mean, "log_variance": log_variance}
+    example = {"mean": mean, "log_variance": log_variance, ROWS: name_of(record, place)}
     # Such a condition is of this one caption: tokens of another would not be its text.
     if "condition" in record:
       return {**example, "condition": record["condition"], "caption": record["caption"]}
@@ -276,16 +297,19 @@ class Substitutions:
   Attributes:
     new: i64[r], for each of records.REASONS those that were not yet reported.
     total: i64[r], those that were.
+    rows: str[b], what names the records of the last batch.
   """
 
   def __init__(self) -> None:
     self.new = np.zeros(len(records.REASONS), np.int64)
     self.total = self.new.copy()
+    self.rows = np.empty(0, np.str_)
 
   def take(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Counts those of a batch; returns it without them."""
     rest = dict(batch)
     self.new += rest.pop(SUBSTITUTED).sum(axis=0)
+    self.rows = rest.pop(ROWS)
     return rest
 
   def report(self, over_hosts: Callable[[np.ndarray], np.ndarray] = lambda own: own) -> dict[str, int]:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import os
 import pathlib
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from diffdis_jax.common import buckets
+from diffdis_jax.common import buckets, storage
 from diffdis_jax.data import copies, image_files
 from diffdis_jax.data.transforms import Decoded, decode_reduced
 from diffdis_jax.errors import UserError, parse_json
@@ -33,6 +34,7 @@ class Unusable(ValueError):
 
 NOT_PLAIN = "file that is not a plain one"  # a link or a sparse file in a tar, a pipe, a device
 TOO_LARGE = "file of too many bytes"
+NOT_FINITE = "numbers that are not finite"  # of latents or a text condition; an image's are whole numbers
 MOST_BYTES = 2**28  # of an image's file: four for each of the most pixels that are decoded
 MOST_TEXT_BYTES = 2**22  # of a caption's, or of the json beside it
 
@@ -49,6 +51,7 @@ REASONS = (
   "unreadable record",
   NOT_PLAIN,
   TOO_LARGE,
+  NOT_FINITE,
 )
 
 
@@ -184,7 +187,8 @@ class Pairs:
   """Captioned images as prepare_data stored them; the fields of the json beside an image become metadata fields.
 
   With `caption_fields`, a record's captions are all the texts in those fields. Reading a record raises Unusable
-  where it is damaged or has no caption, and UserError where its file is no longer there.
+  where it is damaged or has no caption. A file that is away is tried again, by `storage.patiently`, and with what
+  `reopen` opens: ArrayRecord never reads a file again that it could not open once.
   """
 
   def __init__(
@@ -193,8 +197,9 @@ class Pairs:
     num_images: int | None = None,
     files: Sequence[str | os.PathLike[str]] = (),
     caption_fields: Sequence[str] = (),
+    reopen: Callable[[], _Split] | None = None,
   ):
-    self._records, self._files = stored, files
+    self._records, self._files, self._reopen, self._is_stale = stored, files, reopen, False
     self._num_images = len(stored) if num_images is None else min(num_images, len(stored))
     self._caption_fields = tuple(caption_fields)
 
@@ -213,14 +218,19 @@ class Pairs:
 
   def stored(self, index: int) -> dict[str, Any]:
     """A record's fields as they are stored. Raises Unusable("unreadable record")."""
+    return storage.patiently(lambda: self._read(index), "the data")
+
+  def _read(self, index: int) -> dict[str, Any]:
     try:
+      if self._is_stale and self._reopen is not None:
+        self._records, self._is_stale = self._reopen().stored, False
       return dict(self._records[index])
     except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
-      # A file that is gone is for the user to mend; else each of its records would be counted as damaged.
-      for file in self._files:
-        if not buckets.path(file).exists():
-          raise UserError(f"{file} has vanished; put it back and run the same command again, which resumes") from error
-      raise Unusable("unreadable record") from error
+      away = storage.away(error, self._files)
+      if away is None and not isinstance(error, UserError):
+        raise Unusable("unreadable record") from error
+      self._is_stale = True
+      raise away or error from error
 
 
 def open_pairs(
@@ -242,7 +252,7 @@ def open_pairs(
       raise UserError(
         f"{path} has no caption field {missing[0]!r}; the fields of its first record are {', '.join(sorted(first))}"
       )
-  return Pairs(stored, num_images, files, caption_fields)
+  return Pairs(stored, num_images, files, caption_fields, functools.partial(_open, path, split))
 
 
 def _first_usable(pairs: Pairs) -> dict[str, Any]:

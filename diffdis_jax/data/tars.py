@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from diffdis_jax.data.records import NOT_PLAIN, TOO_LARGE, Unusable
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import Gone, UserError
 
 IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp"})
 _BLOCK = 512  # of a tar; two blocks of zeros end it
@@ -41,14 +41,18 @@ class Member:
 
     Raises:
       Unusable: before anything is read, a file of more bytes, or one that is not stored whole.
+      Gone: the tar, which was there when it was indexed.
     """
     if self.size is None:
       raise Unusable(NOT_PLAIN)
     if self.size > most:
       raise Unusable(TOO_LARGE)
     if file is None:
-      with open(self.path, "rb") as file:
-        return self.read(most, file)
+      try:
+        with open(self.path, "rb") as file:
+          return self.read(most, file)
+      except FileNotFoundError as error:
+        raise Gone(f"{self.path} is not there") from error
     file.seek(self.offset)
     return file.read(self.size)
 

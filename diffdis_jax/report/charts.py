@@ -16,7 +16,10 @@ SPEED = {
   "data_wait": ("Time spent waiting for data", "share"),
   "mfu": ("Share of the chips' peak (MFU)", "share"),
 }
-OPTIMISATION = {"grad_norm": ("Norm of the gradient", "number")}
+OPTIMISATION = {
+  "grad_norm": ("Norm of the gradient", "number"),
+  "skipped": ("Steps skipped since the last report", "number"),
+}
 DATA = {"substituted": ("Records substituted since the last report", "number")}
 _QUARTER = re.compile(r"(loss_\w+)_q([1-4])")
 

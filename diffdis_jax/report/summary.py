@@ -21,7 +21,7 @@ RATE_POINTS = 400
 
 
 def status(run: Run) -> dict[str, str]:
-  """`state`: one of running, finished, stopped, failed, killed, unfinished; `message` of what failed."""
+  """`state`: one of running, finished, stopped, failed, went back, killed, unfinished; `message` of what failed."""
   last = run.events[-1] if run.events else {}
   if last.get("event") == "end":
     return {"state": last["why"], "message": last.get("message", "")}

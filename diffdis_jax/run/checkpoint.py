@@ -11,7 +11,8 @@ import contextlib
 import errno
 import functools
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +23,9 @@ from grain import checkpoint as grain_checkpoint
 from orbax import checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from diffdis_jax.common import buckets
+from diffdis_jax.common import buckets, storage
 from diffdis_jax.config.sections import CheckpointPolicy
-from diffdis_jax.errors import Preempted, UserError
+from diffdis_jax.errors import FULL_DISK, Preempted, UserError
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import committed, digests, restore
 from diffdis_jax.run.restore import Restored
@@ -55,6 +56,11 @@ class Checkpointer:
     processes.barrier("uncommitted checkpoints are set aside")
     if kept.keep_best:
       restore.check_metrics(committed.folder(workdir))  # before Orbax reads them, and deletes those that are not best
+    self._kept, self._save_timeout = kept, save_timeout
+    self._manager = self._open_manager()
+
+  def _open_manager(self) -> ocp.CheckpointManager:
+    kept = self._kept
     # A checkpoint stays if any rule keeps it.
     rules: list[Any] = [policies.LatestN(kept.keep_last)]
     if kept.keep_every:
@@ -63,14 +69,14 @@ class Checkpointer:
     if kept.keep_best:
       # Else a checkpoint that was never measured, such as that of an interruption, would stay forever.
       rules.append(policies.BestN(get_metric_fn=rank, n=kept.keep_best, keep_checkpoints_without_metrics=False))
-    self._manager = ocp.CheckpointManager(
-      committed.folder(workdir),
+    return ocp.CheckpointManager(
+      committed.folder(self._workdir),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(rules),
         cleanup_tmp_directories=True,
         best_fn=rank if kept.keep_best else None,
         # In the background too, on process 0, when every process has written its files.
-        async_options=ocp.AsyncOptions(timeout_secs=save_timeout, post_finalization_callback=self._write_digests),
+        async_options=ocp.AsyncOptions(timeout_secs=self._save_timeout, post_finalization_callback=self._write_digests),
       ),
     )
 
@@ -78,7 +84,7 @@ class Checkpointer:
     """The newest committed step, or None before the first; as process 0 sees it."""
     # Not the manager's list, which may hold a save that has only begun. And one process decides for all, since a shared
     # file system may show a new folder to some of them later.
-    step = committed.latest_step(self._workdir)
+    step = storage.patiently(lambda: committed.latest_step(self._workdir), f"{self._workdir}")
     found = int(processes.from_first(np.int32(-1 if step is None else step)))
     return None if found < 0 else found
 
@@ -90,8 +96,11 @@ class Checkpointer:
     *,
     meta: dict[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
+    required: bool = True,
   ) -> bool:
     """Starts a save; returns as soon as the arrays may be donated. Returns False if this step is saved already.
+
+    A disk that is full, or was when the save before was written, is one line of the log, and False.
 
     Args:
       step: number of finished steps; larger than that of any earlier save.
@@ -99,6 +108,10 @@ class Checkpointer:
       data_iterator: Grain iterator whose next batch is the first one not trained on.
       meta: a few JSON values to keep beside them.
       metrics: of evaluations at this step, the same on every process; without them it is not among the best.
+      required: whether no later save will do, so that a full disk is an error.
+
+    Raises:
+      OSError: it cannot be written.
     """
     # A save at an interruption may fall on a step that `save_every` has saved.
     if step in self._manager.all_steps():
@@ -112,11 +125,44 @@ class Checkpointer:
     if data_iterator is not None:
       items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
     items["meta"] = ocp.args.JsonSave({"step": step, **(meta or {})})
-    # `force`: the caller has decided that it is time to save.
-    with _os_errors():
-      self._manager.wait_until_finished()  # as its `save` begins: the digests of the one before are written
-      self._saving = step
-      return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
+    if not self._is_ready(step, jax.tree.leaves(trees), required=required):
+      return False
+    self._saving = step
+    try:
+      # `force`: the caller has decided that it is time to save.
+      with _os_errors():
+        return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
+    except OSError as error:
+      self._give_up(error, required=required)
+      return False
+
+  def _is_ready(self, step: int, arrays: Sequence[Any], *, required: bool) -> bool:
+    """When the save before is written: whether there is room for this one, as far as can be told."""
+    try:
+      self.wait()  # as the manager's own `save` begins: the digests of the one before are written
+    except OSError as error:
+      self._give_up(error, required=required)
+    if has_room(committed.folder(self._workdir), arrays):
+      return True
+    if required:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self._workdir))
+    self._say_full(step)
+    return False
+
+  def _give_up(self, error: OSError, *, required: bool) -> None:
+    """The save that has found a full disk. Raises the error, if it is another or no later save will do."""
+    # Several processes would have to agree.
+    if required or error.errno not in FULL_DISK or jax.process_count() > 1:
+      raise error
+    self._say_full(self._saving)
+    # A new manager, which removes what the failed save has left: the old one raises that error for ever.
+    with contextlib.suppress(Exception):
+      self._manager.close()
+    self._manager = self._open_manager()
+
+  def _say_full(self, step: int) -> None:
+    said = "no room to save step %d; the last checkpoint is %s; the next save tries again"
+    logging.warning(said, step, self.latest_step())
 
   def restore(self, step: int, abstract: TrainState, data_iterator: Any = None) -> Restored:
     """Reads a checkpoint onto the devices that `abstract` asks for, and sets the data iterator to it.
@@ -212,6 +258,18 @@ def _os_errors() -> Iterator[None]:
     if "No space left on device" not in str(error):
       raise
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
+def has_room(folder: epath.Path, arrays: Sequence[Any]) -> bool:
+  """Whether a disk has room for a checkpoint, as process 0 sees it. Orbax's compression saves a few per cent alone.
+
+  Asked before, since a save that finds the disk full prints hundreds of lines of its own.
+  """
+  if buckets.is_url(folder):
+    return True
+  needed = sum(array.nbytes for array in arrays)
+  found = shutil.disk_usage(folder).free > needed if processes.is_first() else True
+  return bool(processes.from_first(np.int32(found)))
 
 
 def _on_one_device(array: Any) -> Any:

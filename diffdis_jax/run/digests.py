@@ -1,9 +1,9 @@
-"""Digests of a checkpoint's files, by which a damaged one is refused. Without Orbax and jax.
+"""Digests of a checkpoint's files, by which a damaged one is refused, or of any folder's. Without Orbax and jax.
 
-They lie in `digests.json` in the checkpoint's folder, written after the files and before the commit mark. A CRC finds
-every flipped bit and every damaged stretch of up to 32 bits, and all but one in 4 billion of other damages. It is
-CRC32C where google-crc32c is installed, which is three times as fast as zlib's CRC32. In a bucket it is what the server
-keeps of each object: it is listed, so that no byte is read back.
+They lie in `digests.json` in the folder; of a checkpoint they are written after the files and before the commit mark. A
+CRC finds every flipped bit and every damaged stretch of up to 32 bits, and all but one in 4 billion of other damages.
+It is CRC32C where google-crc32c is installed, which is three times as fast as zlib's CRC32. In a bucket it is what the
+server keeps of each object: it is listed, so that no byte is read back.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Digests(NamedTuple):
 
 
 def write(folder: epath.PathLike) -> None:
-  """Writes the digests of all files that are in the folder of a checkpoint now. Raises OSError."""
+  """Writes the digests of all files that are in a folder now, such as a checkpoint's. Raises OSError."""
   path = buckets.path(folder)
   if buckets.is_url(path):
     # A server that keeps none has the objects read back.
@@ -98,8 +98,8 @@ def is_checkable(folder: epath.Path, found: Digests) -> bool:
   return _algorithm(found.algorithm) is not None or buckets.is_url(folder)
 
 
-def damage(folder: epath.PathLike, items: Collection[str] | None = None) -> Damage | None:
-  """What is wrong with the files of these items of a checkpoint, or of all; the first by size.
+def damage(folder: epath.PathLike, items: Collection[str] | None = None, *, ending: str = "") -> Damage | None:
+  """What is wrong with the files of these items of a checkpoint, or of all, whose names end so; the first by size.
 
   None where all are whole, or there are no digests. Where they are not `is_checkable`, sizes alone are looked at.
   """
@@ -107,7 +107,8 @@ def damage(folder: epath.PathLike, items: Collection[str] | None = None) -> Dama
   found = read(path)
   if not isinstance(found, Digests):
     return found
-  return _first(map(_checker(path, found), items_of(found, items)))
+  names = (name for name in items_of(found, items) if name.endswith(ending))
+  return _first(map(_checker(path, found), names))
 
 
 def newest_whole(checkpoints: epath.Path, *, before: float = math.inf) -> int | None:

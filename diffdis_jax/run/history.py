@@ -1,8 +1,9 @@
 """What happened to a run: history.jsonl, one object a line, with `event` and `time` (seconds since 1970).
 
 A `start` says from which step, on which devices, with what it trains; `reached` and `until` are the last step that was
-reported before, and when: steps between `step` and `reached` are taken again. An `end` says why. A start that no end
-follows was killed, or still runs.
+reported before, and when: steps between `step` and `reached` are taken again. An `end` says why; one of a run that goes
+back says to which step, and how many batches it leaves out there. A start that no end follows was killed, or
+still runs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import Preempted, UserError, parse_json
 
 FILE = "history.jsonl"
+
+
+class WentBack(Exception):
+  """The run goes back to the checkpoint of step `to`, and from then on leaves out the next `batches` there."""
+
+  def __init__(self, to: int, batches: int, message: str):
+    super().__init__(message)
+    self.to, self.batches = to, batches
 
 
 @contextlib.contextmanager
@@ -46,6 +55,9 @@ def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapp
   except Preempted:
     why = "stopped"
     raise
+  except WentBack as error:
+    why, message = "went back", {"message": str(error), "to": error.to, "batches": error.batches}
+    raise
   except UserError as error:
     message = {"message": str(error)}
     raise
@@ -62,6 +74,14 @@ def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapp
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
   """The lines of the file, except those that were cut off; empty where there is none."""
   return [line for line in map(parse, files.lines(buckets.path(workdir) / FILE)) if _is_event(line)]
+
+
+def went_back(workdir: epath.PathLike) -> WentBack | None:
+  """What the run in this folder has gone back to; None where it has not."""
+  for line in read(workdir):
+    if line.get("why") == "went back" and is_step(line.get("to")) and is_step(line.get("batches")):
+      return WentBack(line["to"], line["batches"], line.get("message", ""))
+  return None
 
 
 def last_line(path: epath.Path) -> dict[str, Any] | None:

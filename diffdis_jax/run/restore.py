@@ -12,9 +12,9 @@ import jax
 from etils import epath
 from orbax import checkpoint as ocp
 
-from diffdis_jax.common import buckets, files, one_file, shipped
+from diffdis_jax.common import buckets, files, one_file, shipped, storage
 from diffdis_jax.common.params import Params
-from diffdis_jax.errors import UserError, may_pass, parse_json
+from diffdis_jax.errors import Gone, UserError, may_pass, parse_json
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import committed, digests
 from diffdis_jax.structs import TrainState
@@ -247,11 +247,15 @@ def _read(path: epath.Path, handler: Any, args: Any) -> Any:
 def _checked(path: epath.Path, items: Collection[str] | None, read: Callable[[], _Read]) -> _Read:
   """Calls `read`, and checks the digests of these items of the checkpoint meanwhile; of all of them for None.
 
-  Several processes share the check of the large files, and raise the same error.
+  Several processes share the check of the large files, and raise the same error. Storage that is away is tried again.
 
   Raises:
     UserError: a file is not as it was saved, or what `read` raises.
   """
+  return storage.patiently(lambda: _checked_once(path, items, read), f"{path}")
+
+
+def _checked_once(path: epath.Path, items: Collection[str] | None, read: Callable[[], _Read]) -> _Read:
   count, index = jax.process_count(), jax.process_index()
   with digests.checking(path, items, share=slice(index, None, count)) as check:
     if check.early is not None:
@@ -261,6 +265,8 @@ def _checked(path: epath.Path, items: Collection[str] | None, read: Callable[[],
     except Exception as error:
       if may_pass(error):
         raise
+      if not path.parent.is_dir():  # of a disk that is away, which had it a moment ago
+        raise Gone(f"{path.parent} is not there") from error
       # The digests name the file, and separate damage from a model that does not fit. The other processes may be held
       # up in the reading: this one looks by itself.
       damage = check.late() if count == 1 else digests.damage(path)

@@ -37,6 +37,7 @@ MAY_CHANGE = (
   r"^(checkpoint|evals|mesh|profile)(\.|$)",
   r"^data\.loader\.(num_threads|prefetch)$",
   r"^optim\.allow_uninitialized$",  # of the start alone
+  r"^optim\.skip_",  # of steps without which the run would have ended, or soon been of no use
 )
 """Fields (dotted paths) that may differ when a run resumes: they leave the numbers of the training alone."""
 REPORTS = ("metrics.jsonl", "history.jsonl", "trackers.json", "events.out.tfevents.*", "samples", "plugins")

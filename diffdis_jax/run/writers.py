@@ -27,6 +27,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from diffdis_jax.common import buckets, files, progress
+from diffdis_jax.errors import FULL_DISK
 from diffdis_jax.run import history
 from diffdis_jax.run.trackers import Tracker
 
@@ -44,6 +45,7 @@ class Writer:
     self._path, self._mirror, self._tracker = path, mirror, tracker
     self._appended = mirror.folder if mirror else pathlib.Path(path)
     # TensorBoard reads a run's files in the order of their names: of two starts within a second the later one last.
+    self._unwritten: dict[str, bytes] = {}  # file -> what a full disk had no room for
     self._events = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
     self._write_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
@@ -52,9 +54,7 @@ class Writer:
     numbers = {name: np.asarray(value).item() for name, value in values.items()}
     # JSON knows neither NaN nor infinity, and strict readers refuse the line.
     line = {"step": step, **{name: x if math.isfinite(x) else None for name, x in numbers.items()}}
-    # Closed after each line: a killed process has lost none.
-    with (self._appended / "metrics.jsonl").open("a", encoding="utf-8") as file:
-      file.write(json.dumps(line, allow_nan=False) + "\n")
+    self._append("metrics.jsonl", (json.dumps(line, allow_nan=False) + "\n").encode())
     self._write_values(step, [Summary.Value(tag=name, simple_value=x) for name, x in numbers.items()])
     if self._mirror:
       self._mirror.copy_if_due()
@@ -80,6 +80,8 @@ class Writer:
       self._mirror.copy()
 
   def close(self) -> None:
+    for name in [*self._unwritten]:
+      self._append(name, b"")
     if self._mirror:
       self._mirror.close()
     if self._tracker:
@@ -90,8 +92,26 @@ class Writer:
 
   def _write_event(self, event: Event) -> None:
     # Without TensorBoard's own writer, whose thread holds events back for up to two minutes.
-    with (self._appended / self._events).open("ab") as file:
-      RecordWriter(file).write(event.SerializeToString())
+    record = io.BytesIO()
+    RecordWriter(record).write(event.SerializeToString())
+    self._append(self._events, record.getvalue())
+
+  def _append(self, name: str, content: bytes) -> None:
+    """Closed each time: a killed process has lost none. What finds a full disk is written with what comes next."""
+    waiting, content = name in self._unwritten, self._unwritten.pop(name, b"") + content
+    path = self._appended / name
+    before = path.stat().st_size if path.exists() else 0
+    try:
+      with path.open("ab") as file:
+        file.write(content)
+    except OSError as error:
+      if error.errno not in FULL_DISK:
+        raise
+      if path.exists():
+        os.truncate(path, before)  # of a part that found room
+      self._unwritten[name] = content
+      if not waiting:
+        logging.warning("cannot write %s: %s; its lines are kept until there is room", path, error.strerror)
 
 
 class _NoWriter(Writer):

@@ -9,8 +9,10 @@ from absl import logging
 from jaxtyping import UInt8
 
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.run import Run
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import samples
 from diffdis_jax.evals.base import Eval
 from diffdis_jax.inference import Inference
@@ -89,3 +91,22 @@ class Evaluator:
     noise = self._inference.noise(len(tokens), self._seed)
     images = self._inference.generate(params, tokens, noise)
     return np.asarray(samples.draw_grid(images, self._prompts, columns=8))
+
+
+def make_evaluator(run: Run, inference: Inference) -> Evaluator:
+  """The evaluations and samples of a run.
+
+  Raises:
+    UserError: evaluations of what its objectives do not train; or bad settings or data of one.
+  """
+  for name in run.train_evals:
+    evals.check_objectives(name, run.evals[name]["task"], run.objectives)
+  return Evaluator(
+    inference,
+    eval_every=run.eval_every,
+    sample_every=run.sample_every,
+    evaluations={name: evals.create(**run.evals[name]) for name in run.train_evals},
+    prompts=list(run.sample_prompts) if run.objectives.generates else [],
+    seed=run.seed,
+    best_metric=run.checkpoint.best_metric,
+  )

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from clu.metrics import Average
 from jax.sharding import Mesh
 
 from diffdis_jax.common import buckets, files
@@ -23,16 +22,15 @@ from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.data import copies, loader
 from diffdis_jax.data.build import LatentShapes, batch_type, latent_facts, open_loader
 from diffdis_jax.errors import Preempted, UserError
-from diffdis_jax.evals import registry as evals
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import batches, processes, programs, sharding
 from diffdis_jax.run import checkpoint, committed, history, profile, trackers, workdir, writers
 from diffdis_jax.structs import TrainState
-from diffdis_jax.training import facts, start, stored_inputs, task_gradients
-from diffdis_jax.training.evaluator import Evaluator
+from diffdis_jax.training import facts, skips, start, stored_inputs, task_gradients
+from diffdis_jax.training.evaluator import Evaluator, make_evaluator
 from diffdis_jax.training.flops import abstract_batch, rate_at_peak
-from diffdis_jax.training.metrics import Metrics
+from diffdis_jax.training.metrics import Metrics, read_totals, write_totals
 from diffdis_jax.training.step import Trainer, is_running
 
 
@@ -71,7 +69,7 @@ def train_and_evaluate(
     prepared: of this run; None to do it here, for a mesh of all devices.
 
   Raises:
-    UserError: bad data or workdir, a config that the devices cannot train, or a loss that is no longer finite.
+    UserError: bad data or workdir, a config that the devices cannot train, or more steps to skip than may be.
     Preempted: SIGTERM or, as Interrupted, Ctrl-C came; the steps so far are saved.
   """
   # Flags first: they need neither devices nor data.
@@ -112,22 +110,35 @@ def train_and_evaluate(
     if checkpointer.latest_step() != run.num_steps:
       train_step.start()  # in parallel to reading and initialising parameters, which may take a minute each
     made = functools.partial(selection.params, inference, path) if selection else None
-    state, meta = start.restore_or_init(trainer, checkpointer, iterator, made)
-    # Not before: the fingerprints are of parameters, which are there only now.
-    stored_inputs.check_stored(latent_facts(run.data), state.params, trainer.trainable)
-    step = int(state.step)
-    if before is not None:
-      facts.log_longer(run, before, step)
-    known = facts.of_start(trainer, begins=not step)
-    stack.enter_context(history.recorded(path, step=step, is_writer=is_writer, facts=known))
     track = functools.partial(trackers.open_tracker, tracker, path, fields)
-    writer = writers.open_writer(path, start_step=step, is_writer=is_writer, open_tracker=track)
-    stack.enter_context(contextlib.closing(writer))
-    profiler = stack.enter_context(contextlib.closing(profile.Profiler(span, path, start_step=step)))
+    peak_rate = rate_at_peak(trainer)
 
-    # What was entered closes from the last to the first: trace, lines, history, pending save, lock.
-    loop = Loop(run, prepared, iterator, evaluator, checkpointer, writer, stop, profiler, rate_at_peak(trainer))
-    loop.run_to_end(state, meta)
+    def go_on() -> None:
+      """To the end from the last checkpoint, if there is one. Raises WentBack: to do so again."""
+      state, meta = start.restore_or_init(trainer, checkpointer, iterator, made)
+      # Not before: the fingerprints are of parameters, which are there only now.
+      stored_inputs.check_stored(latent_facts(run.data), state.params, trainer.trainable)
+      step = int(state.step)
+      if before is not None:
+        facts.log_longer(run, before, step)
+      known, left_out = facts.of_start(trainer, begins=not step), skips.left_out(path)
+      # What is entered closes from the last to the first: trace, lines, history; then a pending save, and the lock.
+      with contextlib.ExitStack() as inner:
+        inner.enter_context(history.recorded(path, step=step, is_writer=is_writer, facts=known))
+        writer = writers.open_writer(path, start_step=step, is_writer=is_writer, open_tracker=track)
+        inner.enter_context(contextlib.closing(writer))
+        profiler = inner.enter_context(contextlib.closing(profile.Profiler(span, path, start_step=step)))
+        loop = Loop(run, prepared, iterator, evaluator, checkpointer, writer, stop, profiler, peak_rate, left_out)
+        found = loop.run_to_end(state, meta)
+        # Raised here, when the loop's state is gone: beside another one devices may have no room for it.
+        if found is not None:
+          raise found
+
+    try:
+      go_on()
+    except history.WentBack as found:
+      logging.warning("%s", found)
+      go_on()
     log_best(path, run.checkpoint, checkpointer)
 
 
@@ -153,14 +164,19 @@ class Loop:
   stop: processes.PreemptionHandler
   profiler: profile.Profiler
   peak_rate: float | None
+  left_out: history.WentBack | None
 
-  def run_to_end(self, state: TrainState, meta: Mapping[str, Any]) -> None:
-    """Steps to the last one from `state`, which has been saved with `meta`, or is new. Raises as train_and_evaluate."""
+  def run_to_end(self, state: TrainState, meta: Mapping[str, Any]) -> history.WentBack | None:
+    """Steps to the last one from `state`, which has been saved with `meta`, or is new. Raises as train_and_evaluate.
+
+    Returns None at the end, or to which checkpoint the run goes back.
+    """
     run, start_step = self.run, int(state.step)
     progress = writers.Throughput(
       start_step=start_step, num_steps=run.num_steps, batch_size=run.batch_size, peak_rate=self.peak_rate
     )
     substitutions, totals = loader.Substitutions(), read_totals(meta)
+    skipped = skips.SkippedSteps(run.optim, meta.get("skipped", {}))
     if processes.is_first():
       saved = np.array(meta.get("substituted", ()), np.int64)
       substitutions.new[: len(saved)] += saved  # there are more reasons now than when some runs were saved
@@ -176,6 +192,8 @@ class Loop:
       # The next batch is loaded while the devices still work on the step before, so that its time is hidden.
       waiting = progress.waiting_for_data(functools.partial(is_running, metrics))
       with waiting, copies.naming_silence(run.data.paths):
+        for _ in range(self.left_out.batches if self.left_out and self.left_out.to == step - 1 else 0):
+          next(self.iterator)
         rows = substitutions.take(next(self.iterator))
         batch = batch_type(run.data)(**sharding.to_global(rows, self.prepared.trainer.mesh))
       if train_step is None:
@@ -186,6 +204,7 @@ class Loop:
       logs = last or step % run.log_every == 0
       gradients = compare(state, batch) if logs else {}  # before the step, which takes the state's memory
       state, metrics = train_step(state, batch)
+      metrics = skipped.take(step, metrics, substitutions.rows)
       if step == start_step + 1:
         jax.block_until_ready(metrics)  # starting is no speed
         progress.restart(step)
@@ -196,10 +215,15 @@ class Loop:
         with progress.paused():
           self.profiler.close()
 
+      # At steps that do not depend on when the run was stopped.
+      if logs or step % run.save_every == 0:
+        if skipped.is_beyond(step):
+          self.checkpointer.wait()  # for the save that is still being written
+          return skipped.back_from(step, self.checkpointer.latest_step(), self.left_out)
       if logs:
         means = check_finite(totals, step, self.checkpointer)
-        counts = substitutions.report(processes.over_hosts)
-        self.writer.scalars(step, means | progress.report(step, means) | counts | jax.tree.map(float, gradients))
+        counts = substitutions.report(processes.over_hosts) | skipped.report() | jax.tree.map(float, gradients)
+        self.writer.scalars(step, means | progress.report(step, means) | counts)
         totals = None
       found, preempted, due = {}, self.stop.agreed(), self.evaluator.is_due(step, last=last)
       saves = last or bool(preempted) or step % run.save_every == 0
@@ -215,7 +239,8 @@ class Loop:
       # The save before the next batch is loaded, so that the iterator's position is that of the next step.
       if saves:
         with progress.paused():
-          self._save(step, state, totals, substitutions, found, evaluated=not due)
+          required = last or bool(preempted)
+          self._save(step, state, totals, substitutions, skipped, found, evaluated=not due, required=required)
       if preempted:
         logging.warning("asked to stop: saving step %d; run the same command again to resume", step)
         raise preempted
@@ -226,9 +251,11 @@ class Loop:
     state: TrainState,
     totals: Metrics | None,
     substitutions: loader.Substitutions,
+    skipped: skips.SkippedSteps,
     found: Mapping[str, float],
     *,
     evaluated: bool,
+    required: bool,
   ) -> None:
     # A checkpoint from which training cannot resume is worse than none.
     if totals is not None:
@@ -236,7 +263,8 @@ class Loop:
     pending = processes.over_hosts(substitutions.new).tolist()
     self.writer.flush()
     meta = {"totals": write_totals(totals), "substituted": pending, "evaluated": evaluated}
-    self.checkpointer.save(step, state, self.iterator, meta=meta, metrics=found)
+    meta |= {"skipped": skipped.to_meta(), "norms": {name: float(x) for name, x in state.norms.items()}}
+    self.checkpointer.save(step, state, self.iterator, meta=meta, metrics=found, required=required)
 
 
 def rows_at_a_time(run: Run, mesh: Mesh) -> int:
@@ -252,20 +280,6 @@ def latent_shapes(network: Network) -> LatentShapes | None:
   return LatentShapes(latent=network.latent_shape, text_width=network.model.text_encoder.width)
 
 
-def write_totals(totals: Metrics | None) -> dict[str, list[float]]:
-  """Metrics summed since the last report, as JSON, bit for bit."""
-  # A double holds every f32, and JSON gives a double back as it was.
-  return {name: [float(x.total), float(x.count)] for name, x in jax.device_get(totals or {}).items()}
-
-
-def read_totals(meta: Mapping[str, Any]) -> Metrics | None:
-  """The inverse of `write_totals`, so that a report over steps before and after a restart is that of one run."""
-  saved = meta.get("totals") or {}
-  return {
-    name: Average(total=np.float32(total), count=np.float32(count)) for name, (total, count) in saved.items()
-  } or None
-
-
 def check_finite(totals: Metrics, step: int, checkpointer: checkpoint.Checkpointer) -> dict[str, float]:
   """Mean of each metric since the last report; fetching them waits for the step.
 
@@ -273,7 +287,8 @@ def check_finite(totals: Metrics, step: int, checkpointer: checkpoint.Checkpoint
     UserError: the loss or the gradient is not finite.
   """
   means = {name: float(x.total) / float(x.count) if x.count else math.nan for name, x in jax.device_get(totals).items()}
-  if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
+  # Of steps that were all skipped there are no means.
+  if any(totals[name].count and not math.isfinite(means[name]) for name in ("loss", "grad_norm")):
     checkpointer.wait()  # the save that is still being written may be the last good one
     kept = checkpointer.latest_step()
     raise UserError(
@@ -282,22 +297,3 @@ def check_finite(totals: Metrics, step: int, checkpointer: checkpoint.Checkpoint
       " model.dtype='float32', in a new workdir"
     )
   return means
-
-
-def make_evaluator(run: Run, inference: Inference) -> Evaluator:
-  """The evaluations and samples of a run.
-
-  Raises:
-    UserError: evaluations of what its objectives do not train; or bad settings or data of one.
-  """
-  for name in run.train_evals:
-    evals.check_objectives(name, run.evals[name]["task"], run.objectives)
-  return Evaluator(
-    inference,
-    eval_every=run.eval_every,
-    sample_every=run.sample_every,
-    evaluations={name: evals.create(**run.evals[name]) for name in run.train_evals},
-    prompts=list(run.sample_prompts) if run.objectives.generates else [],
-    seed=run.seed,
-    best_metric=run.checkpoint.best_metric,
-  )

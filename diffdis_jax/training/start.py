@@ -52,10 +52,16 @@ def restore_or_init(
   if step is not None:
     restored = checkpointer.restore(step, trainer.abstract_state, iterator)
     logging.info("resuming from step %d", step)
-    # A global array, which every process makes from its own number.
-    place = trainer.state_shardings.step
-    number = jax.make_array_from_callback((), place, lambda _: np.asarray(step, np.int32))
-    return Start(dataclasses.replace(restored.state, step=number, seed=trainer.place_seed()), restored.meta)
+    number = trainer.place_number(np.asarray(step, np.int32))
+    # Those that were not kept when this was saved begin at 0.
+    norms = {name: restored.meta.get("norms", {}).get(name, 0.0) for name in trainer.abstract_state.norms}
+    state = dataclasses.replace(
+      restored.state,
+      step=number,
+      seed=trainer.place_seed(),
+      norms={name: trainer.place_number(np.asarray(value, np.float32)) for name, value in norms.items()},
+    )
+    return Start(state, restored.meta)
   run = trainer.run
   loaded = load_initial(run.init_from, trainer)  # first: what is wrong with it shows before anything is compiled
   # All are initialised, also those that were loaded: the initial value of one does not depend on the others.

@@ -27,7 +27,7 @@ from diffdis_jax.method.network import Network
 from diffdis_jax.models import remat
 from diffdis_jax.parallel import programs, sharding
 from diffdis_jax.structs import LabelledBatch, TrainingBatch, TrainState
-from diffdis_jax.training import gradcache, plugs
+from diffdis_jax.training import gradcache, plugs, skips
 from diffdis_jax.training import optim as optimizers
 from diffdis_jax.training.loss_function import Gradient
 from diffdis_jax.training.metrics import Metrics
@@ -114,8 +114,12 @@ class Trainer:
     return programs.compiled("the state", around, params)(params).replace(seed=self.place_seed())
 
   def place_seed(self) -> UInt32[Array, ""]:
-    """A global array, which every process makes from its own number."""
-    return jax.make_array_from_callback((), self.state_shardings.seed, lambda _: np.asarray(self.run.seed, np.uint32))
+    """The run's, as `place_number` does it."""
+    return self.place_number(np.asarray(self.run.seed, np.uint32))
+
+  def place_number(self, number: np.ndarray) -> jax.Array:
+    """A global array of no axes, which every process makes from its own number."""
+    return jax.make_array_from_callback((), self.state_shardings.seed, lambda _: number)
 
   def _around(self, params: Params) -> TrainState:
     trainable = {path: params[path] for path in self.trainable}
@@ -126,6 +130,7 @@ class Trainer:
       opt_state=self._tx.init(trainable),
       seed=jnp.zeros((), jnp.uint32),  # with_params puts the run's in its place
       teacher=dict(trainable) if self.run.objectives.teacher else {},
+      norms=skips.no_norms(self.run.optim),
     )
 
   def counted(self, batch: TrainingBatch) -> core.ClosedJaxpr:
@@ -154,20 +159,22 @@ class Trainer:
     if self.run.objectives.is_clip:
       trainable = optimizers.limit_logit_scale(trainable)
     # Before the optimizer clips it: after that it says no more than clip_norm.
-    metrics["grad_norm"] = Average(total=optax.tree.norm(gradient), count=jnp.ones(()))
-    return (
-      TrainState(
-        step=state.step + 1,
-        params={**fixed, **trainable, **statistics},  # in this order: the statistics are among the fixed
-        ema=optimizers.update_ema(trainable, state.ema, decay=self.run.optim.ema_decay, step=state.step)
-        if self._averages
-        else {},
-        opt_state=opt_state,
-        seed=state.seed,
-        teacher=state.teacher,
-      ),
-      metrics,
+    norm = optax.tree.norm(gradient)
+    metrics["grad_norm"] = Average(total=norm, count=jnp.ones(()))
+    new = state.replace(
+      step=state.step + 1,
+      params={**fixed, **trainable, **statistics},  # in this order: the statistics are among the fixed
+      ema=optimizers.update_ema(trainable, state.ema, decay=self.run.optim.ema_decay, step=state.step)
+      if self._averages
+      else {},
+      opt_state=opt_state,
     )
+    if not self.run.optim.skip_bad_steps:
+      return new, metrics
+    judged = skips.judge(metrics["loss"].total, norm, state.norms, self.run.optim)
+    # Here alone, after all that adds up over microbatches and devices: each device has the same norm.
+    new = skips.chosen(judged.good, new, state).replace(step=new.step, norms=judged.norms)
+    return new, skips.of_taken(judged.good, metrics, norm)
 
   def gradient(
     self,

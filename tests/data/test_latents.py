@@ -5,10 +5,11 @@ import pathlib
 import ml_dtypes
 import numpy as np
 import pytest
+from absl import flags
 
 from diffdis_jax.config.data import Loading
-from diffdis_jax.data import records, sources
-from diffdis_jax.data.loader import SUBSTITUTED, train_loader
+from diffdis_jax.data import loader, records, sources
+from diffdis_jax.data.loader import ROWS, SUBSTITUTED, Substitutions, train_loader
 from diffdis_jax.data.prepare import builder, card, latents, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
@@ -126,7 +127,7 @@ def test_batches_draw_a_view_each_time(data, tmp_path):
   )
   batches = [next(iterator) for _ in range(8)]
   for batch in batches:
-    assert batch.keys() == {"mean", "log_variance", "tokens", SUBSTITUTED}
+    assert batch.keys() == {"mean", "log_variance", "tokens", SUBSTITUTED, ROWS}
     assert batch["mean"].dtype == ml_dtypes.bfloat16 and batch["mean"].shape == (N - 1, 2, 2, 2)
     assert len({tuple(row) for row in batch["tokens"]}) == N - 1
   drawn = {row.tobytes() for batch in batches for row in batch["mean"]}
@@ -160,3 +161,39 @@ def test_wrong_data(data, tmp_path):
     with pytest.raises(UserError, match="holds latents, not images; train from it with data.name=latents"):
       use(tmp_path / "out")
   assert {field.name for field in dataclasses.fields(latents.LatentStage)} > STAGE.keys()
+
+
+def not_finite(images: np.ndarray) -> np.ndarray:
+  moments = encode(images)
+  moments[1, 0, 0, 3] = np.nan
+  return moments
+
+
+def test_views_that_are_not_finite_are_not_prepared(data, tmp_path):
+  report = prepare(data, tmp_path / "out", encode=not_finite)["train"]
+  # Of each chunk of two images the first, with all of its views; the first image of all was spoiled before.
+  assert report.skipped == {"corrupt image": 1, "numbers that are not finite": 6}
+  assert len(sources.open_source(name="latents", path=tmp_path / "out", image_size=8)) == N - 7 == report.pairs // VIEWS
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stored_numbers_that_are_not_finite_are_substituted_and_named(data, tmp_path, monkeypatch, caplog, workers):
+  """As those of an earlier preparation, or of another program."""
+  loader._said.clear()
+  with monkeypatch.context() as patched:
+    patched.setattr(latents, "is_finite", lambda *_: True)
+    prepare(data, tmp_path / "out", encode=not_finite)
+  source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
+  flags.FLAGS.mark_as_parsed()
+  how = Loading(num_threads=0, num_workers=workers)
+  iterator = train_loader(source, tokenizer=Tokenizer(8), batch_size=N - 1, image_size=8, seed=0, loading=how)
+  substitutions = Substitutions()
+  for _ in range(9):
+    batch = substitutions.take(next(iterator))
+    assert np.isfinite(batch["mean"].astype(np.float32)).all()
+    assert np.isfinite(batch["log_variance"].astype(np.float32)).all()
+  total = substitutions.report()[SUBSTITUTED]
+  assert total > 0 and f"records that cannot be used: {total} numbers that are not finite" in caplog.text
+  if not workers:  # a worker writes its own log
+    assert "record 0/02 cannot be used: numbers that are not finite; the next one takes its place" in caplog.text
+  iterator.close()

@@ -1,5 +1,7 @@
 import collections
+import contextlib
 import io
+import threading
 
 import grain
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from diffdis_jax.common import storage
 from diffdis_jax.config.data import Loading
-from diffdis_jax.data import records, sources
-from diffdis_jax.data.loader import SUBSTITUTED, Substitutions, train_loader
+from diffdis_jax.data import loader, records, sources
+from diffdis_jax.data.loader import ROWS, SUBSTITUTED, Substitutions, train_loader
 from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
@@ -47,7 +50,7 @@ def take(iterator, n):
 def assert_same(first, second):
   assert len(first) == len(second)
   for a, b in zip(first, second, strict=True):
-    assert a.keys() == b.keys() == {"image", "tokens", SUBSTITUTED}
+    assert a.keys() == b.keys() == {"image", "tokens", SUBSTITUTED, ROWS}
     for key in a:
       np.testing.assert_array_equal(a[key], b[key])
 
@@ -152,7 +155,8 @@ class Spoiled(Numbered):
     return super().__getitem__(index)
 
 
-def test_the_next_usable_record_comes_in_the_place_of_one_that_is_not():
+def test_the_next_usable_record_comes_in_the_place_of_one_that_is_not(caplog):
+  loader._said.clear()
   batches = take(make(Spoiled(), image_size=8), 10)
   whole = take(make(Numbered(), image_size=8), 10)
   for batch, reference in zip(batches, whole, strict=True):
@@ -162,7 +166,12 @@ def test_the_next_usable_record_comes_in_the_place_of_one_that_is_not():
     np.testing.assert_array_equal(batch["tokens"], TOKENIZER([str(value) for value in there]))
   substitutions = Substitutions()
   for batch in batches:
-    assert SUBSTITUTED not in substitutions.take(batch)
+    assert substitutions.take(batch).keys() == {"image", "tokens"}
+    assert substitutions.rows.tolist() == [str(value) for value in batch["image"][:, 0, 0, 0]]
+  assert sorted(record.getMessage() for record in caplog.records) == [
+    f"record {i} cannot be used: {why}; the next one takes its place"
+    for i, why in ((20, "missing image"), (7, "missing image"), (8, "corrupt image"))
+  ]
   assert substitutions.report() == {SUBSTITUTED: 3 * (1 + 2 + 1)}
   assert substitutions.report() == {SUBSTITUTED: 0}
   reasons = dict(zip(records.REASONS, sum(batch[SUBSTITUTED] for batch in batches).sum(0), strict=True))
@@ -191,15 +200,52 @@ def prepared(tmp_path):
   return tmp_path / "out"
 
 
-def test_a_record_file_that_vanishes(prepared):
+def test_a_record_file_that_vanishes(prepared, monkeypatch):
   """Also while training: files are opened when they are first read."""
+  monkeypatch.setattr(storage, "PATIENCE", 0.2)
   source = sources.open_source(name="pairs", path=prepared, image_size=8)
   file = prepared / "pairs-train.array_record-00001-of-00002"
   file.unlink()
-  with pytest.raises(UserError, match=f"{file.name} has vanished; put it back and run the same command again"):
-    take(make(source, num_threads=2), 4)
+  said = f"the data could not be read for 0 s: .*{file.name} is not there"
+  with contextlib.closing(make(source, num_threads=2)) as iterator, pytest.raises(storage.Away, match=said):
+    take(iterator, 4)
   with pytest.raises(UserError, match=f"{file.name} is missing; put it back"):
     sources.open_source(name="pairs", path=prepared, image_size=8)
+
+
+@pytest.mark.parametrize("settings", [{"num_threads": 0}, {"num_threads": 2}, {"num_workers": 1}], ids=str)
+def test_a_record_file_that_is_gone_for_a_while_changes_no_bit(prepared, monkeypatch, caplog, settings):
+  monkeypatch.setattr(storage, "PAUSE", 0.2)
+  flags.FLAGS.mark_as_parsed()
+  expected = take(make(sources.open_source(name="pairs", path=prepared, image_size=8)), 8)
+  source = sources.open_source(name="pairs", path=prepared, image_size=8)
+  file = prepared / "pairs-train.array_record-00001-of-00002"
+  away = file.rename(prepared / "away")
+  timer = threading.Timer(1.0, away.rename, [file])
+  timer.start()
+  iterator = make(source, **settings)
+  assert_same(take(iterator, 8), expected)
+  timer.join()
+  if "num_workers" not in settings:  # which write their own log
+    said = [record.getMessage() for record in caplog.records if record.name == "absl"]
+    assert said[0] == f"cannot read the data: {file} is not there; trying again in 0.2 s"
+    assert said[-1].startswith("the data can be read again, after ")
+  iterator.close()
+
+
+def test_what_a_disk_answers_is_no_damage(prepared, monkeypatch):
+  """As ArrayRecord words it."""
+  monkeypatch.setattr(storage, "PATIENCE", 0.2)
+  source = sources.open_source(name="pairs", path=prepared, image_size=8)
+
+  class Broken:
+    def __getitem__(self, index):
+      raise RuntimeError("pread() failed: Input/output error; reading /data/a; at byte 630")
+
+  monkeypatch.setattr(source, "_records", Broken())
+  monkeypatch.setattr(source, "_reopen", None)
+  with pytest.raises(storage.Away, match="could not be read for 0 s: pread.. failed: Input/output error; reading"):
+    source[0]
 
 
 def test_a_damaged_record_file_costs_its_records_alone(prepared):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import grain
 import jax
@@ -18,8 +20,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax import checkpoint as ocp
 
+from diffdis_jax.common import storage
+from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import checkpoint, committed, restore
+from diffdis_jax.run import checkpoint, committed, digests, restore
 from diffdis_jax.structs import TrainState
 
 OPTIMIZER = optax.chain(
@@ -276,6 +280,64 @@ def test_a_full_disk_is_an_oserror(tmp_path, monkeypatch, said, kind):
         patch.setattr(checkpointer._manager, name, fail)
         with pytest.raises(kind):
           call()
+
+
+def test_without_room_a_save_is_left_out_in_one_line(tmp_path, monkeypatch, caplog):
+  state = make_state()
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, state)
+    checkpointer.wait()
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoint.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10))
+      assert not checkpointer.save(2, state, required=False)
+      with pytest.raises(OSError, match="No space left on device") as raised:
+        checkpointer.save(2, state)
+      assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(tmp_path)
+    assert checkpointer.save(3, state, required=False)
+  assert [record.getMessage() for record in caplog.records] == [
+    "no room to save step 2; the last checkpoint is 1; the next save tries again"
+  ]
+  assert committed.committed_steps(committed.folder(tmp_path)) == [1, 3]
+
+
+@pytest.mark.parametrize("where", ["while it is written", "as it begins"])
+def test_a_disk_that_is_full_during_a_save_leaves_the_last_checkpoint(tmp_path, monkeypatch, caplog, where):
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  state = make_state()
+  with checkpoint.Checkpointer(tmp_path, CheckpointPolicy(keep_last=1)) as checkpointer:
+    checkpointer.save(1, state)
+    checkpointer.wait()
+    with monkeypatch.context() as patch:
+      late = where == "while it is written"
+      patch.setattr(*((digests, "write", full) if late else (checkpointer._manager, "save", full)))
+      assert checkpointer.save(2, state, required=False) == late
+      while late and checkpointer._manager.is_saving_in_progress():
+        time.sleep(0.01)
+    assert committed.committed_steps(committed.folder(tmp_path)) == [1]
+    assert checkpointer.save(3, state, required=False)
+  said = "no room to save step 2; the last checkpoint is 1; the next save tries again"
+  assert [record.getMessage() for record in caplog.records].count(said) == 1
+  assert [path.name for path in committed.folder(tmp_path).iterdir() if path.is_dir()] == ["3"]
+
+
+@pytest.mark.parametrize("where", ["_saved", "_read_position"])
+def test_a_checkpoint_on_storage_that_is_away_for_a_while_is_read(tmp_path, monkeypatch, caplog, where):
+  monkeypatch.setattr(storage, "PAUSE", 0.01)
+  save(tmp_path, 1)
+  original, errors = getattr(restore, where), [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale")]
+
+  def flaky(path):
+    if errors:
+      raise errors.pop()
+    return original(path)
+
+  monkeypatch.setattr(restore, where, flaky)
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    restored = checkpointer.restore(1, abstract(make_state(1), one_device), make_iterator())
+  assert_same_bits(restored.state, make_state(1))
+  assert f"cannot read {tmp_path}/checkpoints/1: Stale; trying again in 0.01 s" in caplog.text
 
 
 def test_another_model_is_told_which_array_differs(tmp_path):

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -45,6 +47,29 @@ def test_resume_drops_the_steps_beyond_it_and_a_line_cut_off(tmp_path):
     {"step": 1, "loss": 0.5},
     {"step": 2, "loss": 1.0},
     {"step": 3, "loss": 9.0},
+  ]
+
+
+def test_lines_that_find_a_full_disk_are_written_when_there_is_room(tmp_path, monkeypatch, caplog):
+  writer = writers.open_writer(tmp_path, start_step=0, is_writer=True)
+  writer.scalars(1, {"loss": 1.0})
+  opened = pathlib.Path.open
+
+  class Full(io.FileIO):
+    def write(self, content):
+      super().write(content[:5])
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, "open", lambda path, mode: Full(path, mode))
+    for step in (2, 3):
+      writer.scalars(step, {"loss": 1.0})
+  assert pathlib.Path.open is opened and len(read_lines(tmp_path / "metrics.jsonl")) == 1
+  writer.scalars(4, {"loss": 1.0})
+  assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+  said = [record.getMessage() for record in caplog.records if "metrics.jsonl" in record.getMessage()]
+  assert said == [
+    f"cannot write {tmp_path}/metrics.jsonl: No space left on device; its lines are kept until there is room"
   ]
 
 

@@ -14,8 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from diffdis_jax.data.records import MOST_BYTES, read_file
+from diffdis_jax.common import storage
+from diffdis_jax.data.records import MOST_BYTES, Unusable, read_file
 from diffdis_jax.data.tars import Member
+from diffdis_jax.errors import Gone
 
 # Bytes stay encoded until a loader's thread needs them; CIFAR's pickles have pixels alone.
 Encoded = bytes | UInt8[np.ndarray, "h w 3"]
@@ -41,12 +43,22 @@ class Lazy:
     return len(self.items)
 
   def __getitem__(self, index: int) -> Encoded:
-    return self.read(self.items[index])
+    item = self.items[index]
+    return storage.patiently(lambda: self.read(item), "an image of the data")
 
 
 def image_files(paths: Sequence[pathlib.Path]) -> Lazy:
   """Image files. Reading one raises Unusable as `records.read_file` does."""
-  return Lazy(paths, read_file)
+  return Lazy(paths, _read_listed)
+
+
+def _read_listed(path: pathlib.Path) -> bytes:
+  try:
+    return read_file(path)
+  except Unusable:
+    if not path.parent.is_dir():  # of a disk that is away, rather than an image that never was there
+      raise Gone(f"{path.parent} is not there") from None
+    raise
 
 
 def image_members(found: Sequence[Member]) -> Lazy:

@@ -22,6 +22,7 @@ from jaxtyping import BFloat16, UInt8
 
 from diffdis_jax.common import buckets
 from diffdis_jax.data import records, sources
+from diffdis_jax.data.latents import is_finite
 from diffdis_jax.data.prepare import staging
 from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.parts import Part
@@ -164,9 +165,14 @@ class LatentStage(staging.Stage):
         if self.text is not None:
           conditions = self.text.encode([text["caption"] for text in fields])
           fields = [{**text, "condition": as_stored(c)} for text, c in zip(fields, conditions, strict=True)]
-        for one, text in zip(moments, fields, strict=True):
-          report.pairs += 1
-          yield serialize({"moments": as_stored(one), **text})
+        fields = [{"moments": as_stored(one), **text} for one, text in zip(moments, fields, strict=True)]
+        # All of an image's views or none, since they are found by their number.
+        for of_image in (fields[i : i + self.views] for i in range(0, len(fields), self.views)):
+          if all(is_finite(each[name]) for each in of_image for name in ("moments", "condition") if name in each):
+            report.pairs += len(of_image)
+            yield from map(serialize, of_image)
+          else:
+            report.skip(of_image[0]["key"].decode(errors="replace"), records.NOT_FINITE)
 
   def _views(self, source: records.Pairs, place: int) -> _Views | records.Unusable:
     try:

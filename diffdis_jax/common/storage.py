@@ -1,0 +1,88 @@
+"""Storage that wavers: what cannot be read now is tried again, with growing pauses, before it ends a run.
+
+gcsfs and TensorStore do so by themselves for each request, for half a minute and longer. This is for whole reads, from
+a disk or a bucket.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from absl import logging
+
+from diffdis_jax.common import buckets
+from diffdis_jax.errors import Gone, may_pass
+
+PATIENCE = 300.0  # seconds, of pauses
+PAUSE, LONGEST = 1.0, 30.0  # seconds, the first pause, and the longest: each is twice the one before
+# How ArrayRecord words what a system call answered: "open() failed: No such file or directory; opening FILE".
+_OF_A_CALL = re.compile(r"\b\w+\(\) failed: ")
+_Read = TypeVar("_Read")
+_told: dict[str, float] = {}  # what was said to be away, and when
+
+
+class Away(OSError):
+  """Storage that did not come back. Verbs exit with code 1, on which launchers start them again."""
+
+
+def patiently(read: Callable[[], _Read], what: str) -> _Read:
+  """What `read` returns, which is called until it raises nothing that may pass.
+
+  Args:
+    read: may be called again.
+    what: is read, for the log.
+
+  Raises:
+    Away: it has failed for PATIENCE seconds.
+  """
+  waited = 0.0
+  for attempt in itertools.count():
+    try:
+      found = read()
+      if attempt:
+        logging.warning("%s can be read again, after %.0f s", what, waited)
+      return found
+    except Exception as error:
+      if not may_pass(error):
+        raise
+      said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+      if waited >= PATIENCE:
+        raise Away(f"{what} could not be read for {waited:.0f} s: {said}") from error
+    pause = min(PAUSE * 2**attempt, LONGEST, PATIENCE - waited)
+    _say(what, said, pause)
+    _rest(pause)
+    waited += pause
+  raise AssertionError  # it never ends so
+
+
+def _rest(seconds: float) -> None:
+  """In a loader's thread no longer than the program runs, which waits for its threads at its end."""
+  end = time.monotonic() + seconds
+  while (left := end - time.monotonic()) > 0:
+    if not threading.main_thread().is_alive():
+      raise Away("the program ends")
+    time.sleep(min(left, 0.5))
+
+
+def away(error: Exception, files: Iterable[str | os.PathLike[str]]) -> Exception | None:
+  """What a reader of these files has raised, as an error that may pass; None where it is not storage's."""
+  if may_pass(error):
+    return error
+  for file in files:
+    if not buckets.path(file).exists():
+      return Gone(f"{file} is not there")
+  return Gone(" ".join(str(error).split())) if _OF_A_CALL.search(str(error)) else None
+
+
+def _say(what: str, said: str, pause: float) -> None:
+  """Once, where many threads wait for the same."""
+  now = time.monotonic()
+  if now - _told.get(what, -pause) >= pause:
+    _told[what] = now
+    logging.warning("cannot read %s: %s; trying again in %.3g s", what, said, pause)

@@ -1,0 +1,72 @@
+"""Reads that are tried again."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import time
+
+import pytest
+
+from diffdis_jax.common import storage
+from diffdis_jax.errors import Gone
+
+
+class Flaky:
+  def __init__(self, *errors):
+    self.errors, self.calls = [*errors], 0
+
+  def __call__(self):
+    self.calls += 1
+    if self.errors:
+      raise self.errors.pop(0)
+    return 7
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+  made = []
+  monkeypatch.setattr(storage, "_rest", made.append)
+  monkeypatch.setattr(storage, "_told", {})
+  return made
+
+
+def test_what_may_pass_is_tried_again_with_growing_pauses(pauses, caplog):
+  errors = [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale"), ConnectionResetError(), Gone("x")]
+  read = Flaky(*errors)
+  assert storage.patiently(read, "the data") == 7
+  assert read.calls == 5 and pauses == [1, 2, 4, 8]
+  said = [record.getMessage() for record in caplog.records]
+  assert said[0] == "cannot read the data: Input/output error; trying again in 1 s"
+  assert said[-1] == "the data can be read again, after 15 s"
+
+
+def test_what_stays_away_ends_in_one_line(pauses):
+  with pytest.raises(storage.Away, match="^gs://b/c could not be read for 300 s: two lines$") as raised:
+    storage.patiently(Flaky(*[Gone("two\nlines")] * 99), "gs://b/c")
+  assert sum(pauses) == storage.PATIENCE and max(pauses) == storage.LONGEST
+  assert raised.value.errno is None  # by which common/cli.py ends with one line and code 1
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "gone"), ValueError("bug"), OSError(errno.ENOSPC, "full")])
+def test_other_errors_are_raised_at_once(pauses, error):
+  with pytest.raises(type(error)):
+    storage.patiently(Flaky(error), "the data")
+  assert not pauses
+
+
+def test_a_thing_that_many_threads_wait_for_is_named_once(pauses, caplog):
+  for _ in range(3):
+    storage.patiently(Flaky(Gone("x")), "the data")
+  assert [record.getMessage() for record in caplog.records].count("cannot read the data: x; trying again in 1 s") == 1
+
+
+def test_a_thread_that_waits_holds_no_program_up():
+  code = (
+    "import threading\nfrom diffdis_jax.common import storage\nfrom diffdis_jax.errors import Gone\n"
+    "def read(): raise Gone('x')\nthreading.Thread(target=storage.patiently, args=(read, 'the data')).start()"
+  )
+  begin = time.monotonic()
+  subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL, timeout=60)
+  assert time.monotonic() - begin < 30
