@@ -16,6 +16,7 @@ code 75, Ctrl-C with code 130.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import sections
 from diffdis_jax.evals.results import ResultFile
-from diffdis_jax.parallel import processes, sharding
+from diffdis_jax.parallel import executables, processes, sharding
 from diffdis_jax.training import loop
 
 FLAGS = flags.FLAGS
@@ -144,7 +145,8 @@ def run_one(one: Run, plan: Plan, folder: Folder) -> None:
   processes.on_first(lambda: folder.open(plan))
   # While it trains, train hears SIGTERM and Ctrl-C and saves. Else what is there is on the disk: it ends at once.
   with processes.PreemptionHandler(sharding.batch_sharding(sharding.make_mesh(**one.config["mesh"]))).listening():
-    running.run(one, folder, train=loop.train_and_evaluate, measure=measure)
+    train = functools.partial(loop.train_and_evaluate, folder=executables.of_user())
+    running.run(one, folder, train=train, measure=measure)
 
 
 def measure(one: Run, path: str, out: str) -> None:

@@ -20,7 +20,7 @@ from etils import epath
 
 from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import UserError
-from diffdis_jax.parallel import processes
+from diffdis_jax.parallel import executables, processes
 
 LONG = 2.0  # seconds: what took less the last time is not announced
 _COMPILER = "compiler"  # how the names of threads begin that compile
@@ -86,12 +86,28 @@ class AheadOfTime:
 
   Args:
     name, f, args: as of `compiled`.
+    kept: where it may lie compiled, and is then neither traced nor compiled; None for nowhere.
   """
 
-  def __init__(self, name: str, f: Any, *args: Any):
-    self._name, self._f, self._args = name, f, args
+  def __init__(self, name: str, f: Any, *args: Any, kept: executables.Kept | None = None):
+    self._name, self._f, self._args, self._kept = name, f, args, kept
     self._result: futures.Future[jax.stages.Compiled] | None = None
     self._compiled: jax.stages.Compiled | None = None
+
+  def trace(self) -> jax.stages.Traced:
+    """The function of these arguments, not compiled."""
+    return self._f.trace(*self._args)
+
+  def check(self) -> None:
+    """Raises UserError where it should lie compiled in a folder, and another does."""
+    if self._kept is not None:
+      self._kept.check(self._name, self._args)
+
+  def save(self, fresh: executables.Fresh | None = None) -> None:
+    """Keeps it. `fresh`: the program, where it has been compiled. Raises UserError: it cannot be kept."""
+    assert self._kept is not None
+    file = self._kept.write(self._name, self._args, fresh or executables.compile(self._f.lower(*self._args)))
+    logging.info("kept %s in %s", self._name, file)
 
   def start(self) -> None:
     """Begins, unless it has begun; several processes need not begin together."""
@@ -99,33 +115,44 @@ class AheadOfTime:
       return
     # Not a daemon thread, which Python would end inside the compiler. common/cli.py waits for none.
     thread = futures.ThreadPoolExecutor(1, thread_name_prefix=_COMPILER)
-    self._result = thread.submit(_compile, self._name, self._f, *self._args)
+    self._result = thread.submit(self._compile)
     thread.shutdown(wait=False)
 
   def compiled(self) -> jax.stages.Compiled:
     """The function, once every process has compiled it. Raises what compiling raised."""
     if self._compiled is None:
-      program = self._result.result() if self._result else _compile(self._name, self._f, *self._args)
+      program = self._result.result() if self._result else self._compile()
       processes.barrier(f"compiled {self._name}")
       self._compiled = program
     return self._compiled
 
+  def _compile(self) -> jax.stages.Compiled:
+    return _compile(self._name, self._f, *self._args, kept=self._kept)
 
-def _compile(name: str, f: Any, *args: Any) -> jax.stages.Compiled:
+
+def _compile(name: str, f: Any, *args: Any, kept: executables.Kept | None = None) -> jax.stages.Compiled:
+  begin = time.monotonic()
+  if kept is not None and (program := kept.read(name, args)) is not None:
+    logging.info("loaded %s in %.1f s", name, time.monotonic() - begin)
+    return program
   file = _times_file(name, args)
   last = _read(file)
   if last == Times():
     logging.info("compiling %s", name)
   elif max(last.compiled or 0.0, last.cached or 0.0) >= LONG:
     logging.info("compiling %s, which took %s the last time", name, last)
+  begin, lowered = time.monotonic(), f.lower(*args)
   # By the thread's own count of hits, since other threads compile other programs at the same time.
-  begin, hits = time.monotonic(), _hits.count
-  program = f.lower(*args).compile()
+  hits = _hits.count
+  fresh = executables.compile(lowered)
   seconds, cached = time.monotonic() - begin, _hits.count > hits
   logging.info("compiled %s in %.1f s%s", name, seconds, " from the cache" if cached else "")
   if file is not None and processes.is_first():
     _write(file, dataclasses.replace(last, **{"cached" if cached else "compiled": seconds}))
-  return program
+  # Of CPUs each process keeps its own, and of others one does for all.
+  if kept is not None and not kept.folder.given and (processes.is_first() or kept.devices[0].platform == "cpu"):
+    kept.write(name, args, fresh)
+  return fresh.program
 
 
 def _times_file(name: str, args: Any) -> epath.Path | None:

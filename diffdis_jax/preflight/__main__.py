@@ -7,6 +7,11 @@ It compiles the real training step from shapes, with the compiler for TPUs or fo
 compiler's own estimate; for GPUs it is a bound from the chip's peak figures. Without these extras XLA compiles for as
 many CPU devices, and memory and collectives are those of a CPU's program.
 
+It keeps what it compiled for `train --compiled`, which then neither traces nor compiles before its first step; without
+--topology, for the devices of this machine:
+
+  diffdis preflight --config=diffdis_cc3m --topology=v5e:8x8 --save=DIR
+
 Calibration compares the TPU compiler's estimates of plain products, convolutions and sums with their least time:
 
   diffdis preflight calibration --topology=v5p:2x2x1 --out=calibration.json
@@ -14,6 +19,7 @@ Calibration compares the TPU compiler's estimates of plain products, convolution
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +37,7 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import attention
 from diffdis_jax.parallel import chips, sharding
-from diffdis_jax.preflight import calibration, report, targets
+from diffdis_jax.preflight import calibration, report, saving, targets
 from diffdis_jax.training import flops
 from diffdis_jax.training.step import Trainer
 
@@ -55,12 +61,23 @@ def trace_program(name: str, run: Run, mesh: Mesh) -> flops.Program:
 
 
 def compile_one(
-  name: str, run: Run, target: targets.Target, *, num_pairs: int, epochs: float, hlo: str | None = None
+  name: str,
+  run: Run,
+  target: targets.Target,
+  *,
+  num_pairs: int,
+  epochs: float,
+  hlo: str | None = None,
+  save: str | None = None,
 ) -> dict[str, Any]:
-  """The report of one program; `hlo`, a folder, gets the program's text.
+  """The report of one program.
+
+  Args:
+    hlo: folder for the program's text.
+    save: folder for what a run begins with, compiled, where the program trains it.
 
   Raises:
-    UserError: a network, mesh or batch that cannot run there.
+    UserError: a network, mesh or batch that cannot run there, or a folder that cannot be written.
   """
   # The mesh is of the target's devices, and the code traced for its platform, whatever this machine has: attention
   # picks its kernel by them.
@@ -71,6 +88,8 @@ def compile_one(
   shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   logging.info("%s: compiling for %d x %s (%s), compiler %s", name, mesh.size, target.chip.kind, shape, target.compiler)
   compiled = targets.compile(lowered, target)
+  if save and name == "train":
+    saving.save(run, mesh, target, compiled, save)
   if hlo:
     files.write_whole(buckets.path(hlo) / f"{name}.txt", compiled.text.encode())
   result = report.summarise(program, compiled, target, num_pairs=num_pairs, epochs=epochs if name == "train" else 0)
@@ -82,7 +101,10 @@ def compile_one(
 def compile_all(run: Run, target: targets.Target) -> dict[str, Any]:
   """Every program asked for, and where the train step does not fit and --search is given, what would make it fit."""
   settings = dict(num_pairs=FLAGS.num_pairs, epochs=FLAGS.epochs)
-  results: dict[str, Any] = {name: compile_one(name, run, target, hlo=FLAGS.hlo, **settings) for name in FLAGS.programs}
+  if FLAGS.save:
+    target = dataclasses.replace(target, options={})  # those only look at a program, and make a slower one
+  kept = dict(hlo=FLAGS.hlo, save=FLAGS.save)
+  results: dict[str, Any] = {name: compile_one(name, run, target, **kept, **settings) for name in FLAGS.programs}
   if FLAGS.search and "train" in results and not results["train"]["fits"]:
     tried = candidates(
       remat=run.model.remat,
@@ -176,6 +198,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "size of the training set, for the run's cost", lower_bound=1)
   flags.DEFINE_string("out", None, "JSON file to write")
   flags.DEFINE_string("hlo", None, "folder for the compiled programs' text")
+  flags.DEFINE_string(
+    "save", None, "folder for what a run begins with, compiled, as train --compiled takes it; may be in a bucket"
+  )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -193,11 +218,20 @@ def main(argv: Sequence[str]) -> None:
   if FLAGS.hlo and not buckets.path(FLAGS.hlo).is_dir():
     raise UserError(f"--hlo={FLAGS.hlo} is no folder; create it first")
   topology = chips.parse(FLAGS.topology) if FLAGS.topology else None
+  if FLAGS.save and not topology and not FLAGS.platform:
+    if FLAGS.out or FLAGS.hlo:
+      raise UserError("--save without --topology reports nothing; leave --out and --hlo out, or give --topology")
+    saving.check(FLAGS.save)
+    saving.save_here(Run.of(FLAGS.config), FLAGS.save)
+    return
   platform = targets.choose_platform(FLAGS.platform, topology)
   if platform == "cpu" and topology and topology.is_tpu and FLAGS.platform is None:
     logging.warning("libtpu is not installed (%s); XLA compiles for CPU devices instead", install("tpu"))
   elif platform == "cpu" and topology and FLAGS.platform is None:
     logging.warning("jax's CUDA plugin is not installed (%s); XLA compiles for CPU devices instead", install("cuda"))
+  if FLAGS.save:
+    saving.check_target(FLAGS.programs, platform, topology)
+    saving.check(FLAGS.save)
   # Nothing may have asked for devices before this line, after which JAX's platforms are fixed.
   targets.prepare(platform, topology, FLAGS.slices)
   if platform != "cpu" and topology:
@@ -218,8 +252,8 @@ def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
   present = targets.find(platform, topology, FLAGS.slices) if topology is None else None
   store = Store(files.user_cache("preflight"), "preflight's answers")
   key = key_of(FLAGS.config.to_json_best_effort(), platform, present)
-  # --hlo wants the programs' text, which is not kept.
-  results = None if FLAGS.hlo else store.read_json(key)
+  # --hlo wants the programs' text and --save the programs, neither of which is kept there.
+  results = None if FLAGS.hlo or FLAGS.save else store.read_json(key)
   if results is not None:
     logging.info("result of an earlier call, from %s", store.file(key, ".json"))
     for name in FLAGS.programs:
@@ -227,7 +261,8 @@ def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
         logging.info("%s", line)
   else:
     results = compile_all(Run.of(FLAGS.config), present or targets.find(platform, topology, FLAGS.slices))
-    store.write_json(key, results)
+    if not FLAGS.save:  # which compiles with other options
+      store.write_json(key, results)
   if "search" in results:
     logging.info("%s", describe_search(results["search"]))
   return results

@@ -24,40 +24,25 @@ from diffdis_jax.data.build import LatentShapes, batch_type, latent_facts, open_
 from diffdis_jax.errors import Preempted, UserError
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
-from diffdis_jax.parallel import batches, processes, programs, sharding
+from diffdis_jax.parallel import batches, executables, processes, sharding
 from diffdis_jax.run import checkpoint, committed, history, profile, trackers, workdir, writers
 from diffdis_jax.structs import TrainState
-from diffdis_jax.training import facts, skips, start, stored_inputs, task_gradients
+from diffdis_jax.training import facts, skips, start, stored_inputs
 from diffdis_jax.training.evaluator import Evaluator, make_evaluator
-from diffdis_jax.training.flops import abstract_batch, rate_at_peak
+from diffdis_jax.training.flops import rate_at_peak
 from diffdis_jax.training.metrics import Metrics, read_totals, write_totals
-from diffdis_jax.training.step import Trainer, is_running
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-  """What a run trains with; nothing is allocated yet. `gradients`: of both tasks, where they are logged."""
-
-  trainer: Trainer
-  train_step: programs.AheadOfTime
-  gradients: programs.AheadOfTime | None
-
-  @classmethod
-  def of(cls, run: Run, mesh: Mesh) -> Prepared:
-    """Raises UserError: a run that cannot be trained on this mesh."""
-    trainer = Trainer(run, mesh)
-    shapes = abstract_batch(run, trainer.network, mesh)
-    train_step = programs.AheadOfTime("the training step", trainer.train_step, trainer.abstract_state, shapes)
-    return cls(trainer, train_step, task_gradients.compiled_beside(trainer, shapes) if run.log_gradients else None)
-
-  def compile_ahead(self) -> None:
-    """Has threads compile all that takes long before the first step of a new run."""
-    self.trainer.initialise.start()
-    self.train_step.start()
+from diffdis_jax.training.prepared import Prepared
+from diffdis_jax.training.step import is_running
 
 
 def train_and_evaluate(
-  run: Run, path: str, *, tracker: str = "", profiled: str = "", prepared: Prepared | None = None
+  run: Run,
+  path: str,
+  *,
+  tracker: str = "",
+  profiled: str = "",
+  prepared: Prepared | None = None,
+  folder: executables.Folder | None = None,
 ) -> None:
   """Trains to `run.num_steps`, from the last checkpoint in the workdir `path` if there is one.
 
@@ -67,6 +52,7 @@ def train_and_evaluate(
     tracker: one of trackers.TRACKERS, which gets what the writers get; empty for none.
     profiled: steps to trace, as `profile.parse` takes them; empty for none.
     prepared: of this run; None to do it here, for a mesh of all devices.
+    folder: where its programs may lie compiled, unless it is prepared; None for nowhere.
 
   Raises:
     UserError: bad data or workdir, a config that the devices cannot train, or more steps to skip than may be.
@@ -83,7 +69,7 @@ def train_and_evaluate(
     stack.enter_context(stop.listening())  # from the start: building and compiling may take minutes
 
     # Everything that can be wrong with a config or its data is found before the workdir is touched.
-    prepared = prepared or Prepared.of(run, mesh)
+    prepared = prepared or Prepared.of(run, mesh, folder)
     trainer, train_step = prepared.trainer, prepared.train_step
     rows = sharding.local_rows(mesh, run.batch_size)
     iterator = open_loader(run, rows=rows, latents=latent_shapes(trainer.network))
@@ -93,8 +79,10 @@ def train_and_evaluate(
     evaluator = make_evaluator(run, inference)
     selection = trainer.plug.selection(run) if trainer.plug.selection else None
     facts.log(trainer)
-    if committed.latest_step(path) is None:
+    begins = committed.latest_step(path) is None
+    if begins:
       start.find_initial(run.init_from, trainer)
+    prepared.check(begins=begins)
     fields = run.to_dict()
     workdir.check_config(path, fields)  # open_for_training does it again, when no other process can change the folder
     processes.check_shared(path)
@@ -109,6 +97,8 @@ def train_and_evaluate(
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, run.checkpoint))
     if checkpointer.latest_step() != run.num_steps:
       train_step.start()  # in parallel to reading and initialising parameters, which may take a minute each
+    if begins:
+      trainer.assemble.start()
     made = functools.partial(selection.params, inference, path) if selection else None
     track = functools.partial(trackers.open_tracker, tracker, path, fields)
     peak_rate = rate_at_peak(trainer)

@@ -25,7 +25,7 @@ from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import remat
-from diffdis_jax.parallel import programs, sharding
+from diffdis_jax.parallel import executables, programs, sharding
 from diffdis_jax.structs import LabelledBatch, TrainingBatch, TrainState
 from diffdis_jax.training import gradcache, plugs, skips
 from diffdis_jax.training import optim as optimizers
@@ -56,9 +56,11 @@ class Trainer:
   Args:
     run: says what is trained, and how.
     mesh: devices.
+    folder: where its programs may lie compiled; None for nowhere.
 
   Attributes:
     run, mesh: as given.
+    kept: its programs in that folder.
     network: of the run.
     plug: of its objectives.
     shapes: parameter path -> ShapeDtypeStruct.
@@ -72,9 +74,10 @@ class Trainer:
     UserError: sections that do not fit the network, or a batch that the mesh cannot split.
   """
 
-  def __init__(self, run: Run, mesh: Mesh):
+  def __init__(self, run: Run, mesh: Mesh, folder: executables.Folder | None = None):
     sharding.check_batch(mesh, run.batch_size, run.optim.accumulate)
     self.run, self.mesh, self.plug = run, mesh, plugs.plug_of(run.objectives)
+    self.kept = executables.Kept(folder, run.of_programs(), list(mesh.devices.flat)) if folder else None
     self.network = network = Network.of(run)
     self.shapes = network.shapes
     self.groups = optimizers.groups_of(self.shapes, run.optim.groups)
@@ -100,9 +103,16 @@ class Trainer:
   def initialise(self) -> programs.AheadOfTime:
     """Key -> fresh parameters, born sharded."""
     # It runs once, so on a CPU, where compiling costs more than running, the compiler need not try hard.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    is_cpu = self.mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if is_cpu else None
     initialise = jax.jit(self.network.initialise, out_shardings=self.state_shardings.params, compiler_options=options)
-    return programs.AheadOfTime("the initialisation", initialise, jax.random.key(0))
+    return programs.AheadOfTime("the initialisation", initialise, jax.eval_shape(jax.random.key, 0), kept=self.kept)
+
+  @functools.cached_property
+  def assemble(self) -> programs.AheadOfTime:
+    """Parameters -> the state of step 0; donates them."""
+    around = jax.jit(self._around, donate_argnums=0, out_shardings=self.state_shardings)
+    return programs.AheadOfTime("the state", around, self.abstract_state.params, kept=self.kept)
 
   def init_params(self, key: jax.Array) -> Params:
     """Fresh parameters, born sharded."""
@@ -110,8 +120,9 @@ class Trainer:
 
   def with_params(self, params: Params) -> TrainState:
     """The state of step 0 around these parameters; donates them."""
-    around = jax.jit(self._around, donate_argnums=0, out_shardings=self.state_shardings)
-    return programs.compiled("the state", around, params)(params).replace(seed=self.place_seed())
+    # Where they lie already, but for those that a run chooses by itself.
+    params = jax.device_put(params, self.state_shardings.params)
+    return self.assemble.compiled()(params).replace(seed=self.place_seed())
 
   def place_seed(self) -> UInt32[Array, ""]:
     """The run's, as `place_number` does it."""
