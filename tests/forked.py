@@ -223,9 +223,11 @@ def continue_as(request: list[Any], descriptors: Sequence[int]) -> None:
   for number, descriptor in enumerate(descriptors):
     os.dup2(descriptor, number)
     os.close(descriptor)
-  for name in {*os.environ} - {*environment}:
-    del os.environ[name]
-  os.environ.update(environment)
+  for name in READ_LATER:  # the others are the server's, and what its libraries have made of them
+    if name in environment:
+      os.environ[name] = environment[name]
+    else:
+      os.environ.pop(name, None)
   sys.argv[:] = ["-m", *command[3:]]
   sys.orig_argv[:] = command
   os.chdir(folder)

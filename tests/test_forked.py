@@ -16,6 +16,7 @@ from tests.interrupting import is_alive
 
 PROBE = """
 import atexit, gc, importlib, json, locale, os, resource, signal, sys, threading, warnings
+import wsgiref.handlers  # which copies all variables, for a server of prometheus_client's
 
 read = set()
 for name in ("__getitem__", "__contains__"):
