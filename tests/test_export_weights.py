@@ -211,6 +211,7 @@ def refused(run: str, out: pathlib.Path, message: str, **settings: object) -> No
 
 
 def test_an_autoencoder_alone_is_diffusers_own(imported, tmp_path, caplog):
+  caplog.set_level("INFO")
   run = make_run(tmp_path / "run", imported, objectives=("reconstruction",))
   export_weights.export_weights(run, str(tmp_path / "out"))
   assert "an autoencoder alone: the pipeline's vae encodes and decodes" in caplog.text
