@@ -43,7 +43,7 @@ class GenerationAccuracy:
     seed: seed of the initial noise, of the classifier and of its held-out images.
     epochs: epochs of the classifier's training on labelled images; by default 20.
     held_out: share of the labelled images held out to measure the classifier; by default 0.1.
-    classifier_steps: steps of the classifier's training on shapes or scenes; by default 500 or 300.
+    classifier_steps: steps of the classifier's training on shapes or scenes; by default 500 or 400.
     required_accuracy: accuracy that the classifier must reach on new renders of shapes or scenes, or the evaluation
       stops; by default 0.98.
 

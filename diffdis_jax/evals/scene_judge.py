@@ -36,12 +36,12 @@ class SceneLogits(struct.PyTreeNode):
 
 
 class SceneClassifier(nnx.Module):
-  """Three convolutions; each half of their map names one shape, by heads that all halves share."""
+  """Four convolutions; each half of their map names one shape, by heads that all halves share."""
 
-  def __init__(self, *, rngs: nnx.Rngs, widths: Sequence[int] = (24, 48, 96)):
+  def __init__(self, *, rngs: nnx.Rngs, widths: Sequence[int] = (24, 48, 96, 96)):
     self.convs = nnx.List(
       nnx.Conv(a, b, (5, 5) if i == 0 else (3, 3), strides=stride, rngs=rngs)
-      for i, (a, b, stride) in enumerate(zip((4, *widths[:-1]), widths, (2, 2, 1), strict=True))
+      for i, (a, b, stride) in enumerate(zip((4, *widths[:-1]), widths, (2, 1, 2, 1), strict=True))
     )
     self.norms = nnx.List(nnx.GroupNorm(width, num_groups=8, rngs=rngs) for width in widths)
     self.relation = nnx.Linear(16 * widths[-1], len(scenes.RELATIONS), rngs=rngs)
@@ -146,7 +146,7 @@ class SceneJudge:
   template, per_class = "{}", 1
 
   def __init__(
-    self, data: Mapping[str, Any], seed: int, *, classifier_steps: int = 300, required_accuracy: float = 0.98
+    self, data: Mapping[str, Any], seed: int, *, classifier_steps: int = 400, required_accuracy: float = 0.98
   ):
     source = sources.open_source(**data)
     records = [base.fields(source, i) for i in range(len(source))]
