@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -94,7 +94,7 @@ class BestOf:
 
   def generate(
     self,
-    params: Params,
+    params: Mapping[str, Any],
     tokens: Int[np.ndarray, "n l"],
     noise: Float[np.ndarray, "n *k h w c"],
     *,
@@ -148,7 +148,7 @@ def check_failures(path: str | None) -> None:
 
 
 def similarity(
-  inference: Any, params: Params, images: UInt8[np.ndarray, "n H W 3"], tokens: Int[np.ndarray, "n l"]
+  inference: Any, params: Mapping[str, Any], images: UInt8[np.ndarray, "n H W 3"], tokens: Int[np.ndarray, "n l"]
 ) -> Float[np.ndarray, " n"]:
   """⟨ê_0, e⟩ of each image and its own prompt, as Algorithm 3 gives it: what the run's head says of its own images.
 
@@ -157,7 +157,9 @@ def similarity(
   return _inner(inference.embed_images(params, images, seed=0), _embed_prompts(inference, params, tokens))
 
 
-def _embed_prompts(inference: Any, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
+def _embed_prompts(
+  inference: Any, params: Mapping[str, Any], tokens: Int[np.ndarray, "n l"]
+) -> Float[np.ndarray, "n d"]:
   different, places = np.unique(tokens, axis=0, return_inverse=True)
   return inference.embed_texts(params, different)[places.ravel()]
 
@@ -186,7 +188,7 @@ class _Halves:
     (last,) = _steps(all_steps, slice(begun - 1, begun)).each()
     self._noised, at = inference.sees_noised_images, network
     if self._noised:
-      at = dataclasses.replace(network, condition_timestep=int(all_steps.t[begun]))
+      at = dataclasses.replace(network, condition_timestep=int(np.asarray(all_steps.t)[begun]))
     guidance = dict(network=network, guidance_scale=how.generation_guidance)
 
     def begin(params: Params, tokens: Int[Array, "b l"], z_T: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
@@ -214,7 +216,7 @@ class _Halves:
 
   def __call__(
     self,
-    params: Params,
+    params: Mapping[str, Any],
     tokens: Int[np.ndarray, "n l"],
     noise: Float[np.ndarray, "n k h w c"],
     *,

@@ -88,8 +88,14 @@ class PartsFolder:
       self._folder.mkdir(parents=True, exist_ok=True)
       buffer = io.BytesIO()
       header = json.dumps(self._header(part), sort_keys=True)
-      found = dict(features=sampled.features, similarity=sampled.similarity)
-      np.savez(buffer, **found, records=part.records, captions=part.captions, header=np.asarray(header))
+      np.savez(
+        buffer,
+        features=sampled.features,
+        similarity=sampled.similarity,
+        records=part.records,
+        captions=part.captions,
+        header=np.asarray(header),
+      )
       files.write_whole(self._file(part), buffer.getvalue())
     except OSError as error:
       raise UserError(f"cannot write to --parts={self.path}: {error.strerror or error}") from error

@@ -151,7 +151,7 @@ class LinearProbe:
     # The test images are read once, by the classifier that was chosen.
     return {"acc1": chosen.accuracy(scaled["test"]), "l2": l2}
 
-  def _features(self, inference: Any, params: Params) -> dict[str, dict[str, Examples]]:
+  def _features(self, inference: Any, params: Mapping[str, Any]) -> dict[str, dict[str, Examples]]:
     """Of each kind, of each split."""
     found: dict[str, dict[str, Examples]] = {}
     for name, each in self.examples.items():
@@ -170,9 +170,10 @@ class LinearProbe:
     given = inference.network.condition_timestep if inference.aligned else 0
     return given if self._timestep is None else self._timestep
 
-  def _middle_maps(self, inference: Any, params: Params, images: base.Images) -> Float[np.ndarray, "n d"]:
+  def _middle_maps(self, inference: Any, params: Mapping[str, Any], images: base.Images) -> Float[np.ndarray, "n d"]:
     if self._middle is None or self._middle[0] is not inference:  # compiled once for an inference
       network, t = inference.network, self._middle_timestep(inference)
+      assert t is not None
       traced = network.traced_for(inference.mesh, functools.partial(middle_map, network, t))
       self._middle = inference, programs.Program("middle maps", jax.jit(traced))
     batched = batches.Batches(inference.mesh, inference.batch_size, inference.after_batch)

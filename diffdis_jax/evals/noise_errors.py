@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,18 +36,20 @@ class NoiseErrors:
     self._latents, self._conditions = program("latents", _latents), program("prompts", _conditions)
     self._errors = program("noise errors", noise_errors)
 
-  def latents(self, params: Params, images: UInt8[np.ndarray, "n H W 3"] | Any) -> Float[np.ndarray, "n h w c"]:
+  def latents(
+    self, params: Mapping[str, Any], images: UInt8[np.ndarray, "n H W 3"] | Any
+  ) -> Float[np.ndarray, "n h w c"]:
     """z of each image, by the posterior's mode."""
     return self._batched(functools.partial(self._latents, params), images)
 
-  def conditions(self, params: Params, tokens: Int[np.ndarray, "k l"]) -> Float[Array, "k l d"]:
+  def conditions(self, params: Mapping[str, Any], tokens: Int[np.ndarray, "k l"]) -> Float[Array, "k l d"]:
     """c of each prompt, whole on every device."""
     c = self._batched(functools.partial(self._conditions, params), tokens)
     return sharding.replicated({"c": c}, self.inference.mesh)["c"]
 
   def __call__(
     self,
-    params: Params,
+    params: Mapping[str, Any],
     c: Float[Array, "k l d"],
     z: Float[np.ndarray, "n h w c"],
     *,
