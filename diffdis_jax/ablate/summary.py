@@ -145,11 +145,13 @@ def cells_of(figures: Sequence[Figures], *, base: int | None) -> list[dict[str, 
   """
   places, pairs = [], []
   for place, row in enumerate(figures):
-    for name, values in row.items() if base is not None else ():
+    for name, values in row.items():
+      if base is None or place == base:
+        continue
       # Paired by seed: runs of one seed see the same images in the same order, so that differences spread less.
       others = figures[base][name]
       common = [values[seed] - others[seed] for seed in values if seed in others]
-      if common and place != base:
+      if common:
         places.append((place, name))
         pairs.append(common)
   # All cells of a table together: whoever looks for bold ones looks at all of them.

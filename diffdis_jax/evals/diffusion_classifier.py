@@ -24,6 +24,7 @@ from diffdis_jax.evals.noise_errors import NoiseErrors
 from diffdis_jax.evals.zero_shot import ZeroShot
 
 STAGES = ("10:5", "50:1")
+IMAGES = 1024  # whose latents are kept at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,16 +117,20 @@ class DiffusionClassifier:
       self._errors = NoiseErrors(inference)
     texts = [prompts.fill(self._template, name) for name in names]
     c = self._errors.conditions(params, Tokenizer(inference.max_length)(texts))
-    labels, found, place = self.zero_shot.labels, [], 0
+    labels, found = self.zero_shot.labels, []
     plan = cost(self._stages, len(names))
     progress = Progress("compared", len(labels) * sum(each.classes for each in plan), "images and classes")
-    squares = dict(image_size=inference.image_size, reduced_decoding=self._reduced_decoding)
-    for images in base.chunks(self.zero_shot.source, self.zero_shot.order, **squares):
-      rows = np.arange(place, place + len(images))
-      z = self._errors.latents(params, images)
+    for start in range(0, len(labels), IMAGES):
+      rows = np.arange(start, min(start + IMAGES, len(labels)))
+      shown = base.Images(
+        self.zero_shot.source,
+        self.zero_shot.order[rows],
+        inference.image_size,
+        reduced_decoding=self._reduced_decoding,
+      )
+      z = self._errors.latents(params, shown)
       errors = functools.partial(self._errors, params, c, z, seed=self._seed, places=rows, done=progress.add)
       found.append(ranks(classify(errors, self._stages, num_images=len(z), num_classes=len(names)), labels[rows]))
-      place += len(images)
     metrics = self.zero_shot.metrics(np.concatenate(found))
     metrics["evaluations_per_image"] = float(sum(each.classes * each.evaluations for each in plan))
     if inference.aligned:

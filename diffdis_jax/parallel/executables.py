@@ -197,7 +197,8 @@ class _WithEntry(serialize_executable._JaxPjrtPickler):
     self._entry = entry
 
   def persistent_id(self, obj: Any) -> Any:
-    found = isinstance(obj, serialize_executable.xc.LoadedExecutable)
+    jaxlib: Any = serialize_executable.xc  # pyright: ignore[reportPrivateImportUsage]
+    found = isinstance(obj, jaxlib.LoadedExecutable)
     return ("exec", self._entry) if found else super().persistent_id(obj)
 
 

@@ -6,6 +6,7 @@ average. With optim.ema_decay of 0 nothing has one.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, cast
@@ -172,7 +173,8 @@ class Trainer:
     # Before the optimizer clips it: after that it says no more than clip_norm.
     norm = optax.tree.norm(gradient)
     metrics["grad_norm"] = Average(total=norm, count=jnp.ones(()))
-    new = state.replace(
+    new = dataclasses.replace(
+      state,
       step=state.step + 1,
       params={**fixed, **trainable, **statistics},  # in this order: the statistics are among the fixed
       ema=optimizers.update_ema(trainable, state.ema, decay=self.run.optim.ema_decay, step=state.step)
