@@ -64,7 +64,8 @@ def compared(trainer: Trainer, state: TrainState, batch: TrainingBatch) -> dict[
     found |= {f"grad_norm_{task}_{block}": norm for task, norm in norms.items()}
     if len(tasks) > 1:
       of_ig, of_ita = (jnp.maximum(norm, _LEAST) for norm in norms.values())
-      found[f"grad_cosine_{block}"] = _product(gradients["generation"], gradients["discrimination"], paths) / of_ig / of_ita
+      cosine = _product(gradients["generation"], gradients["discrimination"], paths) / of_ig / of_ita
+      found[f"grad_cosine_{block}"] = cosine
       found[f"grad_ratio_{block}"] = of_ita / of_ig
   return found
 
