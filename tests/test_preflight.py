@@ -21,7 +21,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.models import attention
 from diffdis_jax.parallel import chips
 from diffdis_jax.preflight import __main__ as preflight
-from diffdis_jax.preflight import gpus, hlo, report, targets, times
+from diffdis_jax.preflight import gpus, hlo, report, saving, targets, times
 from diffdis_jax.training import flops
 from tests import steps, tiny_clip
 from tests.changed_code import change, copy_package
@@ -456,3 +456,13 @@ def test_what_the_compiler_charges_for_kernels(chip):
     assert declared == hlo.Kernel(operations, transcendentals, size)
     expected = target.chip.charged.seconds(**vars(declared))
     assert program.cost_analysis()["optimal_seconds"] == pytest.approx(expected, rel=0.01)
+
+
+def test_save_refuses_what_it_cannot_keep_before_it_compiles(tmp_path):
+  with pytest.raises(UserError, match=r"for the chips of v5e:2x2, whose compiler is missing .*or leave --topology out"):
+    saving.check_target(["train"], "cpu", chips.parse("v5e:2x2"))
+  with pytest.raises(UserError, match="name train in it"):
+    saving.check_target(["generation"], "tpu", chips.parse("v5e:2x2"))
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="cannot write --save=.*file"):
+    saving.check(str(tmp_path / "file"))
