@@ -24,7 +24,7 @@ emoji-small: $(EMOJI_DATA)/dataset_info.json
 	$(TRAIN_EMOJI):objectives=generation,path=$(EMOJI_DATA) --workdir=$(EMOJI)/generation \
 	  --config.init_from=$(EMOJI)/autoencoder
 	$(TRAIN_EMOJI):path=$(EMOJI_DATA) --workdir=$(EMOJI)/both --config.init_from=$(EMOJI)/generation \
-	  --config.num_steps=1800
+	  --config.num_steps=1200
 	$(BIN)/python -m diffdis_jax.export_weights --workdir=$(EMOJI)/both --out=$(EMOJI)/emoji-small.safetensors \
 	  --dtype=bfloat16
 

@@ -25,7 +25,7 @@ from docs.measured import records
 from tests.command_runs import ROOT
 
 TOPIC, NAME, MOST_BYTES = "emoji_small", "emoji-small", 15_000_000
-STEPS, GENERATED = 20, 16  # of a call of DDIM; images
+STEPS, GENERATED = 12, 16  # of a call of DDIM; images
 COLOURS = {
   **{"red": (220, 40, 45), "orange": (245, 145, 30), "yellow": (255, 205, 60), "green": (110, 175, 70)},
   **{"blue": (50, 130, 220), "purple": (160, 95, 200), "brown": (150, 90, 65)},
