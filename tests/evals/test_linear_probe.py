@@ -39,16 +39,26 @@ def theirs(train: Examples, l2: float) -> LogisticRegression:
   return made.fit(train.x.astype(np.float64), train.labels)
 
 
-@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
-def test_it_is_scikit_learns_minimum(l2):
+def objective(weight: np.ndarray, bias: np.ndarray, these: Examples, l2: float) -> float:
+  logits = these.x.astype(np.float64) @ weight + bias
+  own = logits[np.arange(len(logits)), these.labels]
+  return float((np.log(np.exp(logits).sum(axis=1)) - own).mean() + l2 / 2 * (weight.astype(np.float64) ** 2).sum())
+
+
+# Where l2 is small the minimum is flat, and in f32 its place is known less well than its value.
+@pytest.mark.parametrize(("l2", "tolerance"), [(1.0, 2e-3), (1e-2, 2e-3), (1e-4, 1e-2)])
+def test_it_is_scikit_learns_minimum(l2, tolerance):
   train, test = examples(0, 120), examples(1, 80)
   found, expected = linear_probe.fit(train, num_classes=4, l2=l2), theirs(train, l2)
-  np.testing.assert_allclose(found.weight, expected.coef_.T, atol=2e-3 * np.abs(expected.coef_).max())
+  least = objective(expected.coef_.T, expected.intercept_, train, l2)
+  assert objective(found.weight, found.bias, train, l2) == pytest.approx(least, rel=1e-5)
+  largest = np.abs(expected.coef_).max()
+  np.testing.assert_allclose(found.weight, expected.coef_.T, atol=tolerance * largest)
   centred = found.bias - found.bias.mean()  # of the bias, what is the same for all classes is free
-  np.testing.assert_allclose(centred, expected.intercept_ - expected.intercept_.mean(), atol=5e-3)
+  np.testing.assert_allclose(centred, expected.intercept_ - expected.intercept_.mean(), atol=tolerance * largest)
   assert found.accuracy(test) == pytest.approx(expected.score(test.x, test.labels))
   warm = linear_probe.fit(train, num_classes=4, l2=l2, start=linear_probe.fit(train, num_classes=4, l2=10 * l2))
-  np.testing.assert_allclose(warm.weight, found.weight, atol=2e-3 * np.abs(expected.coef_).max())
+  np.testing.assert_allclose(warm.weight, found.weight, atol=tolerance * largest)
 
 
 def test_a_tie_is_wrong():
