@@ -202,7 +202,7 @@ class Clip(nnx.Module):
     self,
     *,
     text_encoder: TextEncoder,
-    vision_encoder: VisionEncoder,
+    vision_encoder: VisionEncoder | ConvolutionalEncoder,
     head: LanguageGuidedHead | None,
     temperature: float,
   ):
@@ -268,7 +268,7 @@ def _draw(key: jax.Array, shape: tuple[int, ...], start: Start) -> Float[Array, 
 
 def _text(size: TextEncoderSize) -> Rules:
   """Residual branches start the smaller the more of them there are. Only the biases of the MLP are PyTorch's."""
-  spread, residual = size.width**-0.5, (2 * depth) ** -0.5
+  spread, residual = size.width**-0.5, (2 * size.depth) ** -0.5
   return (
     (r"^text_encoder\.tokens\.", Start("normal", 0.02)),
     # Not CLIP's: second token vectors, which start at nothing.
@@ -292,7 +292,7 @@ def _vision(size: VisionEncoderSize) -> Rules:
     (r"^vision_encoder\.down\..*\.bias$", Start("constant", 0.0)),
     (r"^vision_encoder\.map_out\.kernel$", Start("normal", spread / max(size.spatial_pool, 1))),
     (r"^vision_encoder\.(class_token|positions|projection\.kernel)$", Start("normal", spread)),
-    (r"^vision_encoder\.patch\.kernel$", Start("uniform", (3 * patch**2) ** -0.5)),
+    (r"^vision_encoder\.patch\.kernel$", Start("uniform", (3 * size.patch**2) ** -0.5)),
     # Xavier: sqrt(6 / (fan_in + fan_out)), of one matrix of width by three times width.
     (r"^vision_encoder\..*\.(q|k|v)\.kernel$", Start("uniform", math.sqrt(6 / (4 * size.width)))),
     (r"^vision_encoder\..*\.(out|fc1)\.kernel$", Start("uniform", spread)),
