@@ -82,7 +82,7 @@ VARIANTS = {
     "loss.snr_gamma": 2.0,
     "loss.noised_image_share": 0.5,
     "loss.dispersive_weight": 0.5,
-    "loss.image_dropout": 0.3,
+    "loss.image_dropout": 0.5,
   },
 }
 
