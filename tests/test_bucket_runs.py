@@ -24,7 +24,7 @@ from diffdis_jax.common import buckets
 from diffdis_jax.data import copies, sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint, committed, digests, restore, workdir, writers
-from tests import bucket_server, raw_pairs
+from tests import raw_pairs
 from tests.command_runs import ROOT, SAVE_EVERY, STEPS, call, joint_flags
 from tests.run.test_checkpoint import make_iterator, make_state, save
 from tests.test_resume import kill_when, metrics, restore_training
@@ -121,6 +121,8 @@ def test_a_bucket_that_is_away_for_a_while_changes_no_bit(
   tmp_path, environment, monkeypatch, joint_run, autoencoder_run
 ):
   """While the run saves, and where the next one starts."""
+  from tests import bucket_server  # here, or else pytest warns that it is imported before it is made a plugin
+
   (tmp_path / "bucket").mkdir()
   port = bucket_server.free_port()
   there = bucket_server.environment_of(f"http://127.0.0.1:{port}")
