@@ -50,8 +50,8 @@ def training_losses(
   network: Network,
   ita_weight: float,
   captions: UInt32[Array, "b"] | None = None,
-  snr_gamma: float = 0.0,
-  dispersive_weight: float = 0.0,
+  snr_gamma: float,
+  dispersive_weight: float,
 ) -> TrainingLosses:
   """Algorithm 1: L = L_IG + λ L_ITA on the same images and captions (x, y), or one of the two losses.
 

@@ -82,7 +82,7 @@ class VisionEncoder(nnx.Module):
     dtype: DTypeLike,
     rngs: nnx.Rngs,
     remat: str,
-    spatial_pool: int = 0,
+    spatial_pool: int,
   ):
     if image_size % patch:
       raise UserError(f"patches of {patch} px do not tile an image of {image_size} px; give a multiple of {patch}")
@@ -146,7 +146,7 @@ class ConvolutionalEncoder(nnx.Module):
     dtype: DTypeLike,
     rngs: nnx.Rngs,
     remat: str,
-    spatial_pool: int = 0,
+    spatial_pool: int,
   ):
     last = len(widths) - 1
     self.stride, self.spatial_pool, self.remat = patch * 2**last, spatial_pool, remat

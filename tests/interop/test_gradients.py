@@ -92,7 +92,9 @@ def test_gradients_equal_those_of_pytorch():
     batch = Batch(image=jnp.asarray(images), tokens=jnp.asarray(TOKENS, jnp.int32))
     whole = network_of(config)
     noise = noise_of(run, keys, batch, whole)
-    return algorithms.training_losses(model, batch, noise, network=whole, ita_weight=1.0).total
+    return algorithms.training_losses(
+      model, batch, noise, network=whole, ita_weight=1.0, snr_gamma=0.0, dispersive_weight=0.0
+    ).total
 
   ours = jax.jit(jax.grad(network.pure(loss)))(params, images)
   theirs = expected_gradients(modules, images, keys, config.loss.condition_dropout)
