@@ -17,7 +17,7 @@ from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.parallel.processes import Processes
 from diffdis_jax.run import checkpoint
 from diffdis_jax.structs import TrainState
-from tests import forked, steps
+from tests import steps
 from tests.command_runs import ROOT
 from tests.interrupting import not_ignored
 
@@ -206,22 +206,19 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def start(
-  folder, index: int, port: int, *flags: str, devices: int = 1, processes: int = 2, own_process: bool = True
-) -> subprocess.Popen[str]:
-  """`python verb.py`, or else what is the same, `python -m verb` in its folder, without its imports."""
+def start(folder, index: int, port: int, *flags: str, devices: int = 1, processes: int = 2) -> subprocess.Popen[str]:
   (folder / "verb.py").write_text(VERB)
   env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
   where = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}", f"--process_id={index}"]
-  command = [sys.executable, *([str(folder / "verb.py")] if own_process else ["-m", "verb"]), *where, *flags]
+  command = [sys.executable, str(folder / "verb.py"), *where, *flags]
   with not_ignored():
-    return forked.start(command, env, folder=folder, modules=["verb"])
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def both(folder, *flags: str, devices: int = 1, own_process: bool = False) -> list[tuple[int, str, str]]:
+def both(folder, *flags: str, devices: int = 1) -> list[tuple[int, str, str]]:
   """Exit code, stdout and stderr of each of two processes."""
   port = free_port()
-  processes = [start(folder, i, port, *flags, devices=devices, own_process=own_process) for i in range(2)]
+  processes = [start(folder, i, port, *flags, devices=devices) for i in range(2)]
   try:
     outputs = [process.communicate(timeout=120) for process in processes]
   finally:
@@ -231,8 +228,7 @@ def both(folder, *flags: str, devices: int = 1, own_process: bool = False) -> li
 
 
 def test_two_processes_agree_and_share(tmp_path):
-  flags = ["--how=agree", f"--workdir={tmp_path / 'run'}"]
-  for i, (code, _, err) in enumerate(both(tmp_path, *flags, devices=4, own_process=True)):
+  for i, (code, _, err) in enumerate(both(tmp_path, "--how=agree", f"--workdir={tmp_path / 'run'}", devices=4)):
     assert code == 0, err
     assert f"host {i} of 2, 4 of 8 devices (cpu)" in err
   assert not list((tmp_path / "run").iterdir())
@@ -268,7 +264,7 @@ def test_one_raises_and_all_end_at_once_with_its_error_shown(tmp_path):
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGINT", 130)])
 def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path, name, code):
-  results = both(tmp_path, "--how=stop", f"--signal={name}", devices=2, own_process=True)
+  results = both(tmp_path, "--how=stop", f"--signal={name}", devices=2)
   assert [each for each, _, _ in results] == [code, code], results
   assert not any("Traceback" in err for _, _, err in results)
   assert [out.splitlines()[-1] for _, out, _ in results] == ["stopped at 6", "stopped at 6"]
@@ -317,7 +313,7 @@ def test_a_workdir_that_hosts_do_not_share(tmp_path):
 def test_a_process_left_alone_says_why_and_exits(tmp_path, monkeypatch, index, whom, launched, code):
   if launched:
     monkeypatch.setenv("DIFFDIS_LAUNCHED", launched)
-  process = start(tmp_path, index, free_port(), "--coordinator_timeout=2", own_process=False)
+  process = start(tmp_path, index, free_port(), "--coordinator_timeout=2")
   _, err = process.communicate(timeout=60)
   assert process.returncode == code
   assert err.startswith(f"error: process {index} of 2 could not reach {whom}") and err.count("\n") == 1
