@@ -126,15 +126,15 @@ def denoise_rows(
   # e_t is data, not a path for gradients: a text encoder in training learns from e as the target only.
   e_0 = jax.lax.stop_gradient(e)
   e_t = schedules.add_noise(of_text.noise, e_0, noise=noise.noise_e, t=noise.t_e, gamma=of_text.gamma)
+  # Some rows lose their image (not stated by the paper), again for guidance.
+  z_shown = jnp.where(noise.drop_image[:, None, None, None], 0.0, z_clean)
   # The image is clean, and its timestep says so: 1000 is one past those that generation samples (Table 7).
   t_z = jnp.full((len(z),), network.condition_timestep, jnp.int32)
   if noise.noised_image is not None:  # not the paper's: of some rows that keep their image it is z_t, under its t_z
     z_noised = schedules.add_noise(of_image.noise, z_clean, noise=noise.noise_z, t=noise.t_z)
     noised = noise.noised_image & ~noise.drop_image
-    z_clean, t_z = jnp.where(noised[:, None, None, None], z_noised, z_clean), jnp.where(noised, noise.t_z, t_z)
-  # Some rows lose their image (not stated by the paper), again for guidance.
-  z_clean = jnp.where(noise.drop_image[:, None, None, None], 0.0, z_clean)
-  discrimination = DiscriminationPass(e_t=e_t, t_e=noise.t_e, z=z_clean, t_z=t_z, c_null=c_null)
+    z_shown, t_z = jnp.where(noised[:, None, None, None], z_noised, z_shown), jnp.where(noised, noise.t_z, t_z)
+  discrimination = DiscriminationPass(e_t=e_t, t_e=noise.t_e, z=z_shown, t_z=t_z, c_null=c_null)
 
   # ε̂_z = Φ_u(z_t, t_z, c);  ê_0 or ε̂_e = Φ_θ(e_t, t_e, z)
   noise_z = middle = prediction = None
