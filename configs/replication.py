@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from configs import common
 
 STEPS = 900  # of 64 images; equal samples
-# Seconds of a step on one core, by objectives.
+# Seconds of a step on one core, by objectives. Provisional: that of discrimination is a prototype's, the others are
+# guesses. They are replaced by those that `diffdis benchmark --config=scenes` measures before the first run.
 STEP_SECONDS = {"generation": 0.40, "discrimination": 0.30, "generation+discrimination": 0.60}
 # A run is measured when it has ended, and reports nothing before.
 QUIET = dict(train_evals=(), sample_prompts=(), save_every=450, sample_every=100_000, eval_every=100_000)
