@@ -216,7 +216,7 @@ def test_an_autoencoder_alone_is_diffusers_own(imported, tmp_path, caplog):
   export_weights.export_weights(run, str(tmp_path / "out"))
   assert "an autoencoder alone: the pipeline's vae encodes and decodes" in caplog.text
   assert type(AutoencoderKL.from_pretrained(tmp_path / "out", subfolder="vae")) is AutoencoderKL
-  with pytest.raises(UserError, match="unet/config.json") as error:
+  with pytest.raises(UserError, match="has no folder unet; a Stable Diffusion of diffusers has unet, vae") as error:
     import_weights.import_weights(str(tmp_path / "out"), str(tmp_path / "again"))
   assert "\n" not in str(error.value) and not (tmp_path / "again").exists()
 

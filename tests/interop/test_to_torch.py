@@ -96,8 +96,3 @@ def test_a_run_of_generation_alone_has_no_component_diffdis(tmp_path):
   export(tmp_path, objectives=("generation",))
   assert (tmp_path / "unet" / "config.json").exists()
   assert not list(tmp_path.glob("diffdis*"))
-
-
-def test_an_autoencoder_alone_is_no_pipeline():
-  with pytest.raises(UserError, match="objectives is reconstruction; an autoencoder alone is no pipeline"):
-    to_torch.check(("reconstruction",))
