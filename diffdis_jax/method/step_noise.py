@@ -44,7 +44,7 @@ def sample_noise(
   condition_dropout: float,
   image_dropout: float,
   sample_posterior: bool,
-  noised_image_share: float = 0.0,
+  noised_image_share: float,
 ) -> StepNoise:
   """The random choices for a batch.
 
