@@ -18,7 +18,7 @@ from absl import flags
 from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, cli
 from diffdis_jax.config import Run
-from diffdis_jax.run import trackers
+from diffdis_jax.run import trackers, watchdog
 
 FLAGS = flags.FLAGS
 
@@ -39,6 +39,12 @@ def define_flags() -> None:
   )
   flags.DEFINE_string(
     "compiled", None, "folder of preflight --save, local or in a bucket: take its programs instead of compiling"
+  )
+  flags.DEFINE_float(
+    "hang_timeout",
+    watchdog.PATIENCE,
+    "seconds, beside three times the median, after which a step hangs and the process ends with code 1; 0 for never",
+    lower_bound=0.0,
   )
   flags.DEFINE_string(
     "profile", None, "START:STEPS: write a trace of STEPS steps from step START, for xprof and Perfetto"
@@ -61,7 +67,14 @@ def main(argv: Sequence[str]) -> None:
   jax.config.update("jax_numpy_dtype_promotion", "strict")  # bf16 with f32 by accident is an error
   processes.start()
   folder = executables.Folder(buckets.path(FLAGS.compiled), given=True) if FLAGS.compiled else executables.of_user()
-  loop.train_and_evaluate(run, FLAGS.workdir, tracker=FLAGS.tracker or "", profiled=FLAGS.profile or "", folder=folder)
+  loop.train_and_evaluate(
+    run,
+    FLAGS.workdir,
+    tracker=FLAGS.tracker or "",
+    profiled=FLAGS.profile or "",
+    folder=folder,
+    patience=FLAGS.hang_timeout,
+  )
   if processes.is_first():
     facts.log_end(run, FLAGS.workdir)
 

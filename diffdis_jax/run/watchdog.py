@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import faulthandler
 import statistics
 import sys
@@ -18,36 +19,45 @@ from typing import NoReturn
 
 from diffdis_jax.common import signals
 
+PATIENCE = 60.0  # seconds beside three medians
 MEDIANS = 3.0
-FIRST_TIME = 3600.0  # seconds for what has no median yet: it may compile
+FIRST_TIME = 7200.0  # seconds for what has no median yet: it may compile
 # Seconds beside the medians of what waits for storage, which is tried again for some minutes, or writes gigabytes.
 STORAGE = 900.0
 REMEMBERED = 101  # durations of one thing
 LOOK = 1.0  # seconds between two looks
+STOPPED = 10.0  # seconds without a look, after which all of the process was stopped, as by Ctrl-Z
 CODE = 1  # as of a crash: a launcher starts the run again, MAX_RESTARTS times without a new checkpoint
 
 
+@dataclasses.dataclass(frozen=True)
+class _Doing:
+  """What the loop is at, since when, and how many seconds it may take."""
+
+  what: str
+  since: float
+  seconds: float
+
+
 class Watchdog:
-  """Watches what the loop says it is doing.
+  """Watches what a loop says that it is doing.
 
   Args:
-    patience: seconds beside three medians after which a step hangs; 0 to watch nothing.
+    patience: seconds beside three medians after which it hangs; 0 to watch nothing.
     end: is called with a sentence; does not return.
     clock: seconds.
   """
 
   def __init__(
     self,
-    patience: float,
+    patience: float = PATIENCE,
     *,
     end: Callable[[str], object] = lambda message: _end(message),
     clock: Callable[[], float] = time.monotonic,
   ):
     self._patience, self._end, self._clock = patience, end, clock
-    self._durations = collections.defaultdict[str, collections.deque[float]](
-      lambda: collections.deque(maxlen=REMEMBERED)
-    )
-    self._now: tuple[str, float, float] | None = None  # what, since when, and seconds that it may take
+    self._durations: dict[str, collections.deque[float]] = {}
+    self._doing: _Doing | None = None
     self._done = threading.Event()
 
   @contextlib.contextmanager
@@ -62,40 +72,34 @@ class Watchdog:
     finally:
       self._done.set()
 
-  @contextlib.contextmanager
-  def during(self, what: str, *, storage: bool = False) -> Iterator[None]:
-    """Around a step, a save or an evaluation. `storage`: it may wait for a disk or a bucket that wavers."""
-    self._begin(what, storage)
-    try:
-      yield
-    finally:
-      ended = self._now
-      self._now = None
-    assert ended is not None
-    self._durations[what].append(self._clock() - ended[1])
+  def at(self, what: str, *, storage: bool = False) -> None:
+    """What comes before this has ended, and this begins. `storage`: it may wait for a disk or a bucket that wavers."""
+    now, before = self._clock(), self._doing
+    if before is not None:
+      self._durations.setdefault(before.what, collections.deque(maxlen=REMEMBERED)).append(now - before.since)
+    known, patience = self._durations.get(what), max(self._patience, STORAGE) if storage else self._patience
+    seconds = MEDIANS * statistics.median(known) + patience if known else max(patience, FIRST_TIME)
+    self._doing = _Doing(what, now, seconds)
 
   def alive(self) -> None:
     """What takes long, such as an evaluation, has come further: its time starts again."""
-    if self._now is not None:
-      what, _, seconds = self._now
-      self._now = what, self._clock(), seconds
+    if self._doing is not None:
+      self._doing = dataclasses.replace(self._doing, since=self._clock())
 
   def check(self) -> None:
     """One look."""
-    if (now := self._now) is None:
-      return
-    what, since, seconds = now
-    if (waited := self._clock() - since) > seconds:
-      self._end(f"{what} has taken {waited:.0f} s, where {seconds:.0f} s is the most it may; the process ends")
-
-  def _begin(self, what: str, storage: bool) -> None:
-    before = self._durations[what]
-    patience = max(self._patience, STORAGE) if storage else self._patience
-    seconds = MEDIANS * statistics.median(before) + patience if before else max(patience, FIRST_TIME)
-    self._now = what, self._clock(), seconds
+    if (doing := self._doing) is not None and (waited := self._clock() - doing.since) > doing.seconds:
+      self._end(
+        f"{doing.what} has taken {waited:.0f} s, where {doing.seconds:.0f} s is the most it may; the process ends"
+      )
 
   def _look(self) -> None:
+    before = self._clock()
     while not self._done.wait(LOOK):
+      now = self._clock()
+      if now - before > STOPPED:
+        self.alive()
+      before = now
       self.check()
 
 

@@ -25,7 +25,7 @@ from diffdis_jax.errors import Preempted, UserError
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import batches, executables, processes, sharding
-from diffdis_jax.run import checkpoint, committed, history, profile, trackers, workdir, writers
+from diffdis_jax.run import checkpoint, committed, history, profile, trackers, watchdog, workdir, writers
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training import facts, skips, start, stored_inputs
 from diffdis_jax.training.evaluator import Evaluator, make_evaluator
@@ -43,6 +43,7 @@ def train_and_evaluate(
   profiled: str = "",
   prepared: Prepared | None = None,
   folder: executables.Folder | None = None,
+  patience: float = watchdog.PATIENCE,
 ) -> None:
   """Trains to `run.num_steps`, from the last checkpoint in the workdir `path` if there is one.
 
@@ -53,6 +54,7 @@ def train_and_evaluate(
     profiled: steps to trace, as `profile.parse` takes them; empty for none.
     prepared: of this run; None to do it here, for a mesh of all devices.
     folder: where its programs may lie compiled, unless it is prepared; None for nowhere.
+    patience: as `watchdog.Watchdog` has it.
 
   Raises:
     UserError: bad data or workdir, a config that the devices cannot train, or more steps to skip than may be.
@@ -73,8 +75,14 @@ def train_and_evaluate(
     trainer, train_step = prepared.trainer, prepared.train_step
     rows = sharding.local_rows(mesh, run.batch_size)
     iterator = open_loader(run, rows=rows, latents=latent_shapes(trainer.network))
+    dog = stack.enter_context(watchdog.Watchdog(patience).watching())
+
+    def after_batch() -> None:
+      dog.alive()
+      stop.raise_if_agreed()
+
     inference = Inference(
-      trainer.network, run.inference, mesh=mesh, batch_size=rows_at_a_time(run, mesh), after_batch=stop.raise_if_agreed
+      trainer.network, run.inference, mesh=mesh, batch_size=rows_at_a_time(run, mesh), after_batch=after_batch
     )
     evaluator = make_evaluator(run, inference)
     selection = trainer.plug.selection(run) if trainer.plug.selection else None
@@ -105,6 +113,7 @@ def train_and_evaluate(
 
     def go_on() -> None:
       """To the end from the last checkpoint, if there is one. Raises WentBack: to do so again."""
+      dog.at("the start", storage=True)
       state, meta = start.restore_or_init(trainer, checkpointer, iterator, made)
       # Not before: the fingerprints are of parameters, which are there only now.
       stored_inputs.check_stored(latent_facts(run.data), state.params, trainer.trainable)
@@ -118,7 +127,7 @@ def train_and_evaluate(
         writer = writers.open_writer(path, start_step=step, is_writer=is_writer, open_tracker=track)
         inner.enter_context(contextlib.closing(writer))
         profiler = inner.enter_context(contextlib.closing(profile.Profiler(span, path, start_step=step)))
-        loop = Loop(run, prepared, iterator, evaluator, checkpointer, writer, stop, profiler, peak_rate, left_out)
+        loop = Loop(run, prepared, iterator, evaluator, checkpointer, writer, stop, profiler, peak_rate, left_out, dog)
         found = loop.run_to_end(state, meta)
         # Raised here, when the loop's state is gone: beside another one devices may have no room for it.
         if found is not None:
@@ -155,6 +164,7 @@ class Loop:
   profiler: profile.Profiler
   peak_rate: float | None
   left_out: history.WentBack | None
+  dog: watchdog.Watchdog
 
   def run_to_end(self, state: TrainState, meta: Mapping[str, Any]) -> history.WentBack | None:
     """Steps to the last one from `state`, which has been saved with `meta`, or is new. Raises as train_and_evaluate.
@@ -172,6 +182,7 @@ class Loop:
       substitutions.new[: len(saved)] += saved  # there are more reasons now than when some runs were saved
     # A run that was stopped in the middle of an evaluation saved without it. What was due then is done now.
     if not meta.get("evaluated", True):
+      self.dog.at("an evaluation", storage=True)
       self.evaluator.after_step(start_step, state, self.writer, last=start_step == run.num_steps)
 
     metrics: Any = None
@@ -181,6 +192,7 @@ class Loop:
       self.profiler.before(step, metrics)
       # The next batch is loaded while the devices still work on the step before, so that its time is hidden.
       waiting = progress.waiting_for_data(functools.partial(is_running, metrics))
+      self.dog.at("reading a batch", storage=True)
       with waiting, copies.naming_silence(run.data.paths):
         for _ in range(self.left_out.batches if self.left_out and self.left_out.to == step - 1 else 0):
           next(self.iterator)
@@ -192,6 +204,7 @@ class Loop:
         self.stop.begin()  # until now there was nothing to save, and a signal ended the process at once
       last = step == run.num_steps
       logs = last or step % run.log_every == 0
+      self.dog.at("a step")
       gradients = compare(state, batch) if logs else {}  # before the step, which takes the state's memory
       state, metrics = train_step(state, batch)
       metrics = skipped.take(step, metrics, substitutions.rows)
@@ -211,6 +224,7 @@ class Loop:
           self.checkpointer.wait()  # for the save that is still being written
           return skipped.back_from(step, self.checkpointer.latest_step(), self.left_out)
       if logs:
+        self.dog.at("the steps since the last report")
         means = check_finite(totals, step, self.checkpointer)
         counts = substitutions.report(processes.over_hosts) | skipped.report() | jax.tree.map(float, gradients)
         self.writer.scalars(step, means | progress.report(step, means) | counts)
@@ -218,9 +232,11 @@ class Loop:
       found, preempted, due = {}, self.stop.agreed(), self.evaluator.is_due(step, last=last)
       saves = last or bool(preempted) or step % run.save_every == 0
       if due or saves:
+        self.dog.at("the steps before a save or an evaluation")
         jax.block_until_ready(metrics)  # its time is that of steps
       # Evaluation before the save, whose checkpoint is kept by what was measured; unless there is no time for it.
       if due and not preempted:
+        self.dog.at("an evaluation", storage=True)
         try:
           with progress.paused():
             found, due = self.evaluator.after_step(step, state, self.writer, last=last), False
@@ -228,6 +244,7 @@ class Loop:
           preempted, saves = type(stopped), True
       # The save before the next batch is loaded, so that the iterator's position is that of the next step.
       if saves:
+        self.dog.at("a save", storage=True)
         with progress.paused():
           required = last or bool(preempted)
           self._save(step, state, totals, substitutions, skipped, found, evaluated=not due, required=required)
