@@ -320,6 +320,7 @@ def load(
     )
   run = run.replace(changes | {f"inference.{name}": value for name, value in sampling.items()})
   inference = Inference(Network.of(run), run.inference, batch_size=batch_size, mesh=mesh)
+  inference.sees_noised_images = run.loss.noised_image_share > 0
   # An imported Stable Diffusion has DiffDis' head as it was initialised.
   inference.aligned &= not any(name.startswith("alignment.") for name in restore.initialised(path))
   return inference, restore.restore_params(path, step=step, ema=ema, abstract=inference.abstract_params())

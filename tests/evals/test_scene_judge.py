@@ -39,7 +39,7 @@ def scene_of(text: str) -> Scene:
 class Renderer:
   """Renders what the prompt says, or what `instead` makes of it."""
 
-  image_size, max_length = 32, 16
+  image_size, max_length, aligned = 32, 16, False
   generation_protocol = {"steps": 30, "guidance": 2.0}
 
   def __init__(self, instead=lambda scene: scene):
