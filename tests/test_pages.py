@@ -36,6 +36,7 @@ RUN: dict[str, tuple[str, tuple[str, ...]]] = {
   "python -m diffdis_jax.evaluate --compare=": ("", ("table.md",)),
   "python -m diffdis_jax.config show": ("", ()),
   "python -m diffdis_jax.verify --workdir=RUN": ("", ()),
+  "python -m diffdis_jax.status RUN": ("", ()),
   "python -m diffdis_jax.config diff": ("", ()),
   "python -m diffdis_jax.ablate plan --base=shapes": ("", ()),
   "python -m diffdis_jax.ablate plan --base=scenes:measured=test --arms=replication:e1": ("", ()),
@@ -100,6 +101,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.evaluate --workdir=RUN --tasks=zero_shot --out=F.json --tracker=wandb",
   ),
   "needs data or weights": (
+    "make data/emoji/dataset_info.json",
     "python -m diffdis_jax.prepare_data",
     "python -m diffdis_jax.import_weights",
     "python -m diffdis_jax.train --config=diffdis_cc3m:path=DATA",
