@@ -227,7 +227,8 @@ class Loop:
         self.dog.at("the steps since the last report")
         means = check_finite(totals, step, self.checkpointer)
         counts = substitutions.report(processes.over_hosts) | skipped.report() | jax.tree.map(float, gradients)
-        self.writer.scalars(step, means | progress.report(step, means) | counts)
+        speeds = progress.report(step, means)
+        self.writer.scalars(step, means | speeds | slowest_host(speeds["data_wait"]) | counts)
         totals = None
       found, preempted, due = {}, self.stop.agreed(), self.evaluator.is_due(step, last=last)
       saves = last or bool(preempted) or step % run.save_every == 0
@@ -278,6 +279,15 @@ def rows_at_a_time(run: Run, mesh: Mesh) -> int:
   """Of a call of evaluations and samples: no more than a step has in memory, where it takes a batch in parts."""
   most = batches.rows_of_a_call(mesh)
   return most if run.optim.accumulate == 1 else min(most, run.batch_size // run.optim.accumulate)
+
+
+def slowest_host(data_wait: float) -> dict[str, float]:
+  """Of several hosts, by each one's share of time spent waiting for data, the largest and whose it is: the others wait
+  for it in every step. Every process calls this."""
+  if jax.process_count() == 1:
+    return {}
+  shares = np.nan_to_num(processes.gathered(np.float32(data_wait)))
+  return {"slowest_host": float(shares.argmax()), "slowest_host_data_wait": float(shares.max())}
 
 
 def latent_shapes(network: Network) -> LatentShapes | None:
