@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray, UInt8, UInt32
+from jaxtyping import Array, BFloat16, Float, Int, Key, UInt8, UInt32
 
 from diffdis_jax import config as run_config
 from diffdis_jax.common.params import Params
@@ -282,7 +282,7 @@ def _places(n: int, seed: int) -> tuple[UInt32[np.ndarray, " n"], Int[np.ndarray
   return (seed + first).astype(np.uint32), (places - first).astype(np.int32)
 
 
-def _keys(seeds: UInt32[Array, "b"]) -> PRNGKeyArray:
+def _keys(seeds: UInt32[Array, "b"]) -> Key[Array, "b"]:
   return jax.vmap(jax.random.key)(seeds)
 
 

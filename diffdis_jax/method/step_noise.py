@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from diffdis_jax.method.network import Network
 from diffdis_jax.method.schedules import Process
@@ -81,12 +81,12 @@ def sample_noise(
 
 
 def query_noise(
-  key: PRNGKeyArray, *, num_noise_samples: int, places: Int[Array, "b"], width: int
+  key: Key[Array, "*b"], *, num_noise_samples: int, places: Int[Array, "b"], width: int
 ) -> Float[Array, "{num_noise_samples} b {width}"]:
   """e_T ~ N(0, I) of the images at these places in their data set, by one key or by each image's own."""
 
   # Of key, sample and place alone, so that an image's score does not depend on the batch in which it is computed.
-  def noise(sample: Int[Array, ""], key: PRNGKeyArray, place: Int[Array, ""]) -> Float[Array, "d"]:
+  def noise(sample: Int[Array, ""], key: Key[Array, ""], place: Int[Array, ""]) -> Float[Array, "d"]:
     return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, sample), place), (width,))
 
   def of_places(sample: Int[Array, ""]) -> Float[Array, "b d"]:
