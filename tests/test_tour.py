@@ -19,7 +19,7 @@ from tests.command_runs import ROOT
 
 pytest_plugins = ("tests.command_runs",)
 
-PICTURES = 7  # of its cells
+PICTURES = 8  # of its cells
 SMALL = """
 AUTOENCODER_STEPS, AUTOENCODER_BATCH, STEPS, BATCH = 2, 8, 2, 8
 GENERATION_STEPS, GUIDANCE, TESTED = 2, 3.0, 8
