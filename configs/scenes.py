@@ -64,7 +64,8 @@ def add_evaluations(config: ConfigDict, measured: str) -> None:
     if config.objectives != ("generation",):
       config.evals[split] = dict(task="choice", data=data(f"choice_{split}"))
       config.evals[f"{split}_retrieval"] = dict(task="retrieval", data=data(split), caption_field="caption")
-      config.train_evals = (*config.train_evals, split)
+      if measured == "val":  # what chooses nothing is measured once, at the end
+        config.train_evals = (*config.train_evals, split)
     if "generation" in config.objectives:
       config.evals[f"{split}_generated"] = dict(task="generation_accuracy", data=data(split))
   config.evals["held_out"] = common.held_out_loss(data("val"))
