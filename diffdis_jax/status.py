@@ -1,9 +1,9 @@
 """Says how a run stands: state, step, pace, last checkpoint, cost, and why it ended.
 
-  diffdis status RUN
+  diffdis status runs/demo/diffdis --nojson
 
-RUN is a workdir, also one in a bucket, and may be of a run on another machine. --json writes the same as one JSON
-object. Nothing is changed.
+A workdir may lie in a bucket, and may be of a run on another machine. --json writes the same as one JSON object.
+Nothing is changed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks the files of a run's checkpoints against the digests saved with them, or those of prepared data or an export.
+"""Checks checkpoints, prepared data and exports against the digests of their files.
 
   diffdis verify --workdir=RUN
 

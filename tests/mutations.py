@@ -47,7 +47,7 @@ MUTATIONS = (
   Mutation("method/losses.py", "loss=0.5 * (query_to_text.loss.mean()", "loss=0.5 * (text_to_query.mean()", LOSSES),
   Mutation("method/losses.py", "rows.captions[:, None] != their", "rows.captions[:, None] == their", LOSSES),
   # GradCache.
-  Mutation("training/gradcache.py", '["loss_generation"]) / batch_size', '["loss_generation"]) * 1', GRADCACHE),
+  Mutation("training/gradcache.py", "rows.noise)) / batch_size", "rows.noise)) * 1", GRADCACHE),
   Mutation("training/gradcache.py", "gradient[LOGIT_SCALE] += of_scale", "gradient[LOGIT_SCALE] += 0", GRADCACHE),
   Mutation("training/gradcache.py", "self.run.loss.ita_weight * found.loss", "found.loss", GRADCACHE),
   # Samplers, schedules, guidance.

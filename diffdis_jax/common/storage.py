@@ -82,7 +82,7 @@ def away(error: Exception, files: Iterable[str | os.PathLike[str]]) -> Exception
 
 def _say(what: str, said: str, pause: float) -> None:
   """Once, where many threads wait for the same."""
-  now = time.monotonic()
-  if now - _told.get(what, -pause) >= pause:
-    _told[what] = now
-    logging.warning("cannot read %s: %s; trying again in %.3g s", what, said, pause)
+  now, message = time.monotonic(), f"cannot read {what}: {said}"
+  if now - _told.get(message, -pause) >= pause:
+    _told[message] = now
+    logging.warning("%s; trying again in %.3g s", message, pause)

@@ -199,7 +199,7 @@ def test_evaluations_decode_in_full_unless_asked():
   np.testing.assert_array_equal(base.to_square(data, 256), full)
   reduced = base.to_square(data, 256, reduced_decoding=True)
   assert (reduced != full).any() and psnr(reduced, full) >= 45
-  (squares,) = base.chunks(_One(data), np.arange(1), image_size=256, reduced_decoding=True)
+  squares = base.Images(_One(data), np.arange(1), 256, reduced_decoding=True)
   np.testing.assert_array_equal(squares[np.arange(1)][0], reduced)
   # A crop of 224 px of 256 is cut out of a square of 256 px, and these are what is wanted.
   cropped = base.to_square(data, 224, 0.875, reduced_decoding=True)

@@ -282,7 +282,9 @@ def test_generation_alone_classifies_nothing(tmp_path):
 
 def test_an_autoencoder_alone_encodes_and_decodes(tmp_path):
   path = export_of(tmp_path, objectives=("reconstruction",))
-  assert {part.name for part in (tmp_path / "out").iterdir()} == {"README.md", "model_index.json", "pipeline.py", "vae"}
+  assert {part.name for part in (tmp_path / "out").iterdir()} == {
+    *("README.md", "digests.json", "model_index.json", "pipeline.py", "vae")
+  }
   load(tmp_path / "out").save_pretrained(tmp_path / "saved")
   network, params = steps.network_of(steps.config_of(path)), restore.restore_params(path)
   x = np.random.default_rng(0).uniform(-1, 1, (2, network.image_size, network.image_size, 3)).astype(np.float32)

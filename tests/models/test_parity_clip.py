@@ -50,9 +50,12 @@ RELEASED = [
 def ours(section: Mapping[str, Any], *, dtype: Any = jnp.float32) -> networks.Network:
   def make(rngs: nnx.Rngs) -> Clip:
     args = dict(remat="none", dtype=dtype, rngs=rngs)
+    tower = {"spatial_pool": 0, **section["vision_encoder"]}
+    for name in ("convolutional", "widths"):  # of the other tower
+      tower.pop(name, None)
     return Clip(
       text_encoder=TextEncoder(**section["text_encoder"], **args),
-      vision_encoder=VisionEncoder(**section["vision_encoder"], **args),
+      vision_encoder=VisionEncoder(**tower, **args),
       head=None,
       temperature=TEMPERATURE,
     )

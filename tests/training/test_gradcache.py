@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from diffdis_jax.config import Run
 from diffdis_jax.parallel import sharding
 from diffdis_jax.preflight import hlo
-from diffdis_jax.training import gradcache, optim, plugs
+from diffdis_jax.training import gradcache, optim, plugs, skips
 from diffdis_jax.training.gradcache import GradCache
 from diffdis_jax.training.step import step_keys
 from tests import steps, tiny_clip
@@ -178,7 +178,7 @@ def test_clipping_sees_the_norm_of_the_whole_batch(in_four):
   gradient, found, _ = in_four
   assert_same_gradient(gradient, expected)
   for name, value in metrics.items():
-    assert found[name] == pytest.approx(value, rel=1e-5), name
+    assert found[name] == pytest.approx(value, rel=1e-5, nan_ok=name == skips.SKIPPED), name  # of no step a mean
   norm = np.sqrt(sum(np.sum(np.square(x)) for x in gradient.values()))
   assert norm == pytest.approx(0.01, rel=1e-4) and metrics["grad_norm"] > 0.1
   assert abs(gradient["logit_scale"]) > 0.01 * norm

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pathlib
+import re
+import subprocess
 import sys
 
 import numpy as np
@@ -164,9 +166,12 @@ def test_the_shipped_choices():
 
 
 def test_the_documented_command_fetches_the_expected_versions():
-  page = (pathlib.Path(__file__).parents[3] / "docs" / "data.md").read_text()
-  for package in (emoji.EMOJIBASE, *emoji_packages.ICONS.values()):
-    assert f" {package.name}@{package.version}" in page
+  root = pathlib.Path(__file__).parents[3]
+  assert "make data/emoji/dataset_info.json" in (root / "docs" / "data.md").read_text()
+  said = subprocess.run(["make", "-n", "data/emoji/dataset_info.json"], cwd=root, capture_output=True, text=True).stdout
+  (code,) = re.findall(r"-c '(from diffdis_jax.data.prepare.emoji_packages[^']*)'", said.replace("\\\n", ""))
+  names = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout.split()
+  assert names == [f"{each.name}@{each.version}" for each in (emoji.EMOJIBASE, *emoji_packages.ICONS.values())]
 
 
 @pytest.mark.slow
