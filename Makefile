@@ -1,5 +1,5 @@
-# make demo, make emoji-small, make test, make check, make lint, make docs and make figures each set up .venv by
-# themselves.
+# make demo, make emoji-small, make test, make check, make engines, make lint, make docs and make figures each set up
+# .venv by themselves.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ RUNS ?= runs/demo
 # Python keeps what it compiles, also where the environment says otherwise: a command's imports take half as long then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo emoji-small test check lint docs figures clean
+.PHONY: demo emoji-small test check engines lint docs figures clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
@@ -55,6 +55,10 @@ EQUATIONS := method/test_schedules.py method/test_samplers.py method/test_losses
   data/test_transforms.py data/test_randaugment_timm.py evals/test_distances.py evals/test_retrieval.py
 check: lint
 	$(PYTEST) $(addprefix tests/,$(EQUATIONS))
+
+# The launchers under real engines, as root, in minutes. What is not installed is skipped, with the line that installs it.
+engines: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m slow -rs tests/engines
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
