@@ -72,7 +72,6 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "make lint",
     "make docs",
     "make figures",
-    "make engines",
     "pytest",
     "python -m tests.test_configs",
   ),
