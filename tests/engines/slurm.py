@@ -127,6 +127,7 @@ class Slurm:
   def hasten(self, job: str) -> None:
     """A job that was queued again waits for two minutes, lest a bad node take it at once; this one need not."""
     wait_until(lambda: self.facts(job)["JobState"] == "PENDING", 90, f"job {job} queued again")
+    time.sleep(10)  # for a moment the node refuses a job that it has just killed
     self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
   def log(self, job: str) -> str:
