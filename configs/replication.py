@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from configs import common
 
 STEPS = 900  # of 64 images; equal samples
-# Seconds of a step on one core, by objectives. Provisional: that of discrimination is a prototype's, the others are
-# guesses. They are replaced by those that `diffdis benchmark --config=scenes` measures before the first run.
-STEP_SECONDS = {"generation": 0.40, "discrimination": 0.30, "generation+discrimination": 0.60}
+# Seconds of a step on one core of which nothing else ran, by objectives: medians of 15 rounds in turns, by
+# `diffdis benchmark --config=scenes --rounds=15 --out=F.json`, before the first run.
+STEP_SECONDS = {"generation": 0.251, "discrimination": 0.157, "generation+discrimination": 0.356}
 # A run is measured when it has ended, and reports nothing before.
 QUIET = dict(train_evals=(), sample_prompts=(), save_every=450, sample_every=100_000, eval_every=100_000)
 
