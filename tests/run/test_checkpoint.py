@@ -377,3 +377,14 @@ def test_a_save_killed_half_way_leaves_the_last_good_checkpoint(tmp_path):
     assert checkpointer.save(2, TrainState(params={"a.b": jnp.zeros(3)}))
   assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["1", "2"]
   assert committed.latest_step(tmp_path) == 2
+
+
+@pytest.mark.parametrize("best_is, expected", [("max", [2, 4]), ("min", [3, 4])])
+def test_the_best_stays_whichever_way_is_better(tmp_path, best_is, expected):
+  kept = CheckpointPolicy(keep_last=1, keep_best=1, best_metric="a", best_is=best_is)
+  with checkpoint.Checkpointer(tmp_path, kept) as checkpointer:
+    for step, value in enumerate((0.5, 0.9, 0.1, 0.6), start=1):
+      checkpointer.save(step, make_state(), metrics={"a": value})
+  assert committed.committed_steps(committed.folder(tmp_path)) == expected
+  best = checkpoint.best(tmp_path, kept)
+  assert best is not None and best.step == expected[0]
