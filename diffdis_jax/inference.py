@@ -115,7 +115,7 @@ class Inference:
     For CLIP, what its image encoder gives, L2-normalised, whatever the seed.
     """
     self._require(*ALIGNED)
-    done = Progress("embedded", len(images), "images").add
+    done = self._progress("embedded", len(images))
     return self._batched(
       functools.partial(self._compiled_embed_images, params), images, *_places(len(images), seed), done=done
     )
@@ -132,7 +132,7 @@ class Inference:
     As in its training an image is denoised once, in one step. Its noise is the first sample of `embed_images`.
     """
     self._require(*WITH_HEAD)
-    done = Progress("classified", len(images), "images").add
+    done = self._progress("classified", len(images))
     return self._batched(
       functools.partial(self._compiled_class_logits, params), images, *_places(len(images), seed), done=done
     )
@@ -202,6 +202,10 @@ class Inference:
       return self._compiled_generate.trace(params, tokens, noise)
     images = rows(jnp.uint8, self.image_size, self.image_size, 3)
     return self._compiled_embed_images.trace(params, images, rows(jnp.uint32), rows(jnp.int32))
+
+  def _progress(self, what: str, n: int) -> Callable[[int], object]:
+    """Of several calls; a page in the browser makes one after another, of an image each."""
+    return Progress(what, n, "images").add if n > self.batch_size else lambda count: None
 
   def _require(self, *objectives: str) -> None:
     """Raises UserError for a run that was trained for none of them."""

@@ -29,7 +29,7 @@ MOST_STEPS = 2**31 - 1  # which a step's number, an int32, counts to
 MOST_ROWS = 2**22  # of a global batch, far above any that was trained with
 MOST_PIXELS = 8192  # a side of an image, of which one row of a batch then has 0.2 GB
 _OF_ONE_TASK = dict(snr_gamma="generation", noised_image_share="discrimination", dispersive_weight="generation")
-# What no train step depends on, but for the shapes of a batch.
+# What no train step depends on, except by the shapes of a batch.
 BESIDE = ("seed", "init_from", "data", "checkpoint", "log_every", "save_every", "eval_every", "sample_every", "evals")
 BESIDE += ("train_evals", "sample_prompts", "inference")
 STEPS = ("num_steps", "log_every", "save_every", "eval_every", "sample_every")

@@ -276,9 +276,12 @@ class Loop:
 
 
 def rows_at_a_time(run: Run, mesh: Mesh) -> int:
-  """Of a call of evaluations and samples: no more than a step has in memory, where it takes a batch in parts."""
-  most = batches.rows_of_a_call(mesh)
-  return most if run.optim.accumulate == 1 else min(most, run.batch_size // run.optim.accumulate)
+  """Of a call of evaluations and samples: no more than a step has, beside whose state they must fit, and which may take
+  a batch in parts; of a whole batch at least 64."""
+  of_step = run.batch_size // run.optim.accumulate
+  if run.optim.accumulate == 1:
+    of_step = max(of_step, batches.ROWS)
+  return min(batches.rows_of_a_call(mesh), of_step)
 
 
 def slowest_host(data_wait: float) -> dict[str, float]:

@@ -121,7 +121,7 @@ class Trainer:
 
   def with_params(self, params: Params) -> TrainState:
     """The state of step 0 around these parameters; donates them."""
-    # Where they lie already, but for those that a run chooses by itself.
+    # Where they lie already, except those that a run chooses by itself.
     params = jax.device_put(params, self.state_shardings.params)
     return self.assemble.compiled()(params).replace(seed=self.place_seed())
 
