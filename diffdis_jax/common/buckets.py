@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import io
 import logging as python_logging
 import os
 import pathlib
@@ -32,6 +33,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 SCHEME = "gs://"
 _ADDRESS = re.compile(r"([A-Za-z][\w+.-]*):/+")  # with one slash too, which nobody means for a folder of that name
 _BUCKET = re.compile(r"gs://[^/]+")
+_SESSIONS = 3  # that a large object may need
 EVERY = 30.0  # seconds between two copies of files that are appended to
 
 
@@ -91,6 +93,43 @@ def _configure() -> None:
   # gcsfs answers that nothing is there when it cannot look: a run would begin from nothing, or remove its checkpoints.
   backend.fsspec_backend.exists = lambda path: _kind(path) is not None
   backend.fsspec_backend.isdir = lambda path: _kind(path) == "directory"
+  backend.fsspec_backend.open = _open
+
+
+def _open(where: epath.PathLike, mode: str) -> io.IOBase:
+  if mode not in ("w", "wb"):
+    return backend.fsspec_backend.fs(where).open(os.fspath(where), mode=mode)
+  written = _Object(os.fspath(where))
+  return written if mode == "wb" else io.TextIOWrapper(written, encoding="utf-8", newline="")
+
+
+class _Object(io.BytesIO):
+  """A file that becomes an object when it is closed, in one request unless it is large.
+
+  gcsfs begins a session for each file, however small, and gives up where the server has lost it between two requests.
+  """
+
+  def __init__(self, where: str):
+    super().__init__()
+    self._where = where
+
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    if kind is not None:  # a part of a file is none
+      super().close()
+    self.close()
+
+  def close(self) -> None:
+    if self.closed:
+      return
+    data = self.getvalue()
+    super().close()
+    for attempt in range(_SESSIONS):
+      try:
+        _system().pipe_file(self._where, data)
+        return
+      except FileNotFoundError:  # the session, or the bucket
+        if attempt == _SESSIONS - 1:
+          raise
 
 
 def _kind(where: epath.PathLike) -> str | None:
