@@ -11,6 +11,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import logging
+from grain import experimental
 from jaxtyping import Int
 
 from diffdis_jax.common import signals
@@ -19,7 +20,7 @@ from diffdis_jax.data import records
 from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.long_tail import LabelledSource, class_counts
-from diffdis_jax.data.sources import Mixture, Source
+from diffdis_jax.data.sources import Grouped, Mixture, Source
 from diffdis_jax.data.transforms import augment, needed_side
 from diffdis_jax.errors import UserError
 
@@ -58,7 +59,7 @@ def train_loader(
   batches nor the other rows depend on it.
 
   Args:
-    source: or several with weights; each is shuffled and begun again on its own.
+    source: or several with weights; each is shuffled and begun again on its own, records of a `Grouped` one in runs.
     batch_size: global; each host gets `batch_size // shard_count` rows.
     seed: of order and augmentation.
     discrimination_augmentation: of a second view of each image, 'discrimination_image': u8[b h w 3]; None for none.
@@ -80,7 +81,10 @@ def train_loader(
     else:
       example = _ImageExample(part, image_size, augmentation, discrimination_augmentation)
     # A seed a source: two of one length would be shuffled alike.
-    order = grain.MapDataset.range(len(part)).seed(seed + i).shuffle()
+    together = part.together if isinstance(part, Grouped) else 1
+    order = grain.MapDataset.range(len(part) // together).seed(seed + i).shuffle()
+    if together > 1:
+      order = experimental.FlatMapMapDataset(order, _InRuns(together))
     # `repeat` last: each epoch it gives new seeds to what stands before it, the order and the augmentation.
     datasets.append(order.random_map(example).repeat())
   dataset = grain.MapDataset.mix(datasets, source.weights) if isinstance(source, Mixture) else datasets[0]
@@ -89,6 +93,20 @@ def train_loader(
   own = grain.MapDataset.source(_Rows(dataset, tuple(rows), batch_size))
   batches = own.batch(len(rows), batch_fn=_Collate(tokenizer))
   return _read_ahead(batches, loading)
+
+
+class _InRuns(experimental.FlatMapTransform):
+  """The number of a run of records -> their places in the source."""
+
+  def __init__(self, length: int):
+    self._length = length
+
+  @property
+  def max_fan_out(self) -> int:
+    return self._length
+
+  def flat_map(self, element: int) -> range:
+    return range(element * self._length, (element + 1) * self._length)
 
 
 def labelled_loader(

@@ -179,6 +179,11 @@ class Recaptioned:
   def __len__(self) -> int:
     return len(self.source)
 
+  @property
+  def together(self) -> int:
+    """As the source's, of `sources.Grouped`."""
+    return getattr(self.source, "together", 1)
+
   def __getitem__(self, index: int) -> dict[str, Any]:
     return with_captions(self.source[index], self.caption_fields)
 

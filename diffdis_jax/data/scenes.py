@@ -45,6 +45,7 @@ SPLITS = {
   **dict.fromkeys((f"choice_{split}" for split in MEASURED), 4096),
   "all": 8192,
 }
+TOGETHER = 8  # scenes of training: four of the same two objects, and four of two others of the same colours
 ORBIT = 8  # scenes that swaps of colours and of objects, and the other relation, make of one
 
 
@@ -103,16 +104,18 @@ def say(first: Pair, relation: str, second: Pair) -> str:
 def scenes_of(split: str) -> tuple[Scene, ...]:
   """The scenes of a split, each once.
 
-  `train` has all of two seen pairs that share neither colour nor shape. `val` and `test` have such scenes too, and
-  `val_unseen` and `test_unseen` those with one unseen pair. Of each of these four, `choice_...` has the scenes whose
-  swapped colours name as many unseen pairs: all eight of an orbit, one after another. `all`, from which a judge of
-  images learns, has every two pairs, equal ones too.
+  `train` has all of two seen pairs that share neither colour nor shape, those that differ in little after each other:
+  unless they meet in a batch, relations and shapes are learned late, or in some runs only. `val` and `test` have such
+  scenes too, and `val_unseen` and `test_unseen` those with one unseen pair. Of each of these four, `choice_...` has the
+  scenes whose swapped colours name as many unseen pairs: all eight of an orbit, one after another. `all`, from which a
+  judge of images learns, has every two pairs, equal ones too.
   """
   pairs = {"train": SEEN, "all": PAIRS}.get(split)
   if pairs is not None:
     every = [Scene(first, second, relation) for first in pairs for second in pairs for relation in RELATIONS]
     found = [scene for scene in every if split == "all" or _differs(scene)]
-    return tuple(found[i] for i in np.random.default_rng(0).permutation(len(found)))
+    found = [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+    return tuple(found if split == "all" else _alike_together(found))
   unseen, is_choice = split.endswith("_unseen"), split.startswith("choice_")
   return tuple(
     scene
@@ -120,6 +123,16 @@ def scenes_of(split: str) -> tuple[Scene, ...]:
     for scene in orbit
     if scene.unseen == unseen and (not is_choice or scene.swapped_colours.unseen == unseen)
   )
+
+
+def _alike_together(found: Sequence[Scene]) -> list[Scene]:
+  """Those of the same two colours after each other, and among these the four of the same two objects."""
+  by_colours: dict[frozenset[str], dict[Scene, None]] = {}
+  for scene in found:
+    orders = sorted((scene, scene.swapped_objects), key=lambda each: (each.first, each.second))
+    of_objects = (dataclasses.replace(each, relation=relation) for each in orders for relation in RELATIONS)
+    by_colours.setdefault(frozenset((scene.first[0], scene.second[0])), {}).update(dict.fromkeys(of_objects))
+  return [scene for scenes in by_colours.values() for scene in scenes]
 
 
 def _differs(scene: Scene) -> bool:
@@ -173,7 +186,7 @@ class Scenes:
   both of its pairs are, key}, and in the splits `choice_...` negatives: {kind: false caption} of KINDS. `caption` is
   one of the two; negatives are worded as it is. The scenes of `scenes_of` follow in turn, in other
   images each time; those of `val`, `val_unseen`, `test` and `test_unseen` are more than 1,024, whose captions differ.
-  `seed` changes images, not scenes.
+  `seed` changes images, not scenes. In training TOGETHER images follow each other.
   """
 
   def __init__(self, *, split: str, image_size: int, seed: int = 0, num_images: int | None = None):
@@ -182,6 +195,7 @@ class Scenes:
     self._seed = (seed, tuple(SPLITS).index(split))
     self._has_negatives = split.startswith("choice_")
     self._image_size = image_size
+    self.together = TOGETHER if split == "train" else 1  # of sources.Grouped
     self._num_images = SPLITS[split] if num_images is None else num_images
 
   def __len__(self) -> int:

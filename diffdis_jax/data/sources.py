@@ -33,6 +33,14 @@ class Described(Protocol):
   def fields(self, index: int) -> dict[str, Any]: ...
 
 
+@runtime_checkable
+class Grouped(Protocol):
+  """A source whose records follow each other in training as well, this many at a time; their number divides by it."""
+
+  @property
+  def together(self) -> int: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
   """What a config says of a source. A kind of source says how it is opened, and which of these fields it lacks.

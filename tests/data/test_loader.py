@@ -75,6 +75,21 @@ def test_every_epoch_has_each_record_once_in_a_new_order():
   assert len({tuple(epoch) for epoch in order.tolist()}) == 3
 
 
+def test_records_that_belong_together_stay_so_in_every_epoch():
+  class Fours(Numbered):
+    together = 4
+
+  batches = take(make(Fours(), image_size=8, num_threads=2), 10)
+  order = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches]).reshape(3, 10, 4)
+  np.testing.assert_array_equal(order, order[:, :, :1] + np.arange(4))
+  runs = order[:, :, 0] // 4
+  for epoch in runs:
+    assert sorted(epoch) == list(range(10))
+  assert len({tuple(epoch) for epoch in runs.tolist()}) == 3
+  parts = [next(make(Fours(), image_size=8, shard_index=i, shard_count=2))["image"] for i in range(2)]
+  np.testing.assert_array_equal(np.stack(parts, 1).reshape(batches[0]["image"].shape), batches[0]["image"])
+
+
 def test_augmentation_differs_between_epochs():
   source = sources.open_source(name="shapes", image_size=16, num_images=4)
   images = np.concatenate([batch["image"] for batch in take(make(source, batch_size=4, augmentation=STRONG), 6)])

@@ -41,6 +41,17 @@ def test_training_has_no_pair_that_is_held_out():
   assert named == {*scenes.SEEN} and len(scenes_of("train")) == len({*scenes_of("train")}) == 3552
 
 
+def test_training_has_scenes_together_that_differ_in_little():
+  groups = np.array(scenes_of("train"), object).reshape(-1, scenes.TOGETHER)
+  assert scenes.TOGETHER == 8 and len(make("train")) % 8 == 0
+  of_objects = [{frozenset((scene.first, scene.second)) for scene in four} for four in groups.reshape(-1, 4)]
+  assert {len(each) for each in of_objects} == {1} and len(set(map(frozenset, of_objects))) == len(of_objects)
+  colours = [len({frozenset((scene.first[0], scene.second[0])) for scene in group}) for group in groups]
+  assert colours.count(1) == 436 and colours.count(2) == 8  # where two colours have an odd number of pairs of objects
+  assert [make(split).together for split in ("train", "val", "choice_val", "all")] == [8, 1, 1, 1]
+  assert sources.open_source(name="scenes", image_size=8, caption_fields=("caption",)).together == 8
+
+
 @pytest.mark.parametrize("split", MEASURED)
 def test_what_is_measured_has_one_unseen_pair_or_none(split):
   assert {scene.unseen for scene in scenes_of(split)} == {int(split.endswith("_unseen"))}
