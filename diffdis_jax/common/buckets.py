@@ -195,9 +195,9 @@ class Mirror:
     if self._clock() - self._last >= EVERY:
       self.copy()
 
-  def copy(self) -> None:
-    """Copies the files that have grown."""
-    self._last = self._clock()
+  def copy(self) -> bool:
+    """Copies the files that have grown; whether all of them are there now."""
+    self._last, all_there = self._clock(), True
     for file in self.folder.iterdir():
       size = file.stat().st_size
       if self._copied.get(file.name) != size:
@@ -206,6 +206,8 @@ class Mirror:
           self._copied[file.name] = size
         except Exception as error:  # of gcsfs or of the network below it, which may be back at the next copy
           logging.warning("cannot write %s, which is tried again: %s", self._to / file.name, error)
+          all_there = False
+    return all_there
 
   def close(self) -> None:
     self.copy()

@@ -33,7 +33,7 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 LONGEST_WORD = 1000  # characters, of a message
 _TEXTS = {"prompt", "eval"}  # flags that may hold any text
 # Flags that an unset variable of a shell leaves empty, which would be this folder.
-_FOLDERS = {"workdir", "out", "compiled", "save"}
+_FOLDERS = {"workdir", "out", "compiled", "save", "near"}
 # Errors of the path that someone gave, rather than of a disk, which may be well the next time.
 _OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 

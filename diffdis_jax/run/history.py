@@ -76,6 +76,15 @@ def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
   return [line for line in map(parse, files.lines(buckets.path(workdir) / FILE)) if _is_event(line)]
 
 
+def since(workdir: epath.PathLike) -> float | None:
+  """When the steps that count began, in seconds since 1970: at the run's first start, or where it went back; None
+  before the first."""
+  lines = read(workdir)
+  first = [line["time"] for line in lines if line["event"] == "start"][:1]
+  back = [line["time"] for line in lines if line.get("why") == "went back"]
+  return next(reversed(first + back), None)
+
+
 def went_back(workdir: epath.PathLike) -> WentBack | None:
   """What the run in this folder has gone back to; None where it has not."""
   for line in read(workdir):

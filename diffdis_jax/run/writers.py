@@ -73,11 +73,10 @@ class Writer:
     if self._tracker:
       self._tracker.image(step, name, image)
 
-  def flush(self) -> None:
+  def flush(self) -> bool:
     """What was written so far is in the run's folder: before a checkpoint is, so that a run resumed from it lacks no
-    line of the steps before."""
-    if self._mirror:
-      self._mirror.copy()
+    line of the steps before. Returns whether it is."""
+    return not self._unwritten and (self._mirror is None or self._mirror.copy())
 
   def close(self) -> None:
     for name in [*self._unwritten]:
@@ -126,8 +125,8 @@ class _NoWriter(Writer):
   def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
     pass
 
-  def flush(self) -> None:
-    pass
+  def flush(self) -> bool:
+    return True
 
   def close(self) -> None:
     pass

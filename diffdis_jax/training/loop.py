@@ -26,6 +26,7 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import batches, executables, processes, sharding
 from diffdis_jax.run import checkpoint, committed, history, profile, trackers, watchdog, workdir, writers
+from diffdis_jax.run.near import Near
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training import facts, skips, start, stored_inputs
 from diffdis_jax.training.evaluator import Evaluator, make_evaluator
@@ -44,6 +45,7 @@ def train_and_evaluate(
   prepared: Prepared | None = None,
   folder: executables.Folder | None = None,
   patience: float = watchdog.PATIENCE,
+  near: Near | None = None,
 ) -> None:
   """Trains to `run.num_steps`, from the last checkpoint in the workdir `path` if there is one.
 
@@ -55,6 +57,7 @@ def train_and_evaluate(
     prepared: of this run; None to do it here, for a mesh of all devices.
     folder: where its programs may lie compiled, unless it is prepared; None for nowhere.
     patience: as `watchdog.Watchdog` has it.
+    near: its near checkpoints; None for none.
 
   Raises:
     UserError: bad data or workdir, a config that the devices cannot train, or more steps to skip than may be.
@@ -63,6 +66,8 @@ def train_and_evaluate(
   # Flags first: they need neither devices nor data.
   span = profile.parse(profiled, num_steps=run.num_steps) if profiled else None
   trackers.check(tracker)
+  if near:
+    near.check()
   mesh = prepared.trainer.mesh if prepared else sharding.make_mesh(**vars(run.mesh))
   stop = processes.PreemptionHandler(sharding.batch_sharding(mesh))
   if jax.process_count() == 1:  # each of several has said so when it joined the others
@@ -102,6 +107,8 @@ def train_and_evaluate(
     workdir.open_for_training(path, fields, is_writer=is_writer)
     if is_writer:
       files.write_whole(buckets.path(path) / "parameters.txt", facts.overview(trainer).encode())
+    if near:
+      stack.enter_context(near)  # before the checkpointer, so that it ends after the last checkpoint is committed
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, run.checkpoint))
     if checkpointer.latest_step() != run.num_steps:
       train_step.start()  # in parallel to reading and initialising parameters, which may take a minute each
@@ -114,7 +121,7 @@ def train_and_evaluate(
     def go_on() -> None:
       """To the end from the last checkpoint, if there is one. Raises WentBack: to do so again."""
       dog.at("the start", storage=True)
-      state, meta = start.restore_or_init(trainer, checkpointer, iterator, made)
+      state, meta = start.restore_or_init(trainer, checkpointer, iterator, made, near)
       # Not before: the fingerprints are of parameters, which are there only now.
       stored_inputs.check_stored(latent_facts(run.data), state.params, trainer.trainable)
       step = int(state.step)
@@ -127,7 +134,9 @@ def train_and_evaluate(
         writer = writers.open_writer(path, start_step=step, is_writer=is_writer, open_tracker=track)
         inner.enter_context(contextlib.closing(writer))
         profiler = inner.enter_context(contextlib.closing(profile.Profiler(span, path, start_step=step)))
-        loop = Loop(run, prepared, iterator, evaluator, checkpointer, writer, stop, profiler, peak_rate, left_out, dog)
+        loop = Loop(
+          run, prepared, iterator, evaluator, checkpointer, near, writer, stop, profiler, peak_rate, left_out, dog
+        )
         found = loop.run_to_end(state, meta)
         # Raised here, when the loop's state is gone: beside another one devices may have no room for it.
         if found is not None:
@@ -159,6 +168,7 @@ class Loop:
   iterator: grain.DatasetIterator
   evaluator: Evaluator
   checkpointer: checkpoint.Checkpointer
+  near: Near | None
   writer: writers.Writer
   stop: processes.PreemptionHandler
   profiler: profile.Profiler
@@ -232,7 +242,8 @@ class Loop:
         totals = None
       found, preempted, due = {}, self.stop.agreed(), self.evaluator.is_due(step, last=last)
       saves = last or bool(preempted) or step % run.save_every == 0
-      if due or saves:
+      near = self.near is not None and self.near.is_due(step) and not last
+      if due or saves or near:
         self.dog.at("the steps before a save or an evaluation")
         jax.block_until_ready(metrics)  # its time is that of steps
       # Evaluation before the save, whose checkpoint is kept by what was measured; unless there is no time for it.
@@ -244,11 +255,12 @@ class Loop:
         except Preempted as stopped:
           preempted, saves = type(stopped), True
       # The save before the next batch is loaded, so that the iterator's position is that of the next step.
-      if saves:
+      near = near and not preempted  # for which there is no time
+      if saves or near:
         self.dog.at("a save", storage=True)
         with progress.paused():
-          required = last or bool(preempted)
-          self._save(step, state, totals, substitutions, skipped, found, evaluated=not due, required=required)
+          which = {"near": near, "far": saves, "required": last or bool(preempted)}
+          self._save(step, state, totals, substitutions, skipped, found, evaluated=not due, **which)
       if preempted:
         logging.warning("asked to stop: saving step %d; run the same command again to resume", step)
         raise preempted
@@ -263,16 +275,21 @@ class Loop:
     found: Mapping[str, float],
     *,
     evaluated: bool,
+    near: bool,
+    far: bool,
     required: bool,
   ) -> None:
     # A checkpoint from which training cannot resume is worse than none.
     if totals is not None:
       check_finite(totals, step, self.checkpointer)
     pending = processes.over_hosts(substitutions.new).tolist()
-    self.writer.flush()
+    flushed = self.writer.flush()
     meta = {"totals": write_totals(totals), "substituted": pending, "evaluated": evaluated}
     meta |= {"skipped": skipped.to_meta(), "norms": {name: float(x) for name, x in state.norms.items()}}
-    self.checkpointer.save(step, state, self.iterator, meta=meta, metrics=found, required=required)
+    if near and self.near:  # first: it is there when the other one cannot be written
+      self.near.save(step, state, self.iterator, meta=meta, ready=flushed)
+    if far:
+      self.checkpointer.save(step, state, self.iterator, meta=meta, metrics=found, required=required)
 
 
 def rows_at_a_time(run: Run, mesh: Mesh) -> int:

@@ -25,6 +25,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import HEAD_PREFIX
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint, restore
+from diffdis_jax.run.near import Near
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
@@ -42,16 +43,23 @@ def restore_or_init(
   checkpointer: checkpoint.Checkpointer,
   iterator: grain.DatasetIterator,
   made: Callable[[Params], Params] | None = None,
+  near: Near | None = None,
 ) -> Start:
   """The last checkpoint's state and meta, with the data iterator set to its next batch; or the state of step 0.
 
   Args:
     made: of the parameters of step 0, those that are computed from the others; None for none.
+    near: the run's near checkpoints; None for none.
   """
   step = checkpointer.latest_step()
-  if step is not None:
+  restored = near.restore(trainer.abstract_state, iterator, beyond=step or 0) if near else None
+  if restored is not None:
+    step = restored.meta["step"]
+    logging.info("resuming from step %d, a near checkpoint", step)
+  elif step is not None:
     restored = checkpointer.restore(step, trainer.abstract_state, iterator)
     logging.info("resuming from step %d", step)
+  if restored is not None:
     number = trainer.place_number(np.asarray(step, np.int32))
     # Those that were not kept when this was saved begin at 0.
     norms = {name: restored.meta.get("norms", {}).get(name, 0.0) for name in trainer.abstract_state.norms}
