@@ -173,8 +173,13 @@ class Near:
     logging.warning("the near checkpoint %s is not taken: %s", path, reason)
     return None
 
+  def wait(self) -> None:
+    """Returns when the save in progress has ended."""
+    if self._written is not None:
+      concurrent.futures.wait([self._written])
+
   def _is_written(self) -> bool:
-    """Waits for the save in progress; whether it is whole."""
+    """Waits for the save in progress; whether it is whole, or there was none."""
     written, self._written = self._written, None
     try:
       if written is not None:
@@ -245,7 +250,7 @@ def _read_tree(path: epath.Path, shards: list[_Shard], abstract: Any) -> Any:
       shard = _Shard(_name(key), _bounds(index, like.shape), str(like.dtype))
       if shard not in known:
         if shard not in begins:
-          raise KeyError(f"it lacks {shard.name} {shard.dtype}{[*shard.index]}")
+          raise UserError(f"it lacks {shard.name}, {shard.dtype}{[*shard.index]}")
         found = np.fromfile(path, np.uint8, count=shard.nbytes, offset=begins[shard])
         known[shard] = found.view(jnp.dtype(shard.dtype)).reshape(shard.shape)
       return known[shard]
