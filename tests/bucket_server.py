@@ -26,10 +26,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(root: pathlib.Path, port: int) -> Iterator[str]:
-  """The address of a server whose buckets are the folders in `root`."""
+def serving(root: pathlib.Path, port: int, public: int | None = None) -> Iterator[str]:
+  """The address of a server whose buckets are the folders in `root`. `public`: the port that its clients see."""
   (binary,) = BINARIES.iterdir()
-  options = {"scheme": "http", "host": "127.0.0.1", "port": port, "public-host": f"127.0.0.1:{port}"}
+  options = {"scheme": "http", "host": "127.0.0.1", "port": port, "public-host": f"127.0.0.1:{public or port}"}
   options |= {"backend": "filesystem", "filesystem-root": root, "log-level": "error"}
   command = [str(binary), *(word for name, value in options.items() for word in (f"-{name}", str(value)))]
   process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -117,8 +117,9 @@ def test_two_processes_one_of_which_is_killed(tmp_path, url, on_a_bucket, enviro
   assert_same_end(buckets.path(url), tmp_path / "whole")
 
 
+@pytest.mark.parametrize("seconds", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_bucket_that_is_away_for_a_while_changes_no_bit(
-  tmp_path, environment, monkeypatch, joint_run, autoencoder_run
+  tmp_path, environment, monkeypatch, joint_run, autoencoder_run, seconds
 ):
   """While the run saves, and where the next one starts."""
   from tests import bucket_server  # here, or else pytest warns that it is imported before it is made a plugin
@@ -133,7 +134,7 @@ def test_a_bucket_that_is_away_for_a_while_changes_no_bit(
     while not any(tmp_path.rglob("commit_success.txt")):
       assert running.poll() is None
       time.sleep(0.02)
-  time.sleep(4)
+  time.sleep(seconds)
   with bucket_server.serving(tmp_path, port):
     said = running.communicate(timeout=300)[1]
     assert running.returncode == 0, said
