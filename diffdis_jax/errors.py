@@ -51,7 +51,8 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 # Of a network, of a server at its other end, or of a disk.
 _OF_STORAGE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT}
 _OF_STORAGE |= {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOTCONN}
-_NETWORKING = ("aiohttp.", "gcsfs.", "google.auth.")  # packages whose errors are all of one
+# Packages whose errors are all of one; gcsfs raises those of requests too, for a 502.
+_NETWORKING = ("aiohttp.", "gcsfs.", "google.auth.", "requests.")
 
 
 def may_pass(error: BaseException) -> bool:

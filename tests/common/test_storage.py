@@ -10,7 +10,7 @@ import time
 import pytest
 
 from diffdis_jax.common import storage
-from diffdis_jax.errors import Gone
+from diffdis_jax.errors import Gone, may_pass
 
 
 class Flaky:
@@ -40,6 +40,15 @@ def test_what_may_pass_is_tried_again_with_growing_pauses(pauses, caplog):
   said = [record.getMessage() for record in caplog.records]
   assert said[0] == "cannot read the data: Input/output error; trying again in 1 s"
   assert said[-1] == "the data can be read again, after 15 s"
+
+
+def test_what_gcsfs_raises_for_any_answer_of_a_failing_server_may_pass():
+  from gcsfs import retry
+
+  for status in (408, 429, *range(500, 505)):
+    with pytest.raises(Exception) as raised:
+      retry.validate_response(status, b"", "gs://b/c")
+    assert may_pass(raised.value), status
 
 
 def test_what_stays_away_ends_in_one_line(pauses):
