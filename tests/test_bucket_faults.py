@@ -96,7 +96,7 @@ def test_a_server_that_answers_503(root, monkeypatch, environment, joint_run, au
 def test_a_server_that_answers_slowly(root, monkeypatch, environment, joint_run, autoencoder_run):
   with bucket_proxy.serving(root) as proxy:
     there = environment | reach(proxy.address, monkeypatch)
-    proxy.delay = 0.5
+    proxy.delay = 0.2
     flags = [*joint_flags(autoencoder_run), "--workdir=gs://bucket/run"]
     with started([sys.executable, "-m", "diffdis_jax.train", *flags], there) as running:
       end_of(running)
@@ -138,11 +138,12 @@ def test_killed_at_random_points_of_saves(root, monkeypatch, environment):
 
 
 def unfinished(run: pathlib.Path) -> tuple[int, int] | None:
-  """Step and number of objects of the checkpoint that is not committed."""
-  for path in (run / "checkpoints").glob("[0-9]*"):
-    if not (path / committed.COMMIT_MARK).exists() and (there := sum(each.is_file() for each in path.rglob("*"))):
-      return int(path.name), there
-  return None
+  """Step and number of objects of the newest checkpoint, where it is not committed; older ones may be under removal."""
+  steps = [int(path.name) for path in (run / "checkpoints").glob("[0-9]*") if any(path.rglob("*"))]
+  newest = run / "checkpoints" / str(max(steps, default=0))
+  if not steps or (newest / committed.COMMIT_MARK).exists():
+    return None
+  return int(newest.name), sum(each.is_file() for each in newest.rglob("*"))
 
 
 def wait_for_a_save(running: subprocess.Popen, run: pathlib.Path, chance: random.Random) -> bool:
