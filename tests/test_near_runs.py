@@ -58,7 +58,8 @@ def test_a_killed_run_resumes_from_the_near_one(
   command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), f"--workdir={url}"]
   command += [f"--near={near}", "--near_every=3", f"--config.save_every={4 if far else 100}"]
   there = environment | bucket_environment
-  kill_when(command, there, lambda: max(near_steps(near), default=0) >= 6 and (not far or committed.latest_step(url)))
+  ready = lambda: max(near_steps(near), default=0) >= 6 and (not far or committed.latest_step(url) is not None)
+  kill_when(command, there, ready)
   kept, saved = max(near_steps(near)), committed.latest_step(url)
   assert kept < STEPS and bool(saved) == far
   done = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True)

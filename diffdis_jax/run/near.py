@@ -198,7 +198,7 @@ class Near:
     if kind is None and self._own is not None:
       shutil.rmtree(self._own, ignore_errors=True)
       with contextlib.suppress(OSError):
-        self._own.parent.rmdir()  # unless another process of this host has its own there
+        os.rmdir(self._own.parent)  # unless another process of this host has its own there
 
 
 def _write(

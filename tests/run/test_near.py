@@ -57,6 +57,12 @@ def found_in(run, *, beyond=0, sharding_of=None):
   return Near(run, run.parent / "near", 5).restore(target, batches, beyond=beyond), batches
 
 
+def restored(run, **options):
+  found = found_in(run, **options)[0]
+  assert found is not None
+  return found
+
+
 def folders(run):
   return sorted(path.name for path in (run.parent / "near").glob("*/0/*"))
 
@@ -65,6 +71,7 @@ def test_the_newest_is_restored_to_the_same_bits(run):
   saved(run, 5, 10, 15)
   assert folders(run) == ["10", "15"]
   found, batches = found_in(run)
+  assert found is not None
   assert found.meta == {"step": 15, **META}
   assert_same_bits(jax.device_get(found.state), jax.device_get(state_of(15)))
   expected = make_iterator()
@@ -80,10 +87,10 @@ def test_the_one_before_is_taken_where_the_newest_is_damaged(run, caplog):
   content = bytearray(path.read_bytes())
   content[3] ^= 1
   path.write_bytes(content)
-  assert found_in(run)[0].meta["step"] == 5
+  assert restored(run).meta["step"] == 5
   assert "0/10 is not taken: params holds other bytes than were saved" in caplog.text
   (path.parent / digests.NAME).unlink()
-  assert found_in(run)[0].meta["step"] == 5
+  assert restored(run).meta["step"] == 5
 
 
 def test_it_is_not_taken_on_another_mesh_which_needs_other_parts(run, caplog):
@@ -96,7 +103,7 @@ def test_only_whole_arrays_are_needed_on_one_device(run):
   near = saved(run)
   near.save(5, state_of(5, one_device), make_iterator(), meta=META, ready=True)
   near.wait()
-  assert found_in(run, sharding_of=one_device)[0].meta["step"] == 5
+  assert restored(run, sharding_of=one_device).meta["step"] == 5
 
 
 def test_another_run_in_the_same_workdir_has_its_own(run):
@@ -144,7 +151,14 @@ def test_they_go_when_the_run_has_ended_well(run):
     raise UserError("bad")
   assert folders(run) == ["5"]
   near = saved(run, 10)
+  (own,) = (run.parent / "near").glob("*/0")
+  of_another = own.with_name("1")
+  of_another.mkdir()
   with near:
+    pass
+  assert not own.exists() and of_another.exists()
+  of_another.rmdir()
+  with saved(run, 10):
     pass
   assert not list((run.parent / "near").iterdir())
 
