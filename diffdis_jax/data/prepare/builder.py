@@ -236,7 +236,7 @@ def prepare(
   if settings.beam_options:
     staging.check_beam()
   out = out.resolve()
-  partial = out.with_name(f".{out.name}.partial")
+  partial = partial_of(out)
   if partial.exists() and (out / "report.json").exists():  # killed between the last two steps
     reports = {name: Report(**report) for name, report in files.read_json(out / "report.json").items()}
     shutil.rmtree(partial)
@@ -275,6 +275,12 @@ def prepare(
     shutil.rmtree(partial)
   logging.info("wrote %s", out)
   return made.reports
+
+
+def partial_of(out: pathlib.Path) -> pathlib.Path:
+  """Where what is finished of the folder `out` lies until all is."""
+  out = out.resolve()
+  return out.with_name(f".{out.name}.partial")
 
 
 @contextlib.contextmanager
