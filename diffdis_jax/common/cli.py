@@ -288,7 +288,9 @@ def _stop(error: Exception | str, *, code: int = 2) -> NoReturn:
 
 def _shortened(word: str) -> str:
   """Of a message, which may quote all that someone gave."""
-  return word if len(word) <= LONGEST_WORD else f"{word[:100]}...{word[-20:]}"
+  word = word if len(word) <= LONGEST_WORD else f"{word[:100]}...{word[-20:]}"
+  # Of a file's name or a class's, which a terminal would take for orders.
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in word)
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:

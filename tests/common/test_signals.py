@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM to commands that have nothing to save: one line, code 130 or 143, whatever the main thread is at."""
+"""Ctrl-C and SIGTERM to commands that have nothing to save: one line and a code, whatever the main thread is at."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -229,12 +230,16 @@ def prepare(
     What became of the pairs of each split; `out/report.json` says the same.
 
   Raises:
-    UserError: `out` is not an empty folder or cannot be written, a split without one usable pair, or an unfinished
-      preparation there of another source or with other settings.
+    UserError: `out` is not an empty folder or cannot be written, a split without one usable pair or a usable name, or an
+      unfinished preparation there of another source or with other settings.
   """
   settings = settings or Settings()
   if settings.beam_options:
     staging.check_beam()
+  for split in {part.split for part in parts}:
+    # `all` is TFDS's own name for the union of splits. A path would lead out of the folder.
+    if not isinstance(split, str) or not re.fullmatch(r"\w+", split) or split == "all":
+      raise UserError(f"a split cannot be called {split!r:.100}; letters, digits and _ make its name, but not 'all'")
   out = out.resolve()
   partial = partial_of(out)
   if partial.exists() and (out / "report.json").exists():  # killed between the last two steps
