@@ -250,7 +250,10 @@ class Pairs:
     try:
       if self._is_stale and self._reopen is not None:
         self._records, self._is_stale = self._reopen().stored, False
-      return dict(self._records[index])
+      record = dict(self._records[index])
+      if record.get("key") == b"":  # of a file that became shorter ArrayRecord reads nothing, and says nothing
+        raise Unusable("unreadable record")
+      return record
     except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
       away = storage.away(error, self._files)
       if away is None and not isinstance(error, UserError):

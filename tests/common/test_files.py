@@ -128,7 +128,7 @@ WRITER = """
 import pathlib, sys, time
 from diffdis_jax.common import files
 out = pathlib.Path(sys.argv[1])
-with files.whole_folder(out / "folder") as temporary, files._in_use(out / ".file.7.tmp", files.os.O_CREAT):
+with files.whole_folder(out / "folder") as temporary, files.in_use(out / ".file.7.tmp", files.os.O_CREAT):
   (temporary / "large").write_bytes(bytes(1000))
   sys.stdout.write("in\\n")
   sys.stdout.flush()
