@@ -14,21 +14,20 @@ import os
 import pathlib
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from diffdis_jax.run import committed
-from tests import forked, killing
+from tests import killed_commands
 from tests.command_runs import ROOT
+from tests.killing import Course, Killer
 from tests.test_resume import metrics, restore_training, steps_logged
 
 pytest_plugins = ("tests.command_runs",)
@@ -37,9 +36,9 @@ STEPS, SAVE_EVERY = 60, 10
 
 
 def command(run: pathlib.Path) -> list[str]:
-  fields = {"num_steps": STEPS, "save_every": SAVE_EVERY, "log_every": 1}
-  flags = [f"--config.{name}={value}" for name, value in fields.items()]
-  train = [sys.executable, "-m", "diffdis_jax.train", "--config=tests/tiny.py:autoencoder", f"--workdir={run}", *flags]
+  fields = {"num_steps": STEPS, "save_every": SAVE_EVERY, "log_every": 1, "eval_every": SAVE_EVERY}
+  flags = [f"--config.{name}={value}" for name, value in {**fields, "train_evals": ("test",)}.items()]
+  train = [sys.executable, "-m", "diffdis_jax.train", "--config=tests/tiny.py", f"--workdir={run}", *flags]
   return ["launch/local.sh", "-n", "2", "-d", "1", "--max-restarts", "1000", "--", *train]
 
 
@@ -61,17 +60,23 @@ def newest(run: pathlib.Path) -> int:
 
 
 def wait_for_a_moment(launcher: subprocess.Popen, run: pathlib.Path, chance: random.Random) -> str:
-  """Returns at some moment of the start, of the steps, or of a save."""
-  kind = chance.choice(("start", "steps", "steps", "save"))
+  """Returns at some moment of the start, of the steps, of a save, or of an evaluation."""
+  kind = chance.choice(("start", "steps", "steps", "save", "evaluation"))
   if kind == "start":
     time.sleep(chance.uniform(0, 20))
     return kind
   unfinished = lambda: {path.name for path in (run / "checkpoints").glob("*.orbax-checkpoint-tmp*")}
   logged, left = steps_logged(run), unfinished()
-  happened = {"steps": lambda: steps_logged(run) != logged, "save": lambda: unfinished() - left}[kind]
+  measured = lambda: [step for step in steps_logged(run) if step % SAVE_EVERY == 0]
+  before = measured()
+  happened = {
+    "steps": lambda: steps_logged(run) != logged,
+    "save": lambda: unfinished() - left,
+    "evaluation": lambda: len(measured()) > len(before),
+  }[kind]
   while launcher.poll() is None and not happened():
     time.sleep(0.002)
-  time.sleep(chance.uniform(0, 3.0 if kind == "steps" else 0.05))
+  time.sleep(chance.uniform(0, {"steps": 3.0, "save": 0.05, "evaluation": 0.5}[kind]))
   return kind
 
 
@@ -133,87 +138,6 @@ SEED = int(os.environ.get("DIFFDIS_KILLS_SEED", "0"))
 DEADLINES = (0.3, 2.0, 30.0)  # seconds that whoever sends SIGTERM gives a command
 
 
-class Ended(NamedTuple):
-  code: int
-  said: str
-  seconds: float
-
-
-class Course(NamedTuple):
-  """Of an undisturbed command: when it begins to write, and ends, in seconds; and what it has written."""
-
-  begun: float
-  end: float
-  written: dict[str, Any]
-
-
-class Killer:
-  """Runs a case's command in a folder of its own, again and again."""
-
-  def __init__(self, case: killing.Case, folder: pathlib.Path, environment: dict[str, str]):
-    self.case, self.folder = case, folder
-    self.out = folder / case.name
-    self.environment = {"GLIBC_TUNABLES": "", **environment}
-
-  def start(self) -> subprocess.Popen[str]:
-    command = [word.replace(killing.OUT, str(self.out)) for word in self.case.command]
-    if "diffdis_jax.ablate" in command:  # in a group of its own, of which a scheduler kills all
-      pipe = subprocess.PIPE
-      options: Any = dict(cwd=ROOT, env=self.environment, text=True, start_new_session=True)
-      return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, **options)
-    return forked.start(command, self.environment)
-
-  def clear(self) -> None:
-    shutil.rmtree(self.folder, ignore_errors=True)
-    self.folder.mkdir()
-
-  def undisturbed(self) -> Course:
-    self.clear()
-    self.finish()  # which compiles
-    self.clear()
-    begin, begun = time.monotonic(), None
-    with self.start() as process:
-      reading = threading.Thread(target=process.communicate)
-      reading.start()
-      while reading.is_alive():
-        if begun is None and any(self.folder.iterdir()):
-          begun = time.monotonic() - begin
-        time.sleep(0.01)
-    assert process.returncode == 0 and begun is not None
-    return Course(begun, time.monotonic() - begin, self.case.written(self.out))
-
-  def finish(self) -> Ended:
-    with self.start() as process:
-      _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return Ended(process.returncode, said, 0)
-
-  def kill(self, at: float, number: int, *, deadline: float, group: bool) -> Ended | None:
-    """What became of it when it got this signal then, and SIGKILL after the deadline; None where it had ended."""
-    with self.start() as process:
-      try:
-        process.communicate(timeout=at)
-        return None
-      except subprocess.TimeoutExpired:
-        pass
-      begin = time.monotonic()
-      os.killpg(process.pid, number) if group else process.send_signal(number)
-      try:
-        _, said = process.communicate(timeout=deadline)
-      except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL) if group else process.kill()
-        _, said = process.communicate()
-      return Ended(process.returncode, said, time.monotonic() - begin)
-
-  def litter(self) -> list[str]:
-    """What is there beside what the command writes, or hidden in it."""
-    return sorted(
-      str(path.relative_to(self.folder))
-      for path in self.folder.rglob("*")
-      if path.name.startswith(".") or "tmp" in path.suffix or self.folder == path.parent != self.out.parent
-    )
-
-
 def assert_whole_or_absent(killer: Killer, course: Course) -> str:
   found, expected = killer.case.there(killer.out), course.written
   lacking = expected.keys() - found.keys()
@@ -238,12 +162,12 @@ def moments(course: Course, count: int, chance: random.Random) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", killing.MAKERS)
+@pytest.mark.parametrize("name", killed_commands.MAKERS)
 def test_killed_anywhere_it_is_whole_or_absent_and_goes_on(name, request, tmp_path, environment):
   """50 SIGKILLs and 50 SIGTERMs in all, with test_the_page."""
   chance = random.Random(f"{SEED} {name}")
   (tmp_path / "raw").mkdir()
-  case = killing.MAKERS[name](request, tmp_path / "raw")
+  case = killed_commands.MAKERS[name](request, tmp_path / "raw")
   killer = Killer(case, tmp_path / "work", environment)
   course = killer.undisturbed()
   numbers = [signal.SIGKILL, signal.SIGTERM] * (case.kills // 2)
@@ -287,3 +211,64 @@ def assert_goes_on(killer: Killer, course: Course) -> None:
   assert differing(killer.case.written(killer.out), course.written) == []
   assert killer.litter() == []
   killer.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "pairs", "import_weights"])
+def test_of_two_at_once_one_is_refused(name, request, tmp_path, environment):
+  (tmp_path / "raw").mkdir()
+  killer = Killer(killed_commands.MAKERS[name](request, tmp_path / "raw"), tmp_path / "work", environment)
+  course = killer.undisturbed()
+  killer.clear()
+  with killer.start() as one, killer.start() as two:
+    said = [process.communicate(timeout=300)[1] for process in (one, two)]
+  codes = [one.returncode, two.returncode]
+  assert sorted(codes) == [0, 2], said
+  assert said[codes.index(2)].splitlines()[-1].startswith("error: ") and "Traceback" not in said[codes.index(2)]
+  assert_goes_on(killer, course)
+
+
+@pytest.mark.slow
+def test_the_page_killed_as_it_starts_and_ends(tmp_path, environment, joint_run):
+  """Six times. What is uploaded to the page that follows, and was to the killed ones, is gone at its end."""
+  chance, uploads, log = random.Random(SEED), tmp_path / "uploads", tmp_path / "log"
+  command = [sys.executable, "-m", "diffdis_jax.app", f"--workdir={joint_run}", "--port=0", "--num_images=16"]
+  environment = {**environment, "GRADIO_TEMP_DIR": str(uploads)}
+
+  def start() -> subprocess.Popen:
+    with log.open("w") as file:
+      return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+
+  def serves(process: subprocess.Popen) -> subprocess.Popen:
+    while "the page is at" not in log.read_text():
+      assert process.poll() is None, log.read_text()
+      time.sleep(0.05)
+    return process
+
+  def whole() -> tuple[float, float]:
+    """Seconds of its start, and of its end."""
+    begin, process = time.monotonic(), serves(start())
+    (folder,) = uploads.iterdir()
+    (folder / "upload.png").touch()
+    asked = time.monotonic()
+    process.terminate()
+    assert process.wait(60) == 0 and not any(uploads.iterdir()), log.read_text()
+    return asked - begin, time.monotonic() - asked
+
+  starting, ending = whole()
+  for place, number in enumerate([signal.SIGKILL, signal.SIGTERM] * 3):
+    process, share = start(), chance.random()
+    if place < 3:
+      time.sleep(share * starting)
+    else:
+      serves(process).terminate()
+      time.sleep(share * ending)
+    process.send_signal(number)
+    code, said = process.wait(30), log.read_text()
+    left = sorted(path.name for path in uploads.iterdir())
+    logging.info(
+      "page: %s at %.2f of its %s: code %d, left %s", number.name, share, "start" if place < 3 else "end", code, left
+    )
+    assert "Traceback" not in said, said
+    assert code in ({-signal.SIGKILL, 0} if number == signal.SIGKILL else {-signal.SIGTERM, 143, 0})
+  whole()

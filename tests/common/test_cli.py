@@ -338,3 +338,9 @@ def test_quiet_leaves_warnings(folder):
   assert code == 0 and "a warning" in err and "host 0 of 1" not in err
   _, _, err = run(folder, *GOOD, "--say")
   assert "a warning" in err and "host 0 of 1" in err
+
+
+def test_a_message_gives_a_terminal_no_orders(capsys):
+  with pytest.raises(SystemExit):
+    cli._stop("no class a\x1b[31m\nb \ud800 größer")
+  assert capsys.readouterr().err == "error: no class a\\x1b[31m b \\ud800 größer\n"
