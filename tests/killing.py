@@ -65,11 +65,10 @@ class Killer:
     assert process.returncode == 0 and begun is not None
     return Course(begun, time.monotonic() - begin, self.case.written(self.out))
 
-  def finish(self) -> Ended:
+  def finish(self) -> None:
     with self.start() as process:
       _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    return Ended(process.returncode, said, 0)
 
   def kill(self, at: float, number: int, *, deadline: float, group: bool) -> Ended | None:
     """What became of it when it got this signal then, and SIGKILL after the deadline; None where it had ended."""
@@ -89,9 +88,9 @@ class Killer:
       return Ended(process.returncode, said, time.monotonic() - begin)
 
   def litter(self) -> list[str]:
-    """What is there beside what the command writes, or hidden in it."""
+    """What was left half done, there or in what the command writes."""
     return sorted(
       str(path.relative_to(self.folder))
       for path in self.folder.rglob("*")
-      if path.name.startswith(".") or "tmp" in path.suffix or self.folder == path.parent != self.out.parent
+      if path.name.startswith(".") or "tmp" in path.suffix
     )
