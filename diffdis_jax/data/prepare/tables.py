@@ -259,5 +259,8 @@ def _length(path: pathlib.Path) -> int:
   if path.suffix == ".parquet":
     import pyarrow.parquet as pq
 
-    return pq.read_metadata(path).num_rows
+    length, size = pq.read_metadata(path).num_rows, path.stat().st_size
+    if length > size:  # a damaged number of rows, each of which would be asked for
+      raise UserError(f"{path} says that it has {length:,} rows, in {size:,} bytes; copy it again")
+    return length
   return sum(batch.num_rows for batch in _arrow(path))

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import signal
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -280,16 +281,25 @@ def test_a_folder_with_a_fault(tmp_path, within_seconds, name):
   assert {path.name for path in tmp_path.iterdir()} <= {"raw", "outside", "out"}
 
 
+def test_a_table_of_absurdly_many_rows(tmp_path, monkeypatch):
+  pq.write_table(pa.table({"image": [picture(0)], "text": ["x"]}), tmp_path / "0.parquet")
+  monkeypatch.setattr(pq, "read_metadata", lambda path: types.SimpleNamespace(num_rows=10**12))
+  with pytest.raises(UserError, match="0.parquet says that it has 1,000,000,000,000 rows, in .* bytes; copy it again"):
+    pictures.find_parts(tmp_path, Asked())
+
+
 @pytest.mark.parametrize("name", ["data.arrow", "data.parquet"])
 def test_a_table_that_becomes_shorter_while_it_is_read(tmp_path, name):
-  saved()(tmp_path, tmp_path / "outside")
-  if name == "data.parquet":
+  raw = tmp_path / "raw"
+  if name == "data.arrow":
+    saved()(raw, tmp_path / "outside")
+  else:
+    raw.mkdir()
     rows = pa.table({"image": [os.urandom(10**4)] * 500, "text": ["x"] * 500})
-    pq.write_table(rows, tmp_path / name, row_group_size=50, use_dictionary=False)
-    (tmp_path / "state.json").unlink()
-  (part,) = pictures.find_parts(tmp_path, Asked(held_out=0.0))
+    pq.write_table(rows, raw / name, row_group_size=50, use_dictionary=False)
+  (part,) = pictures.find_parts(raw, Asked(held_out=0.0))
   reading = iter(part)
   next(reading)
-  os.truncate(tmp_path / name, (tmp_path / name).stat().st_size // 3)
+  os.truncate(raw / name, (raw / name).stat().st_size // 3)
   with pytest.raises(UserError, match=f"{name} cannot be read: .*; copy it again"):
     list(reading)
