@@ -21,6 +21,7 @@ from tests.command_runs import call, joint_flags
 from tests.data.prepare import test_captions, test_own_pictures
 from tests.emoji_packages import write_packages
 from tests.raw_pairs import picture, write_tar
+from tests.report import written_run
 from tests.test_ablate import BASE
 from tests.test_resume import metrics, restore_training, steps_logged
 
@@ -237,7 +238,7 @@ def import_weights(request: pytest.FixtureRequest, raw: pathlib.Path) -> Case:
 
 
 def report(request: pytest.FixtureRequest, raw: pathlib.Path) -> Case:
-  run = request.getfixturevalue("joint_run")
+  run = written_run.write(raw / "run")
   command = module("report", f"--workdir={run}", f"--out={OUT}")
   # Without the time at which it was written.
   page = lambda out: {name: re.sub(rb'"written": ?[\d.]+', b"", text) for name, text in files_of(out).items()}
