@@ -330,6 +330,8 @@ def _is_ours(record: python_logging.LogRecord) -> bool:
   """Lets our own progress through, of the libraries only warnings; with --verbosity=1 everything."""
   if logging.get_verbosity() > 0 or record.pathname.startswith(_PACKAGE):
     return True
+  if record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt):  # which is one line at the end
+    return False
   # A full disk is one line of ours: what a library logs of it, with a traceback each time, it raises too.
   full = record.exc_info and os.strerror(errno.ENOSPC) in str(record.exc_info[1])
   return record.levelno >= python_logging.WARNING and not full

@@ -98,7 +98,7 @@ def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
 
   A link of the Hugging Face hub's cache leads from `snapshots/REVISION` into `blobs`, which counts as inside.
   """
-  if not is_below(path, folder) or not path.is_symlink():
+  if not is_below(path, folder) or not os.path.islink(path):
     return not is_below(path, folder)
   root = os.path.realpath(folder)
   cache, is_cached, _ = f"{root}/".rpartition("/snapshots/")

@@ -238,7 +238,7 @@ def prepare(
     staging.check_beam()
   for split in {part.split for part in parts}:
     # `all` is TFDS's own name for the union of splits. A path would lead out of the folder.
-    if not isinstance(split, str) or not re.fullmatch(r"\w+", split) or split == "all":
+    if not re.fullmatch(r"\w+", split) or split == "all":
       raise UserError(f"a split cannot be called {split!r:.100}; letters, digits and _ make its name, but not 'all'")
   out = out.resolve()
   partial = partial_of(out)

@@ -216,7 +216,9 @@ FOLDER_FAULTS = {
     "flickr30k", table("dataset_flickr30k.json", karpathy("../../outside/x", "good.png")), "cannot be called '../../out"
   ),
   "a split of Karpathy's that is none": Fault(
-    "flickr30k", table("dataset_flickr30k.json", karpathy(3, "good.png")), "cannot be called 3"
+    "flickr30k",
+    table("dataset_flickr30k.json", karpathy(3, "good.png")),
+    "is not of the form of Karpathy's splits: .*split 3",
   ),
   "a split of every name": Fault(
     "flickr30k", table("dataset_flickr30k.json", karpathy("all", "good.png")), "cannot be called 'all'"
