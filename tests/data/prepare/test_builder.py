@@ -122,7 +122,7 @@ def test_files_that_are_no_plain_ones_are_skipped_unread(tmp_path, monkeypatch):
   items = [parts.Item(path.name, "x") for path in sorted(tmp_path.iterdir())]
   items += [parts.Item(name, "x") for name in ("gone.png", "zero\0.png", "good.png/a.png", "a" * 300)]
   report = builder.prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "out")["train"]
-  skipped = {"missing image": 6, "file that is not a plain one": 2, "file of too many bytes": 1}
+  skipped = {"missing image": 6, records.OUTSIDE: 1, records.NOT_PLAIN: 1, records.TOO_LARGE: 1}
   assert (report.pairs, report.skipped) == (1, skipped)
 
 
