@@ -57,7 +57,7 @@ class Member:
     file.seek(self.offset)
     found = file.read(self.size)
     if len(found) < self.size:
-      raise Unusable(NOT_PLAIN)
+      raise Unusable("unreadable record")
     return found
 
 
