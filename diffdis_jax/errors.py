@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 DEEPEST = 64  # levels of JSON: its readers call themselves once a level, and no file of ours has more than ten
 PREEMPTED = 75  # EX_TEMPFAIL: launchers start the same command again
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it: launchers do not
+TERMINATED = 143  # 128 + SIGTERM, of a command that had nothing to save
 
 
 class UserError(Exception):

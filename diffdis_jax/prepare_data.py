@@ -173,8 +173,11 @@ def publish(write: Callable[[pathlib.Path], None], out: str, *, finished: str) -
     UserError: there is a data set at this address.
   """
   if not buckets.is_url(out):
-    write(pathlib.Path(out))
-    digests.write(out)
+    folder = pathlib.Path(out)
+    files.sweep(folder)
+    if not _lacks(folder, digests.NAME, after=finished):
+      write(folder)
+    digests.write(folder)
     return
   url = out.rstrip("/")
   if (buckets.path(url) / INFO).exists():
@@ -188,6 +191,11 @@ def publish(write: Callable[[pathlib.Path], None], out: str, *, finished: str) -
   buckets.upload(folder, url, last=INFO)  # by which a data set is known to be there
   shutil.rmtree(folder)
   logging.info("copied to %s", url)
+
+
+def _lacks(out: pathlib.Path, name: str, *, after: str) -> bool:
+  """Whether the command was killed when the file `after` was there, and nothing to tidy up, but not this one."""
+  return (out / after).exists() and not (out / name).exists() and not builder.partial_of(out).exists()
 
 
 def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
@@ -204,7 +212,7 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
     beam_options=tuple(FLAGS.beam_pipeline_options),
   )
   # Killed between the two: the card needs the records alone.
-  if (out / "report.json").exists() and not (out / "card.json").exists():
+  if _lacks(out, "card.json", after="report.json"):
     logging.info("%s is written, except for its card", out)
   else:
     reports = builder.prepare(find_parts(source), out, builder=kind, settings=settings)

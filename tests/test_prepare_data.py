@@ -37,10 +37,19 @@ def test_writes_a_folder_and_says_what_it_skipped(raw, tmp_path):
   assert json.loads((tmp_path / "out" / "card.json").read_text())["splits"]["train"]["pairs"] == 1
   with Image.open(tmp_path / "out" / "card.png") as sheet:
     assert sheet.width > 128
-  (tmp_path / "out" / "card.json").unlink()  # killed while it wrote the card
-  on = run("pairs", f"--source={raw}", f"--out={tmp_path / 'out'}")
-  assert on.returncode == 0 and "is written, except for its card" in on.stderr
-  assert (tmp_path / "out" / "card.json").exists()
+  whole = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+  for lacking in (["card.json", "digests.json"], ["digests.json"]):  # killed before it wrote these
+    for name in lacking:
+      (tmp_path / "out" / name).unlink()
+    on = run("pairs", f"--source={raw}", f"--out={tmp_path / 'out'}")
+    assert on.returncode == 0 and ("is written, except for its card" in on.stderr) == ("card.json" in lacking)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+  # Killed before it removed what was left of the preparation.
+  for name in ("card.json", "digests.json"):
+    (tmp_path / "out" / name).unlink()
+  (tmp_path / ".out.partial").mkdir()
+  assert run("pairs", f"--source={raw}", f"--out={tmp_path / 'out'}").returncode == 0
+  assert {path.name for path in tmp_path.iterdir()} == {"raw", "out"} and (tmp_path / "out" / "card.json").exists()
   again = run("pairs", f"--source={raw}", f"--out={tmp_path / 'out'}")
   assert again.returncode == 2
   assert again.stderr == f"error: --out={tmp_path / 'out'} exists and is not an empty folder; name a new one\n"

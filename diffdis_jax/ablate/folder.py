@@ -125,6 +125,9 @@ class Folder:
     self.check(plan)
     try:
       self.path.mkdir(parents=True, exist_ok=True)
+      if not buckets.is_url(self.path):
+        files.sweep(self.path)
+        files.sweep(self.path / "results")
       files.write_json(self.path / "base.json", _without_seed(plan.base))
     except OSError as error:
       raise UserError(f"cannot write to --out={self.path}: {error.strerror or error}") from error

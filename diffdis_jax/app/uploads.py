@@ -14,7 +14,10 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect
 
+from diffdis_jax.common import files
+
 FOLDER = "GRADIO_TEMP_DIR"  # the variable that tells Gradio
+BEGIN = "diffdis-page"  # of a folder's name
 BLOCK = 4096  # bytes that the smallest file takes
 
 Message = MutableMapping[str, Any]
@@ -101,12 +104,17 @@ class BodyLimit:
 
 @contextlib.contextmanager
 def folder() -> Iterator[pathlib.Path]:
-  """A new folder, in $GRADIO_TEMP_DIR or the system's folder for temporary files, for what is uploaded meanwhile."""
+  """A new folder, in $GRADIO_TEMP_DIR or the system's folder for temporary files, for what is uploaded meanwhile.
+
+  What a killed page has left there is removed.
+  """
   before = os.environ.get(FOLDER)
   if before:
     os.makedirs(before, exist_ok=True)
+  files.sweep(before or tempfile.gettempdir(), BEGIN)
   # A request that still writes while the page ends is no error.
-  with tempfile.TemporaryDirectory(prefix="diffdis-", dir=before, ignore_cleanup_errors=True) as made:
+  how: Any = dict(prefix=f"{BEGIN}.", suffix=".tmp", dir=before or None, ignore_cleanup_errors=True)
+  with tempfile.TemporaryDirectory(**how) as made, files.in_use(made):
     os.environ[FOLDER] = made
     try:
       yield pathlib.Path(made)

@@ -2,7 +2,7 @@
 
 A verb ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr, a full
 disk with one line and code 1, on which launchers try again, a bug with its traceback and code 1, a preemption with code
-75, Ctrl-C with one line and code 130.
+75, Ctrl-C with one line and code 130, and SIGTERM, where there is nothing to save, with one line and code 143.
 
 jax is imported where it is used: it takes two seconds, which commands that compute nothing have no need of.
 """
@@ -48,7 +48,7 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA, which has it from TensorFlow
   sys.excepthook = _excepthook
   sys.unraisablehook = _unraisablehook
-  signals.CtrlC().start()
+  signals.Ending().start()
   logging.get_absl_handler().addFilter(_is_ours)
   flags.DEFINE_boolean("quiet", False, "write warnings and errors only, no progress")
   _make_own_flags_known()
@@ -288,13 +288,15 @@ def _stop(error: Exception | str, *, code: int = 2) -> NoReturn:
 
 def _shortened(word: str) -> str:
   """Of a message, which may quote all that someone gave."""
-  return word if len(word) <= LONGEST_WORD else f"{word[:100]}...{word[-20:]}"
+  word = word if len(word) <= LONGEST_WORD else f"{word[:100]}...{word[-20:]}"
+  # Of a file's name or a class's, which a terminal would take for orders.
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in word)
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
   if issubclass(kind, KeyboardInterrupt):
     sys.stdout.flush()
-    signals.end_interrupted()
+    signals.end_interrupted(kind)
   sys.__excepthook__(kind, error, trace)
   _exit_at_once_if_waiting(1)
 
@@ -302,7 +304,7 @@ def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> 
 def _unraisablehook(dropped: Any) -> None:
   """Python drops what is raised within a callback of its garbage collector, and jax has set one."""
   if issubclass(dropped.exc_type, KeyboardInterrupt):
-    signals.end_interrupted()
+    signals.end_interrupted(dropped.exc_type)
   sys.__unraisablehook__(dropped)
 
 
@@ -328,6 +330,8 @@ def _is_ours(record: python_logging.LogRecord) -> bool:
   """Lets our own progress through, of the libraries only warnings; with --verbosity=1 everything."""
   if logging.get_verbosity() > 0 or record.pathname.startswith(_PACKAGE):
     return True
+  if record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt):  # which is one line at the end
+    return False
   # A full disk is one line of ours: what a library logs of it, with a traceback each time, it raises too.
   full = record.exc_info and os.strerror(errno.ENOSPC) in str(record.exc_info[1])
   return record.levelno >= python_logging.WARNING and not full

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +18,9 @@ from etils import epath
 
 from diffdis_jax.common import buckets
 from diffdis_jax.errors import UserError, may_pass, parse_json
+
+# Of a file its process, of a folder what makes it unique.
+_TEMPORARY = re.compile(r"(.+)\.(?:\d+|[a-z0-9_]{8})\.tmp")
 
 
 def user_cache(name: str) -> str:
@@ -70,11 +75,13 @@ def _on_a_disk(out: pathlib.Path) -> Iterator[pathlib.Path]:
   temporary = None
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
+    sweep(out.parent, f".{out.name}")
     # Beside its place, since a rename cannot go from one disk to another.
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     temporary.chmod(0o755)  # mkdtemp's 700 would stay, and lock other users out
-    yield temporary
-    os.replace(temporary, out)  # which an empty folder gives way to
+    with in_use(temporary):
+      yield temporary
+      os.replace(temporary, out)  # which an empty folder gives way to
   except OSError as error:
     raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
   finally:
@@ -90,12 +97,40 @@ def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
   # By its process, so that two that write the same file do not mix their bytes.
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with in_use(temporary, os.O_CREAT):
+      temporary.write_bytes(content)
+      temporary.replace(path)
   except BaseException:  # Ctrl-C too
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
     raise
+
+
+@contextlib.contextmanager
+def in_use(temporary: str | os.PathLike[str], flags: int = 0) -> Iterator[None]:
+  """Locks a temporary file or folder, so that `sweep` leaves it. Where a file system has no locks, nothing is swept."""
+  descriptor = os.open(temporary, os.O_RDONLY | flags, 0o666)
+  try:
+    with contextlib.suppress(OSError):
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def sweep(folder: str | os.PathLike[str], begin: str = "") -> None:
+  """Removes what killed processes left in a local folder: all whose name begins so, or hidden files of any name."""
+  for path in pathlib.Path(folder).glob("*.tmp"):
+    found = _TEMPORARY.fullmatch(path.name)
+    if found is None or (found[1] != begin if begin else path.is_dir() or not path.name.startswith(".")):
+      continue
+    with contextlib.suppress(OSError):
+      descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+      try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+      finally:
+        os.close(descriptor)
 
 
 def check_workdir(folder: str) -> None:
@@ -123,6 +158,8 @@ def check_out(out: str, flag: str = "out") -> None:
     raise UserError(f"--{flag}={out} is a folder; it should name the file to write")
   if "://" not in out and not path.parent.is_dir():  # an object store has no empty folders
     raise UserError(f"--{flag}={out} lies in no folder that exists; create it first")
+  if not buckets.is_url(path):
+    sweep(path.parent, f".{path.name}")
   # Tried, since permissions say nothing of a disk that is full or read-only.
   probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 from absl import logging
 
-from diffdis_jax.errors import INTERRUPTED
+from diffdis_jax.errors import INTERRUPTED, TERMINATED
 
-PATIENCE = 3.0  # seconds in which the main thread must hear of Ctrl-C, or the command ends without its clean-up
+PATIENCE = 3.0  # seconds in which the main thread must hear of the signal, or the command ends without its clean-up
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -69,8 +69,12 @@ class Listener:
           self._hear(number[0])
 
 
-class CtrlC:
-  """Ctrl-C for a command that has nothing to save: KeyboardInterrupt in the main thread.
+class Terminated(KeyboardInterrupt):
+  """SIGTERM to a command that has nothing to save. What cleans up after Ctrl-C does so after it too."""
+
+
+class Ending:
+  """Ctrl-C and SIGTERM for a command that has nothing to save: KeyboardInterrupt or Terminated in the main thread.
 
   A second one ends the process at once, and so does the first where the main thread does not hear of it in time.
   """
@@ -81,28 +85,29 @@ class CtrlC:
 
   def start(self) -> None:
     """From here to the end of the process."""
-    Listener([signal.SIGINT], self._raise, self._hear).start()
+    Listener([signal.SIGINT, signal.SIGTERM], self._raise, self._hear).start()
 
   def _raise(self, number: int, frame: FrameType | None) -> None:
-    del number, frame
+    del frame
     self._raised.set()
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
   def _hear(self, number: int) -> None:
-    del number
+    kind = KeyboardInterrupt if number == signal.SIGINT else Terminated
     self._count += 1
     if self._count > 1:
-      end_interrupted()
+      end_interrupted(kind)
     # By a thread, since the main one may be in a compiler.
-    timer = threading.Timer(PATIENCE, lambda: self._raised.is_set() or end_interrupted())
+    timer = threading.Timer(PATIENCE, lambda: self._raised.is_set() or end_interrupted(kind))
     timer.daemon = True
     timer.start()
 
 
-def end_interrupted() -> NoReturn:
-  """Ends this process at once, after Ctrl-C, with one line."""
-  sys.stderr.write("interrupted\n")
-  exit_at_once(INTERRUPTED)
+def end_interrupted(kind: type[BaseException] = KeyboardInterrupt) -> NoReturn:
+  """Ends this process at once, after Ctrl-C, or SIGTERM where `kind` is Terminated, with one line."""
+  terminated = issubclass(kind, Terminated)
+  sys.stderr.write("terminated\n" if terminated else "interrupted\n")
+  exit_at_once(TERMINATED if terminated else INTERRUPTED)
 
 
 def exit_at_once(code: int) -> NoReturn:

@@ -34,6 +34,7 @@ class Unusable(ValueError):
 
 NOT_PLAIN = "file that is not a plain one"  # a link or a sparse file in a tar, a pipe, a device
 TOO_LARGE = "file of too many bytes"
+OUTSIDE = "file outside of the folder"  # by its name, such as ../x, or a link
 NOT_FINITE = "numbers that are not finite"  # of latents or a text condition; an image's are whole numbers
 MOST_BYTES = 2**28  # of an image's file: four for each of the most pixels that are decoded
 MOST_TEXT_BYTES = 2**22  # of a caption's, or of the json beside it
@@ -52,16 +53,23 @@ REASONS = (
   NOT_PLAIN,
   TOO_LARGE,
   NOT_FINITE,
+  OUTSIDE,
 )
 
 
-def read_file(path: pathlib.Path) -> bytes:
+def read_file(path: pathlib.Path, *, within: pathlib.Path | None = None) -> bytes:
   """The bytes of an image's file.
 
+  Args:
+    path: of the file.
+    within: the folder that it must not lead out of.
+
   Raises:
-    Unusable: before anything is read, no file there, one that is not plain, or of too many bytes.
+    Unusable: before anything is read, no file there, one that is not plain, of too many bytes, or out of the folder.
     OSError: it cannot be read.
   """
+  if within is not None and leads_out(path, within):
+    raise Unusable(OUTSIDE)
   try:
     status = path.stat()
   except ValueError as error:  # a name with a zero byte
@@ -78,6 +86,24 @@ def read_file(path: pathlib.Path) -> bytes:
   if status.st_size > MOST_BYTES:
     raise Unusable(TOO_LARGE)
   return path.read_bytes()
+
+
+def is_below(path: pathlib.Path, folder: pathlib.Path) -> bool:
+  """Whether that is what its name says: ../x and an absolute one say something else."""
+  return pathlib.Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+
+
+def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
+  """Whether a file lies outside of a folder, by its name, or by being a link. A folder that is a link is the user's.
+
+  A link of the Hugging Face hub's cache leads from `snapshots/REVISION` into `blobs`, which counts as inside.
+  """
+  if not is_below(path, folder) or not os.path.islink(path):
+    return not is_below(path, folder)
+  root = os.path.realpath(folder)
+  cache, is_cached, _ = f"{root}/".rpartition("/snapshots/")
+  inside = [os.path.realpath(path.parent), root, *([f"{cache}/blobs"] if is_cached else [])]
+  return not any(pathlib.Path(os.path.realpath(path)).is_relative_to(each) for each in inside)
 
 
 class Header(NamedTuple):
@@ -229,7 +255,10 @@ class Pairs:
     try:
       if self._is_stale and self._reopen is not None:
         self._records, self._is_stale = self._reopen().stored, False
-      return dict(self._records[index])
+      record = dict(self._records[index])
+      if record.get("key") == b"":  # of a file that became shorter ArrayRecord reads nothing, and says nothing
+        raise Unusable("unreadable record")
+      return record
     except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
       away = storage.away(error, self._files)
       if away is None and not isinstance(error, UserError):

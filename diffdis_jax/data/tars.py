@@ -40,7 +40,8 @@ class Member:
       file: the tar, where it is open already.
 
     Raises:
-      Unusable: before anything is read, a file of more bytes, or one that is not stored whole.
+      Unusable: before anything is read, a file of more bytes, or one that is not stored whole; or the tar was cut off
+        since it was indexed.
       Gone: the tar, which was there when it was indexed.
     """
     if self.size is None:
@@ -54,7 +55,10 @@ class Member:
       except FileNotFoundError as error:
         raise Gone(f"{self.path} is not there") from error
     file.seek(self.offset)
-    return file.read(self.size)
+    found = file.read(self.size)
+    if len(found) < self.size:
+      raise Unusable("unreadable record")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from absl import logging
 from etils import epath
 
 from diffdis_jax.common import buckets
-from diffdis_jax.common.files import write_whole
+from diffdis_jax.common.files import sweep, write_whole
 from diffdis_jax.config.fields import SECTIONS, normalise, read_json_object
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import committed
@@ -62,6 +62,9 @@ def open_for_training(workdir: epath.PathLike, config: Mapping[str, Any], *, is_
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     try:
       path.mkdir(parents=True, exist_ok=True)
+      if not buckets.is_url(path):
+        sweep(path)
+        sweep(path / "samples")
       if replaced:
         aside = _set_aside(path)
         logging.warning(

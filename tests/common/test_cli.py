@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import pathlib
 import re
@@ -17,7 +18,7 @@ import pytest
 
 import diffdis_jax
 from diffdis_jax import __main__ as main_module
-from diffdis_jax.common import cli, usage
+from diffdis_jax.common import cli, signals, usage
 from diffdis_jax.evals import registry
 from tests import forked
 
@@ -338,3 +339,17 @@ def test_quiet_leaves_warnings(folder):
   assert code == 0 and "a warning" in err and "host 0 of 1" not in err
   _, _, err = run(folder, *GOOD, "--say")
   assert "a warning" in err and "host 0 of 1" in err
+
+
+def test_a_message_gives_a_terminal_no_orders(capsys):
+  with pytest.raises(SystemExit):
+    cli._stop("no class a\x1b[31m\nb \ud800 größer")
+  assert capsys.readouterr().err == "error: no class a\\x1b[31m b \\ud800 größer\n"
+
+
+def test_a_library_that_logs_an_interruption_is_not_heard():
+  """It is one line at the end."""
+  for error, heard in ((KeyboardInterrupt(), False), (signals.Terminated(), False), (RuntimeError(), True)):
+    what = (type(error), error, None)
+    record = logging.LogRecord("orbax", logging.ERROR, "/orbax/manager.py", 1, "a thread failed", None, what)
+    assert cli._is_ours(record) is heard

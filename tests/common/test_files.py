@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import contextlib
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from diffdis_jax.common import files
 from diffdis_jax.errors import UserError
+from tests.command_runs import ROOT
 
 
 @pytest.mark.parametrize("made", [True, False])
@@ -117,3 +122,38 @@ def test_storage_that_cannot_be_reached_is_no_bad_input(tmp_path, monkeypatch):
   monkeypatch.setattr(type(files.epath.Path(tmp_path)), "read_bytes", refuse)
   with pytest.raises(ConnectionRefusedError):
     files.read_json(tmp_path / "f.json")
+
+
+WRITER = """
+import pathlib, sys, time
+from diffdis_jax.common import files
+out = pathlib.Path(sys.argv[1])
+with files.whole_folder(out / "folder") as temporary, files.in_use(out / ".file.7.tmp", files.os.O_CREAT):
+  (temporary / "large").write_bytes(bytes(1000))
+  sys.stdout.write("in\\n")
+  sys.stdout.flush()
+  time.sleep(600)
+"""
+
+
+def test_the_next_command_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
+  environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+  process = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], env=environment, stdout=subprocess.PIPE)
+  assert process.stdout.readline() == b"in\n"
+  for name in (".other.7.tmp", ".file.tmp", ".file.mine.tmp", "file.7.tmp"):
+    (tmp_path / name).touch()
+  (tmp_path / ".file.8.tmp").symlink_to(tmp_path / ".file.tmp")
+  there = {path.name for path in tmp_path.iterdir()}
+
+  def again() -> set[str]:
+    files.check_out(str(tmp_path / "file"))
+    with contextlib.suppress(KeyError), files.whole_folder(tmp_path / "folder"):
+      raise KeyError
+    return {path.name for path in tmp_path.iterdir()}
+
+  assert again() == there and len(there) == 7  # its process lives
+  process.kill()
+  process.communicate()
+  assert there - again() == {".file.7.tmp", *(name for name in there if name.startswith(".folder."))}
+  files.sweep(tmp_path)
+  assert not (tmp_path / ".other.7.tmp").exists() and (tmp_path / ".file.mine.tmp").exists()

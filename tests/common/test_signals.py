@@ -1,4 +1,4 @@
-"""Ctrl-C to commands that have nothing to save: one line, code 130, whatever the main thread is at."""
+"""Ctrl-C and SIGTERM to commands that have nothing to save: one line and a code, whatever the main thread is at."""
 
 from __future__ import annotations
 
@@ -80,17 +80,22 @@ def left(tmp_path: pathlib.Path) -> list[str]:
   return sorted(path.name for path in (tmp_path / "work").iterdir())
 
 
-def test_ctrl_c_is_one_line_and_leaves_nothing_half_written(begin, tmp_path):
+ENDS = [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")]
+
+
+@pytest.mark.parametrize("number, code, said", ENDS)
+def test_it_is_one_line_and_leaves_nothing_half_written(begin, tmp_path, number, code, said):
   with begin("sleeps") as terminal:
-    terminal.ctrl_c()
-    assert (terminal.end(seconds=2), terminal.said) == (130, "interrupted\n")
+    os.killpg(terminal.process.pid, number)
+    assert (terminal.end(seconds=2), terminal.said) == (code, said)
   assert left(tmp_path) == ["begun"]
 
 
-def test_a_main_thread_that_does_not_hear_of_it_is_not_waited_for(begin):
+@pytest.mark.parametrize("number, code, said", ENDS)
+def test_a_main_thread_that_does_not_hear_of_it_is_not_waited_for(begin, number, code, said):
   with begin("deaf") as terminal:
-    terminal.ctrl_c()
-    assert (terminal.end(seconds=10), terminal.said) == (130, "interrupted\n")
+    os.killpg(terminal.process.pid, number)
+    assert (terminal.end(seconds=10), terminal.said) == (code, said)
 
 
 @pytest.mark.parametrize("how", ["deaf for long", "ends slowly"])

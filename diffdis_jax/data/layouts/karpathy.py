@@ -8,6 +8,7 @@ from typing import Any
 
 from diffdis_jax.common.files import read_json
 from diffdis_jax.data.layouts.labelled import Captioned, Origin, image_files
+from diffdis_jax.data.records import is_below
 from diffdis_jax.errors import UserError
 
 ENDING = ".jpg"
@@ -56,5 +57,7 @@ def read_flickr(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Cap
     if not sign or not caption.strip():
       raise UserError(f"{table}, line {number}: {line.strip()[:40]!r} is not IMAGE{ENDING},CAPTION")
     captions[f"{name}{ENDING}"].append(caption.strip())
+  if outside := next((name for name in captions if not is_below(images / name, images)), None):
+    raise UserError(f"{table} names {outside}, which is not below {images}; download it again")
   texts = [tuple(found) for found in captions.values()]
   return Captioned(image_files([images / name for name in captions]), texts, Origin("files", str(table), split))

@@ -16,7 +16,8 @@ import numpy as np
 
 from diffdis_jax.common.files import read_json
 from diffdis_jax.data.layouts import class_lists, pickles
-from diffdis_jax.data.layouts.labelled import Images, Named, Origin, image_files
+from diffdis_jax.data.layouts.labelled import Images, Lazy, Named, Origin, image_files
+from diffdis_jax.data.records import is_below
 from diffdis_jax.errors import UserError
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # as torchvision's ImageFolder
@@ -58,7 +59,11 @@ def read(path: pathlib.Path, set_name: str) -> Named:
   folder = FOLDERS[set_name]
   origin = Origin("torchvision", str(path), folder.split)
   try:
-    return folder.read(path, origin)
+    found = folder.read(path, origin)
+    listed = found.images.items if isinstance(found.images, Lazy) else ()
+    if outside := next((file for file in listed if not is_below(file, path)), None):
+      raise UserError(f"{path} names {outside}, which is not below it; download it again")
+    return found
   except OSError as error:
     raise UserError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
   # What a reader below runs into where a file is of another form: each reads as if it were right.

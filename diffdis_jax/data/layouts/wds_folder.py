@@ -17,6 +17,7 @@ from diffdis_jax.data.records import MOST_TEXT_BYTES, Unusable
 from diffdis_jax.errors import UserError
 
 SPLIT = "test"
+_DIGITS = 18  # of a number; of some thousands Python makes none
 Sample = dict[str, tars.Member]  # of one key: ending -> its file, images as `image`
 
 
@@ -77,8 +78,8 @@ def _samples(path: pathlib.Path, field: str) -> Iterator[Sample]:
   """Of all the tars. Raises UserError: one is missing or damaged, has a file twice, or a sample lacks its image or the
   field."""
   count = (path / SPLIT / "nshards.txt").read_text().strip()
-  if not count.isdecimal() or not int(count):
-    raise UserError(f"{path}/{SPLIT}/nshards.txt says {count!r}; it should be the number of tars")
+  if not count.isdecimal() or len(count) > _DIGITS or not int(count):
+    raise UserError(f"{path}/{SPLIT}/nshards.txt says {count!r:.100}; it should be the number of tars")
   # By their number, not by what lies there: a tar that was not downloaded must be missed.
   for shard in range(int(count)):
     tar = path / SPLIT / f"{shard}.tar"
@@ -100,8 +101,8 @@ def _field_of(ending: str) -> str:
 
 def _label(member: tars.Member, classes: int) -> int:
   text = _bytes(member).decode(errors="replace").strip()
-  if not text.isdecimal() or int(text) >= classes:
-    raise UserError(f"{member.path} has the label {text!r}; there are {classes} classes, counted from 0")
+  if not text.isdecimal() or len(text) > _DIGITS or int(text) >= classes:
+    raise UserError(f"{member.path} has the label {text!r:.100}; there are {classes} classes, counted from 0")
   return int(text)
 
 

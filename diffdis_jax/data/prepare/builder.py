@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -229,14 +230,18 @@ def prepare(
     What became of the pairs of each split; `out/report.json` says the same.
 
   Raises:
-    UserError: `out` is not an empty folder or cannot be written, a split without one usable pair, or an unfinished
-      preparation there of another source or with other settings.
+    UserError: `out` is not an empty folder or cannot be written, a split without one usable pair or a name that it can
+      have, or an unfinished preparation there of another source or with other settings.
   """
   settings = settings or Settings()
   if settings.beam_options:
     staging.check_beam()
+  for split in {part.split for part in parts}:
+    # `all` is TFDS's own name for the union of splits. A path would lead out of the folder.
+    if not re.fullmatch(r"\w+", split) or split == "all":
+      raise UserError(f"a split cannot be called {split!r:.100}; letters, digits and _ make its name, but not 'all'")
   out = out.resolve()
-  partial = out.with_name(f".{out.name}.partial")
+  partial = partial_of(out)
   if partial.exists() and (out / "report.json").exists():  # killed between the last two steps
     reports = {name: Report(**report) for name, report in files.read_json(out / "report.json").items()}
     shutil.rmtree(partial)
@@ -275,6 +280,12 @@ def prepare(
     shutil.rmtree(partial)
   logging.info("wrote %s", out)
   return made.reports
+
+
+def partial_of(out: pathlib.Path) -> pathlib.Path:
+  """Where what is finished of the folder `out` lies until all is."""
+  out = out.resolve()
+  return out.with_name(f".{out.name}.partial")
 
 
 @contextlib.contextmanager

@@ -97,6 +97,8 @@ def _karpathy(table: pathlib.Path, root: pathlib.Path) -> list[Part]:
     for image in parts.read_json(table)["images"]:
       # As the field trains on: `restval` is what of val2014 Karpathy left for training.
       split = "train" if image["split"] == "restval" else image["split"]
+      if not isinstance(split, str):
+        raise TypeError(f"split {split!r}")
       file = "/".join(filter(None, (image.get("filepath"), image["filename"])))
       captions = [sentence["raw"].strip() for sentence in image["sentences"]]
       by_split[split].append(_item(file, captions, image.get("imgid")))

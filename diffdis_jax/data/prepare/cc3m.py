@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.parts import Item, Part
+from diffdis_jax.data.records import MOST_TEXT_BYTES
 from diffdis_jax.errors import UserError
 
 SHORT_SIDE = 288  # pixels: squares of 256 px are still made smaller, never larger
@@ -69,10 +70,11 @@ def _split_of(table: pathlib.Path) -> str:
 def _rows(table: pathlib.Path) -> Iterator[Item]:
   import json
 
-  csv.field_size_limit(2**31 - 1)  # instead of 131,072 characters
+  parts.check_plain(table)
+  csv.field_size_limit(MOST_TEXT_BYTES)  # instead of 131,072 characters
   with open(table, encoding="utf-8", errors="surrogateescape", newline="") as file:
     # Without quotes: captions have single ones, at which csv would read on to the end of the file.
-    rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    rows = csv.DictReader(parts.lines_of(file, table), delimiter="\t", quoting=csv.QUOTE_NONE)
     columns = {name.strip().lower(): name for name in rows.fieldnames or ()}
     caption = next((columns[name] for name in CAPTIONS if name in columns), None)
     path = next((columns[name] for name in FILES if name in columns), None)

@@ -10,12 +10,12 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import IO, Any, AnyStr, Protocol, runtime_checkable
 
 from diffdis_jax.common import files as run_files
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.webdataset import TarReader, split_of
-from diffdis_jax.data.records import Unusable, read_file
+from diffdis_jax.data.records import MOST_TEXT_BYTES, Unusable, read_file
 from diffdis_jax.errors import UserError
 
 ITEMS = 2000  # of a part of loose files
@@ -87,7 +87,7 @@ class FilesPart:
     for item in self.items:
       pair = RawPair(item.file, None, encode(item.caption), encode(item.metadata))
       try:
-        pair.image = read_file(self.root / item.file)
+        pair.image = read_file(self.root / item.file, within=self.root)
       except Unusable as error:
         pair.refused = str(error)
       yield pair
@@ -110,6 +110,7 @@ def tars(source: pathlib.Path) -> list[Part]:
   check_folder(source, "a folder of webdataset tars")
   by_split = collections.defaultdict(list)
   for path in sorted(source.glob("*.tar")):
+    check_plain(path)
     split = split_of(path)
     # `all` is TFDS's own name for the union of splits.
     if split is None or split == "all":
@@ -139,8 +140,26 @@ def check_folder(source: pathlib.Path, what: str) -> None:
     raise UserError(f"no folder {source}; --source is {what}")
 
 
+def check_plain(path: pathlib.Path) -> None:
+  """Raises UserError: there is something else in the place of a file, such as a pipe, which might never end."""
+  if path.exists() and not path.is_file():
+    raise UserError(f"{path} is no plain file; remove it, or put the file there")
+
+
+def lines_of(file: IO[AnyStr], path: pathlib.Path) -> Iterator[AnyStr]:
+  """The lines of a table. Raises UserError: one is longer than a caption's file may be."""
+  for number in itertools.count(1):
+    line = file.readline(MOST_TEXT_BYTES + 1)
+    if len(line) > MOST_TEXT_BYTES:
+      raise UserError(f"{path}, line {number} has more than {MOST_TEXT_BYTES:,} characters; it is no table, or damaged")
+    if not line:
+      return
+    yield line
+
+
 def read_json(path: pathlib.Path) -> Any:
   """Raises UserError for a file that cannot be read."""
+  check_plain(path)
   try:
     return run_files.read_json(path)
   except UserError as error:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.data import records, tars
+from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.card import spread
 from diffdis_jax.data.prepare.image_folder import SPLITS
 from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, pair_of, texts_of
@@ -64,19 +65,19 @@ class SamplesPart:
   def __iter__(self) -> Iterator[RawPair]:
     for sample in self.samples:
       try:
-        image = read_file(self.root / sample.image) if sample.image else None
-        texts = [_read_text(self.root / each) for each in sample.captions] if sample.is_file else sample.captions
-        more = records.read_metadata(_read_text(self.root / sample.metadata_file)) if sample.metadata_file else {}
+        image = read_file(self.root / sample.image, within=self.root) if sample.image else None
+        texts = [self._text(each) for each in sample.captions] if sample.is_file else sample.captions
+        more = records.read_metadata(self._text(sample.metadata_file)) if sample.metadata_file else {}
         yield pair_of(sample.key, image, texts, {**sample.metadata, **more})
       except Unusable as error:
         yield RawPair(sample.key, refused=str(error))
 
-
-def _read_text(path: pathlib.Path) -> bytes:
-  """Raises Unusable: too many bytes for one, or no plain file."""
-  if path.is_file() and path.stat().st_size > MOST_TEXT_BYTES:
-    raise Unusable(TOO_LARGE)
-  return read_file(path)
+  def _text(self, name: str) -> bytes:
+    """Raises Unusable: too many bytes for one, no plain file, or one outside."""
+    path = self.root / name
+    if path.is_file() and path.stat().st_size > MOST_TEXT_BYTES:
+      raise Unusable(TOO_LARGE)
+    return read_file(path, within=self.root)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,17 +173,18 @@ def by_table(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[P
 
 def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   """Raises UserError: the table cannot be read."""
+  parts.check_plain(path)
   if path.suffix == ".csv":
-    csv.field_size_limit(2**31 - 1)  # instead of 131,072 characters
+    csv.field_size_limit(MOST_TEXT_BYTES)  # instead of 131,072 characters
     try:
       with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        for row in csv.DictReader(file):
+        for row in csv.DictReader(parts.lines_of(file, path)):
           yield {name: value for name, value in row.items() if name is not None}
     except csv.Error as error:
       raise UserError(f"{path} is no table of comma-separated values: {error}") from error
     return
   with open(path, "rb") as file:
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(parts.lines_of(file, path), 1):
       if line.strip():
         row = parse_json(line, f"{path}, line {number}")
         if not isinstance(row, dict):

@@ -249,12 +249,12 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
   context = multiprocessing.get_context("spawn")
   workers = min(num_processes, len(parts))
   with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_begin_worker) as pool:
-    with signals.starting_workers():  # as the first parts are handed in
-      futures = {pool.submit(stage.write, part): part for part in parts}
     try:
+      with signals.starting_workers():  # as the first parts are handed in
+        futures = {pool.submit(stage.write, part): part for part in parts}
       for future in concurrent.futures.as_completed(futures):
         yield futures[future], future.result()
-    except KeyboardInterrupt:  # a part that is half done is done again; the shutdown would wait for it
+    except KeyboardInterrupt:  # or SIGTERM: a part that is half done is done again; the shutdown would wait for it
       signals.kill_workers()
       raise
     except concurrent.futures.process.BrokenProcessPool as error:

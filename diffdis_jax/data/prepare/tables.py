@@ -15,12 +15,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from diffdis_jax.common import files
+from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.image_folder import SPLITS
 from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, pair_of, texts_of
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.parts import Part
-from diffdis_jax.data.records import MOST_BYTES, TOO_LARGE, Unusable
+from diffdis_jax.data.records import MOST_BYTES, TOO_LARGE, Unusable, leads_out
 from diffdis_jax.errors import UserError
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture")  # the first that is there counts
@@ -115,15 +115,22 @@ def _arrow_files(source: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
   try:
     splits = [""]
     if (source / "dataset_dict.json").exists():
-      splits = files.read_json(source / "dataset_dict.json")["splits"]
-    states = {split: files.read_json(source / split / "state.json") for split in splits}
+      splits = parts.read_json(source / "dataset_dict.json")["splits"]
+    states = {split: parts.read_json(_below(source, posixpath.join(split, "state.json"))) for split in splits}
     return [
-      (source / split / each["filename"], split or str(state.get("_split") or "train"))
+      (_below(source, posixpath.join(split, each["filename"])), split or str(state.get("_split") or "train"))
       for split, state in states.items()
       for each in state.get("_data_files") or ()
     ]
   except (AttributeError, KeyError, TypeError) as error:
     raise UserError(f"{source} is not as datasets' save_to_disk writes it: {error!r}; write it again") from error
+
+
+def _below(source: pathlib.Path, name: str) -> pathlib.Path:
+  """Raises UserError: it is not."""
+  if leads_out(source / name, source):
+    raise UserError(f"{source} names {name}, which is not below it; write it again by save_to_disk")
+  return source / name
 
 
 def _split_of(name: str) -> str:
@@ -133,6 +140,7 @@ def _split_of(name: str) -> str:
 
 
 def _table(path: pathlib.Path, split: str, name: str, asked: Asked) -> Table:
+  parts.check_plain(path)
   with _readable(path):
     schema = _schema(path)
     columns = _columns(path, schema, asked)
@@ -220,7 +228,8 @@ def _batches(path: pathlib.Path, columns: list[str], places: Sequence[int]) -> I
 def _arrow(path: pathlib.Path) -> Iterator[Any]:
   import pyarrow as pa
 
-  with pa.memory_map(str(path)) as source:
+  # Not mapped: where a file became shorter meanwhile, that ends the process.
+  with pa.OSFile(str(path)) as source:
     reader = _reader(source)
     # A stream's reader iterates, a file's has its batches by number.
     numbers = range(getattr(reader, "num_record_batches", 0))
@@ -242,7 +251,7 @@ def _schema(path: pathlib.Path) -> Any:
 
   if path.suffix == ".parquet":
     return pq.read_schema(path)
-  with pa.memory_map(str(path)) as source:
+  with pa.OSFile(str(path)) as source:
     return _reader(source).schema
 
 
@@ -250,5 +259,8 @@ def _length(path: pathlib.Path) -> int:
   if path.suffix == ".parquet":
     import pyarrow.parquet as pq
 
-    return pq.read_metadata(path).num_rows
+    length, size = pq.read_metadata(path).num_rows, path.stat().st_size
+    if length > size:  # a damaged number of rows, each of which would be asked for
+      raise UserError(f"{path} says that it has {length:,} rows, in {size:,} bytes; copy it again")
+    return length
   return sum(batch.num_rows for batch in _arrow(path))

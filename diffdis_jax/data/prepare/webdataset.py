@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from diffdis_jax.data import tars
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, Unusable
+from diffdis_jax.errors import UserError
 
 FIELDS = {**dict.fromkeys(tars.IMAGE_ENDINGS, "image"), "txt": "caption", "json": "metadata"}
 # The last word before the number is the split, whatever stands before it.
@@ -20,7 +21,7 @@ class TarReader:
   """Iterates over the pairs of one tar, in the order in which their keys come first; one in memory at a time.
 
   A file that cannot be read whole, or is too large, makes its pair a refused one. Iterating raises UserError where a
-  key has two images, captions or jsons.
+  key has two images, captions or jsons, or the tar changes meanwhile.
 
   Attributes:
     truncated: known after iteration: the file ends, or is damaged, before the tar's end mark. Pairs are left out then
@@ -32,10 +33,11 @@ class TarReader:
     self.truncated = False
 
   def __iter__(self) -> Iterator[RawPair]:
-    index = tars.index(self.path, FIELDS.get)
-    self.truncated = not index.whole
     # One open file for all members: a tar has thousands.
     with open(self.path, "rb") as file:
+      before = _state(os.fstat(file.fileno()))
+      index = tars.index(self.path, FIELDS.get)
+      self.truncated = not index.whole
       for key, members in index.samples.items():
         # What a pair of a damaged tar lacks may lie behind the damage; without image and caption it is none.
         if index.whole or {"image", "caption"} <= members.keys():
@@ -47,6 +49,14 @@ class TarReader:
           except Unusable as error:
             pair.refused = str(error)
           yield pair
+      # The places of its files were those of another tar.
+      if _state(os.stat(self.path)) != before:
+        raise UserError(f"{self.path} changed while it was read; run the same command again when it is whole")
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+  """Of a file: which one it is, and when it was written."""
+  return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def split_of(path: pathlib.Path) -> str | None:

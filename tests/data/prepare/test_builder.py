@@ -122,7 +122,7 @@ def test_files_that_are_no_plain_ones_are_skipped_unread(tmp_path, monkeypatch):
   items = [parts.Item(path.name, "x") for path in sorted(tmp_path.iterdir())]
   items += [parts.Item(name, "x") for name in ("gone.png", "zero\0.png", "good.png/a.png", "a" * 300)]
   report = builder.prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "out")["train"]
-  skipped = {"missing image": 6, "file that is not a plain one": 2, "file of too many bytes": 1}
+  skipped = {"missing image": 6, records.OUTSIDE: 1, records.NOT_PLAIN: 1, records.TOO_LARGE: 1}
   assert (report.pairs, report.skipped) == (1, skipped)
 
 
@@ -256,18 +256,35 @@ def test_workers_die_with_their_parent(many, tmp_path):
   assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_ctrl_c_is_one_line_and_the_same_command_goes_on(many, tmp_path):
-  """In a terminal it reaches the workers as well."""
+@pytest.mark.parametrize(
+  "number, code, said", [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")]
+)
+def test_a_signal_is_one_line_and_the_same_command_goes_on(many, tmp_path, number, code, said):
+  """From a terminal or a scheduler it reaches the workers as well."""
   command = [sys.executable, "-m", "diffdis_jax.prepare_data", "pairs", f"--source={many}", f"--out={tmp_path / 'out'}"]
   with Terminal([*command, "--num_processes=2", "--quiet"], os.environ, tmp_path / "stderr") as terminal:
     terminal.wait_until(lambda: [*(tmp_path / ".out.partial" / "parts").glob("*.json")])
     group = [int(path.name) for path in pathlib.Path("/proc").glob("[0-9]*") if _group(path) == terminal.process.pid]
-    terminal.ctrl_c()
-    assert (terminal.end(), terminal.said) == (130, "interrupted\n")
+    os.killpg(terminal.process.pid, number)
+    assert (terminal.end(), terminal.said) == (code, said)
     deadline = time.monotonic() + 20
     while any(map(is_alive, group)) and time.monotonic() < deadline:
       time.sleep(0.01)
     assert len(group) > 2 and not any(map(is_alive, group))
+  prepare(many, tmp_path / "out")
+  prepare(many, tmp_path / "whole")
+  assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(many, tmp_path):
+  command = [sys.executable, "-m", "diffdis_jax.prepare_data", "pairs", f"--source={many}", f"--out={tmp_path / 'out'}"]
+  with Terminal([*command, "--num_processes=2", "--quiet"], os.environ, tmp_path / "stderr") as terminal:
+    terminal.wait_until(lambda: [*(tmp_path / ".out.partial" / "parts").glob("*.json")])
+    group = [path for path in pathlib.Path("/proc").glob("[0-9]*") if _group(path) == terminal.process.pid]
+    workers = [int(path.name) for path in group if b"spawn_main" in (path / "cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    assert terminal.end() == 2 and terminal.said.startswith("error: a process of the preparation was killed, perhaps")
+    assert terminal.said.count("\n") == 1 and len(workers) == 2
   prepare(many, tmp_path / "out")
   prepare(many, tmp_path / "whole")
   assert content(tmp_path / "out") == content(tmp_path / "whole")
