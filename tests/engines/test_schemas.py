@@ -5,8 +5,10 @@ uv brings each of these in an environment of its own, from its cache or from the
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -79,6 +81,26 @@ def test_what_they_do_not_know_is_noticed(manifests, old, new, said):
   assert text.count(old) == 1
   done = check("kubernetes", text.replace(old, new))
   assert done.returncode == 1 and said in done.stderr
+
+
+def test_kubectl_knows_what_it_is_told(tmp_path):
+  """It looks at flags and YAML before it looks for a cluster, of which there is none."""
+  if (kubectl := shutil.which("kubectl")) is None:
+    pytest.skip("no kubectl: apt-get install kubectl")
+  programs = Programs(tmp_path)
+  settings = SETTINGS | {"ENV": "WANDB_API_KEY", "WANDB_API_KEY": "x"}
+  for arguments in (["run", "--", *TRAIN], ["logs"], ["stop"]):
+    assert programs.run("gke/gke.sh", *arguments, **settings).returncode == 0
+  told = [(record["call"][1:], record["stdin"]) for record in programs.records]
+  assert [call[0] for call, _ in told] == ["apply", "create", "logs", "delete", "delete"]
+
+  def said(call: list[str], stdin: str | None) -> str:
+    command, environment = [kubectl, "--server=http://127.0.0.1:9", *call], {**os.environ, "KUBECONFIG": os.devnull}
+    return subprocess.run(command, env=environment, input=stdin or "", capture_output=True, text=True).stderr
+
+  for call, stdin in told:
+    assert re.search("connection refused|was refused", said(call, stdin)), call
+  assert "unknown flag" in said(["logs", "--follows"], None) and "error parsing" in said(["create", "-f", "-"], "{a")
 
 
 @pytest.mark.parametrize(
