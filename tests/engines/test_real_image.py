@@ -19,9 +19,9 @@ pytestmark = pytest.mark.slow
 PROGRAMS = ("buildah", "mmdebstrap")
 BASE = "localhost/python"
 _BASE = "FROM scratch\nADD base.tar /\nRUN python3 -m venv /usr/local\n"
-# In a sandbox limits cannot be raised, and hosts may lie behind a proxy with a certificate of its own.
-_RUNS = ("--network=host", "--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096")
-_BUILDS = (*_RUNS, "--volume=/etc/ssl/certs:/etc/ssl/certs:ro")
+# In a sandbox limits cannot be raised, and a host may lie behind a proxy with a certificate of its own.
+_LIMITS = ("--network=host", "--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096")
+_BUILDS = (*_LIMITS, "--volume=/etc/ssl/certs:/etc/ssl/certs:ro")
 
 
 class Builder:
@@ -62,7 +62,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
 @pytest.fixture(scope="module")
 def container(builder: Builder) -> str:
   builder("build", *_BUILDS, f"--from={BASE}", "--build-arg=EXTRAS=tpu", "--tag=localhost/diffdis", ".")
-  name = builder("from", "localhost/diffdis").stdout.strip()
+  name = builder("from", *_LIMITS, "localhost/diffdis").stdout.strip()
   builder("config", "--env=JAX_PLATFORMS=cpu", name)
   return name
 
@@ -74,11 +74,11 @@ def test_an_extra_without_a_processor_is_refused(builder):
 
 def test_the_image_trains_in_its_working_directory(builder, container):
   flags = ["--config=configs/shapes.py:autoencoder", "--workdir=/tmp/run", "--config.num_steps=2"]
-  builder("run", *_RUNS, container, "--", "python", "-m", "diffdis_jax.train", *flags)
-  shown = builder("run", *_RUNS, container, "--", "sh", "-c", "pwd; ls /tmp/run/checkpoints; python -c 'import libtpu'")
+  builder("run", container, "--", "python", "-m", "diffdis_jax.train", *flags)
+  shown = builder("run", container, "--", "sh", "-c", "pwd; ls /tmp/run/checkpoints; python -c 'import libtpu'")
   assert shown.stdout.splitlines()[:2] == ["/diffdis", "2"]
 
 
 def test_the_image_holds_the_launchers_and_no_tests(builder, container):
-  shown = builder("run", *_RUNS, container, "--", "sh", "-c", "launch/gke/gke.sh --help | head -1; ls")
+  shown = builder("run", container, "--", "sh", "-c", "launch/gke/gke.sh --help | head -1; ls")
   assert shown.stdout.startswith("A run on GKE as a JobSet") and "tests" not in shown.stdout.split()
