@@ -81,9 +81,7 @@ MUTATIONS = (
   Mutation(
     "training/long_tail.py", "Total((1.0 - section.distill_weight)", "Total((0.0 + section.distill_weight)", LONG_TAIL
   ),
-  Mutation(
-    "training/long_tail_losses.py", "target = same / same.sum(axis=1", "target = same / same.sum(axis=0", LONG_TAIL
-  ),
+  Mutation("training/long_tail_losses.py", "same / same.sum(axis=1, keepdims=True)", "same / same.sum()", LONG_TAIL),
   Mutation(
     "training/long_tail_losses.py", "smoothing * log_p.mean(axis=1)", "smoothing * log_p.sum(axis=1)", LONG_TAIL
   ),

@@ -65,7 +65,8 @@ def _rest(seconds: float) -> None:
   """In a loader's thread no longer than the program runs, which waits for its threads at its end."""
   end = time.monotonic() + seconds
   while (left := end - time.monotonic()) > 0:
-    if not threading.main_thread().is_alive():
+    # While it waits for the threads of a pool, as the loader's are, the main thread still counts as alive.
+    if not threading.main_thread().is_alive() or getattr(threading, "_SHUTTING_DOWN", False):
       raise Away("the program ends")
     time.sleep(min(left, 0.5))
 

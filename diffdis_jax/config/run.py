@@ -51,7 +51,8 @@ class Run:
     long_tail: of a long-tailed run alone.
     log_every: steps between two lines of metrics; the last step has one too, as for the next three.
     log_gradients: at these steps, log the cosine and the norms of the gradients of L_IG and L_ITA by block
-      (training/task_gradients.py), which takes a gradient of each more. The training's numbers stay.
+      (training/task_gradients.py), which takes a gradient of each more and nearly doubles their time. The training's
+      numbers stay.
     save_every: steps between two checkpoints.
     eval_every: steps between two evaluations while training.
     sample_every: steps between two grids of generated images.

@@ -71,10 +71,19 @@ def test_a_thing_that_many_threads_wait_for_is_named_once(pauses, caplog):
   assert [record.getMessage() for record in caplog.records].count("cannot read the data: x; trying again in 1 s") == 1
 
 
-def test_a_thread_that_waits_holds_no_program_up():
+@pytest.mark.parametrize(
+  "start",
+  [
+    "Thread(target=storage.patiently, args=(read, 'x')).start()",
+    "ThreadPoolExecutor(1).submit(storage.patiently, read, 'x')",
+  ],
+)
+def test_a_thread_that_waits_holds_no_program_up(start):
+  """Nor one of a pool, such as Grain's."""
   code = (
-    "import threading\nfrom diffdis_jax.common import storage\nfrom diffdis_jax.errors import Gone\n"
-    "def read(): raise Gone('x')\nthreading.Thread(target=storage.patiently, args=(read, 'the data')).start()"
+    "from concurrent.futures import ThreadPoolExecutor\nfrom threading import Thread\n"
+    "from diffdis_jax.common import storage\nfrom diffdis_jax.errors import Gone\n"
+    f"def read(): raise Gone('x')\n{start}"
   )
   begin = time.monotonic()
   subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL, timeout=60)

@@ -63,6 +63,8 @@ def test_every_operation_is_drawn_alike(monkeypatch):
   for (name, _), count in drawn.items():
     expected = 4000 / 14 / (2 if name in randaugment.SIGNED else 1)
     assert abs(count - expected) < 5 * expected**0.5
+  left, right = (sum(count for (_, sign), count in drawn.items() if sign == each) for each in (-1, 1))
+  assert abs(left - right) < 5 * (left + right) ** 0.5  # over all operations, where a coin's bias shows
 
 
 def test_by_config():

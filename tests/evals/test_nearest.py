@@ -45,6 +45,12 @@ def test_fewer_keys_than_asked_for_and_nan():
   assert nearest.nearest(np.eye(2, dtype=np.float32), keys, count=1)[:, 0].tolist() == [1, 2]
 
 
+def test_what_fills_the_last_block_is_not_found():
+  """It repeats the last key, which is the best here."""
+  keys = np.array([[1.0], [2.0], [3.0]], np.float32)
+  assert nearest.nearest(np.ones((1, 1), np.float32), keys, count=2, block=2).tolist() == [[2, 1]]
+
+
 def test_a_vote_is_counters():
   rows = np.random.default_rng(0).integers(4, size=(500, 5))
   expected = [collections.Counter(row).most_common(1)[0][0] for row in rows.tolist()]

@@ -109,7 +109,7 @@ def test_exit_codes_fail_restart_or_count(programs, given, restarts):
   }
   assert jobset["spec"]["failurePolicy"] == {
     "maxRestarts": restarts,
-    "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+    "rules": [{"name": "badInputOrInterrupt", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
   }
   assert (job["backoffLimit"], job["podReplacementPolicy"]) == (0, "Failed")
   assert job["template"]["spec"]["restartPolicy"] == "Never"  # which podFailurePolicy asks for

@@ -22,6 +22,7 @@ def make(rngs):
 
 
 NETWORK = Network.of(make)
+BRANCHES = NETWORK.jit(lambda head, *args: head(*args))
 COUNTS = (4, 2, 4, 1, 3)  # sentences that each class has
 
 
@@ -51,9 +52,17 @@ def by_torch(params, f, logit_scale):
 
 def test_both_branches_equal_torchs(params):
   f, scale = RNG.standard_normal((B, D)).astype(np.float32) * 3, np.float32(4.9)
-  found = NETWORK.jit(lambda head, *args: head(*args))(params, f, scale)
+  found = BRANCHES(params, f, scale)
   visual, language = by_torch(params, f, scale)
   assert relative_error(found.visual, visual) < 1e-6 and relative_error(found.language, language) < 1e-6
+
+
+def test_padding_takes_no_attention_from_an_only_sentence(params):
+  """Whatever the scores: beside one that is a hundred larger, the softmax would leave the sentence nothing."""
+  f, scale, only = RNG.standard_normal((B, D)).astype(np.float32), np.float32(1.0), COUNTS.index(1)
+  found = BRANCHES({**params, "q.kernel": 1000 * params["q.kernel"]}, f, scale).language[:, only]
+  expected = np.exp(scale) * F.cosine_similarity(*map(torch.tensor, (f, params["anchors"][only, :1])), dim=-1)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_every_product_is_f32_whatever_the_program_asks_for(params):

