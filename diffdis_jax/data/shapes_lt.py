@@ -23,7 +23,8 @@ MOST, RATIO = 200, 0.01  # images of the most frequent class, and the least freq
 EACH = {"val": 20, "test": 20}
 LOW = 20  # a class of at most so many training images is one of the low ones, as long-tailed recognition groups them
 START = 2048  # images of each class of `start`
-SPLITS = ("train", *EACH, "start", "start_all")
+STARTS = ("start", "start_all")  # of pairs
+SPLITS = ("train", *EACH, *STARTS)
 
 _CORNERS = {
   "circle": "no corner",
