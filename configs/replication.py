@@ -37,7 +37,7 @@ EMOJI_STEP_SECONDS: dict[str, float] = {}
 RATES = (3e-4, 1e-3, 3e-3)
 # Of each CLIP the best of RATES by top-1 on val_vendor in the table of e4_rates. None is chosen yet.
 CLIP_RATES: dict[str, float] = {}
-# What DiffDis' configs have and the paper's model has not: off, as all is that configs/emoji.py does not set.
+# The two additions of configs/emoji.py that the paper's model lacks, off.
 WITHOUT_PARTS: dict[str, Any] = dict(alignment=dict(spatial_pool=0))
 WITHOUT_TOKENS: dict[str, Any] = dict(text_encoder=dict(token_embedding_weight=0.0))
 # name of a CLIP -> its arguments, and what differs in its model

@@ -85,7 +85,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.ablate run --base=emoji:path=data/emoji --arms=replication:",
     "python -m diffdis_jax.ablate run --base=shapes_lt --arms=replication:",
   ),
-  "writes the records and the pages of this checkout; tests/test_replication_page.py and tests/test_measured.py check it": (
+  "writes the records and the pages of this checkout, as tests/test_replication_page.py and test_measured.py check": (
     "python -m docs.measured.replication --tables=",
     "python -m docs.measured.tables",
   ),

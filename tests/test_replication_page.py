@@ -63,17 +63,17 @@ def test_a_comparison_has_effect_interval_p_and_verdict(found):
 
 def test_a_claim_of_the_paper_is_judged_by_its_comparison(found):
   table = rows(replication.paper(found))
-  assert table[0] == ["joint training helps discrimination", "E1: both − discrimination", "higher", "supported"]
+  assert table[0] == ["joint training helps discrimination", "E1: both − discrimination", "higher", "supported: higher"]
   assert {row[-1] for row in table[1:]} == {"not run yet"}
 
 
 @pytest.mark.parametrize(
   "words, expected, said",
   [
-    ("higher", "higher", "supported"),
-    ("higher, no effect larger than 3", "higher", "supported, no effect larger than 3"),
+    ("higher", "higher", "supported: higher"),
+    ("higher, no effect larger than 3", "higher", "supported: higher, no effect larger than 3"),
     ("lower", "higher", "refuted: lower"),
-    ("no effect larger than 3", "lower", "refuted: no effect larger than 3"),
+    ("no effect larger than 3", "lower", "bounded: no effect larger than 3"),
     ("higher, no effect larger than 3", "lower", "refuted: higher, no effect larger than 3"),
     ("undecided", "higher", "open"),
   ],

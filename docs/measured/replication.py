@@ -140,10 +140,12 @@ def paper(found: Mapping[str, Any]) -> str:
 
 def judged(verdict: Mapping[str, Any] | None, expected: str) -> str:
   """Of a `significance.Verdict`'s fields; None for no seed that both arms have."""
-  words = verdict["words"].split(", ") if verdict else []
-  if expected in words:
-    return "supported" if len(words) == 1 else f"supported, {words[1]}"
-  return f"refuted: {', '.join(words)}" if words and words != ["undecided"] else "open"
+  words = verdict["words"] if verdict else "undecided"
+  if words == "undecided":
+    return "open"
+  # A bound is no refutation: the paper's own effect may be smaller.
+  kind = "supported" if expected in words else "bounded" if words.startswith("no effect") else "refuted"
+  return f"{kind}: {words}"
 
 
 def arms(found: Mapping[str, Any]) -> str:
