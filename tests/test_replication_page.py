@@ -47,7 +47,7 @@ def found() -> dict[str, Any]:
 
 
 def rows(table: str) -> list[list[str]]:
-  return [line.strip("|").split("|") for line in table.splitlines()[2:]]
+  return [line.split("|")[1:-1] for line in table.splitlines()[2:]]
 
 
 def test_a_comparison_has_effect_interval_p_and_verdict(found):
