@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -21,6 +22,7 @@ __all__ = [
   "held_out_loss",
   "num_pairs",
   "parse_arg",
+  "put_network",
   "read_prepared",
   "say",
   "take_network",
@@ -79,17 +81,21 @@ def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> No
   """
   file = pathlib.Path(path) / "config.json"
   try:
-    fields = read_json(file)
-    for name in OF_NETWORK:
-      config[name] = ConfigDict(_tuples(fields[name])) if isinstance(fields[name], dict) else fields[name]
-    config.data.max_length = fields["data"]["max_length"]
+    put_network(config, read_json(file))
   except (OSError, UserError, ValueError, KeyError, TypeError) as error:
     raise ValueError(
       f"argument {argument}={path} should be the workdir of a run: cannot read {file}: {error!r}"
     ) from error
+  config.init_from = path
+
+
+def put_network(config: ConfigDict, fields: Mapping[str, Any]) -> None:
+  """Puts the network of a run's config, nested dicts, in place of the config's; a head stays behind."""
+  for name in OF_NETWORK:
+    config[name] = ConfigDict(_tuples(fields[name])) if isinstance(fields[name], dict) else fields[name]
+  config.data.max_length = fields["data"]["max_length"]
   if "head" in config.model:
     del config.model.head
-  config.init_from = path
 
 
 def _tuples(value: Any) -> Any:

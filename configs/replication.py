@@ -6,20 +6,48 @@
 
 The same command resumes. What is chosen is chosen on val, the default of configs/scenes.py.
 
-e1: do the two tasks help each other? e3: which parts matter? Both are of scenes, some 6 hours of one core each. With
-one --out for both, e3 finds its base runs among those of e1; `table` then writes over the other's tables.
+  e1        do the tasks help each other?          --base=scenes:measured=test
+  e2        why does generation first help?        --base=emoji:path=data/emoji
+  e3        which parts matter?                    --base=scenes:measured=test
+  e4_rates  the rate of each CLIP, by --seeds=5    --base=emoji:path=data/emoji
+  e4        is the lead over CLIP fair?            --base=emoji:path=data/emoji
+  e5        rare in the start too?                 --base=shapes_lt
+  e6        does augmentation make the better CLIP?  --base=emoji:path=data/emoji
+
+With one --out for several of one base, they share runs: e3 finds its base runs among those of e1, and e4 its
+`discrimination` among those of e2. `table` then writes over the other's tables.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import clip_cc3m, common
 
 STEPS = 900  # of 64 images; equal samples
 # Seconds of a step on one core of which nothing else ran, by objectives: medians of 15 rounds in turns, by
 # `diffdis benchmark --config=scenes --rounds=15 --out=F.json`, before the first run.
 STEP_SECONDS = {"generation": 0.251, "discrimination": 0.157, "generation+discrimination": 0.356}
+EMOJI_STEPS = 600  # of 64 images; equal samples
+# The same of emoji, by what is trained: of `--config=emoji:path=data/emoji`; of that with
+# `--config.model.alignment.spatial_pool=0 --config.model.text_encoder.token_embedding_weight=0`, as "discrimination
+# without additions"; and of `--config=emoji:objectives=contrastive,path=data/emoji`, as "CLIP" with that last field,
+# and as "CLIP with parts" and "convolutional CLIP" with tower=pooled and tower=convolutional. None is measured yet.
+EMOJI_STEP_SECONDS: dict[str, float] = {}
+RATES = (3e-4, 1e-3, 3e-3)
+# Of each CLIP the best of RATES by top-1 on val_vendor in the table of e4_rates. None is chosen yet.
+CLIP_RATES: dict[str, float] = {}
+# The two additions of configs/emoji.py that the paper's model lacks, off.
+WITHOUT_PARTS: dict[str, Any] = dict(alignment=dict(spatial_pool=0))
+WITHOUT_TOKENS: dict[str, Any] = dict(text_encoder=dict(token_embedding_weight=0.0))
+# name of a CLIP -> its arguments, and what differs in its model
+CLIPS: dict[str, tuple[str, dict[str, Any]]] = {
+  "CLIP": ("", WITHOUT_TOKENS),
+  "CLIP with parts": ("tower=pooled", {}),
+  "convolutional CLIP": ("tower=convolutional", {}),
+}
+# Of an evaluation's protocol, what CLIP lacks.
+DENOISING = ("steps", "num_noise_samples", "guidance", "normalize_query")
 # A run is measured when it has ended, and reports nothing before.
 QUIET = dict(train_evals=(), sample_prompts=(), save_every=450, sample_every=100_000, eval_every=100_000)
 
@@ -80,7 +108,113 @@ def e3() -> dict[str, Any]:
   return dict(title="Which parts matter?", arms=tuple(arms), claims=tuple(claims))
 
 
-EXPERIMENTS = {"e1": e1, "e3": e3}
+def e2() -> dict[str, Any]:
+  """Why does generation first help? By its captions, its images, or the minutes it takes?"""
+  seconds = _measured_seconds("generation", "discrimination")
+  minutes = EMOJI_STEPS * (seconds["generation"] + seconds["discrimination"]) / 60
+  same = dict(num_steps=EMOJI_STEPS)
+  arms = [
+    _arm("discrimination", "discrimination", **same),
+    _arm("generation", "generation", measured=False, **same),
+    _arm("discrimination after generation", "discrimination", start="generation", **same),
+    _arm("generation without captions", "generation", measured=False, loss=dict(condition_dropout=1.0), **same),
+    _arm(
+      "discrimination after generation without captions", "discrimination", start="generation without captions", **same
+    ),
+    _arm("discrimination as long as both stages", "discrimination", minutes=minutes),
+  ]
+  row, *others = "discrimination after generation", *(arm["name"] for arm in arms if arm["measured"])
+  claims = [_claim(row, base, TOP1, 2.0) for base in others if base != row]
+  title = "Why does generation first help?"
+  return dict(title=title, arms=tuple(arms), step_seconds=seconds, claims=tuple(claims))
+
+
+def e4_rates() -> dict[str, Any]:
+  """The rate of each CLIP, by a seed that is in no table. Nothing is compared by a test."""
+  arms = [_clip(name, f"{name}, rate {rate:g}", rate=rate, num_steps=EMOJI_STEPS) for name in CLIPS for rate in RATES]
+  return dict(title="Which rate is each CLIP's?", arms=tuple(arms))
+
+
+def e4() -> dict[str, Any]:
+  """Is the lead over CLIP fair? Each comparison is of two with the same text tower and head."""
+  if missing := [name for name in CLIPS if name not in CLIP_RATES]:
+    raise ValueError(f"no rate is chosen for {', '.join(missing)}; run e4_rates and add it to CLIP_RATES")
+  alone = {"CLIP": "discrimination without additions"}  # as long as which DiffDis, if not that with its additions
+  seconds = _measured_seconds("discrimination", *alone.values(), *CLIPS)
+  same = dict(num_steps=EMOJI_STEPS)
+  arms = []
+  for name in CLIPS:
+    minutes = EMOJI_STEPS * seconds[alone.get(name, "discrimination")] / 60
+    arms.append(_clip(name, name, rate=CLIP_RATES[name], **same))
+    arms.append(_clip(name, f"{name}, as long as DiffDis", rate=CLIP_RATES[name], minutes=minutes))
+  arms.append(_arm("discrimination", "discrimination", **same))
+  arms.append(_arm(alone["CLIP"], "discrimination", model=WITHOUT_PARTS | WITHOUT_TOKENS, **same))
+  claims = [
+    _claim(row, base, TOP1, 2.0)
+    for row, clip in (("discrimination", "CLIP with parts"), (alone["CLIP"], "CLIP"))
+    for base in (clip, f"{clip}, as long as DiffDis")
+  ]
+  return dict(
+    title="Is the lead over CLIP fair?",
+    arms=tuple(arms),
+    step_seconds=seconds,
+    claims=tuple(claims),
+    only_some_have=DENOISING,
+  )
+
+
+def e5() -> dict[str, Any]:
+  """Rare classes that are rare in the start too. The set of --config=shapes_lt:seed=0, of every seed."""
+  arms = []
+  for classes, seen in (("all classes", "stage=0,all_classes"), ("no low classes", "stage=0")):
+    for model, backbone in (("DiffDis", "diffdis"), ("CLIP", "clip")):
+      stages = {", start": seen, ", stage 1": "stage=1", "": "stage=2"}
+      if model == "DiffDis":
+        stages = {", autoencoder": f"{seen},autoencoder", **stages}
+      start = ""
+      for stage, args in stages.items():
+        name = f"{model}, {classes}{stage}"
+        args = f"backbone={backbone},{args}"
+        arms.append(dict(name=name, args=args, changes=QUIET, start=start, measured=not stage))
+        start = name
+  claims = (
+    _claim("DiffDis, no low classes", "CLIP, no low classes", "test/acc_low"),
+    _claim("DiffDis, no low classes", "DiffDis, all classes", "test/acc_low"),
+  )
+  title = "Classes that are rare in the start too"
+  return dict(title=title, arms=tuple(arms), claims=claims, only_some_have=DENOISING)
+
+
+def e6() -> dict[str, Any]:
+  """Does stronger augmentation make the better CLIP? Its images alone differ; those of configs/emoji.py are in none."""
+  plain = common.base(clip_cc3m.clip_small(), image_size=32).data.augment.to_dict()
+  arms = [
+    _clip("CLIP", recipe, num_steps=EMOJI_STEPS, data=dict(augment=plain | clip_cc3m.RECIPES[recipe]))
+    for recipe in ("paper", "openclip")
+  ]
+  claims = (_claim("paper", "openclip", TOP1, 2.0),)
+  return dict(title="Does stronger augmentation make the better CLIP?", arms=tuple(arms), claims=claims)
+
+
+TOP1 = "val_vendor/acc1"
+EXPERIMENTS = {"e1": e1, "e2": e2, "e3": e3, "e4_rates": e4_rates, "e4": e4, "e5": e5, "e6": e6}
+
+
+def _measured_seconds(*names: str) -> dict[str, float]:
+  if missing := [name for name in names if name not in EMOJI_STEP_SECONDS]:
+    raise ValueError(
+      f"no step is timed for {', '.join(missing)}; time it by `diffdis benchmark --config=emoji:path=data/emoji"
+      " --rounds=15 --out=F.json` and its like, on an idle core, and add it to EMOJI_STEP_SECONDS"
+    )
+  return {name: EMOJI_STEP_SECONDS[name] for name in names}
+
+
+def _clip(kind: str, name: str, *, rate: float | None = None, **fields: Any) -> dict[str, Any]:
+  """An arm that is one of CLIPS; by default at the config's rate."""
+  tower, model = CLIPS[kind]
+  args = ",".join(filter(None, ("contrastive", tower, f"rate={rate!r}" if rate else "")))
+  arm = _arm(name, args, **fields, **(dict(model=model) if model else {}))
+  return arm | dict(speed=kind)
 
 
 def _arm(

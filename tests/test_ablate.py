@@ -171,3 +171,19 @@ def test_wrong_input_is_one_line(tmp_path, environment, grid, said):
   assert (done.returncode, done.stdout) == (2, "")
   assert re.fullmatch(f"error: {said}\n", done.stderr)
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_arms_of_two_networks_in_three_stages(tmp_path, environment):
+  """The protocol's fifth experiment on tiny networks, one seed: CLIP has no protocol of denoising."""
+  flags = ["--base=tests/tiny_lt.py", "--arms=replication:e5", "--seeds=0", f"--out={tmp_path / 'out'}"]
+  done = call("ablate", environment, "run", *flags)
+  assert done.returncode == 0, done.stderr
+  done = call("ablate", environment, "table", *flags, "--noplot")
+  assert done.returncode == 0, done.stderr
+  table = json.loads((tmp_path / "out" / "tables.json").read_text())
+  assert len(table["runs"]) == 14 and [claim["verdict"]["difference"]["n"] for claim in table["claims"]] == [1, 1]
+  rows = {row["label"]: row["cells"] for row in table["tables"]["e5"]["rows"]}
+  assert {name: cells["test/acc_low"]["n"] for name, cells in rows.items()} == dict.fromkeys(rows, 1)
+  protocols = [run["evaluations"]["test"]["protocol"] for run in table["runs"].values() if run["evaluations"]]
+  assert sorted("num_noise_samples" in each for each in protocols) == [False, False, True, True]

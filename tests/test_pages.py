@@ -81,6 +81,13 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.demo --out=runs/s1",
     "python -m diffdis_jax.ablate run --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2",
     "python -m diffdis_jax.ablate run --base=scenes --arms=replication:e1",
+    "python -m diffdis_jax.ablate run --base=scenes:measured=test --arms=replication:",
+    "python -m diffdis_jax.ablate run --base=emoji:path=data/emoji --arms=replication:",
+    "python -m diffdis_jax.ablate run --base=shapes_lt --arms=replication:",
+  ),
+  "writes the records and the pages of this checkout, as tests/test_replication_page.py and test_measured.py check": (
+    "python -m docs.measured.replication --tables=",
+    "python -m docs.measured.tables",
   ),
   "times full-size networks or gigabytes of data": ("python -m diffdis_jax.benchmark",),
   "is the first two commands of docs/long_tail.md with other folders": (

@@ -14,11 +14,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.batch_size = 16
   config.num_steps = 8
   config.log_every = config.save_every = config.eval_every = config.sample_every = 4
-  model = config.model
-  model.unet.update(widths=(8,), attention=(True,), depth=1, num_heads=2, groups=4)
-  model.alignment.update(width=16, depth=1, num_heads=2)
-  model.text_encoder.update(max_length=8, width=16, depth=1, num_heads=2, mlp_width=32)
-  model.autoencoder.update(widths=(8,), patch=4, latent_channels=4, groups=4)
+  shrink(config.model)
   config.data.max_length = 8
   config.data.caption_fields = ()  # so that a test may take other data
   config.data.loader.update(num_threads=1, prefetch=2)
@@ -31,3 +27,11 @@ def get_config(arg: str = "") -> ConfigDict:
   config.sample_prompts = ()
   config.inference.update(generation_steps=4)
   return config
+
+
+def shrink(model: ConfigDict) -> None:
+  """Makes it small, for 16 px and 8 tokens."""
+  model.unet.update(widths=(8,), attention=(True,), depth=1, num_heads=2, groups=4)
+  model.alignment.update(width=16, depth=1, num_heads=2)
+  model.text_encoder.update(max_length=8, width=16, depth=1, num_heads=2, mlp_width=32)
+  model.autoencoder.update(widths=(8,), patch=4, latent_channels=4, groups=4)

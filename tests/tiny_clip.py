@@ -14,8 +14,13 @@ def get_config(arg: str = "") -> ConfigDict:
   config.num_steps, config.data.max_length = 8, 8
   config.log_every = config.save_every = config.eval_every = 4
   config.evals.test.data.num_images = 64
-  tower = dict(width=16, depth=2, num_heads=2, mlp_width=32, projection=12)
-  config.model.text_encoder.update(max_length=8, **tower)
-  config.model.vision_encoder.update(image_size=16, patch=4, **tower)
+  shrink(config.model)
   config.data.loader.update(num_threads=1, prefetch=2)
   return config
+
+
+def shrink(model: ConfigDict) -> None:
+  """Makes it small, for 16 px and 8 tokens."""
+  tower = dict(width=16, depth=2, num_heads=2, mlp_width=32, projection=12)
+  model.text_encoder.update(max_length=8, **tower)
+  model.vision_encoder.update(image_size=16, patch=4, **tower)

@@ -1,4 +1,5 @@
-"""configs/shapes_lt.py, shrunk until a step compiles and runs in seconds; the network is that of the run `init`.
+"""configs/shapes_lt.py, shrunk until a step compiles and runs in seconds; the network is that of the run `init`, or
+without it a small one.
 
 Also a config file for command lines: --config=tests/tiny_lt.py:stage=1,init=WORKDIR
 """
@@ -6,10 +7,16 @@ Also a config file for command lines: --config=tests/tiny_lt.py:stage=1,init=WOR
 from ml_collections import ConfigDict
 
 from configs import shapes_lt
+from tests import tiny, tiny_clip
 
 
 def get_config(arg: str = "") -> ConfigDict:
   config = shapes_lt.get_config(arg)
+  if "init=" not in arg:
+    config.image_size, config.data.max_length = 16, 8
+    (tiny_clip if "vision_encoder" in config.model else tiny).shrink(config.model)
+    for section in config.evals.values():
+      section.data.image_size = 16
   config.batch_size, config.num_steps = 16, 12
   config.optim.epoch_steps = 2
   config.optim.warmup_steps = min(2, config.optim.warmup_steps)

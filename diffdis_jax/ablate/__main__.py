@@ -32,7 +32,6 @@ from diffdis_jax.ablate import run as running
 from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.common import cli, files, usage
-from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import sections
@@ -151,8 +150,8 @@ def run_one(one: Run, plan: Plan, folder: Folder) -> None:
 
 def measure(one: Run, path: str, out: str) -> None:
   """Every evaluation of a run, by the newest checkpoint's averaged weights; those in `out` already are not repeated."""
-  # CLIP takes no steps of denoising, so that `inference` says nothing of it.
-  protocol = {} if Objectives(one.config["objectives"]).is_clip else one.config["inference"]
+  # CLIP takes no steps of denoising, so that `inference` says nothing of it. Long-tailed objectives are of either.
+  protocol = {} if "vision_encoder" in one.config["model"] else one.config["inference"]
   asked = sections.with_parts(sections.of_config(one.evals, tasks=None), out)
   evaluate.evaluate(path, asked, kept=ResultFile(out), text_cache=files.user_cache("texts"), **protocol)
 

@@ -26,6 +26,7 @@ class Arm:
     changes: fields of it, nested as they are there.
     start: the arm whose run of the same seed its runs start from; by default what the base starts from.
     minutes: of training on one core, in place of `num_steps`, by `step_seconds`; None for the steps of the config.
+    speed: which of `step_seconds` is its own; by default that of its objectives, joined with "+".
     measured: whether it is a row of the table; else it is a start alone.
   """
 
@@ -34,6 +35,7 @@ class Arm:
   changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   start: str = ""
   minutes: float | None = None
+  speed: str = ""
   measured: bool = True
 
   def __post_init__(self) -> None:
@@ -48,14 +50,17 @@ class Experiment:
   Attributes:
     title: the question.
     arms: each with the fields of `Arm`.
-    step_seconds: of a training step on one core, by the objectives joined with "+"; needed where an arm has `minutes`.
+    step_seconds: of a training step on one core, by the arms' `speed`; needed where an arm has `minutes`.
     claims: comparisons, each with the fields of `tables.Claim`.
+    only_some_have: fields of an evaluation's protocol that some arms lack, as CLIP lacks those of denoising. Arms that
+      have them must agree on them, and all arms on all else.
   """
 
   title: str
   arms: Sequence[Mapping[str, Any]]
   step_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
   claims: Sequence[Mapping[str, Any]] = ()
+  only_some_have: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +106,8 @@ def read(path: str, *, base: str, overrides: Mapping[str, Any]) -> Read:
     raise UserError(f"--arms={path} has no arm that is measured")
   claims = tuple(read_section(Claim, each, "claims") for each in experiment.claims)
   _check(claims, measured)
-  title = experiment.title
-  return Read(Table(name=path.rpartition(":")[2], title=title, rows=measured, base=None), claims)
+  name, some = path.rpartition(":")[2], frozenset(experiment.only_some_have)
+  return Read(Table(name=name, title=experiment.title, rows=measured, base=None, only_some_have=some), claims)
 
 
 def _row(
@@ -112,10 +117,10 @@ def _row(
   config = cli.read_config(f"{file}:{','.join(filter(None, (args, arm.args)))}").to_dict()
   changes = workdir.flatten(arm.changes) if arm.changes else {}
   if arm.minutes is not None:
-    objectives = "+".join(changes.get("objectives", config["objectives"]))
-    if objectives not in step_seconds:
-      raise UserError(f"arm {arm.name} has minutes, and step_seconds has no {objectives!r}; measure and add it")
-    changes["num_steps"] = round(60 * arm.minutes / step_seconds[objectives])
+    speed = arm.speed or "+".join(changes.get("objectives", config["objectives"]))
+    if speed not in step_seconds:
+      raise UserError(f"arm {arm.name} has minutes, and step_seconds has no {speed!r}; measure and add it")
+    changes["num_steps"] = round(60 * arm.minutes / step_seconds[speed])
   own = tables.changed(config, overrides)
   return Row(label=arm.name, changes=changes, own_base=own, start=start, measured=arm.measured)
 

@@ -39,7 +39,7 @@ class Column:
 
 
 def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ...]:
-  """Of a config's `evals`: accuracy of generated images and FID, then top-1 and choice, then R@1.
+  """Of a config's `evals`: accuracy of generated images and FID, then top-1, choice and long-tailed, then R@1.
 
   With a set `coco` and a set `flickr` of retrieval, as in the paper, the mean of their four R@1 is one column. R@1 of
   any other set is the mean of both ways.
@@ -64,6 +64,9 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
     if evaluations[name].get("seen_split"):
       found.append(_percent("zero_shot", name, "acc1_seen", f"top-1 {name}, seen classes"))
   found += [_percent("choice", name, "acc1", f"choice of five, {name}") for name in sets["choice"]]
+  for name in sets["long_tail"]:
+    found.append(_percent("long_tail", name, "acc", f"accuracy {name}"))
+    found.append(_percent("long_tail", name, "acc_low", f"accuracy {name}, low classes"))
   paper = [name for name in ("coco", "flickr") if name in sets["retrieval"]]
   # Both or neither: over one of them the mean would not be the paper's.
   if len(paper) == 2:
@@ -86,7 +89,7 @@ def choose(columns: Sequence[Column], names: Sequence[str]) -> tuple[Column, ...
   return tuple(known[name] for name in names or known)
 
 
-_TASKS = ("generation_accuracy", "fid", "zero_shot", "choice", "retrieval")
+_TASKS = ("generation_accuracy", "fid", "zero_shot", "choice", "long_tail", "retrieval")
 
 
 def _percent(task: str, name: str, metric: str, title: str) -> Column:

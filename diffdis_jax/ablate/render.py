@@ -17,6 +17,10 @@ NOTE = (
   " minimum detectable effect, is the true difference that this t-test by itself would find with 80 % power at the"
   " standard deviation of these pairs: what is smaller may be there and not be found."
 )
+CLAIM_HEADS = (
+  *("comparison", "figure", "difference, 95 % interval", "n", "p, Holm"),
+  *("MDE", "bound", "p, Holm", "verdict"),
+)
 CLAIMS_NOTE = (
   "Paired by seed. The first p is of no difference, by the t-test; the second of a true difference of the bound or"
   " more, by two one-sided tests. Each stands beside its value after Holm's correction over this table, by which the"
@@ -56,12 +60,14 @@ def table_of(table: Mapping[str, Any], *, columns: Mapping[str, str], paper: Map
 
 def claims_of(claims: Sequence[Mapping[str, Any]]) -> str:
   """A table of `summary.claims_of`."""
-  lines = ["| comparison | figure | difference, 95 % interval | n | p, Holm | MDE | bound | p, Holm | verdict |"]
-  lines.append("|---" * 9 + "|")
-  for claim in claims:
-    cells = [f"{claim['row']} − {claim['base']}", claim["column"], *_verdict(claim["verdict"], claim["bound"])]
-    lines.append("| " + " | ".join(cells) + " |")
+  lines = [f"| {' | '.join(CLAIM_HEADS)} |", "|---" * len(CLAIM_HEADS) + "|"]
+  lines += ["| " + " | ".join(claim_cells(claim)) + " |" for claim in claims]
   return "\n".join(lines) + f"\n\n{CLAIMS_NOTE}"
+
+
+def claim_cells(claim: Mapping[str, Any]) -> list[str]:
+  """A row of that table."""
+  return [f"{claim['row']} − {claim['base']}", claim["column"], *_verdict(claim["verdict"], claim["bound"])]
 
 
 def _verdict(verdict: Mapping[str, Any] | None, bound: float) -> list[str]:

@@ -61,21 +61,27 @@ def runs_of(plan: Plan, table: Table) -> list[Run]:
 
 
 def check_protocols(table: Table, results: Mapping[Run, Results | None], folder: Folder) -> None:
-  """Raises UserError where two runs of a table were measured differently, except for what its rows change."""
+  """Raises UserError where two runs of a table were measured differently, except for what its rows change.
+
+  A field of `only_some_have` may be missing in some of them; those that have it are compared with each other.
+  """
   changed = {field for row in table.rows for field in row.changes}
   # `weights` says which model was measured, and is another one in each run.
   ignored = {"weights", *(FOLLOWS.get(field, field.split(".")[-1]) for field in changed)}
-  first: dict[tuple[str, str], tuple[Run, Mapping[str, Any]]] = {}
+  first: dict[tuple[str, ...], tuple[Run, Mapping[str, Any]]] = {}
   for run, found in results.items():
     for name, section in run.evals.items() if found is not None else ():
       protocol = found[section["task"]][name]["protocol"] if found else {}
-      other, theirs = first.setdefault((section["task"], name), (run, protocol))
-      if different := differences([theirs, protocol], ignored=ignored):
-        field, (there, here) = next(iter(different.items()))
-        raise UserError(
-          f"table {table.name} would mix protocols: {name} was measured with {field} {there!r} in"
-          f" {folder.results(other)} and {here!r} in {folder.results(run)}; remove one of them, and measure it again"
-        )
+      own = sorted(table.only_some_have & protocol.keys())
+      # With all others by what all have, and by everything with those that have the same fields.
+      for key, left_out in (((), table.only_some_have), (("fields", *own), ())):
+        other, theirs = first.setdefault((section["task"], name, *key), (run, protocol))
+        if different := differences([theirs, protocol], ignored={*ignored, *left_out}):
+          field, (there, here) = next(iter(different.items()))
+          raise UserError(
+            f"table {table.name} would mix protocols: {name} was measured with {field} {there!r} in"
+            f" {folder.results(other)} and {here!r} in {folder.results(run)}; remove one of them, and measure it again"
+          )
 
 
 def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[str]]) -> dict[str, Any]:

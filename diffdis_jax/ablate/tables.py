@@ -45,12 +45,20 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-  """`base`: the number of the row that the others are compared with; None where `Claim` says what is compared."""
+  """A table.
+
+  Attributes:
+    name, title: of it.
+    rows: in their order.
+    base: the number of the row that the others are compared with; None where `Claim` says what is compared.
+    only_some_have: fields of an evaluation's protocol that some rows lack by purpose.
+  """
 
   name: str
   title: str
   rows: tuple[Row, ...]
   base: int | None
+  only_some_have: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Times the joint training step against its two single tasks, on this machine.
+"""Times the joint training step against its two single tasks, or CLIP's step, on this machine.
 
   diffdis benchmark --config=benchmark --out=benchmark.json
 
@@ -98,13 +98,13 @@ def origin(config: ConfigDict) -> dict[str, Any]:
 
 
 def time_steps(run: Run) -> dict[str, Any]:
-  """The joint step and its two single tasks, the config's beside preflight's word where there is one."""
+  """The joint step and its two single tasks, or CLIP's, the config's beside preflight's word where there is one."""
   mesh, trainers, planned = sharding.make_mesh(**vars(run.mesh)), {}, None
   if FLAGS.preflight:
     # Read and compared before anything is timed, too.
     report, size = read_preflight(FLAGS.preflight), run.batch_size
     planned = steps.preflighted(report, run.objectives, batch_size=size, chips=mesh.size)
-  for name, objectives in steps.OBJECTIVES.items():
+  for name, objectives in (steps.OF_CLIP if run.objectives.is_clip else steps.OBJECTIVES).items():
     trainers[name] = Trainer(run.replace({"objectives": objectives}), mesh)
   results = steps.time_steps(trainers, batch_size=run.batch_size, rounds=FLAGS.rounds)
   if planned:

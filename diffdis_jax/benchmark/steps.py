@@ -1,4 +1,4 @@
-"""Times the joint step against its two single tasks, in one run on one machine.
+"""Times the joint step against its two single tasks, or CLIP's step, in one run on one machine.
 
 The steps take turns, round by round, so that a machine whose speed drifts does so for all of them alike.
 """
@@ -24,17 +24,19 @@ OBJECTIVES = {
   "generation": ("generation",),
   "discrimination": ("discrimination",),
 }
+OF_CLIP = {"contrastive": ("contrastive",)}
 
 
 def time_steps(trainers: Mapping[str, Trainer], *, batch_size: int, rounds: int) -> dict[str, Any]:
   """Seconds of each step (median and all rounds), floating-point operations as the compiler counts them, and ratios.
 
   Args:
-    trainers: the steps, by the names of OBJECTIVES, on one mesh.
+    trainers: the steps, by the names of OBJECTIVES or OF_CLIP, on one mesh.
     batch_size: global.
     rounds: timed steps of each.
   """
-  mesh, network = trainers["joint"].mesh, trainers["joint"].network
+  first = next(iter(trainers.values()))
+  mesh, network = first.mesh, first.network
   rng = np.random.default_rng(0)
   pixels = rng.integers(0, 256, (batch_size, network.image_size, network.image_size, 3), np.uint8)
   tokens = rng.integers(0, 49406, (batch_size, network.max_length), np.int32)
@@ -60,24 +62,28 @@ def time_steps(trainers: Mapping[str, Trainer], *, batch_size: int, rounds: int)
     logging.info("round %d of %d", index, rounds)
 
   median = {name: statistics.median(values) for name, values in seconds.items()}
-  results = dict(
+  return dict(
     device=f"{mesh.size} x {jax.devices()[0].device_kind}",
     batch_size=batch_size,
     image_size=network.image_size,
     seconds=median,
     rounds=seconds,
     gigaflop={name: value / 1e9 for name, value in operations.items()},
-    joint_over_generation=median["joint"] / median["generation"],
-    joint_over_sum=median["joint"] / (median["generation"] + median["discrimination"]),
+    **(_ratios(median, operations) if "joint" in median else {}),
+  )
+
+
+def _ratios(seconds: Mapping[str, float], operations: Mapping[str, float]) -> dict[str, float]:
+  found = dict(
+    joint_over_generation=seconds["joint"] / seconds["generation"],
+    joint_over_sum=seconds["joint"] / (seconds["generation"] + seconds["discrimination"]),
     joint_over_generation_flop=operations["joint"] / operations["generation"],
   )
   logging.info(
     "joint / generation %.3f, joint / (generation + discrimination) %.3f, operations joint / generation %.3f",
-    results["joint_over_generation"],
-    results["joint_over_sum"],
-    results["joint_over_generation_flop"],
+    *found.values(),
   )
-  return results
+  return found
 
 
 class Preflighted(NamedTuple):

@@ -52,7 +52,7 @@ def latent_facts(data: Data) -> dict[str, Mapping[str, Any]]:
 def _check_sampling(data: Data) -> None:
   """Raises UserError where a long-tailed set has no sampling, or another set has one."""
   name, is_sampled = data.source["name"], data.sampling is not None
-  if (name in long_tail.NAMES) != is_sampled or (is_sampled and data.mixture):
+  if long_tail.is_sampled(**data.source) != is_sampled or (is_sampled and data.mixture):
     raise UserError(
       f"data.name is {name!r}, and data.sampling {'is' if is_sampled else 'is not'} there; it belongs to the"
       f" long-tailed sets alone, {', '.join(long_tail.NAMES)}, without a mixture: take configs/places_lt.py or"

@@ -35,6 +35,11 @@ class LabelledSource(Protocol):
   def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
+def is_sampled(*, name: str, split: str = "train", **_: Any) -> bool:
+  """Whether a split is trained on by classes: of a long-tailed set, but not as pairs, as what a run starts from is."""
+  return name in NAMES and not (name == "shapes_lt" and split in shapes_lt.STARTS)
+
+
 def open_labelled(
   *, name: str, path: str | os.PathLike[str] = "", split: str = "train", image_size: int, seed: int = 0
 ) -> LabelledSource:

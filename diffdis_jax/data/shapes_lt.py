@@ -3,7 +3,8 @@
 All 64 pairs of colour and shape; of the r-th most frequent there are 200 · 0.01^(r / 63) training images, 200 to 2,
 2,810 in all. Validation and test have 20 of each. None of it is the paper's. Of the 32 classes with at most 20 images,
 27 to 29 (by seed) are among the pairs that `shapes` trains on, where nothing is rare. Split `start` leaves out all 32:
-65,536 images of the other classes, from which a run may start that has not seen what is rare here.
+65,536 images of the other classes, from which a run may start that has not seen what is rare here. `start_all` has as
+many, of all classes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ MOST, RATIO = 200, 0.01  # images of the most frequent class, and the least freq
 EACH = {"val": 20, "test": 20}
 LOW = 20  # a class of at most so many training images is one of the low ones, as long-tailed recognition groups them
 START = 2048  # images of each class of `start`
-SPLITS = ("train", *EACH, "start")
+STARTS = ("start", "start_all")  # of pairs
+SPLITS = ("train", *EACH, *STARTS)
 
 _CORNERS = {
   "circle": "no corner",
@@ -81,10 +83,12 @@ class LongTailedShapes:
   def __init__(self, *, split: str, image_size: int, seed: int = 0):
     if split not in SPLITS:
       raise UserError(f"shapes_lt has no split {split!r}; there are {', '.join(SPLITS)}")
-    if split in EACH:
-      own = np.full(len(PAIRS), EACH[split])
+    if split == "train":
+      own = counts(seed)
+    elif split == "start":
+      own = START * (counts(seed) > LOW)
     else:
-      own = counts(seed) if split == "train" else START * (counts(seed) > LOW)
+      own = np.full(len(PAIRS), EACH.get(split, START // 2))
     self.labels = np.repeat(np.arange(len(PAIRS)), own)
     # 1, since 0 and 2 are the draws of `counts` and of the corpus: one seed must not make them alike.
     self._image_size, self._seed = image_size, (seed, 1, SPLITS.index(split))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterator
 
-from docs.figures import method, plots
+from docs.figures import method, plots, replication
 from docs.figures.style import THEMES
+from docs.measured import replication as records
 
 FOLDER = pathlib.Path(__file__).parent
-FIGURES = {"method": method.picture, **plots.PLOTS}
+FIGURES = {"method": method.picture, **plots.PLOTS, **replication.figures(records.stored())}
 
 
 def drawn() -> Iterator[tuple[str, str]]:

@@ -55,9 +55,9 @@ def forest(palette: Palette, names: Mapping[str, str], titles: Sequence[tuple[st
       canvas.text(left + width / 2, 24 + 26 * i, line, size=SMALL)
   scales = []
   for left, column in zip(lefts, columns, strict=True):
-    ends = [abs(end) for _, _, row in differences for end in _ends(row[column])]
-    reach = _reach(max(ends))
-    scales.append(Scale(-reach, reach, left + 4, left + width - 4))
+    sides = [abs(end) for _, _, row in differences for end in ends(row[column])]
+    far = reach(max(sides))
+    scales.append(Scale(-far, far, left + 4, left + width - 4))
   top = y = 24 + 26 * len(titles[0])
   body = Canvas(palette)  # above the lines at zero, which need its height
   last = ""
@@ -74,7 +74,7 @@ def forest(palette: Palette, names: Mapping[str, str], titles: Sequence[tuple[st
     y += 22
     for scale, column in zip(scales, columns, strict=True):
       if (difference := row[column]) is not None:
-        _interval(body, scale, y, difference)
+        interval(body, scale, y, difference)
   bottom = y + 16
   for scale in scales:
     canvas.line([(scale(0), top), (scale(0), bottom)], palette.off, width=2)
@@ -90,13 +90,13 @@ def forest(palette: Palette, names: Mapping[str, str], titles: Sequence[tuple[st
   return canvas.svg(bottom + 76, title)
 
 
-def _ends(difference: Mapping[str, Any] | None) -> list[float]:
+def ends(difference: Mapping[str, Any] | None) -> list[float]:
   if difference is None:
     return []
   return [difference["mean"] if difference[key] is None else difference[key] for key in ("low", "high")]
 
 
-def _reach(value: float) -> float:
+def reach(value: float) -> float:
   """The least of 1, 2, 3, 5, 8 times a power of ten that is not below it."""
   power = 10.0
   while power > value:
@@ -106,7 +106,7 @@ def _reach(value: float) -> float:
   return next(step * power for step in (1, 2, 3, 4, 5, 6, 8, 10) if step * power >= value)
 
 
-def _interval(canvas: Canvas, scale: Scale, y: float, difference: Mapping[str, Any]) -> None:
+def interval(canvas: Canvas, scale: Scale, y: float, difference: Mapping[str, Any]) -> None:
   """Mean and interval; hollow and without one where a single seed gives none."""
   palette = canvas.palette
   colour = palette.text if difference["is_significant"] else palette.soft

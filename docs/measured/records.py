@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.errors import UserError
@@ -125,3 +125,9 @@ def _results_of(run: Mapping[str, Any], protocols: list[dict[str, Any]]) -> dict
         "protocol": {**protocols[protocol], **own},
       }
   return found
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """As the pages have it."""
+  lines = [head, ["---"] * len(head), *rows]
+  return "\n".join(f"|{'|'.join(line)}|" for line in lines)

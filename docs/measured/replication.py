@@ -1,27 +1,65 @@
-"""Keeps what an experiment of docs/replication/protocol.md has measured.
+"""Keeps what an experiment of docs/replication/protocol.md has measured, and says it on docs/replication/index.md.
 
   python -m docs.measured.replication --tables=runs/e1/tables.json
 
 writes the figures of every arm by seed into replication.json beside this file, with where they come from: the
-provenance of all, and of each run its config hash, seed, steps, minutes and the runs that it started from.
+provenance of all, and of each run its config hash, seed, steps, minutes and the runs that it started from. Then
+`python -m docs.measured.tables` writes the page's tables, and `make figures` its figures.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from absl import app, flags
 
+from diffdis_jax.ablate import render, significance
 from diffdis_jax.common import files
 from docs.measured import records
 
 FLAGS = flags.FLAGS
 FILE = records.HERE / "replication.json"
-PAGE = "replication/protocol.md"
+PAGE = "replication/index.md"
 ABOUT = "Experiments of docs/replication/protocol.md: figures of each arm by seed. Written by replication.py."
+
+NOT_RUN = "not run yet"
+QUESTIONS = {
+  "e1": "do the two tasks help each other?",
+  "e2": "why does generation first help?",
+  "e3": "which parts matter?",
+  "e4": "is the lead over CLIP fair?",
+  "e5": "does it hold for classes that are rare in the start too?",
+  "e6": "does stronger augmentation make the better CLIP?",
+}
+
+
+class Claim(NamedTuple):
+  """What the paper says, and the comparison that tests it: `row` − `base`, which should be `expected`."""
+
+  words: str
+  experiment: str
+  row: str
+  base: str
+  expected: str
+
+
+PAPER = (
+  Claim("joint training helps discrimination", "e1", "both", "discrimination", "higher"),
+  Claim("joint training helps generation", "e1", "both", "generation", "higher"),
+  Claim("a trained generator is a good start", "e2", "discrimination after generation", "discrimination", "higher"),
+  Claim("Table 2: data is the better text target", "e3", "target noise", "discrimination", "lower"),
+  Claim("Table 3: linear is the better text schedule", "e3", "schedule cosine", "discrimination", "lower"),
+  Claim("Table 4: fusion helps", "e3", "without fusion", "discrimination", "lower"),
+  Claim("Table 7: t_z = 1000 is better than 0", "e3", "timestep 0", "both", "lower"),
+  Claim("Table 7: t_z = 1000 is better than 999", "e3", "timestep 999", "both", "lower"),
+  Claim("DiffDis classifies better than CLIP", "e4", "discrimination", "CLIP with parts", "higher"),
+  Claim("Table 8: so it does for rare classes", "e5", "DiffDis, no low classes", "CLIP, no low classes", "higher"),
+  Claim("Table 1: augmentation makes the better CLIP", "e6", "paper", "openclip", "higher"),
+)
 
 
 def records_of(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,7 +86,10 @@ def records_of(summary: Mapping[str, Any]) -> dict[str, Any]:
     if cell["n"]
   }
   runs = {
-    name: {"minutes": run["minutes"], "start": run["start"], **(run["provenance"] or {})}
+    name: {
+      **{"minutes": run["minutes"], "start": run["start"], "objectives": [*run["config"]["objectives"]]},
+      **(run["provenance"] or {}),
+    }
     for name, run in summary["runs"].items()
   }
   return {"settings": {experiment: settings}, "records": found, "runs": runs, "claims": {experiment: summary["claims"]}}
@@ -62,9 +103,149 @@ def merged(there: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
   return {"about": ABOUT, **whole, "records": {**kept, **new["records"]}}
 
 
+def stored() -> dict[str, Any]:
+  """The file's content, without an experiment where there is no file."""
+  empty: dict[str, Any] = {"settings": {}, "records": {}, "runs": {}, "claims": {}}
+  return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else empty
+
+
+# ---- the page's tables; `found` is as `stored` gives it
+
+
+def claims(found: Mapping[str, Any]) -> str:
+  """Every primary comparison."""
+  rows = []
+  for name, question in QUESTIONS.items():
+    if name not in found["claims"]:
+      rows.append((name.upper(), question, NOT_RUN, *[""] * (len(render.CLAIM_HEADS) - 2)))
+    for claim in found["claims"].get(name, ()):
+      comparison, _, *others = render.claim_cells(claim)
+      rows.append((name.upper(), comparison, title(found, name, claim["row"], claim["column"]), *others))
+  return records.table(("", *render.CLAIM_HEADS), rows)
+
+
+def paper(found: Mapping[str, Any]) -> str:
+  """What of the paper is supported, refuted or open at this scale."""
+  rows = []
+  for claim in PAPER:
+    compared = [
+      each
+      for each in found["claims"].get(claim.experiment, ())
+      if (each["row"], each["base"]) == (claim.row, claim.base)
+    ]
+    said = judged(compared[0]["verdict"], claim.expected) if compared else NOT_RUN
+    rows.append((claim.words, f"{claim.experiment.upper()}: {claim.row} − {claim.base}", claim.expected, said))
+  return records.table(("the paper's claim", "tested by", "expected", "at this scale"), rows)
+
+
+def judged(verdict: Mapping[str, Any] | None, expected: str) -> str:
+  """Of a `significance.Verdict`'s fields; None for no seed that both arms have."""
+  words = verdict["words"] if verdict else "undecided"
+  if words == "undecided":
+    return "open"
+  # A bound is no refutation: the paper's own effect may be smaller.
+  kind = "supported" if expected in words else "bounded" if words.startswith("no effect") else "refuted"
+  return f"{kind}: {words}"
+
+
+def arms(found: Mapping[str, Any]) -> str:
+  """Mean and interval of every arm in the figures that are compared, and its minutes."""
+  rows = []
+  for arm in measured(found):
+    mean = significance.paired(arm.values)  # of one sample, the same interval
+    spread = "" if mean.low is None or mean.high is None else f" ± {(mean.high - mean.low) / 2:.1f}"
+    minutes = "" if arm.minutes is None else f"{arm.minutes:.1f}"
+    rows.append((arm.experiment.upper(), arm.name, arm.title, f"{mean.mean:.1f}{spread}", str(mean.n), minutes))
+  heads = ("", "arm", "figure", "mean ± 95 % interval", "n", "minutes of training")
+  return records.table(heads, rows) if rows else NOT_RUN.capitalize() + "."
+
+
+def cost(found: Mapping[str, Any]) -> str:
+  """Runs and core-hours of each experiment, those that it shares with another in both."""
+  rows = []
+  for name in QUESTIONS:
+    runs = {run for arm in _arms(found, name) for first in arm["of"]["runs"] for run in _chain(found, first)}
+    minutes = [found["runs"][run]["minutes"] for run in runs]
+    hours = "" if None in minutes else f"{sum(minutes) / 60:.1f}"
+    rows.append((name.upper(), str(len(runs)), hours) if runs else (name.upper(), NOT_RUN, ""))
+  return records.table(("", "runs", "core-hours of training"), rows)
+
+
+class Arm(NamedTuple):
+  """A figure of an arm.
+
+  Attributes:
+    experiment, name, column, title: what of.
+    values: of the seeds.
+    minutes: of training, with what it started from but without the shared autoencoder; the mean over seeds, or None
+      where a run does not tell.
+  """
+
+  experiment: str
+  name: str
+  column: str
+  title: str
+  values: tuple[float, ...]
+  minutes: float | None
+
+
+def measured(found: Mapping[str, Any]) -> Iterator[Arm]:
+  """Arms that have a figure which their experiment compares."""
+  for name in QUESTIONS:
+    columns = dict.fromkeys(claim["column"] for claim in found["claims"].get(name, ()))
+    for key, record in found["records"].items():
+      experiment, label, column = key.split("/", 2)
+      if experiment == name and column in columns:
+        minutes = [_minutes(found, run) for run in record["of"]["runs"]]
+        known = [each for each in minutes if each is not None]
+        mean = statistics.fmean(known) if minutes and len(known) == len(minutes) else None
+        values = tuple(record["values"].values())
+        yield Arm(name, label, column, title(found, name, label, column), values, mean)
+
+
+def title(found: Mapping[str, Any], experiment: str, label: str, column: str) -> str:
+  """Of a column, from a record of it; else its name."""
+  record = found["records"].get(f"{experiment}/{label}/{column}")
+  return record["what"].removeprefix(f"{label}: ") if record else column
+
+
+def has_verdicts(found: Mapping[str, Any]) -> bool:
+  """Whether a comparison has a seed that both of its arms have finished."""
+  return any(claim["verdict"] for claims in found["claims"].values() for claim in claims)
+
+
+def pictures(found: Mapping[str, Any]) -> str:
+  """The figures, where there is something to show."""
+  if not has_verdicts(found):
+    return NOT_RUN.capitalize() + "."
+  names = {"replication_forest": "Primary comparisons", "replication_minutes": "Accuracy over minutes of training"}
+  themes = {"": "light", "_dark": "dark"}
+  return "\n\n".join(
+    "\n".join(f"![{words}](../figures/{name}{end}.svg#gh-{mode}-mode-only)" for end, mode in themes.items())
+    for name, words in names.items()
+  )
+
+
+def _arms(found: Mapping[str, Any], experiment: str) -> list[Mapping[str, Any]]:
+  return [record for name, record in found["records"].items() if name.startswith(f"{experiment}/")]
+
+
+def _chain(found: Mapping[str, Any], run: str | None) -> Iterator[str]:
+  """A run and those that it started from."""
+  while run:
+    yield run
+    run = found["runs"][run]["start"]
+
+
+def _minutes(found: Mapping[str, Any], run: str) -> float | None:
+  chain = [found["runs"][each] for each in _chain(found, run)]
+  minutes = [each["minutes"] for each in chain if each["objectives"] != ["reconstruction"]]
+  return None if None in minutes else sum(minutes)
+
+
 def main(argv: Sequence[str]) -> None:
   del argv
-  there = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+  there = stored()
   files.write_json(FILE, merged(there, records_of(files.read_json(pathlib.Path(FLAGS.tables)))))
 
 

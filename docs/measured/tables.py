@@ -17,10 +17,11 @@ from absl import app
 
 from diffdis_jax.ablate import significance
 from diffdis_jax.errors import UserError
-from docs.measured import paired, records
+from docs.measured import paired, records, replication
 
 ROOT = pathlib.Path(__file__).parents[2]
 README, RESULTS, WEIGHTS = "README.md", "docs/results.md", "docs/weights.md"
+REPLICATION = f"docs/{replication.PAGE}"
 NORMAL = statistics.NormalDist().inv_cdf(1 - significance.ALPHA / 2)  # half of a 95 % interval, in standard errors
 
 # What holds digits and is no measured number. Everything else has to come from a record.
@@ -95,11 +96,6 @@ def _half(found: significance.Difference) -> float:
   return (found.high - found.low) / 2
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  lines = [head, ["---"] * len(head), *rows]
-  return "\n".join(f"|{'|'.join(line)}|" for line in lines)
-
-
 # ---- the short tables
 
 
@@ -114,7 +110,7 @@ def shown() -> str:
     (say("the same gain: joint training instead of discrimination alone"), "the same", *_change(*JOINT)),
     (say("the same gain: DiffDis instead of CLIP, equal samples and additions"), "the same", *_change(*FAIR)),
   ]
-  return _table(("what", "scale", "mean ± 95 % interval", "n"), rows)
+  return records.table(("what", "scale", "mean ± 95 % interval", "n"), rows)
 
 
 VAL, TEST = "val_vendor/acc1", "test_vendor/acc1"
@@ -141,7 +137,7 @@ def demo() -> str:
     (say("generated images, unseen pairs"), *of_runs(*_both("generated_unseen"))),
     (say("the worst of the unseen pairs, top-1"), *of_runs(*_both("worst"))),
   ]
-  return _table(("accuracy", "mean ± 95 % interval", "n"), rows)
+  return records.table(("accuracy", "mean ± 95 % interval", "n"), rows)
 
 
 ABLATIONS = (
@@ -163,7 +159,7 @@ def ablations() -> str:
     pairs = [difference(name, row, column) for column in (GENERATED, UNSEEN)]
     said = {verdict for _, verdict, _ in pairs}
     rows.append((say(label), *(text for text, _, _ in pairs), _worst(said)))
-  return _table(("change", "generated, seen pairs", "top-1, unseen pairs", "verdict"), rows)
+  return records.table(("change", "generated, seen pairs", "top-1, unseen pairs", "verdict"), rows)
 
 
 def _worst(said: set[str]) -> str:
@@ -185,7 +181,7 @@ def joint() -> str:
     _, said, n = difference(name, row, column)
     found = _cell(name, row, column)
     rows.append((say(label), interval(sign * found.mean, _half(found), sign="+"), said, str(n)))
-  return _table(("joint training − one objective, points", "mean ± 95 % interval", "verdict", "n"), rows)
+  return records.table(("joint training − one objective, points", "mean ± 95 % interval", "verdict", "n"), rows)
 
 
 def _paired_rows(cells: Sequence[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
@@ -205,7 +201,7 @@ def first() -> str:
     ("R@1, `test_vendor`", name, row, "recall@1"),
     ("top-1, unseen concepts", name, row, "val_concepts/acc1"),
   )
-  return _table(("gain in points", "mean ± 95 % interval", "verdict", "n"), _paired_rows(cells))
+  return records.table(("gain in points", "mean ± 95 % interval", "verdict", "n"), _paired_rows(cells))
 
 
 def clip() -> str:
@@ -217,7 +213,7 @@ def clip() -> str:
   ):
     for split, column in (("val", VAL), ("test", TEST)):
       cells.append((f"{label}, `{split}_vendor`", "clip", row, column))
-  return _table(("DiffDis − CLIP, points", "mean ± 95 % interval", "verdict", "n"), _paired_rows(cells))
+  return records.table(("DiffDis − CLIP, points", "mean ± 95 % interval", "verdict", "n"), _paired_rows(cells))
 
 
 def neighbours() -> str:
@@ -230,7 +226,7 @@ def neighbours() -> str:
     ("nearest neighbours", *(_binomial(known["neighbours"][split], split) for split in best)),
     ("the same, icons cut to their content", "", _binomial(known["neighbours_cut"]["test_vendor"], "test_vendor")),
   ]
-  return _table(("top-1, one run", "`val_vendor`", "`test_vendor`"), rows)
+  return records.table(("top-1, one run", "`val_vendor`", "`test_vendor`"), rows)
 
 
 def _binomial(percent: float, split: str) -> str:
@@ -251,7 +247,7 @@ def icons() -> str:
       f"{found['protocol']['judge']['measured_on']:,}",
     ),
   ]
-  return _table(("one run", "top-1", "top-5", "images"), rows)
+  return records.table(("one run", "top-1", "top-5", "images"), rows)
 
 
 LONG_TAIL = {
@@ -281,7 +277,7 @@ def long_tail() -> str:
     )
     text = interval(judged.mean, _quantile(judged.n) * _given(judged.se), sign="+")
     rows.append((say(label), text, verdict(judged), str(judged.n)))
-  return _table(("DiffDis − CLIP, points", "mean ± 95 % interval", "verdict", "n"), rows)
+  return records.table(("DiffDis − CLIP, points", "mean ± 95 % interval", "verdict", "n"), rows)
 
 
 def _given(value: float | None) -> float:
@@ -308,7 +304,7 @@ COSTS = {
 def costs() -> str:
   """Ratios of times."""
   rows = [(say(label), f"{number(f'peers/{key}')} ×") for key, label in COSTS.items()]
-  return _table(("one CPU run each", "time"), rows)
+  return records.table(("one CPU run each", "time"), rows)
 
 
 def paper() -> str:
@@ -320,7 +316,7 @@ def paper() -> str:
   for name, each in found.items():
     if re.match(r"table [2-57]/", name):
       rows.append((each.what, *(f"{each.values[column]:.2f}" for column in ("FID", "ZS", "R@1"))))
-  return _table(("row", "FID ↓", "ImageNet top-1 ↑", "R@1 ↑"), rows)
+  return records.table(("row", "FID ↓", "ImageNet top-1 ↑", "R@1 ↑"), rows)
 
 
 def paper_costs() -> str:
@@ -336,7 +332,7 @@ def paper_costs() -> str:
   ]
   clip, diffdis = (f"{found[f'table 8/{name}'].values['acc']}" for name in ("CLIP-L/14", "DiffDis"))
   rows.append((say("Table 8, accuracy on Places-LT in %"), clip, "", diffdis))
-  return _table(("what", "CLIP", "Stable Diffusion", "DiffDis"), rows)
+  return records.table(("what", "CLIP", "Stable Diffusion", "DiffDis"), rows)
 
 
 PLACES: dict[str, tuple[str, Callable[[], str]]] = {
@@ -352,6 +348,10 @@ PLACES: dict[str, tuple[str, Callable[[], str]]] = {
   "costs": (RESULTS, costs),
   "paper": (RESULTS, paper),
   "paper costs": (RESULTS, paper_costs),
+  **{
+    f"replication {make.__name__}": (REPLICATION, lambda make=make: make(replication.stored()))
+    for make in (replication.claims, replication.pictures, replication.arms, replication.paper, replication.cost)
+  },
   **{name: (each.page, lambda name=name: paired.whole(name)) for name, each in paired.TABLES.items()},
 }
 PAGES = [*dict.fromkeys(page for page, _ in PLACES.values()), WEIGHTS]  # which has numbers, and no table

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import pathlib
 
 import pytest
 from ml_collections import ConfigDict
 
-from diffdis_jax import config as run_config
 from diffdis_jax.ablate import arms, render, summary, tables
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import run as running
@@ -16,7 +14,6 @@ from diffdis_jax.ablate.columns import columns_of
 from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import workdir
 from docs.measured import records, replication
 from tests import tiny
 from tests.ablate.synthetic import write
@@ -77,6 +74,13 @@ def test_each_seed_has_its_own_chain(read):
     assert by_name["clip"].config["objectives"] == ("contrastive",)
   folder = Folder("out")
   assert folder.config(plan.runs[4])["init_from"] == folder.workdir(plan.runs[2])
+
+
+def test_an_arm_may_have_a_speed_of_its_own(read):
+  """`first`, 30 s: by its objectives 2 s a step, by its own name 3 s."""
+  slower = tuple(each | {"speed": "slow"} if each["name"] == "first" else each for each in ARMS)
+  plan = plan_of(read(arms=slower, step_seconds={"generation": 2.0, "slow": 3.0}), (0,))
+  assert [run.config["num_steps"] for run in plan.runs if run.name.startswith("first")] == [10]
 
 
 def test_a_longer_start_makes_another_run(read):
@@ -147,6 +151,7 @@ def write_claim(plan, folder, figures):
     (dict(arms=(dict(name="a", measured=False),)), "has no arm that is measured"),
     (dict(arms=(dict(name="a", minutes=0.0),)), "arms.minutes is 0.0; it must be above 0"),
     (dict(arms=(dict(name="a", minutes=1.0),)), r"arm a has minutes, and step_seconds has no 'generation\+discrimi"),
+    (dict(arms=(dict(name="a", minutes=1.0, speed="x"),)), "arm a has minutes, and step_seconds has no 'x'"),
     (dict(claims=(CLAIM | dict(row="first"),)), "a claim names arm 'first'; measured are after, alone, clip"),
     (dict(claims=(CLAIM | dict(column="tets/acc1"),)), "a claim names column 'tets/acc1', which arm after lacks; it"),
     (dict(claims=(CLAIM | dict(bound=0.0),)), "claims: bound is 0.0; it must be above 0"),
@@ -158,44 +163,28 @@ def test_what_is_wrong_is_one_line(read, fields, message):
   assert "\n" not in str(error.value)
 
 
-def plan_of_replication(name, base="scenes:measured=test"):
-  experiment = arms.read(f"replication:{name}", base=base, overrides={})
-  config = cli.read_config(base).to_dict()
-  autoencoder = planning.find_autoencoder(base, {}, config)
-  plan = planning.make(config, autoencoder, [experiment.table], range(5), own_starts=True, claims=experiment.claims)
-  assert len({run.name for run in plan.runs}) == len(plan.runs)
-  return plan
+def test_some_arms_may_lack_fields_of_a_protocol(read, tmp_path):
+  """CLIP lacks `num_noise_samples`; the others must agree on it, and CLIP with them on all else."""
+  plan, folder = plan_of(read(only_some_have=("num_noise_samples",)), (0,)), Folder(tmp_path)
+  runs = {run.name.partition("-")[0]: run for run in plan.runs if run.evals}
+  check = lambda: summary.check_protocols(plan.tables[0], {run: folder.read(run) for run in runs.values()}, folder)
+  for name in ("after", "alone"):
+    write(folder, runs[name], {}, num_noise_samples=4, ties="count")
+  write(folder, runs["clip"], {}, ties="count")
+  check()
+  write(folder, runs["clip"], {}, ties="first")
+  with pytest.raises(UserError, match="mix protocols: test was measured with ties 'first' in .*clip.* and 'count' in"):
+    check()
+  write(folder, runs["clip"], {}, ties="count")
+  write(folder, runs["alone"], {}, num_noise_samples=1, ties="count")
+  with pytest.raises(UserError, match="with num_noise_samples 1 in .*alone.* and 4 in .*after"):
+    check()
 
 
-def test_the_first_experiment_is_as_the_protocol_has_it():
-  plan = plan_of_replication("e1")
-  for run in plan.runs[:10]:
-    run_config.Run.of(run.config)
-  assert len(plan.runs) == 50
-  rows = {row.label: row for row in plan.tables[0].rows}
-  page = (pathlib.Path(__file__).parents[2] / "docs/replication/protocol.md").read_text()
-  section = page.split("### E1")[1].split("### E2")[0]
-  names = {"test_unseen/acc1": "5-way", "test_unseen_generated/acc1_attributes": "attributes"}
-  for claim in plan.claims:
-    assert f"| {claim.row} − {claim.base} | {names[claim.column]} |" in section and claim.bound == 3
-  assert len(plan.claims) == section.count(" − ") == 4
-  assert {rows[name].changes["num_steps"] for name in ("generation", "discrimination", "both")} == {900}
-  both = rows["generation, then both"]
-  assert both.changes["num_steps"] == both.start.changes["num_steps"] == 450
-  for name, sections in ((run.name, run.evals) for run in plan.runs[:10]):
-    assert all("test" in each["data"]["split"] for key, each in sections.items() if key != "held_out"), name
-
-
-def test_the_third_experiment_has_its_base_runs_from_the_first():
-  first, third = plan_of_replication("e1"), plan_of_replication("e3")
-  names = {run.name for run in first.runs}
-  shared = [run.name.partition("-")[0] for run in third.runs if run.name in names]
-  assert sorted(shared) == sorted(["autoencoder", "both", "discrimination"] * 5)
-  assert len(third.claims) == 10 and {claim.column for claim in third.claims} == {"test/acc1"}
-  base = {run.name.partition("-seed_0")[0]: workdir.identity(run.config) for run in third.runs if "seed_0" in run.name}
-  page = (pathlib.Path(__file__).parents[2] / "docs/replication/protocol.md").read_text()
-  section = page.split("### E3")[1].split("### E4")[0]
-  for claim in third.claims:
-    name = claim.row.replace(" ", "_")
-    (field,) = (field for field, value in base[name].items() if value != base[claim.base][field])
-    assert field in section and claim.bound == 3
+def test_without_a_word_all_arms_have_one_protocol(read, tmp_path):
+  plan, folder = plan_of(read(), (0,)), Folder(tmp_path)
+  for run in plan.runs:
+    if run.evals:
+      write(folder, run, {}, **({} if run.name.startswith("clip") else {"num_noise_samples": 4}))
+  with pytest.raises(UserError, match="mix protocols: test was measured with num_noise_samples 4 in .* and None in"):
+    summary.summarise(plan, folder, (), base="tiny")

@@ -7,7 +7,7 @@ import pytest
 
 from configs import shapes_lt as config_of_stages
 from diffdis_jax.config import Run
-from diffdis_jax.data import long_tail, shapes, shapes_lt, sources
+from diffdis_jax.data import build, long_tail, shapes, shapes_lt, sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.long_tail import in_group
 
@@ -49,14 +49,34 @@ def test_a_start_that_has_seen_no_low_class(seed):
   assert any((start[i]["image"] != first[i]["image"]).any() for i in range(3))
 
 
+def test_a_start_that_has_seen_all_classes_has_as_many_images():
+  start, without = (sources.open_source(**SHAPES, split=split, seed=1) for split in ("start_all", "start"))
+  assert (np.bincount(start.labels, minlength=64) == 1024).all() and len(start) == len(without)
+  assert start[70]["caption"] == shapes_lt.CLASSNAMES[0]
+
+
 def test_a_start_is_trained_on_that_split():
   for arg in ("stage=0,seed=1", "stage=0,autoencoder,seed=1", "stage=0,backbone=clip,seed=1"):
     run = Run.of(config_of_stages.get_config(arg))
     assert run.data.source == dict(name="shapes_lt", path="", split="start", seed=1, caption_fields=())
     assert run.seed == 1 and not run.evals
   assert run.objectives == ("contrastive",)
+  run = Run.of(config_of_stages.get_config("stage=0,all_classes"))
+  assert run.data.source["split"] == "start_all"
+  with pytest.raises(ValueError, match="all_classes is of stage=0"):
+    config_of_stages.get_config("all_classes")
   with pytest.raises(ValueError, match="autoencoder is of stage=0 with backbone=diffdis"):
     config_of_stages.get_config("autoencoder")
+
+
+@pytest.mark.parametrize("arg", ["stage=0", "stage=0,all_classes", "stage=0,backbone=clip", "stage=0,autoencoder"])
+def test_a_start_is_trained_on_pairs(arg):
+  config = config_of_stages.get_config(arg)
+  config.batch_size = 4
+  batch = next(iter(build.open_loader(Run.of(config))))
+  assert batch["image"].shape == (4, 32, 32, 3)
+  if not arg.endswith("autoencoder"):
+    assert batch["tokens"].shape == (4, 16)
 
 
 @pytest.mark.parametrize("split, length", [("train", 2810), ("val", 1280), ("test", 1280)])

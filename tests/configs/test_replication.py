@@ -1,0 +1,207 @@
+"""The experiments of configs/replication.py are as docs/replication/protocol.md has them."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from configs import clip_cc3m, common
+from configs import replication as experiments
+from diffdis_jax import config as run_config
+from diffdis_jax.ablate import arms
+from diffdis_jax.ablate import plan as planning
+from diffdis_jax.common import cli
+from diffdis_jax.errors import UserError
+from diffdis_jax.run import workdir
+from docs.measured import replication as page
+
+PAGE = (pathlib.Path(__file__).parents[2] / "docs/replication/protocol.md").read_text()
+SCENES, EMOJI, SHAPES_LT = "scenes:measured=test", "emoji:path=data/emoji", "shapes_lt"
+SECONDS = {"generation": 2.0, "discrimination": 1.0, "discrimination without additions": 0.5}
+SECONDS |= {"CLIP": 0.25, "CLIP with parts": 0.5, "convolutional CLIP": 2.0}
+CHOSEN = {"CLIP": 1e-3, "CLIP with parts": 3e-4, "convolutional CLIP": 1e-3}
+
+
+def section_of(name):
+  return PAGE.split(f"### {name}\n")[1].split("\n##")[0]
+
+
+def plan_of_replication(name, base=SCENES):
+  experiment = arms.read(f"replication:{name}", base=base, overrides={})
+  config = cli.read_config(base).to_dict()
+  autoencoder = planning.find_autoencoder(base, {}, config)
+  plan = planning.make(config, autoencoder, [experiment.table], range(5), own_starts=True, claims=experiment.claims)
+  assert len({run.name for run in plan.runs}) == len(plan.runs)
+  return plan
+
+
+def test_the_first_experiment_is_as_the_protocol_has_it():
+  plan = plan_of_replication("e1")
+  for run in plan.runs[:10]:
+    run_config.Run.of(run.config)
+  assert len(plan.runs) == 50
+  rows = {row.label: row for row in plan.tables[0].rows}
+  section = section_of("E1")
+  names = {"test_unseen/acc1": "5-way", "test_unseen_generated/acc1_attributes": "attributes"}
+  for claim in plan.claims:
+    assert f"| {claim.row} − {claim.base} | {names[claim.column]} |" in section and claim.bound == 3
+  assert len(plan.claims) == section.count(" − ") == 4
+  assert {rows[name].changes["num_steps"] for name in ("generation", "discrimination", "both")} == {900}
+  both = rows["generation, then both"]
+  assert both.changes["num_steps"] == both.start.changes["num_steps"] == 450
+  for name, sections in ((run.name, run.evals) for run in plan.runs[:10]):
+    assert all("test" in each["data"]["split"] for key, each in sections.items() if key != "held_out"), name
+
+
+def test_the_third_experiment_has_its_base_runs_from_the_first():
+  first, third = plan_of_replication("e1"), plan_of_replication("e3")
+  names = {run.name for run in first.runs}
+  shared = [run.name.partition("-")[0] for run in third.runs if run.name in names]
+  assert sorted(shared) == sorted(["autoencoder", "both", "discrimination"] * 5)
+  assert len(third.claims) == 10 and {claim.column for claim in third.claims} == {"test/acc1"}
+  base = {run.name.partition("-seed_0")[0]: workdir.identity(run.config) for run in third.runs if "seed_0" in run.name}
+  section = section_of("E3")
+  for claim in third.claims:
+    name = claim.row.replace(" ", "_")
+    (field,) = (field for field, value in base[name].items() if value != base[claim.base][field])
+    assert field in section and claim.bound == 3
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+  """timed(name): the plan of an experiment of emoji, with made-up seconds and rates."""
+  file = tmp_path / "timed.py"
+  file.write_text("from configs.replication import get_config\n")
+  monkeypatch.setattr(experiments, "EMOJI_STEP_SECONDS", SECONDS)
+  monkeypatch.setattr(experiments, "CLIP_RATES", CHOSEN)
+  original = arms.read
+  chosen = lambda path, **given: original(path.replace("replication", str(file)), **given)
+  monkeypatch.setattr(arms, "read", chosen)
+  return lambda name, base=EMOJI: plan_of_replication(name, base)
+
+
+def of_first_seed(plan):
+  """Its runs, by their arms."""
+  for run in plan.runs:
+    run_config.Run.of(run.config)
+  return {run.name.partition("-seed_0")[0]: run for run in plan.runs if "-seed_0-" in run.name}
+
+
+def test_the_second_experiment_is_as_the_protocol_has_it(timed):
+  plan = timed("e2")
+  runs = of_first_seed(plan)
+  assert len(plan.runs) == 5 * len(runs) == 35
+  steps = {name: run.config["num_steps"] for name, run in runs.items() if name != "autoencoder"}
+  long = steps.pop("discrimination_as_long_as_both_stages")
+  assert {*steps.values()} == {600} and long == 600 * (2 + 1)
+  start = lambda name: runs[name].start.name.partition("-seed")[0]
+  assert start("discrimination_after_generation") == "generation"
+  assert start("discrimination_after_generation_without_captions") == "generation_without_captions"
+  assert start("generation") == start("discrimination") == start("discrimination_as_long_as_both_stages")
+  assert runs["generation_without_captions"].config["loss"]["condition_dropout"] == 1.0
+  assert {claim.row for claim in plan.claims} == {"discrimination after generation"} and len(plan.claims) == 3
+  section = section_of("E2")
+  for row in plan.tables[0].rows:
+    assert f"| {row.label} |" in section
+  assert {(claim.column, claim.bound) for claim in plan.claims} == {("val_vendor/acc1", 2.0)}
+
+
+def test_the_fourth_experiment_is_as_the_protocol_has_it(timed):
+  plan = timed("e4")
+  runs = of_first_seed(plan)
+  steps = {name: run.config["num_steps"] for name, run in runs.items()}
+  assert len(plan.runs) == 5 * len(runs) == 45
+  assert [value for name, value in steps.items() if "as_long" in name] == [1200, 1200, 300]
+  assert {value for name, value in steps.items() if "as_long" not in name} == {600, 1500}  # the autoencoder's
+  model = lambda name: runs[name].config["model"]
+  additions = lambda name: (
+    model(name).get("alignment", model(name).get("vision_encoder")).get("spatial_pool", 0),
+    model(name)["text_encoder"]["token_embedding_weight"],
+  )
+  assert additions("discrimination") == additions("CLIP_with_parts") == (4, 8.0)
+  assert additions("discrimination_without_additions") == additions("CLIP") == (0, 0.0)
+  assert model("convolutional_CLIP")["vision_encoder"]["convolutional"]
+  assert runs["CLIP_with_parts_as_long_as_DiffDis"].config["optim"]["rates"]["new"] == 3e-4
+  base = "discrimination", "discrimination without additions"
+  assert {(claim.row, claim.base) for claim in plan.claims} == {
+    (row, f"{clip}{long}")
+    for row, clip in zip(base, ("CLIP with parts", "CLIP"), strict=True)
+    for long in ("", ", as long as DiffDis")
+  }
+  second = {run.name for run in timed("e2").runs}
+  assert {run.name.partition("-")[0] for run in plan.runs if run.name in second} == {"autoencoder", "discrimination"}
+
+
+def test_each_clip_has_its_rate_from_a_plan_of_its_own():
+  plan = plan_of_replication("e4_rates", EMOJI)
+  runs = of_first_seed(plan)
+  assert sorted(run.config["optim"]["rates"]["new"] for run in runs.values()) == sorted(3 * experiments.RATES)
+  assert len(runs) == 9 and not plan.claims and {run.config["num_steps"] for run in runs.values()} == {600}
+  assert {*CHOSEN} == {*experiments.CLIPS}
+
+
+@pytest.mark.parametrize(
+  "name, seconds, message",
+  [
+    ("e2", {}, "no step is timed for generation, discrimination; time it by `diffdis benchmark --config=emoji"),
+    ("e4", {}, "no step is timed for discrimination, discrimination without additions, CLIP, CLIP with parts, conv"),
+    ("e4", None, "no rate is chosen for CLIP, CLIP with parts, convolutional CLIP; run e4_rates and add it to CLIP_R"),
+  ],
+)
+def test_what_is_not_measured_is_not_planned(monkeypatch, timed, name, seconds, message):
+  if seconds is None:
+    monkeypatch.setattr(experiments, "CLIP_RATES", {})
+  else:
+    monkeypatch.setattr(experiments, "EMOJI_STEP_SECONDS", seconds)
+  with pytest.raises(UserError, match=message) as error:
+    timed(name)
+  assert "\n" not in str(error.value)
+
+
+def test_the_fifth_experiment_is_as_the_protocol_has_it():
+  """Chains of a seed: an autoencoder for DiffDis, a start, two stages."""
+  plan = plan_of_replication("e5", SHAPES_LT)
+  runs = of_first_seed(plan)
+  assert len(plan.runs) == 5 * len(runs) == 70
+  for model, depth in (("DiffDis", 3), ("CLIP", 2)):
+    for classes, split in (("all", "start_all"), ("no_low", "start")):
+      run = runs[f"{model}_{classes}_classes"]
+      assert run.depth == depth and run.config["objectives"] == ("long_tail_head",)
+      before = run.start.start
+      assert run.start.config["objectives"] == ("class_contrastive",)
+      assert before.config["data"]["split"] == split and before.config["num_steps"] == 300
+      assert not before.start or before.start.config["data"]["split"] == split
+      # The network of its start, whose weights it takes.
+      own = {**run.config["model"]}
+      assert own.pop("head") and own == run.start.config["model"] == before.config["model"]
+      assert run.config["text_diffusion"] == before.config["text_diffusion"]
+  assert [(claim.row, claim.base, claim.column, claim.bound) for claim in plan.claims] == [
+    ("DiffDis, no low classes", "CLIP, no low classes", "test/acc_low", 3.0),
+    ("DiffDis, no low classes", "DiffDis, all classes", "test/acc_low", 3.0),
+  ]
+
+
+def test_the_sixth_experiment_is_as_the_protocol_has_it():
+  plan = plan_of_replication("e6", EMOJI)
+  runs = of_first_seed(plan)
+  plain = common.base(clip_cc3m.clip_small(), image_size=32).data.augment.to_dict()
+  for recipe, run in runs.items():
+    assert run.config["data"]["augment"] == plain | clip_cc3m.RECIPES[recipe] and run.config["num_steps"] == 600
+  differing = {
+    field
+    for field, value in workdir.identity(runs["paper"].config).items()
+    if value != workdir.identity(runs["openclip"].config)[field]
+  }
+  assert all(field.startswith("data.augment") for field in differing)
+  (claim,) = plan.claims
+  assert (claim.row, claim.base, claim.bound) == ("paper", "openclip", 2.0) and len(plan.runs) == 10
+
+
+@pytest.mark.parametrize(
+  "name, base", [("e1", SCENES), ("e2", EMOJI), ("e3", SCENES), ("e4", EMOJI), ("e5", SHAPES_LT)]
+)
+def test_a_claim_of_the_paper_that_the_page_judges_is_a_primary_comparison(timed, name, base):
+  primaries = {(claim.row, claim.base) for claim in timed(name, base).claims}
+  judged = {(claim.row, claim.base) for claim in page.PAPER if claim.experiment == name}
+  assert judged and judged <= primaries

@@ -1,0 +1,126 @@
+"""Tables and figures of docs/replication/index.md, on made-up records."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from scipy import stats
+
+from diffdis_jax.ablate import significance
+from docs.figures import replication as figures
+from docs.figures import style
+from docs.measured import replication
+from tests.test_figures import check_a_phone_can_read
+
+COLUMN = "test_unseen/acc1"
+FIGURES = {
+  "both": (54.0, 55.5, 56.0, 54.5, 55.0),
+  "discrimination": (50.0, 51.0, 51.0, 50.5, 52.0),
+  "discrimination as long as both": (54.5, 55.0, 56.2, 54.1, 55.4),
+}
+NOTHING: dict[str, Any] = {"settings": {}, "records": {}, "runs": {}, "claims": {}}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+  """As replication.json would hold two comparisons of e1. Each arm started from 2 min of generation."""
+  bases = [name for name in FIGURES if name != "both"]
+  pairs = [[a - b for a, b in zip(FIGURES["both"], FIGURES[base], strict=True)] for base in bases]
+  verdicts = significance.verdicts(pairs, [3.0, 3.0])
+  claims = [
+    {"row": "both", "base": base, "column": COLUMN, "bound": 3.0, "values": {}, "verdict": dataclasses.asdict(verdict)}
+    for base, verdict in zip(bases, verdicts, strict=True)
+  ]
+  records, runs = {}, {"autoencoder": dict(minutes=9.0, start=None, objectives=["reconstruction"])}
+  for place, (name, values) in enumerate(FIGURES.items()):
+    names = [f"{name}-{seed}" for seed in range(5)]
+    runs[f"{name}, start"] = dict(minutes=2.0, start="autoencoder", objectives=["generation"])
+    runs |= {each: dict(minutes=4.0 + place, start=f"{name}, start", objectives=["discrimination"]) for each in names}
+    by_seed = {str(seed): value for seed, value in enumerate(values)}
+    records[f"e1/{name}/{COLUMN}"] = dict(what=f"{name}: choice of five ↑", values=by_seed, of=dict(runs=names))
+    records[f"e1/{name}/held_out/x"] = dict(what=f"{name}: not compared", values=by_seed, of=dict(runs=names))
+  return {"settings": {}, "records": records, "runs": runs, "claims": {"e1": claims}}
+
+
+def rows(table: str) -> list[list[str]]:
+  return [line.split("|")[1:-1] for line in table.splitlines()[2:]]
+
+
+def test_a_comparison_has_effect_interval_p_and_verdict(found):
+  first, second, *others = rows(replication.claims(found))
+  test = stats.ttest_rel(FIGURES["both"], FIGURES["discrimination"])
+  low, high = test.confidence_interval(0.95)
+  mean = sum(FIGURES["both"]) / 5 - sum(FIGURES["discrimination"]) / 5
+  assert first[:4] == ["E1", "both − discrimination", "choice of five ↑", f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"]
+  assert first[4] == "5" and first[-1] == "higher" and first[7] == "3"
+  assert second[-1] == "no effect larger than 3"
+  assert [row[0] for row in others] == ["E2", "E3", "E4", "E5", "E6"] and {row[2] for row in others} == {"not run yet"}
+
+
+def test_a_claim_of_the_paper_is_judged_by_its_comparison(found):
+  table = rows(replication.paper(found))
+  assert table[0] == ["joint training helps discrimination", "E1: both − discrimination", "higher", "supported: higher"]
+  assert {row[-1] for row in table[1:]} == {"not run yet"}
+
+
+@pytest.mark.parametrize(
+  "words, expected, said",
+  [
+    ("higher", "higher", "supported: higher"),
+    ("higher, no effect larger than 3", "higher", "supported: higher, no effect larger than 3"),
+    ("lower", "higher", "refuted: lower"),
+    ("no effect larger than 3", "lower", "bounded: no effect larger than 3"),
+    ("higher, no effect larger than 3", "lower", "refuted: higher, no effect larger than 3"),
+    ("undecided", "higher", "open"),
+  ],
+)
+def test_a_verdict_supports_refutes_or_leaves_open(words, expected, said):
+  assert replication.judged({"words": words}, expected) == said
+
+
+def test_a_comparison_without_a_seed_is_open():
+  assert replication.judged(None, "higher") == "open"
+
+
+def test_arms_have_minutes_with_their_start_and_without_the_autoencoder(found):
+  table = rows(replication.arms(found))
+  assert [row[1] for row in table] == [*FIGURES] and [row[-1] for row in table] == ["6.0", "7.0", "8.0"]
+  half = stats.t.ppf(0.975, 4) * stats.tstd(FIGURES["both"]) / 5**0.5
+  assert table[0][3:5] == [f"{sum(FIGURES['both']) / 5:.1f} ± {half:.1f}", "5"]
+
+
+def test_costs_count_each_run_once(found):
+  first, second, *_ = rows(replication.cost(found))
+  hours = (9 + 3 * 2 + 5 * (4 + 5 + 6)) / 60
+  assert first == ["E1", "19", f"{hours:.1f}"] and second == ["E2", "not run yet", ""]
+
+
+@pytest.mark.parametrize("name", ["replication_forest", "replication_minutes"])
+@pytest.mark.parametrize("palette", style.THEMES.values())
+def test_figures_can_be_read(found, name, palette):
+  svg = figures.figures(found)[name](palette)
+  check_a_phone_can_read(svg)
+  words = ["".join(each.itertext()) for each in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+  assert any("E1: " in each for each in words)
+  if name == "replication_minutes":
+    assert svg.count("<circle") == 15 and any("3  discrimination as long as both" in each for each in words)
+  else:
+    assert svg.count("<circle") == 2 + 2  # and the legend's
+
+
+def test_the_forest_has_the_intervals(found):
+  """Of ±6 points over 696 units: the first mean's place, by hand."""
+  svg = figures.forest(next(iter(style.THEMES.values())), found=found)
+  mean = found["claims"]["e1"][0]["verdict"]["difference"]["mean"]
+  (far,) = {float(tick) for tick in re.findall(r">\+([\d.]+)</text>", svg)}
+  assert f'<circle cx="{style.number(12 + 696 * (mean + far) / (2 * far))}"' in svg
+
+
+def test_without_records_it_says_so():
+  assert figures.figures(NOTHING) == {} and replication.pictures(NOTHING) == replication.arms(NOTHING) == "Not run yet."
+  for make in (replication.claims, replication.paper, replication.cost):
+    assert all("not run yet" in row for row in rows(make(NOTHING)))
