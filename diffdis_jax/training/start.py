@@ -32,7 +32,7 @@ from diffdis_jax.training.step import Trainer
 
 
 class Start(NamedTuple):
-  """The state that a run resumes from, and what was saved with it (`loop.Loop`); of a new run nothing was."""
+  """The state that a run resumes from, and what was saved with it (`steps.Steps`); of a new run nothing was."""
 
   state: TrainState
   meta: dict[str, Any]

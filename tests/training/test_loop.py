@@ -7,14 +7,15 @@ import pytest
 from diffdis_jax.config import Run
 from diffdis_jax.parallel import processes
 from diffdis_jax.training import loop
+from diffdis_jax.training.steps import slowest_host
 from tests import steps
 
 
 def test_the_host_that_waits_longest_for_data_is_named(monkeypatch):
-  assert loop.slowest_host(0.5) == {}
+  assert slowest_host(0.5) == {}
   monkeypatch.setattr(jax, "process_count", lambda: 3)
   monkeypatch.setattr(processes, "gathered", lambda own: np.array([own, np.nan, 0.75], np.float32))
-  assert loop.slowest_host(0.25) == {"slowest_host": 2.0, "slowest_host_data_wait": 0.75}
+  assert slowest_host(0.25) == {"slowest_host": 2.0, "slowest_host_data_wait": 0.75}
 
 
 @pytest.mark.parametrize(
