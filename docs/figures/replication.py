@@ -98,7 +98,8 @@ def _panel(canvas: Canvas, top: float, name: str, column: str, arms: list[replic
       axes.dot(x, value, palette.soft, radius=5)
     mean = sum(arm.values) / len(arm.values)
     canvas.line([(axes.x(x) - 12, axes.y(mean)), (axes.x(x) + 12, axes.y(mean))], palette.text)
-    canvas.text(axes.x(x) + 16, axes.y(mean) + 7, str(number), size=SMALL, anchor="start", colour=palette.text)
+    side, anchor = (16, "start") if axes.x(x) + 48 < canvas.width else (-16, "end")  # in the picture, at its right end
+    canvas.text(axes.x(x) + side, axes.y(mean) + 7, str(number), size=SMALL, anchor=anchor, colour=palette.text)
   y = bottom + 60
   for number, arm in enumerate(arms, 1):
     y += 28
