@@ -133,6 +133,24 @@ def sweep(folder: str | os.PathLike[str], begin: str = "") -> None:
         os.close(descriptor)
 
 
+def is_below(path: pathlib.Path, folder: pathlib.Path) -> bool:
+  """Whether that is what its name says: ../x and an absolute one say something else."""
+  return pathlib.Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+
+
+def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
+  """Whether a file lies outside of a folder, by its name, or by being a link. A folder that is a link is the user's.
+
+  A link of the Hugging Face hub's cache leads from `snapshots/REVISION` into `blobs`, which counts as inside.
+  """
+  if not is_below(path, folder) or not os.path.islink(path):
+    return not is_below(path, folder)
+  root = os.path.realpath(folder)
+  cache, is_cached, _ = f"{root}/".rpartition("/snapshots/")
+  inside = [os.path.realpath(path.parent), root, *([f"{cache}/blobs"] if is_cached else [])]
+  return not any(pathlib.Path(os.path.realpath(path)).is_relative_to(each) for each in inside)
+
+
 def check_workdir(folder: str) -> None:
   """Before anything else is done, which may take long. Raises UserError: no such folder can be made or looked into."""
   if buckets.is_url(folder):

@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from diffdis_jax.common import buckets, storage
+from diffdis_jax.common.files import leads_out
 from diffdis_jax.data import copies, image_files
 from diffdis_jax.data.transforms import Decoded, decode_reduced
 from diffdis_jax.errors import UserError, parse_json
@@ -86,24 +87,6 @@ def read_file(path: pathlib.Path, *, within: pathlib.Path | None = None) -> byte
   if status.st_size > MOST_BYTES:
     raise Unusable(TOO_LARGE)
   return path.read_bytes()
-
-
-def is_below(path: pathlib.Path, folder: pathlib.Path) -> bool:
-  """Whether that is what its name says: ../x and an absolute one say something else."""
-  return pathlib.Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
-
-
-def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
-  """Whether a file lies outside of a folder, by its name, or by being a link. A folder that is a link is the user's.
-
-  A link of the Hugging Face hub's cache leads from `snapshots/REVISION` into `blobs`, which counts as inside.
-  """
-  if not is_below(path, folder) or not os.path.islink(path):
-    return not is_below(path, folder)
-  root = os.path.realpath(folder)
-  cache, is_cached, _ = f"{root}/".rpartition("/snapshots/")
-  inside = [os.path.realpath(path.parent), root, *([f"{cache}/blobs"] if is_cached else [])]
-  return not any(pathlib.Path(os.path.realpath(path)).is_relative_to(each) for each in inside)
 
 
 class Header(NamedTuple):

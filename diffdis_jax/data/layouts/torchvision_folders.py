@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from diffdis_jax.common.files import read_json
+from diffdis_jax.common.files import is_below, read_json
 from diffdis_jax.data.layouts import class_lists, pickles
 from diffdis_jax.data.layouts.labelled import Images, Lazy, Named, Origin, image_files
-from diffdis_jax.data.records import is_below
 from diffdis_jax.errors import UserError
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # as torchvision's ImageFolder

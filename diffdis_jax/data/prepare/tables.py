@@ -15,12 +15,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from diffdis_jax.common.files import leads_out
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.image_folder import SPLITS
 from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, pair_of, texts_of
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.parts import Part
-from diffdis_jax.data.records import MOST_BYTES, TOO_LARGE, Unusable, leads_out
+from diffdis_jax.data.records import MOST_BYTES, TOO_LARGE, Unusable
 from diffdis_jax.errors import UserError
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture")  # the first that is there counts
