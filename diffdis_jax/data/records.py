@@ -239,7 +239,8 @@ class Pairs:
       if self._is_stale and self._reopen is not None:
         self._records, self._is_stale = self._reopen().stored, False
       record = dict(self._records[index])
-      if record.get("key") == b"":  # of a file that became shorter ArrayRecord reads nothing, and says nothing
+      # Of a file that became shorter ArrayRecord reads nothing, and says nothing.
+      if record and all(value is None for value in record.values()):
         raise Unusable("unreadable record")
       return record
     except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
