@@ -1,4 +1,4 @@
-"""Times the joint training step against its two single tasks, or CLIP's step, on this machine.
+"""Times the joint training step against its single tasks, or the step of CLIP.
 
   diffdis benchmark --config=benchmark --out=benchmark.json
 

@@ -10,6 +10,7 @@ jax is imported where it is used: it takes two seconds, which commands that comp
 from __future__ import annotations
 
 import errno
+import gc
 import importlib.util
 import itertools
 import logging as python_logging
@@ -45,6 +46,8 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   With several processes, or while a thread compiles, an error ends this process at once: waiting for the others, or for
   the compiler, in Python's clean-up would take minutes.
   """
+  # Garbage is looked for among all that jax has traced, which stays: by default that is a fifth of a start's time.
+  gc.set_threshold(100_000, 50, 50)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA, which has it from TensorFlow
   sys.excepthook = _excepthook
   sys.unraisablehook = _unraisablehook
