@@ -300,3 +300,28 @@ def test_hosts_of_gpus_are_no_slices():
   devices = [Device(id=i, slice_index=i // 4, platform="gpu", device_kind="NVIDIA H100") for i in range(8)]
   mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=devices)
   assert [device.id for device in mesh.devices.flat] == list(range(8))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (8, 1, 1)])
+def test_sums_over_own_rows_lie_where_each_parameter_is_stored(shape):
+  mesh = steps.make_mesh(*shape)
+  rng = np.random.default_rng(0)
+  rows, weights = rng.normal(size=(16, 8)).astype(np.float32), rng.normal(size=(8, 4)).astype(np.float32)
+  # fsdp splits one of them along its first axis, one along its second, and one not at all.
+  paths = ("unet.q.kernel", "unet.out.kernel", "logit_scale")
+  summed = {paths[0]: (8, 8), paths[1]: (8, 8), paths[2]: ()}
+  stored = {path: sharding.spec(path, like, mesh) for path, like in summed.items()}
+  if shape[1] > 1:
+    assert sorted([*part].index("fsdp") for part in stored.values() if "fsdp" in part) == [0, 1]
+
+  def f(whole, own):
+    square = own.T @ own
+    return {paths[0]: square, paths[1]: square * 2.0, paths[2]: own.sum()}, own @ whole
+
+  like = {path: jax.ShapeDtypeStruct(each, np.float32) for path, each in summed.items()}
+  own = jax.device_put(rows, NamedSharding(mesh, sharding.BATCH))
+  sums, results = jax.jit(sharding.on_own_rows(f, mesh, like))(weights, own)
+  np.testing.assert_allclose(sums[paths[0]], rows.T @ rows, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(sums[paths[1]], rows.T @ rows * 2, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(sums[paths[2]], rows.sum(), rtol=1e-4)
+  np.testing.assert_allclose(results, rows @ weights, rtol=1e-5, atol=1e-5)
