@@ -112,7 +112,7 @@ def e2() -> dict[str, Any]:
   """Why does generation first help? By its captions, its images, or the minutes it takes?"""
   seconds = _measured_seconds("generation", "discrimination")
   minutes = EMOJI_STEPS * (seconds["generation"] + seconds["discrimination"]) / 60
-  same = dict(num_steps=EMOJI_STEPS)
+  same: dict[str, Any] = dict(num_steps=EMOJI_STEPS)
   arms = [
     _arm("discrimination", "discrimination", **same),
     _arm("generation", "generation", measured=False, **same),
@@ -141,7 +141,7 @@ def e4() -> dict[str, Any]:
     raise ValueError(f"no rate is chosen for {', '.join(missing)}; run e4_rates and add it to CLIP_RATES")
   alone = {"CLIP": "discrimination without additions"}  # as long as which DiffDis, if not that with its additions
   seconds = _measured_seconds("discrimination", *alone.values(), *CLIPS)
-  same = dict(num_steps=EMOJI_STEPS)
+  same: dict[str, Any] = dict(num_steps=EMOJI_STEPS)
   arms = []
   for name in CLIPS:
     minutes = EMOJI_STEPS * seconds[alone.get(name, "discrimination")] / 60
@@ -213,7 +213,8 @@ def _clip(kind: str, name: str, *, rate: float | None = None, **fields: Any) -> 
   """An arm that is one of CLIPS; by default at the config's rate."""
   tower, model = CLIPS[kind]
   args = ",".join(filter(None, ("contrastive", tower, f"rate={rate!r}" if rate else "")))
-  arm = _arm(name, args, **fields, **(dict(model=model) if model else {}))
+  changed: dict[str, Any] = dict(model=model) if model else {}
+  arm = _arm(name, args, **fields, **changed)
   return arm | dict(speed=kind)
 
 

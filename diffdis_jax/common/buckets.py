@@ -91,9 +91,10 @@ def _configure() -> None:
   # A kept listing hides what other processes write, and cuts an object off at the length that it had before.
   config.conf.setdefault("gcs", {})["use_listings_cache"] = False
   # gcsfs answers that nothing is there when it cannot look: a run would begin from nothing, or remove its checkpoints.
-  backend.fsspec_backend.exists = lambda path: _kind(path) is not None
-  backend.fsspec_backend.isdir = lambda path: _kind(path) == "directory"
-  backend.fsspec_backend.open = _open
+  of_etils: Any = backend.fsspec_backend
+  of_etils.exists = lambda path: _kind(path) is not None
+  of_etils.isdir = lambda path: _kind(path) == "directory"
+  of_etils.open = _open
 
 
 def _open(where: epath.PathLike, mode: str) -> io.IOBase:
