@@ -90,7 +90,7 @@ def rate_at_peak(trainer: Trainer) -> float | None:
   return chip.flops * trainer.mesh.size / operations
 
 
-def _program(traced: jax.stages.Traced, rows: int, shapes: Params, plain: core.ClosedJaxpr) -> Program:
+def _program(traced: jax.stages.Traced, rows: int, shapes: Params, plain: core.ClosedJaxpr) -> Program:  # pyright: ignore[reportPrivateImportUsage]
   own = functools.partial(count, traced.jaxpr)
   return Program(
     lower=traced.lower,
@@ -101,7 +101,7 @@ def _program(traced: jax.stages.Traced, rows: int, shapes: Params, plain: core.C
   )
 
 
-def count(jaxpr: core.ClosedJaxpr, *, turns: bool = True) -> float:
+def count(jaxpr: core.ClosedJaxpr, *, turns: bool = True) -> float:  # pyright: ignore[reportPrivateImportUsage]
   """Floating-point operations, two for a multiply-add, over all devices.
 
   Args:

@@ -145,7 +145,7 @@ class Trainer:
       norms=skips.no_norms(self.run.optim),
     )
 
-  def counted(self, batch: TrainingBatch) -> core.ClosedJaxpr:
+  def counted(self, batch: TrainingBatch) -> core.ClosedJaxpr:  # pyright: ignore[reportPrivateImportUsage]
     """The step by which operations are counted: nothing is computed twice, and none of them is inside a kernel. A batch
     that is one whole in several microbatches is taken at once, without the pass that GradCache adds."""
     whole = self.run.optim.contrastive_batch == "whole"
