@@ -29,7 +29,7 @@ jaxtyping.install_import_hook("diffdis_jax", "tests.typechecking.check")
 
 # The files of fixtures, which test files name as plugins, before one of them is imported.
 pytest.register_assert_rewrite("tests.command_runs", "tests.pipelines", "tests.untrained", "tests.inception_weights")
-pytest.register_assert_rewrite("tests.hub_server")
+pytest.register_assert_rewrite("tests.hub_server", "tests.bucket_server")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
