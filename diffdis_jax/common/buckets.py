@@ -19,7 +19,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from absl import logging
 from etils import epath
@@ -101,7 +101,7 @@ def _open(where: epath.PathLike, mode: str) -> io.IOBase:
   if mode not in ("w", "wb"):
     return backend.fsspec_backend.fs(where).open(os.fspath(where), mode=mode)
   written = _Object(os.fspath(where))
-  return written if mode == "wb" else io.TextIOWrapper(written, encoding="utf-8", newline="")
+  return written if mode == "wb" else _Text(written, encoding="utf-8", newline="")
 
 
 class _Object(io.BytesIO):
@@ -131,6 +131,16 @@ class _Object(io.BytesIO):
       except FileNotFoundError:  # the session, or the bucket
         if attempt == _SESSIONS - 1:
           raise
+
+
+class _Text(io.TextIOWrapper):
+  """The same of text."""
+
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    if kind is not None:
+      io.BytesIO.close(cast(_Object, self.detach()))
+    else:
+      self.close()
 
 
 def _kind(where: epath.PathLike) -> str | None:
