@@ -56,7 +56,7 @@ def forest(palette: Palette, *, found: Mapping[str, Any]) -> str:
     words = f"{tick:+g}".replace("-", "−") if tick else "0"
     canvas.text(scale(tick), bottom + 26, words, size=SMALL, colour=palette.soft, anchor=anchor)
   canvas.parts += body.parts
-  plots.legend(canvas, bottom + 62, [("undecided", palette.soft), ("significant (Holm)", palette.text)])
+  plots.legend(canvas, bottom + 62, [("not significant", palette.soft), ("significant (Holm)", palette.text)])
   canvas.text(canvas.width - 4, bottom + 62, "points, 95 % intervals", size=SMALL, anchor="end", colour=palette.soft)
   canvas.text(4, bottom + 92, "band: the bound of no effect", size=SMALL, anchor="start", colour=palette.soft)
   title = f"Primary comparisons of the replication: {len(compared)} paired differences with 95 % intervals over seeds."
