@@ -74,35 +74,20 @@ def write(
   Raises:
     UserError: values beyond the dtype's range.
   """
-  patch = model["autoencoder"]["patch"]
-  folded_size = image_size // patch
-  sample_size = folded_size // 2 ** (len(model["autoencoder"]["widths"]) - 1)
   # First, since it changes two convolutions, and takes away the parameters that the table has no row for.
   scaling_factor = fold_statistics(params)
-  index: dict[str, Any] = dict(INDEX)
-  configs = {
-    "model_index.json": index,
-    "scheduler/scheduler_config.json": sections.write_scheduler(schedule) | VERSION,
-    "unet/config.json": VERSION
-    | sections.write_unet(
-      model["unet"],
-      latent_channels=model["autoencoder"]["latent_channels"],
-      context_width=model["text_encoder"]["width"],
-      sample_size=sample_size,
-    ),
-    "vae/config.json": VERSION
-    | sections.write_vae(model["autoencoder"], scaling_factor=scaling_factor, sample_size=folded_size),
-    "text_encoder/config.json": sections.write_text(model["text_encoder"]),
-  }
   has_unet = "unet.conv_in.kernel" in params
+  configs = _configs(model, image_size=image_size, schedule=schedule, scaling_factor=scaling_factor)
+  index: dict[str, Any] = dict(INDEX)
   if not has_unet:
     index |= dict.fromkeys(BEYOND_VAE, (None, None))
     configs = {file: content for file, content in configs.items() if file.split("/")[0] not in BEYOND_VAE}
+  configs["model_index.json"] = index
   entries = [mapping.from_path(path) for path in params]
   is_aligned = "logit_scale" in params
   progress = Progress("converted", len(entries), "arrays")
   own_classes = {}
-  if patch > 1:
+  if model["autoencoder"]["patch"] > 1:
     own_classes["vae"] = ("torch_parts", "PatchAutoencoderKL")
   if has_unet and "unet.conv_out.kernel" not in params:  # of discrimination alone
     own_classes["unet"] = ("torch_parts", "DownUNet2DConditionModel")
@@ -128,6 +113,27 @@ def write(
     shutil.copyfile(here.with_name(f"{module}.py"), folder / component / f"{module}.py")
   shutil.copyfile(here.with_name("torch_pipeline.py"), folder / PIPELINE)
   write_configs(folder, configs)
+
+
+def _configs(
+  model: Mapping[str, Any], *, image_size: int, schedule: str, scaling_factor: float
+) -> dict[str, Mapping[str, Any]]:
+  """By file, of the components that diffusers and transformers have."""
+  folded_size = image_size // model["autoencoder"]["patch"]
+  sample_size = folded_size // 2 ** (len(model["autoencoder"]["widths"]) - 1)
+  return {
+    "scheduler/scheduler_config.json": sections.write_scheduler(schedule) | VERSION,
+    "unet/config.json": VERSION
+    | sections.write_unet(
+      model["unet"],
+      latent_channels=model["autoencoder"]["latent_channels"],
+      context_width=model["text_encoder"]["width"],
+      sample_size=sample_size,
+    ),
+    "vae/config.json": VERSION
+    | sections.write_vae(model["autoencoder"], scaling_factor=scaling_factor, sample_size=folded_size),
+    "text_encoder/config.json": sections.write_text(model["text_encoder"]),
+  }
 
 
 def write_configs(folder: pathlib.Path, configs: Mapping[str, Mapping[str, Any]]) -> None:

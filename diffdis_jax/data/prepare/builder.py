@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -236,10 +236,7 @@ def prepare(
   settings = settings or Settings()
   if settings.beam_options:
     staging.check_beam()
-  for split in {part.split for part in parts}:
-    # `all` is TFDS's own name for the union of splits. A path would lead out of the folder.
-    if not re.fullmatch(r"\w+", split) or split == "all":
-      raise UserError(f"a split cannot be called {split!r:.100}; letters, digits and _ make its name, but not 'all'")
+  _check_splits(parts)
   out = out.resolve()
   partial = partial_of(out)
   if partial.exists() and (out / "report.json").exists():  # killed between the last two steps
@@ -270,16 +267,28 @@ def prepare(
       if str(error).startswith("no usable pair"):  # trying again would not help
         shutil.rmtree(partial)
       raise
-    folder = pathlib.Path(made.data_dir)
-    for name, text in made.notices().items():
-      files.write_whole(folder / name, text.encode())
-    report = {split: dataclasses.asdict(report) for split, report in made.reports.items()}
-    files.write_json(folder / "report.json", report)
     # By one rename, so that `out` is whole or not there; what is left of the preparation goes after it.
-    folder.replace(out)
+    _described(made).replace(out)
     shutil.rmtree(partial)
   logging.info("wrote %s", out)
   return made.reports
+
+
+def _check_splits(parts: Iterable[Part]) -> None:
+  for split in {part.split for part in parts}:
+    # `all` is TFDS's own name for the union of splits. A path would lead out of the folder.
+    if not re.fullmatch(r"\w+", split) or split == "all":
+      raise UserError(f"a split cannot be called {split!r:.100}; letters, digits and _ make its name, but not 'all'")
+
+
+def _described(made: CaptionedImages) -> pathlib.Path:
+  """Its folder, once its notices and its report are in it."""
+  folder = pathlib.Path(made.data_dir)
+  for name, text in made.notices().items():
+    files.write_whole(folder / name, text.encode())
+  report = {split: dataclasses.asdict(report) for split, report in made.reports.items()}
+  files.write_json(folder / "report.json", report)
+  return folder
 
 
 def partial_of(out: pathlib.Path) -> pathlib.Path:
