@@ -87,7 +87,12 @@ MUTATIONS = (
   ),
   Mutation("models/lgr.py", "scores, axis=-1, where=there)", "scores, axis=-1)", "tests/models/test_lgr.py"),
   # Data.
-  Mutation("data/loader.py", "batch * self.batch_size + self.places[row]", "batch * self.batch_size + row", LOADER),
+  Mutation(
+    "data/loader.py",
+    "first + place for place in self.places",
+    "first + row for row, _ in enumerate(self.places)",
+    LOADER,
+  ),
   Mutation("data/loader.py", ".seed(seed + i).shuffle()", ".seed(seed).shuffle()", LOADER),
   Mutation("data/loader.py", "** sampling_exponent, 0.0)", "* sampling_exponent, 0.0)", LOADER),
   Mutation("data/randaugment.py", 'size[name == "TranslateY"]', 'size[name == "TranslateX"]', RANDAUGMENT),

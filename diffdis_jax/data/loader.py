@@ -20,6 +20,7 @@ from diffdis_jax.data import records
 from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
 from diffdis_jax.data.long_tail import LabelledSource, class_counts
+from diffdis_jax.data.reads import Reads
 from diffdis_jax.data.sources import Grouped, Mixture, Source
 from diffdis_jax.data.transforms import augment, needed_side
 from diffdis_jax.errors import UserError
@@ -65,7 +66,8 @@ def train_loader(
     discrimination_augmentation: of a second view of each image, 'discrimination_image': u8[b h w 3]; None for none.
     shard_index: this host, of `shard_count`.
     rows: places in the global batch of this host's rows, as many on each host.
-    loading: how batches are read ahead. Processes that prepare batches have threads of their own, as many.
+    loading: how batches are read ahead. Processes that prepare batches have threads of their own, as many. Where
+      storage answers slowly, `reads.AT_ONCE` further threads read, unless `num_threads` is 0.
 
   Raises:
     UserError: a batch size that the hosts do not divide.
@@ -88,11 +90,7 @@ def train_loader(
     # `repeat` last: each epoch it gives new seeds to what stands before it, the order and the augmentation.
     datasets.append(order.random_map(example).repeat())
   dataset = grain.MapDataset.mix(datasets, source.weights) if isinstance(source, Mixture) else datasets[0]
-  # Rows are taken out of the global order, and not the source shared out: so batches are the same for any number of
-  # hosts.
-  own = grain.MapDataset.source(_Rows(dataset, tuple(rows), batch_size))
-  batches = own.batch(len(rows), batch_fn=_Collate(tokenizer))
-  return _read_ahead(batches, loading)
+  return _read_ahead(dataset, tuple(rows), batch_size, _Collate(tokenizer), loading)
 
 
 class _InRuns(experimental.FlatMapTransform):
@@ -134,14 +132,16 @@ def labelled_loader(
     rows: places in the global batch of this host's rows; None for all.
   """
   example = _LabelledExample(source, image_size, augmentation, tokens)
-  own = _Rows(_ByClass(example, source.labels, sampling_exponent, seed), tuple(rows or range(batch_size)), batch_size)
-  batches = grain.MapDataset.source(own).batch(len(own.places), batch_fn=_stack)
-  return _read_ahead(batches, loading)
+  dataset = _ByClass(example, source.labels, sampling_exponent, seed)
+  return _read_ahead(dataset, tuple(rows or range(batch_size)), batch_size, _stack, loading)
 
 
-def _read_ahead(batches: grain.MapDataset, how: Loading) -> grain.DatasetIterator:
+def _read_ahead(
+  dataset: Any, rows: tuple[int, ...], batch_size: int, collate: Callable[..., Any], how: Loading
+) -> grain.DatasetIterator:
+  batches = _Batches(dataset, rows, batch_size, collate, Reads(may_share=how.num_threads > 0))
   options = grain.ReadOptions(num_threads=how.num_threads, prefetch_buffer_size=how.prefetch)
-  iterable = batches.to_iter_dataset(options)
+  iterable = grain.MapDataset.source(batches).to_iter_dataset(options)
   if how.num_workers:
     # Ctrl-C in a terminal reaches the workers too; when they end their parent decides.
     iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=how.num_workers), signals.leave_to_parent)
@@ -153,22 +153,27 @@ def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-  """Of an endless dataset, the examples at these places of every batch."""
+class _Batches:
+  """Of an endless dataset, the examples at these places of every batch.
+
+  Rows are taken out of the global order, and not the source shared out: so batches are the same for any number of
+  hosts.
+  """
 
   dataset: Any  # grain.MapDataset | _ByClass
   places: tuple[int, ...]
   batch_size: int
+  collate: Callable[[Sequence[dict[str, Any]]], dict[str, np.ndarray]]
+  reads: Reads
 
   def __len__(self) -> int:
     # To Grain an endless dataset is one whose last index still fits 64 bits.
-    return sys.maxsize // self.batch_size * len(self.places)
+    return sys.maxsize // self.batch_size
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    batch, row = divmod(index, len(self.places))
-    example = self.dataset[batch * self.batch_size + self.places[row]]
-    assert example is not None  # nothing filters this dataset
-    return example
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    first = index * self.batch_size
+    # Nothing filters the dataset: no example is None.
+    return self.collate(self.reads.of(self.dataset.__getitem__, [first + place for place in self.places]))
 
 
 @dataclasses.dataclass(frozen=True)

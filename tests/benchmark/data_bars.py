@@ -26,9 +26,12 @@ from absl import logging
 from configs import diffdis_cc3m
 from diffdis_jax.benchmark import data
 from diffdis_jax.common import files
+from diffdis_jax.config.data import Loading
+from diffdis_jax.config.model import TextEncoderSize
 from diffdis_jax.config.run import Run
-from diffdis_jax.data import image_files, sources
+from diffdis_jax.data import image_files, loader, reads, sources
 from diffdis_jax.data.prepare import builder, latents, parts
+from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import random_square
 from diffdis_jax.parallel import sharding
 from diffdis_jax.training.step import Trainer
@@ -47,7 +50,9 @@ BARS = {
   "prepare_kept_per_core": 400.0,
   "prepare_reencoded_per_core": 120.0,
   "first_batch_seconds": 5.0,
+  "distant_images_per_second": 1340.0,
 }
+ANSWER = 0.05  # seconds, in which a bucket answers
 
 
 def main(out: str, num_pairs: str = "200000", scratch: str | None = None) -> None:
@@ -62,6 +67,7 @@ def main(out: str, num_pairs: str = "200000", scratch: str | None = None) -> Non
     write_latents(folder)
     results |= loader_speeds(folder, ROUNDS)
     results |= data.data_wait(trainer, folder / "reencoded")
+    results |= distant(Loading(**diffdis_cc3m.get_config().data.loader))
     results |= first_batch(folder)
     results |= memory(folder, int(num_pairs))
   higher = set(BARS) - {"data_wait", "first_batch_seconds"}
@@ -124,6 +130,39 @@ def loader_speeds(folder: pathlib.Path, rounds: int) -> dict[str, Any]:
     "latents_over_jpeg": rates["latents"] / rates["source"],
     "latents_over_short_side": rates["latents"] / rates["short_side"],
   }
+
+
+class Distant:
+  """Small records, each of which comes after ANSWER seconds. Sleeping, they need no processor."""
+
+  def __len__(self) -> int:
+    return 100_000
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    time.sleep(ANSWER)
+    return {"image": np.full((8, 8, 3), index % 256, np.uint8), "caption": "a photo"}
+
+
+def distant(loading: Loading, *, rows: int = 64, seconds: float = 10.0) -> dict[str, float]:
+  """Images a second from such records, and what each of the loader's threads reading by itself would give."""
+  rates = {}
+  for name, slow in (("alone", float("inf")), ("per_second", reads.SLOW)):
+    before, reads.SLOW = reads.SLOW, slow
+    tokenizer = Tokenizer(TextEncoderSize().max_length)
+    batches = loader.train_loader(
+      Distant(), tokenizer=tokenizer, batch_size=rows, image_size=8, seed=0, loading=loading
+    )
+    for _ in range(2 * loading.prefetch):  # what is read ahead before the clock starts would count otherwise
+      next(batches)
+    count, begin = 0, time.perf_counter()
+    while time.perf_counter() < begin + seconds:
+      next(batches)
+      count += rows
+    rates[f"distant_images_{name}"] = count / (time.perf_counter() - begin)
+    batches.close()
+    reads.SLOW = before
+  logging.info("images/s of records that take %.0f ms: %s", 1000 * ANSWER, rates)
+  return rates
 
 
 def first_batch(folder: pathlib.Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from diffdis_jax.benchmark import data
+from diffdis_jax.config.data import Loading
 from diffdis_jax.data import sources
 from tests.benchmark import data_bars
 
@@ -39,3 +40,9 @@ def test_a_long_data_set_starts_anywhere(small, tmp_path):
   results = data_bars.first_batch(tmp_path)
   assert len(results["first_batch"]) == 4 and results["first_batch_seconds"] > 0
   assert len(sources.open_source(name="pairs", path=tmp_path / "long", image_size=16)) == 600
+
+
+def test_distant_records_are_timed_both_ways(monkeypatch):
+  monkeypatch.setattr(data_bars, "ANSWER", 0.001)
+  rates = data_bars.distant(Loading(num_threads=2, prefetch=2), rows=4, seconds=0.1)
+  assert rates.keys() == {"distant_images_alone", "distant_images_per_second"} and min(rates.values()) > 0

@@ -1,7 +1,9 @@
 import collections
 import contextlib
 import io
+import pickle
 import threading
+import types
 
 import grain
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 
 from diffdis_jax.common import storage
 from diffdis_jax.config.data import Loading
-from diffdis_jax.data import loader, records, sources
+from diffdis_jax.data import loader, reads, records, sources
 from diffdis_jax.data.loader import ROWS, SUBSTITUTED, Substitutions, train_loader
 from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.data.tokenizer import Tokenizer
@@ -111,6 +113,72 @@ def test_global_batches_do_not_depend_on_the_number_of_hosts(hosts):
   interleaved = [{k: np.stack([p[k] for p in step], 1).reshape(12, *step[0][k].shape[1:]) for k in step[0]}
                  for step in zip(*parts, strict=True)]  # fmt: skip
   assert_same(reference, interleaved)
+
+
+class Slow(Numbered):
+  """Answers once so many reads are in flight: a batch that reads fewer at a time takes `patience` seconds a record."""
+
+  def __init__(self, wanted, patience=20.0):
+    self.wanted, self.patience = wanted, patience
+    self.now = self.most = 0
+    self.changed = threading.Condition()
+
+  def __getitem__(self, index):
+    with self.changed:
+      self.now += 1
+      self.most = max(self.most, self.now)
+      self.changed.notify_all()
+      assert self.changed.wait_for(lambda: self.most >= self.wanted, self.patience)
+      self.now -= 1
+    return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("rows, wanted", [(67, 67), (200, reads.AT_ONCE)], ids=["a batch", "at most"])
+def test_where_storage_is_slow_records_are_read_side_by_side(monkeypatch, rows, wanted):
+  """67 at 50 ms each are 1,340 images/s."""
+  monkeypatch.setattr(reads, "SLOW", -1.0)
+  source = Slow(wanted)
+  iterator = make(source, image_size=8, batch_size=rows, num_threads=1, prefetch=1, augmentation=STRONG)
+  found = take(iterator, 3)
+  assert source.most == wanted
+  iterator.close()
+  # In the calling thread, which is all that num_threads=0 leaves, whatever storage does.
+  alone = Slow(1)
+  assert_same(found, take(make(alone, image_size=8, batch_size=rows, augmentation=STRONG), 3))
+  assert alone.most == 1
+
+
+def test_where_storage_is_fast_no_further_threads_read(monkeypatch):
+  monkeypatch.setattr(reads, "SLOW", float("inf"))
+  source = Slow(2)
+  iterator = make(source, image_size=8, num_threads=2, prefetch=4)
+  take(iterator, 8)
+  assert source.most == 2
+  iterator.close()
+
+
+def test_storage_is_slow_while_half_of_the_records_are_waited_for(monkeypatch):
+  """By the clock, without the thread's own work."""
+  clock = types.SimpleNamespace(wall=0.0, own=0.0)
+  monkeypatch.setattr(
+    reads, "time", types.SimpleNamespace(perf_counter=lambda: clock.wall, thread_time=lambda: clock.own)
+  )
+
+  def read(seconds, work=0.0):
+    clock.wall += seconds
+    clock.own += work
+    return seconds
+
+  found = reads.Reads(may_share=True)
+  assert found.of(read, [0.05] * 15) == [0.05] * 15 and not found.are_slow
+  assert found.of(read, [0.05]) == [0.05] and found.are_slow
+  assert pickle.loads(pickle.dumps(found)).are_slow is False
+  found.of(read, [0.0001] * 16)
+  assert found.are_slow
+  found.of(read, [0.0001])
+  assert not found.are_slow
+  found.of(lambda seconds: read(seconds, work=seconds), [0.05] * 32)
+  assert not found.are_slow
 
 
 def save(folder, iterator):
