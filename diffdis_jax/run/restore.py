@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import pathlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -16,7 +15,7 @@ from diffdis_jax.common import buckets, files, one_file, shipped, storage
 from diffdis_jax.common.params import Params
 from diffdis_jax.errors import Gone, UserError, may_pass, parse_json
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import committed, digests
+from diffdis_jax.run import committed, digests, shared_reads
 from diffdis_jax.structs import TrainState
 
 STORED = ("params", "ema", "opt_state", "teacher")  # of a TrainState; its step is the folder's name
@@ -191,24 +190,10 @@ def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[st
   if not jax.tree.leaves(target):
     return target
   # A registry of this call's own, since Orbax's global one is shared with whatever else the process reads.
-  readers = ocp.type_handlers.create_type_handler_registry((jax.Array, _PatientReader()))
+  readers = ocp.type_handlers.create_type_handler_registry((jax.Array, shared_reads.Reader()))
   restore_args = ocp.checkpoint_utils.construct_restore_args(target)
   args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=bool(without))
   return _read(path, ocp.PyTreeCheckpointHandler(type_handler_registry=readers), args)
-
-
-class _PatientReader(ocp.type_handlers.ArrayHandler):
-  """Where an array cannot be read, waits for the others before it raises. Else Orbax closes its event loop at once, and
-  each read that ends later prints a traceback."""
-
-  async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[jax.Array]:
-    # Orbax starts one task for each array and gives no list of them: they are those that are there now and were not.
-    earlier = asyncio.all_tasks()
-    try:
-      return await super().deserialize(infos, args)
-    finally:
-      while reads := asyncio.all_tasks() - earlier:
-        await asyncio.gather(*reads, return_exceptions=True)
 
 
 def _saved(path: epath.Path) -> _Arrays:
@@ -247,12 +232,14 @@ def _read(path: epath.Path, handler: Any, args: Any) -> Any:
 def _checked(path: epath.Path, items: Collection[str] | None, read: Callable[[], _Read]) -> _Read:
   """Calls `read`, and checks the digests of these items of the checkpoint meanwhile; of all of them for None.
 
-  Several processes share the check of the large files, and raise the same error. Storage that is away is tried again.
+  Several processes share the reading of what all of them need and the check of the large files, and raise the same
+  error. Storage that is away is tried again.
 
   Raises:
     UserError: a file is not as it was saved, or what `read` raises.
   """
-  return storage.patiently(lambda: _checked_once(path, items, read), f"{path}")
+  # Handed out at the end, when every process has read and checked its share: one may have had to do so again.
+  return shared_reads.handed_out(storage.patiently(lambda: _checked_once(path, items, read), f"{path}"))
 
 
 def _checked_once(path: epath.Path, items: Collection[str] | None, read: Callable[[], _Read]) -> _Read:
@@ -270,9 +257,12 @@ def _checked_once(path: epath.Path, items: Collection[str] | None, read: Callabl
       # The digests name the file, and separate damage from a model that does not fit. The other processes may be held
       # up in the reading: this one looks by itself.
       damage = check.late() if count == 1 else digests.damage(path)
-      if damage is not None:
-        raise _damaged(path, damage) from error
-      raise
+      known = error if damage is None else _damaged(path, damage)
+      if isinstance(known, UserError):
+        processes.first_message(str(known))  # the others wait there, if what is damaged was this one's to read
+      if damage is None:
+        raise
+      raise known from error
     damage = check.late()
     message = "" if damage is None else str(_damaged(path, damage))
   if message := processes.first_message(message):

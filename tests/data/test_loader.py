@@ -164,20 +164,20 @@ def test_storage_is_slow_while_half_of_the_records_are_waited_for(monkeypatch):
     reads, "time", types.SimpleNamespace(perf_counter=lambda: clock.wall, thread_time=lambda: clock.own)
   )
 
-  def read(seconds, work=0.0):
-    clock.wall += seconds
-    clock.own += work
-    return seconds
+  def read(microseconds, work=0):
+    clock.wall += microseconds / 1e6
+    clock.own += work / 1e6
+    return microseconds
 
   found = reads.Reads(may_share=True)
-  assert found.of(read, [0.05] * 15) == [0.05] * 15 and not found.are_slow
-  assert found.of(read, [0.05]) == [0.05] and found.are_slow
+  assert found.of(read, [50_000] * 15) == [50_000] * 15 and not found.are_slow
+  assert found.of(read, [50_000]) == [50_000] and found.are_slow
   assert pickle.loads(pickle.dumps(found)).are_slow is False
-  found.of(read, [0.0001] * 16)
+  found.of(read, [100] * 16)
   assert found.are_slow
-  found.of(read, [0.0001])
+  found.of(read, [100])
   assert not found.are_slow
-  found.of(lambda seconds: read(seconds, work=seconds), [0.05] * 32)
+  found.of(lambda place: read(place, work=place), [50_000] * 32)
   assert not found.are_slow
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import zlib
 
 import jax
 import numpy as np
@@ -118,10 +119,11 @@ def test_a_signal_stops_a_single_process(numbers, cause):
 
 
 VERB = """
-import json, os, signal, sys, time
+import json, os, signal, sys, time, zlib
 from absl import flags
 import jax, numpy as np
 from jax import monitoring
+from orbax import checkpoint as ocp
 from diffdis_jax.common import cli
 from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.run import restore, workdir
@@ -189,9 +191,23 @@ def main(_):
     assert processes.first_message("") == ""
     processes.check_shared(WORKDIR.value)
   if HOW.value == "restore":
-    params = {"a": jax.ShapeDtypeStruct((1 << 19,), np.float32, sharding=sharding.batch_sharding(mesh))}
+    split, whole = sharding.batch_sharding(mesh), jax.sharding.NamedSharding(mesh, sharding.REPLICATED)
+    places = {"a": split, "b": whole, "c": whole, "d": whole}
+    saved = restore.saved_params(WORKDIR.value)
+    params = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name]) for name, x in saved.items()}
+    read, deserialize = [], ocp.type_handlers.ArrayHandler.deserialize
+
+    def counted(self, infos, args=None):
+      read.extend(info.name for info in infos)
+      return deserialize(self, infos, args)
+
+    ocp.type_handlers.ArrayHandler.deserialize = counted
     found = restore.restore_params(WORKDIR.value, abstract=params)
-    sys.stdout.write(f"{processes.whole(found['a'])[-1]}\\n")
+    assert all(x.sharding == places[name] for name, x in found.items())
+    shards = {name: [shard.data for shard in x.addressable_shards] for name, x in found.items()}
+    digests = {name: sorted({zlib.crc32(np.asarray(each).tobytes()) for each in shards[name]}) for name in "bcd"}
+    last = float(processes.whole(found["a"])[-1])
+    sys.stdout.write(json.dumps({"read": sorted(read), "last": last, "digests": digests}) + "\\n")
 
 
 if __name__ == "__main__":
@@ -234,18 +250,28 @@ def test_two_processes_agree_and_share(tmp_path):
   assert not list((tmp_path / "run").iterdir())
 
 
-def test_a_damaged_checkpoint_is_the_same_line_on_all(tmp_path):
+def test_two_processes_read_once_what_both_need(tmp_path):
+  """Every bit of it; and where one of them alone reads what is damaged, both say so in the same line."""
   array = np.random.default_rng(0).normal(size=1 << 19).astype(np.float32)
+  array[:3] = -0.0, np.inf, np.uint32(0x7FC12345).view(np.float32)
+  params = {"a": array, "b": -array, "c": array.astype(jax.numpy.bfloat16), "d": array[:9]}
   with checkpoint.Checkpointer(tmp_path / "run") as checkpointer:
-    checkpointer.save(1, TrainState(params={"a": jax.numpy.asarray(array)}))
+    checkpointer.save(1, TrainState(params=jax.device_put(params)))
+  expected = {name: [zlib.crc32(params[name].tobytes())] for name in "bcd"}
+  read = []
   for code, out, err in both(tmp_path, "--how=restore", f"--workdir={tmp_path / 'run'}"):
-    assert code == 0 and out.splitlines()[-1] == str(float(array[-1])), err
-  (file,) = (path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.stat().st_size > 1 << 20)
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert found["last"] == float(array[-1]) and found["digests"] == expected
+    read.append(found["read"])
+  assert read == [["a", "b", "d"], ["a", "c", "d"]]
+  large = (path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.stat().st_size > 1 << 19)
+  file = min(large, key=lambda path: path.stat().st_size)  # of c, which takes half the bytes
   content = bytearray(file.read_bytes())
   content[len(content) // 2] ^= 1
   file.write_bytes(content)
   for code, out, err in both(tmp_path, "--how=restore", f"--workdir={tmp_path / 'run'}"):
-    assert code == 2 and str(float(array[-1])) not in out, err
+    assert code == 2 and "digests" not in out, err
     line = err.splitlines()[-1]
     assert line.startswith("error: checkpoint ") and f"{file.name} holds other bytes than were saved; " in line
 
