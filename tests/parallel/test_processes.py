@@ -128,6 +128,7 @@ from diffdis_jax.common import cli
 from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.run import restore, workdir
 from diffdis_jax.errors import UserError
+from diffdis_jax.structs import TrainState
 
 HOW = flags.DEFINE_string("how", "", "")
 SIGNAL = flags.DEFINE_string("signal", "SIGTERM", "")
@@ -202,12 +203,16 @@ def main(_):
       return deserialize(self, infos, args)
 
     ocp.type_handlers.ArrayHandler.deserialize = counted
-    found = restore.restore_params(WORKDIR.value, abstract=params)
-    assert all(x.sharding == places[name] for name, x in found.items())
-    shards = {name: [shard.data for shard in x.addressable_shards] for name, x in found.items()}
-    digests = {name: sorted({zlib.crc32(np.asarray(each).tobytes()) for each in shards[name]}) for name in "bcd"}
-    last = float(processes.whole(found["a"])[-1])
-    sys.stdout.write(json.dumps({"read": sorted(read), "last": last, "digests": digests}) + "\\n")
+    resumed = restore.read_state(restore.find(WORKDIR.value), TrainState(params=params))
+    assert resumed.meta["step"] == 1
+    said = []
+    for found in (resumed.state.params, restore.restore_params(WORKDIR.value, abstract=params)):
+      assert {name: x.sharding for name, x in found.items()} == places
+      shards = {name: [np.asarray(shard.data) for shard in x.addressable_shards] for name, x in found.items()}
+      digests = {name: sorted({zlib.crc32(each.tobytes()) for each in shards[name]}) for name in "bcd"}
+      said.append({"last": float(processes.whole(found["a"])[-1]), "digests": digests})
+    assert said[0] == said[1]
+    sys.stdout.write(json.dumps({"read": sorted({*read}), **said[0]}) + "\\n")
 
 
 if __name__ == "__main__":
