@@ -96,6 +96,8 @@ def handed_out(tree: Any) -> Any:
   own = jax.process_index()
   # The largest first, so that those that are sent at a time are of about one size.
   order = sorted((i for i, leaf in enumerate(leaves) if isinstance(leaf, Part)), key=lambda i: (-leaves[i].nbytes, i))
+  if not order:
+    return tree
   queues = [[i for i in order if leaves[i].owner == process] for process in range(jax.process_count())]
   for group in itertools.zip_longest(*queues):
     most = max(leaves[i].nbytes for i in group if i is not None)

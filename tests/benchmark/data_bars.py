@@ -143,7 +143,7 @@ class Distant:
     return {"image": np.full((8, 8, 3), index % 256, np.uint8), "caption": "a photo"}
 
 
-def distant(loading: Loading, *, rows: int = 64, seconds: float = 10.0) -> dict[str, float]:
+def distant(loading: Loading, *, rows: int = 64, seconds: float = 20.0) -> dict[str, float]:
   """Images a second from such records, and what each of the loader's threads reading by itself would give."""
   rates = {}
   for name, slow in (("alone", float("inf")), ("per_second", reads.SLOW)):
