@@ -157,7 +157,7 @@ def test_where_storage_is_fast_no_further_threads_read(monkeypatch):
   iterator.close()
 
 
-def test_storage_is_slow_while_half_of_the_records_are_waited_for(monkeypatch):
+def test_storage_is_slow_while_nearly_all_records_are_waited_for(monkeypatch):
   """By the clock, without the thread's own work."""
   clock = types.SimpleNamespace(wall=0.0, own=0.0)
   monkeypatch.setattr(
@@ -170,10 +170,10 @@ def test_storage_is_slow_while_half_of_the_records_are_waited_for(monkeypatch):
     return microseconds
 
   found = reads.Reads(may_share=True)
-  assert found.of(read, [50_000] * 15) == [50_000] * 15 and not found.are_slow
+  assert found.of(read, [50_000] * 29) == [50_000] * 29 and not found.are_slow
   assert found.of(read, [50_000]) == [50_000] and found.are_slow
   assert pickle.loads(pickle.dumps(found)).are_slow is False
-  found.of(read, [100] * 16)
+  found.of(read, [100] * 2)
   assert found.are_slow
   found.of(read, [100])
   assert not found.are_slow
