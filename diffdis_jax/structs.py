@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -63,16 +64,20 @@ TrainingBatch = AnyBatch | LabelledBatch
 
 @struct.dataclass
 class TrainState:
-  """What training changes, and the seed: as it is, as it is saved and read again; and the shardings of it, its shapes.
+  """What training changes and what it reads: as it is, as it is saved and read again; the shardings of it, its shapes.
+
+  In a step its vectors are packed (training/packing.py). In a checkpoint all but opt_state is by path, and params has
+  the frozen ones too.
 
   Attributes:
     step: i32[], the number of finished steps; of shardings and shapes, one of those. None where a checkpoint says it.
     params: flat (common/params.py).
     ema: the averaged ones of them; may be empty.
-    opt_state: the optimizer's.
+    opt_state: the optimizer's, packed.
     seed: u32[], of all random choices; here, so that runs of other seeds share the compiled step. It is not saved.
     teacher: where an objective keeps them, the trainable parameters as they were at the start, which never change.
     norms: of the gradients, by which a step is skipped (training/skips.py); may be empty. A checkpoint's meta has them.
+    frozen: the parameters that a step does not change.
   """
 
   step: Any = None
@@ -82,6 +87,16 @@ class TrainState:
   seed: Any = None
   teacher: dict[str, Any] = struct.field(default_factory=dict)
   norms: dict[str, Any] = struct.field(default_factory=dict)
+  frozen: dict[str, Any] = struct.field(default_factory=dict)
+
+  def split(self) -> tuple[TrainState, TrainState]:
+    """What a step changes, and what it only reads."""
+    fixed = TrainState(frozen=self.frozen, teacher=self.teacher, seed=self.seed)
+    return dataclasses.replace(self, frozen={}, teacher={}, seed=None), fixed
+
+  def joined(self, fixed: TrainState) -> TrainState:
+    """The inverse of `split`."""
+    return dataclasses.replace(self, frozen=fixed.frozen, teacher=fixed.teacher, seed=fixed.seed)
 
 
 @struct.dataclass

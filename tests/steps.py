@@ -101,7 +101,7 @@ class Trainer:
     self.config, self.mesh = config, make_mesh() if mesh is None else mesh
     self.step = build_trainer(config, self.mesh)
     self.params = random_params(self.step.shapes, seed=0)
-    lowered = self.step.train_step.lower(self.step.abstract_state, self.place(make_batch(config)))
+    lowered = self.step.train_step.lower(*self.step.abstract_state.split(), self.place(make_batch(config)))
     self._train_step = lowered.compile()
 
   @property
@@ -113,15 +113,16 @@ class Trainer:
     return Batch(**sharding.to_global(vars(batch), self.mesh))
 
   def initial(self) -> TrainState:
-    return self.step.with_params(jax.device_put(self.params, self.step.state_shardings.params))
+    state = self.step.with_params(jax.device_put(self.params, self.step.param_shardings))
+    return self.step.layout.by_path(state)
 
   def run(self, state: TrainState, *batches: Batch) -> tuple[TrainState, list[Metrics]]:
     """The state after a step on each of the batches, and each step's metrics, on the host."""
-    metrics = []
+    state, metrics = self.step.layout.pack_state(state), []
     for batch in batches:
-      state, now = self._train_step(state, self.place(batch))
+      state, now = step.take_step(self._train_step, state, self.place(batch))
       metrics.append(jax.device_get(now))
-    return state, metrics
+    return self.step.layout.by_path(state), metrics
 
 
 def make_keys(microbatch: int = 0) -> dict[str, jax.Array]:

@@ -63,7 +63,7 @@ def get_config(name: str, arg: str = "") -> ConfigDict:
 def listing(name: str, arg: str) -> list[str]:
   """A line for each parameter: path dtype[shape] group (axes), on a mesh of two devices a side."""
   step = build_trainer(get_config(name, arg), sharding.make_mesh(data=2, fsdp=2, tensor=2))
-  axes = lambda path: ",".join(axis or "-" for axis in step.state_shardings.params[path].spec)
+  axes = lambda path: ",".join(axis or "-" for axis in step.param_shardings[path].spec)
   return [
     f"{path} {leaf.dtype.name}[{','.join(map(str, leaf.shape))}] {step.groups[path]} ({axes(path)})"
     for path, leaf in step.shapes.items()

@@ -34,7 +34,8 @@ def saved(tmp_path_factory, config):
   """Workdir, state and next global batch of a run of three steps."""
   path = str(tmp_path_factory.mktemp("elastic"))
   trainer = build_trainer(config, steps.make_mesh(*SAVED_ON))
-  state = trainer.with_params(jax.device_put(random_params(trainer.shapes, seed=0), trainer.state_shardings.params))
+  params = jax.device_put(random_params(trainer.shapes, seed=0), trainer.param_shardings)
+  state = trainer.layout.by_path(trainer.with_params(params))
   iterator = steps.open_batches(config)
   for _ in range(STEPS):
     next(iterator)
@@ -51,6 +52,9 @@ def test_on_another_mesh_every_bit_and_the_next_batch_are_the_same(saved, config
   with checkpoint.Checkpointer(path) as checkpointer:
     state, meta = start.restore_or_init(trainer, checkpointer, iterator)
   assert int(state.step) == STEPS
+  for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.abstract_state), strict=True):
+    assert leaf.sharding == like.sharding and leaf.dtype == like.dtype
+  state = trainer.layout.by_path(state)
   for (name, a), b in zip(
     jax.tree.leaves_with_path((expected.params, expected.ema, expected.opt_state)),
     jax.tree.leaves((state.params, state.ema, state.opt_state)),
@@ -58,7 +62,7 @@ def test_on_another_mesh_every_bit_and_the_next_batch_are_the_same(saved, config
   ):
     assert np.asarray(b).tobytes() == a.tobytes(), jax.tree_util.keystr(name)
   for path, leaf in state.params.items():
-    assert leaf.sharding == trainer.state_shardings.params[path]
+    assert leaf.sharding == trainer.param_shardings[path]
   totals = metrics.read_totals(meta)
   assert totals == {"loss": Average(total=np.float32(0.1), count=np.float32(3))}
   assert totals["loss"].total.dtype == np.float32

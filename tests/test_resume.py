@@ -58,7 +58,7 @@ def restore_training(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
   iterator = steps.open_batches(config)
   with checkpoint.Checkpointer(str(run)) as checkpointer:
     state, _ = start.restore_or_init(trainer, checkpointer, iterator)
-  return jax.device_get(state), next(iterator)["image"]
+  return jax.device_get(trainer.layout.by_path(state)), next(iterator)["image"]
 
 
 def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(tmp_path, joint_run, autoencoder_run, environment):

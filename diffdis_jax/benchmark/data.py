@@ -29,7 +29,7 @@ from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import writers
-from diffdis_jax.training.step import Trainer, is_running
+from diffdis_jax.training.step import Trainer, is_running, take_step
 
 SOURCE, CROP, SHORT_SIDE = 512, 256, 288  # pixels
 BATCH = 16
@@ -161,12 +161,12 @@ def data_wait(trainer: Trainer, prepared: pathlib.Path, *, steps: int = 30) -> d
   iterator, substitutions = open_loader(run), loader.Substitutions()
   draw = lambda: batch_type(run.data)(**sharding.to_global(substitutions.take(next(iterator)), trainer.mesh))
   # The first step compiles, and is not timed.
-  state, metrics = jax.block_until_ready(trainer.train_step(state, draw()))
+  state, metrics = jax.block_until_ready(take_step(trainer.train_step, state, draw()))
   progress = writers.Throughput(start_step=0, num_steps=steps, batch_size=run.batch_size)
   for _ in range(steps):  # as train does: a batch is loaded while the step before it runs
     with progress.waiting_for_data(functools.partial(is_running, metrics)):
       batch = draw()
-    state, metrics = trainer.train_step(state, batch)
+    state, metrics = take_step(trainer.train_step, state, batch)
   jax.block_until_ready(metrics)
   report = progress.report(steps, {})
   return {"data_wait": report["data_wait"], "small_model_steps_per_second": report["steps_per_sec"]}

@@ -17,7 +17,7 @@ from absl import logging
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch
-from diffdis_jax.training.step import Trainer
+from diffdis_jax.training.step import Trainer, take_step
 
 OBJECTIVES = {
   "joint": ("generation", "discrimination"),
@@ -47,7 +47,7 @@ def time_steps(trainers: Mapping[str, Trainer], *, batch_size: int, rounds: int)
   for name, step in trainers.items():
     states[name] = step.with_params(step.init_params(jax.random.key(0)))
     # Ahead of time: the compiler's count is of the very program that is timed. It counts one device's share.
-    steps[name] = step.train_step.lower(states[name], batch).compile()
+    steps[name] = step.train_step.lower(*states[name].split(), batch).compile()
     operations[name] = float((steps[name].cost_analysis() or {}).get("flops", float("nan"))) * mesh.size
     logging.info("%s: compiled, %.1f GFLOP a step", name, operations[name] / 1e9)
 
@@ -55,7 +55,7 @@ def time_steps(trainers: Mapping[str, Trainer], *, batch_size: int, rounds: int)
   for index in range(rounds + 1):
     for name, step in steps.items():
       begin = time.perf_counter()
-      states[name], metrics = step(states[name], batch)
+      states[name], metrics = take_step(step, states[name], batch)
       jax.block_until_ready(metrics)
       if index:  # the first round warms up
         seconds[name].append(time.perf_counter() - begin)

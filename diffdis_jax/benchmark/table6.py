@@ -8,6 +8,7 @@ numbers of images that it does not state, so that ratios are what can be compare
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 import statistics
@@ -20,6 +21,7 @@ import numpy as np
 from absl import logging
 
 from diffdis_jax.benchmark import data as synthetic
+from diffdis_jax.common.params import Params
 from diffdis_jax.data import loader, sources
 from diffdis_jax.data.build import batch_type, open_loader
 from diffdis_jax.data.prepare import builder, parts
@@ -29,7 +31,8 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import TrainingBatch
 from diffdis_jax.training import flops
-from diffdis_jax.training.step import Trainer
+from diffdis_jax.training.metrics import Metrics
+from diffdis_jax.training.step import Trainer, take_step
 
 NAMES = {"clip": "CLIP", "stable_diffusion": "Stable Diffusion", "diffdis": "DiffDis"}
 LOADED_STEPS = 3  # of a round, with the loader
@@ -163,33 +166,42 @@ class _Timed:
     batch = self._substitutions.take(next(self._batches))
     return batch_type(self._model.step.run.data)(**sharding.to_global(batch, self._model.step.mesh))
 
+  def _step(self, batch: TrainingBatch) -> Metrics:
+    self._state, metrics = take_step(self._model.step.train_step, self._state, batch)
+    self.__dict__.pop("_params", None)
+    return metrics
+
+  @functools.cached_property
+  def _params(self) -> Params:
+    return self._model.step.layout.by_path(self._state).params
+
   def _train(self) -> int:
-    self._state, metrics = self._model.step.train_step(self._state, self._batch)
+    metrics = self._step(self._batch)
     jax.block_until_ready(metrics)
     return self._model.batch_size
 
   def _train_with_loader(self) -> int:
     for _ in range(LOADED_STEPS):  # as train does: a batch is loaded while the step before it runs
       batch = self._draw()
-      self._state, metrics = self._model.step.train_step(self._state, batch)
+      self._step(batch)
     # Once at the end, since a wait after each step would keep the loader from running beside it.
     jax.block_until_ready(self._state)
     return LOADED_STEPS * self._model.batch_size
 
   def _generate(self) -> int:
-    self._model.inference.generate(self._state.params, self._tokens[: self._model.batch_size], self._noise)
+    self._model.inference.generate(self._params, self._tokens[: self._model.batch_size], self._noise)
     return self._model.batch_size
 
   def _discriminate(self) -> int:
-    self._model.inference.embed_images(self._state.params, self._images, seed=0)
+    self._model.inference.embed_images(self._params, self._images, seed=0)
     return self._model.batch_size
 
   def _decode_and_discriminate(self) -> int:
-    base.embed_images(self._model.inference, self._state.params, self._source, self._places, seed=0)
+    base.embed_images(self._model.inference, self._params, self._source, self._places, seed=0)
     return self._model.batch_size
 
   def _embed_texts(self) -> int:
-    self._model.inference.embed_texts(self._state.params, self._tokens)
+    self._model.inference.embed_texts(self._params, self._tokens)
     return len(self._tokens)
 
 

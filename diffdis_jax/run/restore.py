@@ -18,7 +18,7 @@ from diffdis_jax.parallel import processes
 from diffdis_jax.run import committed, digests, shared_reads
 from diffdis_jax.structs import TrainState
 
-STORED = ("params", "ema", "opt_state", "teacher")  # of a TrainState; its step is the folder's name
+STORED = ("params", "ema", "opt_state", "teacher", "frozen")  # of a TrainState; its step is the folder's name
 _Read = TypeVar("_Read")
 _Arrays = dict[str, jax.ShapeDtypeStruct]  # by dotted path, without a sharding
 

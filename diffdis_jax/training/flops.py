@@ -65,7 +65,7 @@ def abstract_batch(run: Run, network: Network, mesh: Mesh) -> TrainingBatch:
 def trace_train(trainer: Trainer) -> Program:
   """The train step. Operations are those of `Trainer.counted`."""
   batch = abstract_batch(trainer.run, trainer.network, trainer.mesh)
-  traced = trainer.train_step.trace(trainer.abstract_state, batch)
+  traced = trainer.train_step.trace(*trainer.abstract_state.split(), batch)
   return _program(traced, trainer.run.batch_size, trainer.shapes, trainer.counted(batch))
 
 

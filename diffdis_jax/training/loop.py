@@ -150,7 +150,8 @@ def go_on(
   tools.dog.at("the start", storage=True)
   state, meta = start.restore_or_init(trainer, tools.checkpointer, tools.iterator, made, tools.near)
   # Not before: the fingerprints are of parameters, which are there only now.
-  stored_inputs.check_stored(latent_facts(run.data), state.params, trainer.trainable)
+  if stored := latent_facts(run.data):
+    stored_inputs.check_stored(stored, trainer.layout.by_path(state).params, trainer.trainable)
   step = int(state.step)
   if before is not None:
     facts.log_longer(run, before, step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ from diffdis_jax.common.params import Params, first_match
 from diffdis_jax.config.sections import Optim
 from diffdis_jax.errors import UserError, check_choice
 from diffdis_jax.method.losses import MAX_LOGIT_SCALE
+from diffdis_jax.training.packing import Layout
 
 FROZEN = "frozen"
 # Measured, not trained: the latents' shift and scale.
 STATISTICS = r"^autoencoder\.(shift|scale)$"
+NOT_PACKED = Layout()
 MOMENTS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -72,13 +74,31 @@ def rate_schedule(section: Optim, group: str, *, num_steps: int) -> optax.Schedu
   return schedule(peak, kind=section.schedule_kind, final_fraction=section.final_fraction, **common)
 
 
-def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> optax.GradientTransformation:
+def kinds_of(groups: Mapping[str, str], section: Optim) -> dict[str, str]:
+  """Of each parameter, by its group, what tells vectors apart that may be packed: the group, and whether they decay."""
+  decayed = _decayed_of(groups, section)
+  return {
+    path: group if group == FROZEN else f"{group}.{'decayed' if decayed[path] else 'not_decayed'}"
+    for path, group in groups.items()
+  }
+
+
+def _decayed_of(paths: Iterable[str], section: Optim) -> dict[str, bool]:
+  return {path: first_match(path, ((section.no_decay, False), ("", True)), "optim.no_decay") for path in paths}
+
+
+def build_optimizer(
+  paths: Iterable[str], section: Optim, *, num_steps: int, layout: Layout = NOT_PACKED
+) -> optax.GradientTransformation:
   """AdamW over the trainable parameters, one learning rate a group, clipped by their global norm.
+
+  It takes gradients by path, parameters as they are packed, and gives updates as those are.
 
   Args:
     paths: of the trainable parameters.
     section: the run's settings.
     num_steps: of the whole run, in optimizer steps.
+    layout: packs those of one group, that decay or do not, together.
 
   Raises:
     UserError: an unmatched parameter, or a group without a rate.
@@ -87,7 +107,7 @@ def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> 
   for path, group in labels.items():
     if group not in section.rates:
       raise UserError(f"optim.rates has no {group!r}, the group of {path}; it has {', '.join(sorted(section.rates))}")
-  decayed = {path: first_match(path, ((section.no_decay, False), ("", True)), "optim.no_decay") for path in labels}
+  labels, decayed = layout.common(labels), layout.common(_decayed_of(labels, section))
 
   def adamw(group: str) -> optax.GradientTransformation:
     def mask(params: Params) -> Params:
@@ -106,7 +126,10 @@ def build_optimizer(paths: Iterable[str], section: Optim, *, num_steps: int) -> 
 
   # Before the groups part: one norm over all that is trained. Sorted, since a set has another order in each process.
   clip = optax.clip_by_global_norm(section.clip_norm) if section.clip_norm else optax.identity()
-  return optax.chain(clip, optax.partition({group: adamw(group) for group in sorted(set(labels.values()))}, labels))
+  # Packed after it: a norm of packed gradients would round otherwise.
+  pack = optax.stateless(lambda gradient, _: layout.pack(cast(Params, gradient)))
+  groups = {group: adamw(group) for group in sorted(set(labels.values()))}
+  return optax.chain(clip, pack, optax.partition(groups, labels))
 
 
 def limit_logit_scale(params: Params) -> Params:

@@ -27,7 +27,7 @@ class Prepared:
     trainer = Trainer(run, mesh, folder)
     shapes = abstract_batch(run, trainer.network, mesh)
     step = programs.AheadOfTime(
-      "the training step", trainer.train_step, trainer.abstract_state, shapes, kept=trainer.kept
+      "the training step", trainer.train_step, *trainer.abstract_state.split(), shapes, kept=trainer.kept
     )
     return cls(trainer, step, task_gradients.compiled_beside(trainer, shapes) if run.log_gradients else None)
 

@@ -57,7 +57,8 @@ def restore_or_init(
     step = restored.meta["step"]
     logging.info("resuming from step %d, a near checkpoint", step)
   elif step is not None:
-    restored = checkpointer.restore(step, trainer.abstract_state, iterator)
+    restored = checkpointer.restore(step, trainer.abstract_by_path, iterator)
+    restored = restored._replace(state=trainer.layout.pack_state(restored.state))
     logging.info("resuming from step %d", step)
   if restored is not None:
     number = trainer.place_number(np.asarray(step, np.int32))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -28,7 +29,7 @@ from diffdis_jax.method.network import Network
 from diffdis_jax.models import remat
 from diffdis_jax.parallel import executables, programs, sharding
 from diffdis_jax.structs import LabelledBatch, TrainingBatch, TrainState
-from diffdis_jax.training import gradcache, plugs, skips
+from diffdis_jax.training import gradcache, packing, plugs, skips
 from diffdis_jax.training import optim as optimizers
 from diffdis_jax.training.loss_function import Gradient
 from diffdis_jax.training.metrics import Metrics
@@ -51,6 +52,13 @@ def is_running(metrics: Metrics | None) -> bool:
   return metrics is not None and not all(value.is_ready() for value in jax.tree.leaves(metrics))
 
 
+def take_step(train_step: Callable[..., Any], state: TrainState, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
+  """The state after a step, and its metrics; donates what the step changes. `train_step`: compiled or not."""
+  changed, fixed = state.split()
+  changed, metrics = train_step(changed, fixed, batch)
+  return changed.joined(fixed), metrics
+
+
 class Trainer:
   """A network's training step, compiled for a mesh.
 
@@ -67,9 +75,13 @@ class Trainer:
     shapes: parameter path -> ShapeDtypeStruct.
     groups: parameter path -> group of the optimizer.
     trainable: paths of the parameters that are trained.
+    layout: of a state's vectors.
+    param_shardings: parameter path -> NamedSharding.
     state_shardings: of TrainState.
     abstract_state: TrainState of ShapeDtypeStructs, with their shardings.
-    train_step: (state, batch) -> (state, metrics); donates the state.
+    abstract_by_path: the same, as it is saved.
+    train_step: (what it changes, what it only reads, batch) -> (what it changed, metrics), of `TrainState.split`;
+      donates the first. `take_step` calls it.
 
   Raises:
     UserError: sections that do not fit the network, or a batch that the mesh cannot split.
@@ -85,20 +97,30 @@ class Trainer:
     self.trainable = [path for path, group in self.groups.items() if group != optimizers.FROZEN]
     _check_trainable(run.objectives, self.trainable)
     self._averages = self.run.optim.ema_decay > 0  # without them, inference takes the raw parameters
-    self._tx = optimizers.build_optimizer(self.trainable, run.optim, num_steps=run.num_steps)
+    # Changed by an autoencoder's step, though by no optimizer.
+    measured = optimizers.STATISTICS if run.objectives.is_autoencoder else "^$"
+    groups = {path: group for path, group in self.groups.items() if not re.search(measured, path)}
+    fixed = groups.keys() - {*self.trainable}
+    self.layout = packing.layout(self.shapes, optimizers.kinds_of(groups, run.optim), fixed)
+    self._trained = [*self.layout.common(dict.fromkeys(self.trainable))]  # as they are packed
+    self._tx = optimizers.build_optimizer(self.trainable, run.optim, num_steps=run.num_steps, layout=self.layout)
 
     # From shapes alone: where each array lies is known before the first one is allocated.
-    abstract_state = jax.eval_shape(self._around, self.shapes)
-    self.state_shardings = sharding.shardings(abstract_state, mesh, self.shapes)
-    self.abstract_state = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, self.state_shardings
-    )
+    self.param_shardings = sharding.shardings(self.shapes, mesh, self.shapes)
+    self.abstract_state = self._placed(jax.eval_shape(self._around, self.shapes))
+    self.abstract_by_path = self._placed(jax.eval_shape(self.layout.by_path, self.abstract_state))
+    self.state_shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+    changed, fixed = self.state_shardings.split()
     self.train_step = jax.jit(
       network.traced_for(mesh, self._train_step),
       donate_argnums=0,  # the new state takes the old one's memory
-      in_shardings=(self.state_shardings, sharding.batch_sharding(mesh)),
-      out_shardings=(self.state_shardings, None),
+      in_shardings=(changed, fixed, sharding.batch_sharding(mesh)),
+      out_shardings=(changed, None),
     )
+
+  def _placed(self, abstract: TrainState) -> TrainState:
+    place = sharding.shardings(abstract, self.mesh, self.shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, place)
 
   @functools.cached_property
   def initialise(self) -> programs.AheadOfTime:
@@ -106,14 +128,14 @@ class Trainer:
     # It runs once, so on a CPU, where compiling costs more than running, the compiler need not try hard.
     is_cpu = self.mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if is_cpu else None
-    initialise = jax.jit(self.network.initialise, out_shardings=self.state_shardings.params, compiler_options=options)
+    initialise = jax.jit(self.network.initialise, out_shardings=self.param_shardings, compiler_options=options)
     return programs.AheadOfTime("the initialisation", initialise, jax.eval_shape(jax.random.key, 0), kept=self.kept)
 
   @functools.cached_property
   def assemble(self) -> programs.AheadOfTime:
     """Parameters -> the state of step 0; donates them."""
     around = jax.jit(self._around, donate_argnums=0, out_shardings=self.state_shardings)
-    return programs.AheadOfTime("the state", around, self.abstract_state.params, kept=self.kept)
+    return programs.AheadOfTime("the state", around, self.abstract_by_path.params, kept=self.kept)
 
   def init_params(self, key: jax.Array) -> Params:
     """Fresh parameters, born sharded."""
@@ -122,7 +144,7 @@ class Trainer:
   def with_params(self, params: Params) -> TrainState:
     """The state of step 0 around these parameters; donates them."""
     # Where they lie already, except those that a run chooses by itself.
-    params = jax.device_put(params, self.state_shardings.params)
+    params = jax.device_put(params, self.param_shardings)
     return self.assemble.compiled()(params).replace(seed=self.place_seed())
 
   def place_seed(self) -> UInt32[Array, ""]:
@@ -134,10 +156,11 @@ class Trainer:
     return jax.make_array_from_callback((), self.state_shardings.seed, lambda _: number)
 
   def _around(self, params: Params) -> TrainState:
-    trainable = {path: params[path] for path in self.trainable}
-    return TrainState(
+    state = self.layout.pack_state(TrainState(params=params))
+    trainable = {name: state.params[name] for name in self._trained}
+    return dataclasses.replace(
+      state,
       step=jnp.zeros((), jnp.int32),
-      params=params,
       ema=dict(trainable) if self._averages else {},
       opt_state=self._tx.init(trainable),
       seed=jnp.zeros((), jnp.uint32),  # with_params puts the run's in its place
@@ -151,18 +174,20 @@ class Trainer:
     whole = self.run.optim.contrastive_batch == "whole"
     step = functools.partial(self._train_step, microbatches=1 if whole else None)
     with remat.keeping_all():
-      traced = jax.jit(self.network.counted().traced_for(self.mesh, step)).trace(self.abstract_state, batch)
+      traced = jax.jit(self.network.counted().traced_for(self.mesh, step)).trace(*self.abstract_state.split(), batch)
     return traced.jaxpr
 
   def _parts(self, state: TrainState) -> tuple[Params, Params]:
     """Differentiated with respect to the first alone: frozen parameters cost no gradient and no memory for one."""
-    trainable = {path: state.params[path] for path in self.trainable}
-    return trainable, {path: value for path, value in state.params.items() if path not in trainable}
+    params = self.layout.unpack(state.params) | self.layout.unpack(state.frozen)
+    trainable = {path: params.pop(path) for path in self.trainable}
+    return trainable, params
 
   def _train_step(
-    self, state: TrainState, batch: TrainingBatch, *, microbatches: int | None = None
+    self, changed: TrainState, fixed: TrainState, batch: TrainingBatch, *, microbatches: int | None = None
   ) -> tuple[TrainState, Metrics]:
-    trainable, fixed = self._parts(state)
+    state = changed.joined(fixed)
+    trainable = {name: state.params[name] for name in self._trained}
     gradient, metrics, statistics = self.gradient(state, batch, microbatches=microbatches)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
       updates, opt_state = self._tx.update(gradient, state.opt_state, trainable)
@@ -176,18 +201,18 @@ class Trainer:
     new = dataclasses.replace(
       state,
       step=state.step + 1,
-      params={**fixed, **trainable, **statistics},  # in this order: the statistics are among the fixed
+      params={**trainable, **statistics},
       ema=optimizers.update_ema(trainable, state.ema, decay=self.run.optim.ema_decay, step=state.step)
       if self._averages
       else {},
       opt_state=opt_state,
     )
     if not self.run.optim.skip_bad_steps:
-      return new, metrics
+      return new.split()[0], metrics
     judged = skips.judge(metrics["loss"].total, norm, state.norms, self.run.optim)
     # Here alone, after all that adds up over microbatches and devices: each device has the same norm.
     new = skips.chosen(judged.good, new, state).replace(step=new.step, norms=judged.norms)
-    return new, skips.of_taken(judged.good, metrics, norm)
+    return new.split()[0], skips.of_taken(judged.good, metrics, norm)
 
   def gradient(
     self,
@@ -226,7 +251,7 @@ class Trainer:
 
     def one(microbatch: Int[Array, ""], batch: TrainingBatch) -> Gradient:
       (_, (metrics, statistics)), gradient = value_and_grad(
-        trainable, fixed, batch, keys(microbatch), gathered(state.teacher)
+        trainable, fixed, batch, keys(microbatch), gathered(self.layout.unpack(state.teacher))
       )
       return Gradient(gradient, metrics, statistics)
 

@@ -26,7 +26,7 @@ from diffdis_jax.training import skips
 from diffdis_jax.training.evaluator import Evaluator
 from diffdis_jax.training.metrics import Metrics, read_totals, write_totals
 from diffdis_jax.training.prepared import Prepared
-from diffdis_jax.training.step import is_running
+from diffdis_jax.training.step import is_running, take_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +85,11 @@ class Steps:
     # A run that was stopped in the middle of an evaluation saved without it. What was due then is done now.
     if not self._evaluated:
       tools.dog.at("an evaluation", storage=True)
-      tools.evaluator.after_step(self._start, state, self._writer, last=self._start == run.num_steps)
+      tools.evaluator.after_step(
+        self._start, tools.prepared.trainer.layout.by_path(state), self._writer, last=self._start == run.num_steps
+      )
 
-    train_step: Callable[..., tuple[TrainState, Metrics]] | None = None
+    train_step: Callable[..., Any] | None = None
     compare: Callable[..., dict[str, Any]] = lambda state, batch: {}
     for step in self._progress.steps():
       self._profiler.before(step, self._metrics)
@@ -100,7 +102,7 @@ class Steps:
       logs = last or step % run.log_every == 0
       tools.dog.at("a step")
       gradients = compare(state, batch) if logs else {}  # before the step, which takes the state's memory
-      state, metrics = train_step(state, batch)
+      state, metrics = take_step(train_step, state, batch)
       self._after_step(step, metrics)
 
       # At steps that do not depend on when the run was stopped.
@@ -160,7 +162,8 @@ class Steps:
       tools.dog.at("an evaluation", storage=True)
       try:
         with self._progress.paused():
-          found, due = tools.evaluator.after_step(step, state, self._writer, last=last), False
+          measured = tools.prepared.trainer.layout.by_path(state)
+          found, due = tools.evaluator.after_step(step, measured, self._writer, last=last), False
       except Preempted as stopped:
         preempted, far = type(stopped), True
     # The save before the next batch is loaded, so that the iterator's position is that of the next step.
@@ -196,7 +199,9 @@ class Steps:
     if near and tools.near:  # first: it is there when the other one cannot be written
       tools.near.save(step, state, tools.iterator, meta=meta, ready=flushed)
     if far:
-      tools.checkpointer.save(step, state, tools.iterator, meta=meta, metrics=found, required=required)
+      tools.checkpointer.save(
+        step, tools.prepared.trainer.layout.by_path(state), tools.iterator, meta=meta, metrics=found, required=required
+      )
 
 
 def slowest_host(data_wait: float) -> dict[str, float]:

@@ -19,6 +19,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import executables, program_keys, programs, sharding
 from diffdis_jax.structs import Batch
 from diffdis_jax.training.prepared import Prepared
+from diffdis_jax.training.step import take_step
 from tests.steps import make_batch, make_config, make_mesh
 
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
@@ -149,7 +150,7 @@ def test_what_a_run_begins_with_is_saved_and_trains_to_the_same_bits(tmp_path, m
     trainer = prepared.trainer
     state = trainer.with_params(trainer.init_params(jax.random.key(run.seed)))
     for _ in range(2):
-      before, (state, metrics) = state, prepared.train_step.compiled()(state, batch)
+      before, (state, metrics) = state, take_step(prepared.train_step.compiled(), state, batch)
       assert jax.tree.leaves(before.params)[0].is_deleted()
     return jax.device_get((state, metrics))
 

@@ -137,7 +137,7 @@ def test_several_devices_give_the_same(trainer):
   batch = steps.make_batch(trainer.config)
   (one, metrics), (all_of_them, others) = (each.run(each.initial(), batch) for each in (trainer, several))
   assert steps.means(others[0])["loss"] == pytest.approx(steps.means(metrics[0])["loss"], rel=1e-5)
-  patch = several.step.state_shardings.params["vision_encoder.patch.kernel"]
+  patch = several.step.param_shardings["vision_encoder.patch.kernel"]
   assert patch.shard_shape((4, 4, 3, 16)) == (4, 4, 3, 8)
   for path, value in jax.device_get(all_of_them.params).items():
     np.testing.assert_allclose(value, one.params[path], rtol=1e-3, atol=2e-5, err_msg=path)

@@ -85,7 +85,7 @@ def test_what_one_contrastive_batch_in_four_microbatches_costs(name, config, exp
   for config.optim.accumulate in (1, 4):
     step = build_trainer(config, mesh)
     batch = flops.abstract_batch(step.run, step.network, mesh)
-    counts.append(flops.count(step.train_step.trace(step.abstract_state, batch).jaxpr))
+    counts.append(flops.count(step.train_step.trace(*step.abstract_state.split(), batch).jaxpr))
     counted.add(preflight.trace_program("train", step.run, mesh).operations)
   assert counts[1] / counts[0] - 1 == pytest.approx(expected, rel=0.1), name
   assert counted == {counts[0]}

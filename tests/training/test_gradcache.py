@@ -162,8 +162,9 @@ def trained(n: int, **changes: Any) -> tuple[dict[str, np.ndarray], dict[str, fl
   moments = {}
   for path, value in jax.tree.leaves_with_path(state.opt_state):
     names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
-    if "mu" in names and names[-1] in trainer.step.shapes:
-      moments[names[-1]] = np.asarray(value)
+    if "mu" in names:
+      moments[names[-1]] = value
+  moments = jax.device_get(trainer.step.layout.unpack(moments))
   return moments, steps.means(metrics), trainer.text
 
 

@@ -21,7 +21,7 @@ from diffdis_jax.method.step_noise import query_noise
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import LabelledBatch
 from diffdis_jax.training import long_tail_losses, mixing, plugs
-from diffdis_jax.training.step import step_keys
+from diffdis_jax.training.step import step_keys, take_step
 from tests import steps, tiny_clip
 from tests.models.networks import random_params, relative_error
 from tests.steps import build_trainer, network_of
@@ -135,13 +135,14 @@ class Trainer:
     self.mesh = mesh or steps.make_mesh()
     self.step = build_trainer(config, self.mesh)
     self.params = random_params(self.step.shapes, seed=0)
-    place = self.step.state_shardings.params
-    self.state = self.step.with_params(jax.device_put(self.params, place))
+    place = self.step.param_shardings
+    self.state = self.step.layout.by_path(self.step.with_params(jax.device_put(self.params, place)))
 
   def __call__(self, state, batch):
     rows = LabelledBatch(**sharding.to_global(vars(batch), self.mesh))
-    state, metrics = self.step.train_step(state, rows)
-    return state, steps.means(jax.device_get(metrics))
+    state = self.step.layout.pack_state(state)
+    state, metrics = take_step(self.step.train_step, state, rows)
+    return self.step.layout.by_path(state), steps.means(jax.device_get(metrics))
 
 
 BACKBONES = [pytest.param(clip, id=name, marks=pytest.mark.slow) for name, clip in (("diffdis", False), ("clip", True))]

@@ -13,6 +13,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.run import history
 from diffdis_jax.structs import LatentBatch
 from diffdis_jax.training import skips
+from diffdis_jax.training.step import take_step
 from tests import steps
 from tests.models.networks import random_params
 
@@ -33,8 +34,8 @@ def compiled(config, mesh):
   trainer = steps.build_trainer(config, mesh)
   place = lambda batch: LatentBatch(**steps.sharding.to_global(vars(batch), mesh))
   batches = [place(batch) for batch in make_batches(config, trainer.network)]
-  params = jax.device_put(random_params(trainer.shapes, seed=0), trainer.state_shardings.params)
-  program = trainer.train_step.lower(trainer.abstract_state, batches[0]).compile()
+  params = jax.device_put(random_params(trainer.shapes, seed=0), trainer.param_shardings)
+  program = trainer.train_step.lower(*trainer.abstract_state.split(), batches[0]).compile()
   return trainer.with_params(params), program, batches
 
 
@@ -63,20 +64,20 @@ def test_a_bad_step_changes_nothing(monkeypatch, case):
   config = steps.make_config(**changes, **{"optim.skip_deviations": 8.0, "optim.warmup_steps": 0})
   state, program, (first, second, not_finite) = compiled(config, steps.make_mesh(*mesh))
   for batch in (first, second):
-    state, metrics = program(state, batch)
+    state, metrics = take_step(program, state, batch)
     assert metrics["skipped"].count == 0 and metrics["loss"].count > 0
   mean = float(state.norms["mean"])
   for i, batch in enumerate((not_finite, second)):
     if i == 1:  # as if the norms before had been a hundredth of this batch's
       state = with_norms(state, mean=mean / 100, variance=0.0)
     before = bits(state)
-    state, metrics = program(state, batch)
+    state, metrics = take_step(program, state, batch)
     assert bits(state) == before and int(state.step) == 3 + i
     assert metrics["skipped"].count == 1
     assert all(x == 0 for name, each in metrics.items() if name != "skipped" for x in jax.tree.leaves(each))
     seen = float(metrics["skipped"].total)
     assert np.isnan(seen) if i == 0 else 0 < seen < np.inf
-  state, metrics = program(with_norms(state, mean=mean), second)
+  state, metrics = take_step(program, with_norms(state, mean=mean), second)
   assert bits(state) != before and metrics["skipped"].count == 0 and float(state.norms["count"]) == 3
 
 
@@ -87,7 +88,7 @@ def test_good_steps_are_the_same_bits_without_the_check():
     state, program, (first, second, *_) = compiled(config, steps.make_mesh())
     found = []
     for batch in (first, second, first):
-      state, metrics = program(state, batch)
+      state, metrics = take_step(program, state, batch)
       metrics.pop("skipped", None)
       found += [np.asarray(x).tobytes() for x in jax.tree.leaves(metrics)]
     ends.append((bits(state.replace(norms={})), found))

@@ -71,7 +71,7 @@ def test_cosines_and_norms_equal_those_of_the_whole_loss_in_float64(changes, mes
   """Whatever λ is, without other terms of the loss; in microbatches by GradCache, over devices."""
   config = make_config(**changes)
   trainer = steps.build_trainer(config, steps.make_mesh(*mesh))
-  params = jax.device_put(random_params(trainer.shapes, seed=0), trainer.state_shardings.params)
+  params = jax.device_put(random_params(trainer.shapes, seed=0), trainer.param_shardings)
   batch = Batch(**sharding.to_global(vars(steps.make_batch(config)), trainer.mesh))
   compare = task_gradients.compiled_beside(trainer, batch).compiled()
   state = trainer.with_params(params)
