@@ -132,7 +132,8 @@ def started(run: str, scratch: pathlib.Path, trainer: Trainer, *, seed: int = 0)
   config.batch_size = 8
   trainer.run = dataclasses.replace(trainer.run, init_from=run, seed=seed)
   with checkpoint.Checkpointer(str(scratch)) as checkpointer:
-    return start.restore_or_init(trainer, checkpointer, open_batches(config))[0].params
+    state, _ = start.restore_or_init(trainer, checkpointer, open_batches(config))
+  return trainer.layout.by_path(state).params
 
 
 def differing(one: Params, other: Params) -> set[str]:

@@ -90,9 +90,7 @@ def _decayed_of(paths: Iterable[str], section: Optim) -> dict[str, bool]:
 def build_optimizer(
   paths: Iterable[str], section: Optim, *, num_steps: int, layout: Layout = NOT_PACKED
 ) -> optax.GradientTransformation:
-  """AdamW over the trainable parameters, one learning rate a group, clipped by their global norm.
-
-  It takes gradients by path, parameters as they are packed, and gives updates as those are.
+  """AdamW over the trainable parameters, as they are packed, one learning rate a group.
 
   Args:
     paths: of the trainable parameters.
@@ -124,12 +122,20 @@ def build_optimizer(
       mask=mask,
     )
 
-  # Before the groups part: one norm over all that is trained. Sorted, since a set has another order in each process.
-  clip = optax.clip_by_global_norm(section.clip_norm) if section.clip_norm else optax.identity()
-  # Packed after it: a norm of packed gradients would round otherwise.
-  pack = optax.stateless(lambda gradient, _: layout.pack(cast(Params, gradient)))
-  groups = {group: adamw(group) for group in sorted(set(labels.values()))}
-  return optax.chain(clip, pack, optax.partition(groups, labels))
+  # Sorted, since a set has another order in each process.
+  return optax.partition({group: adamw(group) for group in sorted(set(labels.values()))}, labels)
+
+
+def clip(gradient: Params, norm: Float[Array, ""], section: Optim) -> Params:
+  """The gradient with a global norm of at most `section.clip_norm`, as optax.clip_by_global_norm has it.
+
+  Args:
+    gradient: by path or packed.
+    norm: of all that is trained, by path: one of packed gradients would round otherwise.
+  """
+  if not section.clip_norm:
+    return gradient
+  return {name: jnp.where(norm < section.clip_norm, x, x / norm * section.clip_norm) for name, x in gradient.items()}
 
 
 def limit_logit_scale(params: Params) -> Params:

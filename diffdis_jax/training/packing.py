@@ -47,7 +47,7 @@ class Layout:
   def pack(self, params: Params) -> Params:
     """By path -> packed. A tree that lacks a packed array's vectors, such as one of no averages, has none of it."""
     joined = {name: jax.lax.concatenate([params[path] for path in sizes], 0) for name, sizes in self._of(params)}
-    return self._rest(params) | joined
+    return self.not_packed(params) | joined
 
   def unpack(self, packed: Params) -> Params:
     """Packed -> by path."""
@@ -60,14 +60,15 @@ class Layout:
 
   def common(self, values: Mapping[str, _Value]) -> dict[str, _Value]:
     """What is known of parameters by path, by packed name: of a packed array, what is known of its first vector."""
-    return self._rest(values) | {name: values[next(iter(sizes))] for name, sizes in self._of(values)}
+    return self.not_packed(values) | {name: values[next(iter(sizes))] for name, sizes in self._of(values)}
+
+  def not_packed(self, values: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Of parameters by path, those that stay as they are."""
+    within = {path for _, sizes in self._of(values) for path in sizes}
+    return {path: value for path, value in values.items() if path not in within}
 
   def _of(self, values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, int]]]:
     return ((name, sizes) for name, sizes in self.packed.items() if next(iter(sizes)) in values)
-
-  def _rest(self, values: Mapping[str, _Value]) -> dict[str, _Value]:
-    within = {path for _, sizes in self._of(values) for path in sizes}
-    return {path: value for path, value in values.items() if path not in within}
 
 
 def layout(shapes: Params, kinds: Mapping[str, str], fixed: Iterable[str]) -> Layout:

@@ -100,14 +100,14 @@ class Trainer:
     # Changed by an autoencoder's step, though by no optimizer.
     measured = optimizers.STATISTICS if run.objectives.is_autoencoder else "^$"
     groups = {path: group for path, group in self.groups.items() if not re.search(measured, path)}
-    fixed = groups.keys() - {*self.trainable}
-    self.layout = packing.layout(self.shapes, optimizers.kinds_of(groups, run.optim), fixed)
+    frozen = groups.keys() - {*self.trainable}
+    self.layout = packing.layout(self.shapes, optimizers.kinds_of(groups, run.optim), frozen)
     self._trained = [*self.layout.common(dict.fromkeys(self.trainable))]  # as they are packed
     self._tx = optimizers.build_optimizer(self.trainable, run.optim, num_steps=run.num_steps, layout=self.layout)
 
     # From shapes alone: where each array lies is known before the first one is allocated.
     self.param_shardings = sharding.shardings(self.shapes, mesh, self.shapes)
-    self.abstract_state = self._placed(jax.eval_shape(self._around, self.shapes))
+    self.abstract_state = self._placed(jax.eval_shape(self._around, *self._lent(self.shapes)))
     self.abstract_by_path = self._placed(jax.eval_shape(self.layout.by_path, self.abstract_state))
     self.state_shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
     changed, fixed = self.state_shardings.split()
@@ -135,7 +135,12 @@ class Trainer:
   def assemble(self) -> programs.AheadOfTime:
     """Parameters -> the state of step 0; donates them."""
     around = jax.jit(self._around, donate_argnums=0, out_shardings=self.state_shardings)
-    return programs.AheadOfTime("the state", around, self.abstract_by_path.params, kept=self.kept)
+    return programs.AheadOfTime("the state", around, *self._lent(self.abstract_by_path.params), kept=self.kept)
+
+  def _lent(self, params: Params) -> tuple[Params, Params]:
+    """Those whose memory the state takes, and the vectors, which it packs."""
+    whole = self.layout.not_packed(params)
+    return whole, {path: value for path, value in params.items() if path not in whole}
 
   def init_params(self, key: jax.Array) -> Params:
     """Fresh parameters, born sharded."""
@@ -145,7 +150,7 @@ class Trainer:
     """The state of step 0 around these parameters; donates them."""
     # Where they lie already, except those that a run chooses by itself.
     params = jax.device_put(params, self.param_shardings)
-    return self.assemble.compiled()(params).replace(seed=self.place_seed())
+    return self.assemble.compiled()(*self._lent(params)).replace(seed=self.place_seed())
 
   def place_seed(self) -> UInt32[Array, ""]:
     """The run's, as `place_number` does it."""
@@ -155,8 +160,8 @@ class Trainer:
     """A global array of no axes, which every process makes from its own number."""
     return jax.make_array_from_callback((), self.state_shardings.seed, lambda _: number)
 
-  def _around(self, params: Params) -> TrainState:
-    state = self.layout.pack_state(TrainState(params=params))
+  def _around(self, whole: Params, vectors: Params) -> TrainState:
+    state = self.layout.pack_state(TrainState(params=whole | vectors))
     trainable = {name: state.params[name] for name in self._trained}
     return dataclasses.replace(
       state,
@@ -189,14 +194,15 @@ class Trainer:
     state = changed.joined(fixed)
     trainable = {name: state.params[name] for name in self._trained}
     gradient, metrics, statistics = self.gradient(state, batch, microbatches=microbatches)
+    norm = optax.tree.norm(gradient)
+    clipped = optimizers.clip(self.layout.pack(gradient), norm, self.run.optim)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer step count with floats
-      updates, opt_state = self._tx.update(gradient, state.opt_state, trainable)
+      updates, opt_state = self._tx.update(clipped, state.opt_state, trainable)
     trainable = cast(Params, optax.apply_updates(trainable, updates))
     # Of CLIP as open_clip does it, after the step; in DiffDis the loss limits τ (losses.temperature).
     if self.run.objectives.is_clip:
       trainable = optimizers.limit_logit_scale(trainable)
-    # Before the optimizer clips it: after that it says no more than clip_norm.
-    norm = optax.tree.norm(gradient)
+    # Before it is clipped: after that it says no more than clip_norm.
     metrics["grad_norm"] = Average(total=norm, count=jnp.ones(()))
     new = dataclasses.replace(
       state,
