@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import jax
@@ -10,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from configs import diffdis_cc3m
+from diffdis_jax.config.sections import Optim
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import TrainState
-from diffdis_jax.training import packing
+from diffdis_jax.training import optim, packing
 from tests import steps
 
 KINDS = {"a.bias": "new", "b.bias": "new", "b.scale": "old", "c.bias": "new", "d.bias": "frozen", "a.kernel": "new"}
@@ -68,37 +69,65 @@ def test_packed_and_by_path_again_every_bit_and_place_is_the_same():
     assert (a.dtype, a.shape, a.sharding) == (b.dtype, b.shape, b.sharding)
 
 
-@pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2)])
-def test_a_packed_step_is_the_same_to_the_bit_as_one_by_path(monkeypatch, mesh_shape):
-  """Parameters, averages, moments and metrics; clipped, with and without decay."""
-  changes = {"optim.clip_norm": 0.1, "optim.warmup_steps": 0, "optim.weight_decay": 0.1}
-  config, found = steps.make_config("discrimination", **changes), []
+def moments_of(opt_state, layout):
+  """By path: first moments, second moments."""
+  trees = ([tree for _, tree in optax.tree.get_all_with_path(opt_state, name)] for name in ("mu", "nu"))
+  return [layout.unpack({key: x for tree in each for key, x in tree.items()}) for each in trees]
+
+
+def assert_same_bits(found, expected):
+  for (name, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(name)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_packed_arithmetic_is_the_same_to_the_bit(clip_norm):
+  section = Optim(groups=(("scale", "old"), (".*", "new")), rates={"old": 0.1, "new": 0.2}, clip_norm=clip_norm)
+  section = dataclasses.replace(section, no_decay="b.bias|scale", weight_decay=0.1, warmup_steps=0)
+  params, found = {path: x for path, x in draw(KINDS, lambda _: None).items() if path != "c.bias"}, []
+  kinds = optim.kinds_of(optim.groups_of(params, section.groups), section)
+  for layout in (packing.layout(SHAPES, kinds, ()), packing.Layout()):
+    tx = optim.build_optimizer(params, section, num_steps=9, layout=layout)
+
+    def step(params, opt_state, ema, scale, layout=layout, tx=tx):
+      loss = lambda params: sum(jnp.sum(jnp.sin(x * scale)) for x in params.values())
+      gradient = jax.grad(loss)(layout.unpack(params))
+      clipped = optim.clip(layout.pack(gradient), optax.tree.norm(gradient), section)
+      with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = tx.update(clipped, opt_state, params)
+      params = optax.apply_updates(params, updates)
+      return params, opt_state, optim.update_ema(params, ema, decay=0.9, step=jnp.int32(1))
+
+    state = [layout.pack(params), tx.init(layout.pack(params)), layout.pack(params)]
+    for scale in (1.0, 1.7):
+      state = jax.jit(step)(*state, scale)
+    assert len(state[0]) == len(params) - (2 if layout.packed else 0)
+    found.append((layout.unpack(state[0]), moments_of(state[1], layout), layout.unpack(state[2])))
+  assert_same_bits(*found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective, mesh_shape", [("reconstruction", (1, 1, 1)), ("discrimination", (2, 2, 2))])
+def test_a_packed_step_is_the_same_to_the_bit_as_one_by_path(monkeypatch, objective, mesh_shape):
+  """Parameters, averages, moments and metrics."""
+  config = steps.make_config(objective, **{"optim.clip_norm": 0.1, "optim.warmup_steps": 0, "batch_size": 8})
+  found = []
   for is_packed in (True, False):
     if not is_packed:
       monkeypatch.setattr(packing, "layout", lambda shapes, kinds, fixed: packing.Layout({}, frozenset(fixed)))
     trainer = steps.Trainer(config, steps.make_mesh(*mesh_shape))
-    assert bool(trainer.step.layout.packed) == is_packed
+    layout = trainer.step.layout
+    assert bool(layout.packed) == is_packed
     state, metrics = trainer.run(trainer.initial(), *(steps.make_batch(config, seed) for seed in range(2)))
-    moments = [
-      trainer.step.layout.unpack(
-        {key: x for _, tree in optax.tree.get_all_with_path(state.opt_state, name) for key, x in tree.items()}
-      )
-      for name in ("mu", "nu")
-    ]
-    found.append(jax.device_get((state.params, state.ema, moments, metrics)))
-  for (name, a), b in zip(jax.tree.leaves_with_path(found[0]), jax.tree.leaves(found[1]), strict=True):
-    assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(name)
+    found.append(jax.device_get((state.params, state.ema, moments_of(state.opt_state, layout), metrics)))
+  assert_same_bits(*found)
 
 
-@pytest.mark.parametrize(
-  "config, changed, fixed", [(steps.make_config(), 0, 0), (diffdis_cc3m.get_config("latents=none"), 0, 0)]
-)
-def test_how_many_arrays_a_step_takes_and_changes(config, changed, fixed):
-  """What is changed comes back; the batch and the metrics are a few more."""
-  trainer = steps.build_trainer(config, steps.make_mesh())
-  assert [len(jax.tree.leaves(half)) for half in trainer.abstract_state.split()] == [changed, fixed]
-  for path, leaf in trainer.shapes.items():
-    if len(leaf.shape) == 1:  # packed, whole on every device
-      assert not any(sharding.spec(path, leaf.shape, trainer.mesh)), path
-  matrices = [path for path in trainer.trainable if len(trainer.shapes[path].shape) > 1]
-  assert changed < 4 * len(matrices) + 32
+def test_how_many_arrays_a_step_takes_and_changes():
+  """A matrix has an average and two moments beside it; what is changed comes back, what is frozen does not."""
+  trainer = steps.build_trainer(steps.make_config(), steps.make_mesh())
+  assert [len(jax.tree.leaves(half)) for half in trainer.abstract_state.split()] == [403, 23]
+  vectors = [path for path, leaf in trainer.shapes.items() if len(leaf.shape) == 1]
+  assert len(vectors) == sum(map(len, trainer.layout.packed.values())) > len(trainer.shapes) / 2
+  # Whole on every device, so that one array may hold them.
+  assert not any(any(trainer.param_shardings[path].spec) for path in vectors)
