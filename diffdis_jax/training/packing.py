@@ -1,8 +1,8 @@
-"""Vectors of one kind laid end to end, so that a step is given and gives back some hundred arrays fewer of each tree.
+"""Vectors packed end to end: one array for all biases and scales that the optimizer treats alike.
 
-A host hands every array to every device at each step. Half of a network's parameters are biases and scales, a
-thousandth of its numbers, and each has an average and two moments beside it. Matrices stay as they are: to read one out
-of a larger array would copy it.
+At each step the host hands every array to every device. More than half of a network's parameters are vectors, with
+about a thousandth of its numbers, and each has an average and two moments. Matrices are not packed: a step would have
+to copy each one out of the larger array.
 """
 
 from __future__ import annotations

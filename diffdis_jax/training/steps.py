@@ -69,6 +69,7 @@ class Steps:
     run = tools.run
     self._tools, self._writer, self._profiler, self._left_out = tools, writer, profiler, left_out
     self._start, self._evaluated = start_step, meta.get("evaluated", True)
+    self._by_path = tools.prepared.trainer.layout.by_path
     self._progress = writers.Throughput(
       start_step=start_step, num_steps=run.num_steps, batch_size=run.batch_size, peak_rate=tools.peak_rate
     )
@@ -85,9 +86,7 @@ class Steps:
     # A run that was stopped in the middle of an evaluation saved without it. What was due then is done now.
     if not self._evaluated:
       tools.dog.at("an evaluation", storage=True)
-      tools.evaluator.after_step(
-        self._start, tools.prepared.trainer.layout.by_path(state), self._writer, last=self._start == run.num_steps
-      )
+      tools.evaluator.after_step(self._start, self._by_path(state), self._writer, last=self._start == run.num_steps)
 
     train_step: Callable[..., Any] | None = None
     compare: Callable[..., dict[str, Any]] = lambda state, batch: {}
@@ -162,7 +161,7 @@ class Steps:
       tools.dog.at("an evaluation", storage=True)
       try:
         with self._progress.paused():
-          measured = tools.prepared.trainer.layout.by_path(state)
+          measured = self._by_path(state)
           found, due = tools.evaluator.after_step(step, measured, self._writer, last=last), False
       except Preempted as stopped:
         preempted, far = type(stopped), True
@@ -199,9 +198,8 @@ class Steps:
     if near and tools.near:  # first: it is there when the other one cannot be written
       tools.near.save(step, state, tools.iterator, meta=meta, ready=flushed)
     if far:
-      tools.checkpointer.save(
-        step, tools.prepared.trainer.layout.by_path(state), tools.iterator, meta=meta, metrics=found, required=required
-      )
+      saved = self._by_path(state)
+      tools.checkpointer.save(step, saved, tools.iterator, meta=meta, metrics=found, required=required)
 
 
 def slowest_host(data_wait: float) -> dict[str, float]:
