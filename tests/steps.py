@@ -23,6 +23,7 @@ from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch, TrainState
 from diffdis_jax.training import plugs, step
 from diffdis_jax.training.loop import latent_shapes
+from diffdis_jax.training.packing import Layout
 from diffdis_jax.training.step import Metrics, step_keys
 from tests import tiny
 from tests.models.networks import random_params
@@ -123,6 +124,12 @@ class Trainer:
       state, now = step.take_step(self._train_step, state, self.place(batch))
       metrics.append(jax.device_get(now))
     return self.step.layout.by_path(state), metrics
+
+
+def moments(opt_state: Any, layout: Layout, name: str) -> dict[str, jax.Array]:
+  """Adam's, mu or nu, by path."""
+  leaves = jax.tree.leaves_with_path(opt_state)
+  return layout.unpack({key[-1].key: x for key, x in leaves if jax.tree_util.GetAttrKey(name) in key})
 
 
 def make_keys(microbatch: int = 0) -> dict[str, jax.Array]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -50,8 +49,7 @@ def measure(trainer: steps.Trainer) -> Measured:
 def first_gradient(opt_state: Any, trainer: steps.Trainer) -> dict[str, np.ndarray]:
   """Adam's first moment after one step is 1 - b1 of the gradient, where that is not clipped."""
   assert not trainer.config.optim.clip_norm
-  moments = {key: x for _, tree in optax.tree.get_all_with_path(opt_state, "mu") for key, x in tree.items()}
-  moments = trainer.step.layout.unpack(moments)
+  moments = steps.moments(opt_state, trainer.step.layout, "mu")
   found = {path: np.asarray(x) / (1 - trainer.config.optim.b1) for path, x in moments.items()}
   assert found.keys() == set(trainer.step.trainable)
   return found

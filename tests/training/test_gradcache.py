@@ -159,12 +159,7 @@ def trained(n: int, **changes: Any) -> tuple[dict[str, np.ndarray], dict[str, fl
   changes = {"optim.accumulate": n, "optim.b1": 0.0, "optim.clip_norm": 0.01, **changes}
   trainer = steps.Trainer(make_config("clip", **changes), steps.make_mesh(*FSDP))
   state, (metrics,) = trainer.run(trainer.initial(), steps.make_batch(trainer.config))
-  moments = {}
-  for path, value in jax.tree.leaves_with_path(state.opt_state):
-    names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
-    if "mu" in names:
-      moments[names[-1]] = value
-  moments = jax.device_get(trainer.step.layout.unpack(moments))
+  moments = jax.device_get(steps.moments(state.opt_state, trainer.step.layout, "mu"))
   return moments, steps.means(metrics), trainer.text
 
 

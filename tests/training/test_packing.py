@@ -70,9 +70,7 @@ def test_packed_and_by_path_again_every_bit_and_place_is_the_same():
 
 
 def moments_of(opt_state, layout):
-  """By path: first moments, second moments."""
-  trees = ([tree for _, tree in optax.tree.get_all_with_path(opt_state, name)] for name in ("mu", "nu"))
-  return [layout.unpack({key: x for tree in each for key, x in tree.items()}) for each in trees]
+  return [steps.moments(opt_state, layout, name) for name in ("mu", "nu")]
 
 
 def assert_same_bits(found, expected):

@@ -269,8 +269,7 @@ def test_one_objective_trains_its_own_parts_and_averages_them(objective, frozen,
   state, batch = trainer.initial(), steps.make_batch(trainer.config)
   trained = {name for name in names if not re.search(frozen, name)}
   assert state.ema.keys() == trained
-  moments = {key: x for path, x in optax.tree.get_all_with_path(state.opt_state, "mu") for key, x in x.items()}
-  assert trainer.step.layout.unpack(moments).keys() == trained
+  assert steps.moments(state.opt_state, trainer.step.layout, "mu").keys() == trained
 
   average = {name: trainer.params[name].astype(np.float64) for name in trained}
   for i in range(3):
