@@ -103,6 +103,7 @@ class Row:
     is_fitted: and not compiled.
     computing: seconds of a step.
     memory: of a chip, GiB.
+    room: of which a program may have this.
   """
 
   topology: chips.Topology
@@ -111,6 +112,7 @@ class Row:
   computing: float
   traffic: Traffic
   memory: float
+  room: float
 
   @property
   def latency(self) -> float:
@@ -139,6 +141,7 @@ class Row:
       traffic=vars(self.traffic),
       between_chips_gib=(self.traffic.links_bytes + self.traffic.network_bytes) / chips.GIB,
       memory_gib=self.memory,
+      fits=self.memory <= self.room,
       images_per_second=rate,
       efficiency=rate / self.topology.size / (first.images / first.seconds / first.topology.size),
     )
@@ -161,24 +164,35 @@ def tabulate(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]
       raise UserError(
         f"{topology.name} would take {memory['total']:.2f} GiB a chip of {memory['chip']:.0f}; see --search"
       )
-    traffic = Traffic(**found["traffic"])
-    sizes = dict(topology=topology, images=found["images"], memory=memory["total"])
-    compiled[topology] = Row(**sizes, is_fitted=False, computing=found[by], traffic=traffic)
+    compiled[topology] = Row(
+      topology=topology,
+      images=found["images"],
+      is_fitted=False,
+      computing=found[by],
+      traffic=Traffic(**found["traffic"]),
+      memory=memory["total"],
+      room=memory["chip"],
+    )
   rows = [compiled.get(each) or _fit(each, [compiled[like] for like in plan.like(each)]) for each in plan.topologies]
   return {"planned_by": by, "rows": [row.as_json(rows[0]) for row in rows]}
 
 
 def _fit(topology: chips.Topology, rows: Sequence[Row]) -> Row:
   """From compiled rows."""
-  at = lambda values, terms: fitted([row.topology.size for row in rows], values, topology.size, terms)
+  numbers, last = [row.topology.size for row in rows], rows[-1]
+  at = lambda values, terms: fitted(numbers, values, topology.size, terms)
   traffic = {
     name: at([getattr(row.traffic, name) for row in rows], HOPS if name.endswith("hops") else BYTES)
-    for name in vars(rows[-1].traffic)
+    for name in vars(last.traffic)
   }
-  images = rows[-1].images // rows[-1].topology.size * topology.size
-  memory = at([row.memory for row in rows], MEMORY)
-  kept = dict(topology=topology, images=images, computing=rows[-1].computing)
-  return Row(**kept, is_fitted=True, traffic=Traffic(**traffic), memory=memory)
+  return dataclasses.replace(
+    last,
+    topology=topology,
+    images=last.images // numbers[-1] * topology.size,
+    is_fitted=True,
+    traffic=Traffic(**traffic),
+    memory=at([row.memory for row in rows], MEMORY),
+  )
 
 
 def lines(table: Mapping[str, Any]) -> Iterator[str]:
@@ -187,7 +201,8 @@ def lines(table: Mapping[str, Any]) -> Iterator[str]:
   yield f"weak scaling; nothing overlaps, computing by {by}"
   yield "topology       images  step, ms  GiB between chips  GiB a chip  images/s  efficiency"
   for row in table["rows"]:
+    said = row["row"] if row["fits"] else f"{row['row']}, DOES NOT FIT"
     yield (
       f"{row['topology']:<12}{row['images']:>9,}{1e3 * row['seconds']:>10.1f}{row['between_chips_gib']:>19.3f}"
-      f"{row['memory_gib']:>12.2f}{row['images_per_second']:>10,.0f}{100 * row['efficiency']:>10.1f} %  {row['row']}"
+      f"{row['memory_gib']:>12.2f}{row['images_per_second']:>10,.0f}{100 * row['efficiency']:>10.1f} %  {said}"
     )

@@ -95,8 +95,15 @@ def test_hops_of_rings_within_hosts_and_between_them():
 )
 def test_latency_is_of_links_and_the_network(topology, network_hops, seconds):
   traffic = times.Traffic(links_hops=10, network_hops=network_hops)
-  row = dict(topology=chips.parse(topology), images=1, is_fitted=False, computing=0.0, memory=1.0)
+  row = dict(topology=chips.parse(topology), images=1, is_fitted=False, computing=0.0, memory=1.0, room=16.0)
   assert scaling.Row(traffic=traffic, **row).latency == pytest.approx(seconds)
+
+
+def test_what_is_larger_than_a_chip_is_said_so():
+  memory = dict(arguments=10.0, temporaries=7.0, outputs=0.0, total=17.0, chip=16)
+  table = scaling.tabulate(Plan.of("v5e", ["4", "16", "64"], 16), [report_of(4, memory_gib=memory), report_of(16)])
+  assert [row["fits"] for row in table["rows"]] == [False, True, True]
+  assert "compiled, DOES NOT FIT" in [*scaling.lines(table)][2]
 
 
 def test_what_has_no_program_is_refused():
