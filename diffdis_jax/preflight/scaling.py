@@ -56,9 +56,9 @@ class Plan:
     Raises:
       UserError: unknown chips, numbers of them that cannot be had, or too few to compile.
     """
-    kind, _, layout = (topology or "").partition(":")
+    kind, _, layout = (topology or "CHIP").partition(":")
     if kind not in chips.LAYOUTS:
-      raise UserError(f"--topology={kind or 'CHIP'} with --scaling; CHIP is one of {', '.join(chips.LAYOUTS)}")
+      raise UserError(f"--topology={kind} with --scaling; CHIP is one of {', '.join(chips.LAYOUTS)}")
     numbers = [int(size) if size.isdecimal() else 0 for size in sizes]
     if len(numbers) < 2 or 0 in numbers or numbers != sorted(set(numbers)):
       raise UserError(f"--scaling={','.join(sizes)}; give two numbers of chips or more, the smallest first: 4,16,64")
@@ -89,9 +89,8 @@ class Plan:
 
 def fitted(numbers: Sequence[int], values: Sequence[float], at: int, terms: Terms) -> float:
   """The value at a number of chips, by least squares of the first terms, as many as there are numbers."""
-  basis = lambda n: [float(term(n)) for term in terms[: len(numbers)]]
-  factors = np.linalg.lstsq(np.array([basis(n) for n in numbers]), np.array(values))[0]
-  return max(0.0, float(factors @ basis(at)))
+  basis = np.array([[float(term(n)) for term in terms[: len(numbers)]] for n in (*numbers, at)])
+  return max(0.0, float(basis[-1] @ np.linalg.lstsq(basis[:-1], np.array(values))[0]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,20 +149,15 @@ class Row:
 def tabulate(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """Rows of all topologies, and what the time of computing goes by: the first estimate that all compiled ones have.
 
-  Args:
-    reports: of the train step (report.summarise), one for each of plan.compiled.
-
-  Raises:
-    UserError: one has no program, because it does not fit.
+  Takes the train step's report (report.summarise) of each of plan.compiled. Raises UserError: one has no program.
   """
   compiled: dict[chips.Topology, Row] = {}
   by = next((each for each in report.BOUNDS if all(found[each] for found in reports)), "")
   for topology, found in zip(plan.compiled, reports, strict=True):
     memory = found["memory_gib"]
     if not memory["arguments"]:
-      raise UserError(
-        f"{topology.name} would take {memory['total']:.2f} GiB a chip of {memory['chip']:.0f}; see --search"
-      )
+      needed = f"{memory['total']:.2f} GiB a chip of {memory['chip']:.0f}"
+      raise UserError(f"{topology.name} would take {needed}; see --search")
     compiled[topology] = Row(
       topology=topology,
       images=found["images"],
@@ -178,13 +172,10 @@ def tabulate(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
 
 def _fit(topology: chips.Topology, rows: Sequence[Row]) -> Row:
-  """From compiled rows."""
   numbers, last = [row.topology.size for row in rows], rows[-1]
   at = lambda values, terms: fitted(numbers, values, topology.size, terms)
-  traffic = {
-    name: at([getattr(row.traffic, name) for row in rows], HOPS if name.endswith("hops") else BYTES)
-    for name in vars(last.traffic)
-  }
+  moved = {name: [vars(row.traffic)[name] for row in rows] for name in vars(last.traffic)}
+  traffic = {name: at(values, HOPS if name.endswith("hops") else BYTES) for name, values in moved.items()}
   return dataclasses.replace(
     last,
     topology=topology,
