@@ -21,7 +21,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.models import attention
 from diffdis_jax.parallel import chips
 from diffdis_jax.preflight import __main__ as preflight
-from diffdis_jax.preflight import gpus, hlo, report, saving, targets, times
+from diffdis_jax.preflight import gpus, hlo, report, saving, schedules, targets, times
 from diffdis_jax.training import flops
 from tests import steps, tiny_clip
 from tests.changed_code import change, copy_package
@@ -65,10 +65,12 @@ def test_the_train_step_on_cpu_devices_and_again_from_the_cache(quick, tmp_path)
 def test_answers_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
   """Code and versions, and what JAX may take of a GPU's memory, by which a program fits or not."""
   copy = copy_package(tmp_path, monkeypatch)
-  asked = dict(topology="h100:8", slices=1, programs=["train"], search=False, num_pairs=1, epochs=1.0)
+  asked = dict(slices=1, programs=["train"], search=False, num_pairs=1, epochs=1.0)
   monkeypatch.setattr(preflight, "FLAGS", types.SimpleNamespace(**asked))
-  name = lambda: preflight.key_of("{}", "cuda", None)
+  name = lambda: preflight.key_of("{}", "cuda", "h100:8", None)
   names = [name()]
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+  schedules.ask_for_them()  # in a folder of this process, once the first topology's devices are asked for
   assert name() == names[0]
   monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
   names.append(name())
@@ -327,7 +329,7 @@ def test_time_between_chips():
   """Links within a host or slice; the network beyond it, of TPUs of unknown speed."""
   line = "  %g = f32[{}] all-gather(%a), channel_id=1, replica_groups={}, dimensions={{0}}\n"
   text = line.format(900_000_000, "[4,8]<=[32]") + line.format(4_000_000, "[8,4]<=[4,8]T(1,0)")
-  seconds = lambda chip, near: times.seconds_between_chips(text, chips.CHIPS[chip], near)
+  seconds = lambda chip, near: times.traffic(text, near).seconds(chips.CHIPS[chip])
   inside, across = 3.6e9 * 7 / 8, 16e6 * 3 / 4
   assert seconds("h100", 8) == pytest.approx(inside / 450e9 + across / 50e9)
   assert seconds("v5p", None) == pytest.approx((inside + across) / 600e9)

@@ -113,7 +113,7 @@ _TORUS_3D = (
 )
 # Of GPUs, those of a host and then hosts; 24 GB cards are rented in single hosts.
 _ONE_HOST = ("1", "2", "4", "8")
-_GPUS = (*_ONE_HOST, "4x2", "8x2", "8x4", "8x8", "8x16")
+_GPUS = (*_ONE_HOST, "4x2", "8x2", "8x4", "8x8", "8x16", "8x32")
 LAYOUTS = {name: _TORUS_2D for name in ("v5e", "v6e")} | {name: _TORUS_3D for name in ("v4", "v5p")}
 LAYOUTS |= {name: _GPUS for name in ("a100", "a100-40", "h100", "h100pcie", "h200", "b200")}
 LAYOUTS |= {name: _ONE_HOST for name in ("l4", "a10g", "rtx4090")}

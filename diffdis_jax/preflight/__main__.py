@@ -12,6 +12,10 @@ It keeps what it compiled for `train --compiled`, which then neither traces nor 
 
   diffdis preflight --config=diffdis_cc3m --topology=v5e:8x8 --save=DIR
 
+Weak scaling, the batch of a chip held, which is that of the smallest topology; those of more than 64 chips are fitted:
+
+  diffdis preflight --config=diffdis_cc3m --topology=h100 --scaling=8,16,32,64,128,256 --fit_above=64
+
 Calibration compares the TPU compiler's estimates of plain products, convolutions and sums with their least time:
 
   diffdis preflight calibration --topology=v5p:2x2x1 --out=calibration.json
@@ -28,6 +32,7 @@ from typing import Any
 import jax
 from absl import flags, logging
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from diffdis_jax.common import buckets, cli, code_digest, files, usage
 from diffdis_jax.common.store import Store
@@ -37,7 +42,7 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import attention
 from diffdis_jax.parallel import chips, sharding
-from diffdis_jax.preflight import calibration, report, saving, targets
+from diffdis_jax.preflight import calibration, report, saving, scaling, schedules, targets
 from diffdis_jax.training import flops
 from diffdis_jax.training.step import Trainer
 
@@ -165,7 +170,7 @@ def describe_search(trials: Sequence[dict[str, Any]]) -> str:
   return "fits with " + " ".join(f"--config.{name}={value}" for name, value in trials[-1]["changes"].items())
 
 
-def key_of(config: str, platform: str, present: targets.Target | None) -> bytes:
+def key_of(config: str, platform: str, topology: str | None, present: targets.Target | None) -> bytes:
   """What the results depend on: config, target, package and compiler.
 
   Args:
@@ -173,11 +178,11 @@ def key_of(config: str, platform: str, present: targets.Target | None) -> bytes:
     platform: compiler.
     present: the target, where its devices must be there.
   """
-  asked = [FLAGS.topology, FLAGS.slices, platform, sorted(FLAGS.programs), FLAGS.search, FLAGS.num_pairs, FLAGS.epochs]
+  asked = [topology, FLAGS.slices, platform, sorted(FLAGS.programs), FLAGS.search, FLAGS.num_pairs, FLAGS.epochs]
   kinds = [device.device_kind for device in present.devices] if present else []
-  flags_of_xla = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", *targets.MEMORY_VARIABLES)]
-  # Code too: the same question of another version has another answer.
-  code = code_digest.of(".", packages=COMPILERS)
+  names = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", *targets.MEMORY_VARIABLES)
+  flags_of_xla = [schedules.without_them(os.environ.get(name, "")) for name in names]
+  code = code_digest.of(".", packages=COMPILERS)  # another version has another answer
   return json.dumps([config, asked, kinds, flags_of_xla, code], sort_keys=True).encode()
 
 
@@ -194,6 +199,8 @@ def define_flags() -> None:
   )
   flags.DEFINE_list("programs", ["train"], f"any of {','.join(PROGRAMS)}")
   flags.DEFINE_bool("search", False, "if the training step does not fit, try remat, fsdp and smaller batches")
+  flags.DEFINE_list("scaling", [], "numbers of chips, such as 4,16,64: weak scaling of the train step")
+  flags.DEFINE_integer("fit_above", None, "with --scaling: more chips are fitted, not compiled", lower_bound=1)
   flags.DEFINE_float("epochs", 6, "epochs of the run, for its cost", lower_bound=0)
   flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "size of the training set, for the run's cost", lower_bound=1)
   flags.DEFINE_string("out", None, "JSON file to write")
@@ -210,6 +217,9 @@ def main(argv: Sequence[str]) -> None:
     )
   if not argv[1:] and FLAGS.config is None:
     raise UserError("--config=FILE.py is missing, such as configs/diffdis_cc3m.py")
+  apart = argv[1:] or FLAGS.programs != ["train"] or FLAGS.search or FLAGS.hlo or FLAGS.save or FLAGS.slices > 1
+  if FLAGS.scaling and apart:
+    raise UserError("--scaling goes with neither calibration nor --programs, --search, --hlo, --save or --slices")
   for name in FLAGS.programs:
     if name not in PROGRAMS:
       raise UserError(f"--programs has {name!r}; it is some of {','.join(PROGRAMS)}")
@@ -217,7 +227,10 @@ def main(argv: Sequence[str]) -> None:
     files.check_out(FLAGS.out)
   if FLAGS.hlo and not buckets.path(FLAGS.hlo).is_dir():
     raise UserError(f"--hlo={FLAGS.hlo} is no folder; create it first")
-  topology = chips.parse(FLAGS.topology) if FLAGS.topology else None
+  plan = scaling.Plan.of(FLAGS.topology, FLAGS.scaling, FLAGS.fit_above) if FLAGS.scaling or FLAGS.fit_above else None
+  if plan:
+    plan.batch_size(plan.topologies[0], FLAGS.config.batch_size)  # refused before anything is compiled
+  topology = plan.compiled[-1] if plan else chips.parse(FLAGS.topology) if FLAGS.topology else None
   if FLAGS.save and not topology and not FLAGS.platform:
     if FLAGS.out or FLAGS.hlo:
       raise UserError("--save without --topology reports nothing; leave --out and --hlo out, or give --topology")
@@ -225,10 +238,9 @@ def main(argv: Sequence[str]) -> None:
     saving.save_here(Run.of(FLAGS.config), FLAGS.save)
     return
   platform = targets.choose_platform(FLAGS.platform, topology)
-  if platform == "cpu" and topology and topology.is_tpu and FLAGS.platform is None:
-    logging.warning("libtpu is not installed (%s); XLA compiles for CPU devices instead", install("tpu"))
-  elif platform == "cpu" and topology and FLAGS.platform is None:
-    logging.warning("jax's CUDA plugin is not installed (%s); XLA compiles for CPU devices instead", install("cuda"))
+  if platform == "cpu" and topology and FLAGS.platform is None:
+    what, extra = ("libtpu", "tpu") if topology.is_tpu else ("jax's CUDA plugin", "cuda")
+    logging.warning("%s is not installed (%s); XLA compiles for CPU devices instead", what, install(extra))
   if FLAGS.save:
     saving.check_target(FLAGS.programs, platform, topology)
     saving.check(FLAGS.save)
@@ -241,17 +253,32 @@ def main(argv: Sequence[str]) -> None:
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   if argv[1:]:
     results = calibration.calibrate(targets.find(platform, topology, FLAGS.slices))
+  elif plan:
+    results = scale(platform, plan)
   else:
-    results = estimate(platform, topology)
+    results = estimate(FLAGS.config, platform, topology)
   if FLAGS.out:
     files.write_out(FLAGS.out, files.as_json(results))
 
 
-def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
+def scale(platform: str, plan: scaling.Plan) -> dict[str, Any]:
+  """The table of a weak scaling, and the report of each topology that was compiled for it."""
+  reports = {}
+  for topology in plan.compiled:
+    config = FLAGS.config.copy_and_resolve_references()
+    config.batch_size = plan.batch_size(topology, config.batch_size)
+    reports[topology.name] = estimate(config, platform, topology)["train"]
+  table = scaling.tabulate(plan, [*reports.values()])
+  for line in scaling.lines(table):
+    logging.info("%s", line)
+  return {"scaling": table, "compiled": reports}
+
+
+def estimate(config: ConfigDict, platform: str, topology: chips.Topology | None) -> dict[str, Any]:
   """Every program of the config that was asked for, from the cache of earlier calls where it is there."""
   present = targets.find(platform, topology, FLAGS.slices) if topology is None else None
   store = Store(files.user_cache("preflight"), "preflight's answers")
-  key = key_of(FLAGS.config.to_json_best_effort(), platform, present)
+  key = key_of(config.to_json_best_effort(), platform, topology and topology.name, present)
   # --hlo wants the programs' text and --save the programs, neither of which is kept there.
   results = None if FLAGS.hlo or FLAGS.save else store.read_json(key)
   if results is not None:
@@ -260,7 +287,7 @@ def estimate(platform: str, topology: chips.Topology | None) -> dict[str, Any]:
       for line in report.lines(name, results[name]):
         logging.info("%s", line)
   else:
-    results = compile_all(Run.of(FLAGS.config), present or targets.find(platform, topology, FLAGS.slices))
+    results = compile_all(Run.of(config), present or targets.find(platform, topology, FLAGS.slices))
     if not FLAGS.save:  # which compiles with other options
       store.write_json(key, results)
   if "search" in results:

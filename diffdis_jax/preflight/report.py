@@ -69,6 +69,7 @@ def summarise(program: Program, compiled: Compiled, target: Target, *, num_pairs
     operations_tflop=program.operations / 1e12,
     compiler_operations_tflop_chip=None if compiled.operations is None else compiled.operations / 1e12,
     collectives_gib={kind: size / GIB for kind, size in compiled.collectives.items()},
+    traffic=vars(compiled.traffic),
     **estimates,
     planned_by=planned_by,
     mfu=None if planned_by == "seconds_bound" else bound / planned,

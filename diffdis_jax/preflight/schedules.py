@@ -41,6 +41,11 @@ def ask_for_them() -> None:
     os.environ["LIBTPU_INIT_ARGS"] = f"{flags} {asked}".strip()
 
 
+def without_them(flags: str) -> str:
+  """Flags for libtpu except those of `ask_for_them`, which differ by process."""
+  return flags.replace(_FLAGS.format(folder()), "").strip()
+
+
 def clear() -> None:
   """Removes the schedules of what was compiled before."""
   for path in folder().iterdir():

@@ -81,6 +81,7 @@ class Compiled:
       no schedules, or loops.
     seconds_between_chips: what they send each other, at all the links can carry. It may overlap with the rest or not.
       None where part of it takes a way of unknown speed.
+    traffic: what reaches it from the others.
     operations: as the compiler counts them, padding included, a loop's body once.
     collectives: bytes by kind.
     text: the program; empty where it does not fit.
@@ -95,6 +96,7 @@ class Compiled:
   seconds_by_cycles: float | None = None
   seconds_by_roof: float | None = None
   seconds_between_chips: float | None = None
+  traffic: times.Traffic = times.Traffic()
   operations: float | None = None
   collectives: dict[str, int] = dataclasses.field(default_factory=dict)
   text: str = dataclasses.field(repr=False, default="")
@@ -268,6 +270,7 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
   written = schedules.cycles_by_operation(schedules.folder()) if target.compiler == "tpu" else {}
   cycles = times.cycles_of_all(text, written)
   in_kernels = sum(cycles.get(name, 0) for name in hlo.kernels(text)) / chip.clock if chip.clock else 0.0
+  traffic = times.traffic(text, target.near)
   compiled = Compiled(
     arguments=memory.argument_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
@@ -275,7 +278,8 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
     seconds=times.estimated_seconds(costs, text, chip, in_kernels),
     seconds_by_cycles=(hlo.estimated_cycles(text) / chip.clock + in_kernels or None) if chip.clock else None,
     seconds_by_roof=times.seconds_by_roof(text, cycles, chip),
-    seconds_between_chips=times.seconds_between_chips(text, chip, target.near),
+    seconds_between_chips=traffic.seconds(chip),
+    traffic=traffic,
     operations=costs.get("flops"),
     collectives=hlo.bytes_by_kind(text),
     fits=True,

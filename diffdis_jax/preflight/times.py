@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 from collections.abc import Mapping
 
 from diffdis_jax.parallel.chips import Chip
@@ -46,17 +48,40 @@ def seconds_by_roof(text: str, cycles: Mapping[str, int], chip: Chip) -> float |
   return sum(max(cycles.get(name, 0) / chip.clock, moved.get(name, 0) / usable) for name in names)
 
 
-def seconds_between_chips(text: str, chip: Chip, near: int | None) -> float | None:
-  """What the devices send each other, at what all of a device's links, or its share of the network, can carry.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+  """What reaches one device in a run of a program, by ring algorithms, which is the least that any can do.
+
+  Attributes:
+    links_bytes, network_bytes: of groups of devices that links join, and of those that the network joins.
+    links_hops, network_hops: from one device to the next of a ring, one after another.
+  """
+
+  links_bytes: float = 0.0
+  network_bytes: float = 0.0
+  links_hops: float = 0
+  network_hops: float = 0
+
+  def seconds(self, chip: Chip) -> float | None:
+    """At what all of a device's links, or its share of the network, can carry; None if part of it takes a network of
+    unknown speed."""
+    if not self.network_bytes:
+      return self.links_bytes / chip.links
+    return None if chip.network is None else self.links_bytes / chip.links + self.network_bytes / chip.network
+
+
+def traffic(text: str, near: int | None) -> Traffic:
+  """Between devices, in a run of the program.
 
   Args:
     near: devices that links join; those of other numbers are reached by the network. None: all.
   """
-  total = 0.0
+  sums: collections.Counter[str] = collections.Counter()
   for each in hlo.collectives(text):
-    far = near is not None and len({device // near for device in each.group}) > 1
-    speed = chip.network if far else chip.links
-    if speed is None:
-      return None
-    total += each.received / speed
-  return total
+    # A ring passes through all devices of a host before it goes on to the next one.
+    hosts = len({device // near for device in each.group}) if near and each.group else 1
+    rounds = each.times * (2 if each.kind == "all-reduce" else 1)  # which is a reduce-scatter and an all-gather
+    sums["network_bytes" if hosts > 1 else "links_bytes"] += each.received
+    sums["network_hops"] += rounds * (hosts - 1)
+    sums["links_hops"] += rounds * max(len(each.group) - hosts, 0)
+  return Traffic(**sums)

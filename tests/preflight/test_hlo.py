@@ -159,7 +159,7 @@ def test_a_collective_in_a_loop_counts_as_often_as_the_loop_turns():
   ]
   chip = chips.CHIPS["h100"]
   moved = (15 * own + 4) * 2 * 7 / 8 + 5 * 8 * own * 7 / 8
-  assert times.seconds_between_chips(text, chip, near=8) == pytest.approx(moved / chip.links)
+  assert times.traffic(text, near=8).seconds(chip) == pytest.approx(moved / chip.links)
 
 
 CALLS = """

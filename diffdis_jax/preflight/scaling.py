@@ -1,0 +1,199 @@
+"""Weak scaling: one config on more and more chips, each of which keeps its share of the batch.
+
+Small topologies are compiled. Larger ones are fitted, by least squares of as many terms as topologies are compiled:
+
+  computing   a                        a chip has as much to do; that of the largest compiled
+  bytes       a (n - 1) / n + b + c n  a of groups that grow with n chips, by ring algorithms, such as gradients' sums;
+                                       b of groups of a fixed size; c of the batch, such as the embeddings of a loss
+  hops        a + b n                  from one chip to the next of a ring, one after another
+  memory      a + b / n                b of what is split over all chips
+
+Parts of a step do not overlap here: it takes as long as computing, the bytes at all that links or the network can
+carry, and the latency of all hops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import chips
+from diffdis_jax.preflight import gpus, report
+from diffdis_jax.preflight.times import Traffic
+
+Terms = tuple[Callable[[int], float], ...]
+BYTES: Terms = (lambda n: (n - 1) / n, lambda n: 1, lambda n: n)
+HOPS: Terms = (lambda n: 1, lambda n: n)
+MEMORY: Terms = (lambda n: 1, lambda n: 1 / n)
+
+# Seconds of a hop, whatever it carries. TPUs: "How To Scale Your Model" (Google DeepMind, 2025), section 3. GPUs: what
+# NCCL chooses algorithms by, of rings and its protocol Simple (src/graph/tuning.cc, 2.2x).
+TPU_HOP, NVLINK_HOP, PCIE_HOP, NETWORK_HOP = 1e-6, 3.4e-6, 5.7e-6, 14e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """What to compile and what to fit to it.
+
+  Attributes:
+    topologies: of one kind of chip, the smallest first.
+    compiled: the first of them.
+    base: chips that the config's batch is for.
+  """
+
+  topologies: tuple[chips.Topology, ...]
+  compiled: tuple[chips.Topology, ...]
+  base: int
+
+  @classmethod
+  def of(cls, topology: str | None, sizes: Sequence[str], fit_above: int | None) -> Plan:
+    """From --topology, --scaling and --fit_above.
+
+    Raises:
+      UserError: unknown chips, numbers of them that cannot be had, or too few to compile.
+    """
+    kind, _, layout = (topology or "CHIP").partition(":")
+    if kind not in chips.LAYOUTS:
+      raise UserError(f"--topology={kind} with --scaling; CHIP is one of {', '.join(chips.LAYOUTS)}")
+    numbers = [int(size) if size.isdecimal() else 0 for size in sizes]
+    if len(numbers) < 2 or 0 in numbers or numbers != sorted(set(numbers)):
+      raise UserError(f"--scaling={','.join(sizes)}; give two numbers of chips or more, the smallest first: 4,16,64")
+    by_size = {each.size: each for each in reversed([chips.parse(f"{kind}:{each}") for each in chips.LAYOUTS[kind]])}
+    for number in numbers:
+      if number not in by_size or number % numbers[0]:
+        known = ", ".join(str(size) for size in sorted(by_size) if size % numbers[0] == 0)
+        raise UserError(f"--scaling has {number}; multiples of {numbers[0]} that {kind} comes in: {known or 'none'}")
+    base = chips.parse(f"{kind}:{layout}").size if layout else numbers[0]
+    small = tuple(by_size[number] for number in numbers if fit_above is None or number <= fit_above)
+    plan = cls(topologies=tuple(by_size[number] for number in numbers), compiled=small, base=base)
+    for each in plan.topologies:
+      if each not in small and len(plan.like(each)) < 2:
+        hosts = "" if each.is_tpu else " of several hosts" if len(each.shape) > 1 else " of one host"
+        raise UserError(f"--fit_above={fit_above} leaves fewer than two compiled topologies{hosts} to fit {each.name}")
+    return plan
+
+  def like(self, topology: chips.Topology) -> list[chips.Topology]:
+    """The compiled ones to fit it to: a network between hosts changes what moves."""
+    return [each for each in self.compiled if (len(each.shape) > 1) == (len(topology.shape) > 1)]
+
+  def batch_size(self, topology: chips.Topology, configured: int) -> int:
+    """Of a topology. Raises UserError: the config's does not divide over its chips."""
+    if configured % self.base:
+      raise UserError(f"batch_size is {configured}, for {self.base} chips; --scaling needs a multiple of {self.base}")
+    return configured // self.base * topology.size
+
+
+def fitted(numbers: Sequence[int], values: Sequence[float], at: int, terms: Terms) -> float:
+  """The value at a number of chips, by least squares of the first terms, as many as there are numbers."""
+  basis = np.array([[float(term(n)) for term in terms[: len(numbers)]] for n in (*numbers, at)])
+  return max(0.0, float(basis[-1] @ np.linalg.lstsq(basis[:-1], np.array(values))[0]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+  """One topology.
+
+  Attributes:
+    images: of a step, on all chips.
+    is_fitted: and not compiled.
+    computing: seconds of a step.
+    memory: of a chip, GiB.
+    room: of which a program may have this.
+  """
+
+  topology: chips.Topology
+  images: int
+  is_fitted: bool
+  computing: float
+  traffic: Traffic
+  memory: float
+  room: float
+
+  @property
+  def latency(self) -> float:
+    """Seconds of all hops."""
+    kind = self.topology.name.partition(":")[0]
+    link = TPU_HOP if self.topology.is_tpu else NVLINK_HOP if gpus.GPUS[kind].links else PCIE_HOP
+    return self.traffic.links_hops * link + self.traffic.network_hops * NETWORK_HOP
+
+  @property
+  def seconds(self) -> float:
+    moving = self.traffic.seconds(self.topology.chip)
+    assert moving is not None, "chips that come in several hosts have a network"
+    return self.computing + moving + self.latency
+
+  def as_json(self, first: Row) -> dict[str, Any]:
+    """Seconds of a step, bytes and hops of a chip, GiB of a chip; efficiency over the first row."""
+    rate = self.images / self.seconds
+    return dict(
+      row="fitted" if self.is_fitted else "compiled",
+      topology=self.topology.name,
+      chips=self.topology.size,
+      images=self.images,
+      seconds=self.seconds,
+      seconds_computing=self.computing,
+      seconds_of_hops=self.latency,
+      traffic=vars(self.traffic),
+      between_chips_gib=(self.traffic.links_bytes + self.traffic.network_bytes) / chips.GIB,
+      memory_gib=self.memory,
+      fits=self.memory <= self.room,
+      images_per_second=rate,
+      efficiency=rate / self.topology.size / (first.images / first.seconds / first.topology.size),
+    )
+
+
+def tabulate(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Rows of all topologies, and what the time of computing goes by: the first estimate that all compiled ones have.
+
+  Takes the train step's report (report.summarise) of each of plan.compiled. Raises UserError: one has no program.
+  """
+  compiled: dict[chips.Topology, Row] = {}
+  by = next((each for each in report.BOUNDS if all(found[each] for found in reports)), "")
+  for topology, found in zip(plan.compiled, reports, strict=True):
+    memory = found["memory_gib"]
+    if not memory["arguments"]:
+      needed = f"{memory['total']:.2f} GiB a chip of {memory['chip']:.0f}"
+      raise UserError(f"{topology.name} would take {needed}; see --search")
+    compiled[topology] = Row(
+      topology=topology,
+      images=found["images"],
+      is_fitted=False,
+      computing=found[by],
+      traffic=Traffic(**found["traffic"]),
+      memory=memory["total"],
+      room=memory["chip"],
+    )
+  rows = [compiled.get(each) or _fit(each, [compiled[like] for like in plan.like(each)]) for each in plan.topologies]
+  return {"planned_by": by, "rows": [row.as_json(rows[0]) for row in rows]}
+
+
+def _fit(topology: chips.Topology, rows: Sequence[Row]) -> Row:
+  numbers, last = [row.topology.size for row in rows], rows[-1]
+  at = lambda values, terms: fitted(numbers, values, topology.size, terms)
+  moved = {name: [vars(row.traffic)[name] for row in rows] for name in vars(last.traffic)}
+  traffic = {name: at(values, HOPS if name.endswith("hops") else BYTES) for name, values in moved.items()}
+  return dataclasses.replace(
+    last,
+    topology=topology,
+    images=last.images // numbers[-1] * topology.size,
+    is_fitted=True,
+    traffic=Traffic(**traffic),
+    memory=at([row.memory for row in rows], MEMORY),
+  )
+
+
+def lines(table: Mapping[str, Any]) -> Iterator[str]:
+  """For reading."""
+  by = report.ESTIMATES.get(table["planned_by"], "the chips' peak, a lower bound")
+  yield f"weak scaling; nothing overlaps, computing by {by}"
+  yield "topology       images  step, ms  GiB between chips  GiB a chip  images/s  efficiency"
+  for row in table["rows"]:
+    said = row["row"] if row["fits"] else f"{row['row']}, DOES NOT FIT"
+    yield (
+      f"{row['topology']:<12}{row['images']:>9,}{1e3 * row['seconds']:>10.1f}{row['between_chips_gib']:>19.3f}"
+      f"{row['memory_gib']:>12.2f}{row['images_per_second']:>10,.0f}{100 * row['efficiency']:>10.1f} %  {said}"
+    )
