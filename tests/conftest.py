@@ -17,15 +17,12 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 
 import jax
-import jaxtyping
 import pytest
 
-import tests.typechecking  # noqa: F401
-from tests import compiled, forked
+from tests import compiled, forked, typechecking
 from tests.once import made_once
 
-# Before any module of the package is imported: shapes, dtypes and types of all its functions are then checked at calls.
-jaxtyping.install_import_hook("diffdis_jax", "tests.typechecking.check")
+typechecking.install()
 
 # The files of fixtures, which test files name as plugins, before one of them is imported.
 pytest.register_assert_rewrite("tests.command_runs", "tests.pipelines", "tests.untrained", "tests.inception_weights")

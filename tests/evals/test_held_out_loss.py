@@ -66,6 +66,7 @@ def expected(inference: Inference, params: dict[str, Any]) -> dict[str, np.ndarr
   """Of each loss, its value at each of TIMESTEPS."""
   images, tokens = pairs()
   model, network = inference.network.with_params(params), inference.network
+  generation, discrimination = jax.jit(model.generation), jax.jit(model.discrimination)
   z, text = model.encode_image(jnp.asarray(images)), model.encode_text(jnp.asarray(tokens))
   null = model.encode_text(model.text_encoder.null_tokens(8)).c
   z64, e64 = np.asarray(z, np.float64), np.asarray(text.e, np.float64)
@@ -75,14 +76,14 @@ def expected(inference: Inference, params: dict[str, Any]) -> dict[str, np.ndarr
     if "generation" in network.objectives:
       alpha_bar, eps = steps.ALPHA_BAR["scaled_linear"][t], noise(0, number, z.shape[1:])
       z_t = np.sqrt(alpha_bar) * z64 + np.sqrt(1 - alpha_bar) * eps
-      guess = model.generation(z_t=jnp.asarray(z_t, jnp.float32), t_z=step, c=text.c)
+      guess = generation(z_t=jnp.asarray(z_t, jnp.float32), t_z=step, c=text.c)
       found["loss_generation"].append(((np.asarray(guess, np.float64) - eps) ** 2).mean())
     if "discrimination" in network.objectives:
       process = network.text_process
       alpha_bar, eps = steps.ALPHA_BAR["cosine"][t], noise(1, number, e64.shape[1:])
       e_t = process.gamma * np.sqrt(alpha_bar) * e64 + np.sqrt(1 - alpha_bar) * eps
       query = np.asarray(
-        model.discrimination(
+        discrimination(
           e_t=jnp.asarray(e_t, jnp.float32),
           t_e=step,
           z=z,
