@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from diffdis_jax.parallel.chips import Chip
 from diffdis_jax.preflight import hlo
@@ -76,7 +77,7 @@ def traffic(text: str, near: int | None) -> Traffic:
   Args:
     near: devices that links join; those of other numbers are reached by the network. None: all.
   """
-  sums: collections.Counter[str] = collections.Counter()
+  sums: dict[str, Any] = collections.Counter()  # bytes may be fractions
   for each in hlo.collectives(text):
     # A ring passes through all devices of a host before it goes on to the next one.
     hosts = len({device // near for device in each.group}) if near and each.group else 1
