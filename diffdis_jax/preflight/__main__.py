@@ -14,7 +14,7 @@ It keeps what it compiled for `train --compiled`, which then neither traces nor 
 
 Weak scaling, the batch of a chip held, which is that of the smallest topology; those of more than 64 chips are fitted:
 
-  diffdis preflight --config=diffdis_cc3m --topology=h100 --scaling=8,16,32,64,128,256 --fit_above=64
+  diffdis preflight --config=diffdis_cc3m --topology=h100 --scaling=8,16,32,64,256 --fit_above=64
 
 Calibration compares the TPU compiler's estimates of plain products, convolutions and sums with their least time:
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import jax
 
 from diffdis_jax.common.params import Params
+from diffdis_jax.parallel.sharding import everywhere
 from diffdis_jax.structs import TrainState
 
 _Value = TypeVar("_Value")
@@ -46,7 +47,9 @@ class Layout:
 
   def pack(self, params: Params) -> Params:
     """By path -> packed. A tree that lacks a packed array's vectors, such as one of no averages, has none of it."""
-    joined = {name: jax.lax.concatenate([params[path] for path in sizes], 0) for name, sizes in self._of(params)}
+    # Whole before and after: left to itself, XLA's partitioner splits what is joined, and fails on some meshes.
+    whole = {name: [everywhere(params[path]) for path in sizes] for name, sizes in self._of(params)}
+    joined = {name: everywhere(jax.lax.concatenate(vectors, 0)) for name, vectors in whole.items()}
     return self.not_packed(params) | joined
 
   def unpack(self, packed: Params) -> Params:
@@ -55,7 +58,8 @@ class Layout:
     # In the layout's order: a set's would make another program in each process.
     for name, sizes in self.packed.items():
       if name in packed:
-        found |= zip(sizes, jax.lax.split(packed[name], tuple(sizes.values())), strict=True)
+        vectors = jax.lax.split(everywhere(packed[name]), tuple(sizes.values()))
+        found |= zip(sizes, map(everywhere, vectors), strict=True)
     return found
 
   def common(self, values: Mapping[str, _Value]) -> dict[str, _Value]:

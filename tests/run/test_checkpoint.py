@@ -356,7 +356,7 @@ from diffdis_jax.structs import TrainState
 with checkpoint.Checkpointer(sys.argv[1]) as checkpointer:
   for step in (1, 2):
     params = {"a.b": jnp.full((1 << 25,), step, jnp.float32)}
-    checkpointer.save(step, types.SimpleNamespace(params=params, ema={}, opt_state=(), teacher={}))
+    checkpointer.save(step, types.SimpleNamespace(params=params, ema={}, opt_state=(), teacher={}, frozen={}))
     checkpointer.wait()
 """
 
