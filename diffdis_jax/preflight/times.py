@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -77,7 +76,7 @@ def traffic(text: str, near: int | None) -> Traffic:
   Args:
     near: devices that links join; those of other numbers are reached by the network. None: all.
   """
-  sums: dict[str, Any] = collections.Counter()  # bytes may be fractions
+  sums: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(Traffic)}
   for each in hlo.collectives(text):
     # A ring passes through all devices of a host before it goes on to the next one.
     hosts = len({device // near for device in each.group}) if near and each.group else 1
