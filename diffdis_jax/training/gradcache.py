@@ -181,10 +181,10 @@ class GradCache:
     leaves, kind = jax.tree.flatten(rows)
 
     def of_device(params: tuple[Params, Params], leaves: list[Array]) -> Pass:
-      def one(total: Params, microbatch: list[Array]) -> Pass:
+      def one(total: Params, microbatch: list[Array]) -> tuple[Params, Rows]:
         gradient, found = f(*params, *jax.tree.unflatten(kind, microbatch))
         # In the parameters' own f32: in bf16 a sum soon loses what is added.
-        return Pass({path: total[path] + x.astype(total[path].dtype) for path, x in gradient.items()}, found)
+        return {path: total[path] + x.astype(total[path].dtype) for path, x in gradient.items()}, found
 
       zeros = {path: jnp.zeros(x.shape, x.dtype) for path, x in (summed or {}).items()}
       split = [x.reshape(self.n, -1, *x.shape[1:]) for x in leaves]
