@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from diffdis_jax.errors import UserError
@@ -162,26 +160,3 @@ def test_bad_input_is_one_line_and_writes_nothing(environment, tmp_path, flags, 
   done = call("preflight", environment, "--config=tests/tiny.py", "--platform=cpu", f"--out={out}", *flags)
   assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
   assert not out.exists()
-
-
-@pytest.mark.slow
-def test_a_fit_agrees_with_the_program_that_it_stands_for(environment, tmp_path):
-  """Of 8 CPU devices, by 2 and 4; then compiled, with the other two from the cache."""
-  environment = {name: value for name, value in environment.items() if name != "JAX_NUM_CPU_DEVICES"}
-  environment["XDG_CACHE_HOME"] = str(tmp_path / "cache")
-  out = tmp_path / "out.json"
-  flags = ["--config=tests/tiny.py", "--config.batch_size=4", "--config.mesh.fsdp=2", "--platform=cpu"]
-  flags += ["--topology=h100", "--scaling=2,4,8", f"--out={out}"]
-  rows = {}
-  for kind, fit_above in (("fitted", "--fit_above=4"), ("compiled", "--fit_above=8")):
-    done = call("preflight", environment, *flags, fit_above, own_process=True)
-    assert done.returncode == 0, done.stderr
-    assert f"{kind}\n" in done.stderr and done.stderr.count("result of an earlier call") == (2 if rows else 0)
-    results = json.loads(out.read_text())
-    *_, rows[kind] = results["scaling"]["rows"]
-    assert rows[kind]["row"] == kind and (rows[kind]["chips"], rows[kind]["images"]) == (8, 16)
-    assert len(results["compiled"]) == (3 if len(rows) > 1 else 2)
-  fitted, compiled = rows["fitted"], rows["compiled"]
-  assert fitted["between_chips_gib"] == pytest.approx(compiled["between_chips_gib"], rel=0.02)
-  assert fitted["memory_gib"] == pytest.approx(compiled["memory_gib"], rel=0.1)
-  assert fitted["seconds"] == pytest.approx(compiled["seconds"], rel=0.1)
