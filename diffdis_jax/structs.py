@@ -66,14 +66,14 @@ TrainingBatch = AnyBatch | LabelledBatch
 class TrainState:
   """What training changes and what it reads: as it is, as it is saved and read again; the shardings of it, its shapes.
 
-  In a step its vectors are packed (training/packing.py). In a checkpoint all but opt_state is by path, and params has
+  In a step its small parameters are packed (training/packing.py). In a checkpoint everything is by path, and params has
   the frozen ones too.
 
   Attributes:
     step: i32[], the number of finished steps; of shardings and shapes, one of those. None where a checkpoint says it.
     params: flat (common/params.py).
     ema: the averaged ones of them; may be empty.
-    opt_state: the optimizer's, packed.
+    opt_state: the optimizer's.
     seed: u32[], of all random choices; here, so that runs of other seeds share the compiled step. It is not saved.
     teacher: where an objective keeps them, the trainable parameters as they were at the start, which never change.
     norms: of the gradients, by which a step is skipped (training/skips.py); may be empty. A checkpoint's meta has them.

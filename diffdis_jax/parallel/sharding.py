@@ -136,14 +136,16 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 def shardings(abstract: Any, mesh: Mesh, parameters: Mapping[str, Any]) -> Any:
   """NamedSharding of every leaf: of one that has a parameter's key and shape, in the optimizer's state too, that
-  parameter's; of anything else, on every device."""
+  parameter's; of anything else, and where the axes are of one device, on every device."""
+  whole = NamedSharding(mesh, REPLICATED)
 
   def of(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
     for key in reversed(key_path):
       path = key.key if isinstance(key, jax.tree_util.DictKey) else ""
       if path in parameters and parameters[path].shape == leaf.shape:
-        return NamedSharding(mesh, spec(path, leaf.shape, mesh))
-    return NamedSharding(mesh, REPLICATED)
+        place = NamedSharding(mesh, spec(path, leaf.shape, mesh))
+        return whole if place.is_fully_replicated else place  # one name for one place
+    return whole
 
   return jax.tree_util.tree_map_with_path(of, abstract)
 

@@ -75,7 +75,7 @@ def rate_schedule(section: Optim, group: str, *, num_steps: int) -> optax.Schedu
 
 
 def kinds_of(groups: Mapping[str, str], section: Optim) -> dict[str, str]:
-  """Of each parameter, by its group, what vectors that are packed together share: the group, and whether they decay."""
+  """Of each parameter, by its group, what those that are packed together share: the group, and whether they decay."""
   names = {True: "decayed", False: "not_decayed"}
   decayed = _decayed_of(groups, section)
   return {path: group if group == FROZEN else f"{group}.{names[decayed[path]]}" for path, group in groups.items()}

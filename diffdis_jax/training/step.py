@@ -75,7 +75,7 @@ class Trainer:
     shapes: parameter path -> ShapeDtypeStruct.
     groups: parameter path -> group of the optimizer.
     trainable: paths of the parameters that are trained.
-    layout: of a state's vectors.
+    layout: of a state's small parameters.
     param_shardings: parameter path -> NamedSharding.
     state_shardings: of TrainState.
     abstract_state: TrainState of ShapeDtypeStructs, with their shardings.
@@ -101,12 +101,13 @@ class Trainer:
     measured = optimizers.STATISTICS if run.objectives.is_autoencoder else "^$"
     groups = {path: group for path, group in self.groups.items() if not re.search(measured, path)}
     frozen = groups.keys() - {*self.trainable}
-    self.layout = packing.layout(self.shapes, optimizers.kinds_of(groups, run.optim), frozen)
+    # From shapes alone: where each array lies is known before the first one is allocated.
+    self.param_shardings = sharding.shardings(self.shapes, mesh, self.shapes)
+    split = [path for path, place in self.param_shardings.items() if place.spec]
+    self.layout = packing.layout(self.shapes, optimizers.kinds_of(groups, run.optim), frozen, split)
     self._trained = [*self.layout.common(dict.fromkeys(self.trainable))]  # as they are packed
     self._tx = optimizers.build_optimizer(self.trainable, run.optim, num_steps=run.num_steps, layout=self.layout)
 
-    # From shapes alone: where each array lies is known before the first one is allocated.
-    self.param_shardings = sharding.shardings(self.shapes, mesh, self.shapes)
     self.abstract_state = self._placed(jax.eval_shape(self._around, *self._lent(self.shapes)))
     self.abstract_by_path = self._placed(jax.eval_shape(self.layout.by_path, self.abstract_state))
     self.state_shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
@@ -138,7 +139,7 @@ class Trainer:
     return programs.AheadOfTime("the state", around, *self._lent(self.abstract_by_path.params), kept=self.kept)
 
   def _lent(self, params: Params) -> tuple[Params, Params]:
-    """Those whose memory the state takes, and the vectors, which it packs."""
+    """Those whose memory the state takes, and the small ones, which it packs."""
     whole = self.layout.not_packed(params)
     return whole, {path: value for path, value in params.items() if path not in whole}
 
@@ -160,8 +161,8 @@ class Trainer:
     """A global array of no axes, which every process makes from its own number."""
     return jax.make_array_from_callback((), self.state_shardings.seed, lambda _: number)
 
-  def _around(self, whole: Params, vectors: Params) -> TrainState:
-    state = self.layout.pack_state(TrainState(params=whole | vectors))
+  def _around(self, whole: Params, small: Params) -> TrainState:
+    state = self.layout.pack_state(TrainState(params=whole | small))
     trainable = {name: state.params[name] for name in self._trained}
     return dataclasses.replace(
       state,
