@@ -130,7 +130,7 @@ class Network:
   @classmethod
   def of(cls, run: Run) -> Network:
     """The network of a run, from shapes alone: nothing is allocated."""
-    graphdef, abstract = abstract_module(_builder(run.model, run.objectives))
+    graphdef, abstract = _abstract(run.model, run.objectives)
     return cls(
       model=run.model,
       objectives=run.objectives,
@@ -204,6 +204,11 @@ def _builder(model: Model | ClipModel, objectives: Objectives) -> Callable[[nnx.
   if isinstance(model, ClipModel):
     return functools.partial(build_clip, model)
   return functools.partial(build_diffdis, model, objectives)
+
+
+@functools.lru_cache(maxsize=64)  # a command, and more so a test, asks for the same network several times
+def _abstract(model: Model | ClipModel, objectives: Objectives) -> tuple[nnx.GraphDef, nnx.State]:
+  return abstract_module(_builder(model, objectives))
 
 
 class _Rngs(nnx.Rngs):

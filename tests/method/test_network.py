@@ -44,6 +44,18 @@ def test_fused_blocks_of_sd_v1_are_six_on_the_way_down_and_one_in_the_middle():
   assert list(fc_in.values()) == [8, 8, 16, 16, 24, 24, 24]
 
 
+def test_networks_of_equal_sizes_and_objectives_are_traced_once():
+  config = tiny.get_config()
+  first, again = (network_of(config.copy_and_resolve_references()) for _ in range(2))
+  assert again.graphdef is first.graphdef and again.shapes == first.shapes
+  alone = config.copy_and_resolve_references()
+  alone.objectives = ("generation",)
+  assert network_of(alone).shapes.keys() < first.shapes.keys()
+  wider = config.copy_and_resolve_references()
+  wider.model.text_encoder.width *= 2
+  assert network_of(wider).shapes != first.shapes
+
+
 def test_initial_parameters_are_those_of_nnx_rngs():
   sizes = dict(query_width=8, image_width=8, width=8, depth=1, num_heads=2, spatial_pool=0, dtype=np.float32)
   make = lambda rngs: AlignmentTransformer(**sizes, rngs=rngs)
