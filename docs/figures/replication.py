@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -81,7 +82,9 @@ def minutes(palette: Palette, *, found: Mapping[str, Any]) -> str:
 def _panel(canvas: Canvas, top: float, name: str, column: str, arms: list[replication.Arm]) -> float:
   """One figure of an experiment; its lower end."""
   palette = canvas.palette
-  title = f"{name.upper()}: {arms[0].title.translate(_ARROWS).strip()}, %"
+  # A split's name says again what is measured: test_unseen_generated is generated images of unseen pairs.
+  figure = re.sub(r"\b(test|val)_(\w+?)(_generated)?\b(?=[, ])", r"\2", arms[0].title.translate(_ARROWS))
+  title = f"{name.upper()}: {figure.strip()}, %"
   canvas.text(4, top + 26, title, size=SMALL, anchor="start")
   values = [value for arm in arms for value in arm.values]
   low, high = 5 * (min(values) // 5), 5 * -(-max(values) // 5)
