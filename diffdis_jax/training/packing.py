@@ -20,7 +20,7 @@ from diffdis_jax.common.params import Params
 from diffdis_jax.parallel.sharding import everywhere
 from diffdis_jax.structs import TrainState
 
-SMALL = 2**16  # numbers of the largest parameter that is packed: copying one takes less than an array more
+SMALL = 2**16  # numbers of the largest parameter that is packed; steps that copy these out took no longer
 _Value = TypeVar("_Value")
 
 

@@ -177,7 +177,7 @@ class Arm(NamedTuple):
   Attributes:
     experiment, name, column, title: what of.
     values: of the seeds.
-    minutes: of training, with what it started from but without the shared autoencoder; the mean over seeds, or None
+    minutes: of training, with what it started from but without the shared autoencoder; the median over seeds, or None
       where a run does not tell.
   """
 
@@ -198,9 +198,10 @@ def measured(found: Mapping[str, Any]) -> Iterator[Arm]:
       if experiment == name and column in columns:
         minutes = [_minutes(found, run) for run in record["of"]["runs"]]
         known = [each for each in minutes if each is not None]
-        mean = statistics.fmean(known) if minutes and len(known) == len(minutes) else None
+        # Not the mean, of which a run that waits for its core would be most.
+        median = statistics.median(known) if minutes and len(known) == len(minutes) else None
         values = tuple(record["values"].values())
-        yield Arm(name, label, column, title(found, name, label, column), values, mean)
+        yield Arm(name, label, column, title(found, name, label, column), values, median)
 
 
 def title(found: Mapping[str, Any], experiment: str, label: str, column: str) -> str:
