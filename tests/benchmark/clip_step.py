@@ -28,7 +28,7 @@ BATCH = 16
 
 
 def main(rounds: int = 7) -> None:
-  torch.set_num_threads(os.cpu_count() or 1)
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
   config = clip_cc3m.get_config("model=vit_b32,recipe=openclip")
   config.batch_size, config.model.dtype = BATCH, "float32"
   ways = {"ours": ours(steps.Trainer(config)), "open_clip": theirs(open_clip_twin.make(config.model), config)}
