@@ -310,7 +310,9 @@ COSTS = {
   "joint/both/time": "a joint step / a step of each objective",
   "table6/diffdis/discrimination": "DiffDis' classification / CLIP's, small networks",
   "diffusers/ratio": "our UNet / diffusers' UNet in PyTorch",
-  "open_clip/ratio#five rounds": "our CLIP step / open_clip's in PyTorch",
+  "sampling/ratio": "our generation / diffusers' pipeline in PyTorch",
+  "open_clip_pages/ratio": "our CLIP step / open_clip's in PyTorch",
+  "open_clip_kept/ratio": "the same, freed memory kept",
 }
 
 
