@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
+from jaxtyping import Int
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, **{f"{kind}{bits}": bits for kind in "suf" for bits in (4, 8, 16, 32, 64)}}
@@ -27,7 +29,12 @@ _BELOW = re.compile(r"ROOT .* compare\(%\S+, %([\w.\-]+)\), direction=LT")
 _SPREAD = re.compile(r"channel_id=(\d+),.* frontend_attributes=\{[^}]*chain_id=")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
 _COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+# Axes with their sizes, the devices if not in order, and the axes along which groups lie, or parts of them.
+_OF_MESH = re.compile(
+  r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))? \{([^}]*)\}"
+)
+_PART_OF_AXIS = re.compile(r"(.+):\((\d+)\)(\d+)")  # the axis as [before, size, the rest], along its second axis
+_GROUPS = re.compile(r"replica_groups=(?!\{\}).{,80}")
 # `%name = SHAPE opcode(operands)` of the program's own computation.
 _OPERATION = re.compile(r"\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(?:,|$)")
 # What reads and writes nothing of its own, or runs beside other operations, as all that comes in two halves does.
@@ -265,12 +272,27 @@ def _group(line: str) -> Numbers:
   if listed := _LISTED.search(line):
     return _numbers(listed[1])
   if counted := _COUNTED.search(line):
-    devices = np.arange(math.prod(_numbers(counted[2]))).reshape(_numbers(counted[2]))
-    devices = devices.transpose(_numbers(counted[3])) if counted[3] else devices
-    return tuple(devices.reshape(-1)[: int(counted[1])].tolist())
+    return tuple(_counted(counted[2], counted[3])[: int(counted[1])].tolist())
   if of_mesh := _OF_MESH.search(line):
-    axes, sizes = zip(*(axis.split("=") for axis in of_mesh[1].split(",")))
-    devices = np.arange(math.prod(map(int, sizes))).reshape([int(size) for size in sizes])
-    first = tuple(slice(None) if axis in of_mesh[2].split(",") else 0 for axis in axes)
-    return tuple(devices[first].reshape(-1).tolist())
+    mesh, order, transposed, listed, along = of_mesh.groups()
+    axes = {name: int(size) for name, size in (axis.split("=") for axis in mesh.split(","))}
+    parts = {axis: (1, size) for axis, size in axes.items() if axis in along.split(",")}
+    parts |= {part[1]: (int(part[2]), int(part[3])) for part in map(_PART_OF_AXIS.fullmatch, along.split(",")) if part}
+    in_order = ",".join(map(str, axes.values()))
+    ordered = np.array(_numbers(listed)) if listed else _counted(order or in_order, transposed)
+    shape = [n for axis, size in axes.items() for n in _thirds(size, *parts.get(axis, (size, 1)))]
+    return tuple(ordered.reshape(shape)[(0, slice(None), 0) * len(axes)].reshape(-1).tolist())
+  if unknown := _GROUPS.search(line):
+    # Without it a collective's bytes are taken for what reaches a device, and its network is not seen.
+    logging.log_first_n(logging.WARNING, "cannot read who takes part in a collective: %s", 1, unknown[0])
   return ()
+
+
+def _counted(sizes: str, transposed: str | None) -> Int[np.ndarray, " devices"]:
+  """Devices counted through an array of these sizes, in the order of its axes when transposed."""
+  devices = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+  return (devices.transpose(_numbers(transposed)) if transposed else devices).reshape(-1)
+
+
+def _thirds(size: int, before: int, part: int) -> tuple[int, int, int]:
+  return before, part, size // (before * part)

@@ -216,12 +216,26 @@ def test_calls_of_other_kinds_count_once_and_so_does_a_loop_of_unknown_turns(loo
     ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", (0, 1, 4, 5)),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=3] {'axis_0'}", (0, 3)),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=3,'axis_2'=2] {'axis_0','axis_2'}", (0, 1, 6, 7)),
+    # As XLA for GPUs of several hosts writes them: devices in an order of their own, and parts of an axis.
+    ("replica_groups=mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_2'}", (0, 8)),
+    (
+      "replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0','axis_1'}",
+      (0, 1, 2, 3),
+    ),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=(0,3,1,2) {'axis_1'}", (0, 3)),
+    ("replica_groups=mesh['axis_0'=8,'axis_1'=3] {'axis_0':(2)2}", (0, 6)),
+    ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0':(1)2,'axis_1'}", (0, 1, 4, 5)),
     ("replica_groups={}", ()),
   ],
 )
 def test_groups(groups, expected):
   (found,) = hlo.collectives(f"  %g = f32[8] all-gather(%a), channel_id=1, {groups}, dimensions={{0}}")
   assert found.group == expected
+
+
+def test_a_group_that_is_written_in_another_way_is_not_passed_over_in_silence(caplog):
+  hlo.collectives("  %g = f32[8] all-gather(%a), channel_id=1, replica_groups=<ring 8>, dimensions={0}")
+  assert "replica_groups=<ring 8>" in caplog.text
 
 
 @pytest.mark.parametrize(
