@@ -20,7 +20,7 @@ from diffdis_jax.errors import UserError
 from docs.measured import paired, records, replication
 
 ROOT = pathlib.Path(__file__).parents[2]
-README, RESULTS, WEIGHTS = "README.md", "docs/results.md", "docs/weights.md"
+README, RESULTS, WEIGHTS, PREFLIGHT = "README.md", "docs/results.md", "docs/weights.md", "docs/preflight.md"
 REPLICATION = f"docs/{replication.PAGE}"
 NORMAL = statistics.NormalDist().inv_cdf(1 - significance.ALPHA / 2)  # half of a 95 % interval, in standard errors
 
@@ -322,6 +322,17 @@ def costs() -> str:
   return records.table(("one CPU run each", "time"), rows)
 
 
+def weak_scaling() -> str:
+  """A joint step where each chip keeps its share of the batch."""
+  rows = []
+  for name, each in records.load("estimates").items():
+    if name.startswith("weak scaling/"):
+      values, of = each.values, each.of
+      rate, share = f"{values['images/s']:,.0f}", f"{values['efficiency, %']:.0f} %"
+      rows.append((of["topology"], f"{of['batch']:,}", f"{values['step, ms']:.0f}", rate, share, of["row"]))
+  return records.table(("machine", "batch", "step, ms", "images/s", "efficiency", "row"), rows)
+
+
 def paper() -> str:
   """The paper's own figures of Table 1 and of its ablations."""
   found = records.load("paper")
@@ -361,6 +372,7 @@ PLACES: dict[str, tuple[str, Callable[[], str]]] = {
   "icons": (RESULTS, icons),
   "long tail": (RESULTS, long_tail),
   "costs": (RESULTS, costs),
+  "weak scaling": (PREFLIGHT, weak_scaling),
   "paper": (RESULTS, paper),
   "paper costs": (RESULTS, paper_costs),
   **{
