@@ -380,7 +380,8 @@ def scaling(palette: Palette) -> str:
       below += took
     canvas.text(axes.x(i), axes.y(below) - 10, f"{values['efficiency, %']:.0f} %", size=SMALL)
     canvas.text(axes.x(i), bottom + 28, f"{each.of['chips']}", size=SMALL)
-  for y, words in ((62, "H100s, in hosts of 8"), (90, "pale: fitted; above: images/s of a chip against 8 chips")):
+  pale = "pale: fitted; " if any(each.of["row"] == "fitted" for each in found) else ""
+  for y, words in ((62, "H100s, in hosts of 8"), (90, f"{pale}above: images/s of a chip against 8 chips")):
     canvas.text(canvas.width / 2, bottom + y, words, size=SMALL, colour=palette.soft)
   title = (
     "Weak scaling of the joint step over 8 to 256 H100s by the compiler and peak figures: computing, what moves over"
