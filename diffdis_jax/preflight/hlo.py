@@ -295,4 +295,5 @@ def _counted(sizes: str, transposed: str | None) -> Int[np.ndarray, " devices"]:
 
 
 def _thirds(size: int, before: int, part: int) -> tuple[int, int, int]:
+  """An axis as [before, part, the rest]."""
   return before, part, size // (before * part)

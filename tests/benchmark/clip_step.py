@@ -2,7 +2,7 @@
 
   python -m tests.benchmark.clip_step [ROUNDS]
 
-Both get a batch of 16 that lies in memory, and are done when the parameters are. Each uses all cores.
+Both get a batch of 16 that lies in memory, and are done when the parameters are. Each uses all cores that it may.
 """
 
 from __future__ import annotations
