@@ -197,7 +197,7 @@ def dispersive(features: Float[Array, "b ..."], *, gather: Callable[[Array], Arr
   log mean_ij exp(−‖h_i − h_j‖² / (τ d)) over all pairs of the global batch, each row with itself among them.
 
   As their published code has it: d is the number of a row's elements, and the temperature τ is 1.
-  `gather`: as `contrastive` takes it.
+  `gather`: makes of rows that are split over devices all rows on each (sharding.everywhere).
   """
   h = features.astype(jnp.float32).reshape(len(features), -1)
   b, d = h.shape
