@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,22 +70,27 @@ def _read(key: str, text: str, kind: type) -> Any:
 OF_NETWORK = ("model", "image_size", "image_diffusion", "text_diffusion", "condition_timestep", "inference")
 
 
-def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> None:
+def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> dict[str, Any]:
   """Puts the network of the run in `path` in place of the config's, and names the run in `init_from`.
 
   `argument`: that named it, for the message.
 
+  Returns:
+    That run's config.
+
   Raises:
     ValueError: no config.json there, or one of no run.
   """
-  file = pathlib.Path(path) / "config.json"
+  there = f"argument {argument}={path} should be the workdir of a run"
   try:
-    put_network(config, read_json(file))
-  except (OSError, UserError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f"argument {argument}={path} should be the workdir of a run: cannot read {file}: {error!r}"
-    ) from error
+    fields = read_json(buckets.path(path) / "config.json")
+    put_network(config, fields)
+  except (OSError, UserError) as error:
+    raise ValueError(f"{there}: {error}") from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{there}, and its config.json is of none: {error!r}") from error
   config.init_from = path
+  return fields
 
 
 def put_network(config: ConfigDict, fields: Mapping[str, Any]) -> None:

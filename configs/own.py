@@ -31,9 +31,6 @@ Measured with 500 pictures of 512 to 1,024 px and no compiled program: from the 
 
 from __future__ import annotations
 
-import json
-import pathlib
-
 from ml_collections import ConfigDict
 
 from configs import common
@@ -93,11 +90,10 @@ def scratch_network(config: ConfigDict) -> None:
 
 def take_start(config: ConfigDict, path: str) -> str:
   """The network of the run there; `pretrained`, or `scratch` where it has trained an autoencoder alone."""
-  common.take_network(config, path, argument="from")
-  objectives = json.loads((pathlib.Path(path) / "config.json").read_text())["objectives"]
+  fields = common.take_network(config, path, argument="from")
   if "vision_encoder" in config.model:
     raise ValueError(f"argument from={path} is a CLIP; it should be import_weights' folder of Stable Diffusion")
-  return "scratch" if objectives == ["reconstruction"] else "pretrained"
+  return "scratch" if fields["objectives"] == ["reconstruction"] else "pretrained"
 
 
 def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:

@@ -12,10 +12,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common, own
-from diffdis_jax.common import shipped
+from diffdis_jax.common import buckets, shipped
 from diffdis_jax.config import Run
 from diffdis_jax.models.sizes import clip_small, sd_v1
 from tests.command_runs import ROOT
+
+pytest_plugins = ("tests.bucket_server",)
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +118,13 @@ def test_from_scratch_is_an_autoencoder_and_then_the_network_around_it(tmp_path)
   assert second.image_size == 64 and second.optim.rates.to_dict() == dict(new=5e-4, drawing=1e-3)
   changed = lambda config: {k: v for k, v in Run.of(config).to_dict().items() if k != "init_from"}
   assert changed(second) == changed(own.get_config(f"path={path}"))  # the same but for where it starts
+
+
+def test_data_and_start_in_a_bucket(tmp_path, bucket):
+  for folder in (prepared(tmp_path / "data", train=500), a_run(tmp_path / "run", clip_small(), 32, "contrastive")):
+    buckets.upload(folder, buckets.path(f"{bucket}/{folder.name}"))
+  with pytest.raises(ValueError, match="is a CLIP; it should be import_weights' folder"):
+    own.get_config(f"path={bucket}/data,from={bucket}/run")
 
 
 @pytest.mark.parametrize(
