@@ -137,25 +137,32 @@ def open_writer(
   *,
   start_step: int,
   is_writer: bool,
+  evaluated: bool = True,
   open_tracker: Callable[[], Tracker | None] = lambda: None,
 ) -> Writer:
   """The writer of a run that begins, or resumes, after `start_step` steps. A tracker is opened where it writes.
 
-  Lines of metrics.jsonl beyond that step are dropped: they are from steps that are about to be taken again.
+  Lines of metrics.jsonl beyond that step are dropped: they are from steps that are about to be taken again. So are
+  those of evaluations at that step, unless it is `evaluated`.
   """
   if not is_writer:
     return _NoWriter()
   path = buckets.path(workdir)
   path.mkdir(parents=True, exist_ok=True)
-  _drop_lines_beyond(path / "metrics.jsonl", start_step)
+  _drop_lines_beyond(path / "metrics.jsonl", start_step, evaluated=evaluated)
   mirror = buckets.Mirror(path, of=["metrics.jsonl"]) if buckets.is_url(path) else None
   return Writer(path, mirror, open_tracker())
 
 
-def _drop_lines_beyond(path: epath.Path, step: int) -> None:
+def _drop_lines_beyond(path: epath.Path, step: int, *, evaluated: bool) -> None:
+  def stays(line: str) -> bool:
+    found = history.metrics_of(line)
+    is_again = found.get("step") == step and not evaluated and any("/" in name for name in found)
+    # A line without a step was cut off, and goes too.
+    return found.get("step", step + 1) <= step and not is_again
+
   lines = files.lines(path)
-  # A line without a step was cut off, and goes too.
-  kept = [line for line in lines if history.metrics_of(line).get("step", step + 1) <= step]
+  kept = [line for line in lines if stays(line)]
   if len(kept) < len(lines):
     files.write_whole(path, "".join(line + "\n" for line in kept).encode())
 

@@ -160,7 +160,8 @@ def go_on(
   # What is entered closes from the last to the first: trace, lines, history; then a pending save, and the lock.
   with contextlib.ExitStack() as stack:
     stack.enter_context(history.recorded(path, step=step, is_writer=is_writer, facts=known))
-    writer = writers.open_writer(path, start_step=step, is_writer=is_writer, open_tracker=track)
+    evaluated = meta.get("evaluated", True)
+    writer = writers.open_writer(path, start_step=step, is_writer=is_writer, evaluated=evaluated, open_tracker=track)
     stack.enter_context(contextlib.closing(writer))
     profiler = stack.enter_context(contextlib.closing(profile.Profiler(span, path, start_step=step)))
     found = Steps(tools, writer, profiler, start_step=step, meta=meta, left_out=left_out).run_to_end(state)

@@ -148,8 +148,8 @@ class Steps:
     self._totals = None
 
   def _evaluate_and_save(self, step: int, state: TrainState, *, last: bool) -> None:
-    """What is due after this step. Raises Preempted, when it has been saved."""
-    tools, found = self._tools, {}
+    """What is due after this step. Raises Preempted, or an evaluation's UserError, when it has been saved."""
+    tools, found, failed = self._tools, {}, None
     preempted, due = tools.stop.agreed(), tools.evaluator.is_due(step, last=last)
     far = last or bool(preempted) or step % tools.run.save_every == 0
     near = tools.near is not None and tools.near.is_due(step) and not last
@@ -165,6 +165,13 @@ class Steps:
           found, due = tools.evaluator.after_step(step, measured, self._writer, last=last), False
       except Preempted as stopped:
         preempted, far = type(stopped), True
+      except UserError as error:
+        # Its data may be damaged, or its name misspelt, which is no reason to lose steps. Several processes would have
+        # to agree: what one of them has read may be its own rows'.
+        if jax.process_count() > 1:
+          raise
+        failed, far = error, True
+        logging.warning("an evaluation failed: saving step %d", step)
     # The save before the next batch is loaded, so that the iterator's position is that of the next step.
     near = near and not preempted  # for which there is no time
     if far or near:
@@ -172,6 +179,8 @@ class Steps:
       with self._progress.paused():
         which = {"near": near, "far": far, "required": last or bool(preempted)}
         self._save(step, state, found, evaluated=not due, **which)
+    if failed:
+      raise failed
     if preempted:
       logging.warning("asked to stop: saving step %d; run the same command again to resume", step)
       raise preempted

@@ -80,6 +80,19 @@ def test_image_is_a_png_whole_or_not_at_all(tmp_path):
   np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "samples_00000007.png")), image)
 
 
+def test_an_evaluation_that_is_done_again_has_its_lines_once(tmp_path):
+  """That of the step from which the run resumes, which was stopped in the middle of it."""
+  writers.open_writer(tmp_path, start_step=0, is_writer=True).scalars(2, {"loss": 1.0})
+  for _ in range(2):
+    writer = writers.open_writer(tmp_path, start_step=2, is_writer=True, evaluated=False)
+    writer.scalars(2, {"test/acc1": 0.5})
+    writer.scalars(3, {"loss": 0.5})  # and killed here
+  expected = [{"step": 2, "loss": 1.0}, {"step": 2, "test/acc1": 0.5}, {"step": 3, "loss": 0.5}]
+  assert read_lines(tmp_path / "metrics.jsonl") == expected
+  writers.open_writer(tmp_path, start_step=2, is_writer=True)
+  assert read_lines(tmp_path / "metrics.jsonl") == expected[:2]
+
+
 def test_only_the_writer_writes(tmp_path):
   writer = writers.open_writer(tmp_path, start_step=0, is_writer=False)
   writer.scalars(1, {"loss": 1.0})

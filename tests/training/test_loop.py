@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from diffdis_jax.config import Run
+from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.training import loop
+from diffdis_jax.run import committed
+from diffdis_jax.training import evaluator, loop
 from diffdis_jax.training.steps import slowest_host
-from tests import steps
+from tests import steps, tiny
 
 
 def test_the_host_that_waits_longest_for_data_is_named(monkeypatch):
@@ -26,3 +30,38 @@ def test_evaluations_take_no_more_rows_than_a_step(monkeypatch, batch_size, accu
   run = Run.of(steps.make_config(batch_size=batch_size, **{"optim.accumulate": accumulate}))
   monkeypatch.setattr(loop.batches, "rows_of_a_call", lambda mesh: of_a_call)
   assert loop.rows_at_a_time(run, steps.make_mesh()) == rows
+
+
+class Evaluator(evaluator.Evaluator):
+  """Due after every fourth step; says where it was asked, and fails where it is told to."""
+
+  def __init__(self, failing: bool):
+    self.failing, self.asked = failing, []
+
+  def is_due(self, step, *, last):
+    return step % 4 == 0
+
+  def after_step(self, step, state, writer, *, last):
+    self.asked.append(step)
+    writer.scalars(step, {"test/acc1": 0.5})
+    if self.failing:
+      raise UserError("checkpoint.best_metric=test/acc_1 is none of test/acc1")
+    return {}
+
+
+def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monkeypatch):
+  config = tiny.get_config("autoencoder")
+  config.update(num_steps=6, save_every=3, log_every=3)
+  train = lambda: loop.train_and_evaluate(Run.of(config), str(tmp_path))
+  failing, passing = Evaluator(failing=True), Evaluator(failing=False)
+  monkeypatch.setattr(loop, "make_evaluator", lambda *_: failing)
+  for _ in range(2):  # the second time it is done before the first step
+    with pytest.raises(UserError, match="best_metric=test/acc_1 is none of test/acc1"):
+      train()
+  assert committed.latest_step(tmp_path) == 4 and failing.asked == [4, 4]
+
+  monkeypatch.setattr(loop, "make_evaluator", lambda *_: passing)
+  train()
+  assert passing.asked == [4] and committed.latest_step(tmp_path) == 6
+  lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [(line["step"], "loss" in line) for line in lines] == [(3, True), (4, False), (6, True)]
