@@ -106,6 +106,7 @@ class Steps:
 
       # At steps that do not depend on when the run was stopped.
       if logs or step % run.save_every == 0:
+        self._wait()
         if self._skipped.is_beyond(step):
           tools.checkpointer.wait()  # for the save that is still being written
           return self._skipped.back_from(step, tools.checkpointer.latest_step(), self._left_out)
@@ -137,10 +138,17 @@ class Steps:
       with self._progress.paused():
         self._profiler.close()
 
+  def _wait(self) -> None:
+    """For the steps that the devices are still at."""
+    # Under one name, and not where there is nothing to wait for: of waits that a report has just had the watchdog would
+    # know that they take no time, and would take that of a preemption between two reports for a hang.
+    if is_running(self._metrics):
+      self._tools.dog.at("the steps since the last report")
+      jax.block_until_ready(self._metrics)
+
   def _report(self, step: int, gradients: Mapping[str, Any]) -> None:
     """Writes the means since the last report."""
     assert self._totals is not None
-    self._tools.dog.at("the steps since the last report")
     means = check_finite(self._totals, step, self._tools.checkpointer)
     counts = self._substitutions.report(processes.over_hosts) | self._skipped.report() | jax.tree.map(float, gradients)
     speeds = self._progress.report(step, means)
@@ -154,8 +162,7 @@ class Steps:
     far = last or bool(preempted) or step % tools.run.save_every == 0
     near = tools.near is not None and tools.near.is_due(step) and not last
     if due or far or near:
-      tools.dog.at("the steps before a save or an evaluation")
-      jax.block_until_ready(self._metrics)  # its time is that of steps
+      self._wait()  # its time is that of steps
     # Evaluation before the save, whose checkpoint is kept by what was measured; unless there is no time for it.
     if due and not preempted:
       tools.dog.at("an evaluation", storage=True)

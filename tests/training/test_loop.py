@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import committed
+from diffdis_jax.run import committed, watchdog
 from diffdis_jax.training import evaluator, loop
 from diffdis_jax.training.steps import slowest_host
 from tests import steps, tiny
@@ -53,15 +54,22 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   config = tiny.get_config("autoencoder")
   config.update(num_steps=6, save_every=3, log_every=3)
   train = lambda: loop.train_and_evaluate(Run.of(config), str(tmp_path))
-  failing, passing = Evaluator(failing=True), Evaluator(failing=False)
+  failing, passing, said = Evaluator(failing=True), Evaluator(failing=False), []
   monkeypatch.setattr(loop, "make_evaluator", lambda *_: failing)
   for _ in range(2):  # the second time it is done before the first step
     with pytest.raises(UserError, match="best_metric=test/acc_1 is none of test/acc1"):
       train()
   assert committed.latest_step(tmp_path) == 4 and failing.asked == [4, 4]
 
+  at = watchdog.Watchdog.at
+  monkeypatch.setattr(watchdog.Watchdog, "at", lambda dog, what, **how: (said.append(what), at(dog, what, **how))[1])
   monkeypatch.setattr(loop, "make_evaluator", lambda *_: passing)
   train()
   assert passing.asked == [4] and committed.latest_step(tmp_path) == 6
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [(line["step"], "loss" in line) for line in lines] == [(3, True), (4, False), (6, True)]
+  # One name for all waits for steps: else those before a save, which mostly follow a report, would be taken for short,
+  # and the long one of a preemption for a hang.
+  wait = "the steps since the last report"
+  assert {*said} - {wait} == {"the start", "an evaluation", "reading a batch", "a step", "a save"}
+  assert all(before == "a step" for before, now in itertools.pairwise(said) if now == wait)
