@@ -22,8 +22,9 @@ from diffdis_jax.common import signals
 PATIENCE = 60.0  # seconds beside three medians
 MEDIANS = 3.0
 FIRST_TIME = 7200.0  # seconds for what has no median yet: it may compile
-# Seconds beside the medians of what waits for storage, which is tried again for some minutes, or writes gigabytes.
-STORAGE = 900.0
+# Seconds beside the medians of what waits for storage, which is tried again for some minutes, or writes gigabytes, for
+# which Orbax waits 1200 s (checkpoint.Checkpointer).
+STORAGE = 1500.0
 REMEMBERED = 101  # durations of one thing
 LOOK = 1.0  # seconds between two looks
 STOPPED = 10.0  # seconds without a look, after which all of the process was stopped, as by Ctrl-Z

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
-from diffdis_jax.run import watchdog
+from diffdis_jax.run import checkpoint, watchdog
 from diffdis_jax.run.watchdog import FIRST_TIME, STORAGE, Watchdog
 from tests.command_runs import ROOT
 
@@ -44,6 +45,11 @@ def test_the_first_of_a_kind_may_compile_and_storage_may_waver():
   assert not said
   take(dog, clock, "a batch", FIRST_TIME + 1, storage=True)
   assert said
+
+
+def test_a_save_may_take_as_long_as_orbax_waits_for_it():
+  waits = inspect.signature(checkpoint.Checkpointer).parameters["save_timeout"].default
+  assert waits < STORAGE
 
 
 def test_what_comes_further_is_alive():
