@@ -79,14 +79,18 @@ class Profiler:
     """Writes what is traced, if there is a trace."""
     if self._folder is None or self._span is None:
       return
+    folder, self._folder = self._folder, None
     jax.profiler.stop_trace()
     out = self._workdir / "plugins" / "profile" / f"step_{self._span.start:08d}"
-    out.mkdir(parents=True, exist_ok=True)
-    for path in pathlib.Path(self._folder.name).rglob("*"):
-      for kind in (".xplane.pb", ".trace.json.gz"):
-        if path.name.endswith(kind):
-          # By the number of the process: two on one machine would give one name by themselves.
-          (out / f"host_{jax.process_index():03d}{kind}").write_bytes(path.read_bytes())
-    self._folder.cleanup()
-    self._folder = None
+    with folder:
+      try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path in pathlib.Path(folder.name).rglob("*"):
+          for kind in (".xplane.pb", ".trace.json.gz"):
+            if path.name.endswith(kind):
+              # By the number of the process: two on one machine would give one name by themselves.
+              (out / f"host_{jax.process_index():03d}{kind}").write_bytes(path.read_bytes())
+      except OSError as error:  # which is worth no run
+        logging.warning("no profile: cannot write %s: %s", out, error.strerror or error)
+        return
     logging.info("profile of %d steps from step %d on in %s", self._span.steps, self._span.start, out)

@@ -65,8 +65,14 @@ class Writer:
     """One picture, such as a grid of samples: samples/<name>_<step>.png, and TensorBoard."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="png")
-    (self._path / "samples").mkdir(parents=True, exist_ok=True)
-    files.write_whole(self._path / "samples" / f"{name}_{step:08d}.png", buffer.getvalue())
+    file = self._path / "samples" / f"{name}_{step:08d}.png"
+    try:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      files.write_whole(file, buffer.getvalue())
+    except OSError as error:
+      if error.errno not in FULL_DISK:
+        raise
+      logging.warning("cannot write %s: %s; it is left out", file, error.strerror)
     height, width, channels = image.shape
     png = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=buffer.getvalue())
     self._write_values(step, [Summary.Value(tag=name, image=png)])

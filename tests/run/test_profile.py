@@ -60,6 +60,17 @@ def test_a_run_that_ends_within_the_span_keeps_what_was_traced(tmp_path):
   assert (tmp_path / "plugins" / "profile" / "step_00000002" / "host_000.xplane.pb").stat().st_size > 0
 
 
+@pytest.mark.filterwarnings("ignore:builtin type event_stats has no __module__:DeprecationWarning")
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, caplog):
+  (tmp_path / "plugins").write_text("")
+  profiler = profile.Profiler(profile.Span(1, 1), tmp_path, start_step=0)
+  assert take_steps(profiler, range(1, 3)) == [1]
+  profiler.close()
+  assert [record.getMessage() for record in caplog.records] == [
+    f"no profile: cannot write {tmp_path}/plugins/profile/step_00000001: Not a directory"
+  ]
+
+
 def test_steps_that_were_taken_before_are_not_traced(tmp_path, caplog):
   assert take_steps(profile.Profiler(profile.Span(2, 3), tmp_path, start_step=2), range(3, 6)) == []
   assert "no profile: step 2 was taken before" in caplog.text and not list(tmp_path.iterdir())
