@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -222,7 +223,7 @@ def best(workdir: epath.PathLike, kept: CheckpointPolicy) -> Best | None:
     except (OSError, UserError) as error:
       logging.warning("what checkpoint %d was measured at cannot be read: %s", step, error)
       continue
-    if kept.best_metric in metrics:
+    if not math.isnan(metrics.get(kept.best_metric, math.nan)):
       found.append(Best(step, float(metrics[kept.best_metric])))
   # The steps come in order, and `max` keeps the first of equals.
   sign = 1 if kept.best_is == "max" else -1
@@ -279,4 +280,6 @@ def _on_one_device(array: Any) -> Any:
 
 
 def _rank(metrics: Mapping[str, float], *, name: str, sign: int) -> float:
-  return sign * metrics[name] if name in metrics else -np.inf
+  # NaN too is the least: Orbax sorts by this, and sorts nothing that has a NaN in it.
+  value = metrics.get(name, math.nan)
+  return -math.inf if math.isnan(value) else sign * value

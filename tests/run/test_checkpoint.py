@@ -388,3 +388,15 @@ def test_the_best_stays_whichever_way_is_better(tmp_path, best_is, expected):
   assert committed.committed_steps(committed.folder(tmp_path)) == expected
   best = checkpoint.best(tmp_path, kept)
   assert best is not None and best.step == expected[0]
+
+
+@pytest.mark.parametrize("best_is", ["max", "min"])
+def test_what_is_no_number_is_never_the_best(tmp_path, best_is):
+  kept = CheckpointPolicy(keep_last=1, keep_best=1, best_metric="a", best_is=best_is)
+  first, *others = (0.9, float("nan"), 0.5) if best_is == "max" else (0.1, float("nan"), 0.5)
+  with checkpoint.Checkpointer(tmp_path, kept) as checkpointer:
+    for step, value in enumerate((first, *others, float("nan")), start=1):
+      checkpointer.save(step, make_state(), metrics={"a": value})
+  assert committed.committed_steps(committed.folder(tmp_path)) == [1, 4]
+  best = checkpoint.best(tmp_path, kept)
+  assert best is not None and (best.step, best.value) == (1, first)
