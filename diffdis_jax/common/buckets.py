@@ -33,6 +33,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 SCHEME = "gs://"
 _ADDRESS = re.compile(r"([A-Za-z][\w+.-]*):/+")  # with one slash too, which nobody means for a folder of that name
 _BUCKET = re.compile(r"gs://[^/]+")
+_HOME = re.compile(r"~[\w-]*(/|$)")
 _SESSIONS = 3  # that a large object may need
 EVERY = 30.0  # seconds between two copies of files that are appended to
 
@@ -68,7 +69,10 @@ def local(where: epath.PathLike, flag: str) -> pathlib.Path:
 
 def check(where: str) -> None:
   """Raises UserError: an address of another kind than gs://BUCKET/..., one that is mistyped, or a bucket's where the
-  package that reads those is missing. A local path passes."""
+  package that reads those is missing; or a ~, of which a folder of that name would be made. A local path passes."""
+  if _HOME.match(where):
+    meant = os.path.expanduser(where)
+    raise UserError(f"the shell leaves the ~ of {where} as it is behind a =; give {meant}")
   if not (found := _ADDRESS.match(where)):
     return
   if not _BUCKET.match(where):

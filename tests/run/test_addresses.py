@@ -30,8 +30,28 @@ def test_an_address_that_cannot_be_read_is_one_line(where, answer):
     buckets.check(where)
 
 
+@pytest.mark.parametrize("where, meant", [("~/runs/a", "/home/me/runs/a"), ("~", "/home/me")])
+def test_a_tilde_that_the_shell_has_left_makes_no_folder_of_that_name(monkeypatch, where, meant):
+  monkeypatch.setenv("HOME", "/home/me")
+  with pytest.raises(UserError, match=f"the shell leaves the ~ of {where} as it is behind a =; give {meant}$"):
+    buckets.check(where)
+
+
 @pytest.mark.parametrize(
-  "where", ["", "run", "/a/b", "a:b/c", "hf:ORG/NAME", "10.0.0.1:8476", "./s3:/x", "a red star: yes"]
+  "where",
+  [
+    "",
+    "run",
+    "./~/run",
+    "~0.5 of it",
+    "a~b",
+    "/a/b",
+    "a:b/c",
+    "hf:ORG/NAME",
+    "10.0.0.1:8476",
+    "./s3:/x",
+    "a red star: yes",
+  ],
 )
 def test_what_is_no_address_passes(where):
   buckets.check(where)
