@@ -226,7 +226,7 @@ def compilation_cache(workdir: str = "") -> None:
   import jax
 
   default = f"{workdir.rstrip('/')}/xla" if buckets.is_url(workdir) else files.user_cache("xla")
-  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", default)
+  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or default  # empty, it would be this folder
   jax.config.update("jax_compilation_cache_dir", str(buckets.path(folder)))
   if buckets.is_url(folder) and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
     # XLA's own, of its GPU tuning, for which jax would give it the address as a path on this machine.

@@ -115,7 +115,7 @@ def find(given: Mapping[str, str | int | None], environ: Mapping[str, str]) -> P
     return _explicit(**settings)
   if all(name in environ for name in _SLURM):
     return _slurm(environ) if int(environ["SLURM_STEP_NUM_TASKS"]) > 1 else None
-  if environ.get("JAX_PLATFORMS", "tpu").startswith("tpu") and _has_tpu(environ):
+  if (environ.get("JAX_PLATFORMS") or "tpu").startswith("tpu") and _has_tpu(environ):
     return Processes()
   return None
 

@@ -124,10 +124,13 @@ def test_the_cache_folder_can_be_chosen(folder):
   assert out.startswith("/mine ")
 
 
-def test_the_cache_of_a_run_in_a_bucket_is_there_too(monkeypatch):
+@pytest.mark.parametrize("variable", [None, ""])
+def test_the_cache_of_a_run_in_a_bucket_is_there_too(monkeypatch, variable):
   names = ("jax_compilation_cache_dir", "jax_persistent_cache_enable_xla_caches")
   before = {name: getattr(jax.config, name) for name in names}
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  if variable is not None:  # which would be this folder
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", variable)
   try:
     cli.compilation_cache("gs://bucket/run/")
     assert [getattr(jax.config, name) for name in names] == ["gs://bucket/run/xla", "none"]

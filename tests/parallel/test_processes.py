@@ -64,6 +64,7 @@ def test_a_tpu_is_asked_for_its_own_environment():
   environ = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}
   assert processes.find(NOTHING, environ) == Processes()
   assert processes.find(NOTHING, environ | {"JAX_PLATFORMS": "cpu"}) is None
+  assert processes.find(NOTHING, environ | {"JAX_PLATFORMS": ""}) == Processes(), "as jax takes it"
 
 
 @pytest.mark.parametrize(
