@@ -71,11 +71,11 @@ class Store:
       content = file.read_bytes()
     except OSError:
       return None  # not made yet, or no file of this user's: in both cases it is made
-    content, mark, digest = content.rpartition(_MARK)
+    content, _, digest = content.rpartition(_MARK)
     try:
-      if mark and digest != _digest(content):
+      if digest != _digest(content):
         raise ValueError("it holds other bytes than were written")
-      found = decode(content if mark else digest)  # without a mark, as earlier versions wrote it
+      found = decode(content)
     except (ValueError, EOFError, TypeError, UserError) as error:
       logging.warning("%s is damaged (%s), and is made again", file, error)
       return None

@@ -46,15 +46,12 @@ def test_a_folder_that_cannot_be_written_is_warned_of(tmp_path, caplog):
   assert store.read_json(b"a") is None and "things are not kept in" in caplog.text
 
 
-def test_a_flipped_bit_is_seen_and_files_of_earlier_versions_are_read(tmp_path, caplog):
+def test_a_flipped_bit_is_seen(tmp_path, caplog):
   store = Store(tmp_path, "things")
   store.write_array(b"a", ARRAY)
   file = store.file(b"a", ".npy")
   whole = file.read_bytes()
   for place in range(len(whole)):
     file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-    found = store.read_array(b"a", rows=3, dtype=np.float32)
-    assert found is None or (place >= len(whole) - 15 and (found == ARRAY).all()), place  # of the mark itself
-  assert caplog.text.count("is damaged") > len(whole) - 16
-  file.write_bytes(whole[: whole.rindex(b"\ncrc32 ")])
-  np.testing.assert_array_equal(store.read_array(b"a", rows=3, dtype=np.float32), ARRAY)
+    assert store.read_array(b"a", rows=3, dtype=np.float32) is None, place
+  assert caplog.text.count("is damaged") == len(whole)
