@@ -244,15 +244,14 @@ def on_first(action: Callable[[], Any]) -> None:
   if jax.process_count() == 1:
     action()
     return
-  message = b""
+  message = ""
   if is_first():
     try:
       action()
     except UserError as error:
-      message = str(error).encode()[:_MESSAGE]
-  message = from_first(np.frombuffer(message.ljust(_MESSAGE, b"\0"), np.uint8)).tobytes().rstrip(b"\0")
-  if message:
-    raise UserError(message.decode(errors="replace"))
+      message = str(error)
+  if message := first_message(message):
+    raise UserError(message)
 
 
 def first_message(message: str) -> str:

@@ -71,9 +71,7 @@ def compiled(name: str, f: Any, *args: Any) -> jax.stages.Compiled:
     f: what jax.jit returns.
     args: arrays, or shapes with shardings; nothing is run, and nothing donated.
   """
-  program = _compile(name, f, *args)
-  processes.barrier(f"compiled {name}")
-  return program
+  return AheadOfTime(name, f, *args).compiled()
 
 
 def is_compiling() -> bool:

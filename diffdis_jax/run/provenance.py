@@ -91,8 +91,7 @@ def behind(init_from: str) -> list[dict[str, Any]]:
   if (file := one_file.at(init_from)) is not None:
     found = one_file.read_record(file).provenance
     return [{name: value for name, value in found.items() if name != "init_from"}, *found["init_from"]]
-  step = max(committed.committed_steps(committed.folder(init_from)), default=None)
-  return [_link(init_from, step), *_began_from(init_from)]
+  return [_link(init_from, committed.latest_step(init_from)), *_began_from(init_from)]
 
 
 def together(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

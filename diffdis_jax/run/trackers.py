@@ -11,7 +11,6 @@ from __future__ import annotations
 import abc
 import importlib
 import importlib.util
-import json
 import os
 import pathlib
 import secrets
@@ -23,7 +22,7 @@ from etils import epath
 from jaxtyping import UInt8
 
 from diffdis_jax.common import buckets
-from diffdis_jax.common.files import read_json, write_whole
+from diffdis_jax.common.files import read_json, write_json
 from diffdis_jax.errors import UserError, not_installed
 
 PROJECT = "diffdis_jax"
@@ -121,5 +120,5 @@ def _run_id(file: epath.Path, kind: str) -> str:
     ids = {}
   if kind not in ids:
     ids[kind] = secrets.token_hex(4)
-    write_whole(file, (json.dumps(ids, indent=2) + "\n").encode())
+    write_json(file, ids)
   return ids[kind]

@@ -19,7 +19,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from diffdis_jax.common import buckets
+from diffdis_jax.common import buckets, guesses
 from diffdis_jax.common.files import sweep, write_whole
 from diffdis_jax.config.fields import SECTIONS, normalise, read_json_object
 from diffdis_jax.errors import UserError, parse_json
@@ -248,13 +248,7 @@ def _is_dead(other: dict[str, Any]) -> bool:
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of a config by their dotted paths, lists as tuples. A section without fields stands for itself."""
-  return _flatten(normalise(config))
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-  if not isinstance(value, dict) or not value:
-    return {prefix.rstrip("."): value}
-  return {path: leaf for key, child in value.items() for path, leaf in _flatten(child, f"{prefix}{key}.").items()}
+  return guesses.fields_of(normalise(config))
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

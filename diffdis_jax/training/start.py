@@ -10,7 +10,6 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -18,7 +17,6 @@ import numpy as np
 from absl import logging
 
 from diffdis_jax import config as run_config
-from diffdis_jax.common import buckets, files
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError
@@ -26,16 +24,9 @@ from diffdis_jax.method.network import HEAD_PREFIX
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint, restore
 from diffdis_jax.run.near import Near
-from diffdis_jax.structs import TrainState
+from diffdis_jax.run.restore import Restored
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
-
-
-class Start(NamedTuple):
-  """The state that a run resumes from, and what was saved with it (`steps.Steps`); of a new run nothing was."""
-
-  state: TrainState
-  meta: dict[str, Any]
 
 
 def restore_or_init(
@@ -44,8 +35,9 @@ def restore_or_init(
   iterator: grain.DatasetIterator,
   made: Callable[[Params], Params] | None = None,
   near: Near | None = None,
-) -> Start:
-  """The last checkpoint's state and meta, with the data iterator set to its next batch; or the state of step 0.
+) -> Restored:
+  """The last checkpoint's state and meta (`steps.Steps`), with the data iterator set to its next batch; or the state of
+  step 0, of which no meta was saved.
 
   Args:
     made: of the parameters of step 0, those that are computed from the others; None for none.
@@ -70,12 +62,12 @@ def restore_or_init(
       seed=trainer.place_seed(),
       norms={name: trainer.place_number(np.asarray(value, np.float32)) for name, value in norms.items()},
     )
-    return Start(state, restored.meta)
+    return restored._replace(state=state)
   run = trainer.run
   loaded = load_initial(run.init_from, trainer)  # first: what is wrong with it shows before anything is compiled
   # All are initialised, also those that were loaded: the initial value of one does not depend on the others.
   params = trainer.init_params(jax.random.key(run.seed)) | loaded
-  return Start(trainer.with_params(params | made(params) if made else params), {})
+  return Restored(trainer.with_params(params | made(params) if made else params), {})
 
 
 def find_initial(path: str, trainer: Trainer) -> set[str]:
@@ -133,7 +125,9 @@ def _check_backbone(path: str, trainer: Trainer, names: Collection[str]) -> None
 
 def _names_in_common(path: str, trainer: Trainer) -> set[str]:
   saved = restore.saved_params(path)
-  common = saved.keys() & trainer.shapes.keys() - _drawn_by_import(path, saved)
+  # The latents' shift and scale are no tensors of a source: its config says them.
+  random = {name for name in restore.initialised(path) if not re.search(optim.STATISTICS, name)}
+  common = saved.keys() & trainer.shapes.keys() - random
   if not common:
     raise UserError(f"init_from={path} has no parameter of this network; it holds {parts_of(saved)}")
   for name in sorted(common):  # a set's order changes, and the message should not
@@ -143,19 +137,6 @@ def _names_in_common(path: str, trainer: Trainer) -> set[str]:
         " config; use the same model section"
       )
   return common
-
-
-def _drawn_by_import(path: str, saved: Collection[str]) -> set[str]:
-  """Those of the saved parameters that import_weights drew at random; none of another verb's run."""
-  file = buckets.path(path) / "import.json"
-  if not file.exists():
-    return set()
-  try:
-    loaded = files.read_json(file)["loaded"]
-    # The latents' shift and scale are no tensors of a source: its config says them.
-    return {name for name in saved if name not in loaded and not re.search(optim.STATISTICS, name)}
-  except (UserError, KeyError, TypeError) as error:
-    raise UserError(f"{file} does not say what was loaded; it should be as import_weights wrote it") from error
 
 
 def _check_frozen(path: str, trainer: Trainer, loaded: Collection[str]) -> None:
