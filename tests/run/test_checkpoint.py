@@ -300,8 +300,11 @@ def test_without_room_a_save_is_left_out_in_one_line(tmp_path, monkeypatch, capl
   assert committed.committed_steps(committed.folder(tmp_path)) == [1, 3]
 
 
+@pytest.mark.parametrize("required", [False, True])
 @pytest.mark.parametrize("where", ["while it is written", "as it begins"])
-def test_a_disk_that_is_full_during_a_save_leaves_the_last_checkpoint(tmp_path, monkeypatch, caplog, where):
+def test_a_disk_that_is_full_during_a_save_leaves_the_last_checkpoint(tmp_path, monkeypatch, caplog, where, required):
+  """And costs the next one nothing, also where that is a run's last."""
+
   def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -316,7 +319,7 @@ def test_a_disk_that_is_full_during_a_save_leaves_the_last_checkpoint(tmp_path, 
       while late and checkpointer._manager.is_saving_in_progress():
         time.sleep(0.01)
     assert committed.committed_steps(committed.folder(tmp_path)) == [1]
-    assert checkpointer.save(3, state, required=False)
+    assert checkpointer.save(3, state, required=required)
   said = "no room to save step 2; the last checkpoint is 1; the next save tries again"
   assert [record.getMessage() for record in caplog.records].count(said) == 1
   assert [path.name for path in committed.folder(tmp_path).iterdir() if path.is_dir()] == ["3"]
