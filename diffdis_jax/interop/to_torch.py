@@ -132,7 +132,8 @@ def _configs(
     ),
     "vae/config.json": VERSION
     | sections.write_vae(model["autoencoder"], scaling_factor=scaling_factor, sample_size=folded_size),
-    "text_encoder/config.json": sections.write_text(model["text_encoder"]),
+    # What it computes in where nobody asks for another: else transformers 5 takes that of its file, and diffusers f32.
+    "text_encoder/config.json": sections.write_text(model["text_encoder"]) | {"torch_dtype": "float32"},
   }
 
 

@@ -211,6 +211,16 @@ def test_half_precision(folder, pipe, photos, dtype):
   assert half.to(torch.float32).embed_images(photos[:1]).isfinite().all()
 
 
+def test_files_in_half_precision_compute_in_full_unless_asked(made, tmp_path):
+  """As the model card loads them; transformers 5 would keep its own part's files' dtype."""
+  export_weights(made, str(tmp_path / "out"), dtype="float16")
+  pipe = load(tmp_path / "out")
+  parts = {name: part.dtype for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+  assert parts == dict.fromkeys(("vae", "text_encoder", "unet", "diffdis"), torch.float32)
+  assert pipe("a red star", num_inference_steps=1).images[0].size == (16, 16)
+  assert load(tmp_path / "out", dtype=torch.float16).text_encoder.dtype == torch.float16
+
+
 def test_it_is_saved_and_loaded_again(folder, pipe, photos, tmp_path):
   pipe.save_pretrained(tmp_path)
   code = {"pipeline.py", "diffdis/torch_diffdis.py", "vae/torch_parts.py"}
