@@ -69,7 +69,9 @@ def make_run(folder: pathlib.Path, imported: str, **changes: object) -> str:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, imported) -> str:
   beside_tokens = {"model.alignment.spatial_pool": 2, "model.text_encoder.token_embedding_weight": 0.7}
-  return make_run(tmp_path_factory.mktemp("export") / "run", imported, **beside_tokens)
+  return make_run(
+    tmp_path_factory.mktemp("export") / "run", imported, **beside_tokens, **{"inference.num_noise_samples": 2}
+  )
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def test_what_was_imported_comes_back_bit_for_bit(sd, imported, tmp_path):
 def test_an_export_is_imported_back_with_what_diffdis_adds(run, exported):
   found = from_torch.open_source(exported)
   config, expected = import_weights.make_config(found), config_of(run)
-  for field in ("image_size", "text_diffusion", "image_diffusion", "condition_timestep", "objectives"):
+  for field in ("image_size", "text_diffusion", "image_diffusion", "condition_timestep", "objectives", "inference"):
     assert config.to_dict()[field] == expected.to_dict()[field]
   for part in ("alignment", "text_encoder"):
     assert config.model[part].to_dict() == expected.model[part].to_dict()

@@ -19,6 +19,7 @@ from absl import logging
 
 from diffdis_jax.common.params import Params
 from diffdis_jax.common.progress import Progress
+from diffdis_jax.config.sections import Sampling
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import compvis, mapping, openclip, sections, shapes, tensor_files
 from diffdis_jax.interop.tensor_files import Tensor, Tensors, read_json
@@ -178,6 +179,7 @@ def _add_diffdis(path: pathlib.Path, model: dict[str, Any], fields: dict[str, An
     model["text_encoder"]["token_embedding_weight"] = own["model"]["text_encoder"].get("token_embedding_weight", 0.0)
     fields |= {f"text_diffusion.{name}": own["text_diffusion"][name] for name in ("schedule", "target", "gamma")}
     fields["condition_timestep"] = own["condition_timestep"]
+    fields |= {f"inference.{each.name}": own["inference"][each.name] for each in dataclasses.fields(Sampling)}
   except (KeyError, TypeError) as error:
     raise UserError(f"{path} lacks {error}; it should be what export_weights wrote") from error
 
