@@ -269,7 +269,7 @@ def test_clip_of_transformers(tmp_path, given):
   assert json.loads((tmp_path / "run" / "import.json").read_text())["initialised"] == []
 
 
-@pytest.mark.parametrize("form", ["folder", "file"])
+@pytest.mark.parametrize("form", ["folder", "file", "file of several processes"])
 def test_clip_of_open_clip(tmp_path, given, form):
   vision = CLIPVisionCfg(layers=2, width=64, patch_size=8, image_size=32)
   text = CLIPTextCfg(layers=2, width=64, heads=1, context_length=pipelines.LENGTH)
@@ -280,8 +280,8 @@ def test_clip_of_open_clip(tmp_path, given, form):
     save_torch(theirs.state_dict(), source / "open_clip_model.safetensors")
     (source / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": True}}))
   else:
-    source = source / "epoch_1.pt"
-    torch.save({"state_dict": theirs.state_dict(), "epoch": 1}, source)
+    source, prefix = source / "epoch_1.pt", "module." * (form != "file")
+    torch.save({"state_dict": {prefix + name: x for name, x in theirs.state_dict().items()}, "epoch": 1}, source)
   import_weights.import_weights(str(source), str(tmp_path / "run"))
   image, encoded = clip_outputs(str(tmp_path / "run"), *given)
   pixels, tokens = theirs_of(given)

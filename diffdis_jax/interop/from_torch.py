@@ -224,22 +224,23 @@ def _canonical(part: str, tensors: Tensors) -> Tensors:
 
 
 def _open_single_file(path: pathlib.Path) -> Source:
-  tensors = tensor_files.open_file(path)
-  marks = ("conditioner.", "cond_stage_model.model.", "model.diffusion_model.input_blocks.")
-  found = {
-    prefix for prefix in (*marks, *compvis.PREFIXES.values()) if any(name.startswith(prefix) for name in tensors)
-  }
+  # As PyTorch names what several processes train; open_clip's own reader takes that away too.
+  tensors = {name.removeprefix("module."): tensor for name, tensor in tensor_files.open_file(path).items()}
+
+  def has(prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in tensors)
+
   if openclip.is_state_dict(tensors):
     return _open_openclip(tensors, path.parent / "open_clip_config.json")
   # Both of these have model.diffusion_model.* too, so that they come before the test for v1.
-  if "conditioner." in found:
+  if has("conditioner."):
     raise UserError(f"{path} is a Stable Diffusion XL checkpoint (it has conditioner.*); {V1}")
-  if "cond_stage_model.model." in found:
+  if has("cond_stage_model.model."):
     raise UserError(f"{path} is a Stable Diffusion 2 checkpoint (it has cond_stage_model.model.*); {V1}")
-  if "model.diffusion_model.input_blocks." not in found:
+  if not has("model.diffusion_model.input_blocks."):
     examples = ", ".join(list(tensors)[:3]) or "none"
     raise UserError(f"{path} is neither a Stable Diffusion v1 nor an open_clip checkpoint; its tensors: {examples}")
-  if lacking := [prefix for prefix in compvis.PREFIXES.values() if prefix not in found]:
+  if lacking := [prefix for prefix in compvis.PREFIXES.values() if not has(prefix)]:
     prefixes = ", ".join(compvis.PREFIXES.values())
     raise UserError(f"{path} has no {lacking[0]}*; a whole Stable Diffusion v1 has {prefixes}")
 
