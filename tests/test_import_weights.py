@@ -372,6 +372,7 @@ def test_a_missing_component_folder(sd, tmp_path, part):
     ("unet/config.json", {"attention_head_dim": 5}, "model.unet.widths has 32; it must be a multiple of num_heads=5"),
     ("text_encoder/config.json", {"vocab_size": 99}, "the text tower has 99 tokens; only CLIP's"),
     ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
+    ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
     ("tokenizer/tokenizer.json", {"model": {"vocab": {"a": 0}}}, "is not CLIP's vocabulary"),
   ],
 )

@@ -77,7 +77,9 @@ FIXED_VAE = dict(
 FIXED_TEXT = dict(layer_norm_eps=1e-5)
 FIXED_VISION = dict(layer_norm_eps=1e-5, num_channels=3)
 PATCHES = "PatchAutoencoderKL"
-FIXED_SCHEDULER = dict(num_train_timesteps=1000, prediction_type="epsilon", trained_betas=None)
+FIXED_SCHEDULER = dict(
+  num_train_timesteps=1000, prediction_type="epsilon", trained_betas=None, rescale_betas_zero_snr=False
+)
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 # Our noise schedule -> theirs. The betas' range is fixed, and means nothing to the cosine schedule.
