@@ -28,7 +28,7 @@ from tests.steps import config_of, network_of
 pytest_plugins = ("tests.command_runs", "tests.pipelines")
 
 STEPS = 3
-METRICS = {"step": 5, "loss": 0.123456789, "loss_generation": 0.1}
+METRICS = {"step": 5, "loss": 0.123456789, "loss_generation": 0.1, "loss_discrimination": None}
 RESULTS = {
   "zero_shot": {
     "emoji": {
@@ -168,7 +168,7 @@ def test_the_model_card(exported):
     "checkpoint of step 5, averaged weights, float32",
     "- 5 steps of 64 pairs, 320 pairs in all",
     "- data: shapes, split train",
-    "- training: step 5, loss 0.123457, loss_generation 0.1\n",
+    "- training: step 5, loss 0.123457, loss_generation 0.1, loss_discrimination not finite\n",
     "- evaluated while training: step 4, test/acc1 0.25\n",
     "| zero_shot | emoji | acc1 0.5, acc5 0.75 | checkpoint step 5, steps 1, templates 2 of them, folder emoji |\n",
     "![Samples, each with its prompt](samples.png)\n\n*Generated at step 4 of the training",

@@ -216,6 +216,15 @@ def read_json(path: str | os.PathLike[str], name: str = "") -> Any:
   return parse_json(content, name)
 
 
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """The JSON object in a file; of anything else, such as one that is not there or cannot be reached, an empty one."""
+  try:
+    found = read_json(path)
+  except (OSError, UserError):
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
 def as_json(content: Any) -> str:
   """JSON for people to read."""
   return json.dumps(content, indent=2) + "\n"

@@ -122,7 +122,7 @@ class Card:
 
   def _training(self) -> str:
     # An import is a checkpoint of step 0; its config's batch, data and rates are defaults that nothing was done by.
-    origin = _parse(self.run / "import.json")
+    origin = files.read_object(self.run / "import.json")
     if self.step == 0 and "source" in origin:
       new = f"; {len(origin['initialised'])} of its parameters are random" * bool(origin.get("initialised"))
       return f"Imported from `{_public(origin['source'])}`, and not trained since{new}."
@@ -141,7 +141,7 @@ class Card:
   def _start(self) -> str:
     if not (start := self.fields.get("init_from")):
       return "random parameters"
-    source = _parse(buckets.path(start) / "import.json").get("source")
+    source = files.read_object(buckets.path(start) / "import.json").get("source")
     return f"`{_public(source)}`" if source else f"another run, `{_public(start)}`"
 
   def _figures(self) -> Iterator[str]:
@@ -160,16 +160,10 @@ class Card:
     yield from self._results()
 
   def _results(self) -> Iterator[str]:
-    # Any JSON of the workdir's root may be of evaluate, whose --out is free: what counts is its form.
-    rows = []
-    for path in sorted(self.run.glob("*.json")):
-      for task, records in _parse(path).items():
-        for dataset, record in records.items() if isinstance(records, dict) else ():
-          if isinstance(record, dict) and isinstance(record.get("metrics"), dict):
-            protocol = _protocol(record)
-            rows.append(f"| {task} | {dataset} | {_shown(record['metrics'])} | {protocol} |")
-    if rows:
-      yield from ("", "| task | data set | measured | protocol |", "|---|---|---|---|", *rows)
+    if found := history.results(self.run):
+      yield from ("", "| task | data set | measured | protocol |", "|---|---|---|---|")
+    for _, task, dataset, record in found:
+      yield f"| {task} | {dataset} | {_shown(record['metrics'])} | {_protocol(record)} |"
 
 
 def _is_joint(fields: Mapping[str, Any]) -> bool:
@@ -206,11 +200,7 @@ def _protocol(record: Mapping[str, Any]) -> str:
   return re.sub(r"[|\n]", " ", ", ".join(words))
 
 
-def _parse(path: epath.Path) -> dict[str, Any]:
-  """A JSON object; of anything else an empty one."""
-  return history.parse(path.read_bytes().decode(errors="replace")) if path.exists() else {}
-
-
 def _shown(values: Mapping[str, Any]) -> str:
-  numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-  return ", ".join(f"{name} {value:.6g}" for name, value in numbers.items())
+  """Numbers, None of which is one that was not finite."""
+  shown = {name: value for name, value in values.items() if value is None or isinstance(value, int | float)}
+  return ", ".join(f"{name} {'not finite' if x is None else f'{x:.6g}'}" for name, x in shown.items())

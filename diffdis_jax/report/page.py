@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import html
 import importlib.resources
 import json
 import math
@@ -38,8 +39,9 @@ def render(runs: Sequence[Run], *, hour_price: float | None = None, now: float |
     embedded = beside.submit(embed, runs)
     data = data_of(runs, hour_price=hour_price, now=now)
   template = importlib.resources.files("diffdis_jax.report").joinpath("template.html").read_text(encoding="utf-8")
-  title = ", ".join(run.name for run in runs)
-  texts = {"title": escape(title), "data": as_json(data), "pictures": as_json(embedded.result())}
+  # A folder's name may be no text of UTF-8.
+  title = ", ".join(run.name for run in runs).encode(errors="replace").decode()
+  texts = {"title": html.escape(title), "data": as_json(data), "pictures": as_json(embedded.result())}
   # All places at once: what a run says may look like one.
   return PLACE.sub(lambda place: texts[place[1]], template)
 
@@ -80,7 +82,10 @@ def facts_of(run: Run, *, hour_price: float | None, now: float) -> dict[str, Any
     "parameters": summary.parameters(run),
     "rates": run.config["optim"]["rates"],
     "checkpoints": [{"step": step, "metrics": metrics} for step, metrics in sorted(run.checkpoints.items())],
-    "results": results_of(run),
+    "results": [
+      {"file": each.file, "task": each.task, "dataset": each.dataset, "metrics": each.record["metrics"]}
+      for each in run.results
+    ],
     "data": next((event["data"] for event in reversed(run.events) if "data" in event), []),
     "cards": [{"name": name, "facts": card["facts"]} for name, card in run.cards.items()],
     "config": summary.fields(run),
@@ -106,16 +111,6 @@ def thinned(curve: curves.Curve) -> dict[str, Any]:
 
 def numbers(values: np.ndarray) -> list[float | None]:
   return [float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None for value in values.tolist()]
-
-
-def results_of(run: Run) -> list[dict[str, Any]]:
-  """A row for each data set that `evaluate` has measured, of every file that lies in the workdir."""
-  return [
-    {"file": file, "task": task, "dataset": dataset, "metrics": record["metrics"], "protocol": record.get("protocol")}
-    for file, tasks in run.results.items()
-    for task, sets in tasks.items()
-    for dataset, record in sets.items()
-  ]
 
 
 def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -163,8 +158,9 @@ def spread(files: Sequence[Any], most: int) -> list[Any]:
 
 def as_json(value: Any) -> str:
   """JSON that may stand inside a script element, whatever is in it. Numbers that are not finite are null."""
-  text = json.dumps(_finite(value), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-  return text.replace("&", "\\u0026").replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+  # In ASCII, so that it holds neither a line's end of JavaScript nor half of a character.
+  text = json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
+  return text.replace("&", "\\u0026").replace("<", "\\u003c")
 
 
 def _finite(value: Any) -> Any:
@@ -173,10 +169,6 @@ def _finite(value: Any) -> Any:
   if isinstance(value, list | tuple):
     return [_finite(each) for each in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def escape(text: str) -> str:
-  return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def names_of(paths: Sequence[str]) -> list[str]:

@@ -30,7 +30,7 @@ class Run:
     grids: name -> [(step, file)] of pictures in samples/, by step.
     events: of history.jsonl.
     checkpoints: step -> what was measured when it was saved.
-    results: file -> what evaluate has left in the folder.
+    results: what evaluate has left in the folder.
     cards: data source -> what prepare_data wrote of it: `facts` of card.json and the `picture` beside it.
     written: when metrics.jsonl was last written, seconds since 1970.
     alive: whether a process has the workdir now.
@@ -42,7 +42,7 @@ class Run:
   grids: Mapping[str, list[tuple[int, epath.Path]]]
   events: list[dict[str, Any]]
   checkpoints: Mapping[int, Mapping[str, float]]
-  results: Mapping[str, Any]
+  results: list[history.Result]
   cards: Mapping[str, dict[str, Any]]
   written: float | None
   alive: bool
@@ -70,7 +70,7 @@ def read(path: str, name: str) -> Run:
     grids=_grids(folder / "samples"),
     events=history.read(path),
     checkpoints=_checkpoints(path),
-    results=_results(folder),
+    results=history.results(path),
     cards=_cards(config["data"]),
     written=metrics.stat().mtime if exists else None,
     alive=_is_alive(folder / "lock.json"),
@@ -95,18 +95,6 @@ def _checkpoints(path: str) -> dict[int, dict[str, float]]:
   return found
 
 
-def _results(folder: epath.Path) -> dict[str, Any]:
-  """Files that `evaluate` wrote: {task: {data set: record with metrics}}."""
-  found = {}
-  # evaluate's --out may have any name, so that what a file is shows in its form.
-  for path in sorted(folder.glob("*.json")):
-    tasks = _read_json(path)
-    records = [record for sets in tasks.values() if isinstance(sets, dict) for record in sets.values()]
-    if records and all(isinstance(record, dict) and "metrics" in record for record in records):
-      found[path.name] = tasks
-  return found
-
-
 def _cards(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   """Of the run's sources that prepare_data wrote, and that can be reached from here."""
   # One that lies on another machine is left out: the page is of what can be read here.
@@ -114,18 +102,9 @@ def _cards(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   found = {}
   for name, section in sections.items():
     folder = buckets.path(section["path"]) if section.get("path") else None
-    if folder is not None and (facts := _read_json(folder / "card.json")):
+    if folder is not None and (facts := files.read_object(folder / "card.json")):
       found[str(section["path"]) if name == "data" else name] = {"facts": facts, "picture": folder / "card.png"}
   return found
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-  """An object; of anything else, such as a file that is not there, an empty one."""
-  try:
-    found = files.read_json(path)
-  except (OSError, UserError):
-    return {}
-  return found if isinstance(found, dict) else {}
 
 
 def _is_alive(lock: epath.Path) -> bool:

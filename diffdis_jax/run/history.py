@@ -12,7 +12,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 from etils import epath
@@ -21,6 +21,15 @@ from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import Preempted, UserError, parse_json
 
 FILE = "history.jsonl"
+
+
+class Result(NamedTuple):
+  """What evaluate measured on a data set, as a `record` with `metrics`, in a `file` of the workdir."""
+
+  file: str
+  task: str
+  dataset: str
+  record: dict[str, Any]
 
 
 class WentBack(Exception):
@@ -74,6 +83,18 @@ def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapp
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
   """The lines of the file, except those that were cut off; empty where there is none."""
   return [line for line in map(parse, files.lines(buckets.path(workdir) / FILE)) if _is_event(line)]
+
+
+def results(workdir: epath.PathLike) -> list[Result]:
+  """What evaluate left in the folder."""
+  # Its --out may have any name, so that what a file is shows in its form.
+  return [
+    Result(path.name, task, dataset, record)
+    for path in sorted(buckets.path(workdir).glob("*.json"))
+    for task, records in files.read_object(path).items()
+    for dataset, record in (records.items() if isinstance(records, dict) else ())
+    if isinstance(record, dict) and isinstance(record.get("metrics"), dict)
+  ]
 
 
 def since(workdir: epath.PathLike) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import shutil
 
@@ -22,12 +23,17 @@ FLAGS += (
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, pathlib.Path]:
-  """Of one run, and of two."""
+  """Of one run, of two, and of one that never had a finite number."""
   folder = tmp_path_factory.mktemp("browser")
   runs = [written_run.write(folder / name / "run", batch_size=size) for name, size in (("a", 16), ("b", 32))]
   for name, some in (("one", runs[:1]), ("two", runs)):
     report.report(some, str(folder / f"{name}.html"))
-  return {name: folder / f"{name}.html" for name in ("one", "two")}
+  lost = pathlib.Path(written_run.write(folder / "c" / "run"))
+  lines = [json.loads(line) for line in (lost / "metrics.jsonl").read_text().splitlines()[:-1]]
+  lines = [{name: value if name == "step" else None for name, value in line.items()} for line in lines]
+  (lost / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  report.report([str(lost)], str(folder / "lost.html"))
+  return {name: folder / f"{name}.html" for name in ("one", "two", "lost")}
 
 
 @pytest.fixture(params=[390, 1280])
@@ -75,6 +81,13 @@ def test_a_run_is_read_off_the_page(driver, pages):
   assert len(driver.find_elements("css selector", ".chart svg path")) >= 8
   assert "corrupt image" in texts(driver, "#data-set")[0] and "</script>" in texts(driver, "#data-set")[0]
   assert "100 parameters, 70 of them trained" in texts(driver, "#parameters")[0]
+
+
+def test_a_run_of_numbers_that_are_not_finite_has_a_page_too(driver, pages):
+  driver.get(pages["lost"].as_uri())
+  assert is_clean(driver)
+  assert "Loss – never finite" in texts(driver, "header .tile")
+  assert len(texts(driver, "h2")) == 9 and "No finite value yet." in texts(driver, "#losses")[0]
 
 
 def test_the_slider_the_curves_and_the_config_answer(driver, pages):

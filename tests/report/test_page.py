@@ -104,6 +104,27 @@ def test_numbers_that_are_not_finite_are_null():
   assert page.as_json({"a": [1.5, math.nan], "b": (math.inf, "<")}) == '{"a":[1.5,null],"b":[null,"\\u003c"]}'
 
 
+def test_results_of_which_some_are_none(tmp_path):
+  path = tmp_path / "run"
+  written_run.write(path)
+  results = {"zero_shot": {"a": {"metrics": {"acc1": math.nan}}, "b": {"metrics": None}, "c": 3}, "version": 3}
+  (path / "results.json").write_text(json.dumps(results))
+  (run,) = Scripts(page.render([read.read(str(path), "run")])).json("data")["runs"]
+  assert [(row["dataset"], row["metrics"]) for row in run["results"]] == [("a", {"acc1": None})]
+
+
+def test_texts_that_are_no_unicode(tmp_path):
+  """As the name of a folder of another encoding is, in an error's message too."""
+  path = tmp_path / "run"
+  written_run.write(path)
+  event = {"event": "end", "time": written_run.DAY + 700, "why": "failed", "message": "no folder \udce9t\udce9"}
+  (path / "history.jsonl").write_text(json.dumps(event))
+  text = page.render([read.read(str(path), "\udce9t\udce9 & <b>")], now=written_run.DAY)
+  (run,) = Scripts(text.encode().decode()).json("data")["runs"]
+  assert run["status"] == {"state": "failed", "message": "no folder \udce9t\udce9"}
+  assert "<title>?t? &amp; &lt;b&gt;</title>" in text
+
+
 def test_no_more_pictures_than_fit_and_the_last_among_them(runs, monkeypatch):
   monkeypatch.setattr(page, "MOST_GRIDS", 4)
   found = page.embed(runs)

@@ -22,7 +22,8 @@ def test_what_a_run_left_is_found(run):
   assert run.step == 300 and run.curves["loss"].steps[-1] == 300
   assert [step for step, _ in run.grids["samples"]] == [100, 200, 300]
   assert run.checkpoints == {200: {"test/acc1": 0.25}, 300: {}}, "not the one that was never committed"
-  assert run.results["results.json"]["zero_shot"]["birds/val"]["metrics"] == {"acc1": 0.75}
+  (result,) = run.results
+  assert result[:3] == ("results.json", "zero_shot", "birds/val") and result.record["metrics"] == {"acc1": 0.75}
   (card,) = run.cards.values()
   assert card["facts"] == written_run.CARD and card["picture"].exists()
   assert not run.alive
