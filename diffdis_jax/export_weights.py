@@ -182,8 +182,14 @@ def licences_of(run: str) -> str:
   """Of what a run was trained on: as a run in one file has them, or as they lie beside the records of its data."""
   if (file := one_file.at(run)) is not None:
     return one_file.read_record(file).licences
-  found = (buckets.path(path) / LICENSES for path in run_config.load(run).data.paths)
-  return "\n".join(each.read_text() for each in found if each.exists())
+  texts = []
+  for path in run_config.load(run).data.paths:
+    try:
+      file = buckets.path(path) / LICENSES
+      texts += [file.read_text()] if file.exists() else []
+    except OSError as error:  # of another machine's bucket or disk, without which the weights are whole all the same
+      logging.warning("the licences of its data cannot be read, add them yourself: %s", error)
+  return "\n".join(texts)
 
 
 def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:

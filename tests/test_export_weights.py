@@ -11,10 +11,12 @@ import sys
 import numpy as np
 import pytest
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from etils import epath
 from safetensors.numpy import load_file
 from transformers import CLIPTokenizer
 
 from diffdis_jax import export_weights, import_weights, inference
+from diffdis_jax.common import buckets
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import from_torch, mapping, to_torch
@@ -221,6 +223,25 @@ def test_an_autoencoder_alone_is_diffusers_own(imported, tmp_path, caplog):
   with pytest.raises(UserError, match="has no folder unet; a Stable Diffusion of diffusers has unet, vae") as error:
     import_weights.import_weights(str(tmp_path / "out"), str(tmp_path / "again"))
   assert "\n" not in str(error.value) and not (tmp_path / "again").exists()
+
+
+class Away(type(epath.Path())):
+  """In a bucket that this machine cannot reach."""
+
+  def read_bytes(self):
+    raise ConnectionError("no route to the bucket")
+
+  exists = read_text = read_bytes
+
+
+def test_data_and_a_start_that_cannot_be_reached_are_left_out(imported, tmp_path, caplog, monkeypatch):
+  run = make_run(tmp_path / "run", imported, **{"data.path": "gs://away/data", "init_from": "gs://away/of-the-cluster"})
+  path = buckets.path
+  monkeypatch.setattr(buckets, "path", lambda where: Away(where) if str(where).startswith("gs:/") else path(where))
+  export_weights.export_weights(run, str(tmp_path / "out"))
+  assert "the licences of its data cannot be read, add them yourself: no route to the bucket" in caplog.text
+  assert not (tmp_path / "out" / export_weights.LICENSES).exists()
+  assert "- started from another run, `of-the-cluster`" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_bad_arguments(run, tmp_path):
