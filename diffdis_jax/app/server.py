@@ -45,6 +45,7 @@ def serve(
     del number, frame
     stop.set()
 
+  host = host.strip("[]")  # with or without, as addresses have them
   # Before the launch, so that a signal during it is not lost either.
   before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
   upload, uploads = int(limits.upload_mb * 1e6), int(limits.uploads_mb * 1e6)
@@ -57,7 +58,8 @@ def serve(
   ]
   try:
     _, address, _ = blocks.launch(
-      server_name=host,
+      # Gradio puts it into the page's address.
+      server_name=f"[{host}]" if ":" in host else host,
       server_port=port or _free_port(host),
       # The server has a thread of its own; signals reach this one, which waits below.
       prevent_thread_lock=True,
@@ -87,5 +89,5 @@ def serve(
 
 def _free_port(host: str) -> int:
   # Gradio writes the number that it is given into the page's address, 0 too.
-  with socket.create_server((host, 0)) as server:
+  with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
     return server.getsockname()[1]

@@ -104,6 +104,14 @@ def test_hostile_requests_are_refused_and_nothing_of_them_stays(tmp_path, stop):
   assert "Traceback" not in served.log.read_text(), served.log.read_text()[-2000:]
 
 
+@pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
+def test_an_address_of_ipv6(tmp_path, host):
+  with started(["-c", SERVER.replace("127.0.0.1", host)], tmp_path / "log", {}) as served:
+    port = urlsplit(served.address).port
+    assert served.address == f"http://[{host.strip('[]')}]:{port}"
+    assert httpx.get(f"http://[::1]:{port}/config").status_code == 200
+
+
 def every(served: Served, numbers: range) -> list[tuple[int, int]]:
   with ThreadPoolExecutor(AT_ONCE) as pool:
     return list(pool.map(lambda number: status(served.address, number), numbers))
