@@ -123,7 +123,7 @@ def serve(
   sampler = step_sampler.StepSampler(model, params, seconds=limits.seconds)
   index = None
   if source is not None and "search" in sampler.tabs:
-    index = search.Index(sampler, source, num_images)
+    index = search.Index(sampler.patient(), source, num_images)
 
   # Here, since starlette is installed with the extra `app` alone.
   from diffdis_jax.app import uploads
@@ -147,12 +147,12 @@ def serve(
 def prepare(sampler: step_sampler.StepSampler, index: search.Index | None) -> None:
   """Compiles what answers take, then embeds the images to search, while the page is there already."""
   try:
-    sampler.warm_up()
+    sampler.patient().warm_up()
     logging.info("every program is compiled")
   except (UserError, RuntimeError, CancelledError) as error:  # too large, or closed meanwhile
     if not sampler.closed.is_set():
       logging.warning("the model does not answer: %s", error)
-    return
+  # After an error too: embedding takes less than generation, and says itself what it fails on.
   if index is not None:
     index.fill()
 
@@ -176,8 +176,8 @@ def open_data(
     return None
   try:
     return sources.open_source(**section)
-  except UserError as error:
-    # Nobody has asked for this set: the other tabs do without it.
+  except (UserError, OSError) as error:
+    # Nobody has asked for this set, which may lie where this machine cannot look: the other tabs do without it.
     logging.warning("no images to search: %s; give --data and --split", error)
     return None
 

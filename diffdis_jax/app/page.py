@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 import gradio as gr
+from absl import logging
 from gradio import themes
 
 from diffdis_jax.app import charts, classify, draw, inside, search
@@ -131,11 +132,16 @@ def _ask(
 
 
 def _picks(index: search.Index | None) -> list[Any]:
-  """Images of the folder, at even distances."""
+  """Images of the folder, at even distances, those that can be read."""
   if index is None:
     return []
-  places = range(0, len(index.indices), max(1, len(index.indices) // PICKS))
-  return [index.record(place).image for place in places[:PICKS]]
+  found = []
+  for place in range(0, len(index.indices), max(1, len(index.indices) // PICKS))[:PICKS]:
+    try:
+      found.append(index.record(place).image)
+    except UserError as error:
+      logging.warning("an image to pick is left out: %s", error)
+  return found
 
 
 def _unchecked(field: Any) -> Any:

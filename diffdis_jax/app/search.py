@@ -99,10 +99,9 @@ class Index:
     return [Hit(int(place), float(scores[place])) for place in np.argsort(-scores, kind="stable")[:count]]
 
   def record(self, place: int) -> Found:
-    """The image at this place among those that are searched."""
-    record = base.read(self.source, self.indices[place])
-    side = self._sampler.network.image_size
-    return Found(base.to_square(record["image"], side), name_of(record))
+    """The image at this place among those that are searched. Raises UserError: it is damaged."""
+    images = base.Images(self.source, self.indices, self._sampler.network.image_size)
+    return Found(images[np.array([place])][0], name_of(base.fields(self.source, self.indices[place])))
 
   def state(self) -> str:
     """How far embedding is."""

@@ -6,6 +6,7 @@ A step is that of Algorithm 2 or 3 (method/algorithms.py), one a call: what is s
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import threading
@@ -103,7 +104,8 @@ class StepSampler:
   """
 
   def __init__(self, model: inference.Inference, params: Params, *, seconds: float):
-    self.model, self._params, self._seconds = model, params, seconds
+    self.model, self._params = model, params
+    self._seconds: float | None = seconds
     self.network = model.network
     self.tabs = tabs(self.network.objectives)
     self._tokenizer = Tokenizer(model.max_length)
@@ -123,6 +125,12 @@ class StepSampler:
     # τ = min(exp(logit_scale), 100) of the contrastive loss; none in a run of generation alone.
     scale = params.get("logit_scale")
     self.temperature = 1.0 if scale is None else float(losses.temperature(jnp.asarray(scale)))
+
+  def patient(self) -> StepSampler:
+    """The same model, with the same turns, for work that nobody waits for: its calls may take any time."""
+    other = copy.copy(self)
+    other._seconds = None
+    return other
 
   def call(self, f: Callable[..., Any], *args: Any) -> Any:
     """f(*args), as numpy arrays, when it is this call's turn. Raises UserError: the turn did not come in time."""

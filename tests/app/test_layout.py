@@ -10,6 +10,7 @@ from diffdis_jax.app.search import Index
 from diffdis_jax.app.step_sampler import StepSampler
 from tests import steps, tiny, tiny_clip
 from tests.app.test_tabs import Source
+from tests.app.test_tabs import StepSampler as TabsSampler
 from tests.models.networks import random_params
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # of Gradio's own imports
@@ -44,6 +45,18 @@ def config_of(*objectives: str):
 )
 def test_a_run_has_the_tabs_that_it_can_serve(config, expected):
   assert tabs(config, source=Source("red", "blue")) == expected
+
+
+def test_images_to_pick_are_those_that_can_be_read(caplog):
+  from diffdis_jax.app import page
+
+  class Damaged(Source):
+    def __getitem__(self, index):
+      return super().__getitem__(index) if index else {"image": b"", "caption": ""}
+
+  picks = page._picks(Index(TabsSampler(), Damaged("red", "green", "blue"), None))
+  assert [tuple(pick[0, 0]) for pick in picks] == [(0, 255, 0), (0, 0, 255)]
+  assert "left out: record 0 of the data set cannot be used" in caplog.text
 
 
 def test_without_a_folder_there_is_nothing_to_search():

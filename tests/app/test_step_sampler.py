@@ -127,6 +127,7 @@ def test_a_busy_model_is_a_message_and_the_next_request_has_its_turn(sampler, mo
   blocker.start()
   with pytest.raises(UserError, match=r"busy for more than 0.2 s"):
     sampler.call(np.ones, 3)
-  held.set()
+  threading.Timer(0.3, held.set).start()
+  np.testing.assert_array_equal(sampler.patient().call(np.ones, 2), np.ones(2))
   blocker.join()
   np.testing.assert_array_equal(sampler.call(np.ones, 3), np.ones(3))

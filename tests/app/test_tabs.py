@@ -13,8 +13,10 @@ import scipy.special
 from PIL import Image
 
 from diffdis_jax.app import charts, classify, draw, inside, search, step_sampler
+from diffdis_jax.app.__main__ import open_data, prepare
 from diffdis_jax.app.limits import Limits
 from diffdis_jax.app.step_sampler import Estimate, Frame
+from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
 from tests import studio_pictures as pictures
 
@@ -183,6 +185,30 @@ def test_what_is_embedded_can_be_searched_where_the_rest_cannot_be_read():
   assert index.embedded == 2
   assert index.state().startswith("2 of 5 images are searched so far. record 3 of the data set cannot be used")
   assert [hit.place for hit in index.nearest(np.array([0, 1, 0], np.float32), 9)] == [1, 0]
+
+
+def test_images_are_embedded_where_another_program_does_not_compile(caplog):
+  class Large(StepSampler):
+    def warm_up(self):
+      raise RuntimeError("RESOURCE_EXHAUSTED: the image's program")
+
+    def patient(self):
+      return self
+
+  index = search.Index(Large(), Source("red", "green"), None)
+  prepare(Large(), index)
+  assert index.embedded == 2 and "RESOURCE_EXHAUSTED" in caplog.text
+
+
+def test_without_its_data_set_the_page_has_the_other_tabs(monkeypatch, caplog):
+  def away(**section):
+    raise ConnectionError("no route to the bucket")
+
+  monkeypatch.setattr(sources, "open_source", away)
+  assert open_data({"test": {"data": {"name": "pairs"}}}, None, None, image_size=8) is None
+  assert "no images to search: no route to the bucket; give --data and --split" in caplog.text
+  with pytest.raises(ConnectionError):  # of one that was asked for
+    open_data({}, "gs://bucket/data", "val", image_size=8)
 
 
 def test_inside_shows_scores_and_paths_after_each_step(tmp_path):
