@@ -42,9 +42,14 @@ TABS = {  # what each needs a run to be trained for, any of these
 }
 
 
-def tabs(objectives: Sequence[str]) -> tuple[str, ...]:
-  """Those that a run with these objectives can serve. Raises UserError: none."""
-  found = tuple(name for name, needed in TABS.items() if {*needed} & {*objectives})
+def tabs(objectives: Sequence[str], *, aligned: bool = True) -> tuple[str, ...]:
+  """Those that a run with these objectives can serve. Raises UserError: none.
+
+  `aligned`: whether it compares images with texts, as an import that nobody trained does not.
+  """
+  found = tuple(
+    name for name, needed in TABS.items() if {*needed} & {*objectives} and (aligned or needed == GENERATIVE)
+  )
   if not found:
     raise UserError(f"this run's objectives are {', '.join(objectives)}; a page takes a run of DiffDis or CLIP")
   return found
@@ -107,7 +112,7 @@ class StepSampler:
     self.model, self._params = model, params
     self._seconds: float | None = seconds
     self.network = model.network
-    self.tabs = tabs(self.network.objectives)
+    self.tabs = tabs(self.network.objectives, aligned=model.aligned)
     self._tokenizer = Tokenizer(model.max_length)
     # One thread: the device runs one program at a time, and so requests get their turns in the order in which they ask.
     self._turns = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -155,13 +160,13 @@ class StepSampler:
     """e of each text, L2-normalised."""
     tokens, size = self._tokens(texts), self.model.batch_size
     parts = range(0, len(tokens), size)
-    return np.concatenate(
-      [self.call(self.model.embed_texts, self._params, tokens[start : start + size]) for start in parts]
+    return _finite(
+      np.concatenate([self.call(self.model.embed_texts, self._params, tokens[start : start + size]) for start in parts])
     )
 
   def embed_images(self, images: UInt8[np.ndarray, "n H W 3"] | Any, *, seed: int) -> Float[np.ndarray, "n d"]:
     """The query of each of a batch of images, by the run's own protocol, L2-normalised."""
-    return self.call(lambda: self.model.embed_images(self._params, images, seed=seed))
+    return _finite(self.call(lambda: self.model.embed_images(self._params, images, seed=seed)))
 
   def image_queries(
     self, image: UInt8[np.ndarray, "H W 3"], *, seed: int, num_noise_samples: int
@@ -221,7 +226,7 @@ class StepSampler:
         self.call(program, self._params, x_t[start : start + ROWS], now, *args) for start in range(0, len(x_t), ROWS)
       ]
       step: Any = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
-      x_t = np.asarray(step.z_prev if isinstance(step, GenerationStep) else step.x_prev)
+      x_t = _finite(np.asarray(step.z_prev if isinstance(step, GenerationStep) else step.x_prev))
       yield step
 
   def warm_up(self) -> None:
@@ -276,3 +281,12 @@ class StepSampler:
       normalize_query=how.normalize_query,
     )
     return DdimStep(x_prev=step.x_prev, x_0=losses.unit_norm(step.x_0))
+
+
+def _finite(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+  """x. Raises UserError: it has numbers that are not finite, of which there is nothing to show."""
+  if not np.isfinite(x).all():
+    raise UserError(
+      "the model gives numbers that are not finite, as after training that diverged; take an earlier checkpoint, --step"
+    )
+  return x

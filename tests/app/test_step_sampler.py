@@ -87,6 +87,18 @@ def test_nothing_is_compiled_again_for_other_requests(sampler):
   assert compiled(sampler.model._compiled_embed_texts) == compiled(sampler.model._compiled_embed_images) == 1
 
 
+def test_a_model_that_diverged_is_a_message(sampler, monkeypatch):
+  monkeypatch.setattr(sampler, "_params", {name: x * np.float32(np.nan) for name, x in sampler._params.items()})
+  for ask in (
+    lambda: list(sampler.generate("a", seed=0, steps=2, guidance_scale=2.0, frames=1)),
+    lambda: list(sampler.image_queries(IMAGE, seed=0, num_noise_samples=1)),
+    lambda: sampler.text_queries(["a"]),
+    lambda: sampler.embed_images(IMAGE[None], seed=0),
+  ):
+    with pytest.raises(UserError, match="gives numbers that are not finite.*; take an earlier checkpoint, --step"):
+      ask()
+
+
 def test_text_queries_in_any_number(sampler):
   texts = ["a star", "a ring", "a red ring"]
   expected = sampler.model.embed_texts(sampler._params, Tokenizer(sampler.model.max_length)(texts))
@@ -113,6 +125,12 @@ def test_a_clip_has_one_query_and_the_loss_temperature():
 )
 def test_a_run_has_the_tabs_that_it_can_serve(objectives, expected):
   assert module.tabs(objectives) == expected
+
+
+def test_an_import_whose_head_was_never_trained_only_generates(sampler, monkeypatch):
+  assert sampler.tabs == ("draw", "classify", "search", "inside")
+  monkeypatch.setattr(sampler.model, "aligned", False)
+  assert StepSampler(sampler.model, sampler._params, seconds=300).tabs == ("draw",)
 
 
 def test_an_autoencoder_has_no_page():
