@@ -142,7 +142,7 @@ class Checkpointer:
     try:
       self.wait()  # as the manager's own `save` begins: the digests of the one before are written
     except OSError as error:
-      self._give_up(error, required=False)  # of that one this one does instead
+      self._give_up(error, required=False)  # the one before, whose place this one takes
     if has_room(committed.folder(self._workdir), arrays):
       return True
     if required:
