@@ -18,6 +18,16 @@ from diffdis_jax.data.randaugment import randaugment
 WHITE = (255, 255, 255)
 FACTORS = (8, 4, 2)  # by which libjpeg can decode fewer pixels
 TRIES = 10  # of sampling a box that fits, as in torchvision
+# What makes an image upright, by the number that EXIF has for how it lies.
+_TURNS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 STRIP = 2**20  # pixels that are converted at a time, so that a large image needs no second copy of four bytes a pixel
 
 
@@ -76,11 +86,22 @@ def decode_reduced(image: bytes | UInt8[np.ndarray, "h w 3"], *, at_least: int |
     factor = 1 if at_least is None else _reduce(opened, at_least)
     # To its end: a file that is cut off raises here, where that is counted.
     opened.load()
-    ImageOps.exif_transpose(opened, in_place=True)
-    upright = _to_rgb(opened)
+    turn = _turn(opened)
+  # Not by ImageOps.exif_transpose, which writes all of EXIF again, and fails at whatever is wrong in it.
+  if turn is not None:
+    opened = opened.transpose(turn)
+  upright = _to_rgb(opened)
   # -stored % factor is how far the last pixel lies beyond the edge: zero where EXIF exchanges the sides.
   width, height = (side * factor - -stored % factor for side, stored in zip(upright.size, sides, strict=True))
   return Decoded(upright, width, height, factor)
+
+
+def _turn(opened: Image.Image) -> Image.Transpose | None:
+  """What makes the image upright, by EXIF; None where it is, or EXIF cannot be read, on which no pixel depends."""
+  try:
+    return _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
+  except Exception:  # Pillow's reader raises whatever damage leads it into
+    return None
 
 
 def _reduce(opened: Image.Image, at_least: int) -> int:
@@ -88,7 +109,7 @@ def _reduce(opened: Image.Image, at_least: int) -> int:
   if not isinstance(opened, JpegImageFile) or min(opened.size) < FACTORS[-1] * at_least:
     return 1
   # Turning would bring the partial last pixel to the left or the top.
-  is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+  is_turned = _turn(opened) is not None
   for factor in FACTORS:
     divides = not any(side % factor for side in opened.size)
     if min(opened.size) >= factor * at_least and (divides or not is_turned):

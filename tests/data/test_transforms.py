@@ -1,4 +1,5 @@
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from diffdis_jax.data.transforms import (
   Augmentation,
   augment,
   decode,
+  decode_reduced,
   draw_box,
   random_affine,
   random_resized_crop,
@@ -68,6 +70,23 @@ def test_decode_cmyk_and_exif():
   pixels = noise(16, 24)
   turned = np.asarray(decode(encode(Image.fromarray(pixels), exif=exif)))
   np.testing.assert_array_equal(turned, np.rot90(pixels, -1))
+
+
+@pytest.mark.filterwarnings("ignore:Metadata Warning", "ignore:Corrupt EXIF", "ignore:Truncated")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("turns", [0, 1])
+def test_damage_of_exif_costs_no_image(kind, turns):
+  """What a camera or an editor wrote there wrongly: its pixels are whole, and so is the entry of how they lie."""
+  entry = struct.pack("<HHL2H", 0x0112, 3, 1, 6, 0)
+  odd = struct.pack("<HHLf", 0x0131, 11, 1, 1.5)  # a text by its number, and a number by its type
+  exif = b"II*\0" + struct.pack("<LH", 8, 2) + entry + odd + bytes(4) if turns else b"garbage"
+  image = Image.fromarray(noise(16, 24))
+  data = encode(image, kind, exif=b"Exif\0\0" + exif, **({"dpi": (72, 72)} if kind == "JPEG" else {}))
+  for at_least in (None, 2):
+    shown = decode_reduced(data, at_least=at_least)
+    assert (shown.width, shown.height) == ((16, 24) if turns else (24, 16))
+  with Image.open(io.BytesIO(data)) as stored:
+    np.testing.assert_array_equal(np.asarray(decode(data)), np.rot90(np.asarray(stored.convert("RGB")), -turns))
 
 
 @pytest.mark.parametrize("broken", [b"", b"not an image", encode(Image.fromarray(noise()))[:-400]])
