@@ -137,12 +137,13 @@ def _unusable() -> Iterator[None]:
 
 def read_caption(data: bytes | None) -> str:
   """UTF-8 bytes -> the caption without surrounding white space. Raises Unusable: none there, or bytes not in UTF-8."""
-  if data is None or not data.strip():
-    raise Unusable("missing caption")
   try:
-    return data.decode().strip()
+    caption = (data or b"").decode("utf-8-sig").strip()  # without the mark that Windows puts before a text
   except UnicodeDecodeError as error:
     raise Unusable("caption that is not UTF-8") from error
+  if not caption:
+    raise Unusable("missing caption")
+  return caption
 
 
 def read_metadata(data: bytes | None) -> dict[str, Any]:

@@ -61,3 +61,9 @@ def test_a_smaller_image_looks_the_same():
   record, _ = pairs.to_record(RawPair("k", encode(Image.fromarray(ramp)), b"x"), short_side=32)
   stored = np.asarray(records.read_image(record["image"])).astype(int)
   assert np.abs(stored - ramp[::2, ::2]).max() < 8
+
+
+def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_the_caption():
+  assert records.read_caption(b"\xef\xbb\xbfa red star\r\n") == "a red star"
+  with pytest.raises(records.Unusable, match="missing caption"):
+    records.read_caption(b"\xef\xbb\xbf\r\n")

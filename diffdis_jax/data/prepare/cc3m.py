@@ -72,7 +72,7 @@ def _rows(table: pathlib.Path) -> Iterator[Item]:
 
   parts.check_plain(table)
   csv.field_size_limit(MOST_TEXT_BYTES)  # instead of 131,072 characters
-  with open(table, encoding="utf-8", errors="surrogateescape", newline="") as file:
+  with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
     # Without quotes: captions have single ones, at which csv would read on to the end of the file.
     rows = csv.DictReader(parts.lines_of(file, table), delimiter="\t", quoting=csv.QUOTE_NONE)
     columns = {name.strip().lower(): name for name in rows.fieldnames or ()}

@@ -58,6 +58,13 @@ def test_two_tables_of_a_split(tmp_path):
     cc3m.find_parts(tmp_path)
 
 
+def test_a_table_that_begins_with_a_mark(tmp_path):
+  """As a spreadsheet saves it."""
+  (tmp_path / "train.tsv").write_bytes(b"\xef\xbb\xbfcaption\tfilepath\na\t1.png\n")
+  (part,) = cc3m.find_parts(tmp_path)
+  assert [(item.caption, item.file) for item in part.items] == [("a", "1.png")]
+
+
 def test_odd_rows(tmp_path):
   """A short row, a quote, bytes that are not UTF-8."""
   (tmp_path / "train.tsv").write_bytes(b'caption\tfilepath\nalone\n"quoted\t1.png\n\xff\t1.png\n')
