@@ -230,12 +230,14 @@ def prepare(
     What became of the pairs of each split; `out/report.json` says the same.
 
   Raises:
-    UserError: `out` is not an empty folder or cannot be written, a split without one usable pair or a name that it can
-      have, or an unfinished preparation there of another source or with other settings.
+    UserError: `out` is not an empty folder or cannot be written, no part, a split without one usable pair or a name
+      that it can have, or an unfinished preparation there of another source or with other settings.
   """
   settings = settings or Settings()
   if settings.beam_options:
     staging.check_beam()
+  if not parts:
+    raise UserError("--source has no pair")
   _check_splits(parts)
   out = out.resolve()
   partial = partial_of(out)

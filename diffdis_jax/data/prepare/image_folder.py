@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Iterator
 
@@ -31,20 +30,21 @@ def find_parts(source: pathlib.Path) -> list[Part]:
     UserError: no folder, or none of images in it.
   """
   parts.check_folder(source, "a folder of class folders")
-  children = sorted(path for path in source.iterdir() if path.is_dir())
+  children = sorted(_folders(source))
   splits = {path.name: path for path in children if path.name in SPLITS}
   # A class may be called `test`: only where all folders are splits are they taken for such.
   if splits and len(splits) < len(children):
     raise UserError(f"{source} mixes splits and classes: {', '.join(path.name for path in children[:10])}")
   roots = splits or {"train": source}
   # Over all splits, so that a class which one of them lacks moves no other's number.
-  classes = in_order({path.name for root in roots.values() for path in root.iterdir() if path.is_dir()})
+  classes = in_order({path.name for root in roots.values() for path in _folders(root)})
   found: list[Part] = []
   for split, root in roots.items():
     items = []
     for label, name in enumerate(classes):
       metadata = json.dumps({"label": label, "class": name}, ensure_ascii=False)
-      images = sorted(path for path in _files(root / name) if path.suffix.lower() in ENDINGS)
+      there = parts.names_below(root / name) if (root / name).is_dir() else ()  # a split may lack a class
+      images = sorted(path for path in (root / name / file for file in there) if path.suffix.lower() in ENDINGS)
       items += [Item(str(path.relative_to(source)), name.replace("_", " "), metadata) for path in images]
     found += parts.files(items, split=split, root=source)
   if not found:
@@ -52,15 +52,8 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   return found
 
 
-def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """At any depth. Raises OSError: a folder cannot be read."""
-
-  def stop(error: OSError) -> None:
-    if error.filename != str(folder) or not isinstance(error, FileNotFoundError):  # a class that this split lacks
-      raise error
-
-  for path, _, names in os.walk(folder, onerror=stop):
-    yield from (pathlib.Path(path, name) for name in names)
+def _folders(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  return (path for path in folder.iterdir() if path.is_dir() and not parts.is_hidden(path.name))
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import os
 import pathlib
+import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, AnyStr, Protocol, runtime_checkable
 
@@ -132,6 +134,23 @@ def files(items: Iterable[Item], *, split: str, root: pathlib.Path) -> list[Part
   while chunk := tuple(itertools.islice(items, ITEMS)):
     found.append(FilesPart(f"{split}-{len(found):05d}", split, root, chunk))
   return found
+
+
+def is_hidden(name: str) -> bool:
+  """Whether a file or folder is a program's own, such as .git, or macOS's beside others; ..b is a name like any."""
+  return name.startswith((".", "__MACOSX")) and not name.startswith("..")
+
+
+def names_below(folder: pathlib.Path) -> Iterator[str]:
+  """Files at any depth, relative, in order; without hidden ones. Raises OSError: a folder cannot be read."""
+
+  def stop(error: OSError) -> None:
+    raise error
+
+  for path, below, names in os.walk(folder, onerror=stop):
+    below[:] = sorted(name for name in below if not is_hidden(name))
+    inside = pathlib.Path(path).relative_to(folder).as_posix()
+    yield from (posixpath.normpath(f"{inside}/{name}") for name in sorted(names) if not is_hidden(name))
 
 
 def check_folder(source: pathlib.Path, what: str) -> None:

@@ -14,7 +14,6 @@ out, by a hash of each key: more pictures, or the same ones again, move no pair 
 from __future__ import annotations
 
 import hashlib
-import os
 import pathlib
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -56,7 +55,7 @@ def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
     UserError: nothing there that can be read so, a picture or a key that is there twice, or too few pairs.
   """
   parts.check_folder(source, f"a folder of {LAYOUTS}")
-  names = list(_names(source))
+  names = list(parts.names_below(source))
   there = {posixpath.basename(name) for name in names}
   if there & {*ON_DISK}:
     found = tables.on_disk(source, asked)
@@ -64,6 +63,8 @@ def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
     found = side_by_side.by_table(source, names, asked)
   elif any(is_text(name) for name in names) and any(is_picture(name) for name in names):
     found = side_by_side.beside(source, names, asked)
+  elif any(name.endswith(".tar") for name in names):  # beside which img2dataset puts parquet files without images
+    raise UserError(f"{source} holds tars; prepare_data pairs reads those")
   elif parquet := [name for name in names if name.endswith(".parquet")]:
     found = tables.parquet(source, parquet, asked)
   else:
@@ -93,7 +94,7 @@ def look(found: Sequence[Part], count: int) -> Shown:
     except Unusable as error:
       left_out.skip(pair.key, str(error))
   if not images:
-    raise UserError(f"no pair to show: {left_out.reasons()}")
+    raise UserError(f"no pair to show: {left_out.reasons() or 'there is none'}")
   return Shown(np.stack(images[:count]), captions[:count])
 
 
@@ -135,18 +136,8 @@ def _hash(key: str) -> float:
   return int.from_bytes(digest, "big") / 2**64
 
 
-def _names(source: pathlib.Path) -> Iterator[str]:
-  """Files at any depth, relative, in order; without hidden ones, such as those that macOS puts beside others."""
-  for folder, below, names in os.walk(source):
-    below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
-    inside = pathlib.Path(folder).relative_to(source).as_posix()
-    yield from (posixpath.normpath(f"{inside}/{name}") for name in sorted(names) if not name.startswith("."))
-
-
 def _nothing(source: pathlib.Path, names: Sequence[str]) -> UserError:
   pictures, texts = (sum(map(is_one, names)) for is_one in (is_picture, is_text))
-  if any(name.endswith(".tar") for name in names):
-    return UserError(f"{source} holds tars; prepare_data pairs reads those")
   if pictures:
     return UserError(f"{source} has {pictures} pictures and no caption; put x.txt or x.caption beside x.jpg")
   if texts:

@@ -42,6 +42,17 @@ class Sample:
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   metadata_file: str = ""
 
+  @property
+  def is_whole(self) -> bool:
+    """Whether it seems to have image and caption."""
+    return bool(self.image and any(self.captions))
+
+  @property
+  def folder(self) -> str:
+    """The first one of its path; empty where it lies in none."""
+    first, slash, _ = self.key.partition("/")
+    return first if slash else ""
+
 
 @dataclasses.dataclass
 class SamplesPart:
@@ -95,22 +106,23 @@ class Samples:
 
   @property
   def whole(self) -> Sequence[int]:
-    return [i for i, sample in enumerate(self.samples) if sample.image and any(sample.captions)]
+    return [i for i, sample in enumerate(self.samples) if sample.is_whole]
 
   def part(self, name: str, split: str, places: Sequence[int]) -> Part:
     return SamplesPart(name, split, self.root, [self.samples[place] for place in places], self.fields)
 
 
 def _by_split(root: pathlib.Path, samples: Sequence[Sample], fields: tuple[str, ...]) -> list[Pairs]:
-  """By the first folder, where all of them lie in one that is called as a split."""
-  first = {sample.key.partition("/")[0] for sample in samples}
-  if not first <= SPLITS or not all("/" in sample.key for sample in samples):
+  """By the first folder, where all whole pairs lie in one that is called as a split. What lies elsewhere then, such as
+  a README.txt, is counted in one of these."""
+  whole = {sample.folder for sample in samples if sample.is_whole}
+  if not whole or not whole <= SPLITS:
     return [Samples("train", root, samples, fields)]
-  found: list[Pairs] = []
-  for split in sorted(first):
-    of_split = [sample for sample in samples if sample.key.partition("/")[0] == split]
-    found.append(Samples(split, root, of_split, fields))
-  return found
+  elsewhere = "train" if "train" in whole else min(whole)
+  by_split: dict[str, list[Sample]] = {}
+  for sample in samples:
+    by_split.setdefault(sample.folder if sample.folder in SPLITS else elsewhere, []).append(sample)
+  return [Samples(split, root, of_split, fields) for split, of_split in sorted(by_split.items())]
 
 
 def beside(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Pairs]:

@@ -119,12 +119,19 @@ def _arrow_files(source: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
       splits = parts.read_json(source / "dataset_dict.json")["splits"]
     states = {split: parts.read_json(_below(source, posixpath.join(split, "state.json"))) for split in splits}
     return [
-      (_below(source, posixpath.join(split, each["filename"])), split or str(state.get("_split") or "train"))
+      (_below(source, posixpath.join(split, each["filename"])), split or _saved_split(state.get("_split")))
       for split, state in states.items()
       for each in state.get("_data_files") or ()
     ]
   except (AttributeError, KeyError, TypeError) as error:
     raise UserError(f"{source} is not as datasets' save_to_disk writes it: {error!r}; write it again") from error
+
+
+def _saved_split(said: Any) -> str:
+  """`train` where datasets calls a part or a sum of its splits train[:10%] or train+test, and where it has no name."""
+  name = str(said or "train")
+  part = re.match(r"(\w+)\s*[\[+]", name)
+  return part[1] if part else name
 
 
 def _below(source: pathlib.Path, name: str) -> pathlib.Path:

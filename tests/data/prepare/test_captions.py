@@ -90,6 +90,17 @@ def test_class_folders(tmp_path):
     image_folder.find_parts(tmp_path / "raw")
 
 
+def test_what_an_editor_or_a_system_hides_is_no_class_and_no_image(tmp_path):
+  for name in ("cat/1.png", "dog/1.png", "cat/._1.png", ".ipynb_checkpoints/1.png", "__MACOSX/cat/1.png"):
+    put(tmp_path / "alone" / name, picture(0))
+    put(tmp_path / "split" / "train" / name, picture(0))
+  put(tmp_path / "split" / ".git" / "1.png", picture(0))
+  for source, begin in ((tmp_path / "alone", ""), (tmp_path / "split", "train/")):
+    (part,) = image_folder.find_parts(source)
+    found = [(item.file, json.loads(item.metadata)["label"]) for item in part.items]
+    assert found == [(f"{begin}cat/1.png", 0), (f"{begin}dog/1.png", 1)]
+
+
 @pytest.mark.parametrize(
   ("names", "numbered"),
   [

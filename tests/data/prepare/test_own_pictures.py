@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import pathlib
 
 import pyarrow as pa
@@ -79,6 +81,35 @@ def test_folders_that_are_splits_stay_splits(tmp_path):
     beside(tmp_path / "raw" / split, 4)
   reports = prepared(tmp_path / "raw", tmp_path / "out")
   assert {split: report.pairs for split, report in reports.items()} == {"train": 4, "val": 4, "test": 4}
+
+
+@pytest.mark.parametrize("stray", ["README.txt", "banner.png", "more/banner.png"])
+@pytest.mark.parametrize("table", [False, True])
+def test_a_file_beside_folders_that_are_splits_mixes_none_of_them(tmp_path, stray, table):
+  source = tmp_path / "raw"
+  for split in ("train", "val"):
+    beside(source / split, 4)
+  put(source / stray, picture(0) if stray.endswith(".png") else "about these pictures")
+  if table:
+    names = [path.relative_to(source) for path in source.glob("*/set*/*.png")]
+    put(source / "metadata.csv", "file_name,text\n" + "".join(f"{name},x\n" for name in names))
+  reports = prepared(source, tmp_path / "out")
+  assert {split: report.pairs for split, report in reports.items()} == {"train": 4, "val": 4}
+  lacks = {} if table and stray.endswith(".txt") else {f"missing {'caption' if stray.endswith('.png') else 'image'}": 1}
+  assert reports["train"].skipped == lacks and not reports["val"].skipped
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+  source, scandir = beside(tmp_path / "raw"), os.scandir
+
+  def failing(path):
+    if str(path).endswith("set1"):
+      raise OSError(errno.EIO, "Input/output error", str(path))
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", failing)
+  with pytest.raises(OSError, match="Input/output error: .*set1"):
+    pictures.find_parts(source, Asked())
 
 
 def test_several_captions_by_their_endings(tmp_path):
@@ -158,6 +189,15 @@ def test_datasets_parquet_has_its_own_splits(tmp_path):
   assert first["key"] == "data/validation-00000-of-00001-0123abcd/0"
 
 
+def test_a_part_of_a_split_that_datasets_saved(tmp_path):
+  """load_dataset(..., split="train[:10%]") and then save_to_disk."""
+  for i, split in enumerate(("train[:10%]", "train[:5]+test[:5]", "test + train", "test[10:]")):
+    write_table(tmp_path / f"{i}" / "data.arrow", "datasets")
+    put(tmp_path / f"{i}" / "state.json", json.dumps({"_data_files": [{"filename": "data.arrow"}], "_split": split}))
+    reports = prepared(tmp_path / f"{i}", tmp_path / f"{i}.out")
+    assert list(reports) == (["train", "val"] if split.startswith("train") else ["test"])
+
+
 @pytest.mark.parametrize("several", [True, False])
 def test_a_datasets_folder(tmp_path, several):
   source = tmp_path / "raw"
@@ -182,6 +222,15 @@ def test_a_look_is_from_all_over_it(tmp_path):
   assert len(pictures.look(pictures.find_parts(tmp_path / "table", Asked()), 16).captions) == 16
 
 
+def test_a_source_without_a_pair_writes_nothing(tmp_path):
+  put(tmp_path / "raw" / "0.parquet", columns(image=pa.array([], pa.binary()), text=[]))
+  with pytest.raises(UserError, match="--source has no pair"):
+    prepared(tmp_path / "raw", tmp_path / "out", held_out=0.0)
+  with pytest.raises(UserError, match="no pair to show: there is none"):
+    pictures.look(pictures.find_parts(tmp_path / "raw", Asked(held_out=0.0)), 16)
+  assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
 def columns(**values) -> bytes:
   file = pa.BufferOutputStream()
   pq.write_table(pa.table(values), file)
@@ -195,6 +244,7 @@ def columns(**values) -> bytes:
     ({"a.png": picture(0)}, {}, "has 1 pictures and no caption; put x.txt or x.caption beside x.jpg"),
     ({"a.txt": b"a"}, {}, "has 1 captions and no picture; put x.jpg, .png or .webp beside x.txt"),
     ({"0.tar": b""}, {}, "holds tars; prepare_data pairs reads those"),
+    ({"0.tar": b"", "0.parquet": columns(url=["x"])}, {}, "holds tars; prepare_data pairs reads those"),
     ({"a.png": picture(0), "a.txt": b"a"}, {}, "has one pair; give at least two, .* or --held_out=0"),
     ({"a.png": picture(0), "a.jpg": picture(1), "a.txt": b"a"}, {}, "a.jpg and a.png, two files for image of one key"),
     ({"a.png": picture(0), "a.txt": b"a"}, {"caption_fields": ("title",)}, "--caption_fields has title; captions lie"),
