@@ -139,7 +139,7 @@ def _check_latents(run: Run, cached: Sequence[Latents], expected: LatentShapes |
       " data.name"
     )
   # A batch is of one structure: the step is compiled for one.
-  if len({"text" in each.facts for each in cached}) > 1:
+  if len({each.has_conditions for each in cached}) > 1:
     raise UserError("data.mixture has latents with text conditions and without; take either")
   h, w, c = expected.latent
   for each in cached:
@@ -154,7 +154,7 @@ def _check_latents(run: Run, cached: Sequence[Latents], expected: LatentShapes |
 
 def _check_text(data: Data, cached: Latents, text_width: int) -> None:
   """Raises UserError for stored text conditions of another length or width."""
-  if "text" not in cached.facts:
+  if not cached.has_conditions:
     return
   length, width = cached.facts["text"]["shape"]
   if (length, width) != (data.max_length, text_width):

@@ -37,9 +37,14 @@ class Latents:
     facts: what data/prepare/latents.LatentStage.facts wrote.
   """
 
-  def __init__(self, stored: records.Pairs, facts: Mapping[str, Any]):
+  def __init__(self, stored: records.Pairs | records.Recaptioned, facts: Mapping[str, Any]):
     self._stored, self.facts = stored, facts
     self.views, self.shape = facts["views"], tuple(facts["shape"])
+
+  @property
+  def has_conditions(self) -> bool:
+    """Whether the text encoder's output is stored as well."""
+    return "text" in self.facts
 
   def __len__(self) -> int:
     return len(self._stored) // self.views
@@ -50,13 +55,14 @@ class Latents:
   def read(self, index: int, view: int) -> View:
     """Raises as records.Pairs does, and records.Unusable of numbers that are not finite."""
     found = self._view(index, view)
-    if not is_finite(found.moments, *(found.record[name] for name in ("condition",) if name in found.record)):
+    if not is_finite(found.moments, *([found.record["condition"]] if self.has_conditions else [])):
       raise records.Unusable(records.NOT_FINITE)
     return found
 
   def _view(self, index: int, view: int) -> View:
     record = self._stored[index * self.views + view]
-    if "condition" in record:
+    # By what the cache says: a field of the json beside an image may have that name too.
+    if self.has_conditions:
       # Stored as 16-bit integers, for TFDS knows no bfloat16.
       record["condition"] = record["condition"].view(ml_dtypes.bfloat16)
     return View(record.pop("moments").view(ml_dtypes.bfloat16), record)

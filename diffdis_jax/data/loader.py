@@ -304,7 +304,7 @@ class _LatentExample(_Example):
     mean, log_variance = np.split(moments, 2, axis=-1)
     example = {"mean": mean, "log_variance": log_variance, ROWS: name_of(record, place)}
     # Such a condition is of this one caption: tokens of another would not be its text.
-    if "condition" in record:
+    if self.source.has_conditions:
       return {**example, "condition": record["condition"], "caption": record["caption"]}
     return {**example, "caption": draw_caption(record, rng)}
 

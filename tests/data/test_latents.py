@@ -197,3 +197,18 @@ def test_stored_numbers_that_are_not_finite_are_substituted_and_named(data, tmp_
   if not workers:  # a worker writes its own log
     assert "record 0/02 cannot be used: numbers that are not finite; the next one takes its place" in caplog.text
   iterator.close()
+
+
+def test_a_field_that_is_called_as_the_stored_condition(tmp_path):
+  """As of used goods: metadata, not the text encoder's output."""
+  (tmp_path / "raw").mkdir()
+  content = {}
+  for i in range(2):
+    content |= {f"{i}.png": picture(i), f"{i}.txt": b"a chair", f"{i}.json": b'{"condition": "new", "moments": 3}'}
+  write_tar(tmp_path / "raw" / "0.tar", content)
+  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "data")
+  prepare(tmp_path / "data", tmp_path / "out")
+  source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
+  assert source[0]["condition"] == "new" and source.read(1, 2).moments.shape == (2, 2, 4)
+  batch = next(train_loader(source, tokenizer=Tokenizer(8), batch_size=2, image_size=8, seed=0))
+  assert batch.keys() == {"mean", "log_variance", "tokens", SUBSTITUTED, ROWS}
