@@ -70,7 +70,8 @@ def train_loader(
       storage answers slowly, `reads.AT_ONCE` further threads read, unless `num_threads` is 0.
 
   Raises:
-    UserError: a batch size that the hosts do not divide.
+    UserError: a batch size that the hosts do not divide, or a number of records that does not divide by how many of
+      them come together.
   """
   rows = range(shard_index, batch_size, shard_count) if rows is None else rows
   if batch_size % shard_count:
@@ -84,6 +85,10 @@ def train_loader(
       example = _ImageExample(part, image_size, augmentation, discrimination_augmentation)
     # A seed a source: two of one length would be shuffled alike.
     together = part.together if isinstance(part, Grouped) else 1
+    if len(part) % together:
+      raise UserError(
+        f"num_images is {len(part)}; in training these come {together} at a time: take a multiple of {together}"
+      )
     order = grain.MapDataset.range(len(part) // together).seed(seed + i).shuffle()
     if together > 1:
       order = experimental.FlatMapMapDataset(order, _InRuns(together))

@@ -92,6 +92,13 @@ def test_records_that_belong_together_stay_so_in_every_epoch():
   np.testing.assert_array_equal(np.stack(parts, 1).reshape(batches[0]["image"].shape), batches[0]["image"])
 
 
+@pytest.mark.parametrize("count", [7, 12])
+def test_a_number_of_records_of_which_some_would_never_come(count):
+  source = sources.open_source(name="scenes", image_size=8, num_images=count)
+  with pytest.raises(UserError, match=f"num_images is {count}; .* 8 at a time: take a multiple of 8"):
+    train_loader(source, tokenizer=Tokenizer(8), batch_size=2, image_size=8, seed=0)
+
+
 def test_augmentation_differs_between_epochs():
   source = sources.open_source(name="shapes", image_size=16, num_images=4)
   images = np.concatenate([batch["image"] for batch in take(make(source, batch_size=4, augmentation=STRONG), 6)])
