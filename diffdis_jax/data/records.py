@@ -198,12 +198,11 @@ class Recaptioned:
     return with_captions(self.source[index], self.caption_fields)
 
 
-class Pairs:
-  """Captioned images as prepare_data stored them; the fields of the json beside an image become metadata fields.
+class Stored:
+  """Records of a TFDS folder as they are stored, images undecoded.
 
-  With `caption_fields`, a record's captions are all the texts in those fields. Reading a record raises Unusable
-  where it is damaged or has no caption. A file that is away is tried again, by `storage.patiently`, and with what
-  `reopen` opens: ArrayRecord never reads a file again that it could not open once.
+  Reading one raises Unusable where it is damaged. A file that is away is tried again, by `storage.patiently`, and with
+  what `reopen` opens: ArrayRecord never reads a file again that it could not open once.
   """
 
   def __init__(
@@ -211,28 +210,21 @@ class Pairs:
     stored: Any,
     num_images: int | None = None,
     files: Sequence[str | os.PathLike[str]] = (),
-    caption_fields: Sequence[str] = (),
     reopen: Callable[[], _Split] | None = None,
   ):
     self._records, self._files, self._reopen, self._is_stale = stored, files, reopen, False
     self._num_images = len(stored) if num_images is None else min(num_images, len(stored))
-    self._caption_fields = tuple(caption_fields)
 
   def __len__(self) -> int:
     return self._num_images
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    if not 0 <= index < self._num_images:
-      raise IndexError(f"index {index} outside of {self._num_images} pairs")
-    record = self.stored(index)
-    metadata = read_metadata(record.pop("metadata"))
-    caption = read_caption(record.pop("caption"))
-    # In this order: a json may have fields of the same names, and what the preparation has checked wins.
-    record = {**metadata, "caption": caption, "key": record.pop("key").decode(errors="replace"), **record}
-    return with_captions(record, self._caption_fields) if self._caption_fields else record
+    return self.stored(index)
 
   def stored(self, index: int) -> dict[str, Any]:
     """A record's fields as they are stored. Raises Unusable("unreadable record")."""
+    if not 0 <= index < self._num_images:
+      raise IndexError(f"index {index} outside of {self._num_images} records")
     return storage.patiently(lambda: self._read(index), "the data")
 
   def _read(self, index: int) -> dict[str, Any]:
@@ -252,26 +244,53 @@ class Pairs:
       raise away or error from error
 
 
+class Pairs(Stored):
+  """Captioned images as prepare_data stored them; the fields of the json beside an image become metadata fields.
+
+  Reading a record raises Unusable where it is damaged or has no caption.
+  """
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    record = self.stored(index)
+    metadata = read_metadata(record.pop("metadata"))
+    caption = read_caption(record.pop("caption"))
+    # In this order: a json may have fields of the same names, and what the preparation has checked wins.
+    return {**metadata, "caption": caption, "key": record.pop("key").decode(errors="replace"), **record}
+
+
 def open_pairs(
   path: str | os.PathLike[str], *, split: str, num_images: int | None, caption_fields: Sequence[str] = ()
-) -> Pairs:
+) -> Pairs | Recaptioned:
   """A split of a prepared data set. Raises UserError: none there, no such split, a file is missing, or its first record
   lacks a caption field."""
   info = read_info(path)
+  if "metadata" not in info.features:
+    raise UserError(
+      f"{path} was not written by prepare_data: its records have {', '.join(sorted(info.features))}; write one by it"
+    )
   if split not in info.splits:
     raise UserError(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
   stored, files = _open(path, split)
+  pairs = Pairs(stored, num_images, files, functools.partial(_open, path, split))
   if copies.reads_in_place(path):
     # Read once here: if the bucket does not answer, its name is said now, and not at the first batch.
     with copies.naming_silence([str(path)]):
-      _first_usable(Pairs(stored, num_images, files))
-  if caption_fields:
-    first = _first_usable(Pairs(stored, num_images, files))
-    if missing := [field for field in caption_fields if field not in first]:
-      raise UserError(
-        f"{path} has no caption field {missing[0]!r}; the fields of its first record are {', '.join(sorted(first))}"
-      )
-  return Pairs(stored, num_images, files, caption_fields, functools.partial(_open, path, split))
+      _first_usable(pairs)
+  if not caption_fields:
+    return pairs
+  first = _first_usable(pairs)
+  if missing := [field for field in caption_fields if field not in first]:
+    raise UserError(
+      f"{path} has no caption field {missing[0]!r}; the fields of its first record are {', '.join(sorted(first))}"
+    )
+  return Recaptioned(pairs, caption_fields)
+
+
+def open_stored(path: str | os.PathLike[str], *, split: str) -> Stored:
+  """A split of any folder of TFDS, or a part of one. Raises UserError: a file is missing, or its format is not read by
+  number."""
+  stored, files = _open(path, split)
+  return Stored(stored, files=files, reopen=functools.partial(_open, path, split))
 
 
 def _first_usable(pairs: Pairs) -> dict[str, Any]:
@@ -311,16 +330,23 @@ class _Split(NamedTuple):
 
 
 def _open(path: str | os.PathLike[str], split: str) -> _Split:
-  """Raises UserError: one of the files is missing."""
+  """Raises UserError: one of the files is missing, or they are of a format that is not read by number."""
   import tensorflow_datasets as tfds
 
   found = builder(copies.folder_of(path, split=split))
+  # Images are decoded by the loader's threads, in `image_files`' formats and bounds.
+  undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in found.info.features else None
+  try:
+    stored = found.as_data_source(split=split, decoders=undecoded)
+  except NotImplementedError as error:
+    raise UserError(
+      f"{path} holds {found.info.file_format}, whose records cannot be read by their number; write it again by"
+      " tfds build --file_format=array_record, or convert it by tfds convert_format"
+    ) from error
   files = found.info.splits[split].filepaths
   if missing := [file for file in files if not buckets.path(file).exists()]:
     more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise UserError(
       f"{missing[0]} is missing{more}; put it back and run the same command again, or prepare the data set again"
     )
-  # Images are decoded by the loader's threads, in `image_files`' formats and bounds.
-  undecoded = {"image": tfds.decode.SkipDecoding()} if "image" in found.info.features else None
-  return _Split(found.as_data_source(split=split, decoders=undecoded), files)
+  return _Split(stored, files)

@@ -89,7 +89,14 @@ class Section:
     return f"{self.name}{f' in {path}' if (path := str(self.path)) else ''}, split {self.split}"
 
   def _recaptioned(self, source: Source) -> Source:
-    return records.Recaptioned(source, self.caption_fields) if self.caption_fields else source
+    """With the captions that were asked for. Raises UserError: its first record does not have one of these fields."""
+    if not self.caption_fields:
+      return source
+    first = source.fields(0) if isinstance(source, Described) else source[0]
+    if missing := [field for field in self.caption_fields if field not in first]:
+      there = ", ".join(sorted(first))
+      raise UserError(f"{self.name} has no caption field {missing[0]!r}; its records have {there}")
+    return records.Recaptioned(source, self.caption_fields)
 
 
 class _Rendered(Section):
@@ -101,11 +108,9 @@ class _Rendered(Section):
   def open(self) -> Source:
     if self.split not in self.SPLITS:
       raise UserError(f"{self.name} has no split {self.split!r}; there are {', '.join(self.SPLITS)}")
-    rendered = self.KIND(split=self.split, image_size=self.image_size, seed=self.seed, num_images=self.num_images)
-    if missing := [field for field in self.caption_fields if field not in rendered[0]]:
-      there = ", ".join(sorted(rendered[0]))
-      raise UserError(f"{self.name} has no caption field {missing[0]!r}; its records have {there}")
-    return self._recaptioned(rendered)
+    return self._recaptioned(
+      self.KIND(split=self.split, image_size=self.image_size, seed=self.seed, num_images=self.num_images)
+    )
 
 
 class _Shapes(_Rendered):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,8 @@ def read(path: pathlib.Path, *, split: str, called: str) -> Named:
   if "image" not in info.features or not names:
     raise UserError(f"{path} has no images with a `label` of named classes; its fields are {', '.join(info.features)}")
   # All labels at once and no image: decoding is left out, and a whole set is measured anyway.
-  stored = _open(path, split)
-  labels = np.array([int(stored[i]["label"]) for i in range(len(stored))], np.int64)
+  stored = records.open_stored(path, split=split)
+  labels = np.array([int(record["label"]) for record in _all_of(stored, path)], np.int64)
   if labels.size and not 0 <= labels.min() <= labels.max() < len(names):
     raise UserError(f"{path} has labels from {labels.min()} to {labels.max()}, but {len(names)} classes")
   return Named(images_of(stored), labels, names, Origin("tfds", str(path), called))
@@ -62,10 +63,7 @@ def read_captions(path: pathlib.Path) -> Captioned:
     raise UserError(f"{path} was not written by prepare_data, which captions are read of: prepare_data coco, flickr30k")
   split = _split(path, info)
   pairs = records.open_pairs(path, split=split, num_images=None)
-  captions = []
-  for i in range(len(pairs)):
-    record = pairs[i]
-    captions.append(tuple(records.captions_of(record)) or (record["caption"],))
+  captions = [tuple(records.captions_of(record)) or (record["caption"],) for record in _all_of(pairs, path)]
   return Captioned(images_of(pairs), captions, Origin("prepared", str(path), split))
 
 
@@ -73,7 +71,7 @@ def _prepared(path: pathlib.Path, info: Any) -> Named:
   """Of class folders: `class` is the folder's name."""
   split = _split(path, info)
   pairs = records.open_pairs(path, split=split, num_images=None)
-  names = [pairs[i].get("class") for i in range(len(pairs))]
+  names = [record.get("class") for record in _all_of(pairs, path)]
   if not all(isinstance(name, str) for name in names):
     raise UserError(f"{path} has records without `class`; write it by prepare_data folder, of class folders")
   classes, labels = np.unique(np.array(names, np.str_), return_inverse=True)
@@ -91,14 +89,11 @@ def _split(path: pathlib.Path, info: Any) -> str:
   raise UserError(f"{path} has the splits {', '.join(sorted(info.splits))}, none of {', '.join(PREFERRED)}")
 
 
-def _open(path: pathlib.Path, split: str) -> Any:
-  import tensorflow_datasets as tfds  # here, since it takes half a second
-
-  builder = records.builder(path)
-  try:
-    return builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-  except NotImplementedError as error:
-    raise UserError(
-      f"{path} holds {builder.info.file_format}, whose records cannot be read by their number; write it again by"
-      " tfds build --file_format=array_record, or convert it by tfds convert_format"
-    ) from error
+def _all_of(source: Any, path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """Its records. Raises UserError: one of them is damaged; a figure is of all or of none."""
+  for index in range(len(source)):
+    try:
+      record = source[index]
+    except records.Unusable as error:
+      raise UserError(f"{path}: record {index} cannot be used: {error}; copy it again, or prepare it again") from error
+    yield record

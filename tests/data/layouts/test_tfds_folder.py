@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import pathlib
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from diffdis_jax.data import sources, transforms
+from diffdis_jax.data import records, sources, transforms
 from diffdis_jax.data.layouts import class_lists, find, tfds_folder
 from diffdis_jax.data.prepare import builder, image_folder, parts
 from diffdis_jax.errors import UserError
@@ -123,3 +124,58 @@ def test_captions_that_prepare_data_wrote(tmp_path):
   assert not find.is_there(tmp_path, "mscoco_val2014")  # a split of Karpathy's is not the whole of it
   (tmp_path / "coco").rename(tmp_path / "coco2014")
   assert find.is_there(tmp_path, "mscoco_val2014") and not find.is_there(tmp_path, "mscoco_captions")
+
+
+def damage(folder: pathlib.Path, image: bytes) -> None:
+  """Of the record that has this image."""
+  (shard,) = folder.glob("*.array_record*")
+  content = bytearray(shard.read_bytes())
+  place = content.index(image)
+  content[place : place + len(image)] = bytes(len(image))
+  shard.write_bytes(content)
+
+
+def cifar(root: pathlib.Path) -> pathlib.Path:
+  return write(root, "cifar10", class_lists.load()["cifar10"].classnames, {"test": [3, 1, 2]})
+
+
+def test_a_damaged_record_is_one_line(tmp_path):
+  """A figure is of all records or of none."""
+  said = "record {} cannot be used: unreadable record; copy it again, or prepare it again"
+  damage(cifar(tmp_path), picture(1))
+  with pytest.raises(UserError, match=f"1.0.0: {said.format(1)}"):
+    read(tmp_path, "cifar10")
+  for place, name in enumerate(("banded", "blotchy")):
+    (tmp_path / "raw" / name).mkdir(parents=True)
+    (tmp_path / "raw" / name / "a.png").write_bytes(picture(place))
+  found = image_folder.find_parts(tmp_path / "raw")
+  builder.prepare(found, tmp_path / "dtd", builder=image_folder.ImageFolder)
+  damage(tmp_path / "dtd", picture(1))
+  with pytest.raises(UserError, match=f"dtd: {said.format(1)}"):
+    read(tmp_path, "dtd")
+  items = [parts.Item(f"raw/{name}/a.png", "a caption") for name in ("banded", "blotchy")]
+  builder.prepare(parts.files(items, split="test", root=tmp_path), tmp_path / "coco")
+  damage(tmp_path / "coco", picture(0))
+  with pytest.raises(UserError, match=f"coco: {said.format(0)}"):
+    read(tmp_path, "mscoco_captions")
+
+
+def test_a_record_that_is_damaged_later_is_unusable(tmp_path):
+  folder = cifar(tmp_path)
+  source = read(tmp_path, "cifar10")
+  damage(folder, picture(1))
+  with pytest.raises(records.Unusable, match="unreadable record"):
+    source[1]
+
+
+def test_it_is_no_data_set_to_train_on(tmp_path):
+  with pytest.raises(UserError, match="was not written by prepare_data: its records have image, label; write"):
+    sources.open_source(name="pairs", path=cifar(tmp_path), split="test", image_size=8)
+
+
+def test_captions_of_fields_that_its_records_lack(tmp_path):
+  cifar(tmp_path)
+  make = lambda *fields: sources.open_source(name="cifar10", path=tmp_path, image_size=8, caption_fields=fields)
+  assert make("class")[0]["captions"] == ["cat"]
+  with pytest.raises(UserError, match="cifar10 has no caption field 'title'; its records have caption, class, label"):
+    make("class", "title")
