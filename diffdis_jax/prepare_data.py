@@ -293,7 +293,9 @@ def write_card(folder: pathlib.Path) -> None:
   with staging.writing(folder):
     if made.captions:
       samples.save_grid(made.images, made.captions, folder / "card.png")
-    files.write_whole(folder / "card.json", made.to_json().encode())
+    # What stands for a byte of a file's name that is not UTF-8 is no character, and becomes JSON's escape of it.
+    files.write_whole(folder / "card.json", made.to_json().encode("utf-8", "backslashreplace"))
+    digests.renew(folder, ("card.png", "card.json"))
 
 
 def _given(flag: str, name: str) -> str:

@@ -68,8 +68,22 @@ def write(folder: epath.PathLike) -> None:
     with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="digests") as pool:
       values = pool.map(lambda name: _digest(path / name, algorithm), names)
       found = dict(zip(names, values, strict=True))
-  content: dict[str, Any] = {"algorithm": algorithm}
-  content["files"] = {name: file for name, file in sorted(found.items()) if name not in _LATER}
+  _write(path, Digests(algorithm, found))
+
+
+def renew(folder: epath.PathLike, names: Collection[str]) -> None:
+  """Writes the digests of these files of a folder again, which were written again; those of all others stay. Nothing
+  where there are none, or the package for them is not installed. Raises OSError."""
+  path = buckets.path(folder)
+  found = read(path)
+  if isinstance(found, Digests) and is_checkable(path, found):
+    renewed = {name: _digest(path / name, found.algorithm) for name in names if (path / name).exists()}
+    _write(path, Digests(found.algorithm, found.files | renewed))
+
+
+def _write(path: epath.Path, found: Digests) -> None:
+  content: dict[str, Any] = {"algorithm": found.algorithm}
+  content["files"] = {name: file for name, file in sorted(found.files.items()) if name not in _LATER}
   # Its own, for a flipped bit in this very file.
   files.write_json(path / NAME, {**content, "crc32": _own(content)})
 

@@ -3,8 +3,10 @@ import json
 import numpy as np
 import pytest
 
+from diffdis_jax import prepare_data
 from diffdis_jax.data.prepare import builder, card, parts
 from diffdis_jax.errors import UserError
+from diffdis_jax.run import digests
 from tests.raw_pairs import picture, write_tar
 
 
@@ -32,6 +34,35 @@ def test_card(tmp_path):
   shard.write_bytes(shard.read_bytes()[:100])
   with pytest.raises(UserError, match="none of 8 records can be read|cannot be read"):
     card.describe(tmp_path / "out")
+
+
+def test_a_card_of_pairs_whose_names_are_not_unicode(tmp_path):
+  (tmp_path / "raw").mkdir()
+  broken = {"\udcff.png": b"no image", "\udcff.txt": b"x"}
+  write_tar(tmp_path / "raw" / "0.tar", {"a.png": picture(0), "a.txt": b"x", **broken})
+  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  prepare_data.write_card(tmp_path / "out")
+  report = json.loads((tmp_path / "out" / "card.json").read_bytes())["splits"]["train"]["report"]
+  assert report["first_skipped"] == {"corrupt image": ["0/\udcff"]}
+
+
+def test_a_card_that_is_written_again_is_no_damage(tmp_path, monkeypatch):
+  (tmp_path / "raw").mkdir()
+  content = {f"{i}.png": picture(i) for i in range(3)} | {f"{i}.txt": b"x" for i in range(3)}
+  write_tar(tmp_path / "raw" / "0.tar", content)
+  builder.prepare(parts.tars(tmp_path / "raw"), tmp_path / "out")
+  prepare_data.write_card(tmp_path / "out")
+  assert not (tmp_path / "out" / digests.NAME).exists()  # the preparation writes it last
+  digests.write(tmp_path / "out")
+  before = (tmp_path / "out" / "card.json").read_bytes()
+  monkeypatch.setattr(card, "SHEET", 2)  # as another version may show other pairs
+  monkeypatch.setattr(card, "SAMPLE", 2)
+  prepare_data.write_card(tmp_path / "out")
+  assert (tmp_path / "out" / "card.json").read_bytes() != before and digests.damage(tmp_path / "out") is None
+  (shard,) = (tmp_path / "out").glob("*.array_record*")
+  shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+  prepare_data.write_card(tmp_path / "out")
+  assert digests.damage(tmp_path / "out").file == shard.name
 
 
 def test_captions_that_are_no_strings_do_not_count(tmp_path):
