@@ -90,6 +90,11 @@ DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[buil
   **{name: (functools.partial(zero_shot_sets.find_parts, name), zero_shot_sets.ZeroShotSet) for name in find.LABELLED},
 }
 NAMES = (*DATA_SETS, "latents", "card")
+# Flags by which what is written differs.
+DECIDING = (
+  *("source", "short_side", "reduced_decoding", "drop_duplicates", "caption_fields", "held_out"),
+  *("workdir", "data", "views", "augment", "image_size", "text"),
+)
 
 FLAGS = flags.FLAGS
 
@@ -148,19 +153,23 @@ def main(argv: list[str]) -> None:
   tfds.disable_progress_bar()  # it would write over ours
   if name == "card":
     write_card(buckets.local(_given("data", name), "--data"))
-  elif name == "latents":
-    run, data = _given("workdir", name), _given("data", name)
-    publish(functools.partial(write_latents, run, data), _given("out", name), finished="report.json")
+    return
+  if name == "latents":
+    write, finished = functools.partial(write_latents, _given("workdir", name), _given("data", name)), "report.json"
   else:
     source = buckets.local(_given("source", name), "--source")
     if FLAGS.preview:
       write_preview(find_files(source), FLAGS.preview)
       if not FLAGS.out:
         return
-    publish(functools.partial(write_pairs, name, source), _given("out", name), finished="card.json")
+    write, finished = functools.partial(write_pairs, name, source), "card.json"
+  asked = {"data set": name, **{flag: FLAGS[flag].value for flag in DECIDING}}
+  publish(write, _given("out", name), finished=finished, asked=asked)
 
 
-def publish(write: Callable[[pathlib.Path], None], out: str, *, finished: str) -> None:
+def publish(
+  write: Callable[[pathlib.Path], None], out: str, *, finished: str, asked: Mapping[str, Any] | None = None
+) -> None:
   """Has the folder `out` written. For a bucket that is a local folder, which is copied there at the end and removed.
   If it is killed, the same command resumes.
 
@@ -168,9 +177,10 @@ def publish(write: Callable[[pathlib.Path], None], out: str, *, finished: str) -
     write: writes a local folder.
     out: a local path, or an address.
     finished: the file that is written last.
+    asked: JSON by name, of what is written, so that no other command copies it to the bucket.
 
   Raises:
-    UserError: there is a data set at this address.
+    UserError: there is a data set at this address, or one for it was prepared otherwise and not copied.
   """
   if not buckets.is_url(out):
     folder = pathlib.Path(out)
@@ -179,17 +189,27 @@ def publish(write: Callable[[pathlib.Path], None], out: str, *, finished: str) -
       write(folder)
     digests.write(folder)
     return
-  url = out.rstrip("/")
+  url, asked = out.rstrip("/"), dict(asked or {})
   if (buckets.path(url) / INFO).exists():
     raise UserError(f"--out={url} holds a data set; name a new folder")
   # By the address, so that the same command finds what it has prepared when it was killed.
   folder = pathlib.Path(files.user_cache("prepared")) / hashlib.sha256(url.encode()).hexdigest()[:32]
   logging.info("preparing %s in %s", url, folder)
-  if not (folder / finished).exists():  # or else it was killed in copying
+  was_asked = folder.with_suffix(".json")  # beside the folder, all of which is copied
+  if not (folder / finished).exists():
+    was_asked.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(was_asked, asked)
     write(folder)
+  # Or else it was killed in copying.
+  elif differing := [name for name, value in asked.items() if files.read_json(was_asked).get(name) != value]:
+    raise UserError(
+      f"{folder} holds {url} as another command prepared it, with another {' and '.join(differing)}; give the same, or"
+      " delete that folder"
+    )
   digests.write(folder)
   buckets.upload(folder, url, last=INFO)  # by which a data set is known to be there
   shutil.rmtree(folder)
+  was_asked.unlink()
   logging.info("copied to %s", url)
 
 

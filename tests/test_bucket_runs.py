@@ -234,6 +234,31 @@ def test_a_preparation_that_was_not_copied_whole_is_copied(tmp_path, url, monkey
     prepare_data.publish(write, url, finished="card.json")
 
 
+def test_what_another_command_has_prepared_is_not_copied(tmp_path, url, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+  def write(folder):
+    folder.mkdir(parents=True)
+    for name in ("dataset_info.json", "card.json"):
+      (folder / name).write_text(name)
+
+  publish = lambda short_side: prepare_data.publish(write, url, finished="card.json", asked={"short_side": short_side})
+  with monkeypatch.context() as patched:
+    patched.setattr(buckets, "upload", _killed)
+    with pytest.raises(KeyboardInterrupt):
+      publish(288)
+  with pytest.raises(UserError, match="as another command prepared it, with another short_side; give the same"):
+    publish(256)
+  assert not buckets.files_below(url)
+  publish(288)
+  assert set(buckets.files_below(url)) == {"dataset_info.json", "card.json", digests.NAME}
+  assert not list((tmp_path / "cache" / "diffdis_jax" / "prepared").iterdir())
+
+
+def _killed(folder, to, *, last):
+  raise KeyboardInterrupt
+
+
 def test_a_copy_is_made_once_and_again_where_the_data_have_changed(tmp_path, url, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   contents = {
@@ -259,7 +284,9 @@ def test_a_copy_is_made_once_and_again_where_the_data_have_changed(tmp_path, url
   copied("train")
   assert not downloaded
   (buckets.path(url) / "a-train.array_record-00000-of-00001").write_text("other")
-  assert copied("train")["a-train.array_record-00000-of-00001"] == "other"
+  left = pathlib.Path(copies.folder_of(url)) / ".a-train.array_record-00000-of-00001.123.tmp"
+  left.write_text("of a process that was killed")
+  assert copied("train")["a-train.array_record-00000-of-00001"] == "other" and not left.exists()
   monkeypatch.setattr(copies.shutil, "disk_usage", lambda folder: os.terminal_size((0, 0)) and _Usage)
   with pytest.raises(UserError, match="needs 0.0 GB in .*, which has 0.0 GB left; set XDG_CACHE_HOME to a larger disk"):
     copied("test")
