@@ -43,8 +43,6 @@ def train_loader(
   seed: int,
   augmentation: Augmentation = _AS_STORED,
   discrimination_augmentation: Augmentation | None = None,
-  shard_index: int = 0,
-  shard_count: int = 1,
   rows: Sequence[int] | None = None,
   loading: Loading = _LOADING,
 ) -> grain.DatasetIterator:
@@ -53,29 +51,23 @@ def train_loader(
   Of latents: {'mean': bf16[b h w c], 'log_variance': bf16[b h w c], 'tokens', ...}, a random view each time;
   'condition': bf16[b l d] where the cache has it.
 
-  Global batch k is made of the same records and augmentations for any number of hosts, of which each takes its rows:
-  host p of n every n-th, from the p-th on, unless `rows` names them. The position is saved by
-  `grain.checkpoint.CheckpointSave(iterator)` and does not depend on the number of hosts or threads, but on
-  `num_workers`. In the place of a record that cannot be used comes the next one that can, so that neither the number of
-  batches nor the other rows depend on it.
+  Global batch k is made of the same records and augmentations for any number of hosts, of which each takes its `rows`.
+  The position is saved by `grain.checkpoint.CheckpointSave(iterator)` and does not depend on the number of hosts or
+  threads, but on `num_workers`. In the place of a record that cannot be used comes the next one that can, so that
+  neither the number of batches nor the other rows depend on it.
 
   Args:
     source: or several with weights; each is shuffled and begun again on its own, records of a `Grouped` one in runs.
-    batch_size: global; each host gets `batch_size // shard_count` rows.
+    batch_size: global.
     seed: of order and augmentation.
     discrimination_augmentation: of a second view of each image, 'discrimination_image': u8[b h w 3]; None for none.
-    shard_index: this host, of `shard_count`.
-    rows: places in the global batch of this host's rows, as many on each host.
+    rows: places in the global batch of this host's rows, as many on each host; None for all.
     loading: how batches are read ahead. Processes that prepare batches have threads of their own, as many. Where
       storage answers slowly, `reads.AT_ONCE` further threads read, unless `num_threads` is 0.
 
   Raises:
-    UserError: a batch size that the hosts do not divide, or a number of records that does not divide by how many of
-      them come together.
+    UserError: a number of records that does not divide by how many of them come together.
   """
-  rows = range(shard_index, batch_size, shard_count) if rows is None else rows
-  if batch_size % shard_count:
-    raise UserError(f"batch_size {batch_size} does not divide by {shard_count} hosts; take a multiple of {shard_count}")
   parts = source.sources if isinstance(source, Mixture) else (source,)
   datasets = []
   for i, part in enumerate(parts):
@@ -95,7 +87,7 @@ def train_loader(
     # `repeat` last: each epoch it gives new seeds to what stands before it, the order and the augmentation.
     datasets.append(order.random_map(example).repeat())
   dataset = grain.MapDataset.mix(datasets, source.weights) if isinstance(source, Mixture) else datasets[0]
-  return _read_ahead(dataset, tuple(rows), batch_size, _Collate(tokenizer), loading)
+  return _read_ahead(dataset, rows, batch_size, _Collate(tokenizer), loading)
 
 
 class _InRuns(experimental.FlatMapTransform):
@@ -138,13 +130,14 @@ def labelled_loader(
   """
   example = _LabelledExample(source, image_size, augmentation, tokens)
   dataset = _ByClass(example, source.labels, sampling_exponent, seed)
-  return _read_ahead(dataset, tuple(rows or range(batch_size)), batch_size, _stack, loading)
+  return _read_ahead(dataset, rows, batch_size, _stack, loading)
 
 
 def _read_ahead(
-  dataset: Any, rows: tuple[int, ...], batch_size: int, collate: Callable[..., Any], how: Loading
+  dataset: Any, rows: Sequence[int] | None, batch_size: int, collate: Callable[..., Any], how: Loading
 ) -> grain.DatasetIterator:
-  batches = _Batches(dataset, rows, batch_size, collate, Reads(may_share=how.num_threads > 0))
+  places = tuple(range(batch_size) if rows is None else rows)
+  batches = _Batches(dataset, places, batch_size, collate, Reads(may_share=how.num_threads > 0))
   options = grain.ReadOptions(num_threads=how.num_threads, prefetch_buffer_size=how.prefetch)
   iterable = grain.MapDataset.source(batches).to_iter_dataset(options)
   if how.num_workers:
