@@ -12,7 +12,7 @@ import pytest
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import pairs
 from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.webdataset import TarReader
+from diffdis_jax.data.prepare.webdataset import TarPart
 from tests.raw_pairs import faults, picture, write_tar
 
 pytest.importorskip("hypothesis")
@@ -80,7 +80,7 @@ def tar(tmp_path_factory) -> pathlib.Path:
 def test_spoiled_tars(tar, changes, cut):
   path = tar.with_name("spoiled.tar")
   path.write_bytes(spoil(tar.read_bytes(), changes, cut))
-  reader = TarReader(path)
+  reader = TarPart(path, "train")
   assert len(list(reader)) <= 12
   assert isinstance(reader.truncated, bool)
 
@@ -90,4 +90,4 @@ def test_spoiled_tars(tar, changes, cut):
 def test_noise_as_a_tar(tar, noise):
   path = tar.with_name("noise.tar")
   path.write_bytes(noise)
-  list(TarReader(path))
+  list(TarPart(path, "train"))

@@ -16,7 +16,7 @@ from typing import IO, Any, AnyStr, Protocol, runtime_checkable
 
 from diffdis_jax.common import files as run_files
 from diffdis_jax.data.prepare.pairs import RawPair
-from diffdis_jax.data.prepare.webdataset import TarReader, split_of
+from diffdis_jax.data.prepare.webdataset import TarPart, split_of
 from diffdis_jax.data.records import MOST_TEXT_BYTES, Unusable, read_file
 from diffdis_jax.errors import UserError
 
@@ -36,30 +36,6 @@ class Part(Protocol):
   def identity(self) -> list[Any]:
     """JSON that differs when the part does, so that a preparation is not resumed with another source."""
     ...
-
-
-@dataclasses.dataclass
-class TarPart:
-  """A webdataset tar. Keys are TAR/KEY."""
-
-  path: pathlib.Path
-  split: str
-  truncated: bool = False
-
-  @property
-  def name(self) -> str:
-    return self.path.stem
-
-  def identity(self) -> list[Any]:
-    # Name and size, not a hash, which would read all of a data set before each start.
-    return [self.path.name, self.path.stat().st_size]
-
-  def __iter__(self) -> Iterator[RawPair]:
-    reader = TarReader(self.path)
-    for pair in reader:
-      yield dataclasses.replace(pair, key=f"{self.name}/{pair.key}")
-    # Known only now, since a tar has no list of its members.
-    self.truncated = reader.truncated
 
 
 @dataclasses.dataclass(frozen=True)

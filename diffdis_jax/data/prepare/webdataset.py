@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from diffdis_jax.data import tars
 from diffdis_jax.data.prepare.pairs import RawPair
@@ -17,8 +19,9 @@ FIELDS = {**dict.fromkeys(tars.IMAGE_ENDINGS, "image"), "txt": "caption", "json"
 _SPLIT = re.compile(r"(?:(?:.*?-)??([A-Za-z]\w*)-)?\d+(?:-of-\d+)?\.tar")
 
 
-class TarReader:
-  """Iterates over the pairs of one tar, in the order in which their keys come first; one in memory at a time.
+@dataclasses.dataclass
+class TarPart:
+  """A tar's pairs, in the order in which their keys come first; one in memory at a time. Keys are TAR/KEY.
 
   A file that cannot be read whole, or is too large, makes its pair a refused one. Iterating raises UserError where a
   key has two images, captions or jsons, or the tar changes meanwhile.
@@ -28,9 +31,17 @@ class TarReader:
       unless they have image and caption, since what they lack may have lain behind that.
   """
 
-  def __init__(self, path: str | os.PathLike[str]):
-    self.path = pathlib.Path(path)
-    self.truncated = False
+  path: pathlib.Path
+  split: str
+  truncated: bool = False
+
+  @property
+  def name(self) -> str:
+    return self.path.stem
+
+  def identity(self) -> list[Any]:
+    # Name and size, not a hash, which would read all of a data set before each start.
+    return [self.path.name, self.path.stat().st_size]
 
   def __iter__(self) -> Iterator[RawPair]:
     # One open file for all members: a tar has thousands.
@@ -41,7 +52,7 @@ class TarReader:
       for key, members in index.samples.items():
         # What a pair of a damaged tar lacks may lie behind the damage; without image and caption it is none.
         if index.whole or {"image", "caption"} <= members.keys():
-          pair = RawPair(key)
+          pair = RawPair(f"{self.name}/{key}")
           try:
             for field, member in members.items():
               most = MOST_BYTES if field == "image" else MOST_TEXT_BYTES

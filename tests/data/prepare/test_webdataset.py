@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import pathlib
 import tarfile
@@ -7,7 +8,7 @@ import pytest
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import webdataset
 from diffdis_jax.data.prepare.pairs import RawPair, to_record
-from diffdis_jax.data.prepare.webdataset import TarReader, split_of
+from diffdis_jax.data.prepare.webdataset import TarPart, split_of
 from diffdis_jax.errors import UserError
 
 
@@ -21,8 +22,11 @@ def write_tar(path: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
 
 
 def read(path: pathlib.Path) -> tuple[list[RawPair], bool]:
-  reader = TarReader(path)
-  return list(reader), reader.truncated
+  """Its pairs, without the tar's name before their keys; and whether it is cut off."""
+  part = TarPart(path, "train")
+  pairs = list(part)
+  assert all(pair.key.startswith(f"{path.stem}/") for pair in pairs)
+  return [dataclasses.replace(pair, key=pair.key.removeprefix(f"{path.stem}/")) for pair in pairs], part.truncated
 
 
 FILES = {"a.png": b"A" * 700, "a.txt": b"one", "a.json": b"{}", "b.png": b"B" * 700, "b.txt": b"two"}
@@ -109,7 +113,7 @@ def test_memory_stays_flat(tmp_path):
 
   path = write_tar(tmp_path / "0.tar", {f"{i:03d}.{ext}": bytes(200_000) for i in range(100) for ext in ("png", "txt")})
   tracemalloc.start()
-  assert sum(1 for _ in TarReader(path)) == 100
+  assert sum(1 for _ in TarPart(path, "train")) == 100
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
   assert peak < 4_000_000
