@@ -40,26 +40,15 @@ def is_sampled(*, name: str, split: str = "train", **_: Any) -> bool:
   return name in NAMES and not (name == "shapes_lt" and split in shapes_lt.STARTS)
 
 
-def open_labelled(
-  *, name: str, path: str | os.PathLike[str] = "", split: str = "train", image_size: int, seed: int = 0
-) -> LabelledSource:
-  """A split, as `sources.open_source` takes it. Raises UserError: no such split, or damaged data."""
-  if name == "shapes_lt":
-    return shapes_lt.LongTailedShapes(split=split, image_size=image_size, seed=seed)
-  return long_tailed.open_split(buckets.local(path, "data.path"), name, split)
-
-
 def open_corpus(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0, **_: Any) -> Corpus:
-  """The sentences of the set's classes; takes what `open_labelled` takes. Raises UserError: damaged data."""
-  return (
-    shapes_lt.make_corpus(seed)
-    if name == "shapes_lt"
-    else long_tailed.open_corpus(buckets.local(path, "data.path"), name)
-  )
+  """The sentences of the set's classes; takes what `sources.open_source` takes. Raises UserError: damaged data."""
+  if name == "shapes_lt":
+    return shapes_lt.make_corpus(seed)
+  return long_tailed.open_corpus(buckets.local(path, "data.path"), name)
 
 
 def train_counts(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0, **_: Any) -> Int[np.ndarray, " k"]:
-  """Training images of each class; takes what `open_labelled` takes. Raises UserError: damaged data."""
+  """Training images of each class; takes what `sources.open_source` takes. Raises UserError: damaged data."""
   if name == "shapes_lt":
     return shapes_lt.counts(seed)
   return class_counts(long_tailed.train_labels(buckets.local(path, "data.path"), name), long_tailed.SETS[name].classes)

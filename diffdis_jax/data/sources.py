@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from diffdis_jax.common import buckets
-from diffdis_jax.data import latents, long_tail, records, scenes, shapes
-from diffdis_jax.data.layouts import find
+from diffdis_jax.data import latents, long_tail, records, scenes, shapes, shapes_lt
+from diffdis_jax.data.layouts import find, long_tailed
 from diffdis_jax.errors import UserError, check_number
 
 
@@ -163,9 +163,9 @@ class _LongTailed(Section):
   LACKS = ("num_images", "caption_fields")
 
   def open(self) -> Source:
-    return long_tail.open_labelled(
-      name=self.name, path=self.path, split=self.split, image_size=self.image_size, seed=self.seed
-    )
+    if self.name == "shapes_lt":
+      return shapes_lt.LongTailedShapes(split=self.split, image_size=self.image_size, seed=self.seed)
+    return long_tailed.open_split(buckets.local(self.path, "data.path"), self.name, self.split)
 
 
 class _Published(Section):
