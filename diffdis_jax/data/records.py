@@ -103,13 +103,13 @@ def read_header(data: bytes) -> Header:
     return Header(*image.size, image.format or "")
 
 
-def read_image(data: bytes | None) -> Image.Image:
-  """Encoded bytes -> upright RGB image, decoded to its end; of an animation the first frame.
+def read_image(image: bytes | UInt8[np.ndarray, "h w 3"] | None) -> Image.Image:
+  """Encoded bytes or an RGB array -> upright RGB image, decoded to its end; of an animation the first frame.
 
   Raises:
     Unusable: no bytes, or none that show an image.
   """
-  return read_decoded(data, at_least=None).image
+  return read_decoded(image, at_least=None).image
 
 
 def read_decoded(image: bytes | UInt8[np.ndarray, "h w 3"] | None, *, at_least: int | None) -> Decoded:
@@ -165,15 +165,20 @@ def captions_of(metadata: Mapping[str, Any]) -> list[str]:
   return []
 
 
+def texts_of(record: Mapping[str, Any], fields: Sequence[str]) -> list[str]:
+  """The texts in these fields, each a text or a list of texts, without surrounding white space and empty ones."""
+  values = [record.get(field) for field in fields]
+  texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+  return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+
+
 def with_captions(record: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-  """The record with the texts in these fields, each a text or a list of texts, for captions.
+  """The record with the texts in these fields for captions.
 
   Raises:
     Unusable: there is none.
   """
-  values = [record.get(field) for field in fields]
-  texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
-  texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+  texts = texts_of(record, fields)
   if not texts:
     raise Unusable("missing caption")
   return {**record, "caption": texts[0], "captions": texts}
@@ -199,21 +204,16 @@ class Recaptioned:
 
 
 class Stored:
-  """Records of a TFDS folder as they are stored, images undecoded.
+  """Records of a TFDS folder as they are stored, images undecoded; with `num_images`, the first so many.
 
-  Reading one raises Unusable where it is damaged. A file that is away is tried again, by `storage.patiently`, and with
-  what `reopen` opens: ArrayRecord never reads a file again that it could not open once.
+  Reading one raises Unusable where it is damaged. A file that is away is tried again, by `storage.patiently`, and all
+  are opened again then: ArrayRecord never reads a file again that it could not open once.
   """
 
-  def __init__(
-    self,
-    stored: Any,
-    num_images: int | None = None,
-    files: Sequence[str | os.PathLike[str]] = (),
-    reopen: Callable[[], _Split] | None = None,
-  ):
-    self._records, self._files, self._reopen, self._is_stale = stored, files, reopen, False
-    self._num_images = len(stored) if num_images is None else min(num_images, len(stored))
+  def __init__(self, open_split: Callable[[], Split], num_images: int | None = None):
+    self._open, self._is_stale = open_split, False
+    self._records, self._files = open_split()
+    self._num_images = len(self._records) if num_images is None else min(num_images, len(self._records))
 
   def __len__(self) -> int:
     return self._num_images
@@ -229,8 +229,8 @@ class Stored:
 
   def _read(self, index: int) -> dict[str, Any]:
     try:
-      if self._is_stale and self._reopen is not None:
-        self._records, self._is_stale = self._reopen().stored, False
+      if self._is_stale:
+        self._records, self._is_stale = self._open().stored, False
       record = dict(self._records[index])
       # Of a file that became shorter ArrayRecord reads nothing, and says nothing.
       if record and all(value is None for value in record.values()):
@@ -270,8 +270,7 @@ def open_pairs(
     )
   if split not in info.splits:
     raise UserError(f"{path} has no split {split!r}; there are {', '.join(sorted(info.splits))}")
-  stored, files = _open(path, split)
-  pairs = Pairs(stored, num_images, files, functools.partial(_open, path, split))
+  pairs = Pairs(functools.partial(_open, path, split), num_images)
   if copies.reads_in_place(path):
     # Read once here: if the bucket does not answer, its name is said now, and not at the first batch.
     with copies.naming_silence([str(path)]):
@@ -289,8 +288,7 @@ def open_pairs(
 def open_stored(path: str | os.PathLike[str], *, split: str) -> Stored:
   """A split of any folder of TFDS, or a part of one. Raises UserError: a file is missing, or its format is not read by
   number."""
-  stored, files = _open(path, split)
-  return Stored(stored, files=files, reopen=functools.partial(_open, path, split))
+  return Stored(functools.partial(_open, path, split))
 
 
 def _first_usable(pairs: Pairs) -> dict[str, Any]:
@@ -322,14 +320,14 @@ def builder(path: str | os.PathLike[str]) -> Any:
     raise UserError(f"{path} is no whole data set: {said}; copy it again, or prepare it again") from error
 
 
-class _Split(NamedTuple):
+class Split(NamedTuple):
   """The records of a split, images undecoded, and their files."""
 
   stored: Any
   files: Sequence[Any]
 
 
-def _open(path: str | os.PathLike[str], split: str) -> _Split:
+def _open(path: str | os.PathLike[str], split: str) -> Split:
   """Raises UserError: one of the files is missing, or they are of a format that is not read by number."""
   import tensorflow_datasets as tfds
 
@@ -349,4 +347,4 @@ def _open(path: str | os.PathLike[str], split: str) -> _Split:
     raise UserError(
       f"{missing[0]} is missing{more}; put it back and run the same command again, or prepare the data set again"
     )
-  return _Split(stored, files)
+  return Split(stored, files)

@@ -131,11 +131,7 @@ def _usable(index: SupportsIndex, what: str = "the data set") -> Iterator[None]:
 def read_image(source: Any, index: SupportsIndex) -> Image.Image:
   """The image of a record of a source. Raises as `read` does."""
   with _usable(index):
-    return _in_full(source[int(index)]["image"])
-
-
-def _in_full(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
-  return records.read_decoded(image, at_least=None).image
+    return records.read_image(source[int(index)]["image"])
 
 
 def to_square(
@@ -193,7 +189,7 @@ class Images:
     with _usable(index, self.what):
       image = self.source[index]["image"]
       if self.resampling:
-        return resize.square(_in_full(image), self.image_size, self.resampling)
+        return resize.square(records.read_image(image), self.image_size, self.resampling)
       return to_square(image, self.image_size, self.crop_pct, reduced_decoding=self.reduced_decoding)
 
 

@@ -18,7 +18,7 @@ from absl import logging
 
 from diffdis_jax.common import buckets
 from diffdis_jax.common.guesses import did_you_mean
-from diffdis_jax.data import records, transforms
+from diffdis_jax.data import records
 from diffdis_jax.data.layouts import class_lists, find
 from diffdis_jax.data.layouts.labelled import Captioned, Labelled
 from diffdis_jax.errors import UserError
@@ -183,9 +183,7 @@ def _check_classes(name: str, source: Labelled, incomplete: bool) -> None:
 
 def _check_image(name: str, source: Labelled | Captioned, index: int) -> None:
   try:
-    image = source[index]["image"]
-    decoded = transforms.decode(image) if isinstance(image, np.ndarray) else records.read_image(image)
-    decoded.load()
+    records.read_image(source[index]["image"])
   except records.Unusable as error:
     raise UserError(
       f"{name} in {source.origin.path}: image {index} cannot be used: {error}; download it again"

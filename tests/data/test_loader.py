@@ -331,7 +331,7 @@ def test_what_a_disk_answers_is_no_damage(prepared, monkeypatch):
       raise RuntimeError("pread() failed: Input/output error; reading /data/a; at byte 630")
 
   monkeypatch.setattr(source, "_records", Broken())
-  monkeypatch.setattr(source, "_reopen", None)
+  monkeypatch.setattr(source, "_open", lambda: records.Split(Broken(), files=()))
   with pytest.raises(storage.Away, match="could not be read for 0 s: pread.. failed: Input/output error; reading"):
     source[0]
 

@@ -49,8 +49,9 @@ def test_pairs_fields():
   """The stored image, caption and key win over fields of the same name in the json."""
   metadata = {"caption": "inner", "key": "k", "image": "i", "concept": "bear"}
   record = {"image": b"bytes", "caption": b"outer \xc3\xbc", "key": b"t/0", "metadata": json.dumps(metadata).encode()}
-  source = records.Pairs([record] * 3, num_images=2)
-  assert len(source) == 2 and len(records.Pairs([record] * 3, num_images=9)) == 3
+  split = lambda: records.Split([record] * 3, files=())
+  source = records.Pairs(split, num_images=2)
+  assert len(source) == 2 and len(records.Pairs(split, num_images=9)) == 3
   assert source[1] == {"image": b"bytes", "caption": "outer ü", "key": "t/0", "concept": "bear"}
   with pytest.raises(IndexError):
     source[2]

@@ -79,13 +79,6 @@ def caption_fields(where: str, columns: Mapping[str, Any] | Sequence[str], asked
   return asked.caption_fields or tuple(usual)
 
 
-def texts_of(row: Mapping[str, Any], fields: Sequence[str]) -> tuple[str, ...]:
-  """The texts in these fields of a row, each a text or a list of them."""
-  values = [row.get(field) for field in fields]
-  texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
-  return tuple(text for text in texts if isinstance(text, str) and text.strip())
-
-
 def is_plain(value: Any) -> bool:
   """Whether JSON and a reader of records have it: a text, a number, or a list of texts."""
   return isinstance(value, (str, int, float)) or (isinstance(value, list) and all(isinstance(v, str) for v in value))

@@ -14,7 +14,7 @@ from diffdis_jax.data import records, tars
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.card import spread
 from diffdis_jax.data.prepare.image_folder import SPLITS
-from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, pair_of, texts_of
+from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, pair_of
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.data.records import MOST_TEXT_BYTES, TOO_LARGE, Unusable, read_file
@@ -175,7 +175,7 @@ def by_table(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[P
       if key in samples:
         raise UserError(f"{source / table} has {name} twice; give each picture one row")
       other = {field: value for field, value in row.items() if field not in (FILE_NAME, *fields) and is_plain(value)}
-      samples[key] = Sample(key, key, texts_of(row, fields), metadata=other)
+      samples[key] = Sample(key, key, tuple(records.texts_of(row, fields)), metadata=other)
   # A picture that no row names is counted, as a pair without a caption.
   rest = [Sample(name, name) for name in names if is_picture(name) and name not in samples]
   if not samples:

@@ -18,10 +18,10 @@ from typing import Any
 from diffdis_jax.common.files import leads_out
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.image_folder import SPLITS
-from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, pair_of, texts_of
+from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, pair_of
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.parts import Part
-from diffdis_jax.data.records import MOST_BYTES, TOO_LARGE, Unusable
+from diffdis_jax.data.records import MOST_BYTES, TOO_LARGE, Unusable, texts_of
 from diffdis_jax.errors import UserError
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "picture")  # the first that is there counts
@@ -179,7 +179,7 @@ def _is_image(kind: Any) -> bool:
 
   if pa.types.is_struct(kind):
     return any(field.name == "bytes" and _is_image(field.type) for field in kind)
-  return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+  return str(kind) in ("binary", "large_binary", "binary_view")  # the last since pyarrow 16
 
 
 def _bytes_of(value: Any) -> bytes | None:

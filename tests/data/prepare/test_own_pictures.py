@@ -178,6 +178,13 @@ def test_img2datasets_parquet(tmp_path):
   assert all(caption == f"picture {int(key[-9:])}" for key, caption in found.items())
 
 
+def test_images_in_a_column_of_views(tmp_path):
+  image = pa.array([picture(i) for i in range(COUNT)], pa.binary_view())
+  put(tmp_path / "raw" / "0.parquet", columns(image=image, text=[f"picture {i}" for i in range(COUNT)]))
+  reports = prepared(tmp_path / "raw", tmp_path / "out")
+  assert sum(report.pairs for report in reports.values()) == COUNT and load(tmp_path / "out", "train")[0]["image"]
+
+
 def test_datasets_parquet_has_its_own_splits(tmp_path):
   write_table(tmp_path / "raw" / "data" / "train-00000-of-00001.parquet", "datasets")
   write_table(tmp_path / "raw" / "data" / "validation-00000-of-00001-0123abcd.parquet", "datasets", 5)
