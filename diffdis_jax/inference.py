@@ -107,18 +107,22 @@ class Inference:
     return self._batched(functools.partial(self._compiled_embed_texts, params), tokens)
 
   def embed_images(
-    self, params: Params, images: UInt8[np.ndarray, "n H W 3"] | Any, *, seed: int
+    self,
+    params: Params,
+    images: UInt8[np.ndarray, "n H W 3"] | Any,
+    *,
+    seed: int,
+    places: Int[np.ndarray, " n"] | None = None,
   ) -> Float[np.ndarray, "n d"]:
     """Denoised text queries ê_0 from e_T ~ N(0, I), averaged over the noise samples, L2-normalised (Algorithm 3).
 
-    No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size or the mesh.
-    For CLIP, what its image encoder gives, L2-normalised, whatever the seed.
+    No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size or the mesh;
+    places are 0, 1, ... by default. For CLIP, what its image encoder gives, L2-normalised, whatever the seed.
     """
     self._require(*ALIGNED)
     done = self._progress("embedded", len(images))
-    return self._batched(
-      functools.partial(self._compiled_embed_images, params), images, *_places(len(images), seed), done=done
-    )
+    noise = _noise_rows(np.arange(len(images)) if places is None else places, seed)
+    return self._batched(functools.partial(self._compiled_embed_images, params), images, *noise, done=done)
 
   def text_features(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Sentences as the language-guided head takes them (method/features.py)."""
@@ -133,9 +137,8 @@ class Inference:
     """
     self._require(*WITH_HEAD)
     done = self._progress("classified", len(images))
-    return self._batched(
-      functools.partial(self._compiled_class_logits, params), images, *_places(len(images), seed), done=done
-    )
+    noise = _noise_rows(np.arange(len(images)), seed)
+    return self._batched(functools.partial(self._compiled_class_logits, params), images, *noise, done=done)
 
   def generate(
     self,
@@ -276,12 +279,11 @@ class Inference:
     return self.network.with_params(params).encode_text(tokens).c.astype(jnp.bfloat16)
 
 
-def _places(n: int, seed: int) -> tuple[UInt32[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+def _noise_rows(places: Int[np.ndarray, " n"], seed: int) -> tuple[UInt32[np.ndarray, " n"], Int[np.ndarray, " n"]]:
   """Of each image the seed of its key, and its place among the images of that key.
 
   They go in as rows, so that padding and the split over devices leave each image its own noise.
   """
-  places = np.arange(n, dtype=np.int64)
   first = places - places % ONE_SEED
   return (seed + first).astype(np.uint32), (places - first).astype(np.int32)
 

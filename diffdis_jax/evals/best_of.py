@@ -99,20 +99,24 @@ class BestOf:
     noise: Float[np.ndarray, "n *k h w c"],
     *,
     done: Callable[[int], object] | None = None,
+    places: Int[np.ndarray, " n"] | None = None,
   ) -> UInt8[np.ndarray, "n H W 3"]:
-    """As the inference's, of each prompt the best image. `done` is called with the numbers of all that are made."""
+    """As the inference's, of each prompt the best image. `done` is called with the numbers of all that are made;
+    `places` decide the noise by which images are compared with their prompts, as in `similarity`."""
     done = done or Progress("generated", len(tokens) * self._count, "images").add
+    places = np.arange(len(tokens)) if places is None else places
+    score = functools.partial(similarity, self._inference, params, tokens=tokens, places=places)
     if self.is_early:
-      images = self._halves(params, tokens, noise, done=done)
-      scores = similarity(self._inference, params, images, tokens)
+      images = self._halves(params, tokens, noise, places, done=done)
+      scores = score(images)
     else:
       # One after the other, so that two images of a prompt are in memory, however many there are.
       first, *others = [noise] if self._count == 1 else np.moveaxis(noise, 1, 0)
       images = self._inference.generate(params, tokens, first, done=done)
-      scores = similarity(self._inference, params, images, tokens)
+      scores = score(images)
       for each in others:
         further = self._inference.generate(params, tokens, each, done=done)
-        of_further = similarity(self._inference, params, further, tokens)
+        of_further = score(further)
         better = of_further > scores
         images = np.where(better[:, None, None, None], further, images)
         scores = np.where(better, of_further, scores)
@@ -148,13 +152,18 @@ def check_failures(path: str | None) -> None:
 
 
 def similarity(
-  inference: Any, params: Mapping[str, Any], images: UInt8[np.ndarray, "n H W 3"], tokens: Int[np.ndarray, "n l"]
+  inference: Any,
+  params: Mapping[str, Any],
+  images: UInt8[np.ndarray, "n H W 3"],
+  tokens: Int[np.ndarray, "n l"],
+  places: Int[np.ndarray, " n"] | None = None,
 ) -> Float[np.ndarray, " n"]:
   """⟨ê_0, e⟩ of each image and its own prompt, as Algorithm 3 gives it: what the run's head says of its own images.
 
-  Noise is of an image's place alone, so that all images of a prompt have the same.
+  Noise is of an image's place alone, so that all images of a prompt have the same; as `Inference.embed_images` has it.
   """
-  return _inner(inference.embed_images(params, images, seed=0), _embed_prompts(inference, params, tokens))
+  q = inference.embed_images(params, images, seed=0, places=places)
+  return _inner(q, _embed_prompts(inference, params, tokens))
 
 
 def _embed_prompts(
@@ -219,6 +228,7 @@ class _Halves:
     params: Mapping[str, Any],
     tokens: Int[np.ndarray, "n l"],
     noise: Float[np.ndarray, "n k h w c"],
+    places: Int[np.ndarray, " n"],
     *,
     done: Callable[[int], object],
   ) -> UInt8[np.ndarray, "n H W 3"]:
@@ -226,8 +236,8 @@ class _Halves:
     every = np.repeat(tokens, k, axis=0), noise.reshape(n * k, *shape)
     z = self._batched(functools.partial(self._begin, params), *every, done=done)
     z_t, z_0 = np.split(z, 2, axis=-1)
-    places = np.repeat(np.arange(n, dtype=np.int32), k)
-    q = self._batched(functools.partial(self._query, params, jax.random.key(0)), z_t if self._noised else z_0, places)
+    rows = z_t if self._noised else z_0, np.repeat(places.astype(np.int32), k)
+    q = self._batched(functools.partial(self._query, params, jax.random.key(0)), *rows)
     e = np.repeat(_embed_prompts(self._inference, params, tokens), k, axis=0)
     best = _inner(q, e).reshape(n, k).argmax(axis=1)
     chosen = z_t.reshape(n, k, *shape)[np.arange(n), best]

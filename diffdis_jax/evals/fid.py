@@ -172,8 +172,11 @@ class Fid:
     # `first` makes the noise that of the image's place among all, whatever the parts are.
     tokens = self._tokenizer(inference.max_length)([prompt for part in parts for prompt in part.prompts])
     noise = np.concatenate([inference.noise(len(part), self._seed, first=part.first) for part in parts])
-    images = inference.generate(params, tokens, noise)
-    own = best_of.similarity(inference, params, images, tokens) if inference.aligned else None
+    # By places in the part the head sees its noise, so that no choice or similarity depends on the parts of a call.
+    places = np.concatenate([np.arange(len(part)) for part in parts])
+    ranked = {"places": places} if isinstance(inference, best_of.BestOf) else {}
+    images = inference.generate(params, tokens, noise, **ranked)
+    own = best_of.similarity(inference, params, images, tokens, places) if inference.aligned else None
     features, ends = extractor(images), np.cumsum([len(part) for part in parts])
     found = {}
     for part, end in zip(parts, ends, strict=True):

@@ -115,6 +115,18 @@ def test_half_way_the_best_of_three_is_finished(model, best_at, begun, noised, m
   assert ("this run's head saw no noised images" in caplog.text) is not noised
 
 
+@pytest.mark.parametrize("best_at", [1.0, 0.5])
+def test_two_calls_choose_as_one_where_images_have_the_same_places(model, best_at):
+  inference, params = model
+  tokens, two = tokens_of(inference), BestOf(inference, 3, best_at)
+  noise, parts = two.noise(len(PROMPTS), SEED), (slice(3), slice(3, None))
+  expected = np.concatenate([two.generate(params, tokens[rows], noise[rows]) for rows in parts])
+  one = BestOf(inference, 3, best_at)
+  places = np.array([0, 1, 2, 0, 1])
+  np.testing.assert_array_equal(one.generate(params, tokens, noise, places=places), expected)
+  assert [ranked.score for ranked in one.lowest] == pytest.approx([ranked.score for ranked in two.lowest])
+
+
 def test_the_similarity_is_of_an_image_and_its_own_prompt(model):
   inference, params = model
   images = inference.generate(params, tokens_of(inference), inference.noise(len(PROMPTS), SEED))

@@ -20,6 +20,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import distances, drawn_prompts, reference, resize
 from diffdis_jax.evals import fid as fid_module
 from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals.best_of import BestOf
 from diffdis_jax.interop.inception import Weights
 from diffdis_jax.parallel import sharding
 from tests.changed_code import change, copy_package
@@ -139,7 +140,7 @@ class Comparing(Inference):
 
   aligned = True
 
-  def embed_images(self, params, images, *, seed):
+  def embed_images(self, params, images, *, seed, places=None):
     return images[:, 0, 0].astype(np.float32)
 
   def embed_texts(self, params, tokens):
@@ -160,6 +161,36 @@ def test_the_heads_own_similarity_of_all_images_even_of_those_that_were_there(tm
         pixel = np.asarray(image)[0, 0].astype(np.float64)
       scores.append(pixel @ np.random.default_rng(Tokenizer(16)([prompt])[0].tolist()).normal(size=3))
   assert len(scores) == COUNT and metrics["head_similarity"] == pytest.approx(np.mean(scores), rel=1e-5)
+
+
+class Placed(Comparing):
+  """One whose embedding of an image has noise of its place."""
+
+  sampling = types.SimpleNamespace(generation_steps=5)
+
+  def noise(self, n, seed, *, first=0, candidates=1):
+    sampled = np.stack([super(Placed, self).noise(n, seed + 100 * k, first=first) for k in range(candidates)], axis=1)
+    return sampled[:, 0] if candidates == 1 else sampled
+
+  def generate(self, params, tokens, noise, *, done=None):
+    return super().generate(params, tokens, noise)
+
+  def embed_images(self, params, images, *, seed, places=None):
+    places = np.arange(len(images)) if places is None else places
+    noise = np.stack([np.random.default_rng([3, place]).normal(size=3) * 90 for place in places])
+    return (super().embed_images(params, images, seed=seed) + noise).astype(np.float32)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_the_head_says_is_the_same_however_many_parts_a_call_has(tmp_path, count):
+  """Its similarity, and with several images a prompt the choice among them, and so FID."""
+  found = {}
+  for rows in (PART, 3 * PART + 5):
+    inference = Placed()
+    inference.batch_size = rows
+    found[rows] = make(parts=str(tmp_path / str(rows))).run(BestOf(inference, count), {})
+  assert found[PART] == found[3 * PART + 5]
+  np.testing.assert_array_equal(features_in(tmp_path / str(PART)), features_in(tmp_path / str(3 * PART + 5)))
 
 
 def test_the_real_images_are_cut_and_resized_by_lanczos(stand_ins):
