@@ -120,12 +120,15 @@ def read(path: str | os.PathLike[str]) -> Reference:
   # A file of another layer or network has other widths; FID of it would be another measure.
   if mean.shape != (WIDTH,) or covariance.shape != (WIDTH, WIDTH):
     raise UserError(f"--reference={path} has mu {list(mean.shape)} and sigma {list(covariance.shape)}; {FORM}")
-  if not np.isfinite(mean).all() or not np.isfinite(covariance).all():
+  features = content.get("features")
+  if features is not None and (features.ndim != 2 or features.shape[1] != WIDTH or len(features) < 2):
+    raise UserError(f"--reference={path} has features {list(features.shape)}; {FORM}")
+  if not all(np.isfinite(each).all() for each in (mean, covariance, features) if each is not None):
     raise UserError(f"--reference={path} holds values that are not finite; {FORM}")
   if count is not None and count < 2:
     raise UserError(f"--reference={path} is of {count} images; it takes at least 2")
   gaussian = distances.Gaussian(mean, covariance, count)
-  return Reference(gaussian, content.get("features"), protocol, os.path.basename(os.fspath(path)))
+  return Reference(gaussian, features, protocol, os.path.basename(os.fspath(path)))
 
 
 def check(reference: Reference, expected: Mapping[str, Any], path: str) -> None:
