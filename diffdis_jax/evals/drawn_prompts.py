@@ -63,10 +63,10 @@ def draw(source: Any, *, num_images: int | None, captions: str, seed: int) -> li
     order = rng.permutation(len(source))
     which = rng.random(len(source))
     chosen = [(int(i), float(u)) for i, u in zip(order, which)][: _count(len(source), num_images)]
-    found = [_one(i, base.captions(base.read(source, i)), u) for i, u in chosen]
+    found = [_one(i, base.captions(base.fields(source, i)), u) for i, u in chosen]
   else:
     # Each caption is as likely as any other, so that a record with more of them comes up more often.
-    texts = (base.captions(base.read(source, i)) for i in range(len(source)))
+    texts = (base.captions(base.fields(source, i)) for i in range(len(source)))
     every = [_Prompt(i, k, text) for i, several in enumerate(texts) for k, text in enumerate(several)]
     found = [every[i] for i in rng.permutation(len(every))[: _count(len(every), num_images)]]
   return [

@@ -87,3 +87,16 @@ def test_the_usual_count(monkeypatch):
 def test_what_cannot_be_drawn(how, message):
   with pytest.raises(UserError, match=message):
     draw(**how)
+
+
+@pytest.mark.parametrize("captions", drawn_prompts.CAPTIONS)
+def test_no_image_is_read_for_its_caption(captions):
+  class Described(Source):
+    def fields(self, i: int) -> dict:
+      return super().__getitem__(i)
+
+    def __getitem__(self, i: int) -> dict:
+      raise AssertionError("an image was read")
+
+  found = drawn_prompts.draw(Described(40), num_images=None, captions=captions, seed=0)
+  assert texts(found) == texts(draw(captions=captions))
