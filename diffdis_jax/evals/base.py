@@ -120,6 +120,22 @@ def origin(source: Any) -> dict[str, Any]:
   return {"data": {"layout": source.origin.layout, "split": source.origin.split}}
 
 
+def open_split(data: Mapping[str, Any], split: str) -> sources.Source:
+  """Another split of the same data.
+
+  Raises:
+    UserError: there is none; of a published set there is only the one that it is measured on.
+  """
+  source = sources.open_source(**{**data, "split": split})
+  # It is opened as one split whatever is asked for, and what is measured would be trained on.
+  if isinstance(source, Captioned | Labelled) and source.origin.split != split:
+    raise UserError(
+      f"{data['name']} in {source.origin.path} is the split {source.origin.split} alone, and has no split {split};"
+      " prepare both with diffdis prepare_data"
+    )
+  return source
+
+
 @contextlib.contextmanager
 def _usable(index: SupportsIndex, what: str = "the data set") -> Iterator[None]:
   try:

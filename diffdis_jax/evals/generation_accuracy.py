@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, Int, UInt8
 
-from diffdis_jax.data import shapes, sources, transforms
+from diffdis_jax.data import shapes, transforms
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import base, classifiers, copies, prompts
@@ -193,7 +193,7 @@ class LabelJudge:
     check_number("held_out", held_out, above=0.0, below=1.0)
     split = data.get("split", "train")
     self._splits = tuple(dict.fromkeys((split, *splits)))
-    opened = {split: sources.open_source(**{**data, "split": split}) for split in self._splits}
+    opened = {split: base.open_split(data, split) for split in self._splits}
     self._sources = tuple(opened.values())
     names = {split: base.text_labels(source, label_field).tolist() for split, source in opened.items()}
     self.classnames = tuple(sorted({name for labels in names.values() for name in labels}))

@@ -34,7 +34,7 @@ class Hog:
     num_images: how many images to measure, those that zero_shot measures; None for all.
 
   Raises:
-    UserError: a label that is no text, or no image of a class that is in train_split.
+    UserError: a label that is no text, no image of a class that is in train_split, or train_split is what is measured.
   """
 
   task = "nearest_neighbour_classification"
@@ -47,9 +47,13 @@ class Hog:
     label_field: str = "label",
     num_images: int | None = None,
   ):
+    if train_split == data.get("split", "train"):
+      raise UserError(
+        f"hog would look for the nearest image in the split {train_split}, which it measures; give another"
+      )
     self.source = sources.open_source(**data)
     self._indices = base.subset(len(self.source), num_images)
-    self._train, self._split = sources.open_source(**{**data, "split": train_split}), train_split
+    self._train, self._split = base.open_split(data, train_split), train_split
     self._labels = base.text_labels(self.source, label_field)[self._indices]
     self._known = base.text_labels(self._train, label_field)
     self._seen = np.isin(self._labels, self._known)

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.sections import NUM_TIMESTEPS
-from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import base
 from diffdis_jax.method import encode
@@ -83,12 +82,18 @@ class LinearProbe:
     if timestep is not None:
       check_number("timestep", timestep, at_least=0, at_most=NUM_TIMESTEPS)
     self._timestep, self._seed = timestep, seed
-    splits = dict(train=train_split, val=val_split or train_split, test=data.get("split"))
+    splits = dict(train=train_split, val=val_split or train_split, test=data.get("split", "train"))
     if splits["test"] in (splits["train"], splits["val"]):
       raise UserError(
         f"linear_probe would test on the split {splits['test']}, on which it trains or chooses; give another"
       )
-    self._sources = {name: sources.open_source(**{**data, "split": split}) for name, split in splits.items()}
+    if val_split == train_split:
+      raise UserError(
+        f"linear_probe would choose on the split {val_split}, on which it trains; leave val_split out, and a fifth of"
+        " it is held out"
+      )
+    self._splits = {"train_split": train_split, "val_split": val_split}
+    self._sources = {name: base.open_split(data, split) for name, split in splits.items()}
     rows = {name: np.arange(len(source)) for name, source in self._sources.items()}
     rows["train"] = base.subset(len(rows["train"]), num_training_images)
     rows["test"] = base.subset(len(rows["test"]), num_images)
@@ -120,6 +125,7 @@ class LinearProbe:
       "shots": [ALL if k is None else k for k in self._shots],
       "timestep": self._middle_timestep(inference),
       "l2": list(L2),
+      **self._splits,
       **counts,
     }
 

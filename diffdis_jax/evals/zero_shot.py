@@ -105,7 +105,7 @@ class ZeroShot:
       raise UserError("seen_split and seen_classes are both set; give one of them")
     self._seen = None
     if seen_split:
-      labels = _read_labels(sources.open_source(**{**data, "split": seen_split}), label_field, given)
+      labels = _read_labels(base.open_split(data, seen_split), label_field, given)
       self._seen = _is_in(kept.keys, [label if isinstance(label, str) else classes.keys[label] for label in labels])
     elif seen_classes:
       self._seen = _is_in(kept.names, prompts.resolve_classnames(seen_classes).names)

@@ -70,3 +70,10 @@ def test_classes_that_training_has_not(use):
   use(train=(smooth(1), [*"abc"]), test=(smooth(2), [*"xyz"]))
   with pytest.raises(UserError, match="no class of these images is in the split train"):
     evals.create("hog", data={"split": "test"})
+
+
+@pytest.mark.parametrize("data", [{"split": "train"}, {}])
+def test_the_nearest_image_would_be_the_image_itself(use, data):
+  use(train=(smooth(1), [*"abc"]))
+  with pytest.raises(UserError, match="hog would look for the nearest image in the split train, which it measures"):
+    hog.Hog(data=data)

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel
 
 from diffdis_jax import inference
 from diffdis_jax.data import sources
+from diffdis_jax.data.layouts import labelled
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import linear_probe
@@ -133,6 +134,7 @@ def test_without_a_split_to_choose_on_a_fifth_is_held_out(splits):
   ("settings", "message"),
   [
     (dict(data={"split": "train"}), "would test on the split train, on which it trains or chooses"),
+    (dict(val_split="train"), "would choose on the split train, on which it trains; leave val_split out"),
     (dict(shots=("0",)), "shots has '0'; it should be numbers from 1 on, or all"),
     (dict(timestep=1001), "timestep"),
     (dict(label_field="kind"), "no field 'kind'"),
@@ -141,6 +143,36 @@ def test_without_a_split_to_choose_on_a_fifth_is_held_out(splits):
 def test_what_is_refused(splits, settings, message):
   with pytest.raises(UserError, match=message):
     evals.create("linear_probe", **{"data": {"split": "test"}, **settings})
+
+
+def test_data_without_a_split_are_those_trained_on():
+  with pytest.raises(UserError, match="would test on the split train, on which it trains or chooses"):
+    linear_probe.LinearProbe(data={})
+
+
+def test_the_protocol_says_which_splits(splits):
+  evaluation = evals.create("linear_probe", data={"split": "test"}, val_split="val")
+  assert {"train_split": "train", "val_split": "val"}.items() <= evaluation.protocol(Embedding()).items()
+
+
+@pytest.mark.parametrize(
+  ("task", "settings"),
+  [
+    ("linear_probe", {}),
+    ("hog", {}),
+    ("zero_shot", {"classnames": CLASSES, "seen_split": "train"}),
+    ("generation_accuracy", {"label_field": "class", "splits": ("train",)}),
+  ],
+)
+def test_a_published_set_has_no_second_split(monkeypatch, task, settings):
+  """It is opened as one split, whatever is asked for: trained on would be what is measured."""
+  origin = labelled.Origin("wds", "/data/cifar10", "test")
+  images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+  published = labelled.Labelled(images, np.arange(40) % 4, CLASSES, origin)
+  monkeypatch.setattr(sources, "open_source", lambda **data: published)
+  data = {"name": "cifar10", "path": "/data", "split": "test", "image_size": 32}
+  with pytest.raises(UserError, match="/data/cifar10 is the split test alone, and has no split train; prepare both"):
+    evals.create(task, data=data, **{"label_field": "class", **settings})
 
 
 def test_the_middle_map_is_diffusers(sd, imported, monkeypatch):
