@@ -48,8 +48,8 @@ class GenerationAccuracy:
       stops; by default 0.98.
 
   Raises:
-    UserError: a label that is no text, fewer than two classes, so few images that none are held out, or settings of
-      the other judge.
+    UserError: a label that is no text, fewer than two classes, so few images that none or all are held out, or settings
+      of the other judge.
   """
 
   task = "generation_accuracy"
@@ -125,7 +125,9 @@ class GenerationAccuracy:
     prompts_of_all = [prompts.fill(self._template, name) for name in self.judge.classnames]
     e = base.embed_texts(inference, params, prompts_of_all)
     q = inference.embed_images(params, images, seed=self._seed)
-    places = base.ranks(q, e, query_groups=self._classes, key_groups=np.arange(len(e)))
+    # Classes of one name are one, as the captions of scenes that recur: nothing tells them apart.
+    groups = np.unique(self.judge.classnames, return_inverse=True)[1]
+    places = base.ranks(q, e, query_groups=groups[self._classes], key_groups=groups)
     return {
       "head_similarity": float((q * e[self._classes]).sum(axis=1).mean()),
       "head_acc1": float((places == 0).mean()),
@@ -205,8 +207,9 @@ class LabelJudge:
     self._seed, self._epochs = seed, epochs
     # The order is of the seed alone, so that the judge of another call is the same one.
     order, count = np.random.default_rng(seed).permutation(len(self._labels)), round(held_out * len(self._labels))
-    if not count:
-      raise UserError(f"held_out={held_out} of {len(order)} images is none; ask for a larger share")
+    if not 0 < count < len(order):
+      share, size = ("all of them", "smaller") if count else ("none", "larger")
+      raise UserError(f"held_out={held_out} of {len(order)} images is {share}; ask for a {size} share")
     self._measured_on, self._trained_on = order[:count], order[count:]
     self._trained: Trained | None = None
     self._own: copies.OwnDistances | None = None

@@ -112,6 +112,14 @@ def test_the_run_judges_its_own_images_too(evaluation):
   assert not [name for name in evaluation.run(Painter(), {}) if name.startswith("head")]
 
 
+def test_classes_of_one_name_are_one_to_the_head(evaluation, monkeypatch):
+  """Scenes that recur have one caption, between whose places there is nothing to tell."""
+  monkeypatch.setattr(evaluation.judge, "classnames", ("blue", "green", "grey", "red", "red"))
+  monkeypatch.setattr(evaluation, "_classes", np.array([0, 1, 3, 4]))
+  images = np.stack([paint(name, 0) for name in ("blue", "green", "red", "red")])
+  assert evaluation._measure_by_head(Critic(), {}, images)["head_acc1"] == 1.0
+
+
 def test_copies_of_training_images_are_counted(evaluation, monkeypatch):
   """A generator that returns training images has a share of 1; one of new discs that of real images, by brute force."""
   training = np.stack([base.to_square(record["image"], 32) for record in SPLITS["train"]])
@@ -183,6 +191,7 @@ def test_ties_and_nans_are_wrong():
   [
     (dict(train=records("red", each=9)), {}, "names red alone"),
     (dict(train=records("red", "blue", each=2)), {"held_out": 0.1}, "held_out=0.1 of 4 images is none"),
+    (dict(train=records("red", "blue", each=2)), {"held_out": 0.9}, "held_out=0.9 of 4 images is all of them"),
     (dict(train=[{"image": paint("red", 0), "label": 3}] * 9), {}, "holds 3; a label should be a class's name"),
     (dict(train=records("red", "blue", each=9)), {"label_field": "kind"}, "no field 'kind'"),
     (dict(train=records("red", "blue", each=9)), {"epochs": 0}, "epochs"),
