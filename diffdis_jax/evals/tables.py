@@ -215,7 +215,7 @@ def _others(by_name: Mapping[str, Results], notes: list[str]) -> str:
     for results in by_name.values()
     for task, records in results.items()
     for name, record in records.items()
-    if name not in suites.SETS and not is_mean(name) and task not in ("fid", "long_tail")
+    if not is_mean(name) and not _has_column(task, name)
     for metric in record["metrics"]
   )
   if not keys:
@@ -229,10 +229,15 @@ def _others(by_name: Mapping[str, Results], notes: list[str]) -> str:
   return f"## Other sets\n\n{_markdown([*by_name], rows)}"
 
 
+def _has_column(task: str, name: str) -> bool:
+  """Whether the set's figures of this task stand in a table of their own."""
+  return task in ("fid", "long_tail") or (name in suites.SETS and suites.SETS[name].task == task)
+
+
 def _mark(task: str, name: str, by_name: Mapping[str, Results], notes: list[str]) -> str:
   """A dagger where the protocols of the files differ for this set, and how they differ among the notes."""
   found = {title: results[task][name] for title, results in by_name.items() if name in results.get(task, {})}
-  # Weights and checkpoint differ between models by nature, and are what is compared.
+  # Models differ in these by nature, and may still be measured alike.
   different = differences([record["protocol"] for record in found.values()], ignored=OF_A_MODEL)
   for field, values in different.items():
     said = "; ".join(f"{title}: {_short(value)}" for title, value in zip(found, values, strict=True))

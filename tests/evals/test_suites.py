@@ -268,6 +268,14 @@ def test_the_papers_fid_stands_under_mscoco_alone():
   assert "9.80" not in tables.table({"mine": {"fid": {"test": record(50.0)}}})
 
 
+def test_another_task_on_a_set_of_a_suite_is_shown_too():
+  record = {"protocol": {}, "metrics": {"acc1": 0.125}}
+  text = tables.table({"mine": {"diffusion_classifier": {"imagenet1k": record}, "linear_probe": {"dtd": record}}})
+  assert (
+    "| diffusion_classifier, imagenet1k, acc1 | 0.1250 |" in text and "| linear_probe, dtd, acc1 | 0.1250 |" in text
+  )
+
+
 def test_side_by_side(tmp_path):
   """Different protocols are marked and named; what belongs to the model is none."""
   a, b = fabricated(12, steps=1, weights="x"), fabricated(12, seed=1, steps=1, weights="y", checkpoint=7)
