@@ -15,6 +15,7 @@ from diffdis_jax.parallel import processes
 
 Results = dict[str, dict[str, dict[str, Any]]]
 RECORD = {"dataset", "model", "pretrained", "task", "metrics", "language", "protocol"}
+OF_A_MODEL = ("weights", "checkpoint", "ema")  # of a protocol: which model it is of, however it is measured
 AFTERWARDS = ("reference", "kid_subset_size")  # of a protocol: known when the set is measured
 MEAN = ("mean_over_", "mean_of_")
 
@@ -68,21 +69,30 @@ class ResultFile:
     """Whether the set is measured; the same on every process.
 
     Raises:
-      UserError: it is, by another protocol or with other weights.
+      UserError: it is, by another protocol; or another set is, with other weights.
     """
     record = self.results.get(task, {}).get(dataset)
     # Two sets by different protocols in one table would be compared by its readers.
-    if record is not None and (different := differences([record["protocol"], protocol], ignored=AFTERWARDS)):
-      field, (before, now) = next(iter(different.items()))
-      raise UserError(
-        f"--out={self._path} has {dataset} by another protocol, {field} {_short(before)} where this measurement has"
-        f" {_short(now)}; name a new file, or remove it"
-      )
+    if record is not None:
+      self._check(dataset, differences([record["protocol"], protocol], ignored=AFTERWARDS))
+    # A mean over sets is of one model.
+    for records in self.results.values():
+      for name, each in records.items():
+        there = {field: each["protocol"][field] for field in OF_A_MODEL if field in each["protocol"]}
+        self._check(name, differences([there, {field: protocol.get(field) for field in there}]))
     # The file may be on process 0's disk alone; whether to measure is one decision.
     found = bool(processes.from_first(np.uint8(record is not None)))
     if found:
       logging.info("%s: %s is already in %s", task, dataset, self._path)
     return found
+
+  def _check(self, dataset: str, different: Mapping[str, Any]) -> None:
+    if different:
+      field, (before, now) = next(iter(different.items()))
+      raise UserError(
+        f"--out={self._path} has {dataset} by another protocol, {field} {_short(before)} where this measurement has"
+        f" {_short(now)}; name a new file, or remove it"
+      )
 
   def write(self) -> None:
     """On process 0. Raises UserError: the file cannot be written."""

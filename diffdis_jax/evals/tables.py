@@ -10,12 +10,10 @@ from typing import Any
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import emoji, suites
 from diffdis_jax.evals import results as result_files
-from diffdis_jax.evals.results import Results, differences, is_mean
+from diffdis_jax.evals.results import OF_A_MODEL, Results, differences, is_mean
 from diffdis_jax.parallel import processes
 
 NONE = "–"
-# What two models may differ in and still be measured alike.
-OF_A_MODEL = ("weights", "checkpoint", "ema")
 # From the paper's appendix, Tables 1 and 4; of no other cell is its figure known. Its models are trained on CC3M.
 PAPER: dict[str, dict[str, str]] = {
   "the paper's DiffDis": {"imagenet1k": "25.92", "mean R@1": "33.60", "fid": "9.80"},

@@ -327,3 +327,7 @@ def test_a_file_of_results_is_gone_on_from(tmp_path):
   ):
     with pytest.raises(UserError, match=message):
       kept.has("zero_shot", "cifar10", protocol | change)
+  # Means would mix what is there and a new set of another model.
+  with pytest.raises(UserError, match='has cifar10 by another protocol, weights "x" where this measurement has "y"'):
+    kept.has("zero_shot", "dtd", protocol | {"weights": "y"})
+  assert not kept.has("zero_shot", "dtd", protocol | {"steps": 4})
