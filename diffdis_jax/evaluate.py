@@ -40,7 +40,7 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.common import buckets, cli, files, usage
+from diffdis_jax.common import cli, files, usage
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, registry, suites, tables
@@ -114,8 +114,8 @@ def main(argv: Sequence[str]) -> None:
   cli.use_all_cores()
   processes.start()
   # Hours of work are not to end in an --out that cannot be written.
-  if processes.is_first() and buckets.path(FLAGS.out).parent.is_dir():
-    files.check_out(FLAGS.out)
+  if processes.is_first():
+    result_files.check_out(FLAGS.out)
   record = run_config.load(FLAGS.workdir)
   asked = _sections(record.evals, objectives=record.objectives, image_size=record.image_size)
   # In this order: flags may name --parts, and what has none of its own gets one.

@@ -183,6 +183,19 @@ def test_bad_input(run, tmp_path, flags, message):
   assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and message in bad.stderr
 
 
+@pytest.mark.parametrize("out", ["file/out.json", "file/new/out.json"])
+def test_an_out_that_cannot_be_is_refused_before_anything_is_measured(tmp_path, out):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match=f"cannot write --out={tmp_path}/{out}: {tmp_path}/file is a file"):
+    results.check_out(str(tmp_path / out))
+  results.check_out(str(tmp_path / "new" / "folder" / "out.json"))
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]
+  (tmp_path / "closed").mkdir(mode=0o500)
+  if not os.access(tmp_path / "closed", os.W_OK):
+    with pytest.raises(UserError, match="cannot write --out=.*: Permission denied"):
+      results.check_out(str(tmp_path / "closed" / "new" / "out.json"))
+
+
 def test_figures_go_to_the_runs_tracker_at_the_step_of_their_checkpoint(monkeypatch):
   said = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -103,6 +104,18 @@ def write(path: str, results: Mapping[str, Any]) -> None:
   """On process 0. Raises UserError: it cannot be written."""
   if processes.is_first():
     write_text(path, files.as_json(results))
+
+
+def check_out(path: str) -> None:
+  """Before what takes hours. Raises UserError: no file of this name can be written, or no folder for it be made."""
+  out = buckets.path(path)
+  if out.parent.is_dir():
+    files.check_out(path)
+  elif not buckets.is_url(out):  # where a folder appears with its first file
+    there = next(each for each in out.parents if each.exists())
+    if not there.is_dir():
+      raise UserError(f"cannot write --out={path}: {there} is a file; name a file in a folder")
+    files.check_out(os.fspath(there / out.relative_to(there).parts[0]))
 
 
 def write_text(path: str, text: str) -> None:
