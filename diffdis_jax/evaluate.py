@@ -244,7 +244,19 @@ def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete
 
 
 def _sections(sets: Mapping[str, Any], *, objectives: Sequence[str], image_size: int) -> list[Section]:
-  """What the flags ask for of a run with these `evals`. Raises UserError: flags that do not go together."""
+  """What the flags ask for of a run with these `evals`, which was trained for these objectives.
+
+  Raises:
+    UserError: flags that do not go together, or a task that measures what the run was not trained for.
+  """
+  sections = _asked(sets, objectives=objectives, image_size=FLAGS.image_size or image_size)
+  # Here, since a task may take hours before the next one fails.
+  for section in sections:
+    registry.check_objectives(section.dataset, section.task, objectives)
+  return sections
+
+
+def _asked(sets: Mapping[str, Any], *, objectives: Sequence[str], image_size: int) -> list[Section]:
   if FLAGS.suite:
     return sections_of_suite(objectives=objectives, image_size=image_size)
   if FLAGS.data_root or FLAGS.incomplete:

@@ -136,6 +136,22 @@ def test_a_second_call_measures_what_is_missing(monkeypatch, quick, tmp_path):
   assert out.read_bytes() == before and len(measured) == 3
 
 
+def test_a_task_that_the_run_was_not_trained_for(monkeypatch):
+  """Before hours of FID, after which it would fail."""
+  use_flags(monkeypatch, data="x", split="val", tasks=["fid", "zero_shot"])
+  message = "x/val, whose task zero_shot measures discrimination or .*; the run's objectives are generation: leave it"
+  with pytest.raises(UserError, match=message):
+    evaluate._sections({}, objectives=("generation",), image_size=8)
+  sections = evaluate._sections({}, objectives=("generation", "discrimination"), image_size=8)
+  assert [section.task for section in sections] == ["fid", "zero_shot"]
+
+
+def test_the_size_that_is_asked_for_is_the_data_s(monkeypatch):
+  use_flags(monkeypatch, data="x", split="val", tasks=["fid"], image_size=16)
+  (section,) = evaluate._sections({}, objectives=("generation",), image_size=8)
+  assert section.settings["data"]["image_size"] == 16
+
+
 @pytest.mark.parametrize(
   ("flags", "message"),
   [

@@ -69,11 +69,11 @@ def check_task(task: str) -> None:
     raise UserError(f"unknown task {task!r}; {did_you_mean(task, EVALS)}")
 
 
-def check_objectives(name: str, task: str, objectives: Collection[str]) -> None:
-  """Raises UserError for an evaluation, by its name in the config, of what these objectives do not train."""
+def check_objectives(what: str, task: str, objectives: Collection[str]) -> None:
+  """Raises UserError for an evaluation, named by `what`, of what these objectives do not train."""
   if task in MEASURES and not {*MEASURES[task]} & {*objectives}:
     raise UserError(
-      f"train_evals has {name}, whose task {task} measures {' or '.join(MEASURES[task])}; the run's objectives are"
+      f"{what}, whose task {task} measures {' or '.join(MEASURES[task])}; the run's objectives are"
       f" {', '.join(objectives)}: leave it out"
     )
 

@@ -100,7 +100,7 @@ def make_evaluator(run: Run, inference: Inference) -> Evaluator:
     UserError: evaluations of what its objectives do not train; or bad settings or data of one.
   """
   for name in run.train_evals:
-    evals.check_objectives(name, run.evals[name]["task"], run.objectives)
+    evals.check_objectives(f"train_evals has {name}", run.evals[name]["task"], run.objectives)
   return Evaluator(
     inference,
     eval_every=run.eval_every,
