@@ -185,10 +185,7 @@ def evaluate(
   Raises:
     UserError: bad settings, data or checkpoint, or kept records of other weights; before anything is measured.
   """
-  # Everything is opened and checked before the model is loaded: the last of many sets must not fail after hours.
-  made = [(section, section.create()) for section in sections]
-  for section, evaluation in made:
-    check(section.dataset, evaluation)
+  made = _create(sections, check)
   step, ema = restore.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, **protocol)
   common = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
@@ -201,30 +198,50 @@ def evaluate(
   model = ranked or model
   if kept is not None:
     common["weights"] = weights
-    known = [kept.has(each.task, each.dataset, {**how.protocol(model), **common}) for each, how in made]
-    made = [each for each, is_known in zip(made, known, strict=True) if not is_known]
+    made = [(each, how) for each, how in made if not kept.has(each.task, each.dataset, how.protocol(model) | common)]
   results: Results = {} if kept is None else kept.results
   for place, (section, evaluation) in enumerate(made, 1):
     logging.info("%s: %s, %d of %d", section.task, section.dataset, place, len(made))
-    metrics = evaluation.run(model, params)
-    shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
-    logging.info("%s, %s: %s", section.task, section.dataset, shown)
-    # The protocol after the run: of FID's reference it is known only then.
-    results.setdefault(section.task, {})[section.dataset] = base.make_record(
-      dataset=section.dataset,
-      model="diffdis_jax",
-      pretrained=provenance.public(run),
-      task=evaluation.task,
-      metrics=metrics,
-      protocol={**evaluation.protocol(model), **common},
-      provenance=origin,
-    )
+    record = _measure(section, evaluation, model, params, common, pretrained=provenance.public(run), provenance=origin)
+    results.setdefault(section.task, {})[section.dataset] = record
     measured(results)
     if kept is not None:
       kept.write()
   if ranked is not None and failures:
     ranked.write_lowest(failures)
   return results
+
+
+def _create(sections: Sequence[Section], check: Callable[[str, base.Eval], None]) -> list[tuple[Section, base.Eval]]:
+  """Each section and its evaluation, checked. Raises UserError: bad settings or data."""
+  # Everything is opened and checked before the model is loaded: the last of many sets must not fail after hours.
+  made = [(section, section.create()) for section in sections]
+  for section, evaluation in made:
+    check(section.dataset, evaluation)
+  return made
+
+
+def _measure(
+  section: Section,
+  evaluation: base.Eval,
+  model: Any,
+  params: Mapping[str, Any],
+  common: Mapping[str, Any],
+  **of_run: Any,
+) -> dict[str, Any]:
+  """The record of a data set. `common` stands in every set's protocol, `of_run` in every record."""
+  metrics = evaluation.run(model, params)
+  shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+  logging.info("%s, %s: %s", section.task, section.dataset, shown)
+  return base.make_record(
+    dataset=section.dataset,
+    model="diffdis_jax",
+    task=evaluation.task,
+    metrics=metrics,
+    # After the run: of FID's reference it is known only then.
+    protocol={**evaluation.protocol(model), **common},
+    **of_run,
+  )
 
 
 def measure_suite(run: str, sections: Sequence[Section], out: str, *, incomplete: bool, **protocol: Any) -> Results:
