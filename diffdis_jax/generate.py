@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from PIL import Image
 
 from diffdis_jax import inference
 from diffdis_jax.common import cli, files, progress
+from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import samples
@@ -33,7 +34,7 @@ from diffdis_jax.run import restore
 FLAGS = flags.FLAGS
 RANKING = eval_settings.of(BestOf)
 BATCH_SIZE = 16
-CHUNK = 256  # images in memory at a time
+CHUNK = 256  # images in memory at a time, or those of a call where it has more
 GRID = 64  # images of grid.png
 COLUMNS = 8
 MOST_COLUMNS = 16
@@ -117,15 +118,9 @@ def generate(
   Raises:
     UserError: bad settings, noise or checkpoint, or `out` cannot be written.
   """
-  check_number("best_of", best_of, at_least=1)
-  folder = files.empty_folder(out)  # first: what is in the way shows before anything is loaded
+  check_count(len(prompts), num_images, best_of)
+  folder = files.empty_folder(out)  # here: what is in the way shows before anything is loaded
   check_failures(failures)
-  if (count := len(prompts) * num_images * best_of) > MOST_IMAGES:
-    each = f"--num_images={num_images}" + (f" and --best_of={best_of}" if best_of > 1 else "")
-    raise UserError(
-      f"{len(prompts)} prompts with {each} are {count} images; one call makes at most {MOST_IMAGES},"
-      " so give fewer, and several calls with other --seed"
-    )
   prompts = [prompt for prompt in prompts for _ in range(num_images)]
   z_T = read_noise(noise) if noise else None
   step, ema = restore.choose(run, step, ema=ema)
@@ -133,28 +128,45 @@ def generate(
   model, params = inference.load(run, step=step, ema=ema, batch_size=min(batch_size, len(prompts)), **protocol)
   ranked = BestOf(model, best_of, best_at) if best_of != 1 or best_at != 1 or failures else None
   model = ranked or model
-  if z_T is None:
-    z_T = model.noise(len(prompts), seed)  # of all of them, so that no image depends on how they are parted
+  # The noise of all of them, so that no image depends on how they are parted.
+  z_T = model.noise(len(prompts), seed) if z_T is None else z_T
   z_T = check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
-  tokens = Tokenizer(model.max_length)(prompts)
-  chunks = (slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK))
-  done = progress.Progress("generated", len(prompts) * best_of, "images")
-  images = (image for rows in chunks for image in model.generate(params, tokens[rows], z_T[rows], done=done.add))
+  images = sample(model, params, prompts, z_T, best_of=best_of)
   if not processes.is_first():
     deque(images, maxlen=0)  # its share of each
     return
   start = {"noise": noise} if noise else {"seed": seed}
-  write(
-    folder,
-    images,
-    prompts,
-    protocol={**model.generation_protocol, **start, "checkpoint": step, "ema": ema},
-    # A prompt a row, where a row can hold it.
-    columns=num_images if 1 < num_images <= MOST_COLUMNS else COLUMNS,
-  )
+  how = {**model.generation_protocol, **start, "checkpoint": step, "ema": ema}
+  columns = num_images if 1 < num_images <= MOST_COLUMNS else COLUMNS  # a prompt a row, where a row can hold it
+  write(folder, images, prompts, protocol=how, columns=columns)
   if ranked is not None and failures:
     ranked.write_lowest(failures)
   logging.info("%d images in %s", len(prompts), out)
+
+
+def check_count(prompts: int, num_images: int, best_of: int) -> None:
+  """Raises UserError: more images than a call makes, or no number of them."""
+  check_number("best_of", best_of, at_least=1)
+  if (count := prompts * num_images * best_of) > MOST_IMAGES:
+    each = f"--num_images={num_images}" + (f" and --best_of={best_of}" if best_of > 1 else "")
+    raise UserError(
+      f"{prompts} prompts with {each} are {count} images; one call makes at most {MOST_IMAGES},"
+      " so give fewer, and several calls with other --seed"
+    )
+
+
+def sample(
+  model: Any, params: Params, prompts: Sequence[str], z_T: Float32[np.ndarray, "n *k h w c"], *, best_of: int
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+  """The prompts' images, about CHUNK at a time. `model` is an Inference or a BestOf, which makes `best_of` of each."""
+  done = progress.Progress("generated", len(prompts) * best_of, "images").add
+  tokens, places = Tokenizer(model.max_length)(prompts), np.arange(len(prompts)) % CHUNK
+  # In whole calls, since those are computed whole. A BestOf compares by places that do not depend on them.
+  size = max(1, CHUNK // model.batch_size) * model.batch_size
+  for start in range(0, len(prompts), size):
+    rows = slice(start, start + size)
+    ranked = {"places": places[rows]} if isinstance(model, BestOf) else {}
+    yield from model.generate(params, tokens[rows], z_T[rows], done=done, **ranked)
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:

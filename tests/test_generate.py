@@ -18,7 +18,7 @@ pytest_plugins = ("tests.untrained",)
 class Inference:
   """Paints each image in the mean of its noise, and remembers what it was asked."""
 
-  max_length = 16
+  max_length, batch_size = 16, 16
   generation_protocol = {"steps": 2, "guidance": 2.0}
 
   def noise_shape(self):
@@ -80,6 +80,22 @@ def test_many_images_come_in_chunks_and_the_grid_has_the_first(model, tmp_path, 
     np.testing.assert_array_equal(pixels(tmp_path / "out" / f"{i:05d}.png"), np.full((32, 32, 3), 10 * i + 1))
   grid = pixels(tmp_path / "out" / "grid.png")
   assert grid.shape[1] == 4 * 136 + 8 and grid.shape[0] < 2 * 136
+
+
+def test_a_chunk_is_of_whole_calls(model, tmp_path, monkeypatch):
+  """What a call has no images for is computed too, and thrown away."""
+  monkeypatch.setattr(generate, "CHUNK", 8)
+  calls, of_model = [], model.generate
+  monkeypatch.setattr(
+    model,
+    "generate",
+    lambda params, tokens, *rest, **how: calls.append(len(tokens)) or of_model(params, tokens, *rest, **how),
+  )
+  for rows, expected in ((3, [6, 6, 6, 2]), (12, [12, 8]), (8, [8, 8, 4])):
+    model.batch_size = rows
+    generate.generate("run", ["a red star"], str(tmp_path / str(rows)), num_images=20)
+    assert calls == expected
+    calls.clear()
 
 
 def test_noise_from_a_file(model, tmp_path):
