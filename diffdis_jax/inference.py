@@ -55,7 +55,8 @@ class Inference:
     shapes: of the parameters.
     aligned: whether it compares images with texts, by a head that was trained.
     sees_noised_images: whether that head was trained on noised images too, under their own t_z.
-    mesh, after_batch: as given, for further computation on the images.
+    mesh, after_batch: as given.
+    batched: runs what `compiled` gives over rows of any number, as `batches.Batches` has it.
   """
 
   def __init__(
@@ -85,26 +86,26 @@ class Inference:
     if batch_size is not None:
       check_number("batch_size", batch_size, at_least=1, at_most=MOST_ROWS)
     self.after_batch = after_batch
-    self._batched = batches.Batches(self.mesh, batch_size, after_batch)
-    self.batch_size = self._batched.size
-
-    def compiled(name: str, f: Callable[..., Array]) -> programs.Program:
-      return programs.Program(name, jax.jit(network.traced_for(self.mesh, f)))
-
+    self.batched = batches.Batches(self.mesh, batch_size, after_batch)
+    self.batch_size = self.batched.size
     # One program for each public function, compiled at its first call. Parameters are arguments and no constants, so
     # that an evaluation during training takes the newest ones without compiling again.
-    self._compiled_embed_texts = compiled("text embeddings", self._embed_texts)
-    self._compiled_embed_images = compiled("image queries", self._embed_images)
-    self._compiled_text_features = compiled("text features", self._text_features)
-    self._compiled_class_logits = compiled("class logits", self._class_logits)
-    self._compiled_generate = compiled("generation", self._generate)
-    self._compiled_reconstruct = compiled("reconstruction", self._reconstruct)
-    self._compiled_moments = compiled("the autoencoder's moments", self._moments)
-    self._compiled_conditions = compiled("text conditions", self._conditions)
+    self._compiled_embed_texts = self.compiled("text embeddings", self._embed_texts)
+    self._compiled_embed_images = self.compiled("image queries", self._embed_images)
+    self._compiled_text_features = self.compiled("text features", self._text_features)
+    self._compiled_class_logits = self.compiled("class logits", self._class_logits)
+    self._compiled_generate = self.compiled("generation", self._generate)
+    self._compiled_reconstruct = self.compiled("reconstruction", self._reconstruct)
+    self._compiled_moments = self.compiled("the autoencoder's moments", self._moments)
+    self._compiled_conditions = self.compiled("text conditions", self._conditions)
+
+  def compiled(self, name: str, f: Callable[..., Array]) -> programs.Program:
+    """A function of parameters and rows, compiled for the mesh at its first call; `name` is for the log."""
+    return programs.Program(name, jax.jit(self.network.traced_for(self.mesh, f)))
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Text embeddings e, L2-normalised."""
-    return self._batched(functools.partial(self._compiled_embed_texts, params), tokens)
+    return self.batched(functools.partial(self._compiled_embed_texts, params), tokens)
 
   def embed_images(
     self,
@@ -122,11 +123,11 @@ class Inference:
     self._require(*ALIGNED)
     done = self._progress("embedded", len(images))
     noise = _noise_rows(np.arange(len(images)) if places is None else places, seed)
-    return self._batched(functools.partial(self._compiled_embed_images, params), images, *noise, done=done)
+    return self.batched(functools.partial(self._compiled_embed_images, params), images, *noise, done=done)
 
   def text_features(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Sentences as the language-guided head takes them (method/features.py)."""
-    return self._batched(functools.partial(self._compiled_text_features, params), tokens)
+    return self.batched(functools.partial(self._compiled_text_features, params), tokens)
 
   def class_logits(
     self, params: Params, images: UInt8[np.ndarray, "n H W 3"] | Any, *, seed: int
@@ -138,7 +139,7 @@ class Inference:
     self._require(*WITH_HEAD)
     done = self._progress("classified", len(images))
     noise = _noise_rows(np.arange(len(images)), seed)
-    return self._batched(functools.partial(self._compiled_class_logits, params), images, *noise, done=done)
+    return self.batched(functools.partial(self._compiled_class_logits, params), images, *noise, done=done)
 
   def generate(
     self,
@@ -154,19 +155,19 @@ class Inference:
     """
     self._require(*GENERATIVE)
     done = done or Progress("generated", len(tokens), "images").add
-    return self._batched(functools.partial(self._compiled_generate, params), tokens, noise, done=done)
+    return self.batched(functools.partial(self._compiled_generate, params), tokens, noise, done=done)
 
   def reconstruct(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n H W 3"]:
     """Images through the autoencoder, by the posterior's mode."""
-    return self._batched(functools.partial(self._compiled_reconstruct, params), images)
+    return self.batched(functools.partial(self._compiled_reconstruct, params), images)
 
   def moments(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> BFloat16[np.ndarray, "n h w d"]:
     """The autoencoder's posterior, before shift and scale: d = 2c channels, mean, then log-variance."""
-    return self._batched(functools.partial(self._compiled_moments, params), images)
+    return self.batched(functools.partial(self._compiled_moments, params), images)
 
   def conditions(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> BFloat16[np.ndarray, "n l d"]:
     """The text condition c of every token."""
-    return self._batched(functools.partial(self._compiled_conditions, params), tokens)
+    return self.batched(functools.partial(self._compiled_conditions, params), tokens)
 
   def noise_shape(self) -> tuple[int, int, int]:
     """[h, w, c] of one image's initial noise."""

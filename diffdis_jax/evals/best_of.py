@@ -25,7 +25,7 @@ from diffdis_jax.evals import samples
 from diffdis_jax.method import algorithms, encode, samplers, schedules
 from diffdis_jax.method.samplers import DdimCoefficients
 from diffdis_jax.method.step_noise import query_noise
-from diffdis_jax.parallel import batches, processes, programs
+from diffdis_jax.parallel import processes
 
 MOST = 64  # images of a prompt; and worst ones that are kept
 FAILURES = "PNG to write: the generated images that the run's own head ranks lowest, with their scores and prompts"
@@ -191,7 +191,7 @@ class _Halves:
 
   def __init__(self, inference: Any, begun: int):
     self._inference, network, how = inference, inference.network, inference.sampling
-    self._batched = batches.Batches(inference.mesh, inference.batch_size, inference.after_batch)
+    self._batched = inference.batched
     all_steps = samplers.ddim_coefficients(network.image_process, schedules.leading(how.generation_steps))
     first, rest = (_steps(all_steps, slice(*part)) for part in ((begun - 1,), (begun, None)))
     (last,) = _steps(all_steps, slice(begun - 1, begun)).each()
@@ -217,11 +217,8 @@ class _Halves:
       settings = dict(steps=how.steps, guidance_scale=how.guidance, normalize_query=how.normalize_query)
       return algorithms.denoise_text_query(model, z, e_T, network=at, **settings)
 
-    def program(name: str, f: Callable[..., Array]) -> programs.Program:
-      return programs.Program(name, jax.jit(network.traced_for(inference.mesh, f)))
-
-    self._begin, self._finish = program("first steps", begin), program("last steps", finish)
-    self._query = program("half-way queries", query)
+    self._begin, self._finish = inference.compiled("first steps", begin), inference.compiled("last steps", finish)
+    self._query = inference.compiled("half-way queries", query)
 
   def __call__(
     self,

@@ -97,7 +97,7 @@ class DiffusionClassifier:
       shuffle_labels=shuffle_labels,
     )
     self._template, self._seed, self._reduced_decoding = template, seed, reduced_decoding
-    self._errors: NoiseErrors | None = None
+    self._errors_of = functools.lru_cache(1)(NoiseErrors)  # in a run the inference is one, and compiled once
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""
@@ -113,13 +113,14 @@ class DiffusionClassifier:
     if not inference.network.objectives.generates:
       raise UserError(f"diffusion_classifier measures {' or '.join(GENERATIVE)}, for which this run was not trained")
     names = self.zero_shot.classnames
-    if self._errors is None or self._errors.inference is not inference:  # in a run it is one, and compiled once
-      self._errors = NoiseErrors(inference)
+    noise_errors = self._errors_of(inference)
     texts = [prompts.fill(self._template, name) for name in names]
-    c = self._errors.conditions(params, Tokenizer(inference.max_length)(texts))
+    c = noise_errors.conditions(params, Tokenizer(inference.max_length)(texts))
     labels, found = self.zero_shot.labels, []
-    plan = cost(self._stages, len(names))
-    progress = Progress("compared", len(labels) * sum(each.classes for each in plan), "images and classes")
+    # Of an image in each stage, how many classes are left, and how often each of them is evaluated.
+    left = [len(names), *(min(len(names), stage.kept) for stage in self._stages[:-1])]
+    counts = [len(t) for t in new_timesteps(self._stages)]
+    progress = Progress("compared", len(labels) * sum(left), "images and classes")
     for start in range(0, len(labels), IMAGES):
       rows = np.arange(start, min(start + IMAGES, len(labels)))
       shown = base.Images(
@@ -128,11 +129,11 @@ class DiffusionClassifier:
         inference.image_size,
         reduced_decoding=self._reduced_decoding,
       )
-      z = self._errors.latents(params, shown)
-      errors = functools.partial(self._errors, params, c, z, seed=self._seed, places=rows, done=progress.add)
+      z = noise_errors.latents(params, shown)
+      errors = functools.partial(noise_errors, params, c, z, seed=self._seed, places=rows, done=progress.add)
       found.append(ranks(classify(errors, self._stages, num_images=len(z), num_classes=len(names)), labels[rows]))
     metrics = self.zero_shot.metrics(np.concatenate(found))
-    metrics["evaluations_per_image"] = float(sum(each.classes * each.evaluations for each in plan))
+    metrics["evaluations_per_image"] = float(np.dot(left, counts))
     if inference.aligned:
       head = self.zero_shot.run(inference, params)
       how = inference.sampling
@@ -140,14 +141,6 @@ class DiffusionClassifier:
       metrics |= {f"head_{name}": head[name] for name in metrics if name in head}
       metrics["head_evaluations_per_image"] = float(cheap)
     return metrics
-
-
-@dataclasses.dataclass(frozen=True)
-class StageCost:
-  """Of an image in a stage: how many classes are evaluated, and how often each of them."""
-
-  classes: int
-  evaluations: int
 
 
 def read_stages(stages: Sequence[str]) -> tuple[Stage, ...]:
@@ -188,12 +181,6 @@ def new_timesteps(stages: Sequence[Stage]) -> list[Int[np.ndarray, " s"]]:
     found.append(np.setdiff1d(every[apart // 2 :: apart], had))
     had = np.union1d(had, found[-1])
   return found
-
-
-def cost(stages: Sequence[Stage], num_classes: int) -> list[StageCost]:
-  """Of each stage."""
-  left = [num_classes, *(min(num_classes, stage.kept) for stage in stages)]
-  return [StageCost(classes, len(t)) for classes, t in zip(left, new_timesteps(stages), strict=False)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ from diffdis_jax.evals import base
 from diffdis_jax.method import algorithms, encode, losses
 from diffdis_jax.method.network import Network
 from diffdis_jax.method.step_noise import noise_at
-from diffdis_jax.parallel import batches, programs
 from diffdis_jax.structs import Batch
 
 # The middles of eight equal parts of 0 ... T-1, two in each quarter by which training reports its losses.
@@ -62,7 +61,7 @@ class HeldOutLoss:
     self._captions = [base.captions(base.fields(self.source, i), caption_field)[0] for i in self._indices]
     self._batch = min(contrastive_batch, len(self._indices))
     self._seed = seed
-    self._passes: _Passes | None = None
+    self._program_of = functools.lru_cache(2)(_compile)  # in a run the inference is one, and its two are compiled once
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""
@@ -80,10 +79,11 @@ class HeldOutLoss:
     network, metrics = inference.network, {}
     images = base.Images(self.source, self._indices, inference.image_size)
     tokens = Tokenizer(inference.max_length)(self._captions)
-    if self._passes is None or self._passes.inference is not inference:  # in a run it is one, and compiled once
-      self._passes = _Passes(inference)
+    # A pair's noise depends on seed and place alone.
+    rows = images, tokens, np.arange(len(tokens), dtype=np.int32)
+    key = jax.random.key(self._seed)
     if network.objectives.generates:
-      found = self._passes("generation", params, images, tokens, seed=self._seed)
+      found = inference.batched(functools.partial(self._program_of(inference, "generation"), params, key), *rows)
       metrics |= _by_quarter("loss_generation", found.mean(axis=0))
     if network.objectives.aligned:
       e = inference.embed_texts(params, tokens)
@@ -93,7 +93,8 @@ class HeldOutLoss:
         queries = inference.embed_images(params, images, seed=self._seed)
         metrics["loss_contrastive"] = self._contrastive(queries, e, scale, captions)
       else:
-        queries = self._passes("discrimination", params, images, tokens, seed=self._seed)
+        program = self._program_of(inference, "discrimination")
+        queries = inference.batched(functools.partial(program, params, key), *rows)
         found = np.array([self._contrastive(query, e, scale, captions) for query in queries.swapaxes(0, 1)])
         metrics |= _by_quarter("loss_discrimination", found)
     return metrics
@@ -115,29 +116,8 @@ class HeldOutLoss:
     return total / n
 
 
-class _Passes:
-  """Algorithm 1 up to where rows meet, at each of TIMESTEPS, of pairs of any number: each pass one program.
-
-  Args:
-    inference: of the network, whose devices share the rows.
-  """
-
-  def __init__(self, inference: Any):
-    self.inference = inference
-    self._batched = batches.Batches(inference.mesh, inference.batch_size, inference.after_batch)
-    self._programs: dict[str, programs.Program] = {}
-
-  def __call__(
-    self, name: str, params: Mapping[str, Any], images: Any, tokens: Int[np.ndarray, "n l"], *, seed: int
-  ) -> np.ndarray:
-    """Of `generation` L_IG [n t], of `discrimination` ê_0 [n t d]. A pair's noise depends on seed and place alone."""
-    if name not in self._programs:
-      network = self.inference.network
-      traced = network.traced_for(self.inference.mesh, functools.partial(_denoised, network, name))
-      self._programs[name] = programs.Program(f"held-out {name}", jax.jit(traced))
-    places = np.arange(len(tokens), dtype=np.int32)
-    f = functools.partial(self._programs[name], params, jax.random.key(seed))
-    return self._batched(f, images, tokens, places)
+def _compile(inference: Any, name: str) -> Callable[..., Array]:
+  return inference.compiled(f"held-out {name}", functools.partial(_denoised, inference.network, name))
 
 
 def _denoised(
@@ -149,6 +129,7 @@ def _denoised(
   tokens: Int[Array, "b l"],
   places: Int[Array, "b"],
 ) -> Float[Array, "b t ..."]:
+  """Algorithm 1 up to where rows meet, at each of TIMESTEPS: of `generation` L_IG [b t], of `discrimination` ê_0."""
   model: Any = network.with_params(params)
   numbers, timesteps = jnp.arange(len(TIMESTEPS)), jnp.array(TIMESTEPS, jnp.int32)
   at = functools.partial(noise_at, key, places=places, network=network)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import base
 from diffdis_jax.method import encode
 from diffdis_jax.method.network import Network
-from diffdis_jax.parallel import batches, programs
 
 ALL = "all"
 L2 = tuple(10.0**power for power in range(1, -7, -1))  # strongest first, from which the next one starts
@@ -112,7 +111,7 @@ class LinearProbe:
           f"linear_probe needs two classes in {train_split}, and images of them to train, val and test on"
         )
       self.examples[name] = Examples(rows[name][known], np.array([number[labels[i]] for i in known]))
-    self._middle: tuple[Any, programs.Program] | None = None
+    self._program_of = functools.lru_cache(1)(self._compile)  # in a run the inference is one, and compiled once
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""
@@ -177,13 +176,12 @@ class LinearProbe:
     return given if self._timestep is None else self._timestep
 
   def _middle_maps(self, inference: Any, params: Mapping[str, Any], images: base.Images) -> Float[np.ndarray, "n d"]:
-    if self._middle is None or self._middle[0] is not inference:  # compiled once for an inference
-      network, t = inference.network, self._middle_timestep(inference)
-      assert t is not None
-      traced = network.traced_for(inference.mesh, functools.partial(middle_map, network, t))
-      self._middle = inference, programs.Program("middle maps", jax.jit(traced))
-    batched = batches.Batches(inference.mesh, inference.batch_size, inference.after_batch)
-    return batched(functools.partial(self._middle[1], params), images)
+    return inference.batched(functools.partial(self._program_of(inference), params), images)
+
+  def _compile(self, inference: Any) -> Callable[..., Array]:
+    t = self._middle_timestep(inference)
+    assert t is not None
+    return inference.compiled("middle maps", functools.partial(middle_map, inference.network, t))
 
 
 def middle_map(network: Network, t: int, params: Params, images: UInt8[Array, "b H W 3"]) -> Float[Array, "b d"]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from diffdis_jax.common.params import Params
 from diffdis_jax.method import losses, schedules
 from diffdis_jax.method.network import Network
-from diffdis_jax.parallel import batches, programs, sharding
+from diffdis_jax.parallel import sharding
 
 
 class NoiseErrors:
@@ -26,15 +26,10 @@ class NoiseErrors:
   """
 
   def __init__(self, inference: Any):
-    self.inference = inference
-    self._batched = batches.Batches(inference.mesh, inference.batch_size, inference.after_batch)
-    network = inference.network
-
-    def program(name: str, f: Callable[..., Array]) -> programs.Program:
-      return programs.Program(name, jax.jit(network.traced_for(inference.mesh, functools.partial(f, network))))
-
-    self._latents, self._conditions = program("latents", _latents), program("prompts", _conditions)
-    self._errors = program("noise errors", noise_errors)
+    self._mesh, self._batched, network = inference.mesh, inference.batched, inference.network
+    self._latents = inference.compiled("latents", functools.partial(_latents, network))
+    self._conditions = inference.compiled("prompts", functools.partial(_conditions, network))
+    self._errors = inference.compiled("noise errors", functools.partial(noise_errors, network))
 
   def latents(
     self, params: Mapping[str, Any], images: UInt8[np.ndarray, "n H W 3"] | Any
@@ -45,7 +40,7 @@ class NoiseErrors:
   def conditions(self, params: Mapping[str, Any], tokens: Int[np.ndarray, "k l"]) -> Float[Array, "k l d"]:
     """c of each prompt, whole on every device."""
     c = self._batched(functools.partial(self._conditions, params), tokens)
-    return sharding.replicated({"c": c}, self.inference.mesh)["c"]
+    return sharding.replicated({"c": c}, self._mesh)["c"]
 
   def __call__(
     self,

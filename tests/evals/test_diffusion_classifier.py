@@ -61,13 +61,15 @@ class GaussianNetwork(Network):
     return Gaussian()
 
 
-def model(batch_size: int = 64) -> types.SimpleNamespace:
+def model(batch_size: int = 64) -> inference.Inference:
   """An inference of it, without a head."""
   config = tiny.get_config()
   config.objectives = ("generation",)
-  network = GaussianNetwork(**vars(Network.of(Run.of(config))))
-  settings = dict(image_size=8, max_length=6, protocol={}, aligned=False, after_batch=lambda: None)
-  return types.SimpleNamespace(network=network, mesh=steps.make_mesh(), batch_size=batch_size, **settings)
+  run = Run.of(config)
+  network = GaussianNetwork(**vars(Network.of(run)))
+  made = inference.Inference(network, run.inference, mesh=steps.make_mesh(), batch_size=batch_size)
+  made.image_size, made.max_length = 8, 6
+  return made
 
 
 def latents() -> np.ndarray:
