@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, BFloat16, Float, Int, Key, UInt8, UInt32
 
@@ -121,6 +122,8 @@ class Inference:
     places are 0, 1, ... by default. For CLIP, what its image encoder gives, L2-normalised, whatever the seed.
     """
     self._require(*ALIGNED)
+    if not self.aligned:
+      logging.warning("this run's head was initialised at random and never trained: whatever it compares is at chance")
     done = self._progress("embedded", len(images))
     noise = _noise_rows(np.arange(len(images)) if places is None else places, seed)
     return self.batched(functools.partial(self._compiled_embed_images, params), images, *noise, done=done)

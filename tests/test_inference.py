@@ -211,6 +211,15 @@ def test_text_queries_have_unit_length_on_any_mesh(inference):
   np.testing.assert_allclose(on_eight.embed_texts(params, BATCH.tokens[:11]), found[:11], atol=1e-5)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_head_that_was_never_trained_is_warned_of(trained, monkeypatch, caplog):
+  model = make()
+  monkeypatch.setattr(model, "aligned", trained)
+  monkeypatch.setattr(model, "batched", lambda f, images, *noise, done: np.zeros((len(images), 1), np.float32))
+  model.embed_images({}, BATCH.image, seed=0)
+  assert ("initialised at random and never trained" in caplog.text) is not trained
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
 def test_images_and_queries_are_those_of_one_device_on_any_mesh(inference, shape):
   """Eleven rows, which eight devices do not divide, and parameters that lie as training leaves them."""
