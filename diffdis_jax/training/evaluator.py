@@ -97,10 +97,12 @@ def make_evaluator(run: Run, inference: Inference) -> Evaluator:
   """The evaluations and samples of a run.
 
   Raises:
-    UserError: evaluations of what its objectives do not train; or bad settings or data of one.
+    UserError: evaluations of what its objectives do not train, or of one checkpoint; or bad settings or data of one.
   """
   for name in run.train_evals:
     evals.check_objectives(f"train_evals has {name}", run.evals[name]["task"], run.objectives)
+    if run.evals[name].get("parts"):
+      raise UserError(f"evals.{name}.parts keeps images of one checkpoint, and training measures many; leave it out")
   return Evaluator(
     inference,
     eval_every=run.eval_every,
