@@ -165,7 +165,7 @@ def sample(
   size = max(1, CHUNK // model.batch_size) * model.batch_size
   for start in range(0, len(prompts), size):
     rows = slice(start, start + size)
-    ranked = {"places": places[rows]} if isinstance(model, BestOf) else {}
+    ranked: dict[str, Any] = {"places": places[rows]} if isinstance(model, BestOf) else {}
     yield from model.generate(params, tokens[rows], z_T[rows], done=done, **ranked)
 
 

@@ -174,7 +174,7 @@ class Fid:
     noise = np.concatenate([inference.noise(len(part), self._seed, first=part.first) for part in parts])
     # By places in the part the head sees its noise, so that no choice or similarity depends on the parts of a call.
     places = np.concatenate([np.arange(len(part)) for part in parts])
-    ranked = {"places": places} if isinstance(inference, best_of.BestOf) else {}
+    ranked: dict[str, Any] = {"places": places} if isinstance(inference, best_of.BestOf) else {}
     images = inference.generate(params, tokens, noise, **ranked)
     own = best_of.similarity(inference, params, images, tokens, places) if inference.aligned else None
     features, ends = extractor(images), np.cumsum([len(part) for part in parts])
