@@ -109,7 +109,8 @@ class Fid:
     }
     self._open_reference(reference, reference_images, resampling)
     self._tokenizer = functools.cache(Tokenizer)
-    self._extractor: tuple[Any, Extract] | None = None
+    # In a run the same evaluation is called again and again, with one inference, and is compiled once.
+    self._extractor_of = functools.lru_cache(1)(self._compile)
     self._subset_size = 0
 
   def protocol(self, inference: Any) -> dict[str, Any]:
@@ -220,19 +221,14 @@ class Fid:
       "device": inference.mesh.devices.flat[0].device_kind,
     }
 
-  def _extractor_of(self, inference: Any) -> Extract:
-    """Compiled once for an inference."""
-    # While a run trains, the same evaluation is called again and again, each time with the same inference.
-    if self._extractor is None or self._extractor[0] is not inference:
-      made = Extractor(
-        self._weights.params,
-        kind=self._made["resize"],
-        mesh=inference.mesh,
-        batch_size=min(inference.batch_size, self._count),
-        after_batch=inference.after_batch,
-      )
-      self._extractor = inference, made
-    return self._extractor[1]
+  def _compile(self, inference: Any) -> Extract:
+    return Extractor(
+      self._weights.params,
+      kind=self._made["resize"],
+      mesh=inference.mesh,
+      batch_size=min(inference.batch_size, self._count),
+      after_batch=inference.after_batch,
+    )
 
   def _open_reference(self, file: str, images: str, resampling: str) -> None:
     """Reads the file, if there is one, or else finds the images of which it will be made."""
@@ -251,15 +247,12 @@ class Fid:
     self._reference_name = f"{which} of {self._data.get('path') or self._data.get('name')}"
     if file and buckets.path(file).exists():
       self._reference = reference.read(file)
-      size = self._data.get("image_size")
-      expected = {
-        **self._made,
-        "code": self._code,
-        "image_size": size,
-        "resampling": resampling,
-        "images": self._images if images else None,
-      }
-      reference.check(self._reference, expected, file)
+      expected = self._reference_protocol(self._data.get("image_size"))
+      reference.check(self._reference, expected if images else {**expected, "images": None}, file)
+
+  def _reference_protocol(self, image_size: int | None) -> dict[str, Any]:
+    of_images = {"image_size": image_size, "resampling": self._resampling, "images": self._images}
+    return {**self._made, "code": self._code, **of_images}
 
   def _make_reference(self, extractor: Extract, image_size: int) -> None:
     """Unless there is one, on process 0: makes it on all, and writes it where it has a name."""
@@ -272,16 +265,9 @@ class Fid:
       images = base.Images(self._real, rows, image_size, resampling=self._resampling, what="the reference's images")
       parts.append(extractor(images))
       progress.add(len(rows))
-    protocol = {
-      **self._made,
-      "code": self._code,
-      "image_size": image_size,
-      "resampling": self._resampling,
-      "images": self._images,
-    }
 
     def keep() -> None:
-      made = reference.of_features(np.concatenate(parts), protocol=protocol, name=self._reference_name)
+      made = reference.of_features(np.concatenate(parts), protocol=self._reference_protocol(image_size))
       if self._reference_file:
         reference.write(self._reference_file, made)
         logging.info("statistics of %d real images in %s", len(self._real_indices), self._reference_file)

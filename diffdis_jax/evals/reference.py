@@ -38,13 +38,11 @@ class Reference:
     gaussian: of the real images' features.
     features: themselves, in f32; None where a file does not have them, and then there is no KID.
     protocol: how they were made; None where a file does not say.
-    name: of the file, or of the images.
   """
 
   gaussian: distances.Gaussian
   features: Float[np.ndarray, "n d"] | None
   protocol: dict[str, Any] | None
-  name: str
 
   @property
   def sha256(self) -> str:
@@ -76,9 +74,9 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
   return Folder(found)
 
 
-def of_features(features: Float[np.ndarray, "n d"], *, protocol: Mapping[str, Any], name: str) -> Reference:
+def of_features(features: Float[np.ndarray, "n d"], *, protocol: Mapping[str, Any]) -> Reference:
   """Raises UserError: fewer than two images."""
-  return Reference(distances.gaussian(features), features, {**protocol, "num_images": len(features)}, name)
+  return Reference(distances.gaussian(features), features, {**protocol, "num_images": len(features)})
 
 
 def write(path: str | os.PathLike[str], reference: Reference) -> None:
@@ -127,8 +125,7 @@ def read(path: str | os.PathLike[str]) -> Reference:
     raise UserError(f"--reference={path} holds values that are not finite; {FORM}")
   if count is not None and count < 2:
     raise UserError(f"--reference={path} is of {count} images; it takes at least 2")
-  gaussian = distances.Gaussian(mean, covariance, count)
-  return Reference(gaussian, features, protocol, os.path.basename(os.fspath(path)))
+  return Reference(distances.Gaussian(mean, covariance, count), features, protocol)
 
 
 def check(reference: Reference, expected: Mapping[str, Any], path: str) -> None:
