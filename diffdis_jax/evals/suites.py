@@ -51,6 +51,11 @@ class BenchmarkSet:
   counts: Mapping[str, Sequence[int]]
   metric: str = "acc1"
 
+  @property
+  def sizes(self) -> list[int]:
+    """Of all its splits."""
+    return [count for several in self.counts.values() for count in several]
+
 
 def _labelled(title: str, metric: str = "acc1", **counts: int | tuple[int, ...]) -> BenchmarkSet:
   by_split = {split: (count,) if isinstance(count, int) else count for split, count in counts.items()}
@@ -151,9 +156,9 @@ def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
   if not isinstance(source, Labelled | Captioned):
     return
   # torchvision's folders say which split they are; a copy of another kind may be any of the published ones.
-  counts = SETS[name].counts
-  expected = counts.get(source.origin.split, ()) if source.origin.layout == "torchvision" else ()
-  expected = expected or [count for several in counts.values() for count in several]
+  published = SETS[name]
+  expected = published.counts.get(source.origin.split, ()) if source.origin.layout == "torchvision" else ()
+  expected = expected or published.sizes
   if len(source) not in expected and not incomplete:
     said = " or ".join(f"{count:,}" for count in expected)
     raise UserError(
@@ -193,8 +198,7 @@ def _check_image(name: str, source: Labelled | Captioned, index: int) -> None:
 def is_whole(name: str, record: Mapping[str, Any]) -> bool:
   """Whether a result is of a whole published split, and no leak test."""
   protocol = record["protocol"]
-  counts = {count for several in SETS[name].counts.values() for count in several}
-  return protocol["num_images"] in counts and not protocol.get("shuffle_labels")
+  return protocol["num_images"] in SETS[name].sizes and not protocol.get("shuffle_labels")
 
 
 def means(results: Mapping[str, Mapping[str, Any]]) -> Results:

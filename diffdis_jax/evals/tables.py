@@ -106,12 +106,9 @@ def _mean(found: Mapping[str, Any], metric: str) -> str:
   value = f"{100 * record['metrics'][metric]:.2f}"
   if record["protocol"]["whole"]:
     return value
-  whole = all(name in suites.SETS and size in _sizes(name) for name, size in record["protocol"]["sets"].items())
+  sizes = record["protocol"]["sets"].items()
+  whole = all(name in suites.SETS and size in suites.SETS[name].sizes for name, size in sizes)
   return f"{name.replace('_', ' ')}{'' if whole else ', not whole'}: {value}"
-
-
-def _sizes(name: str) -> set[int]:
-  return {count for counts in suites.SETS[name].counts.values() for count in counts}
 
 
 def _retrieval(by_name: Mapping[str, Results], notes: list[str]) -> str:
