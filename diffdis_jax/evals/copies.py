@@ -7,7 +7,7 @@ its accuracy. Distances are Euclidean, over all pixels and channels.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 ROWS = 256  # whose distances to all others are in memory at a time
 
@@ -45,7 +45,7 @@ class OwnDistances:
     Images of a class with fewer than two training images are left out; None where all are.
     """
     # With one image of a class, the distance within the class is unknown.
-    judged = self._is_judged(labels)
+    judged = ~np.isnan(self._least[labels])
     if not judged.any():
       return None
     images, least = images[judged], self._least[labels[judged]]
@@ -53,6 +53,3 @@ class OwnDistances:
     blocks = range(0, len(images), ROWS)
     nearest = [squared_distances(images[start : start + ROWS], self._images).min(axis=1) for start in blocks]
     return float((np.concatenate(nearest) < least).mean())
-
-  def _is_judged(self, labels: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-    return ~np.isnan(self._least[labels])

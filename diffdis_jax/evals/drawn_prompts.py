@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -60,10 +59,11 @@ def draw(source: Any, *, num_images: int | None, captions: str, seed: int) -> li
   rng = np.random.default_rng(seed)
   if captions == "per_image":
     # All places and captions are sampled before any is dropped, so that fewer images are the first of more.
-    order = rng.permutation(len(source))
-    which = rng.random(len(source))
-    chosen = [(int(i), float(u)) for i, u in zip(order, which)][: _count(len(source), num_images)]
-    found = [_one(i, base.captions(base.fields(source, i)), u) for i, u in chosen]
+    order, which = rng.permutation(len(source)), rng.random(len(source))
+    found = []
+    for i, u in list(zip(order.tolist(), which))[: _count(len(source), num_images)]:
+      texts = base.captions(base.fields(source, i))
+      found.append(_Prompt(i, int(u * len(texts)), texts[int(u * len(texts))]))
   else:
     # Each caption is as likely as any other, so that a record with more of them comes up more often.
     texts = (base.captions(base.fields(source, i)) for i in range(len(source)))
@@ -105,12 +105,6 @@ class _Prompt:
   record: int
   caption: int
   text: str
-
-
-def _one(record: int, texts: Sequence[str], u: float) -> _Prompt:
-  """The caption at u of them, 0 <= u < 1."""
-  place = int(u * len(texts))
-  return _Prompt(record, place, texts[place])
 
 
 def _count(available: int, num_images: int | None) -> int:
