@@ -12,7 +12,7 @@ from typing import Any
 from diffdis_jax.ablate import columns, tables
 from diffdis_jax.ablate.tables import Claim, Row, Table
 from diffdis_jax.common import cli
-from diffdis_jax.errors import UserError, check_number, read_section
+from diffdis_jax.errors import UserError, check_number, check_type, read_section
 from diffdis_jax.run import workdir
 
 
@@ -61,6 +61,11 @@ class Experiment:
   step_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
   claims: Sequence[Mapping[str, Any]] = ()
   only_some_have: Sequence[str] = ()
+
+  def __post_init__(self) -> None:
+    for speed, seconds in self.step_seconds.items():
+      check_number(f"step_seconds.{speed}", seconds, above=0)
+    check_type("only_some_have", self.only_some_have, ())  # a text would be taken for its letters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +134,8 @@ def _check(claims: Sequence[Claim], rows: Sequence[Row]) -> None:
   by_label = {each.label: each for each in rows}
   for claim in claims:
     check_number("claims: bound", claim.bound, above=0)
+    if claim.row == claim.base:
+      raise UserError(f"a claim compares arm {claim.row!r} with itself; name two")
     for label in (claim.row, claim.base):
       if label not in by_label:
         raise UserError(f"a claim names arm {label!r}; measured are {', '.join(by_label)}")

@@ -11,11 +11,11 @@ from diffdis_jax.errors import not_installed
 BLANK = ""
 NOTE = (
   "Mean ± standard deviation over the seeds, and their number where it is not all of them; a blank cell is a run that"
-  " is missing or not finished. Below it the mean of the paired differences to the base row, in bold letters, over the"
-  " seeds that both have; its 95 % interval by the t distribution of n - 1; p, and p after Holm's correction over the"
-  " table's differences. A difference is bold where the latter is below 0.05. Else it is *undecided*, and MDE, the"
-  " minimum detectable effect, is the true difference that this t-test by itself would find with 80 % power at the"
-  " standard deviation of these pairs: what is smaller may be there and not be found."
+  " is missing, not finished or without a finite figure. Below it the mean of the paired differences to the base row,"
+  " in bold letters, over the seeds that both have; its 95 % interval by the t distribution of n - 1; p, and p after"
+  " Holm's correction over the table's differences. A difference is bold where the latter is below 0.05. Else it is"
+  " *undecided*, and MDE, the minimum detectable effect, is the true difference that this t-test by itself would find"
+  " with 80 % power at the standard deviation of these pairs: what is smaller may be there and not be found."
 )
 CLAIM_HEADS = (
   *("comparison", "figure", "difference, 95 % interval", "n", "p, Holm"),

@@ -13,7 +13,9 @@ import numpy as np
 
 ALPHA = 0.05  # of the intervals, of p, and of a whole table after Holm's correction
 POWER = 0.8
-ROUNDING = 1e-9  # a spread of so small a part of the differences is that of their rounding
+# A spread of so small a part of the differences is that of their rounding. So is one so small by itself, in per cent or
+# FID: of figures that are equal but for it.
+ROUNDING = 1e-9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ def paired(pairs: Sequence[float]) -> Difference:
   if n == 1:
     return Difference(mean=mean, n=n, se=None)
   sd = statistics.stdev(pairs)
-  if sd <= ROUNDING * max(map(abs, pairs)):
+  if sd <= ROUNDING * max(1.0, *map(abs, pairs)):
     return Difference(mean=mean, n=n, se=0.0)
   se = sd / n**0.5
   half = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * se

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from absl import logging
 
 from diffdis_jax.ablate import significance
 from diffdis_jax.ablate.columns import Column, columns_of
@@ -38,7 +42,7 @@ def summarise(plan: Plan, folder: Folder, columns: Sequence[Column], *, base: st
   Raises:
     UserError: results that are none, or two of one table by different protocols.
   """
-  results = {run: folder.read(run) for run in plan.runs if run.evals}
+  results, names = {run: folder.read(run) for run in plan.runs if run.evals}, names_of(plan)
   for table in plan.tables:
     check_protocols(table, {run: results[run] for run in runs_of(plan, table)}, folder)
   return {
@@ -49,10 +53,17 @@ def summarise(plan: Plan, folder: Folder, columns: Sequence[Column], *, base: st
     "seeds": list(plan.seeds),
     "columns": {column.name: column.title for column in columns},
     "paper_columns": PAPER_METRICS,
-    "tables": {table.name: _table(plan, table, results, columns) for table in plan.tables},
+    "tables": {table.name: _table(plan, table, results, columns, names) for table in plan.tables},
     "claims": claims_of(plan, results),
-    "runs": {run.name: _run(run, results.get(run), folder) for run in plan.runs},
+    "runs": {name: _run(run, results.get(run), folder, names) for run, name in names.items()},
   }
+
+
+def names_of(plan: Plan) -> dict[Run, str]:
+  """What tables.json calls each run: its own name or, where several are one training that is measured differently, that
+  of its file of results."""
+  count = collections.Counter(run.name for run in plan.runs)
+  return {run: run.name if count[run.name] == 1 else f"{run.name}.{run.measurement}" for run in plan.runs}
 
 
 def runs_of(plan: Plan, table: Table) -> list[Run]:
@@ -115,14 +126,8 @@ def claims_of(plan: Plan, results: Mapping[Run, Results | None]) -> list[dict[st
   for claim in plan.claims:
     values = {}
     for label in (claim.row, claim.base):
-      runs = plan.rows[rows[label]]
-      known = {each.name: each for run in runs for each in columns_of(run.evals)}
-      each = known[claim.column]
-      values[label] = {
-        seed: value
-        for seed, run in zip(plan.seeds, runs, strict=True)
-        if (value := each.read(results[run] or {})) is not None
-      }
+      known = {each.name: each for run in plan.rows[rows[label]] for each in columns_of(run.evals)}
+      values[label] = _by_seed(plan, rows[label], results, known[claim.column])
     ours, theirs = values.values()
     pairs.append([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
     found.append({**dataclasses.asdict(claim), "values": {k: _by_text(v) for k, v in values.items()}, "verdict": None})
@@ -177,23 +182,28 @@ def _moments(values: Mapping[int, float]) -> dict[str, Any]:
 
 
 def _table(
-  plan: Plan, table: Table, results: Mapping[Run, Results | None], columns: Sequence[Column]
+  plan: Plan,
+  table: Table,
+  results: Mapping[Run, Results | None],
+  columns: Sequence[Column],
+  names: Mapping[Run, str],
 ) -> dict[str, Any]:
-  places = range(len(table.rows))
-  figures = [_figures(plan, table, place, results, columns) for place in places]
-  return table_of(table, figures, [[run.name for run in plan.rows[table.name, place]] for place in places])
+  rows = [(table.name, place) for place in range(len(table.rows))]
+  figures = [{column.name: _by_seed(plan, row, results, column) for column in columns} for row in rows]
+  return table_of(table, figures, [[names[run] for run in plan.rows[row]] for row in rows])
 
 
-def _figures(
-  plan: Plan, table: Table, place: int, results: Mapping[Run, Results | None], columns: Sequence[Column]
-) -> Figures:
-  """Of the runs of a row that are finished and measure it."""
-  found: dict[str, dict[int, float]] = {column.name: {} for column in columns}
-  for seed, run in zip(plan.seeds, plan.rows[table.name, place], strict=True):
-    for column in columns:
-      value = column.read(results[run] or {})
-      if value is not None:
-        found[column.name][seed] = value
+def _by_seed(
+  plan: Plan, row: tuple[str, int], results: Mapping[Run, Results | None], column: Column
+) -> dict[int, float]:
+  """Seed -> figure, of the runs of a row that are finished and measure it. No mean has one that is not finite."""
+  found = {}
+  for seed, run in zip(plan.seeds, plan.rows[row], strict=True):
+    value = column.read(results[run] or {})
+    if value is not None and math.isfinite(value):
+      found[seed] = value
+    elif value is not None:
+      logging.warning("%s: %s is %s, and is left out", run.name, column.name, value)
   return found
 
 
@@ -209,7 +219,7 @@ def _row(row: Row, cells: Mapping[str, Any], *, is_base: bool, runs: Sequence[st
   }
 
 
-def _run(run: Run, results: Results | None, folder: Folder) -> dict[str, Any]:
+def _run(run: Run, results: Results | None, folder: Folder, names: Mapping[Run, str]) -> dict[str, Any]:
   """Of a run: its config, and the metrics and protocols of its evaluations, None where it is not finished.
 
   `minutes` are those of its own training steps, None where its workdir is gone.
@@ -223,7 +233,7 @@ def _run(run: Run, results: Results | None, folder: Folder) -> dict[str, Any]:
     origin = next((record["provenance"]["run"] for record in records.values() if "provenance" in record), None)
   return {
     "config": provenance.public(run.config),
-    "start": run.start.name if run.start else None,
+    "start": names[run.start] if run.start else None,
     "minutes": folder.minutes(run),
     "evaluations": measured,
     "provenance": origin,

@@ -222,6 +222,33 @@ def test_what_the_rows_change_themselves_may_differ(tmp_path, grid, names, proto
   assert len(summarised(plan, folder)["tables"]) == 1
 
 
+@pytest.mark.parametrize("figure", [math.nan, math.inf])
+def test_a_figure_that_is_not_finite_is_left_out_and_told(measured, caplog, figure):
+  """The seed drops out of the pairs, as one without a run does; all else stays."""
+  plan, folder = measured
+  write(folder, plan.rows["4", 0][1], {"test": figure})
+  write(folder, plan.rows["4", 0][2], {"test": 0.8})
+  off, on = summarised(plan, folder)["tables"]["4"]["rows"]
+  assert [*off["cells"]["test/acc1"]["values"]] == ["0", "2"] and off["cells"]["unseen/acc1"]["n"] == 3
+  assert off["cells"]["test/acc1"]["difference"]["n"] == 2 and on["cells"]["test/acc1"]["n"] == 3
+  assert f"{plan.rows['4', 0][1].name}: test/acc1 is {figure}, and is left out" in caplog.text
+
+
+def test_runs_that_are_one_training_measured_twice_are_both_kept(tmp_path):
+  """One workdir and two files of results; in `runs` each has the name of its file."""
+  plan, folder = make_plan(grid="inference.num_noise_samples=1,4", seeds=(0, 1)), Folder(tmp_path)
+  for place, figure in enumerate((0.25, 0.75)):
+    for run in plan.rows["grid", place]:
+      write(folder, run, {"test": figure}, num_noise_samples=(1, 4)[place])
+  found = summarised(plan, folder)
+  assert len(found["runs"]) == len(plan.runs) == 5  # with the autoencoder, whose name is its own
+  for row, figure in zip(found["tables"]["grid"]["rows"], (0.25, 0.75), strict=True):
+    of_row = [found["runs"][name] for name in row["runs"]]
+    assert [run["evaluations"]["test"]["metrics"]["acc1"] for run in of_row] == [figure] * 2
+    assert all((tmp_path / "results" / f"{name}.json").exists() for name in row["runs"])
+    assert all(run["start"] in found["runs"] for run in of_row)
+
+
 def test_a_file_that_holds_no_results_is_told(measured):
   plan, folder = measured
   with open(folder.results(plan.rows["4", 1][0]), "w") as file:

@@ -155,6 +155,9 @@ def write_claim(plan, folder, figures):
     (dict(claims=(CLAIM | dict(row="first"),)), "a claim names arm 'first'; measured are after, alone, clip"),
     (dict(claims=(CLAIM | dict(column="tets/acc1"),)), "a claim names column 'tets/acc1', which arm after lacks; it"),
     (dict(claims=(CLAIM | dict(bound=0.0),)), "claims: bound is 0.0; it must be above 0"),
+    (dict(claims=(CLAIM | dict(base="after"),)), "a claim compares arm 'after' with itself"),
+    (dict(step_seconds={"generation": 0.0}), "step_seconds.generation is 0.0; it must be above 0"),
+    (dict(only_some_have="steps"), "only_some_have is 'steps'; it must be a sequence"),
   ],
 )
 def test_what_is_wrong_is_one_line(read, fields, message):

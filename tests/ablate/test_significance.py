@@ -36,11 +36,14 @@ def test_an_interval_by_hand():
   assert found.p == pytest.approx(1 - t / math.sqrt(2 + t**2), rel=1e-12)
 
 
-@pytest.mark.parametrize("pairs", [[1.0], [1.0, 1.0], [0.1 + 0.2, 0.3, 0.3], [0.0, 0.0, 0.0]])
+@pytest.mark.parametrize(
+  "pairs", [[1.0], [1.0, 1.0], [0.1 + 0.2, 0.3, 0.3], [0.0, 0.0, 0.0], [100 * (0.1 + 0.2) - 100 * 0.3, 0.0, 0.0]]
+)
 def test_without_a_spread_nothing_is_claimed(pairs):
-  """One pair, or the same difference in each, be it up to rounding."""
+  """One pair, or the same difference in each, be it up to rounding: that of the differences, or, where there is none,
+  of the figures."""
   found = significance.paired(pairs)
-  assert found.mean == pytest.approx(pairs[-1])
+  assert found.mean == pytest.approx(pairs[-1]) and significance.equivalent(pairs, 3.0) is None
   assert (found.low, found.high, found.p, found.detectable) == (None,) * 4
   assert found.se == (None if len(pairs) == 1 else 0.0)
   (corrected,) = significance.correct([found])
