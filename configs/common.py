@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from diffdis_jax.common import buckets
 from diffdis_jax.common.files import read_json
 from diffdis_jax.common.shipped import say
-from diffdis_jax.config import base
+from diffdis_jax.config import base, read_fields
 from diffdis_jax.errors import UserError
 
 __all__ = [
@@ -38,7 +38,7 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDi
     **defaults: the known keys; a value is read as the type of its default.
 
   Raises:
-    ValueError: an unknown or repeated key, or a value of another type.
+    ValueError: an unknown or repeated key, a value of another type, or none where it would be text.
   """
   values = ConfigDict(defaults)
   seen = set()
@@ -50,6 +50,8 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDi
       raise ValueError(f"unknown argument {key!r}; known: {', '.join(sorted(defaults)) or 'none'}{guess}")
     if key in seen:
       raise ValueError(f"argument {key!r} is given twice")
+    if not equals and isinstance(defaults[key], str):
+      raise ValueError(f"argument {key!r} has no value; write it as {key}=VALUE")
     seen.add(key)
     values[key] = _read(key, text if equals else "True", type(defaults[key]))
   return values
@@ -71,24 +73,21 @@ OF_NETWORK = ("model", "image_size", "image_diffusion", "text_diffusion", "condi
 
 
 def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> dict[str, Any]:
-  """Puts the network of the run in `path` in place of the config's, and names the run in `init_from`.
+  """Puts the network of the run in `path` in place of the config's, names the run in `init_from`, and returns its
+  config.
 
   `argument`: that named it, for the message.
 
-  Returns:
-    That run's config.
-
   Raises:
-    ValueError: no config.json there, or one of no run.
+    ValueError: no run there.
   """
-  there = f"argument {argument}={path} should be the workdir of a run"
   try:
-    fields = read_json(buckets.path(path) / "config.json")
+    fields = read_fields(path)
     put_network(config, fields)
-  except (OSError, UserError) as error:
-    raise ValueError(f"{there}: {error}") from error
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{there}, and its config.json is of none: {error!r}") from error
+  except (OSError, UserError, ValueError, KeyError, TypeError) as error:
+    # Of a mistake in the path one sentence; of a damaged config its kind too, since that says no more than a name.
+    said = error if isinstance(error, (OSError, UserError)) else repr(error)
+    raise ValueError(f"argument {argument}={path} should be the workdir of a run: {said}") from error
   config.init_from = path
   return fields
 
@@ -96,17 +95,10 @@ def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> di
 def put_network(config: ConfigDict, fields: Mapping[str, Any]) -> None:
   """Puts the network of a run's config, nested dicts, in place of the config's; a head stays behind."""
   for name in OF_NETWORK:
-    config[name] = ConfigDict(_tuples(fields[name])) if isinstance(fields[name], dict) else fields[name]
+    config[name] = ConfigDict(fields[name]) if isinstance(fields[name], dict) else fields[name]
   config.data.max_length = fields["data"]["max_length"]
   if "head" in config.model:
     del config.model.head
-
-
-def _tuples(value: Any) -> Any:
-  """JSON's lists as tuples."""
-  if isinstance(value, dict):
-    return {key: _tuples(each) for key, each in value.items()}
-  return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def num_pairs(path: str) -> dict[str, int]:

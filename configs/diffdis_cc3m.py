@@ -119,6 +119,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.save_every = config.sample_every = config.eval_every = 2000
   config.checkpoint.keep_every = 10_000
   config.sample_prompts = PROMPTS
+  if args.latents and args.path:
+    raise ValueError("latents=DIR stands in the place of path=DIR; leave out one of them")
   if args.runlocal and args.latents:
     raise ValueError("runlocal has a small network and encodes images itself; leave out latents, or give path=")
   if args.runlocal:

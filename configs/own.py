@@ -90,10 +90,10 @@ def scratch_network(config: ConfigDict) -> None:
 
 def take_start(config: ConfigDict, path: str) -> str:
   """The network of the run there; `pretrained`, or `scratch` where it has trained an autoencoder alone."""
-  fields = common.take_network(config, path, argument="from")
+  objectives = common.take_network(config, path, argument="from")["objectives"]
   if "vision_encoder" in config.model:
     raise ValueError(f"argument from={path} is a CLIP; it should be import_weights' folder of Stable Diffusion")
-  return "scratch" if fields["objectives"] == ["reconstruction"] else "pretrained"
+  return "scratch" if objectives == ("reconstruction",) else "pretrained"
 
 
 def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:

@@ -22,7 +22,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import configs
-from diffdis_jax.config import Run
+from diffdis_jax.common import buckets
+from diffdis_jax.config import Run, load
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
@@ -31,6 +32,7 @@ from diffdis_jax.parallel import sharding
 from tests import steps
 from tests.steps import build_trainer
 
+pytest_plugins = ("tests.bucket_server",)
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NOT_ONE_MODEL = {"__init__", "common", "own", "replication", "table6"}  # own: without a data set there is none
 NAMES = sorted(path.stem for path in pathlib.Path(configs.__path__[0]).glob("*.py") if path.stem not in NOT_ONE_MODEL)
@@ -313,8 +315,28 @@ def test_a_long_tailed_run_takes_the_network_of_its_start(tmp_path):
   config = get_config("places_lt", f"init={tmp_path}")
   assert config.model.to_dict() == emoji.model.to_dict() and config.init_from == str(tmp_path)
   assert (config.image_size, config.evals.test.data.image_size, config.data.max_length) == (32, 32, 16)
-  with pytest.raises(ValueError, match="init=nowhere should be the workdir of a run"):
+  with pytest.raises(ValueError, match="init=nowhere should be the workdir of a run: no folder nowhere"):
     get_config("shapes_lt", "init=nowhere")
+  (tmp_path / "config.json").write_text('{"objectives": [], "model": {}, "data": {}, "optim": {}}')
+  with pytest.raises(ValueError, match=f"init={tmp_path} should be the workdir of a run: KeyError"):
+    get_config("shapes_lt", f"init={tmp_path}")
+
+
+def test_a_start_lies_in_a_bucket_or_in_one_file(bucket, tmp_path):
+  """As --config.init_from takes it, and as the runs of a pod have it."""
+  emoji, start = get_config("emoji", "objectives=contrastive"), f"{bucket}/{tmp_path.name}"
+  (buckets.path(start) / "config.json").write_text(json.dumps(emoji.to_dict()))
+  config = get_config("places_lt", f"init={start}")
+  assert config.model.to_dict() == emoji.model.to_dict() and config.init_from == start
+  with pytest.raises(ValueError, match="init=gs://bucket/.*nowhere should be the workdir of a run: no folder"):
+    get_config("places_lt", f"init={bucket}/nowhere")
+  config = get_config("shapes_lt", "init=emoji-small")
+  assert config.init_from == "emoji-small" and Run.of(config).model == load("emoji-small").model
+
+
+def test_latents_and_pairs_exclude_each_other():
+  with pytest.raises(ValueError, match="latents=DIR stands in the place of path=DIR; leave out one of them"):
+    get_config("diffdis_cc3m", "latents=somewhere,path=elsewhere")
 
 
 def test_a_toy_does_not_train_from_latents():

@@ -3,7 +3,8 @@
   diffdis config show shapes [--fields=optim]
   diffdis config diff shapes shapes:objectives=contrastive
 
-A config is NAME[:args] of one that comes with the package, FILE.py[:args], or the workdir of a run. Nothing runs.
+A config is NAME[:args] of one that comes with the package, FILE.py[:args], or the workdir of a run, which may be one
+file. Nothing runs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from diffdis_jax.common import buckets, cli, guesses, shipped
+from diffdis_jax.common import buckets, cli, guesses, one_file, shipped
 from diffdis_jax.config import Run, described, fields
 from diffdis_jax.errors import UserError
 
@@ -42,9 +43,8 @@ def read(given: str) -> Run:
   """The record of a config, or of a run. Raises UserError: none, or one that is wrong."""
   name = given.partition(":")[0]
   # A name first, as everywhere: where a run is called `shapes` too, it is written ./shapes.
-  if (
-    name not in shipped.names() and not name.endswith(".py") and (buckets.is_url(given) or buckets.path(given).is_dir())
-  ):
+  is_config = name in shipped.names() or name.endswith(".py")
+  if not is_config and (buckets.is_url(given) or one_file.at(given) or buckets.path(given).is_dir()):
     return fields.load(given)
   return Run.of(cli.read_config(given, "config"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from diffdis_jax import config
 from diffdis_jax.common import cli, guesses, shipped
+from diffdis_jax.config import __main__ as command
 from diffdis_jax.config import described
 from tests.command_runs import ROOT
 
@@ -18,6 +20,11 @@ CONFIGS = ("shapes", "diffdis_cc3m", "clip_cc3m", "shapes_lt:stage=2", "emoji")
 
 def found(given: str) -> dict[str, described.Field]:
   return {field.path: field for field in described.fields_of(config.Run.of(cli.read_config(given)))}
+
+
+def test_a_run_in_one_file_is_read_as_a_workdir_is(tmp_path):
+  file = shutil.copy(shipped.models()["emoji-small"], tmp_path / "mine.safetensors")
+  assert command.read("emoji-small") == command.read(str(file)) == config.load("emoji-small")
 
 
 @pytest.mark.parametrize("given", CONFIGS)

@@ -28,6 +28,7 @@ def test_values_have_the_type_of_their_default():
     ("runlocl", r"unknown argument 'runlocl'; .*; did you mean runlocal\?"),
     ("steps=1.5", "steps=1.5 should be of type int"),
     ("steps", "steps=True should be of type int"),
+    ("schedule", "argument 'schedule' has no value; write it as schedule=VALUE"),
     ("fusion=maybe", "fusion=maybe should be of type bool"),
     ("gamma=1,gamma=2", "'gamma' is given twice"),
   ],
