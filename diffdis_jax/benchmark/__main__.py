@@ -106,7 +106,7 @@ def time_steps(run: Run) -> dict[str, Any]:
     planned = steps.preflighted(report, run.objectives, batch_size=size, chips=mesh.size)
   for name, objectives in (steps.OF_CLIP if run.objectives.is_clip else steps.OBJECTIVES).items():
     trainers[name] = Trainer(run.replace({"objectives": objectives}), mesh)
-  results = steps.time_steps(trainers, batch_size=run.batch_size, rounds=FLAGS.rounds)
+  results = steps.time_steps(trainers, rounds=FLAGS.rounds)
   if planned:
     name, train = planned
     results["preflight"] = steps.beside_preflight(name, train, results["seconds"][name])

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
-from diffdis_jax.structs import Batch
+from diffdis_jax.structs import TrainingBatch
+from diffdis_jax.training.flops import abstract_batch
 from diffdis_jax.training.step import Trainer, take_step
 
 OBJECTIVES = {
@@ -27,21 +29,16 @@ OBJECTIVES = {
 OF_CLIP = {"contrastive": ("contrastive",)}
 
 
-def time_steps(trainers: Mapping[str, Trainer], *, batch_size: int, rounds: int) -> dict[str, Any]:
+def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any]:
   """Seconds of each step (median and all rounds), floating-point operations as the compiler counts them, and ratios.
 
   Args:
-    trainers: the steps, by the names of OBJECTIVES or OF_CLIP, on one mesh.
-    batch_size: global.
+    trainers: the steps, by the names of OBJECTIVES or OF_CLIP, on one mesh, of one batch.
     rounds: timed steps of each.
   """
   first = next(iter(trainers.values()))
-  mesh, network = first.mesh, first.network
-  rng = np.random.default_rng(0)
-  pixels = rng.integers(0, 256, (batch_size, network.image_size, network.image_size, 3), np.uint8)
-  tokens = rng.integers(0, 49406, (batch_size, network.max_length), np.int32)
-  # On the devices before the clock starts: the loader's part is measured elsewhere.
-  batch = Batch(**sharding.to_global(dict(image=pixels, tokens=tokens), mesh))
+  mesh, run = first.mesh, first.run
+  batch = random_batch(first)
 
   states, steps, operations = {}, {}, {}
   for name, step in trainers.items():
@@ -64,13 +61,27 @@ def time_steps(trainers: Mapping[str, Trainer], *, batch_size: int, rounds: int)
   median = {name: statistics.median(values) for name, values in seconds.items()}
   return dict(
     device=f"{mesh.size} x {jax.devices()[0].device_kind}",
-    batch_size=batch_size,
-    image_size=network.image_size,
+    batch_size=run.batch_size,
+    image_size=run.image_size,
     seconds=median,
     rounds=seconds,
     gigaflop={name: value / 1e9 for name, value in operations.items()},
     **(_ratios(median, operations) if "joint" in median else {}),
   )
+
+
+def random_batch(trainer: Trainer) -> TrainingBatch:
+  """One of a run: of images, with a view of its own for discrimination where that has one, or of latents."""
+  rng = np.random.default_rng(0)
+  makers = {
+    "uint8": lambda shape: rng.integers(0, 256, shape, np.uint8),
+    "int32": lambda shape: rng.integers(0, 49406, shape, np.int32),  # tokens of words
+    "bfloat16": lambda shape: rng.standard_normal(shape, np.float32).astype(jnp.bfloat16),
+  }
+  shapes = abstract_batch(trainer.run, trainer.network, trainer.mesh)
+  rows = {name: each and makers[each.dtype.name](each.shape) for name, each in vars(shapes).items()}
+  # On the devices before the clock starts: the loader's part is measured elsewhere.
+  return type(shapes)(**sharding.to_global(rows, trainer.mesh))
 
 
 def _ratios(seconds: Mapping[str, float], operations: Mapping[str, float]) -> dict[str, float]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 
+import jax
 import pytest
 
 from diffdis_jax.benchmark import __main__ as benchmark
 from diffdis_jax.benchmark import steps
+from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import provenance
+from diffdis_jax.training import flops
 from tests import tiny
 from tests.command_runs import call
+from tests.steps import make_mesh
 
 pytest_plugins = ("tests.command_runs",)
 SECONDS = dict(joint=0.09, generation=0.06, discrimination=0.04)
@@ -45,6 +49,27 @@ def test_the_step_of_the_configs_objectives_is_over_each_time_that_was_given(obj
 def test_a_report_of_another_step_is_refused(report, objectives, message):
   with pytest.raises(UserError, match=message):
     steps.preflighted(report, objectives, batch_size=64, chips=4)
+
+
+@pytest.mark.parametrize(
+  "fields, names",
+  [
+    ({}, {"image", "tokens"}),
+    ({"data.discrimination_view": "own"}, {"image", "tokens", "discrimination_image"}),
+    ({"data.name": "latents"}, {"mean", "log_variance", "tokens"}),
+  ],
+)
+def test_the_batch_is_one_that_the_run_trains_on(fields, names):
+  """In its kind and in all of its shapes; else another step is timed than trains, and than preflight has compiled."""
+  run = Run.of(tiny.get_config()).replace(fields)
+  trainer = steps.Trainer(run, make_mesh(1))
+  batch = steps.random_batch(trainer)
+  assert {name for name, each in vars(batch).items() if each is not None} == names
+  shapes = [
+    [(each.shape, each.dtype, each.sharding) for each in jax.tree.leaves(found)]
+    for found in (batch, flops.abstract_batch(run, trainer.network, trainer.mesh))
+  ]
+  assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("content", [None, "{", "3"])
