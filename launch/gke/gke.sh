@@ -72,7 +72,7 @@ manifest() {
                     - {name: DIFFDIS_COORDINATOR_ADDRESS, value: \"$NAME-host-0-0.$NAME:8476\"}"
   fi
   text=${text//@ENV_FROM@/"$env_from"} text=${text//@MEETING@/"$meeting"} text=${text//@EXCLUSIVE@/"$exclusive"}
-  for argument in "$@"; do command+=("$(quoted "$argument"),"); done
+  for argument in "$@"; do command+=("$(quoted "${argument//\$/\$\$}"),"); done # Kubernetes takes $(A) for a variable
   printf '%s\n' "${text//@COMMAND@/"[${command[*]}]"}"
 }
 
@@ -101,7 +101,9 @@ case $subcommand in
     ;;
   logs) call kubectl logs --follow --prefix --max-log-requests=1000 --selector="jobset.sigs.k8s.io/jobset-name=$NAME" ;;
   stop)
-    call kubectl delete secret "$NAME-env" --ignore-not-found
-    call kubectl delete jobset "$NAME"
+    code=0 # the run also where secrets may not be touched
+    call kubectl delete secret "$NAME-env" --ignore-not-found || code=$?
+    call kubectl delete jobset "$NAME" || code=$?
+    exit "$code"
     ;;
 esac

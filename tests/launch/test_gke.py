@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pathlib
+import re
 
 import pytest
 
-from tests.launch.programs import Programs
+from tests.launch.programs import Answer, Programs
 
 yaml = pytest.importorskip("yaml")
 TPU_NODES = "{cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, cloud.google.com/gke-tpu-topology: 8x8}"
@@ -128,6 +129,25 @@ def test_exit_codes_fail_restart_or_count(programs, given, restarts):
 def test_other_subcommands_need_only_a_name(programs, subcommand, calls):
   assert programs.run("gke/gke.sh", subcommand, NAME="run").returncode == 0
   assert programs.calls == calls
+
+
+@pytest.mark.parametrize("refused", ["secret", "jobset"])
+def test_stop_deletes_what_it_may(programs, refused):
+  """Who may not touch secrets, and has handed none over, stops the run all the same."""
+  programs.answer({f"delete {refused}": [Answer(stderr="Error: forbidden\n", code=3)]})
+  done = programs.run("gke/gke.sh", "stop", NAME="run")
+  assert (done.returncode, [call[2] for call in programs.calls]) == (3, ["secret", "jobset"])
+
+
+def test_kubernetes_expands_nothing_in_the_command(programs):
+  """It takes $(NAME) for a variable, and $$ for one $."""
+  words = ["--prompt=$$5 for $(DIFFDIS_LAUNCHED)", "--config.optim.no_decay=(bias$|norm)$"]
+  done = programs.run("gke/gke.sh", "run", "--", *words, **SETTINGS)
+  assert done.returncode == 0, done.stderr
+  (container,) = job_of(yaml.safe_load(programs.records[-1]["stdin"]))["template"]["spec"]["containers"]
+  values = {"DIFFDIS_LAUNCHED": "1"}
+  expand = lambda found: "$" if found[1] is None else values.get(found[1], found[0])
+  assert [re.sub(r"\$(?:\$|\(([^)]*)\))", expand, word) for word in container["command"]] == words
 
 
 def test_a_failing_kubectl_fails(programs):
