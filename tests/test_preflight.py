@@ -337,6 +337,12 @@ def test_time_between_chips():
   assert seconds("v5p", 8) is None
 
 
+@pytest.mark.parametrize("topology, slices, near", [("h100:4x2", 1, 4), ("v5e:2x2", 2, 4), ("v5e:2x4", 1, None)])
+def test_cpu_devices_are_as_near_each_other_as_the_chips(topology, slices, near):
+  """Else what crosses hosts or slices would be taken for what links carry, and scale too well."""
+  assert targets.find("cpu", chips.parse(topology), slices).near == near
+
+
 @pytest.mark.parametrize("name", gpus.GPUS)
 def test_gpus_are_those_that_have_peak_figures(name):
   gpu, chip = gpus.GPUS[name], chips.CHIPS[name]

@@ -100,7 +100,7 @@ def collectives(text: str) -> list[Collective]:
       # How the TPU compiler writes a reduce-scatter: a computation of an all-reduce and a slice.
       scattered = header[2] if header[1].startswith("all-reduce-scatter") else None
       times = runs(header[1])
-    elif line == "}":
+    elif line.startswith("}"):  # `}, execution_thread="sparsecore"` too
       scattered, times = None, 1
     match = _COLLECTIVE.search(_COMMENT.sub("", line))
     if match is None:

@@ -172,20 +172,13 @@ def find(platform: str, topology: Topology | None, slices: int) -> Target:
   """After `prepare`. Raises UserError where there are no such devices."""
   if topology is None:
     return _present_gpus()
-  chip = _usable(topology)
+  chip, near = _usable(topology), topology.size if slices > 1 else topology.a_host
   if platform == "cuda":
     if slices > 1:
       raise UserError(f"--slices={slices} is of TPUs; several hosts of GPUs are a topology, such as h100:8x{slices}")
-    return Target(
-      devices=gpu_devices(topology),
-      chip=chip,
-      compiler="cuda",
-      exact=True,
-      options=_QUICKLY,
-      near=topology.a_host,
-    )
+    devices = gpu_devices(topology)
+    return Target(devices=devices, chip=chip, compiler="cuda", exact=True, options=_QUICKLY, near=near)
   if platform == "tpu":
-    near = topology.size if slices > 1 else None
     return Target(devices=tpu_devices(topology, slices), chip=chip, compiler="tpu", exact=True, near=near)
   devices = jax.devices("cpu")
   if len(devices) < topology.size * slices:
@@ -193,7 +186,7 @@ def find(platform: str, topology: Topology | None, slices: int) -> Target:
       f"{topology.name} needs {topology.size * slices} CPU devices, but this process has {len(devices)}; unset"
       " JAX_NUM_CPU_DEVICES and XLA_FLAGS"
     )
-  return Target(devices=devices[: topology.size * slices], chip=chip, compiler="cpu", exact=False)
+  return Target(devices=devices[: topology.size * slices], chip=chip, compiler="cpu", exact=False, near=near)
 
 
 def _present_gpus() -> Target:

@@ -91,6 +91,21 @@ ENTRY %main.2 (p: f32[8,8]) -> f32[8,8] {
   assert hlo.bytes_by_kind(text) == {"reduce-scatter": 4 * 16, "all-gather": 4 * 64}
 
 
+def test_a_computation_of_another_thread_ends_too():
+  """As XLA closes one that runs on a SparseCore or beside the others: what follows is not in the loop before it."""
+  text = """
+%body (p: f32[8]) -> f32[8] {
+  %r = f32[8] all-reduce(%p), channel_id=1
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = f32[8] while(%p), condition=%until, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  %g = f32[64] all-gather(%w), channel_id=2
+}
+"""
+  assert hlo.bytes_by_kind(text) == {"all-reduce": 6 * 32, "all-gather": 256}
+
+
 def test_a_collective_spread_over_several_operations_counts_once():
   """As the TPU compiler writes one: in each of the operations that it overlaps, with the same channel."""
   part = "bf16[64,8] all-gather(%a), channel_id={}, replica_groups={{{{0,1}}}}, {}metadata={{}}"
