@@ -450,6 +450,13 @@ def test_the_noise_schedule_is_the_sources(sd, tmp_path, scheduler, schedule):
   assert import_weights.make_config(found).image_diffusion.schedule == schedule
 
 
+@pytest.mark.parametrize("said, length", [(7, 7), (10**30, pipelines.LENGTH), (float("inf"), pipelines.LENGTH)])
+def test_captions_are_as_long_as_the_tokenizer_and_the_encoder_allow(sd, tmp_path, said, length):
+  config = copied(sd, tmp_path / "sd") / "tokenizer" / "tokenizer_config.json"
+  config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": said}))
+  assert from_torch.open_source(tmp_path / "sd").fields["data.max_length"] == length
+
+
 def test_command_line(sd, environment, tmp_path):
   flags = [f"--source={sd}", f"--out={tmp_path / 'run'}"]
   done = call("import_weights", environment, *flags, "--seed=1", own_process=True)

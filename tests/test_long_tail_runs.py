@@ -20,6 +20,7 @@ from configs import places_lt
 from diffdis_jax import export_weights
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import sections
+from diffdis_jax.interop import from_torch
 from diffdis_jax.run import checkpoint, committed, restore, workdir
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training import start
@@ -193,6 +194,7 @@ def test_a_clips_head_leaves_beside_it(tmp_path):
   assert len(head) == sum(name.startswith("head.") for name in params)
   assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "head" in name]
   assert "CLIPModel.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+  assert sorted(from_torch.open_source(tmp_path / "out").others) == sorted(f"head/{name}" for name in head)
 
 
 @pytest.mark.slow

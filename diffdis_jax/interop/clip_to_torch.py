@@ -64,7 +64,7 @@ def write(folder: pathlib.Path, params: Params, *, model: Mapping[str, Any], dty
     arrays[entry.component][entry.name] = to_torch.convert(entry, params[entry.path], dtype)
   # A file of its own: transformers and open_clip have no place for a head, and warn of names that they do not know.
   if arrays["head"]:
-    tensor_files.save(arrays["head"], folder / to_torch.HEAD)
+    tensor_files.save(arrays["head"], folder / tensor_files.HEAD)
   tensor_files.save(arrays["clip"], folder / TRANSFORMERS)
   tensor_files.save(openclip.restore(arrays["clip"]), folder / OPEN_CLIP)
   # Last: a folder without configs is one whose export was cut off, which neither library loads.

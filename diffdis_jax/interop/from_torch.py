@@ -78,6 +78,13 @@ def open_source(path: pathlib.Path) -> Source:
     return _open_single_file(path)
   if not path.is_dir():
     raise UserError(f"no file or folder {path}; --source names a checkpoint")
+  found, head = _open_folder(path), path / tensor_files.HEAD
+  if head.exists():  # of other classes than those that a run would have
+    found.others.extend(f"head/{name}" for name in tensor_files.open_file(head))
+  return found
+
+
+def _open_folder(path: pathlib.Path) -> Source:
   # One part's folder is enough, so that the error of a pipeline without its index is about that.
   if (path / "model_index.json").exists() or any((path / part).is_dir() for part in PARTS):
     return _open_diffusers(path)
@@ -204,7 +211,8 @@ def check_version(folder: pathlib.Path) -> None:
 def _token_length(tokenizer: pathlib.Path, positions: int) -> int:
   config = tokenizer / "tokenizer_config.json"
   length = read_json(config).get("model_max_length") if config.exists() else None
-  return min(int(length), positions) if isinstance(length, int | float) else positions
+  # Some have a huge number or infinity, for none.
+  return int(min(length, positions)) if isinstance(length, int | float) else positions
 
 
 # What older and newer libraries write differently: part -> (regex of their names, that of mapping.py).

@@ -18,7 +18,7 @@ from etils import epath
 
 from diffdis_jax.common import buckets, files
 from diffdis_jax.config.objectives import Objectives
-from diffdis_jax.interop import card_texts, to_torch
+from diffdis_jax.interop import card_texts, tensor_files, to_torch
 from diffdis_jax.run import history
 
 PAPER = "*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discrimination Capability*"
@@ -95,7 +95,7 @@ class Card:
     plain = card_texts.PLAIN.format(address=address) * generates
     uses += card_texts.PATCHES.format(patch=patch) if patch > 1 else plain
     uses += card_texts.OFFLINE.format(repo=self.repo) if self.repo else ""
-    uses += card_texts.HEAD * (folder / to_torch.HEAD).exists()
+    uses += card_texts.HEAD * (folder / tensor_files.HEAD).exists()
     return {
       "tag": "text-to-image" if generates else "zero-shot-image-classification",
       "code": self._code(folder),

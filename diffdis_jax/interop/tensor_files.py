@@ -37,6 +37,8 @@ class Tensor:
 
 Tensors = dict[str, Tensor]
 
+HEAD = "head.safetensors"  # of a long-tailed run's second stage, beside what libraries read; none has a place for it
+
 
 def save(arrays: Mapping[str, Shaped[np.ndarray, "..."]], path: pathlib.Path) -> None:
   """A safetensors file as PyTorch's libraries write it. Raises OSError: it cannot be written."""

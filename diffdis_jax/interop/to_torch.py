@@ -31,7 +31,6 @@ FILES = {
   "text_encoder": "text_encoder/model.safetensors",
   "diffdis": "diffdis/diffusion_pytorch_model.safetensors",
 }
-HEAD = "head.safetensors"  # of a long-tailed run's second stage; neither library has a place for it
 PIPELINE = "pipeline.py"  # as diffusers calls it
 INDEX = dict(
   _class_name="StableDiffusionPipeline",
@@ -91,7 +90,7 @@ def write(
     own_classes["vae"] = ("torch_parts", "PatchAutoencoderKL")
   if has_unet and "unet.conv_out.kernel" not in params:  # of discrimination alone
     own_classes["unet"] = ("torch_parts", "DownUNet2DConditionModel")
-  for component, file in (*FILES.items(), ("head", HEAD)):
+  for component, file in (*FILES.items(), ("head", tensor_files.HEAD)):
     own = [entry for entry in entries if entry.component == component]
     # Of generation alone a projection of the text query may be there, which nothing then uses.
     if own and (component != "diffdis" or is_aligned):

@@ -26,6 +26,7 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import prompts
 from diffdis_jax.export_weights import export_weights
 from diffdis_jax.interop import torch_pipeline
+from diffdis_jax.interop.from_torch import open_source
 from diffdis_jax.run import checkpoint, restore, workdir
 from diffdis_jax.structs import TrainState
 from tests import pipelines, steps, tiny
@@ -327,6 +328,7 @@ def test_a_long_tailed_head_leaves_beside_it(tmp_path):
   np.testing.assert_array_equal(head["fc1.weight"], np.asarray(params["head.fc1.kernel"]).T)
   assert len(head) == sum(name.startswith("head.") for name in params)
   assert "head.safetensors" in (tmp_path / "out" / "README.md").read_text()
+  assert sorted(open_source(tmp_path / "out").others) == sorted(f"head/{name}" for name in head)
   assert load(tmp_path / "out").embed_texts(["a"]).shape == (1, 16)
 
 
