@@ -60,6 +60,8 @@ def main(argv: Sequence[str]) -> None:
   kind = argv[1] if argv[1:] else "steps"
   if ("models" in FLAGS.config) != (kind == "table6"):
     raise UserError("table6 takes --config=table6, the other benchmarks the config of one model")
+  if FLAGS.preflight and kind != "steps":
+    raise UserError(f"--preflight is of steps alone; leave it out of {kind}")
   cli.compilation_cache()
   cli.use_all_cores()
   # This and all below before anything is timed: a mistyped path should not cost the minutes.

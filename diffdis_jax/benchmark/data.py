@@ -167,6 +167,6 @@ def data_wait(trainer: Trainer, prepared: pathlib.Path, *, steps: int = 30) -> d
     with progress.waiting_for_data(functools.partial(is_running, metrics)):
       batch = draw()
     state, metrics = take_step(trainer.train_step, state, batch)
-  jax.block_until_ready(metrics)
-  report = progress.report(steps, {})
+  loss = jax.device_get(metrics)["loss"]  # waits for the last step
+  report = progress.report(steps, {"loss": float(loss.total / loss.count)})
   return {"data_wait": report["data_wait"], "small_model_steps_per_second": report["steps_per_sec"]}

@@ -7,8 +7,12 @@ from PIL import Image
 
 from diffdis_jax.benchmark import data
 from diffdis_jax.config.data import Loading
+from diffdis_jax.config.run import Run
 from diffdis_jax.data import sources
+from diffdis_jax.training.step import Trainer
+from tests import tiny
 from tests.benchmark import data_bars
+from tests.steps import make_mesh
 
 
 @pytest.fixture
@@ -34,6 +38,13 @@ def test_every_way_is_timed(small, tmp_path):
   rates = results["images_per_second"]
   assert rates.keys() == {"bare", "bare_short_side", "source", "short_side", "latents"}
   assert results["loader_over_bare"] == rates["source"] / rates["bare"]
+
+
+def test_a_small_models_steps_wait_for_what_was_prepared(small, tmp_path):
+  data.prepare_speed(data.write_photos(tmp_path, 4), tmp_path, 12)
+  run = Run.of(tiny.get_config()).replace({"batch_size": 4})
+  found = data.data_wait(Trainer(run, make_mesh(1)), tmp_path / "reencoded", steps=2)
+  assert 0 <= found["data_wait"] <= 1 and found["small_model_steps_per_second"] > 0
 
 
 def test_a_long_data_set_starts_anywhere(small, tmp_path):

@@ -81,6 +81,12 @@ def test_a_file_that_preflight_did_not_write_is_refused(tmp_path, content):
     benchmark.read_preflight(str(file))
 
 
+def test_a_preflight_of_another_benchmark_is_refused(environment, tmp_path):
+  flags = ("--config=tests/tiny.py", f"--preflight={tmp_path / 'preflight.json'}", f"--out={tmp_path / 'out.json'}")
+  done = call("benchmark", environment, "data", *flags)
+  assert (done.returncode, done.stderr) == (2, "error: --preflight is of steps alone; leave it out of data\n")
+
+
 def test_the_record_says_what_was_timed_where(environment, tmp_path):
   out = tmp_path / "benchmark.json"
   flags = ("--config=tests/tiny.py", "--config.seed=5", "--config.data.path=/somewhere/shapes", "--rounds=1")
