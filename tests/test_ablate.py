@@ -145,10 +145,12 @@ def test_arms_start_from_each_other(tmp_path, environment):
   "flags, said",
   [
     (["--arms=tests/tiny_arms.py", GRID], "--arms is an experiment of its own; leave out --tables and --grid"),
+    ([GRID, "--schedule=cosine"], "--schedule is of the paper's tables; give --tables, or leave it out"),
+    ([GRID, "--table7_gamma=0.3"], "--table7_gamma is of the paper's tables; give --tables, or leave it out"),
     (["--arms=tests/tiny_arm.py"], "no config tests/tiny_arm.py; did you mean tests/tiny_arms.py[?]"),
   ],
 )
-def test_wrong_arms_are_one_line(tmp_path, environment, flags, said):
+def test_flags_that_do_not_go_together_are_one_line(tmp_path, environment, flags, said):
   done = call("ablate", environment, "run", BASE, *flags, f"--out={tmp_path / 'out'}")
   assert (done.returncode, done.stdout) == (2, "")
   assert re.fullmatch(f"error: {said}\n", done.stderr)
@@ -164,6 +166,8 @@ def test_wrong_arms_are_one_line(tmp_path, environment, flags, said):
       "run batch_size_-16-seed_0-[0-9a-f]{8}: batch_size is -16; it must be at least 1 and at most .*",
     ),
     ("optim.rates.new=1e-3,-2", "run .*: optim.rates.new is -2.0; it must be at least 0"),
+    ("evals.test.task=zero_shot,zeroshot", "run .*: evals.test: unknown task 'zeroshot'; did you mean zero_shot[?]"),
+    ("evals.test.task=retrieval", "run .*: evals.test: evaluation retrieval: .* argument 'classnames'; it takes .*"),
   ],
 )
 def test_wrong_input_is_one_line(tmp_path, environment, grid, said):

@@ -19,7 +19,8 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -33,8 +34,8 @@ from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.common import cli, files, usage
 from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.evals import registry, sections
 from diffdis_jax.evals import results as result_files
-from diffdis_jax.evals import sections
 from diffdis_jax.evals.results import ResultFile
 from diffdis_jax.parallel import executables, processes, sharding
 from diffdis_jax.training import loop
@@ -87,7 +88,11 @@ def make_plan() -> Plan:
   path, overrides = cli.config_given()
   # By itself first: a mistake in the base should not read as one of a row.
   base = run_config.Run.of(FLAGS.base).to_dict()
+  check_evaluations(base)
   asked = []
+  for name in ("schedule", "table7_gamma"):
+    if FLAGS[name].present and not FLAGS.tables:
+      raise UserError(f"--{name} is of the paper's tables; give --tables, or leave it out")
   if FLAGS.tables:
     schedule = FLAGS.schedule or base["text_diffusion"]["schedule"]
     asked += tables.choose(FLAGS.tables, tables.Unstated(schedule=schedule, gamma=FLAGS.table7_gamma))
@@ -111,9 +116,19 @@ def make_plan() -> Plan:
   for each in plan.runs:
     try:
       run_config.Run.of(each.config)
+      check_evaluations(each.config)
     except UserError as error:
       raise UserError(f"run {each.name}: {error}") from error
   return plan
+
+
+def check_evaluations(config: Mapping[str, Any]) -> None:
+  """Raises UserError for one that could not be, which else shows when the run has been trained."""
+  for name, section in config["evals"].items():
+    try:
+      registry.check(**section)
+    except UserError as error:
+      raise UserError(f"evals.{name}: {error}") from error
 
 
 def run_selected(plan: Plan, folder: Folder) -> None:

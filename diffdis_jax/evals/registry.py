@@ -84,10 +84,16 @@ def create(task: str, **section: Any) -> Eval:
   Raises:
     UserError: no such evaluation, or settings or data that it refuses.
   """
+  check(task, **section)
+  return EVALS[task](**section)
+
+
+def check(task: str, **section: Any) -> None:
+  """Raises UserError: no such evaluation, or settings that it does not have or that are of another type. No data are
+  opened."""
   check_task(task)
   # Types first, then the data's fields, then the range of the seed: the constructor opens the data, which takes longer.
   settings.check(f"evaluation {task}", EVALS[task], section)
   if section.get("data") is not None:
     settings.check(f"data of evaluation {task}", sources.open_source, section["data"])
   check_number(f"evaluation {task}: seed", section.get("seed", 0), at_least=0, at_most=MOST_SEED)
-  return EVALS[task](**section)
