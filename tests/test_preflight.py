@@ -150,6 +150,7 @@ def test_the_step_of_a_clip():
     (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], "mesh data=-1, fsdp=3, tensor=1 takes 3 devices"),
     (["--topology=v5e:2x2", "--config.batch_size=18"], "batch_size is 18; .* multiple of 4, such as"),
     (["--topology=v5e:2x2", "--programs=train,nothing"], "--programs has 'nothing'"),
+    (["--topology=v5e:2x2", "--programs=generation", "--search"], "--search is of the train step; name train in it"),
     ([], "give --topology"),
   ],
 )

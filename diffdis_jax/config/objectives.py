@@ -97,6 +97,8 @@ class Objectives(tuple[str, ...]):
     # All names before any row, which an unknown name does not have.
     for name in self:
       check_choice("objectives", name, TABLE)
+      if self.count(name) > 1:
+        raise UserError(f"objectives names {name} twice; name each once")
     for name in self:
       if TABLE[name].trains and len(self) > 1:
         raise UserError(f"objectives: {name} trains {TABLE[name].trains} alone and cannot be combined with others")

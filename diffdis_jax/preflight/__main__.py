@@ -223,6 +223,8 @@ def main(argv: Sequence[str]) -> None:
   for name in FLAGS.programs:
     if name not in PROGRAMS:
       raise UserError(f"--programs has {name!r}; it is some of {','.join(PROGRAMS)}")
+  if FLAGS.search and "train" not in FLAGS.programs:
+    raise UserError(f"--programs={','.join(FLAGS.programs)}: --search is of the train step; name train in it")
   if FLAGS.out:
     files.check_out(FLAGS.out)
   if FLAGS.hlo and not buckets.path(FLAGS.hlo).is_dir():

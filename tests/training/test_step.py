@@ -401,6 +401,7 @@ def test_bf16_compute_keeps_f32_parameters_and_is_close():
     ({"objectives": ("generation",), "log_gradients": True}, "log_gradients compares both tasks; .* is generation"),
     ({"loss.dispersive_weight": 0.5, "optim.accumulate": 2}, "loss.dispersive_weight takes a batch whole"),
     ({"objectives": ("reconstruction", "generation")}, "cannot be combined"),
+    ({"objectives": ("generation", "generation")}, "objectives names generation twice"),
     ({"image_size": 18}, "image_size is 18; .* multiple of 4, such as 16"),
     ({"optim.groups": ((".*", "frozen"),)}, "freezes every parameter"),
     ({"optim.groups": ((".*", "new"),)}, "trains the autoencoder"),
