@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from etils import epath
 from diffdis_jax.common import buckets
 from diffdis_jax.errors import UserError, may_pass, parse_json
 
-# Of a file its process, of a folder what makes it unique.
+# With what makes it unique.
 _TEMPORARY = re.compile(r"(.+)\.(?:\d+|[a-z0-9_]{8})\.tmp")
 
 
@@ -94,8 +95,9 @@ def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
   if buckets.is_url(path):
     path.write_bytes(content)
     return
-  # By its process, so that two that write the same file do not mix their bytes.
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  # A name of its own, so that two that write the same file do not mix their bytes. Not its process's number, which a
+  # process of another machine or container may have too.
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
   try:
     with in_use(temporary, os.O_CREAT):
       temporary.write_bytes(content)

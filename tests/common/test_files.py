@@ -124,6 +124,20 @@ def test_storage_that_cannot_be_reached_is_no_bad_input(tmp_path, monkeypatch):
     files.read_json(tmp_path / "f.json")
 
 
+def test_writers_of_one_file_on_two_machines_do_not_meet(tmp_path, monkeypatch):
+  """Their processes may have one number, as the first of every container has; the last one's file stays."""
+  replace, path = pathlib.Path.replace, tmp_path / "base.json"
+
+  def after_another(self, target):
+    monkeypatch.undo()
+    files.write_whole(path, b"another's")
+    return replace(self, target)
+
+  monkeypatch.setattr(pathlib.Path, "replace", after_another)
+  files.write_whole(path, b"mine")
+  assert path.read_bytes() == b"mine" and [each.name for each in tmp_path.iterdir()] == ["base.json"]
+
+
 WRITER = """
 import pathlib, sys, time
 from diffdis_jax.common import files
