@@ -57,9 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     flickr="",
     held_out="",
   )
-  for name, choices in (("model", MODELS), ("recipe", RECIPES)):
-    if args[name] not in choices:
-      raise ValueError(f"argument {name}={args[name]} should be one of {', '.join(choices)}")
+  common.check_choices(args, model=MODELS, recipe=RECIPES)
   config = common.base(MODELS[args.model](), image_size=224)
   config.objectives = ("contrastive",)
   config.data.update(name="pairs", path=args.path, max_length=77)

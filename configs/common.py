@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -17,6 +17,7 @@ from diffdis_jax.errors import UserError
 __all__ = [
   "CC3M_PAIRS",
   "base",
+  "check_choices",
   "evaluations",
   "held_out_loss",
   "num_pairs",
@@ -55,6 +56,13 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDi
     seen.add(key)
     values[key] = _read(key, text if equals else "True", type(defaults[key]))
   return values
+
+
+def check_choices(args: ConfigDict, **choices: Collection[Any]) -> None:
+  """Raises ValueError unless each of these arguments is one of its choices."""
+  for name, known in choices.items():
+    if args[name] not in known:
+      raise ValueError(f"argument {name}={args[name]} should be one of {', '.join(map(str, known))}")
 
 
 def _read(key: str, text: str, kind: type) -> Any:

@@ -75,8 +75,7 @@ PROMPTS = tuple(
 
 def get_config(arg: str = "") -> ConfigDict:
   args = common.parse_arg(arg, autoencoder=False, objectives="both", path="", tower="", rate=RATE)
-  if args.objectives not in NUM_STEPS:
-    raise ValueError(f"argument objectives={args.objectives} should be one of {', '.join(NUM_STEPS)}")
+  common.check_choices(args, objectives=NUM_STEPS)
   if args.tower not in TOWERS or (args.tower and args.objectives != "contrastive"):
     raise ValueError(
       f"argument tower={args.tower} should be one of {', '.join(filter(None, TOWERS))}, of objectives=contrastive"

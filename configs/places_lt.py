@@ -53,9 +53,7 @@ BACKBONES = {"diffdis": (sd_v1, 256), "clip": (clip_vit_l14, 224)}
 
 def get_config(arg: str = "") -> ConfigDict:
   args = common.parse_arg(arg, stage=1, backbone="diffdis", set="places", path="", init="", text=True)
-  for name, choices in (("backbone", BACKBONES), ("set", SETS), ("stage", (1, 2))):
-    if args[name] not in choices:
-      raise ValueError(f"argument {name}={args[name]} should be one of {', '.join(map(str, choices))}")
+  common.check_choices(args, backbone=BACKBONES, set=SETS, stage=(1, 2))
   model, image_size = BACKBONES[args.backbone]
   config = common.base(model(), image_size=image_size)
   config.model.remat = "full"

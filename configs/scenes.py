@@ -33,9 +33,7 @@ PAIRS = ("", "_unseen")
 
 def get_config(arg: str = "") -> ConfigDict:
   args = common.parse_arg(arg, autoencoder=False, objectives="both", measured="val")
-  for name, choices in (("objectives", OBJECTIVES), ("measured", ("val", "test"))):
-    if args[name] not in choices:
-      raise ValueError(f"argument {name}={args[name]} should be one of {', '.join(choices)}")
+  common.check_choices(args, objectives=OBJECTIVES, measured=("val", "test"))
   # Network, rates and frozen parts are those of the shapes.
   config = shapes.get_config("autoencoder" if args.autoencoder else "")
   config.data.update(name="scenes", caption_fields=())

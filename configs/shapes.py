@@ -20,8 +20,7 @@ from diffdis_jax.models.sizes import clip_small, small
 
 def get_config(arg: str = "") -> ConfigDict:
   args = common.parse_arg(arg, autoencoder=False, objectives="both")
-  if args.objectives not in ("both", "contrastive"):
-    raise ValueError(f"argument objectives={args.objectives} should be both or contrastive")
+  common.check_choices(args, objectives=("both", "contrastive"))
   config = common.base(small(), image_size=32)
   config.data.max_length = 16
   config.optim.update(

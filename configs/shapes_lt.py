@@ -35,9 +35,7 @@ BACKBONES = {"diffdis": small, "clip": clip_small}
 
 def get_config(arg: str = "") -> ConfigDict:
   args = common.parse_arg(arg, stage=1, backbone="diffdis", init="", seed=0, autoencoder=False, all_classes=False)
-  for name, choices in (("backbone", BACKBONES), ("stage", (0, 1, 2))):
-    if args[name] not in choices:
-      raise ValueError(f"argument {name}={args[name]} should be one of {', '.join(map(str, choices))}")
+  common.check_choices(args, backbone=BACKBONES, stage=(0, 1, 2))
   if args.autoencoder and (args.stage or args.backbone == "clip"):
     raise ValueError("argument autoencoder is of stage=0 with backbone=diffdis; the other runs have theirs from it")
   if args.all_classes and args.stage:

@@ -120,7 +120,7 @@ def _row(
 ) -> Row:
   file, _, args = base.partition(":")
   config = cli.read_config(f"{file}:{','.join(filter(None, (args, arm.args)))}").to_dict()
-  changes = workdir.flatten(arm.changes) if arm.changes else {}
+  changes = workdir.flatten(arm.changes)
   if arm.minutes is not None:
     speed = arm.speed or "+".join(changes.get("objectives", config["objectives"]))
     if speed not in step_seconds:
