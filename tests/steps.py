@@ -41,8 +41,12 @@ ALPHA_BAR = {name: np.cumprod(1 - betas) for name, betas in _BETAS.items()}
 
 
 def make_config(*objectives: str, **changes: Any) -> ConfigDict:
-  """The tiny config with 99 words; `changes` are fields by their dotted path."""
+  """The tiny config with 99 words, and attention in the middle alone: the compiler's time is what most tests cost.
+
+  `changes` are fields by their dotted path.
+  """
   config = tiny.get_config()
+  config.model.unet.attention = (False,)
   config.model.text_encoder.update(vocab_size=99, bos_id=BOS, eos_id=EOS)
   config.objectives = objectives or ("generation", "discrimination")
   if "reconstruction" in config.objectives:

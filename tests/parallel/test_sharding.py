@@ -74,8 +74,7 @@ def assert_same(found: Measured, expected: Measured, name: str) -> None:
 
 
 def test_five_joint_steps_on_eight_devices_equal_those_on_one():
-  # Attention in the middle alone: the compiler's time is what this test costs.
-  expected, *found = measure_on((1, 1, 1), *IN_CI, **{"model.unet.attention": (False,)})
+  expected, *found = measure_on((1, 1, 1), *IN_CI)
   assert len(set(expected.losses[:, 0])) == STEPS
   for shape, each in zip(IN_CI, found, strict=True):
     assert_same(each, expected, str(shape))

@@ -51,9 +51,8 @@ def make_config(case: str, **changes: Any) -> ConfigDict:
     config.model.vision_encoder.depth = 1
     config.update_from_flattened_dict(changes)
     return config
-  # Attention in the middle alone: the compiler's time is what these tests cost.
   dropout = {"loss.condition_dropout": 0.3, "loss.image_dropout": 0.3, "loss.ita_weight": 0.5}
-  return steps.make_config(*names, **{"model.unet.attention": (False,), **dropout, **changes})
+  return steps.make_config(*names, **{**dropout, **changes})
 
 
 class Problem:

@@ -30,7 +30,7 @@ DROPOUT = {"loss.condition_dropout": 0.3, "loss.image_dropout": 0.3, "batch_size
 
 
 def make_config(**changes):
-  return steps.make_config(**{"model.unet.attention": (False,), **DROPOUT, **changes})
+  return steps.make_config(**{**DROPOUT, **changes})
 
 
 @functools.cache
@@ -85,6 +85,7 @@ def test_cosines_and_norms_equal_those_of_the_whole_loss_in_float64(changes, mes
 def test_a_run_logs_them_with_its_other_metrics(tmp_path):
   config = tiny.get_config()
   config.num_steps, config.log_every, config.log_gradients = 3, 2, True
+  config.model.unet.attention = (False,)
   loop.train_and_evaluate(Run.of(config), str(tmp_path / "run"))
   lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
   lines = [line for line in lines if "loss" in line]
