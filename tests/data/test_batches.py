@@ -100,7 +100,7 @@ def test_latents_are_the_posteriors_of_the_images(data, cache, params):
   assert batch_type(Run.of(config).data) is LatentBatch
   np.testing.assert_array_equal(stored["tokens"], images["tokens"])
   model = network_of(config).with_params(params)
-  posterior = model.autoencoder.encode(to_signed(jnp.asarray(images["image"])))
+  posterior = jax.jit(lambda image: model.autoencoder.encode(to_signed(image)))(images["image"])
   for name in ("mean", "log_variance"):
     np.testing.assert_allclose(
       stored[name].astype(np.float32), getattr(posterior, name), rtol=0.02, atol=0.02, err_msg=name
@@ -120,7 +120,8 @@ def test_text_conditions_are_the_captions(cache_with_text, params):
   config = config_of(**{"data.name": "latents", "data.path": str(cache_with_text), "optim.groups": FROZEN_ENCODERS})
   batch = jax.tree.map(jnp.asarray, LatentBatch(**loader.Substitutions().take(next(steps.open_batches(config)))))
   model = network_of(config).with_params(params)
-  expected, found = model.encode_text(batch.tokens), encode.encode_captions(model, batch)
+  both = jax.jit(lambda batch: (model.encode_text(batch.tokens), encode.encode_captions(model, batch)))
+  expected, found = both(batch)
   assert len({np.asarray(row).tobytes() for row in batch.condition}) == N
   np.testing.assert_allclose(found.c, expected.c, rtol=0.01, atol=0.01)
   np.testing.assert_allclose(found.e, expected.e, atol=0.005)

@@ -73,30 +73,40 @@ def test_the_best_of_one_is_what_there_was(model):
 def halfway_scores(inference, params, tokens, noise, begun):
   """⟨ê_0, e⟩ [n k] after `begun` steps of a plain loop: of ẑ_0, read as clean, or of z_t under its own t_z."""
   network, how = inference.network, inference.sampling
-  module = network.with_params(params)
-  text, null = module.encode_text(jnp.asarray(tokens)), encode.null_condition(module, tokens.shape[1])
   coefficients = [*samplers.ddim_coefficients(network.image_process, schedules.leading(STEPS)).each()]
-  e_T = query_noise(
-    jax.random.key(0), num_noise_samples=1, places=jnp.arange(len(tokens)), width=network.model.query_width
-  )
-  found = []
-  for k in range(noise.shape[1]):
-    z = jnp.asarray(noise[:, k])
-    for now in coefficients[:begun]:
-      settings = dict(c=text.c, c_null=null, network=network, guidance_scale=how.generation_guidance)
-      step = algorithms.generation_step(module, z, now, **settings)
-      z = step.z_prev
-    t_z = int(coefficients[begun].t) if inference.sees_noised_images else network.condition_timestep
+  t_z = int(coefficients[begun].t) if inference.sees_noised_images else network.condition_timestep
+
+  @jax.jit
+  def step(params, z, now):
+    module = network.with_params(params)
+    text, null = module.encode_text(jnp.asarray(tokens)), encode.null_condition(module, tokens.shape[1])
+    settings = dict(c=text.c, c_null=null, network=network, guidance_scale=how.generation_guidance)
+    taken = algorithms.generation_step(module, z, now, **settings)
+    return taken.z_prev, taken.z_0
+
+  @jax.jit
+  def scores(params, z):
+    module = network.with_params(params)
+    e_T = query_noise(
+      jax.random.key(0), num_noise_samples=1, places=jnp.arange(len(tokens)), width=network.model.query_width
+    )
     query = algorithms.denoise_text_query(
       module,
-      z if inference.sees_noised_images else step.z_0,
+      z,
       e_T,
       network=dataclasses.replace(network, condition_timestep=t_z),
       steps=1,
       guidance_scale=1.0,
       normalize_query=True,
     )
-    found.append((query * text.e).sum(1))
+    return (query * module.encode_text(jnp.asarray(tokens)).e).sum(1)
+
+  found = []
+  for k in range(noise.shape[1]):
+    z = jnp.asarray(noise[:, k])
+    for now in coefficients[:begun]:
+      z, z_0 = step(params, z, now)
+    found.append(scores(params, z if inference.sees_noised_images else z_0))
   return np.stack(found, axis=1)
 
 

@@ -27,11 +27,12 @@ DATA = dict(name="shapes", split="test", image_size=16, seed=1, num_images=COUNT
 SECTION = dict(task="held_out_loss", data=DATA, contrastive_batch=GROUP, seed=3)
 
 
-def make(*objectives: str, **changes: Any) -> Inference:
+def make(*objectives: str, devices: int = 1, batch_size: int = 4, **changes: Any) -> Inference:
   config = tiny.get_config()
+  config.model.unet.attention = (False,)  # in the middle alone: the compiler's time is what these tests cost
   config.objectives = objectives or config.objectives
   config.update_from_flattened_dict(changes)
-  return steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4)
+  return steps.make_inference(config, mesh=steps.make_mesh(data=devices), batch_size=batch_size)
 
 
 def pairs() -> tuple[np.ndarray, np.ndarray]:
@@ -67,8 +68,9 @@ def expected(inference: Inference, params: dict[str, Any]) -> dict[str, np.ndarr
   images, tokens = pairs()
   model, network = inference.network.with_params(params), inference.network
   generation, discrimination = jax.jit(model.generation), jax.jit(model.discrimination)
-  z, text = model.encode_image(jnp.asarray(images)), model.encode_text(jnp.asarray(tokens))
-  null = model.encode_text(model.text_encoder.null_tokens(8)).c
+  encode_text = jax.jit(model.encode_text)
+  z, text = jax.jit(model.encode_image)(images), encode_text(tokens)
+  null = encode_text(model.text_encoder.null_tokens(8)).c
   z64, e64 = np.asarray(z, np.float64), np.asarray(text.e, np.float64)
   found: dict[str, list[float]] = {"loss_generation": [], "loss_discrimination": []}
   for number, t in enumerate(TIMESTEPS):
@@ -123,7 +125,7 @@ def test_it_is_the_same_again_and_for_any_batch_of_the_device():
   evaluation = evals.create(**SECTION)
   first = evaluation.run(inference, params)
   assert evaluation.run(inference, params) == first
-  other = steps.make_inference(tiny.get_config(), mesh=steps.make_mesh(data=2), batch_size=16)
+  other = make(devices=2, batch_size=16)
   assert evaluation.run(other, params) == pytest.approx(first, rel=1e-5)
   assert evals.create(**{**SECTION, "seed": 4}).run(inference, params) != first
 

@@ -53,6 +53,12 @@ def with_gradients(attend, q, k, v, g, of_lse):
     return *value, *vjp(type(value)(g, of_lse))
 
 
+def of_value(attend, q, k, v, g):
+  """Of an attention that gives its value alone: that, and the gradients under g."""
+  value, vjp = jax.vjp(attend, q, k, v)
+  return value, *vjp(g)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
   "n, m, heads, channels",
@@ -101,8 +107,7 @@ def test_one_more_key_is_merged_exactly_with_the_kernel(monkeypatch, n, dtype):
 
   monkeypatch.setattr(attention, "_compiled_for", lambda: "tpu")
   with jax.default_matmul_precision("highest"):
-    value, vjp = jax.vjp(merged, q, k, v)
-    found = (value, *vjp(g))
+    found = jax.jit(functools.partial(of_value, merged))(q, k, v, g)
   args = (*(np.asarray(x, np.float64) for x in (q, k, v, g)), np.zeros(q.shape[:3]))
   attended, _, *expected = attention_in_float64(*args)
   for a, b in zip(found, (attended, *expected), strict=True):
@@ -113,7 +118,7 @@ def test_scores_beyond_what_exponentials_hold():
   """Scores of some thousands, all of them far from 0, beside keys that are only padding, whose scores would be 0."""
   q, k, v, g, of_lse = inputs(128, 77)
   q, k = q.at[..., 0].set(100.0), k.at[..., 0].set(-100.0)
-  found = with_gradients(interpreted, q, k, v, g, of_lse)
+  found = jax.jit(functools.partial(with_gradients, interpreted))(q, k, v, g, of_lse)
   expected = attention_in_float64(*(np.asarray(x, np.float64) for x in (q, k, v, g, of_lse)))
   assert expected[1].max() < -3000
   for a, b in zip(found, expected, strict=True):
@@ -227,8 +232,7 @@ def test_what_cudnn_is_given(monkeypatch, n, m):
   attended, _, *gradients = attention_in_float64(*args)
   for attend in (more, plain):
     with jax.numpy_dtype_promotion("standard"):  # XLA's form mixes bf16 and f32
-      value, vjp = jax.vjp(attend, q, k, v)
-      found = (value, *vjp(g))
+      found = jax.jit(functools.partial(of_value, attend))(q, k, v, g)
     for a, b in zip(found, (attended, *gradients), strict=True):
       assert networks.relative_error(a.astype(jnp.float32), b) < TOLERANCE[jnp.bfloat16]
   assert set(asked) == {("cudnn", 0, 0)}

@@ -12,9 +12,9 @@ import pytest
 
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
-from diffdis_jax.method import encode, joint, losses, schedules
+from diffdis_jax.method import joint, losses, schedules
 from diffdis_jax.method.diffdis import DiffDis, to_signed
-from diffdis_jax.structs import DiscriminationPass, GenerationPass, LatentBatch
+from diffdis_jax.structs import Batch, DiscriminationPass, GenerationPass, LatentBatch
 from diffdis_jax.training import flops, step
 from diffdis_jax.training import loss_function as objectives
 from tests import steps, tiny
@@ -423,44 +423,49 @@ def test_bad_configs_are_refused_before_anything_is_allocated(changes, message):
 
 def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
   config = steps.make_config(sample_posterior=False)
-  generation, discrimination = [], []
-  original = joint.both_passes
+  loss, seen = steps.Loss(config), spy(monkeypatch)
 
-  def both_passes(model: DiffDis, image: GenerationPass, text: DiscriminationPass, **settings: int) -> Any:
-    generation.append(image.z_t)  # of the same noise each time, so that it is equal where z is
-    discrimination.append(text.z)
-    return original(model, image, text, **settings)
+  @jax.jit
+  def images(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    loss(loss.trained, batch, steps.make_keys())
+    # Of the same noise each time, so that z_t is equal where z is.
+    return seen["generation"]["z_t"], seen["discrimination"]["z"]
 
-  monkeypatch.setattr(joint, "both_passes", both_passes)
-  loss = steps.Loss(config)
   batch, other = steps.make_batch(config), steps.make_batch(config, seed=1)
-  for each in (batch, other, batch.replace(discrimination_image=other.image)):
-    loss(loss.trained, each, steps.make_keys())
+  each = batch, other, batch.replace(discrimination_image=other.image)
+  generation, discrimination = zip(*map(images, each), strict=True)
   np.testing.assert_array_equal(generation[2], generation[0])
   np.testing.assert_array_equal(discrimination[2], discrimination[1])
   assert np.abs(discrimination[2] - discrimination[0]).max() > 0.01
 
 
 @pytest.mark.parametrize("sample", [True, False])
-def test_stored_posteriors_train_as_their_images_do(sample):
-  """Except for bf16, in which they are stored; and each step samples again."""
-  config = steps.make_config(sample_posterior=sample)
-  loss = steps.Loss(config)
+def test_stored_posteriors_train_as_their_images_do(monkeypatch, sample):
+  """The network is given the same, except for bf16, in which they are stored; and each step samples again."""
+  config = steps.make_config(sample_posterior=sample, **{"loss.image_dropout": 0.0})
+  loss, seen = steps.Loss(config), spy(monkeypatch)
   batch = jax.tree.map(jnp.asarray, steps.make_batch(config))
   model = loss.network.with_params(loss.params)
-  posterior = model.autoencoder.encode(to_signed(batch.image))
-  stored = LatentBatch(
-    mean=posterior.mean.astype(jnp.bfloat16),
-    log_variance=posterior.log_variance.astype(jnp.bfloat16),
-    tokens=batch.tokens,
-  )
-  with_text = stored.replace(condition=model.encode_text(batch.tokens).c.astype(jnp.bfloat16))
-  expected, *found = (loss(loss.trained, each, steps.make_keys())[0] for each in (batch, stored, with_text))
-  for total in found:
-    assert abs(float(total) - float(expected)) < 0.01 * abs(float(expected))
-  run, keys = Run.of(config), lambda step_number: step.step_keys(0, step_number, jnp.int32(0))
-  noise = lambda step_number: objectives.noise_of(run, keys(step_number), stored, loss.network)
-  z = lambda step_number, batch=stored: encode.encode_images(model, batch, noise(step_number)).z
-  # The loss hardly sees whether the latents' shift and scale were applied.
-  np.testing.assert_allclose(z(jnp.int32(0)), z(jnp.int32(0), batch), atol=0.03)
-  assert (np.asarray(z(jnp.int32(0))) != np.asarray(z(jnp.int32(1)))).any() == sample
+
+  @jax.jit
+  def encoded(batch: Batch) -> list[jax.Array]:
+    posterior = model.autoencoder.encode(to_signed(batch.image))
+    both = posterior.mean, posterior.log_variance, model.encode_text(batch.tokens).c
+    return [each.astype(jnp.bfloat16) for each in both]
+
+  mean, log_variance, condition = encoded(batch)
+  stored = LatentBatch(mean=mean, log_variance=log_variance, tokens=batch.tokens)
+  with_text = stored.replace(condition=condition)
+
+  @jax.jit
+  def given(batch: Batch | LatentBatch, step_number: jax.Array) -> dict[str, jax.Array]:
+    loss(loss.trained, batch, step.step_keys(0, step_number, jnp.int32(0)))
+    passes = {"generation": ("z_t", "t_z", "c"), "discrimination": ("z", "t_z", "e_t", "t_e", "c_null")}
+    return {f"{name} {field}": seen[name][field] for name, fields in passes.items() for field in fields}
+
+  expected, found, also = (given(each, jnp.int32(0)) for each in (batch, stored, with_text))
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], value, atol=0.03, err_msg=name)
+    np.testing.assert_allclose(also[name], value, atol=0.03, err_msg=name)
+  again = given(stored, jnp.int32(1))
+  assert (np.asarray(again["discrimination z"]) != np.asarray(found["discrimination z"])).any() == sample
