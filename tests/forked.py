@@ -39,7 +39,9 @@ LIBRARIES = (
   *("optax", "orbax.checkpoint", "PIL.Image", "safetensors.numpy", "tokenizers"),
 )
 # Variables that none of them reads while it is imported. With another value of any other, it is another server.
-READ_LATER = ("PYTEST_CURRENT_TEST", "STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "XDG_CACHE_HOME")
+READ_LATER = (
+  *("DIFFDIS_LAUNCHED", "PYTEST_CURRENT_TEST", "STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "XDG_CACHE_HOME"),
+)
 MOST_SERVERS = 2  # at a time, of a process of the tests: each has some 200 MB
 _SERVE = "__import__('tests.forked').forked.main()"  # which leaves no name in `__main__`
 _LONGEST = 200_000  # bytes of a command with its environment
@@ -67,6 +69,7 @@ def start(
   *,
   folder: pathlib.Path = ROOT,
   modules: Collection[str] = COMMANDS,
+  output: int = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
   """As `subprocess.Popen`, with nothing to read, and pipes of text.
 
@@ -75,13 +78,13 @@ def start(
     environment: its variables.
     folder: where it is.
     modules: that import jax.
+    output: of stdout and stderr; DEVNULL where nobody reads them.
   """
   # Where nothing says whether to use huge pages, a command starts Python again (diffdis_jax/common/huge_pages.py).
   named = list(command[:2]) == [sys.executable, "-m"] and command[2] in modules and "GLIBC_TUNABLES" in environment
   known = sys.platform == "linux" and hasattr(subprocess.Popen, "_execute_child")
-  pipe = subprocess.PIPE
   return (Forked if named and known else subprocess.Popen)(
-    command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
+    command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True
   )
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from diffdis_jax.run import checkpoint, committed
 from diffdis_jax.structs import TrainState
 from diffdis_jax.training import start
-from tests import steps
-from tests.command_runs import ROOT, SAVE_EVERY, STEPS, joint_flags
+from tests import forked, steps
+from tests.command_runs import SAVE_EVERY, STEPS, joint_flags
 from tests.steps import build_trainer, config_of
 
 pytest_plugins = ("tests.command_runs",)
@@ -26,7 +26,7 @@ pytest_plugins = ("tests.command_runs",)
 
 def kill_when(command: list[str], environment: dict[str, str], ready: Callable[[], bool]) -> None:
   """Starts the run, and kills it with its threads in whatever state as soon as `ready()`."""
-  process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+  process = forked.start(command, environment, output=subprocess.DEVNULL)
   try:
     deadline = time.monotonic() + 300
     while not ready():
@@ -77,7 +77,7 @@ def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(tmp_path, j
   assert new(), "the save was finished before the kill"
   assert first < committed.latest_step(str(killed)) < STEPS
 
-  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+  done = forked.run(command, environment)
   assert done.returncode == 0, done.stderr
   assert not unfinished()
   assert steps_logged(killed) == list(range(1, STEPS + 1))
