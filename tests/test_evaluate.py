@@ -3,7 +3,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +15,7 @@ from diffdis_jax.evals import results, sections
 from diffdis_jax.evals.sections import Section
 from tests.command_runs import call
 
-pytest_plugins = ("tests.untrained",)
+pytest_plugins = ("tests.untrained", "tests.command_runs")
 
 DATA = {"name": "shapes", "split": "test", "image_size": 32, "num_images": 112}
 
@@ -132,21 +131,21 @@ def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
   assert evaluate.SETTINGS["seed"].help.startswith(begins)
 
 
-def command(run, out, *flags, own_process=False):
-  return call("evaluate", {**os.environ}, f"--workdir={run}", f"--out={out}", *flags, own_process=own_process)
+@pytest.fixture
+def command(run, environment):
+  return functools.partial(call, "evaluate", environment, f"--workdir={run}")
 
 
-def test_command_line(run, tmp_path):
+def test_command_line(command, tmp_path):
   names = tmp_path / "names.json"
   names.write_text('["red star", "blue ring", "red star"]')
-  bad = command(run, tmp_path / "out.json", f"--classnames={names}")
+  bad = command(f"--out={tmp_path / 'out.json'}", f"--classnames={names}")
   assert bad.returncode == 2 and not (tmp_path / "out.json").exists()
   assert bad.stderr == "error: class list with duplicates: 'red star'; each class name should occur once\n"
 
   out = tmp_path / "new" / "out.json"
   good = command(
-    run,
-    out,
+    f"--out={out}",
     "--noema",
     "--num_images=50",
     "--num_noise_samples=2",
@@ -177,8 +176,8 @@ def test_command_line(run, tmp_path):
     (["--tasks=agreement"], "task agreement is now called generation_accuracy"),
   ],
 )
-def test_bad_input(run, tmp_path, flags, message):
-  bad = command(run, tmp_path / "out.json", *flags)
+def test_bad_input(command, tmp_path, flags, message):
+  bad = command(f"--out={tmp_path / 'out.json'}", *flags)
   assert bad.returncode == 2 and not list(tmp_path.iterdir())
   assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and message in bad.stderr
 

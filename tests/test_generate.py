@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,8 +9,9 @@ from PIL import Image
 from diffdis_jax import generate
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from tests.command_runs import call
 
-pytest_plugins = ("tests.untrained",)
+pytest_plugins = ("tests.untrained", "tests.command_runs")
 
 
 class Inference:
@@ -185,14 +184,14 @@ def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def test_command_line(run, tmp_path):
-  command = [sys.executable, "-m", "diffdis_jax.generate", f"--workdir={run}", f"--out={tmp_path / 'out'}"]
-  bad = subprocess.run(command, capture_output=True, text=True)
+def test_command_line(run, environment, tmp_path):
+  to = [f"--workdir={run}", f"--out={tmp_path / 'out'}"]
+  bad = call("generate", environment, *to)
   assert bad.returncode == 2 and not (tmp_path / "out").exists()
   assert bad.stderr == 'error: no prompt; give --prompt="a red star" (may be repeated) or --prompts_file\n'
   flags = ["--prompt=a red star", "--prompt=a ring, blue", "--steps=3", "--seed=4", "--noema", "--best_of=2"]
   flags += [f"--failures={tmp_path}/failures.png"]
-  good = subprocess.run([*command, *flags], capture_output=True, text=True)
+  good = call("generate", environment, *to, *flags, own_process=True)
   assert good.returncode == 0, good.stderr
   written = json.loads((tmp_path / "out" / "prompts.json").read_text())
   assert [entry["prompt"] for entry in written["images"]] == ["a red star", "a ring, blue"]
