@@ -8,8 +8,6 @@ import graphlib
 import pathlib
 from collections.abc import Iterator
 
-import pytest
-
 import diffdis_jax
 from diffdis_jax import __main__ as main_module
 
@@ -59,11 +57,6 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
       yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.fixture(params=FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def path(request: pytest.FixtureRequest) -> pathlib.Path:
-  return request.param
-
-
 @functools.cache
 def tree_of(path: pathlib.Path) -> ast.Module:
   return ast.parse(path.read_text())
@@ -82,17 +75,22 @@ def own_imports(path: pathlib.Path) -> set[str]:
   return {file_of(rest) for package, _, rest in modules if package == "diffdis_jax"}
 
 
-def test_rooms_import_rooms_below_them(path):
+def other_rooms(path: pathlib.Path) -> set[str]:
+  """That this file imports from."""
+  return {room_of(name) for name in own_imports(path)} - {room_of(name_of(path))}
+
+
+def test_rooms_import_rooms_below_them():
   """Lazy imports too."""
-  room = room_of(name_of(path))
-  assert room in ROOMS, f"{room} has no place; give it one in ROOMS"
-  for other in {room_of(name) for name in own_imports(path)} - {room}:
-    assert ROOMS.index(other) < ROOMS.index(room), f"{name_of(path)} imports {other}, which is no room below it"
+  assert {room_of(name_of(path)) for path in FILES} <= {*ROOMS}, "a room has no place; give it one in ROOMS"
+  is_below = lambda other, path: ROOMS.index(other) < ROOMS.index(room_of(name_of(path)))
+  found = [(name_of(path), other) for path in FILES for other in other_rooms(path) if not is_below(other, path)]
+  assert found == [], "the first imports the second, which is no room below it"
 
 
-def test_the_core_imports_no_tool(path):
-  if room_of(name_of(path)) in CORE:
-    assert not {room_of(name) for name in own_imports(path)} & {*TOOLS}
+def test_the_core_imports_no_tool():
+  core = [path for path in FILES if room_of(name_of(path)) in CORE]
+  assert [(name_of(path), tools) for path in core if (tools := other_rooms(path) & {*TOOLS})] == []
 
 
 def test_no_circle_inside_a_room():
@@ -100,26 +98,31 @@ def test_no_circle_inside_a_room():
   list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-def test_only_demo_imports_configs(path):
-  roots = {module.split(".")[0] for module in modules_of(path)}
-  assert "configs" not in roots or name_of(path) == "demo"
+def roots_of(path: pathlib.Path) -> set[str]:
+  """The packages that it imports."""
+  return {module.split(".")[0] for module in modules_of(path)}
 
 
-def test_no_torch_and_no_tests(path):
-  roots = {module.split(".")[0] for module in modules_of(path)}
-  allowed = {"torch", "diffusers"} if str(path.relative_to(ROOT)) in TORCH_FILES else set()
-  assert not roots & {"torch", "torchvision", "diffusers", "open_clip", "tests"} - allowed
+def test_only_demo_imports_configs():
+  assert {name_of(path) for path in FILES if "configs" in roots_of(path)} <= {"demo"}
 
 
-def test_no_print(path):
-  calls = [node.func for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
-  assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+def test_no_torch_and_no_tests():
+  for path in FILES:
+    allowed = {"torch", "diffusers"} if str(path.relative_to(ROOT)) in TORCH_FILES else set()
+    assert not roots_of(path) & {"torch", "torchvision", "diffusers", "open_clip", "tests"} - allowed, name_of(path)
 
 
-def test_only_sharding_names_mesh_axes(path):
-  if name_of(path) != "parallel/sharding":
-    modules = modules_of(path)
-    assert not {module for module in modules if module.endswith((".PartitionSpec", ".NamedSharding"))}
+def test_no_print():
+  for path in FILES:
+    calls = [node.func for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"], name_of(path)
+
+
+def test_only_sharding_names_mesh_axes():
+  axes = (".PartitionSpec", ".NamedSharding")
+  found = {name_of(path) for path in FILES if any(module.endswith(axes) for module in modules_of(path))}
+  assert found <= {"parallel/sharding"}
 
 
 def test_every_room_exists():
