@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pathlib
 import struct
@@ -19,6 +20,7 @@ def png(width: int, height: int, seed: int = 0) -> bytes:
   return buffer.getvalue()
 
 
+@functools.cache
 def bomb(side: int) -> bytes:
   """A PNG of a few kilobytes that says, and has, side x side pixels of one bit."""
   chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

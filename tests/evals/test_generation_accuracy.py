@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -254,7 +255,9 @@ def test_wrong_shapes_wrong_colours_and_unseen_pairs_show(of_shapes):
   assert wrong_unseen["acc1_seen"] >= 0.97 and wrong_unseen["acc1_unseen"] <= 0.1
 
 
-def test_a_bad_classifier_is_no_judge():
+def test_a_bad_classifier_is_no_judge(monkeypatch):
+  few = functools.partial(classifiers.train_on_shapes, num_images=256)
+  monkeypatch.setattr(classifiers, "train_on_shapes", few)
   with pytest.raises(UserError, match="of real renders, below 98%"):
     evals.create("generation_accuracy", classifier_steps=2).run(Renderer(), {})
 
