@@ -162,6 +162,12 @@ def test_a_task_that_is_out_of_time_is_queued_again_alone(tmp_path):
   assert programs.calls[-1] == ["scontrol", "requeue", "17_5"]
 
 
+@pytest.mark.parametrize("given", [(), ("--",), ("--dry-run",), ("--dry-run", "--")])
+def test_an_ablation_without_a_command_is_refused(tmp_path, given):
+  done = Programs(tmp_path).run("ablate.sbatch", *given, **TASK)
+  assert (done.returncode, done.stderr) == (2, "ablate.sbatch: error: no command; give it after --\n")
+
+
 def test_an_ablation_without_an_array_is_refused(tmp_path):
   done = Programs(tmp_path).run("ablate.sbatch", "--", *ABLATE, SLURM_JOB_ID="17", SLURM_SUBMIT_DIR=str(ROOT))
   assert (done.returncode, done.stderr.count("\n")) == (2, 1)
