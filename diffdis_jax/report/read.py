@@ -102,7 +102,8 @@ def _cards(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   found = {}
   for name, section in sections.items():
     folder = buckets.path(section["path"]) if section.get("path") else None
-    if folder is not None and (facts := files.read_object(folder / "card.json")):
+    facts = {} if folder is None else files.read_object(folder / "card.json")
+    if folder is not None and isinstance(facts.get("splits"), dict):  # else it is no card of ours
       found[str(section["path"]) if name == "data" else name] = {"facts": facts, "picture": folder / "card.png"}
   return found
 

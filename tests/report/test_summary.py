@@ -110,6 +110,12 @@ def test_fields_that_differ_from_the_defaults(run):
   assert json.loads(fields["num_steps"]) == 400 and json.loads(fields["optim.groups"])[0][1] == "frozen"
 
 
+def test_a_file_of_that_name_that_is_no_card_is_left_out(tmp_path):
+  folder = written_run.write(tmp_path / "run")
+  (tmp_path / "birds" / "card.json").write_text('{"name": "birds"}')
+  assert read.read(folder, "run").cards == {}
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
   with pytest.raises(UserError, match="no config.json in"):
     read.read(str(tmp_path), "x")
