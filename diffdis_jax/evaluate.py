@@ -116,6 +116,7 @@ def main(argv: Sequence[str]) -> None:
   # Hours of work are not to end in an --out that cannot be written.
   if processes.is_first():
     result_files.check_out(FLAGS.out)
+    trackers.sign_in(FLAGS.tracker or "")
   record = run_config.load(FLAGS.workdir)
   asked = _sections(record.evals, objectives=record.objectives, image_size=record.image_size)
   # In this order: flags may name --parts, and what has none of its own gets one.

@@ -98,6 +98,17 @@ def check(kind: str) -> None:
     raise not_installed(f"--tracker={kind}", f"the package {kind}", kind)
 
 
+def sign_in(kind: str) -> None:
+  """Asks for the account that the numbers go to, in the first process. Raises UserError: there is none."""
+  # At the start, and not with the first numbers, before which a program is compiled or a set is measured.
+  if kind == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
+    wandb: Any = importlib.import_module("wandb")
+    try:
+      wandb.login(verify=False)  # a server that does not answer now may do so later
+    except wandb.Error as error:
+      raise UserError(f"--tracker=wandb: {error} With WANDB_MODE=offline the numbers stay here.") from error
+
+
 def open_tracker(kind: str, workdir: epath.PathLike, config: Mapping[str, Any]) -> Tracker | None:
   """The tracker of the run in this folder: a new run there, or the one that was begun before.
 

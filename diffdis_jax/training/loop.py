@@ -64,6 +64,7 @@ def train_and_evaluate(
   stop = processes.PreemptionHandler(sharding.batch_sharding(mesh))
   if jax.process_count() == 1:  # each of several has said so when it joined the others
     processes.log_place()
+  processes.on_first(functools.partial(trackers.sign_in, tracker))
   with contextlib.ExitStack() as stack:
     stack.enter_context(stop.listening())  # from the start: building and compiling may take minutes
 

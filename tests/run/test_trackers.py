@@ -9,6 +9,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 
 import numpy as np
@@ -107,6 +108,36 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
     UserError, match=r"--tracker=wandb needs the package wandb, which is not installed; pip install -e '\.\[wandb\]'"
   ):
     trackers.check("wandb")
+
+
+class SignedOut(types.SimpleNamespace):
+  """wandb where nobody has signed in."""
+
+  class Error(Exception):
+    pass
+
+  def login(self, *, verify: bool):
+    assert not verify
+    raise self.Error("No API key configured. Use `wandb login` to log in.")
+
+
+def test_without_an_account_a_run_does_not_begin(monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", SignedOut())
+  monkeypatch.delenv("WANDB_MODE", raising=False)
+  with pytest.raises(UserError, match="--tracker=wandb: No API key .* With WANDB_MODE=offline the numbers stay here"):
+    trackers.sign_in("wandb")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  for kind in ("wandb", "trackio", ""):
+    trackers.sign_in(kind)
+
+
+@pytest.mark.slow
+def test_wandb_says_that_nobody_has_signed_in(tmp_path, monkeypatch):
+  for name in ("WANDB_MODE", "WANDB_API_KEY"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  with pytest.raises(UserError, match="--tracker=wandb: No API key"):
+    trackers.sign_in("wandb")
 
 
 def test_a_run_has_one_id_for_each_tracker(tmp_path):
