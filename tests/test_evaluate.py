@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 from collections.abc import Sequence
 
 import numpy as np
