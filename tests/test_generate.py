@@ -27,7 +27,7 @@ class Inference:
     return np.arange(n, dtype=np.float32)[:, None, None, None] * 10 + np.full((n, 8, 8, 4), seed, np.float32)
 
   def generate(self, params, tokens, noise, *, done):
-    self.asked = [Tokenizer(16).decode(row) for row in tokens]
+    self.asked = [*map(Tokenizer(16).decode, tokens)]
     return np.stack([np.full((32, 32, 3), z.mean(), np.uint8) for z in noise])
 
 

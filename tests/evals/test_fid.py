@@ -153,13 +153,13 @@ def test_the_heads_own_similarity_of_all_images_even_of_those_that_were_there(tm
   with pytest.raises(Killed):
     evaluation.run(inference, {})
   metrics = make(parts=str(tmp_path / "parts"), keep_images=True).run(Comparing(), {})
-  scores = []
+  scores, tokenizer = [], Tokenizer(16)
   for part in sorted((tmp_path / "parts").glob("part-*.npz")):
     header = json.loads(str(np.load(part)["header"]))
     for i, prompt in enumerate(header["prompts"], start=header["first"]):
       with Image.open(tmp_path / "parts" / "images" / f"{i:05d}.png") as image:
         pixel = np.asarray(image)[0, 0].astype(np.float64)
-      scores.append(pixel @ np.random.default_rng(Tokenizer(16)([prompt])[0].tolist()).normal(size=3))
+      scores.append(pixel @ np.random.default_rng(tokenizer([prompt])[0].tolist()).normal(size=3))
   assert len(scores) == COUNT and metrics["head_similarity"] == pytest.approx(np.mean(scores), rel=1e-5)
 
 

@@ -47,7 +47,7 @@ class Painter:
 
   def generate(self, params, tokens, noise):
     assert len(tokens) == len(noise)
-    texts = [Tokenizer(self.max_length).decode(row) for row in tokens]
+    texts = [*map(Tokenizer(self.max_length).decode, tokens)]
     self.asked = [next(name for name in COLOURS if name in text) for text in texts]
     return np.stack([paint(self.instead.get(name, name), 1000 + i) for i, name in enumerate(self.asked)])
 
@@ -101,7 +101,7 @@ class Critic(Painter):
     return np.eye(4, dtype=np.float32)[nearest]
 
   def embed_texts(self, params, tokens):
-    texts = [Tokenizer(self.max_length).decode(row) for row in tokens]
+    texts = [*map(Tokenizer(self.max_length).decode, tokens)]
     return np.stack([np.float32([0.8 if name in text else 0.1 for name in COLOURS]) for text in texts])
 
 

@@ -49,8 +49,11 @@ class Renderer:
     return np.full((n, 4, 4, 4), seed, np.float32)
 
   def generate(self, params, tokens, noise):
-    texts = [Tokenizer(self.max_length).decode(row) for row in tokens]
-    said = [text.replace("<|startoftext|>", "").split("<|endoftext|>")[0] for text in texts]
+    # Of one tokenizer: to make one takes as long as to render some hundred scenes.
+    said = [
+      text.replace("<|startoftext|>", "").split("<|endoftext|>")[0]
+      for text in map(Tokenizer(self.max_length).decode, tokens)
+    ]
     rng = np.random.default_rng(99)
     return np.stack([scenes.render(self.instead(scene_of(text)), image_size=32, rng=rng) for text in said])
 
