@@ -13,8 +13,8 @@ import numpy as np
 
 ALPHA = 0.05  # of the intervals, of p, and of a whole table after Holm's correction
 POWER = 0.8
-# A spread of so small a part of the differences is that of their rounding. So is one so small by itself, in per cent or
-# FID: of figures that are equal but for it.
+# A spread of so small a part of the differences is that of their rounding. So is one that is so small by itself, in per
+# cent or FID: the figures are equal except for rounding.
 ROUNDING = 1e-9
 
 
