@@ -213,10 +213,35 @@ def barrier(name: str) -> None:
   """Returns when every process has come here; the last one may be BARRIER_TIMEOUT seconds late."""
   if jax.process_count() > 1:
     # By the coordination service. multihost_utils.sync_global_devices is itself a program on the devices, to be
-    # compiled, for which Gloo waits 30 s and no longer. jax has no public name for this client; its own serialization
-    # and Orbax call it like this, the same from jax 0.10 to 0.12. A barrier's name must be new each time.
-    client: Any = distributed.global_state.client
-    client.wait_at_barrier(f"diffdis/{next(_barriers)}/{name}", BARRIER_TIMEOUT * 1000)
+    # compiled, for which Gloo waits 30 s and no longer. A barrier's name must be new each time.
+    _service().wait_at_barrier(f"diffdis/{next(_barriers)}/{name}", BARRIER_TIMEOUT * 1000)
+
+
+def _service() -> Any:
+  """jax has no public name for this client; its own serialization and Orbax call it so, the same from 0.10 to 0.12."""
+  return distributed.global_state.client
+
+
+class Board:
+  """What each process has written for the others. Read and written from any thread, also while devices wait for one.
+
+  Both methods raise RuntimeError where the coordination service does not answer.
+  """
+
+  _FOLDER = "diffdis/board/"
+
+  def write(self, text: str) -> None:
+    """In place of what this process had written; nothing where `text` is empty."""
+    key = f"{self._FOLDER}{jax.process_index()}"
+    if text:
+      _service().key_value_set(key, text, allow_overwrite=True)
+    else:
+      _service().key_value_delete(key)
+
+  def others(self) -> list[str]:
+    """What stands there of the other processes."""
+    mine = f"{self._FOLDER}{jax.process_index()}"
+    return [text for key, text in _service().key_value_dir_get(self._FOLDER) if key != mine]
 
 
 def from_first(value: np.ndarray | np.generic) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 A device, a collective with a dead peer or a file system can keep a step waiting for ever, while the process looks alive
 from outside. A thread of each process compares how long its loop has been at one thing with how long that took before.
+Of several processes all wait where one waits for storage, so that this one says so to the others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import NoReturn, Protocol, runtime_checkable
+
+from absl import logging
 
 from diffdis_jax.common import signals
 
@@ -38,6 +41,16 @@ class _Doing:
   what: str
   since: float
   seconds: float
+  storage: bool
+
+
+@runtime_checkable
+class Board(Protocol):
+  """Where the processes of a run read what each has written, as `processes.Board`. Both may raise RuntimeError."""
+
+  def write(self, text: str) -> None: ...
+
+  def others(self) -> list[str]: ...
 
 
 class Watchdog:
@@ -45,6 +58,7 @@ class Watchdog:
 
   Args:
     patience: seconds beside three medians after which it hangs; 0 to watch nothing.
+    board: of the run's processes; None for one process.
     end: is called with a sentence; does not return.
     clock: seconds.
   """
@@ -53,10 +67,12 @@ class Watchdog:
     self,
     patience: float = PATIENCE,
     *,
+    board: Board | None = None,
     end: Callable[[str], object] = lambda message: _end(message),
     clock: Callable[[], float] = time.monotonic,
   ):
-    self._patience, self._end, self._clock = patience, end, clock
+    self._patience, self._board, self._end, self._clock = patience, board, end, clock
+    self._written = ""
     self._durations: dict[str, collections.deque[float]] = {}
     self._doing: _Doing | None = None
     self._done = threading.Event()
@@ -80,7 +96,7 @@ class Watchdog:
       self._durations.setdefault(before.what, collections.deque(maxlen=REMEMBERED)).append(now - before.since)
     known, patience = self._durations.get(what), max(self._patience, STORAGE) if storage else self._patience
     seconds = MEDIANS * statistics.median(known) + patience if known else max(patience, FIRST_TIME)
-    self._doing = _Doing(what, now, seconds)
+    self._doing = _Doing(what, now, seconds, storage)
 
   def alive(self) -> None:
     """What takes long, such as an evaluation, has come further: its time starts again."""
@@ -89,10 +105,34 @@ class Watchdog:
 
   def check(self) -> None:
     """One look."""
-    if (doing := self._doing) is not None and (waited := self._clock() - doing.since) > doing.seconds:
-      self._end(
-        f"{doing.what} has taken {waited:.0f} s, where {doing.seconds:.0f} s is the most it may; the process ends"
-      )
+    if (doing := self._doing) is None:
+      return
+    waited = self._clock() - doing.since
+    # Half of the patience before the others, which began to wait at about the same time, would lose theirs.
+    self._write(doing.what if doing.storage and waited > self._patience / 2 else "")
+    if waited <= doing.seconds:
+      return
+    if others := self._others():
+      logging.warning("%s has taken %.0f s, while another host is at %s", doing.what, waited, ", ".join(others))
+      self.alive()
+      return
+    self._end(
+      f"{doing.what} has taken {waited:.0f} s, where {doing.seconds:.0f} s is the most it may; the process ends"
+    )
+
+  def _write(self, text: str) -> None:
+    """That this process waits for storage, or no longer. A process that dies meanwhile ends the others by itself."""
+    if self._board and text != self._written:
+      with contextlib.suppress(RuntimeError):  # at the next look again
+        self._board.write(text)
+        self._written = text
+
+  def _others(self) -> list[str]:
+    """For what others wait, unless this process waits for storage itself, whose time is long and ends."""
+    with contextlib.suppress(RuntimeError):
+      if self._board and self._doing and not self._doing.storage:
+        return self._board.others()
+    return []
 
   def _look(self) -> None:
     before = self._clock()

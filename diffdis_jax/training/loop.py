@@ -72,7 +72,8 @@ def train_and_evaluate(
     prepared = prepared or Prepared.of(run, mesh, folder)
     trainer = prepared.trainer
     iterator = open_loader(run, rows=sharding.local_rows(mesh, run.batch_size), latents=latent_shapes(trainer.network))
-    dog = stack.enter_context(watchdog.Watchdog(patience).watching())
+    board = processes.Board() if jax.process_count() > 1 else None
+    dog = stack.enter_context(watchdog.Watchdog(patience, board=board).watching())
     inference = make_inference(trainer, stop, dog)
     evaluator = make_evaluator(run, inference)
     selection = trainer.plug.selection(run) if trainer.plug.selection else None

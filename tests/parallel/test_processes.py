@@ -194,6 +194,14 @@ def main(_):
     assert processes.first_message("" if first else "of the second") == "of the second"
     assert processes.first_message("") == ""
     processes.check_shared(WORKDIR.value)
+    board = processes.Board()
+    assert board.others() == []
+    for text in ("reading a batch", "reading another batch", ""):
+      if first:
+        board.write(text)
+      processes.barrier("written")
+      assert board.others() == ([text] if text and not first else [])
+      processes.barrier("read")
   if HOW.value == "restore":
     split, whole = sharding.batch_sharding(mesh), jax.sharding.NamedSharding(mesh, sharding.REPLICATED)
     places = {"a": split, "b": whole, "c": whole, "d": whole}

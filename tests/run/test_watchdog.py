@@ -98,3 +98,67 @@ def test_a_process_that_was_stopped_does_not_hang():
   dog._done = Done()
   dog._look()
   assert not said
+
+
+class Board:
+  """Of two processes, one's side; the service may be down."""
+
+  def __init__(self, texts: dict[int, str], index: int):
+    self.texts, self.index, self.is_down = texts, index, False
+
+  def write(self, text: str) -> None:
+    self.others()
+    self.texts[self.index] = text
+
+  def others(self) -> list[str]:
+    if self.is_down:
+      raise RuntimeError("UNAVAILABLE")
+    return [text for index, text in self.texts.items() if text and index != self.index]
+
+
+def make_pair():
+  """Two processes after three steps of a second: the first has no batch yet, for which the second's step waits."""
+  clock, said, texts = Clock(), ([], []), {}
+  boards = [Board(texts, index) for index in range(2)]
+  dogs = [Watchdog(60.0, board=board, end=end.append, clock=clock) for board, end in zip(boards, said, strict=True)]
+  for dog in dogs:
+    take(dog, clock, "reading a batch", 1.0, storage=True)
+    take(dog, clock, "a step", 1.0, 1.0, 1.0)
+  dogs[0].at("reading a batch", storage=True)
+  dogs[1].at("a step")
+  return dogs, boards, clock, said
+
+
+def pass_time(dogs, clock: Clock, seconds: int) -> None:
+  for _ in range(seconds):
+    clock.now += 1.0
+    for dog in dogs:
+      dog.check()
+
+
+def test_a_step_that_waits_for_another_hosts_storage_does_not_hang():
+  dogs, _, clock, said = make_pair()
+  pass_time(dogs, clock, 1000)
+  assert said == ([], [])
+  dogs[0].at("a step")  # it has its batch, and now both hang
+  pass_time(dogs, clock, 150)
+  assert all(messages and messages[0].startswith("a step has taken") for messages in said)
+
+
+def test_a_host_that_waits_for_storage_too_long_ends():
+  dogs, _, clock, said = make_pair()
+  pass_time(dogs, clock, int(STORAGE) + 10)
+  assert said[0][0].startswith("reading a batch has taken") and not said[1]
+
+
+def test_without_an_answer_of_the_others_a_step_hangs_as_before():
+  dogs, boards, clock, said = make_pair()
+  boards[1].is_down = True
+  pass_time(dogs, clock, 70)
+  assert said[1] and not said[0]
+  boards[0].is_down, boards[1].is_down = True, False
+  dogs[0].at("a step")
+  pass_time(dogs, clock, 1)
+  boards[0].is_down = False
+  pass_time(dogs, clock, 1)
+  assert not any(boards[0].texts.values()), "written later, when it could be"
