@@ -16,6 +16,7 @@ import logging as python_logging
 import os
 import pathlib
 import re
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -173,7 +174,7 @@ def upload(folder: pathlib.Path, to: epath.PathLike, *, last: str = "") -> None:
 
 def download(wanted: Mapping[str, pathlib.Path]) -> None:
   """Copies objects, all at a time, to local files, each whole or not at all. `wanted`: address -> file."""
-  partial = {url: file.with_name(f".{file.name}.{os.getpid()}.tmp") for url, file in wanted.items()}
+  partial = {url: file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp") for url, file in wanted.items()}
   try:
     _system().get([*wanted], [os.fspath(file) for file in partial.values()])
     for url, file in wanted.items():

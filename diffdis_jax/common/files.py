@@ -181,7 +181,7 @@ def check_out(out: str, flag: str = "out") -> None:
   if not buckets.is_url(path):
     sweep(path.parent, f".{path.name}")
   # Tried, since permissions say nothing of a disk that is full or read-only.
-  probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
   try:
     probe.write_bytes(b"")
     probe.unlink()

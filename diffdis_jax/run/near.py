@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ class Near:
 
   def check(self) -> None:
     """Raises UserError, on every process: the folder cannot be written on some host."""
-    reason, probe = "", self._root / f".{os.getpid()}.tmp"
+    reason, probe = "", self._root / f".{secrets.token_hex(4)}.tmp"
     try:
       self._root.mkdir(parents=True, exist_ok=True)
       probe.write_bytes(b"")

@@ -169,6 +169,26 @@ def test_a_bucket_that_is_away_ends_no_run_and_loses_no_line(url, monkeypatch, c
   assert (buckets.path(url) / "lines").read_text() == "1\n"
 
 
+def test_two_hosts_copy_one_object_to_one_file(url, tmp_path, monkeypatch):
+  """Their processes may have one number, as in containers that share a disk."""
+  (buckets.path(url) / "part").write_bytes(b"all of it")
+  wanted, system, begun = {f"{url}/part": tmp_path / "part"}, buckets._system(), []
+
+  class Slow:
+    def get(self, urls, files):
+      (file,) = map(pathlib.Path, files)
+      begun.append(file)
+      file.write_bytes(b"half")
+      if len(begun) == 1:
+        buckets.download(wanted)
+        assert file.read_bytes() == b"half", "its own"
+      system.get(urls, files)
+
+  monkeypatch.setattr(buckets, "_system", Slow)
+  buckets.download(wanted)
+  assert len(begun) == 2 and [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("part", b"all of it")]
+
+
 def test_a_second_run_is_refused_and_a_dead_ones_lock_taken_over(url, monkeypatch):
   monkeypatch.setattr(workdir, "ENDING", 0.3)
   monkeypatch.setattr(workdir, "SETTLING_IN_A_BUCKET", 0.1)

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -165,8 +166,8 @@ def serializer(spec: tfds.features.FeaturesDict) -> Any:
 
 def write_records(path: pathlib.Path, serialized: Iterator[bytes]) -> None:
   """Writes an ArrayRecord file whole or not at all. Raises OSError where it cannot be written."""
-  # A name of this process: after a kill another one may write the same part while the first still ends.
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  # A name of its own: after a kill another process may write the same part while the first still ends.
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
   try:
     with _os_errors():
       writer = ArrayRecordWriter(str(temporary), "group_size:1")
