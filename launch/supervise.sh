@@ -51,12 +51,14 @@ pause() {
   wait $! || true
 }
 
-# The value of --workdir in a command, or nothing.
+# The value of --workdir in a command, or nothing; for those of `ablate run`, a pattern of them.
 workdir_of() {
+  local name=workdir runs=''
+  case " $* " in *" ablate run "* | *.ablate" run "*) name=out runs='/runs/*' ;; esac
   while (($#)); do
     case $1 in
-      --workdir=* | -workdir=*) echo "${1#*=}" && return ;;
-      --workdir | -workdir) echo "${2:-}" && return ;;
+      --"$name="* | -"$name="*) printf '%s%s\n' "${1#*=}" "$runs" && return ;;
+      --"$name" | -"$name") printf '%s%s\n' "${2:-}" "$runs" && return ;;
     esac
     shift
   done
@@ -65,8 +67,8 @@ workdir_of() {
 # The Python that a command starts with, or else the machine's.
 python_of() { case $(basename "${1:-}") in python*) echo "$1" ;; *) echo python3 ;; esac; }
 
-# The newest committed step in $workdir, or 0 where it cannot be seen from here. A bucket is asked by gcloud or, where that
-# is missing, by $python with this package.
+# The newest committed step in $workdir, of all that fit it in sum, or 0 where it cannot be seen from here. A bucket is
+# asked by gcloud or, where that is missing, by $python with this package.
 newest_step() {
   local steps='' marks
   workdir=${workdir:-} marks="${workdir%/}/checkpoints/*/commit_success.txt"
@@ -82,8 +84,8 @@ newest_step() {
       ?*) steps=$(compgen -G "$marks") || true ;;
     esac
   fi
-  steps=$(sed -n 's|.*/\([0-9][0-9]*\)/commit_success.txt$|\1|p' <<<"$steps" | sort -n | tail -n 1)
-  echo "$((10#${steps:-0}))"
+  awk -F/ 'NF > 3 && $(NF - 1) ~ /^[0-9]+$/ && $(NF - 1) > newest[$(NF - 3)] { newest[$(NF - 3)] = $(NF - 1) + 0 }
+    END { for (run in newest) sum += newest[run]; print sum + 0 }' <<<"$steps"
 }
 
 # supervise DELAY PROGRESS ATTEMPT...: runs ATTEMPT until it is done or $stopping is set, DELAY seconds apart. PROGRESS

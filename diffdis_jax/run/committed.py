@@ -1,6 +1,7 @@
 """Which checkpoints of a run there are. Without Orbax, whose import takes seconds.
 
-As a command, `python -m diffdis_jax.run.committed WORKDIR` writes the commit mark of each, a line each.
+As a command, `python -m diffdis_jax.run.committed WORKDIR` writes the commit mark of each, a line each; where WORKDIR
+ends in `/*`, of all runs in that folder.
 """
 
 from __future__ import annotations
@@ -51,5 +52,7 @@ def metrics_of(path: epath.Path, step: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-  checkpoints = folder(sys.argv[1])
-  sys.stdout.writelines(f"{checkpoints / str(step) / COMMIT_MARK}\n" for step in committed_steps(checkpoints))
+  parent, is_pattern, _ = sys.argv[1].partition("/*")
+  for each in buckets.absolute(parent).iterdir() if is_pattern else [parent]:
+    checkpoints = folder(each)
+    sys.stdout.writelines(f"{checkpoints / str(step) / COMMIT_MARK}\n" for step in committed_steps(checkpoints))

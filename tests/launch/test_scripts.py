@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -74,8 +75,10 @@ def test_help_is_the_comment_at_the_top(path, programs):
   assert "#" not in done.stdout and "set -euo" not in done.stdout
 
 
-def newest_step(workdir: str) -> int:
-  code = f"source launch/supervise.sh; workdir='{workdir}'; python=$(python_of '{sys.executable}' -m x); newest_step"
+def newest_step(*command: str) -> int:
+  """As a launcher of this command sees it."""
+  words = shlex.join([sys.executable, "-m", *command])
+  code = f"source launch/supervise.sh; workdir=$(workdir_of {words}); python=$(python_of {words}); newest_step"
   done = subprocess.run(["bash", "-euc", code], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0 and done.stderr == ""
   return int(done.stdout)
@@ -84,12 +87,16 @@ def newest_step(workdir: str) -> int:
 # Of sessions that gcsfs's own thread holds to the end.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_newest_checkpoint_is_seen_on_a_disk_and_in_a_bucket(tmp_path, bucket):
-  for folder in (f"{tmp_path}/a run", f"{bucket}/{uuid.uuid4().hex}"):
-    assert newest_step(folder) == 0
-    for name in ("8", "100", "0020", "300.uncommitted"):
-      mark = buckets.path(folder) / "checkpoints" / name / "commit_success.txt"
-      mark.parent.mkdir(parents=True, exist_ok=True)
-      mark.write_text("")
-    (buckets.path(folder) / "checkpoints" / "200").mkdir()
-    assert newest_step(folder) == 100
-  assert newest_step("") == 0
+  for out in (f"{tmp_path}/all runs", f"{bucket}/{uuid.uuid4().hex}"):
+    ablation = ("diffdis_jax.ablate", "run", "--base=shapes", f"--out={out}", "--only=3")
+    assert newest_step(*ablation) == 0
+    for run, names in {"a run": ("8", "100", "0020", "300.uncommitted"), "b": ("9", "10"), "c": ("x",)}.items():
+      for name in names:
+        mark = buckets.path(out) / "runs" / run / "checkpoints" / name / "commit_success.txt"
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text("")
+    (buckets.path(out) / "runs" / "a run" / "checkpoints" / "200").mkdir()
+    assert newest_step("diffdis_jax", "train", "--workdir", f"{out}/runs/a run") == 100
+    assert newest_step(*ablation) == 110, "the sum: it grows with each run"
+  assert newest_step("diffdis_jax", "ablate", "run", "--out", f"{tmp_path}/all runs") == 110
+  assert newest_step("diffdis_jax.train") == newest_step("diffdis_jax.evaluate", f"--out={out}") == 0
