@@ -51,7 +51,7 @@ def define_flags() -> None:
   flags.DEFINE_string("prompts_file", None, "text file with one prompt a line, instead of --prompt")
   flags.DEFINE_integer("num_images", 1, "images of each prompt", lower_bound=1, upper_bound=MOST_IMAGES)
   flags.DEFINE_integer("seed", 0, "seed of the initial noise", lower_bound=0, upper_bound=2**32 - 1)
-  flags.DEFINE_string("noise", None, "initial noise instead of --seed: a .npy file, [n, h, w, c]")
+  flags.DEFINE_string("noise", None, "initial noise instead of --seed: a .npy file, [n, h, w, c]; for --best_of=k [n, k, h, w, c]")
   flags.DEFINE_integer("steps", None, "sampling steps", lower_bound=1, upper_bound=1000)
   flags.DEFINE_float("guidance", None, "guidance scale; 1 is none")
   flags.DEFINE_integer("batch_size", BATCH_SIZE, "images per compiled call", lower_bound=1)
@@ -210,10 +210,11 @@ def read_noise(file: str) -> np.ndarray:
     raise UserError(f"cannot read --noise={file}: {error}; it should be an .npy file, [n, h, w, c]") from error
 
 
-def check_noise(noise: np.ndarray, *, expected: tuple[int, ...]) -> Float32[np.ndarray, "n h w c"]:
+def check_noise(noise: np.ndarray, *, expected: tuple[int, ...]) -> Float32[np.ndarray, "n *k h w c"]:
   """The noise as f32. Raises UserError unless it is finite and has the expected shape."""
   if noise.shape != expected:
-    raise UserError(f"--noise has shape {noise.shape}; this run and these prompts need {expected}, [n, h, w, c]")
+    axes = "[n, h, w, c]" if len(expected) == 4 else "[n, k, h, w, c] for --best_of=k"
+    raise UserError(f"--noise has shape {noise.shape}; this run and these prompts need {expected}, {axes}")
   if not np.isfinite(noise).all():
     raise UserError("--noise holds values that are not finite; it should be sampled from a standard normal")
   return np.asarray(noise, np.float32)

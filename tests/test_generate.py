@@ -136,6 +136,14 @@ def test_more_images_than_a_call_draws(model, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+def test_the_best_of_several_has_noise_for_each():
+  noise = np.random.default_rng(0).normal(size=(2, 3, 8, 8, 4))
+  found = generate.check_noise(noise, expected=(2, 3, 8, 8, 4))
+  assert found.dtype == np.float32 and (found == noise.astype(np.float32)).all()
+  with pytest.raises(UserError, match=r"need \(2, 3, 8, 8, 4\), \[n, k, h, w, c\] for --best_of=k"):
+    generate.check_noise(noise[:, 0], expected=(2, 3, 8, 8, 4))
+
+
 def test_noise_must_be_finite_numbers(tmp_path):
   np.save(tmp_path / "noise.npy", np.array(["a"]))
   with pytest.raises(UserError, match="cannot read --noise="):
