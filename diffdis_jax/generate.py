@@ -51,7 +51,9 @@ def define_flags() -> None:
   flags.DEFINE_string("prompts_file", None, "text file with one prompt a line, instead of --prompt")
   flags.DEFINE_integer("num_images", 1, "images of each prompt", lower_bound=1, upper_bound=MOST_IMAGES)
   flags.DEFINE_integer("seed", 0, "seed of the initial noise", lower_bound=0, upper_bound=2**32 - 1)
-  flags.DEFINE_string("noise", None, "initial noise instead of --seed: a .npy file, [n, h, w, c]; for --best_of=k [n, k, h, w, c]")
+  flags.DEFINE_string(
+    "noise", None, "initial noise instead of --seed: .npy, [n, h, w, c]; with --best_of=k [n, k, h, w, c]"
+  )
   flags.DEFINE_integer("steps", None, "sampling steps", lower_bound=1, upper_bound=1000)
   flags.DEFINE_float("guidance", None, "guidance scale; 1 is none")
   flags.DEFINE_integer("batch_size", BATCH_SIZE, "images per compiled call", lower_bound=1)

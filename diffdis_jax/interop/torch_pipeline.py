@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor, nn
 
 # Shapes in annotations, which nothing evaluates without it. By this form of import: of others diffusers tells the user
@@ -52,6 +52,15 @@ TEMPLATES = (
 )
 _SLOT = re.compile(r"\{c?\}")
 WANTED = "give a PIL image, a tensor or an array"
+_TURNS = {  # what makes an image upright, by EXIF's orientation
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 _LIBRARIES = ("diffusers", "transformers")
 
 
@@ -351,10 +360,18 @@ def _square(image: Any, size: int) -> np.ndarray:
   return np.array(pil)
 
 
+def _upright(image: Image.Image) -> Image.Image:
+  """By EXIF, where it can be read. Not by ImageOps.exif_transpose, which fails at whatever else is wrong in it."""
+  turn = None
+  with contextlib.suppress(Exception):  # Pillow's reader raises whatever damage leads it into
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+  return image if turn is None else image.transpose(turn)
+
+
 def _to_pil(image: Any) -> Image.Image:
   """RGB, upright by EXIF, transparency on white."""
   if isinstance(image, Image.Image):
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel, which Pillow would cut off at 255
       grey = np.rint(np.clip(np.asarray(image, np.float64) / 257, 0, 255)).astype(np.uint8)
       return Image.fromarray(grey).convert("RGB")

@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import shutil
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -191,6 +192,19 @@ def test_images_of_every_kind_in_batches_of_any_size(pipe, photos):
   torch.testing.assert_close(one, pipe.embed_images(photos[0], generator=torch.Generator().manual_seed(4)))
   assert not torch.allclose(one, pipe.embed_images(photos[0], generator=torch.Generator().manual_seed(5)))
   assert pipe.embed_texts("a red star").shape == (1, 16)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("odd", [b"", struct.pack("<HHLf", 0x0131, 11, 1, 1.5)], ids=["whole", "damaged"])
+def test_a_photograph_is_upright_as_in_the_run(orientation, odd):
+  """Also where a camera wrote a text by its number and a number by its type."""
+  entries = struct.pack("<HHL2H", 0x0112, 3, 1, orientation, 0) + odd
+  exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, len(entries) // 12) + entries + bytes(4)
+  buffer = io.BytesIO()
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(buffer, "jpeg", exif=exif)
+  expected = np.asarray(transforms.resize(transforms.decode(buffer.getvalue()), 16))
+  np.testing.assert_array_equal(torch_pipeline._square(Image.open(buffer), 16), expected)
 
 
 def test_its_modules_stay_as_they_were_and_no_gradient_is_kept(pipe, photos):
