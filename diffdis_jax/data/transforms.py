@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -59,7 +60,7 @@ class Decoded(NamedTuple):
 def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
   """Encoded bytes or an RGB array -> RGB image, upright by EXIF, transparency composited on white.
 
-  Palettes, grey, 16 bit grey and CMYK are converted.
+  Palettes, grey, 16 bit grey, grey of floats (to 1, or else as of 16 bits) and CMYK are converted.
 
   Raises:
     Image.DecompressionBombError: more pixels than `image_files.open_image` takes.
@@ -122,7 +123,8 @@ def _reduce(opened: Image.Image, at_least: int) -> int:
 def _to_rgb(upright: Image.Image) -> Image.Image:
   # Pillow itself would cut 16 bits off at 255, so that all but the darkest were white.
   if upright.mode.startswith("I") or upright.mode == "F":
-    return _in_strips(upright, _from_sixteen_bit_grey)
+    white = 1.0 if upright.mode == "F" and np.asarray(upright).max() <= 1 else 65535.0
+    return _in_strips(upright, functools.partial(_from_grey, white=white))
   # Of palettes and colour keys too: by itself Pillow shows what lies below the transparency, often black.
   if upright.has_transparency_data:
     return _in_strips(upright, _on_white)
@@ -145,9 +147,8 @@ def _on_white(image: Image.Image) -> Image.Image:
   return Image.alpha_composite(Image.new("RGBA", layer.size, (*WHITE, 255)), layer).convert("RGB")
 
 
-def _from_sixteen_bit_grey(image: Image.Image) -> Image.Image:
-  # 65535 / 257 is 255.
-  values = np.clip(np.asarray(image).astype(np.float64) / 257, 0, 255)
+def _from_grey(image: Image.Image, *, white: float) -> Image.Image:
+  values = np.clip(np.asarray(image).astype(np.float64) / (white / 255), 0, 255)
   return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
 
 

@@ -372,8 +372,9 @@ def _to_pil(image: Any) -> Image.Image:
   """RGB, upright by EXIF, transparency on white."""
   if isinstance(image, Image.Image):
     image = _upright(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel, which Pillow would cut off at 255
-      grey = np.rint(np.clip(np.asarray(image, np.float64) / 257, 0, 255)).astype(np.uint8)
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits, or floats, which Pillow would cut off at 255
+      white = 1.0 if image.mode == "F" and np.asarray(image).max() <= 1 else 65535.0
+      grey = np.rint(np.clip(np.asarray(image, np.float64) / (white / 255), 0, 255)).astype(np.uint8)
       return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
       layer = image.convert("RGBA")

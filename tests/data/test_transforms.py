@@ -58,6 +58,9 @@ def test_decode_grey():
   for pixels in (grey, grey.astype(np.uint16) * 257):
     result = np.asarray(decode(encode(Image.fromarray(pixels))))
     np.testing.assert_array_equal(result, np.repeat(grey[..., None], 3, -1))
+  for floats in (grey / np.float32(255), grey * np.float32(257)):  # to 1, or of 16 bits
+    result = np.asarray(decode(encode(Image.fromarray(floats), "TIFF")))
+    np.testing.assert_array_equal(result, np.repeat(grey[..., None], 3, -1))
   transparent = Image.merge("LA", (Image.new("L", (1, 1), 10), Image.new("L", (1, 1), 0)))
   assert np.asarray(decode(encode(transparent))).tolist() == [[[255] * 3]]
 

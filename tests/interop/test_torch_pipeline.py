@@ -102,7 +102,8 @@ def photos() -> list[Image.Image]:
   coarse = [rng.integers(0, 256, (5, 7, 3), np.uint8) for _ in sizes]
   images = [Image.fromarray(x).resize(size, Image.Resampling.BICUBIC) for x, size in zip(coarse, sizes, strict=True)]
   images[1].putalpha(Image.linear_gradient("L").resize(images[1].size))
-  return [*images, images[0].convert("L"), images[0].convert("P")]
+  grey = images[0].convert("L")
+  return [*images, grey, images[0].convert("P"), Image.fromarray(np.asarray(grey, np.float32) / 255)]
 
 
 def squares(photos: list[Image.Image], size: int) -> np.ndarray:
@@ -116,7 +117,7 @@ def squares(photos: list[Image.Image], size: int) -> np.ndarray:
 
 def _encoded(image: Image.Image) -> bytes:
   buffer = io.BytesIO()
-  image.save(buffer, "png")
+  image.save(buffer, "tiff" if image.mode == "F" else "png")
   return buffer.getvalue()
 
 
