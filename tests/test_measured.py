@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from diffdis_jax.ablate import significance
 from diffdis_jax.errors import UserError
 from docs.measured import paired, records, tables
 
@@ -114,6 +115,14 @@ def test_a_mean_on_a_page_is_that_of_its_runs():
 def test_what_the_correction_leaves_undecided_is_said_so():
   assert [row[2] for row in table_of("long tail")] == ["undecided after correction"] * 4 + ["undecided"]
   assert {row[3] for row in table_of("ablations")} == {"undecided", "undecided after correction"}
+
+
+def test_a_turned_difference_has_a_turned_verdict(monkeypatch):
+  """Joint training is the base of the tables of shapes: one objective that is worse than it makes it better."""
+  worse = significance.correct([significance.paired([-8.0, -8.1, -8.2])])[0]
+  monkeypatch.setattr(tables, "_cell", lambda *_: worse)
+  shapes, *_, emoji = (line.strip("|").split("|") for line in tables.joint().splitlines()[2:])
+  assert shapes[1:] == ["+8.1 ± 0.2", "better", "3"] and emoji[1:] == ["−8.1 ± 0.2", "worse", "3"]
 
 
 def test_runs_have_what_evaluate_wrote():

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffdis_jax.ablate import columns, tables
+from diffdis_jax.ablate import columns, plan, tables
 from diffdis_jax.ablate.tables import Claim, Row, Table
 from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError, check_number, check_type, read_section
@@ -139,6 +139,8 @@ def _check(claims: Sequence[Claim], rows: Sequence[Row]) -> None:
     for label in (claim.row, claim.base):
       if label not in by_label:
         raise UserError(f"a claim names arm {label!r}; measured are {', '.join(by_label)}")
-      known = [column.name for column in columns.columns_of((by_label[label].own_base or {})["evals"])]
+      # Of what its runs measure: an evaluation of what an arm does not train is left out of them.
+      config = tables.changed(by_label[label].own_base or {}, by_label[label].changes)
+      known = [column.name for column in columns.columns_of(plan.measured(config, config["objectives"]))]
       if claim.column not in known:
         raise UserError(f"a claim names column {claim.column!r}, which arm {label} lacks; it has {', '.join(known)}")

@@ -185,9 +185,10 @@ def new_timesteps(stages: Sequence[Stage]) -> list[Int[np.ndarray, " s"]]:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """Of each image and class, the mean error over the timesteps that it had, and the stage in which it was left out."""
+  """Of each stage, image and class, the mean error over the timesteps that it had by the end of the stage, infinite
+  where it was left out before; and of each image and class, the stage in which it was left out."""
 
-  error: Float[np.ndarray, "n k"]
+  error: Float[np.ndarray, "m n k"]
   stage: Int[np.ndarray, "n k"]
 
 
@@ -200,17 +201,17 @@ def classify(
     errors: (images=, classes=, t=) -> the error of each pair of an image and a class, by their numbers, at each t.
   """
   total = np.zeros((num_images, num_classes))
-  found = Outcome(np.full_like(total, np.inf), np.zeros(total.shape, np.int32))
+  found = Outcome(np.full((len(stages), *total.shape), np.inf), np.zeros(total.shape, np.int32))
   left = np.tile(np.arange(num_classes), (num_images, 1))
   count = 0
   for number, (stage, t) in enumerate(zip(stages, new_timesteps(stages), strict=True)):
     images = np.repeat(np.arange(num_images), left.shape[1])
     total[images, left.ravel()] += errors(images=images, classes=left.ravel(), t=t).sum(axis=1, dtype=np.float64)
     count += len(t)
-    found.error[images, left.ravel()] = total[images, left.ravel()] / count
+    found.error[number, images, left.ravel()] = total[images, left.ravel()] / count
     found.stage[images, left.ravel()] = number
     # The best of a stage, in the classes' order. A NaN is the worst, as argsort has it.
-    best = np.argsort(np.take_along_axis(found.error, left, axis=1), axis=1, kind="stable")[:, : stage.kept]
+    best = np.argsort(np.take_along_axis(found.error[number], left, axis=1), axis=1, kind="stable")[:, : stage.kept]
     left = np.take_along_axis(left, np.sort(best, axis=1), axis=1)
   return found
 
@@ -218,9 +219,14 @@ def classify(
 def ranks(found: Outcome, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
   """How many classes come before each image's own, 0 is right: those that were kept longer, then those of less error.
 
-  A tie counts against the image's own, and so does a NaN, as in `base.ranks`.
+  A tie counts against the image's own, and so does a NaN, as in `base.ranks`: also where the order of the classes kept
+  it and left the other one out.
   """
   rows = np.arange(len(labels))
-  own, stage = found.error[rows, labels][:, None], found.stage[rows, labels][:, None]
-  worse = (found.stage < stage) | ((found.stage == stage) & (found.error > own))
+  stage = found.stage[rows, labels][:, None]
+  # Both errors at the end of the stage in which the other class was left out.
+  error = np.take_along_axis(found.error, found.stage[None], axis=0)[0]
+  own = np.take_along_axis(found.error[:, rows, labels].T, found.stage, axis=1)
+  kept_longer = (found.stage < stage) & (error != own) & ~np.isnan(own)
+  worse = kept_longer | ((found.stage == stage) & (error > own))
   return (~worse).sum(axis=1) - 1  # itself is not worse than itself

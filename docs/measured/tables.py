@@ -8,6 +8,7 @@ between `<!--=TOPIC/RECORD-->` and `<!--=-->`. tests/test_measured.py fails wher
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 import statistics
@@ -191,9 +192,9 @@ def joint() -> str:
   ]
   rows = []
   for label, name, row, column, sign in cells:
-    _, said, n = difference(name, row, column)
     found = _cell(name, row, column)
-    rows.append((say(label), interval(sign * found.mean, _half(found), sign="+"), said, str(n)))
+    turned = dataclasses.replace(found, mean=sign * found.mean)
+    rows.append((say(label), interval(turned.mean, _half(found), sign="+"), verdict(turned), str(found.n)))
   return records.table(("joint training − one objective, points", "mean ± 95 % interval", "verdict", "n"), rows)
 
 

@@ -166,6 +166,15 @@ def test_what_is_wrong_is_one_line(read, fields, message):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("objectives, column", [("generation", "test/acc1"), ("discrimination", "generated/acc1_seen")])
+def test_a_claim_on_what_an_arm_does_not_train_is_refused_before_its_runs(read, objectives, column):
+  """Its config has the evaluation, which its runs leave out."""
+  alone = dict(name="alone", changes=dict(objectives=(objectives,)))
+  claim = dict(row="both", base="alone", column=column, bound=3.0)
+  with pytest.raises(UserError, match=f"a claim names column '{column}', which arm alone lacks; it has "):
+    read(arms=(dict(name="both"), alone), claims=(claim,))
+
+
 def test_some_arms_may_lack_fields_of_a_protocol(read, tmp_path):
   """CLIP lacks `num_noise_samples`; the others must agree on it, and CLIP with them on all else."""
   plan, folder = plan_of(read(only_some_have=("num_noise_samples",)), (0,)), Folder(tmp_path)
