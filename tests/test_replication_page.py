@@ -99,6 +99,17 @@ def test_costs_count_each_run_once(found):
   assert first == ["E1", "19", f"{hours:.1f}"] and second == ["E2", "not run yet", ""]
 
 
+def test_a_run_that_experiments_share_keeps_the_minutes_of_the_first(found):
+  """Repeated for the other one, on a machine with other work, it has the same figures in other minutes."""
+  runs = {name: {**run, "minutes": None} for name, run in found["runs"].items() if "both" in name}
+  base = {**found["records"][f"e1/both/{COLUMN}"]}
+  new = {"settings": {"e3": {}}, "records": {f"e3/both/{COLUMN}": base}, "runs": {"autoencoder": {}, **runs}}
+  kept = replication.merged(found, {**new, "claims": {"e3": []}})
+  assert kept["runs"] == found["runs"] and kept["records"][f"e3/both/{COLUMN}"] == base
+  again = replication.merged(kept, {**new, "settings": {"e1": {}}, "records": {}, "claims": {"e1": []}})
+  assert again["runs"]["both-0"]["minutes"] == 4.0, "since e3 has it too"
+
+
 @pytest.mark.parametrize("name", ["replication_forest", "replication_minutes"])
 @pytest.mark.parametrize("palette", style.THEMES.values())
 def test_figures_can_be_read(found, name, palette):

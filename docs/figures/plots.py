@@ -97,12 +97,8 @@ def ends(difference: Mapping[str, Any] | None) -> list[float]:
 
 
 def reach(value: float) -> float:
-  """The least of 1, 2, 3, 5, 8 times a power of ten that is not below it."""
-  power = 10.0
-  while power > value:
-    power /= 10
-  while power * 10 <= value:
-    power *= 10
+  """The least of 1, 2, 3, 4, 5, 6 and 8 times a power of ten that is not below it; 1 of 0, where nothing differs."""
+  power = 10.0 ** math.floor(math.log10(value)) if value else 1.0
   return next(step * power for step in (1, 2, 3, 4, 5, 6, 8, 10) if step * power >= value)
 
 

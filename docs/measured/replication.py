@@ -100,6 +100,9 @@ def merged(there: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
   (experiment,) = new["settings"]
   kept = {name: each for name, each in there.get("records", {}).items() if not name.startswith(f"{experiment}/")}
   whole = {part: {**there.get(part, {}), **new[part]} for part in ("settings", "runs", "claims")}
+  # A run that another experiment shares stays as that one has it: repeated elsewhere, it took other minutes.
+  firsts = (run for each in kept.values() for run in each.get("of", {}).get("runs", ()))
+  whole["runs"] |= {run: there["runs"][run] for first in firsts for run in _chain(there, first)}
   return {"about": ABOUT, **whole, "records": {**kept, **new["records"]}}
 
 
@@ -164,7 +167,8 @@ def cost(found: Mapping[str, Any]) -> str:
   """Runs and core-hours of each experiment, those that it shares with another in both."""
   rows = []
   for name in QUESTIONS:
-    runs = {run for arm in _arms(found, name) for first in arm["of"]["runs"] for run in _chain(found, first)}
+    firsts = (run for arm in _arms(found, name) for run in arm["of"]["runs"])
+    runs = dict.fromkeys(run for first in firsts for run in _chain(found, first))
     minutes = [found["runs"][run]["minutes"] for run in runs]
     hours = "" if None in minutes else f"{sum(minutes) / 60:.1f}"
     rows.append((name.upper(), str(len(runs)), hours) if runs else (name.upper(), NOT_RUN, ""))
