@@ -96,6 +96,21 @@ def test_each_choice_is_said_in_a_line(tmp_path, stable_diffusion, said):
   assert said[-1].startswith("own: no split val")
 
 
+def test_captions_that_are_longer_than_what_is_read_of_them(tmp_path, stable_diffusion, said):
+  path = prepared(tmp_path / "data", train=475, val=25)
+  for most in (30, 31, 75, 76):
+    words = {"least": 1, "median": 9, "most": most}
+    (path / "card.json").write_text(json.dumps({"captions": ["x"], "splits": {"train": {"caption_words": words}}}))
+    for start, read in (("", 30), (f",from={stable_diffusion}", 75)):
+      said.clear()
+      config = own.get_config(f"path={path}{start}")
+      lines = [line for line in said if f"captions of up to {most} words (median 9), of which the first {read}" in line]
+      assert len(lines) == (most > read)
+      if lines and not start:  # the two fields that it names can be set
+        config.data.max_length = config.model.text_encoder.max_length = 77
+        assert Run.of(config).data.max_length == 77 and lines[0].endswith("both, set how many")
+
+
 def test_what_is_held_out_decides_on_the_best_checkpoint(tmp_path):
   path = prepared(tmp_path / "data", train=475, val=25)
   run = Run.of(own.get_config(f"path={path}"))
