@@ -49,9 +49,9 @@ class Sample:
 
   @property
   def folder(self) -> str:
-    """The first one of its path; empty where it lies in none."""
+    """The first one of its path, in lower case; empty where it lies in none."""
     first, slash, _ = self.key.partition("/")
-    return first if slash else ""
+    return first.lower() if slash else ""
 
 
 @dataclasses.dataclass
@@ -114,14 +114,14 @@ class Samples:
 
 def _by_split(root: pathlib.Path, samples: Sequence[Sample], fields: tuple[str, ...]) -> list[Pairs]:
   """By the first folder, where all whole pairs lie in one that is called as a split. What lies elsewhere then, such as
-  a README.txt, is counted in one of these."""
+  a README.txt or a folder `test` without captions, is counted in one of these."""
   whole = {sample.folder for sample in samples if sample.is_whole}
   if not whole or not whole <= SPLITS:
     return [Samples("train", root, samples, fields)]
   elsewhere = "train" if "train" in whole else min(whole)
   by_split: dict[str, list[Sample]] = {}
   for sample in samples:
-    by_split.setdefault(sample.folder if sample.folder in SPLITS else elsewhere, []).append(sample)
+    by_split.setdefault(sample.folder if sample.folder in whole else elsewhere, []).append(sample)
   return [Samples(split, root, of_split, fields) for split, of_split in sorted(by_split.items())]
 
 
@@ -214,6 +214,12 @@ def _is_file_name(name: str) -> bool:
 
 def _ending(name: str) -> str:
   return posixpath.splitext(name)[1][1:].lower()
+
+
+def has_pair(names: Sequence[str]) -> bool:
+  """Whether there is a picture with a caption beside it."""
+  keys = [{posixpath.splitext(name)[0] for name in names if is_one(name)} for is_one in (is_picture, is_text)]
+  return bool(keys[0] & keys[1])
 
 
 def is_picture(name: str) -> bool:

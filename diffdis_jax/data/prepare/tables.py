@@ -144,7 +144,7 @@ def _below(source: pathlib.Path, name: str) -> pathlib.Path:
 def _split_of(name: str) -> str:
   """`train` of data/train-00000-of-00001.parquet, or the folder's name; img2dataset's 00000.parquet is `train`."""
   words = [re.split(r"[-_.]", posixpath.basename(name))[0], posixpath.basename(posixpath.dirname(name))]
-  return next((word for word in words if word in SPLITS), "train")
+  return next((word for word in map(str.lower, words) if word in SPLITS), "train")
 
 
 def _table(path: pathlib.Path, split: str, name: str, asked: Asked) -> Table:
