@@ -18,7 +18,7 @@ from typing import Any
 from diffdis_jax.common.files import leads_out
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.image_folder import SPLITS
-from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, pair_of
+from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, other_fields, pair_of
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.data.records import MOST_BYTES, TOO_LARGE, Unusable, texts_of
@@ -171,7 +171,7 @@ def _columns(path: pathlib.Path, schema: Any, asked: Asked) -> Columns:
       f" {', '.join(schema.names) or 'none'}"
     )
   captions = caption_fields(str(path), schema.names, asked)
-  return Columns(image, captions, tuple(name for name in schema.names if name not in (*images, *captions)))
+  return Columns(image, captions, other_fields((name for name in schema.names if name not in images), captions, asked))
 
 
 def _is_image(kind: Any) -> bool:

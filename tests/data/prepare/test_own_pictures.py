@@ -197,6 +197,48 @@ def test_hugging_faces_metadata(tmp_path, kind):
   assert set(captions(tmp_path / "out", "train", "val").values()) == {f"picture {i}" for i in range(COUNT)}
 
 
+@pytest.mark.parametrize("name", ["images\\e\u0301.png", "images/\u00e9.png", "images/e\u0301.png"])
+def test_a_table_of_another_system_names_its_files_otherwise(tmp_path, name):
+  """Windows' backslash; and é as one character, or as macOS writes it, with an accent of its own."""
+  for stored in ("\u00e9", "e\u0301"):
+    source = tmp_path / stored
+    put(source / "images" / f"{stored}.png", picture(0))
+    put(source / "metadata.csv", f"file_name,text\n{name},x\n")
+    reports = prepared(source, tmp_path / f"{stored}.out", held_out=0.0)
+    assert (reports["train"].pairs, reports["train"].skipped) == (1, {})
+    assert captions(tmp_path / f"{stored}.out", "train") == {f"images/{stored}.png": "x"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "beside"])
+def test_captions_that_were_asked_for_are_the_only_ones(tmp_path, kind):
+  """Training samples from a record's field `captions`, where it has that."""
+  source, others = tmp_path / "raw", ["long one", "long two"]
+  for i in range(4):
+    if kind != "parquet":
+      put(source / f"{i}.png", picture(i))
+    if kind == "beside":
+      put(source / f"{i}.txt", "short")
+      put(source / f"{i}.json", json.dumps({"captions": others, "stars": i}))
+  if kind == "jsonl":
+    table = [{"file_name": f"{i}.png", "short": "short", "captions": others, "stars": i} for i in range(4)]
+    put(source / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in table))
+  elif kind == "parquet":
+    pictures_of = [picture(i) for i in range(4)]
+    put(source / "0.parquet", columns(image=pictures_of, short=["short"] * 4, captions=[others] * 4, stars=range(4)))
+  prepared(source, tmp_path / "out", held_out=0.0, caption_fields=("txt" if kind == "beside" else "short",))
+  found = load(tmp_path / "out", "train")
+  assert [(each["caption"], each.get("captions"), each["stars"]) for each in found] == [
+    ("short", None, i) for i in range(4)
+  ]
+
+
+def test_a_table_whose_rows_end_in_a_comma(tmp_path):
+  put(tmp_path / "raw" / "0.png", picture(0))
+  put(tmp_path / "raw" / "metadata.csv", 'file_name,text\n0.png,"a ""red"", \nstar", \n')
+  prepared(tmp_path / "raw", tmp_path / "out", held_out=0.0)
+  assert captions(tmp_path / "out", "train") == {"0.png": 'a "red", \nstar'}
+
+
 def write_table(path: pathlib.Path, kind: str, count: int = COUNT) -> None:
   data = [picture(i) for i in range(count)]
   names = [f"picture {i}" for i in range(count)]
@@ -321,6 +363,9 @@ def columns(**values) -> bytes:
     ({"metadata.jsonl": b'{"file_name": "a.png"}\n'}, {}, "has no column caption or text; name those"),
     ({"metadata.jsonl": b"{\n"}, {}, "metadata.jsonl, line 1 is not JSON"),
     ({"metadata.csv": b"file_name,text\na.png,a\na.png,b\n"}, {}, "has a.png twice; give each picture one row"),
+    ({"metadata.csv": b"file_name,text\na.png,a\nb.png,a, b\n"}, {}, "line 3 has more values .*; put quotes around"),
+    ({"metadata.csv": b'file_name,text\na.png,a\nb.png,"a\nc.png,c\n'}, {}, "unexpected end of data, from line 3 on"),
+    ({"metadata.csv": b'file_name,text\na.png,"a "b" c"\n'}, {}, "from line 2 on; a quoted text ends in a quote, and"),
     ({"metadata.csv": b"file_name,text\n../a.png,a\n"}, {}, "names ../a.png, which is no picture below"),
     ({"metadata.jsonl": b'{"file_name": "\\ud800.png", "text": "a"}'}, {}, "names .*, which is no picture below"),
     ({"metadata.csv": b"file_name,text\n"}, {}, "has no rows; each is a file_name and a caption"),
