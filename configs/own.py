@@ -47,6 +47,8 @@ PROMPTS = 8
 def get_config(arg: str = "") -> ConfigDict:
   # `from` is a word of Python's own.
   args = common.parse_arg(arg, **{"path": "", "from": "", "autoencoder": False, "memory": 24, "size": 0})
+  if "from=" in arg.split(","):  # a variable of the shell that is not set; a run from scratch would begin
+    raise ValueError("argument 'from' has no value; write it as from=WORKDIR")
   if not args.path:
     raise ValueError("argument path=DIR is missing, the folder that prepare_data files wrote")
   pairs = common.num_pairs(args.path)
@@ -68,8 +70,12 @@ def get_config(arg: str = "") -> ConfigDict:
     fine_tune(config, args.memory)
   else:
     train_from_scratch(config)
-  config.sample_prompts = prompts(args.path)
-  say_cut(config, args.path, start)
+  try:
+    config.sample_prompts = prompts(args.path)
+    say_cut(config, args.path, start)
+  except (AttributeError, TypeError) as error:
+    card = f"{args.path}/card.json is damaged: {error!r}"
+    raise ValueError(f"{card}; write it again with prepare_data card --data={args.path}") from error
   if pairs.get("val"):
     data = dict(name="pairs", path=args.path, split="val", image_size=config.image_size)
     config.evals = {"held_out": common.held_out_loss(data)}

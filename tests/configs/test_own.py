@@ -147,6 +147,9 @@ def test_data_and_start_in_a_bucket(tmp_path, bucket):
   [
     ({}, "", "argument path=DIR is missing, the folder that prepare_data files wrote"),
     ({}, "path=nowhere", "no prepared data set in nowhere; write one with prepare_data files"),
+    ({}, "path=~/data", "argument path=~/data: the shell leaves the ~ of ~/data as it is behind a =; give /"),
+    ({"train": 9}, "path=DATA,from=~/sd", "from=~/sd should be the workdir of a run: the shell leaves the ~ of ~/sd"),
+    ({"train": 9}, "path=DATA,from=", "argument 'from' has no value; write it as from=WORKDIR"),
     ({"train": 7}, "path=DATA", "has 7 pairs in split train, fewer than the smallest batch, 8"),
     ({"val": 7}, "path=DATA", "no split train in .*, only val; write one"),
     ({"train": 9}, "path=DATA,from=nowhere", "argument from=nowhere should be the workdir of a run"),
@@ -171,6 +174,16 @@ def test_a_damaged_set(tmp_path, split):
   (tmp_path / "dataset_info.json").write_text(f'{{"splits": [{split}]}}')
   with pytest.raises(ValueError, match="dataset_info.json is damaged: .*; prepare the data set again"):
     own.get_config(f"path={tmp_path}")
+
+
+@pytest.mark.parametrize(
+  "card", [{"captions": 3}, {"captions": [["a"]]}, {"splits": []}, {"splits": {"train": {"caption_words": 9}}}]
+)
+def test_a_damaged_card(tmp_path, card):
+  path = prepared(tmp_path / "data", train=9)
+  (path / "card.json").write_text(json.dumps(card))
+  with pytest.raises(ValueError, match="card.json is damaged: .*; write it again with prepare_data card --data="):
+    own.get_config(f"path={path}")
 
 
 def test_no_jax_and_what_it_says_is_logged(tmp_path):
