@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import os
 import pathlib
 import posixpath
@@ -67,7 +68,9 @@ class SamplesPart:
   truncated: bool = False
 
   def identity(self) -> list[Any]:
-    return [self.name, self.samples[0].key, self.samples[-1].key, len(self.samples), *self.fields]
+    # Of all of them, since a caption in the middle of a table may be mended before the same command is run again.
+    digest = hashlib.blake2b(repr(list(self.samples)).encode(), digest_size=16).hexdigest()
+    return [self.name, len(self.samples), digest, *self.fields]
 
   def few(self, count: int) -> Iterator[RawPair]:
     """At most so many of them, from all over the part."""

@@ -232,6 +232,23 @@ def test_captions_that_were_asked_for_are_the_only_ones(tmp_path, kind):
   ]
 
 
+@pytest.mark.parametrize("change", ["nothing", "caption", "metadata", "file"])
+def test_a_preparation_is_resumed_with_the_same_captions_alone(tmp_path, change):
+  """Killed when its first part was written, and begun again with another caption in the middle of the table."""
+  source, table = tmp_path / "raw", rows(5)
+  for i in range(6):
+    put(source / "images" / f"{i}.png", picture(i))
+  put(source / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in table))
+  (part,) = pictures.find_parts(source, Asked(held_out=0.0))
+  before = part.identity()
+  table[2] |= {"caption": {"text": "mended"}, "metadata": {"stars": 99}, "file": {"file_name": "images/5.png"}}.get(
+    change, {}
+  )
+  put(source / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in table))
+  (part,) = pictures.find_parts(source, Asked(held_out=0.0))
+  assert (part.identity() == before) == (change == "nothing")
+
+
 def test_a_table_whose_rows_end_in_a_comma(tmp_path):
   put(tmp_path / "raw" / "0.png", picture(0))
   put(tmp_path / "raw" / "metadata.csv", 'file_name,text\n0.png,"a ""red"", \nstar", \n')
