@@ -90,6 +90,7 @@ def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> di
     ValueError: no run there.
   """
   try:
+    buckets.check(path)
     fields = read_fields(path)
     put_network(config, fields)
   except (OSError, UserError, ValueError, KeyError, TypeError) as error:
@@ -113,8 +114,12 @@ def num_pairs(path: str) -> dict[str, int]:
   """Split -> pairs of a set that prepare_data wrote.
 
   Raises:
-    ValueError: none there, or one without split `train`.
+    ValueError: none there, or one without split `train`; or no path that can be read.
   """
+  try:
+    buckets.check(path)
+  except UserError as error:
+    raise ValueError(f"argument path={path}: {error}") from error
   splits = read_prepared(path, "dataset_info.json").get("splits", ())
   try:
     found = {split["name"]: sum(map(int, split["shardLengths"])) for split in splits}

@@ -47,6 +47,8 @@ PROMPTS = 8
 def get_config(arg: str = "") -> ConfigDict:
   # `from` is a word of Python's own.
   args = common.parse_arg(arg, **{"path": "", "from": "", "autoencoder": False, "memory": 24, "size": 0})
+  if "from=" in arg.split(","):  # a variable of the shell that is not set; a run from scratch would begin
+    raise ValueError("argument 'from' has no value; write it as from=WORKDIR")
   if not args.path:
     raise ValueError("argument path=DIR is missing, the folder that prepare_data files wrote")
   pairs = common.num_pairs(args.path)
@@ -68,7 +70,12 @@ def get_config(arg: str = "") -> ConfigDict:
     fine_tune(config, args.memory)
   else:
     train_from_scratch(config)
-  config.sample_prompts = prompts(args.path)
+  try:
+    config.sample_prompts = prompts(args.path)
+    say_cut(config, args.path, start)
+  except (AttributeError, TypeError) as error:
+    card = f"{args.path}/card.json is damaged: {error!r}"
+    raise ValueError(f"{card}; write it again with prepare_data card --data={args.path}") from error
   if pairs.get("val"):
     data = dict(name="pairs", path=args.path, split="val", image_size=config.image_size)
     config.evals = {"held_out": common.held_out_loss(data)}
@@ -164,6 +171,19 @@ def fine_tune(config: ConfigDict, memory: int) -> None:
     f" (optim.accumulate={config.optim.accumulate}), rematerialisation, {average}, first moment in"
     f" {config.optim.first_moment}"
   )
+
+
+def say_cut(config: ConfigDict, path: str, start: str) -> None:
+  """Says so where captions are longer than what is read of them, by the set's card."""
+  split = common.read_prepared(path, "card.json").get("splits", {}).get("train", {})
+  # A word is one token or more, and start and end of the text are one each.
+  words, read = split.get("caption_words", {}), config.data.max_length - 2
+  if words.get("most", 0) > read:
+    more = "" if start == "pretrained" else "; data.max_length and model.text_encoder.max_length, both, set how many"
+    common.say(
+      f"own: captions of up to {words['most']:,} words (median {words['median']:,}), of which the first {read} tokens"
+      f" are read{more}"
+    )
 
 
 def prompts(path: str) -> tuple[str, ...]:

@@ -182,6 +182,8 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
   if not file:
     if not prompts:
       raise UserError('no prompt; give --prompt="a red star" (may be repeated) or --prompts_file')
+    if not_utf8 := [prompt for prompt in prompts if not _is_utf8(prompt)]:
+      raise UserError(f"--prompt={not_utf8[0]!r:.100} is not in UTF-8; give it so, or in --prompts_file")
     return list(prompts)
   try:
     with open(file, "rb") as opened:  # which may be a pipe, or a device without end
@@ -195,6 +197,15 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[str]:
   if not found:
     raise UserError(f"no prompt in --prompts_file={file}; it should hold one a line")
   return found
+
+
+def _is_utf8(text: str) -> bool:
+  """Whether a text of the command line can be written: its bytes may have been of another encoding."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
 
 
 def read_noise(file: str) -> np.ndarray:

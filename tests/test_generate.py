@@ -165,6 +165,7 @@ def test_prompts(tmp_path):
     ([], "a\0b", "cannot read --prompts_file"),
     ([], None, "no prompt; give"),
     (["a star"], "prompts.txt", "give one of them"),
+    (["a star", "W\udcfcrfel"], None, "--prompt='W.udcfcrfel' is not in UTF-8; give it so, or in --prompts_file"),
     ([], "empty.txt", "no prompt in"),
     ([], "absent.txt", "cannot read --prompts_file"),
     ([], "latin.txt", "cannot read --prompts_file"),

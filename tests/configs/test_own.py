@@ -96,6 +96,21 @@ def test_each_choice_is_said_in_a_line(tmp_path, stable_diffusion, said):
   assert said[-1].startswith("own: no split val")
 
 
+def test_captions_that_are_longer_than_what_is_read_of_them(tmp_path, stable_diffusion, said):
+  path = prepared(tmp_path / "data", train=475, val=25)
+  for most in (30, 31, 75, 76):
+    words = {"least": 1, "median": 9, "most": most}
+    (path / "card.json").write_text(json.dumps({"captions": ["x"], "splits": {"train": {"caption_words": words}}}))
+    for start, read in (("", 30), (f",from={stable_diffusion}", 75)):
+      said.clear()
+      config = own.get_config(f"path={path}{start}")
+      lines = [line for line in said if f"captions of up to {most} words (median 9), of which the first {read}" in line]
+      assert len(lines) == (most > read)
+      if lines and not start:  # the two fields that it names can be set
+        config.data.max_length = config.model.text_encoder.max_length = 77
+        assert Run.of(config).data.max_length == 77 and lines[0].endswith("both, set how many")
+
+
 def test_what_is_held_out_decides_on_the_best_checkpoint(tmp_path):
   path = prepared(tmp_path / "data", train=475, val=25)
   run = Run.of(own.get_config(f"path={path}"))
@@ -132,6 +147,9 @@ def test_data_and_start_in_a_bucket(tmp_path, bucket):
   [
     ({}, "", "argument path=DIR is missing, the folder that prepare_data files wrote"),
     ({}, "path=nowhere", "no prepared data set in nowhere; write one with prepare_data files"),
+    ({}, "path=~/data", "argument path=~/data: the shell leaves the ~ of ~/data as it is behind a =; give /"),
+    ({"train": 9}, "path=DATA,from=~/sd", "from=~/sd should be the workdir of a run: the shell leaves the ~ of ~/sd"),
+    ({"train": 9}, "path=DATA,from=", "argument 'from' has no value; write it as from=WORKDIR"),
     ({"train": 7}, "path=DATA", "has 7 pairs in split train, fewer than the smallest batch, 8"),
     ({"val": 7}, "path=DATA", "no split train in .*, only val; write one"),
     ({"train": 9}, "path=DATA,from=nowhere", "argument from=nowhere should be the workdir of a run"),
@@ -156,6 +174,16 @@ def test_a_damaged_set(tmp_path, split):
   (tmp_path / "dataset_info.json").write_text(f'{{"splits": [{split}]}}')
   with pytest.raises(ValueError, match="dataset_info.json is damaged: .*; prepare the data set again"):
     own.get_config(f"path={tmp_path}")
+
+
+@pytest.mark.parametrize(
+  "card", [{"captions": 3}, {"captions": [["a"]]}, {"splits": []}, {"splits": {"train": {"caption_words": 9}}}]
+)
+def test_a_damaged_card(tmp_path, card):
+  path = prepared(tmp_path / "data", train=9)
+  (path / "card.json").write_text(json.dumps(card))
+  with pytest.raises(ValueError, match="card.json is damaged: .*; write it again with prepare_data card --data="):
+    own.get_config(f"path={path}")
 
 
 def test_no_jax_and_what_it_says_is_logged(tmp_path):

@@ -123,8 +123,7 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     for split, parts in self._parts.items():
       self.reports[split], shards = self._shards(parts, duplicates)
       if not shards:
-        reasons = self.reports[split].reasons() or "no pairs in it"
-        raise UserError(f"no usable pair in split {split}: {reasons}")
+        raise UserError(f"no usable pair in split {split}: {_none_usable(self.reports[split])}")
       infos.append(self._link(split, shards))
       metadata[split] = dataclasses.asdict(self.reports[split])
     for name, facts in self._stage.facts().items():
@@ -173,6 +172,13 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
       num_bytes=sum(shard.path.stat().st_size for shard in shards),
       filename_template=template,
     )
+
+
+def _none_usable(report: Report) -> str:
+  if not report.first_skipped:
+    return "no pairs in it"
+  key = next(iter(report.first_skipped.values()))[0]
+  return f"{report.reasons()}, the first {key!r:.100}; mend these, or take them out of --source"
 
 
 def _copy_without(path: pathlib.Path, out: pathlib.Path, dropped: set[int]) -> list[str]:

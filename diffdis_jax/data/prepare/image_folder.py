@@ -31,7 +31,7 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   """
   parts.check_folder(source, "a folder of class folders")
   children = sorted(_folders(source))
-  splits = {path.name: path for path in children if path.name in SPLITS}
+  splits = {path.name.lower(): path for path in children if path.name.lower() in SPLITS}
   # A class may be called `test`: only where all folders are splits are they taken for such.
   if splits and len(splits) < len(children):
     raise UserError(f"{source} mixes splits and classes: {', '.join(path.name for path in children[:10])}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from diffdis_jax.data import records
@@ -14,6 +14,7 @@ from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.errors import UserError
 
 CAPTIONS = ("caption", "text")  # columns, of which the first that is there counts
+SEVERAL = "captions"  # the field of a record whose texts are its captions, whatever else it has
 HELD_OUT = 0.05
 
 
@@ -64,7 +65,7 @@ def pair_of(key: str, image: bytes | None, captions: Sequence[bytes | str], fiel
   raw = [text for text in raw if text.strip()]
   fields = dict(fields)
   if len(raw) > 1:
-    fields["captions"] = [records.read_caption(text) for text in raw]
+    fields[SEVERAL] = [records.read_caption(text) for text in raw]
   metadata = parts.encode(json.dumps(fields, ensure_ascii=False))
   return RawPair(key, image, raw[0] if raw else None, metadata)
 
@@ -77,6 +78,13 @@ def caption_fields(where: str, columns: Mapping[str, Any] | Sequence[str], asked
     what = f"column {missing[0]}" if missing else f"column {' or '.join(CAPTIONS)}"
     raise UserError(f"{where} has no {what}; name those with captions by --caption_fields, of {', '.join(columns)}")
   return asked.caption_fields or tuple(usual)
+
+
+def other_fields(names: Iterable[str], captions: Sequence[str], asked: Asked) -> tuple[str, ...]:
+  """The fields that become metadata: without the captions, and without what training would take instead of those that
+  were asked for."""
+  left_out = {*captions, SEVERAL} if asked.caption_fields else {*captions}
+  return tuple(name for name in names if name not in left_out)
 
 
 def is_plain(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 | what lies there, at any depth | captions |
 |---|---|
-| dataset_dict.json or state.json, as datasets' save_to_disk writes | columns of the arrow files (tables.py) |
+| not deeper, dataset_dict.json or state.json of datasets' save_to_disk | columns of the arrow files (tables.py) |
 | metadata.jsonl or metadata.csv, as Hugging Face's ImageFolder reads | columns beside `file_name` |
 | x.jpg, .jpeg, .png or .webp | x.txt or x.caption beside it |
 | x.parquet, as img2dataset or datasets write | columns (tables.py) |
@@ -57,11 +57,11 @@ def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
   parts.check_folder(source, f"a folder of {LAYOUTS}")
   names = list(parts.names_below(source))
   there = {posixpath.basename(name) for name in names}
-  if there & {*ON_DISK}:
+  if {*names} & {*ON_DISK}:
     found = tables.on_disk(source, asked)
   elif there & {*side_by_side.TABLES}:
     found = side_by_side.by_table(source, names, asked)
-  elif any(is_text(name) for name in names) and any(is_picture(name) for name in names):
+  elif side_by_side.has_pair(names):  # of one name: beside tables may lie a LICENSE.txt and a picture of its README
     found = side_by_side.beside(source, names, asked)
   elif any(name.endswith(".tar") for name in names):  # beside which img2dataset puts parquet files without images
     raise UserError(f"{source} holds tars; prepare_data pairs reads those")
@@ -112,12 +112,16 @@ def _cut(source: pathlib.Path, found: Sequence[Pairs], held_out: float) -> list[
   chosen: list[set[int]] = [set() for _ in found]
   if held_out and "train" in splits and "val" not in splits:
     of_train = [i for i, split in enumerate(splits) if split == "train"]
-    if (count := sum(len(keys[i]) for i in of_train)) < 2:
-      there = "one pair" if count else "no pair"
-      raise UserError(f"{source} has {there}; give at least two, of which one is held out, or --held_out=0")
+    count = sum(len(keys[i]) for i in of_train)
     hashes = {(i, place): _hash(keys[i][place]) for i in of_train for place in found[i].whole}
-    held = [where for where, value in hashes.items() if value < held_out] or sorted(hashes, key=hashes.__getitem__)[:1]
-    for i, place in held:
+    if count < 2 or len(hashes) == 1:
+      there = "one pair" if count else "no pair"
+      there += " with picture and caption" if count > 1 else ""
+      raise UserError(f"{source} has {there}; give at least two, of which one is held out, or --held_out=0")
+    in_order = sorted(hashes, key=hashes.__getitem__)
+    # One at least, and one at least stays.
+    held = [where for where in in_order if hashes[where] < held_out] or in_order[:1]
+    for i, place in held[: len(in_order) - 1]:
       chosen[i].add(place)
   by_split: dict[str, list[Part]] = {}
   for held in (False, True):
@@ -137,7 +141,14 @@ def _hash(key: str) -> float:
 
 
 def _nothing(source: pathlib.Path, names: Sequence[str]) -> UserError:
+  saved = next((name for name in names if posixpath.basename(name) in ON_DISK), "")
+  if saved and any(name.endswith(".arrow") for name in names):
+    return UserError(f"what save_to_disk wrote lies in {source / posixpath.dirname(saved)}; give that as --source")
   pictures, texts = (sum(map(is_one, names)) for is_one in (is_picture, is_text))
+  if pictures and texts:
+    return UserError(
+      f"{source} has {pictures} pictures and {texts} captions, none for the other; put x.txt into the folder of x.jpg"
+    )
   if pictures:
     return UserError(f"{source} has {pictures} pictures and no caption; put x.txt or x.caption beside x.jpg")
   if texts:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import os
 import pathlib
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.data import records, tars
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.card import spread
 from diffdis_jax.data.prepare.image_folder import SPLITS
-from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, pair_of
+from diffdis_jax.data.prepare.own_pairs import SEVERAL, Asked, Pairs, caption_fields, is_plain, other_fields, pair_of
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.data.records import MOST_TEXT_BYTES, TOO_LARGE, Unusable, read_file
@@ -49,9 +51,9 @@ class Sample:
 
   @property
   def folder(self) -> str:
-    """The first one of its path; empty where it lies in none."""
+    """The first one of its path, in lower case; empty where it lies in none."""
     first, slash, _ = self.key.partition("/")
-    return first if slash else ""
+    return first.lower() if slash else ""
 
 
 @dataclasses.dataclass
@@ -66,7 +68,9 @@ class SamplesPart:
   truncated: bool = False
 
   def identity(self) -> list[Any]:
-    return [self.name, self.samples[0].key, self.samples[-1].key, len(self.samples), *self.fields]
+    # Of all of them, since a caption in the middle of a table may be mended before the same command is run again.
+    digest = hashlib.blake2b(repr(list(self.samples)).encode(), digest_size=16).hexdigest()
+    return [self.name, len(self.samples), digest, *self.fields]
 
   def few(self, count: int) -> Iterator[RawPair]:
     """At most so many of them, from all over the part."""
@@ -79,6 +83,8 @@ class SamplesPart:
         image = read_file(self.root / sample.image, within=self.root) if sample.image else None
         texts = [self._text(each) for each in sample.captions] if sample.is_file else sample.captions
         more = records.read_metadata(self._text(sample.metadata_file)) if sample.metadata_file else {}
+        if self.fields:  # those of the captions that were asked for
+          more.pop(SEVERAL, None)
         yield pair_of(sample.key, image, texts, {**sample.metadata, **more})
       except Unusable as error:
         yield RawPair(sample.key, refused=str(error))
@@ -114,14 +120,14 @@ class Samples:
 
 def _by_split(root: pathlib.Path, samples: Sequence[Sample], fields: tuple[str, ...]) -> list[Pairs]:
   """By the first folder, where all whole pairs lie in one that is called as a split. What lies elsewhere then, such as
-  a README.txt, is counted in one of these."""
+  a README.txt or a folder `test` without captions, is counted in one of these."""
   whole = {sample.folder for sample in samples if sample.is_whole}
   if not whole or not whole <= SPLITS:
     return [Samples("train", root, samples, fields)]
   elsewhere = "train" if "train" in whole else min(whole)
   by_split: dict[str, list[Sample]] = {}
   for sample in samples:
-    by_split.setdefault(sample.folder if sample.folder in SPLITS else elsewhere, []).append(sample)
+    by_split.setdefault(sample.folder if sample.folder in whole else elsewhere, []).append(sample)
   return [Samples(split, root, of_split, fields) for split, of_split in sorted(by_split.items())]
 
 
@@ -161,6 +167,7 @@ def by_table(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[P
   """Rows of metadata.jsonl and metadata.csv, each of the pictures below it."""
   samples: dict[str, Sample] = {}
   fields: tuple[str, ...] = ()
+  there = {*names}
   for table in (name for name in names if posixpath.basename(name) in TABLES):
     fields = asked.caption_fields
     for number, row in enumerate(_rows(source / table)):
@@ -169,13 +176,14 @@ def by_table(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[P
       name, folder = row.get(FILE_NAME), posixpath.dirname(table)
       if not isinstance(name, str) or not name:
         raise UserError(f"{source / table}, row {number + 1} has no {FILE_NAME}; its columns are {', '.join(row)}")
-      key = posixpath.normpath(posixpath.join(folder, name))
+      key = _written_otherwise(posixpath.normpath(posixpath.join(folder, name)), there)
       if key.startswith(("../", "/")) or not _is_file_name(key):
         raise UserError(f"{source / table} names {name}, which is no picture below {source}")
       if key in samples:
         raise UserError(f"{source / table} has {name} twice; give each picture one row")
-      other = {field: value for field, value in row.items() if field not in (FILE_NAME, *fields) and is_plain(value)}
-      samples[key] = Sample(key, key, tuple(records.texts_of(row, fields)), metadata=other)
+      others = other_fields((field for field, value in row.items() if is_plain(value)), (FILE_NAME, *fields), asked)
+      texts = tuple(records.texts_of(row, fields))
+      samples[key] = Sample(key, key, texts, metadata={field: row[field] for field in others})
   # A picture that no row names is counted, as a pair without a caption.
   rest = [Sample(name, name) for name in names if is_picture(name) and name not in samples]
   if not samples:
@@ -183,17 +191,21 @@ def by_table(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[P
   return _by_split(source, [*samples.values(), *rest], fields)
 
 
+def _written_otherwise(name: str, there: Collection[str]) -> str:
+  """The file that a table of another system means, if there is none of this name: Windows parts folders by a backslash,
+  and macOS writes an accent as a character of its own."""
+  if name in there:
+    return name
+  slashes = posixpath.normpath(name.replace("\\", "/"))
+  forms = (unicodedata.normalize(form, each) for each in (name, slashes) for form in ("NFC", "NFD"))
+  return next((each for each in (slashes, *forms) if each in there), name)
+
+
 def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   """Raises UserError: the table cannot be read."""
   parts.check_plain(path)
   if path.suffix == ".csv":
-    csv.field_size_limit(MOST_TEXT_BYTES)  # instead of 131,072 characters
-    try:
-      with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        for row in csv.DictReader(parts.lines_of(file, path)):
-          yield {name: value for name, value in row.items() if name is not None}
-    except csv.Error as error:
-      raise UserError(f"{path} is no table of comma-separated values: {error}") from error
+    yield from _rows_of_csv(path)
     return
   with open(path, "rb") as file:
     for number, line in enumerate(parts.lines_of(file, path), 1):
@@ -202,6 +214,30 @@ def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict):
           raise UserError(f"{path}, line {number} should be a JSON object with {FILE_NAME} and a caption")
         yield row
+
+
+def _rows_of_csv(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  csv.field_size_limit(MOST_TEXT_BYTES)  # instead of 131,072 characters
+  first = 1  # line of a row, which goes over several where a quoted text does
+  try:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+      # Strictly: a quote without its end would make one caption of all rows that follow.
+      rows = csv.DictReader(parts.lines_of(file, path), strict=True)
+      first += bool(rows.fieldnames)
+      for row in rows:
+        more: Any = row.pop(None, ())  # under no name
+        if any(value.strip() for value in more):
+          raise UserError(
+            f"{path}, line {rows.line_num} has more values than the first line has names; put quotes around a text with"
+            " a comma in it"
+          )
+        first = rows.line_num + 1
+        yield row
+  except csv.Error as error:
+    raise UserError(
+      f"{path} is no table of comma-separated values: {error}, from line {first} on; a quoted text ends in a quote, and"
+      " has two for each one in it"
+    ) from error
 
 
 def _is_file_name(name: str) -> bool:
@@ -214,6 +250,12 @@ def _is_file_name(name: str) -> bool:
 
 def _ending(name: str) -> str:
   return posixpath.splitext(name)[1][1:].lower()
+
+
+def has_pair(names: Sequence[str]) -> bool:
+  """Whether there is a picture with a caption beside it."""
+  keys = [{posixpath.splitext(name)[0] for name in names if is_one(name)} for is_one in (is_picture, is_text)]
+  return bool(keys[0] & keys[1])
 
 
 def is_picture(name: str) -> bool:

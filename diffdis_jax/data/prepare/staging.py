@@ -207,9 +207,14 @@ def _reading(part: Part) -> Iterator[Any]:
     yield from part
   except OSError as error:
     raise UserError(
-      f"cannot read part {part.name} of --source: {error.strerror or error}; nothing is lost: put it right and run the"
-      " same command again"
+      f"cannot read part {part.name} of --source: {error.strerror or error}{_of(error)}; nothing is lost: put it right"
+      " and run the same command again"
     ) from error
+
+
+def _of(error: OSError) -> str:
+  """Its file, where it says one."""
+  return f" ({str(error.filename)!r})" if error.strerror and error.filename else ""
 
 
 def write_all(stage: Stage, parts: Sequence[Part], *, num_processes: int, beam_options: Sequence[str] = ()) -> None:

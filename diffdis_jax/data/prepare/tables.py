@@ -18,7 +18,7 @@ from typing import Any
 from diffdis_jax.common.files import leads_out
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.image_folder import SPLITS
-from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, pair_of
+from diffdis_jax.data.prepare.own_pairs import Asked, Pairs, caption_fields, is_plain, other_fields, pair_of
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.data.records import MOST_BYTES, TOO_LARGE, Unusable, texts_of
@@ -144,7 +144,7 @@ def _below(source: pathlib.Path, name: str) -> pathlib.Path:
 def _split_of(name: str) -> str:
   """`train` of data/train-00000-of-00001.parquet, or the folder's name; img2dataset's 00000.parquet is `train`."""
   words = [re.split(r"[-_.]", posixpath.basename(name))[0], posixpath.basename(posixpath.dirname(name))]
-  return next((word for word in words if word in SPLITS), "train")
+  return next((word for word in map(str.lower, words) if word in SPLITS), "train")
 
 
 def _table(path: pathlib.Path, split: str, name: str, asked: Asked) -> Table:
@@ -171,7 +171,7 @@ def _columns(path: pathlib.Path, schema: Any, asked: Asked) -> Columns:
       f" {', '.join(schema.names) or 'none'}"
     )
   captions = caption_fields(str(path), schema.names, asked)
-  return Columns(image, captions, tuple(name for name in schema.names if name not in (*images, *captions)))
+  return Columns(image, captions, other_fields((name for name in schema.names if name not in images), captions, asked))
 
 
 def _is_image(kind: Any) -> bool:

@@ -90,6 +90,16 @@ def test_class_folders(tmp_path):
     image_folder.find_parts(tmp_path / "raw")
 
 
+def test_splits_in_capitals_are_no_classes(tmp_path):
+  for name in ("Train/cat", "TEST/cat"):
+    put(tmp_path / name / "a.png", picture(0))
+  found = {part.split: [pair.caption for pair in part] for part in image_folder.find_parts(tmp_path)}
+  assert found == {"train": [b"cat"], "test": [b"cat"]}
+  put(tmp_path / "train" / "dog" / "a.png", picture(0))
+  with pytest.raises(UserError, match="mixes splits and classes: TEST, Train, train"):
+    image_folder.find_parts(tmp_path)
+
+
 def test_what_an_editor_or_a_system_hides_is_no_class_and_no_image(tmp_path):
   for name in ("cat/1.png", "dog/1.png", "cat/._1.png", ".ipynb_checkpoints/1.png", "__MACOSX/cat/1.png"):
     put(tmp_path / "alone" / name, picture(0))

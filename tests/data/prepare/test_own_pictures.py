@@ -76,8 +76,29 @@ def test_what_is_held_out_stays_so(tmp_path):
   assert [reports[split].pairs for split in ("train", "val")] == [1, 1]
 
 
-def test_folders_that_are_splits_stay_splits(tmp_path):
-  for split in ("train", "validation", "test"):
+def test_one_pair_stays_in_train_whatever_is_held_out(tmp_path):
+  """The hashes of both are below a half."""
+  for name in ("50", "51"):
+    put(tmp_path / "raw" / f"{name}.png", picture(int(name)))
+    put(tmp_path / "raw" / f"{name}.txt", "x")
+  reports = prepared(tmp_path / "raw", tmp_path / "out", held_out=0.5)
+  assert {split: report.pairs for split, report in reports.items()} == {"train": 1, "val": 1}
+
+
+def test_a_held_out_pair_that_cannot_be_used_is_named(tmp_path):
+  """Of ten the one that is held out: the message says which."""
+  source = beside(tmp_path / "raw", 10)
+  (part,) = [part for part in pictures.find_parts(source, Asked()) if part.split == "val"]
+  (held,) = part
+  put(source / f"{held.key}.png", "no image")
+  message = f"no usable pair in split val: 1 with corrupt image, the first '{held.key}'; mend these, or take them out"
+  with pytest.raises(UserError, match=message):
+    prepared(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("names", [("train", "validation", "test"), ("Train", "Validation", "TEST")])
+def test_folders_that_are_splits_stay_splits(tmp_path, names):
+  for split in names:
     beside(tmp_path / "raw" / split, 4)
   reports = prepared(tmp_path / "raw", tmp_path / "out")
   assert {split: report.pairs for split, report in reports.items()} == {"train": 4, "val": 4, "test": 4}
@@ -97,6 +118,32 @@ def test_a_file_beside_folders_that_are_splits_mixes_none_of_them(tmp_path, stra
   assert {split: report.pairs for split, report in reports.items()} == {"train": 4, "val": 4}
   lacks = {} if table and stray.endswith(".txt") else {f"missing {'caption' if stray.endswith('.png') else 'image'}": 1}
   assert reports["train"].skipped == lacks and not reports["val"].skipped
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_a_split_without_captions_hinders_no_other(tmp_path, table):
+  """As competitions publish their test images."""
+  source = beside(tmp_path / "raw" / "train", 4).parent
+  put(source / "test" / "0.png", picture(0))
+  if table:
+    put(source / "metadata.csv", "file_name,text\n" + "".join(f"train/set{i % 2}/{i:03d}.png,x\n" for i in range(4)))
+  reports = prepared(source, tmp_path / "out", held_out=0.0)
+  assert {split: (each.pairs, each.skipped) for split, each in reports.items()} == {
+    "train": (4, {"missing caption": 1})
+  }
+
+
+def test_a_picture_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+  source, read_bytes = beside(tmp_path / "raw"), pathlib.Path.read_bytes
+
+  def failing(path):
+    if path.name == "003.png":
+      raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    return read_bytes(path)
+
+  monkeypatch.setattr(pathlib.Path, "read_bytes", failing)
+  with pytest.raises(UserError, match="cannot read part .* of --source: Permission denied .'.*003.png'.; nothing is"):
+    prepared(source, tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
@@ -150,6 +197,65 @@ def test_hugging_faces_metadata(tmp_path, kind):
   assert set(captions(tmp_path / "out", "train", "val").values()) == {f"picture {i}" for i in range(COUNT)}
 
 
+@pytest.mark.parametrize("name", ["images\\e\u0301.png", "images/\u00e9.png", "images/e\u0301.png"])
+def test_a_table_of_another_system_names_its_files_otherwise(tmp_path, name):
+  """Windows' backslash; and é as one character, or as macOS writes it, with an accent of its own."""
+  for stored in ("\u00e9", "e\u0301"):
+    source = tmp_path / stored
+    put(source / "images" / f"{stored}.png", picture(0))
+    put(source / "metadata.csv", f"file_name,text\n{name},x\n")
+    reports = prepared(source, tmp_path / f"{stored}.out", held_out=0.0)
+    assert (reports["train"].pairs, reports["train"].skipped) == (1, {})
+    assert captions(tmp_path / f"{stored}.out", "train") == {f"images/{stored}.png": "x"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "beside"])
+def test_captions_that_were_asked_for_are_the_only_ones(tmp_path, kind):
+  """Training samples from a record's field `captions`, where it has that."""
+  source, others = tmp_path / "raw", ["long one", "long two"]
+  for i in range(4):
+    if kind != "parquet":
+      put(source / f"{i}.png", picture(i))
+    if kind == "beside":
+      put(source / f"{i}.txt", "short")
+      put(source / f"{i}.json", json.dumps({"captions": others, "stars": i}))
+  if kind == "jsonl":
+    table = [{"file_name": f"{i}.png", "short": "short", "captions": others, "stars": i} for i in range(4)]
+    put(source / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in table))
+  elif kind == "parquet":
+    pictures_of = [picture(i) for i in range(4)]
+    put(source / "0.parquet", columns(image=pictures_of, short=["short"] * 4, captions=[others] * 4, stars=range(4)))
+  prepared(source, tmp_path / "out", held_out=0.0, caption_fields=("txt" if kind == "beside" else "short",))
+  found = load(tmp_path / "out", "train")
+  assert [(each["caption"], each.get("captions"), each["stars"]) for each in found] == [
+    ("short", None, i) for i in range(4)
+  ]
+
+
+@pytest.mark.parametrize("change", ["nothing", "caption", "metadata", "file"])
+def test_a_preparation_is_resumed_with_the_same_captions_alone(tmp_path, change):
+  """Killed when its first part was written, and begun again with another caption in the middle of the table."""
+  source, table = tmp_path / "raw", rows(5)
+  for i in range(6):
+    put(source / "images" / f"{i}.png", picture(i))
+  put(source / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in table))
+  (part,) = pictures.find_parts(source, Asked(held_out=0.0))
+  before = part.identity()
+  table[2] |= {"caption": {"text": "mended"}, "metadata": {"stars": 99}, "file": {"file_name": "images/5.png"}}.get(
+    change, {}
+  )
+  put(source / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in table))
+  (part,) = pictures.find_parts(source, Asked(held_out=0.0))
+  assert (part.identity() == before) == (change == "nothing")
+
+
+def test_a_table_whose_rows_end_in_a_comma(tmp_path):
+  put(tmp_path / "raw" / "0.png", picture(0))
+  put(tmp_path / "raw" / "metadata.csv", 'file_name,text\n0.png,"a ""red"", \nstar", \n')
+  prepared(tmp_path / "raw", tmp_path / "out", held_out=0.0)
+  assert captions(tmp_path / "out", "train") == {"0.png": 'a "red", \nstar'}
+
+
 def write_table(path: pathlib.Path, kind: str, count: int = COUNT) -> None:
   data = [picture(i) for i in range(count)]
   names = [f"picture {i}" for i in range(count)]
@@ -194,6 +300,15 @@ def test_datasets_parquet_has_its_own_splits(tmp_path):
   first = load(tmp_path / "out", "val")[0]
   assert first["captions"] == ["picture 0", "a picture 0"]
   assert first["key"] == "data/validation-00000-of-00001-0123abcd/0"
+
+
+def test_tables_with_a_licence_and_a_picture_beside_them(tmp_path):
+  write_table(tmp_path / "raw" / "data" / "Train-00000-of-00001.parquet", "datasets")
+  write_table(tmp_path / "raw" / "data" / "Test-00000-of-00001.parquet", "datasets", 5)
+  put(tmp_path / "raw" / "LICENSE.txt", "a licence")
+  put(tmp_path / "raw" / "assets" / "banner.png", picture(0))
+  reports = prepared(tmp_path / "raw", tmp_path / "out", held_out=0.0)
+  assert {split: report.pairs for split, report in reports.items()} == {"train": COUNT, "test": 5}
 
 
 def test_a_part_of_a_split_that_datasets_saved(tmp_path):
@@ -249,16 +364,25 @@ def columns(**values) -> bytes:
   [
     ({}, {}, "no pictures in .*raw; --source is a folder of x.jpg with x.txt"),
     ({"a.png": picture(0)}, {}, "has 1 pictures and no caption; put x.txt or x.caption beside x.jpg"),
+    ({"a/a.png": b"", "b/a.txt": b"a"}, {}, "1 pictures and 1 captions, none for the other; put x.txt into the folder"),
     ({"a.txt": b"a"}, {}, "has 1 captions and no picture; put x.jpg, .png or .webp beside x.txt"),
     ({"0.tar": b""}, {}, "holds tars; prepare_data pairs reads those"),
     ({"0.tar": b"", "0.parquet": columns(url=["x"])}, {}, "holds tars; prepare_data pairs reads those"),
     ({"a.png": picture(0), "a.txt": b"a"}, {}, "has one pair; give at least two, .* or --held_out=0"),
+    (
+      {"a.png": picture(0), "a.txt": b"a", "b.png": b""},
+      {},
+      "has one pair with picture and caption; give at least two",
+    ),
     ({"a.png": picture(0), "a.jpg": picture(1), "a.txt": b"a"}, {}, "a.jpg and a.png, two files for image of one key"),
     ({"a.png": picture(0), "a.txt": b"a"}, {"caption_fields": ("title",)}, "--caption_fields has title; captions lie"),
     ({"metadata.jsonl": b'{"text": "a"}\n'}, {}, "row 1 has no file_name; its columns are text"),
     ({"metadata.jsonl": b'{"file_name": "a.png"}\n'}, {}, "has no column caption or text; name those"),
     ({"metadata.jsonl": b"{\n"}, {}, "metadata.jsonl, line 1 is not JSON"),
     ({"metadata.csv": b"file_name,text\na.png,a\na.png,b\n"}, {}, "has a.png twice; give each picture one row"),
+    ({"metadata.csv": b"file_name,text\na.png,a\nb.png,a, b\n"}, {}, "line 3 has more values .*; put quotes around"),
+    ({"metadata.csv": b'file_name,text\na.png,a\nb.png,"a\nc.png,c\n'}, {}, "unexpected end of data, from line 3 on"),
+    ({"metadata.csv": b'file_name,text\na.png,"a "b" c"\n'}, {}, "from line 2 on; a quoted text ends in a quote, and"),
     ({"metadata.csv": b"file_name,text\n../a.png,a\n"}, {}, "names ../a.png, which is no picture below"),
     ({"metadata.jsonl": b'{"file_name": "\\ud800.png", "text": "a"}'}, {}, "names .*, which is no picture below"),
     ({"metadata.csv": b"file_name,text\n"}, {}, "has no rows; each is a file_name and a caption"),
@@ -272,6 +396,7 @@ def columns(**values) -> bytes:
     ({"dataset_dict.json": b'{"splits": [1]}'}, {}, "is not as datasets' save_to_disk writes it"),
     ({"state.json": b'{"_data_files": ["a.arrow"]}'}, {}, "is not as datasets' save_to_disk writes it"),
     ({"state.json": b'{"_data_files": []}'}, {}, "has no arrow files; write it again by save_to_disk"),
+    ({"a/state.json": b"{}", "a/a.arrow": b"x"}, {}, "what save_to_disk wrote lies in .*raw/a; give that as --source"),
     ({"state.json": b'{"_data_files": [{"filename": "a.arrow"}]}', "a.arrow": b"x"}, {}, "a.arrow cannot be read"),
   ],
 )
