@@ -19,7 +19,7 @@ class folders are numbers such as n01440764: imagenet_names=F.json is a list of 
 the folders' own names are the classes. held_out=DIR is what prepare_data cc3m wrote: the losses on its split `val`
 show whether the run overfits.
 
-With inception=F, the weights of FID's network (docs/evaluation.md), and fid=DIR, a prepared set with captions and a
+With inception=F, the weights of FID's network (docs/fid.md), and fid=DIR, a prepared set with captions and a
 split `val` such as COCO 2014, it measures FID and KID of 1,000 images too: enough to see a run go wrong, too few to
 compare with the paper.
 

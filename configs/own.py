@@ -122,7 +122,8 @@ def set_length(config: ConfigDict, pairs: dict[str, int], start: str) -> None:
   held_out = f", {pairs['val']:,} held out" if pairs.get("val") else ""
   common.say(f"own: {train:,} pairs{held_out}: batch_size {size}, at most an eighth of them")
   passes = config.num_steps * size / train
-  common.say(f"own: {config.num_steps:,} steps, {passes:.0f} passes over the pairs; a tenth of them is warm-up")
+  warmup = config.optim.warmup_steps
+  common.say(f"own: {config.num_steps:,} steps, {passes:.0f} passes over the pairs; {warmup:,} of them are warm-up")
 
 
 def to_autoencoder(config: ConfigDict) -> None:

@@ -198,6 +198,9 @@ def test_command_line(run, environment, tmp_path):
   bad = call("generate", environment, *to)
   assert bad.returncode == 2 and not (tmp_path / "out").exists()
   assert bad.stderr == 'error: no prompt; give --prompt="a red star" (may be repeated) or --prompts_file\n'
+  for flag in ("--steps=1000", "--guidance=-1.0"):
+    bad = call("generate", environment, *to, "--prompt=a red star", flag)
+    assert bad.returncode == 2 and bad.stderr.startswith(f"error: flag {flag}: ") and bad.stderr.count("\n") == 1
   flags = ["--prompt=a red star", "--prompt=a ring, blue", "--steps=3", "--seed=4", "--noema", "--best_of=2"]
   flags += [f"--failures={tmp_path}/failures.png"]
   good = call("generate", environment, *to, *flags, own_process=True)

@@ -45,6 +45,14 @@ def test_the_same_as_json(run):
   assert found["starts"] >= 1 and found["steps_per_sec"] > 0 and found["age"] >= 0
 
 
+def test_a_run_in_one_file_stands_at_the_step_of_its_weights():
+  assert status("emoji-small") == (
+    0,
+    "finished\nstep 1,200 of 1,200\nlast checkpoint: step 1,200\nno device-hours known; starts: 0\n",
+    "",
+  )
+
+
 @pytest.mark.parametrize(
   "arguments, message", [([], "write status RUN"), (["a", "b"], "write status RUN"), (["nowhere"], "nowhere")]
 )

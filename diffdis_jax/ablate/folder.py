@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -50,6 +51,18 @@ class State:
     if self.is_trained:
       return "to measure"
     return f"step {self.step} of {self.num_steps}" if self.step else "missing"
+
+
+def to_do(plan: Plan, states: Mapping[Run, State]) -> set[Run]:
+  """The runs of a plan that are left: rows that are not finished, and what these start from. A start has no results of
+  its own, so that it is not missed where those of all its rows are."""
+  found: set[Run] = set()
+  for run in {run for runs in plan.rows.values() for run in runs}:
+    each: Run | None = run
+    while each is not None and not states[each].is_finished:
+      found.add(each)
+      each = each.start
+  return found
 
 
 class Folder:

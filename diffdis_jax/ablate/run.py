@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from diffdis_jax import config as run_config
-from diffdis_jax.ablate.folder import Folder
+from diffdis_jax.ablate.folder import Folder, to_do
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.common import buckets, signals
 from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
@@ -139,7 +139,9 @@ def run_all(
       logging.error("run %d, %s: failed with code %d: %s; log in %s", number, run.name, code, _last_words(log), log)
 
   with _Children().listening() as children:
-    left = [number for number in numbers if not folder.state(plan.runs[number]).is_finished]
+    # Of all runs, whichever are asked for: a start is done where any row still needs it.
+    wanted = to_do(plan, {run: folder.state(run) for run in plan.runs})
+    left = [number for number in numbers if plan.runs[number] in wanted]
     # All of a wave before any of the next one: a run starts from the last checkpoint of one before it.
     for wave in _waves(plan, left):
       ready = []

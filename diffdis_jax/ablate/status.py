@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffdis_jax.ablate.folder import Folder, State
+from diffdis_jax.ablate.folder import Folder, State, to_do
 from diffdis_jax.ablate.plan import Plan, Run
 
 
@@ -26,7 +26,8 @@ def lines(plan: Plan, folder: Folder, step_seconds: float | None) -> list[str]:
     for number, run in enumerate(plan.runs)
   ]
   found += ["", *_rows(plan), ""]
-  left = [run for run in plan.runs if not states[run].is_finished]
+  wanted = to_do(plan, states)
+  left = [run for run in plan.runs if run in wanted]
   known = [_steps(states[run]) * each / 3600 for run in left if (each := seconds[run]) is not None]
   said = f"{sum(known):.2f} hours of steps left, without starts and evaluations"
   if unknown := len(left) - len(known):

@@ -12,6 +12,7 @@ from PIL import Image, TiffImagePlugin
 
 # torchvision's ImageFolder's, and GIF. JPEG includes MPO, a JPEG with a second picture that some cameras write.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+ENDINGS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm"})  # of their files
 MAX_PIXELS = 2**26  # 67 million, 8192 x 8192: the largest photographs of ImageNet have 61
 MAX_SIDE = 2**16 - 1  # pixels, the most that a JPEG can have
 

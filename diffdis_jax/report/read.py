@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from diffdis_jax import config as run_config
-from diffdis_jax.common import buckets, files
+from diffdis_jax.common import buckets, files, one_file
 from diffdis_jax.errors import UserError
 from diffdis_jax.report import curves
 from diffdis_jax.run import committed, history
@@ -49,8 +49,8 @@ class Run:
 
   @property
   def step(self) -> int:
-    """The last one that was reported; 0 before the first."""
-    return max((int(curve.steps[-1]) for curve in self.curves.values()), default=0)
+    """The last one that was reported, or else saved; 0 before the first."""
+    return max((int(curve.steps[-1]) for curve in self.curves.values()), default=max(self.checkpoints, default=0))
 
 
 def read(path: str, name: str) -> Run:
@@ -86,6 +86,8 @@ def _grids(folder: epath.Path) -> dict[str, list[tuple[int, epath.Path]]]:
 
 
 def _checkpoints(path: str) -> dict[int, dict[str, float]]:
+  if (file := one_file.at(path)) is not None:
+    return {one_file.read_record(file).step: {}}
   folder, found = committed.folder(path), {}
   for step in committed.committed_steps(folder):
     try:

@@ -16,7 +16,7 @@ from etils import epath
 from diffdis_jax import config as run_config
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import run as running
-from diffdis_jax.ablate import tables
+from diffdis_jax.ablate import status, tables
 from diffdis_jax.ablate.folder import Folder, State, seconds_per_step
 from diffdis_jax.errors import Interrupted, Preempted, UserError
 from diffdis_jax.run import workdir
@@ -162,6 +162,18 @@ def test_results_alone_are_a_finished_run(plan, tmp_path):
   running.run(run, folder, train=fail, measure=fail)
   assert folder.state(run).is_finished and folder.state(run).words == "finished"
   assert not folder.state(other).is_finished and folder.state(first).words == "missing"
+
+
+def test_a_start_that_no_row_needs_any_more_is_not_trained_again(plan, tmp_path):
+  """Where the results of all its rows are, whether or not its workdir is."""
+  folder, begun = Folder(tmp_path), tmp_path / "begun"
+  synthetic.write(folder, plan.runs[1], {})
+  lines = {number: f"open({str(begun)!r}, 'a').write('{number} ')" for number in range(3)}
+  assert running.run_all(plan, [0, 1, 2], folder, script(lines)) == 0 and begun.read_text() == "0 2 "
+  assert status.lines(plan, folder, None)[-1].startswith("3 runs, 1 finished")
+  synthetic.write(folder, plan.runs[2], {})
+  assert running.run_all(plan, [0, 1, 2], folder, script(lines)) == 0 and begun.read_text() == "0 2 "
+  assert status.lines(plan, folder, None)[-1] == "3 runs, 3 finished"
 
 
 def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):

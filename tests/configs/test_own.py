@@ -91,9 +91,13 @@ def test_each_choice_is_said_in_a_line(tmp_path, stable_diffusion, said):
     "own: 742 steps",
     f"own: memory=24 GB: {32 // parts} images of 512 px at a time (optim.accumulate={parts})",
   ]
+  assert said[1].endswith("; 74 of them are warm-up") and config.optim.warmup_steps == 74
   said.clear()
   own.get_config(f"path={prepared(tmp_path / 'other', train=475)}")
   assert said[-1].startswith("own: no split val")
+  said.clear()
+  config = own.get_config(f"path={prepared(tmp_path / 'large', train=10**6)}")
+  assert config.num_steps == 40_000 and said[1].endswith("; 1,000 of them are warm-up")
 
 
 def test_captions_that_are_longer_than_what_is_read_of_them(tmp_path, stable_diffusion, said):

@@ -6,12 +6,12 @@ import json
 import pathlib
 from collections.abc import Iterable, Iterator
 
+from diffdis_jax.data import image_files
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.parts import Item, Part
 from diffdis_jax.errors import UserError
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
@@ -44,12 +44,16 @@ def find_parts(source: pathlib.Path) -> list[Part]:
     for label, name in enumerate(classes):
       metadata = json.dumps({"label": label, "class": name}, ensure_ascii=False)
       there = parts.names_below(root / name) if (root / name).is_dir() else ()  # a split may lack a class
-      images = sorted(path for path in (root / name / file for file in there) if path.suffix.lower() in ENDINGS)
+      images = sorted(path for path in (root / name / file for file in there) if _is_image(path))
       items += [Item(str(path.relative_to(source)), name.replace("_", " "), metadata) for path in images]
     found += parts.files(items, split=split, root=source)
   if not found:
     raise UserError(f"no images in class folders in {source}; it should hold CLASS/IMAGE.jpg or train/CLASS/IMAGE.jpg")
   return found
+
+
+def _is_image(path: pathlib.Path) -> bool:
+  return path.suffix[1:].lower() in image_files.ENDINGS
 
 
 def _folders(folder: pathlib.Path) -> Iterator[pathlib.Path]:

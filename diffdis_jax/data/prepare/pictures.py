@@ -4,7 +4,7 @@
 |---|---|
 | not deeper, dataset_dict.json or state.json of datasets' save_to_disk | columns of the arrow files (tables.py) |
 | metadata.jsonl or metadata.csv, as Hugging Face's ImageFolder reads | columns beside `file_name` |
-| x.jpg, .jpeg, .png or .webp | x.txt or x.caption beside it |
+| x.jpg, .png or any of image_files.ENDINGS | x.txt or x.caption beside it |
 | x.parquet, as img2dataset or datasets write | columns (tables.py) |
 
 Splits that the source names stay, `validation` and `valid` as `val`. Where none is `val`, a share of `train` is held

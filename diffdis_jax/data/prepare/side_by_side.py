@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from diffdis_jax.data import records, tars
+from diffdis_jax.data import image_files, records, tars
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.card import spread
 from diffdis_jax.data.prepare.image_folder import SPLITS
@@ -132,12 +132,12 @@ def _by_split(root: pathlib.Path, samples: Sequence[Sample], fields: tuple[str, 
 
 
 def beside(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Pairs]:
-  """x.jpg with x.txt or x.caption; x.json beside them is its metadata."""
+  """x.jpg, or any of image_files.ENDINGS, with x.txt or x.caption; x.json beside them is its metadata."""
   endings = asked.caption_fields or TEXTS
   if unknown := {*endings} - {*TEXTS}:
     raise UserError(f"--caption_fields has {min(unknown)}; captions lie in files here, so it is some of txt,caption")
   found: dict[str, dict[str, str]] = {}
-  for name in names:
+  for name in sorted(names, key=_is_of_a_rare_format):  # last, so that each finds the others of its key
     ending = _ending(name)
     field = "image" if is_picture(name) else ending
     if field not in ("image", "json", *endings):
@@ -145,6 +145,8 @@ def beside(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Pai
     sample = found.setdefault(posixpath.splitext(name)[0], {})
     # Without --caption_fields either ending will do, and both are one caption too many.
     field = "caption" if field in TEXTS and not asked.caption_fields else field
+    if _is_of_a_rare_format(name) and "image" in sample and not _is_of_a_rare_format(sample["image"]):
+      continue  # x.tif, of which x.jpg was made
     if field in sample:
       raise UserError(f"{source} has {sample[field]} and {name}, two files for {field} of one key; keep one")
     sample[field] = name
@@ -259,7 +261,12 @@ def has_pair(names: Sequence[str]) -> bool:
 
 
 def is_picture(name: str) -> bool:
-  return _ending(name) in tars.IMAGE_ENDINGS
+  return _ending(name) in image_files.ENDINGS
+
+
+def _is_of_a_rare_format(name: str) -> bool:
+  """Whether it is a picture of another format than those of webdataset tars."""
+  return is_picture(name) and _ending(name) not in tars.IMAGE_ENDINGS
 
 
 def is_text(name: str) -> bool:

@@ -81,10 +81,11 @@ def test_class_folders(tmp_path):
   for split, name in (("train", "polar_bear"), ("train", "cat"), ("val", "cat")):
     put(tmp_path / "raw" / split / name / "a.PNG", picture(0))
     put(tmp_path / "raw" / split / name / "notes.txt", b"")
+  put(tmp_path / "raw" / "val" / "cat" / "b.ppm", picture(1, "PPM"))
   builder.prepare(image_folder.find_parts(tmp_path / "raw"), tmp_path / "out", builder=image_folder.ImageFolder)
   described = [(r["caption"], r["class"], r["label"], r["key"]) for r in load(tmp_path / "out", "train")]
   assert described == [("cat", "cat", 0, "train/cat/a.PNG"), ("polar bear", "polar_bear", 1, "train/polar_bear/a.PNG")]
-  assert len(load(tmp_path / "out", "val")) == 1
+  assert len(load(tmp_path / "out", "val")) == 2
   (tmp_path / "raw" / "dog").mkdir()
   with pytest.raises(UserError, match="mixes splits and classes: dog, train, val"):
     image_folder.find_parts(tmp_path / "raw")

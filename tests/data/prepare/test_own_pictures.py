@@ -171,6 +171,22 @@ def test_several_captions_by_their_endings(tmp_path):
   assert all(each["captions"] == [f"another {each['key']}", f"one {each['key']}"] for each in records)
 
 
+@pytest.mark.parametrize("kind, ending", [("GIF", "gif"), ("BMP", "BMP"), ("TIFF", "tif"), ("PPM", "ppm")])
+def test_pictures_of_every_format(tmp_path, kind, ending):
+  source = tmp_path / "raw"
+  for i in range(4):
+    put(source / f"{i}.{ending}", picture(i, kind))
+    put(source / f"{i}.txt", f"picture {i}")
+  put(source / "0.jpg", picture(9, "JPEG"))  # made of the other, and read in its place
+  reports = prepared(source, tmp_path / "out", held_out=0.0)
+  assert reports["train"].pairs == 4 and not reports["train"].skipped
+  stored = {record["key"]: record["image"] for record in load(tmp_path / "out", "train")}
+  assert stored == {"0": picture(9, "JPEG"), **{f"{i}": picture(i, kind) for i in range(1, 4)}}
+  put(source / "1.pgm", picture(1, "PPM"))
+  with pytest.raises(UserError, match="two files for image of one key; keep one"):
+    pictures.find_parts(source, Asked())
+
+
 def rows(count: int = COUNT) -> list[dict]:
   return [{"file_name": f"images/{i}.png", "text": f"picture {i}", "short": f"{i}", "stars": i} for i in range(count)]
 
