@@ -222,8 +222,13 @@ def _describe(array: jax.ShapeDtypeStruct | None) -> str:
 
 
 def _read(path: epath.Path, handler: Any, args: Any) -> Any:
+  # Each process by itself: else all of them meet at the end of each item, and one that reads again, since its storage was
+  # away, would come there more often than the others.
+  own = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+
   def restore() -> Any:
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
       return checkpointer.restore(path, args=args)
 
   return _guard(path, restore)

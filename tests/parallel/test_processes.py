@@ -125,7 +125,7 @@ from absl import flags
 import jax, numpy as np
 from jax import monitoring
 from orbax import checkpoint as ocp
-from diffdis_jax.common import cli
+from diffdis_jax.common import cli, storage
 from diffdis_jax.parallel import processes, programs, sharding
 from diffdis_jax.run import restore, workdir
 from diffdis_jax.errors import UserError
@@ -214,6 +214,16 @@ def main(_):
       return deserialize(self, infos, args)
 
     ocp.type_handlers.ArrayHandler.deserialize = counted
+    if not first:  # its storage is away for a moment, when it has read some of it
+      storage.PAUSE, read_json, tried = 0.1, ocp.JsonCheckpointHandler.restore, []
+
+      def wavering(self, *args, **kwargs):
+        tried.append(self)
+        if len(tried) == 1:
+          raise ConnectionError("away")
+        return read_json(self, *args, **kwargs)
+
+      ocp.JsonCheckpointHandler.restore = wavering
     resumed = restore.read_state(restore.find(WORKDIR.value), TrainState(params=params))
     assert resumed.meta["step"] == 1
     said = []
@@ -271,7 +281,8 @@ def test_two_processes_agree_and_share(tmp_path):
 
 
 def test_two_processes_read_once_what_both_need(tmp_path):
-  """Every bit of it; and where one of them alone reads what is damaged, both say so in the same line."""
+  """Every bit of it, also where one of them has to read again; and where one of them alone reads what is damaged, both
+  say so in the same line."""
   array = np.random.default_rng(0).normal(size=1 << 19).astype(np.float32)
   array[:3] = -0.0, np.inf, np.uint32(0x7FC12345).view(np.float32)
   params = {"a": array, "b": -array, "c": array.astype(jax.numpy.bfloat16), "d": array[:9]}
