@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
-from etils import epath
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
@@ -306,7 +305,7 @@ def check_shared(workdir: str) -> None:
     except OSError as error:
       reason = str(error.strerror or error)
   written = bool(from_first(np.uint8(not reason)))
-  seen = gathered(np.uint8(written and _appears(nonce)))
+  seen = gathered(np.uint8(written and shows(nonce.exists)))
   if is_first() and written:
     nonce.unlink()
     if new and not seen.all() and not buckets.is_url(path):
@@ -321,9 +320,10 @@ def check_shared(workdir: str) -> None:
     )
 
 
-def _appears(path: epath.Path) -> bool:
+def shows(look: Callable[[], bool]) -> bool:
+  """Whether `look` finds what another host has written, in as many seconds as a shared file system may take."""
   deadline = time.monotonic() + _VISIBILITY
-  while not path.exists():
+  while not look():
     if time.monotonic() > deadline:
       return False
     time.sleep(0.2)

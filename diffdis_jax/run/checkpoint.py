@@ -176,7 +176,7 @@ class Checkpointer:
     Raises:
       UserError: no such checkpoint, or one that is damaged or does not fit `abstract`.
     """
-    return restore.read_state(restore.find(self._workdir, step), abstract, data_iterator)
+    return restore.read_state(restore.find_shown(self._workdir, step), abstract, data_iterator)
 
   def _write_digests(self) -> None:
     """Called by Orbax before it writes the commit mark."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from etils import epath
 from orbax import checkpoint as ocp
 
@@ -59,7 +60,7 @@ class Chosen(NamedTuple):
 
 
 def choose(workdir: epath.PathLike, step: int | None, *, ema: bool) -> Chosen:
-  """What `restore_params` takes for these wishes.
+  """What `restore_params` takes for these wishes; the same on every process, each of which makes the call.
 
   Raises:
     UserError: there is no such checkpoint, or its save was interrupted.
@@ -67,8 +68,37 @@ def choose(workdir: epath.PathLike, step: int | None, *, ema: bool) -> Chosen:
   if (file := one_file.at(workdir)) is not None:
     there = one_file.check(file, step, ema=ema)
     return Chosen(there.step, there.ema)
-  saved = find(workdir, step)
+  saved = find(workdir, _same_for_all(workdir, step))
   return Chosen(int(saved.name), ema and (saved / "ema").exists())
+
+
+def _same_for_all(workdir: epath.PathLike, step: int | None) -> int | None:
+  """The step to read, of several processes the one that the first finds: a run that still trains may save another
+  between two looks, and each of them reads a part of the same one. Raises UserError: as `find`."""
+  if jax.process_count() == 1:
+    return step
+  found = step or 0
+
+  def look() -> None:
+    nonlocal found
+    found = int(find(workdir, step).name)
+
+  processes.on_first(look)
+  found = int(processes.from_first(np.int32(found)))
+  _wait_until_shown(workdir, found)
+  return found
+
+
+def find_shown(workdir: epath.PathLike, step: int) -> epath.Path:
+  """As `find`, of a step that process 0 has found."""
+  _wait_until_shown(workdir, step)
+  return find(workdir, step)
+
+
+def _wait_until_shown(workdir: epath.PathLike, step: int) -> None:
+  """A shared file system may show a checkpoint to one process later than to another."""
+  if jax.process_count() > 1:
+    processes.shows(lambda: step in committed.committed_steps(committed.folder(workdir)))
 
 
 def read_state(path: epath.Path, abstract: TrainState, data_iterator: Any = None) -> Restored:
@@ -91,7 +121,7 @@ def read_state(path: epath.Path, abstract: TrainState, data_iterator: Any = None
 def restore_params(
   workdir: epath.PathLike, *, step: int | None = None, ema: bool = True, abstract: Params | None = None
 ) -> Params:
-  """Parameters of a run, for use without its optimizer.
+  """Parameters of a run, for use without its optimizer. Every process makes the call.
 
   Args:
     workdir: folder of the run.
@@ -105,7 +135,7 @@ def restore_params(
   if (file := one_file.at(workdir)) is not None:
     one_file.check(file, step, ema=ema)
     return _placed(file, one_file.read_params(file), abstract)
-  path = find(workdir, step)
+  path = find(workdir, _same_for_all(workdir, step))
   if not ema:
     return _checked(path, ("params",), lambda: _read_tree(path / "params", abstract))
   # Averages too where there are none now: their folder may be what is missing.
@@ -222,8 +252,8 @@ def _describe(array: jax.ShapeDtypeStruct | None) -> str:
 
 
 def _read(path: epath.Path, handler: Any, args: Any) -> Any:
-  # Each process by itself: else all of them meet at the end of each item, and one that reads again, since its storage was
-  # away, would come there more often than the others.
+  # Each process by itself: else all of them meet at the end of each item, and one that reads again, since its storage
+  # was away, would come there more often than the others.
   own = jax.process_index()
   alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
 

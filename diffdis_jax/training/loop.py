@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
@@ -78,7 +79,8 @@ def train_and_evaluate(
     evaluator = make_evaluator(run, inference)
     selection = trainer.plug.selection(run) if trainer.plug.selection else None
     facts.log(trainer)
-    begins = committed.latest_step(path) is None
+    # As process 0 sees it: what follows is the same on all.
+    begins = bool(processes.from_first(np.uint8(committed.latest_step(path) is None)))
     if begins:
       start.find_initial(run.init_from, trainer)
     prepared.check(begins=begins)

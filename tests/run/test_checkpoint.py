@@ -23,6 +23,7 @@ from orbax import checkpoint as ocp
 from diffdis_jax.common import storage
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import processes
 from diffdis_jax.run import checkpoint, committed, digests, restore
 from diffdis_jax.structs import TrainState
 
@@ -403,3 +404,36 @@ def test_what_is_no_number_is_never_the_best(tmp_path, best_is):
   assert committed.committed_steps(committed.folder(tmp_path)) == [1, 4]
   best = checkpoint.best(tmp_path, kept)
   assert best is not None and (best.step, best.value) == (1, first)
+
+
+def make_second(monkeypatch, found: int) -> None:
+  """Makes this process the second of two, of which the first has found the checkpoint of this step."""
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes, "is_first", lambda: False)
+  monkeypatch.setattr(processes, "first_message", lambda mine: mine)
+  monkeypatch.setattr(processes, "from_first", lambda mine: np.asarray(found))
+
+
+def test_all_processes_read_the_checkpoint_that_the_first_finds(tmp_path, monkeypatch):
+  """Of a run that has saved another one before the second looks."""
+  save(tmp_path, 1, 2, keep_last=2)
+  make_second(monkeypatch, found=1)
+  assert restore.choose(tmp_path, None, ema=True) == (1, True)
+  assert_same_bits(restore.restore_params(tmp_path, ema=False), make_state(1).params)
+
+
+def test_a_checkpoint_that_a_shared_disk_shows_later_is_waited_for(tmp_path, monkeypatch):
+  save(tmp_path, 1)
+  looks, look = [], committed.committed_steps
+
+  def late(folder):
+    looks.append(folder)
+    return look(folder) if len(looks) > 2 else []
+
+  with checkpoint.Checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patched:
+    make_second(patched, found=1)
+    patched.setattr(committed, "committed_steps", late)
+    restored = checkpointer.restore(1, abstract(make_state(), one_device))
+    assert_same_bits(restored.state.params, make_state(1).params)
+    looks.clear()
+    assert restore.choose(tmp_path, None, ema=False).step == 1
