@@ -31,7 +31,7 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from diffdis_jax.common import buckets, signals
-from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
+from diffdis_jax.errors import FULL_DISK, INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError, may_pass
 
 # Seconds after which a silent process is dead, and the others end; longer where a process may be silent while it waits
 # for a bucket.
@@ -292,6 +292,7 @@ def check_shared(workdir: str) -> None:
 
   Raises:
     UserError: the hosts do not share it, or it cannot be written; on every process.
+    OSError: it cannot be written now, or its disk is full; on process 0, whose end ends the others.
   """
   if jax.process_count() == 1:
     return
@@ -303,6 +304,8 @@ def check_shared(workdir: str) -> None:
       path.mkdir(parents=True, exist_ok=True)
       nonce.write_text("")
     except OSError as error:
+      if may_pass(error) or error.errno in FULL_DISK:  # on which a launcher starts the run again
+        raise
       reason = str(error.strerror or error)
   written = bool(from_first(np.uint8(not reason)))
   seen = gathered(np.uint8(written and shows(nonce.exists)))

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import logging
 from etils import epath
@@ -22,7 +22,7 @@ from etils import epath
 from diffdis_jax.common import buckets, guesses
 from diffdis_jax.common.files import sweep, write_whole
 from diffdis_jax.config.fields import SECTIONS, normalise, read_json_object
-from diffdis_jax.errors import UserError, parse_json
+from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
 from diffdis_jax.run import committed
 
 BEAT = 5.0  # seconds between two signs of life of the process that holds a workdir
@@ -55,6 +55,7 @@ def open_for_training(workdir: epath.PathLike, config: Mapping[str, Any], *, is_
 
   Raises:
     UserError: the folder cannot be made, or holds a run whose config differs in a field outside MAY_CHANGE.
+    OSError: it cannot be written now, or its disk is full.
   """
   path = buckets.path(workdir)
   replaced = check_config(workdir, config)
@@ -74,8 +75,16 @@ def open_for_training(workdir: epath.PathLike, config: Mapping[str, Any], *, is_
         )
       write_whole(path / "config.json", text.encode())
     except OSError as error:
-      raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+      _refuse(workdir, error)
   return path
+
+
+def _refuse(workdir: epath.PathLike, error: OSError) -> NoReturn:
+  """Where a workdir cannot be written. Raises UserError, or of what may pass, and of a full disk, the error itself, on
+  which a launcher starts the run again."""
+  if may_pass(error) or error.errno in FULL_DISK:
+    raise error
+  raise UserError(f"cannot write to --workdir={workdir}: {error.strerror or error}") from error
 
 
 def check_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> list[str]:
@@ -152,13 +161,13 @@ class Lock:
     self._beats = 0
 
   def __enter__(self) -> Lock:
-    """Raises InUse if a live process has the workdir, UserError if it cannot be written."""
+    """Raises InUse if a live process has the workdir, UserError if it cannot be written, OSError if not now."""
     try:
       self._file.parent.mkdir(parents=True, exist_ok=True)  # fails at once where there can be no folder
       self._wait_for_other()
       self._beat()
     except OSError as error:
-      raise UserError(f"cannot write to --workdir={self._workdir}: {error.strerror or error}") from error
+      _refuse(self._workdir, error)
     time.sleep(SETTLING_IN_A_BUCKET if buckets.is_url(self._file) else SETTLING)
     other = self._read() or {}
     if other.get("owner", self._own["owner"]) != self._own["owner"]:
@@ -169,8 +178,11 @@ class Lock:
   def __exit__(self, *_: object) -> None:
     self._done.set()
     self._thread.join()  # or a beat under way would write the file again
-    if (self._read() or {}).get("owner") == self._own["owner"]:
-      self._file.unlink(missing_ok=True)
+    try:
+      if (self._read() or {}).get("owner") == self._own["owner"]:
+        self._file.unlink(missing_ok=True)
+    except Exception as error:  # of a disk or a bucket, which must not take the place of why the run ended
+      logging.warning("cannot remove %s: %s", self._file, getattr(error, "strerror", None) or error)
 
   def _wait_for_other(self) -> None:
     first = other = self._read()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import fnmatch
 import json
 import os
@@ -12,6 +13,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from diffdis_jax.errors import Interrupted, Preempted, UserError
 from diffdis_jax.parallel import processes, sharding
@@ -361,6 +363,19 @@ def test_a_workdir_that_hosts_do_not_share(tmp_path):
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "is not shared" in line and "these hosts of 2 do not see: 1;" in line
   assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_cannot_be_written_now_is_no_bad_input(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes, "from_first", np.asarray)
+  monkeypatch.setattr(processes, "gathered", lambda mine: np.asarray([mine, mine]))
+
+  def away(path, **_):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+  monkeypatch.setattr(type(epath.Path(tmp_path)), "mkdir", away)
+  with pytest.raises(OSError, match="Stale file handle"):
+    processes.check_shared(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -161,3 +162,25 @@ def test_where_nothing_can_be_read_nothing_is_waited_for(tmp_path, monkeypatch):
   with pytest.raises(UserError, match="cannot write to --workdir=.*: Permission denied"), workdir.Lock(tmp_path):
     pass
   assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOSPC])
+def test_a_disk_that_may_be_well_the_next_time_is_no_bad_input(tmp_path, monkeypatch, number):
+  def fail(path, content):
+    raise OSError(number, os.strerror(number), str(path))
+
+  monkeypatch.setattr(workdir, "write_whole", fail)
+  with pytest.raises(OSError, match=os.strerror(number)), workdir.Lock(tmp_path):
+    pass
+  with pytest.raises(OSError, match=os.strerror(number)):
+    workdir.open_for_training(tmp_path, {})
+
+
+def test_a_lock_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch, caplog):
+  def fail(path, missing_ok=False):
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+  with pytest.raises(KeyError, match="the run's own"), workdir.Lock(tmp_path):
+    monkeypatch.setattr(type(workdir.epath.Path(tmp_path)), "unlink", fail)
+    raise KeyError("the run's own")
+  assert f"cannot remove {tmp_path}/lock.json: Input/output error" in caplog.text
