@@ -72,7 +72,7 @@ class Watchdog:
     clock: Callable[[], float] = time.monotonic,
   ):
     self._patience, self._board, self._end, self._clock = patience, board, end, clock
-    self._written = ""
+    self._written: str | None = None  # not known, of what a run before this one in the same process may have left
     self._durations: dict[str, collections.deque[float]] = {}
     self._doing: _Doing | None = None
     self._done = threading.Event()
@@ -123,6 +123,7 @@ class Watchdog:
   def _write(self, text: str) -> None:
     """That this process waits for storage, or no longer. A process that dies meanwhile ends the others by itself."""
     if self._board and text != self._written:
+      self._written = None  # the service may have it, and fail all the same
       with contextlib.suppress(RuntimeError):  # at the next look again
         self._board.write(text)
         self._written = text

@@ -162,3 +162,31 @@ def test_without_an_answer_of_the_others_a_step_hangs_as_before():
   boards[0].is_down = False
   pass_time(dogs, clock, 1)
   assert not any(boards[0].texts.values()), "written later, when it could be"
+
+
+def test_what_an_earlier_run_in_the_process_has_left_hides_no_hang():
+  _, boards, clock, said = make_pair()
+  boards[0].write("a save")
+  dogs = [Watchdog(60.0, board=board, end=end.append, clock=clock) for board, end in zip(boards, said, strict=True)]
+  for dog in dogs:
+    take(dog, clock, "a step", 1.0, 1.0)
+    dog.at("a step")
+  pass_time(dogs, clock, 70)
+  assert all(said)
+
+
+def test_what_is_written_though_the_service_fails_is_taken_back():
+  dogs, boards, clock, said = make_pair()
+  write = boards[0].write
+
+  def write_and_fail(text):
+    write(text)
+    if text:
+      raise RuntimeError("DEADLINE_EXCEEDED")
+
+  boards[0].write = write_and_fail
+  pass_time(dogs, clock, 100)
+  assert said == ([], [])
+  dogs[0].at("a step")
+  pass_time(dogs, clock, 150)
+  assert all(said)
