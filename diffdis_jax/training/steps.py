@@ -107,6 +107,8 @@ class Steps:
       # At steps that do not depend on when the run was stopped.
       if logs or step % run.save_every == 0:
         self._wait()
+        # Its lines go to the workdir, and what ends the run here waits for the save in progress.
+        tools.dog.at("a report", storage=True)
         if self._skipped.is_beyond(step):
           tools.checkpointer.wait()  # for the save that is still being written
           return self._skipped.back_from(step, tools.checkpointer.latest_step(), self._left_out)

@@ -10,7 +10,7 @@ import pytest
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import committed, watchdog
+from diffdis_jax.run import committed, watchdog, writers
 from diffdis_jax.training import evaluator, loop
 from diffdis_jax.training.steps import slowest_host
 from tests import steps, tiny
@@ -61,8 +61,19 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
       train()
   assert committed.latest_step(tmp_path) == 4 and failing.asked == [4, 4]
 
-  at = watchdog.Watchdog.at
-  monkeypatch.setattr(watchdog.Watchdog, "at", lambda dog, what, **how: (said.append(what), at(dog, what, **how))[1])
+  at, scalars, wait_for_storage, written = watchdog.Watchdog.at, writers.Writer.scalars, set(), set()
+
+  def say(dog, what, *, storage=False):
+    said.append(what)
+    wait_for_storage.update([what] if storage else [])
+    at(dog, what, storage=storage)
+
+  def write(writer, step, values):
+    written.add(said[-1])
+    scalars(writer, step, values)
+
+  monkeypatch.setattr(watchdog.Watchdog, "at", say)
+  monkeypatch.setattr(writers.Writer, "scalars", write)
   monkeypatch.setattr(loop, "make_evaluator", lambda *_: passing)
   train()
   assert passing.asked == [4] and committed.latest_step(tmp_path) == 6
@@ -71,5 +82,6 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   # One name for all waits for steps: else those before a save, which mostly follow a report, would be taken for short,
   # and the long one of a preemption for a hang.
   wait = "the steps since the last report"
-  assert {*said} - {wait} == {"the start", "an evaluation", "reading a batch", "a step", "a save"}
+  assert {*said} - {wait} == {"the start", "an evaluation", "reading a batch", "a step", "a report", "a save"}
+  assert wait_for_storage == {*said} - {wait, "a step"} and written == {"an evaluation", "a report"}
   assert all(before == "a step" for before, now in itertools.pairwise(said) if now == wait)
