@@ -14,6 +14,7 @@ from concurrent import futures
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -69,7 +70,7 @@ def run(
     UserError, Preempted: as `train` and `measure` do.
   """
   # Before its start: where the results are, no workdir has to be.
-  if folder.state(one).is_finished:
+  if _as_first_sees(lambda: folder.state(one).is_finished):
     return
   # The start first: a run begins from its last checkpoint.
   if one.start:
@@ -88,7 +89,7 @@ def run(
 
 def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
   """Does it, unless it is done; while another process has the workdir, waits for it."""
-  while not is_done():
+  while not _as_first_sees(is_done):
     try:
       action()
       return
@@ -98,6 +99,12 @@ def _when_free(is_done: Callable[[], bool], action: Callable[[], Any]) -> None:
         raise
       logging.info("waiting: %s", error)
       time.sleep(PATIENCE)
+
+
+def _as_first_sees(look: Callable[[], bool]) -> bool:
+  """What process 0 sees, on every process: a shared file system may show a new file to some of them later, and what
+  follows all do together."""
+  return bool(processes.from_first(np.uint8(look() if processes.is_first() else False)))
 
 
 def run_all(

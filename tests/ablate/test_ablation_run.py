@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from etils import epath
 
@@ -19,6 +20,7 @@ from diffdis_jax.ablate import run as running
 from diffdis_jax.ablate import status, tables
 from diffdis_jax.ablate.folder import Folder, State, seconds_per_step
 from diffdis_jax.errors import Interrupted, Preempted, UserError
+from diffdis_jax.parallel import processes
 from diffdis_jax.run import workdir
 from tests import tiny
 from tests.ablate import synthetic
@@ -174,6 +176,17 @@ def test_a_start_that_no_row_needs_any_more_is_not_trained_again(plan, tmp_path)
   synthetic.write(folder, plan.runs[2], {})
   assert running.run_all(plan, [0, 1, 2], folder, script(lines)) == 0 and begun.read_text() == "0 2 "
   assert status.lines(plan, folder, None)[-1] == "3 runs, 3 finished"
+
+
+def test_of_several_processes_the_first_says_what_is_done(plan, tmp_path, monkeypatch):
+  """Where another one does not see yet what was written on another host."""
+  monkeypatch.setattr(processes, "is_first", lambda: False)
+  monkeypatch.setattr(processes, "from_first", lambda mine: np.uint8(1))
+
+  def fail(*_):
+    raise AssertionError("trained or measured again")
+
+  running.run(plan.runs[1], Folder(tmp_path), train=fail, measure=fail)
 
 
 def test_sigterm_goes_on_to_the_run_and_ends_with_its_save(plan, tmp_path):
