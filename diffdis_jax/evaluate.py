@@ -187,6 +187,7 @@ def evaluate(
     UserError: bad settings, data or checkpoint, or kept records of other weights; before anything is measured.
   """
   made = _create(sections, check)
+  _check_same_on_all(sections)
   step, ema = restore.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, **protocol)
   common = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
@@ -220,6 +221,16 @@ def _create(sections: Sequence[Section], check: Callable[[str, base.Eval], None]
   for section, evaluation in made:
     check(section.dataset, evaluation)
   return made
+
+
+def _check_same_on_all(sections: Sequence[Section]) -> None:
+  """Raises UserError, on every process, where they measure different sets: one would wait for the others for ever."""
+  names = ", ".join(f"{section.task} on {section.dataset}" for section in sections)
+  if hosts := processes.differing(names):
+    raise UserError(
+      f"these hosts find other data sets than host 0: {', '.join(map(str, hosts))}; this host finds {names}; put the"
+      " same ones where every host finds them"
+    )
 
 
 def _measure(

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 import pytest
 
@@ -56,6 +57,13 @@ def test_records(tmp_path, monkeypatch, ema, kept):
     expected = {"steps": 1, "num_noise_samples": 2, "guidance": 1.0, "seed": 2, "num_images": 112, "checkpoint": 7}
     assert (expected | {"ema": ema and kept}).items() <= record["protocol"].items()
   assert json.loads(json.dumps(found)) == found
+
+
+def test_hosts_that_find_other_data_sets_are_named(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  monkeypatch.setattr(evaluate.processes, "gathered", lambda mine: np.array([7, mine, 7]))
+  with pytest.raises(UserError, match="other data sets than host 0: 1; this host finds zero_shot on a; put"):
+    evaluate.evaluate("run", [Section("a", "zero_shot", {"data": DATA})])
 
 
 def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):

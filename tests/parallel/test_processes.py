@@ -195,6 +195,7 @@ def main(_):
     assert processes.from_first(np.float32(7 - jax.process_index())) == 7
     assert processes.first_message("" if first else "of the second") == "of the second"
     assert processes.first_message("") == ""
+    assert processes.differing("a" if first else "b") == [1] and processes.differing("a") == []
     processes.check_shared(WORKDIR.value)
     board = processes.Board()
     assert board.others() == []
