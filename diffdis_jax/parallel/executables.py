@@ -97,6 +97,10 @@ class Kept:
       if not self.folder.given:
         return None
       raise _unreadable(file, error) from error
+    except Exception as error:  # of a bucket that is away
+      if self.folder.given or not may_pass(error):
+        raise
+      return None
     try:
       head, _, body = content.partition(b"\n")
       found = _key_of(head)

@@ -19,7 +19,6 @@ from absl import logging
 from etils import epath
 
 from diffdis_jax.common import buckets, files
-from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import executables, processes
 
 LONG = 2.0  # seconds: what took less the last time is not announced
@@ -169,8 +168,8 @@ def _times_file(name: str, args: Any) -> epath.Path | None:
 def _read(file: epath.Path | None) -> Times:
   try:
     return Times(**files.read_json(file)) if file is not None else Times()
-  except (OSError, UserError, TypeError):
-    # A file of another version, or half of one: nothing but a line of the log depends on it.
+  except Exception:
+    # A file of another version, half of one, or a bucket's answer: nothing but a line of the log depends on it.
     return Times()
 
 
@@ -179,7 +178,7 @@ def _write(file: epath.Path, times: Times) -> None:
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(file, json.dumps(dataclasses.asdict(times)).encode())
-  except OSError as error:
+  except Exception as error:
     logging.debug("no compile time kept: %s", error)
 
 

@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 
 from diffdis_jax.common import buckets
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, may_pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,9 @@ class Profiler:
             if path.name.endswith(kind):
               # By the number of the process: two on one machine would give one name by themselves.
               (out / f"host_{jax.process_index():03d}{kind}").write_bytes(path.read_bytes())
-      except OSError as error:  # which is worth no run
-        logging.warning("no profile: cannot write %s: %s", out, error.strerror or error)
+      except Exception as error:  # which is worth no run
+        if not (may_pass(error) or isinstance(error, OSError)):
+          raise
+        logging.warning("no profile: cannot write %s: %s", out, getattr(error, "strerror", None) or error)
         return
     logging.info("profile of %d steps from step %d on in %s", self._span.steps, self._span.start, out)

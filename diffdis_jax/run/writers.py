@@ -27,7 +27,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from diffdis_jax.common import buckets, files, progress
-from diffdis_jax.errors import FULL_DISK
+from diffdis_jax.errors import FULL_DISK, may_pass
 from diffdis_jax.run import history
 from diffdis_jax.run.trackers import Tracker
 
@@ -69,10 +69,10 @@ class Writer:
     try:
       file.parent.mkdir(parents=True, exist_ok=True)
       files.write_whole(file, buffer.getvalue())
-    except OSError as error:
-      if error.errno not in FULL_DISK:
+    except Exception as error:
+      if not (may_pass(error) or getattr(error, "errno", None) in FULL_DISK):
         raise
-      logging.warning("cannot write %s: %s; it is left out", file, error.strerror)
+      logging.warning("cannot write %s: %s; it is left out", file, getattr(error, "strerror", None) or error)
     height, width, channels = image.shape
     png = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=buffer.getvalue())
     self._write_values(step, [Summary.Value(tag=name, image=png)])

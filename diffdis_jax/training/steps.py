@@ -137,6 +137,7 @@ class Steps:
     self._totals = metrics if self._totals is None else jax.tree.map(jnp.add, self._totals, metrics)
     if self._profiler.after(step):
       jax.block_until_ready(metrics)
+      self._tools.dog.at("a profile", storage=True)
       with self._progress.paused():
         self._profiler.close()
 

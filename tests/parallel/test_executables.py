@@ -20,6 +20,7 @@ from diffdis_jax.parallel import executables, program_keys, programs, sharding
 from diffdis_jax.structs import Batch
 from diffdis_jax.training.prepared import Prepared
 from diffdis_jax.training.step import take_step
+from tests.bucket_faults import away
 from tests.steps import make_batch, make_config, make_mesh
 
 _ADDRESS = re.compile(r"0x[0-9a-f]+")
@@ -116,6 +117,13 @@ def test_damage_is_warned_of_in_a_given_folder_alone_and_compiled_again(tmp_path
       assert (file.read_bytes() == damaged) == given
     ahead(kept).compiled()
     assert ("loaded" in said.messages[-1]) != given
+
+
+def test_a_bucket_that_is_away_has_no_program(tmp_path, monkeypatch):
+  monkeypatch.setattr(type(epath.Path(tmp_path)), "read_bytes", away)
+  assert kept_in(tmp_path).read("the sum", (X,)) is None
+  with pytest.raises(Exception, match="no backend, 503"):
+    kept_in(tmp_path, given=True).read("the sum", (X,))
 
 
 def test_what_was_not_used_for_longest_makes_room(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from absl import logging
 from etils import epath
 
 from diffdis_jax.parallel import programs
+from tests.bucket_faults import away
 
 
 @pytest.fixture
@@ -172,3 +173,10 @@ def main(argv):
 
 cli.run(main)
 """
+
+
+def test_a_bucket_that_is_away_keeps_nothing_from_being_compiled(tmp_path, monkeypatch):
+  monkeypatch.setattr(programs.files, "read_json", away)
+  monkeypatch.setattr(programs.files, "write_whole", away)
+  programs._write(epath.Path(tmp_path) / "seconds.json", programs.Times(compiled=3.0))
+  assert programs._read(epath.Path(tmp_path) / "seconds.json") == programs.Times()

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import pytest
+from etils import epath
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import profile
+from tests.bucket_faults import away
 
 
 @pytest.mark.parametrize("text", ["", "5", "a:b", "0:3", "3:0", "-1:2", "2.5:1", "1:2:3"])
@@ -69,6 +72,15 @@ def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, caplog):
   assert [record.getMessage() for record in caplog.records] == [
     f"no profile: cannot write {tmp_path}/plugins/profile/step_00000001: Not a directory"
   ]
+
+
+def test_a_bucket_that_is_away_ends_no_run(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+  monkeypatch.setattr(type(epath.Path(tmp_path)), "mkdir", away)
+  profiler = profile.Profiler(profile.Span(1, 1), tmp_path, start_step=0)
+  profiler._folder = tempfile.TemporaryDirectory()
+  profiler.close()
+  assert caplog.messages == [f"no profile: cannot write {tmp_path}/plugins/profile/step_00000001: no backend, 503"]
 
 
 def test_steps_that_were_taken_before_are_not_traced(tmp_path, caplog):

@@ -16,6 +16,7 @@ from absl import logging
 from PIL import Image
 
 from diffdis_jax.run import trackers, writers
+from tests.bucket_faults import away
 
 
 def read_lines(path):
@@ -80,13 +81,16 @@ def test_image_is_a_png_whole_or_not_at_all(tmp_path):
   np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "samples_00000007.png")), image)
 
 
-def test_an_image_that_finds_a_full_disk_ends_no_run(tmp_path, monkeypatch, caplog):
+def test_an_image_that_finds_a_full_disk_or_no_bucket_ends_no_run(tmp_path, monkeypatch, caplog):
   writer, image = writers.open_writer(tmp_path, start_step=0, is_writer=True), np.zeros((4, 6, 3), np.uint8)
   failing = lambda code: lambda path, content: (_ for _ in ()).throw(OSError(code, os.strerror(code)))
   monkeypatch.setattr(writers.files, "write_whole", failing(errno.ENOSPC))
   writer.image(7, "samples", image)
   (said,) = [record.getMessage() for record in caplog.records]
   assert said == f"cannot write {tmp_path}/samples/samples_00000007.png: No space left on device; it is left out"
+  monkeypatch.setattr(writers.files, "write_whole", away)
+  writer.image(7, "samples", image)
+  assert caplog.messages[-1] == f"cannot write {tmp_path}/samples/samples_00000007.png: no backend, 503; it is left out"
   monkeypatch.setattr(writers.files, "write_whole", failing(errno.EACCES))
   with pytest.raises(PermissionError):
     writer.image(8, "samples", image)
