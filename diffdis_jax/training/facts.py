@@ -16,6 +16,8 @@ from clu import parameter_overview
 from diffdis_jax.common import buckets
 from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import describe
+from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import processes
 from diffdis_jax.run import provenance
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
@@ -50,6 +52,17 @@ def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
     "parameters": parameter_groups(trainer),
     "data": describe(trainer.run.data),
   }
+
+
+def check_same_on_all(run: Run) -> None:
+  """Raises UserError, on every process, where some hosts have other data than host 0, such as fewer records: each would
+  take its rows out of an order of its own."""
+  lines = describe(run.data)
+  if hosts := processes.differing("\n".join(lines)):
+    raise UserError(
+      f"these hosts have other data than host 0: {', '.join(map(str, hosts))}; here it is {'; '.join(lines)}; copy the"
+      " same to every host"
+    )
 
 
 def overview(trainer: Trainer) -> str:

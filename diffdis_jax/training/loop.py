@@ -79,6 +79,7 @@ def train_and_evaluate(
     evaluator = make_evaluator(run, inference)
     selection = trainer.plug.selection(run) if trainer.plug.selection else None
     facts.log(trainer)
+    facts.check_same_on_all(run)
     # As process 0 sees it: what follows is the same on all.
     begins = bool(processes.from_first(np.uint8(committed.latest_step(path) is None)))
     if begins:

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import shlex
 
+import jax
+import numpy as np
 import pytest
 from absl import logging
 
 from diffdis_jax import __main__ as main_module
 from diffdis_jax.config import Run
+from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import processes
 from diffdis_jax.training import facts
 from tests import tiny, tiny_clip
 
@@ -46,3 +50,13 @@ def test_a_finished_run_without_samples_names_none(tmp_path, caplog):
   logging.set_verbosity(logging.INFO)
   facts.log_end(Run.of(tiny.get_config()), str(tmp_path))
   assert caplog.messages[0] == f"finished at step 8: metrics in {tmp_path}/metrics.jsonl"
+
+
+def test_hosts_with_other_data_are_named(monkeypatch):
+  run = Run.of(tiny.get_config())
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  monkeypatch.setattr(processes, "gathered", lambda mine: np.array([mine, mine, 7]))
+  with pytest.raises(UserError, match="other data than host 0: 2; here it is shapes, split train; copy the same"):
+    facts.check_same_on_all(run)
+  monkeypatch.setattr(processes, "gathered", lambda mine: np.array([mine, mine, mine]))
+  facts.check_same_on_all(run)
