@@ -1,12 +1,13 @@
 # shellcheck shell=bash
 # Sourced by the launchers: one way to refuse a command line, and one rule for what an exit code asks for.
 #
-#   0    finished                    75             preempted after a save: start it again
-#   2    bad input: never again      130            interrupted by Ctrl-C: never again
+#   0    finished                    75, 143   preempted, 143 before there was anything to save: start it again
+#   2    bad input: never again      130       interrupted by Ctrl-C: never again
 #   anything else                    a crash or a dead host: again, unless it makes no progress
 
 MAX_RESTARTS=${MAX_RESTARTS:-3} # after crashes without a new checkpoint between them
 PREEMPTED=75
+TERMINATED=143
 BAD_INPUT=2
 INTERRUPTED=130
 
@@ -101,7 +102,7 @@ supervise() {
     if ((code == 0 || code == BAD_INPUT || code == INTERRUPTED)) || [[ ${stopping:-} ]]; then return "$code"; fi
     now=$("$progress")
     if ((now > reached)); then reached=$now crashes=0; fi
-    if ((code == PREEMPTED)); then
+    if ((code == PREEMPTED || code == TERMINATED)); then
       note "preempted; starting again"
     elif ((crashes >= MAX_RESTARTS)); then
       note "ended with code $code, and $MAX_RESTARTS restarts brought no new checkpoint; giving up"

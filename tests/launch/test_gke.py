@@ -104,7 +104,7 @@ def test_exit_codes_fail_restart_or_count(programs, given, restarts):
   jobset = applied(programs, MAX_RESTARTS=given)
   job = job_of(jobset)
   asked = {tuple(rule["onExitCodes"]["values"]): rule["action"] for rule in job["podFailurePolicy"]["rules"]}
-  assert asked == {(2, 130): "FailJob", (75,): "Ignore"}
+  assert asked == {(2, 130): "FailJob", (75, 143): "Ignore"}
   assert {rule["onExitCodes"]["containerName"] for rule in job["podFailurePolicy"]["rules"]} == {
     job["template"]["spec"]["containers"][0]["name"]
   }

@@ -122,9 +122,9 @@ def test_survives_a_crash_and_a_dead_host(launch, tmp_path, word):
 
 
 def test_starts_again_after_preemptions_without_counting_them(launch, tmp_path):
-  code, _, err = finish(launch("75 75", "--restarts", "0"))
-  assert (code, attempts(tmp_path)) == (0, 3)
-  assert err.count("preempted; starting again") == 2
+  code, _, err = finish(launch("75 143 75", "--restarts", "0"))
+  assert (code, attempts(tmp_path)) == (0, 4)
+  assert err.count("preempted; starting again") == 3
 
 
 @pytest.mark.parametrize("word", ["2", "130"])
