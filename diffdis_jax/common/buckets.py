@@ -37,6 +37,8 @@ _BUCKET = re.compile(r"gs://[^/]+")
 _HOME = re.compile(r"~[\w-]*(/|$)")
 _SESSIONS = 3  # that a large object may need
 EVERY = 30.0  # seconds between two copies of files that are appended to
+# Seconds between the tries of the last copy, after which none follows. gcsfs itself tries for half a minute each time.
+LAST_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
 
 def is_url(path: epath.PathLike) -> bool:
@@ -226,7 +228,14 @@ class Mirror:
     return all_there
 
   def close(self) -> None:
-    self.copy()
+    """Copies what is left, while a bucket that is away may come back."""
+    for pause in LAST_PAUSES:
+      if self.copy():
+        break
+      time.sleep(pause)
+    else:
+      if not self.copy():
+        logging.error("the last lines of %s could not be written", self._to)
     self._temporary.cleanup()
 
 

@@ -169,6 +169,26 @@ def test_a_bucket_that_is_away_ends_no_run_and_loses_no_line(url, monkeypatch, c
   assert (buckets.path(url) / "lines").read_text() == "1\n"
 
 
+@pytest.mark.parametrize("failures, kept", [(3, True), (4, False)])
+def test_the_last_lines_of_a_run_wait_for_a_bucket_that_is_away(url, monkeypatch, caplog, failures, kept):
+  mirror = buckets.Mirror(buckets.path(url))
+  (mirror.folder / "lines").write_text("1\n")
+  system, tries = buckets._system(), []
+
+  class Away:
+    def put_file(self, file, to):
+      tries.append(file)
+      if len(tries) <= failures:
+        raise OSError(errno.ECONNREFUSED, "refused")
+      system.put_file(file, to)
+
+  monkeypatch.setattr(buckets, "_system", Away)
+  monkeypatch.setattr(buckets, "LAST_PAUSES", (0.0, 0.01, 0.02))
+  mirror.close()
+  assert system.exists(f"{url}/lines") == kept and not mirror.folder.exists()
+  assert (f"the last lines of {url} could not be written" in caplog.text) == (not kept)
+
+
 def test_two_hosts_copy_one_object_to_one_file(url, tmp_path, monkeypatch):
   """Their processes may have one number, as in containers that share a disk."""
   (buckets.path(url) / "part").write_bytes(b"all of it")
