@@ -214,8 +214,8 @@ def _text(value: str, label: str, limits: Limits, *, lines: int = 1, texts: int 
 def _draw_tab(sampler: StepSampler, limits: Limits, contents: Contents) -> None:
   prompt = _text(contents.prompt, "Prompt", limits)
   with gr.Row():
-    steps = _slider("Steps", 1, draw.MOST_STEPS, contents.steps)
-    scale = _slider("Guidance", 0, draw.MOST_GUIDANCE, contents.guidance, step=0.5)
+    steps = _slider("Steps", 1, draw.MOST_STEPS, min(contents.steps, draw.MOST_STEPS))
+    scale = _slider("Guidance", 0, draw.MOST_GUIDANCE, min(contents.guidance, draw.MOST_GUIDANCE), step=0.5)
     seed = _seed()
   button = gr.Button("Generate", variant="primary", elem_id="draw-button")
   _ask(

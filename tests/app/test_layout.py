@@ -8,6 +8,7 @@ from diffdis_jax.app.__main__ import contents_of
 from diffdis_jax.app.limits import Limits
 from diffdis_jax.app.search import Index
 from diffdis_jax.app.step_sampler import StepSampler
+from diffdis_jax.config import Run
 from tests import steps, tiny, tiny_clip
 from tests.app.test_tabs import Source
 from tests.app.test_tabs import StepSampler as TabsSampler
@@ -16,15 +17,19 @@ from tests.models.networks import random_params
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # of Gradio's own imports
 
 
-def tabs(config, *, source: Source | None) -> list[str]:
+def components(config, *, source: Source | None) -> list[dict]:
   from diffdis_jax.app import page
 
   inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=2)
   sampler = StepSampler(inference, random_params(inference.shapes, seed=0), seconds=300)
   index = None if source is None else Index(sampler, source, None)
-  blocks = page.build(sampler, index, Limits(), contents_of(config, "a run"))
+  blocks = page.build(sampler, index, Limits(), contents_of(Run.of(config), "a run"))
   sampler.close()
-  return [each["props"]["label"] for each in blocks.get_config_file()["components"] if each["type"] == "tabitem"]
+  return blocks.get_config_file()["components"]
+
+
+def tabs(config, *, source: Source | None) -> list[str]:
+  return [each["props"]["label"] for each in components(config, source=source) if each["type"] == "tabitem"]
 
 
 def config_of(*objectives: str):
@@ -45,6 +50,14 @@ def config_of(*objectives: str):
 )
 def test_a_run_has_the_tabs_that_it_can_serve(config, expected):
   assert tabs(config, source=Source("red", "blue")) == expected
+
+
+def test_the_page_begins_with_values_that_it_takes():
+  config = config_of("generation")
+  config.inference.update(generation_steps=250, generation_guidance=31.0)
+  sliders = [each["props"] for each in components(config, source=None) if each["type"] == "slider"]
+  assert {each["label"] for each in sliders} >= {"Steps", "Guidance"}
+  assert all(each["value"] <= each["maximum"] for each in sliders)
 
 
 def test_images_to_pick_are_those_that_can_be_read(caplog):
