@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy import stats
 
 from diffdis_jax.ablate import significance
 from diffdis_jax.errors import UserError
-from docs.measured import paired, records, tables
+from docs.measured import paired, records, replication, tables
 
 SHAPES = [name for name, measured in paired.TABLES.items() if measured.topic == "shapes"]
 LOG = sorted(path for path in (tables.ROOT / "docs/log").glob("*.md") if path.name != "index.md")
@@ -93,7 +94,7 @@ def accuracy_of(start: str) -> np.ndarray:
 
 
 def test_a_difference_on_a_page_is_that_of_its_runs():
-  """Generation first, `val_vendor`, computed without the project's code, in the log, the results and README."""
+  """Generation first, `val_vendor`, computed without the project's code, in the log and the results."""
   first = accuracy_of("generation_first_discrimination_1800")
   none = accuracy_of("held_temperature_discrimination_1800_epyc")
   test = stats.ttest_rel(first, none)
@@ -102,7 +103,16 @@ def test_a_difference_on_a_page_is_that_of_its_runs():
   assert f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], p {test.pvalue:.3f}, " in page(paired.EMOJI_LOG)
   said = f"{mean:+.1f} ± {(high - low) / 2:.1f}"
   assert table_of("first")[0] == ["top-1, `val_vendor`", said, "better", "3"]
-  assert table_of("shown")[2][2:] == [f"{said} points", "3"]
+
+
+def test_a_comparison_of_the_replication_in_readme_is_that_of_its_runs():
+  names = ("discrimination after generation", "discrimination as long as both stages")
+  records_of = json.loads(replication.FILE.read_text())["records"]
+  after, alone = ([*records_of[f"e2/{name}/val_vendor/acc1"]["values"].values()] for name in names)
+  test = stats.ttest_rel(after, alone)
+  low, high = test.confidence_interval(0.95)
+  said = f"{np.mean(after) - np.mean(alone):.1f} ± {(high - low) / 2:.1f} points, lower".replace("-", "−")
+  assert table_of("shown")[3][2:] == [said, "5"] and 3 * test.pvalue < 0.05
 
 
 def test_a_mean_on_a_page_is_that_of_its_seeds():
