@@ -173,7 +173,8 @@ def measure(one: Run, path: str, out: str) -> None:
 
 def write_tables(plan: Plan, folder: Folder) -> None:
   """tables.json, tables.md and tables.png of what is finished."""
-  chosen = columns.choose(columns.columns_of(plan.base["evals"]), FLAGS.columns)
+  of_runs = (run.evals for runs in plan.rows.values() for run in runs)
+  chosen = columns.choose(columns.measured(columns.columns_of(plan.base["evals"]), of_runs), FLAGS.columns)
   base, _ = cli.config_given()
   found = summary.summarise(plan, folder, chosen, base=base)
   text = render.markdown(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.common.guesses import did_you_mean
@@ -78,6 +78,12 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
       title = f"R@1 {name.removesuffix('_retrieval')} ↑"
       found.append(Column(name=f"{name}/recall@1", title=title, cells=cells, scale=100.0))
   return tuple(found)
+
+
+def measured(columns: Sequence[Column], evaluations: Iterable[Mapping[str, Mapping[str, Any]]]) -> tuple[Column, ...]:
+  """Those that one of these runs has, by the `evals` of each: of what none is trained for there is no blank column."""
+  names = {column.name for each in evaluations for column in columns_of(each)}
+  return tuple(column for column in columns if column.name in names)
 
 
 def choose(columns: Sequence[Column], names: Sequence[str]) -> tuple[Column, ...]:

@@ -183,6 +183,15 @@ def test_columns_of_the_emoji_and_a_choice_of_them():
     columns.choose(found, ["val_vendor/acc"])
 
 
+def test_what_no_run_is_trained_for_has_no_column():
+  evaluations = base("emoji").evals.to_dict()
+  known = columns.columns_of(evaluations)
+  classified = {name: section for name, section in evaluations.items() if section["task"] != "generation_accuracy"}
+  assert "drawn/acc1" in [column.name for column in known]
+  assert columns.measured(known, [classified]) == tuple(each for each in known if each.name != "drawn/acc1")
+  assert columns.measured(known, [classified, evaluations]) == known
+
+
 def test_the_column_of_labelled_images_that_are_generated():
   (column,) = columns.columns_of({"drawn": {"task": "generation_accuracy", "data": {}}})
   results = {"generation_accuracy": {"drawn": {"metrics": {"acc1": 0.25, "judge_acc1": 0.5}}}}
