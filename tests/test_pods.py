@@ -103,7 +103,7 @@ def test_one_process_draws_late(runs, environment, tmp_path):
   arguments = [f"--workdir={runs[1]}", "--prompt=a red star", f"--out={tmp_path / 'out'}"]
   command = launch(2, 2, "generate", *arguments)
   command.insert(command.index("-m") + 1, "tests.slow_compiling")
-  slow = slow_compiling.variables("drawn", process=1, seconds=75)
+  slow = slow_compiling.variables("generate", process=1, seconds=75)
   done = subprocess.run(command, cwd=ROOT, env=environment | slow, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert slow_compiling.MESSAGE in done.stderr and (tmp_path / "out" / "00000.png").exists()

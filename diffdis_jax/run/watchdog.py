@@ -42,6 +42,7 @@ class _Doing:
   since: float
   seconds: float
   storage: bool
+  alone: bool
 
 
 @runtime_checkable
@@ -89,14 +90,20 @@ class Watchdog:
     finally:
       self._done.set()
 
-  def at(self, what: str, *, storage: bool = False) -> None:
-    """What comes before this has ended, and this begins. `storage`: it may wait for a disk or a bucket that wavers."""
+  def at(self, what: str, *, storage: bool = False, alone: bool = False) -> None:
+    """What comes before this has ended, and this begins.
+
+    Args:
+      storage: it may wait for a disk or a bucket that wavers.
+      alone: it waits for no other process, so that those may wait for this one as long; or else one that hangs, and one
+        that waits for it, would excuse each other.
+    """
     now, before = self._clock(), self._doing
     if before is not None:
       self._durations.setdefault(before.what, collections.deque(maxlen=REMEMBERED)).append(now - before.since)
     known, patience = self._durations.get(what), max(self._patience, STORAGE) if storage else self._patience
     seconds = MEDIANS * statistics.median(known) + patience if known else max(patience, FIRST_TIME)
-    self._doing = _Doing(what, now, seconds, storage)
+    self._doing = _Doing(what, now, seconds, storage, alone)
 
   def alive(self) -> None:
     """What takes long, such as an evaluation, has come further: its time starts again."""
@@ -109,7 +116,7 @@ class Watchdog:
       return
     waited = self._clock() - doing.since
     # Half of the patience before the others, which began to wait at about the same time, would lose theirs.
-    self._write(doing.what if doing.storage and waited > self._patience / 2 else "")
+    self._write(doing.what if doing.alone and waited > self._patience / 2 else "")
     if waited <= doing.seconds:
       return
     if others := self._others():

@@ -107,8 +107,7 @@ class Steps:
       # At steps that do not depend on when the run was stopped.
       if logs or step % run.save_every == 0:
         self._wait()
-        # Its lines go to the workdir, and what ends the run here waits for the save in progress.
-        tools.dog.at("a report", storage=True)
+        tools.dog.at("a report", storage=True)  # what ends the run here waits for the save in progress
         if self._skipped.is_beyond(step):
           tools.checkpointer.wait()  # for the save that is still being written
           return self._skipped.back_from(step, tools.checkpointer.latest_step(), self._left_out)
@@ -121,7 +120,7 @@ class Steps:
     """Loaded while the devices still work on the step before, so that its time is hidden."""
     tools = self._tools
     waiting = self._progress.waiting_for_data(functools.partial(is_running, self._metrics))
-    tools.dog.at("reading a batch", storage=True)
+    tools.dog.at("reading a batch", storage=True, alone=True)
     with waiting, copies.naming_silence(tools.run.data.paths):
       for _ in range(self._left_out.batches if self._left_out and self._left_out.to == step - 1 else 0):
         next(tools.iterator)
@@ -155,7 +154,9 @@ class Steps:
     means = check_finite(self._totals, step, self._tools.checkpointer)
     counts = self._substitutions.report(processes.over_hosts) | self._skipped.report() | jax.tree.map(float, gradients)
     speeds = self._progress.report(step, means)
-    self._writer.scalars(step, means | speeds | slowest_host(speeds["data_wait"]) | counts)
+    lines = means | speeds | slowest_host(speeds["data_wait"]) | counts
+    self._tools.dog.at("writing a report", storage=True, alone=True)
+    self._writer.scalars(step, lines)
     self._totals = None
 
   def _evaluate_and_save(self, step: int, state: TrainState, *, last: bool) -> None:

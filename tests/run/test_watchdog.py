@@ -124,7 +124,7 @@ def make_pair():
   for dog in dogs:
     take(dog, clock, "reading a batch", 1.0, storage=True)
     take(dog, clock, "a step", 1.0, 1.0, 1.0)
-  dogs[0].at("reading a batch", storage=True)
+  dogs[0].at("reading a batch", storage=True, alone=True)
   dogs[1].at("a step")
   return dogs, boards, clock, said
 
@@ -143,6 +143,14 @@ def test_a_step_that_waits_for_another_hosts_storage_does_not_hang():
   dogs[0].at("a step")  # it has its batch, and now both hang
   pass_time(dogs, clock, 150)
   assert all(messages and messages[0].startswith("a step has taken") for messages in said)
+
+
+def test_what_waits_for_the_other_processes_itself_excuses_none_of_them():
+  """A report gathers figures of all: with one process that hangs in a step, the other waits there."""
+  dogs, _, clock, said = make_pair()
+  dogs[0].at("a report", storage=True)
+  pass_time(dogs, clock, 70)
+  assert said[1] and not said[0]
 
 
 def test_a_host_that_waits_for_storage_too_long_ends():

@@ -61,12 +61,13 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
       train()
   assert committed.latest_step(tmp_path) == 4 and failing.asked == [4, 4]
 
-  at, scalars, wait_for_storage, written = watchdog.Watchdog.at, writers.Writer.scalars, set(), set()
+  at, scalars, wait_for_storage, alone_at, written = watchdog.Watchdog.at, writers.Writer.scalars, set(), set(), set()
 
-  def say(dog, what, *, storage=False):
+  def say(dog, what, *, storage=False, alone=False):
     said.append(what)
     wait_for_storage.update([what] if storage else [])
-    at(dog, what, storage=storage)
+    alone_at.update([what] if alone else [])
+    at(dog, what, storage=storage, alone=alone)
 
   def write(writer, step, values):
     written.add(said[-1])
@@ -82,6 +83,8 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   # One name for all waits for steps: else those before a save, which mostly follow a report, would be taken for short,
   # and the long one of a preemption for a hang.
   wait = "the steps since the last report"
-  assert {*said} - {wait} == {"the start", "an evaluation", "reading a batch", "a step", "a report", "a save"}
-  assert wait_for_storage == {*said} - {wait, "a step"} and written == {"an evaluation", "a report"}
+  alone = {"reading a batch", "writing a report"}  # without a word from another process
+  assert {*said} - {wait} == {"the start", "an evaluation", "a step", "a report", "a save", *alone}
+  assert wait_for_storage == {*said} - {wait, "a step"} and written == {"an evaluation", "writing a report"}
+  assert alone_at == alone
   assert all(before == "a step" for before, now in itertools.pairwise(said) if now == wait)
