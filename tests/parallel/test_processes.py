@@ -199,6 +199,7 @@ def main(_):
     processes.check_shared(WORKDIR.value)
     board = processes.Board()
     assert board.others() == []
+    processes.barrier("read")  # or the first one would write before the other has looked
     for text in ("reading a batch", "reading another batch", ""):
       if first:
         board.write(text)
@@ -277,9 +278,9 @@ def both(folder, *flags: str, own_process: bool = False) -> list[tuple[int, str,
 
 
 def test_two_processes_agree_and_share(tmp_path):
-  for i, (code, _, err) in enumerate(both(tmp_path, "--how=agree", f"--workdir={tmp_path / 'run'}", "--devices=4")):
-    assert code == 0, err
-    assert f"host {i} of 2, 4 of 8 devices (cpu)" in err
+  results = both(tmp_path, "--how=agree", f"--workdir={tmp_path / 'run'}", "--devices=4")
+  assert [code for code, _, _ in results] == [0, 0], "\n".join(err for _, _, err in results)
+  assert all(f"host {i} of 2, 4 of 8 devices (cpu)" in err for i, (_, _, err) in enumerate(results))
   assert not list((tmp_path / "run").iterdir())
 
 
