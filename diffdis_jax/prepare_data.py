@@ -159,6 +159,8 @@ def main(argv: list[str]) -> None:
   else:
     source = buckets.local(_given("source", name), "--source")
     if FLAGS.preview:
+      if source.resolve() in pathlib.Path(FLAGS.preview).resolve().parents:
+        raise UserError(f"--preview={FLAGS.preview} would be one of the pictures of --source; write it elsewhere")
       write_preview(find_files(source), FLAGS.preview)
       if not FLAGS.out:
         return

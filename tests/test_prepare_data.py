@@ -92,6 +92,7 @@ def test_own_pictures_are_shown_and_then_written(raw, tmp_path):
     (("files", "--source=raw", "--out=out", "--held_out=0.9"), "held_out"),
     (("files", "--source=raw", "--out=out", "--held_out=nan"), "--held_out=nan is no number; give one"),
     (("pairs", "--source=raw", "--out=out", "--preview=F.png"), "--preview belongs to prepare_data files"),
+    (("files", "--source=.", "--preview=F.png"), "--preview=F.png would be one of the pictures of --source; write it"),
     (("pairs", "--source=raw", "--output=out"), "unknown flag --output; did you mean --out?"),
   ],
 )

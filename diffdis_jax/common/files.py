@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from diffdis_jax.common import buckets
-from diffdis_jax.errors import UserError, may_pass, parse_json
+from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
 
 # With what makes it unique.
 _TEMPORARY = re.compile(r"(.+)\.(?:\d+|[a-z0-9_]{8})\.tmp")
@@ -52,7 +52,7 @@ def whole_folder(out: epath.PathLike) -> Iterator[pathlib.Path]:
   something goes wrong.
 
   Raises:
-    UserError: `out` is not empty, or cannot be written.
+    UserError: `out` is not empty, or cannot be written. What the caller reads meanwhile raises its own errors.
   """
   folder = empty_folder(out)
   with _in_a_bucket(folder) if buckets.is_url(folder) else _on_a_disk(pathlib.Path(folder).resolve()) as temporary:
@@ -84,6 +84,8 @@ def _on_a_disk(out: pathlib.Path) -> Iterator[pathlib.Path]:
       yield temporary
       os.replace(temporary, out)  # which an empty folder gives way to
   except OSError as error:
+    if error.errno not in FULL_DISK and not str(error.filename).startswith(str(out.parent)):
+      raise
     raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
   finally:
     if temporary is not None:

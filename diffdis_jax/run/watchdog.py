@@ -34,9 +34,10 @@ STOPPED = 10.0  # seconds without a look, after which all of the process was sto
 CODE = 1  # as of a crash: a launcher starts the run again, MAX_RESTARTS times without a new checkpoint
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Doing:
-  """What the loop is at, since when, and how many seconds it may take."""
+  """What the loop is at, since when, and how many seconds it may take. The loop replaces it, and a look that may come
+  at the same moment only changes `since`."""
 
   what: str
   since: float
@@ -107,8 +108,8 @@ class Watchdog:
 
   def alive(self) -> None:
     """What takes long, such as an evaluation, has come further: its time starts again."""
-    if self._doing is not None:
-      self._doing = dataclasses.replace(self._doing, since=self._clock())
+    if (doing := self._doing) is not None:
+      doing.since = self._clock()
 
   def check(self) -> None:
     """One look."""

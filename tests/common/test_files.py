@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import subprocess
@@ -27,11 +28,28 @@ def test_a_folder_appears_whole(tmp_path, made):
   assert out.stat().st_mode & 0o777 == 0o755
 
 
-@pytest.mark.parametrize("error", [UserError("bad"), RuntimeError("a bug"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+  "error", [UserError("bad"), RuntimeError("a bug"), KeyboardInterrupt(), ConnectionResetError("of what is read")]
+)
 def test_nothing_is_left_of_a_failure(tmp_path, error):
   with pytest.raises(type(error)), files.whole_folder(tmp_path / "out") as temporary:
     (temporary / "file").write_text("content")
     raise error
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_reading_is_not_one_of_writing_and_a_full_disk_is(tmp_path):
+  with pytest.raises(FileNotFoundError), files.whole_folder(tmp_path / "out"):
+    pathlib.Path("/none/such").read_bytes()
+  full = OSError(errno.ENOSPC, "No space left on device")
+  with pytest.raises(UserError, match="cannot write --out=.*: No space left"), files.whole_folder(tmp_path / "out"):
+    raise full
+  with (
+    pytest.raises(UserError, match="cannot write --out=.*: Is a directory"),
+    files.whole_folder(tmp_path / "out") as temporary,
+  ):
+    (temporary / "folder").mkdir()
+    (temporary / "folder").write_bytes(b"")
   assert not list(tmp_path.iterdir())
 
 

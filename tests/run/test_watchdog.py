@@ -63,6 +63,24 @@ def test_what_comes_further_is_alive():
   assert not said
 
 
+def test_a_look_at_the_moment_when_something_else_begins_does_not_put_it_back():
+  dog, clock, said = make(patience=5.0)
+  take(dog, clock, "a step", 1.0)
+  dog.at("a step")
+  looks = iter([lambda: dog.at("an evaluation")])  # within `alive`, when it asks for the time
+
+  class Meanwhile(Clock):
+    def __call__(self) -> float:
+      next(looks, lambda: None)()
+      return clock.now
+
+  dog._clock = Meanwhile()
+  dog.alive()
+  clock.now += 100.0
+  dog.check()
+  assert not said, "the first evaluation may take as long"
+
+
 HANGS = """
 import threading, time
 from diffdis_jax.run import watchdog
