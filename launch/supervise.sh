@@ -20,6 +20,11 @@ fi
 note() { echo "$(basename "$0"): $*" >&2; }
 refuse() { note "error: $*" && exit "$BAD_INPUT"; }
 
+# Before anything that an older one lacks: macOS has 3.2. RHEL 8 has 4.4, and so no EPOCHSECONDS.
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  refuse "bash 4.4 or newer is needed, and this is $BASH_VERSION; on a Mac: brew install bash"
+fi
+
 # The comment at the top of the script.
 help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 

@@ -188,7 +188,8 @@ finish() {
 
 # Code 2, 130 or 75 of any host, or else the highest: others may have died of its end.
 run_once() {
-  local said pid code attempt="$EPOCHSECONDS-$RANDOM$RANDOM"
+  local said pid code attempt
+  attempt="$(date +%s)-$RANDOM$RANDOM"
   create && setup && hand_over || return 1
   if [[ $stopping ]]; then return 1; fi
   if [[ $dry_run ]]; then on_all "$(on_host "$attempt" "$@")" && return; fi

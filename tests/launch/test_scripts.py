@@ -50,6 +50,15 @@ def test_is_executable_and_stops_at_errors(path):
   assert "\nset -euo pipefail\n" in path.read_text()
 
 
+@pytest.mark.parametrize("version, code", [((3, 2), 2), ((4, 3), 2), ((4, 4), 0), ((5, 0), 0)])
+def test_an_older_bash_is_refused_in_one_line(version, code):
+  """macOS has 3.2, which would end in the middle."""
+  older = f"OLD=({version[0]} {version[1]}); source <(sed s/BASH_VERSINFO/OLD/g launch/supervise.sh)"
+  done = subprocess.run(["bash", "-c", older], cwd=ROOT, capture_output=True, text=True)
+  assert (done.returncode, done.stderr.count("\n")) == (code, code // 2)
+  assert not code or "error: bash 4.4 or newer is needed" in done.stderr
+
+
 @pytest.mark.parametrize(
   "given, expected",
   [

@@ -101,18 +101,31 @@ def test_gives_up_without_queueing_again(job):
   assert (code, job.programs.calls) == (1, [SRUN] * 2)
 
 
+def ended_by_sigterm(job: Job, folder: pathlib.Path, code: int, **variables: str) -> tuple[int, list[list[str]]]:
+  """Of a job that is sent SIGTERM while its step, which then ends with `code`, runs: its code, what Slurm was asked."""
+  lines = [f"touch {folder}/begun", "sleep 0.5", f"echo 'srun: error: a: task 0: Exited with exit code {code}' >&2"]
+  (folder / "bin" / "srun").write_text("\n".join(["#!/bin/bash", *lines, f"exit {code}", ""]))
+  started = job.start(**variables)
+  wait_for(folder / "begun")
+  os.kill(started.pid, signal.SIGTERM)
+  started.communicate(timeout=20)
+  return started.returncode, job.programs.calls
+
+
 @pytest.mark.parametrize(
   "code, left, calls",
   [(75, None, []), (75, 3600, []), (143, 3600, []), (75, 0, [REQUEUE]), (143, 0, [REQUEUE]), (2, 0, []), (0, 0, [])],
 )
 def test_a_job_out_of_time_is_queued_again_and_a_cancelled_one_is_not(job, tmp_path, code, left, calls):
-  lines = [f"touch {tmp_path}/begun", "sleep 0.5", f"echo 'srun: error: a: task 0: Exited with exit code {code}' >&2"]
-  (tmp_path / "bin" / "srun").write_text("\n".join(["#!/bin/bash", *lines, f"exit {code}", ""]))
-  cancelled = job.start(**({} if left is None else {"SLURM_JOB_END_TIME": str(int(time.time()) + left)}))
-  wait_for(tmp_path / "begun")
-  os.kill(cancelled.pid, signal.SIGTERM)
-  cancelled.communicate(timeout=20)
-  assert (cancelled.returncode, job.programs.calls) == (code, calls)
+  end = {} if left is None else {"SLURM_JOB_END_TIME": str(int(time.time()) + left)}
+  assert ended_by_sigterm(job, tmp_path, code, **end) == (code, calls)
+
+
+def test_a_job_out_of_time_is_queued_again_by_an_older_bash_too(job, tmp_path):
+  """That of RHEL 8 is 4.4, which lacks a variable for the time."""
+  (tmp_path / "older").write_text("unset EPOCHSECONDS\n")
+  variables = {"SLURM_JOB_END_TIME": str(int(time.time())), "BASH_ENV": str(tmp_path / "older")}
+  assert ended_by_sigterm(job, tmp_path, 75, **variables) == (75, [REQUEUE])
 
 
 def test_asks_slurm_for_a_warning_and_for_another_start():
