@@ -121,7 +121,7 @@ create() {
     esac
     if [[ $dry_run ]]; then return; fi
     pause "$POLL"
-    now=$(state) || return 1
+    now=$(state) || true # it has said why, and is asked again: the wait may take days
   done
 }
 

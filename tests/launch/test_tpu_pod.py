@@ -109,6 +109,14 @@ def test_create_asks_for_nothing_when_gcloud_cannot_tell(programs):
   assert "active account" in done.stderr
 
 
+def test_a_gcloud_that_fails_once_ends_no_wait(programs):
+  """A slice may be waited for for days."""
+  away = Answer(code=1, stderr="ERROR: Unable to find the server at tpu.googleapis.com\n")
+  states = (NONE, Answer(stdout="WAITING_FOR_RESOURCES\n"), away, away, ACTIVE)
+  assert run(programs, said(0), states=states, restarts=0) == (0, 1, away.stderr * 2)
+  assert kinds(programs).count("create") == 1
+
+
 def test_setup_happens_once_on_all_hosts(programs):
   programs.answer({DONE: [Answer(code=1), Answer()]})
   for _ in range(2):
