@@ -9,12 +9,12 @@
 #   launch/tpu_pod.sh stop                SIGTERM to the command, so that it saves
 #   launch/tpu_pod.sh delete              give the slice back
 #
-# Settings: NAME, ZONE, TYPE (v5litepod-64), RUNTIME (v2-alpha-tpuv5-lite), SLICES (1; several are joined by the data
-# centre's network), SPOT=1, PROJECT, CREATE_FLAGS (more of gcloud's for create, such as "--reserved --network=NET
-# --service-account=ACCOUNT"), MAX_RESTARTS (3, without a new checkpoint), EXTRAS (tpu, or more of pyproject.toml's, such
-# as tpu,wandb), ENV (names of variables of this shell that the command gets, such as WANDB_API_KEY,HF_TOKEN; their values
-# show in no list of processes). --dry-run before the subcommand prints the commands. COMMAND's --workdir must be a folder
-# that all hosts share: gs://BUCKET/RUN. Ctrl-C ends a run as stop does.
+# Settings: NAME, ZONE, TYPE (v5litepod-64), RUNTIME (v2-alpha-tpuv5-lite; of v5p v2-alpha-tpuv5, of v6e v2-alpha-tpuv6e),
+# SLICES (1; several are joined by the data centre's network), SPOT=1, PROJECT, CREATE_FLAGS (more of gcloud's for create,
+# such as "--reserved --network=NET --service-account=ACCOUNT"), MAX_RESTARTS (3, without a new checkpoint), EXTRAS (tpu,
+# or more of pyproject.toml's, such as tpu,wandb), ENV (names of variables of this shell that the command gets, such as
+# WANDB_API_KEY,HF_TOKEN; their values show in no list of processes). --dry-run before the subcommand prints the commands.
+# COMMAND's --workdir must be a folder that all hosts share: gs://BUCKET/RUN. Ctrl-C ends a run as stop does.
 set -euo pipefail
 # shellcheck source=launch/supervise.sh
 source "$(dirname "${BASH_SOURCE[0]}")/supervise.sh"
@@ -60,6 +60,7 @@ done
   refuse "EXTRAS is '$EXTRAS'; it should be extras of pyproject.toml, such as tpu,wandb"
 refuse_unless_set "$ENV"
 refuse_unless_number SLICES "$SLICES" 1
+case ${SPOT:=0} in 0) SPOT='' ;; 1) ;; *) refuse "SPOT is '$SPOT'; it should be 1 or 0" ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NAME=${NAME:?} where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 

@@ -117,6 +117,13 @@ def test_a_gcloud_that_fails_once_ends_no_wait(programs):
   assert kinds(programs).count("create") == 1
 
 
+@pytest.mark.parametrize("spot, asked", [("", False), ("0", False), ("1", True)])
+def test_spot_is_asked_for_by_1_alone(programs, spot, asked):
+  programs.answer({STATE: [NONE, ACTIVE]})
+  assert programs.run("tpu_pod.sh", "create", **SETTINGS, SPOT=spot).returncode == 0
+  assert ("--spot" in programs.calls[1]) == asked
+
+
 def test_setup_happens_once_on_all_hosts(programs):
   programs.answer({DONE: [Answer(code=1), Answer()]})
   for _ in range(2):
@@ -417,6 +424,7 @@ def test_stop_where_nothing_was_set_up_does_nothing(host):
     (["create"], {**SETTINGS, "ZONE": ""}, "set ZONE, as in"),
     (["run", "--", "true"], {**SETTINGS, "TYPE": ""}, "set TYPE, as in"),
     (["run", "--", "true"], {**SETTINGS, "MAX_RESTARTS": "x"}, "MAX_RESTARTS is 'x'"),
+    (["create"], {**SETTINGS, "SPOT": "no"}, "SPOT is 'no'; it should be 1 or 0"),
   ],
 )
 def test_bad_usage_is_one_line(programs, arguments, settings, said_):
