@@ -62,6 +62,9 @@ refuse_unless_set "$ENV"
 refuse_unless_number SLICES "$SLICES" 1
 case ${SPOT:=0} in 0) SPOT='' ;; 1) ;; *) refuse "SPOT is '$SPOT'; it should be 1 or 0" ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case $subcommand in # before anything is rented
+  setup | run) commit=$(git rev-parse HEAD 2>&1) || refuse "no commit to copy to the hosts: ${commit##*$'\n'}" ;;
+esac
 NAME=${NAME:?} where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 
 # As gcloud names the nodes of a request for several.
@@ -128,15 +131,14 @@ create() {
 
 # uv brings a Python of its own: that of a TPU VM may be older than this package asks for.
 setup() {
-  local commit folder
-  commit="$(git rev-parse HEAD) $EXTRAS" || return 1
-  if [[ ! $dry_run ]] && on_all "grep -qx '$commit' diffdis/.commit" >/dev/null 2>&1; then return; fi
+  local installed="$commit $EXTRAS" folder
+  if [[ ! $dry_run ]] && on_all "grep -qx '$installed' diffdis/.commit" >/dev/null 2>&1; then return; fi
   folder=$(mktemp -d)
-  git archive --output="$folder/diffdis.tar.gz" HEAD &&
+  git archive --output="$folder/diffdis.tar.gz" "$commit" &&
     copy_to_all "$folder/diffdis.tar.gz" '' &&
     on_all "set -e; mkdir -p diffdis; tar -xzf diffdis.tar.gz -C diffdis; cd diffdis; rm -f .commit;\
  python3 -m pip install -q --user uv; ~/.local/bin/uv venv -q --clear --python=3.12 .venv;\
- ~/.local/bin/uv pip install -q -e '.[$EXTRAS]'; echo '$commit' >.commit" ||
+ ~/.local/bin/uv pip install -q -e '.[$EXTRAS]'; echo '$installed' >.commit" ||
     return 1
   rm -r "$folder"
 }

@@ -124,6 +124,38 @@ def test_spot_is_asked_for_by_1_alone(programs, spot, asked):
   assert ("--spot" in programs.calls[1]) == asked
 
 
+def test_nothing_is_rented_for_a_commit_that_cannot_be_copied(programs, tmp_path):
+  """As of an archive that was downloaded."""
+  programs.answer({STATE: [NONE, ACTIVE]})
+  done = programs.run("tpu_pod.sh", "run", "--", *TRAIN, **SETTINGS, GIT_DIR=str(tmp_path))
+  assert (done.returncode, programs.calls, done.stderr.count("\n")) == (2, [], 1)
+  assert "error: no commit to copy to the hosts: fatal: not a git repository" in done.stderr
+
+
+def test_a_new_slice_gets_the_commit_that_the_run_began_with(programs, tmp_path):
+  """Whatever is committed or checked out here meanwhile, in days."""
+  variables = {"GIT_DIR": str(tmp_path / "git"), "GIT_WORK_TREE": str(tmp_path)}
+  variables |= {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+  git = {**os.environ, **variables}
+  for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+    subprocess.run(["git", *words], env=git, check=True)
+  first = subprocess.run(["git", "rev-parse", "HEAD"], env=git, capture_output=True, text=True).stdout.strip()
+  (tmp_path / "gcloud").write_text(f"""#!/bin/bash
+case "$*" in
+  *describe*) echo ACTIVE ;;
+  *"{DONE}"*) exit 1 ;;
+  *scp*) gzip -dc "$5" | git get-tar-commit-id >>{tmp_path}/copied ;;
+  *"echo '{first} tpu' >.commit"*) echo >>{tmp_path}/installed ;;
+  *"{RUN}"*) git commit -q --allow-empty -m later
+    if [[ -e {tmp_path}/preempted ]]; then echo "host ended with code 0"; exit; fi
+    touch {tmp_path}/preempted; echo "host ended with code 75"; exit 75 ;;
+esac
+""")
+  done = programs.run("tpu_pod.sh", "run", "--", *TRAIN, **SETTINGS, **variables)
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "copied").read_text().split() == [first] * 2 and (tmp_path / "installed").read_text() == "\n\n"
+
+
 def test_setup_happens_once_on_all_hosts(programs):
   programs.answer({DONE: [Answer(code=1), Answer()]})
   for _ in range(2):
