@@ -38,6 +38,8 @@ class Cc3m(CaptionedImages):
 def find_parts(source: pathlib.Path) -> list[Part]:
   """The tars of the folder, or where there are none its tables `train.tsv`, `val.tsv`, ...
 
+  Splits of either have the names of SPLITS: published tars, `cc3m-validation-0000.tar`, are of `val`.
+
   A table's first line names its columns: one of caption, title, text, and one of filepath, image, file, path, which
   holds the image's path relative to the folder. Other columns become metadata.
 
@@ -47,7 +49,10 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   parts.check_folder(source, "a folder of webdataset tars, or of .tsv files and images")
   tables = sorted(source.glob("*.tsv"))
   if not tables or any(source.glob("*.tar")):
-    return parts.tars(source)
+    of_tars = parts.tars(source)
+    for part in of_tars:
+      part.split = SPLITS.get(part.split, part.split)
+    return of_tars
   found: dict[str, list[Part]] = {}
   for table in tables:
     split = _split_of(table)

@@ -2,6 +2,8 @@ import re
 
 import pytest
 
+from configs import clip_cc3m, diffdis_cc3m
+from diffdis_jax.data import sources
 from diffdis_jax.data.prepare import builder, cc3m
 from diffdis_jax.errors import UserError
 from tests.raw_pairs import load, picture, write_tar
@@ -32,8 +34,17 @@ def test_tars_and_tables_give_the_same_images_and_captions(tmp_path):
   (first,), (second,) = load(tmp_path / "a", "train"), load(tmp_path / "b", "train")
   assert (first["caption"], first["image"]) == (second["caption"], second["image"]) and first["caption"] == "a café"
   assert (second["url"], second["key"]) == ("http://x", "images/1.jpg")
-  assert load(tmp_path / "a", "validation")[0]["image"] == load(tmp_path / "b", "val")[0]["image"] == picture(2)
+  assert load(tmp_path / "a", "val")[0]["image"] == load(tmp_path / "b", "val")[0]["image"] == picture(2)
   assert cc3m.Cc3m.name == "cc3m" and (tmp_path / "a" / "cc3m-train.array_record-00000-of-00001").exists()
+
+
+@pytest.mark.parametrize("config", [diffdis_cc3m, clip_cc3m])
+def test_configs_find_what_is_held_out_in_the_published_tars(tmp_path, config):
+  for name in ("train", "validation"):
+    write_tar(tmp_path / f"cc3m-{name}-0000.tar", {"0.jpg": picture(1), "0.txt": name.encode()})
+  prepare(tmp_path, tmp_path / "out")
+  section = config.get_config(f"path={tmp_path / 'out'},held_out={tmp_path / 'out'}").evals.held_out
+  assert [record["caption"] for record in sources.open_source(**section.data)] == ["validation"]
 
 
 @pytest.mark.parametrize(
