@@ -156,6 +156,13 @@ def test_bad_usage_is_one_line(tmp_path, arguments, said):
   assert done.stderr.startswith(f"slurm.sbatch: error: {said}")
 
 
+@pytest.mark.parametrize("path", ["launch/ablate.sbatch", "docs/ablations.md"])
+def test_tasks_of_an_array_are_submitted_with_more_than_one_core(path):
+  """As many as Slurm gives a task, whatever GPUs it has."""
+  (command,) = re.findall(r"sbatch (.*) launch/ablate\.sbatch", (ROOT / path).read_text())
+  assert {"--exclusive", "--gpus-per-node=8"} <= set(command.split())
+
+
 ABLATE = ["python", "-m", "diffdis_jax.ablate", "run", "--out=/runs/a"]
 TASK = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "5", "SLURM_SUBMIT_DIR": str(ROOT)}
 
