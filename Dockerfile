@@ -2,7 +2,7 @@
 #
 #   docker build --build-arg EXTRAS=cuda -t REGISTRY/diffdis:cuda .     # NVIDIA GPUs
 #   docker build --build-arg EXTRAS=tpu -t REGISTRY/diffdis:tpu .       # TPUs; EXTRAS=tpu,wandb for a tracker too
-#   docker run --gpus=all REGISTRY/diffdis:cuda \
+#   docker run --gpus=all --shm-size=1g REGISTRY/diffdis:cuda \
 #       python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:runlocal --workdir=/tmp/run
 FROM python:3.12-slim
 

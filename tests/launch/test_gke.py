@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.launch.programs import Answer, Programs
+from tests.launch.programs import ROOT, Answer, Programs
 
 yaml = pytest.importorskip("yaml")
 TPU_NODES = "{cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, cloud.google.com/gke-tpu-topology: 8x8}"
@@ -79,6 +79,15 @@ def test_pods_find_each_other(programs):
   }
   assert container["ports"] == [{"containerPort": 8476}]
   assert jobset["spec"]["network"] == {"enableDNSHostnames": True}
+
+
+def test_shared_memory_is_not_a_containers_64_mb(programs):
+  """Too little for NCCL among eight GPUs, and for loader.num_workers."""
+  pod = job_of(applied(programs))["template"]["spec"]
+  (volume,), (mount,) = pod["volumes"], pod["containers"][0]["volumeMounts"]
+  assert volume == {"name": mount["name"], "emptyDir": {"medium": "Memory"}} and mount["mountPath"] == "/dev/shm"
+  for page in ("Dockerfile", "docs/clusters.md"):
+    assert re.findall(r"docker run (.*?) ?REGISTRY", (ROOT / page).read_text())[0].startswith("--gpus=all --shm-size=")
 
 
 def test_each_of_several_slices_has_a_node_pool_and_finds_the_others_by_gke(programs):
