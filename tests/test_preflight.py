@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import types
@@ -23,7 +24,7 @@ from diffdis_jax.parallel import chips
 from diffdis_jax.preflight import __main__ as preflight
 from diffdis_jax.preflight import gpus, hlo, report, saving, schedules, targets, times
 from diffdis_jax.training import flops
-from tests import steps, tiny_clip
+from tests import pages, steps, tiny_clip
 from tests.changed_code import change, copy_package
 from tests.command_runs import call
 from tests.steps import network_of
@@ -475,3 +476,18 @@ def test_save_refuses_what_it_cannot_keep_before_it_compiles(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="cannot write --save=.*file"):
     saving.check(str(tmp_path / "file"))
+
+
+def test_the_chips_of_examples_hold_the_papers_state():
+  """Parameters, moments and averages, before any gradient or activation: on a v5e only where fsdp splits them."""
+  listing = (pages.ROOT / "tests/golden/diffdis_cc3m.txt").read_text()
+  state = 0
+  for dims, group in re.findall(r"float32\[([\d,]*)\] (\w+)", listing):
+    state += (4 if group == "frozen" else 16) * math.prod(int(dim) for dim in dims.split(",") if dim)
+  assert 15.4 < state / chips.GIB < 15.5
+  shown = [*(command.line for command in pages.commands()), *(preflight.__doc__ or "").splitlines()]
+  examples = [line for line in shown if "--config=diffdis_cc3m" in line and "--topology=v" in line]
+  assert len(examples) >= 4
+  for line in examples:
+    (topology,), fsdp = re.findall(r"--topology=(\S+)", line), re.findall(r"mesh\.fsdp=(\d+)", line) or ["1"]
+    assert state / int(fsdp[0]) < 0.75 * chips.parse(topology).chip.memory, line

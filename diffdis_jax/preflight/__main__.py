@@ -1,6 +1,6 @@
 """Estimates memory, step time and cost of a config on chips that are not there.
 
-  diffdis preflight --config=diffdis_cc3m --topology=v5e:8x8
+  diffdis preflight --config=diffdis_cc3m --topology=v5e:8x8 --config.mesh.fsdp=4
 
 It compiles the real training step from shapes, with the compiler for TPUs or for NVIDIA's GPUs (the extras `tpu` and
 `cuda`), and reports whether it fits, the time of a step, and the cost of the whole run. For TPUs the time is the
@@ -10,7 +10,7 @@ many CPU devices, and memory and collectives are those of a CPU's program.
 It keeps what it compiled for `train --compiled`, which then neither traces nor compiles before its first step; without
 --topology, for the devices of this machine:
 
-  diffdis preflight --config=diffdis_cc3m --topology=v5e:8x8 --save=DIR
+  diffdis preflight --config=diffdis_cc3m --topology=v5e:8x8 --config.mesh.fsdp=4 --save=DIR
 
 Weak scaling, the batch of a chip held, which is that of the smallest topology; those of more than 64 chips are fitted:
 
