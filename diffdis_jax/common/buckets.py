@@ -36,6 +36,7 @@ _ADDRESS = re.compile(r"([A-Za-z][\w+.-]*):/+")  # with one slash too, which nob
 _BUCKET = re.compile(r"gs://[^/]+")
 _HOME = re.compile(r"~[\w-]*(/|$)")
 _SESSIONS = 3  # that a large object may need
+_AT_ONCE = 8  # files that are uploaded, of each of which gcsfs holds 50 MB
 EVERY = 30.0  # seconds between two copies of files that are appended to
 # Seconds between the tries of the last copy, after which none follows. gcsfs itself tries for half a minute each time.
 LAST_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
@@ -171,7 +172,7 @@ def upload(folder: pathlib.Path, to: epath.PathLike, *, last: str = "") -> None:
   for group in ([name for name in names if name != last], [name for name in names if name == last]):
     if group:
       urls = [f"{os.fspath(path(to)).rstrip('/')}/{name}" for name in group]
-      _system().put([os.fspath(folder / name) for name in group], urls)
+      _system().put([os.fspath(folder / name) for name in group], urls, batch_size=_AT_ONCE)
 
 
 def download(wanted: Mapping[str, pathlib.Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import importlib.util
 import json
@@ -276,3 +277,22 @@ def test_what_fails_while_it_is_written_is_not_there(url, mode, half):
     file.write(half)
     raise ZeroDivisionError
   assert not (buckets.path(url) / "object").exists()
+
+
+def test_an_upload_holds_few_files_in_memory(bucket, monkeypatch, tmp_path):
+  """Of each gcsfs holds 50 MB, and by itself it would take 128 at a time, or all where many files may be open."""
+  from gcsfs import core
+
+  now, most = 0, 0
+
+  async def put(*args, **kwargs):
+    nonlocal now, most
+    now, most = now + 1, max(most, now + 1)
+    await asyncio.sleep(0.02)
+    now -= 1
+
+  monkeypatch.setattr(core.GCSFileSystem, "_put_file", put)
+  for i in range(30):
+    (tmp_path / f"{i}.array_record").write_bytes(b"")
+  buckets.upload(tmp_path, f"{bucket}/{uuid.uuid4().hex}")
+  assert 1 < most <= 8
