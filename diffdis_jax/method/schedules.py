@@ -176,19 +176,6 @@ def predict_data(
   return (x_t - s * noise) / (gamma * a)
 
 
-def predict_noise(
-  schedule: Schedule,
-  x_t: Float[Array, "b ..."],
-  *,
-  data: Float[Array, "b ..."],
-  t: Int[Array, "b"],
-  gamma: float = 1.0,
-) -> Float[Array, "b ..."]:
-  """ε = (x_t − γ √ᾱ x_0) / √(1 − ᾱ), in f32."""
-  a, s = _rates(schedule, t, x_t.ndim)
-  return (x_t - gamma * a * data) / s
-
-
 def check_target(target: str) -> None:
   """Raises UserError unless `target`, what the network predicts, is one of TARGETS."""
   check_choice("target", target, TARGETS)

@@ -102,7 +102,7 @@ def test_add_noise_equals_diffusers(name):
 
 @pytest.mark.parametrize("gamma", [1.0, 0.3])
 @pytest.mark.parametrize("name", DIFFUSERS_NAMES)
-def test_the_inverses_undo_add_noise(name, gamma):
+def test_the_inverse_undoes_add_noise(name, gamma):
   """Against float64, and to what f32 leaves of a signal scaled by γ √ᾱ."""
   schedule = schedules.noise_schedule(name)
   x0, noise, t = jnp.asarray(_normal(2)), jnp.asarray(_normal(3)), jnp.asarray(T0)
@@ -112,8 +112,6 @@ def test_the_inverses_undo_add_noise(name, gamma):
   np.testing.assert_allclose(x_t, gamma * a * np.float64(x0) + s * np.float64(noise), atol=1e-6)
   data = schedules.predict_data(schedule, x_t, noise=noise, t=t, gamma=gamma)
   assert np.all(np.abs(data - x0) * gamma * a < 1e-6)
-  epsilon = schedules.predict_noise(schedule, x_t, data=x0, t=t, gamma=gamma)
-  assert np.all(np.abs(epsilon - noise) * s < 1e-6)
 
 
 def test_to_data_reads_both_targets():
