@@ -63,12 +63,6 @@ class Tokens:
     return self.ids[rng.integers(self.starts[label], self.starts[label + 1])]
 
 
-def tokenise(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
-  """The corpus as ids. A long sentence is cut, and its end token stays last."""
-  counts = [len(own) for own in corpus.sentences]
-  return Tokens(tokenizer(corpus.flat), np.cumsum([0, *counts]))
-
-
 def read_corpus(path: pathlib.Path, *, wordnet: bool) -> Corpus:
   """Of a folder with `labels.txt` and `wiki/`.
 

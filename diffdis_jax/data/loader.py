@@ -19,7 +19,7 @@ from diffdis_jax.config.data import Augmentation, Loading
 from diffdis_jax.data import records
 from diffdis_jax.data.corpus import Tokens
 from diffdis_jax.data.latents import Latents
-from diffdis_jax.data.long_tail import LabelledSource, class_counts
+from diffdis_jax.data.long_tail import LabelledSource
 from diffdis_jax.data.reads import Reads
 from diffdis_jax.data.sources import Grouped, Mixture, Source
 from diffdis_jax.data.transforms import augment, needed_side
@@ -258,7 +258,7 @@ class _ByClass:
   def __init__(self, example: _LabelledExample, labels: Int[np.ndarray, " n"], sampling_exponent: float, seed: int):
     self._example, self._seed = example, seed
     self._order = np.argsort(labels, kind="stable")
-    counts = class_counts(labels, int(labels.max()) + 1)
+    counts = np.bincount(labels)
     self._ends = np.cumsum(counts)
     # 0 ** 0 is 1: with exponent 0 a class without images would have a share.
     shares = np.where(counts > 0, counts.astype(np.float64) ** sampling_exponent, 0.0)

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from diffdis_jax.common import buckets, code_digest
 from diffdis_jax.common.store import Store
 from diffdis_jax.data import shapes_lt
-from diffdis_jax.data.corpus import Corpus, Tokenizer, Tokens, tokenise
+from diffdis_jax.data.corpus import Corpus, Tokenizer, Tokens
 from diffdis_jax.data.layouts import long_tailed
 
 NAMES = ("shapes_lt", *long_tailed.SETS)
@@ -51,17 +51,14 @@ def train_counts(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0,
   """Training images of each class; takes what `sources.open_source` takes. Raises UserError: damaged data."""
   if name == "shapes_lt":
     return shapes_lt.counts(seed)
-  return class_counts(long_tailed.train_labels(buckets.local(path, "data.path"), name), long_tailed.SETS[name].classes)
-
-
-def class_counts(labels: Int[np.ndarray, " n"], classes: int) -> Int[np.ndarray, " k"]:
-  """How many records each class has."""
+  labels = long_tailed.train_labels(buckets.local(path, "data.path"), name)
   # As long as there are classes: the last ones may have no image.
-  return np.bincount(labels, minlength=classes)
+  return np.bincount(labels, minlength=long_tailed.SETS[name].classes)
 
 
 def kept_tokens(corpus: Corpus, tokenizer: Tokenizer, *, max_length: int, folder: str) -> Tokens:
-  """The corpus as tokens, made once: Places-LT's take a minute or two.
+  """The corpus as tokens, made once: Places-LT's take a minute or two. A long sentence is cut, and its end token stays
+  last.
 
   Args:
     tokenizer: to sentences of `max_length` tokens.
@@ -72,8 +69,7 @@ def kept_tokens(corpus: Corpus, tokenizer: Tokenizer, *, max_length: int, folder
   # The key has what makes the tokens too: another version of a package may make others.
   store = Store(folder, "tokens")
   ids = store.read_array(key, rows=len(corpus.flat), dtype=np.int32)
-  if ids is not None:
-    return Tokens(ids, np.cumsum([0, *map(len, corpus.sentences)]))
-  tokens = tokenise(corpus, tokenizer)
-  store.write_array(key, tokens.ids)
-  return tokens
+  if ids is None:
+    ids = tokenizer(corpus.flat)
+    store.write_array(key, ids)
+  return Tokens(ids, np.cumsum([0, *map(len, corpus.sentences)]))
