@@ -110,10 +110,13 @@ def _caption_files(folder: pathlib.Path, set_name: str) -> Callable[[], Captione
   return functools.partial(karpathy.read_coco, tables[0], folder / "val2014", split=split) if tables else None
 
 
+def _find(root: pathlib.Path, set_name: str) -> Callable[[], Named | Captioned] | None:
+  return find_captioned(root, set_name) if set_name in CAPTIONED else find_labelled(root, set_name)
+
+
 def is_there(root: pathlib.Path, set_name: str) -> bool:
   """Whether a set of this name is found under the root."""
-  found = find_labelled(root, set_name) if set_name in LABELLED else find_captioned(root, set_name)
-  return found is not None
+  return _find(root, set_name) is not None
 
 
 def open_set(root: pathlib.Path, set_name: str) -> Labelled | Captioned:
@@ -122,20 +125,13 @@ def open_set(root: pathlib.Path, set_name: str) -> Labelled | Captioned:
   Raises:
     UserError: it is not there, is damaged, or has classes that are not the set's.
   """
-  if set_name in CAPTIONED:
-    captioned = find_captioned(root, set_name)
-    if captioned is None:
-      raise UserError(not_found(root, set_name))
-    return captioned()
-  labelled = find_labelled(root, set_name)
-  if labelled is None:
-    raise UserError(not_found(root, set_name))
-  found, known = labelled(), class_lists.load()[set_name]
+  read = _find(root, set_name)
+  if read is None:
+    looked = f"its folders {', '.join(folders(set_name))}, in the layouts of docs/evaluation.md"
+    raise UserError(f"no {set_name} in {root}; it was looked for in {looked}")
+  found = read()
+  if isinstance(found, Captioned):
+    return found
+  known = class_lists.load()[set_name]
   places = class_lists.match(found.classes, known, where=found.origin.path)
   return Labelled(found.images, np.asarray(places[found.labels]), known.classnames, found.origin)
-
-
-def not_found(root: pathlib.Path, set_name: str) -> str:
-  """What was looked for."""
-  looked = ", ".join(folders(set_name))
-  return f"no {set_name} in {root}; it was looked for in its folders {looked}, in the layouts of docs/evaluation.md"
