@@ -6,6 +6,7 @@ than decoding. A bucket takes tens of milliseconds for any record, so there only
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +34,8 @@ class Reads:
     self._threads = futures.ThreadPoolExecutor(AT_ONCE, thread_name_prefix="reads")  # starts none yet
 
   def __reduce__(self) -> Any:
-    return _made, (self._may_share,)  # a process that prepares batches has threads of its own
+    # A process that prepares batches has threads of its own.
+    return functools.partial(Reads, may_share=self._may_share), ()
 
   @property
   def are_slow(self) -> bool:
@@ -56,7 +58,3 @@ class Reads:
     finally:
       # Without the thread's own work, such as decoding, which further threads make no faster.
       self._waits[next(self._count) % _LAST] = time.perf_counter() - begin - (time.thread_time() - own)
-
-
-def _made(may_share: bool) -> Reads:
-  return Reads(may_share=may_share)

@@ -191,10 +191,6 @@ def render(scene: Scene, *, image_size: int, rng: np.random.Generator) -> UInt8[
   return (back + (front - back) * covered + 0.5).astype(np.uint8)
 
 
-def _pairs_of(split: str) -> tuple[tuple[str, str], ...]:
-  return {"train": SEEN, "test": SEEN, "unseen": UNSEEN, "all": PAIRS}[split]
-
-
 class Shapes:
   """Random access source of `num_images` records, classes in turn, each a function of (seed, split, index) alone.
 
@@ -204,7 +200,7 @@ class Shapes:
   """
 
   def __init__(self, *, split: str, image_size: int, seed: int = 0, num_images: int | None = None):
-    self._pairs = _pairs_of(split)
+    self._pairs = {"train": SEEN, "test": SEEN, "unseen": UNSEEN, "all": PAIRS}[split]
     # With the split, or splits of one class would share images.
     self._seed = (seed, tuple(SPLITS).index(split))
     self._image_size = image_size

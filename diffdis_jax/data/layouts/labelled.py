@@ -15,8 +15,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from diffdis_jax.common import storage
-from diffdis_jax.data.records import MOST_BYTES, Unusable, read_file
-from diffdis_jax.data.tars import Member
+from diffdis_jax.data.records import Unusable, read_file
 from diffdis_jax.errors import Gone
 
 # Bytes stay encoded until a loader's thread needs them; CIFAR's pickles have pixels alone.
@@ -59,12 +58,6 @@ def _read_listed(path: pathlib.Path) -> bytes:
     if not path.parent.is_dir():  # of a disk that is away, rather than an image that never was there
       raise Gone(f"{path.parent} is not there") from None
     raise
-
-
-def image_members(found: Sequence[Member]) -> Lazy:
-  """Image files inside uncompressed tars. Reading one raises Unusable as `tars.Member.read` does."""
-  # Not by a lambda, which no pickle takes.
-  return Lazy(found, operator.methodcaller("read", MOST_BYTES))
 
 
 def images_of(source: Any) -> Lazy:

@@ -6,14 +6,15 @@ test/nshards.txt, test/0.tar, test/1.tar, ...: s0000000.webp (or .png, .jpg), s0
 
 from __future__ import annotations
 
+import operator
 import pathlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from diffdis_jax.data import tars
-from diffdis_jax.data.layouts.labelled import Captioned, Lazy, Named, Origin, image_members
-from diffdis_jax.data.records import MOST_TEXT_BYTES, Unusable
+from diffdis_jax.data.layouts.labelled import Captioned, Lazy, Named, Origin
+from diffdis_jax.data.records import MOST_BYTES, MOST_TEXT_BYTES, Unusable
 from diffdis_jax.errors import UserError
 
 SPLIT = "test"
@@ -114,4 +115,5 @@ def _bytes(member: tars.Member) -> bytes:
 
 
 def _images(samples: Sequence[Sample]) -> Lazy:
-  return image_members([sample["image"] for sample in samples])
+  # Not by a lambda, which no pickle takes.
+  return Lazy([sample["image"] for sample in samples], operator.methodcaller("read", MOST_BYTES))
