@@ -41,13 +41,20 @@ def meanings_of(section: type) -> dict[str, str]:
   """The first sentence that a section's docstring, or that of a class that it extends, says of each field."""
   found: dict[str, str] = {}
   for kind in section.__mro__:
-    _, _, attributes = (inspect.cleandoc(kind.__doc__ or "")).partition("Attributes:\n")
-    # An entry begins two spaces deep, and goes on deeper.
-    for entry in re.split(r"^  (?=\w)", attributes.partition("\n\n")[0], flags=re.MULTILINE)[1:]:
-      names, _, said = " ".join(entry.split()).partition(": ")
-      for name in names.split(", "):
-        # Without the choices' name in the code: the range lists them.
-        found.setdefault(name, re.sub(r",? one of [A-Z_]+", "", re.split(r"(?<=\.) ", said)[0]).rstrip("."))
+    for name, said in said_in(inspect.cleandoc(kind.__doc__ or "")).items():
+      # Without the choices' name in the code: the range lists them.
+      found.setdefault(name, re.sub(r",? one of [A-Z_]+", "", said))
+  return found
+
+
+def said_in(docstring: str | None) -> dict[str, str]:
+  """The first sentence that a docstring's Args, or the Attributes of a dataclass, say of each name."""
+  _, *sections = re.split(r"^(?:Args|Attributes):\n", docstring or "", flags=re.MULTILINE)
+  found = {}
+  # An entry begins two spaces deep, and goes on deeper.
+  for entry in re.split(r"^  (?=\w)", "".join(sections).partition("\n\n")[0], flags=re.MULTILINE)[1:]:
+    names, _, said = " ".join(entry.split()).partition(": ")
+    found |= dict.fromkeys(names.split(", "), re.split(r"\. ", said)[0].removesuffix("."))
   return found
 
 

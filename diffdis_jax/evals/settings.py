@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from diffdis_jax.config.described import said_in
 from diffdis_jax.errors import UserError, check_type
 
 _LIKE = {int: 0, float: 0.0, bool: False}  # type of a setting -> a value of it
@@ -26,8 +26,6 @@ _DEFINE = {
   str: flags.DEFINE_string,
   Sequence: flags.DEFINE_list,
 }
-# An entry of a docstring's Args or Attributes: names, and the text with its lines that are indented further.
-_ENTRY = re.compile(r"^  ([\w, ]+): (.+(?:\n    .+)*)", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Setting:
 def of(made: Callable[..., Any]) -> dict[str, Setting]:
   """The settings of a function or class by name; those without a default, and objects, are none of a flag's."""
   # The docstring is what a reader of the code sees; --help says the same, word for word.
-  said = _documented(made)
+  said = said_in(inspect.getdoc(made))
   found = {}
   for name, parameter in inspect.signature(made).parameters.items():
     kinds = _kinds(made, name)
@@ -106,13 +104,3 @@ def _kinds(made: Callable[..., Any], name: str) -> tuple[Any, ...]:
     return ()
   union = isinstance(hints[name], types.UnionType) or typing.get_origin(hints[name]) is typing.Union
   return tuple(typing.get_origin(kind) or kind for kind in (typing.get_args(hints[name]) if union else [hints[name]]))
-
-
-def _documented(made: Callable[..., Any]) -> dict[str, str]:
-  """Parameter -> its first sentence in the docstring's Args, or Attributes of a dataclass."""
-  sections = re.split(r"^(?:Args|Attributes):\n", inspect.getdoc(made) or "", flags=re.MULTILINE)
-  found = {}
-  for names, text in _ENTRY.findall("".join(sections[1:]).split("\n\n")[0]):
-    sentence = re.split(r"\.\s", " ".join(text.split()))[0].removesuffix(".")
-    found |= {name.strip(): sentence for name in names.split(",")}
-  return found
