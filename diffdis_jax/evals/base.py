@@ -65,6 +65,15 @@ def subset(length: int, num_images: int | None) -> Int[np.ndarray, " n"]:
   return np.sort(np.random.default_rng(0).permutation(length)[:num_images])
 
 
+def first_of_each(labels: Int[np.ndarray, " n"], count: int, *, seed: int | None = None) -> Int[np.ndarray, " m"]:
+  """Places, in order, of the first `count` of each class, or of `count` random ones by `seed`; of all of a smaller
+  class. A larger count has those of a smaller one."""
+  order = np.arange(len(labels)) if seed is None else np.random.default_rng(seed).permutation(len(labels))
+  by_class = order[np.argsort(labels[order], kind="stable")]
+  starts = np.searchsorted(labels[by_class], labels[by_class])
+  return np.sort(by_class[np.arange(len(labels)) - starts < count])
+
+
 def get_field(record: Mapping[str, Any], field: str) -> Any:
   """A field of a record.
 

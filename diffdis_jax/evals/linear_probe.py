@@ -141,7 +141,7 @@ class LinearProbe:
   def _measure(self, features: Mapping[str, Examples], shots: int | None) -> dict[str, float]:
     train = features["train"]
     if shots is not None:
-      train = train.take(first_of_each(train.labels, shots, seed=self._seed))
+      train = train.take(base.first_of_each(train.labels, shots, seed=self._seed))
     # Shifted and scaled as a whole: so one list of l2 fits features of any length.
     mean, spread = train.x.mean(axis=0), float(train.x.std()) + 1e-12
     scaled = {name: Examples((each.x - mean) / spread, each.labels) for name, each in features.items()}
@@ -238,14 +238,6 @@ def _value_and_gradient(
   logits = jnp.matmul(x, weight, precision=jax.lax.Precision.HIGHEST) + bias
   own = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
   return (jax.nn.logsumexp(logits, axis=1) - own).mean() + 0.5 * l2 * (weight**2).sum()
-
-
-def first_of_each(labels: Int[np.ndarray, " n"], count: int, *, seed: int) -> Int[np.ndarray, " m"]:
-  """Places of `count` random examples of each class, or all of it; a larger count has those of a smaller one."""
-  order = np.random.default_rng(seed).permutation(len(labels))
-  by_class = order[np.argsort(labels[order], kind="stable")]
-  starts = np.searchsorted(labels[by_class], labels[by_class])
-  return np.sort(by_class[np.arange(len(labels)) - starts < count])
 
 
 def _read_shots(text: str | int) -> int | None:

@@ -82,7 +82,7 @@ class Selection:
     assert isinstance(source, long_tail.LabelledSource)
     self._source, self._indices = source, np.arange(len(source))
     if split == "train":
-      self._indices = first_of_each(source.labels, TRAINING_IMAGES)
+      self._indices = base.first_of_each(source.labels, TRAINING_IMAGES)
     self._labels = source.labels[self._indices]
     # The loss of a sentence is a mean over its class's images: of none it would be 0 / 0.
     if (absent := np.setdiff1d(np.arange(head.classes), self._labels)).size:
@@ -143,12 +143,3 @@ def choose(
       order = np.sort(rng.permutation(order)[:count])
     places[label, : len(order[:count])] = start + order[:count]
   return places
-
-
-def first_of_each(labels: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
-  """Places of the first `count` of each class, in order."""
-  order = np.argsort(labels, kind="stable")
-  counts = np.bincount(labels)
-  # Sorted stably, an image's distance from its class's first is its number among them.
-  rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-  return np.sort(order[rank < count])

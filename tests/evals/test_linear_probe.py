@@ -16,7 +16,7 @@ from diffdis_jax.data import sources
 from diffdis_jax.data.layouts import labelled
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import linear_probe
+from diffdis_jax.evals import base, linear_probe
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals.linear_probe import Examples
 from tests.models.from_torch import nchw
@@ -69,10 +69,10 @@ def test_a_tie_is_wrong():
 
 def test_shots_are_of_each_class_and_more_have_those_of_fewer():
   labels = np.array([0] * 9 + [1] * 3 + [2])
-  few, more = (linear_probe.first_of_each(labels, count, seed=3) for count in (2, 4))
+  few, more = (base.first_of_each(labels, count, seed=3) for count in (2, 4))
   np.testing.assert_array_equal(np.bincount(labels[few]), [2, 2, 1])
   np.testing.assert_array_equal(np.bincount(labels[more]), [4, 3, 1])
-  assert {*few} < {*more} and {*few} != {*linear_probe.first_of_each(labels, 2, seed=4)}
+  assert {*few} < {*more} and {*few} != {*base.first_of_each(labels, 2, seed=4)}
 
 
 class Embedding:
@@ -110,7 +110,7 @@ def test_the_whole_of_it_with_scikit_learn(splits):
     x = np.stack([record["image"].ravel() for record in known]).astype(np.float32) / 255
     data[name] = Examples(x, np.array([CLASSES.index(record["label"]) for record in known]))
   assert len(data["test"].labels) == 80
-  for suffix, rows in (("8_shots", linear_probe.first_of_each(data["train"].labels, 8, seed=2)), ("all", slice(None))):
+  for suffix, rows in (("8_shots", base.first_of_each(data["train"].labels, 8, seed=2)), ("all", slice(None))):
     train = Examples(data["train"].x[rows], data["train"].labels[rows])
     mean, spread = train.x.mean(0), train.x.std()
     models = {l2: theirs(Examples((train.x - mean) / spread, train.labels), l2) for l2 in linear_probe.L2}

@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from diffdis_jax.evals import nearest
+from diffdis_jax.evals import base, nearest
 from diffdis_jax.training import anchors
 
 IMAGES, SENTENCES, CLASSES = 30, 50, 6
@@ -83,4 +83,4 @@ def test_anchors_are_the_smallest_losses_in_order():
 
 def test_the_first_of_each_class():
   labels = np.array([1, 0, 1, 1, 0, 2])
-  assert anchors.first_of_each(labels, 2).tolist() == [0, 1, 2, 4, 5]
+  assert base.first_of_each(labels, 2).tolist() == [0, 1, 2, 4, 5]
