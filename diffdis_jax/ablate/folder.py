@@ -136,14 +136,12 @@ class Folder:
   def open(self, plan: Plan) -> None:
     """Creates it with its base, or checks that it has the same. Raises UserError: it has another, or is no folder."""
     self.check(plan)
-    try:
+    with files.writing(f"to --out={self.path}"):
       self.path.mkdir(parents=True, exist_ok=True)
       if not buckets.is_url(self.path):
         files.sweep(self.path)
         files.sweep(self.path / "results")
       files.write_json(self.path / "base.json", _without_seed(plan.base))
-    except OSError as error:
-      raise UserError(f"cannot write to --out={self.path}: {error.strerror or error}") from error
 
 
 def seconds_per_step(path: epath.Path) -> float | None:

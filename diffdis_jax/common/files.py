@@ -92,6 +92,15 @@ def _on_a_disk(out: pathlib.Path) -> Iterator[pathlib.Path]:
       shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+  """Around what writes to `what`, such as --out=FILE. Raises UserError in the place of an OSError."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f"cannot write {what}: {error.strerror or error}") from error
+
+
 def write_whole(path: epath.Path | pathlib.Path, content: bytes) -> None:
   """Writes a file, under another name first; an object of a bucket appears whole by itself."""
   if buckets.is_url(path):
@@ -184,19 +193,15 @@ def check_out(out: str, flag: str = "out") -> None:
     sweep(path.parent, f".{path.name}")
   # Tried, since permissions say nothing of a disk that is full or read-only.
   probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-  try:
+  with writing(f"--{flag}={out}"):
     probe.write_bytes(b"")
     probe.unlink()
-  except OSError as error:
-    raise UserError(f"cannot write --{flag}={out}: {error.strerror or error}") from error
 
 
 def write_out(out: str, text: str) -> None:
   """Raises UserError: it cannot be written."""
-  try:
+  with writing(f"--out={out}"):
     write_whole(buckets.path(out), text.encode())
-  except OSError as error:
-    raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
 
 
 def read_json(path: str | os.PathLike[str], name: str = "") -> Any:

@@ -79,10 +79,8 @@ def write(
       raise UserError(f"parameter {name} is beyond the range of {np.dtype(dtype)}, or not finite; take another --dtype")
   said = json.dumps(dataclasses.asdict(record), sort_keys=True)
   text = {"format": "diffdis_jax", "run": said, "sha256": _digest(said, arrays)}
-  try:
+  with files.writing(f"--out={path}"):
     files.write_whole(pathlib.Path(path), save(arrays, metadata=text))
-  except OSError as error:
-    raise UserError(f"cannot write --out={path}: {error.strerror or error}") from error
 
 
 def read_record(path: pathlib.Path) -> Record:

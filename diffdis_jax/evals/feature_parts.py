@@ -77,7 +77,7 @@ class PartsFolder:
     images: UInt8[np.ndarray, "n h w 3"],
   ) -> None:
     """Writes the images, where they are kept, and then the part. Raises UserError: they cannot be written."""
-    try:
+    with files.writing(f"to --parts={self.path}"):
       # Images first: a part is finished where its features are, and then its images must be there too.
       if self.keep_images:
         (self._folder / "images").mkdir(parents=True, exist_ok=True)
@@ -97,8 +97,6 @@ class PartsFolder:
         header=np.asarray(header),
       )
       files.write_whole(self._file(part), buffer.getvalue())
-    except OSError as error:
-      raise UserError(f"cannot write to --parts={self.path}: {error.strerror or error}") from error
 
   @property
   def _folder(self) -> epath.Path:

@@ -91,11 +91,9 @@ def write(path: str | os.PathLike[str], reference: Reference) -> None:
     "features": reference.features,
   }
   np.savez(buffer, **content)
-  try:
+  with files.writing(f"--reference={path}"):
     buckets.path(path).parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(buckets.path(path), buffer.getvalue())
-  except OSError as error:
-    raise UserError(f"cannot write --reference={path}: {error.strerror or error}") from error
 
 
 def read(path: str | os.PathLike[str]) -> Reference:

@@ -120,10 +120,8 @@ def check_out(path: str) -> None:
 
 def write_text(path: str, text: str) -> None:
   """Raises UserError: it cannot be written."""
-  try:
+  with files.writing(f"--out={path}"):
     buckets.path(path).parent.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"cannot write --out={path}: {error.strerror or error}") from error
   files.write_out(path, text)
 
 

@@ -32,10 +32,8 @@ def check_target(programs: Collection[str], platform: str, topology: chips.Topol
 def check(folder: str) -> None:
   """Creates the folder, before half an hour of compiling. Raises UserError: it cannot be written."""
   path = buckets.path(folder)
-  try:
+  with files.writing(f"--save={folder}"):
     path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"cannot write --save={folder}: {error.strerror or error}") from error
   files.check_out(os.fspath(path / "training_step"), "save")
 
 
