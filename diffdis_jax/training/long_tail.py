@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from diffdis_jax.config.run import Run
 from diffdis_jax.method import features, losses
@@ -91,7 +92,7 @@ def head_loss(
   # Pixels are mixed, so that the frozen network has to see each mixture: its features cannot be kept.
   f = features.image_features(model, mixing.mix_images(images, mix), noise, network=network)
   logits = model.head(f, model.logit_scale[...])
-  visual, language = (long_tail_losses.soft_cross_entropy(x, target) for x in (logits.visual, logits.language))
+  visual, language = (optax.softmax_cross_entropy(x, target) for x in (logits.visual, logits.language))
   metrics: Metrics = {"loss_visual": mean_of(visual), "loss_language": mean_of(language)}
   # Unweighted, as in VL-LTR. Shares of 0.2 and 0.8 are the prediction's (lgr.mixed_prediction).
   return Total(visual.mean() + language.mean(), metrics)

@@ -88,8 +88,3 @@ def _logits(
   # Left to itself, a TPU would multiply f32 in bf16, and a GPU in TF32.
   cosines = jnp.einsum("id,jd->ij", anchors, candidates, precision=jax.lax.Precision.HIGHEST)
   return jnp.exp(logit_scale.astype(jnp.float32)) * cosines
-
-
-def soft_cross_entropy(logits: Float[Array, "b k"], target: Float[Array, "b k"]) -> Float[Array, "b"]:
-  """−Σ_k target_k log softmax(logits)_k of each row."""
-  return -(target * jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)).sum(axis=-1)
