@@ -21,7 +21,7 @@ from etils import epath
 from diffdis_jax import config as run_config
 from diffdis_jax.ablate.folder import Folder, to_do
 from diffdis_jax.ablate.plan import Plan, Run
-from diffdis_jax.common import buckets, signals
+from diffdis_jax.common import buckets, files, signals
 from diffdis_jax.errors import INTERRUPTED, PREEMPTED, Interrupted, Preempted, UserError
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import workdir
@@ -278,8 +278,6 @@ class _Children:
 
 def _last_words(log: Any) -> str:
   """The last line of a log that says what was wrong."""
-  # A process that was killed may have written half of a character.
-  said = log.read_bytes().decode(errors="replace") if log.exists() else ""
-  lines = [line for line in said.splitlines() if line.strip()]
+  lines = [line for line in files.lines(log) if line.strip()]
   errors = [line for line in lines if line.startswith("error: ")]
   return (errors or lines or ["nothing was said"])[-1].removeprefix("error: ")
