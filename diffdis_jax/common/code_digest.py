@@ -21,8 +21,10 @@ def of(*paths: str, packages: tuple[str, ...] = ()) -> str:
   """
   digest = hashlib.sha256()
   for path in (PACKAGE / path for path in paths):
+    # Code, and no config: those are a link in a checkout and files in a wheel, and must not differ.
+    found = (file for file in path.rglob("*.py") if PACKAGE / "configs" not in file.parents)
     # Sorted, since a disk lists a folder in any order. The name counts too, so that a moved file is a change.
-    for file in filter(_makes, sorted(path.rglob("*.py"))) if path.is_dir() else [path]:
+    for file in sorted(found) if path.is_dir() else [path]:
       digest.update(
         f"{file.relative_to(PACKAGE).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
       )
@@ -30,11 +32,6 @@ def of(*paths: str, packages: tuple[str, ...] = ()) -> str:
     # A package that comes or goes is a change as well.
     digest.update(f"{name} {_version(name)}\n".encode())
   return digest.hexdigest()
-
-
-def _makes(file: pathlib.Path) -> bool:
-  """Whether it is code, and no config: those are a link in a checkout and files in a wheel, and must not differ."""
-  return PACKAGE / "configs" not in file.parents
 
 
 def _version(name: str) -> str | None:

@@ -124,32 +124,28 @@ class AheadOfTime:
     return self._compiled
 
   def _compile(self) -> jax.stages.Compiled:
-    return _compile(self._name, self._f, *self._args, kept=self._kept)
-
-
-def _compile(name: str, f: Any, *args: Any, kept: executables.Kept | None = None) -> jax.stages.Compiled:
-  begin = time.monotonic()
-  if kept is not None and (program := kept.read(name, args)) is not None:
-    logging.info("loaded %s in %.1f s", name, time.monotonic() - begin)
-    return program
-  file = _times_file(name, args)
-  last = _read(file)
-  if last == Times():
-    logging.info("compiling %s", name)
-  elif max(last.compiled or 0.0, last.cached or 0.0) >= LONG:
-    logging.info("compiling %s, which took %s the last time", name, last)
-  begin, lowered = time.monotonic(), f.lower(*args)
-  # By the thread's own count of hits, since other threads compile other programs at the same time.
-  hits = _hits.count
-  fresh = executables.compile(lowered)
-  seconds, cached = time.monotonic() - begin, _hits.count > hits
-  logging.info("compiled %s in %.1f s%s", name, seconds, " from the cache" if cached else "")
-  if file is not None and processes.is_first():
-    _write(file, dataclasses.replace(last, **{"cached" if cached else "compiled": seconds}))
-  # Of CPUs each process keeps its own, and of others one does for all.
-  if kept is not None and not kept.folder.given and (processes.is_first() or kept.devices[0].platform == "cpu"):
-    kept.write(name, args, fresh)
-  return fresh.program
+    name, args, kept, begin = self._name, self._args, self._kept, time.monotonic()
+    if kept is not None and (program := kept.read(name, args)) is not None:
+      logging.info("loaded %s in %.1f s", name, time.monotonic() - begin)
+      return program
+    file = _times_file(name, args)
+    last = _read(file)
+    if last == Times():
+      logging.info("compiling %s", name)
+    elif max(last.compiled or 0.0, last.cached or 0.0) >= LONG:
+      logging.info("compiling %s, which took %s the last time", name, last)
+    begin, lowered = time.monotonic(), self._f.lower(*args)
+    # By the thread's own count of hits, since other threads compile other programs at the same time.
+    hits = _hits.count
+    fresh = executables.compile(lowered)
+    seconds, cached = time.monotonic() - begin, _hits.count > hits
+    logging.info("compiled %s in %.1f s%s", name, seconds, " from the cache" if cached else "")
+    if file is not None and processes.is_first():
+      _write(file, dataclasses.replace(last, **{"cached" if cached else "compiled": seconds}))
+    # Of CPUs each process keeps its own, and of others one does for all.
+    if kept is not None and not kept.folder.given and (processes.is_first() or kept.devices[0].platform == "cpu"):
+      kept.write(name, args, fresh)
+    return fresh.program
 
 
 def _times_file(name: str, args: Any) -> epath.Path | None:
