@@ -1,4 +1,4 @@
-"""Noise schedules, the forward process and its inverses, and which timesteps a sampler visits.
+"""Noise schedules, the forward process and its inverse, and which timesteps a sampler visits.
 
 Both processes have one form, with the text query's feature scaling γ (appendix, Tables 2 and 3; γ = 1 for images):
 
@@ -162,25 +162,6 @@ def add_noise(
   return gamma * a * x0 + s * noise
 
 
-def predict_data(
-  schedule: Schedule,
-  x_t: Float[Array, "b ..."],
-  *,
-  noise: Float[Array, "b ..."],
-  t: Int[Array, "b"],
-  gamma: float = 1.0,
-) -> Float[Array, "b ..."]:
-  """x_0 = (x_t − √(1 − ᾱ) ε) / (γ √ᾱ), in f32."""
-  # γ belongs here: without it ê_0 of target `noise` would be γ e, and e_t's next mean γ² e.
-  a, s = _rates(schedule, t, x_t.ndim)
-  return (x_t - s * noise) / (gamma * a)
-
-
-def check_target(target: str) -> None:
-  """Raises UserError unless `target`, what the network predicts, is one of TARGETS."""
-  check_choice("target", target, TARGETS)
-
-
 def to_data(
   schedule: Schedule,
   x_t: Float[Array, "b ..."],
@@ -190,10 +171,15 @@ def to_data(
   t: Int[Array, "b"],
   gamma: float = 1.0,
 ) -> Float[Array, "b ..."]:
-  """x_0 from what the network predicts, the data or the noise (appendix, Table 2).
+  """x_0 from what the network predicts, the data or the noise (appendix, Table 2): of noise ε it is, in f32,
+  (x_t − √(1 − ᾱ) ε) / (γ √ᾱ).
 
   Raises:
     UserError: unknown target.
   """
-  check_target(target)
-  return prediction if target == "data" else predict_data(schedule, x_t, noise=prediction, t=t, gamma=gamma)
+  check_choice("target", target, TARGETS)
+  if target == "data":
+    return prediction
+  # γ belongs here: without it ê_0 of target `noise` would be γ e, and e_t's next mean γ² e.
+  a, s = _rates(schedule, t, x_t.ndim)
+  return (x_t - s * prediction) / (gamma * a)

@@ -110,7 +110,7 @@ def test_the_inverse_undoes_add_noise(name, gamma):
   a = np.sqrt(schedule.alpha_bar[T0])[:, None, None]
   s = np.sqrt(1 - schedule.alpha_bar[T0])[:, None, None]
   np.testing.assert_allclose(x_t, gamma * a * np.float64(x0) + s * np.float64(noise), atol=1e-6)
-  data = schedules.predict_data(schedule, x_t, noise=noise, t=t, gamma=gamma)
+  data = schedules.to_data(schedule, x_t, prediction=noise, target="noise", t=t, gamma=gamma)
   assert np.all(np.abs(data - x0) * gamma * a < 1e-6)
 
 
