@@ -36,6 +36,22 @@ def pages(tmp_path_factory) -> dict[str, pathlib.Path]:
   return {name: folder / f"{name}.html" for name in ("one", "two", "lost")}
 
 
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> dict[str, pathlib.Path]:
+  """Of a run that measures nine data sets and diverges, and of a shorter one before it."""
+  folder = tmp_path_factory.mktemp("odd")
+  runs = [pathlib.Path(written_run.write(folder / name, num_steps=4000)) for name in ("short", "long")]
+  sets = {f"set{i}/acc1": i / 10 for i in range(9)}
+  lines = [
+    {"step": step, "loss": 10 ** (step / 100) if step < 3000 else None, "data_wait": step / 10_000, **sets}
+    for step in range(20, 3010, 20)
+  ]
+  (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  report.report([str(runs[1])], str(folder / "one.html"))
+  report.report([*map(str, runs)], str(folder / "two.html"))
+  return {name: folder / f"{name}.html" for name in ("one", "two")}
+
+
 @pytest.fixture(params=[390, 1280])
 def driver(request, tmp_path):
   """At the width of a phone, and at that of a laptop."""
@@ -121,3 +137,23 @@ def test_two_runs_are_beside_each_other(driver, pages):
   assert len(driver.find_elements("css selector", ".live img")) == 2
   assert "batch_size 16 32" in texts(driver, "#config tbody tr")
   assert len(driver.find_elements("css selector", "#losses .chart:first-child .legend span.swatch")) == 2
+
+
+def test_every_line_is_seen_and_large_numbers_fit(driver, odd):
+  driver.get(odd["one"].as_uri())
+  assert "Loss 6.31e29 not finite after step 2,980" in texts(driver, "header .tile")
+  strokes = "return [...document.querySelectorAll('.chart svg path')].map((path) => getComputedStyle(path).stroke)"
+  assert "none" not in driver.execute_script(strokes)
+  ticks = texts(driver, "#losses .chart:first-child text[text-anchor=end]")
+  assert "1e24" in ticks and len(ticks) < 12 and max(map(len, ticks)) < 8
+  assert is_clean(driver)
+
+
+def test_a_share_on_a_logarithmic_scale(driver, odd):
+  driver.get(odd["one"].as_uri())
+  driver.set_script_timeout(10)
+  (toggle,) = driver.find_elements("xpath", "//h3[starts-with(., 'Time spent waiting')]/../button")
+  toggle.click()
+  assert toggle.get_attribute("aria-pressed") == "true"
+  lines = driver.execute_script("return [...document.querySelectorAll('#speed svg path')].map((p) => p.outerHTML)")
+  assert lines and "NaN" not in "".join(lines) and is_clean(driver)
