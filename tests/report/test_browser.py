@@ -157,3 +157,14 @@ def test_a_share_on_a_logarithmic_scale(driver, odd):
   assert toggle.get_attribute("aria-pressed") == "true"
   lines = driver.execute_script("return [...document.querySelectorAll('#speed svg path')].map((p) => p.outerHTML)")
   assert lines and "NaN" not in "".join(lines) and is_clean(driver)
+
+
+def test_a_short_run_beside_a_long_one_that_diverged(driver, odd):
+  driver.get(odd["two"].as_uri())
+  runs = texts(driver, "header tbody tr")
+  assert "300 of 4,000 0.3333" in runs[0] and "6.31e29, not finite after step 2,980" in runs[1]
+  stage = driver.find_element("css selector", "#losses .chart [tabindex]")
+  driver.execute_script("arguments[0].focus()", stage)
+  stage.send_keys("\ue012\ue012")  # arrow left, from the right end
+  assert texts(driver, "#losses .tip")[0] == "step 2,980 short – long 6.31e29"
+  assert is_clean(driver)
