@@ -22,7 +22,8 @@ from diffdis_jax.errors import UserError
 
 TITLES = {"draw": "Generate"}  # of tabs whose title is not their name in the page's API
 PICKS = 12  # images of the folder that can be picked
-KEPT = 3600  # seconds for which an upload stays on disk
+KEPT = 3600  # seconds for which an upload stays on disk, at most
+SWEPT = 60  # seconds between two looks for those that are that old
 # No font from elsewhere: the page asks this machine alone.
 FONT = ["system-ui", "sans-serif"]
 MONOSPACE = ["ui-monospace", "monospace"]
@@ -67,7 +68,7 @@ class Contents:
 
 def build(sampler: StepSampler, index: search.Index | None, limits: Limits, contents: Contents) -> gr.Blocks:
   """The page; `queue` and `launch` are the caller's."""
-  page = gr.Blocks(title=f"DiffDis: {contents.title}", analytics_enabled=False, delete_cache=(KEPT, KEPT))
+  page = gr.Blocks(title=f"DiffDis: {contents.title}", analytics_enabled=False, delete_cache=(SWEPT, KEPT - SWEPT))
   with page:
     # Escaped: a folder's name may hold what Markdown takes for HTML.
     gr.Markdown(f"# DiffDis\n{html.escape(contents.about)}", elem_classes="head")

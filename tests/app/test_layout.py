@@ -17,7 +17,8 @@ from tests.models.networks import random_params
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # of Gradio's own imports
 
 
-def components(config, *, source: Source | None) -> list[dict]:
+def built(config, *, source: Source | None):
+  """The page, as Gradio has it."""
   from diffdis_jax.app import page
 
   inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=2)
@@ -25,7 +26,11 @@ def components(config, *, source: Source | None) -> list[dict]:
   index = None if source is None else Index(sampler, source, None)
   blocks = page.build(sampler, index, Limits(), contents_of(Run.of(config), "a run"))
   sampler.close()
-  return blocks.get_config_file()["components"]
+  return blocks
+
+
+def components(config, *, source: Source | None) -> list[dict]:
+  return built(config, source=source).get_config_file()["components"]
 
 
 def tabs(config, *, source: Source | None) -> list[str]:
@@ -74,3 +79,9 @@ def test_images_to_pick_are_those_that_can_be_read(caplog):
 
 def test_without_a_folder_there_is_nothing_to_search():
   assert tabs(config_of("discrimination"), source=None) == ["Classify", "Inside"]
+
+
+def test_uploads_are_kept_for_an_hour_at_most():
+  """What is too old by then goes at the next look."""
+  every, age = built(config_of("generation"), source=None).delete_cache
+  assert every + age <= 3600
