@@ -13,7 +13,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 
 import gradio as gr
 from absl import logging
-from gradio import themes
+from gradio import processing_utils, themes
 
 from diffdis_jax.app import charts, classify, draw, inside, search
 from diffdis_jax.app.limits import Limits
@@ -155,11 +155,24 @@ def _slider(label: str, least: float, most: float, value: float, *, step: float 
   return _unchecked(gr.Slider(least, most, value, step=step, label=label))
 
 
+def _no_address() -> gr.Error:
+  return gr.Error("an image is uploaded as a file, not as an address", print_exception=False)
+
+
+async def _fetch_nothing(url: str, cache_dir: str) -> str:
+  """In the place of Gradio's own, which fetches what a request names as a file, in any field and of any size, before a
+  field is asked: anybody could reach what only this machine can (SSRF), and fill it."""
+  del url, cache_dir
+  raise _no_address()
+
+
+processing_utils.async_ssrf_protected_download = _fetch_nothing
+
+
 def _unopened(upload: Any) -> str | None:
   """The path of an uploaded file, which nobody has opened yet."""
-  # An address would have to be fetched, so that anybody could reach what only this machine can (SSRF).
   if upload is not None and upload.path is None:
-    raise gr.Error("an image is uploaded as a file, not as an address", print_exception=False)
+    raise _no_address()
   return None if upload is None else upload.path
 
 

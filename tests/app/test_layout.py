@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from diffdis_jax.app.__main__ import contents_of
@@ -85,3 +87,21 @@ def test_uploads_are_kept_for_an_hour_at_most():
   """What is too old by then goes at the next look."""
   every, age = built(config_of("generation"), source=None).delete_cache
   assert every + age <= 3600
+
+
+@pytest.mark.parametrize("kind", ["Image", "Textbox"])
+def test_an_address_in_the_place_of_a_file_is_never_fetched(kind, monkeypatch):
+  """Gradio would do so before a field is asked, whatever its kind and the file's size."""
+  import gradio
+  from gradio import processing_utils
+
+  from diffdis_jax.app import page
+
+  async def get(url, **how):
+    pytest.fail(f"{url} was fetched")
+
+  monkeypatch.setattr(processing_utils, "async_ssrf_protected_get", get)
+  file = {"path": "https://example.com/large.png", "meta": {"_type": "gradio.FileData"}}
+  field = page._image_field([], name="image") if kind == "Image" else gradio.Textbox()
+  with pytest.raises(gradio.Error, match="not as an address"):
+    asyncio.run(processing_utils.async_move_files_to_cache(file, field, check_in_upload_folder=True))
