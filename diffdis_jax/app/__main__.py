@@ -108,8 +108,13 @@ def serve(
     allowed_hosts: names by which the page is asked for, beside its address.
 
   Raises:
-    UserError: no such run, data or checkpoint, a run that no tab can serve, or nobody can listen there.
+    UserError: no such run, data or checkpoint, a run that no tab can serve, data that none searches, no name of a host,
+      or nobody can listen there.
   """
+  # Here, since starlette is installed with the extra `app` alone.
+  from diffdis_jax.app import same_site, uploads
+
+  same_site.check_names(allowed_hosts)
   record = run_config.load(run)
   # For its UserError alone: a run that no tab can serve ends before its weights are read.
   step_sampler.tabs(record.objectives)
@@ -124,9 +129,6 @@ def serve(
   index = None
   if source is not None and "search" in sampler.tabs:
     index = search.Index(sampler.patient(), source, num_images)
-
-  # Here, since starlette is installed with the extra `app` alone.
-  from diffdis_jax.app import uploads
 
   preparing = threading.Thread(target=prepare, args=(sampler, index), name="prepare")
   with uploads.folder() as folder:

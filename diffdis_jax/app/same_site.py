@@ -12,6 +12,7 @@ import socket
 from collections.abc import Collection
 
 from diffdis_jax.app.uploads import App, Message, Receive, Send, refuse
+from diffdis_jax.errors import UserError
 
 # Nothing but a name and a port, and matched as a whole: user@name, name/path or name#name would disguise another site.
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d+)?")
@@ -34,7 +35,7 @@ class SameSite:
     """
     self._app = app
     self._everywhere = listens_at in ("", "0.0.0.0", "::")
-    self._named = {name.lower() for name in names}
+    self._named = {name.lower().strip("[]") for name in names}
     machine = (socket.gethostname(), socket.getfqdn()) if self._everywhere else (listens_at,)
     self._known = {*LOCAL, *self._named, *(name.lower() for name in machine)}
 
@@ -61,12 +62,19 @@ class SameSite:
       site = ORIGIN.fullmatch(origin.lower())
       # With its port: another port of this machine is another site. A server in front may ask by the address and hand
       # on the browser's Origin, with a name that the user gave.
-      if site is None or (site["host"] != host[0] and site["name"] not in self._named):
+      if site is None or (site["host"] != host[0] and site["name"].strip("[]") not in self._named):
         return "the page answers no other site"
     return ""
 
   def _is_known(self, name: str) -> bool:
     return name in self._known or (self._everywhere and _is_address(name))
+
+
+def check_names(names: Collection[str]) -> None:
+  """Raises UserError: one is no name that a request could ask for, as with a scheme or a port it is none."""
+  for name in names:
+    if not (re.fullmatch("[a-z0-9._-]+", name.lower()) or _is_address(name.strip("[]"))):
+      raise UserError(f"--allowed_hosts={name} is no host's name; give it alone, such as page.example")
 
 
 def _is_address(name: str) -> bool:

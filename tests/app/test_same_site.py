@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from diffdis_jax.app.same_site import SameSite
+from diffdis_jax.app.same_site import SameSite, check_names
+from diffdis_jax.errors import UserError
 
 HERE = "127.0.0.1:7860"
 
@@ -110,3 +111,17 @@ def test_a_proxy_that_asks_by_the_address_and_hands_on_the_origin():
 
 def test_the_start_of_the_server_passes():
   assert answer(None, kind="lifespan") == 200
+
+
+@pytest.mark.parametrize(
+  "name", ["https://page.example", "page.example:8443", "page.example/app", "bücher.example", ""]
+)
+def test_a_name_that_no_request_has_is_refused_at_the_start(name):
+  with pytest.raises(UserError, match=f"--allowed_hosts={name} is no host's name; give it alone, such as page.example"):
+    check_names(["page.example", name])
+
+
+@pytest.mark.parametrize("name", ["fd00::1", "[FD00::1]"])
+def test_an_address_of_ipv6_may_be_allowed(name):
+  check_names([name])
+  assert answer("[fd00::1]:80", "https://[fd00::1]", names=(name,)) == 200
