@@ -236,4 +236,4 @@ def ticks(low: float, high: float, count: int = 5) -> Float[np.ndarray, " n"]:
   size = 10 ** np.floor(np.log10(rough))
   # The nearest of the steps that people count by; 10 too, since the rough one may lie just below it.
   step = size * min((1, 2, 5, 10), key=lambda factor: abs(factor * size - rough))
-  return np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step
+  return np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step + 0.0  # -0 becomes 0

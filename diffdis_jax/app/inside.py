@@ -82,7 +82,7 @@ def score_chart(t: Sequence[int], scores: Float[np.ndarray, "s k n"], steps: int
   # As wide as all steps from the first one on: the curves grow, and the axis stays.
   frame = charts.Frame((1, max(steps, 2)), (low, high))
   for value in charts.ticks(low, high):
-    frame.y_tick(float(value), f"{value:.2g}")
+    frame.y_tick(float(value), f"{value:g}")
   # About six labels have room side by side.
   every = max(1, steps // 6)
   for i, at in enumerate(t):

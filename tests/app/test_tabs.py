@@ -257,6 +257,14 @@ def test_ticks_are_round_numbers_within_the_range(low, high):
   assert np.isclose(size / 10 ** np.floor(np.log10(size) + 1e-9), [1, 2, 5]).any()
 
 
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (-0.03, 0.41), (0.981, 0.989), (0.6, 0.63)])
+def test_a_line_across_the_scores_has_its_own_value(low, high):
+  svg = inside.score_chart([999, 0], np.array([[[low]], [[high]]]), 2)
+  labels = re.findall(r'text-anchor="end">([^<]+)</text>', svg)
+  assert "-0" not in labels
+  np.testing.assert_allclose([*map(float, labels)], charts.ticks(low, high)[::-1], atol=1e-9)
+
+
 def test_large_images_have_small_ones_in_the_strip():
   html = charts.strip([("9", (np.zeros((256, 256, 3), np.uint8),))])
   (image,) = pixels(html)
