@@ -127,7 +127,10 @@ def serve(
   model, params = inference.load(run, step=step, ema=ema, batch_size=BATCH_SIZE, mesh=mesh)
   sampler = step_sampler.StepSampler(model, params, seconds=limits.seconds)
   index = None
-  if source is not None and "search" in sampler.tabs:
+  if "search" not in sampler.tabs:
+    if data:
+      raise UserError(f"--data={data} has no effect on this run, which cannot search; leave it out")
+  elif source is not None:
     index = search.Index(sampler.patient(), source, num_images)
 
   preparing = threading.Thread(target=prepare, args=(sampler, index), name="prepare")

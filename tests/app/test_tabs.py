@@ -12,6 +12,7 @@ import pytest
 import scipy.special
 from PIL import Image
 
+from diffdis_jax.app import __main__ as app
 from diffdis_jax.app import charts, classify, draw, inside, search, step_sampler
 from diffdis_jax.app.__main__ import open_data, prepare
 from diffdis_jax.app.limits import Limits
@@ -19,6 +20,7 @@ from diffdis_jax.app.step_sampler import Estimate, Frame
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
 from tests import studio_pictures as pictures
+from tests.report import written_run
 
 RNG = np.random.default_rng(0)
 LIMITS = Limits()
@@ -263,6 +265,17 @@ def test_a_line_across_the_scores_has_its_own_value(low, high):
   labels = re.findall(r'text-anchor="end">([^<]+)</text>', svg)
   assert "-0" not in labels
   np.testing.assert_allclose([*map(float, labels)], charts.ticks(low, high)[::-1], atol=1e-9)
+
+
+def test_data_that_no_tab_searches_are_refused(monkeypatch, tmp_path):
+  monkeypatch.setattr(app, "open_data", lambda *args, **how: Source("red"))
+  monkeypatch.setattr(app.restore, "choose", lambda run, step, *, ema: (7, ema))
+  monkeypatch.setattr(app.inference, "load", lambda run, **how: (None, {}))
+  monkeypatch.setattr(app.step_sampler, "StepSampler", lambda *args, **how: SimpleNamespace(tabs=("draw",)))
+  run = written_run.write(tmp_path / "run", objectives=("generation",))
+  how = dict(split="test", num_images=9, step=None, ema=True, host="", port=0)
+  with pytest.raises(UserError, match="--data=birds has no effect on this run, which cannot search; leave it out"):
+    app.serve(run, LIMITS, data="birds", **how)
 
 
 def test_large_images_have_small_ones_in_the_strip():
