@@ -66,6 +66,8 @@ def define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   del argv
+  if FLAGS.noise and FLAGS["seed"].present:
+    raise UserError("--noise and --seed are both given; give one of them")
   cli.compilation_cache(FLAGS.workdir)
   cli.use_all_cores()
   processes.start()

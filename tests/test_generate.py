@@ -193,6 +193,12 @@ def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_seed_beside_the_noise_that_it_would_make_is_refused(environment, tmp_path):
+  flags = ["--workdir=run", f"--out={tmp_path / 'out'}", "--prompt=a red star", "--noise=noise.npy", "--seed=0"]
+  bad = call("generate", environment, *flags)
+  assert (bad.returncode, bad.stderr) == (2, "error: --noise and --seed are both given; give one of them\n")
+
+
 def test_command_line(run, environment, tmp_path):
   to = [f"--workdir={run}", f"--out={tmp_path / 'out'}"]
   bad = call("generate", environment, *to)
