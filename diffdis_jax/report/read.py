@@ -14,7 +14,7 @@ from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, files, one_file
 from diffdis_jax.errors import UserError
 from diffdis_jax.report import curves
-from diffdis_jax.run import committed, history
+from diffdis_jax.run import committed, history, workdir
 
 ALIVE = 60.0  # seconds since the last sign of life of a run
 
@@ -34,6 +34,7 @@ class Run:
     cards: data source -> what prepare_data wrote of it: `facts` of card.json and the `picture` beside it.
     written: when metrics.jsonl was last written, seconds since 1970.
     alive: whether a process has the workdir now.
+    restarted: whether that one has taken it after the last of `events`.
   """
 
   name: str
@@ -46,6 +47,7 @@ class Run:
   cards: Mapping[str, dict[str, Any]]
   written: float | None
   alive: bool
+  restarted: bool
 
   @property
   def step(self) -> int:
@@ -62,18 +64,19 @@ def read(path: str, name: str) -> Run:
   folder, config = buckets.path(path), run_config.load(path).to_dict()
   # A run writes while it is read: each file is whole or a line short, and they need not be of one moment.
   metrics = folder / "metrics.jsonl"
-  exists = metrics.exists()
+  exists, events, taken = metrics.exists(), history.read(path), _taken(folder / "lock.json")
   return Run(
     name=name,
     config=config,
     curves=curves.read(files.lines(metrics)),
     grids=_grids(folder / "samples"),
-    events=history.read(path),
+    events=events,
     checkpoints=_checkpoints(path),
     results=history.results(path),
     cards=_cards(config["data"]),
     written=metrics.stat().mtime if exists else None,
-    alive=_is_alive(folder / "lock.json"),
+    alive=taken is not None,
+    restarted=taken is not None and bool(events) and taken > events[-1]["time"],
   )
 
 
@@ -110,8 +113,11 @@ def _cards(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   return found
 
 
-def _is_alive(lock: epath.Path) -> bool:
+def _taken(lock: epath.Path) -> float | None:
+  """When the process that has the workdir now took it, seconds since 1970; None where none has it."""
   try:
-    return time.time() - lock.stat().mtime < ALIVE
+    beat = lock.stat().mtime
   except OSError:
-    return False
+    return None
+  beats = files.read_object(lock).get("beats", 1)
+  return beat - workdir.BEAT * (beats - 1 if history.is_step(beats) else 0) if time.time() - beat < ALIVE else None

@@ -3,12 +3,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.report import read, summary
+from diffdis_jax.run import workdir
 from tests.report import written_run
 from tests.report.written_run import DAY
 
@@ -47,6 +49,18 @@ def test_how_a_run_stands(run, events, alive, step, expected):
   run = dataclasses.replace(run, events=events, alive=alive, curves=curves)
   found = summary.status(run)
   assert found["state"] == expected and found["message"] == ("too hot" if expected == "failed" else "")
+
+
+def test_a_run_that_was_started_again_runs_before_its_first_step(tmp_path):
+  """As the lock says, whose file is written again every BEAT seconds."""
+  path = tmp_path / "run"
+  written_run.write(path)
+  state = lambda: summary.status(read.read(str(path), "run"))["state"]
+  (path / "lock.json").write_text('{"beats": 3}')
+  assert state() == "running"
+  event = {"event": "end", "time": time.time() - workdir.BEAT, "why": "stopped"}
+  (path / "history.jsonl").write_text(json.dumps(event))
+  assert state() == "stopped", "by the process that still saves"
 
 
 def test_starts_and_what_they_cost(run):
