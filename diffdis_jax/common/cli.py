@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import gc
 import importlib.util
+import io
 import itertools
 import logging as python_logging
 import math
@@ -49,6 +50,8 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   # Garbage is looked for among all that jax has traced, which stays: by default that is a fifth of a start's time.
   gc.set_threshold(100_000, 50, 50)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA, which has it from TensorFlow
+  if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr: a name of another encoding ends no command
+    sys.stdout.reconfigure(errors="backslashreplace")
   sys.excepthook = _excepthook
   sys.unraisablehook = _unraisablehook
   signals.Ending().start()
