@@ -40,7 +40,7 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.common import cli, files, usage
+from diffdis_jax.common import cli, files, one_file, usage
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, registry, suites, tables
@@ -109,6 +109,8 @@ def main(argv: Sequence[str]) -> None:
   # Not required of the flag itself, since --compare reads no run.
   if not FLAGS.workdir:
     raise UserError("--workdir=DIR is missing, the folder of the run to measure")
+  if FLAGS.tracker and one_file.at(FLAGS.workdir) is not None:  # which keeps no id of the run there
+    raise UserError(f"--tracker={FLAGS.tracker} takes a run's workdir, and {FLAGS.workdir} is one file; leave it out")
   trackers.check(FLAGS.tracker or "")
   cli.compilation_cache(FLAGS.workdir)
   cli.use_all_cores()

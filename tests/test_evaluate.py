@@ -220,6 +220,13 @@ def test_figures_go_to_the_runs_tracker_at_the_step_of_their_checkpoint(monkeypa
   assert said == [(16, {"zero_shot/pets/acc1": 0.5}), (16, {"zero_shot/mean_of_1/mean": 0.5}), "closed"]
 
 
+def test_a_run_in_one_file_has_no_tracker(environment, tmp_path):
+  flags = ["--workdir=emoji-small", f"--out={tmp_path / 'F.json'}", "--tracker=wandb"]
+  bad = call("evaluate", environment, *flags)
+  said = "error: --tracker=wandb takes a run's workdir, and emoji-small is one file; leave it out\n"
+  assert (bad.returncode, bad.stderr) == (2, said)
+
+
 def test_without_a_tracker_figures_go_to_none(tmp_path):
   evaluate.track("", str(tmp_path), {}, {"zero_shot": {}})
   assert [*tmp_path.iterdir()] == []
