@@ -127,6 +127,11 @@ def test_the_slider_the_curves_and_the_config_answer(driver, pages):
   before = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
   driver.find_element("css selector", "nav button").click()
   assert driver.execute_script("return getComputedStyle(document.body).backgroundColor") != before
+  theme = "return document.documentElement.dataset.theme"
+  driver.execute_script("dispatchEvent(new Event('beforeprint'))")
+  assert driver.execute_script(theme) == "light"
+  driver.execute_script("dispatchEvent(new Event('afterprint'))")
+  assert driver.execute_script(theme) == "dark"
   assert is_clean(driver)
 
 
