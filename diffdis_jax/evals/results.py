@@ -109,9 +109,9 @@ def write(path: str, results: Mapping[str, Any]) -> None:
 def check_out(path: str) -> None:
   """Before what takes hours. Raises UserError: no file of this name can be written, or no folder for it be made."""
   out = buckets.path(path)
-  if out.parent.is_dir():
+  if buckets.is_url(out) or out.parent.is_dir():  # in a bucket a folder appears with its first file
     files.check_out(path)
-  elif not buckets.is_url(out):  # where a folder appears with its first file
+  else:
     there = next(each for each in out.parents if each.exists())
     if not there.is_dir():
       raise UserError(f"cannot write --out={path}: {there} is a file; name a file in a folder")

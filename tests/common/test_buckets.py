@@ -16,6 +16,7 @@ import pytest
 
 from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import Preempted, UserError, may_pass
+from diffdis_jax.evals import results
 from diffdis_jax.run import committed, history, workdir, writers
 
 pytest_plugins = ("tests.bucket_server",)
@@ -296,3 +297,10 @@ def test_an_upload_holds_few_files_in_memory(bucket, monkeypatch, tmp_path):
     (tmp_path / f"{i}.array_record").write_bytes(b"")
   buckets.upload(tmp_path, f"{bucket}/{uuid.uuid4().hex}")
   assert 1 < most <= 8
+
+
+def test_results_in_a_bucket_that_there_is_not_are_refused_before_anything_is_measured(url):
+  results.check_out(f"{url}/new/F.json")
+  assert not buckets.path(url).exists(), "the file that was tried is gone"
+  with pytest.raises(UserError, match="cannot write --out=gs://missing/new/F.json: "):
+    results.check_out("gs://missing/new/F.json")
