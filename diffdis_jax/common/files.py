@@ -61,6 +61,7 @@ def whole_folder(out: epath.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _in_a_bucket(out: epath.Path) -> Iterator[pathlib.Path]:
+  check_out(os.fspath(out / "file"))  # before hours of work, which a bucket that there is not would lose
   with tempfile.TemporaryDirectory(prefix="diffdis") as temporary:
     yield pathlib.Path(temporary)
     try:

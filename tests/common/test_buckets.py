@@ -304,3 +304,8 @@ def test_results_in_a_bucket_that_there_is_not_are_refused_before_anything_is_me
   assert not buckets.path(url).exists(), "the file that was tried is gone"
   with pytest.raises(UserError, match="cannot write --out=gs://missing/new/F.json: "):
     results.check_out("gs://missing/new/F.json")
+
+
+def test_a_folder_in_a_bucket_that_there_is_not_is_refused_before_it_is_filled(bucket):
+  with pytest.raises(UserError, match="cannot write --out=gs://missing/out"), files.whole_folder("gs://missing/out"):
+    pytest.fail("it was to be filled")
