@@ -71,13 +71,14 @@ def test_an_import_from_the_hub_is_that_of_the_folder(hub, sd, imported, tmp_pat
   [
     (["config.json", "model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
     (["open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin"], None),
+    (["open_clip_config.json", "open_clip_model.safetensors", "config.json", "model.safetensors"], None),
     (["v1-4.ckpt", "v1-4.safetensors", "README.md"], ["v1-4.safetensors"]),
     (
       ["config.json", "model.safetensors.index.json", *(f"model-0000{i}-of-00002.safetensors" for i in (1, 2))],
       ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
     ),
   ],
-  ids=["transformers", "open_clip", "single_file", "shards"],
+  ids=["transformers", "open_clip", "open_clip_beside_timm", "single_file", "shards"],
 )
 def test_which_weights_are_read(names, expected):
   wanted = hub_files.choose(names, "org/name")

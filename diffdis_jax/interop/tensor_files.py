@@ -80,11 +80,15 @@ class _Discarded:
 def preferred(names: Iterable[str]) -> str | None:
   """Of the files in a folder the one whose weights are read, or the index of its shards; None if there are none.
 
-  Safetensors rather than .bin, full precision rather than a variant.
+  Safetensors rather than .bin, full precision rather than a variant, open_clip's own file rather than timm's copy of
+  the vision tower, which its repositories hold too.
   """
   entries = filter(None, map(_ENTRY.fullmatch, names))
   # By name at last, so that of two such files each machine takes the same one, whatever order its disk lists them in.
-  ranked = [(each["kind"] != "safetensors", bool(each["variant"] or each["variant2"]), each[0]) for each in entries]
+  ranked = [
+    (each["kind"] != "safetensors", bool(each["variant"] or each["variant2"]), not each[0].startswith("open_"), each[0])
+    for each in entries
+  ]
   return min(ranked)[-1] if ranked else None
 
 

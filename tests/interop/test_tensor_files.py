@@ -152,6 +152,7 @@ def write(folder: pathlib.Path, *names: str, content: dict[str, np.ndarray] = VA
     ("diffusion_pytorch_model.safetensors", ("diffusion_pytorch_model.non_ema.safetensors",)),
     ("pytorch_model.bin", ("pytorch_model.fp16.bin",)),
     ("open_clip_model.safetensors", ("other.safetensors",)),
+    ("open_clip_model.safetensors", ("model.safetensors",)),  # timm's copy of the vision tower
   ],
 )
 def test_the_best_file_of_a_folder(tmp_path, right, others):
