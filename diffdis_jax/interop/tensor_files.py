@@ -173,6 +173,11 @@ def _open_pickle(path: pathlib.Path) -> Tensors:
     what = f"it would call {reason[1]}" if reason else "it is more than tensors"
     raise UserError(f"{path} needs code execution to be read: {what}; pickles are never executed here") from error
   except Exception as error:  # of a damaged pickle, whatever its instructions do
+    if "TorchScript" in str(error):
+      raise UserError(
+        f"{path} is a TorchScript archive, a program, as OpenAI published CLIP; take open_clip's or transformers' files"
+        " of the same weights"
+      ) from error
     raise UserError(f"{path} cannot be read as a PyTorch file: {str(error)[:200]}; copy it again") from error
   state = content.get("state_dict", content) if isinstance(content, dict) else None
   if not isinstance(state, dict):

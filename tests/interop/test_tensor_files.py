@@ -91,6 +91,13 @@ def test_other_files(tmp_path, content):
     tensor_files.open_file(tmp_path / "x.bin")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+def test_a_torchscript_archive_is_named(tmp_path):
+  torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-B-32.pt")
+  with pytest.raises(UserError, match=r"ViT-B-32.pt is a TorchScript archive, .*; take open_clip's or transformers'"):
+    tensor_files.open_file(tmp_path / "ViT-B-32.pt")
+
+
 @pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt"])
 @pytest.mark.parametrize("left", [0.1, 0.9])
 def test_files_cut_short(tmp_path, name, left):
