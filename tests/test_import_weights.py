@@ -406,6 +406,10 @@ def test_a_pickle_that_needs_code_execution(tmp_path):
     (["cond_stage_model.model.x", "model.diffusion_model.input_blocks.0.0.weight"], "Stable Diffusion 2"),
     (["model.diffusion_model.input_blocks.0.0.weight"], r"has no first_stage_model\.\*; a whole"),
     (["model.diffusion_model.joint_blocks.0.x"], "is neither a Stable Diffusion v1 nor an open_clip checkpoint"),
+    (
+      ["unet.conv_in.kernel", "unet.conv_in.bias"],
+      "is a run in one file, .* no import: give it as --workdir or --conf",
+    ),
     ([], "its tensors: none"),
   ],
 )

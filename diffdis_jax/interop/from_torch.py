@@ -245,6 +245,8 @@ def _open_single_file(path: pathlib.Path) -> Source:
     raise UserError(f"{path} is a Stable Diffusion XL checkpoint (it has conditioner.*); {V1}")
   if has("cond_stage_model.model."):
     raise UserError(f"{path} is a Stable Diffusion 2 checkpoint (it has cond_stage_model.model.*); {V1}")
+  if any(name.endswith(".kernel") for name in tensors):  # a name of ours
+    raise UserError(f"{path} is a run in one file, which takes no import: give it as --workdir or --config.init_from")
   if not has("model.diffusion_model.input_blocks."):
     examples = ", ".join(list(tensors)[:3]) or "none"
     raise UserError(f"{path} is neither a Stable Diffusion v1 nor an open_clip checkpoint; its tensors: {examples}")
