@@ -106,6 +106,8 @@ def test_what_an_import_refuses(hub, sd, tmp_path):
   pickles = {name.replace(".safetensors", ".bin"): b"" for name in WEIGHTS}
   hub.add("org/pickles", tmp_path, {"model_index.json": b"{}", **pickles})
   hub.add("org/empty", tmp_path, {"README.md": b""})
+  hub.add("org/single", tmp_path, {"v1-4.ckpt": b""})
+  hub.add("org/siglip", tmp_path, {"config.json": b'{"model_type": "siglip"}', "model.safetensors": b"large"})
   hub.add("org/two", tmp_path, {"a.safetensors": b"", "b.safetensors": b""})
   refused("--source=hf:org should be hf:ORG/NAME or", fetch("hf:org"))
   refused("no repository http.*/org/none, or a private one; check the name", fetch("hf:org/none"))
@@ -113,6 +115,8 @@ def test_what_an_import_refuses(hub, sd, tmp_path):
   refused("/org/gated is gated; ask for access", fetch("hf:org/gated"))
   refused("org/pickles has no safetensors in unet/, only diffusion_pytorch_model.bin", fetch("hf:org/pickles"))
   refused("org/empty has no safetensors, nor others", fetch("hf:org/empty"))
+  refused("only v1-4.ckpt; .* or download the files and name their folder, or the file", fetch("hf:org/single"))
+  refused("neither a model_index.json of Stable Diffusion nor a config.json of CLIP", fetch("hf:org/siglip"))
   refused("org/two has a.safetensors, b.safetensors; download the one", fetch("hf:org/two"))
   refused("is a Stable Diffusion XL checkpoint", fetch("hf:org/xl"))
   assert not [name for name in downloaded(hub) if "safetensors" in name]

@@ -85,14 +85,29 @@ def open_source(path: pathlib.Path) -> Source:
 
 
 def _open_folder(path: pathlib.Path) -> Source:
+  kind = check_kind(path)
+  if kind == "diffusers":
+    return _open_diffusers(path)
+  if kind == "transformers":
+    return _open_clip_model(path)
+  return _open_openclip(tensor_files.open_folder(path), path / "open_clip_config.json")
+
+
+def check_kind(path: pathlib.Path) -> str:
+  """The library that wrote a folder: diffusers, transformers or open_clip. It takes the config files alone.
+
+  Raises:
+    UserError: none of them, or a pipeline that is not Stable Diffusion v1.
+  """
   # One part's folder is enough, so that the error of a pipeline without its index is about that.
   if (path / "model_index.json").exists() or any((path / part).is_dir() for part in PARTS):
-    return _open_diffusers(path)
+    check_version(path)
+    return "diffusers"
   # An exported folder has both libraries' configs. transformers' goes first, as it states every size.
   if (path / "config.json").exists() and read_json(path / "config.json").get("model_type") == "clip":
-    return _open_clip_model(path)
+    return "transformers"
   if (path / "open_clip_config.json").exists():
-    return _open_openclip(tensor_files.open_folder(path), path / "open_clip_config.json")
+    return "open_clip"
   raise UserError(f"{path} has neither a model_index.json of Stable Diffusion nor a config.json of CLIP")
 
 
@@ -151,7 +166,6 @@ def _in_our_layout(tensor: Tensor, entry: mapping.Entry, shape: tuple[int, ...])
 
 
 def _open_diffusers(folder: pathlib.Path) -> Source:
-  check_version(folder)
   files = {part: folder / part / "config.json" for part in WITH_WEIGHTS}
   unet, vae, text = (read_json(file) for file in files.values())
   model = {

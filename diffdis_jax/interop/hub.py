@@ -64,8 +64,8 @@ def fetch(address: str) -> Fetched:
     def download(files: list[str]) -> pathlib.Path:
       return pathlib.Path(hub.snapshot_download(repo, revision=commit, allow_patterns=files))
 
-    if "model_index.json" in wanted.config:
-      from_torch.check_version(download(wanted.config))  # before gigabytes that would be refused
+    if wanted.config:
+      from_torch.check_kind(download(wanted.config))  # before gigabytes that would be refused
     folder = download([*wanted.config, *wanted.weights])
   path = folder / wanted.weights[0] if wanted.is_single_file else folder
   return Fetched(path, f"{PREFIX}{repo}@{commit}")
@@ -107,7 +107,8 @@ def _weights(names: Collection[str], repo: str, folder: str = "") -> list[str]:
     has = f"only {others[0]}" if others else "nor others"
     raise UserError(
       f"{repo} has no safetensors{f' in {folder}' if folder else ''}, {has};"
-      " nothing else is read from the hub: take a revision that has them, or download the files and name their folder"
+      " nothing else is read from the hub: take a revision that has them, or download the files and name their folder,"
+      " or the file"
     )
   is_index = found.endswith(".json")
   shards = [name for name in safe if re.search(r"-\d+-of-\d+\.", name)] if is_index else []
