@@ -244,7 +244,8 @@ class DiffDisPipeline(StableDiffusionPipeline):
         that its short side fits, and its central square is taken.
       num_inference_steps (`int`, *optional*): denoising steps, 1 to 1000; by default the run's, 1 in the paper.
       num_noise_samples (`int`, *optional*): samples of the noise to average; by default the run's, 1 in the paper.
-      generator (`torch.Generator`, *optional*): of the noise, for a result that can be repeated.
+      generator (`torch.Generator` or `List[torch.Generator]`, *optional*): of the noise, for a result that can be
+        repeated; of a list one for each image.
       noise (`torch.Tensor`, *optional*): the noise itself, [n, d] or [samples, n, d], in place of a generator.
       batch_size (`int`): images at a time. Each has the same noise, whatever it is.
 
@@ -261,7 +262,13 @@ class DiffDisPipeline(StableDiffusionPipeline):
     if noise is None:
       # All at once, so that the size of a batch changes nothing.
       shape = (samples, len(given), diffdis.query_width)
+      seeds = generator if isinstance(generator, list) else None
+      if seeds is not None:
+        if len(seeds) != len(given):
+          raise ValueError(f"generator is a list of {len(seeds)}, and there are {len(given)} images; give one for each")
+        shape = (len(given), samples, diffdis.query_width)  # as a list's generators are along the first axis there
       noise = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
+      noise = noise if seeds is None else noise.transpose(0, 1)
     noise = noise[None] if noise.ndim == 2 else noise
     if noise.ndim != 3 or noise.shape[1:] != (len(given), diffdis.query_width):
       raise ValueError(f"noise has shape {tuple(noise.shape)}; it should end in {(len(given), diffdis.query_width)}")
