@@ -244,6 +244,24 @@ def test_data_and_a_start_that_cannot_be_reached_are_left_out(imported, tmp_path
   assert "- started from another run, `of-the-cluster`" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_card_names_the_import_behind_a_run(sd, imported, tmp_path):
+  run = make_run(tmp_path / "run", imported, init_from="second")
+  behind = [{"steps": 4}, {"steps": 0, "imported": "hf:org/sd@abc"}]
+  for chain, said in (
+    (behind, "another run, `second`, and that one at first from `hf:org/sd@abc`"),
+    (behind[1:], "`hf:org/sd@abc`"),
+  ):
+    (tmp_path / "run" / "history.jsonl").write_text(
+      json.dumps({"event": "start", "time": 0, "step": 0, "init_from": chain})
+    )
+    out = tmp_path / f"out{len(chain)}"
+    export_weights.export_weights(run, str(out))
+    assert f"- started from {said}\n" in (out / "README.md").read_text()
+  export_weights.write_one_file(imported, str(tmp_path / "sd.safetensors"))
+  export_weights.export_weights(str(tmp_path / "sd.safetensors"), str(tmp_path / "again"))
+  assert f"Imported from `{sd.name}`, and not trained since" in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_bad_arguments(run, tmp_path):
   refused(str(tmp_path / "nowhere"), tmp_path / "out", "no folder .*nowhere")
   refused(run, tmp_path / "out", "no checkpoint 7 in", step=7)

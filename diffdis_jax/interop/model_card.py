@@ -8,7 +8,9 @@ left there, and samples/.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -19,7 +21,7 @@ from etils import epath
 from diffdis_jax.common import buckets, files
 from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.interop import card_texts, tensor_files, to_torch
-from diffdis_jax.run import history
+from diffdis_jax.run import history, provenance
 
 PAPER = "*DiffDis: Empowering Generative Diffusion Model with Cross-Modal Discrimination Capability*"
 SAMPLES = "samples.png"
@@ -75,6 +77,10 @@ class Card:
     text = (kind + card_texts.REST).format(**parts)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
+  @functools.cached_property
+  def _provenance(self) -> dict[str, Any]:
+    return provenance.of_run(os.fspath(self.run), step=self.step)
+
   def _code(self, folder: pathlib.Path) -> str:
     return ", ".join(
       [to_torch.PIPELINE, *sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.py"))]
@@ -123,9 +129,10 @@ class Card:
   def _training(self) -> str:
     # An import is a checkpoint of step 0; its config's batch, data and rates are defaults that nothing was done by.
     origin = files.read_object(self.run / "import.json")
-    if self.step == 0 and "source" in origin:
-      new = f"; {len(origin['initialised'])} of its parameters are random" * bool(origin.get("initialised"))
-      return f"Imported from `{_public(origin['source'])}`, and not trained since{new}."
+    # Of a run in one file, its record alone says it.
+    if self.step == 0 and (source := origin.get("source") or self._provenance.get("imported")):
+      new = f"; {len(random)} of its parameters are random" if (random := origin.get("initialised")) else ""
+      return f"Imported from `{_public(source)}`, and not trained since{new}."
     fields, optim = self.fields, self.fields["optim"]
     lines = [
       f"- {self.step} steps of {fields['batch_size']} pairs, {self.step * fields['batch_size']:,} pairs in all, with"
@@ -141,8 +148,13 @@ class Card:
   def _start(self) -> str:
     if not (start := self.fields.get("init_from")):
       return "random parameters"
-    source = files.read_object(buckets.path(start) / "import.json").get("source")
-    return f"`{_public(source)}`" if source else f"another run, `{_public(start)}`"
+    # What the run recorded when it began is known also where that folder is gone.
+    recorded = [link.get("imported") for link in self._provenance["init_from"]]
+    source = files.read_object(buckets.path(start) / "import.json").get("source") or next(iter(recorded), None)
+    if source:
+      return f"`{_public(source)}`"
+    first = next((f", and that one at first from `{_public(source)}`" for source in recorded if source), "")
+    return f"another run, `{_public(start)}`{first}"
 
   def _figures(self) -> Iterator[str]:
     """The last losses up to this step, what evaluations in training gave, and the results of evaluate."""
