@@ -162,7 +162,9 @@ def _metadata(path: pathlib.Path) -> dict[str, str]:
       found = header["__metadata__"]
       return {name: found[name] for name in ("run", "sha256")}
   except (OSError, UserError, TypeError, KeyError) as error:
-    raise UserError(f"{path} holds no run, or is damaged; it should be as export_weights wrote it") from error
+    raise UserError(
+      f"{path} holds no run, or is damaged; it should be as export_weights wrote it{shipped.IMPORT_FIRST}"
+    ) from error
 
 
 def _record(path: pathlib.Path, text: Mapping[str, str]) -> Record:

@@ -16,6 +16,7 @@ from absl import flags, logging
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 SUFFIX = ".safetensors"  # of a model
+IMPORT_FIRST = "; weights of PyTorch take diffdis import_weights first"
 _SHARED = {"__init__", "common"}  # what the files have in common: no configs
 _said: list[str] = []
 
@@ -40,8 +41,11 @@ def models() -> dict[str, pathlib.Path]:
   return {path.stem: path for path in sorted((_PACKAGE / "shipped").glob(f"*{SUFFIX}"))}
 
 
-def near_model(given: str | os.PathLike[str]) -> str:
-  """'; did you mean NAME?' where a trained model has almost this name; else empty."""
+def meant(given: str | os.PathLike[str]) -> str:
+  """What to do with a name that is no workdir's: '; did you mean NAME?' where a trained model has almost this name, or
+  how the weights of PyTorch that are there become one; else empty."""
+  if os.path.isfile(given) or os.path.isfile(os.path.join(given, "model_index.json")):
+    return IMPORT_FIRST
   near = difflib.get_close_matches(os.fspath(given), models(), n=1)
   return f"; did you mean {near[0]}?" if near else ""
 

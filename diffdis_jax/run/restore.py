@@ -41,8 +41,8 @@ def find(workdir: epath.PathLike, step: int | None = None) -> epath.Path:
   steps = committed.committed_steps(folder)
   there = f"committed there: {', '.join(map(str, steps)) or 'none'}"
   if step is None and not steps:
-    near = shipped.near_model(workdir)
-    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{near}")
+    hint = shipped.meant(workdir)
+    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{hint}")
   step = steps[-1] if step is None else step
   if step not in steps:
     # The user sees its folder there, and learns why it does not count.

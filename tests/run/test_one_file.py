@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from diffdis_jax import config as run_config
 from diffdis_jax import export_weights, inference, verify
@@ -141,6 +142,17 @@ def test_a_name_stands_for_a_file_where_no_folder_has_it(packed, tmp_path, monke
   (tmp_path / "few").mkdir()
   with pytest.raises(UserError, match=re.escape("no config.json in few")):
     run_config.load("few")
+
+
+def test_weights_of_pytorch_are_imported_first(tmp_path):
+  (tmp_path / "sd").mkdir()
+  (tmp_path / "sd" / "model_index.json").write_text("{}")
+  (tmp_path / "v1.ckpt").write_bytes(b"")
+  save_file({"model.diffusion_model.x": np.ones(1, np.float32)}, tmp_path / "v1.safetensors")
+  for name in ("sd", "v1.ckpt", "v1.safetensors"):
+    for read in (run_config.load, restore.saved_params):  # as for --workdir, and for init_from
+      with pytest.raises(UserError, match=rf"{name}.*; weights of PyTorch take diffdis import_weights first$"):
+        read(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
