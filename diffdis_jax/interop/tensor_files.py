@@ -5,6 +5,7 @@ A pickle is never executed: .bin and .ckpt go through PyTorch's weights-only rea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -36,6 +37,8 @@ class Tensor:
 
 
 Tensors = dict[str, Tensor]
+
+_POINTER = b"version https://git-lfs."  # what a clone without git-lfs has in the place of a large file
 
 HEAD = "head.safetensors"  # of a long-tailed run's second stage, beside what libraries read; none has a place for it
 
@@ -117,6 +120,9 @@ def open_file(path: pathlib.Path) -> Tensors:
   """
   if not path.is_file():
     raise UserError(f"no file {path}")
+  with contextlib.suppress(OSError), path.open("rb") as file:  # the readers below say what cannot be read
+    if file.read(len(_POINTER)) == _POINTER:  # copied again, it would be one again
+      raise UserError(f"{path} is a pointer of Git LFS, not the weights; type: git lfs pull in its repository")
   return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
 
 

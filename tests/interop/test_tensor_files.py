@@ -98,6 +98,14 @@ def test_a_torchscript_archive_is_named(tmp_path):
     tensor_files.open_file(tmp_path / "ViT-B-32.pt")
 
 
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+  """As a clone without git-lfs has it in the place of weights."""
+  (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 3438167534\n")
+  with pytest.raises(UserError, match=rf"{name} is a pointer of Git LFS, not the weights; type: git lfs pull"):
+    tensor_files.open_file(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt"])
 @pytest.mark.parametrize("left", [0.1, 0.9])
 def test_files_cut_short(tmp_path, name, left):
