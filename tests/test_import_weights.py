@@ -419,7 +419,9 @@ def test_single_files_of_another_kind(tmp_path, names, message):
 
 
 def test_sources_that_are_not_there(tmp_path):
-  refused(tmp_path / "nowhere", tmp_path / "run", "no file or folder .*nowhere")
+  refused(
+    tmp_path / "nowhere", tmp_path / "run", "no file or folder .*nowhere; .* on the Hugging Face hub as hf:ORG/NAME"
+  )
   (tmp_path / "empty").mkdir()
   refused(tmp_path / "empty", tmp_path / "run", "has neither a model_index.json")
 

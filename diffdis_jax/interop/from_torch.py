@@ -77,7 +77,9 @@ def open_source(path: pathlib.Path) -> Source:
   if path.is_file():
     return _open_single_file(path)
   if not path.is_dir():
-    raise UserError(f"no file or folder {path}; --source names a checkpoint")
+    raise UserError(
+      f"no file or folder {path}; --source names a checkpoint, one on the Hugging Face hub as hf:ORG/NAME"
+    )
   found, head = _open_folder(path), path / tensor_files.HEAD
   if head.exists():  # of other classes than those that a run would have
     found.others.extend(f"head/{name}" for name in tensor_files.open_file(head))
