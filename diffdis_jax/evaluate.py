@@ -104,6 +104,9 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
   del argv
   if FLAGS.compare:
+    for name in ("workdir", "tasks", "data", "suite", "tracker"):
+      if FLAGS[name].present:
+        raise UserError(f"--{name} has no effect beside --compare, which reads results alone; leave it out")
     tables.compare(FLAGS.compare, FLAGS.out)
     return
   # Not required of the flag itself, since --compare reads no run.

@@ -77,6 +77,8 @@ def main(argv: Sequence[str]) -> None:
   del argv
   jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator
   how = dict(step=FLAGS.step, ema=FLAGS.ema, dtype=FLAGS.dtype)
+  if FLAGS["private"].present and not FLAGS.push:
+    raise UserError("--private has no effect without --push=ORG/NAME; leave it out")
   if FLAGS.out and FLAGS.out.endswith(one_file.SUFFIX):
     if FLAGS.push:
       raise UserError(f"--push writes a folder; give --out={FLAGS.out} in a call of its own")
@@ -172,6 +174,7 @@ def write_one_file(run: str, out: str, *, step: int | None = None, ema: bool = T
     ema=ema,
     provenance=provenance.of_run(run, step=step),
     licences=licences_of(run),
+    initialised=sorted(restore.initialised(run)),
   )
   params = jax.device_get(restore.restore_params(run, step=step, ema=ema))
   one_file.write(path, params, record, dtype=to_torch.DTYPES[dtype])

@@ -23,6 +23,7 @@ from diffdis_jax import import_weights, inference
 from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
+from diffdis_jax.export_weights import write_one_file
 from diffdis_jax.interop import from_torch, mapping
 from diffdis_jax.models.clip import normalise
 from diffdis_jax.run import checkpoint, committed, restore
@@ -150,6 +151,12 @@ def test_what_an_import_did_not_load_is_drawn_by_the_runs_own_seed(imported, tra
   for path in [*origin["loaded"], *mapping.STATISTICS]:
     np.testing.assert_array_equal(first[path], saved[path], err_msg=path)
   np.testing.assert_array_equal(second["autoencoder.scale"], np.full(4, 0.18215, np.float32))
+
+
+def test_an_import_in_one_file_says_what_is_random_in_it(imported, tmp_path):
+  file = str(tmp_path / "imported.safetensors")
+  write_one_file(imported, file)
+  assert restore.initialised(file) == restore.initialised(imported) != set()
 
 
 def test_new_parameters_are_drawn_by_the_runs_own_config(imported, tmp_path):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -40,6 +40,7 @@ class Record:
     ema: whether they are averaged.
     provenance: of the run (run/provenance.py).
     licences: of what it was trained on, as text; empty where the data have none.
+    initialised: the weights of an import that are random, which a run that starts from here draws by its own seed.
   """
 
   config: dict[str, Any]
@@ -47,6 +48,7 @@ class Record:
   ema: bool
   provenance: dict[str, Any]
   licences: str
+  initialised: Sequence[str] = ()
 
 
 def at(workdir: str | os.PathLike[str]) -> pathlib.Path | None:

@@ -272,6 +272,10 @@ class DiffDisPipeline(StableDiffusionPipeline):
     noise = noise[None] if noise.ndim == 2 else noise
     if noise.ndim != 3 or noise.shape[1:] != (len(given), diffdis.query_width):
       raise ValueError(f"noise has shape {tuple(noise.shape)}; it should end in {(len(given), diffdis.query_width)}")
+    if num_noise_samples not in (None, len(noise)):
+      raise ValueError(
+        f"noise holds {len(noise)} samples, and num_noise_samples is {num_noise_samples}; leave that out"
+      )
 
     how = dict(unet=self.unet, steps=steps, guidance=diffdis.sampling["guidance"])
     found = []

@@ -177,6 +177,8 @@ def initialised(workdir: epath.PathLike) -> set[str]:
   Raises:
     UserError: import.json cannot be read, or does not say them.
   """
+  if (packed := one_file.at(workdir)) is not None:
+    return {*one_file.read_record(packed).initialised}
   file = buckets.path(workdir) / "import.json"
   if not file.exists():
     return set()

@@ -375,6 +375,10 @@ WRONG = {
   "grey": (dict(images=torch.zeros(1, 8, 8)), r"an image has shape \(8, 8, 1\); give a tensor \[3, h, w\]"),
   "flat": (dict(images=[np.zeros((8, 8))]), r"an image has shape \(8, 8\)"),
   "signed": (dict(images=-torch.ones(3, 8, 8)), r"a float image should be in \[0, 1\]; of \[-1, 1\] give"),
+  "samples": (
+    dict(noise=torch.zeros(2, 1, 16), num_noise_samples=3),
+    "noise holds 2 samples, and num_noise_samples is 3",
+  ),
   "noise": (dict(noise=torch.zeros(2, 16)), r"noise has shape \(1, 2, 16\); it should end in \(1, 16\)"),
   "steps": (dict(num_inference_steps=0), "num_inference_steps is 0; it should be a whole number from 1 on"),
   "many": (dict(num_inference_steps=1001), "steps is 1001; it must be 1 to 1000"),
