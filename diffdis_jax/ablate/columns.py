@@ -10,6 +10,7 @@ from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.results import Results
 
+TASKS = ("generation_accuracy", "fid", "zero_shot", "choice", "long_tail", "retrieval")  # that have columns
 RECALL = ("image_retrieval_recall@1", "text_retrieval_recall@1")
 
 
@@ -45,7 +46,7 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
   any other set is the mean of both ways.
   """
   found = []
-  sets = {task: [name for name, section in evaluations.items() if section["task"] == task] for task in _TASKS}
+  sets = {task: [name for name, section in evaluations.items() if section["task"] == task] for task in TASKS}
   for name in sets["generation_accuracy"]:
     # Rendered shapes have pairs that training never saw, which are a figure of their own; labelled images have none.
     labelled = "data" in evaluations[name]
@@ -93,9 +94,6 @@ def choose(columns: Sequence[Column], names: Sequence[str]) -> tuple[Column, ...
     if name not in known:
       raise UserError(f"--columns has {name!r}; {did_you_mean(name, known)}")
   return tuple(known[name] for name in names or known)
-
-
-_TASKS = ("generation_accuracy", "fid", "zero_shot", "choice", "long_tail", "retrieval")
 
 
 def _percent(task: str, name: str, metric: str, title: str) -> Column:

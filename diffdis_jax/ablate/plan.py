@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffdis_jax.ablate import tables
+from diffdis_jax.ablate import columns, tables
 from diffdis_jax.common import cli
 from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError, check_number
@@ -91,8 +91,8 @@ def make(
     claims: which rows are compared.
 
   Raises:
-    UserError: the base has no evaluations, or lacks a field that a row changes; a seed is given twice; or two runs
-      would have one name.
+    UserError: the base has no evaluations, or none of those that rows measure has a column; it lacks a field that a row
+      changes; a seed is given twice; or two runs would have one name.
   """
   if not base["evals"]:
     raise UserError("the base config has no evaluations (evals), so that there is nothing to put into a table")
@@ -108,6 +108,11 @@ def make(
       for number, row in enumerate(table.rows):
         run = _make_run(base, autoencoder, row, seed, known, own_starts=own_starts)
         rows.setdefault((table.name, number), []).append(run)
+  if not columns.measured(columns.columns_of(base["evals"]), (run.evals for run in known.values())):
+    raise UserError(
+      f"of the base's evaluations, {', '.join(base['evals'])}, these rows measure none that has a column in a table;"
+      f" columns are of {', '.join(columns.TASKS)}"
+    )
   return Plan(
     base=dict(base),
     tables=tuple(asked),

@@ -183,6 +183,9 @@ def test_wrong_tables_seeds_and_bases():
   config.evals = {}
   with pytest.raises(UserError, match="no evaluations"):
     planning.make(config.to_dict(), None, tables.choose(["4"], unstated), (0,))
+  config.evals = {"held_out": base().evals.held_out}
+  with pytest.raises(UserError, match="base's evaluations, held_out, these rows measure none that has a column"):
+    planning.make(config.to_dict(), None, tables.choose(["4"], unstated), (0,))
   with pytest.raises(UserError, match="no evaluation of the base measures objectives reconstruction"):
     make_plan(tiny_with_one_evaluation(), grid="objectives=('reconstruction',)")
 
