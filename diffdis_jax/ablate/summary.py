@@ -19,11 +19,13 @@ from diffdis_jax.ablate.tables import PAPER_METRICS, Row, Table
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals.results import Results, differences
 from diffdis_jax.run import provenance
+from diffdis_jax.run.workdir import digest
 
 Figures = Mapping[str, Mapping[int, float]]  # of a row: column -> seed -> figure
 # What of a protocol follows from a field that rows may change; else it is the field's own last name.
 FOLLOWS = {
   "num_steps": "checkpoint",
+  "optim.ema_decay": "ema",  # with 0 there are no averaged weights
   "text_diffusion.target": "normalize_query",  # queries of the target `noise` have no length of their own
   "inference.generation_steps": "steps",
   "inference.generation_guidance": "guidance",
@@ -74,7 +76,8 @@ def runs_of(plan: Plan, table: Table) -> list[Run]:
 def check_protocols(table: Table, results: Mapping[Run, Results | None], folder: Folder) -> None:
   """Raises UserError where two runs of a table were measured differently, except for what its rows change.
 
-  A field of `only_some_have` may be missing in some of them; those that have it are compared with each other.
+  A field of `only_some_have` may be missing in some of them; those that have it are compared with each other. So are,
+  of an evaluation that rows change, those runs that have the same settings of it.
   """
   changed = {field for row in table.rows for field in row.changes}
   # `weights` says which model was measured, and is another one in each run.
@@ -84,9 +87,11 @@ def check_protocols(table: Table, results: Mapping[Run, Results | None], folder:
     for name, section in run.evals.items() if found is not None else ():
       protocol = found[section["task"]][name]["protocol"] if found else {}
       own = sorted(table.only_some_have & protocol.keys())
+      # Much of a protocol follows from an evaluation's settings: from `num_images` that of captions, hashes and notes.
+      settings = digest(section) if any(field.startswith(f"evals.{name}.") for field in changed) else ""
       # With all others by what all have, and by everything with those that have the same fields.
       for key, left_out in (((), table.only_some_have), (("fields", *own), ())):
-        other, theirs = first.setdefault((section["task"], name, *key), (run, protocol))
+        other, theirs = first.setdefault((section["task"], name, settings, *key), (run, protocol))
         if different := differences([theirs, protocol], ignored={*ignored, *left_out}):
           field, (there, here) = next(iter(different.items()))
           raise UserError(

@@ -221,6 +221,7 @@ def test_protocols_are_not_mixed(tmp_path):
     ("inference.num_noise_samples=1,4", [], [{"num_noise_samples": 1}, {"num_noise_samples": 4}]),
     ("inference.generation_steps=2,4", [], [{"steps": 2}, {"steps": 4}]),
     ("num_steps=4,8", [], [{"checkpoint": 4}, {"checkpoint": 8}]),
+    ("optim.ema_decay=0.0,0.9", [], [{"ema": False}, {"ema": True}]),
     ("", ["2"], [{"normalize_query": False}, {"normalize_query": True}]),
   ],
 )
@@ -229,6 +230,22 @@ def test_what_the_rows_change_themselves_may_differ(tmp_path, grid, names, proto
   for run, protocol in zip(summary.runs_of(plan, plan.tables[0]), protocols, strict=True):
     write(folder, run, {}, **protocol)
   assert len(summarised(plan, folder)["tables"]) == 1
+
+
+def test_rows_that_change_an_evaluation_are_compared_where_they_measure_alike(tmp_path):
+  config = base()
+  config.evals = {"test_retrieval": config.evals.test_retrieval}
+  plan = make_plan(config, grid="evals.test_retrieval.data.num_images=8,16;model.fusion=True,False", seeds=(0,))
+  runs, folder = summary.runs_of(plan, plan.tables[0]), Folder(tmp_path)
+  for run in runs:
+    count = run.evals["test_retrieval"]["data"]["num_images"]
+    write(folder, run, {}, num_images=count, num_texts=5 * count)
+  assert len(summarised(plan, folder)["tables"]["grid"]["rows"]) == 4
+  write(folder, runs[-1], {}, num_images=16, num_texts=81)
+  with pytest.raises(
+    UserError, match="would mix protocols: test_retrieval was measured with num_texts 80 in .* and 81"
+  ):
+    summarised(plan, folder)
 
 
 @pytest.mark.parametrize("figure", [math.nan, math.inf])
