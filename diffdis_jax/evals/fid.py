@@ -115,8 +115,8 @@ class Fid:
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference; what is known of the reference only after it."""
-    # Before the run there is none yet, where it is made of the data; the results file leaves these fields out when it
-    # compares (results.AFTERWARDS).
+    # Before the run there is none yet, where it is made of the data, but how it will be made; the results file compares
+    # these fields as far as they are known (results.AFTERWARDS).
     found = self._reference
     return {
       **_drawing(inference),
@@ -129,7 +129,7 @@ class Fid:
           "name": self._reference_file or self._reference_name,
           "sha256": found and found.sha256,
           "num_images": found and found.gaussian.count,
-          "protocol": found and found.protocol,
+          "protocol": found.protocol if found else self._reference_protocol(inference.image_size),
         }
       ),
       "kid_subsets": distances.SUBSETS,

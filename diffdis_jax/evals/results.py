@@ -75,7 +75,9 @@ class ResultFile:
     record = self.results.get(task, {}).get(dataset)
     # Two sets by different protocols in one table would be compared by its readers.
     if record is not None:
-      self._check(dataset, differences([record["protocol"], protocol], ignored=AFTERWARDS))
+      before = record["protocol"]
+      self._check(dataset, differences([before, protocol], ignored=AFTERWARDS))
+      self._check(dataset, _of_references(before.get("reference"), protocol.get("reference")))
     # A mean over sets is of one model.
     for records in self.results.values():
       for name, each in records.items():
@@ -132,6 +134,21 @@ def differences(protocols: Iterable[Mapping[str, Any]], *, ignored: Iterable[str
   fields = dict.fromkeys(field for protocol in plain for field in protocol if field not in {*ignored})
   values = {field: [protocol.get(field) for protocol in plain] for field in fields}
   return {field: found for field, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _of_references(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> dict[str, list[Any]]:
+  """How what FID compares with differs, by what is known before a measurement: which file it is, or, of one that is
+  still to be made, of which real images and how."""
+  if not there or not here:
+    return {}
+  if here["sha256"]:
+    return differences([{"reference": each["sha256"]} for each in (there, here)])
+  if there["protocol"] is None:  # another tool's
+    return differences([{"reference": each["name"]} for each in (there, here)])
+  made = [each["protocol"] for each in (there, here)]
+  # Not of which path: a folder of data may move.
+  known = [{"reference_images": each["images"]["which"], "resampling": each["resampling"]} for each in made]
+  return differences(known)
 
 
 def _short(value: Any) -> str:

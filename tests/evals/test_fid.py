@@ -17,7 +17,7 @@ from PIL import Image
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import distances, drawn_prompts, reference, resize
+from diffdis_jax.evals import base, distances, drawn_prompts, reference, resize, results
 from diffdis_jax.evals import fid as fid_module
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals.best_of import BestOf
@@ -299,6 +299,40 @@ def test_parts_of_another_protocol(tmp_path, section, inference, params, name):
   with pytest.raises(UserError, match="is of another protocol: ") as error:
     make(parts=str(tmp_path), **section).run(other, params)
   assert name in str(error.value) and "give another folder" in str(error.value) and not other.calls
+
+
+def test_results_with_other_real_images_are_no_resumption(tmp_path):
+  file, inference = tmp_path / "F.json", Inference()
+
+  def measured(**section) -> bool:
+    return results.ResultFile(str(file)).has("fid", "coco", make(**section).protocol(inference))
+
+  def write(**section) -> None:
+    evaluation = make(**section)
+    metrics, of_run = evaluation.run(inference, {}), dict(model="m", pretrained="p", provenance={})
+    record = base.make_record(
+      dataset="coco", task="fid", metrics=metrics, protocol=evaluation.protocol(inference), **of_run
+    )
+    results.write(str(file), {"fid": {"coco": record}})
+
+  prompted, real = str(tmp_path / "prompted.npz"), str(tmp_path / "real.npz")
+  make(reference=prompted, reference_images="prompted").run(inference, {})
+  write()
+  assert measured() and measured(reference=real)  # which would be made of the same
+  for section, message in (
+    (dict(reference_images="prompted"), 'reference_images "all" where this measurement has "prompted"'),
+    (dict(resampling="bicubic"), 'resampling "lanczos" where this measurement has "bicubic"'),
+    (dict(reference=prompted), "reference "),
+  ):
+    with pytest.raises(UserError, match=f"has coco by another protocol, {message}"):
+      measured(**section)
+  write(reference=real)
+  assert measured() and measured(reference=real)
+  np.savez(tmp_path / "other.npz", mu=np.zeros(WIDTH), sigma=np.eye(WIDTH))
+  write(reference=str(tmp_path / "other.npz"))
+  assert measured(reference=str(tmp_path / "other.npz"))
+  with pytest.raises(UserError, match='reference ".*other.npz" where this measurement has "all of somewhere"'):
+    measured()
 
 
 def test_changed_code_goes_on_from_no_part(tmp_path, monkeypatch):
