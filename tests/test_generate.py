@@ -214,7 +214,9 @@ def test_command_line(run, environment, tmp_path):
   written = json.loads((tmp_path / "out" / "prompts.json").read_text())
   assert [entry["prompt"] for entry in written["images"]] == ["a red star", "a ring, blue"]
   expected = {"steps": 3, "guidance": 4.0, "matmul_precision": "highest", "seed": 4, "checkpoint": 3, "ema": False}
-  assert written["protocol"] == expected | {"best_of": 2, "best_at": 1.0}
+  ranked_by = {"steps": 1, "num_noise_samples": 1, "guidance": 1.0, "normalize_query": True}
+  ranked_by["matmul_precision"] = "highest"
+  assert written["protocol"] == expected | {"best_of": 2, "best_at": 1.0, "ranked_by": ranked_by}
   assert pixels(tmp_path / "failures.png").shape[1] == 2 * 136 + 8  # both images that were kept
   image = pixels(tmp_path / "out" / "00000.png")
   assert image.shape == (32, 32, 3) and image.std() > 0

@@ -71,6 +71,7 @@ class BestOf:
     self._begun = max(1, round(best_at * steps))  # steps after which the best is chosen
     self.is_early = best_of > 1 and self._begun < steps
     chosen = {"best_of": best_of, "best_at": self._begun / steps if self.is_early else 1.0}
+    chosen["ranked_by"] = inference.protocol  # another way to embed images chooses others
     # Without a choice the protocol is the inference's, and so are the images.
     self.generation_protocol = inference.generation_protocol | (chosen if best_of > 1 else {})
     if self.is_early:

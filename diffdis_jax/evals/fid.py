@@ -210,7 +210,7 @@ class Fid:
     return {name: float(value) for name, value in zip(MEASURES, values) if not np.isnan(value)}
 
   def _header(self, inference: Any, params: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the features of a prompt's image depend on."""
+    """All that the features of a prompt's image, and the head's similarity of the two, depend on."""
     return {
       **_drawing(inference),
       "params": fingerprint(params),
@@ -219,6 +219,7 @@ class Fid:
       "resize": self._made["resize"],
       "weights_sha256": self._weights.sha256,
       "device": inference.mesh.devices.flat[0].device_kind,
+      **({"head": inference.protocol} if inference.aligned else {}),
     }
 
   def _compile(self, inference: Any) -> Extract:

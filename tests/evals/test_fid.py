@@ -140,6 +140,10 @@ class Comparing(Inference):
 
   aligned = True
 
+  def __init__(self, steps: int = 1):
+    super().__init__()
+    self.protocol = {"steps": steps, "matmul_precision": "highest"}
+
   def embed_images(self, params, images, *, seed, places=None):
     return images[:, 0, 0].astype(np.float32)
 
@@ -299,6 +303,17 @@ def test_parts_of_another_protocol(tmp_path, section, inference, params, name):
   with pytest.raises(UserError, match="is of another protocol: ") as error:
     make(parts=str(tmp_path), **section).run(other, params)
   assert name in str(error.value) and "give another folder" in str(error.value) and not other.calls
+
+
+@pytest.mark.parametrize("count, name", [(1, "head"), (3, "ranked_by")])
+def test_parts_by_another_way_of_the_head(tmp_path, count, name):
+  """Which decides on its similarity, and on which of several images is kept."""
+  first, other = Placed(steps=1), Placed(steps=4)
+  make(parts=str(tmp_path)).run(BestOf(first, count), {})
+  assert BestOf(other, count).generation_protocol.get("ranked_by") == (other.protocol if count > 1 else None)
+  with pytest.raises(UserError, match=r'is of another protocol: (head|ranked_by) is \{.*"steps": 1.*"steps": 4'):
+    make(parts=str(tmp_path)).run(BestOf(other, count), {})
+  assert not other.calls
 
 
 def test_results_with_other_real_images_are_no_resumption(tmp_path):
