@@ -41,6 +41,7 @@ from absl import flags, logging
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
 from diffdis_jax.common import cli, files, one_file, usage
+from diffdis_jax.config.objectives import ALIGNED
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, registry, suites, tables
@@ -126,12 +127,11 @@ def main(argv: Sequence[str]) -> None:
   asked = _sections(record.evals, objectives=record.objectives, image_size=record.image_size)
   # In this order: flags may name --parts, and what has none of its own gets one.
   sections = eval_sections.with_parts(eval_sections.override(asked, _given(SETTINGS)), FLAGS.out)
-  ranking = _given(RANKING)
+  ranking, sampling = _given(RANKING), _sampling()
   check_failures(FLAGS.failures)
-  if (ranking or FLAGS.failures) and not any(section.task in registry.GENERATING for section in sections):
-    name = next(iter(ranking), "failures")
-    raise UserError(f"--{name} has no effect on these tasks, which generate nothing; leave it out")
-  protocol = {**_sampling(), **_given(LOADING), "ranking": ranking, "failures": FLAGS.failures or ""}
+  of_images = [*ranking, *(["failures"] if FLAGS.failures else [])]
+  _check_effect(sections, record.objectives, [*of_images, *sampling])
+  protocol = {**sampling, **_given(LOADING), "ranking": ranking, "failures": FLAGS.failures or ""}
   if FLAGS.best:
     protocol["step"] = _best_step(FLAGS.workdir, record.checkpoint)
   protocol["text_cache"] = files.user_cache("texts") if FLAGS.text_cache is None else FLAGS.text_cache
@@ -336,6 +336,19 @@ def _sampling() -> dict[str, Any]:
     field, _, rest = str(error).partition(" ")
     raise UserError(f"--{RENAMED.get(field, field)} {rest}") from error
   return given
+
+
+def _check_effect(sections: Sequence[Section], objectives: Sequence[str], given: Sequence[str]) -> None:
+  """Of fields of RANKING and SAMPLING, and --failures. Raises UserError where one of them changes nothing."""
+  of_queries = [name for name in given if name in SAMPLING and not name.startswith("generation_")]
+  of_images = [name for name in given if name not in of_queries]
+  if of_images and not any(section.task in registry.GENERATING for section in sections):
+    raise UserError(f"--{of_images[0]} has no effect on these tasks, which generate nothing; leave it out")
+  if of_queries and not {*ALIGNED} & {*objectives}:
+    raise UserError(
+      f"--{RENAMED.get(of_queries[0], of_queries[0])} is of text queries, and this run has no head that compares them;"
+      " leave it out, or give --generation_steps or --generation_guidance of its images"
+    )
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -182,6 +182,7 @@ def test_command_line(command, tmp_path):
     (["--image_size=0"], "image_size is 0"),
     (["--steps=3"], "did you mean --query_steps?"),
     (["--best_of=4"], "--best_of has no effect on these tasks, which generate nothing; leave it out"),
+    (["--generation_steps=9"], "--generation_steps has no effect on these tasks, which generate nothing; leave it out"),
     (["--compare=A.json,B.json"], "--workdir has no effect beside --compare, which reads results alone; leave it out"),
     (["--tasks=agreement"], "task agreement is now called generation_accuracy"),
   ],
@@ -190,6 +191,16 @@ def test_bad_input(command, tmp_path, flags, message):
   bad = command(f"--out={tmp_path / 'out.json'}", *flags)
   assert bad.returncode == 2 and not list(tmp_path.iterdir())
   assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1 and message in bad.stderr
+
+
+def test_what_is_of_text_queries_has_no_effect_without_a_head():
+  """`generate` has a --guidance too, which is that of images."""
+  fid = [Section("coco", "fid", {})]
+  evaluate._check_effect(fid, ("generation", "discrimination"), ["steps", "generation_steps"])
+  evaluate._check_effect(fid, ("generation",), ["generation_guidance"])
+  for field, flag in (("guidance", "guidance"), ("steps", "query_steps")):
+    with pytest.raises(UserError, match=f"--{flag} is of text queries, and this run has no head"):
+      evaluate._check_effect(fid, ("generation",), ["generation_steps", field])
 
 
 @pytest.mark.parametrize("out", ["file/out.json", "file/new/out.json"])
