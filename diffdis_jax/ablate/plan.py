@@ -176,7 +176,7 @@ def _make_run(
   first = None
   if row.start is not None:
     first = _make_run(base, autoencoder, row.start, seed, known, own_starts=own_starts)
-  elif autoencoder is not None and _needs_autoencoder(objectives):
+  elif autoencoder is not None and _needs_autoencoder(objectives) and not config["init_from"]:
     own = {field: value for field, value in row.changes.items() if re.search(OF_AUTOENCODER, field)}
     plain = tables.changed(autoencoder, own | ({"seed": seed} if own_starts else {}))
     of_seed = f"-seed_{seed}" if own_starts else ""

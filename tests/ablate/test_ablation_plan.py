@@ -82,6 +82,13 @@ def test_an_autoencoder_of_its_own_for_what_it_depends_on():
   assert len(make_plan(grid="loss.ita_weight=0.1,0.2", seeds=(0, 1)).runs) == 5
 
 
+def test_rows_that_say_what_they_start_from_start_from_it(tmp_path):
+  plan = make_plan(grid="init_from=runs/a,runs/b", seeds=(0,))
+  assert [Folder(tmp_path).config(run)["init_from"] for run in plan.runs] == ["runs/a", "runs/b"]
+  first, own, other = make_plan(grid="init_from='','runs/b'", seeds=(0,)).runs
+  assert first.name.startswith("autoencoder-") and (own.start, other.start) == (None, first)
+
+
 def test_an_autoencoder_takes_over_what_is_its_own_of_the_base(tmp_path):
   path, config = "tests/tiny.py", base()
   given = {"image_size": 32, "num_steps": 3, "data.path": "somewhere", "loss.ita_weight": 0.5}
