@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from diffdis_jax.errors import UserError, check_choice, check_number
-from diffdis_jax.evals import base
+from diffdis_jax.evals import base, prompts
 
 PART = 500  # images of a part
 MOST = 30_000  # images, where it is not said how many
@@ -90,7 +88,7 @@ def check_count(num_images: int) -> None:
 
 def sha256(parts: list[Part]) -> str:
   """Of all the prompts' texts."""
-  return hashlib.sha256(json.dumps([text for part in parts for text in part.prompts]).encode()).hexdigest()
+  return prompts.sha256([text for part in parts for text in part.prompts])
 
 
 def records(parts: list[Part]) -> Int[np.ndarray, " n"]:

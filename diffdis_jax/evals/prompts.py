@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import hashlib
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -85,6 +87,11 @@ def resolve_classnames(classnames: Sequence[str] | Mapping[str, str] | str) -> C
     return ClassNames(names=tuple(found.values()), keys=tuple(found), by_key=True)
   names = read_strings(classnames, what="class names") if isinstance(classnames, str) else tuple(classnames)
   return ClassNames(names=tuple(names), keys=tuple(names))
+
+
+def sha256(texts: Sequence[str]) -> str:
+  """Of texts in their order."""
+  return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def repeated_names(names: Sequence[str]) -> list[str]:

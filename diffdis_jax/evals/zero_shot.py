@@ -123,6 +123,7 @@ class ZeroShot:
       "seed": self._seed,
       "num_images": len(self._indices),
       "num_classes": len(self.classnames),
+      "classnames_sha256": prompts.sha256(self.classnames),  # they decide as much as templates, and may be thousands
       "templates": list(self.templates),
       "single_template": self._single,
       "metric": self._metric,

@@ -10,7 +10,7 @@ from diffdis_jax.data import records
 from diffdis_jax.data.prepare import builder, image_folder
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import prompts
+from diffdis_jax.evals import prompts, results
 from diffdis_jax.evals import registry as evals
 from tests.raw_pairs import picture
 
@@ -305,6 +305,16 @@ def test_bad_class_lists(use, fakes):
     evals.create("zero_shot", data=DATA, classnames=NAMES[:4])
   with pytest.raises(UserError, match="give one of them"):
     evals.create("zero_shot", data=DATA, seen_split="train", seen_classes=NAMES)
+
+
+def test_other_class_names_are_another_protocol(use, fakes):
+  inference = fakes.Inference(LABELS)
+  other = dict(zip(NAMES, (*NAMES[:-1], "a whale"), strict=True))
+  use(test=fakes.Source(LABELS))
+  first, second = (
+    evals.create("zero_shot", data=DATA, classnames=names).protocol(inference) for names in (NAMES, other)
+  )
+  assert [*results.differences([first, second])] == ["classnames_sha256"]
 
 
 def test_few_classes_have_no_top_5_and_the_protocol_says_all(use, fakes):
