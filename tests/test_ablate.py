@@ -147,6 +147,7 @@ def test_arms_start_from_each_other(tmp_path, environment):
     (["--arms=tests/tiny_arms.py", GRID], "--arms is an experiment of its own; leave out --tables and --grid"),
     ([GRID, "--schedule=cosine"], "--schedule is of the paper's tables; give --tables, or leave it out"),
     ([GRID, "--table7_gamma=0.3"], "--table7_gamma is of the paper's tables; give --tables, or leave it out"),
+    ([GRID, "--config.seed=7"], "--config.seed has no effect on an ablation, .* --seeds=0,1,2; give those"),
     (["--arms=tests/tiny_arm.py"], "no config tests/tiny_arm.py; did you mean tests/tiny_arms.py[?]"),
   ],
 )

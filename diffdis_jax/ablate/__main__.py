@@ -86,6 +86,8 @@ def main(argv: Sequence[str]) -> None:
 def make_plan() -> Plan:
   """Of the flags. Raises UserError: flags, or a base, that make none."""
   path, overrides = cli.config_given()
+  if "seed" in overrides:
+    raise UserError("--config.seed has no effect on an ablation, whose rows have each of --seeds=0,1,2; give those")
   # By itself first: a mistake in the base should not read as one of a row.
   base = run_config.Run.of(FLAGS.base).to_dict()
   check_evaluations(base)
