@@ -49,6 +49,14 @@ def latent_facts(data: Data) -> dict[str, Mapping[str, Any]]:
   return {path: (records.read_info(path).metadata or {}).get("latents", {}) for path in paths}
 
 
+def has_conditions(data: Data) -> bool:
+  """Whether its batches of latents have text conditions beside them; not where the latents are not here yet."""
+  try:
+    return any("text" in facts for facts in latent_facts(data).values())
+  except UserError:
+    return False  # `open_loader` says why
+
+
 def _check_sampling(data: Data) -> None:
   """Raises UserError where a long-tailed set has no sampling, or another set has one."""
   name, is_sampled = data.source["name"], data.sampling is not None

@@ -15,7 +15,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.method import encode
 from diffdis_jax.method.diffdis import to_signed
 from diffdis_jax.structs import Batch, LatentBatch
-from diffdis_jax.training import stored_inputs
+from diffdis_jax.training import flops, stored_inputs
 from tests import steps, tiny
 from tests.models.networks import random_params
 from tests.raw_pairs import picture, write_tar
@@ -127,6 +127,18 @@ def test_text_conditions_are_the_captions(cache_with_text, params):
   np.testing.assert_allclose(found.e, expected.e, atol=0.005)
   np.testing.assert_allclose(jnp.linalg.norm(found.e, axis=-1), 1.0, rtol=1e-5)
   check_encoders(config, params)
+
+
+@pytest.mark.parametrize("stored", ["cache", "cache_with_text"])
+def test_a_step_is_compiled_for_the_batches_that_are_stored(stored, request):
+  path = str(request.getfixturevalue(stored))
+  config, mesh = config_of(**{"data.name": "latents", "data.path": path}), steps.make_mesh()
+  batch = LatentBatch(**loader.Substitutions().take(next(steps.open_batches(config))))
+  compiled_for = flops.abstract_batch(Run.of(config), network_of(config), mesh)
+  assert (compiled_for.condition is not None) == (stored == "cache_with_text")
+  assert jax.tree.structure(compiled_for) == jax.tree.structure(batch)
+  of = lambda batch: [(x.shape, x.dtype) for x in jax.tree.leaves(batch)]
+  assert of(compiled_for) == of(batch)
 
 
 def test_text_conditions_of_another_encoder_are_refused(cache_with_text, cache, params):
