@@ -12,7 +12,7 @@ import pytest
 
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import committed, history
+from diffdis_jax.run import committed, history, watchdog
 from diffdis_jax.training import loop, plugs, skips, step
 from tests import steps, tiny
 from tests.test_resume import metrics, restore_training
@@ -110,6 +110,23 @@ def test_beyond_the_budget_a_run_goes_back_once_and_takes_other_batches(tmp_path
   for at in (0, 4):
     resume_from(whole, tmp_path / f"from_{at}", at=at, config=config)
     assert_same_end(tmp_path / f"from_{at}", whole)
+
+
+def test_batches_that_are_left_out_have_the_time_of_what_was_never_timed(tmp_path, spoil, monkeypatch):
+  """And not that of one batch: there are as many as steps between two saves."""
+  at, seconds = watchdog.Watchdog.at, {}
+
+  def measured(dog, what, **how):
+    at(dog, what, **how)
+    seconds.setdefault(what, []).append(dog._doing.seconds)
+
+  monkeypatch.setattr(watchdog.Watchdog, "at", measured)
+  config = make_config(**{"optim.skip_bad_steps": 1, "optim.skip_window": 4})
+  spoil(config, {4: NAN, 5: NAN})
+  train(config, tmp_path)
+  of_one = seconds["reading a batch"]
+  assert seconds["reading the batches that are left out"] == [watchdog.FIRST_TIME]
+  assert of_one[0] == watchdog.FIRST_TIME and all(limit < 2 * watchdog.STORAGE for limit in of_one[1:])
 
 
 def test_a_run_that_only_gets_bad_batches_ends_with_what_it_knows(tmp_path, spoil):

@@ -120,9 +120,12 @@ class Steps:
     """Loaded while the devices still work on the step before, so that its time is hidden."""
     tools = self._tools
     waiting = self._progress.waiting_for_data(functools.partial(is_running, self._metrics))
-    tools.dog.at("reading a batch", storage=True, alone=True)
+    left_out = self._left_out.batches if self._left_out and self._left_out.to == step - 1 else 0
+    # By a name of its own, since so many batches take so many times longer than one.
+    what = "reading the batches that are left out" if left_out else "reading a batch"
+    tools.dog.at(what, storage=True, alone=True)
     with waiting, copies.naming_silence(tools.run.data.paths):
-      for _ in range(self._left_out.batches if self._left_out and self._left_out.to == step - 1 else 0):
+      for _ in range(left_out):
         next(tools.iterator)
       rows = self._substitutions.take(next(tools.iterator))
       return batch_type(tools.run.data)(**sharding.to_global(rows, tools.prepared.trainer.mesh))
