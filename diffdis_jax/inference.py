@@ -58,6 +58,9 @@ class Inference:
     sees_noised_images: whether that head was trained on noised images too, under their own t_z.
     mesh, after_batch: as given.
     batched: runs what `compiled` gives over rows of any number, as `batches.Batches` has it.
+
+  Raises:
+    UserError: a batch_size out of its range.
   """
 
   def __init__(
@@ -105,7 +108,12 @@ class Inference:
     return programs.Program(name, jax.jit(self.network.traced_for(self.mesh, f)))
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
-    """Text embeddings e, L2-normalised."""
+    """Text embeddings e, L2-normalised.
+
+    Raises:
+      UserError: an autoencoder alone, which reads no text.
+    """
+    self._require_text()
     return self.batched(functools.partial(self._compiled_embed_texts, params), tokens)
 
   def embed_images(
@@ -120,6 +128,9 @@ class Inference:
 
     No caption goes in. Each image's noise depends on the seed and its place alone, not on the batch size or the mesh;
     places are 0, 1, ... by default. For CLIP, what its image encoder gives, L2-normalised, whatever the seed.
+
+    Raises:
+      UserError: a run that was not trained to compare images with texts.
     """
     self._require(*ALIGNED)
     if not self.aligned:
@@ -129,7 +140,12 @@ class Inference:
     return self.batched(functools.partial(self._compiled_embed_images, params), images, *noise, done=done)
 
   def text_features(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
-    """Sentences as the language-guided head takes them (method/features.py)."""
+    """Sentences as the language-guided head takes them (method/features.py).
+
+    Raises:
+      UserError: an autoencoder alone, which reads no text.
+    """
+    self._require_text()
     return self.batched(functools.partial(self._compiled_text_features, params), tokens)
 
   def class_logits(
@@ -138,6 +154,9 @@ class Inference:
     """What the language-guided head says of each image: the visual branch, then the language branch.
 
     As in its training an image is denoised once, in one step. Its noise is the first sample of `embed_images`.
+
+    Raises:
+      UserError: a run without that head.
     """
     self._require(*WITH_HEAD)
     done = self._progress("classified", len(images))
@@ -155,21 +174,33 @@ class Inference:
     """Images by DDIM with η = 0 from the given initial noise, the whole loop one program (Algorithm 2).
 
     `done` is called with the number of new images after each call of it; None shows how far it is.
+
+    Raises:
+      UserError: a run that was not trained for generation.
     """
     self._require(*GENERATIVE)
     done = done or Progress("generated", len(tokens), "images").add
     return self.batched(functools.partial(self._compiled_generate, params), tokens, noise, done=done)
 
   def reconstruct(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n H W 3"]:
-    """Images through the autoencoder, by the posterior's mode."""
+    """Images through the autoencoder, by the posterior's mode. Raises UserError for CLIP."""
     return self.batched(functools.partial(self._compiled_reconstruct, params), images)
 
   def moments(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> BFloat16[np.ndarray, "n h w d"]:
-    """The autoencoder's posterior, before shift and scale: d = 2c channels, mean, then log-variance."""
+    """The autoencoder's posterior, before shift and scale: d = 2c channels, mean, then log-variance.
+
+    Raises:
+      UserError: CLIP, which has no autoencoder.
+    """
     return self.batched(functools.partial(self._compiled_moments, params), images)
 
   def conditions(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> BFloat16[np.ndarray, "n l d"]:
-    """The text condition c of every token."""
+    """The text condition c of every token.
+
+    Raises:
+      UserError: an autoencoder alone, which reads no text.
+    """
+    self._require_text()
     return self.batched(functools.partial(self._compiled_conditions, params), tokens)
 
   def noise_shape(self) -> tuple[int, int, int]:
@@ -219,6 +250,10 @@ class Inference:
     if not {*objectives} & {*self.network.objectives}:
       trained = ", ".join(self.network.objectives)
       raise UserError(f"this run was not trained for {objectives[0]}; its objectives are {trained}")
+
+  def _require_text(self) -> None:
+    if self.network.objectives.is_autoencoder:
+      raise UserError("this run is an autoencoder alone, which reads no text; take a run of DiffDis or of CLIP")
 
   def _diffdis(self, params: Params) -> DiffDis:
     """Raises UserError for CLIP."""

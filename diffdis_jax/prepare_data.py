@@ -271,6 +271,8 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   h, w, c = model.noise_shape()
   text = None
   if FLAGS.text:
+    if model.network.objectives.is_autoencoder:
+      raise UserError(f"--workdir={run} is an autoencoder alone, which has no text encoder; leave out --text")
     tokenizer, width = Tokenizer(model.max_length), model.network.model.text_encoder.width
     text = latents.TextConditions(
       encode=lambda captions: model.conditions(params, tokenizer(captions)),

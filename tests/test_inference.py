@@ -251,6 +251,10 @@ def test_what_a_run_was_not_trained_for_is_refused():
     discriminating.generate({}, BATCH.tokens, generating.noise(16, seed=0))
   with pytest.raises(UserError, match="at least one row"):
     generating.embed_texts({}, BATCH.tokens[:0])
+  autoencoder = make("reconstruction")
+  for of_text in (autoencoder.embed_texts, autoencoder.text_features, autoencoder.conditions):
+    with pytest.raises(UserError, match="this run is an autoencoder alone, which reads no text; take a run of DiffDis"):
+      of_text(params_of(autoencoder), BATCH.tokens)
 
 
 @pytest.mark.parametrize("protocol", [{"num_noise_samples": 0}, {"steps": 0}, {"steps": 1001}, {"generation_steps": 0}])

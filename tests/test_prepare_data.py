@@ -5,9 +5,14 @@ import json
 import subprocess
 import sys
 import tarfile
+import types
 
 import pytest
 from PIL import Image
+
+from diffdis_jax import inference, prepare_data
+from diffdis_jax.errors import UserError
+from tests import steps
 
 
 def run(*arguments):
@@ -102,3 +107,13 @@ def test_bad_input_is_one_line_and_exit_2(raw, tmp_path, monkeypatch, arguments,
   assert done.returncode == 2, done.stderr
   assert message in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
   assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_an_autoencoder_alone_has_no_text_conditions_to_store(tmp_path, monkeypatch):
+  model = steps.make_inference(steps.make_config("reconstruction"), mesh=steps.make_mesh())
+  monkeypatch.setattr(inference, "load", lambda *_, **__: (model, {}))
+  monkeypatch.setattr(prepare_data.latents, "find_parts", lambda data: [])
+  monkeypatch.setattr(prepare_data, "FLAGS", types.SimpleNamespace(image_size=None, batch_size=None, text=True))
+  with pytest.raises(UserError, match="--workdir=RUN is an autoencoder alone, which has no text encoder; leave out"):
+    prepare_data.write_latents("RUN", "DATA", tmp_path / "out")
+  assert list(tmp_path.iterdir()) == []
