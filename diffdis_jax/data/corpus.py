@@ -134,7 +134,7 @@ def _read_page(file: pathlib.Path) -> str:
 
 
 def read_names(file: pathlib.Path, *, wordnet: bool) -> list[str]:
-  """Class names in the order of their numbers."""
+  """Class names in the order of their numbers. Raises UserError: a file that cannot be read, or with a gap in them."""
   try:
     rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
   except (OSError, UnicodeDecodeError) as error:

@@ -33,7 +33,11 @@ def groups_of(paths: Iterable[str], groups: Sequence[tuple[str, str]]) -> dict[s
 
 
 def schedule(peak: float, *, kind: str, warmup_steps: int, num_steps: int, final_fraction: float) -> optax.Schedule:
-  """Linear warm-up from 0 to `peak`, then `constant`, or `cosine` or `linear` decay to `final_fraction` of it."""
+  """Linear warm-up from 0 to `peak`, then `constant`, or `cosine` or `linear` decay to `final_fraction` of it.
+
+  Raises:
+    UserError: another kind.
+  """
   rest = max(num_steps - warmup_steps, 1)  # optax refuses a decay over no steps
   after = {
     "constant": lambda: optax.constant_schedule(peak),
