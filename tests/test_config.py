@@ -29,6 +29,14 @@ def test_every_field_has_a_default_but_those_that_are_given():
   assert {**fields, **default_fields(), "evals": fields["evals"], "train_evals": fields["train_evals"]} == fields
 
 
+def test_changed_fields_are_checked_with_the_rest():
+  run = Run.of(tiny.get_config())
+  assert run.replace({"inference.steps": 3, "seed": 7}).inference.steps == 3
+  for path, said in (("inference.step", "inference.step; did you mean"), ("infrence.steps", "infrence; known")):
+    with pytest.raises(UserError, match=f"unknown config key {said}"):
+      run.replace({path: 3})
+
+
 def test_evaluations_are_added_and_nothing_else_is_changed():
   config = make_config()
   found = with_evals(config, [SECTION, '{"name": "drawn", "task": "generation_accuracy", "per_class": 2}'])

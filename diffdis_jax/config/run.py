@@ -139,7 +139,8 @@ class Run:
     fields = self.to_dict()
     for path, value in changes.items():
       *sections, name = path.split(".")
-      section = functools.reduce(lambda section, each: section[each], sections, fields)
+      # One that this run does not have as well: whether there may be one is checked with the rest.
+      section = functools.reduce(lambda section, each: section.setdefault(each, {}), sections, fields)
       section[name] = value
     return Run.of(fields)
 
