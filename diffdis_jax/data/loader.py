@@ -10,7 +10,7 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import logging
+from absl import flags, logging
 from grain import experimental
 from jaxtyping import Int
 
@@ -141,6 +141,8 @@ def _read_ahead(
   options = grain.ReadOptions(num_threads=how.num_threads, prefetch_buffer_size=how.prefetch)
   iterable = grain.MapDataset.source(batches).to_iter_dataset(options)
   if how.num_workers:
+    if not flags.FLAGS.is_parsed():  # by a program that has none, such as a notebook; Grain asks for its own
+      flags.FLAGS.mark_as_parsed()
     # Ctrl-C in a terminal reaches the workers too; when they end their parent decides.
     iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=how.num_workers), signals.leave_to_parent)
   return iter(iterable)

@@ -350,7 +350,7 @@ def test_saved_position_resumes_with_workers(tmp_path, prepared):
   """Over an epoch's border, which lies within batch 3."""
   source = sources.open_source(name="pairs", path=prepared, image_size=8)
   expected = take(make(source, augmentation=STRONG), 6)
-  flags.FLAGS.mark_as_parsed()
+  flags.FLAGS.unparse_flags()  # as in a notebook, or in any program that has none
   iterator = make(source, augmentation=STRONG, num_workers=2)
   assert_same(expected[:3], take(iterator, 3))
   save(tmp_path / "saved", iterator)
