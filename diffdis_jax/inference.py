@@ -108,11 +108,7 @@ class Inference:
     return programs.Program(name, jax.jit(self.network.traced_for(self.mesh, f)))
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
-    """Text embeddings e, L2-normalised.
-
-    Raises:
-      UserError: an autoencoder alone, which reads no text.
-    """
+    """Text embeddings e, L2-normalised. Raises UserError for an autoencoder alone, which reads no text."""
     self._require_text()
     return self.batched(functools.partial(self._compiled_embed_texts, params), tokens)
 
@@ -130,9 +126,10 @@ class Inference:
     places are 0, 1, ... by default. For CLIP, what its image encoder gives, L2-normalised, whatever the seed.
 
     Raises:
-      UserError: a run that was not trained to compare images with texts.
+      UserError: a run that was not trained to compare images with texts, or images that are not uint8.
     """
     self._require(*ALIGNED)
+    _check_pixels(images)
     if not self.aligned:
       logging.warning("this run's head was initialised at random and never trained: whatever it compares is at chance")
     done = self._progress("embedded", len(images))
@@ -140,11 +137,7 @@ class Inference:
     return self.batched(functools.partial(self._compiled_embed_images, params), images, *noise, done=done)
 
   def text_features(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
-    """Sentences as the language-guided head takes them (method/features.py).
-
-    Raises:
-      UserError: an autoencoder alone, which reads no text.
-    """
+    """Sentences as the language-guided head takes them (method/features.py). Raises as `embed_texts`."""
     self._require_text()
     return self.batched(functools.partial(self._compiled_text_features, params), tokens)
 
@@ -156,9 +149,10 @@ class Inference:
     As in its training an image is denoised once, in one step. Its noise is the first sample of `embed_images`.
 
     Raises:
-      UserError: a run without that head.
+      UserError: a run without that head, or images that are not uint8.
     """
     self._require(*WITH_HEAD)
+    _check_pixels(images)
     done = self._progress("classified", len(images))
     noise = _noise_rows(np.arange(len(images)), seed)
     return self.batched(functools.partial(self._compiled_class_logits, params), images, *noise, done=done)
@@ -183,23 +177,21 @@ class Inference:
     return self.batched(functools.partial(self._compiled_generate, params), tokens, noise, done=done)
 
   def reconstruct(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n H W 3"]:
-    """Images through the autoencoder, by the posterior's mode. Raises UserError for CLIP."""
+    """Images through the autoencoder, by the posterior's mode. Raises as `moments`."""
+    _check_pixels(images)
     return self.batched(functools.partial(self._compiled_reconstruct, params), images)
 
   def moments(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> BFloat16[np.ndarray, "n h w d"]:
     """The autoencoder's posterior, before shift and scale: d = 2c channels, mean, then log-variance.
 
     Raises:
-      UserError: CLIP, which has no autoencoder.
+      UserError: CLIP, which has no autoencoder, or images that are not uint8.
     """
+    _check_pixels(images)
     return self.batched(functools.partial(self._compiled_moments, params), images)
 
   def conditions(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> BFloat16[np.ndarray, "n l d"]:
-    """The text condition c of every token.
-
-    Raises:
-      UserError: an autoencoder alone, which reads no text.
-    """
+    """The text condition c of every token. Raises as `embed_texts`."""
     self._require_text()
     return self.batched(functools.partial(self._compiled_conditions, params), tokens)
 
@@ -316,6 +308,13 @@ class Inference:
 
   def _conditions(self, params: Params, tokens: Int[Array, "b l"]) -> BFloat16[Array, "b l d"]:
     return self.network.with_params(params).encode_text(tokens).c.astype(jnp.bfloat16)
+
+
+def _check_pixels(images: Any) -> None:
+  """Raises UserError for numbers of 0 to 1, or of -1 to 1, all of which would be black. What decodes its rows when they
+  are asked for has no dtype, and passes."""
+  if (dtype := getattr(images, "dtype", np.uint8)) != np.uint8:
+    raise UserError(f"images are {dtype}; give uint8 pixels, 0 to 255")
 
 
 def _noise_rows(places: Int[np.ndarray, " n"], seed: int) -> tuple[UInt32[np.ndarray, " n"], Int[np.ndarray, " n"]]:

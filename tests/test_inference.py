@@ -257,6 +257,12 @@ def test_what_a_run_was_not_trained_for_is_refused():
       of_text(params_of(autoencoder), BATCH.tokens)
 
 
+def test_pixels_of_another_scale_are_refused():
+  """Of 0 to 1, as other libraries have them, every image would be black."""
+  with pytest.raises(UserError, match="images are float32; give uint8 pixels, 0 to 255"):
+    make("discrimination").embed_images({}, BATCH.image.astype(np.float32) / 255, seed=0)
+
+
 @pytest.mark.parametrize("protocol", [{"num_noise_samples": 0}, {"steps": 0}, {"steps": 1001}, {"generation_steps": 0}])
 def test_a_protocol_out_of_range_is_refused_at_once(protocol):
   with pytest.raises(
