@@ -16,6 +16,7 @@ import ctypes
 import gc
 import importlib
 import inspect
+import io
 import json
 import os
 import pathlib
@@ -226,6 +227,12 @@ def continue_as(request: list[Any], descriptors: Sequence[int]) -> None:
   for number, descriptor in enumerate(descriptors):
     os.dup2(descriptor, number)
     os.close(descriptor)
+  # The server's is of a file, and would seek in what may be a pipe.
+  was: Any = sys.stdout
+  binary: Any = open(1, "wb", buffering=0 if was.write_through else -1, closefd=False)
+  sys.stdout = sys.__stdout__ = io.TextIOWrapper(
+    binary, was.encoding, was.errors, newline="\n", line_buffering=was.line_buffering, write_through=was.write_through
+  )
   for name in READ_LATER:  # the others are the server's, and what its libraries have made of them
     if name in environment:
       os.environ[name] = environment[name]
