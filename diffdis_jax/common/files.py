@@ -85,8 +85,8 @@ def _on_a_disk(out: pathlib.Path) -> Iterator[pathlib.Path]:
       yield temporary
       os.replace(temporary, out)  # which an empty folder gives way to
   except OSError as error:
-    if error.errno not in FULL_DISK and not str(error.filename).startswith(str(out.parent)):
-      raise
+    if temporary is not None and error.errno not in FULL_DISK and not str(error.filename).startswith(str(temporary)):
+      raise  # of what is read meanwhile
     raise UserError(f"cannot write --out={out}: {error.strerror or error}") from error
   finally:
     if temporary is not None:

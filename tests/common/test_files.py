@@ -40,7 +40,7 @@ def test_nothing_is_left_of_a_failure(tmp_path, error):
 
 def test_an_error_of_reading_is_not_one_of_writing_and_a_full_disk_is(tmp_path):
   with pytest.raises(FileNotFoundError), files.whole_folder(tmp_path / "out"):
-    pathlib.Path("/none/such").read_bytes()
+    (tmp_path / "absent").read_bytes()
   full = OSError(errno.ENOSPC, "No space left on device")
   with pytest.raises(UserError, match="cannot write --out=.*: No space left"), files.whole_folder(tmp_path / "out"):
     raise full
