@@ -35,7 +35,8 @@ class ZeroShot:
     label_field: the record's field with the class name, or with its number in `classnames`. Where it is the number, a
       name may occur twice, as two do in the usual list of ImageNet; between equal names it is a tie, which is wrong.
       Where records have both the number and, as `class`, the name, as `prepare_data folder` makes them, the list must
-      have the same names in the same places. A `class` that is itself the number fits any name.
+      have the same names in the same places. A `class` that is itself the number fits any name; so do WordNet's numbers
+      such as n01440764, if the list has as many names as there are of them.
     only_classes_present: leave out the class names that no record has.
     seen_classes: classes of the training set; acc1 is then also reported on seen and on unseen classes, both against
       the whole class list.
@@ -226,6 +227,12 @@ def _check_number(label: Any, field: str, record: Mapping[str, Any], classes: pr
 
 def _check_names(named: Collection[tuple[int, str]], classes: prompts.ClassNames) -> None:
   """Raises UserError where the data's name for a number is not that of the class list."""
+  # Of WordNet's numbers, as ImageNet's folders are called, a list has the names in their order. Only of all of them:
+  # for some it does not say which.
+  codes = [name for _, name in sorted(named)]
+  is_in_order = codes == sorted(codes) and [number for number, _ in sorted(named)] == [*range(len(classes.names))]
+  if is_in_order and all(map(_NUMBER.fullmatch, codes)):
+    return
   for number, name in sorted(named):
     # A folder that is called by its number says nothing of the order of the names.
     is_number = name.isdecimal() and int(name) == number

@@ -217,6 +217,20 @@ def test_folders_named_by_numbers(folder):
     create(("crow", "dog", "fox", "cat"))
 
 
+def test_a_list_names_the_folders_of_wordnet_in_their_order(folder, fakes):
+  """As configs/diffdis_cc3m.py and the page of evaluation ask for ImageNet's."""
+  codes = ("n01440764", "n01443537", "n01484850")
+  folder([0, 1, 2, 1], [*codes, codes[1]], ["tench", "goldfish", "shark", "goldfish"])
+  evaluation = create(("tench", "goldfish", "shark"))
+  np.testing.assert_array_equal(evaluation.labels, [0, 1, 2, 1])
+  assert evaluation.run(fakes.Inference(["tench", "goldfish", "shark"]), {})["acc1"] == 1
+  # Of some of the folders a list does not say which, nor of folders that are numbered in another order.
+  for number, names in (([0, 1, 2, 1], ("tench", "goldfish", "shark", "crane")), ([0, 2, 1, 2], ("tench", "x", "y"))):
+    folder(number, [*codes, codes[1]], ["tench", "goldfish", "shark", "goldfish"])
+    with pytest.raises(UserError, match="^class 0 is 'n01440764' in the data, but 'tench' in the class list; .*object"):
+      create(names)
+
+
 def test_an_object_names_the_classes_of_the_data(folder, use, fakes, tmp_path):
   """Such as ImageNet's folders, which are named by codes. Its order is of no account."""
   folder([0, 1, 2, 1], ["n01", "n02", "n03", "n02"], ["crane", "dog", "fox", "dog"])
