@@ -8,6 +8,7 @@ from typing import Any
 
 from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals.fid import FEW
 from diffdis_jax.evals.results import Results
 
 TASKS = ("generation_accuracy", "fid", "zero_shot", "choice", "long_tail", "retrieval")  # that have columns
@@ -42,6 +43,8 @@ class Column:
 def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ...]:
   """Of a config's `evals`: accuracy of generated images and FID, then top-1, choice and long-tailed, then R@1.
 
+  The paper's column of FID is that of a set named as its task, of no fewer than FEW images.
+
   With a set `coco` and a set `flickr` of retrieval, as in the paper, the mean of their four R@1 is one column. R@1 of
   any other set is the mean of both ways.
   """
@@ -56,8 +59,11 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
     for metric, title in metrics.items():
       found.append(_percent("generation_accuracy", name, metric, f"generated images, {title}"))
   for name in sets["fid"]:
-    # A config's only set, which is named as its task, has the name of the paper's column (tables.PAPER_METRICS).
-    column = f"{name}/fid" if name != "fid" else "fid"
+    # A config's only set, which is named as its task, has the name of the paper's column (tables.PAPER_METRICS); not
+    # that of so few images that their FID stands beside no other's.
+    count = evaluations[name].get("num_images")
+    is_papers = name == "fid" and (count is None or count >= FEW)
+    column = "fid" if is_papers else f"{name}/fid"
     found.append(Column(name=column, title="FID ↓", cells=(("fid", name, "fid"),), scale=1.0))
   for name in sets["zero_shot"]:
     title = "ImageNet top-1" if name == "imagenet" else f"top-1 {name}"
@@ -83,8 +89,9 @@ def columns_of(evaluations: Mapping[str, Mapping[str, Any]]) -> tuple[Column, ..
 
 def measured(columns: Sequence[Column], evaluations: Iterable[Mapping[str, Mapping[str, Any]]]) -> tuple[Column, ...]:
   """Those that one of these runs has, by the `evals` of each: of what none is trained for there is no blank column."""
-  names = {column.name for each in evaluations for column in columns_of(each)}
-  return tuple(column for column in columns if column.name in names)
+  # By what they are of: a row that changes how many images it generates may name its column otherwise.
+  cells = {column.cells for each in evaluations for column in columns_of(each)}
+  return tuple(column for column in columns if column.cells in cells)
 
 
 def choose(columns: Sequence[Column], names: Sequence[str]) -> tuple[Column, ...]:

@@ -136,18 +136,41 @@ def test_markdown_of_known_results(measured):
   assert paper_on == "| *paper* |  |  |  |  |  | 9.80 | 25.92 | 33.60 |"
 
 
-def test_the_papers_figures_stand_under_ours(tmp_path):
-  """FID as it is, top-1 in per cent, and the mean of the four R@1."""
-  plan, folder = make_plan(base("paper"), names=["7"], seeds=(0,)), Folder(tmp_path)
+def table_7(folder_path, *, fid_images):
+  """Of the paper's run, one seed; its rows have an FID of 10, 11 and 12, and other figures that are equal."""
+  config = base("paper")
+  config.evals.fid.num_images = fid_images
+  plan, folder = make_plan(config, names=["7"], seeds=(0,)), Folder(folder_path)
   for place in range(3):
     (run,) = plan.rows["7", place]
     write(folder, run, {"fid": 10 + place, "imagenet": 0.25, "coco": 0.2, "flickr": 0.4})
-  found = summarised(plan, folder)
+  return summarised(plan, folder)
+
+
+def test_the_papers_figures_stand_under_ours(tmp_path):
+  """FID as it is, top-1 in per cent, and the mean of the four R@1."""
+  found = table_7(tmp_path, fid_images=30_000)
   assert [*found["columns"]] == ["fid", "imagenet/acc1", "recall@1"]
   means = [cell["mean"] for cell in found["tables"]["7"]["rows"][1]["cells"].values()]
   np.testing.assert_allclose(means, [11, 25, 30])
   lines = render.markdown(found).splitlines()
   assert "| *paper* | 12.02 | 21.73 | 27.56 |" in lines and "|  | FID ↓ | ImageNet top-1 ↑ | mean R@1 ↑ |" in lines
+
+
+def test_fid_of_few_images_is_not_what_the_paper_reports(tmp_path):
+  """As configs/diffdis_cc3m.py measures it while a run trains: too high by as much as models differ."""
+  found = table_7(tmp_path, fid_images=1000)
+  assert [*found["columns"]] == ["fid/fid", "imagenet/acc1", "recall@1"]
+  lines = render.markdown(found).splitlines()
+  assert "|  | FID ↓ | ImageNet top-1 ↑ | mean R@1 ↑ | FID ↓ (paper) |" in lines
+  assert "| *paper* |  | 21.73 | 27.56 | 12.02 |" in lines
+
+
+def test_rows_that_measure_fid_by_other_numbers_of_images_have_one_column():
+  evaluations = [{"fid": {"task": "fid", "num_images": count}} for count in (1000, 10_000, None)]
+  assert [columns.columns_of(each)[0].name for each in evaluations] == ["fid/fid", "fid", "fid"]
+  (column,) = columns.columns_of(evaluations[0])
+  assert columns.measured((column,), evaluations[1:]) == (column,)
 
 
 def test_only_what_survives_is_bold(tmp_path):
