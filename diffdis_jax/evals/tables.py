@@ -14,9 +14,10 @@ from diffdis_jax.evals.results import OF_A_MODEL, Results, differences, is_mean
 from diffdis_jax.parallel import processes
 
 NONE = "–"
-# From the paper's appendix, Tables 1 and 4; of no other cell is its figure known. Its models are trained on CC3M.
+# From the paper's appendix, Tables 1, 4 and 6; of no other cell is its figure known. Its models are trained on CC3M.
 PAPER: dict[str, dict[str, str]] = {
   "the paper's DiffDis": {"imagenet1k": "25.92", "mean R@1": "33.60", "fid": "9.80"},
+  "the paper's Stable Diffusion": {"fid": "10.8"},
   "the paper's CLIP ViT-B/32": {"imagenet1k": "16.7"},
   "the paper's CLIP ViT-L/14": {"imagenet1k": "21.1"},
 }
@@ -171,12 +172,13 @@ def _fid(by_name: Mapping[str, Results], notes: list[str]) -> str:
       value = metrics.get(name, {}).get(metric)
       cells.append(NONE if value is None else f"{value * (1000 if metric == 'kid' else 1):.{digits}f}")
     rows.append((title, cells))
-  # The paper's figure is of MSCOCO; under another set it would ask to be compared.
+  # The paper's figures are of MSCOCO; under another set they would ask to be compared.
   if not suites.FID.keys() & {*names}:
     return f"## FID\n\n{_markdown(heads, rows)}"
-  known = PAPER["the paper's DiffDis"]["fid"]
-  cells = [known if name in suites.FID and metric == "fid" else NONE for name, metric, _ in columns]
-  rows.append(("the paper's DiffDis", cells))
+  for title, known in PAPER.items():
+    if "fid" in known:
+      cells = [known["fid"] if name in suites.FID and metric == "fid" else NONE for name, metric, _ in columns]
+      rows.append((title, cells))
   note = "The paper says of its FID that it is of images generated from MSCOCO's captions, and not how many."
   return f"## FID\n\n{_markdown(heads, rows)}\n\n{note}"
 

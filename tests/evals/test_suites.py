@@ -265,6 +265,7 @@ def test_the_papers_fid_stands_under_mscoco_alone():
   lines = text.splitlines()
   assert "| mine | 50.00 | 2.000 | 100 | 12.50 | 2.000 | 100 |" in lines
   assert "| the paper's DiffDis | – | – | – | 9.80 | – | – |" in lines
+  assert "| the paper's Stable Diffusion | – | – | – | 10.8 | – | – |" in lines
   assert "9.80" not in tables.table({"mine": {"fid": {"test": record(50.0)}}})
 
 
