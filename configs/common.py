@@ -12,6 +12,7 @@ from diffdis_jax.common import buckets
 from diffdis_jax.common.files import read_json
 from diffdis_jax.common.shipped import say
 from diffdis_jax.config import base, read_fields
+from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.errors import UserError
 
 __all__ = [
@@ -157,6 +158,9 @@ def evaluations(args: ConfigDict, image_size: int) -> ConfigDict:
       data=data(args.imagenet, "val"),
       classnames=args.imagenet_names,
       label_field="label" if args.imagenet_names else "caption",
+      # As `evaluate --suite` has them; the paper's are not stated.
+      templates=class_lists.load()["imagenet1k"].templates,
+      single_template="a photo of a {}.",
       # Of 50,000, the same ones each time, since training waits. After it, evaluate --num_images=50000 takes all.
       num_images=5000,
     )

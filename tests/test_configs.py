@@ -24,9 +24,11 @@ from ml_collections import ConfigDict
 import configs
 from diffdis_jax.common import buckets
 from diffdis_jax.config import Run, load
+from diffdis_jax.data.layouts import class_lists
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
+from diffdis_jax.evals import suites
 from diffdis_jax.method import schedules
 from diffdis_jax.parallel import sharding
 from tests import steps
@@ -171,6 +173,14 @@ def test_the_papers_run_measures_the_sets_that_are_named():
     evals.create(**fid.to_dict())
   toy = get_config("diffdis_cc3m", "runlocal,coco=C")
   assert toy.train_evals == ("coco",) and toy.evals.coco.data.image_size == toy.image_size == 32
+
+
+@pytest.mark.parametrize("name", ["clip_cc3m", "diffdis_cc3m"])
+def test_imagenet_has_the_prompts_of_the_suite_while_it_trains(name):
+  """Else a run's curve, the tables of ablations and `evaluate --suite` would each have another figure of one model."""
+  section = get_config(name, "imagenet=I").evals.imagenet
+  assert section.templates == class_lists.load()["imagenet1k"].templates and len(section.templates) == 80
+  assert section.single_template == suites.SINGLE_TEMPLATE
 
 
 @pytest.mark.parametrize("name", ["clip_cc3m", "diffdis_cc3m", "scenes", "shapes", "emoji"])
