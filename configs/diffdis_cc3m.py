@@ -16,8 +16,8 @@ From latents, whose encoding is a third of the cost of a step (with --text the c
 Every 2,000 steps it generates sample_prompts, and measures the data sets that imagenet=DIR,coco=DIR,flickr=DIR name,
 each a folder written by prepare_data (`folder`, `coco`, `flickr30k`; the latter two with Karpathy's splits). ImageNet's
 class folders are numbers such as n01440764: imagenet_names=F.json is a list of 1,000 names in their order. Without it
-the folders' own names are the classes. held_out=DIR is what prepare_data cc3m wrote: the losses on its split `val`
-show whether the run overfits.
+the folders' own names are the classes. Of its images 5,000 are measured, by OpenAI's 80 prompts. held_out=DIR is what
+prepare_data cc3m wrote: the losses on its split `val` show whether the run overfits.
 
 With inception=F, the weights of FID's network (docs/fid.md), and fid=DIR, a prepared set with captions and a
 split `val` such as COCO 2014, it measures FID and KID of 1,000 images too: enough to see a run go wrong, too few to
@@ -35,7 +35,8 @@ Ablations, as the appendix numbers its tables:
   Table 5  modality_ffn=False          share_attention=False
   Table 7  gamma=1.0,condition_timestep=0, and 999; γ of Table 7 is not stated by the paper
 
-Single tasks, as baselines of Table 6: objectives=generation is Stable Diffusion alone, objectives=discrimination.
+Single tasks: objectives=generation is Stable Diffusion alone, Table 6's baseline beside clip_cc3m.py:model=vit_l14;
+objectives=discrimination is in none of the appendix's tables. `diffdis benchmark table6` times the three of Table 6.
 The paper's figures for the model itself: FID 9.80, zero-shot ImageNet 25.92 %, mean R@1 33.60 %. Batch size, epochs and
 rates are not stated by the paper for DiffDis; its CLIP baseline has batch 1024.
 """
