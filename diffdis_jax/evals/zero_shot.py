@@ -189,6 +189,7 @@ def class_recalls(right: Bool[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) 
 def _read_labels(source: sources.Source, field: str, classes: prompts.ClassNames | None) -> list[str | int]:
   """Every record's label: the class's name in the data, or its number in the class list."""
   labels, named = [], set()
+  called: dict[str, set[str]] = {}  # caption -> the classes that it is of
   by_key = classes is not None and classes.by_key
   for i in range(len(source)):
     record = base.fields(source, i)
@@ -199,9 +200,18 @@ def _read_labels(source: sources.Source, field: str, classes: prompts.ClassNames
         label = name
       elif isinstance(name, str):
         named.add((int(label), name))
+    elif field == "caption" and isinstance(name, str):
+      called.setdefault(prompts.comparable(label), set()).add(name)
     labels.append(label)
   if classes is not None:
     _check_names(named, classes)
+  # Of ImageNet's thousand classes two pairs have one name each: without a list, 998 are measured.
+  elif shared := sorted(caption for caption, names in called.items() if len(names) > 1):
+    logging.warning(
+      "class names that several classes of the data have in common count as one class: %s; give the names of all"
+      " classes as classnames, with label_field=label",
+      ", ".join(map(repr, shared)),
+    )
   return labels
 
 

@@ -263,6 +263,18 @@ def test_seen_classes_by_the_name_in_the_data(use, fakes, tmp_path):
   ) == pytest.approx(metrics)
 
 
+def test_classes_of_one_name_are_named_where_names_are_all_there_is(use, fakes, caplog):
+  """As `prepare_data imagenet1k` has them: two of its captions are each that of two classes, and 998 are measured."""
+  names = ["crane", "dog", "crane", "fox"]
+  use(test=fakes.Source(names, names, label=[0, 1, 2, 3], **{"class": ["n1", "n2", "n3", "n4"]}))
+  assert create("", label_field="caption").classnames == ("crane", "dog", "fox")
+  assert "class names that several classes of the data have in common count as one class: 'crane'; give" in caplog.text
+  caplog.clear()
+  use(test=fakes.Source(["dog", "fox"], ["dog", "fox"], label=[0, 1], **{"class": ["n1", "n2"]}))
+  create("", label_field="caption")
+  assert "in common" not in caplog.text
+
+
 def test_names_of_the_data_go_by_name_in_any_order(folder, fakes):
   folder([0, 1, 2], list(ANIMALS))
   evaluation = create(("red fox", "brown dog", "black crow"), label_field="class")
