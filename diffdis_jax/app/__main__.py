@@ -195,12 +195,14 @@ def contents_of(run: Run, about: str) -> Any:
   names, templates = zero_shot.get("classnames", ()), zero_shot.get("templates", ())
   # A string is the path of a file of names, of which there may be more than a request may have.
   named = not isinstance(names, str) and names
+  # The plain prompt, where the first of many is another one.
+  single = zero_shot.get("single_template") or (not isinstance(templates, str) and templates and templates[0])
   return page.Contents(
     title=about,
     about=about,
     prompt=run.sample_prompts[0] if run.sample_prompts else "a red star",
     names=", ".join(names) if named else "cat, dog, horse",
-    template=templates[0] if templates and not isinstance(templates, str) else prompts.TEMPLATES[0],
+    template=single or prompts.TEMPLATES[0],
     steps=run.inference.generation_steps,
     guidance=run.inference.generation_guidance,
   )

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from configs import diffdis_cc3m
 from diffdis_jax.app.__main__ import contents_of
 from diffdis_jax.app.limits import Limits
 from diffdis_jax.app.search import Index
@@ -65,6 +66,11 @@ def test_the_page_begins_with_values_that_it_takes():
   sliders = [each["props"] for each in components(config, source=None) if each["type"] == "slider"]
   assert {each["label"] for each in sliders} >= {"Steps", "Guidance"}
   assert all(each["value"] <= each["maximum"] for each in sliders)
+
+
+def test_the_template_is_the_plain_prompt_where_a_run_measures_by_eighty():
+  run = Run.of(diffdis_cc3m.get_config("runlocal,imagenet=I"))
+  assert run.evals["imagenet"]["templates"][0] != "a photo of a {}." == contents_of(run, "a run").template
 
 
 def test_images_to_pick_are_those_that_can_be_read(caplog):
