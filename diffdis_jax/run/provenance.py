@@ -180,8 +180,9 @@ class Checkout(NamedTuple):
 
 def _checkout(root: pathlib.Path) -> Checkout:
   """What git says. What it does not track counts in the package alone: elsewhere lie runs."""
-  if (root / ".commit").is_file():  # launch/tpu_pod.sh's word for the commit whose files it has copied
-    return Checkout((root / ".commit").read_text().strip(), True)
+  # As launch/tpu_pod.sh writes it: the commit whose files it has copied, and the extras that it has installed.
+  if (root / ".commit").is_file():
+    return Checkout((root / ".commit").read_text().partition(" ")[0].strip(), True)
   # Only the root itself: a wheel may lie inside of somebody's own repository.
   if not (root / ".git").exists():
     return Checkout(None, None)

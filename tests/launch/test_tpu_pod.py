@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import time
 
 import pytest
 
+from diffdis_jax.run import provenance
 from tests.interrupting import is_alive
 from tests.launch.programs import ROOT, Answer, Programs, wait_for
 
@@ -172,6 +174,15 @@ def test_setup_installs_the_extras_that_are_asked_for(programs):
   assert programs.run("tpu_pod.sh", "setup", **SETTINGS, EXTRAS="tpu,wandb").returncode == 0
   install = programs.calls[2][-1]
   assert "'.[tpu,wandb]'" in install and install.endswith(" tpu,wandb' >.commit")
+
+
+def test_a_run_on_a_host_records_the_commit_that_was_set_up(programs, tmp_path):
+  """The launcher writes which one it is, and the run reads it there."""
+  done = programs.run("tpu_pod.sh", "--dry-run", "setup", **SETTINGS, EXTRAS="tpu,wandb")
+  written = shlex.split(done.stdout.splitlines()[-1])[-1].rpartition("; ")[2]
+  subprocess.run(["bash", "-c", written], cwd=tmp_path, check=True)
+  commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+  assert provenance._checkout(tmp_path) == (commit, True)
 
 
 def test_variables_are_handed_over_in_a_file_and_in_no_command(programs, tmp_path):
