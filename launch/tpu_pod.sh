@@ -129,14 +129,18 @@ create() {
   done
 }
 
-# uv brings a Python of its own: that of a TPU VM may be older than this package asks for.
+# uv brings a Python of its own: that of a TPU VM may be older than this package asks for. A command that still runs there
+# keeps its code and its environment to its end. What is left of an earlier commit would count as code of this one.
 setup() {
   local installed="$commit $EXTRAS" folder
   if [[ ! $dry_run ]] && on_all "grep -qx '$installed' diffdis/.commit" >/dev/null 2>&1; then return; fi
   folder=$(mktemp -d)
   git archive --output="$folder/diffdis.tar.gz" "$commit" &&
     copy_to_all "$folder/diffdis.tar.gz" '' &&
-    on_all "set -e; mkdir -p diffdis; tar -xzf diffdis.tar.gz -C diffdis; cd diffdis; rm -f .commit;\
+    on_all "set -e; $on_every_host mkdir -p diffdis; cd diffdis; exec 8>.lock;\
+ flock -n 8 && ! is_running || { echo 'waiting for the command that runs here';\
+ flock 8; while is_running; do sleep 1; done; };\
+ rm -rf .commit diffdis_jax; tar -xzf ../diffdis.tar.gz;\
  python3 -m pip install -q --user uv; ~/.local/bin/uv venv -q --clear --python=3.12 .venv;\
  ~/.local/bin/uv pip install -q -e '.[$EXTRAS]'; echo '$installed' >.commit" ||
     return 1

@@ -7,6 +7,7 @@ import pathlib
 import shlex
 import signal
 import subprocess
+import tarfile
 import time
 
 import pytest
@@ -183,6 +184,39 @@ def test_a_run_on_a_host_records_the_commit_that_was_set_up(programs, tmp_path):
   subprocess.run(["bash", "-c", written], cwd=tmp_path, check=True)
   commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
   assert provenance._checkout(tmp_path) == (commit, True)
+
+
+def test_setup_waits_for_a_command_and_leaves_no_code_of_an_earlier_commit(host, programs, tmp_path):
+  """Its environment is made anew, and a file that the commit no longer has would count as one of it."""
+  made = host("bash", "-c", "echo $$ >pid; until [[ -e end ]]; do sleep 0.05; done; [[ -e diffdis_jax/gone.py ]]")
+  home = made.folder.parent
+  (made.folder / "diffdis_jax").mkdir()
+  for name in ("diffdis_jax/gone.py", "results.json", ".commit"):
+    (made.folder / name).write_text("")
+  with tarfile.open(home / "diffdis.tar.gz", "w:gz") as archive:
+    archive.add(ROOT / "diffdis_jax/__init__.py", "diffdis_jax/__init__.py")
+  for name in ("python3", "uv"):  # what installs
+    (tmp_path / name).write_text("#!/bin/sh\n")
+    (tmp_path / name).chmod(0o755)
+  (home / ".local").mkdir()
+  (home / ".local" / "bin").symlink_to(tmp_path)
+  sent = shlex.split(programs.run("tpu_pod.sh", "--dry-run", "setup", **SETTINGS).stdout.splitlines()[-1])[-1]
+  shown = made.start()
+  wait_for(made.folder / "pid")
+  wait_for(made.folder / ".pid")
+  time.sleep(0.3)
+  environment = {**os.environ, "HOME": str(home), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+  script = ["bash", "-c", sent.removeprefix("--command=")]
+  setup = subprocess.Popen(script, cwd=home, env=environment, stdout=subprocess.PIPE, text=True)
+  assert setup.stdout.readline() == "waiting for the command that runs here\n"
+  time.sleep(0.5)
+  assert (made.folder / "diffdis_jax" / "gone.py").exists() and setup.poll() is None
+  (made.folder / "end").touch()
+  assert shown.communicate(timeout=20)[0] == "host ended with code 0\n"
+  setup.communicate(timeout=20)
+  assert setup.returncode == 0 and (made.folder / ".commit").read_text().endswith(" tpu\n")
+  assert [path.name for path in (made.folder / "diffdis_jax").iterdir()] == ["__init__.py"]
+  assert (made.folder / "results.json").exists()
 
 
 def test_variables_are_handed_over_in_a_file_and_in_no_command(programs, tmp_path):
