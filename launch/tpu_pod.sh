@@ -11,10 +11,13 @@
 #
 # Settings: NAME, ZONE, TYPE (v5litepod-64), RUNTIME (v2-alpha-tpuv5-lite; of v5p v2-alpha-tpuv5, of v6e v2-alpha-tpuv6e),
 # SLICES (1; several are joined by the data centre's network), SPOT=1, PROJECT, CREATE_FLAGS (more of gcloud's for create,
-# such as "--reserved --network=NET --service-account=ACCOUNT"), MAX_RESTARTS (3, without a new checkpoint), EXTRAS (tpu,
-# or more of pyproject.toml's, such as tpu,wandb), ENV (names of variables of this shell that the command gets, such as
+# such as "--reserved --network=NET --service-account=ACCOUNT"), SSH_FLAGS (more of gcloud's for ssh and scp, such as
+# --internal-ip where CREATE_FLAGS has --internal-ips), MAX_RESTARTS (3, without a new checkpoint), EXTRAS (tpu, or more
+# of pyproject.toml's, such as tpu,wandb), ENV (names of variables of this shell that the command gets, such as
 # WANDB_API_KEY,HF_TOKEN; their values show in no list of processes). --dry-run before the subcommand prints the commands.
 # COMMAND's --workdir must be a folder that all hosts share: gs://BUCKET/RUN. Ctrl-C ends a run as stop does.
+# Each host copies data that lie in a bucket to its disk, of 100 GiB. For larger ones COMMAND may begin with
+# env XDG_CACHE_HOME=/dev/shm, which keeps the copy in memory, of which that folder may take half.
 set -euo pipefail
 # shellcheck source=launch/supervise.sh
 source "$(dirname "${BASH_SOURCE[0]}")/supervise.sh"
@@ -65,14 +68,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case $subcommand in # before anything is rented
   setup | run) commit=$(git rev-parse HEAD 2>&1) || refuse "no commit to copy to the hosts: ${commit##*$'\n'}" ;;
 esac
-NAME=${NAME:?} where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
+# shellcheck disable=SC2206  # words, as the user wrote them
+NAME=${NAME:?} where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"}) through=(${SSH_FLAGS:-})
 
 # As gcloud names the nodes of a request for several.
 if ((SLICES > 1)); then mapfile -t nodes < <(seq -f "$NAME-%.0f" 0 $((SLICES - 1))); else nodes=("$NAME"); fi
 
 resource() { call gcloud compute tpus queued-resources "$1" "$NAME" "${where[@]}" "${@:2}"; }
-ssh_to() { call gcloud compute tpus tpu-vm ssh "$1" "${where[@]}" --worker=all --command="$2"; }
-copy_to() { call gcloud compute tpus tpu-vm scp "$2" "$1:$3" "${where[@]}" --worker=all; }
+ssh_to() { call gcloud compute tpus tpu-vm ssh "$1" "${where[@]}" --worker=all "${through[@]}" --command="$2"; }
+copy_to() { call gcloud compute tpus tpu-vm scp "$2" "$1:$3" "${where[@]}" --worker=all "${through[@]}"; }
 on_all() { on_slices ssh_to "$@"; }
 copy_to_all() { on_slices copy_to "$@"; }
 

@@ -219,6 +219,13 @@ def test_setup_waits_for_a_command_and_leaves_no_code_of_an_earlier_commit(host,
   assert (made.folder / "results.json").exists()
 
 
+def test_hosts_without_an_address_outside_are_reached_by_further_flags(programs):
+  programs.answer({DONE: [Answer(code=1)]})
+  done = programs.run("tpu_pod.sh", "setup", **SETTINGS, SSH_FLAGS="--internal-ip --ssh-key-file=K")
+  assert done.returncode == 0 and kinds(programs) == ["ssh", "scp", "ssh"]
+  assert all({"--internal-ip", "--ssh-key-file=K"} <= {*call} for call in programs.calls)
+
+
 def test_variables_are_handed_over_in_a_file_and_in_no_command(programs, tmp_path):
   """A command shows in the list of processes, here and on the hosts."""
   programs.answer({STATE: [ACTIVE], RUN: [said(0)]})
