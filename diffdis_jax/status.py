@@ -45,13 +45,15 @@ def facts(run: Run, *, now: float) -> dict[str, Any]:
     now: seconds since 1970.
 
   Returns:
-    `state` and `message` as `summary.status` has them; `step` and `num_steps`; `steps_per_sec`, the last that was
-    reported; `seconds_left` at that pace; `age`, seconds since the last line of metrics.jsonl; `checkpoint`, the last
+    `state` and `message` as `summary.status` has them; `step` and `num_steps`; `steps_per_sec`, the last that is
+    known; `seconds_left` at that pace; `age`, seconds since the last line of metrics.jsonl; `checkpoint`, the last
     step that was saved; `device_hours` by kind; `starts`, how often it was started.
   """
   made, num_steps = summary.starts(run, now=now), run.config["num_steps"]
   pace = run.curves.get("steps_per_sec")
-  rate = float(pace.values[-1]) if pace is not None and pace.values[-1] > 0 else None
+  # NaN where a report is of the first step after a start alone, whose time is that of starting.
+  known = [] if pace is None else pace.values[pace.values > 0]
+  rate = float(known[-1]) if len(known) else None
   return {
     **summary.status(run),
     "step": run.step,

@@ -45,6 +45,15 @@ def test_the_same_as_json(run):
   assert found["starts"] >= 1 and found["steps_per_sec"] > 0 and found["age"] >= 0
 
 
+def test_the_pace_is_the_last_that_is_known(tmp_path):
+  """A report of the first step after a start knows none."""
+  run = tmp_path / "run"
+  written_run.write(run)
+  (run / "metrics.jsonl").write_text(written_run.line(20) + json.dumps({"step": 21, "steps_per_sec": None}) + "\n")
+  found = json.loads(status(str(run), "--json")[1])
+  assert (found["step"], found["steps_per_sec"], found["seconds_left"]) == (21, 5.0, 379 / 5.0)
+
+
 def test_a_message_that_the_terminal_cannot_write(tmp_path):
   """As of a folder whose name is of another encoding, or where the terminal has another one."""
   run = tmp_path / "run"
