@@ -182,7 +182,8 @@ def publish(
     asked: JSON by name, of what is written, so that no other command copies it to the bucket.
 
   Raises:
-    UserError: there is a data set at this address, or one for it was prepared otherwise and not copied.
+    UserError: there is a data set at this address, or one for it was prepared otherwise and not copied; or the bucket
+      cannot be written.
   """
   if not buckets.is_url(out):
     folder = pathlib.Path(out)
@@ -194,6 +195,7 @@ def publish(
   url, asked = out.rstrip("/"), dict(asked or {})
   if (buckets.path(url) / INFO).exists():
     raise UserError(f"--out={url} holds a data set; name a new folder")
+  files.check_out(f"{url}/{INFO}")  # now: what is prepared for a mistyped bucket is found again for that one alone
   # By the address, so that the same command finds what it has prepared when it was killed.
   folder = pathlib.Path(files.user_cache("prepared")) / hashlib.sha256(url.encode()).hexdigest()[:32]
   logging.info("preparing %s in %s", url, folder)

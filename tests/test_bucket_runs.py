@@ -234,6 +234,14 @@ def test_a_preparation_that_was_not_copied_whole_is_copied(tmp_path, url, monkey
     prepare_data.publish(write, url, finished="card.json")
 
 
+def test_a_bucket_that_there_is_not_is_refused_before_anything_is_prepared(tmp_path, bucket, monkeypatch):
+  """What was prepared for a mistyped bucket would be prepared again for the right one."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  with pytest.raises(UserError, match="cannot write --out=gs://missing/data"):
+    prepare_data.publish(lambda folder: pytest.fail("it was prepared"), "gs://missing/data", finished="card.json")
+  assert not list(tmp_path.iterdir())
+
+
 def test_what_another_command_has_prepared_is_not_copied(tmp_path, url, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
