@@ -36,6 +36,8 @@ LONGEST_WORD = 1000  # characters, of a message
 _TEXTS = {"prompt", "eval"}  # flags that may hold any text
 # Flags that an unset variable of a shell leaves empty, which would be this folder.
 _FOLDERS = {"workdir", "out", "compiled", "save", "near"}
+# What Google Cloud Storage answers where nobody has logged in for programs; gcloud auth login is for gcloud alone.
+_ANONYMOUS = "Anonymous caller"
 # Errors of the path that someone gave, rather than of a disk, which may be well the next time.
 _OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 
@@ -124,6 +126,8 @@ def _stop_for(error: Exception) -> NoReturn:
   number, path = getattr(error, "errno", None), getattr(error, "filename", None)
   said = getattr(error, "strerror", None) or error
   where = f" ({path})" if path else ""
+  if _ANONYMOUS in str(error):
+    _stop(f"{error}; log in by gcloud auth application-default login, and run the same command again", code=1)
   if number in FULL_DISK:
     _stop(f"{said}{where}; make room, and run the same command again", code=1)
   if may_pass(error) or number is None:  # without a number: what a bucket's server answered

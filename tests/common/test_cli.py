@@ -344,6 +344,18 @@ def test_quiet_leaves_warnings(folder):
   assert "a warning" in err and "host 0 of 1" in err
 
 
+def test_a_bucket_that_sees_no_login_says_which_one_it_takes(capsys):
+  """Of gcloud's two logins the usual one is not enough."""
+  from gcsfs.retry import HttpError  # here, since it takes a second
+
+  message = "Anonymous caller does not have storage.objects.get access to the Google Cloud Storage object."
+  with pytest.raises(SystemExit) as raised:
+    cli._stop_for(HttpError({"code": 401, "message": message}))
+  assert raised.value.code == 1
+  asked = "; log in by gcloud auth application-default login, and run the same command again"
+  assert capsys.readouterr().err == f"error: {message}, 401{asked}\n"
+
+
 def test_a_message_gives_a_terminal_no_orders(capsys):
   with pytest.raises(SystemExit):
     cli._stop("no class a\x1b[31m\nb \ud800 größer")
