@@ -21,6 +21,10 @@ from diffdis_jax.run.writers import Writer
 from diffdis_jax.structs import TrainState
 
 
+class UnknownMetric(UserError):
+  """Every process finds it, where other errors of an evaluation may be of what one has read."""
+
+
 class Evaluator:
   """Evaluations and sample images during training.
 
@@ -57,7 +61,8 @@ class Evaluator:
 
     Raises:
       Preempted: the processes stop in the middle of it; nothing was written.
-      UserError: `checkpoint.best_metric` is none of the metrics.
+      UnknownMetric: `checkpoint.best_metric` is none of the metrics.
+      UserError: data that cannot be used.
     """
     params = {**state.params, **state.ema}  # the averages, as evaluate and generate take them by default
     found = {}
@@ -75,7 +80,7 @@ class Evaluator:
       return {}
     together = {key: value for metrics in found.values() for key, value in metrics.items()}
     if self._best not in together:
-      raise UserError(f"checkpoint.best_metric={self._best} is none of {', '.join(together)}")
+      raise UnknownMetric(f"checkpoint.best_metric={self._best} is none of {', '.join(together)}")
     # Process 0's: of metrics that round apart, two processes might keep different checkpoints.
     return {self._best: float(processes.from_first(np.float32(together[self._best])))}
 

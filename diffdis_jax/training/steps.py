@@ -23,7 +23,7 @@ from diffdis_jax.run import checkpoint, history, profile, watchdog, writers
 from diffdis_jax.run.near import Near
 from diffdis_jax.structs import TrainingBatch, TrainState
 from diffdis_jax.training import skips
-from diffdis_jax.training.evaluator import Evaluator
+from diffdis_jax.training.evaluator import Evaluator, UnknownMetric
 from diffdis_jax.training.metrics import Metrics, read_totals, write_totals
 from diffdis_jax.training.prepared import Prepared
 from diffdis_jax.training.step import is_running, take_step
@@ -181,8 +181,8 @@ class Steps:
         preempted, far = type(stopped), True
       except UserError as error:
         # Its data may be damaged, or its name misspelt, which is no reason to lose steps. Several processes would have
-        # to agree: what one of them has read may be its own rows'.
-        if jax.process_count() > 1:
+        # to agree on the former: what one of them has read may be its own rows'.
+        if jax.process_count() > 1 and not isinstance(error, UnknownMetric):
           raise
         failed, far = error, True
         logging.warning("an evaluation failed: saving step %d", step)

@@ -36,7 +36,7 @@ def test_evaluations_take_no_more_rows_than_a_step(monkeypatch, batch_size, accu
 class Evaluator(evaluator.Evaluator):
   """Due after every fourth step; says where it was asked, and fails where it is told to."""
 
-  def __init__(self, failing: bool):
+  def __init__(self, failing: type[UserError] | None):
     self.failing, self.asked = failing, []
 
   def is_due(self, step, *, last):
@@ -46,7 +46,7 @@ class Evaluator(evaluator.Evaluator):
     self.asked.append(step)
     writer.scalars(step, {"test/acc1": 0.5})
     if self.failing:
-      raise UserError("checkpoint.best_metric=test/acc_1 is none of test/acc1")
+      raise self.failing("checkpoint.best_metric=test/acc_1 is none of test/acc1")
     return {}
 
 
@@ -54,7 +54,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   config = tiny.get_config("autoencoder")
   config.update(num_steps=6, save_every=3, log_every=3)
   train = lambda: loop.train_and_evaluate(Run.of(config), str(tmp_path))
-  failing, passing, said = Evaluator(failing=True), Evaluator(failing=False), []
+  failing, passing, said = Evaluator(failing=UserError), Evaluator(failing=None), []
   monkeypatch.setattr(loop, "make_evaluator", lambda *_: failing)
   for _ in range(2):  # the second time it is done before the first step
     with pytest.raises(UserError, match="best_metric=test/acc_1 is none of test/acc1"):
@@ -88,3 +88,22 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   assert wait_for_storage == {*said} - {wait, "a step"} and written == {"an evaluation", "writing a report"}
   assert alone_at == alone
   assert all(before == "a step" for before, now in itertools.pairwise(said) if now == wait)
+
+
+class TwoProcesses:
+  """jax, of so many processes."""
+
+  def __getattr__(self, name):
+    return (lambda: 2) if name == "process_count" else getattr(jax, name)
+
+
+@pytest.mark.parametrize("kind, saved", [(evaluator.UnknownMetric, 4), (UserError, 3)])
+def test_several_processes_save_what_all_of_them_refuse_alike(tmp_path, monkeypatch, kind, saved):
+  """Of a damaged record only those know that have read it, while the others wait for them."""
+  config = tiny.get_config("autoencoder")
+  config.update(num_steps=6, save_every=3, log_every=3)
+  monkeypatch.setattr(loop, "make_evaluator", lambda *_: Evaluator(failing=kind))
+  monkeypatch.setattr("diffdis_jax.training.steps.jax", TwoProcesses())
+  with pytest.raises(kind, match="best_metric=test/acc_1 is none of test/acc1"):
+    loop.train_and_evaluate(Run.of(config), str(tmp_path))
+  assert committed.latest_step(tmp_path) == saved
