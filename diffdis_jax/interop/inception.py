@@ -13,6 +13,7 @@ from absl import logging
 from flax import nnx
 from jaxtyping import Float
 
+from diffdis_jax.common import buckets
 from diffdis_jax.common.params import Params, flatten
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import tensor_files
@@ -76,7 +77,7 @@ def read(path: str) -> Weights:
   Raises:
     UserError: no such file, one that cannot be read or would execute code, or other tensors than this network's.
   """
-  file = pathlib.Path(path)
+  file = buckets.local(path, "--inception")
   tensors = {name: x for name, x in tensor_files.open_file(file).items() if not name.endswith(UNUSED)}
   expected = shapes()
   paths = {name_of(path): path for path in expected}

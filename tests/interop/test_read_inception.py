@@ -104,6 +104,8 @@ class Harm:
 
 
 def test_files_that_are_none(tmp_path, capsys):
+  with pytest.raises(UserError, match="--inception=gs://b/F.pth must be a local path; copy it to this machine first"):
+    inception.read("gs://b/F.pth")
   with pytest.raises(UserError, match="no file"):
     inception.read(str(tmp_path / "nothing.pth"))
   (tmp_path / "text.pth").write_text("no weights")
