@@ -3,11 +3,13 @@ from __future__ import annotations
 import html.parser
 import json
 import math
+import os
 import re
 
 import pytest
 
 from diffdis_jax.report import page, read
+from tests.command_runs import call
 from tests.report import written_run
 
 
@@ -148,3 +150,12 @@ def test_no_more_pictures_than_fit_and_the_last_among_them(runs, monkeypatch):
   found = page.embed(runs)
   assert [[grid["step"] for grid in run["grids"][0]["grids"]] for run in found] == [[100, 300]] * 2
   assert [run["grids"][0]["all"] for run in found] == [3, 3]
+
+
+def test_a_report_takes_no_accelerator(tmp_path):
+  """On the machine of a run in progress that has them all."""
+  run = written_run.write(tmp_path / "run")
+  none_to_be_had = {**os.environ, "JAX_PLATFORMS": "cuda"}
+  flags = [f"--workdir={run}", f"--out={tmp_path}/report.html"]
+  done = call("report", none_to_be_had, *flags, own_process=True)
+  assert done.returncode == 0, done.stderr
