@@ -34,7 +34,7 @@ EMOJI_PACKAGES = from diffdis_jax.data.prepare.emoji_packages import EMOJIBASE a
 $(EMOJI_DATA)/dataset_info.json: | $(VENV)/.installed
 	$(PIP) --editable '.[emoji]'
 	mkdir -p $(EMOJI)/icons
-	cd $(EMOJI)/icons && npm pack --silent $$($(abspath $(BIN))/python -c '$(EMOJI_PACKAGES)')
+	cd $(EMOJI)/icons && npm pack --silent $$("$(abspath $(BIN))/python" -c '$(EMOJI_PACKAGES)')
 	$(BIN)/python -m diffdis_jax.prepare_data emoji --source=$(EMOJI)/icons --out=$(EMOJI_DATA)
 
 # As many processes as there are cores and memory for, and the longest files first: tests/conftest.py says both. A file's
@@ -73,8 +73,12 @@ docs: $(VENV)/.installed-docs
 figures: $(VENV)/.installed
 	$(BIN)/python -m docs.figures
 
+# Of a Python that is too old nothing stays: venv leaves the one of a folder that is there, whatever PYTHON is next time.
+CHECK_PYTHON = import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python " + sys.version.split()[0] + " is \
+  too old; give one of 3.11 or later, such as: make PYTHON=python3.12 $@")
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c '$(CHECK_PYTHON)' || { rm -rf $(VENV); exit 1; }
 	$(PIP) --editable .
 	touch $@
 
