@@ -51,7 +51,8 @@ class Gone(OSError):
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 # Of a network, of a server at its other end, or of a disk.
 _OF_STORAGE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ETIMEDOUT}
-_OF_STORAGE |= {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOTCONN}
+# The last is Linux's alone.
+_OF_STORAGE |= {errno.EIO, errno.ESTALE, errno.ENOTCONN, getattr(errno, "EREMOTEIO", errno.EIO)}
 # Packages whose errors are all of one; gcsfs raises those of requests too, for a 502.
 _NETWORKING = ("aiohttp.", "gcsfs.", "google.auth.", "requests.")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import runpy
 import subprocess
 import sys
 import time
 
 import pytest
 
+from diffdis_jax import errors
 from diffdis_jax.common import storage
 from diffdis_jax.errors import Gone, may_pass
 
@@ -49,6 +51,13 @@ def test_what_gcsfs_raises_for_any_answer_of_a_failing_server_may_pass():
     with pytest.raises(Exception) as raised:
       retry.validate_response(status, b"", "gs://b/c")
     assert may_pass(raised.value), status
+
+
+def test_a_system_without_linuxs_own_number_has_the_others(monkeypatch):
+  """As macOS. Every command reads the numbers when it starts."""
+  monkeypatch.delattr(errno, "EREMOTEIO", raising=False)
+  there = runpy.run_path(errors.__file__)
+  assert there["may_pass"](OSError(errno.ESTALE, "")) and not there["may_pass"](OSError(errno.ENOENT, ""))
 
 
 def test_what_stays_away_ends_in_one_line(pauses):
