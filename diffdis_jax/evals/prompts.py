@@ -6,6 +6,7 @@ import collections
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,8 +49,8 @@ class ClassNames(NamedTuple):
 
 def comparable(name: str) -> str:
   """What two spellings of a class name have in common: underscores are spaces, as in captions, and case is of no
-  account, as in tokens."""
-  return " ".join(name.replace("_", " ").lower().split())
+  account, nor whether an accent is a character of its own, as in tokens."""
+  return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
 
 
 def read_strings(path: str, *, what: str) -> Sequence[str]:

@@ -51,6 +51,12 @@ def test_names_compare_without_underscores_and_case():
   assert prompts.comparable("polar-bear") != prompts.comparable("polar bear")
 
 
+def test_an_accent_may_be_a_character_of_its_own():
+  """As in names of folders that come from macOS; a list of names has it otherwise, and both are one text to the
+  network."""
+  assert prompts.comparable("cafe\u0301") == prompts.comparable("Caf\u00e9")
+
+
 def test_missing_file():
   with pytest.raises(UserError, match="cannot read class names from nowhere.json"):
     prompts.resolve_classnames("nowhere.json")
