@@ -85,14 +85,14 @@ def read_image(path: str | os.PathLike[str] | None, limits: Limits) -> Image.Ima
 
 def _check_pixels(data: bytes, limits: Limits) -> None:
   """Raises UserError by the file's header alone."""
-  most = f"at most {limits.megapixels:g} million can be"
+  most = f"at most {limits.megapixels:g} million"
   try:
     header = records.read_header(data)
   except records.Unusable as error:
-    formats = ", ".join(image_files.FORMATS)
-    raise UserError(f"the file shows no image that can be read: {error}; {most}, of {formats}") from error
+    formats = f"{', '.join(image_files.FORMATS[:-1])} or {image_files.FORMATS[-1]}"
+    raise UserError(f"the file shows no image that can be read: {error}; {most} pixels of {formats} can be") from error
   if header.width * header.height > limits.megapixels * 1e6:
-    raise UserError(f"the image has {header.width:,} x {header.height:,} pixels; {most}")
+    raise UserError(f"the image has {header.width:,} x {header.height:,} pixels; {most} can be")
 
 
 def read_text(text: str | None, what: str, limits: Limits) -> str:
