@@ -347,7 +347,8 @@ class PreemptionHandler:
 
   Before `begin` there is nothing to save, and either ends this process at once with code 75 or 130, also while its main
   thread compiles. The others end by a signal of their own, or as where a process dies. Afterwards a second Ctrl-C ends
-  it at once, without a save.
+  it at once, without a save. In a program that is no command, such as a notebook's kernel, Ctrl-C before `begin` is a
+  KeyboardInterrupt, which ends the training and not the program.
 
   Every process calls `agreed` the same number of times, at points where it could stop; the answer is the same on all of
   them. With several processes it comes one call late, so that the host waits for no more than the step before the last.
@@ -356,7 +357,7 @@ class PreemptionHandler:
   def __init__(self, place: jax.sharding.Sharding):
     """`place`: of arrays of as many rows as there are devices, on which the processes have equally many rows."""
     self._place = place
-    self._begun = False
+    self._begun = self._is_guest = False
     self._asked = self._interrupts = 0  # the former a place in _CAUSES
     self._answer: jax.Array | None = None
     self._most = jax.jit(jnp.max)
@@ -367,6 +368,7 @@ class PreemptionHandler:
     if threading.current_thread() is not threading.main_thread():
       yield
       return
+    self._is_guest = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # which commands replace
     listener = signals.Listener(_SIGNALS, self._on_signal, self._hear)
     listener.start()
     try:
@@ -392,6 +394,8 @@ class PreemptionHandler:
       raise cause
 
   def _hear(self, number: int) -> None:
+    if self._is_the_programs(number):
+      return
     if not self._begun:
       logging.warning("asked to stop before the first step: nothing to save; the same command starts again")
       signals.exit_at_once(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
@@ -403,4 +407,9 @@ class PreemptionHandler:
 
   def _on_signal(self, number: int, frame: FrameType | None) -> None:
     del frame
+    if self._is_the_programs(number):
+      raise KeyboardInterrupt
     self._asked = max(self._asked, _SIGNALS.index(number) + 1)
+
+  def _is_the_programs(self, number: int) -> bool:
+    return self._is_guest and not self._begun and number == signal.SIGINT

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zlib
 
 import jax
@@ -119,6 +120,17 @@ def test_a_signal_stops_a_single_process(numbers, cause):
         stop.raise_if_agreed()
       assert error.type is cause and cause.code == (75 if cause is Preempted else 130)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_before_the_first_step_ctrl_c_ends_no_program_that_is_no_command():
+  """Such as a notebook's kernel, which has the results of earlier cells."""
+  stop = processes.PreemptionHandler(sharding.batch_sharding(steps.make_mesh()))
+  with not_ignored():
+    with pytest.raises(KeyboardInterrupt), stop.listening():
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(5)
+    time.sleep(0.2)  # in which the thread that hears of it would end this process
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 VERB = """
