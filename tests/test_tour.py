@@ -12,9 +12,11 @@ import nbclient
 import nbformat
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from docs import tour_page
+from tests import pages
 from tests.command_runs import ROOT
 
 pytest_plugins = ("tests.command_runs",)
@@ -66,6 +68,14 @@ def test_the_site_shows_it_as_a_page(notebook):
   page = tour_page.markdown(json.loads((ROOT / "docs" / "tour.ipynb").read_text()))
   assert page.startswith("# ") and page.count("```python\n") == sum(cell.cell_type == "code" for cell in notebook.cells)
   assert page.count('src="data:image/png;base64,') == PICTURES and "top-1 of 64 classes" in page
+
+
+def test_what_it_writes_beside_itself_is_no_page(notebook):
+  """Or else the tests and the site would take the export's model card for one, and git the weights."""
+  assert any('OUT = pathlib.Path("tour")' in cell.source for cell in notebook.cells)
+  assert pages.WRITTEN == ROOT / "docs" / "tour"
+  assert "/docs/tour/" in (ROOT / ".gitignore").read_text().splitlines()
+  assert "tour/" in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["exclude_docs"].split()
 
 
 @pytest.fixture
