@@ -134,7 +134,7 @@ def serve(
     index = search.Index(sampler.patient(), source, num_images)
 
   preparing = threading.Thread(target=prepare, args=(sampler, index), name="prepare")
-  with uploads.folder() as folder:
+  with same_site.asked_directly(), uploads.folder() as folder:
     # After the folder is set: Gradio reads $GRADIO_TEMP_DIR when it is imported, and again later.
     from diffdis_jax.app import page, server
 

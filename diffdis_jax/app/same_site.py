@@ -6,10 +6,12 @@ would even read the answers; the header Host then says that name.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import os
 import re
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from diffdis_jax.app.uploads import App, Message, Receive, Send, refuse
 from diffdis_jax.errors import UserError
@@ -68,6 +70,22 @@ class SameSite:
 
   def _is_known(self, name: str) -> bool:
     return name in self._known or (self._everywhere and _is_address(name))
+
+
+@contextlib.contextmanager
+def asked_directly() -> Iterator[None]:
+  """Within, no proxy of the environment is used. Gradio asks the page whether it is there, which a proxy cannot reach,
+  and is not even imported where httpx lacks the package for a proxy of that kind. The page asks nobody else."""
+  names = ("no_proxy", "NO_PROXY")  # of which Python prefers the former, where it is there
+  before = {name: os.environ.pop(name, None) for name in names}
+  os.environ.update(dict.fromkeys(names, "*"))
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      os.environ.pop(name)
+      if value is not None:
+        os.environ[name] = value
 
 
 def check_names(names: Collection[str]) -> None:

@@ -21,10 +21,10 @@ GROWTH = 20  # MB that may be added after the first quarter
 UPLOADS = 3_000_000  # bytes that are kept, and that may be received at a time
 SERVER = f"""
 from absl import logging
-from diffdis_jax.app import uploads
+from diffdis_jax.app import same_site, uploads
 
 logging.set_verbosity(logging.INFO)
-with uploads.folder() as folder:
+with same_site.asked_directly(), uploads.folder() as folder:
   import gradio as gr
   from diffdis_jax.app import server
   from diffdis_jax.app.limits import Limits
@@ -110,6 +110,12 @@ def test_an_address_of_ipv6(tmp_path, host):
     port = urlsplit(served.address).port
     assert served.address == f"http://[{host.strip('[]')}]:{port}"
     assert httpx.get(f"http://[::1]:{port}/config").status_code == 200
+
+
+@pytest.mark.parametrize("proxy", [{"http_proxy": "http://127.0.0.1:9"}, {"ALL_PROXY": "socks5://127.0.0.1:9"}])
+def test_a_proxy_of_the_environment_is_not_asked_for_the_page(tmp_path, proxy):
+  with started(["-c", SERVER], tmp_path / "log", {**proxy, "no_proxy": "intranet.example"}) as served:
+    assert httpx.get(f"{served.address}/config").status_code == 200
 
 
 def every(served: Served, numbers: range) -> list[tuple[int, int]]:
