@@ -126,10 +126,11 @@ class Inference:
     places are 0, 1, ... by default. For CLIP, what its image encoder gives, L2-normalised, whatever the seed.
 
     Raises:
-      UserError: a run that was not trained to compare images with texts, or images that are not uint8.
+      UserError: a run that was not trained to compare images with texts, or images that are not uint8 or not squares of
+        `image_size`.
     """
     self._require(*ALIGNED)
-    _check_pixels(images)
+    self._check_images(images)
     if not self.aligned:
       logging.warning("this run's head was initialised at random and never trained: whatever it compares is at chance")
     done = self._progress("embedded", len(images))
@@ -149,10 +150,10 @@ class Inference:
     As in its training an image is denoised once, in one step. Its noise is the first sample of `embed_images`.
 
     Raises:
-      UserError: a run without that head, or images that are not uint8.
+      UserError: a run without that head, or images that are not uint8 or not squares of `image_size`.
     """
     self._require(*WITH_HEAD)
-    _check_pixels(images)
+    self._check_images(images)
     done = self._progress("classified", len(images))
     noise = _noise_rows(np.arange(len(images)), seed)
     return self.batched(functools.partial(self._compiled_class_logits, params), images, *noise, done=done)
@@ -178,16 +179,16 @@ class Inference:
 
   def reconstruct(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> UInt8[np.ndarray, "n H W 3"]:
     """Images through the autoencoder, by the posterior's mode. Raises as `moments`."""
-    _check_pixels(images)
+    self._check_images(images)
     return self.batched(functools.partial(self._compiled_reconstruct, params), images)
 
   def moments(self, params: Params, images: UInt8[np.ndarray, "n H W 3"]) -> BFloat16[np.ndarray, "n h w d"]:
     """The autoencoder's posterior, before shift and scale: d = 2c channels, mean, then log-variance.
 
     Raises:
-      UserError: CLIP, which has no autoencoder, or images that are not uint8.
+      UserError: CLIP, which has no autoencoder, or images that are not uint8 or not squares of `image_size`.
     """
-    _check_pixels(images)
+    self._check_images(images)
     return self.batched(functools.partial(self._compiled_moments, params), images)
 
   def conditions(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> BFloat16[np.ndarray, "n l d"]:
@@ -246,6 +247,17 @@ class Inference:
   def _require_text(self) -> None:
     if self.network.objectives.is_autoencoder:
       raise UserError("this run is an autoencoder alone, which reads no text; take a run of DiffDis or of CLIP")
+
+  def _check_images(self, images: Any) -> None:
+    """Raises UserError for numbers of 0 to 1, or of -1 to 1, all of which would be black, and for another size, which
+    many networks take and embed badly. What decodes its rows when they are asked for has no dtype, and passes."""
+    if (dtype := getattr(images, "dtype", np.uint8)) != np.uint8:
+      raise UserError(f"images are {dtype}; give uint8 pixels, 0 to 255")
+    shape, side = tuple(getattr(images, "shape", ())), self.image_size
+    if shape and shape[1:] != (side, side, 3):
+      raise UserError(
+        f"images have shape {shape}; give (n, {side}, {side}, 3), each as data.transforms.resize(image, {side}) cuts it"
+      )
 
   def _diffdis(self, params: Params) -> DiffDis:
     """Raises UserError for CLIP."""
@@ -308,13 +320,6 @@ class Inference:
 
   def _conditions(self, params: Params, tokens: Int[Array, "b l"]) -> BFloat16[Array, "b l d"]:
     return self.network.with_params(params).encode_text(tokens).c.astype(jnp.bfloat16)
-
-
-def _check_pixels(images: Any) -> None:
-  """Raises UserError for numbers of 0 to 1, or of -1 to 1, all of which would be black. What decodes its rows when they
-  are asked for has no dtype, and passes."""
-  if (dtype := getattr(images, "dtype", np.uint8)) != np.uint8:
-    raise UserError(f"images are {dtype}; give uint8 pixels, 0 to 255")
 
 
 def _noise_rows(places: Int[np.ndarray, " n"], seed: int) -> tuple[UInt32[np.ndarray, " n"], Int[np.ndarray, " n"]]:

@@ -263,6 +263,15 @@ def test_pixels_of_another_scale_are_refused():
     make("discrimination").embed_images({}, BATCH.image.astype(np.float32) / 255, seed=0)
 
 
+@pytest.mark.parametrize("shape", [(2, 32, 32, 3), (2, 16, 24, 3)])
+def test_images_of_another_size_are_refused(shape):
+  """A network of convolutions would take some of them, and give embeddings that are worth little."""
+  images, model = np.zeros(shape, np.uint8), make("discrimination")
+  for use in (lambda: model.embed_images({}, images, seed=0), lambda: model.moments({}, images)):
+    with pytest.raises(UserError, match=r"images have shape .*; give \(n, 16, 16, 3\), each as data.transforms.resize"):
+      use()
+
+
 @pytest.mark.parametrize("protocol", [{"num_noise_samples": 0}, {"steps": 0}, {"steps": 1001}, {"generation_steps": 0}])
 def test_a_protocol_out_of_range_is_refused_at_once(protocol):
   with pytest.raises(
