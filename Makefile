@@ -73,12 +73,13 @@ docs: $(VENV)/.installed-docs
 figures: $(VENV)/.installed
 	$(BIN)/python -m docs.figures
 
-# Of a Python that is too old nothing stays: venv leaves the one of a folder that is there, whatever PYTHON is next time.
+# Before the folder is made, and of a folder that is there, since venv leaves its Python as it is.
 CHECK_PYTHON = import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python " + sys.version.split()[0] + " is \
   too old; give one of 3.11 or later, such as: make PYTHON=python3.12 $@")
 $(VENV)/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c '$(CHECK_PYTHON)'
 	$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c '$(CHECK_PYTHON)' || { rm -rf $(VENV); exit 1; }
+	@$(BIN)/python -c '$(CHECK_PYTHON)' || { echo "$(VENV) has that Python: remove the folder first" >&2; exit 1; }
 	$(PIP) --editable .
 	touch $@
 

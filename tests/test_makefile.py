@@ -67,6 +67,16 @@ def test_a_python_that_is_too_old_is_named_and_hinders_no_other(clone, tmp_path)
   assert said.stdout.startswith(OF_TODAY)
 
 
+def test_an_environment_of_a_python_that_is_too_old_is_named_and_stays(clone, tmp_path):
+  new = put(tmp_path, "python3.x", PYTHON.replace("VERSION", OF_TODAY))
+  (clone / ".venv" / "bin").mkdir(parents=True)
+  put(clone / ".venv" / "bin", "python", PYTHON.replace("VERSION", "3.10.12"))
+  done = make(clone, f"PYTHON={new}", ".venv/.installed")
+  assert done.returncode and (clone / ".venv" / "bin" / "python").exists()
+  assert "Python 3.10.12 is too old" in done.stderr
+  assert ".venv has that Python: remove the folder first\n" in done.stderr
+
+
 def test_the_emoji_come_into_a_clone_with_a_blank_in_its_path(clone, tmp_path):
   python = PYTHON.replace("VERSION", OF_TODAY).replace("exec(sys.argv[1])", 'print("emojibase@1 noto@2")')
   (clone / ".venv" / "bin").mkdir(parents=True)
