@@ -144,7 +144,7 @@ def export_weights(
     (write_clip if is_clip else write_pipeline)(temporary, params, own, dtype=dtype)
     Card(run=buckets.path(run), fields=fields, own=own, step=step, ema=ema, dtype=dtype, repo=repo).write(temporary)
     if text := licences_of(run):
-      (temporary / LICENSES).write_text(text)
+      (temporary / LICENSES).write_text(text, encoding="utf-8")
     digests.write(temporary)
   logging.info("step %d in %s", step, out)
   return step
@@ -189,7 +189,7 @@ def licences_of(run: str) -> str:
   for path in run_config.load(run).data.paths:
     try:
       file = buckets.path(path) / LICENSES
-      texts += [file.read_text()] if file.exists() else []
+      texts += [file.read_text(encoding="utf-8")] if file.exists() else []
     except OSError as error:  # of another machine's bucket or disk, without which the weights are whole all the same
       logging.warning("the licences of its data cannot be read, add them yourself: %s", error)
   return "\n".join(texts)

@@ -304,7 +304,7 @@ def read_info(path: str | os.PathLike[str]) -> Any:
   """The tfds.core.DatasetInfo of a prepared data set. Raises UserError: there is none at this path."""
   if not str(path) or not (buckets.path(path) / "dataset_info.json").exists():
     how = "" if str(path) else ", and name its folder, as in --config=FILE.py:path=DIR or --config.data.path=DIR"
-    raise UserError(f"no prepared data set in {str(path)!r}; write one with diffdis prepare_data pairs{how}")
+    raise UserError(f"no prepared data set in {str(path)!r}; write one with diffdis prepare_data{how}")
   return builder(path).info
 
 

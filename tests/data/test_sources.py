@@ -26,10 +26,7 @@ def test_shapes():
     ({"name": "shapes", "split": "val"}, "shapes has no split 'val'; there are train, test, unseen, all"),
     ({"name": "shapes", "num_images": 0}, "num_images is 0; at least 1"),
     ({"name": "shapes", "caption_fields": ("texts",)}, "shapes has no caption field 'texts'; its records have capt"),
-    (
-      {"name": "pairs"},
-      "''; write one with diffdis prepare_data pairs, and name .* --config=FILE.py:path=DIR",
-    ),
+    ({"name": "pairs"}, "''; write one with diffdis prepare_data, and name .* --config=FILE.py:path=DIR"),
     ({"name": "pairs", "path": "nowhere"}, "no prepared data set in 'nowhere'"),
   ],
 )
