@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pathlib
+import types
 
 import ml_dtypes
 import numpy as np
@@ -149,6 +150,19 @@ def test_going_on_needs_the_same_autoencoder_and_views(data, tmp_path):
     with pytest.raises(UserError, match=f"unfinished preparation with another ({differing})"):
       prepare(data, tmp_path / "out", **change)
   assert prepare(data, tmp_path / "out")["train"].pairs == VIEWS * (N - 1)
+
+
+def test_a_disk_that_may_be_too_small_is_named_before_hours_of_encoding(data, tmp_path, monkeypatch, caplog):
+  found = latents.find_parts(data)
+  stage = make_stage(tmp_path)
+  assert sum(map(stage.most_bytes, found)) == N * VIEWS * 2 * (2 * 2 * 4)
+  text = latents.TextConditions(encode=encode, shape=(3, 5), fingerprint=2.5)
+  assert make_stage(tmp_path, text=text).most_bytes(found[0]) == N * VIEWS * 2 * (2 * 2 * 4 + 3 * 5)
+  monkeypatch.setattr(latents.LatentStage, "most_bytes", lambda self, part: 190_000_000_000)
+  monkeypatch.setattr(builder.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=80_000_000_000))
+  builder.prepare(found, tmp_path / "out", builder=latents.LatentCache, make_stage=make_stage)
+  said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+  assert said[0] == f"{tmp_path / 'out'} may take up to 190 GB, and its disk has 80 GB left"
 
 
 def test_wrong_data(data, tmp_path):

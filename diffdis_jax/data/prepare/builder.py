@@ -265,6 +265,7 @@ def prepare(
     stage = make_stage(partial / "parts")
     _check_same(partial, parts, builder, stage)
     stage.folder.mkdir(exist_ok=True)
+    _warn_of_little_room(out, sum(stage.most_bytes(part) for part in parts if stage.report_of(part) is None))
     # TFDS reuses a folder that is there.
     shutil.rmtree(partial / "tfds", ignore_errors=True)
     made = builder(parts=parts, stage=stage, settings=settings, data_dir=partial / "tfds")
@@ -280,6 +281,11 @@ def prepare(
     shutil.rmtree(partial)
   logging.info("wrote %s", out)
   return made.reports
+
+
+def _warn_of_little_room(out: pathlib.Path, needed: int) -> None:
+  if needed > (room := shutil.disk_usage(out.parent).free):
+    logging.warning("%s may take up to %.0f GB, and its disk has %.0f GB left", out, needed / 1e9, room / 1e9)
 
 
 def _check_splits(parts: Iterable[Part]) -> None:

@@ -110,6 +110,10 @@ class Stage:
     """What belongs into the data set's metadata beside the reports."""
     return {}
 
+  def most_bytes(self, part: Part) -> int:
+    """Of a part's records; 0 where that is not known before they are made."""
+    return 0
+
   def records_of(self, part: Part) -> pathlib.Path:
     return self.folder / f"{part.name}.array_record"
 
