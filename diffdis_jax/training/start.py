@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from diffdis_jax import config as run_config
+from diffdis_jax.common import buckets, files, one_file
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError
@@ -27,6 +28,9 @@ from diffdis_jax.run.near import Near
 from diffdis_jax.run.restore import Restored
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
+
+# Fields of a part's section that its parameters' shapes do not show, and that decide what these compute.
+UNSEEN = ("activation", "num_heads", "groups")
 
 
 def restore_or_init(
@@ -79,7 +83,7 @@ def find_initial(path: str, trainer: Trainer) -> set[str]:
 
   Raises:
     UserError: no run there, or not the one that the objective starts from; nothing in common, a parameter of another
-      shape, or a frozen one that would stay random.
+      shape, a part that would compute something else here, or a frozen parameter that would stay random.
   """
   objectives = trainer.run.objectives
   if objectives.first.starts_from:
@@ -136,7 +140,27 @@ def _names_in_common(path: str, trainer: Trainer) -> set[str]:
         f"init_from={path}: {name} has shape {saved[name].shape} there and {trainer.shapes[name].shape} in this"
         " config; use the same model section"
       )
+  _check_unseen(path, trainer, common)
   return common
+
+
+def _check_unseen(path: str, trainer: Trainer, names: Collection[str]) -> None:
+  """Raises UserError where a part was trained there with another of UNSEEN: its weights would mean nothing here."""
+  is_file = one_file.at(path) is not None
+  fields = run_config.read_fields(path) if is_file else files.read_object(buckets.path(path) / "config.json")
+  there, here = fields.get("model", {}), trainer.run.to_dict()["model"]
+  flags = []
+  for part in sorted({name.split(".")[0] for name in names} & here.keys() & there.keys()):
+    if here[part].get("convolutional"):  # a tower without heads, and with groups of one number
+      continue
+    own = {field: here[part][field] for field in UNSEEN if field in here[part]}
+    expected = {field: there[part].get(field, value) for field, value in own.items()}
+    flags += [f"--config.model.{part}.{field}={expected[field]}" for field in own if expected[field] != own[field]]
+  if flags:
+    raise UserError(
+      f"init_from={path} was trained with other fields of model than this config has, by which its weights compute"
+      f" something else: give {' '.join(flags)}"
+    )
 
 
 def _check_frozen(path: str, trainer: Trainer, loaded: Collection[str]) -> None:

@@ -9,6 +9,7 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
+from diffdis_jax.common import files
 from diffdis_jax.common.params import Params
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
@@ -94,6 +95,25 @@ def test_what_the_other_run_does_not_have(tmp_path):
     start.find_initial(save(without, tmp_path / "b"), step)
   names = start.find_initial(save(autoencoder | text, tmp_path / "c"), step)
   assert names == autoencoder.keys() | text.keys()
+
+
+def test_parts_that_would_compute_something_else(tmp_path):
+  """Of an activation, heads and groups no parameter's shape says anything, so that all of them are loaded."""
+  config = tiny_config()
+  step = make_step(config)
+  path = save(random_params(step.shapes, seed=0), tmp_path / "run")
+  files.write_json(tmp_path / "run" / "config.json", Run.of(config).to_dict())
+  assert start.find_initial(path, step) == step.shapes.keys()
+  changes = {"autoencoder.groups": 2, "text_encoder.activation": "gelu", "unet.num_heads": 4}
+  other = tiny_config(**{f"model.{field}": value for field, value in changes.items()})
+  files.write_json(tmp_path / "run" / "config.json", Run.of(other).to_dict())
+  message = (
+    f"init_from={path} was trained with other fields of model than this config has, by which its weights compute"
+    " something else: give --config.model.autoencoder.groups=2 --config.model.text_encoder.activation=gelu"
+    " --config.model.unet.num_heads=4"
+  )
+  with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+    start.find_initial(path, step)
 
 
 def test_a_run_is_refused_before_its_workdir_is_made(tmp_path):
