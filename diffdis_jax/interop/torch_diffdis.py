@@ -84,6 +84,14 @@ def trailing(steps: int) -> list[int]:
   return [*(t[:steps] - 1).tolist(), -1]
 
 
+def onload(*parts: Part) -> None:
+  """Has accelerate bring parts to the device, as before a `forward` of theirs: of `enable_model_cpu_offload` each is on
+  the CPU until then, and what follows calls their layers."""
+  for part in parts:
+    if hasattr(part, "_hf_hook"):
+      part._hf_hook.pre_forward(part)
+
+
 def attend(q: Tokens, k: Tokens, v: Tokens, *, num_heads: int) -> Tokens:
   q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
   return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -304,6 +312,7 @@ class DiffDis(ModelMixin, ConfigMixin):
     With `query_tokens` the mean of the caption's tokens' vectors there is added to that condition, times
     `token_embedding_weight`.
     """
+    onload(self)
     # The first one: padding is the end-of-text token too.
     end = (input_ids == self.eos_id).int().argmax(dim=1)
     rows = torch.arange(len(input_ids), device=input_ids.device)
@@ -328,6 +337,7 @@ class DiffDis(ModelMixin, ConfigMixin):
       unet: a UNet2DConditionModel.
       c_null: of `null_condition`.
     """
+    onload(unet, self)
     dtype = unet.dtype
     temb = unet.time_embedding(unet.time_proj(torch.full_like(t_e, self.condition_timestep)).to(dtype))
     c = c_null.to(dtype).expand(len(z), -1, -1)

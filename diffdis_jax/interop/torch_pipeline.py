@@ -325,7 +325,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
 
   @contextlib.contextmanager
   def _evaluating(self) -> Iterator[None]:
-    """Evaluation mode, and afterwards what was before."""
+    """Evaluation mode, and afterwards what was before; and accelerate's offloading, if any, ends as after a call."""
     training = [part for part in self.components.values() if isinstance(part, nn.Module) and part.training]
     for part in training:
       part.eval()
@@ -334,6 +334,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
     finally:
       for part in training:
         part.train()
+      self.maybe_free_model_hooks()
 
 
 def _check_texts(what: str, texts: Any) -> None:

@@ -228,6 +228,30 @@ def test_its_modules_stay_as_they_were_and_no_gradient_is_kept(pipe, photos):
   torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
 
 
+class Elsewhere:
+  """What accelerate's enable_model_cpu_offload hangs onto a part: its weights are not there until it is called."""
+
+  def __init__(self, part: torch.nn.Module):
+    self.weights = {name: value.clone() for name, value in part.state_dict().items()}
+    for value in part.parameters():
+      value.data.fill_(torch.nan)
+
+  def pre_forward(self, part: torch.nn.Module) -> None:
+    part.load_state_dict(self.weights)
+
+
+def test_parts_that_are_offloaded_come_when_they_are_called(folder, pipe, photos):
+  """Though what calls them is no `forward` of theirs."""
+  noise, offloaded = torch.from_numpy(query_noise(2, seed=1)), load(folder)
+  freed = []
+  offloaded.maybe_free_model_hooks = lambda: freed.append(offloaded)
+  for call in (lambda each: each.embed_images(photos[:2], noise=noise), lambda each: each.embed_texts(NAMES)):
+    for part in (offloaded.unet, offloaded.diffdis):
+      part._hf_hook = Elsewhere(part)
+    torch.testing.assert_close(call(offloaded), call(pipe), atol=0, rtol=0)
+  assert len(freed) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(folder, pipe, photos, dtype):
   noise = torch.from_numpy(query_noise(2, seed=1))
