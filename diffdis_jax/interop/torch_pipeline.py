@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import html
 import inspect
 import json
 import os
@@ -51,6 +52,7 @@ TEMPLATES = (
   "a photo of the small {}.",
 )
 _SLOT = re.compile(r"\{c?\}")
+_STRAIGHT = dict.fromkeys(range(0x2018, 0x201C), "'") | dict.fromkeys(range(0x201C, 0x2020), '"') | {0x2BC: "'"}
 WANTED = "give a PIL image, a tensor or an array"
 _TURNS = {  # what makes an image upright, by EXIF's orientation
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -209,7 +211,8 @@ class DiffDisPipeline(StableDiffusionPipeline):
     Text queries e, which the cosine compares with images.
 
     Args:
-      texts (`str` or `List[str]`): cut where they are longer than the model's `max_length`.
+      texts (`str` or `List[str]`): cut where they are longer than the model's `max_length`. As in training, HTML's
+        entities are the characters that they stand for, and quotation marks are straight.
       batch_size (`int`): texts at a time.
 
     Returns:
@@ -218,8 +221,9 @@ class DiffDisPipeline(StableDiffusionPipeline):
     diffdis, texts = self._diffdis(), [texts] if isinstance(texts, str) else texts
     _check_texts("texts", texts)
     _check_whole("batch_size", batch_size)
+    cleaned = [_cleaned(text) for text in texts]
     ids = self.tokenizer(
-      list(texts), padding="max_length", max_length=diffdis.max_length, truncation=True, return_tensors="pt"
+      cleaned, padding="max_length", max_length=diffdis.max_length, truncation=True, return_tensors="pt"
     ).input_ids
     with self._evaluating():
       parts = [part.to(self._execution_device) for part in ids.split(batch_size)]
@@ -342,6 +346,12 @@ def _check_texts(what: str, texts: Any) -> None:
     raise ValueError(f"{what} should be a list of strings")
   if not texts:
     raise ValueError(f"{what} is empty; give at least one")
+
+
+def _cleaned(text: str) -> str:
+  """What of the training's cleaning the tokenizer does not do, except for the repair of broken encodings."""
+  # Twice: captions of the web are often escaped twice.
+  return html.unescape(html.unescape(text)).translate(_STRAIGHT)
 
 
 def _check_whole(what: str, value: Any) -> None:

@@ -176,6 +176,19 @@ def test_it_embeds_and_classifies_as_the_run_does(made, pipe, photos, changes, m
   assert sorted(ranking.order) == list(range(len(photos))) and (ranking.scores.diff() <= 0).all()
 
 
+def test_it_reads_texts_as_the_run_does(made, pipe):
+  """As captions of the web have them."""
+  texts = [
+    "Salt &amp; pepper",
+    "salt &amp;amp; pepper",
+    "the baker\u2019s \u201cshop\u201d",
+    "\u2018a\u02bc &quot;b&quot; &rsquo;",
+  ]
+  model, params = inference.load(made, mesh=steps.make_mesh(), batch_size=8)
+  expected = model.embed_texts(params, Tokenizer(model.max_length)(texts))
+  np.testing.assert_allclose(pipe.embed_texts(texts), expected, atol=1e-4)
+
+
 def test_its_templates_are_the_evaluations():
   assert torch_pipeline.TEMPLATES == prompts.TEMPLATES
 
