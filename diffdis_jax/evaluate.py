@@ -3,7 +3,8 @@
   diffdis evaluate --workdir=runs/demo/diffdis --tasks=zero_shot --out=zero_shot.json
 
 Without --data it measures the `evals` of the run's config. The JSON file holds {task: {data set: record}}, each record
-in CLIP_benchmark's schema with its protocol. With --tasks=long_tail a Markdown file beside it has the paper's Table 8.
+in CLIP_benchmark's schema with its protocol; a figure that is not finite is null. With --tasks=long_tail a Markdown
+file beside it has the paper's Table 8.
 
 A prepared data set, with class names and templates of your own:
 

@@ -1,10 +1,14 @@
-"""The file of results: {task: {data set: record}}, written after each set, so that a second call resumes."""
+"""The file of results: {task: {data set: record}}, written after each set, so that a second call resumes.
+
+A figure that is not finite is null there, since JSON has no NaN, and NaN here.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,7 +40,16 @@ def read(path: str) -> Results:
     for record in task.values() if isinstance(task, dict) else [None]:
       if not _is_record(record):
         raise UserError(f"{path} holds no results of evaluate, which are {{task: {{data set: record}}}}")
-  return found
+  return _with_metrics(found, lambda value: math.nan if value is None else value)
+
+
+def _with_metrics(results: Mapping[str, Any], changed: Callable[[Any], Any]) -> Results:
+  """The same with each figure changed so."""
+
+  def with_metrics(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {**record, "metrics": {name: changed(value) for name, value in record["metrics"].items()}}
+
+  return {task: {name: with_metrics(each) for name, each in records.items()} for task, records in results.items()}
 
 
 def _is_record(record: Any) -> bool:
@@ -105,7 +118,7 @@ class ResultFile:
 def write(path: str, results: Mapping[str, Any]) -> None:
   """On process 0. Raises UserError: it cannot be written."""
   if processes.is_first():
-    write_text(path, files.as_json(results))
+    write_text(path, files.as_json(_with_metrics(results, lambda value: value if math.isfinite(value) else None)))
 
 
 def check_out(path: str) -> None:

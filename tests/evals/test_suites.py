@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -332,3 +333,18 @@ def test_a_file_of_results_is_gone_on_from(tmp_path):
   with pytest.raises(UserError, match='has cifar10 by another protocol, weights "x" where this measurement has "y"'):
     kept.has("zero_shot", "dtd", protocol | {"weights": "y"})
   assert not kept.has("zero_shot", "dtd", protocol | {"steps": 4})
+
+
+def test_a_figure_that_is_not_finite_is_null_in_the_file(tmp_path):
+  """JSON has no NaN: readers but Python's refuse a file with one."""
+  path, record = tmp_path / "F.json", fabricated(1)["zero_shot"]["cifar10"]
+  figures = {"acc1": 0.5, "loss": math.nan, "kid": math.inf}
+  results.write(str(path), {"zero_shot": {"cifar10": record | {"metrics": figures}}})
+
+  def refuse(constant: str) -> None:
+    raise AssertionError(constant)
+
+  written = json.loads(path.read_text(), parse_constant=refuse)["zero_shot"]["cifar10"]["metrics"]
+  assert written == {"acc1": 0.5, "loss": None, "kid": None}
+  found = results.read(str(path))["zero_shot"]["cifar10"]["metrics"]
+  assert found["acc1"] == 0.5 and math.isnan(found["loss"]) and math.isnan(found["kid"])
