@@ -82,7 +82,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train_evals = ("held_out",)
     config.checkpoint.update(keep_best=1, best_metric="held_out/loss_generation", best_is="min")
   else:
-    common.say("own: no split val, so that overfitting is not seen; prepare the data with --held_out=0.05")
+    common.say(
+      "own: no split val, so that overfitting is not seen; prepare_data files holds one out (--held_out), and"
+      " prepare_data folder takes val/CLASS/IMAGE beside train/CLASS/IMAGE"
+    )
   return config
 
 

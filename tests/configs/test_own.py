@@ -95,6 +95,7 @@ def test_each_choice_is_said_in_a_line(tmp_path, stable_diffusion, said):
   said.clear()
   own.get_config(f"path={prepared(tmp_path / 'other', train=475)}")
   assert said[-1].startswith("own: no split val")
+  assert "prepare_data folder takes val/CLASS/IMAGE" in said[-1]  # which refuses --held_out
   said.clear()
   config = own.get_config(f"path={prepared(tmp_path / 'large', train=10**6)}")
   assert config.num_steps == 40_000 and said[1].endswith("; 1,000 of them are warm-up")
