@@ -50,7 +50,8 @@ class LinearProbe:
   Args:
     data: section of a data source, as `data.sources.open_source` takes it; its split is tested on.
     train_split: the split of the same data that is trained on.
-    val_split: that on which the regularisation is chosen; empty for a fifth of the training images, held out.
+    val_split: that on which the regularisation is chosen; empty for a fifth of the training images, held out, of no
+      class all.
     label_field: the record's field with the class.
     shots: how many training images of each class, or all of them; for each a classifier.
     timestep: of the middle map; None for that at which the run's head sees clean images, or 0 for a run without one.
@@ -100,6 +101,13 @@ class LinearProbe:
       order = np.random.default_rng(seed).permutation(rows["train"])
       rows["val"], rows["train"] = np.split(order, [round(HELD_OUT * len(order))])
     names = {name: _labels(self._sources[name], label_field, rows[name]) for name in rows}
+    if not val_split:  # of few images a class, chance may hold out all of one, which the test would then lack
+      lost = {*names["val"]} - {*names["train"]}
+      back = [names["val"].index(name) for name in sorted(lost)]
+      rows["train"] = np.append(rows["train"], rows["val"][back])
+      rows["val"] = np.delete(rows["val"], back)
+      names["train"] += [names["val"][i] for i in back]
+      names["val"] = [name for i, name in enumerate(names["val"]) if i not in {*back}]
     self.classes = sorted({*names["train"]})
     number = {name: i for i, name in enumerate(self.classes)}
     self.examples: dict[str, Examples] = {}

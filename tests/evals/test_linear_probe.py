@@ -130,6 +130,17 @@ def test_without_a_split_to_choose_on_a_fifth_is_held_out(splits):
   assert len(places["val"]) == 30 and len(places["train"]) == 120 and not places["val"] & places["train"]
 
 
+def test_no_class_is_held_out_whole(splits):
+  """With few images of each, chance would leave the test without those that have one or two."""
+  few = [{**splits["train"][0], "label": label} for label in [*"a" * 30, *"b" * 2, "c", "d", "e", "f"]]
+  splits["train"][:] = few
+  for seed in range(6):
+    evaluation = evals.create("linear_probe", data={"split": "test"}, seed=seed)
+    rows = {name: evaluation.examples[name].x.tolist() for name in ("train", "val")}
+    assert sorted(rows["train"] + rows["val"]) == list(range(len(few))) and len(rows["val"]) > 1
+    assert {few[i]["label"] for i in rows["train"]} == {*"abcdef"}
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
