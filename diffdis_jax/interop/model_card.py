@@ -63,7 +63,7 @@ class Card:
       "jax": card_texts.JAX.format(source=f"hf:{self.repo}" if self.repo else "FOLDER"),
       "samples": "" if is_clip or is_autoencoder else self._samples(folder),
       "training": self._training(),
-      "figures": "\n".join(self._figures()) or "None were measured.",
+      "figures": "\n".join(self._figures()) or "None are recorded with the run.",
       "failures": card_texts.PLAIN_FAILURES if is_clip or is_autoencoder else card_texts.FAILURES,
       "config": json.dumps(self.own, indent=2, sort_keys=True),
     }

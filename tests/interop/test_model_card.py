@@ -50,6 +50,8 @@ def test_from_a_folder(folder, tmp_path):
   code = code_of(folder)
   lines = [line for line in code.splitlines() if line]
   assert len(lines) == 4  # an import, two to generate, one to classify
+  # An evaluation whose --out lies elsewhere is not known here.
+  assert "## Figures\n\nNone are recorded with the run.\n" in (folder / "README.md").read_text()
   (tmp_path / "FOLDER").symlink_to(folder)
   # What a pipeline saved is whole in another process too.
   saved = 'pipe.save_pretrained("saved")\n' + "\n".join(lines[:2]).replace('"FOLDER"', '"saved"') + "\n"
