@@ -33,6 +33,7 @@ with workdir.Lock(sys.argv[1]):
 def quick(monkeypatch):
   monkeypatch.setattr(workdir, "BEAT", 0.1)
   monkeypatch.setattr(workdir, "PATIENCE", 1.0)
+  monkeypatch.setattr(workdir, "ENDING", 1.0)
 
 
 @pytest.fixture
@@ -65,10 +66,11 @@ def test_a_killed_run_is_followed_at_once(tmp_path, holder, monkeypatch):
 
 
 def test_a_run_that_ends_meanwhile_is_waited_for(tmp_path, holder, monkeypatch):
-  monkeypatch.setattr(workdir, "PATIENCE", 600.0)
+  monkeypatch.setattr(workdir, "ENDING", 600.0)
   killer = subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(1); os.kill({holder.pid}, 9)"])
   with workdir.Lock(str(tmp_path)):
-    assert killer.wait() == 0
+    assert holder.poll() == -signal.SIGKILL
+  assert killer.wait() == 0
 
 
 @pytest.mark.parametrize("content", [json.dumps({"owner": "x", "machine": "another", "pid": 1, "started": "2"}), "{"])
@@ -93,6 +95,10 @@ def test_a_lock_that_cannot_be_read_for_a_moment_ends_nothing(tmp_path, holder):
     spoil()
     time.sleep(0.5)
     assert holder.poll() is None
+  deadline = time.monotonic() + 60
+  while not lock.exists():  # until its next beat
+    assert holder.poll() is None and time.monotonic() < deadline
+    time.sleep(0.05)
   assert json.loads(lock.read_text())["pid"] == holder.pid
 
 
