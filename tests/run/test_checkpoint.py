@@ -354,11 +354,13 @@ def test_another_model_is_told_which_array_differs(tmp_path):
 
 
 KILLED = """
-import sys, types, jax.numpy as jnp
-from diffdis_jax.run import checkpoint, committed, restore
+import sys, threading, types, jax.numpy as jnp
+from diffdis_jax.run import checkpoint, committed, digests, restore
 from diffdis_jax.structs import TrainState
 with checkpoint.Checkpointer(sys.argv[1]) as checkpointer:
   for step in (1, 2):
+    if step == 2:  # which is not finished before it is killed, however late that is
+      digests.write = lambda folder: threading.Event().wait()
     params = {"a.b": jnp.full((1 << 25,), step, jnp.float32)}
     checkpointer.save(step, types.SimpleNamespace(params=params, ema={}, opt_state=(), teacher={}, frozen={}))
     checkpointer.wait()
