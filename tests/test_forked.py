@@ -99,15 +99,16 @@ def test_it_ends_as_a_process_of_its_own(environment, what):
   assert done.stderr.splitlines()[-1:] == real.stderr.splitlines()[-1:]
 
 
-def test_it_is_a_child_that_hears_signals_and_is_killed_when_its_time_is_over(environment, tmp_path):
+def test_it_is_a_child_that_hears_signals_and_is_killed_when_its_time_is_over(environment, tmp_path, monkeypatch):
   with forked.start(act("time.sleep(60)"), environment, modules=MODULES, folder=tmp_path) as process:
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == -signal.SIGTERM
-  sleeps = act("open('pid', 'w').write(str(os.getpid())); time.sleep(60)")
+  started, start = [], forked.start
+  monkeypatch.setattr(forked, "start", lambda *args, **how: started.append(start(*args, **how)) or started[-1])
   with pytest.raises(subprocess.TimeoutExpired):
-    forked.run(sleeps, environment, modules=MODULES, folder=tmp_path, timeout=2)
-  assert not is_alive((tmp_path / "pid").read_text())
+    forked.run(act("time.sleep(60)"), environment, modules=MODULES, folder=tmp_path, timeout=0.5)
+  assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
 def test_no_server_outlives_the_tests(environment):
