@@ -152,17 +152,17 @@ async def reads_all(scope, receive, send):
 def test_bodies_are_limited_together_and_the_next_ones_are_read_again():
   async def run() -> list[int]:
     limited = BodyLimit(reads_all, limit=10, total=15, seconds=60)
-    bodies = [Body() for _ in range(3)]
+    bodies, tasks = [Body() for _ in range(3)], []
     for number, body in enumerate(bodies):
-      task = body.ask(limited)
+      tasks.append(body.ask(limited))
       body.send(b"x" * 8)
       await asyncio.sleep(0.01)
       if number == 1:
-        await task
+        await tasks[1]
         bodies[0].send(b"", more=False)
-        await asyncio.sleep(0.01)
+        await tasks[0]
     bodies[2].send(b"", more=False)
-    await task
+    await tasks[2]
     return [body.sent[0]["status"] for body in bodies]
 
   assert asyncio.run(run()) == [200, 503, 200]
