@@ -226,6 +226,27 @@ def test_killed_before_the_last_clean_up(many, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+# What Python imports at its start: where a part is finished, whoever did it waits, so that a test comes in time.
+SITE = """
+import os, time
+replace = os.replace
+def slowly(*args, **how):
+  replace(*args, **how)
+  if str(args[1]).endswith(".json"):
+    time.sleep(0.5)
+os.replace = slowly
+"""
+
+
+@pytest.fixture
+def unhurried(tmp_path_factory):
+  """Variables of a preparation that takes a while."""
+  folder = tmp_path_factory.mktemp("site")
+  (folder / "sitecustomize.py").write_text(SITE)
+  known = os.environ.get("PYTHONPATH", "")
+  return {**os.environ, "PYTHONPATH": f"{folder}:{pathlib.Path(__file__).parents[3]}:{known}"}
+
+
 WORKERS = """
 import pathlib, sys
 from diffdis_jax.data.prepare import builder, parts
@@ -235,11 +256,10 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_die_with_their_parent(many, tmp_path):
+def test_workers_die_with_their_parent(many, tmp_path, unhurried):
   script = tmp_path / "script.py"
   script.write_text(WORKERS)
-  environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
-  process = subprocess.Popen([sys.executable, str(script), str(many), str(tmp_path / "out")], env=environment)
+  process = subprocess.Popen([sys.executable, str(script), str(many), str(tmp_path / "out")], env=unhurried)
   stage = tmp_path / ".out.partial" / "parts"
   deadline = time.monotonic() + 60
   while not list(stage.glob("*.json")) and time.monotonic() < deadline:
@@ -259,10 +279,10 @@ def test_workers_die_with_their_parent(many, tmp_path):
 @pytest.mark.parametrize(
   "number, code, said", [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")]
 )
-def test_a_signal_is_one_line_and_the_same_command_goes_on(many, tmp_path, number, code, said):
+def test_a_signal_is_one_line_and_the_same_command_goes_on(many, tmp_path, unhurried, number, code, said):
   """From a terminal or a scheduler it reaches the workers as well."""
   command = [sys.executable, "-m", "diffdis_jax.prepare_data", "pairs", f"--source={many}", f"--out={tmp_path / 'out'}"]
-  with Terminal([*command, "--num_processes=2", "--quiet"], os.environ, tmp_path / "stderr") as terminal:
+  with Terminal([*command, "--num_processes=2", "--quiet"], unhurried, tmp_path / "stderr") as terminal:
     terminal.wait_until(lambda: [*(tmp_path / ".out.partial" / "parts").glob("*.json")])
     group = [int(path.name) for path in pathlib.Path("/proc").glob("[0-9]*") if _group(path) == terminal.process.pid]
     os.killpg(terminal.process.pid, number)
@@ -276,9 +296,9 @@ def test_a_signal_is_one_line_and_the_same_command_goes_on(many, tmp_path, numbe
   assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(many, tmp_path):
+def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(many, tmp_path, unhurried):
   command = [sys.executable, "-m", "diffdis_jax.prepare_data", "pairs", f"--source={many}", f"--out={tmp_path / 'out'}"]
-  with Terminal([*command, "--num_processes=2", "--quiet"], os.environ, tmp_path / "stderr") as terminal:
+  with Terminal([*command, "--num_processes=2", "--quiet"], unhurried, tmp_path / "stderr") as terminal:
     terminal.wait_until(lambda: [*(tmp_path / ".out.partial" / "parts").glob("*.json")])
     group = [path for path in pathlib.Path("/proc").glob("[0-9]*") if _group(path) == terminal.process.pid]
     workers = [int(path.name) for path in group if b"spawn_main" in (path / "cmdline").read_bytes()]
