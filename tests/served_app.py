@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tests.interrupting import is_alive
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -21,6 +23,14 @@ class Served(NamedTuple):
   pid: int
   log: pathlib.Path
   uploads: pathlib.Path
+
+  def page(self, number: int) -> str:
+    """Address of the page that is served as the number-th, from 0, once it is."""
+    end = time.monotonic() + 300
+    while len(found := re.findall(r"the page is at (\S+?)/?;", self.log.read_text())) <= number:
+      assert is_alive(self.pid) and time.monotonic() < end, self.log.read_text()
+      time.sleep(0.2)
+    return found[number]
 
   def memory(self) -> int:
     """Resident, MB."""
@@ -45,11 +55,8 @@ def started(
   with log.open("w") as file:
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
   try:
-    end = time.monotonic() + 300
-    while not (found := re.search(r"the page is at (\S+?)/?;", log.read_text())):
-      assert process.poll() is None and time.monotonic() < end, log.read_text()
-      time.sleep(0.2)
-    yield Served(found[1], process.pid, log, uploads)
+    served = Served("", process.pid, log, uploads)
+    yield served._replace(address=served.page(0))
     process.send_signal(stop)
     assert process.wait(60) == 0, log.read_text()
     assert not any(uploads.iterdir()), "uploads are left"

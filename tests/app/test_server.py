@@ -14,12 +14,13 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.served_app import Served, started
+from tests.served_app import started
 
 REQUESTS, AT_ONCE = 200, 10
 GROWTH = 20  # MB that may be added after the first quarter
 UPLOADS = 3_000_000  # bytes that are kept, and that may be received at a time
 SERVER = f"""
+import sys
 from absl import logging
 from diffdis_jax.app import same_site, uploads
 
@@ -29,11 +30,13 @@ with same_site.asked_directly(), uploads.folder() as folder:
   from diffdis_jax.app import server
   from diffdis_jax.app.limits import Limits
 
-  with gr.Blocks(analytics_enabled=False) as blocks:
-    gr.Textbox("the page").submit(lambda text: text, api_name="say")
   limits = Limits(upload_mb=0.5, uploads_mb={UPLOADS / 1e6}, seconds=5)
-  server.serve(blocks, limits, folder=folder, host="127.0.0.1", port=0, allowed_hosts=["page.example"])
+  for host in sys.argv[1:]:  # one after the other, each until it is asked to end
+    with gr.Blocks(analytics_enabled=False) as blocks:
+      gr.Textbox("the page").submit(lambda text: text, api_name="say")
+    server.serve(blocks, limits, folder=folder, host=host, port=0, allowed_hosts=["page.example"])
 """
+HOST = "127.0.0.1"
 EVIL = "http://evil.example"
 CALL, UPLOAD = "/gradio_api/call/say", "/gradio_api/upload"
 # Headers, path, what is uploaded, and the status that must come back.
@@ -88,36 +91,42 @@ def size(folder: pathlib.Path) -> int:
   return kept
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_hostile_requests_are_refused_and_nothing_of_them_stays(tmp_path, stop):
-  requests = REQUESTS if stop == signal.SIGTERM else len(KINDS)
-  with started(["-c", SERVER], tmp_path / "log", {}, stop=stop) as served:
-    first = every(served, range(requests // 4))
+def test_hostile_requests_are_refused_and_nothing_of_them_stays(tmp_path):
+  with started(["-c", SERVER, HOST], tmp_path / "log", {}) as served:
+    every(served.address, range(REQUESTS // 4))
     before = served.memory()
-    rest = every(served, range(requests // 4, requests))
+    every(served.address, range(REQUESTS // 4, REQUESTS))
     after = served.memory()
     kept = size(served.uploads)
-  wrong = collections.Counter(each for each in first + rest if each[0] != each[1])
-  assert not wrong and len(first + rest) == requests
   assert after - before < GROWTH, f"{before} MB, then {after} MB"
   assert 0 < kept <= 2 * UPLOADS
   assert "Traceback" not in served.log.read_text(), served.log.read_text()[-2000:]
 
 
-@pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
-def test_an_address_of_ipv6(tmp_path, host):
-  with started(["-c", SERVER.replace("127.0.0.1", host)], tmp_path / "log", {}) as served:
-    port = urlsplit(served.address).port
-    assert served.address == f"http://[{host.strip('[]')}]:{port}"
-    assert httpx.get(f"http://[::1]:{port}/config").status_code == 200
+def test_it_serves_at_addresses_of_ipv6_and_again_and_ends_by_ctrl_c(tmp_path):
+  """Four pages of one process, of which SIGTERM ends the first three, and Ctrl-C the last, after hostile requests."""
+  hosts = "::1", "[::1]", "::", HOST
+  with started(["-c", SERVER, *hosts], tmp_path / "log", {}, stop=signal.SIGINT) as served:
+    for number, host in enumerate(hosts):
+      address = served.page(number)
+      port = urlsplit(address).port
+      assert address == f"http://{host if host == HOST else '[' + host.strip('[]') + ']'}:{port}"
+      if host != HOST:
+        assert httpx.get(f"http://[::1]:{port}/config").status_code == 200
+        os.kill(served.pid, signal.SIGTERM)
+    every(address, range(len(KINDS)))
+    assert 0 < size(served.uploads) <= 2 * UPLOADS
+  assert "Traceback" not in served.log.read_text(), served.log.read_text()[-2000:]
 
 
 @pytest.mark.parametrize("proxy", [{"http_proxy": "http://127.0.0.1:9"}, {"ALL_PROXY": "socks5://127.0.0.1:9"}])
 def test_a_proxy_of_the_environment_is_not_asked_for_the_page(tmp_path, proxy):
-  with started(["-c", SERVER], tmp_path / "log", {**proxy, "no_proxy": "intranet.example"}) as served:
+  with started(["-c", SERVER, HOST], tmp_path / "log", {**proxy, "no_proxy": "intranet.example"}) as served:
     assert httpx.get(f"{served.address}/config").status_code == 200
 
 
-def every(served: Served, numbers: range) -> list[tuple[int, int]]:
+def every(address: str, numbers: range) -> None:
+  """All of these requests get the answer that they must."""
   with ThreadPoolExecutor(AT_ONCE) as pool:
-    return list(pool.map(lambda number: status(served.address, number), numbers))
+    found = list(pool.map(lambda number: status(address, number), numbers))
+  assert not collections.Counter(each for each in found if each[0] != each[1]) and len(found) == len(numbers)
