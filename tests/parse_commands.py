@@ -1,9 +1,9 @@
 """Parses command lines with the commands' own flags, and goes no further; for an environment without the tests' own.
 
-  python tests/parse_commands.py <LINES.json
+  python tests/parse_commands.py [--run] <LINES.json
 
 LINES.json: a list of lists, each a command's name and its flags, or `--help`. Writes a list with, for each of them, its
-exit code and what it said.
+exit code and what it said. With --run, of commands that refuse what they are given, each is run.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from typing import Any
 
 from absl import app, flags
 
+RUN = "--run" in sys.argv[1:]
+
 
 def parse_alone(main: Callable[[list[str]], Any], *, flags_parser: Callable[[list[str]], list[str]]) -> None:
   """In the place of absl's `app.run`."""
-  del main
-  flags_parser(sys.argv)
+  rest = flags_parser(sys.argv)
+  if RUN:
+    main(rest)
 
 
 def outcome(command: Sequence[str]) -> tuple[int, str]:

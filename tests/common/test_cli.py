@@ -235,11 +235,12 @@ ASKED_FOR = {
 
 
 @functools.cache
-def said(*lines: tuple[str, ...]) -> list[tuple[int, str]]:
-  """Exit code and words of each of these commands, whose flags are parsed in one process, and no more."""
-  command = [sys.executable, "tests/parse_commands.py"]
+def said(*lines: tuple[str, ...], folder: pathlib.Path = ROOT, run: bool = False) -> list[tuple[int, str]]:
+  """Exit code and words of each of these commands, whose flags are parsed in one process, and no more but for `run`."""
+  command = [sys.executable, str(ROOT / "tests" / "parse_commands.py"), *(["--run"] if run else [])]
   env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-  done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, input=json.dumps(lines), check=True)
+  given = json.dumps(lines)
+  done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, input=given, check=True)
   return [(code, text) for code, text in json.loads(done.stdout)]
 
 
@@ -275,15 +276,12 @@ def test_a_required_flag_is_marked_in_every_help_and_leaving_it_out_is_an_error(
     missing = {*re.findall(r"--(\w+) \(", error)} if code else set()
     assert code == (2 if missing else 0)
     assert missing | {name for of, name in ASKED_FOR if of == command} == marked, shown
-  for (command, name), (line, message) in ASKED_FOR.items():
-    done = subprocess.run(
-      [sys.executable, "-m", "diffdis_jax", command, *line.split()],
-      cwd=tmp_path,
-      env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-      text=True,
-      capture_output=True,
-    )
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}"), f"{command} --{name}: {done.stderr}"
+  lines = [(command, *line.split()) for (command, _), (line, _) in ASKED_FOR.items()]
+  for (name, (_, message)), (code, error) in zip(
+    ASKED_FOR.items(), said(*lines, folder=tmp_path, run=True), strict=True
+  ):
+    assert code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1, f"{name}: {error}"
+  assert not [*tmp_path.iterdir()]
 
 
 def test_flags_of_processes_come_last_in_every_help_that_has_them():
