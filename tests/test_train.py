@@ -405,10 +405,12 @@ def test_accuracy_falls_to_chance_with_images_shuffled_against_labels():
   tokenizer, rng = Tokenizer(config.data.max_length), np.random.default_rng(0)
   text = {name: value for name, value in trainer.initial().params.items() if name.startswith("text_encoder.")}
   state = trainer.step.with_params({**trainer.step.init_params(jax.random.key(0)), **text})
+  batches = []
   for _ in range(config.num_steps):
     records = [source[int(i)] for i in rng.integers(0, len(source), config.batch_size)]
     tokens = tokenizer([record["colour"] for record in records])
-    state, _ = trainer.run(state, Batch(image=np.stack([record["image"] for record in records]), tokens=tokens))
+    batches.append(Batch(image=np.stack([record["image"] for record in records]), tokens=tokens))
+  state, _ = trainer.run(state, *batches)
 
   n = 224
   data = {"name": "shapes", "split": "test", "image_size": config.image_size, "num_images": n}
