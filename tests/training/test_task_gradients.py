@@ -86,7 +86,9 @@ def test_a_run_logs_them_with_its_other_metrics(tmp_path):
   config = tiny.get_config()
   config.num_steps, config.log_every, config.log_gradients = 3, 2, True
   config.model.unet.attention = (False,)
-  loop.train_and_evaluate(Run.of(config), str(tmp_path / "run"))
+  # Of one device, for which less is compiled.
+  prepared = loop.Prepared.of(Run.of(config), steps.make_mesh())
+  loop.train_and_evaluate(Run.of(config), str(tmp_path / "run"), prepared=prepared)
   lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
   lines = [line for line in lines if "loss" in line]
   assert [line["step"] for line in lines] == [2, 3]
