@@ -155,7 +155,7 @@ def test_kills_a_process_that_does_not_stop(launch, tmp_path):
   code, _, err = finish(launch("stubborn", grace=1))
   assert (code, attempts(tmp_path)) == (0, 2)
   assert "process 0 ended with code 137" in err
-  assert time.monotonic() - begun < 10
+  assert time.monotonic() - begun < 15  # without `grace` it would be 20
 
 
 def test_kills_the_workers_of_a_dead_process(launch, tmp_path):

@@ -103,12 +103,14 @@ def test_gives_up_without_queueing_again(job):
 
 def ended_by_sigterm(job: Job, folder: pathlib.Path, code: int, **variables: str) -> tuple[int, list[list[str]]]:
   """Of a job that is sent SIGTERM while its step, which then ends with `code`, runs: its code, what Slurm was asked."""
-  lines = [f"touch {folder}/begun", "sleep 0.5", f"echo 'srun: error: a: task 0: Exited with exit code {code}' >&2"]
+  waits = f"touch {folder}/begun; until [ -e {folder}/told ]; do sleep 0.05; done"
+  lines = [waits, f"echo 'srun: error: a: task 0: Exited with exit code {code}' >&2"]
   (folder / "bin" / "srun").write_text("\n".join(["#!/bin/bash", *lines, f"exit {code}", ""]))
   started = job.start(**variables)
   wait_for(folder / "begun")
   os.kill(started.pid, signal.SIGTERM)
-  started.communicate(timeout=20)
+  (folder / "told").touch()
+  started.communicate(timeout=60)
   return started.returncode, job.programs.calls
 
 
