@@ -107,7 +107,7 @@ class LinearProbe:
       rows["train"] = np.append(rows["train"], rows["val"][back])
       rows["val"] = np.delete(rows["val"], back)
       names["train"] += [names["val"][i] for i in back]
-      names["val"] = [name for i, name in enumerate(names["val"]) if i not in {*back}]
+      names["val"] = np.delete(names["val"], back).tolist()
     self.classes = sorted({*names["train"]})
     number = {name: i for i, name in enumerate(self.classes)}
     self.examples: dict[str, Examples] = {}
