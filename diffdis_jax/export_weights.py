@@ -58,6 +58,7 @@ OWN_FIELDS = (
 LICENSES = "LICENSES.md"  # as prepare_data writes it beside records
 # CLIP has no diffusion process.
 CLIP_FIELDS = ("model", "image_size", "objectives")
+CONFIGS = {"config.json", "model_index.json", "open_clip_config.json"}  # without which nobody loads the rest
 
 
 def define_flags() -> None:
@@ -137,7 +138,7 @@ def export_weights(
     clip_to_torch.check(fields["model"])
   step, ema = restore.choose(run, step, ema=ema)
   params = restore.restore_params(run, step=step, ema=ema)
-  with files.whole_folder(folder) as temporary:
+  with files.whole_folder(folder, last=CONFIGS) as temporary:
     own = {name: fields[name] for name in (CLIP_FIELDS if is_clip else OWN_FIELDS)}
     # The tokenizer pads to the captions' length in training, which may be less than the text encoder's.
     own |= {"max_length": fields["data"]["max_length"]}

@@ -211,7 +211,7 @@ def publish(
       " delete that folder"
     )
   digests.write(folder)
-  buckets.upload(folder, url, last=INFO)  # by which a data set is known to be there
+  buckets.upload(folder, url, last={INFO})  # by which a data set is known to be there
   shutil.rmtree(folder)
   was_asked.unlink()
   logging.info("copied to %s", url)

@@ -144,7 +144,7 @@ setup() {
     on_all "set -e; $on_every_host mkdir -p diffdis; cd diffdis; exec 8>.lock;\
  flock -n 8 && ! is_running || { echo 'waiting for the command that runs here';\
  flock 8; while is_running; do sleep 1; done; };\
- rm -rf .commit diffdis_jax; tar -xzf ../diffdis.tar.gz;\
+ rm -rf .commit configs diffdis_jax; tar -xzf ../diffdis.tar.gz;\
  python3 -m pip install -q --user uv; ~/.local/bin/uv venv -q --clear --python=3.12 .venv;\
  ~/.local/bin/uv pip install -q -e '.[$EXTRAS]'; echo '$installed' >.commit" ||
     return 1

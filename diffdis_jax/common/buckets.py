@@ -19,7 +19,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import IO, Any, cast
 
 from absl import logging
@@ -166,11 +166,11 @@ def files_below(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
   return {name.removeprefix(prefix): facts for name, facts in system.find(os.fspath(root), detail=True).items()}
 
 
-def upload(folder: pathlib.Path, to: epath.PathLike, *, last: str = "") -> None:
-  """Copies a local folder into a bucket; the file named `last` after all others, as the mark that all are there."""
-  names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-  for group in ([name for name in names if name != last], [name for name in names if name == last]):
-    if group:
+def upload(folder: pathlib.Path, to: epath.PathLike, *, last: Collection[str] = ()) -> None:
+  """Copies a local folder into a bucket; files named as in `last` after all others, as marks that those are there."""
+  found = sorted(file for file in folder.rglob("*") if file.is_file())
+  for is_mark in (False, True):
+    if group := [file.relative_to(folder).as_posix() for file in found if (file.name in last) == is_mark]:
       urls = [f"{os.fspath(path(to)).rstrip('/')}/{name}" for name in group]
       _system().put([os.fspath(folder / name) for name in group], urls, batch_size=_AT_ONCE)
 

@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from etils import epath
@@ -47,25 +47,29 @@ def empty_folder(out: str | os.PathLike[str]) -> epath.Path:
 
 
 @contextlib.contextmanager
-def whole_folder(out: epath.PathLike) -> Iterator[pathlib.Path]:
+def whole_folder(out: epath.PathLike, *, last: Collection[str] = ()) -> Iterator[pathlib.Path]:
   """A local folder to write into. At the end it takes the name `out`, or is copied there, to a bucket; it vanishes if
   something goes wrong.
+
+  Args:
+    last: names of files by which the folder is known to be whole. A bucket gets them after all others, since a copy that
+      is killed stays as far as it came.
 
   Raises:
     UserError: `out` is not empty, or cannot be written. What the caller reads meanwhile raises its own errors.
   """
   folder = empty_folder(out)
-  with _in_a_bucket(folder) if buckets.is_url(folder) else _on_a_disk(pathlib.Path(folder).resolve()) as temporary:
+  with _in_a_bucket(folder, last) if buckets.is_url(folder) else _on_a_disk(pathlib.Path(folder).resolve()) as temporary:
     yield temporary
 
 
 @contextlib.contextmanager
-def _in_a_bucket(out: epath.Path) -> Iterator[pathlib.Path]:
+def _in_a_bucket(out: epath.Path, last: Collection[str]) -> Iterator[pathlib.Path]:
   check_out(os.fspath(out / "file"))  # before hours of work, which a bucket that there is not would lose
   with tempfile.TemporaryDirectory(prefix="diffdis") as temporary:
     yield pathlib.Path(temporary)
     try:
-      buckets.upload(pathlib.Path(temporary), out)
+      buckets.upload(pathlib.Path(temporary), out, last=last)
     except BaseException:
       with contextlib.suppress(Exception):  # of the bucket, which must not take the place of what went wrong
         out.rmtree()

@@ -299,6 +299,24 @@ def test_an_upload_holds_few_files_in_memory(bucket, monkeypatch, tmp_path):
   assert 1 < most <= 8
 
 
+def test_a_mark_is_copied_after_what_it_marks(bucket, monkeypatch):
+  """A copy that is killed in between must not pass for a whole folder."""
+  from gcsfs import core
+
+  copied = []
+
+  async def put(self, source, *args, **kwargs):
+    await asyncio.sleep(0 if source.endswith("mark") else 0.02)
+    copied.append(pathlib.Path(source).name)
+
+  monkeypatch.setattr(core.GCSFileSystem, "_put_file", put)
+  with files.whole_folder(f"{bucket}/{uuid.uuid4().hex}", last={"a_mark"}) as folder:
+    (folder / "0").mkdir()
+    for name in ("0/a_mark", "0/arrays", "b"):
+      (folder / name).write_text(name)
+  assert sorted(copied[:2]) == ["arrays", "b"] and copied[2:] == ["a_mark"]
+
+
 def test_results_in_a_bucket_that_there_is_not_are_refused_before_anything_is_measured(url):
   results.check_out(f"{url}/new/F.json")
   assert not buckets.path(url).exists(), "the file that was tried is gone"

@@ -190,8 +190,9 @@ def test_setup_waits_for_a_command_and_leaves_no_code_of_an_earlier_commit(host,
   """Its environment is made anew, and a file that the commit no longer has would count as one of it."""
   made = host("bash", "-c", "echo $$ >pid; until [[ -e end ]]; do sleep 0.05; done; [[ -e diffdis_jax/gone.py ]]")
   home = made.folder.parent
-  (made.folder / "diffdis_jax").mkdir()
-  for name in ("diffdis_jax/gone.py", "results.json", ".commit"):
+  for name in ("configs", "diffdis_jax"):
+    (made.folder / name).mkdir()
+  for name in ("configs/gone.py", "diffdis_jax/gone.py", "results.json", ".commit"):
     (made.folder / name).write_text("")
   with tarfile.open(home / "diffdis.tar.gz", "w:gz") as archive:
     archive.add(ROOT / "diffdis_jax/__init__.py", "diffdis_jax/__init__.py")
@@ -216,7 +217,7 @@ def test_setup_waits_for_a_command_and_leaves_no_code_of_an_earlier_commit(host,
   setup.communicate(timeout=20)
   assert setup.returncode == 0 and (made.folder / ".commit").read_text().endswith(" tpu\n")
   assert [path.name for path in (made.folder / "diffdis_jax").iterdir()] == ["__init__.py"]
-  assert (made.folder / "results.json").exists()
+  assert (made.folder / "results.json").exists() and not (made.folder / "configs").exists()
 
 
 def test_hosts_without_an_address_outside_are_reached_by_further_flags(programs):
