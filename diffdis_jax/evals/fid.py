@@ -249,7 +249,7 @@ class Fid:
     if file and buckets.path(file).exists():
       self._reference = reference.read(file)
       expected = self._reference_protocol(self._data.get("image_size"))
-      reference.check(self._reference, expected if images else {**expected, "images": None}, file)
+      reference.check(self._reference, expected, file, images_asked_for=bool(images))
 
   def _reference_protocol(self, image_size: int | None) -> dict[str, Any]:
     of_images = {"image_size": image_size, "resampling": self._resampling, "images": self._images}

@@ -126,14 +126,14 @@ def read(path: str | os.PathLike[str]) -> Reference:
   return Reference(distances.Gaussian(mean, covariance, count), features, protocol)
 
 
-def check(reference: Reference, expected: Mapping[str, Any], path: str) -> None:
+def check(reference: Reference, expected: Mapping[str, Any], path: str, *, images_asked_for: bool) -> None:
   """Checks that statistics compare with what is measured. Of other tools' only a warning can be given.
 
   Args:
     reference: what was read.
-    expected: protocol of the measurement, with the fields of SAME, `code`, `image_size` and, where the user has said
-      which images the reference should be of, `images`.
+    expected: protocol of the measurement, with the fields of SAME, `code`, `image_size`, `resampling` and `images`.
     path: of the file, for messages.
+    images_asked_for: whether the user has said which images the reference should be of; other ones are then refused.
 
   Raises:
     UserError: they were made by another resize, with other weights, or of other images than those asked for.
@@ -153,11 +153,14 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str) -> None:
         f"--reference={path} is of another {what}, {protocol.get(name)}, and this measurement's is {expected[name]};"
         " they do not compare: name a new file, which is then made"
       )
-  if expected.get("images") is not None and protocol.get("images") != expected["images"]:
+  if images_asked_for and protocol.get("images") != expected["images"]:
     raise UserError(
       f"--reference={path} is of other images, {protocol.get('images')}, than those asked for, {expected['images']};"
       " name a new file, which is then made"
     )
+  made_of, prompts_of = _data(protocol), _data(expected)
+  if not images_asked_for and made_of and prompts_of and made_of != prompts_of:
+    logging.warning("--reference=%s is made of %s, and the prompts are of %s", path, made_of, prompts_of)
   # Only a warning: most changes of code leave the features as they are, and the file took long.
   if protocol.get("code") != expected["code"]:
     logging.warning(
@@ -170,3 +173,9 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str) -> None:
       logging.warning(
         "--reference=%s has %s %s, and this measurement %s", path, name, protocol.get(name), expected[name]
       )
+
+
+def _data(protocol: Mapping[str, Any]) -> str:
+  """Set and split of the reference's images; empty where they are not those of a set."""
+  data = (protocol.get("images") or {}).get("data") or {}
+  return ", ".join(str(data[name]) for name in ("path", "name", "split") if data.get(name))

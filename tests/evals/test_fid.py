@@ -464,6 +464,18 @@ def test_a_reference_of_another_size_is_warned_of(tmp_path, caplog):
   make(reference=file, data={**DATA, "image_size": 16}, resampling="bicubic")
   assert "has image_size 8, and this measurement 16" in caplog.text
   assert "has resampling lanczos, and this measurement bicubic" in caplog.text
+  assert "is made of" not in caplog.text
+
+
+def test_a_reference_of_another_set_is_warned_of(tmp_path, caplog):
+  """Prompts of one set against images of another are no FID of either, but may be what is wanted."""
+  file, other = str(tmp_path / "r.npz"), {**DATA, "split": "others"}
+  make(reference=file).run(Inference(), {})
+  make(reference=file, data=other)
+  assert f"--reference={file} is made of " in caplog.text and "and the prompts are of " in caplog.text
+  caplog.clear()
+  make(reference=file)
+  assert "is made of" not in caplog.text
 
 
 def test_statistics_of_other_tools(tmp_path, caplog):
