@@ -79,11 +79,7 @@ def test_a_claim_of_the_paper_is_judged_by_its_comparison(found):
   ],
 )
 def test_a_verdict_supports_refutes_or_leaves_open(words, expected, said):
-  assert replication.judged({"words": words}, expected) == said
-
-
-def test_a_comparison_without_a_seed_is_open():
-  assert replication.judged(None, "higher") == "open"
+  assert replication.judged(words, expected) == said
 
 
 def test_arms_have_minutes_with_their_start_and_without_the_autoencoder(found):

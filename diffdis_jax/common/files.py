@@ -52,14 +52,15 @@ def whole_folder(out: epath.PathLike, *, last: Collection[str] = ()) -> Iterator
   something goes wrong.
 
   Args:
-    last: names of files by which the folder is known to be whole. A bucket gets them after all others, since a copy that
-      is killed stays as far as it came.
+    last: names of files by which the folder is known to be whole. A bucket gets them after all others, since what was
+      copied stays there when the process is killed.
 
   Raises:
     UserError: `out` is not empty, or cannot be written. What the caller reads meanwhile raises its own errors.
   """
   folder = empty_folder(out)
-  with _in_a_bucket(folder, last) if buckets.is_url(folder) else _on_a_disk(pathlib.Path(folder).resolve()) as temporary:
+  writing = _in_a_bucket(folder, last) if buckets.is_url(folder) else _on_a_disk(pathlib.Path(folder).resolve())
+  with writing as temporary:
     yield temporary
 
 

@@ -136,14 +136,14 @@ def paper(found: Mapping[str, Any]) -> str:
       for each in found["claims"].get(claim.experiment, ())
       if (each["row"], each["base"]) == (claim.row, claim.base)
     ]
-    said = judged(compared[0]["verdict"], claim.expected) if compared else NOT_RUN
+    verdict = compared[0]["verdict"] if compared else None
+    said = judged(verdict["words"] if verdict else "undecided", claim.expected) if compared else NOT_RUN
     rows.append((claim.words, f"{claim.experiment.upper()}: {claim.row} − {claim.base}", claim.expected, said))
   return records.table(("the paper's claim", "tested by", "expected", "at this scale"), rows)
 
 
-def judged(verdict: Mapping[str, Any] | None, expected: str) -> str:
-  """Of a `significance.Verdict`'s fields; None for no seed that both arms have."""
-  words = verdict["words"] if verdict else "undecided"
+def judged(words: str, expected: str) -> str:
+  """Of a verdict in words."""
   if words == "undecided":
     return "open"
   # A bound is no refutation: the paper's own effect may be smaller.

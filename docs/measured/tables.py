@@ -8,7 +8,6 @@ between `<!--=TOPIC/RECORD-->` and `<!--=-->`. tests/test_measured.py fails wher
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import re
 import statistics
@@ -77,24 +76,6 @@ def of_seeds(*names: str, unit: str = " %") -> tuple[str, str]:
   return interval(statistics.fmean(values), _half(significance.paired(values)), unit=unit), f"{len(values)}"
 
 
-def difference(name: str, row: str, column: str) -> tuple[str, str, int]:
-  """Of a cell of paired.TABLES: the mean difference to the base row with its 95 % interval, the verdict, n."""
-  found = _cell(name, row, column)
-  return interval(found.mean, _half(found), sign="+"), verdict(found), found.n
-
-
-def _cell(name: str, row: str, column: str) -> significance.Difference:
-  (cells,) = (each["cells"] for each in paired.table(name)["rows"] if each["label"] == row)
-  return significance.Difference(**cells[column]["difference"])
-
-
-def verdict(found: significance.Difference) -> str:
-  """In words: what is not significant after Holm's correction is undecided, with a note where its own p is small."""
-  if found.is_significant:
-    return "better" if found.mean > 0 else "worse"
-  return "undecided" if found.p is None or found.p >= significance.ALPHA else "undecided after correction"
-
-
 def _half(found: significance.Difference) -> float:
   if found.low is None or found.high is None:
     raise UserError("a figure without a spread has no interval")
@@ -127,26 +108,27 @@ def shown() -> str:
   return records.table(("what", "scale", "mean ± 95 % interval", "n"), rows)
 
 
-VAL, TEST = "val_vendor/acc1", "test_vendor/acc1"
-FIRST = ("generation first", "1,800 steps", VAL)
-JOINT = ("both objectives", "both objectives", VAL)
 TOGETHER = ("e1", "both", "discrimination")
 LEAD = ("e4", "discrimination", "CLIP with parts")
 FIRST_AS_LONG = ("e2", "discrimination after generation", "discrimination as long as both stages")
-FAIR = ("clip", "DiffDis, discrimination alone, with CLIP's additions alone", VAL)
 
 
 def _both(name: str) -> tuple[str, str]:
   return f"{name}/epyc", f"{name}/xeon"
 
 
-def _compared(testbed: str, experiment: str, row: str, base: str) -> tuple[str, str, str]:
+def _compared(testbed: str, *compared: str) -> tuple[str, str, str]:
   """Of a primary comparison of the replication: where it stands, the difference with its verdict, n."""
+  change, words = _verdict(*compared)
+  text = f"{interval(change.mean, _half(change), sign='+')} points, {words}"
+  return f"{testbed}, [protocol](docs/replication/protocol.md) {compared[0].upper()}", text, str(change.n)
+
+
+def _verdict(experiment: str, row: str, base: str) -> tuple[significance.Difference, str]:
+  """Of a primary comparison of the replication: the difference, and the verdict in words."""
   claims = replication.stored()["claims"][experiment]
   (found,) = (each["verdict"] for each in claims if (each["row"], each["base"]) == (row, base))
-  change = significance.Difference(**found["difference"])
-  text = f"{interval(change.mean, _half(change), sign='+')} points, {found['words']}"
-  return f"{testbed}, [protocol](docs/replication/protocol.md) {experiment.upper()}", text, str(change.n)
+  return significance.Difference(**found["difference"]), found["words"]
 
 
 def demo() -> str:
@@ -161,80 +143,16 @@ def demo() -> str:
   return records.table(("accuracy", "mean ± 95 % interval", "n"), rows)
 
 
-ABLATIONS = (
-  ("table 2", "noise", "text target: noise instead of data"),
-  ("table 3", "cosine", "text schedule: cosine instead of linear"),
-  ("table 4", "disabled", "no fusion block"),
-  ("table 5", "shared attention, shared FFN", "shared FFN instead of own"),
-  ("table 5", "own attention, own FFN", "own attention instead of shared"),
-  ("table 7", "0", "lowest timestep of the clean image"),
-  ("table 7", "999", "last timestep but one"),
-)
-GENERATED, UNSEEN, SEEN = "generated/acc1_seen", "unseen/acc1", "test/acc1"
-
-
-def ablations() -> str:
-  """Of the paper's ablations on shapes, two columns."""
-  rows = []
-  for name, row, label in ABLATIONS:
-    pairs = [difference(name, row, column) for column in (GENERATED, UNSEEN)]
-    said = {verdict for _, verdict, _ in pairs}
-    rows.append((say(label), *(text for text, _, _ in pairs), _worst(said)))
-  return records.table(("change", "generated, seen pairs", "top-1, unseen pairs", "verdict"), rows)
-
-
-def _worst(said: set[str]) -> str:
-  """One verdict for a row: each cell's where one is significant."""
-  decided = sorted(each for each in said if not each.startswith("undecided"))
-  return ", ".join(decided) or max(said, key=len)  # undecided after correction, where one cell is
-
-
-def joint() -> str:
-  """Joint training over each objective alone: on shapes the signs are turned, whose base is joint training."""
-  cells = [
-    ("generated shapes, seen pairs", "joint training", "generation alone", GENERATED, -1),
-    ("top-1, unseen shapes", "joint training", "discrimination alone", UNSEEN, -1),
-    ("top-1, emoji, `val_vendor`", *JOINT, 1),
-    ("top-1, emoji, `test_vendor`", *JOINT[:2], TEST, 1),
-  ]
-  rows = []
-  for label, name, row, column, sign in cells:
-    found = _cell(name, row, column)
-    turned = dataclasses.replace(found, mean=sign * found.mean)
-    rows.append((say(label), interval(turned.mean, _half(found), sign="+"), verdict(turned), str(found.n)))
-  return records.table(("joint training − one objective, points", "mean ± 95 % interval", "verdict", "n"), rows)
-
-
-def _paired_rows(cells: Sequence[tuple[str, str, str, str]]) -> list[tuple[str, str, str, str]]:
-  rows = []
-  for label, name, row, column in cells:
-    text, said, n = difference(name, row, column)
-    rows.append((say(label), text, said, str(n)))
-  return rows
-
-
-def first() -> str:
-  """Generation before discrimination."""
-  name, row = FIRST[:2]
-  cells = (
-    ("top-1, `val_vendor`", name, row, VAL),
-    ("top-1, `test_vendor`", name, row, TEST),
-    ("R@1, `test_vendor`", name, row, "recall@1"),
-    ("top-1, unseen concepts", name, row, "val_concepts/acc1"),
-  )
-  return records.table(("gain in points", "mean ± 95 % interval", "verdict", "n"), _paired_rows(cells))
-
-
-def clip() -> str:
-  """DiffDis − CLIP on emoji."""
-  cells = []
-  for label, row in (
-    ("CLIP's additions alone", FAIR[1]),
-    ("both additions", "DiffDis, discrimination alone"),
-  ):
-    for split, column in (("val", VAL), ("test", TEST)):
-      cells.append((f"{label}, `{split}_vendor`", "clip", row, column))
-  return records.table(("DiffDis − CLIP, points", "mean ± 95 % interval", "verdict", "n"), _paired_rows(cells))
+def claimed() -> str:
+  """What the paper claims, by the replication."""
+  rows, there = [], replication.stored()["claims"]
+  for claim in replication.PAPER:
+    said = ("", replication.NOT_RUN)
+    if claim.experiment in there:
+      found, words = _verdict(claim.experiment, claim.row, claim.base)
+      said = (interval(found.mean, _half(found), sign="+"), replication.judged(words, claim.expected))
+    rows.append((claim.words, f"{claim.experiment.upper()}: {claim.row} − {claim.base}", *said))
+  return records.table(("the paper's claim", "tested by", "points ± 95 % interval", "at this scale"), rows)
 
 
 def neighbours() -> str:
@@ -269,48 +187,6 @@ def icons() -> str:
     ),
   ]
   return records.table(("one run", "top-1", "top-5", "images"), rows)
-
-
-LONG_TAIL = {
-  "acc": "accuracy",
-  "acc_low": "accuracy, rare classes",
-  "image_acc": "Image-Acc",
-  "knn_acc": "KNN-Acc",
-  "text_acc": "Text-Acc",
-}
-
-
-def long_tail() -> str:
-  """DiffDis − CLIP, corrected over all differences of the entry in the log."""
-  found = {name: each for name, each in records.load("long_tail").items() if name.startswith("difference/")}
-  corrected = dict(zip(found, significance.holm([_given(each.p) for each in found.values()]), strict=True))
-  rows = []
-  for metric, label in LONG_TAIL.items():
-    name = f"difference/diffdis-clip/{metric}"
-    each = found[name]
-    judged = significance.Difference(
-      mean=_given(each.mean),
-      n=int(_given(each.n)),
-      se=each.se,
-      p=each.p,
-      p_holm=corrected[name],
-      is_significant=corrected[name] < significance.ALPHA,
-    )
-    text = interval(judged.mean, _quantile(judged.n) * _given(judged.se), sign="+")
-    rows.append((say(label), text, verdict(judged), str(judged.n)))
-  return records.table(("DiffDis − CLIP, points", "mean ± 95 % interval", "verdict", "n"), rows)
-
-
-def _given(value: float | None) -> float:
-  if value is None:
-    raise UserError("a record of a difference should have mean, se, n and p")
-  return value
-
-
-def _quantile(n: int) -> float:
-  from scipy import stats  # as in significance
-
-  return float(stats.t.ppf(1 - significance.ALPHA / 2, n - 1))
 
 
 COSTS = {
@@ -372,13 +248,9 @@ def paper_costs() -> str:
 PLACES: dict[str, tuple[str, Callable[[], str]]] = {
   "shown": (README, shown),
   "accuracy of the demo": (RESULTS, demo),
-  "ablations": (RESULTS, ablations),
-  "joint": (RESULTS, joint),
-  "first": (RESULTS, first),
-  "against CLIP": (RESULTS, clip),
+  "the paper's claims": (RESULTS, claimed),
   "neighbours": (RESULTS, neighbours),
   "icons": (RESULTS, icons),
-  "long tail": (RESULTS, long_tail),
   "costs": (RESULTS, costs),
   "weak scaling": (PREFLIGHT, weak_scaling),
   "paper": (RESULTS, paper),
