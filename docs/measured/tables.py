@@ -89,9 +89,18 @@ def shown() -> str:
   """README's: what was shown, at most five rows."""
   shapes = say("rendered shapes, {demo/classes} classes, {demo/image_size} px")
   emoji = say("emoji, {emoji/val_vendor} classes, {emoji/image_size} px")
+  (top1, n), (generated, _) = of_seeds(*_both("unseen")), of_seeds(*_both("generated_unseen"))
   rows = [
-    (say("top-1, unseen pairs of colour and shape"), shapes, *of_seeds(*_both("unseen"))),
-    (say("accuracy of generated images, unseen pairs"), "the same", *of_seeds(*_both("generated_unseen"))),
+    (say("accuracy on unseen pairs of colour and shape: top-1; generated images"), shapes, f"{top1}; {generated}", n),
+    (
+      say(
+        "top-1 on icons of {emoji_small/held_out_artists} artists not in training: the included model;"
+        " nearest neighbours (HOG)"
+      ),
+      say("emoji, {emoji_small/concepts} classes seen, {emoji/image_size} px"),
+      say("{emoji_small/held_out} %; {emoji_small/held_out_hog} %"),
+      "1",
+    ),
     (
       say("gain in top-1, unseen vendor: DiffDis instead of CLIP, equal samples and additions"),
       *_compared(emoji, *LEAD),
