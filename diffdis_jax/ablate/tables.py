@@ -103,7 +103,7 @@ def paper_tables(unstated: Unstated) -> dict[str, Table]:
   "linear" is Stable Diffusion's schedule of that name, here `scaled_linear`.
   """
   query = lambda gamma, **fields: {GAMMA: gamma, SCHEDULE: unstated.schedule, **fields}
-  block = lambda share, own: {"model.share_attention": share, "model.modality_ffn": own}
+  block = lambda share, own: {"model.fusion": True, "model.share_attention": share, "model.modality_ffn": own}
   timestep = lambda t_z: query(unstated.gamma, **{"condition_timestep": t_z})
   tables = (
     Table(

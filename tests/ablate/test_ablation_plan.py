@@ -66,6 +66,14 @@ def test_what_the_paper_does_not_state_is_a_choice():
     tables.Unstated(schedule="cosine", gamma=1.5)
 
 
+def test_rows_of_the_fusion_block_have_one_whatever_the_base_has():
+  """Without it all of Table 5 would be one network."""
+  config = base()
+  config.model.fusion = False
+  plan = make_plan(config, names=["5"], seeds=(0,))
+  assert [plan.rows["5", row][0].config["model"]["fusion"] for row in range(3)] == [True] * 3
+
+
 def test_one_autoencoder_comes_first_and_serves_every_run():
   plan = make_plan()
   first, *others = plan.runs
