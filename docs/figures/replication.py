@@ -14,6 +14,7 @@ from docs.figures.style import SMALL, Axes, Canvas, Palette, Scale
 from docs.measured import replication
 
 LEFT, RIGHT = 12, 708  # of the forest's scale
+TIMED = ("e1", "e2", "e4")  # which have arms of equal minutes; the arms of the others take as long as each other
 
 
 def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Palette], str]]:
@@ -69,7 +70,7 @@ _ARROWS = str.maketrans({"↑": "", "↓": ""})
 
 def minutes(palette: Palette, *, found: Mapping[str, Any]) -> str:
   """The figures that are compared, over minutes of training; a dot a seed, a number an arm."""
-  known = [arm for arm in replication.measured(found) if arm.minutes is not None]
+  known = [arm for arm in replication.measured(found) if arm.minutes is not None and arm.experiment in TIMED]
   canvas, y = Canvas(palette), 0.0
   for (name, column), group in itertools.groupby(
     sorted(known, key=lambda arm: (arm.experiment, arm.column)), lambda arm: (arm.experiment, arm.column)
