@@ -61,25 +61,39 @@ def restore_training(run: pathlib.Path) -> tuple[TrainState, np.ndarray]:
   return jax.device_get(trainer.layout.by_path(state)), next(iterator)["image"]
 
 
-def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(tmp_path, joint_run, autoencoder_run, environment):
-  whole, killed = pathlib.Path(joint_run), tmp_path / "killed"
-  command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), f"--workdir={killed}"]
-
+def killed_twice(killed: pathlib.Path, command: list[str], environment: dict[str, str]) -> bool:
+  """Kills the run after a random step, and the one that goes on in a save; whether the save was still unfinished."""
   chosen = random.randint(SAVE_EVERY - 1, 2 * SAVE_EVERY - 1)
   kill_when(command, environment, lambda: chosen in steps_logged(killed))
   first = committed.latest_step(str(killed)) or 0
   assert first < STEPS, f"killed after step {chosen}, too late"
 
-  unfinished = lambda: {path.name for path in (killed / "checkpoints").glob("*.orbax-checkpoint-tmp*")}
-  left_behind = unfinished()
-  new = lambda: [int(name.split(".")[0]) for name in unfinished() - left_behind]
+  left_behind = unfinished(killed)
+  new = lambda: [int(name.split(".")[0]) for name in unfinished(killed) - left_behind]
   kill_when(command, environment, lambda: any(step > first + SAVE_EVERY for step in new()))
-  assert new(), "the save was finished before the kill"
+  if not new():
+    return False
   assert first < committed.latest_step(str(killed)) < STEPS
+  return True
+
+
+def unfinished(run: pathlib.Path) -> set[str]:
+  return {path.name for path in (run / "checkpoints").glob("*.orbax-checkpoint-tmp*")}
+
+
+def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(tmp_path, joint_run, autoencoder_run, environment):
+  whole = pathlib.Path(joint_run)
+  for attempt in range(3):  # where this process gets no core for as long as a save takes, its kill comes too late
+    killed = tmp_path / f"killed_{attempt}"
+    command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), f"--workdir={killed}"]
+    if killed_twice(killed, command, environment):
+      break
+  else:
+    raise AssertionError("each time the save was finished before the kill")
 
   done = forked.run(command, environment)
   assert done.returncode == 0, done.stderr
-  assert not unfinished()
+  assert not unfinished(killed)
   assert steps_logged(killed) == list(range(1, STEPS + 1))
   assert metrics(killed) == metrics(whole)
 
