@@ -13,9 +13,10 @@ The same command resumes. What is chosen is chosen on val, the default of config
   e4        is the lead over CLIP fair?            --base=emoji:path=data/emoji
   e5        rare in the start too?                 --base=shapes_lt
   e6        does augmentation make the better CLIP?  --base=emoji:path=data/emoji
+  e7        which parts matter on emoji?           --base=emoji:path=data/emoji
 
 With one --out for several of one base, they share runs: e3 finds its base runs among those of e1, and e4 its
-`discrimination` among those of e2. `table` then writes over the other's tables.
+`discrimination` among those of e2; e7 shares the autoencoders of these. `table` then writes over the other's tables.
 """
 
 from typing import Any
@@ -93,22 +94,12 @@ def e1() -> dict[str, Any]:
 
 def e3() -> dict[str, Any]:
   """Which parts matter? The timestep t_z of the clean image needs both objectives, or nothing else has a timestep."""
-  parts: dict[str, dict[str, Any]] = {
-    "without fusion": dict(model=dict(fusion=False)),
-    "own attention": dict(model=dict(share_attention=False)),
-    "shared FFN": dict(model=dict(modality_ffn=False)),
-    "target noise": dict(text_diffusion=dict(target="noise")),
-    "gamma 1.0": dict(text_diffusion=dict(gamma=1.0)),
-    "gamma 0.1": dict(text_diffusion=dict(gamma=0.1)),
-    "schedule cosine": dict(text_diffusion=dict(schedule="cosine")),
-    "schedule linear": dict(text_diffusion=dict(schedule="linear")),
-  }
   timesteps: dict[str, dict[str, Any]] = {
     "timestep 0": dict(condition_timestep=0),
     "timestep 999": dict(condition_timestep=999),
   }
   arms, claims = [], []
-  for base, changes in (("discrimination", parts), ("both", timesteps)):
+  for base, changes in (("discrimination", _parts(1.0, 0.1)), ("both", timesteps)):
     arms.append(_arm(base, base, num_steps=STEPS))
     arms += [_arm(name, base, num_steps=STEPS, **change) for name, change in changes.items()]
     claims += [_claim(name, base, "test/acc1") for name in changes]
@@ -203,8 +194,32 @@ def e6() -> dict[str, Any]:
   return dict(title="Does stronger augmentation make the better CLIP?", arms=tuple(arms), claims=claims)
 
 
+def e7() -> dict[str, Any]:
+  """Which parts matter on emoji? Without spatial pooling, whose means of the feature map pass the fusion block by."""
+  base = "discrimination, no spatial pooling"
+  arms, claims = [_arm(base, "discrimination", num_steps=EMOJI_STEPS, model=WITHOUT_PARTS)], []
+  for name, change in _parts(1.0, 0.3).items():  # the config's own γ is 0.1
+    change = dict(change, model=WITHOUT_PARTS | change.get("model", {}))
+    arms.append(_arm(name, "discrimination", num_steps=EMOJI_STEPS, **change))
+    claims.append(_claim(name, base, TOP1, 2.0))
+  return dict(title="Which parts matter on emoji?", arms=tuple(arms), claims=tuple(claims))
+
+
 TOP1 = "val_vendor/acc1"
-EXPERIMENTS = {"e1": e1, "e2": e2, "e3": e3, "e4_rates": e4_rates, "e4": e4, "e5": e5, "e6": e6}
+EXPERIMENTS = {"e1": e1, "e2": e2, "e3": e3, "e4_rates": e4_rates, "e4": e4, "e5": e5, "e6": e6, "e7": e7}
+
+
+def _parts(*gammas: float) -> dict[str, dict[str, Any]]:
+  """Name -> what differs in discrimination alone, of the fusion block and of the text diffusion."""
+  return {
+    "without fusion": dict(model=dict(fusion=False)),
+    "own attention": dict(model=dict(share_attention=False)),
+    "shared FFN": dict(model=dict(modality_ffn=False)),
+    "target noise": dict(text_diffusion=dict(target="noise")),
+    **{f"gamma {gamma}": dict(text_diffusion=dict(gamma=gamma)) for gamma in gammas},
+    "schedule cosine": dict(text_diffusion=dict(schedule="cosine")),
+    "schedule linear": dict(text_diffusion=dict(schedule="linear")),
+  }
 
 
 def _measured_seconds(*names: str) -> dict[str, float]:

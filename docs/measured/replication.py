@@ -34,6 +34,7 @@ QUESTIONS = {
   "e4": "is the lead over CLIP fair?",
   "e5": "does it hold for classes that are rare in the start too?",
   "e6": "does stronger augmentation make the better CLIP?",
+  "e7": "which parts matter on emoji?",
 }
 
 
@@ -56,6 +57,9 @@ PAPER = (
   Claim("Table 4: fusion helps", "e3", "without fusion", "discrimination", "lower"),
   Claim("Table 7: t_z = 1000 is better than 0", "e3", "timestep 0", "both", "lower"),
   Claim("Table 7: t_z = 1000 is better than 999", "e3", "timestep 999", "both", "lower"),
+  Claim("Table 2, on emoji", "e7", "target noise", "discrimination, no spatial pooling", "lower"),
+  Claim("Table 3, on emoji", "e7", "schedule cosine", "discrimination, no spatial pooling", "lower"),
+  Claim("Table 4, on emoji", "e7", "without fusion", "discrimination, no spatial pooling", "lower"),
   Claim("DiffDis classifies better than CLIP", "e4", "discrimination", "CLIP with parts", "higher"),
   Claim("Table 8: so it does for rare classes", "e5", "DiffDis, no low classes", "CLIP, no low classes", "higher"),
   Claim("Table 1: augmentation makes the better CLIP", "e6", "paper", "openclip", "higher"),
