@@ -18,6 +18,8 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from diffdis_jax.errors import UserError
+
 START = "<|startoftext|>"
 END = "<|endoftext|>"
 START_ID = 49406
@@ -72,6 +74,9 @@ class Tokenizer:
   A caption longer than `max_length` is cut, and the end token stays last. A caption that spells out the start or the
   end token is text (not stated by the paper): OpenAI's tokenizer and transformers' take the token itself, at which the
   text would end; to open_clip's, whose tokens have other names, it is text too.
+
+  Raises:
+    UserError: when it is called with one text in the place of a list of texts.
   """
 
   def __init__(self, max_length: int):
@@ -100,6 +105,8 @@ class Tokenizer:
     self._clip = clip
 
   def __call__(self, captions: Sequence[str]) -> Int[np.ndarray, "n l"]:
+    if isinstance(captions, str):  # whose letters would be captions
+      raise UserError(f"captions are the one text {captions[:50]!r}; give a list of texts, [text]")
     cleaned = [spell_out(clean(caption)) for caption in captions]
     encoded = [each.ids for each in self._clip.encode_batch_fast(cleaned)]
     return np.array(encoded, np.int32).reshape(len(captions), self.max_length)

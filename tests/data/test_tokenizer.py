@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffdis_jax.data.tokenizer import END_ID, START_ID, VOCAB_SIZE, Tokenizer, clean, load_merges
+from diffdis_jax.errors import UserError
 
 SENTENCES = (
   "a small red star on the left",
@@ -107,6 +108,12 @@ def test_vocabulary(tokenizer):
 def test_clean_and_decode(tokenizer):
   assert clean(" Tom &amp;amp;\n JERRY’s ") == "tom & jerry's"
   assert tokenizer.decode(tokenizer(["A small  RED star"])[0]) == "a small red star"
+
+
+def test_one_text_is_no_list_of_texts(tokenizer):
+  """Its letters would be as many captions, and a class of one letter be the nearest."""
+  with pytest.raises(UserError, match=r"captions are the one text 'a red star'; give a list of texts"):
+    tokenizer("a red star")
 
 
 def test_pickle(tokenizer):
