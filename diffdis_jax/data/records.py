@@ -112,10 +112,22 @@ def read_image(image: bytes | UInt8[np.ndarray, "h w 3"] | None) -> Image.Image:
   return read_decoded(image, at_least=None).image
 
 
-def read_decoded(image: bytes | UInt8[np.ndarray, "h w 3"] | None, *, at_least: int | None) -> Decoded:
-  """As `read_image`, but a JPEG at a fraction of its size, as `decode_reduced` has it; an array as it is."""
-  if isinstance(image, np.ndarray):
+def read_decoded(image: bytes | UInt8[np.ndarray, "h w 3"] | None | Any, *, at_least: int | None) -> Decoded:
+  """As `read_image`, but a JPEG at a fraction of its size, as `decode_reduced` has it; an array as it is.
+
+  Raises:
+    Unusable: as `read_image`.
+    UserError: what is neither bytes nor such an array, which is the source's mistake and no damage.
+  """
+  if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
     return decode_reduced(image, at_least=at_least)
+  if image is not None and not isinstance(image, bytes):
+    array = hasattr(image, "dtype") and hasattr(image, "shape")
+    what = f"{image.dtype}{list(image.shape)}" if array else type(image).__name__
+    raise UserError(
+      f"a record's image is {what}; a source gives the bytes of an image's file, or a numpy array uint8[height, width,"
+      " 3], such as numpy.asarray(image.convert('RGB')) of one of Pillow's"
+    )
   if not image:
     raise Unusable("missing image")
   with _unusable():

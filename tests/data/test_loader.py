@@ -272,6 +272,26 @@ def test_a_source_without_a_usable_record():
     next(make(Empty()))
 
 
+@pytest.mark.parametrize(
+  "make_image, what",
+  [
+    (Image.fromarray, "Image"),
+    (lambda image: image[:, :, 0], r"uint8\[16, 16\]"),
+    (lambda image: image[:, :, [0, 1, 2, 0]], r"uint8\[16, 16, 4\]"),
+    (lambda image: np.float32(image) / 255, r"float32\[16, 16, 3\]"),
+  ],
+)
+def test_a_source_of_other_images(make_image, what):
+  """Those of Pillow were said to be corrupt, and grey ones made batches without colours."""
+
+  class Other(Numbered):
+    def __getitem__(self, index):
+      return {"image": make_image(np.full((16, 16, 3), index, np.uint8)), "caption": "x"}
+
+  with pytest.raises(UserError, match=f"^a record's image is {what}; a source gives the bytes of an image's file"):
+    next(make(Other()))
+
+
 @pytest.fixture
 def prepared(tmp_path):
   """A data set of 40 pairs in two files, prepared from tars."""
