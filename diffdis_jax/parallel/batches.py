@@ -48,9 +48,13 @@ class Batches:
     that gives rows; another thread asks it for them. `done` is called with the number of rows after each chunk.
 
     Raises:
-      UserError: no row.
+      UserError: no row, or arrays of different numbers of rows.
     """
-    n = len(arrays[0])
+    lengths = [len(array) for array in arrays]
+    n = lengths[0]
+    # Further rows would be left out, and of jax's arrays the last row be taken for those that are missing.
+    if {*lengths} != {n}:
+      raise UserError(f"arrays of {', '.join(map(str, lengths))} rows belong to each other; give as many rows of each")
     if not n:
       raise UserError("nothing to run on: give at least one row")
 
