@@ -44,7 +44,7 @@ class Inference:
   Args:
     network: of a run.
     sampling: how.
-    mesh: devices that share the rows of a call; all of them by default.
+    mesh: devices that share the rows of a call, as `sharding.make_mesh` arranges them; all of them by default.
     batch_size: rows a compiled call; as `batches.Batches` has it, and so 64 a chip by default.
     after_batch: called after each compiled call, on every process equally often; what it raises ends the sampling.
 
@@ -108,8 +108,12 @@ class Inference:
     return programs.Program(name, jax.jit(self.network.traced_for(self.mesh, f)))
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
-    """Text embeddings e, L2-normalised. Raises UserError for an autoencoder alone, which reads no text."""
-    self._require_text()
+    """Text embeddings e, L2-normalised.
+
+    Raises:
+      UserError: an autoencoder alone, which reads no text, or tokens that are not `max_length` a row.
+    """
+    self._require_text(tokens)
     return self.batched(functools.partial(self._compiled_embed_texts, params), tokens)
 
   def embed_images(
@@ -126,8 +130,8 @@ class Inference:
     places are 0, 1, ... by default. For CLIP, what its image encoder gives, L2-normalised, whatever the seed.
 
     Raises:
-      UserError: a run that was not trained to compare images with texts, or images that are not uint8 or not squares of
-        `image_size`.
+      UserError: a run that was not trained to compare images with texts, images that are not one array of uint8 and
+        squares of `image_size`, or another number of places than of images.
     """
     self._require(*ALIGNED)
     self._check_images(images)
@@ -139,7 +143,7 @@ class Inference:
 
   def text_features(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Sentences as the language-guided head takes them (method/features.py). Raises as `embed_texts`."""
-    self._require_text()
+    self._require_text(tokens)
     return self.batched(functools.partial(self._compiled_text_features, params), tokens)
 
   def class_logits(
@@ -150,7 +154,7 @@ class Inference:
     As in its training an image is denoised once, in one step. Its noise is the first sample of `embed_images`.
 
     Raises:
-      UserError: a run without that head, or images that are not uint8 or not squares of `image_size`.
+      UserError: a run without that head, or images as `embed_images` refuses them.
     """
     self._require(*WITH_HEAD)
     self._check_images(images)
@@ -171,9 +175,12 @@ class Inference:
     `done` is called with the number of new images after each call of it; None shows how far it is.
 
     Raises:
-      UserError: a run that was not trained for generation.
+      UserError: a run that was not trained for generation, tokens that are not `max_length` a row, or noise that is not
+        of `noise_shape` for each row of them.
     """
     self._require(*GENERATIVE)
+    self._check_tokens(tokens)
+    self._check_noise(noise, len(tokens))
     done = done or Progress("generated", len(tokens), "images").add
     return self.batched(functools.partial(self._compiled_generate, params), tokens, noise, done=done)
 
@@ -186,14 +193,14 @@ class Inference:
     """The autoencoder's posterior, before shift and scale: d = 2c channels, mean, then log-variance.
 
     Raises:
-      UserError: CLIP, which has no autoencoder, or images that are not uint8 or not squares of `image_size`.
+      UserError: CLIP, which has no autoencoder, or images as `embed_images` refuses them.
     """
     self._check_images(images)
     return self.batched(functools.partial(self._compiled_moments, params), images)
 
   def conditions(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> BFloat16[np.ndarray, "n l d"]:
     """The text condition c of every token. Raises as `embed_texts`."""
-    self._require_text()
+    self._require_text(tokens)
     return self.batched(functools.partial(self._compiled_conditions, params), tokens)
 
   def noise_shape(self) -> tuple[int, int, int]:
@@ -244,19 +251,36 @@ class Inference:
       trained = ", ".join(self.network.objectives)
       raise UserError(f"this run was not trained for {objectives[0]}; its objectives are {trained}")
 
-  def _require_text(self) -> None:
+  def _require_text(self, tokens: Any) -> None:
     if self.network.objectives.is_autoencoder:
       raise UserError("this run is an autoencoder alone, which reads no text; take a run of DiffDis or of CLIP")
+    self._check_tokens(tokens)
+
+  def _check_tokens(self, tokens: Any) -> None:
+    """Raises UserError for texts, and for tokens of another length: generation reads the padding too."""
+    shape, n = getattr(tokens, "shape", None), self.max_length
+    if shape is None or tuple(shape[1:]) != (n,):
+      what = f"are a {type(tokens).__name__}" if shape is None else f"have shape {tuple(shape)}"
+      raise UserError(f"tokens {what}; give (n, {n}), as data.tokenizer.Tokenizer({n}) makes them of a list of texts")
+
+  def _check_noise(self, noise: Any, n: int) -> None:
+    """Raises UserError for noise of another shape, of which many networks make an image of another size."""
+    shape, expected = tuple(np.shape(noise)), (n, *self.noise_shape())
+    if shape != expected:
+      raise UserError(f"noise has shape {shape}; these tokens take {expected}, as Inference.noise({n}, seed) gives it")
 
   def _check_images(self, images: Any) -> None:
     """Raises UserError for numbers of 0 to 1, or of -1 to 1, all of which would be black, and for another size, which
     many networks take and embed badly. What decodes its rows when they are asked for has no dtype, and passes."""
+    if isinstance(images, (list, tuple)) or not hasattr(images, "__getitem__"):  # such as one of Pillow's
+      raise UserError(f"images are a {type(images).__name__}; give one array, such as numpy.stack of a list of arrays")
     if (dtype := getattr(images, "dtype", np.uint8)) != np.uint8:
       raise UserError(f"images are {dtype}; give uint8 pixels, 0 to 255")
     shape, side = tuple(getattr(images, "shape", ())), self.image_size
     if shape and shape[1:] != (side, side, 3):
       raise UserError(
-        f"images have shape {shape}; give (n, {side}, {side}, 3), each as data.transforms.resize(image, {side}) cuts it"
+        f"images have shape {shape}; give (n, {side}, {side}, 3), each as"
+        f" data.transforms.resize(data.transforms.decode(bytes of its file), {side}) makes it"
       )
 
   def _diffdis(self, params: Params) -> DiffDis:
@@ -353,7 +377,7 @@ def load(
     ema: averaged weights, where the run keeps them.
     image_size: image size in pixels; None takes the run's own.
     batch_size: rows per compiled call; 64 a chip by default.
-    mesh: devices that share the rows of a call; all of them by default.
+    mesh: devices that share the rows of a call, as `parallel.sharding.make_mesh` arranges them; all of them by default.
     sampling: fields of Sampling that replace the run's own.
 
   Raises:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError
@@ -270,6 +272,37 @@ def test_images_of_another_size_are_refused(shape):
   for use in (lambda: model.embed_images({}, images, seed=0), lambda: model.moments({}, images)):
     with pytest.raises(UserError, match=r"images have shape .*; give \(n, 16, 16, 3\), each as data.transforms.resize"):
       use()
+
+
+@pytest.mark.parametrize("images", [list(BATCH.image), Image.fromarray(BATCH.image[0])])
+def test_images_that_are_no_array_are_refused(images):
+  what = f"images are a {type(images).__name__}; give one array, such as numpy.stack"
+  with pytest.raises(UserError, match=what):
+    make("discrimination").embed_images({}, images, seed=0)
+
+
+@pytest.mark.parametrize("length", [5, 9])
+def test_tokens_of_another_length_are_refused(length):
+  """Generation reads the padding: of fewer tokens it makes another image."""
+  tokens, model = np.resize(BATCH.tokens, (2, length)), make("generation")
+  uses = (model.embed_texts, model.text_features, model.conditions, lambda *given: model.generate(*given, noise))
+  noise = model.noise(2, seed=0)
+  for use in uses:
+    with pytest.raises(UserError, match=rf"tokens have shape \(2, {length}\); give \(n, 8\), as .*Tokenizer\(8\)"):
+      use({}, tokens)
+
+
+def test_texts_in_the_place_of_tokens_are_refused():
+  with pytest.raises(UserError, match=r"tokens are a list; give \(n, 8\), as data.tokenizer.Tokenizer\(8\) makes them"):
+    inspect.unwrap(Inference.embed_texts)(make("generation"), {}, ["a red star"])
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4, 4), (1, 4, 4, 4), (2, 8, 8, 4), (2, 2, 4, 4, 4)])
+def test_noise_of_another_shape_is_refused(shape):
+  """Of further rows no image was made, of too few of jax's the last was taken again, and a larger one was an image."""
+  model, noise = make("generation"), jnp.zeros(shape)
+  with pytest.raises(UserError, match=r"noise has shape .*; these tokens take \(2, 4, 4, 4\), as Inference.noise\(2, "):
+    inspect.unwrap(Inference.generate)(model, {}, BATCH.tokens[:2], noise)
 
 
 @pytest.mark.parametrize("protocol", [{"num_noise_samples": 0}, {"steps": 0}, {"steps": 1001}, {"generation_steps": 0}])
