@@ -52,6 +52,7 @@ def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
   if missing := SECTIONS - config.keys():
     raise UserError(
       f"{path / 'config.json'} is of no training run, it has no {min(missing)!r}; --workdir names the folder of one"
+      f"{shipped.meant(workdir)}"
     )
   return config
 

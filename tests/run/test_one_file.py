@@ -147,9 +147,14 @@ def test_a_name_stands_for_a_file_where_no_folder_has_it(packed, tmp_path, monke
 def test_weights_of_pytorch_are_imported_first(tmp_path):
   (tmp_path / "sd").mkdir()
   (tmp_path / "sd" / "model_index.json").write_text("{}")
+  (tmp_path / "clip").mkdir()  # of transformers, whose config has a run's name
+  (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
+  (tmp_path / "clip" / "model.safetensors").write_bytes(b"")
+  (tmp_path / "open_clip").mkdir()
+  (tmp_path / "open_clip" / "open_clip_config.json").write_text("{}")
   (tmp_path / "v1.ckpt").write_bytes(b"")
   save_file({"model.diffusion_model.x": np.ones(1, np.float32)}, tmp_path / "v1.safetensors")
-  for name in ("sd", "v1.ckpt", "v1.safetensors"):
+  for name in ("sd", "clip", "open_clip", "v1.ckpt", "v1.safetensors"):
     for read in (run_config.load, restore.saved_params):  # as for --workdir, and for init_from
       with pytest.raises(UserError, match=rf"{name}.*; weights of PyTorch take diffdis import_weights first$"):
         read(str(tmp_path / name))
