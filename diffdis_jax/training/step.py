@@ -75,7 +75,7 @@ class Trainer:
     shapes: parameter path -> ShapeDtypeStruct.
     groups: parameter path -> group of the optimizer.
     trainable: paths of the parameters that are trained.
-    layout: of a state's small parameters.
+    layout: of a state's small parameters; its `by_path` gives a state as it is saved and as inference takes its params.
     param_shardings: parameter path -> NamedSharding.
     state_shardings: of TrainState.
     abstract_state: TrainState of ShapeDtypeStructs, with their shardings.
@@ -144,7 +144,7 @@ class Trainer:
     return whole, {path: value for path, value in params.items() if path not in whole}
 
   def init_params(self, key: jax.Array) -> Params:
-    """Fresh parameters, born sharded."""
+    """Fresh parameters, born sharded: the frozen ones too, which are not to stay random (start.restore_or_init)."""
     return self.initialise.compiled()(key)
 
   def with_params(self, params: Params) -> TrainState:
