@@ -93,7 +93,8 @@ def check(what: str, made: Callable[..., Any], given: Any) -> None:
       continue
     if kinds[0] in _LIKE:
       check_type(f"{what}: {name}", value, _LIKE[kinds[0]])
-    elif not isinstance(value, kinds):
+    # A text is a sequence too, of its letters: shots="16" would be 1 and 6.
+    elif not isinstance(value, kinds) or (isinstance(value, str) and str not in kinds):
       raise UserError(f"{what}: {name} is {value!r}; it must be {taken.parameters[name].annotation}")
 
 

@@ -79,6 +79,7 @@ def test_unknown_evaluation_and_unknown_setting():
   "task, settings, message",
   [
     ("zero_shot", {"templates": 5}, "zero_shot: templates is 5; it must be Sequence"),
+    ("linear_probe", {"shots": "16"}, "linear_probe: shots is '16'; it must be Sequence"),
     ("zero_shot", {"classnames": True}, "zero_shot: classnames is True; it must be "),
     ("zero_shot", {"num_images": "many"}, "zero_shot: num_images is 'many'; it must be a whole number"),
     ("zero_shot", {"only_classes_present": "yes"}, "only_classes_present is 'yes'; it must be True or False"),
