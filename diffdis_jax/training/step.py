@@ -236,7 +236,11 @@ class Trainer:
     Args:
       network, run: others than the trainer's, for a part of the loss: of fewer objectives, or with other weights.
       microbatches: None for as many as the run has.
+
+    Raises:
+      UserError: images that are not uint8.
     """
+    _check_images(batch)
     network, run = network or self.network, run or self.run
     n = microbatches or run.optim.accumulate
     trainable, fixed = self._parts(state)
@@ -278,6 +282,15 @@ class Trainer:
     mean = functools.partial(jax.tree.map, lambda x: x / n)
     # Metrics are sums and counts, and so are added; the parts are equal, so that the mean of their means is the mean.
     return Gradient(mean(total.gradient), total.metrics, mean(total.statistics))
+
+
+def _check_images(batch: Any) -> None:
+  """Raises UserError for numbers of 0 to 1, as other libraries have them, all of which would be black. Of latents
+  nothing is checked."""
+  for name in ("image", "discrimination_image"):
+    image = getattr(batch, name, None)
+    if image is not None and image.dtype != np.uint8:
+      raise UserError(f"the batch's {name} is {image.dtype}; give uint8 pixels, 0 to 255")
 
 
 def _check_trainable(objectives: Objectives, trainable: Sequence[str]) -> None:

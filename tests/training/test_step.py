@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import inspect
 import re
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -419,6 +421,16 @@ def test_bad_configs_are_refused_before_anything_is_allocated(changes, message):
   with pytest.raises(UserError, match=message) as error:
     build_trainer(config, steps.make_mesh())
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["image", "discrimination_image"])
+def test_pixels_of_another_scale_are_refused(name):
+  """Of 0 to 1, as a training loop of one's own may have them, every image would be black."""
+  batch = types.SimpleNamespace(**vars(steps.make_batch(steps.make_config())))
+  setattr(batch, name, batch.image.astype(np.float32) / 255)
+  trainer = build_trainer(steps.make_config(), steps.make_mesh())
+  with pytest.raises(UserError, match=f"the batch's {name} is float32; give uint8 pixels, 0 to 255"):
+    inspect.unwrap(step.Trainer.gradient)(trainer, trainer.abstract_state, batch)
 
 
 def test_discrimination_takes_its_own_view_of_the_images(monkeypatch):
