@@ -90,6 +90,15 @@ DATA_SETS: dict[str, tuple[Callable[[pathlib.Path], list[parts.Part]], type[buil
   **{name: (functools.partial(zero_shot_sets.find_parts, name), zero_shot_sets.ZeroShotSet) for name in find.LABELLED},
 }
 NAMES = (*DATA_SETS, "latents", "card")
+RAW = ("source", "short_side", "reduced_decoding", "drop_duplicates", "num_processes", "beam_pipeline_options")
+# Flags, what takes them, and what that is called. Of any other name they would have no effect.
+BELONGS = (
+  (("caption_fields", "held_out", "preview"), ("files",), "prepare_data files"),
+  (("workdir", "views", "augment", "image_size", "batch_size", "text"), ("latents",), "prepare_data latents"),
+  (("data",), ("latents", "card"), "prepare_data latents and card"),
+  (RAW, tuple(DATA_SETS), "raw data alone"),
+  (("out",), (*DATA_SETS, "latents"), "what is prepared; a card is written beside the records"),
+)
 # Flags by which what is written differs.
 DECIDING = (
   *("source", "short_side", "reduced_decoding", "drop_duplicates", "caption_fields", "held_out"),
@@ -147,9 +156,9 @@ def main(argv: list[str]) -> None:
   if name not in NAMES:
     usage = "diffdis prepare_data cc3m --source=DIR --out=DIR"
     raise UserError(f"prepare_data takes one name of {', '.join(NAMES)}, not {name}: {usage}")
-  for flag in ("caption_fields", "held_out", "preview"):
-    if FLAGS[flag].present and name != "files":
-      raise UserError(f"--{flag} belongs to prepare_data files; leave it out")
+  for names, takers, what in BELONGS:
+    if name not in takers and (given := next((flag for flag in names if FLAGS[flag].present), "")):
+      raise UserError(f"--{given} belongs to {what}; leave it out of prepare_data {name}")
   tfds.disable_progress_bar()  # it would write over ours
   if name == "card":
     write_card(buckets.local(_given("data", name), "--data"))
