@@ -186,12 +186,14 @@ def _is_joint(fields: Mapping[str, Any]) -> bool:
 def _data(section: Mapping[str, Any]) -> str:
   """What the run was trained on."""
   if mixture := section.get("mixture"):
-    return "; ".join(f"{_source(source)}, weight {source['weight']}" for source in mixture.values())
-  return f"{_source(section)}, split {section['split']}"
+    return "; ".join(f"{_source(source)}, weight {source.get('weight', 1.0)}" for source in mixture.values())
+  return _source(section)
 
 
 def _source(section: Mapping[str, Any]) -> str:
-  return " ".join(filter(None, (section["name"], _public(section.get("path") or ""))))
+  # A source of a mixture may leave out what data/sources.py has a default for.
+  where = " ".join(filter(None, (section.get("name", "pairs"), _public(section.get("path") or ""))))
+  return f"{where}, split {section.get('split', 'train')}"
 
 
 def _public(name: Any) -> Any:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from diffdis_jax.export_weights import export_weights
+from diffdis_jax.interop import model_card
 from tests import tiny_clip
 from tests.hub_server import Hub
 from tests.interop.test_torch_pipeline import export_config, export_of
@@ -57,6 +58,13 @@ def test_from_a_folder(folder, tmp_path):
   saved = 'pipe.save_pretrained("saved")\n' + "\n".join(lines[:2]).replace('"FOLDER"', '"saved"') + "\n"
   printed = run_code(code + saved + 'print(pipe.classify(image, ["a", "b"]).labels)\n', tmp_path)
   assert printed.count("\n") == 2 and printed.startswith("['")
+
+
+def test_a_mixture_whose_sources_leave_out_what_has_a_default():
+  mixture = {"a": {"path": "/home/somebody/cc3m"}, "b": {"name": "shapes", "split": "test", "weight": 0.5}}
+  said = model_card._data({"name": "shapes", "path": "", "split": "train", "mixture": mixture})
+  assert said == "pairs cc3m, split train, weight 1.0; shapes, split test, weight 0.5"
+  assert model_card._data(mixture["a"] | {"mixture": {}}) == "pairs cc3m, split train"
 
 
 def test_of_a_run_that_only_classifies(tmp_path):
