@@ -137,7 +137,7 @@ class Data:
     sampling: of a long-tailed set, whose batches have labels; None of any other.
 
   Raises:
-    UserError: a value out of its range.
+    UserError: a value out of its range, or data of one source beside a mixture.
   """
 
   # Rendered shapes, which need no file.
@@ -154,6 +154,12 @@ class Data:
 
   def __post_init__(self) -> None:
     check_choice("discrimination_view", self.discrimination_view, VIEWS)
+    for name in ("path", "caption_fields") if self.mixture else ():
+      if given := self.source.get(name):
+        raise UserError(
+          f"data.{name} is {given!r}, which data.mixture takes the place of: give {name} to one of its sources, and"
+          f" leave data.{name} empty"
+        )
 
   @classmethod
   def of(cls, fields: Mapping[str, Any]) -> Data:

@@ -152,6 +152,7 @@ def test_text_conditions_of_another_encoder_are_refused(cache_with_text, cache, 
   config.data.max_length -= 1
   with pytest.raises(UserError, match="these text conditions are of 8 tokens and 16 wide; the config's are of 7"):
     steps.open_batches(config)
+  config.data.path = ""
   config.data.mixture = {name: {"name": "latents", "path": str(path)} for name, path in
                          (("with", cache_with_text), ("without", cache))}  # fmt: skip
   with pytest.raises(UserError, match="latents with text conditions and without; take either"):
@@ -192,6 +193,14 @@ def test_mixtures(data, cache):
   config.data.mixture.cached = {"name": "latents", "path": str(cache)}
   with pytest.raises(UserError, match="data.mixture has latents and images; take either"):
     batch_type(Run.of(config).data)
+
+
+@pytest.mark.parametrize("field", [{"data.path": "CC3M"}, {"data.caption_fields": ("key",)}])
+def test_a_mixture_is_not_beside_other_data(data, field):
+  config = config_of(**field)
+  config.data.mixture = {"own": {"path": str(data / "pairs")}}
+  with pytest.raises(UserError, match=f"{min(field)} is .* which data.mixture takes the place of: give"):
+    Run.of(config)
 
 
 def test_fingerprint_is_of_the_encoder(params):
