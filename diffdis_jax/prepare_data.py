@@ -26,7 +26,7 @@ of 16 pairs first, and without --out nothing else:
 `latents` stores a run's latents of --views augmented views of each image of a prepared data set, for training with
 data.name=latents at that image size; with --text also the output of its frozen text encoder:
 
-  diffdis prepare_data latents --workdir=RUN --data=DIR --out=DIR2 --views=4
+  diffdis prepare_data latents --workdir=RUN --data=DIR --out=DIR2 --views=4 --augment='{"crop": "random"}'
 
 `card` writes the card of a prepared data set again:
 
@@ -290,6 +290,12 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
       shape=(model.max_length, width),
       fingerprint=stored_inputs.fingerprint(params, stored_inputs.TEXT_ENCODER),
     )
+  augmentation = _augmentation(dataclasses.asdict(run_config.load(run).data.augment))
+  if FLAGS.views > 1 and not (augmentation.varies or text):  # with text, views may have other captions
+    raise UserError(
+      f"--views={FLAGS.views} of an image would all be the same: by --augment, which is data.augment of the run unless it"
+      " is given, nothing varies; give it, such as --augment='{\"crop\": \"random\"}', or leave out --views"
+    )
   reports = builder.prepare(
     found,
     out,
@@ -300,7 +306,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
       shape=(h, w, 2 * c),  # mean and log-variance
       image_size=model.image_size,
       views=FLAGS.views,
-      augmentation=_augmentation(dataclasses.asdict(run_config.load(run).data.augment)),
+      augmentation=augmentation,
       fingerprint=stored_inputs.fingerprint(params),
       text=text,
     ),

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from diffdis_jax import inference, prepare_data
+from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from tests import steps
 
@@ -120,3 +121,29 @@ def test_an_autoencoder_alone_has_no_text_conditions_to_store(tmp_path, monkeypa
   with pytest.raises(UserError, match="--workdir=RUN is an autoencoder alone, which has no text encoder; leave out"):
     prepare_data.write_latents("RUN", "DATA", tmp_path / "out")
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  ("changes", "flags", "same"),
+  [
+    ({}, {}, True),
+    ({}, {"views": 1}, False),
+    ({}, {"augment": '{"reduced_decoding": false}'}, True),
+    ({}, {"augment": '{"crop": "random"}'}, False),
+    ({"data.augment.hue": 0.1}, {}, False),
+    ({}, {"text": True}, False),  # views have other captions
+  ],
+)
+def test_views_that_would_all_be_the_same_are_refused(tmp_path, monkeypatch, changes, flags, same):
+  config = steps.make_config("generation")
+  config.data.augment.update(crop="centre", flip=False)
+  config.update_from_flattened_dict(changes)
+  run = Run.of(config)
+  model = steps.make_inference(config, mesh=steps.make_mesh())
+  monkeypatch.setattr(inference, "load", lambda *_, **__: (model, {}))
+  monkeypatch.setattr(prepare_data.run_config, "load", lambda path: run)
+  monkeypatch.setattr(prepare_data.latents, "find_parts", lambda data: [])
+  given = {"image_size": None, "batch_size": None, "text": False, "views": 4, "augment": None, **flags}
+  monkeypatch.setattr(prepare_data, "FLAGS", types.SimpleNamespace(**given))
+  with pytest.raises(UserError, match="--views=4 of an image would all be the same" if same else "has no pair"):
+    prepare_data.write_latents("RUN", "DATA", tmp_path / "out")

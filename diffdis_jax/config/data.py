@@ -13,6 +13,8 @@ MOST_AHEAD = 10_000  # batches
 CROPS = ("centre", "random", "random_resized")
 RANDAUGMENTS = {"torchvision": 30, "timm": 10}  # and the largest magnitude of each
 VIEWS = ("shared", "own")
+_VARYING = ("flip", "shift", "zoom", "rotation", "brightness", "contrast", "saturation", "hue")
+_VARYING += ("randaugment_operations", "erase")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,11 @@ class Augmentation:
     check_number("randaugment_magnitude", self.randaugment_magnitude, at_least=0, at_most=largest)
     check_number("randaugment_deviation", self.randaugment_deviation, at_least=0.0)
     check_number("erase", self.erase, at_least=0.0, at_most=1.0)
+
+  @property
+  def varies(self) -> bool:
+    """Whether two views of an image may differ."""
+    return self.crop != "centre" or any(getattr(self, name) for name in _VARYING)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
