@@ -275,10 +275,14 @@ def write_preview(found: Sequence[parts.Part], path: str) -> None:
 def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   """Encodes every image of a prepared data set by a run's autoencoder, in this process."""
   from diffdis_jax import inference  # here, since the processes of the preparation import this file too
+  from diffdis_jax.data import build
   from diffdis_jax.training import stored_inputs
 
   found = latents.find_parts(data)  # first: a wrong folder shows before weights are read
   model, params = inference.load(run, image_size=FLAGS.image_size, batch_size=FLAGS.batch_size)
+  for split in dict.fromkeys(part.split for part in found):
+    if said := build.enlarged(data, split=split, image_size=model.image_size):
+      logging.warning("%s", said)
   h, w, c = model.noise_shape()
   text = None
   if FLAGS.text:
@@ -293,8 +297,8 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   augmentation = _augmentation(dataclasses.asdict(run_config.load(run).data.augment))
   if FLAGS.views > 1 and not (augmentation.varies or text):  # with text, views may have other captions
     raise UserError(
-      f"--views={FLAGS.views} of an image would all be the same: by --augment, which is data.augment of the run unless it"
-      " is given, nothing varies; give it, such as --augment='{\"crop\": \"random\"}', or leave out --views"
+      f"--views={FLAGS.views} of an image would all be the same: by --augment, or else the run's data.augment, nothing"
+      ' varies; give one that does, such as --augment=\'{"crop": "random"}\', or leave out --views'
     )
   reports = builder.prepare(
     found,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
 
-from diffdis_jax.common import files
-from diffdis_jax.config.data import ClassSampling, Data
+from diffdis_jax.common import buckets, files
+from diffdis_jax.config.data import Augmentation, ClassSampling, Data
 from diffdis_jax.config.run import Run
 from diffdis_jax.data import loader, long_tail, records, sources
 from diffdis_jax.data.corpus import Tokens
@@ -47,6 +48,40 @@ def latent_facts(data: Data) -> dict[str, Mapping[str, Any]]:
     return {}
   paths = [str(section["path"]) for section in data.sources.values()]
   return {path: (records.read_info(path).metadata or {}).get("latents", {}) for path in paths}
+
+
+def doubts(run: Run) -> list[str]:
+  """A sentence for each source that is probably not what is meant: images that are enlarged, or latents of other views
+  than data.augment, which has no effect on them, asks for."""
+  latents = latent_facts(run.data)
+  found = [_other_views(path, facts.get("augmentation", {}), run.data.augment) for path, facts in latents.items()]
+  for section in run.data.sources.values():
+    if section.get("name", "pairs") == "pairs":
+      found.append(enlarged(str(section["path"]), split=section.get("split", "train"), image_size=run.image_size))
+  return [said for said in found if said]
+
+
+def enlarged(path: str, *, split: str, image_size: int) -> str:
+  """A sentence where half of a prepared split's images are smaller than `image_size`; else empty, as without a card."""
+  try:
+    side = int(files.read_object(buckets.path(path) / "card.json")["splits"][split]["short_side"]["median"])
+  except (KeyError, TypeError, ValueError):
+    return ""
+  if side >= image_size:
+    return ""
+  return (
+    f"{path}: half of the images of split {split}, or more, have a short side of at most {side} px and are enlarged to"
+    f" {image_size} px; take a smaller image_size, or prepare larger images (--short_side of prepare_data)"
+  )
+
+
+def _other_views(path: str, stored: Mapping[str, Any], asked: Augmentation) -> str:
+  fields = json.loads(json.dumps(dataclasses.asdict(asked)))  # as the folder's description has them, lists for tuples
+  named = [name for name in fields if name in stored and stored[name] != fields[name] and name != "reduced_decoding"]
+  if not named:
+    return ""
+  there, here = (", ".join(f"{name}={each[name]}" for name in named) for each in (stored, fields))
+  return f"{path}: its views were made by {there}; data.augment, {here}, has no effect on latents"
 
 
 def has_conditions(data: Data) -> bool:

@@ -15,7 +15,7 @@ from clu import parameter_overview
 
 from diffdis_jax.common import buckets, cli
 from diffdis_jax.config.run import Run
-from diffdis_jax.data.build import describe
+from diffdis_jax.data.build import describe, doubts
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import provenance
@@ -111,6 +111,8 @@ def log(trainer: Trainer) -> None:
   logging.info("mesh %s", dict(trainer.mesh.shape))
   for line in describe(trainer.run.data):
     logging.info("data: %s", line)
+  for line in doubts(trainer.run):
+    logging.warning("%s", line)
   logging.info(
     "objectives %s; parameters: %s",
     ", ".join(trainer.network.objectives),

@@ -7,8 +7,8 @@ import pytest
 
 from diffdis_jax.config import Run
 from diffdis_jax.data import loader
-from diffdis_jax.data.build import batch_type, describe, latent_facts
-from diffdis_jax.data.prepare import builder, latents, parts
+from diffdis_jax.data.build import batch_type, describe, doubts, latent_facts
+from diffdis_jax.data.prepare import builder, card, latents, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
@@ -193,6 +193,23 @@ def test_mixtures(data, cache):
   config.data.mixture.cached = {"name": "latents", "path": str(cache)}
   with pytest.raises(UserError, match="data.mixture has latents and images; take either"):
     batch_type(Run.of(config).data)
+
+
+def test_what_is_probably_not_meant_is_said(data, cache):
+  small, views = (
+    {"data.name": "pairs", "data.path": str(data / "pairs")},
+    {"data.name": "latents", "data.path": str(cache)},
+  )
+  assert doubts(Run.of(config_of(**small, image_size=32))) == []  # nothing is known without a card
+  (data / "pairs" / "card.json").write_text(card.describe(data / "pairs").to_json())
+  (said,) = doubts(Run.of(config_of(**small, image_size=32)))
+  assert "half of the images of split train, or more, have a short side of at most 20 px and are enlarged to 32" in said
+  assert doubts(Run.of(config_of(**small, image_size=16))) == [] == doubts(Run.of(config_of()))
+  assert doubts(Run.of(config_of(**views))) == []
+  (said,) = doubts(Run.of(config_of(**views, **{"data.augment.crop": "random", "data.augment.flip": True})))
+  assert said.endswith(
+    "its views were made by crop=centre, flip=False; data.augment, crop=random, flip=True, has no effect on latents"
+  )
 
 
 @pytest.mark.parametrize("field", [{"data.path": "CC3M"}, {"data.caption_fields": ("key",)}])
