@@ -18,7 +18,7 @@ from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import describe, doubts
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import provenance
+from diffdis_jax.run import history, provenance
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
 
@@ -63,6 +63,20 @@ def check_same_on_all(run: Run) -> None:
     raise UserError(
       f"these hosts have other data than host 0: {', '.join(map(str, hosts))}; here it is {'; '.join(lines)}; copy the"
       " same to every host"
+    )
+
+
+def warn_of_other_data(run: Run, path: str) -> None:
+  """Says so where a run that resumes has other data than at its last start, such as a folder that was prepared again:
+  its records then come in another order, some of them a second time in an epoch."""
+  now = describe(run.data)
+  before = next((event["data"] for event in reversed(history.read(path)) if "data" in event), now)
+  if before != now:
+    logging.warning(
+      "the data have changed since the last start: %s then, %s now; from here on the order of records is another one,"
+      " and the numbers are not those of one set of data",
+      "; ".join(map(str, before)),
+      "; ".join(now),
     )
 
 

@@ -160,6 +160,8 @@ def go_on(
   step = int(state.step)
   if before is not None:
     facts.log_longer(run, before, step)
+  if step and is_writer:
+    facts.warn_of_other_data(run, path)
   known, left_out = facts.of_start(trainer, begins=not step), skips.left_out(path)
   track = functools.partial(trackers.open_tracker, tracker, path, run.to_dict())
   # What is entered closes from the last to the first: trace, lines, history; then a pending save, and the lock.

@@ -11,6 +11,7 @@ from diffdis_jax import __main__ as main_module
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
+from diffdis_jax.run import history
 from diffdis_jax.training import facts
 from tests import tiny, tiny_clip
 
@@ -50,6 +51,23 @@ def test_a_finished_run_without_samples_names_none(tmp_path, caplog):
   logging.set_verbosity(logging.INFO)
   facts.log_end(Run.of(tiny.get_config()), str(tmp_path))
   assert caplog.messages[0] == f"finished at step 8: metrics in {tmp_path}/metrics.jsonl"
+
+
+def test_a_run_that_resumes_with_other_data_says_so(tmp_path, monkeypatch, caplog):
+  run = Run.of(tiny.get_config())
+  said = lambda: [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+  facts.warn_of_other_data(run, str(tmp_path))  # of an earlier version, whose history has no data
+  for lines in (["shapes, split train: 8 records"], facts.describe(run.data)):
+    with history.recorded(tmp_path, step=0, is_writer=True, facts={"data": lines}):
+      pass
+  facts.warn_of_other_data(run, str(tmp_path))
+  assert said() == []
+  monkeypatch.setattr(facts, "describe", lambda data: ["shapes, split train: 9 records"])
+  facts.warn_of_other_data(run, str(tmp_path))
+  (line,) = said()
+  assert (
+    "since the last start: shapes, split train then, shapes, split train: 9 records now; from here on the order" in line
+  )
 
 
 def test_hosts_with_other_data_are_named(monkeypatch):
