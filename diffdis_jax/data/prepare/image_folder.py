@@ -13,6 +13,7 @@ from diffdis_jax.data.prepare.parts import Item, Part
 from diffdis_jax.errors import UserError
 
 SPLITS = {"train", "val", "valid", "validation", "test"}
+CALLED = {"validation": "val", "valid": "val"}  # what some of them are called in a data set
 
 
 class ImageFolder(CaptionedImages):
@@ -31,7 +32,8 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   """
   parts.check_folder(source, "a folder of class folders")
   children = sorted(_folders(source))
-  splits = {path.name.lower(): path for path in children if path.name.lower() in SPLITS}
+  named = {path.name.lower(): path for path in children if path.name.lower() in SPLITS}
+  splits = {CALLED.get(name, name): path for name, path in named.items()}
   # A class may be called `test`: only where all folders are splits are they taken for such.
   if splits and len(splits) < len(children):
     raise UserError(f"{source} mixes splits and classes: {', '.join(path.name for path in children[:10])}")

@@ -14,6 +14,8 @@ import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, AnyStr, Protocol, runtime_checkable
 
+from absl import logging
+
 from diffdis_jax.common import files as run_files
 from diffdis_jax.data.prepare.pairs import RawPair
 from diffdis_jax.data.prepare.webdataset import TarPart, split_of
@@ -21,6 +23,7 @@ from diffdis_jax.data.records import MOST_TEXT_BYTES, Unusable, read_file
 from diffdis_jax.errors import UserError
 
 ITEMS = 2000  # of a part of loose files
+USUAL = ("train", "training", "val", "valid", "validation", "test")  # splits that a tar's name is known to mean
 
 
 @runtime_checkable
@@ -96,6 +99,12 @@ def tars(source: pathlib.Path) -> list[Part]:
     by_split[split].append(TarPart(path, split))
   if not by_split:
     raise UserError(f"no .tar files in {source}; --source is a folder of webdataset tars, such as img2dataset writes")
+  if by_split.keys().isdisjoint(USUAL):
+    logging.warning(
+      "by the word before their number these tars are of split %s; training reads train, for which they are called"
+      " train-00000.tar, unless data.split says otherwise",
+      ", ".join(by_split),
+    )
   return [part for parts in by_split.values() for part in parts]
 
 

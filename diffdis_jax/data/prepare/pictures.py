@@ -25,6 +25,7 @@ from jaxtyping import UInt8
 from diffdis_jax.data.prepare import parts, side_by_side, tables
 from diffdis_jax.data.prepare.builder import CaptionedImages
 from diffdis_jax.data.prepare.card import TILE, spread
+from diffdis_jax.data.prepare.image_folder import CALLED
 from diffdis_jax.data.prepare.own_pairs import Asked, Pairs
 from diffdis_jax.data.prepare.pairs import RawPair, to_record
 from diffdis_jax.data.prepare.parts import ITEMS, Part
@@ -63,8 +64,9 @@ def find_parts(source: pathlib.Path, asked: Asked) -> list[Part]:
     found = side_by_side.by_table(source, names, asked)
   elif side_by_side.has_pair(names):  # of one name: beside tables may lie a LICENSE.txt and a picture of its README
     found = side_by_side.beside(source, names, asked)
-  elif any(name.endswith(".tar") for name in names):  # beside which img2dataset puts parquet files without images
-    raise UserError(f"{source} holds tars; prepare_data pairs reads those")
+  elif tar := next((name for name in names if name.endswith(".tar")), ""):
+    # First: beside them img2dataset puts parquet files without images.
+    raise UserError(f"{source / posixpath.dirname(tar)} holds tars; prepare_data pairs reads those")
   elif parquet := [name for name in names if name.endswith(".parquet")]:
     found = tables.parquet(source, parquet, asked)
   else:
@@ -106,8 +108,7 @@ def _few(found: Sequence[Part], count: int) -> Iterator[RawPair]:
 
 def _cut(source: pathlib.Path, found: Sequence[Pairs], held_out: float) -> list[Part]:
   """Parts of ITEMS pairs, `train` first."""
-  named = {"validation": "val", "valid": "val"}
-  splits = [named.get(pairs.split, pairs.split) for pairs in found]
+  splits = [CALLED.get(pairs.split, pairs.split) for pairs in found]
   keys = [pairs.keys for pairs in found]
   chosen: list[set[int]] = [set() for _ in found]
   if held_out and "train" in splits and "val" not in splits:
@@ -150,7 +151,10 @@ def _nothing(source: pathlib.Path, names: Sequence[str]) -> UserError:
       f"{source} has {pictures} pictures and {texts} captions, none for the other; put x.txt into the folder of x.jpg"
     )
   if pictures:
-    return UserError(f"{source} has {pictures} pictures and no caption; put x.txt or x.caption beside x.jpg")
+    return UserError(
+      f"{source} has {pictures} pictures and no caption; put x.txt or x.caption beside x.jpg, or a metadata.csv with"
+      " file_name and caption above them"
+    )
   if texts:
     return UserError(f"{source} has {texts} captions and no picture; put x.jpg, .png or .webp beside x.txt")
   return UserError(f"no pictures in {source}; --source is a folder of {LAYOUTS}")

@@ -132,6 +132,13 @@ def test_an_empty_folder_is_filled(raw, tmp_path):
   assert len(load(tmp_path / "out", "val")) == 1
 
 
+@pytest.mark.parametrize(("name", "said"), [("laion2b-en", ["en"]), ("cc3m-train", [])])
+def test_tars_whose_split_no_config_reads_are_named_before_hours_of_work(tmp_path, caplog, name, said):
+  write_tar(tmp_path / f"{name}-00000.tar", {"0.png": picture(0), "0.txt": b"x"})
+  parts.tars(tmp_path)
+  assert [record.getMessage().split("split ")[1].split(";")[0] for record in caplog.records] == said
+
+
 @pytest.mark.parametrize(
   ("files", "message"),
   [

@@ -101,6 +101,14 @@ def test_splits_in_capitals_are_no_classes(tmp_path):
     image_folder.find_parts(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["valid", "Validation"])
+def test_a_held_out_split_is_val_whatever_its_folder_is_called(tmp_path, name):
+  for folder in ("train/cat", f"{name}/cat"):
+    put(tmp_path / folder / "a.png", picture(0))
+  found = {part.split: [pair.key for pair in part] for part in image_folder.find_parts(tmp_path)}
+  assert found == {"train": ["train/cat/a.png"], "val": [f"{name}/cat/a.png"]}
+
+
 def test_what_an_editor_or_a_system_hides_is_no_class_and_no_image(tmp_path):
   for name in ("cat/1.png", "dog/1.png", "cat/._1.png", ".ipynb_checkpoints/1.png", "__MACOSX/cat/1.png"):
     put(tmp_path / "alone" / name, picture(0))

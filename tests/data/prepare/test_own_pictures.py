@@ -379,10 +379,11 @@ def columns(**values) -> bytes:
   "content, asked, message",
   [
     ({}, {}, "no pictures in .*raw; --source is a folder of x.jpg with x.txt"),
-    ({"a.png": picture(0)}, {}, "has 1 pictures and no caption; put x.txt or x.caption beside x.jpg"),
+    ({"a.png": picture(0)}, {}, "has 1 pictures and no caption; put x.txt or x.caption beside x.jpg, or a metadata"),
     ({"a/a.png": b"", "b/a.txt": b"a"}, {}, "1 pictures and 1 captions, none for the other; put x.txt into the folder"),
     ({"a.txt": b"a"}, {}, "has 1 captions and no picture; put x.jpg, .png or .webp beside x.txt"),
     ({"0.tar": b""}, {}, "holds tars; prepare_data pairs reads those"),
+    ({"a/0.tar": b""}, {}, "raw/a holds tars; prepare_data pairs reads those"),
     ({"0.tar": b"", "0.parquet": columns(url=["x"])}, {}, "holds tars; prepare_data pairs reads those"),
     ({"a.png": picture(0), "a.txt": b"a"}, {}, "has one pair; give at least two, .* or --held_out=0"),
     (
