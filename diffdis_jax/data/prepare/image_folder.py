@@ -28,7 +28,7 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   over all splits; a record has the number as `label` and the folder's name as `class`.
 
   Raises:
-    UserError: no folder, or none of images in it.
+    UserError: no folder, or none of images in it; splits mixed with classes, or in one of them.
   """
   parts.check_folder(source, "a folder of class folders")
   children = sorted(_folders(source))
@@ -40,6 +40,11 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   roots = splits or {"train": source}
   # Over all splits, so that a class which one of them lacks moves no other's number.
   classes = in_order({path.name for root in roots.values() for path in _folders(root)})
+  # Of --source one folder too high each data set would be a class, its test images among them.
+  for path in (path for root in roots.values() for path in _folders(root)):
+    inside = sorted(each.name for each in _folders(path) if each.name.lower() in SPLITS)
+    if len(inside) > 1:
+      raise UserError(f"{path} has the folders {', '.join(inside)}; if they are splits, give it as --source")
   found: list[Part] = []
   for split, root in roots.items():
     items = []

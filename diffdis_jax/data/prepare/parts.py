@@ -127,13 +127,20 @@ def is_hidden(name: str) -> bool:
 
 
 def names_below(folder: pathlib.Path) -> Iterator[str]:
-  """Files at any depth, relative, in order; without hidden ones. Raises OSError: a folder cannot be read."""
+  """Files at any depth, relative, in order; without hidden ones, and what a link to a folder leads to.
+
+  Raises:
+    OSError: a folder cannot be read.
+  """
 
   def stop(error: OSError) -> None:
     raise error
 
   for path, below, names in os.walk(folder, onerror=stop):
     below[:] = sorted(name for name in below if not is_hidden(name))
+    for name in below:
+      if os.path.islink(os.path.join(path, name)):  # which might lead around in a circle
+        logging.warning("%s is a link to a folder, and left out; copy or mount it there", os.path.join(path, name))
     inside = pathlib.Path(path).relative_to(folder).as_posix()
     yield from (posixpath.normpath(f"{inside}/{name}") for name in sorted(names) if not is_hidden(name))
 

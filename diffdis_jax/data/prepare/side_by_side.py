@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from absl import logging
+
 from diffdis_jax.data import image_files, records, tars
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.card import spread
@@ -123,12 +125,32 @@ def _by_split(root: pathlib.Path, samples: Sequence[Sample], fields: tuple[str, 
   a README.txt or a folder `test` without captions, is counted in one of these."""
   whole = {sample.folder for sample in samples if sample.is_whole}
   if not whole or not whole <= SPLITS:
+    _warn_of_deeper_splits(root, samples)
     return [Samples("train", root, samples, fields)]
   elsewhere = "train" if "train" in whole else min(whole)
   by_split: dict[str, list[Sample]] = {}
   for sample in samples:
     by_split.setdefault(sample.folder if sample.folder in whole else elsewhere, []).append(sample)
   return [Samples(split, root, of_split, fields) for split, of_split in sorted(by_split.items())]
+
+
+def _warn_of_deeper_splits(root: pathlib.Path, samples: Sequence[Sample]) -> None:
+  """Where --source is a folder too high, what is held out would be trained on, and nobody be told."""
+  found: dict[str, set[str]] = {}
+  for folders in {posixpath.dirname(sample.key) for sample in samples}:
+    above = ""
+    for name in folders.split("/"):
+      if above and name.lower() in SPLITS:
+        found.setdefault(above, set()).add(name)
+      above = posixpath.join(above, name)
+  for above, names in found.items():
+    if len(names) > 1:
+      logging.warning(
+        "%s has the folders %s, which are splits directly below --source alone, and parts of train here; if they are"
+        " splits, give it as --source",
+        root / above,
+        ", ".join(sorted(names)),
+      )
 
 
 def beside(source: pathlib.Path, names: Sequence[str], asked: Asked) -> list[Pairs]:

@@ -109,6 +109,14 @@ def test_a_held_out_split_is_val_whatever_its_folder_is_called(tmp_path, name):
   assert found == {"train": ["train/cat/a.png"], "val": [f"{name}/cat/a.png"]}
 
 
+def test_a_source_one_folder_too_high_is_no_class(tmp_path):
+  for folder in ("imagenette/train/cat", "imagenette/val/cat", "other/cat"):
+    put(tmp_path / folder / "a.png", picture(0))
+  with pytest.raises(UserError, match="imagenette has the folders train, val; if they are splits, give it as --source"):
+    image_folder.find_parts(tmp_path)
+  assert {part.split for part in image_folder.find_parts(tmp_path / "imagenette")} == {"train", "val"}
+
+
 def test_what_an_editor_or_a_system_hides_is_no_class_and_no_image(tmp_path):
   for name in ("cat/1.png", "dog/1.png", "cat/._1.png", ".ipynb_checkpoints/1.png", "__MACOSX/cat/1.png"):
     put(tmp_path / "alone" / name, picture(0))

@@ -120,6 +120,21 @@ def test_a_file_beside_folders_that_are_splits_mixes_none_of_them(tmp_path, stra
   assert reports["train"].skipped == lacks and not reports["val"].skipped
 
 
+def test_splits_and_links_that_are_not_looked_for_are_named(tmp_path, caplog):
+  for i, folder in enumerate(("own/train/a", "own/test")):
+    put(tmp_path / "raw" / folder / f"{i}.png", picture(i))
+    put(tmp_path / "raw" / folder / f"{i}.txt", b"a")
+  (tmp_path / "raw" / "own" / "more").symlink_to(tmp_path / "raw" / "own" / "train")
+  assert {part.split for part in pictures.find_parts(tmp_path / "raw", Asked())} == {"train", "val"}
+  link, splits = (record.getMessage() for record in caplog.records)
+  assert link.endswith("raw/own/more is a link to a folder, and left out; copy or mount it there")
+  assert "raw/own has the folders test, train, which are splits directly below --source alone, and parts" in splits
+  caplog.clear()
+  (tmp_path / "raw" / "own" / "more").unlink()
+  assert {part.split for part in pictures.find_parts(tmp_path / "raw" / "own", Asked(held_out=0))} == {"train", "test"}
+  assert caplog.records == []
+
+
 @pytest.mark.parametrize("table", [False, True])
 def test_a_split_without_captions_hinders_no_other(tmp_path, table):
   """As competitions publish their test images."""
