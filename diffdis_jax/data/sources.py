@@ -145,7 +145,10 @@ class _Pairs(Section):
       if report.get(what)
     ]
     there = f"{info.name} {info.version} in {self.path}, split {self.split}"
-    return "; ".join([f"{there}: {info.splits[self.split].num_examples:,} records", *counts])
+    return "; ".join([f"{there}: {self._count(info)}", *counts])
+
+  def _count(self, info: Any) -> str:
+    return f"{info.splits[self.split].num_examples:,} records"
 
 
 class _Latents(_Pairs):
@@ -155,6 +158,11 @@ class _Latents(_Pairs):
     return latents.open_latents(
       self.path, split=self.split, num_images=self.num_images, caption_fields=self.caption_fields
     )
+
+  def _count(self, info: Any) -> str:
+    # A record is a view: a number of steps follows from the images.
+    views = info.metadata["latents"]["views"]
+    return f"{info.splits[self.split].num_examples // views:,} images, views of each: {views}"
 
 
 class _LongTailed(Section):
