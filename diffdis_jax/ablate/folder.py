@@ -85,9 +85,14 @@ class Folder:
     return self.path / "logs" / f"{run.name}.log"
 
   def config(self, run: Run) -> dict[str, Any]:
-    """Of its training: `init_from` is the workdir of what it starts from, if there is one."""
+    """Of its training: `init_from` is the workdir of what it starts from, if there is one; of a run that has a
+    checkpoint, that where it began, since the folder may have moved."""
+    if run.start is None:
+      return run.config
     # Not in the plan's config: a path would make the run's hash, and so its name, depend on the folder.
-    return run.config | ({"init_from": self.workdir(run.start)} if run.start else {})
+    path = buckets.path(self.workdir(run))
+    began = files.read_object(path / "config.json").get("init_from") if committed.latest_step(path) else None
+    return run.config | {"init_from": began or self.workdir(run.start)}
 
   def read(self, run: Run) -> Results | None:
     """Its results, if every evaluation has one. Raises UserError: the file holds something else."""
@@ -117,10 +122,13 @@ class Folder:
     """Raises UserError where the folder's runs are of another base."""
     file = self.path / "base.json"
     if not file.exists():
-      # A folder of something else is left as it is.
-      if self.path.is_dir() and any(self.path.iterdir()):
-        raise UserError(f"--out={self.path} is not empty and holds no ablations (no base.json); take a new folder")
-      return
+      names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set[str]()
+      # Tasks of an array begin at one moment: another one may be writing the file, or have written it just now.
+      if file.name not in names:
+        # A folder of something else is left as it is.
+        if any(not name.startswith(f".{file.name}.") for name in names):
+          raise UserError(f"--out={self.path} is not empty and holds no ablations (no base.json); take a new folder")
+        return
     try:
       there = files.read_json(file)
     except UserError as error:

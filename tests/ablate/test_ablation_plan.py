@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 
+from diffdis_jax import config as run_config
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import tables
 from diffdis_jax.ablate.folder import Folder
@@ -232,6 +233,37 @@ def test_a_folder_is_of_one_base(tmp_path):
       folder.check(plan)
   with pytest.raises(UserError, match="is not empty and holds no ablations"):
     Folder(pathlib.Path(__file__).parent).check(plan)
+
+
+def test_tasks_that_begin_at_one_moment_take_one_folder(tmp_path, monkeypatch):
+  """Another task of an array is writing base.json, or has written it between two looks."""
+  folder, being_written = Folder(tmp_path), tmp_path / ".base.json.0123abcd.tmp"
+  being_written.touch()
+  folder.open(make_plan())
+  assert not being_written.exists()  # nobody is: its process was killed
+  (tmp_path / "runs").mkdir()
+  exists = type(folder.path).exists
+  monkeypatch.setattr(type(folder.path), "exists", lambda path: path.name != "base.json" and exists(path))
+  folder.check(make_plan())
+  other = base()
+  other.loss.ita_weight = 0.5
+  with pytest.raises(UserError, match="ablations of another base"):
+    folder.check(make_plan(other))
+
+
+def test_a_run_resumes_where_its_folder_was_moved(tmp_path):
+  """Its config.json names the autoencoder's old path; one without a checkpoint still has to read the autoencoder."""
+  before, plan = Folder(tmp_path / "before"), make_plan(names=["4"], seeds=(0,))
+  _, first, second = plan.runs
+  for run in (first, second):
+    path = workdir.open_for_training(before.workdir(run), run_config.Run.of(before.config(run)).to_dict())
+  (path / "checkpoints" / "4").mkdir(parents=True)
+  (path / "checkpoints" / "4" / "commit_success.txt").touch()
+  (tmp_path / "before").rename(tmp_path / "after")
+  after = Folder(tmp_path / "after")
+  for run, where in ((first, after), (second, before)):
+    assert after.config(run)["init_from"] == where.workdir(run.start)
+    assert bool(workdir.check_config(after.workdir(run), after.config(run))) is (where is after)
 
 
 def test_init_from_is_the_autoencoders_workdir_from_wherever_one_starts(tmp_path, monkeypatch):
