@@ -80,7 +80,6 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "make emoji-small",
     "python -m diffdis_jax.demo --out=runs/s1",
     "python -m diffdis_jax.ablate run --base=shapes --tables=2,3,4,5,7 --seeds=0,1,2",
-    "python -m diffdis_jax.ablate run --base=scenes --arms=replication:e1",
     "python -m diffdis_jax.ablate run --base=scenes:measured=test --arms=replication:",
     "python -m diffdis_jax.ablate run --base=emoji:path=data/emoji --arms=replication:",
     "python -m diffdis_jax.ablate run --base=shapes_lt --arms=replication:",

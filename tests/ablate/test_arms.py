@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from ml_collections import ConfigDict
 
+from configs.replication import EXPERIMENTS
 from diffdis_jax.ablate import arms, render, summary, tables
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import run as running
@@ -15,7 +17,7 @@ from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError
 from docs.measured import records, replication
-from tests import tiny
+from tests import pages, tiny
 from tests.ablate.synthetic import write
 
 BASE = "tests/tiny.py"
@@ -51,6 +53,15 @@ def plan_of(experiment, seeds=(3, 5)):
   config = tables.changed(tiny.get_config().to_dict(), {"batch_size": 4})
   autoencoder = tiny.get_config("autoencoder").to_dict()
   return planning.make(config, autoencoder, [experiment.table], seeds, own_starts=True, claims=experiment.claims)
+
+
+def test_the_experiments_of_the_pages_have_what_they_compare():
+  """Their bases measure the columns of the claims; CLIP's rates are in no claim."""
+  given = [dict(re.findall(r"--(\w+)=(\S+)", pages.as_module(command.line))) for command in pages.commands()]
+  asked = {(flags["base"], flags["arms"]) for flags in given if "arms" in flags}
+  assert {path for _, path in asked} == {f"replication:{name}" for name in EXPERIMENTS}
+  for base, path in asked:
+    assert bool(arms.read(path, base=base, overrides={}).claims) is (path != "replication:e4_rates")
 
 
 def test_each_seed_has_its_own_chain(read):
