@@ -148,6 +148,11 @@ def test_arms_start_from_each_other(tmp_path, environment):
     ([GRID, "--schedule=cosine"], "--schedule is of the paper's tables; give --tables, or leave it out"),
     ([GRID, "--table7_gamma=0.3"], "--table7_gamma is of the paper's tables; give --tables, or leave it out"),
     ([GRID, "--config.seed=7"], "--config.seed has no effect on an ablation, .* --seeds=0,1,2; give those"),
+    (
+      [GRID, "--config.loss.ita_weight=0.5"],
+      "--config.loss.ita_weight=0.5 has no effect on these rows, which have values of their own, 0.01, 0.3; leave it"
+      " out",
+    ),
     (["--arms=tests/tiny_arm.py"], "no config tests/tiny_arm.py; did you mean tests/tiny_arms.py[?]"),
   ],
 )

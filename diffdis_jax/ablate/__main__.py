@@ -38,6 +38,7 @@ from diffdis_jax.evals import registry, sections
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import ResultFile
 from diffdis_jax.parallel import executables, processes, sharding
+from diffdis_jax.run import workdir
 from diffdis_jax.training import loop
 
 FLAGS = flags.FLAGS
@@ -114,6 +115,7 @@ def make_plan() -> Plan:
     raise UserError(f"--seeds={','.join(FLAGS.seeds)} should be whole numbers, such as 0,1,2") from None
   autoencoder = planning.find_autoencoder(path, overrides, base)
   plan = planning.make(base, autoencoder, asked, seeds, own_starts=bool(FLAGS.arms), claims=claims)
+  _check_overrides(plan, overrides)
   # All of them before any is started: a row that no run can have should not fail after hours.
   for each in plan.runs:
     try:
@@ -122,6 +124,20 @@ def make_plan() -> Plan:
     except UserError as error:
       raise UserError(f"run {each.name}: {error}") from error
   return plan
+
+
+def _check_overrides(plan: Plan, overrides: Mapping[str, Any]) -> None:
+  """Raises UserError for one that no run has, since every row or arm has a value of its own."""
+  fields = {run: workdir.flatten(run.config) for run in plan.runs}
+  of_rows = [fields[run] for runs in plan.rows.values() for run in runs]
+  for field, value in workdir.flatten(overrides).items():
+    own = dict.fromkeys(repr(each[field]) for each in of_rows if field in each)
+    # Also of a start, such as the autoencoder. Of `train_evals` those of what a run does not train are left out.
+    if own and field != "train_evals" and value not in [each.get(field) for each in fields.values()]:
+      raise UserError(
+        f"--config.{field}={value} has no effect on these rows, which have values of their own, {', '.join(own)}; leave"
+        " it out"
+      )
 
 
 def check_evaluations(config: Mapping[str, Any]) -> None:
