@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import flags
+from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import evaluate
@@ -178,7 +178,10 @@ def run_one(one: Run, plan: Plan, folder: Folder) -> None:
   # While it trains, train hears SIGTERM and Ctrl-C and saves. Else what is there is on the disk: it ends at once.
   with processes.PreemptionHandler(sharding.batch_sharding(sharding.make_mesh(**one.config["mesh"]))).listening():
     train = functools.partial(loop.train_and_evaluate, folder=executables.of_user())
-    running.run(one, folder, train=train, measure=measure)
+    if running.is_needed(one, plan, folder):
+      running.run(one, folder, train=train, measure=measure)
+    else:
+      logging.info("%s: all runs that start from it are finished; nothing to do", one.name)
 
 
 def measure(one: Run, path: str, out: str) -> None:

@@ -49,6 +49,12 @@ def select(plan: Plan, only: str) -> list[int]:
   return list(range(int(number), len(plan.runs), int(count))) if slash else [int(number)]
 
 
+def is_needed(one: Run, plan: Plan, folder: Folder) -> bool:
+  """Of a run that is a start alone, whether a row that starts from it is left to do; of others true, since `run` leaves
+  them alone where they are finished. The same on every process."""
+  return bool(one.evals) or _as_first_sees(lambda: one in to_do(plan, {run: folder.state(run) for run in plan.runs}))
+
+
 def run(
   one: Run,
   folder: Folder,

@@ -173,9 +173,11 @@ def test_a_start_that_no_row_needs_any_more_is_not_trained_again(plan, tmp_path)
   lines = {number: f"open({str(begun)!r}, 'a').write('{number} ')" for number in range(3)}
   assert running.run_all(plan, [0, 1, 2], folder, script(lines)) == 0 and begun.read_text() == "0 2 "
   assert status.lines(plan, folder, None)[-1].startswith("3 runs, 1 finished")
+  assert running.is_needed(plan.runs[0], plan, folder)
   synthetic.write(folder, plan.runs[2], {})
   assert running.run_all(plan, [0, 1, 2], folder, script(lines)) == 0 and begun.read_text() == "0 2 "
   assert status.lines(plan, folder, None)[-1] == "3 runs, 3 finished"
+  assert not running.is_needed(plan.runs[0], plan, folder)  # by --only=0
 
 
 def test_of_several_processes_the_first_says_what_is_done(plan, tmp_path, monkeypatch):
