@@ -6,6 +6,7 @@ Its file has a `get_config` as a run's config has. configs/replication.py is one
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,7 +112,9 @@ def read(path: str, *, base: str, overrides: Mapping[str, Any]) -> Read:
     raise UserError(f"--arms={path} has no arm that is measured")
   claims = tuple(read_section(Claim, each, "claims") for each in experiment.claims)
   _check(claims, measured)
-  name, some = path.rpartition(":")[2], frozenset(experiment.only_some_have)
+  file, _, argument = path.partition(":")  # as `read_config` has it
+  # Not the path, since tables.json is published.
+  name, some = argument or pathlib.PurePath(file).stem, frozenset(experiment.only_some_have)
   return Read(Table(name=name, title=experiment.title, rows=measured, base=None, only_some_have=some), claims)
 
 

@@ -17,6 +17,7 @@ from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.ablate.tables import PAPER_METRICS, Row, Table
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import Results, differences
 from diffdis_jax.run import provenance
 from diffdis_jax.run.workdir import digest
@@ -216,7 +217,7 @@ def _row(row: Row, cells: Mapping[str, Any], *, is_base: bool, runs: Sequence[st
   paper = dict(zip(PAPER_METRICS, row.paper, strict=True)) if row.paper else {}
   return {
     "label": row.label,
-    "changes": dict(row.changes),
+    "changes": provenance.public(row.changes),
     "is_base": is_base,
     "runs": list(runs),
     "cells": dict(cells),
@@ -225,7 +226,8 @@ def _row(row: Row, cells: Mapping[str, Any], *, is_base: bool, runs: Sequence[st
 
 
 def _run(run: Run, results: Results | None, folder: Folder, names: Mapping[Run, str]) -> dict[str, Any]:
-  """Of a run: its config, and the metrics and protocols of its evaluations, None where it is not finished.
+  """Of a run: its config, and the metrics and protocols of its evaluations, None where it is not finished; of a metric
+  that is not finite, None.
 
   `minutes` are those of its own training steps, None where its workdir is gone.
   `provenance` is the run's own, with what it began from; None in results that have none.
@@ -234,7 +236,8 @@ def _run(run: Run, results: Results | None, folder: Folder, names: Mapping[Run, 
   origin: dict[str, Any] | None = None
   if results is not None:
     records = _records(run, results)
-    measured = {name: {key: record[key] for key in ("metrics", "protocol")} for name, record in records.items()}
+    finite = result_files.as_written({run.name: records})[run.name]
+    measured = {name: {key: record[key] for key in ("metrics", "protocol")} for name, record in finite.items()}
     origin = next((record["provenance"]["run"] for record in records.values() if "provenance" in record), None)
   return {
     "config": provenance.public(run.config),

@@ -115,10 +115,15 @@ class ResultFile:
     write(self._path, self.results)
 
 
+def as_written(results: Mapping[str, Any]) -> Results:
+  """The same with null for what is not finite, as the file has it."""
+  return _with_metrics(results, lambda value: value if math.isfinite(value) else None)
+
+
 def write(path: str, results: Mapping[str, Any]) -> None:
   """On process 0. Raises UserError: it cannot be written."""
   if processes.is_first():
-    write_text(path, files.as_json(_with_metrics(results, lambda value: value if math.isfinite(value) else None)))
+    write_text(path, files.as_json(as_written(results)))
 
 
 def check_out(path: str) -> None:

@@ -277,7 +277,9 @@ def test_a_figure_that_is_not_finite_is_left_out_and_told(measured, caplog, figu
   plan, folder = measured
   write(folder, plan.rows["4", 0][1], {"test": figure})
   write(folder, plan.rows["4", 0][2], {"test": 0.8})
-  off, on = summarised(plan, folder)["tables"]["4"]["rows"]
+  found = summarised(plan, folder)
+  assert found["runs"][plan.rows["4", 0][1].name]["evaluations"]["test"]["metrics"]["acc1"] is None  # as JSON has it
+  off, on = found["tables"]["4"]["rows"]
   assert [*off["cells"]["test/acc1"]["values"]] == ["0", "2"] and off["cells"]["unseen/acc1"]["n"] == 3
   assert off["cells"]["test/acc1"]["difference"]["n"] == 2 and on["cells"]["test/acc1"]["n"] == 3
   assert f"{plan.rows['4', 0][1].name}: test/acc1 is {figure}, and is left out" in caplog.text

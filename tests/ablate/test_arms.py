@@ -87,6 +87,21 @@ def test_each_seed_has_its_own_chain(read):
   assert folder.config(plan.runs[4])["init_from"] == folder.workdir(plan.runs[2])
 
 
+@pytest.mark.parametrize("path, name", [("/home/me/mine.py", "mine"), ("/home/me/mine.py:rare", "rare")])
+def test_a_table_has_no_path_of_a_machine(read, monkeypatch, tmp_path, path, name):
+  read()
+  original = cli.read_config
+  monkeypatch.setattr(
+    cli, "read_config", lambda each, flag="config": original("file:x" if each == path else each, flag)
+  )
+  arms_of = (dict(name="alone", changes=dict(data=dict(path="/home/me/data"))),)
+  monkeypatch.setitem(FIELDS, "arms", arms_of)
+  monkeypatch.setitem(FIELDS, "claims", ())
+  experiment = arms.read(path, base=BASE, overrides={})
+  found = summary.summarise(plan_of(experiment), Folder(tmp_path), (), base="tiny")
+  assert [*found["tables"]] == [name] and "/home/me" not in json.dumps(found)
+
+
 def test_an_arm_may_have_a_speed_of_its_own(read):
   """`first`, 30 s: by its objectives 2 s a step, by its own name 3 s."""
   slower = tuple(each | {"speed": "slow"} if each["name"] == "first" else each for each in ARMS)
