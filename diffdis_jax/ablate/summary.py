@@ -26,6 +26,7 @@ Figures = Mapping[str, Mapping[int, float]]  # of a row: column -> seed -> figur
 # What of a protocol follows from a field that rows may change; else it is the field's own last name.
 FOLLOWS = {
   "num_steps": "checkpoint",
+  "condition_timestep": "timestep",  # at which linear_probe reads the middle map
   "optim.ema_decay": "ema",  # with 0 there are no averaged weights
   "text_diffusion.target": "normalize_query",  # queries of the target `noise` have no length of their own
   "inference.generation_steps": "steps",
@@ -95,9 +96,13 @@ def check_protocols(table: Table, results: Mapping[Run, Results | None], folder:
         other, theirs = first.setdefault((section["task"], name, settings, *key), (run, protocol))
         if different := differences([theirs, protocol], ignored={*ignored, *left_out}):
           field, (there, here) = next(iter(different.items()))
+          # Measured again, another network would lack it again.
+          lacking = table.base is None and (field in theirs) != (field in protocol)
+          remedy = f", or name {field} in only_some_have of --arms, if one of the arms has none" if lacking else ""
           raise UserError(
             f"table {table.name} would mix protocols: {name} was measured with {field} {there!r} in"
-            f" {folder.results(other)} and {here!r} in {folder.results(run)}; remove one of them, and measure it again"
+            f" {folder.results(other)} and {here!r} in {folder.results(run)}; remove one of them, and measure it"
+            f" again{remedy}"
           )
 
 

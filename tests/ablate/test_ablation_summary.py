@@ -246,6 +246,7 @@ def test_protocols_are_not_mixed(tmp_path):
     ("num_steps=4,8", [], [{"checkpoint": 4}, {"checkpoint": 8}]),
     ("optim.ema_decay=0.0,0.9", [], [{"ema": False}, {"ema": True}]),
     ("", ["2"], [{"normalize_query": False}, {"normalize_query": True}]),
+    ("", ["7"], [{"timestep": 0}, {"timestep": 999}, {"timestep": 1000}]),
   ],
 )
 def test_what_the_rows_change_themselves_may_differ(tmp_path, grid, names, protocols):

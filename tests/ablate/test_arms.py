@@ -224,5 +224,7 @@ def test_without_a_word_all_arms_have_one_protocol(read, tmp_path):
   for run in plan.runs:
     if run.evals:
       write(folder, run, {}, **({} if run.name.startswith("clip") else {"num_noise_samples": 4}))
-  with pytest.raises(UserError, match="mix protocols: test was measured with num_noise_samples 4 in .* and None in"):
+  mixed = "mix protocols: test was measured with num_noise_samples 4 in .* and None in .*; remove one of them, and "
+  remedy = "measure it again, or name num_noise_samples in only_some_have of --arms, if one of the arms has none"
+  with pytest.raises(UserError, match=mixed + remedy):
     summary.summarise(plan, folder, (), base="tiny")
