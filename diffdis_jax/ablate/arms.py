@@ -124,7 +124,11 @@ def _row(
   file, _, args = base.partition(":")
   config = cli.read_config(f"{file}:{','.join(filter(None, (args, arm.args)))}").to_dict()
   changes = workdir.flatten(arm.changes)
+  if "seed" in changes:
+    raise UserError(f"arm {arm.name} has a seed, which has no effect: all arms have those of --seeds; leave it out")
   if arm.minutes is not None:
+    if "num_steps" in changes:
+      raise UserError(f"arm {arm.name} has minutes and num_steps; leave out one of them")
     speed = arm.speed or "+".join(changes.get("objectives", config["objectives"]))
     if speed not in step_seconds:
       raise UserError(f"arm {arm.name} has minutes, and step_seconds has no {speed!r}; measure and add it")

@@ -177,6 +177,11 @@ def write_claim(plan, folder, figures):
     (dict(arms=(dict(name="a", measured=False),)), "has no arm that is measured"),
     (dict(arms=(dict(name="a", minutes=0.0),)), "arms.minutes is 0.0; it must be above 0"),
     (dict(arms=(dict(name="a", minutes=1.0),)), r"arm a has minutes, and step_seconds has no 'generation\+discrimi"),
+    (
+      dict(arms=(dict(name="a", minutes=1.0, changes=dict(num_steps=3)),)),
+      "arm a has minutes and num_steps; leave out",
+    ),
+    (dict(arms=(dict(name="a", changes=dict(seed=3)),)), "arm a has a seed, which has no effect: .* of --seeds"),
     (dict(arms=(dict(name="a", minutes=1.0, speed="x"),)), "arm a has minutes, and step_seconds has no 'x'"),
     (dict(claims=(CLAIM | dict(row="first"),)), "a claim names arm 'first'; measured are after, alone, clip"),
     (dict(claims=(CLAIM | dict(column="tets/acc1"),)), "a claim names column 'tets/acc1', which arm after lacks; it"),
