@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.replication import EXPERIMENTS
-from diffdis_jax.ablate import arms, render, summary, tables
+from diffdis_jax.ablate import arms, render, status, summary, tables
 from diffdis_jax.ablate import plan as planning
 from diffdis_jax.ablate import run as running
 from diffdis_jax.ablate.columns import columns_of
@@ -107,6 +107,12 @@ def test_an_arm_may_have_a_speed_of_its_own(read):
   slower = tuple(each | {"speed": "slow"} if each["name"] == "first" else each for each in ARMS)
   plan = plan_of(read(arms=slower, step_seconds={"generation": 2.0, "slow": 3.0}), (0,))
   assert [run.config["num_steps"] for run in plan.runs if run.name.startswith("first")] == [10]
+
+
+def test_the_hours_of_a_start_are_counted_by_the_seconds_that_are_given(read, tmp_path):
+  """Of 2 s a step: 15 steps of `first`, 6, 12 and 8 of the others; none of the autoencoder, whose steps are others."""
+  last = status.lines(plan_of(read(), (0,)), Folder(tmp_path), 2.0)[-1]
+  assert f"; {2 * (15 + 6 + 12 + 8) / 3600:.2f} hours of steps left" in last and "and 1 runs whose speed" in last
 
 
 def test_a_longer_start_makes_another_run(read):
