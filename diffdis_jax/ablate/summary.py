@@ -96,9 +96,12 @@ def check_protocols(table: Table, results: Mapping[Run, Results | None], folder:
         other, theirs = first.setdefault((section["task"], name, settings, *key), (run, protocol))
         if different := differences([theirs, protocol], ignored={*ignored, *left_out}):
           field, (there, here) = next(iter(different.items()))
-          # Measured again, another network would lack it again.
-          lacking = table.base is None and (field in theirs) != (field in protocol)
-          remedy = f", or name {field} in only_some_have of --arms, if one of the arms has none" if lacking else ""
+          remedy = ""
+          # Measured again, another network would lack it again, and other devices round a reference otherwise.
+          if table.base is None and (field in theirs) != (field in protocol):
+            remedy = f", or name {field} in only_some_have of --arms, if one of the arms has none"
+          elif field == "reference":
+            remedy = f", or give --config.evals.{name}.reference=F.npz, one file for all runs, which are measured again"
           raise UserError(
             f"table {table.name} would mix protocols: {name} was measured with {field} {there!r} in"
             f" {folder.results(other)} and {here!r} in {folder.results(run)}; remove one of them, and measure it"

@@ -238,6 +238,15 @@ def test_protocols_are_not_mixed(tmp_path):
     assert said in str(error.value)
 
 
+def test_references_of_two_devices_are_not_mixed(tmp_path):
+  """Rounded otherwise, they would differ again."""
+  plan, folder = make_plan(base("paper"), names=["4"], seeds=(0,)), Folder(tmp_path)
+  for run, digest in zip(summary.runs_of(plan, plan.tables[0]), "ab", strict=True):
+    write(folder, run, {}, reference={"name": "all of C", "sha256": digest})
+  with pytest.raises(UserError, match=r"or give --config.evals.\w+.reference=F.npz, one file for all runs"):
+    summarised(plan, folder)
+
+
 @pytest.mark.parametrize(
   "grid, names, protocols",
   [
