@@ -131,11 +131,17 @@ def equivalent(pairs: Sequence[float], bound: float) -> float | None:
   return float(stats.t.sf((bound - abs(found.mean)) / found.se, found.n - 1))
 
 
-def verdicts(pairs: Sequence[Sequence[float]], bounds: Sequence[float]) -> list[Verdict]:
-  """Of the comparisons of an experiment, each with its paired differences and its bound, in their order."""
-  differences = correct([paired(each) for each in pairs])
+def verdicts(pairs: Sequence[Sequence[float]], bounds: Sequence[float], *, named: int | None = None) -> list[Verdict]:
+  """Of the comparisons of an experiment, each with its paired differences and its bound, in their order.
+
+  Args:
+    pairs: of each comparison that has some.
+    bounds: of the same.
+    named: how many comparisons the experiment has, by which all are corrected; None for those that have a p.
+  """
+  differences = correct([paired(each) for each in pairs], named=named)
   p_values = [equivalent(each, bound) for each, bound in zip(pairs, bounds, strict=True)]
-  adjusted = iter(holm([p for p in p_values if p is not None]))
+  adjusted = iter(holm([p for p in p_values if p is not None], named=named))
   found = []
   for difference, bound, p in zip(differences, bounds, p_values, strict=True):
     p_holm = None if p is None else next(adjusted)
@@ -147,20 +153,23 @@ def verdicts(pairs: Sequence[Sequence[float]], bounds: Sequence[float]) -> list[
   return found
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-  """Adjusted p (Holm, 1979), in the order of `p_values`: that of rank i of m is the largest of (m - j) p_j, j <= i."""
-  order = np.argsort(p_values, kind="stable")
-  steps = (len(p_values) - np.arange(len(p_values))) * np.asarray(p_values)[order]
+def holm(p_values: Sequence[float], *, named: int | None = None) -> list[float]:
+  """Adjusted p (Holm, 1979), in the order of `p_values`: that of rank i of m is the largest of (m - j) p_j, j <= i.
+
+  `named`: m, where some of the tests have no p yet, as if theirs were 1; None for as many as there are.
+  """
+  order, m = np.argsort(p_values, kind="stable"), len(p_values) if named is None else named
+  steps = (m - np.arange(len(p_values))) * np.asarray(p_values)[order]
   adjusted = np.empty(len(p_values))
   # The running maximum keeps the order: a larger p never gets a smaller adjusted one.
   adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
   return adjusted.tolist()
 
 
-def correct(differences: Sequence[Difference]) -> list[Difference]:
-  """The differences of a table, in their order, with Holm's correction over all that have a p."""
+def correct(differences: Sequence[Difference], *, named: int | None = None) -> list[Difference]:
+  """The differences of a table, in their order, with Holm's correction over all that have a p, or as `holm` has it."""
   # Only of differences that were tested: others would make the correction stricter for nothing.
-  adjusted = iter(holm([each.p for each in differences if each.p is not None]))
+  adjusted = iter(holm([each.p for each in differences if each.p is not None], named=named))
   found = []
   for each in differences:
     p_holm = None if each.p is None else next(adjusted)

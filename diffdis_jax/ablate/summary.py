@@ -133,7 +133,8 @@ def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[s
 def claims_of(plan: Plan, results: Mapping[Run, Results | None]) -> list[dict[str, Any]]:
   """Of each claim its fields, `values`, the figures of both rows by seed, and its `significance.Verdict`.
 
-  A claim without a seed that both rows have finished has no verdict, and the others are corrected without it.
+  A claim without a seed that both rows have finished has no verdict. The others are corrected for it all the same: how
+  many comparisons there are was said before the runs, and does not depend on which of them are done or diverged.
   """
   rows = {row.label: (table.name, place) for table in plan.tables for place, row in enumerate(table.rows)}
   found, pairs = [], []
@@ -146,7 +147,9 @@ def claims_of(plan: Plan, results: Mapping[Run, Results | None]) -> list[dict[st
     pairs.append([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
     found.append({**dataclasses.asdict(claim), "values": {k: _by_text(v) for k, v in values.items()}, "verdict": None})
   whole = [place for place, each in enumerate(pairs) if each]
-  verdicts = significance.verdicts([pairs[i] for i in whole], [plan.claims[i].bound for i in whole])
+  verdicts = significance.verdicts(
+    [pairs[i] for i in whole], [plan.claims[i].bound for i in whole], named=len(plan.claims)
+  )
   for place, verdict in zip(whole, verdicts, strict=True):
     found[place]["verdict"] = dataclasses.asdict(verdict)
   return found

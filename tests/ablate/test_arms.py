@@ -166,6 +166,18 @@ def test_a_claim_without_runs_has_no_verdict(read, tmp_path):
   assert "| after − alone | test/acc1 |  |  |  |  | 3 |  |  |" in render.markdown(found)
 
 
+def test_claims_are_corrected_for_those_that_are_not_done(read, tmp_path):
+  """p by hand, of t = 11 √3 and two degrees: 1 - √(363 / 365). The other comparison counts, though it diverged."""
+  plan, folder = plan_of(read(claims=(CLAIM, CLAIM | dict(column="unseen/acc1"))), (0, 1, 2)), Folder(tmp_path)
+  for seed, of_seed in enumerate(zip(*(plan.rows[plan.tables[0].name, place] for place in (0, 1)), strict=True)):
+    for run, value in zip(of_seed, (0.5 + seed / 100, 0.4), strict=True):
+      write(folder, run, {"test": value, "unseen": float("nan")})
+  done, other = summary.summarise(plan, folder, columns_of(plan.base["evals"]), base="tiny")["claims"]
+  found = done["verdict"]["difference"]
+  assert found["p"] == pytest.approx(0.002744, abs=1e-6) and found["p_holm"] == 2 * found["p"]
+  assert done["verdict"]["p_equivalent_holm"] == 1.0 and other["verdict"] is None
+
+
 def write_claim(plan, folder, figures):
   for seed, values in enumerate(figures):
     for label, value in zip(("after", "alone"), values, strict=True):

@@ -80,6 +80,7 @@ def test_holm_by_hand():
   assert significance.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
   assert significance.holm([0.9, 0.6]) == [1.0, 1.0]
   assert significance.holm([]) == []
+  assert significance.holm([0.02, 0.01], named=4) == significance.holm([0.02, 0.01, 1.0, 1.0])[:2]
 
 
 def test_holm_is_closed_testing_by_bonferroni():
