@@ -26,7 +26,8 @@ of 16 pairs first, and without --out nothing else:
 `latents` stores a run's latents of --views augmented views of each image of a prepared data set, for training with
 data.name=latents at that image size; with --text also the output of its frozen text encoder:
 
-  diffdis prepare_data latents --workdir=RUN --data=DIR --out=DIR2 --views=4 --augment='{"crop": "random"}'
+  diffdis prepare_data latents --workdir=RUN --data=DIR --out=DIR2 --views=4 \\
+      --augment='{"crop": "random"}'
 
 `card` writes the card of a prepared data set again:
 
