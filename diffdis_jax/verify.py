@@ -16,7 +16,7 @@ from typing import NamedTuple
 from absl import flags
 from etils import epath
 
-from diffdis_jax.common import buckets, cli, one_file
+from diffdis_jax.common import buckets, cli, one_file, shipped
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import committed, digests
 
@@ -69,7 +69,7 @@ def verify(workdir: epath.PathLike) -> Iterator[Verified]:
   folder = committed.folder(workdir)
   paths = committed.all_steps(folder)
   if not paths:
-    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save")
+    raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{shipped.meant(workdir)}")
   for path in paths:
     yield _verified(path)
 

@@ -19,6 +19,7 @@ SUFFIX = ".safetensors"  # of a model
 IMPORT_FIRST = "; weights of PyTorch take diffdis import_weights first"
 # In a folder of diffusers, of open_clip and of transformers, whose config has the name of a run's.
 _OF_PYTORCH = ("model_index.json", "open_clip_config.json", "model.safetensors", "pytorch_model.bin")
+_SHOWN = 3  # of the runs below a folder
 _SHARED = {"__init__", "common"}  # what the files have in common: no configs
 _said: list[str] = []
 
@@ -44,10 +45,15 @@ def models() -> dict[str, pathlib.Path]:
 
 
 def meant(given: str | os.PathLike[str]) -> str:
-  """What to do with a name that is no workdir's: '; did you mean NAME?' where a trained model has almost this name, or
-  how the weights of PyTorch that are there become one; else empty."""
+  """What to do with a name that is no workdir's: '; did you mean NAME?' where a trained model has almost this name, the
+  runs below a folder such as the demo's or an ablation's, or how the weights of PyTorch that are there become one; else
+  empty."""
   if os.path.isfile(given) or any(os.path.isfile(os.path.join(given, name)) for name in _OF_PYTORCH):
     return IMPORT_FIRST
+  path = pathlib.Path(given)
+  if below := sorted(file.parent for deep in ("*", "runs/*") for file in path.glob(f"{deep}/config.json")):
+    more = f" and {len(below) - _SHOWN} more" if len(below) > _SHOWN else ""
+    return f"; below it are {', '.join(map(str, below[:_SHOWN]))}{more}"
   near = difflib.get_close_matches(os.fspath(given), models(), n=1)
   return f"; did you mean {near[0]}?" if near else ""
 

@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from diffdis_jax.common import shipped
+from diffdis_jax.config import fields
+from diffdis_jax.errors import UserError
 from tests.command_runs import ROOT
 
 OWN = """from configs import common, shapes{more}
@@ -35,6 +37,21 @@ def show(*args: str) -> subprocess.CompletedProcess[str]:
 def test_names_are_the_files_of_configs():
   assert {*shipped.names()} == {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "common"}
   assert shipped.file_of("shapes") == str(ROOT / "configs/shapes.py") and shipped.file_of("a/b.py") == "a/b.py"
+
+
+def test_a_folder_of_runs_is_no_run_and_those_below_it_are_named(elsewhere):
+  """As the demo's and an ablation's."""
+  assert shipped.meant("runs/demo") == ""
+  for run in ("runs/demo/autoencoder", "runs/demo/diffdis", *(f"ablation/runs/{i}" for i in range(5))):
+    (elsewhere / run).mkdir(parents=True)
+    (elsewhere / run / "config.json").write_text("{}")
+  assert shipped.meant("runs/demo") == "; below it are runs/demo/autoencoder, runs/demo/diffdis"
+  runs = ", ".join(f"ablation/runs/{i}" for i in range(3))
+  assert shipped.meant(elsewhere / "ablation").replace(f"{elsewhere}/", "") == f"; below it are {runs} and 2 more"
+  with pytest.raises(
+    UserError, match="no config.json in runs/demo; .*; below it are runs/demo/autoencoder, runs/demo/d"
+  ):
+    fields.read_fields("runs/demo")
 
 
 def test_a_config_is_found_by_its_name_in_another_folder(elsewhere):
