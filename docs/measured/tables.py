@@ -106,7 +106,7 @@ def shown() -> str:
       *_compared(f"{emoji}; rendered shapes", LEAD, RARE),
     ),
     (
-      say("the same gain: generation before discrimination, instead of as many minutes of discrimination alone"),
+      say("gain in top-1, unseen vendor: generation first, instead of as many minutes of discrimination alone"),
       *_compared(emoji, FIRST_AS_LONG),
     ),
     (
