@@ -28,15 +28,18 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   over all splits; a record has the number as `label` and the folder's name as `class`.
 
   Raises:
-    UserError: no folder, or none of images in it; splits mixed with classes, or in one of them.
+    UserError: no folder, or none of images in it; splits mixed with classes, in one of them, or twice.
   """
   parts.check_folder(source, "a folder of class folders")
   children = sorted(_folders(source))
   named = {path.name.lower(): path for path in children if path.name.lower() in SPLITS}
   splits = {CALLED.get(name, name): path for name, path in named.items()}
   # A class may be called `test`: only where all folders are splits are they taken for such.
-  if splits and len(splits) < len(children):
+  if named and len(named) < len(children):
     raise UserError(f"{source} mixes splits and classes: {', '.join(path.name for path in children[:10])}")
+  if len(splits) < len(named):
+    same = [path.name for name, path in named.items() if CALLED.get(name, name) == "val"]
+    raise UserError(f"{source} has {' and '.join(same)}, each of which would be split val; leave one of them")
   roots = splits or {"train": source}
   # Over all splits, so that a class which one of them lacks moves no other's number.
   classes = in_order({path.name for root in roots.values() for path in _folders(root)})

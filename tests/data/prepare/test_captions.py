@@ -107,6 +107,9 @@ def test_a_held_out_split_is_val_whatever_its_folder_is_called(tmp_path, name):
     put(tmp_path / folder / "a.png", picture(0))
   found = {part.split: [pair.key for pair in part] for part in image_folder.find_parts(tmp_path)}
   assert found == {"train": ["train/cat/a.png"], "val": [f"{name}/cat/a.png"]}
+  put(tmp_path / "val" / "cat" / "a.png", picture(0))
+  with pytest.raises(UserError, match="has .* and .*, each of which would be split val; leave one of them"):
+    image_folder.find_parts(tmp_path)
 
 
 def test_a_source_one_folder_too_high_is_no_class(tmp_path):
