@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -28,6 +28,7 @@ from diffdis_jax.data.prepare.staging import Report, Stage
 from diffdis_jax.errors import UserError
 
 DUPLICATE = "duplicate image"
+UNIQUE = ".unique"  # ending of a part's records without duplicates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,14 @@ class Settings:
   drop_duplicates: bool = False
   num_processes: int = 1
   beam_options: tuple[str, ...] = ()
+
+
+class _NoPair(UserError):
+  """Splits without one usable pair."""
+
+  def __init__(self, message: str, splits: Sequence[str]):
+    super().__init__(message)
+    self.splits = splits
 
 
 class _Shard(NamedTuple):
@@ -119,13 +128,16 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     staging.write_all(self._stage, parts, num_processes=settings.num_processes, beam_options=settings.beam_options)
     # After all parts are written: which one has an image first depends on no process's speed.
     duplicates = self._find_duplicates() if settings.drop_duplicates else {}
+    shards = {split: self._shards(parts, duplicates) for split, parts in self._parts.items()}
+    self.reports = {split: each.report for split, each in shards.items()}
+    if lacking := [split for split, each in shards.items() if not each.files]:
+      said = f"no usable pair in split {lacking[0]}: {_none_usable(self.reports[lacking[0]])}"
+      kept = [split for split in shards if split not in lacking]
+      raise _NoPair(said + (f"; what is finished of {' and '.join(kept)} is kept" if kept else ""), lacking)
     infos, metadata = [], cast(dict[str, Any], self.info.metadata)
-    for split, parts in self._parts.items():
-      self.reports[split], shards = self._shards(parts, duplicates)
-      if not shards:
-        raise UserError(f"no usable pair in split {split}: {_none_usable(self.reports[split])}")
-      infos.append(self._link(split, shards))
-      metadata[split] = dataclasses.asdict(self.reports[split])
+    for split, each in shards.items():
+      infos.append(self._link(split, each.files))
+      metadata[split] = dataclasses.asdict(each.report)
     for name, facts in self._stage.facts().items():
       metadata[name] = facts
     self.info.set_splits(tfds.core.SplitDict(infos))
@@ -138,7 +150,7 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
       assert report is not None  # write_all has written them all
       if dropped := duplicates.get(part.name, []):
         # Beside the part's own file, which stays as its report says it is.
-        path = path.with_suffix(".unique")
+        path = path.with_suffix(UNIQUE)
         keys = _copy_without(self._stage.records_of(part), path, set(dropped))
         report.pairs -= len(dropped)
         for key in keys:
@@ -272,9 +284,8 @@ def prepare(
     try:
       with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download there
         made.download_and_prepare()
-    except UserError as error:
-      if str(error).startswith("no usable pair"):  # trying again would not help
-        shutil.rmtree(partial)
+    except _NoPair as error:
+      _forget(partial, error.splits, parts, stage)
       raise
     # By one rename, so that `out` is whole or not there; what is left of the preparation goes after it.
     _described(made).replace(out)
@@ -321,24 +332,39 @@ def _only_process(partial: pathlib.Path) -> Iterator[None]:
     yield
 
 
+def _forget(partial: pathlib.Path, splits: Collection[str], parts: Sequence[Part], stage: Stage) -> None:
+  """Leaves of a preparation what is finished of other splits, so that these may be mended or taken out."""
+  if not (others := [part for part in parts if part.split not in splits]):
+    shutil.rmtree(partial)
+    return
+  plan = files.read_json(partial / "plan.json")
+  files.write_whole(partial / "plan.json", json.dumps({**plan, "source": _identities(others)}).encode())
+  for part in parts:
+    if part.split in splits:
+      stage.forget(part)
+  for copy in stage.folder.glob(f"*{UNIQUE}"):  # which images came before is found again
+    copy.unlink()
+
+
+def _identities(parts: Iterable[Part]) -> list[list[Any]]:
+  return [[part.split, *part.identity()] for part in parts]
+
+
 def _check_same(partial: pathlib.Path, parts: Sequence[Part], builder: type[CaptionedImages], stage: Stage) -> None:
-  """Writes down what is being prepared, or compares it with what was begun.
+  """Writes down what is being prepared, or compares it with what was begun, to which splits may have come.
 
   Raises:
     UserError: something else was begun.
   """
-  plan = {
-    "data set": builder.name,
-    **stage.identity(),
-    "source": [[part.split, *part.identity()] for part in parts],
-  }
+  plan = {"data set": builder.name, **stage.identity(), "source": _identities(parts)}
   path = partial / "plan.json"
-  if not path.exists():
-    files.write_whole(path, json.dumps(plan).encode())
-    return
-  begun = files.read_json(path)
-  begun = begun if isinstance(begun, dict) else {}
-  if differing := [key for key in plan if begun.get(key) != plan[key]]:
-    raise UserError(
-      f"{partial} holds an unfinished preparation with another {' and '.join(differing)}; give the same, or delete it"
-    )
+  if path.exists():
+    begun = files.read_json(path)
+    begun = begun if isinstance(begun, dict) else {}
+    splits = {split for split, *_ in begun.get("source", [])}
+    now = {**plan, "source": [each for each in plan["source"] if each[0] in splits]}
+    if differing := [key for key in now if begun.get(key) != now[key]]:
+      raise UserError(
+        f"{partial} holds an unfinished preparation with another {' and '.join(differing)}; give the same, or delete it"
+      )
+  files.write_whole(path, json.dumps(plan).encode())

@@ -126,6 +126,12 @@ class Stage:
     """One digest for each record, as void of 16 bytes."""
     return np.fromfile(self.folder / f"{part.name}.digests", f"V{DIGEST}")
 
+  def forget(self, part: Part) -> None:
+    """Has a part written again the next time."""
+    # The report first: it is what says that the others are whole.
+    for ending in (".json", ".digests", ".array_record"):
+      (self.folder / f"{part.name}{ending}").unlink(missing_ok=True)
+
   def write(self, part: Part) -> Report:
     """Writes one part, unless it is written.
 

@@ -2,6 +2,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,8 +78,8 @@ def test_several_processes_write_the_same_records(raw, tmp_path):
 
 def content(folder: pathlib.Path) -> list:
   """Names of files, records of each split in order, and the report."""
-  records = [load(folder, split) for split in ("train", "val")]
-  return [sorted(path.name for path in folder.iterdir()), records, (folder / "report.json").read_text()]
+  report = (folder / "report.json").read_text()
+  return [sorted(path.name for path in folder.iterdir()), [load(folder, split) for split in json.loads(report)], report]
 
 
 def test_names_and_captions_that_are_not_unicode(tmp_path):
@@ -147,8 +148,9 @@ def test_tars_whose_split_no_config_reads_are_named_before_hours_of_work(tmp_pat
     ({"pictures.tar": {"0.txt": b"x"}}, "cannot tell the split of pictures.tar"),
     ({"all-0.tar": {"0.txt": b"x"}}, "cannot tell the split of all-0.tar"),
     (
-      {"0.tar": {"0.png": picture(0), "0.txt": b"x"}, "val-0.tar": {"0.txt": b"x", "1.png": b"z", "1.txt": b"z"}},
-      "no usable pair in split val: 1 with missing image, 1 with corrupt image",
+      {"0.tar": {"0.txt": b"x", "1.png": b"z", "1.txt": b"z"}},
+      "no usable pair in split train: 1 with missing image, 1 with corrupt image, the first '0/0'; mend these, or take"
+      " them out of --source$",
     ),
   ],
 )
@@ -160,6 +162,28 @@ def test_bad_source_writes_nothing(tmp_path, files, message):
   with pytest.raises(UserError, match=message):
     prepare(tmp_path / "raw", tmp_path / "out")
   assert [p.name for p in tmp_path.iterdir()] == ([] if files is None else ["raw"])
+
+
+@pytest.mark.parametrize("drop_duplicates", [False, True])
+@pytest.mark.parametrize("mended", [False, True])
+def test_a_split_without_a_usable_pair_loses_nothing_of_the_others(many, tmp_path, caplog, mended, drop_duplicates):
+  """It may be mended, or taken out; the records are those of a preparation that never met it."""
+  raw = shutil.copytree(many, tmp_path / "raw")
+  (bad,) = raw.glob("val-*")
+  whole = bad.read_bytes()
+  write_tar(bad, {"0.txt": b"x", "1.png": b"z", "1.txt": b"z"})
+  message = "no usable pair in split val: 1 with missing image, .* out of --source; what is finished of train is kept$"
+  with pytest.raises(UserError, match=message):
+    prepare(raw, tmp_path / "out", drop_duplicates=drop_duplicates)
+  if mended:
+    bad.write_bytes(whole)
+  else:
+    bad.unlink()
+  caplog.set_level("INFO")
+  prepare(raw, tmp_path / "out", drop_duplicates=drop_duplicates)
+  assert f"resuming: 11 of {12 if mended else 11} parts are written" in caplog.text
+  prepare(raw, tmp_path / "direct", drop_duplicates=drop_duplicates)
+  assert content(tmp_path / "out") == content(tmp_path / "direct")
 
 
 def test_out_must_be_free(raw, tmp_path):
