@@ -37,7 +37,7 @@ EVALS = {
   "hog": Hog,
 }
 FORMER = {"agreement": "generation_accuracy", "recognition": "generation_accuracy"}  # names of tasks -> today's
-# What a run has to be trained for, one of them. A linear probe takes any, and hog none.
+# What a run has to be trained for, one of them. Hog needs none.
 MEASURES = {
   "zero_shot": ALIGNED,
   "retrieval": ALIGNED,
@@ -47,6 +47,7 @@ MEASURES = {
   "fid": GENERATIVE,
   "held_out_loss": tuple(dict.fromkeys(GENERATIVE + COMPARING)),
   "long_tail": ALIGNED,
+  "linear_probe": tuple(dict.fromkeys(GENERATIVE + ALIGNED)),  # of which an autoencoder alone has no features
 }
 GENERATING = ("generation_accuracy", "fid")  # images, of which --best_of keeps the best
 # Tasks that no config names; they are measured on the sets of another one.

@@ -161,6 +161,13 @@ def test_data_without_a_split_are_those_trained_on():
     linear_probe.LinearProbe(data={})
 
 
+def test_an_autoencoder_alone_has_no_features():
+  with pytest.raises(UserError, match="linear_probe measures generation or discrimination or contrastive"):
+    evals.check_objectives("val", "linear_probe", ("reconstruction",))
+  for objective in ("generation", "contrastive", "class_contrastive"):
+    evals.check_objectives("val", "linear_probe", (objective,))
+
+
 def test_the_protocol_says_which_splits(splits):
   evaluation = evals.create("linear_probe", data={"split": "test"}, val_split="val")
   assert {"train_split": "train", "val_split": "val"}.items() <= evaluation.protocol(Embedding()).items()
