@@ -4,7 +4,8 @@
   diffdis train --config=places_lt:stage=2,path=PLACES,init=STAGE1 --workdir=STAGE2
   diffdis evaluate --workdir=STAGE2 --tasks=long_tail --out=F.json
 
-START is any run with an image and a text side: DiffDis, CLIP, an imported CLIP; the network is that of its config.
+START is any run with an image and a text side: DiffDis, CLIP, an imported CLIP; the network is that of its config, but
+in bf16 and with full rematerialisation, however START computes.
 Without init=, as for preflight, backbone=diffdis|clip takes DiffDis at 256 px or CLIP ViT-L/14 at 224 px, the paper's
 two. PLACES holds the published lists, the text corpus and the images (docs/long_tail.md). set=imagenet is ImageNet-LT.
 
@@ -56,9 +57,10 @@ def get_config(arg: str = "") -> ConfigDict:
   common.check_choices(args, backbone=BACKBONES, set=SETS, stage=(1, 2))
   model, image_size = BACKBONES[args.backbone]
   config = common.base(model(), image_size=image_size)
-  config.model.remat = "full"
   if args.init:
     common.take_network(config, args.init)
+  # After the start's network, of which an import computes in f32 and keeps all activations: too much for these batches.
+  config.model.update(dtype="bfloat16", remat="full")
   known = SETS[args.set]
   epoch = known.images // BATCH
   config.batch_size, config.num_steps = BATCH, EPOCHS * epoch

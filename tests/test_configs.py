@@ -319,11 +319,15 @@ def test_long_tailed_runs_have_the_rates_of_vl_ltr(arg):
       assert bool(re.search(config.optim.no_decay, path)) == (len(step.shapes[path].shape) == 1), path
 
 
+OF_PLACES = {"dtype": "bfloat16", "remat": "full"}  # how places_lt computes, with a start and without
+
+
 def test_a_long_tailed_run_takes_the_network_of_its_start(tmp_path):
   emoji = get_config("emoji", "objectives=contrastive")
   (tmp_path / "config.json").write_text(json.dumps(emoji.to_dict()))
   config = get_config("places_lt", f"init={tmp_path}")
-  assert config.model.to_dict() == emoji.model.to_dict() and config.init_from == str(tmp_path)
+  # In f32 and without rematerialisation, as this start and any import compute, batches of 1024 would not fit.
+  assert config.model.to_dict() == emoji.model.to_dict() | OF_PLACES and config.init_from == str(tmp_path)
   assert (config.image_size, config.evals.test.data.image_size, config.data.max_length) == (32, 32, 16)
   with pytest.raises(ValueError, match="init=nowhere should be the workdir of a run: no folder nowhere"):
     get_config("shapes_lt", "init=nowhere")
@@ -337,7 +341,7 @@ def test_a_start_lies_in_a_bucket_or_in_one_file(bucket, tmp_path):
   emoji, start = get_config("emoji", "objectives=contrastive"), f"{bucket}/{tmp_path.name}"
   (buckets.path(start) / "config.json").write_text(json.dumps(emoji.to_dict()))
   config = get_config("places_lt", f"init={start}")
-  assert config.model.to_dict() == emoji.model.to_dict() and config.init_from == start
+  assert config.model.to_dict() == emoji.model.to_dict() | OF_PLACES and config.init_from == start
   with pytest.raises(ValueError, match="init=gs://bucket/.*nowhere should be the workdir of a run: no folder"):
     get_config("places_lt", f"init={bucket}/nowhere")
   config = get_config("shapes_lt", "init=emoji-small")
