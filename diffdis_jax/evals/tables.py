@@ -34,6 +34,8 @@ PAPER_NOTE = (
   "The paper's models are trained on CC3M. Of its means over twelve sets only differences are known: DiffDis is 1.65"
   " points above single-task models, and 4.7 above CLIP. It does not say which twelve sets, splits and prompts."
 )
+# Of a protocol, how an image's text query is denoised: fields of config.sections.Sampling.
+OF_DENOISING = ("steps", "num_noise_samples", "guidance", "normalize_query")
 Row = tuple[str, list[str]]
 
 
@@ -234,8 +236,12 @@ def _has_column(task: str, name: str) -> bool:
 def _mark(task: str, name: str, by_name: Mapping[str, Results], notes: list[str]) -> str:
   """A dagger where the protocols of the files differ for this set, and how they differ among the notes."""
   found = {title: results[task][name] for title, results in by_name.items() if name in results.get(task, {})}
+  protocols = [record["protocol"] for record in found.values()]
   # Models differ in these by nature, and may still be measured alike.
-  different = differences([record["protocol"] for record in found.values()], ignored=OF_A_MODEL)
+  different = differences(protocols, ignored=OF_A_MODEL)
+  # So they do in whether they denoise: CLIP has none of these settings, and is no other way of denoising.
+  denoising = differences(protocol for protocol in protocols if not {*OF_DENOISING}.isdisjoint(protocol))
+  different = {name: each for name, each in different.items() if name not in OF_DENOISING or name in denoising}
   for field, values in different.items():
     said = "; ".join(f"{title}: {_short(value)}" for title, value in zip(found, values, strict=True))
     notes.append(f"- {task}, {name}, {field}: {said}")

@@ -314,6 +314,16 @@ def test_side_by_side(tmp_path):
   assert not (tmp_path / "G.md").exists()
 
 
+def test_clip_which_denoises_nothing_stands_beside_diffdis():
+  """As in the paper's Table 1; two ways of denoising are still marked."""
+  how = {"steps": 1, "num_noise_samples": 1, "guidance": 1.0, "normalize_query": True}
+  of = {"diffdis": with_means(fabricated(12, seed=0, **how)), "clip": with_means(fabricated(12, seed=0))}
+  assert "†" not in tables.table(of)
+  marked = tables.table(of | {"four": with_means(fabricated(12, seed=0, **(how | {"num_noise_samples": 4})))})
+  assert "- zero_shot, dtd, num_noise_samples: diffdis: 1; clip: none; four: 4\n" in marked
+  assert "steps" not in marked
+
+
 def test_a_file_of_results_is_gone_on_from(tmp_path):
   path = str(tmp_path / "F.json")
   found = with_means(fabricated(2, steps=1, weights="x", reference={"sha256": "1"}))
