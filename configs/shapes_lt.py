@@ -44,7 +44,13 @@ def get_config(arg: str = "") -> ConfigDict:
     return start(args)
   config = common.base(BACKBONES[args.backbone](), image_size=32)
   if args.init:
-    common.take_network(config, args.init)
+    data = common.take_network(config, args.init)["data"]
+    # Its rare classes would be frequent here, and the accuracy on low classes not what it is called.
+    if data.get("name") == "shapes_lt" and data["seed"] != args.seed:
+      raise ValueError(
+        f"argument init={args.init} is a run of seed={data['seed']}, whose rare classes are not those of"
+        f" seed={args.seed}; give seed={data['seed']}"
+      )
   else:
     common.put_network(config, start(args).to_dict())
   config.seed = args.seed

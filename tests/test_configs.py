@@ -336,6 +336,15 @@ def test_a_long_tailed_run_takes_the_network_of_its_start(tmp_path):
     get_config("shapes_lt", f"init={tmp_path}")
 
 
+def test_a_long_tailed_run_and_its_start_have_the_same_rare_classes(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(get_config("shapes_lt", "stage=0,seed=1").to_dict()))
+  assert get_config("shapes_lt", f"init={tmp_path},seed=1").data.seed == 1
+  with pytest.raises(ValueError, match="is a run of seed=1, whose rare classes are not those of seed=0; give seed=1"):
+    get_config("shapes_lt", f"init={tmp_path}")
+  (tmp_path / "config.json").write_text(json.dumps(get_config("shapes", "").to_dict()))
+  assert get_config("shapes_lt", f"init={tmp_path},seed=1").init_from == str(tmp_path)  # where nothing is rare
+
+
 def test_a_start_lies_in_a_bucket_or_in_one_file(bucket, tmp_path):
   """As --config.init_from takes it, and as the runs of a pod have it."""
   emoji, start = get_config("emoji", "objectives=contrastive"), f"{bucket}/{tmp_path.name}"
