@@ -15,7 +15,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import results, sections
 from diffdis_jax.evals.sections import Section
-from tests.command_runs import call
+from tests.command_runs import ROOT, call
 
 pytest_plugins = ("tests.untrained", "tests.command_runs")
 
@@ -138,6 +138,11 @@ def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
   assert {name: evaluate.SETTINGS[name].kind for name in kinds} == kinds
   begins = "zero_shot, retrieval, choice: seed of the query's noise, and of the shuffle; generation_accuracy: seed of"
   assert evaluate.SETTINGS["seed"].help.startswith(begins)
+
+
+def test_the_page_has_every_task():
+  page = (ROOT / "docs/evaluation.md").read_text()
+  assert [task for task in evals.EVALS if f"| `{task}` |" not in page] == []
 
 
 @pytest.fixture
