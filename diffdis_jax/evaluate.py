@@ -139,6 +139,8 @@ def main(argv: Sequence[str]) -> None:
   if FLAGS.suite:
     results = measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
   else:
+    if processes.is_first():  # here, before hours that a user would rather write elsewhere
+      result_files.warn_of_lost(FLAGS.out, {(section.task, section.dataset) for section in sections})
     results = evaluate(FLAGS.workdir, sections, measured=functools.partial(result_files.write, FLAGS.out), **protocol)
     if "long_tail" in results:
       tables.write(FLAGS.workdir, results, FLAGS.out)

@@ -12,8 +12,8 @@ import pytest
 
 from diffdis_jax import evaluate
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import base, results, sections
 from diffdis_jax.evals import registry as evals
-from diffdis_jax.evals import results, sections
 from diffdis_jax.evals.sections import Section
 from tests.command_runs import ROOT, call
 
@@ -85,6 +85,22 @@ def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):
   with pytest.raises(KeyboardInterrupt):
     evaluate.evaluate("run", asked, measured=write)
   assert list(results.read(f"{tmp_path}/F.json")["zero_shot"]) == ["first"]
+
+
+def test_results_that_a_call_replaces_are_named(tmp_path, caplog):
+  """Of a suite they took hours, and a suite's own call keeps what is there."""
+  path = str(tmp_path / "F.json")
+  results.warn_of_lost(path, {("zero_shot", "pets")})
+  words = dict(dataset="pets", model="m", pretrained="run", task="zeroshot_classification")
+  record = base.make_record(**words, metrics={"acc1": 0.5}, protocol={"num_images": 4}, provenance={})
+  results.write(path, {"zero_shot": {"pets": record}})
+  results.warn_of_lost(path, {("zero_shot", "pets"), ("fid", "coco")})
+  assert not caplog.text
+  results.warn_of_lost(path, {("fid", "coco")})
+  assert f"--out={path} will lose its zero_shot on pets, which this call does not measure; name another" in caplog.text
+  (tmp_path / "F.json").write_text("[]")
+  results.warn_of_lost(path, set())
+  assert len(caplog.records) == 1
 
 
 def test_sections():

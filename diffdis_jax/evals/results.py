@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -136,6 +136,20 @@ def check_out(path: str) -> None:
     if not there.is_dir():
       raise UserError(f"cannot write --out={path}: {there} is a file; name a file in a folder")
     files.check_out(os.fspath(there / out.relative_to(there).parts[0]))
+
+
+def warn_of_lost(path: str, measured: Collection[tuple[str, str]]) -> None:
+  """Says so where the file has results that it will not have after a call which measures these tasks and data sets."""
+  try:
+    there = read(path) if buckets.path(path).exists() else {}
+  except UserError:  # no results
+    return
+  lost = [f"{task} on {name}" for task, records in there.items() for name in records if (task, name) not in measured]
+  if lost:
+    shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+    logging.warning(
+      "--out=%s will lose its %s, which this call does not measure; name another file to keep it", path, shown
+    )
 
 
 def write_text(path: str, text: str) -> None:
