@@ -42,6 +42,7 @@ from absl import flags, logging
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
 from diffdis_jax.common import cli, files, one_file, usage
+from diffdis_jax.config.model import ClipModel
 from diffdis_jax.config.objectives import ALIGNED
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.errors import UserError
@@ -131,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
   ranking, sampling = _given(RANKING), _sampling()
   check_failures(FLAGS.failures)
   of_images = [*ranking, *(["failures"] if FLAGS.failures else [])]
-  _check_effect(sections, record.objectives, [*of_images, *sampling])
+  _check_effect(sections, record.objectives, [*of_images, *sampling], is_clip=isinstance(record.model, ClipModel))
   protocol = {**sampling, **_given(LOADING), "ranking": ranking, "failures": FLAGS.failures or ""}
   if FLAGS.best:
     protocol["step"] = _best_step(FLAGS.workdir, record.checkpoint)
@@ -341,15 +342,20 @@ def _sampling() -> dict[str, Any]:
   return given
 
 
-def _check_effect(sections: Sequence[Section], objectives: Sequence[str], given: Sequence[str]) -> None:
+def _check_effect(
+  sections: Sequence[Section], objectives: Sequence[str], given: Sequence[str], *, is_clip: bool = False
+) -> None:
   """Of fields of RANKING and SAMPLING, and --failures. Raises UserError where one of them changes nothing."""
   of_queries = [name for name in given if name in SAMPLING and not name.startswith("generation_")]
   of_images = [name for name in given if name not in of_queries]
   if of_images and not any(section.task in registry.GENERATING for section in sections):
     raise UserError(f"--{of_images[0]} has no effect on these tasks, which generate nothing; leave it out")
-  if of_queries and not {*ALIGNED} & {*objectives}:
+  flag = f"--{RENAMED.get(of_queries[0], of_queries[0])}" if of_queries else ""
+  if flag and is_clip:  # here: what loads the model knows fields alone, and comes after the data
+    raise UserError(f"{flag} has no effect: this run is a CLIP model, which denoises nothing; leave it out")
+  if flag and not {*ALIGNED} & {*objectives}:
     raise UserError(
-      f"--{RENAMED.get(of_queries[0], of_queries[0])} is of text queries, and this run has no head that compares them;"
+      f"{flag} is of text queries, and this run has no head that compares them;"
       " leave it out, or give --generation_steps or --generation_guidance of its images"
     )
 
