@@ -143,6 +143,16 @@ def test_override():
     sections.override([Section("a", "zeroshot", {})], {})
 
 
+def test_parts_lie_beside_the_results_unless_the_flag_says_where_or_is_empty():
+  sets = [Section("a", "fid", {}), Section("b/c", "fid", {}), Section("a", "zero_shot", {})]
+  folders = lambda some, flags: [
+    section.settings.get("parts") for section in sections.with_parts(sections.override(some, flags), "new/F.json")
+  ]
+  assert folders(sets, {}) == ["new/F.parts/a", "new/F.parts/b-c", None]
+  assert folders(sets[:1], {}) == ["new/F.parts"] and folders(sets[:1], {"parts": "kept"}) == ["kept"]
+  assert folders(sets[:1], {"parts": ""}) == [""] and folders(sets, {"parts": ""}) == ["", "", None]
+
+
 def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
   """Except for objects, which no flag can give, and what has no default."""
   for task, made in evals.EVALS.items():

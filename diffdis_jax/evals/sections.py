@@ -102,8 +102,8 @@ def override(sections: Sequence[Section], settings: Mapping[str, Any]) -> list[S
 
 
 def with_parts(sections: Sequence[Section], out: str) -> list[Section]:
-  """Sections with a folder for what fid samples: its own `parts`, or else one beside `out`; of several sets, each has a
-  folder in it.
+  """Sections with a folder for what fid samples: its own `parts`, or else one beside `out`, or none where `parts` is
+  empty; of several sets, each has a folder in it.
 
   Raises:
     UserError: several sets, but one file of statistics.
@@ -116,9 +116,9 @@ def with_parts(sections: Sequence[Section], out: str) -> list[Section]:
   several, changed = len(of_fid) > 1, []
   for section in sections:
     if section.task == "fid":
-      folder = section.settings.get("parts") or f"{out.removesuffix('.json')}.parts"
+      folder = section.settings.get("parts", f"{out.removesuffix('.json')}.parts")
       # One folder would mix the parts of two sets, which begin with the same numbers.
       name = re.sub(r"[^\w.-]+", "-", section.dataset)
-      section = section.changed(parts=f"{folder}/{name}" if several else folder)
+      section = section.changed(parts=f"{folder}/{name}" if several and folder else folder)
     changed.append(section)
   return changed
