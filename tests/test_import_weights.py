@@ -298,6 +298,32 @@ def test_clip_of_open_clip(tmp_path, given, form):
   assert networks.relative_error(encoded, expected[1]) < 1e-5
 
 
+@pytest.mark.parametrize(
+  "file, said, warning",
+  [
+    ("open_clip_config.json", {"preprocess_cfg": {"resize_mode": "squash"}}, "images are squashed to a square there"),
+    ("open_clip_config.json", {"preprocess_cfg": {"interpolation": "bilinear"}}, "images are not resized bicubically"),
+    ("open_clip_config.json", {"preprocess_cfg": {"resize_mode": "shortest", "interpolation": "bicubic"}}, ""),
+    ("preprocessor_config.json", {"size": {"height": 32, "width": 32}}, "images are squashed to a square there"),
+    ("preprocessor_config.json", {"size": {"shortest_edge": 32}, "resample": 2}, "images are not resized bicubically"),
+    ("preprocessor_config.json", {"size": {"shortest_edge": 32}, "resample": 3}, ""),
+    ("preprocessor_config.json", {"size": 32}, ""),
+  ],
+)
+def test_a_clip_that_sees_images_otherwise_is_warned_of(tmp_path, caplog, file, said, warning):
+  """As DFN's ViT-H-14, whose published accuracy is of squashed images."""
+  if file == "open_clip_config.json":
+    sizes = CLIPVisionCfg(layers=1, width=64, patch_size=8, image_size=32), CLIPTextCfg(layers=1, width=64, heads=1)
+    save_torch(OpenClip(16, *sizes).state_dict(), tmp_path / "open_clip_model.safetensors")
+    said = {"model_cfg": {}} | said
+  else:
+    vision = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, **CLIP_SIZES)
+    CLIPModel(CLIPConfig(text_config=pipelines.TEXT, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path)
+  (tmp_path / file).write_text(json.dumps(said))
+  from_torch.open_source(tmp_path)
+  assert warning in caplog.text and ("published ones" in caplog.text) == bool(warning)
+
+
 OWN = "open_clip's own vision transformer and text transformer are supported, such as ViT-B-32"
 
 

@@ -30,6 +30,7 @@ PARTS = (*WITH_WEIGHTS, "tokenizer")
 V1 = "version 1 is supported, such as CompVis/stable-diffusion-v1-1"
 # Stable Diffusion's images and its autoencoder's scale, where a checkpoint has no config.json.
 IMAGE_SIZE, SCALE = 512, 0.18215
+BICUBIC = 3  # Pillow's number for it, which transformers writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +288,11 @@ def _open_clip_model(folder: pathlib.Path) -> Source:
   where, config = str(folder / "config.json"), read_json(folder / "config.json")
   preprocessor = folder / "preprocessor_config.json"
   if preprocessor.exists():
-    _check_pixels(read_json(preprocessor), str(preprocessor), mean="image_mean", std="image_std")
+    how = read_json(preprocessor)
+    _check_pixels(how, str(preprocessor), mean="image_mean", std="image_std")
+    size = how.get("size")
+    squashed = isinstance(size, Mapping) and "shortest_edge" not in size
+    _warn_of_resize(str(preprocessor), squashed=squashed, bicubic=how.get("resample", BICUBIC) == BICUBIC)
   projection = config.get("projection_dim", 512)
   text = sections.read_text(config.get("text_config") or {}, where)
   vision = sections.read_vision(config.get("vision_config") or {}, where)
@@ -304,7 +309,10 @@ def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
     where, content = str(config), read_json(config)
     said = content.get("model_cfg")
     openclip.check_config(said, where)  # before the tensors, which say less of a tower than its name does
-    _check_pixels(content.get("preprocess_cfg") or {}, where, mean="mean", std="std")
+    how = content.get("preprocess_cfg") or {}
+    _check_pixels(how, where, mean="mean", std="std")
+    squashed = how.get("resize_mode", "shortest") != "shortest"
+    _warn_of_resize(where, squashed=squashed, bicubic=how.get("interpolation", "bicubic") == "bicubic")
   else:
     logging.warning(
       "no %s, so the activation is gelu, open_clip's default; OpenAI's weights need one with"
@@ -325,6 +333,18 @@ def _check_pixels(config: Mapping[str, Any], where: str, *, mean: str, std: str)
     found = config.get(name, expected)
     if not isinstance(found, (list, tuple)) or len(found) != 3 or not np.allclose(found, expected, atol=1e-4):
       raise UserError(f"{where}: {name} is {found}; only OpenAI's, {expected}, is supported")
+
+
+def _warn_of_resize(where: str, *, squashed: bool, bicubic: bool) -> None:
+  """Says so where images are brought to the network's size otherwise than here, as for its published figures."""
+  if squashed or not bicubic:
+    what = "squashed to a square" if squashed else "not resized bicubically"
+    logging.warning(
+      "%s: images are %s there; here their short side is resized, bicubically, and the middle cut out, so that figures"
+      " differ a little from published ones",
+      where,
+      what,
+    )
 
 
 def _clip(tensors: Tensors, text: dict[str, Any], vision: dict[str, Any]) -> Source:
