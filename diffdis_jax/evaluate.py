@@ -353,6 +353,8 @@ def _check_effect(
   flag = f"--{RENAMED.get(of_queries[0], of_queries[0])}" if of_queries else ""
   if flag and is_clip:  # here: what loads the model knows fields alone, and comes after the data
     raise UserError(f"{flag} has no effect: this run is a CLIP model, which denoises nothing; leave it out")
+  if flag and all(section.task in registry.WITHOUT_QUERIES for section in sections):
+    raise UserError(f"{flag} has no effect on these tasks, for which no text query is denoised; leave it out")
   if flag and not {*ALIGNED} & {*objectives}:
     raise UserError(
       f"{flag} is of text queries, and this run has no head that compares them;"

@@ -232,6 +232,10 @@ def test_what_is_of_text_queries_has_no_effect_without_a_head():
   for field, flag in (("guidance", "guidance"), ("steps", "query_steps")):
     with pytest.raises(UserError, match=f"--{flag} is of text queries, and this run has no head"):
       evaluate._check_effect(fid, ("generation",), ["generation_steps", field])
+  both = "generation", "discrimination"
+  evaluate._check_effect([Section("val", "held_out_loss", {}), *fid], both, ["steps"])
+  with pytest.raises(UserError, match="--query_steps has no effect on these tasks, for which no text query"):
+    evaluate._check_effect([Section("val", "held_out_loss", {}), Section("val", "hog", {})], both, ["steps"])
   with pytest.raises(UserError, match="--query_steps has no effect: this run is a CLIP model, which denoises nothing"):
     evaluate._check_effect([Section("pets", "zero_shot", {})], ("contrastive",), ["steps"], is_clip=True)
 

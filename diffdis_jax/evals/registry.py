@@ -50,6 +50,7 @@ MEASURES = {
   "linear_probe": tuple(dict.fromkeys(GENERATIVE + ALIGNED)),  # of which an autoencoder alone has no features
 }
 GENERATING = ("generation_accuracy", "fid")  # images, of which --best_of keeps the best
+WITHOUT_QUERIES = ("held_out_loss", "hog")  # whose figures are the same however text queries are denoised
 # Tasks that no config names; they are measured on the sets of another one.
 ON_THE_SETS_OF = {"diffusion_classifier": "zero_shot"}
 MOST_SEED = 2**32 - 1  # of jax's random keys
