@@ -164,7 +164,7 @@ class Data:
     for name in ("path", "caption_fields") if self.mixture else ():
       if given := self.source.get(name):
         raise UserError(
-          f"data.{name} is {given!r}, which data.mixture takes the place of: give {name} to one of its sources, and"
+          f"{name} is {given!r}, which data.mixture takes the place of: give {name} to one of its sources, and"
           f" leave data.{name} empty"
         )
 

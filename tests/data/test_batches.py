@@ -216,7 +216,7 @@ def test_what_is_probably_not_meant_is_said(data, cache):
 def test_a_mixture_is_not_beside_other_data(data, field):
   config = config_of(**field)
   config.data.mixture = {"own": {"path": str(data / "pairs")}}
-  with pytest.raises(UserError, match=f"{min(field)} is .* which data.mixture takes the place of: give"):
+  with pytest.raises(UserError, match=f"^{min(field)} is .* which data.mixture takes the place of: give"):
     Run.of(config)
 
 
