@@ -144,7 +144,7 @@ class Data:
     sampling: of a long-tailed set, whose batches have labels; None of any other.
 
   Raises:
-    UserError: a value out of its range, or data of one source beside a mixture.
+    UserError: a value out of its range, an image_size, or data of one source beside a mixture.
   """
 
   # Rendered shapes, which need no file.
@@ -161,6 +161,10 @@ class Data:
 
   def __post_init__(self) -> None:
     check_choice("discrimination_view", self.discrimination_view, VIEWS)
+    sections = {"": self.source, **{f"mixture.{name}.": section for name, section in self.mixture.items()}}
+    for prefix, section in sections.items():
+      if "image_size" in section:  # as an evaluation's data have it
+        raise UserError(f"{prefix}image_size is {section['image_size']!r}; leave it out: it is the run's image_size")
     for name in ("path", "caption_fields") if self.mixture else ():
       if given := self.source.get(name):
         raise UserError(

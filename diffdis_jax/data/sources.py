@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from diffdis_jax.common import buckets
+from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.data import latents, long_tail, records, scenes, shapes, shapes_lt
 from diffdis_jax.data.layouts import find, long_tailed
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.errors import UserError, check_number, check_type
 
 
 @runtime_checkable
@@ -74,6 +76,8 @@ class Section:
 
   def __post_init__(self) -> None:
     # Before a file is opened: what is wrong with the fields themselves is reported first.
+    if self.seed < 0:
+      raise UserError(f"seed is {self.seed}; at least 0")
     if self.num_images is not None and self.num_images < 1:
       raise UserError(f"num_images is {self.num_images}; at least 1, or None for all")
     if any(getattr(self, field) for field in self.LACKS):
@@ -185,6 +189,9 @@ class _Published(Section):
     return self._recaptioned(find.open_set(buckets.local(self.path, "data.path"), self.name))
 
 
+# Of fields that a config may give any value, a value of their type: nobody has looked at what its mixture holds, nor at
+# what its `data` has beside the fields of every run.
+_LIKE = {"split": "", "seed": 0, "num_images": 0, "caption_fields": ()}
 KINDS: dict[str, type[Section]] = {
   "shapes": _Shapes,
   "pairs": _Pairs,
@@ -203,12 +210,25 @@ def read(*, name: str, **fields: Any) -> Section:
     fields: the rest of `Section`'s.
 
   Raises:
-    UserError: unknown name, or as `Section`.
-    TypeError: a field that no section has.
+    UserError: unknown name, a field that it does not have, one of another type, or as `Section`.
   """
   if name not in KINDS:
     raise UserError(f"unknown data source {name!r}; there are {', '.join(KINDS)}")
+  _check_names(name, fields)
+  for field in filter(fields.__contains__, _LIKE):
+    value = fields[field]
+    if isinstance(value, numbers.Integral):  # numpy's are whole numbers too
+      value = int(value)
+    if value is not None or field != "num_images":
+      check_type(field, value, _LIKE[field])
   return KINDS[name](name=name, **fields)
+
+
+def _check_names(name: str, fields: Mapping[str, Any], *others: str) -> None:
+  """Raises UserError for a field that a section of this name does not have, nor is one of the others."""
+  known = {*others, *(field.name for field in dataclasses.fields(KINDS.get(name, Section)))}
+  if unknown := sorted(fields.keys() - known):
+    raise UserError(f"a data source has no field {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
 
 
 def open_source(*, name: str, image_size: int, **fields: Any) -> Source:
@@ -240,9 +260,9 @@ def open_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) 
     weight = section.pop("weight", 1.0)
     check_number(f"data.mixture.{name}.weight", weight, above=0)
     try:
+      _check_names(section["name"], section, "weight")
       made.append(open_source(**section, image_size=image_size))
-    except TypeError as error:
-      # A field that no section has: what a user has typed.
+    except UserError as error:  # of several sources it says which one
       raise UserError(f"data.mixture.{name}: {error}") from error
     weights.append(float(weight))
   return Mixture(tuple(made), tuple(weights))

@@ -1,5 +1,7 @@
 """From a config's data section to batches, latents included."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from diffdis_jax.config import Run
 from diffdis_jax.data import loader
-from diffdis_jax.data.build import batch_type, describe, doubts, latent_facts
+from diffdis_jax.data.build import batch_type, describe, doubts, latent_facts, open_loader
 from diffdis_jax.data.prepare import builder, card, latents, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
@@ -218,6 +220,33 @@ def test_a_mixture_is_not_beside_other_data(data, field):
   config.data.mixture = {"own": {"path": str(data / "pairs")}}
   with pytest.raises(UserError, match=f"^{min(field)} is .* which data.mixture takes the place of: give"):
     Run.of(config)
+
+
+@pytest.mark.parametrize("mixture", [{}, {"own": {"path": "P", "image_size": 8}}])
+def test_images_have_the_runs_size(mixture):
+  """Which an evaluation's data are given, and a run's are not."""
+  config = config_of()
+  config.data.mixture = mixture
+  if not mixture:
+    config.data.image_size = 8
+  where = "data.mixture.own.image_size" if mixture else "data.image_size"
+  with pytest.raises(UserError, match=f"^{where} is 8; leave it out: it is the run's image_size"):
+    Run.of(config)
+
+
+@pytest.mark.parametrize(
+  "section, message",
+  [
+    ({"wieght": 2}, "a data source has no field 'wieght'; did you mean weight?"),
+    ({"num_images": "2"}, "num_images is '2'; it must be a whole number"),
+    ({"split": "dev"}, "shapes has no split 'dev'"),
+  ],
+)
+def test_what_is_wrong_with_a_source_of_a_mixture_names_it(section, message):
+  config = config_of()
+  config.data.mixture = {"own": {"name": "shapes", **section}}
+  with pytest.raises(UserError, match=re.escape(f"data.mixture.own: {message}")):
+    open_loader(Run.of(config))
 
 
 def test_fingerprint_is_of_the_encoder(params):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ def test_shapes():
   source = sources.open_source(name="shapes", split="unseen", image_size=24, num_images=5, seed=3)
   assert len(source) == 5 and source[4]["image"].shape == (24, 24, 3) and not source[4]["seen"]
   assert len(sources.open_source(name="shapes", image_size=24)) == 65536
+  assert len(sources.read(name="shapes", image_size=8, num_images=None).open()) == 65536
   plain = sources.open_source(name="shapes", image_size=24, caption_fields=("plain_caption", "colour"))
   record = plain[7]
   assert record["captions"] == [record["plain_caption"], record["colour"]] and record["caption"].startswith("a ")
@@ -28,11 +30,31 @@ def test_shapes():
     ({"name": "shapes", "caption_fields": ("texts",)}, "shapes has no caption field 'texts'; its records have capt"),
     ({"name": "pairs"}, "''; write one with diffdis prepare_data, and name .* --config=FILE.py:path=DIR"),
     ({"name": "pairs", "path": "nowhere"}, "no prepared data set in 'nowhere'"),
+    ({"name": "shapes", "caption_field": ("caption",)}, "no field 'caption_field'; did you mean caption_fields?"),
+    ({"name": "shapes", "caption_fields": "caption"}, "caption_fields is 'caption'; it must be a sequence"),
+    ({"name": "shapes", "num_images": "5"}, "num_images is '5'; it must be a whole number"),
+    ({"name": "shapes", "seed": 1.5}, "seed is 1.5; it must be a whole number"),
+    ({"name": "shapes", "seed": -1}, "seed is -1; at least 0"),
+    ({"name": "shapes", "split": None}, "split is None; it must be a text"),
   ],
 )
 def test_bad_arguments(arguments, message):
   with pytest.raises(UserError, match=message):
     sources.open_source(**arguments, image_size=32)
+
+
+def test_a_kind_of_ones_own_may_have_further_fields(monkeypatch):
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Mine(sources.Section):
+    shade: int = 0
+
+    def open(self):
+      return [{"image": b"", "caption": str(self.shade)}]
+
+  monkeypatch.setitem(sources.KINDS, "mine", Mine)
+  assert sources.open_source(name="mine", image_size=8, shade=3)[0]["caption"] == "3"
+  with pytest.raises(UserError, match="no field 'shad'; did you mean shade?"):
+    sources.open_source(name="mine", image_size=8, shad=3)
 
 
 def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
