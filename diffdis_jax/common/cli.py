@@ -10,6 +10,7 @@ jax is imported where it is used: it takes two seconds, which commands that comp
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import importlib.util
 import io
@@ -207,8 +208,12 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
   try:
     spec: Any = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a dataclass in the file looks up its annotations
     spec.loader.exec_module(module)
-    return ConfigDict(module.get_config(*([argument] if colon else [])))
+    made = module.get_config(*([argument] if colon else []))
+    if made is None:
+      raise ValueError("get_config returned None; it should end with `return config`")
+    return ConfigDict(made)
   except ValueError as error:  # which get_config raises of its arguments, in a sentence of its own
     raise UserError(f"--{flag}={path}: {error}") from error
   except Exception as error:
@@ -269,7 +274,15 @@ class _ConfigFile(flags.ArgumentParser):
     config = read_config(path, self._flag)
     for override in filter(None, map(_OVERRIDE.match, sys.argv[1:])):
       guesses.check_key(config.to_dict(), override[1], list(flags.FLAGS))
+      _check_has_type(config, override[1], path.partition(":")[0])
     return config.lock()  # so that no code adds a field by misspelling one
+
+
+def _check_has_type(config: ConfigDict, key: str, file: str) -> None:
+  """Raises UserError where a field of the config is None: the type of what is there is what a value is read by."""
+  *sections, name = key.partition("[")[0].split(".")
+  if functools.reduce(lambda section, each: section[each], sections, config).get_type(name) is type(None):
+    raise UserError(f"--config.{key} cannot be set: the config has None there, which is of no type; set it in {file}")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

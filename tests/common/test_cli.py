@@ -172,11 +172,15 @@ GOOD = ("--config=tiny.py", "--workdir=run")
     (("--config=tiny.txt", "--workdir=run"), "--config=tiny.txt should name a config such as shapes, or a Python file"),
     (("--config=tiny.py:gama=1", "--workdir=run"), "unknown argument 'gama'; known: gamma, runlocal"),
     (("--config=wrong.py", "--workdir=run"), "--config=wrong.py: NameError: name 'nothing' is not defined (line 2)"),
+    (("--config=silent.py", "--workdir=run"), "--config=silent.py: get_config returned None; it should end with"),
+    (("--config=none.py", "--workdir=run", "--config.top.k=3"), "--config.top.k cannot be set: the config has None"),
     (GOOD + ("--fail=user",), "first line second line"),
   ],
 )
 def test_bad_input_is_one_line(folder, flags, message):
   (folder / "wrong.py").write_text("def get_config():\n  return nothing\n")
+  (folder / "silent.py").write_text("def get_config():\n  pass\n")
+  (folder / "none.py").write_text("def get_config():\n  return dict(top=dict(k=None))\n")
   (folder / "tiny.txt").write_text("{}")
   code, out, err = run(folder, *flags)
   assert (code, out) == (2, "")

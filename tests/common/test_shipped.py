@@ -65,6 +65,13 @@ def test_ones_own_file_takes_what_the_others_have_in_common(elsewhere):
   assert "batch_size = 7" in show("mine.py").stdout
 
 
+def test_ones_own_file_may_have_dataclasses(elsewhere):
+  sizes = "import dataclasses\n\n@dataclasses.dataclass\nclass Size:\n  batch: int = 9\n\n"
+  own = OWN.format(more="", body="  config.batch_size = Size().batch\n")
+  (elsewhere / "mine.py").write_text(f"from __future__ import annotations\n{sizes}{own}")
+  assert "batch_size = 9" in (done := show("mine.py")).stdout, done.stderr
+
+
 def test_a_folder_of_the_same_name_is_in_nobodys_way(elsewhere):
   """Its files find each other and the package's; the package's configs find their own."""
   (elsewhere / "configs").mkdir()
