@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -107,6 +109,24 @@ def test_a_field_of_another_type_is_one_line(tmp_path, field, value, message):
   with pytest.raises(UserError, match=f"config.json: {message}") as error:
     load(tmp_path)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("evals.test.classnames", pathlib.Path("names.json")),
+    ("evals.test.num_images", np.int64(5)),
+    ("evals.test.classnames", np.array(["cat", "dog"])),
+    ("evals.test.templates", ("a {}", len)),
+    ("data.mixture", {"own": {"path": pathlib.Path("birds")}}),
+  ],
+)
+def test_what_json_cannot_hold_is_refused_and_not_at_the_first_write(field, value):
+  """A config file of one's own may put anything there."""
+  fields = tiny.get_config().to_dict()
+  section_of(fields, field)[field.split(".")[-1]] = value
+  with pytest.raises(UserError, match=rf"^{field}[.\w]* has .*, which config.json cannot hold; give texts, numbers"):
+    Run.of(fields)
 
 
 def tiny_fields() -> dict[str, Any]:

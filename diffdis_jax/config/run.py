@@ -251,7 +251,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
   """Checks which fields there are, and their types; ranges are the sections' affair.
 
   Raises:
-    UserError: a field is missing, unknown, or of another type than its default.
+    UserError: a field is missing, unknown, of another type than its default, or of one that JSON does not have.
   """
   like = _like(fields)
   check_type("", fields, like)
@@ -260,6 +260,23 @@ def check_fields(fields: Mapping[str, Any]) -> None:
     if "task" not in section:
       raise UserError(f"evals.{name}.task is missing; every config of a run has it")
     check_type(f"evals.{name}.task", section["task"], "")
+  # Last: of a field whose type is known, its own check says more.
+  for path, value in guesses.fields_of(fields).items():
+    _check_plain(path, value)
+
+
+def _check_plain(path: str, value: Any) -> None:
+  """Raises UserError for what config.json cannot hold, as a config file may have it in `evals` and `data`."""
+  if isinstance(value, Mapping):
+    value = tuple(value.values())
+  if isinstance(value, (tuple, list)):
+    for each in value:
+      _check_plain(path, each)
+  elif not isinstance(value, (str, int, float, type(None))):
+    raise UserError(
+      f"{path} has {value!r}, which config.json cannot hold; give texts, numbers, True, False, None and sequences of"
+      " them, such as str(...) of a path"
+    )
 
 
 def _like(fields: Mapping[str, Any]) -> dict[str, Any]:
