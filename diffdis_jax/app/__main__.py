@@ -20,7 +20,7 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.app import search, step_sampler
+from diffdis_jax.app import address, search, step_sampler
 from diffdis_jax.app.limits import Limits
 from diffdis_jax.common import cli
 from diffdis_jax.config import Run
@@ -115,6 +115,8 @@ def serve(
   from diffdis_jax.app import same_site, uploads
 
   same_site.check_names(allowed_hosts)
+  # Here as well: a taken port would show after minutes, in which the run is loaded and its first program compiled.
+  address.check(host, port)
   record = run_config.load(run)
   # For its UserError alone: a run that no tab can serve ends before its weights are read.
   step_sampler.tabs(record.objectives)

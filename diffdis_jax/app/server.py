@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pathlib
 import signal
-import socket
 import threading
 from collections.abc import Sequence
 from types import FrameType
@@ -14,7 +13,7 @@ import gradio as gr
 from absl import logging
 from starlette.middleware import Middleware
 
-from diffdis_jax.app import page
+from diffdis_jax.app import address, page
 from diffdis_jax.app.limits import Limits
 from diffdis_jax.app.same_site import SameSite
 from diffdis_jax.app.uploads import BodyLimit, Quota
@@ -57,10 +56,10 @@ def serve(
     Middleware(Quota, folder=folder, limit=uploads, seconds=limits.seconds),
   ]
   try:
-    _, address, _ = blocks.launch(
-      # Gradio puts it into the page's address.
+    _, found, _ = blocks.launch(
+      # Gradio puts both into the page's address.
       server_name=f"[{host}]" if ":" in host else host,
-      server_port=port or _free_port(host),
+      server_port=port or address.free_port(host),
       # The server has a thread of its own; signals reach this one, which waits below.
       prevent_thread_lock=True,
       quiet=True,
@@ -77,7 +76,7 @@ def serve(
       css=page.CSS,
       app_kwargs={"middleware": middleware},
     )
-    logging.info("the page is at %s; Ctrl-C ends it", address)
+    logging.info("the page is at %s; Ctrl-C ends it", found)
     stop.wait()
   except OSError as error:
     raise UserError(f"cannot listen at {host}, port {port}: {error}; take another --port or --host") from error
@@ -85,9 +84,3 @@ def serve(
     blocks.close(verbose=False)
     for number, handler in before.items():
       signal.signal(number, handler)
-
-
-def _free_port(host: str) -> int:
-  # Gradio writes the number that it is given into the page's address, 0 too.
-  with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
-    return server.getsockname()[1]
