@@ -9,6 +9,7 @@ generation has no tab to generate; CLIP has classify and search.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from absl import flags, logging
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
 from diffdis_jax.app import address, search, step_sampler
-from diffdis_jax.app.limits import Limits
+from diffdis_jax.app.limits import Limits, read_names
 from diffdis_jax.common import cli
 from diffdis_jax.config import Run
 from diffdis_jax.data import sources
@@ -194,20 +195,31 @@ def contents_of(run: Run, about: str) -> Any:
   from diffdis_jax.app import page
 
   zero_shot = next((each for each in run.evals.values() if each["task"] == "zero_shot"), {})
-  names, templates = zero_shot.get("classnames", ()), zero_shot.get("templates", ())
-  # A string is the path of a file of names, of which there may be more than a request may have.
-  named = not isinstance(names, str) and names
+  templates = zero_shot.get("templates", ())
   # The plain prompt, where the first of many is another one.
   single = zero_shot.get("single_template") or (not isinstance(templates, str) and templates and templates[0])
   return page.Contents(
     title=about,
     about=about,
     prompt=run.sample_prompts[0] if run.sample_prompts else "a red star",
-    names=", ".join(names) if named else "cat, dog, horse",
+    names=_names_of(zero_shot.get("classnames", "")),
     template=single or prompts.TEMPLATES[0],
     steps=run.inference.generation_steps,
     guidance=run.inference.generation_guidance,
   )
+
+
+def _names_of(classnames: Sequence[str] | Mapping[str, str] | str) -> str:
+  """What the field of class names begins with: those of an evaluation, where a request may have them."""
+  # A string is the path of a file, which may lie on another machine.
+  if classnames and not isinstance(classnames, str):
+    names = prompts.resolve_classnames(classnames).names
+    joined = ", ".join(names)
+    # There may be too many, and one may have a comma in it.
+    with contextlib.suppress(UserError):
+      if read_names(joined, Limits()) == names:
+        return joined
+  return "cat, dog, horse"
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def read_image(path: str | os.PathLike[str] | None, limits: Limits) -> Image.Ima
     UserError: no file, too many bytes or pixels, or one that shows no image.
   """
   if path is None:
-    raise UserError("there is no image yet; upload one, or pick one of those below")
+    raise UserError("there is no image yet; upload one, or pick one where some are shown")
   try:
     # Before it is read, whatever the server has refused already: its limit is of a form, not of the file in it.
     size = os.path.getsize(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -71,6 +72,24 @@ def test_the_page_begins_with_values_that_it_takes():
 def test_the_template_is_the_plain_prompt_where_a_run_measures_by_eighty():
   run = Run.of(diffdis_cc3m.get_config("runlocal,imagenet=I"))
   assert run.evals["imagenet"]["templates"][0] != "a photo of a {}." == contents_of(run, "a run").template
+
+
+@pytest.mark.parametrize(
+  "classnames, expected",
+  [
+    (("a cat", "a dog"), "a cat, a dog"),
+    ({"n01": "tench", "n02": "goldfish"}, "tench, goldfish"),
+    ((), "cat, dog, horse"),
+    ("names.json", "cat, dog, horse"),
+    (tuple(f"class {i}" for i in range(201)), "cat, dog, horse"),
+    (("crane, bird", "dog"), "cat, dog, horse"),
+  ],
+  ids=["names", "by the data's", "none", "a file", "too many", "a comma"],
+)
+def test_the_class_names_are_the_runs_own_where_the_page_takes_them(classnames, expected):
+  evals = {"test": {"task": "zero_shot", "classnames": classnames}}
+  run = dataclasses.replace(Run.of(tiny.get_config()), evals=evals, train_evals=())
+  assert contents_of(run, "a run").names == expected
 
 
 def test_images_to_pick_are_those_that_can_be_read(caplog):
