@@ -17,7 +17,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 TOKEN = "hf_of_the_tests"
-OWN = "me"  # namespace of that token
+READER = "hf_that_may_only_read"
+OWN = "me"  # namespace of both
 Files = dict[str, bytes]
 
 
@@ -103,9 +104,10 @@ class Hub:
     raise Refused(400, "", f"the stand-in does not know {method} {path} {query}")
 
   def whoami(self, token: str | None, body: bytes) -> Any:
-    if token != TOKEN:
+    if token not in (TOKEN, READER):
       raise Refused(401, "", "Invalid credentials in Authorization header")
-    return {"name": OWN, "type": "user", "orgs": []}
+    auth = {"type": "access_token", "accessToken": {"displayName": "t", "role": "read" if token == READER else "write"}}
+    return {"name": OWN, "type": "user", "orgs": [], "auth": auth}
 
   def create(self, token: str | None, body: bytes) -> Any:
     asked = json.loads(body)

@@ -16,7 +16,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.interop import hub as hub_files
 from diffdis_jax.run import restore
 from tests.command_runs import call
-from tests.hub_server import TOKEN, Hub
+from tests.hub_server import READER, TOKEN, Hub
 
 pytest_plugins = ("tests.command_runs", "tests.pipelines", "tests.hub_server")
 # huggingface_hub's own, at each upload of a large file.
@@ -184,6 +184,8 @@ def test_who_may_push(hub, imported, tmp_path, monkeypatch):
   refused("no token to write to me/model with; set HF_TOKEN, or type: hf auth login", push("me/model"))
   monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
   refused("status 401: Invalid user token", push("me/model"))
+  monkeypatch.setenv("HF_TOKEN", READER)
+  refused("this token may only read; set HF_TOKEN to one with write access to me/model", push("me/model"))
   assert not (tmp_path / "out").exists()  # nothing is exported before the token is known to be good
   monkeypatch.setenv("HF_TOKEN", TOKEN)
   (tmp_path / "files").mkdir()

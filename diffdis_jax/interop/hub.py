@@ -123,7 +123,7 @@ class Push:
     private: whether a repository that has to be made is private; one that is there stays what it is.
 
   Raises:
-    UserError: another form, no token, one that the hub does not know, or no network.
+    UserError: another form, no token, one that the hub does not know or that may only read, or no network.
   """
 
   def __init__(self, repo: str, *, private: bool):
@@ -134,7 +134,12 @@ class Push:
       raise UserError(f"no token to write to {repo} with; set HF_TOKEN, or type: hf auth login")
     self._api = self._hub.HfApi()
     with _in_one_line(repo):
-      self._api.whoami()
+      auth = self._api.whoami().get("auth") or {}
+    # Of a token for some repositories alone, `fineGrained`, only the hub knows whether this is one of them.
+    if (auth.get("accessToken") or {}).get("role") == "read":
+      raise UserError(
+        f"this token may only read; set HF_TOKEN to one with write access to {repo}, or type: hf auth login"
+      )
 
   def folder(self, folder: pathlib.Path, *, message: str) -> str:
     """Writes a folder of an export as one commit, and returns its address. It is there whole or not at all.
