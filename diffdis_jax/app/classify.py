@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -95,9 +96,10 @@ def answer(
   filled = read_template(template, limits)
   whole_draws = read_whole("noise samples", draws, at_least=1, at_most=MOST_DRAWS)
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
-  square = read_square(path, sampler, limits)
+  square, begun = read_square(path, sampler, limits), time.monotonic()
   texts = sampler.text_queries([prompts.fill(filled, name) for name in classes])
-  queries = last_within(limits.seconds, sampler.image_queries(square, seed=whole_seed, num_noise_samples=whole_draws))
+  found = sampler.image_queries(square, seed=whole_seed, num_noise_samples=whole_draws)
+  queries = last_within(limits.seconds, found, begun=begun)
   yield show(guesses(classes, texts, queries, sampler.temperature), draws=len(queries))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,11 +42,11 @@ def answer(
   whole_steps = read_whole("steps", steps, at_least=1, at_most=MOST_STEPS)
   whole_draws = read_whole("noise samples", draws, at_least=1, at_most=MOST_DRAWS)
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
-  square = read_square(path, sampler, limits)
+  square, begun = read_square(path, sampler, limits), time.monotonic()
   texts = sampler.text_queries([prompts.fill(filled, name) for name in classes])
   found: list[Estimate] = []
   estimates = sampler.estimates(square, seed=whole_seed, steps=whole_steps, num_noise_samples=whole_draws)
-  for estimate in within(limits.seconds, estimates):
+  for estimate in within(limits.seconds, estimates, begun=begun):
     found.append(estimate)
     yield show(found, classes, texts)
 

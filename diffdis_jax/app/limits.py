@@ -144,9 +144,12 @@ def read_whole(name: str, value: Any, *, at_least: int, at_most: int) -> int:
   return int(value)
 
 
-def within(seconds: float, items: Iterable[T]) -> Iterator[T]:
-  """The items for as long as there is time. Raises UserError once that is over."""
-  end = time.monotonic() + seconds
+def within(seconds: float, items: Iterable[T], *, begun: float | None = None) -> Iterator[T]:
+  """The items for as long as there is time. Raises UserError once that is over.
+
+  `begun`: when it began, by time.monotonic(); None for now.
+  """
+  end = (time.monotonic() if begun is None else begun) + seconds
   for item in items:
     yield item
     # Between items: a step that is under way cannot be stopped, and what it gave is shown.
@@ -154,6 +157,6 @@ def within(seconds: float, items: Iterable[T]) -> Iterator[T]:
       raise UserError(f"this took longer than {seconds:g} s and was stopped; take fewer steps, noise samples or names")
 
 
-def last_within(seconds: float, items: Iterable[T]) -> T:
+def last_within(seconds: float, items: Iterable[T], *, begun: float | None = None) -> T:
   """The last of the items, of which there is at least one. Raises UserError: not within this time."""
-  return collections.deque(within(seconds, items), maxlen=1)[0]
+  return collections.deque(within(seconds, items, begun=begun), maxlen=1)[0]

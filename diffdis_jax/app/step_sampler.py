@@ -21,6 +21,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax import inference
+from diffdis_jax.app.limits import within
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.objectives import COMPARING, DENOISING, GENERATIVE
 from diffdis_jax.data.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ class StepSampler:
   Args:
     model: its batch size is that of texts, and of images of a search.
     params: of the same run.
-    seconds: that a call may wait for its turn and its result.
+    seconds: that a call may wait for its turn and its result, and all texts of a request.
   """
 
   def __init__(self, model: inference.Inference, params: Params, *, seconds: float):
@@ -157,12 +158,11 @@ class StepSampler:
     return self.call(self._tokenizer, texts)
 
   def text_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-    """e of each text, L2-normalised."""
+    """e of each text, L2-normalised. Raises UserError: not within the time that a call may take, or not finite."""
     tokens, size = self._tokens(texts), self.model.batch_size
-    parts = range(0, len(tokens), size)
-    return _finite(
-      np.concatenate([self.call(self.model.embed_texts, self._params, tokens[start : start + size]) for start in parts])
-    )
+    starts = range(0, len(tokens), size)
+    parts = (self.call(self.model.embed_texts, self._params, tokens[start : start + size]) for start in starts)
+    return _finite(np.concatenate([*(parts if self._seconds is None else within(self._seconds, parts))]))
 
   def embed_images(self, images: UInt8[np.ndarray, "n H W 3"] | Any, *, seed: int) -> Float[np.ndarray, "n d"]:
     """The query of each of a batch of images, by the run's own protocol, L2-normalised."""

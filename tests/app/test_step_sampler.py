@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -103,6 +104,17 @@ def test_text_queries_in_any_number(sampler):
   texts = ["a star", "a ring", "a red ring"]
   expected = sampler.model.embed_texts(sampler._params, Tokenizer(sampler.model.max_length)(texts))
   np.testing.assert_allclose(sampler.text_queries(texts), expected, atol=1e-6)
+
+
+def test_many_texts_end_when_their_time_is_over(sampler, monkeypatch):
+  """Each of their calls is shorter."""
+  embed = sampler.model.embed_texts
+  monkeypatch.setattr(sampler.model, "embed_texts", lambda *args: (time.sleep(0.4), embed(*args))[1])
+  monkeypatch.setattr(sampler, "_seconds", 1.0)
+  assert len(sampler.text_queries(["a star", "a ring"])) == 2
+  with pytest.raises(UserError, match="took longer than 1 s"):
+    sampler.text_queries(["a star"] * 20)
+  assert len(sampler.patient().text_queries(["a star"] * 8)) == 8
 
 
 def test_a_clip_has_one_query_and_the_loss_temperature():

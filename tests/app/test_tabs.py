@@ -5,6 +5,7 @@ import io
 import itertools
 import re
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,6 +130,18 @@ def test_wrong_inputs_of_classify(tmp_path, change, message):
   given = {"path": colour(tmp_path, "red"), "names": "red, blue", "template": "{}", "draws": 2, "seed": 0} | change
   with pytest.raises(UserError, match=message):
     next(classify.answer(StepSampler(), LIMITS, **given))
+
+
+def test_the_time_of_the_class_names_is_the_requests_too(tmp_path):
+  class Slow(StepSampler):
+    def text_queries(self, texts):
+      time.sleep(0.3)
+      return super().text_queries(texts)
+
+  path, limits = colour(tmp_path, "red"), Limits(seconds=0.2)
+  for answer, how in ((classify.answer, (2, 0)), (inside.answer, (3, 2, 0))):
+    with pytest.raises(UserError, match="took longer than 0.2 s and was stopped; take fewer .* or names"):
+      list(answer(Slow(), limits, path, "red, blue", "{}", *how))
 
 
 def test_a_drawing_shows_its_three_images_after_each_step_and_all_steps_below():
