@@ -9,6 +9,7 @@ jax is imported where it is used: it takes two seconds, which commands that comp
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import gc
@@ -22,7 +23,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
@@ -209,8 +210,9 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
     spec: Any = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where a dataclass in the file looks up its annotations
-    spec.loader.exec_module(module)
-    made = module.get_config(*([argument] if colon else []))
+    with _own_modules():
+      spec.loader.exec_module(module)
+      made = module.get_config(*([argument] if colon else []))
     if made is None:
       raise ValueError("get_config returned None; it should end with `return config`")
     return ConfigDict(made)
@@ -220,6 +222,21 @@ def read_config(path: str, flag: str = "config") -> ConfigDict:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
     where = f" (line {lines[-1]})" if lines else ""
     raise UserError(f"--{flag}={path}: {type(error).__name__}: {error}{where}") from error
+
+
+@contextlib.contextmanager
+def _own_modules() -> Iterator[None]:
+  """Within, modules of the folder where the command was typed are found, as `python -m` finds them and `diffdis` does
+  not; after all others, so that none is in anybody's way."""
+  folder = os.getcwd()
+  is_new = not sys.flags.safe_path and folder not in sys.path
+  if is_new:
+    sys.path.append(folder)
+  try:
+    yield
+  finally:
+    if is_new:
+      sys.path.remove(folder)
 
 
 def _make_own_flags_known() -> None:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -28,9 +29,9 @@ def elsewhere(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathli
   return tmp_path
 
 
-def show(*args: str) -> subprocess.CompletedProcess[str]:
+def show(*args: str, program: Sequence[str] = ("-m", "diffdis_jax")) -> subprocess.CompletedProcess[str]:
   environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-  command = [sys.executable, "-m", "diffdis_jax", "config", "show", *args, "--fields=batch_size"]
+  command = [sys.executable, *program, "config", "show", *args, "--fields=batch_size"]
   return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
@@ -63,6 +64,16 @@ def test_a_config_is_found_by_its_name_in_another_folder(elsewhere):
 def test_ones_own_file_takes_what_the_others_have_in_common(elsewhere):
   (elsewhere / "mine.py").write_text(OWN.format(more="", body="  config.batch_size = 7\n"))
   assert "batch_size = 7" in show("mine.py").stdout
+
+
+def test_ones_own_file_finds_ones_own_modules_by_either_command(elsewhere):
+  (elsewhere / "bin").mkdir()
+  (elsewhere / "bin/diffdis").write_text("from diffdis_jax.__main__ import run\nrun()\n")  # as pip writes it
+  (elsewhere / "mysizes.py").write_text("BATCH = 11\n")
+  own = OWN.format(more="", body="  config.batch_size = mysizes.BATCH\n")
+  (elsewhere / "mine.py").write_text(f"import mysizes\n{own}")
+  for program in (["-m", "diffdis_jax"], [str(elsewhere / "bin/diffdis")]):
+    assert "batch_size = 11" in (done := show("mine.py", program=program)).stdout, done.stderr
 
 
 def test_ones_own_file_may_have_dataclasses(elsewhere):
