@@ -252,13 +252,14 @@ def _set_aside_uncommitted(folder: epath.Path) -> None:
 
 @contextlib.contextmanager
 def _os_errors() -> Iterator[None]:
-  """Makes OSError of what TensorStore raises for a full disk."""
+  """Makes OSError of what TensorStore raises for a full disk, or where a quota is used up."""
   try:
     yield
   except ValueError as error:
-    if "No space left on device" not in str(error):
-      raise
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+    for number in FULL_DISK:
+      if os.strerror(number) in str(error):
+        raise OSError(number, os.strerror(number)) from error
+    raise
 
 
 def has_room(folder: epath.Path, arrays: Sequence[Any]) -> bool:

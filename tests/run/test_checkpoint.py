@@ -268,9 +268,14 @@ def test_the_reads_of_other_arrays_end_before_a_damaged_one_is_told(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-  "said, kind", [("RESOURCE_EXHAUSTED: No space left on device", OSError), ("a bug", ValueError)]
+  "said, kind, number",
+  [
+    ("RESOURCE_EXHAUSTED: No space left on device", OSError, errno.ENOSPC),
+    ("RESOURCE_EXHAUSTED: Failed to write 177 bytes to file 14: Disk quota exceeded", OSError, errno.EDQUOT),
+    ("a bug", ValueError, None),
+  ],
 )
-def test_a_full_disk_is_an_oserror(tmp_path, monkeypatch, said, kind):
+def test_a_full_disk_is_an_oserror(tmp_path, monkeypatch, said, kind, number):
   def fail(*_, **__):
     raise ValueError(said)
 
@@ -279,8 +284,9 @@ def test_a_full_disk_is_an_oserror(tmp_path, monkeypatch, said, kind):
     for name, call in (("save", lambda: checkpointer.save(1, state)), ("wait_until_finished", checkpointer.wait)):
       with monkeypatch.context() as patch:
         patch.setattr(checkpointer._manager, name, fail)
-        with pytest.raises(kind):
+        with pytest.raises(kind) as raised:
           call()
+        assert getattr(raised.value, "errno", None) == number
 
 
 def test_without_room_a_save_is_left_out_in_one_line(tmp_path, monkeypatch, caplog):
