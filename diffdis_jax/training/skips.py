@@ -127,7 +127,8 @@ class SkippedSteps:
     """Whether more of the last steps were skipped than may be."""
     self.settle()
     self.recent = [each for each in self.recent if each > step - self._section.skip_window]
-    return len(self.recent) > self._section.skip_bad_steps
+    # Where none is skipped any more, those were before the run resumed so, and no way back leads around them.
+    return 0 < self._section.skip_bad_steps < len(self.recent)
 
   def report(self) -> dict[str, int]:
     """Those since the last report, as `skipped`; empty where there was none."""

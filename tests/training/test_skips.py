@@ -155,3 +155,8 @@ def test_steps_are_counted_in_a_window_and_named(caplog):
   for last, before in ((None, None), (4, history.WentBack(2, 1, ""))):
     with pytest.raises(UserError, match="^2 of the last 4 steps were skipped by step 7, from step 6 on; more than "):
       resumed.back_from(7, last, before)
+
+
+def test_a_run_that_resumes_to_skip_none_is_not_held_to_those_before():
+  found = skips.SkippedSteps(Optim(skip_bad_steps=0), {"recent": [2, 6], "new": 1})
+  assert not found.is_beyond(8) and found.report() == {"skipped": 1}
