@@ -148,7 +148,8 @@ class Lock:
   """The right to write into a workdir, for one process at a time. A context manager.
 
   Its file, `lock.json`, is written again every BEAT seconds. What a killed process has left is taken over: at once if
-  that was on this machine, where one can look, else when it has not changed for PATIENCE seconds.
+  that was on this machine, where one can look, else when it has not changed for PATIENCE seconds. So is what came with
+  a copy of a folder whose run lives.
   """
 
   def __init__(self, workdir: epath.PathLike):
@@ -164,6 +165,7 @@ class Lock:
     """Raises InUse if a live process has the workdir, UserError if it cannot be written, OSError if not now."""
     try:
       self._file.parent.mkdir(parents=True, exist_ok=True)  # fails at once where there can be no folder
+      self._own["folder"] = _folder(self._file.parent)
       self._wait_for_other()
       self._beat()
     except OSError as error:
@@ -188,7 +190,8 @@ class Lock:
     first = other = self._read()
     begin = time.monotonic()
     while other is not None and not _is_dead(other):
-      here = other.get("machine") == _machine()
+      # In a copy of the folder too, that process says nothing of this one, and does not renew the file.
+      here = (other.get("machine"), other.get("folder")) == (self._own["machine"], self._own["folder"])
       if time.monotonic() - begin > (ENDING if here else PATIENCE):
         # Clocks of two machines differ, so that only a file that does not change tells that its process is dead.
         if other == first and not here:
@@ -241,6 +244,11 @@ def _machine() -> str:
   except OSError:
     # Without /proc nothing can be looked up: no other process then counts as one of this machine.
     return f"{socket.gethostname()} {secrets.token_hex(8)}"
+
+
+def _folder(path: epath.Path) -> str:
+  """What tells a folder from its copies on this machine, whatever path leads to it."""
+  return os.fspath(path) if buckets.is_url(path) else str(os.stat(path).st_ino)
 
 
 def _started(pid: int | None) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,19 @@ def test_a_live_run_keeps_others_out_and_stays(tmp_path, holder):
   with pytest.raises(UserError, match=message), workdir.Lock(str(tmp_path)):
     pass
   assert json.loads((tmp_path / "lock.json").read_text())["pid"] == holder.pid
+  assert holder.poll() is None
+
+
+def test_a_copy_of_a_live_runs_folder_is_free(tmp_path, holder):
+  copy = tmp_path / "copy"
+  copy.mkdir()
+  shutil.copy(tmp_path / "lock.json", copy)
+  with workdir.Lock(str(copy)):
+    assert json.loads((copy / "lock.json").read_text())["pid"] == os.getpid()
+  link = tmp_path / "link"
+  link.symlink_to(tmp_path)
+  with pytest.raises(UserError, match="is in use by"), workdir.Lock(str(link)):
+    pass
   assert holder.poll() is None
 
 
