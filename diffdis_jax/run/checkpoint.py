@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import json
 import math
 import os
 import shutil
@@ -24,7 +25,7 @@ from grain import checkpoint as grain_checkpoint
 from orbax import checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from diffdis_jax.common import buckets, storage
+from diffdis_jax.common import buckets, files, storage
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.errors import FULL_DISK, Preempted, UserError
 from diffdis_jax.parallel import processes
@@ -164,6 +165,26 @@ class Checkpointer:
   def _say_full(self, step: int) -> None:
     said = "no room to save step %d; the last checkpoint is %s; the next save tries again"
     logging.warning(said, step, self.latest_step())
+
+  def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+    """What `save` takes as `metrics`, of the newest step, whose evaluation was interrupted, and done again after the
+    save. Every process makes the call, while no save is in progress.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    # A step of a near checkpoint may not be here; as process 0 sees it, so that all of them meet below.
+    if not (metrics and self._kept.keep_best) or step != self.latest_step():
+      return
+    if processes.is_first():
+      folder = committed.folder(self._workdir)
+      file, together = folder / str(step) / committed.METRICS, {**committed.metrics_of(folder, step), **metrics}
+      file.parent.mkdir(parents=True, exist_ok=True)
+      files.write_whole(file, json.dumps(together).encode())
+      digests.renew(folder / str(step), [committed.METRICS])
+    processes.barrier("the metrics of a checkpoint are added")
+    self.close()
+    self._manager = self._open_manager()  # which reads them
 
   def restore(self, step: int, abstract: TrainState, data_iterator: Any = None) -> Restored:
     """Reads a checkpoint onto the devices that `abstract` asks for, and sets the data iterator to it.

@@ -14,6 +14,7 @@ from diffdis_jax.common import buckets
 from diffdis_jax.errors import UserError, parse_json
 
 COMMIT_MARK = "commit_success.txt"
+METRICS = "metrics/metrics"  # in a checkpoint's folder, where Orbax writes and reads them
 
 
 def folder(workdir: epath.PathLike) -> epath.Path:
@@ -44,7 +45,7 @@ def metrics_of(path: epath.Path, step: int) -> dict[str, float]:
     OSError: it cannot be read.
     UserError: it is damaged.
   """
-  file = path / str(step) / "metrics" / "metrics"
+  file = path / str(step) / METRICS
   found = parse_json(file.read_bytes(), str(file)) if file.exists() else {}
   if not isinstance(found, dict) or not all(isinstance(value, (int, float)) for value in found.values()):
     raise UserError(f"{file} should hold a number for each metric")

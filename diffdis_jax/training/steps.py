@@ -86,7 +86,9 @@ class Steps:
     # A run that was stopped in the middle of an evaluation saved without it. What was due then is done now.
     if not self._evaluated:
       tools.dog.at("an evaluation", storage=True)
-      tools.evaluator.after_step(self._start, self._by_path(state), self._writer, last=self._start == run.num_steps)
+      measured, last = self._by_path(state), self._start == run.num_steps
+      found = tools.evaluator.after_step(self._start, measured, self._writer, last=last)
+      tools.checkpointer.add_metrics(self._start, found)
 
     train_step: Callable[..., Any] | None = None
     compare: Callable[..., dict[str, Any]] = lambda state, batch: {}

@@ -402,6 +402,26 @@ def test_the_best_stays_whichever_way_is_better(tmp_path, best_is, expected):
   assert best is not None and best.step == expected[0]
 
 
+def test_a_step_that_is_measured_after_its_save_is_among_the_best(tmp_path):
+  """As of a run that was stopped in an evaluation, and has done it after its restart."""
+  kept = CheckpointPolicy(keep_last=1, keep_best=1, best_metric="a")
+  with checkpoint.Checkpointer(tmp_path, kept) as checkpointer:
+    checkpointer.save(1, make_state(), metrics={"a": 0.5})
+    checkpointer.save(2, make_state())
+  with checkpoint.Checkpointer(tmp_path, kept) as checkpointer:
+    for _ in range(2):  # killed before the next save, it does so again
+      checkpointer.add_metrics(2, {"a": 0.9})
+    checkpointer.add_metrics(7, {"a": 1.0})  # of a near checkpoint
+    for step in (3, 4):
+      checkpointer.save(step, make_state(), metrics={"a": 0.6})
+  folder = committed.folder(tmp_path)
+  assert committed.committed_steps(folder) == [2, 4]
+  assert checkpoint.best(tmp_path, kept) == checkpoint.Best(2, 0.9)
+  assert digests.damage(folder / "2") is None
+  (folder / "2" / committed.METRICS).write_text('{"a": 0.8}')
+  assert digests.damage(folder / "2") == digests.Damage(committed.METRICS, "holds other bytes than were saved")
+
+
 @pytest.mark.parametrize("best_is", ["max", "min"])
 def test_what_is_no_number_is_never_the_best(tmp_path, best_is):
   kept = CheckpointPolicy(keep_last=1, keep_best=1, best_metric="a", best_is=best_is)

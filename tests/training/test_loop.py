@@ -10,7 +10,7 @@ import pytest
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import committed, watchdog, writers
+from diffdis_jax.run import checkpoint, committed, watchdog, writers
 from diffdis_jax.training import evaluator, loop
 from diffdis_jax.training.steps import slowest_host
 from tests import steps, tiny
@@ -88,6 +88,21 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   assert wait_for_storage == {*said} - {wait, "a step"} and written == {"an evaluation", "writing a report"}
   assert alone_at == alone
   assert all(before == "a step" for before, now in itertools.pairwise(said) if now == wait)
+
+
+def test_an_evaluation_that_is_done_again_decides_on_the_best_checkpoint(tmp_path, monkeypatch):
+  config = tiny.get_config("autoencoder")
+  config.update(num_steps=8, save_every=4, log_every=4, train_evals=("test",))
+  config.evals = {"test": {"task": "zero_shot"}}
+  config.checkpoint.update(keep_last=1, keep_best=1, best_metric="test/acc1")
+  failing, passing = Evaluator(failing=UserError), Evaluator(failing=None)
+  monkeypatch.setattr(passing, "after_step", lambda step, *_, last: {"test/acc1": 1.0 / step})
+  monkeypatch.setattr(loop, "make_evaluator", lambda *_: failing)
+  with pytest.raises(UserError):
+    loop.train_and_evaluate(Run.of(config), str(tmp_path))
+  monkeypatch.setattr(loop, "make_evaluator", lambda *_: passing)
+  loop.train_and_evaluate(Run.of(config), str(tmp_path))
+  assert checkpoint.best(tmp_path, Run.of(config).checkpoint) == checkpoint.Best(4, 0.25)
 
 
 class TwoProcesses:
