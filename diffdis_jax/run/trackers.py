@@ -9,6 +9,7 @@ TRACKIO_DIR, ...
 from __future__ import annotations
 
 import abc
+import functools
 import importlib
 import importlib.util
 import os
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 from jaxtyping import UInt8
 
@@ -55,7 +57,19 @@ class Wandb(Tracker):
   def __init__(self, id: str, name: str, config: Mapping[str, Any], folder: str | None):
     self._wandb: Any = importlib.import_module("wandb")
     project = os.environ.get("WANDB_PROJECT", PROJECT)
-    self._run = self._wandb.init(project=project, id=id, name=name, resume="allow", config=dict(config), dir=folder)
+    start = functools.partial(
+      self._wandb.init, project=project, id=id, name=name, resume="allow", config=dict(config), dir=folder
+    )
+    try:
+      self._run = start()
+    except self._wandb.errors.CommError as error:  # after a hundred seconds, of a server that does not answer
+      logging.warning(
+        "--tracker=wandb: %s; the numbers of this start are kept in %s/wandb, from where wandb sync sends them",
+        " ".join(str(error).split()),
+        folder or ".",
+      )
+      self._wandb.teardown()  # or else the id is still in use
+      self._run = start(mode="offline")
     self._run.define_metric("*", step_metric="step")
 
   def scalars(self, step: int, values: Mapping[str, float]) -> None:

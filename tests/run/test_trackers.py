@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +139,39 @@ def test_wandb_says_that_nobody_has_signed_in(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   with pytest.raises(UserError, match="--tracker=wandb: No API key"):
     trackers.sign_in("wandb")
+
+
+class Away(types.SimpleNamespace):
+  """wandb whose server does not answer. As wandb's, a run that could not begin has its id until all are torn down."""
+
+  class errors:
+    class CommError(Exception):
+      pass
+
+  begun: tuple[dict[str, Any], ...] = ()
+  in_use = False
+
+  def init(self, **how):
+    self.begun += (how,)
+    if self.in_use:
+      raise RuntimeError("in use")
+    if "mode" not in how:
+      self.in_use = True
+      raise self.errors.CommError("context deadline exceeded\nwhile retrying")
+    return types.SimpleNamespace(define_metric=lambda *_, **__: None)
+
+  def teardown(self):
+    self.in_use = False
+
+
+def test_a_server_that_does_not_answer_ends_no_run(tmp_path, monkeypatch, caplog):
+  wandb = Away()
+  monkeypatch.setitem(sys.modules, "wandb", wandb)
+  assert trackers.open_tracker("wandb", tmp_path, {"seed": 3}) is not None
+  asked, kept = wandb.begun
+  assert kept == {**asked, "mode": "offline"} and kept["dir"] == str(tmp_path)
+  said = f"context deadline exceeded while retrying; the numbers of this start are kept in {tmp_path}/wandb, from where"
+  assert said in caplog.text
 
 
 def test_a_run_has_one_id_for_each_tracker(tmp_path):
