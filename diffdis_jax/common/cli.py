@@ -373,5 +373,5 @@ def _is_ours(record: python_logging.LogRecord) -> bool:
   if record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt):  # which is one line at the end
     return False
   # A full disk is one line of ours: what a library logs of it, with a traceback each time, it raises too.
-  full = record.exc_info and os.strerror(errno.ENOSPC) in str(record.exc_info[1])
+  full = record.exc_info and any(os.strerror(number) in str(record.exc_info[1]) for number in FULL_DISK)
   return record.levelno >= python_logging.WARNING and not full

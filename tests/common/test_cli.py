@@ -19,6 +19,7 @@ import pytest
 import diffdis_jax
 from diffdis_jax import __main__ as main_module
 from diffdis_jax.common import cli, signals, usage
+from diffdis_jax.errors import FULL_DISK
 from diffdis_jax.evals import registry
 from tests import forked
 
@@ -364,9 +365,10 @@ def test_a_message_gives_a_terminal_no_orders(capsys):
   assert capsys.readouterr().err == "error: no class a\\x1b[31m b \\ud800 größer\n"
 
 
-def test_a_library_that_logs_an_interruption_is_not_heard():
-  """It is one line at the end."""
-  for error, heard in ((KeyboardInterrupt(), False), (signals.Terminated(), False), (RuntimeError(), True)):
+def test_a_library_that_logs_an_interruption_or_a_full_disk_is_not_heard():
+  """Each is one line at the end."""
+  quiet = KeyboardInterrupt(), signals.Terminated(), *(ValueError(f"to file 14: {os.strerror(n)}") for n in FULL_DISK)
+  for error, heard in (*((each, False) for each in quiet), (RuntimeError(), True)):
     what = (type(error), error, None)
     record = logging.LogRecord("orbax", logging.ERROR, "/orbax/manager.py", 1, "a thread failed", None, what)
     assert cli._is_ours(record) is heard
