@@ -40,6 +40,8 @@ _TEXTS = {"prompt", "eval"}  # flags that may hold any text
 _FOLDERS = {"workdir", "out", "compiled", "save", "near"}
 # What Google Cloud Storage answers where nobody has logged in for programs; gcloud auth login is for gcloud alone.
 _ANONYMOUS = "Anonymous caller"
+# With what Orbax warns at each save between two evaluations, where the best checkpoints are kept.
+_UNMEASURED = "Requested `tracked_metric`"
 # Errors of the path that someone gave, rather than of a disk, which may be well the next time.
 _OF_A_PATH = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}
 
@@ -374,4 +376,4 @@ def _is_ours(record: python_logging.LogRecord) -> bool:
     return False
   # A full disk is one line of ours: what a library logs of it, with a traceback each time, it raises too.
   full = record.exc_info and any(os.strerror(number) in str(record.exc_info[1]) for number in FULL_DISK)
-  return record.levelno >= python_logging.WARNING and not full
+  return record.levelno >= python_logging.WARNING and not full and not str(record.msg).startswith(_UNMEASURED)

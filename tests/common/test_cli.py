@@ -372,3 +372,15 @@ def test_a_library_that_logs_an_interruption_or_a_full_disk_is_not_heard():
     what = (type(error), error, None)
     record = logging.LogRecord("orbax", logging.ERROR, "/orbax/manager.py", 1, "a thread failed", None, what)
     assert cli._is_ours(record) is heard
+
+
+def test_a_save_between_two_evaluations_is_no_warning(tmp_path, caplog):
+  """As half of the saves of configs/clip_cc3m.py, which keeps the best checkpoint."""
+  from diffdis_jax.config.sections import CheckpointPolicy
+  from diffdis_jax.run import checkpoint
+  from diffdis_jax.structs import TrainState
+
+  with checkpoint.Checkpointer(tmp_path, CheckpointPolicy(keep_best=1, best_metric="a")) as checkpointer:
+    checkpointer.save(1, TrainState(params={"a": jax.numpy.zeros(1)}))
+  warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+  assert warned and not any(map(cli._is_ours, warned))
