@@ -32,7 +32,7 @@ class Run:
     checkpoints: step -> what was measured when it was saved.
     results: what evaluate has left in the folder.
     cards: data source -> what prepare_data wrote of it: `facts` of card.json and the `picture` beside it.
-    written: when metrics.jsonl was last written, seconds since 1970.
+    written: when metrics.jsonl was last written, seconds since 1970, as far as `history.reported` knows.
     alive: whether a process has the workdir now.
     restarted: whether that one has taken it after the last of `events`.
   """
@@ -64,7 +64,7 @@ def read(path: str, name: str) -> Run:
   folder, config = buckets.path(path), run_config.load(path).to_dict()
   # A run writes while it is read: each file is whole or a line short, and they need not be of one moment.
   metrics = folder / "metrics.jsonl"
-  exists, events, taken = metrics.exists(), history.read(path), _taken(folder / "lock.json")
+  written, events, taken = history.reported(path), history.read(path), _taken(folder / "lock.json")
   return Run(
     name=name,
     config=config,
@@ -74,7 +74,7 @@ def read(path: str, name: str) -> Run:
     checkpoints=_checkpoints(path),
     results=history.results(path),
     cards=_cards(config["data"]),
-    written=metrics.stat().mtime if exists else None,
+    written=written,
     alive=taken is not None,
     restarted=taken is not None and bool(events) and taken > events[-1]["time"],
   )

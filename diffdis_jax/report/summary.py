@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,11 +49,11 @@ def starts(run: Run, *, now: float) -> list[dict[str, Any]]:
       until, how = next_start.get("until"), "killed"
     else:
       until, how = (now, "running") if run.alive else (run.written, "killed")
-    reached = (next_start or {}).get("reached", start["step"])
+    reached, last = (next_start or {}).get("reached", start["step"]), (next_start or {}).get("step", math.inf)
     found.append(
       {
         **{name: start.get(name) for name in ("step", "time", "devices", "device_kind", "processes", "host", "jax")},
-        "seconds": max(0.0, (until or start["time"]) - start["time"]),
+        "seconds": max(0.0, until - start["time"]) if until else _seconds_in_steps(run, start["step"], last),
         "how": how,
         "repeated": max(0, reached - next_start["step"]) if next_start else 0,
       }
@@ -83,14 +84,14 @@ def cost(run: Run, made: Sequence[Mapping[str, Any]], *, hour_price: float | Non
   }
 
 
-def _seconds_in_steps(run: Run) -> float:
-  """Time of the steps whose speed was reported: no evaluation, no save, no start."""
+def _seconds_in_steps(run: Run, first: float = 0, last: float = math.inf) -> float:
+  """Time of the steps after `first`, up to `last`, whose speed was reported: no evaluation, no save, no start."""
   if "steps_per_sec" not in run.curves:
     return 0.0
   curve = run.curves["steps_per_sec"]
   # A speed is that of the steps since the report before it.
   counts = np.diff(np.r_[0, curve.steps])
-  counted = np.isfinite(curve.values) & (curve.values > 0)
+  counted = np.isfinite(curve.values) & (curve.values > 0) & (curve.steps > first) & (curve.steps <= last)
   return float((counts[counted] / curve.values[counted]).sum())
 
 

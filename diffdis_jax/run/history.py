@@ -1,15 +1,16 @@
 """What happened to a run: history.jsonl, one object a line, with `event` and `time` (seconds since 1970).
 
 A `start` says from which step, on which devices, with what it trains; `reached` and `until` are the last step that was
-reported before, and when: steps between `step` and `reached` are taken again. An `end` says why; one of a run that goes
-back says to which step, and how many batches it leaves out there. A start that no end follows was killed, or
-still runs.
+reported before, and when, null where a copy has lost that: steps between `step` and `reached` are taken again. An `end`
+says why; one of a run that goes back says to which step, and how many batches it leaves out there. A start that no end
+follows was killed, or still runs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from diffdis_jax.common import buckets, files
 from diffdis_jax.errors import Preempted, UserError, parse_json
 
 FILE = "history.jsonl"
+COPIED = 600.0  # seconds by which the file is younger than its last line only in a copy, which has times of its own
 
 
 class Result(NamedTuple):
@@ -55,7 +57,7 @@ def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapp
     return
   path = buckets.path(workdir)
   reached = last_line(path / "metrics.jsonl")
-  before = {} if reached is None else {"reached": reached["step"], "until": (path / "metrics.jsonl").stat().mtime}
+  before = {} if reached is None else {"reached": reached["step"], "until": reported(path)}
   _append(path, {"event": "start", "time": time.time(), "step": step, **before, **facts})
   why, message = "failed", {}
   try:
@@ -104,6 +106,18 @@ def since(workdir: epath.PathLike) -> float | None:
   first = [line["time"] for line in lines if line["event"] == "start"][:1]
   back = [line["time"] for line in lines if line.get("why") == "went back"]
   return next(reversed(first + back), None)
+
+
+def reported(workdir: epath.PathLike) -> float | None:
+  """When metrics.jsonl was last written, in seconds since 1970; None where there is none, and in a copy of the folder
+  that did not keep the files' times."""
+  path = buckets.path(workdir)
+  file, own = path / "metrics.jsonl", path / FILE
+  if not file.exists():
+    return None
+  younger = own.stat().mtime if own.exists() else -math.inf  # before its lines are read, to which a run may add
+  younger -= max((line["time"] for line in read(path)), default=math.inf)
+  return None if younger > COPIED else file.stat().mtime
 
 
 def went_back(workdir: epath.PathLike) -> WentBack | None:

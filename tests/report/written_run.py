@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -54,6 +55,7 @@ def write(folder: pathlib.Path, **changes: Any) -> str:
     {"event": "end", "time": DAY + 700, "why": "stopped"},
   ]
   (folder / "history.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+  os.utime(folder / "history.jsonl", (DAY + 700, DAY + 700))
   (folder / "samples").mkdir()
   for step in (100, 200, 300):
     picture(step).save(folder / "samples" / f"samples_{step:08d}.png")
