@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -61,6 +62,11 @@ def may_pass(error: BaseException) -> bool:
   """Whether it says that a network, a server or a disk could not be reached, which may be well the next time."""
   known = isinstance(error, (ConnectionError, TimeoutError, Gone)) or getattr(error, "errno", None) in _OF_STORAGE
   return known or type(error).__module__.startswith(_NETWORKING)
+
+
+def full_disk(error: BaseException | None) -> int | None:
+  """Which of FULL_DISK a library's error is of, by its text, where it is no OSError; None where it is of none."""
+  return next((number for number in FULL_DISK if os.strerror(number) in str(error)), None)
 
 
 _ranges: dict[str, str] | None = None  # that `ranges` is collecting

@@ -30,7 +30,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from diffdis_jax.common import buckets, files, guesses, repairs, shipped, signals, usage
-from diffdis_jax.errors import FULL_DISK, Preempted, UserError, may_pass
+from diffdis_jax.errors import FULL_DISK, Preempted, UserError, full_disk, may_pass
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
@@ -375,5 +375,5 @@ def _is_ours(record: python_logging.LogRecord) -> bool:
   if record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt):  # which is one line at the end
     return False
   # A full disk is one line of ours: what a library logs of it, with a traceback each time, it raises too.
-  full = record.exc_info and any(os.strerror(number) in str(record.exc_info[1]) for number in FULL_DISK)
+  full = record.exc_info and full_disk(record.exc_info[1])
   return record.levelno >= python_logging.WARNING and not full and not str(record.msg).startswith(_UNMEASURED)

@@ -27,7 +27,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from diffdis_jax.common import buckets, files, storage
 from diffdis_jax.config.sections import CheckpointPolicy
-from diffdis_jax.errors import FULL_DISK, Preempted, UserError
+from diffdis_jax.errors import FULL_DISK, Preempted, UserError, full_disk
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import committed, digests, restore
 from diffdis_jax.run.restore import Restored
@@ -277,10 +277,9 @@ def _os_errors() -> Iterator[None]:
   try:
     yield
   except ValueError as error:
-    for number in FULL_DISK:
-      if os.strerror(number) in str(error):
-        raise OSError(number, os.strerror(number)) from error
-    raise
+    if (number := full_disk(error)) is None:
+      raise
+    raise OSError(number, os.strerror(number)) from error
 
 
 def has_room(folder: epath.Path, arrays: Sequence[Any]) -> bool:

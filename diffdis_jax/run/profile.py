@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 
 from diffdis_jax.common import buckets
-from diffdis_jax.errors import UserError, may_pass
+from diffdis_jax.errors import UserError, full_disk, may_pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +80,10 @@ class Profiler:
     if self._folder is None or self._span is None:
       return
     folder, self._folder = self._folder, None
-    jax.profiler.stop_trace()
     out = self._workdir / "plugins" / "profile" / f"step_{self._span.start:08d}"
     with folder:
       try:
+        jax.profiler.stop_trace()  # which writes into the folder
         out.mkdir(parents=True, exist_ok=True)
         for path in pathlib.Path(folder.name).rglob("*"):
           for kind in (".xplane.pb", ".trace.json.gz"):
@@ -91,7 +91,7 @@ class Profiler:
               # By the number of the process: two on one machine would give one name by themselves.
               (out / f"host_{jax.process_index():03d}{kind}").write_bytes(path.read_bytes())
       except Exception as error:  # which is worth no run
-        if not (may_pass(error) or isinstance(error, OSError)):
+        if not (may_pass(error) or isinstance(error, OSError) or full_disk(error)):
           raise
         logging.warning("no profile: cannot write %s: %s", out, getattr(error, "strerror", None) or error)
         return

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import tempfile
@@ -72,6 +73,19 @@ def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, caplog):
   assert [record.getMessage() for record in caplog.records] == [
     f"no profile: cannot write {tmp_path}/plugins/profile/step_00000001: Not a directory"
   ]
+
+
+@pytest.mark.parametrize("said, ends", [("No space left on device", False), ("a bug", True)])
+def test_a_temporary_folder_that_is_full_ends_no_run(tmp_path, monkeypatch, caplog, said, ends):
+  def full():
+    raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: /tmp/profile/vm.xplane.pb; {said}")
+
+  monkeypatch.setattr(jax.profiler, "stop_trace", full)
+  profiler = profile.Profiler(profile.Span(1, 1), tmp_path, start_step=0)
+  profiler._folder = tempfile.TemporaryDirectory()
+  with pytest.raises(jax.errors.JaxRuntimeError) if ends else contextlib.nullcontext():
+    profiler.close()
+  assert caplog.messages == [] if ends else caplog.messages[0].endswith(f"/tmp/profile/vm.xplane.pb; {said}")
 
 
 def test_a_bucket_that_is_away_ends_no_run(tmp_path, monkeypatch, caplog):
