@@ -24,7 +24,7 @@ from diffdis_jax.common.params import Params
 from diffdis_jax.common.progress import Progress
 from diffdis_jax.config.model import ClipModel
 from diffdis_jax.config.objectives import ALIGNED, GENERATIVE, WITH_HEAD
-from diffdis_jax.config.sections import Sampling
+from diffdis_jax.config.sections import Loss, Sampling
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.method import algorithms, features
 from diffdis_jax.method.diffdis import DiffDis, to_signed
@@ -56,6 +56,7 @@ class Inference:
     shapes: of the parameters.
     aligned: whether it compares images with texts, by a head that was trained.
     sees_noised_images: whether that head was trained on noised images too, under their own t_z.
+    duplicate_captions: what equal captions are to each other in its contrastive loss, as config.sections.Loss has it.
     mesh, after_batch: as given.
     batched: runs what `compiled` gives over rows of any number, as `batches.Batches` has it.
 
@@ -74,6 +75,7 @@ class Inference:
   ):
     self.network, self.sampling = network, sampling
     self.aligned, self.sees_noised_images = network.objectives.aligned, False
+    self.duplicate_captions = Loss.duplicate_captions
     self.image_size, self.max_length, self.shapes = network.image_size, network.max_length, network.shapes
     # With every figure goes what decides on it, in effect: CLIP denoises nothing, and noise targets are not normalised.
     precision = dict(matmul_precision=network.matmul_precision)
@@ -394,6 +396,7 @@ def load(
   run = run.replace(changes | {f"inference.{name}": value for name, value in sampling.items()})
   inference = Inference(Network.of(run), run.inference, batch_size=batch_size, mesh=mesh)
   inference.sees_noised_images = run.loss.noised_image_share > 0
+  inference.duplicate_captions = run.loss.duplicate_captions
   # An imported Stable Diffusion has DiffDis' head as it was initialised.
   inference.aligned &= not any(name.startswith("alignment.") for name in restore.initialised(path))
   return inference, restore.restore_params(path, step=step, ema=ema, abstract=inference.abstract_params())

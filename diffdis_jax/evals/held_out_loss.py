@@ -30,7 +30,8 @@ class HeldOutLoss:
   """Task `held_out_loss`: L_IG and L_ITA of Algorithm 1 at eight fixed timesteps, with fixed noise; of CLIP its loss.
 
   Latents are the posterior's mode, images their central squares, and no caption or image is dropped. So two
-  checkpoints differ by their weights alone, and a figure lies a little off training's, whose views vary.
+  checkpoints differ by their weights alone, and a figure lies a little off training's, whose views vary. Equal captions
+  are negatives of each other where the run's `loss.duplicate_captions` makes them so.
 
   Args:
     data: section of a data source, as `data.sources.open_source` takes it; a split that is not trained on.
@@ -65,12 +66,14 @@ class HeldOutLoss:
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""
+    masks = inference.duplicate_captions == "mask"
     return {
       "matmul_precision": inference.protocol["matmul_precision"],
       "seed": self._seed,
       "num_images": len(self._indices),
       "timesteps": list(TIMESTEPS),
       "contrastive_batch": self._batch,
+      **({} if masks else {"duplicate_captions": inference.duplicate_captions}),
       **base.origin(self.source),
     }
 
@@ -88,7 +91,9 @@ class HeldOutLoss:
     if network.objectives.aligned:
       e = inference.embed_texts(params, tokens)
       scale = np.asarray(jax.device_get(params["logit_scale"]))
-      captions = np.asarray(losses.caption_ids(jnp.asarray(tokens)))
+      captions = np.arange(len(tokens), dtype=np.uint32)  # all differ, and so are negatives
+      if inference.duplicate_captions == "mask":
+        captions = np.asarray(losses.caption_ids(jnp.asarray(tokens)))
       if network.is_clip:  # which denoises nothing
         queries = inference.embed_images(params, images, seed=self._seed)
         metrics["loss_contrastive"] = self._contrastive(queries, e, scale, captions)

@@ -112,9 +112,11 @@ def make_inference(trainer: Trainer, stop: processes.PreemptionHandler, dog: wat
     stop.raise_if_agreed()
 
   run, mesh = trainer.run, trainer.mesh
-  return Inference(
+  inference = Inference(
     trainer.network, run.inference, mesh=mesh, batch_size=rows_at_a_time(run, mesh), after_batch=after_batch
   )
+  inference.duplicate_captions = run.loss.duplicate_captions  # so that the held-out loss is the one that is trained
+  return inference
 
 
 def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffdis_jax import evaluate
+from diffdis_jax import evaluate, inference
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
@@ -17,6 +18,9 @@ from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import sections
 from diffdis_jax.evals.held_out_loss import TIMESTEPS
 from diffdis_jax.inference import Inference
+from diffdis_jax.parallel import processes, sharding
+from diffdis_jax.run import watchdog
+from diffdis_jax.training import loop
 from tests import steps, tiny, tiny_clip
 from tests.models.networks import random_params
 
@@ -35,10 +39,10 @@ def make(*objectives: str, devices: int = 1, batch_size: int = 4, **changes: Any
   return steps.make_inference(config, mesh=steps.make_mesh(data=devices), batch_size=batch_size)
 
 
-def pairs() -> tuple[np.ndarray, np.ndarray]:
+def pairs(field: str = "caption") -> tuple[np.ndarray, np.ndarray]:
   source = sources.open_source(**DATA)
   records = [source[i] for i in range(COUNT)]
-  return np.stack([each["image"] for each in records]), Tokenizer(8)([each["caption"] for each in records])
+  return np.stack([each["image"] for each in records]), Tokenizer(8)([each[field] for each in records])
 
 
 def noise(which: int, number: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -48,7 +52,7 @@ def noise(which: int, number: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def info_nce(query: np.ndarray, e: np.ndarray, scale: float, tokens: np.ndarray) -> float:
-  """Each pair once, among the GROUP pairs of its group; those of equal captions are not compared."""
+  """Each pair once, among the GROUP pairs of its group; those of equal `tokens` are not compared."""
   query = query / np.linalg.norm(query, axis=1, keepdims=True)
   e = e / np.linalg.norm(e, axis=1, keepdims=True)
   total = 0.0
@@ -138,6 +142,25 @@ def test_a_clip_has_its_own_loss():
   query, e = inference.embed_images(params, images, seed=0), inference.embed_texts(params, tokens)
   scale = float(np.exp(np.float64(params["logit_scale"])))
   assert metrics == {"loss_contrastive": pytest.approx(info_nce(query.astype(float), e.astype(float), scale, tokens))}
+
+
+def test_equal_captions_are_what_they_are_in_training(tmp_path, monkeypatch):
+  """By open_clip's recipe negatives of each other: else the figure were another loss than the one that is trained."""
+  config = tiny_clip.get_config("recipe=openclip")
+  trainer = steps.build_trainer(config, steps.make_mesh())
+  (tmp_path / "config.json").write_text(json.dumps(trainer.run.to_dict()))
+  monkeypatch.setattr(inference.restore, "restore_params", lambda path, **how: random_params(trainer.shapes, seed=0))
+  stop = processes.PreemptionHandler(sharding.batch_sharding(trainer.mesh))
+  made = loop.make_inference(trainer, stop, watchdog.Watchdog(60.0))
+  loaded, params = inference.load(str(tmp_path), mesh=trainer.mesh)
+  evaluation = evals.create(**{**SECTION, "caption_field": "colour"})
+  images, tokens = pairs("colour")
+  query, e = loaded.embed_images(params, images, seed=0), loaded.embed_texts(params, tokens)
+  scale = float(np.exp(np.float64(params["logit_scale"])))
+  of = lambda different: info_nce(query.astype(float), e.astype(float), scale, different)
+  assert of(np.arange(COUNT)[:, None]) > of(tokens) + 0.1
+  assert evaluation.run(loaded, params) == {"loss_contrastive": pytest.approx(of(np.arange(COUNT)[:, None]), rel=1e-5)}
+  assert made.duplicate_captions == evaluation.protocol(loaded)["duplicate_captions"] == "negatives"
 
 
 def test_evaluate_measures_it_and_says_how(run):
