@@ -79,14 +79,15 @@ def start() -> None:
   values = flags.FLAGS.flag_values_dict()
   found = find({name: values[name] for name in _VARIABLES}, os.environ)
   if found is not None:
-    heartbeat = values["heartbeat_timeout"] or default_heartbeat_timeout(values.get("workdir"))
+    # An ablation's runs are kept in its --out.
+    heartbeat = values["heartbeat_timeout"] or default_heartbeat_timeout(values.get("workdir"), values.get("out"))
     _initialize(found, values["coordinator_timeout"], heartbeat)
     log_place()
 
 
-def default_heartbeat_timeout(workdir: str | None) -> int:
-  """In seconds, by where a run is kept."""
-  return HEARTBEAT_TIMEOUT_OVER_BUCKETS if (workdir or "").startswith("gs://") else HEARTBEAT_TIMEOUT
+def default_heartbeat_timeout(*kept: str | None) -> int:
+  """In seconds, by the folders in which a run and what is made of it are kept."""
+  return HEARTBEAT_TIMEOUT_OVER_BUCKETS if any(map(buckets.is_url, filter(None, kept))) else HEARTBEAT_TIMEOUT
 
 
 def log_place() -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import zlib
 
 import jax
@@ -61,6 +62,26 @@ def test_slurm(nodes, host):
 
 def test_over_a_bucket_a_process_may_be_silent_for_longer():
   assert [processes.default_heartbeat_timeout(path) for path in (None, "runs/a", "gs://bucket/a")] == [10, 10, 100]
+
+
+@pytest.mark.parametrize(
+  "given, expected",
+  [
+    ({"workdir": "gs://bucket/a"}, 100),
+    ({"out": "gs://bucket/ablations"}, 100),  # of `ablate run`, which has no --workdir
+    ({"workdir": "a", "out": "b.json"}, 10),
+    ({"workdir": "gs://bucket/a", "heartbeat_timeout": 7}, 7),
+  ],
+)
+def test_each_command_says_where_its_run_is_kept(monkeypatch, given, expected):
+  values = {"coordinator_timeout": 300, "heartbeat_timeout": None, **dict.fromkeys(processes._VARIABLES), **given}
+  monkeypatch.setattr(processes.flags, "FLAGS", types.SimpleNamespace(flag_values_dict=lambda: values))
+  monkeypatch.setattr(processes, "find", lambda flags, environ: Processes())
+  monkeypatch.setattr(processes, "log_place", lambda: None)
+  asked = []
+  monkeypatch.setattr(processes, "_initialize", lambda found, timeout, heartbeat: asked.append(heartbeat))
+  processes.start()
+  assert asked == [expected]
 
 
 def test_a_tpu_is_asked_for_its_own_environment():
