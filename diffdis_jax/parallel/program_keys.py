@@ -28,6 +28,7 @@ _BESIDE = re.compile(
 )
 _DUMPS = re.compile(r"--xla_\w*dump\w*(=\S*)?\s*")  # of texts, which preflight asks for
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "TF_CUDNN_DETERMINISTIC")
+_FEW = 8  # arrays of an argument, such as a batch, whose shapes a difference names; a state has a thousand
 
 
 def key(name: str, args: Any, made_from: Mapping[str, Any], devices: Sequence[Any]) -> dict[str, Any]:
@@ -38,11 +39,16 @@ def key(name: str, args: Any, made_from: Mapping[str, Any], devices: Sequence[An
   places = [(x.id, x.process_index, x.coords if x.platform == "tpu" else ()) for x in devices]
   key = {
     "packages": _packages(),
-    "devices": {"kind": f"{len(devices)} x {first.device_kind}", "places": _digest(places)},
+    "devices": {
+      "kind": f"{len(devices)} x {first.device_kind}",
+      "processes": len({x.process_index for x in devices}),
+      "places": _digest(places),
+    },
     "config": dict(made_from),
     "settings": _settings(),
     "source": {"of diffdis_jax": _source()},
-    "program": {"name": name, "arguments": _digest(shapes, str(tree))},
+    "program": {"name": name, **_few(args)},
+    "arguments": {"of all": _digest(shapes, str(tree))},
   }
   if first.platform == "cpu":  # whose programs are made for its instructions, and for a process's own devices
     key["devices"] |= {"processor": _processor(), "process": jax.process_index()}
@@ -56,6 +62,16 @@ def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
     name = next(name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name))
     return f"{part}: {name} is {theirs.get(name)} there and {ours.get(name)} here"
   return ""
+
+
+def _few(args: Any) -> dict[str, str]:
+  """Dtype and shape of each array of the arguments that have few: `argument 2.tokens` -> `int32[16, 8]`."""
+  found = {}
+  for i, argument in enumerate(args):
+    leaves = jax.tree.leaves_with_path(argument)
+    if len(leaves) <= _FEW:
+      found |= {f"argument {i}{jax.tree_util.keystr(path)}": f"{x.dtype}{[*x.shape]}" for path, x in leaves}
+  return found
 
 
 @functools.cache

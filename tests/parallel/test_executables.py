@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from diffdis_jax.config import Run
 from diffdis_jax.config.run import BESIDE
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import executables, program_keys, programs, sharding
-from diffdis_jax.structs import Batch
+from diffdis_jax.structs import Batch, LatentBatch
 from diffdis_jax.training.prepared import Prepared
 from diffdis_jax.training.step import take_step
 from tests.bucket_faults import away
@@ -97,6 +98,28 @@ def test_a_given_folder_with_another_program_is_refused(tmp_path, found, message
   for refused in (program.check, program.compiled):
     with pytest.raises(UserError, match=message):
       refused()
+
+
+def test_a_difference_names_processes_and_what_a_batch_lacks():
+  """And not only that something differs: `latents=none` of preflight has no stored text, and srun may start one process
+  a node or one a GPU."""
+  moments, text = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 4, 4, 4), (8, 7, 16)))
+  tokens = jax.ShapeDtypeStruct((8, 7), jnp.int32)
+  bare = LatentBatch(mean=moments, log_variance=moments, tokens=tokens, condition=None)
+  state = dict.fromkeys("abcdefghi", X)
+
+  def key(batch: LatentBatch = bare, *, processes: int = 1):
+    devices = [types.SimpleNamespace(id=i, process_index=i % processes, platform="gpu", device_kind="A") for i in (0, 1)]
+    return program_keys.key("a step", (state, batch), {"rate": 1}, devices)
+
+  captioned, difference = dataclasses.replace(bare, condition=text), program_keys.difference
+  with_text = key(captioned)
+  said = "program: argument 1.condition is {} there and {} here"
+  assert difference(with_text, key()) == said.format(None, "bfloat16[8, 7, 16]")
+  assert difference(key(), with_text) == said.format("bfloat16[8, 7, 16]", None)
+  assert difference(key(processes=2), key()) == "devices: processes is 1 there and 2 here"
+  state = state | {"a": tokens}
+  assert re.fullmatch(r"arguments: of all is \w+ there and \w+ here", difference(key(captioned), with_text))
 
 
 def test_damage_is_warned_of_in_a_given_folder_alone_and_compiled_again(tmp_path, said):
