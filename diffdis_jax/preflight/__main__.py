@@ -264,12 +264,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def scale(platform: str, plan: scaling.Plan) -> dict[str, Any]:
-  """The table of a weak scaling, and the report of each topology that was compiled for it."""
+  """The table of a weak scaling, and the report of each topology that was compiled for it. Raises UserError at the
+  first that has no program, before those are compiled, for as long, that would be compared with it."""
   reports = {}
   for topology in plan.compiled:
     config = FLAGS.config.copy_and_resolve_references()
     config.batch_size = plan.batch_size(topology, config.batch_size)
     reports[topology.name] = estimate(config, platform, topology)["train"]
+    scaling.check(topology, reports[topology.name])
   table = scaling.tabulate(plan, [*reports.values()])
   for line in scaling.lines(table):
     logging.info("%s", line)

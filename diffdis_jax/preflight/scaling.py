@@ -146,18 +146,23 @@ class Row:
     )
 
 
+def check(topology: chips.Topology, found: Mapping[str, Any]) -> None:
+  """Raises UserError where the train step's report (report.summarise) is of no program."""
+  memory = found["memory_gib"]
+  if not memory["arguments"]:
+    needed = f"{memory['total']:.2f} GiB a chip of {memory['chip']:.0f}"
+    raise UserError(f"{topology.name} would take {needed}; see --topology={topology.name} --search, without --scaling")
+
+
 def tabulate(plan: Plan, reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """Rows of all topologies, and what the time of computing goes by: the first estimate that all compiled ones have.
 
-  Takes the train step's report (report.summarise) of each of plan.compiled. Raises UserError: one has no program.
+  Takes the train step's report, which passed `check`, of each of plan.compiled.
   """
   compiled: dict[chips.Topology, Row] = {}
   by = next((each for each in report.BOUNDS if all(found[each] for found in reports)), "")
   for topology, found in zip(plan.compiled, reports, strict=True):
     memory = found["memory_gib"]
-    if not memory["arguments"]:
-      needed = f"{memory['total']:.2f} GiB a chip of {memory['chip']:.0f}"
-      raise UserError(f"{topology.name} would take {needed}; see --search")
     compiled[topology] = Row(
       topology=topology,
       images=found["images"],

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
+from ml_collections import ConfigDict
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import chips
+from diffdis_jax.preflight import __main__ as preflight
 from diffdis_jax.preflight import scaling, times
 from diffdis_jax.preflight.scaling import Plan
 from tests.command_runs import call
@@ -104,10 +108,18 @@ def test_what_is_larger_than_a_chip_is_said_so():
   assert "compiled, DOES NOT FIT" in [*scaling.lines(table)][2]
 
 
-def test_what_has_no_program_is_refused():
-  memory = dict(arguments=0.0, temporaries=20.5, outputs=0.0, total=20.5, chip=16)
-  with pytest.raises(UserError, match=r"v5e:2x2 would take 20\.50 GiB a chip of 16; see --search"):
-    scaling.tabulate(Plan.of("v5e", ["4", "16"], None), [report_of(4, memory_gib=memory), report_of(16)])
+def test_what_has_no_program_is_refused_before_the_next_is_compiled(monkeypatch):
+  memory, asked = dict(arguments=0.0, temporaries=20.5, outputs=0.0, total=20.5, chip=16), []
+
+  def estimate(config, platform, topology):
+    asked.append((topology.name, config.batch_size))
+    return {"train": report_of(topology.size, memory_gib=memory)}
+
+  monkeypatch.setattr(preflight, "estimate", estimate)
+  monkeypatch.setattr(preflight, "FLAGS", types.SimpleNamespace(config=ConfigDict({"batch_size": 64})))
+  with pytest.raises(UserError, match=r"v5e:2x2 would take 20\.50 GiB a chip of 16; see --topology=v5e:2x2 --search"):
+    preflight.scale("tpu", Plan.of("v5e", ["4", "16"], None))
+  assert asked == [("v5e:2x2", 64)]
 
 
 def test_time_goes_by_an_estimate_that_all_have():
