@@ -166,6 +166,10 @@ def test_bad_input_is_one_line(quick, flags, message):
   [
     (["calibration", "--topology=v5e:2x2", "--platform=cpu"], "cpu, estimates no time; only TPUs' does"),
     (["calibrate", "--topology=v5e:2x2"], "unexpected argument 'calibrate'"),
+    (["calibration", "--save=programs"], "has no use for --save; leave that out"),
+    (["calibration", "--topology=v5e:2x2", "--search", "--hlo=."], "has no use for --search, --hlo; leave that out"),
+    ([CONFIG, "--save=programs", "--search"], "keeps the train step of this machine and reports nothing; leave"),
+    ([CONFIG, "--save=programs", "--programs=generation"], "keeps the train step of this machine and reports"),
     (["--topology=v5e:2x2"], "--config=FILE.py is missing"),
   ],
 )

@@ -220,6 +220,8 @@ def main(argv: Sequence[str]) -> None:
   apart = argv[1:] or FLAGS.programs != ["train"] or FLAGS.search or FLAGS.hlo or FLAGS.save or FLAGS.slices > 1
   if FLAGS.scaling and apart:
     raise UserError("--scaling goes with neither calibration nor --programs, --search, --hlo, --save or --slices")
+  if argv[1:] and (unused := [f"--{name}" for name in ("programs", "search", "hlo", "save") if FLAGS[name].present]):
+    raise UserError(f"calibration compiles programs of its own, and has no use for {', '.join(unused)}; leave that out")
   for name in FLAGS.programs:
     if name not in PROGRAMS:
       raise UserError(f"--programs has {name!r}; it is some of {','.join(PROGRAMS)}")
@@ -234,8 +236,11 @@ def main(argv: Sequence[str]) -> None:
     plan.batch_size(plan.topologies[0], FLAGS.config.batch_size)  # refused before anything is compiled
   topology = plan.compiled[-1] if plan else chips.parse(FLAGS.topology) if FLAGS.topology else None
   if FLAGS.save and not topology and not FLAGS.platform:
-    if FLAGS.out or FLAGS.hlo:
-      raise UserError("--save without --topology reports nothing; leave --out and --hlo out, or give --topology")
+    if FLAGS.out or FLAGS.hlo or FLAGS.search or FLAGS.slices > 1 or FLAGS.programs != ["train"]:
+      raise UserError(
+        "--save without --topology keeps the train step of this machine and reports nothing; leave --out, --hlo,"
+        " --search, --slices and --programs out, or give --topology"
+      )
     saving.check(FLAGS.save)
     saving.save_here(Run.of(FLAGS.config), FLAGS.save)
     return
