@@ -57,10 +57,10 @@ pause() {
   wait $! || true
 }
 
-# The value of --workdir in a command, or nothing; for those of `ablate run`, a pattern of them.
+# The value of --workdir in a command, or nothing; for `ablate run`, that of $ABLATION_RUN, or else a pattern of all.
 workdir_of() {
   local name=workdir runs=''
-  case " $* " in *" ablate run "* | *.ablate" run "*) name=out runs='/runs/*' ;; esac
+  case " $* " in *" ablate run "* | *.ablate" run "*) name=out runs="/runs/${ABLATION_RUN:-*}" ;; esac
   while (($#)); do
     case $1 in
       --"$name="* | -"$name="*) printf '%s%s\n' "${1#*=}" "$runs" && return ;;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,9 @@ import time
 
 import pytest
 
+from diffdis_jax.ablate import status
+from diffdis_jax.ablate.folder import Folder
+from diffdis_jax.ablate.plan import Plan, Run
 from tests.launch.programs import ROOT, Answer, Programs, wait_for
 
 TRAIN = ["python", "-m", "diffdis_jax.train", "--workdir=/runs/a", "--config.a=x 'y'"]
@@ -182,6 +186,34 @@ def test_a_task_that_is_out_of_time_is_queued_again_alone(tmp_path):
   programs.answer({"srun": [ended(75)]})
   assert programs.run("ablate.sbatch", "--", *ABLATE, **TASK).returncode == 75
   assert programs.calls[-1] == ["scontrol", "requeue", "17_5"]
+
+
+def test_a_task_of_an_array_gives_up_whatever_other_tasks_save(tmp_path):
+  """Their checkpoints lie beside its own, and are none of its progress."""
+  programs, runs = Programs(tmp_path), tmp_path / "all runs" / "runs"
+  listed = tuple(
+    Run(f"run-{i}", {"objectives": ("contrastive",), "num_steps": 9, "inference": {}}, None, {}) for i in range(16)
+  )
+  plan = Plan(base={}, tables=(), seeds=(0,), rows={}, runs=listed)
+  (tmp_path / "plan").write_text("\n".join(status.lines(plan, Folder(runs.parent), None)))
+  for name, code in {
+    "diffdis": f"[[ $* == 'ablate plan --out={runs.parent}' ]] && cat {tmp_path}/plan",
+    "srun": f"""echo . >>{tmp_path}/calls; n=$(wc -l <{tmp_path}/calls); ((n < 7)) || exit 0
+      mark='{runs}'/run-15/checkpoints/$n/commit_success.txt; mkdir -p "${{mark%/*}}"; touch "$mark"; exit 1""",
+  }.items():
+    (tmp_path / name).write_text(f"#!/bin/bash\n{code}\n")
+    (tmp_path / name).chmod(0o755)
+  command = ["--", "diffdis", "ablate", "run", f"--out={runs.parent}"]
+  done = programs.run("ablate.sbatch", *command, **TASK, MAX_RESTARTS="1")
+  assert (done.returncode, (tmp_path / "calls").read_text()) == (1, ".\n.\n"), done.stderr
+  assert "1 restarts brought no new checkpoint; giving up" in done.stderr
+  saved = runs / "run-5" / "checkpoints"
+  for name in ("9", "10"):  # what it saves itself is
+    (saved / name).mkdir(parents=True)
+    (saved / name / "commit_success.txt").touch()
+  code = f"source launch/supervise.sh; workdir=$(workdir_of {shlex.join(command)}); newest_step"
+  asked = ["env", "ABLATION_RUN=run-5", "bash", "-euc", code]
+  assert subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout == "10\n"
 
 
 @pytest.mark.parametrize("given", [(), ("--",), ("--dry-run",), ("--dry-run", "--")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import types
@@ -109,7 +110,8 @@ def test_a_difference_names_processes_and_what_a_batch_lacks():
   state = dict.fromkeys("abcdefghi", X)
 
   def key(batch: LatentBatch = bare, *, processes: int = 1):
-    devices = [types.SimpleNamespace(id=i, process_index=i % processes, platform="gpu", device_kind="A") for i in (0, 1)]
+    device = functools.partial(types.SimpleNamespace, platform="gpu", device_kind="A")
+    devices = [device(id=i, process_index=i % processes) for i in (0, 1)]
     return program_keys.key("a step", (state, batch), {"rate": 1}, devices)
 
   captioned, difference = dataclasses.replace(bare, condition=text), program_keys.difference
