@@ -250,6 +250,13 @@ def from_first(value: np.ndarray | np.generic) -> np.ndarray:
   return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def text_from_first(text: str) -> str:
+  """Process 0's text, on every process."""
+  mine = np.frombuffer(text.encode(), np.uint8)
+  size = int(from_first(np.int32(len(mine))))
+  return from_first(np.resize(mine, size)).tobytes().decode()  # of the others the size alone counts
+
+
 def gathered(value: np.ndarray | np.generic) -> np.ndarray:
   """Every process's value, along a new first axis. At most 32 bits wide."""
   return np.asarray(multihost_utils.process_allgather(np.asarray(value), tiled=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import socket
@@ -13,12 +14,12 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
-from diffdis_jax.common import buckets, cli
+from diffdis_jax.common import buckets, cli, code_digest
 from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import describe, doubts
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import history, provenance
+from diffdis_jax.run import history, provenance, workdir
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
 
@@ -56,14 +57,25 @@ def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
 
 
 def check_same_on_all(run: Run) -> None:
-  """Raises UserError, on every process, where some hosts have other data than host 0, such as fewer records: each would
-  take its rows out of an order of its own."""
+  """Raises UserError, on every process, where some hosts have other data than host 0, such as fewer records, or another
+  config, such as a seed of their own: each would take its rows out of an order of its own, or start from parameters of
+  its own. With other code or another JAX they would run programs that wait for each other in vain."""
+  if jax.process_count() == 1:
+    return
   lines = describe(run.data)
   if hosts := processes.differing("\n".join(lines)):
     raise UserError(
       f"these hosts have other data than host 0: {', '.join(map(str, hosts))}; here it is {'; '.join(lines)}; copy the"
       " same to every host"
     )
+  fields = {**workdir.flatten(run.to_dict()), "code": code_digest.of(".")[:8], "jax": jax.__version__}
+  text = json.dumps(fields, sort_keys=True)
+  if processes.differing(text):
+    mine, first = json.loads(text), json.loads(processes.text_from_first(text))
+    name = next((name for name in (*first, *mine) if repr(first.get(name)) != repr(mine.get(name))), "")
+    here = f"{name} is {first.get(name)!r} on host 0 and {mine.get(name)!r} on host {jax.process_index()}"
+    said = processes.first_message(here if name else "")
+    raise UserError(f"{said}; start the same command, with the same code and packages, on every host")
 
 
 def warn_of_other_data(run: Run, path: str) -> None:

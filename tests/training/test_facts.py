@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shlex
 
 import jax
@@ -78,3 +79,35 @@ def test_hosts_with_other_data_are_named(monkeypatch):
     facts.check_same_on_all(run)
   monkeypatch.setattr(processes, "gathered", lambda mine: np.array([mine, mine, mine]))
   facts.check_same_on_all(run)
+
+
+@pytest.mark.parametrize(
+  "change, said",
+  [
+    ({"seed": 3}, "seed is 3 on host 0 and 0 on host 2; start the same command"),  # as by --config.seed=$RANDOM
+    ({"save_every": 7}, "save_every is 7 on host 0 and .* on host 2;"),
+    ({"code": "other"}, "code is 'other' on host 0 and '[0-9a-f]{8}' on host 2; .* same code and packages, on every"),
+  ],
+)
+def test_hosts_with_another_config_or_other_code_are_named(monkeypatch, change, said):
+  """Each made its own parameters and its own order of the data, and none said so."""
+  answers = iter((lambda mine: [mine] * 3, lambda mine: [7, 7, mine]))  # the same data, and not the same config
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  monkeypatch.setattr(jax, "process_index", lambda: 2)
+  monkeypatch.setattr(processes, "gathered", lambda mine: np.array(next(answers)(mine)))
+  monkeypatch.setattr(processes, "first_message", lambda message: message)
+  monkeypatch.setattr(processes, "text_from_first", lambda text: json.dumps(json.loads(text) | change))
+  with pytest.raises(UserError, match=said):
+    facts.check_same_on_all(Run.of(tiny.get_config()))
+
+
+def test_the_first_processs_text_is_taken_whatever_the_others_length(monkeypatch):
+  texts = [text.encode() for text in ('{"a": 1}', "", "longer than it")]
+  for mine in texts:
+    sent = iter((np.int32(len(texts[0])), np.frombuffer(texts[0], np.uint8)))
+    given = []
+    monkeypatch.setattr(
+      processes, "from_first", lambda value, sent=sent, given=given: given.append(value) or next(sent)
+    )
+    assert processes.text_from_first(mine.decode()).encode() == texts[0]
+    assert (given[1].shape, given[1].dtype) == ((len(texts[0]),), np.uint8)
