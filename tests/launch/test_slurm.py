@@ -162,6 +162,16 @@ def test_bad_usage_is_one_line(tmp_path, arguments, said):
   assert done.stderr.startswith(f"slurm.sbatch: error: {said}")
 
 
+@pytest.mark.parametrize("script", ["slurm.sbatch", "ablate.sbatch"])
+def test_a_job_that_was_submitted_elsewhere_says_where_it_belongs(tmp_path, script):
+  """Slurm runs a copy, which does not know where it lay."""
+  copy = shutil.copy(ROOT / "launch" / script, tmp_path / "slurm_script")
+  given = {**os.environ, **TASK, "SLURM_SUBMIT_DIR": str(tmp_path)}
+  done = subprocess.run(["bash", copy, "--", *TRAIN], env=given, capture_output=True, text=True)
+  said = f"error: {tmp_path} has no launch/supervise.sh; submit the job in the repository's folder\n"
+  assert (done.returncode, done.stderr) == (2, said)
+
+
 @pytest.mark.parametrize("path", ["launch/ablate.sbatch", "docs/ablations.md"])
 def test_tasks_of_an_array_are_submitted_with_more_than_one_core(path):
   """As many as Slurm gives a task, whatever GPUs it has."""
