@@ -19,8 +19,10 @@ import jax
 from diffdis_jax.common import code_digest, guesses
 
 # What traces and compiles; of those that are installed.
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "clu", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-PACKAGES += ("jax-cuda12-pjrt", "jax-cuda13-pjrt", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "clu", "numpy")
+OF_TPUS = ("libtpu",)
+OF_GPUS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "jax-cuda12-pjrt", "jax-cuda13-pjrt")
+OF_GPUS += ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 # Settings of jax that no program depends on, or only by the devices, which are asked themselves.
 _BESIDE = re.compile(
   "cache|_log|dump|platform|num_cpu_devices|visible_devices|timeout|address|explain|traceback|preemption|pprint"
@@ -38,7 +40,7 @@ def key(name: str, args: Any, made_from: Mapping[str, Any], devices: Sequence[An
   first = devices[0]
   places = [(x.id, x.process_index, x.coords if x.platform == "tpu" else ()) for x in devices]
   key = {
-    "packages": _packages(),
+    "packages": _packages(first.platform),
     "devices": {
       "kind": f"{len(devices)} x {first.device_kind}",
       "processes": len({x.process_index for x in devices}),
@@ -80,9 +82,11 @@ def _source() -> str:
   return code_digest.of(".")[:16]
 
 
-def _packages() -> dict[str, str]:
+def _packages(devices: str) -> dict[str, str]:
+  """Version by name; of the compilers that of these devices alone, since a machine may have both."""
+  own = {"tpu": OF_TPUS, "cpu": ()}.get(devices, OF_GPUS)
   found = {"python": ".".join(platform.python_version_tuple()[:2])}
-  for name in PACKAGES:
+  for name in (*PACKAGES, *own):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[name] = importlib.metadata.version(name)
   return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import os
 import re
 import types
@@ -122,6 +123,21 @@ def test_a_difference_names_processes_and_what_a_batch_lacks():
   assert difference(key(processes=2), key()) == "devices: processes is 1 there and 2 here"
   state = state | {"a": tokens}
   assert re.fullmatch(r"arguments: of all is \w+ there and \w+ here", difference(key(captioned), with_text))
+
+
+def test_the_compiler_of_other_chips_makes_no_other_program(monkeypatch):
+  """Whoever compares TPUs with GPUs by preflight has both, and the GPUs' hosts one."""
+  device = types.SimpleNamespace(id=0, process_index=0, device_kind="A", coords=(0, 0, 0))
+
+  def packages(platform: str, installed: tuple[str, ...]) -> dict[str, str]:
+    versions = dict.fromkeys(("jax", *installed), "1.0")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: versions.get(name, "none"))
+    device.platform = platform
+    return program_keys.key("a step", (X,), {}, [device])["packages"]
+
+  for platform, own, other in (("gpu", "jax-cuda12-plugin", "libtpu"), ("tpu", "libtpu", "jax-cuda12-plugin")):
+    assert packages(platform, (own, other)) == packages(platform, (own,)) != packages(platform, (other,))
+  assert packages("cpu", ("libtpu",)) == packages("cpu", ())
 
 
 def test_damage_is_warned_of_in_a_given_folder_alone_and_compiled_again(tmp_path, said):
