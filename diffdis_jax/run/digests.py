@@ -12,6 +12,7 @@ import base64
 import concurrent.futures
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -99,6 +100,18 @@ def read(folder: epath.Path) -> Digests | Damage | None:
     return None
   except (UserError, AttributeError, KeyError, TypeError) as error:
     return Damage(NAME, f"holds other bytes than were saved ({type(error).__name__})")
+
+
+def fingerprint(folder: epath.PathLike, *, part: str) -> str:
+  """Sixteen hexadecimal digits for the files with this in their names, by their digests, wherever the folder lies.
+
+  Empty where there are none, or what holds these is damaged. Raises OSError.
+  """
+  found = read(buckets.path(folder))
+  if not isinstance(found, Digests):
+    return ""
+  files_there = sorted((name, *file) for name, file in found.files.items() if part in name)
+  return hashlib.sha256(json.dumps(files_there).encode()).hexdigest()[:16] if files_there else ""
 
 
 def items_of(found: Digests, items: Collection[str] | None) -> list[str]:

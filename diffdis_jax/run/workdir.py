@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 from absl import logging
@@ -43,7 +43,9 @@ MAY_CHANGE = (
 REPORTS = ("metrics.jsonl", "history.jsonl", "trackers.json", "events.out.tfevents.*", "samples", "plugins")
 
 
-def open_for_training(workdir: epath.PathLike, config: Mapping[str, Any], *, is_writer: bool = True) -> epath.Path:
+def open_for_training(
+  workdir: epath.PathLike, config: Mapping[str, Any], *, is_writer: bool = True, moved: Collection[str] = ()
+) -> epath.Path:
   """Creates the folder and writes its config.json, or checks that the run in it has the same config.
 
   A run without a checkpoint does not hold its config: what it has reported is set aside, so that it mixes with nothing.
@@ -52,13 +54,14 @@ def open_for_training(workdir: epath.PathLike, config: Mapping[str, Any], *, is_
     workdir: the folder; local, or any path that etils.epath reads.
     config: the run's, as nested dicts of tuples, numbers, strings, booleans and None.
     is_writer: whether this process writes; one of several processes does.
+    moved: as `check_config` takes it.
 
   Raises:
     UserError: the folder cannot be made, or holds a run whose config differs in a field outside MAY_CHANGE.
     OSError: it cannot be written now, or its disk is full.
   """
   path = buckets.path(workdir)
-  replaced = check_config(workdir, config)
+  replaced = check_config(workdir, config, moved=moved)
   if is_writer:
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     try:
@@ -87,12 +90,13 @@ def _refuse(workdir: epath.PathLike, error: OSError) -> NoReturn:
   raise UserError(f"cannot write to --workdir={workdir}: {error.strerror or error}") from error
 
 
-def check_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> list[str]:
+def check_config(workdir: epath.PathLike, config: Mapping[str, Any], *, moved: Collection[str] = ()) -> list[str]:
   """Checks that a run may resume under this config, if there is one in the folder that has a checkpoint.
 
   Args:
     workdir: the folder.
     config: nested dicts.
+    moved: fields that may differ as well, such as a path at which the same data lie.
 
   Returns:
     What differs in fields outside MAY_CHANGE, a phrase for each, where the run there has no checkpoint.
@@ -109,6 +113,7 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> list[str
   may_be_replaced = SECTIONS <= config_there.keys() and not committed.committed_steps(committed.folder(workdir))
   if not may_be_replaced and steps_before(there, here) is not None:
     del there["num_steps"], here["num_steps"]
+  there, here = ({name: fields[name] for name in fields.keys() - {*moved}} for fields in (there, here))
   differing = differences(there, here)
   if differing and not may_be_replaced:
     raise UserError(f"{path} holds a run of another config: {', '.join(differing)}; take its config or a new --workdir")

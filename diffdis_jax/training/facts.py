@@ -19,9 +19,11 @@ from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import describe, doubts
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import history, provenance, workdir
+from diffdis_jax.run import digests, history, provenance, workdir
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
+
+RECORDS = ".array_record"  # in the names of a prepared data set's files of records
 
 
 def parameter_groups(trainer: Trainer) -> dict[str, dict[str, int]]:
@@ -53,7 +55,29 @@ def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
     "num_steps": trainer.run.num_steps,  # which a later start may raise
     "parameters": parameter_groups(trainer),
     "data": describe(trainer.run.data),
+    "data_digests": digests_of(trainer.run),
   }
+
+
+def digests_of(run: Run) -> dict[str, str]:
+  """Field of a path, such as `data.path`, -> digest of the records of the prepared data that lie there."""
+  paths = {
+    "data.path" if name == "data" else f"data.mixture.{name}.path": section.get("path")
+    for name, section in run.data.sources.items()
+  }
+  found = {field: digests.fingerprint(str(path), part=RECORDS) for field, path in paths.items() if path}
+  return {field: digest for field, digest in found.items() if digest}
+
+
+def moved(run: Run, path: str) -> set[str]:
+  """Fields of paths where the very data lie, in a copy, that the run in this workdir had at its last start."""
+  before = _last(path, "data_digests") or {}
+  return {field for field, digest in digests_of(run).items() if before.get(field) == digest}
+
+
+def _last(path: str, name: str) -> Any:
+  """What the run's newest event that has it says of this; None where none has."""
+  return next((event[name] for event in reversed(history.read(path)) if name in event), None)
 
 
 def check_same_on_all(run: Run) -> None:
@@ -81,15 +105,18 @@ def check_same_on_all(run: Run) -> None:
 def warn_of_other_data(run: Run, path: str) -> None:
   """Says so where a run that resumes has other data than at its last start, such as a folder that was prepared again:
   its records then come in another order, some of them a second time in an epoch."""
-  now = describe(run.data)
-  before = next((event["data"] for event in reversed(history.read(path)) if "data" in event), now)
-  if before != now:
-    logging.warning(
-      "the data have changed since the last start: %s then, %s now; from here on the order of records is another one,"
-      " and the numbers are not those of one set of data",
-      "; ".join(map(str, before)),
-      "; ".join(now),
-    )
+  now, before = describe(run.data), _last(path, "data")
+  digests_now = digests_of(run)
+  digests_before = _last(path, "data_digests") or digests_now  # an earlier start has none where none were there
+  is_known = len(digests_now) == len(run.data.sources)  # then it does not matter where they lie
+  if before is None or (digests_now == digests_before and (is_known or now == before)):
+    return
+  logging.warning(
+    "the data have changed since the last start: %s then, %s now; from here on the order of records is another one, and"
+    " the numbers are not those of one set of data",
+    "; ".join([*map(str, before), *digests_before.values()]),
+    "; ".join([*now, *digests_now.values()]),
+  )
 
 
 def overview(trainer: Trainer) -> str:

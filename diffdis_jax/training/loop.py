@@ -123,12 +123,14 @@ def open_workdir(path: str, trainer: Trainer, stack: contextlib.ExitStack) -> in
   """Makes the workdir this run's, and locks it until `stack` closes. The number of steps that it had before it was made
   longer; None where it was not."""
   fields = trainer.run.to_dict()
-  workdir.check_config(path, fields)  # open_for_training does it again, when no other process can change the folder
+  moved = facts.moved(trainer.run, path)
+  # open_for_training does it again, when no other process can change the folder.
+  workdir.check_config(path, fields, moved=moved)
   processes.check_shared(path)
   # The lock before anything is written: two runs in one workdir would each drop the other's lines and checkpoints.
   processes.on_first(lambda: stack.enter_context(workdir.Lock(path)))
   before = workdir.lengthened(path, fields)
-  workdir.open_for_training(path, fields, is_writer=processes.is_first())
+  workdir.open_for_training(path, fields, is_writer=processes.is_first(), moved=moved)
   if processes.is_first():
     files.write_whole(buckets.path(path) / "parameters.txt", facts.overview(trainer).encode())
   return before

@@ -1,20 +1,25 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from absl import logging
+from ml_collections import ConfigDict
 
 from diffdis_jax import __main__ as main_module
 from diffdis_jax.config import Run
+from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import history
+from diffdis_jax.run import digests, history, workdir
 from diffdis_jax.training import facts
 from tests import tiny, tiny_clip
+from tests.raw_pairs import picture, write_tar
 
 
 @pytest.mark.parametrize(
@@ -69,6 +74,48 @@ def test_a_run_that_resumes_with_other_data_says_so(tmp_path, monkeypatch, caplo
   assert (
     "since the last start: shapes, split train then, shapes, split train: 9 records now; from here on the order" in line
   )
+
+
+def prepared(folder, first: int):
+  """A prepared data set of one pair, as `prepare_data` leaves it."""
+  write_tar(folder / "raw.tar", {"0.png": picture(first), "0.txt": b"x"})
+  builder.prepare([parts.TarPart(folder / "raw.tar", "train")], folder / "data")
+  digests.write(folder / "data")
+  return str(folder / "data")
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_a_run_goes_on_where_its_data_have_been_moved(tmp_path, caplog, mixture):
+  """They are the same by the digests of their records; others with as many records are not."""
+  (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+  first = prepared(tmp_path / "a", 0)
+  copy, other = shutil.copytree(first, tmp_path / "copy"), prepared(tmp_path / "b", 1)
+  workdir.open_for_training(tmp_path / "run", config_of(first, mixture).to_dict())
+  (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+  (tmp_path / "run" / "checkpoints" / "1" / "commit_success.txt").touch()
+  run = Run.of(config_of(first, mixture))
+  known = {"data": facts.describe(run.data), "data_digests": facts.digests_of(run)}
+  with history.recorded(tmp_path / "run", step=0, is_writer=True, facts=known):
+    pass
+  field = "data.mixture.one.path" if mixture else "data.path"
+  for path, may in ((str(copy), True), (other, False)):
+    moved = facts.moved(Run.of(config_of(path, mixture)), str(tmp_path / "run"))
+    assert moved == ({field} if may else set())
+    allowed = pytest.raises(UserError, match=f"another config: {field} is ") if not may else contextlib.nullcontext()
+    with allowed:
+      workdir.open_for_training(tmp_path / "run", config_of(path, mixture).to_dict(), moved=moved)
+    caplog.clear()
+    facts.warn_of_other_data(Run.of(config_of(path, mixture)), str(tmp_path / "run"))
+    assert sum("the data have changed" in line for line in caplog.messages) == (not may)
+  assert str(copy) in (tmp_path / "run" / "config.json").read_text()
+
+
+def config_of(path: str, mixture: bool):
+  config = tiny.get_config()
+  config.data = ConfigDict({**config.data, "name": "pairs", "path": "" if mixture else path})
+  if mixture:
+    config.data.mixture = {"one": {"name": "pairs", "path": path}}
+  return config
 
 
 def test_hosts_with_other_data_are_named(monkeypatch):
