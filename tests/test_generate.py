@@ -71,6 +71,17 @@ def test_images_grid_and_manifest(model, tmp_path):
   assert (grid[8:136, 8:136] == 5).all() and (grid[8:136, 144:272] == 15).all() and grid.shape[1] == 280
 
 
+def test_prompts_that_are_longer_than_the_network_reads_are_named(model, tmp_path, caplog):
+  long = [" ".join(["star"] * 14 + [word]) for word in ("red", "blue", "green", "grey")]
+  generate.generate("run", ["a red star", *long], str(tmp_path / "out"), num_images=2)
+  first, *_, last = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+  assert first == f"this run reads 14 tokens: of {long[0]!r} it sees {' '.join(['star'] * 14)!r}"
+  assert last == "so it is with 1 more of the prompts"
+  caplog.clear()
+  generate.generate("run", ["a red star"], str(tmp_path / "short"))
+  assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_many_images_come_in_chunks_and_the_grid_has_the_first(model, tmp_path, monkeypatch):
   monkeypatch.setattr(generate, "CHUNK", 3)
   monkeypatch.setattr(generate, "GRID", 4)

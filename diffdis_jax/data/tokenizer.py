@@ -111,6 +111,11 @@ class Tokenizer:
     encoded = [each.ids for each in self._clip.encode_batch_fast(cleaned)]
     return np.array(encoded, np.int32).reshape(len(captions), self.max_length)
 
+  def cut(self, caption: str) -> str | None:
+    """What is left of a caption of more tokens than `max_length`, start and end counted; None of any other."""
+    (encoded,) = self._clip.encode_batch([spell_out(clean(caption))])
+    return self.decode(np.array(encoded.ids)) if encoded.overflowing else None
+
   def __reduce__(self):
     # A worker of the loader builds its own, rather than get 49,408 entries by pickle.
     return Tokenizer, (self.max_length,)

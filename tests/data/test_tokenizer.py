@@ -98,6 +98,15 @@ def test_long_captions_keep_their_end(length):
   assert tokens[1].tolist() == [49406, 320] + [END_ID] * (length - 2)
 
 
+@pytest.mark.parametrize("length", [3, 8, 77])
+def test_what_is_left_of_a_caption_that_is_too_long(length):
+  """The last word that is read is the last that changes the ids."""
+  tokenizer, words = Tokenizer(length), ["red"] * (length - 2)
+  assert tokenizer.cut(" ".join(words)) is None and tokenizer.cut("") is None
+  assert tokenizer.cut(" ".join([*words, "star"])) == " ".join(words)
+  assert (tokenizer([" ".join([*words, "star"])]) == tokenizer([" ".join(words)])).all()
+
+
 def test_vocabulary(tokenizer):
   assert len(load_merges()) == 48894
   assert sorted(tokenizer.vocab.values()) == list(range(VOCAB_SIZE))
