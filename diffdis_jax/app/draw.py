@@ -38,21 +38,22 @@ def answer(
   )
   # At once: the first step may still wait for its program to be compiled.
   yield charts.block(charts.line(f"Step 0 of {whole_steps}"), charts.progress(0, whole_steps))
-  shown: list[Frame] = []
+  shown, left = [], sampler.cut(prompt)
   for frame in within(limits.seconds, frames):
     shown.append(frame)
-    yield show(shown, prompt)
+    yield show(shown, prompt, left)
 
 
-def show(frames: Sequence[Frame], prompt: str) -> str:
+def show(frames: Sequence[Frame], prompt: str, left: str | None = None) -> str:
   """Side by side, after the last of these steps, what is there, the emptied prediction and the guided one; below, the
-  two predictions after each of them."""
+  two predictions after each of them. `left`: what the network reads of a prompt that is too long for it."""
   frame = frames[-1]
   done = frame.step == frame.steps
   where = f"{frame.steps} steps" if done else f"Step {frame.step} of {frame.steps}, t = {frame.t}"
   return charts.block(
     charts.line(where),
     charts.progress(frame.step, frame.steps),
+    charts.line(f"The prompt is too long for this model, which reads: {left}") if left is not None else "",
     charts.row(
       [
         charts.figure(frame.noisy, prompt if done else "So far", "the image" if done else "z_t, decoded"),

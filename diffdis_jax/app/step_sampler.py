@@ -157,6 +157,11 @@ class StepSampler:
     """In a turn, too: two threads may not use the tokenizer at a time."""
     return self.call(self._tokenizer, texts)
 
+  def cut(self, text: str) -> str | None:
+    """What the network reads of a text that is too long for it; None of any other."""
+    left = self.call(self._tokenizer.cut, text)
+    return None if left is None else str(left)
+
   def text_queries(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
     """e of each text, L2-normalised. Raises UserError: not within the time that a call may take, or not finite."""
     tokens, size = self._tokens(texts), self.model.batch_size

@@ -106,6 +106,11 @@ def test_text_queries_in_any_number(sampler):
   np.testing.assert_allclose(sampler.text_queries(texts), expected, atol=1e-6)
 
 
+def test_what_is_read_of_a_long_text(sampler):
+  assert sampler.cut("a red star") is None
+  assert sampler.cut(" ".join(["star"] * 100)) == " ".join(["star"] * (sampler.model.max_length - 2))
+
+
 def test_many_texts_end_when_their_time_is_over(sampler, monkeypatch):
   """Each of their calls is shorter."""
   embed = sampler.model.embed_texts

@@ -19,6 +19,7 @@ from diffdis_jax.app.__main__ import open_data, prepare
 from diffdis_jax.app.limits import Limits
 from diffdis_jax.app.step_sampler import Estimate, Frame
 from diffdis_jax.data import sources
+from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from tests import studio_pictures as pictures
 from tests.report import written_run
@@ -44,6 +45,9 @@ class StepSampler(step_sampler.StepSampler):
 
   def text_queries(self, texts):
     return unit(np.array([next(c for name, c in self.COLOURS.items() if name in text) for text in texts]))
+
+  def cut(self, text):
+    return Tokenizer(8).cut(text)
 
   def embed_images(self, images, *, seed):
     return unit(np.stack([images[np.array([i])][0] for i in range(len(images))]).mean(axis=(1, 2)) + 1e-3)
@@ -151,6 +155,12 @@ def test_a_drawing_shows_its_three_images_after_each_step_and_all_steps_below():
   assert [image.mean() for image in pixels(steps[-1])] == [1, 2, 3, 2, 3, 2, 3, 2, 3]
   assert "Step 2 of 3, t = 997" in steps[1] and "a star" not in steps[1]
   assert "3 steps" in steps[2] and "a star" in steps[2]
+  assert not any("too long" in html for html in [first, *steps])
+
+
+def test_of_a_prompt_that_is_too_long_a_drawing_says_what_is_read():
+  first, *steps = draw.answer(StepSampler(), LIMITS, "one two three four five six seven", 0, 3, 2)
+  assert all("too long for this model, which reads: one two three four five six<" in html for html in steps)
 
 
 @pytest.mark.parametrize(
