@@ -33,7 +33,8 @@ def test_ctrl_c_saves_and_one_that_has_saved_nothing_takes_another_config(tmp_pa
 
   other = {"seed": 1, "data.loader.num_workers": 1}
   with Terminal([*train, *flags(run, **other)], environment, tmp_path / "stderr") as terminal:
-    terminal.wait_until(lambda: (run / "replaced_1").exists() and len(steps_logged(run)) > 2)
+    # Its own steps, not those that are about to be set aside.
+    terminal.wait_until(lambda: (run / "replaced_1" / "metrics.jsonl").exists() and len(steps_logged(run)) > 2)
     terminal.ctrl_c()
     assert terminal.end() == 130
     said = terminal.said
