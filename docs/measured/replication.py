@@ -35,6 +35,7 @@ QUESTIONS = {
   "e5": "does it hold for classes that are rare in the start too?",
   "e6": "does stronger augmentation make the better CLIP?",
   "e7": "which parts matter on emoji?",
+  "e8": "does joint training help discrimination on emoji?",
 }
 
 
@@ -50,6 +51,7 @@ class Claim(NamedTuple):
 
 PAPER = (
   Claim("joint training helps discrimination", "e1", "both", "discrimination", "higher"),
+  Claim("the same, on emoji", "e8", "both", "discrimination", "higher"),
   Claim("joint training helps generation", "e1", "both", "generation", "higher"),
   Claim("a trained generator is a good start", "e2", "discrimination after generation", "discrimination", "higher"),
   Claim("Table 2: data is the better text target", "e3", "target noise", "discrimination", "lower"),

@@ -19,7 +19,7 @@ from docs.measured import replication as page
 PAGE = (pathlib.Path(__file__).parents[2] / "docs/replication/protocol.md").read_text()
 SCENES, EMOJI, SHAPES_LT = "scenes:measured=test", "emoji:path=data/emoji", "shapes_lt"
 SECONDS = {"generation": 2.0, "discrimination": 1.0, "discrimination without additions": 0.5}
-SECONDS |= {"CLIP": 0.25, "CLIP with parts": 0.5, "convolutional CLIP": 2.0}
+SECONDS |= {"CLIP": 0.25, "CLIP with parts": 0.5, "convolutional CLIP": 2.0, "generation+discrimination": 2.5}
 CHOSEN = {"CLIP": 1e-3, "CLIP with parts": 3e-4, "convolutional CLIP": 1e-3}
 
 
@@ -226,8 +226,30 @@ def test_the_seventh_experiment_is_as_the_protocol_has_it(timed):
     assert f"`{field}={value}`" in section_of("E7") or f"`{field}` " in section_of("E7")
 
 
+def test_the_eighth_experiment_is_as_the_protocol_has_it(timed):
+  """Equal steps, then equal minutes; `discrimination` is E2's run."""
+  plan = timed("e8")
+  runs = of_first_seed(plan)
+  seconds = experiments.EMOJI_STEP_SECONDS
+  longer = round(600 * seconds["generation+discrimination"] / seconds["discrimination"])
+  assert {name: run.config["num_steps"] for name, run in runs.items() if name != "autoencoder"} == {
+    "discrimination": 600,
+    "both": 600,
+    "discrimination_as_long_as_both": longer,
+  }
+  assert longer > 600 and runs["both"].config["objectives"] == ("generation", "discrimination")
+  assert {runs[name].name for name in ("autoencoder", "discrimination")} <= {run.name for run in timed("e2").runs}
+  assert {(claim.row, claim.base, claim.column, claim.bound) for claim in plan.claims} == {
+    ("both", base, "val_vendor/acc1", 2.0) for base in ("discrimination", "discrimination as long as both")
+  }
+
+
 @pytest.mark.parametrize(
-  "name, base", [("e1", SCENES), ("e2", EMOJI), ("e3", SCENES), ("e4", EMOJI), ("e5", SHAPES_LT), ("e7", EMOJI)]
+  "name, base",
+  [
+    *(("e1", SCENES), ("e2", EMOJI), ("e3", SCENES), ("e4", EMOJI)),
+    *(("e5", SHAPES_LT), ("e7", EMOJI), ("e8", EMOJI)),
+  ],
 )
 def test_a_claim_of_the_paper_that_the_page_judges_is_a_primary_comparison(timed, name, base):
   primaries = {(claim.row, claim.base) for claim in timed(name, base).claims}
