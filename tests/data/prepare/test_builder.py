@@ -11,7 +11,7 @@ import time
 import pytest
 
 from diffdis_jax.data import records
-from diffdis_jax.data.prepare import builder, parts, staging
+from diffdis_jax.data.prepare import builder, image_folder, parts, staging
 from diffdis_jax.errors import UserError
 from tests.interrupting import Terminal, is_alive
 from tests.raw_pairs import load, picture, write_tar
@@ -184,6 +184,20 @@ def test_a_split_without_a_usable_pair_loses_nothing_of_the_others(many, tmp_pat
   assert f"resuming: 11 of {12 if mended else 11} parts are written" in caplog.text
   prepare(raw, tmp_path / "direct", drop_duplicates=drop_duplicates)
   assert content(tmp_path / "out") == content(tmp_path / "direct")
+
+
+def test_what_is_kept_of_a_split_is_not_taken_where_its_labels_have_changed(tmp_path):
+  """Classes are counted over all splits, so that taking one out may move the numbers of another's."""
+  for split, names in (("train", "ac"), ("val", "b")):
+    for name in names:
+      (tmp_path / "raw" / split / name).mkdir(parents=True)
+      (tmp_path / "raw" / split / name / "0.png").write_bytes(picture(ord(name)) if split == "train" else b"no image")
+  start = lambda: builder.prepare(image_folder.find_parts(tmp_path / "raw"), tmp_path / "out")
+  with pytest.raises(UserError, match="no usable pair in split val: .*; what is finished of train is kept$"):
+    start()
+  shutil.rmtree(tmp_path / "raw" / "val")
+  with pytest.raises(UserError, match="unfinished preparation with another source; give the same, or delete it"):
+    start()
 
 
 def test_out_must_be_free(raw, tmp_path):
