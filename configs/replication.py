@@ -15,9 +15,11 @@ The same command resumes. What is chosen is chosen on val, the default of config
   e6        does augmentation make the better CLIP?  --base=emoji:path=data/emoji
   e7        which parts matter on emoji?           --base=emoji:path=data/emoji
   e8        do both help discrimination on emoji?  --base=emoji:path=data/emoji
+  e9        which timestep on emoji?               --base=emoji:path=data/emoji
 
 With one --out for several of one base, they share runs: e3 finds its base runs among those of e1, and e4 its
-`discrimination` among those of e2, as does e8; e7 shares the autoencoders. `table` then writes over the other's tables.
+`discrimination` among those of e2, as does e8, whose `both` is that of e9; e7 shares the autoencoders. `table` then
+writes over the other's tables.
 """
 
 from typing import Any
@@ -59,6 +61,8 @@ CLIPS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Of an evaluation's protocol, what CLIP lacks.
 DENOISING = ("steps", "num_noise_samples", "guidance", "normalize_query")
+# Of the clean image, t_z: what Table 7 has beside the paper's 1000.
+TIMESTEPS: dict[str, dict[str, Any]] = {f"timestep {t_z}": dict(condition_timestep=t_z) for t_z in (0, 999)}
 # A run is measured when it has ended, and reports nothing before.
 QUIET = dict(train_evals=(), sample_prompts=(), save_every=450, sample_every=100_000, eval_every=100_000)
 
@@ -97,12 +101,8 @@ def e1() -> dict[str, Any]:
 
 def e3() -> dict[str, Any]:
   """Which parts matter? The timestep t_z of the clean image needs both objectives, or nothing else has a timestep."""
-  timesteps: dict[str, dict[str, Any]] = {
-    "timestep 0": dict(condition_timestep=0),
-    "timestep 999": dict(condition_timestep=999),
-  }
   arms, claims = [], []
-  for base, changes in (("discrimination", _parts(1.0, 0.1)), ("both", timesteps)):
+  for base, changes in (("discrimination", _parts(1.0, 0.1)), ("both", TIMESTEPS)):
     arms.append(_arm(base, base, num_steps=STEPS))
     arms += [_arm(name, base, num_steps=STEPS, **change) for name, change in changes.items()]
     claims += [_claim(name, base, "test/acc1") for name in changes]
@@ -221,8 +221,16 @@ def e8() -> dict[str, Any]:
   return dict(title="Does joint training help on emoji?", arms=arms, step_seconds=seconds, claims=claims)
 
 
+def e9() -> dict[str, Any]:
+  """Which timestep t_z of the clean image on emoji? Beside E8's `both`."""
+  arms = [_arm(name, "both", num_steps=EMOJI_STEPS, **change) for name, change in ({"both": {}} | TIMESTEPS).items()]
+  claims = tuple(_claim(name, "both", TOP1, 2.0) for name in TIMESTEPS)
+  return dict(title="Which timestep of the clean image on emoji?", arms=tuple(arms), claims=claims)
+
+
 TOP1 = "val_vendor/acc1"
 EXPERIMENTS = {"e1": e1, "e2": e2, "e3": e3, "e4_rates": e4_rates, "e4": e4, "e5": e5, "e6": e6, "e7": e7, "e8": e8}
+EXPERIMENTS |= {"e9": e9}
 
 
 def _parts(*gammas: float) -> dict[str, dict[str, Any]]:

@@ -36,6 +36,7 @@ QUESTIONS = {
   "e6": "does stronger augmentation make the better CLIP?",
   "e7": "which parts matter on emoji?",
   "e8": "does joint training help discrimination on emoji?",
+  "e9": "which timestep of the clean image on emoji?",
 }
 
 
@@ -62,6 +63,8 @@ PAPER = (
   Claim("Table 2, on emoji", "e7", "target noise", "discrimination, no spatial pooling", "lower"),
   Claim("Table 3, on emoji", "e7", "schedule cosine", "discrimination, no spatial pooling", "lower"),
   Claim("Table 4, on emoji", "e7", "without fusion", "discrimination, no spatial pooling", "lower"),
+  Claim("Table 7, on emoji: 1000 is better than 0", "e9", "timestep 0", "both", "lower"),
+  Claim("Table 7, on emoji: 1000 is better than 999", "e9", "timestep 999", "both", "lower"),
   Claim("DiffDis classifies better than CLIP", "e4", "discrimination", "CLIP with parts", "higher"),
   Claim("Table 8: so it does for rare classes", "e5", "DiffDis, no low classes", "CLIP, no low classes", "higher"),
   Claim("Table 1: augmentation makes the better CLIP", "e6", "paper", "openclip", "higher"),

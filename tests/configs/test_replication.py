@@ -244,11 +244,29 @@ def test_the_eighth_experiment_is_as_the_protocol_has_it(timed):
   }
 
 
+def test_the_ninth_experiment_is_as_the_protocol_has_it(timed):
+  """The timestep of the clean image alone differs from E8's `both`."""
+  plan = timed("e9")
+  runs = of_first_seed(plan)
+  config = {name: workdir.identity(run.config) for name, run in runs.items()}
+  section = section_of("E9")
+  for t_z in (0, 999):
+    name = f"timestep_{t_z}"
+    (field,) = (field for field, value in config[name].items() if value != config["both"][field])
+    assert (field, config[name][field]) == ("condition_timestep", t_z) and f"| timestep {t_z} |" in section
+  assert config["both"]["condition_timestep"] == 1000
+  assert {*runs} == {"autoencoder", "both", "timestep_0", "timestep_999"}
+  assert {runs[name].name for name in ("autoencoder", "both")} <= {run.name for run in timed("e8").runs}
+  assert {(claim.row, claim.base, claim.column, claim.bound) for claim in plan.claims} == {
+    (f"timestep {t_z}", "both", "val_vendor/acc1", 2.0) for t_z in (0, 999)
+  }
+
+
 @pytest.mark.parametrize(
   "name, base",
   [
     *(("e1", SCENES), ("e2", EMOJI), ("e3", SCENES), ("e4", EMOJI)),
-    *(("e5", SHAPES_LT), ("e7", EMOJI), ("e8", EMOJI)),
+    *(("e5", SHAPES_LT), ("e7", EMOJI), ("e8", EMOJI), ("e9", EMOJI)),
   ],
 )
 def test_a_claim_of_the_paper_that_the_page_judges_is_a_primary_comparison(timed, name, base):
