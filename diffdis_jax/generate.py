@@ -28,6 +28,7 @@ from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import samples
 from diffdis_jax.evals import settings as eval_settings
 from diffdis_jax.evals.best_of import FAILURES, BestOf, check_failures
+from diffdis_jax.evals.prompts import warn_of_long
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import restore
 
@@ -135,7 +136,7 @@ def generate(
   # The noise of all of them, so that no image depends on how they are parted.
   z_T = model.noise(len(prompts), seed) if z_T is None else z_T
   z_T = check_noise(z_T, expected=(len(prompts), *model.noise_shape()))
-  warn_of_long(prompts, model.max_length)
+  warn_of_long(tuple(prompts), model.max_length)
   images = sample(model, params, prompts, z_T, best_of=best_of)
   if not processes.is_first():
     deque(images, maxlen=0)  # its share of each
@@ -158,16 +159,6 @@ def check_count(prompts: int, num_images: int, best_of: int) -> None:
       f"{prompts} prompts with {each} are {count} images; one call makes at most {MOST_IMAGES},"
       " so give fewer, and several calls with other --seed"
     )
-
-
-def warn_of_long(prompts: Sequence[str], max_length: int) -> None:
-  """Says so of prompts of more tokens than the network reads."""
-  tokenizer = Tokenizer(max_length)
-  cut = {prompt: left for prompt in dict.fromkeys(prompts) if (left := tokenizer.cut(prompt)) is not None}
-  for prompt, left in [*cut.items()][:3]:
-    logging.warning("this run reads %d tokens: of %r it sees %r", max_length - 2, prompt, left)
-  if len(cut) > 3:
-    logging.warning("so it is with %d more of the prompts", len(cut) - 3)
 
 
 def sample(

@@ -119,6 +119,7 @@ class DiffusionClassifier:
     names = self.zero_shot.classnames
     noise_errors = self._errors_of(inference)
     texts = [prompts.fill(self._template, name) for name in names]
+    prompts.warn_of_long(tuple(texts), inference.max_length)
     c = noise_errors.conditions(params, Tokenizer(inference.max_length)(texts))
     labels, found = self.zero_shot.labels, []
     # Of an image in each stage, how many classes are left, and how often each of them is evaluated.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import json
 import re
@@ -10,7 +11,10 @@ import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from absl import logging
+
 from diffdis_jax.common import files
+from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 
 # CLIP's plain prompt first: it is the "single template". The others are the seven that forward selection picked from
@@ -118,3 +122,14 @@ def resolve_templates(templates: Sequence[str] | str) -> Sequence[str]:
     if not _SLOT.search(template):
       raise UserError(f"template {template!r} has no place for the class name; write {{}} or {{c}} where it goes")
   return found or TEMPLATES
+
+
+@functools.lru_cache(16)  # once of the same prompts, though a run in training measures by them again and again
+def warn_of_long(prompts: tuple[str, ...], max_length: int) -> None:
+  """Says so of prompts of more tokens than the network reads."""
+  tokenizer = Tokenizer(max_length)
+  cut = {prompt: left for prompt in dict.fromkeys(prompts) if (left := tokenizer.cut(prompt)) is not None}
+  for prompt, left in [*cut.items()][:3]:
+    logging.warning("this run reads %d tokens: of %r it sees %r", max_length - 2, prompt, left)
+  if len(cut) > 3:
+    logging.warning("so it is with %d more of the prompts", len(cut) - 3)

@@ -149,6 +149,8 @@ class ZeroShot:
     return metrics | {f"{name}_single_template": value for name, value in single.items()}
 
   def _embed_classes(self, inference: Any, params: Mapping[str, Any]) -> dict[str, Float[np.ndarray, "k d"]]:
+    # Classes whose names differ only beyond what is read are equal to the network.
+    prompts.warn_of_long(tuple(prompts.fill(self._single, name) for name in self.classnames), inference.max_length)
     # The single template is often among the others, and is then embedded once.
     templates = [*dict.fromkeys((*self.templates, self._single))]
     texts = [prompts.fill(template, name) for template in templates for name in self.classnames]

@@ -100,6 +100,17 @@ def leaks(evaluation, inference):
   return metrics["acc1"] > bound
 
 
+def test_a_class_whose_prompt_is_too_long_is_named_once(use, fakes, caplog):
+  """A run in training measures by the same prompts again and again."""
+  use(test=fakes.Source(["a b"]))
+  long = "a b " * 8 + "c"  # of 17 tokens, where 14 are read
+  ours = evals.create("zero_shot", data=DATA, classnames=("a b", long), templates=("{}",))
+  for _ in range(2):
+    ours.run(fakes.Inference(["a b"]), {})
+  said = [message for message in caplog.messages if "tokens" in message]
+  assert said == [f"this run reads 14 tokens: of {long!r} it sees {' '.join(['a b'] * 7)!r}"]
+
+
 def test_leak_test_passes_an_honest_model_and_catches_a_cheat(use, fakes):
   honest = fakes.Inference(LABELS)
   assert make(use, fakes).run(honest, {})["acc1"] == 1
