@@ -2,6 +2,7 @@
 #
 #   docker build --build-arg EXTRAS=cuda -t REGISTRY/diffdis:cuda .     # NVIDIA GPUs
 #   docker build --build-arg EXTRAS=tpu -t REGISTRY/diffdis:tpu .       # TPUs; EXTRAS=tpu,wandb for a tracker too
+#       with --build-arg COMMIT=$(git describe --always --abbrev=40 --exclude=\* --dirty) runs record their code
 #   docker run --gpus=all --shm-size=1g REGISTRY/diffdis:cuda \
 #       python -m diffdis_jax.train --config=configs/diffdis_cc3m.py:runlocal --workdir=/tmp/run
 FROM python:3.12-slim
@@ -30,5 +31,9 @@ RUN case ",$EXTRAS," in *,cuda,* | *,tpu,*) ;; *) echo "EXTRAS is '$EXTRAS'; it 
 COPY diffdis_jax diffdis_jax
 COPY configs configs
 COPY launch launch
+
+# Where there is no git, runs know their code by this.
+ARG COMMIT=
+RUN if [ -n "$COMMIT" ]; then echo "$COMMIT" >.commit; fi
 
 CMD ["python", "-m", "diffdis_jax.train", "--help"]

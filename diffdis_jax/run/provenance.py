@@ -180,9 +180,11 @@ class Checkout(NamedTuple):
 
 def _checkout(root: pathlib.Path) -> Checkout:
   """What git says. What it does not track counts in the package alone: elsewhere lie runs."""
-  # As launch/tpu_pod.sh writes it: the commit whose files it has copied, and the extras that it has installed.
+  # As launch/tpu_pod.sh writes it: the commit whose files it has copied, and the extras that it has installed. The
+  # Dockerfile writes what `git describe --dirty` says.
   if (root / ".commit").is_file():
-    return Checkout((root / ".commit").read_text().partition(" ")[0].strip(), True)
+    commit, changed, _ = (root / ".commit").read_text().partition(" ")[0].strip().partition("-dirty")
+    return Checkout(commit, not changed)
   # Only the root itself: a wheel may lie inside of somebody's own repository.
   if not (root / ".git").exists():
     return Checkout(None, None)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import tomllib
@@ -79,6 +80,24 @@ def test_what_is_no_checkout_has_no_commit(checkout, tmp_path, monkeypatch):
 def test_a_host_of_a_pod_has_the_commit_that_was_copied_there(tmp_path):
   (tmp_path / ".commit").write_text("f" * 40 + "\n")
   assert provenance._checkout(tmp_path) == ("f" * 40, True)
+
+
+def test_an_image_has_the_commit_that_it_was_built_with(checkout, tmp_path):
+  """By the Dockerfile's own command, with what `git describe` says as its first lines have it."""
+  dockerfile = (pathlib.Path(__file__).parents[2] / "Dockerfile").read_text()
+  (says,) = re.findall(r"COMMIT=\$\((git .+)\) ", dockerfile)
+  (command,) = re.findall(r"^ARG COMMIT=\nRUN (.+)$", dockerfile, re.M)
+  described = lambda: subprocess.run(["sh", "-c", says], cwd=checkout, capture_output=True, text=True).stdout.strip()
+  build = lambda commit: subprocess.run(["sh", "-c", command], cwd=tmp_path, env={"COMMIT": commit}, check=True)
+  build("")
+  assert provenance._checkout(tmp_path) == (None, None)
+  head = git(checkout, "rev-parse", "HEAD")
+  git(checkout, "tag", "v1")
+  build(described())
+  assert provenance._checkout(tmp_path) == (head, True)
+  (checkout / "README.md").write_text("changed\n")
+  build(described())
+  assert provenance._checkout(tmp_path) == (head, False)
 
 
 def test_the_version_is_that_of_pyproject_also_where_nothing_is_installed(monkeypatch):
