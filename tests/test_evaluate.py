@@ -162,6 +162,9 @@ def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
   assert all(setting.help for setting in [*evaluate.SAMPLING.values(), *evaluate.LOADING.values()])
   kinds = {"num_images": int, "crop_pct": float, "shuffle_labels": bool, "classnames": str, "splits": Sequence}
   assert {name: evaluate.SETTINGS[name].kind for name in kinds} == kinds
+  # What a flag cannot give is not what its help says first.
+  for name in ("classnames", "templates", "seen_classes"):
+    assert "a JSON file's path to a list" in evaluate.SETTINGS[name].help
   begins = "zero_shot, retrieval, choice: seed of the query's noise, and of the shuffle; generation_accuracy: seed of"
   assert evaluate.SETTINGS["seed"].help.startswith(begins)
 

@@ -44,7 +44,7 @@ class DiffusionClassifier:
   Args:
     data: section of a data source, as `data.sources.open_source` takes it.
     classnames: as for zero_shot.
-    templates: prompt templates, or a JSON file's path; of them one is used, see single_template.
+    templates: as for zero_shot; of them one is used, see single_template.
     single_template: the template of the prompts; empty for the first of the templates.
     label_field: as for zero_shot.
     only_classes_present: leave out the class names that no record has.

@@ -73,7 +73,7 @@ def _read_json(path: str, *, what: str) -> Any:
   try:
     return files.read_json(path, f"{what} from {path}")
   except UserError as error:
-    raise UserError(f'{error}; it should be JSON, such as ["cat", "dog"]') from error
+    raise UserError(f'{error}; give the path of a file that holds them as JSON, such as ["cat", "dog"]') from error
 
 
 def _are_strings(values: Collection[Any]) -> bool:

@@ -27,9 +27,11 @@ class ZeroShot:
 
   Args:
     data: section of a data source, as `data.sources.open_source` takes it.
-    classnames: names, an object {name in the data: name in the prompts}, or a JSON file's path to either; empty for the
-      labels that occur in the data, sorted, with spaces for underscores. Names compare as by `prompts.comparable`.
-    templates: prompt templates, or a JSON file's path; empty for `prompts.TEMPLATES`.
+    classnames: a JSON file's path to a list of names or an object {name in the data: name in the prompts}, or, other
+      than as a flag, either itself; empty for the labels that occur in the data, sorted, with spaces for underscores.
+      Names compare as by `prompts.comparable`.
+    templates: a JSON file's path to a list of prompt templates, or, other than as a flag, the list; empty for
+      `prompts.TEMPLATES`.
     single_template: template that is also measured on its own; empty for the first of the templates.
     metric: the data set's own metric, "acc1" or "mean_per_class_recall"; only written to the record.
     label_field: the record's field with the class name, or with its number in `classnames`. Where it is the number, a
@@ -38,8 +40,8 @@ class ZeroShot:
       have the same names in the same places. A `class` that is itself the number fits any name; so do WordNet's numbers
       such as n01440764, if the list has as many names as there are of them.
     only_classes_present: leave out the class names that no record has.
-    seen_classes: classes of the training set; acc1 is then also reported on seen and on unseen classes, both against
-      the whole class list.
+    seen_classes: a JSON file's path to a list of the training set's classes, or, other than as a flag, the list; acc1
+      is then also reported on seen and on unseen classes, both against the whole class list.
     seen_split: the split of the same data whose labels are `seen_classes`.
     num_images: how many images to measure, the same ones each time; None for all.
     seed: seed of the query's noise, and of the shuffle.

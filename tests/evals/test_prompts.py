@@ -41,6 +41,12 @@ def test_bad_files(tmp_path, value):
     prompts.resolve_classnames(write(tmp_path / "names.json", value))
 
 
+@pytest.mark.parametrize("typed", ["cat,dog", '["cat", "dog"]'])
+def test_names_typed_instead_of_a_path_are_answered_by_what_to_give(typed):
+  with pytest.raises(UserError, match="give the path of a file"):
+    prompts.resolve_classnames(typed)
+
+
 def test_templates_are_no_object(tmp_path):
   with pytest.raises(UserError, match="templates as one JSON list"):
     prompts.resolve_templates(write(tmp_path / "templates.json", {"0": "a {}"}))
