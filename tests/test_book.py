@@ -227,3 +227,4 @@ def test_the_modules_of_the_reference_exist():
   files = [ROOT / name.replace(".", "/") for name in named]
   assert len(named) > 30
   assert [str(file) for file in files if not (file.with_suffix(".py").exists() or file.is_dir())] == []
+  assert [str(file) for file in files if file.is_dir() and not (file / "__init__.py").read_text().strip()] == []

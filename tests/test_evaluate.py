@@ -172,6 +172,8 @@ def test_every_setting_of_an_evaluation_has_a_flag_with_its_help():
 def test_the_page_has_every_task():
   page = (ROOT / "docs/evaluation.md").read_text()
   assert [task for task in evals.EVALS if f"| `{task}` |" not in page] == []
+  reference = (ROOT / "docs/api.md").read_text().splitlines()
+  assert [task for task, made in evals.EVALS.items() if f"::: {made.__module__}" not in reference] == []
 
 
 @pytest.fixture
