@@ -74,7 +74,8 @@ def define_flags() -> None:
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model")
   usage.mark_required("workdir")
   flags.DEFINE_string("out", None, "JSON file to write; with --compare a Markdown file", required=True)
-  flags.DEFINE_list("tasks", None, f"any of {', '.join(registry.EVALS)}; by default those of the config's data sets")
+  by_default = "by default those of the config's data sets, with --data zero_shot and retrieval"
+  flags.DEFINE_list("tasks", None, f"any of {', '.join(registry.EVALS)}; {by_default}")
   flags.DEFINE_string("data", None, "folder written by prepare_data; by default the data sets of the run's config")
   flags.DEFINE_string("split", None, "split of --data")
   flags.DEFINE_enum("tracker", None, list(trackers.TRACKERS), "the run's tracker, which gets the figures too")

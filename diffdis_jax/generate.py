@@ -55,8 +55,9 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "noise", None, "initial noise instead of --seed: .npy, [n, h, w, c]; with --best_of=k [n, k, h, w, c]"
   )
-  flags.DEFINE_integer("steps", None, "sampling steps", lower_bound=1, upper_bound=999)  # as config.sections.Sampling
-  flags.DEFINE_float("guidance", None, "guidance scale; 1 is none", lower_bound=0.0)
+  # Bounds as config.sections.Sampling has them.
+  flags.DEFINE_integer("steps", None, "sampling steps; by default the run's", lower_bound=1, upper_bound=999)
+  flags.DEFINE_float("guidance", None, "guidance scale, of which 1 is none; by default the run's", lower_bound=0.0)
   flags.DEFINE_integer("batch_size", BATCH_SIZE, "images per compiled call", lower_bound=1)
   for name, setting in RANKING.items():
     setting.define(name)

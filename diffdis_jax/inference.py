@@ -45,7 +45,7 @@ class Inference:
     network: of a run.
     sampling: how.
     mesh: devices that share the rows of a call, as `sharding.make_mesh` arranges them; all of them by default.
-    batch_size: rows a compiled call; as `batches.Batches` has it, and so 64 a chip by default.
+    batch_size: rows a compiled call, as `batches.Batches` has it; by default 64 a chip, on CPUs 64 in all.
     after_batch: called after each compiled call, on every process equally often; what it raises ends the sampling.
 
   Attributes:
@@ -378,7 +378,7 @@ def load(
     step: which checkpoint; None takes the newest.
     ema: averaged weights, where the run keeps them.
     image_size: image size in pixels; None takes the run's own.
-    batch_size: rows per compiled call; 64 a chip by default.
+    batch_size: rows per compiled call; by default 64 a chip, on CPUs 64 in all.
     mesh: devices that share the rows of a call, as `parallel.sharding.make_mesh` arranges them; all of them by default.
     sampling: fields of Sampling that replace the run's own.
 
