@@ -49,13 +49,13 @@ class Run:
     condition_timestep: t_z of the clean image in discrimination (appendix, Table 7), 0 to 1000.
     sample_posterior: latents are a sample of the autoencoder's posterior, or else its mode.
     long_tail: of a long-tailed run alone.
-    log_every: steps between two lines of metrics; the last step has one too, as for the next three.
+    log_every: steps between two lines of metrics; the last step has one too.
     log_gradients: at these steps, log the cosine and the norms of the gradients of L_IG and L_ITA by block
       (training/task_gradients.py), which takes a gradient of each more and nearly doubles their time. The training's
       numbers stay.
-    save_every: steps between two checkpoints.
-    eval_every: steps between two evaluations while training.
-    sample_every: steps between two grids of generated images.
+    save_every: steps between two checkpoints; the last step has one too.
+    eval_every: steps between two evaluations while training; the last step has one too.
+    sample_every: steps between two grids of generated images; the last step has one too.
     evals: data set -> task and its settings.
     train_evals: which of them to run every `eval_every` steps.
     sample_prompts: of the images that are generated every `sample_every` steps.

@@ -31,8 +31,8 @@ class ClassLogits:
 class LanguageGuidedHead(nnx.Module):
   """Two classifiers of one image feature f: an MLP, and attention over each class's own anchor sentences.
 
-  All of it is computed in f32, products too, in a bf16 program as well. The head has 5 d² parameters or so, d the width
-  of f.
+  All of it is computed in f32, products too, in a bf16 program as well. The head has some 6 d² + (4 + s) k d
+  parameters.
 
   Args:
     width: of f and of a sentence's embedding, d.

@@ -35,7 +35,7 @@ def class_contrastive(
     logit_scale: not limited, other than in `contrastive`.
     labels: the class of each pair. Row i's target is 1 over all j of its class, divided by their number.
     smoothing: share ε of the target that is spread evenly over all j.
-    gather: as `contrastive` has it.
+    gather: makes of rows that are split over devices all rows on each (sharding.everywhere).
 
   Returns:
     loss, the mean over both directions; accuracy, the share of images whose nearest text is of their class.
