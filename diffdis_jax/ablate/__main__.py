@@ -10,8 +10,8 @@ The same flags then go to `ablate run` and `ablate table`:
 
 --grid="loss.ita_weight=0.01,0.03;text_diffusion.gamma=0.1,1.0" replaces --tables, or is added to them.
 --arms=replication:e1 replaces both: an experiment with arms that start from each other, planned before its runs.
---config.a.b=value sets a field of all runs. Runs can be stopped at any time and resume: SIGTERM saves and exits with
-code 75, Ctrl-C with code 130.
+--config.a.b=value sets a field of the base; the autoencoder takes those of image size, mesh, data and its own model.
+Runs can be stopped at any time and resume: SIGTERM saves and exits with code 75, Ctrl-C with code 130.
 """
 
 from __future__ import annotations
