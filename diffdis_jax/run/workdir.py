@@ -33,8 +33,7 @@ SETTLING, SETTLING_IN_A_BUCKET = 0.2, 2.0
 MAY_CHANGE = (
   r"^(log|save|eval|sample)_every$|^log_gradients$",
   r"^(train_evals|sample_prompts|inference)(\.|$)",
-  r"^keep",
-  r"^(checkpoint|evals|mesh|profile)(\.|$)",
+  r"^(checkpoint|evals|mesh)(\.|$)",
   r"^data\.loader\.(num_threads|prefetch)$",
   r"^optim\.allow_uninitialized$",  # of the start alone
   r"^optim\.skip_",  # of steps without which the run would have ended, or soon been of no use
