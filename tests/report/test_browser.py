@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 
 from diffdis_jax.report import __main__ as report
@@ -50,6 +51,25 @@ def odd(tmp_path_factory) -> dict[str, pathlib.Path]:
   report.report([str(runs[1])], str(folder / "one.html"))
   report.report([*map(str, runs)], str(folder / "two.html"))
   return {name: folder / f"{name}.html" for name in ("one", "two")}
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory) -> pathlib.Path:
+  """Of a run that was killed at its first start, hardly waits for data, is nearly always as fast, and whose batches are
+  so small that every second report lacks a quarter of the timesteps."""
+  folder = tmp_path_factory.mktemp("steady")
+  run = pathlib.Path(written_run.write(folder / "run"))
+  (run / "history.jsonl").write_text((run / "history.jsonl").read_text().splitlines()[0] + "\n")
+  lines = [
+    {
+      **{"step": step, "loss": 1 / step, "loss_generation_q1": 0.5 if step % 20 else None},
+      **{"data_wait": 1e-4 + step / 1e6, "images_per_sec": 5123.4 + step / 200, "steps_per_sec": 0.5},
+    }
+    for step in range(10, 310, 10)
+  ]
+  (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  report.report([str(run)], str(folder / "run.html"))
+  return folder / "run.html"
 
 
 @pytest.fixture(params=[390, 1280])
@@ -173,3 +193,31 @@ def test_a_short_run_beside_a_long_one_that_diverged(driver, odd):
   stage.send_keys("\ue012\ue012")  # arrow left, from the right end
   assert texts(driver, "#losses .tip")[0] == "step 2,980 short – long 6.31e29"
   assert is_clean(driver)
+
+
+def test_labels_of_an_axis_say_where_they_stand(driver, steady):
+  driver.get(steady.as_uri())
+  script = """return Object.fromEntries([...document.querySelectorAll('.chart')].map((chart) => [
+    chart.querySelector('h3').textContent,
+    [...chart.querySelectorAll('svg line + text')].map((text) => [text.textContent, text.getBBox().x])
+  ]))"""
+  found = driver.execute_script(script)
+  for title in ("Time spent waiting for data", "Images a second"):
+    labels = [label for label, _ in found[title]]
+    values = [float(label.removesuffix(" %").replace(",", "")) for label in labels]
+    assert len(values) > 2 and np.diff(values) == pytest.approx(values[1] - values[0]) and values[1] > values[0], labels
+    assert all(left >= 0 for _, left in found[title]), "cut off"
+  assert "waiting for data 0.04 %" in " ".join(texts(driver, "header .tile"))
+  assert is_clean(driver)
+
+
+def test_a_point_between_two_that_are_not_finite_is_seen(driver, steady):
+  driver.get(steady.as_uri())
+  script = "return document.querySelectorAll('#losses .chart')[1].querySelectorAll('svg circle').length"
+  assert driver.execute_script(script) == 15
+
+
+def test_a_run_that_was_killed_at_its_first_start_was_interrupted(driver, steady):
+  driver.get(steady.as_uri())
+  assert texts(driver, "header .pill") == ["killed"]
+  assert "Starts 1 killed" in texts(driver, "header .tile")
