@@ -235,7 +235,10 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
   """The JSON object in a file; of anything else, such as one that is not there or cannot be reached, an empty one."""
   try:
     found = read_json(path)
-  except (OSError, UserError):
+  except Exception as error:
+    # The first two are of a disk, and of a bucket where its package is missing; gcsfs has errors of its own besides.
+    if not (isinstance(error, (OSError, UserError)) or may_pass(error)):
+      raise
     return {}
   return found if isinstance(found, dict) else {}
 

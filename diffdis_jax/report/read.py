@@ -106,10 +106,11 @@ def _cards(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   sections = data["mixture"] or {"data": data}
   found = {}
   for name, section in sections.items():
-    folder = buckets.path(section["path"]) if section.get("path") else None
-    facts = {} if folder is None else files.read_object(folder / "card.json")
-    if folder is not None and isinstance(facts.get("splits"), dict):  # else it is no card of ours
-      found[str(section["path"]) if name == "data" else name] = {"facts": facts, "picture": folder / "card.png"}
+    path = str(section.get("path") or "").rstrip("/")
+    facts = files.read_object(f"{path}/card.json") if path else {}
+    if isinstance(facts.get("splits"), dict):  # else it is no card of ours
+      picture = buckets.path(path) / "card.png"
+      found[str(section["path"]) if name == "data" else name] = {"facts": facts, "picture": picture}
   return found
 
 

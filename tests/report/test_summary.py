@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
 import time
 
+import gcsfs
 import numpy as np
 import pytest
+from etils import epath
 
+from diffdis_jax.common import buckets
 from diffdis_jax.errors import UserError
 from diffdis_jax.report import read, summary
 from diffdis_jax.run import history, workdir
@@ -148,6 +152,26 @@ def test_a_file_of_that_name_that_is_no_card_is_left_out(tmp_path):
   folder = written_run.write(tmp_path / "run")
   (tmp_path / "birds" / "card.json").write_text('{"name": "birds"}')
   assert read.read(folder, "run").cards == {}
+
+
+class Private(type(epath.Path())):
+  """In a bucket that nobody has logged in for."""
+
+  def read_bytes(self):
+    raise gcsfs.retry.HttpError({"code": 401, "message": "Anonymous caller does not have storage.objects.get access"})
+
+
+@pytest.mark.parametrize("without", ["gcsfs", "a login"])
+def test_a_card_in_a_bucket_that_cannot_be_read_from_here_is_left_out(tmp_path, monkeypatch, without):
+  """As of a run whose folder was copied from the machines that trained it."""
+  folder = written_run.write(tmp_path / "run", **{"data.path": "gs://bucket/birds"})
+  path, find_spec = buckets.path, importlib.util.find_spec
+  if without == "gcsfs":
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find_spec(name))
+  else:
+    monkeypatch.setattr(buckets, "path", lambda where: Private(where) if str(where).startswith("gs:/") else path(where))
+  run = read.read(folder, "run")
+  assert run.cards == {} and run.step == 300
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
