@@ -39,7 +39,7 @@ from diffdis_jax.common import buckets, cli, files, one_file
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.data.tokenizer import END, START, Tokenizer
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, may_pass
 from diffdis_jax.interop import clip_to_torch, hub, to_torch
 from diffdis_jax.interop.model_card import Card
 from diffdis_jax.run import digests, provenance, restore
@@ -191,7 +191,10 @@ def licences_of(run: str) -> str:
     try:
       file = buckets.path(path) / LICENSES
       texts += [file.read_text(encoding="utf-8")] if file.exists() else []
-    except OSError as error:  # of another machine's bucket or disk, without which the weights are whole all the same
+    except Exception as error:
+      # Of another machine's bucket or disk, without which the weights are whole all the same.
+      if not (isinstance(error, (OSError, UserError)) or may_pass(error)):
+        raise
       logging.warning("the licences of its data cannot be read, add them yourself: %s", error)
   return "\n".join(texts)
 

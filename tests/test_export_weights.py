@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -15,16 +16,18 @@ from etils import epath
 from safetensors.numpy import load_file
 from transformers import CLIPTokenizer
 
+from diffdis_jax import config as run_config
 from diffdis_jax import export_weights, import_weights, inference
 from diffdis_jax.common import buckets
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.interop import from_torch, mapping, to_torch
+from diffdis_jax.interop import from_torch, mapping, model_card, to_torch
 from diffdis_jax.run import checkpoint, digests, restore, workdir
 from diffdis_jax.structs import TrainState
 from tests import pages, pipelines
 from tests.command_runs import ROOT, call
 from tests.models.networks import random_params
+from tests.report import written_run
 from tests.steps import config_of, network_of
 
 pytest_plugins = ("tests.command_runs", "tests.pipelines")
@@ -260,6 +263,18 @@ def test_a_card_names_the_import_behind_a_run(sd, imported, tmp_path):
   export_weights.write_one_file(imported, str(tmp_path / "sd.safetensors"))
   export_weights.export_weights(str(tmp_path / "sd.safetensors"), str(tmp_path / "again"))
   assert f"Imported from `{sd.name}`, and not trained since" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_what_lies_in_a_bucket_is_left_out_on_a_machine_without_gcsfs(tmp_path, caplog, monkeypatch):
+  """To which the run's folder was copied."""
+  run = written_run.write(tmp_path / "run", **{"data.path": "gs://away/data", "init_from": "gs://away/of-the-cluster"})
+  find_spec = importlib.util.find_spec
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find_spec(name))
+  assert export_weights.licences_of(run) == ""
+  assert "the licences of its data cannot be read, add them yourself: gs://away/data needs the package" in caplog.text
+  fields = run_config.load(run).to_dict()
+  card = model_card.Card(run=epath.Path(run), fields=fields, own={}, step=300, ema=True, dtype="float32")
+  assert "- started from another run, `of-the-cluster`" in card._training()
 
 
 def test_bad_arguments(run, tmp_path):

@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from diffdis_jax.common import buckets, files
+from diffdis_jax.common import files
 from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.interop import card_texts, tensor_files, to_torch
 from diffdis_jax.run import history, provenance
@@ -150,7 +150,7 @@ class Card:
       return "random parameters"
     # What the run recorded when it began is known also where that folder is gone.
     recorded = [link.get("imported") for link in self._provenance["init_from"]]
-    source = files.read_object(buckets.path(start) / "import.json").get("source") or next(iter(recorded), None)
+    source = files.read_object(f"{start.rstrip('/')}/import.json").get("source") or next(iter(recorded), None)
     if source:
       return f"`{_public(source)}`"
     first = next((f", and that one at first from `{_public(source)}`" for source in recorded if source), "")
