@@ -27,7 +27,7 @@ from diffdis_jax.common import cli
 from diffdis_jax.config import Run
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, not_installed
-from diffdis_jax.evals import prompts
+from diffdis_jax.evals import prompts, registry
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import restore
 
@@ -40,7 +40,7 @@ def define_flags() -> None:
   limits = Limits()
   flags.DEFINE_string("workdir", None, "folder of the run, or the name of a trained model", required=True)
   flags.DEFINE_string(
-    "data", None, "folder written by prepare_data to search; by default that of the run's first evaluation"
+    "data", None, "folder written by prepare_data to search; by default that of the first evaluation of images"
   )
   flags.DEFINE_string("split", None, "split of --data")
   flags.DEFINE_integer("num_images", 2000, "how many of its images are searched", lower_bound=1)
@@ -168,7 +168,8 @@ def prepare(sampler: step_sampler.StepSampler, index: search.Index | None) -> No
 def open_data(
   evals: Mapping[str, Any], data: str | None, split: str | None, *, image_size: int
 ) -> sources.Source | None:
-  """What is searched: the folder, or else the first data set that the run's config measures on; None without either.
+  """What is searched: the folder, or else the first data set whose images the run's config measures; None without
+  either.
 
   Raises:
     UserError: no such folder or split.
@@ -179,7 +180,9 @@ def open_data(
     return sources.open_source(name="pairs", path=data, split=split, image_size=image_size)
   if split:
     raise UserError("--split is a split of --data; give --data too")
-  section = next((section["data"] for section in evals.values() if "data" in section), None)
+  # Images that are measured before those that generated ones are compared with, as training's often are.
+  ordered = sorted(evals.values(), key=lambda section: section["task"] in registry.GENERATING)
+  section = next((section["data"] for section in ordered if "data" in section), None)
   if section is None:
     return None
   try:

@@ -58,7 +58,7 @@ class Index:
     self._begun = threading.Event()  # some are embedded, or none will be
 
   def fill(self) -> None:
-    """Embeds all, a batch a turn of the model. An image that cannot be read ends it, and searches then say so."""
+    """Embeds all, a batch a turn of the model. What cannot be read ends it, and searches then say so."""
     size = self._sampler.model.batch_size
     try:
       for start in range(0, len(self.indices), size):
@@ -73,7 +73,7 @@ class Index:
         self.embedded = start + len(queries)
         self._begun.set()
       logging.info("%d images can be searched", self.embedded)
-    except (UserError, RuntimeError, CancelledError) as error:  # the latter two of a model that is closed
+    except (UserError, OSError, RuntimeError, CancelledError) as error:  # the latter two of a model that is closed
       self._error = str(error)
       if not self._sampler.closed.is_set():
         logging.warning("the search ends after %d images: %s", self.embedded, error)
@@ -99,9 +99,12 @@ class Index:
     return [Hit(int(place), float(scores[place])) for place in np.argsort(-scores, kind="stable")[:count]]
 
   def record(self, place: int) -> Found:
-    """The image at this place among those that are searched. Raises UserError: it is damaged."""
+    """The image at this place among those that are searched. Raises UserError: it is damaged, or cannot be read now."""
     images = base.Images(self.source, self.indices, self._sampler.network.image_size)
-    return Found(images[np.array([place])][0], name_of(base.fields(self.source, self.indices[place])))
+    try:
+      return Found(images[np.array([place])][0], name_of(base.fields(self.source, self.indices[place])))
+    except OSError as error:  # of storage that was there when the page began
+      raise UserError(f"an image cannot be read: {error}; try again later") from error
 
   def state(self) -> str:
     """How far embedding is."""

@@ -7,17 +7,21 @@ import re
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.special
 from PIL import Image
 
+from configs import emoji
 from diffdis_jax.app import __main__ as app
 from diffdis_jax.app import charts, classify, draw, inside, search, step_sampler
 from diffdis_jax.app.__main__ import open_data, prepare
 from diffdis_jax.app.limits import Limits
 from diffdis_jax.app.step_sampler import Estimate, Frame
+from diffdis_jax.common import storage
+from diffdis_jax.config import Run
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
@@ -230,10 +234,41 @@ def test_without_its_data_set_the_page_has_the_other_tabs(monkeypatch, caplog):
     raise ConnectionError("no route to the bucket")
 
   monkeypatch.setattr(sources, "open_source", away)
-  assert open_data({"test": {"data": {"name": "pairs"}}}, None, None, image_size=8) is None
+  assert open_data({"test": {"task": "zero_shot", "data": {"name": "pairs"}}}, None, None, image_size=8) is None
   assert "no images to search: no route to the bucket; give --data and --split" in caplog.text
   with pytest.raises(ConnectionError):  # of one that was asked for
     open_data({}, "gs://bucket/data", "val", image_size=8)
+
+
+def test_images_to_search_are_those_that_classification_is_measured_on(monkeypatch):
+  """Of emoji, and of the model that is included, the first evaluation by name is of generated images, whose judge is
+  trained on what the run was trained on."""
+  evals = Run.of(emoji.get_config("path=P")).to_dict()["evals"]
+  assert min(evals) == "drawn" and evals["drawn"]["data"]["split"] == "train"
+  monkeypatch.setattr(sources, "open_source", lambda **section: section)
+  opened: Any = open_data(dict(sorted(evals.items())), None, None, image_size=32)  # as config.json has them
+  assert opened["split"] == "val_vendor"
+
+
+def test_a_data_set_that_is_away_while_it_is_embedded_ends_the_search_with_a_reason(caplog):
+  reason = "the data could not be read for 300 s: no route to the bucket"
+
+  class Away(Source):
+    readable = 3
+
+    def __getitem__(self, index):
+      if index >= self.readable:
+        raise storage.Away(reason)
+      return super().__getitem__(index)
+
+  source, sampler = Away("red", "green", "blue", "red", "red"), StepSampler()
+  index = search.Index(sampler, source, None)
+  index.fill()
+  assert index.state() == f"2 of 5 images are searched so far. {reason}"
+  assert f"the search ends after 2 images: {reason}" in caplog.text
+  source.readable = 0
+  with pytest.raises(UserError, match=reason):
+    list(search.by_text(sampler, index, LIMITS, "a green one"))
 
 
 def test_inside_shows_scores_and_paths_after_each_step(tmp_path):
