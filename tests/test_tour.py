@@ -6,7 +6,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import pathlib
 import re
+import shutil
+from types import SimpleNamespace
 
 import nbclient
 import nbformat
@@ -76,6 +79,17 @@ def test_what_it_writes_beside_itself_is_no_page(notebook):
   assert pages.WRITTEN == ROOT / "docs" / "tour"
   assert "/docs/tour/" in (ROOT / ".gitignore").read_text().splitlines()
   assert "tour/" in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["exclude_docs"].split()
+
+
+def test_an_export_of_the_run_as_it_was_before_is_made_again(notebook, tmp_path):
+  """Of a run that was stopped, and has gone on since, PyTorch's images would be others than JAX's."""
+  (cell,) = (cell.source for cell in notebook.cells if "export_weights.export_weights(" in cell.source)
+  lines = cell[cell.index("disable_progress_bar()\n") : cell.index("pipeline = ")].partition("\n")[2]
+  (old := tmp_path / "export" / "old").parent.mkdir()
+  old.touch()
+  verb = SimpleNamespace(export_weights=lambda run, out: pathlib.Path(out, "new").mkdir(parents=True))
+  exec(lines, {"OUT": tmp_path, "export_weights": verb, "shutil": shutil})
+  assert [path.name for path in (tmp_path / "export").iterdir()] == ["new"]
 
 
 @pytest.fixture
