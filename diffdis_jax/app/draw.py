@@ -56,7 +56,7 @@ def show(frames: Sequence[Frame], prompt: str, left: str | None = None) -> str:
     charts.line(f"The prompt is too long for this model, which reads: {left}") if left is not None else "",
     charts.row(
       [
-        charts.figure(frame.noisy, prompt if done else "So far", "the image" if done else "z_t, decoded"),
+        charts.figure(frame.noisy, prompt if done else "So far", "the image" if done else "z at the next t, decoded"),
         charts.figure(frame.emptied, "Emptied", "what the network makes of z_t without the prompt"),
         charts.figure(frame.guided, "Guided", "what it makes of z_t with the prompt and guidance"),
       ]

@@ -159,6 +159,8 @@ def test_a_drawing_shows_its_three_images_after_each_step_and_all_steps_below():
   assert [image.mean() for image in pixels(steps[-1])] == [1, 2, 3, 2, 3, 2, 3, 2, 3]
   assert "Step 2 of 3, t = 997" in steps[1] and "a star" not in steps[1]
   assert "3 steps" in steps[2] and "a star" in steps[2]
+  # The image is of the latent that the step leads to, its predictions of the one that it begins with.
+  assert "z at the next t, decoded" in steps[1] and "makes of z_t with the prompt" in steps[1]
   assert not any("too long" in html for html in [first, *steps])
 
 
