@@ -107,7 +107,7 @@ def time_steps(run: Run) -> dict[str, Any]:
     report, size = read_preflight(FLAGS.preflight), run.batch_size
     planned = steps.preflighted(report, run.objectives, batch_size=size, chips=mesh.size)
   for name, objectives in (steps.OF_CLIP if run.objectives.is_clip else steps.OBJECTIVES).items():
-    trainers[name] = Trainer(run.replace({"objectives": objectives}), mesh)
+    trainers[name] = Trainer(run.trained_for(*objectives), mesh)
   results = steps.time_steps(trainers, rounds=FLAGS.rounds)
   if planned:
     name, train = planned

@@ -144,6 +144,13 @@ class Run:
       section[name] = value
     return Run.of(fields)
 
+  def trained_for(self, *names: str) -> Run:
+    """This with these objectives alone, and what changes another one alone switched off. Raises UserError: as `of`."""
+    lacking = {name for name, objective in _OF_ONE_TASK.items() if objective not in names}
+    off: dict[str, Any] = {f"loss.{name}": 0.0 for name in lacking}
+    # Which compares the objectives that those switches are of.
+    return self.replace({"objectives": names, **off, **({"log_gradients": False} if lacking else {})})
+
   def _check_objectives(self) -> None:
     """They go together, and with the other sections."""
     self.objectives.check()
