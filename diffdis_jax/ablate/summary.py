@@ -19,18 +19,25 @@ from diffdis_jax.ablate.tables import PAPER_METRICS, Row, Table
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import Results, differences
-from diffdis_jax.run import provenance
+from diffdis_jax.run import provenance, workdir
 from diffdis_jax.run.workdir import digest
 
 Figures = Mapping[str, Mapping[int, float]]  # of a row: column -> seed -> figure
-# What of a protocol follows from a field that rows may change; else it is the field's own last name.
+# What of a protocol follows from a field of a run; of the settings of an evaluation it is the field's own last name.
 FOLLOWS = {
-  "num_steps": "checkpoint",
-  "condition_timestep": "timestep",  # at which linear_probe reads the middle map
-  "optim.ema_decay": "ema",  # with 0 there are no averaged weights
-  "text_diffusion.target": "normalize_query",  # queries of the target `noise` have no length of their own
-  "inference.generation_steps": "steps",
-  "inference.generation_guidance": "guidance",
+  "num_steps": ("checkpoint",),
+  "image_size": ("image_size",),
+  "condition_timestep": ("timestep",),  # at which linear_probe reads the middle map
+  "objectives": ("timestep",),  # which is 0 without a head
+  "optim.ema_decay": ("ema",),  # with 0 there are no averaged weights
+  "model.dtype": ("dtype", "matmul_precision"),
+  "model.matmul_precision": ("matmul_precision",),
+  "image_diffusion.schedule": ("schedule",),
+  "text_diffusion.target": ("normalize_query",),  # queries of the target `noise` have no length of their own
+  "loss.duplicate_captions": ("duplicate_captions",),
+  "inference.generation_steps": ("steps",),
+  "inference.generation_guidance": ("guidance",),
+  **{f"inference.{name}": (name,) for name in ("steps", "num_noise_samples", "guidance", "normalize_query")},
 }
 
 
@@ -81,9 +88,9 @@ def check_protocols(table: Table, results: Mapping[Run, Results | None], folder:
   A field of `only_some_have` may be missing in some of them; those that have it are compared with each other. So are,
   of an evaluation that rows change, those runs that have the same settings of it.
   """
-  changed = {field for row in table.rows for field in row.changes}
+  changed = {field for row in table.rows for field in row.changes} | _changed_by_args(table)
   # `weights` says which model was measured, and is another one in each run.
-  ignored = {"weights", *(FOLLOWS.get(field, field.split(".")[-1]) for field in changed)}
+  ignored = {"weights", *(name for field in changed for name in FOLLOWS.get(field, (field.split(".")[-1],)))}
   first: dict[tuple[str, ...], tuple[Run, Mapping[str, Any]]] = {}
   for run, found in results.items():
     for name, section in run.evals.items() if found is not None else ():
@@ -107,6 +114,12 @@ def check_protocols(table: Table, results: Mapping[Run, Results | None], folder:
             f" {folder.results(other)} and {here!r} in {folder.results(run)}; remove one of them, and measure it"
             f" again{remedy}"
           )
+
+
+def _changed_by_args(table: Table) -> set[str]:
+  """Fields of FOLLOWS in which the configs that the rows change differ, as those of arms with arguments do."""
+  bases = [workdir.flatten(row.own_base) for row in table.rows if row.own_base is not None]
+  return {field for field in FOLLOWS if len({repr(base.get(field)) for base in bases}) > 1}
 
 
 def table_of(table: Table, figures: Sequence[Figures], runs: Sequence[Sequence[str]]) -> dict[str, Any]:

@@ -254,6 +254,7 @@ def test_references_of_two_devices_are_not_mixed(tmp_path):
     ("inference.generation_steps=2,4", [], [{"steps": 2}, {"steps": 4}]),
     ("num_steps=4,8", [], [{"checkpoint": 4}, {"checkpoint": 8}]),
     ("optim.ema_decay=0.0,0.9", [], [{"ema": False}, {"ema": True}]),
+    ("model.dtype=float32,bfloat16", [], [{"matmul_precision": "highest"}, {"matmul_precision": "default"}]),
     ("", ["2"], [{"normalize_query": False}, {"normalize_query": True}]),
     ("", ["7"], [{"timestep": 0}, {"timestep": 999}, {"timestep": 1000}]),
   ],

@@ -242,6 +242,20 @@ def test_some_arms_may_lack_fields_of_a_protocol(read, tmp_path):
     check()
 
 
+def test_what_follows_from_an_arms_arguments_may_differ(read, tmp_path):
+  """Those of this CLIP's config keep no averaged weights; what follows from no field may not differ."""
+  plan, folder = plan_of(read(), (0,)), Folder(tmp_path)
+  runs = [run for run in plan.runs if run.evals]
+  check = lambda: summary.check_protocols(plan.tables[0], {run: folder.read(run) for run in runs}, folder)
+  for run in runs:
+    write(folder, run, {}, ema=run.config["optim"]["ema_decay"] > 0)
+  assert len({run.config["optim"]["ema_decay"] > 0 for run in runs}) == 2
+  check()
+  write(folder, runs[0], {}, ema=True, seed=1)
+  with pytest.raises(UserError, match="with seed (1|None) in .* and (1|None) in"):
+    check()
+
+
 def test_without_a_word_all_arms_have_one_protocol(read, tmp_path):
   plan, folder = plan_of(read(), (0,)), Folder(tmp_path)
   for run in plan.runs:
