@@ -29,7 +29,7 @@ from diffdis_jax.training import start
 from tests import steps, tiny_clip
 from tests.command_runs import call
 from tests.models.from_torch import nchw
-from tests.models.networks import relative_error
+from tests.models.networks import random_params, relative_error
 from tests.steps import build_trainer, config_of, network_of
 from tests.test_resume import metrics, restore_training
 
@@ -175,6 +175,35 @@ def test_an_export_comes_back_bit_for_bit_and_trains_on(run, exported, tmp_path,
   for path, value in start.load_initial(imported, trainer).items():
     np.testing.assert_array_equal(value, before.pop(path), err_msg=path)
   assert not before
+
+
+def test_a_run_on_larger_images_and_shorter_texts_than_its_towers_take_leaves_as_it_is(tmp_path):
+  """Its positions are interpolated, and those behind its captions were never trained."""
+  config = tiny_clip.get_config()
+  config.image_size, config.model.text_encoder.max_length = 32, 12
+  path, out, back = (str(tmp_path / name) for name in ("run", "out", "back"))
+  workdir.open_for_training(path, config.to_dict())
+  with checkpoint.Checkpointer(path) as checkpointer:
+    checkpointer.save(1, TrainState(params=random_params(network_of(config).shapes, 0)))
+  model, params = inference.load(path, batch_size=8)
+  images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+  expected = model.embed_images(params, images, seed=0)
+
+  export_weights.export_weights(path, out)
+  pixels = nchw(np.asarray(normalise(jnp.asarray(images))))
+  theirs, (other, _, preprocess) = (
+    CLIPModel.from_pretrained(out).eval(),
+    open_clip.create_model_and_transforms(f"local-dir:{out}"),
+  )
+  with torch.no_grad():
+    found = theirs.visual_projection(theirs.vision_model(pixels).pooler_output)
+    assert relative_error(expected, found / found.norm(dim=-1, keepdim=True)) < 1e-5
+    assert relative_error(expected, other.eval().encode_image(pixels, normalize=True)) < 1e-5
+  assert preprocess.transforms[0].size == 32
+  import_weights.import_weights(out, back)
+  assert (config_of(back).image_size, config_of(back).data.max_length) == (32, 8)
+  import_weights.import_weights(f"{out}/open_clip_model.safetensors", back + "2")
+  assert (config_of(back + "2").image_size, config_of(back + "2").data.max_length) == (32, 8)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,15 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping, openclip, sections, tensor_files, to_torch
-from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
+from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD, resize_positions
 
 TRANSFORMERS, OPEN_CLIP = "model.safetensors", "open_clip_model.safetensors"
+POSITIONS = "vision_encoder.positions"
 
 
 def check(model: Mapping[str, Any]) -> None:
@@ -45,20 +48,25 @@ def check(model: Mapping[str, Any]) -> None:
     )
 
 
-def write(folder: pathlib.Path, params: Params, *, model: Mapping[str, Any], dtype: str = "float32") -> None:
+def write(
+  folder: pathlib.Path, params: Params, *, model: Mapping[str, Any], image_size: int, dtype: str = "float32"
+) -> None:
   """Writes weights and configs of both libraries, the tokenizer excepted.
 
   Args:
     folder: empty.
     params: all of a run's parameters.
     model: the config's section.
+    image_size: of the run's images. Positions of another size are written as the run interpolates them for it.
     dtype: of the files, a key of to_torch.DTYPES.
 
   Raises:
     UserError: a network that the two cannot hold, or values beyond the dtype's range.
   """
   check(model)
-  text, vision = model["text_encoder"], model["vision_encoder"]
+  text, side = model["text_encoder"], image_size // model["vision_encoder"]["patch"]
+  vision = {**model["vision_encoder"], "image_size": image_size}
+  params = {**params, POSITIONS: resize_positions(jnp.asarray(params[POSITIONS]), rows=side, columns=side)}
   arrays: dict[str, dict[str, Any]] = {"clip": {}, "head": {}}
   for entry in (mapping.from_path(path, mapping.CLIP) for path in params):
     arrays[entry.component][entry.name] = to_torch.convert(entry, params[entry.path], dtype)
@@ -70,8 +78,8 @@ def write(folder: pathlib.Path, params: Params, *, model: Mapping[str, Any], dty
   # Last: a folder without configs is one whose export was cut off, which neither library loads.
   configs = {
     "config.json": sections.write_clip(text, vision),
-    "preprocessor_config.json": _preprocessor(vision["image_size"]),
-    "open_clip_config.json": openclip.write_config(model, mean=PIXEL_MEAN, std=PIXEL_STD),
+    "preprocessor_config.json": _preprocessor(image_size),
+    "open_clip_config.json": openclip.write_config({**model, "vision_encoder": vision}, mean=PIXEL_MEAN, std=PIXEL_STD),
   }
   to_torch.write_configs(folder, configs)
 

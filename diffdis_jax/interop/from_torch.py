@@ -299,7 +299,8 @@ def _open_clip_model(folder: pathlib.Path) -> Source:
   tensors = tensor_files.open_folder(folder)
   if openclip.MARK in tensors:  # whose files may lie beside transformers' config
     tensors = openclip.convert(tensors)
-  return _clip(tensors, text | {"projection": projection}, vision | {"projection": projection})
+  length = _token_length(folder, text["max_length"])
+  return _clip(tensors, text | {"projection": projection}, vision | {"projection": projection}, length)
 
 
 def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
@@ -324,7 +325,10 @@ def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
   vision = shapes.vision(tensors, where)
   text = shapes.text(tensors, where) | {"projection": vision["projection"]}
   model = openclip.read_config(said, {"text_encoder": text, "vision_encoder": vision}, where)
-  return _clip(tensors, model["text_encoder"], model["vision_encoder"])
+  length = model["text_encoder"]["max_length"]
+  # Of a file alone, what lies beside it may be of anything.
+  length = _token_length(config.parent, length) if config.exists() else length
+  return _clip(tensors, model["text_encoder"], model["vision_encoder"], length)
 
 
 def _check_pixels(config: Mapping[str, Any], where: str, *, mean: str, std: str) -> None:
@@ -347,6 +351,6 @@ def _warn_of_resize(where: str, *, squashed: bool, bicubic: bool) -> None:
     )
 
 
-def _clip(tensors: Tensors, text: dict[str, Any], vision: dict[str, Any]) -> Source:
-  fields = {"image_size": vision["image_size"], "data.max_length": text["max_length"]}
+def _clip(tensors: Tensors, text: dict[str, Any], vision: dict[str, Any], max_length: int) -> Source:
+  fields = {"image_size": vision["image_size"], "data.max_length": max_length}
   return Source({"clip": tensors}, {"text_encoder": text, "vision_encoder": vision}, fields)
