@@ -293,7 +293,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
     text = latents.TextConditions(
       encode=lambda captions: model.conditions(params, tokenizer(captions)),
       shape=(model.max_length, width),
-      fingerprint=stored_inputs.fingerprint(params, stored_inputs.TEXT_ENCODER),
+      fingerprint=stored_inputs.fingerprint(params, stored_inputs.CONDITION),
     )
   augmentation = _augmentation(dataclasses.asdict(run_config.load(run).data.augment))
   if FLAGS.views > 1 and not (augmentation.varies or text):  # with text, views may have other captions

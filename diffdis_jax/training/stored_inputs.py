@@ -15,8 +15,9 @@ from diffdis_jax.errors import UserError
 
 # What decides which posterior an image has: not the decoder, nor shift and scale, which are applied after reading.
 ENCODER = re.compile(r"autoencoder\.(conv_in|down|encoder\w*|quant)\.")
-# What decides which condition a caption has.
 TEXT_ENCODER = re.compile(r"text_encoder\.")
+# What decides which condition a caption has: not what makes the text query of it, which follows after reading.
+CONDITION = re.compile(r"text_encoder\.(?!projection\.|query_tokens\.)")
 
 
 def fingerprint(params: Params, which: re.Pattern[str] = ENCODER) -> float:
@@ -37,12 +38,12 @@ def check_stored(facts: Mapping[str, Mapping[str, Any]], params: Params, trained
   for path, fact in facts.items():
     stored = [("latents", "autoencoder", fact["fingerprint"], ENCODER)]
     if "text" in fact:
-      if any(TEXT_ENCODER.match(name) for name in trained):
+      if any(CONDITION.match(name) for name in trained):
         raise UserError(
           "the text encoder is trained, and stored text conditions would not follow it; freeze it in optim.groups, or"
           " prepare the latents without --text"
         )
-      stored.append(("text conditions", "text encoder", fact["text"]["fingerprint"], TEXT_ENCODER))
+      stored.append(("text conditions", "text encoder", fact["text"]["fingerprint"], CONDITION))
     for what, encoder, expected, which in stored:
       # Another device sums in another order; the result differs by rounding only.
       if not math.isclose(expected, fingerprint(params, which), rel_tol=1e-4):

@@ -79,7 +79,7 @@ def text_conditions(model, params):
   return latents.TextConditions(
     encode=lambda captions: model.conditions(params, tokenizer(captions)),
     shape=(model.max_length, model.network.model.text_encoder.width),
-    fingerprint=stored_inputs.fingerprint(params, stored_inputs.TEXT_ENCODER),
+    fingerprint=stored_inputs.fingerprint(params, stored_inputs.CONDITION),
   )
 
 
@@ -159,6 +159,16 @@ def test_text_conditions_of_another_encoder_are_refused(cache_with_text, cache, 
                          (("with", cache_with_text), ("without", cache))}  # fmt: skip
   with pytest.raises(UserError, match="latents with text conditions and without; take either"):
     steps.open_batches(config)
+
+
+def test_what_makes_a_query_of_text_conditions_is_no_part_of_their_encoder(cache_with_text, params):
+  """It is applied after reading: it may be trained, and be another one than where they were prepared, or none."""
+  query = {"model.text_encoder.projection": 12, "model.text_encoder.token_embedding_weight": 1.0}
+  groups = ((r"^text_encoder\.(projection|query_tokens)\.", "new"), *FROZEN_ENCODERS)
+  config = config_of(**{"data.name": "latents", "data.path": str(cache_with_text), "optim.groups": groups}, **query)
+  added = random_params(network_of(config).shapes, seed=1)
+  assert len(added.keys() - params.keys()) == 2
+  check_encoders(config, added | params)
 
 
 def test_latents_that_do_not_fit(cache):
