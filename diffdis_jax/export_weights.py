@@ -25,10 +25,11 @@ A file takes a run elsewhere in this package: where a workdir is read, it may be
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -183,20 +184,36 @@ def write_one_file(run: str, out: str, *, step: int | None = None, ema: bool = T
 
 
 def licences_of(run: str) -> str:
-  """Of what a run was trained on: as a run in one file has them, or as they lie beside the records of its data."""
-  if (file := one_file.at(run)) is not None:
-    return one_file.read_record(file).licences
-  texts = []
-  for path in run_config.load(run).data.paths:
-    try:
-      file = buckets.path(path) / LICENSES
-      texts += [file.read_text(encoding="utf-8")] if file.exists() else []
-    except Exception as error:
-      # Of another machine's bucket or disk, without which the weights are whole all the same.
-      if not (isinstance(error, (OSError, UserError)) or may_pass(error)):
-        raise
-      logging.warning("the licences of its data cannot be read, add them yourself: %s", error)
-  return "\n".join(texts)
+  """Of what a run was trained on, and the runs that it began from, each once: as a run in one file has them, or as they
+  lie beside the records of its data. Of a start that is not there any more nothing is known."""
+  texts, seen = [], set[str]()
+  while run and run not in seen:
+    seen.add(run)  # a folder may since hold another run, which began from this one
+    if (file := one_file.at(run)) is not None:
+      texts.append(one_file.read_record(file).licences)
+      break
+    paths, start = [], ""
+    with _left_out():
+      if (buckets.path(run) / "config.json").exists():
+        record = run_config.load(run)
+        paths, start = record.data.paths, record.init_from
+    for path in paths:
+      with _left_out():
+        file = buckets.path(path) / LICENSES
+        texts += [file.read_text(encoding="utf-8")] if file.exists() else []
+    run = start
+  return "\n".join(dict.fromkeys(filter(None, texts)))
+
+
+@contextlib.contextmanager
+def _left_out() -> Iterator[None]:
+  """What cannot be read of another machine's bucket or disk, without which the weights are whole all the same."""
+  try:
+    yield
+  except Exception as error:
+    if not (isinstance(error, (OSError, UserError)) or may_pass(error)):
+      raise
+    logging.warning("the licences of its data cannot be read, add them yourself: %s", error)
 
 
 def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:

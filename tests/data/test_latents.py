@@ -85,6 +85,15 @@ def test_latents_read_back(data, tmp_path):
   assert len(seen) == VIEWS * (N - 1)
 
 
+def test_the_images_licences_are_those_of_their_latents(data, tmp_path):
+  (data / "LICENSES.md").write_text("CC-BY-4.0, by Zoë\n", encoding="utf-8")
+  prepare(data, tmp_path / "out")
+  assert (tmp_path / "out" / "LICENSES.md").read_text(encoding="utf-8") == "CC-BY-4.0, by Zoë\n"
+  (data / "LICENSES.md").unlink()
+  prepare(data, tmp_path / "without")
+  assert not (tmp_path / "without" / "LICENSES.md").exists()
+
+
 def test_views_have_the_captions_in_turns_with_their_conditions(tmp_path):
   (tmp_path / "raw").mkdir()
   content = {}

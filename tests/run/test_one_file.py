@@ -132,6 +132,22 @@ def test_it_says_what_it_is(packed):
   assert str(packed.parents[1]) not in json.dumps(record.config)  # folders of this machine
 
 
+def test_its_licences_are_those_of_its_starts_too(run, packed, tmp_path):
+  """Each once: a run and its start may have the same data. A start that is gone says nothing."""
+  own, data = "The pictures are CC0.\n", tmp_path / "data"
+  data.mkdir()
+  (data / "LICENSES.md").write_text(own)
+
+  def begun_from(start: str, name: str) -> str:
+    config = make_config(init_from=start, **{"data.path": str(data)})
+    workdir.open_for_training(tmp_path / name, config.to_dict())
+    return export_weights.licences_of(str(tmp_path / name))
+
+  both = "The pictures are CC0.\n\nThe images are CC-BY-4.0.\n"
+  assert begun_from(run, "a") == begun_from(str(packed), "b") == begun_from(str(tmp_path / "a"), "c") == both
+  assert begun_from(str(tmp_path / "gone"), "d") == begun_from(str(tmp_path / "e"), "e") == own
+
+
 def test_a_name_stands_for_a_file_where_no_folder_has_it(packed, tmp_path, monkeypatch):
   monkeypatch.setattr(shipped, "models", lambda: {"few": packed})
   monkeypatch.chdir(tmp_path)

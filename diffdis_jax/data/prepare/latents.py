@@ -26,6 +26,7 @@ from diffdis_jax.data import records, sources
 from diffdis_jax.data.latents import is_finite
 from diffdis_jax.data.prepare import staging
 from diffdis_jax.data.prepare.builder import CaptionedImages
+from diffdis_jax.data.prepare.emoji import LICENSES
 from diffdis_jax.data.prepare.parts import Part
 from diffdis_jax.data.transforms import Augmentation, augment, needed_side
 from diffdis_jax.errors import UserError
@@ -204,3 +205,10 @@ class LatentCache(CaptionedImages):
 
   name = "latents"
   DESCRIPTION = "The posteriors of an autoencoder over augmented views of captioned images; its metadata says which."
+
+  def notices(self) -> dict[str, str]:
+    """The images' licences, which are those of their latents."""
+    part = next(part for parts in self._parts.values() for part in parts)
+    assert isinstance(part, RecordsPart)
+    file = buckets.path(part.data) / LICENSES
+    return {LICENSES: file.read_text(encoding="utf-8")} if file.exists() else {}
