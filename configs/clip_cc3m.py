@@ -84,7 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.eval_every, config.save_every = EPOCH, EPOCH // 2
   if args.runlocal:
     run_local(config, args.path)
-  config.evals.update(common.evaluations(args, config.image_size))
+  config.evals.update(common.evaluations(args, common.own_size(config)))
   config.train_evals = tuple(config.evals)
   best = "imagenet" if args.imagenet else next((name for name in config.evals if name != "held_out"), "")
   if best in config.evals and config.evals[best].task == "zero_shot":
@@ -105,5 +105,5 @@ def run_local(config: ConfigDict, path: str) -> None:
   config.log_every, config.save_every, config.eval_every = 5, 10, 10
   if not path:
     config.data.name = "shapes"
-    data = dict(name="shapes", split="test", image_size=32, seed=1, num_images=128)
+    data = dict(name="shapes", split="test", image_size=common.own_size(config), seed=1, num_images=128)
     config.evals.test = dict(task="zero_shot", data=data, classnames=CLASSNAMES, templates=TEMPLATES)

@@ -22,6 +22,7 @@ __all__ = [
   "evaluations",
   "held_out_loss",
   "num_pairs",
+  "own_size",
   "parse_arg",
   "put_network",
   "read_prepared",
@@ -142,12 +143,18 @@ def read_prepared(path: str, name: str) -> dict[str, Any]:
   return found if isinstance(found, dict) else {}
 
 
-def evaluations(args: ConfigDict, image_size: int) -> ConfigDict:
+def own_size(config: ConfigDict) -> Any:
+  """The run's image_size, for data that are measured: also one that is set later, as --config.image_size is."""
+  # Of each a reference of its own, so that setting it sets no other one, nor the run's.
+  return config.get_ref("image_size") + 0
+
+
+def evaluations(args: ConfigDict, image_size: Any) -> ConfigDict:
   """Of the sets that the arguments imagenet, coco and flickr name: zero-shot classification, and retrieval on
   Karpathy's test splits; of held_out, the losses on its split `val`."""
 
   def data(path: str, split: str) -> dict[str, Any]:
-    return dict(name="pairs", path=path, split=split, image_size=image_size)
+    return dict(name="pairs", path=path, split=split, image_size=image_size + 0)  # as of own_size
 
   sets = ConfigDict()
   if args.imagenet_names and not args.imagenet:

@@ -126,9 +126,9 @@ def get_config(arg: str = "") -> ConfigDict:
     raise ValueError("runlocal has a small network and encodes images itself; leave out latents, or give path=")
   if args.runlocal:
     run_local(config, args.path)
-  config.evals = common.evaluations(args, config.image_size)
+  config.evals = common.evaluations(args, common.own_size(config))
   if args.fid or args.inception:
-    config.evals.fid = fid(args, config.image_size)
+    config.evals.fid = fid(args, common.own_size(config))
   config.train_evals = tuple(config.evals)
   if args.objectives == "generation" and (args.imagenet or args.coco or args.flickr):
     raise ValueError("imagenet, coco and flickr measure discrimination; leave them out with objectives=generation")
@@ -137,7 +137,7 @@ def get_config(arg: str = "") -> ConfigDict:
   return config
 
 
-def fid(args: ConfigDict, image_size: int) -> dict[str, Any]:
+def fid(args: ConfigDict, image_size: Any) -> dict[str, Any]:
   """FID on the captions of a prepared set, of 1,000 images of 50 steps, since training waits. `evaluate
   --num_images=30000` takes as many as others do."""
   if not (args.fid and args.inception):

@@ -136,7 +136,7 @@ def add_evaluations(config: ConfigDict, path: str) -> None:
   """What evaluate measures of a run: how it classifies images, and how many generated ones a judge names."""
 
   def data(split: str) -> dict[str, Any]:
-    return dict(name="pairs", path=path, split=split, image_size=32)
+    return dict(name="pairs", path=path, split=split, image_size=common.own_size(config))
 
   def zero_shot(split: str, **settings: str) -> dict[str, Any]:
     return dict(task="zero_shot", data=data(split), label_field="concept", templates=TEMPLATES, **settings)

@@ -77,7 +77,7 @@ def get_config(arg: str = "") -> ConfigDict:
     card = f"{args.path}/card.json is damaged: {error!r}"
     raise ValueError(f"{card}; write it again with prepare_data card --data={args.path}") from error
   if pairs.get("val"):
-    data = dict(name="pairs", path=args.path, split="val", image_size=config.image_size)
+    data = dict(name="pairs", path=args.path, split="val", image_size=common.own_size(config))
     config.evals = {"held_out": common.held_out_loss(data)}
     config.train_evals = ("held_out",)
     config.checkpoint.update(keep_best=1, best_metric="held_out/loss_generation", best_is="min")

@@ -84,7 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
   else:
     second_stage(config, classes=known.classes, anchors=ANCHORS, visual=known.visual, language=1e-6)
   config.log_every, config.save_every, config.eval_every = epoch, 5 * epoch, config.num_steps
-  data = dict(name=known.name, path=args.path, split="test", image_size=config.image_size)
+  data = dict(name=known.name, path=args.path, split="test", image_size=common.own_size(config))
   config.evals.test = dict(task="long_tail", data=data, crop_pct=0.875)
   config.train_evals = ("test",)
   return config

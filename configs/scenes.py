@@ -59,7 +59,7 @@ def add_evaluations(config: ConfigDict, measured: str) -> None:
   """Of what the run's objectives train, on this split and on its unseen pairs."""
 
   def data(split: str) -> dict[str, Any]:
-    return dict(name="scenes", split=split, image_size=32, seed=1)
+    return dict(name="scenes", split=split, image_size=common.own_size(config), seed=1)
 
   for split in (f"{measured}{pairs}" for pairs in PAIRS):
     if config.objectives != ("generation",):

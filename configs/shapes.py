@@ -11,6 +11,8 @@ unseen pairs, accuracy of generated images 94.8 ± 3.7 and 92.2 ± 3.1 % (docs/l
 CLIP on the same pairs, batches and texts needs no autoencoder: --config=shapes:objectives=contrastive
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import common
@@ -57,16 +59,19 @@ def get_config(arg: str = "") -> ConfigDict:
   config.optim.allow_uninitialized = "^text_encoder.tokens"
   config.optim.rates = dict(text=5e-4, unet=3.5e-3, new=1.5e-3)
   config.save_every = config.eval_every = config.sample_every = 750
-  data = {name: dict(name="shapes", split=name, image_size=32, seed=1, num_images=896) for name in ("test", "unseen")}
+
+  def data(split: str) -> dict[str, Any]:
+    return dict(name="shapes", split=split, image_size=common.own_size(config), seed=1, num_images=896)
+
   zero_shot = dict(task="zero_shot", classnames=CLASSNAMES, templates=TEMPLATES[:1])
   config.evals = dict(
-    test=dict(**zero_shot, data=data["test"]),
-    unseen=dict(**zero_shot, data=data["unseen"]),
-    held_out=dict(**common.held_out_loss(data["test"]), caption_field="plain_caption"),  # as it is trained
+    test=dict(**zero_shot, data=data("test")),
+    unseen=dict(**zero_shot, data=data("unseen")),
+    held_out=dict(**common.held_out_loss(data("test")), caption_field="plain_caption"),  # as it is trained
     generated=dict(task="generation_accuracy", per_class=4, classifier_steps=200),
     test_retrieval=dict(
       task="retrieval",
-      data=data["test"],
+      data=data("test"),
       caption_field="plain_caption",
       duplicate_captions=True,  # else each of the 16 images of a class is wrong for the captions of the other 15
     ),

@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
     second_stage(config, classes=len(CLASSNAMES), anchors=64, visual=1e-3, language=1e-4)
   config.long_tail.crop_pct = 1.0
   config.log_every, config.save_every, config.eval_every = EPOCH, 5 * EPOCH, config.num_steps
-  data = dict(name="shapes_lt", split="test", image_size=32, seed=args.seed)
+  data = dict(name="shapes_lt", split="test", image_size=common.own_size(config), seed=args.seed)
   config.evals.test = dict(task="long_tail", data=data, crop_pct=1.0)
   config.train_evals = ("test",)
   return config

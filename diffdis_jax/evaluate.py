@@ -288,7 +288,8 @@ def _sections(sets: Mapping[str, Any], *, objectives: Sequence[str], image_size:
   Raises:
     UserError: flags that do not go together, or a task that measures what the run was not trained for.
   """
-  sections = _asked(sets, objectives=objectives, image_size=FLAGS.image_size or image_size)
+  asked_size = FLAGS.image_size or image_size
+  sections = _asked(eval_sections.resized(sets, image_size, asked_size), objectives=objectives, image_size=asked_size)
   # Here, since a task may take hours before the next one fails.
   for section in sections:
     registry.check_objectives(section.dataset, section.task, objectives)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from diffdis_jax import evaluate
+from diffdis_jax.ablate import tables
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, results, sections
 from diffdis_jax.evals import registry as evals
@@ -118,6 +119,21 @@ def test_sections():
   )
   with pytest.raises(UserError, match="--data needs --split"):
     sections.of_folder("x/emoji", None, tasks=["zero_shot"], image_size=32)
+
+
+def test_data_of_the_runs_own_size_have_the_one_that_is_asked_for():
+  data = {"name": "shapes", "image_size": 32}
+  sets = {
+    "a": {"task": "fid", "data": data},
+    "b": {"task": "fid", "data": data | {"image_size": 48}},
+    "c": {"task": "x"},
+  }
+  found = sections.resized(sets, 32, 64)
+  assert found == sets | {"a": {"task": "fid", "data": data | {"image_size": 64}}} and data["image_size"] == 32
+  config = {"image_size": 32, "evals": sets}
+  assert tables.changed(config, {"image_size": 64}) == {"image_size": 64, "evals": found}
+  changes = {"image_size": 64, "evals.a.data.image_size": 16}
+  assert tables.changed(config, changes)["evals"]["a"]["data"]["image_size"] == 16
 
 
 @pytest.mark.parametrize("former", ["agreement", "recognition"])

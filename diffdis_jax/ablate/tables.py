@@ -15,6 +15,7 @@ from typing import Any
 
 from diffdis_jax.common import guesses
 from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.evals import sections
 
 GAMMA, SCHEDULE, TARGET = "text_diffusion.gamma", "text_diffusion.schedule", "text_diffusion.target"
 PAPER_METRICS = {"fid": "FID ↓", "imagenet/acc1": "ImageNet top-1 ↑", "recall@1": "mean R@1 ↑"}
@@ -223,8 +224,11 @@ def field_of(config: Mapping[str, Any], field: str) -> Any:
 
 
 def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-  """A copy with other values of some fields, by their dotted paths. Raises UserError: it has no such field."""
+  """A copy with other values of some fields, by their dotted paths; data that are measured have a new image_size too.
+  Raises UserError: it has no such field."""
   config = copy.deepcopy(dict(config))
+  if "image_size" in changes:  # first: a change of theirs counts
+    config["evals"] = sections.resized(config["evals"], config["image_size"], changes["image_size"])
   for field, value in changes.items():
     field_of(config, field)
     section, _, name = field.rpartition(".")

@@ -61,6 +61,16 @@ def of_config(sets: Mapping[str, Any], *, tasks: Sequence[str] | None) -> list[S
   return [section for section in found if section.task in (tasks or named)]
 
 
+def resized(sets: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+  """A config's `evals` for images of another size: data of the run's own size before have the new one."""
+  found = {}
+  for name, section in sets.items():
+    data = section.get("data")
+    is_own = isinstance(data, Mapping) and data.get("image_size") == before
+    found[name] = {**section, "data": {**data, "image_size": after}} if is_own else section
+  return found
+
+
 def _lent(section: Section, task: str) -> Section:
   """Another task on the same set, with those of its settings that this task has too."""
   known = {"data", *registry.settings_of(task)}

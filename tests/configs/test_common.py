@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
@@ -36,6 +37,27 @@ def test_values_have_the_type_of_their_default():
 def test_mistakes_are_named(arg, message):
   with pytest.raises(ValueError, match=message):
     common.parse_arg(arg, **DEFAULTS)
+
+
+@pytest.mark.parametrize(
+  "name, arg",
+  [
+    *(("shapes", each) for each in ("", "objectives=contrastive")),
+    *((name, "") for name in ("scenes", "emoji", "shapes_lt", "places_lt")),
+    ("clip_cc3m", "runlocal"),
+    ("diffdis_cc3m", "imagenet=I,coco=C,flickr=F,held_out=H,fid=C,inception=W"),
+  ],
+)
+def test_what_is_measured_has_the_runs_image_size_unless_it_says_another(name, arg):
+  """Else shapes and scenes would be rendered at the config's own size and enlarged, and FID doubt its reference."""
+  config = importlib.import_module(f"configs.{name}").get_config(arg)
+  sizes = lambda: {key: section.data.image_size for key, section in config.evals.items() if "data" in section}
+  before, first = config.image_size, next(iter(sizes()))
+  assert {*sizes().values()} == {before}
+  config.image_size = 2 * before
+  assert {*sizes().values()} == {2 * before}
+  config.evals[first].data.image_size = 3 * before
+  assert sizes() == dict.fromkeys(sizes(), 2 * before) | {first: 3 * before} and config.image_size == 2 * before
 
 
 def test_does_not_import_jax():
