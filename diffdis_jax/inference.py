@@ -105,7 +105,7 @@ class Inference:
     self._compiled_moments = self.compiled("the autoencoder's moments", self._moments)
     self._compiled_conditions = self.compiled("text conditions", self._conditions)
 
-  def compiled(self, name: str, f: Callable[..., Array]) -> programs.Program:
+  def compiled(self, name: str, f: Callable[..., Any]) -> programs.Program:
     """A function of parameters and rows, compiled for the mesh at its first call; `name` is for the log."""
     return programs.Program(name, jax.jit(self.network.traced_for(self.mesh, f)))
 

@@ -31,7 +31,7 @@ from diffdis_jax.method.algorithms import GenerationStep
 from diffdis_jax.method.samplers import DdimCoefficients, DdimStep
 from diffdis_jax.method.schedules import Process, Timesteps
 from diffdis_jax.method.step_noise import query_noise
-from diffdis_jax.parallel import programs, sharding
+from diffdis_jax.parallel import programs
 from diffdis_jax.structs import AnyArray
 
 ROWS = 8  # rows of a compiled step, at most: an image's z is one, noise samples of its text query are as many as asked
@@ -118,16 +118,12 @@ class StepSampler:
     # One thread: the device runs one program at a time, and so requests get their turns in the order in which they ask.
     self._turns = ThreadPoolExecutor(1, thread_name_prefix="model")
     self.closed = threading.Event()
-    precision = self.network.matmul_precision
-
-    def compiled(name: str, f: Callable[..., Any]) -> programs.Program:
-      return programs.Program(name, jax.jit(sharding.traced_for(model.mesh, f, matmul_precision=precision)))
-
-    self._conditions = compiled("a prompt's condition", self._encode_prompt)
-    self._generation_step = compiled("a generation step", self._generate_once)
-    self._preview = compiled("previews", self._decode)
-    self._latent = compiled("an image's latent", self._encode_image)
-    self._query_step = compiled("a step of the text query", self._denoise_once)
+    # As the model's own, by the run's precision and form of attention.
+    self._conditions = model.compiled("a prompt's condition", self._encode_prompt)
+    self._generation_step = model.compiled("a generation step", self._generate_once)
+    self._preview = model.compiled("previews", self._decode)
+    self._latent = model.compiled("an image's latent", self._encode_image)
+    self._query_step = model.compiled("a step of the text query", self._denoise_once)
     # τ = min(exp(logit_scale), 100) of the contrastive loss; none in a run of generation alone.
     scale = params.get("logit_scale")
     self.temperature = 1.0 if scale is None else float(losses.temperature(jnp.asarray(scale)))

@@ -100,6 +100,20 @@ def test_a_model_that_diverged_is_a_message(sampler, monkeypatch):
       ask()
 
 
+def test_a_step_takes_the_runs_form_of_attention():
+  """One that runs elsewhere alone is refused where it is traced."""
+  config = tiny.get_config()
+  config.model.attention_kernel = "pallas"
+  sampler = make(config)
+  for ask in (
+    lambda: list(sampler.generate("a", seed=0, steps=1, guidance_scale=2.0, frames=1)),
+    lambda: list(sampler.estimates(IMAGE, seed=0, steps=1, num_noise_samples=1)),
+  ):
+    with pytest.raises(UserError, match="attention_kernel is 'pallas', which runs on tpu alone, not on cpu"):
+      ask()
+  sampler.close()
+
+
 def test_text_queries_in_any_number(sampler):
   texts = ["a star", "a ring", "a red ring"]
   expected = sampler.model.embed_texts(sampler._params, Tokenizer(sampler.model.max_length)(texts))
