@@ -41,11 +41,11 @@ def main(argv: Sequence[str]) -> int:
   """The exit code, unless a command of that name takes over."""
   found = commands()
   if argv and argv[0] == "--version":
-    sys.stdout.write(f"{usage.version()}\n")
+    usage.write(f"{usage.version()}\n")
     return 0
   if not argv or argv[0] in ("-h", "--help", "help"):
     width = max(map(len, found))
-    sys.stdout.write(USAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in found.items())))
+    usage.write(USAGE.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in found.items())))
     return 0
   if argv[0] not in found:  # before runpy, which would run any module of the package
     nearest = difflib.get_close_matches(argv[0], found, n=1)

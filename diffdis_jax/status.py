@@ -9,14 +9,13 @@ Nothing is changed.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
-from diffdis_jax.common import cli, progress
+from diffdis_jax.common import cli, progress, usage
 from diffdis_jax.errors import UserError
 from diffdis_jax.report import summary
 from diffdis_jax.report.read import Run, read
@@ -35,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
   path = argv[1].rstrip("/")
   found = facts(read(path, path), now=time.time())
   text = json.dumps(found) if FLAGS.json else "\n".join(lines(found))
-  sys.stdout.write(f"{text}\n")
+  usage.write(f"{text}\n")
 
 
 def facts(run: Run, *, now: float) -> dict[str, Any]:

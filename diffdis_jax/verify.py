@@ -9,14 +9,13 @@ that its server keeps, and is not downloaded.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from absl import flags
 from etils import epath
 
-from diffdis_jax.common import buckets, cli, one_file, shipped
+from diffdis_jax.common import buckets, cli, one_file, shipped, usage
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import committed, digests
 
@@ -42,12 +41,11 @@ def main(argv: Sequence[str]) -> None:
   if (path / digests.NAME).exists():
     if (damage := digests.damage(path)) is not None:
       raise UserError(f"{path} is damaged: {damage.file} {damage.what}; copy it again, or make it again")
-    sys.stdout.write(f"{path}: {_state(path)}\n")
+    usage.write(f"{path}: {_state(path)}\n")
     return
   folder, damaged, count = committed.folder(FLAGS.workdir), 0, 0
   for found in verify(FLAGS.workdir):
-    sys.stdout.write(f"checkpoint {found.step}: {found.state}\n")
-    sys.stdout.flush()  # a line as soon as it is known: each may take minutes
+    usage.write(f"checkpoint {found.step}: {found.state}\n")  # as soon as it is known: each may take minutes
     damaged, count = damaged + found.damaged, count + 1
   if damaged:
     whole = digests.newest_whole(folder)

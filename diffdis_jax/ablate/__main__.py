@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
   if verb == "plan":
     if FLAGS.step_seconds is not None:
       check_number("--step_seconds", FLAGS.step_seconds, at_least=0)
-    sys.stdout.write("\n".join(status.lines(plan, folder, FLAGS.step_seconds)) + "\n")
+    usage.write("\n".join(status.lines(plan, folder, FLAGS.step_seconds)) + "\n")
   elif verb == "run":
     run_selected(plan, folder)
   else:
@@ -205,7 +204,7 @@ def write_tables(plan: Plan, folder: Folder) -> None:
   result_files.write_text(str(folder.path / "tables.md"), text)
   if picture is not None:
     files.write_whole(folder.path / "tables.png", picture)
-  sys.stdout.write(text)
+  usage.write(text)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   # Garbage is looked for among all that jax has traced, which stays: by default that is a fifth of a start's time.
   gc.set_threshold(100_000, 50, 50)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA, which has it from TensorFlow
+  _open_closed_streams()
   if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr: a name of another encoding ends no command
     sys.stdout.reconfigure(errors="backslashreplace")
   sys.excepthook = _excepthook
@@ -66,9 +67,11 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   _make_own_flags_known()
   # Not left to absl, whose help exits with 1.
   if {"--help", "-help", "-h", "-?"} & {*sys.argv[1:]}:
-    _write_and_exit(usage.text(sys.modules["__main__"].__doc__ or "", sys.argv[0]))
+    usage.write(usage.text(sys.modules["__main__"].__doc__ or "", sys.argv[0]))
+    sys.exit(0)
   if "--version" in sys.argv[1:]:
-    _write_and_exit(f"{usage.version()}\n")
+    usage.write(f"{usage.version()}\n")
+    sys.exit(0)
 
   def guarded(argv: list[str]) -> Any:
     if flags.FLAGS.quiet:
@@ -95,13 +98,12 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
   app.run(guarded, flags_parser=_parse_flags)
 
 
-def _write_and_exit(text: str) -> NoReturn:
-  try:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-  except BrokenPipeError:  # of a pager that was closed
-    os._exit(0)
-  sys.exit(0)
+def _open_closed_streams() -> None:
+  """Gives stdin, stdout and stderr that were closed a place to go: the next file to be opened would have the number of
+  one of them, and get what libraries write there."""
+  for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _check_values() -> None:

@@ -1,4 +1,4 @@
-"""What --help writes: an example first, then what the command does, then its flags by group.
+"""What --help writes: an example first, then what the command does, then its flags by group; and writing to stdout.
 
 A group is a heading of --help. Flags outside of any group come first, with those that are required at their top.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -56,6 +57,18 @@ def text(doc: str, program: str) -> str:
   summary, *rest = inspect.cleandoc(doc).split("\n\n")
   example = [textwrap.dedent(rest.pop(0))] if rest else []
   return "\n\n".join([*example, *map(_filled, [summary, *rest]), *_groups(program)]) + "\n"
+
+
+def write(said: str) -> None:
+  """Writes to stdout. A reader that has gone, such as head or a pager that was closed, ends no command."""
+  if sys.stdout is None:  # closed by whoever started the command
+    return
+  try:
+    sys.stdout.write(said)
+    sys.stdout.flush()
+  except BrokenPipeError:
+    # Or else Python, which flushes again at its end, says that it cannot.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def version() -> str:

@@ -9,13 +9,12 @@ file. Nothing runs.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
-from diffdis_jax.common import buckets, cli, guesses, one_file, shipped
+from diffdis_jax.common import buckets, cli, guesses, one_file, shipped, usage
 from diffdis_jax.config import Run, described, fields
 from diffdis_jax.errors import UserError
 
@@ -36,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     )
   runs = [read(each) for each in configs]
   lines = list(show(*runs, prefix=FLAGS.fields) if verb == "show" else differences(*runs))  # all of them, or none
-  sys.stdout.write("".join(f"{line}\n" for line in lines))
+  usage.write("".join(f"{line}\n" for line in lines))
 
 
 def read(given: str) -> Run:

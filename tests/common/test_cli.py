@@ -8,6 +8,7 @@ import logging
 import os
 import pathlib
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -338,6 +339,16 @@ def test_a_command_that_does_not_exist_is_one_line(capsys):
   assert capsys.readouterr().err == "error: no command 'evalute'; did you mean evaluate?\n"
   assert main_module.main(["xyz"]) == 2
   assert capsys.readouterr().err == "error: no command 'xyz'; diffdis --help lists them\n"
+
+
+@pytest.mark.parametrize("command", [["--help"], ["config", "--help"], ["config", "show", "shapes"]])
+@pytest.mark.parametrize("where", ["| true", ">&-", "<&- >&- 2>&-"])
+def test_nobody_who_reads_what_is_said_is_no_error(command, where):
+  """As behind `| head`, of which the first lines were enough, or of what is started without any stream."""
+  line = shlex.join([sys.executable, "-m", "diffdis_jax", *command])
+  # The code of the command, not that of the reader.
+  done = subprocess.run(["bash", "-c", f"{line} {where}; echo ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True)
+  assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_quiet_leaves_warnings(folder):
