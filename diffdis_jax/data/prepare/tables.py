@@ -163,6 +163,8 @@ def _table(path: pathlib.Path, split: str, name: str, asked: Asked) -> Table:
 
 
 def _columns(path: pathlib.Path, schema: Any, asked: Asked) -> Columns:
+  import pyarrow as pa
+
   images = [field.name for field in schema if _is_image(field.type)]
   image = next((name for name in IMAGES if name in images), images[0] if len(images) == 1 else "")
   if not image:
@@ -171,7 +173,9 @@ def _columns(path: pathlib.Path, schema: Any, asked: Asked) -> Columns:
       f" {', '.join(schema.names) or 'none'}"
     )
   captions = caption_fields(str(path), schema.names, asked)
-  return Columns(image, captions, other_fields((name for name in schema.names if name not in images), captions, asked))
+  # No JSON has times, and Python not all of them.
+  left_out = {*images, *(field.name for field in schema if pa.types.is_temporal(field.type))}
+  return Columns(image, captions, other_fields((name for name in schema.names if name not in left_out), captions, asked))
 
 
 def _is_image(kind: Any) -> bool:
@@ -209,9 +213,32 @@ def _rows(path: pathlib.Path, columns: Columns, places: Sequence[int]) -> Iterat
   with _readable(path):
     for batch in _batches(path, wanted, places):
       while next_place < len(places) and places[next_place] < first + batch.num_rows:
-        yield batch.slice(places[next_place] - first, 1).to_pylist()[0]
+        yield _row(batch.slice(places[next_place] - first, 1))
         next_place += 1
       first += batch.num_rows
+
+
+def _row(batch: Any) -> dict[str, Any]:
+  """Of a batch of one row. Bytes that are not UTF-8 are as those of a text file, and refused where they are used."""
+  try:
+    return batch.to_pylist()[0]
+  except UnicodeDecodeError:  # pyarrow does not look at what a column of texts holds
+    return {name: _value(column[0]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+
+
+def _value(scalar: Any) -> Any:
+  import pyarrow as pa
+
+  try:
+    return scalar.as_py()
+  except UnicodeDecodeError:
+    if isinstance(scalar, pa.StructScalar):  # of an image, whose path it is
+      return {name: _value(each) for name, each in scalar.items()}
+    if isinstance(scalar, pa.DictionaryScalar):
+      return _value(scalar.value)
+    if isinstance(scalar, pa.ListScalar):
+      return [_value(each) for each in scalar.values]
+    return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
 
 
 def _batches(path: pathlib.Path, columns: list[str], places: Sequence[int]) -> Iterator[Any]:

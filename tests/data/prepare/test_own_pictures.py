@@ -315,6 +315,42 @@ def test_img2datasets_parquet(tmp_path):
   assert all(caption == f"picture {int(key[-9:])}" for key, caption in found.items())
 
 
+@pytest.mark.parametrize(
+  ("column", "reason"),
+  [
+    ("caption", "caption that is not UTF-8"),
+    ("captions", "caption that is not UTF-8"),
+    ("place", "corrupt json"),
+    ("key", "corrupt json"),
+    ("image", ""),
+  ],
+)
+def test_a_column_of_texts_that_are_not_utf8(tmp_path, column, reason):
+  """No reader of parquet checks them. Of an image it is the path."""
+  columns = {name: pa.array(["one", "two"]) for name in ("caption", "place", "key")}
+  bad, images = pa.array([b"caf\xe9", b"good"]).view(pa.string()), pa.array([picture(0), picture(1)])
+  columns["captions"] = pa.array([["one"], ["two"]])
+  columns["image"] = pa.StructArray.from_arrays([images, bad], names=["bytes", "path"])
+  if column != "image":
+    columns["image"] = images
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), bad)
+    columns[column] = lists if column == "captions" else bad
+  (tmp_path / "raw").mkdir()
+  pq.write_table(pa.table(columns), tmp_path / "raw" / "0.parquet")
+  fields = ("captions",) if column == "captions" else ()
+  reports = prepared(tmp_path / "raw", tmp_path / "out", held_out=0.0, caption_fields=fields)
+  assert reports["train"].skipped == ({reason: 1} if reason else {})
+  assert reports["train"].pairs == (1 if reason else 2)
+
+
+def test_a_column_of_times_that_python_has_not(tmp_path):
+  (tmp_path / "raw").mkdir()
+  days = pa.array([10**9, 0], pa.date32())
+  table = pa.table({"jpg": [picture(0), picture(1)], "caption": ["one", "two"], "day": days})
+  pq.write_table(table, tmp_path / "raw" / "0.parquet")
+  assert prepared(tmp_path / "raw", tmp_path / "out", held_out=0.0)["train"].pairs == 2
+
+
 def test_images_in_a_column_of_views(tmp_path):
   image = pa.array([picture(i) for i in range(COUNT)], pa.binary_view())
   put(tmp_path / "raw" / "0.parquet", columns(image=image, text=[f"picture {i}" for i in range(COUNT)]))
