@@ -147,10 +147,12 @@ def check_tokenizer(folder: pathlib.Path) -> None:
     raise UserError(f"{folder} has neither vocab.json nor tokenizer.json")
   vocab = read_json(files[0])
   if files[0].name == "tokenizer.json":
-    words = (vocab.get("model") or {}).get("vocab")
-    # The start and the end token stand beside the vocabulary there.
-    added = {token["content"]: token["id"] for token in vocab.get("added_tokens", ())}
-    vocab = words | added if isinstance(words, dict) else {}
+    try:
+      # The start and the end token stand beside the vocabulary there.
+      added = {token["content"]: token["id"] for token in vocab.get("added_tokens", ())}
+      vocab = vocab["model"]["vocab"] | added
+    except (AttributeError, KeyError, TypeError):  # of another form, or of a vocabulary that is a list
+      vocab = {}
   if vocab != make_vocab(load_merges()):
     raise UserError(f"{files[0]} is not CLIP's vocabulary of {VOCAB_SIZE} tokens, the only one that is supported")
 

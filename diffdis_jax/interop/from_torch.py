@@ -122,7 +122,7 @@ def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matche
     network: shapes by path.
 
   Raises:
-    UserError: a parameter that is missing, or of another shape.
+    UserError: a parameter that is missing, of another shape, or not of floats.
   """
   matched = Matched({}, {}, list(source.others))
   for component, tensors in source.components.items():
@@ -133,6 +133,12 @@ def match(source: Source, network: Mapping[str, jax.ShapeDtypeStruct]) -> Matche
       if entry is None or entry.path not in network:
         matched.ignored.append(f"{component}/{name}")
         continue
+      # Numbers of 8 bits of which a scale belongs, read as they are, would be weights that mean nothing.
+      if tensor.kind:
+        raise UserError(
+          f"{component} parameter {entry.name} holds {tensor.kind}, as quantized weights do; take a checkpoint in F32,"
+          " F16 or BF16"
+        )
       matched.tensors[entry.path] = _in_our_layout(tensor, entry, network[entry.path].shape)
       matched.names[entry.path] = f"{component}/{name}"
 
@@ -294,8 +300,10 @@ def _open_clip_model(folder: pathlib.Path) -> Source:
     squashed = isinstance(size, Mapping) and "shortest_edge" not in size
     _warn_of_resize(str(preprocessor), squashed=squashed, bicubic=how.get("resample", BICUBIC) == BICUBIC)
   projection = config.get("projection_dim", 512)
-  text = sections.read_text(config.get("text_config") or {}, where)
-  vision = sections.read_vision(config.get("vision_config") or {}, where)
+  if not isinstance(projection, int):
+    raise UserError(f"{where}: projection_dim is {projection!r}; it should be a number such as 512")
+  text = sections.read_text(_object(config, "text_config", where), where)
+  vision = sections.read_vision(_object(config, "vision_config", where), where)
   tensors = tensor_files.open_folder(folder)
   if openclip.MARK in tensors:  # whose files may lie beside transformers' config
     tensors = openclip.convert(tensors)
@@ -310,7 +318,7 @@ def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
     where, content = str(config), read_json(config)
     said = content.get("model_cfg")
     openclip.check_config(said, where)  # before the tensors, which say less of a tower than its name does
-    how = content.get("preprocess_cfg") or {}
+    how = _object(content, "preprocess_cfg", where)
     _check_pixels(how, where, mean="mean", std="std")
     squashed = how.get("resize_mode", "shortest") != "shortest"
     _warn_of_resize(where, squashed=squashed, bicubic=how.get("interpolation", "bicubic") == "bicubic")
@@ -331,11 +339,20 @@ def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
   return _clip(tensors, model["text_encoder"], model["vision_encoder"], length)
 
 
+def _object(config: Mapping[str, Any], field: str, where: str) -> Mapping[str, Any]:
+  """A section of a config file, empty where there is none. Raises UserError: something else."""
+  found = config.get(field) or {}
+  if not isinstance(found, Mapping):
+    raise UserError(f"{where}: {field} is {found!r}; it should be an object")
+  return found
+
+
 def _check_pixels(config: Mapping[str, Any], where: str, *, mean: str, std: str) -> None:
   """Raises UserError for images that are normalised by other numbers than OpenAI's."""
   for name, expected in ((mean, PIXEL_MEAN), (std, PIXEL_STD)):
     found = config.get(name, expected)
-    if not isinstance(found, (list, tuple)) or len(found) != 3 or not np.allclose(found, expected, atol=1e-4):
+    numbers = isinstance(found, (list, tuple)) and all(isinstance(each, (int, float)) for each in found)
+    if not numbers or len(found) != 3 or not np.allclose(found, expected, atol=1e-4):
       raise UserError(f"{where}: {name} is {found}; only OpenAI's, {expected}, is supported")
 
 

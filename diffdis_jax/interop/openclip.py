@@ -74,7 +74,7 @@ def convert(tensors: Tensors) -> Tensors:
     name = _renamed(name, 0, 1)
     if name in _PROJECTIONS and len(tensor.shape) == 2:
       tensor = tensor.map(lambda x: x.T, tensor.shape[::-1])
-    if match := re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name):
+    if (match := re.fullmatch(r"(.+)\.in_proj_(weight|bias)", name)) and tensor.shape:
       # Unread, three views: each reads the fused tensor again, so that no more than one of them is in memory.
       parts = {f"{match[1]}.{part}_proj.{match[2]}": _third(tensor, i) for i, part in enumerate("qkv")}
     else:

@@ -46,7 +46,7 @@ def vae(tensors: Tensors, where: str) -> dict[str, Any]:
 def text(tensors: Tensors, where: str) -> dict[str, Any]:
   """`model.text_encoder` except its activation and projection, from transformers' names."""
   # Of the embeddings: layers have the width several times, in shapes that differ between towers.
-  vocab_size, width = _shape(tensors, "text_model.embeddings.token_embedding.weight", where)
+  vocab_size, width = _shape(tensors, "text_model.embeddings.token_embedding.weight", where, axes=2)
   return dict(
     vocab_size=vocab_size,
     max_length=_shape(tensors, "text_model.embeddings.position_embedding.weight", where)[0],
@@ -56,7 +56,7 @@ def text(tensors: Tensors, where: str) -> dict[str, Any]:
 
 def vision(tensors: Tensors, where: str) -> dict[str, Any]:
   """`model.vision_encoder` except its activation, from transformers' names."""
-  width, _, patch, _ = _shape(tensors, "vision_model.embeddings.patch_embedding.weight", where)
+  width, _, patch, _ = _shape(tensors, "vision_model.embeddings.patch_embedding.weight", where, axes=4)
   # One for each patch of a square image, and the class token's.
   positions = _shape(tensors, "vision_model.embeddings.position_embedding.weight", where)[0]
   return dict(
@@ -82,7 +82,13 @@ def _count(tensors: Tensors, pattern: str) -> int:
   return len({match[1] for match in map(regex.match, tensors) if match})
 
 
-def _shape(tensors: Tensors, name: str, where: str) -> Sequence[int]:
+def _shape(tensors: Tensors, name: str, where: str, *, axes: int | None = None) -> Sequence[int]:
+  """Of `axes` axes, or else of one or more. Raises UserError: it has another number, or the parameter is missing."""
   if name not in tensors:
     raise UserError(f"{where} lacks parameter {name}; it is no whole checkpoint")
-  return tensors[name].shape
+  shape = tensors[name].shape
+  if not shape or 0 in shape or len(shape) != (axes or len(shape)):
+    raise UserError(
+      f"{where} has parameter {name} of shape {shape}, which no such network has; take another checkpoint"
+    )
+  return shape

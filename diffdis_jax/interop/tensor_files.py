@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import pickle
 import re
@@ -21,23 +22,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from diffdis_jax.common import files
-from diffdis_jax.errors import UserError
+from diffdis_jax.errors import UserError, full_disk
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor in a file. `read` loads it, in the file's dtype or in f32."""
+  """A tensor in a file. `read` loads it, in the file's dtype or in f32.
+
+  Attributes:
+    kind: what it has in the place of floats, one by one, such as whole numbers; empty where it has these.
+  """
 
   shape: tuple[int, ...]
   read: Callable[[], Shaped[np.ndarray, "..."]]
+  kind: str = ""
 
   def map(self, f: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> Tensor:
     """f of this tensor, of the given shape, still unread."""
-    return Tensor(shape, lambda: f(self.read()))
+    return Tensor(shape, lambda: f(self.read()), self.kind)
 
 
 Tensors = dict[str, Tensor]
 
+_FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors' dtypes those that numpy reads
 _POINTER = b"version https://git-lfs."  # what a clone without git-lfs has in the place of a large file
 
 HEAD = "head.safetensors"  # of a long-tailed run's second stage, beside what libraries read; none has a place for it
@@ -48,7 +55,9 @@ def save(arrays: Mapping[str, Shaped[np.ndarray, "..."]], path: pathlib.Path) ->
   try:
     save_file(dict(arrays), path, metadata={"format": "pt"})
   except SafetensorError as error:
-    raise OSError(str(error)) from error
+    # By its number a full disk is known for what it is.
+    number = full_disk(error)
+    raise (OSError(str(error)) if number is None else OSError(number, os.strerror(number), str(path))) from error
 
 
 # A folder's file of weights, or the index of its shards: diffusion_pytorch_model.fp16.safetensors, model.safetensors,
@@ -153,8 +162,14 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
     for name, each in slices.items():
       if re.match(r"F[4-8](_|$)", dtype := each.get_dtype()):
         raise UserError(f"{path} holds {name} as {dtype}, which numpy cannot read; convert it to F16, BF16 or F32")
+    kinds = {name: each.get_dtype() for name, each in slices.items()}
     return {
-      name: Tensor(tuple(each.get_shape()), functools.partial(file.get_tensor, name)) for name, each in slices.items()
+      name: Tensor(
+        tuple(each.get_shape()),
+        functools.partial(file.get_tensor, name),
+        "" if kinds[name] in _FLOATS else f"numbers of type {kinds[name]}",
+      )
+      for name, each in slices.items()
     }
   except (SafetensorError, OSError) as error:
     raise UserError(f"{path} is no whole safetensors file: {error}; copy it again") from error
@@ -176,7 +191,7 @@ def _open_pickle(path: pathlib.Path) -> Tensors:
         content = load()
   except pickle.UnpicklingError as error:
     reason = re.search(r"GLOBAL ([\w.]+)", str(error))
-    what = f"it would call {reason[1]}" if reason else "it is more than tensors"
+    what = f"it would call {reason[1]}" if reason else "it is more than tensors, or no file of PyTorch's"
     raise UserError(f"{path} needs code execution to be read: {what}; pickles are never executed here") from error
   except Exception as error:  # of a damaged pickle, whatever its instructions do
     if "TorchScript" in str(error):
@@ -190,7 +205,16 @@ def _open_pickle(path: pathlib.Path) -> Tensors:
     raise UserError(f"{path} holds no state dict, but a {type(content).__name__}")
   # Mapped, not loaded: only what `read` asks for comes into memory. In f32, since numpy has no bf16 of its own.
   return {
-    name: Tensor(tuple(tensor.shape), lambda tensor=tensor: tensor.detach().float().numpy())
+    name: Tensor(tuple(tensor.shape), lambda tensor=tensor: tensor.detach().float().numpy(), _kind(tensor))
     for name, tensor in state.items()
-    if isinstance(tensor, torch.Tensor)
+    if isinstance(tensor, torch.Tensor) and isinstance(name, str)
   }
+
+
+def _kind(tensor: Any) -> str:
+  """Of a tensor of PyTorch, as `Tensor.kind`."""
+  if tensor.is_meta:
+    return "no numbers"
+  if (layout := str(tensor.layout)) != "torch.strided":
+    return f"numbers in the layout {layout}"
+  return "" if tensor.is_floating_point() else f"numbers of type {tensor.dtype}"

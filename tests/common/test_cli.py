@@ -347,7 +347,9 @@ def test_nobody_who_reads_what_is_said_is_no_error(command, where):
   """As behind `| head`, of which the first lines were enough, or of what is started without any stream."""
   line = shlex.join([sys.executable, "-m", "diffdis_jax", *command])
   # The code of the command, not that of the reader.
-  done = subprocess.run(["bash", "-c", f"{line} {where}; echo ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True)
+  done = subprocess.run(
+    ["bash", "-c", f"{line} {where}; echo ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True
+  )
   assert (done.stdout, done.stderr) == ("0\n", "")
 
 

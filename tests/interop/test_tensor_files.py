@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from diffdis_jax.errors import UserError
@@ -131,6 +133,22 @@ def test_what_cannot_be_written_is_an_oserror(tmp_path):
   np.testing.assert_array_equal(tensor_files.open_file(tmp_path / "x.safetensors")["a"].read(), np.ones(3))
   with pytest.raises(OSError):
     tensor_files.save({"a": np.ones(3, np.float32)}, tmp_path / "none" / "x.safetensors")
+
+
+def raising(error: Exception):
+  def save(*_, **__) -> None:
+    raise error
+
+  return save
+
+
+def test_a_full_disk_is_known_for_one(tmp_path, monkeypatch):
+  """By its number: launchers try again, and no network is to blame."""
+  said = f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)"
+  monkeypatch.setattr(tensor_files, "save_file", raising(SafetensorError(said)))
+  with pytest.raises(OSError, match="No space left") as error:
+    tensor_files.save({}, tmp_path / "x.safetensors")
+  assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "x.safetensors"))
 
 
 def test_no_file(tmp_path):

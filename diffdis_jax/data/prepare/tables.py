@@ -175,7 +175,9 @@ def _columns(path: pathlib.Path, schema: Any, asked: Asked) -> Columns:
   captions = caption_fields(str(path), schema.names, asked)
   # No JSON has times, and Python not all of them.
   left_out = {*images, *(field.name for field in schema if pa.types.is_temporal(field.type))}
-  return Columns(image, captions, other_fields((name for name in schema.names if name not in left_out), captions, asked))
+  return Columns(
+    image, captions, other_fields((name for name in schema.names if name not in left_out), captions, asked)
+  )
 
 
 def _is_image(kind: Any) -> bool:

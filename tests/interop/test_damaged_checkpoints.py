@@ -1,0 +1,135 @@
+"""CLIP checkpoints of which a tensor or a config file is not what it should be: refused in one line, with its name."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from diffdis_jax import import_weights
+from diffdis_jax.errors import UserError
+from diffdis_jax.interop import from_torch, tensor_files
+
+LAYER = "transformer.resblocks.0.mlp.c_fc.weight"
+SHAPES = {
+  "visual.class_embedding": (64,),
+  "visual.positional_embedding": (5, 64),
+  "visual.conv1.weight": (64, 3, 8, 8),
+  "visual.proj": (64, 32),
+  f"visual.{LAYER}": (256, 64),
+  LAYER: (256, 64),
+  "transformer.resblocks.0.attn.in_proj_weight": (192, 64),
+  "token_embedding.weight": (49408, 64),
+  "positional_embedding": (77, 64),
+  "text_projection": (64, 32),
+}
+
+
+def write(folder: pathlib.Path, dtype: Any = np.float32, **changes: Any) -> pathlib.Path:
+  """A folder of open_clip."""
+  folder.mkdir(exist_ok=True)
+  save_file(
+    {name: np.zeros(shape, dtype) for name, shape in {**SHAPES, **changes}.items()},
+    folder / "open_clip_model.safetensors",
+  )
+  (folder / "open_clip_config.json").write_text('{"model_cfg": {}}')
+  return folder
+
+
+@pytest.mark.parametrize(
+  ("name", "shape"),
+  [
+    ("visual.conv1.weight", (64, 192)),
+    ("visual.positional_embedding", ()),
+    ("visual.positional_embedding", (0, 64)),
+    ("visual.proj", ()),
+    ("token_embedding.weight", (49408,)),
+    ("positional_embedding", ()),
+    (f"visual.{LAYER}", ()),
+  ],
+)
+def test_a_tensor_of_another_rank(tmp_path, name, shape):
+  with pytest.raises(UserError, match=r"has parameter \S+ of shape \(.*\), which no such network has"):
+    from_torch.open_source(write(tmp_path, **{name: shape}))
+
+
+def test_a_fused_tensor_without_axes_is_left_out(tmp_path):
+  name = "transformer.resblocks.0.attn.in_proj_weight"
+  assert (
+    name.replace("transformer.resblocks", "text_model.encoder.layers").replace("attn", "self_attn")
+    in (from_torch.open_source(write(tmp_path, **{name: ()})).components["clip"])
+  )
+
+
+def match(folder: pathlib.Path) -> None:
+  path = "text_encoder.tokens.embedding"
+  from_torch.match(from_torch.open_source(folder), {path: jax.ShapeDtypeStruct((49408, 64), np.float32)})
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_quantized_weights_are_no_weights(tmp_path, dtype):
+  """Read without their scales, which lie beside them under names of their own, they would mean nothing."""
+  with pytest.raises(UserError, match=r"clip parameter \S+ holds numbers of type [IU]8, as quantized weights do"):
+    match(write(tmp_path, dtype))
+  match(write(tmp_path, np.float16))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize(
+  ("tensor", "kind"),
+  [
+    (lambda: torch.eye(3).to_sparse(), "numbers in the layout torch.sparse_coo"),
+    (lambda: torch.zeros(3, dtype=torch.complex64), "numbers of type torch.complex64"),
+    (lambda: torch.zeros(3, dtype=torch.int8), "numbers of type torch.int8"),
+    (lambda: torch.zeros(3, device="meta"), "no numbers"),
+    (lambda: torch.zeros(3, dtype=torch.bfloat16), ""),
+  ],
+)
+def test_tensors_of_pytorch_that_are_no_floats(tmp_path, tensor, kind):
+  torch.save({"a": tensor(), 0: torch.zeros(1)}, tmp_path / "x.bin")
+  found = tensor_files.open_file(tmp_path / "x.bin")
+  assert [*found] == ["a"] and found["a"].kind == kind
+
+
+@pytest.mark.parametrize(
+  ("file", "content", "message"),
+  [
+    ("config.json", {"text_config": "x"}, "config.json: text_config is 'x'; it should be an object"),
+    ("config.json", {"projection_dim": "x"}, "config.json: projection_dim is 'x'; it should be a number"),
+    ("preprocessor_config.json", {"image_mean": ["a", "b", "c"]}, r"image_mean is \['a', 'b', 'c'\]; only OpenAI's"),
+  ],
+)
+def test_a_config_of_transformers_with_other_values(tmp_path, file, content, message):
+  write(tmp_path)
+  for name in {"config.json", file}:
+    (tmp_path / name).write_text(json.dumps({"model_type": "clip", **(content if name == file else {})}))
+  with pytest.raises(UserError, match=message):
+    from_torch.open_source(tmp_path)
+
+
+def test_a_config_of_open_clip_with_other_values(tmp_path):
+  (write(tmp_path) / "open_clip_config.json").write_text('{"model_cfg": {}, "preprocess_cfg": [1]}')
+  with pytest.raises(UserError, match=r"preprocess_cfg is \[1\]; it should be an object"):
+    from_torch.open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "content",
+  [
+    {"model": {"vocab": {}}, "added_tokens": [{"x": 1}]},
+    {"model": [1]},
+    {"model": {"vocab": [["a", 1]]}, "added_tokens": []},
+    {"added_tokens": 5},
+    {"model": {"vocab": {"a": 1}}, "added_tokens": [{"content": [1], "id": 2}]},
+  ],
+)
+def test_a_tokenizer_of_another_form(tmp_path, content):
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  with pytest.raises(UserError, match="tokenizer.json is not CLIP's vocabulary"):
+    import_weights.check_tokenizer(tmp_path)
