@@ -187,6 +187,9 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
 
 
 def _none_usable(report: Report) -> str:
+  if not report.first_skipped and report.truncated:
+    more = f", and {len(report.truncated) - 1} more" if len(report.truncated) > 1 else ""
+    return f"no pairs in it; {report.truncated[0]} is cut off, damaged, or no uncompressed tar{more}: download it again"
   if not report.first_skipped:
     return "no pairs in it"
   key = next(iter(report.first_skipped.values()))[0]
@@ -359,8 +362,7 @@ def _check_same(partial: pathlib.Path, parts: Sequence[Part], builder: type[Capt
   plan = {"data set": builder.name, **stage.identity(), "source": _identities(parts)}
   path = partial / "plan.json"
   if path.exists():
-    begun = files.read_json(path)
-    begun = begun if isinstance(begun, dict) else {}
+    begun = files.read_object(path)
     splits = {split for split, *_ in begun.get("source", [])}
     now = {**plan, "source": [each for each in plan["source"] if each[0] in splits]}
     if differing := [key for key in now if begun.get(key) != now[key]]:

@@ -25,7 +25,7 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import example_serializer
 
-from diffdis_jax.common import files, progress, signals
+from diffdis_jax.common import files, progress, signals, storage
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import pairs
 from diffdis_jax.data.prepare.parts import Part
@@ -118,9 +118,9 @@ class Stage:
     return self.folder / f"{part.name}.array_record"
 
   def report_of(self, part: Part) -> Report | None:
-    """None before the part is written."""
-    path = self.folder / f"{part.name}.json"
-    return Report(**files.read_json(path)) if path.exists() else None
+    """None before the part is written, and where a power cut has left an empty file."""
+    found = files.read_object(self.folder / f"{part.name}.json")
+    return Report(**found) if found else None
 
   def digests_of(self, part: Part) -> np.ndarray:
     """One digest for each record, as void of 16 bytes."""
@@ -203,9 +203,11 @@ def _os_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(folder: pathlib.Path) -> Iterator[None]:
-  """Turns a failure to write into one clear line."""
+  """Turns a failure to write into one clear line. What is read meanwhile and does not come back is none."""
   try:
     yield
+  except storage.Away:
+    raise
   except OSError as error:
     raise UserError(
       f"cannot write to {folder}: {error.strerror or error}; nothing is lost: make room and run the same command again"

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+from diffdis_jax.common import storage
 from diffdis_jax.data import records
 from diffdis_jax.data.prepare import builder, image_folder, parts, staging
 from diffdis_jax.errors import UserError
@@ -386,6 +388,43 @@ def interrupt(source, out, monkeypatch):
     patch.setattr(staging.Stage, "write", failing)
     prepare(source, out)
   assert not out.exists()
+
+
+def test_what_a_power_cut_leaves_empty_is_made_again(many, tmp_path):
+  part = parts.tars(many)[0]
+  stage = staging.Stage(tmp_path)
+  report = stage.write(part)
+  (tmp_path / f"{part.name}.json").write_bytes(b"")
+  assert stage.report_of(part) is None and stage.write(part) == report == stage.report_of(part)
+  partial = builder.partial_of(tmp_path / "out")
+  partial.mkdir()
+  (partial / "plan.json").write_bytes(b"")
+  with pytest.raises(UserError, match="holds an unfinished preparation .*; give the same, or delete it"):
+    prepare(many, tmp_path / "out")
+
+
+def test_data_that_do_not_come_back_are_no_failure_to_write(many, tmp_path, monkeypatch):
+  """As a latent cache reads them while it is written: an error on which launchers try again."""
+  away = storage.Away("the data could not be read for 300 s: Input/output error")
+  monkeypatch.setattr(staging.Stage, "serialized", raising(away))
+  with pytest.raises(storage.Away):
+    prepare(many, tmp_path / "out")
+
+
+def raising(error: Exception):
+  def serialized(*_):
+    raise error
+    yield
+
+  return serialized
+
+
+@pytest.mark.parametrize("content", [gzip.compress(bytes(20480)), b"<html>Not found</html>" * 50])
+def test_what_is_no_tar_is_named(tmp_path, content):
+  for name in ("train-00000.tar", "train-00001.tar"):
+    (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match="train-00000 is cut off, damaged, or no uncompressed tar, and 1 more: download"):
+    prepare(tmp_path, tmp_path / "out")
 
 
 def test_two_at_once(many, tmp_path):
