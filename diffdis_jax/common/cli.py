@@ -254,12 +254,23 @@ def _make_own_flags_known() -> None:
 def compilation_cache(workdir: str = "") -> None:
   """Keeps compiled programs between runs: in $JAX_COMPILATION_CACHE_DIR; or else, where `workdir` is in a bucket, which
   all hosts of the run share, and the one that takes a dead one's place, in its folder `xla`; or else in the user's
-  cache directory.
+  cache directory. Where the folder cannot be made, none is kept.
   """
   import jax
 
   default = f"{workdir.rstrip('/')}/xla" if buckets.is_url(workdir) else files.user_cache("xla")
   folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or default  # empty, it would be this folder
+  if not buckets.is_url(folder):
+    try:
+      os.makedirs(folder, exist_ok=True)
+    except OSError as error:  # as in a container, of whose user / is the home; jax would warn at each program
+      logging.warning(
+        "compiled programs are not kept: cannot make %s: %s; name another folder by JAX_COMPILATION_CACHE_DIR",
+        folder,
+        error.strerror,
+      )
+      jax.config.update("jax_compilation_cache_dir", None)
+      return
   jax.config.update("jax_compilation_cache_dir", str(buckets.path(folder)))
   if buckets.is_url(folder) and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
     # XLA's own, of its GPU tuning, for which jax would give it the address as a path on this machine.

@@ -27,6 +27,8 @@ _TEMPORARY = re.compile(r"(.+)\.(?:\d+|[a-z0-9_]{8})\.tmp")
 def user_cache(name: str) -> str:
   """A folder of the user's cache directory."""
   home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  if home.startswith("~"):  # as it was: of a user without a home, as in a container
+    home = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
   return os.path.join(home, "diffdis_jax", name)
 
 
@@ -171,17 +173,31 @@ def leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
 
 
 def check_workdir(folder: str) -> None:
-  """Before anything else is done, which may take long. Raises UserError: no such folder can be made or looked into."""
+  """Before anything else is done, which may take long. Raises UserError: no such folder can be made or looked into, or
+  no checkpoint be in it."""
   if buckets.is_url(folder):
     return
   path = pathlib.Path(folder)
   there = next(each for each in (path, *path.absolute().parents) if each.exists())
   if there == path and path.suffix == ".safetensors" and path.is_file():
     return  # a run in one file, which says itself what is wrong with it
+  check_utf8(folder, "workdir")
   if not there.is_dir():
     raise UserError(f"--workdir={folder} cannot be: {there} is a file; give a folder")
   if not os.access(there, os.R_OK | os.X_OK):
     raise UserError(f"cannot read --workdir={folder}: {os.strerror(errno.EACCES)}; this user may not look into {there}")
+
+
+def check_utf8(path: str | os.PathLike[str], flag: str) -> None:
+  """Raises UserError for a path in another encoding, which the libraries of checkpoints and of records do not take.
+  `flag`: that named it."""
+  try:
+    os.path.abspath(path).encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f"--{flag}={os.fspath(path)!r} has a path that is not in UTF-8, where no checkpoint and no record can be written;"
+      " take another folder"
+    ) from error
 
 
 def check_out(out: str, flag: str = "out") -> None:

@@ -113,17 +113,30 @@ def run(folder, *flags: str, own_process: bool = False, **environment: str) -> t
 def test_a_good_command_line_is_quiet_and_has_its_overrides(folder):
   flags = ["--config=tiny.py:runlocal,gamma=2", "--workdir=good"]
   overrides = ["--config.optim.rate=1", "--config.optim.betas=(0, 1)", "--config.init_from=X"]
-  code, out, err = run(folder, *flags, *overrides, own_process=True, XDG_CACHE_HOME="/cache")
+  code, out, err = run(folder, *flags, *overrides, own_process=True, XDG_CACHE_HOME=str(folder / "home"))
   assert (code, err) == (0, "")
   cache, _, config = out.partition(" ")
-  assert cache == "/cache/diffdis_jax/xla"
+  assert cache == f"{folder}/home/diffdis_jax/xla"
   assert json.loads(config) == {"gamma": 2.0, "init_from": "X", "optim": {"betas": [0, 1], "rate": 1.0}, "seed": 0}
 
 
 def test_the_cache_folder_can_be_chosen(folder):
   flags = ["--config=tiny.py", "--workdir=good"]
-  _, out, _ = run(folder, *flags, own_process=True, JAX_COMPILATION_CACHE_DIR="/mine")
-  assert out.startswith("/mine ")
+  _, out, _ = run(folder, *flags, own_process=True, JAX_COMPILATION_CACHE_DIR=f"{folder}/mine")
+  assert out.startswith(f"{folder}/mine ")
+
+
+def test_a_cache_folder_that_cannot_be_made_is_one_line(monkeypatch, tmp_path, caplog):
+  (tmp_path / "file").touch()
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    cli.compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+  assert "compiled programs are not kept: cannot make" in caplog.text and "Not a directory" in caplog.text
 
 
 @pytest.mark.parametrize("variable", [None, ""])

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import pwd
 import subprocess
 import sys
 
@@ -189,3 +190,21 @@ def test_the_next_command_removes_what_a_killed_one_left_and_nothing_else(tmp_pa
   assert there - again() == {".file.7.tmp", *(name for name in there if name.startswith(".folder."))}
   files.sweep(tmp_path)
   assert not (tmp_path / ".other.7.tmp").exists() and (tmp_path / ".file.mine.tmp").exists()
+
+
+def test_a_folder_of_another_encoding_is_refused_before_the_first_save(tmp_path, monkeypatch):
+  folder = tmp_path / os.fsdecode(b"caf\xe9")
+  folder.mkdir()
+  monkeypatch.chdir(folder)
+  for given in (str(folder), "run"):
+    with pytest.raises(UserError, match="not in UTF-8, where no checkpoint"):
+      files.check_workdir(given)
+  files.check_workdir(str(tmp_path / "cafe\u0301 [1] %20"))
+
+
+def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch):
+  """As in a container that runs as a number that no user has."""
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  monkeypatch.delenv("HOME", raising=False)
+  monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+  assert os.path.isabs(files.user_cache("xla"))

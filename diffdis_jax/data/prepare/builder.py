@@ -251,8 +251,8 @@ def prepare(
     What became of the pairs of each split; `out/report.json` says the same.
 
   Raises:
-    UserError: `out` is not an empty folder or cannot be written, no part, a split without one usable pair or a name
-      that it can have, or an unfinished preparation there of another source or with other settings.
+    UserError: `out` is not an empty folder, not in UTF-8 or cannot be written, no part, a split without one usable
+      pair or a name that it can have, or an unfinished preparation there of another source or with other settings.
   """
   settings = settings or Settings()
   if settings.beam_options:
@@ -261,6 +261,7 @@ def prepare(
     raise UserError("--source has no pair")
   _check_splits(parts)
   out = out.resolve()
+  files.check_utf8(out, "out")
   partial = partial_of(out)
   if partial.exists() and (out / "report.json").exists():  # killed between the last two steps
     reports = {name: Report(**report) for name, report in files.read_json(out / "report.json").items()}
