@@ -17,6 +17,7 @@ SHORT_SIDE = 288  # pixels: squares of 256 px are still made smaller, never larg
 SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 CAPTIONS = ("caption", "title", "text")
 FILES = ("filepath", "image", "file", "path")
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')  # a text, as csv and pandas write it where it has quotes in it
 
 
 class Cc3m(CaptionedImages):
@@ -87,6 +88,20 @@ def _rows(table: pathlib.Path) -> Iterator[Item]:
       raise UserError(
         f"{table}: the first line must name a column caption and a column filepath, not {', '.join(columns) or 'none'}"
       )
+    opened = 0  # the line in which a quoted text began that no line has ended yet
     for row in rows:
-      other = {name: value for name, value in row.items() if name not in (caption, path, None) and value is not None}
-      yield Item(row[path] or "", row[caption] or "", json.dumps(other, ensure_ascii=False))
+      values = [value for value in row.values() if isinstance(value, str)]
+      if opened and any(value.endswith('"') and not value.startswith('"') for value in values):
+        raise UserError(f"{table}, line {opened}: a quoted text goes on in the next line; write it in one line")
+      if None not in row.values():
+        opened = 0
+      elif values[-1].startswith('"') and values[-1].count('"') % 2:
+        opened = rows.line_num
+      row = {name: _unquoted(value) for name, value in row.items() if isinstance(value, str)}
+      other = {name: value for name, value in row.items() if name not in (caption, path)}
+      yield Item(row.get(path, ""), row.get(caption, ""), json.dumps(other, ensure_ascii=False))
+
+
+def _unquoted(text: str) -> str:
+  """Without the quotes around a text in which each one is doubled, as is done to texts that have any."""
+  return text[1:-1].replace('""', '"') if '""' in text[1:-1] and _QUOTED.fullmatch(text) else text

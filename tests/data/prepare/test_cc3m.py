@@ -1,3 +1,4 @@
+import csv
 import re
 
 import pytest
@@ -83,3 +84,22 @@ def test_odd_rows(tmp_path):
   reports = prepare(tmp_path, tmp_path / "out")
   assert reports["train"].skipped == {"missing image": 1, "caption that is not UTF-8": 1}
   assert load(tmp_path / "out", "train")[0]["caption"] == '"quoted'
+
+
+def test_captions_with_quotes_as_pandas_writes_them(tmp_path):
+  captions = ['the " best " dog', '"hi" he said', '"quoted', "plain", 'a ""', '"']
+  with open(tmp_path / "train.tsv", "w", newline="") as file:
+    table = csv.writer(file, delimiter="\t")
+    table.writerows([["title", "filepath"], *([caption, "1.png"] for caption in captions)])
+  (part,) = cc3m.find_parts(tmp_path)
+  assert [item.caption for item in part.items] == captions
+
+
+def test_a_caption_of_two_lines_is_refused_and_not_halved(tmp_path):
+  for text in ('"a\ncat"', '"a\n\nblack\ncat"'):
+    (tmp_path / "train.tsv").write_text(f"caption\tfilepath\nb\t1.png\n{text}\t1.png\n")
+    with pytest.raises(UserError, match="line 3: a quoted text goes on in the next line"):
+      cc3m.find_parts(tmp_path)
+  (tmp_path / "train.tsv").write_text('caption\tfilepath\n"cut\nb\t1.png\n"c"\t1.png\n"end')
+  (part,) = cc3m.find_parts(tmp_path)
+  assert [item.caption for item in part.items] == ['"cut', "b", '"c"', '"end']
