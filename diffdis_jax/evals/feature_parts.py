@@ -25,6 +25,7 @@ from diffdis_jax.evals.drawn_prompts import Part
 from diffdis_jax.parallel import processes
 
 _UNREADABLE = (UserError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile)
+_UNREADABLE += (RuntimeError, MemoryError)  # of a header that claims what no such file has
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ from diffdis_jax.models.inception import WIDTH
 FORM = "it should be an .npz with mu [2048] and sigma [2048, 2048], as pytorch-fid or this command writes it"
 # What of a reference's protocol must be as in the measurement, and what it is called.
 SAME = {"resize": "resize", "weights_sha256": "Inception weights"}
+# What numpy raises for a file that is damaged, or whose header claims what no such file has.
+_UNREADABLE = (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, RuntimeError, MemoryError)
+_UNREADABLE += (zipfile.BadZipFile, zlib.error)
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -111,8 +115,10 @@ def read(path: str | os.PathLike[str]) -> Reference:
       parse_json(str(content["protocol"]), f"the protocol in --reference={path}") if "protocol" in content else None
     )
     count = int(content["num_images"]) if "num_images" in content else None
-  except (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+  except _UNREADABLE as error:
     raise UserError(f"cannot read --reference={path}: {error}; {FORM}") from error
+  if not isinstance(protocol, dict | None):
+    raise UserError(f"cannot read --reference={path}: its protocol is {protocol!r}; {FORM}")
   # A file of another layer or network has other widths; FID of it would be another measure.
   if mean.shape != (WIDTH,) or covariance.shape != (WIDTH, WIDTH):
     raise UserError(f"--reference={path} has mu {list(mean.shape)} and sigma {list(covariance.shape)}; {FORM}")

@@ -4,10 +4,12 @@ features are stand-ins, which give for an image's prompt and noise always the sa
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import random
 import types
+import zipfile
 
 import jax
 import numpy as np
@@ -509,6 +511,7 @@ def arrays(**changes) -> dict[str, np.ndarray]:
     (arrays(features=np.full((9, WIDTH), np.nan)), "not finite"),
     (dict(arr_0=np.zeros(3)), "cannot read .* it should be an .npz with mu"),
     (arrays(mu=np.array([{}] * WIDTH, dtype=object)), "cannot read"),
+    (arrays(protocol=np.asarray("[1]")), r"its protocol is \[1\]; it should be"),
   ],
 )
 def test_files_that_are_no_statistics(tmp_path, content, message):
@@ -516,6 +519,29 @@ def test_files_that_are_no_statistics(tmp_path, content, message):
   with pytest.raises(UserError, match=message) as error:
     make(reference=str(tmp_path / "r.npz"))
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", range(0, 60, 7))
+def test_damaged_statistics_are_one_line(tmp_path, place):
+  """Compressed, as pytorch-fid writes them: numpy raises zlib's errors, and zipfile's of other kinds of archives."""
+  np.savez_compressed(tmp_path / "r.npz", **arrays(mu=np.random.default_rng(0).random(WIDTH)))
+  content = bytearray((tmp_path / "r.npz").read_bytes())
+  for start in (0, content.index(b"PK\x01\x02")):
+    content[start + place] ^= 0x63
+  (tmp_path / "r.npz").write_bytes(content)
+  try:
+    reference.read(tmp_path / "r.npz")
+  except UserError as error:
+    assert "cannot read --reference" in str(error)
+
+
+def test_statistics_whose_header_claims_more_than_there_is(tmp_path):
+  header = io.BytesIO()
+  np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (2**50,)})
+  with zipfile.ZipFile(tmp_path / "r.npz", "w") as file:
+    file.writestr("mu.npy", header.getvalue())
+  with pytest.raises(UserError, match="cannot read --reference"):
+    reference.read(tmp_path / "r.npz")
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut short"])
