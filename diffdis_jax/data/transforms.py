@@ -64,7 +64,7 @@ def decode(image: bytes | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
 
   Raises:
     Image.DecompressionBombError: more pixels than `image_files.open_image` takes.
-    Exception: the bytes are no image that Pillow can read to its end.
+    Exception: the bytes are no image that Pillow can read to its end, or of floats that are not finite.
   """
   return decode_reduced(image, at_least=None).image
 
@@ -123,7 +123,10 @@ def _reduce(opened: Image.Image, at_least: int) -> int:
 def _to_rgb(upright: Image.Image) -> Image.Image:
   # Pillow itself would cut 16 bits off at 255, so that all but the darkest were white.
   if upright.mode.startswith("I") or upright.mode == "F":
-    white = 1.0 if upright.mode == "F" and np.asarray(upright).max() <= 1 else 65535.0
+    # One number that is not finite would make all of the image black.
+    if not np.isfinite(most := np.asarray(upright).max()):
+      raise ValueError("it holds numbers that are not finite")
+    white = 1.0 if upright.mode == "F" and most <= 1 else 65535.0
     return _in_strips(upright, functools.partial(_from_grey, white=white))
   # Of palettes and colour keys too: by itself Pillow shows what lies below the transparency, often black.
   if upright.has_transparency_data:

@@ -98,6 +98,15 @@ def test_decode_refuses_broken_bytes(broken):
     decode(broken)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_decode_refuses_floats_that_are_not_finite(value):
+  """As the places without data of a map: all the others were made black by them."""
+  pixels = np.full((8, 8), 0.5, np.float32)
+  pixels[3, 3] = value
+  with pytest.raises(ValueError, match="not finite"):
+    decode(encode(Image.fromarray(pixels), "TIFF"))
+
+
 def test_resize_takes_the_central_square():
   pixels = np.zeros((20, 40, 3), np.uint8)
   pixels[:, 10:30] = 200
