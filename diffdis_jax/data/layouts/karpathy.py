@@ -26,14 +26,14 @@ def read_coco(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Capti
     for annotation in content["annotations"]:
       if text := annotation["caption"].strip():
         captions[annotation["image_id"]].append(text)
-    files = {image["id"]: image["file_name"] for image in content["images"]}
+    # Some copies name the image with its folder in front.
+    files = {image["id"]: images / pathlib.PurePosixPath(image["file_name"]).name for image in content["images"]}
+    numbers = sorted(files)
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{table} is not of the form of COCO's captions: {error!r}") from error
-  if bare := sorted(number for number in files if not captions[number]):
+  if bare := [number for number in numbers if not captions[number]]:
     raise UserError(f"{table}: image {bare[0]} has no caption")
-  # Some copies name the image with its folder in front.
-  paths = [images / pathlib.PurePosixPath(files[number]).name for number in sorted(files)]
-  texts = [tuple(captions[number]) for number in sorted(files)]
+  paths, texts = [files[number] for number in numbers], [tuple(captions[number]) for number in numbers]
   return Captioned(image_files(paths), texts, Origin("files", str(table), split))
 
 

@@ -78,9 +78,10 @@ def _text(content: bytes, path: pathlib.Path) -> str:
 def _samples(path: pathlib.Path, field: str) -> Iterator[Sample]:
   """Of all the tars. Raises UserError: one is missing or damaged, has a file twice, or a sample lacks its image or the
   field."""
-  count = (path / SPLIT / "nshards.txt").read_text().strip()
+  shards = path / SPLIT / "nshards.txt"
+  count = _text(shards.read_bytes(), shards).strip()
   if not count.isdecimal() or len(count) > _DIGITS or not int(count):
-    raise UserError(f"{path}/{SPLIT}/nshards.txt says {count!r:.100}; it should be the number of tars")
+    raise UserError(f"{shards} says {count!r:.100}; it should be the number of tars")
   # By their number, not by what lies there: a tar that was not downloaded must be missed.
   for shard in range(int(count)):
     tar = path / SPLIT / f"{shard}.tar"

@@ -58,6 +58,18 @@ def test_flickr(tmp_path):
       "4 has no",
     ),
     (
+      "mscoco_captions",
+      "coco_test_karpathy.json",
+      '{"annotations": [], "images": [{"id": 4, "file_name": "x"}, {"id": "5", "file_name": "y"}]}',
+      "is not of the form of COCO's captions",
+    ),
+    (
+      "mscoco_captions",
+      "coco_test_karpathy.json",
+      '{"annotations": [{"image_id": 4, "caption": "a"}], "images": [{"id": 4, "file_name": null}]}',
+      "is not of the form of COCO's captions",
+    ),
+    (
       "flickr30k",
       "flickr30k_test_karpathy.txt",
       "image,caption\n1.png,a cat\n",

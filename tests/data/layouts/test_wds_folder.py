@@ -81,6 +81,7 @@ def test_one_label_a_class_of_another_order(tmp_path):
     ("classnames.txt", "Pug\nBoxer\nLynx\n", "class 2 is 'Lynx', which is none of the 37 classes of pets"),
     ("test/nshards.txt", "4", "no .*3.tar, one of 4 by nshards.txt"),
     ("test/nshards.txt", "many", "says 'many'; it should be the number of tars"),
+    ("test/nshards.txt", b"\xff\xfe2", "nshards.txt holds text that is not UTF-8"),
     ("dataset_type.txt", "multilabel", "is of type multilabel"),
     ("test/1.tar", "x" * 600, "1.tar is damaged"),
     ("classnames.txt", b"Caf\xe9\n", "classnames.txt holds text that is not UTF-8"),
