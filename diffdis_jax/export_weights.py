@@ -207,11 +207,11 @@ def licences_of(run: str) -> str:
 
 @contextlib.contextmanager
 def _left_out() -> Iterator[None]:
-  """What cannot be read of another machine's bucket or disk, without which the weights are whole all the same."""
+  """What cannot be read of another machine's bucket or disk, or is not in UTF-8: the weights are whole all the same."""
   try:
     yield
   except Exception as error:
-    if not (isinstance(error, (OSError, UserError)) or may_pass(error)):
+    if not (isinstance(error, (OSError, UserError, UnicodeDecodeError)) or may_pass(error)):
       raise
     logging.warning("the licences of its data cannot be read, add them yourself: %s", error)
 

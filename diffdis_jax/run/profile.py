@@ -63,7 +63,12 @@ class Profiler:
       # Else the trace would begin within the steps before.
       jax.block_until_ready(running)
       # The profiler writes to this machine alone, and the workdir may be in a bucket.
-      self._folder = tempfile.TemporaryDirectory(prefix="profile")
+      try:
+        self._folder = tempfile.TemporaryDirectory(prefix="profile")
+      except OSError as error:  # full, or none that can be written: worth no run
+        logging.warning("no profile: cannot make a folder for temporary files: %s", error.strerror or error)
+        self._span = None
+        return
       jax.profiler.start_trace(self._folder.name)
     self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
     self._annotation.__enter__()

@@ -6,6 +6,7 @@ import json
 import pathlib
 import random
 import re
+import types
 
 import jax
 import numpy as np
@@ -57,6 +58,16 @@ def packed(run, tmp_path_factory) -> pathlib.Path:
   file = tmp_path_factory.mktemp("packed") / "few.safetensors"
   export_weights.write_one_file(run, str(file), dtype="bfloat16")
   return file
+
+
+def test_licences_in_another_encoding_are_left_out(tmp_path, monkeypatch, caplog):
+  """As somebody has added a name to them."""
+  (tmp_path / "LICENSES.md").write_bytes(b"by Ren\xe9\n")
+  (tmp_path / "config.json").touch()
+  record = types.SimpleNamespace(data=types.SimpleNamespace(paths=[str(tmp_path)]), init_from="")
+  monkeypatch.setattr(run_config, "load", lambda _: record)
+  assert export_weights.licences_of(str(tmp_path)) == ""
+  assert "the licences of its data cannot be read, add them yourself" in caplog.text
 
 
 def test_the_file_stands_for_its_workdir(run, packed):

@@ -88,6 +88,12 @@ def test_a_temporary_folder_that_is_full_ends_no_run(tmp_path, monkeypatch, capl
   assert caplog.messages == [] if ends else caplog.messages[0].endswith(f"/tmp/profile/vm.xplane.pb; {said}")
 
 
+def test_no_folder_for_temporary_files_ends_no_run(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+  assert take_steps(profile.Profiler(profile.Span(1, 2), tmp_path, start_step=0), range(1, 4)) == []
+  assert caplog.messages == ["no profile: cannot make a folder for temporary files: No such file or directory"]
+
+
 def test_a_bucket_that_is_away_ends_no_run(tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
   monkeypatch.setattr(type(epath.Path(tmp_path)), "mkdir", away)
