@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import secrets
 import shutil
 import tempfile
@@ -20,8 +21,27 @@ from etils import epath
 from diffdis_jax.common import buckets
 from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
 
+MOST_OPEN = (2**16, 10_240)  # files at a time that are asked for; the latter of macOS, which takes no more
 # With what makes it unique.
 _TEMPORARY = re.compile(r"(.+)\.(?:\d+|[a-z0-9_]{8})\.tmp")
+
+
+def may_open() -> int:
+  """How many files this process may have open at a time, and each that it starts: from here on as many as the system
+  lets it.
+
+  A shell's own limit is often 1,024, which is for programs that do not ask for more.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  infinite = resource.RLIM_INFINITY  # of Linux -1
+  for asked in MOST_OPEN:
+    most = asked if hard == infinite else min(asked, hard)
+    if soft == infinite or soft >= most:
+      break
+    with contextlib.suppress(OSError, ValueError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+      return most
+  return MOST_OPEN[0] if soft == infinite else soft
 
 
 def user_cache(name: str) -> str:

@@ -16,16 +16,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 from PIL import Image
 
 from diffdis_jax.common import buckets, storage
-from diffdis_jax.common.files import leads_out
+from diffdis_jax.common.files import leads_out, may_open
 from diffdis_jax.data import copies, image_files
 from diffdis_jax.data.transforms import Decoded, decode_reduced
 from diffdis_jax.errors import UserError, parse_json
 
 MIN_SIDE = 2  # pixels: dead links are often answered by an image of one pixel
+OTHERS = 100  # files and connections that a process has open beside its records
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -220,11 +222,16 @@ class Stored:
 
   Reading one raises Unusable where it is damaged. A file that is away is tried again, by `storage.patiently`, and all
   are opened again then: ArrayRecord never reads a file again that it could not open once.
+
+  ArrayRecord keeps open what it has read of. More files than may be open are warned of, and a UserError when read.
   """
 
   def __init__(self, open_split: Callable[[], Split], num_images: int | None = None):
     self._open, self._is_stale = open_split, False
     self._records, self._files = open_split()
+    limit = may_open()
+    if num_images is None and len(self._files) + OTHERS > limit and not buckets.is_url(self._files[0]):
+      logging.warning("%s", self._too_many(limit))
     self._num_images = len(self._records) if num_images is None else min(num_images, len(self._records))
 
   def __len__(self) -> int:
@@ -249,11 +256,21 @@ class Stored:
         raise Unusable("unreadable record")
       return record
     except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own
+      # In words, which ArrayRecord gives in the place of a number. Each record of the files left would seem damaged.
+      if os.strerror(errno.EMFILE) in str(error):
+        raise self._too_many(may_open()) from error
       away = storage.away(error, self._files)
       if away is None and not isinstance(error, UserError):
         raise Unusable("unreadable record") from error
       self._is_stale = True
       raise away or error from error
+
+  def _too_many(self, limit: int) -> UserError:
+    folder, count = os.path.dirname(self._files[0]), len(self._files)
+    return UserError(
+      f"{folder} has {count:,} files of records, all of which are open once each was read of, and this process may have"
+      f" {limit:,} open; start it where ulimit -n is at least {count + limit:,}"
+    )
 
 
 class Pairs(Stored):

@@ -1,10 +1,14 @@
+import os
+import resource
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffdis_jax.data import records
-from diffdis_jax.data.prepare import pairs
+from diffdis_jax.data.prepare import builder, pairs, parts
 from diffdis_jax.data.prepare.pairs import RawPair
+from diffdis_jax.errors import UserError
 from tests.raw_pairs import encode, faults, picture
 
 FAULTS = faults()
@@ -67,3 +71,42 @@ def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_the_caption():
   assert records.read_caption(b"\xef\xbb\xbfa red star\r\n") == "a red star"
   with pytest.raises(records.Unusable, match="missing caption"):
     records.read_caption(b"\xef\xbb\xbf\r\n")
+
+
+FILES = 60
+
+
+@pytest.fixture
+def in_many_files(tmp_path, monkeypatch):
+  """A data set of FILES files, more than this process may have open, as the latents of CC3M are 2,838."""
+  (tmp_path / "0.png").write_bytes(picture(0))
+  items = [parts.Item("0.png", f"caption {i}") for i in range(FILES)]
+  monkeypatch.setattr(parts, "ITEMS", 1)
+  builder.prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "data")
+  monkeypatch.setattr(records, "OTHERS", 30)
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  # Some more are open for a moment each, such as a description of the data.
+  resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + FILES // 2, hard))
+  yield tmp_path / "data"
+  resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_records_in_more_files_than_a_shell_lets_be_open_are_all_read(in_many_files):
+  """Else those of the files left would count as damaged, and others be trained on in their place."""
+  source = records.open_pairs(in_many_files, split="train", num_images=None)
+  assert [source[i]["caption"] for i in range(FILES)] == [f"caption {i}" for i in range(FILES)]
+
+
+def test_more_files_than_the_system_lets_be_open_are_no_damaged_records(in_many_files, monkeypatch, caplog):
+  def refuse(*_):
+    raise ValueError
+
+  with monkeypatch.context() as patched:
+    patched.setattr(resource, "setrlimit", refuse)
+    assert records.open_pairs(in_many_files, split="train", num_images=9)[8]["caption"] == "caption 8"
+    assert not caplog.text
+    source = records.open_pairs(in_many_files, split="train", num_images=None)
+    said = f"{in_many_files} has {FILES} files of records, all of which are open once each was read of, and this"
+    assert said in caplog.text and source[8]["caption"] == "caption 8"
+    with pytest.raises(UserError, match=f"{said} .* where ulimit -n is at least"):
+      [source[i] for i in range(FILES)]
