@@ -91,13 +91,17 @@ def _grids(folder: epath.Path) -> dict[str, list[tuple[int, epath.Path]]]:
 def _checkpoints(path: str) -> dict[int, dict[str, float]]:
   if (file := one_file.at(path)) is not None:
     return {one_file.read_record(file).step: {}}
-  folder, found = committed.folder(path), {}
-  for step in committed.committed_steps(folder):
+  folder = committed.folder(path)
+
+  def measured(step: int) -> dict[str, float] | None:
     try:
-      found[step] = committed.metrics_of(folder, step)
+      return committed.metrics_of(folder, step)
     except (OSError, UserError):  # it was removed just now, or is damaged
-      continue
-  return found
+      return None
+
+  steps = committed.committed_steps(folder)
+  found = zip(steps, committed.of_each(measured, steps), strict=True)
+  return {step: metrics for step, metrics in found if metrics is not None}
 
 
 def _cards(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

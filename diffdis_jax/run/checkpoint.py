@@ -57,7 +57,8 @@ class Checkpointer:
       _set_aside_uncommitted(committed.folder(workdir))
     processes.barrier("uncommitted checkpoints are set aside")
     if kept.keep_best:
-      restore.check_metrics(committed.folder(workdir))  # before Orbax reads them, and deletes those that are not best
+      # Before Orbax reads them, and deletes those that are not best.
+      processes.on_first(lambda: restore.check_metrics(committed.folder(workdir)))
     self._kept, self._save_timeout = kept, save_timeout
     self._manager = self._open_manager()
 
@@ -237,13 +238,17 @@ class Best(NamedTuple):
 def best(workdir: epath.PathLike, kept: CheckpointPolicy) -> Best | None:
   """By `kept.best_metric`, among the checkpoints that are there; the earliest of equals. None where none has it."""
   folder, found = committed.folder(workdir), []
-  for step in committed.committed_steps(folder) if kept.best_metric else ():
+
+  def measured(step: int) -> dict[str, float]:
     # A damaged file of figures hides one candidate, and must not keep the others from being found.
     try:
-      metrics = committed.metrics_of(folder, step)
+      return committed.metrics_of(folder, step)
     except (OSError, UserError) as error:
       logging.warning("what checkpoint %d was measured at cannot be read: %s", step, error)
-      continue
+      return {}
+
+  steps = committed.committed_steps(folder) if kept.best_metric else []
+  for step, metrics in zip(steps, committed.of_each(measured, steps), strict=True):
     if not math.isnan(metrics.get(kept.best_metric, math.nan)):
       found.append(Best(step, float(metrics[kept.best_metric])))
   # The steps come in order, and `max` keeps the first of equals.
@@ -257,8 +262,9 @@ def _set_aside_uncommitted(folder: epath.Path) -> None:
   In a bucket, where every save writes under its own name, they are what a killed one leaves, and cannot be renamed at
   once: there they are removed.
   """
-  for path in committed.all_steps(folder):
-    if (path / committed.COMMIT_MARK).exists():
+  paths = committed.all_steps(folder)
+  for path, whole in zip(paths, committed.of_each(committed.is_committed, paths), strict=True):
+    if whole:
       continue
     if buckets.is_url(path):
       logging.warning("checkpoint %s has no %s: its save was interrupted; removing it", path, committed.COMMIT_MARK)

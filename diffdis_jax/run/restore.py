@@ -38,13 +38,11 @@ def find(workdir: epath.PathLike, step: int | None = None) -> epath.Path:
     UserError: there is none, or its save was interrupted.
   """
   folder = committed.folder(workdir)
-  steps = committed.committed_steps(folder)
-  there = f"committed there: {', '.join(map(str, steps)) or 'none'}"
-  if step is None and not steps:
+  if step is None and (step := committed.latest_step(workdir)) is None:
     hint = shipped.meant(workdir)
     raise UserError(f"no checkpoint in {folder}; train first, or wait for the first save{hint}")
-  step = steps[-1] if step is None else step
-  if step not in steps:
+  if not committed.is_committed(folder / str(step)):
+    there = f"committed there: {', '.join(map(str, committed.committed_steps(folder))) or 'none'}"
     # The user sees its folder there, and learns why it does not count.
     if (folder / str(step)).exists():
       raise UserError(f"checkpoint {step} in {folder} was never committed: it has no {committed.COMMIT_MARK}; {there}")
@@ -98,7 +96,7 @@ def find_shown(workdir: epath.PathLike, step: int) -> epath.Path:
 def _wait_until_shown(workdir: epath.PathLike, step: int) -> None:
   """A shared file system may show a checkpoint to one process later than to another."""
   if jax.process_count() > 1:
-    processes.shows(lambda: step in committed.committed_steps(committed.folder(workdir)))
+    processes.shows(lambda: committed.is_committed(committed.folder(workdir) / str(step)))
 
 
 def read_state(path: epath.Path, abstract: TrainState, data_iterator: Any = None) -> Restored:
@@ -309,8 +307,9 @@ def _checked_once(path: epath.Path, items: Collection[str] | None, read: Callabl
 
 def check_metrics(checkpoints: epath.Path) -> None:
   """Raises UserError: what a checkpoint was measured at, by which the best ones are kept, is not as it was saved."""
-  for step in committed.committed_steps(checkpoints):
-    damage = digests.damage(checkpoints / str(step), ("metrics",))
+  steps = committed.committed_steps(checkpoints)
+  look = lambda step: digests.damage(checkpoints / str(step), ("metrics",))
+  for step, damage in zip(steps, committed.of_each(look, steps), strict=True):
     if damage is not None:
       what = f"its metrics: {damage.file} {damage.what}; move its folder elsewhere"
       raise UserError(f"checkpoint {checkpoints / str(step)} cannot be read: {what}")

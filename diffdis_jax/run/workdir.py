@@ -109,7 +109,7 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], *, moved: C
     return []
   config_there = read_json_object(path)
   there, here = flatten(config_there), flatten(config)
-  may_be_replaced = SECTIONS <= config_there.keys() and not committed.committed_steps(committed.folder(workdir))
+  may_be_replaced = SECTIONS <= config_there.keys() and committed.latest_step(workdir) is None
   if not may_be_replaced and steps_before(there, here) is not None:
     del there["num_steps"], here["num_steps"]
   there, here = ({name: fields[name] for name in fields.keys() - {*moved}} for fields in (there, here))
@@ -122,7 +122,7 @@ def check_config(workdir: epath.PathLike, config: Mapping[str, Any], *, moved: C
 def lengthened(workdir: epath.PathLike, config: Mapping[str, Any]) -> int | None:
   """The `num_steps` of the run there, where it has a checkpoint and this config makes it longer; or else None."""
   path = buckets.path(workdir)
-  if not (path / "config.json").exists() or not committed.committed_steps(committed.folder(workdir)):
+  if not (path / "config.json").exists() or committed.latest_step(workdir) is None:
     return None
   return steps_before(flatten(read_json_object(path)), flatten(config))
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -24,7 +25,7 @@ from diffdis_jax.common import storage
 from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import checkpoint, committed, digests, restore
+from diffdis_jax.run import checkpoint, committed, digests, restore, workdir
 from diffdis_jax.structs import TrainState
 
 OPTIMIZER = optax.chain(
@@ -452,16 +453,53 @@ def test_all_processes_read_the_checkpoint_that_the_first_finds(tmp_path, monkey
 
 def test_a_checkpoint_that_a_shared_disk_shows_later_is_waited_for(tmp_path, monkeypatch):
   save(tmp_path, 1)
-  looks, look = [], committed.committed_steps
+  looks, look = [], committed.is_committed
 
-  def late(folder):
-    looks.append(folder)
-    return look(folder) if len(looks) > 2 else []
+  def late(path):
+    looks.append(path)
+    return look(path) and len(looks) > 2
 
   with checkpoint.Checkpointer(tmp_path) as checkpointer, monkeypatch.context() as patched:
     make_second(patched, found=1)
-    patched.setattr(committed, "committed_steps", late)
+    patched.setattr(committed, "is_committed", late)
     restored = checkpointer.restore(1, abstract(make_state(), one_device))
     assert_same_bits(restored.state.params, make_state(1).params)
     looks.clear()
     assert restore.choose(tmp_path, None, ema=False).step == 1
+
+
+def test_of_a_thousand_checkpoints_the_newest_is_found_at_one_look(tmp_path, monkeypatch):
+  """In a bucket each look is a request, and a start asks several times."""
+  (tmp_path / "config.json").write_text("{}")
+  folder = committed.folder(tmp_path)
+  for step in range(1000):
+    (folder / str(step)).mkdir(parents=True)
+    (folder / str(step) / committed.COMMIT_MARK).touch()
+  looks, exists = [], type(folder).exists
+
+  def look(path):
+    looks.append(path.name)
+    return exists(path)
+
+  monkeypatch.setattr(type(folder), "exists", look)
+  assert committed.latest_step(tmp_path) == 999
+  assert restore.find(tmp_path).name == "999" and restore.find(tmp_path, 7).name == "7"
+  assert workdir.lengthened(tmp_path, {}) is None
+  assert looks.count(committed.COMMIT_MARK) <= 5
+  (folder / "999" / committed.COMMIT_MARK).unlink()
+  assert committed.latest_step(tmp_path) == 998
+  assert committed.committed_steps(folder) == [*range(999)]
+
+
+def test_many_checkpoints_are_looked_at_at_a_time():
+  meeting = threading.Barrier(8, timeout=60)  # where no fewer than eight come
+  assert committed.of_each(lambda step: (meeting.wait(), step)[1], range(16)) == [*range(16)]
+
+
+def test_one_process_looks_at_what_checkpoints_were_measured_at(tmp_path, monkeypatch):
+  def fail(*_):
+    raise AssertionError
+
+  monkeypatch.setattr(processes, "on_first", lambda action: None)  # as on the others
+  monkeypatch.setattr(restore, "check_metrics", fail)
+  checkpoint.Checkpointer(tmp_path, CheckpointPolicy(keep_best=1, best_metric="a")).close()
