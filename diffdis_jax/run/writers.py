@@ -31,6 +31,8 @@ from diffdis_jax.errors import FULL_DISK, may_pass
 from diffdis_jax.run import history
 from diffdis_jax.run.trackers import Tracker
 
+MOST_EVENTS = 2**23  # bytes of a file of TensorBoard's that is copied to a bucket whenever it has grown
+
 
 class Writer:
   """Scalars and images of a run, to files, to TensorBoard and to a tracker.
@@ -44,10 +46,8 @@ class Writer:
   def __init__(self, path: epath.Path, mirror: buckets.Mirror | None = None, tracker: Tracker | None = None) -> None:
     self._path, self._mirror, self._tracker = path, mirror, tracker
     self._appended = mirror.folder if mirror else pathlib.Path(path)
-    # TensorBoard reads a run's files in the order of their names: of two starts within a second the later one last.
     self._unwritten: dict[str, bytes] = {}  # file -> what a full disk had no room for
-    self._events = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
-    self._write_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+    self._begin_events()
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:
     """One line of metrics.jsonl and one point of every TensorBoard curve. A value that is not finite becomes null."""
@@ -95,7 +95,17 @@ class Writer:
   def _write_values(self, step: int, values: list[Summary.Value]) -> None:
     self._write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
+  def _begin_events(self) -> None:
+    # TensorBoard reads a run's files in the order of their names: of two starts within a second the later one last.
+    self._events = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+    self._write_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
   def _write_event(self, event: Event) -> None:
+    file = self._appended / self._events
+    # Pictures come to gigabytes in a long run, which a bucket would get again with each copy.
+    is_full = self._mirror and file.exists() and file.stat().st_size >= MOST_EVENTS
+    if is_full and self._events not in self._unwritten:  # of which some is still to be written
+      self._begin_events()
     # Without TensorBoard's own writer, whose thread holds events back for up to two minutes.
     record = io.BytesIO()
     RecordWriter(record).write(event.SerializeToString())

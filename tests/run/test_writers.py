@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from etils import epath
 from PIL import Image
 
+from diffdis_jax.common import buckets
 from diffdis_jax.run import trackers, writers
 from tests.bucket_faults import away
 
@@ -136,6 +138,31 @@ def test_tensorboard_reads_scalars_and_images_of_two_starts(tmp_path):
   assert (found.step, found.height, found.width) == (6, 4, 6)
   with Image.open(io.BytesIO(found.encoded_image_string)) as decoded:
     np.testing.assert_array_equal(np.asarray(decoded), image)
+
+
+@pytest.mark.filterwarnings("default")
+def test_pictures_that_a_bucket_has_are_not_copied_there_again(tmp_path, monkeypatch):
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+  monkeypatch.setattr(writers, "MOST_EVENTS", 4000)
+  copied: list[int] = []  # bytes of TensorBoard's files, at each copy
+
+  class Bucket:
+    def put_file(self, file, to):
+      copied[-1] += os.path.getsize(file) if "tfevents" in to else 0
+
+  monkeypatch.setattr(buckets, "_system", Bucket)
+  mirror = buckets.Mirror(epath.Path("gs://bucket/run"))
+  writer = writers.Writer(epath.Path(tmp_path), mirror)
+  noise = np.random.default_rng(0)
+  for step in range(1, 31):
+    writer.image(step, "samples", noise.integers(0, 256, (16, 16, 3), np.uint8))
+    copied.append(0)
+    writer.flush()
+  assert 0 < max(copied) < 6000
+  events = EventAccumulator(str(mirror.folder), size_guidance={"images": 0}).Reload()
+  assert [event.step for event in events.Images("samples")] == [*range(1, 31)]
+  mirror.close()
 
 
 def test_tensorflow_is_never_loaded(tmp_path):
