@@ -124,6 +124,7 @@ class LatentStage(staging.Stage):
   augmentation: Augmentation
   fingerprint: float
   text: TextConditions | None = None
+  _opened: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
   def features(self) -> tfds.features.FeaturesDict:
     return features(self.shape, self.text and self.text.shape)
@@ -151,8 +152,7 @@ class LatentStage(staging.Stage):
 
   def serialized(self, part: Part, report: staging.Report, digests: list[bytes]) -> Iterator[bytes]:
     assert isinstance(part, RecordsPart)
-    source = sources.open_source(name="pairs", path=part.data, split=part.split, image_size=self.image_size)
-    assert isinstance(source, records.Pairs)
+    source = self._source(part)
     serialize = staging.serializer(self.features())
     places, size = list(part), max(1, CHUNK // self.views)
     # Threads decode and augment a chunk; the network then gets it as one batch, in the records' order.
@@ -180,6 +180,15 @@ class LatentStage(staging.Stage):
             yield from map(serialize, of_image)
           else:
             report.skip(of_image[0]["key"].decode(errors="replace"), records.NOT_FINITE)
+
+  def _source(self, part: RecordsPart) -> records.Pairs:
+    """Opened once for all parts of a split: CC3M has 2,838, and each time all files of records are looked for."""
+    where = part.data, part.split
+    if where not in self._opened:
+      source = sources.open_source(name="pairs", path=part.data, split=part.split, image_size=self.image_size)
+      assert isinstance(source, records.Pairs)
+      self._opened[where] = source
+    return self._opened[where]
 
   def _views(self, source: records.Pairs, place: int) -> _Views | records.Unusable:
     try:
