@@ -108,6 +108,7 @@ def test_gradients_equal_those_of_pytorch():
       assert np.linalg.norm(ours[path]) < 1e-6 * largest, path
     else:
       errors[path] = np.linalg.norm(ours[path] - expected) / np.linalg.norm(expected)
+  assert np.isfinite([*errors.values()]).all()  # or else `max` would pass over a NaN
   worst = max(errors, key=errors.get)
   assert errors[worst] < 1e-4, f"{worst}: {errors[worst]:.2e}"
   without = ("autoencoder.post_quant", "autoencoder.decoder", "autoencoder.up", "autoencoder.conv_out")

@@ -81,7 +81,8 @@ def builder(model: Mapping[str, Any], objectives: Sequence[str]) -> Callable[[nn
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-  """Largest deviation as a part of the largest magnitude."""
+  """Largest deviation as a part of the largest magnitude, of finite numbers: Python's `max` passes over a NaN."""
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   assert actual.shape == expected.shape
+  assert np.isfinite(actual).all() and np.isfinite(expected).all()
   return float(np.abs(actual - expected).max() / np.abs(expected).max())
