@@ -143,6 +143,16 @@ def test_temperature_stops_at_100_and_can_come_down():
   np.testing.assert_allclose([value, gradient], 100.0, rtol=1e-5)
 
 
+def test_a_temperature_beyond_100_is_100_in_the_loss():
+  loss = jax.jit(jax.value_and_grad(lambda scale: losses.contrastive(*_jax(QUERY, E), scale).loss))
+  logits = torch.tensor(_logits(9.0))
+  scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+  want = sum(F.cross_entropy(scale * each, torch.arange(B)) for each in (logits, logits.T)) / 2
+  want.backward()
+  value, gradient = loss(jnp.float32(9.0))
+  np.testing.assert_allclose([value, gradient], [want.item(), scale.grad], rtol=1e-5)
+
+
 def test_gradients_are_finite_at_zero_queries():
   _, e, scale = _jax(QUERY, E, SCALE)
   gradient = jax.jit(jax.grad(lambda q: losses.contrastive(q, e, scale).loss))(jnp.zeros((B, D)))
