@@ -73,6 +73,26 @@ def test_draws_have_their_distributions():
   assert rows.max() == columns.max() == SIZE - 2 and rows.min() == 0  # both halves are rounded down
 
 
+@pytest.fixture(scope="module")
+def choices():
+  """Of each draw share, kind, row (`top`) and column (`left`), before a box is made of them."""
+  as_it_is = lambda share, kind, row, column, *, size: mixing.Mix(share, kind, row, row, column, column)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(mixing, "boxed", as_it_is)
+    return draws(4000, cutmix=3.0)
+
+
+def test_both_kinds_have_a_beta_of_their_own(choices):
+  for shares, a in ((choices.share[~choices.is_cutmix], 0.8), (choices.share[choices.is_cutmix], 3.0)):
+    assert stats.kstest(shares, stats.beta(a, a).cdf).pvalue > 0.01
+
+
+def test_a_box_may_be_around_every_pixel(choices):
+  counts = np.zeros((SIZE, SIZE), int)
+  np.add.at(counts, (choices.top, choices.left), 1)
+  assert stats.chisquare(counts.ravel()).pvalue > 0.01
+
+
 def test_what_is_left_out():
   assert not draws(50, cutmix=0.0).is_cutmix.any() and draws(50, mixup=0.0).is_cutmix.all()
   none = draws(50, mixup=0.0, cutmix=0.0)
