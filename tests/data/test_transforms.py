@@ -1,4 +1,5 @@
 import io
+import itertools
 import struct
 
 import numpy as np
@@ -280,6 +281,44 @@ def test_affine_fills_white_and_moves_without_distortion():
   shrunk = [random_affine(image, np.random.default_rng(i), shift=0.0, zoom=0.5, rotation=0.0) for i in range(50)]
   smallest = min((np.asarray(view).max(-1) < 128).mean() for view in shrunk)
   assert 1 / 1.5**2 - 0.05 < smallest < 0.6
+
+
+class Ends(np.random.Generator):
+  """Samples the ends of its ranges: of each number in turn, whether it is the upper one."""
+
+  def __init__(self, *upper: bool):
+    super().__init__(np.random.PCG64(0))
+    self.upper = [*upper]
+
+  def uniform(self, low=0.0, high=1.0, size=None):
+    found = [high if self.upper.pop(0) else low for _ in range(size or 1)]
+    return np.array(found) if size else found[0]
+
+
+@pytest.mark.parametrize("upper", [*itertools.product((False, True), repeat=4)])
+def test_the_ends_of_turn_zoom_and_shift_are_torchvisions(upper):
+  functional = pytest.importorskip("torchvision.transforms.functional")
+  image = Image.fromarray(noise(30, 40))
+  found = random_affine(image, Ends(*upper), shift=0.1, zoom=0.5, rotation=20.0)
+  turn, zoom, right, down = (1 if each else -1 for each in upper)
+  how = dict(angle=20.0 * turn, translate=[4.0 * right, 3.0 * down], scale=1.5**zoom, shear=[0.0])
+  bicubic = functional.InterpolationMode.BICUBIC
+  expected = functional.affine(image, **how, interpolation=bicubic, fill=[255] * 3)
+  assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("upper", [False, True])
+def test_the_ends_of_brightness_contrast_saturation_and_hue_are_torchvisions(upper):
+  """One after the other; by 0.2 of its circle both round a hue alike."""
+  functional = pytest.importorskip("torchvision.transforms.functional")
+  image, sign = Image.fromarray(noise()), 1 if upper else -1
+  how = Augmentation(brightness=0.4, contrast=0.3, saturation=0.6)
+  expected = functional.adjust_brightness(image, 1 + 0.4 * sign)
+  expected = functional.adjust_saturation(functional.adjust_contrast(expected, 1 + 0.3 * sign), 1 + 0.6 * sign)
+  np.testing.assert_array_equal(augment(image, Ends(*[upper] * 3), size=24, how=how), np.asarray(expected))
+  expected = functional.adjust_hue(image, 0.2 * sign)
+  found = augment(image, Ends(upper), size=24, how=Augmentation(hue=0.2))
+  np.testing.assert_array_equal(found, np.asarray(expected))
 
 
 def test_hue_turns_the_colour_circle():
