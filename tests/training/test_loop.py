@@ -6,13 +6,14 @@ import json
 import jax
 import numpy as np
 import pytest
+from clu.metrics import Average
 
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes
 from diffdis_jax.run import checkpoint, committed, watchdog, writers
 from diffdis_jax.training import evaluator, loop
-from diffdis_jax.training.steps import slowest_host
+from diffdis_jax.training.steps import check_finite, slowest_host
 from tests import steps, tiny
 
 
@@ -21,6 +22,18 @@ def test_the_host_that_waits_longest_for_data_is_named(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 3)
   monkeypatch.setattr(processes, "gathered", lambda own: np.array([own, np.nan, 0.75], np.float32))
   assert slowest_host(0.25) == {"slowest_host": 2.0, "slowest_host_data_wait": 0.75}
+
+
+@pytest.mark.parametrize("loss, norm", [(np.nan, 1.0), (1.0, np.inf)])
+def test_a_loss_or_a_gradient_that_is_not_finite_ends_a_run(tmp_path, loss, norm):
+  def totals(count):
+    of = {"loss": loss, "grad_norm": norm}
+    return {name: Average(total=np.float32(value), count=np.float32(count)) for name, value in of.items()}
+
+  with checkpoint.Checkpointer(tmp_path) as checkpointer:
+    with pytest.raises(UserError, match=f"^loss {loss} or gradient norm {norm} is not finite by step 6; .* is none; "):
+      check_finite(totals(1), 6, checkpointer)
+    assert np.isnan([*check_finite(totals(0), 6, checkpointer).values()]).all()  # of steps that were all skipped
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,13 @@ def test_of_norms_that_hardly_vary_a_tenth_of_the_mean_is_a_deviation():
   assert at(14.9) and not at(15.1)
 
 
+@pytest.mark.parametrize("count, is_good", [(0, True), (19, True), (20, False)])
+def test_nothing_is_far_before_twenty_steps(count, is_good):
+  norms = {name: jnp.float32(value) for name, value in (("count", count), ("mean", 10), ("variance", 0))}
+  section = Optim(skip_deviations=5.0)
+  assert skips.judge(jnp.float32(0), jnp.float32(1e6), norms, section).good == is_good
+
+
 def test_without_a_limit_nothing_is_kept():
   assert skips.no_norms(Optim()) == skips.no_norms(Optim(skip_bad_steps=0, skip_deviations=3.0)) == {}
 
