@@ -432,7 +432,7 @@ def test_accuracy_falls_to_chance_with_images_shuffled_against_labels():
 def test_the_share_of_the_chips_peak_is_by_the_operations_of_a_step_in_which_nothing_is_repeated(monkeypatch):
   """A step of a convolution's and a product's known operations is in test_operations; here, which step is counted."""
   config = tiny.get_config("autoencoder")
-  mesh = steps.make_mesh()
+  mesh = steps.make_mesh(data=2)
   trainer = build_trainer(config, mesh)
   assert estimated.rate_at_peak(trainer) is None, "the peak of a CPU is not known"
   cpu = dataclasses.replace(chips.CHIPS["v4"], kind="cpu", flops=1e12)

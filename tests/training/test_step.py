@@ -16,8 +16,8 @@ from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import joint, losses, schedules
 from diffdis_jax.method.diffdis import DiffDis, to_signed
-from diffdis_jax.structs import Batch, DiscriminationPass, GenerationPass, LatentBatch
-from diffdis_jax.training import flops, step
+from diffdis_jax.structs import Batch, DiscriminationPass, GenerationPass, LatentBatch, TrainState
+from diffdis_jax.training import flops, plugs, step
 from diffdis_jax.training import loss_function as objectives
 from tests import steps, tiny
 from tests.steps import build_trainer
@@ -316,6 +316,21 @@ def test_latent_statistics_end_at_zero_mean_and_unit_variance():
   np.testing.assert_allclose(z.mean(axis=(0, 1, 2)), 0, atol=0.05)
   np.testing.assert_allclose(z.std(axis=(0, 1, 2)), 1, atol=0.05)
   assert np.abs(before["autoencoder.scale"] - after["autoencoder.scale"]).min() > 0.05
+
+
+def test_latent_statistics_of_microbatches_are_the_mean_of_theirs():
+  config = steps.make_config("reconstruction", **{"optim.accumulate": 2})
+  trainer, batch = build_trainer(config, steps.make_mesh()), jax.tree.map(jnp.asarray, steps.make_batch(config))
+  params = jax.tree.map(jnp.asarray, steps.random_params(trainer.shapes, seed=0))
+  state = trainer.layout.pack_state(TrainState(params=params)).replace(step=jnp.int32(0), seed=jnp.uint32(0))
+  found = jax.jit(lambda state, batch: trainer.gradient(state, batch).statistics)(state, batch)
+
+  loss = plugs.loss_function(trainer.network, trainer.run)
+  of_part = jax.jit(lambda batch, keys: loss(params, {}, batch, keys)[1][1])
+  parts = [of_part(jax.tree.map(lambda x, i=i: x[i::2], batch), steps.make_keys(i)) for i in range(2)]
+  assert found.keys() == {"autoencoder.shift", "autoencoder.scale"}
+  for name, value in found.items():
+    np.testing.assert_allclose(value, (parts[0][name] + parts[1][name]) / 2, rtol=1e-5, err_msg=name)
 
 
 def test_accumulation_applies_the_mean_gradient_of_the_microbatches():
