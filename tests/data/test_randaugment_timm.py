@@ -58,7 +58,7 @@ def test_each_operation_is_done_half_of_the_time(monkeypatch):
 
 def test_a_box_is_erased_by_noise_like_an_image():
   pixels, rng = np.full((64, 64, 3), 255, np.uint8), np.random.default_rng(0)
-  shares, values = [], []
+  shares, values, ratios, places = [], [], [], []
   for _ in range(400):
     erased = randaugment_timm.erase(pixels, rng, probability=0.25)
     assert erased.shape == pixels.shape
@@ -67,10 +67,15 @@ def test_a_box_is_erased_by_noise_like_an_image():
       continue
     rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
     inside = erased[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    shares.append(inside.shape[0] * inside.shape[1] / 64**2)
+    height, width = inside.shape[:2]
+    shares.append(height * width / 64**2)
+    ratios.append(np.log(height / width))
+    places += [(rows[0] + 0.5) / (65 - height), (columns[0] + 0.5) / (65 - width)]
     values.append(inside.reshape(-1, 3))
   assert stats.binomtest(len(shares), 400, 0.25).pvalue > 0.01
   assert 0.015 < min(shares) < 0.06 and 0.28 < max(shares) < 0.345
+  assert stats.kstest(ratios, stats.uniform(np.log(0.3), -2 * np.log(0.3)).cdf).pvalue > 0.01
+  assert stats.kstest(places, "uniform").pvalue > 0.01
   values = np.concatenate(values) / 255
   np.testing.assert_allclose(np.median(values, axis=0), randaugment_timm.MEAN, atol=0.02)
   quartiles = np.percentile(values, 75, axis=0) - np.percentile(values, 25, axis=0)

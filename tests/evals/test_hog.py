@@ -47,6 +47,19 @@ def test_histograms_are_those_of_loops():
   np.testing.assert_allclose(hog.colours(images)[0].reshape(4, 4, 3)[1, 3], corner, rtol=1e-5)
 
 
+def test_the_nearest_is_by_edges_and_a_quarter_of_colours_about_the_training_images_mean():
+  queries, keys = smooth(3, 40), smooth(4, 20)
+  cosines = lambda a, b: a @ b.T / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)
+  cells = lambda images: images.reshape(-1, 4, 8, 4, 8, 3).mean((2, 4)).reshape(len(images), -1)
+  centre = cells(keys).mean(0)
+  edges = cosines(hog.gradients(queries), hog.gradients(keys))
+  colours = cosines(cells(queries) - centre, cells(keys) - centre)
+  expected = (edges + colours / 4).argmax(1)
+  np.testing.assert_array_equal(hog.nearest(queries, keys), expected)
+  for other in (edges, edges - colours / 4, edges + cosines(cells(queries), cells(keys)) / 4):
+    assert (other.argmax(1) != expected).any()
+
+
 @pytest.fixture
 def use(monkeypatch):
   def write(**splits):
