@@ -263,6 +263,14 @@ def test_the_next_usable_record_comes_in_the_place_of_one_that_is_not(caplog):
   assert {reason: n for reason, n in reasons.items() if n} == {"missing image": 6, "corrupt image": 6}
 
 
+def test_substitutions_are_reported_of_all_hosts(caplog):
+  substitutions, others = Substitutions(), np.zeros(len(records.REASONS), np.int64)
+  substitutions.new[0], others[:2] = 2, (1, 4)
+  assert substitutions.report(lambda own: own + others) == {SUBSTITUTED: 7}
+  assert "cannot be used: 3 missing image, 4 missing caption; since the start: 3 missing image, 4 " in caplog.text
+  assert substitutions.report() == {SUBSTITUTED: 0}
+
+
 def test_a_source_without_a_usable_record():
   class Empty(Numbered):
     def __getitem__(self, index):

@@ -435,6 +435,17 @@ def test_what_is_no_number_is_never_the_best(tmp_path, best_is):
   assert best is not None and (best.step, best.value) == (1, first)
 
 
+@pytest.mark.parametrize("best_is, values", [("max", (0.5, 0.75, 0.75)), ("min", (0.75, 0.5, 0.5))])
+def test_of_equal_ones_the_earliest_is_the_best(tmp_path, best_is, values):
+  for step, value in zip((2, 4, 6), values, strict=True):
+    folder = tmp_path / "checkpoints" / str(step)
+    (folder / committed.METRICS).parent.mkdir(parents=True)
+    (folder / committed.METRICS).write_text(f'{{"a": {value}}}')
+    (folder / committed.COMMIT_MARK).touch()
+  kept = CheckpointPolicy(keep_best=1, best_metric="a", best_is=best_is)
+  assert checkpoint.best(tmp_path, kept) == checkpoint.Best(4, values[1])
+
+
 def make_second(monkeypatch, found: int) -> None:
   """Makes this process the second of two, of which the first has found the checkpoint of this step."""
   monkeypatch.setattr(jax, "process_count", lambda: 2)
