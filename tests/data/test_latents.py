@@ -168,11 +168,15 @@ def test_going_on_needs_the_same_autoencoder_and_views(data, tmp_path):
 
   with pytest.raises(Stop):
     prepare(data, tmp_path / "out", encode=failing)
-  changes = {"views": 2, "fingerprint": 2.0, "augmentation": Augmentation(), "image_size": 16, "shape": (4, 4, 4)}
-  for change in ({name: value} for name, value in changes.items()):
-    differing = "views|autoencoder|augmentation|image size|latent shape"
-    with pytest.raises(UserError, match=f"unfinished preparation with another ({differing})"):
-      prepare(data, tmp_path / "out", **change)
+  for name, value, differing in (
+    ("views", 2, "views"),
+    ("fingerprint", 2.0, "autoencoder"),
+    ("augmentation", Augmentation(), "augmentation"),
+    ("image_size", 16, "image size"),
+    ("shape", (4, 4, 4), "latent shape"),
+  ):
+    with pytest.raises(UserError, match=f"unfinished preparation with another {differing}; give the same"):
+      prepare(data, tmp_path / "out", **{name: value})
   assert prepare(data, tmp_path / "out")["train"].pairs == VIEWS * (N - 1)
 
 
