@@ -38,11 +38,13 @@ SHARDING, CHECKPOINT = "tests/parallel/test_sharding.py", "tests/run/test_checkp
 ATTENTION, DISTANCES = "tests/models/test_attention.py", "tests/evals/test_distances.py"
 ZERO_SHOT, NEAREST = "tests/evals/test_zero_shot.py", "tests/evals/test_nearest.py"
 RANDAUGMENT, OPTIM = "tests/data/test_randaugment.py", "tests/training/test_optim.py"
+TRANSFORMS, MIXING = "tests/data/test_transforms.py", "tests/training/test_mixing.py"
 MUTATIONS = (
   # Losses.
   Mutation("method/losses.py", "1.0 - log_variance)", "1.0 + log_variance)", LOSSES),
   Mutation("method/losses.py", "usable = square > _MIN_SQUARE", "usable = square > -1.0", LOSSES),
   Mutation("method/losses.py", "excess = jnp.maximum(logit_scale", "excess = jnp.minimum(logit_scale", LOSSES),
+  Mutation("method/losses.py", "temperature(logit_scale), jnp", "jnp.exp(logit_scale), jnp", LOSSES),
   Mutation("method/losses.py", "dropped is None else ~dropped", "dropped is None else dropped", LOSSES),
   Mutation("method/losses.py", "loss=0.5 * (query_to_text.loss.mean()", "loss=0.5 * (text_to_query.mean()", LOSSES),
   Mutation("method/losses.py", "rows.captions[:, None] != their", "rows.captions[:, None] == their", LOSSES),
@@ -77,6 +79,7 @@ MUTATIONS = (
   Mutation("evals/base.py", "~own & ~(scores < best)", "~own & (scores > best)", "tests/evals/test_base.py"),
   Mutation("evals/nearest.py", "(places < end) & ~jnp.isnan", "(places <= end) & ~jnp.isnan", NEAREST),
   Mutation("evals/nearest.py", "(own * scores).sum(axis=1) / own.sum(axis=1)", "(own * scores).sum(axis=1)", NEAREST),
+  Mutation("evals/hog.py", "edges + COLOUR_WEIGHT *", "edges + 0.0 *", "tests/evals/test_hog.py"),
   # Long-tailed.
   Mutation(
     "training/long_tail.py", "Total((1.0 - section.distill_weight)", "Total((0.0 + section.distill_weight)", LONG_TAIL
@@ -85,6 +88,8 @@ MUTATIONS = (
   Mutation(
     "training/long_tail_losses.py", "smoothing * log_p.mean(axis=1)", "smoothing * log_p.sum(axis=1)", LONG_TAIL
   ),
+  Mutation("training/mixing.py", "beta(of_cutmix, cutmix)", "beta(of_cutmix, mixup or cutmix)", MIXING),
+  Mutation("training/mixing.py", "randint(column,", "randint(row,", MIXING),
   Mutation("models/lgr.py", "scores, axis=-1, where=there)", "scores, axis=-1)", "tests/models/test_lgr.py"),
   # Data.
   Mutation(
@@ -96,6 +101,7 @@ MUTATIONS = (
   Mutation("data/loader.py", ".seed(seed + i).shuffle()", ".seed(seed).shuffle()", LOADER),
   Mutation("data/loader.py", "** sampling_exponent, 0.0)", "* sampling_exponent, 0.0)", LOADER),
   Mutation("data/randaugment.py", 'size[name == "TranslateY"]', 'size[name == "TranslateX"]', RANDAUGMENT),
+  Mutation("data/transforms.py", "math.radians(rng.uniform(", "math.sin(rng.uniform(", TRANSFORMS),
   Mutation("data/randaugment.py", "rng.random() < 0.5", "rng.random() < 0.6", RANDAUGMENT),
   # Devices, state.
   Mutation("parallel/sharding.py", "if data % slices:", "if slices % data:", SHARDING),
