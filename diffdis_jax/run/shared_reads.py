@@ -21,6 +21,7 @@ from orbax import checkpoint as ocp
 from diffdis_jax.parallel import processes
 
 LEAST = 2**20  # bytes of an array that is worth to be sent
+AT_ONCE = 2**30  # bytes at a time, of all processes together, which each device of each of them gets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,13 @@ class Part:
   def nbytes(self) -> int:
     return math.prod(self.shape) * self.dtype.itemsize
 
+  def as_bytes(self) -> np.ndarray:
+    """Of the value, u8."""
+    return np.ascontiguousarray(self.value).reshape(-1).view(np.uint8)
+
   def placed(self, data: np.ndarray) -> jax.Array:
-    """Made of bytes, of which more may follow."""
-    value = data[: self.nbytes].view(self.dtype).reshape(self.shape)
+    """Made of the value's bytes."""
+    value = data.view(self.dtype).reshape(self.shape)
     return jax.make_array_from_callback(self.shape, self.sharding, lambda index: value[index])
 
 
@@ -99,14 +104,21 @@ def handed_out(tree: Any) -> Any:
   if not order:
     return tree
   queues = [[i for i in order if leaves[i].owner == process] for process in range(jax.process_count())]
+  most_of_each = 1 << ((AT_ONCE // jax.process_count()).bit_length() - 1)
   for group in itertools.zip_longest(*queues):
     most = max(leaves[i].nbytes for i in group if i is not None)
-    # As bytes, which arrive as they are: a sum with zeros, as Orbax broadcasts arrays, makes 0.0 of -0.0. And of few
-    # sizes, each of which compiles.
-    sent = np.zeros(1 << (most - 1).bit_length(), np.uint8)
-    if (mine := group[own]) is not None:
-      sent[: leaves[mine].nbytes] = np.ascontiguousarray(leaves[mine].value).reshape(-1).view(np.uint8)
-    for i, row in zip(group, processes.gathered(sent), strict=True):
-      if i is not None:
-        leaves[i] = leaves[i].placed(row)
+    # In pieces: 64 processes with an array of 152 MB each would fill a device of 16 GB. As bytes, which arrive as they
+    # are: a sum with zeros, as Orbax broadcasts arrays, makes 0.0 of -0.0. And of few sizes, each of which compiles.
+    size = min(1 << (most - 1).bit_length(), most_of_each)
+    mine = np.empty(0, np.uint8) if group[own] is None else leaves[group[own]].as_bytes()
+    found = {i: np.empty(leaves[i].nbytes, np.uint8) for i in group if i is not None}
+    for start in range(0, most, size):
+      sent, piece = np.zeros(size, np.uint8), mine[start : start + size]
+      sent[: len(piece)] = piece
+      for i, row in zip(group, processes.gathered(sent), strict=True):
+        if i is not None:
+          place = found[i][start : start + size]
+          place[:] = row[: len(place)]
+    for i, data in found.items():
+      leaves[i] = leaves[i].placed(data)
   return jax.tree.unflatten(structure, leaves)
