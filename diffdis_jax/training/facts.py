@@ -81,12 +81,13 @@ def _last(path: str, name: str) -> Any:
 
 
 def check_same_on_all(run: Run) -> None:
-  """Raises UserError, on every process, where some hosts have other data than host 0, such as fewer records, or another
-  config, such as a seed of their own: each would take its rows out of an order of its own, or start from parameters of
-  its own. With other code or another JAX they would run programs that wait for each other in vain."""
+  """Raises UserError, on every process, where some hosts have other data than host 0, such as fewer records, or as many
+  of another preparation, or another config, such as a seed of their own: each would take its rows out of an order of
+  its own, or start from parameters of its own. With other code or another JAX they would run programs that wait for
+  each other in vain."""
   if jax.process_count() == 1:
     return
-  lines = describe(run.data)
+  lines = [*describe(run.data), *(f"{field}: {digest}" for field, digest in digests_of(run).items())]
   if hosts := processes.differing("\n".join(lines)):
     raise UserError(
       f"these hosts have other data than host 0: {', '.join(map(str, hosts))}; here it is {'; '.join(lines)}; copy the"

@@ -128,6 +128,21 @@ def test_hosts_with_other_data_are_named(monkeypatch):
   facts.check_same_on_all(run)
 
 
+def test_hosts_with_as_many_records_of_another_preparation_are_named(tmp_path, monkeypatch):
+  """On a disk of each host, by one path. They were described alike, and each read its rows of an order of its own."""
+  hosts = []  # what each of them tells
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes, "differing", lambda text: hosts.append(text) or [])
+  for name, first in (("host_0", 0), ("host_1", 1), ("host_2", 0)):
+    (tmp_path / name).mkdir()
+    prepared(tmp_path / name, first)
+    (tmp_path / name / "data").rename(tmp_path / "data")
+    facts.check_same_on_all(Run.of(config_of(str(tmp_path / "data"), mixture=False)))
+    shutil.rmtree(tmp_path / "data")
+  first, other, same = hosts[::2]  # beside each the config
+  assert first != other and first == same
+
+
 @pytest.mark.parametrize(
   "change, said",
   [
