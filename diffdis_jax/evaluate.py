@@ -37,6 +37,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import flags, logging
 
 from diffdis_jax import config as run_config
@@ -56,7 +57,7 @@ from diffdis_jax.evals.sections import Section
 from diffdis_jax.evals.text_cache import CachedTexts
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
-from diffdis_jax.run import checkpoint, provenance, restore, trackers
+from diffdis_jax.run import checkpoint, digests, provenance, restore, trackers
 
 FLAGS = flags.FLAGS
 # Of each evaluation what its constructor takes, and of a run's sampling and loading what they take.
@@ -234,13 +235,23 @@ def _create(sections: Sequence[Section], check: Callable[[str, base.Eval], None]
 
 
 def _check_same_on_all(sections: Sequence[Section]) -> None:
-  """Raises UserError, on every process, where they measure different sets: one would wait for the others for ever."""
-  names = ", ".join(f"{section.task} on {section.dataset}" for section in sections)
+  """Raises UserError, on every process, where they measure different sets: one would wait for the others for ever; or
+  different records, of which each would read its rows and know the labels of its own."""
+  if jax.process_count() == 1:
+    return
+  names = ", ".join(f"{section.task} on {section.dataset}{_records_of(section)}" for section in sections)
   if hosts := processes.differing(names):
     raise UserError(
       f"these hosts find other data sets than host 0: {', '.join(map(str, hosts))}; this host finds {names}; put the"
       " same ones where every host finds them"
     )
+
+
+def _records_of(section: Section) -> str:
+  """Of a prepared data set, what tells its records from others."""
+  path = (section.settings.get("data") or {}).get("path")
+  digest = digests.fingerprint(str(path), part=digests.RECORDS) if path else ""
+  return f" ({digest})" if digest else ""
 
 
 def _measure(

@@ -16,6 +16,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, results, sections
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals.sections import Section
+from diffdis_jax.run import digests
 from tests.command_runs import ROOT, call
 
 pytest_plugins = ("tests.untrained", "tests.command_runs")
@@ -65,6 +66,22 @@ def test_hosts_that_find_other_data_sets_are_named(monkeypatch):
   monkeypatch.setattr(evaluate.processes, "gathered", lambda mine: np.array([7, mine, 7]))
   with pytest.raises(UserError, match="other data sets than host 0: 1; this host finds zero_shot on a; put"):
     evaluate.evaluate("run", [Section("a", "zero_shot", {"data": DATA})])
+
+
+def test_hosts_that_find_other_records_are_named(tmp_path, monkeypatch):
+  """Each read its rows of the batches from its own, and host 0 measured them by its own labels."""
+  (tmp_path / "made.array_record-00000-of-00001").write_bytes(b"records")
+  digests.write(tmp_path)
+  said = []
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(evaluate.processes, "differing", lambda text: said.append(text) or [])
+  sets = [Section("a", "zero_shot", {"data": {**DATA, "name": "pairs", "path": str(tmp_path)}})]
+  for content in (b"records", b"others"):
+    (tmp_path / "made.array_record-00000-of-00001").write_bytes(content)
+    digests.write(tmp_path)
+    evaluate._check_same_on_all(sets)
+  first, other = said
+  assert first.startswith("zero_shot on a (") and first != other
 
 
 def test_an_interruption_loses_no_set_that_is_measured(tmp_path, monkeypatch):

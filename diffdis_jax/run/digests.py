@@ -29,6 +29,7 @@ from diffdis_jax.errors import UserError, may_pass, parse_json
 from diffdis_jax.run import committed
 
 NAME = "digests.json"
+RECORDS = ".array_record"  # in the names of a prepared data set's files of records
 # At the top of the folder, written after the digests. No restore looks into them.
 _LATER = {NAME, committed.COMMIT_MARK, "_CHECKPOINT_METADATA"}
 _CHUNK = 1 << 20  # bytes

@@ -7,6 +7,7 @@ import math
 import shlex
 import socket
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,8 +23,6 @@ from diffdis_jax.parallel import processes
 from diffdis_jax.run import digests, history, provenance, workdir
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
-
-RECORDS = ".array_record"  # in the names of a prepared data set's files of records
 
 
 def parameter_groups(trainer: Trainer) -> dict[str, dict[str, int]]:
@@ -65,7 +64,12 @@ def digests_of(run: Run) -> dict[str, str]:
     "data.path" if name == "data" else f"data.mixture.{name}.path": section.get("path")
     for name, section in run.data.sources.items()
   }
-  found = {field: digests.fingerprint(str(path), part=RECORDS) for field, path in paths.items() if path}
+  return _digests(paths)
+
+
+def _digests(paths: Mapping[str, Any]) -> dict[str, str]:
+  """Of those where prepared data lie."""
+  found = {field: digests.fingerprint(str(path), part=digests.RECORDS) for field, path in paths.items() if path}
   return {field: digest for field, digest in found.items() if digest}
 
 
@@ -87,7 +91,9 @@ def check_same_on_all(run: Run) -> None:
   each other in vain."""
   if jax.process_count() == 1:
     return
-  lines = [*describe(run.data), *(f"{field}: {digest}" for field, digest in digests_of(run).items())]
+  measured = {f"evals.{name}.data.path": (run.evals[name].get("data") or {}).get("path") for name in run.train_evals}
+  known = digests_of(run) | _digests(measured)
+  lines = [*describe(run.data), *(f"{field}: {digest}" for field, digest in known.items())]
   if hosts := processes.differing("\n".join(lines)):
     raise UserError(
       f"these hosts have other data than host 0: {', '.join(map(str, hosts))}; here it is {'; '.join(lines)}; copy the"

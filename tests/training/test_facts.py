@@ -128,8 +128,14 @@ def test_hosts_with_other_data_are_named(monkeypatch):
   facts.check_same_on_all(run)
 
 
-def test_hosts_with_as_many_records_of_another_preparation_are_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("measured", [False, True])
+def test_hosts_with_as_many_records_of_another_preparation_are_named(tmp_path, monkeypatch, measured):
   """On a disk of each host, by one path. They were described alike, and each read its rows of an order of its own."""
+  config = config_of(str(tmp_path / "data"), mixture=False)
+  if measured:  # and not trained on
+    config.data = tiny.get_config().data
+    data = {"name": "pairs", "path": str(tmp_path / "data"), "split": "train", "image_size": config.image_size}
+    config.evals, config.train_evals = {"held": {"task": "retrieval", "data": data}}, ("held",)
   hosts = []  # what each of them tells
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(processes, "differing", lambda text: hosts.append(text) or [])
@@ -137,7 +143,7 @@ def test_hosts_with_as_many_records_of_another_preparation_are_named(tmp_path, m
     (tmp_path / name).mkdir()
     prepared(tmp_path / name, first)
     (tmp_path / name / "data").rename(tmp_path / "data")
-    facts.check_same_on_all(Run.of(config_of(str(tmp_path / "data"), mixture=False)))
+    facts.check_same_on_all(Run.of(config))
     shutil.rmtree(tmp_path / "data")
   first, other, same = hosts[::2]  # beside each the config
   assert first != other and first == same
