@@ -41,6 +41,7 @@ HEARTBEAT_TIMEOUT_OVER_BUCKETS = 100
 SHUTDOWN_TIMEOUT = 3600  # seconds that processes which are done wait for the one that still writes
 BARRIER_TIMEOUT = 3600  # seconds that a process waits for the others, such as for one that compiles for long
 _MESSAGE = 1000  # bytes of an error that the processes tell each other
+AT_ONCE = 2**30  # bytes at a time, of all processes together, which each device of each of them gets
 _VISIBILITY = 30.0  # seconds in which a file of one host must show on the others
 _VARIABLES = {
   "coordinator_address": ("DIFFDIS_COORDINATOR_ADDRESS",),
@@ -269,7 +270,33 @@ def over_hosts(value: np.ndarray) -> np.ndarray:
 
 def whole(array: jax.Array) -> np.ndarray:
   """A global array, on every process."""
-  return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  if array.nbytes > AT_ONCE and (rows := _rows_of_each(array)) is not None:
+    return _by_rows(array, rows)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _rows_of_each(array: jax.Array) -> np.ndarray | None:
+  """Places [process, row] in an array of those that each process's devices hold; None where it is not split along its
+  first axis alone, evenly."""
+  rows: list[set[int]] = [set() for _ in range(jax.process_count())]
+  for device, index in array.sharding.devices_indices_map(array.shape).items():
+    if any(each.indices(size) != (0, size, 1) for each, size in zip(index[1:], array.shape[1:], strict=True)):
+      return None
+    rows[device.process_index].update(range(len(array))[index[0]])
+  return np.array([sorted(each) for each in rows]) if len({*map(len, rows)}) == 1 else None
+
+
+def _by_rows(array: jax.Array, rows: np.ndarray) -> np.ndarray:
+  """The whole array, a few rows of each process at a time: at once they would fill a device, which gets all of them, as
+  the 16,384 images of a call of 256 chips would."""
+  shards = {shard.index[0].indices(len(array))[0]: shard.data for shard in array.addressable_shards}
+  own = np.concatenate([np.asarray(shards[first]) for first in sorted(shards)])
+  found, size = np.empty(array.shape, array.dtype), max(1, AT_ONCE * len(array) // array.nbytes // len(rows))
+  for first in range(0, len(own), size):
+    found[rows[:, first : first + size]] = gathered(own[first : first + size])
+  return found
 
 
 def on_first(action: Callable[[], Any]) -> None:

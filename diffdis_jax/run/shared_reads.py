@@ -21,7 +21,6 @@ from orbax import checkpoint as ocp
 from diffdis_jax.parallel import processes
 
 LEAST = 2**20  # bytes of an array that is worth to be sent
-AT_ONCE = 2**30  # bytes at a time, of all processes together, which each device of each of them gets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ def handed_out(tree: Any) -> Any:
   if not order:
     return tree
   queues = [[i for i in order if leaves[i].owner == process] for process in range(jax.process_count())]
-  most_of_each = 1 << ((AT_ONCE // jax.process_count()).bit_length() - 1)
+  most_of_each = 1 << ((processes.AT_ONCE // jax.process_count()).bit_length() - 1)
   for group in itertools.zip_longest(*queues):
     most = max(leaves[i].nbytes for i in group if i is not None)
     # In pieces: 64 processes with an array of 152 MB each would fill a device of 16 GB. As bytes, which arrive as they

@@ -159,6 +159,7 @@ import json, os, signal, sys, time, zlib
 from absl import flags
 import jax, numpy as np
 from jax import monitoring
+from jax.experimental import multihost_utils
 from orbax import checkpoint as ocp
 from diffdis_jax.common import cli, storage
 from diffdis_jax.parallel import processes, programs, sharding
@@ -228,6 +229,20 @@ def main(_):
       own = rows[sharding.local_rows(mesh, 16)]
       placed = sharding.to_global({"x": own}, mesh)["x"]
       np.testing.assert_array_equal(processes.whole(placed), rows)
+    # At most so many bytes of all processes at a time, however many an array has.
+    processes.AT_ONCE, gather, sent = 48, multihost_utils.process_allgather, []
+    mesh = sharding.make_mesh(data=4, fsdp=2, tensor=1)  # on which the rows of a process do not follow each other
+    placed = sharding.to_global({"x": rows[sharding.local_rows(mesh, 16)]}, mesh)["x"]
+
+    def gathering(value, **how):
+      found = gather(value, **how)
+      sent.append(found.nbytes)
+      return found
+
+    multihost_utils.process_allgather = gathering
+    np.testing.assert_array_equal(processes.whole(placed), rows)
+    multihost_utils.process_allgather = gather
+    assert len(sent) == 2 and max(sent) <= 48, sent
     assert processes.over_hosts(np.array([jax.process_index() + 1, 5])).tolist() == [3, 10]
     assert processes.from_first(np.float32(7 - jax.process_index())) == 7
     assert processes.first_message("" if first else "of the second") == "of the second"

@@ -27,7 +27,7 @@ def test_a_device_never_gets_more_than_some_bytes_however_many_processes_there_a
     meeting.wait()
     return found
 
-  monkeypatch.setattr(shared_reads, "AT_ONCE", AT_ONCE, raising=False)
+  monkeypatch.setattr(processes, "AT_ONCE", AT_ONCE)
   monkeypatch.setattr(jax, "process_count", lambda: COUNT)
   monkeypatch.setattr(jax, "process_index", lambda: mine.index)
   monkeypatch.setattr(processes, "gathered", gathered)
