@@ -172,11 +172,9 @@ def read_metadata(data: bytes | None) -> dict[str, Any]:
 
 
 def captions_of(metadata: Mapping[str, Any]) -> list[str]:
-  """The several captions of an image, where its metadata has them; else none."""
-  captions = metadata.get("captions")
-  if isinstance(captions, list) and len(captions) > 1 and all(isinstance(c, str) and c for c in captions):
-    return captions
-  return []
+  """The several captions of an image, as `texts_of` has them, where its metadata has more than one; else none."""
+  captions = texts_of(metadata, ("captions",))
+  return captions if len(captions) > 1 else []
 
 
 def texts_of(record: Mapping[str, Any], fields: Sequence[str]) -> list[str]:

@@ -89,6 +89,21 @@ def test_captions_of_several_fields(metadata, captions):
   assert record == {**metadata, "caption": "alt", "captions": captions}
 
 
+@pytest.mark.parametrize(
+  ("captions", "found"),
+  [
+    (["a cat", "a black cat"], ["a cat", "a black cat"]),
+    (["a cat", "", " a black cat ", None, " "], ["a cat", "a black cat"]),
+    (["a cat", ""], []),
+    ("a cat", []),
+    (None, []),
+  ],
+)
+def test_an_empty_one_of_several_captions_leaves_the_others(captions, found):
+  """Else all of them would be left out in silence, and one of white space be drawn as a caption."""
+  assert records.captions_of({"caption": "alt", "captions": captions}) == found
+
+
 def test_a_record_without_a_caption_in_these_fields():
   with pytest.raises(records.Unusable, match="missing caption"):
     records.with_captions({"caption": "alt", "name": " ", "tags": None}, ("name", "tags"))
