@@ -36,6 +36,7 @@ BATCH = 16
 REPEATS = 10  # of the images: fewer records than some thousands take longer to shuffle, for the way Grain does it
 BATCHES = {"source": 20, "short_side": 40}  # of a round: about as long for each
 KINDS = {"source": "kept", "short_side": "reencoded"}  # what the loader reads -> its folder
+AHEAD = 2  # batches that the loader reads ahead, which cost nothing once they are there
 AUGMENTATION = Augmentation(crop="random", flip=True)
 
 
@@ -117,7 +118,7 @@ def make_loader(source: sources.Source, *, threads: int = 1, seed: int = 0) -> g
     image_size=CROP,
     seed=seed,
     augmentation=AUGMENTATION,
-    loading=Loading(num_threads=threads, prefetch=2),
+    loading=Loading(num_threads=threads, prefetch=AHEAD),
   )
 
 
@@ -134,12 +135,16 @@ def loader_speed(iterators: Mapping[str, Iterator[Any]], batches: Mapping[str, i
   processor: dict[str, list[float]] = {name: [] for name in iterators}
   for index in range(rounds + 1):
     for name, iterator in iterators.items():
+      for _ in range(AHEAD):  # what was read before the clock starts would count otherwise
+        next(iterator)
       begin, cpu = time.perf_counter(), time.process_time()
       for _ in range(images[name] // BATCH):
         next(iterator)
+      took, of_processor = time.perf_counter() - begin, time.process_time() - cpu
       if index:  # the first round warms up
-        seconds[name].append((time.perf_counter() - begin) / images[name])
-        processor[name].append((time.process_time() - cpu) / images[name])
+        seconds[name].append(took / images[name])
+        processor[name].append(of_processor / images[name])
+      time.sleep(AHEAD * took / batches[name])  # it reads ahead again now, and not while the next one is timed
   # The median: a round that something else disturbed does not count.
   rates = {name: 1 / statistics.median(values) for name, values in seconds.items()}
   cpu_rates = {name: 1 / statistics.median(values) for name, values in processor.items()}
@@ -160,8 +165,14 @@ def data_wait(trainer: Trainer, prepared: pathlib.Path, *, steps: int = 30) -> d
   state = trainer.with_params(trainer.init_params(jax.random.key(0)))
   iterator, substitutions = open_loader(run), loader.Substitutions()
   draw = lambda: batch_type(run.data)(**sharding.to_global(substitutions.take(next(iterator)), trainer.mesh))
-  # The first step compiles, and is not timed.
-  state, metrics = jax.block_until_ready(take_step(trainer.train_step, state, draw()))
+  # The first step compiles, and is not timed. Nor is what was read ahead meanwhile, which a long run has no more of
+  # where its steps wait, and the steps in which it is read again where they do not.
+  state, metrics = take_step(trainer.train_step, state, draw())
+  for _ in range(run.data.loader.prefetch):
+    draw()
+  for _ in range(run.data.loader.prefetch):
+    state, metrics = take_step(trainer.train_step, state, draw())
+  jax.block_until_ready(metrics)
   progress = writers.Throughput(start_step=0, num_steps=steps, batch_size=run.batch_size)
   for _ in range(steps):  # as train does: a batch is loaded while the step before it runs
     with progress.waiting_for_data(functools.partial(is_running, metrics)):

@@ -1,17 +1,26 @@
 """The data benchmark's parts at tiny sizes: what is timed does what it says."""
 
+import functools
 import io
+import itertools
+import pathlib
+import types
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from clu.metrics import Average
 from PIL import Image
 
 from diffdis_jax.benchmark import data
 from diffdis_jax.config.data import Loading
 from diffdis_jax.config.run import Run
 from diffdis_jax.data import sources
+from diffdis_jax.run.writers import Throughput
 from diffdis_jax.training.step import Trainer
 from tests import tiny
 from tests.benchmark import data_bars
+from tests.benchmark.read_ahead import Clock, ReadAhead
 from tests.steps import make_mesh
 
 
@@ -47,6 +56,35 @@ def test_a_small_models_steps_wait_for_what_was_prepared(small, tmp_path):
   run = Run.of(tiny.get_config()).replace(changes)
   found = data.data_wait(Trainer(run, make_mesh(1)), tmp_path / "reencoded", steps=2)
   assert 0 <= found["data_wait"] <= 1 and found["small_model_steps_per_second"] > 0
+
+
+def test_what_was_read_before_the_clock_starts_does_not_count(monkeypatch):
+  clock = Clock()
+  monkeypatch.setattr(data, "time", clock)
+  monkeypatch.setattr(data, "BATCH", 1)
+  seconds = {"source": 0.02, "short_side": 0.01}
+  iterators = {name: ReadAhead(clock, ahead=2, seconds=each) for name, each in seconds.items()}
+  found = data.loader_speed(iterators, {"source": 5, "short_side": 10}, rounds=3)
+  assert found["images_per_second"] == pytest.approx({"source": 50, "short_side": 100})
+
+
+def test_steps_wait_as_in_a_long_training(monkeypatch):
+  """And not as long as batches last that were read while the step compiled."""
+  run, clock = Run.of(tiny.get_config()), Clock()
+  batch = dict(image=np.zeros((run.batch_size, 16, 16, 3), np.uint8), tokens=np.zeros((run.batch_size, 8), np.int32))
+  batches = ReadAhead(clock, ahead=run.data.loader.prefetch, seconds=0.05, batch=batch)
+  monkeypatch.setattr(data, "open_loader", lambda run: batches)
+  monkeypatch.setattr(data.loader, "Substitutions", lambda: types.SimpleNamespace(take=lambda batch: batch))
+  monkeypatch.setattr(data.writers, "Throughput", functools.partial(Throughput, clock=clock.perf_counter))
+  loss = Average(total=jnp.ones(()), count=jnp.ones(()))
+  taken = itertools.chain([10.0], itertools.repeat(0.02))  # the first one compiles
+  monkeypatch.setattr(data, "take_step", lambda *args: clock.sleep(next(taken)) or (None, {"loss": loss}))
+  monkeypatch.setattr(Trainer, "init_params", lambda self, key: {})
+  monkeypatch.setattr(Trainer, "with_params", lambda self, params: None)
+  trainer = object.__new__(Trainer)
+  vars(trainer).update(run=run, mesh=make_mesh(1), train_step=None)
+  found = data.data_wait(trainer, pathlib.Path("nowhere"), steps=4)
+  assert found == pytest.approx({"data_wait": 0.6, "small_model_steps_per_second": 20})
 
 
 def test_a_long_data_set_starts_anywhere(small, tmp_path):
