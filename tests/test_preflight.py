@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -393,6 +394,19 @@ def test_costs_go_by_the_compilers_sum(seconds, by_cycles, planned, by, said):
   assert f"{of_rate}{8 / planned:.0f} images/s" in lines
   assert f"pairs{of_cost}{result['chip_hours']:.1f} chip-hours" in lines
   assert f"pairs{of_cost}42 chip-hours" in report.lines("train", result | {"chip_hours": 41.6})[-1]
+
+
+def test_a_network_of_unknown_speed_is_not_passed_over_in_silence():
+  """As between slices of TPUs, where it may be what a step takes longest for."""
+  moved = times.Traffic(links_bytes=1.0, network_bytes=0.5 * chips.GIB)
+  compiled = targets.Compiled(arguments=1, temporaries=0, outputs=0, fits=True, traffic=moved)
+  target = targets.Target(devices=jax.devices()[:2], chip=chips.CHIPS["v5p"], compiler="tpu", exact=True, near=1)
+  program = flops.Program(lower=lambda: None, rows=8, operations=1e12, parameters=1, turns=1.0)
+  lines = lambda compiled: report.lines("train", report.summarise(program, compiled, target, num_pairs=1, epochs=1))
+  said = "between chips: unknown; 0.500 GiB a chip cross a network whose speed is not known"
+  assert said in lines(compiled)
+  none = dataclasses.replace(compiled, traffic=times.Traffic())
+  assert not any("between chips" in line for line in lines(none))
 
 
 def test_clocks_agree_with_peaks():

@@ -108,6 +108,8 @@ def lines(name: str, result: dict[str, Any]) -> list[str]:
     said.append(f"time: at least {1e3 * result['seconds_bound']:.1f} ms, at the chips' peak; no estimate")
   if between := result["seconds_between_chips"]:
     said.append(f"between chips: at least {1e3 * between:.1f} ms, at all their links can carry; beside the rest or not")
+  elif crossing := result["traffic"]["network_bytes"]:
+    said.append(f"between chips: unknown; {crossing / GIB:.3f} GiB a chip cross a network whose speed is not known")
   of_rate, of_cost = BOUNDS[result["planned_by"]]
   said.append(f"{of_rate}{result['images_per_second']:.0f} images/s")
   # A bound at the chips' peak has no traffic in it either, but then says `at least` already.

@@ -195,7 +195,7 @@ def lines(table: Mapping[str, Any]) -> Iterator[str]:
   """For reading."""
   by = report.ESTIMATES.get(table["planned_by"], "the chips' peak, a lower bound")
   yield f"weak scaling; nothing overlaps, computing by {by}"
-  yield "topology       images  step, ms  GiB between chips  GiB a chip  images/s  efficiency"
+  yield "topology       images  step, ms  GiB into one chip  GiB a chip  images/s  efficiency"
   for row in table["rows"]:
     said = row["row"] if row["fits"] else f"{row['row']}, DOES NOT FIT"
     yield (
