@@ -105,7 +105,8 @@ def time_steps(run: Run) -> dict[str, Any]:
   if FLAGS.preflight:
     # Read and compared before anything is timed, too.
     report, size = read_preflight(FLAGS.preflight), run.batch_size
-    planned = steps.preflighted(report, run.objectives, batch_size=size, chips=mesh.size)
+    kind = mesh.devices.flat[0].device_kind
+    planned = steps.preflighted(report, run.objectives, batch_size=size, chips=mesh.size, kind=kind)
   for name, objectives in (steps.OF_CLIP if run.objectives.is_clip else steps.OBJECTIVES).items():
     trainers[name] = Trainer(run.trained_for(*objectives), mesh)
   results = steps.time_steps(trainers, rounds=FLAGS.rounds)

@@ -17,8 +17,9 @@ from absl import logging
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
+from diffdis_jax.parallel.chips import find
 from diffdis_jax.structs import TrainingBatch
-from diffdis_jax.training.flops import abstract_batch
+from diffdis_jax.training.flops import abstract_batch, turns
 from diffdis_jax.training.step import Trainer, take_step
 
 OBJECTIVES = {
@@ -30,7 +31,7 @@ OF_CLIP = {"contrastive": ("contrastive",)}
 
 
 def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any]:
-  """Seconds of each step (median and all rounds), floating-point operations as the compiler counts them, and ratios.
+  """Seconds of each step (median and all rounds), floating-point operations as `operations_of` has them, and ratios.
 
   Args:
     trainers: the steps, by the names of OBJECTIVES or OF_CLIP, on one mesh, of one batch.
@@ -43,9 +44,10 @@ def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any
   states, steps, operations = {}, {}, {}
   for name, step in trainers.items():
     states[name] = step.with_params(step.init_params(jax.random.key(0)))
-    # Ahead of time: the compiler's count is of the very program that is timed. It counts one device's share.
-    steps[name] = step.train_step.lower(*states[name].split(), batch).compile()
-    operations[name] = float((steps[name].cost_analysis() or {}).get("flops", float("nan"))) * mesh.size
+    # Ahead of time: the compiler's count is of the very program that is timed.
+    traced = step.train_step.trace(*states[name].split(), batch)
+    steps[name] = traced.lower().compile()
+    operations[name] = operations_of(traced, steps[name], devices=mesh.size)
     logging.info("%s: compiled, %.1f GFLOP a step", name, operations[name] / 1e9)
 
   seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -68,6 +70,12 @@ def time_steps(trainers: Mapping[str, Trainer], *, rounds: int) -> dict[str, Any
     gigaflop={name: value / 1e9 for name, value in operations.items()},
     **(_ratios(median, operations) if "joint" in median else {}),
   )
+
+
+def operations_of(traced: jax.stages.Traced, compiled: jax.stages.Compiled, *, devices: int) -> float:
+  """Of a call, as the compiler counts those of one device, which takes a loop's body once: times the loops' turns."""
+  of_device = float((compiled.cost_analysis() or {}).get("flops", float("nan")))
+  return of_device * devices * turns(traced.jaxpr)
 
 
 def random_batch(trainer: Trainer) -> TrainingBatch:
@@ -104,16 +112,19 @@ class Preflighted(NamedTuple):
   train: Mapping[str, Any]
 
 
-def preflighted(report: Mapping[str, Any], objectives: Sequence[str], *, batch_size: int, chips: int) -> Preflighted:
+def preflighted(
+  report: Mapping[str, Any], objectives: Sequence[str], *, batch_size: int, chips: int, kind: str
+) -> Preflighted:
   """The step that `preflight` was asked about.
 
   Args:
     report: of preflight's file.
     objectives: of the config.
     batch_size, chips: of what is to be timed.
+    kind: of its devices, as JAX names it.
 
   Raises:
-    UserError: no report of a train step of these objectives, batch and number of chips.
+    UserError: no report of a train step of these objectives and batch, on so many of these chips.
   """
   train, name = report.get("train"), next((key for key, own in OBJECTIVES.items() if own == tuple(objectives)), None)
   if name is None or not train:
@@ -121,11 +132,12 @@ def preflighted(report: Mapping[str, Any], objectives: Sequence[str], *, batch_s
       "--preflight takes what preflight --programs=train wrote of this config, with objectives generation,"
       " discrimination or both"
     )
-  # Time does not grow in proportion to either, so that nothing can be scaled to fit.
-  if (train["images"], train["chips"]) != (batch_size, chips):
+  # Time does not grow in proportion to either, so that nothing can be scaled to fit; nor to chips' peaks.
+  known = find(kind)  # by any of its names
+  if (train["images"], train["chips"], train["chip"]) != (batch_size, chips, known.kind if known else kind):
     raise UserError(
       f"--preflight is of {train['images']} images on {train['chips']} x {train['chip']}; here are {batch_size} images"
-      f" on {chips}"
+      f" on {chips} x {kind}"
     )
   return Preflighted(name, train)
 

@@ -6,7 +6,6 @@ XLA's own count takes a loop's body once, and adds what a layout pads and what r
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -94,13 +93,12 @@ def rate_at_peak(trainer: Trainer) -> float | None:
 
 
 def _program(traced: jax.stages.Traced, rows: int, shapes: Params, plain: core.ClosedJaxpr) -> Program:  # pyright: ignore[reportPrivateImportUsage]
-  own = functools.partial(count, traced.jaxpr)
   return Program(
     lower=traced.lower,
     rows=rows,
     parameters=sum(math.prod(leaf.shape) for leaf in shapes.values()),
     operations=count(plain),
-    turns=own() / own(turns=False),
+    turns=turns(traced.jaxpr),
   )
 
 
@@ -111,6 +109,11 @@ def count(jaxpr: core.ClosedJaxpr, *, turns: bool = True) -> float:  # pyright: 
     turns: whether a loop counts as often as it turns, or once. A `while` whose turns are not known counts once.
   """
   return _of(jaxpr.jaxpr, turns)
+
+
+def turns(jaxpr: core.ClosedJaxpr) -> float:  # pyright: ignore[reportPrivateImportUsage]
+  """Operations over those with every loop's body counted once, as compilers do."""
+  return count(jaxpr) / count(jaxpr, turns=False)
 
 
 def _of(jaxpr: core.Jaxpr, turns: bool) -> float:

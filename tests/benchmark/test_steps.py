@@ -30,7 +30,8 @@ TRAIN = dict(
   [(("generation", "discrimination"), 0.09), (("generation",), 0.06), (("discrimination",), 0.04)],
 )
 def test_the_step_of_the_configs_objectives_is_over_each_time_that_was_given(objectives, measured):
-  name, train = steps.preflighted(dict(train=TRAIN), objectives, batch_size=64, chips=4)
+  # "TPU v5p" is another name of the same chip.
+  name, train = steps.preflighted(dict(train=TRAIN), objectives, batch_size=64, chips=4, kind="TPU v5p")
   found = steps.beside_preflight(name, train, SECONDS[name])
   assert found["over"] == pytest.approx(
     dict(seconds=measured / 0.06, seconds_by_cycles=measured / 0.09, seconds_bound=measured / 0.03)
@@ -45,11 +46,12 @@ def test_the_step_of_the_configs_objectives_is_over_each_time_that_was_given(obj
     (dict(train=TRAIN), ("reconstruction",), "objectives generation"),
     (dict(train=TRAIN | dict(images=32)), ("generation",), "of 32 images on 4 x TPU v5; here are 64 images"),
     (dict(train=TRAIN | dict(chips=8)), ("generation",), "of 64 images on 8 x TPU v5; here are 64 images on 4"),
+    (dict(train=TRAIN | dict(chip="NVIDIA H100 80GB HBM3")), ("generation",), "HBM3; here are 64 images on 4 x TPU v5"),
   ],
 )
 def test_a_report_of_another_step_is_refused(report, objectives, message):
   with pytest.raises(UserError, match=message):
-    steps.preflighted(report, objectives, batch_size=64, chips=4)
+    steps.preflighted(report, objectives, batch_size=64, chips=4, kind="TPU v5")
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,14 @@ def test_a_step_of_one_task_has_no_switch_of_the_other(monkeypatch):
     "generation": {"snr_gamma", "dispersive_weight", False},
     "discrimination": {"noised_image_share", False},
   }
+
+
+def test_operations_of_loops_count_as_often_as_they_turn():
+  """Of microbatches, and of heads of attention on a CPU; the compiler counts one of them."""
+  loop = lambda x: jax.lax.scan(lambda x, _: (x @ x, None), x, length=7)[0]
+  traced = jax.jit(loop).trace(jax.ShapeDtypeStruct((16, 16), "float32"))
+  found = steps.operations_of(traced, traced.lower().compile(), devices=2)
+  assert found == pytest.approx(2 * 7 * 2 * 16**3, rel=0.01)
 
 
 @pytest.mark.parametrize("content", [None, "{", "3"])
