@@ -393,6 +393,8 @@ def test_costs_go_by_the_compilers_sum(seconds, by_cycles, planned, by, said):
   }[by]
   assert f"{of_rate}{8 / planned:.0f} images/s" in lines
   assert f"pairs{of_cost}{result['chip_hours']:.1f} chip-hours" in lines
+  # Of what is slow, such as sampling on one small GPU: not "at most 0".
+  assert f"{of_rate}0.42 images/s" in "\n".join(report.lines("train", result | {"images_per_second": 0.42}))
   assert f"pairs{of_cost}42 chip-hours" in report.lines("train", result | {"chip_hours": 41.6})[-1]
 
 

@@ -111,7 +111,8 @@ def lines(name: str, result: dict[str, Any]) -> list[str]:
   elif crossing := result["traffic"]["network_bytes"]:
     said.append(f"between chips: unknown; {crossing / GIB:.3f} GiB a chip cross a network whose speed is not known")
   of_rate, of_cost = BOUNDS[result["planned_by"]]
-  said.append(f"{of_rate}{result['images_per_second']:.0f} images/s")
+  rate = result["images_per_second"]
+  said.append(f"{of_rate}{rate:.0f} images/s" if rate >= 10 else f"{of_rate}{rate:.2g} images/s")
   # A bound at the chips' peak has no traffic in it either, but then says `at least` already.
   beside = "" if result["planned_by"] == "seconds_bound" else ", not in that time"
   moved = ", ".join(f"{kind} {size:.3f}" for kind, size in result["collectives_gib"].items())
