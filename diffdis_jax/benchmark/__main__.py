@@ -100,7 +100,16 @@ def origin(config: ConfigDict) -> dict[str, Any]:
 
 
 def time_steps(run: Run) -> dict[str, Any]:
-  """The joint step and its two single tasks, or CLIP's, the config's beside preflight's word where there is one."""
+  """The joint step and its two single tasks, or CLIP's, the config's beside preflight's word where there is one.
+
+  Raises:
+    UserError: a config that trains neither DiffDis nor CLIP.
+  """
+  if run.objectives.is_autoencoder or run.objectives.labelled:
+    raise UserError(
+      f"benchmark times steps of generation, discrimination and CLIP, and this config's objective is"
+      f" {run.objectives[0]}; its own pace is in the metrics.jsonl of a run, as steps_per_sec"
+    )
   mesh, trainers, planned = sharding.make_mesh(**vars(run.mesh)), {}, None
   if FLAGS.preflight:
     # Read and compared before anything is timed, too.

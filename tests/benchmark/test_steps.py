@@ -8,6 +8,7 @@ import types
 import jax
 import pytest
 
+from configs import places_lt
 from diffdis_jax.benchmark import __main__ as benchmark
 from diffdis_jax.benchmark import steps
 from diffdis_jax.config.run import Run
@@ -93,6 +94,14 @@ def test_a_step_of_one_task_has_no_switch_of_the_other(monkeypatch):
     "generation": {"snr_gamma", "dispersive_weight", False},
     "discrimination": {"noised_image_share", False},
   }
+
+
+@pytest.mark.parametrize("config", [tiny.get_config("autoencoder"), places_lt.get_config("stage=1,backbone=clip")])
+def test_a_config_of_another_step_is_refused_by_what_it_trains(config):
+  """And not told to take the config that it is of, or to train an autoencoder first."""
+  run = Run.of(config)
+  with pytest.raises(UserError, match=f"and this config's objective is {run.objectives[0]}; its own pace is in"):
+    benchmark.time_steps(run)
 
 
 def test_operations_of_loops_count_as_often_as_they_turn():
