@@ -89,15 +89,9 @@ def attend(
   return _choose(q, k, mask).run(q, k, v, mask, False).out
 
 
-def attend_with_lse(
-  q: Float[Array, "b n h d"],
-  k: Float[Array, "b m h d"],
-  v: Float[Array, "b m h d"],
-  *,
-  mask: Bool[Array, "n m"] | None = None,
-) -> Attended:
+def attend_with_lse(q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]) -> Attended:
   """Attention, and the logarithm of each softmax's denominator, f32, which `merge_extra_key` takes."""
-  return _choose(q, k, mask, with_lse=True).run(q, k, v, mask, True)
+  return _choose(q, k, None, with_lse=True).run(q, k, v, None, True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
