@@ -55,7 +55,7 @@ MUTATIONS = (
   # Samplers, schedules, guidance.
   Mutation("method/samplers.py", "x_t, prediction = s_prev / s,", "x_t, prediction = s / s_prev,", SAMPLERS),
   Mutation("method/samplers.py", "prediction = a_prev / a, s_prev -", "prediction = a_prev / a, s_prev +", SAMPLERS),
-  Mutation("method/schedules.py", "(num_timesteps // num_steps) + 1", "(num_timesteps // num_steps)", SAMPLERS),
+  Mutation("method/schedules.py", "(NUM_TIMESTEPS // num_steps) + 1", "(NUM_TIMESTEPS // num_steps)", SAMPLERS),
   Mutation("method/schedules.py", "/ 1.008 * np.pi / 2) ** 2", "/ 1.008 * np.pi / 2)", SCHEDULES),
   Mutation("method/schedules.py", "(x_t - s * prediction) / (gamma * a)", "(x_t - s * prediction) / a", SCHEDULES),
   Mutation(

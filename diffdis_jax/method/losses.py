@@ -13,6 +13,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Integer, UInt32
 
 from diffdis_jax.config.model import MAX_TEMPERATURE
+from diffdis_jax.config.sections import NUM_TIMESTEPS
 from diffdis_jax.method import schedules
 from diffdis_jax.method.schedules import Schedule
 
@@ -219,10 +220,10 @@ def caption_ids(tokens: Int[Array, "b l"]) -> UInt32[Array, "b"]:
   return jnp.sum(tokens.astype(jnp.uint32) * powers, axis=1, dtype=jnp.uint32)
 
 
-def by_timestep_quarter(per_sample: Float[Array, "b"], t: Int[Array, "b"], num_timesteps: int = 1000) -> Quarters:
+def by_timestep_quarter(per_sample: Float[Array, "b"], t: Int[Array, "b"]) -> Quarters:
   """Sums and counts of a per-sample loss by the quarter of 0 ... T-1 that its timestep lies in."""
   # Sums and counts rather than means: a quarter without a sample in one microbatch has none to give.
-  quarter = jax.nn.one_hot(t * 4 // num_timesteps, 4, dtype=jnp.float32)
+  quarter = jax.nn.one_hot(t * 4 // NUM_TIMESTEPS, 4, dtype=jnp.float32)
   return Quarters(sum=jnp.sum(per_sample[:, None] * quarter, axis=0), count=quarter.sum(axis=0))
 
 

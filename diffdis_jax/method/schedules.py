@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from diffdis_jax.config.sections import SCHEDULES, TARGETS, ImageDiffusion, TextDiffusion
+from diffdis_jax.config.sections import NUM_TIMESTEPS, SCHEDULES, TARGETS, ImageDiffusion, TextDiffusion
 from diffdis_jax.errors import UserError, check_choice
 
 Target = str  # one of TARGETS
@@ -64,7 +64,7 @@ def _cosine(n: int) -> Float[np.ndarray, "T"]:
 _BETAS = {"scaled_linear": _scaled_linear, "linear": _linear, "cosine": _cosine}  # SCHEDULES
 
 
-def noise_schedule(name: str, num_timesteps: int = 1000) -> Schedule:
+def noise_schedule(name: str) -> Schedule:
   """The schedule of that name, one of SCHEDULES.
 
   `scaled_linear` is what Stable Diffusion's code and the paper's appendix call "linear".
@@ -73,7 +73,7 @@ def noise_schedule(name: str, num_timesteps: int = 1000) -> Schedule:
     UserError: no schedule has that name.
   """
   check_choice("schedule", name, SCHEDULES)
-  betas = _BETAS[name](num_timesteps)
+  betas = _BETAS[name](NUM_TIMESTEPS)
   return Schedule(name=name, betas=betas, alpha_bar=np.cumprod(1 - betas))
 
 
@@ -102,20 +102,20 @@ class Process:
     return noise_schedule(self.schedule)
 
 
-def leading(num_steps: int, num_timesteps: int = 1000) -> Timesteps:
+def leading(num_steps: int) -> Timesteps:
   """Stable Diffusion's steps: multiples of T // n, offset by 1, ending at ᾱ(0). For n = 50: 981, 961, ..., 1.
 
   Raises:
     UserError: not 1 ... T-1 steps.
   """
-  if not 1 <= num_steps < num_timesteps:
-    raise UserError(f"{num_steps} sampling steps; leading spacing takes 1 to {num_timesteps - 1}")
+  if not 1 <= num_steps < NUM_TIMESTEPS:
+    raise UserError(f"{num_steps} sampling steps; leading spacing takes 1 to {NUM_TIMESTEPS - 1}")
   # The offset and ᾱ(0) at the end are those of Stable Diffusion's published settings, which exports must match.
-  t = np.arange(num_steps)[::-1] * (num_timesteps // num_steps) + 1
+  t = np.arange(num_steps)[::-1] * (NUM_TIMESTEPS // num_steps) + 1
   return Timesteps(t=t.astype(np.int32), t_prev=np.append(t[1:], 0).astype(np.int32))
 
 
-def trailing(num_steps: int, num_timesteps: int = 1000) -> Timesteps:
+def trailing(num_steps: int) -> Timesteps:
   """Steps from T-1, where the marginal is N(0, I), to the data. For n = 1: the single evaluation at T-1.
 
   The discrimination side's spacing (the spacing for n > 1 is not stated by the paper). Where the step count does not
@@ -124,9 +124,9 @@ def trailing(num_steps: int, num_timesteps: int = 1000) -> Timesteps:
   Raises:
     UserError: not 1 ... T steps.
   """
-  if not 1 <= num_steps <= num_timesteps:
-    raise UserError(f"{num_steps} sampling steps; trailing spacing takes 1 to {num_timesteps}")
-  t = np.round(np.arange(num_timesteps, 0, -num_timesteps / num_steps))[:num_steps] - 1  # arange may give one too many
+  if not 1 <= num_steps <= NUM_TIMESTEPS:
+    raise UserError(f"{num_steps} sampling steps; trailing spacing takes 1 to {NUM_TIMESTEPS}")
+  t = np.round(np.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / num_steps))[:num_steps] - 1  # arange may give one too many
   return Timesteps(t=t.astype(np.int32), t_prev=np.append(t[1:], DATA).astype(np.int32))
 
 
