@@ -197,7 +197,10 @@ def evaluate(
   Raises:
     UserError: bad settings, data or checkpoint, or kept records of other weights; before anything is measured.
   """
-  made = _create(sections, check)
+  # Everything is opened and checked before the model is loaded: the last of many sets must not fail after hours.
+  made = [(section, section.create()) for section in sections]
+  for section, evaluation in made:
+    check(section.dataset, evaluation)
   _check_same_on_all(sections)
   step, ema = restore.choose(run, step, ema=ema)
   model, params = inference.load(run, step=step, ema=ema, **protocol)
@@ -223,15 +226,6 @@ def evaluate(
   if ranked is not None and failures:
     ranked.write_lowest(failures)
   return results
-
-
-def _create(sections: Sequence[Section], check: Callable[[str, base.Eval], None]) -> list[tuple[Section, base.Eval]]:
-  """Each section and its evaluation, checked. Raises UserError: bad settings or data."""
-  # Everything is opened and checked before the model is loaded: the last of many sets must not fail after hours.
-  made = [(section, section.create()) for section in sections]
-  for section, evaluation in made:
-    check(section.dataset, evaluation)
-  return made
 
 
 def _check_same_on_all(sections: Sequence[Section]) -> None:
