@@ -100,7 +100,10 @@ class LinearProbe:
     if not val_split:
       order = np.random.default_rng(seed).permutation(rows["train"])
       rows["val"], rows["train"] = np.split(order, [round(HELD_OUT * len(order))])
-    names = {name: _labels(self._sources[name], label_field, rows[name]) for name in rows}
+    names = {
+      name: [str(base.get_field(base.fields(source, i), label_field)) for i in rows[name]]
+      for name, source in self._sources.items()
+    }
     if not val_split:  # of few images a class, chance may hold out all of one, which the test would then lack
       lost = {*names["val"]} - {*names["train"]}
       back = [names["val"].index(name) for name in sorted(lost)]
@@ -173,7 +176,8 @@ class LinearProbe:
         x = base.embed_images(inference, params, source, each.x, seed=self._seed)
         found.setdefault("embedding", {})[name] = Examples(x, each.labels)
       if not inference.network.is_clip:
-        x = self._middle_maps(inference, params, base.Images(source, each.x, inference.image_size))
+        images = base.Images(source, each.x, inference.image_size)
+        x = inference.batched(functools.partial(self._program_of(inference), params), images)
         found.setdefault("middle", {})[name] = Examples(x, each.labels)
     return found
 
@@ -182,9 +186,6 @@ class LinearProbe:
       return None
     given = inference.network.condition_timestep if inference.aligned else 0
     return given if self._timestep is None else self._timestep
-
-  def _middle_maps(self, inference: Any, params: Mapping[str, Any], images: base.Images) -> Float[np.ndarray, "n d"]:
-    return inference.batched(functools.partial(self._program_of(inference), params), images)
 
   def _compile(self, inference: Any) -> Callable[..., Array]:
     t = self._middle_timestep(inference)
@@ -255,7 +256,3 @@ def _read_shots(text: str | int) -> int | None:
   if str(text).isdecimal() and int(text) >= 1:
     return int(text)
   raise UserError(f"shots has {text!r}; it should be numbers from 1 on, or all, such as 1,2,4,8,16,all")
-
-
-def _labels(source: Any, field: str, rows: Int[np.ndarray, " n"]) -> list[str]:
-  return [str(base.get_field(base.fields(source, i), field)) for i in rows]
