@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from diffdis_jax.config import sections
 from diffdis_jax.data import long_tail, sources
@@ -104,7 +104,9 @@ class LongTail:
     metrics |= self._by_group("knn_acc", nearest.vote(classes) == self.labels)
     # Stage 1 has a backbone alone; the head comes with stage 2.
     if inference.network.model.head is not None:
-      logits = self._class_logits(inference, params)
+      shown = base.Images(self.source, indices, inference.image_size, **self._squares)
+      # By the seed of base.embed_images, so that the head sees the noise by which its backbone is measured.
+      logits = inference.class_logits(params, shown, seed=self._seed)
       # The mix of the branches' softmax is VL-LTR's prediction. By the sum of logits, below, its code gives the groups.
       predicted = np.asarray(lgr.mixed_prediction(jnp.asarray(logits).swapaxes(0, 1), self._visual_share))
       metrics |= self._by_group("acc", predicted.argmax(axis=1) == self.labels)
@@ -112,11 +114,6 @@ class LongTail:
         metrics |= self._by_group(f"acc_{branch}", logits[:, number].argmax(axis=1) == self.labels)
       metrics |= self._by_group("acc_summed", logits.sum(axis=1).argmax(axis=1) == self.labels)
     return metrics
-
-  def _class_logits(self, inference: Any, params: Mapping[str, Any]) -> Float[np.ndarray, "n 2 k"]:
-    images = base.Images(self.source, np.arange(len(self.labels)), inference.image_size, **self._squares)
-    # By the seed of base.embed_images, so that the head sees the noise by which its backbone is measured.
-    return inference.class_logits(params, images, seed=self._seed)
 
   def _by_group(self, name: str, right: Bool[np.ndarray, " n"]) -> dict[str, float]:
     """The share of right answers, and that among the images of each group that has any."""
