@@ -104,25 +104,15 @@ class Section:
 
 
 class _Rendered(Section):
-  """Rendered by index."""
-
-  KIND: ClassVar[Any]
-  SPLITS: ClassVar[Mapping[str, int]]
+  """Shapes or scenes, rendered by index."""
 
   def open(self) -> Source:
-    if self.split not in self.SPLITS:
-      raise UserError(f"{self.name} has no split {self.split!r}; there are {', '.join(self.SPLITS)}")
+    kind, splits = (scenes.Scenes, scenes.SPLITS) if self.name == "scenes" else (shapes.Shapes, shapes.SPLITS)
+    if self.split not in splits:
+      raise UserError(f"{self.name} has no split {self.split!r}; there are {', '.join(splits)}")
     return self._recaptioned(
-      self.KIND(split=self.split, image_size=self.image_size, seed=self.seed, num_images=self.num_images)
+      kind(split=self.split, image_size=self.image_size, seed=self.seed, num_images=self.num_images)
     )
-
-
-class _Shapes(_Rendered):
-  KIND, SPLITS = shapes.Shapes, shapes.SPLITS
-
-
-class _Scenes(_Rendered):
-  KIND, SPLITS = scenes.Scenes, scenes.SPLITS
 
 
 class _Pairs(Section):
@@ -193,10 +183,10 @@ class _Published(Section):
 # what its `data` has beside the fields of every run.
 _LIKE = {"split": "", "seed": 0, "num_images": 0, "caption_fields": ()}
 KINDS: dict[str, type[Section]] = {
-  "shapes": _Shapes,
+  "shapes": _Rendered,
   "pairs": _Pairs,
   "latents": _Latents,
-  "scenes": _Scenes,
+  "scenes": _Rendered,
   **dict.fromkeys(long_tail.NAMES, _LongTailed),
   **dict.fromkeys(find.NAMES, _Published),
 }
