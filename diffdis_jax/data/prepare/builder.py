@@ -138,8 +138,7 @@ class CaptionedImages(tfds.core.GeneratorBasedBuilder):
     for split, each in shards.items():
       infos.append(self._link(split, each.files))
       metadata[split] = dataclasses.asdict(each.report)
-    for name, facts in self._stage.facts().items():
-      metadata[name] = facts
+    metadata.update(self._stage.facts())
     self.info.set_splits(tfds.core.SplitDict(infos))
 
   def _shards(self, parts: Sequence[Part], duplicates: Mapping[str, list[int]]) -> _Shards:

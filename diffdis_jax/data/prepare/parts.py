@@ -113,11 +113,7 @@ def tars(source: pathlib.Path) -> list[Part]:
 
 
 def files(items: Iterable[Item], *, split: str, root: pathlib.Path) -> list[Part]:
-  """Loose files of one split, in order, cut into parts.
-
-  Raises:
-    UserError: two parts of the same name, which a split's name with odd characters leads to.
-  """
+  """Loose files of one split, in order, cut into parts."""
   # Cut as they are read: a table may have millions of rows.
   items, found = iter(items), []
   while chunk := tuple(itertools.islice(items, ITEMS)):
