@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from scipy import special
 
 from diffdis_jax.app import charts
 from diffdis_jax.app.draw import MOST_SEED
@@ -52,22 +53,16 @@ def guesses(
     queries: ê_0 of each noise sample, L2-normalised.
     temperature: τ of the contrastive loss.
   """
-  alone = _softmax(temperature * queries @ texts.T)
+  alone = special.softmax(temperature * queries @ texts.T, axis=-1)
   mean = queries.mean(axis=0)
   # τ is for unit vectors, and the mean of several is shorter.
-  share = _softmax(temperature * (mean / np.linalg.norm(mean)) @ texts.T)
+  share = special.softmax(temperature * (mean / np.linalg.norm(mean)) @ texts.T)
   firsts = np.bincount(alone.argmax(axis=1), minlength=len(names))
   # Stable, so that equal names stay in the order in which they were typed.
   order = np.argsort(-share, kind="stable")
   columns = share, alone.min(axis=0), alone.max(axis=0)
   shares = np.stack(columns, axis=1).tolist()
   return [Guess(names[int(i)], *shares[int(i)], firsts=int(firsts[i])) for i in order]
-
-
-def _softmax(logits: Float[np.ndarray, "*b n"]) -> Float[np.ndarray, "*b n"]:
-  # Without the maximum taken off float32 overflows at 88, and τ may be 100.
-  odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
-  return odds / odds.sum(axis=-1, keepdims=True)
 
 
 def read_square(
