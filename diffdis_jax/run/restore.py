@@ -158,15 +158,15 @@ def _read_averaged(path: epath.Path, abstract: Params | None) -> Params:
   return raw | _read_tree(path / "ema", abstract and {name: abstract[name] for name in averaged if name in abstract})
 
 
-def saved_params(workdir: epath.PathLike, *, step: int | None = None) -> Params:
-  """Shapes and dtypes of a run's parameters, as jax.ShapeDtypeStruct.
+def saved_params(workdir: epath.PathLike) -> Params:
+  """Shapes and dtypes of a run's newest parameters, as jax.ShapeDtypeStruct.
 
   Raises:
-    UserError: no such checkpoint.
+    UserError: there is no checkpoint.
   """
   if (file := one_file.at(workdir)) is not None:
     return dict(_arrays(one_file.read_params(file)))
-  return dict(_saved(find(workdir, step) / "params"))
+  return dict(_saved(find(workdir) / "params"))
 
 
 def initialised(workdir: epath.PathLike) -> set[str]:
