@@ -79,7 +79,7 @@ def write(
   configs = {
     "config.json": sections.write_clip(text, vision),
     "preprocessor_config.json": _preprocessor(image_size),
-    "open_clip_config.json": openclip.write_config({**model, "vision_encoder": vision}, mean=PIXEL_MEAN, std=PIXEL_STD),
+    "open_clip_config.json": openclip.write_config({**model, "vision_encoder": vision}),
   }
   to_torch.write_configs(folder, configs)
 

@@ -15,6 +15,7 @@ from jaxtyping import Shaped
 
 from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.interop.tensor_files import Tensor, Tensors
+from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 
 MARK = "visual.conv1.weight"
 """A tensor that every vision transformer of it has."""
@@ -173,8 +174,8 @@ def read_config(config: Mapping[str, Any], found: Mapping[str, Any], where: str)
   return model
 
 
-def write_config(model: Mapping[str, Any], *, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
-  """open_clip_config.json of a `model` section; mean and std are of the pixels."""
+def write_config(model: Mapping[str, Any]) -> dict[str, Any]:
+  """open_clip_config.json of a `model` section."""
   text, vision = model["text_encoder"], model["vision_encoder"]
   return {
     "model_cfg": {
@@ -183,7 +184,7 @@ def write_config(model: Mapping[str, Any], *, mean: tuple[float, ...], std: tupl
       "vision_cfg": _tower(vision, _VISION) | {"head_width": vision["width"] // vision["num_heads"]},
       "text_cfg": _tower(text, _TEXT),
     },
-    "preprocess_cfg": {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "shortest"},
+    "preprocess_cfg": {"mean": PIXEL_MEAN, "std": PIXEL_STD, "interpolation": "bicubic", "resize_mode": "shortest"},
   }
 
 

@@ -15,7 +15,7 @@ from diffdis_jax.interop.tensor_files import Tensor
 
 def make(model: ConfigDict) -> CLIP:
   """Of a config's `model` section, with fresh parameters."""
-  said = openclip.write_config(model.to_dict(), mean=(), std=())["model_cfg"]
+  said = openclip.write_config(model.to_dict())["model_cfg"]
   vision, text = CLIPVisionCfg(**said["vision_cfg"]), CLIPTextCfg(**said["text_cfg"])
   return CLIP(said["embed_dim"], vision, text, quick_gelu=said["quick_gelu"])
 
