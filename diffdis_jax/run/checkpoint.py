@@ -33,6 +33,8 @@ from diffdis_jax.run import committed, digests, restore
 from diffdis_jax.run.restore import Restored
 from diffdis_jax.structs import TrainState
 
+SAVE_TIMEOUT = 1200  # seconds after which a save in the background has failed
+
 
 class Checkpointer:
   """Saves a run in the background, and resumes it. One per training run: it clears away interrupted saves.
@@ -42,12 +44,9 @@ class Checkpointer:
   Args:
     workdir: folder of the run.
     kept: which checkpoints stay.
-    save_timeout: seconds after which a save in the background has failed.
   """
 
-  def __init__(
-    self, workdir: epath.PathLike, kept: CheckpointPolicy | None = None, *, save_timeout: int = 1200
-  ) -> None:
+  def __init__(self, workdir: epath.PathLike, kept: CheckpointPolicy | None = None) -> None:
     kept = kept or CheckpointPolicy()
     self._workdir = workdir
     self._saving = -1  # the step whose save is in progress
@@ -59,7 +58,7 @@ class Checkpointer:
     if kept.keep_best:
       # Before Orbax reads them, and deletes those that are not best.
       processes.on_first(lambda: restore.check_metrics(committed.folder(workdir)))
-    self._kept, self._save_timeout = kept, save_timeout
+    self._kept = kept
     self._manager = self._open_manager()
 
   def _open_manager(self) -> ocp.CheckpointManager:
@@ -79,7 +78,7 @@ class Checkpointer:
         cleanup_tmp_directories=True,
         best_fn=rank if kept.keep_best else None,
         # In the background too, on process 0, when every process has written its files.
-        async_options=ocp.AsyncOptions(timeout_secs=self._save_timeout, post_finalization_callback=self._write_digests),
+        async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT, post_finalization_callback=self._write_digests),
       ),
     )
 

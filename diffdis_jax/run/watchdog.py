@@ -26,7 +26,7 @@ PATIENCE = 60.0  # seconds beside three medians
 MEDIANS = 3.0
 FIRST_TIME = 7200.0  # seconds for what has no median yet: it may compile
 # Seconds beside the medians of what waits for storage, which is tried again for some minutes, or writes gigabytes, for
-# which Orbax waits 1200 s (checkpoint.Checkpointer).
+# which Orbax waits 1200 s (checkpoint.SAVE_TIMEOUT).
 STORAGE = 1500.0
 REMEMBERED = 101  # durations of one thing
 LOOK = 1.0  # seconds between two looks
