@@ -148,6 +148,6 @@ def _check(claims: Sequence[Claim], rows: Sequence[Row]) -> None:
         raise UserError(f"a claim names arm {label!r}; measured are {', '.join(by_label)}")
       # Of what its runs measure: an evaluation of what an arm does not train is left out of them.
       config = tables.changed(by_label[label].own_base or {}, by_label[label].changes)
-      known = [column.name for column in columns.columns_of(plan.measured(config, config["objectives"]))]
+      known = [column.name for column in columns.columns_of(plan.measured(config))]
       if claim.column not in known:
         raise UserError(f"a claim names column {claim.column!r}, which arm {label} lacks; it has {', '.join(known)}")

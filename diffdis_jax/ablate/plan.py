@@ -169,7 +169,7 @@ def _make_run(
   """The run of a row, from `known`, or new and put there with what it starts from."""
   config = tables.changed(row.own_base or base, {**row.changes, "seed": seed})
   objectives: Sequence[str] = config["objectives"]
-  trained = measured(config, objectives) if row.measured else {}
+  trained = measured(config) if row.measured else {}
   if row.measured and not trained:
     raise UserError(f"row {row.label}: no evaluation of the base measures objectives {', '.join(objectives)}")
   config["train_evals"] = tuple(name for name in config["train_evals"] if name in trained)
@@ -188,8 +188,9 @@ def _make_run(
   return _add(known, Run(f"{name}-seed_{seed}-{digest(fields)}", config, first, trained))
 
 
-def measured(config: Config, objectives: Sequence[str]) -> dict[str, Any]:
+def measured(config: Config) -> dict[str, Any]:
   """The evaluations of what is trained; others would measure chance, and their cells stay blank instead."""
+  objectives: Sequence[str] = config["objectives"]
   measures = lambda task: {*evals.MEASURES.get(task, objectives)} & {*objectives}
   return {name: section for name, section in config["evals"].items() if measures(section["task"])}
 
