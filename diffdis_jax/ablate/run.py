@@ -7,7 +7,6 @@ import os
 import queue
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -232,19 +231,15 @@ class _Children:
     """Takes both signals, where this is the main thread; leaves no process behind."""
     # The handler does nothing: a thread stops the runs' processes, whose ends the main thread waits for.
     listener = signals.Listener([signal.SIGTERM, signal.SIGINT], lambda number, frame: None, self._hear)
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main:
-      listener.start()
-    try:
-      yield self
-    except Preempted:
-      if self._interrupted:
-        raise Interrupted from None
-      raise
-    finally:
-      self.stop()
-      if is_main:
-        listener.stop()
+    with listener.listening():
+      try:
+        yield self
+      except Preempted:
+        if self._interrupted:
+          raise Interrupted from None
+        raise
+      finally:
+        self.stop()
 
   def _hear(self, number: int) -> None:
     if number == signal.SIGINT and self._interrupted:

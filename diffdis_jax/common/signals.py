@@ -26,7 +26,7 @@ _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 class Listener:
-  """Takes signals from `start` to `stop`. Listeners nest: the one started last hears them.
+  """Takes signals from `start` on, or within `listening`. Listeners nest: the one started last hears them.
 
   One that is ignored stays so, as SIGINT is in what a shell without job control runs in the background.
 
@@ -53,13 +53,21 @@ class Listener:
     self._writer_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
     threading.Thread(target=self._read, args=(reader,), name="signals", daemon=True).start()
 
-  def stop(self) -> None:
-    """In the main thread."""
-    # First, so that no signal is written into a pipe that is closed; and closing it ends the thread.
-    signal.set_wakeup_fd(self._writer_before)
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-    os.close(self._writer)
+  @contextlib.contextmanager
+  def listening(self) -> Iterator[None]:
+    """Takes them within, where this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+      yield
+      return
+    self.start()
+    try:
+      yield
+    finally:
+      # First, so that no signal is written into a pipe that is closed; and closing it ends the thread.
+      signal.set_wakeup_fd(self._writer_before)
+      for number, handler in self._before.items():
+        signal.signal(number, handler)
+      os.close(self._writer)
 
   def _read(self, reader: int) -> None:
     with os.fdopen(reader, "rb", buffering=0) as numbers:

@@ -400,16 +400,9 @@ class PreemptionHandler:
   @contextlib.contextmanager
   def listening(self) -> Iterator[None]:
     """Takes both signals, where this is the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-      yield
-      return
     self._is_guest = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # which commands replace
-    listener = signals.Listener(_SIGNALS, self._on_signal, self._hear)
-    listener.start()
-    try:
+    with signals.Listener(_SIGNALS, self._on_signal, self._hear).listening():
       yield
-    finally:
-      listener.stop()
 
   def begin(self) -> None:
     """From here on there is something to save: call it before the first step."""
