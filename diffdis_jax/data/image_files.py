@@ -31,6 +31,13 @@ def open_image(data: bytes) -> Image.Image:
   return image
 
 
+def png(image: Image.Image) -> bytes:
+  """The image's file, without loss."""
+  file = io.BytesIO()
+  image.save(file, "PNG")
+  return file.getvalue()
+
+
 class _Tile(NamedTuple):
   width: int
   height: int

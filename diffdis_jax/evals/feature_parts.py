@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from diffdis_jax.common import buckets, files
+from diffdis_jax.data import image_files
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.evals.drawn_prompts import Part
 from diffdis_jax.parallel import processes
@@ -83,9 +84,7 @@ class PartsFolder:
       if self.keep_images:
         (self._folder / "images").mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
-          buffer = io.BytesIO()
-          Image.fromarray(image).save(buffer, format="PNG")
-          files.write_whole(self._image(part.first + i), buffer.getvalue())
+          files.write_whole(self._image(part.first + i), image_files.png(Image.fromarray(image)))
       self._folder.mkdir(parents=True, exist_ok=True)
       buffer = io.BytesIO()
       header = json.dumps(self._header(part), sort_keys=True)

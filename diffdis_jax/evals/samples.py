@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from diffdis_jax.common import buckets, files
+from diffdis_jax.data import image_files
 
 TILE = 128  # pixels: smaller images are enlarged by a whole factor until they are about as wide
 FONT_SIZE = 13
@@ -28,9 +28,7 @@ def save_grid(
   Raises:
     ValueError: not one caption an image, or no image.
   """
-  buffer = io.BytesIO()
-  draw_grid(images, captions, columns=columns).save(buffer, format="PNG")
-  files.write_whole(buckets.path(path), buffer.getvalue())
+  files.write_whole(buckets.path(path), image_files.png(draw_grid(images, captions, columns=columns)))
 
 
 def draw_grid(images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], *, columns: int) -> Image.Image:

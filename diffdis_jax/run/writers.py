@@ -27,6 +27,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from diffdis_jax.common import buckets, files, progress
+from diffdis_jax.data import image_files
 from diffdis_jax.errors import FULL_DISK, may_pass
 from diffdis_jax.run import history
 from diffdis_jax.run.trackers import Tracker
@@ -63,18 +64,17 @@ class Writer:
 
   def image(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
     """One picture, such as a grid of samples: samples/<name>_<step>.png, and TensorBoard."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="png")
+    content = image_files.png(Image.fromarray(image))
     file = self._path / "samples" / f"{name}_{step:08d}.png"
     try:
       file.parent.mkdir(parents=True, exist_ok=True)
-      files.write_whole(file, buffer.getvalue())
+      files.write_whole(file, content)
     except Exception as error:
       if not (may_pass(error) or getattr(error, "errno", None) in FULL_DISK):
         raise
       logging.warning("cannot write %s: %s; it is left out", file, getattr(error, "strerror", None) or error)
     height, width, channels = image.shape
-    png = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=buffer.getvalue())
+    png = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=content)
     self._write_values(step, [Summary.Value(tag=name, image=png)])
     if self._tracker:
       self._tracker.image(step, name, image)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import json
 import pathlib
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffdis_jax.data import image_files
 from diffdis_jax.data.layouts import class_lists, find
 from diffdis_jax.data.layouts.labelled import Labelled
 from diffdis_jax.data.prepare import parts
@@ -59,7 +59,8 @@ class SetPart:
         image = source.images[index]
       except Unusable:
         image = None  # which the preparation counts, as of any source
-      data = _png(image) if isinstance(image, np.ndarray) else image
+      # Lossless: CIFAR's 32 px would not survive a JPEG.
+      data = image_files.png(Image.fromarray(image)) if isinstance(image, np.ndarray) else image
       yield RawPair(f"{index:08d}", data, fields["caption"].encode(), json.dumps(metadata).encode())
 
 
@@ -84,10 +85,3 @@ def _open(root: pathlib.Path, set_name: str) -> Labelled:
   found = find.open_set(root, set_name)
   assert isinstance(found, Labelled)
   return found
-
-
-def _png(image: np.ndarray) -> bytes:
-  # Lossless: CIFAR's 32 px would not survive a JPEG.
-  file = io.BytesIO()
-  Image.fromarray(image).save(file, "PNG")
-  return file.getvalue()
