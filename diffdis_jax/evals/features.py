@@ -16,10 +16,7 @@ from diffdis_jax.common.params import merge
 from diffdis_jax.errors import check_choice
 from diffdis_jax.evals import resize
 from diffdis_jax.interop import inception as inception_file
-from diffdis_jax.models.inception import WIDTH, Features
 from diffdis_jax.parallel import batches, programs, sharding
-
-WIDTHS = (64, 192, 768, WIDTH)  # of the layers of Features
 
 
 class Extractor:
@@ -53,27 +50,19 @@ class Extractor:
     compiled = lambda name, f: programs.Program(name, jax.jit(sharding.traced_for(mesh, f, matmul_precision="highest")))
     # Two programs: the resize depends on the images' size, and the network, which takes long to compile, does not.
     self._normalise = compiled("the resize for Inception", self._normalised)
-    self._network = compiled("Inception", self._layers)
+    self._network = compiled("Inception", self._features)
 
   def __call__(self, images: UInt8[np.ndarray, "n h w 3"] | Any) -> Float[np.ndarray, "n 2048"]:
     """The features of FID, of images or of what gives images by `[places]`, as `base.Images` does."""
-    return np.asarray(self.layers(images).pool)
-
-  def layers(self, images: UInt8[np.ndarray, "n h w 3"] | Any) -> Features:
-    """All four layers' features."""
     # clean-fid resizes by PIL, which runs on the host. TensorFlow's resize is a few gathers, on the device.
     shown = _Clean(images) if self._kind == "clean" else images
-    # All layers as one array, since rows of batches are gathered from all processes as one.
-    rows = self._batched(lambda x: self._network(self._params, self._normalise(x)), shown)
-    found: list[Any] = np.split(rows, np.cumsum(WIDTHS)[:-1], axis=1)
-    return Features(*found)
+    return self._batched(lambda x: self._network(self._params, self._normalise(x)), shown)
 
   def _normalised(self, images: UInt8[Array, "b h w 3"] | Float[Array, "b 299 299 3"]) -> Float[Array, "b 299 299 3"]:
     return resize.to_input(resize.tensorflow(images) if images.dtype == jnp.uint8 else images)
 
-  def _layers(self, params: Mapping[str, Any], x: Float[Array, "b 299 299 3"]) -> Float[Array, "b d"]:
-    found: Features = merge(*inception_file.module(), dict(params))(x)
-    return jnp.concatenate([found.first, found.second, found.middle, found.pool], axis=-1)
+  def _features(self, params: Mapping[str, Any], x: Float[Array, "b 299 299 3"]) -> Float[Array, "b 2048"]:
+    return merge(*inception_file.module(), dict(params))(x)
 
 
 @dataclasses.dataclass(frozen=True)

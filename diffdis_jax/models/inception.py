@@ -14,25 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Float
-
-from diffdis_jax.structs import AnyArray
 
 SIDE = 299  # pixels of an image
 WIDTH = 2048  # of the features of FID
 EPS = 1e-3
 CLASSES = 1008  # of the classifier after the features, which FID does without
-
-
-@struct.dataclass
-class Features:
-  """Means over the image of four layers. FID and KID are those of `pool` alone: other features, other measures."""
-
-  first: Float[AnyArray, "b 64"]  # after the first max pool
-  second: Float[AnyArray, "b 192"]  # after the second
-  middle: Float[AnyArray, "b 768"]  # of the last block of 17 x 17
-  pool: Float[AnyArray, "b 2048"]
 
 
 def max_pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
@@ -209,12 +197,12 @@ class Inception(nnx.Module):
     self.mixed_7b = BlockE(1280, last=False, rngs=rngs)
     self.mixed_7c = BlockE(2048, last=True, rngs=rngs)
 
-  def __call__(self, x: Float[Array, "b 299 299 3"]) -> Features:
-    """Of images in f32, (value - 128) / 128."""
-    first = max_pool(self.conv2d_2b_3x3(self.conv2d_2a_3x3(self.conv2d_1a_3x3(x))))
-    second = max_pool(self.conv2d_4a_3x3(self.conv2d_3b_1x1(first)))
-    small = self.mixed_6a(self.mixed_5d(self.mixed_5c(self.mixed_5b(second))))
-    middle = self.mixed_6e(self.mixed_6d(self.mixed_6c(self.mixed_6b(small))))
-    last = self.mixed_7c(self.mixed_7b(self.mixed_7a(middle)))
+  def __call__(self, x: Float[Array, "b 299 299 3"]) -> Float[Array, "b 2048"]:
+    """Features of images in f32, (value - 128) / 128."""
+    x = max_pool(self.conv2d_2b_3x3(self.conv2d_2a_3x3(self.conv2d_1a_3x3(x))))
+    x = max_pool(self.conv2d_4a_3x3(self.conv2d_3b_1x1(x)))
+    x = self.mixed_6a(self.mixed_5d(self.mixed_5c(self.mixed_5b(x))))
+    x = self.mixed_6e(self.mixed_6d(self.mixed_6c(self.mixed_6b(x))))
+    x = self.mixed_7c(self.mixed_7b(self.mixed_7a(x)))
     # Means over positions, where the original has an average pool of the whole map.
-    return Features(*(x.mean(axis=(1, 2)) for x in (first, second, middle, last)))
+    return x.mean(axis=(1, 2))

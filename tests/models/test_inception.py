@@ -59,18 +59,14 @@ def theirs(inception_file) -> fidelity.FeatureExtractorInceptionV3:
 def check_features(extractor: Extractor, theirs: fidelity.FeatureExtractorInceptionV3, each: int) -> None:
   for size in SIZES:
     images = draw(size, each)
-    found = extractor.layers(images)
     with torch.no_grad():
-      expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
-    for layer, name in zip(expected, ("first", "second", "middle", "pool"), strict=True):
-      assert layer.numpy().std() > 0.01, "the random network is dead"
-      assert relative(getattr(found, name), layer.numpy()) <= TOLERANCE, (size, name)
+      expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))[-1].numpy()
+    assert expected.std() > 0.01, "the random network is dead"
+    assert relative(extractor(images), expected) <= TOLERANCE, size
 
 
-def test_features_of_four_sizes_at_four_depths(extractor, theirs):
+def test_features_of_four_sizes(extractor, theirs):
   check_features(extractor, theirs, each=2)
-  images = draw((64, 64), 2)
-  np.testing.assert_array_equal(extractor(images), extractor.layers(images).pool)
 
 
 @pytest.mark.slow
@@ -174,7 +170,7 @@ def test_the_features_show_each_known_mistake(monkeypatch, extractor, theirs, in
   images = draw((256, 256), 2)
   with torch.no_grad():
     expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))[-1].numpy()
-  error = relative(broken.layers(images).pool, expected)
+  error = relative(broken(images), expected)
   read_inception.module.cache_clear()
   logging.info("%s: %.1e", trap, error)
   assert error > TOLERANCE
