@@ -26,7 +26,6 @@ DATA = -1  # the timestep, one before the first, at which ᾱ = 1: the data itse
 class Schedule:
   """A constant of the program (not a pytree: close over it), in float64 so that a sampler's coefficients are exact."""
 
-  name: str
   betas: Float[np.ndarray, "T"]
   alpha_bar: Float[np.ndarray, "T"]
 
@@ -74,7 +73,7 @@ def noise_schedule(name: str) -> Schedule:
   """
   check_choice("schedule", name, SCHEDULES)
   betas = _BETAS[name](NUM_TIMESTEPS)
-  return Schedule(name=name, betas=betas, alpha_bar=np.cumprod(1 - betas))
+  return Schedule(betas=betas, alpha_bar=np.cumprod(1 - betas))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
