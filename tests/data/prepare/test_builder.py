@@ -422,7 +422,7 @@ def raising(error: Exception):
   return serialized
 
 
-@pytest.mark.parametrize("content", [gzip.compress(bytes(20480)), b"<html>Not found</html>" * 50])
+@pytest.mark.parametrize("content", [gzip.compress(bytes(20480), mtime=0), b"<html>" * 200], ids=["gzip", "page"])
 def test_what_is_no_tar_is_named(tmp_path, content):
   for name in ("train-00000.tar", "train-00001.tar"):
     (tmp_path / name).write_bytes(content)
