@@ -14,7 +14,7 @@ from docs.figures.style import SMALL, Axes, Canvas, Palette, Scale
 from docs.measured import replication
 
 LEFT, RIGHT = 12, 708  # of the forest's scale
-TIMED = ("e1", "e2", "e4")  # which have arms of equal minutes; the arms of the others take as long as each other
+TIMED = ("e1", "e2", "e4", "e8")  # which have arms of equal minutes; the arms of the others take as long as each other
 
 
 def figures(found: Mapping[str, Any]) -> dict[str, Callable[[Palette], str]]:
