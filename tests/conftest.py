@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import logging
 import os
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from absl import logging as absl_logging
 
 from tests import compiled, forked, typechecking
 from tests.once import made_once
@@ -80,6 +82,16 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
   jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # they put the folder's path into each key
   yield
   compiled.keep(folder)
+
+
+@pytest.fixture(autouse=True)
+def verbosity_stays() -> Iterator[None]:
+  """What a test, or a command in its process, sets of absl's log does not reach the next one's."""
+  logger = absl_logging.get_absl_logger()
+  before = logger.level, logging.root.level
+  yield
+  logger.setLevel(before[0])
+  logging.root.setLevel(before[1])
 
 
 @pytest.fixture(scope="session", autouse=True)

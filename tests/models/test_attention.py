@@ -65,11 +65,17 @@ def test_both_paths_have_the_same_gradient():
   q, k, v = qkv(9, 9)
   mask = jnp.asarray(np.tril(np.ones((9, 9), bool)))
   # Its private name, since a public call of this size takes the other path.
-  paths = (attention.attend_with_lse, functools.partial(attention._attend_by_head, with_lse=True))
-  total = lambda f, qkv: sum(jnp.sum(jnp.sin(x)) for x in f(*qkv, mask=mask))
-  one, other = (jax.jit(jax.grad(functools.partial(total, f)))((q, k, v)) for f in paths)
-  for a, b in zip(one, other, strict=True):
-    assert networks.relative_error(a, b) < 1e-5
+  by_head = attention._attend_by_head
+  with_lse = attention.attend_with_lse, functools.partial(by_head, mask=None, with_lse=True)
+  masked = (
+    lambda *qkv: (attention.attend(*qkv, mask=mask),),
+    lambda *qkv: (by_head(*qkv, mask=mask, with_lse=False).out,),
+  )
+  total = lambda f, qkv: sum(jnp.sum(jnp.sin(x)) for x in f(*qkv))
+  for paths in (with_lse, masked):
+    one, other = (jax.jit(jax.grad(functools.partial(total, f)))((q, k, v)) for f in paths)
+    for a, b in zip(one, other, strict=True):
+      assert networks.relative_error(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("n", [6, 128])
