@@ -10,7 +10,6 @@ import dataclasses
 import io
 import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,10 +22,8 @@ from diffdis_jax.common import buckets, files
 from diffdis_jax.data import image_files
 from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.evals.drawn_prompts import Part
+from diffdis_jax.evals.reference import UNREADABLE
 from diffdis_jax.parallel import processes
-
-_UNREADABLE = (UserError, OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, zipfile.BadZipFile)
-_UNREADABLE += (RuntimeError, MemoryError)  # of a header that claims what no such file has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +134,7 @@ class PartsFolder:
       with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         found = {name: file[name] for name in ("features", "similarity")}
         return {**found, "header": parse_json(str(file["header"]), "its header")}
-    except _UNREADABLE as error:
+    except (UserError, *UNREADABLE) as error:
       raise UserError(f"cannot read {os.fspath(path)}: {error}; remove it, and it is made again") from error
 
 

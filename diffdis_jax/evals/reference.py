@@ -29,8 +29,8 @@ FORM = "it should be an .npz with mu [2048] and sigma [2048, 2048], as pytorch-f
 # What of a reference's protocol must be as in the measurement, and what it is called.
 SAME = {"resize": "resize", "weights_sha256": "Inception weights"}
 # What numpy raises for a file that is damaged, or whose header claims what no such file has.
-_UNREADABLE = (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, RuntimeError, MemoryError)
-_UNREADABLE += (zipfile.BadZipFile, zlib.error)
+UNREADABLE = (OSError, EOFError, KeyError, ValueError, AttributeError, TypeError, RuntimeError, MemoryError)
+UNREADABLE += (zipfile.BadZipFile, zlib.error)
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -115,7 +115,7 @@ def read(path: str | os.PathLike[str]) -> Reference:
       parse_json(str(content["protocol"]), f"the protocol in --reference={path}") if "protocol" in content else None
     )
     count = int(content["num_images"]) if "num_images" in content else None
-  except _UNREADABLE as error:
+  except UNREADABLE as error:
     raise UserError(f"cannot read --reference={path}: {error}; {FORM}") from error
   if not isinstance(protocol, dict | None):
     raise UserError(f"cannot read --reference={path}: its protocol is {protocol!r}; {FORM}")
