@@ -149,6 +149,14 @@ def leave_to_parent(*_: int) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def begin_worker(*_: int) -> None:
+  """In a worker: leaves Ctrl-C to its parent, and ends when that is killed, instead of waiting for ever."""
+  leave_to_parent()
+  parent = multiprocessing.parent_process()
+  assert parent is not None  # a worker has one
+  threading.Thread(target=lambda: (parent.join(), os._exit(1)), name="parent", daemon=True).start()
+
+
 def while_importing() -> None:
   """What Ctrl-C does until a command, or a worker of one, runs its own code: imports take seconds.
 

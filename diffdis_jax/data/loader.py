@@ -143,8 +143,8 @@ def _read_ahead(
   if how.num_workers:
     if not flags.FLAGS.is_parsed():  # by a program that has none, such as a notebook; Grain asks for its own
       flags.FLAGS.mark_as_parsed()
-    # Ctrl-C in a terminal reaches the workers too; when they end their parent decides.
-    iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=how.num_workers), signals.leave_to_parent)
+    # Ctrl-C in a terminal reaches the workers too; when they end their parent decides, also by being killed.
+    iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=how.num_workers), signals.begin_worker)
   return iter(iterable)
 
 

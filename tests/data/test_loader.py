@@ -1,8 +1,14 @@
 import collections
 import contextlib
 import io
+import os
+import pathlib
 import pickle
+import signal
+import subprocess
+import sys
 import threading
+import time
 import types
 
 import grain
@@ -20,6 +26,8 @@ from diffdis_jax.data.prepare import builder, parts
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
+from tests.command_runs import ROOT
+from tests.interrupting import is_alive
 from tests.raw_pairs import faults, picture, write_tar
 
 TOKENIZER = Tokenizer(16)
@@ -443,3 +451,34 @@ def test_a_view_of_its_own_for_discrimination():
   np.testing.assert_array_equal(shared["image"], two["image"])
   assert two["discrimination_image"].shape == shared["image"].shape
   assert (two["discrimination_image"] != two["image"]).any()
+
+
+KILLED = """
+import sys, time
+from diffdis_jax.config.data import Loading
+from diffdis_jax.data import loader, sources
+from diffdis_jax.data.tokenizer import Tokenizer
+source = sources.open_source(name="shapes", image_size=16, num_images=40)
+how = dict(batch_size=4, image_size=16, seed=0, loading=Loading(num_threads=0, num_workers=1))
+iterator = loader.train_loader(source, tokenizer=Tokenizer(16), **how)
+next(iterator)
+sys.stdout.write("read\\n")
+sys.stdout.flush()
+time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_run_that_is_killed():
+  """Else they wait for ever with a full queue, and the next start has its own beside them."""
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  with subprocess.Popen([sys.executable, "-c", KILLED], env=env, stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == "read\n"
+    of_threads = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")  # by the thread that started them
+    children = [child for of_thread in of_threads for child in of_thread.read_text().split()]
+    process.kill()
+  deadline = time.monotonic() + 30
+  while (alive := [child for child in children if is_alive(child)]) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  for child in alive:
+    os.kill(int(child), signal.SIGKILL)
+  assert len(children) > 1 and not alive  # a worker, and multiprocessing's own process

@@ -12,10 +12,8 @@ import dataclasses
 import importlib
 import json
 import multiprocessing
-import os
 import pathlib
 import secrets
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -266,7 +264,7 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
   # Spawned: TFDS has threads by now, of which a fork would copy the locks and not the threads.
   context = multiprocessing.get_context("spawn")
   workers = min(num_processes, len(parts))
-  with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_begin_worker) as pool:
+  with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=signals.begin_worker) as pool:
     try:
       with signals.starting_workers():  # as the first parts are handed in
         futures = {pool.submit(stage.write, part): part for part in parts}
@@ -282,14 +280,6 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
       ) from error
     finally:
       pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker() -> None:
-  """Leaves Ctrl-C to the parent, and ends when that is killed, instead of waiting for work for ever."""
-  signals.leave_to_parent()
-  parent = multiprocessing.parent_process()
-  assert parent is not None  # a worker has one
-  threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def check_beam() -> None:
