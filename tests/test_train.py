@@ -16,7 +16,7 @@ from PIL import Image
 from diffdis_jax import evaluate, inference
 from diffdis_jax.common import cli
 from diffdis_jax.config import Run
-from diffdis_jax.data import shapes, sources
+from diffdis_jax.data import build, shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
@@ -442,3 +442,22 @@ def test_the_share_of_the_chips_peak_is_by_the_operations_of_a_step_in_which_not
   assert plain == pytest.approx(1e12 * mesh.size / program.operations)
   config.model.remat = "full"
   assert estimated.rate_at_peak(build_trainer(config, mesh)) == pytest.approx(plain)
+
+
+def test_a_run_that_fails_reads_no_further_batches(tmp_path, monkeypatch):
+  """What is read ahead would be waited for at the program's end, and worker processes live on in a notebook."""
+  opened = []
+
+  def open_loader(*args, **kwargs):
+    opened.append(build.open_loader(*args, **kwargs))
+    return opened[-1]
+
+  def fail(*args):
+    raise UserError("no such evaluation")
+
+  monkeypatch.setattr(loop, "open_loader", open_loader)
+  monkeypatch.setattr(loop, "make_evaluator", fail)
+  with pytest.raises(UserError, match="no such evaluation"):
+    loop.train_and_evaluate(Run.of(tiny.get_config()), str(tmp_path))
+  with pytest.raises(ValueError, match="closed"):
+    next(opened[0])

@@ -72,7 +72,11 @@ def train_and_evaluate(
     # Everything that can be wrong with a config or its data is found before the workdir is touched.
     prepared = prepared or Prepared.of(run, mesh, folder)
     trainer = prepared.trainer
-    iterator = open_loader(run, rows=sharding.local_rows(mesh, run.batch_size), latents=latent_shapes(trainer.network))
+    # Closed where the run fails or is stopped too: what is read ahead would be waited for at the program's end, and in
+    # a notebook, which keeps the error and all that it reached, worker processes would live on.
+    rows = sharding.local_rows(mesh, run.batch_size)
+    loader = open_loader(run, rows=rows, latents=latent_shapes(trainer.network))
+    iterator = stack.enter_context(contextlib.closing(loader))
     board = processes.Board() if jax.process_count() > 1 else None
     dog = stack.enter_context(watchdog.Watchdog(patience, board=board).watching())
     inference = make_inference(trainer, stop, dog)
