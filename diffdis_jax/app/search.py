@@ -65,7 +65,8 @@ class Index:
         if self._sampler.closed.is_set():
           return
         images = base.Images(self.source, self.indices[start : start + size], self._sampler.network.image_size)
-        queries = self._sampler.embed_images(images, seed=SEED + start)
+        # Read before the model's turn, for which requests would wait as long as for slow storage.
+        queries = self._sampler.embed_images(images[np.arange(len(images))], seed=SEED + start)
         if not self.embedded:
           self._queries = np.zeros((len(self.indices), queries.shape[1]), np.float32)
         # In this order: other threads read the first `embedded` rows at any time.

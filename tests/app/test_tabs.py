@@ -6,6 +6,7 @@ import itertools
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -342,3 +343,35 @@ def test_large_images_have_small_ones_in_the_strip():
   html = charts.strip([("9", (np.zeros((256, 256, 3), np.uint8),))])
   (image,) = pixels(html)
   assert image.shape == (64, 64, 3)
+
+
+def test_others_are_answered_while_images_to_search_are_waited_for():
+  """Of storage that is slow, or away for minutes."""
+  asked, there = threading.Event(), threading.Event()
+
+  class Slow(Source):
+    def __getitem__(self, index):
+      asked.set()
+      there.wait(30)
+      return super().__getitem__(index)
+
+  class InTurns(StepSampler):
+    def __init__(self):
+      super().__init__()
+      self._turns, self._seconds = ThreadPoolExecutor(1), 1.0
+
+    def embed_images(self, images, *, seed):
+      return self.patient().call(lambda: StepSampler.embed_images(self, images, seed=seed))
+
+  sampler = InTurns()
+  index = search.Index(sampler, Slow("red", "green"), None)
+  filling = threading.Thread(target=index.fill)
+  filling.start()
+  try:
+    assert asked.wait(30)
+    assert sampler.call(lambda: 1) == 1
+  finally:
+    there.set()
+    filling.join()
+    sampler.close()
+  assert index.state() == "2 images are searched."
