@@ -174,16 +174,24 @@ class Lock:
       self._beat()
     except OSError as error:
       _refuse(self._workdir, error)
-    time.sleep(SETTLING_IN_A_BUCKET if buckets.is_url(self._file) else SETTLING)
-    other = self._read() or {}
-    if other.get("owner", self._own["owner"]) != self._own["owner"]:
-      raise self._in_use(other)
-    self._thread.start()
+    try:
+      time.sleep(SETTLING_IN_A_BUCKET if buckets.is_url(self._file) else SETTLING)
+      other = self._read() or {}
+      if other.get("owner", self._own["owner"]) != self._own["owner"]:
+        raise self._in_use(other)
+      self._thread.start()
+    except BaseException:  # Ctrl-C too, after which a notebook lives on, and its next run would wait for this one
+      self._remove()
+      raise
     return self
 
   def __exit__(self, *_: object) -> None:
     self._done.set()
     self._thread.join()  # or a beat under way would write the file again
+    self._remove()
+
+  def _remove(self) -> None:
+    """The file, where it is this one's."""
     try:
       if (self._read() or {}).get("owner") == self._own["owner"]:
         self._file.unlink(missing_ok=True)

@@ -204,3 +204,16 @@ def test_a_lock_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch, cap
     monkeypatch.setattr(type(workdir.epath.Path(tmp_path)), "unlink", fail)
     raise KeyError("the run's own")
   assert f"cannot remove {tmp_path}/lock.json: Input/output error" in caplog.text
+
+
+def test_one_that_is_interrupted_as_it_begins_leaves_no_lock(tmp_path, monkeypatch):
+  """In a notebook, where the process lives on and would keep its own next run out."""
+
+  def interrupt(seconds):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    patched.setattr(time, "sleep", interrupt)
+    workdir.Lock(tmp_path).__enter__()
+  with workdir.Lock(tmp_path):
+    pass
