@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -80,7 +81,10 @@ class Store:
       logging.warning("%s is damaged (%s), and is made again", file, error)
       return None
     if self._limit is not None:
-      file.touch()  # a file's date says when it was used last, which is how room is made
+      # A file's date says when it was used last, which is how room is made. Another process may have removed it for
+      # that meanwhile, and it may be another user's.
+      with contextlib.suppress(OSError):
+        os.utime(file)
     return found
 
   def _write(self, file: pathlib.Path, content: bytes) -> None:
@@ -92,12 +96,15 @@ class Store:
       logging.warning("%s are not kept in %s: %s", self._what, self._folder, error.strerror or error)
 
   def _make_room(self, ending: str) -> None:
+    kept = []
+    for file in self._folder.glob(f"*{ending}") if self._limit is not None else ():
+      with contextlib.suppress(FileNotFoundError):  # another process may make room too
+        kept.append((file.stat(), file))
     size = 0
-    kept = self._folder.glob(f"*{ending}") if self._limit is not None else ()
-    for file in sorted(kept, key=lambda file: file.stat().st_mtime, reverse=True):
-      size += file.stat().st_size
+    for status, file in sorted(kept, key=lambda each: each[0].st_mtime, reverse=True):
+      size += status.st_size
       if size > (self._limit or 0):
-        file.unlink(missing_ok=True)  # another process may make room too
+        file.unlink(missing_ok=True)
 
 
 def _digest(content: bytes) -> bytes:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -55,3 +59,37 @@ def test_a_flipped_bit_is_seen(tmp_path, caplog):
     file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
     assert store.read_array(b"a", rows=3, dtype=np.float32) is None, place
   assert caplog.text.count("is damaged") == len(whole)
+
+
+def test_what_another_process_removes_meanwhile_is_read_and_does_not_come_back_empty(tmp_path, monkeypatch):
+  store, read = Store(tmp_path, "things", limit=10**6), pathlib.Path.read_bytes
+
+  def read_and_lost(path):
+    content = read(path)
+    path.unlink()
+    return content
+
+  store.write_array(b"a", ARRAY)
+  monkeypatch.setattr(pathlib.Path, "read_bytes", read_and_lost)
+  np.testing.assert_array_equal(store.read_array(b"a", rows=3, dtype=np.float32), ARRAY)
+  assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_of_another_user_is_read(tmp_path, monkeypatch):
+  def refuse(path, *args, **kwargs):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+
+  store = Store(tmp_path, "things", limit=10**6)
+  store.write_array(b"a", ARRAY)
+  monkeypatch.setattr(os, "utime", refuse)
+  monkeypatch.setattr(os, "open", refuse)  # as pathlib opens a file to write
+  np.testing.assert_array_equal(store.read_array(b"a", rows=3, dtype=np.float32), ARRAY)
+
+
+def test_two_processes_make_room_at_a_time(tmp_path, caplog):
+  (tmp_path / "gone.npy").symlink_to(tmp_path / "nowhere")  # listed, and not there when it is looked at
+  store = Store(tmp_path, "things", limit=200)
+  for key in (b"a", b"b"):
+    store.write_array(key, ARRAY)
+  assert "are not kept" not in caplog.text
+  assert [key for key in (b"a", b"b") if store.file(key, ".npy").exists()] == [b"b"]
