@@ -28,7 +28,6 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -107,7 +106,7 @@ def push_weights(run: str, repo: str, out: str | None = None, *, private: bool =
     UserError: as `export_weights`; or no token, no network, or the hub refuses it.
   """
   push = hub.Push(repo, private=private)  # first: a missing token shows before the export
-  with tempfile.TemporaryDirectory() as temporary:
+  with files.temporary_folder("diffdis-push") as temporary:
     folder = buckets.local(out or f"{temporary}/export", "--out")
     step = export_weights(run, str(folder), repo=repo, **how)
     address = push.folder(folder, message=f"Write step {step}")

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import pathlib
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
@@ -111,13 +110,11 @@ def folder() -> Iterator[pathlib.Path]:
   before = os.environ.get(FOLDER)
   if before:
     os.makedirs(before, exist_ok=True)
-  files.sweep(before or tempfile.gettempdir(), BEGIN)
-  # A request that still writes while the page ends is no error.
-  how: Any = dict(prefix=f"{BEGIN}.", suffix=".tmp", dir=before or None, ignore_cleanup_errors=True)
-  with tempfile.TemporaryDirectory(**how) as made, files.in_use(made):
-    os.environ[FOLDER] = made
+  # Requests may still write into it while the page ends.
+  with files.temporary_folder(BEGIN, before or None) as made:
+    os.environ[FOLDER] = os.fspath(made)
     try:
-      yield pathlib.Path(made)
+      yield made
     finally:
       os.environ.pop(FOLDER)
       if before is not None:

@@ -89,10 +89,10 @@ def whole_folder(out: epath.PathLike, *, last: Collection[str] = ()) -> Iterator
 @contextlib.contextmanager
 def _in_a_bucket(out: epath.Path, last: Collection[str]) -> Iterator[pathlib.Path]:
   check_out(os.fspath(out / "file"))  # before hours of work, which a bucket that there is not would lose
-  with tempfile.TemporaryDirectory(prefix="diffdis") as temporary:
-    yield pathlib.Path(temporary)
+  with temporary_folder("diffdis-out") as temporary:
+    yield temporary
     try:
-      buckets.upload(pathlib.Path(temporary), out, last=last)
+      buckets.upload(temporary, out, last=last)
     except BaseException:
       with contextlib.suppress(Exception):  # of the bucket, which must not take the place of what went wrong
         out.rmtree()
@@ -157,6 +157,22 @@ def in_use(temporary: str | os.PathLike[str], flags: int = 0) -> Iterator[None]:
     yield
   finally:
     os.close(descriptor)
+
+
+@contextlib.contextmanager
+def temporary_folder(begin: str, within: str | os.PathLike[str] | None = None) -> Iterator[pathlib.Path]:
+  """A new folder, which is removed at the end, or, of a process that was killed, when the next one is asked for.
+
+  Args:
+    begin: of its name.
+    within: where it lies; None for the system's folder for temporary files.
+  """
+  place = within or tempfile.gettempdir()
+  sweep(place, begin)
+  # A thread that still writes into it at the end is no error.
+  how: Any = dict(prefix=f"{begin}.", suffix=".tmp", dir=place, ignore_cleanup_errors=True)
+  with tempfile.TemporaryDirectory(**how) as made, in_use(made):
+    yield pathlib.Path(made)
 
 
 def sweep(folder: str | os.PathLike[str], begin: str = "") -> None:

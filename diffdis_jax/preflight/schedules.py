@@ -7,12 +7,14 @@ runs under a condition counts as if it always ran. It is there for kernels too, 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Iterable
+
+from diffdis_jax.common import files
 
 _FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*packed-bundles-post-ra.*"
 _FILE = re.compile(r"\d+-(?!TLP|<late)(.*)-\d+-packed-bundles-post-ra\.txt")
@@ -28,10 +30,11 @@ Loop = tuple[int, int, int]  # first bundle, the one after the last, turns
 
 @functools.cache
 def folder() -> pathlib.Path:
-  """Where libtpu writes the schedules of what this process compiles; gone with the process."""
-  made = tempfile.TemporaryDirectory(prefix="schedules-")
-  atexit.register(made.cleanup)
-  return pathlib.Path(made.name)
+  """Where libtpu writes the schedules of what this process compiles; gone with the process, or, where that was ended in
+  the compiler, with the next one."""
+  stack = contextlib.ExitStack()
+  atexit.register(stack.close)
+  return stack.enter_context(files.temporary_folder("diffdis-schedules"))
 
 
 def ask_for_them() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import tempfile
+
 from diffdis_jax.preflight import schedules
 
 
@@ -49,3 +52,19 @@ def test_files_of_operations_alone_are_read(tmp_path):
     (tmp_path / f"1795-{name}-packed-bundles-post-ra.txt".replace("_-", "_")).write_text(text)
   (tmp_path / "1795-TLP-hlo.txt").write_text(text)
   assert schedules.cycles_by_operation(tmp_path) == {"fusion.12": 5}
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch):
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  ended = []
+  monkeypatch.setattr(atexit, "register", ended.append)
+  make = schedules.folder.__wrapped__
+  first = make()  # of a process that lives
+  dead = first.with_name(f"{first.name.partition('.')[0]}.deadbeef.tmp")
+  dead.mkdir()
+  (dead / "1-fusion-2-packed-bundles-post-ra.txt").touch()
+  second = make()
+  assert sorted(tmp_path.iterdir()) == sorted([first, second])
+  for end in ended:
+    end()
+  assert not [*tmp_path.iterdir()]
