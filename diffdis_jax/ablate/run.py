@@ -137,6 +137,8 @@ def run_all(
   failed: dict[str, int] = {}
 
   def one(number: int, cores: set[int] | None) -> None:
+    if children.asked:  # before it is announced as one that begins
+      raise Preempted
     run, log = plan.runs[number], folder.log(plan.runs[number])
     words, last = folder.state(run).words, len(plan.runs) - 1
     logging.info("run %d of 0 to %d: %s; %s; log in %s", number, last, run.name, words, log)

@@ -240,10 +240,11 @@ def test_jobs_go_on_when_one_fails_and_end_when_one_is_preempted(plan, tmp_path)
   assert time.monotonic() - begin < 30
 
 
-def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path):
+def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path, caplog):
   begun, next_one = tmp_path / "begun", tmp_path / "next"
   waits = f"import time; open({str(begun)!r}, 'w')\nwhile True:\n  time.sleep(0.01)"
   lines = {1: waits, 2: f"open({str(next_one)!r}, 'w')"}
+  caplog.set_level("INFO")
 
   def interrupt():
     while not begun.exists():
@@ -255,6 +256,7 @@ def test_ctrl_c_ends_the_run_and_starts_no_other(plan, tmp_path):
   with not_ignored(), pytest.raises(Interrupted):
     running.run_all(plan, [1, 2], Folder(tmp_path / "out"), script(lines))
   assert time.monotonic() - begin < 30 and not next_one.exists()
+  assert "run 1 of 0 to 2: " in caplog.text and "run 2 of 0 to 2: " not in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
