@@ -41,7 +41,10 @@ QUESTIONS = {
 
 
 class Claim(NamedTuple):
-  """What the paper says, and the comparison that tests it: `row` − `base`, which should be `expected`."""
+  """What the paper says, and the comparison that tests it: `row` − `base`, which should be `expected`.
+
+  `words` name the figure where the paper's own figures disagree.
+  """
 
   words: str
   experiment: str
@@ -55,18 +58,24 @@ PAPER = (
   Claim("the same, on emoji", "e8", "both", "discrimination", "higher"),
   Claim("joint training helps generation", "e1", "both", "generation", "higher"),
   Claim("a trained generator is a good start", "e2", "discrimination after generation", "discrimination", "higher"),
-  Claim("Table 2: data is the better text target", "e3", "target noise", "discrimination", "lower"),
+  Claim("Table 2: data is the better text target by top-1", "e3", "target noise", "discrimination", "lower"),
   Claim("Table 3: linear is the better text schedule", "e3", "schedule cosine", "discrimination", "lower"),
   Claim("Table 4: fusion helps", "e3", "without fusion", "discrimination", "lower"),
   Claim("Table 7: t_z = 1000 is better than 0", "e3", "timestep 0", "both", "lower"),
   Claim("Table 7: t_z = 1000 is better than 999", "e3", "timestep 999", "both", "lower"),
-  Claim("Table 2, on emoji", "e7", "target noise", "discrimination, no spatial pooling", "lower"),
+  Claim("Table 2 by top-1, on emoji", "e7", "target noise", "discrimination, no spatial pooling", "lower"),
   Claim("Table 3, on emoji", "e7", "schedule cosine", "discrimination, no spatial pooling", "lower"),
   Claim("Table 4, on emoji", "e7", "without fusion", "discrimination, no spatial pooling", "lower"),
   Claim("Table 7, on emoji: 1000 is better than 0", "e9", "timestep 0", "both", "lower"),
   Claim("Table 7, on emoji: 1000 is better than 999", "e9", "timestep 999", "both", "lower"),
   Claim("DiffDis classifies better than CLIP", "e4", "discrimination", "CLIP with parts", "higher"),
-  Claim("Table 8: so it does for rare classes", "e5", "DiffDis, no low classes", "CLIP, no low classes", "higher"),
+  Claim(
+    "Table 8: so it does on long-tailed data, here on rare classes",
+    "e5",
+    "DiffDis, no low classes",
+    "CLIP, no low classes",
+    "higher",
+  ),
   Claim("Table 1: augmentation makes the better CLIP", "e6", "paper", "openclip", "higher"),
 )
 
