@@ -262,6 +262,16 @@ def test_the_ninth_experiment_is_as_the_protocol_has_it(timed):
   }
 
 
+@pytest.mark.parametrize("name", [name for name in experiments.EXPERIMENTS if name != "e4_rates"])
+def test_the_protocols_list_has_figure_and_bound_of_every_experiment(name):
+  claims = experiments.EXPERIMENTS[name]()["claims"]
+  words = {"val_vendor/acc1": "top-1", "test/acc_low": "low", "test_unseen_generated/acc1_attributes": "attributes"}
+  (line,) = (line for line in PAGE.splitlines() if line.startswith((f"| {name.upper()} |", f"| {name.upper()}, ")))
+  *_, figures, bound, _ = line.split("|")
+  assert {each["bound"] for each in claims} == {float(bound)}
+  assert all(words.get(each["column"], "5-way") in figures for each in claims)
+
+
 @pytest.mark.parametrize(
   "name, base",
   [
