@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import os
 import pathlib
 import re
 import subprocess
@@ -12,6 +13,7 @@ import tomllib
 from collections.abc import Sequence
 
 import pytest
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
@@ -64,3 +66,54 @@ def test_every_extra_resolves():
   for (_, machine), found in resolve_all(machines, asked).items():
     assert {"jax-cuda12-plugin", "torch", "gradio", "wandb", "mkdocs", "pyright"} <= found.keys()
     assert ("libtpu" in found) == machine.startswith("x86_64")
+
+
+def run(command: Sequence[str | pathlib.Path], **environment: str) -> str:
+  asked = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
+  done = subprocess.run([*command], cwd=ROOT, env=asked, capture_output=True, text=True, timeout=1800)
+  if re.search("error sending request|dns error|Failed to fetch|Could not connect", done.stderr):
+    pytest.skip("no package index can be reached")
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_lowest_versions_prepare_train_resume_and_draw(tmp_path):
+  """Those of a machine that has them already: pip leaves what a range allows as it is."""
+  python = tmp_path / "venv" / "bin" / "python"
+  run([sys.executable, "-m", "uv", "venv", f"--python={sys.version_info[0]}.{sys.version_info[1]}", tmp_path / "venv"])
+  install = ["-m", "uv", "pip", "install", "--resolution=lowest-direct", "--python", str(python)]
+  run([sys.executable, *install, "-r", "requirements.txt"], UV_HTTP_TIMEOUT="300")
+  (tmp_path / "own").mkdir()
+  for name, colour in {"red": (255, 0, 0), "blue": (0, 0, 255)}.items():
+    Image.new("RGB", (32, 32), colour).save(tmp_path / "own" / f"{name}.png")
+    (tmp_path / "own" / f"{name}.txt").write_text(f"a {name} square")
+
+  def diffdis(verb: str, *flags: str) -> str:
+    return run([python, "-m", f"diffdis_jax.{verb}", *flags])
+
+  diffdis("prepare_data", "files", f"--source={tmp_path / 'own'}", f"--out={tmp_path / 'data'}", "--held_out=0")
+  autoencoder = ["--config=tests/tiny.py:autoencoder", f"--workdir={tmp_path / 'autoencoder'}"]
+  diffdis("train", *autoencoder, "--config.num_steps=2", "--config.save_every=2")
+  resumed = diffdis("train", *autoencoder, "--config.num_steps=4", "--config.save_every=2")
+  assert "resuming from step 2" in resumed
+  joint = ["--config=tests/tiny.py", f"--config.init_from={tmp_path / 'autoencoder'}", "--config.num_steps=2"]
+  diffdis("train", *joint, f"--workdir={tmp_path / 'joint'}")
+  drawn = ["--prompt=a red square", "--steps=2", f"--out={tmp_path / 'drawn'}"]
+  diffdis("generate", f"--workdir={tmp_path / 'joint'}", *drawn)
+  assert [*(tmp_path / "drawn").glob("*.png")]
+  diffdis("export_weights", f"--workdir={tmp_path / 'joint'}", f"--out={tmp_path / 'x.safetensors'}")
+
+
+@pytest.mark.slow
+def test_the_lowest_diffusers_loads_a_pipeline_beside_the_lowest_transformers(tmp_path):
+  floors = [re.sub("[<,].*", "", each).replace(">=", "==") for each in EXTRAS["torch"] if each.startswith("diffusers")]
+  asked = (ROOT / "requirements.txt").read_text()
+  floors += [f"transformers=={found}" for found in re.findall(r"^transformers>=(\S+)$", asked, re.M)]
+  install = ["-m", "uv", "pip", "install", "--target", str(tmp_path)]
+  run([sys.executable, *install, *floors], UV_HTTP_TIMEOUT="300")
+  said = run(
+    [sys.executable, "-c", "import diffusers; print(diffusers.StableDiffusionPipeline, diffusers.__file__)"],
+    PYTHONPATH=str(tmp_path),
+  )
+  assert "pipeline_stable_diffusion" in said and str(tmp_path) in said
