@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
@@ -114,18 +115,32 @@ def build_optimizer(
       # Parameters of other groups arrive as empty nodes, and stay so.
       return {path: decayed[path] if labels[path] == group else node for path, node in params.items()}
 
-    return optax.adamw(
-      rate_schedule(section, group, num_steps=num_steps),
-      b1=section.b1,
-      b2=section.b2,
-      eps=section.eps,
-      mu_dtype=MOMENTS[section.first_moment],
-      weight_decay=section.weight_decay,
-      mask=mask,
+    return _decayed_in_f32(
+      optax.adamw(
+        rate_schedule(section, group, num_steps=num_steps),
+        b1=section.b1,
+        b2=section.b2,
+        eps=section.eps,
+        mu_dtype=MOMENTS[section.first_moment],
+        weight_decay=section.weight_decay,
+        mask=mask,
+      )
     )
 
   # Sorted, since a set has another order in each process.
   return optax.partition({group: adamw(group) for group in sorted(set(labels.values()))}, labels)
+
+
+def _decayed_in_f32(adamw: optax.GradientTransformation) -> optax.GradientTransformation:
+  """The same, whose first moment is bf16 between steps alone."""
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    # b1 is a Python number, which beside an array of bf16 is one of bf16 too: 0.898 for 0.9, and 1 for 0.999.
+    adam, *rest = state
+    moment = jax.tree.map(lambda x: x.astype(jnp.float32), adam.mu)
+    return adamw.update(updates, (adam._replace(mu=moment), *rest), params)
+
+  return optax.GradientTransformation(adamw.init, update)
 
 
 def clip(gradient: Params, norm: Float[Array, ""], section: Optim) -> Params:
