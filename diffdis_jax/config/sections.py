@@ -126,7 +126,8 @@ class Optim:
       saves its four bytes a trained parameter.
     accumulate: microbatches that a step takes one after another, so that less has to be in memory at a time.
     contrastive_batch: `whole`, all microbatches of a step are one contrastive batch, and their number does not change
-      the step's result (GradCache); `microbatch`, each is a batch of its own, with its own timesteps and noise.
+      the step's result (GradCache); `microbatch`, each is a batch of its own, with its own timesteps and noise. Those
+      of reconstruction and long_tail_head, which compare no rows, have noise and mixing of their own either way.
     allow_uninitialized: regex of the frozen parameters that may be random; a run refuses to start with others.
     skip_bad_steps: how many of the last `skip_window` steps may be skipped. A step whose loss or gradient is not finite
       is, and changes nothing; beyond that number the run goes back to its last checkpoint, once, and takes other

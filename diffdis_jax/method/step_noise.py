@@ -1,7 +1,7 @@
 """Every random choice of a training step, sampled for all of its rows at once; and the noise that Algorithm 3 takes.
 
-A step's are sampled before a batch is split into microbatches, so that they do not depend on how many there are, and
-that a row which is computed twice has the same noise both times.
+Where microbatches are one batch (training/gradcache.py), a step's are sampled before it is split, so that they do not
+depend on how many there are, and that a row which is computed twice has the same noise both times.
 """
 
 from __future__ import annotations
