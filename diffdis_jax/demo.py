@@ -86,9 +86,9 @@ def main(argv: Sequence[str]) -> None:
   files.write_json(out / "results.json", {**results, "provenance": made})
   logging.info("%s", "  ".join(f"{name} {value:.3f}" for name, value in results.items()))
   logging.info("finished: images in %s, results in %s", out / "grid.png", out / "results.json")
-  command = f"diffdis %s --workdir={shlex.quote(run)}"
-  logging.info('to generate more: %s --prompt="a red star" --out=images', command % "generate")
-  logging.info("to see all of it: %s --out=report.html", command % "report")
+  of_it = f"--workdir={shlex.quote(run)}"
+  logging.info('to generate more: diffdis generate %s --prompt="a red star" --out=images', of_it)
+  logging.info("to see all of it: diffdis report %s --out=report.html", of_it)
 
 
 def draw_classes(run: str, path: os.PathLike[str]) -> None:

@@ -32,7 +32,7 @@ runpy.run_module("diffdis_jax.demo", run_name="__main__", alter_sys=True)
 
 
 def test_the_demo_compiles_ahead_and_goes_on_where_it_was_stopped(environment, tmp_path):
-  out = tmp_path / "demo"
+  out = tmp_path / "100 %"
 
   def demo() -> str:
     command = [sys.executable, "-c", _WITH_THE_TINY_CONFIG, f"--out={out}"]
@@ -61,8 +61,8 @@ def test_the_demo_compiles_ahead_and_goes_on_where_it_was_stopped(environment, t
     assert grid.width > 8 * 16 and grid.height > 8 * 16
   said = [line.split("] ", 1)[1] for line in log.splitlines()[-3:]]
   assert said[0] == f"finished: images in {out}/grid.png, results in {out}/results.json"
-  assert said[1].startswith(f"to generate more: diffdis generate --workdir={out}/diffdis --prompt=")
-  assert said[2] == f"to see all of it: diffdis report --workdir={out}/diffdis --out=report.html"
+  assert said[1].startswith(f"to generate more: diffdis generate --workdir='{out}/diffdis' --prompt=")
+  assert said[2] == f"to see all of it: diffdis report --workdir='{out}/diffdis' --out=report.html"
 
   # What the report of the run finds there.
   found = read.read(str(out / "diffdis"), "diffdis")
