@@ -25,8 +25,12 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.run import committed, history, workdir
 
 ROOT = pathlib.Path(__file__).parents[2]  # of the checkout; of an installed package the folder that it lies in
-# The folders of an absolute path or of a bucket's address, wherever in a text it stands.
-_FOLDERS = re.compile(r"(?<![\w.)}])(?:\w+:/)?/(?:[^\s,:;=/'\"]+/)*(?=[^\s/])")
+# The folders of an absolute path or of a bucket's address, wherever in a text it stands. They may have blanks where a
+# value begins with them; behind a blank they end at the next one, since words may follow.
+_WORD = r"[^\s,:;=/'\"]+"
+_FOLDERS = re.compile(
+  rf"(?:(?<![^,:;='\"(\[])(?:\w+:/)?/(?:{_WORD}(?: +{_WORD})*/)*|(?<![\w.)}}])(?:\w+:/)?/(?:{_WORD}/)*)(?=[^\s/])"
+)
 
 
 def provenance(run: Mapping[str, Any]) -> dict[str, Any]:
