@@ -48,8 +48,8 @@ def find_parts(source: pathlib.Path) -> list[Part]:
     UserError: neither tars nor tables, or a table that cannot be read so.
   """
   parts.check_folder(source, "a folder of webdataset tars, or of .tsv files and images")
-  tables = sorted(source.glob("*.tsv"))
-  if not tables or any(source.glob("*.tar")):
+  tables = parts.listed(source, "*.tsv")
+  if not tables or parts.listed(source, "*.tar"):
     of_tars = parts.tars(source)
     for part in of_tars:
       part.split = SPLITS.get(part.split, part.split)

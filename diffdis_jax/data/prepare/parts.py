@@ -94,7 +94,7 @@ def tars(source: pathlib.Path) -> list[Part]:
   """
   check_folder(source, "a folder of webdataset tars")
   by_split = collections.defaultdict(list)
-  for path in sorted(source.glob("*.tar")):
+  for path in listed(source, "*.tar"):
     check_plain(path)
     split = split_of(path)
     # `all` is TFDS's own name for the union of splits.
@@ -124,6 +124,11 @@ def files(items: Iterable[Item], *, split: str, root: pathlib.Path) -> list[Part
 def is_hidden(name: str) -> bool:
   """Whether a file or folder is a program's own, such as .git, or macOS's beside others; ..b is a name like any."""
   return name.startswith((".", "__MACOSX")) and not name.startswith("..")
+
+
+def listed(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+  """Files of a name directly in the folder, in order; without hidden ones, such as macOS leaves on other disks."""
+  return sorted(path for path in folder.glob(pattern) if not is_hidden(path.name))
 
 
 def names_below(folder: pathlib.Path) -> Iterator[str]:

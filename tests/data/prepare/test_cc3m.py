@@ -70,6 +70,18 @@ def test_two_tables_of_a_split(tmp_path):
     cc3m.find_parts(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["cc3m-train-0000.tar", "00000.tar", "Train_GCC-training.tsv"])
+def test_what_macos_leaves_beside_a_file_is_no_part(tmp_path, name):
+  """On a disk of another system's it keeps a file's attributes in ._FILE."""
+  if name.endswith(".tar"):
+    write_tar(tmp_path / name, {"0.jpg": picture(1), "0.txt": b"a"})
+  else:
+    (tmp_path / name).write_text("caption\tfilepath\na\t1.png\n")
+  (tmp_path / f"._{name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
+  (part,) = cc3m.find_parts(tmp_path)
+  assert part.split == "train" and not part.name.startswith(".")
+
+
 def test_a_table_that_begins_with_a_mark(tmp_path):
   """As a spreadsheet saves it."""
   (tmp_path / "train.tsv").write_bytes(b"\xef\xbb\xbfcaption\tfilepath\na\t1.png\n")
