@@ -14,14 +14,16 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import IO, Any
 
+from absl import logging
 from etils import epath
 
 from diffdis_jax.common import buckets
 from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
 
 MOST_OPEN = (2**16, 10_240)  # files at a time that are asked for; the latter of macOS, which takes no more
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of file systems such as some of clusters
 # With what makes it unique.
 _TEMPORARY = re.compile(r"(.+)\.(?:\d+|[a-z0-9_]{8})\.tmp")
 
@@ -173,6 +175,20 @@ def temporary_folder(begin: str, within: str | os.PathLike[str] | None = None) -
   how: Any = dict(prefix=f"{begin}.", suffix=".tmp", dir=place, ignore_cleanup_errors=True)
   with tempfile.TemporaryDirectory(**how) as made, in_use(made):
     yield pathlib.Path(made)
+
+
+def lock(file: IO[Any], *, wait: bool) -> None:
+  """Keeps an open file to this process until it is closed; where its file system has no locks, warns instead.
+
+  Raises:
+    BlockingIOError: another process has it, and this one is not to wait.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except OSError as error:
+    if error.errno not in _NO_LOCKS:
+      raise
+    logging.warning("%s cannot be locked (%s); let no other process write there meanwhile", file.name, error.strerror)
 
 
 def sweep(folder: str | os.PathLike[str], begin: str = "") -> None:

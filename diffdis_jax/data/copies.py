@@ -6,7 +6,6 @@ Records are read in random order, a few kB each, which a bucket answers in tens 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -89,7 +88,7 @@ def _check_room(url: str, folder: pathlib.Path, needed: int) -> None:
 def _one_process(folder: pathlib.Path) -> Iterator[None]:
   """Of those of this machine, which share the copy."""
   with (folder / "lock").open("w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    files.lock(lock, wait=True)
     yield
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import io
 import json
@@ -329,7 +328,7 @@ def partial_of(out: pathlib.Path) -> pathlib.Path:
 def _only_process(partial: pathlib.Path) -> Iterator[None]:
   with open(partial / "lock", "w") as lock:
     try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      files.lock(lock, wait=False)
     except BlockingIOError as error:
       raise UserError(f"another process is writing {partial}; wait for it, or name another --out") from error
     yield

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import gzip
 import json
 import os
@@ -12,7 +14,7 @@ import time
 import pytest
 
 from diffdis_jax.common import storage
-from diffdis_jax.data import records
+from diffdis_jax.data import copies, records
 from diffdis_jax.data.prepare import builder, image_folder, parts, staging
 from diffdis_jax.errors import UserError
 from tests.interrupting import Terminal, is_alive
@@ -434,6 +436,18 @@ def test_two_at_once(many, tmp_path):
   (tmp_path / ".out.partial").mkdir()
   with builder._only_process(tmp_path / ".out.partial"), pytest.raises(UserError, match="another process is writing"):
     prepare(many, tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_of(raw, tmp_path, monkeypatch, caplog, number):
+  def refuse(*_):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(fcntl, "flock", refuse)
+  assert prepare(raw, tmp_path / "out")["val"].pairs == 1
+  assert f"cannot be locked ({os.strerror(number)}); let no other process write there meanwhile" in caplog.text
+  with copies._one_process(tmp_path):
+    pass
 
 
 FULL = """
