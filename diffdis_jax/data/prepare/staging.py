@@ -264,9 +264,13 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
   # Spawned: TFDS has threads by now, of which a fork would copy the locks and not the threads.
   context = multiprocessing.get_context("spawn")
   workers = min(num_processes, len(parts))
-  with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=signals.begin_worker) as pool:
+  with contextlib.ExitStack() as stack:
+    with _starting(workers):
+      pool = stack.enter_context(
+        concurrent.futures.ProcessPoolExecutor(workers, context, initializer=signals.begin_worker)
+      )
     try:
-      with signals.starting_workers():  # as the first parts are handed in
+      with _starting(workers), signals.starting_workers():  # as the first parts are handed in
         futures = {pool.submit(stage.write, part): part for part in parts}
       for future in concurrent.futures.as_completed(futures):
         yield futures[future], future.result()
@@ -280,6 +284,19 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
       ) from error
     finally:
       pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _starting(count: int) -> Iterator[None]:
+  """Raises UserError: no more processes may be started, or there is no place for what they share, /dev/shm on Linux."""
+  try:
+    yield
+  except OSError as error:
+    signals.kill_workers()  # those that were started, for whose end Python would wait
+    raise UserError(
+      f"cannot start {count} processes: {error.strerror or error}; nothing is lost: run the same command again with a"
+      " smaller --num_processes, such as 1, which starts none"
+    ) from error
 
 
 def check_beam() -> None:

@@ -1,3 +1,4 @@
+import concurrent.futures
 import errno
 import fcntl
 import gzip
@@ -448,6 +449,21 @@ def test_a_file_system_without_locks_is_warned_of(raw, tmp_path, monkeypatch, ca
   assert f"cannot be locked ({os.strerror(number)}); let no other process write there meanwhile" in caplog.text
   with copies._one_process(tmp_path):
     pass
+
+
+@pytest.mark.parametrize("failing", ["__init__", "submit"])
+def test_processes_that_cannot_be_started_are_no_full_disk(raw, tmp_path, monkeypatch, failing):
+  """As without /dev/shm, and where a container limits their number."""
+
+  def refuse(*_, **__):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+  monkeypatch.setattr(concurrent.futures.ProcessPoolExecutor, failing, refuse)
+  said = "cannot start 2 processes: Function not implemented; nothing is lost: .* with a smaller --num_processes"
+  with pytest.raises(UserError, match=said):
+    prepare(raw, tmp_path / "out", num_processes=2)
+  monkeypatch.undo()
+  assert prepare(raw, tmp_path / "out", num_processes=1)["val"].pairs == 1
 
 
 FULL = """
