@@ -21,7 +21,7 @@ import jax
 import pytest
 from absl import logging as absl_logging
 
-from tests import compiled, forked, typechecking
+from tests import compiled, forked, machine, typechecking
 from tests.once import made_once
 
 typechecking.install()
@@ -103,9 +103,7 @@ def servers_end() -> Iterator[None]:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
   """A process a core, while each has its memory: what jax has compiled and traced stays there."""
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-  return max(1, min(cores, memory // PROCESS_BYTES))
+  return max(1, min(machine.cores(), machine.memory() // PROCESS_BYTES))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
