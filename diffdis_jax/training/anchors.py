@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -40,16 +41,17 @@ class Anchors:
   losses: Float[np.ndarray, "k s"]
 
   def describe(self, corpus: Corpus) -> dict[str, Any]:
-    """For people: class -> its sentences, with their losses."""
-    flat = corpus.flat
+    """For people: class -> its sentences, with their losses. Of classes that share a name, such as ImageNet's two
+    cranes, each has its number behind it."""
+    flat, shared = corpus.flat, Counter(corpus.classnames)
     return {
-      name: [
+      name if shared[name] == 1 else f"{name} ({number})": [
         # None, since JSON has no infinity.
         {"sentence": flat[place], "loss": float(loss) if np.isfinite(loss) else None}
         for place, loss in zip(places.tolist(), losses.tolist(), strict=True)
         if place >= 0
       ]
-      for name, places, losses in zip(corpus.classnames, self.places, self.losses, strict=True)
+      for number, (name, places, losses) in enumerate(zip(corpus.classnames, self.places, self.losses, strict=True))
     }
 
 

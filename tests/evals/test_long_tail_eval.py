@@ -13,6 +13,7 @@ import pytest
 from diffdis_jax.config import Run
 from diffdis_jax.config import sections as stages
 from diffdis_jax.data import shapes_lt
+from diffdis_jax.data.corpus import Corpus
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, tables
@@ -180,6 +181,18 @@ def test_anchors_leave_distractors_out():
       named = [f"{colour} {shape}" in each["sentence"] for each in own]
       shares.append(1 - np.logical_or(tells, named).mean())
     assert np.mean(shares) < 0.5 * 40 / 140
+
+
+def test_classes_of_one_name_keep_their_anchors():
+  """ImageNet has two cranes and two maillots."""
+  corpus = Corpus(("crane", "tench", "crane"), (("A bird.",), ("A fish.",), ("A machine.",)))
+  places = np.arange(3)[:, None]
+  chosen = anchors.Anchors(np.zeros((3, 1, 4), np.float32), places, np.ones((3, 1), np.float32)).describe(corpus)
+  assert {name: own[0]["sentence"] for name, own in chosen.items()} == {
+    "crane (0)": "A bird.",
+    "tench": "A fish.",
+    "crane (2)": "A machine.",
+  }
 
 
 def test_a_class_without_images_or_of_another_number():
