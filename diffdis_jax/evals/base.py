@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
@@ -22,7 +23,7 @@ from PIL import Image
 
 from diffdis_jax.common.progress import Progress
 from diffdis_jax.data import records, sources, transforms
-from diffdis_jax.data.layouts.labelled import Captioned, Labelled
+from diffdis_jax.data.layouts.labelled import Captioned, Labelled, Lazy
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import resize
@@ -104,13 +105,13 @@ def captions(record: Mapping[str, Any], field: str = "") -> Sequence[str]:
 
 def read(source: Any, index: SupportsIndex) -> dict[str, Any]:
   """A record of a source. Raises UserError where it is damaged: a figure is of all records or of none."""
-  with _usable(index):
+  with _usable(source, index):
     return source[int(index)]
 
 
 def fields(source: Any, index: SupportsIndex) -> dict[str, Any]:
   """A record of a source, without its image where the source can spare reading it. Raises as `read` does."""
-  with _usable(index):
+  with _usable(source, index):
     return source.fields(int(index)) if isinstance(source, sources.Described) else source[int(index)]
 
 
@@ -146,16 +147,20 @@ def open_split(data: Mapping[str, Any], split: str) -> sources.Source:
 
 
 @contextlib.contextmanager
-def _usable(index: SupportsIndex, what: str = "the data set") -> Iterator[None]:
+def _usable(source: Any, index: SupportsIndex, what: str = "the data set") -> Iterator[None]:
   try:
     yield
   except records.Unusable as error:
+    images = source.images if isinstance(source, Captioned | Labelled) else None
+    # A published set was not prepared: it is the file that is mended, and a number would not say which.
+    if isinstance(images, Lazy) and isinstance(file := images.items[int(index)], pathlib.Path):
+      raise UserError(f"{file} cannot be used: {error}; download it again") from error
     raise UserError(f"record {index} of {what} cannot be used: {error}; prepare the data set again") from error
 
 
 def read_image(source: Any, index: SupportsIndex) -> Image.Image:
   """The image of a record of a source. Raises as `read` does."""
-  with _usable(index):
+  with _usable(source, index):
     return records.read_image(source[int(index)]["image"])
 
 
@@ -211,7 +216,7 @@ class Images:
     return np.stack(list(decoders().map(self._square, self.indices[places].tolist())))
 
   def _square(self, index: int) -> UInt8[np.ndarray, "s s 3"]:
-    with _usable(index, self.what):
+    with _usable(self.source, index, self.what):
       image = self.source[index]["image"]
       if self.resampling:
         return resize.square(records.read_image(image), self.image_size, self.resampling)

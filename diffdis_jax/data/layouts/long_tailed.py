@@ -111,7 +111,9 @@ def _read_list(file: pathlib.Path, root: pathlib.Path) -> _List:
   try:
     rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
   except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"cannot read {file}: {error}; download the published list and put it there") from error
+    # Without a folder all is looked for where the command runs, which is hardly meant.
+    how = "" if root.parts else ", and name its folder, as in --config=places_lt:path=DIR"
+    raise UserError(f"cannot read {file}: {error}; download the published list and put it there{how}") from error
   for row in rows:
     if len(row) != 2 or not row[1].isdecimal():
       raise UserError(f"{file} has the line {' '.join(row)!r}; a line should be a path and the number of a class")

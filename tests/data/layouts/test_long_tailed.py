@@ -8,6 +8,7 @@ from diffdis_jax.data import long_tail, sources
 from diffdis_jax.data.layouts import long_tailed
 from diffdis_jax.data.layouts.long_tailed import LongTailed
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import base
 
 LISTS = {"train": [0, 0, 0, 1, 1, 2], "val": [0, 1, 2], "test": [0, 1, 2, 2]}
 
@@ -86,3 +87,23 @@ def test_no_list_and_no_split(places):
     sources.open_source(name="places_lt", path=places, split="test", image_size=32)
   with pytest.raises(UserError, match="no split 'all'; there are train, val, test"):
     sources.open_source(name="places_lt", path=places, split="all", image_size=32)
+
+
+def test_a_set_without_a_folder(tmp_path, monkeypatch):
+  """Where the command runs there is none, and nothing says that a folder is missing from the command."""
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="cannot read Places_LT_train.txt: .*, and name its folder, as in"):
+    sources.open_source(name="places_lt", image_size=32)
+  with pytest.raises(UserError, match="download the published list and put it there$"):
+    sources.open_source(name="places_lt", path=tmp_path, image_size=32)
+
+
+def test_an_evaluation_names_the_file_that_cannot_be_used(places):
+  """Of a set that no one prepared."""
+  source = sources.open_source(name="places_lt", path=places, split="test", image_size=4)
+  (file := places / "test" / "c2" / "test3.png").write_bytes(b"no image")
+  with pytest.raises(UserError, match=f"^{file} cannot be used: corrupt image; download it again$"):
+    base.Images(source, np.arange(4), 4)[np.arange(4)]
+  file.unlink()
+  with pytest.raises(UserError, match=f"^{file} cannot be used: missing image; download it again$"):
+    base.read_image(source, 3)
