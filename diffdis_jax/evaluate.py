@@ -309,6 +309,11 @@ def _asked(sets: Mapping[str, Any], *, objectives: Sequence[str], image_size: in
   if FLAGS.data:
     tasks = FLAGS.tasks or ["zero_shot", "retrieval"]
     return eval_sections.of_folder(FLAGS.data, FLAGS.split, tasks=tasks, image_size=image_size)
+  if FLAGS.split and "long_tail" in (FLAGS.tasks or ()):  # which takes no --data
+    raise UserError(
+      "long_tail is measured on the sets that the run's config names; leave out --split, or add one of another split by"
+      " --eval of train, also to a finished run"
+    )
   if FLAGS.split:
     raise UserError("--split is a split of --data; give --data too")
   return eval_sections.of_config(sets, tasks=FLAGS.tasks)

@@ -246,6 +246,7 @@ def test_command_line(command, tmp_path):
   [
     (["--data=nowhere", "--split=test"], "no prepared data set in 'nowhere'"),
     (["--split=test"], "give --data too"),
+    (["--tasks=long_tail", "--split=val"], "leave out --split, or add one of another split by --eval"),
     (["--step=9"], "no checkpoint 9"),
     (["--query_steps=0"], "--query_steps is 0; it must be at least 1"),
     (["--image_size=0"], "image_size is 0"),
