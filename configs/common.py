@@ -28,6 +28,7 @@ __all__ = [
   "read_prepared",
   "say",
   "take_network",
+  "take_start",
 ]
 
 CC3M_PAIRS = 2_905_954  # that the paper counts; links expire, and prepare_data says how many there were
@@ -100,6 +101,15 @@ def take_network(config: ConfigDict, path: str, *, argument: str = "init") -> di
     said = error if isinstance(error, (OSError, UserError)) else repr(error)
     raise ValueError(f"argument {argument}={path} should be the workdir of a run: {said}") from error
   config.init_from = path
+  return fields
+
+
+def take_start(config: ConfigDict, args: ConfigDict) -> dict[str, Any]:
+  """`take_network` of argument init. Raises ValueError: no run there, or none of CLIP, which argument backbone asks
+  for."""
+  fields = take_network(config, args.init)
+  if args.backbone == "clip" and "vision_encoder" not in config.model:
+    raise ValueError(f"argument backbone=clip: init={args.init} is a run of DiffDis; give one of CLIP there")
   return fields
 
 

@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
   model, image_size = BACKBONES[args.backbone]
   config = common.base(model(), image_size=image_size)
   if args.init:
-    common.take_network(config, args.init)
+    common.take_start(config, args)
   # After the start's network, of which an import computes in f32 and keeps all activations: too much for these batches.
   config.model.update(dtype="bfloat16", remat="full")
   known = SETS[args.set]

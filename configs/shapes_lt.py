@@ -41,10 +41,12 @@ def get_config(arg: str = "") -> ConfigDict:
   if args.all_classes and args.stage:
     raise ValueError("argument all_classes is of stage=0; the other stages have all classes")
   if args.stage == 0:
+    if args.init:
+      raise ValueError(f"argument init is of stages 1 and 2; stage=0 takes it as --config.init_from={args.init}")
     return start(args)
   config = common.base(BACKBONES[args.backbone](), image_size=32)
   if args.init:
-    data = common.take_network(config, args.init)["data"]
+    data = common.take_start(config, args)["data"]
     # Its rare classes would be frequent here, and the accuracy on low classes not what it is called.
     if data.get("name") == "shapes_lt" and data["seed"] != args.seed:
       raise ValueError(

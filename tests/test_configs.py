@@ -336,6 +336,24 @@ def test_a_long_tailed_run_takes_the_network_of_its_start(tmp_path):
     get_config("shapes_lt", f"init={tmp_path}")
 
 
+@pytest.mark.parametrize("name", ["places_lt", "shapes_lt"])
+def test_a_long_tailed_run_of_clip_has_a_start_that_is_one(name, tmp_path):
+  """Else DiffDis would be trained, and its figures be taken for CLIP's."""
+  for objectives, is_clip in (("", False), ("objectives=contrastive", True)):
+    (tmp_path / "config.json").write_text(json.dumps(get_config("shapes", objectives).to_dict()))
+    if is_clip:
+      assert "vision_encoder" in get_config(name, f"backbone=clip,init={tmp_path}").model
+    else:
+      with pytest.raises(ValueError, match=f"backbone=clip: init={tmp_path} is a run of DiffDis; give one of CLIP"):
+        get_config(name, f"backbone=clip,init={tmp_path}")
+
+
+def test_a_start_of_its_own_takes_no_argument_init():
+  for backbone in ("diffdis", "clip"):
+    with pytest.raises(ValueError, match="init is of stages 1 and 2; stage=0 takes it as --config.init_from=A"):
+      get_config("shapes_lt", f"stage=0,backbone={backbone},init=A")
+
+
 def test_a_long_tailed_run_and_its_start_have_the_same_rare_classes(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(get_config("shapes_lt", "stage=0,seed=1").to_dict()))
   assert get_config("shapes_lt", f"init={tmp_path},seed=1").data.seed == 1
