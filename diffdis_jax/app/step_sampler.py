@@ -52,7 +52,8 @@ def tabs(objectives: Sequence[str], *, aligned: bool = True) -> tuple[str, ...]:
     name for name, needed in TABS.items() if {*needed} & {*objectives} and (aligned or needed == GENERATIVE)
   )
   if not found:
-    raise UserError(f"this run's objectives are {', '.join(objectives)}; a page takes a run of DiffDis or CLIP")
+    served = ", ".join(dict.fromkeys(name for needed in TABS.values() for name in needed))
+    raise UserError(f"this run's objectives are {', '.join(objectives)}; a page takes a run of any of {served}")
   return found
 
 

@@ -169,6 +169,13 @@ def test_an_autoencoder_has_no_page():
     module.tabs(("reconstruction",))
 
 
+def test_a_long_tailed_run_serves_no_page():
+  """Though it is one of DiffDis or CLIP: the message says what a run has to be trained for."""
+  takes = "are long_tail_head; a page takes a run of any of generation, discrimination, contrastive$"
+  with pytest.raises(UserError, match=takes):
+    module.tabs(("long_tail_head",))
+
+
 def test_a_busy_model_is_a_message_and_the_next_request_has_its_turn(sampler, monkeypatch):
   monkeypatch.setattr(sampler, "_seconds", 0.2)
   held = threading.Event()
