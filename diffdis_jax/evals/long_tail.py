@@ -91,8 +91,8 @@ class LongTail:
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
     """image_acc: an image's nearest sentence is of its class. text_acc: a sentence's nearest image is of its class.
-    knn_acc: most of an image's nearest sentences are. acc: the head's prediction, and acc_summed_GROUP by the sum of
-    its branches' logits, by which VL-LTR gives its groups."""
+    knn_acc: the most frequent class of its nearest sentences is its own. acc: the head's prediction, and
+    acc_summed_GROUP by the sum of its branches' logits, by which VL-LTR gives its groups."""
     # All of a split: groups of rare classes have few images, and a part of them would be noise.
     indices = np.arange(len(self.labels))
     images = base.embed_images(inference, params, self.source, indices, seed=self._seed, **self._squares)
