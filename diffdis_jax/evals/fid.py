@@ -27,7 +27,7 @@ from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
 from diffdis_jax.run import provenance
 
-FEW = 10_000  # images, below which FID is too high by as much as models differ
+FEW = 10_000  # images, generated or real, below which FID is too high by as much as models differ
 FEW_NOTE = f"of fewer than {FEW} images FID is biased upwards; compare it only at equal numbers, or compare KID"
 MEASURES = ("fid", "kid", "kid_std", "head_similarity")
 NOTHING = Sampled(np.empty((0, 0), np.float32), np.empty(0, np.float32))
@@ -135,7 +135,7 @@ class Fid:
       "kid_subsets": distances.SUBSETS,
       "kid_subset_size": self._subset_size,
       "device": inference.mesh.devices.flat[0].device_kind,
-      **({"note": FEW_NOTE} if self._count < FEW else {}),
+      **({"note": FEW_NOTE} if min(self._count, self._real_count() or FEW) < FEW else {}),
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
@@ -203,11 +203,18 @@ class Fid:
       own = np.concatenate([part.similarity for part in sampled])
       found[3] = own.mean(dtype=np.float64) if own.size else np.nan
 
+    real = self._real_count()
     if self._count < FEW:
       logging.warning("%d images: %s", self._count, FEW_NOTE)
+    elif real is not None and real < FEW:
+      logging.warning("%d real images: %s", real, FEW_NOTE)
     processes.on_first(measure)
     values = processes.from_first(found.view(np.uint32)).view(np.float64)  # 32 bits at a time
     return {name: float(value) for name, value in zip(MEASURES, values) if not np.isnan(value)}
+
+  def _real_count(self) -> int | None:
+    """Of the reference's images; None where another tool's file does not say."""
+    return len(self._real_indices) if self._reference is None else self._reference.gaussian.count
 
   def _header(self, inference: Any, params: Mapping[str, Any]) -> dict[str, Any]:
     """All that the features of a prompt's image, and the head's similarity of the two, depend on."""

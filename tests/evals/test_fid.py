@@ -238,6 +238,20 @@ def test_of_enough_images_nothing_is_noted(monkeypatch, caplog):
   assert "note" not in evaluation.protocol(inference) and "biased" not in caplog.text
 
 
+def test_few_real_images_bias_it_as_few_generated_ones_do(monkeypatch, caplog, tmp_path):
+  """As of Karpathy's 5,000 images, of which all captions are 25,000 prompts."""
+  monkeypatch.setattr(fid_module, "FEW", 80)
+  reference, inference = str(tmp_path / "r.npz"), Inference()
+  for settings in ({}, {"reference": reference}, {"reference": reference}):  # made, made and kept, read
+    evaluation = make(captions="all", num_images=100, **settings)
+    before = evaluation.protocol(inference)["note"]
+    assert "FID is biased upwards" in before
+    caplog.clear()
+    evaluation.run(inference, {})
+    assert "60 real images: of fewer than" in caplog.text
+    assert evaluation.protocol(inference)["note"] == before
+
+
 def test_an_images_noise_is_of_its_place_whatever_the_parts(tmp_path, monkeypatch):
   make(parts=str(tmp_path / "eights")).run(Inference(), {})
   monkeypatch.setattr(drawn_prompts, "PART", 5)
