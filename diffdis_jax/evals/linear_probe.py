@@ -48,7 +48,8 @@ class LinearProbe:
   over positions is taken. CLIP has its embedding alone, and what has no trained head the middle map alone.
 
   Args:
-    data: section of a data source, as `data.sources.open_source` takes it; its split is tested on.
+    data: section of a data source, as `data.sources.open_source` takes it; its split is tested on, without images of
+      classes that are not trained on.
     train_split: the split of the same data that is trained on.
     val_split: that on which the regularisation is chosen; empty for a fifth of the training images, held out, of no
       class all.
@@ -121,8 +122,26 @@ class LinearProbe:
         raise UserError(
           f"linear_probe needs two classes in {train_split}, and images of them to train, val and test on"
         )
+      if name == "test" and len(known) < len(labels):
+        others = sorted({*labels} - {*number})
+        logging.warning(
+          "linear_probe: %d of %d images to test on are left out, of classes that %s has none of, such as %s",
+          len(labels) - len(known),
+          len(labels),
+          train_split,
+          ", ".join(map(repr, others[:5])),
+        )
       self.examples[name] = Examples(rows[name][known], np.array([number[labels[i]] for i in known]))
+    self._warn_of_few()
     self._program_of = functools.lru_cache(1)(self._compile)  # in a run the inference is one, and compiled once
+
+  def _warn_of_few(self) -> None:
+    """Says which numbers of shots are more than some classes have images to train on."""
+    counts = np.bincount(self.examples["train"].labels)
+    fewer = {k: int((counts < k).sum()) for k in self._shots if k is not None}
+    if said := [f"of {k} shots {count} of {len(counts)}" for k, count in fewer.items() if count]:
+      said[0] += " classes have fewer images to train on"
+      logging.warning("linear_probe: %s; all of theirs count", ", ".join(said))
 
   def protocol(self, inference: Any) -> dict[str, Any]:
     """How `run` measures with this inference."""

@@ -141,6 +141,21 @@ def test_no_class_is_held_out_whole(splits):
     assert {few[i]["label"] for i in rows["train"]} == {*"abcdef"}
 
 
+def test_fewer_images_than_shots_and_test_images_left_out_are_said(splits, caplog):
+  labels = [*"a" * 9, *"b" * 3, "c"]
+  splits["train"][:] = [{**splits["train"][0], "label": label} for label in labels]
+  splits["test"][:] = [{**splits["train"][0], "label": label} for label in [*"abbc", *"ABB"]]
+  settings = {"data": {"split": "test"}, "val_split": "val"}
+  evals.create("linear_probe", **settings, shots=("1", "2", "4", "all"))
+  said = "linear_probe: of 2 shots 1 of 3 classes have fewer images to train on, of 4 shots 2 of 3; all of theirs count"
+  left = "linear_probe: 3 of 7 images to test on are left out, of classes that train has none of, such as 'A', 'B'"
+  assert {said, left} <= {*caplog.messages}
+  caplog.clear()
+  splits["test"][:] = splits["test"][:4]
+  evals.create("linear_probe", **settings, shots=("1", "all"))
+  assert not caplog.messages
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
