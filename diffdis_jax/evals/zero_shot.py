@@ -103,6 +103,13 @@ class ZeroShot:
         f"the class names are numbers such as {self.classnames[0]}; give a JSON list of names in their order as"
         " classnames, with label_field=label"
       )
+    if not given and all(name.isdecimal() for name in self.classnames):
+      logging.warning(
+        "the data call classes by numbers such as %s, and prompts are such as %r; give an object of names,"
+        " {number in the data: name}, as classnames",
+        self.classnames[0],
+        prompts.fill(self._single, self.classnames[0]),
+      )
 
     if seen_split and seen_classes:
       raise UserError("seen_split and seen_classes are both set; give one of them")
@@ -275,7 +282,10 @@ def _places(labels: Sequence[str | int], classes: prompts.ClassNames) -> Int[np.
     logging.warning("equal class names cannot be distinguished and count as wrong: %s", repeated)
   if missing := sorted(name for name in names if prompts.comparable(name) not in index):
     shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
-    raise UserError(f"{len(missing)} labels of the data are not in the class list: {shown}; add them to the class list")
+    # Columns of a .csv are texts, also where they are numbers.
+    number = "they are texts: give an object {number in the data: name} instead"
+    remedy = number if all(map(str.isdecimal, missing)) else "add them to the class list"
+    raise UserError(f"{len(missing)} labels of the data are not in the class list: {shown}; {remedy}")
   return np.array([index[prompts.comparable(label)] if isinstance(label, str) else label for label in labels])
 
 

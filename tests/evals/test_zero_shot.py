@@ -228,6 +228,24 @@ def test_folders_named_by_numbers(folder):
     create(("crow", "dog", "fox", "cat"))
 
 
+def test_numbers_that_are_texts_are_no_class_names(use, folder, fakes, caplog):
+  """As the columns of a metadata.csv are, and folders that are called 1, 2, 3."""
+  use(test=fakes.Source(["3", "10", "3"]))
+  create("", label_field="label")
+  said = "the data call classes by numbers such as 10, and prompts are such as 'a photo of a 10.'; give an object of"
+  assert any(message.startswith(said) for message in caplog.messages)
+  caplog.clear()
+  with pytest.raises(UserError, match="'10', '3'; they are texts: give an object {number in the data: name}"):
+    create(("cat", "dog"), label_field="label")
+  np.testing.assert_array_equal(create({"3": "cat", "10": "dog"}, label_field="label").labels, [0, 1, 0])
+  assert create(("10", "3"), label_field="label").classnames == ("10", "3")  # of digits, as they are
+  folder([0, 1], ["1", "2"], ["cat", "dog"])
+  assert create({"1": "cat", "2": "dog"}).classnames == ("cat", "dog")
+  assert not caplog.messages
+  create("", label_field="class")
+  assert "give an object of" in caplog.text
+
+
 def test_a_list_names_the_folders_of_wordnet_in_their_order(folder, fakes):
   """As configs/diffdis_cc3m.py and the page of evaluation ask for ImageNet's."""
   codes = ("n01440764", "n01443537", "n01484850")
