@@ -75,7 +75,10 @@ class Retrieval:
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """image_retrieval_recall@k, a text finds its image; text_retrieval_recall@k, an image finds one of its texts."""
+    """image_retrieval_recall@k, a text finds its image; text_retrieval_recall@k, an image finds one of its texts.
+
+    Without a recall among more images, or texts, than there are, which is 1 of any model.
+    """
     order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
     # The leak test shuffles what is shown and not what is asked: places, and with them the noise, stay.
     images = base.embed_images(
@@ -86,7 +89,13 @@ class Retrieval:
       "image": base.ranks(texts, images, query_groups=self.text_groups, key_groups=self.image_groups),
       "text": base.ranks(images, texts, query_groups=self.image_groups, key_groups=self.text_groups),
     }
-    return {f"{way}_retrieval_recall@{k}": float((found[way] < k).mean()) for k in RECALL_AT for way in found}
+    targets = {"image": len(images), "text": len(texts)}
+    return {
+      f"{way}_retrieval_recall@{k}": float((found[way] < k).mean())
+      for k in RECALL_AT
+      for way in found
+      if k <= targets[way]
+    }
 
 
 def _group(captions: Sequence[Sequence[str]]) -> Int[np.ndarray, " n"]:

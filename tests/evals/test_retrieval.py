@@ -63,6 +63,19 @@ def test_recall_as_clip_benchmark_computes_it(use, fakes):
   assert metrics["image_retrieval_recall@1"] < 1
 
 
+def test_no_recall_among_more_than_there_are(use, fakes):
+  """It would be 1 of any model; CLIP_benchmark fails there."""
+  use(test=fakes.Source(NAMES[:4], [[f"a {name}", f"the {name}"] for name in NAMES[:4]]))
+  inference = fakes.Inference(NAMES[:4])
+  inference.embed_images = lambda params, images, *, seed: np.full((len(images), 64), np.nan, np.float32)
+  metrics = evals.create("retrieval", data=DATA).run(inference, {})
+  assert metrics == {
+    "image_retrieval_recall@1": 0.0,
+    "text_retrieval_recall@1": 0.0,
+    "text_retrieval_recall@5": 0.0,
+  }
+
+
 def test_leak_test_passes_an_honest_model_and_catches_a_cheat(use, fakes):
   names = [f"{a} {b}" for a in "abcdefgh" for b in "stuvwxyz"]
   use(test=fakes.Source(names))
