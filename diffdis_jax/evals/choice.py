@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base
+from diffdis_jax.evals import base, prompts
 
 TIES = "the truth has its share"
 
@@ -72,6 +72,8 @@ class Choice:
     )
     # Texts are few and recur: each is embedded once.
     places = {text: i for i, text in enumerate(dict.fromkeys(text for texts in self.texts for text in texts))}
+    # A caption and its negative that differ only beyond what is read are a tie.
+    prompts.warn_of_long(tuple(places), inference.max_length, what="captions")
     embedded = base.embed_texts(inference, params, [*places])
     chosen = embedded[np.array([[places[text] for text in texts] for texts in self.texts])]
     scores = np.einsum("nd,nkd->nk", images, chosen)

@@ -125,11 +125,11 @@ def resolve_templates(templates: Sequence[str] | str) -> Sequence[str]:
 
 
 @functools.lru_cache(16)  # once of the same prompts, though a run in training measures by them again and again
-def warn_of_long(prompts: tuple[str, ...], max_length: int) -> None:
-  """Says so of prompts of more tokens than the network reads."""
+def warn_of_long(prompts: tuple[str, ...], max_length: int, *, what: str = "prompts") -> None:
+  """Says so of prompts, or `what` the texts are, of more tokens than the network reads."""
   tokenizer = Tokenizer(max_length)
   cut = {prompt: left for prompt in dict.fromkeys(prompts) if (left := tokenizer.cut(prompt)) is not None}
   for prompt, left in [*cut.items()][:3]:
     logging.warning("this run reads %d tokens: of %r it sees %r", max_length - 2, prompt, left)
   if len(cut) > 3:
-    logging.warning("so it is with %d more of the prompts", len(cut) - 3)
+    logging.warning("so it is with %d more of the %s", len(cut) - 3, what)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from diffdis_jax.data import sources
-from diffdis_jax.evals import base
+from diffdis_jax.evals import base, prompts
 
 RECALL_AT = (1, 5, 10)
 
@@ -79,6 +79,7 @@ class Retrieval:
 
     Without a recall among more images, or texts, than there are, which is 1 of any model.
     """
+    prompts.warn_of_long(tuple(self.texts), inference.max_length, what="captions")
     order = base.shuffled(self._indices, seed=self._seed) if self._shuffle_labels else self._indices
     # The leak test shuffles what is shown and not what is asked: places, and with them the noise, stay.
     images = base.embed_images(

@@ -94,6 +94,17 @@ def test_the_leak_test_shows_other_images(section):
   assert evaluation.protocol(scorer)["shuffle_labels"] is True
 
 
+def test_captions_that_are_longer_than_the_network_reads_are_named(monkeypatch, caplog):
+  """The two become one text, and the choice between them chance."""
+  long = " ".join(["dog"] * 14)
+  record = {"image": np.zeros((32, 32, 3), np.uint8), "caption": f"{long} red", "negatives": {"colour": f"{long} grey"}}
+  monkeypatch.setattr(sources, "open_source", lambda **section: [record])
+  metrics, _, _ = measure({"name": "own"}, whole)
+  assert metrics["acc1"] == 0.5
+  found = [message for message in caplog.messages if "tokens" in message]
+  assert found == [f"this run reads 14 tokens: of {f'{long} {word}'!r} it sees {long!r}" for word in ("red", "grey")]
+
+
 def test_scores_of_random_vectors_are_at_chance():
   rng = np.random.default_rng(0)
   scores = rng.normal(size=(40_000, 5))

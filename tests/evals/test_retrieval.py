@@ -76,6 +76,14 @@ def test_no_recall_among_more_than_there_are(use, fakes):
   }
 
 
+def test_captions_that_are_longer_than_the_network_reads_are_named(use, fakes, caplog):
+  long = " ".join(["cat"] * 14)
+  use(test=fakes.Source(["cat", "dog"], [f"{long} red", f"{long} grey"]))
+  evals.create("retrieval", data=DATA).run(fakes.Inference(["cat", "dog"]), {})
+  found = [message for message in caplog.messages if "tokens" in message]
+  assert found == [f"this run reads 14 tokens: of {f'{long} {word}'!r} it sees {long!r}" for word in ("red", "grey")]
+
+
 def test_leak_test_passes_an_honest_model_and_catches_a_cheat(use, fakes):
   names = [f"{a} {b}" for a in "abcdefgh" for b in "stuvwxyz"]
   use(test=fakes.Source(names))
