@@ -324,8 +324,8 @@ def _open_openclip(tensors: Tensors, config: pathlib.Path) -> Source:
     _warn_of_resize(where, squashed=squashed, bicubic=how.get("interpolation", "bicubic") == "bicubic")
   else:
     logging.warning(
-      "no %s, so the activation is gelu, open_clip's default; OpenAI's weights need one with"
-      ' {"model_cfg": {"quick_gelu": true}}',
+      "no %s, so the activation is gelu, open_clip's default, and the heads are those of published towers; OpenAI's"
+      ' weights need one with {"model_cfg": {"quick_gelu": true}}',
       config,
     )
   openclip.check_towers(tensors, where)

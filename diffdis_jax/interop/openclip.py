@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.interop import shapes
 from diffdis_jax.interop.tensor_files import Tensor, Tensors
 from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 
@@ -166,8 +167,9 @@ def read_config(config: Mapping[str, Any], found: Mapping[str, Any], where: str)
     if "mlp_ratio" in tower:
       check_number(f"{here}: mlp_ratio", tower["mlp_ratio"], above=0.0)
       section["mlp_width"] = int(section["width"] * tower["mlp_ratio"])
-    if "head_width" in tower:
-      section["num_heads"] = section["width"] // _number(tower, "head_width", 64, here)
+    # A config that says a vision tower's width says its heads too: of 64, unless of another.
+    if "head_width" in tower or (part == "vision_encoder" and "width" in tower):
+      section["num_heads"] = section["width"] // _number(tower, "head_width", shapes.CLIP_HEAD_WIDTH, here)
     # open_clip's default is the exact GELU; OpenAI's weights are published with the switch set.
     section["activation"] = "quick_gelu" if config.get("quick_gelu") else "gelu"
     model[part] = section | {"projection": _number(config, "embed_dim", section["projection"], where)}

@@ -1,6 +1,6 @@
 """The `model` section of a checkpoint without config.json, from the shapes of its tensors.
 
-Head counts, groups and activations leave no trace there: they are Stable Diffusion v1's and CLIP's.
+Head counts, groups and activations leave no trace there: they are Stable Diffusion v1's and published CLIPs'.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.interop.tensor_files import Tensors
 
 UNET_HEADS, GROUPS = 8, 32
-CLIP_HEAD_WIDTH = 64  # in each published CLIP: heads grow with the width
+CLIP_HEAD_WIDTH = 64  # of every published text tower
+MOST_VISION_HEADS = 16  # beyond ViT-L the heads of published vision towers are wider: 80 in ViT-H, 104 in ViT-bigG
 
 
 def unet(tensors: Tensors, where: str) -> dict[str, Any]:
@@ -63,15 +64,18 @@ def vision(tensors: Tensors, where: str) -> dict[str, Any]:
     image_size=patch * round((positions - 1) ** 0.5),
     patch=patch,
     projection=_shape(tensors, "visual_projection.weight", where)[0],
-    **_transformer(tensors, "vision_model", width, where),
+    **_transformer(tensors, "vision_model", width, where, most_heads=MOST_VISION_HEADS),
   )
 
 
-def _transformer(tensors: Tensors, tower: str, width: int, where: str) -> dict[str, Any]:
+def _transformer(
+  tensors: Tensors, tower: str, width: int, where: str, *, most_heads: int | None = None
+) -> dict[str, Any]:
+  heads = max(width // CLIP_HEAD_WIDTH, 1)
   return dict(
     width=width,
     depth=_count(tensors, f"{tower}.encoder.layers.#."),
-    num_heads=max(width // CLIP_HEAD_WIDTH, 1),
+    num_heads=min(heads, most_heads or heads),
     mlp_width=_shape(tensors, f"{tower}.encoder.layers.0.mlp.fc1.weight", where)[0],
   )
 
