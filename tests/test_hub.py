@@ -87,6 +87,13 @@ def test_which_weights_are_read(names, expected):
   assert not set(wanted.config) - {"config.json", "open_clip_config.json"}
 
 
+def test_a_clips_texts_are_as_long_as_in_its_folder():
+  """Its tokenizer says how long."""
+  names = ["config.json", "model.safetensors", "tokenizer_config.json", "vocab.json"]
+  assert hub_files.choose(names, "org/name").config == ["config.json", "tokenizer_config.json"]
+  assert hub_files.choose(names[1:], "org/name").is_single_file
+
+
 def test_full_precision_rather_than_a_variant_and_what_diffdis_adds():
   fp16 = [name.replace(".safe", ".fp16.safe") for name in WEIGHTS if name.startswith("unet")]
   own = ["diffdis/config.json", "diffdis/diffusion_pytorch_model.safetensors"]

@@ -22,6 +22,7 @@ _NAME = r"[\w.-]+/[\w.-]+"
 _OF_A_PIPELINE = r"model_index\.json|diffdis/(config\.json|diffusion_pytorch_model\.safetensors)"
 _OF_A_PART = r"[\w.-]+\.(json|txt)"
 _OF_A_CLIP = r"config\.json|preprocessor_config\.json|open_clip_config\.json"
+_OF_A_TOKENIZER = r"tokenizer_config\.json"  # which says how long the texts are
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _OF_AN_EXPORT = (".safetensors", ".json", ".txt", ".py")
 
@@ -90,7 +91,7 @@ def choose(names: Collection[str], repo: str) -> Wanted:
     config = inside("", _OF_A_PIPELINE) + inside(f"(?:{parts})/", _OF_A_PART)
     return Wanted(config, [name for part in from_torch.WITH_WEIGHTS for name in _weights(names, repo, f"{part}/")])
   if config := inside("", _OF_A_CLIP):
-    return Wanted(config, _weights(names, repo))
+    return Wanted([*config, *inside("", _OF_A_TOKENIZER)], _weights(names, repo))
   single = sorted(inside("", r"[\w.-]+\.safetensors"))
   if len(single) > 1:
     raise UserError(f"{repo} has {', '.join(single)}; download the one that you mean, and name it: --source=FILE")
