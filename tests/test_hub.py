@@ -104,6 +104,13 @@ def test_full_precision_rather_than_a_variant_and_what_diffdis_adds():
   assert set(wanted.config) == {"model_index.json", *own, "tokenizer/vocab.json"}
 
 
+def test_a_pipeline_without_a_unet_is_refused_by_its_config():
+  """And not for want of safetensors, which another revision might have."""
+  config, weights = ["model_index.json", "vae/config.json"], ["vae/model.safetensors", "transformer/model.safetensors"]
+  wanted = hub_files.choose([*config, *weights], "org/flux")
+  assert wanted.config == config and wanted.weights == weights[:1]
+
+
 def test_what_an_import_refuses(hub, sd, tmp_path):
   fetch = lambda address: lambda: hub_files.fetch(address)
   hub.add("org/sd", sd)
@@ -115,6 +122,7 @@ def test_what_an_import_refuses(hub, sd, tmp_path):
   hub.add("org/empty", tmp_path, {"README.md": b""})
   hub.add("org/single", tmp_path, {"v1-4.ckpt": b""})
   hub.add("org/siglip", tmp_path, {"config.json": b'{"model_type": "siglip"}', "model.safetensors": b"large"})
+  hub.add("org/flux", tmp_path, {"model_index.json": b'{"_class_name": "FluxPipeline", "text_encoder_2": ["a", "b"]}'})
   hub.add("org/two", tmp_path, {"a.safetensors": b"", "b.safetensors": b""})
   refused("--source=hf:org should be hf:ORG/NAME or", fetch("hf:org"))
   refused("no repository http.*/org/none, or a private one; check the name", fetch("hf:org/none"))
@@ -126,6 +134,7 @@ def test_what_an_import_refuses(hub, sd, tmp_path):
   refused("neither a model_index.json of Stable Diffusion nor a config.json of CLIP", fetch("hf:org/siglip"))
   refused("org/two has a.safetensors, b.safetensors; download the one", fetch("hf:org/two"))
   refused("is a Stable Diffusion XL checkpoint", fetch("hf:org/xl"))
+  refused("is a FluxPipeline, whose model_index.json names no unet", fetch("hf:org/flux"))
   assert not [name for name in downloaded(hub) if "safetensors" in name]
 
 

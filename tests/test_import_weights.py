@@ -427,6 +427,14 @@ def test_a_broken_model_index(sd, tmp_path, content):
   refused(tmp_path / "sd", tmp_path / "run", "model_index.json")
 
 
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
+def test_a_pipeline_without_a_unet_is_called_by_its_name(tmp_path, name):
+  """These have a second text encoder, as Stable Diffusion XL has."""
+  parts = dict.fromkeys(("text_encoder", "text_encoder_2", "transformer", "vae"), ["a", "b"])
+  (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name, **parts}))
+  refused(tmp_path, tmp_path / "run", f"is a {name}, whose model_index.json names no unet; version 1 is supported")
+
+
 def test_a_pickle_that_needs_code_execution(tmp_path):
   torch.save({"state_dict": pathlib.PurePosixPath("x")}, tmp_path / "v1.ckpt")
   refused(tmp_path / "v1.ckpt", tmp_path / "run", "needs code execution to be read: it would call pathlib")

@@ -219,13 +219,13 @@ def check_version(folder: pathlib.Path) -> None:
   index = read_json(folder / "model_index.json")
   unet = read_json(folder / "unet" / "config.json") if (folder / "unet").is_dir() else {}
   context, name = unet.get("cross_attention_dim"), index.get("_class_name")
+  if "unet" not in index:  # first: Stable Diffusion 3 and Flux have a second text encoder too
+    raise UserError(f"{folder} is a {name}, whose model_index.json names no unet; {V1}")
   # By config alone, before any name is matched: these have most of v1's names, and would fail on one that says nothing.
   if context == 2048 or unet.get("addition_embed_type") or "text_encoder_2" in index:
     raise UserError(f"{folder} is a Stable Diffusion XL checkpoint ({name}, text condition of width {context}); {V1}")
   if context == 1024 or isinstance(unet.get("attention_head_dim"), list):
     raise UserError(f"{folder} is a Stable Diffusion 2 checkpoint (text condition of width {context}); {V1}")
-  if "unet" not in index:
-    raise UserError(f"{folder} is a {name}, whose model_index.json names no unet; {V1}")
   for part in PARTS:
     if not (folder / part).is_dir():
       raise UserError(f"{folder} has no folder {part}; a Stable Diffusion of diffusers has {', '.join(PARTS)}")

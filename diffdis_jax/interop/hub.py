@@ -89,7 +89,9 @@ def choose(names: Collection[str], repo: str) -> Wanted:
   if "model_index.json" in names:
     parts = "|".join((*from_torch.PARTS, "scheduler"))
     config = inside("", _OF_A_PIPELINE) + inside(f"(?:{parts})/", _OF_A_PART)
-    return Wanted(config, [name for part in from_torch.WITH_WEIGHTS for name in _weights(names, repo, f"{part}/")])
+    # Of a part that is not there the config files say more: the pipeline is another one.
+    there = [part for part in from_torch.WITH_WEIGHTS if inside(f"{part}/", ".+")]
+    return Wanted(config, [name for part in there for name in _weights(names, repo, f"{part}/")])
   if config := inside("", _OF_A_CLIP):
     return Wanted([*config, *inside("", _OF_A_TOKENIZER)], _weights(names, repo))
   single = sorted(inside("", r"[\w.-]+\.safetensors"))
