@@ -93,7 +93,7 @@ def _open_folder(path: pathlib.Path) -> Source:
     return _open_diffusers(path)
   if kind == "transformers":
     return _open_clip_model(path)
-  return _open_openclip(tensor_files.open_folder(path), path / "open_clip_config.json")
+  return _open_openclip(_unwrapped(tensor_files.open_folder(path)), path / "open_clip_config.json")
 
 
 def check_kind(path: pathlib.Path) -> str:
@@ -255,8 +255,7 @@ def _canonical(part: str, tensors: Tensors) -> Tensors:
 
 
 def _open_single_file(path: pathlib.Path) -> Source:
-  # As PyTorch names what several processes train; open_clip's own reader takes that away too.
-  tensors = {name.removeprefix("module."): tensor for name, tensor in tensor_files.open_file(path).items()}
+  tensors = _unwrapped(tensor_files.open_file(path))
 
   def has(prefix: str) -> bool:
     return any(name.startswith(prefix) for name in tensors)
@@ -288,6 +287,11 @@ def _open_single_file(path: pathlib.Path) -> Source:
   }
   fields = {"image_size": IMAGE_SIZE, "data.max_length": model["text_encoder"]["max_length"]}
   return Source(components, model, fields, others=others)
+
+
+def _unwrapped(tensors: Tensors) -> Tensors:
+  """Without what PyTorch puts before the names of what several processes train, as open_clip's own reader has them."""
+  return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def _open_clip_model(folder: pathlib.Path) -> Source:

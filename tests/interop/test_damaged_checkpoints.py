@@ -67,6 +67,17 @@ def test_a_fused_tensor_without_axes_is_left_out(tmp_path):
   )
 
 
+def test_a_folder_of_what_several_processes_trained(tmp_path):
+  """As a file of it is read: PyTorch puts `module.` before each name."""
+  write(tmp_path / "one")
+  (tmp_path / "several").mkdir()
+  arrays = {f"module.{name}": np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+  save_file(arrays, tmp_path / "several" / "open_clip_model.safetensors")
+  (tmp_path / "several" / "open_clip_config.json").write_text('{"model_cfg": {}}')
+  one, several = (from_torch.open_source(tmp_path / name) for name in ("one", "several"))
+  assert one.components["clip"].keys() == several.components["clip"].keys() and one.model == several.model
+
+
 def match(folder: pathlib.Path) -> None:
   path = "text_encoder.tokens.embedding"
   from_torch.match(from_torch.open_source(folder), {path: jax.ShapeDtypeStruct((49408, 64), np.float32)})
