@@ -285,6 +285,7 @@ def _open_single_file(path: pathlib.Path) -> Source:
     # v1's text tower is OpenAI's ViT-L/14. Which GELU it has leaves no trace in the file.
     "text_encoder": dict(shapes.text(components["text_encoder"], where), activation="quick_gelu"),
   }
+  sections.check_widths({"in_channels": shapes.in_channels(components["unet"], where)}, model, where)
   fields = {"image_size": IMAGE_SIZE, "data.max_length": model["text_encoder"]["max_length"]}
   return Source(components, model, fields, others=others)
 

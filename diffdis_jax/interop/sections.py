@@ -170,6 +170,11 @@ def write_clip(text: Config, vision: Config) -> dict[str, Any]:
 def check_widths(unet: Config, model: Config, where: str) -> None:
   """Raises UserError unless the UNet takes the autoencoder's latents and the text tower's condition, and no more."""
   channels, width = model["autoencoder"]["latent_channels"], model["text_encoder"]["width"]
+  if isinstance(found := unet.get("in_channels", channels), int) and found > channels:
+    raise UserError(
+      f"{where}: in_channels is {found}; an image goes in beside the noise, to be inpainted or edited; Stable Diffusion"
+      f" v1 and this package have {channels}"
+    )
   _require(unet, dict(in_channels=channels, out_channels=channels, cross_attention_dim=width), where)
 
 

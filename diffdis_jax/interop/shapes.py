@@ -30,6 +30,11 @@ def unet(tensors: Tensors, where: str) -> dict[str, Any]:
   )
 
 
+def in_channels(tensors: Tensors, where: str) -> int:
+  """Of the UNet, from diffusers' names."""
+  return _shape(tensors, "conv_in.weight", where, axes=4)[1]
+
+
 def vae(tensors: Tensors, where: str) -> dict[str, Any]:
   """`model.autoencoder` except its scale, from diffusers' names."""
   levels = _count(tensors, "encoder.down_blocks.#.")

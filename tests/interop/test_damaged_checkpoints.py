@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -144,3 +145,20 @@ def test_a_tokenizer_of_another_form(tmp_path, content):
   (tmp_path / "tokenizer.json").write_text(json.dumps(content))
   with pytest.raises(UserError, match="tokenizer.json is not CLIP's vocabulary"):
     import_weights.check_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("channels", "message"), [(9, "in_channels is 9; an image goes in beside the noise"), (4, "")])
+def test_a_single_file_that_inpaints(tmp_path, channels, message):
+  block, text = (32, 32, 3, 3), "cond_stage_model.transformer.text_model"
+  shapes = {
+    "model.diffusion_model.input_blocks.0.0.weight": (32, channels, 3, 3),
+    "model.diffusion_model.input_blocks.1.0.in_layers.2.weight": block,
+    "first_stage_model.encoder.down.0.block.0.conv1.weight": block,
+    "first_stage_model.post_quant_conv.weight": (4, 4, 1, 1),
+    f"{text}.embeddings.token_embedding.weight": (49408, 4),
+    f"{text}.embeddings.position_embedding.weight": (77, 4),
+    f"{text}.encoder.layers.0.mlp.fc1.weight": (8, 4),
+  }
+  save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, tmp_path / "v1.safetensors")
+  with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+    from_torch.open_source(tmp_path / "v1.safetensors")
