@@ -196,8 +196,8 @@ def _open_pickle(path: pathlib.Path) -> Tensors:
   except Exception as error:  # of a damaged pickle, whatever its instructions do
     if "TorchScript" in str(error):
       raise UserError(
-        f"{path} is a TorchScript archive, a program, as OpenAI published CLIP; take open_clip's or transformers' files"
-        " of the same weights"
+        f"{path} is a TorchScript archive, a program; take open_clip's or transformers' files of the same CLIP, or"
+        " torch-fidelity's or pytorch-fid's of FID's Inception"
       ) from error
     raise UserError(f"{path} cannot be read as a PyTorch file: {str(error)[:200]}; copy it again") from error
   state = content.get("state_dict", content) if isinstance(content, dict) else None

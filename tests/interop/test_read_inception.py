@@ -64,6 +64,16 @@ def test_another_file_than_the_published_one_is_warned_of(tmp_path, inception_st
   assert "SHA-256" in caplog.text and "is not the published file, whose SHA-256 begins with 6726825d" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+def test_a_torchscript_archive_is_told_what_to_take(tmp_path):
+  """As NVIDIA published the same network."""
+  torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "inception-2015-12-05.pt")
+  with pytest.raises(
+    UserError, match=r"2015-12-05.pt is a TorchScript .*, or torch-fidelity's or pytorch-fid's of FID"
+  ):
+    inception.read(str(tmp_path / "inception-2015-12-05.pt"))
+
+
 NAN, TURNED = torch.full((320,), torch.nan), torch.zeros(128, 128, 7, 1)
 
 
