@@ -67,7 +67,8 @@ def absolute(where: epath.PathLike) -> epath.Path:
 def local(where: epath.PathLike, flag: str) -> pathlib.Path:
   """A path on this machine. Raises UserError: it is an address; `flag` is what was given it."""
   if is_url(where):
-    raise UserError(f"{flag}={os.fspath(where)} must be a local path; copy it to this machine first")
+    how = "write it to this machine, and copy it there" if flag == "--out" else "copy it to this machine first"
+    raise UserError(f"{flag}={os.fspath(where)} must be a local path; {how}")
   return pathlib.Path(where)
 
 

@@ -61,6 +61,8 @@ def test_a_local_path_is_asked_for(tmp_path):
   assert buckets.local(tmp_path, "--source") == tmp_path
   with pytest.raises(UserError, match="--source=gs://b/x must be a local path; copy it to this machine first"):
     buckets.local("gs://b/x", "--source")
+  with pytest.raises(UserError, match="--out=gs://b/F.safetensors must be a local path; write it to this machine, and"):
+    buckets.local("gs://b/F.safetensors", "--out")
 
 
 def test_what_another_process_writes_is_seen_at_once(url):
