@@ -39,11 +39,12 @@ jax.config.update("jax_disable_most_optimizations", True)  # of the compiler, ag
 gc.set_threshold(100_000, 50, 50)
 
 
-# Files that take a minute or about as long. They come first, so that no process is left alone with one at the end.
+# Files that take a minute or about as long. They come first, so that no process is left alone with one at the end. The
+# first makes the runs that the third needs too, for which it would wait in the second's place.
 LONGEST = (
   "test_bucket_runs.py",
-  "test_train.py",
   "test_sharding.py",
+  "test_train.py",
   "test_preflight.py",
   "test_import_weights.py",
   "test_step.py",
