@@ -12,6 +12,7 @@ import pytest
 
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
+from diffdis_jax.parallel import sharding
 from diffdis_jax.run import committed, history, watchdog
 from diffdis_jax.training import loop, plugs, skips, step
 from tests import steps, tiny
@@ -53,22 +54,29 @@ def spoil(monkeypatch):
   return of
 
 
-def train(config, path):
-  loop.train_and_evaluate(Run.of(config), str(path))
+def prepare(config):
+  """Its programs, once for all the runs of a test. After `spoil`."""
+  run = Run.of(config)
+  return loop.Prepared.of(run, sharding.make_mesh(**vars(run.mesh)))
 
 
-def resume_from(run, copy, *, at, config):
+def train(prepared, path):
+  loop.train_and_evaluate(prepared.trainer.run, str(path), prepared=prepared)
+
+
+def resume_from(run, copy, *, at, prepared):
   """A copy of the run whose checkpoints after `at` are gone, trained again to its end."""
   shutil.copytree(run, copy)
   for saved in committed.all_steps(committed.folder(str(copy))):
     if int(saved.name) > at:
       shutil.rmtree(pathlib.Path(saved))
-  train(config, copy)
+  train(prepared, copy)
 
 
-def assert_same_end(found, expected):
+def assert_same_end(found, expected, restored):
+  """`restored`: what restore_training gives of the expected run."""
   assert metrics(found) == metrics(expected)
-  (a, a_next), (b, b_next) = restore_training(found), restore_training(expected)
+  (a, a_next), (b, b_next) = restore_training(found), restored
   np.testing.assert_array_equal(a_next, b_next)
   for x, y in zip(*(step.jax.tree.leaves((s.params, s.ema, s.opt_state, s.norms)) for s in (a, b)), strict=True):
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
@@ -78,8 +86,8 @@ def test_a_bad_batch_and_a_spike_are_skipped_and_a_resumed_run_is_the_same(tmp_p
   monkeypatch.setattr(skips, "SETTLED", 2.0)
   config = make_config(**{"optim.skip_deviations": 8.0})
   spoil(config, {2: NAN, 4: LARGE})
-  whole = tmp_path / "whole"
-  train(config, whole)
+  whole, prepared = tmp_path / "whole", prepare(config)
+  train(prepared, whole)
   lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
   assert [line.get("skipped", 0) for line in lines] == [0, 1, 1, 0]
   assert all(np.isfinite(line["loss"]) and line["loss"] < 100 for line in lines)
@@ -89,15 +97,15 @@ def test_a_bad_batch_and_a_spike_are_skipped_and_a_resumed_run_is_the_same(tmp_p
   assert said[0] == f"step 3 is skipped: its gradient norm is nan; its rows: {', '.join(rows[2])}"
   assert said[1].startswith("step 5 is skipped: ") and said[1].endswith(f"its rows: {', '.join(rows[4])}")
   assert len(said) == 2
-  resume_from(whole, tmp_path / "resumed", at=4, config=config)
-  assert_same_end(tmp_path / "resumed", whole)
+  resume_from(whole, tmp_path / "resumed", at=4, prepared=prepared)
+  assert_same_end(tmp_path / "resumed", whole, restore_training(whole))
 
 
 def test_beyond_the_budget_a_run_goes_back_once_and_takes_other_batches(tmp_path, spoil, caplog):
   config = make_config(**{"optim.skip_bad_steps": 1, "optim.skip_window": 4})
   spoil(config, {4: NAN, 5: NAN})
-  whole = tmp_path / "whole"
-  train(config, whole)
+  whole, prepared = tmp_path / "whole", prepare(config)
+  train(prepared, whole)
   assert [line["step"] for line in metrics(whole)] == [2, 4, 6, 8] and "skipped" not in metrics(whole)[-1]
   first, ended, again, end = history.read(whole)
   assert (first["step"], again["step"], end["why"]) == (0, 4, "finished")
@@ -106,10 +114,11 @@ def test_beyond_the_budget_a_run_goes_back_once_and_takes_other_batches(tmp_path
   assert ended["message"].startswith(said) and said in caplog.text
   # Steps 5 to 8 took batches 7 to 10, so that the next one is batch 11.
   batches = steps.open_batches(config)
-  np.testing.assert_array_equal(restore_training(whole)[1], [next(batches)["image"] for _ in range(11)][-1])
+  restored = restore_training(whole)
+  np.testing.assert_array_equal(restored[1], [next(batches)["image"] for _ in range(11)][-1])
   for at in (0, 4):
-    resume_from(whole, tmp_path / f"from_{at}", at=at, config=config)
-    assert_same_end(tmp_path / f"from_{at}", whole)
+    resume_from(whole, tmp_path / f"from_{at}", at=at, prepared=prepared)
+    assert_same_end(tmp_path / f"from_{at}", whole, restored)
 
 
 def test_batches_that_are_left_out_have_the_time_of_what_was_never_timed(tmp_path, spoil, monkeypatch):
@@ -123,7 +132,7 @@ def test_batches_that_are_left_out_have_the_time_of_what_was_never_timed(tmp_pat
   monkeypatch.setattr(watchdog.Watchdog, "at", measured)
   config = make_config(**{"optim.skip_bad_steps": 1, "optim.skip_window": 4})
   spoil(config, {4: NAN, 5: NAN})
-  train(config, tmp_path)
+  train(prepare(config), tmp_path)
   of_one = seconds["reading a batch"]
   assert seconds["reading the batches that are left out"] == [watchdog.FIRST_TIME]
   assert of_one[0] == watchdog.FIRST_TIME and all(limit < 2 * watchdog.STORAGE for limit in of_one[1:])
@@ -137,7 +146,7 @@ def test_a_run_that_only_gets_bad_batches_ends_with_what_it_knows(tmp_path, spoi
     match="^2 of the last 4 steps were skipped by step 6, from step 5 on; more than optim.skip_bad_steps=1, though the"
     " run went back to step 4 and took other batches; the log names their rows, and the last checkpoint is 4; lower",
   ):
-    train(config, tmp_path / "run")
+    train(prepare(config), tmp_path / "run")
   assert committed.latest_step(str(tmp_path / "run")) == 4
 
 
@@ -145,4 +154,4 @@ def test_a_run_that_skips_none_ends_at_a_bad_step(tmp_path, spoil):
   config = make_config(**{"optim.skip_bad_steps": 0})
   spoil(config, {5: NAN})
   with pytest.raises(UserError, match="is not finite by step 6; the last good checkpoint is step 4; lower optim.rates"):
-    train(config, tmp_path)
+    train(prepare(config), tmp_path)

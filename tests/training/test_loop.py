@@ -10,7 +10,7 @@ from clu.metrics import Average
 
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
-from diffdis_jax.parallel import processes
+from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.run import checkpoint, committed, watchdog, writers
 from diffdis_jax.training import evaluator, loop
 from diffdis_jax.training.steps import check_finite, slowest_host
@@ -63,10 +63,17 @@ class Evaluator(evaluator.Evaluator):
     return {}
 
 
+def prepare(config):
+  """Its programs, once for all the runs of a test."""
+  run = Run.of(config)
+  return loop.Prepared.of(run, sharding.make_mesh(**vars(run.mesh)))
+
+
 def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monkeypatch):
   config = tiny.get_config("autoencoder")
   config.update(num_steps=6, save_every=3, log_every=3)
-  train = lambda: loop.train_and_evaluate(Run.of(config), str(tmp_path))
+  prepared = prepare(config)
+  train = lambda: loop.train_and_evaluate(Run.of(config), str(tmp_path), prepared=prepared)
   failing, passing, said = Evaluator(failing=UserError), Evaluator(failing=None), []
   monkeypatch.setattr(loop, "make_evaluator", lambda *_: failing)
   for _ in range(2):  # the second time it is done before the first step
@@ -111,10 +118,11 @@ def test_an_evaluation_that_is_done_again_decides_on_the_best_checkpoint(tmp_pat
   failing, passing = Evaluator(failing=UserError), Evaluator(failing=None)
   monkeypatch.setattr(passing, "after_step", lambda step, *_, last: {"test/acc1": 1.0 / step})
   monkeypatch.setattr(loop, "make_evaluator", lambda *_: failing)
+  prepared = prepare(config)
   with pytest.raises(UserError):
-    loop.train_and_evaluate(Run.of(config), str(tmp_path))
+    loop.train_and_evaluate(Run.of(config), str(tmp_path), prepared=prepared)
   monkeypatch.setattr(loop, "make_evaluator", lambda *_: passing)
-  loop.train_and_evaluate(Run.of(config), str(tmp_path))
+  loop.train_and_evaluate(Run.of(config), str(tmp_path), prepared=prepared)
   assert checkpoint.best(tmp_path, Run.of(config).checkpoint) == checkpoint.Best(4, 0.25)
 
 
