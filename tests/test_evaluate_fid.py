@@ -26,7 +26,7 @@ from diffdis_jax.evals import registry as evals
 from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import restore
-from tests.command_runs import ROOT
+from tests.command_runs import ROOT, call
 from tests.steps import config_of, network_of
 
 pytest_plugins = ("tests.untrained", "tests.inception_weights", "tests.command_runs")
@@ -163,13 +163,12 @@ def test_killed_at_random_it_ends_in_the_same_bits(fid_run, tmp_path, environmen
     (["--inception=weights.pth", "--num_images=1"], "num_images is 1; FID takes at least 2 images"),
   ],
 )
-def test_bad_input(run, tmp_path, flags, message):
+def test_bad_input(run, environment, tmp_path, flags, message):
   folder = tmp_path / "run"
   shutil.copytree(run, folder)
   config = json.loads((folder / "config.json").read_text())
   config["evals"] = {"few": section(40)}
   (folder / "config.json").write_text(json.dumps(config))
-  call = [sys.executable, "-m", "diffdis_jax.evaluate", f"--workdir={folder}", f"--out={tmp_path}/out.json", *flags]
-  bad = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+  bad = call("evaluate", environment, f"--workdir={folder}", f"--out={tmp_path}/out.json", *flags)
   assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and bad.stderr.startswith("error: ")
   assert message in bad.stderr and [path.name for path in tmp_path.iterdir()] == ["run"]
