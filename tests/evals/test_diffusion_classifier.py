@@ -93,14 +93,19 @@ def make(stages: Sequence[str], **settings: object) -> diffusion_classifier.Diff
   return evals.create("diffusion_classifier", **how, **settings)  # pyright: ignore[reportReturnType]
 
 
+@jax.jit
+def noise_of(t: jax.Array, places: jax.Array) -> jax.Array:
+  """Of each place, by seed, timestep and place alone."""
+  key = jax.random.fold_in(jax.random.key(SEED), t)
+  return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(key, place), SHAPE))(places)
+
+
 def expected_errors(z: np.ndarray, t: np.ndarray) -> np.ndarray:
   """[n k s] by the closed form, in float64: ε − ε̂ = a ε − b (z − mean)."""
   means = np.stack([mean_of(word) for word in Tokenizer(6)(NAMES)[:, 1]]).astype(np.float64)
   found = np.empty((len(z), len(NAMES), len(t)))
-  of_place = lambda key, place: jax.random.normal(jax.random.fold_in(key, place), SHAPE)
   for j, each in enumerate(t):
-    key = jax.random.fold_in(jax.random.key(SEED), each)
-    noise = np.asarray(jax.vmap(of_place, (None, 0))(key, np.arange(len(z))), np.float64)
+    noise = np.asarray(noise_of(each, np.arange(len(z))), np.float64)
     alpha_bar = ALPHA_BAR[each]
     total = alpha_bar * SPREAD**2 + 1 - alpha_bar
     a, b = alpha_bar * SPREAD**2 / total, np.sqrt(alpha_bar * (1 - alpha_bar)) / total
