@@ -15,13 +15,16 @@ from tests.command_runs import ROOT
 pytest_plugins = ("tests.command_runs",)
 
 _WITH_THE_TINY_CONFIG = """
-import runpy
+import functools, runpy
 from diffdis_jax.common import cli
 from tests import tiny
 
 def get_config(arg=""):
   config = tiny.get_config(arg)
   if not arg:
+    from diffdis_jax.evals import classifiers
+
+    classifiers.train_on_shapes = functools.partial(classifiers.train_on_shapes, num_images=64)  # as it is one step
     config.evals.generated.update(per_class=1, required_accuracy=0.0, classifier_steps=1)
     config.train_evals = ("test",)
   return config
