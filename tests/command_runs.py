@@ -14,6 +14,7 @@ from tests.once import made_once, shared_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 16, 4
+MEASURED, GENERATED = ("--tasks=zero_shot",), ("--prompt=a red star", "--prompt=a blue ring", "--seed=1")
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +63,30 @@ def joint_run(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, s
     assert done.returncode == 0, done.stderr
 
   return str(made_once(tmp_path_factory, "joint", train))
+
+
+@pytest.fixture(scope="session")
+def joint_results(
+  tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], joint_run: str
+) -> pathlib.Path:
+  """What evaluate writes of the joint run, with the flags MEASURED."""
+
+  def evaluate(out: pathlib.Path) -> None:
+    done = call("evaluate", environment, f"--workdir={joint_run}", *MEASURED, f"--out={out}")
+    assert done.returncode == 0, done.stderr
+
+  return made_once(tmp_path_factory, "joint.json", evaluate)
+
+
+@pytest.fixture(scope="session")
+def joint_images(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], joint_run: str) -> pathlib.Path:
+  """What the joint run generates, with the flags GENERATED."""
+
+  def generate(out: pathlib.Path) -> None:
+    done = call("generate", environment, f"--workdir={joint_run}", *GENERATED, f"--out={out}")
+    assert done.returncode == 0, done.stderr
+
+  return made_once(tmp_path_factory, "joint_images", generate)
 
 
 @pytest.fixture(scope="session")

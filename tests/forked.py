@@ -41,7 +41,8 @@ LIBRARIES = (
 )
 # Variables that none of them reads while it is imported. With another value of any other, it is another server.
 READ_LATER = (
-  *("DIFFDIS_LAUNCHED", "PYTEST_CURRENT_TEST", "STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "XDG_CACHE_HOME"),
+  *("DIFFDIS_COORDINATOR_ADDRESS", "DIFFDIS_LAUNCHED", "DIFFDIS_NUM_PROCESSES", "DIFFDIS_PROCESS_ID"),
+  *("PYTEST_CURRENT_TEST", "STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "XDG_CACHE_HOME"),
 )
 MOST_SERVERS = 2  # at a time, of a process of the tests: each has some 200 MB
 _SERVE = "__import__('tests.forked').forked.main()"  # which leaves no name in `__main__`

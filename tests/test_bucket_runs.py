@@ -24,8 +24,8 @@ from diffdis_jax.common import buckets
 from diffdis_jax.data import copies, sources
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint, committed, digests, restore, workdir, writers
-from tests import raw_pairs
-from tests.command_runs import ROOT, SAVE_EVERY, STEPS, call, joint_flags
+from tests import forked, raw_pairs
+from tests.command_runs import GENERATED, MEASURED, ROOT, SAVE_EVERY, STEPS, call, joint_flags
 from tests.run.test_checkpoint import make_iterator, make_state, save
 from tests.test_resume import kill_when, metrics, restore_training
 
@@ -58,27 +58,26 @@ def succeed(verb, environment, *flags):
   return done
 
 
-def test_a_run_is_killed_resumes_and_is_used(tmp_path, url, on_a_bucket, environment, joint_run, autoencoder_run):
+def test_a_run_is_killed_resumes_and_is_used(
+  tmp_path, url, on_a_bucket, joint_run, autoencoder_run, joint_results, joint_images
+):
   command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), f"--workdir={url}"]
   kill_when(command, on_a_bucket, lambda: (committed.latest_step(url) or 0) >= SAVE_EVERY)
   assert SAVE_EVERY <= committed.latest_step(url) < STEPS
-  done = subprocess.run(command, cwd=ROOT, env=on_a_bucket, capture_output=True, text=True)
+  done = forked.run(command, on_a_bucket)
   assert done.returncode == 0, done.stderr
   assert_same_end(buckets.path(url), pathlib.Path(joint_run))
   assert not list(ROOT.glob("gs:*"))
 
-  one = ["--tasks=zero_shot", "--num_images=16"]
-  succeed("evaluate", on_a_bucket, f"--workdir={url}", *one, f"--out={url}/eval.json")
-  succeed("evaluate", environment, f"--workdir={joint_run}", *one, f"--out={tmp_path}/eval.json")
-  found, expected = (json.loads((path / "eval.json").read_text()) for path in (buckets.path(url), tmp_path))
+  succeed("evaluate", on_a_bucket, f"--workdir={url}", *MEASURED, f"--out={url}/eval.json")
+  found, expected = (json.loads(path.read_text()) for path in (buckets.path(url) / "eval.json", joint_results))
   for task, datasets in expected.items():
     for name, record in datasets.items():
       assert found[task][name]["metrics"] == record["metrics"]
 
-  prompt = "--prompt=a red star"
-  succeed("generate", on_a_bucket, f"--workdir={url}", prompt, f"--out={url}/drawn")
-  succeed("generate", environment, f"--workdir={joint_run}", prompt, f"--out={tmp_path}/drawn")
-  assert (buckets.path(url) / "drawn" / "00000.png").read_bytes() == (tmp_path / "drawn" / "00000.png").read_bytes()
+  succeed("generate", on_a_bucket, f"--workdir={url}", *GENERATED, f"--out={url}/drawn")
+  for name in ("00000.png", "00001.png"):
+    assert (buckets.path(url) / "drawn" / name).read_bytes() == (joint_images / name).read_bytes()
 
   succeed("report", on_a_bucket, f"--workdir={url}", f"--out={tmp_path}/report.html")
   assert "zero_shot" in (tmp_path / "report.html").read_text()
@@ -88,13 +87,27 @@ def test_a_run_is_killed_resumes_and_is_used(tmp_path, url, on_a_bucket, environ
   assert refused.stderr.splitlines()[-1].startswith(f"error: {url} holds a run of another config: seed is 0 there")
 
 
+def run_as_two(command, environment):
+  """The processes that launch/local.sh starts, without imports of their own."""
+  from tests import bucket_server  # here, or else pytest warns that it is imported before it is made a plugin
+
+  where = {"DIFFDIS_COORDINATOR_ADDRESS": f"127.0.0.1:{bucket_server.free_port()}", "DIFFDIS_NUM_PROCESSES": "2"}
+  each = [environment | where | {"DIFFDIS_LAUNCHED": "1", "DIFFDIS_PROCESS_ID": str(i)} for i in range(2)]
+  processes = [forked.start(command, variables, output=subprocess.DEVNULL) for variables in each]
+  try:
+    assert [process.wait(300) for process in processes] == [0, 0]
+  finally:
+    for process in processes:
+      process.kill()
+      process.wait()
+
+
 def test_two_processes_one_of_which_is_killed(tmp_path, url, on_a_bucket, environment):
   fields = {"num_steps": 12, "save_every": 4, "log_every": 1, "data.loader.num_threads": 0}
   train = [sys.executable, "-m", "diffdis_jax.train", "--config=tests/tiny.py:autoencoder"]
   train += [f"--config.{name}={value}" for name, value in fields.items()]
   launch = ["launch/local.sh", "-n", "2", "-d", "1", "--max-restarts", "2", "--"]
-  whole = [*launch, *train, f"--workdir={tmp_path / 'whole'}"]
-  subprocess.run(whole, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
+  run_as_two([*train, f"--workdir={tmp_path / 'whole'}"], environment)
 
   with (tmp_path / "log").open("w") as log:  # the launcher has a descriptor of its own
     launcher = subprocess.Popen(
@@ -128,7 +141,7 @@ def test_a_bucket_that_is_away_for_a_while_changes_no_bit(
   port = bucket_server.free_port()
   there = bucket_server.environment_of(f"http://127.0.0.1:{port}")
   command = [sys.executable, "-m", "diffdis_jax.train", *joint_flags(autoencoder_run), "--workdir=gs://bucket/run"]
-  start = lambda: subprocess.Popen(command, cwd=ROOT, env=environment | there, stderr=subprocess.PIPE, text=True)
+  start = lambda: forked.start(command, environment | there)
   with bucket_server.serving(tmp_path, port):
     running = start()
     while not any(tmp_path.rglob("commit_success.txt")):
@@ -146,14 +159,15 @@ def test_a_bucket_that_is_away_for_a_while_changes_no_bit(
     GCSFileSystem.clear_instance_cache()
     assert_same_end(buckets.path("gs://bucket/run"), pathlib.Path(joint_run))
   running = start()  # of a finished run, which looks for its checkpoints
-  time.sleep(6)
+  time.sleep(4)
   with bucket_server.serving(tmp_path, port):
     said = running.communicate(timeout=300)[1]
     assert running.returncode == 0 and "finished at step" in said, said
 
 
 def test_a_second_run_is_refused(url, on_a_bucket):
-  code = f"from diffdis_jax.run import workdir\nwith workdir.Lock({url!r}):\n  print('locked', flush=True)\n  input()"
+  code = "from diffdis_jax.run import workdir\nworkdir.SETTLING_IN_A_BUCKET = 0.0\n"  # the other has its own
+  code += f"with workdir.Lock({url!r}):\n  print('locked', flush=True)\n  input()"
   holder = subprocess.Popen(
     [sys.executable, "-c", code], env=on_a_bucket, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
   )

@@ -114,11 +114,10 @@ def check_provenance(found: dict, run: str, autoencoder: str) -> None:
   assert history.read(run)[0]["init_from"] == found["run"]["init_from"]
 
 
-def test_the_run_is_evaluated_and_generates_through_the_command_line(joint_run, autoencoder_run, environment, tmp_path):
-  out = tmp_path / "results.json"
-  done = call("evaluate", environment, f"--workdir={joint_run}", "--tasks=zero_shot", f"--out={out}")
-  assert done.returncode == 0, done.stderr
-  results = json.loads(out.read_text())["zero_shot"]
+def test_the_run_is_evaluated_and_generates_through_the_command_line(
+  joint_run, autoencoder_run, joint_results, joint_images
+):
+  results = json.loads(joint_results.read_text())["zero_shot"]
   assert results.keys() == {"test", "unseen"}
   for record in results.values():
     assert 0 <= record["metrics"]["acc1"] <= record["metrics"]["acc5"] <= 1
@@ -126,12 +125,8 @@ def test_the_run_is_evaluated_and_generates_through_the_command_line(joint_run, 
     check_provenance(record["provenance"], joint_run, autoencoder_run)
     assert record["pretrained"] == "joint" and "/" not in json.dumps(record["provenance"])
 
-  images = tmp_path / "images"
-  prompts = ("--prompt=a red star", "--prompt=a blue ring")
-  done = call("generate", environment, f"--workdir={joint_run}", *prompts, f"--out={images}", "--seed=1")
-  assert done.returncode == 0, done.stderr
-  assert {path.name for path in images.iterdir()} == {"00000.png", "00001.png", "grid.png", "prompts.json"}
-  first, second = (pixels(images / f"0000{i}.png") for i in range(2))
+  assert {path.name for path in joint_images.iterdir()} == {"00000.png", "00001.png", "grid.png", "prompts.json"}
+  first, second = (pixels(joint_images / f"0000{i}.png") for i in range(2))
   assert first.shape == second.shape == (16, 16, 3) and (first != second).any()
 
 
