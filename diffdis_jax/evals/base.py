@@ -153,7 +153,9 @@ def _usable(source: Any, index: SupportsIndex, what: str = "the data set") -> It
   except records.Unusable as error:
     images = source.images if isinstance(source, Captioned | Labelled) else None
     # A published set was not prepared: it is the file that is mended, and a number would not say which.
-    if isinstance(images, Lazy) and isinstance(file := images.items[int(index)], pathlib.Path):
+    # Of a list alone: another source would read the record again, which cannot be read.
+    items = images.items if isinstance(images, Lazy) and isinstance(images.items, Sequence) else None
+    if items is not None and isinstance(file := items[int(index)], pathlib.Path):
       raise UserError(f"{file} cannot be used: {error}; download it again") from error
     raise UserError(f"record {index} of {what} cannot be used: {error}; prepare the data set again") from error
 

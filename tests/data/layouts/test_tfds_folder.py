@@ -15,6 +15,7 @@ from diffdis_jax.data import records, sources, transforms
 from diffdis_jax.data.layouts import class_lists, find, tfds_folder
 from diffdis_jax.data.prepare import builder, image_folder, parts
 from diffdis_jax.errors import UserError
+from diffdis_jax.evals import base
 from tests.raw_pairs import picture
 
 
@@ -179,3 +180,16 @@ def test_captions_of_fields_that_its_records_lack(tmp_path):
   assert make("class")[0]["captions"] == ["cat"]
   with pytest.raises(UserError, match="cifar10 has no caption field 'title'; its records have caption, class, label"):
     make("class", "title")
+
+
+def test_a_record_that_is_damaged_later_is_one_line_too(tmp_path, monkeypatch):
+  """A run measures hours after it has opened the set, and saves its steps where that fails so."""
+
+  def unreadable(*_):
+    raise records.Unusable("unreadable record")
+
+  cifar(tmp_path)
+  source = read(tmp_path, "cifar10")
+  monkeypatch.setattr(records.Stored, "_read", unreadable)
+  with pytest.raises(UserError, match="^record 1 of the data set cannot be used: unreadable record; prepare"):
+    base.Images(source, np.arange(3), 4)[np.array([1])]
