@@ -282,9 +282,10 @@ def _places(labels: Sequence[str | int], classes: prompts.ClassNames) -> Int[np.
     logging.warning("equal class names cannot be distinguished and count as wrong: %s", repeated)
   if missing := sorted(name for name in names if prompts.comparable(name) not in index):
     shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
-    # Columns of a .csv are texts, also where they are numbers.
+    # Columns of a .csv are texts, also where they are numbers. A list of such numbers is only not whole.
+    are_numbers = all(map(str.isdecimal, missing)) and not any(map(str.isdecimal, classes.keys))
     number = "they are texts: give an object {number in the data: name} instead"
-    remedy = number if all(map(str.isdecimal, missing)) else "add them to the class list"
+    remedy = number if are_numbers else "add them to the class list"
     raise UserError(f"{len(missing)} labels of the data are not in the class list: {shown}; {remedy}")
   return np.array([index[prompts.comparable(label)] if isinstance(label, str) else label for label in labels])
 

@@ -237,6 +237,9 @@ def test_numbers_that_are_texts_are_no_class_names(use, folder, fakes, caplog):
   caplog.clear()
   with pytest.raises(UserError, match="'10', '3'; they are texts: give an object {number in the data: name}"):
     create(("cat", "dog"), label_field="label")
+  for lacking in ({"3": "cat"}, ("3", "4")):
+    with pytest.raises(UserError, match="not in the class list: '10'; add them to the class list"):
+      create(lacking, label_field="label")
   np.testing.assert_array_equal(create({"3": "cat", "10": "dog"}, label_field="label").labels, [0, 1, 0])
   assert create(("10", "3"), label_field="label").classnames == ("10", "3")  # of digits, as they are
   folder([0, 1], ["1", "2"], ["cat", "dog"])
