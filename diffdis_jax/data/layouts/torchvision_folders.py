@@ -100,14 +100,15 @@ def _cifar(batch: str, labels: str, meta: str, names: str) -> Callable[[pathlib.
 
 
 def _class_folders(path: pathlib.Path, origin: Origin) -> Named:
-  classes = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+  classes = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
   files = [file for name in classes for file in _images_below(path / name)]
   return _named(image_files(files), [file.relative_to(path).parts[0] for file in files], classes, origin)
 
 
 def _images_below(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Those of each folder before those of the folders in it, each by name, as os.walk's sorted entries are."""
-  files = [file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file()]
+  """Those of each folder before those of the folders in it, each by name, as os.walk's sorted entries are; without
+  hidden ones, such as macOS leaves on other disks."""
+  files = [file for file in folder.rglob("[!.]*") if file.suffix.lower() in ENDINGS and file.is_file()]
   return sorted(files, key=lambda file: (str(file.parent), file.name))
 
 

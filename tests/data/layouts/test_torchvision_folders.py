@@ -74,6 +74,19 @@ def test_same_pixels_labels_and_order(tmp_path, unchecked, name):
   assert len({*source.labels.tolist()}) == len({*ours.labels.tolist()}) > 2
 
 
+@pytest.mark.parametrize("name", ["caltech101", "imagenet1k"])
+def test_what_macos_leaves_beside_an_image_is_none(tmp_path, name):
+  """On a disk of another system's it keeps a file's attributes in ._FILE."""
+  benchmark_sets.TORCHVISION[name](tmp_path)
+  expected = sources.open_source(name=name, path=tmp_path, image_size=8)
+  files = [file for file in tmp_path.rglob("*") if file.is_file()]
+  for file in files:
+    file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
+  (files[0].parents[1] / ".Trashes").mkdir()
+  found = sources.open_source(name=name, path=tmp_path, image_size=8)
+  assert found.labels.tolist() == expected.labels.tolist() and found.images == expected.images
+
+
 @pytest.mark.parametrize("folder", ["", "cars", "stanford_cars", "wds_nothing"])
 def test_below_the_root_or_in_a_folder_of_its_own(tmp_path, folder):
   benchmark_sets.cars(tmp_path / folder)
