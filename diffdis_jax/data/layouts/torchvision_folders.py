@@ -40,12 +40,11 @@ class Folder:
 
 
 def find(parent: pathlib.Path, set_name: str, *, below: bool = True) -> pathlib.Path | None:
-  """The set's folder under torchvision's root `parent`, or, with `below`, `parent` itself or a part of the way down."""
+  """The set's folder under torchvision's root `parent` or a part of the way down; with `below`, also `parent`."""
   folder = FOLDERS[set_name]
-  bases = [folder.base]
-  if below:
-    parts = folder.base.split("/")
-    bases = ["/".join(parts[n:]) for n in range(len(parts) + 1)]
+  # An archive unpacks to the last part of the way; what is above it is torchvision's own.
+  parts = folder.base.split("/")
+  bases = ["/".join(parts[n:]) for n in range(len(parts) + below)]
   return next((parent / base for base in bases if (parent / base / folder.marker).exists()), None)
 
 

@@ -94,6 +94,16 @@ def test_below_the_root_or_in_a_folder_of_its_own(tmp_path, folder):
   assert not find.is_there(tmp_path, "pets")
 
 
+@pytest.mark.parametrize(("name", "archive"), [("caltech101", "101_ObjectCategories"), ("eurosat", "2750")])
+def test_an_archive_that_was_unpacked_in_the_root(tmp_path, name, archive):
+  """Without torchvision's own folder above it."""
+  benchmark_sets.TORCHVISION[name](tmp_path)
+  (tmp_path / name / archive).rename(tmp_path / archive)
+  (tmp_path / name).rmdir()
+  read = find.find_labelled(tmp_path, name)
+  assert read is not None and read().origin.path == str(tmp_path / archive)
+
+
 def test_what_was_looked_for(tmp_path):
   with pytest.raises(
     UserError, match="no pets in .*: it was|no pets in .*; it was looked for in its folders pets, oxf"
