@@ -159,6 +159,12 @@ def test_a_set_without_a_split_is_whole_or_its_published_part(monkeypatch):
     check(source_of(10, name="eurosat", split="all", layout="torchvision"))
 
 
+@pytest.mark.parametrize("count", [6_084, 6_085])
+def test_both_test_splits_of_caltech_are_whole(monkeypatch, count):
+  suites.check("caltech101", made(monkeypatch, source_of(count, name="caltech101"), "caltech101"), incomplete=False)
+  assert suites.is_whole("caltech101", {"protocol": {"num_images": count}})
+
+
 def test_what_is_looked_for(tmp_path, caplog):
   make = lambda suite, objectives=("discrimination", "generation"), root=tmp_path: [
     section.dataset for section in suites.sections(suite, str(root), objectives=objectives, image_size=SIZE)
