@@ -84,6 +84,7 @@ RETRIEVAL = {
   "mscoco_captions": BenchmarkSet("MSCOCO", "retrieval", {"test": (5_000,)}),
   "flickr30k": BenchmarkSet("Flickr30k", "retrieval", {"test": (1_000,)}),
 }
+NOT_KARPATHYS = ("val", "validation")  # of a prepared set of RETRIEVAL: val2017 has 5,000 images, as his test split has
 FID = {"mscoco_val2014": BenchmarkSet("MSCOCO val2014", "fid", {"val2014": (40_504,)})}
 SETS = ZERO_SHOT12 | RETRIEVAL | FID
 OF_THE_PAPER = {"zero_shot12": ZERO_SHOT12, "retrieval": RETRIEVAL, "fid": FID, "paper": SETS}
@@ -148,8 +149,8 @@ def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
     incomplete: let pass another number of images, and classes without any.
 
   Raises:
-    UserError: another number of images than the published one, a class without images, an image that is none, or a
-      template that came with the data and has no place for the class name.
+    UserError: another number of images than the published one, another split, a class without images, an image that is
+      none, or a template that came with the data and has no place for the class name.
   """
   if name in emoji.SETS:
     emoji.check(name, evaluation, incomplete=incomplete)
@@ -157,6 +158,11 @@ def check(name: str, evaluation: Eval, *, incomplete: bool) -> None:
   source = evaluation.source if isinstance(evaluation, ZeroShot | Retrieval | Fid) else None
   if not isinstance(source, Labelled | Captioned):
     return
+  if name in RETRIEVAL and source.origin.split in NOT_KARPATHYS and not incomplete:
+    raise UserError(
+      f"{name} in {source.origin.path} has no split test, and its split {source.origin.split} is of other images;"
+      " prepare it by Karpathy's splits (dataset_*.json), or give --incomplete to measure what is there"
+    )
   # torchvision's folders say which split they are; a copy of another kind may be any of the published ones.
   published = SETS[name]
   expected = published.counts.get(source.origin.split, ()) if source.origin.layout == "torchvision" else ()
@@ -200,7 +206,8 @@ def _check_image(name: str, source: Labelled | Captioned, index: int) -> None:
 def is_whole(name: str, record: Mapping[str, Any]) -> bool:
   """Whether a result is of a whole published split, and no leak test."""
   protocol = record["protocol"]
-  return protocol["num_images"] in SETS[name].sizes and not protocol.get("shuffle_labels")
+  is_other = name in RETRIEVAL and protocol.get("data", {}).get("split") in NOT_KARPATHYS
+  return protocol["num_images"] in SETS[name].sizes and not is_other and not protocol.get("shuffle_labels")
 
 
 def means(results: Mapping[str, Mapping[str, Any]]) -> Results:

@@ -109,8 +109,8 @@ def _mean(found: Mapping[str, Any], metric: str) -> str:
   value = f"{100 * record['metrics'][metric]:.2f}"
   if record["protocol"]["whole"]:
     return value
-  sizes = record["protocol"]["sets"].items()
-  whole = all(name in suites.SETS and size in suites.SETS[name].sizes for name, size in sizes)
+  sets = record["protocol"]["sets"]
+  whole = all(each in suites.SETS and each in found and suites.is_whole(each, found[each]) for each in sets)
   return f"{name.replace('_', ' ')}{'' if whole else ', not whole'}: {value}"
 
 

@@ -165,6 +165,24 @@ def test_both_test_splits_of_caltech_are_whole(monkeypatch, count):
   assert suites.is_whole("caltech101", {"protocol": {"num_images": count}})
 
 
+def test_as_many_images_of_another_split_are_not_karpathys(monkeypatch):
+  """val2017 of MSCOCO has 5,000 images, as Karpathy's test split of val2014 has."""
+  monkeypatch.setitem(
+    suites.SETS, "mscoco_captions", dataclasses.replace(suites.SETS["mscoco_captions"], counts={"test": (2,)})
+  )
+
+  def check(split, *, incomplete=False):
+    images = [encode(Image.fromarray(coloured(i))) for i in range(2)]
+    origin = labelled.Origin("prepared", "/data/coco", split)
+    source = labelled.Captioned(images, [("a cat",), ("a dog",)], origin)
+    suites.check("mscoco_captions", made(monkeypatch, source, "mscoco_captions"), incomplete=incomplete)
+
+  check("test")
+  with pytest.raises(UserError, match="mscoco_captions in /data/coco has no split test, and its split val is of other"):
+    check("val")
+  check("val", incomplete=True)
+
+
 def test_what_is_looked_for(tmp_path, caplog):
   make = lambda suite, objectives=("discrimination", "generation"), root=tmp_path: [
     section.dataset for section in suites.sections(suite, str(root), objectives=objectives, image_size=SIZE)
@@ -246,6 +264,7 @@ def test_means():
     (fabricated(1), ["mean_of_1", "mean_of_1"]),
     (fabricated(12, images=40), ["mean_of_12", "mean_of_2"]),
     (fabricated(12, shuffle_labels=True), ["mean_of_12", "mean_of_2"]),
+    (fabricated(12, data={"layout": "prepared", "split": "val"}), ["mean_over_12", "mean_of_2"]),
   ],
 )
 def test_a_mean_over_less_has_another_name(found, names):
@@ -263,7 +282,10 @@ def test_table():
   assert "1.65 points" in text and "## FID" not in text
   few = tables.table({"mine": with_means(fabricated(3))})
   assert "mean of 3: " in few and "not whole" not in few
-  assert "mean of 12, not whole: " in tables.table({"mine": with_means(fabricated(12, images=40))})
+  for other in (fabricated(12, images=40), fabricated(12, shuffle_labels=True)):
+    assert "mean of 12, not whole: " in tables.table({"mine": with_means(other)})
+  val2017 = fabricated(12, data={"layout": "prepared", "split": "val"})
+  assert "mean of 2, not whole: " in tables.table({"mine": with_means(val2017)})
 
 
 def test_the_papers_fid_stands_under_mscoco_alone():
