@@ -53,8 +53,8 @@ class Section:
       resizes them.
     split: of `shapes`: train, test, unseen, all. Of `scenes`: one of scenes.SPLITS. Of `pairs`: what the folder has. A
       published set is measured on one split alone, whatever this says.
-    path: the prepared folder, local or any that etils.epath reads; unused by `shapes` and `scenes`. Of a published set,
-      the folder of all of them.
+    path: the prepared folder, local or any that etils.epath reads; empty for what is rendered. Of a published set, the
+      folder of all of them.
     seed: of the rendered images.
     num_images: number of rendered images; by default SPLITS of shapes or scenes. Of `pairs` and `latents`: only the
       first so many.
@@ -92,6 +92,14 @@ class Section:
     """One line about it, with what its preparation counted."""
     return f"{self.name}{f' in {path}' if (path := str(self.path)) else ''}, split {self.split}"
 
+  def _check_no_path(self) -> None:
+    """Of what is rendered. Raises UserError for a path, whose images would be missing in silence."""
+    if path := str(self.path):
+      raise UserError(
+        f"data.path is {path!r}, and data.name {self.name!r}, whose images are rendered, from no file: leave the path"
+        " empty, or give data.name='pairs' to take what prepare_data wrote there"
+      )
+
   def _recaptioned(self, source: Source) -> Source:
     """With the captions that were asked for. Raises UserError: its first record does not have one of these fields."""
     if not self.caption_fields:
@@ -107,6 +115,7 @@ class _Rendered(Section):
   """Shapes or scenes, rendered by index."""
 
   def open(self) -> Source:
+    self._check_no_path()
     kind, splits = (scenes.Scenes, scenes.SPLITS) if self.name == "scenes" else (shapes.Shapes, shapes.SPLITS)
     if self.split not in splits:
       raise UserError(f"{self.name} has no split {self.split!r}; there are {', '.join(splits)}")
@@ -166,6 +175,7 @@ class _LongTailed(Section):
 
   def open(self) -> Source:
     if self.name == "shapes_lt":
+      self._check_no_path()
       return shapes_lt.LongTailedShapes(split=self.split, image_size=self.image_size, seed=self.seed)
     return long_tailed.open_split(buckets.local(self.path, "data.path"), self.name, self.split)
 
