@@ -54,7 +54,8 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDi
       raise ValueError(f"unknown argument {key!r}; known: {', '.join(sorted(defaults)) or 'none'}{guess}")
     if key in seen:
       raise ValueError(f"argument {key!r} is given twice")
-    if not equals and isinstance(defaults[key], str):
+    # Behind an = too, where a variable of the shell that is not set leaves nothing.
+    if not text and isinstance(defaults[key], str):
       raise ValueError(f"argument {key!r} has no value; write it as {key}=VALUE")
     seen.add(key)
     values[key] = _read(key, text if equals else "True", type(defaults[key]))

@@ -47,8 +47,6 @@ PROMPTS = 8
 def get_config(arg: str = "") -> ConfigDict:
   # `from` is a word of Python's own.
   args = common.parse_arg(arg, **{"path": "", "from": "", "autoencoder": False, "memory": 24, "size": 0})
-  if "from=" in arg.split(","):  # a variable of the shell that is not set; a run from scratch would begin
-    raise ValueError("argument 'from' has no value; write it as from=WORKDIR")
   if not args.path:
     raise ValueError("argument path=DIR is missing, the folder that prepare_data files wrote")
   pairs = common.num_pairs(args.path)

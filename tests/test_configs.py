@@ -106,7 +106,8 @@ def test_emoji_has_other_towers_for_clip_and_a_rate():
   """About as large as its own, and trained alike."""
   sizes = {}
   for tower, own in (("", "layers.0"), ("pooled", "map_out"), ("convolutional", "down.0")):
-    trainer = build_trainer(get_config("emoji", f"objectives=contrastive,tower={tower},rate=2e-3"), steps.make_mesh())
+    arg = ",".join(("objectives=contrastive", "rate=2e-3", *([f"tower={tower}"] if tower else [])))
+    trainer = build_trainer(get_config("emoji", arg), steps.make_mesh())
     paths = [path for path in trainer.shapes if path.startswith("vision_encoder.")]
     assert any(own in path for path in paths) and {trainer.groups[path] for path in paths} == {"new"}
     assert trainer.run.optim.rates["new"] == 2e-3

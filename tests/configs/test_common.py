@@ -30,6 +30,7 @@ def test_values_have_the_type_of_their_default():
     ("steps=1.5", "steps=1.5 should be of type int"),
     ("steps", "steps=True should be of type int"),
     ("schedule", "argument 'schedule' has no value; write it as schedule=VALUE"),
+    ("steps=3,schedule=", "argument 'schedule' has no value; write it as schedule=VALUE"),
     ("fusion=maybe", "fusion=maybe should be of type bool"),
     ("gamma=1,gamma=2", "'gamma' is given twice"),
   ],

@@ -154,7 +154,7 @@ def test_data_and_start_in_a_bucket(tmp_path, bucket):
     ({}, "path=nowhere", "no prepared data set in nowhere; write one with prepare_data files"),
     ({}, "path=~/data", "argument path=~/data: the shell leaves the ~ of ~/data as it is behind a =; give /"),
     ({"train": 9}, "path=DATA,from=~/sd", "from=~/sd should be the workdir of a run: the shell leaves the ~ of ~/sd"),
-    ({"train": 9}, "path=DATA,from=", "argument 'from' has no value; write it as from=WORKDIR"),
+    ({"train": 9}, "path=DATA,from=", "argument 'from' has no value; write it as from=VALUE"),
     ({"train": 7}, "path=DATA", "has 7 pairs in split train, fewer than the smallest batch, 8"),
     ({"val": 7}, "path=DATA", "no split train in .*, only val; write one"),
     ({"train": 9}, "path=DATA,from=nowhere", "argument from=nowhere should be the workdir of a run"),
