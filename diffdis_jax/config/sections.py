@@ -111,7 +111,7 @@ class Optim:
     rates: peak learning rate of each group but `frozen`.
     schedule_kind: how the rate changes after the warm-up, one of SCHEDULE_KINDS; `epoch_cosine` is VL-LTR's.
     warmup_steps: steps from rate 0 to the peak, linearly.
-    final_fraction: of the peak, the rate at the end of a decay.
+    final_fraction: of the peak, the rate at the end of a `cosine` or `linear` decay.
     epoch_steps: of `epoch_cosine` alone, steps of an epoch, after which the rate changes.
     warmup_rate: of `epoch_cosine` alone, the rate at which the warm-up begins.
     weight_decay: AdamW's weight decay.
@@ -190,6 +190,13 @@ class Optim:
     check_number("skip_bad_steps", self.skip_bad_steps, at_least=0)
     check_number("skip_window", self.skip_window, at_least=1)
     check_number("skip_deviations", self.skip_deviations, at_least=0.0)
+    # A decay that is not there would be found out at the run's end.
+    for name, kinds in (("final_fraction", ("cosine", "linear")), ("warmup_rate", ("epoch_cosine",))):
+      if (value := getattr(self, name)) and self.schedule_kind not in kinds:
+        raise UserError(
+          f"{name} is {value}; it belongs to schedule_kind {' and '.join(kinds)}, and that is {self.schedule_kind}:"
+          " leave it at 0, or give that one"
+        )
     if self.epoch_steps and self.warmup_steps % self.epoch_steps:
       raise UserError(f"warmup_steps is {self.warmup_steps}; it must be whole epochs of {self.epoch_steps} steps")
 

@@ -251,6 +251,20 @@ def test_the_optimizer_takes_the_rate_of_the_epoch():
 @pytest.mark.parametrize(
   "changes, message",
   [
+    (dict(final_fraction=0.1), "final_fraction is 0.1; it belongs to schedule_kind cosine and linear, .* constant: "),
+    (dict(final_fraction=0.1, schedule_kind="epoch_cosine", epoch_steps=2), "final_fraction is 0.1; .* epoch_cosine: "),
+    (dict(warmup_rate=1e-6, schedule_kind="cosine"), "warmup_rate is 1e-06; it belongs to schedule_kind epoch_cosine,"),
+  ],
+)
+def test_fields_of_another_schedule(changes, message):
+  with pytest.raises(UserError, match=message):
+    optim.Optim(**{**SETTINGS, **changes})
+  assert optim.Optim(**{**SETTINGS, "final_fraction": 0.1, "schedule_kind": "linear"}).final_fraction == 0.1
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
     (dict(schedule_kind="epoch_cosine"), "epoch_steps is 0; it must be at least 1"),
     (dict(schedule_kind="epoch_cosine", epoch_steps=4, warmup_steps=6), "whole epochs of 4 steps"),
     (dict(warmup_rate=-1.0), "warmup_rate is -1.0"),
