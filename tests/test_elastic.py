@@ -126,6 +126,11 @@ def test_the_best_metric_is_of_an_evaluation_in_training(config, tmp_path):
   bad.checkpoint.update(keep_best=1, best_metric="test/acc1")
   with pytest.raises(UserError, match="best_metric=test/acc1 should begin with one of train_evals"):
     loop.train_and_evaluate(Run.of(bad), str(tmp_path / "run"))
+  bad.train_evals = ("test",)
+  for name in ("test", "test/"):
+    bad.checkpoint.best_metric = name
+    with pytest.raises(UserError, match=f"best_metric={name} names no metric; write it as test/METRIC"):
+      Run.of(bad)
 
 
 def test_totals_keep_their_bits_through_json():

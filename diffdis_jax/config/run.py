@@ -228,6 +228,8 @@ class Run:
     # A metric is named EVALUATION/METRIC (training/evaluator.py).
     if best and best.split("/")[0] not in self.train_evals:
       raise UserError(f"checkpoint.best_metric={best} should begin with one of train_evals, {self.train_evals}")
+    if best and not best.partition("/")[2]:
+      raise UserError(f"checkpoint.best_metric={best} names no metric; write it as {best.partition('/')[0]}/METRIC")
 
 
 _SECTIONS = {
