@@ -63,7 +63,8 @@ def show(run: Run, *, prefix: str = "") -> Iterator[str]:
 
 def differences(one: Run, other: Run) -> Iterator[str]:
   """A line for each field that differs, or that one of them lacks."""
-  left, right = (guesses.fields_of(run.to_dict()) for run in (one, other))
+  # A config file may have lists, of which a run's config.json makes tuples.
+  left, right = (guesses.fields_of(fields.normalise(run.to_dict())) for run in (one, other))
   paths = [path for path in [*left, *(path for path in right if path not in left)] if _differ(left, right, path)]
   for path in paths:
     yield f"{path}: {_said(left, path)} -> {_said(right, path)}"

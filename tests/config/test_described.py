@@ -76,6 +76,13 @@ def test_diff_prints_what_differs():
   assert run("diff", "shapes", "configs/shapes.py").stdout == "no field differs\n"
 
 
+def test_a_list_of_a_config_file_is_the_tuple_of_its_run():
+  record = command.read("shapes")
+  settings = dict(record.evals["test"])
+  lists = settings | {name: list(settings[name]) for name in ("classnames", "templates")}
+  assert [*command.differences(record.replace({"evals.test": lists}), record)] == ["no field differs"]
+
+
 @pytest.mark.parametrize(
   "args, message",
   [
