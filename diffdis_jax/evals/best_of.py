@@ -149,7 +149,7 @@ def check_failures(path: str | None) -> None:
   if not path.endswith(".png"):
     raise UserError(f"--failures={path} should name the picture to write, such as failures.png")
   if processes.is_first():
-    files.check_out(path)
+    files.check_out(path, "failures")
 
 
 def similarity(

@@ -168,3 +168,5 @@ def test_what_is_refused(model, tmp_path):
     BestOf(types.SimpleNamespace(aligned=False), 4)
   with pytest.raises(UserError, match=r"--failures=F.jpg should name the picture to write"):
     check_failures("F.jpg")
+  with pytest.raises(UserError, match="--failures=.*F.png lies in no folder that exists"):
+    check_failures(f"{tmp_path}/none/F.png")
