@@ -280,7 +280,7 @@ def _write_by_processes(stage: Stage, parts: Sequence[Part], num_processes: int)
     except concurrent.futures.process.BrokenProcessPool as error:
       raise UserError(
         "a process of the preparation was killed, perhaps for memory; nothing is lost: run the same command again,"
-        f" with --num_processes below {num_processes} if memory is short"
+        f" with --num_processes below {workers} if memory is short"
       ) from error
     finally:
       pool.shutdown(cancel_futures=True)

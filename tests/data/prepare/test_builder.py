@@ -1,4 +1,5 @@
 import concurrent.futures
+import contextlib
 import errno
 import fcntl
 import gzip
@@ -347,6 +348,23 @@ def test_a_signal_is_one_line_and_the_same_command_goes_on(many, tmp_path, unhur
   prepare(many, tmp_path / "out")
   prepare(many, tmp_path / "whole")
   assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_fewer_processes_than_there_were_are_advised(raw, monkeypatch):
+  """Of which there are no more than parts, whatever was asked for."""
+
+  class Killed(contextlib.nullcontext):
+    def submit(self, *args):
+      future = concurrent.futures.Future()
+      future.set_exception(concurrent.futures.process.BrokenProcessPool())
+      return future
+
+    def shutdown(self, **how):
+      pass
+
+  monkeypatch.setattr(staging.concurrent.futures, "ProcessPoolExecutor", lambda *args, **how: Killed(Killed()))
+  with pytest.raises(UserError, match="with --num_processes below 3 if memory is short"):
+    list(staging._write_by_processes(staging.Stage(raw), parts.tars(raw), 64))
 
 
 def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(many, tmp_path, unhurried):
