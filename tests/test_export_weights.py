@@ -293,8 +293,12 @@ def test_values_that_do_not_fit_leave_nothing(imported, tmp_path):
   params["unet.conv_in.bias"] = np.full(params["unet.conv_in.bias"].shape, 1e6, np.float32)
   with checkpoint.Checkpointer(run) as checkpointer:
     checkpointer.save(6, TrainState(params=params))
-  message = "parameter unet.conv_in.bias is beyond the range of float16, or not finite; take another --dtype"
+  message = "parameter unet.conv_in.bias is beyond the range of float16; take another --dtype"
   refused(run, tmp_path / "out", message, dtype="float16")
+  with checkpoint.Checkpointer(run) as checkpointer:
+    params["unet.conv_in.bias"] *= np.float32(np.nan)
+    checkpointer.save(7, TrainState(params=params))
+  refused(run, tmp_path / "out", "parameter unet.conv_in.bias is not finite, .*; take an earlier checkpoint, --step")
 
 
 def test_command_line(run, environment, tmp_path):

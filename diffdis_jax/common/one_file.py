@@ -71,18 +71,30 @@ def write(
     dtype: of the weights in it.
 
   Raises:
-    UserError: it cannot be written, or a weight is beyond the dtype's range.
+    UserError: it cannot be written, or a weight is not finite, or beyond the dtype's range.
   """
   arrays = _without_untrained(params, record)
   with np.errstate(over="ignore"):  # what became of it is looked at
     arrays = {name: each if name == KEPT else np.asarray(each, dtype, order="C") for name, each in arrays.items()}
   for name, each in arrays.items():
-    if not np.isfinite(each.astype(np.float32)).all():
-      raise UserError(f"parameter {name} is beyond the range of {np.dtype(dtype)}, or not finite; take another --dtype")
+    if name != KEPT:
+      check_written(name, np.asarray(params[name]), each)
   said = json.dumps(dataclasses.asdict(record), sort_keys=True)
   text = {"format": "diffdis_jax", "run": said, "sha256": _digest(said, arrays)}
   with files.writing(f"--out={path}"):
     files.write_whole(pathlib.Path(path), save(arrays, metadata=text))
+
+
+def check_written(name: str, value: Shaped[np.ndarray, "..."], written: Shaped[np.ndarray, "..."]) -> None:
+  """Raises UserError unless a parameter's numbers, as they are `written` in a dtype of their own, are finite."""
+  # In f32, for bfloat16, which is not numpy's own.
+  if np.isfinite(written.astype(np.float32)).all():
+    return
+  if np.isfinite(value.astype(np.float32)).all():
+    raise UserError(f"parameter {name} is beyond the range of {written.dtype}; take another --dtype")
+  raise UserError(
+    f"parameter {name} is not finite, as after training that diverged; take an earlier checkpoint, --step"
+  )
 
 
 def read_record(path: pathlib.Path) -> Record:

@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float
 
+from diffdis_jax.common.one_file import check_written
 from diffdis_jax.common.params import Params
 from diffdis_jax.common.progress import Progress
-from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping, sections, tensor_files
 from diffdis_jax.structs import AnyArray
 
@@ -175,6 +175,5 @@ def convert(entry: mapping.Entry, value: np.floating | Float[AnyArray, "..."], d
   with np.errstate(over="ignore"):
     # Half precision may overflow without a word; what became of it is looked at below.
     array = np.array(entry.to_theirs(np.asarray(value)), DTYPES[dtype], order="C")
-  if not np.isfinite(array.astype(np.float32)).all():
-    raise UserError(f"parameter {entry.path} is beyond the range of {dtype}, or not finite; take another --dtype")
+  check_written(entry.path, np.asarray(value), array)
   return array

@@ -233,4 +233,7 @@ def test_weights_beyond_the_dtype_leave_no_file(tmp_path):
   record = one_file.Record(config=config.to_dict(), step=1, ema=False, provenance={}, licences="")
   with pytest.raises(UserError, match="unet.conv_in.bias is beyond the range of float16"):
     one_file.write(tmp_path / "F.safetensors", params, record, dtype=np.float16)
+  params["unet.conv_in.bias"] *= np.float32(np.nan)
+  with pytest.raises(UserError, match="unet.conv_in.bias is not finite, .*; take an earlier checkpoint, --step"):
+    one_file.write(tmp_path / "F.safetensors", params, record, dtype=np.float32)
   assert not list(tmp_path.iterdir())
