@@ -330,7 +330,8 @@ def test_a_long_tailed_run_takes_the_network_of_its_start(tmp_path):
   # In f32 and without rematerialisation, as this start and any import compute, batches of 1024 would not fit.
   assert config.model.to_dict() == emoji.model.to_dict() | OF_PLACES and config.init_from == str(tmp_path)
   assert (config.image_size, config.evals.test.data.image_size, config.data.max_length) == (32, 32, 16)
-  with pytest.raises(ValueError, match="init=nowhere should be the workdir of a run: no folder nowhere"):
+  message = "init=nowhere should be the workdir of a run: no folder nowhere; give the folder of a training run$"
+  with pytest.raises(ValueError, match=message):
     get_config("shapes_lt", "init=nowhere")
   (tmp_path / "config.json").write_text('{"objectives": [], "model": {}, "data": {}, "optim": {}}')
   with pytest.raises(ValueError, match=f"init={tmp_path} should be the workdir of a run: KeyError"):

@@ -47,11 +47,11 @@ def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
   path = buckets.path(workdir)
   if not (path / "config.json").exists():  # which raises for a bucket that is away, where `is_dir` says no
     what = "config.json in" if path.is_dir() else "folder"
-    raise UserError(f"no {what} {workdir}; --workdir names the folder of a training run{shipped.meant(workdir)}")
+    raise UserError(f"no {what} {workdir}; give the folder of a training run{shipped.meant(workdir)}")
   config = read_json_object(path)
   if missing := SECTIONS - config.keys():
     raise UserError(
-      f"{path / 'config.json'} is of no training run, it has no {min(missing)!r}; --workdir names the folder of one"
+      f"{path / 'config.json'} is of no training run, it has no {min(missing)!r}; give the folder of one"
       f"{shipped.meant(workdir)}"
     )
   return config
