@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -140,7 +141,9 @@ def num_pairs(path: str) -> dict[str, int]:
     raise ValueError(f"{path}/dataset_info.json is damaged: {error!r}; prepare the data set again") from error
   if "train" not in found:
     there = f"no split train in {path}, only {', '.join(found)}" if found else f"no prepared data set in {path}"
-    raise ValueError(f"{there}; write one with prepare_data files --source=PICTURES --out={path}")
+    # What is there, such as the pictures themselves, prepare_data would not write over.
+    out = "NEW_FOLDER" if buckets.path(path).exists() else shlex.quote(path)
+    raise ValueError(f"{there}; write one with diffdis prepare_data files --source=PICTURES --out={out}")
   return found
 
 

@@ -31,6 +31,8 @@ Measured with 500 pictures of 512 to 1,024 px and no compiled program: from the 
 
 from __future__ import annotations
 
+import shlex
+
 from ml_collections import ConfigDict
 
 from configs import common
@@ -73,7 +75,8 @@ def get_config(arg: str = "") -> ConfigDict:
     say_cut(config, args.path, start)
   except (AttributeError, TypeError) as error:
     card = f"{args.path}/card.json is damaged: {error!r}"
-    raise ValueError(f"{card}; write it again with prepare_data card --data={args.path}") from error
+    command = f"diffdis prepare_data card --data={shlex.quote(args.path)}"
+    raise ValueError(f"{card}; write it again with {command}") from error
   if pairs.get("val"):
     data = dict(name="pairs", path=args.path, split="val", image_size=common.own_size(config))
     config.evals = {"held_out": common.held_out_loss(data)}

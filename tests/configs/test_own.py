@@ -151,12 +151,13 @@ def test_data_and_start_in_a_bucket(tmp_path, bucket):
   "splits, arg, message",
   [
     ({}, "", "argument path=DIR is missing, the folder that prepare_data files wrote"),
-    ({}, "path=nowhere", "no prepared data set in nowhere; write one with prepare_data files"),
+    ({}, "path=nowhere", "nowhere; write one with diffdis prepare_data files --source=PICTURES --out=nowhere$"),
     ({}, "path=~/data", "argument path=~/data: the shell leaves the ~ of ~/data as it is behind a =; give /"),
     ({"train": 9}, "path=DATA,from=~/sd", "from=~/sd should be the workdir of a run: the shell leaves the ~ of ~/sd"),
     ({"train": 9}, "path=DATA,from=", "argument 'from' has no value; write it as from=VALUE"),
     ({"train": 7}, "path=DATA", "has 7 pairs in split train, fewer than the smallest batch, 8"),
-    ({"val": 7}, "path=DATA", "no split train in .*, only val; write one"),
+    ({}, "path=no where", "in no where; write one with .* --out='no where'$"),
+    ({"val": 7}, "path=DATA", "no split train in .*, only val; write one with .* --out=NEW_FOLDER$"),
     ({"train": 9}, "path=DATA,from=nowhere", "argument from=nowhere should be the workdir of a run"),
     ({"train": 9}, "path=DATA,from=SD,memory=16", "memory=16 is too little: fine-tuning .* takes 24 GB"),
     ({"train": 9}, "path=DATA,from=CLIP", "is a CLIP; it should be import_weights' folder of Stable Diffusion"),
@@ -187,7 +188,8 @@ def test_a_damaged_set(tmp_path, split):
 def test_a_damaged_card(tmp_path, card):
   path = prepared(tmp_path / "data", train=9)
   (path / "card.json").write_text(json.dumps(card))
-  with pytest.raises(ValueError, match="card.json is damaged: .*; write it again with prepare_data card --data="):
+  message = "card.json is damaged: .*; write it again with diffdis prepare_data card --data="
+  with pytest.raises(ValueError, match=message):
     own.get_config(f"path={path}")
 
 
