@@ -186,11 +186,11 @@ def test_a_disk_that_may_be_too_small_is_named_before_hours_of_encoding(data, tm
   assert sum(map(stage.most_bytes, found)) == N * VIEWS * 2 * (2 * 2 * 4)
   text = latents.TextConditions(encode=encode, shape=(3, 5), fingerprint=2.5)
   assert make_stage(tmp_path, text=text).most_bytes(found[0]) == N * VIEWS * 2 * (2 * 2 * 4 + 3 * 5)
-  monkeypatch.setattr(latents.LatentStage, "most_bytes", lambda self, part: 190_000_000_000)
-  monkeypatch.setattr(builder.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=80_000_000_000))
+  monkeypatch.setattr(latents.LatentStage, "most_bytes", lambda self, part: 1_400_000_000)
+  monkeypatch.setattr(builder.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=800_000_000))
   builder.prepare(found, tmp_path / "out", builder=latents.LatentCache, make_stage=make_stage)
   said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-  assert said[0] == f"{tmp_path / 'out'} may take up to 190 GB, and its disk has 80 GB left"
+  assert said[0] == f"{tmp_path / 'out'} may take up to 1.4 GB, and its disk has 0.8 GB left"
 
 
 def test_wrong_data(data, tmp_path):

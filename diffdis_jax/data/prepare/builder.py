@@ -298,7 +298,7 @@ def prepare(
 
 def _warn_of_little_room(out: pathlib.Path, needed: int) -> None:
   if needed > (room := shutil.disk_usage(out.parent).free):
-    logging.warning("%s may take up to %.0f GB, and its disk has %.0f GB left", out, needed / 1e9, room / 1e9)
+    logging.warning("%s may take up to %.1f GB, and its disk has %.1f GB left", out, needed / 1e9, room / 1e9)
 
 
 def _check_splits(parts: Iterable[Part]) -> None:
