@@ -22,6 +22,7 @@ from diffdis_jax.evals import base, best_of, distances, drawn_prompts, reference
 from diffdis_jax.evals.drawn_prompts import Part
 from diffdis_jax.evals.feature_parts import PartsFolder, Sampled
 from diffdis_jax.evals.features import Extractor
+from diffdis_jax.evals.settings import written
 from diffdis_jax.interop import inception as inception_file
 from diffdis_jax.parallel import processes
 from diffdis_jax.parallel.fingerprint import fingerprint
@@ -111,6 +112,7 @@ class Fid:
     self._tokenizer = functools.cache(Tokenizer)
     # In a run the same evaluation is called again and again, with one inference, and is compiled once.
     self._extractor_of = functools.lru_cache(1)(self._compile)
+    self._warn_once = functools.cache(logging.warning)
     self._subset_size = 0
 
   def protocol(self, inference: Any) -> dict[str, Any]:
@@ -205,9 +207,9 @@ class Fid:
 
     real = self._real_count()
     if self._count < FEW:
-      logging.warning("%d images: %s", self._count, FEW_NOTE)
+      self._warn_once("%d images: %s", self._count, FEW_NOTE)
     elif real is not None and real < FEW:
-      logging.warning("%d real images: %s", real, FEW_NOTE)
+      self._warn_once("%d real images: %s", real, FEW_NOTE)
     processes.on_first(measure)
     values = processes.from_first(found.view(np.uint32)).view(np.float64)  # 32 bits at a time
     return {name: float(value) for name, value in zip(MEASURES, values) if not np.isnan(value)}
@@ -303,7 +305,7 @@ def _check_settings(
   check_choice("resize", kind, resize.KINDS)
   check_choice("resampling", resampling, resize.RESAMPLING)
   if not inception:
-    raise UserError(f"fid needs the weights of Inception, --inception=FILE: {inception_file.SOURCE}")
+    raise UserError(f"fid needs the weights of Inception, {written('inception')}=FILE: {inception_file.SOURCE}")
   if num_images is not None:
     drawn_prompts.check_count(num_images)
   if file and not file.endswith(".npz"):

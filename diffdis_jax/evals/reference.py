@@ -69,7 +69,7 @@ class Folder:
 
 def open_folder(path: str | os.PathLike[str]) -> Folder:
   """Raises UserError: no folder there, or fewer than two images in it."""
-  folder = buckets.local(path, "the reference's folder")
+  folder = buckets.local(path, "reference_images")
   if not folder.is_dir():
     raise UserError(f"no folder {folder}; it should hold the reference's images, {', '.join(ENDINGS)}")
   found = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))

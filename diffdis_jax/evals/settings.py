@@ -77,6 +77,11 @@ def merged(by_name: Mapping[str, Mapping[str, Setting]]) -> dict[str, Setting]:
   }
 
 
+def written(name: str) -> str:
+  """A setting as the user gives it: --NAME where the command has that flag, in a config the field NAME."""
+  return f"--{name}" if name in flags.FLAGS else name
+
+
 def check(what: str, made: Callable[..., Any], given: Any) -> None:
   """Raises UserError unless `made` can be called with these settings, each of a type that its signature has."""
   taken = inspect.signature(made)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from diffdis_jax.data import sources
 from diffdis_jax.errors import UserError, check_choice
 from diffdis_jax.evals import base, prompts
+from diffdis_jax.evals.settings import written
 
 NAME_FIELD = "class"  # of a record whose label is a number: the class's name, as prepare_data folder writes it
 METRICS = ("acc1", "mean_per_class_recall")
@@ -232,7 +233,7 @@ def _check_number(label: Any, field: str, record: Mapping[str, Any], classes: pr
   if not isinstance(label, (int, np.integer)) or isinstance(label, bool):
     raise UserError(f"field {field!r} holds {label!r}; a label should be a class name or its number")
   if classes is None:
-    by_name = f", or --label_field={NAME_FIELD} to go by the data's names" if has_name else ""
+    by_name = f", or {written('label_field')}={NAME_FIELD} to go by the data's names" if has_name else ""
     raise UserError(
       f"field {field!r} holds numbers such as {label}; give the class names that they count into{by_name}"
     )
@@ -258,9 +259,10 @@ def _check_names(named: Collection[tuple[int, str]], classes: prompts.ClassNames
     # A folder that is called by its number says nothing of the order of the names.
     is_number = name.isdecimal() and int(name) == number
     if not is_number and prompts.comparable(name) != prompts.comparable(classes.names[number]):
+      by_name = f"{written('label_field')}={NAME_FIELD} to go by name"
       raise UserError(
         f"class {number} is {name!r} in the data, but {classes.names[number]!r} in the class list; give the names in"
-        f" the data's order, or --label_field={NAME_FIELD} to go by name, or an object {{name in the data: your name}}"
+        f" the data's order, or {by_name}, or an object {{name in the data: your name}}"
       )
 
 

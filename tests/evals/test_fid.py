@@ -14,6 +14,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 from diffdis_jax.data import sources
@@ -229,8 +230,10 @@ def test_the_protocol_says_all(tmp_path):
 
 
 def test_of_enough_images_nothing_is_noted(monkeypatch, caplog):
-  make().run(Inference(), {})
-  assert "36 images: of fewer than 10000 images FID is biased" in caplog.text
+  evaluation = make()
+  for _ in range(2):  # as in training
+    evaluation.run(Inference(), {})
+  assert caplog.text.count("36 images: of fewer than 10000 images FID is biased") == 1
   caplog.clear()
   monkeypatch.setattr(fid_module, "FEW", 20)
   evaluation, inference = make(), Inference()
@@ -568,7 +571,7 @@ def test_files_that_are_no_arrays(tmp_path, content):
 @pytest.mark.parametrize(
   "section, message",
   [
-    (dict(inception=""), "fid needs the weights of Inception, --inception=FILE: weights-inception-2015-12-05"),
+    (dict(inception=""), "fid needs the weights of Inception, (--)?inception=FILE: weights-inception-2015-12-05"),
     (dict(num_images=1), "num_images is 1; FID takes at least 2"),
     (dict(num_images=1000), "num_images is 1000, but there are captions for 60"),
     (dict(resize="bilinear"), "resize is 'bilinear'; it must be one of tensorflow, clean"),
@@ -576,12 +579,24 @@ def test_files_that_are_no_arrays(tmp_path, content):
     (dict(captions="one"), "captions is 'one'"),
     (dict(reference="r.pkl"), "--reference=r.pkl should be an .npz"),
     (dict(reference_images="nowhere"), "no folder nowhere"),
+    (dict(reference_images="gs://bucket/real"), "reference_images=gs://bucket/real must be a local path; copy it to"),
     (dict(images=3), "got an unexpected keyword argument 'images'; it takes data, inception"),
   ],
 )
 def test_bad_settings(section, message):
   with pytest.raises(UserError, match=message):
     make(**section)
+
+
+def test_settings_are_named_as_the_command_takes_them(monkeypatch):
+  """By flags in evaluate; in training by fields of the evaluation."""
+  known = flags.FlagValues()
+  monkeypatch.setattr(flags, "FLAGS", known)
+  with pytest.raises(UserError, match="the weights of Inception, inception=FILE"):
+    make(inception="")
+  flags.DEFINE_string("inception", None, "", flag_values=known)
+  with pytest.raises(UserError, match="the weights of Inception, --inception=FILE"):
+    make(inception="")
 
 
 def test_a_folder_of_too_few_images(tmp_path):
