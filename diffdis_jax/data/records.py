@@ -227,9 +227,8 @@ class Stored:
   def __init__(self, open_split: Callable[[], Split], num_images: int | None = None):
     self._open, self._is_stale = open_split, False
     self._records, self._files = open_split()
-    limit = may_open()
-    if num_images is None and len(self._files) + OTHERS > limit and not buckets.is_url(self._files[0]):
-      logging.warning("%s", self._too_many(limit))
+    if num_images is None and self._are_too_many():
+      logging.warning("%s", self._too_many(may_open()))
     self._num_images = len(self._records) if num_images is None else min(num_images, len(self._records))
 
   def __len__(self) -> int:
@@ -243,6 +242,11 @@ class Stored:
     if not 0 <= index < self._num_images:
       raise IndexError(f"index {index} outside of {self._num_images} records")
     return storage.patiently(lambda: self._read(index), "the data")
+
+  def close_files(self) -> None:
+    """Closes what was read of, as the next record is read, where all files are more than may be open. For who reads in
+    order, and needs none of it again."""
+    self._is_stale = self._is_stale or self._are_too_many()
 
   def _read(self, index: int) -> dict[str, Any]:
     try:
@@ -262,6 +266,9 @@ class Stored:
         raise Unusable("unreadable record") from error
       self._is_stale = True
       raise away or error from error
+
+  def _are_too_many(self) -> bool:
+    return len(self._files) + OTHERS > may_open() and not buckets.is_url(self._files[0])
 
   def _too_many(self, limit: int) -> UserError:
     folder, count = os.path.dirname(self._files[0]), len(self._files)
