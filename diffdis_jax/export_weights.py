@@ -189,7 +189,8 @@ def licences_of(run: str) -> str:
   while run and run not in seen:
     seen.add(run)  # a folder may since hold another run, which began from this one
     if (file := one_file.at(run)) is not None:
-      texts.append(one_file.read_record(file).licences)
+      with _left_out():
+        texts.append(one_file.read_record(file).licences)
       break
     paths, start = [], ""
     with _left_out():

@@ -143,8 +143,9 @@ def test_it_says_what_it_is(packed):
   assert str(packed.parents[1]) not in json.dumps(record.config)  # folders of this machine
 
 
-def test_its_licences_are_those_of_its_starts_too(run, packed, tmp_path):
-  """Each once: a run and its start may have the same data. A start that is gone says nothing."""
+def test_its_licences_are_those_of_its_starts_too(run, packed, tmp_path, caplog):
+  """Each once: a run and its start may have the same data. A start that is gone says nothing, nor one that is
+  damaged."""
   own, data = "The pictures are CC0.\n", tmp_path / "data"
   data.mkdir()
   (data / "LICENSES.md").write_text(own)
@@ -157,6 +158,9 @@ def test_its_licences_are_those_of_its_starts_too(run, packed, tmp_path):
   both = "The pictures are CC0.\n\nThe images are CC-BY-4.0.\n"
   assert begun_from(run, "a") == begun_from(str(packed), "b") == begun_from(str(tmp_path / "a"), "c") == both
   assert begun_from(str(tmp_path / "gone"), "d") == begun_from(str(tmp_path / "e"), "e") == own
+  (tmp_path / "damaged.safetensors").write_bytes(packed.read_bytes()[:100])
+  assert begun_from(str(tmp_path / "damaged.safetensors"), "f") == own
+  assert "the licences of its data cannot be read, add them yourself" in caplog.text
 
 
 def test_a_name_stands_for_a_file_where_no_folder_has_it(packed, tmp_path, monkeypatch):
