@@ -17,8 +17,9 @@ import numpy as np
 from absl import logging
 
 from diffdis_jax import config as run_config
-from diffdis_jax.common import buckets, files, one_file
+from diffdis_jax.common import buckets, one_file
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.fields import read_json_object
 from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import HEAD_PREFIX
@@ -145,9 +146,13 @@ def _names_in_common(path: str, trainer: Trainer) -> set[str]:
 
 
 def _check_unseen(path: str, trainer: Trainer, names: Collection[str]) -> None:
-  """Raises UserError where a part was trained there with another of UNSEEN: its weights would mean nothing here."""
-  is_file = one_file.at(path) is not None
-  fields = run_config.read_fields(path) if is_file else files.read_object(buckets.path(path) / "config.json")
+  """Raises UserError where a part was trained there with another of UNSEEN: its weights would mean nothing here; or
+  where its config is damaged."""
+  if one_file.at(path) is not None:
+    fields = run_config.read_fields(path)
+  else:  # where storage is away, an error: of a config that is not read, all parts would be as here
+    folder = buckets.path(path)
+    fields = read_json_object(folder) if (folder / "config.json").exists() else {}
   there, here = fields.get("model", {}), trainer.run.to_dict()["model"]
   flags = []
   for part in sorted({name.split(".")[0] for name in names} & here.keys() & there.keys()):

@@ -6,7 +6,9 @@ import importlib
 import pathlib
 import re
 
+import gcsfs
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 
 from diffdis_jax.common import files
@@ -97,7 +99,7 @@ def test_what_the_other_run_does_not_have(tmp_path):
   assert names == autoencoder.keys() | text.keys()
 
 
-def test_parts_that_would_compute_something_else(tmp_path):
+def test_parts_that_would_compute_something_else(tmp_path, monkeypatch):
   """Of an activation, heads and groups no parameter's shape says anything, so that all of them are loaded."""
   config = tiny_config()
   step = make_step(config)
@@ -113,6 +115,16 @@ def test_parts_that_would_compute_something_else(tmp_path):
     " --config.model.unet.num_heads=4"
   )
   with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+    start.find_initial(path, step)
+  read = type(epath.Path()).read_bytes
+
+  def away(path):
+    if path.name == "config.json":
+      raise gcsfs.retry.HttpError({"code": 503, "message": "backend error"})
+    return read(path)
+
+  monkeypatch.setattr(type(epath.Path()), "read_bytes", away)
+  with pytest.raises(gcsfs.retry.HttpError):  # on which a launcher starts the run again
     start.find_initial(path, step)
 
 
