@@ -83,10 +83,11 @@ def in_many_files(tmp_path, monkeypatch):
   items = [parts.Item("0.png", f"caption {i}") for i in range(FILES)]
   monkeypatch.setattr(parts, "ITEMS", 1)
   builder.prepare(parts.files(items, split="train", root=tmp_path), tmp_path / "data")
-  monkeypatch.setattr(records, "OTHERS", 30)
+  others = len(os.listdir("/proc/self/fd"))  # of the tests before; more than FILES where they were many
+  monkeypatch.setattr(records, "OTHERS", others)
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   # Some more are open for a moment each, such as a description of the data.
-  resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + FILES // 2, hard))
+  resource.setrlimit(resource.RLIMIT_NOFILE, (others + FILES // 2, hard))
   yield tmp_path / "data"
   resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
