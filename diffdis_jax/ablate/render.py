@@ -75,8 +75,8 @@ def _verdict(verdict: Mapping[str, Any] | None, bound: float) -> list[str]:
     return [BLANK] * 4 + [f"{bound:g}", BLANK, BLANK]
   difference, n = verdict["difference"], str(verdict["difference"]["n"])
   if difference["p"] is None:
-    return [f"{difference['mean']:+.2f}", n, BLANK, BLANK, f"{bound:g}", BLANK, verdict["words"]]
-  interval = f"{difference['mean']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
+    return [f"{difference['mean']:+z.2f}", n, BLANK, BLANK, f"{bound:g}", BLANK, verdict["words"]]
+  interval = f"{difference['mean']:+z.2f} [{difference['low']:+z.2f}, {difference['high']:+z.2f}]"
   p_values = [f"{_p(difference['p'])}, {_p(difference['p_holm'])}"]
   equivalent = f"{_p(verdict['p_equivalent'])}, {_p(verdict['p_equivalent_holm'])}"
   return [interval, n, *p_values, f"{difference['detectable']:.1f}", f"{bound:g}", equivalent, verdict["words"]]
@@ -108,18 +108,18 @@ def _lines(row: Mapping[str, Any], columns: Sequence[str], others: Sequence[str]
 def _figure(cell: Mapping[str, Any], seeds: int) -> str:
   if not cell["n"]:
     return BLANK
-  spread = "" if cell["sd"] is None else f" ± {cell['sd']:.2f}"
+  spread = "" if cell["sd"] is None else f" ± {cell['sd']:z.2f}"
   # A single seed has no spread beside it that would show how many there are.
-  return f"{cell['mean']:.2f}{spread}" + (f" (n = {cell['n']})" if cell["n"] < seeds or seeds == 1 else "")
+  return f"{cell['mean']:z.2f}{spread}" + (f" (n = {cell['n']})" if cell["n"] < seeds or seeds == 1 else "")
 
 
 def _difference(difference: Mapping[str, Any]) -> str:
-  mean = f"{difference['mean']:+.2f}"
+  mean = f"{difference['mean']:+z.2f}"
   if difference["se"] is None:
     return mean
   if difference["p"] is None:
     return f"{mean} in every seed, *undecided*"
-  interval = f"[{difference['low']:+.2f}, {difference['high']:+.2f}]"
+  interval = f"[{difference['low']:+z.2f}, {difference['high']:+z.2f}]"
   text = f"{mean} {interval}, p {_p(difference['p'])}, Holm {_p(difference['p_holm'])}"
   return f"**{text}**" if difference["is_significant"] else f"{text}, *undecided*, MDE {difference['detectable']:.1f}"
 
@@ -129,7 +129,7 @@ def _p(value: float) -> str:
 
 
 def _number(value: float | None) -> str:
-  return BLANK if value is None else f"{value:.2f}"
+  return BLANK if value is None else f"{value:z.2f}"
 
 
 def plot(summary: Mapping[str, Any]) -> bytes:

@@ -218,7 +218,7 @@ class Mirror:
   def copy(self) -> bool:
     """Copies the files that have grown; whether all of them are there now."""
     self._last, all_there = self._clock(), True
-    for file in self.folder.iterdir():
+    for file in sorted(self.folder.iterdir()):
       size = file.stat().st_size
       if self._copied.get(file.name) != size:
         try:

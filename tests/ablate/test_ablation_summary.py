@@ -173,6 +173,15 @@ def test_rows_that_measure_fid_by_other_numbers_of_images_have_one_column():
   assert columns.measured((column,), evaluations[1:]) == (column,)
 
 
+def test_less_than_is_written_of_has_no_sign_of_its_own(tmp_path):
+  plan, folder = make_plan(names=["4"]), Folder(tmp_path)
+  for row, lower in ((0, 1e-5), (1, 0)):
+    for seed in range(2):
+      write(folder, plan.rows["4", row][seed], {"test": 0.8 - lower * (1 + 2 * seed)})
+  text = render.markdown(summarised(plan, folder))
+  assert "-0.00" not in text and "+0.00 [" in text
+
+
 def test_only_what_survives_is_bold(tmp_path):
   """Differences of test: -2, 3 and -1; of unseen: -20, -20.2 and -20.1, t 348, p 8e-6, which Holm doubles. The three
   other columns are 50 in all runs and count for nothing."""

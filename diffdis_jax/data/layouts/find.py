@@ -101,9 +101,8 @@ def find_captioned(root: pathlib.Path, set_name: str) -> Callable[[], Captioned]
 def _caption_files(folder: pathlib.Path, set_name: str) -> Callable[[], Captioned] | None:
   if set_name == "flickr30k":
     table = folder / "flickr30k_test_karpathy.txt"
-    images = [folder / name for name in ("flickr30k-images", "flickr30k_images", "images", "Images")]
-    place = next((path for path in images if path.is_dir()), folder)
-    return functools.partial(karpathy.read_flickr, table, place, split="test") if table.is_file() else None
+    images = karpathy.flickr_images(folder)
+    return functools.partial(karpathy.read_flickr, table, images, split="test") if table.is_file() else None
   split = "test" if set_name == "mscoco_captions" else "val2014"
   name = "coco_test_karpathy.json" if split == "test" else "captions_val2014.json"
   tables = [path for path in (folder / name, folder / "annotations" / name) if path.is_file()]

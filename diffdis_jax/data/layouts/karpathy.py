@@ -37,6 +37,12 @@ def read_coco(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Capti
   return Captioned(image_files(paths), texts, Origin("files", str(table), split))
 
 
+def flickr_images(folder: pathlib.Path) -> pathlib.Path:
+  """Where a copy of Flickr30k has its images: copies call the folder differently, or have none of its own."""
+  folders = [folder / name for name in ("flickr30k-images", "flickr30k_images", "images", "Images")]
+  return next((path for path in folders if path.is_dir()), folder)
+
+
 def read_flickr(table: pathlib.Path, images: pathlib.Path, *, split: str) -> Captioned:
   """Of a line of titles and then IMAGE.jpg,CAPTION, in the order of each image's first line.
 

@@ -20,14 +20,15 @@ def karpathy(split, file, number, **fields):
   return {"split": split, "filename": file, "imgid": number, "sentences": sentences, **fields}
 
 
-def test_flickr30k(tmp_path):
+@pytest.mark.parametrize("folder", ["flickr30k-images", "Images", ""])
+def test_flickr30k(tmp_path, folder):
   table = {
     "dataset": "flickr30k",
     "images": [karpathy(split, f"{i}.jpg", i) for i, split in enumerate(["train", "test"])],
   }
   put(tmp_path / "dataset_flickr30k.json", table)
   for i in range(2):
-    put(tmp_path / "flickr30k-images" / f"{i}.jpg", picture(i, "JPEG"))
+    put(tmp_path / folder / f"{i}.jpg", picture(i, "JPEG"))
   builder.prepare(captions.find_flickr30k(tmp_path), tmp_path / "out", builder=captions.Flickr30k)
   (record,) = load(tmp_path / "out", "test")
   assert (record["caption"], record["captions"], record["image_id"]) == (FIVE[0], FIVE, 1)
