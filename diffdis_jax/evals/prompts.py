@@ -84,13 +84,18 @@ def resolve_classnames(classnames: Sequence[str] | Mapping[str, str] | str) -> C
   """Class names given as such or as a JSON file's path: a list, or an object {name in the data: name in the prompts}.
 
   Raises:
-    UserError: the file is unreadable, or holds neither.
+    UserError: the file is unreadable, or it is neither.
   """
   # An object is keyed by the data's own names, so that the order of the classes does not matter; a list is by number.
   found = _read_json(classnames, what="class names") if isinstance(classnames, str) else classnames
-  if isinstance(found, Mapping) and _are_strings(found.values()):
+  if isinstance(found, Mapping) and _are_strings([*found, *found.values()]):
     return ClassNames(names=tuple(found.values()), keys=tuple(found), by_key=True)
-  names = read_strings(classnames, what="class names") if isinstance(classnames, str) else tuple(classnames)
+  names = read_strings(classnames, what="class names") if isinstance(classnames, str) else tuple(found)
+  # Of such an object the keys alone would be taken, such as the numbers of ImageNet's {"0": ["n01440764", "tench"]}.
+  if isinstance(found, Mapping) or not _are_strings(names):
+    raise UserError(
+      f"class names are {str(found)[:60]}; give a list of texts, or an object {{name in the data: name}} of texts"
+    )
   return ClassNames(names=tuple(names), keys=tuple(names))
 
 
@@ -119,7 +124,7 @@ def resolve_templates(templates: Sequence[str] | str) -> Sequence[str]:
   found = read_strings(templates, what="templates") if templates and isinstance(templates, str) else tuple(templates)
   # A template without a slot gives every class the same embedding, and accuracy of chance without an error.
   for template in found:
-    if not _SLOT.search(template):
+    if not isinstance(template, str) or not _SLOT.search(template):
       raise UserError(f"template {template!r} has no place for the class name; write {{}} or {{c}} where it goes")
   return found or TEMPLATES
 

@@ -1,3 +1,4 @@
+import inspect
 import json
 
 import pytest
@@ -35,10 +36,15 @@ def test_files_and_sequences_give_the_same(tmp_path):
   assert prompts.resolve_templates("") == prompts.resolve_templates(()) == prompts.TEMPLATES
 
 
-@pytest.mark.parametrize("value", ["not json", {"0": 3}, {}, {"0": ""}, [], ["cat", 3], ["cat", ""]])
+@pytest.mark.parametrize(
+  "value", ["not json", {"0": ["n01440764", "tench"]}, {}, {"0": ""}, [], ["cat", 3], ["cat", ""]]
+)
 def test_bad_files(tmp_path, value):
   with pytest.raises(UserError, match="names.json"):
     prompts.resolve_classnames(write(tmp_path / "names.json", value))
+  if not isinstance(value, str):
+    with pytest.raises(UserError, match="class names are .*give a list of texts, or an object"):
+      inspect.unwrap(prompts.resolve_classnames)(value)
 
 
 @pytest.mark.parametrize("typed", ["cat,dog", '["cat", "dog"]'])
@@ -73,6 +79,7 @@ def test_duplicates_are_named():
   assert prompts.repeated(["crane", "cat"]) == ""
 
 
-def test_template_without_a_place():
-  with pytest.raises(UserError, match="'a photo' has no place"):
-    prompts.resolve_templates(["a {}", "a photo"])
+@pytest.mark.parametrize("template", ["a photo", 3])
+def test_template_without_a_place(template):
+  with pytest.raises(UserError, match=f"{template!r} has no place"):
+    inspect.unwrap(prompts.resolve_templates)(["a {}", template])
