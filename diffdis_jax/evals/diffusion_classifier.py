@@ -157,7 +157,7 @@ def read_stages(stages: Sequence[str]) -> tuple[Stage, ...]:
   """
   try:
     found = tuple(Stage(*(int(number) for number in text.split(":"))) for text in stages)
-  except (ValueError, TypeError):
+  except (ValueError, TypeError, AttributeError):  # the last of what is no text
     found = ()
   form = f"stages is {','.join(map(str, stages))}; it should be EVALUATIONS:KEPT of each stage, such as 10:5,50:1"
   if not found:

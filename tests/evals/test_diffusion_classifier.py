@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import types
 from collections.abc import Sequence
@@ -195,10 +196,12 @@ def test_timesteps_of_the_stages_are_the_originals(counts):
     had |= {*fresh}
 
 
-@pytest.mark.parametrize("stages", [(), ("10",), ("10:5",), ("50:5", "10:1"), ("20:5", "50:1"), ("5:5", "10:5", "x:1")])
+@pytest.mark.parametrize(
+  "stages", [(), ("10",), ("10:5",), ("50:5", "10:1"), ("20:5", "50:1"), ("5:5", "10:5", "x:1"), (10, 5)]
+)
 def test_stages_that_are_none(stages):
   with pytest.raises(UserError, match="should be EVALUATIONS:KEPT of each stage, such as 10:5,50:1"):
-    diffusion_classifier.read_stages(stages)
+    inspect.unwrap(diffusion_classifier.read_stages)(stages)
 
 
 def test_errors_are_those_of_diffusers(sd, imported):
