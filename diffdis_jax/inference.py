@@ -183,6 +183,7 @@ class Inference:
     self._require(*GENERATIVE)
     self._check_tokens(tokens)
     self._check_noise(noise, len(tokens))
+    noise = np.asarray(noise, np.float32)  # of bf16, or of rows in a list, too
     done = done or Progress("generated", len(tokens), "images").add
     return self.batched(functools.partial(self._compiled_generate, params), tokens, noise, done=done)
 

@@ -184,6 +184,10 @@ def test_generation_is_ddim_with_guidance_by_hand(inference):
   assert found.shape == (n, 16, 16, 3) and found.dtype == np.uint8 and found.std() > 1
   assert np.abs(found - expected).max() <= 1
 
+  coarse = noise.astype(np.float16)
+  generate = functools.partial(inspect.unwrap(Inference.generate), inference, params_of(inference), tokens)
+  np.testing.assert_array_equal(generate([*coarse]), generate(coarse.astype(np.float32)))
+
   more = inference.generate(params_of(inference), BATCH.tokens[:6], inference.noise(6, seed=1))
   np.testing.assert_array_equal(more[:n], found)
   assert (more[-1] != more[-2]).any()
