@@ -3,12 +3,15 @@
 | letter | dimension |
 |---|---|
 | b | batch (global in the compiled step, per host in the loader) |
+| n m | rows of any number, such as images, texts or records; a second number; tokens of an attention sequence |
 | h w c | height, width, channels, of an image or of a latent |
-| n | tokens of an attention sequence |
-| k | classes |
+| H W | height and width of an image beside a latent |
+| k | classes; noise samples or candidates of a row; keys of a search |
+| q | queries of a search |
 | l | text tokens |
 | d e | width of a stream, of a text embedding; of a second one beside it |
-| s | sampling steps |
+| s | sampling steps; side of a square; sentences of a class |
+| T | timesteps of a noise schedule |
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class View(NamedTuple):
 class Latents:
   """Captions with the posteriors of their images' views.
 
-  `source[i]` is the record of image i without moments; `moments(i, k)` those of its view k.
+  `source[i]` is the record of image i without moments; `read(i, k)` has those of its view k, too.
 
   Attributes:
     views: of each image.

@@ -57,7 +57,8 @@ class LinearProbe:
     shots: how many training images of each class, or all of them; for each a classifier.
     timestep: of the middle map; None for that at which the run's head sees clean images, or 0 for a run without one.
     num_images: how many images to test on, the same ones each time; None for all.
-    num_training_images: how many images to train on, before shots are taken; None for all.
+    num_training_images: how many images of train_split to take, before some are held out and shots are taken; None for
+      all.
     seed: seed of the choice of shots, of the images held out, and of the query's noise.
 
   Raises:

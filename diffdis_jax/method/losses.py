@@ -1,5 +1,6 @@
-"""The paper's losses L_IG and L_ITA, and the autoencoder's, all in f32: arrays to one number a sample, of which the
-step takes the mean. `contrastive` takes its own means, since its two directions have different anchors."""
+"""The paper's losses L_IG and L_ITA, the autoencoder's and Dispersive Loss, all in f32: arrays to one number a sample,
+of which the step takes the mean. `contrastive` takes its own means, since its two directions have different anchors,
+and `dispersive` is one number of all pairs."""
 
 from __future__ import annotations
 
