@@ -17,7 +17,7 @@ Params = dict[str, Any]
 
 
 def flatten(state: nnx.State) -> Params:
-  """nnx state -> {dotted path: array or ShapeDtypeStruct}, in the order of the model."""
+  """nnx state -> {dotted path: array or ShapeDtypeStruct}, sorted by name, and in a list by number."""
   return {".".join(map(str, path)): var.get_value() for path, var in nnx.to_flat_state(state)}
 
 
