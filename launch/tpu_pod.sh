@@ -75,7 +75,11 @@ NAME=${NAME:?} where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"}) through=(
 if ((SLICES > 1)); then mapfile -t nodes < <(seq -f "$NAME-%.0f" 0 $((SLICES - 1))); else nodes=("$NAME"); fi
 
 resource() { call gcloud compute tpus queued-resources "$1" "$NAME" "${where[@]}" "${@:2}"; }
-ssh_to() { call gcloud compute tpus tpu-vm ssh "$1" "${where[@]}" --worker=all "${through[@]}" --command="$2"; }
+# A host that dies does not close its connection, on which ssh alone would wait for two hours.
+ssh_to() {
+  call gcloud compute tpus tpu-vm ssh "$1" "${where[@]}" --worker=all --ssh-flag="-o ServerAliveInterval=30" \
+    "${through[@]}" --command="$2"
+}
 copy_to() { call gcloud compute tpus tpu-vm scp "$2" "$1:$3" "${where[@]}" --worker=all "${through[@]}"; }
 on_all() { on_slices ssh_to "$@"; }
 copy_to_all() { on_slices copy_to "$@"; }

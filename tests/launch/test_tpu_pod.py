@@ -265,7 +265,7 @@ def test_run_sends_the_command_as_it_is_to_all_hosts(programs, tmp_path):
   assert run(programs, said(0, 0)) == (0, 1, "")
   call = next(call for call in programs.calls if RUN in call[-1])
   assert call[:7] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "run", "--zone=us-west4-a"]
-  assert call[7] == "--worker=all"
+  assert call[7:9] == ["--worker=all", "--ssh-flag=-o ServerAliveInterval=30"], "a dead host is not waited for"
   assert r"python -m diffdis_jax.train --workdir=gs://bucket/run --config.a=x\ \'y\' </dev/null" in call[-1]
 
 
