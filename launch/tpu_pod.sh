@@ -201,20 +201,24 @@ finish() {
   on_all "$interrupt" </dev/null >/dev/null 2>&1 &
 }
 
-# Code 2, 130 or 75 of any host, or else the highest: others may have died of its end.
+# Code 2, 130 or 75 of any host, or else the highest: others may have died of its end. Ctrl-C in a terminal ends gcloud,
+# too: asked again, the hosts tell how the attempt ended, and one that has not begun it does nothing.
 run_once() {
-  local said pid code attempt
+  local said pid code attempt asked again=''
   attempt="$(date +%s)-$RANDOM$RANDOM"
   create && setup && hand_over || return 1
   if [[ $stopping ]]; then return 1; fi
   if [[ $dry_run ]]; then on_all "$(on_host "$attempt" "$@")" && return; fi
-  said=$(mktemp)
-  { on_all "$(on_host "$attempt" "$@")" 2>&1 </dev/null || echo "host ended with code 255, or could not be reached"; } |
-    tee "$said" &
-  pid=$!
-  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done
-  code=$(sed -n 's/.*host ended with code \([0-9]*\).*/\1/p' "$said" | sort -n |
-    awk '{ has[$1] = 1; last = $1 } END { print (2 in has) ? 2 : (130 in has) ? 130 : (75 in has) ? 75 : (NR ? last : 255) }')
+  said=$(mktemp) asked=$(on_host "$attempt" "$@")
+  while true; do
+    { on_all "$asked" 2>&1 </dev/null || echo "host ended with code 255, or could not be reached"; } | tee "$said" &
+    pid=$!
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done
+    code=$(sed -n 's/.*host ended with code \([0-9]*\).*/\1/p' "$said" | sort -n | awk '{ has[$1] = 1; last = $1 }
+      END { print (2 in has) ? 2 : (130 in has) ? 130 : (75 in has) ? 75 : (NR ? last : 255) }')
+    if [[ ! $stopping || $again ]] || ((code != 255)); then break; fi
+    again=1 asked=$(on_host "$attempt" sh -c "exit $PREEMPTED")
+  done
   rm "$said"
   return "$code"
 }

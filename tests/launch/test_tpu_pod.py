@@ -13,7 +13,7 @@ import time
 import pytest
 
 from diffdis_jax.run import provenance
-from tests.interrupting import is_alive
+from tests.interrupting import is_alive, not_ignored
 from tests.launch.programs import ROOT, Answer, Programs, wait_for
 
 SETTINGS = {"NAME": "run", "ZONE": "us-west4-a", "TYPE": "v5litepod-64", "RUNTIME": "v2", "POLL": "0"}
@@ -317,21 +317,27 @@ def test_other_subcommands_need_only_a_name_and_a_zone(programs, subcommand, wor
   assert done.returncode == 0 and words in " ".join(call)
 
 
-def test_sigterm_tells_the_hosts_to_save_and_starts_nothing_again(programs, tmp_path):
+@pytest.mark.parametrize("send, number", [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)])
+def test_a_signal_tells_the_hosts_to_save_and_starts_nothing_again(programs, tmp_path, send, number):
+  """Ctrl-C in a terminal ends gcloud as well: the hosts are asked again how the command ended, which may still save."""
   (tmp_path / "gcloud").write_text(f"""#!/bin/bash
 case "$*" in
   *describe*) echo ACTIVE ;;
   *"kill -TERM"*) touch {tmp_path}/told ;;
-  *"{RUN}"*) echo >>{tmp_path}/begun; for i in {{1..200}}; do [[ -e {tmp_path}/told ]] && break; sleep 0.05; done
+  *"{RUN}"*{TRAIN[2]}*) echo >>{tmp_path}/begun
+    for i in {{1..200}}; do [[ -e {tmp_path}/told ]] && break; sleep 0.05; done
     [[ ! -e {tmp_path}/told ]] || echo "host ended with code 75"; exit 1 ;;
+  *"{RUN}"*) echo "host ended with code 75"; exit 75 ;;
 esac
 """)
-  environment = programs.environment(**SETTINGS)
-  launcher = subprocess.Popen(["launch/tpu_pod.sh", "run", "--", *TRAIN], cwd=ROOT, env=environment)
+  command = ["launch/tpu_pod.sh", "run", "--", *TRAIN]
+  with not_ignored():
+    launcher = subprocess.Popen(command, cwd=ROOT, env=programs.environment(**SETTINGS), start_new_session=True)
   wait_for(tmp_path / "begun")
-  launcher.send_signal(signal.SIGTERM)
+  send(launcher.pid, number)
   assert launcher.wait(20) == 75
   assert (tmp_path / "begun").read_text() == "\n"
+  wait_for(tmp_path / "told")
 
 
 class Host:
