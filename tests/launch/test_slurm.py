@@ -71,9 +71,10 @@ def test_runs_the_command_as_one_step(job):
 
 def test_further_flags_go_to_srun(job):
   flags = "--container-image=a.sqsh --container-mounts=/a:/b"
-  assert job.run(Answer(), SRUN_FLAGS=flags)[0] == 0
+  assert job.run(Answer(), SRUN_FLAGS=flags, SLURM_CPUS_PER_TASK="16")[0] == 0  # which srun itself does not read
   (call,) = job.programs.calls
-  assert [word for word in call if word not in SRUN] == flags.split() and call[-len(TRAIN) :] == list(TRAIN)
+  assert [word for word in call if word not in SRUN] == ["--cpus-per-task=16", *flags.split()]
+  assert call[-len(TRAIN) :] == list(TRAIN)
 
 
 @pytest.mark.parametrize("returned", [75, 134])
