@@ -99,7 +99,10 @@ case $subcommand in
       exit "$code"
     }
     ;;
-  logs) call kubectl logs --follow --prefix --max-log-requests=1000 --selector="jobset.sigs.k8s.io/jobset-name=$NAME" ;;
+  logs) # of a host that was taken away the pod stays, without a log
+    call kubectl logs --follow --prefix --ignore-errors --max-log-requests=1000 \
+      --selector="jobset.sigs.k8s.io/jobset-name=$NAME"
+    ;;
   stop)
     code=0 # the run also where secrets may not be touched
     call kubectl delete secret "$NAME-env" --ignore-not-found || code=$?

@@ -131,7 +131,7 @@ def test_exit_codes_fail_restart_or_count(programs, given, restarts):
   [
     ("stop", [["kubectl", "delete", "secret", "run-env", "--ignore-not-found"],
               ["kubectl", "delete", "jobset", "run"]]),
-    ("logs", [["kubectl", "logs", "--follow", "--prefix", "--max-log-requests=1000",
+    ("logs", [["kubectl", "logs", "--follow", "--prefix", "--ignore-errors", "--max-log-requests=1000",
                "--selector=jobset.sigs.k8s.io/jobset-name=run"]]),
   ],
 )  # fmt: skip
