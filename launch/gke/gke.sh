@@ -65,9 +65,10 @@ manifest() {
   text=$(<"$here/jobset.yaml")
   for setting in NAME IMAGE HOSTS SLICES CHIPS RESOURCE SELECTOR MAX_RESTARTS; do text=${text//@$setting@/"${!setting}"}; done
   if [[ $ENV ]]; then env_from="[{secretRef: {name: $NAME-env}}]"; fi
-  if ((SLICES > 1)); then # each slice in a node pool of its own; their hosts meet by what GKE tells each of them
+  if [[ $RESOURCE == google.com/tpu ]] && ((HOSTS * SLICES > 1)); then # of two pools alike a slice takes one
     exclusive='{alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool}'
-  else
+  fi
+  if ((SLICES == 1)); then # hosts of several meet by what GKE tells each of them
     meeting="- {name: DIFFDIS_NUM_PROCESSES, value: \"$HOSTS\"}
                     - {name: DIFFDIS_COORDINATOR_ADDRESS, value: \"$NAME-host-0-0.$NAME:8476\"}"
   fi

@@ -13,6 +13,7 @@ yaml = pytest.importorskip("yaml")
 TPU_NODES = "{cloud.google.com/gke-tpu-accelerator: tpu-v5-lite-podslice, cloud.google.com/gke-tpu-topology: 8x8}"
 SETTINGS = {"NAME": "run", "IMAGE": "image:1", "HOSTS": "16", "CHIPS": "4", "RESOURCE": "google.com/tpu"}
 SETTINGS |= {"SELECTOR": TPU_NODES, "MAX_RESTARTS": ""}
+IN_ONE_POOL = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
 TRAIN = ["python", "-m", "diffdis_jax.train", "--workdir=gs://b/r", "--config.a='x' \"&\\n@NAME@\"\n\ty: {z, # w"]
 
 
@@ -41,7 +42,7 @@ def test_one_pod_a_host_runs_the_command_as_it_is(programs):
   assert (jobset["apiVersion"], jobset["kind"], jobset["metadata"]) == (
     "jobset.x-k8s.io/v1alpha2",
     "JobSet",
-    {"name": "run", "annotations": {}},
+    {"name": "run", "annotations": IN_ONE_POOL},
   )
   job = job_of(jobset)
   assert (job["parallelism"], job["completions"], job["completionMode"]) == (16, 16, "Indexed")
@@ -49,6 +50,11 @@ def test_one_pod_a_host_runs_the_command_as_it_is(programs):
   assert (container["command"], container["image"]) == (TRAIN, "image:1")
   assert container["resources"] == {"limits": {"google.com/tpu": 4}}
   assert job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "8x8"
+
+
+@pytest.mark.parametrize("settings", [{"RESOURCE": "nvidia.com/gpu"}, {"HOSTS": "1"}])
+def test_what_is_no_slice_of_several_hosts_may_share_a_node_pool(programs, settings):
+  assert applied(programs, **settings)["metadata"]["annotations"] == {}
 
 
 def test_variables_are_handed_over_as_a_secret(programs):
@@ -92,9 +98,7 @@ def test_shared_memory_is_not_a_containers_64_mb(programs):
 
 def test_each_of_several_slices_has_a_node_pool_and_finds_the_others_by_gke(programs):
   jobset = applied(programs, SLICES="4")
-  assert jobset["metadata"]["annotations"] == {
-    "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
-  }
+  assert jobset["metadata"]["annotations"] == IN_ONE_POOL
   (replicated,) = jobset["spec"]["replicatedJobs"]
   job = replicated["template"]["spec"]
   assert (replicated["replicas"], job["parallelism"], job["completions"]) == (4, 16, 16)
