@@ -145,9 +145,7 @@ setup() {
   folder=$(mktemp -d)
   git archive --output="$folder/diffdis.tar.gz" "$commit" &&
     copy_to_all "$folder/diffdis.tar.gz" '' &&
-    on_all "set -e; $on_every_host mkdir -p diffdis; cd diffdis; exec 8>.lock;\
- flock -n 8 && ! is_running || { echo 'waiting for the command that runs here';\
- flock 8; while is_running; do sleep 1; done; };\
+    on_all "set -e; $on_every_host mkdir -p diffdis; cd diffdis; exec 9>.lock; take_lock;\
  rm -rf .commit configs diffdis_jax; tar -xzf ../diffdis.tar.gz;\
  python3 -m pip install -q --user uv; ~/.local/bin/uv venv -q --clear --python=3.12 .venv;\
  ~/.local/bin/uv pip install -q -e '.[$EXTRAS]'; echo '$installed' >.commit" ||
@@ -168,10 +166,12 @@ hand_over() {
 }
 
 # On a host, in ~/diffdis: .pid has the number of the command's process and when that began, by which another process
-# that got the number since is recognised. is_running leaves the number in $pid.
+# that got the number since is recognised. is_running leaves the number in $pid. take_lock waits for the command's end.
 # shellcheck disable=SC2016  # for the host to expand
 on_every_host='began() { sed -n "s/.*) \([^Z]\) /\1 /p" "/proc/$1/stat" 2>/dev/null | cut -d" " -f20; };'\
-' is_running() { read -r pid since 2>/dev/null <.pid && [ "$since" ] && [ "$since" = "$(began "$pid")" ]; };'
+' is_running() { read -r pid since 2>/dev/null <.pid && [ "$since" ] && [ "$since" = "$(began "$pid")" ]; };'\
+' take_lock() { flock -n 9 && ! is_running || { echo "waiting for the command that runs here";'\
+' flock 9; while is_running; do sleep 1; done; }; };'
 
 # What every host does with the command in attempt $1. The lock waits for an attempt that is still ending; where the
 # connection is lost the command keeps running, and gcloud connects and asks for the same attempt again: the answer is how
@@ -181,7 +181,7 @@ on_every_host='began() { sed -n "s/.*) \([^Z]\) /\1 /p" "/proc/$1/stat" 2>/dev/n
 on_host() {
   local attempt=$1
   shift
-  printf '%s' "set -e; $on_every_host cd diffdis; exec 9>.lock; flock 9; while is_running; do sleep 1; done;" \
+  printf '%s' "set -e; $on_every_host cd diffdis; exec 9>.lock; take_lock;" \
     " if [ \"\$(cat .attempt 2>/dev/null)\" = $attempt ]; then code=\$(cat .code 2>/dev/null || echo 255);" \
     " echo \"host ended with code \$code\"; exit \$code; fi; rm -f .code; echo $attempt >.attempt;" \
     " $(if [[ $ENV ]]; then echo '. ./.env'; else echo 'rm -f .env'; fi);" \

@@ -18,7 +18,7 @@ from tests.launch.programs import ROOT, Answer, Programs, wait_for
 
 SETTINGS = {"NAME": "run", "ZONE": "us-west4-a", "TYPE": "v5litepod-64", "RUNTIME": "v2", "POLL": "0"}
 TRAIN = ["python", "-m", "diffdis_jax.train", "--workdir=gs://bucket/run", "--config.a=x 'y'"]
-STATE, RUN, DONE = "queued-resources describe", "flock 9", "grep -qx"
+STATE, RUN, DONE = "queued-resources describe", "DIFFDIS_LAUNCHED=1", "grep -qx"
 ACTIVE = Answer(stdout="ACTIVE\n")
 NONE = Answer(code=1, stderr="ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: no such resource\n")
 
@@ -411,7 +411,7 @@ def test_a_connection_made_again_waits_for_the_same_attempt_and_says_how_it_ende
   (host.folder / "end").touch()
   out, _ = again.communicate(timeout=20)
   first.wait(timeout=20)
-  assert (again.returncode, out) == (75, "host ended with code 75\n")
+  assert (again.returncode, out) == (75, "waiting for the command that runs here\nhost ended with code 75\n")
   assert (host.folder / "attempts").read_text() == "started\n"
 
 
@@ -463,7 +463,8 @@ def test_a_command_whose_shell_has_died_is_waited_for(host):
   assert (made.folder / "attempts").read_text() == "started\n"
   (made.folder / "end").touch()
   out, _ = second.communicate(timeout=20)
-  assert out == "host ended with code 0\n" and (made.folder / "attempts").read_text() == "started\n" * 2
+  assert out == "waiting for the command that runs here\nhost ended with code 0\n"
+  assert (made.folder / "attempts").read_text() == "started\n" * 2
 
 
 def test_stop_asks_the_command_to_save(host):
