@@ -48,7 +48,7 @@ def noise() -> np.ndarray:
 
 
 def generate(run: str, noise: np.ndarray) -> np.ndarray:
-  model, params = inference.load(run, batch_size=8, generation_steps=STEPS)
+  model, params = inference.load(run, mesh=make_mesh(), batch_size=len(noise), generation_steps=STEPS)
   return model.generate(params, Tokenizer(model.max_length)(pipelines.PROMPTS), noise)
 
 
