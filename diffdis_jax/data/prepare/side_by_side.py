@@ -125,7 +125,7 @@ def _by_split(root: pathlib.Path, samples: Sequence[Sample], fields: tuple[str, 
   a README.txt or a folder `test` without captions, is counted in one of these."""
   whole = {sample.folder for sample in samples if sample.is_whole}
   if not whole or not whole <= SPLITS:
-    _warn_of_deeper_splits(root, samples)
+    _warn_of_mixed_splits(root, samples)
     return [Samples("train", root, samples, fields)]
   elsewhere = "train" if "train" in whole else min(whole)
   by_split: dict[str, list[Sample]] = {}
@@ -134,22 +134,26 @@ def _by_split(root: pathlib.Path, samples: Sequence[Sample], fields: tuple[str, 
   return [Samples(split, root, of_split, fields) for split, of_split in sorted(by_split.items())]
 
 
-def _warn_of_deeper_splits(root: pathlib.Path, samples: Sequence[Sample]) -> None:
-  """Where --source is a folder too high, what is held out would be trained on, and nobody be told."""
+def _warn_of_mixed_splits(root: pathlib.Path, samples: Sequence[Sample]) -> None:
+  """Where --source is a folder too high, or has pairs beside its splits, what is held out would be trained on, and
+  nobody be told."""
   found: dict[str, set[str]] = {}
-  for folders in {posixpath.dirname(sample.key) for sample in samples}:
+  for folders, is_whole in {(posixpath.dirname(sample.key), sample.is_whole) for sample in samples}:
     above = ""
     for name in folders.split("/"):
-      if above and name.lower() in SPLITS:
+      if (above or is_whole) and name.lower() in SPLITS:
         found.setdefault(above, set()).add(name)
       above = posixpath.join(above, name)
   for above, names in found.items():
     if len(names) > 1:
+      where = ("directly below --source", "give it as --source")
+      if not above:
+        where = ("where no pair lies beside them", "move the other pairs elsewhere")
       logging.warning(
-        "%s has the folders %s, which are splits directly below --source alone, and parts of train here; if they are"
-        " splits, give it as --source",
+        "%s has the folders %s, which are splits only %s, and parts of train here; if they are splits, %s",
         root / above,
         ", ".join(sorted(names)),
+        *where,
       )
 
 

@@ -128,11 +128,17 @@ def test_splits_and_links_that_are_not_looked_for_are_named(tmp_path, caplog):
   assert {part.split for part in pictures.find_parts(tmp_path / "raw", Asked())} == {"train", "val"}
   link, splits = (record.getMessage() for record in caplog.records)
   assert link.endswith("raw/own/more is a link to a folder, and left out; copy or mount it there")
-  assert "raw/own has the folders test, train, which are splits directly below --source alone, and parts" in splits
+  assert "raw/own has the folders test, train, which are splits only directly below --source, and parts" in splits
   caplog.clear()
   (tmp_path / "raw" / "own" / "more").unlink()
-  assert {part.split for part in pictures.find_parts(tmp_path / "raw" / "own", Asked(held_out=0))} == {"train", "test"}
+  own = tmp_path / "raw" / "own"
+  assert {part.split for part in pictures.find_parts(own, Asked(held_out=0))} == {"train", "test"}
   assert caplog.records == []
+  for ending in ("png", "txt"):
+    put(own / "sea" / f"2.{ending}", (own / "test" / f"1.{ending}").read_bytes())
+  assert {part.split for part in pictures.find_parts(own, Asked(held_out=0))} == {"train"}
+  (mixed,) = (record.getMessage() for record in caplog.records)
+  assert mixed.startswith(f"{own} has the folders test, train, which are splits only where no pair lies beside them")
 
 
 @pytest.mark.parametrize("table", [False, True])
