@@ -114,7 +114,8 @@ def check(case: str, n: int, *shape: int) -> None:
 @pytest.mark.parametrize(
   "case, n, shape",
   [
-    ("clip", 2, ONE),  # and in four over a mesh below, in a step
+    ("clip", 2, ONE),
+    ("clip", 4, FSDP),
     ("joint", 4, DATA),
     ("joint, beside the paper", 2, ONE),
     ("discrimination, text frozen", 2, ONE),
@@ -167,7 +168,7 @@ def in_four() -> tuple[dict[str, np.ndarray], dict[str, float], str]:
 
 
 def test_clipping_sees_the_norm_of_the_whole_batch(in_four):
-  """And the gradient of logit_scale once: four times it is another norm. Before it is clipped it is one device's."""
+  """And the gradient of logit_scale once: four times it is another norm."""
   expected, metrics, _ = trained(1)
   gradient, found, _ = in_four
   assert_same_gradient(gradient, expected)
@@ -176,10 +177,6 @@ def test_clipping_sees_the_norm_of_the_whole_batch(in_four):
   norm = np.sqrt(sum(np.sum(np.square(x)) for x in gradient.values()))
   assert norm == pytest.approx(0.01, rel=1e-4) and metrics["grad_norm"] > 0.1
   assert abs(gradient["logit_scale"]) > 0.01 * norm
-  whole, on_one = problem("clip").expected
-  assert_same_gradient({path: x * (found["grad_norm"] / norm) for path, x in gradient.items()}, whole)
-  for name, value in on_one.items():
-    assert found[name] == pytest.approx(value, rel=1e-5), name
 
 
 def test_a_contrastive_batch_a_microbatch_is_another_loss(in_four):
