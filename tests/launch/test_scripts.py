@@ -19,6 +19,7 @@ from tests.launch.programs import ROOT, Programs
 
 pytest_plugins = ("tests.bucket_server",)
 SCRIPTS = sorted(path for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch"))
+FLAGS = sorted((ROOT / "launch/flags").iterdir())
 STARTED = [path for path in SCRIPTS if path.name != "supervise.sh"]  # by a user
 
 
@@ -37,6 +38,17 @@ def test_shellcheck_finds_nothing():
     pytest.skip("no shellcheck: pip install -e '.[test]'")
   done = subprocess.run([shellcheck, "--external-sources", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", FLAGS, ids=name_of)
+def test_xla_knows_each_flag_of_a_file_which_keeps_those_of_the_user(programs, path):
+  """XLA ends the process at one that it does not know."""
+  asked = "--xla_cpu_enable_fast_math=false"
+  devices = f"import jax, os; print(jax.device_count(), '{asked}' in os.environ['XLA_FLAGS'].split())"
+  shown = ["bash", "-c", 'set -ae; . "$1"; set +a; exec "$2" -c "$3"', "bash", path, sys.executable, devices]
+  environment = programs.environment(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="1", XLA_FLAGS=asked)
+  done = subprocess.run(shown, cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert (done.returncode, done.stdout) == (0, "1 True\n"), done.stderr
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "launch/gke/jobset.yaml"], ids=name_of)
