@@ -78,7 +78,6 @@ def _few(args: Any) -> dict[str, str]:
 
 @functools.cache
 def _source() -> str:
-  """Once, as soon as it is imported: someone may edit it meanwhile."""
   return code_digest.of(".")[:16]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+from collections.abc import Callable
 
 import pytest
 
@@ -30,6 +32,21 @@ def test_each_file_counts_and_its_name(tmp_path, monkeypatch):
   assert models() not in (first[0], second)
   change(copy / "data" / "clip_merges.txt.gz")
   assert tokens() != first[1]
+
+
+def test_code_that_is_edited_while_a_process_runs_counts_from_the_next_one_on(tmp_path, monkeypatch):
+  """What that process makes is kept for the code that it runs."""
+  copy = copy_package(tmp_path, monkeypatch)
+
+  def start() -> Callable[..., str]:
+    spec = importlib.util.spec_from_file_location("started", copy / "common" / "code_digest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.of
+
+  running, before = start(), code_digest.of(".")
+  change(copy / "models" / "clip.py")
+  assert running(".") == before != start()(".")
 
 
 def test_versions_count_and_so_does_that_a_package_is_missing(monkeypatch):
