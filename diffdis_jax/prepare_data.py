@@ -314,6 +314,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
       augmentation=augmentation,
       fingerprint=stored_inputs.fingerprint(params),
       text=text,
+      images=digests.fingerprint(data, part=digests.RECORDS),
     ),
   )
   for split, report in reports.items():

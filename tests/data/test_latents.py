@@ -180,7 +180,7 @@ def test_batches_draw_a_view_each_time(data, tmp_path):
   assert len(drawn) > 2 * (N - 1)
 
 
-def test_going_on_needs_the_same_autoencoder_and_views(data, tmp_path):
+def test_going_on_needs_the_same_images_autoencoder_and_views(data, tmp_path):
   class Stop(Exception):
     pass
 
@@ -195,6 +195,7 @@ def test_going_on_needs_the_same_autoencoder_and_views(data, tmp_path):
     ("augmentation", Augmentation(), "augmentation"),
     ("image_size", 16, "image size"),
     ("shape", (4, 4, 4), "latent shape"),
+    ("images", "prepared again", "set of images"),
   ):
     with pytest.raises(UserError, match=f"unfinished preparation with another {differing}; give the same"):
       prepare(data, tmp_path / "out", **{name: value})

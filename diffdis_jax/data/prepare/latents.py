@@ -115,6 +115,7 @@ class LatentStage(staging.Stage):
     augmentation: of a view; view k of image i is the same each time.
     fingerprint: of the autoencoder, so that training can tell whether it has the same one.
     text: how captions are encoded; None to leave that to training.
+    images: what tells the data set's records from those that were in its folder before; empty where nothing does.
   """
 
   encode: Encode
@@ -124,6 +125,7 @@ class LatentStage(staging.Stage):
   augmentation: Augmentation
   fingerprint: float
   text: TextConditions | None = None
+  images: str = ""
   _opened: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
   def features(self) -> tfds.features.FeaturesDict:
@@ -136,6 +138,7 @@ class LatentStage(staging.Stage):
       "latent shape": list(self.shape),
       "augmentation": repr(self.augmentation),
       "autoencoder": self.fingerprint,
+      "set of images": self.images,
       "text encoder": self.text and [*self.text.shape, self.text.fingerprint],
     }
 
