@@ -344,7 +344,12 @@ def _forget(partial: pathlib.Path, splits: Collection[str], parts: Sequence[Part
   for part in parts:
     if part.split in splits:
       stage.forget(part)
-  for copy in stage.folder.glob(f"*{UNIQUE}"):  # which images came before is found again
+  _forget_unique(stage)
+
+
+def _forget_unique(stage: Stage) -> None:
+  """Of other splits than these copies were made beside: which images came before is found again."""
+  for copy in stage.folder.glob(f"*{UNIQUE}"):
     copy.unlink()
 
 
@@ -368,4 +373,6 @@ def _check_same(partial: pathlib.Path, parts: Sequence[Part], builder: type[Capt
       raise UserError(
         f"{partial} holds an unfinished preparation with another {' and '.join(differing)}; give the same, or delete it"
       )
+    if begun["source"] != plan["source"]:
+      _forget_unique(stage)
   files.write_whole(path, json.dumps(plan).encode())

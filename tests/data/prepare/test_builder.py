@@ -232,13 +232,19 @@ def many(tmp_path_factory):
   return folder
 
 
-def test_duplicates_stay_in_the_split_that_is_held_out(many, tmp_path):
-  reports = prepare(many, tmp_path / "out", drop_duplicates=True)
-  assert {split: report.pairs for split, report in reports.items()} == {"train": 11 * 19, "val": 20}
-  assert reports["train"].skipped == {builder.DUPLICATE: 11}
+def test_duplicates_stay_in_the_split_that_is_held_out(many, tmp_path, monkeypatch):
+  """Also where that comes when a preparation of `train` was stopped behind its copies without duplicates."""
+  raw = shutil.copytree(many, tmp_path / "raw", ignore=shutil.ignore_patterns("val-*"))
+  with monkeypatch.context() as stopped, pytest.raises(ZeroDivisionError):
+    stopped.setattr(builder, "_link_or_copy", lambda *_: 1 / 0)
+    prepare(raw, tmp_path / "out", drop_duplicates=True)
+  write_tar(raw / "val-00012.tar", {"0.png": picture(1001), "0.txt": b"as in train-00001"})
+  reports = prepare(shutil.copytree(many, raw, dirs_exist_ok=True), tmp_path / "out", drop_duplicates=True)
+  assert {split: report.pairs for split, report in reports.items()} == {"train": 11 * 19 - 1, "val": 21}
+  assert reports["train"].skipped == {builder.DUPLICATE: 12}
   assert reports["train"].first_skipped[builder.DUPLICATE][:2] == ["train-00000/0", "train-00001/0"]
   train = load(tmp_path / "out", "train")
-  assert len(train) == 11 * 19 == len({record["image"] for record in train})
+  assert len(train) == 11 * 19 - 1 == len({record["image"] for record in train} - {picture(1001)})
 
 
 # Dies by SIGKILL at the n-th time that a file gets its final name.
