@@ -279,6 +279,7 @@ def prepare(
     stage = make_stage(partial / "parts")
     _check_same(partial, parts, builder, stage)
     stage.folder.mkdir(exist_ok=True)
+    files.sweep(stage.folder)
     _warn_of_little_room(out, sum(stage.most_bytes(part) for part in parts if stage.report_of(part) is None))
     # TFDS reuses a folder that is there.
     shutil.rmtree(partial / "tfds", ignore_errors=True)

@@ -273,6 +273,8 @@ def test_killed_at_any_point_it_ends_in_the_same_records(many, tmp_path):
   codes = []
   while not codes or codes[-1]:
     codes.append(subprocess.run(command, cwd=pathlib.Path(__file__).parents[2]).returncode)
+    left = [*(tmp_path / ".killed.partial" / "parts").glob(".*.tmp")]
+    assert len(left) <= 1, left  # of this kill, and of none before
     assert set(codes[:-1]) <= {-signal.SIGKILL} and len(codes) < 10, codes
   assert len(codes) >= 4
   assert content(tmp_path / "killed") == content(tmp_path / "whole")
