@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import resource
+import threading
 import types
 
 import ml_dtypes
@@ -68,8 +69,21 @@ def prepare(data, out, **changes):
   return builder.prepare(latents.find_parts(data), out, builder=latents.LatentCache, make_stage=make)
 
 
-def test_latents_read_back(data, tmp_path):
-  reports = prepare(data, tmp_path / "out")
+def test_latents_read_back(data, tmp_path, monkeypatch):
+  """Of images that are decoded while the network encodes those before them."""
+  decoded, read = threading.Semaphore(0), records.read_decoded
+  ahead = iter([4, 2, 2, 2, 2, 0])  # images of the next chunk too, of two each
+
+  def counted(image, **how):
+    decoded.release()
+    return read(image, **how)
+
+  def waiting(images):
+    assert all(decoded.acquire(timeout=10) for _ in range(next(ahead)))
+    return encode(images)
+
+  monkeypatch.setattr(records, "read_decoded", counted)
+  reports = prepare(data, tmp_path / "out", encode=waiting)
   assert (reports["train"].pairs, reports["train"].skipped) == (VIEWS * (N - 1), {"corrupt image": 1})
   source = sources.open_source(name="latents", path=tmp_path / "out", image_size=8)
   described = sources.read(name="latents", path=tmp_path / "out", image_size=8).describe()

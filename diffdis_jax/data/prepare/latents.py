@@ -158,11 +158,15 @@ class LatentStage(staging.Stage):
     source = self._source(part)
     serialize = staging.serializer(self.features())
     places, size = list(part), max(1, CHUNK // self.views)
-    # Threads decode and augment a chunk; the network then gets it as one batch, in the records' order.
+    chunks = [places[start : start + size] for start in range(0, len(places), size)]
+    # Threads decode and augment a chunk; the network then gets it as one batch, in the records' order, while they are
+    # at the next one.
     with ThreadPoolExecutor() as pool:
-      for start in range(0, len(places), size):
-        found = list(pool.map(functools.partial(self._views, source), places[start : start + size]))
-        for place, each in zip(places[start : start + size], found):
+      read = functools.partial(pool.map, functools.partial(self._views, source))
+      ahead = read(chunks[0])
+      for chunk, following in zip(chunks, [*chunks[1:], []], strict=True):
+        found, ahead = list(ahead), read(following)
+        for place, each in zip(chunk, found, strict=True):
           if isinstance(each, records.Unusable):
             report.skip(f"{part.split}/{place}", str(each))
         usable = [each for each in found if not isinstance(each, records.Unusable)]
