@@ -9,12 +9,17 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parents[1]
 
 
+def _code(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Without what is no file, such as the link that an editor puts beside one that is being edited."""
+  return [file for file in folder.rglob("*.py") if file.is_file()]
+
+
 def _of_file(file: pathlib.Path) -> str:
   return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 # As this is imported: who edits a file hours later, before a digest is asked for, does not change what runs here.
-_OF_CODE = {file: _of_file(file) for file in PACKAGE.rglob("*.py")}
+_OF_CODE = {file: _of_file(file) for file in _code(PACKAGE)}
 
 
 def of(*paths: str, packages: tuple[str, ...] = ()) -> str:
@@ -30,7 +35,7 @@ def of(*paths: str, packages: tuple[str, ...] = ()) -> str:
   digest = hashlib.sha256()
   for path in (PACKAGE / path for path in paths):
     # Code, and no config: those are a link in a checkout and files in a wheel, and must not differ.
-    found = (file for file in path.rglob("*.py") if PACKAGE / "configs" not in file.parents)
+    found = (file for file in _code(path) if PACKAGE / "configs" not in file.parents)
     # Sorted, since a disk lists a folder in any order. The name counts too, so that a moved file is a change.
     for file in sorted(found) if path.is_dir() else [path]:
       of_file = _OF_CODE.get(file) or _of_file(file)

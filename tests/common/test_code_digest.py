@@ -35,8 +35,9 @@ def test_each_file_counts_and_its_name(tmp_path, monkeypatch):
 
 
 def test_code_that_is_edited_while_a_process_runs_counts_from_the_next_one_on(tmp_path, monkeypatch):
-  """What that process makes is kept for the code that it runs."""
+  """What that process makes is kept for the code that it runs. Emacs's mark of an edited file leads nowhere."""
   copy = copy_package(tmp_path, monkeypatch)
+  (copy / "models" / ".#clip.py").symlink_to("me@host.1:2")
 
   def start() -> Callable[..., str]:
     spec = importlib.util.spec_from_file_location("started", copy / "common" / "code_digest.py")
