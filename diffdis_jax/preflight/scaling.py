@@ -5,7 +5,7 @@ Small topologies are compiled. Larger ones are fitted, by least squares of as ma
   computing   a                        a chip has as much to do; that of the largest compiled
   bytes       a (n - 1) / n + b + c n  a of groups that grow with n chips, by ring algorithms, such as gradients' sums;
                                        b of groups of a fixed size; c of the batch, such as the embeddings of a loss
-  hops        a + b n                  from one chip to the next of a ring, one after another
+  hops        a + b n                  from one chip to the next of a ring, one after another: through the last two
   memory      a + b / n                b of what is split over all chips
 
 Parts of a step do not overlap here: it takes as long as computing, the bytes at all that links or the network can
@@ -180,7 +180,10 @@ def _fit(topology: chips.Topology, rows: Sequence[Row]) -> Row:
   numbers, last = [row.topology.size for row in rows], rows[-1]
   at = lambda values, terms: fitted(numbers, values, topology.size, terms)
   moved = {name: [vars(row.traffic)[name] for row in rows] for name in vars(last.traffic)}
-  traffic = {name: at(values, HOPS if name.endswith("hops") else BYTES) for name, values in moved.items()}
+  traffic = {name: at(values, BYTES) for name, values in moved.items()}
+  # The smallest program may have more hops, where it has no axis `data` and XLA joins fewer sums: never fewer than last.
+  for name in ("links_hops", "network_hops"):
+    traffic[name] = max(moved[name][-1], fitted(numbers[-2:], moved[name][-2:], topology.size, HOPS))
   return dataclasses.replace(
     last,
     topology=topology,

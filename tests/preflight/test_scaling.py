@@ -71,6 +71,16 @@ def test_two_topologies_determine_what_does_not_grow_with_the_batch():
   assert scaling.fitted([4, 16], values, 256, scaling.BYTES) == pytest.approx(7 + 5 * 255 / 256)
 
 
+def test_hops_do_not_become_fewer_as_chips_are_added():
+  """The smallest program may have more of them, where `data` is 1 and XLA joins fewer sums."""
+  reports = [report_of(n, traffic=traffic_of(n) | dict(links_hops=hops)) for n, hops in ((4, 2328), (16, 1944))]
+  two = scaling.tabulate(Plan.of("v5e", ["4", "16", "64"], 16), reports)
+  assert [row["traffic"]["links_hops"] for row in two["rows"]] == [2328, 1944, 1944]
+  reports.append(report_of(64, traffic=traffic_of(64) | dict(links_hops=3000)))
+  three = scaling.tabulate(Plan.of("v5e", ["4", "16", "64", "256"], 64), reports)
+  assert three["rows"][-1]["traffic"]["links_hops"] == pytest.approx(3000 + 22 * 192)
+
+
 def test_hosts_that_a_network_joins_are_fitted_to_such():
   plan = Plan.of("h100:8", ["8", "16", "32", "64", "256"], 64)
   assert [each.name for each in plan.like(plan.topologies[-1])] == ["h100:8x2", "h100:8x4", "h100:8x8"]
