@@ -92,11 +92,13 @@ class Card:
     is_aligned, patch = (folder / "diffdis").is_dir(), self.fields["model"]["autoencoder"]["patch"]
     prompts = [*(self.fields.get("sample_prompts") or ("a bear searching for food near the river", "a red car"))]
     inference = self.fields["inference"]
-    # By json, which writes strings as Python does: a prompt may hold quotes.
+    # By json, which writes strings as Python does: a prompt may hold quotes. Its escapes of emojis alone are not
+    # Python's.
+    quoted = functools.partial(json.dumps, ensure_ascii=False)
     generate = card_texts.GENERATES.format(
-      prompt=json.dumps(prompts[0]), steps=inference["generation_steps"], guidance=inference["generation_guidance"]
+      prompt=quoted(prompts[0]), steps=inference["generation_steps"], guidance=inference["generation_guidance"]
     )
-    uses = card_texts.CLASSIFIES.format(names=json.dumps(prompts[:3])) if is_aligned else card_texts.ONLY_GENERATES
+    uses = card_texts.CLASSIFIES.format(names=quoted(prompts[:3])) if is_aligned else card_texts.ONLY_GENERATES
     uses += "" if generates else card_texts.ONLY_CLASSIFIES
     plain = card_texts.PLAIN.format(address=address) * generates
     uses += card_texts.PATCHES.format(patch=patch) if patch > 1 else plain

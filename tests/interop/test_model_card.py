@@ -43,7 +43,7 @@ def run_code(code: str, cwd: pathlib.Path, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
   path = tmp_path_factory.mktemp("made")
-  export_of(path)
+  export_of(path, sample_prompts=('a "red" 🍎', "blue ring"))  # as captions are
   return path / "out"
 
 
