@@ -79,8 +79,8 @@ def trailing(steps: int) -> list[int]:
   if not 1 <= steps <= NUM_TIMESTEPS:
     raise ValueError(f"steps is {steps}; it must be 1 to {NUM_TIMESTEPS}")
   # From T down, so that the first step is always at T-1, where e_T is noise. A fractional stride may give an entry too
-  # many.
-  t = torch.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / steps, dtype=torch.float64).round().long()
+  # many. On the CPU, as alpha_bar.
+  t = torch.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / steps, dtype=torch.float64, device="cpu").round().long()
   return [*(t[:steps] - 1).tolist(), -1]
 
 
@@ -300,10 +300,15 @@ class DiffDis(ModelMixin, ConfigMixin):
     return (model, info) if asked else model
 
   @torch.no_grad()
-  def null_condition(self, text_encoder: Part) -> Null:
-    """c of the empty prompt, [1, l, d]."""
+  def null_condition(self, text_encoder: Part, device: torch.device | str | None = None) -> Null:
+    """c of the empty prompt, [1, l, d].
+
+    Args:
+      device: where the text encoder runs, if that is not where its weights are: of `enable_sequential_cpu_offload` they
+        are nowhere until then.
+    """
     null = [[self.bos_id] + [self.eos_id] * (self.max_length - 1)]
-    return text_encoder(torch.tensor(null, device=text_encoder.device)).last_hidden_state
+    return text_encoder(torch.tensor(null, device=device or text_encoder.device)).last_hidden_state
 
   @torch.no_grad()
   def embed_text(self, input_ids: jt.Int[Tensor, "b l"], *, text_encoder: Part) -> Query:

@@ -285,7 +285,7 @@ class DiffDisPipeline(StableDiffusionPipeline):
     found = []
     progress_bar: Any = self.progress_bar  # which is decorated, so that type checkers do not know its arguments
     with self._evaluating(), progress_bar(total=len(given)) as bar:
-      c_null = diffdis.null_condition(self.text_encoder)
+      c_null = diffdis.null_condition(self.text_encoder, device)
       for first in range(0, len(given), batch_size):
         pixels = torch.from_numpy(np.stack(squares[first : first + batch_size])).to(device)
         z = self._encode(pixels)
