@@ -395,7 +395,9 @@ def _to_pil(image: Any) -> Image.Image:
   if isinstance(image, Image.Image):
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits, or floats, which Pillow would cut off at 255
-      white = 1.0 if image.mode == "F" and np.asarray(image).max() <= 1 else 65535.0
+      if not np.isfinite(most := np.asarray(image).max()):  # one of which would make all of it black
+        raise ValueError("an image holds numbers that are not finite")
+      white = 1.0 if image.mode == "F" and most <= 1 else 65535.0
       grey = np.rint(np.clip(np.asarray(image, np.float64) / (white / 255), 0, 255)).astype(np.uint8)
       return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
@@ -405,13 +407,15 @@ def _to_pil(image: Any) -> Image.Image:
   if isinstance(image, Tensor):
     image = image.detach().cpu()
     # NumPy has no bfloat16.
-    image = (image if image.dtype == torch.uint8 else image.float()).numpy()
+    image = (image.float() if image.is_floating_point() else image).numpy()
     image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
   if not isinstance(image, np.ndarray):
     raise ValueError(f"an image is of type {type(image).__name__}; {WANTED}")
   if image.ndim != 3 or image.shape[-1] != 3:
     raise ValueError(f"an image has shape {tuple(image.shape)}; give a tensor [3, h, w] or an array [h, w, 3]")
   if image.dtype != np.uint8:
+    if image.dtype.kind in "iu":  # of which 0 and 1 alone would be black and white
+      raise ValueError(f"an image is of dtype {image.dtype}; give uint8, or float in [0, 1]")
     if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
       raise ValueError("a float image should be in [0, 1]; of [-1, 1] give (image + 1) / 2")
     image = np.rint(image * 255).astype(np.uint8)

@@ -413,6 +413,8 @@ WRONG = {
   "paths": (dict(images=["cat.png"]), "an image is of type str; give a PIL image, a tensor or an array"),
   "grey": (dict(images=torch.zeros(1, 8, 8)), r"an image has shape \(8, 8, 1\); give a tensor \[3, h, w\]"),
   "flat": (dict(images=[np.zeros((8, 8))]), r"an image has shape \(8, 8\)"),
+  "nan": (dict(images=Image.fromarray(np.float32([[0.5, np.nan]]))), "an image holds numbers that are not finite"),
+  "wide": (dict(images=torch.full((3, 8, 8), 200)), r"an image is of dtype int64; give uint8, or float in \[0, 1\]"),
   "signed": (dict(images=-torch.ones(3, 8, 8)), r"a float image should be in \[0, 1\]; of \[-1, 1\] give"),
   "samples": (
     dict(noise=torch.zeros(2, 1, 16), num_noise_samples=3),
