@@ -16,6 +16,7 @@ from diffdis_jax.interop import model_card
 from tests import tiny_clip
 from tests.hub_server import Hub
 from tests.interop.test_torch_pipeline import export_config, export_of
+from tests.test_requirements import EXTRAS
 
 pytest_plugins = ("tests.hub_server",)
 
@@ -52,7 +53,9 @@ def test_from_a_folder(folder, tmp_path):
   lines = [line for line in code.splitlines() if line]
   assert len(lines) == 4  # an import, two to generate, one to classify
   # An evaluation whose --out lies elsewhere is not known here.
-  assert "## Figures\n\nNone are recorded with the run.\n" in (folder / "README.md").read_text()
+  card = (folder / "README.md").read_text()
+  assert "## Figures\n\nNone are recorded with the run.\n" in card
+  assert 'pip install torch "diffusers>=0.35.2" transformers' in card and "diffusers>=0.35.2" in EXTRAS["torch"]
   (tmp_path / "FOLDER").symlink_to(folder)
   # What a pipeline saved is whole in another process too.
   saved = 'pipe.save_pretrained("saved")\n' + "\n".join(lines[:2]).replace('"FOLDER"', '"saved"') + "\n"
