@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -52,7 +53,11 @@ TEMPLATES = (
   "a photo of the small {}.",
 )
 _SLOT = re.compile(r"\{c?\}")
-_STRAIGHT = dict.fromkeys(range(0x2018, 0x201C), "'") | dict.fromkeys(range(0x201C, 0x2020), '"') | {0x2BC: "'"}
+# Quotes made straight, a byte order mark left out, and plain letters for Latin ligatures and full-width forms.
+_PLAIN = (
+  dict.fromkeys(range(0x2018, 0x201C), "'") | dict.fromkeys(range(0x201C, 0x2020), '"') | {0x2BC: "'", 0xFEFF: ""}
+)
+_PLAIN |= {c: unicodedata.normalize("NFKC", chr(c)) for c in (0x3000, *range(0xFB00, 0xFB05), *range(0xFF01, 0xFFEF))}
 WANTED = "give a PIL image, a tensor or an array"
 _TURNS = {  # what makes an image upright, by EXIF's orientation
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -212,7 +217,8 @@ class DiffDisPipeline(StableDiffusionPipeline):
 
     Args:
       texts (`str` or `List[str]`): cut where they are longer than the model's `max_length`. As in training, HTML's
-        entities are the characters that they stand for, and quotation marks are straight.
+        entities are the characters that they stand for, quotation marks are straight, and ligatures and full-width
+        forms are plain letters.
       batch_size (`int`): texts at a time.
 
     Returns:
@@ -351,7 +357,7 @@ def _check_texts(what: str, texts: Any) -> None:
 def _cleaned(text: str) -> str:
   """What of the training's cleaning the tokenizer does not do, except for the repair of broken encodings."""
   # Twice: captions of the web are often escaped twice.
-  return html.unescape(html.unescape(text)).translate(_STRAIGHT)
+  return html.unescape(html.unescape(text)).translate(_PLAIN)
 
 
 def _check_whole(what: str, value: Any) -> None:

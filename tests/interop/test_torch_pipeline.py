@@ -183,6 +183,8 @@ def test_it_reads_texts_as_the_run_does(made, pipe):
     "salt &amp;amp; pepper",
     "the baker\u2019s \u201cshop\u201d",
     "\u2018a\u02bc &quot;b&quot; &rsquo;",
+    "\ufeffred \ufb01re",  # the first line of a file with a byte order mark
+    "\uff32\uff45\uff44\u3000\uff11\uff0c\uff76",
   ]
   model, params = inference.load(made, mesh=steps.make_mesh(), batch_size=8)
   expected = model.embed_texts(params, Tokenizer(model.max_length)(texts))
