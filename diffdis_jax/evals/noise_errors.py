@@ -112,7 +112,7 @@ def noise_errors(
   def at(t: Int[Array, ""]) -> Float[Array, "b"]:
     # z_t = √ᾱ(t) z + √(1 − ᾱ(t)) ε
     noise, t_z = noise_of(key, t, places=places, network=network), jnp.full(len(z), t)
-    z_t = schedules.add_noise(network.image_process.noise, z, noise=noise, t=t_z)
+    z_t = schedules.add_noise(network.image_process, z, noise=noise, t=t_z)
     return losses.denoising(noise, model.generation(z_t=z_t, t_z=t_z, c=condition))
 
   # One after the other: all at once would take s times the memory.

@@ -72,7 +72,7 @@ def training_losses(
   # whatever t_e was sampled.
   total, alignment, dispersive = jnp.zeros(()), None, None
   if rows.loss_generation is not None:
-    schedule = network.image_process.noise
+    schedule = schedules.noise_schedule(network.image_process.schedule)
     total = total + losses.weighted_denoising(rows.loss_generation, noise.t_z, schedule, snr_gamma=snr_gamma).mean()
   if rows.middle is not None and dispersive_weight:
     dispersive = losses.dispersive(rows.middle, gather=sharding.everywhere)
@@ -117,7 +117,7 @@ def denoise_rows(
   of_image, of_text = network.image_process, network.text_process
 
   # Generation. z_t = √ᾱ(t_z) z + √(1 − ᾱ(t_z)) ε_z;  e is masked: its token is absent from this pass.
-  z_t = schedules.add_noise(of_image.noise, z, noise=noise.noise_z, t=noise.t_z, gamma=of_image.gamma)
+  z_t = schedules.add_noise(of_image, z, noise=noise.noise_z, t=noise.t_z)
   # Some rows lose their caption, so that the unconditional ε_u of guidance is learned too.
   c = jnp.where(noise.drop_condition[:, None, None], c_null, c)
   generation = GenerationPass(z_t=z_t, t_z=noise.t_z, c=c)
@@ -125,13 +125,13 @@ def denoise_rows(
   # Discrimination. e_t = γ √ᾱ(t_e) e + √(1 − ᾱ(t_e)) ε_e;  c is masked: else it would tell which caption is asked for.
   # e_t is data, not a path for gradients: a text encoder in training learns from e as the target only.
   e_0 = jax.lax.stop_gradient(e)
-  e_t = schedules.add_noise(of_text.noise, e_0, noise=noise.noise_e, t=noise.t_e, gamma=of_text.gamma)
+  e_t = schedules.add_noise(of_text, e_0, noise=noise.noise_e, t=noise.t_e)
   # Some rows lose their image (not stated by the paper), again for guidance.
   z_shown = jnp.where(noise.drop_image[:, None, None, None], 0.0, z_clean)
   # The image is clean, and its timestep says so: 1000 is one past those that generation samples (Table 7).
   t_z = jnp.full((len(z),), network.condition_timestep, jnp.int32)
   if noise.noised_image is not None:  # not the paper's: of some rows that keep their image it is z_t, under its t_z
-    z_noised = schedules.add_noise(of_image.noise, z_clean, noise=noise.noise_z, t=noise.t_z)
+    z_noised = schedules.add_noise(of_image, z_clean, noise=noise.noise_z, t=noise.t_z)
     noised = noise.noised_image & ~noise.drop_image
     z_shown, t_z = jnp.where(noised[:, None, None, None], z_noised, z_shown), jnp.where(noised, noise.t_z, t_z)
   discrimination = DiscriminationPass(e_t=e_t, t_e=noise.t_e, z=z_shown, t_z=t_z, c_null=c_null)
@@ -151,9 +151,7 @@ def denoise_rows(
   loss = None if noise_z is None else losses.denoising(noise.noise_z, noise_z)
   if prediction is None:
     return DenoisedRows(loss_generation=loss, middle=middle, query=None)
-  query = schedules.to_data(
-    of_text.noise, e_t, prediction=prediction, target=of_text.target, t=noise.t_e, gamma=of_text.gamma
-  )
+  query = schedules.to_data(of_text, e_t, prediction=prediction, t=noise.t_e)
   return DenoisedRows(loss_generation=loss, middle=middle, query=query)
 
 

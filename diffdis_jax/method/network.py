@@ -17,11 +17,11 @@ from diffdis_jax.common.params import Params, flatten, merge
 from diffdis_jax.config.model import AUTO, ClipModel, Model
 from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.config.run import Run
+from diffdis_jax.config.sections import ImageDiffusion, TextDiffusion
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.alignment import AlignmentTransformer
 from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.method.fusion import TextStream
-from diffdis_jax.method.schedules import Process
 from diffdis_jax.models import attention, clip
 from diffdis_jax.models.autoencoder import Autoencoder
 from diffdis_jax.models.clip import Clip, ConvolutionalEncoder, VisionEncoder
@@ -121,8 +121,8 @@ class Network:
   objectives: Objectives
   image_size: int
   max_length: int
-  image_process: Process
-  text_process: Process
+  image_process: ImageDiffusion
+  text_process: TextDiffusion
   condition_timestep: int
   graphdef: nnx.GraphDef
   abstract: nnx.State
@@ -136,8 +136,8 @@ class Network:
       objectives=run.objectives,
       image_size=run.image_size,
       max_length=run.data.max_length,
-      image_process=Process.of(run.image_diffusion),
-      text_process=Process.of(run.text_diffusion),
+      image_process=run.image_diffusion,
+      text_process=run.text_diffusion,
       condition_timestep=run.condition_timestep,
       graphdef=graphdef,
       abstract=abstract,

@@ -56,7 +56,7 @@ class DdimStep:
 
 def ddim_coefficients(process: Process, timesteps: Timesteps) -> DdimCoefficients:
   """DDIM's steps with η = 0: y_prev = √ᾱ_prev ŷ + √(1 − ᾱ_prev) ε̂ (Song et al. 2021, eq. 12)."""
-  alpha_bar, gamma = process.noise.alpha_bar, process.gamma
+  alpha_bar, gamma = schedules.noise_schedule(process.schedule).alpha_bar, process.gamma
   a, s = np.sqrt(alpha_bar[timesteps.t]), np.sqrt(1 - alpha_bar[timesteps.t])
   prev = np.where(timesteps.t_prev == DATA, 1.0, alpha_bar[timesteps.t_prev])
   a_prev, s_prev = np.sqrt(prev), np.sqrt(1 - prev)
@@ -82,5 +82,5 @@ def ddim_step(
   t = jnp.full(len(x_t), now.t)
   return DdimStep(
     x_prev=x_t * now.x_t + prediction * now.prediction,
-    x_0=schedules.to_data(process.noise, x_t, prediction=prediction, target=process.target, t=t, gamma=process.gamma),
+    x_0=schedules.to_data(process, x_t, prediction=prediction, t=t),
   )

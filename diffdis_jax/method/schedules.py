@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from diffdis_jax.config.sections import NUM_TIMESTEPS, SCHEDULES, TARGETS, ImageDiffusion, TextDiffusion
+from diffdis_jax.config.sections import NUM_TIMESTEPS, SCHEDULES, ImageDiffusion, TextDiffusion
 from diffdis_jax.errors import UserError, check_choice
 
-Target = str  # one of TARGETS
+Process = ImageDiffusion | TextDiffusion
 BETA_START, BETA_END, BETA_MAX = 0.00085, 0.012, 0.999
 DATA = -1  # the timestep, one before the first, at which ᾱ = 1: the data itself
 
@@ -28,10 +28,6 @@ class Schedule:
 
   betas: Float[np.ndarray, "T"]
   alpha_bar: Float[np.ndarray, "T"]
-
-  @property
-  def num_timesteps(self) -> int:
-    return len(self.betas)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +59,7 @@ def _cosine(n: int) -> Float[np.ndarray, "T"]:
 _BETAS = {"scaled_linear": _scaled_linear, "linear": _linear, "cosine": _cosine}  # SCHEDULES
 
 
+@functools.cache
 def noise_schedule(name: str) -> Schedule:
   """The schedule of that name, one of SCHEDULES.
 
@@ -74,31 +71,6 @@ def noise_schedule(name: str) -> Schedule:
   check_choice("schedule", name, SCHEDULES)
   betas = _BETAS[name](NUM_TIMESTEPS)
   return Schedule(betas=betas, alpha_bar=np.cumprod(1 - betas))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Process:
-  """One of the two diffusion processes, as its config section has it.
-
-  Attributes:
-    schedule: name of the noise schedule, one of SCHEDULES.
-    target: what the network predicts (appendix, Table 2), one of TARGETS.
-    gamma: feature scaling γ of the data.
-  """
-
-  schedule: str
-  target: Target
-  gamma: float
-
-  @classmethod
-  def of(cls, section: ImageDiffusion | TextDiffusion) -> Process:
-    """The process of a config's section."""
-    return cls(schedule=section.schedule, target=section.target, gamma=section.gamma)
-
-  @functools.cached_property
-  def noise(self) -> Schedule:
-    """The noise schedule itself."""
-    return noise_schedule(self.schedule)
 
 
 def leading(num_steps: int) -> Timesteps:
@@ -129,11 +101,11 @@ def trailing(num_steps: int) -> Timesteps:
   return Timesteps(t=t.astype(np.int32), t_prev=np.append(t[1:], DATA).astype(np.int32))
 
 
-def _rates(schedule: Schedule, t: Int[Array, "b"], ndim: int) -> tuple[Array, Array]:
+def _rates(process: Process, t: Int[Array, "b"], ndim: int) -> tuple[Array, Array]:
   """√ᾱ(t) and √(1 − ᾱ(t)), f32, with as many trailing axes of size 1 as broadcast over rank `ndim`."""
   # Roots in float64 and then rounded once: 1 − ᾱ in f32 would lose digits at small t, where ᾱ is near 1.
-  shape = t.shape + (1,) * (ndim - t.ndim)
-  tables = np.sqrt(schedule.alpha_bar), np.sqrt(1 - schedule.alpha_bar)
+  shape, alpha_bar = t.shape + (1,) * (ndim - t.ndim), noise_schedule(process.schedule).alpha_bar
+  tables = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
   signal, noise = (jnp.asarray(table, jnp.float32)[t].reshape(shape) for table in tables)
   return signal, noise
 
@@ -148,37 +120,21 @@ def min_snr_weights(schedule: Schedule, t: Int[Array, "b"], *, gamma: float) -> 
 
 
 def add_noise(
-  schedule: Schedule,
-  x0: Float[Array, "b ..."],
-  *,
-  noise: Float[Array, "b ..."],
-  t: Int[Array, "b"],
-  gamma: float = 1.0,
+  process: Process, x0: Float[Array, "b ..."], *, noise: Float[Array, "b ..."], t: Int[Array, "b"]
 ) -> Float[Array, "b ..."]:
   """x_t = γ √ᾱ x_0 + √(1 − ᾱ) ε, in f32."""
   # γ scales the data and not the noise: the signal gets weaker, and e_t tells less of its caption.
-  a, s = _rates(schedule, t, x0.ndim)
-  return gamma * a * x0 + s * noise
+  a, s = _rates(process, t, x0.ndim)
+  return process.gamma * a * x0 + s * noise
 
 
 def to_data(
-  schedule: Schedule,
-  x_t: Float[Array, "b ..."],
-  *,
-  prediction: Float[Array, "b ..."],
-  target: Target,
-  t: Int[Array, "b"],
-  gamma: float = 1.0,
+  process: Process, x_t: Float[Array, "b ..."], *, prediction: Float[Array, "b ..."], t: Int[Array, "b"]
 ) -> Float[Array, "b ..."]:
   """x_0 from what the network predicts, the data or the noise (appendix, Table 2): of noise ε it is, in f32,
-  (x_t − √(1 − ᾱ) ε) / (γ √ᾱ).
-
-  Raises:
-    UserError: unknown target.
-  """
-  check_choice("target", target, TARGETS)
-  if target == "data":
+  (x_t − √(1 − ᾱ) ε) / (γ √ᾱ)."""
+  if process.target == "data":
     return prediction
   # γ belongs here: without it ê_0 of target `noise` would be γ e, and e_t's next mean γ² e.
-  a, s = _rates(schedule, t, x_t.ndim)
-  return (x_t - s * prediction) / (gamma * a)
+  a, s = _rates(process, t, x_t.ndim)
+  return (x_t - s * prediction) / (process.gamma * a)

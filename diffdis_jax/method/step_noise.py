@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
+from diffdis_jax.config.sections import NUM_TIMESTEPS
 from diffdis_jax.method.network import Network
-from diffdis_jax.method.schedules import Process
 from diffdis_jax.structs import AnyArray, AnyBatch, Batch
 
 Keys = Mapping[str, PRNGKeyArray]
@@ -51,7 +51,7 @@ def sample_noise(
   Args:
     keys: by the names of `StepNoise`.
     batch: gives the number of rows, and whether discrimination has a view of its own.
-    network: gives the shapes, and the number of timesteps.
+    network: gives the shapes.
     condition_dropout, image_dropout, noised_image_share: as a config's `loss` section has them.
     sample_posterior: as a config has it.
   """
@@ -60,18 +60,18 @@ def sample_noise(
   def normal(name: str, *shape: int) -> Float[Array, "b ..."]:
     return jax.random.normal(keys[name], (b, *shape))
 
-  def timesteps(name: str, process: Process) -> Int[Array, "b"]:
-    return jax.random.randint(keys[name], (b,), 0, process.noise.num_timesteps)
+  def timesteps(name: str) -> Int[Array, "b"]:
+    return jax.random.randint(keys[name], (b,), 0, NUM_TIMESTEPS)
 
   own_view = isinstance(batch, Batch) and batch.discrimination_image is not None
   # A key for each choice, so that none depends on which others there are. All are sampled whatever the objectives: what
   # a network has no use for, the compiler leaves out.
   return StepNoise(
-    t_z=timesteps("t_z", network.image_process),
+    t_z=timesteps("t_z"),
     noise_z=normal("noise_z", *latents),
     drop_condition=jax.random.bernoulli(keys["drop_condition"], condition_dropout, (b,)),
     # The two timesteps are independent: the paper samples one for each task.
-    t_e=timesteps("t_e", network.text_process),
+    t_e=timesteps("t_e"),
     noise_e=normal("noise_e", network.model.query_width),
     drop_image=jax.random.bernoulli(keys["drop_image"], image_dropout, (b,)),
     posterior=normal("posterior", *latents) if sample_posterior else None,

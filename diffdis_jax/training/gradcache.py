@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.run import Run
-from diffdis_jax.method import algorithms, encode, losses
+from diffdis_jax.method import algorithms, encode, losses, schedules
 from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.method.encode import Encoded, Latents
 from diffdis_jax.method.network import Network
@@ -148,8 +148,8 @@ class GradCache:
     return of_rows
 
   def _weighted(self, per_sample: Float[Array, "b"], noise: StepNoise) -> Float[Array, "b"]:
-    schedule, snr_gamma = self.network.image_process.noise, self.run.loss.snr_gamma
-    return losses.weighted_denoising(per_sample, noise.t_z, schedule, snr_gamma=snr_gamma)
+    schedule = schedules.noise_schedule(self.network.image_process.schedule)
+    return losses.weighted_denoising(per_sample, noise.t_z, schedule, snr_gamma=self.run.loss.snr_gamma)
 
   def _contrast(
     self, representations: Rows, logit_scale: Float[Array, ""], rows: Microbatch

@@ -24,6 +24,7 @@ from transformers import CLIPTextModel
 
 from configs import diffdis_cc3m
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.sections import TextDiffusion
 from diffdis_jax.export_weights import export_weights
 from diffdis_jax.interop import mapping, to_torch, torch_diffdis
 from diffdis_jax.method import schedules
@@ -132,11 +133,8 @@ def inputs(config: ConfigDict, size: tuple[int, int]) -> dict[str, np.ndarray]:
 
 
 def to_data(config: ConfigDict, prediction: jax.Array, *, e_t: np.ndarray, t_e: np.ndarray) -> jax.Array:
-  text = config.text_diffusion
-  schedule = schedules.noise_schedule(text.schedule)
-  return schedules.to_data(
-    schedule, jnp.asarray(e_t), prediction=prediction, target=text.target, t=jnp.asarray(t_e), gamma=text.gamma
-  )
+  process = TextDiffusion(**config.text_diffusion)
+  return schedules.to_data(process, jnp.asarray(e_t), prediction=prediction, t=jnp.asarray(t_e))
 
 
 def assert_same_query(twin: Twin, expected: Any, given: dict[str, np.ndarray], tolerance: float):

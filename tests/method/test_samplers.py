@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from diffdis_jax.config.sections import TextDiffusion
 from diffdis_jax.method import samplers, schedules
-from diffdis_jax.method.schedules import Process, Timesteps
+from diffdis_jax.method.schedules import Timesteps
 
 NAMES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTION_TYPES = {"noise": "epsilon", "data": "sample"}
@@ -61,9 +62,9 @@ def _run(denoise, x, process, timesteps):
   return jax.lax.scan(step, x, samplers.ddim_coefficients(process, timesteps))[0] / process.gamma
 
 
-def process_of(schedule: str, target: str = "noise", gamma: float = 1.0) -> Process:
+def process_of(schedule: str, target: str = "noise", gamma: float = 1.0) -> TextDiffusion:
   """By default as of images."""
-  return Process(schedule=schedule, target=target, gamma=gamma)
+  return TextDiffusion(schedule=schedule, target=target, gamma=gamma)
 
 
 @pytest.mark.parametrize("target", PREDICTION_TYPES)
@@ -108,7 +109,7 @@ def test_a_true_prediction_stays_on_the_marginal_and_names_the_data(target):
   x0, noise = jnp.asarray(X), jnp.asarray(NOISE)
 
   def at(t):
-    return schedules.add_noise(process.noise, x0, noise=noise, t=jnp.full(len(x0), t), gamma=process.gamma)
+    return schedules.add_noise(process, x0, noise=noise, t=jnp.full(len(x0), t))
 
   (now,) = samplers.ddim_coefficients(process, Timesteps(t=np.array([t]), t_prev=np.array([t_prev]))).each()
   got = samplers.ddim_step(process, now, at(t), x0 if target == "data" else noise)
