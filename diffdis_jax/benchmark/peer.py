@@ -115,7 +115,7 @@ class _Loss(NamedTuple):
 
 def _ours(network: Network, model: Model, inputs: Inputs) -> _Ours:
   build = lambda rngs: UNet(
-    **dataclasses.asdict(model.unet),
+    model.unet,
     context_width=model.text_encoder.width,
     latent_channels=model.autoencoder.latent_channels,
     remat=model.remat,

@@ -297,12 +297,6 @@ class VisionEncoderSize:
     _check_multiple("image_size", self.image_size, self, "patch")
     _check_multiple("width", self.width, self, "num_heads")
 
-  def of_kind(self) -> dict[str, Any]:
-    """Field -> value, of those that this kind of tower has."""
-    of_transformers = ("image_size", "width", "num_heads", "mlp_width", "activation")
-    lacking = of_transformers if self.convolutional else ("widths",)
-    return {name: value for name, value in vars(self).items() if name not in (*lacking, "convolutional")}
-
   @property
   def stride(self) -> int:
     """Pixels a side for one position of the tower's last map."""

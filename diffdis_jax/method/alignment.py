@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from diffdis_jax.config.model import AlignmentSize
 from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear
 
 
@@ -15,36 +16,25 @@ class AlignmentTransformer(nnx.Module):
   """Transformer over [text token, middle feature map], and a linear predictor on the text token.
 
   Args:
+    size: of the transformer. No position embedding, a final LayerNorm and a GELU MLP of ratio 4 are not stated by the
+      paper.
     query_width: width of the text query, in and out.
     image_width: channels of the middle feature map.
-    width, depth, num_heads, spatial_pool: as config.model.AlignmentSize. No position embedding, a final LayerNorm and a
-      GELU MLP of ratio 4 are not stated by the paper.
   """
 
-  def __init__(
-    self,
-    *,
-    query_width: int,
-    image_width: int,
-    width: int,
-    depth: int,
-    num_heads: int,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-    spatial_pool: int,
-  ):
-    self.spatial_pool = spatial_pool
+  def __init__(self, size: AlignmentSize, *, query_width: int, image_width: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    width, self.spatial_pool = size.width, size.spatial_pool
     self.text_in = linear(query_width, width, dtype=dtype, rngs=rngs)
     self.image_in = linear(image_width, width, dtype=dtype, rngs=rngs)
     self.layers = nnx.List(
-      TransformerLayer(width, num_heads=num_heads, mlp_width=4 * width, activation="gelu", dtype=dtype, rngs=rngs)
-      for _ in range(depth)
+      TransformerLayer(width, num_heads=size.num_heads, mlp_width=4 * width, activation="gelu", dtype=dtype, rngs=rngs)
+      for _ in range(size.depth)
     )
     self.norm = LayerNorm(width, rngs=rngs)
     self.predictor = linear(width, query_width, dtype=dtype, rngs=rngs)
-    if spatial_pool:
+    if size.spatial_pool:
       self.map_norm = LayerNorm(image_width, rngs=rngs)
-      self.map_out = linear(spatial_pool**2 * image_width, query_width, dtype=dtype, rngs=rngs)
+      self.map_out = linear(size.spatial_pool**2 * image_width, query_width, dtype=dtype, rngs=rngs)
 
   def __call__(self, h_e: Float[Array, "b d"], features: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
     """ê_0 or ε̂_e, f32."""

@@ -41,7 +41,7 @@ def build_diffdis(model: Model, objectives: Objectives, rngs: nnx.Rngs) -> DiffD
   is the autoencoder alone.
   """
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], rngs=rngs)
-  autoencoder = Autoencoder(**vars(model.autoencoder), **common)
+  autoencoder = Autoencoder(model.autoencoder, **common)
   # First of all, since nothing else is built for it: an autoencoder alone has no text and no UNet.
   if objectives.is_autoencoder:
     return DiffDis(autoencoder=autoencoder, temperature=model.temperature)
@@ -49,9 +49,9 @@ def build_diffdis(model: Model, objectives: Objectives, rngs: nnx.Rngs) -> DiffD
   # Token embeddings are a part of e alone, which generation never reads.
   if not objectives.aligned:
     text = dataclasses.replace(text, token_embedding_weight=0.0)
-  text_encoder = TextEncoder(**vars(text), remat="none", **common)
+  text_encoder = TextEncoder(text, remat="none", **common)
   unet = UNet(
-    **vars(model.unet),
+    model.unet,
     context_width=model.text_encoder.width,
     latent_channels=model.autoencoder.latent_channels,
     remat=model.remat,
@@ -71,7 +71,7 @@ def build_diffdis(model: Model, objectives: Objectives, rngs: nnx.Rngs) -> DiffD
       **common,
     )
     alignment = AlignmentTransformer(
-      query_width=model.query_width, image_width=model.unet.widths[-1], **vars(model.alignment), **common
+      model.alignment, query_width=model.query_width, image_width=model.unet.widths[-1], **common
     )
   return DiffDis(
     autoencoder=autoencoder,
@@ -96,8 +96,8 @@ def build_clip(model: ClipModel, rngs: nnx.Rngs) -> Clip:
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], remat=model.remat, rngs=rngs)
   tower = ConvolutionalEncoder if model.vision_encoder.convolutional else VisionEncoder
   return Clip(
-    text_encoder=TextEncoder(**vars(model.text_encoder), **common),
-    vision_encoder=tower(**model.vision_encoder.of_kind(), **common),
+    text_encoder=TextEncoder(model.text_encoder, **common),
+    vision_encoder=tower(model.vision_encoder, **common),
     head=build_head(model, rngs),
     temperature=model.temperature,
   )

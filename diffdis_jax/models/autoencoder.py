@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from diffdis_jax.config.model import AutoencoderSize
 from diffdis_jax.models.layers import Attention, GroupNorm, conv
 from diffdis_jax.models.unet_blocks import Downsample, ResnetBlock, Upsample
 from diffdis_jax.structs import Posterior
@@ -75,43 +75,27 @@ class Level(nnx.Module):
 
 
 class Autoencoder(nnx.Module):
-  """KL autoencoder between images in [-1, 1] and latents.
+  """KL autoencoder between images in [-1, 1] and latents."""
 
-  Args:
-    widths, depth, patch, latent_channels, groups, attention, shift, scale: as config.model.AutoencoderSize.
-  """
-
-  def __init__(
-    self,
-    *,
-    widths: Sequence[int],
-    depth: int,
-    patch: int,
-    latent_channels: int,
-    groups: int,
-    attention: bool,
-    shift: float,
-    scale: float,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-  ):
-    self.patch = patch
+  def __init__(self, size: AutoencoderSize, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    self.patch = size.patch
+    widths, groups, latent_channels = size.widths, size.groups, size.latent_channels
     common: dict[str, Any] = dict(groups=groups, dtype=dtype, rngs=rngs)
     new_conv = functools.partial(conv, dtype=dtype, rngs=rngs)
     last = len(widths) - 1
 
-    self.conv_in = new_conv(3 * patch**2, widths[0], 3)
+    self.conv_in = new_conv(3 * size.patch**2, widths[0], 3)
     self.down = nnx.List(
       Level(
         widths[max(i - 1, 0)],
         width,
-        depth,
+        size.depth,
         resample=Downsample(width, asymmetric=True, dtype=dtype, rngs=rngs) if i < last else None,
         **common,
       )
       for i, width in enumerate(widths)
     )
-    self.encoder_middle = Middle(widths[-1], attention=attention, **common)
+    self.encoder_middle = Middle(widths[-1], attention=size.attention, **common)
     self.encoder_norm = GroupNorm(widths[-1], groups=groups, eps=EPS, rngs=rngs)
     self.encoder_out = new_conv(widths[-1], 2 * latent_channels, 3)
     # Keys are counted (method/network.py), so that parameters made in another order would start as others.
@@ -121,21 +105,21 @@ class Autoencoder(nnx.Module):
 
     self.post_quant = new_conv(latent_channels, latent_channels, 1)
     self.decoder_in = new_conv(latent_channels, widths[-1], 3)
-    self.decoder_middle = Middle(widths[-1], attention=attention, **common)
+    self.decoder_middle = Middle(widths[-1], attention=size.attention, **common)
     self.up = nnx.List(
       Level(
         widths[min(i + 1, last)],
         widths[i],
-        depth + 1,
+        size.depth + 1,
         resample=Upsample(widths[i], dtype=dtype, rngs=rngs) if i > 0 else None,
         **common,
       )
       for i in reversed(range(len(widths)))
     )
     self.decoder_norm = GroupNorm(widths[0], groups=groups, eps=EPS, rngs=rngs)
-    self.conv_out = new_conv(widths[0], 3 * patch**2, 3)
-    self.shift = LatentStatistic(jnp.full((latent_channels,), shift, jnp.float32))
-    self.scale = LatentStatistic(jnp.full((latent_channels,), scale, jnp.float32))
+    self.conv_out = new_conv(widths[0], 3 * size.patch**2, 3)
+    self.shift = LatentStatistic(jnp.full((latent_channels,), size.shift, jnp.float32))
+    self.scale = LatentStatistic(jnp.full((latent_channels,), size.scale, jnp.float32))
 
   def encode(self, x: Float[Array, "b H W 3"]) -> Posterior:
     """Posterior over latents, f32. Log-variances are clipped to [-30, 20] as in Stable Diffusion."""

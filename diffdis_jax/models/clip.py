@@ -6,8 +6,8 @@ as open_clip has both (transformer.py, `init_parameters`).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,48 +60,29 @@ class VisionEncoder(nnx.Module):
   """CLIP's vision tower: image to one vector, the class token's, through a projection.
 
   Args:
-    image_size, patch, width, depth, num_heads, mlp_width, activation, projection, spatial_pool: as
-      config.model.VisionEncoderSize.
     remat: a key of remat.REMAT_POLICIES, applied to each layer.
-
-  Raises:
-    UserError: patches do not tile the image.
   """
 
-  def __init__(
-    self,
-    *,
-    image_size: int,
-    patch: int,
-    width: int,
-    depth: int,
-    num_heads: int,
-    mlp_width: int,
-    activation: str,
-    projection: int,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-    remat: str,
-    spatial_pool: int,
-  ):
-    if image_size % patch:
-      raise UserError(f"patches of {patch} px do not tile an image of {image_size} px; give a multiple of {patch}")
-    self.side, self.spatial_pool, self.dtype, self.remat = patch, spatial_pool, dtype, remat
+  def __init__(self, size: VisionEncoderSize, *, remat: str, dtype: DTypeLike, rngs: nnx.Rngs):
+    self.side, self.spatial_pool, self.dtype, self.remat = size.patch, size.spatial_pool, dtype, remat
+    width, patch, dense = size.width, size.patch, functools.partial(linear, use_bias=False, dtype=dtype, rngs=rngs)
     whole = ((0, 0), (0, 0))  # no padding: patches tile the image
     self.patch = conv(3, width, patch, stride=patch, padding=whole, use_bias=False, dtype=dtype, rngs=rngs)
     init = nnx.initializers.normal(width**-0.5)
     self.class_token = nnx.Param(init(rngs.params(), (width,), jnp.float32))
-    self.positions = nnx.Param(init(rngs.params(), ((image_size // patch) ** 2 + 1, width), jnp.float32))
+    self.positions = nnx.Param(init(rngs.params(), ((size.image_size // patch) ** 2 + 1, width), jnp.float32))
     # transformers' "pre_layrnorm", before the layers too, which the text tower has not.
     self.pre_norm = LayerNorm(width, rngs=rngs)
     self.layers = nnx.List(
-      TransformerLayer(width, num_heads=num_heads, mlp_width=mlp_width, activation=activation, dtype=dtype, rngs=rngs)
-      for _ in range(depth)
+      TransformerLayer(
+        width, num_heads=size.num_heads, mlp_width=size.mlp_width, activation=size.activation, dtype=dtype, rngs=rngs
+      )
+      for _ in range(size.depth)
     )
     self.norm = LayerNorm(width, rngs=rngs)
-    self.projection = linear(width, projection, use_bias=False, dtype=dtype, rngs=rngs)
-    if spatial_pool:
-      self.map_out = linear(spatial_pool**2 * width, projection, use_bias=False, dtype=dtype, rngs=rngs)
+    self.projection = dense(width, size.projection)
+    if size.spatial_pool:
+      self.map_out = dense(size.spatial_pool**2 * width, size.projection)
 
   def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
     """Embeddings of normalised images, f32, of any length. Images of another size than the positions' get interpolated
@@ -132,35 +113,24 @@ class ConvolutionalEncoder(nnx.Module):
   and timestep, the mean of its last map through a projection. Not the paper's.
 
   Args:
-    patch, depth, widths, projection, spatial_pool: as config.model.VisionEncoderSize.
     remat: a key of remat.REMAT_POLICIES, applied to each block.
   """
 
-  def __init__(
-    self,
-    *,
-    patch: int,
-    depth: int,
-    widths: Sequence[int],
-    projection: int,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-    remat: str,
-    spatial_pool: int,
-  ):
+  def __init__(self, size: VisionEncoderSize, *, remat: str, dtype: DTypeLike, rngs: nnx.Rngs):
+    self.stride, self.spatial_pool, self.remat = size.stride, size.spatial_pool, remat
+    widths, patch, dense = size.widths, size.patch, functools.partial(linear, use_bias=False, dtype=dtype, rngs=rngs)
     last = len(widths) - 1
-    self.stride, self.spatial_pool, self.remat = patch * 2**last, spatial_pool, remat
     whole = ((0, 0), (0, 0))  # no padding: patches tile the image
     self.patch = conv(3, widths[0], patch, stride=patch, padding=whole, use_bias=False, dtype=dtype, rngs=rngs)
     make = BlockMaker(num_heads=1, context_width=1, groups=TOWER_GROUPS, time_width=None, dtype=dtype, rngs=rngs)
     self.down = nnx.List(
-      DownLevel(widths[max(i - 1, 0)], width, depth, attention=False, downsample=i < last, make=make)
+      DownLevel(widths[max(i - 1, 0)], width, size.depth, attention=False, downsample=i < last, make=make)
       for i, width in enumerate(widths)
     )
     self.norm = GroupNorm(widths[-1], groups=TOWER_GROUPS, eps=EPS, rngs=rngs)
-    self.projection = linear(widths[-1], projection, use_bias=False, dtype=dtype, rngs=rngs)
-    if spatial_pool:
-      self.map_out = linear(spatial_pool**2 * widths[-1], projection, use_bias=False, dtype=dtype, rngs=rngs)
+    self.projection = dense(widths[-1], size.projection)
+    if size.spatial_pool:
+      self.map_out = dense(size.spatial_pool**2 * widths[-1], size.projection)
 
   def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b d"]:
     """Embeddings of normalised images, f32, of any length.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from diffdis_jax.config.model import TextEncoderSize
 from diffdis_jax.models.layers import LayerNorm, TransformerLayer, linear
 from diffdis_jax.models.remat import run_block
 from diffdis_jax.structs import TextCondition
@@ -20,44 +23,25 @@ class TextEncoder(nnx.Module):
   token, optionally through CLIP's text projection, L2-normalised; which vector it is, is not stated by the paper.
 
   Args:
-    vocab_size, max_length, width, depth, num_heads, mlp_width, activation, bos_id, eos_id, projection,
-      token_embedding_weight: as config.model.TextEncoderSize.
     remat: a key of remat.REMAT_POLICIES, applied to each layer.
   """
 
-  def __init__(
-    self,
-    *,
-    vocab_size: int,
-    max_length: int,
-    width: int,
-    depth: int,
-    num_heads: int,
-    mlp_width: int,
-    activation: str,
-    bos_id: int,
-    eos_id: int,
-    projection: int,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-    remat: str,
-    token_embedding_weight: float,
-  ):
-    self.bos_id, self.eos_id, self.dtype, self.remat = bos_id, eos_id, dtype, remat
-    self.token_embedding_weight = token_embedding_weight
+  def __init__(self, size: TextEncoderSize, *, remat: str, dtype: DTypeLike, rngs: nnx.Rngs):
+    self.bos_id, self.eos_id, self.dtype, self.remat = size.bos_id, size.eos_id, dtype, remat
+    self.token_embedding_weight, width, projection = size.token_embedding_weight, size.width, size.projection
+    embed = functools.partial(nnx.Embed, size.vocab_size, width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
     init = nnx.initializers.normal(0.02)
-    self.tokens = nnx.Embed(vocab_size, width, embedding_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
-    self.positions = nnx.Param(0.5 * init(rngs.params(), (max_length, width), jnp.float32))
+    self.tokens = embed(embedding_init=init)
+    self.positions = nnx.Param(0.5 * init(rngs.params(), (size.max_length, width), jnp.float32))
     self.layers = nnx.List(
-      TransformerLayer(width, num_heads=num_heads, mlp_width=mlp_width, activation=activation, dtype=dtype, rngs=rngs)
-      for _ in range(depth)
+      TransformerLayer(
+        width, num_heads=size.num_heads, mlp_width=size.mlp_width, activation=size.activation, dtype=dtype, rngs=rngs
+      )
+      for _ in range(size.depth)
     )
     self.norm = LayerNorm(width, rngs=rngs)
-    if token_embedding_weight:
-      zeros = nnx.initializers.zeros_init()
-      self.query_tokens = nnx.Embed(
-        vocab_size, width, embedding_init=zeros, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
-      )
+    if size.token_embedding_weight:
+      self.query_tokens = embed(embedding_init=nnx.initializers.zeros_init())
     self.projection = linear(width, projection, use_bias=False, dtype=dtype, rngs=rngs) if projection else None
 
   def null_tokens(self, length: int) -> Int[Array, "1 l"]:

@@ -12,6 +12,7 @@ from flax import nnx, struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from diffdis_jax.config.model import UNetSize
 from diffdis_jax.models.layers import GroupNorm, TimestepEmbedder, conv
 from diffdis_jax.models.remat import run_block
 from diffdis_jax.models.unet_blocks import Downsample, ResnetBlock, SpatialTransformer, Upsample
@@ -108,7 +109,7 @@ class UNet(nnx.Module):
   """ε = UNet(z_t, t_z, c).
 
   Args:
-    widths, attention, depth, num_heads, groups: as config.model.UNetSize.
+    size: of its levels.
     context_width: width of the text condition c.
     latent_channels: channels of z, in and out.
     remat: a key of remat.REMAT_POLICIES, applied to each block.
@@ -117,22 +118,19 @@ class UNet(nnx.Module):
 
   def __init__(
     self,
+    size: UNetSize,
     *,
-    widths: Sequence[int],
-    attention: Sequence[bool],
-    depth: int,
-    num_heads: int,
     context_width: int,
     latent_channels: int,
-    groups: int,
     remat: str,
     up_path: bool,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
     self.remat = remat
+    widths, depth, attention = size.widths, size.depth, size.attention
     time_width = 4 * widths[0]
-    make = BlockMaker(num_heads, context_width, groups, time_width, dtype, rngs)
+    make = BlockMaker(size.num_heads, context_width, size.groups, time_width, dtype, rngs)
     last = len(widths) - 1
 
     self.conv_in = conv(latent_channels, widths[0], 3, dtype=dtype, rngs=rngs)
@@ -156,7 +154,7 @@ class UNet(nnx.Module):
       level_skips = [skips.pop() for _ in range(depth + 1)]
       self.up.append(UpLevel(din, widths[i], level_skips, attention=attention[i], upsample=i > 0, make=make))
       din = widths[i]
-    self.norm_out = GroupNorm(widths[0], groups=groups, eps=EPS, rngs=rngs)
+    self.norm_out = GroupNorm(widths[0], groups=size.groups, eps=EPS, rngs=rngs)
     self.conv_out = conv(widths[0], latent_channels, 3, dtype=dtype, rngs=rngs)
 
   @property

@@ -23,7 +23,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffdis_jax.models import sizes
+from diffdis_jax.config.model import Model
 from diffdis_jax.models.autoencoder import Autoencoder
 from diffdis_jax.models.text_encoder import TextEncoder
 from diffdis_jax.models.unet import UNet
@@ -34,7 +34,7 @@ from tests.models import from_torch, networks
 
 pytestmark = pytest.mark.slow
 
-MODEL = sizes.sd_v1().to_dict()
+MODEL = Model()
 LEVELS = 4
 UNET: dict[str, Any] = dict(cross_attention_dim=768, sample_size=32)
 VAE = dict(
@@ -143,7 +143,7 @@ def params_of(module: torch.nn.Module, prefix: str, shapes: dict[str, Any]) -> d
 def test_unet(side):
   theirs = from_torch.randomise(pipelines.UNet2DConditionModel(**UNET), 0)
   extra = dict(context_width=UNET["cross_attention_dim"], latent_channels=4, remat="none", up_path=True)
-  network, shapes = network_of("unet", lambda rngs: UNet(**MODEL["unet"], **extra, dtype=np.float32, rngs=rngs))
+  network, shapes = network_of("unet", lambda rngs: UNet(MODEL.unet, **extra, dtype=np.float32, rngs=rngs))
   rng = np.random.default_rng(0)
   x, c = (
     rng.standard_normal((1, side, side, 4), np.float32),
@@ -158,9 +158,7 @@ def test_unet(side):
 
 def test_autoencoder():
   theirs = from_torch.randomise(pipelines.AutoencoderKL(**VAE), 0)
-  network, shapes = network_of(
-    "autoencoder", lambda rngs: Autoencoder(**MODEL["autoencoder"], dtype=np.float32, rngs=rngs)
-  )
+  network, shapes = network_of("autoencoder", lambda rngs: Autoencoder(MODEL.autoencoder, dtype=np.float32, rngs=rngs))
   statistics = {name: shapes.pop(f"autoencoder.{name}") for name in ("shift", "scale")}
   params = params_of(theirs, "autoencoder", shapes) | {name: np.zeros(4, np.float32) for name in statistics}
   rng = np.random.default_rng(0)
@@ -178,7 +176,7 @@ def test_autoencoder():
 def test_text_encoder():
   theirs = from_torch.randomise(CLIPTextModel(CLIPTextConfig(**TEXT)), 0)
   network, shapes = network_of(
-    "text_encoder", lambda rngs: TextEncoder(**MODEL["text_encoder"], remat="none", dtype=np.float32, rngs=rngs)
+    "text_encoder", lambda rngs: TextEncoder(MODEL.text_encoder, remat="none", dtype=np.float32, rngs=rngs)
   )
   tokens = np.random.default_rng(0).integers(0, 49406, (2, 77))
   tokens[:, 0], tokens[0, 9:], tokens[1, -1] = 49406, 49407, 49407

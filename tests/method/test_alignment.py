@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from diffdis_jax.config.model import AlignmentSize
 from diffdis_jax.method.alignment import AlignmentTransformer
 from tests.models import from_torch, networks, oracle
 
 
 @pytest.mark.parametrize("spatial_pool", [0, 2])
 def test_alignment_equals_pytorch(spatial_pool):
-  sizes = dict(query_width=12, image_width=8, width=16, depth=2, num_heads=4, spatial_pool=spatial_pool)
-  network = networks.Network.of(lambda rngs: AlignmentTransformer(**sizes, dtype=np.float32, rngs=rngs))
+  size = AlignmentSize(width=16, depth=2, num_heads=4, spatial_pool=spatial_pool)
+  network = networks.Network.of(
+    lambda rngs: AlignmentTransformer(size, query_width=12, image_width=8, dtype=np.float32, rngs=rngs)
+  )
   params = networks.random_params(network.shapes, seed=0)
   rng = np.random.default_rng(1)
   h_e = rng.standard_normal((3, 12)).astype(np.float32)

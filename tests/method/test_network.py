@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from configs import shapes
 from diffdis_jax.common.params import flatten
 from diffdis_jax.config import Run
+from diffdis_jax.config.model import AlignmentSize
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import network as build
 from diffdis_jax.method.alignment import AlignmentTransformer
@@ -57,8 +58,8 @@ def test_networks_of_equal_sizes_and_objectives_are_traced_once():
 
 
 def test_initial_parameters_are_those_of_nnx_rngs():
-  sizes = dict(query_width=8, image_width=8, width=8, depth=1, num_heads=2, spatial_pool=0, dtype=np.float32)
-  make = lambda rngs: AlignmentTransformer(**sizes, rngs=rngs)
+  size = AlignmentSize(width=8, depth=1, num_heads=2)
+  make = lambda rngs: AlignmentTransformer(size, query_width=8, image_width=8, dtype=np.float32, rngs=rngs)
   key = jax.random.key(3)
   ours, expected = flatten(build.initial_state(make, key)), flatten(nnx.state(make(nnx.Rngs(key))))
   assert ours.keys() == expected.keys()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from diffdis_jax.config.model import AutoencoderSize
 from diffdis_jax.models import autoencoder
 from diffdis_jax.models.autoencoder import Autoencoder
 from diffdis_jax.structs import Posterior
@@ -19,7 +20,8 @@ STATISTICS = {"shift": np.full(4, 0.5, np.float32), "scale": np.full(4, 0.18215,
 
 def ours(*, patch: int) -> networks.Network:
   section = networks.tiny_model()["autoencoder"] | dict(widths=(8, 16, 24), depth=2, patch=patch)
-  return networks.Network.of(lambda rngs: Autoencoder(**section, dtype=np.float32, rngs=rngs))
+  size = AutoencoderSize(**section)
+  return networks.Network.of(lambda rngs: Autoencoder(size, dtype=np.float32, rngs=rngs))
 
 
 def diffusers_autoencoder(*, patch: int) -> AutoencoderKL:

@@ -18,7 +18,7 @@ from open_clip.model import resize_pos_embed
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from diffdis_jax.config.model import TEMPERATURE
+from diffdis_jax.config.model import TEMPERATURE, TextEncoderSize, VisionEncoderSize
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import mapping
 from diffdis_jax.models import sizes
@@ -50,12 +50,9 @@ RELEASED = [
 def ours(section: Mapping[str, Any], *, dtype: Any = jnp.float32) -> networks.Network:
   def make(rngs: nnx.Rngs) -> Clip:
     args = dict(remat="none", dtype=dtype, rngs=rngs)
-    tower = {"spatial_pool": 0, **section["vision_encoder"]}
-    for name in ("convolutional", "widths"):  # of the other tower
-      tower.pop(name, None)
     return Clip(
-      text_encoder=TextEncoder(**section["text_encoder"], **args),
-      vision_encoder=VisionEncoder(**tower, **args),
+      text_encoder=TextEncoder(TextEncoderSize(**section["text_encoder"]), **args),
+      vision_encoder=VisionEncoder(VisionEncoderSize(**section["vision_encoder"]), **args),
       head=None,
       temperature=TEMPERATURE,
     )
@@ -154,7 +151,7 @@ def test_images_that_patches_do_not_tile_are_refused(shape):
 
 
 def test_patches_that_do_not_tile_the_image_are_refused():
-  with pytest.raises(UserError, match="patches of 3 px do not tile an image of 8 px"):
+  with pytest.raises(UserError, match="image_size has 8; it must be a multiple of patch=3"):
     tiny(patch=3)
 
 
@@ -226,8 +223,10 @@ def test_a_head_over_parts_adds_their_means_by_a_matrix_of_its_own():
 
 @pytest.mark.parametrize("parts", [0, 2])
 def test_a_convolutional_tower_equals_torch_in_float64(parts):
-  args: dict[str, Any] = dict(patch=2, depth=1, widths=(8, 16), projection=PROJECTION, spatial_pool=parts)
-  network = networks.Network.of(lambda rngs: ConvolutionalEncoder(**args, remat="none", dtype=jnp.float32, rngs=rngs))
+  size = VisionEncoderSize(
+    convolutional=True, patch=2, depth=1, widths=(8, 16), projection=PROJECTION, spatial_pool=parts
+  )
+  network = networks.Network.of(lambda rngs: ConvolutionalEncoder(size, remat="none", dtype=jnp.float32, rngs=rngs))
   params = networks.random_params(network.shapes, seed=0)
   images = random_images()
   w = torch_of(params)

@@ -10,6 +10,7 @@ import torch
 from flax import nnx
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from diffdis_jax.config.model import TextEncoderSize
 from diffdis_jax.models.text_encoder import TextEncoder
 from tests.models import from_torch, networks
 
@@ -21,8 +22,8 @@ TOKENS = np.array(
 
 
 def ours(**changes: Any) -> networks.Network:
-  section = networks.tiny_model()["text_encoder"] | changes
-  return networks.Network.of(lambda rngs: TextEncoder(**section, remat="none", dtype=np.float32, rngs=rngs))
+  size = TextEncoderSize(**networks.tiny_model()["text_encoder"] | changes)
+  return networks.Network.of(lambda rngs: TextEncoder(size, remat="none", dtype=np.float32, rngs=rngs))
 
 
 def clip_config(**changes: Any) -> CLIPTextConfig:
@@ -89,8 +90,8 @@ def test_token_vectors_in_the_query():
 
 
 def test_token_vectors_start_at_nothing():
-  section = networks.tiny_model()["text_encoder"] | {"token_embedding_weight": 8.0}
-  model = TextEncoder(**section, remat="none", dtype=np.float32, rngs=nnx.Rngs(0))
+  size = TextEncoderSize(**networks.tiny_model()["text_encoder"] | {"token_embedding_weight": 8.0})
+  model = TextEncoder(size, remat="none", dtype=np.float32, rngs=nnx.Rngs(0))
   np.testing.assert_array_equal(model.query_tokens.embedding[...], 0.0)
 
 
