@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
+from diffdis_jax.config.sections import Loss
 from diffdis_jax.method import encode, guidance, joint, losses, samplers, schedules
 from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.method.encode import Encoded
@@ -48,19 +49,16 @@ def training_losses(
   noise: StepNoise,
   *,
   network: Network,
-  ita_weight: float,
+  loss: Loss,
   captions: UInt32[Array, "b"] | None = None,
-  snr_gamma: float,
-  dispersive_weight: float,
 ) -> TrainingLosses:
   """Algorithm 1: L = L_IG + λ L_ITA on the same images and captions (x, y), or one of the two losses.
 
   Args:
     batch: x, or the autoencoder's posteriors over them, and y.
     noise: the step's random choices: t_z, ε_z, t_e, ε_e, and which rows are masked for guidance.
-    ita_weight: λ; 1 is not stated by the paper.
+    loss: the losses' weights, such as λ.
     captions: as losses.contrastive takes them.
-    snr_gamma, dispersive_weight: of losses.weighted_denoising and of losses.dispersive; 0 in the paper.
   """
   # z = V(x);  c, e = T(y)
   encoded = encode.encode_rows(model, batch, noise)
@@ -73,16 +71,17 @@ def training_losses(
   total, alignment, dispersive = jnp.zeros(()), None, None
   if rows.loss_generation is not None:
     schedule = schedules.noise_schedule(network.image_process.schedule)
-    total = total + losses.weighted_denoising(rows.loss_generation, noise.t_z, schedule, snr_gamma=snr_gamma).mean()
-  if rows.middle is not None and dispersive_weight:
+    weighted = losses.weighted_denoising(rows.loss_generation, noise.t_z, schedule, snr_gamma=loss.snr_gamma)
+    total = total + weighted.mean()
+  if rows.middle is not None and loss.dispersive_weight:
     dispersive = losses.dispersive(rows.middle, gather=sharding.everywhere)
-    total = total + dispersive_weight * dispersive
+    total = total + loss.dispersive_weight * dispersive
   if rows.query is not None:
     e, logit_scale = encoded.text.e, model.logit_scale[...]
     alignment = losses.contrastive(
       rows.query, e, logit_scale, captions=captions, dropped=noise.drop_image, on_rows=sharding.each_own_rows
     )
-    total = total + ita_weight * alignment.loss
+    total = total + loss.ita_weight * alignment.loss
   return TrainingLosses(total=total, generation=rows.loss_generation, alignment=alignment, dispersive=dispersive)
 
 

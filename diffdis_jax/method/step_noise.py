@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from diffdis_jax.config.sections import NUM_TIMESTEPS
+from diffdis_jax.config.sections import NUM_TIMESTEPS, Loss
 from diffdis_jax.method.network import Network
 from diffdis_jax.structs import AnyArray, AnyBatch, Batch
 
@@ -36,26 +36,17 @@ class StepNoise:
   noised_image: Bool[AnyArray, "b"] | None = None  # rows whose image discrimination sees as z_t, where there may be any
 
 
-def sample_noise(
-  keys: Keys,
-  batch: AnyBatch,
-  *,
-  network: Network,
-  condition_dropout: float,
-  image_dropout: float,
-  sample_posterior: bool,
-  noised_image_share: float,
-) -> StepNoise:
+def sample_noise(keys: Keys, batch: AnyBatch, *, network: Network, loss: Loss, sample_posterior: bool) -> StepNoise:
   """The random choices for a batch.
 
   Args:
     keys: by the names of `StepNoise`.
     batch: gives the number of rows, and whether discrimination has a view of its own.
     network: gives the shapes.
-    condition_dropout, image_dropout, noised_image_share: as a config's `loss` section has them.
+    loss: the shares of rows that are masked or noised.
     sample_posterior: as a config has it.
   """
-  b, latents = len(batch.tokens), network.latent_shape
+  b, latents, share = len(batch.tokens), network.latent_shape, loss.noised_image_share
 
   def normal(name: str, *shape: int) -> Float[Array, "b ..."]:
     return jax.random.normal(keys[name], (b, *shape))
@@ -69,14 +60,14 @@ def sample_noise(
   return StepNoise(
     t_z=timesteps("t_z"),
     noise_z=normal("noise_z", *latents),
-    drop_condition=jax.random.bernoulli(keys["drop_condition"], condition_dropout, (b,)),
+    drop_condition=jax.random.bernoulli(keys["drop_condition"], loss.condition_dropout, (b,)),
     # The two timesteps are independent: the paper samples one for each task.
     t_e=timesteps("t_e"),
     noise_e=normal("noise_e", network.model.query_width),
-    drop_image=jax.random.bernoulli(keys["drop_image"], image_dropout, (b,)),
+    drop_image=jax.random.bernoulli(keys["drop_image"], loss.image_dropout, (b,)),
     posterior=normal("posterior", *latents) if sample_posterior else None,
     posterior_discrimination=normal("posterior_discrimination", *latents) if sample_posterior and own_view else None,
-    noised_image=jax.random.bernoulli(keys["noised_image"], noised_image_share, (b,)) if noised_image_share else None,
+    noised_image=jax.random.bernoulli(keys["noised_image"], share, (b,)) if share else None,
   )
 
 

@@ -50,15 +50,7 @@ ModelLoss = Callable[..., Total]
 
 def noise_of(run: Run, keys: Keys, batch: AnyBatch, network: Network) -> StepNoise:
   """The random choices of each row of a batch."""
-  return sample_noise(
-    keys,
-    batch,
-    network=network,
-    condition_dropout=run.loss.condition_dropout,
-    image_dropout=run.loss.image_dropout,
-    sample_posterior=run.sample_posterior,
-    noised_image_share=run.loss.noised_image_share,
-  )
+  return sample_noise(keys, batch, network=network, loss=run.loss, sample_posterior=run.sample_posterior)
 
 
 def captions_of(section: Loss, tokens: Int[Array, "b l"]) -> UInt32[Array, "b"] | None:
@@ -71,16 +63,7 @@ def diffusion_loss(model: DiffDis, batch: AnyBatch, keys: Keys, *, network: Netw
   del teacher
   noise = noise_of(run, keys, batch, network)
   captions = captions_of(run.loss, batch.tokens)
-  found = algorithms.training_losses(
-    model,
-    batch,
-    noise,
-    network=network,
-    ita_weight=run.loss.ita_weight,
-    captions=captions,
-    snr_gamma=run.loss.snr_gamma,
-    dispersive_weight=run.loss.dispersive_weight,
-  )
+  found = algorithms.training_losses(model, batch, noise, network=network, loss=run.loss, captions=captions)
   metrics: Metrics = {}
   # What the run is not trained for has no loss, and leaves no line in the log.
   if found.generation is not None:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffdis_jax.config import Run
+from diffdis_jax.config.sections import Loss
 from diffdis_jax.interop import mapping, sections
 from diffdis_jax.method import algorithms
 from diffdis_jax.method.diffdis import to_signed
@@ -92,9 +93,7 @@ def test_gradients_equal_those_of_pytorch():
     batch = Batch(image=jnp.asarray(images), tokens=jnp.asarray(TOKENS, jnp.int32))
     whole = network_of(config)
     noise = noise_of(run, keys, batch, whole)
-    return algorithms.training_losses(
-      model, batch, noise, network=whole, ita_weight=1.0, snr_gamma=0.0, dispersive_weight=0.0
-    ).total
+    return algorithms.training_losses(model, batch, noise, network=whole, loss=Loss()).total
 
   ours = jax.jit(jax.grad(network.pure(loss)))(params, images)
   theirs = expected_gradients(modules, images, keys, config.loss.condition_dropout)
