@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from diffdis_jax.config.model import Model
 from diffdis_jax.models.attention import attend_together
 from diffdis_jax.models.layers import GEGLU, Attention, LayerNorm, TimestepEmbedder, linear
 from diffdis_jax.models.unet_blocks import BasicTransformerBlock, SpatialTransformer
@@ -19,31 +20,18 @@ from diffdis_jax.models.unet_blocks import BasicTransformerBlock, SpatialTransfo
 class FusionBlock(nnx.Module):
   """The text token's own parameters at one attention block of width `width`.
 
-  Args:
-    query_width: width of the text query e (768 in the paper).
-    share_attention: the text token uses the image stream's q, k, v, out (Table 5); otherwise its own.
-    modality_ffn: the text token has its own norm and feed-forward network (Table 5); otherwise the image's.
-    query_init: scale of FC_in's initial kernel. At 0 the noise of e_t comes in only as far as training finds a use for
-      it. Not stated by the paper.
+  By `model.share_attention` it uses the image stream's q, k, v, out, and by `model.modality_ffn` it has its own norm
+  and feed-forward network (Table 5). With `model.query_init` 0 the noise of e_t comes in only as far as training finds
+  a use for it.
   """
 
-  def __init__(
-    self,
-    width: int,
-    *,
-    query_width: int,
-    num_heads: int,
-    share_attention: bool,
-    modality_ffn: bool,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-    query_init: float,
-  ):
-    self.fc_in = linear(query_width, width, dtype=dtype, rngs=rngs, init_scale=query_init)
-    self.attn = None if share_attention else Attention(width, num_heads=num_heads, dtype=dtype, rngs=rngs)
-    self.norm = LayerNorm(width, rngs=rngs) if modality_ffn else None
-    self.ff = GEGLU(width, dtype=dtype, rngs=rngs) if modality_ffn else None
-    self.fc_out = linear(width, query_width, dtype=dtype, rngs=rngs)
+  def __init__(self, width: int, model: Model, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    own_attention, num_heads = not model.share_attention, model.unet.num_heads
+    self.fc_in = linear(model.query_width, width, dtype=dtype, rngs=rngs, init_scale=model.query_init)
+    self.attn = Attention(width, num_heads=num_heads, dtype=dtype, rngs=rngs) if own_attention else None
+    self.norm = LayerNorm(width, rngs=rngs) if model.modality_ffn else None
+    self.ff = GEGLU(width, dtype=dtype, rngs=rngs) if model.modality_ffn else None
+    self.fc_out = linear(width, model.query_width, dtype=dtype, rngs=rngs)
 
   def __call__(
     self,
@@ -93,33 +81,10 @@ class TextStream(nnx.Module):
     widths: widths of those attention blocks; empty where fusion is off (Table 4).
   """
 
-  def __init__(
-    self,
-    widths: Sequence[int],
-    *,
-    query_width: int,
-    num_heads: int,
-    share_attention: bool,
-    modality_ffn: bool,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-    query_init: float,
-  ):
+  def __init__(self, widths: Sequence[int], model: Model, *, dtype: DTypeLike, rngs: nnx.Rngs):
     # The width of the sinusoid is not stated by the paper; the query's own keeps one number fewer.
-    self.embedder = TimestepEmbedder(query_width, query_width, dtype=dtype, rngs=rngs)
-    self.blocks = nnx.List(
-      FusionBlock(
-        width,
-        query_width=query_width,
-        num_heads=num_heads,
-        share_attention=share_attention,
-        modality_ffn=modality_ffn,
-        query_init=query_init,
-        dtype=dtype,
-        rngs=rngs,
-      )
-      for width in widths
-    )
+    self.embedder = TimestepEmbedder(model.query_width, model.query_width, dtype=dtype, rngs=rngs)
+    self.blocks = nnx.List(FusionBlock(width, model, dtype=dtype, rngs=rngs) for width in widths)
 
   def time_conditioned(self, e_t: Float[Array, "b d"], t_e: Int[Array, "b"]) -> Float[Array, "b d"]:
     """e_t + Embedder(t_e), in the compute dtype."""

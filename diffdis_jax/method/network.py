@@ -61,15 +61,7 @@ def build_diffdis(model: Model, objectives: Objectives, rngs: nnx.Rngs) -> DiffD
   text_stream = alignment = None
   if objectives.aligned:
     # One fusion block for each attention block of the UNet's first half; none where fusion is off (Table 4).
-    text_stream = TextStream(
-      unet.fused_widths if model.fusion else (),
-      query_width=model.query_width,
-      num_heads=model.unet.num_heads,
-      share_attention=model.share_attention,
-      modality_ffn=model.modality_ffn,
-      query_init=model.query_init,
-      **common,
-    )
+    text_stream = TextStream(unet.fused_widths if model.fusion else (), model, **common)
     alignment = AlignmentTransformer(
       model.alignment, query_width=model.query_width, image_width=model.unet.widths[-1], **common
     )

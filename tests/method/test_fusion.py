@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,13 @@ import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from flax import nnx
 
+from diffdis_jax.config.model import Model, TextEncoderSize, UNetSize
 from diffdis_jax.method.fusion import FusionBlock
 from diffdis_jax.models.unet_blocks import SpatialTransformer
 from tests.models import from_torch, networks, oracle
 
 WIDTH, QUERY_WIDTH, CONTEXT_WIDTH, HEADS = 8, 12, 16, 2
+MODEL = Model(unet=UNetSize(num_heads=HEADS), text_encoder=TextEncoderSize(width=QUERY_WIDTH))
 SWITCHES = [(True, True), (True, False), (False, True), (False, False)]
 OWN_ATTENTION = {f"attn.{name}.kernel" for name in ("q", "k", "v", "out")} | {"attn.out.bias"}
 OWN_FFN = {f"ff.{name}.{kind}" for name in ("proj", "out") for kind in ("kernel", "bias")} | {
@@ -28,11 +32,11 @@ class Both(nnx.Module):
   """The image stream's block under the path that from_torch knows, and the text token's."""
 
   def __init__(self, *, share_attention: bool, modality_ffn: bool, rngs: nnx.Rngs):
-    common = dict(num_heads=HEADS, dtype=jnp.float32, rngs=rngs)
-    attention = SpatialTransformer(WIDTH, context_width=CONTEXT_WIDTH, groups=4, **common)
+    common = dict(dtype=jnp.float32, rngs=rngs)
+    attention = SpatialTransformer(WIDTH, num_heads=HEADS, context_width=CONTEXT_WIDTH, groups=4, **common)
     self.unet = nnx.Dict(middle=nnx.Dict(attention=attention))
-    switches = dict(share_attention=share_attention, modality_ffn=modality_ffn)
-    self.text = FusionBlock(WIDTH, query_width=QUERY_WIDTH, query_init=1.0, **switches, **common)
+    model = dataclasses.replace(MODEL, share_attention=share_attention, modality_ffn=modality_ffn)
+    self.text = FusionBlock(WIDTH, model, **common)
 
   def __call__(self, x, c, h_e, e_t):
     return self.text(self.unet.middle.attention, x, c, h_e, e_t)
@@ -115,14 +119,7 @@ def test_text_token_takes_no_cross_attention_of_its_own(inputs):
 @pytest.mark.parametrize("scale", [0.0, 0.5])
 def test_query_init_scales_what_the_query_brings_in(scale):
   block = lambda query_init: FusionBlock(
-    WIDTH,
-    query_width=QUERY_WIDTH,
-    num_heads=HEADS,
-    share_attention=True,
-    modality_ffn=True,
-    dtype=jnp.float32,
-    rngs=nnx.Rngs(0),
-    query_init=query_init,
+    WIDTH, dataclasses.replace(MODEL, query_init=query_init), dtype=jnp.float32, rngs=nnx.Rngs(0)
   )
   kernel, scaled = block(1.0).fc_in.kernel[...], block(scale).fc_in.kernel[...]
   assert 0.5 / QUERY_WIDTH < jnp.var(kernel) < 2 / QUERY_WIDTH
