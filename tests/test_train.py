@@ -451,7 +451,7 @@ def test_a_run_that_fails_reads_no_further_batches(tmp_path, monkeypatch):
     raise UserError("no such evaluation")
 
   monkeypatch.setattr(loop, "open_loader", open_loader)
-  monkeypatch.setattr(loop, "make_evaluator", fail)
+  monkeypatch.setattr(loop, "Evaluator", fail)
   with pytest.raises(UserError, match="no such evaluation"):
     loop.train_and_evaluate(Run.of(tiny.get_config()), str(tmp_path))
   with pytest.raises(ValueError, match="closed"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 from absl import logging
 from jaxtyping import UInt8
@@ -14,7 +12,6 @@ from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals import samples
-from diffdis_jax.evals.base import Eval
 from diffdis_jax.inference import Inference
 from diffdis_jax.parallel import processes
 from diffdis_jax.run.writers import Writer
@@ -30,27 +27,20 @@ class Evaluator:
 
   Args:
     inference: of the network in training.
-    eval_every, sample_every: after how many steps; both after the last one too.
-    evaluations: by name.
-    prompts: of the sample images.
-    seed: of their noise.
-    best_metric: which of the metrics decides on the best checkpoints; empty for none.
+
+  Raises:
+    UserError: evaluations of what the run's objectives do not train, or of one checkpoint; or bad settings or data of
+      one.
   """
 
-  def __init__(
-    self,
-    inference: Inference,
-    *,
-    eval_every: int,
-    sample_every: int,
-    evaluations: Mapping[str, Eval],
-    prompts: Sequence[str],
-    seed: int,
-    best_metric: str,
-  ):
-    self._inference, self._eval_every, self._sample_every = inference, eval_every, sample_every
-    self._evals, self._prompts = evaluations, prompts
-    self._seed, self._best = seed, best_metric
+  def __init__(self, run: Run, inference: Inference):
+    for name in run.train_evals:
+      evals.check_objectives(f"train_evals has {name}", run.evals[name]["task"], run.objectives)
+      if run.evals[name].get("parts"):
+        raise UserError(f"evals.{name}.parts keeps images of one checkpoint, and training measures many; leave it out")
+    self._run, self._inference = run, inference
+    self._evals = {name: evals.create(**run.evals[name]) for name in run.train_evals}
+    self._prompts = list(run.sample_prompts) if run.objectives.generates else []
 
   def is_due(self, step: int, *, last: bool) -> bool:
     """Whether there is something to do after this step."""
@@ -76,44 +66,24 @@ class Evaluator:
       writer.scalars(step, metrics)
     if grid is not None:
       writer.image(step, "samples", grid)
-    if not self._best or not found:
+    best = self._run.checkpoint.best_metric
+    if not best or not found:
       return {}
     together = {key: value for metrics in found.values() for key, value in metrics.items()}
-    if self._best not in together:
-      raise UnknownMetric(f"checkpoint.best_metric={self._best} is none of {', '.join(together)}")
+    if best not in together:
+      raise UnknownMetric(f"checkpoint.best_metric={best} is none of {', '.join(together)}")
     # Process 0's: of metrics that round apart, two processes might keep different checkpoints.
-    return {self._best: float(processes.from_first(np.float32(together[self._best])))}
+    return {best: float(processes.from_first(np.float32(together[best])))}
 
   def _evaluates(self, step: int, last: bool) -> bool:
-    return bool(self._evals) and (last or step % self._eval_every == 0)
+    return bool(self._evals) and (last or step % self._run.eval_every == 0)
 
   def _draws(self, step: int, last: bool) -> bool:
-    return bool(self._prompts) and (last or step % self._sample_every == 0)
+    return bool(self._prompts) and (last or step % self._run.sample_every == 0)
 
   def _grid(self, params: Params) -> UInt8[np.ndarray, "h w 3"]:
     tokens = Tokenizer(self._inference.max_length)(self._prompts)
     # The same noise each time, so that two grids differ by what was learned between them.
-    noise = self._inference.noise(len(tokens), self._seed)
+    noise = self._inference.noise(len(tokens), self._run.seed)
     images = self._inference.generate(params, tokens, noise)
     return np.asarray(samples.draw_grid(images, self._prompts, columns=8))
-
-
-def make_evaluator(run: Run, inference: Inference) -> Evaluator:
-  """The evaluations and samples of a run.
-
-  Raises:
-    UserError: evaluations of what its objectives do not train, or of one checkpoint; or bad settings or data of one.
-  """
-  for name in run.train_evals:
-    evals.check_objectives(f"train_evals has {name}", run.evals[name]["task"], run.objectives)
-    if run.evals[name].get("parts"):
-      raise UserError(f"evals.{name}.parts keeps images of one checkpoint, and training measures many; leave it out")
-  return Evaluator(
-    inference,
-    eval_every=run.eval_every,
-    sample_every=run.sample_every,
-    evaluations={name: evals.create(**run.evals[name]) for name in run.train_evals},
-    prompts=list(run.sample_prompts) if run.objectives.generates else [],
-    seed=run.seed,
-    best_metric=run.checkpoint.best_metric,
-  )

@@ -22,7 +22,7 @@ from diffdis_jax.parallel import batches, executables, processes, sharding
 from diffdis_jax.run import checkpoint, committed, history, profile, trackers, watchdog, workdir, writers
 from diffdis_jax.run.near import Near
 from diffdis_jax.training import facts, skips, start, stored_inputs
-from diffdis_jax.training.evaluator import make_evaluator
+from diffdis_jax.training.evaluator import Evaluator
 from diffdis_jax.training.flops import rate_at_peak
 from diffdis_jax.training.prepared import Prepared
 from diffdis_jax.training.step import Trainer
@@ -80,7 +80,7 @@ def train_and_evaluate(
     board = processes.Board() if jax.process_count() > 1 else None
     dog = stack.enter_context(watchdog.Watchdog(patience, board=board).watching())
     inference = make_inference(trainer, stop, dog)
-    evaluator = make_evaluator(run, inference)
+    evaluator = Evaluator(run, inference)
     selection = trainer.plug.selection(run) if trainer.plug.selection else None
     facts.log(trainer)
     facts.check_same_on_all(run)

@@ -22,4 +22,4 @@ def test_what_cannot_be_measured_while_a_run_trains(section, message):
   config.evals, config.train_evals = {"some": section}, ("some",)
   inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4)
   with pytest.raises(UserError, match=message):
-    evaluator.make_evaluator(Run.of(config), inference)
+    evaluator.Evaluator(Run.of(config), inference)

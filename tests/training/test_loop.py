@@ -75,7 +75,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   prepared = prepare(config)
   train = lambda: loop.train_and_evaluate(Run.of(config), str(tmp_path), prepared=prepared)
   failing, passing, said = Evaluator(failing=UserError), Evaluator(failing=None), []
-  monkeypatch.setattr(loop, "make_evaluator", lambda *_: failing)
+  monkeypatch.setattr(loop, "Evaluator", lambda *_: failing)
   for _ in range(2):  # the second time it is done before the first step
     with pytest.raises(UserError, match="best_metric=test/acc_1 is none of test/acc1"):
       train()
@@ -95,7 +95,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
 
   monkeypatch.setattr(watchdog.Watchdog, "at", say)
   monkeypatch.setattr(writers.Writer, "scalars", write)
-  monkeypatch.setattr(loop, "make_evaluator", lambda *_: passing)
+  monkeypatch.setattr(loop, "Evaluator", lambda *_: passing)
   train()
   assert passing.asked == [4] and committed.latest_step(tmp_path) == 6
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -117,11 +117,11 @@ def test_an_evaluation_that_is_done_again_decides_on_the_best_checkpoint(tmp_pat
   config.checkpoint.update(keep_last=1, keep_best=1, best_metric="test/acc1")
   failing, passing = Evaluator(failing=UserError), Evaluator(failing=None)
   monkeypatch.setattr(passing, "after_step", lambda step, *_, last: {"test/acc1": 1.0 / step})
-  monkeypatch.setattr(loop, "make_evaluator", lambda *_: failing)
+  monkeypatch.setattr(loop, "Evaluator", lambda *_: failing)
   prepared = prepare(config)
   with pytest.raises(UserError):
     loop.train_and_evaluate(Run.of(config), str(tmp_path), prepared=prepared)
-  monkeypatch.setattr(loop, "make_evaluator", lambda *_: passing)
+  monkeypatch.setattr(loop, "Evaluator", lambda *_: passing)
   loop.train_and_evaluate(Run.of(config), str(tmp_path), prepared=prepared)
   assert checkpoint.best(tmp_path, Run.of(config).checkpoint) == checkpoint.Best(4, 0.25)
 
@@ -138,7 +138,7 @@ def test_several_processes_save_what_all_of_them_refuse_alike(tmp_path, monkeypa
   """Of a damaged record only those know that have read it, while the others wait for them."""
   config = tiny.get_config("autoencoder")
   config.update(num_steps=6, save_every=3, log_every=3)
-  monkeypatch.setattr(loop, "make_evaluator", lambda *_: Evaluator(failing=kind))
+  monkeypatch.setattr(loop, "Evaluator", lambda *_: Evaluator(failing=kind))
   monkeypatch.setattr("diffdis_jax.training.steps.jax", TwoProcesses())
   with pytest.raises(kind, match="best_metric=test/acc_1 is none of test/acc1"):
     loop.train_and_evaluate(Run.of(config), str(tmp_path))
