@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -22,30 +22,15 @@ MOST_DRAWS = 64
 SHOWN = 12  # names, of which the likeliest come first
 
 
-class Guess(NamedTuple):
-  """A class name's share of the softmax over τ ⟨ê_0, e⟩.
-
-  Attributes:
-    name: as typed.
-    share: of the query averaged over the noise samples.
-    low, high: least and most of it among the noise samples, each alone.
-    firsts: for how many noise samples, each alone, it is the likeliest.
-  """
-
-  name: str
-  share: float
-  low: float
-  high: float
-  firsts: int
-
-
 def guesses(
   names: Sequence[str],
   texts: Float[np.ndarray, "n d"],
   queries: Float[np.ndarray, "k d"],
   temperature: float,
-) -> list[Guess]:
-  """The names, likeliest first.
+) -> list[charts.Bar]:
+  """Each name's share of the softmax over τ ⟨ê_0, e⟩, likeliest first, of the query averaged over the noise samples.
+
+  Beside it the least and the most among the samples, each alone, and for how many of several it is the likeliest.
 
   Args:
     names: of the classes.
@@ -62,7 +47,8 @@ def guesses(
   order = np.argsort(-share, kind="stable")
   columns = share, alone.min(axis=0), alone.max(axis=0)
   shares = np.stack(columns, axis=1).tolist()
-  return [Guess(names[int(i)], *shares[int(i)], firsts=int(firsts[i])) for i in order]
+  notes = [f"first in {first}/{len(queries)}" if len(queries) > 1 else "" for first in firsts]
+  return [charts.Bar(names[int(i)], *shares[int(i)], note=notes[int(i)]) for i in order]
 
 
 def read_square(
@@ -98,13 +84,9 @@ def answer(
   yield show(guesses(classes, texts, queries, sampler.temperature), draws=len(queries))
 
 
-def show(found: Sequence[Guess], *, draws: int) -> str:
+def show(found: Sequence[charts.Bar], *, draws: int) -> str:
   """The likeliest names as bars, with the spread over the noise samples."""
-  rows = [
-    charts.Bar(each.name, each.share, each.low, each.high, f"first in {each.firsts}/{draws}" if draws > 1 else "")
-    for each in found[:SHOWN]
-  ]
   whiskers = f" The whiskers show the least and the most of {draws} noise samples, each alone." if draws > 1 else ""
   rest = f" {len(found) - SHOWN} less likely names are left out." if len(found) > SHOWN else ""
   said = f"{found[0].name}: {found[0].share:.1%}."
-  return charts.block(charts.line(said + whiskers + rest), charts.bars(rows))
+  return charts.block(charts.line(said + whiskers + rest), charts.bars(found[:SHOWN]))

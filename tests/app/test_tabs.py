@@ -107,7 +107,7 @@ def test_shares_are_the_softmax_of_the_mean_query_and_the_spread_that_of_the_dra
     np.testing.assert_allclose(
       (guess.share, guess.low, guess.high), (mean[i], alone[:, i].min(), alone[:, i].max()), rtol=1e-5
     )
-    assert guess.firsts == (alone.argmax(axis=1) == i).sum()
+    assert guess.note == f"first in {(alone.argmax(axis=1) == i).sum()}/3"
 
 
 def test_an_image_is_classified_with_bars_and_whiskers(tmp_path):
@@ -121,7 +121,7 @@ def test_an_image_is_classified_with_bars_and_whiskers(tmp_path):
 
 
 def test_names_are_escaped():
-  html = classify.show([classify.Guess("<script>", 1.0, 0.0, 1.0, 2)], draws=2)
+  html = classify.show([charts.Bar("<script>", 1.0, 0.0, 1.0)], draws=2)
   assert "<script>" not in html and "&lt;script&gt;" in html
 
 
