@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from diffdis_jax.common.params import Params, first_match
 from diffdis_jax.config.sections import Optim
-from diffdis_jax.errors import UserError, check_choice
+from diffdis_jax.errors import UserError
 from diffdis_jax.method.losses import MAX_LOGIT_SCALE
 from diffdis_jax.training.packing import Layout
 
@@ -33,35 +33,17 @@ def groups_of(paths: Iterable[str], groups: Sequence[tuple[str, str]]) -> dict[s
   return {path: first_match(path, rules, "optim.groups") for path in paths}
 
 
-def schedule(peak: float, *, kind: str, warmup_steps: int, num_steps: int, final_fraction: float) -> optax.Schedule:
-  """Linear warm-up from 0 to `peak`, then `constant`, or `cosine` or `linear` decay to `final_fraction` of it.
-
-  Raises:
-    UserError: another kind.
-  """
-  rest = max(num_steps - warmup_steps, 1)  # optax refuses a decay over no steps
-  after = {
-    "constant": lambda: optax.constant_schedule(peak),
-    "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=final_fraction),
-    "linear": lambda: optax.linear_schedule(peak, peak * final_fraction, rest),
-  }
-  check_choice("optim.schedule_kind", kind, after)
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after[kind]()], [warmup_steps])
-
-
-def epoch_schedule(
-  peak: float, *, epoch_steps: int, warmup_steps: int, num_steps: int, warmup_rate: float
-) -> optax.Schedule:
+def _epoch_schedule(section: Optim, peak: float, num_steps: int) -> optax.Schedule:
   """VL-LTR's: timm's cosine, which changes once an epoch, and one epoch late, since timm steps it after each epoch.
 
   In epoch n, from 0, it is that of t = max(n - 1, 0): while t is in the warm-up, on the way from `warmup_rate` to the
   peak; then half a cosine over all epochs, the warm-up's included.
   """
-  warmup, epochs = warmup_steps // epoch_steps, num_steps / epoch_steps
+  warmup, epochs = section.warmup_steps // section.epoch_steps, num_steps / section.epoch_steps
 
   def rate(step: Any) -> Float[Array, "..."]:
-    t = jnp.maximum(step // epoch_steps - 1, 0).astype(jnp.float32)
-    rising = warmup_rate + t * (peak - warmup_rate) / max(warmup, 1)
+    t = jnp.maximum(step // section.epoch_steps - 1, 0).astype(jnp.float32)
+    rising = section.warmup_rate + t * (peak - section.warmup_rate) / max(warmup, 1)
     return jnp.where(t < warmup, rising, 0.5 * peak * (1.0 + jnp.cos(jnp.pi * t / epochs)))
 
   return rate
@@ -73,10 +55,16 @@ def rate_schedule(section: Optim, group: str, *, num_steps: int) -> optax.Schedu
   Args:
     num_steps: of the whole run, in optimizer steps.
   """
-  peak, common = section.rates[group], dict(warmup_steps=section.warmup_steps, num_steps=num_steps)
+  peak, warmup, final = section.rates[group], section.warmup_steps, section.final_fraction
   if section.schedule_kind == "epoch_cosine":
-    return epoch_schedule(peak, epoch_steps=section.epoch_steps, warmup_rate=section.warmup_rate, **common)
-  return schedule(peak, kind=section.schedule_kind, final_fraction=section.final_fraction, **common)
+    return _epoch_schedule(section, peak, num_steps)
+  rest = max(num_steps - warmup, 1)  # optax refuses a decay over no steps
+  after = {
+    "constant": lambda: optax.constant_schedule(peak),
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=final),
+    "linear": lambda: optax.linear_schedule(peak, peak * final, rest),
+  }
+  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after[section.schedule_kind]()], [warmup])
 
 
 def kinds_of(groups: Mapping[str, str], section: Optim) -> dict[str, str]:

@@ -16,7 +16,7 @@ from open_clip.model import CLIP
 from open_clip_train.scheduler import cosine_lr
 
 from diffdis_jax.config import Run
-from diffdis_jax.config.sections import Loss
+from diffdis_jax.config.sections import Loss, Optim
 from diffdis_jax.data.transforms import Augmentation
 from diffdis_jax.errors import UserError
 from diffdis_jax.method import encode
@@ -166,7 +166,8 @@ def test_the_rate_is_open_clips_a_step_later_while_it_warms_up():
   """Theirs begins at peak / warmup, ours at 0; the decay is the same."""
   peak, warmup, total = 1e-3, 4, 20
   optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=peak)
-  ours = optim.schedule(peak, kind="cosine", warmup_steps=warmup, num_steps=total, final_fraction=0.0)
+  section = Optim(rates=dict(new=peak), schedule_kind="cosine", warmup_steps=warmup)
+  ours = optim.rate_schedule(section, "new", num_steps=total)
   theirs = cosine_lr(optimizer, peak, warmup, total)
   rates = []
   for step in range(total):

@@ -164,7 +164,9 @@ def test_the_gradient_is_clipped_by_the_norm_over_all_groups():
   ],
 )
 def test_schedules(kind, after):
-  schedule = optim.schedule(2.0, kind=kind, warmup_steps=10, num_steps=50, final_fraction=0.1)
+  final = 0.0 if kind == "constant" else 0.1
+  section = optim.Optim(rates=dict(new=2.0), schedule_kind=kind, warmup_steps=10, final_fraction=final)
+  schedule = optim.rate_schedule(section, "new", num_steps=50)
   steps = np.arange(60)
   expected = [2.0 * i / 10 if i < 10 else 2.0 * after(min((i - 10) / 40, 1.0)) for i in steps]
   values = lambda schedule: [schedule(float(i)) for i in steps]
@@ -175,7 +177,8 @@ def test_schedules(kind, after):
 
 
 def test_schedule_without_warm_up_starts_at_its_peak():
-  schedule = optim.schedule(2.0, kind="linear", warmup_steps=0, num_steps=4, final_fraction=0.0)
+  section = optim.Optim(rates=dict(new=2.0), schedule_kind="linear", warmup_steps=0)
+  schedule = optim.rate_schedule(section, "new", num_steps=4)
   np.testing.assert_allclose([schedule(i) for i in range(5)], [2.0, 1.5, 1.0, 0.5, 0.0])
 
 
@@ -223,13 +226,14 @@ def test_the_rate_of_an_epoch_is_timms_told_of_it_one_late(warmup_epochs, peak):
   for epoch in range(epochs):
     rates += [scheduler.optimizer.param_groups[0]["lr"]] * epoch_steps
     scheduler.step(epoch)
-  ours = optim.epoch_schedule(
-    peak,
+  section = optim.Optim(
+    rates=dict(new=peak),
+    schedule_kind="epoch_cosine",
     epoch_steps=epoch_steps,
     warmup_steps=warmup_epochs * epoch_steps,
-    num_steps=epochs * epoch_steps,
     warmup_rate=1e-6,
   )
+  ours = optim.rate_schedule(section, "new", num_steps=epochs * epoch_steps)
   found = [float(ours(jnp.int32(step))) for step in range(epochs * epoch_steps)]
   np.testing.assert_allclose(found, rates, rtol=1e-5)
   if warmup_epochs:  # as written out
