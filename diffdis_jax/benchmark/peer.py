@@ -114,15 +114,7 @@ class _Loss(NamedTuple):
 
 
 def _ours(network: Network, model: Model, inputs: Inputs) -> _Ours:
-  build = lambda rngs: UNet(
-    model.unet,
-    context_width=model.text_encoder.width,
-    latent_channels=model.autoencoder.latent_channels,
-    remat=model.remat,
-    up_path=True,
-    dtype=network.dtype,
-    rngs=rngs,
-  )
+  build = lambda rngs: UNet(model, up_path=True, dtype=network.dtype, rngs=rngs)
   graphdef, abstract = abstract_module(build)
   # PyTorch has one GPU, or all cores of a CPU; those are as many devices to JAX.
   devices = jax.devices() if jax.default_backend() == "cpu" else jax.devices()[:1]

@@ -50,14 +50,7 @@ def build_diffdis(model: Model, objectives: Objectives, rngs: nnx.Rngs) -> DiffD
   if not objectives.aligned:
     text = dataclasses.replace(text, token_embedding_weight=0.0)
   text_encoder = TextEncoder(text, remat="none", **common)
-  unet = UNet(
-    model.unet,
-    context_width=model.text_encoder.width,
-    latent_channels=model.autoencoder.latent_channels,
-    remat=model.remat,
-    up_path=objectives.generates,
-    **common,
-  )
+  unet = UNet(model, up_path=objectives.generates, **common)
   text_stream = alignment = None
   if objectives.aligned:
     # One fusion block for each attention block of the UNet's first half; none where fusion is off (Table 4).

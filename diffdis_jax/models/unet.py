@@ -12,7 +12,7 @@ from flax import nnx, struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from diffdis_jax.config.model import UNetSize
+from diffdis_jax.config.model import Model
 from diffdis_jax.models.layers import GroupNorm, TimestepEmbedder, conv
 from diffdis_jax.models.remat import run_block
 from diffdis_jax.models.unet_blocks import Downsample, ResnetBlock, SpatialTransformer, Upsample
@@ -109,28 +109,15 @@ class UNet(nnx.Module):
   """ε = UNet(z_t, t_z, c).
 
   Args:
-    size: of its levels.
-    context_width: width of the text condition c.
-    latent_channels: channels of z, in and out.
-    remat: a key of remat.REMAT_POLICIES, applied to each block.
+    model: the sizes of it, and of the parts that c and z come from; `remat` is applied to each block.
     up_path: whether there is a second half; discrimination alone does without.
   """
 
-  def __init__(
-    self,
-    size: UNetSize,
-    *,
-    context_width: int,
-    latent_channels: int,
-    remat: str,
-    up_path: bool,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-  ):
-    self.remat = remat
+  def __init__(self, model: Model, *, up_path: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+    self.remat, size, latent_channels = model.remat, model.unet, model.autoencoder.latent_channels
     widths, depth, attention = size.widths, size.depth, size.attention
     time_width = 4 * widths[0]
-    make = BlockMaker(size.num_heads, context_width, size.groups, time_width, dtype, rngs)
+    make = BlockMaker(size.num_heads, model.text_encoder.width, size.groups, time_width, dtype, rngs)
     last = len(widths) - 1
 
     self.conv_in = conv(latent_channels, widths[0], 3, dtype=dtype, rngs=rngs)

@@ -142,8 +142,7 @@ def params_of(module: torch.nn.Module, prefix: str, shapes: dict[str, Any]) -> d
 @pytest.mark.parametrize("side", [32, 64])
 def test_unet(side):
   theirs = from_torch.randomise(pipelines.UNet2DConditionModel(**UNET), 0)
-  extra = dict(context_width=UNET["cross_attention_dim"], latent_channels=4, remat="none", up_path=True)
-  network, shapes = network_of("unet", lambda rngs: UNet(MODEL.unet, **extra, dtype=np.float32, rngs=rngs))
+  network, shapes = network_of("unet", lambda rngs: UNet(MODEL, up_path=True, dtype=np.float32, rngs=rngs))
   rng = np.random.default_rng(0)
   x, c = (
     rng.standard_normal((1, side, side, 4), np.float32),
