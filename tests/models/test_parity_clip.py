@@ -150,11 +150,6 @@ def test_images_that_patches_do_not_tile_are_refused(shape):
     jax.eval_shape(network.pure(encode), network.shapes, np.zeros((1, *shape, 3), np.uint8), TOKENS)
 
 
-def test_patches_that_do_not_tile_the_image_are_refused():
-  with pytest.raises(UserError, match="image_size has 8; it must be a multiple of patch=3"):
-    tiny(patch=3)
-
-
 def test_bfloat16_computes_between_float32_borders():
   network = tiny(dtype=jnp.bfloat16)
   assert all(leaf.dtype == np.float32 for leaf in network.shapes.values())
