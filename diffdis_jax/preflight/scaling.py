@@ -181,7 +181,7 @@ def _fit(topology: chips.Topology, rows: Sequence[Row]) -> Row:
   at = lambda values, terms: fitted(numbers, values, topology.size, terms)
   moved = {name: [vars(row.traffic)[name] for row in rows] for name in vars(last.traffic)}
   traffic = {name: at(values, BYTES) for name, values in moved.items()}
-  # The smallest program may have more hops, where it has no axis `data` and XLA joins fewer sums: never fewer than last.
+  # The smallest program may have more hops: without an axis `data` XLA joins fewer sums. Never fewer than the last.
   for name in ("links_hops", "network_hops"):
     traffic[name] = max(moved[name][-1], fitted(numbers[-2:], moved[name][-2:], topology.size, HOPS))
   return dataclasses.replace(
