@@ -354,36 +354,46 @@ def mesh(palette: Palette) -> str:
 
 
 def scaling(palette: Palette) -> str:
-  """What the parts of a joint step take as chips are added, each with its share of the batch."""
-  found = [each for name, each in records.load("estimates").items() if name.startswith("weak scaling/")]
+  """What the parts of a joint step take as chips are added, each with its share of the batch; a panel a kind."""
+  kinds: dict[str, list[records.Record]] = {}
+  for name, each in records.load("estimates").items():
+    if name.startswith("weak scaling/"):
+      kinds.setdefault(each.of["topology"].partition(":")[0], []).append(each)
   parts = {"computing": palette.text, "exchange": palette.image, "latency": palette.soft}
   canvas = Canvas(palette)
   canvas.text(4, 26, "ms", size=SMALL, anchor="start", colour=palette.soft)
   legend(canvas, 26, [*parts.items()], left=110, step=160)
-  bottom = 400
-  axes = Axes(canvas, Scale(-0.5, len(found) - 0.5, LEFT, RIGHT), Scale(0, 150, bottom, 60))
-  axes.grid_y((0, 50, 100, 150))
-  for i, each in enumerate(found):
-    values, fitted, below = each.values, each.of["row"] == "fitted", 0.0
-    hops = values["hops, ms"]
-    for name, took in (
-      ("computing", values["computing, ms"]),
-      ("exchange", values["step, ms"] - values["computing, ms"] - hops),
-      ("latency", hops),
-    ):
-      top = axes.y(below + took)
-      canvas.fill(axes.x(i) - 34, top, 68, axes.y(below) - top, parts[name], opacity=0.45 if fitted else 0.9)
-      below += took
-    canvas.text(axes.x(i), axes.y(below) - 10, f"{values['efficiency, %']:.0f} %", size=SMALL)
-    canvas.text(axes.x(i), bottom + 28, f"{each.of['chips']}", size=SMALL)
-  pale = "pale: fitted; " if any(each.of["row"] == "fitted" for each in found) else ""
-  for y, words in ((62, "H100s, in hosts of 8"), (90, f"{pale}above: images/s of a chip against 8 chips")):
-    canvas.text(canvas.width / 2, bottom + y, words, size=SMALL, colour=palette.soft)
+  y = 44.0
+  for kind, found in kinds.items():
+    first, name = found[0].of, kind if kind.startswith("v") else f"{kind.upper()}s"
+    words = f"{name}, {first['batch'] // first['chips']} images a chip"
+    canvas.text(LEFT, y + 26, words, size=SMALL, anchor="start")
+    top, bottom = y + 72, y + 72 + 240
+    longest = math.ceil(max(each.values["step, ms"] for each in found) / 50) * 50
+    axes = Axes(canvas, Scale(-0.5, len(found) - 0.5, LEFT, RIGHT), Scale(0, longest, bottom, top))
+    axes.grid_y(range(0, longest + 1, 50))
+    for i, each in enumerate(found):
+      values, fitted, below = each.values, each.of["row"] == "fitted", 0.0
+      hops = values["hops, ms"]
+      for part, took in (
+        ("computing", values["computing, ms"]),
+        ("exchange", values["step, ms"] - values["computing, ms"] - hops),
+        ("latency", hops),
+      ):
+        end = axes.y(below + took)
+        canvas.fill(axes.x(i) - 34, end, 68, axes.y(below) - end, parts[part], opacity=0.45 if fitted else 0.9)
+        below += took
+      canvas.text(axes.x(i), axes.y(below) - 10, f"{values['efficiency, %']:.0f} %", size=SMALL)
+      canvas.text(axes.x(i), bottom + 28, f"{each.of['chips']}", size=SMALL)
+    y = bottom + 40
+  pale = "; pale: fitted" if any(each.of["row"] == "fitted" for found in kinds.values() for each in found) else ""
+  for i, words in enumerate((f"chips{pale}", "above: images/s of a chip against the fewest chips")):
+    canvas.text(canvas.width / 2, y + 22 + 28 * i, words, size=SMALL, colour=palette.soft)
   title = (
-    "Weak scaling of the joint step over 8 to 256 H100s by the compiler and peak figures: computing, what moves over"
-    " links and network, and latency, in milliseconds, where nothing overlaps. Nothing was run on these chips."
+    f"Weak scaling of the joint step on {' and '.join(kinds)} up to 256 chips by the compilers: computing, what moves"
+    " over links and network, and latency, in milliseconds, where nothing overlaps. Nothing was run on these chips."
   )
-  return canvas.svg(bottom + 106, title)
+  return canvas.svg(y + 66, title)
 
 
 # The demo.
