@@ -57,7 +57,9 @@ MUTATIONS = (
   Mutation("method/samplers.py", "prediction = a_prev / a, s_prev -", "prediction = a_prev / a, s_prev +", SAMPLERS),
   Mutation("method/schedules.py", "(NUM_TIMESTEPS // num_steps) + 1", "(NUM_TIMESTEPS // num_steps)", SAMPLERS),
   Mutation("method/schedules.py", "/ 1.008 * np.pi / 2) ** 2", "/ 1.008 * np.pi / 2)", SCHEDULES),
-  Mutation("method/schedules.py", "(x_t - s * prediction) / (gamma * a)", "(x_t - s * prediction) / a", SCHEDULES),
+  Mutation(
+    "method/schedules.py", "(x_t - s * prediction) / (process.gamma * a)", "(x_t - s * prediction) / a", SCHEDULES
+  ),
   Mutation(
     "method/guidance.py",
     "Guided(unconditional + scale *",
