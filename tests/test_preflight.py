@@ -23,7 +23,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.models import attention
 from diffdis_jax.parallel import chips
 from diffdis_jax.preflight import __main__ as preflight
-from diffdis_jax.preflight import gpus, hlo, report, saving, schedules, targets, times
+from diffdis_jax.preflight import gpus, hlo, report, saving, scaling, schedules, targets, times
 from diffdis_jax.training import flops
 from tests import pages, steps, tiny_clip
 from tests.changed_code import change, copy_package
@@ -510,4 +510,6 @@ def test_the_chips_of_examples_hold_the_papers_state():
   assert len(examples) >= 4
   for line in examples:
     (topology,), fsdp = re.findall(r"--topology=(\S+)", line), re.findall(r"mesh\.fsdp=(\d+)", line) or ["1"]
-    assert state / int(fsdp[0]) < 0.75 * chips.parse(topology).chip.memory, line
+    sizes = re.findall(r"--scaling=(\S+)", line)
+    smallest = scaling.Plan.of(topology, sizes[0].split(","), None).topologies[0] if sizes else chips.parse(topology)
+    assert state / int(fsdp[0]) < 0.75 * smallest.chip.memory, line
