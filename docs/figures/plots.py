@@ -390,7 +390,7 @@ def scaling(palette: Palette) -> str:
   for i, words in enumerate((f"chips{pale}", "above: images/s of a chip against the fewest chips")):
     canvas.text(canvas.width / 2, y + 22 + 28 * i, words, size=SMALL, colour=palette.soft)
   title = (
-    f"Weak scaling of the joint step on {' and '.join(kinds)} up to 256 chips by the compilers: computing, what moves"
+    f"Weak scaling of the joint step on {', '.join(kinds)} up to 256 chips by the compilers: computing, what moves"
     " over links and network, and latency, in milliseconds, where nothing overlaps. Nothing was run on these chips."
   )
   return canvas.svg(y + 66, title)
