@@ -146,7 +146,9 @@ def _slurm(environ: Mapping[str, str]) -> Processes:
   port = 61440 + int(environ["SLURM_JOB_ID"]) % 4096
   one_a_node = environ["SLURM_STEP_NUM_TASKS"] == environ.get("SLURM_STEP_NUM_NODES")
   visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-  is_bound = "SLURM_GPUS_PER_TASK" in environ or (len(visible) == 1 and visible != [""])
+  # Slurm 24.11 has no longer the first.
+  per_task = "SLURM_GPUS_PER_TASK" in environ or ":per_task:" in environ.get("SLURM_TRES_BIND", "")
+  is_bound = per_task or (len(visible) == 1 and visible != [""])
   return Processes(
     coordinator_address=f"{''.join(part or '' for part in head.groups())}:{port}",
     num_processes=int(environ["SLURM_STEP_NUM_TASKS"]),

@@ -54,10 +54,12 @@ def test_slurm(nodes, host):
   assert processes.find(NOTHING, environ) == Processes(f"{host}:{61440 + 5000 % 4096}", 5, 3)
   several = environ | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}
   assert processes.find(NOTHING, several).local_device_ids == (1,)
-  # Slurm shows a task the one GPU that it has, as device 0.
-  for bound in ({"SLURM_GPUS_PER_TASK": "1"}, {"CUDA_VISIBLE_DEVICES": "3"}):
+  # Slurm shows a task the GPUs that it has, as devices from 0 on. 24.11 says so by how it binds them.
+  of_two = {"CUDA_VISIBLE_DEVICES": "2,3", "SLURM_TRES_BIND": "gres/gpu:per_task:2"}
+  for bound in ({"SLURM_GPUS_PER_TASK": "1"}, {"CUDA_VISIBLE_DEVICES": "3"}, of_two):
     assert processes.find(NOTHING, several | bound).local_device_ids is None
-  assert processes.find(NOTHING, several | {"CUDA_VISIBLE_DEVICES": "0,1"}).local_device_ids == (1,)
+  for all_shown in ({}, {"SLURM_TRES_BIND": "gres/gpu:none"}):
+    assert processes.find(NOTHING, several | {"CUDA_VISIBLE_DEVICES": "0,1"} | all_shown).local_device_ids == (1,)
 
 
 def test_over_a_bucket_a_process_may_be_silent_for_longer():
