@@ -42,9 +42,9 @@ class Job:
   def start(self, restarts: int = 3, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
       ["bash", self._script, "--", *TRAIN],
-      cwd=self._folder,
+      cwd=ROOT,  # as of a job that was submitted there, or elsewhere with --chdir
       env=self.programs.environment(
-        SLURM_JOB_ID="17", SLURM_SUBMIT_DIR=str(ROOT), MAX_RESTARTS=str(restarts), **variables
+        SLURM_JOB_ID="17", SLURM_SUBMIT_DIR=str(self._folder), MAX_RESTARTS=str(restarts), **variables
       ),
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -168,7 +168,7 @@ def test_a_job_that_was_submitted_elsewhere_says_where_it_belongs(tmp_path, scri
   """Slurm runs a copy, which does not know where it lay."""
   copy = shutil.copy(ROOT / "launch" / script, tmp_path / "slurm_script")
   given = {**os.environ, **TASK, "SLURM_SUBMIT_DIR": str(tmp_path)}
-  done = subprocess.run(["bash", copy, "--", *TRAIN], env=given, capture_output=True, text=True)
+  done = subprocess.run(["bash", copy, "--", *TRAIN], cwd=tmp_path, env=given, capture_output=True, text=True)
   said = f"error: {tmp_path} has no launch/supervise.sh; submit the job in the repository's folder\n"
   assert (done.returncode, done.stderr) == (2, said)
 
