@@ -69,12 +69,15 @@ def test_runs_the_command_as_one_step(job):
   assert job.programs.calls == [SRUN]
 
 
-def test_further_flags_go_to_srun(job):
+def test_further_flags_go_to_srun(job, tmp_path):
   flags = "--container-image=a.sqsh --container-mounts=/a:/b"
   assert job.run(Answer(), SRUN_FLAGS=flags, SLURM_CPUS_PER_TASK="16")[0] == 0  # which srun itself does not read
   (call,) = job.programs.calls
   assert [word for word in call if word not in SRUN] == ["--cpus-per-task=16", *flags.split()]
   assert call[-len(TRAIN) :] == list(TRAIN)
+  # Submitted from within a job that asked for cores, this one is told of 1, to which srun would hold each task.
+  (tmp_path / "bin" / "srun").write_text('#!/bin/bash\n{ echo "$@"; env; } | grep -i "per.task" || true\n')
+  assert job.run(SLURM_CPUS_PER_TASK="1", SLURM_TRES_PER_TASK="cpu=1")[:2] == (0, "")
 
 
 @pytest.mark.parametrize("returned", [75, 134])
