@@ -241,7 +241,8 @@ vars(open_source)["__signature__"] = inspect.signature(Section)
 
 
 class Mixture(NamedTuple):
-  """Several sources, of which each example is taken in turn so that their shares are those of the weights."""
+  """Several sources, of which each example is taken in turn so that their shares are those of the weights, to 1 % of
+  each: Grain counts in hundredths of the smallest weight, and drops the rest."""
 
   sources: tuple[Source, ...]
   weights: tuple[float, ...]
