@@ -197,6 +197,7 @@ def evaluate(
   Raises:
     UserError: bad settings, data or checkpoint, or kept records of other weights; before anything is measured.
   """
+  provenance.code()  # now: the checkout may change while data and weights are read
   # Everything is opened and checked before the model is loaded: the last of many sets must not fail after hours.
   made = [(section, section.create()) for section in sections]
   for section, evaluation in made:

@@ -19,7 +19,7 @@ from diffdis_jax.data.build import LatentShapes, latent_facts, open_loader
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import batches, executables, processes, sharding
-from diffdis_jax.run import checkpoint, committed, history, profile, trackers, watchdog, workdir, writers
+from diffdis_jax.run import checkpoint, committed, history, profile, provenance, trackers, watchdog, workdir, writers
 from diffdis_jax.run.near import Near
 from diffdis_jax.training import facts, skips, start, stored_inputs
 from diffdis_jax.training.evaluator import Evaluator
@@ -61,6 +61,7 @@ def train_and_evaluate(
   trackers.check(tracker)
   if near:
     near.check()
+  provenance.code()  # now: the checkout may change in the minutes until a start is recorded
   mesh = prepared.trainer.mesh if prepared else sharding.make_mesh(**vars(run.mesh))
   stop = processes.PreemptionHandler(sharding.batch_sharding(mesh))
   if jax.process_count() == 1:  # each of several has said so when it joined the others

@@ -15,7 +15,7 @@ from diffdis_jax.common import files
 from diffdis_jax.common.params import Params
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
-from diffdis_jax.run import checkpoint
+from diffdis_jax.run import checkpoint, provenance
 from diffdis_jax.training import loop, start
 from diffdis_jax.training.step import Trainer
 from tests import steps, tiny
@@ -131,9 +131,11 @@ def test_parts_that_would_compute_something_else(tmp_path, monkeypatch):
 def test_a_run_is_refused_before_its_workdir_is_made(tmp_path):
   config = tiny.get_config()
   config.optim.allow_uninitialized = TOKENS
+  provenance.code.cache_clear()
   with pytest.raises(UserError, match="optim.groups freezes"):
     loop.train_and_evaluate(Run.of(config), str(tmp_path / "run"))
   assert not list(tmp_path.iterdir())
+  assert provenance.code.cache_info().currsize == 1  # asked before all else: a commit meanwhile is not what runs
 
 
 def test_statistics_are_measured_by_a_run_of_the_autoencoder():
