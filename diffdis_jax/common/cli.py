@@ -271,6 +271,8 @@ def compilation_cache(workdir: str = "") -> None:
       )
       jax.config.update("jax_compilation_cache_dir", None)
       return
+    for each in (folder, f"{folder}/programs"):  # jax's, and parallel/executables.py's
+      files.sweep(each)
   jax.config.update("jax_compilation_cache_dir", str(buckets.path(folder)))
   if buckets.is_url(folder) and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
     # XLA's own, of its GPU tuning, for which jax would give it the address as a path on this machine.

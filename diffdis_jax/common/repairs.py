@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
 import pathlib
-import uuid
 from typing import Any
 
-from diffdis_jax.common import buckets
+from diffdis_jax.common import buckets, files
 
 
 def repair_compilation_cache() -> None:
@@ -33,14 +31,9 @@ def _write_whole() -> None:
     if self.eviction_enabled or buckets.is_url(self.path):  # the former has a lock, the latter needs none
       return put(self, key, value)
     entry = pathlib.Path(self.path) / f"{key}-cache"
-    if entry.exists():
-      return None
-    part = entry.with_name(f"{uuid.uuid4().hex}.part")
-    try:
-      part.write_bytes(value)
-      os.replace(part, entry)  # at once, whoever reads or writes it meanwhile
-    finally:
-      part.unlink(missing_ok=True)
+    if not entry.exists():
+      files.write_whole(entry, value)
+    return None
 
   lru_cache.LRUCache.put = put_whole
 

@@ -90,6 +90,7 @@ class Store:
   def _write(self, file: pathlib.Path, content: bytes) -> None:
     try:
       self._folder.mkdir(parents=True, exist_ok=True)
+      files.sweep(self._folder)
       files.write_whole(file, content + _MARK + _digest(content))
       self._make_room(file.suffix)
     except OSError as error:

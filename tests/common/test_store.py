@@ -16,6 +16,8 @@ ARRAY = np.arange(6, dtype=np.float32).reshape(3, 2)
 
 def test_each_key_has_its_own(tmp_path):
   store = Store(tmp_path / "new", "things")
+  (tmp_path / "new").mkdir()
+  (tmp_path / "new" / ".a.npy.0123abcd.tmp").touch()  # of a killed process
   assert store.read_array(b"a", rows=3, dtype=np.float32) is None and store.read_json(b"a") is None
   store.write_array(b"a", ARRAY)
   store.write_json(b"b", {"x": [1, 2]})
