@@ -206,6 +206,11 @@ def sweep(folder: str | os.PathLike[str], begin: str = "") -> None:
         os.close(descriptor)
 
 
+def is_hidden(name: str) -> bool:
+  """Whether a file or folder is a program's own, such as .git, or macOS's beside others; ..b is a name like any."""
+  return name.startswith((".", "__MACOSX")) and not name.startswith("..")
+
+
 def is_below(path: pathlib.Path, folder: pathlib.Path) -> bool:
   """Whether that is what its name says: ../x and an absolute one say something else."""
   return pathlib.Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))

@@ -72,7 +72,7 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
   folder = buckets.local(path, "reference_images")
   if not folder.is_dir():
     raise UserError(f"no folder {folder}; it should hold the reference's images, {', '.join(ENDINGS)}")
-  found = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith("."))
+  found = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not files.is_hidden(file.name))
   if len(found) < 2:
     raise UserError(f"{folder} holds {len(found)} images ({', '.join(ENDINGS)}); a reference takes at least 2")
   return Folder(found)

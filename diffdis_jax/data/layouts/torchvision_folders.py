@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from diffdis_jax.common.files import is_below, read_json
+from diffdis_jax.common.files import is_below, is_hidden, read_json
 from diffdis_jax.data.layouts import class_lists, pickles
 from diffdis_jax.data.layouts.labelled import Images, Lazy, Named, Origin, image_files
 from diffdis_jax.errors import UserError
@@ -99,15 +99,16 @@ def _cifar(batch: str, labels: str, meta: str, names: str) -> Callable[[pathlib.
 
 
 def _class_folders(path: pathlib.Path, origin: Origin) -> Named:
-  classes = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+  classes = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and not is_hidden(folder.name))
   files = [file for name in classes for file in _images_below(path / name)]
   return _named(image_files(files), [file.relative_to(path).parts[0] for file in files], classes, origin)
 
 
 def _images_below(folder: pathlib.Path) -> list[pathlib.Path]:
   """Those of each folder before those of the folders in it, each by name, as os.walk's sorted entries are; without
-  hidden ones, such as macOS leaves on other disks."""
-  files = [file for file in folder.rglob("[!.]*") if file.suffix.lower() in ENDINGS and file.is_file()]
+  hidden ones, such as macOS leaves on other disks, and what is in a hidden folder."""
+  files = [file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file()]
+  files = [file for file in files if not any(map(is_hidden, file.relative_to(folder).parts))]
   return sorted(files, key=lambda file: (str(file.parent), file.name))
 
 

@@ -6,6 +6,7 @@ import json
 import pathlib
 from collections.abc import Iterable, Iterator
 
+from diffdis_jax.common import files
 from diffdis_jax.data import image_files
 from diffdis_jax.data.prepare import parts
 from diffdis_jax.data.prepare.builder import CaptionedImages
@@ -36,7 +37,10 @@ def find_parts(source: pathlib.Path) -> list[Part]:
   splits = {CALLED.get(name, name): path for name, path in named.items()}
   # A class may be called `test`: only where all folders are splits are they taken for such.
   if named and len(named) < len(children):
-    raise UserError(f"{source} mixes splits and classes: {', '.join(path.name for path in children[:10])}")
+    raise UserError(
+      f"{source} mixes splits and classes: {', '.join(path.name for path in children[:10])}; if all are classes, move"
+      " them into one new folder, train"
+    )
   if len(splits) < len(named):
     same = [path.name for name, path in named.items() if CALLED.get(name, name) == "val"]
     raise UserError(f"{source} has {' and '.join(same)}, each of which would be split val; leave one of them")
@@ -67,7 +71,7 @@ def _is_image(path: pathlib.Path) -> bool:
 
 
 def _folders(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  return (path for path in folder.iterdir() if path.is_dir() and not parts.is_hidden(path.name))
+  return (path for path in folder.iterdir() if path.is_dir() and not files.is_hidden(path.name))
 
 
 def in_order(names: Iterable[str]) -> list[str]:

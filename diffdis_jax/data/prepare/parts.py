@@ -121,14 +121,9 @@ def files(items: Iterable[Item], *, split: str, root: pathlib.Path) -> list[Part
   return found
 
 
-def is_hidden(name: str) -> bool:
-  """Whether a file or folder is a program's own, such as .git, or macOS's beside others; ..b is a name like any."""
-  return name.startswith((".", "__MACOSX")) and not name.startswith("..")
-
-
 def listed(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
   """Files of a name directly in the folder, in order; without hidden ones, such as macOS leaves on other disks."""
-  return sorted(path for path in folder.glob(pattern) if not is_hidden(path.name))
+  return sorted(path for path in folder.glob(pattern) if not run_files.is_hidden(path.name))
 
 
 def names_below(folder: pathlib.Path) -> Iterator[str]:
@@ -142,12 +137,12 @@ def names_below(folder: pathlib.Path) -> Iterator[str]:
     raise error
 
   for path, below, names in os.walk(folder, onerror=stop):
-    below[:] = sorted(name for name in below if not is_hidden(name))
+    below[:] = sorted(name for name in below if not run_files.is_hidden(name))
     for name in below:
       if os.path.islink(os.path.join(path, name)):  # which might lead around in a circle
         logging.warning("%s is a link to a folder, and left out; copy or mount it there", os.path.join(path, name))
     inside = pathlib.Path(path).relative_to(folder).as_posix()
-    yield from (posixpath.normpath(f"{inside}/{name}") for name in sorted(names) if not is_hidden(name))
+    yield from (posixpath.normpath(f"{inside}/{name}") for name in sorted(names) if not run_files.is_hidden(name))
 
 
 def check_folder(source: pathlib.Path, what: str) -> None:

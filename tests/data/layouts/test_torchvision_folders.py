@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import struct
 
 import numpy as np
@@ -82,7 +83,9 @@ def test_what_macos_leaves_beside_an_image_is_none(tmp_path, name):
   files = [file for file in tmp_path.rglob("*") if file.is_file()]
   for file in files:
     file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
-  (files[0].parents[1] / ".Trashes").mkdir()
+  for hidden in (files[0].parents[1] / ".Trashes", files[0].parents[1] / "__MACOSX", files[0].parent / ".ipynb"):
+    hidden.mkdir()
+    shutil.copy(files[0], hidden)
   found = sources.open_source(name=name, path=tmp_path, image_size=8)
   assert found.labels.tolist() == expected.labels.tolist() and found.images == expected.images
 

@@ -88,7 +88,7 @@ def test_class_folders(tmp_path):
   assert described == [("cat", "cat", 0, "train/cat/a.PNG"), ("polar bear", "polar_bear", 1, "train/polar_bear/a.PNG")]
   assert len(load(tmp_path / "out", "val")) == 2
   (tmp_path / "raw" / "dog").mkdir()
-  with pytest.raises(UserError, match="mixes splits and classes: dog, train, val"):
+  with pytest.raises(UserError, match="mixes splits and classes: dog, train, val; if all are classes, move them into"):
     image_folder.find_parts(tmp_path / "raw")
 
 
