@@ -242,7 +242,8 @@ def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *,
 
 def write_clip(folder: pathlib.Path, params: Params, own: dict[str, Any], *, dtype: str) -> None:
   """A CLIP model for transformers and for open_clip; `own` is CLIP_FIELDS and `max_length`."""
-  clip_to_torch.write(folder, params, model=own["model"], image_size=own["image_size"], dtype=dtype)
+  size = {"image_size": own["image_size"], "max_length": own["max_length"]}
+  clip_to_torch.write(folder, params, model=own["model"], **size, dtype=dtype)
   write_tokenizer(folder, own["max_length"])
 
 

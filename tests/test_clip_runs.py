@@ -188,6 +188,7 @@ def test_a_run_on_larger_images_and_shorter_texts_than_its_towers_take_leaves_as
   model, params = inference.load(path, batch_size=8)
   images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
   expected = model.embed_images(params, images, seed=0)
+  texts = model.embed_texts(params, Tokenizer(model.max_length)(PROMPTS))  # of which one is cut
 
   export_weights.export_weights(path, out)
   pixels = nchw(np.asarray(normalise(jnp.asarray(images))))
@@ -199,6 +200,8 @@ def test_a_run_on_larger_images_and_shorter_texts_than_its_towers_take_leaves_as
     found = theirs.visual_projection(theirs.vision_model(pixels).pooler_output)
     assert relative_error(expected, found / found.norm(dim=-1, keepdim=True)) < 1e-5
     assert relative_error(expected, other.eval().encode_image(pixels, normalize=True)) < 1e-5
+    tokens = open_clip.get_tokenizer(f"local-dir:{out}")(PROMPTS)
+    assert relative_error(texts, other.encode_text(tokens, normalize=True)) < 1e-5
   assert preprocess.transforms[0].size == 32
   import_weights.import_weights(out, back)
   assert (config_of(back).image_size, config_of(back).data.max_length) == (32, 8)

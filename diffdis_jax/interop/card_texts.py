@@ -151,5 +151,6 @@ model, processor = CLIPModel.from_pretrained("{address}"), CLIPProcessor.from_pr
 ```python
 import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms("{open_clip}")
+tokenizer = open_clip.get_tokenizer("{open_clip}")
 ```
 {jax}"""

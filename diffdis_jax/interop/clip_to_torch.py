@@ -18,7 +18,7 @@ from diffdis_jax.interop import mapping, openclip, sections, tensor_files, to_to
 from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD, resize_positions
 
 TRANSFORMERS, OPEN_CLIP = "model.safetensors", "open_clip_model.safetensors"
-POSITIONS = "vision_encoder.positions"
+POSITIONS, TEXT_POSITIONS = "vision_encoder.positions", "text_encoder.positions"
 
 
 def check(model: Mapping[str, Any]) -> None:
@@ -49,7 +49,13 @@ def check(model: Mapping[str, Any]) -> None:
 
 
 def write(
-  folder: pathlib.Path, params: Params, *, model: Mapping[str, Any], image_size: int, dtype: str = "float32"
+  folder: pathlib.Path,
+  params: Params,
+  *,
+  model: Mapping[str, Any],
+  image_size: int,
+  max_length: int,
+  dtype: str = "float32",
 ) -> None:
   """Writes weights and configs of both libraries, the tokenizer excepted.
 
@@ -58,15 +64,22 @@ def write(
     params: all of a run's parameters.
     model: the config's section.
     image_size: of the run's images. Positions of another size are written as the run interpolates them for it.
+    max_length: of the run's captions. Positions behind it, which were not trained, are left out: open_clip takes texts
+      as long as its table.
     dtype: of the files, a key of to_torch.DTYPES.
 
   Raises:
     UserError: a network that the two cannot hold, or values beyond the dtype's range.
   """
   check(model)
-  text, side = model["text_encoder"], image_size // model["vision_encoder"]["patch"]
+  side = image_size // model["vision_encoder"]["patch"]
   vision = {**model["vision_encoder"], "image_size": image_size}
-  params = {**params, POSITIONS: resize_positions(jnp.asarray(params[POSITIONS]), rows=side, columns=side)}
+  text = {**model["text_encoder"], "max_length": max_length}
+  params = {
+    **params,
+    POSITIONS: resize_positions(jnp.asarray(params[POSITIONS]), rows=side, columns=side),
+    TEXT_POSITIONS: params[TEXT_POSITIONS][:max_length],
+  }
   arrays: dict[str, dict[str, Any]] = {"clip": {}, "head": {}}
   for entry in (mapping.from_path(path, mapping.CLIP) for path in params):
     arrays[entry.component][entry.name] = to_torch.convert(entry, params[entry.path], dtype)
@@ -79,7 +92,7 @@ def write(
   configs = {
     "config.json": sections.write_clip(text, vision),
     "preprocessor_config.json": _preprocessor(image_size),
-    "open_clip_config.json": openclip.write_config({**model, "vision_encoder": vision}),
+    "open_clip_config.json": openclip.write_config({"text_encoder": text, "vision_encoder": vision}),
   }
   to_torch.write_configs(folder, configs)
 
