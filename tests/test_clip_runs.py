@@ -203,6 +203,10 @@ def test_a_run_on_larger_images_and_shorter_texts_than_its_towers_take_leaves_as
     tokens = open_clip.get_tokenizer(f"local-dir:{out}")(PROMPTS)
     assert relative_error(texts, other.encode_text(tokens, normalize=True)) < 1e-5
   assert preprocess.transforms[0].size == 32
+  export_weights.export_weights(path, out + "16", dtype="bfloat16")
+  other = open_clip.create_model(f"local-dir:{out}16")
+  assert other.logit_scale == float(params["logit_scale"]) and other.positional_embedding.dtype == torch.float32
+  assert {each.dtype for each in CLIPModel.from_pretrained(out + "16").parameters()} == {torch.bfloat16}
   import_weights.import_weights(out, back)
   assert (config_of(back).image_size, config_of(back).data.max_length) == (32, 8)
   import_weights.import_weights(f"{out}/open_clip_model.safetensors", back + "2")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from diffdis_jax.common.params import Params
 from diffdis_jax.errors import UserError
@@ -87,6 +88,9 @@ def write(
   if arrays["head"]:
     tensor_files.save(arrays["head"], folder / tensor_files.HEAD)
   tensor_files.save(arrays["clip"], folder / TRANSFORMERS)
+  # f32, since bf16 moves its exponential by up to 1.6 %. Not for transformers, of which some versions take the first
+  # parameter's dtype for that of all.
+  arrays["clip"]["logit_scale"] = np.asarray(params["logit_scale"], np.float32)
   tensor_files.save(openclip.restore(arrays["clip"]), folder / OPEN_CLIP)
   # Last: a folder without configs is one whose export was cut off, which neither library loads.
   configs = {

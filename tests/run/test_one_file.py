@@ -80,7 +80,9 @@ def test_the_file_stands_for_its_workdir(run, packed):
   assert before.keys() == after.keys() == restore.saved_params(packed).keys()
   for name in before.keys() - {TOKENS, QUERY}:
     assert after[name].dtype == np.float32
-    np.testing.assert_array_equal(after[name], np.asarray(before[name].astype("bfloat16"), np.float32), err_msg=name)
+    # The exponential of logit_scale, a scalar, would be off by up to 1.6 %.
+    written = before[name].astype("bfloat16") if before[name].ndim else before[name]
+    np.testing.assert_array_equal(after[name], np.asarray(written, np.float32), err_msg=name)
 
 
 def test_tokens_that_were_never_read_share_one_vector(run, packed):
