@@ -124,10 +124,12 @@ def _on_a_disk(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-  """Around what writes to `what`, such as --out=FILE. Raises UserError in the place of an OSError."""
+  """Around what writes to `what`, such as --out=FILE. Raises UserError for an OSError, unless it may pass."""
   try:
     yield
   except OSError as error:
+    if may_pass(error):
+      raise
     raise UserError(f"cannot write {what}: {error.strerror or error}") from error
 
 

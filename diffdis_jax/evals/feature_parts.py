@@ -20,7 +20,7 @@ from PIL import Image
 
 from diffdis_jax.common import buckets, files
 from diffdis_jax.data import image_files
-from diffdis_jax.errors import UserError, parse_json
+from diffdis_jax.errors import UserError, may_pass, parse_json
 from diffdis_jax.evals.drawn_prompts import Part
 from diffdis_jax.evals.reference import UNREADABLE
 from diffdis_jax.parallel import processes
@@ -135,6 +135,8 @@ class PartsFolder:
         found = {name: file[name] for name in ("features", "similarity")}
         return {**found, "header": parse_json(str(file["header"]), "its header")}
     except (UserError, *UNREADABLE) as error:
+      if may_pass(error):
+        raise
       raise UserError(f"cannot read {os.fspath(path)}: {error}; remove it, and it is made again") from error
 
 

@@ -21,7 +21,7 @@ from absl import logging
 from jaxtyping import Float
 
 from diffdis_jax.common import buckets, files
-from diffdis_jax.errors import UserError, parse_json
+from diffdis_jax.errors import UserError, may_pass, parse_json
 from diffdis_jax.evals import distances
 from diffdis_jax.models.inception import WIDTH
 
@@ -116,6 +116,8 @@ def read(path: str | os.PathLike[str]) -> Reference:
     )
     count = int(content["num_images"]) if "num_images" in content else None
   except UNREADABLE as error:
+    if may_pass(error):
+      raise
     raise UserError(f"cannot read --reference={path}: {error}; {FORM}") from error
   if not isinstance(protocol, dict | None):
     raise UserError(f"cannot read --reference={path}: its protocol is {protocol!r}; {FORM}")

@@ -139,7 +139,7 @@ class Kept:
       if not self.folder.given:
         logging.debug("%s is not kept: %s", name, error)
         return file
-      if isinstance(error, OSError) and may_pass(error):
+      if may_pass(error):
         raise
       said = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
       raise UserError(f"cannot keep {name} in {file}: {said}") from error

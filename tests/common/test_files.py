@@ -141,6 +141,8 @@ def test_storage_that_cannot_be_reached_is_no_bad_input(tmp_path, monkeypatch):
   monkeypatch.setattr(type(files.epath.Path(tmp_path)), "read_bytes", refuse)
   with pytest.raises(ConnectionRefusedError):
     files.read_json(tmp_path / "f.json")
+  with pytest.raises(ConnectionRefusedError), files.writing("--out=F"):
+    refuse("F")
 
 
 def test_writers_of_one_file_on_two_machines_do_not_meet(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ features are stand-ins, which give for an image's prompt and noise always the sa
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -15,12 +16,13 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from etils import epath
 from PIL import Image
 
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from diffdis_jax.evals import base, distances, drawn_prompts, reference, resize, results
+from diffdis_jax.evals import base, distances, drawn_prompts, feature_parts, reference, resize, results
 from diffdis_jax.evals import fid as fid_module
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals.best_of import BestOf
@@ -559,6 +561,20 @@ def test_statistics_whose_header_claims_more_than_there_is(tmp_path):
     file.writestr("mu.npy", header.getvalue())
   with pytest.raises(UserError, match="cannot read --reference"):
     reference.read(tmp_path / "r.npz")
+
+
+def test_storage_that_is_away_makes_no_statistics_bad(tmp_path, monkeypatch):
+  """Nor a part, which nobody should be told to remove."""
+
+  def away(*_):
+    raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+  monkeypatch.setattr(type(epath.Path(tmp_path)), "open", away)
+  with pytest.raises(ConnectionRefusedError):
+    reference.read(tmp_path / "r.npz")
+  place = np.zeros(1, np.int64)
+  with pytest.raises(ConnectionRefusedError):
+    feature_parts.PartsFolder(str(tmp_path), {}).read(drawn_prompts.Part(0, 0, place, place, ("a",)))
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut short"])

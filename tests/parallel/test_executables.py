@@ -163,10 +163,14 @@ def test_damage_is_warned_of_in_a_given_folder_alone_and_compiled_again(tmp_path
 
 
 def test_a_bucket_that_is_away_has_no_program(tmp_path, monkeypatch):
-  monkeypatch.setattr(type(epath.Path(tmp_path)), "read_bytes", away)
+  fresh = executables.compile(jax.jit(doubled).lower(X))
+  for name in ("read_bytes", "write_bytes"):
+    monkeypatch.setattr(type(epath.Path(tmp_path)), name, away)
   assert kept_in(tmp_path).read("the sum", (X,)) is None
-  with pytest.raises(Exception, match="no backend, 503"):
-    kept_in(tmp_path, given=True).read("the sum", (X,))
+  given = kept_in(tmp_path, given=True)
+  for asked in (lambda: given.read("the sum", (X,)), lambda: given.write("the sum", (X,), fresh)):
+    with pytest.raises(Exception, match="^no backend, 503"):
+      asked()
 
 
 def test_what_was_not_used_for_longest_makes_room(tmp_path, monkeypatch):
