@@ -301,6 +301,7 @@ def test_a_copy_is_made_once_and_again_where_the_data_have_changed(tmp_path, url
     return {path.name: path.read_text() for path in folder.iterdir() if path.name in contents}
 
   assert copied() == {"dataset_info.json": "info"}
+  assert copies.folder_of(url.replace("//bucket", "//bucket/")) == copies.folder_of(f"{url}/")
   assert copied("train") == {name: text for name, text in contents.items() if "test" not in name}
   assert downloaded == [[f"{url}/a-train.array_record-00000-of-00001"]]
   copied("train")

@@ -44,7 +44,7 @@ def folder_of(path: str | os.PathLike[str], *, split: str | None = None) -> str:
   """
   if not buckets.is_url(path) or reads_in_place(path):
     return os.fspath(path)
-  return str(_copied(os.fspath(path).rstrip("/"), split))
+  return str(_copied(os.fspath(buckets.path(path)), split))  # with single slashes, as objects are named
 
 
 @functools.cache
