@@ -42,7 +42,7 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.common import cli, files, one_file, usage
+from diffdis_jax.common import buckets, cli, files, one_file, usage
 from diffdis_jax.config.model import ClipModel
 from diffdis_jax.config.objectives import ALIGNED
 from diffdis_jax.config.sections import CheckpointPolicy
@@ -138,7 +138,8 @@ def main(argv: Sequence[str]) -> None:
   protocol = {**sampling, **_given(LOADING), "ranking": ranking, "failures": FLAGS.failures or ""}
   if FLAGS.best:
     protocol["step"] = _best_step(FLAGS.workdir, record.checkpoint)
-  protocol["text_cache"] = files.user_cache("texts") if FLAGS.text_cache is None else FLAGS.text_cache
+  cache = files.user_cache("texts") if FLAGS.text_cache is None else FLAGS.text_cache
+  protocol["text_cache"] = cache and str(buckets.local(cache, "--text_cache"))
   if FLAGS.suite:
     results = measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
   else:

@@ -254,6 +254,7 @@ def test_command_line(command, tmp_path):
     (["--best_of=4"], "--best_of has no effect on these tasks, which generate nothing; leave it out"),
     (["--generation_steps=9"], "--generation_steps has no effect on these tasks, which generate nothing; leave it out"),
     (["--compare=A.json,B.json"], "--workdir has no effect beside --compare, which reads results alone; leave it out"),
+    (["--text_cache=gs://b/texts"], "--text_cache=gs://b/texts must be a local path"),
     (["--tasks=agreement"], "task agreement is now called generation_accuracy"),
   ],
 )
