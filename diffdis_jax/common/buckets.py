@@ -34,6 +34,9 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 SCHEME = "gs://"
 _ADDRESS = re.compile(r"([A-Za-z][\w+.-]*):/+")  # with one slash too, which nobody means for a folder of that name
 _BUCKET = re.compile(r"gs://[^/]+")
+# Orbax cuts an address off at the first two, and writes the parts of a checkpoint over each other; to gcsfs the others
+# are patterns, by which it would remove another run's files.
+_SPECIAL = re.compile(r"[#?*[]")
 _HOME = re.compile(r"~[\w-]*(/|$)")
 _SESSIONS = 3  # that a large object may need
 _AT_ONCE = 8  # files that are uploaded, of each of which gcsfs holds 50 MB
@@ -73,8 +76,9 @@ def local(where: epath.PathLike, flag: str) -> pathlib.Path:
 
 
 def check(where: str) -> None:
-  """Raises UserError: an address of another kind than gs://BUCKET/..., one that is mistyped, or a bucket's where the
-  package that reads those is missing; or a ~, of which a folder of that name would be made. A local path passes."""
+  """Raises UserError: an address of another kind than gs://BUCKET/..., one that is mistyped or has a special character,
+  or a bucket's where the package that reads those is missing; or a ~, of which a folder of that name would be made. A
+  local path passes."""
   if _HOME.match(where):
     meant = os.path.expanduser(where)
     raise UserError(f"the shell leaves the ~ of {where} as it is behind a =; give {meant}")
@@ -83,6 +87,8 @@ def check(where: str) -> None:
   if not _BUCKET.match(where):
     how = f"/{where[found.end() :]}" if found[1].lower() == "file" else "a local path or gs://BUCKET/FOLDER"
     raise UserError(f"{where} is no address that can be read; give {how}")
+  if special := _SPECIAL.search(where):
+    raise UserError(f"{where} has a {special[0]}, which no address in a bucket may have; take another name")
   if importlib.util.find_spec("gcsfs") is None:
     raise UserError(f"{where} needs the package gcsfs: pip install gcsfs")
   _configure()

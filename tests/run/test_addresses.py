@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
@@ -28,6 +29,13 @@ from tests import tiny
 def test_an_address_that_cannot_be_read_is_one_line(where, answer):
   with pytest.raises(UserError, match=f"{where} is no address that can be read; {answer}$"):
     buckets.check(where)
+
+
+@pytest.mark.parametrize("special", "#?*[")
+def test_a_character_that_the_libraries_take_for_another_thing_is_refused(special):
+  """No checkpoint could be written below a name with a #, which was said after the steps before the first save."""
+  with pytest.raises(UserError, match=re.escape(f"gs://b/run{special}1/x has a {special}, which no")):
+    buckets.check(f"gs://b/run{special}1/x")
 
 
 @pytest.mark.parametrize("where, meant", [("~/runs/a", "/home/me/runs/a"), ("~", "/home/me")])
