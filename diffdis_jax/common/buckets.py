@@ -143,9 +143,9 @@ class _Object(io.BytesIO):
       try:
         _system().pipe_file(self._where, data)
         return
-      except FileNotFoundError:  # the session, or the bucket
+      except FileNotFoundError as error:  # the session, or the bucket
         if attempt == _SESSIONS - 1:
-          raise
+          raise FileNotFoundError(f"there is no bucket {_BUCKET.findall(self._where)[0]}") from error
 
 
 class _Text(io.TextIOWrapper):

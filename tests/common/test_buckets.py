@@ -322,7 +322,7 @@ def test_a_mark_is_copied_after_what_it_marks(bucket, monkeypatch):
 def test_results_in_a_bucket_that_there_is_not_are_refused_before_anything_is_measured(url):
   results.check_out(f"{url}/new/F.json")
   assert not buckets.path(url).exists(), "the file that was tried is gone"
-  with pytest.raises(UserError, match="cannot write --out=gs://missing/new/F.json: "):
+  with pytest.raises(UserError, match="cannot write --out=gs://missing/new/F.json: there is no bucket gs://missing$"):
     results.check_out("gs://missing/new/F.json")
 
 
