@@ -114,7 +114,10 @@ def _configure() -> None:
 
 def _open(where: epath.PathLike, mode: str) -> io.IOBase:
   if mode not in ("w", "wb"):
-    return backend.fsspec_backend.fs(where).open(os.fspath(where), mode=mode)
+    try:
+      return backend.fsspec_backend.fs(where).open(os.fspath(where), mode=mode)
+    except FileNotFoundError as error:  # which says its path in the server's form, and nothing else
+      raise FileNotFoundError(f"there is no {os.fspath(where)}") from error
   written = _Object(os.fspath(where))
   return written if mode == "wb" else _Text(written, encoding="utf-8", newline="")
 

@@ -88,6 +88,11 @@ def test_a_folder_appears_with_all_its_files_or_not(url, tmp_path):
   assert not buckets.files_below(f"{url}-other")
 
 
+def test_what_is_not_there_is_said(url):
+  with pytest.raises(UserError, match=f"cannot read {url}/F.json: there is no {url}/F.json$"):
+    files.read_json(f"{url}/F.json")
+
+
 def test_files_are_appended_to(url):
   for text in ("one\n", "two\n"):
     with buckets.appended(buckets.path(url) / "log") as file:
