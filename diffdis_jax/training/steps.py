@@ -116,6 +116,7 @@ class Steps:
       if logs:
         self._report(step, gradients)
       self._evaluate_and_save(step, state, last=last)
+    tools.checkpointer.wait()  # for the last save, without which the run has not finished
     return None
 
   def _next_batch(self, step: int) -> TrainingBatch:

@@ -11,7 +11,7 @@ from clu.metrics import Average
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes, sharding
-from diffdis_jax.run import checkpoint, committed, watchdog, writers
+from diffdis_jax.run import checkpoint, committed, history, watchdog, writers
 from diffdis_jax.training import evaluator, loop
 from diffdis_jax.training.steps import check_finite, slowest_host
 from tests import steps, tiny
@@ -108,6 +108,14 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   assert wait_for_storage == {*said} - {wait, "a step"} and written == {"an evaluation", "writing a report"}
   assert alone_at == alone
   assert all(before == "a step" for before, now in itertools.pairwise(said) if now == wait)
+
+  def refuse(_):
+    raise UserError("no space left")
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "wait", refuse)  # as where the last save, behind the last step, fails
+  with pytest.raises(UserError, match="no space left"):
+    train()
+  assert [line["why"] for line in history.read(tmp_path) if line["event"] == "end"][-2:] == ["finished", "failed"]
 
 
 def test_an_evaluation_that_is_done_again_decides_on_the_best_checkpoint(tmp_path, monkeypatch):
