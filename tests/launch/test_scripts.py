@@ -51,6 +51,14 @@ def test_xla_knows_each_flag_of_a_file_which_keeps_those_of_the_user(programs, p
   assert (done.returncode, done.stdout) == (0, "1 True\n"), done.stderr
 
 
+@pytest.mark.parametrize("given, kept", [({}, ""), ({"LIBTPU_INIT_ARGS": "--xla_a=1"}, "--xla_a=1 ")])
+def test_a_tpus_flags_come_behind_those_of_the_user(programs, given, kept):
+  """Which libtpu knows them shows where it compiles."""
+  shown = ["bash", "-c", "set -ae; . launch/flags/v5p.env; set +a; printenv LIBTPU_INIT_ARGS"]
+  done = subprocess.run(shown, cwd=ROOT, env=programs.environment(**given), capture_output=True, text=True)
+  assert (done.returncode, done.stdout) == (0, f"{kept}--xla_tpu_scoped_vmem_limit_kib=50000\n"), done.stderr
+
+
 @pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "launch/gke/jobset.yaml"], ids=name_of)
 def test_holds_no_hyperparameter(path):
   assert not re.search(r"--config(\.\w|=\w)", path.read_text())
