@@ -23,7 +23,7 @@ _RUNS = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=\{?((?:
 _SECOND_HALF = re.compile(r" async-(?:update|done)\(")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r" while\(.*condition=%([\w.\-]+)")
-_BOUND = re.compile(r"%(\S+) = s32\[\]\S* constant\((\d+)\)")
+_BOUND = re.compile(r"%(\S+) = [su]32\[\]\S* constant\((\d+)\)")
 _BELOW = re.compile(r"ROOT .* compare\(%\S+, %([\w.\-]+)\), direction=LT")
 # One collective that the TPU compiler spreads over the operations it runs beside, each of which lists it again.
 _SPREAD = re.compile(r"channel_id=(\d+),.* frontend_attributes=\{[^}]*chain_id=")
