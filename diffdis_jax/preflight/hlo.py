@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ _COMPUTATION = re.compile(r"%?([\w.\-]+) \(.*\) -> (.*) \{$")
 _RUNS = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=\{?((?:%[\w.\-]+(?:, )?)+)")
 _SECOND_HALF = re.compile(r" async-(?:update|done)\(")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_LOOP = re.compile(r" while\(.*body=%([\w.\-]+)")
 _CONDITION = re.compile(r" while\(.*condition=%([\w.\-]+)")
 _BOUND = re.compile(r"%(\S+) = [su]32\[\]\S* constant\((\d+)\)")
 _BELOW = re.compile(r"ROOT .* compare\(%\S+, %([\w.\-]+)\), direction=LT")
@@ -85,11 +87,16 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """One call of a kernel written in Pallas, by the cost that was declared with it."""
+  """One call of a kernel written in Pallas, by the cost that was declared with it.
+
+  Attributes:
+    times: how often the program makes this call: the turns of the loops around it, multiplied.
+  """
 
   flops: int
   transcendentals: int
   bytes: int
+  times: int = 1
 
 
 def collectives(text: str) -> list[Collective]:
@@ -125,7 +132,7 @@ def collectives(text: str) -> list[Collective]:
 def _runs(text: str) -> Callable[[str], int]:
   """Name of a computation -> how often a run of the program runs it. A loop of unknown turns counts as one turn, and so
   does each branch of a condition."""
-  bodies = _bodies(text) | {"": text[text.find("ENTRY ") :].splitlines()}  # the last is the program's own
+  bodies = _computations(text)
   callers: dict[str, list[tuple[str, int]]] = {}
   for inside, lines in bodies.items():
     for line in lines:
@@ -163,9 +170,17 @@ def bytes_by_kind(text: str) -> dict[str, int]:
   return {kind: total for kind, total in totals.items() if total}
 
 
-def estimated_cycles(text: str) -> int:
-  """The TPU compiler's estimates for the program's operations together. One in a loop's body counts once."""
-  return sum(int(cycles) for cycles in _ESTIMATED_CYCLES.findall(text))
+def estimated_cycles(text: str, *, turns: bool = True) -> int:
+  """The TPU compiler's estimates for the program's operations together.
+
+  Args:
+    turns: whether those in a loop's body count as often as it turns, or once.
+  """
+  if not turns:
+    return sum(map(int, _ESTIMATED_CYCLES.findall(text)))
+  runs = _runs(text)
+  noted = {name: _ESTIMATED_CYCLES.findall("\n".join(lines)) for name, lines in _computations(text).items()}
+  return sum(runs(name) * sum(map(int, cycles)) for name, cycles in noted.items() if cycles)
 
 
 def _numbers(text: str) -> Numbers:
@@ -174,18 +189,19 @@ def _numbers(text: str) -> Numbers:
 
 def kernels(text: str) -> dict[str, Kernel]:
   """Operation -> what a TPU's kernel declares; one that declares nothing is left out."""
-  found = {}
-  for line in text.splitlines():
-    if name := _KERNEL.search(line):
-      cost = {field: int(value) for field, value in _COST.findall(line[line.find('"cost_estimate"') :])}
-      if cost:
-        found[name[1]] = Kernel(cost["flops"], cost["transcendentals"], cost["bytes_accessed"])
+  found, runs = {}, _runs(text)
+  for inside, lines in _computations(text).items():
+    for line in lines:
+      if name := _KERNEL.search(line):
+        cost = {field: int(value) for field, value in _COST.findall(line[line.find('"cost_estimate"') :])}
+        if cost:
+          found[name[1]] = Kernel(cost["flops"], cost["transcendentals"], cost["bytes_accessed"], runs(inside))
   return found
 
 
 def operations(text: str) -> dict[str, str]:
   """Name -> opcode of each operation of the program's own computation, not of those that it calls."""
-  return {name: opcode for name, _, opcode, *_ in _own(text)}
+  return {name: opcode for name, _, opcode, *_ in _operations(_own(text))}
 
 
 def has_loops(text: str) -> bool:
@@ -196,7 +212,7 @@ def traffic(text: str) -> dict[str, int]:
   """Bytes that each operation of the program reads from the device's memory and writes to it, those apart that stay in
   memory on the chip. Without asynchronous operations, and those that run computations of their own."""
   sizes, found = {}, {}
-  for name, shape, opcode, operands, _ in _own(text):
+  for name, shape, opcode, operands, _ in _operations(_own(text)):
     sizes[name] = _in_memory(shape)
     if opcode not in _NO_TRAFFIC and not opcode.endswith(("-start", "-done")) and not opcode.startswith("async"):
       found[name] = sizes[name] + sum(sizes.get(each, 0) for each in set(_NAME.findall(operands)))
@@ -204,7 +220,7 @@ def traffic(text: str) -> dict[str, int]:
 
 
 def alike(text: str) -> dict[str, int]:
-  """Name of each operation of the program -> a number, which operations that differ in names alone share.
+  """Name of each operation of the program and its loops -> a number, which operations that differ in names alone share.
 
   The TPU compiler makes code for one of them, and has the others use it: a network's layers are compiled once.
   """
@@ -221,7 +237,8 @@ def alike(text: str) -> dict[str, int]:
     return _CALLED.sub(lambda m: f"{m[1]}={{{numbered(m[2])}}}" if m[2] in bodies else m[0], line)
 
   shapes, kinds, found = {}, {}, {}
-  for name, shape, opcode, operands, rest in _own(text):
+  looped = (line for name in dict.fromkeys(_LOOP.findall(text)) for line in bodies.get(name, []))
+  for name, shape, opcode, operands, rest in _operations(itertools.chain(_own(text), looped)):
     shapes[name] = shape
     rest = _NAME.sub("%", called(_SAYS_NOTHING.sub("", rest)))
     kind = shape, opcode, tuple(shapes.get(each) for each in _NAME.findall(operands)), rest
@@ -229,11 +246,16 @@ def alike(text: str) -> dict[str, int]:
   return found
 
 
+def _computations(text: str) -> dict[str, list[str]]:
+  """Lines of each computation; the program's own has no name."""
+  return _bodies(text) | {"": _own(text)}
+
+
 def _bodies(text: str) -> dict[str, list[str]]:
   """Lines of each computation that others call."""
   found: dict[str, list[str]] = {}
   lines: list[str] = []
-  for line in _COMMENT.sub("", text[: text.find("ENTRY ")]).splitlines():
+  for line in _COMMENT.sub("", text[: _begin(text)]).splitlines():
     if header := _COMPUTATION.match(line):
       lines = found[header[1]] = []
     else:
@@ -251,9 +273,18 @@ class _Operation(NamedTuple):
   rest: str
 
 
-def _own(text: str) -> Iterator[_Operation]:
-  """Each operation of the program's own computation."""
-  for line in text[text.find("ENTRY ") :].splitlines():
+def _own(text: str) -> list[str]:
+  """Lines of the program's own computation."""
+  return text[_begin(text) :].splitlines()
+
+
+def _begin(text: str) -> int:
+  """Where the program's own computation begins, which is the last: 0 where there is no other."""
+  return max(text.find("ENTRY "), 0)
+
+
+def _operations(lines: Iterable[str]) -> Iterator[_Operation]:
+  for line in lines:
     line = _COMMENT.sub("", line)
     if match := _OPERATION.match(line):
       yield _Operation(match[1], match[2], match[3], match[4], line[match.end(4) :])

@@ -29,11 +29,11 @@ def summarise(program: Program, compiled: Compiled, target: Target, *, num_pairs
     num_pairs, epochs: what a run passes over, for its cost; 0 epochs for a program that does not train.
 
   `seconds` is the compiler's own sum, its `optimal_seconds`; `seconds_by_cycles` adds up the cycles that it notes
-  beside each operation; `seconds_by_roof` the longer of each operation's schedule and memory traffic. The first two are
-  times the turns of loops, by operations, whose bodies they take once; a program with loops has not the third. Images
-  and chip-hours go by `planned_by`: `seconds` where there is one, else `seconds_by_cycles`, else `seconds_bound`, the
-  time that the chips need at their peak. What moves between chips takes time that is in none of them:
-  `seconds_between_chips`, at all that links can carry, runs beside the rest, after it, or in part.
+  beside each operation; `seconds_by_roof` the longer of each operation's schedule and memory traffic. The second takes
+  a loop's body as often as it turns, and the first, which is one figure, grows by as much; a program with loops has not
+  the third. Images and chip-hours go by `planned_by`: `seconds` where there is one, else `seconds_by_cycles`, else
+  `seconds_bound`, the time that the chips need at their peak. What moves between chips takes time that is in none of
+  them: `seconds_between_chips`, at all that links can carry, runs beside the rest, after it, or in part.
 
   Why not the slower one: cycles charge what is read and written in bf16 twice what the sum does (on v5p 574 against
   1,133 bytes a cycle, where memory gives 1,580), so they are an upper figure. A step that others have measured agrees
@@ -44,10 +44,7 @@ def summarise(program: Program, compiled: Compiled, target: Target, *, num_pairs
   # The program's operations are all devices' together, the compiler's figures are one's.
   chips, chip = len(target.devices), target.chip
   bound = program.operations / chips / chip.flops
-  seconds, by_cycles = (
-    each * program.turns if each else None for each in (compiled.seconds, compiled.seconds_by_cycles)
-  )
-  estimates = dict(seconds=seconds, seconds_by_cycles=by_cycles, seconds_bound=bound)
+  estimates = dict(seconds=compiled.seconds, seconds_by_cycles=compiled.seconds_by_cycles, seconds_bound=bound)
   # The first that there is, in this order; the bound, which is always there, last.
   planned_by, planned = next((name, each) for name, each in estimates.items() if each)
   estimates.update(seconds_by_roof=compiled.seconds_by_roof, seconds_between_chips=compiled.seconds_between_chips)

@@ -73,8 +73,8 @@ class Compiled:
 
   Attributes:
     arguments, temporaries, outputs: bytes; outputs that reuse donated arguments are not counted again.
-    seconds: the compiler's own estimate, None where it has none. A loop's body counts once. Kernels, for which it
-      takes what they declare, count by their schedules instead.
+    seconds: the compiler's own estimate, None where it has none. Kernels, for which it takes what they declare, count
+      by their schedules instead.
     seconds_by_cycles: its estimates of the operations' cycles, added up, by the chip's clock; None where it has none.
       It has none for kernels, which count by their schedules.
     seconds_by_roof: of each operation the longer of its schedule and its memory traffic, added up; None where there are
@@ -262,7 +262,7 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
   costs, text = program.cost_analysis() or {}, program.as_text() or ""
   written = schedules.cycles_by_operation(schedules.folder()) if target.compiler == "tpu" else {}
   cycles = times.cycles_of_all(text, written)
-  in_kernels = sum(cycles.get(name, 0) for name in hlo.kernels(text)) / chip.clock if chip.clock else 0.0
+  in_kernels = times.seconds_in_kernels(text, cycles, chip)
   traffic = times.traffic(text, target.near)
   compiled = Compiled(
     arguments=memory.argument_size_in_bytes,

@@ -18,15 +18,35 @@ _COUNTED_AS_MINUS_ONE = ("ZeroCrop", "ConcatBitcast")
 def estimated_seconds(costs: Mapping[str, float], text: str, chip: Chip, in_kernels: float) -> float | None:
   """The compiler's sum over a program; None if it has none.
 
+  It takes a loop's body once: what it says grows as cycles do when each body counts as often as it turns.
+
   Args:
     in_kernels: seconds that the program's kernels take, instead of what the compiler charges for them.
   """
   if any(f'custom_call_target="{name}"' in text for name in _COUNTED_AS_MINUS_ONE):
     return None
   seconds = costs.get("optimal_seconds", 0.0)
-  if seconds > 0 and in_kernels and chip.charged:
-    seconds += in_kernels - sum(chip.charged.seconds(**vars(kernel)) for kernel in hlo.kernels(text).values())
-  return max(seconds, 0.0) or None
+  if seconds <= 0:
+    return None
+  turns = hlo.estimated_cycles(text) / (hlo.estimated_cycles(text, turns=False) or 1) or 1.0
+  if not (in_kernels and chip.charged):
+    return turns * seconds
+  charged = sum(
+    chip.charged.seconds(flops=each.flops, transcendentals=each.transcendentals, bytes=each.bytes)
+    for each in hlo.kernels(text).values()
+  )
+  return max(turns * (seconds - charged) + in_kernels, 0.0) or None
+
+
+def seconds_in_kernels(text: str, cycles: Mapping[str, int], chip: Chip) -> float:
+  """All calls of the program's kernels, by their schedules; 0 where there are none.
+
+  Args:
+    cycles: of operations, by `cycles_of_all`.
+  """
+  if not chip.clock:
+    return 0.0
+  return sum(each.times * cycles.get(name, 0) for name, each in hlo.kernels(text).items()) / chip.clock
 
 
 def cycles_of_all(text: str, written: Mapping[str, int]) -> dict[str, int]:

@@ -34,14 +34,12 @@ class Program:
     rows: images of one call.
     parameters: of the network.
     operations: of matrix products and convolutions, over all devices, with nothing computed twice.
-    turns: the program's own operations over those with every loop's body counted once, as compilers do.
   """
 
   lower: Callable[[], jax.stages.Lowered]
   rows: int
   parameters: int
   operations: float
-  turns: float
 
 
 def abstract_batch(run: Run, network: Network, mesh: Mesh) -> TrainingBatch:
@@ -98,7 +96,6 @@ def _program(traced: jax.stages.Traced, rows: int, shapes: Params, plain: core.C
     rows=rows,
     parameters=sum(math.prod(leaf.shape) for leaf in shapes.values()),
     operations=count(plain),
-    turns=turns(traced.jaxpr),
   )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import re
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,17 @@ def test_estimated_cycles():
   line = '  %f = f32[8] fusion(%a), kind=kLoop, backend_config={{"estimated_cycles":"{}","flag_configs":[]}}'
   assert hlo.estimated_cycles("\n".join(line.format(cycles) for cycles in (1200, 34))) == 1234
   assert hlo.estimated_cycles("  %f = f32[8] add(%a, %b)") == 0
+
+
+def test_cycles_of_a_loop_count_as_often_as_it_turns():
+  """Also of a loop that XLA made itself, which no trace shows."""
+  noted = ', backend_config={"estimated_cycles":"CYCLES"}'
+  lines = {"%r": "1000", "%g": "20", "%d": "3"}  # in the body, in what is called once, and of the program itself
+  text = CALLS.replace("LOOP", "%less, body=%body").replace("s32[]", "u32[]")
+  for name, cycles in lines.items():
+    text = re.sub(rf"(  {name} = .*)", rf"\1{noted.replace('CYCLES', cycles)}", text)
+  assert hlo.estimated_cycles(text) == 7 * 1000 + 20 + 3
+  assert hlo.estimated_cycles(text, turns=False) == 1023
 
 
 @pytest.mark.parametrize(
@@ -353,6 +365,24 @@ def test_operations_alike_but_for_names():
   assert {frozenset(names) for names in groups.values() if len(names) == 1} == {
     frozenset({name}) for name in ("p", "near", "other", "of_near", "k.3")
   }
+
+
+def test_kernels_of_a_loop_are_alike_too_and_run_as_often_as_it_turns():
+  """As in sampling, whose network is the body: several layers call one kernel, for one of which a schedule is there."""
+  call = '  %{} = f32[8]{{0}} custom-call(%{}), custom_call_target="tpu_custom_call", backend_config={}\n'
+  body = (
+    "  %p = f32[8]{0} parameter(0)\n"
+    + call.format("k.4", "p", COST)
+    + call.format("k.5", "k.4", COST)
+    + call.format("k.6", "k.5", COST)
+  )
+  text = CALLS.replace("LOOP", "%less, body=%body").replace("  %r =", f"{body}  %r =")
+  text = text.replace("  %a =", f"{call.format('k.7', 'w', COST)}  %a =")
+  assert {name: kernel.times for name, kernel in hlo.kernels(text).items()} == {"k.4": 7, "k.5": 7, "k.6": 7, "k.7": 1}
+  cycles = times.cycles_of_all(text, {"k.5": 50, "k.7": 50})
+  assert cycles == {"k.4": 50, "k.5": 50, "k.6": 50, "k.7": 50}
+  chip = chips.CHIPS["v5p"]
+  assert times.seconds_in_kernels(text, cycles, chip) == pytest.approx((3 * 7 + 1) * 50 / chip.clock)
 
 
 def test_a_schedule_is_written_once_for_operations_alike():
