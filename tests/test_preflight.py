@@ -504,8 +504,34 @@ def test_what_the_compiler_charges_for_kernels(chip):
     program = jax.jit(call_kernel).lower(x).compile()
     (declared,) = hlo.kernels(program.as_text()).values()
     assert declared == hlo.Kernel(operations, transcendentals, size)
-    expected = target.chip.charged.seconds(**vars(declared))
+    expected = target.chip.charged.seconds(flops=operations, transcendentals=transcendentals, bytes=size)
     assert program.cost_analysis()["optimal_seconds"] == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_loops_as_the_tpu_compiler_writes_them():
+  """Eight turns of two kernels that are alike, with a product after each."""
+  target = targets.find("tpu", chips.parse("v5p:2x2x1"), 1)
+  place = SingleDeviceSharding(target.devices[0])
+  weights = lambda n: jax.ShapeDtypeStruct((n, 512, 512), jnp.bfloat16, sharding=place)
+  x = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=place)
+
+  def kernel(x_ref, y_ref):
+    y_ref[...] = x_ref[...] + 1
+
+  cost = pl.CostEstimate(flops=2**18, transcendentals=0, bytes_accessed=2**20)
+  add = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), cost_estimate=cost)
+  turn = lambda x, weight: (add(add(x) @ weight) @ weight, None)
+  lower = lambda n: jax.jit(lambda x, weights: jax.lax.scan(turn, x, weights)[0]).lower(x, weights(n))
+  eight, four = targets.compile(lower(8), target), targets.compile(lower(4), target)
+  assert [each.times for each in hlo.kernels(eight.text).values()] == [8, 8]
+  # But for what lies before and after the loop.
+  assert 1.7 < eight.seconds / four.seconds < 2.1 and 1.7 < eight.seconds_by_cycles / four.seconds_by_cycles < 2.1
+  cycles = times.cycles_of_all(four.text, schedules.cycles_by_operation(schedules.folder()))
+  assert (
+    times.seconds_in_kernels(four.text, cycles, target.chip) > 0 and len(hlo.kernels(four.text).keys() & cycles) == 2
+  )
 
 
 def test_save_refuses_what_it_cannot_keep_before_it_compiles(tmp_path):
