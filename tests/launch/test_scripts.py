@@ -20,6 +20,11 @@ from tests.launch.programs import ROOT, Programs
 pytest_plugins = ("tests.bucket_server",)
 SCRIPTS = sorted(path for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch"))
 FLAGS = sorted((ROOT / "launch/flags").iterdir())
+TPU_FLAGS = {
+  "v5p": "--xla_tpu_scoped_vmem_limit_kib=50000",
+  "tpu_fsdp": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+  " --xla_tpu_enable_windowed_einsum_for_reduce_scatter=false",
+}
 STARTED = [path for path in SCRIPTS if path.name != "supervise.sh"]  # by a user
 
 
@@ -53,10 +58,28 @@ def test_xla_knows_each_flag_of_a_file_which_keeps_those_of_the_user(programs, p
 
 @pytest.mark.parametrize("given, kept", [({}, ""), ({"LIBTPU_INIT_ARGS": "--xla_a=1"}, "--xla_a=1 ")])
 def test_a_tpus_flags_come_behind_those_of_the_user(programs, given, kept):
-  """Which libtpu knows them shows where it compiles."""
-  shown = ["bash", "-c", "set -ae; . launch/flags/v5p.env; set +a; printenv LIBTPU_INIT_ARGS"]
+  """Of both files, one after the other. Which libtpu knows them shows where it compiles."""
+  shown = [
+    "bash",
+    "-c",
+    f"set -ae; {''.join(f'. launch/flags/{name}.env; ' for name in TPU_FLAGS)}set +a; printenv LIBTPU_INIT_ARGS",
+  ]
   done = subprocess.run(shown, cwd=ROOT, env=programs.environment(**given), capture_output=True, text=True)
-  assert (done.returncode, done.stdout) == (0, f"{kept}--xla_tpu_scoped_vmem_limit_kib=50000\n"), done.stderr
+  expected = f"{kept}{' '.join(TPU_FLAGS.values())}\n"
+  assert (done.returncode, done.stdout) == (0, expected), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not targets.is_installed("tpu"), reason="libtpu is not installed")
+def test_the_tpu_compiler_knows_its_flags():
+  """Which ends the process at one that it does not know."""
+  compiled = (
+    "from diffdis_jax.parallel import chips; from diffdis_jax.preflight import targets;"
+    "print(len(targets.tpu_devices(chips.parse('v5p:2x2x1'), 1)))"
+  )
+  environment = {**os.environ, "LIBTPU_INIT_ARGS": " ".join(TPU_FLAGS.values()), "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run([sys.executable, "-c", compiled], cwd=ROOT, env=environment, capture_output=True, text=True)
+  assert done.stdout == "4\n", done.stderr
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "launch/gke/jobset.yaml"], ids=name_of)
