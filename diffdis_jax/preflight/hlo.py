@@ -129,6 +129,7 @@ def collectives(text: str) -> list[Collective]:
   return found
 
 
+@functools.lru_cache(maxsize=1)  # a full-size step's text takes seconds, and each of its figures asks
 def _runs(text: str) -> Callable[[str], int]:
   """Name of a computation -> how often a run of the program runs it. A loop of unknown turns counts as one turn, and so
   does each branch of a condition."""

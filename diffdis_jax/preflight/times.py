@@ -28,7 +28,8 @@ def estimated_seconds(costs: Mapping[str, float], text: str, chip: Chip, in_kern
   seconds = costs.get("optimal_seconds", 0.0)
   if seconds <= 0:
     return None
-  turns = hlo.estimated_cycles(text) / (hlo.estimated_cycles(text, turns=False) or 1) or 1.0
+  once = hlo.estimated_cycles(text, turns=False)
+  turns = hlo.estimated_cycles(text) / once if once else 1.0
   if not (in_kernels and chip.charged):
     return turns * seconds
   charged = sum(
