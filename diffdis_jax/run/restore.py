@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import pathlib
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeVar
@@ -20,6 +21,8 @@ from diffdis_jax.run import committed, digests, shared_reads
 from diffdis_jax.structs import TrainState
 
 STORED = ("params", "ema", "opt_state", "teacher", "frozen")  # of a TrainState; its step is the folder's name
+UNCHANGED = ("frozen", "teacher")  # of these, what no step changes
+_PARAMS = ("params", "frozen")  # of these, a network's parameters
 _Read = TypeVar("_Read")
 _Arrays = dict[str, jax.ShapeDtypeStruct]  # by dotted path, without a sharding
 
@@ -135,9 +138,9 @@ def restore_params(
     return _placed(file, one_file.read_params(file), abstract)
   path = find(workdir, _same_for_all(workdir, step))
   if not ema:
-    return _checked(path, ("params",), lambda: _read_tree(path / "params", abstract))
+    return _checked(path, _PARAMS, lambda: _read_params(path, abstract))
   # Averages too where there are none now: their folder may be what is missing.
-  return _checked(path, ("params", "ema"), lambda: _read_averaged(path, abstract))
+  return _checked(path, (*_PARAMS, "ema"), lambda: _read_averaged(path, abstract))
 
 
 def _placed(file: pathlib.Path, params: Params, abstract: Params | None) -> Params:
@@ -150,12 +153,28 @@ def _placed(file: pathlib.Path, params: Params, abstract: Params | None) -> Para
 def _read_averaged(path: epath.Path, abstract: Params | None) -> Params:
   """Parameters, averaged where the run keeps that."""
   if not (path / "ema").exists():
-    return _read_tree(path / "params", abstract)
+    return _read_params(path, abstract)
   # Averages are kept of what is trained alone. The rest, such as a frozen autoencoder, is the raw parameters'; the raw
   # ones that averages replace are not read at all, which is half of the bytes.
   averaged = _saved(path / "ema").keys()
-  raw = _read_tree(path / "params", abstract, without=averaged)
+  raw = _read_params(path, abstract, without=averaged)
   return raw | _read_tree(path / "ema", abstract and {name: abstract[name] for name in averaged if name in abstract})
+
+
+def _read_params(path: epath.Path, abstract: Params | None, *, without: Collection[str] = ()) -> Params:
+  """All parameters, but those whose names are in `without`."""
+  saved, found = _saved_params(path), {}
+  if abstract is not None:
+    _check_fits(path / "params", functools.reduce(operator.or_, saved.values()), abstract)
+  for item, arrays in saved.items():
+    wanted = None if abstract is None else {name: abstract[name] for name in arrays}
+    found |= _read_tree(path / item, wanted, without=without)
+  return found
+
+
+def _saved_params(path: epath.Path) -> dict[str, _Arrays]:
+  """By item: a run has its frozen ones apart, where it has any."""
+  return {item: _saved(path / item) for item in _PARAMS if item == "params" or (path / item).exists()}
 
 
 def saved_params(workdir: epath.PathLike) -> Params:
@@ -166,7 +185,7 @@ def saved_params(workdir: epath.PathLike) -> Params:
   """
   if (file := one_file.at(workdir)) is not None:
     return dict(_arrays(one_file.read_params(file)))
-  return dict(_saved(find(workdir) / "params"))
+  return functools.reduce(operator.or_, _saved_params(find(workdir)).values())
 
 
 def initialised(workdir: epath.PathLike) -> set[str]:
@@ -323,6 +342,8 @@ def _damaged(path: epath.Path, damage: digests.Damage) -> UserError:
       f"take --step={whole}, the newest whole one before it, or move the folders of later ones elsewhere to resume from"
       " that one"
     )
+  elif item in UNCHANGED:
+    otherwise = "the run's checkpoints share this file; take a later step, or a copy of the run"
   return UserError(f"checkpoint {path} cannot be read: its {item}: {damage.file} {damage.what}; {otherwise}")
 
 

@@ -54,7 +54,7 @@ def restore_or_init(
     step = restored.meta["step"]
     logging.info("resuming from step %d, a near checkpoint", step)
   elif step is not None:
-    restored = checkpointer.restore(step, trainer.abstract_by_path, iterator)
+    restored = checkpointer.restore(step, trainer.abstract_saved, iterator)
     restored = restored._replace(state=trainer.layout.pack_state(restored.state))
     logging.info("resuming from step %d", step)
   if restored is not None:

@@ -224,7 +224,7 @@ class Steps:
     if near and tools.near:  # first: it is there when the other one cannot be written
       tools.near.save(step, state, tools.iterator, meta=meta, ready=flushed)
     if far:
-      saved = self._by_path(state)
+      saved = tools.prepared.trainer.layout.as_saved(state)
       tools.checkpointer.save(step, saved, tools.iterator, meta=meta, metrics=found, required=required)
 
 
