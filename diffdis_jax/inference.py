@@ -107,7 +107,13 @@ class Inference:
 
   def compiled(self, name: str, f: Callable[..., Any]) -> programs.Program:
     """A function of parameters and rows, compiled for the mesh at its first call; `name` is for the log."""
-    return programs.Program(name, jax.jit(self.network.traced_for(self.mesh, f)))
+
+    @functools.wraps(f)
+    def of_whole(params: Params, *rows: Any) -> Any:
+      # Where the mesh splits parameters: before a loop over steps, each of which would gather them again.
+      return f(sharding.gathered(params, self.mesh, dtype=self.network.dtype), *rows)
+
+    return programs.Program(name, jax.jit(self.network.traced_for(self.mesh, of_whole)))
 
   def embed_texts(self, params: Params, tokens: Int[np.ndarray, "n l"]) -> Float[np.ndarray, "n d"]:
     """Text embeddings e, L2-normalised.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.inference import Inference, load
 from diffdis_jax.method.diffdis import DiffDis
 from diffdis_jax.models import attention
+from diffdis_jax.preflight import hlo
 from diffdis_jax.run import checkpoint, workdir
 from diffdis_jax.structs import TrainState
 from tests import steps
@@ -240,6 +242,18 @@ def test_images_and_queries_are_those_of_one_device_on_any_mesh(inference, shape
   drawn = inference.generate(params, tokens, noise)
   assert np.abs(on_eight.generate(spread, tokens, noise).astype(int) - drawn.astype(int)).max() <= 1
   assert np.abs(drawn[0].astype(int) - drawn[1:].astype(int)).max(axis=(1, 2, 3)).min() > 1
+
+
+@pytest.mark.parametrize("name", ["generation", "discrimination"])
+def test_parameters_travel_once_and_not_at_each_step(name):
+  """Where the mesh splits them, as in the evaluations of a run."""
+  mesh = steps.make_mesh(1, 8, 1)
+  model = steps.make_inference(steps.make_config(), mesh=mesh, batch_size=8, steps=3, generation_steps=3)
+  text = model.trace(name).lower().compile().as_text()
+  assert hlo.has_loops(text)
+  gathered = [each for each in hlo.collectives(text) if each.kind == "all-gather"]
+  assert sum(math.prod(shape) for each in gathered for shape in each.shapes) > 1e4
+  assert {each.times for each in hlo.collectives(text)} == {1}
 
 
 def test_reconstruction_is_by_the_mode_and_pads(inference):
