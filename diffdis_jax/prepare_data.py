@@ -48,7 +48,7 @@ import tensorflow_datasets as tfds
 from absl import flags, logging
 
 from diffdis_jax import config as run_config
-from diffdis_jax.common import buckets, cli, files, usage
+from diffdis_jax.common import buckets, cli, files, machine, usage
 from diffdis_jax.config.data import Augmentation
 from diffdis_jax.data.layouts import find
 from diffdis_jax.data.layouts.tfds_folder import INFO
@@ -242,7 +242,7 @@ def write_pairs(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
     short_side=short_side or None,  # 0, too, keeps the bytes
     reduced_decoding=FLAGS.reduced_decoding,
     drop_duplicates=FLAGS.drop_duplicates,
-    num_processes=FLAGS.num_processes or cli.cores(),
+    num_processes=FLAGS.num_processes or machine.cores(),
     beam_options=tuple(FLAGS.beam_pipeline_options),
   )
   # Killed between the two: the card needs the records alone.

@@ -21,7 +21,8 @@ import jax
 import pytest
 from absl import logging as absl_logging
 
-from tests import compiled, forked, machine, typechecking
+from tests import compiled, forked, typechecking
+from tests.machine import memory
 from tests.once import made_once
 
 typechecking.install()
@@ -104,7 +105,9 @@ def servers_end() -> Iterator[None]:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
   """A process a core, while each has its memory: what jax has compiled and traced stays there."""
-  return max(1, min(machine.cores(), machine.memory() // PROCESS_BYTES))
+  from diffdis_jax.common.machine import cores  # only now, as in tests/machine.py
+
+  return max(1, min(cores(), memory() // PROCESS_BYTES))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

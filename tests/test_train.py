@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from diffdis_jax import evaluate, inference
-from diffdis_jax.common import cli
+from diffdis_jax.common import machine
 from diffdis_jax.config import Run
 from diffdis_jax.data import build, shapes, sources
 from diffdis_jax.data.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ def test_a_run_holds_what_the_readme_says(joint_run):
   assert list(run.glob("events.out.tfevents.*"))
   start, end = history.read(run)
   assert (start["event"], start["step"], start["devices"], end["why"]) == ("start", 0, 1, "finished")
-  assert start["processors"] == cli.cores()
+  assert start["processors"] == machine.processors()
   assert start["parameters"]["frozen"]["autoencoder"] > 0 and start["data"]
   assert committed.latest_step(joint_run) == STEPS
   assert pixels(run / "samples" / f"samples_{STEPS:08d}.png").std() > 0

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from diffdis_jax.common import buckets, files, guesses, repairs, shipped, signals, usage
+from diffdis_jax.common import buckets, files, guesses, machine, repairs, shipped, signals, usage
 from diffdis_jax.errors import FULL_DISK, Preempted, UserError, full_disk, may_pass
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -290,12 +290,7 @@ def use_all_cores() -> None:
     import jax
 
     # A power of two, so that batches can be split evenly.
-    jax.config.update("jax_num_cpu_devices", min(8, 2 ** (cores().bit_length() - 1)))
-
-
-def cores() -> int:
-  """Processor cores of this process: in a container or a Slurm step perhaps fewer than the machine has."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", min(8, 2 ** (machine.cores().bit_length() - 1)))
 
 
 class _ConfigFile(flags.ArgumentParser):

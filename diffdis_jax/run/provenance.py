@@ -19,7 +19,7 @@ import jax
 from etils import epath
 
 import diffdis_jax
-from diffdis_jax.common import buckets, cli, files, one_file
+from diffdis_jax.common import buckets, files, machine, one_file
 from diffdis_jax.config.fields import read_fields
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import committed, history, workdir
@@ -48,7 +48,7 @@ def provenance(run: Mapping[str, Any]) -> dict[str, Any]:
     run: as given.
   """
   device = {"kind": jax.devices()[0].device_kind, "count": jax.device_count()}
-  return {**code(), "device": device, "processors": cli.cores(), "run": dict(run)}
+  return {**code(), "device": device, "processors": machine.processors(), "run": dict(run)}
 
 
 @functools.cache

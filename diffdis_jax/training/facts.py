@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
-from diffdis_jax.common import buckets, cli, code_digest
+from diffdis_jax.common import buckets, code_digest, machine
 from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import describe, doubts
 from diffdis_jax.errors import UserError
@@ -44,7 +44,7 @@ def of_start(trainer: Trainer, *, begins: bool) -> dict[str, Any]:
     "processes": jax.process_count(),
     "devices": jax.device_count(),
     "device_kind": jax.devices()[0].device_kind,
-    "processors": cli.cores(),  # by which XLA splits its sums where the device is a CPU, so that they round otherwise
+    "processors": machine.processors(),  # a CPU's sums are split by them, and round otherwise
     "host": socket.gethostname(),
     "jax": jax.__version__,
     **provenance.code(),
