@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,13 +34,16 @@ class HeldOutLoss:
   checkpoints differ by their weights alone, and a figure lies a little off training's, whose views vary. Equal captions
   are negatives of each other where the run's `loss.duplicate_captions` makes them so.
 
+  Rows are ordered by a digest of the seed, the image and the caption. So L_ITA's negatives and the noise do not depend
+  on the order of the records, which follows the names of files.
+
   Args:
     data: section of a data source, as `data.sources.open_source` takes it; a split that is not trained on.
     caption_field: the record's field with the caption; empty for the first that training has. Of several, the first.
     num_images: this many images, the same ones each time; None for all.
     contrastive_batch: pairs among which L_ITA tells each one's caption, fewer where there are fewer. A guess has
       ln(contrastive_batch).
-    seed: of the noise.
+    seed: of the noise, and of the order in which pairs are cut into batches.
 
   Raises:
     UserError: a record without a caption, or a number out of its range.
@@ -58,14 +62,20 @@ class HeldOutLoss:
   ):
     check_number("contrastive_batch", contrastive_batch, at_least=2)
     self.source = sources.open_source(**data)
-    self._indices = base.subset(len(self.source), num_images)
-    self._captions = [base.captions(base.fields(self.source, i), caption_field)[0] for i in self._indices]
-    self._batch = min(contrastive_batch, len(self._indices))
     self._seed = seed
+    indices = base.subset(len(self.source), num_images)
+    captions, digests = [], []
+    for index in indices:
+      record = base.read(self.source, index)
+      captions.append(base.captions(record, caption_field)[0])
+      digests.append(_digest(record["image"], captions[-1], seed=seed))
+    order = sorted(range(len(indices)), key=digests.__getitem__)
+    self._indices, self._captions = indices[order], [captions[i] for i in order]
+    self._batch = min(contrastive_batch, len(self._indices))
     self._program_of = functools.lru_cache(2)(_compile)  # in a run the inference is one, and its two are compiled once
 
   def protocol(self, inference: Any) -> dict[str, Any]:
-    """How `run` measures with this inference."""
+    """Return how `run` measures with this inference."""
     masks = inference.duplicate_captions == "mask"
     return {
       "matmul_precision": inference.protocol["matmul_precision"],
@@ -78,11 +88,11 @@ class HeldOutLoss:
     }
 
   def run(self, inference: Any, params: Mapping[str, Any]) -> dict[str, float]:
-    """loss_generation and loss_discrimination, each also by the quarter of the timestep; of CLIP loss_contrastive."""
+    """Measure both losses, each also by the quarter of the timestep; for CLIP, loss_contrastive."""
     network, metrics = inference.network, {}
     images = base.Images(self.source, self._indices, inference.image_size)
     tokens = Tokenizer(inference.max_length)(self._captions)
-    # A pair's noise depends on seed and place alone.
+    # A pair's noise depends on seed and place in this order alone.
     rows = images, tokens, np.arange(len(tokens), dtype=np.int32)
     key = jax.random.key(self._seed)
     if network.objectives.generates:
@@ -111,7 +121,7 @@ class HeldOutLoss:
     logit_scale: Float[np.ndarray, ""],
     captions: UInt32[np.ndarray, " n"],
   ) -> float:
-    """L_ITA among `contrastive_batch` pairs at a time, each pair counted once."""
+    """Return L_ITA among `contrastive_batch` pairs at a time, each pair counted once."""
     n, size, total = len(e), self._batch, 0.0
     for start in range(0, n, size):
       # The last ones are filled up with pairs before them: all are compared with equally many, and those count once.
@@ -119,6 +129,14 @@ class HeldOutLoss:
       rows = slice(first, first + size)
       total += float(_per_pair(query[rows], e[rows], logit_scale, captions[rows])[start - first :].sum())
     return total / n
+
+
+def _digest(image: bytes | UInt8[np.ndarray, "h w 3"], caption: str, *, seed: int) -> bytes:
+  """Return what a pair is ordered by: its content, keyed by the seed."""
+  content = hashlib.blake2b(caption.encode(errors="surrogatepass"), digest_size=16, key=str(seed).encode())
+  content.update(b"\0")
+  content.update(image if isinstance(image, bytes) else np.ascontiguousarray(image))
+  return content.digest()
 
 
 def _compile(inference: Any, name: str) -> Callable[..., Array]:
@@ -134,7 +152,7 @@ def _denoised(
   tokens: Int[Array, "b l"],
   places: Int[Array, "b"],
 ) -> Float[Array, "b t ..."]:
-  """Algorithm 1 up to where rows meet, at each of TIMESTEPS: of `generation` L_IG [b t], of `discrimination` ê_0."""
+  """Run Algorithm 1 up to where rows meet, at each of TIMESTEPS: L_IG [b t] or ê_0 [b t d], by `name`."""
   model: Any = network.with_params(params)
   numbers, timesteps = jnp.arange(len(TIMESTEPS)), jnp.array(TIMESTEPS, jnp.int32)
   at = functools.partial(noise_at, key, places=places, network=network)
@@ -155,12 +173,12 @@ def _denoised(
 def _per_pair(
   query: Float[Array, "b d"], e: Float[Array, "b d"], logit_scale: Float[Array, ""], captions: UInt32[Array, "b"]
 ) -> Float[Array, "b"]:
-  """Both directions' mean of each pair."""
+  """Return both directions' mean for each pair."""
   found = losses.contrastive(query, e, logit_scale, captions=captions)
   return 0.5 * (found.query_to_text + found.text_to_query)
 
 
 def _by_quarter(name: str, of_timesteps: Float[np.ndarray, " t"]) -> dict[str, float]:
-  """The mean over TIMESTEPS, and over those of each quarter, q1 the least noisy."""
+  """Average over TIMESTEPS, and over those of each quarter, q1 the least noisy."""
   quarters = of_timesteps.reshape(4, -1).mean(axis=1)
   return {name: float(of_timesteps.mean()), **{f"{name}_q{i + 1}": float(x) for i, x in enumerate(quarters)}}

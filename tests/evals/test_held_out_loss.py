@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -40,8 +41,14 @@ def make(*objectives: str, devices: int = 1, batch_size: int = 4, **changes: Any
 
 
 def pairs(field: str = "caption") -> tuple[np.ndarray, np.ndarray]:
+  """In the order in which they are measured: by a digest of the content, keyed by the seed."""
   source = sources.open_source(**DATA)
-  records = [source[i] for i in range(COUNT)]
+
+  def digest(record: dict[str, Any]) -> bytes:
+    content = record[field].encode() + b"\0" + record["image"].tobytes()
+    return hashlib.blake2b(content, digest_size=16, key=b"3").digest()
+
+  records = sorted((source[i] for i in range(COUNT)), key=digest)
   return np.stack([each["image"] for each in records]), Tokenizer(8)([each[field] for each in records])
 
 
@@ -132,6 +139,23 @@ def test_it_is_the_same_again_and_for_any_batch_of_the_device():
   other = make(devices=2, batch_size=16)
   assert evaluation.run(other, params) == pytest.approx(first, rel=1e-5)
   assert evals.create(**{**SECTION, "seed": 4}).run(inference, params) != first
+
+
+@pytest.mark.parametrize("config", [tiny.get_config(), tiny_clip.get_config()], ids=["diffdis", "clip"])
+def test_the_order_of_the_records_does_not_count(config, monkeypatch):
+  """Folders of classes are stored class by class: batches in that order would compare equal captions alone."""
+  images, _ = pairs()
+  stored = [dict(image=image, caption="a star" if i < COUNT // 2 else "a ring") for i, image in enumerate(images)]
+  mixed = [stored[i] for i in np.random.default_rng(0).permutation(COUNT)]
+  inference = steps.make_inference(config, mesh=steps.make_mesh(), batch_size=4)
+  params = random_params(inference.shapes, seed=0)
+  metrics = []
+  for rows in (stored, mixed):
+    monkeypatch.setattr(sources, "open_source", lambda rows=rows, **section: rows)
+    metrics.append(evals.create(**SECTION).run(inference, params))
+  loss = metrics[0]["loss_contrastive" if "loss_contrastive" in metrics[0] else "loss_discrimination"]
+  assert loss > 0.1
+  assert metrics[1] == pytest.approx(metrics[0], rel=1e-6)
 
 
 def test_a_clip_has_its_own_loss():
