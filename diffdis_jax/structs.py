@@ -69,7 +69,8 @@ TrainingBatch = AnyBatch | LabelledBatch
 class TrainState:
   """What training changes and what it reads: as it is, as it is saved and read again; the shardings of it, its shapes.
 
-  In a step its small parameters are packed (training/packing.py). In a checkpoint everything is by path.
+  In a step its small parameters are packed (training/packing.py). In a checkpoint everything is by path, and params has
+  the frozen ones too.
 
   Attributes:
     step: i32[], the number of finished steps; of shardings and shapes, one of those. None where a checkpoint says it.
@@ -79,7 +80,7 @@ class TrainState:
     seed: u32[], of all random choices; here, so that runs of other seeds share the compiled step. It is not saved.
     teacher: where an objective keeps them, the trainable parameters as they were at the start, which never change.
     norms: of the gradients, by which a step is skipped (training/skips.py); may be empty. A checkpoint's meta has them.
-    frozen: the parameters that a step does not change; of a state for inference they are among params.
+    frozen: the parameters that a step does not change.
   """
 
   step: Any = None

@@ -19,7 +19,6 @@ from absl import flags
 from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, cli
 from diffdis_jax.config import Run
-from diffdis_jax.errors import UserError
 from diffdis_jax.run import trackers, watchdog
 
 FLAGS = flags.FLAGS
@@ -42,10 +41,6 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "compiled", None, "folder of preflight --save, local or in a bucket: take its programs instead of compiling"
   )
-  flags.DEFINE_string(
-    "near", None, "folder on a disk of each host, for more frequent checkpoints beside those in --workdir"
-  )
-  flags.DEFINE_integer("near_every", None, "steps between two checkpoints in --near", lower_bound=1)
   flags.DEFINE_float(
     "hang_timeout",
     watchdog.PATIENCE,
@@ -61,16 +56,11 @@ def main(argv: Sequence[str]) -> None:
   del argv
   run = Run.of(run_config.with_evals(FLAGS.config, FLAGS.eval))
   trackers.check(FLAGS.tracker or "")
-  if (FLAGS.near is None) != (FLAGS.near_every is None):
-    raise UserError("--near and --near_every go together; give both")
-  if buckets.is_url(FLAGS.near or ""):
-    raise UserError(f"--near={FLAGS.near} must be a local path, on a disk of each host; --workdir may be in a bucket")
 
   # Not at the top: these take seconds, and what is wrong with the command line is said before.
   import jax
 
   from diffdis_jax.parallel import executables, processes
-  from diffdis_jax.run.near import Near
   from diffdis_jax.training import facts, loop
 
   cli.compilation_cache(FLAGS.workdir)
@@ -85,7 +75,6 @@ def main(argv: Sequence[str]) -> None:
     profiled=FLAGS.profile or "",
     folder=folder,
     patience=FLAGS.hang_timeout,
-    near=Near(FLAGS.workdir, FLAGS.near, FLAGS.near_every) if FLAGS.near else None,
   )
   if processes.is_first():
     facts.log_end(run, FLAGS.workdir)

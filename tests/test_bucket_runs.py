@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,8 +26,7 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.run import checkpoint, committed, digests, restore, workdir, writers
 from tests import forked, raw_pairs
 from tests.command_runs import GENERATED, MEASURED, ROOT, SAVE_EVERY, STEPS, call, joint_flags
-from tests.run.test_checkpoint import abstract, assert_same_bits, make_iterator, make_state, one_device, save
-from tests.run.test_unchanged import state_of
+from tests.run.test_checkpoint import make_iterator, make_state, save
 from tests.test_resume import kill_when, metrics, restore_training
 
 pytest_plugins = ("tests.command_runs", "tests.bucket_server")
@@ -380,22 +378,6 @@ def test_a_damaged_object_of_a_checkpoint_is_named_without_reading_any(url, monk
   assert digests.damage(local) is None
   (local / "meta" / "metadata").write_bytes(b"{'step': 2}")
   assert digests.damage(local) == digests.Damage("meta/metadata", "holds other bytes than were saved")
-
-
-def test_what_no_step_changes_is_copied_by_the_server(url, monkeypatch):
-  expected = state_of(2)
-  with checkpoint.Checkpointer(url) as checkpointer, monkeypatch.context() as patched:
-    checkpointer.save(1, state_of(1))
-    checkpointer.wait()
-    patched.setattr(digests, "_digest", lambda *_: pytest.fail("an object was read"))
-    patched.setattr(shutil, "copyfile", lambda *_: pytest.fail("an object was copied by this machine"))
-    checkpointer.save(2, expected)
-  found = [buckets.files_below(f"{url}/checkpoints/{step}/frozen") for step in (1, 2)]
-  first, second = ({name: each["md5Hash"] for name, each in listed.items()} for listed in found)
-  assert first == second and len(first) > 2
-  assert digests.damage(f"{url}/checkpoints/2") is None
-  with checkpoint.Checkpointer(url) as checkpointer:
-    assert_same_bits(checkpointer.restore(2, abstract(expected, one_device)).state, expected)
 
 
 @pytest.mark.parametrize("faster", [True, False])

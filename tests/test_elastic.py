@@ -35,7 +35,7 @@ def saved(tmp_path_factory, config):
   path = str(tmp_path_factory.mktemp("elastic"))
   trainer = build_trainer(config, steps.make_mesh(*SAVED_ON))
   params = jax.device_put(random_params(trainer.shapes, seed=0), trainer.param_shardings)
-  state = trainer.layout.as_saved(trainer.with_params(params))
+  state = trainer.layout.by_path(trainer.with_params(params))
   iterator = steps.open_batches(config)
   for _ in range(STEPS):
     next(iterator)
@@ -54,14 +54,14 @@ def test_on_another_mesh_every_bit_and_the_next_batch_are_the_same(saved, config
   assert int(state.step) == STEPS
   for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.abstract_state), strict=True):
     assert leaf.sharding == like.sharding and leaf.dtype == like.dtype
-  state = trainer.layout.as_saved(state)
+  state = trainer.layout.by_path(state)
   for (name, a), b in zip(
-    jax.tree.leaves_with_path((expected.params, expected.frozen, expected.ema, expected.opt_state)),
-    jax.tree.leaves((state.params, state.frozen, state.ema, state.opt_state)),
+    jax.tree.leaves_with_path((expected.params, expected.ema, expected.opt_state)),
+    jax.tree.leaves((state.params, state.ema, state.opt_state)),
     strict=True,
   ):
     assert np.asarray(b).tobytes() == a.tobytes(), jax.tree_util.keystr(name)
-  for path, leaf in (state.params | state.frozen).items():
+  for path, leaf in state.params.items():
     assert leaf.sharding == trainer.param_shardings[path]
   totals = metrics.read_totals(meta)
   assert totals == {"loss": Average(total=np.float32(0.1), count=np.float32(3))}

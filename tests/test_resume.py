@@ -19,7 +19,6 @@ from diffdis_jax.structs import TrainState
 from diffdis_jax.training import start
 from tests import forked, steps
 from tests.command_runs import SAVE_EVERY, STEPS, joint_flags
-from tests.run.test_unchanged import is_shared
 from tests.steps import build_trainer, config_of
 
 pytest_plugins = ("tests.command_runs",)
@@ -97,7 +96,6 @@ def test_killed_at_a_random_step_and_in_a_save_ends_in_the_same_bits(tmp_path, j
   assert not unfinished(killed)
   assert steps_logged(killed) == list(range(1, STEPS + 1))
   assert metrics(killed) == metrics(whole)
-  assert is_shared(killed, *committed.committed_steps(committed.folder(killed)))
 
   (expected, next_batch), (found, next_found) = restore_training(whole), restore_training(killed)
   np.testing.assert_array_equal(next_found, next_batch)

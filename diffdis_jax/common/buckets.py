@@ -185,12 +185,6 @@ def upload(folder: pathlib.Path, to: epath.PathLike, *, last: Collection[str] = 
       _system().put([os.fspath(folder / name) for name in group], urls, batch_size=_AT_ONCE)
 
 
-def copy(folder: epath.Path, to: epath.Path) -> None:
-  """Copies a folder of a bucket within it, by its server."""
-  names = sorted(files_below(folder))
-  _system().copy([f"{folder}/{name}" for name in names], [f"{to}/{name}" for name in names], batch_size=_AT_ONCE)
-
-
 def download(wanted: Mapping[str, pathlib.Path]) -> None:
   """Copies objects, all at a time, to local files, each whole or not at all. `wanted`: address -> file."""
   partial = {url: file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp") for url, file in wanted.items()}

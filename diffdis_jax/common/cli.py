@@ -37,7 +37,7 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 LONGEST_WORD = 1000  # characters, of a message
 _TEXTS = {"prompt", "eval"}  # flags that may hold any text
 # Flags that an unset variable of a shell leaves empty, which would be this folder.
-_FOLDERS = {"workdir", "out", "compiled", "save", "near"}
+_FOLDERS = {"workdir", "out", "compiled", "save"}
 # What Google Cloud Storage answers where nobody has logged in for programs; gcloud auth login is for gcloud alone.
 _ANONYMOUS = "Anonymous caller"
 # With what Orbax warns at each save between two evaluations, where the best checkpoints are kept.

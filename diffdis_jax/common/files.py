@@ -70,21 +70,6 @@ def empty_folder(out: str | os.PathLike[str]) -> epath.Path:
   return folder
 
 
-def share(folder: epath.Path, to: epath.Path) -> None:
-  """Gives the files of a folder to another one on the same disk or in the same bucket, if that can be without reading
-  them: by hard links, or by the bucket's server. Raises OSError."""
-  if buckets.is_url(to):
-    buckets.copy(folder, to)
-    return
-  for file in sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file()):
-    target = pathlib.Path(to) / file.relative_to(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      os.link(file, target)
-    except OSError:  # of a file system that has no hard links, or no more of them
-      shutil.copyfile(file, target)
-
-
 @contextlib.contextmanager
 def whole_folder(out: epath.PathLike, *, last: Collection[str] = ()) -> Iterator[pathlib.Path]:
   """A local folder to write into. At the end it takes the name `out`, or is copied there, to a bucket; it vanishes if

@@ -1,9 +1,9 @@
-"""Saves a run's Orbax checkpoints: `<workdir>/checkpoints/<step>/{params,frozen,ema,opt_state,teacher,data,meta}`.
+"""Saves a run's Orbax checkpoints: `<workdir>/checkpoints/<step>/{params,ema,opt_state,teacher,data,meta}`.
 
 A checkpoint counts once it holds Orbax's commit mark, its last file to be written; before it come the digests of the
-others, see digests.py. What no step changes is written once: a later checkpoint is given the files of the one before,
-so that each is whole, whichever others are removed. Training saves and resumes through `Checkpointer`; what only reads
-is in restore.py.
+others, see digests.py. Each is whole by itself, frozen parameters too (0.83 of 15.45 GiB at full size): written once
+for all, one damaged file would take every checkpoint of the run. Training saves and resumes through `Checkpointer`;
+what only reads is in restore.py.
 """
 
 from __future__ import annotations
@@ -51,8 +51,6 @@ class Checkpointer:
     kept = kept or CheckpointPolicy()
     self._workdir = workdir
     self._saving = -1  # the step whose save is in progress
-    self._source: int | None = None  # and that of the checkpoint from which it takes what no step changes
-    self._since: int | None = None  # the first step whose checkpoint has this; on process 0, which decides for all
     # Before the manager lists the folder: it would trust step folders without a mark. The barrier keeps the other
     # processes from listing it meanwhile, so that all of them know the same steps.
     if processes.is_first():
@@ -109,8 +107,7 @@ class Checkpointer:
 
     Args:
       step: number of finished steps; larger than that of any earlier save.
-      state: its arrays are copied before this returns. Those of `restore.UNCHANGED` must be as at the save before, and
-        as the newest checkpoint has them, where that was restored.
+      state: its arrays are copied before this returns.
       data_iterator: Grain iterator whose next batch is the first one not trained on.
       meta: a few JSON values to keep beside them.
       metrics: of evaluations at this step, the same on every process; without them it is not among the best.
@@ -122,11 +119,7 @@ class Checkpointer:
     # A save at an interruption may fall on a step that `save_every` has saved.
     if step in self._manager.all_steps():
       return False
-    self._finish_the_last()
     trees = {name: getattr(state, name) for name in restore.STORED}
-    source = self._find_source() if any(trees[name] for name in restore.UNCHANGED) else None
-    if source is not None:
-      trees = {name: tree for name, tree in trees.items() if name not in restore.UNCHANGED}
     # One process has nobody to share the writing with.
     if jax.process_count() == 1:
       trees = jax.tree.map(_on_one_device, trees)
@@ -135,11 +128,9 @@ class Checkpointer:
     if data_iterator is not None:
       items["data"] = grain_checkpoint.CheckpointSave(data_iterator)
     items["meta"] = ocp.args.JsonSave({"step": step, **(meta or {})})
-    if not self._has_room(step, jax.tree.leaves(trees), required=required):
+    if not self._is_ready(step, jax.tree.leaves(trees), required=required):
       return False
-    self._saving, self._source = step, source
-    if source is None:
-      self._since = step
+    self._saving = step
     try:
       # `force`: the caller has decided that it is time to save.
       with _os_errors():
@@ -148,27 +139,18 @@ class Checkpointer:
       self._give_up(error, required=required)
       return False
 
-  def _finish_the_last(self) -> None:
-    """Waits for the save before, as the manager's own `save` begins: its digests are written."""
+  def _is_ready(self, step: int, arrays: Sequence[Any], *, required: bool) -> bool:
+    """When the save before is written: whether there is room for this one, as far as can be told."""
     try:
-      self.wait()
+      self.wait()  # as the manager's own `save` begins: the digests of the one before are written
     except OSError as error:
-      self._give_up(error, required=False)  # whose place this one takes
-
-  def _has_room(self, step: int, arrays: Sequence[Any], *, required: bool) -> bool:
-    """As far as can be told."""
+      self._give_up(error, required=False)  # the one before, whose place this one takes
     if has_room(committed.folder(self._workdir), arrays):
       return True
     if required:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self._workdir))
     self._say_full(step)
     return False
-
-  def _find_source(self) -> int | None:
-    """The step of the newest checkpoint, if it has what this run's steps do not change; as process 0 sees it."""
-    latest = self.latest_step()
-    has_it = latest is not None and self._since is not None and latest >= self._since
-    return latest if processes.from_first(np.uint8(has_it)) else None
 
   def _give_up(self, error: OSError, *, required: bool) -> None:
     """The save that has found a full disk. Raises the error, if it is another or no later save will do."""
@@ -192,7 +174,7 @@ class Checkpointer:
     Raises:
       OSError: it cannot be written.
     """
-    # A step of a near checkpoint may not be here; as process 0 sees it, so that all of them meet below.
+    # As process 0 sees it, so that all of them meet below.
     if not (metrics and self._kept.keep_best) or step != self.latest_step():
       return
     if processes.is_first():
@@ -216,27 +198,15 @@ class Checkpointer:
     Raises:
       UserError: no such checkpoint, or one that is damaged or does not fit `abstract`.
     """
-    found = restore.read_state(restore.find_shown(self._workdir, step), abstract, data_iterator)
-    self._since = step if step == self.latest_step() else None
-    return found
+    return restore.read_state(restore.find_shown(self._workdir, step), abstract, data_iterator)
 
   def _write_digests(self) -> None:
-    """Called by Orbax before it writes the commit mark: gives the checkpoint what it takes from the one before, too."""
+    """Called by Orbax before it writes the commit mark."""
     folder = committed.folder(self._workdir)
     # On a disk it still has another name, by which it is no checkpoint.
     unfinished = f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
     names = [path.name for path in folder.iterdir() if path.name.startswith(unfinished)]
-    written = folder / (names[0] if names else str(self._saving))
-    if self._source is None:
-      digests.write(written)
-      return
-    source = folder / str(self._source)
-    for item in restore.UNCHANGED:
-      files.share(source / item, written / item)
-    if damaged := digests.write(written, restore.UNCHANGED, like=source):
-      self._since = None
-      said = "checkpoints %d and %d have the same damaged file, %s; the next save writes it again"
-      logging.error(said, self._source, self._saving, damaged[0])
+    digests.write(folder / (names[0] if names else str(self._saving)))
 
   def wait(self) -> None:
     """Returns when the save in progress is committed. Raises what went wrong with it."""

@@ -56,19 +56,8 @@ class Digests(NamedTuple):
   files: dict[str, _File]
 
 
-def write(folder: epath.PathLike, items: Collection[str] = (), *, like: epath.Path | None = None) -> list[str]:
-  """Writes the digests of all files that are in a folder now, such as a checkpoint's.
-
-  Args:
-    folder: it.
-    items: of a checkpoint, whose files are those of the checkpoint `like`. They keep its digests.
-
-  Returns:
-    Names of the files of `items` that are no longer as they were saved there.
-
-  Raises:
-    OSError: a file cannot be read or written.
-  """
+def write(folder: epath.PathLike) -> None:
+  """Writes the digests of all files that are in a folder now, such as a checkpoint's. Raises OSError."""
   path = buckets.path(folder)
   if buckets.is_url(path):
     # A server that keeps none has the objects read back.
@@ -81,12 +70,7 @@ def write(folder: epath.PathLike, items: Collection[str] = (), *, like: epath.Pa
     with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="digests") as pool:
       values = pool.map(lambda name: _digest(path / name, algorithm), names)
       found = dict(zip(names, values, strict=True))
-  before = read(like) if like else None
-  known: dict[str, _File] = {}
-  if isinstance(before, Digests) and before.algorithm == algorithm:
-    known = {name: before.files[name] for name in items_of(before, items)}
-  _write(path, Digests(algorithm, found | known))
-  return [name for name, file in known.items() if found.get(name) != file]
+  _write(path, Digests(algorithm, found))
 
 
 def renew(folder: epath.PathLike, names: Collection[str]) -> None:

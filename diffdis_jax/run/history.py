@@ -99,15 +99,6 @@ def results(workdir: epath.PathLike) -> list[Result]:
   ]
 
 
-def since(workdir: epath.PathLike) -> float | None:
-  """When the steps that count began, in seconds since 1970: at the run's first start, or where it went back; None
-  before the first."""
-  lines = read(workdir)
-  first = [line["time"] for line in lines if line["event"] == "start"][:1]
-  back = [line["time"] for line in lines if line.get("why") == "went back"]
-  return next(reversed(first + back), None)
-
-
 def reported(workdir: epath.PathLike) -> float | None:
   """When metrics.jsonl was last written, in seconds since 1970; None where there is none, and in a copy of the folder
   that did not keep the files' times."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 import pathlib
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeVar
@@ -17,12 +16,10 @@ from diffdis_jax.common import buckets, files, one_file, shipped, storage
 from diffdis_jax.common.params import Params
 from diffdis_jax.errors import Gone, UserError, may_pass, parse_json
 from diffdis_jax.parallel import processes
-from diffdis_jax.run import committed, digests, shared_reads
+from diffdis_jax.run import committed, digests
 from diffdis_jax.structs import TrainState
 
 STORED = ("params", "ema", "opt_state", "teacher", "frozen")  # of a TrainState; its step is the folder's name
-UNCHANGED = ("frozen", "teacher")  # of these, what no step changes
-_PARAMS = ("params", "frozen")  # of these, a network's parameters
 _Read = TypeVar("_Read")
 _Arrays = dict[str, jax.ShapeDtypeStruct]  # by dotted path, without a sharding
 
@@ -138,9 +135,9 @@ def restore_params(
     return _placed(file, one_file.read_params(file), abstract)
   path = find(workdir, _same_for_all(workdir, step))
   if not ema:
-    return _checked(path, _PARAMS, lambda: _read_params(path, abstract))
+    return _checked(path, ("params",), lambda: _read_tree(path / "params", abstract))
   # Averages too where there are none now: their folder may be what is missing.
-  return _checked(path, (*_PARAMS, "ema"), lambda: _read_averaged(path, abstract))
+  return _checked(path, ("params", "ema"), lambda: _read_averaged(path, abstract))
 
 
 def _placed(file: pathlib.Path, params: Params, abstract: Params | None) -> Params:
@@ -153,28 +150,12 @@ def _placed(file: pathlib.Path, params: Params, abstract: Params | None) -> Para
 def _read_averaged(path: epath.Path, abstract: Params | None) -> Params:
   """Parameters, averaged where the run keeps that."""
   if not (path / "ema").exists():
-    return _read_params(path, abstract)
+    return _read_tree(path / "params", abstract)
   # Averages are kept of what is trained alone. The rest, such as a frozen autoencoder, is the raw parameters'; the raw
   # ones that averages replace are not read at all, which is half of the bytes.
   averaged = _saved(path / "ema").keys()
-  raw = _read_params(path, abstract, without=averaged)
+  raw = _read_tree(path / "params", abstract, without=averaged)
   return raw | _read_tree(path / "ema", abstract and {name: abstract[name] for name in averaged if name in abstract})
-
-
-def _read_params(path: epath.Path, abstract: Params | None, *, without: Collection[str] = ()) -> Params:
-  """All parameters, but those whose names are in `without`."""
-  saved, found = _saved_params(path), {}
-  if abstract is not None:
-    _check_fits(path / "params", functools.reduce(operator.or_, saved.values()), abstract)
-  for item, arrays in saved.items():
-    wanted = None if abstract is None else {name: abstract[name] for name in arrays}
-    found |= _read_tree(path / item, wanted, without=without)
-  return found
-
-
-def _saved_params(path: epath.Path) -> dict[str, _Arrays]:
-  """By item: a run has its frozen ones apart, where it has any."""
-  return {item: _saved(path / item) for item in _PARAMS if item == "params" or (path / item).exists()}
 
 
 def saved_params(workdir: epath.PathLike) -> Params:
@@ -185,7 +166,7 @@ def saved_params(workdir: epath.PathLike) -> Params:
   """
   if (file := one_file.at(workdir)) is not None:
     return dict(_arrays(one_file.read_params(file)))
-  return functools.reduce(operator.or_, _saved_params(find(workdir)).values())
+  return dict(_saved(find(workdir) / "params"))
 
 
 def initialised(workdir: epath.PathLike) -> set[str]:
@@ -238,11 +219,9 @@ def _read_tree(path: epath.Path, abstract: Any | None, *, without: Collection[st
   target = {name: x for name, x in target.items() if name not in without} if without else target
   if not jax.tree.leaves(target):
     return target
-  # A registry of this call's own, since Orbax's global one is shared with whatever else the process reads.
-  readers = ocp.type_handlers.create_type_handler_registry((jax.Array, shared_reads.Reader()))
   restore_args = ocp.checkpoint_utils.construct_restore_args(target)
   args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=bool(without))
-  return _read(path, ocp.PyTreeCheckpointHandler(type_handler_registry=readers), args)
+  return _read(path, ocp.PyTreeCheckpointHandler(), args)
 
 
 def _saved(path: epath.Path) -> _Arrays:
@@ -286,14 +265,12 @@ def _read(path: epath.Path, handler: Any, args: Any) -> Any:
 def _checked(path: epath.Path, items: Collection[str] | None, read: Callable[[], _Read]) -> _Read:
   """Calls `read`, and checks the digests of these items of the checkpoint meanwhile; of all of them for None.
 
-  Several processes share the reading of what all of them need and the check of the large files, and raise the same
-  error. Storage that is away is tried again.
+  Several processes share the check of the large files, and raise the same error. Storage that is away is tried again.
 
   Raises:
     UserError: a file is not as it was saved, or what `read` raises.
   """
-  # Handed out at the end, when every process has read and checked its share: one may have had to do so again.
-  return shared_reads.handed_out(storage.patiently(lambda: _checked_once(path, items, read), f"{path}"))
+  return storage.patiently(lambda: _checked_once(path, items, read), f"{path}")
 
 
 def _checked_once(path: epath.Path, items: Collection[str] | None, read: Callable[[], _Read]) -> _Read:
@@ -342,8 +319,6 @@ def _damaged(path: epath.Path, damage: digests.Damage) -> UserError:
       f"take --step={whole}, the newest whole one before it, or move the folders of later ones elsewhere to resume from"
       " that one"
     )
-  elif item in UNCHANGED:
-    otherwise = "the run's checkpoints share this file; take a later step, or a copy of the run"
   return UserError(f"checkpoint {path} cannot be read: its {item}: {damage.file} {damage.what}; {otherwise}")
 
 

@@ -20,7 +20,6 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import batches, executables, processes, sharding
 from diffdis_jax.run import checkpoint, committed, history, profile, provenance, trackers, watchdog, workdir, writers
-from diffdis_jax.run.near import Near
 from diffdis_jax.training import facts, skips, start, stored_inputs
 from diffdis_jax.training.evaluator import Evaluator
 from diffdis_jax.training.flops import rate_at_peak
@@ -38,7 +37,6 @@ def train_and_evaluate(
   prepared: Prepared | None = None,
   folder: executables.Folder | None = None,
   patience: float = watchdog.PATIENCE,
-  near: Near | None = None,
 ) -> None:
   """Trains to `run.num_steps`, from the last checkpoint in the workdir `path` if there is one.
 
@@ -50,7 +48,6 @@ def train_and_evaluate(
     prepared: of this run; None to do it here, for a mesh of all devices.
     folder: where its programs may lie compiled, unless it is prepared; None for nowhere.
     patience: as `watchdog.Watchdog` has it.
-    near: its near checkpoints; None for none.
 
   Raises:
     UserError: bad data or workdir, a config that the devices cannot train, or more steps to skip than may be.
@@ -59,8 +56,6 @@ def train_and_evaluate(
   # Flags first: they need neither devices nor data.
   span = profile.parse(profiled, num_steps=run.num_steps) if profiled else None
   trackers.check(tracker)
-  if near:
-    near.check()
   provenance.code()  # now: the checkout may change in the minutes until a start is recorded
   mesh = prepared.trainer.mesh if prepared else sharding.make_mesh(**vars(run.mesh))
   stop = processes.PreemptionHandler(sharding.batch_sharding(mesh))
@@ -92,14 +87,12 @@ def train_and_evaluate(
     prepared.check(begins=begins)
 
     before = open_workdir(path, trainer, stack)
-    if near:
-      stack.enter_context(near)  # before the checkpointer, so that it ends after the last checkpoint is committed
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, run.checkpoint))
     if checkpointer.latest_step() != run.num_steps:
       prepared.train_step.start()  # in parallel to reading and initialising parameters, which may take a minute each
     if begins:
       trainer.assemble.start()
-    tools = Tools(run, prepared, iterator, evaluator, checkpointer, near, stop, dog, rate_at_peak(trainer))
+    tools = Tools(run, prepared, iterator, evaluator, checkpointer, stop, dog, rate_at_peak(trainer))
     made = functools.partial(selection.params, inference, path) if selection else None
     try:
       go_on(tools, path, made=made, before=before, tracker=tracker, span=span)
@@ -162,7 +155,7 @@ def go_on(
   """
   run, trainer, is_writer = tools.run, tools.prepared.trainer, processes.is_first()
   tools.dog.at("the start", storage=True)
-  state, meta = start.restore_or_init(trainer, tools.checkpointer, tools.iterator, made, tools.near)
+  state, meta = start.restore_or_init(trainer, tools.checkpointer, tools.iterator, made)
   # Not before: the fingerprints are of parameters, which are there only now.
   if stored := latent_facts(run.data):
     stored_inputs.check_stored(stored, trainer.layout.by_path(state).params, trainer.trainable)

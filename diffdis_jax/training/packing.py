@@ -46,19 +46,12 @@ class Layout:
     return dataclasses.replace(state, opt_state=opt_state, **{name: self.pack(tree) for name, tree in trees.items()})
 
   def by_path(self, state: TrainState) -> TrainState:
-    """As inference takes it: parameters, the frozen ones among them, averages, moments and teacher by path, as on any
-    other mesh. What is not packed is not copied."""
+    """The inverse: parameters, the frozen ones among them, averages, moments and teacher by path, as on any other mesh.
+    What is not packed is not copied."""
     params = self.unpack(state.params) | self.unpack(state.frozen)
     ema, teacher = self.unpack(state.ema), self.unpack(state.teacher)
     opt_state = _moments(state.opt_state, self.packed, self._spread, self.unpack)
     return dataclasses.replace(state, params=params, ema=ema, opt_state=opt_state, teacher=teacher, frozen={})
-
-  def as_saved(self, state: TrainState) -> TrainState:
-    """The inverse of `pack_state`: by path, with the frozen parameters apart."""
-    found = self.by_path(state)
-    frozen = {path: value for path, value in found.params.items() if path in self.fixed}
-    params = {path: value for path, value in found.params.items() if path not in frozen}
-    return dataclasses.replace(found, params=params, frozen=frozen)
 
   def pack(self, params: Params) -> Params:
     """By path -> packed. A tree that lacks a packed array's parameters, such as one of no averages, has none of it."""

@@ -25,7 +25,6 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import HEAD_PREFIX
 from diffdis_jax.parallel import sharding
 from diffdis_jax.run import checkpoint, restore
-from diffdis_jax.run.near import Near
 from diffdis_jax.run.restore import Restored
 from diffdis_jax.training import optim
 from diffdis_jax.training.step import Trainer
@@ -39,25 +38,18 @@ def restore_or_init(
   checkpointer: checkpoint.Checkpointer,
   iterator: grain.DatasetIterator,
   made: Callable[[Params], Params] | None = None,
-  near: Near | None = None,
 ) -> Restored:
   """The last checkpoint's state and meta (`steps.Steps`), with the data iterator set to its next batch; or the state of
   step 0, of which no meta was saved.
 
   Args:
     made: of the parameters of step 0, those that are computed from the others; None for none.
-    near: the run's near checkpoints; None for none.
   """
   step = checkpointer.latest_step()
-  restored = near.restore(trainer.abstract_state, iterator, beyond=step or 0) if near else None
-  if restored is not None:
-    step = restored.meta["step"]
-    logging.info("resuming from step %d, a near checkpoint", step)
-  elif step is not None:
-    restored = checkpointer.restore(step, trainer.abstract_saved, iterator)
+  if step is not None:
+    restored = checkpointer.restore(step, trainer.abstract_by_path, iterator)
     restored = restored._replace(state=trainer.layout.pack_state(restored.state))
     logging.info("resuming from step %d", step)
-  if restored is not None:
     number = trainer.place_number(np.asarray(step, np.int32))
     # Those that were not kept when this was saved begin at 0.
     norms = {name: restored.meta.get("norms", {}).get(name, 0.0) for name in trainer.abstract_state.norms}

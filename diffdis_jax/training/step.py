@@ -75,11 +75,11 @@ class Trainer:
     shapes: parameter path -> ShapeDtypeStruct.
     groups: parameter path -> group of the optimizer.
     trainable: paths of the parameters that are trained.
-    layout: of a state's parameters; `as_saved` and `by_path` give a state as it is saved, and as inference takes it.
+    layout: of a state's small parameters; its `by_path` gives a state as it is saved and as inference takes its params.
     param_shardings: parameter path -> NamedSharding.
     state_shardings: of TrainState.
     abstract_state: TrainState of ShapeDtypeStructs, with their shardings.
-    abstract_saved: the same, as it is saved.
+    abstract_by_path: the same, as it is saved.
     train_step: (what it changes, what it only reads, batch) -> (what it changed, metrics), of `TrainState.split`;
       donates the first. `take_step` calls it.
 
@@ -109,7 +109,7 @@ class Trainer:
     self._tx = optimizers.build_optimizer(self.trainable, run.optim, num_steps=run.num_steps, layout=self.layout)
 
     self.abstract_state = self._placed(jax.eval_shape(self._around, *self._lent(self.shapes)))
-    self.abstract_saved = self._placed(jax.eval_shape(self.layout.as_saved, self.abstract_state))
+    self.abstract_by_path = self._placed(jax.eval_shape(self.layout.by_path, self.abstract_state))
     self.state_shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
     changed, fixed = self.state_shardings.split()
     self.train_step = jax.jit(
@@ -136,8 +136,7 @@ class Trainer:
   def assemble(self) -> programs.AheadOfTime:
     """Parameters -> the state of step 0; donates them."""
     around = jax.jit(self._around, donate_argnums=0, out_shardings=self.state_shardings)
-    saved = self.abstract_saved
-    return programs.AheadOfTime("the state", around, *self._lent(saved.params | saved.frozen), kept=self.kept)
+    return programs.AheadOfTime("the state", around, *self._lent(self.abstract_by_path.params), kept=self.kept)
 
   def _lent(self, params: Params) -> tuple[Params, Params]:
     """Those whose memory the state takes, and the small ones, which it packs."""

@@ -20,7 +20,6 @@ from diffdis_jax.data.build import batch_type
 from diffdis_jax.errors import Preempted, UserError
 from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.run import checkpoint, history, profile, watchdog, writers
-from diffdis_jax.run.near import Near
 from diffdis_jax.structs import TrainingBatch, TrainState
 from diffdis_jax.training import skips
 from diffdis_jax.training.evaluator import Evaluator, UnknownMetric
@@ -34,7 +33,6 @@ class Tools:
   """What the steps of a run take, whichever is the first of them.
 
   Attributes:
-    near: None for no near checkpoints.
     peak_rate: as `writers.Throughput` takes it.
   """
 
@@ -43,7 +41,6 @@ class Tools:
   iterator: grain.DatasetIterator
   evaluator: Evaluator
   checkpointer: checkpoint.Checkpointer
-  near: Near | None
   stop: processes.PreemptionHandler
   dog: watchdog.Watchdog
   peak_rate: float | None
@@ -169,9 +166,8 @@ class Steps:
     """What is due after this step. Raises Preempted, or an evaluation's UserError, when it has been saved."""
     tools, found, failed = self._tools, {}, None
     preempted, due = tools.stop.agreed(), tools.evaluator.is_due(step, last=last)
-    far = last or bool(preempted) or step % tools.run.save_every == 0
-    near = tools.near is not None and tools.near.is_due(step) and not last
-    if due or far or near:
+    saves = last or bool(preempted) or step % tools.run.save_every == 0
+    if due or saves:
       self._wait()  # its time is that of steps
     # Evaluation before the save, whose checkpoint is kept by what was measured; unless there is no time for it.
     if due and not preempted:
@@ -181,51 +177,36 @@ class Steps:
           measured = self._by_path(state)
           found, due = tools.evaluator.after_step(step, measured, self._writer, last=last), False
       except Preempted as stopped:
-        preempted, far = type(stopped), True
+        preempted, saves = type(stopped), True
       except UserError as error:
         # Its data may be damaged, or its name misspelt, which is no reason to lose steps. Several processes would have
         # to agree on the former: what one of them has read may be its own rows'.
         if jax.process_count() > 1 and not isinstance(error, UnknownMetric):
           raise
-        failed, far = error, True
+        failed, saves = error, True
         logging.warning("an evaluation failed: saving step %d", step)
     # The save before the next batch is loaded, so that the iterator's position is that of the next step.
-    near = near and not preempted  # for which there is no time
-    if far or near:
+    if saves:
       tools.dog.at("a save", storage=True)
       with self._progress.paused():
-        which = {"near": near, "far": far, "required": last or bool(preempted)}
-        self._save(step, state, found, evaluated=not due, **which)
+        self._save(step, state, found, evaluated=not due, required=last or bool(preempted))
     if failed:
       raise failed
     if preempted:
       logging.warning("asked to stop: saving step %d; run the same command again to resume", step)
       raise preempted
 
-  def _save(
-    self,
-    step: int,
-    state: TrainState,
-    found: Mapping[str, float],
-    *,
-    evaluated: bool,
-    near: bool,
-    far: bool,
-    required: bool,
-  ) -> None:
+  def _save(self, step: int, state: TrainState, found: Mapping[str, float], *, evaluated: bool, required: bool) -> None:
     tools = self._tools
     # A checkpoint from which training cannot resume is worse than none.
     if self._totals is not None:
       check_finite(self._totals, step, tools.checkpointer)
     pending = processes.over_hosts(self._substitutions.new).tolist()
-    flushed = self._writer.flush()
+    self._writer.flush()
     meta = {"totals": write_totals(self._totals), "substituted": pending, "evaluated": evaluated}
     meta |= {"skipped": self._skipped.to_meta(), "norms": {name: float(x) for name, x in state.norms.items()}}
-    if near and tools.near:  # first: it is there when the other one cannot be written
-      tools.near.save(step, state, tools.iterator, meta=meta, ready=flushed)
-    if far:
-      saved = tools.prepared.trainer.layout.as_saved(state)
-      tools.checkpointer.save(step, saved, tools.iterator, meta=meta, metrics=found, required=required)
+    saved = self._by_path(state)
+    tools.checkpointer.save(step, saved, tools.iterator, meta=meta, metrics=found, required=required)
 
 
 def slowest_host(data_wait: float) -> dict[str, float]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import re
@@ -19,7 +18,6 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
-from orbax import checkpoint as ocp
 
 from diffdis_jax.common import storage
 from diffdis_jax.config.sections import CheckpointPolicy
@@ -248,26 +246,6 @@ def test_a_damaged_position_of_the_data_is_one_line(tmp_path, content):
     checkpointer.restore(1, abstract(make_state(), one_device), make_iterator())
 
 
-def test_the_reads_of_other_arrays_end_before_a_damaged_one_is_told(tmp_path, monkeypatch):
-  ended = []
-
-  async def one_fails(self, infos, args=None):
-    async def damaged():
-      raise ValueError("cut short")
-
-    async def whole():
-      await asyncio.sleep(0.1)
-      ended.append("whole")
-
-    await asyncio.gather(damaged(), whole())
-
-  save(tmp_path, 1)
-  monkeypatch.setattr(ocp.type_handlers.ArrayHandler, "deserialize", one_fails)
-  with pytest.raises(UserError, match="cannot be read: its params: cut short"):
-    restore.restore_params(tmp_path, ema=False)
-  assert ended == ["whole"]
-
-
 @pytest.mark.parametrize(
   "said, kind, number",
   [
@@ -367,7 +345,7 @@ from diffdis_jax.structs import TrainState
 with checkpoint.Checkpointer(sys.argv[1]) as checkpointer:
   for step in (1, 2):
     if step == 2:  # which is not finished before it is killed, however late that is
-      digests.write = lambda *_, **__: threading.Event().wait()
+      digests.write = lambda folder: threading.Event().wait()
     params = {"a.b": jnp.full((1 << 25,), step, jnp.float32)}
     checkpointer.save(step, types.SimpleNamespace(params=params, ema={}, opt_state=(), teacher={}, frozen={}))
     checkpointer.wait()
@@ -412,7 +390,6 @@ def test_a_step_that_is_measured_after_its_save_is_among_the_best(tmp_path):
   with checkpoint.Checkpointer(tmp_path, kept) as checkpointer:
     for _ in range(2):  # killed before the next save, it does so again
       checkpointer.add_metrics(2, {"a": 0.9})
-    checkpointer.add_metrics(7, {"a": 1.0})  # of a near checkpoint
     for step in (3, 4):
       checkpointer.save(step, make_state(), metrics={"a": 0.6})
   folder = committed.folder(tmp_path)

@@ -102,7 +102,7 @@ def test_one_without_digests_is_read_with_one_line(tmp_path, caplog):
 
 
 def test_digests_are_written_before_the_commit_mark(tmp_path, monkeypatch):
-  def full(*_, **__):
+  def full(folder):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(digests, "write", full)

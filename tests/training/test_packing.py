@@ -87,17 +87,6 @@ def test_packed_and_by_path_again_every_bit_and_place_is_the_same():
     assert (a.dtype, a.shape, a.sharding) == (b.dtype, b.shape, b.sharding)
 
 
-def test_a_state_that_is_saved_has_the_frozen_parameters_apart():
-  layout = packing.layout(SHAPES, KINDS, {"b.kernel", "d.bias"}, SPLIT)
-  params = draw(SHAPES, lambda _: jax.sharding.NamedSharding(steps.make_mesh(2, 4, 1), sharding.REPLICATED))
-  saved = layout.as_saved(layout.pack_state(TrainState(params=params)))
-  assert saved.frozen.keys() == {"b.kernel", "d.bias"} and saved.params.keys() == SHAPES.keys() - saved.frozen.keys()
-  for name, value in (saved.params | saved.frozen).items():
-    assert np.asarray(value).tobytes() == np.asarray(params[name]).tobytes()
-  packed, again = (layout.pack_state(state) for state in (TrainState(params=params), saved))
-  assert jax.tree.structure(again) == jax.tree.structure(packed)
-
-
 def moments_of(opt_state, layout):
   return [steps.moments(opt_state, layout, name) for name in ("mu", "nu")]
 
