@@ -43,8 +43,8 @@ def define_flags() -> None:
   )
   flags.DEFINE_float(
     "hang_timeout",
-    watchdog.PATIENCE,
-    "seconds, beside three times the median, after which a step hangs and the process ends with code 1; 0 for never",
+    watchdog.SECONDS,
+    "seconds, compiling included, after which a step hangs and the process ends with code 1; 0 for never",
     lower_bound=0.0,
   )
   flags.DEFINE_string(
@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     tracker=FLAGS.tracker or "",
     profiled=FLAGS.profile or "",
     folder=folder,
-    patience=FLAGS.hang_timeout,
+    hang_timeout=FLAGS.hang_timeout,
   )
   if processes.is_first():
     facts.log_end(run, FLAGS.workdir)

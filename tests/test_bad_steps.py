@@ -1,4 +1,4 @@
-"""Runs in which batches are bad: they end well, or go back once, and are the same however they are interrupted."""
+"""Runs in which batches are bad: they end well, or say why they end, and are the same however they are interrupted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import sharding
-from diffdis_jax.run import committed, history, watchdog
+from diffdis_jax.run import committed
 from diffdis_jax.training import loop, plugs, skips, step
 from tests import steps, tiny
 from tests.test_resume import metrics, restore_training
@@ -101,50 +101,13 @@ def test_a_bad_batch_and_a_spike_are_skipped_and_a_resumed_run_is_the_same(tmp_p
   assert_same_end(tmp_path / "resumed", whole, restore_training(whole))
 
 
-def test_beyond_the_budget_a_run_goes_back_once_and_takes_other_batches(tmp_path, spoil, caplog):
-  config = make_config(**{"optim.skip_bad_steps": 1, "optim.skip_window": 4})
-  spoil(config, {4: NAN, 5: NAN})
-  whole, prepared = tmp_path / "whole", prepare(config)
-  train(prepared, whole)
-  assert [line["step"] for line in metrics(whole)] == [2, 4, 6, 8] and "skipped" not in metrics(whole)[-1]
-  first, ended, again, end = history.read(whole)
-  assert (first["step"], again["step"], end["why"]) == (0, 4, "finished")
-  assert {name: ended[name] for name in ("why", "to", "batches")} == {"why": "went back", "to": 4, "batches": 2}
-  said = "2 of the last 4 steps were skipped by step 6, from step 5 on; more than optim.skip_bad_steps=1: the run goes"
-  assert ended["message"].startswith(said) and said in caplog.text
-  # Steps 5 to 8 took batches 7 to 10, so that the next one is batch 11.
-  batches = steps.open_batches(config)
-  restored = restore_training(whole)
-  np.testing.assert_array_equal(restored[1], [next(batches)["image"] for _ in range(11)][-1])
-  for at in (0, 4):
-    resume_from(whole, tmp_path / f"from_{at}", at=at, prepared=prepared)
-    assert_same_end(tmp_path / f"from_{at}", whole, restored)
-
-
-def test_batches_that_are_left_out_have_the_time_of_what_was_never_timed(tmp_path, spoil, monkeypatch):
-  """And not that of one batch: there are as many as steps between two saves."""
-  at, seconds = watchdog.Watchdog.at, {}
-
-  def measured(dog, what, **how):
-    at(dog, what, **how)
-    seconds.setdefault(what, []).append(dog._doing.seconds)
-
-  monkeypatch.setattr(watchdog.Watchdog, "at", measured)
-  config = make_config(**{"optim.skip_bad_steps": 1, "optim.skip_window": 4})
-  spoil(config, {4: NAN, 5: NAN})
-  train(prepare(config), tmp_path)
-  of_one = seconds["reading a batch"]
-  assert seconds["reading the batches that are left out"] == [watchdog.FIRST_TIME]
-  assert of_one[0] == watchdog.FIRST_TIME and all(limit < 2 * watchdog.STORAGE for limit in of_one[1:])
-
-
 def test_a_run_that_only_gets_bad_batches_ends_with_what_it_knows(tmp_path, spoil):
   config = make_config(**{"optim.skip_bad_steps": 1, "optim.skip_window": 4})
   spoil(config, {number: NAN for number in range(4, 12)})
   with pytest.raises(
     UserError,
-    match="^2 of the last 4 steps were skipped by step 6, from step 5 on; more than optim.skip_bad_steps=1, though the"
-    " run went back to step 4 and took other batches; the log names their rows, and the last checkpoint is 4; lower",
+    match="^2 of the last 4 steps were skipped by step 6, from step 5 on; more than optim.skip_bad_steps=1; the log"
+    " names their rows, and the last checkpoint is 4; lower",
   ):
     train(prepare(config), tmp_path / "run")
   assert committed.latest_step(str(tmp_path / "run")) == 4

@@ -130,8 +130,8 @@ class Optim:
       of reconstruction and long_tail_head, which compare no rows, have noise and mixing of their own either way.
     allow_uninitialized: regex of the frozen parameters that may be random; a run refuses to start with others.
     skip_bad_steps: how many of the last `skip_window` steps may be skipped. A step whose loss or gradient is not finite
-      is, and changes nothing; beyond that number the run goes back to its last checkpoint, once, and takes other
-      batches. 0 skips none: such a step ends the run, and none is measurably faster.
+      is, and changes nothing; beyond that number the run ends. 0 skips none: such a step ends the run, and none is
+      measurably faster.
     skip_window: steps in which they are counted.
     skip_deviations: a step is skipped too if its gradient norm, before it is clipped, is more than this many standard
       deviations above the mean of the last hundred; 0 for no such limit.

@@ -22,7 +22,7 @@ RATE_POINTS = 400
 
 
 def status(run: Run) -> dict[str, str]:
-  """`state`: one of running, finished, stopped, failed, went back, killed, unfinished; `message` of what failed."""
+  """`state`: one of running, finished, stopped, failed, killed, unfinished; `message` of what failed."""
   last = run.events[-1] if run.events else {}
   # One that was started again may read its checkpoint and compile for long before it says so.
   if last.get("event") == "end" and not run.restarted:

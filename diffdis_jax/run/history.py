@@ -2,8 +2,7 @@
 
 A `start` says from which step, on which devices, with what it trains; `reached` and `until` are the last step that was
 reported before, and when, null where a copy has lost that: steps between `step` and `reached` are taken again. An `end`
-says why; one of a run that goes back says to which step, and how many batches it leaves out there. A start that no end
-follows was killed, or still runs.
+says why. A start that no end follows was killed, or still runs.
 """
 
 from __future__ import annotations
@@ -34,14 +33,6 @@ class Result(NamedTuple):
   record: dict[str, Any]
 
 
-class WentBack(Exception):
-  """The run goes back to the checkpoint of step `to`, and from then on leaves out the next `batches` there."""
-
-  def __init__(self, to: int, batches: int, message: str):
-    super().__init__(message)
-    self.to, self.batches = to, batches
-
-
 @contextlib.contextmanager
 def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapping[str, Any]) -> Iterator[None]:
   """Around the steps of a run, before its writer is opened, which drops the lines of steps that are taken again.
@@ -65,9 +56,6 @@ def recorded(workdir: epath.PathLike, *, step: int, is_writer: bool, facts: Mapp
     why = "finished"
   except Preempted:
     why = "stopped"
-    raise
-  except WentBack as error:
-    why, message = "went back", {"message": str(error), "to": error.to, "batches": error.batches}
     raise
   except UserError as error:
     message = {"message": str(error)}
@@ -109,14 +97,6 @@ def reported(workdir: epath.PathLike) -> float | None:
   younger = own.stat().mtime if own.exists() else -math.inf  # before its lines are read, to which a run may add
   younger -= max((line["time"] for line in read(path)), default=math.inf)
   return None if younger > COPIED else file.stat().mtime
-
-
-def went_back(workdir: epath.PathLike) -> WentBack | None:
-  """What the run in this folder has gone back to; None where it has not."""
-  for line in read(workdir):
-    if line.get("why") == "went back" and is_step(line.get("to")) and is_step(line.get("batches")):
-      return WentBack(line["to"], line["batches"], line.get("message", ""))
-  return None
 
 
 def last_line(path: epath.Path) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.parallel import batches, executables, processes, sharding
 from diffdis_jax.run import checkpoint, committed, history, profile, provenance, trackers, watchdog, workdir, writers
-from diffdis_jax.training import facts, skips, start, stored_inputs
+from diffdis_jax.training import facts, start, stored_inputs
 from diffdis_jax.training.evaluator import Evaluator
 from diffdis_jax.training.flops import rate_at_peak
 from diffdis_jax.training.prepared import Prepared
@@ -36,7 +36,7 @@ def train_and_evaluate(
   profiled: str = "",
   prepared: Prepared | None = None,
   folder: executables.Folder | None = None,
-  patience: float = watchdog.PATIENCE,
+  hang_timeout: float = watchdog.SECONDS,
 ) -> None:
   """Trains to `run.num_steps`, from the last checkpoint in the workdir `path` if there is one.
 
@@ -47,7 +47,7 @@ def train_and_evaluate(
     profiled: steps to trace, as `profile.parse` takes them; empty for none.
     prepared: of this run; None to do it here, for a mesh of all devices.
     folder: where its programs may lie compiled, unless it is prepared; None for nowhere.
-    patience: as `watchdog.Watchdog` has it.
+    hang_timeout: as `watchdog.Watchdog` takes its seconds.
 
   Raises:
     UserError: bad data or workdir, a config that the devices cannot train, or more steps to skip than may be.
@@ -73,8 +73,7 @@ def train_and_evaluate(
     rows = sharding.local_rows(mesh, run.batch_size)
     loader = open_loader(run, rows=rows, latents=latent_shapes(trainer.network))
     iterator = stack.enter_context(contextlib.closing(loader))
-    board = processes.Board() if jax.process_count() > 1 else None
-    dog = stack.enter_context(watchdog.Watchdog(patience, board=board).watching())
+    dog = stack.enter_context(watchdog.Watchdog(hang_timeout))
     inference = make_inference(trainer, stop, dog)
     evaluator = Evaluator(run, inference)
     selection = trainer.plug.selection(run) if trainer.plug.selection else None
@@ -94,11 +93,7 @@ def train_and_evaluate(
       trainer.assemble.start()
     tools = Tools(run, prepared, iterator, evaluator, checkpointer, stop, dog, rate_at_peak(trainer))
     made = functools.partial(selection.params, inference, path) if selection else None
-    try:
-      go_on(tools, path, made=made, before=before, tracker=tracker, span=span)
-    except history.WentBack as found:
-      logging.warning("%s", found)
-      go_on(tools, path, made=made, before=before, tracker=tracker, span=span)
+    go_on(tools, path, made=made, before=before, tracker=tracker, span=span)
     log_best(path, run.checkpoint, checkpointer)
 
 
@@ -149,12 +144,9 @@ def go_on(
     made: as of `start.restore_or_init`.
     before: as of `open_workdir`.
     tracker, span: as of `train_and_evaluate`, and its `profiled` parsed.
-
-  Raises:
-    WentBack: to do so again.
   """
   run, trainer, is_writer = tools.run, tools.prepared.trainer, processes.is_first()
-  tools.dog.at("the start", storage=True)
+  tools.dog.alive()
   state, meta = start.restore_or_init(trainer, tools.checkpointer, tools.iterator, made)
   # Not before: the fingerprints are of parameters, which are there only now.
   if stored := latent_facts(run.data):
@@ -164,7 +156,7 @@ def go_on(
     facts.log_longer(run, before, step)
   if step and is_writer:
     facts.warn_of_other_data(run, path)
-  known, left_out = facts.of_start(trainer, begins=not step), skips.left_out(path)
+  known = facts.of_start(trainer, begins=not step)
   track = functools.partial(trackers.open_tracker, tracker, path, run.to_dict())
   # What is entered closes from the last to the first: trace, lines, history; then a pending save, and the lock.
   with contextlib.ExitStack() as stack:
@@ -173,10 +165,7 @@ def go_on(
     writer = writers.open_writer(path, start_step=step, is_writer=is_writer, evaluated=evaluated, open_tracker=track)
     stack.enter_context(contextlib.closing(writer))
     profiler = stack.enter_context(contextlib.closing(profile.Profiler(span, path, start_step=step)))
-    found = Steps(tools, writer, profiler, start_step=step, meta=meta, left_out=left_out).run_to_end(state)
-    # Raised here, when the loop's state is gone: beside another one devices may have no room for it.
-    if found is not None:
-      raise found
+    Steps(tools, writer, profiler, start_step=step, meta=meta).run_to_end(state)
 
 
 def log_best(path: str, kept: CheckpointPolicy, checkpointer: checkpoint.Checkpointer) -> None:

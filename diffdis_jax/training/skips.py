@@ -14,13 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from clu.metrics import Average
-from etils import epath
 from jaxtyping import Array, Bool, Float
 
 from diffdis_jax.config.sections import Optim
 from diffdis_jax.errors import UserError
-from diffdis_jax.parallel import processes
-from diffdis_jax.run import history
 from diffdis_jax.training.metrics import Metrics
 
 SKIPPED = "skipped"
@@ -136,38 +133,21 @@ class SkippedSteps:
     new, self._new = self._new, 0
     return {SKIPPED: new} if new else {}
 
-  def back_from(self, step: int, last: int | None, before: history.WentBack | None) -> history.WentBack:
-    """Where the run resumes when the steps up to this one are beyond what may be skipped.
+  def too_many(self, step: int, last: int | None) -> UserError:
+    """Say why the run ends when more of the steps up to this one were skipped than may be.
 
     Args:
       last: step of the last checkpoint.
-      before: to where the run has gone back already.
-
-    Raises:
-      UserError: there is no checkpoint, or the run has gone back before.
     """
     budget, window = self._section.skip_bad_steps, self._section.skip_window
-    what = (
+    return UserError(
       f"{len(self.recent)} of the last {window} steps were skipped by step {step}, from step {self.recent[0]} on; more"
-      f" than optim.skip_bad_steps={budget}"
-    )
-    if last is not None and before is None:
-      # All of them: the steps before the first bad one may have led to it.
-      return history.WentBack(last, step - last, f"{what}: the run goes back to step {last} and takes other batches")
-    though = f", though the run went back to step {before.to} and took other batches" if before else ""
-    raise UserError(
-      f"{what}{though}; the log names their rows, and the last checkpoint is {'none' if last is None else last}; lower"
-      " optim.rates, or set optim.clip_norm or model.dtype='float32', in a new workdir"
+      f" than optim.skip_bad_steps={budget}; the log names their rows, and the last checkpoint is"
+      f" {'none' if last is None else last}; lower optim.rates, or set optim.clip_norm or model.dtype='float32', in a"
+      " new workdir"
     )
 
   def to_meta(self) -> dict[str, Any]:
     """JSON values, for a checkpoint."""
     self.settle()
     return {"recent": self.recent, "new": self._new}
-
-
-def left_out(workdir: epath.PathLike) -> history.WentBack | None:
-  """The batches that a run leaves out since it went back to a checkpoint, the same on every process."""
-  found = history.went_back(workdir) if processes.is_first() else None
-  to, batches = processes.from_first(np.asarray([found.to, found.batches] if found else [-1, -1], np.int32)).tolist()
-  return None if to < 0 else history.WentBack(to, batches, "")

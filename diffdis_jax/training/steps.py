@@ -19,7 +19,7 @@ from diffdis_jax.data import copies, loader
 from diffdis_jax.data.build import batch_type
 from diffdis_jax.errors import Preempted, UserError
 from diffdis_jax.parallel import processes, sharding
-from diffdis_jax.run import checkpoint, history, profile, watchdog, writers
+from diffdis_jax.run import checkpoint, profile, watchdog, writers
 from diffdis_jax.structs import TrainingBatch, TrainState
 from diffdis_jax.training import skips
 from diffdis_jax.training.evaluator import Evaluator, UnknownMetric
@@ -47,11 +47,7 @@ class Tools:
 
 
 class Steps:
-  """Those from `start_step` on, whose state was saved with `meta`, or is new.
-
-  Args:
-    left_out: batches that are not trained on; None for none.
-  """
+  """Those from `start_step` on, whose state was saved with `meta`, or is new."""
 
   def __init__(
     self,
@@ -61,10 +57,9 @@ class Steps:
     *,
     start_step: int,
     meta: Mapping[str, Any],
-    left_out: history.WentBack | None,
   ):
     run = tools.run
-    self._tools, self._writer, self._profiler, self._left_out = tools, writer, profiler, left_out
+    self._tools, self._writer, self._profiler = tools, writer, profiler
     self._start, self._evaluated = start_step, meta.get("evaluated", True)
     self._by_path = tools.prepared.trainer.layout.by_path
     self._progress = writers.Throughput(
@@ -77,12 +72,11 @@ class Steps:
       self._substitutions.new[: len(saved)] += saved  # there are more reasons now than when some runs were saved
     self._metrics: Any = None  # of the last step
 
-  def run_to_end(self, state: TrainState) -> history.WentBack | None:
-    """Returns None at the end, or to which checkpoint the run goes back. Raises as train_and_evaluate."""
+  def run_to_end(self, state: TrainState) -> None:
+    """Take all steps that are left. Raises as train_and_evaluate."""
     tools, run = self._tools, self._tools.run
     # A run that was stopped in the middle of an evaluation saved without it. What was due then is done now.
     if not self._evaluated:
-      tools.dog.at("an evaluation", storage=True)
       measured, last = self._by_path(state), self._start == run.num_steps
       found = tools.evaluator.after_step(self._start, measured, self._writer, last=last)
       tools.checkpointer.add_metrics(self._start, found)
@@ -90,15 +84,15 @@ class Steps:
     train_step: Callable[..., Any] | None = None
     compare: Callable[..., dict[str, Any]] = lambda state, batch: {}
     for step in self._progress.steps():
+      tools.dog.alive()
       self._profiler.before(step, self._metrics)
-      batch = self._next_batch(step)
+      batch = self._next_batch()
       if train_step is None:
         train_step = tools.prepared.train_step.compiled()
         compare = tools.prepared.gradients.compiled() if tools.prepared.gradients else compare
         tools.stop.begin()  # until now there was nothing to save, and a signal ended the process at once
       last = step == run.num_steps
       logs = last or step % run.log_every == 0
-      tools.dog.at("a step")
       gradients = compare(state, batch) if logs else {}  # before the step, which takes the state's memory
       state, metrics = take_step(train_step, state, batch)
       self._after_step(step, metrics)
@@ -106,31 +100,25 @@ class Steps:
       # At steps that do not depend on when the run was stopped.
       if logs or step % run.save_every == 0:
         self._wait()
-        tools.dog.at("a report", storage=True)  # what ends the run here waits for the save in progress
         if self._skipped.is_beyond(step):
           tools.checkpointer.wait()  # for the save that is still being written
-          return self._skipped.back_from(step, tools.checkpointer.latest_step(), self._left_out)
+          raise self._skipped.too_many(step, tools.checkpointer.latest_step())
       if logs:
         self._report(step, gradients)
       self._evaluate_and_save(step, state, last=last)
     tools.checkpointer.wait()  # for the last save, without which the run has not finished
-    return None
 
-  def _next_batch(self, step: int) -> TrainingBatch:
+  def _next_batch(self) -> TrainingBatch:
     """Loaded while the devices still work on the step before, so that its time is hidden."""
     tools = self._tools
     waiting = self._progress.waiting_for_data(functools.partial(is_running, self._metrics))
-    left_out = self._left_out.batches if self._left_out and self._left_out.to == step - 1 else 0
-    # By a name of its own, since so many batches take so many times longer than one.
-    what = "reading the batches that are left out" if left_out else "reading a batch"
-    tools.dog.at(what, storage=True, alone=True)
     with waiting, copies.naming_silence(tools.run.data.paths):
-      for _ in range(left_out):
-        next(tools.iterator)
       rows = self._substitutions.take(next(tools.iterator))
       return batch_type(tools.run.data)(**sharding.to_global(rows, tools.prepared.trainer.mesh))
 
   def _after_step(self, step: int, metrics: Metrics) -> None:
+    # One step ahead of the devices and no more, so that a wait for them is the time of a step.
+    jax.block_until_ready(self._metrics)
     self._metrics = metrics = self._skipped.take(step, metrics, self._substitutions.rows)
     if step == self._start + 1:
       jax.block_until_ready(metrics)  # starting is no speed
@@ -139,17 +127,12 @@ class Steps:
     self._totals = metrics if self._totals is None else jax.tree.map(jnp.add, self._totals, metrics)
     if self._profiler.after(step):
       jax.block_until_ready(metrics)
-      self._tools.dog.at("a profile", storage=True)
       with self._progress.paused():
         self._profiler.close()
 
   def _wait(self) -> None:
     """For the steps that the devices are still at."""
-    # Under one name, and not where there is nothing to wait for: of waits that a report has just had the watchdog would
-    # know that they take no time, and would take that of a preemption between two reports for a hang.
-    if is_running(self._metrics):
-      self._tools.dog.at("the steps since the last report")
-      jax.block_until_ready(self._metrics)
+    jax.block_until_ready(self._metrics)
 
   def _report(self, step: int, gradients: Mapping[str, Any]) -> None:
     """Writes the means since the last report."""
@@ -158,7 +141,6 @@ class Steps:
     counts = self._substitutions.report(processes.over_hosts) | self._skipped.report() | jax.tree.map(float, gradients)
     speeds = self._progress.report(step, means)
     lines = means | speeds | slowest_host(speeds["data_wait"]) | counts
-    self._tools.dog.at("writing a report", storage=True, alone=True)
     self._writer.scalars(step, lines)
     self._totals = None
 
@@ -171,7 +153,7 @@ class Steps:
       self._wait()  # its time is that of steps
     # Evaluation before the save, whose checkpoint is kept by what was measured; unless there is no time for it.
     if due and not preempted:
-      tools.dog.at("an evaluation", storage=True)
+      tools.dog.alive()
       try:
         with self._progress.paused():
           measured = self._by_path(state)
@@ -187,7 +169,7 @@ class Steps:
         logging.warning("an evaluation failed: saving step %d", step)
     # The save before the next batch is loaded, so that the iterator's position is that of the next step.
     if saves:
-      tools.dog.at("a save", storage=True)
+      tools.dog.alive()
       with self._progress.paused():
         self._save(step, state, found, evaluated=not due, required=last or bool(preempted))
     if failed:

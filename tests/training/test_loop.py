@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import json
 
 import jax
@@ -11,7 +10,7 @@ from clu.metrics import Average
 from diffdis_jax.config import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.parallel import processes, sharding
-from diffdis_jax.run import checkpoint, committed, history, watchdog, writers
+from diffdis_jax.run import checkpoint, committed, history
 from diffdis_jax.training import evaluator, loop
 from diffdis_jax.training.steps import check_finite, slowest_host
 from tests import steps, tiny
@@ -74,40 +73,18 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_done_again(tmp_path, monk
   config.update(num_steps=6, save_every=3, log_every=3)
   prepared = prepare(config)
   train = lambda: loop.train_and_evaluate(Run.of(config), str(tmp_path), prepared=prepared)
-  failing, passing, said = Evaluator(failing=UserError), Evaluator(failing=None), []
+  failing, passing = Evaluator(failing=UserError), Evaluator(failing=None)
   monkeypatch.setattr(loop, "Evaluator", lambda *_: failing)
   for _ in range(2):  # the second time it is done before the first step
     with pytest.raises(UserError, match="best_metric=test/acc_1 is none of test/acc1"):
       train()
   assert committed.latest_step(tmp_path) == 4 and failing.asked == [4, 4]
 
-  at, scalars, wait_for_storage, alone_at, written = watchdog.Watchdog.at, writers.Writer.scalars, set(), set(), set()
-
-  def say(dog, what, *, storage=False, alone=False):
-    said.append(what)
-    wait_for_storage.update([what] if storage else [])
-    alone_at.update([what] if alone else [])
-    at(dog, what, storage=storage, alone=alone)
-
-  def write(writer, step, values):
-    written.add(said[-1])
-    scalars(writer, step, values)
-
-  monkeypatch.setattr(watchdog.Watchdog, "at", say)
-  monkeypatch.setattr(writers.Writer, "scalars", write)
   monkeypatch.setattr(loop, "Evaluator", lambda *_: passing)
   train()
   assert passing.asked == [4] and committed.latest_step(tmp_path) == 6
   lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [(line["step"], "loss" in line) for line in lines] == [(3, True), (4, False), (6, True)]
-  # One name for all waits for steps: else those before a save, which mostly follow a report, would be taken for short,
-  # and the long one of a preemption for a hang.
-  wait = "the steps since the last report"
-  alone = {"reading a batch", "writing a report"}  # without a word from another process
-  assert {*said} - {wait} == {"the start", "an evaluation", "a step", "a report", "a save", *alone}
-  assert wait_for_storage == {*said} - {wait, "a step"} and written == {"an evaluation", "writing a report"}
-  assert alone_at == alone
-  assert all(before == "a step" for before, now in itertools.pairwise(said) if now == wait)
 
   def refuse(_):
     raise UserError("no space left")
