@@ -35,7 +35,7 @@ ICCV 2023, [arXiv 2308.09306](https://arxiv.org/abs/2308.09306)). An independent
 {samples}
 ## Use
 
-It needs `pip install torch "diffusers>=0.35.2" transformers`. The model's code comes with it: {code}.
+It needs `pip install torch "diffusers>=0.35.2" transformers ftfy`. The model's code comes with it: {code}.
 
 ```python
 {load}

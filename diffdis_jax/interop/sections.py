@@ -85,6 +85,7 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 # Our noise schedule -> theirs. The betas' range is fixed, and means nothing to the cosine schedule.
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 BETAS = dict(beta_start=0.00085, beta_end=0.012)
+DIFFUSERS_BETAS = dict(beta_start=0.0001, beta_end=0.02)  # of a scheduler_config.json that names none
 # Stable Diffusion's DDIM steps: multiples of T / n, offset by one, down to ᾱ(0).
 SAMPLER = dict(steps_offset=1, set_alpha_to_one=False, clip_sample=False, timestep_spacing="leading")
 
@@ -187,7 +188,7 @@ def read_scheduler(config: Config, where: str) -> str:
     raise UserError(f"{where}: beta_schedule is {theirs!r}; it must be one of {', '.join(names)}")
   # Stable Diffusion's own range, which `method/schedules.py` has fixed. A cosine schedule does without.
   if names[theirs] != "cosine":
-    _require(config, BETAS, where)
+    _require({**DIFFUSERS_BETAS, **config}, BETAS, where)
   return names[theirs]
 
 

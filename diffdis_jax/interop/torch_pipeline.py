@@ -1,7 +1,7 @@
 """DiffDisPipeline: diffusers' StableDiffusionPipeline, which also classifies and ranks images.
 
-It needs torch, diffusers, transformers and Pillow alone: export_weights puts this file beside its weights, as
-pipeline.py, and diffusers loads it from there.
+It needs torch, diffusers, transformers and Pillow, and ftfy for texts beyond plain ASCII. export_weights puts this file
+beside its weights, as pipeline.py, and diffusers loads it from there.
 
   pipe = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
   image = pipe("a red star").images[0]
@@ -18,7 +18,6 @@ import json
 import os
 import pathlib
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +36,11 @@ try:
   import jaxtyping as jt
 except ImportError:
   pass
+# Only texts beyond plain ASCII need it.
+try:
+  import ftfy
+except ImportError:
+  ftfy = None
 
 Images = Any  # PIL.Image, torch.Tensor or np.ndarray, or a sequence of them
 Generator = Any  # torch.Generator
@@ -53,11 +57,6 @@ TEMPLATES = (
   "a photo of the small {}.",
 )
 _SLOT = re.compile(r"\{c?\}")
-# Quotes made straight, a byte order mark left out, and plain letters for Latin ligatures and full-width forms.
-_PLAIN = (
-  dict.fromkeys(range(0x2018, 0x201C), "'") | dict.fromkeys(range(0x201C, 0x2020), '"') | {0x2BC: "'", 0xFEFF: ""}
-)
-_PLAIN |= {c: unicodedata.normalize("NFKC", chr(c)) for c in (0x3000, *range(0xFB00, 0xFB05), *range(0xFF01, 0xFFEF))}
 WANTED = "give a PIL image, a tensor or an array"
 _TURNS = {  # what makes an image upright, by EXIF's orientation
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -216,9 +215,9 @@ class DiffDisPipeline(StableDiffusionPipeline):
     Text queries e, which the cosine compares with images.
 
     Args:
-      texts (`str` or `List[str]`): cut where they are longer than the model's `max_length`. As in training, HTML's
-        entities are the characters that they stand for, quotation marks are straight, and ligatures and full-width
-        forms are plain letters.
+      texts (`str` or `List[str]`): cut where they are longer than the model's `max_length`. They are cleaned as in
+        training: broken encodings are repaired, HTML's entities unescaped, and quotation marks straightened. This needs
+        ftfy for texts beyond plain ASCII.
       batch_size (`int`): texts at a time.
 
     Returns:
@@ -227,12 +226,8 @@ class DiffDisPipeline(StableDiffusionPipeline):
     diffdis, texts = self._diffdis(), [texts] if isinstance(texts, str) else texts
     _check_texts("texts", texts)
     _check_whole("batch_size", batch_size)
-    cleaned = [_cleaned(text) for text in texts]
-    ids = self.tokenizer(
-      cleaned, padding="max_length", max_length=diffdis.max_length, truncation=True, return_tensors="pt"
-    ).input_ids
     with self._evaluating():
-      parts = [part.to(self._execution_device) for part in ids.split(batch_size)]
+      parts = [part.to(self._execution_device) for part in self._token_ids(texts).split(batch_size)]
       return torch.cat([diffdis.embed_text(part, text_encoder=self.text_encoder) for part in parts])
 
   @torch.no_grad()
@@ -316,6 +311,11 @@ class DiffDisPipeline(StableDiffusionPipeline):
     (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "pipeline.py").write_text(self.source, encoding="utf-8")
 
+  def _token_ids(self, texts: Sequence[str]) -> jt.Int[Tensor, "n l"]:
+    """Return the ids that texts have in training."""
+    how = dict(padding="max_length", max_length=self._diffdis().max_length, truncation=True, return_tensors="pt")
+    return self.tokenizer([_cleaned(text) for text in texts], **how).input_ids
+
   def _check_unet(self) -> None:
     if self.unet is None:
       raise ValueError(
@@ -355,9 +355,15 @@ def _check_texts(what: str, texts: Any) -> None:
 
 
 def _cleaned(text: str) -> str:
-  """What of the training's cleaning the tokenizer does not do, except for the repair of broken encodings."""
-  # Twice: captions of the web are often escaped twice.
-  return html.unescape(html.unescape(text)).translate(_PLAIN)
+  """Clean a text as training does, so that it has the same tokens."""
+  if not text.isascii() or not text.isprintable() or "&" in text:
+    if ftfy is None:
+      raise ImportError(f"the text {text[:50]!r} is repaired as in training, which needs ftfy: pip install ftfy")
+    # Twice: captions of the web are often escaped twice.
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+  text = " ".join(text.split()).lower()
+  # With spaces inside, a spelled-out start or end is read as text, not as the token at which a text ends.
+  return text.replace("<|startoftext|>", "<| startoftext |>").replace("<|endoftext|>", "<| endoftext |>")
 
 
 def _check_whole(what: str, value: Any) -> None:

@@ -55,7 +55,7 @@ def test_from_a_folder(folder, tmp_path):
   # An evaluation whose --out lies elsewhere is not known here.
   card = (folder / "README.md").read_text()
   assert "## Figures\n\nNone are recorded with the run.\n" in card
-  assert 'pip install torch "diffusers>=0.35.2" transformers' in card and "diffusers>=0.35.2" in EXTRAS["torch"]
+  assert 'pip install torch "diffusers>=0.35.2" transformers ftfy' in card and "diffusers>=0.35.2" in EXTRAS["torch"]
   (tmp_path / "FOLDER").symlink_to(folder)
   # What a pipeline saved is whole in another process too.
   saved = 'pipe.save_pretrained("saved")\n' + "\n".join(lines[:2]).replace('"FOLDER"', '"saved"') + "\n"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from diffdis_jax.errors import UserError
 from diffdis_jax.interop import sections
@@ -61,6 +62,19 @@ def test_the_files_of_stable_diffusion_1_lack_some_fields():
   assert sections.read_vae(config, "here") == SD["autoencoder"]
 
 
+def test_a_field_that_is_missing_has_the_librarys_default():
+  for library, fixed in (
+    (UNet2DConditionModel, sections.FIXED_UNET),
+    (AutoencoderKL, sections.FIXED_VAE),
+    (DDIMScheduler, sections.FIXED_SCHEDULER | sections.DIFFUSERS_BETAS),
+    (CLIPTextConfig, sections.FIXED_TEXT),
+    (CLIPVisionConfig, sections.FIXED_VISION),
+  ):
+    parameters = inspect.signature(library.__init__).parameters
+    assert {name: parameters[name].default for name in fixed} == fixed
+  assert sections.read_scheduler({"beta_schedule": "squaredcos_cap_v2"}, "here") == "cosine"
+
+
 @pytest.mark.parametrize(
   "read, changes, message",
   [
@@ -78,7 +92,11 @@ def test_the_files_of_stable_diffusion_1_lack_some_fields():
     (sections.read_vision, {"hidden_act": "swish"}, "hidden_act is 'swish'"),
     (sections.read_scheduler, {"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'"),
     (sections.read_scheduler, {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
-    (sections.read_scheduler, {"beta_schedule": "linear", "beta_end": 0.02}, "beta_end is 0.02"),
+    (sections.read_scheduler, sections.BETAS | {"beta_schedule": "linear", "beta_end": 0.02}, "beta_end is 0.02"),
+    # Diffusers' defaults, which no schedule here has.
+    (sections.read_scheduler, {"beta_schedule": "scaled_linear"}, "beta_start is 0.0001; .* have 0.00085"),
+    (sections.read_scheduler, {"beta_schedule": "linear", "beta_start": 0.00085}, "beta_end is 0.02; .* have 0.012"),
+    (sections.read_scheduler, {}, "beta_start is 0.0001"),
   ],
 )
 def test_what_is_not_supported(read, changes, message):

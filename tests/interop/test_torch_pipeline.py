@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import pathlib
+import random
 import shutil
 import struct
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -189,6 +191,32 @@ def test_it_reads_texts_as_the_run_does(made, pipe):
   model, params = inference.load(made, mesh=steps.make_mesh(), batch_size=8)
   expected = model.embed_texts(params, Tokenizer(model.max_length)(texts))
   np.testing.assert_allclose(pipe.embed_texts(texts), expected, atol=1e-4)
+
+
+# What web captions hold, and what a tokenizer could take for more than text.
+PIECES = [
+  *("<|endoftext|>", "<|startoftext|>", "<|EndOfText|>", "&lt;|endoftext|&gt;", "<| endoftext |>", "<|endoftext|>x"),
+  *("\x00", "\x1b[31m", "\x7f", "\x85", "\r\n", "\t", "\u200b", "\u2028", "\ufeff", "&#1;", "&#128;", "&nbsp;"),
+  *("â€œquoted", "Ã©tÃ©", "cafÃ©", "â€™s", "schÃ¶n", "&amp;amp;", "\u2018q\u2019", "\u201cq\u201d", "ﬁre", "Ｆｕｌｌ"),
+  *("İstanbul", "ß", "ΑΣ", "e\u0301", "½", "日本語", "🙂", "it's", "a red star", "12", "!!", " "),
+]
+
+
+def test_any_text_has_the_tokens_that_it_has_in_training(made, pipe):
+  rng = random.Random(0)
+  texts = [rng.choice(["", " "]).join(rng.choices(PIECES, k=rng.randint(1, 5))) for _ in range(640)]
+  texts += [
+    "".join(chr(rng.choice([rng.randrange(0x300), rng.randrange(0xD800)])) for _ in range(8)) for _ in range(320)
+  ]
+  tokenizer = Tokenizer(pipe.diffdis.max_length)
+  np.testing.assert_array_equal(pipe._token_ids(texts), tokenizer(texts))
+
+
+def test_a_text_that_needs_a_package_says_so(pipe, monkeypatch):
+  monkeypatch.setattr(sys.modules[type(pipe).__module__], "ftfy", None)
+  assert pipe.embed_texts("a red star").shape == (1, 16)
+  with pytest.raises(ImportError, match="the text 'café' is repaired as in training, which needs ftfy: pip install"):
+    pipe.embed_texts("café")
 
 
 def test_its_templates_are_the_evaluations():
