@@ -63,7 +63,7 @@ LONGEST = (
   "test_torch_pipeline.py",
   "test_evaluate_fid.py",
   # Half as long, but the last in the order of folders.
-  "test_task_gradients.py",
+  "test_gradient_meter.py",
   "test_long_tail.py",
   "test_skips.py",
 )

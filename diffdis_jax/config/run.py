@@ -50,9 +50,6 @@ class Run:
     sample_posterior: latents are a sample of the autoencoder's posterior, or else its mode.
     long_tail: of a long-tailed run alone.
     log_every: steps between two lines of metrics; the last step has one too.
-    log_gradients: at these steps, log the cosine and the norms of the gradients of L_IG and L_ITA by block
-      (training/task_gradients.py), which takes a gradient of each more and nearly doubles their time. The training's
-      numbers stay.
     save_every: steps between two checkpoints; the last step has one too.
     eval_every: steps between two evaluations while training; the last step has one too.
     sample_every: steps between two grids of generated images; the last step has one too.
@@ -82,7 +79,6 @@ class Run:
   data: Data = Data()
   checkpoint: CheckpointPolicy = CheckpointPolicy()
   log_every: int = 50
-  log_gradients: bool = False
   save_every: int = 1000
   eval_every: int = 1000
   sample_every: int = 1000
@@ -148,8 +144,7 @@ class Run:
     """This with these objectives alone, and what changes another one alone switched off. Raises UserError: as `of`."""
     lacking = {name for name, objective in _OF_ONE_TASK.items() if objective not in names}
     off: dict[str, Any] = {f"loss.{name}": 0.0 for name in lacking}
-    # Which compares the objectives that those switches are of.
-    return self.replace({"objectives": names, **off, **({"log_gradients": False} if lacking else {})})
+    return self.replace({"objectives": names, **off})
 
   def _check_objectives(self) -> None:
     """They go together, and with the other sections."""
@@ -163,8 +158,6 @@ class Run:
     for name, objective in _OF_ONE_TASK.items():
       if (value := getattr(self.loss, name)) and objective not in self.objectives:
         raise UserError(f"loss.{name} is {value}; it changes {objective} alone, which objectives lacks: leave it at 0")
-    if self.log_gradients and not {*_OF_ONE_TASK.values()} <= {*self.objectives}:
-      raise UserError(f"log_gradients compares both tasks; objectives is {', '.join(self.objectives)}: leave it False")
     in_parts = self.optim.accumulate > 1 and self.optim.contrastive_batch == "whole"
     if in_parts and self.objectives.contrasts and not self.objectives.grad_cache:
       raise UserError(

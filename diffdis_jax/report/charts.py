@@ -22,13 +22,6 @@ OPTIMISATION = {
   "grad_norm": ("Norm of the gradient", "number"),
   "skipped": ("Steps skipped since the last report", "number"),
 }
-# What log_gradients logs by block: the names' beginning -> title.
-GRADIENTS = {
-  "grad_cosine_": "Cosine of L_IG's and L_ITA's gradients, by block",
-  "grad_ratio_": "Norm of L_ITA's gradient over that of L_IG's, by block",
-  "grad_norm_generation_": "Norm of L_IG's gradient, by block",
-  "grad_norm_discrimination_": "Norm of L_ITA's gradient, by block",
-}
 DATA = {"substituted": ("Records substituted since the last report", "number")}
 _QUARTER = re.compile(r"(loss_\w+)_q([1-4])")
 
@@ -79,9 +72,6 @@ def group(metrics: Iterable[str]) -> list[dict[str, Any]]:
   for section, known in (("speed", SPEED), ("optimisation", OPTIMISATION), ("data", DATA)):
     for name, (title, format) in known.items():
       take(section, title, [name], [name], format)
-  for begin, title in GRADIENTS.items():
-    names = [name for name in left if name.startswith(begin)]
-    take("optimisation", title, names, [name.removeprefix(begin) for name in names])
   take("optimisation", "Learning rates", rates, [name.removeprefix("rate/") for name in rates])
   for name in list(left):
     take("losses", name.replace("_", " ").capitalize(), [name], [name])

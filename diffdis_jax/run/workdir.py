@@ -31,7 +31,7 @@ ENDING = 3.0  # seconds that a process of this machine is given to end
 # Seconds, more than a write takes, after which the last of several that began at one moment has the workdir.
 SETTLING, SETTLING_IN_A_BUCKET = 0.2, 2.0
 MAY_CHANGE = (
-  r"^(log|save|eval|sample)_every$|^log_gradients$",
+  r"^(log|save|eval|sample)_every$",
   r"^(train_evals|sample_prompts|inference)(\.|$)",
   r"^(checkpoint|evals|mesh)(\.|$)",
   r"^data\.loader\.(num_threads|prefetch)$",

@@ -8,18 +8,16 @@ from jax.sharding import Mesh
 
 from diffdis_jax.config.run import Run
 from diffdis_jax.parallel import executables, programs
-from diffdis_jax.training import task_gradients
 from diffdis_jax.training.flops import abstract_batch
 from diffdis_jax.training.step import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """What a run trains with; nothing is allocated yet. `gradients`: of both tasks, where they are logged."""
+  """What a run trains with; nothing is allocated yet."""
 
   trainer: Trainer
   train_step: programs.AheadOfTime
-  gradients: programs.AheadOfTime | None
 
   @classmethod
   def of(cls, run: Run, mesh: Mesh, folder: executables.Folder | None = None) -> Prepared:
@@ -29,7 +27,7 @@ class Prepared:
     step = programs.AheadOfTime(
       "the training step", trainer.train_step, *trainer.abstract_state.split(), shapes, kept=trainer.kept
     )
-    return cls(trainer, step, task_gradients.compiled_beside(trainer, shapes) if run.log_gradients else None)
+    return cls(trainer, step)
 
   def check(self, *, begins: bool) -> None:
     """Raises UserError where --compiled has the programs of another run. `begins`: whether the run is new."""

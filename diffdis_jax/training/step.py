@@ -226,22 +226,19 @@ class Trainer:
     state: TrainState,
     batch: TrainingBatch,
     *,
-    network: Network | None = None,
-    run: Run | None = None,
     microbatches: int | None = None,
   ) -> Gradient:
     """Of the whole batch, or the mean over microbatches that are batches of their own; metrics, added up; and the new
     latent statistics.
 
     Args:
-      network, run: others than the trainer's, for a part of the loss: of fewer objectives, or with other weights.
       microbatches: None for as many as the run has.
 
     Raises:
       UserError: images that are not uint8.
     """
     _check_images(batch)
-    network, run = network or self.network, run or self.run
+    network, run = self.network, self.run
     n = microbatches or run.optim.accumulate
     trainable, fixed = self._parts(state)
     keys = functools.partial(step_keys, state.seed, state.step)

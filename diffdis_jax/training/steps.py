@@ -82,18 +82,15 @@ class Steps:
       tools.checkpointer.add_metrics(self._start, found)
 
     train_step: Callable[..., Any] | None = None
-    compare: Callable[..., dict[str, Any]] = lambda state, batch: {}
     for step in self._progress.steps():
       tools.dog.alive()
       self._profiler.before(step, self._metrics)
       batch = self._next_batch()
       if train_step is None:
         train_step = tools.prepared.train_step.compiled()
-        compare = tools.prepared.gradients.compiled() if tools.prepared.gradients else compare
         tools.stop.begin()  # until now there was nothing to save, and a signal ended the process at once
       last = step == run.num_steps
       logs = last or step % run.log_every == 0
-      gradients = compare(state, batch) if logs else {}  # before the step, which takes the state's memory
       state, metrics = take_step(train_step, state, batch)
       self._after_step(step, metrics)
 
@@ -104,7 +101,7 @@ class Steps:
           tools.checkpointer.wait()  # for the save that is still being written
           raise self._skipped.too_many(step, tools.checkpointer.latest_step())
       if logs:
-        self._report(step, gradients)
+        self._report(step)
       self._evaluate_and_save(step, state, last=last)
     tools.checkpointer.wait()  # for the last save, without which the run has not finished
 
@@ -134,11 +131,11 @@ class Steps:
     """For the steps that the devices are still at."""
     jax.block_until_ready(self._metrics)
 
-  def _report(self, step: int, gradients: Mapping[str, Any]) -> None:
+  def _report(self, step: int) -> None:
     """Writes the means since the last report."""
     assert self._totals is not None
     means = check_finite(self._totals, step, self._tools.checkpointer)
-    counts = self._substitutions.report(processes.over_hosts) | self._skipped.report() | jax.tree.map(float, gradients)
+    counts = self._substitutions.report(processes.over_hosts) | self._skipped.report()
     speeds = self._progress.report(step, means)
     lines = means | speeds | slowest_host(speeds["data_wait"]) | counts
     self._writer.scalars(step, lines)

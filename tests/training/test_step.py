@@ -414,7 +414,6 @@ def test_bf16_compute_keeps_f32_parameters_and_is_close():
     ),
     ({"objectives": ("discrimination",), "loss.dispersive_weight": 0.5}, "dispersive_weight .* generation alone"),
     ({"objectives": ("generation",), "loss.noised_image_share": 0.5}, "noised_image_share .* discrimination alone"),
-    ({"objectives": ("generation",), "log_gradients": True}, "log_gradients compares both tasks; .* is generation"),
     ({"loss.dispersive_weight": 0.5, "optim.accumulate": 2}, "loss.dispersive_weight takes a batch whole"),
     ({"objectives": ("reconstruction", "generation")}, "cannot be combined"),
     ({"objectives": ("generation", "generation")}, "objectives names generation twice"),

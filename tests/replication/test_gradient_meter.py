@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 
 import jax
 import numpy as np
 import pytest
 
-from diffdis_jax.config import Run
 from diffdis_jax.parallel import sharding
 from diffdis_jax.structs import Batch
-from diffdis_jax.training import loop, task_gradients
-from tests import steps, tiny
+from replication import gradient_meter
+from tests import steps
 from tests.models.networks import random_params
 
+pytest_plugins = ("tests.untrained",)
 # Of each block a path's beginnings, and which gradients it has.
 BLOCKS = {
   "down": ("unet.conv_in.", "unet.down."),
@@ -73,7 +72,7 @@ def test_cosines_and_norms_equal_those_of_the_whole_loss_in_float64(changes, mes
   trainer = steps.build_trainer(config, steps.make_mesh(*mesh))
   params = jax.device_put(random_params(trainer.shapes, seed=0), trainer.param_shardings)
   batch = Batch(**sharding.to_global(vars(steps.make_batch(config)), trainer.mesh))
-  compare = task_gradients.compiled_beside(trainer, batch).compiled()
+  compare = gradient_meter.compiled(trainer)
   state = trainer.with_params(params)
   found = jax.device_get(compare(state, batch))
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((state, batch)))  # the step has them next
@@ -82,18 +81,8 @@ def test_cosines_and_norms_equal_those_of_the_whole_loss_in_float64(changes, mes
     np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=1e-5 if "cosine" in name else 0, err_msg=name)
 
 
-def test_a_run_logs_them_with_its_other_metrics(tmp_path):
-  config = tiny.get_config()
-  config.num_steps, config.log_every, config.log_gradients = 3, 2, True
-  config.model.unet.attention = (False,)
-  # Of one device, for which less is compiled.
-  prepared = loop.Prepared.of(Run.of(config), steps.make_mesh())
-  loop.train_and_evaluate(Run.of(config), str(tmp_path / "run"), prepared=prepared)
-  lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-  lines = [line for line in lines if "loss" in line]
-  assert [line["step"] for line in lines] == [2, 3]
-  for line in lines:
-    assert {f"grad_cosine_{block}" for block in BLOCKS} - line.keys() == {"grad_cosine_up", "grad_cosine_fusion"}
-    assert {"grad_norm", "grad_norm_generation_up", "grad_norm_discrimination_fusion"} < line.keys()
-    assert all(abs(value) <= 1 for name, value in line.items() if "cosine" in name)
-    assert all(math.isfinite(value) for name, value in line.items() if name.startswith("grad_"))
+def test_it_measures_a_run_at_its_newest_checkpoint(run):
+  found = gradient_meter.measure(run, 1)
+  assert found.keys() == expected().keys()
+  assert all(math.isfinite(value) for value in found.values())
+  assert all(abs(value) <= 1 for name, value in found.items() if "cosine" in name)
