@@ -1,15 +1,20 @@
-"""Ctrl-C to a real run in a terminal, data workers included, and another config for one that has saved nothing."""
+"""Ctrl-C in a terminal, and its closing, to a real run with data workers; another config for a run without a save."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import signal
+import subprocess
 import sys
+import termios
+import time
 
 from diffdis_jax.run import committed, history
-from tests.command_runs import call
+from tests.command_runs import ROOT, call
 from tests.interrupting import Terminal
 from tests.test_kills import steps_logged
 
@@ -48,3 +53,41 @@ def test_ctrl_c_saves_and_one_that_has_saved_nothing_takes_another_config(tmp_pa
 
   done = call("train", environment, *flags(run, **other | {"seed": 2}))
   assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("take its config or a new --workdir")
+
+
+def test_a_terminal_that_is_closed_loses_no_step(tmp_path, environment):
+  """All processes of the terminal get SIGHUP, data workers too, and each write to it fails from then on."""
+  run = tmp_path / "run"
+  command = [sys.executable, "-m", "diffdis_jax.train", *flags(run, **{"data.loader.num_workers": 1})]
+  terminal, side = os.openpty()
+
+  def take_terminal() -> None:
+    fcntl.ioctl(side, termios.TIOCSCTTY, 0)
+
+  process = subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=environment,
+    stdin=side,
+    stdout=side,
+    stderr=side,
+    start_new_session=True,
+    preexec_fn=take_terminal,
+  )
+  try:
+    os.close(side)
+    os.set_blocking(terminal, False)
+    while len(steps_logged(run)) < 20:
+      assert process.poll() is None
+      time.sleep(0.01)
+      with contextlib.suppress(BlockingIOError):  # or else a full terminal would stop the run
+        os.read(terminal, 2**16)
+    os.close(terminal)
+    assert process.wait(60) == 75
+  finally:
+    process.kill()
+  step = committed.latest_step(run)
+  assert step and step >= 20 and steps_logged(run) == list(range(1, step + 1))
+  with Terminal(command, environment, tmp_path / "stderr") as again:
+    again.wait_until(lambda: len(steps_logged(run)) > step)
+  assert [event.get("step") for event in history.read(run)] == [0, None, step]

@@ -222,7 +222,7 @@ def _shares(count: int) -> list[set[int] | None]:
 
 
 class _Children:
-  """Processes that get SIGTERM when this one gets it, or Ctrl-C, and save; at a second Ctrl-C they are killed."""
+  """Processes that get SIGTERM, and save, when this one gets a signal; at a second Ctrl-C they are killed."""
 
   def __init__(self) -> None:
     self.asked = self._interrupted = False
@@ -230,9 +230,9 @@ class _Children:
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[_Children]:
-    """Takes both signals, where this is the main thread; leaves no process behind."""
+    """Take the signals, if this is the main thread; leave no process behind."""
     # The handler does nothing: a thread stops the runs' processes, whose ends the main thread waits for.
-    listener = signals.Listener([signal.SIGTERM, signal.SIGINT], lambda number, frame: None, self._hear)
+    listener = signals.Listener(lambda number, frame: None, self._hear)
     with listener.listening():
       try:
         yield self

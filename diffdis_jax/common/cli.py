@@ -2,7 +2,8 @@
 
 A verb ends with `if __name__ == "__main__": cli.run(main)`. Bad input exits with code 2 and one line on stderr, a full
 disk with one line and code 1, on which launchers try again, a bug with its traceback and code 1, a preemption with code
-75, Ctrl-C with one line and code 130, and SIGTERM, where there is nothing to save, with one line and code 143.
+75, Ctrl-C with one line and code 130, and SIGTERM or SIGHUP, where there is nothing to save, with one line and code
+143.
 
 jax is imported where it is used: it takes two seconds, which commands that compute nothing have no need of.
 """
@@ -61,7 +62,7 @@ def run(main: Callable[[list[str]], Any], *, positional: int = 0) -> NoReturn:
     sys.stdout.reconfigure(errors="backslashreplace")
   sys.excepthook = _excepthook
   sys.unraisablehook = _unraisablehook
-  signals.Ending().start()
+  signals.end_on_signals()
   logging.get_absl_handler().addFilter(_is_ours)
   flags.DEFINE_boolean("quiet", False, "write warnings and errors only, no progress")
   _make_own_flags_known()

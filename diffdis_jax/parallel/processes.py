@@ -48,8 +48,7 @@ _VARIABLES = {
   "num_processes": ("DIFFDIS_NUM_PROCESSES",),
   "process_id": ("DIFFDIS_PROCESS_ID", "JOB_COMPLETION_INDEX"),  # the latter of a Kubernetes Job with indices
 }
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_CAUSES = (None, Preempted, Interrupted)  # to stop: none, and those of _SIGNALS, the weightiest last
+_CAUSES = (None, Preempted, Interrupted)  # to stop, the weightiest last; the first is none
 _barriers = itertools.count()
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -380,9 +379,9 @@ def shows(look: Callable[[], bool]) -> bool:
 
 
 class PreemptionHandler:
-  """SIGTERM, which announces a preemption, and Ctrl-C; and the agreement of all processes on where to stop.
+  """SIGTERM, which announces a preemption, SIGHUP of a closed terminal, and Ctrl-C; and where all processes stop.
 
-  Before `begin` there is nothing to save, and either ends this process at once with code 75 or 130, also while its main
+  Before `begin` there is nothing to save: each signal ends the process at once with code 75 or 130, also while its main
   thread compiles. The others end by a signal of their own, or as where a process dies. Afterwards a second Ctrl-C ends
   it at once, without a save. In a program that is no command, such as a notebook's kernel, Ctrl-C before `begin` is a
   KeyboardInterrupt, which ends the training and not the program.
@@ -401,9 +400,9 @@ class PreemptionHandler:
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[None]:
-    """Takes both signals, where this is the main thread."""
+    """Take the signals, if this is the main thread."""
     self._is_guest = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # which commands replace
-    with signals.Listener(_SIGNALS, self._on_signal, self._hear).listening():
+    with signals.Listener(self._on_signal, self._hear).listening():
       yield
 
   def begin(self) -> None:
@@ -439,7 +438,7 @@ class PreemptionHandler:
     del frame
     if self._is_the_programs(number):
       raise KeyboardInterrupt
-    self._asked = max(self._asked, _SIGNALS.index(number) + 1)
+    self._asked = max(self._asked, 2 if number == signal.SIGINT else 1)
 
   def _is_the_programs(self, number: int) -> bool:
     return self._is_guest and not self._begun and number == signal.SIGINT

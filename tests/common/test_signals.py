@@ -79,7 +79,11 @@ def left(tmp_path: pathlib.Path) -> list[str]:
   return sorted(path.name for path in (tmp_path / "work").iterdir())
 
 
-ENDS = [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 143, "terminated\n")]
+ENDS = [
+  (signal.SIGINT, 130, "interrupted\n"),
+  (signal.SIGTERM, 143, "terminated\n"),
+  (signal.SIGHUP, 143, "terminated\n"),
+]
 
 
 @pytest.mark.parametrize("number, code, said", ENDS)
