@@ -69,9 +69,9 @@ lint: $(VENV)/.installed-test
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# The figures of the book, from the records in docs/measured. No plotting library draws them.
+# The figures of the book, from the records in replication/measured. No plotting library draws them.
 figures: $(VENV)/.installed
-	$(BIN)/python -m docs.figures
+	$(BIN)/python -m replication.figures
 
 # Before the folder is made, and of a folder that is there, since venv leaves its Python as it is.
 CHECK_PYTHON = import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python " + sys.version.split()[0] + " is \

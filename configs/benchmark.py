@@ -2,7 +2,7 @@
 
   diffdis benchmark --config=benchmark --out=benchmark.json
 
-For timing alone: nothing was trained by it. What it measured: docs/log/compilers.md.
+For timing alone: nothing was trained by it. What it measured: replication/log/compilers.md.
 """
 
 from ml_collections import ConfigDict

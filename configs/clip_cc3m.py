@@ -10,7 +10,7 @@ Zero-shot ImageNet there, after 20 epochs in batches of 1024 by AdamW, rate 1e-3
   recipe=openclip  open_clip's code: its crop, nothing else    vit_b32 14.7 %   vit_l14 19.1 %
 
 Those are the paper's figures. Not run at full size: `preflight` estimates 37 chip-hours for vit_l14 on v5p at batch
-256, and at most 20 for vit_b32 on v5e at batch 1024 (docs/log/compilers.md).
+256, and at most 20 for vit_b32 on v5e at batch 1024 (replication/log/compilers.md).
 
 All else is not stated by the paper: betas, epsilon, warm-up, schedule, crops, activation. What stands here is
 open_clip's, except a warm-up shorter than its 10,000 steps, and for the paper's recipe a crop of half of the image or

@@ -12,12 +12,12 @@
 
 Generation first, then both objectives from there, since the paper also starts from a generative model. After 1,800
 steps each, accuracy was a third higher than after 1,800 of both alone (one run). In single runs it
-rose further with 1,800 steps twice more, --config.init_from being the last run's folder (docs/log/emoji.md). With one
-seed each sees the same views and noise again; --config.seed=N has others.
+rose further with 1,800 steps twice more, --config.init_from being the last run's folder (replication/log/emoji.md).
+With one seed each sees the same views and noise again; --config.seed=N has others.
 
 Autoencoder and generation took 9 and 24 min on two cores of an AMD EPYC, the run itself 118 min on one: 1.5 hours of
 two cores. Result, seed 0, one run: zero-shot top-1 45.1 % of 895 concepts on val_vendor and 58.0 % of 1,364 on
-test_vendor, R@1 56 %, accuracy of generated images 41.5 % top-1 (docs/log/emoji.md).
+test_vendor, R@1 56 %, accuracy of generated images 41.5 % top-1 (replication/log/emoji.md).
 
 DIR_OF_TARBALLS is a folder of npm packages; docs/data.md has the line that fetches them.
 
@@ -50,7 +50,7 @@ from diffdis_jax.models.sizes import clip_medium, medium
 GENERATED = dict(shift=0.06, zoom=0.15, rotation=10.0)
 ENCODED = GENERATED | dict(brightness=0.2, contrast=0.2, saturation=0.3, hue=0.04)
 DISCRIMINATED = dict(shift=0.08, zoom=0.2, rotation=12.0, brightness=0.3, contrast=0.3, saturation=0.5, hue=0.05)
-# τ is fixed. If learned, it grows to 36, and captions then fit the training images alone (docs/log/emoji.md).
+# τ is fixed. If learned, it grows to 36, and captions then fit the training images alone (replication/log/emoji.md).
 TEMPERATURE = 12.0
 NUM_STEPS = dict(both=3600, generation=1800, discrimination=5400, contrastive=5400)
 RATE = 5e-4
@@ -83,7 +83,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
   config = common.base(medium(), image_size=32)
   config.model.query_init = 0.0  # a shorter plateau at the start
-  # Neither is the paper's. Both were chosen by accuracy on test_vendor (docs/log/emoji.md).
+  # Neither is the paper's. Both were chosen by accuracy on test_vendor (replication/log/emoji.md).
   config.model.alignment.spatial_pool = 4
   config.model.text_encoder.token_embedding_weight = 8.0
   config.model.temperature = TEMPERATURE

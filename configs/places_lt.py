@@ -14,7 +14,7 @@ Every rate is that of VL-LTR's ViT-B/16; for DiffDis and for ViT-L/14 none is st
 the text tower in stage 1.
 
 Not run at full size. For stage 1 of DiffDis `preflight` estimates 5 chip-hours on 16 v5e by cycles, which is too few,
-and at least 0.7 on 8 H100 (docs/log/compilers.md).
+and at least 0.7 on 8 H100 (replication/log/compilers.md).
 
 The paper's figures (Image-, Text-, KNN-Acc after stage 1, Acc after stage 2): CLIP-L/14 31.4 / 38.1 / 35.5, 40.5 %;
 DiffDis 37.0 / 52.5 / 40.5, 44.4 %.

@@ -1,4 +1,4 @@
-"""Experiments that docs/replication/protocol.md has planned, as `ablate` takes them.
+"""Experiments that replication/protocol.md has planned, as `ablate` takes them.
 
   diffdis ablate plan --base=scenes:measured=test --arms=replication:e1 --seeds=0,1,2,3,4 --out=runs/e1
   diffdis ablate run --base=scenes:measured=test --arms=replication:e1 --seeds=0,1,2,3,4 --out=runs/e1
@@ -48,7 +48,7 @@ EMOJI_STEP_SECONDS = {
   "convolutional CLIP": 0.250,
 }
 RATES = (3e-4, 1e-3, 3e-3)
-# Of each CLIP the best of RATES by top-1 on val_vendor in the table of e4_rates (docs/measured/e4_rates_runs.tar.xz).
+# The best of RATES for each CLIP, by top-1 on val_vendor in the table of e4_rates (measured/e4_rates_runs.tar.xz).
 CLIP_RATES: dict[str, float] = {"CLIP": 1e-3, "CLIP with parts": 1e-3, "convolutional CLIP": 1e-3}
 # The two additions of configs/emoji.py that the paper's model lacks, off.
 WITHOUT_PARTS: dict[str, Any] = dict(alignment=dict(spatial_pool=0))

@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.num_steps, config.batch_size = 900, 64
   config.optim.weight_decay = 0.05
   # At 0.01, the weight of the shapes, training on both learned neither shapes nor relations in 900 steps; at 0.1 it did
-  # (docs/replication/protocol.md, pilot runs).
+  # (replication/protocol.md, pilot runs).
   config.loss.ita_weight = 0.1
   config.save_every = config.eval_every = config.sample_every = 450
   config.sample_prompts = tuple(scene.caption() for pairs in PAIRS for scene in scenes_of(f"val{pairs}")[:32])

@@ -6,7 +6,7 @@
 
 `make demo` runs both, evaluates and generates, in 9 to 11 min of two quiet cores. 8 of the 64 colour-shape pairs are
 never trained on. Result of four seeds on an AMD EPYC: zero-shot top-1 99.9 ± 0.2 % on seen pairs and 97.0 ± 1.2 % on
-unseen pairs, accuracy of generated images 94.8 ± 3.7 and 92.2 ± 3.1 % (docs/log/shapes.md).
+unseen pairs, accuracy of generated images 94.8 ± 3.7 and 92.2 ± 3.1 % (replication/log/shapes.md).
 
 CLIP on the same pairs, batches and texts needs no autoencoder: --config=shapes:objectives=contrastive
 """
@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
   config.num_steps, config.batch_size = 1500, 48
   # Seen pairs are soon classified, and the loss says little more. On unseen pairs one seed of three then stayed at 75 %
-  # with a decay of 0.01; with 0.5 none of four did. Generated images are noisier for it (docs/log/shapes.md).
+  # with a decay of 0.01; with 0.5 none of four did. Generated images are noisier for it (replication/log/shapes.md).
   config.optim.weight_decay = 0.5
   # One caption a class: two that differ are negatives of each other, and accuracy on unseen pairs was lower.
   config.data.caption_fields = ("plain_caption",)

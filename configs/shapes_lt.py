@@ -16,7 +16,7 @@ and, to compare with, one that has seen all classes, in as many images, with all
 the network is that of such a start.
 
 Result of three seeds, with a wider small network than now: top-1 61.0 ± 7.1 % for DiffDis and 40.4 ± 3.8 % for CLIP, on
-low classes 49.2 ± 5.7 and 20.4 ± 5.7 % (docs/log/shapes.md). Hours were not recorded.
+low classes 49.2 ± 5.7 and 20.4 ± 5.7 % (replication/log/shapes.md). Hours were not recorded.
 
 They are rare in these two stages alone: START of configs/shapes.py has seen some 257 images with captions of each of
 56 of the 64 classes, 27 of the 32 low ones (at most 20 training images) among them.

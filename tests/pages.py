@@ -10,7 +10,8 @@ from collections.abc import Iterator
 ROOT = pathlib.Path(__file__).parents[1]
 WRITTEN = ROOT / "docs" / "tour"  # by the notebook, a model card among it
 DOCS = sorted(path for path in (ROOT / "docs").rglob("*.md") if WRITTEN not in path.parents)
-PAGES = ("README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in DOCS))
+BESIDE = sorted((ROOT / "replication").rglob("*.md"))
+PAGES = ("README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in (*DOCS, *BESIDE)))
 _BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
 _INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 _COMMAND = re.compile(r"(?:^|.* )(?=(?:\.venv/bin/)?(?:python -m|pytest|diffdis |make ))")

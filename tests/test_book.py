@@ -1,6 +1,6 @@
 """README and the pages in docs/ are short, in the field's words, and found in the site; so are docstrings and messages.
 
-docs/log is a dated notebook, to which only the navigation applies.
+replication/log is a dated notebook, to which only the navigation applies.
 """
 
 from __future__ import annotations
@@ -210,7 +210,8 @@ def test_every_page_is_in_the_navigation_once():
 
   found = sorted(page for page in of(NAV) if page.endswith(".md"))
   there = [str(path.relative_to(ROOT / "docs")) for path in pages.DOCS]
-  assert found == sorted([*there, "tour.md"])  # the notebook, which docs/tour_page.py makes a page
+  beside = [str(path.relative_to(ROOT)) for path in (ROOT / "replication").rglob("*.md")]
+  assert found == sorted([*there, *beside, "tour.md"])  # the notebook, which docs/tour_page.py makes a page
 
 
 @pytest.mark.parametrize("path", [README, ROOT / "CONTRIBUTING.md"], ids=name_of)

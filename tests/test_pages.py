@@ -85,8 +85,8 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
     "python -m diffdis_jax.ablate run --base=shapes_lt --arms=replication:",
   ),
   "writes the records and the pages of this checkout, as tests/test_replication_page.py and test_measured.py check": (
-    "python -m docs.measured.replication --tables=",
-    "python -m docs.measured.tables",
+    "python -m replication.measured.replication --tables=",
+    "python -m replication.measured.tables",
   ),
   "times full-size networks or gigabytes of data": ("python -m diffdis_jax.benchmark",),
   "is the first two commands of docs/long_tail.md with other folders": (

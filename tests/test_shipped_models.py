@@ -1,8 +1,8 @@
 """The trained model that comes with the package: its file, its credits, and that it generates and classifies.
 
 No vendor's icon is in the repository. So it is asked to name images that it generates, and plain shapes that are
-painted here, which it has never seen. Figures on real icons, in docs/measured/emoji_small.json, are of the file whose
-digest stands there.
+painted here, which it has never seen. Figures on real icons, in replication/measured/emoji_small.json, are of the file
+whose digest stands there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffdis_jax import inference
 from diffdis_jax.common import one_file, shipped
 from diffdis_jax.common.params import Params
 from diffdis_jax.data.tokenizer import Tokenizer
-from docs.measured import records
+from replication.measured import records
 from tests.command_runs import ROOT
 
 TOPIC, NAME, MOST_BYTES = "emoji_small", "emoji-small", 15_000_000

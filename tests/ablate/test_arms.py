@@ -16,7 +16,7 @@ from diffdis_jax.ablate.columns import columns_of
 from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError
-from docs.measured import records, replication
+from replication.measured import records, replication
 from tests import pages, tiny
 from tests.ablate.synthetic import write
 
@@ -148,7 +148,7 @@ def test_claims_have_verdicts(read, tmp_path):
 
 
 def test_what_is_kept_of_an_experiment(read, tmp_path):
-  """Records by seed, as docs/measured reads them; those of another experiment stay."""
+  """Records by seed, as replication/measured reads them; those of another experiment stay."""
   plan, folder = plan_of(read(), (0, 1, 2)), Folder(tmp_path)
   write_claim(plan, folder, [(0.50, 0.40), (0.51, 0.40), (0.52, 0.40)])
   found = json.loads(json.dumps(summary.summarise(plan, folder, columns_of(plan.base["evals"]), base="tiny")))

@@ -1,4 +1,4 @@
-"""The experiments of configs/replication.py are as docs/replication/protocol.md has them."""
+"""The experiments of configs/replication.py are as replication/protocol.md has them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from diffdis_jax.ablate import plan as planning
 from diffdis_jax.common import cli
 from diffdis_jax.errors import UserError
 from diffdis_jax.run import workdir
-from docs.measured import replication as page
+from replication.measured import replication as page
 
-PAGE = (pathlib.Path(__file__).parents[2] / "docs/replication/protocol.md").read_text()
+PAGE = (pathlib.Path(__file__).parents[2] / "replication/protocol.md").read_text()
 SCENES, EMOJI, SHAPES_LT = "scenes:measured=test", "emoji:path=data/emoji", "shapes_lt"
 SECONDS = {"generation": 2.0, "discrimination": 1.0, "discrimination without additions": 0.5}
 SECONDS |= {"CLIP": 0.25, "CLIP with parts": 0.5, "convolutional CLIP": 2.0, "generation+discrimination": 2.5}

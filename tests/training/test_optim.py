@@ -205,7 +205,7 @@ def test_average_is_optax_incremental_update_with_a_ramp(step, rate):
 
 
 def test_the_papers_run_ends_before_its_decay_is_reached():
-  """As configs/diffdis_cc3m.py, docs/replication/index.md and `update_ema` say."""
+  """As configs/diffdis_cc3m.py, replication/index.md and `update_ema` say."""
   config = diffdis_cc3m.get_config()
   weight = {"w": jnp.zeros(1)}, {"w": jnp.ones(1)}
   decay = lambda step: float(optim.update_ema(*weight, decay=config.optim.ema_decay, step=jnp.int32(step))["w"][0])

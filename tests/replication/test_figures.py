@@ -1,4 +1,4 @@
-"""The figures of docs/ are those that the records in docs/measured give, and a phone can read them.
+"""The figures of docs/ are those that the records in replication/measured give, and a phone can read them.
 
 Bytes are compared: no plotting library draws them, and every coordinate is rounded to a tenth, so that no version of
 anything changes them.
@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from docs.figures import __main__ as figures
-from docs.figures import measure_demo, plots, style
+from replication.figures import __main__ as figures
+from replication.figures import measure_demo, plots, style
 
 NAMES = [f"{name}{suffix}.svg" for name in figures.FIGURES for suffix in style.THEMES]
 SVG = "{http://www.w3.org/2000/svg}"

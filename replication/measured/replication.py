@@ -1,10 +1,10 @@
-"""Keeps what an experiment of docs/replication/protocol.md has measured, and says it on docs/replication/index.md.
+"""Keeps what an experiment of replication/protocol.md has measured, and says it on replication/index.md.
 
-  python -m docs.measured.replication --tables=runs/e1/tables.json
+  python -m replication.measured.replication --tables=runs/e1/tables.json
 
 writes the figures of every arm by seed into replication.json beside this file, with where they come from: the
 provenance of all, and of each run its config hash, seed, steps, minutes and the runs that it started from. Then
-`python -m docs.measured.tables` writes the page's tables, and `make figures` its figures.
+`python -m replication.measured.tables` writes the page's tables, and `make figures` its figures.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from absl import app, flags
 
 from diffdis_jax.ablate import render, significance
 from diffdis_jax.common import files
-from docs.measured import records
+from replication.measured import records
 
 FLAGS = flags.FLAGS
 FILE = records.HERE / "replication.json"
 PAGE = "replication/index.md"
-ABOUT = "Experiments of docs/replication/protocol.md: figures of each arm by seed. Written by replication.py."
+ABOUT = "Experiments of replication/protocol.md: figures of each arm by seed. Written by replication.py."
 
 NOT_RUN = "not run yet"
 QUESTIONS = {
@@ -244,7 +244,7 @@ def pictures(found: Mapping[str, Any]) -> str:
   names = {"replication_forest": "Primary comparisons", "replication_minutes": "Accuracy over minutes of training"}
   themes = {"": "light", "_dark": "dark"}
   return "\n\n".join(
-    "\n".join(f"![{words}](../figures/{name}{end}.svg#gh-{mode}-mode-only)" for end, mode in themes.items())
+    "\n".join(f"![{words}](../docs/figures/{name}{end}.svg#gh-{mode}-mode-only)" for end, mode in themes.items())
     for name, words in names.items()
   )
 

@@ -31,7 +31,7 @@ class Record:
     values: by seed, where each is known; else of the only run.
     mean, sd, n: where each seed's value was not kept. Else they follow from values.
     se, p: of a mean of paired differences, as above.
-    page: of docs, or the paper, where it stands.
+    page: from the repository's root, or the paper, where it stands.
     of: command, processor, commit, ..., each where it is known. In the file a name in `settings` can stand for these.
   """
 
@@ -64,7 +64,7 @@ def read(topic: str) -> dict[str, Any]:
   path = HERE / f"{topic}.json"
   if not path.exists():
     known = ", ".join(sorted(each.stem for each in HERE.glob("*.json")))
-    raise UserError(f"docs/measured has no topic {topic!r}; it has {known}")
+    raise UserError(f"replication/measured has no topic {topic!r}; it has {known}")
   return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -89,7 +89,7 @@ def record(topic: str, name: str) -> Record:
   """One of `load`. Raises UserError: there is none of this name."""
   found = load(topic)
   if name not in found:
-    raise UserError(f"docs/measured/{topic}.json has no record {name!r}; it has {', '.join(found)}")
+    raise UserError(f"replication/measured/{topic}.json has no record {name!r}; it has {', '.join(found)}")
   return found[name]
 
 
@@ -99,7 +99,7 @@ def value(topic: str, name: str, seed: str = "") -> float:
   if not seed:
     return found.value
   if seed not in found.values:
-    raise UserError(f"{name!r} of docs/measured/{topic}.json has no {seed!r}; it has {', '.join(found.values)}")
+    raise UserError(f"{name!r} of replication/measured/{topic}.json has no {seed!r}; it has {', '.join(found.values)}")
   return found.values[seed]
 
 

@@ -1,15 +1,15 @@
-"""Draws every figure of the book beside this file: python -m docs.figures, or make figures."""
+"""Draw every figure of the book into docs/figures: python -m replication.figures, or make figures."""
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterator
 
-from docs.figures import method, plots, replication
-from docs.figures.style import THEMES
-from docs.measured import replication as records
+from replication.figures import method, plots, replication
+from replication.figures.style import THEMES
+from replication.measured import replication as records
 
-FOLDER = pathlib.Path(__file__).parent
+FOLDER = pathlib.Path(__file__).parents[2] / "docs/figures"
 FIGURES = {"method": method.picture, **plots.PLOTS, **replication.figures(records.stored())}
 
 

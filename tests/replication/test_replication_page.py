@@ -1,4 +1,4 @@
-"""Tables and figures of docs/replication/index.md, on made-up records."""
+"""Tables and figures of replication/index.md, on made-up records."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from scipy import stats
 
 from diffdis_jax.ablate import significance
-from docs.figures import replication as figures
-from docs.figures import style
-from docs.measured import replication
-from tests.test_figures import check_a_phone_can_read
+from replication.figures import replication as figures
+from replication.figures import style
+from replication.measured import replication
+from tests.replication.test_figures import check_a_phone_can_read
 
 COLUMN = "test_unseen/acc1"
 FIGURES = {

@@ -1,4 +1,4 @@
-"""README's table, results.md and the tables of the log say what the records in docs/measured hold."""
+"""README's table, results.md and the tables of the log say what the records in replication/measured hold."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from scipy import stats
 
 from diffdis_jax.errors import UserError
-from docs.measured import paired, records, replication, tables
+from replication.measured import paired, records, replication, tables
 
 SHAPES = [name for name, measured in paired.TABLES.items() if measured.topic == "shapes"]
-LOG = sorted(path for path in (tables.ROOT / "docs/log").glob("*.md") if path.name != "index.md")
+LOG = sorted(path for path in (tables.ROOT / "replication/log").glob("*.md") if path.name != "index.md")
 
 
 def page(name: str) -> str:
@@ -199,7 +199,7 @@ def test_runs_have_what_evaluate_wrote():
 def test_every_record_says_what_it_is_and_where_it_stands(topic):
   for name, found in records.load(topic).items():
     assert found.what and (found.values or found.mean is not None), name
-    assert found.page.startswith("paper") or (tables.ROOT / "docs" / found.page).exists(), name
+    assert found.page.startswith("paper") or (tables.ROOT / found.page).exists(), name
 
 
 @pytest.mark.parametrize("path", LOG, ids=lambda path: path.name)
@@ -213,7 +213,7 @@ def test_entries_of_the_log_are_dated_and_say_what_came_out(path):
 
 def test_the_index_of_the_log_has_every_entry():
   """As mkdocs makes the anchors of headings."""
-  index = page("docs/log/index.md")
+  index = page("replication/log/index.md")
   for path in LOG:
     for date, title in re.findall(r"^## (\S+): (.*)$", path.read_text(encoding="utf-8"), re.M):
       anchor = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", f"{date} {title}".lower()))
@@ -221,21 +221,21 @@ def test_the_index_of_the_log_has_every_entry():
 
 
 def test_a_page_without_a_place_is_refused():
-  with pytest.raises(UserError, match="docs/log/emoji.md should hold <!-- clip -->"):
+  with pytest.raises(UserError, match="replication/log/emoji.md should hold <!-- clip -->"):
     tables.written(paired.EMOJI_LOG, "no place")
 
 
 def test_a_row_without_runs_is_refused():
-  with pytest.raises(UserError, match=r"docs/measured/emoji.json has no runs nothing-seed_N"):
+  with pytest.raises(UserError, match=r"replication/measured/emoji.json has no runs nothing-seed_N"):
     paired.figures_of(paired.TABLES["clip"], "nothing")
 
 
 @pytest.mark.parametrize(
   "key, said",
   [
-    ("nothing/classes", "docs/measured has no topic 'nothing'; it has demo, demo_run, emoji"),
-    ("demo/nothing", "docs/measured/demo.json has no record 'nothing'; it has seen/epyc"),
-    ("demo/unseen/epyc#9", "'unseen/epyc' of docs/measured/demo.json has no '9'; it has 0, 1, 2, 3"),
+    ("nothing/classes", "replication/measured has no topic 'nothing'; it has demo, demo_run, emoji"),
+    ("demo/nothing", "replication/measured/demo.json has no record 'nothing'; it has seen/epyc"),
+    ("demo/unseen/epyc#9", "'unseen/epyc' of replication/measured/demo.json has no '9'; it has 0, 1, 2, 3"),
     ("demo/unseen/epyc", "has 4 values; ask for one by its seed"),
   ],
 )
@@ -245,5 +245,5 @@ def test_a_record_that_is_not_there_is_refused(key, said):
 
 
 def test_a_label_with_a_number_of_its_own_is_refused():
-  with pytest.raises(UserError, match="'64 classes' has the numbers 64, which should be records in docs/measured"):
+  with pytest.raises(UserError, match="'64 classes' has the numbers 64, which should be records in"):
     tables.say("64 classes")

@@ -1,6 +1,6 @@
-"""Measures the run of `make demo` for the figures: python -m docs.figures.measure_demo --demo=runs/demo
+"""Measures the run of `make demo` for the figures: python -m replication.figures.measure_demo --demo=runs/demo
 
-Writes docs/measured/demo_run.json and denoising.png there. Takes some minutes of one core; --parts=LIST does a part.
+Write replication/measured/demo_run.json and denoising.png there, in some minutes of one core; --parts=LIST does a part.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diffdis_jax.evals import base, classifiers, prompts, sections
 from diffdis_jax.evals.generation_accuracy import PAIRS, ShapeJudge
 from diffdis_jax.evals.zero_shot import ZeroShot, class_recalls
 from diffdis_jax.run import provenance
-from docs.measured import records
+from replication.measured import records
 
 FLAGS = flags.FLAGS
 CURVES = ("loss", "loss_generation", "loss_discrimination")
@@ -143,10 +143,12 @@ def main(_: Sequence[str]) -> None:
   cli.compilation_cache()
   run, path = pathlib.Path(FLAGS.demo) / "diffdis", records.HERE / "demo_run.json"
   found = json.loads(path.read_text())["records"] if path.exists() else {}
+  same = {"of": "demo", "page": "replication/log/shapes.md"}
   for part in FLAGS.parts:
-    found |= {name: {"of": "demo", "page": "log/shapes.md", **each} for name, each in PARTS[part](run).items()}
+    found |= {name: same | each for name, each in PARTS[part](run).items()}
     made = provenance.provenance(provenance.of_run(str(run), step=run_config.load(str(run)).num_steps))
-    settings = {"demo": {"command": "make demo; python -m docs.figures.measure_demo", "seed": 0, "provenance": made}}
+    command = "make demo; python -m replication.figures.measure_demo"
+    settings = {"demo": {"command": command, "seed": 0, "provenance": made}}
     about = "One run of make demo, seed 0, as the figures of docs show it, a record a line."
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(each, ensure_ascii=False)}" for name, each in found.items())
     head = f'"about": {json.dumps(about)},\n"settings": {json.dumps(settings)},'

@@ -1,4 +1,4 @@
-"""The figures of docs/replication/index.md, where docs/measured/replication.json has experiments."""
+"""The figures of replication/index.md, where replication/measured/replication.json has experiments."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from docs.figures import plots
-from docs.figures.style import SMALL, Axes, Canvas, Palette, Scale
-from docs.measured import replication
+from replication.figures import plots
+from replication.figures.style import SMALL, Axes, Canvas, Palette, Scale
+from replication.measured import replication
 
 LEFT, RIGHT = 12, 708  # of the forest's scale
 TIMED = ("e1", "e2", "e4", "e8")  # which have arms of equal minutes; the arms of the others take as long as each other

@@ -15,9 +15,9 @@ from diffdis_jax.ablate import tables as ablation_tables
 from diffdis_jax.ablate.columns import Column
 from diffdis_jax.ablate.tables import Row
 from diffdis_jax.errors import UserError
-from docs.measured import records
+from replication.measured import records
 
-SHAPES_LOG, EMOJI_LOG = "docs/log/shapes.md", "docs/log/emoji.md"
+SHAPES_LOG, EMOJI_LOG = "replication/log/shapes.md", "replication/log/emoji.md"
 SHAPES_TITLES = (
   "generated images, seen pairs ↑",
   "generated images, unseen pairs ↑",
@@ -167,7 +167,7 @@ def figures_of(measured: Measured, start: str) -> dict[str, dict[int, float]]:
   found: dict[str, dict[int, float]] = {column.name: {} for column in measured.columns}
   runs = {name: run for name, run in records.results(measured.topic).items() if name.rpartition("-seed_")[0] == start}
   if not runs:
-    raise UserError(f"docs/measured/{measured.topic}.json has no runs {start}-seed_N")
+    raise UserError(f"replication/measured/{measured.topic}.json has no runs {start}-seed_N")
   for name, run in runs.items():
     seed = int(name.rpartition("-seed_")[2])
     for column in measured.columns:

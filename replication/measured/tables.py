@@ -1,6 +1,6 @@
 """What README, results.md and the log say in numbers, from the records in this folder.
 
-  python -m docs.measured.tables
+  python -m replication.measured.tables
 
 writes it into the pages. A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`, a number in the text
 between `<!--=TOPIC/RECORD-->` and `<!--=-->`. tests/test_measured.py fails where page and records differ.
@@ -17,11 +17,11 @@ from absl import app
 
 from diffdis_jax.ablate import significance
 from diffdis_jax.errors import UserError
-from docs.measured import paired, records, replication
+from replication.measured import paired, records, replication
 
 ROOT = pathlib.Path(__file__).parents[2]
 README, RESULTS, WEIGHTS, PREFLIGHT = "README.md", "docs/results.md", "docs/weights.md", "docs/preflight.md"
-REPLICATION = f"docs/{replication.PAGE}"
+REPLICATION = replication.PAGE
 NORMAL = statistics.NormalDist().inv_cdf(1 - significance.ALPHA / 2)  # half of a 95 % interval, in standard errors
 
 # What holds digits and is no measured number. Everything else has to come from a record.
@@ -49,7 +49,7 @@ def number(key: str) -> str:
 def say(text: str) -> str:
   """The text with the numbers that `{TOPIC/RECORD}` stand for. Raises UserError: it has a number of its own."""
   if loose := loose_numbers(_KEY.sub("", text)):
-    raise UserError(f"{text!r} has the numbers {', '.join(loose)}, which should be records in docs/measured")
+    raise UserError(f"{text!r} has the numbers {', '.join(loose)}, which should be records in replication/measured")
   return _KEY.sub(lambda key: number(key[1]), text)
 
 
@@ -134,7 +134,7 @@ def _compared(testbed: str, *compared: tuple[str, str, str]) -> tuple[str, str, 
   text = "; ".join(f"{interval(change.mean, _half(change), sign='+')} points, {words}" for change, words in found)
   names = ", ".join(each[0].upper() for each in compared)
   counts = "; ".join(dict.fromkeys(str(change.n) for change, _ in found))
-  return f"{testbed}, [protocol](docs/replication/protocol.md) {names}", text, counts
+  return f"{testbed}, [protocol](replication/protocol.md) {names}", text, counts
 
 
 def _verdict(experiment: str, row: str, base: str) -> tuple[significance.Difference, str]:

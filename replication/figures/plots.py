@@ -1,4 +1,4 @@
-"""The plots of the book, each from measured records (docs/measured) alone. `make figures` draws them.
+"""The plots of the book, each from measured records (replication/measured) alone. `make figures` draws them.
 
 A plot is a function from a palette to an SVG. PLOTS names them all: docs/figures/NAME.svg and NAME_dark.svg.
 """
@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.data.shapes import COLOURS, OUTLINES, SHAPES, UNSEEN
-from docs.figures.style import LARGE, SMALL, Axes, Canvas, Palette, Scale, mixed
-from docs.measured import paired, records
+from replication.figures.style import LARGE, SMALL, Axes, Canvas, Palette, Scale, mixed
+from replication.measured import paired, records
 
 LEFT, RIGHT = 70, 700  # of most plots' frames
 
@@ -35,7 +35,7 @@ def forest(palette: Palette, names: Mapping[str, str], titles: Sequence[tuple[st
   """Paired differences of some tables, one panel a figure that was measured, one line a comparison.
 
   Args:
-    names: table of docs/measured/paired.py -> heading.
+    names: table of replication/measured/paired.py -> heading.
     titles: of the panels, in two lines.
     title: what the figure shows, in words.
   """
@@ -255,7 +255,7 @@ class Estimate:
 
 
 def estimates() -> list[Estimate]:
-  """Of the paper's joint step, by docs/measured/estimates.json."""
+  """Of the paper's joint step, by replication/measured/estimates.json."""
   made = []
   for record in records.load("estimates").values():
     if record.what.startswith("joint step of the paper"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from docs.figures.style import WIDTH, Canvas, Palette
+from replication.figures.style import WIDTH, Canvas, Palette
 
 STRIP, GAP, TOP = 262, 26, 8
 
