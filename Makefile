@@ -9,7 +9,7 @@ RUNS ?= runs/demo
 # Python keeps what it compiles, also where the environment says otherwise: a command's imports take half as long then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo emoji-small test check engines lint docs figures clean
+.PHONY: demo emoji-small test check engines lint docs figures lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m diffdis_jax.demo --out=$(RUNS)
@@ -68,6 +68,11 @@ lint: $(VENV)/.installed-test
 # The pages in docs/ as a site in site/.
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The versions that CI and the image install, for every Python and machine. Those that are there stay where they can.
+lock: $(VENV)/.installed-test
+	$(BIN)/uv pip compile --quiet --universal --python-version=3.11 --all-extras --no-annotate \
+	  --custom-compile-command="make lock" --output-file=requirements.lock pyproject.toml
 
 # The figures of the book, from the records in replication/measured. No plotting library draws them.
 figures: $(VENV)/.installed

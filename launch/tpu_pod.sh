@@ -153,7 +153,8 @@ setup() {
   rm -r "$folder"
 }
 
-# The variables that ENV names, as a file of the hosts that nobody else there may read.
+# The variables that ENV names, as a file of the hosts that nobody else there may read. The command's shell removes it
+# once it has read it.
 hand_over() {
   local folder name
   [[ $ENV ]] || return 0
@@ -184,7 +185,7 @@ on_host() {
   printf '%s' "set -e; $on_every_host cd diffdis; exec 9>.lock; take_lock;" \
     " if [ \"\$(cat .attempt 2>/dev/null)\" = $attempt ]; then code=\$(cat .code 2>/dev/null || echo 255);" \
     " echo \"host ended with code \$code\"; exit \$code; fi; rm -f .code; echo $attempt >.attempt;" \
-    " $(if [[ $ENV ]]; then echo '. ./.env'; else echo 'rm -f .env'; fi);" \
+    "${ENV:+ . ./.env;} rm -f .env;" \
     " export DIFFDIS_LAUNCHED=1 PATH=\$PWD/.venv/bin:\$PATH; touch run.log; from=\$((\$(wc -c <run.log) + 1));" \
     " set -m;$(printf ' %q' "$@") </dev/null >>run.log 2>&1 9>&- & pid=\$!; set +m;" \
     " echo \$pid \$(began \$pid) >.pid; tail -c +\$from -F --pid=\$pid run.log 2>/dev/null 9>&- &" \

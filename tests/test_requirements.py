@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import json
 import os
 import pathlib
 import re
@@ -13,13 +14,16 @@ import tomllib
 from collections.abc import Sequence
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
-PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+PYTHONS = ("3.11", "3.12", "3.13")
 LINUX = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28")
 NEWER_LINUX = ("x86_64-manylinux_2_31", "aarch64-manylinux_2_31")  # libtpu's wheels ask for this glibc
 MACHINES = [(python, machine) for python in PYTHONS for machine in LINUX]
+CI = ROOT / ".github" / "workflows" / "ci.yml"
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -56,6 +60,49 @@ def test_a_fresh_machine_resolves(resolved, machine):
   assert (0, 10) <= numbers("jax") < (0, 13) and numbers("array-record") >= (0, 8)
   assert {"flax", "optax", "orbax-checkpoint", "transformers", "grain", "clu", "ml-collections"} <= found.keys()
   assert not [name for name in found if name in ("tensorflow", "tensorflow-cpu", "torch")]
+
+
+def test_the_pythons_that_are_claimed_are_those_that_ci_tests():
+  claimed = re.findall(r"Programming Language :: Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
+  (tested,) = re.findall(r"python: (\[.+\])", CI.read_text())
+  assert tuple(claimed) == PYTHONS == tuple(json.loads(tested))
+
+
+def test_what_ci_and_the_image_take_from_elsewhere_is_pinned():
+  """By a commit or a digest, which nobody can move."""
+  used = re.findall(r"uses: (\S+)", CI.read_text())
+  assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", each) for each in used)
+  dockerfile = (ROOT / "Dockerfile").read_text()
+  assert re.findall(r"^FROM (.+)$", dockerfile, re.M) == re.findall(
+    r"python:3\.12-slim@sha256:[0-9a-f]{64}", dockerfile
+  )
+  assert "--constraint=requirements.lock" in dockerfile and "requirements.lock" in CI.read_text()
+  assert re.findall(r"^USER (.+)$", dockerfile, re.M)[-1] not in ("root", "0")
+
+
+def test_the_lock_has_a_version_of_all_that_is_asked_for():
+  """Where it does not: make lock."""
+  lock = (ROOT / "requirements.lock").read_text()
+  assert "://" not in lock
+  lines = [Requirement(line) for line in lock.splitlines() if not line.startswith("#")]
+  locked = {each.name: each for each in lines if each.marker is None or each.marker.evaluate()}
+  asked = (ROOT / "requirements.txt").read_text().splitlines() + [each for listed in EXTRAS.values() for each in listed]
+  for text in asked:
+    if text.startswith(("#", "diffdis_jax[")):
+      continue
+    wanted = Requirement(text)
+    if wanted.marker is None or wanted.marker.evaluate():
+      (version,) = locked[canonicalize_name(wanted.name)].specifier
+      assert version.operator == "==" and wanted.specifier.contains(version.version), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_resolves(python):
+  for extra in ("cuda", "tpu", "test", "docs"):
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", f"--python-version={python}"]
+    command += ["--python-platform=x86_64-manylinux_2_31", "--constraint=requirements.lock", f"--extra={extra}"]
+    run([*command, "pyproject.toml"])
 
 
 @pytest.mark.slow

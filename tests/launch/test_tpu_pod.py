@@ -238,7 +238,7 @@ def test_variables_are_handed_over_in_a_file_and_in_no_command(programs, tmp_pat
   assert len(copied) == 1 and "--worker=all" in copied[0]["call"]
   assert "secret" not in str(programs.calls) and "secret" not in done.stdout + done.stderr
   sent = next(call[-1] for call in programs.calls if RUN in call[-1])
-  assert "; . ./.env; export DIFFDIS_LAUNCHED=1" in sent
+  assert "; . ./.env; rm -f .env; export DIFFDIS_LAUNCHED=1" in sent, "it is left on the hosts"
   file = next(word for word in copied[0]["call"] if word.endswith("/.env"))
   assert not pathlib.Path(file).exists(), "it is left on this machine"
 
