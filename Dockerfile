@@ -16,6 +16,7 @@ ENV PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 \
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
     LD_LIBRARY_PATH=/usr/local/nvidia/lib64
 
 WORKDIR /diffdis

@@ -4,7 +4,6 @@ import importlib.metadata
 import pathlib
 import tomllib
 
-from diffdis_jax.common import huge_pages as _huge_pages
 from diffdis_jax.common import signals as _signals
 
 
@@ -18,5 +17,4 @@ def _version() -> str:
 
 
 __version__ = _version()
-_huge_pages.ask()
 _signals.while_importing()

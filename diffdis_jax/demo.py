@@ -25,7 +25,7 @@ from diffdis_jax.data import shapes
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals import samples, sections
-from diffdis_jax.parallel import executables, sharding
+from diffdis_jax.parallel import sharding
 from diffdis_jax.run import provenance
 from diffdis_jax.training import loop
 from diffdis_jax.training.prepared import Prepared
@@ -56,9 +56,8 @@ def main(argv: Sequence[str]) -> None:
   config.sample_prompts = ()  # grid.png has these very prompts
   # One device trains the autoencoder as fast as two; the other cores compile what comes next.
   first, second = Run.of(autoencoder), Run.of(config)
-  kept = executables.of_user()
-  small = Prepared.of(first, sharding.make_mesh(**vars(first.mesh), devices=jax.devices()[:1]), kept)
-  large = Prepared.of(second, sharding.make_mesh(**vars(second.mesh)), kept)
+  small = Prepared.of(first, sharding.make_mesh(**vars(first.mesh), devices=jax.devices()[:1]))
+  large = Prepared.of(second, sharding.make_mesh(**vars(second.mesh)))
   if not resumed:
     logging.info("compiling DiffDis while its autoencoder trains")
     large.compile_ahead()

@@ -32,7 +32,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import pathlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,7 +41,7 @@ from absl import flags, logging
 
 from diffdis_jax import config as run_config
 from diffdis_jax import inference
-from diffdis_jax.common import buckets, cli, files, one_file, usage
+from diffdis_jax.common import cli, one_file, usage
 from diffdis_jax.config.model import ClipModel
 from diffdis_jax.config.objectives import ALIGNED
 from diffdis_jax.config.sections import CheckpointPolicy
@@ -54,9 +53,7 @@ from diffdis_jax.evals import settings as eval_settings
 from diffdis_jax.evals.best_of import FAILURES, BestOf, check_failures
 from diffdis_jax.evals.results import ResultFile, Results
 from diffdis_jax.evals.sections import Section
-from diffdis_jax.evals.text_cache import CachedTexts
 from diffdis_jax.parallel import processes
-from diffdis_jax.parallel.fingerprint import fingerprint
 from diffdis_jax.run import checkpoint, digests, provenance, restore, trackers
 
 FLAGS = flags.FLAGS
@@ -81,7 +78,6 @@ def define_flags() -> None:
   flags.DEFINE_string("split", None, "split of --data")
   flags.DEFINE_enum("tracker", None, list(trackers.TRACKERS), "the run's tracker, which gets the figures too")
   flags.DEFINE_boolean("best", False, "the checkpoint with the best checkpoint.best_metric of the run")
-  flags.DEFINE_string("text_cache", None, "folder of text embeddings, empty for none; by default in the user's cache")
   for name, setting in (LOADING | SAMPLING).items():
     setting.define(RENAMED.get(name, name))
   shared = {name for name in SETTINGS if sum(name in settings for settings in SETTINGS_OF.values()) > 1}
@@ -120,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
   if FLAGS.tracker and one_file.at(FLAGS.workdir) is not None:  # which keeps no id of the run there
     raise UserError(f"--tracker={FLAGS.tracker} takes a run's workdir, and {FLAGS.workdir} is one file; leave it out")
   trackers.check(FLAGS.tracker or "")
-  cli.compilation_cache(FLAGS.workdir)
+  cli.compilation_cache()
   cli.use_all_cores()
   processes.start()
   # Hours of work are not to end in an --out that cannot be written.
@@ -138,8 +134,6 @@ def main(argv: Sequence[str]) -> None:
   protocol = {**sampling, **_given(LOADING), "ranking": ranking, "failures": FLAGS.failures or ""}
   if FLAGS.best:
     protocol["step"] = _best_step(FLAGS.workdir, record.checkpoint)
-  cache = files.user_cache("texts") if FLAGS.text_cache is None else FLAGS.text_cache
-  protocol["text_cache"] = cache and str(buckets.local(cache, "--text_cache"))
   if FLAGS.suite:
     results = measure_suite(FLAGS.workdir, sections, FLAGS.out, incomplete=FLAGS.incomplete, **protocol)
   else:
@@ -175,7 +169,6 @@ def evaluate(
   kept: ResultFile | None = None,
   measured: Callable[[Results], None] = lambda results: None,
   check: Callable[[str, base.Eval], None] = lambda dataset, evaluation: None,
-  text_cache: str = "",
   ranking: Mapping[str, Any] = types.MappingProxyType({}),
   failures: str = "",
   **protocol: Any,
@@ -190,7 +183,6 @@ def evaluate(
     kept: where each record is kept as soon as it is there; what it has is not measured again.
     measured: is called with the results so far after each data set, so that an interruption loses none of them.
     check: of each data set and its evaluation, before anything is measured.
-    text_cache: folder of embedded texts; empty for none.
     ranking: settings of `evals.best_of.BestOf`, for what generates images.
     failures: PNG to write with the generated images that rank lowest; empty for none.
     protocol: as `inference.load` takes it.
@@ -208,14 +200,10 @@ def evaluate(
   model, params = inference.load(run, step=step, ema=ema, **protocol)
   common = {"image_size": model.image_size, "checkpoint": step, "ema": ema}
   origin = provenance.provenance(provenance.of_run(run, step=step))
-  # Hashing the weights takes seconds a gigabyte, and all processes: only where something depends on it.
-  weights = fingerprint(params) if kept is not None or text_cache else ""
-  if text_cache:
-    model = CachedTexts(model, pathlib.Path(text_cache), weights)
   ranked = BestOf(model, **ranking) if ranking or failures else None
   model = ranked or model
   if kept is not None:
-    common["weights"] = weights
+    common["weights"] = base.fingerprint(params)
     made = [(each, how) for each, how in made if not kept.has(each.task, each.dataset, how.protocol(model) | common)]
   results: Results = {} if kept is None else kept.results
   for place, (section, evaluation) in enumerate(made, 1):

@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   if FLAGS.noise and FLAGS["seed"].present:
     raise UserError("--noise and --seed are both given; give one of them")
-  cli.compilation_cache(FLAGS.workdir)
+  cli.compilation_cache()
   cli.use_all_cores()
   processes.start()
   given = {"generation_steps": FLAGS.steps, "generation_guidance": FLAGS.guidance}

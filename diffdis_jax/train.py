@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from diffdis_jax import config as run_config
-from diffdis_jax.common import buckets, cli
+from diffdis_jax.common import cli
 from diffdis_jax.config import Run
 from diffdis_jax.run import trackers, watchdog
 
@@ -38,9 +38,6 @@ def define_flags() -> None:
   flags.DEFINE_enum(
     "tracker", None, list(trackers.TRACKERS), "where numbers and images are sent, in addition to TensorBoard"
   )
-  flags.DEFINE_string(
-    "compiled", None, "folder of preflight --save, local or in a bucket: take its programs instead of compiling"
-  )
   flags.DEFINE_float(
     "hang_timeout",
     watchdog.SECONDS,
@@ -60,20 +57,18 @@ def main(argv: Sequence[str]) -> None:
   # Not at the top: these take seconds, and what is wrong with the command line is said before.
   import jax
 
-  from diffdis_jax.parallel import executables, processes
+  from diffdis_jax.parallel import processes
   from diffdis_jax.training import facts, loop
 
-  cli.compilation_cache(FLAGS.workdir)
+  cli.compilation_cache()
   cli.use_all_cores()  # before the first device is asked for, as must be processes.start
   jax.config.update("jax_numpy_dtype_promotion", "strict")  # bf16 with f32 by accident is an error
   processes.start()
-  folder = executables.Folder(buckets.path(FLAGS.compiled), given=True) if FLAGS.compiled else executables.of_user()
   loop.train_and_evaluate(
     run,
     FLAGS.workdir,
     tracker=FLAGS.tracker or "",
     profiled=FLAGS.profile or "",
-    folder=folder,
     hang_timeout=FLAGS.hang_timeout,
   )
   if processes.is_first():

@@ -16,6 +16,7 @@ INTERRUPTED=130
 if [[ ! ${XLA_CLIENT_MEM_FRACTION:-}${XLA_PYTHON_CLIENT_MEM_FRACTION:-} ]]; then
   export XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
 fi
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # huge pages, where the kernel leaves them to programs
 
 note() { echo "$(basename "$0"): $*" >&2; }
 refuse() { note "error: $*" && exit "$BAD_INPUT"; }

@@ -186,7 +186,7 @@ on_host() {
     " if [ \"\$(cat .attempt 2>/dev/null)\" = $attempt ]; then code=\$(cat .code 2>/dev/null || echo 255);" \
     " echo \"host ended with code \$code\"; exit \$code; fi; rm -f .code; echo $attempt >.attempt;" \
     "${ENV:+ . ./.env;} rm -f .env;" \
-    " export DIFFDIS_LAUNCHED=1 PATH=\$PWD/.venv/bin:\$PATH; touch run.log; from=\$((\$(wc -c <run.log) + 1));" \
+    " export DIFFDIS_LAUNCHED=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PATH=\$PWD/.venv/bin:\$PATH; touch run.log; from=\$((\$(wc -c <run.log) + 1));" \
     " set -m;$(printf ' %q' "$@") </dev/null >>run.log 2>&1 9>&- & pid=\$!; set +m;" \
     " echo \$pid \$(began \$pid) >.pid; tail -c +\$from -F --pid=\$pid run.log 2>/dev/null 9>&- &" \
     " code=0; wait \$pid || code=\$?; rm .pid; kill -KILL -- -\$pid 2>/dev/null || true;" \

@@ -75,9 +75,6 @@ PROCESS_BYTES = 5 * 2**30  # of memory, that one process of the tests may take
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
   """What is compiled is found again: by the tests, by what they start, and by the next run of the tests."""
-  from diffdis_jax.common import repairs
-
-  repairs.repair_compilation_cache()
   folder = made_once(tmp_path_factory, "xla", compiled.restore)
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

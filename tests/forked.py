@@ -82,8 +82,7 @@ def start(
     modules: that import jax.
     output: of stdout and stderr; DEVNULL where nobody reads them.
   """
-  # Where nothing says whether to use huge pages, a command starts Python again (diffdis_jax/common/huge_pages.py).
-  named = list(command[:2]) == [sys.executable, "-m"] and command[2] in modules and "GLIBC_TUNABLES" in environment
+  named = list(command[:2]) == [sys.executable, "-m"] and command[2] in modules
   known = sys.platform == "linux" and hasattr(subprocess.Popen, "_execute_child")
   return (Forked if named and known else subprocess.Popen)(
     command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True

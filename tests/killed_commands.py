@@ -257,7 +257,7 @@ def measured(out: pathlib.Path) -> dict[str, Any]:
 
 def evaluate(request: pytest.FixtureRequest, raw: pathlib.Path) -> Case:
   run = request.getfixturevalue("joint_run")
-  command = module("evaluate", f"--workdir={run}", "--tasks=zero_shot,retrieval", f"--out={OUT}", "--text_cache=")
+  command = module("evaluate", f"--workdir={run}", "--tasks=zero_shot,retrieval", f"--out={OUT}")
   return Case(6, command, measured, measured, later=lambda name: True, name="out.json")
 
 

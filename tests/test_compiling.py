@@ -1,9 +1,7 @@
-"""What comes before the first step: a run that is stopped there, and one that need not compile."""
+"""A run that is stopped before its first step."""
 
 from __future__ import annotations
 
-import json
-import pathlib
 import signal
 import subprocess
 import sys
@@ -36,29 +34,3 @@ def test_sigterm_while_the_first_step_compiles_ends_the_run_at_once(environment,
   done = call("train", environment, *flags)
   assert done.returncode == 0, done.stderr
   assert steps_logged(run) == [1, 2] and not (run / "lock.json").exists()
-
-
-def test_a_run_begins_with_what_preflight_saved_and_refuses_anothers(environment, autoencoder_run, tmp_path):
-  config, saved, run = "--config=tests/tiny.py:autoencoder", tmp_path / "saved", tmp_path / "run"
-  done = call("preflight", environment, config, f"--save={saved}")
-  assert done.returncode == 0, done.stderr
-  alone = environment | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "empty")}
-  done = call("train", alone, config, f"--workdir={run}", f"--compiled={saved}")
-  assert done.returncode == 0, done.stderr
-  for name in ("the initialisation", "the state", "the training step"):
-    assert f"loaded {name}" in done.stderr and f"compiled {name}" not in done.stderr
-  # To the last bit of what is printed, the run of a process that compiled.
-  losses = [
-    [
-      (line["step"], line["loss"], line["grad_norm"])
-      for line in map(json.loads, file.read_text().splitlines())
-      if "loss" in line
-    ]
-    for file in (run / "metrics.jsonl", pathlib.Path(autoencoder_run, "metrics.jsonl"))
-  ]
-  assert losses[0] == losses[1] != []
-
-  other = tmp_path / "other"
-  done = call("train", alone, config, f"--workdir={other}", f"--compiled={saved}", "--config.optim.rates.new=0.5")
-  assert done.returncode == 2 and not other.exists(), done.stderr
-  assert "was compiled for other config: optim.rates.new is" in done.stderr.splitlines()[-1]

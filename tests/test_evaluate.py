@@ -229,11 +229,9 @@ def test_command_line(command, tmp_path):
     "--num_noise_samples=2",
     "--shuffle_labels",
     "--nonormalize_query",
-    f"--text_cache={tmp_path}/texts",
     own_process=True,
   )
   assert good.returncode == 0, good.stderr
-  assert len(list((tmp_path / "texts").glob("*.npy"))) == 1
   protocol = json.loads(out.read_text())["zero_shot"]["few"]["protocol"]
   expected = {"num_images": 50, "num_classes": 56, "num_noise_samples": 2, "shuffle_labels": True, "ema": False}
   expected["normalize_query"] = False
@@ -254,7 +252,6 @@ def test_command_line(command, tmp_path):
     (["--best_of=4"], "--best_of has no effect on these tasks, which generate nothing; leave it out"),
     (["--generation_steps=9"], "--generation_steps has no effect on these tasks, which generate nothing; leave it out"),
     (["--compare=A.json,B.json"], "--workdir has no effect beside --compare, which reads results alone; leave it out"),
-    (["--text_cache=gs://b/texts"], "--text_cache=gs://b/texts must be a local path"),
     (["--tasks=agreement"], "task agreement is now called generation_accuracy"),
   ],
 )

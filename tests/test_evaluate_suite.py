@@ -78,7 +78,7 @@ def quick(monkeypatch):
   """No checkpoint, no texts cut into tokens."""
   monkeypatch.setattr(evaluate.restore, "choose", lambda run, step, ema: (7, ema))
   monkeypatch.setattr(evaluate.inference, "load", lambda path, **how: (Inference(), {}))
-  monkeypatch.setattr(evaluate, "fingerprint", lambda params: "weights")
+  monkeypatch.setattr(evaluate.base, "fingerprint", lambda params: "weights")
   monkeypatch.setattr(base, "Tokenizer", lambda length: list)
 
 
@@ -128,7 +128,7 @@ def test_a_second_call_measures_what_is_missing(monkeypatch, quick, tmp_path):
   assert measure(monkeypatch, tmp_path, out) == found and len(measured) == 3
 
   before = out.read_bytes()
-  monkeypatch.setattr(evaluate, "fingerprint", lambda params: "others")
+  monkeypatch.setattr(evaluate.base, "fingerprint", lambda params: "others")
   with pytest.raises(
     UserError, match='has cifar10 by another protocol, weights "weights" where this measurement has "o'
   ):

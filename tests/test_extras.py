@@ -17,7 +17,7 @@ from tests.command_runs import ROOT
 
 EXTRAS = {*tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]}
 NAMED_LATER = {"trackers.py": {*trackers.TRACKERS}, "targets.py": {*targets.PLATFORMS} - {"cpu"}}
-NAMED_LATER["saving.py"] = NAMED_LATER["__main__.py"] = NAMED_LATER["targets.py"]
+NAMED_LATER["__main__.py"] = NAMED_LATER["targets.py"]
 
 
 def texts() -> list[tuple[pathlib.Path, str]]:

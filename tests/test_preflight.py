@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +22,9 @@ from diffdis_jax.errors import UserError
 from diffdis_jax.models import attention
 from diffdis_jax.parallel import chips
 from diffdis_jax.preflight import __main__ as preflight
-from diffdis_jax.preflight import gpus, hlo, report, saving, scaling, schedules, targets, times
+from diffdis_jax.preflight import gpus, hlo, report, scaling, schedules, targets, times
 from diffdis_jax.training import flops
 from tests import pages, steps, tiny_clip
-from tests.changed_code import change, copy_package
 from tests.command_runs import call
 from tests.steps import network_of
 
@@ -61,26 +59,6 @@ def test_the_train_step_on_cpu_devices_and_again_from_the_cache(quick, tmp_path)
 
   again = call("preflight", quick, *flags, f"--out={out}")
   assert again.returncode == 0 and json.loads(out.read_text()) == results
-  assert "result of an earlier call" in again.stderr and "compiling" not in again.stderr
-
-
-def test_answers_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
-  """Code and versions, and what JAX may take of a GPU's memory, by which a program fits or not."""
-  copy = copy_package(tmp_path, monkeypatch)
-  asked = dict(slices=1, programs=["train"], search=False, num_pairs=1, epochs=1.0)
-  monkeypatch.setattr(preflight, "FLAGS", types.SimpleNamespace(**asked))
-  name = lambda: preflight.key_of("{}", "cuda", "h100:8", None)
-  names = [name()]
-  monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
-  schedules.ask_for_them()  # in a folder of this process, once the first topology's devices are asked for
-  assert name() == names[0]
-  monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
-  names.append(name())
-  change(copy / "models" / "unet.py")
-  names.append(name())
-  version = importlib.metadata.version
-  monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == "jaxlib" else version(name))
-  assert len({*names, name()}) == 4
 
 
 def test_programs_are_traced_from_shapes_alone():
@@ -168,10 +146,7 @@ def test_bad_input_is_one_line(quick, flags, message):
   [
     (["calibration", "--topology=v5e:2x2", "--platform=cpu"], "cpu, estimates no time; only TPUs' does"),
     (["calibrate", "--topology=v5e:2x2"], "unexpected argument 'calibrate'"),
-    (["calibration", "--save=programs"], "has no use for --save; leave that out"),
     (["calibration", "--topology=v5e:2x2", "--search", "--hlo=."], "has no use for --search, --hlo; leave that out"),
-    ([CONFIG, "--save=programs", "--search"], "keeps the train step of this machine and reports nothing; leave"),
-    ([CONFIG, "--save=programs", "--programs=generation"], "keeps the train step of this machine and reports"),
     (["--topology=v5e:2x2"], "--config=FILE.py is missing"),
   ],
 )
@@ -532,16 +507,6 @@ def test_loops_as_the_tpu_compiler_writes_them():
   assert (
     times.seconds_in_kernels(four.text, cycles, target.chip) > 0 and len(hlo.kernels(four.text).keys() & cycles) == 2
   )
-
-
-def test_save_refuses_what_it_cannot_keep_before_it_compiles(tmp_path):
-  with pytest.raises(UserError, match=r"for the chips of v5e:2x2, whose compiler is missing .*or leave --topology out"):
-    saving.check_target(["train"], "cpu", chips.parse("v5e:2x2"))
-  with pytest.raises(UserError, match="name train in it"):
-    saving.check_target(["generation"], "tpu", chips.parse("v5e:2x2"))
-  (tmp_path / "file").write_text("")
-  with pytest.raises(UserError, match="cannot write --save=.*file"):
-    saving.check(str(tmp_path / "file"))
 
 
 def test_the_chips_of_examples_hold_the_papers_state():

@@ -16,7 +16,6 @@ Runs can be stopped at any time and resume: SIGTERM saves and exits with code 75
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ from diffdis_jax.errors import UserError, check_number
 from diffdis_jax.evals import registry, sections
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import ResultFile
-from diffdis_jax.parallel import executables, processes, sharding
+from diffdis_jax.parallel import processes, sharding
 from diffdis_jax.run import workdir
 from diffdis_jax.training import loop
 
@@ -168,7 +167,7 @@ def run_selected(plan: Plan, folder: Folder) -> None:
 
 def run_one(one: Run, plan: Plan, folder: Folder) -> None:
   """Trains and measures a run in this process, or with others as one of its processes."""
-  cli.compilation_cache(str(folder.path))
+  cli.compilation_cache()
   # Before `processes.start`, after which the number of devices is fixed.
   cli.use_all_cores()
   # As `train` has it: two dtypes that meet are an error, and no silent conversion.
@@ -177,9 +176,8 @@ def run_one(one: Run, plan: Plan, folder: Folder) -> None:
   processes.on_first(lambda: folder.open(plan))
   # While it trains, train hears SIGTERM and Ctrl-C and saves. Else what is there is on the disk: it ends at once.
   with processes.PreemptionHandler(sharding.batch_sharding(sharding.make_mesh(**one.config["mesh"]))).listening():
-    train = functools.partial(loop.train_and_evaluate, folder=executables.of_user())
     if running.is_needed(one, plan, folder):
-      running.run(one, folder, train=train, measure=measure)
+      running.run(one, folder, train=loop.train_and_evaluate, measure=measure)
     else:
       logging.info("%s: all runs that start from it are finished; nothing to do", one.name)
 
@@ -189,7 +187,7 @@ def measure(one: Run, path: str, out: str) -> None:
   # CLIP takes no steps of denoising, so that `inference` says nothing of it. Long-tailed objectives are of either.
   protocol = {} if "vision_encoder" in one.config["model"] else one.config["inference"]
   asked = sections.with_parts(sections.of_config(one.evals, tasks=None), out)
-  evaluate.evaluate(path, asked, kept=ResultFile(out), text_cache=files.user_cache("texts"), **protocol)
+  evaluate.evaluate(path, asked, kept=ResultFile(out), **protocol)
 
 
 def write_tables(plan: Plan, folder: Folder) -> None:

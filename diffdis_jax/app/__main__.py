@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     seconds=FLAGS.seconds,
     waiting=FLAGS.waiting,
   )
-  cli.compilation_cache(FLAGS.workdir)
+  cli.compilation_cache()
   serve(
     FLAGS.workdir,
     limits,

@@ -30,15 +30,16 @@ from typing import Any, NamedTuple, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from diffdis_jax.common import buckets, files, guesses, machine, repairs, shipped, signals, usage
+from diffdis_jax.common import buckets, files, guesses, machine, shipped, signals, usage
 from diffdis_jax.errors import FULL_DISK, Preempted, UserError, full_disk, may_pass
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+CACHE_BYTES = 4 * 2**30  # of compiled programs; a full-size step is a few hundred MB
 LONGEST_WORD = 1000  # characters, of a message
 _TEXTS = {"prompt", "eval"}  # flags that may hold any text
 # Flags that an unset variable of a shell leaves empty, which would be this folder.
-_FOLDERS = {"workdir", "out", "compiled", "save"}
+_FOLDERS = {"workdir", "out"}
 # What Google Cloud Storage answers where nobody has logged in for programs; gcloud auth login is for gcloud alone.
 _ANONYMOUS = "Anonymous caller"
 # With what Orbax warns at each save between two evaluations, where the best checkpoints are kept.
@@ -252,33 +253,50 @@ def _make_own_flags_known() -> None:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
-def compilation_cache(workdir: str = "") -> None:
-  """Keeps compiled programs between runs: in $JAX_COMPILATION_CACHE_DIR; or else, where `workdir` is in a bucket, which
-  all hosts of the run share, and the one that takes a dead one's place, in its folder `xla`; or else in the user's
-  cache directory. Where the folder cannot be made, none is kept.
+def compilation_cache() -> None:
+  """Keep compiled programs between runs: in $JAX_COMPILATION_CACHE_DIR, or else in the user's cache directory.
+
+  To load a program is to run it, so a local folder that others could write into is not used.
   """
   import jax
 
-  default = f"{workdir.rstrip('/')}/xla" if buckets.is_url(workdir) else files.user_cache("xla")
-  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or default  # empty, it would be this folder
-  if not buckets.is_url(folder):
-    try:
-      os.makedirs(folder, exist_ok=True)
-    except OSError as error:  # as in a container, of whose user / is the home; jax would warn at each program
-      logging.warning(
-        "compiled programs are not kept: cannot make %s: %s; name another folder by JAX_COMPILATION_CACHE_DIR",
-        folder,
-        error.strerror,
-      )
-      jax.config.update("jax_compilation_cache_dir", None)
-      return
-    for each in (folder, f"{folder}/programs"):  # jax's, and parallel/executables.py's
-      files.sweep(each)
+  own = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # empty, it would be this folder
+  folder = own or files.user_cache("xla")
+  if not buckets.is_url(folder) and (reason := _refusal(folder)):
+    logging.warning("compiled programs are not kept: %s; name another folder by JAX_COMPILATION_CACHE_DIR", reason)
+    jax.config.update("jax_compilation_cache_dir", None)
+    return
   jax.config.update("jax_compilation_cache_dir", str(buckets.path(folder)))
   if buckets.is_url(folder) and "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
     # XLA's own, of its GPU tuning, for which jax would give it the address as a path on this machine.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-  repairs.repair_compilation_cache()
+  if not own:
+    _remove_unfinished(pathlib.Path(folder))
+    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+      jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+
+
+def _refusal(folder: str) -> str:
+  """Make the folder, and say why it cannot be used; empty where it can."""
+  try:
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    status = os.stat(folder)
+  except OSError as error:  # as in a container, of whose user / is the home; jax would warn at each program
+    return f"cannot make {folder}: {error.strerror}"
+  if status.st_uid != os.geteuid():
+    return f"{folder} belongs to another user"
+  return f"others can write into {folder} (chmod go-w it)" if status.st_mode & 0o022 else ""
+
+
+def _remove_unfinished(folder: pathlib.Path) -> None:
+  """Remove entries that a killed process left. jax dates an entry when it is whole, and could write none beside one
+  without a date."""
+  import filelock
+
+  with contextlib.suppress(OSError, NotImplementedError), filelock.FileLock(folder / ".lockfile", timeout=10):
+    for entry in folder.glob("*-cache"):
+      if not entry.with_name(f"{entry.name.removesuffix('-cache')}-atime").exists():
+        entry.unlink(missing_ok=True)
 
 
 def use_all_cores() -> None:

@@ -29,9 +29,6 @@ MOST_STEPS = 2**31 - 1  # which a step's number, an int32, counts to
 MOST_ROWS = 2**22  # of a global batch, far above any that was trained with
 MOST_PIXELS = 8192  # a side of an image, of which one row of a batch then has 0.2 GB
 _OF_ONE_TASK = dict(snr_gamma="generation", noised_image_share="discrimination", dispersive_weight="generation")
-# What no train step depends on, except by the shapes of a batch.
-BESIDE = ("seed", "init_from", "data", "checkpoint", "log_every", "save_every", "eval_every", "sample_every", "evals")
-BESIDE += ("train_evals", "sample_prompts", "inference")
 STEPS = ("num_steps", "log_every", "save_every", "eval_every", "sample_every")
 
 
@@ -123,11 +120,6 @@ class Run:
   def to_dict(self) -> dict[str, Any]:
     """The inverse of `of`, as config.json has it: without sections that this run does not have."""
     return _to_dict({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
-
-  def of_programs(self) -> dict[str, Any]:
-    """The fields that the train step and the initialisation are made from, beside the shapes of a batch."""
-    fields = {name: value for name, value in self.to_dict().items() if name not in BESIDE}
-    return fields | {"data": {"max_length": self.data.max_length}}
 
   def replace(self, changes: Mapping[str, Any]) -> Run:
     """This with other values of some fields, by their dotted paths. Raises UserError: as `of`."""

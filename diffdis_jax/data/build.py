@@ -156,8 +156,7 @@ def _open_labelled(data: Data, sampling: ClassSampling, **common: Any) -> grain.
 
 def open_tokens(data: Data) -> Tokens:
   """The sentences of a long-tailed set's classes, in tokens. Raises UserError: damaged data."""
-  corpus, length = long_tail.open_corpus(**data.source), data.max_length
-  return long_tail.kept_tokens(corpus, Tokenizer(length), max_length=length, folder=files.user_cache("tokens"))
+  return long_tail.tokens_of(long_tail.open_corpus(**data.source), Tokenizer(data.max_length))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from diffdis_jax.common import buckets, code_digest
-from diffdis_jax.common.store import Store
+from diffdis_jax.common import buckets
 from diffdis_jax.data import shapes_lt
 from diffdis_jax.data.corpus import Corpus, Tokenizer, Tokens
 from diffdis_jax.data.layouts import long_tailed
 
 NAMES = ("shapes_lt", *long_tailed.SETS)
-TOKENIZER = ("data/tokenizer.py", "data/clip_merges.txt.gz")
-TOKENIZER_PACKAGES = ("transformers", "tokenizers", "ftfy")
 
 
 @runtime_checkable
@@ -56,20 +53,6 @@ def train_counts(*, name: str, path: str | os.PathLike[str] = "", seed: int = 0,
   return np.bincount(labels, minlength=long_tailed.SETS[name].classes)
 
 
-def kept_tokens(corpus: Corpus, tokenizer: Tokenizer, *, max_length: int, folder: str) -> Tokens:
-  """The corpus as tokens, made once: Places-LT's take a minute or two. A long sentence is cut, and its end token stays
-  last.
-
-  Args:
-    tokenizer: to sentences of `max_length` tokens.
-    folder: where they are kept, by a hash of the sentences and of what makes tokens of them.
-  """
-  made_by = code_digest.of(*TOKENIZER, packages=TOKENIZER_PACKAGES)
-  key = "\0".join([made_by, str(max_length), *corpus.flat]).encode()
-  # The key has what makes the tokens too: another version of a package may make others.
-  store = Store(folder, "tokens")
-  ids = store.read_array(key, rows=len(corpus.flat), dtype=np.int32)
-  if ids is None:
-    ids = tokenizer(corpus.flat)
-    store.write_array(key, ids)
-  return Tokens(ids, np.cumsum([0, *map(len, corpus.sentences)]))
+def tokens_of(corpus: Corpus, tokenizer: Tokenizer) -> Tokens:
+  """Turn the corpus into tokens. A long sentence is cut, and its end token stays last."""
+  return Tokens(tokenizer(corpus.flat), np.cumsum([0, *map(len, corpus.sentences)]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from diffdis_jax.data.layouts.labelled import Captioned, Labelled, Lazy
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
 from diffdis_jax.evals import resize
+from diffdis_jax.parallel import processes
 
 TEXTS = 8192  # embedded at a time, of which a progress line is
 BLOCK = 1024  # rows of a score matrix in memory at a time
@@ -284,6 +286,15 @@ def _ranks(
   best = jnp.where(own, scores, -jnp.inf).max(axis=1, keepdims=True)
   # "Not smaller" instead of "larger or equal": a NaN is neither, and so counts against the query.
   return (~own & ~(scores < best)).sum(axis=1)
+
+
+def fingerprint(params: Mapping[str, Any]) -> str:
+  """Hash the values of all parameters: the same on every process, whatever the mesh. It takes seconds a gigabyte."""
+  digest = hashlib.sha256()
+  for name in sorted(params):
+    value = processes.whole(params[name])
+    digest.update(f"{name} {value.shape} {value.dtype}\n".encode() + value.tobytes())
+  return digest.hexdigest()
 
 
 def make_record(

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from diffdis_jax.common import buckets, code_digest
+from diffdis_jax.common import buckets
 from diffdis_jax.common.progress import Progress
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
@@ -25,24 +25,12 @@ from diffdis_jax.evals.features import Extractor
 from diffdis_jax.evals.settings import written
 from diffdis_jax.interop import inception as inception_file
 from diffdis_jax.parallel import processes
-from diffdis_jax.parallel.fingerprint import fingerprint
 from diffdis_jax.run import provenance
 
 FEW = 10_000  # images, generated or real, below which FID is too high by as much as models differ
 FEW_NOTE = f"of fewer than {FEW} images FID is biased upwards; compare it only at equal numbers, or compare KID"
 MEASURES = ("fid", "kid", "kid_std", "head_similarity")
 NOTHING = Sampled(np.empty((0, 0), np.float32), np.empty(0, np.float32))
-# Computes features of images; generates images of prompts.
-EXTRACTING = (
-  *("models/inception.py", "interop/inception.py", "evals/features.py", "evals/resize.py", "evals/base.py"),
-  *("data/records.py", "data/transforms.py"),
-)
-SAMPLING = (
-  *("models", "method", "inference.py", "common/params.py", "parallel/batches.py", "parallel/sharding.py"),
-  *("data/tokenizer.py", "data/clip_merges.txt.gz", "evals/best_of.py"),
-)
-EXTRACTING_PACKAGES = ("jax", "jaxlib", "flax", "pillow")
-SAMPLING_PACKAGES = (*EXTRACTING_PACKAGES, "transformers", "tokenizers", "ftfy")
 Extract = Callable[[Any], Float[np.ndarray, "n d"]]  # features of images
 
 
@@ -222,8 +210,8 @@ class Fid:
     """All that the features of a prompt's image, and the head's similarity of the two, depend on."""
     return {
       **_drawing(inference),
-      "params": fingerprint(params),
-      "code": code_digest.of(*SAMPLING, *EXTRACTING, packages=SAMPLING_PACKAGES),
+      "params": base.fingerprint(params),
+      "code": provenance.code(),
       "seed": self._seed,
       "resize": self._made["resize"],
       "weights_sha256": self._weights.sha256,
@@ -243,7 +231,6 @@ class Fid:
   def _open_reference(self, file: str, images: str, resampling: str) -> None:
     """Reads the file, if there is one, or else finds the images of which it will be made."""
     self._reference_file, self._resampling, self._reference = file, resampling, None
-    self._code = code_digest.of(*EXTRACTING, packages=EXTRACTING_PACKAGES)
     # "all" by default, but only what was asked for is a reason to refuse a file: others do not say what theirs is of.
     which = images or "all"
     self._real, self._real_indices = self.source, np.arange(len(self.source))
@@ -262,7 +249,7 @@ class Fid:
 
   def _reference_protocol(self, image_size: int | None) -> dict[str, Any]:
     of_images = {"image_size": image_size, "resampling": self._resampling, "images": self._images}
-    return {**self._made, "code": self._code, **of_images}
+    return {**self._made, "code": provenance.code()["versions"], **of_images}
 
   def _make_reference(self, extractor: Extract, image_size: int) -> None:
     """Unless there is one, on process 0: makes it on all, and writes it where it has a name."""

@@ -169,12 +169,10 @@ def check(reference: Reference, expected: Mapping[str, Any], path: str, *, image
   made_of, prompts_of = _data(protocol), _data(expected)
   if not images_asked_for and made_of and prompts_of and made_of != prompts_of:
     logging.warning("--reference=%s is made of %s, and the prompts are of %s", path, made_of, prompts_of)
-  # Only a warning: most changes of code leave the features as they are, and the file took long.
+  # Only a warning: most versions give the same features, and the file took long.
   if protocol.get("code") != expected["code"]:
     logging.warning(
-      "--reference=%s was made by other code or with other versions of JAX or Pillow; to have it made again, name a new"
-      " file",
-      path,
+      "--reference=%s was made by other versions of this package or of JAX; to make it again, name a new file", path
     )
   for name in ("image_size", "resampling"):
     if protocol.get(name) != expected[name]:

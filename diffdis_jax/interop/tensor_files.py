@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -132,7 +131,7 @@ def open_file(path: pathlib.Path) -> Tensors:
   with contextlib.suppress(OSError), path.open("rb") as file:  # the readers below say what cannot be read
     if file.read(len(_POINTER)) == _POINTER:  # copied again, it would be one again
       raise UserError(f"{path} is a pointer of Git LFS, not the weights; type: git lfs pull in its repository")
-  return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+  return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -175,7 +174,7 @@ def _open_safetensors(path: pathlib.Path) -> Tensors:
     raise UserError(f"{path} is no whole safetensors file: {error}; copy it again") from error
 
 
-def _open_pickle(path: pathlib.Path) -> Tensors:
+def _open_torch(path: pathlib.Path) -> Tensors:
   try:
     import torch
   except ImportError as error:
@@ -189,11 +188,11 @@ def _open_pickle(path: pathlib.Path) -> Tensors:
         content = load(mmap=True)
       except RuntimeError:  # a file from before PyTorch 1.6, which cannot be mapped, or a broken one
         content = load()
-  except pickle.UnpicklingError as error:
-    reason = re.search(r"GLOBAL ([\w.]+)", str(error))
-    what = f"it would call {reason[1]}" if reason else "it is more than tensors, or no file of PyTorch's"
-    raise UserError(f"{path} needs code execution to be read: {what}; pickles are never executed here") from error
-  except Exception as error:  # of a damaged pickle, whatever its instructions do
+  except Exception as error:  # of a damaged file, whatever its instructions do
+    if type(error).__name__ == "UnpicklingError":
+      reason = re.search(r"GLOBAL ([\w.]+)", str(error))
+      what = f"it would call {reason[1]}" if reason else "it is more than tensors, or no file of PyTorch's"
+      raise UserError(f"{path} needs code execution to be read: {what}; pickles are never executed here") from error
     if "TorchScript" in str(error):
       raise UserError(
         f"{path} is a TorchScript archive, a program; take open_clip's or transformers' files of the same CLIP, or"

@@ -7,11 +7,6 @@ It compiles the real training step from shapes, with the compiler for TPUs or fo
 compiler's own estimate; for GPUs it is a bound from the chip's peak figures. Without these extras XLA compiles for as
 many CPU devices, and memory and collectives are those of a CPU's program.
 
-It keeps what it compiled for `train --compiled`, which then neither traces nor compiles before its first step; without
---topology, for the devices of this machine:
-
-  diffdis preflight --config=diffdis_cc3m --topology=v5e:8x8 --config.mesh.fsdp=4 --save=DIR
-
 Weak scaling, the batch of a chip held, which is that of the smallest topology; those of more than 64 chips are fitted:
 
   diffdis preflight --config=diffdis_cc3m --topology=h100 --scaling=8,16,32,64,256 --fit_above=64
@@ -23,9 +18,6 @@ Calibration compares the TPU compiler's estimates of plain products, convolution
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,15 +26,14 @@ from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from diffdis_jax.common import buckets, cli, code_digest, files, usage
-from diffdis_jax.common.store import Store
+from diffdis_jax.common import buckets, cli, files, usage
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError, install
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import attention
 from diffdis_jax.parallel import chips, sharding
-from diffdis_jax.preflight import calibration, report, saving, scaling, schedules, targets
+from diffdis_jax.preflight import calibration, report, scaling, targets
 from diffdis_jax.training import flops
 from diffdis_jax.training.step import Trainer
 
@@ -51,9 +42,6 @@ FLAGS = flags.FLAGS
 PROGRAMS = ("train", "generation", "discrimination")
 CC3M_PAIRS = 2_905_954
 Changes = dict[str, Any]  # config field -> value, of --search
-# What traces and compiles.
-COMPILERS = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-COMPILERS += (*targets.CUDA, *targets.CUDNN)
 
 
 def trace_program(name: str, run: Run, mesh: Mesh) -> flops.Program:
@@ -73,13 +61,11 @@ def compile_one(
   num_pairs: int,
   epochs: float,
   hlo: str | None = None,
-  save: str | None = None,
 ) -> dict[str, Any]:
   """The report of one program.
 
   Args:
     hlo: folder for the program's text.
-    save: folder for what a run begins with, compiled, where the program trains it.
 
   Raises:
     UserError: a network, mesh or batch that cannot run there, or a folder that cannot be written.
@@ -93,8 +79,6 @@ def compile_one(
   shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
   logging.info("%s: compiling for %d x %s (%s), compiler %s", name, mesh.size, target.chip.kind, shape, target.compiler)
   compiled = targets.compile(lowered, target)
-  if save and name == "train":
-    saving.save(run, mesh, target, compiled, save)
   if hlo:
     files.write_whole(buckets.path(hlo) / f"{name}.txt", compiled.text.encode())
   result = report.summarise(program, compiled, target, num_pairs=num_pairs, epochs=epochs if name == "train" else 0)
@@ -106,10 +90,7 @@ def compile_one(
 def compile_all(run: Run, target: targets.Target) -> dict[str, Any]:
   """Every program asked for, and where the train step does not fit and --search is given, what would make it fit."""
   settings = dict(num_pairs=FLAGS.num_pairs, epochs=FLAGS.epochs)
-  if FLAGS.save:
-    target = dataclasses.replace(target, options={})  # those only look at a program, and make a slower one
-  kept = dict(hlo=FLAGS.hlo, save=FLAGS.save)
-  results: dict[str, Any] = {name: compile_one(name, run, target, **kept, **settings) for name in FLAGS.programs}
+  results: dict[str, Any] = {name: compile_one(name, run, target, hlo=FLAGS.hlo, **settings) for name in FLAGS.programs}
   if FLAGS.search and "train" in results and not results["train"]["fits"]:
     tried = candidates(
       remat=run.model.remat,
@@ -170,22 +151,6 @@ def describe_search(trials: Sequence[dict[str, Any]]) -> str:
   return "fits with " + " ".join(f"--config.{name}={value}" for name, value in trials[-1]["changes"].items())
 
 
-def key_of(config: str, platform: str, topology: str | None, present: targets.Target | None) -> bytes:
-  """What the results depend on: config, target, package and compiler.
-
-  Args:
-    config: as JSON.
-    platform: compiler.
-    present: the target, where its devices must be there.
-  """
-  asked = [topology, FLAGS.slices, platform, sorted(FLAGS.programs), FLAGS.search, FLAGS.num_pairs, FLAGS.epochs]
-  kinds = [device.device_kind for device in present.devices] if present else []
-  names = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", *targets.MEMORY_VARIABLES)
-  flags_of_xla = [schedules.without_them(os.environ.get(name, "")) for name in names]
-  code = code_digest.of(".", packages=COMPILERS)  # another version has another answer
-  return json.dumps([config, asked, kinds, flags_of_xla, code], sort_keys=True).encode()
-
-
 def define_flags() -> None:
   """The command line."""
   cli.config_flag(required=False)
@@ -205,9 +170,6 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_pairs", CC3M_PAIRS, "size of the training set, for the run's cost", lower_bound=1)
   flags.DEFINE_string("out", None, "JSON file to write")
   flags.DEFINE_string("hlo", None, "folder for the compiled programs' text")
-  flags.DEFINE_string(
-    "save", None, "folder for what a run begins with, compiled, as train --compiled takes it; may be in a bucket"
-  )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -217,10 +179,10 @@ def main(argv: Sequence[str]) -> None:
     )
   if not argv[1:] and FLAGS.config is None:
     raise UserError("--config=FILE.py is missing, such as configs/diffdis_cc3m.py")
-  apart = argv[1:] or FLAGS.programs != ["train"] or FLAGS.search or FLAGS.hlo or FLAGS.save or FLAGS.slices > 1
+  apart = argv[1:] or FLAGS.programs != ["train"] or FLAGS.search or FLAGS.hlo or FLAGS.slices > 1
   if FLAGS.scaling and apart:
-    raise UserError("--scaling goes with neither calibration nor --programs, --search, --hlo, --save or --slices")
-  if argv[1:] and (unused := [f"--{name}" for name in ("programs", "search", "hlo", "save") if FLAGS[name].present]):
+    raise UserError("--scaling goes with neither calibration nor --programs, --search, --hlo or --slices")
+  if argv[1:] and (unused := [f"--{name}" for name in ("programs", "search", "hlo") if FLAGS[name].present]):
     raise UserError(f"calibration compiles programs of its own, and has no use for {', '.join(unused)}; leave that out")
   for name in FLAGS.programs:
     if name not in PROGRAMS:
@@ -235,22 +197,10 @@ def main(argv: Sequence[str]) -> None:
   if plan:
     plan.batch_size(plan.topologies[0], FLAGS.config.batch_size)  # refused before anything is compiled
   topology = plan.compiled[-1] if plan else chips.parse(FLAGS.topology) if FLAGS.topology else None
-  if FLAGS.save and not topology and not FLAGS.platform:
-    if FLAGS.out or FLAGS.hlo or FLAGS.search or FLAGS.slices > 1 or FLAGS.programs != ["train"]:
-      raise UserError(
-        "--save without --topology keeps the train step of this machine and reports nothing; leave --out, --hlo,"
-        " --search, --slices and --programs out, or give --topology"
-      )
-    saving.check(FLAGS.save)
-    saving.save_here(Run.of(FLAGS.config), FLAGS.save)
-    return
   platform = targets.choose_platform(FLAGS.platform, topology)
   if platform == "cpu" and topology and FLAGS.platform is None:
     what, extra = ("libtpu", "tpu") if topology.is_tpu else ("jax's CUDA plugin", "cuda")
     logging.warning("%s is not installed (%s); XLA compiles for CPU devices instead", what, install(extra))
-  if FLAGS.save:
-    saving.check_target(FLAGS.programs, platform, topology)
-    saving.check(FLAGS.save)
   # Nothing may have asked for devices before this line, after which JAX's platforms are fixed.
   targets.prepare(platform, topology, FLAGS.slices)
   if platform != "cpu" and topology:
@@ -284,21 +234,8 @@ def scale(platform: str, plan: scaling.Plan) -> dict[str, Any]:
 
 
 def estimate(config: ConfigDict, platform: str, topology: chips.Topology | None) -> dict[str, Any]:
-  """Every program of the config that was asked for, from the cache of earlier calls where it is there."""
-  present = targets.find(platform, topology, FLAGS.slices) if topology is None else None
-  store = Store(files.user_cache("preflight"), "preflight's answers")
-  key = key_of(config.to_json_best_effort(), platform, topology and topology.name, present)
-  # --hlo wants the programs' text and --save the programs, neither of which is kept there.
-  results = None if FLAGS.hlo or FLAGS.save else store.read_json(key)
-  if results is not None:
-    logging.info("result of an earlier call, from %s", store.file(key, ".json"))
-    for name in FLAGS.programs:
-      for line in report.lines(name, results[name]):
-        logging.info("%s", line)
-  else:
-    results = compile_all(Run.of(config), present or targets.find(platform, topology, FLAGS.slices))
-    if not FLAGS.save:  # which compiles with other options
-      store.write_json(key, results)
+  """Report every program of the config that was asked for."""
+  results = compile_all(Run.of(config), targets.find(platform, topology, FLAGS.slices))
   if "search" in results:
     logging.info("%s", describe_search(results["search"]))
   return results

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 
 from diffdis_jax.errors import UserError, not_installed
-from diffdis_jax.parallel import executables
 from diffdis_jax.parallel.chips import Chip, Topology, of_kind
 from diffdis_jax.preflight import gpus, hlo, schedules, times
 
@@ -85,7 +84,6 @@ class Compiled:
     operations: as the compiler counts them, padding included, a loop's body once.
     collectives: bytes by kind.
     text: the program; empty where it does not fit.
-    fresh: the program itself, which runs where the target's devices are; None where it does not fit.
   """
 
   arguments: int
@@ -100,7 +98,6 @@ class Compiled:
   operations: float | None = None
   collectives: dict[str, int] = dataclasses.field(default_factory=dict)
   text: str = dataclasses.field(repr=False, default="")
-  fresh: executables.Fresh | None = dataclasses.field(repr=False, default=None)
 
   @property
   def memory(self) -> int:
@@ -251,13 +248,12 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
   if target.compiler == "tpu":
     schedules.clear()  # what lies there is taken for this program's
   try:
-    fresh = executables.compile(lowered, target.options)
+    program = lowered.compile(compiler_options=target.options or None)
   except jax.errors.JaxRuntimeError as error:
     needed = memory_needed(str(error))
     if needed is None:
       raise
     return Compiled(arguments=0, temporaries=needed, outputs=0, fits=False)
-  program = fresh.program
   memory: Any = program.memory_analysis()
   costs, text = program.cost_analysis() or {}, program.as_text() or ""
   written = schedules.cycles_by_operation(schedules.folder()) if target.compiler == "tpu" else {}
@@ -277,7 +273,6 @@ def compile(lowered: jax.stages.Lowered, target: Target) -> Compiled:
     collectives=hlo.bytes_by_kind(text),
     fits=True,
     text=text,
-    fresh=fresh,
   )
   return dataclasses.replace(compiled, fits=compiled.memory <= chip.memory)
 

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from clu import parameter_overview
 
-from diffdis_jax.common import buckets, code_digest, machine
+from diffdis_jax.common import buckets, machine
 from diffdis_jax.config.run import Run
 from diffdis_jax.data.build import describe, doubts
 from diffdis_jax.errors import UserError
@@ -99,7 +99,7 @@ def check_same_on_all(run: Run) -> None:
       f"these hosts have other data than host 0: {', '.join(map(str, hosts))}; here it is {'; '.join(lines)}; copy the"
       " same to every host"
     )
-  fields = {**workdir.flatten(run.to_dict()), "code": code_digest.of(".")[:8], "jax": jax.__version__}
+  fields = {**workdir.flatten(run.to_dict()), **provenance.code()}
   text = json.dumps(fields, sort_keys=True)
   if processes.differing(text):
     mine, first = json.loads(text), json.loads(processes.text_from_first(text))

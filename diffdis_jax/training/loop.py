@@ -18,7 +18,7 @@ from diffdis_jax.config.sections import CheckpointPolicy
 from diffdis_jax.data.build import LatentShapes, latent_facts, open_loader
 from diffdis_jax.inference import Inference
 from diffdis_jax.method.network import Network
-from diffdis_jax.parallel import batches, executables, processes, sharding
+from diffdis_jax.parallel import batches, processes, sharding
 from diffdis_jax.run import checkpoint, committed, history, profile, provenance, trackers, watchdog, workdir, writers
 from diffdis_jax.training import facts, start, stored_inputs
 from diffdis_jax.training.evaluator import Evaluator
@@ -35,7 +35,6 @@ def train_and_evaluate(
   tracker: str = "",
   profiled: str = "",
   prepared: Prepared | None = None,
-  folder: executables.Folder | None = None,
   hang_timeout: float = watchdog.SECONDS,
 ) -> None:
   """Trains to `run.num_steps`, from the last checkpoint in the workdir `path` if there is one.
@@ -46,7 +45,6 @@ def train_and_evaluate(
     tracker: one of trackers.TRACKERS, which gets what the writers get; empty for none.
     profiled: steps to trace, as `profile.parse` takes them; empty for none.
     prepared: of this run; None to do it here, for a mesh of all devices.
-    folder: where its programs may lie compiled, unless it is prepared; None for nowhere.
     hang_timeout: as `watchdog.Watchdog` takes its seconds.
 
   Raises:
@@ -66,7 +64,7 @@ def train_and_evaluate(
     stack.enter_context(stop.listening())  # from the start: building and compiling may take minutes
 
     # Everything that can be wrong with a config or its data is found before the workdir is touched.
-    prepared = prepared or Prepared.of(run, mesh, folder)
+    prepared = prepared or Prepared.of(run, mesh)
     trainer = prepared.trainer
     # Closed where the run fails or is stopped too: what is read ahead would be waited for at the program's end, and in
     # a notebook, which keeps the error and all that it reached, worker processes would live on.
@@ -83,7 +81,6 @@ def train_and_evaluate(
     begins = bool(processes.from_first(np.uint8(committed.latest_step(path) is None)))
     if begins:
       start.find_initial(run.init_from, trainer)
-    prepared.check(begins=begins)
 
     before = open_workdir(path, trainer, stack)
     checkpointer = stack.enter_context(checkpoint.Checkpointer(path, run.checkpoint))

@@ -27,7 +27,7 @@ from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import Network
 from diffdis_jax.models import remat
-from diffdis_jax.parallel import executables, programs, sharding
+from diffdis_jax.parallel import programs, sharding
 from diffdis_jax.structs import LabelledBatch, TrainingBatch, TrainState
 from diffdis_jax.training import gradcache, packing, plugs, skips
 from diffdis_jax.training import optim as optimizers
@@ -65,11 +65,9 @@ class Trainer:
   Args:
     run: says what is trained, and how.
     mesh: devices.
-    folder: where its programs may lie compiled; None for nowhere.
 
   Attributes:
     run, mesh: as given.
-    kept: its programs in that folder.
     network: of the run.
     plug: of its objectives.
     shapes: parameter path -> ShapeDtypeStruct.
@@ -87,10 +85,9 @@ class Trainer:
     UserError: sections that do not fit the network, or a batch that the mesh cannot split.
   """
 
-  def __init__(self, run: Run, mesh: Mesh, folder: executables.Folder | None = None):
+  def __init__(self, run: Run, mesh: Mesh):
     sharding.check_batch(mesh, run.batch_size, run.optim.accumulate)
     self.run, self.mesh, self.plug = run, mesh, plugs.plug_of(run.objectives)
-    self.kept = executables.Kept(folder, run.of_programs(), list(mesh.devices.flat)) if folder else None
     self.network = network = Network.of(run)
     self.shapes = network.shapes
     self.groups = optimizers.groups_of(self.shapes, run.optim.groups)
@@ -130,13 +127,13 @@ class Trainer:
     is_cpu = self.mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if is_cpu else None
     initialise = jax.jit(self.network.initialise, out_shardings=self.param_shardings, compiler_options=options)
-    return programs.AheadOfTime("the initialisation", initialise, jax.eval_shape(jax.random.key, 0), kept=self.kept)
+    return programs.AheadOfTime("the initialisation", initialise, jax.eval_shape(jax.random.key, 0))
 
   @functools.cached_property
   def assemble(self) -> programs.AheadOfTime:
     """Parameters -> the state of step 0; donates them."""
     around = jax.jit(self._around, donate_argnums=0, out_shardings=self.state_shardings)
-    return programs.AheadOfTime("the state", around, *self._lent(self.abstract_by_path.params), kept=self.kept)
+    return programs.AheadOfTime("the state", around, *self._lent(self.abstract_by_path.params))
 
   def _lent(self, params: Params) -> tuple[Params, Params]:
     """Those whose memory the state takes, and the small ones, which it packs."""

@@ -126,32 +126,67 @@ def test_the_cache_folder_can_be_chosen(folder):
   assert out.startswith(f"{folder}/mine ")
 
 
-def test_a_cache_folder_that_cannot_be_made_is_one_line(monkeypatch, tmp_path, caplog):
+CACHE_OPTIONS = (
+  *("jax_compilation_cache_dir", "jax_compilation_cache_max_size"),
+  "jax_persistent_cache_enable_xla_caches",
+)
+
+
+@pytest.fixture
+def cache_options(monkeypatch):
+  """What the cache's options are now; restored afterwards."""
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  before = {name: getattr(jax.config, name) for name in CACHE_OPTIONS}
+  yield lambda: [getattr(jax.config, name) for name in CACHE_OPTIONS]
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_one_line(cache_options, monkeypatch, tmp_path, caplog):
   (tmp_path / "file").touch()
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-  before = jax.config.jax_compilation_cache_dir
-  try:
-    cli.compilation_cache()
-    assert jax.config.jax_compilation_cache_dir is None
-  finally:
-    jax.config.update("jax_compilation_cache_dir", before)
+  cli.compilation_cache()
+  assert cache_options()[0] is None
   assert "compiled programs are not kept: cannot make" in caplog.text and "Not a directory" in caplog.text
 
 
-@pytest.mark.parametrize("variable", [None, ""])
-def test_the_cache_of_a_run_in_a_bucket_is_there_too(monkeypatch, variable):
-  names = ("jax_compilation_cache_dir", "jax_persistent_cache_enable_xla_caches")
-  before = {name: getattr(jax.config, name) for name in names}
-  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-  if variable is not None:  # which would be this folder
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", variable)
-  try:
-    cli.compilation_cache("gs://bucket/run/")
-    assert [getattr(jax.config, name) for name in names] == ["gs://bucket/run/xla", "none"]
-  finally:
-    for name, value in before.items():
-      jax.config.update(name, value)
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o702])
+def test_a_cache_folder_in_which_others_can_write_is_not_used(cache_options, monkeypatch, tmp_path, caplog, mode):
+  """Whoever can write there can have this user run any program."""
+  (tmp_path / "xla").mkdir()
+  (tmp_path / "xla").chmod(mode)
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
+  cli.compilation_cache()
+  assert cache_options()[0] is None
+  (message,) = caplog.messages
+  assert "are not kept: others can write into" in message and "JAX_COMPILATION_CACHE_DIR" in message
+
+
+def test_a_cache_folder_of_another_user_is_not_used(cache_options, monkeypatch, tmp_path, caplog):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+  tmp_path.chmod(0o755)
+  monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+  cli.compilation_cache()
+  assert cache_options()[0] is None and "belongs to another user" in caplog.text
+
+
+def test_a_cache_in_a_bucket_is_one_that_somebody_named(cache_options, monkeypatch):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/xla")
+  cli.compilation_cache()
+  assert cache_options() == ["gs://bucket/xla", -1, "none"]
+
+
+def test_the_users_cache_has_a_limit_and_loses_what_a_killed_process_left(cache_options, monkeypatch, tmp_path):
+  """Beside an entry without a date jax writes no other."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # which would be this folder
+  folder = tmp_path / "diffdis_jax" / "xla"
+  folder.mkdir(parents=True, mode=0o755)
+  for name in ("whole-cache", "whole-atime", "part-cache"):
+    (folder / name).touch()
+  cli.compilation_cache()
+  assert cache_options()[:2] == [str(folder), cli.CACHE_BYTES]
+  assert sorted(each.name for each in folder.iterdir() if each.name[0] != ".") == ["whole-atime", "whole-cache"]
 
 
 GOOD = ("--config=tiny.py", "--workdir=run")

@@ -1,7 +1,5 @@
 """Sentences of classes: by hand-written answers."""
 
-import importlib.metadata
-
 import numpy as np
 import pytest
 
@@ -9,7 +7,6 @@ from diffdis_jax.data import corpus, long_tail
 from diffdis_jax.data.corpus import Corpus
 from diffdis_jax.data.tokenizer import Tokenizer
 from diffdis_jax.errors import UserError
-from tests.changed_code import change, copy_package
 
 PAGE = """
 An airfield is a place. Planes land there.
@@ -112,44 +109,11 @@ def test_no_folder(tmp_path):
     corpus.read_corpus(tmp_path, wordnet=False)
 
 
-def test_tokens_are_made_anew_by_a_changed_tokenizer(tmp_path, monkeypatch):
-  own, calls = Corpus(("a",), (("one.",),)), []
-
-  def count() -> int:
-    tokenizer = lambda sentences: calls.append(0) or Tokenizer(8)(sentences)
-    long_tail.kept_tokens(own, tokenizer, max_length=8, folder=str(tmp_path / "kept"))
-    return len(calls)
-
-  copy = copy_package(tmp_path, monkeypatch)
-  assert [count(), count()] == [1, 1]
-  change(copy / "models" / "clip.py")
-  assert count() == 1
-  change(copy / "data" / "tokenizer.py")
-  assert [count(), count()] == [2, 2]
-  change(copy / "data" / "clip_merges.txt.gz")
-  assert count() == 3
-  version = importlib.metadata.version
-  monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == "ftfy" else version(name))
-  assert [count(), count()] == [4, 4]
-
-
-def test_tokens_are_made_once(tmp_path):
+def test_a_class_samples_from_its_own_sentences():
   own = Corpus(("a", "b"), (("one.", "two words."), ("three.",)))
-  calls = []
-
-  def tokenizer(sentences):
-    calls.append(len(sentences))
-    return Tokenizer(8)(sentences)
-
-  made = [long_tail.kept_tokens(own, tokenizer, max_length=8, folder=str(tmp_path)) for _ in range(2)]
-  assert calls == [3] and len([*tmp_path.iterdir()]) == 1
-  for tokens in made:
-    np.testing.assert_array_equal(tokens.ids, Tokenizer(8)(own.flat))
-    assert tokens.starts.tolist() == [0, 2, 3]
-  (file,) = tmp_path.iterdir()
-  file.write_bytes(file.read_bytes()[:100])
-  long_tail.kept_tokens(own, tokenizer, max_length=8, folder=str(tmp_path))
-  assert calls == [3, 3]
+  tokens = long_tail.tokens_of(own, Tokenizer(8))
+  np.testing.assert_array_equal(tokens.ids, Tokenizer(8)(own.flat))
+  assert tokens.starts.tolist() == [0, 2, 3]
   rng = np.random.default_rng(0)
-  drawn = {made[0].draw(0, rng).tobytes() for _ in range(50)}
-  assert drawn == {row.tobytes() for row in made[0].ids[:2]}
+  drawn = {tokens.draw(0, rng).tobytes() for _ in range(50)}
+  assert drawn == {row.tobytes() for row in tokens.ids[:2]}

@@ -28,7 +28,7 @@ from diffdis_jax.evals import registry as evals
 from diffdis_jax.evals.best_of import BestOf
 from diffdis_jax.interop.inception import Weights
 from diffdis_jax.parallel import sharding
-from tests.changed_code import change, copy_package
+from diffdis_jax.run import provenance
 
 WIDTH, SIDE, PART, COUNT = 6, 8, 8, 36
 DATA = {"name": "pairs", "path": "somewhere", "split": "val", "image_size": SIDE}
@@ -371,28 +371,24 @@ def test_results_with_other_real_images_are_no_resumption(tmp_path):
     measured()
 
 
-def test_changed_code_goes_on_from_no_part(tmp_path, monkeypatch):
-  copy = copy_package(tmp_path, monkeypatch)
+def test_a_run_of_other_code_goes_on_from_no_part(tmp_path, monkeypatch):
   make(parts=str(tmp_path / "parts")).run(Inference(), {})
-  change(copy / "evals" / "zero_shot.py")
   again = Inference()
   make(parts=str(tmp_path / "parts")).run(again, {})
   assert not again.calls
-  change(copy / "models" / "unet.py")
+  monkeypatch.setattr(provenance, "code", lambda: {"commit": "another", "versions": {}})
   with pytest.raises(UserError, match="is of another protocol: code is .*; give another folder"):
     make(parts=str(tmp_path / "parts")).run(Inference(), {})
 
 
-def test_a_reference_that_other_code_made_is_named(tmp_path, monkeypatch, caplog):
-  copy = copy_package(tmp_path, monkeypatch)
+def test_a_reference_of_other_versions_is_named(tmp_path, monkeypatch, caplog):
   file = tmp_path / "reference.npz"
   make(reference=str(file)).run(Inference(), {})
-  change(copy / "models" / "unet.py")
   make(reference=str(file))
-  assert "other code" not in caplog.text
-  change(copy / "evals" / "resize.py")
+  assert "other versions" not in caplog.text
+  monkeypatch.setattr(provenance, "code", lambda: {"versions": {"jax": "0"}})
   make(reference=str(file))
-  assert "was made by other code" in caplog.text and "name a new" in caplog.text
+  assert "was made by other versions" in caplog.text and "name a new" in caplog.text
 
 
 def test_a_part_that_is_broken(tmp_path):
