@@ -261,7 +261,7 @@ def compilation_cache() -> None:
   import jax
 
   own = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # empty, it would be this folder
-  folder = own or files.user_cache("xla")
+  folder = own or files.user_cache("jax")
   if not buckets.is_url(folder) and (reason := _refusal(folder)):
     logging.warning("compiled programs are not kept: %s; name another folder by JAX_COMPILATION_CACHE_DIR", reason)
     jax.config.update("jax_compilation_cache_dir", None)

@@ -116,7 +116,7 @@ def test_a_good_command_line_is_quiet_and_has_its_overrides(folder):
   code, out, err = run(folder, *flags, *overrides, own_process=True, XDG_CACHE_HOME=str(folder / "home"))
   assert (code, err) == (0, "")
   cache, _, config = out.partition(" ")
-  assert cache == f"{folder}/home/diffdis_jax/xla"
+  assert cache == f"{folder}/home/diffdis_jax/jax"
   assert json.loads(config) == {"gamma": 2.0, "init_from": "X", "optim": {"betas": [0, 1], "rate": 1.0}, "seed": 0}
 
 
@@ -180,7 +180,7 @@ def test_the_users_cache_has_a_limit_and_loses_what_a_killed_process_left(cache_
   """Beside an entry without a date jax writes no other."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # which would be this folder
-  folder = tmp_path / "diffdis_jax" / "xla"
+  folder = tmp_path / "diffdis_jax" / "jax"
   folder.mkdir(parents=True, mode=0o755)
   for name in ("whole-cache", "whole-atime", "part-cache"):
     (folder / name).touch()
