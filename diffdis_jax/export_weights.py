@@ -37,7 +37,7 @@ from absl import flags, logging
 from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, cli, files, one_file
 from diffdis_jax.common.params import Params
-from diffdis_jax.config.objectives import Objectives
+from diffdis_jax.config.objectives import task_of
 from diffdis_jax.data.tokenizer import END, START, Tokenizer
 from diffdis_jax.errors import UserError, may_pass
 from diffdis_jax.interop import clip_to_torch, hub, to_torch
@@ -232,7 +232,7 @@ def write_pipeline(folder: pathlib.Path, params: Params, own: dict[str, Any], *,
     dtype=dtype,
   )
   # What is missing is said, since a pipeline loads without it.
-  if Objectives(own["objectives"]).is_autoencoder:
+  if task_of(own["objectives"]).is_autoencoder:
     logging.info("it is an autoencoder alone: the pipeline's vae encodes and decodes; it generates nothing")
     return
   write_tokenizer(folder / "tokenizer", own["max_length"])

@@ -23,8 +23,9 @@ from PIL import Image
 from diffdis_jax import inference
 from diffdis_jax.common import cli, files, progress
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.section import check_number
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import samples
 from diffdis_jax.evals import settings as eval_settings
 from diffdis_jax.evals.best_of import FAILURES, BestOf, check_failures
@@ -153,7 +154,7 @@ def generate(
 
 def check_count(prompts: int, num_images: int, best_of: int) -> None:
   """Raises UserError: more images than a call makes, or no number of them."""
-  check_number("best_of", best_of, at_least=1)
+  check_number("best_of", best_of, ge=1)
   if (count := prompts * num_images * best_of) > MOST_IMAGES:
     each = f"--num_images={num_images}" + (f" and --best_of={best_of}" if best_of > 1 else "")
     raise UserError(

@@ -24,8 +24,9 @@ from diffdis_jax.common.params import Params
 from diffdis_jax.common.progress import Progress
 from diffdis_jax.config.model import ClipModel
 from diffdis_jax.config.objectives import ALIGNED, GENERATIVE, WITH_HEAD
+from diffdis_jax.config.section import check_number
 from diffdis_jax.config.sections import Loss, Sampling
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.method import algorithms, features
 from diffdis_jax.method.diffdis import DiffDis, to_signed
 from diffdis_jax.method.network import Network
@@ -74,7 +75,7 @@ class Inference:
     after_batch: Callable[[], None] = lambda: None,
   ):
     self.network, self.sampling = network, sampling
-    self.aligned, self.sees_noised_images = network.objectives.aligned, False
+    self.aligned, self.sees_noised_images = network.task.aligned, False
     self.duplicate_captions = Loss.duplicate_captions
     self.image_size, self.max_length, self.shapes = network.image_size, network.max_length, network.shapes
     # With every figure goes what decides on it, in effect: CLIP denoises nothing, and noise targets are not normalised.
@@ -90,7 +91,7 @@ class Inference:
     # Whole on each device by default: sampling keeps no optimizer state, and no weights then travel at each step.
     self.mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1) if mesh is None else mesh
     if batch_size is not None:
-      check_number("batch_size", batch_size, at_least=1, at_most=MOST_ROWS)
+      check_number("batch_size", batch_size, ge=1, le=MOST_ROWS)
     self.after_batch = after_batch
     self.batched = batches.Batches(self.mesh, batch_size, after_batch)
     self.batch_size = self.batched.size
@@ -261,7 +262,7 @@ class Inference:
       raise UserError(f"this run was not trained for {objectives[0]}; its objectives are {trained}")
 
   def _require_text(self, tokens: Any) -> None:
-    if self.network.objectives.is_autoencoder:
+    if self.network.task.is_autoencoder:
       raise UserError("this run is an autoencoder alone, which reads no text; take a run of DiffDis or of CLIP")
     self._check_tokens(tokens)
 

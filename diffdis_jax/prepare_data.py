@@ -50,6 +50,7 @@ from absl import flags, logging
 from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, cli, files, machine, usage
 from diffdis_jax.config.data import Augmentation
+from diffdis_jax.config.section import check_type, read_section
 from diffdis_jax.data.layouts import find
 from diffdis_jax.data.layouts.tfds_folder import INFO
 from diffdis_jax.data.prepare import (
@@ -67,7 +68,7 @@ from diffdis_jax.data.prepare import (
   zero_shot_sets,
 )
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import UserError, check_type, parse_json, read_section
+from diffdis_jax.errors import UserError, parse_json
 from diffdis_jax.run import digests
 
 PREVIEWED, COLUMNS = 16, 4  # pairs of --preview, and how many stand side by side
@@ -287,7 +288,7 @@ def write_latents(run: str, data: str, out: pathlib.Path) -> None:
   h, w, c = model.noise_shape()
   text = None
   if FLAGS.text:
-    if model.network.objectives.is_autoencoder:
+    if model.network.task.is_autoencoder:
       raise UserError(f"--workdir={run} is an autoencoder alone, which has no text encoder; leave out --text")
     tokenizer, width = Tokenizer(model.max_length), model.network.model.text_encoder.width
     text = latents.TextConditions(

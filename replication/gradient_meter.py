@@ -20,7 +20,6 @@ from jaxtyping import Array, Float
 from diffdis_jax import config
 from diffdis_jax.common import cli, files
 from diffdis_jax.common.params import Params
-from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.data.build import batch_type, open_loader
 from diffdis_jax.data.loader import Substitutions
 from diffdis_jax.errors import UserError
@@ -59,7 +58,7 @@ def compare(trainer: Trainer, state: TrainState, batch: TrainingBatch) -> dict[s
   for task in TASKS:
     single = copy.copy(trainer)  # the same state and parameters, with the loss of one task
     single.run = dataclasses.replace(trainer.run, loss=loss)
-    single.network = dataclasses.replace(trainer.network, objectives=Objectives((task,)))
+    single.network = dataclasses.replace(trainer.network, objectives=(task,))
     gradients[task] = single.gradient(state, batch).gradient
 
   metrics: dict[str, Float[Array, ""]] = {}

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from ml_collections import ConfigDict
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from diffdis_jax.errors import read_section
+from diffdis_jax.config.section import read_section
 from diffdis_jax.interop import sections
 from diffdis_jax.training import optim
 from tests.test_configs import CASES, get_config, golden_file

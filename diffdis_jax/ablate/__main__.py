@@ -32,7 +32,8 @@ from diffdis_jax.ablate import run as running
 from diffdis_jax.ablate.folder import Folder
 from diffdis_jax.ablate.plan import Plan, Run
 from diffdis_jax.common import cli, files, usage
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.config.section import check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry, sections
 from diffdis_jax.evals import results as result_files
 from diffdis_jax.evals.results import ResultFile
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
   folder.check(plan)
   if verb == "plan":
     if FLAGS.step_seconds is not None:
-      check_number("--step_seconds", FLAGS.step_seconds, at_least=0)
+      check_number("--step_seconds", FLAGS.step_seconds, ge=0)
     usage.write("\n".join(status.lines(plan, folder, FLAGS.step_seconds)) + "\n")
   elif verb == "run":
     run_selected(plan, folder)

@@ -13,7 +13,8 @@ from typing import Any
 from diffdis_jax.ablate import columns, plan, tables
 from diffdis_jax.ablate.tables import Claim, Row, Table
 from diffdis_jax.common import cli
-from diffdis_jax.errors import UserError, check_number, check_type, read_section
+from diffdis_jax.config.section import check_number, check_type, read_section
+from diffdis_jax.errors import UserError
 from diffdis_jax.run import workdir
 
 
@@ -41,7 +42,7 @@ class Arm:
 
   def __post_init__(self) -> None:
     if self.minutes is not None:
-      check_number("minutes", self.minutes, above=0)
+      check_number("minutes", self.minutes, gt=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class Experiment:
 
   def __post_init__(self) -> None:
     for speed, seconds in self.step_seconds.items():
-      check_number(f"step_seconds.{speed}", seconds, above=0)
+      check_number(f"step_seconds.{speed}", seconds, gt=0)
     check_type("only_some_have", self.only_some_have, ())  # a text would be taken for its letters
 
 
@@ -140,7 +141,7 @@ def _row(
 def _check(claims: Sequence[Claim], rows: Sequence[Row]) -> None:
   by_label = {each.label: each for each in rows}
   for claim in claims:
-    check_number("claims: bound", claim.bound, above=0)
+    check_number("claims: bound", claim.bound, gt=0)
     if claim.row == claim.base:
       raise UserError(f"a claim compares arm {claim.row!r} with itself; name two")
     for label in (claim.row, claim.base):

@@ -9,8 +9,9 @@ from typing import Any
 
 from diffdis_jax.ablate import columns, tables
 from diffdis_jax.common import cli
-from diffdis_jax.config.objectives import Objectives
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.config.objectives import task_of
+from diffdis_jax.config.section import check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import registry as evals
 from diffdis_jax.run import workdir
 from diffdis_jax.run.workdir import digest, identity
@@ -99,7 +100,7 @@ def make(
   if not seeds or len(set(seeds)) < len(seeds):
     raise UserError(f"--seeds={','.join(map(str, seeds))} should be different numbers, such as 0,1,2")
   for seed in seeds:
-    check_number("--seeds", seed, at_least=0, at_most=2**32 - 1)
+    check_number("--seeds", seed, ge=0, le=2**32 - 1)
   known: dict[tuple[str, str], Run] = {}
   rows: dict[tuple[str, int], list[Run]] = {}
   for seed in seeds:
@@ -145,7 +146,7 @@ def find_autoencoder(path: str, overrides: Mapping[str, Any], base: Config) -> d
     config = cli.read_config(f"{file}:{','.join(filter(None, ('autoencoder', argument)))}").to_dict()
   except UserError:
     return None
-  if not Objectives(config["objectives"]).is_autoencoder:
+  if not task_of(config["objectives"]).is_autoencoder:
     return None
   return tables.changed(
     config, {field: value for field, value in overrides.items() if re.search(OF_AUTOENCODER, field)}
@@ -154,7 +155,7 @@ def find_autoencoder(path: str, overrides: Mapping[str, Any], base: Config) -> d
 
 def _needs_autoencoder(objectives: Sequence[str]) -> bool:
   """Whether such a run starts from a trained one."""
-  return Objectives(objectives).first.network in ("diffdis", "either")
+  return task_of(objectives).network in ("diffdis", "either")
 
 
 def _make_run(

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffdis_jax.ablate.folder import Folder, State, to_do
 from diffdis_jax.ablate.plan import Plan, Run
-from diffdis_jax.config.objectives import Objectives
+from diffdis_jax.config.objectives import task_of
 
 
 def lines(plan: Plan, folder: Folder, step_seconds: float | None) -> list[str]:
@@ -58,7 +58,7 @@ def _seconds(run: Run, states: Mapping[Run, State], step_seconds: float | None) 
     return states[run].seconds
   if measured:
     return statistics.median(measured)
-  return None if Objectives(run.config["objectives"]).is_autoencoder else step_seconds
+  return None if task_of(run.config["objectives"]).is_autoencoder else step_seconds
 
 
 def _steps(state: State) -> int:

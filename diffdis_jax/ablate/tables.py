@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffdis_jax.common import guesses
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.config.section import check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import sections
 
 GAMMA, SCHEDULE, TARGET = "text_diffusion.gamma", "text_diffusion.schedule", "text_diffusion.target"
@@ -95,7 +96,7 @@ class Unstated:
   gamma: float = 1.0
 
   def __post_init__(self) -> None:
-    check_number("table7_gamma", self.gamma, above=0, at_most=1)
+    check_number("table7_gamma", self.gamma, gt=0, le=1)
 
 
 def paper_tables(unstated: Unstated) -> dict[str, Table]:

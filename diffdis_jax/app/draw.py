@@ -8,7 +8,7 @@ from typing import Any
 from diffdis_jax.app import charts
 from diffdis_jax.app.limits import Limits, read_text, read_whole, within
 from diffdis_jax.app.step_sampler import Frame, StepSampler
-from diffdis_jax.errors import check_number
+from diffdis_jax.config.section import check_number
 
 MOST_STEPS = 200
 MOST_GUIDANCE = 30
@@ -32,7 +32,7 @@ def answer(
   prompt = read_text(prompt, "prompt", limits)
   whole_seed = read_whole("seed", seed, at_least=0, at_most=MOST_SEED)
   whole_steps = read_whole("steps", steps, at_least=1, at_most=MOST_STEPS)
-  check_number("guidance", guidance_scale, at_least=0, at_most=MOST_GUIDANCE)
+  check_number("guidance", guidance_scale, ge=0, le=MOST_GUIDANCE)
   frames = sampler.generate(
     prompt, seed=whole_seed, steps=whole_steps, guidance_scale=float(guidance_scale), frames=FRAMES
   )

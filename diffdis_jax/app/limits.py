@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from diffdis_jax.config.section import check_number
 from diffdis_jax.data import image_files, records
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import prompts
 
 T = TypeVar("T")
@@ -49,11 +50,11 @@ class Limits:
 
   def __post_init__(self) -> None:
     for name in ("upload_mb", "megapixels", "seconds"):
-      check_number(name, getattr(self, name), above=0)
+      check_number(name, getattr(self, name), gt=0)
     # Else the quota would delete an upload before its request reads it.
-    check_number("uploads_mb", self.uploads_mb, at_least=self.upload_mb)
+    check_number("uploads_mb", self.uploads_mb, ge=self.upload_mb)
     for name in ("characters", "names", "at_once", "waiting"):
-      check_number(name, getattr(self, name), at_least=1)
+      check_number(name, getattr(self, name), ge=1)
 
 
 def read_image(path: str | os.PathLike[str] | None, limits: Limits) -> Image.Image:
@@ -137,7 +138,7 @@ def read_template(text: str | None, limits: Limits) -> str:
 
 def read_whole(name: str, value: Any, *, at_least: int, at_most: int) -> int:
   """A number of a slider or a field. Raises UserError: no whole number, or out of its range."""
-  check_number(name, value, at_least=at_least, at_most=at_most)
+  check_number(name, value, ge=at_least, le=at_most)
   # After the range, which NaN is outside of: int() raises for it. Gradio sends 3.0 for 3.
   if value != int(value):
     raise UserError(f"{name} is {value}; it must be a whole number")

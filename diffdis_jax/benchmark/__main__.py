@@ -105,7 +105,7 @@ def time_steps(run: Run) -> dict[str, Any]:
   Raises:
     UserError: a config that trains neither DiffDis nor CLIP.
   """
-  if run.objectives.is_autoencoder or run.objectives.labelled:
+  if run.task.is_autoencoder or run.task.labelled:
     raise UserError(
       f"benchmark times steps of generation, discrimination and CLIP, and this config's objective is"
       f" {run.objectives[0]}; its own pace is in the metrics.jsonl of a run, as steps_per_sec"
@@ -116,7 +116,7 @@ def time_steps(run: Run) -> dict[str, Any]:
     report, size = read_preflight(FLAGS.preflight), run.batch_size
     kind = mesh.devices.flat[0].device_kind
     planned = steps.preflighted(report, run.objectives, batch_size=size, chips=mesh.size, kind=kind)
-  for name, objectives in (steps.OF_CLIP if run.objectives.is_clip else steps.OBJECTIVES).items():
+  for name, objectives in (steps.OF_CLIP if run.task.is_clip else steps.OBJECTIVES).items():
     trainers[name] = Trainer(run.trained_for(*objectives), mesh)
   results = steps.time_steps(trainers, rounds=FLAGS.rounds)
   if planned:

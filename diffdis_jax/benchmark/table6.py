@@ -68,11 +68,11 @@ class Model:
 
   @property
   def generates(self) -> bool:
-    return self.step.run.objectives.generates
+    return self.step.run.task.generates
 
   @property
   def discriminates(self) -> bool:
-    return self.step.run.objectives.aligned
+    return self.step.run.task.aligned
 
 
 def time_table6(

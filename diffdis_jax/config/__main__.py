@@ -9,13 +9,12 @@ file. Nothing runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
 from diffdis_jax.common import buckets, cli, guesses, one_file, shipped, usage
-from diffdis_jax.config import Run, described, fields
+from diffdis_jax.config import Run, fields, section
 from diffdis_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -39,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read(given: str) -> Run:
-  """The record of a config, or of a run. Raises UserError: none, or one that is wrong."""
+  """Return the record of a config, or of a run. Raises UserError: there is none, or it is wrong."""
   name = given.partition(":")[0]
   # A name first, as everywhere: where a run is called `shapes` too, it is written ./shapes.
   is_config = name in shipped.names() or name.endswith(".py")
@@ -49,35 +48,27 @@ def read(given: str) -> Run:
 
 
 def show(run: Run, *, prefix: str = "") -> Iterator[str]:
-  """Path, value and range of each field, and in the line below what it means."""
-  found = described.fields_of(run)
-  chosen = [field for field in found if f"{field.path}.".startswith(f"{prefix}.") or not prefix]
+  """Yield path, value and range of each field, and its meaning in the line below."""
+  found = list(section.describe(run))
+  chosen = [line for line in found if f"{line.path}.".startswith(f"{prefix}.") or not prefix]
   if not chosen:
-    sections = {".".join(field.path.split(".")[:n]) for field in found for n in (1, 2, 3)}
+    sections = {".".join(line.path.split(".")[:n]) for line in found for n in (1, 2, 3)}
     raise UserError(f"--fields={prefix} is the beginning of no field; {guesses.did_you_mean(prefix, sections)}")
-  for field in chosen:
-    yield f"{field.path} = {field.value!r}" + (f"    ({field.range})" if field.range else "")
-    if field.meaning:
-      yield f"    {field.meaning}"
+  for line in chosen:
+    yield f"{line.path} = {line.value!r}" + (f"    ({line.range})" if line.range else "")
+    if line.meaning:
+      yield f"    {line.meaning}"
 
 
 def differences(one: Run, other: Run) -> Iterator[str]:
-  """A line for each field that differs, or that one of them lacks."""
+  """Yield a line for each field that differs, or that one of them lacks."""
   # A config file may have lists, of which a run's config.json makes tuples.
-  left, right = (guesses.fields_of(fields.normalise(run.to_dict())) for run in (one, other))
-  paths = [path for path in [*left, *(path for path in right if path not in left)] if _differ(left, right, path)]
-  for path in paths:
-    yield f"{path}: {_said(left, path)} -> {_said(right, path)}"
+  left, right = (guesses.fields_of(section.normalise(run.to_dict())) for run in (one, other))
+  of = lambda found, path: repr(found[path]) if path in found else "not there"
+  paths = [path for path in {**left, **right} if of(left, path) != of(right, path)]
+  yield from (f"{path}: {of(left, path)} -> {of(right, path)}" for path in paths)
   if not paths:
     yield "no field differs"
-
-
-def _differ(left: Mapping[str, Any], right: Mapping[str, Any], path: str) -> bool:
-  return (path in left) != (path in right) or left[path] != right[path]
-
-
-def _said(found: Mapping[str, Any], path: str) -> str:
-  return repr(found[path]) if path in found else "not there"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A config's `data` section as frozen dataclasses."""
+"""A config's `data` section."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffdis_jax.errors import UserError, check_choice, check_number, check_numbers, read_section
+from diffdis_jax.config.section import Section, check_number, choice, field, number
+from diffdis_jax.errors import UserError
 
 MOST_READERS = 1024  # threads, or processes: more than any host has cores
 MOST_AHEAD = 10_000  # batches
@@ -18,149 +19,98 @@ _VARYING += ("randaugment_operations", "erase")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Augmentation:
-  """How training images vary. The defaults change nothing but the size. None of it is stated by the paper.
+class Augmentation(Section):
+  """How training images vary. The defaults change nothing but the size. None of it is stated by the paper."""
 
-  Attributes:
-    crop: "centre" and "random", the largest square, from the middle or from a random place; or "random_resized", a box
-      of random area and ratio, stretched to a square. A generative model trained on it generates stretched images.
-    crop_scale: of "random_resized" alone, the range of the box's area, as a fraction of the image's. torchvision's
-      default is (0.08, 1), open_clip's (0.9, 1).
-    crop_ratio: of "random_resized" alone, the range of the box's width over its height.
-    flip: mirror left and right half of the time. It is wrong where captions tell left from right.
-    shift: largest move, as a fraction of the side.
-    zoom: largest relative change of size, so that 0.1 means 1/1.1 to 1.1.
-    rotation: largest turn, degrees. Shift, zoom and turn uncover white.
-    brightness, contrast, saturation: largest relative change of each, so that 0.2 means a factor of 0.8 to 1.2.
-    hue: largest turn of the colour circle, as a fraction of it, at most 0.5.
-    randaugment_operations: how many operations of RandAugment, after the crop; 2 with magnitude 9 is customary.
-    randaugment_kind: whose operations, one of RANDAUGMENTS.
-    randaugment_magnitude: their strength, torchvision's 0 to 30, timm's 0 to 10.
-    randaugment_deviation: of timm's alone, the standard deviation of the strength.
-    erase: how often a random box is noise at last, timm's random erasing.
-    reduced_decoding: decode a JPEG at 1/2, 1/4 or 1/8 of its size where what is cropped from it still has as many
-      pixels as the view. It is faster, and changes pixels slightly.
-  """
-
-  crop: str = "centre"
-  crop_scale: Sequence[float] = (0.5, 1.0)
-  crop_ratio: Sequence[float] = (3 / 4, 4 / 3)
-  flip: bool = False
-  shift: float = 0.0
-  zoom: float = 0.0
-  rotation: float = 0.0
-  brightness: float = 0.0
-  contrast: float = 0.0
-  saturation: float = 0.0
-  hue: float = 0.0
-  randaugment_operations: int = 0
-  randaugment_magnitude: int = 9
-  randaugment_kind: str = "torchvision"
-  randaugment_deviation: float = 0.0
-  erase: float = 0.0
-  reduced_decoding: bool = True
+  # The largest square, from the middle or from a random place; or a box of random area and ratio, stretched to a
+  # square. A generative model trained on the latter generates stretched images.
+  crop: str = choice("centre", CROPS, help="part of the image that is seen; random_resized stretches a random box")
+  # torchvision's default is (0.08, 1), open_clip's (0.9, 1).
+  crop_scale: Sequence[float] = number(
+    (0.5, 1.0), gt=0, le=1, help="random_resized: range of the box's area, as a fraction of the image's"
+  )
+  crop_ratio: Sequence[float] = number(
+    (3 / 4, 4 / 3), gt=0, help="random_resized: range of the box's width over its height"
+  )
+  flip: bool = field(False, help="mirror left and right half of the time; wrong where captions tell left from right")
+  shift: float = number(0.0, ge=0, le=1, help="largest move, as a fraction of the side; it uncovers white")
+  zoom: float = number(0.0, ge=0, help="largest relative change of size: 0.1 means 1/1.1 to 1.1; it uncovers white")
+  rotation: float = number(0.0, ge=0, le=180, help="largest turn, degrees; it uncovers white")
+  # Up to 1, since a factor of 1 − x must not be negative.
+  brightness: float = number(0.0, ge=0, le=1, help="largest relative change: 0.2 means a factor of 0.8 to 1.2")
+  contrast: float = number(0.0, ge=0, le=1, help="largest relative change: 0.2 means a factor of 0.8 to 1.2")
+  saturation: float = number(0.0, ge=0, le=1, help="largest relative change: 0.2 means a factor of 0.8 to 1.2")
+  # Half a turn reaches every hue.
+  hue: float = number(0.0, ge=0, le=0.5, help="largest turn of the colour circle, as a fraction of it")
+  randaugment_operations: int = number(0, ge=0, help="operations of RandAugment, after the crop; 2 is customary")
+  randaugment_magnitude: int = number(9, ge=0, help="strength of RandAugment: torchvision's 0 to 30, timm's 0 to 10")
+  randaugment_kind: str = choice("torchvision", RANDAUGMENTS, help="library whose operations RandAugment takes")
+  randaugment_deviation: float = number(0.0, ge=0, help="standard deviation of the strength, of timm's alone")
+  erase: float = number(0.0, ge=0, le=1, help="share of images in which a random box becomes noise (timm)")
+  # Where what is cropped from it still has as many pixels as the view.
+  reduced_decoding: bool = field(
+    True, help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size, which is faster and changes pixels slightly"
+  )
 
   def __post_init__(self) -> None:
-    check_choice("crop", self.crop, CROPS)
-    for name, limits in (("crop_scale", dict(above=0.0, at_most=1.0)), ("crop_ratio", dict(above=0.0))):
+    super().__post_init__()
+    for name in ("crop_scale", "crop_ratio"):
       bounds = getattr(self, name)
-      check_numbers(name, bounds, **limits)
-      if len(bounds) != 2:
+      if len(bounds) != 2 or bounds[1] < bounds[0]:
         raise UserError(f"{name} is {bounds!r}; it must be two numbers, the least and the most")
-      check_number(f"{name}[1]", bounds[1], at_least=bounds[0])
-    check_number("shift", self.shift, at_least=0.0, at_most=1.0)
-    check_number("zoom", self.zoom, at_least=0.0)
-    check_number("rotation", self.rotation, at_least=0.0, at_most=180.0)
-    # Up to 1, since a factor of 1 − x must not be negative; half a turn reaches every hue.
-    for name in ("brightness", "contrast", "saturation"):
-      check_number(name, getattr(self, name), at_least=0.0, at_most=1.0)
-    check_number("hue", self.hue, at_least=0.0, at_most=0.5)
-    check_number("randaugment_operations", self.randaugment_operations, at_least=0)
-    check_choice("randaugment_kind", self.randaugment_kind, RANDAUGMENTS)
-    # After the kind, since the two libraries count strength on scales of their own.
-    largest = RANDAUGMENTS[self.randaugment_kind]
-    check_number("randaugment_magnitude", self.randaugment_magnitude, at_least=0, at_most=largest)
-    check_number("randaugment_deviation", self.randaugment_deviation, at_least=0.0)
-    check_number("erase", self.erase, at_least=0.0, at_most=1.0)
+    # The two libraries count strength on different scales.
+    check_number("randaugment_magnitude", self.randaugment_magnitude, le=RANDAUGMENTS[self.randaugment_kind])
 
   @property
   def varies(self) -> bool:
-    """Whether two views of an image may differ."""
+    """Two views of an image may differ."""
     return self.crop != "centre" or any(getattr(self, name) for name in _VARYING)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Loading:
-  """How batches are read ahead; a config's `data.loader`.
+class Loading(Section):
+  """How batches are read ahead; a config's `data.loader`."""
 
-  Attributes:
-    num_threads: threads that read ahead; 0 to do everything in the calling thread.
-    num_workers: processes that prepare batches; 0 for none.
-    prefetch: batches read ahead by the threads.
-  """
-
-  num_threads: int = 4
-  num_workers: int = 0
-  prefetch: int = 8
-
-  def __post_init__(self) -> None:
-    check_number("num_threads", self.num_threads, at_least=0, at_most=MOST_READERS)
-    check_number("num_workers", self.num_workers, at_least=0, at_most=MOST_READERS)
-    check_number("prefetch", self.prefetch, at_least=1, at_most=MOST_AHEAD)
+  num_threads: int = number(4, ge=0, le=MOST_READERS, help="threads that read ahead; 0 reads in the calling thread")
+  num_workers: int = number(0, ge=0, le=MOST_READERS, help="processes that prepare batches; 0 for none")
+  prefetch: int = number(8, ge=1, le=MOST_AHEAD, help="batches that the threads read ahead")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClassSampling:
-  """How images of a long-tailed set are sampled; a config's `data.sampling`.
+class ClassSampling(Section):
+  """How images of a long-tailed set are sampled; a config's `data.sampling`."""
 
-  Attributes:
-    sampling_exponent: a class of n images has the share n^sampling_exponent of the samples; 0.5 is VL-LTR's square-root
-      sampling.
-    sentences: whether a sentence of its class comes with each image.
-  """
-
-  sampling_exponent: float = 0.5
-  sentences: bool
-
-  def __post_init__(self) -> None:
-    check_number("sampling_exponent", self.sampling_exponent, at_least=0.0, at_most=1.0)
-    check_choice("sentences", self.sentences, (True, False))
+  # 0.5 is VL-LTR's square-root sampling.
+  sampling_exponent: float = number(0.5, ge=0, le=1, help="x: a class of n images has the share n^x of the samples")
+  sentences: bool = choice(dataclasses.MISSING, (True, False), help="a sentence of its class comes with each image")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(Section):
   """What a run trains on; a config's `data` section.
 
-  Attributes:
-    source: a field of the source, as data/sources.py has them. They stand in the section beside the other fields:
-      `name`, `path`, `split`, `caption_fields` (fields of a record, whose texts are its captions; none: those that it
-      came with), and whatever else that source has.
-    max_length: most tokens of a caption.
-    augment: how images vary.
-    discrimination_view: of an image, one of VIEWS: shared by both objectives, or discrimination's own, by
-      `discrimination_augment`.
-    mixture: name -> weight, name, path, split: several sources instead of the one above.
-    loader: how batches are read ahead.
-    sampling: of a long-tailed set, whose batches have labels; None of any other.
-
   Raises:
-    UserError: a value out of its range, an image_size, or data of one source beside a mixture.
+    UserError: a value is out of its range, there is an image_size, or data of one source beside a mixture.
   """
 
-  # Rendered shapes, which need no file.
-  source: Mapping[str, Any] = dataclasses.field(
-    default_factory=lambda: dict(name="shapes", path="", split="train", caption_fields=())
+  # Rendered shapes, which need no file. Each kind of source has fields of its own (data/sources.py).
+  source: Mapping[str, Any] = field(
+    dict(name="shapes", path="", split="train", caption_fields=()), rest=True, help="a field of the data source"
   )
-  max_length: int = 77
-  augment: Augmentation = Augmentation()
-  discrimination_view: str = "shared"
-  discrimination_augment: Augmentation = Augmentation()
-  mixture: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-  loader: Loading = Loading()
-  sampling: ClassSampling | None = None
+  max_length: int = field(77, help="most tokens of a caption")
+  augment: Augmentation = field(Augmentation())
+  discrimination_view: str = choice(
+    "shared", VIEWS, help="view of an image: shared by both objectives, or discrimination's own"
+  )
+  discrimination_augment: Augmentation = field(Augmentation())
+  mixture: Mapping[str, Mapping[str, Any]] = field(
+    {}, help="name -> weight, name, path, split: several sources instead of the one above"
+  )
+  loader: Loading = field(Loading())
+  sampling: ClassSampling | None = field(None, kind=ClassSampling)
 
   def __post_init__(self) -> None:
-    check_choice("discrimination_view", self.discrimination_view, VIEWS)
+    super().__post_init__()
     sections = {"": self.source, **{f"mixture.{name}.": section for name, section in self.mixture.items()}}
     for prefix, section in sections.items():
       if "image_size" in section:  # as an evaluation's data have it
@@ -172,25 +122,6 @@ class Data:
           f" leave data.{name} empty"
         )
 
-  @classmethod
-  def of(cls, fields: Mapping[str, Any]) -> Data:
-    """The section as a config has it. Raises UserError: a wrong field or value."""
-    # Taken out one after another. What is left is the source's, of which each kind has fields of its own.
-    fields = dict(fields)
-    parts = {name: read_section(kind, fields.pop(name), f"data.{name}") for name, kind in _PARTS.items()}
-    sampling = fields.pop("sampling", None)
-    if sampling is not None:
-      sampling = read_section(ClassSampling, sampling, "data.sampling")
-    own = {name: fields.pop(name) for name in ("max_length", "discrimination_view", "mixture")}
-    return read_section(cls, {**own, **parts, "sampling": sampling, "source": fields}, "data")
-
-  def to_dict(self) -> dict[str, Any]:
-    """The inverse of `of`."""
-    fields = dataclasses.asdict(self)
-    if self.sampling is None:
-      del fields["sampling"]
-    return {**fields.pop("source"), **fields}
-
   @property
   def sources(self) -> dict[str, Mapping[str, Any]]:
     """Name -> what `data.sources.open_source` takes, and `weight` where there are several."""
@@ -199,13 +130,10 @@ class Data:
 
   @property
   def own_augment(self) -> Augmentation | None:
-    """Of discrimination's own view of an image; None where both objectives share one."""
+    """The augmentation of discrimination's own view; None where both objectives share one view."""
     return self.discrimination_augment if self.discrimination_view == "own" else None
 
   @property
   def paths(self) -> list[str]:
-    """Where the sources are that are on a disk or in a bucket."""
+    """The places of the sources that are on a disk or in a bucket."""
     return [str(section["path"]) for section in self.sources.values() if section.get("path")]
-
-
-_PARTS = {"augment": Augmentation, "discrimination_augment": Augmentation, "loader": Loading}

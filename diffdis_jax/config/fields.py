@@ -12,23 +12,21 @@ from ml_collections import ConfigDict
 from diffdis_jax.common import buckets, one_file, shipped
 from diffdis_jax.common.files import read_json
 from diffdis_jax.config.run import Run, default_fields
+from diffdis_jax.config.section import normalise
 from diffdis_jax.errors import UserError, parse_json
 
 SECTIONS = {"objectives", "model", "data", "optim"}  # of every run's config
+EXAMPLE = '{"name": "coco", "task": "retrieval", "data": {"path": "DIR", "split": "test"}}'  # of --eval
 
 
 def base(model: ConfigDict, *, image_size: int) -> ConfigDict:
-  """Every field that a run has, with its default (run.Run): both objectives; autoencoder frozen, everything else
-  trained at one rate from random parameters."""
+  """Return every field that a run has, with its default (run.Run): both objectives, a frozen autoencoder, and
+  everything else trained at one rate from random parameters."""
   return ConfigDict({**default_fields(), "image_size": image_size, "model": model})
 
 
 def load(path: epath.PathLike) -> Run:
-  """The record of the run in a workdir.
-
-  Raises:
-    UserError: as `read_fields` and `Run.of`.
-  """
+  """Return the record of the run in a workdir. Raises UserError: as `read_fields` and `Run.of`."""
   fields = read_fields(path)
   try:
     return Run.of(fields)
@@ -37,7 +35,7 @@ def load(path: epath.PathLike) -> Run:
 
 
 def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
-  """The config of the run in this folder or file, unchecked. Sequences come back as tuples.
+  """Return the config of the run in this folder or file, unchecked. Sequences come back as tuples.
 
   Raises:
     UserError: no such folder, or no config.json of a run in it; or a file that is damaged.
@@ -58,24 +56,15 @@ def read_fields(workdir: epath.PathLike) -> dict[str, Any]:
 
 
 def read_json_object(path: epath.Path) -> dict[str, Any]:
-  """What config.json in this folder holds. Raises UserError: no JSON object."""
+  """Return what config.json in this folder holds. Raises UserError: no JSON object."""
   config = normalise(read_json(path / "config.json"))
   if not isinstance(config, dict):
     raise UserError(f"{path / 'config.json'} is of no training run; it should hold a JSON object")
   return config
 
 
-def normalise(value: Any) -> Any:
-  """Lists, which are what JSON makes of tuples, as tuples again."""
-  if isinstance(value, dict):
-    return {key: normalise(child) for key, child in value.items()}
-  if isinstance(value, (list, tuple)):
-    return tuple(map(normalise, value))  # as a Run has them, so that equal configs compare equal
-  return value
-
-
 def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
-  """The config with more evaluations in `evals` and `train_evals`, locked.
+  """Return the config with more evaluations in `evals` and `train_evals`, locked.
 
   Args:
     config: a run's.
@@ -87,7 +76,12 @@ def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
   """
   config = config.copy_and_resolve_references().unlock()  # --config locks it, against misspelt fields
   for text in texts:
-    section = _read_eval(text)
+    try:
+      section = parse_json(text, f"--eval={text}")
+    except UserError as error:
+      raise UserError(f"{error}; write it as '{EXAMPLE}'") from error
+    if not isinstance(section, dict) or not isinstance(section.get("task"), str):
+      raise UserError(f"--eval={text} should be an object with a name and a task, such as '{EXAMPLE}'")
     name = section.pop("name", None)
     # The name stands before the slash in its metrics' names.
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
@@ -101,14 +95,3 @@ def with_evals(config: ConfigDict, texts: Sequence[str]) -> ConfigDict:
     config.evals[name] = section
     config.train_evals = (*config.train_evals, name)
   return config.lock()
-
-
-def _read_eval(text: str) -> dict[str, Any]:
-  example = '{"name": "coco", "task": "retrieval", "data": {"path": "DIR", "split": "test"}}'
-  try:
-    section = parse_json(text, f"--eval={text}")
-  except UserError as error:
-    raise UserError(f"{error}; write it as '{example}'") from error
-  if not isinstance(section, dict) or not isinstance(section.get("task"), str):
-    raise UserError(f"--eval={text} should be an object with a name and a task, such as '{example}'")
-  return section

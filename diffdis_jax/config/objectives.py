@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from diffdis_jax.errors import UserError, check_choice
+from diffdis_jax.config.section import check_choice
+from diffdis_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,17 +14,17 @@ class Objective:
   """A row of the table.
 
   Attributes:
-    trains: what it trains, where no other may stand beside it; empty where another may.
+    trains: what it trains, where no other objective may stand beside it.
     network: what is built for it: `diffdis`, its `autoencoder` alone, `clip`, or `either` of the two whole ones.
-    generates: the network makes images of captions, and has a UNet with an up path.
+    generates: the network makes images from captions, and has a UNet with an up path.
     aligned: the network compares images with texts.
     needs_images: it cannot be trained on stored latents.
     contrasts: its loss compares the rows of a batch with each other.
     grad_cache: a batch in several microbatches may be one whole (training/gradcache.py).
-    labelled: its batches have labels, as a long-tailed set's have; the config has `long_tail` and `data.sampling`.
-    sentences: of such a batch, whether each image has a sentence of its class.
+    labelled: its batches have labels, and the config has `long_tail` and `data.sampling`.
+    sentences: each image of such a batch has a sentence of its class.
     head: the model has a head, whose branches are all that is trained.
-    teacher: the state has the parameters as they were at the start, too.
+    teacher: the state holds the parameters of the start, too.
     starts_from: what `init_from` has to name; empty where it may be left out.
     follows: the objective that the run in `init_from` was trained for, to its end.
   """
@@ -40,6 +42,16 @@ class Objective:
   teacher: bool = False
   starts_from: str = ""
   follows: str = ""
+
+  @property
+  def is_autoencoder(self) -> bool:
+    """The network is the autoencoder alone."""
+    return self.network == "autoencoder"
+
+  @property
+  def is_clip(self) -> bool:
+    """The network is always CLIP; the objectives of long-tailed recognition take CLIP or DiffDis."""
+    return self.network == "clip"
 
 
 TABLE = {
@@ -75,7 +87,8 @@ TABLE = {
     follows="class_contrastive",
   ),
 }
-# What some measurements and tools take: a run with one of these.
+JOINT = Objective(generates=True, aligned=True, contrasts=True, grad_cache=True)  # both of the paper's
+# Some measurements and tools need a run with one of these.
 GENERATIVE = tuple(name for name, row in TABLE.items() if row.generates)
 ALIGNED = tuple(name for name, row in TABLE.items() if row.aligned)
 COMPARING = tuple(name for name, row in TABLE.items() if row.aligned and not row.labelled)
@@ -84,70 +97,17 @@ LABELLED = tuple(name for name, row in TABLE.items() if row.labelled)
 WITH_HEAD = tuple(name for name, row in TABLE.items() if row.head)
 
 
-class Objectives(tuple[str, ...]):
-  """The names of a run's objectives, and what they ask for together: a property that is called as a field of Objective
-  says whether any of them has it, or for `grad_cache` all."""
-
-  __slots__ = ()
-
-  def check(self) -> None:
-    """Raises UserError for objectives that are unknown or do not go together."""
-    if not self:
-      raise UserError(f"objectives is empty; choose among {', '.join(TABLE)}")
-    # All names before any row, which an unknown name does not have.
-    for name in self:
-      check_choice("objectives", name, TABLE)
-      if self.count(name) > 1:
-        raise UserError(f"objectives names {name} twice; name each once")
-    for name in self:
-      if TABLE[name].trains and len(self) > 1:
-        raise UserError(f"objectives: {name} trains {TABLE[name].trains} alone and cannot be combined with others")
-
-  @property
-  def rows(self) -> tuple[Objective, ...]:
-    """Of the table."""
-    return tuple(TABLE[name] for name in self)
-
-  @property
-  def first(self) -> Objective:
-    """The only one, unless it is one that stands beside others."""
-    return TABLE[self[0]]
-
-  @property
-  def is_autoencoder(self) -> bool:
-    """The network is the autoencoder alone."""
-    return self.first.network == "autoencoder"
-
-  @property
-  def is_clip(self) -> bool:
-    """CLIP's own: not those of long-tailed recognition, which take CLIP or DiffDis."""
-    return self.first.network == "clip"
-
-  @property
-  def generates(self) -> bool:
-    return any(row.generates for row in self.rows)
-
-  @property
-  def aligned(self) -> bool:
-    return any(row.aligned for row in self.rows)
-
-  @property
-  def needs_images(self) -> bool:
-    return any(row.needs_images for row in self.rows)
-
-  @property
-  def contrasts(self) -> bool:
-    return any(row.contrasts for row in self.rows)
-
-  @property
-  def grad_cache(self) -> bool:
-    # All: a batch goes through GradCache or it does not.
-    return all(row.grad_cache for row in self.rows)
-
-  @property
-  def labelled(self) -> bool:
-    return any(row.labelled for row in self.rows)
-
-  @property
-  def teacher(self) -> bool:
-    return any(row.teacher for row in self.rows)
+def task_of(objectives: Sequence[str]) -> Objective:
+  """Return what a run's objectives ask for together. Raise UserError: they are unknown or do not go together."""
+  if not objectives:
+    raise UserError(f"objectives is empty; choose among {', '.join(TABLE)}")
+  for name in objectives:
+    check_choice("objectives", name, TABLE)
+  if len({*objectives}) < len(objectives):
+    raise UserError(f"objectives is {', '.join(objectives)}; name each once")
+  if len(objectives) == 1:
+    return TABLE[objectives[0]]
+  for name in objectives:
+    if TABLE[name].trains:
+      raise UserError(f"objectives: {name} trains {TABLE[name].trains} alone and cannot be combined with others")
+  return JOINT

@@ -14,9 +14,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from diffdis_jax.common import buckets
 from diffdis_jax.common.guesses import did_you_mean
+from diffdis_jax.config.section import check_number, check_type
 from diffdis_jax.data import latents, long_tail, records, scenes, shapes, shapes_lt
 from diffdis_jax.data.layouts import find, long_tailed
-from diffdis_jax.errors import UserError, check_number, check_type
+from diffdis_jax.errors import UserError
 
 
 @runtime_checkable
@@ -259,7 +260,7 @@ def open_mixture(sections: Mapping[str, Mapping[str, Any]], *, image_size: int) 
     # A copy, since the weight is taken out of it.
     section = {"name": "pairs", **section}
     weight = section.pop("weight", 1.0)
-    check_number(f"data.mixture.{name}.weight", weight, above=0)
+    check_number(f"data.mixture.{name}.weight", weight, gt=0)
     try:
       _check_names(section["name"], section, "weight")
       made.append(open_source(**section, image_size=image_size))

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from diffdis_jax.common import files
 from diffdis_jax.common.params import Params
 from diffdis_jax.common.progress import Progress
+from diffdis_jax.config.section import check_number
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import samples
 from diffdis_jax.method import algorithms, encode, samplers, schedules
 from diffdis_jax.method.samplers import DdimCoefficients
@@ -60,8 +61,8 @@ class BestOf:
   """
 
   def __init__(self, inference: Any, best_of: int = 1, best_at: float = 1.0):
-    check_number("best_of", best_of, at_least=1, at_most=MOST)
-    check_number("best_at", best_at, above=0.0, at_most=1.0)
+    check_number("best_of", best_of, ge=1, le=MOST)
+    check_number("best_at", best_at, gt=0.0, le=1.0)
     if best_of == 1 and best_at != 1:
       raise UserError(f"best_at is {best_at}, and of one image none is chosen; give --best_of too")
     if not inference.aligned:

@@ -114,7 +114,7 @@ class DiffusionClassifier:
     Raises:
       UserError: a run that was not trained for generation.
     """
-    if not inference.network.objectives.generates:
+    if not inference.network.task.generates:
       raise UserError(f"diffusion_classifier measures {' or '.join(GENERATIVE)}, for which this run was not trained")
     names = self.zero_shot.classnames
     noise_errors = self._errors_of(inference)

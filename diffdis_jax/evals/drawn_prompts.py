@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from diffdis_jax.errors import UserError, check_choice, check_number
+from diffdis_jax.config.section import check_choice, check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, prompts
 
 PART = 500  # images of a part
@@ -53,7 +54,7 @@ def draw(source: Any, *, num_images: int | None, captions: str, seed: int) -> li
     UserError: fewer than two images, or more than there are.
   """
   check_choice("captions", captions, CAPTIONS)
-  check_number("prompts_seed", seed, at_least=0)
+  check_number("prompts_seed", seed, ge=0)
   rng = np.random.default_rng(seed)
   if captions == "per_image":
     # All places and captions are sampled before any is dropped, so that fewer images are the first of more.

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.common.params import merge
-from diffdis_jax.errors import check_choice
+from diffdis_jax.config.section import check_choice
 from diffdis_jax.evals import resize
 from diffdis_jax.interop import inception as inception_file
 from diffdis_jax.parallel import batches, programs, sharding

@@ -15,9 +15,10 @@ from jaxtyping import Float
 
 from diffdis_jax.common import buckets
 from diffdis_jax.common.progress import Progress
+from diffdis_jax.config.section import check_choice
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import UserError, check_choice
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, best_of, distances, drawn_prompts, reference, resize
 from diffdis_jax.evals.drawn_prompts import Part
 from diffdis_jax.evals.feature_parts import PartsFolder, Sampled

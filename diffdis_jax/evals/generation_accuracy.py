@@ -14,9 +14,10 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, Int, UInt8
 
+from diffdis_jax.config.section import check_number
 from diffdis_jax.data import shapes, transforms
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, classifiers, copies, prompts
 from diffdis_jax.evals.classifiers import PAIRS, SIZE, Trained
 from diffdis_jax.evals.scene_judge import SceneJudge
@@ -81,7 +82,7 @@ class GenerationAccuracy:
     else:
       self.judge = SceneJudge(data, seed, **of_shapes) if of_scenes else LabelJudge(data, seed, **of_labels)
     per_class = self.judge.per_class if per_class is None else per_class
-    check_number("per_class", per_class, at_least=1)
+    check_number("per_class", per_class, ge=1)
     self._template = prompts.resolve_templates((template or self.judge.template,))[0]
     self._classes, self._seed = np.tile(self.judge.asked, per_class), seed
 
@@ -191,8 +192,8 @@ class LabelJudge:
     epochs: int = 20,
     held_out: float = 0.1,
   ):
-    check_number("epochs", epochs, at_least=1)
-    check_number("held_out", held_out, above=0.0, below=1.0)
+    check_number("epochs", epochs, ge=1)
+    check_number("held_out", held_out, gt=0.0, lt=1.0)
     split = data.get("split", "train")
     self._splits = tuple(dict.fromkeys((split, *splits)))
     opened = {split: base.open_split(data, split) for split in self._splits}

@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8, UInt32
 
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.section import check_number
 from diffdis_jax.config.sections import NUM_TIMESTEPS
 from diffdis_jax.data import sources
 from diffdis_jax.data.tokenizer import Tokenizer
-from diffdis_jax.errors import check_number
 from diffdis_jax.evals import base
 from diffdis_jax.method import algorithms, encode, losses
 from diffdis_jax.method.network import Network
@@ -60,7 +60,7 @@ class HeldOutLoss:
     contrastive_batch: int = 64,
     seed: int = 0,
   ):
-    check_number("contrastive_batch", contrastive_batch, at_least=2)
+    check_number("contrastive_batch", contrastive_batch, ge=2)
     self.source = sources.open_source(**data)
     self._seed = seed
     indices = base.subset(len(self.source), num_images)
@@ -95,10 +95,10 @@ class HeldOutLoss:
     # A pair's noise depends on seed and place in this order alone.
     rows = images, tokens, np.arange(len(tokens), dtype=np.int32)
     key = jax.random.key(self._seed)
-    if network.objectives.generates:
+    if network.task.generates:
       found = inference.batched(functools.partial(self._program_of(inference, "generation"), params, key), *rows)
       metrics |= _by_quarter("loss_generation", found.mean(axis=0))
-    if network.objectives.aligned:
+    if network.task.aligned:
       e = inference.embed_texts(params, tokens)
       scale = np.asarray(jax.device_get(params["logit_scale"]))
       captions = np.arange(len(tokens), dtype=np.uint32)  # all differ, and so are negatives

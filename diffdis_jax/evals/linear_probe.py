@@ -18,8 +18,9 @@ from absl import logging
 from jaxtyping import Array, Float, Int, UInt8
 
 from diffdis_jax.common.params import Params
+from diffdis_jax.config.section import check_number
 from diffdis_jax.config.sections import NUM_TIMESTEPS
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base
 from diffdis_jax.method import encode
 from diffdis_jax.method.network import Network
@@ -82,7 +83,7 @@ class LinearProbe:
   ):
     self._shots = tuple(_read_shots(each) for each in shots)
     if timestep is not None:
-      check_number("timestep", timestep, at_least=0, at_most=NUM_TIMESTEPS)
+      check_number("timestep", timestep, ge=0, le=NUM_TIMESTEPS)
     self._timestep, self._seed = timestep, seed
     splits = dict(train=train_split, val=val_split or train_split, test=data.get("split", "train"))
     if splits["test"] in (splits["train"], splits["val"]):

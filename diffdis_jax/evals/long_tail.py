@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from diffdis_jax.config import sections
+from diffdis_jax.config.section import check_number
 from diffdis_jax.data import long_tail, sources
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, nearest
 from diffdis_jax.models import lgr
 
@@ -58,9 +59,9 @@ class LongTail:
   ):
     if data.get("name") not in long_tail.NAMES:
       raise UserError(f"task long_tail is measured on {', '.join(long_tail.NAMES)}, not on {data.get('name')!r}")
-    check_number("neighbours", neighbours, at_least=1)
-    check_number("visual_share", visual_share, at_least=0.0, at_most=1.0)
-    check_number("crop_pct", crop_pct, above=0.0, at_most=1.0)
+    check_number("neighbours", neighbours, ge=1)
+    check_number("visual_share", visual_share, ge=0.0, le=1.0)
+    check_number("crop_pct", crop_pct, gt=0.0, le=1.0)
     source = sources.open_source(**data)
     assert isinstance(source, long_tail.LabelledSource)
     self.source, self.labels, self._data = source, source.labels, data

@@ -8,8 +8,9 @@ from typing import Any
 
 from diffdis_jax.common.guesses import did_you_mean
 from diffdis_jax.config.objectives import ALIGNED, COMPARING, GENERATIVE
+from diffdis_jax.config.section import check_number
 from diffdis_jax.data import sources
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import settings
 from diffdis_jax.evals.base import Eval
 from diffdis_jax.evals.choice import Choice
@@ -98,4 +99,4 @@ def check(task: str, **section: Any) -> None:
   settings.check(f"evaluation {task}", EVALS[task], section)
   if section.get("data") is not None:
     settings.check(f"data of evaluation {task}", sources.open_source, section["data"])
-  check_number(f"evaluation {task}: seed", section.get("seed", 0), at_least=0, at_most=MOST_SEED)
+  check_number(f"evaluation {task}: seed", section.get("seed", 0), ge=0, le=MOST_SEED)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,8 @@ from typing import Any
 
 from absl import flags
 
-from diffdis_jax.config.described import said_in
-from diffdis_jax.errors import UserError, check_type
+from diffdis_jax.config.section import check_type
+from diffdis_jax.errors import UserError
 
 _LIKE = {int: 0, float: 0.0, bool: False}  # type of a setting -> a value of it
 _DEFINE = {
@@ -110,3 +111,14 @@ def _kinds(made: Callable[..., Any], name: str) -> tuple[Any, ...]:
     return ()
   union = isinstance(hints[name], types.UnionType) or typing.get_origin(hints[name]) is typing.Union
   return tuple(typing.get_origin(kind) or kind for kind in (typing.get_args(hints[name]) if union else [hints[name]]))
+
+
+def said_in(docstring: str | None) -> dict[str, str]:
+  """Return the first sentence that a docstring's Args, or the Attributes of a dataclass, say of each name."""
+  _, *sections = re.split(r"^(?:Args|Attributes):\n", docstring or "", flags=re.MULTILINE)
+  found = {}
+  # An entry begins two spaces deep, and goes on deeper.
+  for entry in re.split(r"^  (?=\w)", "".join(sections).partition("\n\n")[0], flags=re.MULTILINE)[1:]:
+    names, _, said = " ".join(entry.split()).partition(": ")
+    found |= dict.fromkeys(names.split(", "), re.split(r"\. ", said)[0].removesuffix("."))
+  return found

@@ -10,8 +10,9 @@ import numpy as np
 from absl import logging
 from jaxtyping import Bool, Float, Int
 
+from diffdis_jax.config.section import check_choice
 from diffdis_jax.data import sources
-from diffdis_jax.errors import UserError, check_choice
+from diffdis_jax.errors import UserError
 from diffdis_jax.evals import base, prompts
 from diffdis_jax.evals.settings import written
 

@@ -19,7 +19,7 @@ from typing import Any
 from etils import epath
 
 from diffdis_jax.common import files
-from diffdis_jax.config.objectives import Objectives
+from diffdis_jax.config.objectives import task_of
 from diffdis_jax.interop import card_texts, tensor_files, to_torch
 from diffdis_jax.run import history, provenance
 
@@ -54,7 +54,7 @@ class Card:
     """README.md, and samples.png where the run had generated some by then. Last: it says which files there are."""
     address = self.repo or "FOLDER"
     is_clip = "vision_encoder" in self.fields["model"]  # of long-tailed runs the objectives do not say it
-    is_autoencoder = Objectives(self.fields["objectives"]).is_autoencoder
+    is_autoencoder = task_of(self.fields["objectives"]).is_autoencoder
     parts = {
       "paper": PAPER,
       "what": f"checkpoint of step {self.step}, {'averaged' if self.ema else 'raw'} weights, {self.dtype}",
@@ -88,7 +88,7 @@ class Card:
 
   def _use(self, folder: pathlib.Path, address: str) -> dict[str, str]:
     """How the pipeline is loaded and called: one or two blocks of code, which run as they are printed."""
-    generates = Objectives(self.fields["objectives"]).generates
+    generates = task_of(self.fields["objectives"]).generates
     is_aligned, patch = (folder / "diffdis").is_dir(), self.fields["model"]["autoencoder"]["patch"]
     prompts = [*(self.fields.get("sample_prompts") or ("a bear searching for food near the river", "a red car"))]
     inference = self.fields["inference"]
@@ -181,8 +181,8 @@ class Card:
 
 
 def _is_joint(fields: Mapping[str, Any]) -> bool:
-  objectives = Objectives(fields["objectives"])
-  return objectives.generates and objectives.aligned
+  task = task_of(fields["objectives"])
+  return task.generates and task.aligned
 
 
 def _data(section: Mapping[str, Any]) -> str:

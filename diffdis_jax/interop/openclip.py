@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.config.section import check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.interop import shapes
 from diffdis_jax.interop.tensor_files import Tensor, Tensors
 from diffdis_jax.models.clip import PIXEL_MEAN, PIXEL_STD
@@ -165,7 +166,7 @@ def read_config(config: Mapping[str, Any], found: Mapping[str, Any], where: str)
     tower, here = config.get(name, {}), f"{where}: {name}"
     section = found[part] | {ours: _number(tower, theirs, found[part][ours], here) for ours, theirs in fields}
     if "mlp_ratio" in tower:
-      check_number(f"{here}: mlp_ratio", tower["mlp_ratio"], above=0.0)
+      check_number(f"{here}: mlp_ratio", tower["mlp_ratio"], gt=0.0)
       section["mlp_width"] = int(section["width"] * tower["mlp_ratio"])
     # A config that says a vision tower's width says its heads too: of 64, unless of another.
     if "head_width" in tower or (part == "vision_encoder" and "width" in tower):

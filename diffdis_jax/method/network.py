@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from diffdis_jax.common.params import Params, flatten, merge
 from diffdis_jax.config.model import AUTO, ClipModel, Model
-from diffdis_jax.config.objectives import Objectives
+from diffdis_jax.config.objectives import Objective, task_of
 from diffdis_jax.config.run import Run
 from diffdis_jax.config.sections import ImageDiffusion, TextDiffusion
 from diffdis_jax.errors import UserError
@@ -34,25 +34,26 @@ from diffdis_jax.parallel import sharding
 HEAD_PREFIX = "head."  # of its parameters' paths
 
 
-def build_diffdis(model: Model, objectives: Objectives, rngs: nnx.Rngs) -> DiffDis:
+def build_diffdis(model: Model, objectives: Sequence[str], rngs: nnx.Rngs) -> DiffDis:
   """The module.
 
   Generation alone has no text stream and no alignment transformer: it is the Stable Diffusion baseline. Reconstruction
   is the autoencoder alone.
   """
+  task = task_of(objectives)
   common: dict[str, Any] = dict(dtype=DTYPES[model.dtype], rngs=rngs)
   autoencoder = Autoencoder(model.autoencoder, **common)
   # First of all, since nothing else is built for it: an autoencoder alone has no text and no UNet.
-  if objectives.is_autoencoder:
+  if task.is_autoencoder:
     return DiffDis(autoencoder=autoencoder, temperature=model.temperature)
   text = model.text_encoder
   # Token embeddings are a part of e alone, which generation never reads.
-  if not objectives.aligned:
+  if not task.aligned:
     text = dataclasses.replace(text, token_embedding_weight=0.0)
   text_encoder = TextEncoder(text, remat="none", **common)
-  unet = UNet(model, up_path=objectives.generates, **common)
+  unet = UNet(model, up_path=task.generates, **common)
   text_stream = alignment = None
-  if objectives.aligned:
+  if task.aligned:
     # One fusion block for each attention block of the UNet's first half; none where fusion is off (Table 4).
     text_stream = TextStream(unet.fused_widths if model.fusion else (), model, **common)
     alignment = AlignmentTransformer(
@@ -103,7 +104,7 @@ class Network:
   """
 
   model: Model | ClipModel
-  objectives: Objectives
+  objectives: tuple[str, ...]
   image_size: int
   max_length: int
   image_process: ImageDiffusion
@@ -111,6 +112,11 @@ class Network:
   condition_timestep: int
   graphdef: nnx.GraphDef
   abstract: nnx.State
+
+  @property
+  def task(self) -> Objective:
+    """What the objectives ask for together."""
+    return task_of(self.objectives)
 
   @classmethod
   def of(cls, run: Run) -> Network:
@@ -184,7 +190,7 @@ class Network:
     return params
 
 
-def _builder(model: Model | ClipModel, objectives: Objectives) -> Callable[[nnx.Rngs], DiffDis | Clip]:
+def _builder(model: Model | ClipModel, objectives: tuple[str, ...]) -> Callable[[nnx.Rngs], DiffDis | Clip]:
   """A function from rngs to the module with fresh parameters."""
   if isinstance(model, ClipModel):
     return functools.partial(build_clip, model)
@@ -192,7 +198,7 @@ def _builder(model: Model | ClipModel, objectives: Objectives) -> Callable[[nnx.
 
 
 @functools.lru_cache(maxsize=64)  # a command, and more so a test, asks for the same network several times
-def _abstract(model: Model | ClipModel, objectives: Objectives) -> tuple[nnx.GraphDef, nnx.State]:
+def _abstract(model: Model | ClipModel, objectives: tuple[str, ...]) -> tuple[nnx.GraphDef, nnx.State]:
   return abstract_module(_builder(model, objectives))
 
 

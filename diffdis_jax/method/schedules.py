@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from diffdis_jax.config.section import check_choice
 from diffdis_jax.config.sections import NUM_TIMESTEPS, SCHEDULES, ImageDiffusion, TextDiffusion
-from diffdis_jax.errors import UserError, check_choice
+from diffdis_jax.errors import UserError
 
 Process = ImageDiffusion | TextDiffusion
 BETA_START, BETA_END, BETA_MAX = 0.00085, 0.012, 0.999

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from diffdis_jax.common import cli, files
-from diffdis_jax.errors import UserError, check_number
+from diffdis_jax.config.section import check_number
+from diffdis_jax.errors import UserError
 from diffdis_jax.report import page
 from diffdis_jax.report.read import read
 
@@ -54,7 +55,7 @@ def report(paths: Sequence[str], out: str, *, hour_price: float | None = None) -
   if not 1 <= len(paths) <= MOST_RUNS:
     raise UserError(f"--workdir names {len(paths)} folders; it should be one to {MOST_RUNS}, with commas between them")
   if hour_price is not None:
-    check_number("--hour_price", hour_price, at_least=0)
+    check_number("--hour_price", hour_price, ge=0)
   # Before runs are read, which takes minutes of a long one in a bucket.
   files.check_out(out)
   runs = [read(path, name) for path, name in zip(paths, page.names_of(paths), strict=True)]

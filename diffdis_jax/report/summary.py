@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from diffdis_jax.config.run import default_fields
+from diffdis_jax.config.section import read_section
 from diffdis_jax.config.sections import Optim
-from diffdis_jax.errors import read_section
 from diffdis_jax.report.curves import Curve
 from diffdis_jax.report.read import Run
 from diffdis_jax.run import workdir

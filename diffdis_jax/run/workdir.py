@@ -21,7 +21,8 @@ from etils import epath
 
 from diffdis_jax.common import buckets, guesses
 from diffdis_jax.common.files import sweep, write_whole
-from diffdis_jax.config.fields import SECTIONS, normalise, read_json_object
+from diffdis_jax.config.fields import SECTIONS, read_json_object
+from diffdis_jax.config.section import normalise
 from diffdis_jax.errors import FULL_DISK, UserError, may_pass, parse_json
 from diffdis_jax.run import committed
 

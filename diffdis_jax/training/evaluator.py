@@ -40,7 +40,7 @@ class Evaluator:
         raise UserError(f"evals.{name}.parts keeps images of one checkpoint, and training measures many; leave it out")
     self._run, self._inference = run, inference
     self._evals = {name: evals.create(**run.evals[name]) for name in run.train_evals}
-    self._prompts = list(run.sample_prompts) if run.objectives.generates else []
+    self._prompts = list(run.sample_prompts) if run.task.generates else []
 
   def is_due(self, step: int, *, last: bool) -> bool:
     """Whether there is something to do after this step."""

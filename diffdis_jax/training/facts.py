@@ -141,9 +141,9 @@ def log_end(run: Run, path: str) -> None:
   logging.info("finished at step %d: %smetrics in %s", run.num_steps, picture, folder / "metrics.jsonl")
   quoted = shlex.quote(path)
   command = f"diffdis %s --workdir={quoted}"
-  if run.objectives.is_autoencoder:
+  if run.task.is_autoencoder:
     logging.info("to train DiffDis with this autoencoder: --config.init_from=%s", quoted)
-  elif run.objectives.generates:
+  elif run.task.generates:
     prompt = shlex.quote(next(iter(run.sample_prompts), "a red star"))
     logging.info("to generate images: %s --prompt=%s --out=images", command % "generate", prompt)
   elif run.evals:

@@ -85,7 +85,7 @@ class GradCache:
     first: Rows = {}
     cache: Rows = {}
     of_scale = jnp.zeros(())
-    if self.network.objectives.contrasts:
+    if self.network.task.contrasts:
       first = self._in_turn(self.first_pass, params, (rows,)).rows
       scale = {**fixed, **trainable}[LOGIT_SCALE]  # a config may freeze it
       contrast = jax.value_and_grad(self._contrast, argnums=(0, 1), has_aux=True)

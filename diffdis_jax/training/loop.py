@@ -185,6 +185,6 @@ def rows_at_a_time(run: Run, mesh: Mesh) -> int:
 
 def latent_shapes(network: Network) -> LatentShapes | None:
   """What stored latents must fit; None for the training of an autoencoder, of CLIP or on labels, which needs images."""
-  if network.objectives.needs_images:
+  if network.task.needs_images:
     return None
   return LatentShapes(latent=network.latent_shape, text_width=network.model.text_encoder.width)

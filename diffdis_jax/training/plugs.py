@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxtyping import Array, Float
 
 from diffdis_jax.common.params import Params
-from diffdis_jax.config.objectives import Objectives
 from diffdis_jax.config.run import Run
 from diffdis_jax.method.network import Network
 from diffdis_jax.method.step_noise import Keys
@@ -48,7 +47,7 @@ PLUGS = {
 }
 
 
-def plug_of(objectives: Objectives) -> Plug:
+def plug_of(objectives: Sequence[str]) -> Plug:
   """What these plug in. Those that stand together share one."""
   return PLUGS[objectives[0]]
 

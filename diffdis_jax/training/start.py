@@ -20,7 +20,7 @@ from diffdis_jax import config as run_config
 from diffdis_jax.common import buckets, one_file
 from diffdis_jax.common.params import Params
 from diffdis_jax.config.fields import read_json_object
-from diffdis_jax.config.objectives import Objectives
+from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import HEAD_PREFIX
 from diffdis_jax.parallel import sharding
@@ -78,20 +78,20 @@ def find_initial(path: str, trainer: Trainer) -> set[str]:
     UserError: no run there, or not the one that the objective starts from; nothing in common, a parameter of another
       shape, a part that would compute something else here, or a frozen parameter that would stay random.
   """
-  objectives = trainer.run.objectives
-  if objectives.first.starts_from:
-    _check_earlier(path, objectives)
+  run = trainer.run
+  if run.task.starts_from:
+    _check_earlier(path, run)
   names = _names_in_common(path, trainer) if path else set()
-  if objectives.first.starts_from:
+  if run.task.starts_from:
     _check_backbone(path, trainer, names)
   names |= trainer.plug.chosen
   _check_frozen(path, trainer, names)
   return names
 
 
-def _check_earlier(path: str, objectives: Objectives) -> None:
+def _check_earlier(path: str, run: Run) -> None:
   """Raises UserError unless the run in `path` is the one that this objective starts from, at its end."""
-  name, row = objectives[0], objectives.first
+  name, row = run.objectives[0], run.task
   if not path:
     raise UserError(
       f"init_from is empty; objective {name} starts from {row.starts_from}: give --config.init_from=WORKDIR"
@@ -163,7 +163,7 @@ def _check_unseen(path: str, trainer: Trainer, names: Collection[str]) -> None:
 def _check_frozen(path: str, trainer: Trainer, loaded: Collection[str]) -> None:
   """Raises UserError for frozen parameters that are not loaded and not named in optim.allow_uninitialized."""
   # A run of the autoencoder measures its statistics; in any other run they are as frozen as its weights.
-  measured = optim.STATISTICS if trainer.run.objectives.is_autoencoder else "^$"
+  measured = optim.STATISTICS if trainer.run.task.is_autoencoder else "^$"
   expected = [name for name, group in trainer.groups.items() if group == optim.FROZEN and name not in loaded]
   left = [
     name

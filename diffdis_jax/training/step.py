@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt32
 
 from diffdis_jax.common.params import Params
-from diffdis_jax.config.objectives import Objectives
+from diffdis_jax.config.objectives import Objective
 from diffdis_jax.config.run import Run
 from diffdis_jax.errors import UserError
 from diffdis_jax.method.network import Network
@@ -92,10 +92,10 @@ class Trainer:
     self.shapes = network.shapes
     self.groups = optimizers.groups_of(self.shapes, run.optim.groups)
     self.trainable = [path for path, group in self.groups.items() if group != optimizers.FROZEN]
-    _check_trainable(run.objectives, self.trainable)
+    _check_trainable(run.task, self.trainable)
     self._averages = self.run.optim.ema_decay > 0  # without them, inference takes the raw parameters
     # Changed by an autoencoder's step, though by no optimizer.
-    measured = optimizers.STATISTICS if run.objectives.is_autoencoder else "^$"
+    measured = optimizers.STATISTICS if run.task.is_autoencoder else "^$"
     groups = {path: group for path, group in self.groups.items() if not re.search(measured, path)}
     frozen = groups.keys() - {*self.trainable}
     # From shapes alone: where each array lies is known before the first one is allocated.
@@ -167,7 +167,7 @@ class Trainer:
       ema=dict(trainable) if self._averages else {},
       opt_state=self._tx.init(trainable),
       seed=jnp.zeros((), jnp.uint32),  # with_params puts the run's in its place
-      teacher=dict(trainable) if self.run.objectives.teacher else {},
+      teacher=dict(trainable) if self.run.task.teacher else {},
       norms=skips.no_norms(self.run.optim),
     )
 
@@ -198,7 +198,7 @@ class Trainer:
       updates, opt_state = self._tx.update(clipped, state.opt_state, trainable)
     trainable = cast(Params, optax.apply_updates(trainable, updates))
     # Of CLIP as open_clip does it, after the step; in DiffDis the loss limits τ (losses.temperature).
-    if self.run.objectives.is_clip:
+    if self.run.task.is_clip:
       trainable = optimizers.limit_logit_scale(trainable)
     # Before it is clipped: after that it says no more than clip_norm.
     metrics["grad_norm"] = Average(total=norm, count=jnp.ones(()))
@@ -239,7 +239,7 @@ class Trainer:
     n = microbatches or run.optim.accumulate
     trainable, fixed = self._parts(state)
     keys = functools.partial(step_keys, state.seed, state.step)
-    if n > 1 and run.optim.contrastive_batch == "whole" and run.objectives.grad_cache:
+    if n > 1 and run.optim.contrastive_batch == "whole" and run.task.grad_cache:
       assert not isinstance(batch, LabelledBatch)
       whole = gradcache.GradCache(network, run, self.mesh, n)
       # By the keys of microbatch 0, which are those of a batch that is not split.
@@ -287,10 +287,10 @@ def _check_images(batch: Any) -> None:
       raise UserError(f"the batch's {name} is {image.dtype}; give uint8 pixels, 0 to 255")
 
 
-def _check_trainable(objectives: Objectives, trainable: Sequence[str]) -> None:
+def _check_trainable(task: Objective, trainable: Sequence[str]) -> None:
   if not trainable:
     raise UserError("optim.groups freezes every parameter; give at least one group a rate")
-  if not objectives.is_autoencoder and any(path.startswith("autoencoder.") for path in trainable):
+  if not task.is_autoencoder and any(path.startswith("autoencoder.") for path in trainable):
     raise UserError(
       "optim.groups trains the autoencoder, whose latents are the data of generation and discrimination; freeze it"
       " ('^autoencoder', 'frozen'), and train it first with objectives=('reconstruction',)"

@@ -13,8 +13,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from diffdis_jax.common.params import flatten, merge
-from diffdis_jax.config.model import read_model
-from diffdis_jax.config.objectives import Objectives
+from diffdis_jax.config.model import Model
+from diffdis_jax.config.section import read_section
 from diffdis_jax.method import network as build
 from tests import tiny
 
@@ -76,7 +76,7 @@ def diffdis(objectives: tuple[str, ...] = BOTH, **changes: Any) -> Network:
 def builder(model: Mapping[str, Any], objectives: Sequence[str]) -> Callable[[nnx.Rngs], nnx.Module]:
   """A function from rngs to the network of a `model` section."""
   return functools.partial(
-    build.build_diffdis, read_model(ConfigDict(model).to_dict(), Objectives(objectives)), Objectives(objectives)
+    build.build_diffdis, read_section(Model, ConfigDict(model).to_dict(), "model"), tuple(objectives)
   )
 
 

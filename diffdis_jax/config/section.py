@@ -1,0 +1,265 @@
+"""Sections of a config: dataclasses whose fields carry their default, their range and their meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, TypeVar
+
+from diffdis_jax.common import guesses
+from diffdis_jax.errors import UserError
+
+MISSING = dataclasses.MISSING
+_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+  "ge": ("at least", operator.ge),
+  "gt": ("above", operator.gt),
+  "le": ("at most", operator.le),
+  "lt": ("below", operator.lt),
+}
+_WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", dict: "a section of fields"}
+_WITHOUT_DEFAULT = {"int": 0, "bool": False}  # a value of each type that a field without a default may have
+
+
+def field(default: Any = MISSING, *, help: str = "", **metadata: Any) -> Any:
+  """Define a field of a section.
+
+  Args:
+    default: its value in a new config.
+    help: its meaning, which `config show` prints.
+    **metadata: `range` in words, and `check(name, value)`, which raises UserError; `kind` of a section that may be
+      absent, or a function from its values to the kind; `rest=True`: the section's unknown fields lie in here.
+  """
+  kept = dict(help=help, **metadata)
+  if isinstance(default, dict):
+    return dataclasses.field(default_factory=lambda: dict(default), metadata=kept)
+  return dataclasses.field(default=default, metadata=kept)
+
+
+def number(default: Any = MISSING, *, help: str = "", **limits: float) -> Any:
+  """Define a field that holds a number, or a sequence or mapping of numbers, each within the limits ge, gt, le, lt."""
+  return field(default, help=help, range=_in_words(limits), check=functools.partial(check_number, **limits))
+
+
+def choice(default: Any, choices: Collection[Any], *, help: str = "") -> Any:
+  """Define a field that holds one of the choices, or a sequence of them."""
+  listed = ", ".join(map(str, choices))
+  return field(default, help=help, range=listed, check=functools.partial(check_choice, choices=choices))
+
+
+def regex(default: Any, *, help: str = "") -> Any:
+  """Define a field that holds a regular expression."""
+  return field(default, help=help, check=check_regex)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+  """A section of a config. A new one checks the range of each field.
+
+  Raises:
+    UserError: a value is out of its range. The message begins with the field's name.
+  """
+
+  def __post_init__(self) -> None:
+    for each in dataclasses.fields(self):
+      if check := each.metadata.get("check"):
+        for name, value in _elements(each.name, getattr(self, each.name)):
+          check(name, value)
+
+
+def _elements(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+  """Yield name and value of each element of a sequence or mapping; a single value stands for itself."""
+  if isinstance(value, Mapping):
+    yield from ((f"{name}.{key}", child) for key, child in value.items())
+  elif isinstance(value, (tuple, list)):
+    yield from ((f"{name}[{i}]", child) for i, child in enumerate(value))
+  else:
+    yield name, value
+
+
+def _in_words(limits: Mapping[str, float]) -> str:
+  return " and ".join(f"{words} {limits[key]:.10g}" for key, (words, _) in _LIMITS.items() if key in limits)
+
+
+def check_number(name: str, value: Any, **limits: float) -> None:
+  """Raise UserError unless the value is a finite number within the limits ge, gt, le and lt."""
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if is_number and isinstance(value, int) and abs(value) >= 2**63:  # no array holds it
+    limits = {"le": 2**63 - 1, **limits}
+  elif is_number and math.isfinite(value) and all(_LIMITS[key][1](value, limits[key]) for key in limits):
+    return
+  raise UserError(f"{name} is {value!r}; it must be {_in_words(limits) or 'a finite number'}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+  """Raise UserError unless the value is one of the choices."""
+  if value not in choices:
+    raise UserError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+
+
+def check_regex(name: str, value: Any) -> None:
+  """Raise UserError unless the value, or the first of a pair, is a regular expression."""
+  pattern = value if isinstance(value, str) else value[0]
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise UserError(f"{name} has {pattern!r}, which is no regular expression: {error}") from error
+
+
+def check_type(name: str, value: Any, like: Any) -> None:
+  """Raise UserError unless the value has the type of `like`, a field's default; a sequence's elements count too.
+
+  A whole number may stand for a number, and a list for a tuple. The elements of an empty sequence are texts.
+  """
+  such_as = f", such as {like!r}" if like else ""
+  if isinstance(like, (tuple, list)):
+    if not isinstance(value, (tuple, list)):
+      raise UserError(f"{name} is {value!r}; it must be a sequence{such_as}")
+    for i, child in enumerate(value):
+      check_type(f"{name}[{i}]", child, like[0] if like else "")
+      if like and isinstance(like[0], tuple) and len(child) != len(like[0]):
+        raise UserError(f"{name}[{i}] is {child!r}; it must have {len(like[0])} elements, such as {like[0]!r}")
+    return
+  kind = next(kind for kind in _WORDS if isinstance(like, kind))
+  accepted = {float: (int, float), dict: Mapping}.get(kind, kind)
+  if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+    raise UserError(f"{name} is {value!r}; it must be {_WORDS[kind]}{such_as}")
+
+
+Kind = TypeVar("Kind")
+
+
+def read_section(kind: type[Kind], values: Any, path: str, *, whole: bool = False, known: Collection[str] = ()) -> Kind:
+  """Make a section from the values of its fields, and check names, types and ranges.
+
+  Args:
+    kind: a dataclass.
+    values: field -> value.
+    path: dotted, of the section, such as `data.augment`; empty for the run's config.
+    whole: a missing field is an error, and does not get its default.
+    known: the paths of all fields of the config, to guess the meaning of an unknown one.
+
+  Raises:
+    UserError: a field is unknown or missing, has another type than its default, or is out of its range.
+  """
+  check_type(path, values, {})
+  fields: dict[str, Any] = {each.name: each for each in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+  prefix = f"{path}." if path else ""
+  rest = next((name for name, each in fields.items() if each.metadata.get("rest")), None)
+  if rest:
+    own = fields.keys() - {rest}
+    values = {name: values[name] for name in values if name in own} | {rest: _without(values, own)}
+  for name in (name for name in values if name not in fields):
+    if not known:
+      raise UserError(f"{path} has no field {name!r}; it has {', '.join(sorted(fields))}")
+    raise UserError(f"unknown config key {prefix}{name}; {guesses.guess_field(f'{prefix}{name}', known)}")
+  made = {}
+  for name, each in fields.items():
+    at = path if name == rest else f"{prefix}{name}"
+    section, default = _section_kind(each, values.get(name)), _default(each)
+    if name not in values:
+      if whole and not (section and default is None):
+        raise UserError(f"{at} is missing; every config of a run has it")
+      continue
+    made[name] = value = values[name]
+    if section:
+      is_absent = value is None and default is None
+      made[name] = None if is_absent else read_section(section, value, at, whole=whole, known=known)
+    elif issubclass(kind, Section):
+      check_type(at, value, default)
+      made[name] = normalise(value) if isinstance(default, tuple) else value
+      for key, child in dict(value).items() if default == {} else ():  # named by the config itself, as evaluations are
+        check_type(f"{at}.{key}", child, {})
+      for key, child in default.items() if name == rest and whole else ():
+        if key not in value:
+          raise UserError(f"{at}.{key} is missing; every config of a run has it")
+        check_type(f"{at}.{key}", value[key], child)
+  try:
+    return kind(**made)
+  except (TypeError, UserError) as error:  # the first of a missing field
+    raise UserError(f"{prefix}{error}") from error
+
+
+def normalise(value: Any) -> Any:
+  """Turn lists, which are what JSON makes of tuples, into tuples, so that equal configs compare equal."""
+  if isinstance(value, dict):
+    return {key: normalise(child) for key, child in value.items()}
+  return tuple(map(normalise, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+  return {name: value for name, value in values.items() if name not in names}
+
+
+def _default(each: dataclasses.Field[Any]) -> Any:
+  """Return a field's default, or a value of its type."""
+  if each.default_factory is not MISSING:
+    return each.default_factory()
+  return _WITHOUT_DEFAULT.get(str(each.type), {}) if each.default is MISSING else each.default
+
+
+def _section_kind(each: dataclasses.Field[Any], values: Any) -> type | None:
+  """Return the class of the section that a field holds; None for another field."""
+  kind = each.metadata.get("kind")
+  if kind is None:
+    return type(each.default) if isinstance(each.default, Section) else None
+  return kind if isinstance(kind, type) else kind(values)
+
+
+def paths(kind: type[Section], prefix: str = "") -> list[str]:
+  """List the dotted paths of all fields of a section, those of sections within it included."""
+  found = []
+  for each in dataclasses.fields(kind):
+    default = _default(each)
+    if section := _section_kind(each, default):
+      found += paths(section, f"{prefix}{each.name}.")
+    elif each.metadata.get("rest"):
+      found += [f"{prefix}{name}" for name in default]
+    else:
+      found += [f"{prefix}{path}" for path in guesses.fields_of({each.name: default})]
+  return found
+
+
+def to_dict(section: Section) -> dict[str, Any]:
+  """Return a section as nested dicts, without the sections that are absent: the inverse of `read_section`."""
+  found = {}
+  for each in dataclasses.fields(section):
+    value = getattr(section, each.name)
+    if each.metadata.get("rest"):
+      found = {**_plain(value), **found}
+    elif value is not None or not each.metadata.get("kind"):
+      found[each.name] = _plain(value)
+  return found
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, Section):
+    return to_dict(value)
+  return {name: _plain(child) for name, child in value.items()} if isinstance(value, Mapping) else value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+  """A field of a config as `config show` prints it: dotted path, value, range in words and meaning."""
+
+  path: str
+  value: Any
+  range: str = ""
+  meaning: str = ""
+
+
+def describe(section: Section, prefix: str = "") -> Iterator[Line]:
+  """Yield a line for each field of a section, in their order, without the sections that are absent."""
+  for each in dataclasses.fields(section):
+    value, path = getattr(section, each.name), f"{prefix}{each.name}"
+    if isinstance(value, Section):
+      yield from describe(value, f"{path}.")
+    elif value is not None:
+      # The entries of `rest` stand in the section itself, as a config file writes them.
+      found = guesses.fields_of(value if each.metadata.get("rest") else {each.name: value})
+      for name, child in found.items():
+        meaning, said = each.metadata.get("help", ""), each.metadata.get("range", "")
+        yield Line(path=f"{prefix}{name}", value=child, range=said, meaning=meaning)
